@@ -1,0 +1,44 @@
+//! Training data: safetensors files, the order of samples, batches read ahead.
+
+use std::collections::BTreeMap;
+
+use tch::{Device, Tensor};
+
+/// What kind of latents a batch holds; decides the task types that can be drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DataType {
+    Image,
+    Video,
+}
+
+impl DataType {
+    /// The word that the specification, logs and file metadata use.
+    pub fn word(self) -> &'static str {
+        match self {
+            DataType::Image => "image",
+            DataType::Video => "video",
+        }
+    }
+}
+
+/// Samples of one shape, stacked along axis 0 under the specification's keys.
+#[derive(Debug)]
+pub struct Batch {
+    /// E.g. `image_latents [B, C, H, W]`, `text_embeddings [B, L, D]`; in the order of their names.
+    pub tensors: BTreeMap<String, Tensor>,
+    pub data_type: DataType,
+    /// Number of each sample in its dataset; empty where a batch stands alone.
+    pub sample_ids: Vec<u64>,
+}
+
+impl Batch {
+    pub fn get(&self, key: &str) -> Option<&Tensor> {
+        self.tensors.get(key)
+    }
+
+    /// The same batch on another device.
+    pub fn to_device(&self, device: Device) -> Batch {
+        let tensors = self.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.to_device(device))).collect();
+        Batch { tensors, data_type: self.data_type, sample_ids: self.sample_ids.clone() }
+    }
+}

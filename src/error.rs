@@ -1,0 +1,163 @@
+//! What can go wrong in the world outside, each with the exit code that tells a batch script whether to try again.
+//!
+//! A message says what was found, what was expected, and what to do, in one line. Mistakes of the program itself panic
+//! instead (exit code [`BUG`]): tensor arithmetic is written with plain operators.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Exit code of a panic: an invariant of the program is broken.
+pub const BUG: i32 = 70;
+/// Exit code of a command line that does not parse (clap's own).
+pub const USAGE: i32 = 2;
+
+/// One mistake in a configuration, with the place where it stands.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ConfigProblem {
+    /// Dotted path of the key, e.g. `optimizer.adamw.lr`.
+    pub key: String,
+    /// Where it was written: `line 12` or `--set`; empty for a value that was never written.
+    pub place: String,
+    pub what: String,
+}
+
+impl fmt::Display for ConfigProblem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.key)?;
+        if !self.place.is_empty() {
+            write!(f, " ({})", self.place)?;
+        }
+        write!(f, ": {}", self.what)
+    }
+}
+
+#[derive(Debug)]
+pub enum Error {
+    /// The configuration cannot be honoured; all its problems at once.
+    Config { source_name: String, problems: Vec<ConfigProblem> },
+    /// Training data are missing, malformed or unusable.
+    Data { path: PathBuf, what: String },
+    /// The run folder cannot be read or written.
+    Storage { path: PathBuf, operation: &'static str, source: std::io::Error },
+    /// A checkpoint does not fit this program or configuration.
+    CheckpointMismatch { path: PathBuf, what: String },
+    /// A resume was demanded and no checkpoint can be used.
+    NoCheckpoint { path: PathBuf, what: String },
+    /// A collective failed, on this rank or another.
+    Collective { backend: &'static str, operation: &'static str, what: String },
+    /// A number that must be finite is not, or the loss exploded.
+    NotFinite { step: u64, what: String },
+    /// Another rank failed first and has said why.
+    Peer { what: String },
+    /// Launcher, libraries or devices are not as needed.
+    Environment { what: String },
+}
+
+impl Error {
+    /// A problem with one key that only the whole configuration shows.
+    pub fn config(key: impl Into<String>, what: impl Into<String>) -> Self {
+        let problem = ConfigProblem { key: key.into(), place: String::new(), what: what.into() };
+        Error::Config { source_name: "configuration".into(), problems: vec![problem] }
+    }
+
+    pub fn data(path: impl AsRef<Path>, what: impl Into<String>) -> Self {
+        Error::Data { path: path.as_ref().into(), what: what.into() }
+    }
+
+    /// For `map_err`: `fs::read(path).map_err(Error::storage(path, "read"))`.
+    pub fn storage(path: impl AsRef<Path>, operation: &'static str) -> impl FnOnce(std::io::Error) -> Error {
+        let path = path.as_ref().to_path_buf();
+        move |source| Error::Storage { path, operation, source }
+    }
+
+    pub fn checkpoint_mismatch(path: impl AsRef<Path>, what: impl Into<String>) -> Self {
+        Error::CheckpointMismatch { path: path.as_ref().into(), what: what.into() }
+    }
+
+    pub fn environment(what: impl Into<String>) -> Self {
+        Error::Environment { what: what.into() }
+    }
+
+    /// Short upper-case name that stands in the message and in the log.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Error::Config { .. } => "CONFIG",
+            Error::Data { .. } => "DATA",
+            Error::Storage { .. } => "STORAGE",
+            Error::CheckpointMismatch { .. } => "CKPT_MISMATCH",
+            Error::NoCheckpoint { .. } => "NO_CKPT",
+            Error::Collective { .. } => "COMM",
+            Error::NotFinite { .. } => "NUMERIC",
+            Error::Peer { .. } => "PEER",
+            Error::Environment { .. } => "ENVIRONMENT",
+        }
+    }
+
+    /// Process exit code: below 40 a retry may help, from 40 on it will not.
+    pub fn exit_code(&self) -> i32 {
+        match self {
+            Error::Peer { .. } => 20,
+            Error::Collective { .. } => 22,
+            Error::Storage { .. } => 30,
+            Error::Data { .. } => 40,
+            Error::NotFinite { .. } => 41,
+            Error::NoCheckpoint { .. } => 44,
+            Error::Config { .. } => 50,
+            Error::CheckpointMismatch { .. } => 51,
+            Error::Environment { .. } => 52,
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Config { source_name, problems } => {
+                write!(f, "{source_name}: ")?;
+                let texts: Vec<String> = problems.iter().map(ToString::to_string).collect();
+                f.write_str(&texts.join("; "))
+            }
+            Error::Data { path, what } | Error::CheckpointMismatch { path, what } | Error::NoCheckpoint { path, what } => {
+                write!(f, "{}: {what}", path.display())
+            }
+            Error::Storage { path, operation, source } => write!(f, "cannot {operation} {}: {source}", path.display()),
+            Error::Collective { backend, operation, what } => write!(f, "{backend} {operation}: {what}"),
+            Error::NotFinite { step, what } => write!(f, "step {step}: {what}"),
+            Error::Peer { what } | Error::Environment { what } => f.write_str(what),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Error::Storage { source, .. } => Some(source),
+            _ => None,
+        }
+    }
+}
+
+/// Text that is safe on one line of a log: control characters of file names and peers are escaped.
+pub fn one_line(text: &str) -> String {
+    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_retry_is_worth_it_only_below_code_forty() {
+        let retry = [Error::Peer { what: String::new() }, Error::storage("x", "write")(std::io::Error::other("disk"))];
+        let hold = [Error::config("a", "b"), Error::data("x", "y"), Error::environment("z")];
+        assert!(retry.iter().all(|e| e.exit_code() < 40));
+        assert!(hold.iter().all(|e| e.exit_code() >= 40));
+    }
+
+    #[test]
+    fn a_message_stays_on_one_line() {
+        assert_eq!(one_line("a\nb\u{1b}[31m"), "a\\nb\\u{1b}[31m");
+    }
+}

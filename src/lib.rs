@@ -1,0 +1,7 @@
+pub mod collective;
+pub mod data;
+pub mod error;
+pub mod registry;
+pub mod rng;
+pub mod settings;
+pub mod tensor;

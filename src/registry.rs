@@ -1,0 +1,43 @@
+//! A family of interchangeable parts is a list; a name in the configuration picks one.
+
+/// Declares a family: `name => Variant(Settings)` a line, behind one trait.
+///
+/// The enum derefs to the trait, implements [`Family`](crate::settings::Family), and its default is the first member.
+macro_rules! registry {
+    ($(#[$doc:meta])* pub enum $family:ident: $part:ident { $first:literal => $First:ident($first_type:ty), $($name:literal => $Variant:ident($type:ty),)* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, PartialEq)]
+        pub enum $family { $First($first_type), $($Variant($type),)* }
+
+        impl Default for $family {
+            fn default() -> Self {
+                Self::$First(Default::default())
+            }
+        }
+
+        impl ::std::ops::Deref for $family {
+            type Target = dyn $part;
+            fn deref(&self) -> &Self::Target {
+                match self { Self::$First(part) => part, $(Self::$Variant(part) => part,)* }
+            }
+        }
+
+        impl $crate::settings::Family for $family {
+            const NAMES: &'static [&'static str] = &[$first, $($name,)*];
+            fn named(name: &str) -> Option<Self> {
+                match name {
+                    $first => Some(Self::$First(Default::default())),
+                    $($name => Some(Self::$Variant(Default::default())),)*
+                    _ => None,
+                }
+            }
+            fn name(&self) -> &'static str {
+                match self { Self::$First(_) => $first, $(Self::$Variant(_) => $name,)* }
+            }
+            fn settings(&mut self) -> &mut dyn $crate::settings::Settings {
+                match self { Self::$First(part) => part, $(Self::$Variant(part) => part,)* }
+            }
+        }
+    };
+}
+pub(crate) use registry;

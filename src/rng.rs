@@ -1,0 +1,206 @@
+//! Randomness without state: what is drawn follows from what it is drawn for.
+//!
+//! A [`Key`] names a use (seed, purpose, step, …) and hashes to the 64-bit seed of libtorch's own generator, so that a draw
+//! equals what PyTorch draws after `torch.manual_seed(hash)` and a resume has nothing to restore. A [`Stream`] says
+//! where a batch's draws come from: one generator for the whole batch, or one for each sample.
+
+use std::cell::Cell;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tch::{Device, Kind, Tensor};
+
+/// libtorch's CPU generator is global to the process: whoever seeds it holds this lock until the draws are done.
+static GENERATOR: Mutex<()> = Mutex::new(());
+
+/// What a number is drawn for; part of every key, so that no two uses share a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    Initialization = 1,
+    Order = 2,
+    FlowMatching = 3,
+    Stratification = 4,
+    Sampling = 5,
+    Test = 6,
+}
+
+/// Names one use of randomness; equal keys give equal numbers, on any rank and in any process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Key {
+    pub seed: u64,
+    pub purpose: Purpose,
+    /// Optimizer step, epoch, or whatever counts in this purpose.
+    pub step: u64,
+    pub micro_batch: u64,
+    /// Rank, sample id or hash of a name: whose stream it is.
+    pub scope: u64,
+}
+
+impl Key {
+    pub fn new(seed: u64, purpose: Purpose) -> Self {
+        Key { seed, purpose, step: 0, micro_batch: 0, scope: 0 }
+    }
+
+    pub fn step(self, step: u64) -> Self {
+        Key { step, ..self }
+    }
+
+    pub fn micro_batch(self, micro_batch: u64) -> Self {
+        Key { micro_batch, ..self }
+    }
+
+    pub fn scope(self, scope: u64) -> Self {
+        Key { scope, ..self }
+    }
+
+    /// Scope by name, e.g. of a parameter (FNV-1a, 64 bit).
+    pub fn named(self, name: &str) -> Self {
+        let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+        self.scope(hash)
+    }
+
+    /// 64 well-mixed bits. Source: SplitMix64's finalizer (Steele et al. 2014), chained over the fields.
+    pub fn hash(&self) -> u64 {
+        [self.purpose as u64, self.step, self.micro_batch, self.scope].iter().fold(mix(self.seed), |h, &part| mix(h ^ mix(part)))
+    }
+
+    /// Runs `draw` while libtorch's generator is seeded with this key and nobody else may touch it.
+    pub fn seeded<T>(&self, draw: impl FnOnce() -> T) -> T {
+        let _held = hold_generator();
+        // libtorch reads the bits of the i64 as u64.
+        tch::manual_seed(self.hash() as i64);
+        draw()
+    }
+
+    /// Uniform integer below `bound`, the `index`-th of this key. Host only, no tensor.
+    pub fn below(&self, index: u64, bound: u64) -> u64 {
+        // 64x64 -> 128 bit multiply maps the hash onto the range; the bias is below bound / 2^64.
+        ((u128::from(mix(self.hash() ^ mix(index))) * u128::from(bound)) >> 64) as u64
+    }
+
+    /// Uniform number in `[0, 1)` with 53 random bits. Host only.
+    pub fn unit(&self, index: u64) -> f64 {
+        (mix(self.hash() ^ mix(index)) >> 11) as f64 / (1u64 << 53) as f64
+    }
+}
+
+fn mix(value: u64) -> u64 {
+    let z = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+fn hold_generator() -> MutexGuard<'static, ()> {
+    // A panic while drawing leaves no broken state behind: the next holder seeds anew.
+    GENERATOR.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Where the draws of one batch come from.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Stream {
+    /// libtorch's generator as it stands: whoever called `tch::manual_seed` decides.
+    Current,
+    /// One stream for the whole batch.
+    Batch(Key),
+    /// Row `i` from the stream of key `i`, so that a sample's draws do not depend on its neighbours.
+    PerSample(Vec<Key>),
+}
+
+impl Stream {
+    /// Seeds libtorch's generator and keeps it to the caller until the returned draws are dropped.
+    pub fn open(&self) -> Draws<'_> {
+        let held = hold_generator();
+        if let Stream::Batch(key) = self {
+            tch::manual_seed(key.hash() as i64);
+        }
+        Draws { stream: self, count: Cell::new(0), _held: held }
+    }
+}
+
+/// An opened [`Stream`]: tensor draws whose axis 0 is the batch.
+///
+/// Each method is one draw; on one stream for the batch it equals PyTorch's call of the same name on the global CPU
+/// generator. Draws are made on the CPU and moved, so that every device sees the same numbers.
+#[derive(Debug)]
+pub struct Draws<'a> {
+    stream: &'a Stream,
+    count: Cell<u64>,
+    _held: MutexGuard<'static, ()>,
+}
+
+impl Draws<'_> {
+    /// Uniform in `[0, 1)`, f32, shape `size`.
+    pub fn uniform(&self, size: &[i64]) -> Tensor {
+        self.draw(size, |size| Tensor::rand(size, (Kind::Float, Device::Cpu)))
+    }
+
+    /// Normal with the given mean and standard deviation, f32, shape `size`.
+    pub fn normal(&self, mean: f64, std: f64, size: &[i64]) -> Tensor {
+        self.draw(size, |size| Tensor::empty(size, (Kind::Float, Device::Cpu)).normal_(mean, std))
+    }
+
+    /// Beta(`alpha`, `beta`), f32, shape `[batch]`. Source: `torch.distributions.Beta`, a two-component Dirichlet.
+    pub fn beta(&self, alpha: f64, beta: f64, batch: i64) -> Tensor {
+        let concentration = Tensor::from_slice(&[alpha as f32, beta as f32]);
+        self.draw(&[batch], |size| concentration.expand([size[0], 2], false).internal_sample_dirichlet().select(1, 0))
+    }
+
+    /// True with the given probability, boolean `[batch]`: one coin for all in a batch stream (the specification's quirk),
+    /// one for each sample in per-sample streams.
+    pub fn coin(&self, probability: f64, batch: i64) -> Tensor {
+        let tosses = if matches!(self.stream, Stream::PerSample(_)) { batch } else { 1 };
+        self.uniform(&[tosses]).lt(probability).expand([batch], false)
+    }
+
+    fn draw(&self, size: &[i64], from_generator: impl Fn(&[i64]) -> Tensor) -> Tensor {
+        let Stream::PerSample(keys) = self.stream else { return from_generator(size) };
+        assert_eq!(keys.len() as i64, size[0], "one key a sample");
+        let one = [&[1], &size[1..]].concat();
+        let number = self.count.replace(self.count.get() + 1);
+        let row = |key: &Key| {
+            tch::manual_seed(mix(key.hash() ^ mix(number)) as i64);
+            from_generator(&one)
+        };
+        Tensor::cat(&keys.iter().map(row).collect::<Vec<_>>(), 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_field_of_a_key_changes_its_stream() {
+        let key = Key::new(7, Purpose::Test);
+        let others = [Key { seed: 8, ..key }, key.step(1), key.micro_batch(1), key.scope(1), key.named("a"), Key::new(7, Purpose::Order)];
+        let mut hashes: Vec<u64> = others.iter().chain([&key]).map(Key::hash).collect();
+        hashes.sort_unstable();
+        hashes.dedup();
+        assert_eq!(hashes.len(), 7);
+    }
+
+    #[test]
+    fn a_sample_draws_the_same_alone_and_among_others() {
+        let keys: Vec<Key> = (0..4).map(|id| Key::new(1, Purpose::Test).scope(id)).collect();
+        let two_draws = |keys: &[Key]| {
+            let stream = Stream::PerSample(keys.to_vec());
+            let draws = stream.open();
+            let batch = keys.len() as i64;
+            (draws.normal(0.0, 1.0, &[batch, 3]), draws.uniform(&[batch]))
+        };
+        let (noise, uniform) = two_draws(&keys);
+        let (noise_alone, uniform_alone) = two_draws(&keys[2..3]);
+        assert!(noise.get(2).equal(&noise_alone.get(0)));
+        assert!(uniform.get(2).equal(&uniform_alone.get(0)), "also in the second draw");
+        assert!(!uniform.get(1).equal(&uniform.get(2)));
+    }
+
+    #[test]
+    fn integers_below_a_bound_cover_it_evenly() {
+        let key = Key::new(3, Purpose::Test);
+        let mut counts = [0; 10];
+        (0..10_000).for_each(|i| counts[key.below(i, 10) as usize] += 1);
+        // Binomial(10000, 0.1): 5 standard deviations are 150.
+        assert!(counts.iter().all(|&c| (850..1150).contains(&c)), "{counts:?}");
+    }
+}
