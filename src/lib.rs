@@ -1,6 +1,12 @@
+pub mod adapter;
 pub mod collective;
 pub mod data;
 pub mod error;
+pub mod flow;
+pub mod model;
+pub mod nn;
+pub mod optim;
+pub mod parallel;
 pub mod registry;
 pub mod rng;
 pub mod settings;

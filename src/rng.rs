@@ -98,8 +98,8 @@ fn hold_generator() -> MutexGuard<'static, ()> {
 /// Where the draws of one batch come from.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Stream {
-    /// libtorch's generator as it stands: whoever called `tch::manual_seed` decides.
-    Current,
+    /// libtorch's generator after `manual_seed` with just this number, to lay draws beside PyTorch's.
+    TorchSeed(i64),
     /// One stream for the whole batch.
     Batch(Key),
     /// Row `i` from the stream of key `i`, so that a sample's draws do not depend on its neighbours.
@@ -110,8 +110,11 @@ impl Stream {
     /// Seeds libtorch's generator and keeps it to the caller until the returned draws are dropped.
     pub fn open(&self) -> Draws<'_> {
         let held = hold_generator();
-        if let Stream::Batch(key) = self {
-            tch::manual_seed(key.hash() as i64);
+        match self {
+            Stream::TorchSeed(seed) => tch::manual_seed(*seed),
+            // libtorch reads the bits of the i64 as u64.
+            Stream::Batch(key) => tch::manual_seed(key.hash() as i64),
+            Stream::PerSample(_) => {}
         }
         Draws { stream: self, count: Cell::new(0), _held: held }
     }
@@ -150,6 +153,16 @@ impl Draws<'_> {
     pub fn coin(&self, probability: f64, batch: i64) -> Tensor {
         let tosses = if matches!(self.stream, Stream::PerSample(_)) { batch } else { 1 };
         self.uniform(&[tosses]).lt(probability).expand([batch], false)
+    }
+
+    /// One toss for the batch that leaves libtorch's generator alone, as the specification's host draws do.
+    pub fn host_coin(&self, probability: f64) -> bool {
+        let key = match self.stream {
+            Stream::TorchSeed(seed) => Key::new(*seed as u64, Purpose::FlowMatching),
+            Stream::Batch(key) => *key,
+            Stream::PerSample(keys) => keys[0],
+        };
+        key.unit(u64::MAX) < probability
     }
 
     fn draw(&self, size: &[i64], from_generator: impl Fn(&[i64]) -> Tensor) -> Tensor {

@@ -170,19 +170,31 @@ impl Keys<'_> {
         }
     }
 
-    /// A table that holds one member of a family under its own name: `[optimizer.adamw]`.
+    /// A table that holds nothing but one member of a family: `[optimizer.adamw]`.
     pub fn family<F: Family>(&mut self, name: &str, family: &mut F, doc: &str) {
         let path = self.join(name);
-        let doc = format!("{doc} One of: {}.", F::NAMES.join(", "));
+        match &mut self.mode {
+            Mode::Write(writer) => Keys { mode: Mode::Write(writer), path }.member(family, doc),
+            Mode::Read { reader, table, known } => {
+                known.push(name.into());
+                reader.nested(&mut OnlyMember { family, doc }, table.and_then(|node| node.get(name)), path);
+            }
+        }
+    }
+
+    /// One member of a family as a table of its own name inside this one: `[model.dit]`.
+    pub fn member<F: Family>(&mut self, family: &mut F, doc: &str) {
         match &mut self.mode {
             Mode::Write(writer) => {
-                let path = format!("{path}.{}", family.name());
-                writer.section(&path, &doc);
+                let path = if self.path.is_empty() { family.name().into() } else { format!("{}.{}", self.path, family.name()) };
+                writer.section(&path, &format!("{doc} One of: {}.", F::NAMES.join(", ")));
                 family.settings().visit(&mut Keys { mode: Mode::Write(writer), path });
             }
             Mode::Read { reader, table, known } => {
-                known.push(name.into());
-                reader.family(family, table.and_then(|node| node.get(name)), &path);
+                known.extend(F::NAMES.iter().map(ToString::to_string));
+                if let Some(table) = table {
+                    reader.member(family, table, &self.path);
+                }
             }
         }
     }
@@ -214,6 +226,18 @@ impl Keys<'_> {
 
     fn join(&self, name: &str) -> String {
         if self.path.is_empty() { name.into() } else { format!("{}.{name}", self.path) }
+    }
+}
+
+/// The table of a family that has no keys beside its member.
+struct OnlyMember<'f, F> {
+    family: &'f mut F,
+    doc: &'f str,
+}
+
+impl<F: Family> Settings for OnlyMember<'_, F> {
+    fn visit(&mut self, keys: &mut Keys<'_>) {
+        keys.member(self.family, self.doc);
     }
 }
 

@@ -1,7 +1,7 @@
 //! Reading: walks a settings struct along the tree and collects every problem.
 
 use super::tree::{Leaf, Node, Value};
-use super::{Family, Keys, Mode, Settings, nearest, not_among, problem};
+use super::{Family, Keys, Mode, Settings, nearest, problem};
 use crate::error::ConfigProblem;
 
 pub(super) struct Reader {
@@ -36,23 +36,19 @@ impl Reader {
         }
     }
 
-    pub fn family<F: Family>(&mut self, family: &mut F, node: Option<&Node>, path: &str) {
-        let Some(node) = node else { return };
-        let entries = node.entries();
-        match entries {
-            [(name, member)] => match F::named(name) {
-                Some(default) => {
-                    *family = default;
-                    self.nested(family.settings(), Some(member), format!("{path}.{name}"));
-                }
-                None => self.problems.push(problem(&format!("{path}.{name}"), &member.place, not_among("name", name, F::NAMES))),
-            },
-            _ => {
-                let found: Vec<&str> = entries.iter().map(|(name, _)| name.as_str()).collect();
-                let found = if found.is_empty() { "none".into() } else { found.join(", ") };
-                let what = format!("expected exactly one table, [{path}.<{}>], found {found}", F::NAMES.join("|"));
-                self.problems.push(problem(path, &node.place, what));
+    /// The member that `table` names, if any; the family keeps its default otherwise.
+    pub fn member<F: Family>(&mut self, family: &mut F, table: &Node, path: &str) {
+        let named: Vec<_> = table.entries().iter().filter_map(|(name, node)| Some((name, node, F::named(name)?))).collect();
+        if let [_, (second, node, _), ..] = named.as_slice() {
+            let what = format!("one table too many; choose one of {}", F::NAMES.join(", "));
+            self.problems.push(problem(&format!("{path}.{second}"), &node.place, what));
+        }
+        if let Some((name, node, default)) = named.into_iter().next() {
+            // Settings of the member that is chosen already are kept, so that files and overrides add up.
+            if family.name() != name {
+                *family = default;
             }
+            self.nested(family.settings(), Some(node), format!("{path}.{name}"));
         }
     }
 

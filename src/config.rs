@@ -1,0 +1,251 @@
+//! The whole configuration: one field a room, and what only the whole can know.
+
+use tch::Kind;
+
+use crate::adapter::AdapterChoice;
+use crate::data::DataSettings;
+use crate::error::{ConfigProblem, Error, Result};
+use crate::flow::FlowMatchingSettings;
+use crate::model::Model;
+use crate::optim::OptimizerChoice;
+use crate::optim::lr::LrScheduleChoice;
+use crate::parallel::ParallelSettings;
+use crate::settings::{self, Choice, Keys, Settings};
+use crate::telemetry::LogSettings;
+
+/// The configuration that runs when none is named, embedded in the binary.
+pub const DEFAULT: &str = include_str!("../configs/digits.toml");
+
+/// Name of [`DEFAULT`] in messages.
+pub const DEFAULT_NAME: &str = "configs/digits.toml (embedded)";
+
+/// Kind of the model's computation; master weights and optimizer state are f32 whatever this is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Dtype {
+    #[default]
+    Float32,
+    Bfloat16,
+}
+
+impl Choice for Dtype {
+    const ALL: &'static [(&'static str, Self)] = &[("float32", Dtype::Float32), ("bfloat16", Dtype::Bfloat16)];
+}
+
+impl Dtype {
+    pub fn kind(self) -> Kind {
+        match self {
+            Dtype::Float32 => Kind::Float,
+            Dtype::Bfloat16 => Kind::BFloat16,
+        }
+    }
+}
+
+/// `[model]`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ModelSettings {
+    pub dtype: Dtype,
+    pub family: Model,
+}
+
+impl Settings for ModelSettings {
+    fn visit(&mut self, keys: &mut Keys<'_>) {
+        keys.choice("dtype", &mut self.dtype, "Kind of the computation; master weights and optimizer state stay float32.");
+        keys.member(&mut self.family, "The architecture.");
+    }
+}
+
+/// `[flow_matching]` with its adapter, which lives one room further up.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct FlowSettings {
+    pub flow: FlowMatchingSettings,
+    pub adapter: AdapterChoice,
+}
+
+impl Settings for FlowSettings {
+    fn visit(&mut self, keys: &mut Keys<'_>) {
+        self.flow.visit(keys);
+        keys.named_family("adapter_type", "adapter", &mut self.adapter, "Which model family's inputs are prepared.");
+    }
+}
+
+/// `[train]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TrainSettings {
+    pub global_batch_size: Option<u64>,
+    pub gradient_accumulation_steps: Option<u64>,
+    pub max_grad_norm: f64,
+    pub check_loss: bool,
+}
+
+impl Default for TrainSettings {
+    fn default() -> Self {
+        TrainSettings { global_batch_size: None, gradient_accumulation_steps: None, max_grad_norm: 1.0, check_loss: true }
+    }
+}
+
+impl Settings for TrainSettings {
+    fn visit(&mut self, keys: &mut Keys<'_>) {
+        let accumulation = "Micro-batches of each rank in a step; follows from global_batch_size where that is set, 1 otherwise.";
+        keys.optional_integer("global_batch_size", &mut self.global_batch_size, 1.., "Samples of one optimizer step over all ranks; unset: micro-batch x ranks x accumulation.");
+        keys.optional_integer("gradient_accumulation_steps", &mut self.gradient_accumulation_steps, 1.., accumulation);
+        keys.number("max_grad_norm", &mut self.max_grad_norm, f64::MIN_POSITIVE.., "Gradients are scaled down to this global norm.");
+        keys.flag("check_loss", &mut self.check_loss, "Stop before the update when any rank's loss is not a number or above 100.");
+    }
+}
+
+/// `[checkpoint]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CheckpointSettings {
+    pub every_n_steps: u64,
+    pub keep_last: u64,
+}
+
+impl Default for CheckpointSettings {
+    fn default() -> Self {
+        CheckpointSettings { every_n_steps: 100, keep_last: 2 }
+    }
+}
+
+impl Settings for CheckpointSettings {
+    fn visit(&mut self, keys: &mut Keys<'_>) {
+        keys.integer("every_n_steps", &mut self.every_n_steps, 1.., "Steps between checkpoints; the last step always has one.");
+        keys.integer("keep_last", &mut self.keep_last, 1.., "Newest checkpoints that are kept; older ones go after a newer one is safe.");
+    }
+}
+
+/// `[sampling]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplingSettings {
+    pub num_steps: i64,
+    pub guidance_scale: f64,
+    pub per_condition: i64,
+}
+
+impl Default for SamplingSettings {
+    fn default() -> Self {
+        SamplingSettings { num_steps: 50, guidance_scale: 1.0, per_condition: 10 }
+    }
+}
+
+impl Settings for SamplingSettings {
+    fn visit(&mut self, keys: &mut Keys<'_>) {
+        keys.integer("num_steps", &mut self.num_steps, 1..=10_000, "Euler steps from noise to data.");
+        keys.number("guidance_scale", &mut self.guidance_scale, 0.0..=100.0, "Classifier-free guidance; 1 samples the condition as learned, at half the cost.");
+        keys.integer("per_condition", &mut self.per_condition, 1..=10_000, "Samples generated for each of the dataset's conditions.");
+    }
+}
+
+/// Everything a run is made of.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RunConfig {
+    pub seed: u64,
+    pub max_steps: u64,
+    pub output_dir: String,
+    pub model: ModelSettings,
+    pub flow_matching: FlowSettings,
+    pub data: DataSettings,
+    pub train: TrainSettings,
+    pub optimizer: OptimizerChoice,
+    pub lr_scheduler: LrScheduleChoice,
+    pub parallel: ParallelSettings,
+    pub checkpoint: CheckpointSettings,
+    pub sampling: SamplingSettings,
+    pub log: LogSettings,
+}
+
+impl Default for RunConfig {
+    fn default() -> Self {
+        RunConfig {
+            seed: 42,
+            max_steps: 1000,
+            output_dir: "runs/fm-dist".into(),
+            model: ModelSettings::default(),
+            flow_matching: FlowSettings::default(),
+            data: DataSettings::default(),
+            train: TrainSettings::default(),
+            optimizer: OptimizerChoice::default(),
+            lr_scheduler: LrScheduleChoice::default(),
+            parallel: ParallelSettings::default(),
+            checkpoint: CheckpointSettings::default(),
+            sampling: SamplingSettings::default(),
+            log: LogSettings::default(),
+        }
+    }
+}
+
+impl Settings for RunConfig {
+    fn visit(&mut self, keys: &mut Keys<'_>) {
+        keys.integer("seed", &mut self.seed, 0.., "Everything random follows from this number.");
+        keys.integer("max_steps", &mut self.max_steps, 1.., "Optimizer steps of the whole run, resumed or not.");
+        keys.text("output_dir", &mut self.output_dir, "Run folder; where it holds a run already, a new one gets a number behind its name.");
+        keys.table("model", &mut self.model, "What is trained.");
+        keys.table("flow_matching", &mut self.flow_matching, "Timesteps, noise and loss.");
+        keys.table("data", &mut self.data, "What it is trained on.");
+        keys.table("train", &mut self.train, "An optimizer step.");
+        keys.family("optimizer", &mut self.optimizer, "The update rule.");
+        keys.family("lr_scheduler", &mut self.lr_scheduler, "Learning rate over the run, as a share of the optimizer's lr.");
+        keys.table("parallel", &mut self.parallel, "How ranks share the work.");
+        keys.table("checkpoint", &mut self.checkpoint, "What survives a crash.");
+        keys.table("sampling", &mut self.sampling, "Generated samples: `fm-dist sample`, and the report at the end of a run.");
+        keys.table("log", &mut self.log, "What is said meanwhile.");
+    }
+}
+
+impl RunConfig {
+    /// Reads TOML text with overrides on top of the defaults, and checks the whole.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with every problem.
+    pub fn read(source_name: &str, text: &str, overrides: &[String]) -> Result<Self> {
+        let mut config = RunConfig::default();
+        settings::read(&mut config, source_name, text, overrides)?;
+        let problems = config.problems();
+        if problems.is_empty() { Ok(config) } else { Err(Error::Config { source_name: source_name.into(), problems }) }
+    }
+
+    /// The complete configuration as TOML with one comment line a key.
+    pub fn to_toml(&self) -> String {
+        settings::write(&mut self.clone())
+    }
+
+    /// Micro-batches of each rank in one step.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the global batch cannot be divided, naming the nearest that can.
+    pub fn micro_batches(&self, world_size: usize) -> Result<u64> {
+        let per_round = self.data.micro_batch_size_per_gpu * world_size as u64;
+        let told = self.train.gradient_accumulation_steps;
+        let Some(global) = self.train.global_batch_size else { return Ok(told.unwrap_or(1)) };
+        let one_round = format!("{} x {world_size} ranks = {per_round}", self.data.micro_batch_size_per_gpu);
+        if global % per_round != 0 {
+            let below = global / per_round * per_round;
+            let near = if below == 0 { format!("{per_round}") } else { format!("{below} or {}", below + per_round) };
+            let what = format!("{global} is no multiple of micro_batch_size_per_gpu {one_round}; nearest: {near}");
+            return Err(Error::config("train.global_batch_size", what));
+        }
+        let follows = global / per_round;
+        match told {
+            Some(told) if told != follows => {
+                let what = format!("{told} contradicts global_batch_size {global}: with {one_round} it must be {follows}; leave it out");
+                Err(Error::config("train.gradient_accumulation_steps", what))
+            }
+            _ => Ok(follows),
+        }
+    }
+
+    fn problems(&self) -> Vec<ConfigProblem> {
+        let mut problems = Vec::new();
+        let mut say = |key: &str, what: String| problems.push(ConfigProblem { key: key.into(), place: String::new(), what });
+        let flow = &self.flow_matching.flow;
+        if flow.sigma_min >= flow.sigma_max {
+            say("flow_matching.sigma_min", format!("{} must be below sigma_max = {}", flow.sigma_min, flow.sigma_max));
+        }
+        if self.output_dir.is_empty() {
+            say("output_dir", "must name a folder".into());
+        }
+        if let Err(Error::Config { problems: of_model, .. }) = self.model.family.stages() {
+            problems.extend(of_model);
+        }
+        problems
+    }
+}

@@ -1,0 +1,23 @@
+//! Flow matching: timesteps, noise, target, weights, loss, logs and the way back from noise to data.
+//!
+//! sigma = 0 is data and sigma = 1 is noise; x = (1 − sigma)·latents + sigma·noise; the model predicts noise − latents.
+//! Semantics follow NVIDIA NeMo AutoModel 0.5.0, `components/flow_matching`; better behaviours have names of their own in
+//! [`FlowMatchingSettings`]. Nothing here knows a rank, a model or how gradients travel.
+
+pub mod adapter;
+mod loss_weight;
+mod pipeline;
+pub mod report;
+mod schedule;
+mod settings;
+pub mod solver;
+mod statistics;
+pub mod time_shift;
+pub mod timestep_sampling;
+
+pub use adapter::{FlowMatchingContext, ModelAdapter, TaskType};
+pub use pipeline::{FlowMatchingPipeline, LossValues, StepOptions, StepOutput};
+pub use schedule::LinearInterpolationSchedule;
+pub use settings::{CfgDropout, FlowMatchingSettings, LossWeightingScheme, SigmaWindow};
+pub use statistics::{Moments, Statistics};
+pub use timestep_sampling::{Strata, TimestepSampling};

@@ -1,0 +1,25 @@
+//! The logistic function of a normal: most draws in the middle of the path.
+
+use statrs::distribution::{ContinuousCDF, Normal};
+use tch::Tensor;
+
+use super::Distribution;
+use crate::rng::Draws;
+
+/// Source: Esser et al. 2024, arXiv:2403.03206, section 3.1.
+#[derive(Clone, Copy, Debug)]
+pub struct LogitNormal {
+    pub mean: f64,
+    pub std: f64,
+}
+
+impl Distribution for LogitNormal {
+    fn draw(&self, draws: &Draws<'_>, batch: i64) -> Tensor {
+        draws.normal(self.mean, self.std, &[batch]).sigmoid()
+    }
+
+    fn quantile(&self, p: f64) -> f64 {
+        let normal = self.mean + self.std * Normal::standard().inverse_cdf(p);
+        1.0 / (1.0 + (-normal).exp())
+    }
+}

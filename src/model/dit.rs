@@ -1,0 +1,196 @@
+//! A small diffusion transformer for latents of any even size, conditioned on a sequence of embeddings.
+//!
+//! The prompt's embeddings are averaged over their tokens, so that a class is a prompt of one token and an all-zero prompt
+//! (what classifier-free guidance drops to) means no condition.
+//!
+//! Source: Peebles & Xie 2023, arXiv:2212.09748 (adaLN-Zero); parameter names follow facebookresearch/DiT.
+
+use std::cell::RefCell;
+
+use tch::{Kind, Tensor};
+
+use super::Architecture;
+use crate::error::{Error, Result};
+use crate::nn::attention::SelfAttention;
+use crate::nn::embed::{TimestepEmbedding, grid_positions, patchify, unpatchify};
+use crate::nn::modulation::{Modulation, modulate};
+use crate::nn::norm::layer_norm;
+use crate::nn::{Activations, Builder, Init, Linear, ParamSet, Stage, Views};
+use crate::settings::{Keys, Settings};
+
+/// DiT's epsilon of the layer normalizations.
+const EPSILON: f64 = 1e-6;
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Dit {
+    pub in_channels: i64,
+    pub condition_width: i64,
+    pub patch_size: i64,
+    pub width: i64,
+    pub depth: i64,
+    pub num_heads: i64,
+    pub mlp_ratio: i64,
+}
+
+impl Default for Dit {
+    fn default() -> Self {
+        Dit { in_channels: 1, condition_width: 10, patch_size: 2, width: 128, depth: 4, num_heads: 4, mlp_ratio: 4 }
+    }
+}
+
+impl Settings for Dit {
+    fn visit(&mut self, keys: &mut Keys<'_>) {
+        keys.integer("in_channels", &mut self.in_channels, 1..=4096, "Channels of the latents; must equal the data's.");
+        keys.integer("condition_width", &mut self.condition_width, 1..=65_536, "Last axis of `text_embeddings`; must equal the data's.");
+        keys.integer(
+            "patch_size",
+            &mut self.patch_size,
+            1..=64,
+            "Side of the square patch that becomes one token; divides height and width.",
+        );
+        keys.integer("width", &mut self.width, 4..=65_536, "Model width D; a multiple of 4 and of num_heads.");
+        keys.integer("depth", &mut self.depth, 1..=1024, "Number of transformer blocks, each a stage of its own.");
+        keys.integer("num_heads", &mut self.num_heads, 1..=1024, "Attention heads.");
+        keys.integer("mlp_ratio", &mut self.mlp_ratio, 1..=64, "Hidden width of the feed-forward part as a multiple of `width`.");
+    }
+}
+
+impl Architecture for Dit {
+    fn stages(&self) -> Result<Vec<Box<dyn Stage>>> {
+        if self.width % self.num_heads != 0 || self.width % 4 != 0 {
+            let what = format!("{} must be a multiple of 4 and of num_heads = {}", self.width, self.num_heads);
+            return Err(Error::config("model.dit.width", what));
+        }
+        let mut stages: Vec<Box<dyn Stage>> = vec![Box::new(Embed::new(self))];
+        stages.extend((0..self.depth).map(|index| Box::new(Block::new(self, index)) as Box<dyn Stage>));
+        stages.push(Box::new(Head::new(self)));
+        Ok(stages)
+    }
+}
+
+/// Latents to tokens, timestep and condition to one vector.
+struct Embed {
+    params: ParamSet,
+    patch_size: i64,
+    width: i64,
+    patches: Linear,
+    timestep: TimestepEmbedding,
+    condition: Linear,
+    /// Position table of the grid seen last: rows and columns, `[L, D]`.
+    positions: RefCell<Option<((i64, i64), Tensor)>>,
+}
+
+impl Embed {
+    fn new(model: &Dit) -> Self {
+        let mut params = ParamSet::new("embed");
+        let mut builder = Builder::new(&mut params, "");
+        let features = model.in_channels * model.patch_size * model.patch_size;
+        let xavier = Init::Xavier { fan_in: features, fan_out: model.width };
+        let patches = Linear::new(&mut builder.at("x_embedder.proj"), features, model.width, xavier);
+        let timestep = TimestepEmbedding::new(&mut builder.at("t_embedder"), model.width);
+        // A one-hot prompt makes this a table of class embeddings, which DiT begins at normal(0.02).
+        let condition = Linear::without_bias(&mut builder.at("y_embedder"), model.condition_width, model.width, Init::Normal { std: 0.02 });
+        Embed { params, patch_size: model.patch_size, width: model.width, patches, timestep, condition, positions: RefCell::new(None) }
+    }
+
+    fn positions(&self, latents: &Tensor) -> Tensor {
+        let size = latents.size();
+        let grid = (size[2] / self.patch_size, size[3] / self.patch_size);
+        let mut cached = self.positions.borrow_mut();
+        match &*cached {
+            Some((known, table)) if *known == grid => table.shallow_clone(),
+            _ => {
+                let table = grid_positions(grid.0, grid.1, self.width, latents.device()).to_kind(latents.kind());
+                *cached = Some((grid, table.shallow_clone()));
+                table
+            }
+        }
+    }
+}
+
+impl Stage for Embed {
+    fn params(&self) -> &ParamSet {
+        &self.params
+    }
+
+    fn forward(&self, params: &Views, input: &Activations) -> Activations {
+        let latents = input.get("hidden_states");
+        let hidden = self.patches.forward(params, &patchify(latents, self.patch_size)) + self.positions(latents);
+        let prompt = input.get("encoder_hidden_states").mean_dim([1i64].as_slice(), false, None::<Kind>);
+        let timestep = self.timestep.forward(params, input.get("timestep"), latents.kind());
+        Activations::new().with("hidden", hidden).with("conditioning", timestep + self.condition.forward(params, &prompt))
+    }
+}
+
+/// Attention and feed-forward, each behind modulation and a gate.
+struct Block {
+    params: ParamSet,
+    attention: SelfAttention,
+    expand: Linear,
+    contract: Linear,
+    modulation: Modulation,
+}
+
+impl Block {
+    fn new(model: &Dit, index: i64) -> Self {
+        let name = format!("blocks.{index}");
+        let mut params = ParamSet::new(&name);
+        let mut builder = Builder::new(&mut params, &name);
+        let hidden = model.mlp_ratio * model.width;
+        let xavier = Init::Xavier { fan_in: model.width, fan_out: hidden };
+        let attention = SelfAttention::new(&mut builder.at("attn"), model.width, model.num_heads);
+        let expand = Linear::new(&mut builder.at("mlp.fc1"), model.width, hidden, xavier);
+        let contract = Linear::new(&mut builder.at("mlp.fc2"), hidden, model.width, xavier);
+        let modulation = Modulation::new(&mut builder.at("adaLN_modulation.1"), model.width, 6);
+        Block { params, attention, expand, contract, modulation }
+    }
+}
+
+impl Stage for Block {
+    fn params(&self) -> &ParamSet {
+        &self.params
+    }
+
+    fn forward(&self, params: &Views, input: &Activations) -> Activations {
+        let (hidden, conditioning) = (input.get("hidden"), input.get("conditioning"));
+        let [shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp] =
+            self.modulation.forward(params, conditioning).try_into().expect("six parts");
+        let attended = self.attention.forward(params, &modulate(&layer_norm(hidden, EPSILON), &shift_attention, &scale_attention));
+        let hidden = hidden.addcmul(&gate_attention, &attended);
+        let expanded = self.expand.forward(params, &modulate(&layer_norm(&hidden, EPSILON), &shift_mlp, &scale_mlp)).gelu("tanh");
+        let hidden = hidden.addcmul(&gate_mlp, &self.contract.forward(params, &expanded));
+        Activations::new().with("hidden", hidden).with("conditioning", conditioning.shallow_clone())
+    }
+}
+
+/// Tokens back to latents.
+struct Head {
+    params: ParamSet,
+    patch_size: i64,
+    linear: Linear,
+    modulation: Modulation,
+}
+
+impl Head {
+    fn new(model: &Dit) -> Self {
+        let mut params = ParamSet::new("final_layer");
+        let mut builder = Builder::new(&mut params, "final_layer");
+        let features = model.in_channels * model.patch_size * model.patch_size;
+        let linear = Linear::new(&mut builder.at("linear"), model.width, features, Init::Zeros);
+        let modulation = Modulation::new(&mut builder.at("adaLN_modulation.1"), model.width, 2);
+        Head { params, patch_size: model.patch_size, linear, modulation }
+    }
+}
+
+impl Stage for Head {
+    fn params(&self) -> &ParamSet {
+        &self.params
+    }
+
+    fn forward(&self, params: &Views, input: &Activations) -> Activations {
+        let [shift, scale] = self.modulation.forward(params, input.get("conditioning")).try_into().expect("two parts");
+        let tokens = self.linear.forward(params, &modulate(&layer_norm(input.get("hidden"), EPSILON), &shift, &scale));
+        let size = input.get("hidden_states").size();
+        Activations::new().with("prediction", unpatchify(&tokens, self.patch_size, size[2], size[3]))
+    }
+}

@@ -1,0 +1,80 @@
+//! What crosses a stage boundary.
+
+use tch::Tensor;
+
+/// Named tensors in a fixed order. Constants (ids, tables, masks, the model's inputs) carry no gradient.
+#[derive(Debug, Default)]
+pub struct Activations {
+    entries: Vec<Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    name: &'static str,
+    tensor: Tensor,
+    constant: bool,
+}
+
+impl Activations {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a tensor through which gradients flow.
+    pub fn with(mut self, name: &'static str, tensor: Tensor) -> Self {
+        self.entries.push(Entry { name, tensor, constant: false });
+        self
+    }
+
+    /// Adds a tensor that no gradient enters.
+    pub fn with_constant(mut self, name: &'static str, tensor: Tensor) -> Self {
+        self.entries.push(Entry { name, tensor, constant: true });
+        self
+    }
+
+    pub fn find(&self, name: &str) -> Option<&Tensor> {
+        self.entries.iter().find(|entry| entry.name == name).map(|entry| &entry.tensor)
+    }
+
+    /// # Panics
+    /// If there is no such activation (a stage behind the wrong stage).
+    pub fn get(&self, name: &str) -> &Tensor {
+        self.find(name).unwrap_or_else(|| panic!("no activation `{name}` among {:?}", self.names()))
+    }
+
+    pub fn names(&self) -> Vec<&'static str> {
+        self.entries.iter().map(|entry| entry.name).collect()
+    }
+
+    /// The tensors that gradients flow through, with their names, in order.
+    pub fn flowing(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
+        self.entries.iter().filter(|entry| !entry.constant).map(|entry| (entry.name, &entry.tensor))
+    }
+
+    /// Adds the constants of `earlier` that are not among these activations.
+    pub fn carrying_constants_of(mut self, earlier: &Activations) -> Self {
+        for entry in earlier.entries.iter().filter(|entry| entry.constant) {
+            if self.find(entry.name).is_none() {
+                self = self.with_constant(entry.name, entry.tensor.shallow_clone());
+            }
+        }
+        self
+    }
+
+    /// The same tensors, graphs and all, under a second owner.
+    pub fn alias(&self) -> Self {
+        let alias = |entry: &Entry| Entry { name: entry.name, tensor: entry.tensor.shallow_clone(), constant: entry.constant };
+        Activations { entries: self.entries.iter().map(alias).collect() }
+    }
+
+    /// Fresh leaves over the same storage: where one stage's graph ends and the next begins.
+    ///
+    /// Without `gradients` everything becomes constant: nothing trainable lies before this boundary.
+    pub fn leaves(&self, gradients: bool) -> Self {
+        let leaf = |entry: &Entry| {
+            let constant = entry.constant || !gradients;
+            Entry { name: entry.name, tensor: entry.tensor.detach().set_requires_grad(!constant), constant }
+        };
+        Activations { entries: self.entries.iter().map(leaf).collect() }
+    }
+}

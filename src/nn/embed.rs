@@ -1,0 +1,99 @@
+//! Numbers and places as vectors; latents as tokens and back.
+
+use tch::{Device, Kind, Tensor};
+
+use super::{Builder, Init, Linear, Views};
+
+/// Cosines and sines of `positions` at geometrically falling frequencies.
+///
+/// # Shapes
+/// `positions`: `[P]`. Returns `[P, width]` f32: cosines in the first half, sines in the second.
+///
+/// Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.5, halves instead of interleaved.
+pub fn sinusoidal(positions: &Tensor, width: i64, max_period: f64) -> Tensor {
+    let half = width / 2;
+    let exponents = Tensor::arange(half, (Kind::Float, positions.device())) * (-max_period.ln() / half as f64);
+    let angles = positions.to_kind(Kind::Float).unsqueeze(1) * exponents.exp().unsqueeze(0);
+    Tensor::cat(&[angles.cos(), angles.sin()], 1)
+}
+
+/// A fixed vector for each place of a grid: one half of the width for the row, the other for the column.
+///
+/// Returns `[rows · columns, width]` f32, row by row.
+pub fn grid_positions(rows: i64, columns: i64, width: i64, device: Device) -> Tensor {
+    let axis = |length| sinusoidal(&Tensor::arange(length, (Kind::Float, device)), width / 2, 10_000.0);
+    let row_part = axis(rows).unsqueeze(1).expand([rows, columns, -1], false);
+    let column_part = axis(columns).unsqueeze(0).expand([rows, columns, -1], false);
+    Tensor::cat(&[row_part, column_part], -1).reshape([rows * columns, -1])
+}
+
+/// Two linear maps with SiLU between, over a sinusoidal embedding of the timestep.
+#[derive(Clone, Copy, Debug)]
+pub struct TimestepEmbedding {
+    input: Linear,
+    output: Linear,
+}
+
+/// Width of the sinusoidal embedding before the linear maps, DiT's.
+const FREQUENCIES: i64 = 256;
+
+impl TimestepEmbedding {
+    pub fn new(builder: &mut Builder<'_>, width: i64) -> Self {
+        // DiT begins both at normal(0.02).
+        let init = Init::Normal { std: 0.02 };
+        TimestepEmbedding {
+            input: Linear::new(&mut builder.at("mlp.0"), FREQUENCIES, width, init),
+            output: Linear::new(&mut builder.at("mlp.2"), width, width, init),
+        }
+    }
+
+    /// # Shapes
+    /// `timesteps`: `[B]` in `[0, 1000]`. Returns `[B, D]` of `kind`.
+    pub fn forward(&self, params: &Views, timesteps: &Tensor, kind: Kind) -> Tensor {
+        let frequencies = sinusoidal(timesteps, FREQUENCIES, 10_000.0).to_kind(kind);
+        self.output.forward(params, &self.input.forward(params, &frequencies).silu())
+    }
+}
+
+/// Latents cut into square patches, one token a patch.
+///
+/// # Shapes
+/// `latents`: `[B, C, H, W]`, `H` and `W` multiples of `patch`. Returns `[B, H/patch · W/patch, C · patch²]`, features in the
+/// order channel, row, column.
+pub fn patchify(latents: &Tensor, patch: i64) -> Tensor {
+    let (batch, channels, height, width) = latents.size4().expect("[B, C, H, W]");
+    let (rows, columns) = (height / patch, width / patch);
+    let cut = latents.reshape([batch, channels, rows, patch, columns, patch]);
+    cut.permute([0, 2, 4, 1, 3, 5]).reshape([batch, rows * columns, channels * patch * patch])
+}
+
+/// Inverse of [`patchify`] for latents of `height` and `width`.
+pub fn unpatchify(tokens: &Tensor, patch: i64, height: i64, width: i64) -> Tensor {
+    let (batch, _, features) = tokens.size3().expect("[B, L, C·patch²]");
+    let channels = features / (patch * patch);
+    let cut = tokens.reshape([batch, height / patch, width / patch, channels, patch, patch]);
+    cut.permute([0, 3, 1, 4, 2, 5]).reshape([batch, channels, height, width])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unpatchify_undoes_patchify() {
+        let latents = Tensor::arange(2 * 3 * 4 * 6, (Kind::Double, Device::Cpu)).view([2, 3, 4, 6]);
+        let tokens = patchify(&latents, 2);
+        assert_eq!(tokens.size(), [2, 6, 12]);
+        // Token (row 1, column 2), feature (channel 1, y 1, x 0).
+        assert!(tokens.get(0).get(5).get(6).equal(&latents.get(0).get(1).get(3).get(4)));
+        assert!(unpatchify(&tokens, 2, 4, 6).equal(&latents));
+    }
+
+    #[test]
+    fn every_place_of_a_grid_has_a_vector_of_its_own() {
+        let places = grid_positions(4, 5, 16, Device::Cpu);
+        assert_eq!(places.size(), [20, 16]);
+        let distances = Tensor::cdist(&places, &places, 2.0, None) + Tensor::eye(20, (Kind::Float, Device::Cpu));
+        assert!(distances.min().double_value(&[]) > 0.1);
+    }
+}

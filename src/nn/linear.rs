@@ -1,0 +1,30 @@
+//! Affine map.
+
+use tch::Tensor;
+
+use super::{Builder, Init, Param, Views};
+
+/// `x · weightᵀ + bias`.
+#[derive(Clone, Copy, Debug)]
+pub struct Linear {
+    weight: Param,
+    bias: Option<Param>,
+}
+
+impl Linear {
+    /// Weight `[outputs, inputs]` begun as told, bias `[outputs]` begun at zero.
+    pub fn new(builder: &mut Builder<'_>, inputs: i64, outputs: i64, init: Init) -> Self {
+        let weight = builder.param("weight", &[outputs, inputs], init);
+        Linear { weight, bias: Some(builder.param("bias", &[outputs], Init::Zeros)) }
+    }
+
+    pub fn without_bias(builder: &mut Builder<'_>, inputs: i64, outputs: i64, init: Init) -> Self {
+        Linear { weight: builder.param("weight", &[outputs, inputs], init), bias: None }
+    }
+
+    /// # Shapes
+    /// `x`: `[…, inputs]`. Returns `[…, outputs]`.
+    pub fn forward(&self, params: &Views, x: &Tensor) -> Tensor {
+        x.linear(&params[self.weight], self.bias.map(|bias| &params[bias]))
+    }
+}

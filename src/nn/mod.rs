@@ -1,0 +1,24 @@
+//! Parts that models are made of, on one device and without state: parameters come in as views, activations go through.
+
+mod activations;
+pub mod attention;
+pub mod embed;
+mod linear;
+pub mod modulation;
+pub mod norm;
+mod params;
+
+pub use activations::Activations;
+pub use linear::Linear;
+pub use params::{Builder, Init, Param, ParamInfo, ParamSet, Views};
+
+/// One cut of a model: a pure function from its parameters and the activations before it to those after it.
+///
+/// A stage holds no tensor of its own, so that a model of any size can be described, counted and laid out without memory.
+pub trait Stage: Send {
+    /// Names, shapes and initialization of the parameters, in their order in the flat buffer.
+    fn params(&self) -> &ParamSet;
+
+    /// Activations after this stage. Constants of `input` stay visible to later stages without being returned.
+    fn forward(&self, params: &Views, input: &Activations) -> Activations;
+}

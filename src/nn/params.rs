@@ -1,0 +1,212 @@
+//! A stage's parameters: names, shapes and how they begin, laid out one after another in one flat buffer.
+
+use std::ops::Index;
+
+use tch::{Kind, Tensor, no_grad};
+
+use crate::rng::Key;
+
+/// How a parameter begins.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Init {
+    Zeros,
+    Ones,
+    Normal {
+        std: f64,
+    },
+    /// Uniform within ±1/sqrt(fan_in), PyTorch's default for linear layers.
+    FanIn {
+        fan_in: i64,
+    },
+    /// Uniform within ±sqrt(6 / (fan_in + fan_out)). Source: Glorot & Bengio 2010.
+    Xavier {
+        fan_in: i64,
+        fan_out: i64,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct ParamInfo {
+    /// Full name, e.g. `blocks.0.attn.qkv.weight`.
+    pub name: String,
+    pub shape: Vec<i64>,
+    pub init: Init,
+}
+
+impl ParamInfo {
+    pub fn numel(&self) -> i64 {
+        self.shape.iter().product()
+    }
+
+    /// Whether weight decay applies: to matrices and kernels, not to biases, norms and tables of one axis.
+    pub fn decays(&self) -> bool {
+        self.shape.len() > 1
+    }
+}
+
+/// Handle of one parameter within its stage.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Param(usize);
+
+/// The parameters of one stage, in the order in which they were built.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ParamSet {
+    stage: String,
+    infos: Vec<ParamInfo>,
+}
+
+impl ParamSet {
+    /// An empty set for the stage of that name (as messages show it).
+    pub fn new(stage: &str) -> Self {
+        ParamSet { stage: stage.into(), infos: Vec::new() }
+    }
+
+    pub fn stage(&self) -> &str {
+        &self.stage
+    }
+
+    pub fn infos(&self) -> &[ParamInfo] {
+        &self.infos
+    }
+
+    /// Elements of the flat buffer.
+    pub fn numel(&self) -> i64 {
+        self.infos.iter().map(ParamInfo::numel).sum()
+    }
+
+    /// Runs `(offset, length)` of the flat buffer that weight decay applies to; neighbours are joined.
+    pub fn decayed_runs(&self) -> Vec<(i64, i64)> {
+        let mut runs: Vec<(i64, i64)> = Vec::new();
+        let mut offset = 0;
+        for info in &self.infos {
+            match runs.last_mut() {
+                Some((start, length)) if info.decays() && *start + *length == offset => *length += info.numel(),
+                _ if info.decays() => runs.push((offset, info.numel())),
+                _ => {}
+            }
+            offset += info.numel();
+        }
+        runs
+    }
+
+    /// The flat buffer `[P]` as one view a parameter. Gradients of the views come back as one contiguous `[P]`.
+    pub fn split(&self, flat: &Tensor) -> Views {
+        let sizes: Vec<i64> = self.infos.iter().map(ParamInfo::numel).collect();
+        if sizes.is_empty() {
+            return Views(Vec::new());
+        }
+        let pieces = flat.split_with_sizes(sizes, 0);
+        Views(pieces.iter().zip(&self.infos).map(|(piece, info)| piece.view(info.shape.as_slice())).collect())
+    }
+
+    /// Fills `flat` `[P]` f32 with the parameters' beginnings; each has its own stream, so that adding a parameter does not
+    /// change the others.
+    pub fn initialize(&self, flat: &Tensor, key: Key) {
+        no_grad(|| {
+            for (mut view, info) in self.split(flat).0.into_iter().zip(&self.infos) {
+                // Drawn in f32 and rounded by the copy, whatever the kind of the buffer.
+                let fresh = view.empty_like().to_kind(Kind::Float);
+                view.copy_(&key.named(&info.name).seeded(|| info.init.draw(fresh)));
+            }
+        });
+    }
+}
+
+impl Init {
+    fn draw(self, mut tensor: Tensor) -> Tensor {
+        let uniform = |mut tensor: Tensor, bound: f64| tensor.uniform_(-bound, bound);
+        match self {
+            Init::Zeros => tensor.zero_(),
+            Init::Ones => tensor.fill_(1.0),
+            Init::Normal { std } => tensor.normal_(0.0, std),
+            Init::FanIn { fan_in } => uniform(tensor, 1.0 / (fan_in as f64).sqrt()),
+            Init::Xavier { fan_in, fan_out } => uniform(tensor, (6.0 / (fan_in + fan_out) as f64).sqrt()),
+        }
+    }
+}
+
+/// One tensor a parameter, in the set's order.
+#[derive(Debug)]
+pub struct Views(Vec<Tensor>);
+
+impl Views {
+    pub fn iter(&self) -> impl Iterator<Item = &Tensor> {
+        self.0.iter()
+    }
+}
+
+impl Index<Param> for Views {
+    type Output = Tensor;
+
+    fn index(&self, param: Param) -> &Tensor {
+        &self.0[param.0]
+    }
+}
+
+/// Gives parameters their names while a model is put together.
+#[derive(Debug)]
+pub struct Builder<'a> {
+    set: &'a mut ParamSet,
+    prefix: String,
+}
+
+impl<'a> Builder<'a> {
+    /// All names begin with `prefix`.
+    pub fn new(set: &'a mut ParamSet, prefix: &str) -> Self {
+        Builder { set, prefix: prefix.into() }
+    }
+
+    /// The builder for a part of this one: `blocks.0` at `attn` is `blocks.0.attn`.
+    pub fn at(&mut self, part: &str) -> Builder<'_> {
+        let prefix = self.join(part);
+        Builder { set: self.set, prefix }
+    }
+
+    pub fn param(&mut self, name: &str, shape: &[i64], init: Init) -> Param {
+        let name = self.join(name);
+        self.set.infos.push(ParamInfo { name, shape: shape.to_vec(), init });
+        Param(self.set.infos.len() - 1)
+    }
+
+    fn join(&self, name: &str) -> String {
+        if self.prefix.is_empty() { name.into() } else { format!("{}.{name}", self.prefix) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+    use crate::rng::Purpose;
+
+    fn set(names: &[&str]) -> ParamSet {
+        let mut set = ParamSet::new("block");
+        let mut builder = Builder::new(&mut set, "block");
+        for name in names {
+            builder.at("part").param(name, &[2, 3], Init::Normal { std: 1.0 });
+        }
+        set
+    }
+
+    #[test]
+    fn views_share_the_flat_storage_and_names_are_joined() {
+        let set = set(&["a", "b"]);
+        let flat = Tensor::arange(12, (Kind::Float, Device::Cpu));
+        let views = set.split(&flat);
+        assert_eq!(views[Param(1)].double_value(&[0, 0]), 6.0);
+        assert_eq!(set.infos()[1].name, "block.part.b");
+    }
+
+    #[test]
+    fn a_parameter_begins_alike_whatever_stands_beside_it() {
+        let key = Key::new(5, Purpose::Initialization);
+        let begin = |set: &ParamSet| {
+            let flat = Tensor::zeros([set.numel()], (Kind::Float, Device::Cpu));
+            set.initialize(&flat, key);
+            flat
+        };
+        let (alone, beside) = (begin(&set(&["b"])), begin(&set(&["a", "b"])));
+        assert!(alone.equal(&beside.narrow(0, 6, 6)));
+    }
+}

@@ -1,0 +1,33 @@
+//! Gradient clipping by the global norm.
+
+use tch::{Kind, Tensor, no_grad};
+
+/// Root of the sum of squares over all gradients, a f32 scalar on their device; zero without gradients.
+pub fn global_norm<'t>(gradients: impl Iterator<Item = &'t Tensor>) -> Tensor {
+    let norms: Vec<Tensor> = gradients.map(|gradient| gradient.norm()).collect();
+    if norms.is_empty() {
+        return Tensor::zeros([], (Kind::Float, tch::Device::Cpu));
+    }
+    Tensor::stack(&norms, 0).norm()
+}
+
+/// Factor that brings a gradient of `norm` down to `max_norm`, 1 where it is below; without a host synchronization.
+///
+/// Source: `torch.nn.utils.clip_grad_norm_`, with its 1e-6 against division by zero.
+pub fn coefficient(norm: &Tensor, max_norm: f64) -> Tensor {
+    no_grad(|| ((norm + 1e-6).reciprocal() * max_norm).clamp_max(1.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_gradient_comes_down_to_the_bound_and_a_short_one_stays() {
+        let gradients = [Tensor::from_slice(&[3.0f32, 0.0]), Tensor::from_slice(&[4.0f32])];
+        let norm = global_norm(gradients.iter());
+        assert!((norm.double_value(&[]) - 5.0).abs() < 1e-6);
+        assert!((coefficient(&norm, 1.0).double_value(&[]) - 0.2).abs() < 1e-6);
+        assert_eq!(coefficient(&norm, 10.0).double_value(&[]), 1.0);
+    }
+}

@@ -1,0 +1,93 @@
+//! Learning-rate schedules: pure functions of the step, so that a resume has nothing to restore.
+
+mod constant;
+mod cosine;
+mod linear;
+mod wsd;
+
+pub use constant::Constant;
+pub use cosine::Cosine;
+pub use linear::Linear;
+pub use wsd::WarmupStableDecay;
+
+use crate::registry::registry;
+use crate::settings::{Keys, Settings};
+
+/// A schedule scales the optimizer's peak learning rate.
+pub trait LrSchedule {
+    /// Factor for optimizer step `step`, which counts from 1 to `max_steps`.
+    fn factor(&self, step: u64, max_steps: u64) -> f64;
+}
+
+registry! {
+    /// `[lr_scheduler.<name>]`: one file, one line a schedule.
+    pub enum LrScheduleChoice: LrSchedule {
+        "constant" => Constant(Constant),
+        "linear" => Linear(Linear),
+        "cosine" => Cosine(Cosine),
+        "wsd" => WarmupStableDecay(WarmupStableDecay),
+    }
+}
+
+/// What the decaying schedules share: a rise, then a fall whose shape is theirs.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct RiseAndFall {
+    warmup_steps: u64,
+    min_factor: f64,
+}
+
+impl Settings for RiseAndFall {
+    fn visit(&mut self, keys: &mut Keys<'_>) {
+        visit_warmup(keys, &mut self.warmup_steps);
+        keys.number("min_factor", &mut self.min_factor, 0.0..=1.0, "Share of the peak that is left at the last step.");
+    }
+}
+
+impl RiseAndFall {
+    /// Factor at `step`, where `remaining` maps the fall's progress in `[0, 1]` to what is left above the floor, 1 to 0.
+    fn factor(&self, step: u64, max_steps: u64, remaining: impl Fn(f64) -> f64) -> f64 {
+        warmup(step, self.warmup_steps).unwrap_or_else(|| {
+            // The first step after the warm-up stands at the peak, also without a warm-up.
+            let progress = progress(step, self.warmup_steps.max(1), max_steps);
+            self.min_factor + (1.0 - self.min_factor) * remaining(progress)
+        })
+    }
+}
+
+fn visit_warmup(keys: &mut Keys<'_>, warmup_steps: &mut u64) {
+    keys.integer("warmup_steps", warmup_steps, 0.., "Steps of linear rise to the peak.");
+}
+
+/// Linear rise from 1/`steps` to 1 over the first `steps` steps, then none.
+fn warmup(step: u64, steps: u64) -> Option<f64> {
+    (step <= steps).then(|| step as f64 / steps as f64)
+}
+
+/// How far `step` is between `from` and `to`, within `[0, 1]`.
+fn progress(step: u64, from: u64, to: u64) -> f64 {
+    if to <= from { 1.0 } else { (step.saturating_sub(from) as f64 / (to - from) as f64).clamp(0.0, 1.0) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::settings::Family;
+
+    #[test]
+    fn every_schedule_rises_to_its_peak_and_never_leaves_zero_to_one() {
+        for name in LrScheduleChoice::NAMES {
+            let schedule = LrScheduleChoice::named(name).expect("a registered name");
+            let factors: Vec<f64> = (1..=200).map(|step| schedule.factor(step, 200)).collect();
+            assert!(factors.iter().all(|factor| (0.0..=1.0).contains(factor)), "{name}: {factors:?}");
+            assert!(factors.contains(&1.0), "{name} reaches its peak");
+        }
+    }
+
+    #[test]
+    fn decaying_schedules_end_at_their_floor() {
+        for name in ["linear", "cosine", "wsd"] {
+            let schedule = LrScheduleChoice::named(name).expect("a registered name");
+            assert!((schedule.factor(200, 200) - 0.0).abs() < 1e-12, "{name}");
+        }
+    }
+}

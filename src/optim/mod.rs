@@ -1,0 +1,42 @@
+//! Optimizers over flat slices, gradient clipping, learning-rate schedules. Nothing here knows a rank.
+
+mod adamw;
+pub mod clip;
+pub mod lr;
+
+pub use adamw::AdamW;
+
+use tch::Tensor;
+
+use crate::registry::registry;
+
+/// A slice of flat parameters with what one update needs.
+pub struct Slice<'a> {
+    /// `[P]` f32, changed in place.
+    pub params: &'a mut Tensor,
+    /// `[P]` f32.
+    pub gradient: &'a Tensor,
+    /// The optimizer's tensors in the order of [`Optimizer::state_names`], each `[P]` f32, changed in place.
+    pub state: &'a mut [Tensor],
+    /// Runs `(offset, length)` of the slice that weight decay applies to.
+    pub decayed: &'a [(i64, i64)],
+}
+
+/// An update rule. Its state lives with whoever owns the slices; the rule itself is settings only.
+pub trait Optimizer {
+    /// Peak learning rate, which the schedule scales.
+    fn lr(&self) -> f64;
+
+    /// Names of the state tensors, as a checkpoint spells them.
+    fn state_names(&self) -> &'static [&'static str];
+
+    /// One update; `step` counts from 1.
+    fn update(&self, slice: Slice<'_>, lr: f64, step: u64);
+}
+
+registry! {
+    /// `[optimizer.<name>]`: one file, one line an optimizer.
+    pub enum OptimizerChoice: Optimizer {
+        "adamw" => AdamW(AdamW),
+    }
+}

@@ -1,0 +1,41 @@
+//! One stage's vector-Jacobian product. The only call of `run_backward` in the crate.
+
+use tch::Tensor;
+
+use crate::nn::Activations;
+
+/// Gradient of a scalar `loss` with respect to each flowing tensor of `output`, the loss's only inputs.
+pub fn loss_backward(loss: &Tensor, output: &Activations) -> Vec<Tensor> {
+    let inputs: Vec<&Tensor> = output.flowing().map(|(_, tensor)| tensor).collect();
+    if inputs.is_empty() {
+        return Vec::new();
+    }
+    Tensor::run_backward(&[loss], &inputs, false, false)
+}
+
+/// Gradient of the stage's flat parameters, where they are trained, and of its flowing inputs, given those of its outputs.
+///
+/// # Shapes
+/// `flat`: the stage's leaf `[P]`; the gradient has its kind. `grad_output`: one tensor for each flowing output, undefined
+/// where nothing downstream used it.
+pub fn stage_backward(
+    flat: Option<&Tensor>,
+    input: &Activations,
+    output: &Activations,
+    grad_output: &[Tensor],
+) -> (Option<Tensor>, Vec<Tensor>) {
+    // libtorch seeds every root with ones, so the roots are the products <output, grad_output>.
+    let pairs = output.flowing().zip(grad_output).filter(|(_, gradient)| gradient.defined());
+    let roots: Vec<Tensor> = pairs.map(|((_, value), gradient)| value * gradient).collect();
+    let inputs: Vec<&Tensor> = flat.into_iter().chain(input.flowing().map(|(_, tensor)| tensor)).collect();
+    if roots.is_empty() || inputs.is_empty() {
+        // Nothing downstream used this stage, or nothing before it is trained.
+        let undefined = input.flowing().map(|_| Tensor::new()).collect();
+        return (flat.map(Tensor::zeros_like), undefined);
+    }
+    let mut gradients = Tensor::run_backward(&roots, &inputs, false, false);
+    let grad_input = gradients.split_off(usize::from(flat.is_some()));
+    // A leaf that the graph did not reach still gets a gradient, so that all ranks issue the same collectives.
+    let grad_flat = flat.map(|flat| gradients.pop().filter(Tensor::defined).unwrap_or_else(|| flat.zeros_like()));
+    (grad_flat, grad_input)
+}
