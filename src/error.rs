@@ -49,8 +49,8 @@ pub enum Error {
     Collective { backend: &'static str, operation: &'static str, what: String },
     /// A number that must be finite is not, or the loss exploded.
     NotFinite { step: u64, what: String },
-    /// Another rank failed first and has said why.
-    Peer { what: String },
+    /// Another rank failed first, with exit code `code`, and has said why.
+    Peer { code: i32, what: String },
     /// Launcher, libraries or devices are not as needed.
     Environment { what: String },
 }
@@ -95,10 +95,10 @@ impl Error {
         }
     }
 
-    /// Process exit code: below 40 a retry may help, from 40 on it will not.
+    /// Process exit code, a peer's being that of its cause: below 40 a retry may help, from 40 on it will not.
     pub fn exit_code(&self) -> i32 {
         match self {
-            Error::Peer { .. } => 20,
+            Error::Peer { code, .. } => *code,
             Error::Collective { .. } => 22,
             Error::Storage { .. } => 30,
             Error::Data { .. } => 40,
@@ -125,7 +125,7 @@ impl fmt::Display for Error {
             Error::Storage { path, operation, source } => write!(f, "cannot {operation} {}: {source}", path.display()),
             Error::Collective { backend, operation, what } => write!(f, "{backend} {operation}: {what}"),
             Error::NotFinite { step, what } => write!(f, "step {step}: {what}"),
-            Error::Peer { what } | Error::Environment { what } => f.write_str(what),
+            Error::Peer { what, .. } | Error::Environment { what } => f.write_str(what),
         }
     }
 }
@@ -150,7 +150,7 @@ mod tests {
 
     #[test]
     fn a_retry_is_worth_it_only_below_code_forty() {
-        let retry = [Error::Peer { what: String::new() }, Error::storage("x", "write")(std::io::Error::other("disk"))];
+        let retry = [Error::Collective { backend: "mpi", operation: "barrier", what: String::new() }, Error::storage("x", "write")(std::io::Error::other("disk"))];
         let hold = [Error::config("a", "b"), Error::data("x", "y"), Error::environment("z")];
         assert!(retry.iter().all(|e| e.exit_code() < 40));
         assert!(hold.iter().all(|e| e.exit_code() >= 40));

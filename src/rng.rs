@@ -77,6 +77,15 @@ impl Key {
         ((u128::from(mix(self.hash() ^ mix(index))) * u128::from(bound)) >> 64) as u64
     }
 
+    /// The numbers below `count` in random order (Fisher–Yates). Host only.
+    pub fn permutation(&self, count: u64) -> Vec<u64> {
+        let mut order: Vec<u64> = (0..count).collect();
+        for last in (1..order.len()).rev() {
+            order.swap(last, self.below(last as u64, last as u64 + 1) as usize);
+        }
+        order
+    }
+
     /// Uniform number in `[0, 1)` with 53 random bits. Host only.
     pub fn unit(&self, index: u64) -> f64 {
         (mix(self.hash() ^ mix(index)) >> 11) as f64 / (1u64 << 53) as f64

@@ -16,8 +16,8 @@ pub mod time_shift;
 pub mod timestep_sampling;
 
 pub use adapter::{FlowMatchingContext, ModelAdapter, TaskType};
-pub use pipeline::{FlowMatchingPipeline, LossValues, StepOptions, StepOutput};
+pub use pipeline::{FlowMatchingPipeline, LossValues, StepOptions, StepOutput, check_loss};
 pub use schedule::LinearInterpolationSchedule;
 pub use settings::{CfgDropout, FlowMatchingSettings, LossWeightingScheme, SigmaWindow};
-pub use statistics::{Moments, Statistics};
+pub use statistics::{Moments, SIGMA_BINS, Statistics};
 pub use timestep_sampling::{Strata, TimestepSampling};

@@ -1,0 +1,112 @@
+//! One line of `metrics.jsonl`.
+
+use serde::Serialize;
+
+use super::step::Update;
+use crate::flow::report::StepFacts;
+
+/// Where a run stands after a step.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress {
+    pub step: u64,
+    pub epoch: u64,
+    pub samples_seen: u64,
+    pub step_seconds: f64,
+    pub samples_per_second: Option<f64>,
+    pub peak_memory_bytes: Option<u64>,
+}
+
+/// A step's numbers over all ranks, as the README documents them. Seconds and memory are rank 0's.
+#[derive(Debug, Serialize)]
+pub struct StepMetrics {
+    step: u64,
+    epoch: u64,
+    samples_seen: u64,
+    loss: f64,
+    unweighted_loss: f64,
+    grad_norm: f64,
+    lr: f64,
+    sigma_min: f64,
+    sigma_max: f64,
+    sigma_mean: f64,
+    sigma_std: f64,
+    timestep_min: f64,
+    timestep_max: f64,
+    timestep_mean: f64,
+    timestep_std: f64,
+    weight_min: f64,
+    weight_max: f64,
+    weight_mean: f64,
+    weight_std: f64,
+    noisy_min: f64,
+    noisy_max: f64,
+    /// Samples in each tenth of sigma.
+    sigma_histogram: Vec<f64>,
+    /// Mean unweighted loss in each tenth of sigma; null where no sample fell.
+    loss_per_sigma: Vec<Option<f64>>,
+    sampling_method: &'static str,
+    task_type: &'static str,
+    data_type: &'static str,
+    step_seconds: f64,
+    data_seconds: f64,
+    forward_seconds: f64,
+    backward_seconds: f64,
+    communication_seconds: f64,
+    optimizer_seconds: f64,
+    samples_per_second: Option<f64>,
+    peak_memory_bytes: Option<u64>,
+}
+
+impl StepMetrics {
+    pub fn new(update: &Update, progress: Progress) -> Self {
+        let statistics = &update.statistics;
+        let seconds = |phase: &str| update.phases.iter().find(|(name, _)| *name == phase).map_or(0.0, |(_, seconds)| *seconds);
+        StepMetrics {
+            step: progress.step,
+            epoch: progress.epoch,
+            samples_seen: progress.samples_seen,
+            loss: statistics.loss,
+            unweighted_loss: statistics.unweighted_loss,
+            grad_norm: update.grad_norm,
+            lr: update.lr,
+            sigma_min: statistics.sigma.min,
+            sigma_max: statistics.sigma.max,
+            sigma_mean: statistics.sigma.mean,
+            sigma_std: statistics.sigma.std(),
+            timestep_min: statistics.timesteps.min,
+            timestep_max: statistics.timesteps.max,
+            timestep_mean: statistics.timesteps.mean,
+            timestep_std: statistics.timesteps.std(),
+            weight_min: statistics.weight.min,
+            weight_max: statistics.weight.max,
+            weight_mean: statistics.weight.mean,
+            weight_std: statistics.weight.std(),
+            noisy_min: statistics.noisy_latents.min,
+            noisy_max: statistics.noisy_latents.max,
+            sigma_histogram: statistics.sigma_histogram.to_vec(),
+            loss_per_sigma: statistics.loss_per_sigma().to_vec(),
+            sampling_method: update.sampling_method,
+            task_type: update.task_type.word(),
+            data_type: update.data_type,
+            step_seconds: progress.step_seconds,
+            data_seconds: seconds("data"),
+            forward_seconds: seconds("forward"),
+            backward_seconds: seconds("backward"),
+            communication_seconds: seconds("communication"),
+            optimizer_seconds: seconds("optimizer"),
+            samples_per_second: progress.samples_per_second,
+            peak_memory_bytes: progress.peak_memory_bytes,
+        }
+    }
+
+    /// What the flow-matching logs need to know of the step.
+    pub fn facts(&self) -> StepFacts<'_> {
+        StepFacts { step: self.step, sampling_method: self.sampling_method, task_type: self.task_type, data_type: self.data_type }
+    }
+
+    /// How the training goes, behind the summary line.
+    pub fn pace(&self) -> String {
+        let throughput = self.samples_per_second.map(|speed| format!(" | {speed:.0} samples/s")).unwrap_or_default();
+        format!("norm {:.3} | lr {:.2e} | {:.3} s/step{throughput}", self.grad_norm, self.lr, self.step_seconds)
+    }
+}

@@ -1,0 +1,249 @@
+//! The only room where science and machinery meet: the loop, and when it logs, saves and samples.
+
+mod agreement;
+mod check;
+mod checkpoint;
+mod generate;
+mod metrics;
+mod report;
+mod run_folder;
+mod single_step;
+mod step;
+
+pub use agreement::agree;
+pub use check::check;
+pub use generate::{SampleRequest, sample};
+pub use run_folder::Resume;
+pub use single_step::{StepRequest, dump_step};
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use tch::Device;
+
+use crate::collective::{Collective, broadcast_text};
+use crate::config::RunConfig;
+use crate::data::{Dataset, Loader, Order, ReadPlan};
+use crate::error::{Error, Result};
+use crate::flow::FlowMatchingPipeline;
+use crate::optim::lr::LrSchedule;
+use crate::parallel::{DeviceChoice, Replica};
+use crate::rng::{Key, Purpose};
+use crate::telemetry::{self, MetricsFile, Telemetry, Throughput, peak_resident_bytes};
+use checkpoint::Manifest;
+use metrics::StepMetrics;
+use run_folder::RunFolder;
+use step::{Stepper, Update};
+
+/// Name under which `[data] path` means the digits in the binary.
+const EMBEDDED_DIGITS: &str = "embedded:digits";
+
+/// Steps over which throughput is averaged.
+const THROUGHPUT_STEPS: usize = 20;
+
+/// How a run begins and what it looks at, from the command line.
+#[derive(Clone, Debug, Default)]
+pub struct TrainOptions {
+    pub resume: Resume,
+    /// One process, detailed logs each step, every stage searched for non-finite values.
+    pub debug: bool,
+}
+
+/// A finished run.
+#[derive(Debug)]
+pub struct Finished {
+    pub run_folder: PathBuf,
+    pub steps: u64,
+}
+
+/// Trains from the first step, or the resumed one, to `max_steps`. Every rank calls it.
+///
+/// # Errors
+/// Whatever ends the run; the caller tells the other ranks by ending the world.
+pub fn train(config: &RunConfig, options: &TrainOptions, collective: &dyn Collective) -> Result<Finished> {
+    if options.debug && collective.world_size() > 1 {
+        return Err(Error::config("--debug", format!("is for one process, found {}; start it without mpirun", collective.world_size())));
+    }
+    let folder = RunFolder::open(&config.output_dir, &options.resume, collective)?;
+    let telemetry = telemetry::start(&config.log, collective.rank(), collective.world_size(), folder.path());
+    telemetry.cover_all_threads();
+    let mut trainer = Trainer::new(config, options, collective, &telemetry, folder)?;
+    trainer.run(&telemetry)?;
+    report::write(config, &trainer.folder, &trainer.replica, &trainer.dataset, collective)?;
+    tracing::info!("run folder {}", trainer.folder.path().display());
+    Ok(Finished { run_folder: trainer.folder.path().into(), steps: trainer.manifest.step })
+}
+
+/// A run between its first step and its last.
+struct Trainer<'c> {
+    config: &'c RunConfig,
+    collective: &'c dyn Collective,
+    debug: bool,
+    folder: RunFolder,
+    dataset: Dataset,
+    order: Order,
+    pipeline: FlowMatchingPipeline,
+    replica: Replica,
+    /// For each stage, the optimizer's tensors.
+    optimizer_state: Vec<Vec<tch::Tensor>>,
+    /// What the next checkpoint says of the run; its step is the last one done.
+    manifest: Manifest,
+    metrics: MetricsFile,
+    micro_batches: u64,
+}
+
+impl<'c> Trainer<'c> {
+    fn new(config: &'c RunConfig, options: &TrainOptions, collective: &'c dyn Collective, telemetry: &Telemetry, folder: RunFolder) -> Result<Self> {
+        let micro_batches = config.micro_batches(collective.world_size())?;
+        let global_batch = micro_batches * config.data.micro_batch_size_per_gpu * collective.world_size() as u64;
+        let dataset = open_dataset(&config.data.path)?;
+        let order = Order::new(dataset.groups().iter().map(|group| (group.name.as_str(), group.sample_ids.as_slice())), global_batch, config.seed)?;
+        let device = device(config.parallel.device);
+        tch::set_num_threads(config.parallel.num_threads);
+        let mut replica = build_replica(config, device)?;
+        let mut optimizer_state = step::fresh_state(&replica, &*config.optimizer);
+        let mut manifest = Manifest::new(config.seed, global_batch, dataset.fingerprint());
+        if let Some(path) = folder.resumed_from() {
+            manifest = checkpoint::load(path, &manifest, &mut replica, &*config.optimizer, &mut optimizer_state)?;
+            tracing::info!("resumed from {} at step {}", path.display(), manifest.step);
+        }
+        folder.keep_config(config, collective)?;
+        let metrics = telemetry.metrics_after(manifest.step)?;
+        let pipeline = build_pipeline(config, device);
+        let trainer =
+            Trainer { config, collective, debug: options.debug, folder, dataset, order, pipeline, replica, optimizer_state, manifest, metrics, micro_batches };
+        trainer.announce(global_batch);
+        Ok(trainer)
+    }
+
+    fn announce(&self, global_batch: u64) {
+        let (parameters, stages) = (self.replica.num_parameters(), self.replica.stages.len());
+        tracing::info!("model {parameters} parameters in {stages} stages, {:?}", self.config.model.dtype);
+        tracing::info!(
+            "data {}: {} samples in {} groups, {} steps an epoch",
+            self.dataset.manifest().name,
+            self.dataset.num_samples(),
+            self.dataset.groups().len(),
+            self.order.batches_per_epoch(),
+        );
+        tracing::info!(
+            "global batch {global_batch} = {} samples x {} ranks x {} micro-batches; {} threads a rank",
+            self.config.data.micro_batch_size_per_gpu,
+            self.collective.world_size(),
+            self.micro_batches,
+            self.config.parallel.num_threads,
+        );
+    }
+
+    fn run(&mut self, telemetry: &Telemetry) -> Result<()> {
+        let plan = ReadPlan {
+            first_step: self.manifest.step,
+            end_step: self.config.max_steps,
+            rank: self.collective.rank() as u64,
+            world_size: self.collective.world_size() as u64,
+            micro_batches: self.micro_batches,
+            micro_batch_size: self.config.data.micro_batch_size_per_gpu,
+        };
+        let mut loader = Loader::start(open_dataset(&self.config.data.path)?, self.order.clone(), plan, self.config.data.prefetch)?;
+        let mut progress = telemetry.progress(self.config.max_steps, self.manifest.step);
+        let mut throughput = Throughput::new(THROUGHPUT_STEPS);
+        throughput.record(0.0);
+        while self.manifest.step < self.config.max_steps {
+            let began = Instant::now();
+            let update = self.step(&mut loader)?;
+            self.manifest.step += 1;
+            self.manifest.samples_seen += self.manifest.global_batch_size;
+            throughput.record(self.manifest.global_batch_size as f64);
+            let line = self.record(&update, began.elapsed().as_secs_f64(), throughput.per_second());
+            progress.advance(self.manifest.step, &line);
+            if self.saves_now() {
+                self.save()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, loader: &mut Loader) -> Result<Update> {
+        let step = self.manifest.step + 1;
+        let optimizer = &*self.config.optimizer;
+        let stepper = Stepper {
+            config: self.config,
+            collective: self.collective,
+            pipeline: &self.pipeline,
+            micro_batches: self.micro_batches,
+            check_stages: self.debug,
+            lr: optimizer.lr() * self.config.lr_scheduler.factor(step, self.config.max_steps),
+        };
+        stepper.step(step, loader, &mut self.replica, &mut self.optimizer_state)
+    }
+
+    /// Logs what the policies ask for; returns the text beside the progress bar.
+    fn record(&mut self, update: &Update, seconds: f64, samples_per_second: Option<f64>) -> String {
+        let metrics = StepMetrics::new(
+            update,
+            metrics::Progress {
+                step: self.manifest.step,
+                epoch: self.order.epoch_of(self.manifest.step - 1),
+                samples_seen: self.manifest.samples_seen,
+                step_seconds: seconds,
+                samples_per_second,
+                peak_memory_bytes: peak_resident_bytes(),
+            },
+        );
+        self.metrics.append(&metrics);
+        let flow = self.pipeline.settings();
+        let due = |interval: u64| self.manifest.step % interval == 0;
+        if self.debug || due(flow.log_interval) {
+            tracing::info!("\n{}", crate::flow::report::detailed(metrics.facts(), &update.statistics, flow));
+        } else if due(flow.summary_log_interval) {
+            let line = crate::flow::report::summary(metrics.facts(), &update.statistics);
+            tracing::info!("{line} | {}", metrics.pace());
+        }
+        format!("loss {:.4}", update.statistics.loss)
+    }
+
+    fn saves_now(&self) -> bool {
+        self.manifest.step % self.config.checkpoint.every_n_steps == 0 || self.manifest.step == self.config.max_steps
+    }
+
+    fn save(&mut self) -> Result<()> {
+        self.metrics.sync();
+        let optimizer = &*self.config.optimizer;
+        let path = checkpoint::save(&self.folder, &self.manifest, &self.replica, optimizer, &self.optimizer_state, self.collective)?;
+        tracing::info!("saved {}", path.display());
+        self.folder.prune(self.config.checkpoint.keep_last, self.collective)
+    }
+}
+
+/// The dataset that `[data] path` names.
+fn open_dataset(path: &str) -> Result<Dataset> {
+    if path == EMBEDDED_DIGITS { Dataset::digits() } else { Dataset::open(path) }
+}
+
+fn device(choice: DeviceChoice) -> Device {
+    match choice {
+        DeviceChoice::Cpu => Device::Cpu,
+    }
+}
+
+/// The configured model, with parameters that follow from the seed alone.
+fn build_replica(config: &RunConfig, device: Device) -> Result<Replica> {
+    let stages = config.model.family.stages()?;
+    Ok(Replica::new(stages, config.model.dtype.kind(), device, Key::new(config.seed, Purpose::Initialization)))
+}
+
+fn build_pipeline(config: &RunConfig, device: Device) -> FlowMatchingPipeline {
+    let flow = &config.flow_matching;
+    FlowMatchingPipeline::new(flow.flow.clone(), flow.adapter.build(), device, config.model.dtype.kind())
+}
+
+/// The configuration that rank 0 read, on every rank; rank 0's error ends all of them with its code.
+///
+/// # Errors
+/// Rank 0's own on rank 0, [`Error::Peer`] on the others.
+pub fn share_config(read: impl FnOnce() -> Result<RunConfig>, collective: &dyn Collective) -> Result<RunConfig> {
+    let own = if collective.rank() == 0 { read().map(|config| config.to_toml()) } else { Ok(String::new()) };
+    let texts = agree(own, collective)?;
+    let text = broadcast_text(collective, &texts[0], 0)?;
+    RunConfig::read("rank 0's configuration", &text, &[])
+}

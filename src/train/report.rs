@@ -1,0 +1,81 @@
+//! `report.html`, `loss.png` and `samples.png` at the end of a run.
+
+use serde_json::{Map, Value};
+
+use super::generate::generate;
+use super::run_folder::RunFolder;
+use crate::collective::Collective;
+use crate::config::RunConfig;
+use crate::data::Dataset;
+use crate::error::Result;
+use crate::parallel::Replica;
+use crate::telemetry::{Bars, Chart, Figure, ReportData, Series, column, grid_png, read_metrics, write_report};
+
+/// Size of `loss.png` in pixels.
+const LOSS_PICTURE: (u32, u32) = (1200, 560);
+
+/// Draws the run from its own `metrics.jsonl`; rank 0 does.
+pub fn write(config: &RunConfig, folder: &RunFolder, replica: &Replica, dataset: &Dataset, collective: &dyn Collective) -> Result<()> {
+    if collective.rank() != 0 {
+        return Ok(());
+    }
+    let path = folder.path();
+    let lines = read_metrics(&path.join("metrics.jsonl"))?;
+    let loss = curve("Loss", "loss", &lines);
+    loss.write_png(&path.join("loss.png"), LOSS_PICTURE.0, LOSS_PICTURE.1)?;
+    let samples = match dataset.conditions()? {
+        Some(conditions) => {
+            let samples = generate(config, replica, dataset, conditions)?;
+            let png = grid_png(&samples.images, &samples.names, samples.per_condition as usize, None);
+            Some((format!("{} samples for each condition", samples.per_condition), png))
+        }
+        None => None,
+    };
+    let figures = vec![
+        Figure::Chart(loss),
+        Figure::Bars(loss_per_sigma(&lines)),
+        Figure::Chart(curve("Learning rate", "lr", &lines)),
+        Figure::Chart(curve("Gradient norm", "grad_norm", &lines)),
+        Figure::Chart(curve("Samples a second", "samples_per_second", &lines)),
+    ];
+    let data = ReportData {
+        title: format!("fm-dist: {}", path.file_name().unwrap_or_default().to_string_lossy()),
+        summary: format!("Flow matching on {}.", dataset.manifest().name),
+        facts: facts(config, replica, &lines, collective),
+        figures,
+        samples,
+        configuration: config.to_toml(),
+    };
+    write_report(&path.join("report.html"), &data)
+}
+
+fn curve(title: &str, key: &str, lines: &[Map<String, Value>]) -> Chart {
+    let series = Series { name: key.into(), points: column(lines, key) };
+    Chart { title: title.into(), x_label: "step".into(), y_label: key.replace('_', " "), series: vec![series], log_y: false }
+}
+
+/// The loss in each tenth of sigma, at the begin of the run and at its end.
+fn loss_per_sigma(lines: &[Map<String, Value>]) -> Bars {
+    let bin_of = |line: &Map<String, Value>, bin: usize| {
+        let loss = line.get("loss_per_sigma")?.get(bin)?.as_f64()?;
+        Some((line.get("step")?.as_f64()?, loss))
+    };
+    let bins: Vec<Vec<(f64, f64)>> =
+        (0..crate::flow::SIGMA_BINS).map(|bin| lines.iter().filter_map(|line| bin_of(line, bin)).collect()).collect();
+    Bars::over_run("Loss by noise level", "sigma (0 = data, 1 = noise)", "unweighted loss", (0.0, 1.0), &bins)
+}
+
+fn facts(config: &RunConfig, replica: &Replica, lines: &[Map<String, Value>], collective: &dyn Collective) -> Vec<(String, String)> {
+    let last = |key: &str| lines.last().and_then(|line| line.get(key)).map_or("-".into(), Value::to_string);
+    let seconds: f64 = column(lines, "step_seconds").iter().map(|point| point.1).sum();
+    let facts = [
+        ("steps", last("step")),
+        ("samples seen", last("samples_seen")),
+        ("parameters", replica.num_parameters().to_string()),
+        ("ranks", collective.world_size().to_string()),
+        ("time in steps", crate::telemetry::duration_text(seconds)),
+        ("seed", config.seed.to_string()),
+        ("version", env!("CARGO_PKG_VERSION").into()),
+    ];
+    facts.into_iter().map(|(name, value)| (name.into(), value)).collect()
+}

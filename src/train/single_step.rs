@@ -1,0 +1,101 @@
+//! `fm-dist step`: one flow-matching step laid open, to compare with another implementation number by number.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use tch::Tensor;
+
+use super::{build_pipeline, build_replica, device};
+use crate::config::RunConfig;
+use crate::data::safetensors::{self, SafeTensors};
+use crate::data::{Batch, DataType};
+use crate::error::{Error, Result};
+use crate::flow::{StepOptions, StepOutput};
+use crate::parallel::Replica;
+use crate::rng::Stream;
+
+/// What `fm-dist step` was asked for.
+#[derive(Clone, Debug)]
+pub struct StepRequest {
+    /// Batch tensors under the specification's keys, `data_type` in the metadata.
+    pub batch: PathBuf,
+    pub dump: PathBuf,
+    /// What `torch.manual_seed` gets on the other side; the configured seed if unset.
+    pub torch_seed: Option<i64>,
+    /// Whether gradients of the average weighted loss are computed and written as well.
+    pub grads: bool,
+}
+
+/// Runs one step without an optimizer and writes everything it computed.
+///
+/// # Errors
+/// [`Error::Data`] if the batch is malformed or does not fit; [`Error::Storage`] if the dump cannot be written.
+pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
+    tch::set_num_threads(config.parallel.num_threads);
+    let device = device(config.parallel.device);
+    let replica = build_replica(config, device)?;
+    let pipeline = build_pipeline(config, device);
+    let batch = read_batch(&request.batch)?;
+    let seed = request.torch_seed.unwrap_or(config.seed as i64);
+    let options = StepOptions { global_step: 0, collect_metrics: false, check_loss: false, strata: None };
+    let mut tape = replica.tape(config.parallel.recompute);
+    let output = pipeline.step(|inputs| tape.forward(inputs), &batch, &Stream::TorchSeed(seed), options)?;
+    let mut tensors = tensors_of(&output);
+    if request.grads {
+        let mut gradients = BTreeMap::new();
+        tape.backward(&output.loss.average_weighted_loss, |stage, gradient| {
+            gradients.insert(stage, gradient);
+            Ok(())
+        })?;
+        tensors.extend(gradients.iter().flat_map(|(stage, flat)| named_gradients(&replica, *stage, flat)));
+    }
+    write(&request.dump, &tensors, &output, batch.data_type)
+}
+
+fn read_batch(path: &Path) -> Result<Batch> {
+    let file = SafeTensors::open(path)?;
+    // The seed's default where a batch does not say.
+    let word = file.metadata().get("data_type").map_or(DataType::Video.word(), String::as_str);
+    let known = [DataType::Image, DataType::Video];
+    let unknown = || Error::data(path, format!("data_type in the metadata is {word:?}, expected \"image\" or \"video\""));
+    let data_type = known.into_iter().find(|data_type| data_type.word() == word).ok_or_else(unknown)?;
+    let tensors = file.tensors().iter().map(|info| Ok((info.name.clone(), file.read(&info.name)?))).collect::<Result<_>>()?;
+    Ok(Batch { tensors, data_type, sample_ids: Vec::new() })
+}
+
+fn tensors_of(output: &StepOutput) -> Vec<(String, Tensor)> {
+    let loss = &output.loss;
+    let named = [
+        ("sigma", &output.sigma),
+        ("timesteps", &output.timesteps),
+        ("noise", &output.noise),
+        ("noisy_latents", &output.noisy_latents),
+        ("model_pred", &output.model_pred),
+        ("target", &output.target),
+        ("loss_weight", &loss.loss_weight),
+        ("unweighted_loss", &loss.unweighted_loss),
+        ("weighted_loss", &loss.weighted_loss),
+        ("average_unweighted_loss", &loss.average_unweighted_loss),
+        ("average_weighted_loss", &loss.average_weighted_loss),
+    ];
+    named.into_iter().map(|(name, tensor)| (name.to_string(), tensor.detach())).collect()
+}
+
+fn named_gradients(replica: &Replica, stage: usize, flat: &Tensor) -> Vec<(String, Tensor)> {
+    let params = replica.stages[stage].params();
+    let views = params.split(flat);
+    params.infos().iter().zip(views.iter()).map(|(info, view)| (format!("grad.{}", info.name), view.shallow_clone())).collect()
+}
+
+fn write(path: &Path, tensors: &[(String, Tensor)], output: &StepOutput, data_type: DataType) -> Result<()> {
+    let metadata = [
+        ("sampling_method", output.sampling_method),
+        ("task_type", output.task_type.word()),
+        ("data_type", data_type.word()),
+    ];
+    let metadata = metadata.into_iter().map(|(key, word)| (key.to_string(), word.to_string())).collect();
+    let borrowed: Vec<(&str, &Tensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let mut file = File::create(path).map_err(Error::storage(path, "create"))?;
+    safetensors::write(&mut file, &borrowed, &metadata).map(drop).map_err(Error::storage(path, "write"))
+}
