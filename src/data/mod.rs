@@ -1,11 +1,20 @@
 //! Training data: safetensors files, the order of samples, batches read ahead.
 
+pub mod dataset;
+pub mod loader;
+pub mod manifest;
+pub mod order;
+pub mod safetensors;
+pub mod sha256;
+
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
 /// What kind of latents a batch holds; decides the task types that can be drawn.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum DataType {
     Image,
     Video,
