@@ -8,24 +8,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
+use super::finite::check_finite;
+use super::group::{Group, check_latents, check_same, latents_key, layout_of};
 use super::manifest::{self, FileEntry, Manifest};
-use super::safetensors::{SafeTensors, TensorInfo, refuse_pickle, row_bytes, with_rows};
+use super::safetensors::{SafeTensors, refuse_pickle, row_bytes, with_rows};
 use super::{Batch, DataType, sha256};
 use crate::error::{Error, Result};
-
-/// Kind and shape of one sample's tensors, by key.
-pub type Layout = BTreeMap<String, (Kind, Vec<i64>)>;
-
-/// Samples of equal shapes: what one batch may be made of.
-#[derive(Clone, Debug, Default)]
-pub struct Group {
-    pub name: String,
-    /// Ascending.
-    pub sample_ids: Vec<u64>,
-    pub layout: Layout,
-}
 
 /// Named conditions to generate from, e.g. one text embedding a class.
 #[derive(Debug)]
@@ -98,7 +88,7 @@ impl Dataset {
         let known = self.groups.iter().position(|group| group.name == entry.group);
         let group = known.unwrap_or(self.groups.len());
         match self.files.iter().find(|file| file.group == group) {
-            Some(first) => check_same(&tensors, &layout, first, &self.groups[group])?,
+            Some(first) => check_same(&tensors, &layout, &first.tensors, &self.groups[group])?,
             None => self.groups.push(Group { name: entry.group.clone(), sample_ids: Vec::new(), layout }),
         }
         let first_id = self.num_samples;
@@ -222,102 +212,118 @@ impl SampleFile {
     }
 }
 
-/// Key of the latents that the specification gives each type of data.
-fn latents_key(data_type: DataType) -> &'static str {
-    match data_type {
-        DataType::Image => "image_latents",
-        DataType::Video => "video_latents",
-    }
-}
+#[cfg(test)]
+pub(super) mod tests {
+    use std::fs::File;
 
-/// What one row of the file is, once every tensor has been seen to have `rows` of them.
-fn layout_of(file: &SafeTensors, rows: u64, word: &str) -> Result<Layout> {
-    let mut layout = Layout::new();
-    for TensorInfo { name, kind, shape, .. } in file.tensors() {
-        if shape.first().is_none_or(|&found| found as u64 != rows) {
-            let what = format!("`{name}` has shape {shape:?}, but {} says {rows} {word}", manifest::FILE_NAME);
-            return Err(Error::data(file.path(), what));
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::data::safetensors::write;
+    use crate::data::sha256::HashingWriter;
+
+    /// A file of a dataset under construction: name, group, tensors.
+    pub(crate) type Part<'a> = (&'a str, &'a str, Vec<(&'a str, Tensor)>);
+
+    /// Writes a dataset of images; `conditions` are names and a file of that name.
+    pub(crate) fn written(parts: &[Part<'_>], conditions: Option<(&[&str], Tensor)>) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let save = |name: &str, tensors: &[(&str, Tensor)]| {
+            let mut file = HashingWriter::new(File::create(folder.path().join(name)).expect("a new file"));
+            let tensors: Vec<(&str, &Tensor)> = tensors.iter().map(|(key, tensor)| (*key, tensor)).collect();
+            write(&mut file, &tensors, &BTreeMap::new()).expect("a sound file");
+            file.finish().1
+        };
+        let files: Vec<serde_json::Value> = parts
+            .iter()
+            .map(|(name, group, tensors)| {
+                let (sha256, samples) = (save(name, tensors), tensors[0].1.size()[0]);
+                serde_json::json!({"path": name, "samples": samples, "group": group, "sha256": sha256})
+            })
+            .collect();
+        let mut manifest = serde_json::json!({
+            "format": "fm-dist dataset", "version": 1, "name": "made up", "source": "a test", "licence": "CC0",
+            "data_type": "image", "files": files,
+        });
+        if let Some((names, tensor)) = conditions {
+            let sha256 = save("conditions.safetensors", &[("text_embeddings", tensor)]);
+            manifest["conditions"] = serde_json::json!({"path": "conditions.safetensors", "names": names, "sha256": sha256});
         }
-        layout.insert(name.clone(), (*kind, shape[1..].to_vec()));
+        std::fs::write(folder.path().join(manifest::FILE_NAME), manifest.to_string()).expect("a new file");
+        folder
     }
-    Ok(layout)
-}
 
-fn check_latents(layout: &Layout, data_type: DataType) -> Result<(), String> {
-    let (key, axes) = (latents_key(data_type), if data_type == DataType::Image { "[C, H, W]" } else { "[C, F, H, W]" });
-    let Some((kind, shape)) = layout.get(key) else {
-        let keys: Vec<&str> = layout.keys().map(String::as_str).collect();
-        return Err(format!("holds no `{key}`, which {} data need; it has {}", data_type.word(), keys.join(", ")));
-    };
-    if shape.len() != axes.split(' ').count() || !is_float(*kind) {
-        return Err(format!("`{key}` is {kind:?} {shape:?} a sample; expected floats {axes}"));
+    /// `samples` images of which each holds nothing but its own number, counted from `first`.
+    pub(crate) fn images(first: i64, samples: i64, side: i64) -> Tensor {
+        Tensor::arange_start(first, first + samples, (Kind::Float, Device::Cpu)).view([-1, 1, 1, 1]).repeat([1, 1, side, side])
     }
-    Ok(())
-}
 
-/// The file fits the group that an earlier file began.
-fn check_same(file: &SafeTensors, layout: &Layout, first: &SampleFile, group: &Group) -> Result<()> {
-    let first = first.tensors.path().display();
-    let differs = |what: String| Err(Error::data(file.path(), format!("{what} of the same group `{}`", group.name)));
-    for (key, (kind, shape)) in layout {
-        match group.layout.get(key) {
-            None => return differs(format!("holds `{key}`, which is not in {first}")),
-            Some((other_kind, other_shape)) if (kind, shape) != (other_kind, other_shape) => {
-                return differs(format!("`{key}` is {kind:?} {shape:?} a sample, but {other_kind:?} {other_shape:?} in {first}"));
-            }
-            Some(_) => {}
+    fn labels(first: i64, samples: i64) -> Tensor {
+        Tensor::arange_start(first, first + samples, (Kind::Int64, Device::Cpu))
+    }
+
+    fn two_groups() -> tempfile::TempDir {
+        let part = |first, samples, side| vec![("image_latents", images(first, samples, side)), ("labels", labels(first, samples))];
+        let parts =
+            [("a.safetensors", "2x2", part(0, 4, 2)), ("b.safetensors", "3x3", part(4, 3, 3)), ("c.safetensors", "2x2", part(7, 2, 2))];
+        written(&parts, Some((&["zero", "one"], Tensor::ones([2, 5, 8], (Kind::Half, Device::Cpu)))))
+    }
+
+    #[test]
+    fn samples_are_numbered_through_all_files_and_grouped_by_resolution() {
+        let folder = two_groups();
+        let dataset = Dataset::open(folder.path()).expect("a sound dataset");
+        assert_eq!((dataset.num_samples(), dataset.data_type()), (9, DataType::Image));
+        let ids: Vec<(&str, &[u64])> = dataset.groups().iter().map(|group| (group.name.as_str(), group.sample_ids.as_slice())).collect();
+        assert_eq!(ids, [("2x2", &[0, 1, 2, 3, 7, 8][..]), ("3x3", &[4, 5, 6])]);
+        assert_eq!(dataset.latent_shape("3x3"), Some(&[1, 3, 3][..]));
+        assert_eq!(dataset.latent_shape("4x4"), None);
+        dataset.verify_hashes().expect("untouched files");
+    }
+
+    #[test]
+    fn a_batch_holds_the_samples_asked_for_in_that_order_across_files() {
+        let folder = two_groups();
+        let dataset = Dataset::open(folder.path()).expect("a sound dataset");
+        for ids in [&[8u64, 0, 1, 7, 2][..], &[3, 7], &[5, 6, 4]] {
+            let batch = dataset.batch(ids).expect("sound samples");
+            let expected = Tensor::from_slice(&ids.iter().map(|&id| id as i64).collect::<Vec<_>>());
+            assert!(batch.tensors["labels"].equal(&expected), "{ids:?}");
+            assert!(batch.tensors["image_latents"].amax([1, 2, 3], false).to_kind(Kind::Int64).equal(&expected), "{ids:?}");
+            assert_eq!(batch.sample_ids, ids);
         }
     }
-    match group.layout.keys().find(|key| !layout.contains_key(*key)) {
-        Some(key) => differs(format!("holds no `{key}`, which is in {first}")),
-        None => Ok(()),
-    }
-}
 
-fn is_float(kind: Kind) -> bool {
-    matches!(kind, Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double)
-}
+    #[test]
+    #[should_panic(expected = "a batch of several resolution groups: [3, 4]")]
+    fn a_batch_of_two_groups_is_a_bug() {
+        let folder = two_groups();
+        let _ = Dataset::open(folder.path()).expect("a sound dataset").batch(&[3, 4]);
+    }
 
-/// Refuses NaN and infinities in the bytes of `rows` before they reach the loss, where nobody could say whose they are.
-fn check_finite(file: &SafeTensors, info: &TensorInfo, ids: &[u64], rows: &[u64], data: &[u8]) -> Result<()> {
-    let row_bytes = row_bytes(info) as usize;
-    for (bytes, (id, row)) in data.chunks_exact(row_bytes).zip(ids.iter().zip(rows)) {
-        if let Some((count, first)) = not_finite(info.kind, bytes) {
-            let first = index_of(first, &info.shape[1..]);
-            let what = format!("`{}` of sample {id} (row {row}) has {count} numbers that are not finite, the first at {first:?}", info.name);
-            return Err(Error::data(file.path(), what));
-        }
+    #[test]
+    fn conditions_have_a_name_a_row() {
+        let folder = two_groups();
+        let conditions = Dataset::open(folder.path()).and_then(|dataset| dataset.conditions()).expect("sound").expect("some");
+        assert_eq!(conditions.names, ["zero", "one"]);
+        assert_eq!(conditions.tensors["text_embeddings"].size(), [2, 5, 8]);
     }
-    Ok(())
-}
 
-/// How many elements are NaN or infinite, and which is the first. On the bytes: a tensor operation here would start
-/// libtorch's threads on the reader's side as well.
-fn not_finite(kind: Kind, bytes: &[u8]) -> Option<(usize, usize)> {
-    fn scan<const N: usize>(bytes: &[u8], bad: impl Fn([u8; N]) -> bool) -> Option<(usize, usize)> {
-        let (elements, _) = bytes.as_chunks::<N>();
-        match elements.iter().filter(|element| bad(**element)).count() {
-            0 => None,
-            count => elements.iter().position(|element| bad(*element)).map(|first| (count, first)),
-        }
+    #[test]
+    fn an_embedded_dataset_equals_its_folder() {
+        let folder = two_groups();
+        // Leaked once: what a binary embeds lives as long.
+        let embed = |name: &str| -> &'static [u8] { std::fs::read(folder.path().join(name)).expect("a written file").leak() };
+        let names = ["a.safetensors", "b.safetensors", "c.safetensors", "conditions.safetensors"];
+        let files: &'static [(&str, &[u8])] = names.map(|name| (name, embed(name))).to_vec().leak();
+        let json = std::str::from_utf8(embed(manifest::FILE_NAME)).expect("text");
+        let embedded = Dataset::embedded(json, files).expect("a sound dataset");
+        let opened = Dataset::open(folder.path()).expect("a sound dataset");
+        assert_eq!(embedded.fingerprint(), opened.fingerprint());
+        let (one, other) = (embedded.batch(&[8, 2]).expect("sound samples"), opened.batch(&[8, 2]).expect("sound samples"));
+        assert!(one.tensors["image_latents"].equal(&other.tensors["image_latents"]));
+        embedded.verify_hashes().expect("the same bytes");
+        let missing = Dataset::embedded(json, &files[..2]).expect_err("a file is missing").to_string();
+        assert_eq!(missing, "embedded/c.safetensors: is not part of the binary");
     }
-    // An exponent of all ones is infinity or NaN.
-    match kind {
-        Kind::Half => scan(bytes, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
-        Kind::BFloat16 => scan(bytes, |b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
-        Kind::Float => scan(bytes, |b| !f32::from_le_bytes(b).is_finite()),
-        Kind::Double => scan(bytes, |b| !f64::from_le_bytes(b).is_finite()),
-        _ => None,
-    }
-}
-
-/// The index along each axis of the `flat`-th element.
-fn index_of(flat: usize, shape: &[i64]) -> Vec<i64> {
-    let mut rest = flat as i64;
-    let mut index = vec![0; shape.len()];
-    for (axis, size) in shape.iter().enumerate().rev() {
-        index[axis] = rest % size;
-        rest /= size;
-    }
-    index
 }

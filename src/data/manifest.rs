@@ -176,7 +176,9 @@ mod tests {
         let fingerprint = |files: &str| manifest(files).expect("sound").fingerprint();
         let known = fingerprint(FILE);
         assert_eq!(known, fingerprint(FILE));
-        for change in [FILE.replace("a.safe", "b.safe"), FILE.replace(":2", ":3"), FILE.replace("8x8", "8x9"), FILE.replace("HASH", &"0b".repeat(32))] {
+        for change in
+            [FILE.replace("a.safe", "b.safe"), FILE.replace(":2", ":3"), FILE.replace("8x8", "8x9"), FILE.replace("HASH", &"0b".repeat(32))]
+        {
             assert_ne!(known, fingerprint(&change), "{change}");
         }
     }

@@ -5,7 +5,7 @@
 
 use std::cell::RefCell;
 
-use super::dataset::Group;
+use super::group::Group;
 use crate::error::{Error, Result};
 use crate::rng::{Key, Purpose};
 

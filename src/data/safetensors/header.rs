@@ -102,7 +102,9 @@ fn check_name(name: &str) -> Result<(), String> {
     let fits = (1..=MAX_NAME_BYTES).contains(&name.len()) && name.bytes().all(legal);
     if !fits || name.starts_with('.') || name.contains("..") {
         let shown: String = name.chars().take(MAX_NAME_BYTES).collect();
-        return Err(format!("illegal tensor name `{shown}`; expected 1 to {MAX_NAME_BYTES} of A-Z a-z 0-9 . _ - without leading or double dots"));
+        return Err(format!(
+            "illegal tensor name `{shown}`; expected 1 to {MAX_NAME_BYTES} of A-Z a-z 0-9 . _ - without leading or double dots"
+        ));
     }
     Ok(())
 }

@@ -196,7 +196,9 @@ impl SafeTensors {
     fn read_at(&self, buffer: &mut [u8], start: u64) -> Result<()> {
         match &self.source {
             Source::File(file) => file.read_exact_at(buffer, start).map_err(|e| match e.kind() {
-                io::ErrorKind::UnexpectedEof => self.refused(format!("was {} bytes long when it was opened and has been cut since", self.file_bytes)),
+                io::ErrorKind::UnexpectedEof => {
+                    self.refused(format!("was {} bytes long when it was opened and has been cut since", self.file_bytes))
+                }
                 _ => Error::storage(&self.path, "read")(e),
             }),
             Source::Embedded(bytes) => {
@@ -271,7 +273,16 @@ mod tests {
         let values = Tensor::from_slice(&[0.0, 1.0, 2.0, 3.5, -1.0, 100.0]).view([3, 2]);
         let kinds = ["Bool", "Uint8", "Int8", "Int16", "Int", "Int64", "Half", "BFloat16", "Float", "Double"];
         let each = [
-            Kind::Bool, Kind::Uint8, Kind::Int8, Kind::Int16, Kind::Int, Kind::Int64, Kind::Half, Kind::BFloat16, Kind::Float, Kind::Double,
+            Kind::Bool,
+            Kind::Uint8,
+            Kind::Int8,
+            Kind::Int16,
+            Kind::Int,
+            Kind::Int64,
+            Kind::Half,
+            Kind::BFloat16,
+            Kind::Float,
+            Kind::Double,
         ]
         .map(|kind| values.abs().to_kind(kind));
         let tensors: Vec<(&str, &Tensor)> = kinds.into_iter().zip(&each).collect();
