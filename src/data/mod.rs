@@ -1,11 +1,34 @@
 //! Training data: safetensors files, the order of samples, batches read ahead.
+//!
+//! | question | file |
+//! |---|---|
+//! | is this file sound, what is in it | `safetensors/` |
+//! | what does `dataset.json` say | `manifest.rs` |
+//! | which samples may stand in one batch | `group.rs` |
+//! | the samples of these ids, please | `dataset.rs`, `finite.rs` |
+//! | which ids, in this step, on this rank | `order.rs` |
+//! | before they are needed | `loader.rs` |
+
+pub mod dataset;
+mod finite;
+pub mod group;
+pub mod loader;
+pub mod manifest;
+pub mod order;
+pub mod safetensors;
+mod settings;
+pub mod sha256;
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
+pub use settings::DataSettings;
+
 /// What kind of latents a batch holds; decides the task types that can be drawn.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum DataType {
     Image,
     Video,

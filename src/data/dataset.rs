@@ -1,0 +1,329 @@
+//! A dataset: a folder with `dataset.json` and the safetensors files that it lists, or the same compiled into the binary.
+//!
+//! A file holds samples of one shape, stacked along axis 0 of every tensor under the batch's own keys. Files of one
+//! resolution group agree in keys, kinds and shapes, so that their samples may stand in one batch. Samples are numbered
+//! through all files in their order. Every file stays open, so that files replaced during a run change nothing.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+use tch::Tensor;
+
+use super::finite::check_finite;
+use super::group::{Group, check_latents, check_same, latents_key, layout_of};
+use super::manifest::{self, FileEntry, Manifest};
+use super::safetensors::{SafeTensors, refuse_pickle, row_bytes, with_rows};
+use super::{Batch, DataType, sha256};
+use crate::error::{Error, Result};
+
+/// Named conditions to generate from, e.g. one text embedding a class.
+#[derive(Debug)]
+pub struct Conditions {
+    pub names: Vec<String>,
+    /// Row `i` belongs to name `i`.
+    pub tensors: BTreeMap<String, Tensor>,
+}
+
+/// Samples that lie in files and are read by number.
+#[derive(Debug)]
+pub struct Dataset {
+    path: PathBuf,
+    manifest: Manifest,
+    /// One a file of the manifest.
+    files: Vec<SampleFile>,
+    groups: Vec<Group>,
+    conditions: Option<SafeTensors>,
+    num_samples: u64,
+}
+
+#[derive(Debug)]
+struct SampleFile {
+    tensors: SafeTensors,
+    first_id: u64,
+    group: usize,
+}
+
+impl Dataset {
+    /// Opens a folder: reads `dataset.json` and the header of every file, and checks that they agree.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if something is missing, malformed, outside of the folder or at odds with the rest.
+    pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        refuse_pickle(folder)?;
+        let manifest = Manifest::of_folder(folder)?;
+        Dataset::assemble(folder.into(), manifest, |relative| SafeTensors::open(manifest::resolve(folder, relative)?))
+    }
+
+    /// The same over bytes that are part of the binary: `dataset.json` and its files by their paths.
+    pub fn embedded(json: &'static str, files: &'static [(&'static str, &'static [u8])]) -> Result<Self> {
+        let path = Path::new("embedded");
+        let manifest = Manifest::parse(&path.join(manifest::FILE_NAME), json.as_bytes())?;
+        Dataset::assemble(path.into(), manifest, |relative| {
+            let found = files.iter().find(|(name, _)| *name == relative);
+            let (name, bytes) = found.ok_or_else(|| Error::data(path.join(relative), "is not part of the binary"))?;
+            SafeTensors::from_static(&format!("embedded/{name}"), bytes)
+        })
+    }
+
+    fn assemble(path: PathBuf, manifest: Manifest, open: impl Fn(&str) -> Result<SafeTensors>) -> Result<Self> {
+        let mut dataset = Dataset { path, manifest, files: Vec::new(), groups: Vec::new(), conditions: None, num_samples: 0 };
+        for index in 0..dataset.manifest.files.len() {
+            let entry = dataset.manifest.files[index].clone();
+            let tensors = open(&entry.path)?;
+            dataset.add(&entry, tensors)?;
+        }
+        if let Some(entry) = &dataset.manifest.conditions {
+            let file = open(&entry.path)?;
+            layout_of(&file, entry.names.len() as u64, "names")?;
+            dataset.conditions = Some(file);
+        }
+        Ok(dataset)
+    }
+
+    fn add(&mut self, entry: &FileEntry, tensors: SafeTensors) -> Result<()> {
+        let layout = layout_of(&tensors, entry.samples, "samples")?;
+        check_latents(&layout, self.manifest.data_type).map_err(|what| Error::data(tensors.path(), what))?;
+        let known = self.groups.iter().position(|group| group.name == entry.group);
+        let group = known.unwrap_or(self.groups.len());
+        match self.files.iter().find(|file| file.group == group) {
+            Some(first) => check_same(&tensors, &layout, &first.tensors, &self.groups[group])?,
+            None => self.groups.push(Group { name: entry.group.clone(), sample_ids: Vec::new(), layout }),
+        }
+        let first_id = self.num_samples;
+        self.num_samples += entry.samples;
+        self.groups[group].sample_ids.extend(first_id..self.num_samples);
+        self.files.push(SampleFile { tensors, first_id, group });
+        Ok(())
+    }
+
+    /// The folder, or `embedded`.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Name, source and licence of the data, and the list of files.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    pub fn num_samples(&self) -> u64 {
+        self.num_samples
+    }
+
+    pub fn data_type(&self) -> DataType {
+        self.manifest.data_type
+    }
+
+    /// Resolution groups in the order in which their first files are listed.
+    pub fn groups(&self) -> &[Group] {
+        &self.groups
+    }
+
+    /// Shape of one sample's latents, `[C, (F,) H, W]`; none if there is no such group.
+    pub fn latent_shape(&self, group: &str) -> Option<&[i64]> {
+        let group = self.groups.iter().find(|known| known.name == group)?;
+        group.layout.get(latents_key(self.data_type())).map(|(_, shape)| shape.as_slice())
+    }
+
+    /// Hex digits that change with the files' names, groups, sample counts or hashes, as `dataset.json` gives them.
+    pub fn fingerprint(&self) -> String {
+        self.manifest.fingerprint()
+    }
+
+    /// Reads every file whole and compares it with its hash in `dataset.json`.
+    ///
+    /// # Errors
+    /// [`Error::Data`] for the first file that differs.
+    pub fn verify_hashes(&self) -> Result<()> {
+        let files = self.files.iter().map(|file| &file.tensors).zip(self.manifest.files.iter().map(|entry| &entry.sha256));
+        let conditions = self.conditions.iter().zip(self.manifest.conditions.iter().map(|entry| &entry.sha256));
+        for (file, expected) in files.chain(conditions) {
+            let mut hash = Sha256::new();
+            file.for_each_piece(|piece| hash.update(piece))?;
+            let found = sha256::hex(hash);
+            if found != *expected {
+                return Err(Error::data(file.path(), format!("has sha256 {found}, {} says {expected}", manifest::FILE_NAME)));
+            }
+        }
+        Ok(())
+    }
+
+    /// The samples of these ids, in this order.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if a sample holds a number that is not finite, or its file was cut since it was opened.
+    /// # Panics
+    /// If there are no ids, or they are unknown or of several groups (bugs in the caller).
+    pub fn batch(&self, ids: &[u64]) -> Result<Batch> {
+        let group = self.file_of(ids[0]).group;
+        assert!(ids.iter().all(|id| self.file_of(*id).group == group), "a batch of several resolution groups: {ids:?}");
+        let keys = self.groups[group].layout.keys();
+        let tensors = keys.map(|key| Ok((key.clone(), self.stacked(key, ids)?))).collect::<Result<_>>()?;
+        Ok(Batch { tensors, data_type: self.data_type(), sample_ids: ids.to_vec() })
+    }
+
+    /// One key of these samples as one tensor.
+    fn stacked(&self, key: &str, ids: &[u64]) -> Result<Tensor> {
+        let first = &self.file_of(ids[0]).tensors;
+        let info = first.info(key)?;
+        let row_bytes = row_bytes(info) as usize;
+        let mut data = first.buffer((row_bytes * ids.len()) as u64)?;
+        let mut rest = data.as_mut_slice();
+        for run in ids.chunk_by(|a, b| self.file_of(*a).first_id == self.file_of(*b).first_id) {
+            let (now, later) = rest.split_at_mut(run.len() * row_bytes);
+            self.file_of(run[0]).read_rows(key, run, now)?;
+            rest = later;
+        }
+        Ok(Tensor::from_data_size(&data, &with_rows(info, ids.len()), info.kind))
+    }
+
+    fn file_of(&self, id: u64) -> &SampleFile {
+        assert!(id < self.num_samples, "sample {id} of {}", self.num_samples);
+        &self.files[self.files.partition_point(|file| file.first_id <= id) - 1]
+    }
+
+    /// The named conditions, if the dataset has any.
+    ///
+    /// # Errors
+    /// As [`batch`](Self::batch).
+    pub fn conditions(&self) -> Result<Option<Conditions>> {
+        let (Some(file), Some(entry)) = (&self.conditions, &self.manifest.conditions) else { return Ok(None) };
+        let mut tensors = BTreeMap::new();
+        let rows: Vec<u64> = (0..entry.names.len() as u64).collect();
+        for info in file.tensors() {
+            let mut data = file.buffer(info.bytes)?;
+            file.read_rows_into(info, &rows, &mut data)?;
+            check_finite(file, info, &rows, &rows, &data)?;
+            tensors.insert(info.name.clone(), Tensor::from_data_size(&data, &info.shape, info.kind));
+        }
+        Ok(Some(Conditions { names: entry.names.clone(), tensors }))
+    }
+}
+
+impl SampleFile {
+    /// Fills `data` with one key of these samples, all of this file.
+    fn read_rows(&self, key: &str, ids: &[u64], data: &mut [u8]) -> Result<()> {
+        let info = self.tensors.info(key)?;
+        let rows: Vec<u64> = ids.iter().map(|id| id - self.first_id).collect();
+        self.tensors.read_rows_into(info, &rows, data)?;
+        check_finite(&self.tensors, info, ids, &rows, data)
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::fs::File;
+
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::data::safetensors::write;
+    use crate::data::sha256::HashingWriter;
+
+    /// A file of a dataset under construction: name, group, tensors.
+    pub(crate) type Part<'a> = (&'a str, &'a str, Vec<(&'a str, Tensor)>);
+
+    /// Writes a dataset of images; `conditions` are names and a file of that name.
+    pub(crate) fn written(parts: &[Part<'_>], conditions: Option<(&[&str], Tensor)>) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let save = |name: &str, tensors: &[(&str, Tensor)]| {
+            let mut file = HashingWriter::new(File::create(folder.path().join(name)).expect("a new file"));
+            let tensors: Vec<(&str, &Tensor)> = tensors.iter().map(|(key, tensor)| (*key, tensor)).collect();
+            write(&mut file, &tensors, &BTreeMap::new()).expect("a sound file");
+            file.finish().1
+        };
+        let files: Vec<serde_json::Value> = parts
+            .iter()
+            .map(|(name, group, tensors)| {
+                let (sha256, samples) = (save(name, tensors), tensors[0].1.size()[0]);
+                serde_json::json!({"path": name, "samples": samples, "group": group, "sha256": sha256})
+            })
+            .collect();
+        let mut manifest = serde_json::json!({
+            "format": "fm-dist dataset", "version": 1, "name": "made up", "source": "a test", "licence": "CC0",
+            "data_type": "image", "files": files,
+        });
+        if let Some((names, tensor)) = conditions {
+            let sha256 = save("conditions.safetensors", &[("text_embeddings", tensor)]);
+            manifest["conditions"] = serde_json::json!({"path": "conditions.safetensors", "names": names, "sha256": sha256});
+        }
+        std::fs::write(folder.path().join(manifest::FILE_NAME), manifest.to_string()).expect("a new file");
+        folder
+    }
+
+    /// `samples` images of which each holds nothing but its own number, counted from `first`.
+    pub(crate) fn images(first: i64, samples: i64, side: i64) -> Tensor {
+        Tensor::arange_start(first, first + samples, (Kind::Float, Device::Cpu)).view([-1, 1, 1, 1]).repeat([1, 1, side, side])
+    }
+
+    fn labels(first: i64, samples: i64) -> Tensor {
+        Tensor::arange_start(first, first + samples, (Kind::Int64, Device::Cpu))
+    }
+
+    fn two_groups() -> tempfile::TempDir {
+        let part = |first, samples, side| vec![("image_latents", images(first, samples, side)), ("labels", labels(first, samples))];
+        let parts =
+            [("a.safetensors", "2x2", part(0, 4, 2)), ("b.safetensors", "3x3", part(4, 3, 3)), ("c.safetensors", "2x2", part(7, 2, 2))];
+        written(&parts, Some((&["zero", "one"], Tensor::ones([2, 5, 8], (Kind::Half, Device::Cpu)))))
+    }
+
+    #[test]
+    fn samples_are_numbered_through_all_files_and_grouped_by_resolution() {
+        let folder = two_groups();
+        let dataset = Dataset::open(folder.path()).expect("a sound dataset");
+        assert_eq!((dataset.num_samples(), dataset.data_type()), (9, DataType::Image));
+        let ids: Vec<(&str, &[u64])> = dataset.groups().iter().map(|group| (group.name.as_str(), group.sample_ids.as_slice())).collect();
+        assert_eq!(ids, [("2x2", &[0, 1, 2, 3, 7, 8][..]), ("3x3", &[4, 5, 6])]);
+        assert_eq!(dataset.latent_shape("3x3"), Some(&[1, 3, 3][..]));
+        assert_eq!(dataset.latent_shape("4x4"), None);
+        dataset.verify_hashes().expect("untouched files");
+    }
+
+    #[test]
+    fn a_batch_holds_the_samples_asked_for_in_that_order_across_files() {
+        let folder = two_groups();
+        let dataset = Dataset::open(folder.path()).expect("a sound dataset");
+        for ids in [&[8u64, 0, 1, 7, 2][..], &[3, 7], &[5, 6, 4]] {
+            let batch = dataset.batch(ids).expect("sound samples");
+            let expected = Tensor::from_slice(&ids.iter().map(|&id| id as i64).collect::<Vec<_>>());
+            assert!(batch.tensors["labels"].equal(&expected), "{ids:?}");
+            assert!(batch.tensors["image_latents"].amax([1, 2, 3], false).to_kind(Kind::Int64).equal(&expected), "{ids:?}");
+            assert_eq!(batch.sample_ids, ids);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "a batch of several resolution groups: [3, 4]")]
+    fn a_batch_of_two_groups_is_a_bug() {
+        let folder = two_groups();
+        let _ = Dataset::open(folder.path()).expect("a sound dataset").batch(&[3, 4]);
+    }
+
+    #[test]
+    fn conditions_have_a_name_a_row() {
+        let folder = two_groups();
+        let conditions = Dataset::open(folder.path()).and_then(|dataset| dataset.conditions()).expect("sound").expect("some");
+        assert_eq!(conditions.names, ["zero", "one"]);
+        assert_eq!(conditions.tensors["text_embeddings"].size(), [2, 5, 8]);
+    }
+
+    #[test]
+    fn an_embedded_dataset_equals_its_folder() {
+        let folder = two_groups();
+        // Leaked once: what a binary embeds lives as long.
+        let embed = |name: &str| -> &'static [u8] { std::fs::read(folder.path().join(name)).expect("a written file").leak() };
+        let names = ["a.safetensors", "b.safetensors", "c.safetensors", "conditions.safetensors"];
+        let files: &'static [(&str, &[u8])] = names.map(|name| (name, embed(name))).to_vec().leak();
+        let json = std::str::from_utf8(embed(manifest::FILE_NAME)).expect("text");
+        let embedded = Dataset::embedded(json, files).expect("a sound dataset");
+        let opened = Dataset::open(folder.path()).expect("a sound dataset");
+        assert_eq!(embedded.fingerprint(), opened.fingerprint());
+        let (one, other) = (embedded.batch(&[8, 2]).expect("sound samples"), opened.batch(&[8, 2]).expect("sound samples"));
+        assert!(one.tensors["image_latents"].equal(&other.tensors["image_latents"]));
+        embedded.verify_hashes().expect("the same bytes");
+        let missing = Dataset::embedded(json, &files[..2]).expect_err("a file is missing").to_string();
+        assert_eq!(missing, "embedded/c.safetensors: is not part of the binary");
+    }
+}

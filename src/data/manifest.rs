@@ -1,0 +1,185 @@
+//! `dataset.json`: what a dataset says about itself, and where its files are.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Component, Path, PathBuf};
+
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+
+use super::safetensors::open_error;
+use super::{DataType, sha256};
+use crate::error::{Error, Result, one_line};
+
+pub(super) const FILE_NAME: &str = "dataset.json";
+const FORMAT: &str = "fm-dist dataset";
+const VERSION: u64 = 1;
+/// A line a file: enough for a hundred thousand files.
+const MAX_BYTES: u64 = 16 << 20;
+
+/// The contents of `dataset.json`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    format: String,
+    version: u64,
+    pub name: String,
+    /// Where the data come from, for people.
+    pub source: String,
+    pub licence: String,
+    pub data_type: DataType,
+    pub files: Vec<FileEntry>,
+    pub conditions: Option<ConditionsEntry>,
+}
+
+/// One file of samples.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileEntry {
+    /// Relative to the dataset's folder.
+    pub path: String,
+    pub samples: u64,
+    /// Name of the resolution group.
+    pub group: String,
+    pub sha256: String,
+}
+
+/// The file of named conditions, e.g. one text embedding a class, from which images are generated.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConditionsEntry {
+    pub path: String,
+    /// One name a row of the file's tensors.
+    pub names: Vec<String>,
+    pub sha256: String,
+}
+
+impl Manifest {
+    /// Reads `dataset.json` of a folder.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if it is missing, malformed or contradicts itself.
+    pub(super) fn of_folder(folder: &Path) -> Result<Manifest> {
+        if !fs::metadata(folder).map_err(|e| open_error(folder, e))?.is_dir() {
+            return Err(Error::data(folder, format!("is not a folder; expected one that holds {FILE_NAME}")));
+        }
+        let path = resolve(folder, FILE_NAME)?;
+        if !fs::metadata(&path).map_err(|e| open_error(&path, e))?.is_file() {
+            return Err(Error::data(path, "is not a regular file"));
+        }
+        let mut text = Vec::new();
+        let file = File::open(&path).map_err(|e| open_error(&path, e))?;
+        file.take(MAX_BYTES + 1).read_to_end(&mut text).map_err(Error::storage(&path, "read"))?;
+        Manifest::parse(&path, &text)
+    }
+
+    pub(super) fn parse(path: &Path, text: &[u8]) -> Result<Manifest> {
+        if text.len() as u64 > MAX_BYTES {
+            return Err(Error::data(path, format!("is longer than the {MAX_BYTES} bytes allowed")));
+        }
+        let manifest: Manifest = serde_json::from_slice(text).map_err(|e| Error::data(path, one_line(&e.to_string())))?;
+        manifest.check().map_err(|what| Error::data(path, what))?;
+        Ok(manifest)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if self.format != FORMAT || self.version != VERSION {
+            let found = format!("`{}` version {}", self.format, self.version);
+            return Err(format!("is {found}; this program reads `{FORMAT}` version {VERSION}"));
+        }
+        if self.files.is_empty() {
+            return Err("lists no files".into());
+        }
+        let mut paths = BTreeSet::new();
+        for file in &self.files {
+            if file.samples == 0 {
+                return Err(format!("`{}` has samples = 0; leave empty files out", file.path));
+            }
+            if !paths.insert(&file.path) {
+                return Err(format!("`{}` is listed twice", file.path));
+            }
+        }
+        for (path, sha256) in self.hashes() {
+            if sha256.len() != 64 || !sha256.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
+                return Err(format!("sha256 of `{path}` is not 64 lower-case hex digits"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Path and hash of every file.
+    fn hashes(&self) -> impl Iterator<Item = (&str, &str)> {
+        let files = self.files.iter().map(|file| (file.path.as_str(), file.sha256.as_str()));
+        files.chain(self.conditions.iter().map(|conditions| (conditions.path.as_str(), conditions.sha256.as_str())))
+    }
+
+    /// Hash of all that decides what a sample id stands for; equal fingerprints mean equal data.
+    pub(super) fn fingerprint(&self) -> String {
+        let mut hash = Sha256::new();
+        hash.update(self.data_type.word());
+        for FileEntry { path, samples, group, sha256 } in &self.files {
+            // Quoted, so that no two lists of files give the same text.
+            hash.update(format!("\n{path:?} {samples} {group:?} {sha256}"));
+        }
+        if let Some(ConditionsEntry { path, names, sha256 }) = &self.conditions {
+            hash.update(format!("\n{path:?} {names:?} {sha256}"));
+        }
+        sha256::hex(hash)
+    }
+}
+
+/// The real path of a dataset's file, which must lie inside of its folder.
+pub(super) fn resolve(folder: &Path, relative: &str) -> Result<PathBuf> {
+    let path = folder.join(relative);
+    if !Path::new(relative).components().all(|part| matches!(part, Component::Normal(_))) {
+        return Err(Error::data(folder, format!("path `{relative}` leaves the data folder")));
+    }
+    let real = path.canonicalize().map_err(|e| open_error(&path, e))?;
+    if !real.starts_with(folder.canonicalize().map_err(|e| open_error(folder, e))?) {
+        return Err(Error::data(path, format!("path leaves the data folder: it is a link to {}", real.display())));
+    }
+    Ok(real)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FILE: &str = r#"{"path":"a.safetensors","samples":2,"group":"8x8","sha256":"HASH"}"#;
+
+    fn manifest(files: &str) -> Result<Manifest> {
+        let head = r#""format":"fm-dist dataset","version":1,"name":"n","source":"s","licence":"l","data_type":"image""#;
+        let text = format!("{{{head},\"files\":[{files}]}}").replace("HASH", &"0a".repeat(32));
+        Manifest::parse(Path::new(FILE_NAME), text.as_bytes())
+    }
+
+    #[test]
+    fn a_manifest_that_contradicts_itself_is_refused() {
+        let reason = |files: &str| manifest(files).expect_err("refused").to_string();
+        assert_eq!(reason(""), "dataset.json: lists no files");
+        assert_eq!(reason(&format!("{FILE},{FILE}")), "dataset.json: `a.safetensors` is listed twice");
+        assert_eq!(reason(&FILE.replace(":2", ":0")), "dataset.json: `a.safetensors` has samples = 0; leave empty files out");
+        assert_eq!(reason(&FILE.replace("HASH", "0A")), "dataset.json: sha256 of `a.safetensors` is not 64 lower-case hex digits");
+        assert!(reason(&FILE.replace("group", "grop")).starts_with("dataset.json: unknown field `grop`, expected one of `path`"));
+    }
+
+    #[test]
+    fn another_format_or_version_is_named() {
+        let text = r#"{"format":"fm-dist dataset","version":2,"name":"","source":"","licence":"","data_type":"video","files":[]}"#;
+        let error = Manifest::parse(Path::new(FILE_NAME), text.as_bytes()).expect_err("version 2").to_string();
+        assert_eq!(error, "dataset.json: is `fm-dist dataset` version 2; this program reads `fm-dist dataset` version 1");
+    }
+
+    #[test]
+    fn the_fingerprint_follows_what_a_sample_id_stands_for() {
+        let fingerprint = |files: &str| manifest(files).expect("sound").fingerprint();
+        let known = fingerprint(FILE);
+        assert_eq!(known, fingerprint(FILE));
+        for change in
+            [FILE.replace("a.safe", "b.safe"), FILE.replace(":2", ":3"), FILE.replace("8x8", "8x9"), FILE.replace("HASH", &"0b".repeat(32))]
+        {
+            assert_ne!(known, fingerprint(&change), "{change}");
+        }
+    }
+}

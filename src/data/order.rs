@@ -1,0 +1,208 @@
+//! The order of samples: a pure function of seed and step, so that a resume needs only the step.
+//!
+//! Each epoch permutes each resolution group, cuts it into global batches, drops its tail (other samples each epoch) and
+//! permutes the batches of all groups, so that groups mix and a step has one shape on every rank.
+
+use std::cell::RefCell;
+
+use super::group::Group;
+use crate::error::{Error, Result};
+use crate::rng::{Key, Purpose};
+
+/// Which samples each step trains on.
+#[derive(Clone, Debug)]
+pub struct Order {
+    /// Sample ids by group.
+    groups: Vec<Vec<u64>>,
+    global_batch: usize,
+    seed: u64,
+    /// The epoch asked for last: steps are asked for in order, and permuting costs a pass over all ids.
+    epoch: RefCell<Epoch>,
+}
+
+#[derive(Clone, Debug)]
+struct Epoch {
+    number: u64,
+    /// As `Order::groups`, permuted.
+    groups: Vec<Vec<u64>>,
+    /// Group and place in it of each step's batch.
+    batches: Vec<(usize, usize)>,
+}
+
+impl Order {
+    /// Global batches of `global_batch` samples from these groups.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if a group is smaller than the global batch: its samples would never be seen.
+    /// # Panics
+    /// If there are no groups or the global batch is 0 (bugs in the caller).
+    pub fn new(groups: &[Group], global_batch: usize, seed: u64) -> Result<Self> {
+        assert!(!groups.is_empty() && global_batch > 0, "{} groups, global batch {global_batch}", groups.len());
+        for Group { name, sample_ids, .. } in groups {
+            if sample_ids.len() < global_batch {
+                let what = format!(
+                    "has {} samples, fewer than the global batch of {global_batch}, so that none would be trained on; \
+                     lower the global batch or merge the group",
+                    sample_ids.len()
+                );
+                return Err(Error::data(format!("resolution group {name}"), what));
+            }
+        }
+        let groups: Vec<Vec<u64>> = groups.iter().map(|group| group.sample_ids.clone()).collect();
+        let epoch = RefCell::new(Epoch::new(&groups, global_batch, seed, 0));
+        Ok(Order { groups, global_batch, seed, epoch })
+    }
+
+    /// Steps in one epoch.
+    pub fn batches_per_epoch(&self) -> u64 {
+        self.groups.iter().map(|ids| (ids.len() / self.global_batch) as u64).sum()
+    }
+
+    /// Samples that one epoch does not reach, because they do not fill a global batch of their group.
+    pub fn left_out_per_epoch(&self) -> u64 {
+        self.groups.iter().map(|ids| (ids.len() % self.global_batch) as u64).sum()
+    }
+
+    /// Epoch in which a step lies; both count from 0.
+    pub fn epoch_of(&self, step: u64) -> u64 {
+        step / self.batches_per_epoch()
+    }
+
+    /// Sample ids of one step over all ranks and micro-batches, all of one group.
+    pub fn global_batch(&self, step: u64) -> Vec<u64> {
+        let number = self.epoch_of(step);
+        let mut epoch = self.epoch.borrow_mut();
+        if epoch.number != number {
+            *epoch = Epoch::new(&self.groups, self.global_batch, self.seed, number);
+        }
+        let (group, place) = epoch.batches[(step % self.batches_per_epoch()) as usize];
+        epoch.groups[group][place * self.global_batch..][..self.global_batch].to_vec()
+    }
+
+    /// Sample ids of one micro-batch of one rank: block `micro * world_size + rank` of the global batch, so that one rank
+    /// with four micro-batches and four ranks with one see the same four.
+    ///
+    /// # Panics
+    /// If the block lies outside of the global batch (a bug in the caller).
+    pub fn micro_batch(&self, step: u64, micro: usize, rank: usize, world_size: usize, micro_batch_size: usize) -> Vec<u64> {
+        let block = micro * world_size + rank;
+        self.global_batch(step)[block * micro_batch_size..][..micro_batch_size].to_vec()
+    }
+}
+
+impl Epoch {
+    fn new(groups: &[Vec<u64>], global_batch: usize, seed: u64, number: u64) -> Self {
+        let key = Key::new(seed, Purpose::Order).step(number);
+        let mut groups = groups.to_vec();
+        let mut batches = Vec::new();
+        for (group, ids) in groups.iter_mut().enumerate() {
+            // Scope 0 is the order of the batches.
+            permute(ids, key.scope(group as u64 + 1));
+            batches.extend((0..ids.len() / global_batch).map(|place| (group, place)));
+        }
+        permute(&mut batches, key);
+        Epoch { number, groups, batches }
+    }
+}
+
+/// Every order is equally likely. Source: Fisher and Yates 1938, in Durstenfeld's form (1964).
+fn permute<T>(items: &mut [T], key: Key) {
+    for last in (1..items.len()).rev() {
+        items.swap(last, key.below(last as u64, last as u64 + 1) as usize);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    fn group(name: &str, ids: std::ops::Range<u64>) -> Group {
+        Group { name: name.into(), sample_ids: ids.collect(), ..Group::default() }
+    }
+
+    /// 2 + 6 batches of 8, with 4 + 2 samples left out an epoch.
+    fn order() -> Order {
+        Order::new(&[group("wide", 0..20), group("square", 20..70)], 8, 5).expect("large enough groups")
+    }
+
+    #[test]
+    fn a_step_is_the_same_reached_directly_or_by_walking() {
+        let walking = order();
+        let walked: Vec<Vec<u64>> = (0..30).map(|step| walking.global_batch(step)).collect();
+        for step in [29, 0, 8, 7, 15, 16] {
+            assert_eq!(order().global_batch(step), walked[step as usize], "step {step}");
+            assert_eq!(walking.global_batch(step), walked[step as usize], "step {step}, going back");
+        }
+    }
+
+    #[test]
+    fn an_epoch_reaches_every_sample_at_most_once_and_others_are_left_out_each_time() {
+        let order = order();
+        assert_eq!((order.batches_per_epoch(), order.left_out_per_epoch()), (8, 6));
+        assert_eq!((order.epoch_of(7), order.epoch_of(8)), (0, 1));
+        let reached = |epoch: u64| {
+            let ids: Vec<u64> = (epoch * 8..epoch * 8 + 8).flat_map(|step| order.global_batch(step)).collect();
+            let distinct: BTreeSet<u64> = ids.iter().copied().collect();
+            assert_eq!((ids.len(), distinct.len()), (64, 64), "epoch {epoch}");
+            distinct
+        };
+        assert_ne!(reached(0), reached(1));
+        let over_ten: BTreeSet<u64> = (0..10).flat_map(reached).collect();
+        assert_eq!(over_ten.len(), 70, "no sample is left out for ever");
+    }
+
+    #[test]
+    fn a_step_draws_from_one_group_and_the_groups_mix() {
+        let order = order();
+        let wide: Vec<bool> = (0..80)
+            .map(|step| {
+                let ids = order.global_batch(step);
+                assert!(ids.iter().all(|id| *id < 20) || ids.iter().all(|id| *id >= 20), "{ids:?}");
+                ids[0] < 20
+            })
+            .collect();
+        assert_eq!(wide.iter().filter(|wide| **wide).count(), 20, "two batches an epoch are of the small group");
+        let firsts: BTreeSet<bool> = wide.chunks(8).map(|epoch| epoch[0]).collect();
+        assert_eq!(firsts.len(), 2, "epochs do not always begin with the same group");
+    }
+
+    #[test]
+    fn accumulation_and_ranks_cut_the_global_batch_alike() {
+        let order = order();
+        let blocks = |world_size: usize, micro_batches: usize| -> Vec<Vec<u64>> {
+            let of_micro = |micro| (0..world_size).map(move |rank| (micro, rank));
+            (0..micro_batches).flat_map(of_micro).map(|(micro, rank)| order.micro_batch(3, micro, rank, world_size, 2)).collect()
+        };
+        let alone = blocks(1, 4);
+        assert_eq!(alone, blocks(4, 1));
+        assert_eq!(alone, blocks(2, 2));
+        assert_eq!(alone.concat(), order.global_batch(3), "ranks are disjoint and leave nothing out");
+    }
+
+    #[test]
+    fn another_seed_is_another_order() {
+        let other = Order::new(&[group("wide", 0..20), group("square", 20..70)], 8, 6).expect("large enough groups");
+        assert_ne!(order().global_batch(0), other.global_batch(0));
+    }
+
+    #[test]
+    fn a_permutation_prefers_no_place() {
+        let mut counts = [0; 5];
+        for epoch in 0..5000 {
+            let mut items = [0, 1, 2, 3, 4];
+            permute(&mut items, Key::new(1, Purpose::Test).step(epoch));
+            counts[items.iter().position(|item| *item == 0).expect("it is somewhere")] += 1;
+        }
+        // Binomial(5000, 0.2): 5 standard deviations are 141.
+        assert!(counts.iter().all(|&count| (859..1141).contains(&count)), "{counts:?}");
+    }
+
+    #[test]
+    fn a_group_smaller_than_the_global_batch_is_named() {
+        let error = Order::new(&[group("wide", 0..20), group("8x8", 20..25)], 8, 5).expect_err("five samples");
+        assert_eq!(error.exit_code(), 40);
+        assert!(error.to_string().starts_with("resolution group 8x8: has 5 samples, fewer than the global batch of 8"), "{error}");
+    }
+}

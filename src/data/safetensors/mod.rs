@@ -1,0 +1,330 @@
+//! Our own strict reader and writer of the safetensors format: names and shapes in JSON, then plain little-endian data.
+//!
+//! The format's own crate takes duplicate names, path-like names, unknown fields and headers that cost gigabytes; this
+//! reader refuses them. It reads by position and never maps a file, so that a file cut while in use is an error and not
+//! a SIGBUS.
+//!
+//! Source: <https://github.com/huggingface/safetensors>, section "Format" of its README.
+
+mod header;
+mod write;
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use tch::{Kind, Tensor};
+
+use crate::error::{Error, Result};
+pub use header::TensorInfo;
+pub use write::write;
+
+#[cfg(target_endian = "big")]
+compile_error!("the format is little-endian and tensors are read as they lie in memory");
+
+/// Length of the field that says how long the header is.
+const PREFIX: u64 = 8;
+/// Endings of files that Python's pickle wrote.
+const PICKLES: [&str; 6] = ["pt", "pth", "bin", "ckpt", "pkl", "pickle"];
+
+#[derive(Debug)]
+enum Source {
+    File(File),
+    /// Part of the binary.
+    Embedded(&'static [u8]),
+}
+
+/// An opened safetensors file whose header has been checked; the data are read on demand.
+#[derive(Debug)]
+pub struct SafeTensors {
+    path: PathBuf,
+    source: Source,
+    file_bytes: u64,
+    data_start: u64,
+    tensors: Vec<TensorInfo>,
+    by_name: BTreeMap<String, usize>,
+    metadata: BTreeMap<String, String>,
+}
+
+impl SafeTensors {
+    /// Opens a regular file and checks its header, not its data.
+    ///
+    /// # Errors
+    /// [`Error::Data`] with the reason if the file is missing, a pickle, not a regular file, or lies anywhere in its header;
+    /// [`Error::Storage`] if it cannot be read.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        refuse_pickle(path)?;
+        // Asked before opening: to open a FIFO blocks, and to open a device may do anything.
+        let found = fs::metadata(path).map_err(|e| open_error(path, e))?;
+        if !found.is_file() {
+            return Err(Error::data(path, "is not a regular file"));
+        }
+        let file = File::open(path).map_err(|e| open_error(path, e))?;
+        let file_bytes = file.metadata().map_err(Error::storage(path, "inspect"))?.len();
+        SafeTensors::from_source(path.into(), Source::File(file), file_bytes)
+    }
+
+    /// The same over bytes that are part of the binary; `name` stands for the path in messages.
+    pub fn from_static(name: &str, bytes: &'static [u8]) -> Result<Self> {
+        SafeTensors::from_source(name.into(), Source::Embedded(bytes), bytes.len() as u64)
+    }
+
+    fn from_source(path: PathBuf, source: Source, file_bytes: u64) -> Result<Self> {
+        let by_name = BTreeMap::new();
+        let mut file = SafeTensors { path, source, file_bytes, data_start: 0, tensors: Vec::new(), by_name, metadata: BTreeMap::new() };
+        let mut prefix = [0; PREFIX as usize];
+        let Some(after_prefix) = file_bytes.checked_sub(PREFIX) else {
+            return Err(file.refused(format!("is {file_bytes} bytes long, too short for a safetensors file")));
+        };
+        file.read_at(&mut prefix, 0)?;
+        let header_bytes = u64::from_le_bytes(prefix);
+        header::check_length(header_bytes).map_err(|what| file.refused(what))?;
+        let Some(data_bytes) = after_prefix.checked_sub(header_bytes) else {
+            return Err(file.refused(format!("header of {header_bytes} bytes does not fit the file's {file_bytes} bytes")));
+        };
+        let mut text = vec![0; header_bytes as usize];
+        file.read_at(&mut text, PREFIX)?;
+        let header = header::parse(&text, data_bytes).map_err(|what| file.refused(what))?;
+        file.data_start = PREFIX + header_bytes;
+        file.by_name = header.tensors.iter().enumerate().map(|(i, tensor)| (tensor.name.clone(), i)).collect();
+        file.tensors = header.tensors;
+        file.metadata = header.metadata;
+        Ok(file)
+    }
+
+    /// The path as it was given, or the name of an embedded file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What the file holds, in the order in which it lies there.
+    pub fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    /// Kind, shape and place of one tensor.
+    ///
+    /// # Errors
+    /// [`Error::Data`] with the names that exist.
+    pub fn info(&self, name: &str) -> Result<&TensorInfo> {
+        self.by_name.get(name).map(|&index| &self.tensors[index]).ok_or_else(|| {
+            let names: Vec<&str> = self.tensors.iter().map(|tensor| tensor.name.as_str()).take(20).collect();
+            let more = if names.len() < self.tensors.len() { ", …" } else { "" };
+            self.refused(format!("holds no tensor `{name}`; it has {}{more}", names.join(", ")))
+        })
+    }
+
+    /// One whole tensor, on the CPU.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if there is no such tensor or the file was cut since it was opened; [`Error::Storage`] if it cannot be
+    /// read.
+    pub fn read(&self, name: &str) -> Result<Tensor> {
+        let info = self.info(name)?;
+        let mut data = self.buffer(info.bytes)?;
+        self.read_data(info, 0, &mut data)?;
+        Ok(Tensor::from_data_size(&data, &info.shape, info.kind))
+    }
+
+    /// Rows of one tensor along its first axis, in the order asked for; adjacent ones are read together.
+    ///
+    /// # Shapes
+    /// `rows` of a tensor `[N, …]` give `[rows.len(), …]`.
+    /// # Errors
+    /// As [`read`](Self::read).
+    /// # Panics
+    /// If there is no such row (a bug in the caller).
+    pub fn read_rows(&self, name: &str, rows: &[u64]) -> Result<Tensor> {
+        let info = self.info(name)?;
+        let mut data = self.buffer(row_bytes(info) * rows.len() as u64)?;
+        self.read_rows_into(info, rows, &mut data)?;
+        Ok(Tensor::from_data_size(&data, &with_rows(info, rows.len()), info.kind))
+    }
+
+    /// Fills `data` with the bytes of `rows`, exactly.
+    pub(super) fn read_rows_into(&self, info: &TensorInfo, rows: &[u64], data: &mut [u8]) -> Result<()> {
+        let row_bytes = row_bytes(info);
+        let mut rest = data;
+        for run in rows.chunk_by(|a, b| a + 1 == *b) {
+            let last = run[0] + run.len() as u64 - 1;
+            assert!(last < info.shape[0] as u64, "row {last} of `{}` {:?}", info.name, info.shape);
+            let (now, later) = rest.split_at_mut(run.len() * row_bytes as usize);
+            self.read_data(info, run[0] * row_bytes, now)?;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Room for data of the file. A sparse file may claim more than the machine has, so that even memory can be refused.
+    pub(super) fn buffer(&self, bytes: u64) -> Result<Vec<u8>> {
+        let mut buffer = Vec::new();
+        let length = usize::try_from(bytes).expect("a 64-bit machine");
+        buffer.try_reserve_exact(length).map_err(|e| self.refused(format!("cannot hold {bytes} bytes of it in memory: {e}")))?;
+        buffer.resize(length, 0);
+        Ok(buffer)
+    }
+
+    /// Fills `data` from the tensor's byte `start` on.
+    fn read_data(&self, info: &TensorInfo, start: u64, data: &mut [u8]) -> Result<()> {
+        self.read_at(data, self.data_start + info.offset + start)?;
+        // Any other byte in a boolean is undefined behaviour inside of libtorch.
+        if info.kind == Kind::Bool && data.iter().any(|&byte| byte > 1) {
+            return Err(self.refused(format!("tensor `{}` is BOOL and holds bytes other than 0 and 1", info.name)));
+        }
+        Ok(())
+    }
+
+    /// Reads the file from its first to its last byte, `piece` by piece.
+    pub(super) fn for_each_piece(&self, mut piece: impl FnMut(&[u8])) -> Result<()> {
+        const PIECE: u64 = 1 << 20;
+        let mut buffer = self.buffer(PIECE.min(self.file_bytes))?;
+        for start in (0..self.file_bytes).step_by(PIECE as usize) {
+            let length = PIECE.min(self.file_bytes - start) as usize;
+            self.read_at(&mut buffer[..length], start)?;
+            piece(&buffer[..length]);
+        }
+        Ok(())
+    }
+
+    fn read_at(&self, buffer: &mut [u8], start: u64) -> Result<()> {
+        match &self.source {
+            Source::File(file) => file.read_exact_at(buffer, start).map_err(|e| match e.kind() {
+                io::ErrorKind::UnexpectedEof => {
+                    self.refused(format!("was {} bytes long when it was opened and has been cut since", self.file_bytes))
+                }
+                _ => Error::storage(&self.path, "read")(e),
+            }),
+            Source::Embedded(bytes) => {
+                buffer.copy_from_slice(&bytes[start as usize..][..buffer.len()]);
+                Ok(())
+            }
+        }
+    }
+
+    fn refused(&self, what: impl Into<String>) -> Error {
+        Error::data(&self.path, what)
+    }
+}
+
+/// Refuses files that could run code, by their ending.
+///
+/// # Errors
+/// [`Error::Data`] with the way to convert the file.
+pub fn refuse_pickle(path: &Path) -> Result<()> {
+    let ending = path.extension().map(|ending| ending.to_string_lossy().to_ascii_lowercase());
+    if ending.is_some_and(|ending| PICKLES.contains(&ending.as_str())) {
+        let what = "is a pickle, which can run code when it is opened and is never read; convert it once in Python with \
+                    safetensors.torch.save_file(torch.load(path, weights_only=True), \"data.safetensors\")";
+        return Err(Error::data(path, what));
+    }
+    Ok(())
+}
+
+/// For `map_err` where something is opened that data are read from: what is missing is the data's fault.
+pub(super) fn open_error(path: &Path, error: io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::NotFound => Error::data(path, "does not exist"),
+        _ => Error::storage(path, "open")(error),
+    }
+}
+
+/// Size of one row along the first axis.
+pub(super) fn row_bytes(info: &TensorInfo) -> u64 {
+    assert!(!info.shape.is_empty(), "`{}` is a scalar and has no rows", info.name);
+    info.bytes / info.shape[0] as u64
+}
+
+/// The tensor's shape with another number of rows.
+pub(super) fn with_rows(info: &TensorInfo, rows: usize) -> Vec<i64> {
+    [&[rows as i64], &info.shape[1..]].concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Written by Python: `safetensors.torch.save({"t": torch.tensor([[1, 2], [3, 4]], dtype=torch.int16)}, {"by": "python"})`.
+    const FROM_PYTHON: &[u8] = b"X\x00\x00\x00\x00\x00\x00\x00{\"__metadata__\":{\"by\":\"python\"},\"t\":{\"dtype\":\"I16\",\"shape\":[2,2],\"data_offsets\":[0,8]}} \x01\x00\x02\x00\x03\x00\x04\x00";
+
+    fn saved(tensors: &[(&str, &Tensor)]) -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("saved.safetensors");
+        let mut file = File::create(&path).expect("a new file");
+        write(&mut file, tensors, &BTreeMap::from([("k".into(), "v".into())])).expect("a sound file");
+        (folder, path)
+    }
+
+    #[test]
+    fn a_file_of_the_python_package_is_read() {
+        let file = SafeTensors::from_static("python.safetensors", FROM_PYTHON).expect("a sound file");
+        assert_eq!(file.metadata()["by"], "python");
+        assert!(file.read("t").expect("its tensor").equal(&Tensor::from_slice(&[1i16, 2, 3, 4]).view([2, 2])));
+    }
+
+    #[test]
+    fn every_kind_is_read_back_as_it_was_written() {
+        let values = Tensor::from_slice(&[0.0, 1.0, 2.0, 3.5, -1.0, 100.0]).view([3, 2]);
+        let kinds = ["Bool", "Uint8", "Int8", "Int16", "Int", "Int64", "Half", "BFloat16", "Float", "Double"];
+        let each = [
+            Kind::Bool,
+            Kind::Uint8,
+            Kind::Int8,
+            Kind::Int16,
+            Kind::Int,
+            Kind::Int64,
+            Kind::Half,
+            Kind::BFloat16,
+            Kind::Float,
+            Kind::Double,
+        ]
+        .map(|kind| values.abs().to_kind(kind));
+        let tensors: Vec<(&str, &Tensor)> = kinds.into_iter().zip(&each).collect();
+        let (_folder, path) = saved(&tensors);
+        let file = SafeTensors::open(&path).expect("own file");
+        assert_eq!(file.tensors().iter().map(|info| info.name.as_str()).collect::<Vec<_>>(), kinds);
+        for (name, tensor) in tensors {
+            let back = file.read(name).expect("own tensor");
+            assert_eq!((back.kind(), back.size()), (tensor.kind(), tensor.size()));
+            assert!(back.equal(tensor), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_scalar_is_read_back_as_a_scalar() {
+        let (_folder, path) = saved(&[("s", &Tensor::from(2.5f32))]);
+        let back = SafeTensors::open(&path).expect("own file").read("s").expect("own tensor");
+        assert!(back.size().is_empty() && back.double_value(&[]) == 2.5, "{back:?}");
+    }
+
+    #[test]
+    fn rows_come_in_the_order_asked_for_adjacent_or_not() {
+        let table = Tensor::arange(40, (Kind::Int64, tch::Device::Cpu)).view([10, 2, 2]);
+        let (_folder, path) = saved(&[("before", &Tensor::from(1u8)), ("table", &table)]);
+        let file = SafeTensors::open(&path).expect("own file");
+        for rows in [&[3u64][..], &[2, 3, 4], &[9, 0, 1, 1, 5], &[7, 6, 5]] {
+            let index = Tensor::from_slice(&rows.iter().map(|&row| row as i64).collect::<Vec<_>>());
+            assert!(file.read_rows("table", rows).expect("its rows").equal(&table.index_select(0, &index)), "{rows:?}");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "row 10 of `table` [10, 1]")]
+    fn a_row_beyond_the_last_is_a_bug() {
+        let (_folder, path) = saved(&[("table", &Tensor::zeros([10, 1], (Kind::Float, tch::Device::Cpu)))]);
+        let _ = SafeTensors::open(&path).expect("own file").read_rows("table", &[9, 10]);
+    }
+
+    #[test]
+    fn a_missing_tensor_is_told_with_those_that_exist() {
+        let (_folder, path) = saved(&[("a", &Tensor::from(1u8)), ("b", &Tensor::from(1u8))]);
+        let error = SafeTensors::open(&path).expect("own file").read("c").expect_err("no such tensor");
+        assert!(error.to_string().ends_with("holds no tensor `c`; it has a, b"), "{error}");
+    }
+}

@@ -1,0 +1,106 @@
+//! Writing a safetensors file: equal tensors give equal bytes, and only what the reader takes is written.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+
+use tch::{Device, Tensor};
+
+use super::header::{self, METADATA, dtype_of};
+use crate::tensor::bytes;
+
+/// Writes `tensors` in the order given, in one pass, and returns the number of bytes.
+///
+/// Tensors of another device or layout are copied one at a time. The bytes depend on names, order, values and metadata
+/// only.
+///
+/// # Errors
+/// What `file` refuses; [`io::ErrorKind::InvalidInput`], before the first byte, for names, kinds or shapes that
+/// [`SafeTensors::open`](super::SafeTensors::open) would refuse.
+pub fn write(file: &mut impl Write, tensors: &[(&str, &Tensor)], metadata: &BTreeMap<String, String>) -> io::Result<u64> {
+    let (header, data_bytes) = header_of(tensors, metadata).map_err(|what| io::Error::new(io::ErrorKind::InvalidInput, what))?;
+    file.write_all(&(header.len() as u64).to_le_bytes())?;
+    file.write_all(header.as_bytes())?;
+    for (_, tensor) in tensors {
+        file.write_all(bytes(&tensor.to_device(Device::Cpu).contiguous()))?;
+    }
+    Ok(8 + header.len() as u64 + data_bytes)
+}
+
+/// The header's text and the size of the data behind it.
+fn header_of(tensors: &[(&str, &Tensor)], metadata: &BTreeMap<String, String>) -> Result<(String, u64), String> {
+    let mut entries = Vec::with_capacity(tensors.len() + 1);
+    if !metadata.is_empty() {
+        let texts: Vec<String> = metadata.iter().map(|(key, text)| format!("{}:{}", quoted(key), quoted(text))).collect();
+        entries.push(format!("{}:{{{}}}", quoted(METADATA), texts.join(",")));
+    }
+    let mut end = 0;
+    for (name, tensor) in tensors {
+        let kind = tensor.kind();
+        let dtype = dtype_of(kind).ok_or_else(|| format!("tensor `{name}` is {kind:?}, which the format cannot hold"))?;
+        let begin = end;
+        end += (tensor.numel() * kind.elt_size_in_bytes()) as u64;
+        let shape: Vec<String> = tensor.size().iter().map(ToString::to_string).collect();
+        let shape = shape.join(",");
+        entries.push(format!(r#"{}:{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{begin},{end}]}}"#, quoted(name)));
+    }
+    let mut text = format!("{{{}}}", entries.join(","));
+    // The format asks for data aligned to 8 bytes; the length field takes 8 itself.
+    text.push_str(&" ".repeat(text.len().next_multiple_of(8) - text.len()));
+    header::parse(text.as_bytes(), end)?;
+    header::check_length(text.len() as u64)?;
+    Ok((text, end))
+}
+
+fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Kind;
+
+    use super::*;
+
+    #[test]
+    fn the_bytes_of_a_file_are_these_and_no_others() {
+        let (a, b) = (Tensor::from_slice(&[1i16, -2]), Tensor::from_slice(&[1.5f32]));
+        let metadata = BTreeMap::from([("step".into(), "7".into()), ("by \"us\"".into(), "µ\n".into())]);
+        let mut file = Vec::new();
+        let written = write(&mut file, &[("b", &b), ("a", &a)], &metadata).expect("a sound file");
+        let header = concat!(
+            r#"{"__metadata__":{"by \"us\"":"µ\n","step":"7"},"#,
+            r#""b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"I16","shape":[2],"data_offsets":[4,8]}}"#,
+            "      "
+        );
+        let expected = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &[0, 0, 0xc0, 0x3f, 1, 0, 0xfe, 0xff]].concat();
+        assert_eq!(String::from_utf8_lossy(&file), String::from_utf8_lossy(&expected));
+        assert_eq!(file, expected);
+        assert_eq!(written, file.len() as u64);
+    }
+
+    #[test]
+    fn what_the_reader_would_refuse_is_not_written() {
+        let sound = Tensor::from_slice(&[1u8]);
+        let empty = Tensor::from_slice::<u8>(&[]);
+        let complex = Tensor::zeros([1], (Kind::ComplexFloat, Device::Cpu));
+        let refused = |tensors: &[(&str, &Tensor)]| {
+            let mut file = Vec::new();
+            let error = write(&mut file, tensors, &BTreeMap::new()).expect_err("an unsound file");
+            assert!(file.is_empty(), "nothing is written of an unsound file");
+            error.to_string()
+        };
+        assert!(refused(&[("../a", &sound)]).contains("illegal tensor name `../a`"));
+        assert!(refused(&[("a", &sound), ("a", &sound)]).contains("duplicate tensor `a`"));
+        assert!(refused(&[("a", &empty)]).contains("an axis of 0, expected at least 1"));
+        assert_eq!(refused(&[("a", &complex)]), "tensor `a` is ComplexFloat, which the format cannot hold");
+    }
+
+    #[test]
+    fn a_view_is_written_as_its_values() {
+        let table = Tensor::from_slice(&[1i64, 2, 3, 4]).view([2, 2]);
+        let (mut of_view, mut of_copy) = (Vec::new(), Vec::new());
+        write(&mut of_view, &[("t", &table.tr())], &BTreeMap::new()).expect("a view");
+        write(&mut of_copy, &[("t", &Tensor::from_slice(&[1i64, 3, 2, 4]).view([2, 2]))], &BTreeMap::new()).expect("a copy");
+        assert_eq!(of_view, of_copy);
+    }
+}

@@ -1,0 +1,46 @@
+//! `[data]`: which samples, how many at a time.
+
+use crate::settings::{Keys, Settings};
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct DataSettings {
+    pub path: String,
+    pub micro_batch_size_per_gpu: usize,
+    pub prefetch: usize,
+}
+
+impl Default for DataSettings {
+    fn default() -> Self {
+        DataSettings { path: "embedded:digits".into(), micro_batch_size_per_gpu: 64, prefetch: 2 }
+    }
+}
+
+impl Settings for DataSettings {
+    fn visit(&mut self, keys: &mut Keys<'_>) {
+        keys.text("path", &mut self.path, "Folder with dataset.json, or `embedded:digits` for the handwritten digits in the binary.");
+        keys.integer(
+            "micro_batch_size_per_gpu",
+            &mut self.micro_batch_size_per_gpu,
+            1..,
+            "Samples in one forward and backward pass of one rank; what fits into memory.",
+        );
+        keys.integer("prefetch", &mut self.prefetch, 1..=1024, "Batches read ahead by a thread of their own; 2 hide a read behind a step.");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::settings::{read, write};
+
+    #[test]
+    fn settings_read_back_and_keep_their_bounds() {
+        let mut settings = DataSettings { path: "data/shapes".into(), micro_batch_size_per_gpu: 3, prefetch: 5 };
+        let text = write(&mut settings);
+        let mut back = DataSettings::default();
+        read(&mut back, "test", &text, &[]).expect("own text is valid");
+        assert_eq!(back, settings);
+        let error = read(&mut back, "test", "micro_batch_size_per_gpu = 0\nprefetch = 0", &[]).expect_err("two zeros").to_string();
+        assert_eq!(error.matches("0 is out of range").count(), 2, "{error}");
+    }
+}

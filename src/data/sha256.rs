@@ -1,0 +1,72 @@
+//! SHA-256 of what goes by, so that writing and hashing a file is one pass.
+
+use std::io::{self, Write};
+
+use sha2::{Digest, Sha256};
+
+/// A writer that counts and hashes what it passes on.
+pub struct HashingWriter<W> {
+    inner: W,
+    sha256: Sha256,
+    bytes: u64,
+}
+
+impl<W: Write> HashingWriter<W> {
+    pub fn new(inner: W) -> Self {
+        HashingWriter { inner, sha256: Sha256::new(), bytes: 0 }
+    }
+
+    /// The inner writer, the hash in lower-case hex and the number of bytes. Nothing is flushed or synced.
+    pub fn finish(self) -> (W, String, u64) {
+        (self.inner, hex(self.sha256), self.bytes)
+    }
+}
+
+impl<W: Write> Write for HashingWriter<W> {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        // Only what the inner writer took is hashed: a short write comes again.
+        let taken = self.inner.write(buffer)?;
+        self.sha256.update(&buffer[..taken]);
+        self.bytes += taken as u64;
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+/// A finished hash as 64 lower-case hex digits.
+pub fn hex(sha256: Sha256) -> String {
+    sha256.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Takes three bytes a call, as a full pipe would.
+    struct ShortWrites(Vec<u8>);
+
+    impl Write for ShortWrites {
+        fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+            let taken = buffer.len().min(3);
+            self.0.extend_from_slice(&buffer[..taken]);
+            Ok(taken)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn the_hash_is_of_the_bytes_that_arrived() {
+        let mut writer = HashingWriter::new(ShortWrites(Vec::new()));
+        writer.write_all(b"abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq").expect("a vector takes all");
+        let (inner, sha256, bytes) = writer.finish();
+        // Source: FIPS 180-4, the example of two blocks.
+        assert_eq!(sha256, "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1");
+        assert_eq!((bytes, inner.0.len()), (56, 56));
+    }
+}
