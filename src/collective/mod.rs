@@ -3,21 +3,34 @@
 //! Every rank issues the same operations in the same order on equal shapes; that is the caller's duty and the contract
 //! which `tests/collectives.rs` puts each backend through.
 
+mod call;
+mod mpi;
+mod solo;
+mod texts;
+mod threads;
+
 use tch::Tensor;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
+pub use mpi::{Mpi, library_version as mpi_library_version};
+pub use solo::Solo;
+pub use texts::{broadcast_text, gather_texts, local_rank};
+pub use threads::Threads;
 
-/// How the ranks' elements become one.
+/// How the ranks' elements become one. Backends differ in what becomes of a NaN in `Min` and `Max`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReduceOp {
     Sum,
-    /// Sum divided by the number of ranks.
+    /// Sum divided by the number of ranks; not of integers.
     Mean,
     Min,
     Max,
 }
 
-/// What ranks do together. Tensors are contiguous, f32 or i64, on the backend's device, of equal shape on every rank.
+/// What ranks do together. Tensors are contiguous, f32, f64 or i64, on the backend's device, of equal shape on every rank.
+///
+/// # Errors
+/// [`Error::Collective`] for a tensor that the backend cannot carry, at the call; for peers that fail, mostly at the wait.
 ///
 /// # Ordering
 /// Operations of one communicator start in program order. Results are bitwise equal on all ranks and from run to run at
@@ -29,10 +42,11 @@ pub trait Collective {
     /// Reduces `buffer` in place on every rank. The work owns the tensor until it is waited for.
     fn all_reduce(&self, buffer: Tensor, op: ReduceOp) -> Result<Work>;
 
-    /// Reduces `full`, of `world_size * owned` elements, and leaves this rank's slice in `owned`.
+    /// Reduces `full`, of `world_size * owned` elements, and leaves this rank's slice in `owned`, which may be a view of
+    /// `full`. The rest of `full` is unchanged.
     fn reduce_scatter(&self, full: Tensor, owned: Tensor, op: ReduceOp) -> Result<Work>;
 
-    /// Joins every rank's `owned` in rank order in `full`, of `world_size * owned` elements.
+    /// Joins every rank's `owned` in rank order in `full`, of `world_size * owned` elements. `owned` may be a view of `full`.
     fn all_gather(&self, owned: Tensor, full: Tensor) -> Result<Work>;
 
     /// Copies `buffer` of rank `root` into `buffer` of every rank.
@@ -62,5 +76,121 @@ impl Work {
     /// Blocks until the results may be read.
     pub fn wait(self) -> Result<()> {
         (self.finish)()
+    }
+}
+
+/// Whether a launcher started this process, and among how many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Placement {
+    /// No launcher: a world of one that needs no MPI.
+    Alone,
+    /// `size` is the launcher's number of tasks; a launcher may give a rank and no size.
+    Launched { size: Option<usize> },
+}
+
+/// Where this process was put. The only reader of environment variables in the crate.
+///
+/// # Errors
+/// [`Error::Environment`] if a launcher's variable holds no number.
+pub fn placement() -> Result<Placement> {
+    placement_among(|name| std::env::var(name).ok())
+}
+
+fn placement_among(variable: impl Fn(&str) -> Option<String>) -> Result<Placement> {
+    // mpirun inside of a Slurm job inherits Slurm's variables, so the nearer launcher is asked first.
+    let mut names = vec!["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"];
+    if is_slurm_task(&variable) {
+        names.extend(["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"]);
+    }
+    let Some((name, text)) = names.into_iter().find_map(|name| Some((name, variable(name)?))) else {
+        let launched = variable("PMIX_RANK").is_some();
+        return Ok(if launched { Placement::Launched { size: None } } else { Placement::Alone });
+    };
+    let size = text.parse().map_err(|_| Error::environment(format!("{name}={text:?} is no number of tasks; was it set by hand?")))?;
+    Ok(Placement::Launched { size: Some(size) })
+}
+
+/// Whether srun started this process: a batch script and an interactive shell have a SLURM_PROCID and SLURM_NTASKS too,
+/// but no step number, or one that Slurm reserves (from 0xfffffff0 on).
+fn is_slurm_task(variable: impl Fn(&str) -> Option<String>) -> bool {
+    let step = variable("SLURM_STEP_ID").and_then(|id| id.parse::<u32>().ok());
+    variable("SLURM_PROCID").is_some() && step.is_some_and(|id| id < 0xffff_fff0)
+}
+
+/// Joins the world that the launcher made; without a launcher, a world of one that never touches MPI.
+///
+/// # Errors
+/// [`Error::Environment`] if the launcher started several tasks of which each finds itself alone.
+pub fn connect() -> Result<Box<dyn Collective>> {
+    let Placement::Launched { size } = placement()? else { return Ok(Box::new(Solo)) };
+    let mpi = Mpi::connect()?;
+    match size {
+        // Each would train alone and all would write to one run folder.
+        Some(tasks) if tasks > 1 && mpi.world_size() == 1 => {
+            Err(Error::environment(format!("launcher says {tasks} tasks, MPI says 1: wrong --mpi= plugin? try srun --mpi=pmix or mpirun")))
+        }
+        _ => Ok(Box::new(mpi)),
+    }
+}
+
+/// Leaves the world in good order: returns once every rank is here. Nothing may be under way.
+pub fn finish(collective: Box<dyn Collective>) -> Result<()> {
+    collective.barrier()?;
+    mpi::finalize()
+}
+
+/// Ends this process and, under MPI, every other rank of the world with exit code `code`, at most seconds later.
+///
+/// Callable from any thread and from a panic hook, also while another thread waits inside of a collective. Nothing is
+/// flushed and no destructor runs: say what happened before.
+pub fn abort(code: i32) -> ! {
+    mpi::abort(code)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn placed(variables: &[(&str, &str)]) -> Result<Placement> {
+        placement_among(|name| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| value.to_string()))
+    }
+
+    #[test]
+    fn without_a_launcher_the_process_is_alone() {
+        assert_eq!(placed(&[]).unwrap(), Placement::Alone);
+    }
+
+    #[test]
+    fn each_launcher_says_how_many_tasks_there_are() {
+        let eight = Placement::Launched { size: Some(8) };
+        assert_eq!(placed(&[("OMPI_COMM_WORLD_SIZE", "8")]).unwrap(), eight);
+        assert_eq!(placed(&[("PMI_SIZE", "8")]).unwrap(), eight);
+        assert_eq!(placed(&[("SLURM_NTASKS", "8"), ("SLURM_PROCID", "0"), ("SLURM_STEP_ID", "0")]).unwrap(), eight);
+        assert_eq!(placed(&[("PMIX_RANK", "3")]).unwrap(), Placement::Launched { size: None });
+    }
+
+    #[test]
+    fn a_batch_shell_is_no_task_of_a_step() {
+        let batch = [("SLURM_NTASKS", "8"), ("SLURM_PROCID", "0")];
+        assert_eq!(placed(&batch).unwrap(), Placement::Alone);
+        // Slurm's own steps: the batch script (…fb) and salloc's interactive shell (…fa).
+        for step in ["4294967291", "4294967290"] {
+            assert_eq!(placed(&[batch[0], batch[1], ("SLURM_STEP_ID", step)]).unwrap(), Placement::Alone);
+        }
+    }
+
+    #[test]
+    fn the_nearer_launcher_counts() {
+        let nested = [("SLURM_NTASKS", "2"), ("SLURM_PROCID", "0"), ("SLURM_STEP_ID", "1"), ("OMPI_COMM_WORLD_SIZE", "16")];
+        assert_eq!(placed(&nested).unwrap(), Placement::Launched { size: Some(16) });
+        let small_step = [("SLURM_NTASKS", "8"), ("SLURM_STEP_NUM_TASKS", "2"), ("SLURM_PROCID", "0"), ("SLURM_STEP_ID", "1")];
+        assert_eq!(placed(&small_step).unwrap(), Placement::Launched { size: Some(2) });
+    }
+
+    #[test]
+    fn a_size_that_is_no_number_is_an_error_of_the_environment() {
+        let error = placed(&[("PMI_SIZE", "many")]).unwrap_err();
+        assert_eq!(error.exit_code(), 52);
+        assert!(error.to_string().contains("PMI_SIZE=\"many\""), "{error}");
     }
 }

@@ -1,0 +1,50 @@
+//! Texts between ranks, on top of the tensor operations: every backend has them.
+
+use tch::{Device, Kind, Tensor};
+
+use super::Collective;
+use super::call::Call;
+use crate::error::Result;
+
+/// The text of rank `root`, on every rank.
+pub fn broadcast_text(collective: &dyn Collective, text: &str, root: usize) -> Result<String> {
+    let length = Tensor::from_slice(&[text.len() as i64]);
+    collective.broadcast(length.shallow_clone(), root)?.wait()?;
+    let mut bytes = if collective.rank() == root { widened(text) } else { Vec::new() };
+    bytes.resize(length.int64_value(&[0]) as usize, 0);
+    let bytes = Tensor::from_slice(&bytes);
+    collective.broadcast(bytes.shallow_clone(), root)?.wait()?;
+    narrowed("broadcast_text", &bytes)
+}
+
+/// Every rank's text in rank order, on every rank.
+pub fn gather_texts(collective: &dyn Collective, text: &str) -> Result<Vec<String>> {
+    let world_size = collective.world_size();
+    let lengths = Tensor::zeros([world_size as i64], (Kind::Int64, Device::Cpu));
+    collective.all_gather(Tensor::from_slice(&[text.len() as i64]), lengths.shallow_clone())?.wait()?;
+    let longest = lengths.max().int64_value(&[]) as usize;
+    let mut bytes = widened(text);
+    bytes.resize(longest, 0);
+    let all = Tensor::zeros([world_size as i64, bytes.len() as i64], (Kind::Int64, Device::Cpu));
+    collective.all_gather(Tensor::from_slice(&bytes), all.shallow_clone())?.wait()?;
+    let row = |rank: i64| narrowed("gather_texts", &all.get(rank).narrow(0, 0, lengths.int64_value(&[rank])));
+    (0..world_size as i64).map(row).collect()
+}
+
+/// How many lower ranks run on this rank's machine: the number of the device that it should take.
+pub fn local_rank(collective: &dyn Collective) -> Result<usize> {
+    let hosts = gather_texts(collective, &gethostname::gethostname().to_string_lossy())?;
+    let rank = collective.rank();
+    Ok(hosts[..rank].iter().filter(|host| **host == hosts[rank]).count())
+}
+
+/// One integer a byte: texts are short, and integers are a kind that every backend carries.
+fn widened(text: &str) -> Vec<i64> {
+    text.bytes().map(i64::from).collect()
+}
+
+fn narrowed(operation: &'static str, bytes: &Tensor) -> Result<String> {
+    let broken = |_| Call { backend: "texts", operation }.error("what arrived is no UTF-8 text");
+    let bytes: Vec<u8> = Vec::<i64>::try_from(bytes).expect("a flat integer tensor").into_iter().map(|byte| byte as u8).collect();
+    String::from_utf8(bytes).map_err(broken)
+}

@@ -1,0 +1,417 @@
+//! Every backend of the collectives keeps one contract, and a rank that fails ends its world.
+//!
+//! Real MPI runs as children: a test starts `mpirun` with this very binary and the name of an ignored test.
+
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use fm_dist::collective::{self, Collective, ReduceOp, Solo, Threads, broadcast_text, gather_texts, local_rank};
+use fm_dist::error::{BUG, Error, Result};
+use tch::{Device, Kind, Tensor};
+
+/// One element, fewer than ranks, not a power of two, and one more than whole pieces of MPI's backend.
+const SIZES: [i64; 5] = [0, 1, 3, 1000, (1 << 20) + 7];
+const KINDS: [Kind; 3] = [Kind::Float, Kind::Double, Kind::Int64];
+const OPS: [ReduceOp; 4] = [ReduceOp::Sum, ReduceOp::Mean, ReduceOp::Min, ReduceOp::Max];
+
+/// What rank `rank` brings along: small integers, so that every order of summation gives the same numbers.
+fn brought(rank: usize, size: i64, kind: Kind) -> Tensor {
+    let index = Tensor::arange(size, (Kind::Int64, Device::Cpu));
+    ((index * 7 + 13 * rank as i64).remainder(101) - 50).to_kind(kind)
+}
+
+/// What the ranks' tensors must become.
+fn expected(world_size: usize, size: i64, kind: Kind, op: ReduceOp) -> Tensor {
+    let all: Vec<Tensor> = (0..world_size).map(|rank| brought(rank, size, kind)).collect();
+    let all = Tensor::stack(&all, 0);
+    let sum = || all.sum_dim_intlist([0i64].as_slice(), false, kind);
+    match op {
+        ReduceOp::Sum => sum(),
+        ReduceOp::Mean => sum() / world_size as f64,
+        ReduceOp::Min => all.amin([0i64].as_slice(), false),
+        ReduceOp::Max => all.amax([0i64].as_slice(), false),
+    }
+}
+
+/// Every operation, op and kind at every awkward size; the same body for all backends.
+fn contract(collective: &dyn Collective) -> Result<()> {
+    for (size, kind) in SIZES.into_iter().flat_map(|size| KINDS.map(|kind| (size, kind))) {
+        for op in OPS.into_iter().filter(|op| (*op, kind) != (ReduceOp::Mean, Kind::Int64)) {
+            reductions(collective, size, kind, op)?;
+        }
+        copies(collective, size, kind)?;
+    }
+    views_of_the_whole(collective)?;
+    works_in_flight(collective)?;
+    equal_bits(collective)?;
+    texts(collective)?;
+    refusals(collective);
+    collective.barrier()
+}
+
+fn reductions(collective: &dyn Collective, size: i64, kind: Kind, op: ReduceOp) -> Result<()> {
+    let (rank, world_size) = (collective.rank(), collective.world_size());
+    let buffer = brought(rank, size, kind);
+    collective.all_reduce(buffer.shallow_clone(), op)?.wait()?;
+    assert!(buffer.equal(&expected(world_size, size, kind, op)), "all_reduce {op:?} of {size} {kind:?}");
+
+    let full = brought(rank, size * world_size as i64, kind);
+    let owned = Tensor::zeros([size], (kind, Device::Cpu));
+    collective.reduce_scatter(full.shallow_clone(), owned.shallow_clone(), op)?.wait()?;
+    let reduced = expected(world_size, size * world_size as i64, kind, op);
+    assert!(owned.equal(&reduced.narrow(0, rank as i64 * size, size)), "reduce_scatter {op:?} of {size} {kind:?}");
+    assert!(full.equal(&brought(rank, full.numel() as i64, kind)), "reduce_scatter changed its input");
+    Ok(())
+}
+
+fn copies(collective: &dyn Collective, size: i64, kind: Kind) -> Result<()> {
+    let (rank, world_size) = (collective.rank(), collective.world_size());
+    let full = Tensor::zeros([world_size as i64 * size], (kind, Device::Cpu));
+    collective.all_gather(brought(rank, size, kind), full.shallow_clone())?.wait()?;
+    let joined: Vec<Tensor> = (0..world_size).map(|rank| brought(rank, size, kind)).collect();
+    assert!(full.equal(&Tensor::cat(&joined, 0)), "all_gather of {size} {kind:?}");
+    for root in 0..world_size {
+        let buffer = brought(rank, size, kind);
+        collective.broadcast(buffer.shallow_clone(), root)?.wait()?;
+        assert!(buffer.equal(&brought(root, size, kind)), "broadcast of {size} {kind:?} from {root}");
+    }
+    Ok(())
+}
+
+/// A rank's slice may be a view of the whole; shapes do not matter, only elements.
+fn views_of_the_whole(collective: &dyn Collective) -> Result<()> {
+    let (rank, world_size) = (collective.rank(), collective.world_size());
+    let full = brought(rank, 6 * world_size as i64, Kind::Float).view([-1, 2]);
+    let owned = full.narrow(0, 3 * rank as i64, 3);
+    collective.reduce_scatter(full.shallow_clone(), owned.shallow_clone(), ReduceOp::Sum)?.wait()?;
+    collective.all_gather(owned, full.shallow_clone())?.wait()?;
+    assert!(full.flatten(0, -1).equal(&expected(world_size, 6 * world_size as i64, Kind::Float, ReduceOp::Sum)));
+    Ok(())
+}
+
+/// Works may be waited for in any order, and the tensors of one may be let go before.
+fn works_in_flight(collective: &dyn Collective) -> Result<()> {
+    let (rank, world_size) = (collective.rank(), collective.world_size());
+    let buffers: Vec<Tensor> = (1..=5).map(|number| brought(rank, number * 100_000, Kind::Float)).collect();
+    let mut works =
+        buffers.iter().map(|buffer| collective.all_reduce(buffer.shallow_clone(), ReduceOp::Mean)).collect::<Result<Vec<_>>>()?;
+    works.push(collective.all_reduce(brought(rank, 100_000, Kind::Float), ReduceOp::Sum)?);
+    for number in [3, 0, 4, 1, 0, 0] {
+        works.remove(number).wait()?;
+    }
+    for buffer in &buffers {
+        assert!(buffer.equal(&expected(world_size, buffer.numel() as i64, Kind::Float, ReduceOp::Mean)));
+    }
+    Ok(())
+}
+
+/// Sums that depend on their order have the same bits on every rank and a second time.
+fn equal_bits(collective: &dyn Collective) -> Result<()> {
+    let (rank, world_size) = (collective.rank(), collective.world_size());
+    let size = 300_001;
+    let uneven = || (brought(rank, size, Kind::Float) + 0.1 * (rank as f64 + 1.0)).exp();
+    let (first, second) = (uneven(), uneven());
+    collective.all_reduce(first.shallow_clone(), ReduceOp::Mean)?.wait()?;
+    collective.all_reduce(second.shallow_clone(), ReduceOp::Mean)?.wait()?;
+    assert!(first.equal(&second));
+    let all = Tensor::zeros([world_size as i64, size], (Kind::Float, Device::Cpu));
+    collective.all_gather(first.shallow_clone(), all.shallow_clone())?.wait()?;
+    assert!((0..world_size as i64).all(|rank| all.get(rank).equal(&first)));
+    Ok(())
+}
+
+fn texts(collective: &dyn Collective) -> Result<()> {
+    let (rank, world_size) = (collective.rank(), collective.world_size());
+    let text_of = |rank: usize| "naïve Größe 🦀 ".repeat(rank);
+    for root in 0..world_size {
+        assert_eq!(broadcast_text(collective, &text_of(rank), root)?, text_of(root));
+    }
+    assert_eq!(gather_texts(collective, &text_of(rank))?, (0..world_size).map(text_of).collect::<Vec<_>>());
+    assert_eq!(local_rank(collective)?, rank, "all ranks of this test run on one machine");
+    Ok(())
+}
+
+/// What no backend carries is refused before it travels, on each rank alike.
+fn refusals(collective: &dyn Collective) {
+    let world_size = collective.world_size();
+    let floats = |size: i64| Tensor::zeros([size], (Kind::Float, Device::Cpu));
+    let refused = |what: Result<collective::Work>, words: &str| {
+        let error = what.err().expect("must be refused").to_string();
+        assert!(error.contains(words), "{error}");
+    };
+    let halves = Tensor::zeros([2], (Kind::BFloat16, Device::Cpu));
+    refused(collective.all_reduce(halves, ReduceOp::Sum), "cannot carry BFloat16");
+    refused(collective.all_reduce(brought(0, 3, Kind::Int64), ReduceOp::Mean), "no mean of Int64");
+    refused(collective.broadcast(floats(6).view([2, 3]).tr(), 0), "[3, 2] is not contiguous");
+    refused(collective.broadcast(floats(1), world_size), &format!("no rank {world_size} among {world_size}"));
+    refused(collective.all_gather(floats(2), floats(2 * world_size as i64 + 1)), "2 each");
+    refused(collective.all_gather(floats(2), brought(0, 2 * world_size as i64, Kind::Int64)), "full is Int64");
+}
+
+#[test]
+fn a_world_of_one_keeps_the_contract() {
+    contract(&Solo).expect("no peer can fail");
+}
+
+#[test]
+fn worlds_of_threads_keep_the_contract() {
+    for world_size in 1..=4 {
+        let ranks = Threads::world(world_size).into_iter().map(|rank| thread::spawn(move || contract(&rank))).collect::<Vec<_>>();
+        ranks.into_iter().for_each(|rank| rank.join().expect("no rank panics").expect("no rank fails"));
+    }
+}
+
+/// What `body` gives on each thread of a world, in rank order.
+fn on_threads<T: Send + 'static>(world_size: usize, body: fn(Threads) -> T) -> Vec<T> {
+    let ranks = Threads::world(world_size).into_iter().map(|rank| thread::spawn(move || body(rank))).collect::<Vec<_>>();
+    ranks.into_iter().map(|rank| rank.join().expect("no rank panics")).collect()
+}
+
+#[test]
+fn a_thread_rank_that_leaves_early_is_named_to_the_others() {
+    let errors = on_threads(3, |rank| {
+        let world = rank.rank();
+        if world == 1 { None } else { rank.barrier().err() }
+    });
+    assert!(errors[1].is_none());
+    for rank in [0, 2] {
+        let error = errors[rank].as_ref().expect("the barrier cannot be passed");
+        assert!(matches!(error, Error::Collective { operation: "barrier", .. }), "{error}");
+        assert!(error.to_string().contains("rank 1 is gone"), "{error}");
+    }
+}
+
+#[test]
+fn what_a_rank_posted_before_it_left_still_arrives() {
+    let sums = on_threads(2, |rank| {
+        let buffer = brought(rank.rank(), 10, Kind::Float);
+        let work = rank.all_reduce(buffer.shallow_clone(), ReduceOp::Sum).expect("a sound call");
+        drop(rank);
+        work.wait().map(|()| buffer)
+    });
+    assert!(sums.into_iter().all(|sum| sum.expect("both had posted").equal(&expected(2, 10, Kind::Float, ReduceOp::Sum))));
+}
+
+#[test]
+fn thread_ranks_that_disagree_are_told_of_both_calls() {
+    let floats = |size: i64| Tensor::zeros([size], (Kind::Float, Device::Cpu));
+    type Start = fn(&Threads, Tensor) -> Result<collective::Work>;
+    let sum: Start = |rank, buffer| rank.all_reduce(buffer, ReduceOp::Sum);
+    let max: Start = |rank, buffer| rank.all_reduce(buffer, ReduceOp::Max);
+    let broadcast: Start = |rank, buffer| rank.broadcast(buffer, 0);
+    let cases = [
+        (sum, floats(3), sum, floats(4), ["Sum of Float [3]", "Sum of Float [4]"]),
+        (sum, floats(3), max, floats(3), ["Sum of", "Max of"]),
+        (sum, floats(3), broadcast, floats(3), ["all_reduce", "broadcast from rank 0"]),
+        (sum, floats(3), sum, brought(0, 3, Kind::Int64), ["Float [3]", "Int64 [3]"]),
+    ];
+    for (first, first_buffer, second, second_buffer, words) in cases {
+        let mut ranks = Threads::world(2).into_iter();
+        let mut start = |start: Start, buffer: Tensor| {
+            let rank = ranks.next().expect("two ranks");
+            thread::spawn(move || start(&rank, buffer).and_then(collective::Work::wait))
+        };
+        for rank in [start(first, first_buffer), start(second, second_buffer)] {
+            let error = rank.join().expect("no rank panics").expect_err("the ranks disagree").to_string();
+            assert!(error.contains("ranks disagree") && words.iter().all(|word| error.contains(word)), "{error}");
+        }
+    }
+}
+
+/// What became of a world of MPI ranks.
+struct Outcome {
+    code: Option<i32>,
+    output: String,
+    /// From the line in which a rank said that it fails to the end of the world.
+    survived: Option<Duration>,
+}
+
+/// The line with which a failing rank starts the clock.
+const FAILS_NOW: &str = "this rank fails now";
+
+/// No world of this file takes a minute, even on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+fn mpirun(ranks: usize, test: &str) -> Outcome {
+    let mut command = Command::new("mpirun");
+    command.args(["--oversubscribe", "--allow-run-as-root", "-n", &ranks.to_string()]);
+    command.arg(std::env::current_exe().expect("this binary has a path"));
+    command.envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")]);
+    run(command, test)
+}
+
+/// Runs an ignored test of this binary in children, one world at a time: there are more ranks than cores already.
+fn run(mut command: Command, test: &str) -> Outcome {
+    static ONE_WORLD: Mutex<()> = Mutex::new(());
+    let _alone = ONE_WORLD.lock().unwrap_or_else(PoisonError::into_inner);
+    command.args(["--ignored", "--exact", test, "--nocapture", "--test-threads=1"]).env("OMP_NUM_THREADS", "1");
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("mpirun of Open MPI is in PATH");
+    let (stdout, mut stderr) = (child.stdout.take().expect("a pipe"), child.stderr.take().expect("a pipe"));
+    let errors = thread::spawn(move || {
+        let mut text = Vec::new();
+        stderr.read_to_end(&mut text).map(|_| String::from_utf8_lossy(&text).into_owned())
+    });
+    let (sender, done) = mpsc::channel();
+    thread::spawn(move || sender.send(read_lines(stdout)));
+    let Ok((mut output, failed_at)) = done.recv_timeout(PATIENCE) else {
+        child.kill().expect("a child can be killed");
+        panic!("{test} hangs: {}", errors.join().expect("a reader does not panic").expect("a pipe can be read"));
+    };
+    let code = child.wait().expect("a child can be waited for").code();
+    let survived = failed_at.map(|instant| instant.elapsed());
+    output += &errors.join().expect("a reader does not panic").expect("a pipe can be read");
+    Outcome { code, output, survived }
+}
+
+/// All lines until the pipe closes, and when a rank said that it fails.
+fn read_lines(pipe: impl Read) -> (String, Option<Instant>) {
+    let (mut text, mut failed_at) = (String::new(), None);
+    for line in BufReader::new(pipe).lines().map_while(std::io::Result::ok) {
+        failed_at = failed_at.or_else(|| line.contains(FAILS_NOW).then(Instant::now));
+        text += &(line + "\n");
+    }
+    (text, failed_at)
+}
+
+/// Joins the world of `mpirun`; from here on a panic of this rank ends all ranks, as it does in `main`.
+fn join_the_world() -> Box<dyn Collective> {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        collective::abort(BUG);
+    }));
+    collective::connect().unwrap_or_else(|error| end_with(&error))
+}
+
+fn end_with(error: &Error) -> ! {
+    eprintln!("{error}");
+    collective::abort(error.exit_code())
+}
+
+#[test]
+fn worlds_of_mpi_ranks_keep_the_contract() {
+    for ranks in [2, 3, 4] {
+        let Outcome { code, output, .. } = mpirun(ranks, "collectives::rank_of_the_mpi_contract");
+        assert_eq!(code, Some(0), "{output}");
+        for rank in 0..ranks {
+            assert!(output.contains(&format!("rank {rank} of {ranks} kept the contract")), "{output}");
+        }
+    }
+}
+
+#[test]
+#[ignore = "started by mpirun from another test"]
+fn rank_of_the_mpi_contract() {
+    let world = join_the_world();
+    contract(&*world).unwrap_or_else(|error| end_with(&error));
+    println!("rank {} of {} kept the contract", world.rank(), world.world_size());
+    collective::finish(world).unwrap_or_else(|error| end_with(&error));
+}
+
+/// Rank 1 fails in its own way while the others wait for it in an all-reduce.
+fn world_in_which_rank_1(fails: fn()) {
+    let world = join_the_world();
+    world.barrier().unwrap_or_else(|error| end_with(&error));
+    if world.rank() == 1 {
+        println!("{FAILS_NOW}");
+        fails();
+    }
+    let waited = world.all_reduce(brought(0, 1 << 20, Kind::Float), ReduceOp::Sum).and_then(collective::Work::wait);
+    println!("rank {} left the all-reduce: {waited:?}", world.rank());
+}
+
+fn ends_in_time(test: &str, code: i32) -> String {
+    let outcome = mpirun(2, test);
+    assert_eq!(outcome.code, Some(code), "{}", outcome.output);
+    let survived = outcome.survived.expect("rank 1 said that it fails");
+    assert!(survived < Duration::from_secs(5), "the world lived on for {survived:?}");
+    assert!(!outcome.output.contains("left the all-reduce"), "{}", outcome.output);
+    outcome.output
+}
+
+#[test]
+fn an_error_on_one_rank_ends_the_world_with_its_code() {
+    let output = ends_in_time("collectives::rank_of_a_world_with_an_error", 41);
+    assert!(output.contains("step 7: the loss is not finite"), "{output}");
+}
+
+#[test]
+#[ignore = "started by mpirun from another test"]
+fn rank_of_a_world_with_an_error() {
+    world_in_which_rank_1(|| end_with(&Error::NotFinite { step: 7, what: "the loss is not finite".into() }));
+}
+
+#[test]
+fn a_panic_on_one_rank_ends_the_world_within_five_seconds() {
+    let output = ends_in_time("collectives::rank_of_a_world_with_a_panic", BUG);
+    assert!(output.contains("an invariant is broken"), "{output}");
+}
+
+#[test]
+#[ignore = "started by mpirun from another test"]
+fn rank_of_a_world_with_a_panic() {
+    world_in_which_rank_1(|| panic!("an invariant is broken"));
+}
+
+#[test]
+fn another_thread_ends_a_world_whose_main_thread_waits() {
+    ends_in_time("collectives::rank_of_a_world_with_a_watchdog", 21);
+}
+
+#[test]
+#[ignore = "started by mpirun from another test"]
+fn rank_of_a_world_with_a_watchdog() {
+    let world = join_the_world();
+    world.barrier().unwrap_or_else(|error| end_with(&error));
+    if world.rank() == 1 {
+        thread::park();
+    }
+    let (ring, bell) = mpsc::channel::<()>();
+    thread::spawn(move || {
+        // Nobody rings while the main thread waits below: the time-out is the watchdog's verdict.
+        assert!(bell.recv_timeout(Duration::from_millis(300)).is_err());
+        println!("{FAILS_NOW}");
+        collective::abort(21);
+    });
+    let waited = world.all_reduce(brought(0, 3, Kind::Float), ReduceOp::Sum).and_then(collective::Work::wait);
+    println!("left the all-reduce: {waited:?} {:?}", ring.send(()));
+}
+
+#[test]
+fn ranks_of_mpi_that_disagree_about_a_size_end_with_the_code_of_a_collective() {
+    let Outcome { code, output, .. } = mpirun(2, "collectives::rank_of_a_world_that_disagrees");
+    assert_eq!(code, Some(22), "{output}");
+    assert!(output.contains("mpi all_reduce: MPI_ERR_TRUNCATE"), "{output}");
+}
+
+#[test]
+#[ignore = "started by mpirun from another test"]
+fn rank_of_a_world_that_disagrees() {
+    let world = join_the_world();
+    let buffer = brought(0, 1000 * (1 + world.rank() as i64), Kind::Float);
+    let result = world.all_reduce(buffer, ReduceOp::Sum).and_then(collective::Work::wait);
+    // The rank whose peer sent less may see no error of its own: it waits until the peer ends the world.
+    result.and_then(|()| world.barrier()).unwrap_or_else(|error| end_with(&error));
+}
+
+#[test]
+fn a_launcher_whose_tasks_do_not_find_each_other_is_refused() {
+    let mut command = Command::new(std::env::current_exe().expect("this binary has a path"));
+    command.env("OMPI_COMM_WORLD_SIZE", "8");
+    let Outcome { code, output, .. } = run(command, "collectives::rank_of_the_mpi_contract");
+    assert_eq!(code, Some(52), "{output}");
+    let expected = "launcher says 8 tasks, MPI says 1: wrong --mpi= plugin? try srun --mpi=pmix or mpirun";
+    assert!(output.contains(expected), "{output}");
+}
+
+#[test]
+fn without_a_launcher_mpi_is_never_initialized() {
+    let world = collective::connect().expect("no launcher started this test");
+    assert_eq!((world.rank(), world.world_size()), (0, 1));
+    assert!(!mpi::is_initialized());
+    collective::finish(world).expect("a world of one");
+    assert!(!mpi::is_initialized());
+}
