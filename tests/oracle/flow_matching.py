@@ -29,7 +29,7 @@ from nemo_automodel.components.flow_matching.pipeline import FlowMatchingPipelin
 from safetensors.torch import save_file
 
 SAMPLINGS = ["uniform", "logit_normal", "mode", "lognorm", "mix"]
-MIX_UNIFORM_RATIOS = [0.0, 0.1, 1.0]
+MIX_UNIFORM_RATIOS = [0.0, 0.1, 0.5, 1.0]
 WEIGHTINGS = [(True, "linear"), (True, "bsmntw"), (False, "linear")]
 NUM_FREE_CASES = 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
