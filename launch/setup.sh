@@ -5,8 +5,8 @@
 #   launch/setup.sh --oracle   also .deps/oracle: the Python packages that tests compare fm-dist with
 #
 # Needs Debian or Ubuntu on x86_64 and the network; root only where a system package is missing.
-# Takes about a minute where wheels come at 100 MB/s, the oracle two more, and a second when nothing is missing.
-# Disk: 1.2 GB, with an NVIDIA driver 4.7 GB; the oracle 5 GB more. Delete .deps/ to begin anew.
+# Takes half a minute on a fast network (three minutes with an NVIDIA driver), the oracle two more, and a second when nothing is missing.
+# Disk: 1.1 GB, with an NVIDIA driver 3.8 GB; the oracle 5 GB more. Delete .deps/ to begin anew.
 set -euo pipefail
 # shellcheck source=launch/env.sh
 . "$(dirname "$0")/env.sh"
@@ -61,7 +61,7 @@ rust() {
 
 has_nvidia_driver() { [ -e /proc/driver/nvidia/version ] || command -v nvidia-smi >/dev/null; }
 
-# A folder under .deps/ carries the hash of the requirement file that it was made from, and gets its name when it is complete.
+# A folder under .deps/ carries the hash of the requirement file that it was made from, and gets its name only when it is complete.
 is_made_from() { [ -f "$1/made-from" ] && [ "$(cat "$1/made-from")" = "$(sha256sum <"$2")" ]; }
 
 # Fetches the wheels that a requirement file pins (for Python 3.11 whatever Python is here: only the libraries inside are used),
@@ -125,7 +125,7 @@ timed "system packages: Open MPI starts the ranks, libclang and pkg-config build
 timed "Rust: compiles everything here" rust
 mkdir -p .deps
 exec 9>.deps/lock
-flock 9
+flock --nonblock 9 || { echo '    waiting for another set-up to end'; flock 9; }
 trap 'rm -rf .deps/unfinished.*' EXIT
 rm -rf .deps/unfinished.*
 timed "libtorch 2.13.0, out of the PyPI wheel: tensors and gradients" libtorch
