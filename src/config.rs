@@ -71,8 +71,8 @@ impl Settings for FlowSettings {
 /// `[train]`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TrainSettings {
-    pub global_batch_size: Option<u64>,
-    pub gradient_accumulation_steps: Option<u64>,
+    pub global_batch_size: Option<usize>,
+    pub gradient_accumulation_steps: Option<usize>,
     pub max_grad_norm: f64,
     pub check_loss: bool,
 }
@@ -86,7 +86,12 @@ impl Default for TrainSettings {
 impl Settings for TrainSettings {
     fn visit(&mut self, keys: &mut Keys<'_>) {
         let accumulation = "Micro-batches of each rank in a step; follows from global_batch_size where that is set, 1 otherwise.";
-        keys.optional_integer("global_batch_size", &mut self.global_batch_size, 1.., "Samples of one optimizer step over all ranks; unset: micro-batch x ranks x accumulation.");
+        keys.optional_integer(
+            "global_batch_size",
+            &mut self.global_batch_size,
+            1..,
+            "Samples of one optimizer step over all ranks; unset: micro-batch x ranks x accumulation.",
+        );
         keys.optional_integer("gradient_accumulation_steps", &mut self.gradient_accumulation_steps, 1.., accumulation);
         keys.number("max_grad_norm", &mut self.max_grad_norm, f64::MIN_POSITIVE.., "Gradients are scaled down to this global norm.");
         keys.flag("check_loss", &mut self.check_loss, "Stop before the update when any rank's loss is not a number or above 100.");
@@ -130,7 +135,12 @@ impl Default for SamplingSettings {
 impl Settings for SamplingSettings {
     fn visit(&mut self, keys: &mut Keys<'_>) {
         keys.integer("num_steps", &mut self.num_steps, 1..=10_000, "Euler steps from noise to data.");
-        keys.number("guidance_scale", &mut self.guidance_scale, 0.0..=100.0, "Classifier-free guidance; 1 samples the condition as learned, at half the cost.");
+        keys.number(
+            "guidance_scale",
+            &mut self.guidance_scale,
+            0.0..=100.0,
+            "Classifier-free guidance; 1 samples the condition as learned, at half the cost.",
+        );
         keys.integer("per_condition", &mut self.per_condition, 1..=10_000, "Samples generated for each of the dataset's conditions.");
     }
 }
@@ -212,8 +222,8 @@ impl RunConfig {
     ///
     /// # Errors
     /// [`Error::Config`] if the global batch cannot be divided, naming the nearest that can.
-    pub fn micro_batches(&self, world_size: usize) -> Result<u64> {
-        let per_round = self.data.micro_batch_size_per_gpu * world_size as u64;
+    pub fn micro_batches(&self, world_size: usize) -> Result<usize> {
+        let per_round = self.data.micro_batch_size_per_gpu * world_size;
         let told = self.train.gradient_accumulation_steps;
         let Some(global) = self.train.global_batch_size else { return Ok(told.unwrap_or(1)) };
         let one_round = format!("{} x {world_size} ranks = {per_round}", self.data.micro_batch_size_per_gpu);

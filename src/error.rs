@@ -150,7 +150,10 @@ mod tests {
 
     #[test]
     fn a_retry_is_worth_it_only_below_code_forty() {
-        let retry = [Error::Collective { backend: "mpi", operation: "barrier", what: String::new() }, Error::storage("x", "write")(std::io::Error::other("disk"))];
+        let retry = [
+            Error::Collective { backend: "mpi", operation: "barrier", what: String::new() },
+            Error::storage("x", "write")(std::io::Error::other("disk")),
+        ];
         let hold = [Error::config("a", "b"), Error::data("x", "y"), Error::environment("z")];
         assert!(retry.iter().all(|e| e.exit_code() < 40));
         assert!(hold.iter().all(|e| e.exit_code() >= 40));

@@ -1,13 +1,45 @@
+//! fm-dist: flow-matching training of diffusion transformers on many GPUs.
+//!
+//! A model is a list of stages; what crosses a stage boundary is a small set of named tensors. The machinery runs the
+//! stages forward, cuts the graph at every boundary, then runs backward stage by stage, and each finished stage hands its
+//! gradient to a reducer whose collective travels while the stage before it computes. The science never sees a rank, the
+//! machinery never sees a timestep; they meet in [`train`].
+//!
+//! # Floors
+//! A room uses its own files and rooms on lower floors, nothing else; `tests/floors.rs` enforces it.
+//!
+//! | floor | rooms |
+//! |---|---|
+//! | 5 | [`cli`]: typed text to a command |
+//! | 4 | [`train`]: the loop · [`doctor`]: what this machine has |
+//! | 3 | [`config`]: one field a room |
+//! | 2, science | [`adapter`] above [`flow`] · [`model`] · [`optim`] |
+//! | 2, machinery | [`parallel`] |
+//! | 1 | [`collective`] · [`data`] · [`nn`] · [`telemetry`] |
+//! | 0 | [`error`] · `registry` · [`rng`] · [`settings`] · [`tensor`] |
+//!
+//! # Letters in shapes
+//! `B` batch · `C` latent channels · `F` frames · `H`, `W` latent height and width · `L` tokens · `D` model width ·
+//! `N` heads · `E` head width · `P` flat elements.
+//!
+//! # Time
+//! sigma = 0 is data, sigma = 1 is noise; x = (1 − sigma)·latents + sigma·noise; the model predicts noise − latents.
+
 pub mod adapter;
+pub mod cli;
 pub mod collective;
+pub mod config;
 pub mod data;
+pub mod doctor;
 pub mod error;
 pub mod flow;
 pub mod model;
 pub mod nn;
 pub mod optim;
 pub mod parallel;
-pub mod registry;
+mod registry;
 pub mod rng;
 pub mod settings;
+pub mod telemetry;
 pub mod tensor;
+pub mod train;

@@ -1,3 +1,22 @@
+//! Arguments to a command, its outcome to an exit code. Whatever ends one rank ends the world.
+
+use clap::Parser;
+use fm_dist::cli::Cli;
+use fm_dist::collective;
+use fm_dist::error::{BUG, Error, one_line};
+
 fn main() {
-    println!("{:?}", tch::Tensor::from_slice(&[1f32, 2.]).sum(tch::Kind::Float));
+    std::panic::set_hook(Box::new(|panic| end(BUG, "BUG", &panic.to_string())));
+    match Cli::parse().run() {
+        Ok(code) => std::process::exit(code),
+        // The rank that failed first has said why.
+        Err(Error::Peer { code, .. }) => collective::abort(code),
+        Err(error) => end(error.exit_code(), error.name(), &error.to_string()),
+    }
+}
+
+/// Says why in one line, then ends this process and every other rank.
+fn end(code: i32, name: &str, what: &str) -> ! {
+    eprintln!("fm-dist: error {name} {}: {}. exit {code}", collective::whereabouts(), one_line(what));
+    collective::abort(code)
 }

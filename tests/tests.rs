@@ -2,3 +2,7 @@
 
 /// Every backend of the collectives keeps one contract, and a rank that fails ends its world.
 mod collectives;
+/// Rooms use lower floors only.
+mod floors;
+/// Stage-wise backward equals plain autograd, bit for bit.
+mod gradients;

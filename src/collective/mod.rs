@@ -9,6 +9,8 @@ mod solo;
 mod texts;
 mod threads;
 
+use std::sync::OnceLock;
+
 use tch::Tensor;
 
 use crate::error::{Error, Result};
@@ -124,6 +126,7 @@ fn is_slurm_task(variable: impl Fn(&str) -> Option<String>) -> bool {
 pub fn connect() -> Result<Box<dyn Collective>> {
     let Placement::Launched { size } = placement()? else { return Ok(Box::new(Solo)) };
     let mpi = Mpi::connect()?;
+    PLACE.get_or_init(|| (mpi.rank(), mpi.world_size()));
     match size {
         // Each would train alone and all would write to one run folder.
         Some(tasks) if tasks > 1 && mpi.world_size() == 1 => {
@@ -131,6 +134,15 @@ pub fn connect() -> Result<Box<dyn Collective>> {
         }
         _ => Ok(Box::new(mpi)),
     }
+}
+
+/// Rank and world size of this process, for messages from wherever one must come.
+static PLACE: OnceLock<(usize, usize)> = OnceLock::new();
+
+/// This process for a message: `rank 3/8 host n12`.
+pub fn whereabouts() -> String {
+    let (rank, world_size) = PLACE.get().unwrap_or(&(0, 1));
+    format!("rank {rank}/{world_size} host {}", gethostname::gethostname().to_string_lossy())
 }
 
 /// Leaves the world in good order: returns once every rank is here. Nothing may be under way.

@@ -6,10 +6,12 @@
 //! | what does `dataset.json` say | `manifest.rs` |
 //! | which samples may stand in one batch | `group.rs` |
 //! | the samples of these ids, please | `dataset.rs`, `finite.rs` |
+//! | the demo's own data | `digits.rs` |
 //! | which ids, in this step, on this rank | `order.rs` |
 //! | before they are needed | `loader.rs` |
 
 pub mod dataset;
+mod digits;
 mod finite;
 pub mod group;
 pub mod loader;
@@ -24,6 +26,9 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
+pub use dataset::{Conditions, Dataset};
+pub use loader::{Loader, Share};
+pub use order::Order;
 pub use settings::DataSettings;
 
 /// What kind of latents a batch holds; decides the task types that can be drawn.

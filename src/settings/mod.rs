@@ -83,14 +83,12 @@ impl Keys<'_> {
     }
 
     /// An integer that may be left out.
-    pub fn optional_integer(&mut self, name: &str, field: &mut Option<u64>, range: impl RangeBounds<i64>, doc: &str) {
-        let mut value = field.unwrap_or_default();
+    pub fn optional_integer(&mut self, name: &str, field: &mut Option<usize>, range: impl RangeBounds<i64>, doc: &str) {
         let shown = field.map(|value| value.to_string());
         self.leaf(name, doc, shown, |leaf| {
             let Leaf::Integer(found) = leaf else { return Err(leaf.not_a("an integer")) };
-            let fits = range.contains(found).then(|| u64::try_from(*found).ok()).flatten();
-            value = fits.ok_or_else(|| out_of_range(found, &range))?;
-            *field = Some(value);
+            let fits = range.contains(found).then(|| usize::try_from(*found).ok()).flatten();
+            *field = Some(fits.ok_or_else(|| out_of_range(found, &range))?);
             Ok(())
         });
     }
@@ -294,7 +292,7 @@ mod tests {
     struct Outer {
         steps: u64,
         name: String,
-        limit: Option<u64>,
+        limit: Option<usize>,
         inner: Inner,
     }
 

@@ -32,6 +32,15 @@ pub fn agree(own: Result<String>, collective: &dyn Collective) -> Result<Vec<Str
     outcomes.iter().enumerate().map(read).collect()
 }
 
+/// What only rank 0 does, e.g. writing what a run has once: its text, on every rank.
+///
+/// # Errors
+/// As [`agree`].
+pub fn on_rank_zero(collective: &dyn Collective, act: impl FnOnce() -> Result<String>) -> Result<String> {
+    let own = if collective.rank() == 0 { act() } else { Ok(String::new()) };
+    Ok(agree(own, collective)?.swap_remove(0))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -2,9 +2,8 @@
 
 use std::fmt::Write;
 
-use super::open_dataset;
 use crate::config::RunConfig;
-use crate::data::Order;
+use crate::data::{Dataset, Order};
 use crate::error::Result;
 
 /// The plan of a run on `world_size` ranks as text. Opens the data's headers; allocates no model.
@@ -13,13 +12,12 @@ use crate::error::Result;
 /// Whatever would stop the run at its start: [`Error::Config`](crate::error::Error::Config), [`Error::Data`](crate::error::Error::Data).
 pub fn check(config: &RunConfig, world_size: usize) -> Result<String> {
     let micro_batches = config.micro_batches(world_size)?;
-    let global_batch = micro_batches * config.data.micro_batch_size_per_gpu * world_size as u64;
+    let global_batch = micro_batches * config.data.micro_batch_size_per_gpu * world_size;
     let stages = config.model.family.stages()?;
     let parameters: i64 = stages.iter().map(|stage| stage.params().numel()).sum();
     let largest = stages.iter().map(|stage| stage.params().numel()).max().unwrap_or(0);
-    let dataset = open_dataset(&config.data.path)?;
-    let groups = dataset.groups().iter().map(|group| (group.name.as_str(), group.sample_ids.as_slice()));
-    let order = Order::new(groups, global_batch, config.seed)?;
+    let dataset = Dataset::named(&config.data.path)?;
+    let order = Order::new(dataset.groups(), global_batch, config.seed)?;
     let state_tensors = config.optimizer.state_names().len() as i64;
     let leaf_bytes = match config.model.dtype.kind() {
         tch::Kind::Float => 0, // the leaf is the master

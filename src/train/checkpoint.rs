@@ -9,18 +9,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::{self, BufWriter, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor, no_grad};
 
-use super::agreement::agree;
+use super::agreement::{agree, on_rank_zero};
 use super::run_folder::RunFolder;
 use crate::collective::Collective;
 use crate::data::safetensors::{self, SafeTensors};
-use crate::data::sha256::{HashingWriter, hash_file};
+use crate::data::sha256::HashingWriter;
 use crate::error::{Error, Result};
 use crate::nn::ParamSet;
 use crate::optim::Optimizer;
@@ -108,7 +108,10 @@ pub fn verify(folder: &Path) -> Result<Manifest> {
     let text = fs::read_to_string(&path).map_err(|error| broken(format!("cannot be read: {error}")))?;
     let manifest: Manifest = serde_json::from_str(&text).map_err(|error| broken(format!("is no manifest: {error}")))?;
     if manifest.format != FORMAT || manifest.version != VERSION {
-        return Err(broken(format!("is {:?} version {}, this program reads {FORMAT:?} version {VERSION}", manifest.format, manifest.version)));
+        return Err(broken(format!(
+            "is {:?} version {}, this program reads {FORMAT:?} version {VERSION}",
+            manifest.format, manifest.version
+        )));
     }
     for part in &manifest.parts {
         verify_part(folder, part)?;
@@ -126,7 +129,9 @@ fn verify_part(folder: &Path, part: &Part) -> Result<()> {
     if bytes != part.bytes {
         return Err(broken(format!("has {bytes} bytes, the manifest says {}", part.bytes)));
     }
-    let sha256 = hash_file(&path).map_err(|error| broken(format!("cannot be read: {error}")))?;
+    let mut hashing = HashingWriter::new(io::sink());
+    let hashed = File::open(&path).and_then(|mut file| io::copy(&mut file, &mut hashing));
+    let (_, sha256, _) = hashed.map(|_| hashing.finish()).map_err(|error| broken(format!("cannot be read: {error}")))?;
     if sha256 != part.sha256 {
         return Err(broken(format!("has sha256 {sha256}, the manifest says {}", part.sha256)));
     }
@@ -147,20 +152,18 @@ pub fn save(
 ) -> Result<PathBuf> {
     let target = run.checkpoint(manifest.step);
     let staged = run.path().join(format!(".{}.tmp", folder_name(manifest.step)));
-    let prepared = if collective.rank() == 0 { prepare(&staged, &target) } else { Ok(()) };
-    agree(prepared.map(|()| String::new()), collective)?;
+    on_rank_zero(collective, || prepare(&staged, &target).map(|()| String::new()))?;
     let mine = |index: usize| index % collective.world_size() == collective.rank();
     let written = write_parts(&staged, replica, optimizer, state, mine);
     let texts = agree(written.map(|parts| serde_json::to_string(&parts).expect("parts are JSON")), collective)?;
-    let committed = if collective.rank() == 0 { commit(&staged, &target, manifest, &texts) } else { Ok(()) };
-    agree(committed.map(|()| String::new()), collective)?;
+    on_rank_zero(collective, || commit(&staged, &target, manifest, &texts).map(|()| String::new()))?;
     Ok(target)
 }
 
 /// A fresh folder for the parts, without what a crash left there.
 fn prepare(staged: &Path, target: &Path) -> Result<()> {
     if target.exists() {
-        let exists = std::io::Error::new(std::io::ErrorKind::AlreadyExists, "a committed checkpoint is never written over");
+        let exists = io::Error::new(io::ErrorKind::AlreadyExists, "a committed checkpoint is never written over");
         return Err(Error::Storage { path: target.into(), operation: "create", source: exists });
     }
     if staged.exists() {
@@ -169,7 +172,13 @@ fn prepare(staged: &Path, target: &Path) -> Result<()> {
     fs::create_dir(staged).map_err(Error::storage(staged, "create"))
 }
 
-fn write_parts(staged: &Path, replica: &Replica, optimizer: &dyn Optimizer, state: &[Vec<Tensor>], mine: impl Fn(usize) -> bool) -> Result<Vec<Part>> {
+fn write_parts(
+    staged: &Path,
+    replica: &Replica,
+    optimizer: &dyn Optimizer,
+    state: &[Vec<Tensor>],
+    mine: impl Fn(usize) -> bool,
+) -> Result<Vec<Part>> {
     let ranges = part_ranges(replica);
     let count = ranges.len();
     let mut parts = Vec::new();
@@ -247,7 +256,13 @@ fn sync_folder(folder: &Path) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::CheckpointMismatch`] if it belongs to another run or model, listing every key at fault.
-pub fn load(folder: &Path, configured: &Manifest, replica: &mut Replica, optimizer: &dyn Optimizer, state: &mut [Vec<Tensor>]) -> Result<Manifest> {
+pub fn load(
+    folder: &Path,
+    configured: &Manifest,
+    replica: &mut Replica,
+    optimizer: &dyn Optimizer,
+    state: &mut [Vec<Tensor>],
+) -> Result<Manifest> {
     let manifest = read_manifest(folder)?;
     manifest.check_same_run(folder, configured)?;
     let files = PartFiles::open(folder, &manifest, "")?;

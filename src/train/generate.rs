@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
-use super::{build_pipeline, build_replica, checkpoint, device, open_dataset, run_folder};
+use super::{build_pipeline, build_replica, checkpoint, device, run_folder};
 use crate::config::RunConfig;
 use crate::data::{Batch, Conditions, Dataset, safetensors};
 use crate::error::{Error, Result};
@@ -56,7 +56,7 @@ pub fn sample(request: &SampleRequest) -> Result<()> {
     config.seed = request.seed.unwrap_or(config.seed);
     let mut replica = build_replica(&config, device(config.parallel.device))?;
     checkpoint::load_parameters(&folder, &mut replica)?;
-    let dataset = open_dataset(&config.data.path)?;
+    let dataset = Dataset::named(&config.data.path)?;
     let conditions = dataset.conditions()?.ok_or_else(|| Error::data(dataset.path(), "names no conditions to generate from"))?;
     let samples = generate(&config, &replica, &dataset, conditions)?;
     request.out.iter().try_for_each(|path| samples.write(path))
@@ -91,7 +91,10 @@ pub fn generate(config: &RunConfig, replica: &Replica, dataset: &Dataset, condit
         let batch = condition_batch(&conditions, chunk, dataset);
         images.push(solve(config, &pipeline, replica, noise, &batch)?);
     }
-    let labels = conditions.tensors.get("labels").map_or_else(|| Tensor::from_slice(&rows), |labels| labels.index_select(0, &Tensor::from_slice(&rows)));
+    let labels = conditions
+        .tensors
+        .get("labels")
+        .map_or_else(|| Tensor::from_slice(&rows), |labels| labels.index_select(0, &Tensor::from_slice(&rows)));
     Ok(Samples { images: Tensor::cat(&images, 0), labels: labels.to_kind(Kind::Int64), names: conditions.names, per_condition })
 }
 
@@ -115,7 +118,14 @@ fn solve(config: &RunConfig, pipeline: &FlowMatchingPipeline, replica: &Replica,
     Ok(solved.to_device(Device::Cpu))
 }
 
-fn velocity(config: &RunConfig, pipeline: &FlowMatchingPipeline, replica: &Replica, x: &Tensor, sigma: f64, batch: &Batch) -> Result<Tensor> {
+fn velocity(
+    config: &RunConfig,
+    pipeline: &FlowMatchingPipeline,
+    replica: &Replica,
+    x: &Tensor,
+    sigma: f64,
+    batch: &Batch,
+) -> Result<Tensor> {
     let dtype = config.model.dtype.kind();
     let sigma = Tensor::full([x.size()[0]], sigma, (Kind::Float, x.device()));
     let x = x.to_kind(dtype);

@@ -10,33 +10,30 @@ mod run_folder;
 mod single_step;
 mod step;
 
-pub use agreement::agree;
 pub use check::check;
 pub use generate::{SampleRequest, sample};
 pub use run_folder::Resume;
 pub use single_step::{StepRequest, dump_step};
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use tch::Device;
 
-use crate::collective::{Collective, broadcast_text};
+use crate::collective::Collective;
 use crate::config::RunConfig;
-use crate::data::{Dataset, Loader, Order, ReadPlan};
+use crate::data::{Dataset, Loader, Order, Share};
 use crate::error::{Error, Result};
 use crate::flow::FlowMatchingPipeline;
-use crate::optim::lr::LrSchedule;
 use crate::parallel::{DeviceChoice, Replica};
 use crate::rng::{Key, Purpose};
 use crate::telemetry::{self, MetricsFile, Telemetry, Throughput, peak_resident_bytes};
+use agreement::on_rank_zero;
 use checkpoint::Manifest;
 use metrics::StepMetrics;
 use run_folder::RunFolder;
 use step::{Stepper, Update};
-
-/// Name under which `[data] path` means the digits in the binary.
-const EMBEDDED_DIGITS: &str = "embedded:digits";
 
 /// Steps over which throughput is averaged.
 const THROUGHPUT_STEPS: usize = 20;
@@ -80,7 +77,7 @@ struct Trainer<'c> {
     collective: &'c dyn Collective,
     debug: bool,
     folder: RunFolder,
-    dataset: Dataset,
+    dataset: Arc<Dataset>,
     order: Order,
     pipeline: FlowMatchingPipeline,
     replica: Replica,
@@ -89,20 +86,26 @@ struct Trainer<'c> {
     /// What the next checkpoint says of the run; its step is the last one done.
     manifest: Manifest,
     metrics: MetricsFile,
-    micro_batches: u64,
+    micro_batches: usize,
 }
 
 impl<'c> Trainer<'c> {
-    fn new(config: &'c RunConfig, options: &TrainOptions, collective: &'c dyn Collective, telemetry: &Telemetry, folder: RunFolder) -> Result<Self> {
+    fn new(
+        config: &'c RunConfig,
+        options: &TrainOptions,
+        collective: &'c dyn Collective,
+        telemetry: &Telemetry,
+        folder: RunFolder,
+    ) -> Result<Self> {
         let micro_batches = config.micro_batches(collective.world_size())?;
-        let global_batch = micro_batches * config.data.micro_batch_size_per_gpu * collective.world_size() as u64;
-        let dataset = open_dataset(&config.data.path)?;
-        let order = Order::new(dataset.groups().iter().map(|group| (group.name.as_str(), group.sample_ids.as_slice())), global_batch, config.seed)?;
+        let global_batch = micro_batches * config.data.micro_batch_size_per_gpu * collective.world_size();
+        let dataset = Arc::new(Dataset::named(&config.data.path)?);
+        let order = Order::new(dataset.groups(), global_batch, config.seed)?;
         let device = device(config.parallel.device);
         tch::set_num_threads(config.parallel.num_threads);
         let mut replica = build_replica(config, device)?;
         let mut optimizer_state = step::fresh_state(&replica, &*config.optimizer);
-        let mut manifest = Manifest::new(config.seed, global_batch, dataset.fingerprint());
+        let mut manifest = Manifest::new(config.seed, global_batch as u64, dataset.fingerprint());
         if let Some(path) = folder.resumed_from() {
             manifest = checkpoint::load(path, &manifest, &mut replica, &*config.optimizer, &mut optimizer_state)?;
             tracing::info!("resumed from {} at step {}", path.display(), manifest.step);
@@ -110,13 +113,25 @@ impl<'c> Trainer<'c> {
         folder.keep_config(config, collective)?;
         let metrics = telemetry.metrics_after(manifest.step)?;
         let pipeline = build_pipeline(config, device);
-        let trainer =
-            Trainer { config, collective, debug: options.debug, folder, dataset, order, pipeline, replica, optimizer_state, manifest, metrics, micro_batches };
+        let trainer = Trainer {
+            config,
+            collective,
+            debug: options.debug,
+            folder,
+            dataset,
+            order,
+            pipeline,
+            replica,
+            optimizer_state,
+            manifest,
+            metrics,
+            micro_batches,
+        };
         trainer.announce(global_batch);
         Ok(trainer)
     }
 
-    fn announce(&self, global_batch: u64) {
+    fn announce(&self, global_batch: usize) {
         let (parameters, stages) = (self.replica.num_parameters(), self.replica.stages.len());
         tracing::info!("model {parameters} parameters in {stages} stages, {:?}", self.config.model.dtype);
         tracing::info!(
@@ -136,15 +151,14 @@ impl<'c> Trainer<'c> {
     }
 
     fn run(&mut self, telemetry: &Telemetry) -> Result<()> {
-        let plan = ReadPlan {
-            first_step: self.manifest.step,
-            end_step: self.config.max_steps,
-            rank: self.collective.rank() as u64,
-            world_size: self.collective.world_size() as u64,
+        let share = Share {
+            rank: self.collective.rank(),
+            world_size: self.collective.world_size(),
             micro_batches: self.micro_batches,
             micro_batch_size: self.config.data.micro_batch_size_per_gpu,
         };
-        let mut loader = Loader::start(open_dataset(&self.config.data.path)?, self.order.clone(), plan, self.config.data.prefetch)?;
+        let (dataset, order) = (Arc::clone(&self.dataset), self.order.clone());
+        let mut loader = Loader::start(dataset, order, share, self.manifest.step, self.config.data.prefetch)?;
         let mut progress = telemetry.progress(self.config.max_steps, self.manifest.step);
         let mut throughput = Throughput::new(THROUGHPUT_STEPS);
         throughput.record(0.0);
@@ -215,11 +229,6 @@ impl<'c> Trainer<'c> {
     }
 }
 
-/// The dataset that `[data] path` names.
-fn open_dataset(path: &str) -> Result<Dataset> {
-    if path == EMBEDDED_DIGITS { Dataset::digits() } else { Dataset::open(path) }
-}
-
 fn device(choice: DeviceChoice) -> Device {
     match choice {
         DeviceChoice::Cpu => Device::Cpu,
@@ -242,8 +251,6 @@ fn build_pipeline(config: &RunConfig, device: Device) -> FlowMatchingPipeline {
 /// # Errors
 /// Rank 0's own on rank 0, [`Error::Peer`] on the others.
 pub fn share_config(read: impl FnOnce() -> Result<RunConfig>, collective: &dyn Collective) -> Result<RunConfig> {
-    let own = if collective.rank() == 0 { read().map(|config| config.to_toml()) } else { Ok(String::new()) };
-    let texts = agree(own, collective)?;
-    let text = broadcast_text(collective, &texts[0], 0)?;
+    let text = on_rank_zero(collective, || Ok(read()?.to_toml()))?;
     RunConfig::read("rank 0's configuration", &text, &[])
 }

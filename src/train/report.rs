@@ -1,7 +1,10 @@
 //! `report.html`, `loss.png` and `samples.png` at the end of a run.
 
+use std::path::Path;
+
 use serde_json::{Map, Value};
 
+use super::agreement::on_rank_zero;
 use super::generate::generate;
 use super::run_folder::RunFolder;
 use crate::collective::Collective;
@@ -9,18 +12,19 @@ use crate::config::RunConfig;
 use crate::data::Dataset;
 use crate::error::Result;
 use crate::parallel::Replica;
-use crate::telemetry::{Bars, Chart, Figure, ReportData, Series, column, grid_png, read_metrics, write_report};
+use crate::telemetry::{Bars, Chart, Figure, ReportData, Series, grid_png, metrics, write_report};
 
 /// Size of `loss.png` in pixels.
 const LOSS_PICTURE: (u32, u32) = (1200, 560);
 
 /// Draws the run from its own `metrics.jsonl`; rank 0 does.
 pub fn write(config: &RunConfig, folder: &RunFolder, replica: &Replica, dataset: &Dataset, collective: &dyn Collective) -> Result<()> {
-    if collective.rank() != 0 {
-        return Ok(());
-    }
-    let path = folder.path();
-    let lines = read_metrics(&path.join("metrics.jsonl"))?;
+    let draw = || draw(config, folder.path(), replica, dataset, collective.world_size()).map(|()| String::new());
+    on_rank_zero(collective, draw).map(drop)
+}
+
+fn draw(config: &RunConfig, path: &Path, replica: &Replica, dataset: &Dataset, ranks: usize) -> Result<()> {
+    let lines = metrics::read(&path.join("metrics.jsonl"))?;
     let loss = curve("Loss", "loss", &lines);
     loss.write_png(&path.join("loss.png"), LOSS_PICTURE.0, LOSS_PICTURE.1)?;
     let samples = match dataset.conditions()? {
@@ -41,7 +45,7 @@ pub fn write(config: &RunConfig, folder: &RunFolder, replica: &Replica, dataset:
     let data = ReportData {
         title: format!("fm-dist: {}", path.file_name().unwrap_or_default().to_string_lossy()),
         summary: format!("Flow matching on {}.", dataset.manifest().name),
-        facts: facts(config, replica, &lines, collective),
+        facts: facts(config, replica, &lines, ranks),
         figures,
         samples,
         configuration: config.to_toml(),
@@ -50,7 +54,7 @@ pub fn write(config: &RunConfig, folder: &RunFolder, replica: &Replica, dataset:
 }
 
 fn curve(title: &str, key: &str, lines: &[Map<String, Value>]) -> Chart {
-    let series = Series { name: key.into(), points: column(lines, key) };
+    let series = Series { name: key.into(), points: metrics::column(lines, key) };
     Chart { title: title.into(), x_label: "step".into(), y_label: key.replace('_', " "), series: vec![series], log_y: false }
 }
 
@@ -65,14 +69,14 @@ fn loss_per_sigma(lines: &[Map<String, Value>]) -> Bars {
     Bars::over_run("Loss by noise level", "sigma (0 = data, 1 = noise)", "unweighted loss", (0.0, 1.0), &bins)
 }
 
-fn facts(config: &RunConfig, replica: &Replica, lines: &[Map<String, Value>], collective: &dyn Collective) -> Vec<(String, String)> {
+fn facts(config: &RunConfig, replica: &Replica, lines: &[Map<String, Value>], ranks: usize) -> Vec<(String, String)> {
     let last = |key: &str| lines.last().and_then(|line| line.get(key)).map_or("-".into(), Value::to_string);
-    let seconds: f64 = column(lines, "step_seconds").iter().map(|point| point.1).sum();
+    let seconds: f64 = metrics::column(lines, "step_seconds").iter().map(|point| point.1).sum();
     let facts = [
         ("steps", last("step")),
         ("samples seen", last("samples_seen")),
         ("parameters", replica.num_parameters().to_string()),
-        ("ranks", collective.world_size().to_string()),
+        ("ranks", ranks.to_string()),
         ("time in steps", crate::telemetry::duration_text(seconds)),
         ("seed", config.seed.to_string()),
         ("version", env!("CARGO_PKG_VERSION").into()),

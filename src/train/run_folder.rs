@@ -7,7 +7,7 @@ use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use super::agreement::agree;
+use super::agreement::on_rank_zero;
 use super::checkpoint;
 use crate::collective::Collective;
 use crate::config::RunConfig;
@@ -52,9 +52,8 @@ impl RunFolder {
     /// # Errors
     /// [`Error::NoCheckpoint`] if a resume was asked for and nothing verifies; [`Error::Storage`].
     pub fn open(output_dir: &str, resume: &Resume, collective: &dyn Collective) -> Result<Self> {
-        let chosen = if collective.rank() == 0 { choose(Path::new(output_dir), resume).map(|folder| folder.to_text()) } else { Ok(String::new()) };
-        let texts = agree(chosen, collective)?;
-        Ok(RunFolder::from_text(&texts[0]))
+        let text = on_rank_zero(collective, || Ok(choose(Path::new(output_dir), resume)?.to_text()))?;
+        Ok(RunFolder::from_text(&text))
     }
 
     pub fn path(&self) -> &Path {
@@ -76,21 +75,21 @@ impl RunFolder {
         let write = || {
             let path = self.path.join(CONFIG);
             let mut file = File::create(&path).map_err(Error::storage(&path, "create"))?;
-            file.write_all(config.to_toml().as_bytes()).map_err(Error::storage(&path, "write"))
+            file.write_all(config.to_toml().as_bytes()).map_err(Error::storage(&path, "write"))?;
+            Ok(String::new())
         };
-        let outcome = if collective.rank() == 0 { write() } else { Ok(()) };
-        agree(outcome.map(|()| String::new()), collective).map(drop)
+        on_rank_zero(collective, write).map(drop)
     }
 
     /// Deletes all but the newest `keep_last` checkpoints; rank 0 does, after the newest is safe.
     pub fn prune(&self, keep_last: u64, collective: &dyn Collective) -> Result<()> {
-        if collective.rank() != 0 {
-            return Ok(());
-        }
-        for (_, path) in checkpoint::list(&self.path)?.into_iter().rev().skip(keep_last as usize) {
-            fs::remove_dir_all(&path).map_err(Error::storage(&path, "delete"))?;
-        }
-        Ok(())
+        let delete = || {
+            for (_, path) in checkpoint::list(&self.path)?.into_iter().rev().skip(keep_last as usize) {
+                fs::remove_dir_all(&path).map_err(Error::storage(&path, "delete"))?;
+            }
+            Ok(String::new())
+        };
+        on_rank_zero(collective, delete).map(drop)
     }
 
     /// One line a path, so that it can be sent to the other ranks.

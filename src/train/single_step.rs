@@ -89,11 +89,7 @@ fn named_gradients(replica: &Replica, stage: usize, flat: &Tensor) -> Vec<(Strin
 }
 
 fn write(path: &Path, tensors: &[(String, Tensor)], output: &StepOutput, data_type: DataType) -> Result<()> {
-    let metadata = [
-        ("sampling_method", output.sampling_method),
-        ("task_type", output.task_type.word()),
-        ("data_type", data_type.word()),
-    ];
+    let metadata = [("sampling_method", output.sampling_method), ("task_type", output.task_type.word()), ("data_type", data_type.word())];
     let metadata = metadata.into_iter().map(|(key, word)| (key.to_string(), word.to_string())).collect();
     let borrowed: Vec<(&str, &Tensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     let mut file = File::create(path).map_err(Error::storage(path, "create"))?;

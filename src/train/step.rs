@@ -17,7 +17,7 @@ pub struct Stepper<'a> {
     pub config: &'a RunConfig,
     pub collective: &'a dyn Collective,
     pub pipeline: &'a FlowMatchingPipeline,
-    pub micro_batches: u64,
+    pub micro_batches: usize,
     /// Search every stage for non-finite values.
     pub check_stages: bool,
     pub lr: f64,
@@ -74,7 +74,7 @@ impl Stepper<'_> {
     fn forward_backward(
         &self,
         step: u64,
-        micro_batch: u64,
+        micro_batch: usize,
         batch: &Batch,
         replica: &Replica,
         reducer: &mut Reducer<'_>,
@@ -95,25 +95,25 @@ impl Stepper<'_> {
     }
 
     /// Number of a micro-batch within the step over all ranks; its samples stand at this place of the global batch.
-    fn block(&self, micro_batch: u64) -> u64 {
-        micro_batch * self.collective.world_size() as u64 + self.collective.rank() as u64
+    fn block(&self, micro_batch: usize) -> usize {
+        micro_batch * self.collective.world_size() + self.collective.rank()
     }
 
-    fn stream(&self, step: u64, micro_batch: u64, batch: &Batch) -> Stream {
+    fn stream(&self, step: u64, micro_batch: usize, batch: &Batch) -> Stream {
         let key = Key::new(self.config.seed, Purpose::FlowMatching).step(step);
         match self.config.parallel.seed_scope {
-            SeedScope::Rank => Stream::Batch(key.micro_batch(micro_batch).scope(self.collective.rank() as u64)),
+            SeedScope::Rank => Stream::Batch(key.micro_batch(micro_batch as u64).scope(self.collective.rank() as u64)),
             SeedScope::Sample => Stream::PerSample(batch.sample_ids.iter().map(|&id| key.scope(id)).collect()),
         }
     }
 
     /// Slices of probability of this micro-batch: the global batch's, shuffled each step.
-    fn strata(&self, step: u64, micro_batch: u64) -> Strata {
+    fn strata(&self, step: u64, micro_batch: usize) -> Strata {
         let size = self.config.data.micro_batch_size_per_gpu;
-        let total = size * self.micro_batches * self.collective.world_size() as u64;
-        let shuffled = Key::new(self.config.seed, Purpose::Stratification).step(step).permutation(total);
-        let first = (self.block(micro_batch) * size) as usize;
-        Strata { positions: shuffled[first..first + size as usize].to_vec(), total }
+        let total = size * self.micro_batches * self.collective.world_size();
+        let shuffled = Key::new(self.config.seed, Purpose::Stratification).step(step).permutation(total as u64);
+        let first = self.block(micro_batch) * size;
+        Strata { positions: shuffled[first..first + size].to_vec(), total: total as u64 }
     }
 
     /// Gathers every rank's rows in one small collective, the step's only host synchronization, and refuses what must not
@@ -160,7 +160,10 @@ fn name_rank(error: Error, rank: usize, statistics: &Statistics) -> Error {
     match error {
         Error::NotFinite { step, what } => {
             let sigma = &statistics.sigma;
-            Error::NotFinite { step, what: format!("rank {rank}: {what}; sigma was in [{:.4}, {:.4}]; nothing was updated", sigma.min, sigma.max) }
+            Error::NotFinite {
+                step,
+                what: format!("rank {rank}: {what}; sigma was in [{:.4}, {:.4}]; nothing was updated", sigma.min, sigma.max),
+            }
         }
         other => other,
     }

@@ -1,0 +1,186 @@
+//! Typed text to a command, and what each command calls.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::collective;
+use crate::config::{self, RunConfig};
+use crate::doctor;
+use crate::error::{Error, Result};
+use crate::train::{self, Resume, SampleRequest, StepRequest, TrainOptions};
+
+/// Trains diffusion transformers by flow matching, one process a GPU.
+///
+/// `mpirun -n 8 fm-dist`, `srun fm-dist`, or plain `fm-dist` for one process. Without a file the embedded default
+/// configuration runs, which learns to draw handwritten digits in about a minute.
+#[derive(Debug, Parser)]
+#[command(version, args_conflicts_with_subcommands = true, help_expected = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    train: TrainArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train; the command when none is given
+    Train(TrainArgs),
+    /// Generate samples of a trained run
+    Sample(SampleArgs),
+    /// Run one flow-matching step and write every number of it
+    Step(StepArgs),
+    /// Say what a configuration would do, without doing it
+    Check(CheckArgs),
+    /// Say what this machine has and what is missing
+    Doctor,
+    /// Print the resolved configuration, one comment line a key
+    Config(ConfigArgs),
+}
+
+#[derive(Args, Debug)]
+struct ConfigArgs {
+    /// Configuration file (TOML); the embedded digits without one
+    #[arg(short, long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Overrides one key; may be given again
+    #[arg(long = "set", value_name = "KEY.PATH=VALUE")]
+    overrides: Vec<String>,
+}
+
+#[derive(Args, Debug)]
+struct TrainArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Begin anew (never), go on from the newest checkpoint that verifies (latest), or from this run or checkpoint folder
+    #[arg(long, value_name = "never|latest|DIR", default_value = "never")]
+    resume: Resume,
+    /// One process, detailed logs each step, every stage searched for non-finite values
+    #[arg(long)]
+    debug: bool,
+}
+
+#[derive(Args, Debug)]
+struct SampleArgs {
+    /// Run folder, or one of its checkpoints
+    #[arg(long, value_name = "DIR")]
+    run: PathBuf,
+    /// File to write: .png for a labelled grid, .safetensors for the numbers; may be given again
+    #[arg(long, value_name = "FILE", required = true)]
+    out: Vec<PathBuf>,
+    /// Euler steps from noise to data
+    #[arg(long, value_parser = clap::value_parser!(i64).range(1..))]
+    steps: Option<i64>,
+    /// Classifier-free guidance; 1 is none
+    #[arg(long)]
+    guidance: Option<f64>,
+    /// Samples for each condition
+    #[arg(long, value_parser = clap::value_parser!(i64).range(1..))]
+    per_condition: Option<i64>,
+    /// Seed of the noise
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+#[derive(Args, Debug)]
+struct StepArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Batch under the specification's keys, `data_type` in the metadata
+    #[arg(long, value_name = "B.safetensors")]
+    batch: PathBuf,
+    /// Where the numbers go
+    #[arg(long, value_name = "OUT.safetensors")]
+    dump: PathBuf,
+    /// What `torch.manual_seed` gets on the other side; the configured seed without it
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    torch_seed: Option<i64>,
+    /// Also gradients of the average weighted loss, as `grad.<parameter>`
+    #[arg(long)]
+    grads: bool,
+}
+
+#[derive(Args, Debug)]
+struct CheckArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Number of ranks to plan for
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = parse_world)]
+    world: usize,
+}
+
+fn parse_world(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&ranks| ranks > 0).ok_or_else(|| "expected a number of ranks, at least 1".into())
+}
+
+impl ConfigArgs {
+    fn read(&self) -> Result<RunConfig> {
+        match &self.config {
+            None => RunConfig::read(config::DEFAULT_NAME, config::DEFAULT, &self.overrides),
+            Some(path) => {
+                let unreadable = |error: std::io::Error| Error::config("--config", format!("{} cannot be read: {error}", path.display()));
+                let text = std::fs::read_to_string(path).map_err(unreadable)?;
+                RunConfig::read(&path.display().to_string(), &text, &self.overrides)
+            }
+        }
+    }
+}
+
+impl Cli {
+    /// Does what was typed. Returns the exit code of a command that has something to say by it.
+    pub fn run(self) -> Result<i32> {
+        match self.command.unwrap_or(Command::Train(self.train)) {
+            Command::Train(args) => run_training(&args).map(|()| 0),
+            Command::Sample(args) => train::sample(&args.into_request()).map(|()| 0),
+            Command::Step(args) => {
+                let request = StepRequest { batch: args.batch, dump: args.dump, torch_seed: args.torch_seed, grads: args.grads };
+                train::dump_step(&args.config.read()?, &request).map(|()| 0)
+            }
+            Command::Check(args) => say(&train::check(&args.config.read()?, args.world)?),
+            Command::Config(args) => say(&args.read()?.to_toml()),
+            Command::Doctor => {
+                let (text, complete) = doctor::report();
+                say(&text)?;
+                Ok(if complete { 0 } else { Error::environment("incomplete").exit_code() })
+            }
+        }
+    }
+}
+
+impl SampleArgs {
+    fn into_request(self) -> SampleRequest {
+        SampleRequest {
+            run: self.run,
+            out: self.out,
+            num_steps: self.steps,
+            guidance_scale: self.guidance,
+            per_condition: self.per_condition,
+            seed: self.seed,
+        }
+    }
+}
+
+fn run_training(args: &TrainArgs) -> Result<()> {
+    let world = collective::connect()?;
+    let config = match train::share_config(|| args.config.read(), world.as_ref()) {
+        Ok(config) => config,
+        Err(error) => {
+            // Every rank knows of it, so that all can leave in good order.
+            collective::finish(world)?;
+            return Err(error);
+        }
+    };
+    let options = TrainOptions { resume: args.resume.clone(), debug: args.debug };
+    train::train(&config, &options, world.as_ref())?;
+    collective::finish(world)
+}
+
+/// Writes to standard output; a reader that has gone away is no error.
+fn say(text: &str) -> Result<i32> {
+    use std::io::Write;
+    match std::io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::storage("standard output", "write to")(error)),
+        _ => Ok(0),
+    }
+}

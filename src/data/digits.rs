@@ -1,0 +1,23 @@
+//! The handwritten digits of the default configuration, compiled into the binary.
+
+use super::Dataset;
+use crate::error::Result;
+
+const JSON: &str = include_str!("../../configs/digits/dataset.json");
+const FILES: &[(&str, &[u8])] = &[
+    ("digits.safetensors", include_bytes!("../../configs/digits/digits.safetensors")),
+    ("conditions.safetensors", include_bytes!("../../configs/digits/conditions.safetensors")),
+];
+
+/// Name by which `[data] path` means them.
+pub const NAME: &str = "embedded:digits";
+
+impl Dataset {
+    /// The dataset that `[data] path` names: a folder, or [`NAME`].
+    ///
+    /// # Errors
+    /// As [`Dataset::open`].
+    pub fn named(path: &str) -> Result<Self> {
+        if path == NAME { Dataset::embedded(JSON, FILES) } else { Dataset::open(path) }
+    }
+}

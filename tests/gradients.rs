@@ -1,0 +1,193 @@
+//! Stage-wise backward gives the gradients of plain autograd, bit for bit, and autograd those of the mathematics.
+
+use fm_dist::model::{Architecture, Dit};
+use fm_dist::nn::{Activations, Builder, Init, Linear, ParamSet, Stage, Views};
+use fm_dist::parallel::{Bucket, Recompute, Replica};
+use fm_dist::rng::{Key, Purpose};
+use tch::{Device, Kind, Tensor, no_grad};
+
+const KEY: Key = Key { seed: 17, purpose: Purpose::Test, step: 0, micro_batch: 0, scope: 0 };
+
+/// A small model whose every parameter is away from zero, so that no gradient vanishes by construction.
+fn replica(kind: Kind) -> Replica {
+    let model = Dit { in_channels: 2, condition_width: 5, width: 32, depth: 3, num_heads: 2, ..Dit::default() };
+    let mut replica = Replica::new(model.stages().unwrap(), kind, Device::Cpu, KEY);
+    shake(&mut replica);
+    replica
+}
+
+fn shake(replica: &mut Replica) {
+    for (index, bucket) in replica.buckets.iter_mut().enumerate() {
+        bucket.update(|master| {
+            let noise = KEY.step(1).scope(index as u64).seeded(|| master.randn_like());
+            *master += noise * 0.05;
+        });
+    }
+}
+
+fn inputs(kind: Kind) -> (Activations, Tensor) {
+    KEY.step(2).seeded(|| {
+        let float = (Kind::Float, Device::Cpu);
+        let latents = Tensor::randn([3, 2, 4, 6], float);
+        let activations = Activations::new()
+            .with_constant("hidden_states", latents.to_kind(kind))
+            .with_constant("timestep", (Tensor::rand([3], float) * 1000.0).to_kind(kind))
+            .with_constant("encoder_hidden_states", Tensor::randn([3, 4, 5], float).to_kind(kind));
+        (activations, Tensor::randn([3, 2, 4, 6], float))
+    })
+}
+
+fn loss(output: &Activations, target: &Tensor) -> Tensor {
+    (output.get("prediction").to_kind(Kind::Float) - target).square().mean(Kind::Float)
+}
+
+/// Loss and flat gradients, stage by stage through a tape.
+fn stage_wise(replica: &Replica, recompute: Recompute) -> (f64, Vec<(usize, Tensor)>) {
+    let (input, target) = inputs(replica.buckets[0].leaf().map_or(Kind::Float, Tensor::kind));
+    let mut tape = replica.tape(recompute);
+    let loss = loss(&tape.forward(input).unwrap(), &target);
+    let mut gradients = Vec::new();
+    tape.backward(&loss, |stage, gradient| {
+        gradients.push((stage, gradient));
+        Ok(())
+    })
+    .unwrap();
+    (loss.double_value(&[]), gradients)
+}
+
+/// The same through one graph and libtorch's own accumulation.
+fn plain(replica: &Replica) -> (f64, Vec<Tensor>) {
+    let kind = replica.buckets[0].leaf().map_or(Kind::Float, Tensor::kind);
+    let (mut activations, target) = inputs(kind);
+    let leaves: Vec<Tensor> = replica.buckets.iter().map(|bucket| bucket.master().to_kind(kind).detach().set_requires_grad(true)).collect();
+    for (stage, leaf) in replica.stages.iter().zip(&leaves) {
+        activations = stage.forward(&stage.params().split(leaf), &activations).carrying_constants_of(&activations);
+    }
+    let loss = loss(&activations, &target);
+    loss.backward();
+    (loss.double_value(&[]), leaves.iter().map(Tensor::grad).collect())
+}
+
+#[test]
+fn stage_wise_gradients_are_plain_autograds_bit_for_bit() {
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let replica = replica(kind);
+        let (plain_loss, expected) = plain(&replica);
+        for recompute in [Recompute::Never, Recompute::Always] {
+            let (loss, gradients) = stage_wise(&replica, recompute);
+            assert_eq!(loss, plain_loss, "{kind:?} {recompute:?}");
+            let order: Vec<usize> = gradients.iter().map(|(stage, _)| *stage).collect();
+            assert_eq!(order, [4, 3, 2, 1, 0], "last stage first");
+            for (stage, gradient) in &gradients {
+                assert!(gradient.equal(&expected[*stage]), "{kind:?} {recompute:?} stage {stage}");
+                assert!(gradient.abs().max().double_value(&[]) > 0.0, "stage {stage} has a gradient at all");
+            }
+        }
+    }
+}
+
+#[test]
+fn frozen_stages_before_the_first_trained_one_are_never_entered() {
+    let reference = stage_wise(&replica(Kind::Float), Recompute::Never).1;
+    for recompute in [Recompute::Never, Recompute::Always] {
+        let mut replica = replica(Kind::Float);
+        replica.buckets =
+            replica.buckets.into_iter().enumerate().map(|(stage, bucket)| if stage < 3 { bucket.frozen() } else { bucket }).collect();
+        let (_, gradients) = stage_wise(&replica, recompute);
+        assert_eq!(gradients.iter().map(|(stage, _)| *stage).collect::<Vec<_>>(), [4, 3]);
+        assert!(gradients.iter().zip(&reference).all(|((_, a), (_, b))| a.equal(b)));
+    }
+}
+
+#[test]
+fn a_frozen_stage_in_the_middle_passes_gradients_on() {
+    let reference = stage_wise(&replica(Kind::Float), Recompute::Never).1;
+    let mut replica = replica(Kind::Float);
+    replica.buckets =
+        replica.buckets.into_iter().enumerate().map(|(stage, bucket)| if stage == 2 { bucket.frozen() } else { bucket }).collect();
+    let (_, gradients) = stage_wise(&replica, Recompute::Never);
+    let expected: Vec<_> = reference.iter().filter(|(stage, _)| *stage != 2).collect();
+    assert_eq!(gradients.len(), expected.len());
+    assert!(gradients.iter().zip(expected).all(|((stage, a), (known, b))| stage == known && a.equal(b)));
+}
+
+#[test]
+fn gradients_are_the_slopes_of_the_loss() {
+    // Central differences in f64: error of order step² plus rounding / step.
+    const STEP: f64 = 1e-5;
+    const TOLERANCE: f64 = 1e-7;
+    let mut replica = replica(Kind::Double);
+    // Masters are f32; the double leaf holds the same values, and the check moves the leaf itself.
+    let (_, gradients) = stage_wise(&replica, Recompute::Never);
+    for (stage, gradient) in gradients {
+        for probe in 0..5 {
+            let index = KEY.step(3).scope(stage as u64).below(probe, gradient.numel() as u64) as i64;
+            let mut loss_at = |offset: f64| {
+                let bucket: &mut Bucket = &mut replica.buckets[stage];
+                let mut leaf = bucket.leaf().unwrap().detach();
+                let original = leaf.double_value(&[index]);
+                no_grad(|| leaf.narrow(0, index, 1).fill_(original + offset));
+                let loss = stage_wise(&replica, Recompute::Never).0;
+                no_grad(|| leaf.narrow(0, index, 1).fill_(original));
+                loss
+            };
+            let slope = (loss_at(STEP) - loss_at(-STEP)) / (2.0 * STEP);
+            let found = gradient.double_value(&[index]);
+            assert!((slope - found).abs() < TOLERANCE, "stage {stage} parameter {index}: slope {slope}, gradient {found}");
+        }
+    }
+}
+
+/// A stage that adds an output which nobody uses, and holds a parameter that its graph does not reach.
+struct Idle {
+    params: ParamSet,
+    used: Linear,
+}
+
+impl Idle {
+    fn new() -> Self {
+        let mut params = ParamSet::new("idle");
+        let mut builder = Builder::new(&mut params, "idle");
+        let used = Linear::new(&mut builder.at("used"), 4, 4, Init::Normal { std: 1.0 });
+        builder.param("unreached", &[3], Init::Ones);
+        Idle { params, used }
+    }
+}
+
+impl Stage for Idle {
+    fn params(&self) -> &ParamSet {
+        &self.params
+    }
+
+    fn forward(&self, params: &Views, input: &Activations) -> Activations {
+        let hidden = self.used.forward(params, input.get("prediction"));
+        Activations::new().with("aside", &hidden * 2.0).with("prediction", hidden)
+    }
+}
+
+#[test]
+fn what_the_loss_does_not_reach_has_a_zero_gradient() {
+    let replica = Replica::new(vec![Box::new(Idle::new()), Box::new(Idle::new())], Kind::Float, Device::Cpu, KEY);
+    let input = Activations::new().with_constant("prediction", Tensor::ones([2, 4], (Kind::Float, Device::Cpu)));
+    let mut tape = replica.tape(Recompute::Always);
+    let loss = tape.forward(input).unwrap().get("prediction").sum(Kind::Float);
+    let mut stages = Vec::new();
+    tape.backward(&loss, |stage, gradient| {
+        assert_eq!(gradient.narrow(0, 20, 3).abs().max().double_value(&[]), 0.0);
+        assert!(gradient.narrow(0, 0, 20).abs().max().double_value(&[]) > 0.0);
+        stages.push(stage);
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(stages, [1, 0]);
+}
+
+#[test]
+fn the_debug_mode_names_the_stage_and_the_tensor() {
+    let mut replica = replica(Kind::Float);
+    replica.buckets[2].update(|master| drop(master.narrow(0, 0, 1).fill_(f64::NAN)));
+    let (input, _) = inputs(Kind::Float);
+    let error = replica.tape(Recompute::Never).checking_finite(Some(7)).forward(input).unwrap_err();
+    let text = error.to_string();
+    assert!(text.starts_with("step 7: stage blocks.1: output `hidden` [3, 6, 32] has"), "{text}");
+}
