@@ -4,4 +4,5 @@ pub mod error;
 pub mod registry;
 pub mod rng;
 pub mod settings;
+pub mod telemetry;
 pub mod tensor;
