@@ -1,0 +1,113 @@
+//! Files that nobody sees half-written: lines appended whole, documents replaced whole.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::Path;
+
+use crate::error::{Error, Result};
+
+/// A file that grows by whole lines, whatever the disk does.
+pub(super) struct LineFile {
+    file: File,
+    length: u64,
+}
+
+impl LineFile {
+    /// Opens for appending. A last line that a crash tore is closed, so that the next one starts clean.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let mut file = OpenOptions::new().create(true).read(true).append(true).open(path)?;
+        let length = file.metadata()?.len();
+        let mut lines = LineFile { length, file: file.try_clone()? };
+        if length > 0 {
+            let mut last = [0];
+            file.seek(SeekFrom::End(-1))?;
+            file.read_exact(&mut last)?;
+            if last != *b"\n" {
+                lines.append("")?;
+            }
+        }
+        Ok(lines)
+    }
+
+    /// Appends in one write. On failure the part that went through is cut off again.
+    pub fn append(&mut self, line: &str) -> io::Result<()> {
+        let bytes = [line.as_bytes(), b"\n"].concat();
+        let written = self.file.write_all(&bytes);
+        match written {
+            Ok(()) => self.length += bytes.len() as u64,
+            // The first error is the one to tell; that the cut may fail as well changes nothing.
+            Err(_) => drop(self.file.set_len(self.length)),
+        }
+        written
+    }
+
+    /// Returns once every line is on the disk.
+    pub fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+}
+
+/// Lets the first failure of an outlet through and swallows its repetitions: one warning, and the run goes on.
+#[derive(Default)]
+pub(super) struct FirstFailure {
+    seen: bool,
+}
+
+impl FirstFailure {
+    pub fn of(&mut self, result: io::Result<()>) -> Option<io::Error> {
+        let first = result.err().filter(|_| !self.seen);
+        self.seen |= first.is_some();
+        first
+    }
+}
+
+/// Puts a document at `path` in one step: written beside it, synced, renamed over it.
+///
+/// # Errors
+/// [`Error::Storage`] if a part of that fails; what stood at `path` is then untouched.
+pub(super) fn replace(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(".tmp");
+    let beside = path.with_file_name(name);
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let steps = || {
+        let mut out = io::BufWriter::new(File::create(&beside)?);
+        write(&mut out)?;
+        out.into_inner()?.sync_all()?;
+        fs::rename(&beside, path)?;
+        File::open(folder)?.sync_all()
+    };
+    steps().map_err(Error::storage(path, "write"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_torn_last_line_does_not_swallow_the_next() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.jsonl");
+        fs::write(&path, "one\ntw").unwrap();
+        LineFile::open(&path).unwrap().append("three").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "one\ntw\nthree\n");
+    }
+
+    #[test]
+    fn a_full_disk_is_told_once() {
+        let mut file = LineFile::open(Path::new("/dev/full")).unwrap();
+        let mut failure = FirstFailure::default();
+        let told: Vec<bool> = (0..3).map(|_| failure.of(file.append("x")).is_some()).collect();
+        assert_eq!(told, [true, false, false]);
+    }
+
+    #[test]
+    fn a_document_that_cannot_be_finished_leaves_the_old_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("report.html");
+        replace(&path, |out| out.write_all(b"old")).unwrap();
+        let failed = replace(&path, |out| out.write_all(b"new").and(Err(io::Error::other("power cut"))));
+        assert!(failed.unwrap_err().to_string().contains("power cut"));
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+    }
+}

@@ -1,0 +1,188 @@
+//! `metrics.jsonl`: one JSON object a step, without gap and without double across resumes.
+
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::files::{FirstFailure, LineFile, replace};
+use crate::error::{Error, Result};
+
+/// The key by which lines are ordered and cut; every object has it.
+const STEP: &str = "step";
+
+/// A run's metrics, appended step by step.
+pub struct MetricsFile {
+    /// None on ranks that leave the writing to rank 0.
+    file: Option<LineFile>,
+    path: PathBuf,
+    failure: FirstFailure,
+}
+
+impl MetricsFile {
+    /// Keeps the lines up to `step` and goes on behind them; the file need not exist yet. A new run resumes after step 0.
+    ///
+    /// # Errors
+    /// [`Error::Storage`] if the file cannot be read, cut or opened.
+    pub fn resume_after(path: &Path, step: u64) -> Result<Self> {
+        if path.exists() {
+            cut_after(path, step)?;
+        }
+        let file = LineFile::open(path).map_err(Error::storage(path, "open"))?;
+        Ok(MetricsFile { file: Some(file), path: path.into(), failure: FirstFailure::default() })
+    }
+
+    /// Takes metrics and writes none.
+    pub(super) fn silent() -> Self {
+        MetricsFile { file: None, path: PathBuf::new(), failure: FirstFailure::default() }
+    }
+
+    /// Appends one step's metrics, an object with an integer `step`. A disk that refuses is warned of once; training goes on.
+    ///
+    /// # Panics
+    /// If `metrics` is no such object (a bug in the caller).
+    pub fn append(&mut self, metrics: &impl Serialize) {
+        let value = serde_json::to_value(metrics).expect("metrics are plain values");
+        assert!(value.get(STEP).is_some_and(Value::is_u64), "metrics are an object with an integer step: {value}");
+        let result = self.file.as_mut().map_or(Ok(()), |file| file.append(&value.to_string()));
+        self.warn_of(result);
+    }
+
+    /// Puts what was appended on the disk, before a checkpoint that counts on it.
+    pub fn sync(&mut self) {
+        let result = self.file.as_ref().map_or(Ok(()), LineFile::sync);
+        self.warn_of(result);
+    }
+
+    fn warn_of(&mut self, result: io::Result<()>) {
+        if let Some(error) = self.failure.of(result) {
+            tracing::warn!("cannot write {}: {error}; training goes on, metrics are lost", self.path.display());
+        }
+    }
+}
+
+/// Every line of a metrics file. A last line that a crash tore is left out.
+///
+/// # Errors
+/// [`Error::Storage`] if it cannot be read, [`Error::Data`] if a line before the last is no JSON object.
+pub fn read(path: &Path) -> Result<Vec<Map<String, Value>>> {
+    let text = fs::read(path).map_err(Error::storage(path, "read"))?;
+    let lines: Vec<&[u8]> = text.split(|&byte| byte == b'\n').collect();
+    let mut objects = Vec::with_capacity(lines.len());
+    for (i, line) in lines.iter().enumerate() {
+        match serde_json::from_slice(line) {
+            Ok(object) => objects.push(object),
+            Err(_) if i + 1 == lines.len() => {}
+            Err(error) => return Err(Error::data(path, format!("line {} is no JSON object: {error}", i + 1))),
+        }
+    }
+    Ok(objects)
+}
+
+/// One metric over the run as (step, value); steps that lack it, or where it is no number, are left out.
+pub fn column(lines: &[Map<String, Value>], name: &str) -> Vec<(f64, f64)> {
+    lines.iter().filter_map(|line| Some((line.get(STEP)?.as_f64()?, line.get(name)?.as_f64()?))).collect()
+}
+
+/// Leaves the whole lines with a step up to `step`, or the file as it is when these are all.
+fn cut_after(path: &Path, step: u64) -> Result<()> {
+    let lines = || File::open(path).map(|file| BufReader::new(file).split(b'\n')).map_err(Error::storage(path, "read"));
+    let stays = |line: &[u8]| {
+        let object: Option<Map<String, Value>> = serde_json::from_slice(line).ok();
+        object.and_then(|object| object.get(STEP)?.as_u64()).is_some_and(|found| found <= step)
+    };
+    let (mut kept, mut dropped) = (0, 0);
+    for line in lines()? {
+        let line = line.map_err(Error::storage(path, "read"))?;
+        if stays(&line) { kept += 1 } else { dropped += 1 }
+    }
+    if dropped == 0 {
+        return Ok(());
+    }
+    let source = lines()?;
+    replace(path, |out| {
+        for line in source {
+            let line = line?;
+            if stays(&line) {
+                out.write_all(&line)?;
+                out.write_all(b"\n")?;
+            }
+        }
+        Ok(())
+    })?;
+    tracing::info!(kept, dropped, "metrics cut back to step {step}");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn steps(path: &Path) -> Vec<u64> {
+        read(path).unwrap().iter().map(|line| line[STEP].as_u64().unwrap()).collect()
+    }
+
+    #[test]
+    fn a_resumed_run_has_no_gap_and_no_double() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let mut first = MetricsFile::resume_after(&path, 0).unwrap();
+        (1..=7).for_each(|step| first.append(&json!({ "step": step, "loss": 1.0 })));
+        drop(first);
+        let mut resumed = MetricsFile::resume_after(&path, 5).unwrap();
+        (6..=8).for_each(|step| resumed.append(&json!({ "step": step, "loss": 0.5 })));
+        assert_eq!(steps(&path), [1, 2, 3, 4, 5, 6, 7, 8]);
+        let losses = column(&read(&path).unwrap(), "loss");
+        assert_eq!(losses[4..6], [(5.0, 1.0), (6.0, 0.5)], "steps after the checkpoint are the new ones");
+    }
+
+    #[test]
+    fn a_torn_last_line_is_cut_at_a_resume() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        fs::write(&path, "{\"step\":1}\n{\"step\":2}\n{\"step\":3,\"lo").unwrap();
+        assert_eq!(steps(&path), [1, 2]);
+        let mut resumed = MetricsFile::resume_after(&path, 9).unwrap();
+        resumed.append(&json!({ "step": 3 }));
+        assert_eq!(fs::read_to_string(&path).unwrap(), "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n");
+    }
+
+    #[test]
+    fn a_torn_line_that_is_whole_json_but_lacks_its_newline_counts_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        fs::write(&path, "{\"step\":1}\n{\"step\":2}").unwrap();
+        MetricsFile::resume_after(&path, 2).unwrap().append(&json!({ "step": 3 }));
+        assert_eq!(steps(&path), [1, 2, 3]);
+    }
+
+    #[test]
+    fn a_broken_line_inside_is_an_error_with_its_number() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        fs::write(&path, "{\"step\":1}\nrubbish\n{\"step\":3}\n").unwrap();
+        assert!(read(&path).unwrap_err().to_string().contains("line 2 is no JSON object"));
+    }
+
+    #[test]
+    fn a_column_leaves_out_what_is_no_number() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let mut file = MetricsFile::resume_after(&path, 0).unwrap();
+        [json!({ "step": 1, "loss": f64::NAN }), json!({ "step": 2, "loss": 0.5 }), json!({ "step": 3 })]
+            .iter()
+            .for_each(|m| file.append(m));
+        assert_eq!(column(&read(&path).unwrap(), "loss"), [(2.0, 0.5)]);
+    }
+
+    #[test]
+    fn a_full_disk_does_not_stop_training() {
+        let mut file = MetricsFile { file: LineFile::open(Path::new("/dev/full")).ok(), ..MetricsFile::silent() };
+        file.append(&json!({ "step": 1 }));
+        assert!(file.failure.of(Err(io::Error::other("again"))).is_none(), "the first failure was seen and warned of");
+    }
+}
