@@ -7,18 +7,20 @@
 //! Source: <https://github.com/huggingface/safetensors>, section "Format" of its README.
 
 mod header;
+mod source;
 mod write;
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 pub use header::TensorInfo;
+use source::Source;
+pub(super) use source::open_error;
+pub use source::refuse_pickle;
 pub use write::write;
 
 #[cfg(target_endian = "big")]
@@ -26,15 +28,13 @@ compile_error!("the format is little-endian and tensors are read as they lie in 
 
 /// Length of the field that says how long the header is.
 const PREFIX: u64 = 8;
-/// Endings of files that Python's pickle wrote.
-const PICKLES: [&str; 6] = ["pt", "pth", "bin", "ckpt", "pkl", "pickle"];
-
-#[derive(Debug)]
-enum Source {
-    File(File),
-    /// Part of the binary.
-    Embedded(&'static [u8]),
-}
+/// Largest piece that is asked of memory at all (1 TiB): some systems promise any amount and kill when it is used.
+const MAX_READ_BYTES: u64 = 1 << 40;
+/// What is copied at once into a whole tensor, so that a large one is not held twice. libtorch copies more than this on
+/// several threads, whose waiting for each other costs ten times the copy where cores are busy.
+const PIECE_ELEMENTS: u64 = 32_768;
+/// What is read at once of a file that is hashed.
+const PIECE_BYTES: u64 = 1 << 20;
 
 /// An opened safetensors file whose header has been checked; the data are read on demand.
 #[derive(Debug)]
@@ -56,15 +56,8 @@ impl SafeTensors {
     /// [`Error::Storage`] if it cannot be read.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        refuse_pickle(path)?;
-        // Asked before opening: to open a FIFO blocks, and to open a device may do anything.
-        let found = fs::metadata(path).map_err(|e| open_error(path, e))?;
-        if !found.is_file() {
-            return Err(Error::data(path, "is not a regular file"));
-        }
-        let file = File::open(path).map_err(|e| open_error(path, e))?;
-        let file_bytes = file.metadata().map_err(Error::storage(path, "inspect"))?.len();
-        SafeTensors::from_source(path.into(), Source::File(file), file_bytes)
+        let (source, file_bytes) = Source::open(path)?;
+        SafeTensors::from_source(path.into(), source, file_bytes)
     }
 
     /// The same over bytes that are part of the binary; `name` stands for the path in messages.
@@ -128,9 +121,21 @@ impl SafeTensors {
     /// read.
     pub fn read(&self, name: &str) -> Result<Tensor> {
         let info = self.info(name)?;
-        let mut data = self.buffer(info.bytes)?;
-        self.read_data(info, 0, &mut data)?;
-        Ok(Tensor::from_data_size(&data, &info.shape, info.kind))
+        if info.bytes > MAX_READ_BYTES {
+            return Err(self.too_large(info.bytes));
+        }
+        let flat =
+            Tensor::f_empty([info.shape.iter().product::<i64>()], (info.kind, Device::Cpu)).map_err(|_| self.too_large(info.bytes))?;
+        let element = info.kind.elt_size_in_bytes() as u64;
+        let mut piece = vec![0; (element * PIECE_ELEMENTS).min(info.bytes) as usize];
+        for start in (0..info.bytes).step_by(piece.len()) {
+            let piece = &mut piece[..(info.bytes - start).min(element * PIECE_ELEMENTS) as usize];
+            self.read_data(info, start, piece)?;
+            let elements = (piece.len() as u64 / element) as i64;
+            let values = Tensor::from_data_size(piece, &[elements], info.kind);
+            flat.narrow(0, (start / element) as i64, elements).copy_(&values);
+        }
+        Ok(flat.view(info.shape.as_slice()))
     }
 
     /// Rows of one tensor along its first axis, in the order asked for; adjacent ones are read together.
@@ -162,12 +167,13 @@ impl SafeTensors {
         Ok(())
     }
 
-    /// Room for data of the file. A sparse file may claim more than the machine has, so that even memory can be refused.
+    /// Room for data of the file, as far as the machine has it: a sparse file may claim any size.
     pub(super) fn buffer(&self, bytes: u64) -> Result<Vec<u8>> {
         let mut buffer = Vec::new();
-        let length = usize::try_from(bytes).expect("a 64-bit machine");
-        buffer.try_reserve_exact(length).map_err(|e| self.refused(format!("cannot hold {bytes} bytes of it in memory: {e}")))?;
-        buffer.resize(length, 0);
+        if bytes > MAX_READ_BYTES || buffer.try_reserve_exact(bytes as usize).is_err() {
+            return Err(self.too_large(bytes));
+        }
+        buffer.resize(bytes as usize, 0);
         Ok(buffer)
     }
 
@@ -183,10 +189,9 @@ impl SafeTensors {
 
     /// Reads the file from its first to its last byte, `piece` by piece.
     pub(super) fn for_each_piece(&self, mut piece: impl FnMut(&[u8])) -> Result<()> {
-        const PIECE: u64 = 1 << 20;
-        let mut buffer = self.buffer(PIECE.min(self.file_bytes))?;
-        for start in (0..self.file_bytes).step_by(PIECE as usize) {
-            let length = PIECE.min(self.file_bytes - start) as usize;
+        let mut buffer = vec![0; PIECE_BYTES.min(self.file_bytes) as usize];
+        for start in (0..self.file_bytes).step_by(PIECE_BYTES as usize) {
+            let length = PIECE_BYTES.min(self.file_bytes - start) as usize;
             self.read_at(&mut buffer[..length], start)?;
             piece(&buffer[..length]);
         }
@@ -194,44 +199,20 @@ impl SafeTensors {
     }
 
     fn read_at(&self, buffer: &mut [u8], start: u64) -> Result<()> {
-        match &self.source {
-            Source::File(file) => file.read_exact_at(buffer, start).map_err(|e| match e.kind() {
-                io::ErrorKind::UnexpectedEof => {
-                    self.refused(format!("was {} bytes long when it was opened and has been cut since", self.file_bytes))
-                }
-                _ => Error::storage(&self.path, "read")(e),
-            }),
-            Source::Embedded(bytes) => {
-                buffer.copy_from_slice(&bytes[start as usize..][..buffer.len()]);
-                Ok(())
+        self.source.read_at(buffer, start).map_err(|e| match e.kind() {
+            io::ErrorKind::UnexpectedEof => {
+                self.refused(format!("was {} bytes long when it was opened and has been cut since", self.file_bytes))
             }
-        }
+            _ => Error::storage(&self.path, "read")(e),
+        })
+    }
+
+    fn too_large(&self, bytes: u64) -> Error {
+        self.refused(format!("cannot hold {bytes} bytes of it in memory"))
     }
 
     fn refused(&self, what: impl Into<String>) -> Error {
         Error::data(&self.path, what)
-    }
-}
-
-/// Refuses files that could run code, by their ending.
-///
-/// # Errors
-/// [`Error::Data`] with the way to convert the file.
-pub fn refuse_pickle(path: &Path) -> Result<()> {
-    let ending = path.extension().map(|ending| ending.to_string_lossy().to_ascii_lowercase());
-    if ending.is_some_and(|ending| PICKLES.contains(&ending.as_str())) {
-        let what = "is a pickle, which can run code when it is opened and is never read; convert it once in Python with \
-                    safetensors.torch.save_file(torch.load(path, weights_only=True), \"data.safetensors\")";
-        return Err(Error::data(path, what));
-    }
-    Ok(())
-}
-
-/// For `map_err` where something is opened that data are read from: what is missing is the data's fault.
-pub(super) fn open_error(path: &Path, error: io::Error) -> Error {
-    match error.kind() {
-        io::ErrorKind::NotFound => Error::data(path, "does not exist"),
-        _ => Error::storage(path, "open")(error),
     }
 }
 
@@ -248,6 +229,8 @@ pub(super) fn with_rows(info: &TensorInfo, rows: usize) -> Vec<i64> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use super::*;
 
     /// Written by Python: `safetensors.torch.save({"t": torch.tensor([[1, 2], [3, 4]], dtype=torch.int16)}, {"by": "python"})`.
@@ -297,6 +280,13 @@ mod tests {
     }
 
     #[test]
+    fn a_tensor_of_several_pieces_is_read_back_whole() {
+        let long = Tensor::arange(2 * PIECE_ELEMENTS as i64 + 5, (Kind::Int, Device::Cpu));
+        let (_folder, path) = saved(&[("before", &Tensor::from(1u8)), ("long", &long)]);
+        assert!(SafeTensors::open(&path).expect("own file").read("long").expect("own tensor").equal(&long));
+    }
+
+    #[test]
     fn a_scalar_is_read_back_as_a_scalar() {
         let (_folder, path) = saved(&[("s", &Tensor::from(2.5f32))]);
         let back = SafeTensors::open(&path).expect("own file").read("s").expect("own tensor");
@@ -305,7 +295,7 @@ mod tests {
 
     #[test]
     fn rows_come_in_the_order_asked_for_adjacent_or_not() {
-        let table = Tensor::arange(40, (Kind::Int64, tch::Device::Cpu)).view([10, 2, 2]);
+        let table = Tensor::arange(40, (Kind::Int64, Device::Cpu)).view([10, 2, 2]);
         let (_folder, path) = saved(&[("before", &Tensor::from(1u8)), ("table", &table)]);
         let file = SafeTensors::open(&path).expect("own file");
         for rows in [&[3u64][..], &[2, 3, 4], &[9, 0, 1, 1, 5], &[7, 6, 5]] {
@@ -317,7 +307,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "row 10 of `table` [10, 1]")]
     fn a_row_beyond_the_last_is_a_bug() {
-        let (_folder, path) = saved(&[("table", &Tensor::zeros([10, 1], (Kind::Float, tch::Device::Cpu)))]);
+        let (_folder, path) = saved(&[("table", &Tensor::zeros([10, 1], (Kind::Float, Device::Cpu)))]);
         let _ = SafeTensors::open(&path).expect("own file").read_rows("table", &[9, 10]);
     }
 
