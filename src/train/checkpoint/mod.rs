@@ -1,0 +1,129 @@
+//! Checkpoints: parts that every rank writes, a manifest that makes them one, and a rename that makes them real.
+//!
+//! A checkpoint is valid if its manifest parses and every part has the size and hash it says. Parts hold parameters by
+//! name, not ranks, so that any world size loads what any other saved, and equal state gives equal bytes: nothing in a
+//! checkpoint tells the time, the machine or the number of ranks.
+//!
+//! Order of a save: parts written, synced and hashed under a temporary name; all ranks agree; manifest, synced; folder,
+//! synced; renamed; parent, synced. A crash or a power cut before the rename leaves the checkpoint before.
+
+mod load;
+mod save;
+
+pub use load::{load, load_parameters};
+pub use save::save;
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::data::sha256::HashingWriter;
+use crate::error::{Error, Result};
+
+const MANIFEST: &str = "manifest.json";
+const FORMAT: &str = "fm-dist checkpoint";
+const VERSION: u64 = 1;
+
+/// What a checkpoint says of the run, besides tensors: all that a resume needs.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    format: String,
+    version: u64,
+    /// Optimizer steps done.
+    pub step: u64,
+    pub samples_seen: u64,
+    pub seed: u64,
+    pub global_batch_size: u64,
+    /// Of the dataset, see [`Dataset::fingerprint`](crate::data::Dataset::fingerprint).
+    pub data: String,
+    parts: Vec<Part>,
+}
+
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+struct Part {
+    file: String,
+    bytes: u64,
+    sha256: String,
+}
+
+impl Manifest {
+    /// Of a run that has not begun.
+    pub fn new(seed: u64, global_batch_size: u64, data: String) -> Self {
+        Manifest { format: FORMAT.into(), version: VERSION, step: 0, samples_seen: 0, seed, global_batch_size, data, parts: Vec::new() }
+    }
+
+    /// Refuses to go on where the same step would see other samples or other draws.
+    fn check_same_run(&self, path: &Path, configured: &Manifest) -> Result<()> {
+        let pairs = [
+            ("seed", self.seed.to_string(), configured.seed.to_string()),
+            ("global batch", self.global_batch_size.to_string(), configured.global_batch_size.to_string()),
+            ("data fingerprint", self.data.clone(), configured.data.clone()),
+        ];
+        let differing = pairs.iter().filter(|(_, saved, now)| saved != now);
+        let texts: Vec<String> = differing.map(|(name, saved, now)| format!("{name} is {now}, the checkpoint's was {saved}")).collect();
+        if texts.is_empty() { Ok(()) } else { Err(Error::checkpoint_mismatch(path, texts.join("; "))) }
+    }
+}
+
+/// `step-00000200`.
+pub fn folder_name(step: u64) -> String {
+    format!("step-{step:08}")
+}
+
+/// Whether a folder claims to be a checkpoint.
+pub fn is_checkpoint(folder: &Path) -> bool {
+    folder.join(MANIFEST).exists()
+}
+
+/// Committed checkpoints of a run by step, ascending; whether they verify is another question.
+pub fn list(run: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let entries = fs::read_dir(run).map_err(Error::storage(run, "list"))?;
+    let step_of = |path: &Path| path.file_name()?.to_str()?.strip_prefix("step-")?.parse::<u64>().ok();
+    let mut found: Vec<_> = entries.flatten().filter_map(|entry| Some((step_of(&entry.path())?, entry.path()))).collect();
+    found.sort();
+    Ok(found)
+}
+
+/// Reads the manifest and compares every part's size and hash with it.
+///
+/// # Errors
+/// [`Error::CheckpointMismatch`] naming the first file at fault.
+pub fn verify(folder: &Path) -> Result<Manifest> {
+    let path = folder.join(MANIFEST);
+    let broken = |what: String| Error::checkpoint_mismatch(&path, what);
+    let text = fs::read_to_string(&path).map_err(|error| broken(format!("cannot be read: {error}")))?;
+    let manifest: Manifest = serde_json::from_str(&text).map_err(|error| broken(format!("is no manifest: {error}")))?;
+    if manifest.format != FORMAT || manifest.version != VERSION {
+        return Err(broken(format!(
+            "is {:?} version {}, this program reads {FORMAT:?} version {VERSION}",
+            manifest.format, manifest.version
+        )));
+    }
+    for part in &manifest.parts {
+        verify_part(folder, part)?;
+    }
+    Ok(manifest)
+}
+
+fn verify_part(folder: &Path, part: &Part) -> Result<()> {
+    let path = folder.join(&part.file);
+    let broken = |what: String| Error::checkpoint_mismatch(&path, what);
+    if Path::new(&part.file).components().count() != 1 {
+        return Err(broken("leaves the checkpoint's folder".into()));
+    }
+    let bytes = fs::metadata(&path).map_err(|error| broken(format!("cannot be read: {error}")))?.len();
+    if bytes != part.bytes {
+        return Err(broken(format!("has {bytes} bytes, the manifest says {}", part.bytes)));
+    }
+    let mut hashing = HashingWriter::new(io::sink());
+    let hashed = File::open(&path).and_then(|mut file| io::copy(&mut file, &mut hashing));
+    let (_, sha256, _) = hashed.map(|_| hashing.finish()).map_err(|error| broken(format!("cannot be read: {error}")))?;
+    if sha256 != part.sha256 {
+        return Err(broken(format!("has sha256 {sha256}, the manifest says {}", part.sha256)));
+    }
+    Ok(())
+}
