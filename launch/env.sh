@@ -31,7 +31,7 @@ num_cores() {
 mpi_run() {
     local ranks=$1 flags=()
     shift
-    if mpirun --version 2>/dev/null | grep -q 'Open MPI'; then
+    if mpirun --version 2>/dev/null | grep 'Open MPI' >/dev/null; then
         if [ "$(id -u)" -eq 0 ]; then
             echo "    as root Open MPI asks for OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1: exported"
             export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1

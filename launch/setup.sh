@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes this machine ready to build, test and run fm-dist. Run it as often as you like: every step looks first, and does only what is missing.
+# Makes this machine ready to build, test and run fm-dist. Run it as often as you like: every step does only what is missing.
 #
 #   launch/setup.sh            system packages, Rust (checked, not installed), libtorch under .deps/
 #   launch/setup.sh --oracle   also .deps/oracle: the Python packages that tests compare fm-dist with
@@ -27,7 +27,8 @@ missing_packages() {
 
 # rsmpi's build reads mpi.h with libclang, which also needs the compiler's own headers beside it.
 has_libclang() {
-    PATH="$PATH:/sbin" ldconfig -p | grep -qE 'libclang(-[0-9.]+)?\.so' || compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null || return 1
+    PATH="$PATH:/sbin" ldconfig -p | grep -E 'libclang(-[0-9.]+)?\.so' >/dev/null ||
+        compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null || return 1
     compgen -G '/usr/lib/llvm-*/lib/clang/*/include/stddef.h' >/dev/null || compgen -G '/usr/lib/clang/*/include/stddef.h' >/dev/null
 }
 
@@ -107,12 +108,14 @@ oracle() {
         echo "    .deps/oracle is what $requirements asks for"
         return
     fi
-    python3 -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' || stop "the oracle needs Python 3.10 to 3.14, this is $(python3 --version)"
+    python3 -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' ||
+        stop "the oracle needs Python 3.10 to 3.14, this is $(python3 --version)"
     fresh=$(mktemp -d .deps/unfinished.XXXXXX)
     python3 -m venv "$fresh"
-    # Every package is pinned, so pip need not look at dependencies (nemo-automodel's, which the flow matching pages do not import, would be many).
-    "$fresh/bin/python" -m pip install --no-deps --require-hashes --only-binary=:all: --no-compile --no-cache-dir --disable-pip-version-check \
-        --progress-bar off --quiet --requirement "$requirements" || stop "pip could not install $requirements: its message stands above"
+    # Every package is pinned, so pip need not look at dependencies: NeMo's are many, and its flow matching imports few of them.
+    "$fresh/bin/python" -m pip install --no-deps --require-hashes --only-binary=:all: --no-compile --no-cache-dir \
+        --disable-pip-version-check --progress-bar off --quiet --requirement "$requirements" ||
+        stop "pip could not install $requirements: its message stands above"
     sha256sum <"$requirements" >"$fresh/made-from"
     rm -rf .deps/oracle
     mv "$fresh" .deps/oracle

@@ -30,5 +30,6 @@ timed "build, optimized" cargo build --release
 rm -rf "$run"
 timed "train: the embedded default configuration, mpirun -n $ranks" mpi_run "$ranks" target/release/fm-dist train --set output_dir="$run"
 timed "sample" target/release/fm-dist sample --run "$run" --out "$run/samples.safetensors"
-timed "judge: are these digits, as many kinds, and not copies?" .deps/oracle/bin/python tests/fixtures/judge_samples.py "$run/samples.safetensors"
+timed "judge: are these the digits asked for, as varied as real ones, and not copies?" \
+    .deps/oracle/bin/python tests/fixtures/judge_samples.py "$run/samples.safetensors"
 echo "everything passed in $SECONDS s"

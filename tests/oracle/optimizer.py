@@ -43,7 +43,7 @@ def run_adamw(out: Path, number: int, dice: random.Random, generator: torch.Gene
     gradients[:, :: dice.randint(3, 7)] = 0.0
     lr = [10 ** dice.uniform(-5, -2) for _ in range(NUM_STEPS)]
     parameter = torch.nn.Parameter(start.clone())
-    optimizer = torch.optim.AdamW([parameter], betas=tuple(settings["betas"]), eps=settings["eps"], weight_decay=settings["weight_decay"], foreach=False)
+    optimizer = torch.optim.AdamW([parameter], foreach=False, **settings)
     steps = []
     for gradient, rate in zip(gradients, lr):
         optimizer.param_groups[0]["lr"] = rate
