@@ -1,5 +1,6 @@
 pub mod collective;
 pub mod data;
+pub mod doctor;
 pub mod error;
 pub mod registry;
 pub mod rng;
