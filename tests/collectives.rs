@@ -1,6 +1,7 @@
 //! Every backend of the collectives keeps one contract, and a rank that fails ends its world.
 //!
-//! Real MPI runs as children: a test starts `mpirun` with this very binary and the name of an ignored test.
+//! Real MPI runs as children: a test starts `mpirun` with this very binary and the name of an ignored test. Longer than most
+//! files, because the contract and its worlds are read together.
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Command, Stdio};
@@ -12,8 +13,10 @@ use fm_dist::collective::{self, Collective, ReduceOp, Solo, Threads, broadcast_t
 use fm_dist::error::{BUG, Error, Result};
 use tch::{Device, Kind, Tensor};
 
-/// One element, fewer than ranks, not a power of two, and one more than whole pieces of MPI's backend.
-const SIZES: [i64; 5] = [0, 1, 3, 1000, (1 << 20) + 7];
+/// No element, one, fewer than ranks, not a power of two.
+const SIZES: [i64; 4] = [0, 1, 3, 1000];
+/// A little more than whole pieces of MPI's backend.
+const LARGE: i64 = (1 << 20) + 7;
 const KINDS: [Kind; 3] = [Kind::Float, Kind::Double, Kind::Int64];
 const OPS: [ReduceOp; 4] = [ReduceOp::Sum, ReduceOp::Mean, ReduceOp::Min, ReduceOp::Max];
 
@@ -38,7 +41,8 @@ fn expected(world_size: usize, size: i64, kind: Kind, op: ReduceOp) -> Tensor {
 
 /// Every operation, op and kind at every awkward size; the same body for all backends.
 fn contract(collective: &dyn Collective) -> Result<()> {
-    for (size, kind) in SIZES.into_iter().flat_map(|size| KINDS.map(|kind| (size, kind))) {
+    let small = SIZES.into_iter().flat_map(|size| KINDS.map(|kind| (size, kind)));
+    for (size, kind) in small.chain([(LARGE, Kind::Float)]) {
         for op in OPS.into_iter().filter(|op| (*op, kind) != (ReduceOp::Mean, Kind::Int64)) {
             reductions(collective, size, kind, op)?;
         }
@@ -99,7 +103,7 @@ fn works_in_flight(collective: &dyn Collective) -> Result<()> {
     let mut works =
         buffers.iter().map(|buffer| collective.all_reduce(buffer.shallow_clone(), ReduceOp::Mean)).collect::<Result<Vec<_>>>()?;
     works.push(collective.all_reduce(brought(rank, 100_000, Kind::Float), ReduceOp::Sum)?);
-    for number in [3, 0, 4, 1, 0, 0] {
+    for number in [3, 0, 2, 1, 1, 0] {
         works.remove(number).wait()?;
     }
     for buffer in &buffers {
@@ -384,14 +388,15 @@ fn rank_of_a_world_with_a_watchdog() {
 fn ranks_of_mpi_that_disagree_about_a_size_end_with_the_code_of_a_collective() {
     let Outcome { code, output, .. } = mpirun(2, "collectives::rank_of_a_world_that_disagrees");
     assert_eq!(code, Some(22), "{output}");
-    assert!(output.contains("mpi all_reduce: MPI_ERR_TRUNCATE"), "{output}");
+    assert!(output.contains("mpi all_reduce: MPI_ERR_TRUNCATE: message truncated"), "{output}");
 }
 
 #[test]
 #[ignore = "started by mpirun from another test"]
 fn rank_of_a_world_that_disagrees() {
     let world = join_the_world();
-    let buffer = brought(0, 1000 * (1 + world.rank() as i64), Kind::Float);
+    // Ten and twenty elements: at larger sizes that disagree Open MPI itself crashes.
+    let buffer = brought(0, 10 * (1 + world.rank() as i64), Kind::Float);
     let result = world.all_reduce(buffer, ReduceOp::Sum).and_then(collective::Work::wait);
     // The rank whose peer sent less may see no error of its own: it waits until the peer ends the world.
     result.and_then(|()| world.barrier()).unwrap_or_else(|error| end_with(&error));
