@@ -93,6 +93,9 @@ struct StepArgs {
     /// Where the numbers go
     #[arg(long, value_name = "OUT.safetensors")]
     dump: PathBuf,
+    /// Parameters of this run or checkpoint folder instead of those that a run begins with
+    #[arg(long, value_name = "DIR")]
+    weights: Option<PathBuf>,
     /// What `torch.manual_seed` gets on the other side; the configured seed without it
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     torch_seed: Option<i64>,
@@ -134,8 +137,8 @@ impl Cli {
             Command::Train(args) => run_training(&args).map(|()| 0),
             Command::Sample(args) => train::sample(&args.into_request()).map(|()| 0),
             Command::Step(args) => {
-                let request = StepRequest { batch: args.batch, dump: args.dump, torch_seed: args.torch_seed, grads: args.grads };
-                train::dump_step(&args.config.read()?, &request).map(|()| 0)
+                let StepArgs { config, batch, dump, weights, torch_seed, grads } = args;
+                train::dump_step(&config.read()?, &StepRequest { batch, dump, weights, torch_seed, grads }).map(|()| 0)
             }
             Command::Check(args) => say(&train::check(&args.config.read()?, args.world)?),
             Command::Config(args) => say(&args.read()?.to_toml()),
@@ -163,7 +166,8 @@ impl SampleArgs {
 
 fn run_training(args: &TrainArgs) -> Result<()> {
     let world = collective::connect()?;
-    let config = match train::share_config(|| args.config.read(), world.as_ref()) {
+    let options = TrainOptions { resume: args.resume.clone(), debug: args.debug };
+    let config = match train::share_config(|| args.config.read(), &options, world.as_ref()) {
         Ok(config) => config,
         Err(error) => {
             // Every rank knows of it, so that all can leave in good order.
@@ -171,7 +175,6 @@ fn run_training(args: &TrainArgs) -> Result<()> {
             return Err(error);
         }
     };
-    let options = TrainOptions { resume: args.resume.clone(), debug: args.debug };
     train::train(&config, &options, world.as_ref())?;
     collective::finish(world)
 }

@@ -10,7 +10,7 @@ fn main() {
     match Cli::parse().run() {
         Ok(code) => std::process::exit(code),
         // The rank that failed first has said why.
-        Err(Error::Peer { code, .. }) => collective::abort(code),
+        Err(Error::Peer { code, .. }) => collective::follow(code),
         Err(error) => end(error.exit_code(), error.name(), &error.to_string()),
     }
 }

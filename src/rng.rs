@@ -129,6 +129,15 @@ impl Stream {
     }
 }
 
+/// Outcome of a coin.
+#[derive(Debug)]
+pub enum Toss {
+    /// For the whole batch.
+    Same(bool),
+    /// Boolean `[B]`.
+    Each(Tensor),
+}
+
 /// An opened [`Stream`]: tensor draws whose axis 0 is the batch.
 ///
 /// Each method is one draw; on one stream for the batch it equals PyTorch's call of the same name on the global CPU
@@ -157,11 +166,13 @@ impl Draws<'_> {
         self.draw(&[batch], |size| concentration.expand([size[0], 2], false).internal_sample_dirichlet().select(1, 0))
     }
 
-    /// True with the given probability, boolean `[batch]`: one coin for all in a batch stream (the specification's quirk),
+    /// A toss with the given probability of true: one coin for the whole batch in a batch stream (the specification's quirk),
     /// one for each sample in per-sample streams.
-    pub fn coin(&self, probability: f64, batch: i64) -> Tensor {
-        let tosses = if matches!(self.stream, Stream::PerSample(_)) { batch } else { 1 };
-        self.uniform(&[tosses]).lt(probability).expand([batch], false)
+    pub fn coin(&self, probability: f64, batch: i64) -> Toss {
+        match self.stream {
+            Stream::PerSample(_) => Toss::Each(self.uniform(&[batch]).lt(probability)),
+            _ => Toss::Same(self.uniform(&[1]).double_value(&[0]) < probability),
+        }
     }
 
     /// One toss for the batch that leaves libtorch's generator alone, as the specification's host draws do.

@@ -2,11 +2,25 @@
 
 #![allow(clippy::unwrap_used)]
 
+/// Messages and exit codes, as a user meets them.
+mod cli;
 /// Every backend of the collectives keeps one contract, and a rank that fails ends its world.
 mod collectives;
+/// Every file in configs/ is valid, and the reference that the program prints is the documented one.
+mod configs;
+/// The number of ranks, the cut into micro-batches and recomputation do not change a run.
+mod equivalence;
 /// Rooms use lower floors only, and some words stand in one file only.
 mod floors;
+/// Known loss curves, as text.
+mod golden;
 /// Stage-wise backward equals plain autograd, bit for bit.
 mod gradients;
 /// Each lie in the header of a safetensors file is refused, quickly.
 mod hostile;
+/// The real NeMo AutoModel and PyTorch compute the same numbers.
+mod parity;
+/// A resumed run is the unbroken run.
+mod resume;
+/// What several of these share: small training runs. Nothing is promised there.
+mod runs;

@@ -10,6 +10,7 @@ mod texts;
 mod threads;
 
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use tch::Tensor;
 
@@ -156,6 +157,16 @@ pub fn finish(collective: Box<dyn Collective>) -> Result<()> {
 /// Callable from any thread and from a panic hook, also while another thread waits inside of a collective. Nothing is
 /// flushed and no destructor runs: say what happened before.
 pub fn abort(code: i32) -> ! {
+    mpi::abort(code)
+}
+
+/// Ends this process with the code of a peer that failed, after leaving it the time to say why and to end the world itself.
+pub fn follow(code: i32) -> ! {
+    /// Time that a peer's message takes on its way through the launcher, many times over.
+    const PATIENCE: Duration = Duration::from_secs(2);
+    if mpi::is_running() {
+        std::thread::sleep(PATIENCE);
+    }
     mpi::abort(code)
 }
 

@@ -242,7 +242,7 @@ pub fn library_version() -> String {
     })
 }
 
-fn is_running() -> bool {
+pub(super) fn is_running() -> bool {
     is_initialized() && !is_finalized()
 }
 

@@ -16,6 +16,7 @@ pub mod time_shift;
 pub mod timestep_sampling;
 
 pub use adapter::{FlowMatchingContext, ModelAdapter, TaskType};
+pub use loss_weight::bsmntw_table;
 pub use pipeline::{FlowMatchingPipeline, LossValues, StepOptions, StepOutput, check_loss};
 pub use schedule::LinearInterpolationSchedule;
 pub use settings::{CfgDropout, FlowMatchingSettings, LossWeightingScheme, SigmaWindow};

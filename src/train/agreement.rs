@@ -41,6 +41,14 @@ pub fn on_rank_zero(collective: &dyn Collective, act: impl FnOnce() -> Result<St
     Ok(agree(own, collective)?.swap_remove(0))
 }
 
+/// An error that every rank met alike, said by `speaker` alone.
+pub fn known_to_all(error: Error, speaker: usize, collective: &dyn Collective) -> Error {
+    if collective.rank() == speaker {
+        return error;
+    }
+    Error::Peer { code: error.exit_code(), what: format!("rank {speaker} failed: {error}") }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -55,7 +63,8 @@ mod tests {
                 agree(own, &rank).expect_err("one rank failed")
             })
         };
-        let errors: Vec<Error> = world.into_iter().map(join).map(|thread| thread.join().expect("no panic")).collect();
+        let threads: Vec<_> = world.into_iter().map(join).collect();
+        let errors: Vec<Error> = threads.into_iter().map(|thread| thread.join().expect("no panic")).collect();
         assert!(matches!(&errors[0], Error::Peer { code: 40, what } if what == "rank 1 failed: x: broken"), "{:?}", errors[0]);
         assert!(matches!(&errors[1], Error::Data { .. }));
     }

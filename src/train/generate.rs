@@ -47,7 +47,7 @@ pub struct Samples {
 /// # Errors
 /// [`Error::NoCheckpoint`], [`Error::CheckpointMismatch`], [`Error::Storage`]; [`Error::Data`] if the dataset names no conditions.
 pub fn sample(request: &SampleRequest) -> Result<()> {
-    let (run, folder) = locate(&request.run)?;
+    let (run, folder) = run_folder::locate(&request.run)?;
     let mut config = run_folder::config_of(&run)?;
     let sampling = &mut config.sampling;
     sampling.num_steps = request.num_steps.unwrap_or(sampling.num_steps);
@@ -60,17 +60,6 @@ pub fn sample(request: &SampleRequest) -> Result<()> {
     let conditions = dataset.conditions()?.ok_or_else(|| Error::data(dataset.path(), "names no conditions to generate from"))?;
     let samples = generate(&config, &replica, &dataset, conditions)?;
     request.out.iter().try_for_each(|path| samples.write(path))
-}
-
-/// The run folder and the checkpoint that a path means.
-fn locate(path: &Path) -> Result<(PathBuf, PathBuf)> {
-    if checkpoint::is_checkpoint(path) {
-        checkpoint::verify(path)?;
-        return Ok((path.parent().unwrap_or(Path::new(".")).into(), path.into()));
-    }
-    let newest = checkpoint::list(path)?.into_iter().rev().find(|(_, folder)| checkpoint::verify(folder).is_ok());
-    let (_, folder) = newest.ok_or_else(|| Error::NoCheckpoint { path: path.into(), what: "holds no checkpoint that verifies".into() })?;
-    Ok((path.into(), folder))
 }
 
 /// `per_condition` samples for each of the dataset's conditions, in the shape of its first resolution group.

@@ -58,9 +58,6 @@ pub struct Finished {
 /// # Errors
 /// Whatever ends the run; the caller tells the other ranks by ending the world.
 pub fn train(config: &RunConfig, options: &TrainOptions, collective: &dyn Collective) -> Result<Finished> {
-    if options.debug && collective.world_size() > 1 {
-        return Err(Error::config("--debug", format!("is for one process, found {}; start it without mpirun", collective.world_size())));
-    }
     let folder = RunFolder::open(&config.output_dir, &options.resume, collective)?;
     let telemetry = telemetry::start(&config.log, collective.rank(), collective.world_size(), folder.path());
     telemetry.cover_all_threads();
@@ -246,11 +243,20 @@ fn build_pipeline(config: &RunConfig, device: Device) -> FlowMatchingPipeline {
     FlowMatchingPipeline::new(flow.flow.clone(), flow.adapter.build(), device, config.model.dtype.kind())
 }
 
-/// The configuration that rank 0 read, on every rank; rank 0's error ends all of them with its code.
+/// The configuration that rank 0 read and found fit for this world, on every rank; rank 0's error is everybody's.
 ///
 /// # Errors
-/// Rank 0's own on rank 0, [`Error::Peer`] on the others.
-pub fn share_config(read: impl FnOnce() -> Result<RunConfig>, collective: &dyn Collective) -> Result<RunConfig> {
-    let text = on_rank_zero(collective, || Ok(read()?.to_toml()))?;
-    RunConfig::read("rank 0's configuration", &text, &[])
+/// Rank 0's own on rank 0, [`Error::Peer`] with its code on the others.
+pub fn share_config(read: impl FnOnce() -> Result<RunConfig>, options: &TrainOptions, collective: &dyn Collective) -> Result<RunConfig> {
+    let fit = || {
+        let config = read()?;
+        config.micro_batches(collective.world_size())?;
+        match (options.debug, collective.world_size()) {
+            (true, ranks) if ranks > 1 => {
+                Err(Error::config("--debug", format!("is for one process, found {ranks}; start it without mpirun")))
+            }
+            _ => Ok(config.to_toml()),
+        }
+    };
+    RunConfig::read("rank 0's configuration", &on_rank_zero(collective, fit)?, &[])
 }

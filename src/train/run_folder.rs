@@ -114,6 +114,21 @@ pub fn config_of(folder: &Path) -> Result<RunConfig> {
     RunConfig::read(&path.display().to_string(), &text, &[])
 }
 
+/// The run folder and the checkpoint that a path means: itself, or its newest that verifies.
+///
+/// # Errors
+/// [`Error::NoCheckpoint`], [`Error::CheckpointMismatch`].
+pub fn locate(path: &Path) -> Result<(PathBuf, PathBuf)> {
+    if checkpoint::is_checkpoint(path) {
+        checkpoint::verify(path)?;
+        return Ok((path.parent().unwrap_or(Path::new(".")).into(), path.into()));
+    }
+    let list = if path.is_dir() { checkpoint::list(path)? } else { Vec::new() };
+    let newest = list.into_iter().rev().find(|(_, folder)| checkpoint::verify(folder).is_ok());
+    let (_, folder) = newest.ok_or_else(|| Error::NoCheckpoint { path: path.into(), what: "holds no checkpoint that verifies".into() })?;
+    Ok((path.into(), folder))
+}
+
 fn choose(output_dir: &Path, resume: &Resume) -> Result<RunFolder> {
     match resume {
         Resume::Never => Ok(RunFolder { path: create_fresh(output_dir)?, resumed_from: None }),

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use tch::Tensor;
 
-use super::{build_pipeline, build_replica, device};
+use super::{build_pipeline, build_replica, checkpoint, device, run_folder};
 use crate::config::RunConfig;
 use crate::data::safetensors::{self, SafeTensors};
 use crate::data::{Batch, DataType};
@@ -21,6 +21,8 @@ pub struct StepRequest {
     /// Batch tensors under the specification's keys, `data_type` in the metadata.
     pub batch: PathBuf,
     pub dump: PathBuf,
+    /// A run or checkpoint folder to take the parameters from; those that a run would begin with if unset.
+    pub weights: Option<PathBuf>,
     /// What `torch.manual_seed` gets on the other side; the configured seed if unset.
     pub torch_seed: Option<i64>,
     /// Whether gradients of the average weighted loss are computed and written as well.
@@ -34,7 +36,10 @@ pub struct StepRequest {
 pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
     tch::set_num_threads(config.parallel.num_threads);
     let device = device(config.parallel.device);
-    let replica = build_replica(config, device)?;
+    let mut replica = build_replica(config, device)?;
+    if let Some(path) = &request.weights {
+        checkpoint::load_parameters(&run_folder::locate(path)?.1, &mut replica)?;
+    }
     let pipeline = build_pipeline(config, device);
     let batch = read_batch(&request.batch)?;
     let seed = request.torch_seed.unwrap_or(config.seed as i64);

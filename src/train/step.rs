@@ -2,6 +2,7 @@
 
 use tch::{Device, Kind, Tensor, no_grad};
 
+use super::agreement::known_to_all;
 use crate::collective::Collective;
 use crate::config::RunConfig;
 use crate::data::{Batch, Loader};
@@ -131,13 +132,15 @@ impl Stepper<'_> {
         for (rank, micro_batch, row) in blocks {
             let statistics = Statistics::from_row(&row[micro_batch * Statistics::WIDTH..(micro_batch + 1) * Statistics::WIDTH]);
             if self.config.train.check_loss {
-                check_loss(statistics.loss, step).map_err(|error| name_rank(error, rank, &statistics))?;
+                let named = |error| known_to_all(name_rank(error, rank, &statistics), rank, self.collective);
+                check_loss(statistics.loss, step).map_err(named)?;
             }
             merged = Some(merged.map_or_else(|| statistics.clone(), |merged| merged.merge(&statistics)));
         }
         let grad_norm = f64::from(ranks[self.collective.rank()][rows.len() * Statistics::WIDTH]);
         if !grad_norm.is_finite() {
-            return Err(Error::NotFinite { step, what: format!("the gradient's global norm is {grad_norm}; nothing was updated") });
+            let what = format!("the gradient's global norm is {grad_norm}; nothing was updated");
+            return Err(known_to_all(Error::NotFinite { step, what }, 0, self.collective));
         }
         Ok((merged.expect("a step has micro-batches"), grad_norm))
     }

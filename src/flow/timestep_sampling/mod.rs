@@ -18,7 +18,7 @@ use tch::Tensor;
 
 use super::settings::{FlowMatchingSettings, SigmaWindow};
 use super::time_shift::{shifted, unshifted};
-use crate::rng::Draws;
+use crate::rng::{Draws, Toss};
 use crate::settings::Choice;
 
 /// `u` is never below this, so that 1/u stays finite.
@@ -113,15 +113,14 @@ fn mixed(drawing: &Drawing<'_>) -> (Tensor, &'static str) {
     if settings.mix_uniform_ratio <= 0.0 {
         return (drawing.from(distribution.as_ref()), configured.word());
     }
-    let coin = drawing.draws.coin(settings.mix_uniform_ratio, drawing.batch);
-    // One coin for the whole batch in the seed's way; with per-sample streams each sample has its own, so both are drawn.
-    if bool::try_from(coin.all()).expect("one boolean") {
-        (drawing.from(&Uniform), TimestepSampling::Uniform.word())
-    } else if bool::try_from(coin.any()).expect("one boolean") {
-        let (uniform, other) = (drawing.from(&Uniform), drawing.from(distribution.as_ref()));
-        (uniform.where_self(&coin, &other), configured.word())
-    } else {
-        (drawing.from(distribution.as_ref()), configured.word())
+    match drawing.draws.coin(settings.mix_uniform_ratio, drawing.batch) {
+        Toss::Same(true) => (drawing.from(&Uniform), TimestepSampling::Uniform.word()),
+        Toss::Same(false) => (drawing.from(distribution.as_ref()), configured.word()),
+        // Both are drawn whatever the coins say: later draws of a sample must not depend on its neighbours' coins.
+        Toss::Each(coins) => {
+            let (uniform, other) = (drawing.from(&Uniform), drawing.from(distribution.as_ref()));
+            (uniform.where_self(&coins, &other), configured.word())
+        }
     }
 }
 

@@ -1,0 +1,172 @@
+//! Messages and exit codes, as a user meets them.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use crate::runs::{finish, mpirun, program, with_sets};
+
+/// The single line that says what went wrong.
+fn only_error(errors: &str) -> &str {
+    let lines: Vec<&str> = errors.lines().filter(|line| line.starts_with("fm-dist: error")).collect();
+    assert_eq!(lines.len(), 1, "one line says why:\n{errors}");
+    lines[0]
+}
+
+#[test]
+fn every_mistake_in_a_configuration_is_named_at_once_with_its_line() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("wrong.toml");
+    let text = "seed = \"x\"\n[flow_matching]\nflow_shfit = 3.0\ntimestep_sampling = \"logitnormal\"\n[optimizer.adamw]\nlr = nan\n[train]\nmax_grad_norm = -1\n";
+    fs::write(&file, text).unwrap();
+    for mut command in [program(&[]), mpirun(2, &[])] {
+        let began = Instant::now();
+        command.args(["train", "-c", file.to_str().unwrap()]).current_dir(folder.path());
+        let (code, _, errors) = finish(command);
+        assert_eq!(code, 50, "{errors}");
+        let line = only_error(&errors);
+        for part in [
+            "error CONFIG rank 0/",
+            "seed (line 1): expected an integer, found the text \"x\"",
+            "flow_matching.flow_shfit (line 3): unknown key; did you mean flow_matching.flow_shift?",
+            "flow_matching.timestep_sampling (line 4): unknown value `logitnormal`; did you mean `logit_normal`?",
+            "optimizer.adamw.lr (line 6): NaN is not a finite number",
+            "train.max_grad_norm (line 8): -1 is out of range",
+            "exit 50",
+        ] {
+            assert!(line.contains(part), "{part:?} is not in {line}");
+        }
+        // Loaded machines start programs slowly; alone this takes half a second.
+        assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+        assert!(!folder.path().join("runs").exists(), "nothing is written before the configuration is valid");
+    }
+}
+
+#[test]
+fn a_global_batch_that_does_not_divide_names_the_nearest_that_do() {
+    let (code, _, errors) = finish(mpirun(3, &with_sets(&["train"], &["output_dir=/nonexistent/never"])));
+    assert_eq!(code, 50, "{errors}");
+    let line = only_error(&errors);
+    assert!(
+        line.contains("train.global_batch_size: 32 is no multiple of micro_batch_size_per_gpu 8 x 3 ranks = 24; nearest: 24 or 48"),
+        "{line}"
+    );
+}
+
+#[test]
+fn the_debug_mode_is_for_one_process() {
+    let (code, _, errors) = finish(mpirun(2, &with_sets(&["train", "--debug"], &[])));
+    assert_eq!(code, 50, "{errors}");
+    assert!(only_error(&errors).contains("--debug: is for one process, found 2; start it without mpirun"), "{errors}");
+}
+
+#[test]
+fn the_debug_mode_logs_every_field_of_every_step() {
+    let folder = TempDir::new().unwrap();
+    let output = format!("output_dir={}", folder.path().join("run").display());
+    let (code, _, errors) = finish(program(&with_sets(&["train", "--debug"], &["max_steps=2", &output])));
+    assert_eq!(code, 0, "{errors}");
+    for step in ["[STEP 1]", "[STEP 2]"] {
+        assert!(errors.contains(&format!("{step} FLOW MATCHING")) && errors.contains(&format!("{step} LOSS DEBUG")), "{errors}");
+    }
+    for field in [
+        "[SAMPLING] Method:",
+        "[FLOW] Shift:",
+        "[BATCH] Size: 32",
+        "[SIGMA] Range:",
+        "[TIMESTEPS] Range:",
+        "[RANGES] Clean latents:",
+        "[CHECK] OK",
+    ] {
+        assert!(errors.contains(field), "{field} is not in\n{errors}");
+    }
+    for field in ["[RANGES] Prediction:", "[WEIGHTS] w =", "[LOSS] Unweighted:", "impact 1.000x"] {
+        assert!(errors.contains(field), "{field} is not in\n{errors}");
+    }
+}
+
+#[test]
+fn a_missing_configuration_or_run_is_named() {
+    let (code, _, errors) = finish(program(&["-c", "no-such.toml"]));
+    assert_eq!(code, 50);
+    assert!(only_error(&errors).contains("--config: no-such.toml cannot be read: No such file"), "{errors}");
+    let (code, _, errors) = finish(program(&["sample", "--run", "no-such-run", "--out", "x.png"]));
+    assert_eq!(code, 44);
+    assert!(only_error(&errors).contains("no-such-run: holds no checkpoint that verifies"), "{errors}");
+    let (code, _, errors) = finish(program(&["--resume", "no-such-run"]));
+    assert_eq!(code, 44);
+    assert!(only_error(&errors).contains("no-such-run: holds no checkpoint; start with --resume never"), "{errors}");
+}
+
+#[test]
+fn a_wrong_argument_is_a_usage_error() {
+    let (code, _, errors) = finish(program(&["trian"]));
+    assert_eq!(code, 2);
+    assert!(errors.contains("train"), "the nearest command is offered:\n{errors}");
+}
+
+#[test]
+fn a_rank_that_cannot_write_ends_the_world_with_the_storage_code() {
+    let began = Instant::now();
+    let (code, _, errors) = finish(mpirun(2, &with_sets(&["train"], &["output_dir=/proc/no-folder-here"])));
+    assert_eq!(code, 30, "{errors}");
+    assert!(only_error(&errors).contains("error STORAGE rank 0/2"), "{errors}");
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+}
+
+#[test]
+fn a_loss_that_explodes_stops_every_rank_before_the_update() {
+    let folder = TempDir::new().unwrap();
+    let output = format!("output_dir={}", folder.path().join("run").display());
+    let (code, _, errors) = finish(mpirun(
+        2,
+        &with_sets(&["train"], &["max_steps=40", "optimizer.adamw.lr=10", "lr_scheduler.cosine.warmup_steps=0", &output]),
+    ));
+    assert_eq!(code, 41, "{errors}");
+    let line = only_error(&errors);
+    assert!(line.contains("error NUMERIC") && line.contains("loss exploded") && line.contains("nothing was updated"), "{line}");
+}
+
+#[test]
+fn check_plans_a_run_without_starting_it() {
+    let began = Instant::now();
+    let (code, plan, errors) = finish(program(&["check", "--world", "8"]));
+    assert_eq!(code, 0, "{errors}");
+    for part in [
+        "1272196 parameters in 6 stages",
+        "128 = 16 samples x 8 ranks x 1 micro-batches",
+        "14 steps, 5 samples left out of each",
+        "6 all-reduces",
+    ] {
+        assert!(plan.contains(part), "{part:?} is not in\n{plan}");
+    }
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    assert_eq!(finish(program(&["check", "--world", "3"])).0, 50);
+}
+
+#[test]
+fn the_doctor_finds_what_training_needs() {
+    let (code, text, errors) = finish(program(&["doctor"]));
+    assert_eq!(code, 0, "{errors}");
+    for part in ["libtorch", "2.13.0", "MPI", "NCCL", "CUDA driver", "cores"] {
+        assert!(text.contains(part), "{part:?} is not in\n{text}");
+    }
+}
+
+#[test]
+fn other_ranks_keep_logs_of_their_own_and_only_rank_zero_speaks() {
+    let folder = TempDir::new().unwrap();
+    let run = folder.path().join("run");
+    let output = format!("output_dir={}", run.display());
+    let (code, _, errors) = finish(mpirun(2, &with_sets(&["train"], &["max_steps=3", "flow_matching.summary_log_interval=1", &output])));
+    assert_eq!(code, 0, "{errors}");
+    for step in 1..=3 {
+        assert_eq!(errors.matches(&format!("[STEP {step}]")).count(), 1, "{errors}");
+    }
+    for rank in 0..2 {
+        let log = fs::read_to_string(run.join(format!("log/rank-{rank:05}.jsonl"))).unwrap();
+        let lines = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        assert!(lines.count() > 0, "rank {rank}");
+    }
+}
