@@ -87,7 +87,7 @@ struct SampleArgs {
 struct StepArgs {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Batch under the specification's keys, `data_type` in the metadata
+    /// Batch under the reference's keys, `data_type` in the metadata
     #[arg(long, value_name = "B.safetensors")]
     batch: PathBuf,
     /// Where the numbers go

@@ -22,6 +22,9 @@
 //! `B` batch · `C` latent channels · `F` frames · `H`, `W` latent height and width · `L` tokens · `D` model width ·
 //! `N` heads · `E` head width · `P` flat elements.
 //!
+//! # Words
+//! *The reference* is NVIDIA NeMo AutoModel 0.5.0, `components/flow_matching`: its numbers are repeated, given the same draws.
+//!
 //! # Time
 //! sigma = 0 is data, sigma = 1 is noise; x = (1 − sigma)·latents + sigma·noise; the model predicts noise − latents.
 

@@ -166,7 +166,7 @@ impl Draws<'_> {
         self.draw(&[batch], |size| concentration.expand([size[0], 2], false).internal_sample_dirichlet().select(1, 0))
     }
 
-    /// A toss with the given probability of true: one coin for the whole batch in a batch stream (the specification's quirk),
+    /// A toss with the given probability of true: one coin for the whole batch in a batch stream (the reference's quirk),
     /// one for each sample in per-sample streams.
     pub fn coin(&self, probability: f64, batch: i64) -> Toss {
         match self.stream {
@@ -175,7 +175,7 @@ impl Draws<'_> {
         }
     }
 
-    /// One toss for the batch that leaves libtorch's generator alone, as the specification's host draws do.
+    /// One toss for the batch that leaves libtorch's generator alone, as the reference's host draws do.
     pub fn host_coin(&self, probability: f64) -> bool {
         let key = match self.stream {
             Stream::TorchSeed(seed) => Key::new(*seed as u64, Purpose::FlowMatching),

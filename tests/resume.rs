@@ -7,7 +7,7 @@ use fm_dist::config::RunConfig;
 use fm_dist::train::Resume;
 use tempfile::TempDir;
 
-use crate::runs::{checkpoint, column, finish, mpirun, program, start_until, tiny, train_in_threads, with_sets};
+use crate::runs::{checkpoint, column, finish, kill_at, mpirun, program, tiny, train_in_threads, with_sets};
 
 /// Ten steps with a checkpoint after every fifth.
 const TEN_STEPS: [&str; 2] = ["max_steps=10", "checkpoint.every_n_steps=5"];
@@ -35,9 +35,7 @@ fn five_steps_a_kill_and_five_more_are_ten_steps() {
     let (code, _, errors) = finish(mpirun(2, &arguments(to_unbroken.leak())));
     assert_eq!(code, 0, "{errors}");
     let output: &'static str = to_killed.leak();
-    let mut child = start_until(mpirun(2, &arguments(output)), "step-00000005");
-    child.kill().unwrap();
-    child.wait().unwrap();
+    kill_at(mpirun(2, &arguments(output)), "step-00000005", output);
     let mut resumed = arguments(output);
     resumed.extend(["--resume", "latest"]);
     let (code, _, errors) = finish(mpirun(2, &resumed));

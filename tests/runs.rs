@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use fm_dist::collective::Threads;
 use fm_dist::config::{DEFAULT, RunConfig};
@@ -85,16 +86,31 @@ pub fn finish(mut command: Command) -> (i32, String, String) {
     (status.code().unwrap_or(-1), String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap())
 }
 
-/// Starts a child and returns it once a line of its standard error contains `text`.
-pub fn start_until(mut command: Command, text: &str) -> Child {
+/// Starts the command, kills it with SIGKILL once a line of its standard error contains `text`, and returns when no process
+/// with `mark` in its arguments is left: a launcher's ranks outlive it by moments.
+pub fn kill_at(mut command: Command, text: &str, mark: &str) {
     let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
-    let mut seen = String::new();
-    for line in BufReader::new(child.stderr.take().unwrap()).lines() {
-        let line = line.unwrap();
-        if line.contains(text) {
-            return child;
+    let mut seen = Vec::new();
+    for line in BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok) {
+        seen.push(line);
+        if seen.last().is_some_and(|line| line.contains(text)) {
+            break;
         }
-        seen += &format!("{line}\n");
     }
-    panic!("the program ended without {text:?}:\n{seen}");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(seen.last().is_some_and(|line| line.contains(text)), "the program ended without {text:?}:\n{}", seen.join("\n"));
+    let began = Instant::now();
+    while is_running(mark) {
+        assert!(began.elapsed() < Duration::from_secs(10), "ranks outlive their killed launcher");
+        thread::yield_now();
+    }
+}
+
+/// Whether any process has `mark` in its arguments.
+fn is_running(mark: &str) -> bool {
+    let entries = fs::read_dir("/proc").unwrap().filter_map(Result::ok);
+    entries
+        .map(|entry| fs::read(entry.path().join("cmdline")).unwrap_or_default())
+        .any(|arguments| String::from_utf8_lossy(&arguments).contains(mark))
 }

@@ -10,10 +10,10 @@ const FILES: &[(&str, &[u8])] = &[
 ];
 
 /// Name by which `[data] path` means them.
-pub const NAME: &str = "embedded:digits";
+const NAME: &str = "embedded:digits";
 
 impl Dataset {
-    /// The dataset that `[data] path` names: a folder, or [`NAME`].
+    /// The dataset that `[data] path` names: a folder, or `embedded:digits`.
     ///
     /// # Errors
     /// As [`Dataset::open`].

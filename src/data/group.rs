@@ -21,7 +21,7 @@ pub struct Group {
     pub layout: Layout,
 }
 
-/// Key of the latents that the specification gives each type of data.
+/// Key of the latents that the reference gives each type of data.
 pub(super) fn latents_key(data_type: DataType) -> &'static str {
     match data_type {
         DataType::Image => "image_latents",

@@ -40,7 +40,7 @@ pub enum DataType {
 }
 
 impl DataType {
-    /// The word that the specification, logs and file metadata use.
+    /// The word that the reference, logs and file metadata use.
     pub fn word(self) -> &'static str {
         match self {
             DataType::Image => "image",
@@ -49,7 +49,7 @@ impl DataType {
     }
 }
 
-/// Samples of one shape, stacked along axis 0 under the specification's keys.
+/// Samples of one shape, stacked along axis 0 under the reference's keys.
 #[derive(Debug)]
 pub struct Batch {
     /// E.g. `image_latents [B, C, H, W]`, `text_embeddings [B, L, D]`; in the order of their names.

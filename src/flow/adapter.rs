@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::nn::Activations;
 use crate::rng::Draws;
 
-/// What a video batch is trained to do; images are always text-to-video in the seed's words.
+/// What a video batch is trained to do; images are always text-to-video in the reference's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TaskType {
     TextToVideo,
@@ -15,7 +15,7 @@ pub enum TaskType {
 }
 
 impl TaskType {
-    /// The seed's word.
+    /// The reference's word.
     pub fn word(self) -> &'static str {
         match self {
             TaskType::TextToVideo => "t2v",

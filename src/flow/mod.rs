@@ -1,7 +1,7 @@
 //! Flow matching: timesteps, noise, target, weights, loss, logs and the way back from noise to data.
 //!
 //! sigma = 0 is data and sigma = 1 is noise; x = (1 − sigma)·latents + sigma·noise; the model predicts noise − latents.
-//! Semantics follow NVIDIA NeMo AutoModel 0.5.0, `components/flow_matching`; better behaviours have names of their own in
+//! Semantics follow the reference, NVIDIA NeMo AutoModel 0.5.0; better behaviours have names of their own in
 //! [`FlowMatchingSettings`]. Nothing here knows a rank, a model or how gradients travel.
 
 pub mod adapter;

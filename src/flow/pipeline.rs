@@ -14,7 +14,7 @@ use crate::nn::Activations;
 use crate::rng::{Draws, Stream};
 use crate::tensor::broadcast_to_rank;
 
-/// A mean loss above this has exploded; the seed's bound.
+/// A mean loss above this has exploded; the reference's bound.
 const EXPLODED: f64 = 100.0;
 
 /// Flow matching for one model family on one device.
@@ -123,7 +123,7 @@ impl FlowMatchingPipeline {
         let target = self.noise_schedule.velocity(&latents, &noise);
         let mut loss = self.compute_loss(&model_pred, &target, &sampled.sigma, Some(batch))?;
         for (_, auxiliary) in self.adapter.auxiliary_losses(&output) {
-            loss.average_weighted_loss = loss.average_weighted_loss + auxiliary;
+            loss.average_weighted_loss += auxiliary;
         }
         if options.check_loss {
             check_loss(loss.average_weighted_loss.double_value(&[]), options.global_step)?;
@@ -143,7 +143,7 @@ impl FlowMatchingPipeline {
         Ok(StepOutput { loss, sigma, timesteps, noise, noisy_latents, model_pred, target, sampling_method: method, task_type, statistics })
     }
 
-    /// Every draw of a step, in the order of the specification: task, timesteps, noise, then the adapter's.
+    /// Every draw of a step, in the order of the reference: task, timesteps, noise, then the adapter's.
     fn prepare(&self, batch: &Batch, draws: &Draws<'_>, strata: Option<&Strata>) -> Result<NoisyBatch> {
         let latents = latents_of(batch)?.to_device(self.device).to_kind(self.dtype);
         let task_type = self.determine_task_type(batch.data_type, draws);
@@ -219,7 +219,7 @@ impl FlowMatchingPipeline {
     }
 }
 
-/// Refuses a mean loss that is not a number or above the seed's bound.
+/// Refuses a mean loss that is not a number or above the reference's bound.
 ///
 /// # Errors
 /// [`Error::NotFinite`] naming the step and the loss.

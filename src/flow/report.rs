@@ -1,4 +1,4 @@
-//! The detailed and the summary log of a step, as text. Every field of the seed's logs, over all ranks.
+//! The detailed and the summary log of a step, as text. Every field of the reference's logs, over all ranks.
 
 use super::settings::{FlowMatchingSettings, LossWeightingScheme};
 use super::statistics::{Range, Statistics};

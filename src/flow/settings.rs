@@ -1,4 +1,4 @@
-//! `[flow_matching]`: the seed's parameters under the seed's names and defaults, then fm-dist's own.
+//! `[flow_matching]`: the reference's parameters under the reference's names and defaults, then fm-dist's own.
 
 use super::timestep_sampling::TimestepSampling;
 use crate::settings::{Choice, Keys, Settings};
@@ -17,7 +17,7 @@ impl Choice for LossWeightingScheme {
 /// What becomes of draws outside `[sigma_min, sigma_max]`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SigmaWindow {
-    /// Moved to the nearest edge, the seed's way; many samples may pile up there.
+    /// Moved to the nearest edge, the reference's way; many samples may pile up there.
     #[default]
     Clamp,
     /// Never drawn: the distribution is cut off and rescaled.
@@ -31,7 +31,7 @@ impl Choice for SigmaWindow {
 /// Who drops conditions for classifier-free guidance.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CfgDropout {
-    /// The adapter, if it does at all, the seed's way.
+    /// The adapter, if it does at all, the reference's way.
     #[default]
     Adapter,
     /// The pipeline, each sample by itself, whatever the adapter.
@@ -142,7 +142,7 @@ impl Settings for FlowMatchingSettings {
         keys.flag(
             "apply_loss_mask",
             &mut self.apply_loss_mask,
-            "Whether the batch's `loss_mask` weights the mean loss; false carries it along unused, as the seed does.",
+            "Whether the batch's `loss_mask` weights the mean loss; false carries it along unused, as the reference does.",
         );
         keys.choice(
             "cfg_dropout",

@@ -1,4 +1,4 @@
-//! Timesteps shifted towards noise, and the three public functions of the seed's `time_shift_utils`.
+//! Timesteps shifted towards noise, and the three public functions of the reference's `time_shift_utils`.
 
 use tch::Tensor;
 
@@ -10,7 +10,7 @@ use crate::rng::Draws;
 /// # Shapes
 /// `u`: any, in `[0, 1]`; 0 maps to 0 and 1 to 1. Returns the same shape and kind.
 ///
-/// Source: Esser et al. 2024, arXiv:2403.03206, eq. 23, in the seed's form.
+/// Source: Esser et al. 2024, arXiv:2403.03206, eq. 23, in the reference's form.
 pub fn shifted(u: &Tensor, shift: f64) -> Tensor {
     // PyTorch computes scalar / tensor as reciprocal · scalar; two roundings, repeated here to agree bit for bit.
     (u.reciprocal() - 1.0 + shift).reciprocal() * shift
@@ -35,7 +35,7 @@ pub enum ShiftType {
 }
 
 impl ShiftType {
-    /// The seed's defaults of each type.
+    /// The reference's defaults of each type.
     pub const LINEAR: ShiftType = ShiftType::Linear { base_shift: 0.5, max_shift: 1.15 };
     pub const CONSTANT: ShiftType = ShiftType::Constant(3.0);
 

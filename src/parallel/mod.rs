@@ -66,7 +66,7 @@ impl Choice for DeviceChoice {
 /// Whose stream of randomness a sample's draws come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SeedScope {
-    /// Each rank its own stream, as the seed does it, hashed so that no two ranks or steps share one.
+    /// Each rank its own stream, as the reference does it, hashed so that no two ranks or steps share one.
     #[default]
     Rank,
     /// Each sample its own stream: 1 rank and N ranks see the same draws for the same global batch.

@@ -22,7 +22,7 @@ use std::time::Instant;
 use tch::Device;
 
 use crate::collective::Collective;
-use crate::config::RunConfig;
+use crate::config::{CheckpointSettings, RunConfig};
 use crate::data::{Dataset, Loader, Order, Share};
 use crate::error::{Error, Result};
 use crate::flow::FlowMatchingPipeline;
@@ -203,7 +203,7 @@ impl<'c> Trainer<'c> {
         );
         self.metrics.append(&metrics);
         let flow = self.pipeline.settings();
-        let due = |interval: u64| self.manifest.step % interval == 0;
+        let due = |interval: u64| self.manifest.step.is_multiple_of(interval);
         if self.debug || due(flow.log_interval) {
             tracing::info!("\n{}", crate::flow::report::detailed(metrics.facts(), &update.statistics, flow));
         } else if due(flow.summary_log_interval) {
@@ -214,7 +214,8 @@ impl<'c> Trainer<'c> {
     }
 
     fn saves_now(&self) -> bool {
-        self.manifest.step % self.config.checkpoint.every_n_steps == 0 || self.manifest.step == self.config.max_steps
+        let CheckpointSettings { every_n_steps, .. } = self.config.checkpoint;
+        self.manifest.step.is_multiple_of(every_n_steps) || self.manifest.step == self.config.max_steps
     }
 
     fn save(&mut self) -> Result<()> {

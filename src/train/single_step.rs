@@ -18,7 +18,7 @@ use crate::rng::Stream;
 /// What `fm-dist step` was asked for.
 #[derive(Clone, Debug)]
 pub struct StepRequest {
-    /// Batch tensors under the specification's keys, `data_type` in the metadata.
+    /// Batch tensors under the reference's keys, `data_type` in the metadata.
     pub batch: PathBuf,
     pub dump: PathBuf,
     /// A run or checkpoint folder to take the parameters from; those that a run would begin with if unset.
@@ -60,7 +60,7 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
 
 fn read_batch(path: &Path) -> Result<Batch> {
     let file = SafeTensors::open(path)?;
-    // The seed's default where a batch does not say.
+    // The reference's default where a batch does not say.
     let word = file.metadata().get("data_type").map_or(DataType::Video.word(), String::as_str);
     let known = [DataType::Image, DataType::Video];
     let unknown = || Error::data(path, format!("data_type in the metadata is {word:?}, expected \"image\" or \"video\""));

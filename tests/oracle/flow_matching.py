@@ -12,7 +12,7 @@ time_shift_utils.json   one entry a call: function, arguments (with the seed whe
 time_shift_utils.safetensors
 
 A case repeats so: `manual_seed(seed)`, then `step` on the batch with the model of this file. Its draws come in the order of the
-specification; the task type of videos needs none of Python's, since `i2v_prob` is 0 or 1. It runs on one thread, so that no sum
+reference; the task type of videos needs none of Python's, since `i2v_prob` is 0 or 1. It runs on one thread, so that no sum
 depends on the machine.
 """
 

@@ -1,7 +1,7 @@
 //! How noisy each training sample becomes.
 //!
 //! A distribution of `u` in `[0, 1]` is drawn from, floored, shifted towards noise and kept within the sigma window. Each
-//! distribution is a file of its own; it draws as the seed does, and its quantile function serves the two better
+//! distribution is a file of its own; it draws as the reference does, and its quantile function serves the two better
 //! behaviours, stratified timesteps and truncated windows, which need `u` at a given probability.
 
 mod beta;
@@ -26,14 +26,14 @@ const FLOOR: f64 = 1e-5;
 
 /// A distribution of `u` on `[0, 1]`.
 pub trait Distribution {
-    /// `[batch]` f32 in one draw, equal to the seed's.
+    /// `[batch]` f32 in one draw, equal to the reference's.
     fn draw(&self, draws: &Draws<'_>, batch: i64) -> Tensor;
 
     /// The `u` below which a draw falls with probability `p`; increasing in `p`.
     fn quantile(&self, p: f64) -> f64;
 }
 
-/// The seed's names of sampling modes.
+/// The reference's names of sampling modes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TimestepSampling {
     Uniform,
@@ -61,7 +61,7 @@ impl TimestepSampling {
         match self {
             TimestepSampling::Uniform => Box::new(Uniform),
             TimestepSampling::LogitNormal => Box::new(LogitNormal { mean: settings.logit_mean, std: settings.logit_std }),
-            // The seed's two further names for the standard logit-normal.
+            // The reference's two further names for the standard logit-normal.
             TimestepSampling::Lognorm | TimestepSampling::Mix => Box::new(LogitNormal { mean: 0.0, std: 1.0 }),
             TimestepSampling::Mode => Box::new(Mode),
             TimestepSampling::Beta => Box::new(Beta { alpha: settings.beta_alpha, beta: settings.beta_beta }),
@@ -83,11 +83,11 @@ pub struct SampledTimesteps {
     pub sigma: Tensor,
     /// `[B]` f32, sigma scaled to `[0, num_train_timesteps]`.
     pub timesteps: Tensor,
-    /// What the logs call it; the seed's names.
+    /// What the logs call it; the reference's names.
     pub method: &'static str,
 }
 
-/// Draws a batch's noise levels in the seed's order: the mixing coin, if any, then one draw of `u`.
+/// Draws a batch's noise levels in the reference's order: the mixing coin, if any, then one draw of `u`.
 pub fn sample_timesteps(settings: &FlowMatchingSettings, draws: &Draws<'_>, batch: i64, strata: Option<&Strata>) -> SampledTimesteps {
     let (sigma, method) = if !settings.use_sigma_noise {
         (Drawing { settings, draws, batch, strata, shift: None }.from(&Uniform), "uniform_no_shift")

@@ -7,7 +7,7 @@ use tch::Tensor;
 use super::{Distribution, uniform};
 use crate::rng::Draws;
 
-/// The scale of the seed's pipeline.
+/// The scale of the reference's pipeline.
 const SCALE: f64 = 1.29;
 
 /// Source: Esser et al. 2024, arXiv:2403.03206, section 3.1 (mode sampling with heavy tails).
