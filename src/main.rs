@@ -1,5 +1,7 @@
 //! Arguments to a command, its outcome to an exit code. Whatever ends one rank ends the world.
 
+use std::io::Write;
+
 use clap::Parser;
 use fm_dist::cli::Cli;
 use fm_dist::collective;
@@ -17,6 +19,8 @@ fn main() {
 
 /// Says why in one line, then ends this process and every other rank.
 fn end(code: i32, name: &str, what: &str) -> ! {
-    eprintln!("fm-dist: error {name} {}: {}. exit {code}", collective::whereabouts(), one_line(what));
+    let line = format!("fm-dist: error {name} {}: {}. exit {code}\n", collective::whereabouts(), one_line(what));
+    // One write, so that a launcher that joins the ranks' outputs cannot tear the line; a closed pipe changes nothing.
+    let _ = std::io::stderr().write_all(line.as_bytes());
     collective::abort(code)
 }

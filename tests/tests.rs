@@ -24,3 +24,5 @@ mod parity;
 mod resume;
 /// What several of these share: small training runs. Nothing is promised there.
 mod runs;
+/// Flow matching does what it says, also where it goes beyond the reference.
+mod science;

@@ -146,9 +146,18 @@ fn without_conditions(batch: &Batch, keys: &[&str]) -> Batch {
 }
 
 impl Samples {
+    /// Whether the samples can be shown: grey or coloured pictures.
+    pub fn are_pictures(&self) -> bool {
+        matches!(self.images.size().as_slice(), [_, 1 | 3, _, _])
+    }
+
     /// A picture or numbers, as the file's ending says.
     fn write(&self, path: &Path) -> Result<()> {
         match path.extension().and_then(|extension| extension.to_str()) {
+            Some("png") if !self.are_pictures() => {
+                let what = format!("latents {:?} are no pictures; write them as .safetensors", self.images.size());
+                Err(Error::config("--out", what))
+            }
             Some("png") => write_grid(path, &self.images, &self.names, self.per_condition as usize, None),
             Some("safetensors") => {
                 let mut file = File::create(path).map_err(Error::storage(path, "create"))?;

@@ -25,7 +25,7 @@ use crate::collective::Collective;
 use crate::config::{CheckpointSettings, RunConfig};
 use crate::data::{Dataset, Loader, Order, Share};
 use crate::error::{Error, Result};
-use crate::flow::FlowMatchingPipeline;
+use crate::flow::{FlowMatchingPipeline, report as flow_report};
 use crate::parallel::{DeviceChoice, Replica};
 use crate::rng::{Key, Purpose};
 use crate::telemetry::{self, MetricsFile, Telemetry, Throughput, peak_resident_bytes};
@@ -205,9 +205,11 @@ impl<'c> Trainer<'c> {
         let flow = self.pipeline.settings();
         let due = |interval: u64| self.manifest.step.is_multiple_of(interval);
         if self.debug || due(flow.log_interval) {
-            tracing::info!("\n{}", crate::flow::report::detailed(metrics.facts(), &update.statistics, flow));
+            for line in flow_report::detailed(metrics.facts(), &update.statistics, flow).lines() {
+                tracing::info!("{line}");
+            }
         } else if due(flow.summary_log_interval) {
-            let line = crate::flow::report::summary(metrics.facts(), &update.statistics);
+            let line = flow_report::summary(metrics.facts(), &update.statistics);
             tracing::info!("{line} | {}", metrics.pace());
         }
         format!("loss {:.4}", update.statistics.loss)

@@ -27,14 +27,7 @@ fn draw(config: &RunConfig, path: &Path, replica: &Replica, dataset: &Dataset, r
     let lines = metrics::read(&path.join("metrics.jsonl"))?;
     let loss = curve("Loss", "loss", &lines);
     loss.write_png(&path.join("loss.png"), LOSS_PICTURE.0, LOSS_PICTURE.1)?;
-    let samples = match dataset.conditions()? {
-        Some(conditions) => {
-            let samples = generate(config, replica, dataset, conditions)?;
-            let png = grid_png(&samples.images, &samples.names, samples.per_condition as usize, None);
-            Some((format!("{} samples for each condition", samples.per_condition), png))
-        }
-        None => None,
-    };
+    let samples = drawn_samples(config, replica, dataset)?;
     let figures = vec![
         Figure::Chart(loss),
         Figure::Bars(loss_per_sigma(&lines)),
@@ -51,6 +44,15 @@ fn draw(config: &RunConfig, path: &Path, replica: &Replica, dataset: &Dataset, r
         configuration: config.to_toml(),
     };
     write_report(&path.join("report.html"), &data)
+}
+
+/// Generated pictures for each of the dataset's conditions, if it names any and its latents are pictures.
+fn drawn_samples(config: &RunConfig, replica: &Replica, dataset: &Dataset) -> Result<Option<(String, Vec<u8>)>> {
+    let Some(conditions) = dataset.conditions()? else { return Ok(None) };
+    let samples = generate(config, replica, dataset, conditions)?;
+    let caption = format!("{} samples for each condition", samples.per_condition);
+    let png = || grid_png(&samples.images, &samples.names, samples.per_condition as usize, None);
+    Ok(samples.are_pictures().then(|| (caption, png())))
 }
 
 fn curve(title: &str, key: &str, lines: &[Map<String, Value>]) -> Chart {
