@@ -170,3 +170,27 @@ fn other_ranks_keep_logs_of_their_own_and_only_rank_zero_speaks() {
         assert!(lines.count() > 0, "rank {rank}");
     }
 }
+
+#[test]
+fn data_that_the_model_cannot_take_are_refused_by_the_name_of_the_setting() {
+    for (setting, text) in [
+        ("model.dit.in_channels=4", "model.dit.in_channels: is 4, the data's latents have 1"),
+        ("model.dit.condition_width=7", "model.dit.condition_width: is 7, the data's text_embeddings have 10"),
+        ("model.dit.patch_size=3", "model.dit.patch_size: 3 does not divide the data's latents of 8 x 8"),
+    ] {
+        let (code, _, errors) = finish(program(&["check", "--set", setting]));
+        assert_eq!(code, 50, "{errors}");
+        assert!(only_error(&errors).contains(text), "{errors}");
+    }
+}
+
+#[test]
+fn a_dataset_that_is_not_there_is_said_once_and_nothing_is_written() {
+    let folder = TempDir::new().unwrap();
+    let mut command = mpirun(2, &["--set", "data.path=no-such-data"]);
+    command.current_dir(folder.path());
+    let (code, _, errors) = finish(command);
+    assert_eq!(code, 40, "{errors}");
+    assert!(only_error(&errors).contains("error DATA rank 0/2") && errors.contains("no-such-data"), "{errors}");
+    assert!(!folder.path().join("runs").exists());
+}

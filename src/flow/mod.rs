@@ -17,7 +17,7 @@ pub mod timestep_sampling;
 
 pub use adapter::{FlowMatchingContext, ModelAdapter, TaskType};
 pub use loss_weight::bsmntw_table;
-pub use pipeline::{FlowMatchingPipeline, LossValues, StepOptions, StepOutput, check_loss};
+pub use pipeline::{FlowMatchingPipeline, LossValues, StepOptions, StepOutput, check_loss, latents_of};
 pub use schedule::LinearInterpolationSchedule;
 pub use settings::{CfgDropout, FlowMatchingSettings, LossWeightingScheme, SigmaWindow};
 pub use statistics::{Moments, SIGMA_BINS, Statistics};

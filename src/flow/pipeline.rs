@@ -231,7 +231,10 @@ pub fn check_loss(loss: f64, step: u64) -> Result<()> {
 }
 
 /// The batch's clean latents; `video_latents` win over `image_latents`.
-fn latents_of(batch: &Batch) -> Result<&Tensor> {
+///
+/// # Errors
+/// [`Error::Data`] if there are none, or they have neither 4 nor 5 axes.
+pub fn latents_of(batch: &Batch) -> Result<&Tensor> {
     let found = batch.get("video_latents").or_else(|| batch.get("image_latents"));
     let latents = found.ok_or_else(|| Error::data("batch", "has neither `video_latents` nor `image_latents`"))?;
     match latents.dim() {

@@ -66,6 +66,26 @@ impl Architecture for Dit {
         stages.push(Box::new(Head::new(self)));
         Ok(stages)
     }
+
+    fn check_data(&self, latents: &[i64], text: Option<&[i64]>) -> Result<()> {
+        let &[channels, height, width] = latents else {
+            return Err(Error::config("model.dit", format!("takes latents [C, H, W], the data have {latents:?}")));
+        };
+        if channels != self.in_channels {
+            return Err(Error::config("model.dit.in_channels", format!("is {}, the data's latents have {channels}", self.in_channels)));
+        }
+        if height % self.patch_size != 0 || width % self.patch_size != 0 {
+            let what = format!("{} does not divide the data's latents of {height} x {width}", self.patch_size);
+            return Err(Error::config("model.dit.patch_size", what));
+        }
+        match text.and_then(<[i64]>::last) {
+            Some(&found) if found != self.condition_width => {
+                let what = format!("is {}, the data's text_embeddings have {found}", self.condition_width);
+                Err(Error::config("model.dit.condition_width", what))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Latents to tokens, timestep and condition to one vector.

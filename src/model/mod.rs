@@ -15,6 +15,14 @@ pub trait Architecture {
     /// # Errors
     /// [`Error::Config`](crate::error::Error::Config) if the settings contradict each other.
     fn stages(&self) -> Result<Vec<Box<dyn Stage>>>;
+
+    /// Refuses data that the model cannot take, before a shape mistake deep inside of it would.
+    ///
+    /// # Shapes
+    /// Of one sample: `latents` `[C, (F,) H, W]`; `text` `[L, D]`, if the data have any.
+    /// # Errors
+    /// [`Error::Config`](crate::error::Error::Config) naming the setting and what the data have.
+    fn check_data(&self, latents: &[i64], text: Option<&[i64]>) -> Result<()>;
 }
 
 registry! {

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use super::check_data;
 use crate::config::RunConfig;
 use crate::data::{Dataset, Order};
 use crate::error::Result;
@@ -17,6 +18,7 @@ pub fn check(config: &RunConfig, world_size: usize) -> Result<String> {
     let parameters: i64 = stages.iter().map(|stage| stage.params().numel()).sum();
     let largest = stages.iter().map(|stage| stage.params().numel()).max().unwrap_or(0);
     let dataset = Dataset::named(&config.data.path)?;
+    check_data(config, &dataset)?;
     let order = Order::new(dataset.groups(), global_batch, config.seed)?;
     let state_tensors = config.optimizer.state_names().len() as i64;
     let leaf_bytes = match config.model.dtype.kind() {

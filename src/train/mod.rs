@@ -97,6 +97,7 @@ impl<'c> Trainer<'c> {
         let micro_batches = config.micro_batches(collective.world_size())?;
         let global_batch = micro_batches * config.data.micro_batch_size_per_gpu * collective.world_size();
         let dataset = Arc::new(Dataset::named(&config.data.path)?);
+        check_data(config, &dataset)?;
         let order = Order::new(dataset.groups(), global_batch, config.seed)?;
         let device = device(config.parallel.device);
         tch::set_num_threads(config.parallel.num_threads);
@@ -229,6 +230,15 @@ impl<'c> Trainer<'c> {
     }
 }
 
+/// Refuses a dataset of which the model cannot take some resolution group.
+fn check_data(config: &RunConfig, dataset: &Dataset) -> Result<()> {
+    dataset.groups().iter().try_for_each(|group| {
+        let latents = dataset.latent_shape(&group.name).expect("a group has latents");
+        let text = group.layout.get("text_embeddings").map(|(_, shape)| shape.as_slice());
+        config.model.family.check_data(latents, text)
+    })
+}
+
 fn device(choice: DeviceChoice) -> Device {
     match choice {
         DeviceChoice::Cpu => Device::Cpu,
@@ -246,14 +256,15 @@ fn build_pipeline(config: &RunConfig, device: Device) -> FlowMatchingPipeline {
     FlowMatchingPipeline::new(flow.flow.clone(), flow.adapter.build(), device, config.model.dtype.kind())
 }
 
-/// The configuration that rank 0 read and found fit for this world, on every rank; rank 0's error is everybody's.
+/// The configuration that rank 0 read and found fit for this world and its data, on every rank; rank 0's error is everybody's.
 ///
 /// # Errors
 /// Rank 0's own on rank 0, [`Error::Peer`] with its code on the others.
 pub fn share_config(read: impl FnOnce() -> Result<RunConfig>, options: &TrainOptions, collective: &dyn Collective) -> Result<RunConfig> {
     let fit = || {
         let config = read()?;
-        config.micro_batches(collective.world_size())?;
+        // What every rank would stumble over alike is said once, before anything is written.
+        check(&config, collective.world_size())?;
         match (options.debug, collective.world_size()) {
             (true, ranks) if ranks > 1 => {
                 Err(Error::config("--debug", format!("is for one process, found {ranks}; start it without mpirun")))

@@ -25,15 +25,15 @@ pub fn write(config: &RunConfig, folder: &RunFolder, replica: &Replica, dataset:
 
 fn draw(config: &RunConfig, path: &Path, replica: &Replica, dataset: &Dataset, ranks: usize) -> Result<()> {
     let lines = metrics::read(&path.join("metrics.jsonl"))?;
-    let loss = curve("Loss", "loss", &lines);
+    let loss = curve("Loss", "weighted, over all ranks", "loss", &lines);
     loss.write_png(&path.join("loss.png"), LOSS_PICTURE.0, LOSS_PICTURE.1)?;
     let samples = drawn_samples(config, replica, dataset)?;
     let figures = vec![
         Figure::Chart(loss),
         Figure::Bars(loss_per_sigma(&lines)),
-        Figure::Chart(curve("Learning rate", "lr", &lines)),
-        Figure::Chart(curve("Gradient norm", "grad_norm", &lines)),
-        Figure::Chart(curve("Samples a second", "samples_per_second", &lines)),
+        Figure::Chart(curve("Learning rate", "", "lr", &lines)),
+        Figure::Chart(curve("Gradient norm", "before clipping", "grad_norm", &lines)),
+        Figure::Chart(curve("Throughput", "samples a second, over all ranks", "samples_per_second", &lines)),
     ];
     let data = ReportData {
         title: format!("fm-dist: {}", path.file_name().unwrap_or_default().to_string_lossy()),
@@ -55,9 +55,9 @@ fn drawn_samples(config: &RunConfig, replica: &Replica, dataset: &Dataset) -> Re
     Ok(samples.are_pictures().then(|| (caption, png())))
 }
 
-fn curve(title: &str, key: &str, lines: &[Map<String, Value>]) -> Chart {
+fn curve(title: &str, unit: &str, key: &str, lines: &[Map<String, Value>]) -> Chart {
     let series = Series { name: key.into(), points: metrics::column(lines, key) };
-    Chart { title: title.into(), x_label: "step".into(), y_label: key.replace('_', " "), series: vec![series], log_y: false }
+    Chart { title: title.into(), x_label: "step".into(), y_label: unit.into(), series: vec![series], log_y: false }
 }
 
 /// The loss in each tenth of sigma, at the begin of the run and at its end.

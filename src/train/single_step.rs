@@ -11,7 +11,7 @@ use crate::config::RunConfig;
 use crate::data::safetensors::{self, SafeTensors};
 use crate::data::{Batch, DataType};
 use crate::error::{Error, Result};
-use crate::flow::{StepOptions, StepOutput};
+use crate::flow::{StepOptions, StepOutput, latents_of};
 use crate::parallel::Replica;
 use crate::rng::Stream;
 
@@ -42,6 +42,8 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
     }
     let pipeline = build_pipeline(config, device);
     let batch = read_batch(&request.batch)?;
+    let text = batch.get("text_embeddings").map(Tensor::size);
+    config.model.family.check_data(&latents_of(&batch)?.size()[1..], text.as_deref())?;
     let seed = request.torch_seed.unwrap_or(config.seed as i64);
     let options = StepOptions { global_step: 0, collect_metrics: false, check_loss: false, strata: None };
     let mut tape = replica.tape(config.parallel.recompute);
