@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::collective;
 use crate::config::{self, RunConfig};
+use crate::data::Dataset;
 use crate::doctor;
 use crate::error::{Error, Result};
 use crate::train::{self, Resume, SampleRequest, StepRequest, TrainOptions};
@@ -111,6 +112,9 @@ struct CheckArgs {
     /// Number of ranks to plan for
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = parse_world)]
     world: usize,
+    /// Also read all data and compare them with the hashes in dataset.json
+    #[arg(long)]
+    verify_data: bool,
 }
 
 fn parse_world(text: &str) -> Result<usize, String> {
@@ -140,7 +144,13 @@ impl Cli {
                 let StepArgs { config, batch, dump, weights, torch_seed, grads } = args;
                 train::dump_step(&config.read()?, &StepRequest { batch, dump, weights, torch_seed, grads }).map(|()| 0)
             }
-            Command::Check(args) => say(&train::check(&args.config.read()?, args.world)?),
+            Command::Check(args) => {
+                let config = args.config.read()?;
+                if args.verify_data {
+                    Dataset::named(&config.data.path)?.verify_hashes()?;
+                }
+                say(&train::check(&config, args.world)?)
+            }
             Command::Config(args) => say(&args.read()?.to_toml()),
             Command::Doctor => {
                 let (text, complete) = doctor::report();

@@ -1,8 +1,12 @@
 //! Messages and exit codes, as a user meets them.
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use fm_dist::data::safetensors;
+use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
 use crate::runs::{finish, mpirun, program, with_sets};
@@ -193,4 +197,36 @@ fn a_dataset_that_is_not_there_is_said_once_and_nothing_is_written() {
     assert_eq!(code, 40, "{errors}");
     assert!(only_error(&errors).contains("error DATA rank 0/2") && errors.contains("no-such-data"), "{errors}");
     assert!(!folder.path().join("runs").exists());
+}
+
+/// A dataset of 64 pictures in the digits' form, of which one has a number that is not one.
+fn dataset_with_a_bad_sample(folder: &Path) {
+    let float = (Kind::Float, Device::Cpu);
+    let latents = Tensor::zeros([64, 1, 8, 8], float);
+    let _ = latents.get(37).get(0).get(2).narrow(0, 3, 1).fill_(f64::NAN);
+    let tensors = [("image_latents", &latents), ("text_embeddings", &Tensor::ones([64, 1, 10], float))];
+    let mut file = fs::File::create(folder.join("a.safetensors")).unwrap();
+    safetensors::write(&mut file, &tensors, &BTreeMap::new()).unwrap();
+    let hash = "0".repeat(64);
+    let text = format!(
+        r#"{{"format":"fm-dist dataset","version":1,"name":"bad","source":"test","licence":"none","data_type":"image",
+            "files":[{{"path":"a.safetensors","samples":64,"group":"8x8","sha256":"{hash}"}}]}}"#
+    );
+    fs::write(folder.join("dataset.json"), text).unwrap();
+}
+
+#[test]
+fn a_bad_sample_on_one_rank_ends_the_world_with_its_number() {
+    let folder = TempDir::new().unwrap();
+    dataset_with_a_bad_sample(folder.path());
+    let (path, output) = (format!("data.path={}", folder.path().display()), format!("output_dir={}", folder.path().join("run").display()));
+    let began = Instant::now();
+    let (code, _, errors) = finish(mpirun(2, &with_sets(&["train"], &["max_steps=4", &path, &output])));
+    assert_eq!(code, 40, "{errors}");
+    let line = only_error(&errors);
+    assert!(line.contains("error DATA rank ") && line.contains("image_latents") && line.contains("sample 37"), "{line}");
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    let (code, _, errors) = finish(program(&["check", "--verify-data", "--set", &path]));
+    assert_eq!(code, 40, "{errors}");
+    assert!(only_error(&errors).contains("a.safetensors: has sha256 "), "{errors}");
 }
