@@ -13,8 +13,8 @@ use crate::train::{self, Resume, SampleRequest, StepRequest, TrainOptions};
 
 /// Trains diffusion transformers by flow matching, one process a GPU.
 ///
-/// `mpirun -n 8 fm-dist`, `srun fm-dist`, or plain `fm-dist` for one process. Without a file the embedded default
-/// configuration runs, which learns to draw handwritten digits in about a minute.
+/// `mpirun -n 8 fm-dist`, or plain `fm-dist` for one process. Without a file the embedded default configuration runs, which
+/// learns to draw handwritten digits in about two minutes.
 #[derive(Debug, Parser)]
 #[command(version, args_conflicts_with_subcommands = true, help_expected = true)]
 pub struct Cli {

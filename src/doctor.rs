@@ -118,7 +118,7 @@ fn nccl_item(libtorch: Option<&Path>) -> Item {
         Some(library) => {
             Item::note("NCCL", format!("{} has no link libnccl.so beside libtorch; launch/setup.sh makes it", library.display()))
         }
-        None => Item::note("NCCL", "not found; only several GPUs need it, launch/setup.sh fetches it"),
+        None => Item::note("NCCL", "not found; only several GPUs need it, launch/setup.sh fetches it where there is an NVIDIA driver"),
     }
 }
 

@@ -5,6 +5,7 @@
 //! [`FlowMatchingSettings`]. Nothing here knows a rank, a model or how gradients travel.
 
 pub mod adapter;
+mod loss;
 mod loss_weight;
 mod pipeline;
 pub mod report;
@@ -16,8 +17,9 @@ pub mod time_shift;
 pub mod timestep_sampling;
 
 pub use adapter::{FlowMatchingContext, ModelAdapter, TaskType};
+pub use loss::{LossValues, check_loss};
 pub use loss_weight::bsmntw_table;
-pub use pipeline::{FlowMatchingPipeline, LossValues, StepOptions, StepOutput, check_loss, latents_of};
+pub use pipeline::{FlowMatchingPipeline, StepOptions, StepOutput, latents_of};
 pub use schedule::LinearInterpolationSchedule;
 pub use settings::{CfgDropout, FlowMatchingSettings, LossWeightingScheme, SigmaWindow};
 pub use statistics::{Moments, SIGMA_BINS, Statistics};

@@ -3,6 +3,7 @@
 use tch::{Device, Kind, Tensor, no_grad};
 
 use super::adapter::{FlowMatchingContext, ModelAdapter, TaskType};
+use super::loss::{LossValues, check_loss, masked_mean};
 use super::loss_weight::LossWeight;
 use super::schedule::LinearInterpolationSchedule;
 use super::settings::{CfgDropout, FlowMatchingSettings};
@@ -13,9 +14,6 @@ use crate::error::{Error, Result};
 use crate::nn::Activations;
 use crate::rng::{Draws, Stream};
 use crate::tensor::broadcast_to_rank;
-
-/// A mean loss above this has exploded; the reference's bound.
-const EXPLODED: f64 = 100.0;
 
 /// Flow matching for one model family on one device.
 pub struct FlowMatchingPipeline {
@@ -39,23 +37,6 @@ pub struct StepOptions<'a> {
     pub check_loss: bool,
     /// Places of the samples among the global batch's strata, with `stratified_timesteps`.
     pub strata: Option<&'a Strata>,
-}
-
-/// A loss from every side.
-#[derive(Debug)]
-pub struct LossValues {
-    /// `[B, …]` f32, of each element.
-    pub weighted_loss: Tensor,
-    /// Scalar f32; what is differentiated.
-    pub average_weighted_loss: Tensor,
-    /// `[B, …]` f32.
-    pub unweighted_loss: Tensor,
-    /// Scalar f32.
-    pub average_unweighted_loss: Tensor,
-    /// `[B, 1, …]` f32.
-    pub loss_weight: Tensor,
-    /// The batch's mask, if it has one.
-    pub loss_mask: Option<Tensor>,
 }
 
 /// All that a step computed.
@@ -219,17 +200,6 @@ impl FlowMatchingPipeline {
     }
 }
 
-/// Refuses a mean loss that is not a number or above the reference's bound.
-///
-/// # Errors
-/// [`Error::NotFinite`] naming the step and the loss.
-pub fn check_loss(loss: f64, step: u64) -> Result<()> {
-    if loss.is_nan() || loss > EXPLODED {
-        return Err(Error::NotFinite { step, what: format!("loss exploded: {loss} (the bound is {EXPLODED})") });
-    }
-    Ok(())
-}
-
 /// The batch's clean latents; `video_latents` win over `image_latents`.
 ///
 /// # Errors
@@ -241,13 +211,4 @@ pub fn latents_of(batch: &Batch) -> Result<&Tensor> {
         4 | 5 => Ok(latents),
         _ => Err(Error::data("batch", format!("latents must be [B, C, H, W] or [B, C, F, H, W], found {:?}", latents.size()))),
     }
-}
-
-/// Mean of the elements that the mask keeps, 0 where it keeps none; a mask of fewer axes covers the leading ones.
-fn masked_mean(loss: &Tensor, mask: &Tensor) -> Result<Tensor> {
-    let unfit = || Error::data("batch", format!("loss_mask {:?} does not fit the loss {:?}", mask.size(), loss.size()));
-    let mut shape = mask.size();
-    shape.resize(loss.dim().max(shape.len()), 1);
-    let mask = mask.to_kind(Kind::Float).reshape(&shape).f_expand_as(loss).map_err(|_| unfit())?;
-    Ok((loss * &mask).sum(Kind::Float) / mask.sum(Kind::Float).clamp_min(1.0))
 }

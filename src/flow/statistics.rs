@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::pipeline::LossValues;
+use super::loss::LossValues;
 use crate::tensor::range;
 
 /// Bins of the sigma histogram over `[0, 1]`.

@@ -1,9 +1,6 @@
-//! Timesteps shifted towards noise, and the three public functions of the reference's `time_shift_utils`.
+//! Timesteps shifted towards noise, and the loss weight that goes with it: two of the reference's `time_shift_utils`.
 
 use tch::Tensor;
-
-use super::timestep_sampling::{mode_map, uniform};
-use crate::rng::Draws;
 
 /// `shift / (shift + (1/u − 1))`: more weight to high sigma the larger the shift; 1 leaves `u` alone.
 ///
@@ -56,23 +53,6 @@ impl ShiftType {
 /// `t`: any, in `[0, 1]`. Returns the same shape and kind.
 pub fn time_shift(t: &Tensor, image_seq_len: i64, shift_type: ShiftType) -> Tensor {
     shifted(t, shift_type.shift(image_seq_len))
-}
-
-/// What [`compute_density_for_timestep_sampling`] draws from.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Density {
-    Uniform,
-    LogitNormal { mean: f64, std: f64 },
-    Mode { scale: f64 },
-}
-
-/// One draw of timesteps, `[batch]` f32 in `[0, 1]`; `Mode` is not clamped.
-pub fn compute_density_for_timestep_sampling(density: Density, batch: i64, draws: &Draws<'_>) -> Tensor {
-    match density {
-        Density::Uniform => uniform(draws, batch),
-        Density::LogitNormal { mean, std } => draws.normal(mean, std, &[batch]).sigmoid(),
-        Density::Mode { scale } => mode_map(&uniform(draws, batch), scale),
-    }
 }
 
 /// `1 + shift·sigma`, the shape and kind of `sigma`: more weight to noisier samples.

@@ -31,7 +31,7 @@ pub fn check(config: &RunConfig, world_size: usize) -> Result<String> {
     let mut line = |name: &str, value: String| writeln!(text, "{name:<22} {value}").expect("writing to a String");
     line("model", format!("{parameters} parameters in {} stages, the largest {largest}", stages.len()));
     line("bytes a rank", format!("{:.1} MiB for weights, gradients and optimizer state, activations apart", bytes as f64 / 1048576.0));
-    line("data", format!("{}: {} samples, {} resolution groups", dataset.manifest().name, dataset.num_samples(), dataset.groups().len()));
+    line("data", format!("{}: {} samples; resolution groups: {}", dataset.manifest().name, dataset.num_samples(), dataset.groups().len()));
     line(
         "global batch",
         format!("{global_batch} = {} samples x {world_size} ranks x {micro_batches} micro-batches", config.data.micro_batch_size_per_gpu),

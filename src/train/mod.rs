@@ -133,7 +133,7 @@ impl<'c> Trainer<'c> {
         let (parameters, stages) = (self.replica.num_parameters(), self.replica.stages.len());
         tracing::info!("model {parameters} parameters in {stages} stages, {:?}", self.config.model.dtype);
         tracing::info!(
-            "data {}: {} samples in {} groups, {} steps an epoch",
+            "data {}: {} samples, resolution groups: {}, {} steps an epoch",
             self.dataset.manifest().name,
             self.dataset.num_samples(),
             self.dataset.groups().len(),

@@ -5,11 +5,13 @@
 //! behaviours, stratified timesteps and truncated windows, which need `u` at a given probability.
 
 mod beta;
+mod density;
 mod logit_normal;
 mod mode;
 mod uniform;
 
 pub use beta::Beta;
+pub use density::{Density, compute_density_for_timestep_sampling};
 pub use logit_normal::LogitNormal;
 pub use mode::{Mode, mode_map};
 pub use uniform::{Uniform, uniform};
