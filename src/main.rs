@@ -28,7 +28,9 @@ fn told(panic: &PanicHookInfo<'_>) -> String {
 
 /// Says why in one line, then ends this process and every other rank.
 fn end(code: i32, name: &str, what: &str) -> ! {
-    let line = format!("fm-dist: error {name} {}: {}. exit {code}\n", collective::whereabouts(), one_line(what));
+    let what = one_line(what);
+    let full_stop = if what.ends_with(['.', '?']) { "" } else { "." };
+    let line = format!("fm-dist: error {name} {}: {what}{full_stop} exit {code}\n", collective::whereabouts());
     // One write, so that a launcher that joins the ranks' outputs cannot tear the line; a closed pipe changes nothing.
     let _ = std::io::stderr().write_all(line.as_bytes());
     collective::abort(code)
