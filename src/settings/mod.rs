@@ -4,16 +4,13 @@
 //! every problem at once, with line and nearest valid name) and writing the annotated reference both walk that list, so
 //! that the two cannot drift apart.
 
+mod keys;
 mod read;
 mod tree;
 mod write;
 
-use std::fmt::Display;
-use std::ops::{Bound, RangeBounds};
-
-use crate::error::{ConfigProblem, Error, Result};
-pub use tree::Leaf;
-use tree::Node;
+use crate::error::{Error, Result};
+pub use keys::Keys;
 
 /// A struct whose fields come from a configuration table. `Default` gives the documented defaults.
 pub trait Settings {
@@ -39,17 +36,6 @@ pub trait Choice: Copy + PartialEq + 'static {
     }
 }
 
-/// What a settings struct shows its keys to: a reader or a writer, at one table of the document.
-pub struct Keys<'a> {
-    mode: Mode<'a>,
-    path: String,
-}
-
-enum Mode<'a> {
-    Read { reader: &'a mut read::Reader, table: Option<&'a Node>, known: Vec<String> },
-    Write(&'a mut write::Writer),
-}
-
 /// Reads `settings` from TOML text and `--set key.path=value` overrides on top of its present values.
 ///
 /// # Errors
@@ -65,212 +51,6 @@ pub fn read<T: Settings + Default>(settings: &mut T, source_name: &str, text: &s
 /// The settings as TOML text with one comment line a key, complete and readable by [`read`].
 pub fn write<T: Settings + ?Sized>(settings: &mut T) -> String {
     write::Writer::of(settings).text()
-}
-
-impl Keys<'_> {
-    /// An integer in `range`.
-    pub fn integer<T>(&mut self, name: &str, field: &mut T, range: impl RangeBounds<i64>, doc: &str)
-    where
-        T: Copy + TryInto<i64> + TryFrom<i64> + Display,
-    {
-        let shown = field.to_string();
-        self.leaf(name, doc, Some(shown), |leaf| {
-            let Leaf::Integer(value) = leaf else { return Err(leaf.not_a("an integer")) };
-            let fits = range.contains(value).then(|| T::try_from(*value).ok()).flatten();
-            *field = fits.ok_or_else(|| out_of_range(value, &range))?;
-            Ok(())
-        });
-    }
-
-    /// An integer that may be left out.
-    pub fn optional_integer(&mut self, name: &str, field: &mut Option<usize>, range: impl RangeBounds<i64>, doc: &str) {
-        let shown = field.map(|value| value.to_string());
-        self.leaf(name, doc, shown, |leaf| {
-            let Leaf::Integer(found) = leaf else { return Err(leaf.not_a("an integer")) };
-            let fits = range.contains(found).then(|| usize::try_from(*found).ok()).flatten();
-            *field = Some(fits.ok_or_else(|| out_of_range(found, &range))?);
-            Ok(())
-        });
-    }
-
-    /// A finite number in `range`; an integer is taken as well.
-    pub fn number(&mut self, name: &str, field: &mut f64, range: impl RangeBounds<f64>, doc: &str) {
-        let shown = format!("{field:?}");
-        self.leaf(name, doc, Some(shown), |leaf| {
-            let value = match leaf {
-                Leaf::Float(value) => *value,
-                Leaf::Integer(value) => *value as f64,
-                _ => return Err(leaf.not_a("a number")),
-            };
-            if !value.is_finite() {
-                return Err(format!("{value} is not a finite number"));
-            }
-            if !range.contains(&value) {
-                return Err(out_of_range(&value, &range));
-            }
-            *field = value;
-            Ok(())
-        });
-    }
-
-    pub fn flag(&mut self, name: &str, field: &mut bool, doc: &str) {
-        let shown = field.to_string();
-        self.leaf(name, doc, Some(shown), |leaf| {
-            let Leaf::Boolean(value) = leaf else { return Err(leaf.not_a("true or false")) };
-            *field = *value;
-            Ok(())
-        });
-    }
-
-    pub fn text(&mut self, name: &str, field: &mut String, doc: &str) {
-        let shown = write::quoted(field);
-        self.leaf(name, doc, Some(shown), |leaf| {
-            let Leaf::Text(value) = leaf else { return Err(leaf.not_a("a text in quotes")) };
-            *field = value.clone();
-            Ok(())
-        });
-    }
-
-    /// A text that may be left out.
-    pub fn optional_text(&mut self, name: &str, field: &mut Option<String>, doc: &str) {
-        let shown = field.as_deref().map(write::quoted);
-        self.leaf(name, doc, shown, |leaf| {
-            let Leaf::Text(value) = leaf else { return Err(leaf.not_a("a text in quotes")) };
-            *field = Some(value.clone());
-            Ok(())
-        });
-    }
-
-    /// One word of a [`Choice`].
-    pub fn choice<T: Choice>(&mut self, name: &str, field: &mut T, doc: &str) {
-        let words: Vec<&str> = T::ALL.iter().map(|(word, _)| *word).collect();
-        let doc = format!("{doc} One of: {}.", words.join(", "));
-        let shown = write::quoted(field.word());
-        self.leaf(name, &doc, Some(shown), |leaf| {
-            let Leaf::Text(found) = leaf else { return Err(leaf.not_a(&format!("one of {}", words.join(", ")))) };
-            *field = T::ALL.iter().find(|(word, _)| word == found).ok_or_else(|| not_among("value", found, &words))?.1;
-            Ok(())
-        });
-    }
-
-    /// A nested table.
-    pub fn table(&mut self, name: &str, settings: &mut dyn Settings, doc: &str) {
-        let path = self.join(name);
-        match &mut self.mode {
-            Mode::Write(writer) => {
-                writer.section(&path, doc);
-                settings.visit(&mut Keys { mode: Mode::Write(writer), path });
-            }
-            Mode::Read { reader, table, known } => {
-                known.push(name.into());
-                reader.nested(settings, table.and_then(|node| node.get(name)), path);
-            }
-        }
-    }
-
-    /// A table that holds nothing but one member of a family: `[optimizer.adamw]`.
-    pub fn family<F: Family>(&mut self, name: &str, family: &mut F, doc: &str) {
-        let path = self.join(name);
-        match &mut self.mode {
-            Mode::Write(writer) => Keys { mode: Mode::Write(writer), path }.member(family, doc),
-            Mode::Read { reader, table, known } => {
-                known.push(name.into());
-                reader.nested(&mut OnlyMember { family, doc }, table.and_then(|node| node.get(name)), path);
-            }
-        }
-    }
-
-    /// One member of a family as a table of its own name inside this one: `[model.dit]`.
-    pub fn member<F: Family>(&mut self, family: &mut F, doc: &str) {
-        match &mut self.mode {
-            Mode::Write(writer) => {
-                let path = if self.path.is_empty() { family.name().into() } else { format!("{}.{}", self.path, family.name()) };
-                writer.section(&path, &format!("{doc} One of: {}.", F::NAMES.join(", ")));
-                family.settings().visit(&mut Keys { mode: Mode::Write(writer), path });
-            }
-            Mode::Read { reader, table, known } => {
-                known.extend(F::NAMES.iter().map(ToString::to_string));
-                if let Some(table) = table {
-                    reader.member(family, table, &self.path);
-                }
-            }
-        }
-    }
-
-    /// A family whose member is named by one key and whose settings are another table: `adapter_type` and `adapter`.
-    pub fn named_family<F: Family>(&mut self, name_key: &str, table: &str, family: &mut F, doc: &str) {
-        let shown = write::quoted(family.name());
-        let full_doc = format!("{doc} One of: {}.", F::NAMES.join(", "));
-        self.leaf(name_key, &full_doc, Some(shown), |leaf| {
-            let Leaf::Text(found) = leaf else { return Err(leaf.not_a(&format!("one of {}", F::NAMES.join(", ")))) };
-            *family = F::named(found).ok_or_else(|| not_among("value", found, F::NAMES))?;
-            Ok(())
-        });
-        self.table(table, family.settings(), &format!("Arguments of the `{name_key}` chosen above."));
-    }
-
-    fn leaf(&mut self, name: &str, doc: &str, shown: Option<String>, read: impl FnOnce(&Leaf) -> Result<(), String>) {
-        let path = self.join(name);
-        match &mut self.mode {
-            Mode::Write(writer) => writer.line(&self.path, name, shown, doc),
-            Mode::Read { reader, table, known } => {
-                known.push(name.into());
-                if let Some(node) = table.and_then(|table| table.get(name)) {
-                    reader.leaf(node, path, read);
-                }
-            }
-        }
-    }
-
-    fn join(&self, name: &str) -> String {
-        if self.path.is_empty() { name.into() } else { format!("{}.{name}", self.path) }
-    }
-}
-
-/// The table of a family that has no keys beside its member.
-struct OnlyMember<'f, F> {
-    family: &'f mut F,
-    doc: &'f str,
-}
-
-impl<F: Family> Settings for OnlyMember<'_, F> {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.member(self.family, self.doc);
-    }
-}
-
-/// "unknown value `x`; did you mean `y`?", or the list of valid ones when nothing is near.
-fn not_among(what: &str, found: &str, valid: &[&str]) -> String {
-    match nearest(found, valid.iter().copied()) {
-        Some(near) => format!("unknown {what} `{found}`; did you mean `{near}`?"),
-        None => format!("unknown {what} `{found}`; expected one of {}", valid.join(", ")),
-    }
-}
-
-/// The valid name most like `found`, if any is like it at all.
-fn nearest<'n>(found: &str, valid: impl Iterator<Item = &'n str>) -> Option<&'n str> {
-    let scored = valid.map(|name| (strsim::jaro_winkler(found, name), name));
-    // 0.8 keeps transpositions and missing letters and drops words that share only a prefix.
-    scored.filter(|(score, _)| *score > 0.8).max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, name)| name)
-}
-
-fn out_of_range<T: Display>(value: &T, range: &impl RangeBounds<T>) -> String {
-    let low = match range.start_bound() {
-        Bound::Included(low) => format!("at least {low}"),
-        Bound::Excluded(low) => format!("above {low}"),
-        Bound::Unbounded => String::new(),
-    };
-    let high = match range.end_bound() {
-        Bound::Included(high) => format!("at most {high}"),
-        Bound::Excluded(high) => format!("below {high}"),
-        Bound::Unbounded => String::new(),
-    };
-    let both = [low, high].into_iter().filter(|bound| !bound.is_empty()).collect::<Vec<_>>().join(" and ");
-    format!("{value} is out of range; must be {both}")
-}
-
-fn problem(key: &str, place: &str, what: String) -> ConfigProblem {
-    ConfigProblem { key: key.into(), place: place.into(), what }
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! Reading: walks a settings struct along the tree and collects every problem.
 
+use super::keys::{Keys, Mode, nearest, problem};
 use super::tree::{Leaf, Node, Value};
-use super::{Family, Keys, Mode, Settings, nearest, problem};
+use super::{Family, Settings};
 use crate::error::ConfigProblem;
 
 pub(super) struct Reader {

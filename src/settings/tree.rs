@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use toml::de::{DeTable, DeValue};
 
-use super::problem;
+use super::keys::problem;
 use crate::error::ConfigProblem;
 
 /// A value that is not a table.

@@ -1,6 +1,7 @@
 //! Writing: the annotated reference, one comment line a key.
 
-use super::{Keys, Mode, Settings};
+use super::Settings;
+use super::keys::{Keys, Mode};
 
 #[derive(Default)]
 pub(super) struct Writer {
