@@ -1,4 +1,4 @@
-//! Every file in configs/ is valid, and the reference that the program prints is the documented one.
+//! Every file in configs/ is valid, and what the program prints is the documented listing.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -27,12 +27,12 @@ fn every_shipped_configuration_is_valid_and_opens_with_its_launch_line() {
 }
 
 #[test]
-fn the_printed_configuration_is_the_documented_reference() {
+fn the_printed_configuration_is_the_documented_one() {
     let golden = root().join("tests/golden/config.toml");
     let (code, printed, errors) = finish(program(&["config"]));
     assert_eq!(code, 0, "{errors}");
     let documented = fs::read_to_string(&golden).unwrap_or_default();
-    assert!(printed == documented, "the reference changed; if it should, write it anew: fm-dist config > {}", golden.display());
+    assert!(printed == documented, "the listing changed; if it should, write it anew: fm-dist config > {}", golden.display());
 }
 
 #[test]

@@ -6,7 +6,7 @@
 mod cli;
 /// Every backend of the collectives keeps one contract, and a rank that fails ends its world.
 mod collectives;
-/// Every file in configs/ is valid, and the reference that the program prints is the documented one.
+/// Every file in configs/ is valid, and what the program prints is the documented listing.
 mod configs;
 /// The number of ranks, the cut into micro-batches and recomputation do not change a run.
 mod equivalence;

@@ -1,7 +1,7 @@
 //! One description of a room's settings that reads them, checks them and prints them.
 //!
 //! A settings struct lists its keys once, in [`Settings::visit`]: name, field, range, meaning. Reading TOML into it (strict,
-//! every problem at once, with line and nearest valid name) and writing the annotated reference both walk that list, so
+//! every problem at once, with line and nearest valid name) and writing the annotated listing both walk that list, so
 //! that the two cannot drift apart.
 
 mod keys;
@@ -14,7 +14,7 @@ pub use keys::Keys;
 
 /// A struct whose fields come from a configuration table. `Default` gives the documented defaults.
 pub trait Settings {
-    /// Shows every key of the table to `keys`, in the order of the reference.
+    /// Shows every key of the table to `keys`, in the order of the listing.
     fn visit(&mut self, keys: &mut Keys<'_>);
 }
 

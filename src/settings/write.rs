@@ -1,4 +1,4 @@
-//! Writing: the annotated reference, one comment line a key.
+//! Writing: the annotated listing, one comment line a key.
 
 use super::Settings;
 use super::keys::{Keys, Mode};
