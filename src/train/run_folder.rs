@@ -21,7 +21,7 @@ pub enum Resume {
     /// At step 0, in a folder of its own.
     #[default]
     Never,
-    /// At the newest checkpoint that verifies, of the newest run at `output_dir`.
+    /// At the newest checkpoint that verifies, of the newest run at `output_dir` that has any.
     Latest,
     /// At this checkpoint, or at the newest of this run folder.
     From(PathBuf),
@@ -133,7 +133,9 @@ fn choose(output_dir: &Path, resume: &Resume) -> Result<RunFolder> {
     match resume {
         Resume::Never => Ok(RunFolder { path: create_fresh(output_dir)?, resumed_from: None }),
         Resume::Latest => {
-            let newest = numbered(output_dir).into_iter().rev().find(|folder| folder.is_dir());
+            // A run that ended before its first checkpoint has nothing to go on from.
+            let has_checkpoint = |folder: &PathBuf| checkpoint::list(folder).is_ok_and(|list| !list.is_empty());
+            let newest = numbered(output_dir).into_iter().rev().find(has_checkpoint);
             resume_run(&newest.unwrap_or_else(|| output_dir.into()))
         }
         Resume::From(folder) if checkpoint::is_checkpoint(folder) => {
@@ -217,6 +219,16 @@ mod tests {
         let folders: Vec<PathBuf> = (0..3).map(|_| create_fresh(&output).unwrap()).collect();
         assert_eq!(folders, [output.clone(), root.path().join("digits-2"), root.path().join("digits-3")]);
         assert_eq!(numbered(&output), folders);
+    }
+
+    #[test]
+    fn the_latest_run_is_the_newest_that_has_a_checkpoint() {
+        let root = tempfile::tempdir().unwrap();
+        let output = root.path().join("digits");
+        let folders: Vec<PathBuf> = (0..3).map(|_| create_fresh(&output).unwrap()).collect();
+        fs::create_dir(folders[1].join(checkpoint::folder_name(5))).unwrap();
+        let error = choose(&output, &Resume::Latest).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("{}: none of its 1 checkpoints verifies", folders[1].display())), "{error}");
     }
 
     #[test]
