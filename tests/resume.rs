@@ -89,6 +89,9 @@ fn a_corrupt_newest_checkpoint_is_set_aside_and_the_one_before_is_used() {
     bytes[last] ^= 1;
     fs::write(&part, bytes).unwrap();
     train_in_threads(&config(&run, &[]), &Resume::Latest, 1).unwrap();
+    let log = fs::read_to_string(run.join("log/rank-00000.jsonl")).unwrap();
+    let warned = log.lines().filter(|line| line.contains("WARN") && line.contains("has sha256") && line.contains("step-00000010.bad"));
+    assert_eq!(warned.count(), 1, "{log}");
     assert!(run.join("step-00000010.bad").is_dir());
     assert_eq!(checkpoint(&run, 10), checkpoint(&unbroken, 10));
 }

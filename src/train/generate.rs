@@ -42,7 +42,7 @@ pub struct Samples {
     pub per_condition: i64,
 }
 
-/// Generates from a run's newest verified checkpoint, or from the given one, and writes the files.
+/// Generates from a run's newest checkpoint, or from the given one, and writes the files.
 ///
 /// # Errors
 /// [`Error::NoCheckpoint`], [`Error::CheckpointMismatch`], [`Error::Storage`]; [`Error::Data`] if the dataset names no conditions.

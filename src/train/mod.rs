@@ -61,6 +61,9 @@ pub fn train(config: &RunConfig, options: &TrainOptions, collective: &dyn Collec
     let folder = RunFolder::open(&config.output_dir, &options.resume, collective)?;
     let telemetry = telemetry::start(&config.log, collective.rank(), collective.world_size(), folder.path());
     telemetry.cover_all_threads();
+    if telemetry.speaks_for_the_run() {
+        folder.warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
+    }
     let mut trainer = Trainer::new(config, options, collective, &telemetry, folder)?;
     trainer.run(&telemetry)?;
     report::write(config, &trainer.folder, &trainer.replica, &trainer.dataset, collective)?;

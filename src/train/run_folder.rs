@@ -1,11 +1,13 @@
 //! One folder a run: where it lies, which checkpoint it goes on from, what is kept.
 //!
-//! `config.toml`, `metrics.jsonl`, `log/`, `step-NNNNNNNN/`, `report.html`, `loss.png`, `samples.png`.
+//! `config.toml`, `metrics.jsonl`, `log/`, `step-NNNNNNNN/`, `report.html`, `loss.png`.
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
 
 use super::agreement::on_rank_zero;
 use super::checkpoint;
@@ -40,10 +42,12 @@ impl FromStr for Resume {
 }
 
 /// The folder of this run, agreed on by all ranks.
-#[derive(Debug)]
+#[derive(Debug, Deserialize, Serialize)]
 pub struct RunFolder {
     path: PathBuf,
     resumed_from: Option<PathBuf>,
+    /// What was set aside on the way; said once somebody listens.
+    warnings: Vec<String>,
 }
 
 impl RunFolder {
@@ -52,8 +56,8 @@ impl RunFolder {
     /// # Errors
     /// [`Error::NoCheckpoint`] if a resume was asked for and nothing verifies; [`Error::Storage`].
     pub fn open(output_dir: &str, resume: &Resume, collective: &dyn Collective) -> Result<Self> {
-        let text = on_rank_zero(collective, || Ok(choose(Path::new(output_dir), resume)?.to_text()))?;
-        Ok(RunFolder::from_text(&text))
+        let text = on_rank_zero(collective, || Ok(json(&choose(Path::new(output_dir), resume)?)))?;
+        Ok(serde_json::from_str(&text).expect("rank 0 sent a run folder"))
     }
 
     pub fn path(&self) -> &Path {
@@ -63,6 +67,11 @@ impl RunFolder {
     /// The checkpoint that the run goes on from.
     pub fn resumed_from(&self) -> Option<&Path> {
         self.resumed_from.as_deref()
+    }
+
+    /// What rank 0 had to set aside to find it.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     /// Folder of the checkpoint at `step`.
@@ -91,17 +100,6 @@ impl RunFolder {
         };
         on_rank_zero(collective, delete).map(drop)
     }
-
-    /// One line a path, so that it can be sent to the other ranks.
-    fn to_text(&self) -> String {
-        let resumed = self.resumed_from.as_deref().unwrap_or(Path::new(""));
-        format!("{}\n{}", self.path.display(), resumed.display())
-    }
-
-    fn from_text(text: &str) -> Self {
-        let (path, resumed) = text.split_once('\n').expect("rank 0 sent two lines");
-        RunFolder { path: path.into(), resumed_from: (!resumed.is_empty()).then(|| resumed.into()) }
-    }
 }
 
 /// The configuration of the run at `folder`.
@@ -114,7 +112,7 @@ pub fn config_of(folder: &Path) -> Result<RunConfig> {
     RunConfig::read(&path.display().to_string(), &text, &[])
 }
 
-/// The run folder and the checkpoint that a path means: itself, or its newest that verifies.
+/// The run folder and the checkpoint that a path means: itself, or its newest.
 ///
 /// # Errors
 /// [`Error::NoCheckpoint`], [`Error::CheckpointMismatch`].
@@ -124,14 +122,16 @@ pub fn locate(path: &Path) -> Result<(PathBuf, PathBuf)> {
         return Ok((path.parent().unwrap_or(Path::new(".")).into(), path.into()));
     }
     let list = if path.is_dir() { checkpoint::list(path)? } else { Vec::new() };
-    let newest = list.into_iter().rev().find(|(_, folder)| checkpoint::verify(folder).is_ok());
-    let (_, folder) = newest.ok_or_else(|| Error::NoCheckpoint { path: path.into(), what: "holds no checkpoint that verifies".into() })?;
+    let none = || Error::NoCheckpoint { path: path.into(), what: "holds no checkpoint".into() };
+    let (_, folder) = list.into_iter().next_back().ok_or_else(none)?;
+    // A newest one that is broken is an error: samples of an older one would pass for the run's.
+    checkpoint::verify(&folder)?;
     Ok((path.into(), folder))
 }
 
 fn choose(output_dir: &Path, resume: &Resume) -> Result<RunFolder> {
     match resume {
-        Resume::Never => Ok(RunFolder { path: create_fresh(output_dir)?, resumed_from: None }),
+        Resume::Never => Ok(RunFolder { path: create_fresh(output_dir)?, resumed_from: None, warnings: Vec::new() }),
         Resume::Latest => {
             // A run that ended before its first checkpoint has nothing to go on from.
             let has_checkpoint = |folder: &PathBuf| checkpoint::list(folder).is_ok_and(|list| !list.is_empty());
@@ -142,7 +142,7 @@ fn choose(output_dir: &Path, resume: &Resume) -> Result<RunFolder> {
             checkpoint::verify(folder)?;
             let run = folder.parent().unwrap_or(Path::new(".")).to_path_buf();
             refuse_newer(&run, folder)?;
-            Ok(RunFolder { path: run, resumed_from: Some(folder.clone()) })
+            Ok(RunFolder { path: run, resumed_from: Some(folder.clone()), warnings: Vec::new() })
         }
         Resume::From(folder) => resume_run(folder),
     }
@@ -151,10 +151,11 @@ fn choose(output_dir: &Path, resume: &Resume) -> Result<RunFolder> {
 /// Newest checkpoint of a run that verifies; newer ones that do not are set aside, loudly.
 fn resume_run(run: &Path) -> Result<RunFolder> {
     let list = if run.is_dir() { checkpoint::list(run)? } else { Vec::new() };
+    let mut warnings = Vec::new();
     for (_, path) in list.iter().rev() {
         match checkpoint::verify(path) {
-            Ok(_) => return Ok(RunFolder { path: run.into(), resumed_from: Some(path.clone()) }),
-            Err(error) => set_aside(path, &error)?,
+            Ok(_) => return Ok(RunFolder { path: run.into(), resumed_from: Some(path.clone()), warnings }),
+            Err(error) => warnings.push(set_aside(path, &error)?),
         }
     }
     let what = match list.len() {
@@ -164,10 +165,15 @@ fn resume_run(run: &Path) -> Result<RunFolder> {
     Err(Error::NoCheckpoint { path: run.into(), what })
 }
 
-fn set_aside(path: &Path, error: &Error) -> Result<()> {
+/// Returns what to say of it.
+fn set_aside(path: &Path, error: &Error) -> Result<String> {
     let aside = path.with_extension("bad");
-    tracing::warn!("{error}; trying the one before, kept this one as {}", aside.display());
-    fs::rename(path, &aside).map_err(Error::storage(path, "set aside"))
+    fs::rename(path, &aside).map_err(Error::storage(path, "set aside"))?;
+    Ok(format!("{error}; going on from the checkpoint before it, steps since then are done again; kept as {}", aside.display()))
+}
+
+fn json(folder: &RunFolder) -> String {
+    serde_json::to_string(folder).expect("paths are UTF-8 on the machines that this is built for")
 }
 
 /// A run may not write over its own future: going on from an old checkpoint needs the newer ones out of the way.
