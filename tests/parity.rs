@@ -17,7 +17,7 @@ use fm_dist::flow::timestep_sampling::{Density, compute_density_for_timestep_sam
 use fm_dist::flow::{FlowMatchingPipeline, Statistics, StepOptions, bsmntw_table};
 use fm_dist::nn::Activations;
 use fm_dist::optim::{AdamW, Optimizer, Slice, clip};
-use fm_dist::rng::Stream;
+use fm_dist::rng::{Key, Purpose, Stream};
 use fm_dist::settings::Choice;
 use fm_dist::train::Resume;
 use serde_json::Value;
@@ -293,7 +293,7 @@ fn a_trained_model_predicts_and_learns_as_in_pytorch() {
     let config = tiny(&["max_steps=12", &output]);
     let run = train_in_threads(&config, &Resume::Never, 1).unwrap();
     let weights = run.join("step-00000012/model-00001-of-00001.safetensors");
-    write_batch(Path::new(&path("batch.safetensors")));
+    write_batch(Path::new(&path("batch.safetensors")), fresh_seed("batch").parse().unwrap());
     let pipeline = r#"{"timestep_sampling":"mode","flow_shift":2.5,"mix_uniform_ratio":0.3,"loss_weighting_scheme":"bsmntw"}"#;
     for (dtype, loss, gradient) in [("float32", LOSS, GRADIENT), ("bfloat16", BFLOAT16.0, BFLOAT16.1)] {
         let seed = fresh_seed("trained model");
@@ -313,10 +313,10 @@ fn a_trained_model_predicts_and_learns_as_in_pytorch() {
     }
 }
 
-fn write_batch(path: &Path) {
+fn write_batch(path: &Path, seed: u64) {
     let float = (Kind::Float, Device::Cpu);
-    let latents = Tensor::randn([5, 1, 8, 12], float);
-    let text = Tensor::randn([5, 3, 10], float);
+    let draw = || (Tensor::randn([5, 1, 8, 12], float), Tensor::randn([5, 3, 10], float));
+    let (latents, text) = Key::new(seed, Purpose::Test).seeded(draw);
     let mut file = std::fs::File::create(path).unwrap();
     let metadata = BTreeMap::from([("data_type".to_string(), "image".to_string())]);
     safetensors::write(&mut file, &[("image_latents", &latents), ("text_embeddings", &text)], &metadata).unwrap();
