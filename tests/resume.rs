@@ -116,6 +116,15 @@ fn another_seed_batch_or_model_is_refused_by_name() {
         error.to_string()
     };
     assert!(refused(&["seed=7"]).contains("seed is 7, the checkpoint's was 42"));
+    let output = format!("output_dir={}", run.display());
+    let mut arguments = with_sets(&["train"], &[TEN_STEPS[0], TEN_STEPS[1], &output, "seed=7"]);
+    arguments.extend(["--resume", "latest"]);
+    let (code, _, errors) = finish(mpirun(2, &arguments));
+    assert_eq!(
+        (code, errors.matches("fm-dist: error CKPT_MISMATCH rank 0/2").count(), errors.matches("fm-dist: error").count()),
+        (51, 1, 1),
+        "{errors}"
+    );
     assert!(refused(&["train.global_batch_size=64"]).contains("global batch is 64, the checkpoint's was 32"));
     let text = refused(&["model.dit.depth=3"]);
     assert!(text.contains("missing: blocks.2.adaLN_modulation.1.bias") && text.contains("and "), "{text}");

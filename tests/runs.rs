@@ -37,7 +37,7 @@ fn texts(words: &[&str]) -> Vec<String> {
 pub fn train_in_threads(config: &RunConfig, resume: &Resume, ranks: usize) -> Result<PathBuf, Error> {
     let start = |world: Threads| {
         let (config, options) = (config.clone(), TrainOptions { resume: resume.clone(), debug: false });
-        thread::spawn(move || train(&config, &options, &world).map(|finished| finished.run_folder))
+        thread::spawn(move || train(&config, &options, &world))
     };
     let threads: Vec<_> = Threads::world(ranks).into_iter().map(start).collect();
     let mut folders: Vec<_> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();

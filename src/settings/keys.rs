@@ -82,16 +82,6 @@ impl Keys<'_> {
         });
     }
 
-    /// A text that may be left out.
-    pub fn optional_text(&mut self, name: &str, field: &mut Option<String>, doc: &str) {
-        let shown = field.as_deref().map(write::quoted);
-        self.leaf(name, doc, shown, |leaf| {
-            let Leaf::Text(value) = leaf else { return Err(leaf.not_a("a text in quotes")) };
-            *field = Some(value.clone());
-            Ok(())
-        });
-    }
-
     /// One word of a [`Choice`].
     pub fn choice<T: Choice>(&mut self, name: &str, field: &mut T, doc: &str) {
         let words: Vec<&str> = T::ALL.iter().map(|(word, _)| *word).collect();

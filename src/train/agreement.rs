@@ -15,21 +15,26 @@ enum Outcome {
 /// Every rank's text in rank order, if all succeeded.
 ///
 /// # Errors
-/// The rank's own error where it failed; [`Error::Peer`] with the first failure's code on every other rank.
+/// The first rank that failed gets its own error, to say it; every other rank [`Error::Peer`] with that one's code, whether
+/// it failed as well or not.
 pub fn agree(own: Result<String>, collective: &dyn Collective) -> Result<Vec<String>> {
     let outcome = match &own {
         Ok(text) => Outcome::Done(text.clone()),
         Err(error) => Outcome::Failed { code: error.exit_code(), what: error.to_string() },
     };
     let encoded = serde_json::to_string(&outcome).expect("two texts and a number are JSON");
-    let outcomes = gather_texts(collective, &encoded)?;
-    own?;
-    let read = |(rank, text): (usize, &String)| match serde_json::from_str(text) {
-        Ok(Outcome::Done(text)) => Ok(text),
-        Ok(Outcome::Failed { code, what }) => Err(Error::Peer { code, what: format!("rank {rank} failed: {what}") }),
-        Err(error) => Err(Error::Collective { backend: "agreement", operation: "gather", what: error.to_string() }),
-    };
-    outcomes.iter().enumerate().map(read).collect()
+    let mut texts = Vec::new();
+    for (rank, text) in gather_texts(collective, &encoded)?.iter().enumerate() {
+        match serde_json::from_str(text) {
+            Ok(Outcome::Done(text)) => texts.push(text),
+            Ok(Outcome::Failed { code, what }) => {
+                let peer = Error::Peer { code, what: format!("rank {rank} failed: {what}") };
+                return Err(if rank == collective.rank() { own.err().unwrap_or(peer) } else { peer });
+            }
+            Err(error) => return Err(Error::Collective { backend: "agreement", operation: "gather", what: error.to_string() }),
+        }
+    }
+    Ok(texts)
 }
 
 /// What only rank 0 does, e.g. writing what a run has once: its text, on every rank.
@@ -54,18 +59,29 @@ mod tests {
     use super::*;
     use crate::collective::Threads;
 
-    #[test]
-    fn one_failure_is_everybodys_with_its_code() {
-        let world = Threads::world(2);
+    /// The errors of two ranks of which those in `failing` fail.
+    fn errors_of(failing: &'static [usize]) -> Vec<Error> {
         let join = |rank: Threads| {
             std::thread::spawn(move || {
-                let own = if rank.rank() == 1 { Err(Error::data("x", "broken")) } else { Ok("fine".into()) };
+                let own = if failing.contains(&rank.rank()) { Err(Error::data("x", "broken")) } else { Ok("fine".into()) };
                 agree(own, &rank).expect_err("one rank failed")
             })
         };
-        let threads: Vec<_> = world.into_iter().map(join).collect();
-        let errors: Vec<Error> = threads.into_iter().map(|thread| thread.join().expect("no panic")).collect();
+        let threads: Vec<_> = Threads::world(2).into_iter().map(join).collect();
+        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+    }
+
+    #[test]
+    fn one_failure_is_everybodys_with_its_code() {
+        let errors = errors_of(&[1]);
         assert!(matches!(&errors[0], Error::Peer { code: 40, what } if what == "rank 1 failed: x: broken"), "{:?}", errors[0]);
         assert!(matches!(&errors[1], Error::Data { .. }));
+    }
+
+    #[test]
+    fn where_all_fail_one_speaks() {
+        let errors = errors_of(&[0, 1]);
+        assert!(matches!(&errors[0], Error::Data { .. }));
+        assert!(matches!(&errors[1], Error::Peer { code: 40, what } if what == "rank 0 failed: x: broken"), "{:?}", errors[1]);
     }
 }

@@ -29,7 +29,7 @@ use crate::flow::{FlowMatchingPipeline, report as flow_report};
 use crate::parallel::{DeviceChoice, Replica};
 use crate::rng::{Key, Purpose};
 use crate::telemetry::{self, MetricsFile, Telemetry, Throughput, peak_resident_bytes};
-use agreement::on_rank_zero;
+use agreement::{agree, on_rank_zero};
 use checkpoint::Manifest;
 use metrics::StepMetrics;
 use run_folder::RunFolder;
@@ -46,18 +46,11 @@ pub struct TrainOptions {
     pub debug: bool,
 }
 
-/// A finished run.
-#[derive(Debug)]
-pub struct Finished {
-    pub run_folder: PathBuf,
-    pub steps: u64,
-}
-
-/// Trains from the first step, or the resumed one, to `max_steps`. Every rank calls it.
+/// Trains from the first step, or the resumed one, to `max_steps`; returns the run folder. Every rank calls it.
 ///
 /// # Errors
 /// Whatever ends the run; the caller tells the other ranks by ending the world.
-pub fn train(config: &RunConfig, options: &TrainOptions, collective: &dyn Collective) -> Result<Finished> {
+pub fn train(config: &RunConfig, options: &TrainOptions, collective: &dyn Collective) -> Result<PathBuf> {
     let folder = RunFolder::open(&config.output_dir, &options.resume, collective)?;
     let telemetry = telemetry::start(&config.log, collective.rank(), collective.world_size(), folder.path());
     telemetry.cover_all_threads();
@@ -68,7 +61,7 @@ pub fn train(config: &RunConfig, options: &TrainOptions, collective: &dyn Collec
     trainer.run(&telemetry)?;
     report::write(config, &trainer.folder, &trainer.replica, &trainer.dataset, collective)?;
     tracing::info!("run folder {}", trainer.folder.path().display());
-    Ok(Finished { run_folder: trainer.folder.path().into(), steps: trainer.manifest.step })
+    Ok(trainer.folder.path().into())
 }
 
 /// A run between its first step and its last.
@@ -108,7 +101,9 @@ impl<'c> Trainer<'c> {
         let mut optimizer_state = step::fresh_state(&replica, &*config.optimizer);
         let mut manifest = Manifest::new(config.seed, global_batch as u64, dataset.fingerprint());
         if let Some(path) = folder.resumed_from() {
-            manifest = checkpoint::load(path, &manifest, &mut replica, &*config.optimizer, &mut optimizer_state)?;
+            let loaded = checkpoint::load(path, &manifest, &mut replica, &*config.optimizer, &mut optimizer_state);
+            let outcome = loaded.map(|loaded| manifest = loaded);
+            agree(outcome.map(|()| String::new()), collective)?;
             tracing::info!("resumed from {} at step {}", path.display(), manifest.step);
         }
         folder.keep_config(config, collective)?;
