@@ -1,16 +1,14 @@
 //! The whole configuration: one field a room, and what only the whole can know.
 
-use tch::Kind;
-
 use crate::adapter::AdapterChoice;
 use crate::data::DataSettings;
 use crate::error::{ConfigProblem, Error, Result};
 use crate::flow::FlowMatchingSettings;
-use crate::model::Model;
+use crate::model::ModelSettings;
 use crate::optim::OptimizerChoice;
 use crate::optim::lr::LrScheduleChoice;
 use crate::parallel::ParallelSettings;
-use crate::settings::{self, Choice, Keys, Settings};
+use crate::settings::{self, Family, Keys, Settings};
 use crate::telemetry::LogSettings;
 
 /// The configuration that runs when none is named, embedded in the binary.
@@ -18,41 +16,6 @@ pub const DEFAULT: &str = include_str!("../configs/digits.toml");
 
 /// Name of [`DEFAULT`] in messages.
 pub const DEFAULT_NAME: &str = "configs/digits.toml (embedded)";
-
-/// Kind of the model's computation; master weights and optimizer state are f32 whatever this is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Dtype {
-    #[default]
-    Float32,
-    Bfloat16,
-}
-
-impl Choice for Dtype {
-    const ALL: &'static [(&'static str, Self)] = &[("float32", Dtype::Float32), ("bfloat16", Dtype::Bfloat16)];
-}
-
-impl Dtype {
-    pub fn kind(self) -> Kind {
-        match self {
-            Dtype::Float32 => Kind::Float,
-            Dtype::Bfloat16 => Kind::BFloat16,
-        }
-    }
-}
-
-/// `[model]`.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct ModelSettings {
-    pub dtype: Dtype,
-    pub family: Model,
-}
-
-impl Settings for ModelSettings {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.choice("dtype", &mut self.dtype, "Kind of the computation; master weights and optimizer state stay float32.");
-        keys.member(&mut self.family, "The architecture.");
-    }
-}
 
 /// `[flow_matching]` with its adapter, which lives one room further up.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -209,6 +172,7 @@ impl RunConfig {
     pub fn read(source_name: &str, text: &str, overrides: &[String]) -> Result<Self> {
         let mut config = RunConfig::default();
         settings::read(&mut config, source_name, text, overrides)?;
+        config.model.resolve()?;
         let problems = config.problems();
         if problems.is_empty() { Ok(config) } else { Err(Error::Config { source_name: source_name.into(), problems }) }
     }
@@ -252,6 +216,12 @@ impl RunConfig {
         }
         if self.output_dir.is_empty() {
             say("output_dir", "must name a folder".into());
+        }
+        let adapter = self.flow_matching.adapter.build();
+        for input in self.model.family.inputs().iter().filter(|input| !adapter.provides().contains(input)) {
+            let (kind, model) = (self.flow_matching.adapter.name(), self.model.family.name());
+            let what = format!("the `{kind}` adapter gives no `{input}`, which the model `{model}` needs");
+            say("flow_matching.adapter", what);
         }
         if let Err(Error::Config { problems: of_model, .. }) = self.model.family.stages() {
             problems.extend(of_model);

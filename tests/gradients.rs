@@ -11,7 +11,7 @@ const KEY: Key = Key { seed: 17, purpose: Purpose::Test, step: 0, micro_batch: 0
 /// A small model whose every parameter is away from zero, so that no gradient vanishes by construction.
 fn replica(kind: Kind) -> Replica {
     let model = Dit { in_channels: 2, condition_width: 5, width: 32, depth: 3, num_heads: 2, ..Dit::default() };
-    let mut replica = Replica::new(model.stages().unwrap(), kind, Device::Cpu, KEY);
+    let mut replica = Replica::new(model.stages().unwrap(), kind, Device::Cpu, Some(KEY));
     shake(&mut replica);
     replica
 }
@@ -46,7 +46,7 @@ fn loss(output: &Activations, target: &Tensor) -> Tensor {
 
 /// Loss and flat gradients, stage by stage through a tape.
 fn stage_wise(replica: &Replica, recompute: Recompute) -> (f64, Vec<(usize, Tensor)>) {
-    let (input, target) = inputs(replica.buckets[0].leaf().map_or(Kind::Float, Tensor::kind));
+    let (input, target) = inputs(replica.buckets[0].leaves().first().map_or(Kind::Float, Tensor::kind));
     let mut tape = replica.tape(recompute);
     let loss = loss(&tape.forward(input).unwrap(), &target);
     let mut gradients = Vec::new();
@@ -60,7 +60,7 @@ fn stage_wise(replica: &Replica, recompute: Recompute) -> (f64, Vec<(usize, Tens
 
 /// The same through one graph and libtorch's own accumulation.
 fn plain(replica: &Replica) -> (f64, Vec<Tensor>) {
-    let kind = replica.buckets[0].leaf().map_or(Kind::Float, Tensor::kind);
+    let kind = replica.buckets[0].leaves().first().map_or(Kind::Float, Tensor::kind);
     let (mut activations, target) = inputs(kind);
     let leaves: Vec<Tensor> = replica.buckets.iter().map(|bucket| bucket.master().to_kind(kind).detach().set_requires_grad(true)).collect();
     for (stage, leaf) in replica.stages.iter().zip(&leaves) {
@@ -126,7 +126,7 @@ fn gradients_are_the_slopes_of_the_loss() {
         for probe in 0..5 {
             let index = KEY.step(3).scope(stage as u64).below(probe, gradient.numel() as u64) as i64;
             let loss_at = |offset: f64| {
-                let leaf = replica.buckets[stage].leaf().unwrap().detach();
+                let leaf = replica.buckets[stage].leaves()[0].detach();
                 let original = leaf.double_value(&[index]);
                 let place = |value: f64| no_grad(|| drop(leaf.narrow(0, index, 1).fill_(value)));
                 place(original + offset);
@@ -170,7 +170,7 @@ impl Stage for Idle {
 
 #[test]
 fn what_the_loss_does_not_reach_has_a_zero_gradient() {
-    let replica = Replica::new(vec![Box::new(Idle::new()), Box::new(Idle::new())], Kind::Float, Device::Cpu, KEY);
+    let replica = Replica::new(vec![Box::new(Idle::new()), Box::new(Idle::new())], Kind::Float, Device::Cpu, Some(KEY));
     let input = Activations::new().with_constant("prediction", Tensor::ones([2, 4], (Kind::Float, Device::Cpu)));
     let mut tape = replica.tape(Recompute::Always);
     let loss = tape.forward(input).unwrap().get("prediction").sum(Kind::Float);

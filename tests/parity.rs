@@ -5,16 +5,15 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use fm_dist::adapter::create_adapter;
-use fm_dist::config::{Dtype, RunConfig};
+use fm_dist::config::RunConfig;
 use fm_dist::data::safetensors::{self, SafeTensors};
 use fm_dist::data::{Batch, DataType};
 use fm_dist::flow::time_shift::{ShiftType, get_flow_match_loss_weight, time_shift};
 use fm_dist::flow::timestep_sampling::{Density, compute_density_for_timestep_sampling};
 use fm_dist::flow::{FlowMatchingPipeline, Statistics, StepOptions, bsmntw_table};
+use fm_dist::model::Dtype;
 use fm_dist::nn::Activations;
 use fm_dist::optim::{AdamW, Optimizer, Slice, clip};
 use fm_dist::rng::{Key, Purpose, Stream};
@@ -24,55 +23,8 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
+use crate::oracle::{BFLOAT16, GRADIENT, LOSS, assert_close, assert_within_one_ulp, entries, fresh_seed, oracle};
 use crate::runs::{finish, program, tiny, train_in_threads};
-
-/// Sums of a few thousand f32 numbers in another order.
-const LOSS: f64 = 2e-5;
-/// The same through a few layers of a small transformer and back.
-const GRADIENT: f64 = 2e-4;
-/// bfloat16 keeps 8 bits: losses and gradients, relative to their norm.
-const BFLOAT16: (f64, f64) = (2e-2, 6e-2);
-
-/// Runs a script of tests/oracle in the environment that the tests' set-up makes.
-fn oracle(script: &str, arguments: &[&str]) {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let python = root.join(".deps/oracle/bin/python");
-    assert!(python.exists(), "{} is missing: run launch/setup.sh --oracle", python.display());
-    let output = Command::new(python).arg(root.join("tests/oracle").join(script)).args(arguments).output().unwrap();
-    assert!(output.status.success(), "{script} {arguments:?}:\n{}", String::from_utf8_lossy(&output.stderr));
-}
-
-/// A new seed each run; it is printed, so that a failure can be had again.
-fn fresh_seed(what: &str) -> String {
-    let nanoseconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos();
-    let seed = (nanoseconds % 1_000_000_000).to_string();
-    println!("{what}: seed {seed}");
-    seed
-}
-
-fn entries(path: &Path) -> Value {
-    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
-}
-
-fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f64, what: &str) {
-    assert_eq!(found.size(), expected.size(), "{what}");
-    let (found, expected) = (found.to_kind(Kind::Double), expected.to_kind(Kind::Double));
-    let difference = (&found - &expected).norm().double_value(&[]);
-    let scale = expected.norm().double_value(&[]).max(1e-12);
-    assert!(difference <= tolerance * scale, "{what}: ‖difference‖ {difference:e} of ‖expected‖ {scale:e}, allowed {tolerance:e}");
-}
-
-/// Equal, or neighbouring f32 numbers.
-fn assert_within_one_ulp(found: &Tensor, expected: &Tensor, what: &str) {
-    assert_eq!(found.size(), expected.size(), "{what}");
-    let ordered = |tensor: &Tensor| {
-        let bits = |value: f32| (value.to_bits() & 0x7fff_ffff) as i64 * if value.is_sign_negative() { -1 } else { 1 };
-        Vec::<f32>::try_from(tensor.flatten(0, -1).to_kind(Kind::Float)).unwrap().into_iter().map(bits).collect::<Vec<_>>()
-    };
-    for (a, b) in ordered(found).into_iter().zip(ordered(expected)) {
-        assert!((a - b).abs() <= 1, "{what}: {} units in the last place apart", (a - b).abs());
-    }
-}
 
 fn assert_bits(found: &Tensor, expected: &Tensor, what: &str) {
     let found = found.to_kind(Kind::Float);

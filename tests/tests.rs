@@ -10,6 +10,8 @@ mod collectives;
 mod configs;
 /// The number of ranks, the cut into micro-batches and recomputation do not change a run.
 mod equivalence;
+/// Each model family computes what diffusers' class of it computes.
+mod families;
 /// Rooms use lower floors only, and some words stand in one file only.
 mod floors;
 /// Known loss curves, as text.
@@ -18,6 +20,8 @@ mod golden;
 mod gradients;
 /// Each lie in the header of a safetensors file is refused, quickly.
 mod hostile;
+/// What parity tests share: the real packages as oracle, and how close is close. Nothing is promised there.
+mod oracle;
 /// The real NeMo AutoModel and PyTorch compute the same numbers.
 mod parity;
 /// A resumed run is the unbroken run.

@@ -1,7 +1,11 @@
 //! One adapter a model family: batch to model inputs, model outputs to prediction.
 
+mod flux;
+mod inputs;
 mod simple;
 
+pub use flux::Flux;
+pub use inputs::TimestepDtype;
 pub use simple::Simple;
 
 use tch::{Device, Kind};
@@ -20,6 +24,7 @@ registry! {
     /// `adapter_type`, with `[flow_matching.adapter]` for its arguments: one file, one line an adapter.
     pub enum AdapterChoice: AdapterSettings {
         "simple" => Simple(Simple),
+        "flux" => Flux(Flux),
     }
 }
 

@@ -3,17 +3,22 @@
 use tch::Tensor;
 
 use super::AdapterSettings;
-use crate::error::{Error, Result};
+use super::inputs::{TimestepDtype, text_embeddings};
+use crate::error::Result;
 use crate::flow::{FlowMatchingContext, ModelAdapter};
 use crate::nn::Activations;
 use crate::settings::{Keys, Settings};
 
 /// Source: NeMo AutoModel 0.5.0, `SimpleAdapter`.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Simple {}
+pub struct Simple {
+    pub timestep_dtype: TimestepDtype,
+}
 
 impl Settings for Simple {
-    fn visit(&mut self, _keys: &mut Keys<'_>) {}
+    fn visit(&mut self, keys: &mut Keys<'_>) {
+        self.timestep_dtype.visit(keys);
+    }
 }
 
 impl AdapterSettings for Simple {
@@ -27,16 +32,17 @@ impl ModelAdapter for Simple {
         &["text_embeddings"]
     }
 
-    /// `hidden_states` as the noisy latents, `timestep` `[B]` in the compute kind on the scale of the training timesteps,
-    /// `encoder_hidden_states` `[B, L, D]`.
+    fn provides(&self) -> &'static [&'static str] {
+        &["hidden_states", "timestep", "encoder_hidden_states"]
+    }
+
+    /// `hidden_states` as the noisy latents, `timestep` `[B]` on the scale of the training timesteps, `encoder_hidden_states`
+    /// `[B, L, D]`.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
-        let missing = || Error::data("batch", "the simple adapter needs `text_embeddings`");
-        let text = context.batch.get("text_embeddings").ok_or_else(missing)?.to_device(context.device).to_kind(context.dtype);
-        let text = if text.dim() == 2 { text.unsqueeze(0) } else { text };
         Ok(Activations::new()
             .with_constant("hidden_states", context.noisy_latents.shallow_clone())
-            .with_constant("timestep", context.timesteps.to_kind(context.dtype))
-            .with_constant("encoder_hidden_states", text))
+            .with_constant("timestep", self.timestep_dtype.of_a_thousand(context))
+            .with_constant("encoder_hidden_states", text_embeddings(context, "simple")?))
     }
 
     fn prediction(&self, output: &Activations) -> Tensor {

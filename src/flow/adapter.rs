@@ -2,24 +2,29 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::settings::CfgDropoutValue;
 use crate::data::{Batch, DataType};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::nn::Activations;
 use crate::rng::Draws;
+use crate::tensor::broadcast_to_rank;
 
 /// What a video batch is trained to do; images are always text-to-video in the reference's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TaskType {
     TextToVideo,
     ImageToVideo,
+    /// Drawn for each sample.
+    Mixed,
 }
 
 impl TaskType {
-    /// The reference's word.
+    /// The reference's word; `mixed` is our own.
     pub fn word(self) -> &'static str {
         match self {
             TaskType::TextToVideo => "t2v",
             TaskType::ImageToVideo => "i2v",
+            TaskType::Mixed => "mixed",
         }
     }
 }
@@ -35,21 +40,78 @@ pub struct FlowMatchingContext<'a> {
     pub timesteps: &'a Tensor,
     /// `[B]` f32 in `[0, 1]`.
     pub sigma: &'a Tensor,
-    pub task_type: TaskType,
+    /// `[B]` boolean: which samples are image-to-video.
+    pub image_to_video: &'a Tensor,
     pub data_type: DataType,
     pub device: Device,
     pub dtype: Kind,
     pub batch: &'a Batch,
     /// Probability with which the adapter itself drops conditions; 0 where the pipeline does it.
     pub cfg_dropout_prob: f64,
+    pub cfg_dropout_value: CfgDropoutValue,
     /// The adapter's draws come after the pipeline's, from the same stream.
     pub draws: &'a Draws<'a>,
 }
 
+impl FlowMatchingContext<'_> {
+    /// A tensor of the batch, on the context's device.
+    ///
+    /// # Errors
+    /// [`Error::Data`] naming `adapter` and the key if the batch lacks it.
+    pub fn required(&self, key: &str, adapter: &str) -> Result<Tensor> {
+        let missing = || Error::data("batch", format!("the {adapter} adapter needs `{key}`"));
+        Ok(self.batch.get(key).ok_or_else(missing)?.to_device(self.device))
+    }
+
+    /// The batch's condition `key` with some rows dropped, see [`dropped`].
+    ///
+    /// # Errors
+    /// [`Error::Data`] if the empty prompt's is wanted and missing or unfit.
+    pub fn dropped(&self, key: &str, condition: &Tensor, drop: &Tensor) -> Result<Tensor> {
+        dropped(self.batch, key, condition, drop, self.cfg_dropout_value)
+    }
+}
+
+/// A condition with the rows that `drop` marks replaced: by zeros, or by the batch's `empty.<key>`, right-padded with zeros.
+///
+/// # Shapes
+/// `condition`: `[B, …]`; `drop`: `[B]` boolean; `empty.<key>`: a row, its first axis no longer than the condition's.
+///
+/// # Errors
+/// [`Error::Data`] if the empty prompt's row is wanted and missing or unfit.
+pub(super) fn dropped(batch: &Batch, key: &str, condition: &Tensor, drop: &Tensor, value: CfgDropoutValue) -> Result<Tensor> {
+    let drop = broadcast_to_rank(&drop.to_device(condition.device()), condition.dim());
+    let replacement = match value {
+        CfgDropoutValue::Zeros => condition.zeros_like(),
+        CfgDropoutValue::EmptyPrompt => empty_row(batch, key, condition)?,
+    };
+    Ok(replacement.where_self(&drop, condition))
+}
+
+/// `empty.<key>` as a row of `condition`.
+fn empty_row(batch: &Batch, key: &str, condition: &Tensor) -> Result<Tensor> {
+    let name = format!("empty.{key}");
+    let missing = || Error::data("batch", format!("cfg_dropout_value is \"empty_prompt\" and the data have no `{name}`"));
+    let empty = batch.get(&name).ok_or_else(missing)?;
+    let (found, row) = (empty.size(), condition.size()[1..].to_vec());
+    if found.len() != row.len() || found.first() > row.first() || found.get(1..) != row.get(1..) {
+        return Err(Error::data("batch", format!("`{name}` {found:?} is no row of `{key}` {:?}", condition.size())));
+    }
+    let mut whole = Tensor::zeros(&row, (condition.kind(), condition.device()));
+    match found.first() {
+        Some(&length) => whole.narrow(0, 0, length).copy_(empty),
+        None => whole.copy_(empty),
+    }
+    Ok(whole)
+}
+
 /// Turns noisy batches into a model family's inputs and its outputs into a prediction.
 pub trait ModelAdapter {
-    /// The batch's keys that hold conditions, which dropping replaces by zeros.
+    /// The batch's keys that hold conditions, which can be dropped.
     fn condition_keys(&self) -> &'static [&'static str];
+
+    /// Names of the inputs that [`prepare_inputs`](Self::prepare_inputs) gives to every model that has a use for them.
+    fn provides(&self) -> &'static [&'static str];
 
     /// The model's inputs, all constants.
     ///
@@ -63,6 +125,11 @@ pub trait ModelAdapter {
     /// Loss of each element before weighting: the squared error in f32, unless a family knows better.
     fn compute_loss(&self, prediction: &Tensor, target: &Tensor) -> Tensor {
         (prediction.to_kind(Kind::Float) - target.to_kind(Kind::Float)).square()
+    }
+
+    /// Elements that the mean loss is taken over, if not all: broadcastable to the prediction, 1 where an element counts.
+    fn loss_mask(&self, _output: &Activations) -> Option<Tensor> {
+        None
     }
 
     /// Further scalar losses by name, added to the mean loss without its sigma weight.

@@ -35,11 +35,15 @@ pub fn check_loss(loss: f64, step: u64) -> Result<()> {
     Ok(())
 }
 
-/// Mean of the elements that the mask keeps, 0 where it keeps none; a mask of fewer axes covers the leading ones.
-pub(super) fn masked_mean(loss: &Tensor, mask: &Tensor) -> Result<Tensor> {
-    let unfit = || Error::data("batch", format!("loss_mask {:?} does not fit the loss {:?}", mask.size(), loss.size()));
-    let mut shape = mask.size();
-    shape.resize(loss.dim().max(shape.len()), 1);
-    let mask = mask.to_kind(Kind::Float).reshape(&shape).f_expand_as(loss).map_err(|_| unfit())?;
-    Ok((loss * &mask).sum(Kind::Float) / mask.sum(Kind::Float).clamp_min(1.0))
+/// Mean of the elements that all masks keep, 0 where they keep none; a mask of fewer axes covers the leading ones.
+pub(super) fn masked_mean(loss: &Tensor, masks: &[&Tensor]) -> Result<Tensor> {
+    let whole = |mask: &&Tensor| {
+        let unfit = || Error::data("batch", format!("loss_mask {:?} does not fit the loss {:?}", mask.size(), loss.size()));
+        let mut shape = mask.size();
+        shape.resize(loss.dim().max(shape.len()), 1);
+        mask.to_kind(Kind::Float).reshape(&shape).f_expand_as(loss).map_err(|_| unfit())
+    };
+    let masks = masks.iter().map(whole).collect::<Result<Vec<_>>>()?;
+    let kept = masks.into_iter().reduce(|kept, mask| kept * mask).expect("at least one mask");
+    Ok((loss * &kept).sum(Kind::Float) / kept.sum(Kind::Float).clamp_min(1.0))
 }

@@ -21,6 +21,6 @@ pub use loss::{LossValues, check_loss};
 pub use loss_weight::bsmntw_table;
 pub use pipeline::{FlowMatchingPipeline, StepOptions, StepOutput, latents_of};
 pub use schedule::LinearInterpolationSchedule;
-pub use settings::{CfgDropout, FlowMatchingSettings, LossWeightingScheme, SigmaWindow};
+pub use settings::{CfgDropout, CfgDropoutValue, FlowMatchingSettings, LossWeightingScheme, SigmaWindow, TaskScope};
 pub use statistics::{Moments, SIGMA_BINS, Statistics};
 pub use timestep_sampling::{Strata, TimestepSampling};

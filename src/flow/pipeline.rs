@@ -2,11 +2,11 @@
 
 use tch::{Device, Kind, Tensor, no_grad};
 
-use super::adapter::{FlowMatchingContext, ModelAdapter, TaskType};
+use super::adapter::{FlowMatchingContext, ModelAdapter, TaskType, dropped};
 use super::loss::{LossValues, check_loss, masked_mean};
 use super::loss_weight::LossWeight;
 use super::schedule::LinearInterpolationSchedule;
-use super::settings::{CfgDropout, FlowMatchingSettings};
+use super::settings::{CfgDropout, FlowMatchingSettings, TaskScope};
 use super::statistics::{Observed, Statistics};
 use super::timestep_sampling::{SampledTimesteps, Strata, sample_timesteps};
 use crate::data::{Batch, DataType};
@@ -102,7 +102,8 @@ impl FlowMatchingPipeline {
         let output = model(inputs)?;
         let model_pred = self.adapter.prediction(&output);
         let target = self.noise_schedule.velocity(&latents, &noise);
-        let mut loss = self.compute_loss(&model_pred, &target, &sampled.sigma, Some(batch))?;
+        let own_mask = self.adapter.loss_mask(&output);
+        let mut loss = self.compute_loss(&model_pred, &target, &sampled.sigma, Some(batch), own_mask.as_ref())?;
         for (_, auxiliary) in self.adapter.auxiliary_losses(&output) {
             loss.average_weighted_loss += auxiliary;
         }
@@ -127,33 +128,40 @@ impl FlowMatchingPipeline {
     /// Every draw of a step, in the order of the reference: task, timesteps, noise, then the adapter's.
     fn prepare(&self, batch: &Batch, draws: &Draws<'_>, strata: Option<&Strata>) -> Result<NoisyBatch> {
         let latents = latents_of(batch)?.to_device(self.device).to_kind(self.dtype);
-        let task_type = self.determine_task_type(batch.data_type, draws);
-        let sampled = self.sample_timesteps(latents.size()[0], draws, strata);
+        let size = latents.size()[0];
+        let (task_type, image_to_video) = self.determine_task_type(batch.data_type, size, draws);
+        let sampled = self.sample_timesteps(size, draws, strata);
         let noise = draws.normal(0.0, 1.0, &latents.size()).to_device(self.device);
         let noisy_latents = self.noise_schedule.forward(&latents.to_kind(Kind::Float), &noise, &sampled.sigma).to_kind(self.dtype);
         let pipeline_drops = self.settings.cfg_dropout == CfgDropout::PerSample;
-        let dropped = if pipeline_drops { Some(self.drop_conditions(batch, latents.size()[0], draws)?) } else { None };
+        let dropped = if pipeline_drops { Some(self.drop_conditions(batch, size, draws)?) } else { None };
         let inputs = self.adapter.prepare_inputs(&FlowMatchingContext {
             noisy_latents: &noisy_latents,
             latents: &latents,
             timesteps: &sampled.timesteps,
             sigma: &sampled.sigma,
-            task_type,
+            image_to_video: &image_to_video,
             data_type: batch.data_type,
             device: self.device,
             dtype: self.dtype,
             batch: dropped.as_ref().unwrap_or(batch),
             cfg_dropout_prob: if pipeline_drops { 0.0 } else { self.settings.cfg_dropout_prob },
+            cfg_dropout_value: self.settings.cfg_dropout_value,
             draws,
         })?;
         Ok(NoisyBatch { latents, sampled, noise, noisy_latents, task_type, inputs })
     }
 
-    /// Image-to-video with the configured probability for a video batch, by a host draw; text-to-video otherwise.
-    pub fn determine_task_type(&self, data_type: DataType, draws: &Draws<'_>) -> TaskType {
-        match data_type {
-            DataType::Video if draws.host_coin(self.settings.i2v_prob) => TaskType::ImageToVideo,
-            _ => TaskType::TextToVideo,
+    /// Image-to-video with the configured probability for video, by a host draw for the batch or by one draw a sample;
+    /// text-to-video otherwise. Also which samples are image-to-video, `[B]` boolean.
+    pub fn determine_task_type(&self, data_type: DataType, batch: i64, draws: &Draws<'_>) -> (TaskType, Tensor) {
+        let all = |value: bool| Tensor::full([batch], i64::from(value), (Kind::Bool, self.device));
+        match (data_type, self.settings.task_scope) {
+            (DataType::Video, TaskScope::Sample) => {
+                (TaskType::Mixed, draws.uniform(&[batch]).lt(self.settings.i2v_prob).to_device(self.device))
+            }
+            (DataType::Video, TaskScope::Batch) if draws.host_coin(self.settings.i2v_prob) => (TaskType::ImageToVideo, all(true)),
+            _ => (TaskType::TextToVideo, all(false)),
         }
     }
 
@@ -163,38 +171,47 @@ impl FlowMatchingPipeline {
         SampledTimesteps { sigma: sigma.to_device(self.device), timesteps: timesteps.to_device(self.device), method }
     }
 
-    /// The batch with some samples' conditions zeroed, each by its own draw.
+    /// The batch with some samples' conditions dropped, each by its own draw.
     fn drop_conditions(&self, batch: &Batch, size: i64, draws: &Draws<'_>) -> Result<Batch> {
-        let mut dropped = batch.to_device(self.device);
-        let keep = draws.uniform(&[size]).ge(self.settings.cfg_dropout_prob).to_device(self.device);
+        let mut after = batch.to_device(self.device);
+        let drop = draws.uniform(&[size]).lt(self.settings.cfg_dropout_prob);
         for key in self.adapter.condition_keys() {
-            let Some(tensor) = dropped.tensors.get_mut(*key) else { continue };
+            let Some(tensor) = after.tensors.get_mut(*key) else { continue };
             if tensor.size()[0] != size {
                 let what = format!("`{key}` {:?} must have the latents' {size} samples for per-sample dropout", tensor.size());
                 return Err(Error::data("batch", what));
             }
-            *tensor = &*tensor * broadcast_to_rank(&keep, tensor.dim()).to_kind(tensor.kind());
+            *tensor = dropped(batch, key, tensor, &drop, self.settings.cfg_dropout_value)?;
         }
-        Ok(dropped)
+        Ok(after)
     }
 
     /// Weighted and unweighted loss of a prediction.
     ///
     /// # Shapes
-    /// `model_pred`, `target`: `[B, …]`, equal; `sigma`: `[B]` f32.
+    /// `model_pred`, `target`: `[B, …]`, equal; `sigma`: `[B]` f32; `own_mask`: the adapter's, if it leaves elements out.
     ///
     /// # Errors
     /// [`Error::Data`] if `apply_loss_mask` is set and the batch has no `loss_mask` that broadcasts over the loss.
-    pub fn compute_loss(&self, model_pred: &Tensor, target: &Tensor, sigma: &Tensor, batch: Option<&Batch>) -> Result<LossValues> {
+    pub fn compute_loss(
+        &self,
+        model_pred: &Tensor,
+        target: &Tensor,
+        sigma: &Tensor,
+        batch: Option<&Batch>,
+        own_mask: Option<&Tensor>,
+    ) -> Result<LossValues> {
         let unweighted_loss = self.adapter.compute_loss(model_pred, target);
         let loss_weight = broadcast_to_rank(&self.loss_weight.of(sigma), unweighted_loss.dim());
         let weighted_loss = &unweighted_loss * &loss_weight;
         let loss_mask = batch.and_then(|batch| batch.get("loss_mask")).map(|mask| mask.to_device(self.device));
-        let average = |loss: &Tensor| match (&loss_mask, self.settings.apply_loss_mask) {
-            (_, false) => Ok(loss.mean(Kind::Float)),
-            (Some(mask), true) => masked_mean(loss, mask),
-            (None, true) => Err(Error::data("batch", "apply_loss_mask is set and the batch has no `loss_mask`")),
+        let applied = match (&loss_mask, self.settings.apply_loss_mask) {
+            (_, false) => None,
+            (Some(mask), true) => Some(mask),
+            (None, true) => return Err(Error::data("batch", "apply_loss_mask is set and the batch has no `loss_mask`")),
         };
+        let masks: Vec<&Tensor> = applied.into_iter().chain(own_mask).collect();
+        let average = |loss: &Tensor| if masks.is_empty() { Ok(loss.mean(Kind::Float)) } else { masked_mean(loss, &masks) };
         let (average_weighted_loss, average_unweighted_loss) = (average(&weighted_loss)?, average(&unweighted_loss)?);
         Ok(LossValues { weighted_loss, average_weighted_loss, unweighted_loss, average_unweighted_loss, loss_weight, loss_mask })
     }

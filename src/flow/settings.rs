@@ -42,6 +42,33 @@ impl Choice for CfgDropout {
     const ALL: &'static [(&'static str, Self)] = &[("adapter", CfgDropout::Adapter), ("per_sample", CfgDropout::PerSample)];
 }
 
+/// What a dropped condition becomes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CfgDropoutValue {
+    /// The reference's way.
+    #[default]
+    Zeros,
+    /// The empty prompt's, which guidance uses when images are generated: the batch's `empty.<key>`.
+    EmptyPrompt,
+}
+
+impl Choice for CfgDropoutValue {
+    const ALL: &'static [(&'static str, Self)] = &[("zeros", CfgDropoutValue::Zeros), ("empty_prompt", CfgDropoutValue::EmptyPrompt)];
+}
+
+/// For whom image-to-video is drawn.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TaskScope {
+    /// A whole batch, the reference's way.
+    #[default]
+    Batch,
+    Sample,
+}
+
+impl Choice for TaskScope {
+    const ALL: &'static [(&'static str, Self)] = &[("batch", TaskScope::Batch), ("sample", TaskScope::Sample)];
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct FlowMatchingSettings {
     pub num_train_timesteps: i64,
@@ -64,6 +91,8 @@ pub struct FlowMatchingSettings {
     pub sigma_window: SigmaWindow,
     pub apply_loss_mask: bool,
     pub cfg_dropout: CfgDropout,
+    pub cfg_dropout_value: CfgDropoutValue,
+    pub task_scope: TaskScope,
     pub stratified_timesteps: bool,
 }
 
@@ -90,6 +119,8 @@ impl Default for FlowMatchingSettings {
             sigma_window: SigmaWindow::default(),
             apply_loss_mask: false,
             cfg_dropout: CfgDropout::default(),
+            cfg_dropout_value: CfgDropoutValue::default(),
+            task_scope: TaskScope::default(),
             stratified_timesteps: false,
         }
     }
@@ -149,6 +180,12 @@ impl Settings for FlowMatchingSettings {
             &mut self.cfg_dropout,
             "Who drops conditions: the adapter in its own way, or the pipeline, each sample by itself.",
         );
+        keys.choice(
+            "cfg_dropout_value",
+            &mut self.cfg_dropout_value,
+            "What a dropped condition becomes; the data must have an empty prompt.",
+        );
+        keys.choice("task_scope", &mut self.task_scope, "Whether image-to-video is drawn for a whole batch or for each sample.");
         keys.flag(
             "stratified_timesteps",
             &mut self.stratified_timesteps,

@@ -5,17 +5,14 @@
 //!
 //! Source: Peebles & Xie 2023, arXiv:2212.09748 (adaLN-Zero); parameter names follow facebookresearch/DiT.
 
-use std::cell::RefCell;
-
 use tch::{Kind, Tensor};
 
-use super::Architecture;
+use super::{Architecture, SampleShapes, expect_equal, expect_image};
 use crate::error::{Error, Result};
 use crate::nn::attention::SelfAttention;
-use crate::nn::embed::{TimestepEmbedding, grid_positions, patchify, unpatchify};
-use crate::nn::modulation::{Modulation, modulate};
-use crate::nn::norm::layer_norm;
-use crate::nn::{Activations, Builder, Init, Linear, ParamSet, Stage, Views};
+use crate::nn::embed::{ScalarEmbedding, grid_positions, patchify, unpatchify};
+use crate::nn::modulation::{Modulation, modulated_norm};
+use crate::nn::{Activations, Builder, Init, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Stage, Views};
 use crate::settings::{Keys, Settings};
 
 /// DiT's epsilon of the layer normalizations.
@@ -56,6 +53,10 @@ impl Settings for Dit {
 }
 
 impl Architecture for Dit {
+    fn class_name(&self) -> Option<&'static str> {
+        None
+    }
+
     fn stages(&self) -> Result<Vec<Box<dyn Stage>>> {
         if self.width % self.num_heads != 0 || self.width % 4 != 0 {
             let what = format!("{} must be a multiple of 4 and of num_heads = {}", self.width, self.num_heads);
@@ -67,24 +68,14 @@ impl Architecture for Dit {
         Ok(stages)
     }
 
-    fn check_data(&self, latents: &[i64], text: Option<&[i64]>) -> Result<()> {
-        let &[channels, height, width] = latents else {
-            return Err(Error::config("model.dit", format!("takes latents [C, H, W], the data have {latents:?}")));
-        };
-        if channels != self.in_channels {
-            return Err(Error::config("model.dit.in_channels", format!("is {}, the data's latents have {channels}", self.in_channels)));
-        }
-        if height % self.patch_size != 0 || width % self.patch_size != 0 {
-            let what = format!("{} does not divide the data's latents of {height} x {width}", self.patch_size);
-            return Err(Error::config("model.dit.patch_size", what));
-        }
-        match text.and_then(<[i64]>::last) {
-            Some(&found) if found != self.condition_width => {
-                let what = format!("is {}, the data's text_embeddings have {found}", self.condition_width);
-                Err(Error::config("model.dit.condition_width", what))
-            }
-            _ => Ok(()),
-        }
+    fn inputs(&self) -> Vec<&'static str> {
+        vec!["hidden_states", "timestep", "encoder_hidden_states"]
+    }
+
+    fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()> {
+        let [channels, ..] = expect_image("model.dit.patch_size", shapes.latents, self.patch_size)?;
+        expect_equal("model.dit.in_channels", self.in_channels, Some(channels), "latents have")?;
+        expect_equal("model.dit.condition_width", self.condition_width, shapes.last("text_embeddings"), "text_embeddings have")
     }
 }
 
@@ -94,10 +85,10 @@ struct Embed {
     patch_size: i64,
     width: i64,
     patches: Linear,
-    timestep: TimestepEmbedding,
+    timestep: ScalarEmbedding,
     condition: Linear,
-    /// Position table of the grid seen last: rows and columns, `[L, D]`.
-    positions: RefCell<Option<((i64, i64), Tensor)>>,
+    /// Position tables `[L, D]` by rows and columns.
+    positions: PerShape<(i64, i64)>,
 }
 
 impl Embed {
@@ -107,24 +98,17 @@ impl Embed {
         let features = model.in_channels * model.patch_size * model.patch_size;
         let xavier = Init::Xavier { fan_in: features, fan_out: model.width };
         let patches = Linear::new(&mut builder.at("x_embedder.proj"), features, model.width, xavier);
-        let timestep = TimestepEmbedding::new(&mut builder.at("t_embedder"), model.width);
+        let timestep = ScalarEmbedding::dit(&mut builder.at("t_embedder"), model.width);
         // A one-hot prompt makes this a table of class embeddings, which DiT begins at normal(0.02).
         let condition = Linear::without_bias(&mut builder.at("y_embedder"), model.condition_width, model.width, Init::Normal { std: 0.02 });
-        Embed { params, patch_size: model.patch_size, width: model.width, patches, timestep, condition, positions: RefCell::new(None) }
+        Embed { params, patch_size: model.patch_size, width: model.width, patches, timestep, condition, positions: PerShape::new() }
     }
 
     fn positions(&self, latents: &Tensor) -> Tensor {
         let size = latents.size();
-        let grid = (size[2] / self.patch_size, size[3] / self.patch_size);
-        let mut cached = self.positions.borrow_mut();
-        match &*cached {
-            Some((known, table)) if *known == grid => table.shallow_clone(),
-            _ => {
-                let table = grid_positions(grid.0, grid.1, self.width, latents.device()).to_kind(latents.kind());
-                *cached = Some((grid, table.shallow_clone()));
-                table
-            }
-        }
+        let (rows, columns) = (size[2] / self.patch_size, size[3] / self.patch_size);
+        let build = || grid_positions(rows, columns, self.width, latents.device()).to_kind(latents.kind());
+        self.positions.get((rows, columns), build)
     }
 }
 
@@ -146,8 +130,7 @@ impl Stage for Embed {
 struct Block {
     params: ParamSet,
     attention: SelfAttention,
-    expand: Linear,
-    contract: Linear,
+    mlp: Mlp,
     modulation: Modulation,
 }
 
@@ -159,10 +142,11 @@ impl Block {
         let hidden = model.mlp_ratio * model.width;
         let xavier = Init::Xavier { fan_in: model.width, fan_out: hidden };
         let attention = SelfAttention::new(&mut builder.at("attn"), model.width, model.num_heads);
-        let expand = Linear::new(&mut builder.at("mlp.fc1"), model.width, hidden, xavier);
-        let contract = Linear::new(&mut builder.at("mlp.fc2"), hidden, model.width, xavier);
-        let modulation = Modulation::new(&mut builder.at("adaLN_modulation.1"), model.width, 6);
-        Block { params, attention, expand, contract, modulation }
+        let input = Linear::new(&mut builder.at("mlp.fc1"), model.width, hidden, xavier);
+        let output = Linear::new(&mut builder.at("mlp.fc2"), hidden, model.width, xavier);
+        let mlp = Mlp { input, output, nonlinearity: Nonlinearity::GeluTanh };
+        let modulation = Linear::new(&mut builder.at("adaLN_modulation.1"), model.width, 6 * model.width, Init::Zeros);
+        Block { params, attention, mlp, modulation: Modulation::new(modulation) }
     }
 }
 
@@ -174,11 +158,11 @@ impl Stage for Block {
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
         let (hidden, conditioning) = (input.get("hidden"), input.get("conditioning"));
         let [shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp] =
-            self.modulation.forward(params, conditioning).try_into().expect("six parts");
-        let attended = self.attention.forward(params, &modulate(&layer_norm(hidden, EPSILON), &shift_attention, &scale_attention));
+            self.modulation.forward(params, conditioning);
+        let attended = self.attention.forward(params, &modulated_norm(hidden, &shift_attention, &scale_attention, EPSILON));
         let hidden = hidden.addcmul(&gate_attention, &attended);
-        let expanded = self.expand.forward(params, &modulate(&layer_norm(&hidden, EPSILON), &shift_mlp, &scale_mlp)).gelu("tanh");
-        let hidden = hidden.addcmul(&gate_mlp, &self.contract.forward(params, &expanded));
+        let fed = self.mlp.forward(params, &modulated_norm(&hidden, &shift_mlp, &scale_mlp, EPSILON));
+        let hidden = hidden.addcmul(&gate_mlp, &fed);
         Activations::new().with("hidden", hidden).with("conditioning", conditioning.shallow_clone())
     }
 }
@@ -197,8 +181,8 @@ impl Head {
         let mut builder = Builder::new(&mut params, "final_layer");
         let features = model.in_channels * model.patch_size * model.patch_size;
         let linear = Linear::new(&mut builder.at("linear"), model.width, features, Init::Zeros);
-        let modulation = Modulation::new(&mut builder.at("adaLN_modulation.1"), model.width, 2);
-        Head { params, patch_size: model.patch_size, linear, modulation }
+        let modulation = Linear::new(&mut builder.at("adaLN_modulation.1"), model.width, 2 * model.width, Init::Zeros);
+        Head { params, patch_size: model.patch_size, linear, modulation: Modulation::new(modulation) }
     }
 }
 
@@ -208,8 +192,8 @@ impl Stage for Head {
     }
 
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
-        let [shift, scale] = self.modulation.forward(params, input.get("conditioning")).try_into().expect("two parts");
-        let tokens = self.linear.forward(params, &modulate(&layer_norm(input.get("hidden"), EPSILON), &shift, &scale));
+        let [shift, scale] = self.modulation.forward(params, input.get("conditioning"));
+        let tokens = self.linear.forward(params, &modulated_norm(input.get("hidden"), &shift, &scale, EPSILON));
         let size = input.get("hidden_states").size();
         Activations::new().with("prediction", unpatchify(&tokens, self.patch_size, size[2], size[3]))
     }

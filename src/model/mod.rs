@@ -1,33 +1,92 @@
 //! Models: from settings to a list of stages. Nothing here holds a tensor or knows a rank.
 
+mod diffusers;
 mod dit;
+mod flux;
+mod joint;
+mod settings;
 
+use std::collections::BTreeMap;
+
+pub use diffusers::{read_folder, write_config};
 pub use dit::Dit;
+pub use flux::Flux;
+pub use settings::{Beginning, Dtype, ModelSettings};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::nn::Stage;
 use crate::registry::registry;
 
 /// What every model family offers.
 pub trait Architecture {
+    /// The class of diffusers whose configuration and parameters it has; none for a model of our own.
+    fn class_name(&self) -> Option<&'static str>;
+
+    /// Fields that earlier releases of the class wrote into `config.json` and that today's has no use for.
+    fn retired_fields(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    /// Parts of the names of parameters that published weights hold without a use for them.
+    fn ignored_parameters(&self) -> &'static [&'static str] {
+        &[]
+    }
+
     /// The model as stages, in forward order.
     ///
     /// # Errors
-    /// [`Error::Config`](crate::error::Error::Config) if the settings contradict each other.
+    /// [`Error::Config`] if the settings contradict each other.
     fn stages(&self) -> Result<Vec<Box<dyn Stage>>>;
+
+    /// Names of the activations that the first stage needs.
+    fn inputs(&self) -> Vec<&'static str>;
 
     /// Refuses data that the model cannot take, before a shape mistake deep inside of it would.
     ///
-    /// # Shapes
-    /// Of one sample: `latents` `[C, (F,) H, W]`; `text` `[L, D]`, if the data have any.
     /// # Errors
-    /// [`Error::Config`](crate::error::Error::Config) naming the setting and what the data have.
-    fn check_data(&self, latents: &[i64], text: Option<&[i64]>) -> Result<()>;
+    /// [`Error::Config`] naming the setting and what the data have.
+    fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()>;
+}
+
+/// Shapes of one sample's tensors.
+#[derive(Clone, Debug)]
+pub struct SampleShapes<'s> {
+    /// `[C, (F,) H, W]`.
+    pub latents: &'s [i64],
+    /// Of every key, without the batch axis.
+    pub of: BTreeMap<&'s str, &'s [i64]>,
+}
+
+impl SampleShapes<'_> {
+    /// The last axis of a key, if the data have it.
+    pub fn last(&self, key: &str) -> Option<i64> {
+        self.of.get(key).and_then(|shape| shape.last()).copied()
+    }
+}
+
+/// Refuses a setting that is not what the data have; keys that the data lack are the adapter's business.
+///
+/// `found`: the number and what it is, as in "text_embeddings have".
+fn expect_equal(setting: &str, value: i64, found: Option<i64>, of: &str) -> Result<()> {
+    match found {
+        Some(found) if found != value => Err(Error::config(setting, format!("is {value}, the data's {of} {found}"))),
+        _ => Ok(()),
+    }
+}
+
+/// Channels, height and width of images that patches of side `patch` cover.
+fn expect_image(setting: &str, latents: &[i64], patch: i64) -> Result<[i64; 3]> {
+    match *latents {
+        [channels, height, width] if height % patch == 0 && width % patch == 0 => Ok([channels, height, width]),
+        [_, height, width] => Err(Error::config(setting, format!("{patch} does not divide the data's latents of {height} x {width}"))),
+        _ => Err(Error::config(setting, format!("takes latents [C, H, W], the data have {latents:?}"))),
+    }
 }
 
 registry! {
     /// `[model.<name>]`: one file, one line a family.
     pub enum Model: Architecture {
         "dit" => Dit(Dit),
+        "flux" => Flux(Flux),
     }
 }

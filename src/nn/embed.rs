@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Builder, Init, Linear, Views};
+use super::{Builder, Init, Linear, Mlp, Nonlinearity, Views};
 
 /// Cosines and sines of `positions` at geometrically falling frequencies.
 ///
@@ -11,9 +11,14 @@ use super::{Builder, Init, Linear, Views};
 ///
 /// Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.5, halves instead of interleaved.
 pub fn sinusoidal(positions: &Tensor, width: i64, max_period: f64) -> Tensor {
+    sinusoidal_scaled(positions, width, max_period, 1.0)
+}
+
+/// As [`sinusoidal`], of `scale · positions`. The product is rounded last, which at angles of a thousand shows.
+fn sinusoidal_scaled(positions: &Tensor, width: i64, max_period: f64, scale: f64) -> Tensor {
     let half = width / 2;
-    let exponents = Tensor::arange(half, (Kind::Float, positions.device())) * (-max_period.ln() / half as f64);
-    let angles = positions.to_kind(Kind::Float).unsqueeze(1) * exponents.exp().unsqueeze(0);
+    let exponents = Tensor::arange(half, (Kind::Float, positions.device())) * -max_period.ln() / half as f64;
+    let angles = positions.to_kind(Kind::Float).unsqueeze(1) * exponents.exp().unsqueeze(0) * scale;
     Tensor::cat(&[angles.cos(), angles.sin()], 1)
 }
 
@@ -27,31 +32,42 @@ pub fn grid_positions(rows: i64, columns: i64, width: i64, device: Device) -> Te
     Tensor::cat(&[row_part, column_part], -1).reshape([rows * columns, -1])
 }
 
-/// Two linear maps with SiLU between, over a sinusoidal embedding of the timestep.
+/// A number, the timestep or the guidance scale, as a vector: its sinusoidal embedding through two affine maps.
 #[derive(Clone, Copy, Debug)]
-pub struct TimestepEmbedding {
-    input: Linear,
-    output: Linear,
+pub struct ScalarEmbedding {
+    frequencies: i64,
+    scale: f64,
+    mlp: Mlp,
 }
 
-/// Width of the sinusoidal embedding before the linear maps, DiT's.
-const FREQUENCIES: i64 = 256;
+/// Longest period of the embedded scalars, DiT's and everybody's.
+const MAX_PERIOD: f64 = 10_000.0;
 
-impl TimestepEmbedding {
-    pub fn new(builder: &mut Builder<'_>, width: i64) -> Self {
-        // DiT begins both at normal(0.02).
-        let init = Init::Normal { std: 0.02 };
-        TimestepEmbedding {
-            input: Linear::new(&mut builder.at("mlp.0"), FREQUENCIES, width, init),
-            output: Linear::new(&mut builder.at("mlp.2"), width, width, init),
-        }
+impl ScalarEmbedding {
+    /// `mlp.0` and `mlp.2`, begun as DiT begins them.
+    pub fn dit(builder: &mut Builder<'_>, width: i64) -> Self {
+        let (init, frequencies) = (Init::Normal { std: 0.02 }, 256);
+        let input = Linear::new(&mut builder.at("mlp.0"), frequencies, width, init);
+        let output = Linear::new(&mut builder.at("mlp.2"), width, width, init);
+        ScalarEmbedding { frequencies, scale: 1.0, mlp: Mlp { input, output, nonlinearity: Nonlinearity::Silu } }
+    }
+
+    /// `linear_1` and `linear_2`, as diffusers' models have them.
+    pub fn new(builder: &mut Builder<'_>, frequencies: i64, width: i64, with_bias: bool) -> Self {
+        let mlp = Mlp::of_two_linears(builder, [frequencies, width, width], Nonlinearity::Silu, with_bias);
+        ScalarEmbedding { frequencies, scale: 1.0, mlp }
+    }
+
+    /// The same, of `scale` times the number.
+    pub fn scaled(self, scale: f64) -> Self {
+        ScalarEmbedding { scale, ..self }
     }
 
     /// # Shapes
-    /// `timesteps`: `[B]` in `[0, 1000]`. Returns `[B, D]` of `kind`.
-    pub fn forward(&self, params: &Views, timesteps: &Tensor, kind: Kind) -> Tensor {
-        let frequencies = sinusoidal(timesteps, FREQUENCIES, 10_000.0).to_kind(kind);
-        self.output.forward(params, &self.input.forward(params, &frequencies).silu())
+    /// `scalars`: `[B]`. Returns `[B, D]` of `kind`.
+    pub fn forward(&self, params: &Views, scalars: &Tensor, kind: Kind) -> Tensor {
+        let frequencies = sinusoidal_scaled(scalars, self.frequencies, MAX_PERIOD, self.scale);
+        self.mlp.forward(params, &frequencies.to_kind(kind))
     }
 }
 

@@ -18,6 +18,13 @@ impl Linear {
         Linear { weight, bias: Some(builder.param("bias", &[outputs], Init::Zeros)) }
     }
 
+    /// Weight and bias, if there is one, begun as PyTorch begins them.
+    pub fn pytorch(builder: &mut Builder<'_>, inputs: i64, outputs: i64, with_bias: bool) -> Self {
+        let init = Init::FanIn { fan_in: inputs };
+        let weight = builder.param("weight", &[outputs, inputs], init);
+        Linear { weight, bias: with_bias.then(|| builder.param("bias", &[outputs], init)) }
+    }
+
     pub fn without_bias(builder: &mut Builder<'_>, inputs: i64, outputs: i64, init: Init) -> Self {
         Linear { weight: builder.param("weight", &[outputs, inputs], init), bias: None }
     }

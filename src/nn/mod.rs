@@ -3,14 +3,20 @@
 mod activations;
 pub mod attention;
 pub mod embed;
+pub mod joint_block;
 mod linear;
+mod mlp;
 pub mod modulation;
 pub mod norm;
 mod params;
+mod per_shape;
+pub mod rope;
 
 pub use activations::Activations;
 pub use linear::Linear;
+pub use mlp::{Mlp, Nonlinearity};
 pub use params::{Builder, Init, Param, ParamInfo, ParamSet, Views};
+pub use per_shape::PerShape;
 
 /// One cut of a model: a pure function from its parameters and the activations before it to those after it.
 ///

@@ -1,31 +1,61 @@
 //! Conditioning by scale, shift and gate (adaptive layer normalization).
+//!
+//! Source: Peebles & Xie 2023, arXiv:2212.09748, section 3.2.
 
 use tch::Tensor;
 
-use super::{Builder, Init, Linear, Views};
+use super::norm::layer_norm;
+use super::{Builder, Linear, Views};
 
-/// Maps a conditioning vector to `parts` vectors of the model's width; begins at zero, so that a block begins as identity.
-///
-/// Source: Peebles & Xie 2023, arXiv:2212.09748, section 3.2 (adaLN-Zero).
+/// Maps a conditioning vector to several vectors of the model's width.
 #[derive(Clone, Copy, Debug)]
 pub struct Modulation {
     linear: Linear,
-    parts: i64,
 }
 
 impl Modulation {
-    pub fn new(builder: &mut Builder<'_>, width: i64, parts: i64) -> Self {
-        Modulation { linear: Linear::new(builder, width, parts * width, Init::Zeros), parts }
+    /// `linear`: from the conditioning's width to a multiple of the model's. Begun at zero, a block begins as identity.
+    pub fn new(linear: Linear) -> Self {
+        Modulation { linear }
     }
 
     /// # Shapes
-    /// `conditioning`: `[B, D]`. Returns `parts` tensors `[B, 1, D]`.
-    pub fn forward(&self, params: &Views, conditioning: &Tensor) -> Vec<Tensor> {
-        self.linear.forward(params, &conditioning.silu()).unsqueeze(1).chunk(self.parts, -1)
+    /// `conditioning`: `[B, D]`. Returns `PARTS` tensors `[B, 1, D]`.
+    pub fn forward<const PARTS: usize>(&self, params: &Views, conditioning: &Tensor) -> [Tensor; PARTS] {
+        let all = self.linear.forward(params, &conditioning.silu()).unsqueeze(1);
+        all.chunk(PARTS as i64, -1).try_into().expect("as many chunks as parts")
     }
 }
 
 /// `x · (1 + scale) + shift`.
 pub fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Tensor {
     shift.addcmul(x, &(scale + 1.0))
+}
+
+/// [`layer_norm`], then [`modulate`].
+pub fn modulated_norm(x: &Tensor, shift: &Tensor, scale: &Tensor, epsilon: f64) -> Tensor {
+    modulate(&layer_norm(x, epsilon), shift, scale)
+}
+
+/// The last layer of most families: modulated normalization, then an affine map to the output's features.
+#[derive(Clone, Copy, Debug)]
+pub struct ModulatedProjection {
+    modulation: Modulation,
+    projection: Linear,
+    epsilon: f64,
+}
+
+impl ModulatedProjection {
+    /// `norm_out.linear` and `proj_out` of `builder`.
+    pub fn new(builder: &mut Builder<'_>, width: i64, outputs: i64, with_bias: bool, epsilon: f64) -> Self {
+        let modulation = Modulation::new(Linear::pytorch(&mut builder.at("norm_out.linear"), width, 2 * width, with_bias));
+        ModulatedProjection { modulation, projection: Linear::pytorch(&mut builder.at("proj_out"), width, outputs, with_bias), epsilon }
+    }
+
+    /// # Shapes
+    /// `x`: `[B, L, D]`; `conditioning`: `[B, D]`. Returns `[B, L, outputs]`.
+    pub fn forward(&self, params: &Views, x: &Tensor, conditioning: &Tensor) -> Tensor {
+        let [scale, shift] = self.modulation.forward(params, conditioning);
+        self.projection.forward(params, &modulated_norm(x, &shift, &scale, self.epsilon))
+    }
 }

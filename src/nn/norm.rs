@@ -1,12 +1,65 @@
 //! Normalization.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
+
+use super::{Builder, Init, Param, Views};
 
 /// Layer normalization over the last axis without learned scale and shift; modulation supplies both.
 ///
 /// # Shapes
 /// `x`: `[…, D]`. Returns the same.
 pub fn layer_norm(x: &Tensor, epsilon: f64) -> Tensor {
-    let width = *x.size().last().expect("a tensor with a last axis");
-    x.layer_norm([width], None::<&Tensor>, None::<&Tensor>, epsilon, false)
+    x.layer_norm([width(x)], None::<&Tensor>, None::<&Tensor>, epsilon, false)
+}
+
+/// Layer normalization over the last axis with a learned scale and shift.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerNorm {
+    weight: Param,
+    bias: Param,
+    epsilon: f64,
+}
+
+impl LayerNorm {
+    pub fn new(builder: &mut Builder<'_>, width: i64, epsilon: f64) -> Self {
+        let weight = builder.param("weight", &[width], Init::Ones);
+        LayerNorm { weight, bias: builder.param("bias", &[width], Init::Zeros), epsilon }
+    }
+
+    /// # Shapes
+    /// `x`: `[…, D]`. Returns the same.
+    pub fn forward(&self, params: &Views, x: &Tensor) -> Tensor {
+        x.layer_norm([width(x)], Some(&params[self.weight]), Some(&params[self.bias]), self.epsilon, false)
+    }
+
+    /// As [`forward`](Self::forward), computed and returned in f32.
+    pub fn forward_f32(&self, params: &Views, x: &Tensor) -> Tensor {
+        let (weight, bias) = (params[self.weight].to_kind(Kind::Float), params[self.bias].to_kind(Kind::Float));
+        x.to_kind(Kind::Float).layer_norm([width(x)], Some(weight), Some(bias), self.epsilon, false)
+    }
+}
+
+/// Root-mean-square normalization over the last axis with a learned scale.
+///
+/// Source: Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4.
+#[derive(Clone, Copy, Debug)]
+pub struct RmsNorm {
+    weight: Param,
+    epsilon: f64,
+}
+
+impl RmsNorm {
+    pub fn new(builder: &mut Builder<'_>, width: i64, epsilon: f64) -> Self {
+        RmsNorm { weight: builder.param("weight", &[width], Init::Ones), epsilon }
+    }
+
+    /// # Shapes
+    /// `x`: `[…, D]`. Returns the same.
+    pub fn forward(&self, params: &Views, x: &Tensor) -> Tensor {
+        x.rms_norm([width(x)], Some(&params[self.weight]), self.epsilon)
+    }
+}
+
+fn width(x: &Tensor) -> i64 {
+    *x.size().last().expect("a tensor with a last axis")
 }

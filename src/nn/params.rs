@@ -31,6 +31,8 @@ pub struct ParamInfo {
     pub name: String,
     pub shape: Vec<i64>,
     pub init: Init,
+    /// Stays f32 whatever the kind of the model's computation.
+    pub precise: bool,
 }
 
 impl ParamInfo {
@@ -48,17 +50,19 @@ impl ParamInfo {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Param(usize);
 
-/// The parameters of one stage, in the order in which they were built.
+/// The parameters of one stage in the order of its flat buffer: the precise ones, then the others, each as they were built.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ParamSet {
     stage: String,
     infos: Vec<ParamInfo>,
+    /// Place of each [`Param`] among the infos.
+    places: Vec<usize>,
 }
 
 impl ParamSet {
     /// An empty set for the stage of that name (as messages show it).
     pub fn new(stage: &str) -> Self {
-        ParamSet { stage: stage.into(), infos: Vec::new() }
+        ParamSet { stage: stage.into(), infos: Vec::new(), places: Vec::new() }
     }
 
     pub fn stage(&self) -> &str {
@@ -89,21 +93,44 @@ impl ParamSet {
         runs
     }
 
+    /// Elements of the precise parameters, which the flat buffer begins with.
+    pub fn num_precise(&self) -> i64 {
+        self.infos.iter().filter(|info| info.precise).map(ParamInfo::numel).sum()
+    }
+
     /// The flat buffer `[P]` as one view a parameter. Gradients of the views come back as one contiguous `[P]`.
     pub fn split(&self, flat: &Tensor) -> Views {
-        let sizes: Vec<i64> = self.infos.iter().map(ParamInfo::numel).collect();
-        if sizes.is_empty() {
-            return Views(Vec::new());
+        self.split_pieces(&[flat])
+    }
+
+    /// As [`split`](Self::split), for a flat buffer in consecutive pieces that each hold whole parameters.
+    ///
+    /// # Panics
+    /// If the pieces do not end where parameters end (a bug in the caller).
+    pub fn split_pieces(&self, pieces: &[&Tensor]) -> Views {
+        let mut infos = self.infos.as_slice();
+        let mut tensors = Vec::with_capacity(infos.len());
+        for piece in pieces.iter().filter(|piece| piece.numel() > 0) {
+            let ends = infos.iter().scan(0, |end, info| {
+                *end += info.numel();
+                Some(*end)
+            });
+            let held = 1 + ends.take_while(|&end| end < piece.numel() as i64).count();
+            let (now, later) = infos.split_at(held);
+            let sizes: Vec<i64> = now.iter().map(ParamInfo::numel).collect();
+            let views = piece.split_with_sizes(sizes, 0);
+            tensors.extend(views.iter().zip(now).map(|(view, info)| view.view(info.shape.as_slice())));
+            infos = later;
         }
-        let pieces = flat.split_with_sizes(sizes, 0);
-        Views(pieces.iter().zip(&self.infos).map(|(piece, info)| piece.view(info.shape.as_slice())).collect())
+        assert!(infos.is_empty(), "stage {}: {} parameters are in no piece", self.stage, infos.len());
+        Views { tensors, places: self.places.clone() }
     }
 
     /// Fills `flat` `[P]` f32 with the parameters' beginnings; each has its own stream, so that adding a parameter does not
     /// change the others.
     pub fn initialize(&self, flat: &Tensor, key: Key) {
         no_grad(|| {
-            for (mut view, info) in self.split(flat).0.into_iter().zip(&self.infos) {
+            for (mut view, info) in self.split(flat).tensors.into_iter().zip(&self.infos) {
                 // Drawn in f32 and rounded by the copy, whatever the kind of the buffer.
                 let fresh = view.empty_like().to_kind(Kind::Float);
                 view.copy_(&key.named(&info.name).seeded(|| info.init.draw(fresh)));
@@ -125,13 +152,17 @@ impl Init {
     }
 }
 
-/// One tensor a parameter, in the set's order.
+/// One tensor a parameter.
 #[derive(Debug)]
-pub struct Views(Vec<Tensor>);
+pub struct Views {
+    tensors: Vec<Tensor>,
+    places: Vec<usize>,
+}
 
 impl Views {
+    /// In the order of the set's infos.
     pub fn iter(&self) -> impl Iterator<Item = &Tensor> {
-        self.0.iter()
+        self.tensors.iter()
     }
 }
 
@@ -139,7 +170,7 @@ impl Index<Param> for Views {
     type Output = Tensor;
 
     fn index(&self, param: Param) -> &Tensor {
-        &self.0[param.0]
+        &self.tensors[self.places[param.0]]
     }
 }
 
@@ -148,24 +179,34 @@ impl Index<Param> for Views {
 pub struct Builder<'a> {
     set: &'a mut ParamSet,
     prefix: String,
+    precise: bool,
 }
 
 impl<'a> Builder<'a> {
     /// All names begin with `prefix`.
     pub fn new(set: &'a mut ParamSet, prefix: &str) -> Self {
-        Builder { set, prefix: prefix.into() }
+        Builder { set, prefix: prefix.into(), precise: false }
     }
 
     /// The builder for a part of this one: `blocks.0` at `attn` is `blocks.0.attn`.
     pub fn at(&mut self, part: &str) -> Builder<'_> {
         let prefix = self.join(part);
-        Builder { set: self.set, prefix }
+        Builder { set: self.set, prefix, precise: self.precise }
+    }
+
+    /// The builder for a part whose parameters stay f32 whatever the kind of the computation.
+    pub fn precise_at(&mut self, part: &str) -> Builder<'_> {
+        Builder { precise: true, ..self.at(part) }
     }
 
     pub fn param(&mut self, name: &str, shape: &[i64], init: Init) -> Param {
-        let name = self.join(name);
-        self.set.infos.push(ParamInfo { name, shape: shape.to_vec(), init });
-        Param(self.set.infos.len() - 1)
+        let info = ParamInfo { name: self.join(name), shape: shape.to_vec(), init, precise: self.precise };
+        let ParamSet { infos, places, .. } = &mut *self.set;
+        let place = if info.precise { infos.iter().filter(|info| info.precise).count() } else { infos.len() };
+        places.iter_mut().filter(|earlier| **earlier >= place).for_each(|earlier| *earlier += 1);
+        places.push(place);
+        infos.insert(place, info);
+        Param(places.len() - 1)
     }
 
     fn join(&self, name: &str) -> String {
@@ -196,6 +237,25 @@ mod tests {
         let views = set.split(&flat);
         assert_eq!(views[Param(1)].double_value(&[0, 0]), 6.0);
         assert_eq!(set.infos()[1].name, "block.part.b");
+    }
+
+    #[test]
+    fn precise_parameters_lie_first_and_keep_their_handles() {
+        let mut set = ParamSet::new("block");
+        let mut builder = Builder::new(&mut set, "block");
+        let plain = builder.param("plain", &[4], Init::Zeros);
+        let table = builder.precise_at("table").param("weight", &[2], Init::Zeros);
+        let last = builder.param("last", &[3], Init::Zeros);
+        let norm = builder.precise_at("norm").param("weight", &[1], Init::Zeros);
+        let names: Vec<&str> = set.infos().iter().map(|info| info.name.as_str()).collect();
+        assert_eq!(names, ["block.table.weight", "block.norm.weight", "block.plain", "block.last"]);
+        assert_eq!(set.num_precise(), 3);
+        let flat = Tensor::arange(10, (Kind::Float, Device::Cpu));
+        let (precise, rest) = (flat.narrow(0, 0, 3), flat.narrow(0, 3, 7));
+        for views in [set.split(&flat), set.split_pieces(&[&precise, &rest])] {
+            let firsts = [table, norm, plain, last].map(|param| views[param].double_value(&[0]));
+            assert_eq!(firsts, [0.0, 2.0, 3.0, 7.0]);
+        }
     }
 
     #[test]

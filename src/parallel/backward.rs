@@ -1,6 +1,6 @@
 //! One stage's vector-Jacobian product. The only call of `run_backward` in the crate.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::nn::Activations;
 
@@ -16,10 +16,10 @@ pub fn loss_backward(loss: &Tensor, output: &Activations) -> Vec<Tensor> {
 /// Gradient of the stage's flat parameters, where they are trained, and of its flowing inputs, given those of its outputs.
 ///
 /// # Shapes
-/// `flat`: the stage's leaf `[P]`; the gradient has its kind. `grad_output`: one tensor for each flowing output, undefined
-/// where nothing downstream used it.
+/// `leaves`: consecutive pieces of the stage's flat buffer `[P]`; the gradient has the kind of the one leaf there is, f32
+/// if there are several. `grad_output`: one tensor for each flowing output, undefined where nothing downstream used it.
 pub fn stage_backward(
-    flat: Option<&Tensor>,
+    leaves: &[Tensor],
     input: &Activations,
     output: &Activations,
     grad_output: &[Tensor],
@@ -27,15 +27,24 @@ pub fn stage_backward(
     // libtorch seeds every root with ones, so the roots are the products <output, grad_output>.
     let pairs = output.flowing().zip(grad_output).filter(|(_, gradient)| gradient.defined());
     let roots: Vec<Tensor> = pairs.map(|((_, value), gradient)| value * gradient).collect();
-    let inputs: Vec<&Tensor> = flat.into_iter().chain(input.flowing().map(|(_, tensor)| tensor)).collect();
+    let inputs: Vec<&Tensor> = leaves.iter().chain(input.flowing().map(|(_, tensor)| tensor)).collect();
     if roots.is_empty() || inputs.is_empty() {
         // Nothing downstream used this stage, or nothing before it is trained.
         let undefined = input.flowing().map(|_| Tensor::new()).collect();
-        return (flat.map(Tensor::zeros_like), undefined);
+        return (joined(leaves.iter().map(Tensor::zeros_like).collect()), undefined);
     }
     let mut gradients = Tensor::run_backward(&roots, &inputs, false, false);
-    let grad_input = gradients.split_off(usize::from(flat.is_some()));
+    let grad_input = gradients.split_off(leaves.len());
     // A leaf that the graph did not reach still gets a gradient, so that all ranks issue the same collectives.
-    let grad_flat = flat.map(|flat| gradients.pop().filter(Tensor::defined).unwrap_or_else(|| flat.zeros_like()));
-    (grad_flat, grad_input)
+    let reached = |(gradient, leaf): (Tensor, &Tensor)| if gradient.defined() { gradient } else { leaf.zeros_like() };
+    (joined(gradients.into_iter().zip(leaves).map(reached).collect()), grad_input)
+}
+
+/// The pieces of a flat gradient as one.
+fn joined(mut pieces: Vec<Tensor>) -> Option<Tensor> {
+    if pieces.len() > 1 {
+        let precise: Vec<Tensor> = pieces.iter().map(|piece| piece.to_kind(Kind::Float)).collect();
+        return Some(Tensor::cat(&precise, 0));
+    }
+    pieces.pop()
 }

@@ -14,8 +14,8 @@ pub struct Replica {
 }
 
 impl Replica {
-    /// Parameters begun from `key`: the same on every rank.
-    pub fn new(stages: Vec<Box<dyn Stage>>, kind: Kind, device: Device, key: Key) -> Self {
+    /// Parameters begun from `key`, the same on every rank; zeros without one, where they are loaded next.
+    pub fn new(stages: Vec<Box<dyn Stage>>, kind: Kind, device: Device, key: Option<Key>) -> Self {
         let buckets = stages.iter().map(|stage| Bucket::new(stage.params(), kind, device, key)).collect();
         Replica { stages, buckets }
     }

@@ -69,7 +69,7 @@ impl<'m> Tape<'m> {
                 break; // nothing trained at or before this stage
             }
             let output = graph.unwrap_or_else(|| run(stage.as_ref(), bucket, &input));
-            let (gradient, grad_input) = stage_backward(bucket.leaf(), &input, &output, &grad_output);
+            let (gradient, grad_input) = stage_backward(bucket.leaves(), &input, &output, &grad_output);
             if let Some(step) = self.check_finite {
                 let named = gradient.iter().map(|gradient| ("parameters", gradient));
                 check_finite(step, stage.params().stage(), "gradient", named)?;

@@ -34,12 +34,28 @@ impl Keys<'_> {
     }
 
     /// An integer that may be left out.
-    pub fn optional_integer(&mut self, name: &str, field: &mut Option<usize>, range: impl RangeBounds<i64>, doc: &str) {
+    pub fn optional_integer<T>(&mut self, name: &str, field: &mut Option<T>, range: impl RangeBounds<i64>, doc: &str)
+    where
+        T: Copy + TryFrom<i64> + Display,
+    {
         let shown = field.map(|value| value.to_string());
         self.leaf(name, doc, shown, |leaf| {
             let Leaf::Integer(found) = leaf else { return Err(leaf.not_a("an integer")) };
-            let fits = range.contains(found).then(|| usize::try_from(*found).ok()).flatten();
+            let fits = range.contains(found).then(|| T::try_from(*found).ok()).flatten();
             *field = Some(fits.ok_or_else(|| out_of_range(found, &range))?);
+            Ok(())
+        });
+    }
+
+    /// `N` integers in `range`, as an array.
+    pub fn integers<const N: usize>(&mut self, name: &str, field: &mut [i64; N], range: impl RangeBounds<i64>, doc: &str) {
+        let shown = format!("{field:?}");
+        self.leaf(name, doc, Some(shown), |leaf| {
+            let Leaf::Integers(found) = leaf else { return Err(leaf.not_a(&format!("an array of {N} integers"))) };
+            if let Some(outside) = found.iter().find(|value| !range.contains(value)) {
+                return Err(out_of_range(outside, &range));
+            }
+            *field = found.as_slice().try_into().map_err(|_| format!("expected {N} integers, found {}", found.len()))?;
             Ok(())
         });
     }
@@ -82,6 +98,16 @@ impl Keys<'_> {
         });
     }
 
+    /// A text that may be left out.
+    pub fn optional_text(&mut self, name: &str, field: &mut Option<String>, doc: &str) {
+        let shown = field.as_deref().map(write::quoted);
+        self.leaf(name, doc, shown, |leaf| {
+            let Leaf::Text(value) = leaf else { return Err(leaf.not_a("a text in quotes")) };
+            *field = Some(value.clone());
+            Ok(())
+        });
+    }
+
     /// One word of a [`Choice`].
     pub fn choice<T: Choice>(&mut self, name: &str, field: &mut T, doc: &str) {
         let words: Vec<&str> = T::ALL.iter().map(|(word, _)| *word).collect();
@@ -113,7 +139,9 @@ impl Keys<'_> {
     pub fn family<F: Family>(&mut self, name: &str, family: &mut F, doc: &str) {
         let path = self.join(name);
         match &mut self.mode {
-            Mode::Write(writer) => Keys { mode: Mode::Write(writer), path }.member(family, doc),
+            Mode::Write(writer) => {
+                Keys { mode: Mode::Write(writer), path }.member(family, doc);
+            }
             Mode::Read { reader, table, known } => {
                 known.push(name.into());
                 reader.nested(&mut OnlyMember { family, doc }, table.and_then(|node| node.get(name)), path);
@@ -121,19 +149,18 @@ impl Keys<'_> {
         }
     }
 
-    /// One member of a family as a table of its own name inside this one: `[model.dit]`.
-    pub fn member<F: Family>(&mut self, family: &mut F, doc: &str) {
+    /// One member of a family as a table of its own name inside this one: `[model.dit]`. Returns whether a member was named.
+    pub fn member<F: Family>(&mut self, family: &mut F, doc: &str) -> bool {
         match &mut self.mode {
             Mode::Write(writer) => {
                 let path = if self.path.is_empty() { family.name().into() } else { format!("{}.{}", self.path, family.name()) };
                 writer.section(&path, &format!("{doc} One of: {}.", F::NAMES.join(", ")));
                 family.settings().visit(&mut Keys { mode: Mode::Write(writer), path });
+                true
             }
             Mode::Read { reader, table, known } => {
                 known.extend(F::NAMES.iter().map(ToString::to_string));
-                if let Some(table) = table {
-                    reader.member(family, table, &self.path);
-                }
+                table.is_some_and(|table| reader.member(family, table, &self.path))
             }
         }
     }

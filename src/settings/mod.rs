@@ -48,6 +48,23 @@ pub fn read<T: Settings + Default>(settings: &mut T, source_name: &str, text: &s
     if reader.problems.is_empty() { Ok(()) } else { Err(Error::Config { source_name: source_name.into(), problems: reader.problems }) }
 }
 
+/// Reads `settings` from a JSON object on top of their present values, as strictly as [`read`].
+///
+/// # Errors
+/// [`Error::Config`] with every problem found.
+pub fn read_json(settings: &mut dyn Settings, source_name: &str, object: &serde_json::Map<String, serde_json::Value>) -> Result<()> {
+    let mut reader = read::Reader::new(Vec::new(), write::paths(settings));
+    reader.table(settings, &tree::of_json(object));
+    if reader.problems.is_empty() { Ok(()) } else { Err(Error::Config { source_name: source_name.into(), problems: reader.problems }) }
+}
+
+/// The settings as a JSON object; what is unset is `null`.
+pub fn write_json(settings: &mut dyn Settings) -> serde_json::Map<String, serde_json::Value> {
+    let values: toml::Table = toml::from_str(&write(settings)).expect("a listing is TOML");
+    let value = |key: &String| values.get(key).map_or(serde_json::Value::Null, |value| serde_json::json!(value));
+    write::paths(settings).iter().map(|key| (key.clone(), value(key))).collect()
+}
+
 /// The settings as TOML text with one comment line a key, complete and readable by [`read`].
 pub fn write<T: Settings + ?Sized>(settings: &mut T) -> String {
     write::Writer::of(settings).text()

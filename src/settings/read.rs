@@ -37,20 +37,20 @@ impl Reader {
         }
     }
 
-    /// The member that `table` names, if any; the family keeps its default otherwise.
-    pub fn member<F: Family>(&mut self, family: &mut F, table: &Node, path: &str) {
+    /// The member that `table` names, if any; the family keeps its default otherwise. Returns whether one is named.
+    pub fn member<F: Family>(&mut self, family: &mut F, table: &Node, path: &str) -> bool {
         let named: Vec<_> = table.entries().iter().filter_map(|(name, node)| Some((name, node, F::named(name)?))).collect();
         if let [_, (second, node, _), ..] = named.as_slice() {
             let what = format!("one table too many; choose one of {}", F::NAMES.join(", "));
             self.problems.push(problem(&format!("{path}.{second}"), &node.place, what));
         }
-        if let Some((name, node, default)) = named.into_iter().next() {
-            // Settings of the member that is chosen already are kept, so that files and overrides add up.
-            if family.name() != name {
-                *family = default;
-            }
-            self.nested(family.settings(), Some(node), format!("{path}.{name}"));
+        let Some((name, node, default)) = named.into_iter().next() else { return false };
+        // Settings of the member that is chosen already are kept, so that files and overrides add up.
+        if family.name() != name {
+            *family = default;
         }
+        self.nested(family.settings(), Some(node), format!("{path}.{name}"));
+        true
     }
 
     pub fn leaf(&mut self, node: &Node, path: String, read: impl FnOnce(&Leaf) -> Result<(), String>) {

@@ -1,8 +1,8 @@
-//! TOML text and `--set` overrides as one tree whose every node remembers where it was written.
+//! TOML text, `--set` overrides or a JSON object as one tree whose every node remembers where it was written.
 
 use std::ops::Range;
 
-use toml::de::{DeTable, DeValue};
+use toml::de::{DeInteger, DeTable, DeValue};
 
 use super::keys::problem;
 use crate::error::ConfigProblem;
@@ -14,7 +14,9 @@ pub enum Leaf {
     Float(f64),
     Boolean(bool),
     Text(String),
-    /// An integer beyond 64 bits, an array, a date: no key takes one.
+    /// An array of nothing but integers.
+    Integers(Vec<i64>),
+    /// An integer beyond 64 bits, another array, a date: no key takes one.
     Other(String),
 }
 
@@ -26,6 +28,7 @@ impl Leaf {
             Leaf::Float(value) => format!("the number {value:?}"),
             Leaf::Boolean(value) => format!("{value}"),
             Leaf::Text(value) => format!("the text \"{value}\""),
+            Leaf::Integers(values) => format!("the array {values:?}"),
             Leaf::Other(what) => what.clone(),
         };
         format!("expected {expected}, found {found}")
@@ -103,14 +106,43 @@ fn node_value(value: &DeValue<'_>, line: &dyn Fn(Range<usize>) -> String) -> Val
         DeValue::Table(table) => return table_value(table, line),
         DeValue::String(text) => Leaf::Text(text.to_string()),
         DeValue::Boolean(value) => Leaf::Boolean(*value),
-        DeValue::Integer(integer) => match i64::from_str_radix(integer.as_str(), integer.radix()) {
-            Ok(value) => Leaf::Integer(value),
-            Err(_) => Leaf::Other(format!("{integer}, which is beyond 64 bits")),
+        DeValue::Integer(integer) => match small(integer) {
+            Some(value) => Leaf::Integer(value),
+            None => Leaf::Other(format!("{integer}, which is beyond 64 bits")),
         },
         DeValue::Float(float) => Leaf::Float(float.as_str().parse().unwrap_or(f64::NAN)),
         DeValue::Datetime(_) => Leaf::Other("a date".into()),
-        DeValue::Array(_) => Leaf::Other("an array".into()),
+        DeValue::Array(items) => {
+            let integer =
+                |item: &toml::Spanned<DeValue<'_>>| if let DeValue::Integer(found) = item.get_ref() { small(found) } else { None };
+            items.iter().map(integer).collect::<Option<_>>().map_or_else(|| Leaf::Other("an array".into()), Leaf::Integers)
+        }
     })
+}
+
+fn small(integer: &DeInteger<'_>) -> Option<i64> {
+    i64::from_str_radix(integer.as_str(), integer.radix()).ok()
+}
+
+/// A JSON object as a tree. A `null` is as good as a key that is not there.
+pub(super) fn of_json(object: &serde_json::Map<String, serde_json::Value>) -> Node {
+    use serde_json::Value as Json;
+    let leaf = |value: &Json| match value {
+        Json::Bool(value) => Leaf::Boolean(*value),
+        Json::String(text) => Leaf::Text(text.clone()),
+        Json::Number(number) => match (number.as_i64(), number.as_f64()) {
+            (Some(value), _) => Leaf::Integer(value),
+            (None, value) => Leaf::Float(value.unwrap_or(f64::NAN)),
+        },
+        Json::Array(items) => match items.iter().map(Json::as_i64).collect() {
+            Some(integers) => Leaf::Integers(integers),
+            None => Leaf::Other("an array".into()),
+        },
+        Json::Object(_) | Json::Null => Leaf::Other("an object".into()),
+    };
+    let present = object.iter().filter(|(_, value)| !value.is_null());
+    let entries = present.map(|(name, value)| (name.clone(), Node { place: String::new(), value: Value::Leaf(leaf(value)) }));
+    Node { place: String::new(), value: Value::Table(entries.collect()) }
 }
 
 /// Lays each `key.path=value` over the tree, in order. A value that is no TOML is taken as text, so that

@@ -52,7 +52,7 @@ impl Section {
 }
 
 /// Every key and table of the document as dotted paths.
-pub(super) fn paths<T: Settings>(settings: &mut T) -> Vec<String> {
+pub(super) fn paths<T: Settings + ?Sized>(settings: &mut T) -> Vec<String> {
     let join = |section: &Section, name: &str| if section.path.is_empty() { name.into() } else { format!("{}.{name}", section.path) };
     let keys_of = |section: &Section| section.lines.iter().map(|(name, _, _)| join(section, name)).collect::<Vec<_>>();
     Writer::of(settings).sections.iter().flat_map(keys_of).collect()

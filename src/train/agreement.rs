@@ -1,6 +1,7 @@
 //! What one rank could not do, no rank pretends to have done.
 
 use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
 
 use crate::collective::{Collective, gather_texts};
 use crate::error::{Error, Result};
@@ -44,6 +45,28 @@ pub fn agree(own: Result<String>, collective: &dyn Collective) -> Result<Vec<Str
 pub fn on_rank_zero(collective: &dyn Collective, act: impl FnOnce() -> Result<String>) -> Result<String> {
     let own = if collective.rank() == 0 { act() } else { Ok(String::new()) };
     Ok(agree(own, collective)?.swap_remove(0))
+}
+
+/// What this rank has, if every rank has its own.
+///
+/// # Errors
+/// As [`agree`].
+pub fn agreed<T>(own: Result<T>, collective: &dyn Collective) -> Result<T> {
+    match own {
+        Ok(value) => agree(Ok(String::new()), collective).map(|_| value),
+        Err(error) => Err(agree(Err(error), collective).expect_err("this rank failed")),
+    }
+}
+
+/// A tensor that only rank 0 makes, e.g. reads, on every rank. `[size]` f32 on the CPU.
+///
+/// # Errors
+/// As [`agree`].
+pub fn tensor_of_rank_zero(collective: &dyn Collective, size: i64, make: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
+    let own = if collective.rank() == 0 { make() } else { Ok(Tensor::zeros([size], (Kind::Float, Device::Cpu))) };
+    let tensor = agreed(own, collective)?;
+    collective.broadcast(tensor.shallow_clone(), 0)?.wait()?;
+    Ok(tensor)
 }
 
 /// An error that every rank met alike, said by `speaker` alone.

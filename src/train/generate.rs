@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
-use super::{build_pipeline, build_replica, checkpoint, device, run_folder};
+use super::{build_pipeline, checkpoint, device, empty_replica, run_folder};
 use crate::config::RunConfig;
 use crate::data::{Batch, Conditions, Dataset, safetensors};
 use crate::error::{Error, Result};
-use crate::flow::{FlowMatchingContext, FlowMatchingPipeline, TaskType, solver};
+use crate::flow::{CfgDropoutValue, FlowMatchingContext, FlowMatchingPipeline, solver};
 use crate::parallel::Replica;
 use crate::rng::{Key, Purpose, Stream};
 use crate::telemetry::write_grid;
@@ -54,7 +54,7 @@ pub fn sample(request: &SampleRequest) -> Result<()> {
     sampling.guidance_scale = request.guidance_scale.unwrap_or(sampling.guidance_scale);
     sampling.per_condition = request.per_condition.unwrap_or(sampling.per_condition);
     config.seed = request.seed.unwrap_or(config.seed);
-    let mut replica = build_replica(&config, device(config.parallel.device))?;
+    let mut replica = empty_replica(&config, device(config.parallel.device))?;
     checkpoint::load_parameters(&folder, &mut replica)?;
     let dataset = Dataset::named(&config.data.path)?;
     let conditions = dataset.conditions()?.ok_or_else(|| Error::data(dataset.path(), "names no conditions to generate from"))?;
@@ -125,12 +125,13 @@ fn velocity(
         latents: &x,
         timesteps: &(&sigma * pipeline.settings().num_train_timesteps as f64),
         sigma: &sigma,
-        task_type: TaskType::TextToVideo,
+        image_to_video: &Tensor::zeros([x.size()[0]], (Kind::Bool, x.device())),
         data_type: batch.data_type,
         device: x.device(),
         dtype,
         batch,
         cfg_dropout_prob: 0.0,
+        cfg_dropout_value: CfgDropoutValue::default(),
         draws: &stream.open(),
     })?;
     Ok(pipeline.adapter().prediction(&replica.infer(inputs)))

@@ -9,6 +9,7 @@ mod report;
 mod run_folder;
 mod single_step;
 mod step;
+mod weights;
 
 pub use check::check;
 pub use generate::{SampleRequest, sample};
@@ -26,6 +27,7 @@ use crate::config::{CheckpointSettings, RunConfig};
 use crate::data::{Dataset, Loader, Order, Share};
 use crate::error::{Error, Result};
 use crate::flow::{FlowMatchingPipeline, report as flow_report};
+use crate::model::SampleShapes;
 use crate::parallel::{DeviceChoice, Replica};
 use crate::rng::{Key, Purpose};
 use crate::telemetry::{self, MetricsFile, Telemetry, Throughput, peak_resident_bytes};
@@ -97,7 +99,10 @@ impl<'c> Trainer<'c> {
         let order = Order::new(dataset.groups(), global_batch, config.seed)?;
         let device = device(config.parallel.device);
         tch::set_num_threads(config.parallel.num_threads);
-        let mut replica = build_replica(config, device)?;
+        let mut replica = match folder.resumed_from() {
+            Some(_) => empty_replica(config, device)?,
+            None => fresh_replica(config, device, collective)?,
+        };
         let mut optimizer_state = step::fresh_state(&replica, &*config.optimizer);
         let mut manifest = Manifest::new(config.seed, global_batch as u64, dataset.fingerprint());
         if let Some(path) = folder.resumed_from() {
@@ -232,8 +237,8 @@ impl<'c> Trainer<'c> {
 fn check_data(config: &RunConfig, dataset: &Dataset) -> Result<()> {
     dataset.groups().iter().try_for_each(|group| {
         let latents = dataset.latent_shape(&group.name).expect("a group has latents");
-        let text = group.layout.get("text_embeddings").map(|(_, shape)| shape.as_slice());
-        config.model.family.check_data(latents, text)
+        let of = group.layout.iter().map(|(key, (_, shape))| (key.as_str(), shape.as_slice())).collect();
+        config.model.family.check_data(&SampleShapes { latents, of })
     })
 }
 
@@ -243,10 +248,23 @@ fn device(choice: DeviceChoice) -> Device {
     }
 }
 
-/// The configured model, with parameters that follow from the seed alone.
-fn build_replica(config: &RunConfig, device: Device) -> Result<Replica> {
-    let stages = config.model.family.stages()?;
-    Ok(Replica::new(stages, config.model.dtype.kind(), device, Key::new(config.seed, Purpose::Initialization)))
+/// The configured model with all parameters zero, to be filled from a checkpoint.
+fn empty_replica(config: &RunConfig, device: Device) -> Result<Replica> {
+    Ok(Replica::new(config.model.family.stages()?, config.model.dtype.kind(), device, None))
+}
+
+/// The configured model as a run begins with it: pretrained, or with parameters that follow from the seed alone.
+///
+/// # Ordering
+/// Every rank calls it.
+fn fresh_replica(config: &RunConfig, device: Device, collective: &dyn Collective) -> Result<Replica> {
+    if let Some(folder) = config.model.pretrained() {
+        let mut replica = empty_replica(config, device)?;
+        weights::load_pretrained(folder, &config.model.family, &mut replica, collective)?;
+        return Ok(replica);
+    }
+    let key = Key::new(config.seed, Purpose::Initialization);
+    Ok(Replica::new(config.model.family.stages()?, config.model.dtype.kind(), device, Some(key)))
 }
 
 fn build_pipeline(config: &RunConfig, device: Device) -> FlowMatchingPipeline {

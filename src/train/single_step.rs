@@ -6,12 +6,14 @@ use std::path::{Path, PathBuf};
 
 use tch::Tensor;
 
-use super::{build_pipeline, build_replica, checkpoint, device, run_folder};
+use super::{build_pipeline, checkpoint, device, empty_replica, fresh_replica, run_folder};
+use crate::collective::Solo;
 use crate::config::RunConfig;
 use crate::data::safetensors::{self, SafeTensors};
 use crate::data::{Batch, DataType};
 use crate::error::{Error, Result};
 use crate::flow::{StepOptions, StepOutput, latents_of};
+use crate::model::SampleShapes;
 use crate::parallel::Replica;
 use crate::rng::Stream;
 
@@ -36,14 +38,17 @@ pub struct StepRequest {
 pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
     tch::set_num_threads(config.parallel.num_threads);
     let device = device(config.parallel.device);
-    let mut replica = build_replica(config, device)?;
-    if let Some(path) = &request.weights {
-        checkpoint::load_parameters(&run_folder::locate(path)?.1, &mut replica)?;
-    }
+    let replica = match &request.weights {
+        Some(path) => {
+            let mut replica = empty_replica(config, device)?;
+            checkpoint::load_parameters(&run_folder::locate(path)?.1, &mut replica)?;
+            replica
+        }
+        None => fresh_replica(config, device, &Solo)?,
+    };
     let pipeline = build_pipeline(config, device);
     let batch = read_batch(&request.batch)?;
-    let text = batch.get("text_embeddings").map(Tensor::size);
-    config.model.family.check_data(&latents_of(&batch)?.size()[1..], text.as_deref())?;
+    check_batch(config, &batch)?;
     let seed = request.torch_seed.unwrap_or(config.seed as i64);
     let options = StepOptions { global_step: 0, collect_metrics: false, check_loss: false, strata: None };
     let mut tape = replica.tape(config.parallel.recompute);
@@ -58,6 +63,12 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
         tensors.extend(gradients.iter().flat_map(|(stage, flat)| named_gradients(&replica, *stage, flat)));
     }
     write(&request.dump, &tensors, &output, batch.data_type)
+}
+
+fn check_batch(config: &RunConfig, batch: &Batch) -> Result<()> {
+    let sizes: BTreeMap<&str, Vec<i64>> = batch.tensors.iter().map(|(key, tensor)| (key.as_str(), tensor.size())).collect();
+    let of = sizes.iter().map(|(key, size)| (*key, size.get(1..).unwrap_or_default())).collect();
+    config.model.family.check_data(&SampleShapes { latents: &latents_of(batch)?.size()[1..], of })
 }
 
 fn read_batch(path: &Path) -> Result<Batch> {

@@ -7,6 +7,7 @@
 //! Source: <https://github.com/huggingface/safetensors>, section "Format" of its README.
 
 mod header;
+mod shards;
 mod source;
 mod write;
 
@@ -18,6 +19,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 pub use header::TensorInfo;
+pub use shards::Shards;
 use source::Source;
 pub(super) use source::open_error;
 pub use source::refuse_pickle;

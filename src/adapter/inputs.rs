@@ -1,0 +1,99 @@
+//! What several adapters make of a batch in the same way.
+
+use tch::{Kind, Tensor};
+
+use crate::error::{Error, Result};
+use crate::flow::FlowMatchingContext;
+use crate::nn::Activations;
+use crate::nn::embed::{patchify, unpatchify};
+use crate::settings::{Choice, Keys};
+
+/// The kind in which the model is told the timestep.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TimestepDtype {
+    /// The compute kind, the reference's way: bfloat16 moves timesteps by up to 2 of 1000.
+    #[default]
+    Compute,
+    Float32,
+}
+
+impl Choice for TimestepDtype {
+    const ALL: &'static [(&'static str, Self)] = &[("compute", TimestepDtype::Compute), ("float32", TimestepDtype::Float32)];
+}
+
+impl TimestepDtype {
+    pub fn visit(&mut self, keys: &mut Keys<'_>) {
+        keys.choice("timestep_dtype", self, "Kind in which the model is told the timestep: the model's, or exactly.");
+    }
+
+    /// Timesteps `[B]` in `[0, 1]`. The compute kind divides by 1000 as the reference does, whatever the number of training
+    /// timesteps.
+    pub fn of_one(self, context: &FlowMatchingContext<'_>) -> Tensor {
+        match self {
+            TimestepDtype::Compute => context.timesteps.to_kind(context.dtype) / 1000.0,
+            TimestepDtype::Float32 => context.sigma.shallow_clone(),
+        }
+    }
+
+    /// Timesteps `[B]` on the scale of the training timesteps.
+    pub fn of_a_thousand(self, context: &FlowMatchingContext<'_>) -> Tensor {
+        match self {
+            TimestepDtype::Compute => context.timesteps.to_kind(context.dtype),
+            TimestepDtype::Float32 => context.timesteps.shallow_clone(),
+        }
+    }
+}
+
+/// `text_embeddings` `[B, L, D]` in the compute kind; a single prompt may come without its batch axis.
+pub(super) fn text_embeddings(context: &FlowMatchingContext<'_>, adapter: &str) -> Result<Tensor> {
+    batched(context, "text_embeddings", adapter, 3)
+}
+
+/// A condition of the batch in the compute kind, with `rank` axes once a missing batch axis is added.
+pub(super) fn batched(context: &FlowMatchingContext<'_>, key: &str, adapter: &str, rank: usize) -> Result<Tensor> {
+    let found = context.required(key, adapter)?;
+    let tensor = if found.dim() + 1 == rank { found.unsqueeze(0) } else { found.shallow_clone() };
+    let samples = context.noisy_latents.size()[0];
+    if tensor.dim() != rank || tensor.size()[0] != samples {
+        let what = format!("`{key}` {:?} must have {rank} axes and the latents' {samples} samples", found.size());
+        return Err(Error::data("batch", what));
+    }
+    Ok(tensor.to_kind(context.dtype))
+}
+
+/// Noisy images `[B, C, H, W]` as tokens of 2 x 2 pixels `[B, H/2 · W/2, 4·C]`, and their `grid`, `[3]` int64 on the host.
+///
+/// # Errors
+/// [`Error::Data`] if they are no images or have odd sides.
+pub(super) fn packed(context: &FlowMatchingContext<'_>, adapter: &str) -> Result<(Tensor, Tensor)> {
+    let [height, width] = sides(context, adapter)?;
+    if height % 2 != 0 || width % 2 != 0 {
+        return Err(Error::data(
+            "batch",
+            format!("the {adapter} adapter needs latents of even height and width, found {height} x {width}"),
+        ));
+    }
+    Ok((patchify(context.noisy_latents, 2), Tensor::from_slice(&[1, height / 2, width / 2])))
+}
+
+/// Height and width of images.
+///
+/// # Errors
+/// [`Error::Data`] if the latents are no images.
+pub(super) fn sides(context: &FlowMatchingContext<'_>, adapter: &str) -> Result<[i64; 2]> {
+    match context.noisy_latents.size().as_slice() {
+        &[_, _, height, width] => Ok([height, width]),
+        size => Err(Error::data("batch", format!("the {adapter} adapter needs latents [B, C, H, W], found {size:?}"))),
+    }
+}
+
+/// Predicted tokens of 2 x 2 pixels as images again.
+pub(super) fn unpacked(output: &Activations) -> Tensor {
+    let grid = Vec::<i64>::try_from(output.get("grid")).expect("grid: integers");
+    unpatchify(output.get("prediction"), 2, 2 * grid[1], 2 * grid[2])
+}
+
+/// `guidance_scale` for each sample, `[B]` f32.
+pub(super) fn guidance(context: &FlowMatchingContext<'_>, guidance_scale: f64) -> Tensor {
+    Tensor::full([context.noisy_latents.size()[0]], guidance_scale, (Kind::Float, context.device))
+}

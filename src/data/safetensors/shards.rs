@@ -1,0 +1,108 @@
+//! Several files that together hold one set of tensors, each under a name of its own.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+
+use serde::Deserialize;
+use tch::{Kind, Tensor};
+
+use super::SafeTensors;
+use crate::error::{Error, Result, one_line};
+
+/// Names that a message lists before it only counts.
+const LISTED_NAMES: usize = 20;
+
+/// Which file of a folder holds which tensor, as `<stem>.safetensors.index.json` says.
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+/// Opened files whose headers have been checked.
+#[derive(Debug)]
+pub struct Shards {
+    path: PathBuf,
+    files: Vec<SafeTensors>,
+}
+
+impl Shards {
+    /// `files` of the folder `path`.
+    ///
+    /// # Errors
+    /// As [`SafeTensors::open`].
+    pub fn open(path: &Path, files: impl IntoIterator<Item = String>) -> Result<Self> {
+        let files = files.into_iter().map(|name| SafeTensors::open(path.join(name))).collect::<Result<_>>()?;
+        Ok(Shards { path: path.into(), files })
+    }
+
+    /// `<stem>.safetensors`, or the files that `<stem>.safetensors.index.json` names.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if there is neither, or the index is malformed; as [`SafeTensors::open`].
+    pub fn of_stem(folder: &Path, stem: &str) -> Result<Self> {
+        let (single, index) = (format!("{stem}.safetensors"), format!("{stem}.safetensors.index.json"));
+        match (folder.join(&single).exists(), folder.join(&index).exists()) {
+            (true, _) => Shards::open(folder, [single]),
+            (false, true) => Shards::open(folder, files_of(&folder.join(index))?),
+            (false, false) => Err(Error::data(folder, format!("holds neither {single} nor {index}"))),
+        }
+    }
+
+    /// Compares names, shapes and kinds with what is `expected`; names that contain one of `ignored` may be there unasked.
+    ///
+    /// # Errors
+    /// A text that lists every missing, unexpected and misshapen tensor.
+    pub fn check(&self, expected: &BTreeMap<String, &[i64]>, kinds: &[Kind], ignored: &[&str]) -> Result<(), String> {
+        let mut found = BTreeMap::new();
+        let mut doubled = Vec::new();
+        for info in self.files.iter().flat_map(SafeTensors::tensors) {
+            if found.insert(info.name.as_str(), info).is_some() {
+                doubled.push(info.name.clone());
+            }
+        }
+        let missing = expected.keys().filter(|name| !found.contains_key(name.as_str())).cloned().collect();
+        let wanted = |name: &str| expected.contains_key(name) || ignored.iter().any(|part| name.contains(part));
+        let unexpected = found.keys().filter(|name| !wanted(name)).map(ToString::to_string).collect();
+        let unfit = found.values().filter_map(|info| {
+            let shape = *expected.get(&info.name)?;
+            let fits = kinds.contains(&info.kind) && info.shape == shape;
+            (!fits).then(|| format!("{} is {:?} {:?} instead of {} {shape:?}", info.name, info.kind, info.shape, named(kinds)))
+        });
+        let unfit = unfit.collect();
+        let lists = [("missing", missing), ("unexpected", unexpected), ("in two files", doubled), ("of another shape or kind", unfit)];
+        let texts: Vec<String> = lists.into_iter().filter_map(|(what, names)| listed(what, names)).collect();
+        if texts.is_empty() { Ok(()) } else { Err(texts.join("; ")) }
+    }
+
+    /// One whole tensor, on the CPU.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if no file holds it; as [`SafeTensors::read`].
+    pub fn read(&self, name: &str) -> Result<Tensor> {
+        let holding = self.files.iter().find(|file| file.info(name).is_ok());
+        holding.ok_or_else(|| Error::data(&self.path, format!("holds no tensor `{name}`")))?.read(name)
+    }
+}
+
+/// The files of an index, each once.
+fn files_of(index: &Path) -> Result<BTreeSet<String>> {
+    let text = fs::read(index).map_err(Error::storage(index, "read"))?;
+    let parsed: Index = serde_json::from_slice(&text).map_err(|error| Error::data(index, one_line(&error.to_string())))?;
+    let files: BTreeSet<String> = parsed.weight_map.into_values().collect();
+    let plain = |name: &String| matches!(Path::new(name).components().collect::<Vec<_>>()[..], [Component::Normal(_)]);
+    match files.iter().find(|name| !plain(name)) {
+        Some(name) => Err(Error::data(index, format!("names {name:?}, which is no file beside it"))),
+        None => Ok(files),
+    }
+}
+
+fn named(kinds: &[Kind]) -> String {
+    kinds.iter().map(|kind| format!("{kind:?}")).collect::<Vec<_>>().join(" or ")
+}
+
+fn listed(what: &str, names: Vec<String>) -> Option<String> {
+    let more = names.len().saturating_sub(LISTED_NAMES);
+    let tail = if more > 0 { format!(" and {more} more") } else { String::new() };
+    (!names.is_empty()).then(|| format!("{what}: {}{tail}", names[..names.len() - more].join(", ")))
+}

@@ -1,0 +1,276 @@
+//! FLUX.1: double blocks over image and text, then single blocks over both as one sequence.
+//!
+//! Inputs: `hidden_states` `[B, Li, in_channels]`, `encoder_hidden_states` `[B, Lt, joint_attention_dim]`,
+//! `pooled_projections` `[B, pooled_projection_dim]`, `timestep` `[B]` in `[0, 1]`, `guidance` `[B]` where the model embeds
+//! it, `grid` and, if padding is to be masked, `text_mask` `[B, Lt]`.
+//!
+//! Source: diffusers 0.42.1, `FluxTransformer2DModel`, whose field and parameter names these are.
+
+use tch::{Device, Kind, Tensor};
+
+use super::joint::{JointStage, grid, joint_mask};
+use super::{Architecture, SampleShapes, expect_equal, expect_image};
+use crate::error::{Error, Result};
+use crate::nn::attention::{Heads, Projections, attend};
+use crate::nn::embed::ScalarEmbedding;
+use crate::nn::joint_block::BlockNames;
+use crate::nn::modulation::{ModulatedProjection, Modulation, modulated_norm};
+use crate::nn::rope::{self, Axis};
+use crate::nn::{Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Stage, Views};
+use crate::settings::{Keys, Settings};
+
+/// Of every normalization.
+const EPSILON: f64 = 1e-6;
+/// Width of the sinusoidal embeddings.
+const FREQUENCIES: i64 = 256;
+/// Base of the rotary frequencies.
+const THETA: f64 = 10_000.0;
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Flux {
+    pub patch_size: i64,
+    pub in_channels: i64,
+    pub out_channels: i64,
+    pub num_layers: i64,
+    pub num_single_layers: i64,
+    pub attention_head_dim: i64,
+    pub num_attention_heads: i64,
+    pub joint_attention_dim: i64,
+    pub pooled_projection_dim: i64,
+    pub guidance_embeds: bool,
+    pub axes_dims_rope: [i64; 3],
+}
+
+impl Default for Flux {
+    fn default() -> Self {
+        Flux {
+            patch_size: 1,
+            in_channels: 64,
+            out_channels: 0,
+            num_layers: 19,
+            num_single_layers: 38,
+            attention_head_dim: 128,
+            num_attention_heads: 24,
+            joint_attention_dim: 4096,
+            pooled_projection_dim: 768,
+            guidance_embeds: false,
+            axes_dims_rope: [16, 56, 56],
+        }
+    }
+}
+
+impl Settings for Flux {
+    fn visit(&mut self, keys: &mut Keys<'_>) {
+        keys.integer("patch_size", &mut self.patch_size, 1..=1, "Published models have 1: the adapter has cut the patches already.");
+        keys.integer("in_channels", &mut self.in_channels, 4.., "Features of a latent token; four times the latents' channels.");
+        keys.integer("out_channels", &mut self.out_channels, 0.., "Features of a predicted token; 0 is in_channels.");
+        keys.integer("num_layers", &mut self.num_layers, 0.., "Double blocks, each a stage of its own.");
+        keys.integer("num_single_layers", &mut self.num_single_layers, 0.., "Single blocks, each a stage of its own.");
+        keys.integer("attention_head_dim", &mut self.attention_head_dim, 2.., "Width of a head; the sum of axes_dims_rope.");
+        keys.integer("num_attention_heads", &mut self.num_attention_heads, 1.., "Attention heads; times their width it is the model's.");
+        keys.integer("joint_attention_dim", &mut self.joint_attention_dim, 1.., "Last axis of `text_embeddings`.");
+        keys.integer("pooled_projection_dim", &mut self.pooled_projection_dim, 1.., "Last axis of `pooled_prompt_embeds`.");
+        keys.flag("guidance_embeds", &mut self.guidance_embeds, "Whether the guidance scale is embedded (dev) or not (schnell).");
+        keys.integers("axes_dims_rope", &mut self.axes_dims_rope, 0.., "Features of a head turned by index, row and column; even.");
+    }
+}
+
+impl Flux {
+    fn width(&self) -> i64 {
+        self.num_attention_heads * self.attention_head_dim
+    }
+
+    fn heads(&self) -> Heads {
+        Heads { num_heads: self.num_attention_heads, width: self.attention_head_dim, with_bias: true, epsilon: EPSILON }
+    }
+}
+
+impl Architecture for Flux {
+    fn class_name(&self) -> Option<&'static str> {
+        Some("FluxTransformer2DModel")
+    }
+
+    fn stages(&self) -> Result<Vec<Box<dyn Stage>>> {
+        let axes = &self.axes_dims_rope;
+        if axes.iter().sum::<i64>() != self.attention_head_dim || axes.iter().any(|axis| axis % 2 != 0) {
+            let what = format!("{axes:?} must be even and add up to attention_head_dim = {}", self.attention_head_dim);
+            return Err(Error::config("model.flux.axes_dims_rope", what));
+        }
+        let (width, hidden) = (self.width(), 4 * self.width());
+        let double = |index| Box::new(JointStage::new(index, &BLOCK_NAMES, width, hidden, self.heads())) as Box<dyn Stage>;
+        let mut stages: Vec<Box<dyn Stage>> = vec![Box::new(Embed::new(self))];
+        stages.extend((0..self.num_layers).map(double));
+        stages.extend((0..self.num_single_layers).map(|index| Box::new(SingleBlock::new(self, index)) as Box<dyn Stage>));
+        stages.push(Box::new(Head::new(self)));
+        Ok(stages)
+    }
+
+    fn inputs(&self) -> Vec<&'static str> {
+        let mut inputs = vec!["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "grid"];
+        inputs.extend(self.guidance_embeds.then_some("guidance"));
+        inputs
+    }
+
+    fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()> {
+        let [channels, ..] = expect_image("model.flux", shapes.latents, 2)?;
+        expect_equal("model.flux.in_channels", self.in_channels, Some(4 * channels), "latents in 2 x 2 patches have")?;
+        let text = shapes.last("text_embeddings");
+        expect_equal("model.flux.joint_attention_dim", self.joint_attention_dim, text, "text_embeddings have")?;
+        let pooled = shapes.last("pooled_prompt_embeds").or(shapes.last("clip_pooled"));
+        expect_equal("model.flux.pooled_projection_dim", self.pooled_projection_dim, pooled, "pooled text has")
+    }
+}
+
+const BLOCK_NAMES: BlockNames =
+    BlockNames { image_modulation: "norm1.linear", text_modulation: "norm1_context.linear", image_feed: "ff", text_feed: "ff_context" };
+
+/// Latents and text to tokens; timestep, guidance and pooled text to one vector.
+struct Embed {
+    params: ParamSet,
+    image: Linear,
+    text: Linear,
+    timestep: ScalarEmbedding,
+    guidance: Option<ScalarEmbedding>,
+    pooled: Mlp,
+    axes: [Axis; 3],
+    /// Tables over text and image by the grid and the number of text tokens.
+    ropes: PerShape<([i64; 3], i64)>,
+}
+
+impl Embed {
+    fn new(model: &Flux) -> Self {
+        let mut params = ParamSet::new("embed");
+        let mut builder = Builder::new(&mut params, "");
+        let width = model.width();
+        let mut scalar = |name: &str| ScalarEmbedding::new(&mut builder.at("time_text_embed").at(name), FREQUENCIES, width, true);
+        let timestep = scalar("timestep_embedder");
+        let guidance = model.guidance_embeds.then(|| scalar("guidance_embedder"));
+        let widths = [model.pooled_projection_dim, width, width];
+        let pooled = Mlp::of_two_linears(&mut builder.at("time_text_embed.text_embedder"), widths, Nonlinearity::Silu, true);
+        let text = Linear::pytorch(&mut builder.at("context_embedder"), model.joint_attention_dim, width, true);
+        let image = Linear::pytorch(&mut builder.at("x_embedder"), model.in_channels, width, true);
+        let axes = model.axes_dims_rope.map(|width| Axis { width, theta: THETA, kind: Kind::Double });
+        Embed { params, image, text, timestep, guidance, pooled, axes, ropes: PerShape::new() }
+    }
+
+    fn conditioning(&self, params: &Views, input: &Activations, kind: Kind) -> Tensor {
+        let mut conditioning = self.timestep.forward(params, &(input.get("timestep") * 1000.0), kind);
+        if let Some(embedding) = &self.guidance {
+            conditioning += embedding.forward(params, &(input.get("guidance").to_kind(kind) * 1000.0), kind);
+        }
+        conditioning + self.pooled.forward(params, input.get("pooled_projections"))
+    }
+
+    /// Table over text, which has no places, then the image.
+    fn rope(&self, sizes: [i64; 3], text_tokens: i64, device: Device) -> Tensor {
+        self.ropes.get((sizes, text_tokens), || {
+            let [frames, rows, columns] = [0, 1, 2].map(|axis| self.axes[axis].angles_to(sizes[axis], device));
+            let image = rope::grid_angles(&frames, &rows, &columns);
+            rope::table(&Tensor::cat(&[Tensor::zeros([text_tokens, image.size()[1]], (Kind::Double, device)), image], 0))
+        })
+    }
+}
+
+impl Stage for Embed {
+    fn params(&self) -> &ParamSet {
+        &self.params
+    }
+
+    fn forward(&self, params: &Views, input: &Activations) -> Activations {
+        let (latents, text) = (input.get("hidden_states"), input.get("encoder_hidden_states"));
+        let (text_tokens, image_tokens) = (text.size()[1], latents.size()[1]);
+        let rope = self.rope(grid(input), text_tokens, latents.device());
+        let output = Activations::new()
+            .with("image", self.image.forward(params, latents))
+            .with("text", self.text.forward(params, text))
+            .with("conditioning", self.conditioning(params, input, latents.kind()))
+            .with_constant("text_rope", rope.narrow(0, 0, text_tokens))
+            .with_constant("image_rope", rope.narrow(0, text_tokens, image_tokens))
+            .with_constant("rope", rope);
+        match input.find("text_mask") {
+            Some(text_mask) => output.with_constant("mask", joint_mask(text_mask, image_tokens)),
+            None => output,
+        }
+    }
+}
+
+/// Attention and feed-forward side by side over text and image as one sequence, `joint` `[B, Lt + Li, D]`.
+struct SingleBlock {
+    params: ParamSet,
+    modulation: Modulation,
+    attention: Projections,
+    feed: Linear,
+    output: Linear,
+}
+
+impl SingleBlock {
+    fn new(model: &Flux, index: i64) -> Self {
+        let name = format!("single_transformer_blocks.{index}");
+        let mut params = ParamSet::new(&name);
+        let mut builder = Builder::new(&mut params, &name);
+        let (width, hidden) = (model.width(), 4 * model.width());
+        let modulation = Modulation::new(Linear::pytorch(&mut builder.at("norm.linear"), width, 3 * width, true));
+        let feed = Linear::pytorch(&mut builder.at("proj_mlp"), width, hidden, true);
+        let output = Linear::pytorch(&mut builder.at("proj_out"), width + hidden, width, true);
+        let attention = Projections::new(&mut builder.at("attn"), width, model.heads());
+        SingleBlock { params, modulation, attention, feed, output }
+    }
+}
+
+impl Stage for SingleBlock {
+    fn params(&self) -> &ParamSet {
+        &self.params
+    }
+
+    fn forward(&self, params: &Views, input: &Activations) -> Activations {
+        let conditioning = input.get("conditioning");
+        let joint = joined(input);
+        let [shift, scale, gate] = self.modulation.forward(params, conditioning);
+        let ready = modulated_norm(&joint, &shift, &scale, EPSILON);
+        let [query, key, value] = self.attention.forward(params, &ready, input.find("rope"));
+        let attended = attend(&query, &key, &value, input.find("mask"));
+        let fed = self.feed.forward(params, &ready).gelu("tanh");
+        let joint = joint.addcmul(&gate, &self.output.forward(params, &Tensor::cat(&[attended, fed], 2)));
+        Activations::new().with("joint", joint).with("conditioning", conditioning.shallow_clone())
+    }
+}
+
+/// Text and image as one sequence, from a double block or a single one.
+fn joined(input: &Activations) -> Tensor {
+    match input.find("joint") {
+        Some(joint) => joint.shallow_clone(),
+        None => Tensor::cat(&[input.get("text"), input.get("image")], 1),
+    }
+}
+
+/// Image tokens to predicted ones.
+struct Head {
+    params: ParamSet,
+    output: ModulatedProjection,
+}
+
+impl Head {
+    fn new(model: &Flux) -> Self {
+        let mut params = ParamSet::new("head");
+        let features = if model.out_channels == 0 { model.in_channels } else { model.out_channels };
+        let output = ModulatedProjection::new(&mut Builder::new(&mut params, ""), model.width(), features, true, EPSILON);
+        Head { params, output }
+    }
+}
+
+impl Stage for Head {
+    fn params(&self) -> &ParamSet {
+        &self.params
+    }
+
+    fn forward(&self, params: &Views, input: &Activations) -> Activations {
+        let image = match input.find("joint") {
+            Some(joint) => {
+                let text_tokens = input.get("text_rope").size()[0];
+                joint.narrow(1, text_tokens, joint.size()[1] - text_tokens)
+            }
+            None => input.get("image").shallow_clone(),
+        };
+        Activations::new().with("prediction", self.output.forward(params, &image, input.get("conditioning")))
+    }
+}

@@ -1,0 +1,53 @@
+//! Two affine maps with a nonlinearity between.
+
+use tch::Tensor;
+
+use super::{Builder, Linear, Views};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Nonlinearity {
+    Silu,
+    Gelu,
+    /// GELU's approximation by tanh.
+    GeluTanh,
+}
+
+impl Nonlinearity {
+    pub fn apply(self, x: &Tensor) -> Tensor {
+        match self {
+            Nonlinearity::Silu => x.silu(),
+            Nonlinearity::Gelu => x.gelu("none"),
+            Nonlinearity::GeluTanh => x.gelu("tanh"),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Mlp {
+    pub input: Linear,
+    pub output: Linear,
+    pub nonlinearity: Nonlinearity,
+}
+
+impl Mlp {
+    /// `linear_1` and `linear_2` between the three `widths`.
+    pub fn of_two_linears(builder: &mut Builder<'_>, widths: [i64; 3], nonlinearity: Nonlinearity, with_bias: bool) -> Self {
+        Self::named(builder, ["linear_1", "linear_2"], widths, nonlinearity, with_bias)
+    }
+
+    /// `net.0.proj` and `net.2`, the feed-forward part of diffusers' blocks.
+    pub fn feed_forward(builder: &mut Builder<'_>, widths: [i64; 3], nonlinearity: Nonlinearity) -> Self {
+        Self::named(builder, ["net.0.proj", "net.2"], widths, nonlinearity, true)
+    }
+
+    fn named(builder: &mut Builder<'_>, names: [&str; 2], widths: [i64; 3], nonlinearity: Nonlinearity, with_bias: bool) -> Self {
+        let input = Linear::pytorch(&mut builder.at(names[0]), widths[0], widths[1], with_bias);
+        Mlp { input, output: Linear::pytorch(&mut builder.at(names[1]), widths[1], widths[2], with_bias), nonlinearity }
+    }
+
+    /// # Shapes
+    /// `x`: `[…, inputs]`. Returns `[…, outputs]`.
+    pub fn forward(&self, params: &Views, x: &Tensor) -> Tensor {
+        self.output.forward(params, &self.nonlinearity.apply(&self.input.forward(params, x)))
+    }
+}

@@ -1,0 +1,61 @@
+//! Weights that a run begins with, from a diffusers transformer folder.
+
+use std::path::Path;
+
+use tch::{Device, Kind, Tensor};
+
+use super::agreement::{agreed, tensor_of_rank_zero};
+use crate::collective::Collective;
+use crate::data::safetensors::Shards;
+use crate::error::{Error, Result};
+use crate::model::{self, Model};
+use crate::nn::ParamSet;
+use crate::parallel::Replica;
+use crate::settings::Family;
+
+/// Name of the weights' files before their endings, diffusers'.
+pub const STEM: &str = "diffusion_pytorch_model";
+
+/// Fills the model with the folder's weights. Rank 0 reads each tensor once and sends it to the others, a stage at a time.
+///
+/// # Errors
+/// On one rank, [`Error::Peer`] on the others: [`Error::Config`] if the folder describes another model; [`Error::Data`]
+/// listing every missing, unexpected and misshapen tensor, before anything is changed.
+///
+/// # Ordering
+/// Every rank calls it.
+pub fn load_pretrained(folder: &Path, family: &Model, replica: &mut Replica, collective: &dyn Collective) -> Result<()> {
+    // Opening reads headers only, so that each rank may do it.
+    let shards = agreed(open(folder, family, replica), collective)?;
+    for (stage, bucket) in replica.stages.iter().zip(&mut replica.buckets) {
+        let params = stage.params();
+        let read = tensor_of_rank_zero(collective, params.numel(), || flat(&shards, "", params))?;
+        bucket.update(|master| master.copy_(&read));
+    }
+    Ok(())
+}
+
+fn open(folder: &Path, family: &Model, replica: &Replica) -> Result<Shards> {
+    let described = model::read_folder(folder)?;
+    if described != *family {
+        let what = format!("differs from {}/config.json; leave the table out, or the path", folder.display());
+        return Err(Error::config(format!("model.{}", family.name()), what));
+    }
+    let shards = Shards::of_stem(folder, STEM)?;
+    let expected = replica.infos().map(|info| (info.name.clone(), info.shape.as_slice())).collect();
+    let kinds = [Kind::Float, Kind::BFloat16, Kind::Half];
+    shards.check(&expected, &kinds, family.ignored_parameters()).map_err(|what| Error::data(folder, what))?;
+    Ok(shards)
+}
+
+/// One stage's parameters, `prefix` before their names, as the flat f32 buffer that holds them.
+pub fn flat(shards: &Shards, prefix: &str, params: &ParamSet) -> Result<Tensor> {
+    let whole = Tensor::zeros([params.numel()], (Kind::Float, Device::Cpu));
+    let mut offset = 0;
+    for info in params.infos() {
+        let read = shards.read(&format!("{prefix}{}", info.name))?;
+        whole.narrow(0, offset, info.numel()).copy_(&read.flatten(0, -1));
+        offset += info.numel();
+    }
+    Ok(whole)
+}

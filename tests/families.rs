@@ -1,0 +1,63 @@
+//! The model families are diffusers': predictions, losses and every gradient of tiny random models, new ones each run.
+
+use std::path::{Path, PathBuf};
+
+use fm_dist::config::RunConfig;
+use fm_dist::data::safetensors::SafeTensors;
+use fm_dist::train::{StepRequest, dump_step};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::oracle::{BFLOAT16, GRADIENT, LOSS, assert_close, assert_within_one_ulp, entries, fresh_seed, oracle};
+
+fn check_family(family: &str) {
+    let folder = TempDir::new().unwrap();
+    oracle("families.py", &[folder.path().to_str().unwrap(), &fresh_seed(family), "--families", family]);
+    let cases = entries(&folder.path().join("cases.json"));
+    let cases = cases.as_array().unwrap();
+    assert!(cases.len() >= 6, "{family} has {} cases", cases.len());
+    for case in cases {
+        check_case(case, &folder.path().join(case["folder"].as_str().unwrap()));
+    }
+}
+
+/// The case's model and settings, as its user would configure them.
+fn config_of(case: &Value, folder: &Path) -> RunConfig {
+    let text = |value: &Value| format!("{value}");
+    let mut overrides = vec![format!("model.path={}", text(&folder.join("model").to_str().unwrap().into()))];
+    overrides.push(format!("model.dtype={}", case["dtype"]));
+    overrides.extend(case["settings"].as_object().unwrap().iter().map(|(key, value)| format!("{key}={}", text(value))));
+    RunConfig::read("oracle", "", &overrides).unwrap_or_else(|error| panic!("{}: {error}", case["name"]))
+}
+
+fn check_case(case: &Value, folder: &Path) {
+    let config = config_of(case, folder);
+    let dump: PathBuf = folder.join("dump.safetensors");
+    let request = StepRequest {
+        batch: folder.join("batch.safetensors"),
+        dump: dump.clone(),
+        weights: None,
+        torch_seed: case["seed"].as_i64(),
+        grads: true,
+    };
+    dump_step(&config, &request).unwrap_or_else(|error| panic!("{}: {error}", case["name"]));
+    let (found, expected) = (SafeTensors::open(&dump).unwrap(), SafeTensors::open(folder.join("expected.safetensors")).unwrap());
+    let (value_tolerance, gradient_tolerance) = if case["dtype"] == "float32" { (LOSS, GRADIENT) } else { BFLOAT16 };
+    for info in expected.tensors() {
+        let name = info.name.as_str();
+        let what = format!("{} {name} {}", case["name"], case["settings"]);
+        let (found, expected) = (found.read(name).unwrap(), expected.read(name).unwrap());
+        match name {
+            "sigma" | "timesteps" | "noise" | "target" => assert_within_one_ulp(&found, &expected, &what),
+            _ if name.starts_with("grad.") => assert_close(&found, &expected, gradient_tolerance, &what),
+            _ => assert_close(&found, &expected, value_tolerance, &what),
+        }
+    }
+    let parameters = found.tensors().iter().filter(|info| info.name.starts_with("grad.")).count();
+    assert_eq!(parameters, expected.tensors().iter().filter(|info| info.name.starts_with("grad.")).count(), "{}", case["name"]);
+}
+
+#[test]
+fn flux_is_diffusers_flux() {
+    check_family("flux");
+}

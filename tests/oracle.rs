@@ -1,0 +1,56 @@
+//! The oracle: scripts of tests/oracle run the real packages in Python; how close is close enough.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde_json::Value;
+use tch::{Kind, Tensor};
+
+/// Sums of a few thousand f32 numbers in another order.
+pub const LOSS: f64 = 2e-5;
+/// The same through a few layers of a small transformer and back.
+pub const GRADIENT: f64 = 2e-4;
+/// bfloat16 keeps 8 bits: losses and gradients, relative to their norm.
+pub const BFLOAT16: (f64, f64) = (2e-2, 6e-2);
+
+/// Runs a script of tests/oracle in the environment that the tests' set-up makes.
+pub fn oracle(script: &str, arguments: &[&str]) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let python = root.join(".deps/oracle/bin/python");
+    assert!(python.exists(), "{} is missing: run launch/setup.sh --oracle", python.display());
+    let output = Command::new(python).arg(root.join("tests/oracle").join(script)).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{script} {arguments:?}:\n{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// A new seed each run; it is printed, so that a failure can be had again.
+pub fn fresh_seed(what: &str) -> String {
+    let nanoseconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos();
+    let seed = (nanoseconds % 1_000_000_000).to_string();
+    println!("{what}: seed {seed}");
+    seed
+}
+
+pub fn entries(path: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+pub fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f64, what: &str) {
+    assert_eq!(found.size(), expected.size(), "{what}");
+    let (found, expected) = (found.to_kind(Kind::Double), expected.to_kind(Kind::Double));
+    let difference = (&found - &expected).norm().double_value(&[]);
+    let scale = expected.norm().double_value(&[]).max(1e-12);
+    assert!(difference <= tolerance * scale, "{what}: ‖difference‖ {difference:e} of ‖expected‖ {scale:e}, allowed {tolerance:e}");
+}
+
+/// Equal, or neighbouring f32 numbers.
+pub fn assert_within_one_ulp(found: &Tensor, expected: &Tensor, what: &str) {
+    assert_eq!(found.size(), expected.size(), "{what}");
+    let ordered = |tensor: &Tensor| {
+        let bits = |value: f32| (value.to_bits() & 0x7fff_ffff) as i64 * if value.is_sign_negative() { -1 } else { 1 };
+        Vec::<f32>::try_from(tensor.flatten(0, -1).to_kind(Kind::Float)).unwrap().into_iter().map(bits).collect::<Vec<_>>()
+    };
+    for (a, b) in ordered(found).into_iter().zip(ordered(expected)) {
+        assert!((a - b).abs() <= 1, "{what}: {} units in the last place apart", (a - b).abs());
+    }
+}
