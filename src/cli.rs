@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
 
 use crate::collective;
@@ -9,7 +10,9 @@ use crate::config::{self, RunConfig};
 use crate::data::Dataset;
 use crate::doctor;
 use crate::error::{Error, Result};
-use crate::train::{self, Resume, SampleRequest, StepRequest, TrainOptions};
+use crate::model::Dtype;
+use crate::settings::Choice;
+use crate::train::{self, CheckRequest, ExportRequest, Resume, SampleRequest, StepRequest, TrainOptions};
 
 /// Trains diffusion transformers by flow matching, one process a GPU.
 ///
@@ -30,6 +33,8 @@ enum Command {
     Train(TrainArgs),
     /// Generate samples of a trained run
     Sample(SampleArgs),
+    /// Write a run's parameters as a diffusers transformer folder
+    Export(ExportArgs),
     /// Run one flow-matching step and write every number of it
     Step(StepArgs),
     /// Say what a configuration would do, without doing it
@@ -85,6 +90,22 @@ struct SampleArgs {
 }
 
 #[derive(Args, Debug)]
+struct ExportArgs {
+    /// Run folder, or one of its checkpoints
+    #[arg(long, value_name = "DIR")]
+    run: PathBuf,
+    /// Folder to make; `from_pretrained` reads it
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Largest file of tensors
+    #[arg(long, value_name = "SIZE", default_value = "10GB")]
+    max_shard_size: ByteSize,
+    /// Kind of the tensors, float32 or bfloat16; the run's own without it
+    #[arg(long, value_name = "KIND", value_parser = parse_dtype)]
+    dtype: Option<Dtype>,
+}
+
+#[derive(Args, Debug)]
 struct StepArgs {
     #[command(flatten)]
     config: ConfigArgs,
@@ -112,13 +133,34 @@ struct CheckArgs {
     /// Number of ranks to plan for
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = parse_world)]
     world: usize,
+    /// Latents to plan for without opening the data
+    #[arg(long, value_name = "C,[F,]H,W", value_parser = parse_shape, conflicts_with = "verify_data")]
+    latents: Option<Shape>,
+    /// Tokens of a prompt, with --latents
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(i64).range(0..))]
+    text_tokens: i64,
     /// Also read all data and compare them with the hashes in dataset.json
     #[arg(long)]
     verify_data: bool,
 }
 
+/// Sizes of the axes, a type of its own because clap takes a bare `Vec` for an argument given several times.
+#[derive(Clone, Debug)]
+struct Shape(Vec<i64>);
+
+fn parse_shape(text: &str) -> Result<Shape, String> {
+    let sizes: Option<Vec<i64>> = text.split(',').map(|size| size.trim().parse().ok().filter(|&size| size > 0)).collect();
+    let fits = sizes.filter(|sizes| matches!(sizes.len(), 3 | 4));
+    fits.map(Shape).ok_or_else(|| "expected C,H,W or C,F,H,W, each at least 1".into())
+}
+
 fn parse_world(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|&ranks| ranks > 0).ok_or_else(|| "expected a number of ranks, at least 1".into())
+}
+
+fn parse_dtype(text: &str) -> Result<Dtype, String> {
+    let known = Dtype::ALL.iter().find(|(word, _)| *word == text);
+    known.map(|(_, dtype)| *dtype).ok_or_else(|| "expected float32 or bfloat16".into())
 }
 
 impl ConfigArgs {
@@ -140,6 +182,9 @@ impl Cli {
         match self.command.unwrap_or(Command::Train(self.train)) {
             Command::Train(args) => run_training(&args).map(|()| 0),
             Command::Sample(args) => train::sample(&args.into_request()).map(|()| 0),
+            Command::Export(ExportArgs { run, out, max_shard_size, dtype }) => {
+                train::export(&ExportRequest { run, out, max_shard_bytes: max_shard_size.as_u64(), dtype }).map(|()| 0)
+            }
             Command::Step(args) => {
                 let StepArgs { config, batch, dump, weights, torch_seed, grads } = args;
                 train::dump_step(&config.read()?, &StepRequest { batch, dump, weights, torch_seed, grads }).map(|()| 0)
@@ -149,7 +194,9 @@ impl Cli {
                 if args.verify_data {
                     Dataset::named(&config.data.path)?.verify_hashes()?;
                 }
-                say(&train::check(&config, args.world)?)
+                let CheckArgs { world: world_size, latents, text_tokens, .. } = args;
+                let latents = latents.map(|shape| shape.0);
+                say(&train::check(&config, &CheckRequest { world_size, latents, text_tokens })?)
             }
             Command::Config(args) => say(&args.read()?.to_toml()),
             Command::Doctor => {

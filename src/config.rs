@@ -7,8 +7,8 @@ use crate::flow::FlowMatchingSettings;
 use crate::model::ModelSettings;
 use crate::optim::OptimizerChoice;
 use crate::optim::lr::LrScheduleChoice;
-use crate::parallel::ParallelSettings;
-use crate::settings::{self, Family, Keys, Settings};
+use crate::parallel::{ParallelSettings, Sharding};
+use crate::settings::{self, Choice, Family, Keys, Settings};
 use crate::telemetry::LogSettings;
 
 /// The configuration that runs when none is named, embedded in the binary.
@@ -213,6 +213,13 @@ impl RunConfig {
         let flow = &self.flow_matching.flow;
         if flow.sigma_min >= flow.sigma_max {
             say("flow_matching.sigma_min", format!("{} must be below sigma_max = {}", flow.sigma_min, flow.sigma_max));
+        }
+        if self.parallel.sharding != Sharding::None {
+            let what = format!(
+                "`{}` is not built yet; `none` is, and `fm-dist check` says what the others will take",
+                self.parallel.sharding.word()
+            );
+            say("parallel.sharding", what);
         }
         if self.output_dir.is_empty() {
             say("output_dir", "must name a folder".into());

@@ -72,6 +72,14 @@ impl Architecture for Dit {
         vec!["hidden_states", "timestep", "encoder_hidden_states"]
     }
 
+    fn width(&self) -> i64 {
+        self.width
+    }
+
+    fn image_tokens(&self, latents: &[i64]) -> i64 {
+        latents[1..].iter().product::<i64>() / (self.patch_size * self.patch_size)
+    }
+
     fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()> {
         let [channels, ..] = expect_image("model.dit.patch_size", shapes.latents, self.patch_size)?;
         expect_equal("model.dit.in_channels", self.in_channels, Some(channels), "latents have")?;

@@ -76,10 +76,6 @@ impl Settings for Flux {
 }
 
 impl Flux {
-    fn width(&self) -> i64 {
-        self.num_attention_heads * self.attention_head_dim
-    }
-
     fn heads(&self) -> Heads {
         Heads { num_heads: self.num_attention_heads, width: self.attention_head_dim, with_bias: true, epsilon: EPSILON }
     }
@@ -109,6 +105,14 @@ impl Architecture for Flux {
         let mut inputs = vec!["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "grid"];
         inputs.extend(self.guidance_embeds.then_some("guidance"));
         inputs
+    }
+
+    fn width(&self) -> i64 {
+        self.num_attention_heads * self.attention_head_dim
+    }
+
+    fn image_tokens(&self, latents: &[i64]) -> i64 {
+        latents[1..].iter().product::<i64>() / 4
     }
 
     fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()> {

@@ -3,6 +3,7 @@
 mod diffusers;
 mod dit;
 mod flux;
+mod footprint;
 mod joint;
 mod settings;
 
@@ -11,6 +12,7 @@ use std::collections::BTreeMap;
 pub use diffusers::{read_folder, write_config};
 pub use dit::Dit;
 pub use flux::Flux;
+pub use footprint::{Footprint, Tokens, footprint};
 pub use settings::{Beginning, Dtype, ModelSettings};
 
 use crate::error::{Error, Result};
@@ -40,6 +42,12 @@ pub trait Architecture {
 
     /// Names of the activations that the first stage needs.
     fn inputs(&self) -> Vec<&'static str>;
+
+    /// Features of a token inside of the model.
+    fn width(&self) -> i64;
+
+    /// Tokens that a sample of `latents` `[C, (F,) H, W]` becomes.
+    fn image_tokens(&self, latents: &[i64]) -> i64;
 
     /// Refuses data that the model cannot take, before a shape mistake deep inside of it would.
     ///

@@ -5,8 +5,8 @@ use std::path::Path;
 use tch::Kind;
 
 use super::{Model, diffusers};
-use crate::error::Result;
-use crate::settings::{Choice, Keys, Settings};
+use crate::error::{Error, Result};
+use crate::settings::{Choice, Family, Keys, Settings};
 
 /// Kind of the model's computation; master weights and optimizer state are f32 whatever this is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -66,11 +66,15 @@ impl ModelSettings {
     /// Takes the family from the folder at `path`, unless a table names it: a run's own listing does, and needs no folder.
     ///
     /// # Errors
-    /// As [`diffusers::read_folder`].
+    /// As [`diffusers::read_folder`]; [`Error::Config`] if the table and a folder that is there describe different models.
     pub fn resolve(&mut self) -> Result<()> {
-        if let (Some(path), false) = (&self.path, self.named) {
-            self.family = diffusers::read_folder(Path::new(path))?;
+        let Some(path) = self.path.as_deref().map(Path::new) else { return Ok(()) };
+        if !self.named {
+            self.family = diffusers::read_folder(path)?;
             self.named = true;
+        } else if path.exists() && diffusers::read_folder(path)? != self.family {
+            let what = format!("is another model than the one in {}; leave the table out, or the path", path.display());
+            return Err(Error::config(format!("model.{}", self.family.name()), what));
         }
         Ok(())
     }

@@ -4,12 +4,14 @@
 
 mod backward;
 mod bucket;
+mod memory;
 mod reducer;
 mod replica;
 mod settings;
 mod tape;
 
 pub use bucket::Bucket;
+pub use memory::StateLayout;
 pub use reducer::Reducer;
 pub use replica::Replica;
 pub use settings::{DeviceChoice, ParallelSettings, Recompute, ReduceDtype, SeedScope, Sharding};

@@ -22,10 +22,21 @@ pub enum Sharding {
     /// Every rank holds everything; gradients are all-reduced.
     #[default]
     None,
+    /// Each rank holds its slice of the optimizer's state.
+    Optimizer,
+    /// And of the gradients.
+    Gradients,
+    /// And of the parameters.
+    Parameters,
 }
 
 impl Choice for Sharding {
-    const ALL: &'static [(&'static str, Self)] = &[("none", Sharding::None)];
+    const ALL: &'static [(&'static str, Self)] = &[
+        ("none", Sharding::None),
+        ("optimizer", Sharding::Optimizer),
+        ("gradients", Sharding::Gradients),
+        ("parameters", Sharding::Parameters),
+    ];
 }
 
 /// The kind in which gradients travel between ranks.
@@ -91,7 +102,11 @@ impl Default for ParallelSettings {
 impl Settings for ParallelSettings {
     fn visit(&mut self, keys: &mut Keys<'_>) {
         keys.choice("device", &mut self.device, "Where each rank computes.");
-        keys.choice("sharding", &mut self.sharding, "What the ranks divide among themselves instead of each holding all of it.");
+        keys.choice(
+            "sharding",
+            &mut self.sharding,
+            "What the ranks divide among themselves instead of each holding all of it; this version trains with `none`.",
+        );
         keys.choice(
             "recompute",
             &mut self.recompute,

@@ -2,42 +2,115 @@
 
 use std::fmt::Write;
 
+use bytesize::ByteSize;
+
 use super::check_data;
 use crate::config::RunConfig;
 use crate::data::{Dataset, Order};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::model::{SampleShapes, Tokens, footprint};
+use crate::nn::Stage;
+use crate::parallel::{Sharding, StateLayout};
+use crate::settings::{Choice, Family};
 
-/// The plan of a run on `world_size` ranks as text. Opens the data's headers; allocates no model.
+/// What to plan for.
+#[derive(Clone, Debug)]
+pub struct CheckRequest {
+    pub world_size: usize,
+    /// `[C, (F,) H, W]` to plan for without data; the dataset's first resolution group if unset.
+    pub latents: Option<Vec<i64>>,
+    /// Tokens of a prompt where there are no data to ask.
+    pub text_tokens: i64,
+}
+
+/// World sizes for which memory is told.
+const WORLD_SIZES: [u64; 3] = [1, 8, 64];
+
+/// The plan of a run as text. Opens the data's headers; needs no weights, no device and no memory to speak of.
 ///
 /// # Errors
 /// Whatever would stop the run at its start: [`Error::Config`](crate::error::Error::Config), [`Error::Data`](crate::error::Error::Data).
-pub fn check(config: &RunConfig, world_size: usize) -> Result<String> {
-    let micro_batches = config.micro_batches(world_size)?;
-    let global_batch = micro_batches * config.data.micro_batch_size_per_gpu * world_size;
+pub fn check(config: &RunConfig, request: &CheckRequest) -> Result<String> {
     let stages = config.model.family.stages()?;
-    let parameters: i64 = stages.iter().map(|stage| stage.params().numel()).sum();
-    let largest = stages.iter().map(|stage| stage.params().numel()).max().unwrap_or(0);
-    let dataset = Dataset::named(&config.data.path)?;
-    check_data(config, &dataset)?;
-    let order = Order::new(dataset.groups(), global_batch, config.seed)?;
-    let state_tensors = config.optimizer.state_names().len() as i64;
-    let leaf_bytes = match config.model.dtype.kind() {
-        tch::Kind::Float => 0, // the leaf is the master
-        kind => kind.elt_size_in_bytes() as i64,
-    };
-    let bytes = parameters * (4 + leaf_bytes + 4 + 4 * state_tensors);
-    let trained = stages.iter().filter(|stage| stage.params().numel() > 0).count();
-    let mut text = String::new();
-    let mut line = |name: &str, value: String| writeln!(text, "{name:<22} {value}").expect("writing to a String");
-    line("model", format!("{parameters} parameters in {} stages, the largest {largest}", stages.len()));
-    line("bytes a rank", format!("{:.1} MiB for weights, gradients and optimizer state, activations apart", bytes as f64 / 1048576.0));
-    line("data", format!("{}: {} samples; resolution groups: {}", dataset.manifest().name, dataset.num_samples(), dataset.groups().len()));
-    line(
-        "global batch",
-        format!("{global_batch} = {} samples x {world_size} ranks x {micro_batches} micro-batches", config.data.micro_batch_size_per_gpu),
-    );
-    line("epoch", format!("{} steps, {} samples left out of each", order.batches_per_epoch(), order.left_out_per_epoch()));
-    line("run", format!("{} steps, {:.1} epochs", config.max_steps, config.max_steps as f64 / order.batches_per_epoch() as f64));
-    line("collectives a step", format!("{trained} all-reduces of gradients, 1 all-gather of statistics"));
-    Ok(text)
+    let mut plan = Plan(String::new());
+    plan.of_model(config, &stages);
+    match &request.latents {
+        Some(latents) => plan.of_shape(config, latents, request.text_tokens)?,
+        None => plan.of_data(config, request)?,
+    }
+    plan.of_ranks(config, &stages, config.micro_batches(request.world_size)?);
+    Ok(plan.0)
+}
+
+struct Plan(String);
+
+impl Plan {
+    fn line(&mut self, name: &str, value: &str) {
+        writeln!(self.0, "{name:<22} {value}").expect("writing to a String");
+    }
+
+    fn of_model(&mut self, config: &RunConfig, stages: &[Box<dyn Stage>]) {
+        let sizes = || stages.iter().map(|stage| stage.params().numel());
+        let (parameters, largest) = (sizes().sum::<i64>(), sizes().max().unwrap_or(0));
+        let (name, count) = (config.model.family.name(), stages.len());
+        self.line("model", &format!("{name}: {parameters} parameters in {count} stages, the largest {largest}"));
+    }
+
+    /// Activations of one micro-batch of such latents.
+    fn of_shape(&mut self, config: &RunConfig, latents: &[i64], text_tokens: i64) -> Result<()> {
+        config.model.family.check_data(&SampleShapes { latents, of: Default::default() })?;
+        let tokens = Tokens { image: config.model.family.image_tokens(latents), text: text_tokens };
+        let (samples, dtype) = (config.data.micro_batch_size_per_gpu, config.model.dtype);
+        let shape: Vec<String> = latents.iter().map(i64::to_string).collect();
+        let (shape, word) = (shape.join(" x "), dtype.word());
+        self.line("micro-batch", &format!("{samples} samples of {shape}: {} image tokens, {text_tokens} text tokens", tokens.image));
+        let estimate = footprint(&*config.model.family, tokens, samples as i64, dtype.kind())?;
+        let (kept, again) = (shown(estimate.kept), shown(estimate.recomputed));
+        self.line("activations, estimated", &format!("{kept} in {word}; {again} with recompute = \"always\""));
+        Ok(())
+    }
+
+    fn of_data(&mut self, config: &RunConfig, request: &CheckRequest) -> Result<()> {
+        let (micro_batches, world_size) = (config.micro_batches(request.world_size)?, request.world_size);
+        let samples = config.data.micro_batch_size_per_gpu;
+        let global_batch = micro_batches * samples * world_size;
+        let dataset = Dataset::named(&config.data.path)?;
+        check_data(config, &dataset)?;
+        let order = Order::new(dataset.groups(), global_batch, config.seed)?;
+        let first = &dataset.groups()[0];
+        let latents = dataset.latent_shape(&first.name).ok_or_else(|| Error::data(dataset.path(), "has a group without latents"))?;
+        let text = first.layout.get("text_embeddings").map_or(0, |(_, shape)| shape[0]);
+        self.of_shape(config, latents, text)?;
+        let (name, groups) = (&dataset.manifest().name, dataset.groups().len());
+        self.line("data", &format!("{name}: {} samples; resolution groups: {groups}", dataset.num_samples()));
+        self.line("global batch", &format!("{global_batch} = {samples} samples x {world_size} ranks x {micro_batches} micro-batches"));
+        let steps = order.batches_per_epoch();
+        self.line("epoch", &format!("{steps} steps, {} samples left out of each", order.left_out_per_epoch()));
+        self.line("run", &format!("{} steps, {:.1} epochs", config.max_steps, config.max_steps as f64 / steps as f64));
+        Ok(())
+    }
+
+    /// Memory and collectives by sharding.
+    fn of_ranks(&mut self, config: &RunConfig, stages: &[Box<dyn Stage>], micro_batches: usize) {
+        let layout = StateLayout {
+            stages: stages.iter().map(|stage| stage.params().numel() as u64).collect(),
+            compute_bytes: config.model.dtype.kind().elt_size_in_bytes() as u64,
+            optimizer_tensors: config.optimizer.state_names().len() as u64,
+        };
+        let columns: Vec<String> =
+            WORLD_SIZES.iter().map(|ranks| format!("{:>9}", format!("{ranks} rank{}", if *ranks == 1 { "" } else { "s" }))).collect();
+        self.line("a rank, by sharding", &format!("{}  collectives a step", columns.join(" ")));
+        for (word, sharding) in Sharding::ALL {
+            let bytes = WORLD_SIZES.map(|ranks| layout.bytes_per_rank(*sharding, ranks));
+            let columns: Vec<String> = bytes.iter().map(|bytes| format!("{:>9}", shown(*bytes))).collect();
+            let collectives = layout.collectives(*sharding, micro_batches);
+            self.line(&format!("  {word}"), &format!("{}  {collectives}", columns.join(" ")));
+        }
+        self.line("  and", "1 all-gather of statistics; weights, gradients and optimizer state above, activations apart");
+    }
+}
+
+/// `12.3 GiB`.
+fn shown(bytes: u64) -> String {
+    ByteSize(bytes).to_string()
 }

@@ -3,6 +3,7 @@
 mod agreement;
 mod check;
 mod checkpoint;
+mod export;
 mod generate;
 mod metrics;
 mod report;
@@ -11,7 +12,8 @@ mod single_step;
 mod step;
 mod weights;
 
-pub use check::check;
+pub use check::{CheckRequest, check};
+pub use export::{ExportRequest, export};
 pub use generate::{SampleRequest, sample};
 pub use run_folder::Resume;
 pub use single_step::{StepRequest, dump_step};
@@ -280,7 +282,7 @@ pub fn share_config(read: impl FnOnce() -> Result<RunConfig>, options: &TrainOpt
     let fit = || {
         let config = read()?;
         // What every rank would stumble over alike is said once, before anything is written.
-        check(&config, collective.world_size())?;
+        check(&config, &CheckRequest { world_size: collective.world_size(), latents: None, text_tokens: 0 })?;
         match (options.debug, collective.world_size()) {
             (true, ranks) if ranks > 1 => {
                 Err(Error::config("--debug", format!("is for one process, found {ranks}; start it without mpirun")))

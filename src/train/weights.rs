@@ -8,10 +8,9 @@ use super::agreement::{agreed, tensor_of_rank_zero};
 use crate::collective::Collective;
 use crate::data::safetensors::Shards;
 use crate::error::{Error, Result};
-use crate::model::{self, Model};
+use crate::model::Model;
 use crate::nn::ParamSet;
 use crate::parallel::Replica;
-use crate::settings::Family;
 
 /// Name of the weights' files before their endings, diffusers'.
 pub const STEM: &str = "diffusion_pytorch_model";
@@ -19,8 +18,8 @@ pub const STEM: &str = "diffusion_pytorch_model";
 /// Fills the model with the folder's weights. Rank 0 reads each tensor once and sends it to the others, a stage at a time.
 ///
 /// # Errors
-/// On one rank, [`Error::Peer`] on the others: [`Error::Config`] if the folder describes another model; [`Error::Data`]
-/// listing every missing, unexpected and misshapen tensor, before anything is changed.
+/// On one rank, [`Error::Peer`] on the others: [`Error::Data`] listing every missing, unexpected and misshapen tensor, before
+/// anything is changed.
 ///
 /// # Ordering
 /// Every rank calls it.
@@ -36,11 +35,6 @@ pub fn load_pretrained(folder: &Path, family: &Model, replica: &mut Replica, col
 }
 
 fn open(folder: &Path, family: &Model, replica: &Replica) -> Result<Shards> {
-    let described = model::read_folder(folder)?;
-    if described != *family {
-        let what = format!("differs from {}/config.json; leave the table out, or the path", folder.display());
-        return Err(Error::config(format!("model.{}", family.name()), what));
-    }
     let shards = Shards::of_stem(folder, STEM)?;
     let expected = replica.infos().map(|info| (info.name.clone(), info.shape.as_slice())).collect();
     let kinds = [Kind::Float, Kind::BFloat16, Kind::Half];

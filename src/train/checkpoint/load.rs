@@ -8,6 +8,7 @@ use tch::{Kind, Tensor, no_grad};
 use super::{MANIFEST, Manifest};
 use crate::data::safetensors::Shards;
 use crate::error::{Error, Result};
+use crate::nn::Stage;
 use crate::optim::Optimizer;
 use crate::parallel::Replica;
 use crate::train::weights;
@@ -27,7 +28,7 @@ pub fn load(
     manifest.check_same_run(folder, configured)?;
     let parts = open_parts(folder, &manifest, "")?;
     let prefixes: Vec<String> = optimizer.state_names().iter().map(|name| format!("{name}.")).collect();
-    check_keys(folder, &parts, replica, &prefixes)?;
+    check_keys(folder, &parts, &replica.stages, &prefixes)?;
     let read = |prefix: &str| replica.stages.iter().map(|stage| weights::flat(&parts, prefix, stage.params())).collect::<Result<Vec<_>>>();
     let masters = read("")?;
     let moments = prefixes.iter().map(|prefix| read(prefix)).collect::<Result<Vec<_>>>()?;
@@ -44,13 +45,21 @@ pub fn load(
 ///
 /// # Errors
 /// As [`load`].
-pub fn load_parameters(folder: &Path, replica: &mut Replica) -> Result<Manifest> {
-    let manifest = read_manifest(folder)?;
-    let parts = open_parts(folder, &manifest, "model-")?;
-    check_keys(folder, &parts, replica, &[])?;
+pub fn load_parameters(folder: &Path, replica: &mut Replica) -> Result<()> {
+    let parts = open_parameters(folder, &replica.stages)?;
     let masters = replica.stages.iter().map(|stage| weights::flat(&parts, "", stage.params())).collect::<Result<Vec<_>>>()?;
     adopt(replica, &masters);
-    Ok(manifest)
+    Ok(())
+}
+
+/// The opened parts that hold the parameters, f32 and all of the stages' and no others.
+///
+/// # Errors
+/// As [`load`].
+pub fn open_parameters(folder: &Path, stages: &[Box<dyn Stage>]) -> Result<Shards> {
+    let parts = open_parts(folder, &read_manifest(folder)?, "model-")?;
+    check_keys(folder, &parts, stages, &[])?;
+    Ok(parts)
 }
 
 fn read_manifest(folder: &Path) -> Result<Manifest> {
@@ -72,8 +81,9 @@ fn open_parts(folder: &Path, manifest: &Manifest, kind: &str) -> Result<Shards> 
 }
 
 /// Compares names, shapes and kinds with what the model and each optimizer tensor expect.
-fn check_keys(folder: &Path, parts: &Shards, replica: &Replica, prefixes: &[String]) -> Result<()> {
+fn check_keys(folder: &Path, parts: &Shards, stages: &[Box<dyn Stage>], prefixes: &[String]) -> Result<()> {
     let prefixes = || std::iter::once("").chain(prefixes.iter().map(String::as_str));
-    let expected = replica.infos().flat_map(|info| prefixes().map(|prefix| (format!("{prefix}{}", info.name), info.shape.as_slice())));
+    let infos = stages.iter().flat_map(|stage| stage.params().infos());
+    let expected = infos.flat_map(|info| prefixes().map(|prefix| (format!("{prefix}{}", info.name), info.shape.as_slice())));
     parts.check(&expected.collect(), &[Kind::Float], &[]).map_err(|what| Error::checkpoint_mismatch(folder, what))
 }

@@ -10,7 +10,7 @@
 mod load;
 mod save;
 
-pub use load::{load, load_parameters};
+pub use load::{load, load_parameters, open_parameters};
 pub use save::save;
 
 use std::fs::{self, File};
