@@ -34,7 +34,7 @@ const GRADIENT: f64 = 2e-4;
 const BFLOAT16: (f64, f64) = (2e-2, 6e-2);
 
 /// Runs a script of tests/oracle in the environment that the tests' set-up makes.
-fn oracle(script: &str, arguments: &[&str]) {
+pub fn oracle(script: &str, arguments: &[&str]) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let python = root.join(".deps/oracle/bin/python");
     assert!(python.exists(), "{} is missing: run launch/setup.sh --oracle", python.display());
@@ -43,18 +43,18 @@ fn oracle(script: &str, arguments: &[&str]) {
 }
 
 /// A new seed each run; it is printed, so that a failure can be had again.
-fn fresh_seed(what: &str) -> String {
+pub fn fresh_seed(what: &str) -> String {
     let nanoseconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos();
     let seed = (nanoseconds % 1_000_000_000).to_string();
     println!("{what}: seed {seed}");
     seed
 }
 
-fn entries(path: &Path) -> Value {
+pub fn entries(path: &Path) -> Value {
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
 
-fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f64, what: &str) {
+pub fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f64, what: &str) {
     assert_eq!(found.size(), expected.size(), "{what}");
     let (found, expected) = (found.to_kind(Kind::Double), expected.to_kind(Kind::Double));
     let difference = (&found - &expected).norm().double_value(&[]);

@@ -144,6 +144,7 @@ impl FlowMatchingPipeline {
             dtype: self.dtype,
             batch: dropped.as_ref().unwrap_or(batch),
             cfg_dropout_prob: if pipeline_drops { 0.0 } else { self.settings.cfg_dropout_prob },
+            guidance_scale: None,
             draws,
         })?;
         Ok(NoisyBatch { latents, sampled, noise, noisy_latents, task_type, inputs })

@@ -3,6 +3,7 @@
 mod agreement;
 mod check;
 mod checkpoint;
+mod conditions;
 mod generate;
 mod metrics;
 mod report;
