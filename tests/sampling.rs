@@ -171,69 +171,77 @@ fn a_file_of_conditions_needs_no_dataset_where_it_says_the_shape() {
     assert!(picture.exists());
 }
 
-#[test]
-fn conditions_that_do_not_fit_are_refused_with_key_file_and_expectation() {
-    let (root, run) = trained();
-    let (text, noise) = (Tensor::ones([2, 3, 10], FLOAT), Tensor::zeros([2, 1, 8, 8], FLOAT));
-    let (rows, narrow, flat) = (Tensor::ones([3, 3, 10], FLOAT), Tensor::ones([2, 3, 7], FLOAT), Tensor::ones([2, 10], FLOAT));
-    let (video, image) = (Tensor::zeros([2, 1, 2, 8, 8], FLOAT), ("data_type", "image"));
-    let broken = Tensor::full([2, 3, 10], f64::NAN, FLOAT);
-    let (given, started) = (("text_embeddings", &text), ("noise", &noise));
-    let negative = ("negative.text_embeddings", &text);
-    type Case<'a> = (Vec<(&'a str, &'a Tensor)>, Vec<(&'a str, &'a str)>, Vec<&'a str>, i32, &'a str);
-    let cases: Vec<Case<'_>> = vec![
-        (vec![started], vec![], vec![], 40, "the simple adapter needs `text_embeddings`"),
-        (
-            vec![("noise", &noise), ("text_embeddings", &rows)],
-            vec![],
-            vec![],
-            40,
-            "`text_embeddings` has shape [3, 3, 10]; expected 2 rows as in `noise`",
-        ),
-        (vec![("text_embeddings", &narrow)], vec![], vec![], 50, "model.dit.condition_width: is 10, the data's text_embeddings have 7"),
-        (vec![("text_embeddings", &flat)], vec![], vec![], 40, "`text_embeddings` has shape [2, 10]; expected [N, L, D]"),
-        (vec![("text_embeddings", &broken)], vec![], vec![], 40, "`text_embeddings` holds numbers that are not finite"),
-        (vec![given, ("noise", &text)], vec![], vec![], 40, "`noise` has shape [2, 3, 10]; expected [N, C, H, W] or [N, C, F, H, W]"),
-        (
-            vec![given, ("noise", &video)],
-            vec![image],
-            vec![],
-            40,
-            "data_type in the metadata is \"image\", but samples of shape [1, 2, 8, 8] are \"video\"",
-        ),
-        (vec![given, ("noise", &video)], vec![], vec![], 50, "model.dit: takes latents [C, H, W], the data have [1, 2, 8, 8]"),
-        (vec![given, started], vec![("task_type", "v2v")], vec![], 40, "task_type in the metadata is \"v2v\", expected \"t2v\" or \"i2v\""),
-        (
-            vec![given, started],
-            vec![("task_type", "i2v")],
-            vec![],
-            40,
-            "task_type is \"i2v\", which is for videos [C, F, H, W], not [1, 8, 8]",
-        ),
-        (
-            vec![given, ("noise", &video)],
-            vec![("task_type", "i2v")],
-            vec![],
-            40,
-            "but there is no `condition_latents` [N, C, F, H, W] to begin with",
-        ),
-        (vec![given, started, ("negative.text", &text)], vec![], vec![], 40, "holds `negative.text`, but no `text`"),
-        (vec![given, started, negative], vec![], vec![], 50, "sampling.guidance_scale: is 1, which leaves the negative conditions unused"),
-        (vec![given, started], vec![], vec!["--shape", "1,4,4"], 50, "--shape: is [1, 4, 4], but `noise` in"),
-        (vec![given, started], vec![], vec!["--per-condition", "2"], 50, "--per-condition: 2 would be equal"),
-        (vec![given], vec![], vec!["--true-cfg-scale", "2"], 50, "sampling.true_cfg_scale: is for families whose models embed"),
-        (vec![given], vec![], vec!["--shape", "8,8"], 2, "expected C,H,W or C,F,H,W"),
-        (vec![], vec![], vec![], 40, "holds no tensors; expected conditions [N, …]"),
-    ];
-    let path = root.path().join("conditions.safetensors");
-    for (tensors, metadata, more, expected, text) in cases {
-        write(&path, &tensors, &metadata);
-        let (code, errors) = sample(&run, &path, &root.path().join("out.safetensors"), &more);
+/// A trained run that is given one unfit file of conditions after another.
+struct Refusals {
+    root: TempDir,
+    run: PathBuf,
+}
+
+impl Refusals {
+    fn new() -> Self {
+        let (root, run) = trained();
+        Refusals { root, run }
+    }
+
+    /// Code 40, the file and `text` for these tensors and metadata.
+    fn file(&self, tensors: &[(&str, &Tensor)], metadata: &[(&str, &str)], text: &str) {
+        self.call(tensors, metadata, &[], 40, &format!("conditions.safetensors: {text}"));
+    }
+
+    fn call(&self, tensors: &[(&str, &Tensor)], metadata: &[(&str, &str)], more: &[&str], expected: i32, text: &str) {
+        let path = self.root.path().join("conditions.safetensors");
+        write(&path, tensors, metadata);
+        let (code, errors) = sample(&self.run, &path, &self.root.path().join("out.safetensors"), more);
         assert_eq!(code, expected, "{text}: {errors}");
         assert!(errors.contains(text), "{text:?} is not in {errors}");
-        let names_it = code != 40 || errors.contains("conditions.safetensors: ");
-        assert!(names_it, "the file is not in {errors}");
     }
-    let (code, errors) = sample(&run, Path::new("/no/such.safetensors"), &root.path().join("out.safetensors"), &[]);
+}
+
+#[test]
+fn tensors_that_do_not_fit_are_refused_with_file_key_and_expectation() {
+    let refusals = Refusals::new();
+    let (text, noise) = (Tensor::ones([2, 3, 10], FLOAT), Tensor::zeros([2, 1, 8, 8], FLOAT));
+    let (given, started) = (("text_embeddings", &text), ("noise", &noise));
+    let refused = |tensors: &[(&str, &Tensor)], text: &str| refusals.file(tensors, &[], text);
+    refused(&[], "holds no tensors; expected conditions [N, …] under the adapter's keys");
+    refused(&[started], "the simple adapter needs `text_embeddings`");
+    let rows = Tensor::ones([3, 3, 10], FLOAT);
+    refused(&[started, ("text_embeddings", &rows)], "`text_embeddings` has shape [3, 3, 10]; expected 2 rows as in `noise`");
+    let flat = Tensor::ones([2, 10], FLOAT);
+    refused(&[("text_embeddings", &flat)], "`text_embeddings` has shape [2, 10]; expected [N, L, D]");
+    let broken = Tensor::full([2, 3, 10], f64::NAN, FLOAT);
+    refused(&[("text_embeddings", &broken)], "`text_embeddings` holds numbers that are not finite");
+    refused(&[given, ("noise", &text)], "`noise` has shape [2, 3, 10]; expected [N, C, H, W] or [N, C, F, H, W]");
+    refused(&[given, started, ("negative.text", &text)], "holds `negative.text`, but no `text` that it is the counterpart of");
+    let narrow = Tensor::ones([2, 3, 7], FLOAT);
+    let unlike_model = "conditions.safetensors: model.dit.condition_width: is 10, the data's text_embeddings have 7";
+    refusals.call(&[("text_embeddings", &narrow)], &[], &[], 50, unlike_model);
+    let video = Tensor::zeros([2, 1, 2, 8, 8], FLOAT);
+    let no_video = "conditions.safetensors: model.dit: takes latents [C, H, W], the data have [1, 2, 8, 8]";
+    refusals.call(&[given, ("noise", &video)], &[], &[], 50, no_video);
+    let (code, errors) = sample(&refusals.run, Path::new("/no/such.safetensors"), &refusals.root.path().join("out.safetensors"), &[]);
     assert!(code == 40 && errors.contains("/no/such.safetensors"), "{errors}");
+}
+
+#[test]
+fn metadata_and_arguments_that_contradict_the_file_are_refused() {
+    let refusals = Refusals::new();
+    let (text, noise) = (Tensor::ones([2, 3, 10], FLOAT), Tensor::zeros([2, 1, 8, 8], FLOAT));
+    let video = Tensor::zeros([2, 1, 2, 8, 8], FLOAT);
+    let given = ("text_embeddings", &text);
+    let (picture, film) = ([given, ("noise", &noise)], [given, ("noise", &video)]);
+    let no_image = "data_type in the metadata is \"image\", but samples of shape [1, 2, 8, 8] are \"video\"";
+    refusals.file(&film, &[("data_type", "image")], no_image);
+    refusals.file(&picture, &[("task_type", "v2v")], "task_type in the metadata is \"v2v\", expected \"t2v\" or \"i2v\"");
+    let no_video = "task_type is \"i2v\", which is for videos [C, F, H, W], not [1, 8, 8]";
+    refusals.file(&picture, &[("task_type", "i2v")], no_video);
+    let no_frames = "task_type is \"i2v\", but there is no `condition_latents` [N, C, F, H, W] to begin with";
+    refusals.file(&film, &[("task_type", "i2v")], no_frames);
+    let negative = [given, ("negative.text_embeddings", &text)];
+    let configuration = |tensors: &[(&str, &Tensor)], more: &[&str], text: &str| refusals.call(tensors, &[], more, 50, text);
+    configuration(&negative, &[], "sampling.guidance_scale: is 1, which leaves the negative conditions unused");
+    configuration(&[given], &["--true-cfg-scale", "2"], "sampling.true_cfg_scale: is for families whose models embed");
+    configuration(&picture, &["--shape", "1,4,4"], "--shape: is [1, 4, 4], but `noise` in");
+    configuration(&picture, &["--per-condition", "2"], "--per-condition: 2 would be equal");
+    refusals.call(&[given], &[], &["--shape", "8,8"], 2, "expected C,H,W or C,F,H,W");
 }

@@ -246,3 +246,69 @@ fn task_type_of(file: &SafeTensors) -> Result<TaskType> {
     let unknown = || Error::data(file.path(), format!("task_type in the metadata is {word:?}, expected \"t2v\" or \"i2v\""));
     known.into_iter().find(|task_type| task_type.word() == word).ok_or_else(unknown)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use tch::Device;
+
+    use super::*;
+    use crate::data::safetensors::write;
+    use crate::model::Dit;
+
+    const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+    fn origin(tensors: &[(&str, &Tensor)], metadata: &[(&str, &str)]) -> Result<Origin> {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("conditions.safetensors");
+        let metadata = metadata.iter().map(|(key, word)| (key.to_string(), word.to_string())).collect();
+        write(&mut File::create(&path).expect("a new file"), tensors, &metadata).expect("a sound file");
+        Origin::of_file(&path, None, "/no/such/dataset")
+    }
+
+    /// Rows that hold nothing but their own number, counted from `first`.
+    fn numbered(first: i64, shape: &[i64]) -> Tensor {
+        let mut column = vec![1; shape.len()];
+        column[0] = -1;
+        Tensor::arange_start(first, first + shape[0], FLOAT).view(column.as_slice()) + Tensor::zeros(shape, FLOAT)
+    }
+
+    #[test]
+    fn a_video_begins_with_the_frames_given_and_goes_on_with_none() {
+        let (noise, frames) = (Tensor::zeros([2, 3, 5, 4, 4], FLOAT), numbered(1, &[2, 3, 1, 4, 4]));
+        let tensors = [("noise", &noise), ("condition_latents", &frames)];
+        let clean = origin(&tensors, &[("task_type", "i2v")]).expect("sound conditions").clean_latents(&[1, 0]).expect("i2v");
+        assert_eq!(clean.size(), [2, 3, 5, 4, 4]);
+        assert_eq!(clean.select(2, 0).select(0, 0), Tensor::full([3, 4, 4], 2.0, FLOAT), "row 1 comes first");
+        assert_eq!(clean.narrow(2, 1, 4), Tensor::zeros([2, 3, 4, 4, 4], FLOAT));
+        assert!(origin(&tensors, &[]).expect("sound conditions").clean_latents(&[0]).is_none(), "text-to-video has no such frames");
+        let error = origin(&[("noise", &noise), ("condition_latents", &Tensor::zeros([2, 3, 6, 4, 4], FLOAT))], &[("task_type", "i2v")]);
+        let text = error.err().expect("too many frames").to_string();
+        assert!(text.ends_with("`condition_latents` has shape [2, 3, 6, 4, 4]; expected [N, 3, 1 to 5, 4, 4]"), "{text}");
+    }
+
+    #[test]
+    fn rows_are_guided_away_from_their_negatives_or_from_zeros() {
+        let (noise, text, mask) = (Tensor::zeros([2, 1, 8, 8], FLOAT), numbered(1, &[2, 3, 10]), Tensor::ones([2, 3], FLOAT));
+        let negative = numbered(5, &[2, 4, 10]);
+        let plain = [("noise", &noise), ("text_embeddings", &text), ("text_mask", &mask)];
+        let dropped = origin(&plain, &[]).expect("sound conditions").unconditional(&[1], &["text_embeddings"]);
+        assert_eq!(dropped.tensors["text_embeddings"], Tensor::zeros([1, 3, 10], FLOAT));
+        assert_eq!(dropped.tensors["text_mask"], Tensor::ones([1, 3], FLOAT), "only conditions are dropped");
+        let with_negative = [&plain[..], &[("negative.text_embeddings", &negative)]].concat();
+        let origin = origin(&with_negative, &[]).expect("sound conditions");
+        let away = origin.unconditional(&[1], &["text_embeddings"]);
+        assert_eq!(away.tensors["text_embeddings"], Tensor::full([1, 4, 10], 6.0, FLOAT));
+        assert_eq!(origin.batch(&[1]).tensors["text_embeddings"], Tensor::full([1, 3, 10], 2.0, FLOAT));
+    }
+
+    #[test]
+    fn every_condition_needs_its_negative_once_one_has_it() {
+        let (noise, text) = (Tensor::zeros([2, 1, 8, 8], FLOAT), Tensor::ones([2, 3, 10], FLOAT));
+        let tensors = [("noise", &noise), ("text_embeddings", &text), ("negative.text_embeddings", &text), ("pooled", &text)];
+        let origin = origin(&tensors, &[]).expect("sound conditions");
+        let text = origin.check(&Dit::default(), &["text_embeddings", "pooled"]).expect_err("one negative is missing").to_string();
+        assert!(text.ends_with("holds negative conditions, but no `negative.pooled`; expected one for every condition"), "{text}");
+    }
+}
