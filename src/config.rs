@@ -3,7 +3,7 @@
 use crate::adapter::AdapterChoice;
 use crate::data::DataSettings;
 use crate::error::{ConfigProblem, Error, Result};
-use crate::flow::FlowMatchingSettings;
+use crate::flow::{FlowMatchingSettings, SamplingSettings};
 use crate::model::ModelSettings;
 use crate::optim::OptimizerChoice;
 use crate::optim::lr::LrScheduleChoice;
@@ -78,33 +78,6 @@ impl Settings for CheckpointSettings {
     fn visit(&mut self, keys: &mut Keys<'_>) {
         keys.integer("every_n_steps", &mut self.every_n_steps, 1.., "Steps between checkpoints; the last step always has one.");
         keys.integer("keep_last", &mut self.keep_last, 1.., "Newest checkpoints that are kept; older ones go after a newer one is safe.");
-    }
-}
-
-/// `[sampling]`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct SamplingSettings {
-    pub num_steps: i64,
-    pub guidance_scale: f64,
-    pub per_condition: i64,
-}
-
-impl Default for SamplingSettings {
-    fn default() -> Self {
-        SamplingSettings { num_steps: 50, guidance_scale: 1.0, per_condition: 10 }
-    }
-}
-
-impl Settings for SamplingSettings {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.integer("num_steps", &mut self.num_steps, 1..=10_000, "Euler steps from noise to data.");
-        keys.number(
-            "guidance_scale",
-            &mut self.guidance_scale,
-            0.0..=100.0,
-            "Classifier-free guidance; 1 samples the condition as learned, at half the cost.",
-        );
-        keys.integer("per_condition", &mut self.per_condition, 1..=10_000, "Samples generated for each of the dataset's conditions.");
     }
 }
 

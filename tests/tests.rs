@@ -28,5 +28,7 @@ mod parity;
 mod resume;
 /// What several of these share: small training runs. Nothing is promised there.
 mod runs;
+/// Samples are those of diffusers' pipelines, and their conditions are read strictly.
+mod sampling;
 /// Flow matching does what it says, also where it goes beyond the reference.
 mod science;

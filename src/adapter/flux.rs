@@ -5,7 +5,7 @@ use tch::{Kind, Tensor};
 use super::AdapterSettings;
 use super::inputs::{TimestepDtype, batched, guidance, packed, text_embeddings, unpacked};
 use crate::error::Result;
-use crate::flow::{FlowMatchingContext, ModelAdapter};
+use crate::flow::{FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Shift};
 use crate::nn::Activations;
 use crate::settings::{Keys, Settings};
 
@@ -70,6 +70,17 @@ impl ModelAdapter for Flux {
 
     fn prediction(&self, output: &Activations) -> Tensor {
         unpacked(output)
+    }
+
+    /// Shifted further for more tokens where guidance is embedded (dev), not at all where it is not (schnell).
+    fn noise_levels(&self, latents: &[i64], _settings: &FlowMatchingSettings) -> NoiseLevels {
+        let tokens = latents[1..].iter().product::<i64>() / 4;
+        let shift = Shift::between(tokens, (256, 0.5), (4096, 1.15));
+        NoiseLevels::even(if self.use_guidance_embeds { shift } else { Shift::Constant(1.0) })
+    }
+
+    fn guidance(&self) -> Guidance {
+        if self.use_guidance_embeds { Guidance::Embedded } else { Guidance::ClassifierFree }
     }
 }
 

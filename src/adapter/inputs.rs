@@ -93,7 +93,8 @@ pub(super) fn unpacked(output: &Activations) -> Tensor {
     unpatchify(output.get("prediction"), 2, 2 * grid[1], 2 * grid[2])
 }
 
-/// `guidance_scale` for each sample, `[B]` f32.
-pub(super) fn guidance(context: &FlowMatchingContext<'_>, guidance_scale: f64) -> Tensor {
-    Tensor::full([context.noisy_latents.size()[0]], guidance_scale, (Kind::Float, context.device))
+/// The guidance scale that each sample's model is told, `[B]` f32: `own` in training, the context's in generation.
+pub(super) fn guidance(context: &FlowMatchingContext<'_>, own: f64) -> Tensor {
+    let scale = context.guidance_scale.unwrap_or(own);
+    Tensor::full([context.noisy_latents.size()[0]], scale, (Kind::Float, context.device))
 }

@@ -5,7 +5,7 @@ use tch::Tensor;
 use super::AdapterSettings;
 use super::inputs::{TimestepDtype, text_embeddings};
 use crate::error::Result;
-use crate::flow::{FlowMatchingContext, ModelAdapter};
+use crate::flow::{FlowMatchingContext, FlowMatchingSettings, ModelAdapter, NoiseLevels, Shift};
 use crate::nn::Activations;
 use crate::settings::{Keys, Settings};
 
@@ -47,5 +47,13 @@ impl ModelAdapter for Simple {
 
     fn prediction(&self, output: &Activations) -> Tensor {
         output.get("prediction").shallow_clone()
+    }
+
+    /// Videos as Wan's pipeline generates them, down to the smallest timestep that training knows; images evenly.
+    fn noise_levels(&self, latents: &[i64], settings: &FlowMatchingSettings) -> NoiseLevels {
+        match latents.len() {
+            4 => NoiseLevels::down_to_training(settings.flow_shift, settings.num_train_timesteps),
+            _ => NoiseLevels::even(Shift::Constant(settings.flow_shift)),
+        }
     }
 }

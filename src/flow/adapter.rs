@@ -2,7 +2,9 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::settings::CfgDropoutValue;
+use super::guidance::Guidance;
+use super::noise_levels::{NoiseLevels, Shift};
+use super::settings::{CfgDropoutValue, FlowMatchingSettings};
 use crate::data::{Batch, DataType};
 use crate::error::{Error, Result};
 use crate::nn::Activations;
@@ -49,6 +51,8 @@ pub struct FlowMatchingContext<'a> {
     /// Probability with which the adapter itself drops conditions; 0 where the pipeline does it.
     pub cfg_dropout_prob: f64,
     pub cfg_dropout_value: CfgDropoutValue,
+    /// What a model that embeds its guidance is fed; the adapter's own where there is none, as in training.
+    pub guidance_scale: Option<f64>,
     /// The adapter's draws come after the pipeline's, from the same stream.
     pub draws: &'a Draws<'a>,
 }
@@ -135,5 +139,16 @@ pub trait ModelAdapter {
     /// Further scalar losses by name, added to the mean loss without its sigma weight.
     fn auxiliary_losses(&self, _output: &Activations) -> Vec<(&'static str, Tensor)> {
         Vec::new()
+    }
+
+    /// Noise levels for generating latents of this shape, `[C, (F,) H, W]`: evenly spaced with the run's shift, unless a family
+    /// knows better.
+    fn noise_levels(&self, _latents: &[i64], settings: &FlowMatchingSettings) -> NoiseLevels {
+        NoiseLevels::even(Shift::Constant(settings.flow_shift))
+    }
+
+    /// What a guidance scale means to the family.
+    fn guidance(&self) -> Guidance {
+        Guidance::ClassifierFree
     }
 }

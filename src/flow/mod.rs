@@ -5,10 +5,13 @@
 //! [`FlowMatchingSettings`]. Nothing here knows a rank, a model or how gradients travel.
 
 pub mod adapter;
+mod guidance;
 mod loss;
 mod loss_weight;
+mod noise_levels;
 mod pipeline;
 pub mod report;
+mod sampling_settings;
 mod schedule;
 mod settings;
 pub mod solver;
@@ -17,9 +20,12 @@ pub mod time_shift;
 pub mod timestep_sampling;
 
 pub use adapter::{FlowMatchingContext, ModelAdapter, TaskType};
+pub use guidance::{Guidance, Guide};
 pub use loss::{LossValues, check_loss};
 pub use loss_weight::bsmntw_table;
+pub use noise_levels::{NoiseLevels, Shift};
 pub use pipeline::{FlowMatchingPipeline, StepOptions, StepOutput, latents_of};
+pub use sampling_settings::SamplingSettings;
 pub use schedule::LinearInterpolationSchedule;
 pub use settings::{CfgDropout, CfgDropoutValue, FlowMatchingSettings, LossWeightingScheme, SigmaWindow, TaskScope};
 pub use statistics::{Moments, SIGMA_BINS, Statistics};

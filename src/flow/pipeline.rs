@@ -147,6 +147,7 @@ impl FlowMatchingPipeline {
             batch: dropped.as_ref().unwrap_or(batch),
             cfg_dropout_prob: if pipeline_drops { 0.0 } else { self.settings.cfg_dropout_prob },
             cfg_dropout_value: self.settings.cfg_dropout_value,
+            guidance_scale: None,
             draws,
         })?;
         Ok(NoisyBatch { latents, sampled, noise, noisy_latents, task_type, inputs })

@@ -9,6 +9,8 @@ mod settings;
 
 use std::collections::BTreeMap;
 
+use tch::Tensor;
+
 pub use diffusers::{read_folder, write_config};
 pub use dit::Dit;
 pub use flux::Flux;
@@ -62,10 +64,16 @@ pub struct SampleShapes<'s> {
     /// `[C, (F,) H, W]`.
     pub latents: &'s [i64],
     /// Of every key, without the batch axis.
-    pub of: BTreeMap<&'s str, &'s [i64]>,
+    pub of: BTreeMap<String, Vec<i64>>,
 }
 
-impl SampleShapes<'_> {
+impl<'s> SampleShapes<'s> {
+    /// Of a batch's `tensors` `[B, …]`.
+    pub fn of_batch(latents: &'s [i64], tensors: &BTreeMap<String, Tensor>) -> Self {
+        let sample = |tensor: &Tensor| tensor.size().get(1..).unwrap_or_default().to_vec();
+        SampleShapes { latents, of: tensors.iter().map(|(key, tensor)| (key.clone(), sample(tensor))).collect() }
+    }
+
     /// The last axis of a key, if the data have it.
     pub fn last(&self, key: &str) -> Option<i64> {
         self.of.get(key).and_then(|shape| shape.last()).copied()

@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
+use super::conditions::Origin;
 use super::{build_pipeline, checkpoint, device, empty_replica, run_folder};
 use crate::config::RunConfig;
-use crate::data::{Batch, Conditions, Dataset, safetensors};
+use crate::data::{Batch, Dataset, safetensors};
 use crate::error::{Error, Result};
-use crate::flow::{CfgDropoutValue, FlowMatchingContext, FlowMatchingPipeline, solver};
+use crate::flow::{CfgDropoutValue, FlowMatchingContext, FlowMatchingPipeline, Guide, solver};
 use crate::parallel::Replica;
 use crate::rng::{Key, Purpose, Stream};
 use crate::telemetry::write_grid;
@@ -25,8 +26,15 @@ pub struct SampleRequest {
     pub run: PathBuf,
     /// Files to write: `.png` for a labelled grid, `.safetensors` for the numbers.
     pub out: Vec<PathBuf>,
+    /// A safetensors file of conditions; the dataset's named ones if unset.
+    pub conditions: Option<PathBuf>,
+    /// `[C, (F,) H, W]`; the given noise's or the dataset's if unset.
+    pub shape: Option<Vec<i64>>,
     pub num_steps: Option<i64>,
     pub guidance_scale: Option<f64>,
+    pub true_cfg_scale: Option<f64>,
+    pub shift: Option<f64>,
+    /// One a row if unset and the conditions are a file.
     pub per_condition: Option<i64>,
     pub seed: Option<u64>,
 }
@@ -37,6 +45,8 @@ pub struct Samples {
     pub images: Tensor,
     /// `[N]` i64.
     pub labels: Tensor,
+    /// The noise levels that were passed, the last of them 0.
+    pub sigmas: Vec<f64>,
     /// One name a condition, in order.
     pub names: Vec<String>,
     pub per_condition: i64,
@@ -45,105 +55,133 @@ pub struct Samples {
 /// Generates from a run's newest checkpoint, or from the given one, and writes the files.
 ///
 /// # Errors
-/// [`Error::NoCheckpoint`], [`Error::CheckpointMismatch`], [`Error::Storage`]; [`Error::Data`] if the dataset names no conditions.
+/// [`Error::NoCheckpoint`], [`Error::CheckpointMismatch`], [`Error::Storage`]; [`Error::Data`] or [`Error::Config`] if the
+/// conditions are missing, malformed or do not fit the model.
 pub fn sample(request: &SampleRequest) -> Result<()> {
     let (run, folder) = run_folder::locate(&request.run)?;
-    let mut config = run_folder::config_of(&run)?;
-    let sampling = &mut config.sampling;
-    sampling.num_steps = request.num_steps.unwrap_or(sampling.num_steps);
-    sampling.guidance_scale = request.guidance_scale.unwrap_or(sampling.guidance_scale);
-    sampling.per_condition = request.per_condition.unwrap_or(sampling.per_condition);
-    config.seed = request.seed.unwrap_or(config.seed);
+    let config = with_wishes(run_folder::config_of(&run)?, request);
+    let origin = origin_of(request, &config)?;
     let mut replica = empty_replica(&config, device(config.parallel.device))?;
     checkpoint::load_parameters(&folder, &mut replica)?;
-    let dataset = Dataset::named(&config.data.path)?;
-    let conditions = dataset.conditions()?.ok_or_else(|| Error::data(dataset.path(), "names no conditions to generate from"))?;
-    let samples = generate(&config, &replica, &dataset, conditions)?;
+    let samples = generate(&config, &replica, &origin)?;
     request.out.iter().try_for_each(|path| samples.write(path))
 }
 
-/// `per_condition` samples for each of the dataset's conditions, in the shape of its first resolution group.
+/// The run's configuration with what this call wants otherwise.
+fn with_wishes(mut config: RunConfig, request: &SampleRequest) -> RunConfig {
+    let sampling = &mut config.sampling;
+    sampling.num_steps = request.num_steps.unwrap_or(sampling.num_steps);
+    sampling.guidance_scale = request.guidance_scale.unwrap_or(sampling.guidance_scale);
+    sampling.true_cfg_scale = request.true_cfg_scale.unwrap_or(sampling.true_cfg_scale);
+    sampling.shift = request.shift.unwrap_or(sampling.shift);
+    let usual = if request.conditions.is_some() { 1 } else { sampling.per_condition };
+    sampling.per_condition = request.per_condition.unwrap_or(usual);
+    config.seed = request.seed.unwrap_or(config.seed);
+    config
+}
+
+fn origin_of(request: &SampleRequest, config: &RunConfig) -> Result<Origin> {
+    let shape = request.shape.as_deref();
+    let Some(path) = &request.conditions else {
+        let dataset = Dataset::named(&config.data.path)?;
+        let conditions = dataset.conditions()?.ok_or_else(|| {
+            Error::data(dataset.path(), "names no conditions to generate from; give some with --conditions FILE.safetensors")
+        })?;
+        return Ok(Origin::of_dataset(&dataset, conditions, shape));
+    };
+    let origin = Origin::of_file(path, shape, &config.data.path)?;
+    if origin.has_noise() && config.sampling.per_condition != 1 {
+        let what = format!("{} would be equal: {} holds the `noise` to start from", config.sampling.per_condition, path.display());
+        return Err(Error::config("--per-condition", what));
+    }
+    Ok(origin)
+}
+
+/// `per_condition` samples for each row of the origin.
 ///
 /// Each sample's noise follows from the seed and its place alone, so that more samples leave the first ones as they are.
-pub fn generate(config: &RunConfig, replica: &Replica, dataset: &Dataset, conditions: Conditions) -> Result<Samples> {
+///
+/// # Errors
+/// [`Error::Data`] or [`Error::Config`] if the conditions do not fit the model, its adapter or the guidance.
+pub fn generate(config: &RunConfig, replica: &Replica, origin: &Origin) -> Result<Samples> {
+    let walk = Walk::new(config, replica, origin)?;
     let per_condition = config.sampling.per_condition;
-    let group = &dataset.groups()[0].name;
-    let shape = dataset.latent_shape(group).expect("a group of the dataset has latents").to_vec();
-    let pipeline = build_pipeline(config, device(config.parallel.device));
-    let rows: Vec<i64> = (0..conditions.names.len() as i64).flat_map(|row| vec![row; per_condition as usize]).collect();
-    let mut images = Vec::new();
-    for (index, chunk) in rows.chunks(CHUNK).enumerate() {
-        let first = (index * CHUNK) as u64;
-        let keys = (0..chunk.len() as u64).map(|place| Key::new(config.seed, Purpose::Sampling).scope(first + place)).collect();
-        let size = [&[chunk.len() as i64], shape.as_slice()].concat();
-        let noise = Stream::PerSample(keys).open().normal(0.0, 1.0, &size);
-        let batch = condition_batch(&conditions, chunk, dataset);
-        images.push(solve(config, &pipeline, replica, noise, &batch)?);
+    let rows: Vec<i64> = (0..origin.names.len() as i64).flat_map(|row| vec![row; per_condition as usize]).collect();
+    let chunks = rows.chunks(CHUNK).enumerate();
+    let images = chunks.map(|(index, chunk)| walk.samples(index * CHUNK, chunk)).collect::<Result<Vec<_>>>()?;
+    Ok(Samples {
+        images: Tensor::cat(&images, 0),
+        labels: origin.labels(&rows),
+        sigmas: walk.sigmas,
+        names: origin.names.clone(),
+        per_condition,
+    })
+}
+
+/// The way from noise to data: whose model it follows, through which levels, under which guidance.
+struct Walk<'a> {
+    config: &'a RunConfig,
+    replica: &'a Replica,
+    origin: &'a Origin,
+    pipeline: FlowMatchingPipeline,
+    guide: Guide,
+    sigmas: Vec<f64>,
+}
+
+impl<'a> Walk<'a> {
+    fn new(config: &'a RunConfig, replica: &'a Replica, origin: &'a Origin) -> Result<Self> {
+        let pipeline = build_pipeline(config, device(config.parallel.device));
+        let (adapter, sampling) = (pipeline.adapter(), &config.sampling);
+        origin.check(&*config.model.family, adapter.condition_keys())?;
+        let guide = Guide::new(adapter.guidance(), sampling, origin.has_negative())?;
+        let own = adapter.noise_levels(&origin.shape, pipeline.settings());
+        let levels = if sampling.shift == 0.0 { own } else { own.with_shift(sampling.shift) };
+        Ok(Walk { config, replica, origin, guide, sigmas: levels.sigmas(sampling.num_steps), pipeline })
     }
-    let labels = conditions
-        .tensors
-        .get("labels")
-        .map_or_else(|| Tensor::from_slice(&rows), |labels| labels.index_select(0, &Tensor::from_slice(&rows)));
-    Ok(Samples { images: Tensor::cat(&images, 0), labels: labels.to_kind(Kind::Int64), names: conditions.names, per_condition })
-}
 
-fn condition_batch(conditions: &Conditions, rows: &[i64], dataset: &Dataset) -> Batch {
-    let rows = Tensor::from_slice(rows);
-    let tensors = conditions.tensors.iter().map(|(key, tensor)| (key.clone(), tensor.index_select(0, &rows))).collect();
-    Batch { tensors, data_type: dataset.data_type(), sample_ids: Vec::new() }
-}
+    /// `[rows, C, …]` f32 on the CPU; `first` is the place of the first among all samples.
+    fn samples(&self, first: usize, rows: &[i64]) -> Result<Tensor> {
+        let noise = self.origin.noise(rows).unwrap_or_else(|| self.draw_noise(first, rows.len()));
+        let (batch, clean) = (self.origin.batch(rows), self.origin.clean_latents(rows));
+        let unconditional = self.origin.unconditional(rows, self.pipeline.adapter().condition_keys());
+        let solved = solver::euler(noise.to_device(device(self.config.parallel.device)), &self.sigmas, |x, sigma| {
+            let velocity = |batch: &Batch| self.velocity(x, sigma, batch, clean.as_ref());
+            self.guide.velocity(velocity(&batch)?, || velocity(&unconditional))
+        })?;
+        Ok(solved.to_device(Device::Cpu))
+    }
 
-fn solve(config: &RunConfig, pipeline: &FlowMatchingPipeline, replica: &Replica, noise: Tensor, batch: &Batch) -> Result<Tensor> {
-    let scale = config.sampling.guidance_scale;
-    let unconditional = without_conditions(batch, pipeline.adapter().condition_keys());
-    let levels = solver::sigmas(config.sampling.num_steps, pipeline.settings().flow_shift);
-    let solved = solver::euler(noise, &levels, |x, sigma| {
-        let conditional = velocity(config, pipeline, replica, x, sigma, batch)?;
-        if scale == 1.0 {
-            return Ok(conditional);
-        }
-        Ok(solver::guided(&velocity(config, pipeline, replica, x, sigma, &unconditional)?, &conditional, scale))
-    })?;
-    Ok(solved.to_device(Device::Cpu))
-}
+    fn draw_noise(&self, first: usize, count: usize) -> Tensor {
+        let key = |place: usize| Key::new(self.config.seed, Purpose::Sampling).scope(place as u64);
+        let size = [&[count as i64], self.origin.shape.as_slice()].concat();
+        Stream::PerSample((first..first + count).map(key).collect()).open().normal(0.0, 1.0, &size)
+    }
 
-fn velocity(
-    config: &RunConfig,
-    pipeline: &FlowMatchingPipeline,
-    replica: &Replica,
-    x: &Tensor,
-    sigma: f64,
-    batch: &Batch,
-) -> Result<Tensor> {
-    let dtype = config.model.dtype.kind();
-    let sigma = Tensor::full([x.size()[0]], sigma, (Kind::Float, x.device()));
-    let x = x.to_kind(dtype);
-    // Adapters draw only to drop conditions, which sampling never does.
-    let stream = Stream::Batch(Key::new(config.seed, Purpose::Sampling));
-    let inputs = pipeline.adapter().prepare_inputs(&FlowMatchingContext {
-        noisy_latents: &x,
-        latents: &x,
-        timesteps: &(&sigma * pipeline.settings().num_train_timesteps as f64),
-        sigma: &sigma,
-        image_to_video: &Tensor::zeros([x.size()[0]], (Kind::Bool, x.device())),
-        data_type: batch.data_type,
-        device: x.device(),
-        dtype,
-        batch,
-        cfg_dropout_prob: 0.0,
-        cfg_dropout_value: CfgDropoutValue::default(),
-        draws: &stream.open(),
-    })?;
-    Ok(pipeline.adapter().prediction(&replica.infer(inputs)))
-}
-
-/// Conditions as training drops them: zeros.
-fn without_conditions(batch: &Batch, keys: &[&str]) -> Batch {
-    let drop = |(key, tensor): (&String, &Tensor)| {
-        let dropped = if keys.contains(&key.as_str()) { tensor.zeros_like() } else { tensor.shallow_clone() };
-        (key.clone(), dropped)
-    };
-    Batch { tensors: batch.tensors.iter().map(drop).collect(), data_type: batch.data_type, sample_ids: Vec::new() }
+    /// What the model predicts at this level. `clean`: the frames that a video begins with, if any are given.
+    fn velocity(&self, x: &Tensor, sigma: f64, batch: &Batch, clean: Option<&Tensor>) -> Result<Tensor> {
+        let (device, dtype) = (x.device(), self.config.model.dtype.kind());
+        let sigma = Tensor::full([x.size()[0]], sigma, (Kind::Float, device));
+        let x = x.to_kind(dtype);
+        // Adapters draw only to drop conditions, which sampling never does.
+        let stream = Stream::Batch(Key::new(self.config.seed, Purpose::Sampling));
+        let context = FlowMatchingContext {
+            noisy_latents: &x,
+            latents: &clean.map_or_else(|| x.shallow_clone(), |clean| clean.to_device(device).to_kind(dtype)),
+            timesteps: &(&sigma * self.pipeline.settings().num_train_timesteps as f64),
+            sigma: &sigma,
+            image_to_video: &self.origin.image_to_video(x.size()[0]).to_device(device),
+            data_type: batch.data_type,
+            device,
+            dtype,
+            batch,
+            cfg_dropout_prob: 0.0,
+            cfg_dropout_value: CfgDropoutValue::default(),
+            guidance_scale: self.guide.embedded,
+            draws: &stream.open(),
+        };
+        let inputs = self.pipeline.adapter().prepare_inputs(&context).map_err(|error| self.origin.named(error))?;
+        Ok(self.pipeline.adapter().prediction(&self.replica.infer(inputs)))
+    }
 }
 
 impl Samples {
@@ -162,7 +200,8 @@ impl Samples {
             Some("png") => write_grid(path, &self.images, &self.names, self.per_condition as usize, None),
             Some("safetensors") => {
                 let mut file = File::create(path).map_err(Error::storage(path, "create"))?;
-                let tensors = [("samples", &self.images), ("labels", &self.labels)];
+                let sigmas = Tensor::from_slice(&self.sigmas).to_kind(Kind::Float);
+                let tensors = [("samples", &self.images), ("labels", &self.labels), ("sigmas", &sigmas)];
                 safetensors::write(&mut file, &tensors, &BTreeMap::new()).map(drop).map_err(Error::storage(path, "write"))
             }
             _ => Err(Error::config("--out", format!("{} must end in .png or .safetensors", path.display()))),

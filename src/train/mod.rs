@@ -3,6 +3,7 @@
 mod agreement;
 mod check;
 mod checkpoint;
+mod conditions;
 mod export;
 mod generate;
 mod metrics;
@@ -239,7 +240,7 @@ impl<'c> Trainer<'c> {
 fn check_data(config: &RunConfig, dataset: &Dataset) -> Result<()> {
     dataset.groups().iter().try_for_each(|group| {
         let latents = dataset.latent_shape(&group.name).expect("a group has latents");
-        let of = group.layout.iter().map(|(key, (_, shape))| (key.as_str(), shape.as_slice())).collect();
+        let of = group.layout.iter().map(|(key, (_, shape))| (key.clone(), shape.clone())).collect();
         config.model.family.check_data(&SampleShapes { latents, of })
     })
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::agreement::on_rank_zero;
+use super::conditions::Origin;
 use super::generate::generate;
 use super::run_folder::RunFolder;
 use crate::collective::Collective;
@@ -49,7 +50,7 @@ fn draw(config: &RunConfig, path: &Path, replica: &Replica, dataset: &Dataset, r
 /// Generated pictures for each of the dataset's conditions, if it names any and its latents are pictures.
 fn drawn_samples(config: &RunConfig, replica: &Replica, dataset: &Dataset) -> Result<Option<(String, Vec<u8>)>> {
     let Some(conditions) = dataset.conditions()? else { return Ok(None) };
-    let samples = generate(config, replica, dataset, conditions)?;
+    let samples = generate(config, replica, &Origin::of_dataset(dataset, conditions, None))?;
     let caption = format!("{} samples for each condition", samples.per_condition);
     let png = || grid_png(&samples.images, &samples.names, samples.per_condition as usize, None);
     Ok(samples.are_pictures().then(|| (caption, png())))

@@ -48,7 +48,7 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
     };
     let pipeline = build_pipeline(config, device);
     let batch = read_batch(&request.batch)?;
-    check_batch(config, &batch)?;
+    config.model.family.check_data(&SampleShapes::of_batch(&latents_of(&batch)?.size()[1..], &batch.tensors))?;
     let seed = request.torch_seed.unwrap_or(config.seed as i64);
     let options = StepOptions { global_step: 0, collect_metrics: false, check_loss: false, strata: None };
     let mut tape = replica.tape(config.parallel.recompute);
@@ -63,12 +63,6 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
         tensors.extend(gradients.iter().flat_map(|(stage, flat)| named_gradients(&replica, *stage, flat)));
     }
     write(&request.dump, &tensors, &output, batch.data_type)
-}
-
-fn check_batch(config: &RunConfig, batch: &Batch) -> Result<()> {
-    let sizes: BTreeMap<&str, Vec<i64>> = batch.tensors.iter().map(|(key, tensor)| (key.as_str(), tensor.size())).collect();
-    let of = sizes.iter().map(|(key, size)| (*key, size.get(1..).unwrap_or_default())).collect();
-    config.model.family.check_data(&SampleShapes { latents: &latents_of(batch)?.size()[1..], of })
 }
 
 fn read_batch(path: &Path) -> Result<Batch> {

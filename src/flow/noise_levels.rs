@@ -1,0 +1,145 @@
+//! Noise levels on the way from noise to data: how a family spaces them, shifts them and ends them.
+
+use tch::{Device, Kind, Tensor};
+
+use super::time_shift::shifted;
+
+/// A family's way to choose its noise levels, whatever their number.
+///
+/// Source: `FlowMatchEulerDiscreteScheduler` of diffusers 0.42.1 as the family's pipeline sets it up. That rounds to f32 between
+/// its operations and this only at the end, so that the two differ by a few units in the last place.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NoiseLevels {
+    spacing: Spacing,
+    shift: Shift,
+    /// The lowest level before 0, if all are stretched to end there.
+    terminal: Option<f64>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Spacing {
+    Even,
+    DownToTraining { num_train_timesteps: i64 },
+}
+
+/// How far levels are shifted towards noise.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Shift {
+    Constant(f64),
+    /// FLUX.2's fit over the number of image tokens and of steps.
+    Empirical {
+        tokens: i64,
+    },
+}
+
+impl Shift {
+    /// `exp(mu)`, with mu on the line through two points (tokens, mu), not clamped.
+    pub fn between(tokens: i64, low: (i64, f64), high: (i64, f64)) -> Self {
+        let slope = (high.1 - low.1) / (high.0 - low.0) as f64;
+        Shift::Constant((low.1 + slope * (tokens - low.0) as f64).exp())
+    }
+
+    /// The shift for that number of steps.
+    fn at(self, steps: i64) -> f64 {
+        match self {
+            Shift::Constant(shift) => shift,
+            Shift::Empirical { tokens } => empirical_mu(tokens as f64, steps as f64).exp(),
+        }
+    }
+}
+
+/// Between fits for 10 and for 200 steps; from 4300 tokens on the one for 200 holds whatever the steps.
+///
+/// Source: `compute_empirical_mu` of FLUX.2's pipeline.
+fn empirical_mu(tokens: f64, steps: f64) -> f64 {
+    let at_200 = 0.000_169_27 * tokens + 0.456_666_66;
+    if tokens > 4300.0 {
+        return at_200;
+    }
+    let at_10 = 8.738_095_24e-5 * tokens + 1.898_333_33;
+    at_200 + (at_200 - at_10) / 190.0 * (steps - 200.0)
+}
+
+impl NoiseLevels {
+    /// 1, (n − 1)/n, …, 1/n, then shifted.
+    pub fn even(shift: Shift) -> Self {
+        NoiseLevels { spacing: Spacing::Even, shift, terminal: None }
+    }
+
+    /// Evenly from 1 down to the lowest level of training, which is shifted already, then shifted: the scheduler's own way where
+    /// a pipeline gives it no levels.
+    pub fn down_to_training(shift: f64, num_train_timesteps: i64) -> Self {
+        NoiseLevels { spacing: Spacing::DownToTraining { num_train_timesteps }, shift: Shift::Constant(shift), terminal: None }
+    }
+
+    /// The same, stretched so that the last level before 0 is this one.
+    pub fn ending_at(self, terminal: f64) -> Self {
+        NoiseLevels { terminal: Some(terminal), ..self }
+    }
+
+    /// The same with another shift.
+    pub fn with_shift(self, shift: f64) -> Self {
+        NoiseLevels { shift: Shift::Constant(shift), ..self }
+    }
+
+    /// The levels of `steps` steps, from 1 down to 0: `steps + 1` of them, each an f32 number.
+    pub fn sigmas(&self, steps: i64) -> Vec<f64> {
+        let shift = self.shift.at(steps);
+        let lowest = match self.spacing {
+            Spacing::Even => 1.0 / steps as f64,
+            Spacing::DownToTraining { num_train_timesteps } => {
+                shifted(&Tensor::from(1.0 / num_train_timesteps as f64), shift).double_value(&[])
+            }
+        };
+        let levels = shifted(&Tensor::linspace(1.0, lowest, steps, (Kind::Double, Device::Cpu)), shift);
+        let levels = match self.terminal {
+            // A single level is 1 and cannot be stretched.
+            Some(terminal) if steps > 1 => stretched(&levels, terminal),
+            _ => levels,
+        };
+        let rounded = Vec::<f32>::try_from(levels.to_kind(Kind::Float)).expect("f32");
+        rounded.into_iter().chain([0.0]).map(f64::from).collect()
+    }
+}
+
+/// Distances from 1 scaled so that the last level is `terminal`.
+fn stretched(levels: &Tensor, terminal: f64) -> Tensor {
+    let below_one: Tensor = 1.0 - levels;
+    let scale = (1.0 - terminal) / below_one.double_value(&[-1]);
+    1.0 - below_one * scale
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_fall_from_one_to_zero_and_linger_at_noise_when_shifted() {
+        let levels = NoiseLevels::even(Shift::Constant(3.0)).sigmas(4);
+        assert_eq!((levels[0], levels[4]), (1.0, 0.0));
+        assert!(levels.windows(2).all(|pair| pair[1] < pair[0]) && (levels[2] - 0.75).abs() < 1e-7);
+    }
+
+    #[test]
+    fn a_terminal_level_is_reached_and_the_first_stays_one() {
+        let levels = NoiseLevels::even(Shift::between(4096, (256, 0.5), (8192, 0.9))).ending_at(0.02);
+        let found = levels.sigmas(20);
+        assert!(found[0] == 1.0 && (found[19] - 0.02).abs() < 1e-7 && found[20] == 0.0, "{found:?}");
+        assert_eq!(levels.sigmas(1), [1.0, 0.0], "one step goes straight to the data");
+    }
+
+    #[test]
+    fn the_line_of_mu_passes_through_its_points() {
+        for (tokens, mu) in [(256, 0.5), (4096, 1.15), (8192, 1.15 + 0.65 * 4096.0 / 3840.0)] {
+            let Shift::Constant(shift) = Shift::between(tokens, (256, 0.5), (4096, 1.15)) else { panic!("a constant") };
+            assert!((shift.ln() - mu).abs() < 1e-12, "{tokens} tokens");
+        }
+    }
+
+    #[test]
+    fn many_tokens_make_the_number_of_steps_irrelevant() {
+        let shift = |tokens, steps| Shift::Empirical { tokens }.at(steps);
+        assert_eq!(shift(4301, 10), shift(4301, 50));
+        assert!(shift(4300, 10) > shift(4300, 50), "fewer steps linger longer at noise");
+    }
+}

@@ -1,0 +1,317 @@
+//! What samples are generated from: the dataset's named conditions, or a file of conditions.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use tch::{Device, Kind, Tensor};
+
+use crate::data::safetensors::SafeTensors;
+use crate::data::{Batch, Conditions, DataType, Dataset};
+use crate::error::{Error, Result};
+use crate::flow::TaskType;
+use crate::model::{Architecture, SampleShapes};
+
+/// Prefix of the keys that hold what classifier-free guidance leads away from.
+const NEGATIVE: &str = "negative.";
+/// Key of the noise to start from.
+const NOISE: &str = "noise";
+/// Key of the clean frames that a video is to begin with.
+const CONDITION_LATENTS: &str = "condition_latents";
+
+/// Where generation starts: conditions, one row a prompt, and noise or the shape of what is drawn.
+pub struct Origin {
+    /// Named in messages.
+    path: PathBuf,
+    /// One a row.
+    pub names: Vec<String>,
+    /// `[N, …]`, by the adapter's keys.
+    tensors: BTreeMap<String, Tensor>,
+    /// The same for the unconditional pass; empty where conditions are dropped as in training.
+    negative: BTreeMap<String, Tensor>,
+    /// `[N, C, (F,) H, W]` f32.
+    noise: Option<Tensor>,
+    /// One sample's, `[C, (F,) H, W]`.
+    pub shape: Vec<i64>,
+    data_type: DataType,
+    pub task_type: TaskType,
+}
+
+impl Origin {
+    /// The dataset's conditions, in the given shape or that of its first resolution group.
+    pub fn of_dataset(dataset: &Dataset, conditions: Conditions, shape: Option<&[i64]>) -> Self {
+        Origin {
+            path: dataset.path().into(),
+            names: conditions.names,
+            tensors: conditions.tensors,
+            negative: BTreeMap::new(),
+            noise: None,
+            shape: shape.unwrap_or(first_shape(dataset)).to_vec(),
+            data_type: dataset.data_type(),
+            task_type: TaskType::TextToVideo,
+        }
+    }
+
+    /// A safetensors file of conditions `[N, …]`, their `negative.` counterparts and perhaps the `noise` to start from; where the
+    /// file has none, the shape is the given one or that of the dataset, which need not exist otherwise.
+    ///
+    /// # Errors
+    /// [`Error::Data`] naming the file, the key and what was expected; [`Error::Config`] if nothing says the shape.
+    pub fn of_file(path: &Path, shape: Option<&[i64]>, dataset: &str) -> Result<Self> {
+        let file = SafeTensors::open(path)?;
+        let mut tensors = BTreeMap::new();
+        for info in file.tensors() {
+            tensors.insert(info.name.clone(), finite(path, &info.name, file.read(&info.name)?)?);
+        }
+        let rows = same_rows(path, &tensors)?;
+        let noise = tensors.remove(NOISE).map(|noise| noise.to_kind(Kind::Float));
+        let (negative, tensors) = tensors.into_iter().partition::<BTreeMap<_, _>, _>(|(key, _)| key.starts_with(NEGATIVE));
+        let negative: BTreeMap<_, _> = negative.into_iter().map(|(key, tensor)| (key[NEGATIVE.len()..].to_string(), tensor)).collect();
+        if let Some(key) = negative.keys().find(|key| !tensors.contains_key(*key)) {
+            return Err(Error::data(path, format!("holds `{NEGATIVE}{key}`, but no `{key}` that it is the counterpart of")));
+        }
+        let shape = shape_of(path, noise.as_ref(), shape, dataset)?;
+        let data_type = data_type_of(&file, &shape)?;
+        let task_type = task_type_of(&file)?;
+        let names = (0..rows).map(|row| row.to_string()).collect();
+        let origin = Origin { path: path.into(), names, tensors, negative, noise, shape, data_type, task_type };
+        origin.check_frames()?;
+        Ok(origin)
+    }
+
+    /// Refuses conditions that the model or its adapter cannot take.
+    ///
+    /// # Errors
+    /// [`Error::Data`] or [`Error::Config`] naming the file, the key and what was expected.
+    pub fn check(&self, model: &dyn Architecture, condition_keys: &[&str]) -> Result<()> {
+        for tensors in [&self.tensors, &self.negative] {
+            let text = tensors.get("text_embeddings").map(Tensor::size);
+            if let Some(found) = text.filter(|size| size.len() != 3) {
+                return Err(Error::data(&self.path, format!("`text_embeddings` has shape {found:?}; expected [N, L, D]")));
+            }
+            model.check_data(&SampleShapes::of_batch(&self.shape, tensors)).map_err(|error| self.named(error))?;
+        }
+        let unmatched = |key: &&&str| self.tensors.contains_key(**key) && !self.negative.contains_key(**key);
+        match condition_keys.iter().find(unmatched) {
+            Some(key) if self.has_negative() => Err(Error::data(
+                &self.path,
+                format!("holds negative conditions, but no `{NEGATIVE}{key}`; expected one for every condition"),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    pub fn has_negative(&self) -> bool {
+        !self.negative.is_empty()
+    }
+
+    pub fn has_noise(&self) -> bool {
+        self.noise.is_some()
+    }
+
+    /// The conditions of these rows.
+    pub fn batch(&self, rows: &[i64]) -> Batch {
+        self.batch_of(&self.tensors, rows)
+    }
+
+    /// What the same rows are guided away from: the negative conditions, or zeros under `condition_keys` as training drops them.
+    pub fn unconditional(&self, rows: &[i64], condition_keys: &[&str]) -> Batch {
+        let chosen = |(key, tensor): (&String, &Tensor)| {
+            let dropped = || if condition_keys.contains(&key.as_str()) { tensor.zeros_like() } else { tensor.shallow_clone() };
+            (key.clone(), if self.has_negative() { self.negative.get(key).unwrap_or(tensor).shallow_clone() } else { dropped() })
+        };
+        self.batch_of(&self.tensors.iter().map(chosen).collect(), rows)
+    }
+
+    fn batch_of(&self, tensors: &BTreeMap<String, Tensor>, rows: &[i64]) -> Batch {
+        let rows = Tensor::from_slice(rows);
+        let tensors = tensors.iter().map(|(key, tensor)| (key.clone(), tensor.index_select(0, &rows))).collect();
+        Batch { tensors, data_type: self.data_type, sample_ids: Vec::new() }
+    }
+
+    /// `[rows, C, (F,) H, W]` f32, if the noise is given.
+    pub fn noise(&self, rows: &[i64]) -> Option<Tensor> {
+        self.noise.as_ref().map(|noise| noise.index_select(0, &Tensor::from_slice(rows)))
+    }
+
+    /// The clean frames that these rows begin with, zeros after them: `[rows, C, F, H, W]`, for image-to-video.
+    pub fn clean_latents(&self, rows: &[i64]) -> Option<Tensor> {
+        let frames = self.tensors.get(CONDITION_LATENTS).filter(|_| self.task_type == TaskType::ImageToVideo)?;
+        let missing = self.shape[1] - frames.size()[2];
+        Some(frames.index_select(0, &Tensor::from_slice(rows)).constant_pad_nd([0, 0, 0, 0, 0, missing]))
+    }
+
+    /// Which of `rows` samples are image-to-video, `[rows]` boolean: all or none.
+    pub fn image_to_video(&self, rows: i64) -> Tensor {
+        Tensor::full([rows], i64::from(self.task_type == TaskType::ImageToVideo), (Kind::Bool, Device::Cpu))
+    }
+
+    /// One label a row: the conditions' `labels`, or the number of the row.
+    pub fn labels(&self, rows: &[i64]) -> Tensor {
+        let rows = Tensor::from_slice(rows);
+        self.tensors.get("labels").map_or_else(|| rows.shallow_clone(), |labels| labels.index_select(0, &rows)).to_kind(Kind::Int64)
+    }
+
+    /// An adapter's or a model's complaint about a batch, with the file that the batch came from.
+    pub fn named(&self, error: Error) -> Error {
+        match error {
+            Error::Data { what, .. } => Error::data(&self.path, what),
+            Error::Config { problems, .. } => Error::Config { source_name: self.path.display().to_string(), problems },
+            other => other,
+        }
+    }
+
+    /// Image-to-video needs the frames that it begins with.
+    fn check_frames(&self) -> Result<()> {
+        if self.task_type != TaskType::ImageToVideo {
+            return Ok(());
+        }
+        let [channels, frames, height, width] = *self.shape else {
+            return Err(Error::data(&self.path, format!("task_type is \"i2v\", which is for videos [C, F, H, W], not {:?}", self.shape)));
+        };
+        let found = self.tensors.get(CONDITION_LATENTS).map(Tensor::size);
+        match found.as_deref() {
+            Some(&[_, c, f, h, w]) if (c, h, w) == (channels, height, width) && (1..=frames).contains(&f) => Ok(()),
+            Some(found) => {
+                let what = format!("`{CONDITION_LATENTS}` has shape {found:?}; expected [N, {channels}, 1 to {frames}, {height}, {width}]");
+                Err(Error::data(&self.path, what))
+            }
+            None => {
+                let what = format!("task_type is \"i2v\", but there is no `{CONDITION_LATENTS}` [N, C, F, H, W] to begin with");
+                Err(Error::data(&self.path, what))
+            }
+        }
+    }
+}
+
+/// Shape of one sample of the first resolution group.
+fn first_shape(dataset: &Dataset) -> &[i64] {
+    dataset.latent_shape(&dataset.groups()[0].name).expect("a group of the dataset has latents")
+}
+
+fn finite(path: &Path, key: &str, tensor: Tensor) -> Result<Tensor> {
+    // Of integers and booleans there is nothing to ask.
+    if tensor.is_floating_point() && !bool::try_from(tensor.isfinite().all()).expect("one boolean") {
+        return Err(Error::data(path, format!("`{key}` holds numbers that are not finite")));
+    }
+    Ok(tensor)
+}
+
+/// The number of rows that every tensor has.
+fn same_rows(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<i64> {
+    let mut known: Option<(&str, i64)> = None;
+    for (key, tensor) in tensors {
+        let unfit = |what: String| Err(Error::data(path, format!("`{key}` has shape {:?}; expected {what}", tensor.size())));
+        match (tensor.size().first(), known) {
+            (None | Some(0), _) => return unfit("[N, …] with a row for each sample".into()),
+            (Some(&rows), None) => known = Some((key, rows)),
+            (Some(&rows), Some((other, expected))) if rows != expected => return unfit(format!("{expected} rows as in `{other}`")),
+            _ => {}
+        }
+    }
+    known.map(|(_, rows)| rows).ok_or_else(|| Error::data(path, "holds no tensors; expected conditions [N, …] under the adapter's keys"))
+}
+
+/// From the noise, the command line or the dataset, whichever says it first.
+fn shape_of(path: &Path, noise: Option<&Tensor>, told: Option<&[i64]>, dataset: &str) -> Result<Vec<i64>> {
+    let Some(noise) = noise else {
+        let unknown = |error: Error| {
+            let what =
+                format!("{} holds no `{NOISE}`, and the run's dataset cannot tell the latents' shape ({error}); give it", path.display());
+            Error::config("--shape", what)
+        };
+        return told.map_or_else(|| Ok(first_shape(&Dataset::named(dataset).map_err(unknown)?).to_vec()), |told| Ok(told.to_vec()));
+    };
+    let found = noise.size()[1..].to_vec();
+    if !matches!(found.len(), 3 | 4) {
+        return Err(Error::data(path, format!("`{NOISE}` has shape {:?}; expected [N, C, H, W] or [N, C, F, H, W]", noise.size())));
+    }
+    match told {
+        Some(told) if told != found => {
+            Err(Error::config("--shape", format!("is {told:?}, but `{NOISE}` in {} has samples of {found:?}", path.display())))
+        }
+        _ => Ok(found),
+    }
+}
+
+/// What the shape says, and the metadata where they say it.
+fn data_type_of(file: &SafeTensors, shape: &[i64]) -> Result<DataType> {
+    let follows = if shape.len() == 3 { DataType::Image } else { DataType::Video };
+    match file.metadata().get("data_type") {
+        Some(word) if word != follows.word() => {
+            let what = format!("data_type in the metadata is {word:?}, but samples of shape {shape:?} are {:?}", follows.word());
+            Err(Error::data(file.path(), what))
+        }
+        _ => Ok(follows),
+    }
+}
+
+fn task_type_of(file: &SafeTensors) -> Result<TaskType> {
+    let word = file.metadata().get("task_type").map_or(TaskType::TextToVideo.word(), String::as_str);
+    let known = [TaskType::TextToVideo, TaskType::ImageToVideo];
+    let unknown = || Error::data(file.path(), format!("task_type in the metadata is {word:?}, expected \"t2v\" or \"i2v\""));
+    known.into_iter().find(|task_type| task_type.word() == word).ok_or_else(unknown)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+    use crate::data::safetensors::write;
+    use crate::model::Dit;
+
+    const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+    fn origin(tensors: &[(&str, &Tensor)], metadata: &[(&str, &str)]) -> Result<Origin> {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("conditions.safetensors");
+        let metadata = metadata.iter().map(|(key, word)| (key.to_string(), word.to_string())).collect();
+        write(&mut File::create(&path).expect("a new file"), tensors, &metadata).expect("a sound file");
+        Origin::of_file(&path, None, "/no/such/dataset")
+    }
+
+    /// Rows that hold nothing but their own number, counted from `first`.
+    fn numbered(first: i64, shape: &[i64]) -> Tensor {
+        let mut column = vec![1; shape.len()];
+        column[0] = -1;
+        Tensor::arange_start(first, first + shape[0], FLOAT).view(column.as_slice()) + Tensor::zeros(shape, FLOAT)
+    }
+
+    #[test]
+    fn a_video_begins_with_the_frames_given_and_goes_on_with_none() {
+        let (noise, frames) = (Tensor::zeros([2, 3, 5, 4, 4], FLOAT), numbered(1, &[2, 3, 1, 4, 4]));
+        let tensors = [("noise", &noise), ("condition_latents", &frames)];
+        let clean = origin(&tensors, &[("task_type", "i2v")]).expect("sound conditions").clean_latents(&[1, 0]).expect("i2v");
+        assert_eq!(clean.size(), [2, 3, 5, 4, 4]);
+        assert_eq!(clean.select(2, 0).select(0, 0), Tensor::full([3, 4, 4], 2.0, FLOAT), "row 1 comes first");
+        assert_eq!(clean.narrow(2, 1, 4), Tensor::zeros([2, 3, 4, 4, 4], FLOAT));
+        assert!(origin(&tensors, &[]).expect("sound conditions").clean_latents(&[0]).is_none(), "text-to-video has no such frames");
+        let error = origin(&[("noise", &noise), ("condition_latents", &Tensor::zeros([2, 3, 6, 4, 4], FLOAT))], &[("task_type", "i2v")]);
+        let text = error.err().expect("too many frames").to_string();
+        assert!(text.ends_with("`condition_latents` has shape [2, 3, 6, 4, 4]; expected [N, 3, 1 to 5, 4, 4]"), "{text}");
+    }
+
+    #[test]
+    fn rows_are_guided_away_from_their_negatives_or_from_zeros() {
+        let (noise, text, mask) = (Tensor::zeros([2, 1, 8, 8], FLOAT), numbered(1, &[2, 3, 10]), Tensor::ones([2, 3], FLOAT));
+        let negative = numbered(5, &[2, 4, 10]);
+        let plain = [("noise", &noise), ("text_embeddings", &text), ("text_mask", &mask)];
+        let dropped = origin(&plain, &[]).expect("sound conditions").unconditional(&[1], &["text_embeddings"]);
+        assert_eq!(dropped.tensors["text_embeddings"], Tensor::zeros([1, 3, 10], FLOAT));
+        assert_eq!(dropped.tensors["text_mask"], Tensor::ones([1, 3], FLOAT), "only conditions are dropped");
+        let with_negative = [&plain[..], &[("negative.text_embeddings", &negative)]].concat();
+        let origin = origin(&with_negative, &[]).expect("sound conditions");
+        let away = origin.unconditional(&[1], &["text_embeddings"]);
+        assert_eq!(away.tensors["text_embeddings"], Tensor::full([1, 4, 10], 6.0, FLOAT));
+        assert_eq!(origin.batch(&[1]).tensors["text_embeddings"], Tensor::full([1, 3, 10], 2.0, FLOAT));
+    }
+
+    #[test]
+    fn every_condition_needs_its_negative_once_one_has_it() {
+        let (noise, text) = (Tensor::zeros([2, 1, 8, 8], FLOAT), Tensor::ones([2, 3, 10], FLOAT));
+        let tensors = [("noise", &noise), ("text_embeddings", &text), ("negative.text_embeddings", &text), ("pooled", &text)];
+        let origin = origin(&tensors, &[]).expect("sound conditions");
+        let text = origin.check(&Dit::default(), &["text_embeddings", "pooled"]).expect_err("one negative is missing").to_string();
+        assert!(text.ends_with("holds negative conditions, but no `negative.pooled`; expected one for every condition"), "{text}");
+    }
+}
