@@ -2,7 +2,7 @@
 
     python families.py OUT_DIR SEED [--families flux,flux2,qwen_image,wan,hunyuan_video15] [--cases N] [--verbose]
 
-Needs torch 2.13.0, diffusers 0.42.1, nemo-automodel 0.5.0 and safetensors; takes 15 s, most of it imports, and 300 MB of disk, most of
+Needs torch 2.13.0, diffusers 0.42.1, nemo-automodel 0.5.0 and safetensors; takes 25 s, half of it imports, and 300 MB of disk, most of
 it the 2048 x 2048 layer that every HunyuanVideo 1.5 has. SEED alone decides every draw, a family's cases whatever the other families are.
 N cases a family (6), then one for each better behaviour of ours that diffusers can judge. Writes
 
@@ -159,11 +159,13 @@ class Dice:
         return tensor[0] if flat and self.size == 1 and self.deal("flat", [True, False]) else tensor
 
     def mask(self, length: int, shortest: int, kind: str) -> torch.Tensor:
-        """Which of `length` tokens count: all, a beginning of each row, or some anywhere; the first row's last token always does."""
+        """Which of `length` tokens count: all, a beginning of each row (two or more in the longest), or some anywhere."""
         if kind == "ones":
             mask = torch.ones(self.size, length, dtype=torch.bool)
         elif kind == "prefix":
-            lengths = [length, *(self.between(shortest, length) for _ in range(self.size - 1))]
+            longest = self.between(2, length)
+            lengths = [longest, *(self.between(shortest, longest) for _ in range(self.size - 1))]
+            self.random.shuffle(lengths)
             mask = torch.arange(length) < torch.tensor(lengths)[:, None]
         else:
             mask = torch.rand((self.size, length), generator=self.generator) < 0.6
@@ -505,8 +507,8 @@ def describe(entry: dict, folder: Path) -> str:
     reached = {name: norm for name, norm in named.items() if norm > 0 and name not in entry["vanishing_gradients"]}
     weakest = min(reached, key=reached.get)
     losses = f"loss {tensors['average_unweighted_loss']:.2f}, weighted {tensors['average_weighted_loss']:.2f}"
-    parts = f"{len(reached)} of {len(named)} gradients, weakest {weakest} {reached[weakest] / total:.1e}"
-    return f"{entry['name']} {entry['dtype']}: {losses}; prediction {tensors['model_pred'].std(correction=0):.2f}; norm {total:.2e}, {parts}"
+    parts = f"norm {total:.2e}, {len(reached)} of {len(named)} gradients, weakest {weakest} {reached[weakest] / total:.1e}"
+    return f"{entry['name']} {entry['dtype']}: {losses}; prediction {tensors['model_pred'].std(correction=0):.2f}; {parts}"
 
 
 def write_family(out: Path, name: str, seed: int, num_cases: int, verbose: bool) -> list[dict]:
