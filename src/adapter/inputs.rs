@@ -44,21 +44,24 @@ impl TimestepDtype {
     }
 }
 
-/// `text_embeddings` `[B, L, D]` in the compute kind; a single prompt may come without its batch axis.
+/// `text_embeddings` `[B, L, D]` in the compute kind.
 pub(super) fn text_embeddings(context: &FlowMatchingContext<'_>, adapter: &str) -> Result<Tensor> {
     batched(context, "text_embeddings", adapter, 3)
 }
 
-/// A condition of the batch in the compute kind, with `rank` axes once a missing batch axis is added.
+/// A condition of the batch in the compute kind, with `rank` axes once a missing batch axis is added; a single row stands for
+/// all samples.
 pub(super) fn batched(context: &FlowMatchingContext<'_>, key: &str, adapter: &str, rank: usize) -> Result<Tensor> {
     let found = context.required(key, adapter)?;
     let tensor = if found.dim() + 1 == rank { found.unsqueeze(0) } else { found.shallow_clone() };
     let samples = context.noisy_latents.size()[0];
-    if tensor.dim() != rank || tensor.size()[0] != samples {
+    if tensor.dim() != rank || ![1, samples].contains(&tensor.size()[0]) {
         let what = format!("`{key}` {:?} must have {rank} axes and the latents' {samples} samples", found.size());
         return Err(Error::data("batch", what));
     }
-    Ok(tensor.to_kind(context.dtype))
+    let mut size = tensor.size();
+    size[0] = samples;
+    Ok(tensor.expand(size, false).to_kind(context.dtype))
 }
 
 /// Noisy images `[B, C, H, W]` as tokens of 2 x 2 pixels `[B, H/2 · W/2, 4·C]`, and their `grid`, `[3]` int64 on the host.

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use sha2::{Digest, Sha256};
 use tch::Tensor;
@@ -14,7 +15,7 @@ use super::finite::check_finite;
 use super::group::{Group, check_latents, check_same, latents_key, layout_of};
 use super::manifest::{self, FileEntry, Manifest};
 use super::safetensors::{SafeTensors, refuse_pickle, row_bytes, with_rows};
-use super::{Batch, DataType, sha256};
+use super::{Batch, DataType, EMPTY, sha256};
 use crate::error::{Error, Result};
 
 /// Named conditions to generate from, e.g. one text embedding a class.
@@ -34,7 +35,16 @@ pub struct Dataset {
     files: Vec<SampleFile>,
     groups: Vec<Group>,
     conditions: Option<SafeTensors>,
+    empty_prompt: Option<EmptyPrompt>,
     num_samples: u64,
+}
+
+/// The empty prompt's conditions: the file, and its tensors under the names that batches give them.
+#[derive(Debug)]
+struct EmptyPrompt {
+    file: SafeTensors,
+    /// Behind a lock because the reading thread and others may share the dataset.
+    tensors: Mutex<BTreeMap<String, Tensor>>,
 }
 
 #[derive(Debug)]
@@ -68,7 +78,8 @@ impl Dataset {
     }
 
     fn assemble(path: PathBuf, manifest: Manifest, open: impl Fn(&str) -> Result<SafeTensors>) -> Result<Self> {
-        let mut dataset = Dataset { path, manifest, files: Vec::new(), groups: Vec::new(), conditions: None, num_samples: 0 };
+        let (files, groups) = (Vec::new(), Vec::new());
+        let mut dataset = Dataset { path, manifest, files, groups, conditions: None, empty_prompt: None, num_samples: 0 };
         for index in 0..dataset.manifest.files.len() {
             let entry = dataset.manifest.files[index].clone();
             let tensors = open(&entry.path)?;
@@ -78,6 +89,9 @@ impl Dataset {
             let file = open(&entry.path)?;
             layout_of(&file, entry.names.len() as u64, "names")?;
             dataset.conditions = Some(file);
+        }
+        if let Some(entry) = &dataset.manifest.empty_prompt {
+            dataset.empty_prompt = Some(EmptyPrompt::read(open(&entry.path)?)?);
         }
         Ok(dataset)
     }
@@ -139,7 +153,9 @@ impl Dataset {
     pub fn verify_hashes(&self) -> Result<()> {
         let files = self.files.iter().map(|file| &file.tensors).zip(self.manifest.files.iter().map(|entry| &entry.sha256));
         let conditions = self.conditions.iter().zip(self.manifest.conditions.iter().map(|entry| &entry.sha256));
-        for (file, expected) in files.chain(conditions) {
+        let empty_prompt = self.empty_prompt.iter().map(|empty| &empty.file);
+        let empty_prompt = empty_prompt.zip(self.manifest.empty_prompt.iter().map(|entry| &entry.sha256));
+        for (file, expected) in files.chain(conditions).chain(empty_prompt) {
             let mut hash = Sha256::new();
             file.for_each_piece(|piece| hash.update(piece))?;
             let found = sha256::hex(hash);
@@ -160,7 +176,8 @@ impl Dataset {
         let group = self.file_of(ids[0]).group;
         assert!(ids.iter().all(|id| self.file_of(*id).group == group), "a batch of several resolution groups: {ids:?}");
         let keys = self.groups[group].layout.keys();
-        let tensors = keys.map(|key| Ok((key.clone(), self.stacked(key, ids)?))).collect::<Result<_>>()?;
+        let mut tensors = keys.map(|key| Ok((key.clone(), self.stacked(key, ids)?))).collect::<Result<BTreeMap<_, _>>>()?;
+        tensors.extend(self.empty_prompt.iter().flat_map(EmptyPrompt::tensors));
         Ok(Batch { tensors, data_type: self.data_type(), sample_ids: ids.to_vec() })
     }
 
@@ -199,6 +216,22 @@ impl Dataset {
             tensors.insert(info.name.clone(), Tensor::from_data_size(&data, &info.shape, info.kind));
         }
         Ok(Some(Conditions { names: entry.names.clone(), tensors }))
+    }
+}
+
+impl EmptyPrompt {
+    fn read(file: SafeTensors) -> Result<Self> {
+        let mut tensors = BTreeMap::new();
+        for info in file.tensors() {
+            tensors.insert(format!("{EMPTY}{}", info.name), file.read(&info.name)?);
+        }
+        Ok(EmptyPrompt { file, tensors: Mutex::new(tensors) })
+    }
+
+    fn tensors(&self) -> Vec<(String, Tensor)> {
+        // A panic of another holder leaves the tensors as they were.
+        let tensors = self.tensors.lock().unwrap_or_else(PoisonError::into_inner);
+        tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
     }
 }
 
@@ -307,6 +340,26 @@ pub(super) mod tests {
         let conditions = Dataset::open(folder.path()).and_then(|dataset| dataset.conditions()).expect("sound").expect("some");
         assert_eq!(conditions.names, ["zero", "one"]);
         assert_eq!(conditions.tensors["text_embeddings"].size(), [2, 5, 8]);
+    }
+
+    #[test]
+    fn every_batch_carries_the_empty_prompt() {
+        let folder = two_groups();
+        let empty = Tensor::ones([5, 8], (Kind::Half, Device::Cpu));
+        let mut file = HashingWriter::new(File::create(folder.path().join("empty.safetensors")).expect("a new file"));
+        write(&mut file, &[("text_embeddings", &empty)], &BTreeMap::new()).expect("a sound file");
+        let path = folder.path().join(manifest::FILE_NAME);
+        let mut manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).expect("written")).expect("JSON");
+        let before = Dataset::open(folder.path()).expect("a sound dataset").fingerprint();
+        manifest["empty_prompt"] = serde_json::json!({"path": "empty.safetensors", "sha256": file.finish().1});
+        std::fs::write(&path, manifest.to_string()).expect("written again");
+        let dataset = Dataset::open(folder.path()).expect("a sound dataset");
+        assert!(dataset.batch(&[5, 6]).expect("sound samples").tensors["empty.text_embeddings"].equal(&empty));
+        assert_ne!(dataset.fingerprint(), before);
+        dataset.verify_hashes().expect("untouched files");
+        std::fs::write(folder.path().join("empty.safetensors"), std::fs::read(folder.path().join("a.safetensors")).expect("written"))
+            .expect("written again");
+        assert!(Dataset::open(folder.path()).expect("sound headers").verify_hashes().is_err());
     }
 
     #[test]

@@ -31,6 +31,7 @@ pub struct Manifest {
     pub data_type: DataType,
     pub files: Vec<FileEntry>,
     pub conditions: Option<ConditionsEntry>,
+    pub empty_prompt: Option<EmptyPromptEntry>,
 }
 
 /// One file of samples.
@@ -52,6 +53,15 @@ pub struct ConditionsEntry {
     pub path: String,
     /// One name a row of the file's tensors.
     pub names: Vec<String>,
+    pub sha256: String,
+}
+
+/// The file of the empty prompt's conditions, which dropped conditions may become.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EmptyPromptEntry {
+    /// Tensors of one sample, without a batch axis.
+    pub path: String,
     pub sha256: String,
 }
 
@@ -111,7 +121,9 @@ impl Manifest {
     /// Path and hash of every file.
     fn hashes(&self) -> impl Iterator<Item = (&str, &str)> {
         let files = self.files.iter().map(|file| (file.path.as_str(), file.sha256.as_str()));
-        files.chain(self.conditions.iter().map(|conditions| (conditions.path.as_str(), conditions.sha256.as_str())))
+        let conditions = self.conditions.iter().map(|conditions| (conditions.path.as_str(), conditions.sha256.as_str()));
+        let empty_prompt = self.empty_prompt.iter().map(|empty| (empty.path.as_str(), empty.sha256.as_str()));
+        files.chain(conditions).chain(empty_prompt)
     }
 
     /// Hash of all that decides what a sample id stands for; equal fingerprints mean equal data.
@@ -124,6 +136,9 @@ impl Manifest {
         }
         if let Some(ConditionsEntry { path, names, sha256 }) = &self.conditions {
             hash.update(format!("\n{path:?} {names:?} {sha256}"));
+        }
+        if let Some(EmptyPromptEntry { path, sha256 }) = &self.empty_prompt {
+            hash.update(format!("\n{path:?} {sha256}"));
         }
         sha256::hex(hash)
     }

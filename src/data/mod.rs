@@ -49,6 +49,9 @@ impl DataType {
     }
 }
 
+/// Prefix of the keys under which a batch holds the empty prompt's conditions, one sample without a batch axis.
+pub const EMPTY: &str = "empty.";
+
 /// Samples of one shape, stacked along axis 0 under the reference's keys.
 #[derive(Debug)]
 pub struct Batch {

@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 use super::guidance::Guidance;
 use super::noise_levels::{NoiseLevels, Shift};
 use super::settings::{CfgDropoutValue, FlowMatchingSettings};
-use crate::data::{Batch, DataType};
+use crate::data::{Batch, DataType, EMPTY};
 use crate::error::{Error, Result};
 use crate::nn::Activations;
 use crate::rng::Draws;
@@ -94,7 +94,7 @@ pub(super) fn dropped(batch: &Batch, key: &str, condition: &Tensor, drop: &Tenso
 
 /// `empty.<key>` as a row of `condition`.
 fn empty_row(batch: &Batch, key: &str, condition: &Tensor) -> Result<Tensor> {
-    let name = format!("empty.{key}");
+    let name = format!("{EMPTY}{key}");
     let missing = || Error::data("batch", format!("cfg_dropout_value is \"empty_prompt\" and the data have no `{name}`"));
     let empty = batch.get(&name).ok_or_else(missing)?;
     let (found, row) = (empty.size(), condition.size()[1..].to_vec());

@@ -48,7 +48,7 @@ pub struct ModelSettings {
     pub init: Beginning,
     pub dtype: Dtype,
     pub family: Model,
-    /// Whether a table names the family.
+    /// Whether the family is settled: a table names it, or it has been resolved.
     named: bool,
 }
 
@@ -68,14 +68,15 @@ impl ModelSettings {
     /// # Errors
     /// As [`diffusers::read_folder`]; [`Error::Config`] if the table and a folder that is there describe different models.
     pub fn resolve(&mut self) -> Result<()> {
-        let Some(path) = self.path.as_deref().map(Path::new) else { return Ok(()) };
-        if !self.named {
-            self.family = diffusers::read_folder(path)?;
-            self.named = true;
-        } else if path.exists() && diffusers::read_folder(path)? != self.family {
-            let what = format!("is another model than the one in {}; leave the table out, or the path", path.display());
-            return Err(Error::config(format!("model.{}", self.family.name()), what));
+        if let Some(path) = self.path.as_deref().map(Path::new) {
+            if !self.named {
+                self.family = diffusers::read_folder(path)?;
+            } else if path.exists() && diffusers::read_folder(path)? != self.family {
+                let what = format!("is another model than the one in {}; leave the table out, or the path", path.display());
+                return Err(Error::config(format!("model.{}", self.family.name()), what));
+            }
         }
+        self.named = true;
         Ok(())
     }
 
