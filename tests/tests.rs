@@ -32,3 +32,5 @@ mod runs;
 mod sampling;
 /// Flow matching does what it says, also where it goes beyond the reference.
 mod science;
+/// Every family trains, on ranks that stay equal, and resumes exactly.
+mod training;

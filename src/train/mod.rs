@@ -4,6 +4,7 @@ mod agreement;
 mod check;
 mod checkpoint;
 mod conditions;
+mod divergence;
 mod export;
 mod generate;
 mod metrics;
@@ -228,6 +229,7 @@ impl<'c> Trainer<'c> {
     }
 
     fn save(&mut self) -> Result<()> {
+        divergence::check(&self.replica, self.collective)?;
         self.metrics.sync();
         let optimizer = &*self.config.optimizer;
         let path = checkpoint::save(&self.folder, &self.manifest, &self.replica, optimizer, &self.optimizer_state, self.collective)?;
