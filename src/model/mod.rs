@@ -3,7 +3,9 @@
 mod diffusers;
 mod dit;
 mod flux;
+mod flux2;
 mod joint;
+mod qwen_image;
 mod settings;
 
 use std::collections::BTreeMap;
@@ -11,6 +13,8 @@ use std::collections::BTreeMap;
 pub use diffusers::{read_folder, write_config};
 pub use dit::Dit;
 pub use flux::Flux;
+pub use flux2::Flux2;
+pub use qwen_image::QwenImage;
 pub use settings::{Beginning, Dtype, ModelSettings};
 
 use crate::error::{Error, Result};
@@ -88,5 +92,7 @@ registry! {
     pub enum Model: Architecture {
         "dit" => Dit(Dit),
         "flux" => Flux(Flux),
+        "flux2" => Flux2(Flux2),
+        "qwen_image" => QwenImage(QwenImage),
     }
 }
