@@ -61,3 +61,13 @@ fn check_case(case: &Value, folder: &Path) {
 fn flux_is_diffusers_flux() {
     check_family("flux");
 }
+
+#[test]
+fn flux2_is_diffusers_flux2() {
+    check_family("flux2");
+}
+
+#[test]
+fn qwen_image_is_diffusers_qwen_image() {
+    check_family("qwen_image");
+}

@@ -1,11 +1,15 @@
 //! One adapter a model family: batch to model inputs, model outputs to prediction.
 
 mod flux;
+mod flux2;
 mod inputs;
+mod qwen_image;
 mod simple;
 
 pub use flux::Flux;
+pub use flux2::Flux2;
 pub use inputs::TimestepDtype;
+pub use qwen_image::QwenImage;
 pub use simple::Simple;
 
 use tch::{Device, Kind};
@@ -25,6 +29,8 @@ registry! {
     pub enum AdapterChoice: AdapterSettings {
         "simple" => Simple(Simple),
         "flux" => Flux(Flux),
+        "flux2" => Flux2(Flux2),
+        "qwen_image" => QwenImage(QwenImage),
     }
 }
 

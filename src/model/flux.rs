@@ -8,13 +8,13 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::joint::{JointStage, grid, joint_mask};
+use super::joint::{Head, JointStage, check_axes, grid, joined, joint_mask};
 use super::{Architecture, SampleShapes, expect_equal, expect_image};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::nn::attention::{Heads, Projections, attend};
 use crate::nn::embed::ScalarEmbedding;
 use crate::nn::joint_block::BlockNames;
-use crate::nn::modulation::{ModulatedProjection, Modulation, modulated_norm};
+use crate::nn::modulation::{Modulation, modulated_norm};
 use crate::nn::rope::{self, Axis};
 use crate::nn::{Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Stage, Views};
 use crate::settings::{Keys, Settings};
@@ -87,17 +87,14 @@ impl Architecture for Flux {
     }
 
     fn stages(&self) -> Result<Vec<Box<dyn Stage>>> {
-        let axes = &self.axes_dims_rope;
-        if axes.iter().sum::<i64>() != self.attention_head_dim || axes.iter().any(|axis| axis % 2 != 0) {
-            let what = format!("{axes:?} must be even and add up to attention_head_dim = {}", self.attention_head_dim);
-            return Err(Error::config("model.flux.axes_dims_rope", what));
-        }
+        check_axes("model.flux.axes_dims_rope", &self.axes_dims_rope, self.attention_head_dim)?;
         let (width, hidden) = (self.width(), 4 * self.width());
         let double = |index| Box::new(JointStage::new(index, &BLOCK_NAMES, width, hidden, self.heads())) as Box<dyn Stage>;
         let mut stages: Vec<Box<dyn Stage>> = vec![Box::new(Embed::new(self))];
         stages.extend((0..self.num_layers).map(double));
         stages.extend((0..self.num_single_layers).map(|index| Box::new(SingleBlock::new(self, index)) as Box<dyn Stage>));
-        stages.push(Box::new(Head::new(self)));
+        let features = if self.out_channels == 0 { self.in_channels } else { self.out_channels };
+        stages.push(Box::new(Head::new(width, features, true, EPSILON)));
         Ok(stages)
     }
 
@@ -236,45 +233,5 @@ impl Stage for SingleBlock {
         let fed = self.feed.forward(params, &ready).gelu("tanh");
         let joint = joint.addcmul(&gate, &self.output.forward(params, &Tensor::cat(&[attended, fed], 2)));
         Activations::new().with("joint", joint).with("conditioning", conditioning.shallow_clone())
-    }
-}
-
-/// Text and image as one sequence, from a double block or a single one.
-fn joined(input: &Activations) -> Tensor {
-    match input.find("joint") {
-        Some(joint) => joint.shallow_clone(),
-        None => Tensor::cat(&[input.get("text"), input.get("image")], 1),
-    }
-}
-
-/// Image tokens to predicted ones.
-struct Head {
-    params: ParamSet,
-    output: ModulatedProjection,
-}
-
-impl Head {
-    fn new(model: &Flux) -> Self {
-        let mut params = ParamSet::new("head");
-        let features = if model.out_channels == 0 { model.in_channels } else { model.out_channels };
-        let output = ModulatedProjection::new(&mut Builder::new(&mut params, ""), model.width(), features, true, EPSILON);
-        Head { params, output }
-    }
-}
-
-impl Stage for Head {
-    fn params(&self) -> &ParamSet {
-        &self.params
-    }
-
-    fn forward(&self, params: &Views, input: &Activations) -> Activations {
-        let image = match input.find("joint") {
-            Some(joint) => {
-                let text_tokens = input.get("text_rope").size()[0];
-                joint.narrow(1, text_tokens, joint.size()[1] - text_tokens)
-            }
-            None => input.get("image").shallow_clone(),
-        };
-        Activations::new().with("prediction", self.output.forward(params, &image, input.get("conditioning")))
     }
 }

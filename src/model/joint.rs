@@ -1,17 +1,22 @@
-//! The stage that FLUX, Qwen-Image and HunyuanVideo 1.5 have in common, and the names of what crosses its boundaries.
+//! What the families whose image and text meet in joint attention have in common: stages, and the names of what crosses their
+//! boundaries.
 //!
 //! | activation | shape | |
 //! |---|---|---|
 //! | `image` | `[B, Li, D]` | tokens of the latents |
 //! | `text` | `[B, Lt, D]` | tokens of the conditions |
+//! | `joint` | `[B, Lt + Li, D]` | text and image as one sequence, instead of the two, behind single blocks |
 //! | `conditioning` | `[B, D]` | timestep and whatever else modulates |
 //! | `image_rope`, `text_rope` | `[L, 1, E/2]` complex f32 | constant; tables of [`rope`](crate::nn::rope), where places matter |
+//! | `rope` | `[Lt + Li, 1, E/2]` complex f32 | constant; both as one, for single blocks |
 //! | `mask` | `[B, 1, 1, Lt + Li]` boolean | constant; keys that are seen, where some are not |
 
 use tch::{Kind, Tensor};
 
+use crate::error::{Error, Result};
 use crate::nn::attention::{Heads, Stream};
 use crate::nn::joint_block::{BlockNames, ModulatedJointBlock};
+use crate::nn::modulation::ModulatedProjection;
 use crate::nn::{Activations, Builder, ParamSet, Stage, Views};
 
 /// One block over both streams.
@@ -42,6 +47,46 @@ impl Stage for JointStage {
     }
 }
 
+/// The last stage: image tokens to predicted ones, `prediction` `[B, Li, features]`.
+pub(super) struct Head {
+    params: ParamSet,
+    output: ModulatedProjection,
+}
+
+impl Head {
+    /// `norm_out.linear` and `proj_out`.
+    pub fn new(width: i64, features: i64, with_bias: bool, epsilon: f64) -> Self {
+        let mut params = ParamSet::new("head");
+        let output = ModulatedProjection::new(&mut Builder::new(&mut params, ""), width, features, with_bias, epsilon);
+        Head { params, output }
+    }
+}
+
+impl Stage for Head {
+    fn params(&self) -> &ParamSet {
+        &self.params
+    }
+
+    fn forward(&self, params: &Views, input: &Activations) -> Activations {
+        let image = match input.find("joint") {
+            Some(joint) => {
+                let text_tokens = input.get("text_rope").size()[0];
+                joint.narrow(1, text_tokens, joint.size()[1] - text_tokens)
+            }
+            None => input.get("image").shallow_clone(),
+        };
+        Activations::new().with("prediction", self.output.forward(params, &image, input.get("conditioning")))
+    }
+}
+
+/// Text and image as one sequence, from a double block or a single one.
+pub(super) fn joined(input: &Activations) -> Tensor {
+    match input.find("joint") {
+        Some(joint) => joint.shallow_clone(),
+        None => Tensor::cat(&[input.get("text"), input.get("image")], 1),
+    }
+}
+
 /// Image and text as a block takes them.
 pub(super) fn streams(input: &Activations) -> [Stream<'_>; 2] {
     [
@@ -57,6 +102,17 @@ pub(super) fn streams(input: &Activations) -> [Stream<'_>; 2] {
 pub(super) fn joint_mask(text_mask: &Tensor, image_tokens: i64) -> Tensor {
     let image = Tensor::ones([text_mask.size()[0], image_tokens], (Kind::Bool, text_mask.device()));
     Tensor::cat(&[text_mask.to_kind(Kind::Bool), image], 1).unsqueeze(1).unsqueeze(1)
+}
+
+/// Refuses axes of a rotary embedding that do not fill a head with pairs.
+///
+/// # Errors
+/// [`Error::Config`] naming the setting.
+pub(super) fn check_axes(setting: &str, axes: &[i64], head_width: i64) -> Result<()> {
+    if axes.iter().sum::<i64>() == head_width && axes.iter().all(|axis| axis % 2 == 0) {
+        return Ok(());
+    }
+    Err(Error::config(setting, format!("{axes:?} must be even and add up to attention_head_dim = {head_width}")))
 }
 
 /// Frames, rows and columns of the latents' tokens, from the input `grid` `[3]` int64 on the host.

@@ -3,8 +3,10 @@
 mod diffusers;
 mod dit;
 mod flux;
+mod flux2;
 mod footprint;
 mod joint;
+mod qwen_image;
 mod settings;
 
 use std::collections::BTreeMap;
@@ -14,7 +16,9 @@ use tch::Tensor;
 pub use diffusers::{read_folder, write_config};
 pub use dit::Dit;
 pub use flux::Flux;
+pub use flux2::Flux2;
 pub use footprint::{Footprint, Tokens, footprint};
+pub use qwen_image::QwenImage;
 pub use settings::{Beginning, Dtype, ModelSettings};
 
 use crate::error::{Error, Result};
@@ -104,5 +108,7 @@ registry! {
     pub enum Model: Architecture {
         "dit" => Dit(Dit),
         "flux" => Flux(Flux),
+        "flux2" => Flux2(Flux2),
+        "qwen_image" => QwenImage(QwenImage),
     }
 }

@@ -10,6 +10,10 @@ pub enum Nonlinearity {
     Gelu,
     /// GELU's approximation by tanh.
     GeluTanh,
+    /// SiLU of the first half of the features times the second half, SwiGLU.
+    ///
+    /// Source: Shazeer 2020, arXiv:2002.05202, eq. 6.
+    SiluGate,
 }
 
 impl Nonlinearity {
@@ -18,6 +22,10 @@ impl Nonlinearity {
             Nonlinearity::Silu => x.silu(),
             Nonlinearity::Gelu => x.gelu("none"),
             Nonlinearity::GeluTanh => x.gelu("tanh"),
+            Nonlinearity::SiluGate => {
+                let halves = x.chunk(2, -1);
+                halves[0].silu() * &halves[1]
+            }
         }
     }
 }
@@ -38,6 +46,13 @@ impl Mlp {
     /// `net.0.proj` and `net.2`, the feed-forward part of diffusers' blocks.
     pub fn feed_forward(builder: &mut Builder<'_>, widths: [i64; 3], nonlinearity: Nonlinearity) -> Self {
         Self::named(builder, ["net.0.proj", "net.2"], widths, nonlinearity, true)
+    }
+
+    /// `linear_in` to twice the hidden width, one half the gate of the other, and `linear_out`; without biases.
+    pub fn gated(builder: &mut Builder<'_>, [inputs, hidden, outputs]: [i64; 3]) -> Self {
+        let input = Linear::pytorch(&mut builder.at("linear_in"), inputs, 2 * hidden, false);
+        let output = Linear::pytorch(&mut builder.at("linear_out"), hidden, outputs, false);
+        Mlp { input, output, nonlinearity: Nonlinearity::SiluGate }
     }
 
     fn named(builder: &mut Builder<'_>, names: [&str; 2], widths: [i64; 3], nonlinearity: Nonlinearity, with_bias: bool) -> Self {

@@ -22,9 +22,16 @@ impl Modulation {
     /// # Shapes
     /// `conditioning`: `[B, D]`. Returns `PARTS` tensors `[B, 1, D]`.
     pub fn forward<const PARTS: usize>(&self, params: &Views, conditioning: &Tensor) -> [Tensor; PARTS] {
-        let all = self.linear.forward(params, &conditioning.silu()).unsqueeze(1);
-        all.chunk(PARTS as i64, -1).try_into().expect("as many chunks as parts")
+        parts(&self.linear.forward(params, &conditioning.silu()))
     }
+}
+
+/// A modulation of the whole sequence in its parts, as they lie side by side.
+///
+/// # Shapes
+/// `all`: `[B, PARTS · D]`. Returns `PARTS` tensors `[B, 1, D]`.
+pub fn parts<const PARTS: usize>(all: &Tensor) -> [Tensor; PARTS] {
+    all.unsqueeze(1).chunk(PARTS as i64, -1).try_into().expect("as many chunks as parts")
 }
 
 /// `x · (1 + scale) + shift`.

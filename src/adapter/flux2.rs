@@ -1,0 +1,87 @@
+//! FLUX.2: latents that come in patches already, a token a pixel, text, guidance.
+
+use tch::{Kind, Tensor};
+
+use super::AdapterSettings;
+use super::inputs::{TimestepDtype, guidance, sides, text_embeddings};
+use crate::error::Result;
+use crate::flow::{FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Shift};
+use crate::nn::Activations;
+use crate::nn::embed::{patchify, unpatchify};
+use crate::settings::{Keys, Settings};
+
+/// Source: NeMo AutoModel 0.5.0, `Flux2Adapter`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Flux2 {
+    pub guidance_scale: f64,
+    pub use_guidance_embeds: bool,
+    pub timestep_dtype: TimestepDtype,
+}
+
+impl Default for Flux2 {
+    fn default() -> Self {
+        Flux2 { guidance_scale: 3.5, use_guidance_embeds: true, timestep_dtype: TimestepDtype::default() }
+    }
+}
+
+impl Settings for Flux2 {
+    fn visit(&mut self, keys: &mut Keys<'_>) {
+        keys.number("guidance_scale", &mut self.guidance_scale, 0.0..=1000.0, "Guidance scale that the model is told in training.");
+        let doc = "Whether the guidance scale is passed; only models that embed it take it.";
+        keys.flag("use_guidance_embeds", &mut self.use_guidance_embeds, doc);
+        self.timestep_dtype.visit(keys);
+    }
+}
+
+impl AdapterSettings for Flux2 {
+    fn build(&self) -> Box<dyn ModelAdapter> {
+        Box::new(self.clone())
+    }
+}
+
+impl ModelAdapter for Flux2 {
+    fn condition_keys(&self) -> &'static [&'static str] {
+        &["text_embeddings"]
+    }
+
+    fn provides(&self) -> &'static [&'static str] {
+        const ALL: &[&str] = &["hidden_states", "encoder_hidden_states", "timestep", "grid", "guidance"];
+        if self.use_guidance_embeds { ALL } else { &ALL[..ALL.len() - 1] }
+    }
+
+    /// `hidden_states` `[B, H · W, C]`, `encoder_hidden_states` `[B, L, D]`, `timestep` `[B]` in `[0, 1]`, `grid`, `guidance`
+    /// `[B]` f32 if it is used.
+    fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
+        let [height, width] = sides(context, "flux2")?;
+        let inputs = Activations::new()
+            .with_constant("hidden_states", patchify(context.noisy_latents, 1))
+            .with_constant("encoder_hidden_states", text(context)?)
+            .with_constant("timestep", self.timestep_dtype.of_one(context))
+            .with_constant("grid", Tensor::from_slice(&[1, height, width]));
+        if self.use_guidance_embeds { Ok(inputs.with_constant("guidance", guidance(context, self.guidance_scale))) } else { Ok(inputs) }
+    }
+
+    fn prediction(&self, output: &Activations) -> Tensor {
+        let grid = Vec::<i64>::try_from(output.get("grid")).expect("grid: integers");
+        unpatchify(output.get("prediction"), 1, grid[1], grid[2])
+    }
+
+    /// Shifted by what its makers found for the number of tokens and steps.
+    fn noise_levels(&self, latents: &[i64], _settings: &FlowMatchingSettings) -> NoiseLevels {
+        NoiseLevels::even(Shift::Empirical { tokens: latents[1..].iter().product() })
+    }
+
+    fn guidance(&self) -> Guidance {
+        if self.use_guidance_embeds { Guidance::Embedded } else { Guidance::ClassifierFree }
+    }
+}
+
+/// Text, of which each sample's is dropped by itself.
+fn text(context: &FlowMatchingContext<'_>) -> Result<Tensor> {
+    let text = text_embeddings(context, "flux2")?;
+    if context.cfg_dropout_prob <= 0.0 {
+        return Ok(text);
+    }
+    let drop = context.draws.uniform(&[text.size()[0], 1, 1]).lt(context.cfg_dropout_prob).to_kind(Kind::Bool);
+    context.dropped("text_embeddings", &text, &drop.flatten(0, 2))
+}

@@ -1,0 +1,94 @@
+//! Qwen-Image: latents in tokens of 2 x 2 pixels, text.
+
+use tch::{Kind, Tensor};
+
+use super::AdapterSettings;
+use super::inputs::{TimestepDtype, guidance, packed, text_embeddings, text_mask, unpacked};
+use crate::error::Result;
+use crate::flow::{FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Shift};
+use crate::nn::Activations;
+use crate::settings::{Keys, Settings};
+
+/// Source: NeMo AutoModel 0.5.0, `QwenImageAdapter`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QwenImage {
+    pub guidance_scale: f64,
+    pub use_guidance_embeds: bool,
+    pub use_text_mask: bool,
+    pub timestep_dtype: TimestepDtype,
+}
+
+impl Default for QwenImage {
+    fn default() -> Self {
+        let timestep_dtype = TimestepDtype::default();
+        QwenImage { guidance_scale: 3.5, use_guidance_embeds: false, use_text_mask: false, timestep_dtype }
+    }
+}
+
+impl Settings for QwenImage {
+    fn visit(&mut self, keys: &mut Keys<'_>) {
+        keys.number("guidance_scale", &mut self.guidance_scale, 0.0..=1000.0, "Guidance scale that the model is told in training.");
+        let doc = "Whether the guidance scale is passed; only models that embed it take it, no published one does.";
+        keys.flag("use_guidance_embeds", &mut self.use_guidance_embeds, doc);
+        keys.flag("use_text_mask", &mut self.use_text_mask, "Whether attention leaves out the padding that the batch's `text_mask` marks.");
+        self.timestep_dtype.visit(keys);
+    }
+}
+
+impl AdapterSettings for QwenImage {
+    fn build(&self) -> Box<dyn ModelAdapter> {
+        Box::new(self.clone())
+    }
+}
+
+impl ModelAdapter for QwenImage {
+    fn condition_keys(&self) -> &'static [&'static str] {
+        &["text_embeddings"]
+    }
+
+    fn provides(&self) -> &'static [&'static str] {
+        const ALL: &[&str] = &["hidden_states", "encoder_hidden_states", "timestep", "grid", "guidance"];
+        if self.use_guidance_embeds { ALL } else { &ALL[..ALL.len() - 1] }
+    }
+
+    /// `hidden_states` `[B, H/2 · W/2, 4·C]`, `encoder_hidden_states` `[B, L, D]`, `timestep` `[B]` in `[0, 1]`, `grid`;
+    /// `guidance` `[B]` in the compute kind and `text_mask` `[B, L]` if they are used.
+    fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
+        let (tokens, grid) = packed(context, "qwen_image")?;
+        let text = text(context)?;
+        let mask = if self.use_text_mask { Some(text_mask(context, &text, "qwen_image")?) } else { None };
+        let guidance = self.use_guidance_embeds.then(|| guidance(context, self.guidance_scale).to_kind(context.dtype));
+        let inputs = Activations::new()
+            .with_constant("hidden_states", tokens)
+            .with_constant("encoder_hidden_states", text)
+            .with_constant("timestep", self.timestep_dtype.of_one(context))
+            .with_constant("grid", grid);
+        let further = [("guidance", guidance), ("text_mask", mask)].into_iter();
+        Ok(further
+            .filter_map(|(name, tensor)| Some((name, tensor?)))
+            .fold(inputs, |inputs, (name, tensor)| inputs.with_constant(name, tensor)))
+    }
+
+    fn prediction(&self, output: &Activations) -> Tensor {
+        unpacked(output)
+    }
+
+    /// Shifted further for more tokens; the last level before data is 0.02.
+    fn noise_levels(&self, latents: &[i64], _settings: &FlowMatchingSettings) -> NoiseLevels {
+        let tokens = latents[1..].iter().product::<i64>() / 4;
+        NoiseLevels::even(Shift::between(tokens, (256, 0.5), (8192, 0.9))).ending_at(0.02)
+    }
+
+    fn guidance(&self) -> Guidance {
+        Guidance::Rescaled { patch_size: 2 }
+    }
+}
+
+/// Text, dropped by one coin for the whole batch, which is tossed whatever the probability.
+fn text(context: &FlowMatchingContext<'_>) -> Result<Tensor> {
+    let text = text_embeddings(context, "qwen_image")?;
+    if !context.draws.host_coin(context.cfg_dropout_prob) {
+        return Ok(text);
+    }
+    context.dropped("text_embeddings", &text, &Tensor::ones([text.size()[0]], (Kind::Bool, context.device)))
+}

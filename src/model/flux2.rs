@@ -1,0 +1,308 @@
+//! FLUX.2: double blocks over image and text, then single blocks over both as one sequence, all double blocks modulated alike
+//! and all single blocks alike.
+//!
+//! Inputs: `hidden_states` `[B, Li, in_channels]`, `encoder_hidden_states` `[B, Lt, joint_attention_dim]`, `timestep` `[B]` in
+//! `[0, 1]`, `grid`, and `guidance` `[B]`, which a model that embeds it may go without.
+//!
+//! Beside what the names of [`joint`](super::joint) say, the blocks' modulations cross the boundaries: `image_modulation` and
+//! `text_modulation` `[B, 6·D]` as far as the double blocks go, `single_modulation` `[B, 3·D]` behind them. They are computed
+//! once, where their parameters are, so that the blocks hold nothing but attention and feed-forward parts.
+//!
+//! Source: diffusers 0.42.1, `Flux2Transformer2DModel`, whose field and parameter names these are.
+
+use tch::{Device, Kind, Tensor};
+
+use super::joint::{Head, check_axes, grid, joined, streams};
+use super::{Architecture, SampleShapes, expect_equal, expect_image};
+use crate::error::{Error, Result};
+use crate::nn::attention::{Heads, JointAttention, attend};
+use crate::nn::embed::ScalarEmbedding;
+use crate::nn::joint_block::JointBlock;
+use crate::nn::modulation::{modulated_norm, parts};
+use crate::nn::norm::RmsNorm;
+use crate::nn::rope::{self, Axis};
+use crate::nn::{Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Stage, Views};
+use crate::settings::{Keys, Settings};
+
+/// What all blocks need and none changes.
+const OF_DOUBLE_BLOCKS: [&str; 4] = ["conditioning", "image_modulation", "text_modulation", "single_modulation"];
+const OF_SINGLE_BLOCKS: [&str; 2] = ["conditioning", "single_modulation"];
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Flux2 {
+    pub patch_size: i64,
+    pub in_channels: i64,
+    pub out_channels: i64,
+    pub num_layers: i64,
+    pub num_single_layers: i64,
+    pub attention_head_dim: i64,
+    pub num_attention_heads: i64,
+    pub joint_attention_dim: i64,
+    pub timestep_guidance_channels: i64,
+    pub mlp_ratio: f64,
+    pub axes_dims_rope: [i64; 4],
+    pub rope_theta: i64,
+    pub eps: f64,
+    pub guidance_embeds: bool,
+}
+
+impl Default for Flux2 {
+    fn default() -> Self {
+        Flux2 {
+            patch_size: 1,
+            in_channels: 128,
+            out_channels: 0,
+            num_layers: 8,
+            num_single_layers: 48,
+            attention_head_dim: 128,
+            num_attention_heads: 48,
+            joint_attention_dim: 15_360,
+            timestep_guidance_channels: 256,
+            mlp_ratio: 3.0,
+            axes_dims_rope: [32; 4],
+            rope_theta: 2000,
+            eps: 1e-6,
+            guidance_embeds: true,
+        }
+    }
+}
+
+impl Settings for Flux2 {
+    fn visit(&mut self, keys: &mut Keys<'_>) {
+        keys.integer("patch_size", &mut self.patch_size, 1..=1, "Published models have 1: the latents come in patches already.");
+        keys.integer("in_channels", &mut self.in_channels, 1.., "Features of a latent token; the channels of patchified latents.");
+        keys.integer("out_channels", &mut self.out_channels, 0.., "Features of a predicted token; 0 is in_channels.");
+        keys.integer("num_layers", &mut self.num_layers, 0.., "Double blocks, each a stage of its own.");
+        keys.integer("num_single_layers", &mut self.num_single_layers, 0.., "Single blocks, each a stage of its own.");
+        keys.integer("attention_head_dim", &mut self.attention_head_dim, 2.., "Width of a head; the sum of axes_dims_rope.");
+        keys.integer("num_attention_heads", &mut self.num_attention_heads, 1.., "Attention heads; times their width it is the model's.");
+        keys.integer("joint_attention_dim", &mut self.joint_attention_dim, 1.., "Last axis of `text_embeddings`.");
+        let doc = "Width of the sinusoidal embeddings of timestep and guidance; even.";
+        keys.integer("timestep_guidance_channels", &mut self.timestep_guidance_channels, 2.., doc);
+        keys.number("mlp_ratio", &mut self.mlp_ratio, 0.5..=64.0, "Hidden width of the feed-forward parts as a multiple of the model's.");
+        let doc = "Features of a head turned by index, row, column and place in the text; even.";
+        keys.integers("axes_dims_rope", &mut self.axes_dims_rope, 0.., doc);
+        keys.integer("rope_theta", &mut self.rope_theta, 1.., "Base of the rotary frequencies.");
+        keys.number("eps", &mut self.eps, 0.0..=1.0, "Epsilon of every normalization.");
+        keys.flag("guidance_embeds", &mut self.guidance_embeds, "Whether the guidance scale is embedded (dev) or not (klein).");
+    }
+}
+
+impl Flux2 {
+    fn hidden(&self) -> i64 {
+        (self.width() as f64 * self.mlp_ratio) as i64
+    }
+
+    fn features(&self) -> i64 {
+        if self.out_channels == 0 { self.in_channels } else { self.out_channels }
+    }
+}
+
+impl Architecture for Flux2 {
+    fn class_name(&self) -> Option<&'static str> {
+        Some("Flux2Transformer2DModel")
+    }
+
+    fn stages(&self) -> Result<Vec<Box<dyn Stage>>> {
+        check_axes("model.flux2.axes_dims_rope", &self.axes_dims_rope, self.attention_head_dim)?;
+        if self.timestep_guidance_channels % 2 != 0 {
+            let what = format!("{} must be even", self.timestep_guidance_channels);
+            return Err(Error::config("model.flux2.timestep_guidance_channels", what));
+        }
+        let mut stages: Vec<Box<dyn Stage>> = vec![Box::new(Embed::new(self))];
+        stages.extend((0..self.num_layers).map(|index| Box::new(DoubleBlock::new(self, index)) as Box<dyn Stage>));
+        stages.extend((0..self.num_single_layers).map(|index| Box::new(SingleBlock::new(self, index)) as Box<dyn Stage>));
+        stages.push(Box::new(Head::new(self.width(), self.features(), false, self.eps)));
+        Ok(stages)
+    }
+
+    /// Guidance is not among them: the reference trains a model that embeds it without it as well, if told to.
+    fn inputs(&self) -> Vec<&'static str> {
+        vec!["hidden_states", "encoder_hidden_states", "timestep", "grid"]
+    }
+
+    fn width(&self) -> i64 {
+        self.num_attention_heads * self.attention_head_dim
+    }
+
+    fn image_tokens(&self, latents: &[i64]) -> i64 {
+        latents[1..].iter().product()
+    }
+
+    fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()> {
+        let [channels, ..] = expect_image("model.flux2", shapes.latents, 1)?;
+        expect_equal("model.flux2.in_channels", self.in_channels, Some(channels), "patchified latents have")?;
+        expect_equal("model.flux2.out_channels", self.features(), Some(channels), "patchified latents have")?;
+        let text = shapes.last("text_embeddings");
+        expect_equal("model.flux2.joint_attention_dim", self.joint_attention_dim, text, "text_embeddings have")
+    }
+}
+
+/// Latents and text to tokens; timestep and guidance to one vector, and that to the blocks' modulations.
+struct Embed {
+    params: ParamSet,
+    image: Linear,
+    text: Linear,
+    timestep: ScalarEmbedding,
+    guidance: Option<ScalarEmbedding>,
+    image_modulation: Linear,
+    text_modulation: Linear,
+    single_modulation: Linear,
+    axes: [Axis; 4],
+    /// Tables over text and image by the grid and the number of text tokens.
+    ropes: PerShape<([i64; 3], i64)>,
+}
+
+impl Embed {
+    fn new(model: &Flux2) -> Self {
+        let mut params = ParamSet::new("embed");
+        let mut builder = Builder::new(&mut params, "");
+        let (width, frequencies) = (model.width(), model.timestep_guidance_channels);
+        let mut scalar = |name: &str| ScalarEmbedding::new(&mut builder.at("time_guidance_embed").at(name), frequencies, width, false);
+        let timestep = scalar("timestep_embedder");
+        let guidance = model.guidance_embeds.then(|| scalar("guidance_embedder"));
+        let mut linear = |name: &str, inputs, outputs| Linear::pytorch(&mut builder.at(name), inputs, outputs, false);
+        let image_modulation = linear("double_stream_modulation_img.linear", width, 6 * width);
+        let text_modulation = linear("double_stream_modulation_txt.linear", width, 6 * width);
+        let single_modulation = linear("single_stream_modulation.linear", width, 3 * width);
+        let image = linear("x_embedder", model.in_channels, width);
+        let text = linear("context_embedder", model.joint_attention_dim, width);
+        let axes = model.axes_dims_rope.map(|width| Axis { width, theta: model.rope_theta as f64, kind: Kind::Double });
+        let ropes = PerShape::new();
+        Embed { params, image, text, timestep, guidance, image_modulation, text_modulation, single_modulation, axes, ropes }
+    }
+
+    fn conditioning(&self, params: &Views, input: &Activations, kind: Kind) -> Tensor {
+        let timestep = self.timestep.forward(params, &(input.get("timestep") * 1000.0), kind);
+        match (&self.guidance, input.find("guidance")) {
+            (Some(embedding), Some(guidance)) => timestep + embedding.forward(params, &(guidance.to_kind(kind) * 1000.0), kind),
+            _ => timestep,
+        }
+    }
+
+    /// Table over text, whose tokens differ in their place in the text alone, then the image, whose differ in all but that.
+    fn rope(&self, sizes: [i64; 3], text_tokens: i64, device: Device) -> Tensor {
+        self.ropes.get((sizes, text_tokens), || {
+            let [frames, rows, columns] = [0, 1, 2].map(|axis| self.axes[axis].angles_to(sizes[axis], device));
+            let (image, text) = (rope::grid_angles(&frames, &rows, &columns), self.axes[3].angles_to(text_tokens, device));
+            let (image_pairs, text_pairs) = (image.size()[1], text.size()[1]);
+            let text = text.constant_pad_nd([image_pairs, 0]);
+            rope::table(&Tensor::cat(&[text, image.constant_pad_nd([0, text_pairs])], 0))
+        })
+    }
+}
+
+impl Stage for Embed {
+    fn params(&self) -> &ParamSet {
+        &self.params
+    }
+
+    fn forward(&self, params: &Views, input: &Activations) -> Activations {
+        let (latents, text) = (input.get("hidden_states"), input.get("encoder_hidden_states"));
+        let (text_tokens, image_tokens) = (text.size()[1], latents.size()[1]);
+        let rope = self.rope(grid(input), text_tokens, latents.device());
+        let conditioning = self.conditioning(params, input, latents.kind());
+        let active = conditioning.silu();
+        Activations::new()
+            .with("image", self.image.forward(params, latents))
+            .with("text", self.text.forward(params, text))
+            .with("conditioning", conditioning)
+            .with("image_modulation", self.image_modulation.forward(params, &active))
+            .with("text_modulation", self.text_modulation.forward(params, &active))
+            .with("single_modulation", self.single_modulation.forward(params, &active))
+            .with_constant("text_rope", rope.narrow(0, 0, text_tokens))
+            .with_constant("image_rope", rope.narrow(0, text_tokens, image_tokens))
+            .with_constant("rope", rope)
+    }
+}
+
+/// Adds what a block passes on unchanged.
+fn passing(output: Activations, input: &Activations, names: &[&'static str]) -> Activations {
+    names.iter().fold(output, |output, name| output.with(name, input.get(name).shallow_clone()))
+}
+
+/// Attention over both streams and a feed-forward part for each.
+struct DoubleBlock {
+    params: ParamSet,
+    block: JointBlock,
+}
+
+impl DoubleBlock {
+    fn new(model: &Flux2, index: i64) -> Self {
+        let name = format!("transformer_blocks.{index}");
+        let mut params = ParamSet::new(&name);
+        let mut builder = Builder::new(&mut params, &name);
+        let (width, hidden, epsilon) = (model.width(), model.hidden(), model.eps);
+        let heads = Heads { num_heads: model.num_attention_heads, width: model.attention_head_dim, with_bias: false, epsilon };
+        let attention = JointAttention::new(&mut builder.at("attn"), width, heads);
+        let mut feed = |name: &str| Mlp::gated(&mut builder.at(name), [width, hidden, width]);
+        let block = JointBlock { attention, image_feed: feed("ff"), text_feed: feed("ff_context"), epsilon };
+        DoubleBlock { params, block }
+    }
+}
+
+impl Stage for DoubleBlock {
+    fn params(&self) -> &ParamSet {
+        &self.params
+    }
+
+    fn forward(&self, params: &Views, input: &Activations) -> Activations {
+        let modulations = [&parts(input.get("image_modulation")), &parts(input.get("text_modulation"))];
+        let (image, text) = self.block.forward(params, streams(input), modulations, None);
+        passing(Activations::new().with("image", image).with("text", text), input, &OF_DOUBLE_BLOCKS)
+    }
+}
+
+/// Attention and feed-forward side by side over text and image as one sequence, `joint` `[B, Lt + Li, D]`: one product makes
+/// query, key, value and hidden features, one makes the output.
+struct SingleBlock {
+    params: ParamSet,
+    input: Linear,
+    output: Linear,
+    norm_query: RmsNorm,
+    norm_key: RmsNorm,
+    num_heads: i64,
+    /// Widths of query, key and value together and of the hidden features with their gate.
+    widths: [i64; 2],
+    epsilon: f64,
+}
+
+impl SingleBlock {
+    fn new(model: &Flux2, index: i64) -> Self {
+        let name = format!("single_transformer_blocks.{index}");
+        let mut params = ParamSet::new(&name);
+        let mut builder = Builder::new(&mut params, &format!("{name}.attn"));
+        let (width, hidden, epsilon) = (model.width(), model.hidden(), model.eps);
+        let widths = [3 * width, 2 * hidden];
+        let input = Linear::pytorch(&mut builder.at("to_qkv_mlp_proj"), width, widths.iter().sum(), false);
+        let output = Linear::pytorch(&mut builder.at("to_out"), width + hidden, width, false);
+        let mut norm = |name: &str| RmsNorm::new(&mut builder.at(name), model.attention_head_dim, epsilon);
+        let (norm_query, norm_key) = (norm("norm_q"), norm("norm_k"));
+        SingleBlock { params, input, output, norm_query, norm_key, num_heads: model.num_attention_heads, widths, epsilon }
+    }
+
+    /// `qkv`: `[B, L, 3·D]`; `table`: of [`rope`]. Returns `[B, L, D]`.
+    fn attended(&self, params: &Views, qkv: &Tensor, table: &Tensor) -> Tensor {
+        // [B, L, 3·D] -> 3 of [B, L, N, E]
+        let heads = qkv.unflatten(-1, [3, self.num_heads, -1]).unbind(2);
+        let query = rope::rotate(&self.norm_query.forward(params, &heads[0]), table);
+        let key = rope::rotate(&self.norm_key.forward(params, &heads[1]), table);
+        attend(&query, &key, &heads[2], None)
+    }
+}
+
+impl Stage for SingleBlock {
+    fn params(&self) -> &ParamSet {
+        &self.params
+    }
+
+    fn forward(&self, params: &Views, input: &Activations) -> Activations {
+        let joint = joined(input);
+        let [shift, scale, gate] = parts(input.get("single_modulation"));
+        let made = self.input.forward(params, &modulated_norm(&joint, &shift, &scale, self.epsilon)).split_with_sizes(self.widths, -1);
+        let attended = self.attended(params, &made[0], input.get("rope"));
+        let fed = Nonlinearity::SiluGate.apply(&made[1]);
+        let joint = joint.addcmul(&gate, &self.output.forward(params, &Tensor::cat(&[attended, fed], 2)));
+        passing(Activations::new().with("joint", joint), input, &OF_SINGLE_BLOCKS)
+    }
+}
