@@ -5,6 +5,7 @@ mod dit;
 mod flux;
 mod joint;
 mod settings;
+mod wan;
 
 use std::collections::BTreeMap;
 
@@ -12,6 +13,7 @@ pub use diffusers::{read_folder, write_config};
 pub use dit::Dit;
 pub use flux::Flux;
 pub use settings::{Beginning, Dtype, ModelSettings};
+pub use wan::Wan;
 
 use crate::error::{Error, Result};
 use crate::nn::Stage;
@@ -88,5 +90,6 @@ registry! {
     pub enum Model: Architecture {
         "dit" => Dit(Dit),
         "flux" => Flux(Flux),
+        "wan" => Wan(Wan),
     }
 }

@@ -12,6 +12,7 @@ mod params;
 pub mod patches;
 mod per_shape;
 pub mod rope;
+pub mod wide_attention;
 
 pub use activations::Activations;
 pub use linear::Linear;
