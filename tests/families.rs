@@ -61,3 +61,8 @@ fn check_case(case: &Value, folder: &Path) {
 fn flux_is_diffusers_flux() {
     check_family("flux");
 }
+
+#[test]
+fn wan_is_diffusers_wan() {
+    check_family("wan");
+}

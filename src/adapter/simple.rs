@@ -90,3 +90,66 @@ fn image_embeds(context: &FlowMatchingContext<'_>) -> Result<Option<Tensor>> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::data::{Batch, DataType};
+    use crate::flow::CfgDropoutValue;
+    use crate::rng::Stream;
+
+    const CONDITIONED: Simple = Simple { image_conditioning: true, timestep_dtype: TimestepDtype::Compute };
+
+    /// What `adapter` makes of two noisy videos of 4 channels and 3 x 2 x 6, in bfloat16.
+    fn prepared(adapter: &Simple, sizes: &[(&str, &[i64])]) -> Result<Activations> {
+        let tensor = |size: &[i64]| Tensor::arange(size.iter().product::<i64>(), (Kind::Float, Device::Cpu)).reshape(size);
+        let tensors = sizes.iter().map(|(key, size)| (key.to_string(), tensor(size))).collect();
+        let batch = Batch { tensors, data_type: DataType::Video, sample_ids: Vec::new() };
+        let (latents, sigma) = (Tensor::zeros([2, 4, 3, 2, 6], (Kind::BFloat16, Device::Cpu)), Tensor::from_slice(&[0.25f32, 0.5]));
+        adapter.prepare_inputs(&FlowMatchingContext {
+            noisy_latents: &latents,
+            latents: &latents,
+            timesteps: &(&sigma * 1000.0),
+            sigma: &sigma,
+            image_to_video: &Tensor::from_slice(&[false, false]),
+            data_type: DataType::Video,
+            device: Device::Cpu,
+            dtype: Kind::BFloat16,
+            batch: &batch,
+            cfg_dropout_prob: 0.0,
+            cfg_dropout_value: CfgDropoutValue::default(),
+            draws: &Stream::TorchSeed(0).open(),
+        })
+    }
+
+    #[test]
+    fn inputs_are_those_that_are_promised() {
+        let sizes: [(&str, &[i64]); 3] =
+            [("text_embeddings", &[2, 5, 8]), ("condition_latents", &[2, 7, 3, 2, 6]), ("image_embeds", &[4, 3, 5])];
+        for adapter in [Simple::default(), CONDITIONED] {
+            assert_eq!(prepared(&adapter, &sizes).expect("fit").names(), adapter.provides());
+        }
+        let inputs = prepared(&CONDITIONED, &sizes).expect("fit");
+        assert_eq!(inputs.get("condition_latents").kind(), Kind::BFloat16);
+        // Rows 0 and 1 are the first sample's images.
+        let image = inputs.get("encoder_hidden_states_image");
+        assert_eq!((image.size(), image.double_value(&[0, 3, 0])), (vec![2, 6, 5], 15.0));
+    }
+
+    #[test]
+    fn an_unfit_condition_is_refused_by_name() {
+        let refusal = |sizes: &[(&str, &[i64])]| {
+            let sizes = [&[("text_embeddings", [2i64, 5, 8].as_slice())], sizes].concat();
+            prepared(&CONDITIONED, &sizes).expect_err("unfit").to_string()
+        };
+        let condition: (&str, &[i64]) = ("condition_latents", &[2, 7, 3, 2, 6]);
+        assert_eq!(refusal(&[]), "batch: the simple adapter needs `condition_latents`");
+        assert!(refusal(&[("condition_latents", &[2, 7, 3, 2, 5])]).contains("must have the size of the latents [2, 4, 3, 2, 6]"));
+        for size in [[3i64, 3, 5].as_slice(), &[1, 3, 5], &[2, 5]] {
+            let message = refusal(&[condition, ("image_embeds", size)]);
+            assert!(message.contains(&format!("`image_embeds` {size:?} must be tokens")), "{message}");
+        }
+    }
+}

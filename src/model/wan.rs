@@ -15,6 +15,8 @@
 //!
 //! In bfloat16 the timestep's vector, normalization, modulation and gates are computed in f32, as diffusers computes them.
 //!
+//! Longer than the house's files are: half of it says which fields and data go together.
+//!
 //! Source: Wan Team 2025, arXiv:2503.20314; diffusers 0.42.1, `WanTransformer3DModel`, whose field and parameter names these
 //! are.
 
@@ -431,5 +433,103 @@ impl Stage for Head {
         let tokens = self.output.forward(params, &normalized(input.get("hidden"), &shift, &scale, self.epsilon));
         let grid = patches::grid(input.get("hidden_states"), self.patch);
         Activations::new().with("prediction", patches::join(&tokens, self.patch, grid, FeatureOrder::ChannelLast))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 1.3B.
+    fn small() -> Wan {
+        Wan { num_attention_heads: 12, ffn_dim: 8960, num_layers: 30, ..Wan::default() }
+    }
+
+    fn image_to_video() -> Wan {
+        Wan { in_channels: 36, image_dim: Some(1280), added_kv_proj_dim: Some(5120), ..Wan::default() }
+    }
+
+    #[test]
+    fn published_configurations_have_diffusers_number_of_parameters() {
+        let ti2v_5b = Wan { num_attention_heads: 24, in_channels: 48, out_channels: 48, ffn_dim: 14_336, num_layers: 30, ..Wan::default() };
+        // Counted in diffusers 0.42.1 on the meta device.
+        let counted = [
+            (Wan::default(), 14_288_491_584),
+            (small(), 1_418_996_800),
+            (image_to_video(), 16_394_878_784),
+            (Wan { pos_embed_seq_len: Some(514), ..image_to_video() }, 16_395_536_704),
+            (Wan { in_channels: 36, ..Wan::default() }, 14_288_901_184),
+            (ti2v_5b, 4_999_787_712),
+        ];
+        for (model, count) in counted {
+            let stages = model.stages().expect("published");
+            assert_eq!(stages.iter().map(|stage| stage.params().numel()).sum::<i64>(), count, "{model:?}");
+        }
+    }
+
+    #[test]
+    fn what_diffusers_keeps_in_f32_is_precise() {
+        let stages = Wan { num_layers: 1, ..image_to_video() }.stages().expect("valid");
+        let infos = stages.iter().flat_map(|stage| stage.params().infos());
+        let precise: Vec<&str> = infos.filter(|info| info.precise).map(|info| info.name.as_str()).collect();
+        let expected = [
+            "condition_embedder.time_embedder.linear_1.weight",
+            "condition_embedder.time_embedder.linear_1.bias",
+            "condition_embedder.time_embedder.linear_2.weight",
+            "condition_embedder.time_embedder.linear_2.bias",
+            "condition_embedder.image_embedder.norm1.weight",
+            "condition_embedder.image_embedder.norm1.bias",
+            "condition_embedder.image_embedder.norm2.weight",
+            "condition_embedder.image_embedder.norm2.bias",
+            "blocks.0.scale_shift_table",
+            "blocks.0.norm2.weight",
+            "blocks.0.norm2.bias",
+            "scale_shift_table",
+        ];
+        assert_eq!(precise, expected);
+    }
+
+    #[test]
+    fn fields_that_exclude_each_other_are_refused_by_name() {
+        let refused = [
+            (Wan { attention_head_dim: 127, ..small() }, "attention_head_dim"),
+            (Wan { freq_dim: 255, ..small() }, "freq_dim"),
+            (Wan { image_dim: Some(1280), ..small() }, "image_dim"),
+            (Wan { added_kv_proj_dim: Some(1536), ..small() }, "added_kv_proj_dim"),
+            (Wan { added_kv_proj_dim: Some(1536), ..image_to_video() }, "added_kv_proj_dim"),
+            (Wan { pos_embed_seq_len: Some(514), ..small() }, "pos_embed_seq_len"),
+        ];
+        for (model, field) in refused {
+            let message = model.stages().err().expect("refused").to_string();
+            assert!(message.contains(&format!("model.wan.{field}:")), "{message}");
+        }
+    }
+
+    #[test]
+    fn data_that_the_model_cannot_take_are_refused() {
+        let check = |model: &Wan, latents: &[i64], of: &[(&'static str, &'static [i64])]| {
+            let checked = model.check_data(&SampleShapes { latents, of: of.iter().copied().collect() });
+            checked.map_err(|error| error.to_string())
+        };
+        let (condition, image): (&[i64], &[i64]) = (&[20, 5, 8, 6], &[257, 1280]);
+        let whole = [("condition_latents", condition), ("image_embeds", image), ("text_embeddings", &[512, 4096])];
+        assert_eq!(check(&small(), &[16, 5, 8, 6], &[("text_embeddings", &[226, 4096])]), Ok(()));
+        assert_eq!(check(&image_to_video(), &[16, 5, 8, 6], &whole), Ok(()));
+        let two_images = Wan { pos_embed_seq_len: Some(514), ..image_to_video() };
+        assert_eq!(check(&two_images, &[16, 5, 8, 6], &whole), Ok(()));
+        let refused = [
+            (check(&small(), &[16, 8, 6], &[]), "model.wan: "),
+            (check(&small(), &[16, 5, 7, 6], &[]), "patch_size"),
+            (check(&small(), &[16, 1025, 8, 6], &[]), "rope_max_seq_len"),
+            (check(&small(), &[4, 5, 8, 6], &[]), "out_channels"),
+            (check(&small(), &[16, 5, 8, 6], &[("text_embeddings", &[226, 512])]), "text_dim"),
+            (check(&image_to_video(), &[16, 5, 8, 6], &whole[1..]), "in_channels"),
+            (check(&image_to_video(), &[16, 5, 8, 6], &[whole[0], whole[2]]), "image_dim"),
+            (check(&image_to_video(), &[16, 5, 8, 6], &[whole[0], whole[1], ("text_embeddings", &[226, 4096])]), "512 tokens of text"),
+            (check(&Wan { pos_embed_seq_len: Some(512), ..image_to_video() }, &[16, 5, 8, 6], &whole), "pos_embed_seq_len"),
+        ];
+        for (checked, expected) in refused {
+            assert!(checked.as_ref().is_err_and(|message| message.contains(expected)), "{expected}: {checked:?}");
+        }
     }
 }
