@@ -71,3 +71,8 @@ fn flux2_is_diffusers_flux2() {
 fn qwen_image_is_diffusers_qwen_image() {
     check_family("qwen_image");
 }
+
+#[test]
+fn wan_is_diffusers_wan() {
+    check_family("wan");
+}

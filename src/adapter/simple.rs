@@ -3,20 +3,23 @@
 use tch::Tensor;
 
 use super::AdapterSettings;
-use super::inputs::{TimestepDtype, text_embeddings};
-use crate::error::Result;
+use super::inputs::{TimestepDtype, batched, text_embeddings};
+use crate::error::{Error, Result};
 use crate::flow::{FlowMatchingContext, FlowMatchingSettings, ModelAdapter, NoiseLevels, Shift};
 use crate::nn::Activations;
 use crate::settings::{Keys, Settings};
 
-/// Source: NeMo AutoModel 0.5.0, `SimpleAdapter`.
+/// Source: NeMo AutoModel 0.5.0, `SimpleAdapter`; conditioning on images is our own.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Simple {
+    pub image_conditioning: bool,
     pub timestep_dtype: TimestepDtype,
 }
 
 impl Settings for Simple {
     fn visit(&mut self, keys: &mut Keys<'_>) {
+        let doc = "Whether the model is given the batch's `condition_latents`, and `image_embeds` if there are any (Wan I2V).";
+        keys.flag("image_conditioning", &mut self.image_conditioning, doc);
         self.timestep_dtype.visit(keys);
     }
 }
@@ -28,21 +31,32 @@ impl AdapterSettings for Simple {
 }
 
 impl ModelAdapter for Simple {
+    /// The text alone: the image stays known where guidance leaves the prompt out.
     fn condition_keys(&self) -> &'static [&'static str] {
         &["text_embeddings"]
     }
 
     fn provides(&self) -> &'static [&'static str] {
-        &["hidden_states", "timestep", "encoder_hidden_states"]
+        const ALL: &[&str] = &["hidden_states", "timestep", "encoder_hidden_states", "condition_latents", "encoder_hidden_states_image"];
+        if self.image_conditioning { ALL } else { &ALL[..3] }
     }
 
     /// `hidden_states` as the noisy latents, `timestep` `[B]` on the scale of the training timesteps, `encoder_hidden_states`
-    /// `[B, L, D]`.
+    /// `[B, L, D]`; with images `condition_latents` `[B, Cc, F, H, W]` and, if the batch has it,
+    /// `encoder_hidden_states_image` `[B, Li, Di]`.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
-        Ok(Activations::new()
+        let inputs = Activations::new()
             .with_constant("hidden_states", context.noisy_latents.shallow_clone())
             .with_constant("timestep", self.timestep_dtype.of_a_thousand(context))
-            .with_constant("encoder_hidden_states", text_embeddings(context, "simple")?))
+            .with_constant("encoder_hidden_states", text_embeddings(context, "simple")?);
+        if !self.image_conditioning {
+            return Ok(inputs);
+        }
+        let inputs = inputs.with_constant("condition_latents", condition_latents(context)?);
+        Ok(match image_embeds(context)? {
+            Some(image) => inputs.with_constant("encoder_hidden_states_image", image),
+            None => inputs,
+        })
     }
 
     fn prediction(&self, output: &Activations) -> Tensor {
@@ -54,6 +68,97 @@ impl ModelAdapter for Simple {
         match latents.len() {
             4 => NoiseLevels::down_to_training(settings.flow_shift, settings.num_train_timesteps),
             _ => NoiseLevels::even(Shift::Constant(settings.flow_shift)),
+        }
+    }
+}
+
+/// `condition_latents` `[B, Cc, F, H, W]` in the compute kind.
+fn condition_latents(context: &FlowMatchingContext<'_>) -> Result<Tensor> {
+    let latents = context.noisy_latents.size();
+    let condition = batched(context, "condition_latents", "simple", latents.len())?;
+    if condition.size()[2..] != latents[2..] {
+        let what = format!("`condition_latents` {:?} must have the size of the latents {latents:?} but for the channels", condition.size());
+        return Err(Error::data("batch", what));
+    }
+    Ok(condition)
+}
+
+/// `image_embeds` `[B, Li, Di]` in the compute kind; several images of a sample may also stand in rows of their own, one
+/// after another.
+fn image_embeds(context: &FlowMatchingContext<'_>) -> Result<Option<Tensor>> {
+    let Some(found) = context.batch.get("image_embeds") else { return Ok(None) };
+    let (size, samples) = (found.size(), context.noisy_latents.size()[0]);
+    match *size.as_slice() {
+        [rows, _, .., width] if rows >= samples && rows % samples == 0 => {
+            Ok(Some(found.to_device(context.device).to_kind(context.dtype).reshape([samples, -1, width])))
+        }
+        _ => {
+            let what = format!("`image_embeds` {size:?} must be tokens [B, L, D] of the latents' {samples} samples");
+            Err(Error::data("batch", what))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::data::{Batch, DataType};
+    use crate::flow::CfgDropoutValue;
+    use crate::rng::Stream;
+
+    const CONDITIONED: Simple = Simple { image_conditioning: true, timestep_dtype: TimestepDtype::Compute };
+
+    /// What `adapter` makes of two noisy videos of 4 channels and 3 x 2 x 6, in bfloat16.
+    fn prepared(adapter: &Simple, sizes: &[(&str, &[i64])]) -> Result<Activations> {
+        let tensor = |size: &[i64]| Tensor::arange(size.iter().product::<i64>(), (Kind::Float, Device::Cpu)).reshape(size);
+        let tensors = sizes.iter().map(|(key, size)| (key.to_string(), tensor(size))).collect();
+        let batch = Batch { tensors, data_type: DataType::Video, sample_ids: Vec::new() };
+        let (latents, sigma) = (Tensor::zeros([2, 4, 3, 2, 6], (Kind::BFloat16, Device::Cpu)), Tensor::from_slice(&[0.25f32, 0.5]));
+        adapter.prepare_inputs(&FlowMatchingContext {
+            noisy_latents: &latents,
+            latents: &latents,
+            timesteps: &(&sigma * 1000.0),
+            sigma: &sigma,
+            image_to_video: &Tensor::from_slice(&[false, false]),
+            data_type: DataType::Video,
+            device: Device::Cpu,
+            dtype: Kind::BFloat16,
+            batch: &batch,
+            cfg_dropout_prob: 0.0,
+            cfg_dropout_value: CfgDropoutValue::default(),
+            guidance_scale: None,
+            draws: &Stream::TorchSeed(0).open(),
+        })
+    }
+
+    #[test]
+    fn inputs_are_those_that_are_promised() {
+        let sizes: [(&str, &[i64]); 3] =
+            [("text_embeddings", &[2, 5, 8]), ("condition_latents", &[2, 7, 3, 2, 6]), ("image_embeds", &[4, 3, 5])];
+        for adapter in [Simple::default(), CONDITIONED] {
+            assert_eq!(prepared(&adapter, &sizes).expect("fit").names(), adapter.provides());
+        }
+        let inputs = prepared(&CONDITIONED, &sizes).expect("fit");
+        assert_eq!(inputs.get("condition_latents").kind(), Kind::BFloat16);
+        // Rows 0 and 1 are the first sample's images.
+        let image = inputs.get("encoder_hidden_states_image");
+        assert_eq!((image.size(), image.double_value(&[0, 3, 0])), (vec![2, 6, 5], 15.0));
+    }
+
+    #[test]
+    fn an_unfit_condition_is_refused_by_name() {
+        let refusal = |sizes: &[(&str, &[i64])]| {
+            let sizes = [&[("text_embeddings", [2i64, 5, 8].as_slice())], sizes].concat();
+            prepared(&CONDITIONED, &sizes).expect_err("unfit").to_string()
+        };
+        let condition: (&str, &[i64]) = ("condition_latents", &[2, 7, 3, 2, 6]);
+        assert_eq!(refusal(&[]), "batch: the simple adapter needs `condition_latents`");
+        assert!(refusal(&[("condition_latents", &[2, 7, 3, 2, 5])]).contains("must have the size of the latents [2, 4, 3, 2, 6]"));
+        for size in [[3i64, 3, 5].as_slice(), &[1, 3, 5], &[2, 5]] {
+            let message = refusal(&[condition, ("image_embeds", size)]);
+            assert!(message.contains(&format!("`image_embeds` {size:?} must be tokens")), "{message}");
         }
     }
 }

@@ -8,6 +8,7 @@ mod footprint;
 mod joint;
 mod qwen_image;
 mod settings;
+mod wan;
 
 use std::collections::BTreeMap;
 
@@ -20,6 +21,7 @@ pub use flux2::Flux2;
 pub use footprint::{Footprint, Tokens, footprint};
 pub use qwen_image::QwenImage;
 pub use settings::{Beginning, Dtype, ModelSettings};
+pub use wan::Wan;
 
 use crate::error::{Error, Result};
 use crate::nn::Stage;
@@ -110,5 +112,6 @@ registry! {
         "flux" => Flux(Flux),
         "flux2" => Flux2(Flux2),
         "qwen_image" => QwenImage(QwenImage),
+        "wan" => Wan(Wan),
     }
 }

@@ -9,8 +9,10 @@ mod mlp;
 pub mod modulation;
 pub mod norm;
 mod params;
+pub mod patches;
 mod per_shape;
 pub mod rope;
+pub mod wide_attention;
 
 pub use activations::Activations;
 pub use linear::Linear;

@@ -1,0 +1,539 @@
+//! Wan 2.1 and 2.2: blocks of attention over the video, attention over text and image, and a feed-forward part.
+//!
+//! Inputs: `hidden_states` `[B, C, F, H, W]`, `timestep` `[B]` on the scale of the training timesteps,
+//! `encoder_hidden_states` `[B, Lt, text_dim]`. Where `in_channels` are more than the latents' `C`, also
+//! `condition_latents` `[B, in_channels − C, F, H, W]`, which stand behind the noisy ones; where the model has `image_dim`,
+//! also `encoder_hidden_states_image` `[B, Li, image_dim]`, all images of a sample one after another.
+//!
+//! | activation | shape | |
+//! |---|---|---|
+//! | `hidden` | `[B, L, D]` | tokens of the latents |
+//! | `text`, `image` | `[B, Lt, D]`, `[B, Li, D]` | tokens of the conditions |
+//! | `modulation` | `[B, 6, D]` | what the timestep adds to every block's table |
+//! | `conditioning` | `[B, 1, D]` | what it adds to the head's |
+//! | `rope` | `[L, 1, E/2]` complex f32 | constant; table of [`rope`] |
+//!
+//! In bfloat16 the timestep's vector, normalization, modulation and gates are computed in f32, as diffusers computes them.
+//!
+//! Longer than the house's files are: half of it says which fields and data go together.
+//!
+//! Source: Wan Team 2025, arXiv:2503.20314; diffusers 0.42.1, `WanTransformer3DModel`, whose field and parameter names these
+//! are.
+
+use tch::{Device, Kind, Tensor};
+
+use super::{Architecture, SampleShapes, expect_equal};
+use crate::error::{Error, Result};
+use crate::nn::attention::Heads;
+use crate::nn::embed::ScalarEmbedding;
+use crate::nn::modulation::modulated_norm;
+use crate::nn::norm::LayerNorm;
+use crate::nn::patches::{self, FeatureOrder, Patch, PatchEmbedding};
+use crate::nn::rope::{self, Axis};
+use crate::nn::wide_attention::WideAttention;
+use crate::nn::{Activations, Builder, Init, Linear, Mlp, Nonlinearity, Param, ParamSet, PerShape, Stage, Views};
+use crate::settings::{Choice, Keys, Settings};
+
+/// Base of the rotary frequencies.
+const THETA: f64 = 10_000.0;
+/// Tokens of text where the model also attends to images: diffusers tells the two apart by this number.
+const TEXT_TOKENS: i64 = 512;
+/// Of the image embedding's normalizations, PyTorch's default.
+const IMAGE_EPSILON: f64 = 1e-5;
+
+/// Normalization of queries and keys; the class has no other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum QkNorm {
+    #[default]
+    RmsNormAcrossHeads,
+}
+
+impl Choice for QkNorm {
+    const ALL: &'static [(&'static str, Self)] = &[("rms_norm_across_heads", QkNorm::RmsNormAcrossHeads)];
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Wan {
+    pub patch_size: Patch,
+    pub num_attention_heads: i64,
+    pub attention_head_dim: i64,
+    pub in_channels: i64,
+    pub out_channels: i64,
+    pub text_dim: i64,
+    pub freq_dim: i64,
+    pub ffn_dim: i64,
+    pub num_layers: i64,
+    pub cross_attn_norm: bool,
+    pub qk_norm: QkNorm,
+    pub eps: f64,
+    pub image_dim: Option<i64>,
+    pub added_kv_proj_dim: Option<i64>,
+    pub rope_max_seq_len: i64,
+    pub pos_embed_seq_len: Option<i64>,
+}
+
+impl Default for Wan {
+    fn default() -> Self {
+        Wan {
+            patch_size: [1, 2, 2],
+            num_attention_heads: 40,
+            attention_head_dim: 128,
+            in_channels: 16,
+            out_channels: 16,
+            text_dim: 4096,
+            freq_dim: 256,
+            ffn_dim: 13_824,
+            num_layers: 40,
+            cross_attn_norm: true,
+            qk_norm: QkNorm::default(),
+            eps: 1e-6,
+            image_dim: None,
+            added_kv_proj_dim: None,
+            rope_max_seq_len: 1024,
+            pos_embed_seq_len: None,
+        }
+    }
+}
+
+impl Settings for Wan {
+    fn visit(&mut self, keys: &mut Keys<'_>) {
+        keys.integers("patch_size", &mut self.patch_size, 1.., "Frames, rows and columns of the latents that become one token.");
+        keys.integer("num_attention_heads", &mut self.num_attention_heads, 1.., "Attention heads; times their width it is the model's.");
+        keys.integer("attention_head_dim", &mut self.attention_head_dim, 2.., "Width of a head; even.");
+        keys.integer("in_channels", &mut self.in_channels, 1.., "Channels of the latents and of the condition behind them, if any.");
+        keys.integer("out_channels", &mut self.out_channels, 0.., "Channels of the latents; 0 is in_channels.");
+        keys.integer("text_dim", &mut self.text_dim, 1.., "Last axis of `text_embeddings`.");
+        keys.integer("freq_dim", &mut self.freq_dim, 2.., "Width of the timestep's sinusoidal embedding; even.");
+        keys.integer("ffn_dim", &mut self.ffn_dim, 1.., "Hidden width of the feed-forward part.");
+        keys.integer("num_layers", &mut self.num_layers, 0.., "Blocks, each a stage of its own.");
+        keys.flag("cross_attn_norm", &mut self.cross_attn_norm, "Whether tokens are normalized before they attend to the conditions.");
+        keys.choice("qk_norm", &mut self.qk_norm, "Normalization of queries and keys.");
+        keys.number("eps", &mut self.eps, 0.0..1.0, "Epsilon of the blocks' and the head's normalizations.");
+        keys.optional_integer("image_dim", &mut self.image_dim, 1.., "Last axis of `image_embeds`, where the model attends to images.");
+        let doc = "Inputs of the keys and values of images: the model's width; with image_dim only.";
+        keys.optional_integer("added_kv_proj_dim", &mut self.added_kv_proj_dim, 1.., doc);
+        keys.integer("rope_max_seq_len", &mut self.rope_max_seq_len, 1.., "Tokens that each axis of the latents has at most.");
+        let doc = "Tokens of a sample's images, first and last, where their places are learned; with image_dim only.";
+        keys.optional_integer("pos_embed_seq_len", &mut self.pos_embed_seq_len, 1.., doc);
+    }
+}
+
+impl Wan {
+    /// Channels of the prediction, and so of the latents.
+    fn latent_channels(&self) -> i64 {
+        if self.out_channels == 0 { self.in_channels } else { self.out_channels }
+    }
+
+    /// Whether further channels stand behind the noisy ones.
+    fn is_conditioned(&self) -> bool {
+        self.in_channels > self.latent_channels()
+    }
+
+    fn heads(&self) -> Heads {
+        Heads { num_heads: self.num_attention_heads, width: self.attention_head_dim, with_bias: true, epsilon: self.eps }
+    }
+
+    /// Features of a head turned by frame, row and column: a third each, rounded in favour of the frame.
+    fn axes(&self) -> [Axis; 3] {
+        let side = 2 * (self.attention_head_dim / 6);
+        [self.attention_head_dim - 2 * side, side, side].map(|width| Axis { width, theta: THETA, kind: Kind::Double })
+    }
+
+    fn check(&self) -> Result<()> {
+        let refused = |field: &str, what: String| Err(Error::config(format!("model.wan.{field}"), what));
+        for (field, value) in [("attention_head_dim", self.attention_head_dim), ("freq_dim", self.freq_dim)] {
+            if value % 2 != 0 {
+                return refused(field, format!("{value} must be even"));
+            }
+        }
+        match (self.image_dim, self.added_kv_proj_dim, self.pos_embed_seq_len) {
+            (Some(_), None, _) => refused("image_dim", "is supported with added_kv_proj_dim only".into()),
+            (None, Some(_), _) => refused("added_kv_proj_dim", "is supported with image_dim only".into()),
+            (None, _, Some(_)) => refused("pos_embed_seq_len", "is supported with image_dim only".into()),
+            (_, Some(inputs), _) if inputs != self.width() => {
+                refused("added_kv_proj_dim", format!("{inputs} must be the model's width, {}", self.width()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn check_grid(&self, latents: &[i64]) -> Result<()> {
+        let &[_, frames, height, width] = latents else {
+            return Err(Error::config("model.wan", format!("takes latents [C, F, H, W], the data have {latents:?}")));
+        };
+        for (size, patch) in [frames, height, width].into_iter().zip(self.patch_size) {
+            if size % patch != 0 {
+                let what = format!("{:?} does not divide the data's latents of {frames} x {height} x {width}", self.patch_size);
+                return Err(Error::config("model.wan.patch_size", what));
+            }
+            if size / patch > self.rope_max_seq_len {
+                let what = format!("is {}, an axis of the data's latents has {} tokens", self.rope_max_seq_len, size / patch);
+                return Err(Error::config("model.wan.rope_max_seq_len", what));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_channels(&self, shapes: &SampleShapes<'_>) -> Result<()> {
+        let channels = shapes.latents[0];
+        expect_equal("model.wan.out_channels", self.latent_channels(), Some(channels), "latents have")?;
+        let behind = shapes.of.get("condition_latents").map_or(0, |shape| shape[0]);
+        if self.in_channels == channels || self.in_channels == channels + behind {
+            return Ok(());
+        }
+        let what = format!("is {}, the data's latents have {channels}, their `condition_latents` {behind}", self.in_channels);
+        Err(Error::config("model.wan.in_channels", what))
+    }
+
+    fn check_images(&self, shapes: &SampleShapes<'_>) -> Result<()> {
+        let Some(image_dim) = self.image_dim else { return Ok(()) };
+        let missing = || Error::config("model.wan.image_dim", "the model attends to images, the data have no `image_embeds`");
+        let (&width, tokens) = shapes.of.get("image_embeds").and_then(|shape| shape.split_last()).ok_or_else(missing)?;
+        expect_equal("model.wan.image_dim", image_dim, Some(width), "image_embeds have")?;
+        let tokens: i64 = tokens.iter().product();
+        // Two images of a sample may also stand in two rows.
+        if let Some(length) = self.pos_embed_seq_len.filter(|&length| length != tokens && length != 2 * tokens) {
+            return Err(Error::config("model.wan.pos_embed_seq_len", format!("is {length}, the data's image_embeds have {tokens} tokens")));
+        }
+        match shapes.of.get("text_embeddings") {
+            Some([tokens, _]) if *tokens != TEXT_TOKENS => {
+                let what = format!("beside images the model takes {TEXT_TOKENS} tokens of text, the data's text_embeddings have {tokens}");
+                Err(Error::config("model.wan.image_dim", what))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Architecture for Wan {
+    fn class_name(&self) -> Option<&'static str> {
+        Some("WanTransformer3DModel")
+    }
+
+    fn ignored_parameters(&self) -> &'static [&'static str] {
+        &["norm_added_q"]
+    }
+
+    fn stages(&self) -> Result<Vec<Box<dyn Stage>>> {
+        self.check()?;
+        let mut stages: Vec<Box<dyn Stage>> = vec![Box::new(Embed::new(self))];
+        stages.extend((0..self.num_layers).map(|index| Box::new(Block::new(self, index)) as Box<dyn Stage>));
+        stages.push(Box::new(Head::new(self)));
+        Ok(stages)
+    }
+
+    fn inputs(&self) -> Vec<&'static str> {
+        let mut inputs = vec!["hidden_states", "timestep", "encoder_hidden_states"];
+        inputs.extend(self.is_conditioned().then_some("condition_latents"));
+        inputs.extend(self.image_dim.map(|_| "encoder_hidden_states_image"));
+        inputs
+    }
+
+    fn width(&self) -> i64 {
+        self.num_attention_heads * self.attention_head_dim
+    }
+
+    fn image_tokens(&self, latents: &[i64]) -> i64 {
+        latents[1..].iter().zip(self.patch_size).map(|(length, patch)| length / patch).product()
+    }
+
+    fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()> {
+        self.check_grid(shapes.latents)?;
+        self.check_channels(shapes)?;
+        expect_equal("model.wan.text_dim", self.text_dim, shapes.last("text_embeddings"), "text_embeddings have")?;
+        self.check_images(shapes)
+    }
+}
+
+/// Images to tokens that the blocks attend to.
+struct ImageEmbedding {
+    places: Option<Param>,
+    norm: LayerNorm,
+    feed: Mlp,
+    output_norm: LayerNorm,
+}
+
+impl ImageEmbedding {
+    fn new(builder: &mut Builder<'_>, inputs: i64, width: i64, places: Option<i64>) -> Self {
+        let places = places.map(|tokens| builder.param("pos_embed", &[1, tokens, inputs], Init::Zeros));
+        let norm = LayerNorm::new(&mut builder.precise_at("norm1"), inputs, IMAGE_EPSILON);
+        let feed = Mlp::feed_forward(&mut builder.at("ff"), [inputs, inputs, width], Nonlinearity::Gelu);
+        ImageEmbedding { places, norm, feed, output_norm: LayerNorm::new(&mut builder.precise_at("norm2"), width, IMAGE_EPSILON) }
+    }
+
+    /// `[B, Li, image_dim]` to `[B, Li, D]`.
+    fn forward(&self, params: &Views, image: &Tensor) -> Tensor {
+        let image = self.places.map_or_else(|| image.shallow_clone(), |places| image + &params[places]);
+        let ready = self.norm.forward_f32(params, &image).to_kind(image.kind());
+        self.output_norm.forward_f32(params, &self.feed.forward(params, &ready)).to_kind(image.kind())
+    }
+}
+
+/// Latents and conditions to tokens, the timestep to what modulates blocks and head.
+struct Embed {
+    params: ParamSet,
+    patch: Patch,
+    is_conditioned: bool,
+    patches: PatchEmbedding,
+    timestep: ScalarEmbedding,
+    modulation: Linear,
+    text: Mlp,
+    image: Option<ImageEmbedding>,
+    axes: [Axis; 3],
+    /// Rotary tables by frames, rows and columns.
+    ropes: PerShape<[i64; 3]>,
+}
+
+impl Embed {
+    fn new(model: &Wan) -> Self {
+        let mut params = ParamSet::new("embed");
+        let mut builder = Builder::new(&mut params, "");
+        let (width, patch) = (model.width(), model.patch_size);
+        let patches = PatchEmbedding::new(&mut builder.at("patch_embedding"), model.in_channels, width, patch);
+        let mut builder = builder.at("condition_embedder");
+        let timestep = ScalarEmbedding::new(&mut builder.precise_at("time_embedder"), model.freq_dim, width, true);
+        let modulation = Linear::pytorch(&mut builder.at("time_proj"), width, 6 * width, true);
+        let widths = [model.text_dim, width, width];
+        let text = Mlp::of_two_linears(&mut builder.at("text_embedder"), widths, Nonlinearity::GeluTanh, true);
+        let places = model.pos_embed_seq_len;
+        let image = model.image_dim.map(|inputs| ImageEmbedding::new(&mut builder.at("image_embedder"), inputs, width, places));
+        let (is_conditioned, axes) = (model.is_conditioned(), model.axes());
+        Embed { params, patch, is_conditioned, patches, timestep, modulation, text, image, axes, ropes: PerShape::new() }
+    }
+
+    fn latents(&self, input: &Activations) -> Tensor {
+        let noisy = input.get("hidden_states");
+        if self.is_conditioned { Tensor::cat(&[noisy, input.get("condition_latents")], 1) } else { noisy.shallow_clone() }
+    }
+
+    fn rope(&self, sizes: [i64; 3], device: Device) -> Tensor {
+        self.ropes.get(sizes, || {
+            let [frames, rows, columns] = [0, 1, 2].map(|axis| self.axes[axis].angles_to(sizes[axis], device));
+            rope::table(&rope::grid_angles(&frames, &rows, &columns))
+        })
+    }
+}
+
+impl Stage for Embed {
+    fn params(&self) -> &ParamSet {
+        &self.params
+    }
+
+    fn forward(&self, params: &Views, input: &Activations) -> Activations {
+        let latents = self.latents(input);
+        let rope = self.rope(patches::grid(&latents, self.patch), latents.device());
+        let conditioning = self.timestep.forward(params, input.get("timestep"), Kind::Float).to_kind(latents.kind());
+        let modulation = self.modulation.forward(params, &conditioning.silu());
+        let output = Activations::new()
+            .with("hidden", self.patches.forward(params, &latents))
+            .with("text", self.text.forward(params, input.get("encoder_hidden_states")))
+            .with("modulation", modulation.unflatten(1, [6i64, -1]))
+            .with("conditioning", conditioning.unsqueeze(1))
+            .with_constant("rope", rope);
+        match &self.image {
+            Some(image) => output.with("image", image.forward(params, input.get("encoder_hidden_states_image"))),
+            None => output,
+        }
+    }
+}
+
+/// Attention over the video, then over the conditions, then the feed-forward part.
+struct Block {
+    params: ParamSet,
+    table: Param,
+    self_attention: WideAttention,
+    cross_norm: Option<LayerNorm>,
+    cross_attention: WideAttention,
+    feed: Mlp,
+    epsilon: f64,
+}
+
+impl Block {
+    fn new(model: &Wan, index: i64) -> Self {
+        let name = format!("blocks.{index}");
+        let mut params = ParamSet::new(&name);
+        let mut builder = Builder::new(&mut params, &name);
+        let width = model.width();
+        let table = modulation_table(&mut builder, 6, width);
+        let self_attention = WideAttention::new(&mut builder.at("attn1"), model.heads(), false);
+        let cross_norm = model.cross_attn_norm.then(|| LayerNorm::new(&mut builder.precise_at("norm2"), width, model.eps));
+        let cross_attention = WideAttention::new(&mut builder.at("attn2"), model.heads(), model.image_dim.is_some());
+        let feed = Mlp::feed_forward(&mut builder.at("ffn"), [width, model.ffn_dim, width], Nonlinearity::GeluTanh);
+        Block { params, table, self_attention, cross_norm, cross_attention, feed, epsilon: model.eps }
+    }
+}
+
+impl Stage for Block {
+    fn params(&self) -> &ParamSet {
+        &self.params
+    }
+
+    fn forward(&self, params: &Views, input: &Activations) -> Activations {
+        let hidden = input.get("hidden");
+        let modulation = input.get("modulation");
+        let [shift, scale, gate, feed_shift, feed_scale, feed_gate] = modulate(&params[self.table], modulation);
+        let ready = normalized(hidden, &shift, &scale, self.epsilon);
+        let hidden = gated(hidden, &gate, &self.self_attention.over_itself(params, &ready, input.get("rope")));
+        let ready = match &self.cross_norm {
+            Some(norm) => norm.forward_f32(params, &hidden).to_kind(hidden.kind()),
+            None => hidden.shallow_clone(),
+        };
+        let hidden = &hidden + self.cross_attention.over_conditions(params, &ready, input.get("text"), input.find("image"));
+        let fed = self.feed.forward(params, &normalized(&hidden, &feed_shift, &feed_scale, self.epsilon));
+        let unchanged = ["text", "modulation", "conditioning", "image"].into_iter().filter_map(|name| Some((name, input.find(name)?)));
+        let output = Activations::new().with("hidden", gated(&hidden, &feed_gate, &fed));
+        unchanged.fold(output, |output, (name, tensor)| output.with(name, tensor.shallow_clone()))
+    }
+}
+
+/// `scale_shift_table` `[1, parts, width]`, to which the timestep's vector is added.
+fn modulation_table(builder: &mut Builder<'_>, parts: i64, width: i64) -> Param {
+    builder.precise_param("scale_shift_table", &[1, parts, width], Init::Normal { std: (width as f64).sqrt().recip() })
+}
+
+/// A table and what the timestep adds to it, `[B, PARTS or 1, D]`, as `PARTS` tensors `[B, 1, D]` f32.
+fn modulate<const PARTS: usize>(table: &Tensor, timestep: &Tensor) -> [Tensor; PARTS] {
+    (table + timestep.to_kind(Kind::Float)).chunk(PARTS as i64, 1).try_into().expect("as many chunks as parts")
+}
+
+/// Tokens normalized and modulated in f32.
+fn normalized(hidden: &Tensor, shift: &Tensor, scale: &Tensor, epsilon: f64) -> Tensor {
+    modulated_norm(&hidden.to_kind(Kind::Float), shift, scale, epsilon).to_kind(hidden.kind())
+}
+
+/// `hidden + gate · change`, in f32.
+fn gated(hidden: &Tensor, gate: &Tensor, change: &Tensor) -> Tensor {
+    hidden.to_kind(Kind::Float).addcmul(gate, &change.to_kind(Kind::Float)).to_kind(hidden.kind())
+}
+
+/// Tokens to the predicted latents.
+struct Head {
+    params: ParamSet,
+    patch: Patch,
+    table: Param,
+    output: Linear,
+    epsilon: f64,
+}
+
+impl Head {
+    fn new(model: &Wan) -> Self {
+        let mut params = ParamSet::new("head");
+        let mut builder = Builder::new(&mut params, "");
+        let patch = model.patch_size;
+        let table = modulation_table(&mut builder, 2, model.width());
+        let features = model.latent_channels() * patch.iter().product::<i64>();
+        let output = Linear::pytorch(&mut builder.at("proj_out"), model.width(), features, true);
+        Head { params, patch, table, output, epsilon: model.eps }
+    }
+}
+
+impl Stage for Head {
+    fn params(&self) -> &ParamSet {
+        &self.params
+    }
+
+    fn forward(&self, params: &Views, input: &Activations) -> Activations {
+        let [shift, scale] = modulate(&params[self.table], input.get("conditioning"));
+        let tokens = self.output.forward(params, &normalized(input.get("hidden"), &shift, &scale, self.epsilon));
+        let grid = patches::grid(input.get("hidden_states"), self.patch);
+        Activations::new().with("prediction", patches::join(&tokens, self.patch, grid, FeatureOrder::ChannelLast))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 1.3B.
+    fn small() -> Wan {
+        Wan { num_attention_heads: 12, ffn_dim: 8960, num_layers: 30, ..Wan::default() }
+    }
+
+    fn image_to_video() -> Wan {
+        Wan { in_channels: 36, image_dim: Some(1280), added_kv_proj_dim: Some(5120), ..Wan::default() }
+    }
+
+    #[test]
+    fn published_configurations_have_diffusers_number_of_parameters() {
+        let ti2v_5b = Wan { num_attention_heads: 24, in_channels: 48, out_channels: 48, ffn_dim: 14_336, num_layers: 30, ..Wan::default() };
+        // Counted in diffusers 0.42.1 on the meta device.
+        let counted = [
+            (Wan::default(), 14_288_491_584),
+            (small(), 1_418_996_800),
+            (image_to_video(), 16_394_878_784),
+            (Wan { pos_embed_seq_len: Some(514), ..image_to_video() }, 16_395_536_704),
+            (Wan { in_channels: 36, ..Wan::default() }, 14_288_901_184),
+            (ti2v_5b, 4_999_787_712),
+        ];
+        for (model, count) in counted {
+            let stages = model.stages().expect("published");
+            assert_eq!(stages.iter().map(|stage| stage.params().numel()).sum::<i64>(), count, "{model:?}");
+        }
+    }
+
+    #[test]
+    fn what_diffusers_keeps_in_f32_is_precise() {
+        let stages = Wan { num_layers: 1, ..image_to_video() }.stages().expect("valid");
+        let infos = stages.iter().flat_map(|stage| stage.params().infos());
+        let precise: Vec<&str> = infos.filter(|info| info.precise).map(|info| info.name.as_str()).collect();
+        let expected = [
+            "condition_embedder.time_embedder.linear_1.weight",
+            "condition_embedder.time_embedder.linear_1.bias",
+            "condition_embedder.time_embedder.linear_2.weight",
+            "condition_embedder.time_embedder.linear_2.bias",
+            "condition_embedder.image_embedder.norm1.weight",
+            "condition_embedder.image_embedder.norm1.bias",
+            "condition_embedder.image_embedder.norm2.weight",
+            "condition_embedder.image_embedder.norm2.bias",
+            "blocks.0.scale_shift_table",
+            "blocks.0.norm2.weight",
+            "blocks.0.norm2.bias",
+            "scale_shift_table",
+        ];
+        assert_eq!(precise, expected);
+    }
+
+    #[test]
+    fn fields_that_exclude_each_other_are_refused_by_name() {
+        let refused = [
+            (Wan { attention_head_dim: 127, ..small() }, "attention_head_dim"),
+            (Wan { freq_dim: 255, ..small() }, "freq_dim"),
+            (Wan { image_dim: Some(1280), ..small() }, "image_dim"),
+            (Wan { added_kv_proj_dim: Some(1536), ..small() }, "added_kv_proj_dim"),
+            (Wan { added_kv_proj_dim: Some(1536), ..image_to_video() }, "added_kv_proj_dim"),
+            (Wan { pos_embed_seq_len: Some(514), ..small() }, "pos_embed_seq_len"),
+        ];
+        for (model, field) in refused {
+            let message = model.stages().err().expect("refused").to_string();
+            assert!(message.contains(&format!("model.wan.{field}:")), "{message}");
+        }
+    }
+
+    #[test]
+    fn data_that_the_model_cannot_take_are_refused() {
+        let check = |model: &Wan, latents: &[i64], of: &[(&'static str, &'static [i64])]| {
+            let checked = model.check_data(&SampleShapes { latents, of: of.iter().copied().collect() });
+            checked.map_err(|error| error.to_string())
+        };
+        let (condition, image): (&[i64], &[i64]) = (&[20, 5, 8, 6], &[257, 1280]);
+        let whole = [("condition_latents", condition), ("image_embeds", image), ("text_embeddings", &[512, 4096])];
+        assert_eq!(check(&small(), &[16, 5, 8, 6], &[("text_embeddings", &[226, 4096])]), Ok(()));
+        assert_eq!(check(&image_to_video(), &[16, 5, 8, 6], &whole), Ok(()));
+        let two_images = Wan { pos_embed_seq_len: Some(514), ..image_to_video() };
+        assert_eq!(check(&two_images, &[16, 5, 8, 6], &whole), Ok(()));
+        let refused = [
+            (check(&small(), &[16, 8, 6], &[]), "model.wan: "),
+            (check(&small(), &[16, 5, 7, 6], &[]), "patch_size"),
+            (check(&small(), &[16, 1025, 8, 6], &[]), "rope_max_seq_len"),
+            (check(&small(), &[4, 5, 8, 6], &[]), "out_channels"),
+            (check(&small(), &[16, 5, 8, 6], &[("text_embeddings", &[226, 512])]), "text_dim"),
+            (check(&image_to_video(), &[16, 5, 8, 6], &whole[1..]), "in_channels"),
+            (check(&image_to_video(), &[16, 5, 8, 6], &[whole[0], whole[2]]), "image_dim"),
+            (check(&image_to_video(), &[16, 5, 8, 6], &[whole[0], whole[1], ("text_embeddings", &[226, 4096])]), "512 tokens of text"),
+            (check(&Wan { pos_embed_seq_len: Some(512), ..image_to_video() }, &[16, 5, 8, 6], &whole), "pos_embed_seq_len"),
+        ];
+        for (checked, expected) in refused {
+            assert!(checked.as_ref().is_err_and(|message| message.contains(expected)), "{expected}: {checked:?}");
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! Attention whose queries and keys are normalized over the model's whole width, before they are split into heads.
+//!
+//! Source: diffusers 0.42.1, `WanAttention`, whose parameter names these are; RMSNorm on queries and keys is Wan's,
+//! arXiv:2503.20314.
+
+use tch::Tensor;
+
+use super::attention::{Heads, attend};
+use super::norm::RmsNorm;
+use super::{Builder, Linear, Views, rope};
+
+/// Where keys and values come from.
+#[derive(Clone, Copy, Debug)]
+struct Source {
+    key: Linear,
+    value: Linear,
+    norm_key: RmsNorm,
+}
+
+impl Source {
+    fn new(builder: &mut Builder<'_>, [key, value, norm_key]: [&str; 3], heads: Heads) -> Self {
+        let width = heads.num_heads * heads.width;
+        let mut linear = |name: &str| Linear::pytorch(&mut builder.at(name), width, width, heads.with_bias);
+        let (key, value) = (linear(key), linear(value));
+        Source { key, value, norm_key: RmsNorm::new(&mut builder.at(norm_key), width, heads.epsilon) }
+    }
+
+    /// Keys and values `[B, K, N, E]`.
+    fn forward(&self, params: &Views, x: &Tensor, num_heads: i64) -> [Tensor; 2] {
+        let key = self.norm_key.forward(params, &self.key.forward(params, x));
+        [split(&key, num_heads), split(&self.value.forward(params, x), num_heads)]
+    }
+}
+
+/// Attention of tokens over themselves, over text, or over text and images, each with a softmax of its own.
+#[derive(Clone, Copy, Debug)]
+pub struct WideAttention {
+    query: Linear,
+    norm_query: RmsNorm,
+    source: Source,
+    /// Of the image's tokens.
+    added: Option<Source>,
+    output: Linear,
+    num_heads: i64,
+}
+
+impl WideAttention {
+    /// `added`: whether there are products for an image's tokens.
+    pub fn new(builder: &mut Builder<'_>, heads: Heads, added: bool) -> Self {
+        let width = heads.num_heads * heads.width;
+        let query = Linear::pytorch(&mut builder.at("to_q"), width, width, heads.with_bias);
+        let norm_query = RmsNorm::new(&mut builder.at("norm_q"), width, heads.epsilon);
+        let source = Source::new(builder, ["to_k", "to_v", "norm_k"], heads);
+        let added = added.then(|| Source::new(builder, ["add_k_proj", "add_v_proj", "norm_added_k"], heads));
+        let output = Linear::pytorch(&mut builder.at("to_out.0"), width, width, heads.with_bias);
+        WideAttention { query, norm_query, source, added, output, num_heads: heads.num_heads }
+    }
+
+    /// # Shapes
+    /// `x`: `[B, L, D]`; `table`: `[L, 1, E/2]` of [`rope`]. Returns the shape of `x`.
+    pub fn over_itself(&self, params: &Views, x: &Tensor, table: &Tensor) -> Tensor {
+        let query = rope::rotate(&self.query(params, x), table);
+        let [key, value] = self.source.forward(params, x, self.num_heads);
+        self.output.forward(params, &attend(&query, &rope::rotate(&key, table), &value, None))
+    }
+
+    /// # Shapes
+    /// `x`: `[B, L, D]`; `text`: `[B, Lt, D]`; `image`: `[B, Li, D]`, for a model with products for it. Returns the shape of
+    /// `x`.
+    pub fn over_conditions(&self, params: &Views, x: &Tensor, text: &Tensor, image: Option<&Tensor>) -> Tensor {
+        let query = self.query(params, x);
+        let over = |source: &Source, tokens: &Tensor| {
+            let [key, value] = source.forward(params, tokens, self.num_heads);
+            attend(&query, &key, &value, None)
+        };
+        let mut attended = over(&self.source, text);
+        if let (Some(added), Some(image)) = (&self.added, image) {
+            attended = attended + over(added, image);
+        }
+        self.output.forward(params, &attended)
+    }
+
+    fn query(&self, params: &Views, x: &Tensor) -> Tensor {
+        split(&self.norm_query.forward(params, &self.query.forward(params, x)), self.num_heads)
+    }
+}
+
+/// `[B, L, D]` as `[B, L, N, E]`.
+fn split(x: &Tensor, num_heads: i64) -> Tensor {
+    let (batch, tokens, _) = x.size3().expect("[B, L, D]");
+    x.view([batch, tokens, num_heads, -1])
+}
