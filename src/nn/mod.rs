@@ -9,6 +9,7 @@ mod mlp;
 pub mod modulation;
 pub mod norm;
 mod params;
+pub mod patches;
 mod per_shape;
 pub mod rope;
 

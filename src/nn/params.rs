@@ -199,6 +199,11 @@ impl<'a> Builder<'a> {
         Builder { precise: true, ..self.at(part) }
     }
 
+    /// A parameter that stays f32 whatever the kind of the computation.
+    pub fn precise_param(&mut self, name: &str, shape: &[i64], init: Init) -> Param {
+        Builder { set: self.set, prefix: self.prefix.clone(), precise: true }.param(name, shape, init)
+    }
+
     pub fn param(&mut self, name: &str, shape: &[i64], init: Init) -> Param {
         let info = ParamInfo { name: self.join(name), shape: shape.to_vec(), init, precise: self.precise };
         let ParamSet { infos, places, .. } = &mut *self.set;

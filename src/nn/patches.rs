@@ -1,0 +1,126 @@
+//! Latents of video cut into blocks of frames, rows and columns, one token a block, and back.
+
+use tch::Tensor;
+
+use super::{Builder, Init, Param, Views};
+
+/// Frames, rows and columns of a patch.
+pub type Patch = [i64; 3];
+
+/// Order of the features of a predicted patch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FeatureOrder {
+    /// Channel, frame, row, column.
+    ChannelFirst,
+    /// Frame, row, column, channel.
+    ChannelLast,
+}
+
+/// Tokens along frames, rows and columns of latents `[B, C, F, H, W]`.
+pub fn grid(latents: &Tensor, patch: Patch) -> [i64; 3] {
+    let (_, _, frames, height, width) = latents.size5().expect("[B, C, F, H, W]");
+    [frames / patch[0], height / patch[1], width / patch[2]]
+}
+
+/// Latents cut into patches.
+///
+/// # Shapes
+/// `latents`: `[B, C, F, H, W]`, of which `patch` divides the last three. Returns `[B, L, C · pt · ph · pw]`, tokens in the
+/// order frame, row, column, features in the order channel, frame, row, column.
+pub fn cut(latents: &Tensor, patch: Patch) -> Tensor {
+    let (batch, channels) = (latents.size()[0], latents.size()[1]);
+    let ([frames, rows, columns], [pt, ph, pw]) = (grid(latents, patch), patch);
+    let blocks = latents.reshape([batch, channels, frames, pt, rows, ph, columns, pw]);
+    blocks.permute([0, 2, 4, 6, 1, 3, 5, 7]).reshape([batch, frames * rows * columns, channels * pt * ph * pw])
+}
+
+/// Tokens `[B, L, C · pt · ph · pw]` on a `grid` as latents `[B, C, F, H, W]`: the inverse of [`cut`] for features with the
+/// channel first.
+pub fn join(tokens: &Tensor, patch: Patch, grid: [i64; 3], order: FeatureOrder) -> Tensor {
+    let (batch, _, features) = tokens.size3().expect("[B, L, C · pt · ph · pw]");
+    let ([frames, rows, columns], [pt, ph, pw]) = (grid, patch);
+    let channels = features / (pt * ph * pw);
+    let blocks = match order {
+        FeatureOrder::ChannelFirst => {
+            let cut = tokens.reshape([batch, frames, rows, columns, channels, pt, ph, pw]);
+            cut.permute([0, 4, 1, 5, 2, 6, 3, 7])
+        }
+        FeatureOrder::ChannelLast => {
+            let cut = tokens.reshape([batch, frames, rows, columns, pt, ph, pw, channels]);
+            cut.permute([0, 7, 1, 4, 2, 5, 3, 6])
+        }
+    };
+    blocks.reshape([batch, channels, frames * pt, rows * ph, columns * pw])
+}
+
+/// Latents to tokens by an affine map of each patch: a convolution whose stride is its kernel.
+///
+/// As a matrix product it takes half of the convolution's time on a CPU in f32, a sixth in bf16.
+#[derive(Clone, Copy, Debug)]
+pub struct PatchEmbedding {
+    weight: Param,
+    bias: Param,
+    patch: Patch,
+}
+
+impl PatchEmbedding {
+    /// `weight` `[width, channels, pt, ph, pw]` and `bias`, begun as PyTorch begins those of a convolution.
+    pub fn new(builder: &mut Builder<'_>, channels: i64, width: i64, patch: Patch) -> Self {
+        let [pt, ph, pw] = patch;
+        let init = Init::FanIn { fan_in: channels * pt * ph * pw };
+        let weight = builder.param("weight", &[width, channels, pt, ph, pw], init);
+        PatchEmbedding { weight, bias: builder.param("bias", &[width], init), patch }
+    }
+
+    /// # Shapes
+    /// `latents`: as in [`cut`]. Returns `[B, L, width]`.
+    pub fn forward(&self, params: &Views, latents: &Tensor) -> Tensor {
+        cut(latents, self.patch).linear(&params[self.weight].flatten(1, -1), Some(&params[self.bias]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::nn::ParamSet;
+    use crate::rng::{Key, Purpose};
+
+    const PATCH: Patch = [2, 1, 3];
+
+    fn latents() -> Tensor {
+        Tensor::arange(2 * 3 * 4 * 5 * 6, (Kind::Float, Device::Cpu)).view([2, 3, 4, 5, 6])
+    }
+
+    #[test]
+    fn joining_undoes_cutting() {
+        let tokens = cut(&latents(), PATCH);
+        assert_eq!(tokens.size(), [2, 2 * 5 * 2, 3 * 2 * 3]);
+        assert_eq!(grid(&latents(), PATCH), [2, 5, 2]);
+        // Token (frame 1, row 4, column 0), feature (channel 2, frame 1, row 0, column 2).
+        let at = [1, 2, 3, 4, 2];
+        assert_eq!(tokens.double_value(&[1, 18, 2 * 6 + 3 + 2]), latents().double_value(&at));
+        assert!(join(&tokens, PATCH, [2, 5, 2], FeatureOrder::ChannelFirst).equal(&latents()));
+    }
+
+    #[test]
+    fn features_may_have_their_channel_last() {
+        let first = cut(&latents(), PATCH);
+        let last = first.view([2, 20, 3, 6]).transpose(2, 3).flatten(2, 3);
+        assert!(join(&last, PATCH, [2, 5, 2], FeatureOrder::ChannelLast).equal(&latents()));
+    }
+
+    #[test]
+    fn a_patch_embedding_is_a_convolution_with_stride_as_its_kernel() {
+        let mut set = ParamSet::new("embed");
+        let embedding = PatchEmbedding::new(&mut Builder::new(&mut set, "proj"), 3, 8, PATCH);
+        let flat = Tensor::zeros([set.numel()], (Kind::Double, Device::Cpu));
+        set.initialize(&flat, Key::new(11, Purpose::Initialization));
+        let (params, latents) = (set.split(&flat), latents().to_kind(Kind::Double) / 720.0);
+        let (weight, bias) = (&params[embedding.weight], &params[embedding.bias]);
+        let convolved = latents.conv3d(weight, Some(bias), PATCH, [0i64, 0, 0], [1i64, 1, 1], 1).flatten(2, -1).transpose(1, 2);
+        // Sums of 18 f64 products of numbers below 1.
+        assert!((embedding.forward(&params, &latents) - convolved).abs().max().double_value(&[]) < 1e-14);
+    }
+}
