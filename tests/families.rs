@@ -61,3 +61,8 @@ fn check_case(case: &Value, folder: &Path) {
 fn flux_is_diffusers_flux() {
     check_family("flux");
 }
+
+#[test]
+fn hunyuan_video15_is_diffusers_hunyuan_video15() {
+    check_family("hunyuan_video15");
+}

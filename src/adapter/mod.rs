@@ -1,10 +1,12 @@
 //! One adapter a model family: batch to model inputs, model outputs to prediction.
 
 mod flux;
+mod hunyuan;
 mod inputs;
 mod simple;
 
 pub use flux::Flux;
+pub use hunyuan::Hunyuan;
 pub use inputs::TimestepDtype;
 pub use simple::Simple;
 
@@ -25,6 +27,7 @@ registry! {
     pub enum AdapterChoice: AdapterSettings {
         "simple" => Simple(Simple),
         "flux" => Flux(Flux),
+        "hunyuan" => Hunyuan(Hunyuan),
     }
 }
 

@@ -3,14 +3,17 @@
 mod diffusers;
 mod dit;
 mod flux;
+mod hunyuan_video15;
 mod joint;
 mod settings;
+mod token_refiner;
 
 use std::collections::BTreeMap;
 
 pub use diffusers::{read_folder, write_config};
 pub use dit::Dit;
 pub use flux::Flux;
+pub use hunyuan_video15::{HunyuanTask, HunyuanVideo15, QueryKeyNorm};
 pub use settings::{Beginning, Dtype, ModelSettings};
 
 use crate::error::{Error, Result};
@@ -88,5 +91,6 @@ registry! {
     pub enum Model: Architecture {
         "dit" => Dit(Dit),
         "flux" => Flux(Flux),
+        "hunyuan_video15" => HunyuanVideo15(HunyuanVideo15),
     }
 }
