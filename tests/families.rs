@@ -76,3 +76,8 @@ fn qwen_image_is_diffusers_qwen_image() {
 fn wan_is_diffusers_wan() {
     check_family("wan");
 }
+
+#[test]
+fn hunyuan_video15_is_diffusers_hunyuan_video15() {
+    check_family("hunyuan_video15");
+}

@@ -2,12 +2,14 @@
 
 mod flux;
 mod flux2;
+mod hunyuan;
 mod inputs;
 mod qwen_image;
 mod simple;
 
 pub use flux::Flux;
 pub use flux2::Flux2;
+pub use hunyuan::Hunyuan;
 pub use inputs::TimestepDtype;
 pub use qwen_image::QwenImage;
 pub use simple::Simple;
@@ -31,6 +33,7 @@ registry! {
         "flux" => Flux(Flux),
         "flux2" => Flux2(Flux2),
         "qwen_image" => QwenImage(QwenImage),
+        "hunyuan" => Hunyuan(Hunyuan),
     }
 }
 

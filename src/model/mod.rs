@@ -5,9 +5,11 @@ mod dit;
 mod flux;
 mod flux2;
 mod footprint;
+mod hunyuan_video15;
 mod joint;
 mod qwen_image;
 mod settings;
+mod token_refiner;
 mod wan;
 
 use std::collections::BTreeMap;
@@ -19,6 +21,7 @@ pub use dit::Dit;
 pub use flux::Flux;
 pub use flux2::Flux2;
 pub use footprint::{Footprint, Tokens, footprint};
+pub use hunyuan_video15::{HunyuanTask, HunyuanVideo15, QueryKeyNorm};
 pub use qwen_image::QwenImage;
 pub use settings::{Beginning, Dtype, ModelSettings};
 pub use wan::Wan;
@@ -113,5 +116,6 @@ registry! {
         "flux2" => Flux2(Flux2),
         "qwen_image" => QwenImage(QwenImage),
         "wan" => Wan(Wan),
+        "hunyuan_video15" => HunyuanVideo15(HunyuanVideo15),
     }
 }

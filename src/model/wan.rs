@@ -195,7 +195,7 @@ impl Wan {
         if let Some(length) = self.pos_embed_seq_len.filter(|&length| length != tokens && length != 2 * tokens) {
             return Err(Error::config("model.wan.pos_embed_seq_len", format!("is {length}, the data's image_embeds have {tokens} tokens")));
         }
-        match shapes.of.get("text_embeddings") {
+        match shapes.of.get("text_embeddings").map(Vec::as_slice) {
             Some([tokens, _]) if *tokens != TEXT_TOKENS => {
                 let what = format!("beside images the model takes {TEXT_TOKENS} tokens of text, the data's text_embeddings have {tokens}");
                 Err(Error::config("model.wan.image_dim", what))
@@ -512,7 +512,8 @@ mod tests {
     #[test]
     fn data_that_the_model_cannot_take_are_refused() {
         let check = |model: &Wan, latents: &[i64], of: &[(&'static str, &'static [i64])]| {
-            let checked = model.check_data(&SampleShapes { latents, of: of.iter().copied().collect() });
+            let checked =
+                model.check_data(&SampleShapes { latents, of: of.iter().map(|(key, shape)| (key.to_string(), shape.to_vec())).collect() });
             checked.map_err(|error| error.to_string())
         };
         let (condition, image): (&[i64], &[i64]) = (&[20, 5, 8, 6], &[257, 1280]);
