@@ -8,7 +8,7 @@ use fm_dist::config::RunConfig;
 use fm_dist::data::safetensors;
 use fm_dist::data::sha256::HashingWriter;
 use fm_dist::rng::{Key, Purpose};
-use fm_dist::train::Resume;
+use fm_dist::train::{Resume, StepRequest, dump_step};
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
@@ -84,7 +84,8 @@ impl Tiny {
         let tensors: Vec<(&str, Tensor)> = self.keys.iter().enumerate().map(of_key).collect();
         let borrowed: Vec<(&str, &Tensor)> = tensors.iter().map(|(key, tensor)| (*key, tensor)).collect();
         let mut file = HashingWriter::new(File::create(folder.join("samples.safetensors")).unwrap());
-        safetensors::write(&mut file, &borrowed, &BTreeMap::new()).unwrap();
+        let metadata = BTreeMap::from([("data_type".to_string(), self.data_type.to_string())]);
+        safetensors::write(&mut file, &borrowed, &metadata).unwrap();
         let manifest = serde_json::json!({
             "format": "fm-dist dataset", "version": 1, "name": "random", "source": "a test", "licence": "CC0", "data_type": self.data_type,
             "files": [{"path": "samples.safetensors", "samples": SAMPLES, "group": "one", "sha256": file.finish().1}],
@@ -104,6 +105,15 @@ impl Tiny {
         RunConfig::read(self.adapter, &text, &overrides).unwrap()
     }
 
+    /// Loss, prediction and gradients of one step, as bytes.
+    fn step(&self, root: &Path, overrides: &[&str]) -> Vec<u8> {
+        let (data, dump) = (root.join("data"), root.join("dump.safetensors"));
+        let batch = data.join("samples.safetensors");
+        let request = StepRequest { batch, dump: dump.clone(), weights: None, torch_seed: Some(11), grads: true };
+        dump_step(&self.config(&data, &root.join("unused"), overrides), &request).unwrap();
+        fs::read(dump).unwrap()
+    }
+
     /// Every save compares the ranks' parameters bit for bit and refuses a difference, so that a run that ends has equal ranks.
     fn check_training(&self) {
         let root = TempDir::new().unwrap();
@@ -119,6 +129,21 @@ impl Tiny {
         fs::remove_dir_all(resumed.join("step-00000030")).unwrap();
         train_in_threads(&config("resumed"), &Resume::Latest, 2).unwrap();
         assert_eq!(checkpoint(&unbroken, 30), checkpoint(&resumed, 30), "{}", self.adapter);
+    }
+}
+
+#[test]
+fn recomputation_changes_no_bit_of_any_gradient() {
+    for family in [FLUX, FLUX2, QWEN_IMAGE, WAN, HUNYUAN_VIDEO15] {
+        let root = TempDir::new().unwrap();
+        family.write_data(&root.path().join("data"));
+        for dtype in ["model.dtype=float32", "model.dtype=bfloat16"] {
+            // Of both tasks where a family has them, each sample by itself.
+            let step =
+                |recompute| family.step(root.path(), &[dtype, recompute, "flow_matching.task_scope=sample", "flow_matching.i2v_prob=0.5"]);
+            let (kept, again) = (step("parallel.recompute=never"), step("parallel.recompute=always"));
+            assert!(kept == again, "{} {dtype}", family.adapter);
+        }
     }
 }
 

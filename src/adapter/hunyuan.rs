@@ -221,6 +221,7 @@ mod tests {
             batch,
             cfg_dropout_prob: 0.0,
             cfg_dropout_value: CfgDropoutValue::Zeros,
+            guidance_scale: None,
             draws: &stream.open(),
         })
     }
