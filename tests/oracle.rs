@@ -35,12 +35,16 @@ pub fn entries(path: &Path) -> Value {
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
 
+/// ‖found − expected‖ / ‖expected‖.
+pub fn relative_difference(found: &Tensor, expected: &Tensor) -> f64 {
+    let (found, expected) = (found.to_kind(Kind::Double), expected.to_kind(Kind::Double));
+    (&found - &expected).norm().double_value(&[]) / expected.norm().double_value(&[]).max(1e-12)
+}
+
 pub fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f64, what: &str) {
     assert_eq!(found.size(), expected.size(), "{what}");
-    let (found, expected) = (found.to_kind(Kind::Double), expected.to_kind(Kind::Double));
-    let difference = (&found - &expected).norm().double_value(&[]);
-    let scale = expected.norm().double_value(&[]).max(1e-12);
-    assert!(difference <= tolerance * scale, "{what}: ‖difference‖ {difference:e} of ‖expected‖ {scale:e}, allowed {tolerance:e}");
+    let difference = relative_difference(found, expected);
+    assert!(difference <= tolerance, "{what}: ‖difference‖ is {difference:e} of ‖expected‖, allowed {tolerance:e}");
 }
 
 /// Equal, or neighbouring f32 numbers.

@@ -11,7 +11,7 @@ use super::{Architecture, SampleShapes, expect_equal, expect_image};
 use crate::error::{Error, Result};
 use crate::nn::attention::SelfAttention;
 use crate::nn::embed::{ScalarEmbedding, grid_positions, patchify, unpatchify};
-use crate::nn::modulation::{Modulation, modulated_norm};
+use crate::nn::modulation::{Modulation, gated, modulated_norm};
 use crate::nn::{Activations, Builder, Init, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Stage, Views};
 use crate::settings::{Keys, Settings};
 
@@ -168,9 +168,9 @@ impl Stage for Block {
         let [shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp] =
             self.modulation.forward(params, conditioning);
         let attended = self.attention.forward(params, &modulated_norm(hidden, &shift_attention, &scale_attention, EPSILON));
-        let hidden = hidden.addcmul(&gate_attention, &attended);
+        let hidden = gated(hidden, &gate_attention, &attended);
         let fed = self.mlp.forward(params, &modulated_norm(&hidden, &shift_mlp, &scale_mlp, EPSILON));
-        let hidden = hidden.addcmul(&gate_mlp, &fed);
+        let hidden = gated(&hidden, &gate_mlp, &fed);
         Activations::new().with("hidden", hidden).with("conditioning", conditioning.shallow_clone())
     }
 }

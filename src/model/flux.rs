@@ -14,7 +14,8 @@ use crate::error::Result;
 use crate::nn::attention::{Heads, Projections, attend};
 use crate::nn::embed::ScalarEmbedding;
 use crate::nn::joint_block::BlockNames;
-use crate::nn::modulation::{Modulation, modulated_norm};
+use crate::nn::modulation::{Modulation, gated, modulated_norm};
+use crate::nn::norm::Rounding;
 use crate::nn::rope::{self, Axis};
 use crate::nn::{Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Stage, Views};
 use crate::settings::{Keys, Settings};
@@ -77,7 +78,13 @@ impl Settings for Flux {
 
 impl Flux {
     fn heads(&self) -> Heads {
-        Heads { num_heads: self.num_attention_heads, width: self.attention_head_dim, with_bias: true, epsilon: EPSILON }
+        Heads {
+            num_heads: self.num_attention_heads,
+            width: self.attention_head_dim,
+            with_bias: true,
+            epsilon: EPSILON,
+            rounding: Rounding::Once,
+        }
     }
 }
 
@@ -231,7 +238,7 @@ impl Stage for SingleBlock {
         let [query, key, value] = self.attention.forward(params, &ready, input.find("rope"));
         let attended = attend(&query, &key, &value, input.find("mask"));
         let fed = self.feed.forward(params, &ready).gelu("tanh");
-        let joint = joint.addcmul(&gate, &self.output.forward(params, &Tensor::cat(&[attended, fed], 2)));
+        let joint = gated(&joint, &gate, &self.output.forward(params, &Tensor::cat(&[attended, fed], 2)));
         Activations::new().with("joint", joint).with("conditioning", conditioning.shallow_clone())
     }
 }

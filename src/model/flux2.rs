@@ -18,8 +18,8 @@ use crate::error::{Error, Result};
 use crate::nn::attention::{Heads, JointAttention, attend};
 use crate::nn::embed::ScalarEmbedding;
 use crate::nn::joint_block::JointBlock;
-use crate::nn::modulation::{modulated_norm, parts};
-use crate::nn::norm::RmsNorm;
+use crate::nn::modulation::{gated, modulated_norm, parts};
+use crate::nn::norm::{RmsNorm, Rounding};
 use crate::nn::rope::{self, Axis};
 use crate::nn::{Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Stage, Views};
 use crate::settings::{Keys, Settings};
@@ -233,7 +233,13 @@ impl DoubleBlock {
         let mut params = ParamSet::new(&name);
         let mut builder = Builder::new(&mut params, &name);
         let (width, hidden, epsilon) = (model.width(), model.hidden(), model.eps);
-        let heads = Heads { num_heads: model.num_attention_heads, width: model.attention_head_dim, with_bias: false, epsilon };
+        let heads = Heads {
+            num_heads: model.num_attention_heads,
+            width: model.attention_head_dim,
+            with_bias: false,
+            epsilon,
+            rounding: Rounding::Once,
+        };
         let attention = JointAttention::new(&mut builder.at("attn"), width, heads);
         let mut feed = |name: &str| Mlp::gated(&mut builder.at(name), [width, hidden, width]);
         let block = JointBlock { attention, image_feed: feed("ff"), text_feed: feed("ff_context"), epsilon };
@@ -276,7 +282,7 @@ impl SingleBlock {
         let widths = [3 * width, 2 * hidden];
         let input = Linear::pytorch(&mut builder.at("to_qkv_mlp_proj"), width, widths.iter().sum(), false);
         let output = Linear::pytorch(&mut builder.at("to_out"), width + hidden, width, false);
-        let mut norm = |name: &str| RmsNorm::new(&mut builder.at(name), model.attention_head_dim, epsilon);
+        let mut norm = |name: &str| RmsNorm::new(&mut builder.at(name), model.attention_head_dim, epsilon, Rounding::Once);
         let (norm_query, norm_key) = (norm("norm_q"), norm("norm_k"));
         SingleBlock { params, input, output, norm_query, norm_key, num_heads: model.num_attention_heads, widths, epsilon }
     }
@@ -302,7 +308,7 @@ impl Stage for SingleBlock {
         let made = self.input.forward(params, &modulated_norm(&joint, &shift, &scale, self.epsilon)).split_with_sizes(self.widths, -1);
         let attended = self.attended(params, &made[0], input.get("rope"));
         let fed = Nonlinearity::SiluGate.apply(&made[1]);
-        let joint = joint.addcmul(&gate, &self.output.forward(params, &Tensor::cat(&[attended, fed], 2)));
+        let joint = gated(&joint, &gate, &self.output.forward(params, &Tensor::cat(&[attended, fed], 2)));
         passing(Activations::new().with("joint", joint), input, &OF_SINGLE_BLOCKS)
     }
 }

@@ -17,7 +17,7 @@ use crate::nn::attention::Heads;
 use crate::nn::embed::ScalarEmbedding;
 use crate::nn::joint_block::BlockNames;
 use crate::nn::modulation::ModulatedProjection;
-use crate::nn::norm::LayerNorm;
+use crate::nn::norm::{LayerNorm, Rounding};
 use crate::nn::patches::{self, FeatureOrder, Patch, PatchEmbedding};
 use crate::nn::rope::{self, Axis};
 use crate::nn::{Activations, Builder, Init, Linear, Mlp, Nonlinearity, Param, ParamSet, PerShape, Stage, Views};
@@ -129,7 +129,13 @@ impl Settings for HunyuanVideo15 {
 
 impl HunyuanVideo15 {
     fn heads(&self) -> Heads {
-        Heads { num_heads: self.num_attention_heads, width: self.attention_head_dim, with_bias: true, epsilon: EPSILON }
+        Heads {
+            num_heads: self.num_attention_heads,
+            width: self.attention_head_dim,
+            with_bias: true,
+            epsilon: EPSILON,
+            rounding: Rounding::BeforeScale,
+        }
     }
 
     fn predicted_channels(&self) -> i64 {

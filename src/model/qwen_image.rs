@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::nn::attention::Heads;
 use crate::nn::embed::ScalarEmbedding;
 use crate::nn::joint_block::BlockNames;
-use crate::nn::norm::RmsNorm;
+use crate::nn::norm::{RmsNorm, Rounding};
 use crate::nn::rope::{self, Axis};
 use crate::nn::{Activations, Builder, Linear, ParamSet, PerShape, Stage, Views};
 use crate::settings::{Keys, Settings};
@@ -109,7 +109,13 @@ impl Architecture for QwenImage {
 
     fn stages(&self) -> Result<Vec<Box<dyn Stage>>> {
         self.check()?;
-        let heads = Heads { num_heads: self.num_attention_heads, width: self.attention_head_dim, with_bias: true, epsilon: EPSILON };
+        let heads = Heads {
+            num_heads: self.num_attention_heads,
+            width: self.attention_head_dim,
+            with_bias: true,
+            epsilon: EPSILON,
+            rounding: Rounding::BeforeScale,
+        };
         let width = self.width();
         let block = |index| Box::new(JointStage::new(index, &BLOCK_NAMES, width, 4 * width, heads)) as Box<dyn Stage>;
         let mut stages: Vec<Box<dyn Stage>> = vec![Box::new(Embed::new(self))];
@@ -160,7 +166,7 @@ impl Embed {
         let mut builder = Builder::new(&mut params, "");
         let (width, text_width) = (model.width(), model.joint_attention_dim);
         let timestep = ScalarEmbedding::new(&mut builder.at("time_text_embed.timestep_embedder"), FREQUENCIES, width, true).scaled(1000.0);
-        let text_norm = RmsNorm::new(&mut builder.at("txt_norm"), text_width, EPSILON);
+        let text_norm = RmsNorm::new(&mut builder.at("txt_norm"), text_width, EPSILON, Rounding::BeforeScale);
         let image = Linear::pytorch(&mut builder.at("img_in"), model.in_channels, width, true);
         let text = Linear::pytorch(&mut builder.at("txt_in"), text_width, width, true);
         let axes = model.axes_dims_rope.map(|width| Axis { width, theta: THETA, kind: Kind::Float });

@@ -7,6 +7,7 @@ use tch::{Kind, Tensor};
 use crate::nn::attention::attend;
 use crate::nn::embed::ScalarEmbedding;
 use crate::nn::modulation::Modulation;
+use crate::nn::modulation::gated;
 use crate::nn::norm::LayerNorm;
 use crate::nn::{Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, Stage, Views};
 
@@ -95,8 +96,8 @@ impl Block {
     /// `text`: `[B, L, D]`; `conditioning`: `[B, D]`; `seen`: `[B, 1, 1, L]` boolean. Returns the shape of `text`.
     fn forward(&self, params: &Views, text: &Tensor, conditioning: &Tensor, seen: &Tensor) -> Tensor {
         let [gate_attention, gate_feed] = self.gates.forward(params, conditioning);
-        let text = text.addcmul(&gate_attention, &self.attention(params, &self.norm_attention.forward(params, text), seen));
-        text.addcmul(&gate_feed, &self.feed.forward(params, &self.norm_feed.forward(params, &text)))
+        let text = gated(text, &gate_attention, &self.attention(params, &self.norm_attention.forward(params, text), seen));
+        gated(&text, &gate_feed, &self.feed.forward(params, &self.norm_feed.forward(params, &text)))
     }
 
     fn attention(&self, params: &Views, text: &Tensor, seen: &Tensor) -> Tensor {

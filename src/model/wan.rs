@@ -27,7 +27,7 @@ use crate::error::{Error, Result};
 use crate::nn::attention::Heads;
 use crate::nn::embed::ScalarEmbedding;
 use crate::nn::modulation::modulated_norm;
-use crate::nn::norm::LayerNorm;
+use crate::nn::norm::{LayerNorm, Rounding};
 use crate::nn::patches::{self, FeatureOrder, Patch, PatchEmbedding};
 use crate::nn::rope::{self, Axis};
 use crate::nn::wide_attention::WideAttention;
@@ -130,7 +130,13 @@ impl Wan {
     }
 
     fn heads(&self) -> Heads {
-        Heads { num_heads: self.num_attention_heads, width: self.attention_head_dim, with_bias: true, epsilon: self.eps }
+        Heads {
+            num_heads: self.num_attention_heads,
+            width: self.attention_head_dim,
+            with_bias: true,
+            epsilon: self.eps,
+            rounding: Rounding::Once,
+        }
     }
 
     /// Features of a head turned by frame, row and column: a third each, rounded in favour of the frame.

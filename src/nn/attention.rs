@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::norm::RmsNorm;
+use super::norm::{RmsNorm, Rounding};
 use super::{Builder, Init, Linear, Views, rope};
 
 /// Scaled dot-product attention of every head.
@@ -37,6 +37,7 @@ pub struct Heads {
     pub with_bias: bool,
     /// Of the normalization of queries and keys.
     pub epsilon: f64,
+    pub rounding: Rounding,
 }
 
 /// Query, key and value of one stream; query and key normalized head by head.
@@ -59,7 +60,7 @@ impl Projections {
     fn named(builder: &mut Builder<'_>, names: &Names, inputs: i64, heads: Heads) -> Self {
         let mut linear = |name: &str| Linear::pytorch(&mut builder.at(name), inputs, heads.num_heads * heads.width, heads.with_bias);
         let (query, key, value) = (linear(names.query), linear(names.key), linear(names.value));
-        let mut norm = |name: &str| RmsNorm::new(&mut builder.at(name), heads.width, heads.epsilon);
+        let mut norm = |name: &str| RmsNorm::new(&mut builder.at(name), heads.width, heads.epsilon, heads.rounding);
         let (norm_query, norm_key) = (norm(names.norm_query), norm(names.norm_key));
         Projections { query, key, value, norm_query, norm_key, num_heads: heads.num_heads }
     }

@@ -5,7 +5,7 @@
 use tch::Tensor;
 
 use super::attention::{Heads, JointAttention, Stream};
-use super::modulation::{Modulation, modulated_norm};
+use super::modulation::{Modulation, gated, modulated_norm};
 use super::{Builder, Linear, Mlp, Nonlinearity, Views};
 
 /// Shift, scale and gate of the attention, then those of the feed-forward part; `[B, 1, D]` each.
@@ -41,8 +41,8 @@ impl JointBlock {
         );
         let finish = |tokens: &Tensor, attended: &Tensor, modulation: &BlockModulation, feed: &Mlp| {
             let [_, _, gate, shift, scale, feed_gate] = modulation;
-            let tokens = tokens.addcmul(gate, attended);
-            tokens.addcmul(feed_gate, &feed.forward(params, &modulated_norm(&tokens, shift, scale, self.epsilon)))
+            let tokens = gated(tokens, gate, attended);
+            gated(&tokens, feed_gate, &feed.forward(params, &modulated_norm(&tokens, shift, scale, self.epsilon)))
         };
         let image = finish(image.tokens, &image_attended, of_image, &self.image_feed);
         (image, finish(text.tokens, &text_attended, of_text, &self.text_feed))

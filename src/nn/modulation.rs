@@ -2,7 +2,7 @@
 //!
 //! Source: Peebles & Xie 2023, arXiv:2212.09748, section 3.2.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::norm::layer_norm;
 use super::{Builder, Linear, Views};
@@ -36,7 +36,18 @@ pub fn parts<const PARTS: usize>(all: &Tensor) -> [Tensor; PARTS] {
 
 /// `x · (1 + scale) + shift`.
 pub fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Tensor {
-    shift.addcmul(x, &(scale + 1.0))
+    add_product(shift, x, &(scale + 1.0))
+}
+
+/// `x + gate · change`.
+pub fn gated(x: &Tensor, gate: &Tensor, change: &Tensor) -> Tensor {
+    add_product(x, gate, change)
+}
+
+/// `sum + a · b`: in one pass in f32; in bfloat16 rounded after the product as well, as diffusers does, because with 8 bits
+/// the sum of so small differences over many blocks shows in the gradients (up to a tenth of a small one).
+fn add_product(sum: &Tensor, a: &Tensor, b: &Tensor) -> Tensor {
+    if sum.kind() == Kind::Float { sum.addcmul(a, b) } else { a * b + sum }
 }
 
 /// [`layer_norm`], then [`modulate`].

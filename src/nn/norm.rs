@@ -46,17 +46,31 @@ impl LayerNorm {
 pub struct RmsNorm {
     weight: Param,
     epsilon: f64,
+    rounding: Rounding,
+}
+
+/// When a root-mean-square normalization in bfloat16 rounds; there are two in use, PyTorch's and diffusers' own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rounding {
+    /// Behind the learned scale.
+    Once,
+    /// Before it as well.
+    BeforeScale,
 }
 
 impl RmsNorm {
-    pub fn new(builder: &mut Builder<'_>, width: i64, epsilon: f64) -> Self {
-        RmsNorm { weight: builder.param("weight", &[width], Init::Ones), epsilon }
+    pub fn new(builder: &mut Builder<'_>, width: i64, epsilon: f64, rounding: Rounding) -> Self {
+        RmsNorm { weight: builder.param("weight", &[width], Init::Ones), epsilon, rounding }
     }
 
     /// # Shapes
     /// `x`: `[…, D]`. Returns the same.
     pub fn forward(&self, params: &Views, x: &Tensor) -> Tensor {
-        x.rms_norm([width(x)], Some(&params[self.weight]), self.epsilon)
+        let weight = &params[self.weight];
+        match self.rounding {
+            Rounding::Once => x.rms_norm([width(x)], Some(weight), self.epsilon),
+            Rounding::BeforeScale => x.rms_norm([width(x)], None::<&Tensor>, self.epsilon) * weight,
+        }
     }
 }
 

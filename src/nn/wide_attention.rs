@@ -22,7 +22,7 @@ impl Source {
         let width = heads.num_heads * heads.width;
         let mut linear = |name: &str| Linear::pytorch(&mut builder.at(name), width, width, heads.with_bias);
         let (key, value) = (linear(key), linear(value));
-        Source { key, value, norm_key: RmsNorm::new(&mut builder.at(norm_key), width, heads.epsilon) }
+        Source { key, value, norm_key: RmsNorm::new(&mut builder.at(norm_key), width, heads.epsilon, heads.rounding) }
     }
 
     /// Keys and values `[B, K, N, E]`.
@@ -49,7 +49,7 @@ impl WideAttention {
     pub fn new(builder: &mut Builder<'_>, heads: Heads, added: bool) -> Self {
         let width = heads.num_heads * heads.width;
         let query = Linear::pytorch(&mut builder.at("to_q"), width, width, heads.with_bias);
-        let norm_query = RmsNorm::new(&mut builder.at("norm_q"), width, heads.epsilon);
+        let norm_query = RmsNorm::new(&mut builder.at("norm_q"), width, heads.epsilon, heads.rounding);
         let source = Source::new(builder, ["to_k", "to_v", "norm_k"], heads);
         let added = added.then(|| Source::new(builder, ["add_k_proj", "add_v_proj", "norm_added_k"], heads));
         let output = Linear::pytorch(&mut builder.at("to_out.0"), width, width, heads.with_bias);
