@@ -4,6 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use fm_dist::config::{DEFAULT, DEFAULT_NAME, RunConfig};
+use fm_dist::model;
+use fm_dist::train::{CheckRequest, check};
+use serde_json::Value;
 
 use crate::runs::{finish, program};
 
@@ -39,4 +42,62 @@ fn the_printed_configuration_is_the_documented_one() {
 fn the_printed_configuration_reads_back_as_itself() {
     let config = RunConfig::read(DEFAULT_NAME, DEFAULT, &[]).unwrap();
     assert_eq!(RunConfig::read("printed", &config.to_toml(), &[]).unwrap(), config);
+}
+
+fn published(name: &str) -> PathBuf {
+    root().join("tests/fixtures/models").join(name)
+}
+
+/// Latents, adapter and tokens of a prompt with which each published family is planned.
+fn plan_for(class: &str) -> (&'static str, Vec<i64>, i64) {
+    match class {
+        "FluxTransformer2DModel" => ("flux", vec![16, 128, 128], 512),
+        "Flux2Transformer2DModel" => ("flux2", vec![128, 64, 64], 512),
+        "QwenImageTransformer2DModel" => ("qwen_image", vec![16, 128, 128], 512),
+        "WanTransformer3DModel" => ("simple", vec![16, 21, 60, 104], 512),
+        "HunyuanVideo15Transformer3DModel" => ("hunyuan", vec![32, 31, 45, 80], 1256),
+        other => panic!("{other} is no family"),
+    }
+}
+
+#[test]
+fn published_models_are_planned_without_weights_and_have_diffusers_number_of_parameters() {
+    let counts: Value = serde_json::from_slice(&fs::read(published("parameters.json")).unwrap()).unwrap();
+    let counts = counts.as_object().unwrap();
+    assert!(counts.len() >= 10);
+    for (name, entry) in counts {
+        let (adapter, mut latents, text_tokens) = plan_for(entry["class"].as_str().unwrap());
+        // 5B has an autoencoder of its own, and image-conditioned models are told their latents with the conditions'.
+        if name.starts_with("wan2.2-ti2v") {
+            latents[0] = 48;
+        }
+        let conditioned = name.contains("-i2v-14b");
+        let mut overrides = vec![format!("model.path={:?}", published(name)), format!("flow_matching.adapter_type={adapter}")];
+        overrides.push("model.dtype=bfloat16".into());
+        overrides.extend(conditioned.then(|| "flow_matching.adapter.image_conditioning=true".into()));
+        let began = std::time::Instant::now();
+        let config = RunConfig::read(name, "", &overrides).unwrap();
+        let plan = check(&config, &CheckRequest { world_size: 8, latents: Some(latents), text_tokens }).unwrap();
+        assert!(plan.contains(&format!("{} parameters", entry["parameters"])), "{name}: {entry} is not in\n{plan}");
+        for part in ["image tokens", "activations, estimated", "none", "optimizer", "gradients", "parameters", "all-reduces"] {
+            assert!(plan.contains(part), "{name}: {part:?} is not in\n{plan}");
+        }
+        // A tenth of it alone; other tests run beside.
+        assert!(began.elapsed().as_secs_f64() < 1.0, "{name}: {:?}", began.elapsed());
+    }
+}
+
+#[test]
+fn each_familys_configuration_describes_the_published_model() {
+    for (file, folder) in [
+        ("flux1-dev", "flux1-dev"),
+        ("flux2-dev", "flux2-dev"),
+        ("qwen-image", "qwen-image"),
+        ("wan2.1-t2v-14b", "wan2.1-t2v-14b"),
+        ("hunyuanvideo1.5-720p", "hunyuanvideo1.5-t2v-720p"),
+    ] {
+        let text = fs::read_to_string(root().join(format!("configs/{file}.toml"))).unwrap();
+        let config = RunConfig::read(file, &text, &[]).unwrap();
+        assert_eq!(config.model.family, model::read_folder(&published(folder)).unwrap(), "{file}");
+    }
 }

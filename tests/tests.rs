@@ -10,6 +10,8 @@ mod collectives;
 mod configs;
 /// The number of ranks, the cut into micro-batches and recomputation do not change a run.
 mod equivalence;
+/// A run becomes a diffusers folder and a diffusers folder a run.
+mod exported;
 /// Each model family computes what diffusers' class of it computes.
 mod families;
 /// Rooms use lower floors only, and some words stand in one file only.

@@ -245,6 +245,10 @@ impl Architecture for Wan {
 
     fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()> {
         self.check_grid(shapes.latents)?;
+        if shapes.of.is_empty() {
+            // Planned for a shape alone; of conditions nothing is known.
+            return expect_equal("model.wan.out_channels", self.latent_channels(), Some(shapes.latents[0]), "latents have");
+        }
         self.check_channels(shapes)?;
         expect_equal("model.wan.text_dim", self.text_dim, shapes.last("text_embeddings"), "text_embeddings have")?;
         self.check_images(shapes)
