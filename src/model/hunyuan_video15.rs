@@ -9,14 +9,13 @@
 
 use tch::{Kind, Tensor};
 
-use super::joint::{JointStage, joint_mask};
+use super::joint::{self, JointStage, check_axes, joint_mask};
 use super::token_refiner::TokenRefiner;
 use super::{Architecture, SampleShapes, expect_equal};
 use crate::error::{Error, Result};
 use crate::nn::attention::Heads;
 use crate::nn::embed::ScalarEmbedding;
 use crate::nn::joint_block::BlockNames;
-use crate::nn::modulation::ModulatedProjection;
 use crate::nn::norm::{LayerNorm, Rounding};
 use crate::nn::patches::{self, FeatureOrder, Patch, PatchEmbedding};
 use crate::nn::rope::{self, Axis};
@@ -34,26 +33,26 @@ const GLYPH_WIDTH: i64 = 2048;
 
 /// What a published checkpoint was made for; the architecture is one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum HunyuanTask {
+pub enum Task {
     TextToVideo,
     #[default]
     ImageToVideo,
 }
 
-impl Choice for HunyuanTask {
-    const ALL: &'static [(&'static str, Self)] = &[("t2v", HunyuanTask::TextToVideo), ("i2v", HunyuanTask::ImageToVideo)];
+impl Choice for Task {
+    const ALL: &'static [(&'static str, Self)] = &[("t2v", Task::TextToVideo), ("i2v", Task::ImageToVideo)];
 }
 
 /// Normalization of queries and keys.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum QueryKeyNorm {
+pub enum QkNorm {
     /// Root-mean-square, head by head.
     #[default]
     RmsNorm,
 }
 
-impl Choice for QueryKeyNorm {
-    const ALL: &'static [(&'static str, Self)] = &[("rms_norm", QueryKeyNorm::RmsNorm)];
+impl Choice for QkNorm {
+    const ALL: &'static [(&'static str, Self)] = &[("rms_norm", QkNorm::RmsNorm)];
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -67,14 +66,14 @@ pub struct HunyuanVideo15 {
     pub mlp_ratio: f64,
     pub patch_size: i64,
     pub patch_size_t: i64,
-    pub qk_norm: QueryKeyNorm,
+    pub qk_norm: QkNorm,
     pub text_embed_dim: i64,
     pub text_embed_2_dim: i64,
     pub image_embed_dim: i64,
     pub rope_theta: f64,
     pub rope_axes_dim: [i64; 3],
     pub target_size: i64,
-    pub task_type: HunyuanTask,
+    pub task_type: Task,
     pub use_meanflow: bool,
 }
 
@@ -90,14 +89,14 @@ impl Default for HunyuanVideo15 {
             mlp_ratio: 4.0,
             patch_size: 1,
             patch_size_t: 1,
-            qk_norm: QueryKeyNorm::default(),
+            qk_norm: QkNorm::default(),
             text_embed_dim: 3584,
             text_embed_2_dim: 1472,
             image_embed_dim: 1152,
             rope_theta: 256.0,
             rope_axes_dim: [16, 56, 56],
             target_size: 640,
-            task_type: HunyuanTask::default(),
+            task_type: Task::default(),
             use_meanflow: false,
         }
     }
@@ -138,12 +137,33 @@ impl HunyuanVideo15 {
         }
     }
 
-    fn predicted_channels(&self) -> i64 {
+    /// Channels of the prediction, and so of the latents.
+    fn latent_channels(&self) -> i64 {
         if self.out_channels == 0 { self.in_channels } else { self.out_channels }
+    }
+
+    /// Whether further channels stand behind the noisy ones.
+    fn is_conditioned(&self) -> bool {
+        self.in_channels != self.latent_channels()
     }
 
     fn patch(&self) -> Patch {
         [self.patch_size_t, self.patch_size, self.patch_size]
+    }
+
+    /// The latents' channels, once patches are seen to cover them.
+    fn check_grid(&self, latents: &[i64]) -> Result<i64> {
+        let &[channels, frames, height, width] = latents else {
+            return Err(Error::config("model.hunyuan_video15", format!("takes latents [C, F, H, W], the data have {latents:?}")));
+        };
+        let sides = [("patch_size_t", frames), ("patch_size", height), ("patch_size", width)];
+        match sides.into_iter().zip(self.patch()).find(|((_, side), patch)| side % patch != 0) {
+            Some(((field, _), patch)) => {
+                let what = format!("{patch} does not divide the data's latents of {frames} x {height} x {width}");
+                Err(Error::config(format!("model.hunyuan_video15.{field}"), what))
+            }
+            None => Ok(channels),
+        }
     }
 }
 
@@ -153,11 +173,7 @@ impl Architecture for HunyuanVideo15 {
     }
 
     fn stages(&self) -> Result<Vec<Box<dyn Stage>>> {
-        let axes = &self.rope_axes_dim;
-        if axes.iter().sum::<i64>() != self.attention_head_dim || axes.iter().any(|axis| axis % 2 != 0) {
-            let what = format!("{axes:?} must be even and add up to attention_head_dim = {}", self.attention_head_dim);
-            return Err(Error::config("model.hunyuan_video15.rope_axes_dim", what));
-        }
+        check_axes("model.hunyuan_video15.rope_axes_dim", &self.rope_axes_dim, self.attention_head_dim)?;
         let (width, hidden) = (self.width(), (self.width() as f64 * self.mlp_ratio) as i64);
         if hidden == 0 {
             return Err(Error::config("model.hunyuan_video15.mlp_ratio", format!("{} of {width} leaves nothing", self.mlp_ratio)));
@@ -173,7 +189,7 @@ impl Architecture for HunyuanVideo15 {
     fn inputs(&self) -> Vec<&'static str> {
         let mut inputs = vec!["hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask"];
         inputs.extend(["encoder_hidden_states_2", "encoder_attention_mask_2", "image_embeds"]);
-        inputs.extend((self.in_channels != self.predicted_channels()).then_some("condition_latents"));
+        inputs.extend(self.is_conditioned().then_some("condition_latents"));
         inputs
     }
 
@@ -182,30 +198,21 @@ impl Architecture for HunyuanVideo15 {
     }
 
     fn image_tokens(&self, latents: &[i64]) -> i64 {
-        latents[1..].iter().product::<i64>() / (self.patch_size_t * self.patch_size * self.patch_size)
+        latents[1..].iter().zip(self.patch()).map(|(length, patch)| length / patch).product()
     }
 
     fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()> {
-        let setting = |field: &str| format!("model.hunyuan_video15.{field}");
-        let [channels, frames, height, width] = *shapes.latents else {
-            return Err(Error::config("model.hunyuan_video15", format!("takes latents [C, F, H, W], the data have {:?}", shapes.latents)));
+        let channels = self.check_grid(shapes.latents)?;
+        let expect = |field: &str, value: i64, found: Option<i64>, of: &str| {
+            expect_equal(&format!("model.hunyuan_video15.{field}"), value, found, of)
         };
-        for (field, patch, sides) in
-            [("patch_size_t", self.patch_size_t, [frames, frames]), ("patch_size", self.patch_size, [height, width])]
-        {
-            if sides.iter().any(|side| side % patch != 0) {
-                let what = format!("{patch} does not divide the data's latents of {frames} x {height} x {width}");
-                return Err(Error::config(setting(field), what));
-            }
+        expect("out_channels", self.latent_channels(), Some(channels), "latents have")?;
+        if self.is_conditioned() {
+            expect("in_channels", self.in_channels, Some(2 * channels + 1), "latents with what is known of them have")?;
         }
-        expect_equal(&setting("out_channels"), self.predicted_channels(), Some(channels), "latents have")?;
-        if self.in_channels != channels {
-            let with_condition = "latents with their condition have";
-            expect_equal(&setting("in_channels"), self.in_channels, Some(2 * channels + 1), with_condition)?;
-        }
-        expect_equal(&setting("text_embed_dim"), self.text_embed_dim, shapes.last("text_embeddings"), "text_embeddings have")?;
-        expect_equal(&setting("text_embed_2_dim"), self.text_embed_2_dim, shapes.last("text_embeddings_2"), "text_embeddings_2 have")?;
-        expect_equal(&setting("image_embed_dim"), self.image_embed_dim, shapes.last("image_embeds"), "image_embeds have")
+        expect("text_embed_dim", self.text_embed_dim, shapes.last("text_embeddings"), "text_embeddings have")?;
+        expect("text_embed_2_dim", self.text_embed_2_dim, shapes.last("text_embeddings_2"), "text_embeddings_2 have")?;
+        expect("image_embed_dim", self.image_embed_dim, shapes.last("image_embeds"), "image_embeds have")
     }
 }
 
@@ -216,7 +223,7 @@ const BLOCK_NAMES: BlockNames =
 struct Embed {
     params: ParamSet,
     patch: Patch,
-    conditioned: bool,
+    is_conditioned: bool,
     video: PatchEmbedding,
     timestep: ScalarEmbedding,
     glyphs: GlyphProjection,
@@ -244,8 +251,18 @@ impl Embed {
         }
         let types = builder.at("cond_type_embed").param("weight", &[3, width], Init::Normal { std: 1.0 });
         let axes = model.rope_axes_dim.map(|width| Axis { width, theta: model.rope_theta, kind: Kind::Float });
-        let conditioned = model.in_channels != model.predicted_channels();
-        Embed { params, patch: model.patch(), conditioned, video, timestep, glyphs, image, types, axes, ropes: PerShape::new() }
+        Embed {
+            params,
+            patch: model.patch(),
+            is_conditioned: model.is_conditioned(),
+            video,
+            timestep,
+            glyphs,
+            image,
+            types,
+            axes,
+            ropes: PerShape::new(),
+        }
     }
 
     fn rope(&self, latents: &Tensor) -> Tensor {
@@ -281,7 +298,7 @@ impl Stage for Embed {
 
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
         let latents = input.get("hidden_states");
-        let whole = if self.conditioned { Tensor::cat(&[latents, input.get("condition_latents")], 1) } else { latents.shallow_clone() };
+        let whole = if self.is_conditioned { Tensor::cat(&[latents, input.get("condition_latents")], 1) } else { latents.shallow_clone() };
         let video = self.video.forward(params, &whole);
         let (conditions, counted) = self.conditions(params, input);
         // diffusers masks the padding's own rows as well; what they hold is never seen, so that masking it as keys is exact.
@@ -338,29 +355,27 @@ impl ImageProjection {
 
 /// Video tokens back to latents.
 struct Head {
-    params: ParamSet,
+    tokens: joint::Head,
     patch: Patch,
-    output: ModulatedProjection,
 }
 
 impl Head {
     fn new(model: &HunyuanVideo15) -> Self {
-        let mut params = ParamSet::new("head");
-        let features = model.predicted_channels() * model.patch().iter().product::<i64>();
-        let output = ModulatedProjection::new(&mut Builder::new(&mut params, ""), model.width(), features, true, EPSILON);
-        Head { params, patch: model.patch(), output }
+        let features = model.latent_channels() * model.patch().iter().product::<i64>();
+        Head { tokens: joint::Head::new(model.width(), features, true, EPSILON), patch: model.patch() }
     }
 }
 
 impl Stage for Head {
     fn params(&self) -> &ParamSet {
-        &self.params
+        self.tokens.params()
     }
 
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
-        let tokens = self.output.forward(params, input.get("image"), input.get("conditioning"));
+        let tokens = self.tokens.forward(params, input);
         let grid = patches::grid(input.get("hidden_states"), self.patch);
-        Activations::new().with("prediction", patches::join(&tokens, self.patch, grid, FeatureOrder::ChannelFirst))
+        let latents = patches::join(tokens.get("prediction"), self.patch, grid, FeatureOrder::ChannelFirst);
+        Activations::new().with("prediction", latents)
     }
 }
 
@@ -418,6 +433,55 @@ mod tests {
 
     fn distance(a: &Tensor, b: &Tensor) -> f64 {
         (a - b).abs().max().double_value(&[])
+    }
+
+    #[test]
+    fn published_configurations_have_diffusers_number_of_parameters() {
+        let text_to_video = HunyuanVideo15 { target_size: 960, task_type: Task::TextToVideo, ..HunyuanVideo15::default() };
+        let distilled = HunyuanVideo15 { use_meanflow: true, ..HunyuanVideo15::default() };
+        // Counted in diffusers 0.42.1 on the meta device: parameters and tensors.
+        for (model, count, tensors) in [(text_to_video, 8_326_608_160, 1801), (distilled, 8_331_330_848, 1805)] {
+            let stages = model.stages().unwrap();
+            assert_eq!(stages.iter().map(|stage| stage.params().numel()).sum::<i64>(), count, "{model:?}");
+            assert_eq!(stages.iter().map(|stage| stage.params().infos().len()).sum::<usize>(), tensors, "{model:?}");
+        }
+    }
+
+    #[test]
+    fn fields_that_contradict_each_other_are_refused_by_name() {
+        let refused = [
+            (HunyuanVideo15 { rope_axes_dim: [2, 2, 2], ..tiny() }, "rope_axes_dim"),
+            (HunyuanVideo15 { rope_axes_dim: [1, 3, 4], ..tiny() }, "rope_axes_dim"),
+            (HunyuanVideo15 { mlp_ratio: 0.01, ..tiny() }, "mlp_ratio"),
+        ];
+        for (model, field) in refused {
+            let message = model.stages().err().expect("refused").to_string();
+            assert!(message.contains(&format!("model.hunyuan_video15.{field}:")), "{message}");
+        }
+    }
+
+    #[test]
+    fn data_that_the_model_cannot_take_are_refused() {
+        let check = |model: &HunyuanVideo15, latents: &[i64], of: &[(&str, &[i64])]| {
+            let of = of.iter().map(|(key, shape)| (key.to_string(), shape.to_vec())).collect();
+            model.check_data(&SampleShapes { latents, of }).map_err(|error| error.to_string())
+        };
+        let keys: [(&str, &[i64]); 3] = [("text_embeddings", &[9, 6]), ("text_embeddings_2", &[5, 4]), ("image_embeds", &[7, 3])];
+        assert_eq!(check(&tiny(), &[2, 3, 4, 6], &keys), Ok(()));
+        assert_eq!(check(&HunyuanVideo15 { in_channels: 2, ..tiny() }, &[2, 3, 4, 6], &keys), Ok(()));
+        let refused = [
+            (check(&tiny(), &[2, 4, 6], &[]), "takes latents [C, F, H, W], the data have [2, 4, 6]"),
+            (check(&tiny(), &[2, 3, 4, 5], &[]), "patch_size: 2 does not divide"),
+            (check(&HunyuanVideo15 { patch_size_t: 2, ..tiny() }, &[2, 3, 4, 6], &[]), "patch_size_t: 2 does not divide"),
+            (check(&tiny(), &[3, 3, 4, 6], &[]), "out_channels"),
+            (check(&HunyuanVideo15 { in_channels: 4, ..tiny() }, &[2, 3, 4, 6], &[]), "in_channels"),
+            (check(&tiny(), &[2, 3, 4, 6], &[("text_embeddings", &[9, 5])]), "text_embed_dim"),
+            (check(&tiny(), &[2, 3, 4, 6], &[("text_embeddings_2", &[9, 5])]), "text_embed_2_dim"),
+            (check(&tiny(), &[2, 3, 4, 6], &[("image_embeds", &[9, 5])]), "image_embed_dim"),
+        ];
+        for (checked, expected) in refused {
+            assert!(checked.as_ref().is_err_and(|message| message.contains(expected)), "{expected}: {checked:?}");
+        }
     }
 
     #[test]

@@ -21,7 +21,7 @@ pub use dit::Dit;
 pub use flux::Flux;
 pub use flux2::Flux2;
 pub use footprint::{Footprint, Tokens, footprint};
-pub use hunyuan_video15::{HunyuanTask, HunyuanVideo15, QueryKeyNorm};
+pub use hunyuan_video15::HunyuanVideo15;
 pub use qwen_image::QwenImage;
 pub use settings::{Beginning, Dtype, ModelSettings};
 pub use wan::Wan;
