@@ -15,7 +15,7 @@ use crate::runs::{finish, program, train_in_threads};
 use crate::training::{FLUX, FLUX2, HUNYUAN_VIDEO15, QWEN_IMAGE, Tiny, WAN};
 
 /// A family trained for two steps under `root`, and exported in shards of a few tensors.
-fn exported(family: &Tiny, root: &Path) -> (PathBuf, PathBuf) {
+pub fn exported(family: &Tiny, root: &Path) -> (PathBuf, PathBuf) {
     let data = root.join("data");
     family.write_data(&data);
     let run = train_in_threads(&family.config(&data, &root.join("run"), &["max_steps=2"]), &Resume::Never, 1).unwrap();

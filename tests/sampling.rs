@@ -4,16 +4,19 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
+use fm_dist::config::FlowSettings;
 use fm_dist::data::safetensors::{self, SafeTensors};
-use fm_dist::flow::{Guidance, Guide, NoiseLevels, SamplingSettings, Shift, solver};
+use fm_dist::flow::{FlowMatchingSettings, Guidance, Guide, ModelAdapter, NoiseLevels, SamplingSettings, solver};
 use fm_dist::rng::{Key, Purpose};
 use fm_dist::train::Resume;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
+use crate::exported::exported;
 use crate::oracle::{assert_close, entries, fresh_seed, oracle};
 use crate::runs::{finish, program, tiny, train_in_threads};
+use crate::training::{FLUX, FLUX2, HUNYUAN_VIDEO15, QWEN_IMAGE, Tiny, WAN};
 
 const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
 /// A few roundings to f32 on their side.
@@ -21,26 +24,28 @@ const SIGMAS: f64 = 1e-6;
 /// Those sums through a dozen steps of a small model in f32.
 const TRAJECTORY: f64 = 1e-4;
 
-/// What a family's adapter says of its noise levels; `shape` is one sample's latents.
+/// A family's adapter as its users configure it.
+fn adapter_of(family: &str) -> (Box<dyn ModelAdapter>, FlowMatchingSettings) {
+    let (name, more) = match family {
+        "flux_dev" => ("flux", None),
+        "flux_schnell" => ("flux", Some("adapter.use_guidance_embeds=false")),
+        "wan" => ("simple", None),
+        "hunyuan_video" => ("hunyuan", None),
+        other => (other, None),
+    };
+    let overrides: Vec<String> = [format!("adapter_type={name}")].into_iter().chain(more.map(String::from)).collect();
+    let mut settings = FlowSettings::default();
+    fm_dist::settings::read(&mut settings, "sampling", "", &overrides).unwrap();
+    (settings.adapter.build(), settings.flow)
+}
+
 fn levels_of(family: &str, shape: &[i64], flow_shift: f64) -> NoiseLevels {
-    let pixels = shape[shape.len() - 2] * shape[shape.len() - 1];
-    match family {
-        "flux_dev" => NoiseLevels::even(Shift::between(pixels / 4, (256, 0.5), (4096, 1.15))),
-        "flux_schnell" => NoiseLevels::even(Shift::Constant(1.0)),
-        "flux2" => NoiseLevels::even(Shift::Empirical { tokens: pixels }),
-        "qwen_image" => NoiseLevels::even(Shift::between(pixels / 4, (256, 0.5), (8192, 0.9))).ending_at(0.02),
-        "wan" => NoiseLevels::down_to_training(flow_shift, 1000),
-        "hunyuan_video" => NoiseLevels::even(Shift::Constant(flow_shift)),
-        other => panic!("the oracle samples {other}"),
-    }
+    let (adapter, settings) = adapter_of(family);
+    adapter.noise_levels(shape, &FlowMatchingSettings { flow_shift, ..settings })
 }
 
 fn guidance_of(family: &str) -> Guidance {
-    match family {
-        "flux_dev" | "flux2" => Guidance::Embedded,
-        "qwen_image" => Guidance::Rescaled { patch_size: 2 },
-        _ => Guidance::ClassifierFree,
-    }
+    adapter_of(family).0.guidance()
 }
 
 fn number(case: &Value, name: &str) -> f64 {
@@ -98,6 +103,67 @@ fn formula(x: &Tensor, sigma: f64, text: &Tensor, fed: Option<f64>) -> Tensor {
     per_sample[0] = -1;
     let text = text.mean_dim([1i64, 2].as_slice(), false, Kind::Float).view(per_sample.as_slice());
     x.tanh() * (&text + 1.0) + text * (0.25 * sigma) + 0.05 * fed.unwrap_or(0.0)
+}
+
+/// Trains a tiny family, exports it and follows it from noise under guidance, here and with diffusers' pipeline.
+fn check_family(family: &Tiny, pipeline: &str, guidance: &str, negative: bool) {
+    let root = TempDir::new().unwrap();
+    let (run, folder) = exported(family, root.path());
+    let path = |name: &str| root.path().join(name);
+    let key = Key::new(fresh_seed(pipeline).parse().unwrap(), Purpose::Test);
+    let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();
+    for (index, (name, shape)) in family.keys.iter().enumerate() {
+        let size = [&[2], *shape].concat();
+        let draw = |scope: u64| key.scope(scope).seeded(|| Tensor::randn(&size, FLOAT));
+        let index = index as u64;
+        match *name {
+            "image_latents" | "video_latents" => drop(tensors.insert("noise".into(), draw(index))),
+            // Text-to-video is a video without an image.
+            "image_embeds" => drop(tensors.insert("image_embeds".into(), Tensor::zeros(&size, FLOAT))),
+            mask if mask.contains("mask") => drop(tensors.insert(mask.into(), Tensor::ones(&size, FLOAT))),
+            condition => {
+                drop(tensors.insert(condition.into(), draw(index)));
+                if negative {
+                    drop(tensors.insert(format!("negative.{condition}"), draw(100 + index)));
+                }
+            }
+        }
+    }
+    let borrowed: Vec<(&str, &Tensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    write(&path("conditions.safetensors"), &borrowed, &[("data_type", family.data_type)]);
+    let ours = path("ours.safetensors");
+    let (code, errors) = sample(&run, &path("conditions.safetensors"), &ours, &["--steps", "5", "--guidance", guidance]);
+    assert_eq!(code, 0, "{errors}");
+    let files = [folder, path("conditions.safetensors"), path("theirs.safetensors")].map(|file| file.to_str().unwrap().to_string());
+    let fixed = ["--steps", "5", "--guidance", guidance, "--shift", "3"];
+    oracle("sampling.py", &[&["exported", pipeline], files.each_ref().map(String::as_str).as_slice(), &fixed].concat());
+    assert_close(&read(&ours, "sigmas"), &read(&path("theirs.safetensors"), "sigmas"), SIGMAS, pipeline);
+    assert_close(&read(&ours, "samples"), &read(&path("theirs.safetensors"), "samples"), TRAJECTORY, pipeline);
+}
+
+#[test]
+fn flux_is_sampled_as_by_its_pipeline() {
+    check_family(&FLUX, "flux_dev", "3.5", false);
+}
+
+#[test]
+fn flux2_is_sampled_as_by_its_pipeline() {
+    check_family(&FLUX2, "flux2", "4", false);
+}
+
+#[test]
+fn qwen_image_is_sampled_as_by_its_pipeline() {
+    check_family(&QWEN_IMAGE, "qwen_image", "4", true);
+}
+
+#[test]
+fn wan_is_sampled_as_by_its_pipeline() {
+    check_family(&WAN, "wan", "5", true);
+}
+
+#[test]
+fn hunyuan_video15_is_sampled_as_by_its_pipeline() {
+    check_family(&HUNYUAN_VIDEO15, "hunyuan_video", "6", true);
 }
 
 /// A digits run of a few steps: its folder, which lives as long as the first value.

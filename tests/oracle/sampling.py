@@ -1,6 +1,7 @@
 """Samples with the pipelines of diffusers 0.42.1 on a CPU, each family in its own way, and writes what went in and what came out.
 
     python sampling.py families OUT_DIR SEED
+    python sampling.py exported FAMILY FOLDER CONDITIONS.safetensors OUT.safetensors --steps 5 --shift 3 --guidance 4
     python sampling.py digits CHECKPOINT.safetensors CONDITIONS.safetensors OUT.safetensors --steps 5 --shift 2 --guidance 1.3 --patch 2
 
 Needs torch 2.13.0, diffusers 0.42.1, nemo-automodel 0.5.0 (for `digits`) and safetensors.
@@ -12,6 +13,9 @@ classes stand in its place, so that it need not be installed.
 trajectory has also `.noise`, `.text`, perhaps `.negative`, and `.samples`, the latents at its end. The model is a formula that a
 test can repeat; a real transformer goes into `generate` just so. The schedulers are configured as the published checkpoints
 configure them.
+
+`exported` follows the transformer in FOLDER from the `noise` among the conditions, which have the reference's keys, and writes `samples`
+and `sigmas`.
 
 `digits` follows the demo's transformer of dit.py from `noise` under classifier-free guidance against `negative.text_embeddings`, or
 zeros, and writes `samples` and `sigmas`.
@@ -241,6 +245,30 @@ def families(out: Path, seed: int) -> None:
     (out / "sampling.json").write_text(json.dumps(cases, indent=1))
 
 
+PIPELINE_NAMES = {
+    "text_embeddings": "prompt_embeds",
+    "pooled_prompt_embeds": "pooled_prompt_embeds",
+    "text_mask": "prompt_embeds_mask",
+    "text_embeddings_2": "prompt_embeds_2",
+    "text_mask_2": "prompt_embeds_mask_2",
+}
+
+
+def exported(arguments: argparse.Namespace) -> None:
+    stand_in_for_text_encoders()
+    from exported import load  # imports all of nemo-automodel
+
+    model, given = load(Path(arguments.folder)), load_file(arguments.conditions)
+    negative = {key.removeprefix("negative."): tensor for key, tensor in given.items() if key.startswith("negative.")}
+    conditions = {name: given[key] for key, name in PIPELINE_NAMES.items() if key in given}
+    if negative:
+        conditions |= {f"negative_{name}": negative.get(key, given[key]) for key, name in PIPELINE_NAMES.items() if key in given}
+    scheduler = scheduler_of(arguments.family, arguments.shift)
+    with torch.no_grad():
+        end = generate(arguments.family, model, scheduler, given["noise"], conditions, arguments.steps, arguments.guidance)
+    save_file({"samples": end.contiguous(), "sigmas": scheduler.sigmas}, arguments.out)
+
+
 def digits(arguments: argparse.Namespace) -> None:
     from dit import Dit  # imports all of nemo-automodel
 
@@ -265,6 +293,13 @@ def main() -> None:
     command = commands.add_parser("families")
     command.add_argument("out", type=Path)
     command.add_argument("seed", type=int)
+    command = commands.add_parser("exported")
+    command.add_argument("family", choices=SCHEDULERS)
+    for name in ["folder", "conditions", "out"]:
+        command.add_argument(name)
+    command.add_argument("--steps", type=int, required=True)
+    for name in ["--shift", "--guidance"]:
+        command.add_argument(name, type=float, required=True)
     command = commands.add_parser("digits")
     for name in ["checkpoint", "conditions", "out"]:
         command.add_argument(name)
@@ -274,7 +309,13 @@ def main() -> None:
         command.add_argument(name, type=float, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    digits(arguments) if arguments.command == "digits" else families(arguments.out, arguments.seed)
+    match arguments.command:
+        case "families":
+            families(arguments.out, arguments.seed)
+        case "exported":
+            exported(arguments)
+        case "digits":
+            digits(arguments)
 
 
 if __name__ == "__main__":
