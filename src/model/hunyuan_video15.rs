@@ -5,6 +5,8 @@
 //! `[B, L, text_embed_dim]`, a glyph encoder's `encoder_hidden_states_2` `[B, L2, text_embed_2_dim]`, both with an
 //! `encoder_attention_mask`; `image_embeds` `[B, L3, image_embed_dim]`, zeros where there is no image.
 //!
+//! Longer than the house's files are: a third of it is tests.
+//!
 //! Source: diffusers 0.42.1, `HunyuanVideo15Transformer3DModel`, whose field and parameter names these are.
 
 use tch::{Kind, Tensor};
