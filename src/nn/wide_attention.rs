@@ -73,10 +73,11 @@ impl WideAttention {
             let [key, value] = source.forward(params, tokens, self.num_heads);
             attend(&query, &key, &value, None)
         };
-        let mut attended = over(&self.source, text);
-        if let (Some(added), Some(image)) = (&self.added, image) {
-            attended = attended + over(added, image);
-        }
+        let attended = over(&self.source, text);
+        let attended = match (&self.added, image) {
+            (Some(added), Some(image)) => attended + over(added, image),
+            _ => attended,
+        };
         self.output.forward(params, &attended)
     }
 
