@@ -75,7 +75,7 @@ impl WideAttention {
         };
         let mut attended = over(&self.source, text);
         if let (Some(added), Some(image)) = (&self.added, image) {
-            attended = attended + over(added, image);
+            attended += over(added, image);
         }
         self.output.forward(params, &attended)
     }
