@@ -73,10 +73,10 @@ impl WideAttention {
             let [key, value] = source.forward(params, tokens, self.num_heads);
             attend(&query, &key, &value, None)
         };
-        let mut attended = over(&self.source, text);
-        if let (Some(added), Some(image)) = (&self.added, image) {
-            attended += over(added, image);
-        }
+        let attended = match (&self.added, image) {
+            (Some(added), Some(image)) => over(&self.source, text) + over(added, image),
+            _ => over(&self.source, text),
+        };
         self.output.forward(params, &attended)
     }
 
