@@ -4,7 +4,7 @@ use crate::adapter::AdapterChoice;
 use crate::data::DataSettings;
 use crate::error::{ConfigProblem, Error, Result};
 use crate::flow::{FlowMatchingSettings, SamplingSettings};
-use crate::model::ModelSettings;
+use crate::model::{Model, ModelSettings};
 use crate::optim::OptimizerChoice;
 use crate::optim::lr::LrScheduleChoice;
 use crate::parallel::{ParallelSettings, Sharding};
@@ -202,6 +202,13 @@ impl RunConfig {
             let (kind, model) = (self.flow_matching.adapter.name(), self.model.family.name());
             let what = format!("the `{kind}` adapter gives no `{input}`, which the model `{model}` needs");
             say("flow_matching.adapter", what);
+        }
+        if let (AdapterChoice::Hunyuan(adapter), Model::HunyuanVideo15(model)) = (&self.flow_matching.adapter, &self.model.family) {
+            let [_, width] = adapter.default_image_embed_shape;
+            if width != model.image_embed_dim {
+                let what = format!("has {width} features, the model's image_embed_dim is {}", model.image_embed_dim);
+                say("flow_matching.adapter.default_image_embed_shape", what);
+            }
         }
         if let Err(Error::Config { problems: of_model, .. }) = self.model.family.stages() {
             problems.extend(of_model);

@@ -123,7 +123,7 @@ fn tamper(folder: &Path, change: impl FnOnce(&mut BTreeMap<String, Tensor>)) {
 
 /// What a run that begins with the folder says.
 fn refusal(root: &Path, folder: &Path) -> String {
-    step(&FLUX, root, None, 1, &[&format!("model.path={folder:?}")]).err().expect("refused")
+    step(&FLUX, root, None, 1, &[&format!("model.path={folder:?}")]).expect_err("refused")
 }
 
 #[test]

@@ -16,7 +16,7 @@ use crate::runs::{checkpoint, column, train_in_threads};
 
 const SAMPLES: i64 = 8;
 
-/// A family made tiny: its table, its adapter and the shapes of one sample's tensors.
+/// A family made tiny: its tables, its adapter and the shapes of one sample's tensors.
 pub struct Tiny {
     pub model: &'static str,
     pub adapter: &'static str,
@@ -58,7 +58,8 @@ pub const WAN: Tiny = Tiny {
 
 pub const HUNYUAN_VIDEO15: Tiny = Tiny {
     model: "[model.hunyuan_video15]\nin_channels = 9\nout_channels = 4\nnum_layers = 1\nnum_refiner_layers = 1\nattention_head_dim = 16\n\
-            num_attention_heads = 2\ntext_embed_dim = 12\ntext_embed_2_dim = 10\nimage_embed_dim = 8\nrope_axes_dim = [4, 6, 6]\n",
+            num_attention_heads = 2\ntext_embed_dim = 12\ntext_embed_2_dim = 10\nimage_embed_dim = 8\nrope_axes_dim = [4, 6, 6]\n\
+            [flow_matching.adapter]\ndefault_image_embed_shape = [7, 8]\n",
     adapter: "hunyuan",
     data_type: "video",
     keys: &[

@@ -3,11 +3,14 @@
 use tch::{Kind, Tensor};
 
 use super::AdapterSettings;
-use super::inputs::{TimestepDtype, batched, guidance, packed, text_embeddings, unpacked};
+use super::inputs::{TimestepDtype, batched, guidance, packed, text_embeddings, text_mask, unpacked};
 use crate::error::Result;
 use crate::flow::{FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Shift};
 use crate::nn::Activations;
 use crate::settings::{Keys, Settings};
+
+/// Either holds the pooled text.
+const POOLED_KEYS: [&str; 2] = ["pooled_prompt_embeds", "clip_pooled"];
 
 /// Width of the zeros that stand for pooled text where the batch has none: CLIP-L's.
 const POOLED_WIDTH: i64 = 768;
@@ -48,6 +51,10 @@ impl ModelAdapter for Flux {
         &["text_embeddings", "pooled_prompt_embeds", "clip_pooled"]
     }
 
+    fn mask_keys(&self) -> &'static [&'static str] {
+        &["text_mask"]
+    }
+
     fn provides(&self) -> &'static [&'static str] {
         const ALL: &[&str] = &["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "grid", "guidance"];
         if self.use_guidance_embeds { ALL } else { &ALL[..ALL.len() - 1] }
@@ -57,15 +64,17 @@ impl ModelAdapter for Flux {
     /// `[B]` in `[0, 1]`, `guidance` `[B]` f32, `grid`, `text_mask` `[B, L]` if it is used.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
         let (tokens, grid) = packed(context, "flux")?;
-        let (text, pooled) = self.conditions(context)?;
+        let text = text_embeddings(context, "flux")?;
+        let drop = drop(context);
+        let mask = if self.use_text_mask { Some(text_mask(context, &text, &drop, "flux")?) } else { None };
         let inputs = Activations::new()
             .with_constant("hidden_states", tokens)
-            .with_constant("encoder_hidden_states", text)
-            .with_constant("pooled_projections", pooled)
+            .with_constant("encoder_hidden_states", context.dropped("text_embeddings", &text, &drop)?)
+            .with_constant("pooled_projections", pooled(context, &drop)?)
             .with_constant("timestep", self.timestep_dtype.of_one(context))
             .with_constant("guidance", guidance(context, self.guidance_scale))
             .with_constant("grid", grid);
-        if self.use_text_mask { Ok(inputs.with_constant("text_mask", context.required("text_mask", "flux")?)) } else { Ok(inputs) }
+        Ok(mask.into_iter().fold(inputs, |inputs, mask| inputs.with_constant("text_mask", mask)))
     }
 
     fn prediction(&self, output: &Activations) -> Tensor {
@@ -84,22 +93,19 @@ impl ModelAdapter for Flux {
     }
 }
 
-impl Flux {
-    /// Text and pooled text, dropped together.
-    fn conditions(&self, context: &FlowMatchingContext<'_>) -> Result<(Tensor, Tensor)> {
-        let text = text_embeddings(context, "flux")?;
-        let samples = text.size()[0];
-        let pooled_key = ["pooled_prompt_embeds", "clip_pooled"].into_iter().find(|key| context.batch.get(key).is_some());
-        let pooled = match pooled_key {
-            Some(key) => batched(context, key, "flux", 2)?,
-            None => Tensor::zeros([samples, POOLED_WIDTH], (context.dtype, context.device)),
-        };
-        if context.cfg_dropout_prob <= 0.0 {
-            return Ok((text, pooled));
-        }
-        let drop = context.draws.uniform(&[samples]).lt(context.cfg_dropout_prob).to_kind(Kind::Bool);
-        let text = context.dropped("text_embeddings", &text, &drop)?;
-        let pooled = pooled_key.map_or_else(|| Ok(pooled.shallow_clone()), |key| context.dropped(key, &pooled, &drop))?;
-        Ok((text, pooled))
+/// Which samples' conditions are dropped, `[B]` boolean, each by its own draw; no draw where none can be.
+fn drop(context: &FlowMatchingContext<'_>) -> Tensor {
+    let samples = context.noisy_latents.size()[0];
+    match context.cfg_dropout_prob {
+        probability if probability > 0.0 => context.draws.uniform(&[samples]).lt(probability).to_device(context.device),
+        _ => Tensor::zeros([samples], (Kind::Bool, context.device)),
+    }
+}
+
+/// Pooled text `[B, P]`, zeros where the batch has none.
+fn pooled(context: &FlowMatchingContext<'_>, drop: &Tensor) -> Result<Tensor> {
+    match POOLED_KEYS.into_iter().find(|key| context.batch.get(key).is_some()) {
+        Some(key) => context.dropped(key, &batched(context, key, "flux", 2)?, drop),
+        None => Ok(Tensor::zeros([context.noisy_latents.size()[0], POOLED_WIDTH], (context.dtype, context.device))),
     }
 }

@@ -58,6 +58,10 @@ impl ModelAdapter for Hunyuan {
         &["text_embeddings", "text_embeddings_2"]
     }
 
+    fn mask_keys(&self) -> &'static [&'static str] {
+        &["text_mask", "text_mask_2"]
+    }
+
     fn provides(&self) -> &'static [&'static str] {
         const ALL: &[&str] = &[
             "hidden_states",

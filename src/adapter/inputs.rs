@@ -64,13 +64,14 @@ pub(super) fn batched(context: &FlowMatchingContext<'_>, key: &str, adapter: &st
     Ok(tensor.expand(size, false).to_kind(context.dtype))
 }
 
-/// `text_mask` `[B, L]`, not zero where a token of `text` `[B, L, D]` is no padding.
-pub(super) fn text_mask(context: &FlowMatchingContext<'_>, text: &Tensor, adapter: &str) -> Result<Tensor> {
+/// `text_mask` `[B, L]`, not zero where a token of `text` `[B, L, D]` is no padding; of samples whose text is dropped as
+/// `drop` `[B]` says.
+pub(super) fn text_mask(context: &FlowMatchingContext<'_>, text: &Tensor, drop: &Tensor, adapter: &str) -> Result<Tensor> {
     let mask = batched(context, "text_mask", adapter, 2)?;
     if mask.size() != text.size()[..2] {
         return Err(Error::data("batch", format!("`text_mask` {:?} marks no text of {:?}", mask.size(), text.size())));
     }
-    Ok(mask)
+    context.dropped_mask("text_mask", &mask, drop)
 }
 
 /// Noisy images `[B, C, H, W]` as tokens of 2 x 2 pixels `[B, H/2 · W/2, 4·C]`, and their `grid`, `[3]` int64 on the host.

@@ -46,6 +46,10 @@ impl ModelAdapter for QwenImage {
         &["text_embeddings"]
     }
 
+    fn mask_keys(&self) -> &'static [&'static str] {
+        &["text_mask"]
+    }
+
     fn provides(&self) -> &'static [&'static str] {
         const ALL: &[&str] = &["hidden_states", "encoder_hidden_states", "timestep", "grid", "guidance"];
         if self.use_guidance_embeds { ALL } else { &ALL[..ALL.len() - 1] }
@@ -55,8 +59,9 @@ impl ModelAdapter for QwenImage {
     /// `guidance` `[B]` in the compute kind and `text_mask` `[B, L]` if they are used.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
         let (tokens, grid) = packed(context, "qwen_image")?;
-        let text = text(context)?;
-        let mask = if self.use_text_mask { Some(text_mask(context, &text, "qwen_image")?) } else { None };
+        let (text, drop) = (text_embeddings(context, "qwen_image")?, drop(context));
+        let mask = if self.use_text_mask { Some(text_mask(context, &text, &drop, "qwen_image")?) } else { None };
+        let text = context.dropped("text_embeddings", &text, &drop)?;
         let guidance = self.use_guidance_embeds.then(|| guidance(context, self.guidance_scale).to_kind(context.dtype));
         let inputs = Activations::new()
             .with_constant("hidden_states", tokens)
@@ -84,11 +89,8 @@ impl ModelAdapter for QwenImage {
     }
 }
 
-/// Text, dropped by one coin for the whole batch, which is tossed whatever the probability.
-fn text(context: &FlowMatchingContext<'_>) -> Result<Tensor> {
-    let text = text_embeddings(context, "qwen_image")?;
-    if !context.draws.host_coin(context.cfg_dropout_prob) {
-        return Ok(text);
-    }
-    context.dropped("text_embeddings", &text, &Tensor::ones([text.size()[0]], (Kind::Bool, context.device)))
+/// Which samples' text is dropped: all or none, by one coin for the whole batch, which is tossed whatever the probability.
+fn drop(context: &FlowMatchingContext<'_>) -> Tensor {
+    let all = context.draws.host_coin(context.cfg_dropout_prob);
+    Tensor::full([context.noisy_latents.size()[0]], i64::from(all), (Kind::Bool, context.device))
 }

@@ -24,7 +24,7 @@ pub mod sha256;
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 pub use dataset::{Conditions, Dataset};
 pub use loader::{Loader, Share};
@@ -67,9 +67,9 @@ impl Batch {
         self.tensors.get(key)
     }
 
-    /// The same batch on another device.
-    pub fn to_device(&self, device: Device) -> Batch {
-        let tensors = self.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.to_device(device))).collect();
+    /// The same tensors under a second owner.
+    pub fn alias(&self) -> Batch {
+        let tensors = self.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
         Batch { tensors, data_type: self.data_type, sample_ids: self.sample_ids.clone() }
     }
 }

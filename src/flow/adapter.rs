@@ -67,12 +67,26 @@ impl FlowMatchingContext<'_> {
         Ok(self.batch.get(key).ok_or_else(missing)?.to_device(self.device))
     }
 
-    /// The batch's condition `key` with some rows dropped, see [`dropped`].
+    /// The batch's condition `key` with the rows that `drop` `[B]` marks replaced, as `cfg_dropout_value` says.
     ///
     /// # Errors
     /// [`Error::Data`] if the empty prompt's is wanted and missing or unfit.
     pub fn dropped(&self, key: &str, condition: &Tensor, drop: &Tensor) -> Result<Tensor> {
+        if self.cfg_dropout_prob <= 0.0 {
+            return Ok(condition.shallow_clone());
+        }
         dropped(self.batch, key, condition, drop, self.cfg_dropout_value)
+    }
+
+    /// The same of a condition's mask: it goes with the empty prompt, and stays where conditions become zeros.
+    ///
+    /// # Errors
+    /// As [`dropped`](Self::dropped).
+    pub fn dropped_mask(&self, key: &str, mask: &Tensor, drop: &Tensor) -> Result<Tensor> {
+        match self.cfg_dropout_value {
+            CfgDropoutValue::Zeros => Ok(mask.shallow_clone()),
+            CfgDropoutValue::EmptyPrompt => self.dropped(key, mask, drop),
+        }
     }
 }
 
@@ -114,13 +128,18 @@ pub trait ModelAdapter {
     /// The batch's keys that hold conditions, which can be dropped.
     fn condition_keys(&self) -> &'static [&'static str];
 
+    /// The batch's keys that say which tokens of those conditions are padding.
+    fn mask_keys(&self) -> &'static [&'static str] {
+        &[]
+    }
+
     /// Names of the inputs that [`prepare_inputs`](Self::prepare_inputs) gives to every model that has a use for them.
     fn provides(&self) -> &'static [&'static str];
 
     /// The model's inputs, all constants.
     ///
     /// # Errors
-    /// [`Error::Data`](crate::error::Error::Data) if the batch lacks a key or its shapes do not fit the family.
+    /// [`Error::Data`] if the batch lacks a key or its shapes do not fit the family.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations>;
 
     /// The predicted velocity in the latents' shape.

@@ -6,7 +6,7 @@ use super::adapter::{FlowMatchingContext, ModelAdapter, TaskType, dropped};
 use super::loss::{LossValues, check_loss, masked_mean};
 use super::loss_weight::LossWeight;
 use super::schedule::LinearInterpolationSchedule;
-use super::settings::{CfgDropout, FlowMatchingSettings, TaskScope};
+use super::settings::{CfgDropout, CfgDropoutValue, FlowMatchingSettings, TaskScope};
 use super::statistics::{Observed, Statistics};
 use super::timestep_sampling::{SampledTimesteps, Strata, sample_timesteps};
 use crate::data::{Batch, DataType};
@@ -174,15 +174,17 @@ impl FlowMatchingPipeline {
 
     /// The batch with some samples' conditions dropped, each by its own draw.
     fn drop_conditions(&self, batch: &Batch, size: i64, draws: &Draws<'_>) -> Result<Batch> {
-        let mut after = batch.to_device(self.device);
-        let drop = draws.uniform(&[size]).lt(self.settings.cfg_dropout_prob);
-        for key in self.adapter.condition_keys() {
+        let mut after = batch.alias();
+        let (drop, value) = (draws.uniform(&[size]).lt(self.settings.cfg_dropout_prob), self.settings.cfg_dropout_value);
+        // A mask goes with the empty prompt; where conditions become zeros it stays.
+        let masks = if value == CfgDropoutValue::EmptyPrompt { self.adapter.mask_keys() } else { &[] };
+        for key in self.adapter.condition_keys().iter().chain(masks) {
             let Some(tensor) = after.tensors.get_mut(*key) else { continue };
             if tensor.size()[0] != size {
                 let what = format!("`{key}` {:?} must have the latents' {size} samples for per-sample dropout", tensor.size());
                 return Err(Error::data("batch", what));
             }
-            *tensor = dropped(batch, key, tensor, &drop, self.settings.cfg_dropout_value)?;
+            *tensor = dropped(batch, key, tensor, &drop, value)?;
         }
         Ok(after)
     }

@@ -125,6 +125,8 @@ impl Architecture for Flux {
         let text = shapes.last("text_embeddings");
         expect_equal("model.flux.joint_attention_dim", self.joint_attention_dim, text, "text_embeddings have")?;
         let pooled = shapes.last("pooled_prompt_embeds").or(shapes.last("clip_pooled"));
+        // Zeros stand for pooled text that the data lack; of what width, the adapter knows: CLIP-L's.
+        let pooled = pooled.or((!shapes.of.is_empty()).then_some(768));
         expect_equal("model.flux.pooled_projection_dim", self.pooled_projection_dim, pooled, "pooled text has")
     }
 }

@@ -312,3 +312,28 @@ impl Stage for SingleBlock {
         passing(Activations::new().with("joint", joint), input, &OF_SINGLE_BLOCKS)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_turns_by_its_place_and_the_image_by_row_and_column() {
+        // A pair an axis, which turns by the place in radians.
+        let model = Flux2 { attention_head_dim: 8, num_attention_heads: 1, axes_dims_rope: [2; 4], ..Flux2::default() };
+        let places = Embed::new(&model).rope([1, 2, 3], 2, Device::Cpu).squeeze_dim(1).angle().round();
+        let places = Vec::<Vec<f32>>::try_from(places).unwrap();
+        assert_eq!(places[..2], [[0.0; 4], [0.0, 0.0, 0.0, 1.0]]);
+        assert_eq!(places[2..5], [[0.0; 4], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 2.0, 0.0]]);
+        assert_eq!(places[5..], [[0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0], [0.0, 1.0, 2.0, 0.0]]);
+    }
+
+    #[test]
+    fn what_cannot_be_built_is_refused_by_name() {
+        let refused = |model: Flux2| model.stages().map(drop).unwrap_err().to_string();
+        let axes = refused(Flux2 { axes_dims_rope: [32, 32, 32, 30], ..Flux2::default() });
+        assert!(axes.contains("model.flux2.axes_dims_rope"), "{axes}");
+        let channels = refused(Flux2 { timestep_guidance_channels: 255, ..Flux2::default() });
+        assert!(channels.contains("model.flux2.timestep_guidance_channels"), "{channels}");
+    }
+}

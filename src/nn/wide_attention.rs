@@ -73,10 +73,9 @@ impl WideAttention {
             let [key, value] = source.forward(params, tokens, self.num_heads);
             attend(&query, &key, &value, None)
         };
-        let attended = over(&self.source, text);
         let attended = match (&self.added, image) {
-            (Some(added), Some(image)) => attended + over(added, image),
-            _ => attended,
+            (Some(added), Some(image)) => over(&self.source, text) + over(added, image),
+            _ => over(&self.source, text),
         };
         self.output.forward(params, &attended)
     }

@@ -5,41 +5,27 @@
 //! `condition_latents` `[B, in_channels − C, F, H, W]`, which stand behind the noisy ones; where the model has `image_dim`,
 //! also `encoder_hidden_states_image` `[B, Li, image_dim]`, all images of a sample one after another.
 //!
-//! | activation | shape | |
-//! |---|---|---|
-//! | `hidden` | `[B, L, D]` | tokens of the latents |
-//! | `text`, `image` | `[B, Lt, D]`, `[B, Li, D]` | tokens of the conditions |
-//! | `modulation` | `[B, 6, D]` | what the timestep adds to every block's table |
-//! | `conditioning` | `[B, 1, D]` | what it adds to the head's |
-//! | `rope` | `[L, 1, E/2]` complex f32 | constant; table of [`rope`] |
-//!
-//! In bfloat16 the timestep's vector, normalization, modulation and gates are computed in f32, as diffusers computes them.
-//!
-//! Longer than the house's files are: half of it says which fields and data go together.
-//!
 //! Source: Wan Team 2025, arXiv:2503.20314; diffusers 0.42.1, `WanTransformer3DModel`, whose field and parameter names these
 //! are.
 
-use tch::{Device, Kind, Tensor};
+mod stages;
 
+use tch::Kind;
+
+use self::stages::{Block, Embed, Head};
 use super::{Architecture, SampleShapes, expect_equal};
 use crate::error::{Error, Result};
+use crate::nn::Stage;
 use crate::nn::attention::Heads;
-use crate::nn::embed::ScalarEmbedding;
-use crate::nn::modulation::modulated_norm;
-use crate::nn::norm::{LayerNorm, Rounding};
-use crate::nn::patches::{self, FeatureOrder, Patch, PatchEmbedding};
-use crate::nn::rope::{self, Axis};
-use crate::nn::wide_attention::WideAttention;
-use crate::nn::{Activations, Builder, Init, Linear, Mlp, Nonlinearity, Param, ParamSet, PerShape, Stage, Views};
+use crate::nn::norm::Rounding;
+use crate::nn::patches::Patch;
+use crate::nn::rope::Axis;
 use crate::settings::{Choice, Keys, Settings};
 
 /// Base of the rotary frequencies.
 const THETA: f64 = 10_000.0;
 /// Tokens of text where the model also attends to images: diffusers tells the two apart by this number.
 const TEXT_TOKENS: i64 = 512;
-/// Of the image embedding's normalizations, PyTorch's default.
-const IMAGE_EPSILON: f64 = 1e-5;
 
 /// Normalization of queries and keys; the class has no other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -252,201 +238,6 @@ impl Architecture for Wan {
         self.check_channels(shapes)?;
         expect_equal("model.wan.text_dim", self.text_dim, shapes.last("text_embeddings"), "text_embeddings have")?;
         self.check_images(shapes)
-    }
-}
-
-/// Images to tokens that the blocks attend to.
-struct ImageEmbedding {
-    places: Option<Param>,
-    norm: LayerNorm,
-    feed: Mlp,
-    output_norm: LayerNorm,
-}
-
-impl ImageEmbedding {
-    fn new(builder: &mut Builder<'_>, inputs: i64, width: i64, places: Option<i64>) -> Self {
-        let places = places.map(|tokens| builder.param("pos_embed", &[1, tokens, inputs], Init::Zeros));
-        let norm = LayerNorm::new(&mut builder.precise_at("norm1"), inputs, IMAGE_EPSILON);
-        let feed = Mlp::feed_forward(&mut builder.at("ff"), [inputs, inputs, width], Nonlinearity::Gelu);
-        ImageEmbedding { places, norm, feed, output_norm: LayerNorm::new(&mut builder.precise_at("norm2"), width, IMAGE_EPSILON) }
-    }
-
-    /// `[B, Li, image_dim]` to `[B, Li, D]`.
-    fn forward(&self, params: &Views, image: &Tensor) -> Tensor {
-        let image = self.places.map_or_else(|| image.shallow_clone(), |places| image + &params[places]);
-        let ready = self.norm.forward_f32(params, &image).to_kind(image.kind());
-        self.output_norm.forward_f32(params, &self.feed.forward(params, &ready)).to_kind(image.kind())
-    }
-}
-
-/// Latents and conditions to tokens, the timestep to what modulates blocks and head.
-struct Embed {
-    params: ParamSet,
-    patch: Patch,
-    is_conditioned: bool,
-    patches: PatchEmbedding,
-    timestep: ScalarEmbedding,
-    modulation: Linear,
-    text: Mlp,
-    image: Option<ImageEmbedding>,
-    axes: [Axis; 3],
-    /// Rotary tables by frames, rows and columns.
-    ropes: PerShape<[i64; 3]>,
-}
-
-impl Embed {
-    fn new(model: &Wan) -> Self {
-        let mut params = ParamSet::new("embed");
-        let mut builder = Builder::new(&mut params, "");
-        let (width, patch) = (model.width(), model.patch_size);
-        let patches = PatchEmbedding::new(&mut builder.at("patch_embedding"), model.in_channels, width, patch);
-        let mut builder = builder.at("condition_embedder");
-        let timestep = ScalarEmbedding::new(&mut builder.precise_at("time_embedder"), model.freq_dim, width, true);
-        let modulation = Linear::pytorch(&mut builder.at("time_proj"), width, 6 * width, true);
-        let widths = [model.text_dim, width, width];
-        let text = Mlp::of_two_linears(&mut builder.at("text_embedder"), widths, Nonlinearity::GeluTanh, true);
-        let places = model.pos_embed_seq_len;
-        let image = model.image_dim.map(|inputs| ImageEmbedding::new(&mut builder.at("image_embedder"), inputs, width, places));
-        let (is_conditioned, axes) = (model.is_conditioned(), model.axes());
-        Embed { params, patch, is_conditioned, patches, timestep, modulation, text, image, axes, ropes: PerShape::new() }
-    }
-
-    fn latents(&self, input: &Activations) -> Tensor {
-        let noisy = input.get("hidden_states");
-        if self.is_conditioned { Tensor::cat(&[noisy, input.get("condition_latents")], 1) } else { noisy.shallow_clone() }
-    }
-
-    fn rope(&self, sizes: [i64; 3], device: Device) -> Tensor {
-        self.ropes.get(sizes, || {
-            let [frames, rows, columns] = [0, 1, 2].map(|axis| self.axes[axis].angles_to(sizes[axis], device));
-            rope::table(&rope::grid_angles(&frames, &rows, &columns))
-        })
-    }
-}
-
-impl Stage for Embed {
-    fn params(&self) -> &ParamSet {
-        &self.params
-    }
-
-    fn forward(&self, params: &Views, input: &Activations) -> Activations {
-        let latents = self.latents(input);
-        let rope = self.rope(patches::grid(&latents, self.patch), latents.device());
-        let conditioning = self.timestep.forward(params, input.get("timestep"), Kind::Float).to_kind(latents.kind());
-        let modulation = self.modulation.forward(params, &conditioning.silu());
-        let output = Activations::new()
-            .with("hidden", self.patches.forward(params, &latents))
-            .with("text", self.text.forward(params, input.get("encoder_hidden_states")))
-            .with("modulation", modulation.unflatten(1, [6i64, -1]))
-            .with("conditioning", conditioning.unsqueeze(1))
-            .with_constant("rope", rope);
-        match &self.image {
-            Some(image) => output.with("image", image.forward(params, input.get("encoder_hidden_states_image"))),
-            None => output,
-        }
-    }
-}
-
-/// Attention over the video, then over the conditions, then the feed-forward part.
-struct Block {
-    params: ParamSet,
-    table: Param,
-    self_attention: WideAttention,
-    cross_norm: Option<LayerNorm>,
-    cross_attention: WideAttention,
-    feed: Mlp,
-    epsilon: f64,
-}
-
-impl Block {
-    fn new(model: &Wan, index: i64) -> Self {
-        let name = format!("blocks.{index}");
-        let mut params = ParamSet::new(&name);
-        let mut builder = Builder::new(&mut params, &name);
-        let width = model.width();
-        let table = modulation_table(&mut builder, 6, width);
-        let self_attention = WideAttention::new(&mut builder.at("attn1"), model.heads(), false);
-        let cross_norm = model.cross_attn_norm.then(|| LayerNorm::new(&mut builder.precise_at("norm2"), width, model.eps));
-        let cross_attention = WideAttention::new(&mut builder.at("attn2"), model.heads(), model.image_dim.is_some());
-        let feed = Mlp::feed_forward(&mut builder.at("ffn"), [width, model.ffn_dim, width], Nonlinearity::GeluTanh);
-        Block { params, table, self_attention, cross_norm, cross_attention, feed, epsilon: model.eps }
-    }
-}
-
-impl Stage for Block {
-    fn params(&self) -> &ParamSet {
-        &self.params
-    }
-
-    fn forward(&self, params: &Views, input: &Activations) -> Activations {
-        let hidden = input.get("hidden");
-        let modulation = input.get("modulation");
-        let [shift, scale, gate, feed_shift, feed_scale, feed_gate] = modulate(&params[self.table], modulation);
-        let ready = normalized(hidden, &shift, &scale, self.epsilon);
-        let hidden = gated(hidden, &gate, &self.self_attention.over_itself(params, &ready, input.get("rope")));
-        let ready = match &self.cross_norm {
-            Some(norm) => norm.forward_f32(params, &hidden).to_kind(hidden.kind()),
-            None => hidden.shallow_clone(),
-        };
-        let hidden = &hidden + self.cross_attention.over_conditions(params, &ready, input.get("text"), input.find("image"));
-        let fed = self.feed.forward(params, &normalized(&hidden, &feed_shift, &feed_scale, self.epsilon));
-        let unchanged = ["text", "modulation", "conditioning", "image"].into_iter().filter_map(|name| Some((name, input.find(name)?)));
-        let output = Activations::new().with("hidden", gated(&hidden, &feed_gate, &fed));
-        unchanged.fold(output, |output, (name, tensor)| output.with(name, tensor.shallow_clone()))
-    }
-}
-
-/// `scale_shift_table` `[1, parts, width]`, to which the timestep's vector is added.
-fn modulation_table(builder: &mut Builder<'_>, parts: i64, width: i64) -> Param {
-    builder.precise_param("scale_shift_table", &[1, parts, width], Init::Normal { std: (width as f64).sqrt().recip() })
-}
-
-/// A table and what the timestep adds to it, `[B, PARTS or 1, D]`, as `PARTS` tensors `[B, 1, D]` f32.
-fn modulate<const PARTS: usize>(table: &Tensor, timestep: &Tensor) -> [Tensor; PARTS] {
-    (table + timestep.to_kind(Kind::Float)).chunk(PARTS as i64, 1).try_into().expect("as many chunks as parts")
-}
-
-/// Tokens normalized and modulated in f32.
-fn normalized(hidden: &Tensor, shift: &Tensor, scale: &Tensor, epsilon: f64) -> Tensor {
-    modulated_norm(&hidden.to_kind(Kind::Float), shift, scale, epsilon).to_kind(hidden.kind())
-}
-
-/// `hidden + gate · change`, in f32.
-fn gated(hidden: &Tensor, gate: &Tensor, change: &Tensor) -> Tensor {
-    hidden.to_kind(Kind::Float).addcmul(gate, &change.to_kind(Kind::Float)).to_kind(hidden.kind())
-}
-
-/// Tokens to the predicted latents.
-struct Head {
-    params: ParamSet,
-    patch: Patch,
-    table: Param,
-    output: Linear,
-    epsilon: f64,
-}
-
-impl Head {
-    fn new(model: &Wan) -> Self {
-        let mut params = ParamSet::new("head");
-        let mut builder = Builder::new(&mut params, "");
-        let patch = model.patch_size;
-        let table = modulation_table(&mut builder, 2, model.width());
-        let features = model.latent_channels() * patch.iter().product::<i64>();
-        let output = Linear::pytorch(&mut builder.at("proj_out"), model.width(), features, true);
-        Head { params, patch, table, output, epsilon: model.eps }
-    }
-}
-
-impl Stage for Head {
-    fn params(&self) -> &ParamSet {
-        &self.params
-    }
-
-    fn forward(&self, params: &Views, input: &Activations) -> Activations {
-        let [shift, scale] = modulate(&params[self.table], input.get("conditioning"));
-        let tokens = self.output.forward(params, &normalized(input.get("hidden"), &shift, &scale, self.epsilon));
-        let grid = patches::grid(input.get("hidden_states"), self.patch);
-        Activations::new().with("prediction", patches::join(&tokens, self.patch, grid, FeatureOrder::ChannelLast))
     }
 }
 
