@@ -283,7 +283,7 @@ fn tensors_that_do_not_fit_are_refused_with_file_key_and_expectation() {
     let unlike_model = "conditions.safetensors: model.dit.condition_width: is 10, the data's text_embeddings have 7";
     refusals.call(&[("text_embeddings", &narrow)], &[], &[], 50, unlike_model);
     let video = Tensor::zeros([2, 1, 2, 8, 8], FLOAT);
-    let no_video = "conditions.safetensors: model.dit: takes latents [C, H, W], the data have [1, 2, 8, 8]";
+    let no_video = "conditions.safetensors: model.dit.patch_size: takes latents [C, H, W], the data have [1, 2, 8, 8]";
     refusals.call(&[given, ("noise", &video)], &[], &[], 50, no_video);
     let (code, errors) = sample(&refusals.run, Path::new("/no/such.safetensors"), &refusals.root.path().join("out.safetensors"), &[]);
     assert!(code == 40 && errors.contains("/no/such.safetensors"), "{errors}");

@@ -124,9 +124,10 @@ impl Architecture for Flux {
         expect_equal("model.flux.in_channels", self.in_channels, Some(4 * channels), "latents in 2 x 2 patches have")?;
         let text = shapes.last("text_embeddings");
         expect_equal("model.flux.joint_attention_dim", self.joint_attention_dim, text, "text_embeddings have")?;
-        let pooled = shapes.last("pooled_prompt_embeds").or(shapes.last("clip_pooled"));
+        let keys = ["pooled_prompt_embeds", "clip_pooled"];
+        let known = shapes.of.is_empty() || keys.iter().any(|key| shapes.of.contains_key(*key));
         // Zeros stand for pooled text that the data lack; of what width, the adapter knows: CLIP-L's.
-        let pooled = pooled.or((!shapes.of.is_empty()).then_some(768));
+        let pooled = if known { keys.iter().find_map(|key| shapes.last(key)) } else { Some(768) };
         expect_equal("model.flux.pooled_projection_dim", self.pooled_projection_dim, pooled, "pooled text has")
     }
 }

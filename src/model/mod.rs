@@ -9,7 +9,6 @@ mod hunyuan_video15;
 mod joint;
 mod qwen_image;
 mod settings;
-mod token_refiner;
 mod wan;
 
 use std::collections::BTreeMap;

@@ -6,8 +6,7 @@ use tch::{Kind, Tensor};
 
 use crate::nn::attention::attend;
 use crate::nn::embed::ScalarEmbedding;
-use crate::nn::modulation::Modulation;
-use crate::nn::modulation::gated;
+use crate::nn::modulation::{Modulation, gated};
 use crate::nn::norm::LayerNorm;
 use crate::nn::{Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, Stage, Views};
 
