@@ -180,6 +180,20 @@ impl RunConfig {
         }
     }
 
+    /// What the model needs and the adapter does not give, with an adapter that does.
+    fn missing_inputs(&self) -> Option<String> {
+        let (inputs, chosen) = (self.model.family.inputs(), &self.flow_matching.adapter);
+        let missing = |adapter: &AdapterChoice| {
+            let adapter = adapter.build();
+            inputs.iter().filter(|input| !adapter.provides().contains(input)).map(|input| format!("`{input}`")).collect::<Vec<_>>()
+        };
+        let names = missing(chosen);
+        let mut others = AdapterChoice::NAMES.iter().filter_map(|name| AdapterChoice::named(name));
+        let hint = others.find(|other| missing(other).is_empty()).map(|other| format!("; `{}` does", other.name())).unwrap_or_default();
+        let what = format!("`{}` gives no {}, which the model `{}` needs{hint}", chosen.name(), names.join(", "), self.model.family.name());
+        (!names.is_empty()).then_some(what)
+    }
+
     fn problems(&self) -> Vec<ConfigProblem> {
         let mut problems = Vec::new();
         let mut say = |key: &str, what: String| problems.push(ConfigProblem { key: key.into(), place: String::new(), what });
@@ -197,11 +211,8 @@ impl RunConfig {
         if self.output_dir.is_empty() {
             say("output_dir", "must name a folder".into());
         }
-        let adapter = self.flow_matching.adapter.build();
-        for input in self.model.family.inputs().iter().filter(|input| !adapter.provides().contains(input)) {
-            let (kind, model) = (self.flow_matching.adapter.name(), self.model.family.name());
-            let what = format!("the `{kind}` adapter gives no `{input}`, which the model `{model}` needs");
-            say("flow_matching.adapter", what);
+        if let Some(what) = self.missing_inputs() {
+            say("flow_matching.adapter_type", what);
         }
         if let (AdapterChoice::Hunyuan(adapter), Model::HunyuanVideo15(model)) = (&self.flow_matching.adapter, &self.model.family) {
             let [_, width] = adapter.default_image_embed_shape;

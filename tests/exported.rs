@@ -61,6 +61,26 @@ fn check_family(family: &Tiny) {
 }
 
 #[test]
+fn ranks_begin_with_what_one_of_them_read() {
+    let root = TempDir::new().unwrap();
+    let (_, folder) = exported(&FLUX, root.path());
+    let path = format!("model.path={folder:?}");
+    let train = |name: &str, ranks| {
+        // The least step there is: what is saved is what was loaded, but for weight decay and rounding.
+        let overrides = [&path, "max_steps=1", "optimizer.adamw.lr=1e-30", "optimizer.adamw.weight_decay=0"];
+        train_in_threads(&FLUX.config(&root.path().join("data"), &root.path().join(name), &overrides), &Resume::Never, ranks).unwrap()
+    };
+    let loaded = Shards::of_stem(&folder, "diffusion_pytorch_model").unwrap();
+    for ranks in [1, 3] {
+        let run = train(&format!("on-{ranks}"), ranks);
+        let saved = SafeTensors::open(run.join("step-00000001/model-00001-of-00001.safetensors")).unwrap();
+        for info in saved.tensors() {
+            assert!(saved.read(&info.name).unwrap().equal(&loaded.read(&info.name).unwrap()), "{} on {ranks} ranks", info.name);
+        }
+    }
+}
+
+#[test]
 fn an_exported_flux_is_diffusers() {
     check_family(&FLUX);
 }

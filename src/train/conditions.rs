@@ -83,7 +83,8 @@ impl Origin {
     /// # Errors
     /// [`Error::Data`] or [`Error::Config`] naming the file, the key and what was expected.
     pub fn check(&self, model: &dyn Architecture, condition_keys: &[&str]) -> Result<()> {
-        for tensors in [&self.tensors, &self.negative] {
+        let negative = self.tensors.iter().chain(&self.negative).map(|(key, tensor)| (key.clone(), tensor.shallow_clone()));
+        for tensors in [&self.tensors, &negative.collect()] {
             let text = tensors.get("text_embeddings").map(Tensor::size);
             if let Some(found) = text.filter(|size| size.len() != 3) {
                 return Err(Error::data(&self.path, format!("`text_embeddings` has shape {found:?}; expected [N, L, D]")));
