@@ -1,15 +1,18 @@
 //! The model families are diffusers': predictions, losses and every gradient of tiny random models, new ones each run.
 
+use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use fm_dist::config::RunConfig;
-use fm_dist::data::safetensors::SafeTensors;
+use fm_dist::data::safetensors::{self, SafeTensors};
 use fm_dist::train::{StepRequest, dump_step};
 use serde_json::Value;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
 use crate::oracle::{BFLOAT16, GRADIENT, LOSS, assert_close, assert_within_one_ulp, entries, fresh_seed, oracle, relative_difference};
+use crate::training::{FLUX, FLUX2, HUNYUAN_VIDEO15, QWEN_IMAGE, Tiny, WAN};
 
 /// What rounding leaves of a gradient that is zero, as a share of the whole gradient; bfloat16's last bit is 4e-3 of a number.
 const VANISHING: f64 = 1e-3;
@@ -112,4 +115,37 @@ fn wan_is_diffusers_wan() {
 #[test]
 fn hunyuan_video15_is_diffusers_hunyuan_video15() {
     check_family("hunyuan_video15");
+}
+
+/// What a family says of a batch of two samples of these shapes.
+fn refusal(family: &Tiny, keys: &[(&str, &[i64])]) -> String {
+    let root = TempDir::new().unwrap();
+    let (batch, dump) = (root.path().join("batch.safetensors"), root.path().join("dump.safetensors"));
+    let tensors: Vec<(&str, Tensor)> =
+        keys.iter().map(|(key, shape)| (*key, Tensor::zeros([&[2], *shape].concat(), (Kind::Float, Device::Cpu)))).collect();
+    let borrowed: Vec<(&str, &Tensor)> = tensors.iter().map(|(key, tensor)| (*key, tensor)).collect();
+    let metadata = BTreeMap::from([("data_type".to_string(), family.data_type.to_string())]);
+    safetensors::write(&mut File::create(&batch).unwrap(), &borrowed, &metadata).unwrap();
+    let request = StepRequest { batch, dump, weights: None, torch_seed: Some(1), grads: false };
+    dump_step(&family.config(root.path(), root.path(), &[]), &request).unwrap_err().to_string()
+}
+
+#[test]
+fn a_batch_that_does_not_fit_is_refused_by_what_is_wrong() {
+    for family in [FLUX, FLUX2, QWEN_IMAGE, WAN, HUNYUAN_VIDEO15] {
+        let others: Vec<_> = family.keys[1..].iter().copied().filter(|(key, _)| *key != "text_embeddings").collect();
+        let with = |keys: &[(&str, &[i64])]| refusal(&family, &[others.as_slice(), keys].concat());
+        let latents = family.keys[0];
+        let text = with(&[latents]);
+        assert!(text.contains(&format!("the {} adapter needs `text_embeddings`", family.adapter)), "{text}");
+        let text = with(&[latents, ("text_embeddings", &[5, 11])]);
+        assert!(text.contains("is 12, the data's text_embeddings have 11"), "{text}");
+        let other_rank: &[i64] = if family.data_type == "image" { &[4, 3, 8, 12] } else { &[4, 8, 12] };
+        let text = with(&[(latents.0, other_rank), ("text_embeddings", &[5, 12])]);
+        assert!(text.contains("takes latents [C, "), "{text}");
+    }
+    for family in [FLUX, QWEN_IMAGE] {
+        let text = refusal(&family, &[("image_latents", &[4, 7, 12]), ("text_embeddings", &[5, 12])]);
+        assert!(text.contains("does not divide the data's latents of 7 x 12"), "{text}");
+    }
 }

@@ -171,3 +171,44 @@ pub trait ModelAdapter {
         Guidance::ClassifierFree
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+    fn batch(empty: Option<Tensor>) -> Batch {
+        let tensors: BTreeMap<_, _> = empty.into_iter().map(|tensor| ("empty.text_embeddings".to_string(), tensor)).collect();
+        Batch { tensors, data_type: DataType::Image, sample_ids: Vec::new() }
+    }
+
+    fn after(empty: Option<Tensor>, value: CfgDropoutValue) -> Result<Tensor> {
+        let (text, drop) = (Tensor::full([2, 4, 3], 7.0, FLOAT), Tensor::from_slice(&[false, true]));
+        dropped(&batch(empty), "text_embeddings", &text, &drop, value)
+    }
+
+    #[test]
+    fn a_dropped_row_becomes_zeros_or_the_empty_prompt_and_others_stay() {
+        let zeros = after(None, CfgDropoutValue::Zeros).expect("zeros need nothing");
+        assert!(zeros.get(0).eq(7.0).all().int64_value(&[]) == 1 && zeros.get(1).count_nonzero(0).sum(Kind::Int64).int64_value(&[]) == 0);
+        let empty = after(Some(Tensor::full([2, 3], 5.0, FLOAT)), CfgDropoutValue::EmptyPrompt).expect("a shorter prompt");
+        assert!(empty.get(0).eq(7.0).all().int64_value(&[]) == 1);
+        assert!(
+            empty.get(1).equal(&Tensor::cat(&[Tensor::full([2, 3], 5.0, FLOAT), Tensor::zeros([2, 3], FLOAT)], 0)),
+            "padded with zeros"
+        );
+    }
+
+    #[test]
+    fn an_empty_prompt_that_is_missing_or_unfit_is_refused() {
+        let refusal = |empty| after(empty, CfgDropoutValue::EmptyPrompt).expect_err("refused").to_string();
+        assert_eq!(refusal(None), "batch: cfg_dropout_value is \"empty_prompt\" and the data have no `empty.text_embeddings`");
+        for size in [[5i64, 3].as_slice(), &[4, 2], &[3]] {
+            let text = refusal(Some(Tensor::zeros(size, FLOAT)));
+            assert!(text.contains(&format!("`empty.text_embeddings` {size:?} is no row of `text_embeddings` [2, 4, 3]")), "{text}");
+        }
+    }
+}
