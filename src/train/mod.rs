@@ -107,6 +107,9 @@ impl<'c> Trainer<'c> {
             Some(_) => empty_replica(config, device)?,
             None => fresh_replica(config, device, collective)?,
         };
+        if let (None, Some(weights)) = (folder.resumed_from(), config.model.pretrained()) {
+            tracing::info!("weights from {}", weights.display());
+        }
         let mut optimizer_state = step::fresh_state(&replica, &*config.optimizer);
         let mut manifest = Manifest::new(config.seed, global_batch as u64, dataset.fingerprint());
         if let Some(path) = folder.resumed_from() {
