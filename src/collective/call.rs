@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::ReduceOp;
+use super::Sliced;
 use crate::error::{Error, Result};
 
 /// One operation of one backend, as an error names it.
@@ -20,8 +20,8 @@ impl Call {
     /// Refuses kinds that not every backend can carry, and tensors with holes.
     pub fn check_buffer(self, buffer: &Tensor) -> Result<()> {
         let kind = buffer.kind();
-        if !matches!(kind, Kind::Float | Kind::Double | Kind::Int64) {
-            return Err(self.error(format!("cannot carry {kind:?}; convert to Float, Double or Int64 first")));
+        if !matches!(kind, Kind::Float | Kind::Double | Kind::BFloat16 | Kind::Int64) {
+            return Err(self.error(format!("cannot carry {kind:?}; convert to Float, Double, BFloat16 or Int64 first")));
         }
         if !buffer.is_contiguous() {
             return Err(self.error(format!("tensor of shape {:?} is not contiguous", buffer.size())));
@@ -29,17 +29,8 @@ impl Call {
         Ok(())
     }
 
-    /// A mean of integers would be rounded in a way that nobody asked for.
-    pub fn check_reduction(self, buffer: &Tensor, op: ReduceOp) -> Result<()> {
-        self.check_buffer(buffer)?;
-        match (op, buffer.kind()) {
-            (ReduceOp::Mean, Kind::Int64) => Err(self.error("no mean of Int64; reduce the sum and divide")),
-            _ => Ok(()),
-        }
-    }
-
     /// `full` must hold one `owned` for each rank.
-    pub fn check_slices(self, owned: &Tensor, full: &Tensor, world_size: usize) -> Result<()> {
+    pub fn check_slices(self, Sliced { owned, full }: &Sliced, world_size: usize) -> Result<()> {
         self.check_buffer(owned)?;
         self.check_buffer(full)?;
         if owned.kind() != full.kind() || owned.device() != full.device() {

@@ -4,6 +4,7 @@
 //! which `tests/collectives.rs` puts each backend through.
 
 mod call;
+mod meter;
 mod mpi;
 mod solo;
 mod texts;
@@ -15,6 +16,7 @@ use std::time::Duration;
 use tch::Tensor;
 
 use crate::error::{Error, Result};
+pub use meter::{Meter, Spent};
 pub use mpi::{Mpi, library_version as mpi_library_version};
 pub use solo::Solo;
 pub use texts::{broadcast_text, gather_texts, local_rank};
@@ -23,40 +25,56 @@ pub use threads::Threads;
 /// How the ranks' elements become one. Backends differ in what becomes of a NaN in `Min` and `Max`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReduceOp {
+    /// Rounded to the tensors' kind after each addition.
     Sum,
-    /// Sum divided by the number of ranks; not of integers.
-    Mean,
     Min,
     Max,
 }
 
-/// What ranks do together. Tensors are contiguous, f32, f64 or i64, on the backend's device, of equal shape on every rank.
+/// A tensor that ranks hold slices of: the slice of this one, and the whole, slice after slice in rank order. `owned` may be
+/// a view of `full`.
+#[derive(Debug)]
+pub struct Sliced {
+    pub owned: Tensor,
+    pub full: Tensor,
+}
+
+/// What ranks do together. Tensors are contiguous, f32, f64, bf16 or i64, on the backend's device, of equal shape on every
+/// rank. An operation takes several tensors where several go together: they travel as one.
 ///
 /// # Errors
 /// [`Error::Collective`] for a tensor that the backend cannot carry, at the call; for peers that fail, mostly at the wait.
 ///
 /// # Ordering
 /// Operations of one communicator start in program order. Results are bitwise equal on all ranks and from run to run at
-/// the same world size.
+/// the same world size. On a CPU every backend sums in one order, the pairwise tree over the ranks: `(0+1)+(2+3)` for four.
 pub trait Collective {
     fn rank(&self) -> usize;
     fn world_size(&self) -> usize;
 
-    /// Reduces `buffer` in place on every rank. The work owns the tensor until it is waited for.
-    fn all_reduce(&self, buffer: Tensor, op: ReduceOp) -> Result<Work>;
+    /// Reduces each buffer in place on every rank. The work owns the tensors until it is waited for.
+    fn all_reduce(&self, buffers: Vec<Tensor>, op: ReduceOp) -> Result<Work>;
 
-    /// Reduces `full`, of `world_size * owned` elements, and leaves this rank's slice in `owned`, which may be a view of
-    /// `full`. The rest of `full` is unchanged.
-    fn reduce_scatter(&self, full: Tensor, owned: Tensor, op: ReduceOp) -> Result<Work>;
+    /// Reduces each `full` and leaves this rank's slice in `owned`. The rest of `full` may be written over.
+    fn reduce_scatter(&self, tensors: Vec<Sliced>, op: ReduceOp) -> Result<Work>;
 
-    /// Joins every rank's `owned` in rank order in `full`, of `world_size * owned` elements. `owned` may be a view of `full`.
-    fn all_gather(&self, owned: Tensor, full: Tensor) -> Result<Work>;
+    /// Joins every rank's `owned` in rank order in `full`.
+    fn all_gather(&self, tensors: Vec<Sliced>) -> Result<Work>;
 
     /// Copies `buffer` of rank `root` into `buffer` of every rank.
     fn broadcast(&self, buffer: Tensor, root: usize) -> Result<Work>;
 
     /// Returns once every rank has called it.
     fn barrier(&self) -> Result<()>;
+
+    /// The ranks that give the same `color` as a world of their own, in the order of their ranks in this one.
+    ///
+    /// # Ordering
+    /// Every rank calls it, with no work under way.
+    fn split(&self, color: usize) -> Result<Box<dyn Collective>>;
+
+    /// Seconds since the last call that collectives were under way, and that computation stood still for them.
+    fn spent(&self) -> Spent;
 }
 
 /// A collective under way. It owns the tensors that the backend still reads or writes.

@@ -13,11 +13,10 @@ use std::time::Duration;
 
 use mpi::environment::{Threading, is_finalized, is_initialized};
 use mpi::ffi;
-use mpi::topology::{Communicator, SimpleCommunicator};
 use tch::{Device, Kind, Tensor, no_grad};
 
 use super::call::Call;
-use super::{Collective, ReduceOp, Work};
+use super::{Collective, Meter, ReduceOp, Sliced, Spent, Work};
 use crate::error::{Error, Result};
 
 /// Reductions and broadcasts travel in pieces of this size. Of 64 KiB to 64 MiB it was the fastest for an all-reduce of
@@ -27,12 +26,14 @@ const PIECE_BYTES: usize = 256 << 10;
 /// How long `MPI_Abort` may take before the process ends without it.
 const ABORT_PATIENCE: Duration = Duration::from_secs(5);
 
-/// This process as a rank of `MPI_COMM_WORLD`. There is one a process, and it stays on its thread.
+/// This process as a rank of a communicator, and it stays on its thread.
 pub struct Mpi {
+    communicator: ffi::MPI_Comm,
     rank: usize,
     world_size: usize,
     /// Not `Send`: thread level "serialized" allows no two calls at once (the exception is [`abort`]).
     confined: PhantomData<*const ()>,
+    meter: Meter,
 }
 
 fn call(operation: &'static str) -> Call {
@@ -55,8 +56,17 @@ impl Mpi {
         }
         // SAFETY: MPI is initialized, and both handles are constants of the library.
         check(call("initialize"), unsafe { ffi::MPI_Comm_set_errhandler(ffi::RSMPI_COMM_WORLD, ffi::RSMPI_ERRORS_RETURN) })?;
-        let world = SimpleCommunicator::world();
-        Ok(Mpi { rank: world.rank() as usize, world_size: world.size() as usize, confined: PhantomData })
+        // SAFETY: a constant of the library.
+        Mpi::of(unsafe { ffi::RSMPI_COMM_WORLD })
+    }
+
+    fn of(communicator: ffi::MPI_Comm) -> Result<Self> {
+        let (mut rank, mut size) = (0, 0);
+        // SAFETY: the communicator is valid, and both results have a place.
+        check(call("initialize"), unsafe { ffi::MPI_Comm_rank(communicator, &mut rank) })?;
+        check(call("initialize"), unsafe { ffi::MPI_Comm_size(communicator, &mut size) })?;
+        let (rank, world_size) = (rank as usize, size as usize);
+        Ok(Mpi { communicator, rank, world_size, confined: PhantomData, meter: Meter::default() })
     }
 }
 
@@ -69,59 +79,69 @@ impl Collective for Mpi {
         self.world_size
     }
 
-    fn all_reduce(&self, buffer: Tensor, op: ReduceOp) -> Result<Work> {
+    fn all_reduce(&self, buffers: Vec<Tensor>, op: ReduceOp) -> Result<Work> {
         let call = call("all_reduce");
-        call.check_reduction(&buffer, op)?;
-        check_device(call, &buffer)?;
-        // Sent from a copy: rsmpi does not export MPI_IN_PLACE, and Open MPI reduces a copy faster than in place.
-        let sent = no_grad(|| buffer.copy());
-        let mut flight = Flight::of(call, [&buffer, &sent]);
-        for piece in pieces(buffer.numel(), buffer.kind()) {
-            let (from, to) = (at(&sent, piece.start), at(&buffer, piece.start));
-            // SAFETY: both pieces lie inside of the tensors that the flight owns, of the datatype's kind, and do not overlap.
-            flight.start(|request| unsafe {
-                ffi::MPI_Iallreduce(from, to, piece.len() as c_int, datatype(&buffer), mpi_op(op), ffi::RSMPI_COMM_WORLD, request)
-            })?;
+        let mut flight = Flight::of(call, &self.meter);
+        for buffer in buffers {
+            call.check_buffer(&buffer)?;
+            check_device(call, &buffer)?;
+            // Sent from a copy: rsmpi does not export MPI_IN_PLACE, and Open MPI reduces a copy faster than in place.
+            let sent = no_grad(|| buffer.copy());
+            for piece in pieces(buffer.numel(), buffer.kind()) {
+                let (from, to) = (at(&sent, piece.start), at(&buffer, piece.start));
+                // SAFETY: both pieces lie inside of the tensors that the flight owns, of the datatype's kind, and do not overlap.
+                flight.start(|request| unsafe {
+                    ffi::MPI_Iallreduce(from, to, piece.len() as c_int, datatype(&buffer), mpi_op(op), self.communicator, request)
+                })?;
+            }
+            flight.tensors.extend([sent, buffer]);
         }
-        Ok(flight.reduction(buffer, op, self.world_size))
+        Ok(flight.work())
     }
 
     // One reduce for each owner and piece instead of MPI_Ireduce_scatter_block, which Open MPI runs through rank 0 with a
     // scratch copy of all: 0.4 to 0.8 of its time between two ranks (1.3 for four ranks on two cores), and no limit by C int.
-    fn reduce_scatter(&self, full: Tensor, owned: Tensor, op: ReduceOp) -> Result<Work> {
+    fn reduce_scatter(&self, tensors: Vec<Sliced>, op: ReduceOp) -> Result<Work> {
         let call = call("reduce_scatter");
-        call.check_reduction(&full, op)?;
-        call.check_slices(&owned, &full, self.world_size)?;
-        check_device(call, &full)?;
-        let full = if overlap(&full, &owned) { no_grad(|| full.copy()) } else { full };
-        let mut flight = Flight::of(call, [&full, &owned]);
-        for piece in pieces(owned.numel(), owned.kind()) {
-            for owner in 0..self.world_size {
-                let (from, to) = (at(&full, owner * owned.numel() + piece.start), at(&owned, piece.start));
-                // SAFETY: as in `all_reduce`; the flight owns `full`, which nobody writes, and `owned`, which only the one
-                // reduction of this piece with this rank as root writes.
-                flight.start(|request| unsafe {
-                    let (count, world) = (piece.len() as c_int, ffi::RSMPI_COMM_WORLD);
-                    ffi::MPI_Ireduce(from, to, count, datatype(&full), mpi_op(op), owner as c_int, world, request)
-                })?;
+        let mut flight = Flight::of(call, &self.meter);
+        for sliced in tensors {
+            call.check_slices(&sliced, self.world_size)?;
+            let Sliced { owned, full } = sliced;
+            check_device(call, &full)?;
+            let full = if overlap(&full, &owned) { no_grad(|| full.copy()) } else { full };
+            for piece in pieces(owned.numel(), owned.kind()) {
+                for owner in 0..self.world_size {
+                    let (from, to) = (at(&full, owner * owned.numel() + piece.start), at(&owned, piece.start));
+                    // SAFETY: as in `all_reduce`; the flight owns `full`, which nobody writes, and `owned`, which only the
+                    // one reduction of this piece with this rank as root writes.
+                    flight.start(|request| unsafe {
+                        let count = piece.len() as c_int;
+                        ffi::MPI_Ireduce(from, to, count, datatype(&full), mpi_op(op), owner as c_int, self.communicator, request)
+                    })?;
+                }
             }
+            flight.tensors.extend([full, owned]);
         }
-        Ok(flight.reduction(owned, op, self.world_size))
+        Ok(flight.work())
     }
 
-    fn all_gather(&self, owned: Tensor, full: Tensor) -> Result<Work> {
+    fn all_gather(&self, tensors: Vec<Sliced>) -> Result<Work> {
         let call = call("all_gather");
-        call.check_slices(&owned, &full, self.world_size)?;
-        check_device(call, &full)?;
-        let count =
-            c_int::try_from(owned.numel()).map_err(|_| call.error(format!("{} elements are too many for one call", owned.numel())))?;
-        let owned = if overlap(&full, &owned) { no_grad(|| owned.copy()) } else { owned };
-        let mut flight = Flight::of(call, [&owned, &full]);
-        let (from, to, datatype) = (at(&owned, 0), at(&full, 0), datatype(&full));
-        // SAFETY: the flight owns both tensors, which do not overlap; `full` has room for `count` elements of each rank.
-        flight
-            .start(|request| unsafe { ffi::MPI_Iallgather(from, count, datatype, to, count, datatype, ffi::RSMPI_COMM_WORLD, request) })?;
-        Ok(Work::new(move || flight.wait()))
+        let mut flight = Flight::of(call, &self.meter);
+        for sliced in tensors {
+            call.check_slices(&sliced, self.world_size)?;
+            let Sliced { owned, full } = sliced;
+            check_device(call, &full)?;
+            let many = |_| call.error(format!("{} elements are too many for one call", owned.numel()));
+            let count = c_int::try_from(owned.numel()).map_err(many)?;
+            let owned = if overlap(&full, &owned) { no_grad(|| owned.copy()) } else { owned };
+            let (from, to, datatype) = (at(&owned, 0), at(&full, 0), datatype(&full));
+            // SAFETY: the flight owns both tensors, which do not overlap; `full` has room for `count` elements of each rank.
+            flight
+                .start(|request| unsafe { ffi::MPI_Iallgather(from, count, datatype, to, count, datatype, self.communicator, request) })?;
+            flight.tensors.extend([owned, full]);
+        }
+        Ok(flight.work())
     }
 
     fn broadcast(&self, buffer: Tensor, root: usize) -> Result<Work> {
@@ -129,20 +149,34 @@ impl Collective for Mpi {
         call.check_buffer(&buffer)?;
         call.check_root(root, self.world_size)?;
         check_device(call, &buffer)?;
-        let mut flight = Flight::of(call, [&buffer]);
+        let mut flight = Flight::of(call, &self.meter);
         for piece in pieces(buffer.numel(), buffer.kind()) {
             let (from, count) = (at(&buffer, piece.start), piece.len() as c_int);
             // SAFETY: the piece lies inside of the tensor that the flight owns, of the datatype's kind.
-            flight.start(|request| unsafe {
-                ffi::MPI_Ibcast(from, count, datatype(&buffer), root as c_int, ffi::RSMPI_COMM_WORLD, request)
-            })?;
+            flight
+                .start(|request| unsafe { ffi::MPI_Ibcast(from, count, datatype(&buffer), root as c_int, self.communicator, request) })?;
         }
-        Ok(Work::new(move || flight.wait()))
+        flight.tensors.push(buffer);
+        Ok(flight.work())
     }
 
     fn barrier(&self) -> Result<()> {
         // SAFETY: an `Mpi` exists, so MPI is initialized.
-        check(call("barrier"), unsafe { ffi::MPI_Barrier(ffi::RSMPI_COMM_WORLD) })
+        check(call("barrier"), unsafe { ffi::MPI_Barrier(self.communicator) })
+    }
+
+    fn split(&self, color: usize) -> Result<Box<dyn Collective>> {
+        let call = call("split");
+        let color = c_int::try_from(color).map_err(|_| call.error(format!("no color {color}")))?;
+        // SAFETY: a constant of the library.
+        let mut part = unsafe { ffi::RSMPI_COMM_NULL };
+        // SAFETY: the communicator is valid, and the result has a place.
+        check(call, unsafe { ffi::MPI_Comm_split(self.communicator, color, self.rank as c_int, &mut part) })?;
+        Ok(Box::new(Mpi::of(part)?))
+    }
+
+    fn spent(&self) -> Spent {
+        self.meter.take()
     }
 }
 
@@ -151,11 +185,12 @@ struct Flight {
     call: Call,
     requests: Vec<ffi::MPI_Request>,
     tensors: Vec<Tensor>,
+    meter: Meter,
 }
 
 impl Flight {
-    fn of<const N: usize>(call: Call, tensors: [&Tensor; N]) -> Self {
-        Flight { call, requests: Vec::new(), tensors: tensors.map(Tensor::shallow_clone).into() }
+    fn of(call: Call, meter: &Meter) -> Self {
+        Flight { call, requests: Vec::new(), tensors: Vec::new(), meter: meter.clone() }
     }
 
     fn start(&mut self, start: impl FnOnce(*mut ffi::MPI_Request) -> c_int) -> Result<()> {
@@ -166,15 +201,9 @@ impl Flight {
         Ok(())
     }
 
-    /// The work of a reduction into `result`: MPI sums, a mean divides afterwards.
-    fn reduction(self, mut result: Tensor, op: ReduceOp, world_size: usize) -> Work {
-        Work::new(move || {
-            self.wait()?;
-            if op == ReduceOp::Mean {
-                let _ = no_grad(|| result.g_div_scalar_(world_size as f64));
-            }
-            Ok(())
-        })
+    fn work(self) -> Work {
+        let meter = self.meter.clone();
+        Work::new(move || meter.exposed(|| self.wait()))
     }
 
     fn wait(mut self) -> Result<()> {
@@ -302,7 +331,7 @@ fn mpi_op(op: ReduceOp) -> ffi::MPI_Op {
     // SAFETY: constants of the library.
     unsafe {
         match op {
-            ReduceOp::Sum | ReduceOp::Mean => ffi::RSMPI_SUM,
+            ReduceOp::Sum => ffi::RSMPI_SUM,
             ReduceOp::Min => ffi::RSMPI_MIN,
             ReduceOp::Max => ffi::RSMPI_MAX,
         }

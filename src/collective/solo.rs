@@ -3,7 +3,7 @@
 use tch::{Tensor, no_grad};
 
 use super::call::Call;
-use super::{Collective, ReduceOp, Work};
+use super::{Collective, ReduceOp, Sliced, Spent, Work};
 use crate::error::Result;
 
 /// The only rank of its world; needs no launcher and no MPI.
@@ -23,22 +23,24 @@ impl Collective for Solo {
         1
     }
 
-    fn all_reduce(&self, buffer: Tensor, op: ReduceOp) -> Result<Work> {
-        call("all_reduce").check_reduction(&buffer, op)?;
+    fn all_reduce(&self, buffers: Vec<Tensor>, _op: ReduceOp) -> Result<Work> {
+        buffers.iter().try_for_each(|buffer| call("all_reduce").check_buffer(buffer))?;
         Ok(Work::done())
     }
 
-    fn reduce_scatter(&self, full: Tensor, mut owned: Tensor, op: ReduceOp) -> Result<Work> {
-        let call = call("reduce_scatter");
-        call.check_reduction(&full, op)?;
-        call.check_slices(&owned, &full, 1)?;
-        no_grad(|| owned.copy_(&full.view_as(&owned)));
+    fn reduce_scatter(&self, tensors: Vec<Sliced>, _op: ReduceOp) -> Result<Work> {
+        for mut sliced in tensors {
+            call("reduce_scatter").check_slices(&sliced, 1)?;
+            no_grad(|| sliced.owned.copy_(&sliced.full.view_as(&sliced.owned)));
+        }
         Ok(Work::done())
     }
 
-    fn all_gather(&self, owned: Tensor, mut full: Tensor) -> Result<Work> {
-        call("all_gather").check_slices(&owned, &full, 1)?;
-        no_grad(|| full.copy_(&owned.view_as(&full)));
+    fn all_gather(&self, tensors: Vec<Sliced>) -> Result<Work> {
+        for mut sliced in tensors {
+            call("all_gather").check_slices(&sliced, 1)?;
+            no_grad(|| sliced.full.copy_(&sliced.owned.view_as(&sliced.full)));
+        }
         Ok(Work::done())
     }
 
@@ -51,5 +53,13 @@ impl Collective for Solo {
 
     fn barrier(&self) -> Result<()> {
         Ok(())
+    }
+
+    fn split(&self, _color: usize) -> Result<Box<dyn Collective>> {
+        Ok(Box::new(Solo))
+    }
+
+    fn spent(&self) -> Spent {
+        Spent::default()
     }
 }

@@ -2,8 +2,8 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::Collective;
 use super::call::Call;
+use super::{Collective, Sliced};
 use crate::error::Result;
 
 /// The text of rank `root`, on every rank.
@@ -21,12 +21,13 @@ pub fn broadcast_text(collective: &dyn Collective, text: &str, root: usize) -> R
 pub fn gather_texts(collective: &dyn Collective, text: &str) -> Result<Vec<String>> {
     let world_size = collective.world_size();
     let lengths = Tensor::zeros([world_size as i64], (Kind::Int64, Device::Cpu));
-    collective.all_gather(Tensor::from_slice(&[text.len() as i64]), lengths.shallow_clone())?.wait()?;
+    let length = Tensor::from_slice(&[text.len() as i64]);
+    collective.all_gather(vec![Sliced { owned: length, full: lengths.shallow_clone() }])?.wait()?;
     let longest = lengths.max().int64_value(&[]) as usize;
     let mut bytes = widened(text);
     bytes.resize(longest, 0);
     let all = Tensor::zeros([world_size as i64, bytes.len() as i64], (Kind::Int64, Device::Cpu));
-    collective.all_gather(Tensor::from_slice(&bytes), all.shallow_clone())?.wait()?;
+    collective.all_gather(vec![Sliced { owned: Tensor::from_slice(&bytes), full: all.shallow_clone() }])?.wait()?;
     let row = |rank: i64| narrowed("gather_texts", &all.get(rank).narrow(0, 0, lengths.int64_value(&[rank])));
     (0..world_size as i64).map(row).collect()
 }

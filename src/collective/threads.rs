@@ -1,7 +1,7 @@
 //! A world inside one process, a thread a rank: for tests, and for a debugger that wants to see every rank.
 //!
-//! Ranks post copies of their tensors on one board and each computes its result from all of them, left to right from
-//! rank 0. What would hang under MPI is an error here: ranks that disagree about an operation, and a rank that is gone.
+//! Ranks post copies of their tensors on one board and each computes its result from all of them, as the pairwise tree
+//! says. What would hang under MPI is an error here: ranks that disagree about an operation, and a rank that is gone.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -10,7 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use tch::{Device, Kind, Tensor, no_grad};
 
 use super::call::Call;
-use super::{Collective, ReduceOp, Work};
+use super::{Collective, Meter, ReduceOp, Sliced, Spent, Work};
 use crate::error::Result;
 
 /// One rank of a world of threads; move it to its thread. Dropping it tells the others that the rank is gone.
@@ -20,6 +20,7 @@ pub struct Threads {
     board: Arc<Board>,
     /// Number of the next operation: operations are matched in program order.
     next: Cell<u64>,
+    meter: Meter,
 }
 
 struct Board {
@@ -31,6 +32,8 @@ struct State {
     rounds: BTreeMap<u64, Round>,
     /// Whether each rank still holds its handle.
     present: Vec<bool>,
+    /// Worlds split off, by operation and color, until their last rank has joined.
+    worlds: BTreeMap<(u64, usize), Vec<Threads>>,
 }
 
 /// One operation: what each rank has posted for it.
@@ -42,7 +45,7 @@ struct Round {
 struct Post {
     /// Operation, kind, shape and op in words: must be equal on all ranks, and says what was not.
     signature: String,
-    tensor: Tensor,
+    tensors: Vec<Tensor>,
 }
 
 fn call(operation: &'static str) -> Call {
@@ -52,25 +55,27 @@ fn call(operation: &'static str) -> Call {
 impl Threads {
     /// The handles of a world of `world_size` ranks, in rank order.
     pub fn world(world_size: usize) -> Vec<Threads> {
-        let state = State { rounds: BTreeMap::new(), present: vec![true; world_size] };
+        let state = State { rounds: BTreeMap::new(), present: vec![true; world_size], worlds: BTreeMap::new() };
         let board = Arc::new(Board { state: Mutex::new(state), bell: Condvar::new() });
-        (0..world_size).map(|rank| Threads { rank, world_size, board: board.clone(), next: Cell::new(0) }).collect()
+        let handle = |rank| Threads { rank, world_size, board: board.clone(), next: Cell::new(0), meter: Meter::default() };
+        (0..world_size).map(handle).collect()
     }
 
-    /// Posts `tensor`; once all ranks have posted, `finish` gets their tensors in rank order.
-    fn post(&self, call: Call, details: String, tensor: &Tensor, finish: impl FnOnce(Vec<Tensor>) + 'static) -> Work {
+    /// Posts tensors; once all ranks have posted, `finish` gets theirs in rank order.
+    fn post(&self, call: Call, details: String, tensors: &[&Tensor], finish: impl FnOnce(Vec<Vec<Tensor>>) + 'static) -> Work {
         let number = self.next.replace(self.next.get() + 1);
-        let signature = format!("{} {details}", call.operation);
-        // A copy, because the caller's tensor receives the result while slower ranks still read this one.
-        let post = Post { signature, tensor: no_grad(|| tensor.copy()) };
+        let forms: Vec<String> = tensors.iter().map(|tensor| form(tensor)).collect();
+        let signature = format!("{} {details}{}", call.operation, forms.join(", "));
+        // Copies, because the caller's tensors receive the result while slower ranks still read these.
+        let post = Post { signature, tensors: no_grad(|| tensors.iter().map(|tensor| tensor.copy()).collect()) };
         let mut state = self.board.lock();
         let round = state.rounds.entry(number).or_insert_with(|| Round::of(self.world_size));
         round.posts[self.rank] = Some(post);
         drop(state);
         self.board.bell.notify_all();
-        let board = self.board.clone();
+        let (board, meter) = (self.board.clone(), self.meter.clone());
         Work::new(move || {
-            let all = board.take(number, call)?;
+            let all = meter.exposed(|| board.take(number, call))?;
             no_grad(|| finish(all));
             Ok(())
         })
@@ -91,10 +96,10 @@ impl Board {
     }
 
     /// Waits until every rank has posted operation `number`, or until it is sure that one never will.
-    fn take(&self, number: u64, call: Call) -> Result<Vec<Tensor>> {
+    fn take(&self, number: u64, call: Call) -> Result<Vec<Vec<Tensor>>> {
         let mut state = self.lock();
         loop {
-            let State { rounds, present } = &mut *state;
+            let State { rounds, present, .. } = &mut *state;
             let round = rounds.get_mut(&number).expect("a round stays until every rank has taken it");
             if let Some(what) = round.mismatch() {
                 return Err(call.error(what));
@@ -119,8 +124,8 @@ impl Round {
         Round { posts: (0..world_size).map(|_| None).collect(), taken: 0 }
     }
 
-    fn all(&self) -> Option<Vec<Tensor>> {
-        self.posts.iter().map(|post| Some(post.as_ref()?.tensor.shallow_clone())).collect()
+    fn all(&self) -> Option<Vec<Vec<Tensor>>> {
+        self.posts.iter().map(|post| Some(post.as_ref()?.tensors.iter().map(Tensor::shallow_clone).collect())).collect()
     }
 
     fn mismatch(&self) -> Option<String> {
@@ -136,15 +141,22 @@ fn form(tensor: &Tensor) -> String {
     format!("{:?} {:?}", tensor.kind(), tensor.size())
 }
 
-/// The ranks' tensors as one, left to right from rank 0 on every rank.
-fn reduce(all: &[Tensor], op: ReduceOp) -> Tensor {
-    let join = |left: Tensor, right: &Tensor| match op {
-        ReduceOp::Sum | ReduceOp::Mean => left + right,
+/// The ranks' tensors as one, by the pairwise tree.
+fn reduce(mut all: Vec<Tensor>, op: ReduceOp) -> Tensor {
+    let join = |left: &Tensor, right: &Tensor| match op {
+        ReduceOp::Sum => left + right,
         ReduceOp::Min => left.minimum(right),
         ReduceOp::Max => left.maximum(right),
     };
-    let joined = all[1..].iter().fold(all[0].shallow_clone(), join);
-    if op == ReduceOp::Mean { joined / all.len() as f64 } else { joined }
+    while all.len() > 1 {
+        all = all.chunks(2).map(|pair| pair[1..].iter().fold(pair[0].shallow_clone(), |left, right| join(&left, right))).collect();
+    }
+    all.swap_remove(0)
+}
+
+/// Number `index` of each rank's tensors.
+fn nth(all: &[Vec<Tensor>], index: usize) -> impl Iterator<Item = &Tensor> {
+    all.iter().map(move |tensors| &tensors[index])
 }
 
 impl Collective for Threads {
@@ -156,31 +168,40 @@ impl Collective for Threads {
         self.world_size
     }
 
-    fn all_reduce(&self, mut buffer: Tensor, op: ReduceOp) -> Result<Work> {
+    fn all_reduce(&self, mut buffers: Vec<Tensor>, op: ReduceOp) -> Result<Work> {
         let call = call("all_reduce");
-        call.check_reduction(&buffer, op)?;
-        let input = buffer.shallow_clone();
-        Ok(self.post(call, format!("{op:?} of {}", form(&input)), &input, move |all| buffer.copy_(&reduce(&all, op))))
-    }
-
-    fn reduce_scatter(&self, full: Tensor, mut owned: Tensor, op: ReduceOp) -> Result<Work> {
-        let call = call("reduce_scatter");
-        call.check_reduction(&full, op)?;
-        call.check_slices(&owned, &full, self.world_size)?;
-        let (start, length) = ((self.rank * owned.numel()) as i64, owned.numel() as i64);
-        let mine = move |tensor: &Tensor| tensor.flatten(0, -1).narrow(0, start, length);
-        Ok(self.post(call, format!("{op:?} of {}", form(&full)), &full, move |all| {
-            let slices: Vec<Tensor> = all.iter().map(mine).collect();
-            owned.copy_(&reduce(&slices, op).view_as(&owned));
+        buffers.iter().try_for_each(|buffer| call.check_buffer(buffer))?;
+        let inputs: Vec<Tensor> = buffers.iter().map(Tensor::shallow_clone).collect();
+        Ok(self.post(call, format!("{op:?} of "), &inputs.iter().collect::<Vec<_>>(), move |all| {
+            for (index, buffer) in buffers.iter_mut().enumerate() {
+                buffer.copy_(&reduce(nth(&all, index).map(Tensor::shallow_clone).collect(), op));
+            }
         }))
     }
 
-    fn all_gather(&self, owned: Tensor, mut full: Tensor) -> Result<Work> {
+    fn reduce_scatter(&self, tensors: Vec<Sliced>, op: ReduceOp) -> Result<Work> {
+        let call = call("reduce_scatter");
+        tensors.iter().try_for_each(|sliced| call.check_slices(sliced, self.world_size))?;
+        let (fulls, mut owned): (Vec<Tensor>, Vec<Tensor>) = tensors.into_iter().map(|sliced| (sliced.full, sliced.owned)).unzip();
+        let rank = self.rank;
+        Ok(self.post(call, format!("{op:?} of "), &fulls.iter().collect::<Vec<_>>(), move |all| {
+            for (index, owned) in owned.iter_mut().enumerate() {
+                let length = owned.numel() as i64;
+                let mine = |tensor: &Tensor| tensor.flatten(0, -1).narrow(0, rank as i64 * length, length);
+                owned.copy_(&reduce(nth(&all, index).map(mine).collect(), op).view_as(&*owned));
+            }
+        }))
+    }
+
+    fn all_gather(&self, tensors: Vec<Sliced>) -> Result<Work> {
         let call = call("all_gather");
-        call.check_slices(&owned, &full, self.world_size)?;
-        Ok(self.post(call, format!("of {}", form(&owned)), &owned, move |all| {
-            let joined: Vec<Tensor> = all.iter().map(|tensor| tensor.flatten(0, -1)).collect();
-            full.copy_(&Tensor::cat(&joined, 0).view_as(&full));
+        tensors.iter().try_for_each(|sliced| call.check_slices(sliced, self.world_size))?;
+        let (owned, mut fulls): (Vec<Tensor>, Vec<Tensor>) = tensors.into_iter().map(|sliced| (sliced.owned, sliced.full)).unzip();
+        Ok(self.post(call, "of ".into(), &owned.iter().collect::<Vec<_>>(), move |all| {
+            for (index, full) in fulls.iter_mut().enumerate() {
+                let joined: Vec<Tensor> = nth(&all, index).map(|tensor| tensor.flatten(0, -1)).collect();
+                full.copy_(&Tensor::cat(&joined, 0).view_as(&*full));
+            }
         }))
     }
 
@@ -189,11 +210,32 @@ impl Collective for Threads {
         call.check_buffer(&buffer)?;
         call.check_root(root, self.world_size)?;
         let input = buffer.shallow_clone();
-        Ok(self.post(call, format!("from rank {root} of {}", form(&input)), &input, move |all| buffer.copy_(&all[root])))
+        Ok(self.post(call, format!("from rank {root} of "), &[&input], move |all| buffer.copy_(&all[root][0])))
     }
 
     fn barrier(&self) -> Result<()> {
-        let nothing = Tensor::empty([0], (Kind::Float, Device::Cpu));
-        self.post(call("barrier"), String::new(), &nothing, |_| ()).wait()
+        self.post(call("barrier"), String::new(), &[], |_| ()).wait()
+    }
+
+    fn split(&self, color: usize) -> Result<Box<dyn Collective>> {
+        let number = self.next.get();
+        let colors = Tensor::zeros([self.world_size as i64], (Kind::Int64, Device::Cpu));
+        let own = Tensor::from_slice(&[color as i64]);
+        self.all_gather(vec![Sliced { owned: own, full: colors.shallow_clone() }])?.wait()?;
+        let colors = Vec::<i64>::try_from(colors).expect("integers");
+        let same = |colors: &[i64]| colors.iter().filter(|other| **other == color as i64).count();
+        let (size, earlier) = (same(&colors), same(&colors[..self.rank]));
+        let mut state = self.board.lock();
+        let world = state.worlds.entry((number, color)).or_insert_with(|| Threads::world(size));
+        let place = world.iter().position(|handle| handle.rank == earlier).expect("each rank takes its handle once");
+        let handle = world.swap_remove(place);
+        if world.is_empty() {
+            state.worlds.remove(&(number, color));
+        }
+        Ok(Box::new(handle))
+    }
+
+    fn spent(&self) -> Spent {
+        self.meter.take()
     }
 }

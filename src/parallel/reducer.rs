@@ -29,7 +29,7 @@ impl<'c> Reducer<'c> {
             None => gradient.to_kind(Kind::Float),
         };
         if last {
-            self.under_way.push(self.collective.all_reduce(sum.shallow_clone(), ReduceOp::Mean)?);
+            self.under_way.push(self.collective.all_reduce(vec![sum.shallow_clone()], ReduceOp::Sum)?);
         }
         self.gradients[stage] = Some(sum);
         Ok(())

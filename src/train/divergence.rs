@@ -17,8 +17,8 @@ pub fn check(replica: &Replica, collective: &dyn Collective) -> Result<()> {
     let bits = |master: &Tensor| master.view_dtype(Kind::Int).sum(Kind::Int64).to_device(Device::Cpu);
     let own = Tensor::stack(&replica.buckets.iter().map(|bucket| bits(bucket.master())).collect::<Vec<_>>(), 0);
     let (low, high) = (own.copy(), own.copy());
-    collective.all_reduce(low.shallow_clone(), ReduceOp::Min)?.wait()?;
-    collective.all_reduce(high.shallow_clone(), ReduceOp::Max)?.wait()?;
+    collective.all_reduce(vec![low.shallow_clone()], ReduceOp::Min)?.wait()?;
+    collective.all_reduce(vec![high.shallow_clone()], ReduceOp::Max)?.wait()?;
     let differs = |(stage, (low, high)): (usize, (i64, i64))| (low != high).then_some(stage);
     let sums = |tensor: &Tensor| Vec::<i64>::try_from(tensor).expect("i64");
     match sums(&low).into_iter().zip(sums(&high)).enumerate().find_map(differs) {

@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor, no_grad};
 
 use super::agreement::known_to_all;
-use crate::collective::Collective;
+use crate::collective::{Collective, Sliced};
 use crate::config::RunConfig;
 use crate::data::{Batch, Loader};
 use crate::error::{Error, Result};
@@ -88,7 +88,8 @@ impl Stepper<'_> {
         let stream = self.stream(step, micro_batch, batch);
         let output = self.pipeline.step(|inputs| tape.forward(inputs), batch, &stream, options)?;
         watch.lap("forward");
-        let share = &output.loss.average_weighted_loss / self.micro_batches as f64;
+        // Of the mean over all ranks' micro-batches, so that gradients are summed and never divided.
+        let share = &output.loss.average_weighted_loss / (self.micro_batches * self.collective.world_size()) as f64;
         let last = micro_batch + 1 == self.micro_batches;
         tape.backward(&share, |stage, gradient| reducer.add(stage, gradient, last))?;
         watch.lap("backward");
@@ -123,7 +124,7 @@ impl Stepper<'_> {
         let own = Tensor::cat(&[Tensor::stack(rows, 0).flatten(0, -1), norm.to_device(rows[0].device()).reshape([1])], 0);
         let world_size = self.collective.world_size() as i64;
         let all = Tensor::zeros([world_size, own.size()[0]], (Kind::Float, own.device()));
-        self.collective.all_gather(own, all.shallow_clone())?.wait()?;
+        self.collective.all_gather(vec![Sliced { owned: own, full: all.shallow_clone() }])?.wait()?;
         let all = Vec::<f32>::try_from(all.to_device(Device::Cpu).flatten(0, -1)).expect("f32 rows");
         let ranks: Vec<&[f32]> = all.chunks(rows.len() * Statistics::WIDTH + 1).collect();
         // In the order of the global batch, so that the sums do not depend on how many ranks shared it.
