@@ -1,0 +1,55 @@
+//! Seconds that collectives take.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+/// Where the time of collectives went.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Spent {
+    /// Data on their way.
+    pub communication_seconds: f64,
+    /// Of these, computation waiting for them.
+    pub exposed_seconds: f64,
+}
+
+/// Adds up what the works of one communicator took; its clones share one sum.
+#[derive(Clone, Debug, Default)]
+pub struct Meter(Arc<Mutex<Spent>>);
+
+impl Meter {
+    /// Counts what `wait` takes as communication that nothing hid.
+    pub fn exposed<T>(&self, wait: impl FnOnce() -> T) -> T {
+        let began = Instant::now();
+        let result = wait();
+        let seconds = began.elapsed().as_secs_f64();
+        self.add(Spent { communication_seconds: seconds, exposed_seconds: seconds });
+        result
+    }
+
+    pub fn add(&self, more: Spent) {
+        let mut sum = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        sum.communication_seconds += more.communication_seconds;
+        sum.exposed_seconds += more.exposed_seconds;
+    }
+
+    /// The sum since the last call.
+    pub fn take(&self) -> Spent {
+        std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clones_add_to_one_sum_that_is_taken_once() {
+        let meter = Meter::default();
+        meter.clone().add(Spent { communication_seconds: 3.0, exposed_seconds: 1.0 });
+        assert_eq!(meter.exposed(|| 7), 7);
+        let spent = meter.take();
+        assert!(spent.communication_seconds >= 3.0 && spent.exposed_seconds >= 1.0);
+        assert!(spent.communication_seconds - spent.exposed_seconds > 1.9);
+        assert_eq!(meter.take(), Spent::default());
+    }
+}
