@@ -7,8 +7,8 @@ use crate::flow::{FlowMatchingSettings, SamplingSettings};
 use crate::model::{Model, ModelSettings};
 use crate::optim::OptimizerChoice;
 use crate::optim::lr::LrScheduleChoice;
-use crate::parallel::{ParallelSettings, Sharding};
-use crate::settings::{self, Choice, Family, Keys, Settings};
+use crate::parallel::ParallelSettings;
+use crate::settings::{self, Family, Keys, Settings};
 use crate::telemetry::LogSettings;
 
 /// The configuration that runs when none is named, embedded in the binary.
@@ -160,6 +160,16 @@ impl RunConfig {
     /// # Errors
     /// [`Error::Config`] if the global batch cannot be divided, naming the nearest that can.
     pub fn micro_batches(&self, world_size: usize) -> Result<usize> {
+        let micro_batches = self.divided(world_size)?;
+        let blocks = world_size * micro_batches;
+        if self.parallel.deterministic && !(blocks.is_power_of_two() && world_size.is_power_of_two()) {
+            let what = format!("needs powers of two: found {world_size} ranks x {micro_batches} micro-batches = {blocks} blocks");
+            return Err(Error::config("parallel.deterministic", what));
+        }
+        Ok(micro_batches)
+    }
+
+    fn divided(&self, world_size: usize) -> Result<usize> {
         let per_round = self.data.micro_batch_size_per_gpu * world_size;
         let told = self.train.gradient_accumulation_steps;
         let Some(global) = self.train.global_batch_size else { return Ok(told.unwrap_or(1)) };
@@ -201,13 +211,7 @@ impl RunConfig {
         if flow.sigma_min >= flow.sigma_max {
             say("flow_matching.sigma_min", format!("{} must be below sigma_max = {}", flow.sigma_min, flow.sigma_max));
         }
-        if self.parallel.sharding != Sharding::None {
-            let what = format!(
-                "`{}` is not built yet; `none` is, and `fm-dist check` says what the others will take",
-                self.parallel.sharding.word()
-            );
-            say("parallel.sharding", what);
-        }
+        self.parallel.problems().into_iter().for_each(|(key, what)| say(key, what));
         if self.output_dir.is_empty() {
             say("output_dir", "must name a folder".into());
         }

@@ -16,7 +16,7 @@ fn run(root: &Path, name: &str, ranks: usize, overrides: &[&str]) -> PathBuf {
     train_in_threads(&config, &Resume::Never, ranks).unwrap()
 }
 
-fn assert_same_curve(one: &Path, other: &Path, what: &str) {
+pub fn assert_same_curve(one: &Path, other: &Path, what: &str) {
     for name in ["loss", "unweighted_loss", "sigma_mean", "sigma_min", "sigma_max", "noisy_max", "grad_norm"] {
         let (a, b) = (column(one, name), column(other, name));
         assert_eq!(a.len(), 10);

@@ -2,23 +2,23 @@
 
 use fm_dist::model::{Architecture, Dit};
 use fm_dist::nn::{Activations, Builder, Init, Linear, ParamSet, Stage, Views};
-use fm_dist::parallel::{Recompute, Replica};
+use fm_dist::parallel::{Bucket, Recompute, Replica};
 use fm_dist::rng::{Key, Purpose};
 use tch::{Device, Kind, Tensor, no_grad};
 
 const KEY: Key = Key { seed: 17, purpose: Purpose::Test, step: 0, micro_batch: 0, scope: 0 };
 
 /// A small model whose every parameter is away from zero, so that no gradient vanishes by construction.
-fn replica(kind: Kind) -> Replica {
+fn replica(kind: Kind) -> Replica<'static> {
     let model = Dit { in_channels: 2, condition_width: 5, width: 32, depth: 3, num_heads: 2, ..Dit::default() };
-    let mut replica = Replica::new(model.stages().unwrap(), kind, Device::Cpu, Some(KEY));
+    let mut replica = Replica::alone(model.stages().unwrap(), kind, Device::Cpu, Some(KEY));
     shake(&mut replica);
     replica
 }
 
-fn shake(replica: &mut Replica) {
+fn shake(replica: &mut Replica<'_>) {
     for (index, bucket) in replica.buckets.iter_mut().enumerate() {
-        bucket.update(|master| {
+        bucket.update(|_, master, _| {
             let noise = KEY.step(1).scope(index as u64).seeded(|| master.randn_like());
             *master += noise * 0.05;
         });
@@ -45,13 +45,13 @@ fn loss(output: &Activations, target: &Tensor) -> Tensor {
 }
 
 /// Loss and flat gradients, stage by stage through a tape.
-fn stage_wise(replica: &Replica, recompute: Recompute) -> (f64, Vec<(usize, Tensor)>) {
-    let (input, target) = inputs(replica.buckets[0].leaves().first().map_or(Kind::Float, Tensor::kind));
+fn stage_wise(replica: &Replica<'_>, recompute: Recompute) -> (f64, Vec<(usize, Tensor)>) {
+    let (input, target) = inputs(replica.buckets[0].pieces()[0].kind());
     let mut tape = replica.tape(recompute);
     let loss = loss(&tape.forward(input).unwrap(), &target);
     let mut gradients = Vec::new();
-    tape.backward(&loss, |stage, gradient| {
-        gradients.push((stage, gradient));
+    tape.backward(&loss, |stage, mut pieces| {
+        gradients.push((stage, pieces.remove(0)));
         Ok(())
     })
     .unwrap();
@@ -59,10 +59,11 @@ fn stage_wise(replica: &Replica, recompute: Recompute) -> (f64, Vec<(usize, Tens
 }
 
 /// The same through one graph and libtorch's own accumulation.
-fn plain(replica: &Replica) -> (f64, Vec<Tensor>) {
-    let kind = replica.buckets[0].leaves().first().map_or(Kind::Float, Tensor::kind);
+fn plain(replica: &Replica<'_>) -> (f64, Vec<Tensor>) {
+    let kind = replica.buckets[0].pieces()[0].kind();
     let (mut activations, target) = inputs(kind);
-    let leaves: Vec<Tensor> = replica.buckets.iter().map(|bucket| bucket.master().to_kind(kind).detach().set_requires_grad(true)).collect();
+    let leaf = |bucket: &Bucket| bucket.pieces()[0].master().to_kind(kind).detach().set_requires_grad(true);
+    let leaves: Vec<Tensor> = replica.buckets.iter().map(leaf).collect();
     for (stage, leaf) in replica.stages.iter().zip(&leaves) {
         activations = stage.forward(&stage.params().split(leaf), &activations).carrying_constants_of(&activations);
     }
@@ -76,7 +77,7 @@ fn stage_wise_gradients_are_plain_autograds_bit_for_bit() {
     for kind in [Kind::Float, Kind::BFloat16] {
         let replica = replica(kind);
         let (plain_loss, expected) = plain(&replica);
-        for recompute in [Recompute::Never, Recompute::Always] {
+        for recompute in [Recompute::Never, Recompute::Always, Recompute::Every(2)] {
             let (loss, gradients) = stage_wise(&replica, recompute);
             assert_eq!(loss, plain_loss, "{kind:?} {recompute:?}");
             let order: Vec<usize> = gradients.iter().map(|(stage, _)| *stage).collect();
@@ -126,7 +127,7 @@ fn gradients_are_the_slopes_of_the_loss() {
         for probe in 0..5 {
             let index = KEY.step(3).scope(stage as u64).below(probe, gradient.numel() as u64) as i64;
             let loss_at = |offset: f64| {
-                let leaf = replica.buckets[stage].leaves()[0].detach();
+                let leaf = replica.buckets[stage].pieces()[0].leaf().unwrap().detach();
                 let original = leaf.double_value(&[index]);
                 let place = |value: f64| no_grad(|| drop(leaf.narrow(0, index, 1).fill_(value)));
                 place(original + offset);
@@ -170,12 +171,13 @@ impl Stage for Idle {
 
 #[test]
 fn what_the_loss_does_not_reach_has_a_zero_gradient() {
-    let replica = Replica::new(vec![Box::new(Idle::new()), Box::new(Idle::new())], Kind::Float, Device::Cpu, Some(KEY));
+    let replica = Replica::alone(vec![Box::new(Idle::new()), Box::new(Idle::new())], Kind::Float, Device::Cpu, Some(KEY));
     let input = Activations::new().with_constant("prediction", Tensor::ones([2, 4], (Kind::Float, Device::Cpu)));
     let mut tape = replica.tape(Recompute::Always);
     let loss = tape.forward(input).unwrap().get("prediction").sum(Kind::Float);
     let mut stages = Vec::new();
-    tape.backward(&loss, |stage, gradient| {
+    tape.backward(&loss, |stage, pieces| {
+        let gradient = &pieces[0];
         assert_eq!(gradient.narrow(0, 20, 3).abs().max().double_value(&[]), 0.0);
         assert!(gradient.narrow(0, 0, 20).abs().max().double_value(&[]) > 0.0);
         stages.push(stage);
@@ -189,7 +191,8 @@ fn what_the_loss_does_not_reach_has_a_zero_gradient() {
 fn the_debug_mode_names_the_stage_and_the_tensor() {
     let mut replica = replica(Kind::Float);
     // The last bias: attention itself would turn a row of NaN scores into zeros on a CPU.
-    replica.buckets[2].update(|master| drop(master.narrow(0, master.numel() as i64 - 1, 1).fill_(f64::NAN)));
+    let last = replica.stages[2].params().numel() - 1;
+    replica.buckets[2].update(|_, master, _| drop(master.narrow(0, last, 1).fill_(f64::NAN)));
     let (input, _) = inputs(Kind::Float);
     let error = replica.tape(Recompute::Never).checking_finite(Some(7)).forward(input).unwrap_err();
     let text = error.to_string();

@@ -34,5 +34,7 @@ mod runs;
 mod sampling;
 /// Flow matching does what it says, also where it goes beyond the reference.
 mod science;
+/// Who holds what changes no number.
+mod sharding;
 /// Every family trains, on ranks that stay equal, and resumes exactly.
 mod training;

@@ -1,5 +1,6 @@
 //! Seconds that collectives take.
 
+use std::ops::Add;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -10,6 +11,17 @@ pub struct Spent {
     pub communication_seconds: f64,
     /// Of these, computation waiting for them.
     pub exposed_seconds: f64,
+}
+
+impl Add for Spent {
+    type Output = Spent;
+
+    fn add(self, other: Spent) -> Spent {
+        Spent {
+            communication_seconds: self.communication_seconds + other.communication_seconds,
+            exposed_seconds: self.exposed_seconds + other.exposed_seconds,
+        }
+    }
 }
 
 /// Adds up what the works of one communicator took; its clones share one sum.
@@ -28,8 +40,7 @@ impl Meter {
 
     pub fn add(&self, more: Spent) {
         let mut sum = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        sum.communication_seconds += more.communication_seconds;
-        sum.exposed_seconds += more.exposed_seconds;
+        *sum = *sum + more;
     }
 
     /// The sum since the last call.

@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 pub use meter::{Meter, Spent};
 pub use mpi::{Mpi, library_version as mpi_library_version};
 pub use solo::Solo;
-pub use texts::{broadcast_text, gather_texts, local_rank};
+pub use texts::{broadcast_text, gather_texts, local_rank, nodes};
 pub use threads::Threads;
 
 /// How the ranks' elements become one. Backends differ in what becomes of a NaN in `Min` and `Max`.

@@ -32,11 +32,23 @@ pub fn gather_texts(collective: &dyn Collective, text: &str) -> Result<Vec<Strin
     (0..world_size as i64).map(row).collect()
 }
 
-/// How many lower ranks run on this rank's machine: the number of the device that it should take.
-pub fn local_rank(collective: &dyn Collective) -> Result<usize> {
+/// The node of each rank: nodes count from 0 in the order of their first ranks.
+pub fn nodes(collective: &dyn Collective) -> Result<Vec<usize>> {
     let hosts = gather_texts(collective, &gethostname::gethostname().to_string_lossy())?;
-    let rank = collective.rank();
-    Ok(hosts[..rank].iter().filter(|host| **host == hosts[rank]).count())
+    let mut known: Vec<&String> = Vec::new();
+    let number = |host| {
+        known.iter().position(|other| *other == host).unwrap_or_else(|| {
+            known.push(host);
+            known.len() - 1
+        })
+    };
+    Ok(hosts.iter().map(number).collect())
+}
+
+/// How many lower ranks run on this rank's node: the number of the device that it should take.
+pub fn local_rank(collective: &dyn Collective) -> Result<usize> {
+    let (nodes, rank) = (nodes(collective)?, collective.rank());
+    Ok(nodes[..rank].iter().filter(|node| **node == nodes[rank]).count())
 }
 
 /// One integer a byte: texts are short, and integers are a kind that every backend carries.

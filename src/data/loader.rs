@@ -9,18 +9,8 @@ use std::thread::{Builder, JoinHandle};
 use super::Batch;
 use super::dataset::Dataset;
 use super::order::Order;
+use super::share::Share;
 use crate::error::{Error, Result};
-
-/// One rank's part of every step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Share {
-    pub rank: usize,
-    pub world_size: usize,
-    /// Micro-batches of one rank in one step.
-    pub micro_batches: usize,
-    /// Samples in a micro-batch.
-    pub micro_batch_size: usize,
-}
 
 /// Yields one rank's micro-batches in the order of training; dropping it ends its thread.
 #[derive(Debug)]
@@ -39,10 +29,7 @@ impl Loader {
     pub fn start(dataset: Arc<Dataset>, order: Order, share: Share, first_step: u64, prefetch: usize) -> Result<Self> {
         let path = dataset.path().to_path_buf();
         let places = (first_step..).flat_map(move |step| (0..share.micro_batches).map(move |micro| (step, micro)));
-        let batches = places.map(move |(step, micro)| {
-            let ids = order.micro_batch(step, micro, share.rank, share.world_size, share.micro_batch_size);
-            dataset.batch(&ids)
-        });
+        let batches = places.map(move |(step, micro)| dataset.batch(&order.block(step, share.block(micro), share.micro_batch_size)));
         Loader::over(batches, path, prefetch)
     }
 
@@ -120,11 +107,11 @@ mod tests {
         let folder = written(&[("a.safetensors", "2x2", vec![("image_latents", images(0, 40, 2))])], None);
         let dataset = Arc::new(Dataset::open(folder.path()).expect("a sound dataset"));
         let order = Order::new(dataset.groups(), 12, 1).expect("a large enough group");
-        let share = Share { rank: 1, world_size: 2, micro_batches: 2, micro_batch_size: 3 };
+        let share = Share { rank: 1, world_size: 2, micro_batches: 2, micro_batch_size: 3, neighbours: false };
         let mut loader = Loader::start(Arc::clone(&dataset), order.clone(), share, 2, 1).expect("a thread");
         for (step, micro) in [(2, 0), (2, 1), (3, 0), (3, 1), (4, 0)] {
             let batch = loader.next_batch().expect("sound samples");
-            assert_eq!(batch.sample_ids, order.micro_batch(step, micro, 1, 2, 3), "step {step}, micro-batch {micro}");
+            assert_eq!(batch.sample_ids, order.block(step, 2 * micro + 1, 3), "step {step}, micro-batch {micro}");
             let expected = dataset.batch(&batch.sample_ids).expect("sound samples");
             assert!(batch.tensors["image_latents"].equal(&expected.tensors["image_latents"]));
         }

@@ -7,7 +7,8 @@
 //! | which samples may stand in one batch | `group.rs` |
 //! | the samples of these ids, please | `dataset.rs`, `finite.rs` |
 //! | the demo's own data | `digits.rs` |
-//! | which ids, in this step, on this rank | `order.rs` |
+//! | which ids, in this step | `order.rs` |
+//! | which of them on this rank | `share.rs` |
 //! | before they are needed | `loader.rs` |
 
 pub mod dataset;
@@ -20,6 +21,7 @@ pub mod order;
 pub mod safetensors;
 mod settings;
 pub mod sha256;
+mod share;
 
 use std::collections::BTreeMap;
 
@@ -27,9 +29,10 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 pub use dataset::{Conditions, Dataset};
-pub use loader::{Loader, Share};
+pub use loader::Loader;
 pub use order::Order;
 pub use settings::DataSettings;
+pub use share::Share;
 
 /// What kind of latents a batch holds; decides the task types that can be drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -79,14 +79,12 @@ impl Order {
         epoch.groups[group][place * self.global_batch..][..self.global_batch].to_vec()
     }
 
-    /// Sample ids of one micro-batch of one rank: block `micro * world_size + rank` of the global batch, so that one rank
-    /// with four micro-batches and four ranks with one see the same four.
+    /// Sample ids of one block of the global batch: one micro-batch of one rank.
     ///
     /// # Panics
     /// If the block lies outside of the global batch (a bug in the caller).
-    pub fn micro_batch(&self, step: u64, micro: usize, rank: usize, world_size: usize, micro_batch_size: usize) -> Vec<u64> {
-        let block = micro * world_size + rank;
-        self.global_batch(step)[block * micro_batch_size..][..micro_batch_size].to_vec()
+    pub fn block(&self, step: u64, block: usize, size: usize) -> Vec<u64> {
+        self.global_batch(step)[block * size..][..size].to_vec()
     }
 }
 
@@ -169,16 +167,10 @@ mod tests {
     }
 
     #[test]
-    fn accumulation_and_ranks_cut_the_global_batch_alike() {
+    fn blocks_leave_nothing_of_the_global_batch_out() {
         let order = order();
-        let blocks = |world_size: usize, micro_batches: usize| -> Vec<Vec<u64>> {
-            let of_micro = |micro| (0..world_size).map(move |rank| (micro, rank));
-            (0..micro_batches).flat_map(of_micro).map(|(micro, rank)| order.micro_batch(3, micro, rank, world_size, 2)).collect()
-        };
-        let alone = blocks(1, 4);
-        assert_eq!(alone, blocks(4, 1));
-        assert_eq!(alone, blocks(2, 2));
-        assert_eq!(alone.concat(), order.global_batch(3), "ranks are disjoint and leave nothing out");
+        let blocks: Vec<Vec<u64>> = (0..4).map(|block| order.block(3, block, 2)).collect();
+        assert_eq!(blocks.concat(), order.global_batch(3));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What crosses a stage boundary.
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 /// Named tensors in a fixed order. Constants (ids, tables, masks, the model's inputs) carry no gradient.
 #[derive(Debug, Default)]
@@ -65,6 +65,18 @@ impl Activations {
     pub fn alias(&self) -> Self {
         let alias = |entry: &Entry| Entry { name: entry.name, tensor: entry.tensor.shallow_clone(), constant: entry.constant };
         Activations { entries: self.entries.iter().map(alias).collect() }
+    }
+
+    /// Leaves with the same values on another device; the same tensors where they are there already. Constants stay.
+    pub fn to_device(&self, device: Device) -> Self {
+        let moved = |entry: &Entry| {
+            let tensor = match entry.constant {
+                true => entry.tensor.shallow_clone(),
+                false => entry.tensor.detach().to_device(device).set_requires_grad(true),
+            };
+            Entry { name: entry.name, tensor, constant: entry.constant }
+        };
+        Activations { entries: self.entries.iter().map(moved).collect() }
     }
 
     /// Fresh leaves over the same storage: where one stage's graph ends and the next begins.

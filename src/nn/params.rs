@@ -98,31 +98,19 @@ impl ParamSet {
         self.infos.iter().filter(|info| info.precise).map(ParamInfo::numel).sum()
     }
 
-    /// The flat buffer `[P]` as one view a parameter. Gradients of the views come back as one contiguous `[P]`.
+    /// The flat buffer `[P]` as one view a parameter; what lies behind the last is padding. Gradients of the views come back
+    /// as one contiguous buffer of the same length.
     pub fn split(&self, flat: &Tensor) -> Views {
         self.split_pieces(&[flat])
     }
 
-    /// As [`split`](Self::split), for a flat buffer in consecutive pieces that each hold whole parameters.
-    ///
-    /// # Panics
-    /// If the pieces do not end where parameters end (a bug in the caller).
+    /// As [`split`](Self::split), for a buffer in two pieces: precise parameters, and the others. A stage of one sort of
+    /// parameters has one piece, a stage without parameters none.
     pub fn split_pieces(&self, pieces: &[&Tensor]) -> Views {
-        let mut infos = self.infos.as_slice();
-        let mut tensors = Vec::with_capacity(infos.len());
-        for piece in pieces.iter().filter(|piece| piece.numel() > 0) {
-            let ends = infos.iter().scan(0, |end, info| {
-                *end += info.numel();
-                Some(*end)
-            });
-            let held = 1 + ends.take_while(|&end| end < piece.numel() as i64).count();
-            let (now, later) = infos.split_at(held);
-            let sizes: Vec<i64> = now.iter().map(ParamInfo::numel).collect();
-            let views = piece.split_with_sizes(sizes, 0);
-            tensors.extend(views.iter().zip(now).map(|(view, info)| view.view(info.shape.as_slice())));
-            infos = later;
-        }
-        assert!(infos.is_empty(), "stage {}: {} parameters are in no piece", self.stage, infos.len());
+        let num_precise = self.infos.iter().filter(|info| info.precise).count();
+        let (precise, others) = self.infos.split_at(if pieces.len() == 2 { num_precise } else { 0 });
+        let held = [precise, others].into_iter().filter(|infos| !infos.is_empty());
+        let tensors = held.zip(pieces).flat_map(|(infos, piece)| split(infos, piece)).collect();
         Views { tensors, places: self.places.clone() }
     }
 
@@ -137,6 +125,14 @@ impl ParamSet {
             }
         });
     }
+}
+
+/// Views of consecutive parameters at the begin of a flat piece.
+fn split(infos: &[ParamInfo], piece: &Tensor) -> Vec<Tensor> {
+    let mut sizes: Vec<i64> = infos.iter().map(ParamInfo::numel).collect();
+    sizes.push(piece.numel() as i64 - sizes.iter().sum::<i64>());
+    let views = piece.split_with_sizes(sizes, 0);
+    views.iter().zip(infos).map(|(view, info)| view.view(info.shape.as_slice())).collect()
 }
 
 impl Init {

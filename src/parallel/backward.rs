@@ -1,6 +1,6 @@
 //! One stage's vector-Jacobian product. The only call of `run_backward` in the crate.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::nn::Activations;
 
@@ -13,17 +13,12 @@ pub fn loss_backward(loss: &Tensor, output: &Activations) -> Vec<Tensor> {
     Tensor::run_backward(&[loss], &inputs, false, false)
 }
 
-/// Gradient of the stage's flat parameters, where they are trained, and of its flowing inputs, given those of its outputs.
+/// Gradients of the stage's leaves and of its flowing inputs, given those of its outputs.
 ///
 /// # Shapes
-/// `leaves`: consecutive pieces of the stage's flat buffer `[P]`; the gradient has the kind of the one leaf there is, f32
-/// if there are several. `grad_output`: one tensor for each flowing output, undefined where nothing downstream used it.
-pub fn stage_backward(
-    leaves: &[Tensor],
-    input: &Activations,
-    output: &Activations,
-    grad_output: &[Tensor],
-) -> (Option<Tensor>, Vec<Tensor>) {
+/// `leaves` and their gradients: flat. `grad_output`: one tensor for each flowing output, undefined where nothing downstream
+/// used it.
+pub fn stage_backward(leaves: &[Tensor], input: &Activations, output: &Activations, grad_output: &[Tensor]) -> (Vec<Tensor>, Vec<Tensor>) {
     // libtorch seeds every root with ones, so the roots are the products <output, grad_output>.
     let pairs = output.flowing().zip(grad_output).filter(|(_, gradient)| gradient.defined());
     let roots: Vec<Tensor> = pairs.map(|((_, value), gradient)| value * gradient).collect();
@@ -31,20 +26,11 @@ pub fn stage_backward(
     if roots.is_empty() || inputs.is_empty() {
         // Nothing downstream used this stage, or nothing before it is trained.
         let undefined = input.flowing().map(|_| Tensor::new()).collect();
-        return (joined(leaves.iter().map(Tensor::zeros_like).collect()), undefined);
+        return (leaves.iter().map(Tensor::zeros_like).collect(), undefined);
     }
     let mut gradients = Tensor::run_backward(&roots, &inputs, false, false);
     let grad_input = gradients.split_off(leaves.len());
     // A leaf that the graph did not reach still gets a gradient, so that all ranks issue the same collectives.
     let reached = |(gradient, leaf): (Tensor, &Tensor)| if gradient.defined() { gradient } else { leaf.zeros_like() };
-    (joined(gradients.into_iter().zip(leaves).map(reached).collect()), grad_input)
-}
-
-/// The pieces of a flat gradient as one.
-fn joined(mut pieces: Vec<Tensor>) -> Option<Tensor> {
-    if pieces.len() > 1 {
-        let precise: Vec<Tensor> = pieces.iter().map(|piece| piece.to_kind(Kind::Float)).collect();
-        return Some(Tensor::cat(&precise, 0));
-    }
-    pieces.pop()
+    (gradients.into_iter().zip(leaves).map(reached).collect(), grad_input)
 }

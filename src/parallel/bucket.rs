@@ -1,54 +1,264 @@
-//! One stage's parameters as one flat buffer.
+//! One stage's parameters as flat buffers, and what of them this rank holds.
 
 use tch::{Device, Kind, Tensor, no_grad};
 
+use super::layout::Layout;
+use super::{Sharding, Sharing};
+use crate::collective::{Collective, Sliced, Work};
+use crate::error::Result;
 use crate::nn::{ParamSet, Views};
 use crate::rng::Key;
 
-/// A stage's flat parameters: f32 master values, and the leaves in the compute kind that the stage's graph begins with.
+/// A stage's parameters: f32 master values, and the leaves in the compute kind that the stage's graph begins with.
 #[derive(Debug)]
 pub struct Bucket {
-    /// `[P]` f32; what the optimizer updates and a checkpoint holds.
+    /// One or two: precise parameters in f32, the others in the compute kind. None for a stage without parameters.
+    pieces: Vec<Piece>,
+    trained: bool,
+}
+
+/// Consecutive parameters of one compute kind.
+#[derive(Debug)]
+pub struct Piece {
+    layout: Layout,
+    /// Where the piece begins in the stage's flat `[P]`.
+    offset: i64,
+    /// This rank's shard, f32; what the optimizer updates and a checkpoint holds.
     master: Tensor,
-    /// The flat buffer in one piece or two: precise parameters in f32, the others in the compute kind. f32 pieces share the
-    /// master's storage.
+    /// This rank's shard in the compute kind; shares the master's storage where that is f32.
+    computed: Tensor,
+    /// All of the piece in the compute kind, unless only the shard is held between uses.
+    leaf: Option<Tensor>,
+    /// Runs of the shard that weight decay applies to.
+    decayed: Vec<(i64, i64)>,
+}
+
+/// A stage's leaves for one use. What was gathered for it goes with it.
+#[derive(Debug)]
+pub struct Weights {
     leaves: Vec<Tensor>,
     trained: bool,
 }
 
+/// A stage's leaves on their way.
+pub struct Gathering {
+    weights: Weights,
+    work: Work,
+}
+
 impl Bucket {
-    /// Parameters begun from `key`, zeros without one.
-    pub fn new(params: &ParamSet, kind: Kind, device: Device, key: Option<Key>) -> Self {
-        let master = Tensor::zeros([params.numel()], (Kind::Float, Device::Cpu));
-        if let Some(key) = key {
-            params.initialize(&master, key);
-        }
-        let master = master.to_device(device);
+    /// Parameters begun from `key`, zeros without one. `devices`: where they compute, and where master values lie that do not
+    /// share a leaf's storage.
+    pub fn new(params: &ParamSet, kind: Kind, devices: (Device, Device), key: Option<Key>, sharing: &Sharing<'_>) -> Self {
         let precise = if kind == Kind::Float { 0 } else { params.num_precise() };
-        let trained = params.numel() > 0;
-        let pieces = [(master.narrow(0, 0, precise), Kind::Float), (master.narrow(0, precise, params.numel() - precise), kind)];
-        let leaf = |(piece, kind): &(Tensor, Kind)| piece.detach().to_kind(*kind).set_requires_grad(trained);
-        let leaves = pieces.iter().filter(|(piece, _)| piece.numel() > 0).map(leaf).collect();
-        Bucket { master, leaves, trained }
+        let sizes = [(0, precise, Kind::Float), (precise, params.numel() - precise, kind)];
+        let decayed = params.decayed_runs();
+        let piece = |(offset, numel, kind)| {
+            let layout = Layout::new(numel, sharing.cut());
+            let runs = within(&decayed, offset, numel);
+            Piece::new(layout, offset, kind, sharing.sharding, layout.owned_runs(&runs), devices)
+        };
+        let pieces = sizes.into_iter().filter(|(_, numel, _)| *numel > 0).map(piece).collect();
+        let mut bucket = Bucket { pieces, trained: params.numel() > 0 };
+        if let Some(key) = key {
+            // A stage at a time: no rank ever holds more of an unsharded model than its largest stage.
+            let flat = Tensor::zeros([params.numel()], (Kind::Float, Device::Cpu));
+            params.initialize(&flat, key);
+            bucket.set(&flat);
+        }
+        bucket.track(bucket.trained);
+        bucket
     }
 
     /// The same parameters, excluded from training.
     pub fn frozen(mut self) -> Self {
-        self.trained = false;
-        self.leaves = self.leaves.into_iter().map(|leaf| leaf.set_requires_grad(false)).collect();
+        self.track(false);
         self
+    }
+
+    fn track(&mut self, trained: bool) {
+        self.trained = trained;
+        for leaf in self.pieces.iter_mut().filter_map(|piece| piece.leaf.as_mut()) {
+            *leaf = leaf.detach().set_requires_grad(trained);
+        }
     }
 
     pub fn is_trained(&self) -> bool {
         self.trained
     }
 
+    pub fn pieces(&self) -> &[Piece] {
+        &self.pieces
+    }
+
+    /// Sets all parameters, `[P]` f32; each rank keeps what it holds.
+    pub fn set(&mut self, flat: &Tensor) {
+        no_grad(|| {
+            for piece in &mut self.pieces {
+                let layout = piece.layout;
+                let whole = Tensor::zeros([layout.padded], (Kind::Float, Device::Cpu));
+                whole.narrow(0, 0, layout.numel).copy_(&flat.narrow(0, piece.offset, layout.numel));
+                piece.set(&whole);
+            }
+        });
+    }
+
+    /// The stage's parameters `[P]` f32 on the CPU.
+    ///
+    /// # Ordering
+    /// Every rank of a shard group calls it.
+    pub fn parameters(&self, sharing: &Sharing<'_>) -> Result<Tensor> {
+        self.whole(&self.pieces.iter().map(|piece| piece.master.shallow_clone()).collect::<Vec<_>>(), sharing)
+    }
+
+    /// What every rank holds a shard of, whole: `[P]` f32 on the CPU. `owned`: a tensor of the shard's length for each piece.
+    ///
+    /// # Ordering
+    /// Every rank of a shard group calls it.
+    pub fn whole(&self, owned: &[Tensor], sharing: &Sharing<'_>) -> Result<Tensor> {
+        let join = |(piece, owned): (&Piece, &Tensor)| {
+            let layout = piece.layout;
+            let owned = owned.to_device(piece.computed.device());
+            let full = if layout.is_whole() {
+                owned
+            } else {
+                let full = Tensor::empty([layout.padded], (Kind::Float, owned.device()));
+                sharing.shards().all_gather(vec![Sliced { owned, full: full.shallow_clone() }])?.wait()?;
+                full
+            };
+            Ok(full.narrow(0, 0, layout.numel).to_device(Device::Cpu))
+        };
+        let mut pieces = self.pieces.iter().zip(owned).map(join).collect::<Result<Vec<_>>>()?;
+        Ok(match pieces.len() {
+            1 => pieces.remove(0),
+            0 => Tensor::zeros([0], (Kind::Float, Device::Cpu)),
+            _ => Tensor::cat(&pieces, 0),
+        })
+    }
+
+    /// This rank's shards of a flat `[P]` f32 tensor, one a piece; the padding is zero.
+    pub fn owned(&self, flat: &Tensor) -> Vec<Tensor> {
+        let cut = |piece: &Piece| {
+            let (owned, shard) = (piece.layout.owned(), piece.master.zeros_like());
+            let held = (piece.layout.numel.min(owned.end) - owned.start).max(0);
+            shard.narrow(0, 0, held).copy_(&flat.narrow(0, piece.offset + owned.start.min(piece.layout.numel), held));
+            shard
+        };
+        no_grad(|| self.pieces.iter().map(cut).collect())
+    }
+
+    /// Begins to bring the leaves together for one use.
+    ///
+    /// # Ordering
+    /// Every rank of a shard group calls it for the same stages in the same order.
+    pub fn gather(&self, shards: &dyn Collective) -> Result<Gathering> {
+        let (mut leaves, mut missing) = (Vec::new(), Vec::new());
+        for piece in &self.pieces {
+            leaves.push(match &piece.leaf {
+                Some(leaf) => leaf.shallow_clone(),
+                None => {
+                    let full = Tensor::empty([piece.layout.padded], (piece.computed.kind(), piece.computed.device()));
+                    missing.push(Sliced { owned: piece.computed.shallow_clone(), full: full.shallow_clone() });
+                    full
+                }
+            });
+        }
+        let work = if missing.is_empty() { Work::done() } else { shards.all_gather(missing)? };
+        Ok(Gathering { weights: Weights { leaves, trained: self.trained }, work })
+    }
+
+    /// After an update: begins to send this rank's shard to those who hold the whole leaf.
+    ///
+    /// # Ordering
+    /// As [`gather`](Self::gather).
+    pub fn publish(&self, shards: &dyn Collective) -> Result<Work> {
+        let cut = self.pieces.iter().filter(|piece| !piece.layout.is_whole());
+        let sliced: Vec<Sliced> = cut.filter_map(|piece| piece.leaf.as_ref().map(|leaf| piece.sliced(leaf))).collect();
+        if sliced.is_empty() { Ok(Work::done()) } else { shards.all_gather(sliced) }
+    }
+
+    /// Changes this rank's shard of each piece and brings the compute kind up to date.
+    pub fn update(&mut self, mut change: impl FnMut(usize, &mut Tensor, &[(i64, i64)])) {
+        no_grad(|| {
+            for (index, piece) in self.pieces.iter_mut().enumerate() {
+                piece.update(|master, decayed| change(index, master, decayed));
+            }
+        });
+    }
+}
+
+/// The part of these runs that lies in `[offset, offset + numel)`, counted from its begin.
+fn within(runs: &[(i64, i64)], offset: i64, numel: i64) -> Vec<(i64, i64)> {
+    let cut = |&(start, length): &(i64, i64)| {
+        let (begin, end) = (start.max(offset), (start + length).min(offset + numel));
+        (begin < end).then_some((begin - offset, end - begin))
+    };
+    runs.iter().filter_map(cut).collect()
+}
+
+impl Piece {
+    fn new(
+        layout: Layout,
+        offset: i64,
+        kind: Kind,
+        sharding: Sharding,
+        decayed: Vec<(i64, i64)>,
+        (device, home): (Device, Device),
+    ) -> Self {
+        let zeros = |length: i64, kind: Kind, device: Device| Tensor::zeros([length], (kind, device));
+        let owned = layout.owned();
+        let length = owned.end - owned.start;
+        let keeps_all = sharding != Sharding::Parameters || layout.is_whole();
+        let leaf = keeps_all.then(|| zeros(layout.padded, kind, device));
+        let computed = leaf.as_ref().map_or_else(|| zeros(length, kind, device), |leaf| leaf.detach().narrow(0, owned.start, length));
+        let master = if kind == Kind::Float { computed.shallow_clone() } else { zeros(length, Kind::Float, home) };
+        Piece { layout, offset, master, computed, leaf, decayed }
+    }
+
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
     pub fn master(&self) -> &Tensor {
         &self.master
     }
 
+    /// Kind of the leaf and of what is computed with it.
+    pub fn kind(&self) -> Kind {
+        self.computed.kind()
+    }
+
+    /// The leaf that this rank holds between steps beside its shard.
+    pub fn leaf(&self) -> Option<&Tensor> {
+        self.leaf.as_ref()
+    }
+
+    fn sliced(&self, leaf: &Tensor) -> Sliced {
+        Sliced { owned: self.computed.shallow_clone(), full: leaf.detach() }
+    }
+
+    /// `whole`: `[padded]` f32.
+    fn set(&mut self, whole: &Tensor) {
+        let owned = self.layout.owned();
+        let shard = whole.narrow(0, owned.start, owned.end - owned.start);
+        self.master.copy_(&shard);
+        match &self.leaf {
+            Some(leaf) => leaf.detach().copy_(whole),
+            None => self.computed.copy_(&shard),
+        }
+    }
+
+    fn update(&mut self, change: impl FnOnce(&mut Tensor, &[(i64, i64)])) {
+        change(&mut self.master, &self.decayed);
+        if self.computed.data_ptr() != self.master.data_ptr() {
+            self.computed.copy_(&self.master);
+        }
+    }
+}
+
+impl Weights {
     /// The leaves whose gradients the backward pass asks for; none for a frozen or empty stage.
-    pub fn leaves(&self) -> &[Tensor] {
+    pub fn trained(&self) -> &[Tensor] {
         if self.trained { &self.leaves } else { &[] }
     }
 
@@ -56,19 +266,111 @@ impl Bucket {
     pub fn views(&self, params: &ParamSet) -> Views {
         params.split_pieces(&self.leaves.iter().collect::<Vec<_>>())
     }
+}
 
-    /// Changes the master values and brings the leaf up to date.
-    pub fn update(&mut self, change: impl FnOnce(&mut Tensor)) {
-        no_grad(|| {
-            change(&mut self.master);
-            let mut offset = 0;
-            for leaf in &self.leaves {
-                let length = leaf.numel() as i64;
-                if leaf.kind() != Kind::Float {
-                    leaf.detach().copy_(&self.master.narrow(0, offset, length));
-                }
-                offset += length;
+impl Gathering {
+    /// The leaves, once they are there.
+    pub fn wait(self) -> Result<Weights> {
+        self.work.wait()?;
+        let Weights { leaves, trained } = self.weights;
+        // A leaf that was just gathered tracks no gradient yet.
+        let leaves = leaves.into_iter().map(|leaf| if leaf.requires_grad() == trained { leaf } else { leaf.set_requires_grad(trained) });
+        Ok(Weights { leaves: leaves.collect(), trained })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::collective::Threads;
+    use crate::nn::{Builder, Init};
+    use crate::parallel::ShardingGroup;
+    use crate::rng::Purpose;
+
+    fn params() -> ParamSet {
+        let mut params = ParamSet::new("stage");
+        let mut builder = Builder::new(&mut params, "stage");
+        builder.param("weight", &[7, 11], Init::Normal { std: 1.0 });
+        builder.param("bias", &[11], Init::Normal { std: 1.0 });
+        builder.precise_param("table", &[5], Init::Normal { std: 1.0 });
+        params
+    }
+
+    const KEY: Key = Key { seed: 3, purpose: Purpose::Test, step: 0, micro_batch: 0, scope: 0 };
+
+    fn alone(kind: Kind) -> Bucket {
+        Bucket::new(&params(), kind, (Device::Cpu, Device::Cpu), Some(KEY), &Sharing::alone())
+    }
+
+    /// What `look` finds on each rank of three that share a bucket.
+    fn on_three<T: Send + 'static>(sharding: Sharding, kind: Kind, look: fn(Bucket, &Sharing<'_>) -> T) -> Vec<T> {
+        let join = |world: Threads| {
+            std::thread::spawn(move || {
+                let sharing = Sharing::new(&world, sharding, ShardingGroup::World, 1).expect("sound");
+                look(Bucket::new(&params(), kind, (Device::Cpu, Device::Cpu), Some(KEY), &sharing), &sharing)
+            })
+        };
+        let threads: Vec<_> = Threads::world(3).into_iter().map(join).collect();
+        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+    }
+
+    const SHARDINGS: [Sharding; 4] = [Sharding::None, Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters];
+
+    #[test]
+    fn every_sharding_holds_the_same_parameters_together() {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let expected = alone(kind).parameters(&Sharing::alone()).expect("alone");
+            for sharding in SHARDINGS {
+                let wholes = on_three(sharding, kind, |bucket, sharing| bucket.parameters(sharing).expect("no rank fails"));
+                assert!(wholes.iter().all(|whole| whole.equal(&expected)), "{sharding:?} {kind:?}");
             }
+        }
+    }
+
+    #[test]
+    fn gathered_leaves_are_those_of_one_rank() {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            for sharding in SHARDINGS {
+                let gathered = on_three(sharding, kind, |mut bucket, sharing| {
+                    bucket.update(|_, master, _| drop(master.g_add_scalar_(1.0)));
+                    bucket.publish(sharing.shards()).and_then(Work::wait).expect("no rank fails");
+                    let weights = bucket.gather(sharing.shards()).and_then(Gathering::wait).expect("no rank fails");
+                    assert!(weights.trained().iter().all(Tensor::requires_grad));
+                    weights.views(&params()).iter().map(Tensor::detach).collect::<Vec<_>>()
+                });
+                let mut one = alone(kind);
+                one.update(|_, master, _| drop(master.g_add_scalar_(1.0)));
+                let expected = one.gather(&crate::collective::Solo).and_then(Gathering::wait).expect("alone");
+                for views in gathered {
+                    assert!(views.iter().zip(expected.views(&params()).iter()).all(|(a, b)| a.equal(b) && a.kind() == b.kind()));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn only_parameter_sharding_lets_the_leaves_go() {
+        let held = |sharding| on_three(sharding, Kind::BFloat16, |bucket, _| bucket.pieces().iter().any(|piece| piece.leaf().is_some()));
+        assert_eq!(SHARDINGS.map(|sharding| held(sharding)[0]), [true, true, true, false]);
+        let owned = |sharding| on_three(sharding, Kind::Float, |bucket, _| bucket.pieces()[0].master().numel());
+        // 93 elements: 192 with the padding of three ranks.
+        assert_eq!(SHARDINGS.map(|sharding| owned(sharding)[0]), [192, 64, 64, 64]);
+    }
+
+    #[test]
+    fn shards_of_a_flat_tensor_join_to_it_again() {
+        let equal = on_three(Sharding::Gradients, Kind::BFloat16, |bucket, sharing| {
+            let flat = Tensor::arange(93, (Kind::Float, Device::Cpu));
+            bucket.whole(&bucket.owned(&flat), sharing).expect("no rank fails").equal(&flat)
         });
+        assert_eq!(equal, [true; 3]);
+    }
+
+    #[test]
+    fn decay_reaches_the_matrix_alone_however_it_is_cut() {
+        let sums = on_three(Sharding::Optimizer, Kind::BFloat16, |bucket, _| {
+            bucket.pieces().iter().flat_map(|piece| &piece.decayed).map(|(_, length)| length).sum::<i64>()
+        });
+        assert_eq!(sums.iter().sum::<i64>(), 77);
     }
 }

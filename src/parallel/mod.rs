@@ -1,18 +1,32 @@
 //! The machinery: stages forward, stages backward, gradients to the reducer while the stage before computes.
 //!
-//! Generic over stages and losses; it knows nothing of flow matching.
+//! Generic over stages and losses; it knows nothing of flow matching. Who holds what:
+//!
+//! | `sharding` | parameters | gradients | optimizer state | when a stage's backward ends | after the update |
+//! |---|---|---|---|---|---|
+//! | `none` | all | all | all | all-reduce, last micro-batch only | – |
+//! | `optimizer` | all | all | owned | reduce-scatter, last micro-batch only | all-gather |
+//! | `gradients` | all | owned | owned | reduce-scatter, every micro-batch | all-gather |
+//! | `parameters` | owned | owned | owned | reduce-scatter, every micro-batch | – (all-gather before each use) |
 
+mod accumulator;
+mod ahead;
 mod backward;
 mod bucket;
+mod layout;
 mod memory;
 mod reducer;
 mod replica;
 mod settings;
+mod sharing;
 mod tape;
 
-pub use bucket::Bucket;
+pub use accumulator::Summation;
+pub use bucket::{Bucket, Piece};
+pub use layout::Layout;
 pub use memory::StateLayout;
 pub use reducer::Reducer;
 pub use replica::Replica;
-pub use settings::{DeviceChoice, ParallelSettings, Recompute, ReduceDtype, SeedScope, Sharding};
+pub use settings::{Backend, DeviceChoice, Offload, ParallelSettings, Recompute, ReduceDtype, SeedScope, Sharding, ShardingGroup};
+pub use sharing::Sharing;
 pub use tape::Tape;

@@ -1,43 +1,132 @@
-//! Gradients on their way from one rank's backward to everybody's mean.
+//! Gradients on their way from one rank's backward to the sum over all ranks.
 
-use tch::{Kind, Tensor, no_grad};
+use std::collections::VecDeque;
 
-use crate::collective::{Collective, ReduceOp, Work};
+use tch::{Kind, Tensor};
+
+use super::accumulator::{Accumulator, Summation};
+use super::{Bucket, ReduceDtype, Sharding, Sharing};
+use crate::collective::{ReduceOp, Sliced, Work};
 use crate::error::Result;
 
-/// Collects one optimizer step's gradients: sums micro-batches, and starts each stage's all-reduce as soon as its last
-/// micro-batch is through, so that it travels while the stage before computes.
-pub struct Reducer<'c> {
-    collective: &'c dyn Collective,
-    /// One slot a stage: the sum over micro-batches so far, `[P]` f32.
-    gradients: Vec<Option<Tensor>>,
-    under_way: Vec<Work>,
+/// Buckets whose shards may be on their way at once: each holds a stage's whole gradient until it has arrived.
+const BUCKETS_UNDER_WAY: usize = 1;
+
+/// Collects one optimizer step's gradients: sums micro-batches, and hands each stage's bucket to a collective as soon as it
+/// is complete, so that it travels while the stage before computes.
+pub struct Reducer<'r> {
+    sharing: &'r Sharing<'r>,
+    buckets: &'r [Bucket],
+    dtype: ReduceDtype,
+    /// By stage and piece: what is summed on this rank, before or after it has travelled.
+    sums: Vec<Vec<Accumulator>>,
+    under_way: VecDeque<UnderWay>,
 }
 
-impl<'c> Reducer<'c> {
-    pub fn new(collective: &'c dyn Collective, num_stages: usize) -> Self {
-        Reducer { collective, gradients: (0..num_stages).map(|_| None).collect(), under_way: Vec::new() }
+/// A stage's bucket between ranks.
+struct UnderWay {
+    stage: usize,
+    /// This rank's shard of each piece.
+    owned: Vec<Tensor>,
+    work: Work,
+    /// Whether the replicas' shards have yet to be summed.
+    to_replicas: bool,
+}
+
+impl<'r> Reducer<'r> {
+    pub fn new(sharing: &'r Sharing<'r>, buckets: &'r [Bucket], dtype: ReduceDtype, summation: Summation) -> Self {
+        let of_bucket = |bucket: &Bucket| bucket.pieces().iter().map(|_| Accumulator::new(summation)).collect();
+        Reducer { sharing, buckets, dtype, sums: buckets.iter().map(of_bucket).collect(), under_way: VecDeque::new() }
     }
 
-    /// Takes a stage's gradient of one micro-batch.
+    /// Takes a stage's gradient of one micro-batch, a flat tensor for each of its pieces.
     ///
     /// # Ordering
     /// Every rank gives the same stages in the same order, `last` on the same micro-batch.
-    pub fn add(&mut self, stage: usize, gradient: Tensor, last: bool) -> Result<()> {
-        let sum = match self.gradients[stage].take() {
-            Some(mut sum) => no_grad(|| sum.f_add_(&gradient)).expect("gradients of one stage have one shape"),
-            None => gradient.to_kind(Kind::Float),
-        };
-        if last {
-            self.under_way.push(self.collective.all_reduce(vec![sum.shallow_clone()], ReduceOp::Sum)?);
+    pub fn add(&mut self, stage: usize, gradients: Vec<Tensor>, last: bool) -> Result<()> {
+        while self.under_way.len() >= BUCKETS_UNDER_WAY && self.sharing.sharding != Sharding::None {
+            self.settle()?;
         }
-        self.gradients[stage] = Some(sum);
+        if self.sharing.sharding.scatters_each_micro_batch() {
+            return self.start(stage, gradients);
+        }
+        self.accumulate(stage, gradients);
+        if last {
+            let sums = self.take_sums(stage);
+            self.start(stage, sums)?;
+        }
         Ok(())
     }
 
-    /// Waits for the collectives; returns the mean gradient of each stage, none for a stage that is not trained.
-    pub fn finish(self) -> Result<Vec<Option<Tensor>>> {
-        self.under_way.into_iter().try_for_each(Work::wait)?;
-        Ok(self.gradients)
+    /// Waits for the collectives; returns this rank's shard of the summed gradient, by stage and piece, f32; empty for a
+    /// stage that is not trained.
+    pub fn finish(mut self) -> Result<Vec<Vec<Tensor>>> {
+        while !self.under_way.is_empty() {
+            self.settle()?;
+        }
+        Ok((0..self.sums.len()).map(|stage| self.take_sums(stage)).collect())
+    }
+
+    fn accumulate(&mut self, stage: usize, gradients: Vec<Tensor>) {
+        self.sums[stage].iter_mut().zip(gradients).for_each(|(sum, gradient)| sum.add(gradient));
+    }
+
+    fn take_sums(&mut self, stage: usize) -> Vec<Tensor> {
+        self.sums[stage].iter_mut().filter_map(Accumulator::take).collect()
+    }
+
+    /// Sends a complete bucket on its way: to the owners of its shards, or where each rank holds all of it, to the replicas.
+    fn start(&mut self, stage: usize, gradients: Vec<Tensor>) -> Result<()> {
+        let pieces = self.buckets[stage].pieces();
+        let gradients: Vec<Tensor> =
+            pieces.iter().zip(gradients).map(|(piece, gradient)| gradient.to_kind(self.dtype.of(piece.kind()))).collect();
+        let (mut owned, mut whole, mut cut) = (Vec::new(), Vec::new(), Vec::new());
+        for (piece, full) in pieces.iter().zip(gradients) {
+            if piece.layout().is_whole() {
+                whole.push(full.shallow_clone());
+                owned.push(full);
+            } else {
+                let range = piece.layout().owned();
+                let shard = Tensor::empty([range.end - range.start], (full.kind(), full.device()));
+                cut.push(Sliced { owned: shard.shallow_clone(), full });
+                owned.push(shard);
+            }
+        }
+        let scattered = !cut.is_empty();
+        let work = match scattered {
+            true => self.sharing.shards().reduce_scatter(cut, ReduceOp::Sum)?,
+            false => self.sharing.replicas().all_reduce(whole, ReduceOp::Sum)?,
+        };
+        self.under_way.push_back(UnderWay { stage, owned, work, to_replicas: scattered });
+        Ok(())
+    }
+
+    /// Waits for the bucket that left first.
+    fn settle(&mut self) -> Result<()> {
+        let Some(UnderWay { stage, owned, work, to_replicas }) = self.under_way.pop_front() else { return Ok(()) };
+        work.wait()?;
+        if to_replicas {
+            let shards = owned.iter().map(Tensor::shallow_clone).collect();
+            self.sharing.replicas().all_reduce(shards, ReduceOp::Sum)?.wait()?;
+        }
+        self.accumulate(stage, owned);
+        Ok(())
+    }
+}
+
+impl Sharding {
+    /// Whether a bucket is given to its owners after each micro-batch, so that nobody holds the whole gradient.
+    pub fn scatters_each_micro_batch(self) -> bool {
+        matches!(self, Sharding::Gradients | Sharding::Parameters)
+    }
+}
+
+impl ReduceDtype {
+    /// Kind in which gradients of parameters of `kind` travel: precise ones always in f32.
+    fn of(self, kind: Kind) -> Kind {
+        match self {
+            ReduceDtype::BFloat16 if kind != Kind::Float => Kind::BFloat16,
+            _ => Kind::Float,
+        }
     }
 }

@@ -1,23 +1,34 @@
-//! A whole model on one rank: its stages and their parameters.
+//! A model on one rank: its stages, and what this rank holds of their parameters.
 
-use tch::{Device, Kind, no_grad};
+use tch::{Device, Kind, Tensor, no_grad};
 
+use super::ahead::Ahead;
 use super::tape::run;
-use super::{Bucket, Recompute, Tape};
+use super::{Bucket, Recompute, Sharing, Tape};
+use crate::error::Result;
 use crate::nn::{Activations, ParamInfo, Stage};
 use crate::rng::Key;
 
-/// Stages with a bucket each.
-pub struct Replica {
+/// Stages with a bucket each, shared with other ranks or not.
+pub struct Replica<'c> {
     pub stages: Vec<Box<dyn Stage>>,
     pub buckets: Vec<Bucket>,
+    pub sharing: Sharing<'c>,
 }
 
-impl Replica {
-    /// Parameters begun from `key`, the same on every rank; zeros without one, where they are loaded next.
-    pub fn new(stages: Vec<Box<dyn Stage>>, kind: Kind, device: Device, key: Option<Key>) -> Self {
-        let buckets = stages.iter().map(|stage| Bucket::new(stage.params(), kind, device, key)).collect();
-        Replica { stages, buckets }
+impl Replica<'static> {
+    /// A model that one rank holds alone: parameters begun from `key`; zeros without one, where they are loaded next.
+    pub fn alone(stages: Vec<Box<dyn Stage>>, kind: Kind, device: Device, key: Option<Key>) -> Self {
+        Replica::shared(stages, kind, (device, device), key, Sharing::alone())
+    }
+}
+
+impl<'c> Replica<'c> {
+    /// This rank's part of a shared model, equal on every rank for the same `key`. `devices`: where it computes, and where
+    /// master values lie that do not share a leaf's storage.
+    pub fn shared(stages: Vec<Box<dyn Stage>>, kind: Kind, devices: (Device, Device), key: Option<Key>, sharing: Sharing<'c>) -> Self {
+        let buckets = stages.iter().map(|stage| Bucket::new(stage.params(), kind, devices, key, &sharing)).collect();
+        Replica { stages, buckets, sharing }
     }
 
     /// Every parameter in order, stage by stage.
@@ -29,13 +40,34 @@ impl Replica {
         self.stages.iter().map(|stage| stage.params().numel()).sum()
     }
 
+    /// A stage's parameters `[P]` f32 on the CPU.
+    ///
+    /// # Ordering
+    /// Every rank of a shard group calls it.
+    pub fn parameters(&self, stage: usize) -> Result<Tensor> {
+        self.buckets[stage].parameters(&self.sharing)
+    }
+
     /// A forward that can be followed by a backward.
     pub fn tape(&self, recompute: Recompute) -> Tape<'_> {
-        Tape::new(&self.stages, &self.buckets, recompute)
+        Tape::new(self, recompute)
     }
 
     /// The model's outputs alone, without graphs.
-    pub fn infer(&self, input: Activations) -> Activations {
-        no_grad(|| self.stages.iter().zip(&self.buckets).fold(input, |input, (stage, bucket)| run(stage.as_ref(), bucket, &input)))
+    ///
+    /// # Ordering
+    /// Every rank of a shard group calls it.
+    pub fn infer(&self, input: Activations) -> Result<Activations> {
+        let mut weights = Ahead::new(&self.buckets, self.sharing.shards(), 0..self.stages.len());
+        no_grad(|| self.stages.iter().try_fold(input, |input, stage| Ok(run(stage.as_ref(), &weights.next()?, &input))))
+    }
+
+    /// After an update: sends every rank what the others changed of the leaves that it holds whole.
+    ///
+    /// # Ordering
+    /// Every rank of a shard group calls it.
+    pub fn publish(&self) -> Result<()> {
+        let works = self.buckets.iter().map(|bucket| bucket.publish(self.sharing.shards())).collect::<Result<Vec<_>>>()?;
+        works.into_iter().try_for_each(|work| work.wait())
     }
 }

@@ -1,5 +1,9 @@
 //! `[parallel]`: where a rank computes, what it shares, what it computes twice.
 
+use std::fmt;
+use std::str::FromStr;
+
+use super::Summation;
 use crate::settings::{Choice, Keys, Settings};
 
 /// What happens to a stage's graph between forward and backward.
@@ -10,10 +14,42 @@ pub enum Recompute {
     Never,
     /// Drop it and run the stage's forward again before its backward: memory for boundaries only, a third more compute.
     Always,
+    /// Drop that of every so many stages, the first among them.
+    Every(usize),
 }
 
-impl Choice for Recompute {
-    const ALL: &'static [(&'static str, Self)] = &[("never", Recompute::Never), ("always", Recompute::Always)];
+impl Recompute {
+    /// Whether the graph of this stage is dropped.
+    pub fn drops(self, stage: usize) -> bool {
+        match self {
+            Recompute::Never => false,
+            Recompute::Always => true,
+            Recompute::Every(count) => stage.is_multiple_of(count),
+        }
+    }
+}
+
+impl fmt::Display for Recompute {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Recompute::Never => write!(f, "never"),
+            Recompute::Always => write!(f, "always"),
+            Recompute::Every(count) => write!(f, "every_{count}"),
+        }
+    }
+}
+
+impl FromStr for Recompute {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let every = || text.strip_prefix("every_")?.parse().ok().filter(|count| *count > 1).map(Recompute::Every);
+        match text {
+            "never" => Ok(Recompute::Never),
+            "always" => Ok(Recompute::Always),
+            _ => every().ok_or_else(|| format!("unknown value `{text}`; expected never, always, or every_2, every_3, …")),
+        }
+    }
 }
 
 /// Who holds what of the training state (ZeRO 0–3; never called "stage" here).
@@ -39,15 +75,59 @@ impl Choice for Sharding {
     ];
 }
 
+/// Which ranks hold one copy of the state together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ShardingGroup {
+    /// All of them: the least memory.
+    #[default]
+    World,
+    /// Those of one node; each node repeats it: what is gathered never leaves a node, gradients cross as shards.
+    Node,
+}
+
+impl Choice for ShardingGroup {
+    const ALL: &'static [(&'static str, Self)] = &[("world", ShardingGroup::World), ("node", ShardingGroup::Node)];
+}
+
 /// The kind in which gradients travel between ranks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ReduceDtype {
     #[default]
     Float32,
+    /// Of parameters that compute in bfloat16; each sum is rounded.
+    BFloat16,
 }
 
 impl Choice for ReduceDtype {
-    const ALL: &'static [(&'static str, Self)] = &[("float32", ReduceDtype::Float32)];
+    const ALL: &'static [(&'static str, Self)] = &[("float32", ReduceDtype::Float32), ("bfloat16", ReduceDtype::BFloat16)];
+}
+
+/// What lies in host memory while the device does not need it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Offload {
+    #[default]
+    None,
+    /// Stage boundaries between forward and backward.
+    Activations,
+    /// The optimizer's state, and master values where they are not what is computed with, between steps.
+    Optimizer,
+    /// Both.
+    All,
+}
+
+impl Offload {
+    pub fn activations(self) -> bool {
+        matches!(self, Offload::Activations | Offload::All)
+    }
+
+    pub fn optimizer(self) -> bool {
+        matches!(self, Offload::Optimizer | Offload::All)
+    }
+}
+
+impl Choice for Offload {
+    const ALL: &'static [(&'static str, Self)] =
+        &[("none", Offload::None), ("activations", Offload::Activations), ("optimizer", Offload::Optimizer), ("all", Offload::All)];
 }
 
 /// Where a rank computes.
@@ -55,10 +135,26 @@ impl Choice for ReduceDtype {
 pub enum DeviceChoice {
     #[default]
     Cpu,
+    /// The GPU of the rank's number within its node.
+    Cuda,
 }
 
 impl Choice for DeviceChoice {
-    const ALL: &'static [(&'static str, Self)] = &[("cpu", DeviceChoice::Cpu)];
+    const ALL: &'static [(&'static str, Self)] = &[("cpu", DeviceChoice::Cpu), ("cuda", DeviceChoice::Cuda)];
+}
+
+/// What carries tensors between ranks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Backend {
+    /// NCCL between GPUs, MPI between CPUs.
+    #[default]
+    Auto,
+    Mpi,
+    Nccl,
+}
+
+impl Choice for Backend {
+    const ALL: &'static [(&'static str, Self)] = &[("auto", Backend::Auto), ("mpi", Backend::Mpi), ("nccl", Backend::Nccl)];
 }
 
 /// Whose stream of randomness a sample's draws come from.
@@ -79,9 +175,13 @@ impl Choice for SeedScope {
 #[derive(Clone, Debug, PartialEq)]
 pub struct ParallelSettings {
     pub device: DeviceChoice,
+    pub backend: Backend,
     pub sharding: Sharding,
+    pub sharding_group: ShardingGroup,
     pub recompute: Recompute,
+    pub offload: Offload,
     pub reduce_dtype: ReduceDtype,
+    pub deterministic: bool,
     pub seed_scope: SeedScope,
     pub num_threads: i32,
 }
@@ -90,29 +190,105 @@ impl Default for ParallelSettings {
     fn default() -> Self {
         ParallelSettings {
             device: DeviceChoice::default(),
+            backend: Backend::default(),
             sharding: Sharding::default(),
+            sharding_group: ShardingGroup::default(),
             recompute: Recompute::default(),
+            offload: Offload::default(),
             reduce_dtype: ReduceDtype::default(),
+            deterministic: false,
             seed_scope: SeedScope::default(),
             num_threads: 1,
         }
     }
 }
 
+impl ParallelSettings {
+    /// The order in which a rank sums its micro-batches.
+    pub fn summation(&self) -> Summation {
+        if self.deterministic { Summation::Pairwise } else { Summation::Running }
+    }
+
+    /// Parts of its shard that each rank measures one by one: as many in all, however many ranks there are.
+    pub fn grains(&self, micro_batches: usize) -> usize {
+        if self.deterministic { micro_batches } else { 1 }
+    }
+
+    /// Whether neighbouring blocks of the global batch belong to one rank: where it sums them before ranks do, so that the
+    /// tree over blocks is the same for any number of ranks.
+    pub fn neighbours_to_one_rank(&self) -> bool {
+        self.deterministic && !self.sharding.scatters_each_micro_batch()
+    }
+
+    /// What no run can do, as `(key, what)`.
+    pub fn problems(&self) -> Vec<(&'static str, String)> {
+        let mut problems = Vec::new();
+        let mut refuse = |wrong: bool, key: &'static str, what: &str| {
+            if wrong {
+                problems.push((key, what.to_string()));
+            }
+        };
+        let on_cpu = self.device == DeviceChoice::Cpu;
+        let keeps_graphs = self.recompute != Recompute::Always;
+        refuse(
+            self.sharding == Sharding::Parameters && keeps_graphs,
+            "parallel.recompute",
+            "must be `always` with sharding = \"parameters\": a kept graph holds the parameters that the sharding lets go",
+        );
+        refuse(
+            on_cpu && self.offload != Offload::None,
+            "parallel.offload",
+            "moves from a GPU to host memory; with device = \"cpu\" there is nothing to move",
+        );
+        refuse(
+            self.offload.activations() && self.recompute == Recompute::Never,
+            "parallel.offload",
+            "has no activations to move with recompute = \"never\": kept graphs hold them",
+        );
+        refuse(!on_cpu && self.backend == Backend::Mpi, "parallel.backend", "`mpi` carries no tensors of GPUs here; leave it at `auto`");
+        if self.deterministic {
+            refuse(!on_cpu, "parallel.deterministic", "holds on a CPU only: NCCL sums in orders of its own");
+            refuse(
+                self.seed_scope != SeedScope::Sample,
+                "parallel.seed_scope",
+                "must be `sample` with deterministic = true: a rank's stream depends on their number",
+            );
+            refuse(
+                self.reduce_dtype != ReduceDtype::Float32,
+                "parallel.reduce_dtype",
+                "must be `float32` with deterministic = true: where a sum is rounded depends on the number of ranks",
+            );
+        }
+        problems
+    }
+}
+
 impl Settings for ParallelSettings {
     fn visit(&mut self, keys: &mut Keys<'_>) {
         keys.choice("device", &mut self.device, "Where each rank computes.");
+        keys.choice("backend", &mut self.backend, "What carries tensors between ranks; `auto`: NCCL between GPUs, MPI between CPUs.");
         keys.choice(
             "sharding",
             &mut self.sharding,
-            "What the ranks divide among themselves instead of each holding all of it; this version trains with `none`.",
+            "What the ranks divide among themselves instead of each holding all of it; each word includes those before it.",
         );
         keys.choice(
+            "sharding_group",
+            &mut self.sharding_group,
+            "Who divides: all ranks, or those of each node, the nodes repeating one another.",
+        );
+        keys.parsed(
             "recompute",
             &mut self.recompute,
-            "Whether a stage's activations are computed again in the backward pass to save memory.",
+            "Which stages' activations are computed again in the backward pass to save memory. One of: never, always, every_2, every_3, ….",
         );
-        keys.choice("reduce_dtype", &mut self.reduce_dtype, "Kind in which gradients are summed over the ranks.");
+        keys.choice("offload", &mut self.offload, "What waits in host memory while the GPU does not need it.");
+        keys.choice("reduce_dtype", &mut self.reduce_dtype, "Kind in which gradients of bfloat16 parameters are summed over the ranks.");
+        keys.flag(
+            "deterministic",
+            &mut self.deterministic,
+            "Sum everything in one order whatever the number of ranks: weights are bit-equal at 1, 2, 4, … ranks for one global batch (CPU).",
+        );
         keys.choice(
             "seed_scope",
             &mut self.seed_scope,
@@ -124,5 +300,38 @@ impl Settings for ParallelSettings {
             1..=1024,
             "Compute threads of each rank on the CPU; ranks times threads should not exceed the cores.",
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(change: impl FnOnce(&mut ParallelSettings)) -> Vec<&'static str> {
+        let mut settings = ParallelSettings::default();
+        change(&mut settings);
+        settings.problems().into_iter().map(|(key, _)| key).collect()
+    }
+
+    #[test]
+    fn what_would_not_do_what_it_says_is_refused() {
+        assert!(refused(|_| ()).is_empty());
+        assert_eq!(refused(|settings| settings.sharding = Sharding::Parameters), ["parallel.recompute"]);
+        assert_eq!(refused(|settings| settings.offload = Offload::Optimizer), ["parallel.offload"]);
+        let deterministic = |settings: &mut ParallelSettings| settings.deterministic = true;
+        assert_eq!(refused(deterministic), ["parallel.seed_scope"]);
+        let on_gpus = |settings: &mut ParallelSettings| {
+            *settings = ParallelSettings { device: DeviceChoice::Cuda, backend: Backend::Mpi, offload: Offload::All, ..settings.clone() };
+        };
+        assert_eq!(refused(on_gpus), ["parallel.offload", "parallel.backend"]);
+    }
+
+    #[test]
+    fn recomputation_reads_as_it_is_written() {
+        for recompute in [Recompute::Never, Recompute::Always, Recompute::Every(3)] {
+            assert_eq!(recompute.to_string().parse(), Ok(recompute));
+        }
+        assert!("every_1".parse::<Recompute>().is_err() && "every_k".parse::<Recompute>().is_err());
+        assert_eq!([0, 1, 2, 3].map(|stage| Recompute::Every(3).drops(stage)), [true, false, false, true]);
     }
 }

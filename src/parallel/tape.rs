@@ -1,17 +1,20 @@
 //! Stages forward with the graph cut at every boundary, then backward stage by stage.
 
-use tch::{Tensor, no_grad};
+use tch::{Device, Tensor, no_grad};
 
+use super::ahead::Ahead;
 use super::backward::{loss_backward, stage_backward};
-use super::{Bucket, Recompute};
+use super::bucket::Weights;
+use super::{Recompute, Replica};
 use crate::error::{Error, Result};
 use crate::nn::{Activations, Stage};
 
 /// What one micro-batch's forward leaves for its backward: the boundaries, and the graphs that are kept.
 pub struct Tape<'m> {
-    stages: &'m [Box<dyn Stage>],
-    buckets: &'m [Bucket],
+    replica: &'m Replica<'m>,
     recompute: Recompute,
+    /// Boundaries wait for the backward in host memory.
+    offload: bool,
     /// The step in whose name every stage's outputs and gradients are searched for non-finite values, which costs a host
     /// synchronization each.
     check_finite: Option<u64>,
@@ -21,13 +24,20 @@ pub struct Tape<'m> {
 
 struct Boundary {
     input: Activations,
-    /// The stage's outputs with their graph, unless it is recomputed or has no gradient to give.
-    graph: Option<Activations>,
+    /// The stage's outputs with their graph and the leaves that it begins with, unless it is recomputed or has no gradient
+    /// to give.
+    graph: Option<(Weights, Activations)>,
 }
 
 impl<'m> Tape<'m> {
-    pub fn new(stages: &'m [Box<dyn Stage>], buckets: &'m [Bucket], recompute: Recompute) -> Self {
-        Tape { stages, buckets, recompute, check_finite: None, kept: Vec::new(), output: Activations::new() }
+    pub fn new(replica: &'m Replica<'m>, recompute: Recompute) -> Self {
+        Tape { replica, recompute, offload: false, check_finite: None, kept: Vec::new(), output: Activations::new() }
+    }
+
+    /// Keeps boundaries in host memory between forward and backward, at the cost of two copies each.
+    pub fn offloading(mut self, offload: bool) -> Self {
+        self.offload = offload;
+        self
     }
 
     /// Names the stage and tensor where the first non-finite value appears (the debug mode).
@@ -39,43 +49,65 @@ impl<'m> Tape<'m> {
     /// Runs all stages. The returned activations are leaves: a loss built on them is what [`Tape::backward`] takes.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] if the check is on and finds something.
+    /// [`Error::NotFinite`] if the check is on and finds something; what a collective returns.
     pub fn forward(&mut self, input: Activations) -> Result<Activations> {
+        let Replica { stages, buckets, sharing } = self.replica;
+        let mut weights = Ahead::new(buckets, sharing.shards(), 0..stages.len());
         // True once something trained lies behind: only then is there a gradient to send back.
         let mut reached = false;
         let mut input = input.leaves(false);
-        for (stage, bucket) in self.stages.iter().zip(self.buckets) {
-            reached |= bucket.is_trained();
-            let keep_graph = reached && self.recompute == Recompute::Never;
-            let output = if keep_graph { run(stage.as_ref(), bucket, &input) } else { no_grad(|| run(stage.as_ref(), bucket, &input)) };
+        for (index, stage) in stages.iter().enumerate() {
+            reached |= buckets[index].is_trained();
+            let weights = weights.next()?;
+            let keep_graph = reached && !self.recompute.drops(index);
+            let forward = || run(stage.as_ref(), &weights, &input);
+            let output = if keep_graph { forward() } else { no_grad(forward) };
             if let Some(step) = self.check_finite {
                 check_finite(step, stage.params().stage(), "output", output.flowing())?;
             }
             let next = output.leaves(reached);
-            self.kept.push(Boundary { input, graph: keep_graph.then_some(output) });
-            input = next;
+            let input = std::mem::replace(&mut input, next);
+            let graph = keep_graph.then_some((weights, output));
+            // What a graph holds stays on the device anyway.
+            let input = if self.offload && graph.is_none() { input.to_device(Device::Cpu) } else { input };
+            self.kept.push(Boundary { input, graph });
         }
         self.output = input;
         Ok(self.output.alias())
     }
 
-    /// Sends the gradient of `loss` back; `on_gradient(stage, gradient)` gets each trained stage's flat gradient as soon as
-    /// it is known, last stage first.
-    pub fn backward(self, loss: &Tensor, mut on_gradient: impl FnMut(usize, Tensor) -> Result<()>) -> Result<()> {
+    /// Sends the gradient of `loss` back; `on_gradient(stage, gradients)` gets each trained stage's flat gradients, one a
+    /// piece, as soon as they are known, last stage first.
+    ///
+    /// # Errors
+    /// As [`Tape::forward`]; what `on_gradient` returns.
+    pub fn backward(self, loss: &Tensor, mut on_gradient: impl FnMut(usize, Vec<Tensor>) -> Result<()>) -> Result<()> {
+        let Replica { stages, buckets, sharing } = self.replica;
+        // Nothing before the first trained stage has a gradient to give.
+        let Some(first) = buckets.iter().position(|bucket| bucket.is_trained()) else { return Ok(()) };
+        let dropped: Vec<usize> = (first..stages.len()).rev().filter(|index| self.kept[*index].graph.is_none()).collect();
+        let mut gathered = Ahead::new(buckets, sharing.shards(), dropped.into_iter());
         let mut grad_output = loss_backward(loss, &self.output);
-        for (index, Boundary { input, graph }) in self.kept.into_iter().enumerate().rev() {
-            let (stage, bucket) = (&self.stages[index], &self.buckets[index]);
-            if grad_output.is_empty() {
-                break; // nothing trained at or before this stage
-            }
-            let output = graph.unwrap_or_else(|| run(stage.as_ref(), bucket, &input));
-            let (gradient, grad_input) = stage_backward(bucket.leaves(), &input, &output, &grad_output);
+        let device = loss.device();
+        for (index, Boundary { input, graph }) in self.kept.into_iter().enumerate().skip(first).rev() {
+            let stage = &stages[index];
+            let input = if self.offload && graph.is_none() { input.to_device(device) } else { input };
+            let (weights, output) = match graph {
+                Some(kept) => kept,
+                None => {
+                    let weights = gathered.next()?;
+                    let output = run(stage.as_ref(), &weights, &input);
+                    (weights, output)
+                }
+            };
+            let (gradients, grad_input) = stage_backward(weights.trained(), &input, &output, &grad_output);
             if let Some(step) = self.check_finite {
-                let named = gradient.iter().map(|gradient| ("parameters", gradient));
-                check_finite(step, stage.params().stage(), "gradient", named)?;
+                check_finite(step, stage.params().stage(), "gradient", gradients.iter().map(|gradient| ("parameters", gradient)))?;
             }
-            if let Some(gradient) = gradient {
-                on_gradient(index, gradient)?;
+            // Gone before the gradient travels: the memory of graph and gathered leaves is the next stage's.
+            drop((weights, output, input));
+            if !gradients.is_empty() {
+                on_gradient(index, gradients)?;
             }
             grad_output = grad_input;
         }
@@ -83,8 +115,8 @@ impl<'m> Tape<'m> {
     }
 }
 
-pub(super) fn run(stage: &dyn Stage, bucket: &Bucket, input: &Activations) -> Activations {
-    stage.forward(&bucket.views(stage.params()), input).carrying_constants_of(input)
+pub(super) fn run(stage: &dyn Stage, weights: &Weights, input: &Activations) -> Activations {
+    stage.forward(&weights.views(stage.params()), input).carrying_constants_of(input)
 }
 
 fn check_finite<'t>(step: u64, stage: &str, what: &str, tensors: impl Iterator<Item = (&'static str, &'t Tensor)>) -> Result<()> {

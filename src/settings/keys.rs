@@ -2,6 +2,7 @@
 
 use std::fmt::Display;
 use std::ops::{Bound, RangeBounds};
+use std::str::FromStr;
 
 use super::tree::{Leaf, Node};
 use super::{Choice, Family, Settings, read, write};
@@ -104,6 +105,16 @@ impl Keys<'_> {
         self.leaf(name, doc, shown, |leaf| {
             let Leaf::Text(value) = leaf else { return Err(leaf.not_a("a text in quotes")) };
             *field = Some(value.clone());
+            Ok(())
+        });
+    }
+
+    /// A text with a grammar of its own, whose error says what is expected.
+    pub fn parsed<T: FromStr<Err = String> + Display>(&mut self, name: &str, field: &mut T, doc: &str) {
+        let shown = write::quoted(&field.to_string());
+        self.leaf(name, doc, Some(shown), |leaf| {
+            let Leaf::Text(found) = leaf else { return Err(leaf.not_a("a text in quotes")) };
+            *field = found.parse()?;
             Ok(())
         });
     }

@@ -15,7 +15,7 @@ impl Stopwatch {
         Stopwatch { lap_began: Instant::now(), phases: Vec::new() }
     }
 
-    /// The time since the last lap went into `phase`, e.g. `data`, `forward`, `backward`, `communication`, `optimizer`.
+    /// The time since the last lap went into `phase`, e.g. `data`, `forward`, `backward`, `reduce`, `optimizer`.
     pub fn lap(&mut self, phase: &'static str) {
         self.lap_at(Instant::now(), phase);
     }

@@ -130,7 +130,7 @@ impl Export<'_> {
         let named: Vec<(&str, &Tensor)> = names.zip(&tensors).collect();
         // Without this note diffusers takes the file for another framework's.
         let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
-        self.write_file(&self.shard_name(index), |file| safetensors::write(file, &named, &metadata).map(drop))
+        self.write_file(&self.shard_name(index), |file| safetensors::write(file, &named, &metadata))
     }
 
     fn index(&self) -> String {

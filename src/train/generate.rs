@@ -8,11 +8,13 @@ use tch::{Device, Kind, Tensor};
 
 use super::conditions::Origin;
 use super::{build_pipeline, checkpoint, device, empty_replica, run_folder};
+use crate::collective::Solo;
 use crate::config::RunConfig;
 use crate::data::{Batch, Dataset, safetensors};
 use crate::error::{Error, Result};
 use crate::flow::{CfgDropoutValue, FlowMatchingContext, FlowMatchingPipeline, Guide, solver};
-use crate::parallel::Replica;
+use crate::nn::Activations;
+use crate::parallel::{Replica, Sharing};
 use crate::rng::{Key, Purpose, Stream};
 use crate::telemetry::write_grid;
 
@@ -61,9 +63,10 @@ pub fn sample(request: &SampleRequest) -> Result<()> {
     let (run, folder) = run_folder::locate(&request.run)?;
     let config = with_wishes(run_folder::config_of(&run)?, request);
     let origin = origin_of(request, &config)?;
-    let mut replica = empty_replica(&config, device(config.parallel.device))?;
+    let device = device(&config, &Solo)?;
+    let mut replica = empty_replica(&config, device, Sharing::alone())?;
     checkpoint::load_parameters(&folder, &mut replica)?;
-    let samples = generate(&config, &replica, &origin)?;
+    let samples = generate(&config, &replica, &origin, device)?;
     request.out.iter().try_for_each(|path| samples.write(path))
 }
 
@@ -103,8 +106,11 @@ fn origin_of(request: &SampleRequest, config: &RunConfig) -> Result<Origin> {
 ///
 /// # Errors
 /// [`Error::Data`] or [`Error::Config`] if the conditions do not fit the model, its adapter or the guidance.
-pub fn generate(config: &RunConfig, replica: &Replica, origin: &Origin) -> Result<Samples> {
-    let walk = Walk::new(config, replica, origin)?;
+///
+/// # Ordering
+/// Every rank of a shard group calls it.
+pub fn generate(config: &RunConfig, replica: &Replica<'_>, origin: &Origin, device: Device) -> Result<Samples> {
+    let walk = Walk::new(config, replica, origin, device)?;
     let per_condition = config.sampling.per_condition;
     let rows: Vec<i64> = (0..origin.names.len() as i64).flat_map(|row| vec![row; per_condition as usize]).collect();
     let chunks = rows.chunks(CHUNK).enumerate();
@@ -121,22 +127,23 @@ pub fn generate(config: &RunConfig, replica: &Replica, origin: &Origin) -> Resul
 /// The way from noise to data: whose model it follows, through which levels, under which guidance.
 struct Walk<'a> {
     config: &'a RunConfig,
-    replica: &'a Replica,
+    replica: &'a Replica<'a>,
     origin: &'a Origin,
     pipeline: FlowMatchingPipeline,
     guide: Guide,
     sigmas: Vec<f64>,
+    device: Device,
 }
 
 impl<'a> Walk<'a> {
-    fn new(config: &'a RunConfig, replica: &'a Replica, origin: &'a Origin) -> Result<Self> {
-        let pipeline = build_pipeline(config, device(config.parallel.device));
+    fn new(config: &'a RunConfig, replica: &'a Replica<'a>, origin: &'a Origin, device: Device) -> Result<Self> {
+        let pipeline = build_pipeline(config, device);
         let (adapter, sampling) = (pipeline.adapter(), &config.sampling);
         origin.check(&*config.model.family, adapter.condition_keys())?;
         let guide = Guide::new(adapter.guidance(), sampling, origin.has_negative())?;
         let own = adapter.noise_levels(&origin.shape, pipeline.settings());
         let levels = if sampling.shift == 0.0 { own } else { own.with_shift(sampling.shift) };
-        Ok(Walk { config, replica, origin, guide, sigmas: levels.sigmas(sampling.num_steps), pipeline })
+        Ok(Walk { config, replica, origin, guide, sigmas: levels.sigmas(sampling.num_steps), pipeline, device })
     }
 
     /// `[rows, C, …]` f32 on the CPU; `first` is the place of the first among all samples.
@@ -144,7 +151,7 @@ impl<'a> Walk<'a> {
         let noise = self.origin.noise(rows).unwrap_or_else(|| self.draw_noise(first, rows.len()));
         let (batch, clean) = (self.origin.batch(rows), self.origin.clean_latents(rows));
         let unconditional = self.origin.unconditional(rows, self.pipeline.adapter().condition_keys());
-        let solved = solver::euler(noise.to_device(device(self.config.parallel.device)), &self.sigmas, |x, sigma| {
+        let solved = solver::euler(noise.to_device(self.device), &self.sigmas, |x, sigma| {
             let velocity = |batch: &Batch| self.velocity(x, sigma, batch, clean.as_ref());
             self.guide.velocity(velocity(&batch)?, || velocity(&unconditional))
         })?;
@@ -159,6 +166,12 @@ impl<'a> Walk<'a> {
 
     /// What the model predicts at this level. `clean`: the frames that a video begins with, if any are given.
     fn velocity(&self, x: &Tensor, sigma: f64, batch: &Batch, clean: Option<&Tensor>) -> Result<Tensor> {
+        // The generator is let go before ranks wait for one another.
+        let inputs = self.inputs(x, sigma, batch, clean)?;
+        Ok(self.pipeline.adapter().prediction(&self.replica.infer(inputs)?))
+    }
+
+    fn inputs(&self, x: &Tensor, sigma: f64, batch: &Batch, clean: Option<&Tensor>) -> Result<Activations> {
         let (device, dtype) = (x.device(), self.config.model.dtype.kind());
         let sigma = Tensor::full([x.size()[0]], sigma, (Kind::Float, device));
         let x = x.to_kind(dtype);
@@ -179,8 +192,7 @@ impl<'a> Walk<'a> {
             guidance_scale: self.guide.embedded,
             draws: &stream.open(),
         };
-        let inputs = self.pipeline.adapter().prepare_inputs(&context).map_err(|error| self.origin.named(error))?;
-        Ok(self.pipeline.adapter().prediction(&self.replica.infer(inputs)))
+        self.pipeline.adapter().prepare_inputs(&context).map_err(|error| self.origin.named(error))
     }
 }
 
@@ -202,7 +214,7 @@ impl Samples {
                 let mut file = File::create(path).map_err(Error::storage(path, "create"))?;
                 let sigmas = Tensor::from_slice(&self.sigmas).to_kind(Kind::Float);
                 let tensors = [("samples", &self.images), ("labels", &self.labels), ("sigmas", &sigmas)];
-                safetensors::write(&mut file, &tensors, &BTreeMap::new()).map(drop).map_err(Error::storage(path, "write"))
+                safetensors::write(&mut file, &tensors, &BTreeMap::new()).map_err(Error::storage(path, "write"))
             }
             _ => Err(Error::config("--out", format!("{} must end in .png or .safetensors", path.display()))),
         }

@@ -51,8 +51,13 @@ pub struct StepMetrics {
     data_seconds: f64,
     forward_seconds: f64,
     backward_seconds: f64,
-    communication_seconds: f64,
+    /// Waiting for gradients and statistics of the other ranks.
+    reduce_seconds: f64,
     optimizer_seconds: f64,
+    /// Collectives of all phases under way.
+    communication_seconds: f64,
+    /// Of these, computation waiting for them.
+    exposed_seconds: f64,
     samples_per_second: Option<f64>,
     peak_memory_bytes: Option<u64>,
 }
@@ -92,8 +97,10 @@ impl StepMetrics {
             data_seconds: seconds("data"),
             forward_seconds: seconds("forward"),
             backward_seconds: seconds("backward"),
-            communication_seconds: seconds("communication"),
+            reduce_seconds: seconds("reduce"),
             optimizer_seconds: seconds("optimizer"),
+            communication_seconds: update.spent.communication_seconds,
+            exposed_seconds: update.spent.exposed_seconds,
             samples_per_second: progress.samples_per_second,
             peak_memory_bytes: progress.peak_memory_bytes,
         }

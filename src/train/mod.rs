@@ -11,6 +11,7 @@ mod metrics;
 mod report;
 mod run_folder;
 mod single_step;
+mod state;
 mod step;
 mod weights;
 
@@ -26,19 +27,21 @@ use std::time::Instant;
 
 use tch::Device;
 
-use crate::collective::Collective;
+use crate::collective::{Collective, local_rank};
 use crate::config::{CheckpointSettings, RunConfig};
 use crate::data::{Dataset, Loader, Order, Share};
 use crate::error::{Error, Result};
 use crate::flow::{FlowMatchingPipeline, report as flow_report};
 use crate::model::SampleShapes;
-use crate::parallel::{DeviceChoice, Replica};
+use crate::parallel::{DeviceChoice, Replica, Sharding, Sharing};
 use crate::rng::{Key, Purpose};
+use crate::settings::Choice;
 use crate::telemetry::{self, MetricsFile, Telemetry, Throughput, peak_resident_bytes};
 use agreement::{agree, on_rank_zero};
-use checkpoint::Manifest;
+use checkpoint::{Manifest, Saved};
 use metrics::StepMetrics;
 use run_folder::RunFolder;
+use state::OptimizerState;
 use step::{Stepper, Update};
 
 /// Steps over which throughput is averaged.
@@ -65,7 +68,7 @@ pub fn train(config: &RunConfig, options: &TrainOptions, collective: &dyn Collec
     }
     let mut trainer = Trainer::new(config, options, collective, &telemetry, folder)?;
     trainer.run(&telemetry)?;
-    report::write(config, &trainer.folder, &trainer.replica, &trainer.dataset, collective)?;
+    report::write(config, &trainer.folder, &trainer.replica, &trainer.dataset, trainer.device, collective)?;
     tracing::info!("run folder {}", trainer.folder.path().display());
     Ok(trainer.folder.path().into())
 }
@@ -79,13 +82,13 @@ struct Trainer<'c> {
     dataset: Arc<Dataset>,
     order: Order,
     pipeline: FlowMatchingPipeline,
-    replica: Replica,
-    /// For each stage, the optimizer's tensors.
-    optimizer_state: Vec<Vec<tch::Tensor>>,
+    device: Device,
+    replica: Replica<'c>,
+    optimizer_state: OptimizerState,
     /// What the next checkpoint says of the run; its step is the last one done.
     manifest: Manifest,
     metrics: MetricsFile,
-    micro_batches: usize,
+    share: Share,
 }
 
 impl<'c> Trainer<'c> {
@@ -96,21 +99,23 @@ impl<'c> Trainer<'c> {
         telemetry: &Telemetry,
         folder: RunFolder,
     ) -> Result<Self> {
-        let micro_batches = config.micro_batches(collective.world_size())?;
-        let global_batch = micro_batches * config.data.micro_batch_size_per_gpu * collective.world_size();
+        let share = share_of(config, collective)?;
+        let global_batch = share.global_batch();
         let dataset = Arc::new(Dataset::named(&config.data.path)?);
         check_data(config, &dataset)?;
         let order = Order::new(dataset.groups(), global_batch, config.seed)?;
-        let device = device(config.parallel.device);
+        let device = device(config, collective)?;
         tch::set_num_threads(config.parallel.num_threads);
+        let parallel = &config.parallel;
+        let sharing = Sharing::new(collective, parallel.sharding, parallel.sharding_group, parallel.grains(share.micro_batches))?;
         let mut replica = match folder.resumed_from() {
-            Some(_) => empty_replica(config, device)?,
-            None => fresh_replica(config, device, collective)?,
+            Some(_) => empty_replica(config, device, sharing)?,
+            None => fresh_replica(config, device, sharing, collective)?,
         };
         if let (None, Some(weights)) = (folder.resumed_from(), config.model.pretrained()) {
             tracing::info!("weights from {}", weights.display());
         }
-        let mut optimizer_state = step::fresh_state(&replica, &*config.optimizer);
+        let mut optimizer_state = OptimizerState::fresh(&replica, &*config.optimizer, home(config, device));
         let mut manifest = Manifest::new(config.seed, global_batch as u64, dataset.fingerprint());
         if let Some(path) = folder.resumed_from() {
             let loaded = checkpoint::load(path, &manifest, &mut replica, &*config.optimizer, &mut optimizer_state);
@@ -129,11 +134,12 @@ impl<'c> Trainer<'c> {
             dataset,
             order,
             pipeline,
+            device,
             replica,
             optimizer_state,
             manifest,
             metrics,
-            micro_batches,
+            share,
         };
         trainer.announce(global_batch);
         Ok(trainer)
@@ -152,21 +158,30 @@ impl<'c> Trainer<'c> {
         tracing::info!(
             "global batch {global_batch} = {} samples x {} ranks x {} micro-batches; {} threads a rank",
             self.config.data.micro_batch_size_per_gpu,
-            self.collective.world_size(),
-            self.micro_batches,
+            self.share.world_size,
+            self.share.micro_batches,
             self.config.parallel.num_threads,
         );
+        self.announce_sharing();
+    }
+
+    fn announce_sharing(&self) {
+        let (parallel, cut) = (&self.config.parallel, self.replica.sharing.cut());
+        if parallel.sharding != Sharding::None {
+            let (word, shards, copies) = (parallel.sharding.word(), cut.num_shards, cut.num_replicas);
+            match shards {
+                1 => tracing::warn!("sharding = \"{word}\" has no effect: no other rank to share with"),
+                _ => tracing::info!("sharding {word}: {shards} shards, {copies} of each"),
+            }
+        }
+        if parallel.deterministic {
+            tracing::info!("deterministic: one order of sums for any number of ranks");
+        }
     }
 
     fn run(&mut self, telemetry: &Telemetry) -> Result<()> {
-        let share = Share {
-            rank: self.collective.rank(),
-            world_size: self.collective.world_size(),
-            micro_batches: self.micro_batches,
-            micro_batch_size: self.config.data.micro_batch_size_per_gpu,
-        };
         let (dataset, order) = (Arc::clone(&self.dataset), self.order.clone());
-        let mut loader = Loader::start(dataset, order, share, self.manifest.step, self.config.data.prefetch)?;
+        let mut loader = Loader::start(dataset, order, self.share, self.manifest.step, self.config.data.prefetch)?;
         let mut progress = telemetry.progress(self.config.max_steps, self.manifest.step);
         let mut throughput = Throughput::new(THROUGHPUT_STEPS);
         throughput.record(0.0);
@@ -192,7 +207,7 @@ impl<'c> Trainer<'c> {
             config: self.config,
             collective: self.collective,
             pipeline: &self.pipeline,
-            micro_batches: self.micro_batches,
+            share: self.share,
             check_stages: self.debug,
             lr: optimizer.lr() * self.config.lr_scheduler.factor(step, self.config.max_steps),
         };
@@ -232,10 +247,11 @@ impl<'c> Trainer<'c> {
     }
 
     fn save(&mut self) -> Result<()> {
-        divergence::check(&self.replica, self.collective)?;
+        divergence::check(&self.replica)?;
         self.metrics.sync();
-        let optimizer = &*self.config.optimizer;
-        let path = checkpoint::save(&self.folder, &self.manifest, &self.replica, optimizer, &self.optimizer_state, self.collective)?;
+        let saved =
+            Saved { manifest: &self.manifest, replica: &self.replica, optimizer: &*self.config.optimizer, state: &self.optimizer_state };
+        let path = checkpoint::save(&self.folder, &saved, self.collective)?;
         tracing::info!("saved {}", path.display());
         self.folder.prune(self.config.checkpoint.keep_last, self.collective)
     }
@@ -250,29 +266,51 @@ fn check_data(config: &RunConfig, dataset: &Dataset) -> Result<()> {
     })
 }
 
-fn device(choice: DeviceChoice) -> Device {
-    match choice {
+/// This rank's part of the global batch.
+fn share_of(config: &RunConfig, collective: &dyn Collective) -> Result<Share> {
+    Ok(Share {
+        rank: collective.rank(),
+        world_size: collective.world_size(),
+        micro_batches: config.micro_batches(collective.world_size())?,
+        micro_batch_size: config.data.micro_batch_size_per_gpu,
+        neighbours: config.parallel.neighbours_to_one_rank(),
+    })
+}
+
+/// Where this rank computes.
+fn device(config: &RunConfig, collective: &dyn Collective) -> Result<Device> {
+    Ok(match config.parallel.device {
         DeviceChoice::Cpu => Device::Cpu,
-    }
+        DeviceChoice::Cuda => Device::Cuda(local_rank(collective)?),
+    })
+}
+
+/// Where the optimizer's state lies between steps.
+fn home(config: &RunConfig, device: Device) -> Device {
+    if config.parallel.offload.optimizer() { Device::Cpu } else { device }
 }
 
 /// The configured model with all parameters zero, to be filled from a checkpoint.
-fn empty_replica(config: &RunConfig, device: Device) -> Result<Replica> {
-    Ok(Replica::new(config.model.family.stages()?, config.model.dtype.kind(), device, None))
+fn empty_replica<'c>(config: &RunConfig, device: Device, sharing: Sharing<'c>) -> Result<Replica<'c>> {
+    replica(config, device, sharing, None)
 }
 
 /// The configured model as a run begins with it: pretrained, or with parameters that follow from the seed alone.
 ///
 /// # Ordering
 /// Every rank calls it.
-fn fresh_replica(config: &RunConfig, device: Device, collective: &dyn Collective) -> Result<Replica> {
+fn fresh_replica<'c>(config: &RunConfig, device: Device, sharing: Sharing<'c>, collective: &dyn Collective) -> Result<Replica<'c>> {
     if let Some(folder) = config.model.pretrained() {
-        let mut replica = empty_replica(config, device)?;
+        let mut replica = empty_replica(config, device, sharing)?;
         weights::load_pretrained(folder, &config.model.family, &mut replica, collective)?;
         return Ok(replica);
     }
-    let key = Key::new(config.seed, Purpose::Initialization);
-    Ok(Replica::new(config.model.family.stages()?, config.model.dtype.kind(), device, Some(key)))
+    replica(config, device, sharing, Some(Key::new(config.seed, Purpose::Initialization)))
+}
+
+fn replica<'c>(config: &RunConfig, device: Device, sharing: Sharing<'c>, key: Option<Key>) -> Result<Replica<'c>> {
+    let (stages, kind) = (config.model.family.stages()?, config.model.dtype.kind());
+    Ok(Replica::shared(stages, kind, (device, home(config, device)), key, sharing))
 }
 
 fn build_pipeline(config: &RunConfig, device: Device) -> FlowMatchingPipeline {

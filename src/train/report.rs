@@ -3,8 +3,9 @@
 use std::path::Path;
 
 use serde_json::{Map, Value};
+use tch::Device;
 
-use super::agreement::on_rank_zero;
+use super::agreement::{agreed, on_rank_zero};
 use super::conditions::Origin;
 use super::generate::generate;
 use super::run_folder::RunFolder;
@@ -18,17 +19,28 @@ use crate::telemetry::{Bars, Chart, Figure, ReportData, Series, grid_png, metric
 /// Size of `loss.png` in pixels.
 const LOSS_PICTURE: (u32, u32) = (1200, 560);
 
-/// Draws the run from its own `metrics.jsonl`; rank 0 does.
-pub fn write(config: &RunConfig, folder: &RunFolder, replica: &Replica, dataset: &Dataset, collective: &dyn Collective) -> Result<()> {
-    let draw = || draw(config, folder.path(), replica, dataset, collective.world_size()).map(|()| String::new());
+/// Draws the run from its own `metrics.jsonl`; rank 0 does, with samples that all ranks generate: each may hold a part of the
+/// model only.
+pub fn write(
+    config: &RunConfig,
+    folder: &RunFolder,
+    replica: &Replica<'_>,
+    dataset: &Dataset,
+    device: Device,
+    collective: &dyn Collective,
+) -> Result<()> {
+    let samples = agreed(drawn_samples(config, replica, dataset, device), collective)?;
+    let draw = || draw(config, folder.path(), replica, dataset, samples, collective.world_size()).map(|()| String::new());
     on_rank_zero(collective, draw).map(drop)
 }
 
-fn draw(config: &RunConfig, path: &Path, replica: &Replica, dataset: &Dataset, ranks: usize) -> Result<()> {
+/// A caption and a PNG.
+type Picture = (String, Vec<u8>);
+
+fn draw(config: &RunConfig, path: &Path, replica: &Replica<'_>, dataset: &Dataset, samples: Option<Picture>, ranks: usize) -> Result<()> {
     let lines = metrics::read(&path.join("metrics.jsonl"))?;
     let loss = curve("Loss", "weighted, over all ranks", "loss", &lines);
     loss.write_png(&path.join("loss.png"), LOSS_PICTURE.0, LOSS_PICTURE.1)?;
-    let samples = drawn_samples(config, replica, dataset)?;
     let figures = vec![
         Figure::Chart(loss),
         Figure::Bars(loss_per_sigma(&lines)),
@@ -48,9 +60,9 @@ fn draw(config: &RunConfig, path: &Path, replica: &Replica, dataset: &Dataset, r
 }
 
 /// Generated pictures for each of the dataset's conditions, if it names any and its latents are pictures.
-fn drawn_samples(config: &RunConfig, replica: &Replica, dataset: &Dataset) -> Result<Option<(String, Vec<u8>)>> {
+fn drawn_samples(config: &RunConfig, replica: &Replica<'_>, dataset: &Dataset, device: Device) -> Result<Option<Picture>> {
     let Some(conditions) = dataset.conditions()? else { return Ok(None) };
-    let samples = generate(config, replica, &Origin::of_dataset(dataset, conditions, None))?;
+    let samples = generate(config, replica, &Origin::of_dataset(dataset, conditions, None), device)?;
     let caption = format!("{} samples for each condition", samples.per_condition);
     let png = || grid_png(&samples.images, &samples.names, samples.per_condition as usize, None);
     Ok(samples.are_pictures().then(|| (caption, png())))
@@ -72,7 +84,7 @@ fn loss_per_sigma(lines: &[Map<String, Value>]) -> Bars {
     Bars::over_run("Loss by noise level", "sigma (0 = data, 1 = noise)", "unweighted loss", (0.0, 1.0), &bins)
 }
 
-fn facts(config: &RunConfig, replica: &Replica, lines: &[Map<String, Value>], ranks: usize) -> Vec<(String, String)> {
+fn facts(config: &RunConfig, replica: &Replica<'_>, lines: &[Map<String, Value>], ranks: usize) -> Vec<(String, String)> {
     let last = |key: &str| lines.last().and_then(|line| line.get(key)).map_or("-".into(), Value::to_string);
     let seconds: f64 = metrics::column(lines, "step_seconds").iter().map(|point| point.1).sum();
     let facts = [

@@ -14,7 +14,7 @@ use crate::data::{Batch, DataType};
 use crate::error::{Error, Result};
 use crate::flow::{StepOptions, StepOutput, latents_of};
 use crate::model::SampleShapes;
-use crate::parallel::Replica;
+use crate::parallel::{Replica, Sharing};
 use crate::rng::Stream;
 
 /// What `fm-dist step` was asked for.
@@ -37,14 +37,14 @@ pub struct StepRequest {
 /// [`Error::Data`] if the batch is malformed or does not fit; [`Error::Storage`] if the dump cannot be written.
 pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
     tch::set_num_threads(config.parallel.num_threads);
-    let device = device(config.parallel.device);
+    let device = device(config, &Solo)?;
     let replica = match &request.weights {
         Some(path) => {
-            let mut replica = empty_replica(config, device)?;
+            let mut replica = empty_replica(config, device, Sharing::alone())?;
             checkpoint::load_parameters(&run_folder::locate(path)?.1, &mut replica)?;
             replica
         }
-        None => fresh_replica(config, device, &Solo)?,
+        None => fresh_replica(config, device, Sharing::alone(), &Solo)?,
     };
     let pipeline = build_pipeline(config, device);
     let batch = read_batch(&request.batch)?;
@@ -56,11 +56,11 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
     let mut tensors = tensors_of(&output);
     if request.grads {
         let mut gradients = BTreeMap::new();
-        tape.backward(&output.loss.average_weighted_loss, |stage, gradient| {
-            gradients.insert(stage, gradient);
+        tape.backward(&output.loss.average_weighted_loss, |stage, pieces| {
+            gradients.insert(stage, pieces);
             Ok(())
         })?;
-        tensors.extend(gradients.iter().flat_map(|(stage, flat)| named_gradients(&replica, *stage, flat)));
+        tensors.extend(gradients.iter().flat_map(|(stage, pieces)| named_gradients(&replica, *stage, pieces)));
     }
     write(&request.dump, &tensors, &output, batch.data_type)
 }
@@ -94,9 +94,9 @@ fn tensors_of(output: &StepOutput) -> Vec<(String, Tensor)> {
     named.into_iter().map(|(name, tensor)| (name.to_string(), tensor.detach())).collect()
 }
 
-fn named_gradients(replica: &Replica, stage: usize, flat: &Tensor) -> Vec<(String, Tensor)> {
+fn named_gradients(replica: &Replica<'_>, stage: usize, pieces: &[Tensor]) -> Vec<(String, Tensor)> {
     let params = replica.stages[stage].params();
-    let views = params.split(flat);
+    let views = params.split_pieces(&pieces.iter().collect::<Vec<_>>());
     params.infos().iter().zip(views.iter()).map(|(info, view)| (format!("grad.{}", info.name), view.shallow_clone())).collect()
 }
 
@@ -105,5 +105,5 @@ fn write(path: &Path, tensors: &[(String, Tensor)], output: &StepOutput, data_ty
     let metadata = metadata.into_iter().map(|(key, word)| (key.to_string(), word.to_string())).collect();
     let borrowed: Vec<(&str, &Tensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     let mut file = File::create(path).map_err(Error::storage(path, "create"))?;
-    safetensors::write(&mut file, &borrowed, &metadata).map(drop).map_err(Error::storage(path, "write"))
+    safetensors::write(&mut file, &borrowed, &metadata).map_err(Error::storage(path, "write"))
 }

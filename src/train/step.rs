@@ -3,13 +3,14 @@
 use tch::{Device, Kind, Tensor, no_grad};
 
 use super::agreement::known_to_all;
-use crate::collective::{Collective, Sliced};
+use super::state::OptimizerState;
+use crate::collective::{Collective, Sliced, Spent};
 use crate::config::RunConfig;
-use crate::data::{Batch, Loader};
+use crate::data::{Batch, Loader, Share};
 use crate::error::{Error, Result};
 use crate::flow::{FlowMatchingPipeline, Statistics, StepOptions, StepOutput, Strata, TaskType, check_loss};
-use crate::optim::{Optimizer, Slice, clip};
-use crate::parallel::{Reducer, Replica, SeedScope};
+use crate::optim::clip;
+use crate::parallel::{Layout, Reducer, Replica, SeedScope};
 use crate::rng::{Key, Purpose, Stream};
 use crate::telemetry::Stopwatch;
 
@@ -18,7 +19,7 @@ pub struct Stepper<'a> {
     pub config: &'a RunConfig,
     pub collective: &'a dyn Collective,
     pub pipeline: &'a FlowMatchingPipeline,
-    pub micro_batches: usize,
+    pub share: Share,
     /// Search every stage for non-finite values.
     pub check_stages: bool,
     pub lr: f64,
@@ -37,12 +38,8 @@ pub struct Update {
     pub data_type: &'static str,
     /// Seconds of each phase on this rank.
     pub phases: Vec<(&'static str, f64)>,
-}
-
-/// The optimizer's tensors before the first step: zeros, by stage.
-pub fn fresh_state(replica: &Replica, optimizer: &dyn Optimizer) -> Vec<Vec<Tensor>> {
-    let of_bucket = |master: &Tensor| optimizer.state_names().iter().map(|_| master.zeros_like()).collect();
-    replica.buckets.iter().map(|bucket| of_bucket(bucket.master())).collect()
+    /// Seconds of collectives on this rank, in whatever phase.
+    pub spent: Spent,
 }
 
 impl Stepper<'_> {
@@ -50,12 +47,15 @@ impl Stepper<'_> {
     ///
     /// # Errors
     /// [`Error::NotFinite`] before anything was updated, on every rank alike; whatever the loader or a collective returns.
-    pub fn step(&self, step: u64, loader: &mut Loader, replica: &mut Replica, state: &mut [Vec<Tensor>]) -> Result<Update> {
+    pub fn step(&self, step: u64, loader: &mut Loader, replica: &mut Replica<'_>, state: &mut OptimizerState) -> Result<Update> {
         let mut watch = Stopwatch::start();
-        let mut reducer = Reducer::new(self.collective, replica.stages.len());
+        // What was spent since the last step, e.g. on a checkpoint, is not this one's.
+        self.spent(replica);
+        let parallel = &self.config.parallel;
+        let mut reducer = Reducer::new(&replica.sharing, &replica.buckets, parallel.reduce_dtype, parallel.summation());
         let mut rows = Vec::new();
         let mut last = None;
-        for micro_batch in 0..self.micro_batches {
+        for micro_batch in 0..self.share.micro_batches {
             let batch = loader.next_batch()?;
             watch.lap("data");
             let output = self.forward_backward(step, micro_batch, &batch, replica, &mut reducer, &mut watch)?;
@@ -63,13 +63,26 @@ impl Stepper<'_> {
             last = Some((output.sampling_method, output.task_type, batch.data_type.word()));
         }
         let gradients = reducer.finish()?;
-        let norm = clip::global_norm(gradients.iter().flatten());
-        let (statistics, grad_norm) = self.agreed_statistics(step, &rows, &norm)?;
-        watch.lap("communication");
-        self.update(step, &gradients, &norm, replica, state);
+        let norms = self.norms_of_grains(&gradients, replica);
+        let (statistics, grad_norm) = self.agreed_statistics(step, &rows, &norms, replica)?;
+        watch.lap("reduce");
+        self.update(step, &gradients, grad_norm, replica, state)?;
         watch.lap("optimizer");
         let (sampling_method, task_type, data_type) = last.expect("a step has micro-batches");
-        Ok(Update { statistics, grad_norm, lr: self.lr, sampling_method, task_type, data_type, phases: watch.take() })
+        Ok(Update {
+            statistics,
+            grad_norm,
+            lr: self.lr,
+            sampling_method,
+            task_type,
+            data_type,
+            phases: watch.take(),
+            spent: self.spent(replica),
+        })
+    }
+
+    fn spent(&self, replica: &Replica<'_>) -> Spent {
+        self.collective.spent() + replica.sharing.spent()
     }
 
     fn forward_backward(
@@ -77,11 +90,13 @@ impl Stepper<'_> {
         step: u64,
         micro_batch: usize,
         batch: &Batch,
-        replica: &Replica,
+        replica: &Replica<'_>,
         reducer: &mut Reducer<'_>,
         watch: &mut Stopwatch,
     ) -> Result<StepOutput> {
-        let mut tape = replica.tape(self.config.parallel.recompute).checking_finite(self.check_stages.then_some(step));
+        let parallel = &self.config.parallel;
+        let tape = replica.tape(parallel.recompute).offloading(parallel.offload.activations());
+        let mut tape = tape.checking_finite(self.check_stages.then_some(step));
         let strata = self.pipeline.settings().stratified_timesteps.then(|| self.strata(step, micro_batch));
         // The loss is checked below, for all ranks at once.
         let options = StepOptions { global_step: step, collect_metrics: true, check_loss: false, strata: strata.as_ref() };
@@ -89,74 +104,89 @@ impl Stepper<'_> {
         let output = self.pipeline.step(|inputs| tape.forward(inputs), batch, &stream, options)?;
         watch.lap("forward");
         // Of the mean over all ranks' micro-batches, so that gradients are summed and never divided.
-        let share = &output.loss.average_weighted_loss / (self.micro_batches * self.collective.world_size()) as f64;
-        let last = micro_batch + 1 == self.micro_batches;
-        tape.backward(&share, |stage, gradient| reducer.add(stage, gradient, last))?;
+        let share = &output.loss.average_weighted_loss / (self.share.micro_batches * self.share.world_size) as f64;
+        let last = micro_batch + 1 == self.share.micro_batches;
+        tape.backward(&share, |stage, gradients| reducer.add(stage, gradients, last))?;
         watch.lap("backward");
         Ok(output)
-    }
-
-    /// Number of a micro-batch within the step over all ranks; its samples stand at this place of the global batch.
-    fn block(&self, micro_batch: usize) -> usize {
-        micro_batch * self.collective.world_size() + self.collective.rank()
     }
 
     fn stream(&self, step: u64, micro_batch: usize, batch: &Batch) -> Stream {
         let key = Key::new(self.config.seed, Purpose::FlowMatching).step(step);
         match self.config.parallel.seed_scope {
-            SeedScope::Rank => Stream::Batch(key.micro_batch(micro_batch as u64).scope(self.collective.rank() as u64)),
+            SeedScope::Rank => Stream::Batch(key.micro_batch(micro_batch as u64).scope(self.share.rank as u64)),
             SeedScope::Sample => Stream::PerSample(batch.sample_ids.iter().map(|&id| key.scope(id)).collect()),
         }
     }
 
     /// Slices of probability of this micro-batch: the global batch's, shuffled each step.
     fn strata(&self, step: u64, micro_batch: usize) -> Strata {
-        let size = self.config.data.micro_batch_size_per_gpu;
-        let total = size * self.micro_batches * self.collective.world_size();
+        let (size, total) = (self.share.micro_batch_size, self.share.global_batch());
         let shuffled = Key::new(self.config.seed, Purpose::Stratification).step(step).permutation(total as u64);
-        let first = self.block(micro_batch) * size;
+        let first = self.share.block(micro_batch) * size;
         Strata { positions: shuffled[first..first + size].to_vec(), total: total as u64 }
     }
 
+    /// Norm of each grain that this rank measures, over all stages, f32 scalars.
+    fn norms_of_grains(&self, gradients: &[Vec<Tensor>], replica: &Replica<'_>) -> Vec<Tensor> {
+        let layouts = replica.buckets.iter().map(|bucket| bucket.pieces().iter().map(|piece| piece.layout()));
+        let of_piece = |(layout, gradient): (Layout, &Tensor)| {
+            layout.grains().map(|grain| gradient.narrow(0, grain.start, grain.end - grain.start)).collect::<Vec<_>>()
+        };
+        let grains: Vec<Vec<Tensor>> = layouts.zip(gradients).flat_map(|(layouts, pieces)| layouts.zip(pieces).map(of_piece)).collect();
+        let nth = |grain: usize| grains.iter().map(move |grains| &grains[grain]);
+        (0..self.config.parallel.grains(self.share.micro_batches)).map(|grain| clip::global_norm(nth(grain))).collect()
+    }
+
     /// Gathers every rank's rows in one small collective, the step's only host synchronization, and refuses what must not
-    /// reach the parameters.
-    fn agreed_statistics(&self, step: u64, rows: &[Tensor], norm: &Tensor) -> Result<(Statistics, f64)> {
-        let own = Tensor::cat(&[Tensor::stack(rows, 0).flatten(0, -1), norm.to_device(rows[0].device()).reshape([1])], 0);
-        let world_size = self.collective.world_size() as i64;
-        let all = Tensor::zeros([world_size, own.size()[0]], (Kind::Float, own.device()));
+    /// reach the parameters. Returns the gradient's global norm beside the statistics.
+    fn agreed_statistics(&self, step: u64, rows: &[Tensor], norms: &[Tensor], replica: &Replica<'_>) -> Result<(Statistics, f64)> {
+        let device = rows[0].device();
+        let norms: Vec<Tensor> = norms.iter().map(|norm| norm.to_device(device)).collect();
+        let own = Tensor::cat(&[Tensor::stack(rows, 0).flatten(0, -1), Tensor::stack(&norms, 0)], 0);
+        let all = Tensor::zeros([self.share.world_size as i64, own.size()[0]], (Kind::Float, device));
         self.collective.all_gather(vec![Sliced { owned: own, full: all.shallow_clone() }])?.wait()?;
         let all = Vec::<f32>::try_from(all.to_device(Device::Cpu).flatten(0, -1)).expect("f32 rows");
-        let ranks: Vec<&[f32]> = all.chunks(rows.len() * Statistics::WIDTH + 1).collect();
-        // In the order of the global batch, so that the sums do not depend on how many ranks shared it.
-        let blocks = (0..rows.len()).flat_map(|micro_batch| ranks.iter().enumerate().map(move |(rank, row)| (rank, micro_batch, row)));
+        let (rows, norms): (Vec<&[f32]>, Vec<&[f32]>) =
+            all.chunks(all.len() / self.share.world_size).map(|of_rank| of_rank.split_at(of_rank.len() - norms.len())).unzip();
+        let statistics = self.merged(step, &rows)?;
+        let squares: f64 = replica.sharing.in_order(&norms).flat_map(|norms| norms.iter()).map(|norm| f64::from(*norm).powi(2)).sum();
+        let grad_norm = squares.sqrt();
+        if !grad_norm.is_finite() {
+            let what = format!("the gradient's global norm is {grad_norm}; nothing was updated");
+            return Err(known_to_all(Error::NotFinite { step, what }, 0, self.collective));
+        }
+        Ok((statistics, grad_norm))
+    }
+
+    /// All ranks' statistics in the order of the global batch, so that the sums do not depend on how many ranks shared it.
+    fn merged(&self, step: u64, rows: &[&[f32]]) -> Result<Statistics> {
         let mut merged: Option<Statistics> = None;
-        for (rank, micro_batch, row) in blocks {
-            let statistics = Statistics::from_row(&row[micro_batch * Statistics::WIDTH..(micro_batch + 1) * Statistics::WIDTH]);
+        for (rank, micro_batch) in self.share.places() {
+            let statistics = Statistics::from_row(&rows[rank][micro_batch * Statistics::WIDTH..(micro_batch + 1) * Statistics::WIDTH]);
             if self.config.train.check_loss {
                 let named = |error| known_to_all(name_rank(error, rank, &statistics), rank, self.collective);
                 check_loss(statistics.loss, step).map_err(named)?;
             }
             merged = Some(merged.map_or_else(|| statistics.clone(), |merged| merged.merge(&statistics)));
         }
-        let grad_norm = f64::from(ranks[self.collective.rank()][rows.len() * Statistics::WIDTH]);
-        if !grad_norm.is_finite() {
-            let what = format!("the gradient's global norm is {grad_norm}; nothing was updated");
-            return Err(known_to_all(Error::NotFinite { step, what }, 0, self.collective));
-        }
-        Ok((merged.expect("a step has micro-batches"), grad_norm))
+        Ok(merged.expect("a step has micro-batches"))
     }
 
-    fn update(&self, step: u64, gradients: &[Option<Tensor>], norm: &Tensor, replica: &mut Replica, state: &mut [Vec<Tensor>]) {
-        let coefficient = clip::coefficient(norm, self.config.train.max_grad_norm);
-        for (index, gradient) in gradients.iter().enumerate() {
-            let Some(gradient) = gradient else { continue };
-            let clipped = no_grad(|| gradient * &coefficient);
-            let decayed = replica.stages[index].params().decayed_runs();
-            replica.buckets[index].update(|params| {
-                let slice = Slice { params, gradient: &clipped, state: &mut state[index], decayed: &decayed };
-                self.config.optimizer.update(slice, self.lr, step);
-            });
+    fn update(
+        &self,
+        step: u64,
+        gradients: &[Vec<Tensor>],
+        grad_norm: f64,
+        replica: &mut Replica<'_>,
+        state: &mut OptimizerState,
+    ) -> Result<()> {
+        let coefficient = clip::coefficient(grad_norm, self.config.train.max_grad_norm);
+        for (index, pieces) in gradients.iter().enumerate().filter(|(_, pieces)| !pieces.is_empty()) {
+            no_grad(|| pieces.iter().for_each(|piece| drop(piece.shallow_clone().g_mul_scalar_(coefficient))));
+            state.update(index, &mut replica.buckets[index], pieces, &*self.config.optimizer, self.lr, step);
         }
+        replica.publish()
     }
 }
 

@@ -15,7 +15,8 @@ use crate::parallel::Replica;
 /// Name of the weights' files before their endings, diffusers'.
 pub const STEM: &str = "diffusion_pytorch_model";
 
-/// Fills the model with the folder's weights. Rank 0 reads each tensor once and sends it to the others, a stage at a time.
+/// Fills the model with the folder's weights. Rank 0 reads each tensor once and sends it to the others, a stage at a time; each
+/// rank keeps what it holds.
 ///
 /// # Errors
 /// On one rank, [`Error::Peer`] on the others: [`Error::Data`] listing every missing, unexpected and misshapen tensor, before
@@ -23,18 +24,18 @@ pub const STEM: &str = "diffusion_pytorch_model";
 ///
 /// # Ordering
 /// Every rank calls it.
-pub fn load_pretrained(folder: &Path, family: &Model, replica: &mut Replica, collective: &dyn Collective) -> Result<()> {
+pub fn load_pretrained(folder: &Path, family: &Model, replica: &mut Replica<'_>, collective: &dyn Collective) -> Result<()> {
     // Opening reads headers only, so that each rank may do it.
     let shards = agreed(open(folder, family, replica), collective)?;
     for (stage, bucket) in replica.stages.iter().zip(&mut replica.buckets) {
         let params = stage.params();
         let read = tensor_of_rank_zero(collective, params.numel(), || flat(&shards, "", params))?;
-        bucket.update(|master| master.copy_(&read));
+        bucket.set(&read);
     }
     Ok(())
 }
 
-fn open(folder: &Path, family: &Model, replica: &Replica) -> Result<Shards> {
+fn open(folder: &Path, family: &Model, replica: &Replica<'_>) -> Result<Shards> {
     let shards = Shards::of_stem(folder, STEM)?;
     let expected = replica.infos().map(|info| (info.name.clone(), info.shape.as_slice())).collect();
     let kinds = [Kind::Float, Kind::BFloat16, Kind::Half];

@@ -23,7 +23,7 @@ pub use shards::Shards;
 use source::Source;
 pub(super) use source::open_error;
 pub use source::refuse_pickle;
-pub use write::write;
+pub use write::{Planned, Writer, write};
 
 #[cfg(target_endian = "big")]
 compile_error!("the format is little-endian and tensors are read as they lie in memory");

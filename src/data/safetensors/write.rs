@@ -3,43 +3,85 @@
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::header::{self, METADATA, dtype_of};
 use crate::tensor::bytes;
 
-/// Writes `tensors` in the order given, in one pass, and returns the number of bytes.
-///
-/// Tensors of another device or layout are copied one at a time. The bytes depend on names, order, values and metadata
-/// only.
+/// A tensor that a file will hold.
+#[derive(Clone, Debug)]
+pub struct Planned<'n> {
+    pub name: &'n str,
+    pub kind: Kind,
+    pub shape: Vec<i64>,
+}
+
+/// A file being written: its header stands, its tensors follow one at a time. The bytes depend on names, order, values and
+/// metadata only.
+pub struct Writer<W> {
+    file: W,
+    missing_bytes: u64,
+}
+
+impl<W: Write> Writer<W> {
+    /// Writes the header of a file that will hold these tensors in this order.
+    ///
+    /// # Errors
+    /// What `file` refuses; [`io::ErrorKind::InvalidInput`], before the first byte, for names, kinds or shapes that
+    /// [`SafeTensors::open`](super::SafeTensors::open) would refuse.
+    pub fn begin(mut file: W, planned: &[Planned<'_>], metadata: &BTreeMap<String, String>) -> io::Result<Self> {
+        let (header, missing_bytes) = header_of(planned, metadata).map_err(|what| io::Error::new(io::ErrorKind::InvalidInput, what))?;
+        file.write_all(&(header.len() as u64).to_le_bytes())?;
+        file.write_all(header.as_bytes())?;
+        Ok(Writer { file, missing_bytes })
+    }
+
+    /// The next tensor. It is copied where it lies on another device or not in order.
+    ///
+    /// # Panics
+    /// If more is written than was planned (a bug in the caller).
+    pub fn tensor(&mut self, tensor: &Tensor) -> io::Result<()> {
+        let tensor = tensor.to_device(Device::Cpu).contiguous();
+        let bytes = bytes(&tensor);
+        self.missing_bytes = self.missing_bytes.checked_sub(bytes.len() as u64).expect("no more than was planned");
+        self.file.write_all(bytes)
+    }
+
+    /// The file, once it holds all that was planned.
+    ///
+    /// # Panics
+    /// If something is missing (a bug in the caller).
+    pub fn finish(self) -> W {
+        assert_eq!(self.missing_bytes, 0, "bytes that were planned and not written");
+        self.file
+    }
+}
+
+/// Writes a whole file, `tensors` in the order given.
 ///
 /// # Errors
-/// What `file` refuses; [`io::ErrorKind::InvalidInput`], before the first byte, for names, kinds or shapes that
-/// [`SafeTensors::open`](super::SafeTensors::open) would refuse.
-pub fn write(file: &mut impl Write, tensors: &[(&str, &Tensor)], metadata: &BTreeMap<String, String>) -> io::Result<u64> {
-    let (header, data_bytes) = header_of(tensors, metadata).map_err(|what| io::Error::new(io::ErrorKind::InvalidInput, what))?;
-    file.write_all(&(header.len() as u64).to_le_bytes())?;
-    file.write_all(header.as_bytes())?;
-    for (_, tensor) in tensors {
-        file.write_all(bytes(&tensor.to_device(Device::Cpu).contiguous()))?;
-    }
-    Ok(8 + header.len() as u64 + data_bytes)
+/// As [`Writer::begin`].
+pub fn write(file: &mut impl Write, tensors: &[(&str, &Tensor)], metadata: &BTreeMap<String, String>) -> io::Result<()> {
+    let planned: Vec<_> = tensors.iter().map(|(name, tensor)| Planned { name, kind: tensor.kind(), shape: tensor.size() }).collect();
+    let mut writer = Writer::begin(file, &planned, metadata)?;
+    tensors.iter().try_for_each(|(_, tensor)| writer.tensor(tensor))?;
+    writer.finish();
+    Ok(())
 }
 
 /// The header's text and the size of the data behind it.
-fn header_of(tensors: &[(&str, &Tensor)], metadata: &BTreeMap<String, String>) -> Result<(String, u64), String> {
+fn header_of(tensors: &[Planned<'_>], metadata: &BTreeMap<String, String>) -> Result<(String, u64), String> {
     let mut entries = Vec::with_capacity(tensors.len() + 1);
     if !metadata.is_empty() {
         let texts: Vec<String> = metadata.iter().map(|(key, text)| format!("{}:{}", quoted(key), quoted(text))).collect();
         entries.push(format!("{}:{{{}}}", quoted(METADATA), texts.join(",")));
     }
     let mut end = 0;
-    for (name, tensor) in tensors {
-        let kind = tensor.kind();
-        let dtype = dtype_of(kind).ok_or_else(|| format!("tensor `{name}` is {kind:?}, which the format cannot hold"))?;
+    for Planned { name, kind, shape } in tensors {
+        let dtype = dtype_of(*kind).ok_or_else(|| format!("tensor `{name}` is {kind:?}, which the format cannot hold"))?;
         let begin = end;
-        end += (tensor.numel() * kind.elt_size_in_bytes()) as u64;
-        let shape: Vec<String> = tensor.size().iter().map(ToString::to_string).collect();
+        end += shape.iter().product::<i64>() as u64 * kind.elt_size_in_bytes() as u64;
+        let shape: Vec<String> = shape.iter().map(ToString::to_string).collect();
         let shape = shape.join(",");
         entries.push(format!(r#"{}:{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{begin},{end}]}}"#, quoted(name)));
     }
@@ -57,8 +99,6 @@ fn quoted(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use tch::Kind;
-
     use super::*;
 
     #[test]
@@ -66,7 +106,7 @@ mod tests {
         let (a, b) = (Tensor::from_slice(&[1i16, -2]), Tensor::from_slice(&[1.5f32]));
         let metadata = BTreeMap::from([("step".into(), "7".into()), ("by \"us\"".into(), "µ\n".into())]);
         let mut file = Vec::new();
-        let written = write(&mut file, &[("b", &b), ("a", &a)], &metadata).expect("a sound file");
+        write(&mut file, &[("b", &b), ("a", &a)], &metadata).expect("a sound file");
         let header = concat!(
             r#"{"__metadata__":{"by \"us\"":"µ\n","step":"7"},"#,
             r#""b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"I16","shape":[2],"data_offsets":[4,8]}}"#,
@@ -75,7 +115,6 @@ mod tests {
         let expected = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &[0, 0, 0xc0, 0x3f, 1, 0, 0xfe, 0xff]].concat();
         assert_eq!(String::from_utf8_lossy(&file), String::from_utf8_lossy(&expected));
         assert_eq!(file, expected);
-        assert_eq!(written, file.len() as u64);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use tch::{Kind, Tensor, no_grad};
+use tch::Kind;
 
 use super::{MANIFEST, Manifest};
 use crate::data::safetensors::Shards;
@@ -11,33 +11,32 @@ use crate::error::{Error, Result};
 use crate::nn::Stage;
 use crate::optim::Optimizer;
 use crate::parallel::Replica;
+use crate::train::state::OptimizerState;
 use crate::train::weights;
 
-/// Loads a verified checkpoint into a model of the same parameters; nothing is changed before all of it was read.
+/// Loads a verified checkpoint into a model of the same parameters, however it and the checkpoint are shared. Names, shapes
+/// and kinds are compared before anything is changed; then a stage at a time is read, and each rank keeps what it holds.
 ///
 /// # Errors
 /// [`Error::CheckpointMismatch`] if it belongs to another run or model, listing every key at fault.
 pub fn load(
     folder: &Path,
     configured: &Manifest,
-    replica: &mut Replica,
+    replica: &mut Replica<'_>,
     optimizer: &dyn Optimizer,
-    state: &mut [Vec<Tensor>],
+    state: &mut OptimizerState,
 ) -> Result<Manifest> {
     let manifest = read_manifest(folder)?;
     manifest.check_same_run(folder, configured)?;
     let parts = open_parts(folder, &manifest, "")?;
     let prefixes: Vec<String> = optimizer.state_names().iter().map(|name| format!("{name}.")).collect();
     check_keys(folder, &parts, &replica.stages, &prefixes)?;
-    let read = |prefix: &str| replica.stages.iter().map(|stage| weights::flat(&parts, prefix, stage.params())).collect::<Result<Vec<_>>>();
-    let masters = read("")?;
-    let moments = prefixes.iter().map(|prefix| read(prefix)).collect::<Result<Vec<_>>>()?;
-    adopt(replica, &masters);
-    no_grad(|| {
-        for (kind, flats) in moments.iter().enumerate() {
-            state.iter_mut().zip(flats).for_each(|(tensors, flat)| tensors[kind].copy_(flat));
+    set_parameters(&parts, replica)?;
+    for (index, stage) in replica.stages.iter().enumerate() {
+        for (name, prefix) in prefixes.iter().enumerate() {
+            state.set(index, name, &weights::flat(&parts, prefix, stage.params())?, &replica.buckets[index]);
         }
-    });
+    }
     Ok(Manifest { parts: Vec::new(), ..manifest })
 }
 
@@ -45,10 +44,14 @@ pub fn load(
 ///
 /// # Errors
 /// As [`load`].
-pub fn load_parameters(folder: &Path, replica: &mut Replica) -> Result<()> {
-    let parts = open_parameters(folder, &replica.stages)?;
-    let masters = replica.stages.iter().map(|stage| weights::flat(&parts, "", stage.params())).collect::<Result<Vec<_>>>()?;
-    adopt(replica, &masters);
+pub fn load_parameters(folder: &Path, replica: &mut Replica<'_>) -> Result<()> {
+    set_parameters(&open_parameters(folder, &replica.stages)?, replica)
+}
+
+fn set_parameters(parts: &Shards, replica: &mut Replica<'_>) -> Result<()> {
+    for (stage, bucket) in replica.stages.iter().zip(&mut replica.buckets) {
+        bucket.set(&weights::flat(parts, "", stage.params())?);
+    }
     Ok(())
 }
 
@@ -66,12 +69,6 @@ fn read_manifest(folder: &Path) -> Result<Manifest> {
     let path = folder.join(MANIFEST);
     let text = fs::read_to_string(&path).map_err(Error::storage(&path, "read"))?;
     serde_json::from_str(&text).map_err(|error| Error::checkpoint_mismatch(&path, format!("is no manifest: {error}")))
-}
-
-fn adopt(replica: &mut Replica, masters: &[Tensor]) {
-    for (bucket, flat) in replica.buckets.iter_mut().zip(masters) {
-        bucket.update(|master| master.copy_(flat));
-    }
 }
 
 /// The parts whose names begin with `kind`.

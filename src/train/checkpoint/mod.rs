@@ -1,5 +1,7 @@
 //! Checkpoints: parts that every rank writes, a manifest that makes them one, and a rename that makes them real.
 //!
+//! Where ranks share the state, each stage is joined for the rank that writes it, so that the same bytes result.
+//!
 //! A checkpoint is valid if its manifest parses and every part has the size and hash it says. Parts hold parameters by
 //! name, not ranks, so that any world size loads what any other saved, and equal state gives equal bytes: nothing in a
 //! checkpoint tells the time, the machine or the number of ranks.
@@ -11,7 +13,7 @@ mod load;
 mod save;
 
 pub use load::{load, load_parameters, open_parameters};
-pub use save::save;
+pub use save::{Saved, save};
 
 use std::fs::{self, File};
 use std::io;

@@ -1,0 +1,95 @@
+//! A stage's gradient over the micro-batches of a step.
+
+use tch::{Kind, Tensor, no_grad};
+
+/// The order in which micro-batches are summed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Summation {
+    /// One after the other into one buffer.
+    #[default]
+    Running,
+    /// As a pairwise tree, the order in which ranks are summed as well, so that it does not matter where one ends and the
+    /// other begins. Holds as many buffers as the number of micro-batches has binary digits.
+    Pairwise,
+}
+
+/// Sums gradients in f32.
+#[derive(Debug)]
+pub struct Accumulator {
+    summation: Summation,
+    /// Sums of finished subtrees with the number of times that they were doubled, largest first.
+    parts: Vec<(u32, Tensor)>,
+}
+
+impl Accumulator {
+    pub fn new(summation: Summation) -> Self {
+        Accumulator { summation, parts: Vec::new() }
+    }
+
+    /// Adds a gradient of any float kind; it may be written over.
+    pub fn add(&mut self, gradient: Tensor) {
+        match (self.summation, self.parts.last_mut()) {
+            (Summation::Running, Some((_, sum))) => add(sum, &gradient),
+            _ => self.parts.push((0, gradient.to_kind(Kind::Float))),
+        }
+        while let [.., (left, _), (right, _)] = self.parts.as_slice()
+            && left == right
+        {
+            self.join();
+        }
+    }
+
+    /// The sum of all that was added since the last call, if anything was.
+    pub fn take(&mut self) -> Option<Tensor> {
+        while self.parts.len() > 1 {
+            self.join();
+        }
+        self.parts.pop().map(|(_, sum)| sum)
+    }
+
+    fn join(&mut self) {
+        if let (Some((_, right)), Some((doubled, left))) = (self.parts.pop(), self.parts.last_mut()) {
+            *doubled += 1;
+            add(left, &right);
+        }
+    }
+}
+
+fn add(sum: &mut Tensor, gradient: &Tensor) {
+    let _ = no_grad(|| sum.f_add_(gradient)).expect("gradients of one stage have one shape");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Powers of a tenth: a sum that tells its order.
+    fn sum(summation: Summation, numbers: impl Iterator<Item = u32>) -> f32 {
+        let mut accumulator = Accumulator::new(summation);
+        numbers.for_each(|number| accumulator.add(Tensor::from_slice(&[value(number)])));
+        accumulator.take().expect("something was added").double_value(&[0]) as f32
+    }
+
+    fn value(number: u32) -> f32 {
+        1.0 / 3f32.powi(number as i32)
+    }
+
+    #[test]
+    fn running_sums_go_left_to_right() {
+        assert_eq!(sum(Summation::Running, 0..5), (0..5).map(value).fold(0.0, |sum, value| sum + value));
+    }
+
+    #[test]
+    fn pairwise_sums_are_the_tree_whatever_their_number() {
+        let v = value;
+        assert_eq!(sum(Summation::Pairwise, 0..4), (v(0) + v(1)) + (v(2) + v(3)));
+        assert_eq!(sum(Summation::Pairwise, 0..7), ((v(0) + v(1)) + (v(2) + v(3))) + ((v(4) + v(5)) + v(6)));
+    }
+
+    #[test]
+    fn halves_of_a_pairwise_sum_add_up_to_the_same_bits() {
+        let halves = sum(Summation::Pairwise, 0..4) + sum(Summation::Pairwise, 4..8);
+        assert_eq!(sum(Summation::Pairwise, 0..8), halves);
+        assert!(Accumulator::new(Summation::Pairwise).take().is_none());
+    }
+}

@@ -1,0 +1,175 @@
+//! Which ranks hold slices of one copy of the training state, and which hold the same slice.
+
+use std::ops::{Add, Deref};
+
+use tch::{Device, Kind, Tensor};
+
+use super::layout::Cut;
+use super::{Sharding, ShardingGroup};
+use crate::collective::{Collective, Sliced, Solo, Spent, nodes};
+use crate::error::{Error, Result};
+
+/// A world of ranks as shard groups and replica groups: the ranks of a shard group hold the state together, slice by slice;
+/// those of a replica group hold the same slice, and their gradients are summed.
+pub struct Sharing<'c> {
+    pub sharding: Sharding,
+    cut: Cut,
+    shards: Part<'c>,
+    replicas: Part<'c>,
+    /// Rank at each place in the order of the flat buffers.
+    ranks: Vec<usize>,
+}
+
+/// A group of ranks: the whole world, this rank alone, or a world split off.
+enum Part<'c> {
+    World(&'c dyn Collective),
+    Alone(Solo),
+    Split(Box<dyn Collective>),
+}
+
+impl<'c> Deref for Part<'c> {
+    type Target = dyn Collective + 'c;
+
+    fn deref(&self) -> &(dyn Collective + 'c) {
+        match self {
+            Part::World(world) => *world,
+            Part::Alone(solo) => solo,
+            Part::Split(part) => &**part,
+        }
+    }
+}
+
+impl Sharing<'static> {
+    /// One rank that holds everything.
+    pub fn alone() -> Self {
+        let (shards, replicas) = (Part::Alone(Solo), Part::Alone(Solo));
+        Sharing { sharding: Sharding::None, cut: Cut::WHOLE, shards, replicas, ranks: vec![0] }
+    }
+}
+
+impl<'c> Sharing<'c> {
+    /// The ranks of `world` under a sharding; each cuts its shard into `grains`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if ranks are to share within nodes that hold different numbers of them.
+    ///
+    /// # Ordering
+    /// Every rank calls it.
+    pub fn new(world: &'c dyn Collective, sharding: Sharding, group: ShardingGroup, grains: usize) -> Result<Self> {
+        let node_of_rank = match group {
+            ShardingGroup::World => vec![0; world.world_size()],
+            ShardingGroup::Node => nodes(world)?,
+        };
+        Sharing::within_nodes(world, sharding, &node_of_rank, grains)
+    }
+
+    /// As [`new`](Self::new), with the node of each rank: state is shared among ranks of one node and repeated on the others.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn within_nodes(world: &'c dyn Collective, sharding: Sharding, node_of_rank: &[usize], grains: usize) -> Result<Self> {
+        let (rank, world_size) = (world.rank(), world.world_size());
+        let on_node = |node: usize| node_of_rank.iter().filter(|other| **other == node).count();
+        let num_shards = if sharding == Sharding::None { 1 } else { on_node(node_of_rank[rank]) };
+        if node_of_rank.iter().any(|node| sharding != Sharding::None && on_node(*node) != num_shards) {
+            let counts: Vec<usize> = node_of_rank.iter().map(|node| on_node(*node)).collect();
+            let what = format!("`node` needs as many ranks on each node; the nodes of ranks 0, 1, … have {counts:?}");
+            return Err(Error::config("parallel.sharding_group", what));
+        }
+        let shard = match num_shards {
+            1 => 0,
+            _ => node_of_rank[..rank].iter().filter(|node| **node == node_of_rank[rank]).count(),
+        };
+        let num_replicas = world_size / num_shards;
+        let (shards, replicas) = match (num_shards, num_replicas) {
+            (1, 1) => (Part::Alone(Solo), Part::Alone(Solo)),
+            (1, _) => (Part::Alone(Solo), Part::World(world)),
+            (_, 1) => (Part::World(world), Part::Alone(Solo)),
+            _ => (Part::Split(world.split(node_of_rank[rank])?), Part::Split(world.split(shard)?)),
+        };
+        let cut = Cut { num_shards, shard, num_replicas, replica: replicas.rank(), grains };
+        Ok(Sharing { sharding, cut, shards, replicas, ranks: ranks_in_place(world, cut)? })
+    }
+
+    pub fn cut(&self) -> Cut {
+        self.cut
+    }
+
+    /// The ranks that hold one copy of the state together.
+    pub fn shards(&self) -> &(dyn Collective + 'c) {
+        &*self.shards
+    }
+
+    /// The ranks that hold what this one holds.
+    pub fn replicas(&self) -> &(dyn Collective + 'c) {
+        &*self.replicas
+    }
+
+    /// What each rank of the world measured of its grains, in the order of the flat buffers.
+    pub fn in_order<'m, T>(&'m self, of_rank: &'m [T]) -> impl Iterator<Item = &'m T> {
+        self.ranks.iter().map(move |rank| &of_rank[*rank])
+    }
+
+    /// Seconds of the split-off worlds since the last call; the world's own are the caller's to ask for.
+    pub fn spent(&self) -> Spent {
+        let split = [&self.shards, &self.replicas].into_iter().filter(|part| matches!(part, Part::Split(_)));
+        split.map(|part| part.spent()).fold(Spent::default(), Add::add)
+    }
+}
+
+fn ranks_in_place(world: &dyn Collective, cut: Cut) -> Result<Vec<usize>> {
+    let places = Tensor::zeros([world.world_size() as i64], (Kind::Int64, Device::Cpu));
+    let own = Tensor::from_slice(&[cut.place() as i64]);
+    world.all_gather(vec![Sliced { owned: own, full: places.shallow_clone() }])?.wait()?;
+    let places = Vec::<i64>::try_from(places).expect("integers");
+    let mut ranks: Vec<usize> = (0..places.len()).collect();
+    ranks.sort_by_key(|rank| places[*rank]);
+    Ok(ranks)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::collective::Threads;
+
+    /// Cut and order of the ranks, as each rank of a world of threads sees them.
+    fn shared(sharding: Sharding, node_of_rank: &'static [usize]) -> Vec<Result<(Cut, Vec<usize>)>> {
+        let join = |world: Threads| {
+            std::thread::spawn(move || {
+                let sharing = Sharing::within_nodes(&world, sharding, node_of_rank, 1)?;
+                Ok((sharing.cut(), sharing.ranks))
+            })
+        };
+        let threads: Vec<_> = Threads::world(node_of_rank.len()).into_iter().map(join).collect();
+        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+    }
+
+    fn places(sharding: Sharding, node_of_rank: &'static [usize]) -> Vec<(usize, usize)> {
+        shared(sharding, node_of_rank).into_iter().map(|of| of.expect("sound").0).map(|cut| (cut.shard, cut.replica)).collect()
+    }
+
+    #[test]
+    fn a_node_shares_and_the_nodes_repeat() {
+        assert_eq!(places(Sharding::None, &[0, 0, 1, 1]), [(0, 0), (0, 1), (0, 2), (0, 3)]);
+        assert_eq!(places(Sharding::Optimizer, &[0, 0, 0, 0]), [(0, 0), (1, 0), (2, 0), (3, 0)]);
+        assert_eq!(places(Sharding::Parameters, &[0, 0, 1, 1]), [(0, 0), (1, 0), (0, 1), (1, 1)]);
+        assert_eq!(places(Sharding::Parameters, &[0, 1, 0, 1]), [(0, 0), (0, 1), (1, 0), (1, 1)]);
+        assert_eq!(places(Sharding::Gradients, &[0, 1, 2]), [(0, 0), (0, 1), (0, 2)]);
+    }
+
+    #[test]
+    fn every_rank_knows_who_stands_where() {
+        for of in shared(Sharding::Optimizer, &[0, 0, 1, 1]) {
+            assert_eq!(of.expect("sound").1, [0, 2, 1, 3]);
+        }
+    }
+
+    #[test]
+    fn nodes_of_unequal_size_cannot_share() {
+        for of in shared(Sharding::Optimizer, &[0, 0, 1]) {
+            let text = of.expect_err("unequal").to_string();
+            assert!(text.contains("as many ranks on each node") && text.contains("[2, 2, 1]"), "{text}");
+        }
+        assert_eq!(places(Sharding::None, &[0, 0, 1]).len(), 3);
+    }
+}

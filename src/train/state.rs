@@ -1,0 +1,55 @@
+//! The optimizer's tensors: this rank's shards of them, by stage and piece.
+
+use tch::{Device, Tensor, no_grad};
+
+use crate::error::Result;
+use crate::optim::{Optimizer, Slice};
+use crate::parallel::{Bucket, Replica};
+
+/// One tensor for each piece of each stage and each of the optimizer's state names.
+pub struct OptimizerState {
+    /// By stage, piece, name.
+    stages: Vec<Vec<Vec<Tensor>>>,
+}
+
+impl OptimizerState {
+    /// Zeros at `home`, as before the first step.
+    pub fn fresh(replica: &Replica<'_>, optimizer: &dyn Optimizer, home: Device) -> Self {
+        let of_piece = |master: &Tensor| {
+            let zeros = || Tensor::zeros(master.size(), (master.kind(), home));
+            optimizer.state_names().iter().map(|_| zeros()).collect()
+        };
+        let of_bucket = |bucket: &Bucket| bucket.pieces().iter().map(|piece| of_piece(piece.master())).collect();
+        OptimizerState { stages: replica.buckets.iter().map(of_bucket).collect() }
+    }
+
+    /// A stage's tensor of the optimizer's name number `name`, whole: `[P]` f32 on the CPU.
+    ///
+    /// # Ordering
+    /// Every rank of a shard group calls it.
+    pub fn whole(&self, stage: usize, name: usize, replica: &Replica<'_>) -> Result<Tensor> {
+        let owned: Vec<Tensor> = self.stages[stage].iter().map(|piece| piece[name].shallow_clone()).collect();
+        replica.buckets[stage].whole(&owned, &replica.sharing)
+    }
+
+    /// Keeps this rank's shards of a stage's whole tensor.
+    pub fn set(&mut self, stage: usize, name: usize, flat: &Tensor, bucket: &Bucket) {
+        for (piece, owned) in self.stages[stage].iter_mut().zip(bucket.owned(flat)) {
+            no_grad(|| piece[name].copy_(&owned));
+        }
+    }
+
+    /// One update of a stage. Master values and state that live elsewhere visit the gradient's device, a piece at a time.
+    pub fn update(&mut self, stage: usize, bucket: &mut Bucket, gradients: &[Tensor], optimizer: &dyn Optimizer, lr: f64, step: u64) {
+        let pieces = &mut self.stages[stage];
+        bucket.update(|piece, master, decayed| {
+            let gradient = &gradients[piece];
+            // The same tensors where they are there already, and copies onto themselves cost nothing.
+            let mut params = master.to_device(gradient.device());
+            let mut state: Vec<Tensor> = pieces[piece].iter().map(|tensor| tensor.to_device(gradient.device())).collect();
+            optimizer.update(Slice { params: &mut params, gradient, state: &mut state, decayed }, lr, step);
+            master.copy_(&params);
+            pieces[piece].iter_mut().zip(&state).for_each(|(home, visitor)| home.copy_(visitor));
+        });
+    }
+}
