@@ -26,26 +26,25 @@ const TRAJECTORY: f64 = 1e-4;
 
 /// A family's adapter as its users configure it.
 fn adapter_of(family: &str) -> (Box<dyn ModelAdapter>, FlowMatchingSettings) {
-    let (name, more) = match family {
-        "flux_dev" => ("flux", None),
-        "flux_schnell" => ("flux", Some("adapter.use_guidance_embeds=false")),
-        "wan" => ("simple", None),
-        "hunyuan_video" => ("hunyuan", None),
-        other => (other, None),
+    let name = match family {
+        "flux_dev" | "flux_schnell" => "flux",
+        "wan" => "simple",
+        "hunyuan_video" => "hunyuan",
+        other => other,
     };
-    let overrides: Vec<String> = [format!("adapter_type={name}")].into_iter().chain(more.map(String::from)).collect();
     let mut settings = FlowSettings::default();
-    fm_dist::settings::read(&mut settings, "sampling", "", &overrides).unwrap();
+    fm_dist::settings::read(&mut settings, "sampling", "", &[format!("adapter_type={name}")]).unwrap();
     (settings.adapter.build(), settings.flow)
 }
 
 fn levels_of(family: &str, shape: &[i64], flow_shift: f64) -> NoiseLevels {
     let (adapter, settings) = adapter_of(family);
-    adapter.noise_levels(shape, &FlowMatchingSettings { flow_shift, ..settings })
+    adapter.noise_levels(shape, &FlowMatchingSettings { flow_shift, ..settings }, guidance_of(family))
 }
 
+/// schnell's models embed no guidance, whatever the adapter has at hand.
 fn guidance_of(family: &str) -> Guidance {
-    adapter_of(family).0.guidance()
+    adapter_of(family).0.guidance(["flux_dev", "flux2"].contains(&family))
 }
 
 fn number(case: &Value, name: &str) -> f64 {

@@ -82,14 +82,14 @@ impl ModelAdapter for Flux {
     }
 
     /// Shifted further for more tokens where guidance is embedded (dev), not at all where it is not (schnell).
-    fn noise_levels(&self, latents: &[i64], _settings: &FlowMatchingSettings) -> NoiseLevels {
+    fn noise_levels(&self, latents: &[i64], _settings: &FlowMatchingSettings, guidance: Guidance) -> NoiseLevels {
         let tokens = latents[1..].iter().product::<i64>() / 4;
         let shift = Shift::between(tokens, (256, 0.5), (4096, 1.15));
-        NoiseLevels::even(if self.use_guidance_embeds { shift } else { Shift::Constant(1.0) })
+        NoiseLevels::even(if guidance == Guidance::Embedded { shift } else { Shift::Constant(1.0) })
     }
 
-    fn guidance(&self) -> Guidance {
-        if self.use_guidance_embeds { Guidance::Embedded } else { Guidance::ClassifierFree }
+    fn guidance(&self, model_embeds: bool) -> Guidance {
+        if model_embeds && self.use_guidance_embeds { Guidance::Embedded } else { Guidance::ClassifierFree }
     }
 }
 

@@ -67,12 +67,12 @@ impl ModelAdapter for Flux2 {
     }
 
     /// Shifted by what its makers found for the number of tokens and steps.
-    fn noise_levels(&self, latents: &[i64], _settings: &FlowMatchingSettings) -> NoiseLevels {
+    fn noise_levels(&self, latents: &[i64], _settings: &FlowMatchingSettings, _guidance: Guidance) -> NoiseLevels {
         NoiseLevels::even(Shift::Empirical { tokens: latents[1..].iter().product() })
     }
 
-    fn guidance(&self) -> Guidance {
-        if self.use_guidance_embeds { Guidance::Embedded } else { Guidance::ClassifierFree }
+    fn guidance(&self, model_embeds: bool) -> Guidance {
+        if model_embeds && self.use_guidance_embeds { Guidance::Embedded } else { Guidance::ClassifierFree }
     }
 }
 

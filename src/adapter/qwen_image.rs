@@ -79,12 +79,12 @@ impl ModelAdapter for QwenImage {
     }
 
     /// Shifted further for more tokens; the last level before data is 0.02.
-    fn noise_levels(&self, latents: &[i64], _settings: &FlowMatchingSettings) -> NoiseLevels {
+    fn noise_levels(&self, latents: &[i64], _settings: &FlowMatchingSettings, _guidance: Guidance) -> NoiseLevels {
         let tokens = latents[1..].iter().product::<i64>() / 4;
         NoiseLevels::even(Shift::between(tokens, (256, 0.5), (8192, 0.9))).ending_at(0.02)
     }
 
-    fn guidance(&self) -> Guidance {
+    fn guidance(&self, _model_embeds: bool) -> Guidance {
         Guidance::Rescaled { patch_size: 2 }
     }
 }

@@ -5,7 +5,7 @@ use tch::Tensor;
 use super::AdapterSettings;
 use super::inputs::{TimestepDtype, batched, text_embeddings};
 use crate::error::{Error, Result};
-use crate::flow::{FlowMatchingContext, FlowMatchingSettings, ModelAdapter, NoiseLevels, Shift};
+use crate::flow::{FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Shift};
 use crate::nn::Activations;
 use crate::settings::{Keys, Settings};
 
@@ -64,7 +64,7 @@ impl ModelAdapter for Simple {
     }
 
     /// Videos as Wan's pipeline generates them, down to the smallest timestep that training knows; images evenly.
-    fn noise_levels(&self, latents: &[i64], settings: &FlowMatchingSettings) -> NoiseLevels {
+    fn noise_levels(&self, latents: &[i64], settings: &FlowMatchingSettings, _guidance: Guidance) -> NoiseLevels {
         match latents.len() {
             4 => NoiseLevels::down_to_training(settings.flow_shift, settings.num_train_timesteps),
             _ => NoiseLevels::even(Shift::Constant(settings.flow_shift)),

@@ -161,13 +161,13 @@ pub trait ModelAdapter {
     }
 
     /// Noise levels for generating latents of this shape, `[C, (F,) H, W]`: evenly spaced with the run's shift, unless a family
-    /// knows better.
-    fn noise_levels(&self, _latents: &[i64], settings: &FlowMatchingSettings) -> NoiseLevels {
+    /// knows better. `guidance`: what [`guidance`](Self::guidance) said.
+    fn noise_levels(&self, _latents: &[i64], settings: &FlowMatchingSettings, _guidance: Guidance) -> NoiseLevels {
         NoiseLevels::even(Shift::Constant(settings.flow_shift))
     }
 
-    /// What a guidance scale means to the family.
-    fn guidance(&self) -> Guidance {
+    /// What a guidance scale means to the family's models, of which some embed it and some do not.
+    fn guidance(&self, _model_embeds: bool) -> Guidance {
         Guidance::ClassifierFree
     }
 }

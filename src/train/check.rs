@@ -1,5 +1,6 @@
 //! `fm-dist check`: what a configuration would do, without doing it.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use bytesize::ByteSize;
@@ -8,9 +9,9 @@ use super::check_data;
 use crate::config::RunConfig;
 use crate::data::{Dataset, Order};
 use crate::error::{Error, Result};
-use crate::model::{SampleShapes, Tokens, footprint};
+use crate::model::{Footprint, SampleShapes, Tokens, footprint};
 use crate::nn::Stage;
-use crate::parallel::{Sharding, StateLayout};
+use crate::parallel::{Recompute, Sharding, StateLayout};
 use crate::settings::{Choice, Family};
 
 /// What to plan for.
@@ -23,8 +24,11 @@ pub struct CheckRequest {
     pub text_tokens: i64,
 }
 
-/// World sizes for which memory is told.
+/// World sizes for which memory is told, beside the one that is planned for.
 const WORLD_SIZES: [u64; 3] = [1, 8, 64];
+
+/// Memory of a process on a CPU before it has a model: libtorch, MPI and the program. Measured.
+const PROCESS_BYTES: u64 = 230 << 20;
 
 /// The plan of a run as text. Opens the data's headers; needs no weights, no device and no memory to speak of.
 ///
@@ -34,11 +38,11 @@ pub fn check(config: &RunConfig, request: &CheckRequest) -> Result<String> {
     let stages = config.model.family.stages()?;
     let mut plan = Plan(String::new());
     plan.of_model(config, &stages);
-    match &request.latents {
+    let activations = match &request.latents {
         Some(latents) => plan.of_shape(config, latents, request.text_tokens)?,
         None => plan.of_data(config, request)?,
-    }
-    plan.of_ranks(config, &stages, config.micro_batches(request.world_size)?);
+    };
+    plan.of_ranks(config, request.world_size, &stages, activations)?;
     Ok(plan.0)
 }
 
@@ -57,7 +61,7 @@ impl Plan {
     }
 
     /// Activations of one micro-batch of such latents.
-    fn of_shape(&mut self, config: &RunConfig, latents: &[i64], text_tokens: i64) -> Result<()> {
+    fn of_shape(&mut self, config: &RunConfig, latents: &[i64], text_tokens: i64) -> Result<Footprint> {
         config.model.family.check_data(&SampleShapes { latents, of: Default::default() })?;
         let tokens = Tokens { image: config.model.family.image_tokens(latents), text: text_tokens };
         let (samples, dtype) = (config.data.micro_batch_size_per_gpu, config.model.dtype);
@@ -67,10 +71,10 @@ impl Plan {
         let estimate = footprint(&*config.model.family, tokens, samples as i64, dtype.kind())?;
         let (kept, again) = (shown(estimate.kept), shown(estimate.recomputed));
         self.line("activations, estimated", &format!("{kept} in {word}; {again} with recompute = \"always\""));
-        Ok(())
+        Ok(estimate)
     }
 
-    fn of_data(&mut self, config: &RunConfig, request: &CheckRequest) -> Result<()> {
+    fn of_data(&mut self, config: &RunConfig, request: &CheckRequest) -> Result<Footprint> {
         let (micro_batches, world_size) = (config.micro_batches(request.world_size)?, request.world_size);
         let samples = config.data.micro_batch_size_per_gpu;
         let global_batch = micro_batches * samples * world_size;
@@ -80,33 +84,43 @@ impl Plan {
         let first = &dataset.groups()[0];
         let latents = dataset.latent_shape(&first.name).ok_or_else(|| Error::data(dataset.path(), "has a group without latents"))?;
         let text = first.layout.get("text_embeddings").map_or(0, |(_, shape)| shape[0]);
-        self.of_shape(config, latents, text)?;
+        let activations = self.of_shape(config, latents, text)?;
         let (name, groups) = (&dataset.manifest().name, dataset.groups().len());
         self.line("data", &format!("{name}: {} samples; resolution groups: {groups}", dataset.num_samples()));
         self.line("global batch", &format!("{global_batch} = {samples} samples x {world_size} ranks x {micro_batches} micro-batches"));
         let steps = order.batches_per_epoch();
         self.line("epoch", &format!("{steps} steps, {} samples left out of each", order.left_out_per_epoch()));
         self.line("run", &format!("{} steps, {:.1} epochs", config.max_steps, config.max_steps as f64 / steps as f64));
-        Ok(())
+        Ok(activations)
     }
 
-    /// Memory and collectives by sharding.
-    fn of_ranks(&mut self, config: &RunConfig, stages: &[Box<dyn Stage>], micro_batches: usize) {
+    /// Memory at the worst moment of a step and collectives, by sharding.
+    fn of_ranks(&mut self, config: &RunConfig, world_size: usize, stages: &[Box<dyn Stage>], activations: Footprint) -> Result<()> {
         let layout = StateLayout {
             stages: stages.iter().map(|stage| stage.params().numel() as u64).collect(),
             compute_bytes: config.model.dtype.kind().elt_size_in_bytes() as u64,
             optimizer_tensors: config.optimizer.state_names().len() as u64,
+            micro_batches: config.micro_batches(world_size)? as u64,
         };
+        let world_sizes = BTreeSet::from_iter(WORLD_SIZES.into_iter().chain([world_size as u64]));
         let columns: Vec<String> =
-            WORLD_SIZES.iter().map(|ranks| format!("{:>9}", format!("{ranks} rank{}", if *ranks == 1 { "" } else { "s" }))).collect();
+            world_sizes.iter().map(|ranks| format!("{:>9}", format!("{ranks} rank{}", if *ranks == 1 { "" } else { "s" }))).collect();
         self.line("a rank, by sharding", &format!("{}  collectives a step", columns.join(" ")));
         for (word, sharding) in Sharding::ALL {
-            let bytes = WORLD_SIZES.map(|ranks| layout.bytes_per_rank(*sharding, ranks));
-            let columns: Vec<String> = bytes.iter().map(|bytes| format!("{:>9}", shown(*bytes))).collect();
-            let collectives = layout.collectives(*sharding, micro_batches);
-            self.line(&format!("  {word}"), &format!("{}  {collectives}", columns.join(" ")));
+            let activations = match (sharding, config.parallel.recompute) {
+                (Sharding::Parameters, _) | (_, Recompute::Always) => activations.recomputed,
+                (_, Recompute::Never) => activations.kept,
+                (_, Recompute::Every(count)) => activations.kept - (activations.kept - activations.recomputed) / count as u64,
+            };
+            let beside = activations + PROCESS_BYTES;
+            let bytes = world_sizes.iter().map(|ranks| layout.bytes_per_rank(*sharding, *ranks) + beside);
+            let columns: Vec<String> = bytes.map(|bytes| format!("{:>9}", shown(bytes))).collect();
+            self.line(&format!("  {word}"), &format!("{}  {}", columns.join(" "), layout.collectives(*sharding)));
         }
-        self.line("  and", "1 all-gather of statistics; weights, gradients and optimizer state above, activations apart");
+        let recompute = config.parallel.recompute;
+        self.line("  in all", &format!("weights, gradients, optimizer, activations with recompute = \"{recompute}\", the process itself"));
+        self.line("  and", "1 all-gather of statistics; `parameters` always recomputes");
+        Ok(())
     }
 }
 

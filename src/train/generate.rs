@@ -140,8 +140,9 @@ impl<'a> Walk<'a> {
         let pipeline = build_pipeline(config, device);
         let (adapter, sampling) = (pipeline.adapter(), &config.sampling);
         origin.check(&*config.model.family, adapter.condition_keys())?;
-        let guide = Guide::new(adapter.guidance(), sampling, origin.has_negative())?;
-        let own = adapter.noise_levels(&origin.shape, pipeline.settings());
+        let guidance = adapter.guidance(config.model.family.inputs().contains(&"guidance"));
+        let guide = Guide::new(guidance, sampling, origin.has_negative())?;
+        let own = adapter.noise_levels(&origin.shape, pipeline.settings(), guidance);
         let levels = if sampling.shift == 0.0 { own } else { own.with_shift(sampling.shift) };
         Ok(Walk { config, replica, origin, guide, sigmas: levels.sigmas(sampling.num_steps), pipeline, device })
     }
