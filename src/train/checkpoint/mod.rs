@@ -129,3 +129,100 @@ fn verify_part(folder: &Path, part: &Part) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use tch::{Device, Kind, Tensor};
+
+    use super::*;
+    use crate::collective::{Collective, Threads};
+    use crate::model::{Architecture, Dit};
+    use crate::optim::OptimizerChoice;
+    use crate::parallel::{Replica, Sharding, ShardingGroup, Sharing};
+    use crate::rng::{Key, Purpose};
+    use crate::train::run_folder::{Resume, RunFolder};
+    use crate::train::state::OptimizerState;
+
+    const SHARDINGS: [Sharding; 4] = [Sharding::None, Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters];
+
+    fn manifest() -> Manifest {
+        Manifest { step: 7, ..Manifest::new(1, 8, "these data".into()) }
+    }
+
+    fn optimizer() -> OptimizerChoice {
+        OptimizerChoice::default()
+    }
+
+    fn empty(world: &dyn Collective, sharding: Sharding) -> (Replica<'_>, OptimizerState) {
+        let stages = Dit { width: 24, depth: 1, num_heads: 2, ..Dit::default() }.stages().expect("sound");
+        let sharing = Sharing::new(world, sharding, ShardingGroup::World, 1).expect("sound");
+        let replica = Replica::shared(stages, Kind::BFloat16, (Device::Cpu, Device::Cpu), None, sharing);
+        let state = OptimizerState::fresh(&replica, &*optimizer(), Device::Cpu);
+        (replica, state)
+    }
+
+    /// What a stage's parameters (0) and optimizer tensors (1, 2) are after seven steps that nobody took.
+    fn number(stage: usize, tensor: u64, numel: i64) -> Tensor {
+        let key = Key::new(5, Purpose::Test).step(tensor).scope(stage as u64);
+        key.seeded(|| Tensor::randn([numel], (Kind::Float, Device::Cpu)))
+    }
+
+    fn save_on(world: &dyn Collective, sharding: Sharding, output: &str) -> PathBuf {
+        let (mut replica, mut state) = empty(world, sharding);
+        for (stage, bucket) in replica.buckets.iter_mut().enumerate() {
+            let numel = replica.stages[stage].params().numel();
+            bucket.set(&number(stage, 0, numel));
+            (0..2).for_each(|name| state.set(stage, name, &number(stage, 1 + name as u64, numel), bucket));
+        }
+        let folder = RunFolder::open(output, &Resume::Never, world).expect("a fresh folder");
+        let saved = Saved { manifest: &manifest(), replica: &replica, optimizer: &*optimizer(), state: &state };
+        save(&folder, &saved, world).expect("no rank fails")
+    }
+
+    fn check_on(world: &dyn Collective, sharding: Sharding, folder: &Path) {
+        let (mut replica, mut state) = empty(world, sharding);
+        let loaded = load(folder, &manifest(), &mut replica, &*optimizer(), &mut state).expect("a checkpoint");
+        assert_eq!(loaded, manifest());
+        for stage in 0..replica.stages.len() {
+            let numel = replica.stages[stage].params().numel();
+            assert!(replica.parameters(stage).expect("no rank fails").equal(&number(stage, 0, numel)), "{sharding:?} stage {stage}");
+            for name in 0..2 {
+                let whole = state.whole(stage, name, &replica).expect("no rank fails");
+                assert!(whole.equal(&number(stage, 1 + name as u64, numel)), "{sharding:?} stage {stage}, optimizer tensor {name}");
+            }
+        }
+    }
+
+    fn in_threads<T: Send + 'static>(ranks: usize, body: impl Fn(&Threads) -> T + Clone + Send + 'static) -> T {
+        let join = |rank: Threads| {
+            let body = body.clone();
+            thread::spawn(move || body(&rank))
+        };
+        let threads: Vec<_> = Threads::world(ranks).into_iter().map(join).collect();
+        threads.into_iter().map(|thread| thread.join().expect("no panic")).next().expect("a rank")
+    }
+
+    #[test]
+    fn a_checkpoint_of_any_sharding_and_world_size_loads_into_any_other() {
+        let root = tempfile::tempdir().expect("a folder");
+        let mut bytes = Vec::new();
+        for (ranks, sharding) in (1..=4).flat_map(|ranks| SHARDINGS.map(|sharding| (ranks, sharding))) {
+            let output = root.path().join(format!("{ranks}-{}", sharding as u8)).display().to_string();
+            let folder = in_threads(ranks, move |world| save_on(world, sharding, &output));
+            let files: Vec<Vec<u8>> = verify(&folder)
+                .expect("a committed checkpoint")
+                .parts
+                .iter()
+                .map(|part| fs::read(folder.join(&part.file)).expect("a part"))
+                .collect();
+            bytes.push(files);
+            for (ranks, sharding) in (1..=4).flat_map(|ranks| SHARDINGS.map(|sharding| (ranks, sharding))) {
+                let folder = folder.clone();
+                in_threads(ranks, move |world| check_on(world, sharding, &folder));
+            }
+        }
+        assert!(bytes.iter().all(|files| *files == bytes[0]), "equal state gives equal bytes");
+    }
+}
