@@ -226,6 +226,7 @@ impl Room<'_> {
 
 /// A collective that was called for: its tensors, and what becomes of them.
 pub struct Operation {
+    place: Place,
     channel: Channel,
     parts: Vec<Part>,
     /// Kept for the stretches of the parts.
@@ -237,14 +238,20 @@ impl Operation {
     pub fn new(place: Place, call: Call, number: u64, parts: Vec<Part>, tensors: Vec<Tensor>) -> Self {
         let described: Vec<String> = parts.iter().map(Part::describe).collect();
         let what = format!("operation {number}, {}", described.join(", "));
-        Operation { channel: Channel { communicator: place.communicator, call, tag: tag_of(call.operation, &what), what }, parts, _tensors: tensors }
+        Operation {
+            place,
+            channel: Channel { communicator: place.communicator, call, tag: tag_of(call.operation, &what), what },
+            parts,
+            _tensors: tensors,
+        }
     }
 
     /// Carries the operation out together with the other ranks.
     ///
     /// A round's pieces are under way while the round before is summed. Messages of one rank to another leave in the order
     /// in which the other receives them: both walk through the same rounds.
-    pub fn run(&self, place: Place, scratch: &mut Option<Tensor>) -> Result<()> {
+    pub fn run(&self, scratch: &mut Option<Tensor>) -> Result<()> {
+        let place = self.place;
         let bytes = self.scratch_bytes();
         let scratch = grown(scratch, WINDOW * place.world_size * bytes);
         let room = |number: usize| Room { scratch, slot: number % WINDOW, bytes, world_size: place.world_size };
@@ -253,7 +260,11 @@ impl Operation {
             flight.wait(&self.channel)?;
             part.settle(place, start, &room);
             sharing.push_back(part.share(place, &self.channel, start)?);
-            if sharing.len() > WINDOW { sharing.pop_front().map_or(Ok(()), |mut flight: Flight| flight.wait(&self.channel)) } else { Ok(()) }
+            if sharing.len() > WINDOW {
+                sharing.pop_front().map_or(Ok(()), |mut flight: Flight| flight.wait(&self.channel))
+            } else {
+                Ok(())
+            }
         };
         let rounds = self.parts.iter().flat_map(|part| part.rounds().map(move |start| (part, start)));
         for (number, (part, start)) in rounds.enumerate() {

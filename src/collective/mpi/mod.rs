@@ -14,7 +14,7 @@ mod exchange;
 mod queue;
 mod wire;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ffi::c_int;
 use std::rc::Rc;
 use std::time::Duration;
@@ -37,6 +37,8 @@ const ABORT_PATIENCE: Duration = Duration::from_secs(5);
 /// two calls at once (the exception is [`abort`]).
 pub struct Mpi {
     place: Place,
+    /// Number of the next operation of this communicator, the same on all of its ranks.
+    next: Cell<u64>,
     queue: Rc<RefCell<Queue>>,
     meter: Meter,
 }
@@ -62,23 +64,22 @@ impl Mpi {
         // SAFETY: MPI is initialized, and both handles are constants of the library.
         check(call("initialize"), unsafe { ffi::MPI_Comm_set_errhandler(ffi::RSMPI_COMM_WORLD, ffi::RSMPI_ERRORS_RETURN) })?;
         // SAFETY: a constant of the library.
-        Mpi::of(unsafe { ffi::RSMPI_COMM_WORLD })
+        Mpi::of(unsafe { ffi::RSMPI_COMM_WORLD }, Rc::default())
     }
 
-    fn of(communicator: ffi::MPI_Comm) -> Result<Self> {
+    fn of(communicator: ffi::MPI_Comm, queue: Rc<RefCell<Queue>>) -> Result<Self> {
         let (mut rank, mut size) = (0, 0);
         // SAFETY: the communicator is valid, and both results have a place.
         check(call("initialize"), unsafe { ffi::MPI_Comm_rank(communicator, &mut rank) })?;
         check(call("initialize"), unsafe { ffi::MPI_Comm_size(communicator, &mut size) })?;
         let place = Place { communicator, rank: rank as usize, world_size: size as usize };
-        Ok(Mpi { place, queue: Rc::new(RefCell::new(Queue::new(place))), meter: Meter::default() })
+        Ok(Mpi { place, next: Cell::new(0), queue, meter: Meter::default() })
     }
 
     /// Queues an operation; the work carries it out, after those before it.
     fn issue(&self, call: Call, parts: Vec<Part>, tensors: Vec<Tensor>) -> Work {
-        let mut queue = self.queue.borrow_mut();
-        let number = queue.next();
-        queue.push(Operation::new(self.place, call, number, parts, tensors));
+        let operation = Operation::new(self.place, call, self.next.replace(self.next.get() + 1), parts, tensors);
+        let number = self.queue.borrow_mut().push(operation);
         let (queue, meter) = (self.queue.clone(), self.meter.clone());
         Work::new(move || meter.exposed(|| queue.borrow_mut().finish(call, number)))
     }
@@ -146,7 +147,7 @@ impl Collective for Mpi {
         let mut part = unsafe { ffi::RSMPI_COMM_NULL };
         // SAFETY: the communicator is valid, and the result has a place.
         check(call, unsafe { ffi::MPI_Comm_split(self.place.communicator, color, self.place.rank as c_int, &mut part) })?;
-        Ok(Box::new(Mpi::of(part)?))
+        Ok(Box::new(Mpi::of(part, self.queue.clone())?))
     }
 
     fn spent(&self) -> Spent {

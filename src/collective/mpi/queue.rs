@@ -6,13 +6,15 @@ use std::mem::ManuallyDrop;
 use tch::Tensor;
 
 use super::super::call::Call;
-use super::exchange::{Operation, Place};
+use super::exchange::Operation;
 use crate::error::Result;
 
-/// The operations of one communicator in program order. Waiting for one carries out all before it, so that ranks may wait in
-/// different orders, and need not wait for one whose result they do not read.
+/// The operations of a world and of all that were split off from it, in program order. Waiting for one carries out all before
+/// it, so that ranks may wait in different orders, and need not wait for one whose result they do not read.
+///
+/// One queue for all of them: with one each, two ranks that wait for two worlds in different orders would wait for ever.
+#[derive(Default)]
 pub struct Queue {
-    pub place: Place,
     waiting: VecDeque<Operation>,
     issued: u64,
     finished: u64,
@@ -23,18 +25,11 @@ pub struct Queue {
 }
 
 impl Queue {
-    pub fn new(place: Place) -> Self {
-        Queue { place, waiting: VecDeque::new(), issued: 0, finished: 0, scratch: None, broken: None }
-    }
-
-    /// Number of the next operation.
-    pub fn next(&self) -> u64 {
-        self.issued
-    }
-
-    pub fn push(&mut self, operation: Operation) {
+    /// Returns the operation's number in this queue, which differs between ranks of different worlds.
+    pub fn push(&mut self, operation: Operation) -> u64 {
         self.waiting.push_back(operation);
         self.issued += 1;
+        self.issued
     }
 
     /// Carries out the operations up to number `last`.
@@ -42,12 +37,12 @@ impl Queue {
         if let Some(what) = &self.broken {
             return Err(call.error(format!("an earlier operation failed: {what}")));
         }
-        while self.finished <= last {
+        while self.finished < last {
             let Some(operation) = self.waiting.pop_front() else { break };
+            self.finished += 1;
             let result = self.carry_out(operation);
             self.broken = result.as_ref().err().map(ToString::to_string);
             result?;
-            self.finished += 1;
         }
         Ok(())
     }
@@ -61,7 +56,7 @@ impl Queue {
     fn carry_out(&mut self, operation: Operation) -> Result<()> {
         let operation = ManuallyDrop::new(operation);
         let mut scratch = ManuallyDrop::new(self.scratch.take());
-        operation.run(self.place, &mut scratch)?;
+        operation.run(&mut scratch)?;
         self.scratch = ManuallyDrop::into_inner(scratch);
         drop(ManuallyDrop::into_inner(operation));
         Ok(())

@@ -93,15 +93,7 @@ impl Flight {
         let bytes = stretch.bytes();
         // SAFETY: as in `send`; nobody reads it either.
         self.start(channel, bytes, Some((peer, bytes)), |count, request| unsafe {
-            ffi::MPI_Irecv(
-                stretch.address,
-                count,
-                ffi::RSMPI_UINT8_T,
-                peer as c_int,
-                ffi::RSMPI_ANY_TAG,
-                channel.communicator,
-                request,
-            )
+            ffi::MPI_Irecv(stretch.address, count, ffi::RSMPI_UINT8_T, peer as c_int, ffi::RSMPI_ANY_TAG, channel.communicator, request)
         })
     }
 
