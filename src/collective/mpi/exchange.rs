@@ -45,21 +45,21 @@ impl Place {
     fn peers(self) -> impl Iterator<Item = usize> {
         (1..self.world_size).map(move |distance| (self.rank + distance) % self.world_size)
     }
+}
 
-    fn piece_bytes(self) -> usize {
-        (SCRATCH_BYTES / WINDOW / self.world_size).next_multiple_of(LINE_BYTES).min(PIECE_BYTES)
-    }
+/// Bytes of a piece: with all the rooms for pieces, scratch memory keeps to its limit.
+fn piece_bytes(world_size: usize) -> usize {
+    (SCRATCH_BYTES / WINDOW / world_size / LINE_BYTES * LINE_BYTES).clamp(LINE_BYTES, PIECE_BYTES)
+}
 
-    /// Ranks that send to this one and that it sends to, in the binomial tree below `root`.
-    fn tree(self, root: usize) -> (Option<usize>, impl Iterator<Item = usize>) {
-        let Place { rank, world_size, .. } = self;
-        let depth = (rank + world_size - root) % world_size;
-        // Rank 0 of the tree sends to 1, 2, 4, …; every other one hears from itself without its lowest bit.
-        let lowest = if depth == 0 { world_size.next_power_of_two() } else { depth & depth.wrapping_neg() };
-        let parent = (depth > 0).then(|| (depth - lowest + root) % world_size);
-        let bits = (0..lowest.trailing_zeros()).rev().map(|bit| 1 << bit);
-        (parent, bits.map(move |bit| depth + bit).filter(move |child| *child < world_size).map(move |child| (child + root) % world_size))
-    }
+/// The rank that sends to `rank`, and those that it sends to, in the binomial tree below `root`.
+fn tree(rank: usize, world_size: usize, root: usize) -> (Option<usize>, impl Iterator<Item = usize>) {
+    let place = (rank + world_size - root) % world_size;
+    // The root sends to places 1, 2, 4, …; every other place hears from itself without its lowest bit.
+    let lowest = if place == 0 { world_size.next_power_of_two() } else { place & place.wrapping_neg() };
+    let rank_at = move |place: usize| (place + root) % world_size;
+    let children = (0..lowest.trailing_zeros()).rev().map(move |bit| place + (1 << bit)).filter(move |child| *child < world_size);
+    ((place > 0).then(|| rank_at(place - lowest)), children.map(rank_at))
 }
 
 /// What becomes of a tensor.
@@ -106,7 +106,7 @@ impl Part {
             _ => full.elements.div_ceil(place.world_size).next_multiple_of(SLICE_ELEMENTS),
         };
         let owned = if slice == full.elements { full } else { full.part(place.rank * slice, slice) };
-        Part { pattern, full, slice, owned, step: place.piece_bytes() / full.kind.elt_size_in_bytes() }
+        Part { pattern, full, slice, owned, step: piece_bytes(place.world_size) / full.kind.elt_size_in_bytes() }
     }
 
     /// Slices of equal size. `None` if `owned` is a view of `full` at another place than its own.
@@ -114,7 +114,7 @@ impl Part {
         let (owned, full) = (Stretch::of(owned), Stretch::of(full));
         let slice = owned.elements;
         let sound = owned.is(full.part(place.rank * slice, slice)) || !owned.overlaps(full);
-        sound.then(|| Part { pattern, full, slice, owned, step: place.piece_bytes() / full.kind.elt_size_in_bytes() })
+        sound.then(|| Part { pattern, full, slice, owned, step: piece_bytes(place.world_size) / full.kind.elt_size_in_bytes() })
     }
 
     fn describe(&self) -> String {
@@ -149,7 +149,7 @@ impl Part {
                 place.peers().try_for_each(|peer| flight.send(channel, self.piece(peer, start), peer))?;
             }
             Pattern::From(root) => {
-                let parent = place.tree(root).0;
+                let parent = tree(place.rank, place.world_size, root).0;
                 parent.into_iter().try_for_each(|parent| flight.receive(channel, self.piece(root, start), parent))?;
             }
             Pattern::Gathered => (),
@@ -185,7 +185,7 @@ impl Part {
                 place.peers().try_for_each(|peer| flight.receive(channel, self.piece(peer, start), peer))?;
                 place.peers().try_for_each(|peer| flight.send(channel, mine, peer))?;
             }
-            Pattern::From(root) => place.tree(root).1.try_for_each(|child| flight.send(channel, mine, child))?,
+            Pattern::From(root) => tree(place.rank, place.world_size, root).1.try_for_each(|child| flight.send(channel, mine, child))?,
             Pattern::Everywhere(_) | Pattern::Owned(_) => (),
         }
         Ok(flight)
@@ -300,4 +300,34 @@ fn tag_of(operation: &str, what: &str) -> i32 {
     let mut hasher = DefaultHasher::new();
     (operation, what).hash(&mut hasher);
     (hasher.finish() & 0x7fff) as i32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_broadcast_reaches_every_rank_once_from_the_rank_that_sends_to_it() {
+        for (world_size, root) in (1..=17).flat_map(|world_size| (0..world_size).map(move |root| (world_size, root))) {
+            let mut reached = vec![root];
+            for rank in 0..world_size {
+                for child in tree(rank, world_size, root).1 {
+                    assert_eq!(tree(child, world_size, root).0, Some(rank), "{child} of {world_size} from {root}");
+                    reached.push(child);
+                }
+            }
+            reached.sort();
+            assert_eq!(reached, (0..world_size).collect::<Vec<_>>(), "from {root}");
+            assert_eq!(tree(root, world_size, root).0, None);
+        }
+    }
+
+    #[test]
+    fn scratch_memory_keeps_to_its_limit_however_many_ranks_there_are() {
+        for world_size in 1..=1024 {
+            let piece = piece_bytes(world_size);
+            assert!(piece * WINDOW * world_size <= SCRATCH_BYTES, "{piece} bytes among {world_size}");
+        }
+        assert_eq!(piece_bytes(4), PIECE_BYTES);
+    }
 }
