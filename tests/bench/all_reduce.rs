@@ -1,0 +1,64 @@
+//! One side of `all_reduce.sh`: how long an all-reduce of f32 takes between the ranks of `mpirun`.
+//!
+//! `all_reduce BYTES REPEATS` prints one line of seconds, one number a repeat; `BYTES` below 4096 are timed in batches, and
+//! beside MPI's own all-reduce.
+
+use std::time::Instant;
+
+use fm_dist::collective::{self, Collective, ReduceOp};
+use mpi::collective::{CommunicatorCollectives, SystemOperation};
+use mpi::topology::SimpleCommunicator;
+use tch::{Device, Kind, Tensor};
+
+/// Operations timed as one where a single one takes microseconds.
+const BATCH: usize = 1000;
+const SMALL_BYTES: usize = 4096;
+
+fn main() {
+    let arguments: Vec<usize> = std::env::args().skip(1).filter_map(|text| text.parse().ok()).collect();
+    let [bytes, repeats] = arguments[..] else { panic!("usage: all_reduce BYTES REPEATS") };
+    tch::set_num_threads(1);
+    let world = collective::connect().expect("started by mpirun");
+    let batch = if bytes < SMALL_BYTES { BATCH } else { 1 };
+    let ours = all_reduce(&*world, bytes);
+    let seconds = measured(&*world, repeats, batch, ours);
+    if world.rank() == 0 {
+        println!("fm-dist {}", texts(&seconds));
+    }
+    if batch > 1 {
+        let seconds = measured(&*world, repeats, batch, library_all_reduce(bytes));
+        if world.rank() == 0 {
+            println!("MPI_Allreduce {}", texts(&seconds));
+        }
+    }
+    collective::finish(world).expect("a sound world");
+}
+
+fn all_reduce(world: &dyn Collective, bytes: usize) -> impl FnMut() + '_ {
+    let buffer = Tensor::zeros([bytes as i64 / 4], (Kind::Float, Device::Cpu));
+    move || {
+        let work = world.all_reduce(vec![buffer.shallow_clone()], ReduceOp::Sum).expect("a sound call");
+        work.wait().expect("sound peers");
+    }
+}
+
+fn library_all_reduce(bytes: usize) -> impl FnMut() {
+    let (sent, mut received) = (vec![0f32; bytes / 4], vec![0f32; bytes / 4]);
+    move || SimpleCommunicator::world().all_reduce_into(&sent[..], &mut received[..], SystemOperation::sum())
+}
+
+/// Seconds of one operation in each repeat, from a moment when all ranks are ready; the first one is a rehearsal.
+fn measured(world: &dyn Collective, repeats: usize, batch: usize, mut operation: impl FnMut()) -> Vec<f64> {
+    let mut repeat = || {
+        world.barrier().expect("sound peers");
+        let began = Instant::now();
+        (0..batch).for_each(|_| operation());
+        began.elapsed().as_secs_f64() / batch as f64
+    };
+    repeat();
+    (0..repeats).map(|_| repeat()).collect()
+}
+
+fn texts(seconds: &[f64]) -> String {
+    seconds.iter().map(|seconds| format!("{seconds:.9}")).collect::<Vec<_>>().join(" ")
+}
