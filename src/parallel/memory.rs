@@ -18,8 +18,10 @@ impl StateLayout {
     /// Bytes of weights, gradients and optimizer state that one of `world_size` ranks holds at the worst moment of a step,
     /// activations apart.
     pub fn bytes_per_rank(&self, sharding: Sharding, world_size: u64) -> u64 {
-        let all: u64 = self.stages.iter().sum();
+        // Without another rank to share with, every sharding is none.
+        let sharding = if world_size == 1 { Sharding::None } else { sharding };
         let shards = if sharding == Sharding::None { 1 } else { world_size };
+        let all: u64 = self.stages.iter().sum();
         let owned: u64 = self.stages.iter().map(|stage| stage.div_ceil(shards)).sum();
         let largest = self.stages.iter().copied().max().unwrap_or(0);
         let weights = if sharding == Sharding::Parameters { owned } else { all };
@@ -77,6 +79,12 @@ mod tests {
         assert_eq!(layout.bytes_per_rank(Sharding::Optimizer, 8), 400 * 2 + 51 * (4 + 8 + 4) + 300 * (4 + 4));
         assert_eq!(layout.bytes_per_rank(Sharding::Gradients, 8), 400 * 2 + 51 * (4 + 8 + 4) + 300 * (4 + 4));
         assert_eq!(layout.bytes_per_rank(Sharding::Parameters, 8), 51 * (2 + 4 + 8 + 4) + 300 * (4 + 4 + 4));
+    }
+
+    #[test]
+    fn one_rank_has_nobody_to_share_with() {
+        let layout = StateLayout { stages: vec![100, 300], compute_bytes: 4, optimizer_tensors: 2, micro_batches: 2 };
+        assert!(SHARDINGS.iter().all(|sharding| layout.bytes_per_rank(*sharding, 1) == layout.bytes_per_rank(Sharding::None, 1)));
     }
 
     #[test]
