@@ -28,10 +28,11 @@ use driver::Stream;
 use seats::Seat;
 use traffic::{Side, Traffic};
 
-/// How long NCCL may take before it is given up. A peer that is dead is noticed by nothing else.
+/// How long NCCL may take before it is given up. A peer that is dead is noticed by nothing else. The defaults of the first
+/// two are PyTorch's.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// To connect to all peers: thousands of ranks take minutes.
+    /// To connect to all peers.
     pub init: Duration,
     /// From the call of an operation to its end, computation before it and slower peers included.
     pub operation: Duration,

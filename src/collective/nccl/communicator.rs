@@ -21,9 +21,9 @@ const CONFIG_MAGIC: u32 = 0xcafe_beef;
 /// NCCL's mark of a number that is left to it.
 const UNDEFINED: c_int = c_int::MIN;
 
-/// Looks in a row before the first pause: most calls are taken at once, and a pause costs 60 µs even where it is shorter.
+/// Looks in a row before the first pause: NCCL takes most calls within microseconds, and Linux adds 50 of them to a pause.
 const EAGER_LOOKS: u32 = 100;
-/// Between later looks: a thousandth of what NCCL takes to connect peers, and no burden to the core.
+/// Between later looks: small beside the seconds in which NCCL connects peers, and no burden to the core.
 const PAUSE: Duration = Duration::from_micros(200);
 
 /// A communicator in NCCL's hands; null once it is aborted.

@@ -176,7 +176,7 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
-        // SAFETY: created here and destroyed once; the driver frees it when the device has come by.
+        // SAFETY: created here and destroyed once; the driver keeps what waits for it until the device has come by.
         note(check("cuEventDestroy", unsafe { sys::cuEventDestroy_v2(self.raw) }));
     }
 }

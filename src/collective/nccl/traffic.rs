@@ -51,8 +51,6 @@ struct UnderWay {
     /// As a message names it.
     name: String,
     issued: Instant,
-    /// In the compute stream, where the inputs are ready.
-    _ready: Event,
     began: Event,
     ended: Rc<Event>,
 }
@@ -82,30 +80,28 @@ impl Traffic {
         let name = format!("{} of {bytes} bytes (operation {number} of its world)", call.operation);
         // From here on NCCL may write to the tensors: on an error path they are never given back.
         let mut flight = Flight { call, name: name.clone(), tensors, ended: None, traffic: self.clone(), is_over: false };
-        let (ready, began, ended) = self.enqueue(&transfers, start).map_err(|what| self.fail(call, format!("{name}: {what}")))?;
+        let (began, ended) = self.enqueue(&transfers, start).map_err(|what| self.fail(call, format!("{name}: {what}")))?;
         let ended = Rc::new(ended);
         flight.ended = Some(ended.clone());
-        self.under_way.borrow_mut().push_back(UnderWay { name, issued: Instant::now(), _ready: ready, began, ended });
+        self.under_way.borrow_mut().push_back(UnderWay { name, issued: Instant::now(), began, ended });
         Ok(Work::new(move || flight.wait()))
     }
 
-    /// The marks where inputs are ready, where data begin to travel, and where they have arrived.
+    /// The marks where data begin to travel and where they have arrived.
     fn enqueue(
         &self,
         transfers: &[Transfer],
         start: impl Fn(&Transfer, ncclComm_t, cudaStream_t) -> ncclResult_t,
-    ) -> Outcome<(Event, Event, Event)> {
-        let Side { stream, device } = &*self.side;
-        device.make_current()?;
-        let ready = Stream::COMPUTE.mark()?;
-        stream.wait(&ready)?;
+    ) -> Outcome<(Event, Event)> {
+        let stream = &self.side.stream;
+        stream.wait(&Stream::COMPUTE.mark()?)?;
         let began = stream.mark()?;
         self.communicator.group(stream.raw().cast(), transfers, start)?;
         self.communicator.settle(self.limits.operation)?;
-        Ok((ready, began, stream.mark()?))
+        Ok((began, stream.mark()?))
     }
 
-    /// Notices what went wrong since the last call.
+    /// Notices what went wrong since the last call, and makes the device current: each operation and each wait begins here.
     ///
     /// # Errors
     /// [`Error::Collective`] for an error that NCCL reports, an operation beyond its limit, and after any error before.
@@ -160,7 +156,6 @@ impl Traffic {
 
     /// Orders the compute stream behind an operation.
     fn stall(&self, ended: &Event) -> Outcome<()> {
-        self.side.device.make_current()?;
         let before = Stream::COMPUTE.mark()?;
         Stream::COMPUTE.wait(ended)?;
         self.stalls.borrow_mut().push_back((before, Stream::COMPUTE.mark()?));
