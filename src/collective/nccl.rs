@@ -24,7 +24,6 @@ use super::call::Call;
 use super::{Collective, ReduceOp, Sliced, Spent, Work, gather_texts, local_rank};
 use crate::error::{Error, Result};
 use communicator::{Communicator, ID_BYTES};
-use driver::Stream;
 use seats::Seat;
 use traffic::{Side, Traffic};
 
@@ -121,14 +120,6 @@ impl Nccl {
     /// Which of the tensors are NCCL's to carry.
     fn is_here(&self, tensor: &Tensor) -> bool {
         tensor.device() == self.device
-    }
-}
-
-impl Side {
-    fn open(ordinal: usize) -> driver::Outcome<Self> {
-        let device = Rc::new(driver::Device::open(ordinal)?);
-        tracing::debug!("GPU {ordinal} is {}", device.name()?);
-        Ok(Side { stream: Stream::beside(&device)?, device })
     }
 }
 

@@ -23,8 +23,8 @@ use crate::error::{Error, Result};
 /// A GPU and the stream on which collectives run there. Communicators of one process share it: two that run at once on one
 /// GPU could each wait for the other on different ranks.
 pub(super) struct Side {
-    pub stream: Stream,
-    pub device: Rc<Device>,
+    stream: Stream,
+    device: Rc<Device>,
 }
 
 /// One communicator's traffic. Its fields are given back in this order.
@@ -55,6 +55,15 @@ struct UnderWay {
     ended: Rc<Event>,
 }
 
+impl Side {
+    /// Of the GPU with this number.
+    pub fn open(ordinal: usize) -> Outcome<Self> {
+        let device = Rc::new(Device::open(ordinal)?);
+        tracing::debug!("GPU {ordinal} is {}", device.name()?);
+        Ok(Side { stream: Stream::beside(&device)?, device })
+    }
+}
+
 impl Traffic {
     pub fn of(communicator: Communicator, side: Rc<Side>, limits: Limits, place: String, is_on_host: bool) -> Self {
         let (under_way, stalls, failure) = Default::default();
@@ -78,13 +87,12 @@ impl Traffic {
         let bytes: usize = transfers.iter().map(|transfer| transfer.bytes).sum();
         let number = self.count.replace(self.count.get() + 1);
         let name = format!("{} of {bytes} bytes (operation {number} of its world)", call.operation);
-        // From here on NCCL may write to the tensors: on an error path they are never given back.
-        let mut flight = Flight { call, name: name.clone(), tensors, ended: None, traffic: self.clone(), is_over: false };
-        let (began, ended) = self.enqueue(&transfers, start).map_err(|what| self.fail(call, format!("{name}: {what}")))?;
+        let marks = self.enqueue(&transfers, start);
+        let flight = Flight { call, name: name.clone(), tensors, traffic: self.clone(), is_over: false };
+        let (began, ended) = marks.map_err(|what| self.fail(call, format!("{name}: {what}")))?;
         let ended = Rc::new(ended);
-        flight.ended = Some(ended.clone());
-        self.under_way.borrow_mut().push_back(UnderWay { name, issued: Instant::now(), began, ended });
-        Ok(Work::new(move || flight.wait()))
+        self.under_way.borrow_mut().push_back(UnderWay { name, issued: Instant::now(), began, ended: ended.clone() });
+        Ok(Work::new(move || flight.wait(&ended)))
     }
 
     /// The marks where data begin to travel and where they have arrived.
@@ -110,6 +118,7 @@ impl Traffic {
             return Err(call.error(format!("{}: the communicator was given up after an earlier error: {first}", self.place)));
         }
         let looked = self.side.device.make_current().and_then(|()| self.communicator.is_settled()).and_then(|_| self.harvest());
+        let looked = looked.map_err(|what| format!("{what}{}", self.oldest()));
         looked.and_then(|()| self.check_limit()).map_err(|what| self.fail(call, what))
     }
 
@@ -138,6 +147,15 @@ impl Traffic {
         let under_way = self.under_way.borrow();
         let late = under_way.front().filter(|first| first.issued.elapsed() > self.limits.operation);
         late.map_or(Ok(()), |late| Err(late.overdue()))
+    }
+
+    /// What an error may have hit, for its message.
+    fn oldest(&self) -> String {
+        let under_way = self.under_way.borrow();
+        under_way
+            .front()
+            .map(|first| format!("; under way for {:.1} s: {}", first.issued.elapsed().as_secs_f64(), first.name))
+            .unwrap_or_default()
     }
 
     /// Polls until an operation is over: only where tensors lie in the host's memory.
@@ -172,7 +190,7 @@ impl Traffic {
         error
     }
 
-    /// See [`super::Collective::spent`]. An error shows at the next operation.
+    /// What the operations that are over took. An error shows at the next operation.
     pub fn spent(&self) -> Spent {
         if self.failure.borrow().is_none() {
             let _ = self.harvest();
@@ -192,7 +210,6 @@ struct Flight {
     call: Call,
     name: String,
     tensors: Vec<Tensor>,
-    ended: Option<Rc<Event>>,
     traffic: Rc<Traffic>,
     /// Whether the tensors may be given back.
     is_over: bool,
@@ -201,10 +218,9 @@ struct Flight {
 impl Flight {
     /// Returns once the compute stream is ordered behind the operation. Then the tensors' memory may be used anew: libtorch
     /// gives it to what the compute stream does later.
-    fn wait(mut self) -> Result<()> {
+    fn wait(mut self, ended: &Event) -> Result<()> {
         let traffic = self.traffic.clone();
         traffic.look(self.call)?;
-        let ended = self.ended.as_deref().expect("an issued operation has its mark");
         let arrived = if traffic.is_on_host { traffic.poll_until_past(ended) } else { Ok(()) };
         arrived.and_then(|()| traffic.stall(ended)).map_err(|what| traffic.fail(self.call, format!("{}: {what}", self.name)))?;
         self.is_over = true;
@@ -216,7 +232,7 @@ impl Drop for Flight {
     /// On an error path NCCL may still write to the tensors: their memory is never given back.
     fn drop(&mut self) {
         if !self.is_over {
-            forget((std::mem::take(&mut self.tensors), self.ended.take()));
+            forget(std::mem::take(&mut self.tensors));
         }
     }
 }
