@@ -93,8 +93,12 @@ fn members(folder: &Path) -> Vec<u32> {
     bytes.as_chunks::<{ size_of::<Slot>() }>().0.iter().map(|slot| first(slot)).filter(|process| *process != 0).collect()
 }
 
-/// Whether a process of this number is there.
+/// Whether a process of this number is there and has not ended.
 pub fn lives(process: u32) -> bool {
+    // One that its parent has not buried yet still has a number.
+    if fs::read_to_string(format!("/proc/{process}/stat")).is_ok_and(|stat| stat.contains(") Z ")) {
+        return false;
+    }
     // SAFETY: signal 0 only asks.
     let answer = unsafe { libc::kill(process as i32, 0) };
     answer == 0 || Error::last_os_error().raw_os_error() == Some(libc::EPERM)

@@ -130,3 +130,45 @@ fn narrow(value: f32) -> [u8; 2] {
     let rounded = bits + 0x7fff + ((bits >> 16) & 1);
     ((rounded >> 16) as u16).to_le_bytes()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reduced<const N: usize>(ranks: &[[u8; N]], element: Element, reduction: Reduction) -> [u8; N] {
+        let mut blocks: Vec<Vec<u8>> = ranks.iter().map(|bytes| bytes.to_vec()).collect();
+        reduce(&mut blocks, element, reduction);
+        blocks[0][..].try_into().unwrap()
+    }
+
+    #[test]
+    fn sums_are_pairwise_trees_over_the_ranks() {
+        // Numbers of which every order of additions gives another sum.
+        let ranks = [1.0_f32, 3e-8, 6e-8, 1e-7, -1.0];
+        let expected = ((ranks[0] + ranks[1]) + (ranks[2] + ranks[3])) + ranks[4];
+        assert_ne!(expected, ranks.iter().sum());
+        let sum = reduced(&ranks.map(f32::to_le_bytes), Element::F32, Reduction::Sum);
+        assert_eq!(f32::from_le_bytes(sum), expected);
+    }
+
+    #[test]
+    fn bf16_is_rounded_to_nearest_even_after_each_addition() {
+        // 1 + 2^-8 lies between 1 and its neighbour and goes to the even one; 1 + 3 * 2^-8 goes up.
+        let [one, half, and_a_half] = [0x3f80_u16, 0x3b80, 0x3c40].map(u16::to_le_bytes);
+        assert_eq!(reduced(&[one, half], Element::Bf16, Reduction::Sum), one);
+        assert_eq!(reduced(&[one, half, half], Element::Bf16, Reduction::Sum), one);
+        assert_eq!(reduced(&[one, and_a_half], Element::Bf16, Reduction::Sum), 0x3f82_u16.to_le_bytes());
+        assert!(widen(narrow(f32::NAN)).is_nan());
+        assert_eq!(widen(narrow(f32::MAX)), f32::INFINITY);
+    }
+
+    #[test]
+    fn integers_and_doubles_keep_all_their_bits() {
+        let integers = [i64::MAX - 5, 3, -7].map(i64::to_le_bytes);
+        assert_eq!(i64::from_le_bytes(reduced(&integers, Element::I64, Reduction::Sum)), i64::MAX - 9);
+        assert_eq!(i64::from_le_bytes(reduced(&integers, Element::I64, Reduction::Min)), -7);
+        let doubles = [1.0_f64, 1e-16 * 3.0, 7.5].map(f64::to_le_bytes);
+        assert_eq!(f64::from_le_bytes(reduced(&doubles, Element::F64, Reduction::Sum)), (1.0 + 1e-16 * 3.0) + 7.5);
+        assert_eq!(f64::from_le_bytes(reduced(&doubles, Element::F64, Reduction::Max)), 7.5);
+    }
+}

@@ -228,14 +228,17 @@ impl World {
 /// What a rank that joins has come to: it waits until all have joined, and then looks at them.
 fn joined(communicator: &Communicator) -> Phase {
     let Some(board) = &communicator.board else { return Phase::Stuck };
-    if !board.all(board::JOINED) {
-        return Phase::Joining;
-    }
     for (rank, slot) in board.slots().iter().enumerate() {
-        let theirs = slot.num_ranks.load(Ordering::Relaxed) as usize;
-        if theirs != communicator.num_ranks {
+        let (state, theirs) = (slot.state.load(Ordering::Acquire), slot.num_ranks.load(Ordering::Relaxed) as usize);
+        if state == board::FAILED {
+            fail(format!("ncclCommGetAsyncError: rank {rank}, which was to join, has broken a rule"));
+        }
+        if state >= board::JOINED && theirs != communicator.num_ranks {
             fail(format!("ranks differ in the size of a communicator: this rank says {}, rank {rank} {theirs}", communicator.num_ranks));
         }
+    }
+    if !board.all(board::JOINED) {
+        return Phase::Joining;
     }
     let device = |rank: usize| board.slots()[rank].device.load(Ordering::Relaxed);
     let is_twice = (0..communicator.num_ranks).any(|rank| rank != communicator.rank && device(rank) == device(communicator.rank));

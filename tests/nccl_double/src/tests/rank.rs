@@ -3,6 +3,7 @@
 use std::ffi::c_void;
 use std::process::{Child, Command, Stdio};
 use std::ptr::{null_mut, without_provenance_mut};
+use std::time::{Duration, Instant};
 
 use crate::cuda::*;
 use crate::nccl::*;
@@ -34,8 +35,8 @@ pub fn launch(num_ranks: usize, program: &str, switches: &[(&str, &str)]) -> Vec
     let children: Vec<Child> = (0..num_ranks).map(start).collect();
     let end = |child: Child| {
         let output = child.wait_with_output().unwrap();
-        let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-        End { code: output.status.code(), output: text }
+        let [printed, told] = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes));
+        End { code: output.status.code(), output: format!("{printed}\n{told}") }
     };
     let ends = children.into_iter().map(end).collect();
     // Programs that make fewer communicators, or end badly, leave folders that would stay as long as this process lives.
@@ -162,8 +163,10 @@ pub fn wait(event: *mut c_void) {
 
 /// Polls until the communicator has settled; its error.
 pub fn settle(communicator: *mut c_void) -> u32 {
-    let mut error = IN_PROGRESS;
+    const LIMIT: Duration = Duration::from_secs(5);
+    let (mut error, began) = (IN_PROGRESS, Instant::now());
     while error == IN_PROGRESS {
+        assert!(began.elapsed() < LIMIT, "in progress for too long");
         std::thread::yield_now();
         error = poll(communicator);
     }
