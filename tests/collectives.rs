@@ -23,13 +23,13 @@ const KINDS: [Kind; 4] = [Kind::Float, Kind::Double, Kind::BFloat16, Kind::Int64
 const OPS: [ReduceOp; 3] = [ReduceOp::Sum, ReduceOp::Min, ReduceOp::Max];
 
 /// What rank `rank` brings along: small integers, so that every order of summation gives the same numbers.
-fn brought(rank: usize, size: i64, kind: Kind) -> Tensor {
+pub(crate) fn brought(rank: usize, size: i64, kind: Kind) -> Tensor {
     let index = Tensor::arange(size, (Kind::Int64, Device::Cpu));
     ((index * 7 + 13 * rank as i64).remainder(101) - 50).to_kind(kind)
 }
 
 /// What the ranks' tensors must become.
-fn expected(world_size: usize, size: i64, kind: Kind, op: ReduceOp) -> Tensor {
+pub(crate) fn expected(world_size: usize, size: i64, kind: Kind, op: ReduceOp) -> Tensor {
     reduced((0..world_size).map(|rank| brought(rank, size, kind)).collect(), op)
 }
 
@@ -53,12 +53,12 @@ fn uneven(rank: usize, size: i64, kind: Kind) -> Tensor {
     ((brought(rank, size, Kind::Double) * 0.1 + rank as f64 / 3.0).exp() * sign).to_kind(kind)
 }
 
-fn sliced(owned: &Tensor, full: &Tensor) -> Sliced {
+pub(crate) fn sliced(owned: &Tensor, full: &Tensor) -> Sliced {
     Sliced { owned: owned.shallow_clone(), full: full.shallow_clone() }
 }
 
 /// Every operation, op and kind at every awkward size; the same body for all backends.
-fn contract(collective: &dyn Collective) -> Result<()> {
+pub(crate) fn contract(collective: &dyn Collective) -> Result<()> {
     let small = SIZES.into_iter().flat_map(|size| KINDS.map(|kind| (size, kind)));
     for (size, kind) in small.chain([(LARGE, Kind::Float)]) {
         for op in OPS {
@@ -289,29 +289,34 @@ fn thread_ranks_that_disagree_are_told_of_both_calls() {
 }
 
 /// What became of a world of MPI ranks.
-struct Outcome {
-    code: Option<i32>,
-    output: String,
+pub(crate) struct Outcome {
+    pub code: Option<i32>,
+    pub output: String,
     /// From the line in which a rank said that it fails to the end of the world.
-    survived: Option<Duration>,
+    pub survived: Option<Duration>,
 }
 
 /// The line with which a failing rank starts the clock.
-const FAILS_NOW: &str = "this rank fails now";
+pub(crate) const FAILS_NOW: &str = "this rank fails now";
 
 /// No world of this file takes a minute, even on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 fn mpirun(ranks: usize, test: &str) -> Outcome {
+    run(world_of(ranks), test)
+}
+
+/// This binary under `mpirun`.
+pub(crate) fn world_of(ranks: usize) -> Command {
     let mut command = Command::new("mpirun");
     command.args(["--oversubscribe", "--allow-run-as-root", "-n", &ranks.to_string()]);
     command.arg(std::env::current_exe().expect("this binary has a path"));
     command.envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")]);
-    run(command, test)
+    command
 }
 
 /// Runs an ignored test of this binary in children, one world at a time: there are more ranks than cores already.
-fn run(mut command: Command, test: &str) -> Outcome {
+pub(crate) fn run(mut command: Command, test: &str) -> Outcome {
     static ONE_WORLD: Mutex<()> = Mutex::new(());
     let _alone = ONE_WORLD.lock().unwrap_or_else(PoisonError::into_inner);
     command.args(["--ignored", "--exact", test, "--nocapture", "--test-threads=1"]).env("OMP_NUM_THREADS", "1");
@@ -344,7 +349,7 @@ fn read_lines(pipe: impl Read) -> (String, Option<Instant>) {
 }
 
 /// Joins the world of `mpirun`; from here on a panic of this rank ends all ranks, as it does in `main`.
-fn join_the_world() -> Box<dyn Collective> {
+pub(crate) fn join_the_world() -> Box<dyn Collective> {
     let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         report(panic);
@@ -353,7 +358,7 @@ fn join_the_world() -> Box<dyn Collective> {
     collective::connect().unwrap_or_else(|error| end_with(&error))
 }
 
-fn end_with(error: &Error) -> ! {
+pub(crate) fn end_with(error: &Error) -> ! {
     eprintln!("{error}");
     collective::abort(error.exit_code())
 }

@@ -22,6 +22,8 @@ mod golden;
 mod gradients;
 /// Each lie in the header of a safetensors file is refused, quickly.
 mod hostile;
+/// NCCL keeps the contract of the collectives and gives up in time; the real library answers.
+mod nccl;
 /// What parity tests share: the real packages as oracle, and how close is close. Nothing is promised there.
 mod oracle;
 /// The real NeMo AutoModel and PyTorch compute the same numbers.

@@ -6,6 +6,7 @@
 mod call;
 mod meter;
 mod mpi;
+mod nccl;
 mod solo;
 mod texts;
 mod threads;
@@ -18,6 +19,7 @@ use tch::Tensor;
 use crate::error::{Error, Result};
 pub use meter::{Meter, Spent};
 pub use mpi::{Mpi, library_version as mpi_library_version};
+pub use nccl::{Limits, Nccl, library_version as nccl_library_version, open_cuda_library};
 pub use solo::Solo;
 pub use texts::{broadcast_text, gather_texts, local_rank, nodes};
 pub use threads::Threads;

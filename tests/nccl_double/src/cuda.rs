@@ -1,0 +1,322 @@
+//! The CUDA driver's functions. The compute stream, handle null, is the program itself: what it is given is done at once.
+
+use std::cell::Cell;
+use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::failure::fail;
+use crate::switches::switches;
+use crate::world::{Event, Patience, Stream, world};
+
+pub type CuResult = u32;
+
+const SUCCESS: CuResult = 0;
+const INVALID_VALUE: CuResult = 1;
+const NOT_INITIALIZED: CuResult = 3;
+const NO_DEVICE: CuResult = 100;
+const INVALID_DEVICE: CuResult = 101;
+const INVALID_CONTEXT: CuResult = 201;
+const INVALID_HANDLE: CuResult = 400;
+const NOT_READY: CuResult = 600;
+
+/// Driver version of CUDA 13.0.
+const DRIVER_VERSION: c_int = 13_000;
+const NON_BLOCKING: c_uint = 1;
+const DISABLE_TIMING: c_uint = 2;
+/// CUDA's other name of the null stream.
+const LEGACY_STREAM: usize = 1;
+/// What stands in front of a context's handle; the device's ordinal follows.
+const CONTEXT: usize = 0xcc << 32;
+
+static INITIALIZED: AtomicBool = AtomicBool::new(false);
+
+thread_local! {
+    static DEVICE: Cell<Option<usize>> = const { Cell::new(None) };
+}
+
+/// Ordinal of the GPU whose context is this thread's current one.
+pub fn current_device() -> Option<usize> {
+    DEVICE.get()
+}
+
+/// What GPU an ordinal stands for: one for all where the switch says so.
+pub fn identity(device: usize) -> usize {
+    if switches().same_gpu { 0 } else { device }
+}
+
+fn initialized(otherwise: impl FnOnce() -> CuResult) -> CuResult {
+    if INITIALIZED.load(Ordering::Relaxed) { otherwise() } else { NOT_INITIALIZED }
+}
+
+fn is_device(device: c_int) -> bool {
+    usize::try_from(device).is_ok_and(|device| device < switches().num_gpus)
+}
+
+fn compute_or(stream: *mut c_void) -> usize {
+    if stream as usize == LEGACY_STREAM { 0 } else { stream as usize }
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuInit(flags: c_uint) -> CuResult {
+    crate::leaks::watch();
+    if flags != 0 {
+        return INVALID_VALUE;
+    }
+    if switches().num_gpus == 0 {
+        return NO_DEVICE;
+    }
+    INITIALIZED.store(true, Ordering::Relaxed);
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDriverGetVersion(version: *mut c_int) -> CuResult {
+    unsafe { version.write(DRIVER_VERSION) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetCount(count: *mut c_int) -> CuResult {
+    initialized(|| {
+        unsafe { count.write(switches().num_gpus as c_int) };
+        SUCCESS
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGet(device: *mut c_int, ordinal: c_int) -> CuResult {
+    initialized(|| {
+        if !is_device(ordinal) {
+            return INVALID_DEVICE;
+        }
+        unsafe { device.write(ordinal) };
+        SUCCESS
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetName(name: *mut c_char, length: c_int, device: c_int) -> CuResult {
+    if !is_device(device) {
+        return INVALID_DEVICE;
+    }
+    let text = b"NCCL contract double\0";
+    if (length as usize) < text.len() {
+        return INVALID_VALUE;
+    }
+    unsafe { name.copy_from_nonoverlapping(text.as_ptr().cast(), text.len()) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetUuid_v2(uuid: *mut [u8; 16], device: c_int) -> CuResult {
+    if !is_device(device) {
+        return INVALID_DEVICE;
+    }
+    let mut bytes = *b"nccl-double-GPU\0";
+    bytes[15] = identity(device as usize) as u8;
+    unsafe { uuid.write(bytes) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(context: *mut *mut c_void, device: c_int) -> CuResult {
+    initialized(|| {
+        if !is_device(device) {
+            return INVALID_DEVICE;
+        }
+        unsafe { context.write((CONTEXT | device as usize) as *mut c_void) };
+        SUCCESS
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuDevicePrimaryCtxRelease_v2(device: c_int) -> CuResult {
+    if is_device(device) { SUCCESS } else { INVALID_DEVICE }
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuCtxSetCurrent(context: *mut c_void) -> CuResult {
+    let device = (context as usize) ^ CONTEXT;
+    if context.is_null() {
+        DEVICE.set(None);
+    } else if device < switches().num_gpus {
+        DEVICE.set(Some(device));
+    } else {
+        fail(format!("cuCtxSetCurrent: {context:?} is no context"));
+    }
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamCreate(stream: *mut *mut c_void, flags: c_uint) -> CuResult {
+    if current_device().is_none() {
+        return INVALID_CONTEXT;
+    }
+    if flags != NON_BLOCKING {
+        fail(format!("cuStreamCreate: with flags {flags} the stream takes turns with the compute stream; 1 (non-blocking) is expected"));
+    }
+    let handle = world().streams.add(Stream::default());
+    unsafe { stream.write(handle as *mut c_void) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuStreamDestroy_v2(stream: *mut c_void) -> CuResult {
+    const NAME: &str = "cuStreamDestroy";
+    let (mut world, stream) = (world(), stream as usize);
+    world.check_settled(stream, NAME);
+    world.advance(stream, u64::MAX);
+    let title = world.streams.title(stream);
+    // What an abort left is forgotten with its communicator.
+    if world.streams.get(stream, NAME).has_work() {
+        fail(format!("{NAME}: {title} has work that is not done"));
+    }
+    if let Some(what) = world.unobserved(Some(stream)) {
+        fail(format!("{NAME}: {what}"));
+    }
+    world.streams.remove(stream, NAME);
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuStreamQuery(stream: *mut c_void) -> CuResult {
+    let (mut world, stream) = (world(), compute_or(stream));
+    if stream == 0 {
+        return SUCCESS;
+    }
+    world.check_settled(stream, "cuStreamQuery");
+    world.advance(stream, u64::MAX);
+    if world.streams.get(stream, "cuStreamQuery").is_done() { SUCCESS } else { NOT_READY }
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuStreamWaitEvent(stream: *mut c_void, event: *mut c_void, flags: c_uint) -> CuResult {
+    const NAME: &str = "cuStreamWaitEvent";
+    if flags != 0 {
+        return INVALID_VALUE;
+    }
+    let (stream, mut world_now) = (compute_or(stream), world());
+    let title = world_now.events.title(event as usize);
+    let Some(mark) = world_now.events.get(event as usize, NAME).mark.clone() else {
+        fail(format!("{NAME}: {title} was never recorded, so the wait waits for nothing"))
+    };
+    if stream != 0 {
+        world_now.check_settled(stream, NAME);
+        world_now.wait(stream, mark, NAME);
+        return SUCCESS;
+    }
+    drop(world_now);
+    let mut patience = Patience::new();
+    loop {
+        let mut world = world();
+        world.advance(mark.stream, mark.position);
+        if mark.passed().is_some() {
+            world.stop_waiting();
+            world.observe(&mark);
+            return SUCCESS;
+        }
+        world.check_hope(mark.stream, &patience);
+        drop(world);
+        patience.pause();
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventCreate(event: *mut *mut c_void, flags: c_uint) -> CuResult {
+    if current_device().is_none() {
+        return INVALID_CONTEXT;
+    }
+    if flags & !DISABLE_TIMING != 0 {
+        fail(format!("cuEventCreate: flags {flags} are neither 0 nor 2 (no timing); an event of other flags may block the host"));
+    }
+    let handle = world().events.add(Event { timed: flags & DISABLE_TIMING == 0, mark: None });
+    unsafe { event.write(handle as *mut c_void) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuEventRecord(event: *mut c_void, stream: *mut c_void) -> CuResult {
+    const NAME: &str = "cuEventRecord";
+    let (mut world, stream) = (world(), compute_or(stream));
+    if stream != 0 {
+        world.check_settled(stream, NAME);
+    }
+    let mark = world.mark(stream, NAME);
+    world.events.get(event as usize, NAME).mark = Some(mark);
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuEventQuery(event: *mut c_void) -> CuResult {
+    let mut world = world();
+    // CUDA answers so for an event that was never recorded.
+    let Some(mark) = world.events.get(event as usize, "cuEventQuery").mark.clone() else { return SUCCESS };
+    world.advance(mark.stream, mark.position);
+    if mark.passed().is_some() { SUCCESS } else { NOT_READY }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventElapsedTime(milliseconds: *mut f32, start: *mut c_void, end: *mut c_void) -> CuResult {
+    let mut world = world();
+    let mut times = [0; 2];
+    for (time, event) in times.iter_mut().zip([start, end]) {
+        let event = world.events.get(event as usize, "cuEventElapsedTime");
+        let Some(mark) = event.mark.clone().filter(|_| event.timed) else { return INVALID_HANDLE };
+        world.advance(mark.stream, mark.position);
+        let Some(passed) = mark.passed() else { return NOT_READY };
+        *time = passed;
+    }
+    unsafe { milliseconds.write((times[1] as f64 - times[0] as f64) as f32 / 1e6) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventElapsedTime_v2(milliseconds: *mut f32, start: *mut c_void, end: *mut c_void) -> CuResult {
+    unsafe { cuEventElapsedTime(milliseconds, start, end) }
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuEventDestroy_v2(event: *mut c_void) -> CuResult {
+    world().events.remove(event as usize, "cuEventDestroy");
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGetErrorName(error: CuResult, text: *mut *const c_char) -> CuResult {
+    let Some((name, _)) = describe(error) else { return INVALID_VALUE };
+    unsafe { text.write(name.as_ptr()) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGetErrorString(error: CuResult, text: *mut *const c_char) -> CuResult {
+    let Some((_, what)) = describe(error) else { return INVALID_VALUE };
+    unsafe { text.write(what.as_ptr()) };
+    SUCCESS
+}
+
+fn describe(error: CuResult) -> Option<(&'static std::ffi::CStr, &'static std::ffi::CStr)> {
+    match error {
+        SUCCESS => Some((c"CUDA_SUCCESS", c"no error")),
+        INVALID_VALUE => Some((c"CUDA_ERROR_INVALID_VALUE", c"invalid argument")),
+        NOT_INITIALIZED => Some((c"CUDA_ERROR_NOT_INITIALIZED", c"initialization error")),
+        NO_DEVICE => Some((c"CUDA_ERROR_NO_DEVICE", c"no CUDA-capable device is detected")),
+        INVALID_DEVICE => Some((c"CUDA_ERROR_INVALID_DEVICE", c"invalid device ordinal")),
+        INVALID_CONTEXT => Some((c"CUDA_ERROR_INVALID_CONTEXT", c"invalid device context")),
+        INVALID_HANDLE => Some((c"CUDA_ERROR_INVALID_HANDLE", c"invalid resource handle")),
+        NOT_READY => Some((c"CUDA_ERROR_NOT_READY", c"device not ready")),
+        _ => None,
+    }
+}
+
+/// Functions that make the host wait for the GPU, where a dead peer would hold it for ever.
+macro_rules! blocking {
+    ($($name:ident)*) => { $(
+        #[unsafe(no_mangle)]
+        pub extern "C" fn $name() -> CuResult {
+            fail(concat!(stringify!($name), " blocks the host"))
+        }
+    )* };
+}
+
+blocking! { cuStreamSynchronize cuEventSynchronize cuCtxSynchronize cuCtxSynchronize_v2 }
