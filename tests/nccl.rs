@@ -14,6 +14,7 @@ use fm_dist::error::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
 use crate::collectives::{FAILS_NOW, Outcome, brought, contract, end_with, expected, join_the_world, run, sliced, world_of};
+use crate::runs::{checkpoint, column, finish, mpirun, with_sets};
 
 /// Short enough to wait for in a test, long enough for a busy machine to join a world.
 const SHORT: Limits = Limits { init: Duration::from_secs(5), operation: Duration::from_secs(3), abort: Duration::from_secs(1) };
@@ -159,6 +160,33 @@ fn rank_of_the_contract() {
     contract(nccl).and_then(|()| several_at_once(nccl)).and_then(|()| worlds_within(nccl)).unwrap_or_else(|error| end_with(&error));
     println!("rank {} of {} kept the contract", nccl.rank(), nccl.world_size());
     leave(world);
+}
+
+#[test]
+fn training_over_nccl_gives_the_bits_of_mpi() {
+    let root = tempfile::TempDir::new().unwrap();
+    let cases: [(usize, &[&str]); 5] = [
+        (2, &[]),
+        (2, &["parallel.sharding=parameters", "parallel.recompute=always"]),
+        (2, &["parallel.sharding=optimizer", "model.dtype=bfloat16", "parallel.reduce_dtype=bfloat16"]),
+        (4, &["parallel.sharding=gradients"]),
+        (4, &["parallel.deterministic=true", "parallel.seed_scope=sample"]),
+    ];
+    for (case, (ranks, settings)) in cases.into_iter().enumerate() {
+        let trained = |backend: &str| {
+            let folder = root.path().join(format!("{backend}-{case}"));
+            let (output, backend) = (format!("output_dir={}", folder.display()), format!("parallel.backend={backend}"));
+            let overrides = [&["max_steps=5", output.as_str(), backend.as_str()], settings].concat();
+            let command = with_libraries(mpirun(ranks, &with_sets(&["train"], &overrides)), double());
+            let (code, _, errors) = finish(command);
+            assert_eq!(code, 0, "{errors}");
+            assert!(!errors.contains("double: "), "{errors}");
+            (checkpoint(&folder, 5), column(&folder, "communication_seconds"))
+        };
+        let ((by_mpi, _), (by_nccl, seconds)) = (trained("mpi"), trained("nccl"));
+        assert!(by_mpi == by_nccl, "{ranks} ranks, {settings:?}");
+        assert!(seconds.iter().any(|(_, seconds)| *seconds > 0.0), "{seconds:?}");
+    }
 }
 
 /// Tensors of several kinds in one operation, among them bf16 and an empty one.

@@ -14,7 +14,7 @@ mod threads;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
 pub use meter::{Meter, Spent};
@@ -74,6 +74,9 @@ pub trait Collective {
     /// # Ordering
     /// Every rank calls it, with no work under way.
     fn split(&self, color: usize) -> Result<Box<dyn Collective>>;
+
+    /// Whether it carries tensors of this device.
+    fn carries(&self, device: Device) -> bool;
 
     /// Seconds since the last call that collectives were under way, and that computation stood still for them.
     fn spent(&self) -> Spent;

@@ -234,12 +234,12 @@ impl Collective for Nccl {
         Ok(Box::new(Nccl::join(part, self.side.clone(), self.device, self.limits)?))
     }
 
+    fn carries(&self, device: Device) -> bool {
+        device == self.device || self.control.carries(device)
+    }
+
     fn spent(&self) -> Spent {
-        let (own, control) = (self.traffic.spent(), self.control.spent());
-        Spent {
-            communication_seconds: own.communication_seconds + control.communication_seconds,
-            exposed_seconds: own.exposed_seconds + control.exposed_seconds,
-        }
+        self.traffic.spent() + self.control.spent()
     }
 }
 

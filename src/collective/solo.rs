@@ -1,6 +1,6 @@
 //! A world of one: nothing to wait for, so that no caller asks how many ranks there are.
 
-use tch::{Tensor, no_grad};
+use tch::{Device, Tensor, no_grad};
 
 use super::call::Call;
 use super::{Collective, ReduceOp, Sliced, Spent, Work};
@@ -57,6 +57,10 @@ impl Collective for Solo {
 
     fn split(&self, _color: usize) -> Result<Box<dyn Collective>> {
         Ok(Box::new(Solo))
+    }
+
+    fn carries(&self, _device: Device) -> bool {
+        true
     }
 
     fn spent(&self) -> Spent {

@@ -235,6 +235,10 @@ impl Collective for Threads {
         Ok(Box::new(handle))
     }
 
+    fn carries(&self, device: Device) -> bool {
+        device == Device::Cpu
+    }
+
     fn spent(&self) -> Spent {
         self.meter.take()
     }

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
 use super::conditions::Origin;
-use super::{build_pipeline, checkpoint, device, empty_replica, run_folder};
+use super::place::device;
+use super::{build_pipeline, checkpoint, empty_replica, run_folder};
 use crate::collective::Solo;
 use crate::config::RunConfig;
 use crate::data::{Batch, Dataset, safetensors};
@@ -63,7 +64,7 @@ pub fn sample(request: &SampleRequest) -> Result<()> {
     let (run, folder) = run_folder::locate(&request.run)?;
     let config = with_wishes(run_folder::config_of(&run)?, request);
     let origin = origin_of(request, &config)?;
-    let device = device(&config, &Solo)?;
+    let device = device(config.parallel.device, &Solo)?;
     let mut replica = empty_replica(&config, device, Sharing::alone())?;
     checkpoint::load_parameters(&folder, &mut replica)?;
     let samples = generate(&config, &replica, &origin, device)?;

@@ -8,6 +8,7 @@ mod divergence;
 mod export;
 mod generate;
 mod metrics;
+mod place;
 mod report;
 mod run_folder;
 mod single_step;
@@ -27,19 +28,20 @@ use std::time::Instant;
 
 use tch::Device;
 
-use crate::collective::{Collective, local_rank};
+use crate::collective::Collective;
 use crate::config::{CheckpointSettings, RunConfig};
 use crate::data::{Dataset, Loader, Order, Share};
 use crate::error::{Error, Result};
 use crate::flow::{FlowMatchingPipeline, report as flow_report};
 use crate::model::SampleShapes;
-use crate::parallel::{DeviceChoice, Replica, Sharding, Sharing};
+use crate::parallel::{Replica, Sharding, Sharing};
 use crate::rng::{Key, Purpose};
 use crate::settings::Choice;
 use crate::telemetry::{self, MetricsFile, Telemetry, Throughput, peak_resident_bytes};
 use agreement::{agree, on_rank_zero};
 use checkpoint::{Manifest, Saved};
 use metrics::StepMetrics;
+use place::Place;
 use run_folder::RunFolder;
 use state::OptimizerState;
 use step::{Stepper, Update};
@@ -59,14 +61,23 @@ pub struct TrainOptions {
 ///
 /// # Errors
 /// Whatever ends the run; the caller tells the other ranks by ending the world.
-pub fn train(config: &RunConfig, options: &TrainOptions, collective: &dyn Collective) -> Result<PathBuf> {
+pub fn train(config: &RunConfig, options: &TrainOptions, world: &dyn Collective) -> Result<PathBuf> {
+    let place = Place::take(config, world)?;
+    let outcome = train_at(&place, config, options, place.collective(world));
+    if outcome.is_err() {
+        place.abandon();
+    }
+    outcome
+}
+
+fn train_at(place: &Place, config: &RunConfig, options: &TrainOptions, collective: &dyn Collective) -> Result<PathBuf> {
     let folder = RunFolder::open(&config.output_dir, &options.resume, collective)?;
     let telemetry = telemetry::start(&config.log, collective.rank(), collective.world_size(), folder.path());
     telemetry.cover_all_threads();
     if telemetry.speaks_for_the_run() {
         folder.warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
     }
-    let mut trainer = Trainer::new(config, options, collective, &telemetry, folder)?;
+    let mut trainer = Trainer::new(config, options, collective, place.device, &telemetry, folder)?;
     trainer.run(&telemetry)?;
     report::write(config, &trainer.folder, &trainer.replica, &trainer.dataset, trainer.device, collective)?;
     tracing::info!("run folder {}", trainer.folder.path().display());
@@ -96,6 +107,7 @@ impl<'c> Trainer<'c> {
         config: &'c RunConfig,
         options: &TrainOptions,
         collective: &'c dyn Collective,
+        device: Device,
         telemetry: &Telemetry,
         folder: RunFolder,
     ) -> Result<Self> {
@@ -104,7 +116,6 @@ impl<'c> Trainer<'c> {
         let dataset = Arc::new(Dataset::named(&config.data.path)?);
         check_data(config, &dataset)?;
         let order = Order::new(dataset.groups(), global_batch, config.seed)?;
-        let device = device(config, collective)?;
         tch::set_num_threads(config.parallel.num_threads);
         let parallel = &config.parallel;
         let sharing = Sharing::new(collective, parallel.sharding, parallel.sharding_group, parallel.grains(share.micro_batches))?;
@@ -274,14 +285,6 @@ fn share_of(config: &RunConfig, collective: &dyn Collective) -> Result<Share> {
         micro_batches: config.micro_batches(collective.world_size())?,
         micro_batch_size: config.data.micro_batch_size_per_gpu,
         neighbours: config.parallel.neighbours_to_one_rank(),
-    })
-}
-
-/// Where this rank computes.
-fn device(config: &RunConfig, collective: &dyn Collective) -> Result<Device> {
-    Ok(match config.parallel.device {
-        DeviceChoice::Cpu => Device::Cpu,
-        DeviceChoice::Cuda => Device::Cuda(local_rank(collective)?),
     })
 }
 

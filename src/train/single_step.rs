@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use tch::Tensor;
 
-use super::{build_pipeline, checkpoint, device, empty_replica, fresh_replica, run_folder};
+use super::place::device;
+use super::{build_pipeline, checkpoint, empty_replica, fresh_replica, run_folder};
 use crate::collective::Solo;
 use crate::config::RunConfig;
 use crate::data::safetensors::{self, SafeTensors};
@@ -37,7 +38,7 @@ pub struct StepRequest {
 /// [`Error::Data`] if the batch is malformed or does not fit; [`Error::Storage`] if the dump cannot be written.
 pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
     tch::set_num_threads(config.parallel.num_threads);
-    let device = device(config, &Solo)?;
+    let device = device(config.parallel.device, &Solo)?;
     let replica = match &request.weights {
         Some(path) => {
             let mut replica = empty_replica(config, device, Sharing::alone())?;

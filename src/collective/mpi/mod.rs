@@ -150,6 +150,10 @@ impl Collective for Mpi {
         Ok(Box::new(Mpi::of(part, self.queue.clone())?))
     }
 
+    fn carries(&self, device: Device) -> bool {
+        device == Device::Cpu
+    }
+
     fn spent(&self) -> Spent {
         self.meter.take()
     }

@@ -1,0 +1,59 @@
+//! Where a rank computes, and what carries its tensors to the others.
+
+use tch::{Cuda, Device};
+
+use crate::collective::{Collective, Limits, Nccl, local_rank, open_cuda_library};
+use crate::config::RunConfig;
+use crate::error::{Error, Result};
+use crate::parallel::{Backend, DeviceChoice};
+
+/// A rank's device, with NCCL on top of the launcher's world where that cannot carry the device's tensors.
+pub struct Place {
+    pub device: Device,
+    nccl: Option<Nccl>,
+}
+
+impl Place {
+    /// # Errors
+    /// [`Error::Environment`] if there is no GPU for this rank, or a library is missing.
+    ///
+    /// # Ordering
+    /// Every rank of `world` calls it.
+    pub fn take(config: &RunConfig, world: &dyn Collective) -> Result<Self> {
+        let device = device(config.parallel.device, world)?;
+        let by_nccl = match config.parallel.backend {
+            Backend::Auto => !world.carries(device),
+            Backend::Mpi => false,
+            Backend::Nccl => true,
+        };
+        let nccl = by_nccl.then(|| Nccl::connect(world, device, Limits::default())).transpose()?;
+        Ok(Place { device, nccl })
+    }
+
+    /// What carries tensors of the device.
+    pub fn collective<'p>(&'p self, world: &'p dyn Collective) -> &'p dyn Collective {
+        self.nccl.as_ref().map_or(world, |nccl| nccl)
+    }
+
+    /// After an error nobody takes leave: the peers are elsewhere, and waiting for them would only delay the message.
+    pub fn abandon(self) {
+        std::mem::forget(self.nccl);
+    }
+}
+
+/// The GPU of this rank's number within its node, or the CPU.
+///
+/// # Errors
+/// As [`Place::take`].
+pub fn device(choice: DeviceChoice, world: &dyn Collective) -> Result<Device> {
+    if choice == DeviceChoice::Cpu {
+        return Ok(Device::Cpu);
+    }
+    open_cuda_library()?;
+    let (number, count) = (local_rank(world)?, Cuda::device_count());
+    if number as i64 >= count {
+        let host = gethostname::gethostname().to_string_lossy().into_owned();
+        return Err(Error::environment(format!("rank {number} of host {host} needs a GPU of its own, and libtorch finds {count}")));
+    }
+    Ok(Device::Cuda(number))
+}
