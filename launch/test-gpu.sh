@@ -16,7 +16,7 @@ gpus() { nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true; }
 
 # How many of the machine's GPUs programs see.
 visible_gpus() {
-    if [ -n "${CUDA_VISIBLE_DEVICES-}" ]; then
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
         echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c .
     else
         gpus
