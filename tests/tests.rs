@@ -8,6 +8,8 @@ mod cli;
 mod collectives;
 /// Every file in configs/ is valid, and what the program prints is the documented listing.
 mod configs;
+/// What only a GPU can show; `launch/test-gpu.sh` runs it.
+mod cuda;
 /// The number of ranks, the cut into micro-batches and recomputation do not change a run.
 mod equivalence;
 /// A run becomes a diffusers folder and a diffusers folder a run.

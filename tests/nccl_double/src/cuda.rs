@@ -5,8 +5,9 @@ use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::failure::fail;
+use crate::hope::Patience;
 use crate::switches::switches;
-use crate::world::{Event, Patience, Stream, world};
+use crate::world::{Event, Stream, world};
 
 pub type CuResult = u32;
 

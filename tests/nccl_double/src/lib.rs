@@ -68,6 +68,7 @@ mod clock;
 pub mod cuda;
 mod element;
 mod failure;
+mod hope;
 mod leaks;
 mod memory;
 pub mod nccl;

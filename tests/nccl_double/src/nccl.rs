@@ -1,4 +1,4 @@
-//! NCCL's functions, of version 2.29.7.
+//! NCCL's functions, of version 2.29.7. Longer than most files, because each must be here with its whole C signature.
 
 use std::cell::RefCell;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
