@@ -22,9 +22,12 @@ oracle=$!
 trap 'kill "$oracle" 2>/dev/null || true' EXIT
 
 timed "formatting" cargo fmt --check
+timed "formatting of the double of NCCL" cargo fmt --check --manifest-path tests/nccl_double/Cargo.toml
 timed "lints" cargo clippy --all-targets -- -D warnings
 timed "documentation" env RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
 timed "set-up of the oracle, begun beside the lints" await_oracle
+timed "the double of NCCL: each rule that it holds fm-dist to is broken once" \
+    cargo test --quiet --manifest-path tests/nccl_double/Cargo.toml --target-dir target/nccl_double
 timed "tests" cargo test
 timed "build, optimized" cargo build --release
 rm -rf "$run"

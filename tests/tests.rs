@@ -24,6 +24,8 @@ mod golden;
 mod gradients;
 /// Each lie in the header of a safetensors file is refused, quickly.
 mod hostile;
+/// Ranks take the memory that `fm-dist check` says.
+mod memory;
 /// NCCL keeps the contract of the collectives and gives up in time; the real library answers.
 mod nccl;
 /// What parity tests share: the real packages as oracle, and how close is close. Nothing is promised there.

@@ -11,7 +11,7 @@ use crate::data::{Dataset, Order};
 use crate::error::{Error, Result};
 use crate::model::{Footprint, SampleShapes, Tokens, footprint};
 use crate::nn::Stage;
-use crate::parallel::{Recompute, Sharding, StateLayout};
+use crate::parallel::{DeviceChoice, Recompute, Sharding, StateLayout};
 use crate::settings::{Choice, Family};
 
 /// What to plan for.
@@ -104,27 +104,31 @@ impl Plan {
         };
         let world_sizes = BTreeSet::from_iter(WORLD_SIZES.into_iter().chain([world_size as u64]));
         let columns: Vec<String> =
-            world_sizes.iter().map(|ranks| format!("{:>9}", format!("{ranks} rank{}", if *ranks == 1 { "" } else { "s" }))).collect();
+            world_sizes.iter().map(|ranks| format!("{:>10}", format!("{ranks} rank{}", if *ranks == 1 { "" } else { "s" }))).collect();
         self.line("a rank, by sharding", &format!("{}  collectives a step", columns.join(" ")));
+        let (process, around) = match config.parallel.device {
+            DeviceChoice::Cpu => (PROCESS_BYTES, "the process itself"),
+            DeviceChoice::Cuda => (0, "without what CUDA and NCCL take on each GPU"),
+        };
         for (word, sharding) in Sharding::ALL {
             let activations = match (sharding, config.parallel.recompute) {
                 (Sharding::Parameters, _) | (_, Recompute::Always) => activations.recomputed,
                 (_, Recompute::Never) => activations.kept,
                 (_, Recompute::Every(count)) => activations.kept - (activations.kept - activations.recomputed) / count as u64,
             };
-            let beside = activations + PROCESS_BYTES;
+            let beside = activations + process;
             let bytes = world_sizes.iter().map(|ranks| layout.bytes_per_rank(*sharding, *ranks) + beside);
-            let columns: Vec<String> = bytes.map(|bytes| format!("{:>9}", shown(bytes))).collect();
+            let columns: Vec<String> = bytes.map(|bytes| format!("{:>10}", shown(bytes))).collect();
             self.line(&format!("  {word}"), &format!("{}  {}", columns.join(" "), layout.collectives(*sharding)));
         }
         let recompute = config.parallel.recompute;
-        self.line("  in all", &format!("weights, gradients, optimizer, activations with recompute = \"{recompute}\", the process itself"));
+        self.line("  in all", &format!("weights, gradients, optimizer, activations with recompute = \"{recompute}\", {around}"));
         self.line("  and", "1 all-gather of statistics; `parameters` always recomputes");
         Ok(())
     }
 }
 
-/// `12.3 GiB`.
+/// `12.34 GiB`.
 fn shown(bytes: u64) -> String {
-    ByteSize(bytes).to_string()
+    format!("{:.2}", ByteSize(bytes))
 }
