@@ -104,21 +104,12 @@ fn mpirun_item(version: Option<Vec<u8>>) -> Item {
     Item::ok("mpirun", version.lines().next().unwrap_or("unknown"))
 }
 
-/// cudarc opens `libnccl.so`, found beside libtorch (this binary's rpath) or in the linker's cache.
+/// cudarc opens `libnccl.so`, found in its wheel's folder (this binary's rpath) or in the linker's cache.
 fn nccl_item(libtorch: Option<&Path>) -> Item {
-    let wheel = libtorch.and_then(|library| beside_torch(library, "../nvidia/nccl/lib/libnccl.so.2"));
-    let beside = libtorch.map(|library| library.with_file_name("libnccl.so"));
-    if let Some(library) = beside.filter(|library| library.exists()) {
-        return Item::ok("NCCL", library.display().to_string());
-    }
-    if let Some(library) = cached_library("libnccl.so") {
-        return Item::ok("NCCL", library);
-    }
-    match wheel.filter(|library| library.exists()) {
-        Some(library) => {
-            Item::note("NCCL", format!("{} has no link libnccl.so beside libtorch; launch/setup.sh makes it", library.display()))
-        }
-        None => Item::note("NCCL", "not found; only several GPUs need it, launch/setup.sh fetches it where there is an NVIDIA driver"),
+    let wheel = libtorch.and_then(|library| beside_torch(library, "../nvidia/nccl/lib/libnccl.so")).filter(|library| library.exists());
+    match wheel.map(|library| library.display().to_string()).or_else(|| cached_library("libnccl.so")) {
+        Some(library) => Item::ok("NCCL", library),
+        None => Item::note("NCCL", "not found; only GPUs need it, launch/setup.sh fetches it"),
     }
 }
 
