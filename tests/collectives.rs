@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use fm_dist::collective::{self, Collective, ReduceOp, Sliced, Solo, Threads, broadcast_text, gather_texts, local_rank};
+use fm_dist::collective::{self, Collective, Mpi, ReduceOp, Sliced, Solo, Threads, broadcast_text, gather_texts, local_rank};
 use fm_dist::error::{BUG, Error, Result};
 use mpi::collective::CommunicatorCollectives;
 use mpi::topology::SimpleCommunicator;
@@ -350,12 +350,17 @@ fn read_lines(pipe: impl Read) -> (String, Option<Instant>) {
 
 /// Joins the world of `mpirun`; from here on a panic of this rank ends all ranks, as it does in `main`.
 pub(crate) fn join_the_world() -> Box<dyn Collective> {
+    let world = collective::connect();
+    end_all_on_panic();
+    world.unwrap_or_else(|error| end_with(&error))
+}
+
+fn end_all_on_panic() {
     let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         report(panic);
         collective::abort(BUG);
     }));
-    collective::connect().unwrap_or_else(|error| end_with(&error))
 }
 
 pub(crate) fn end_with(error: &Error) -> ! {
@@ -372,6 +377,26 @@ fn worlds_of_mpi_ranks_keep_the_contract() {
             assert!(output.contains(&format!("rank {rank} of {ranks} kept the contract")), "{output}");
         }
     }
+}
+
+/// As between machines: messages alone.
+#[test]
+fn worlds_without_shared_memory_keep_the_contract() {
+    for ranks in [2, 4] {
+        let Outcome { code, output, .. } = mpirun(ranks, "collectives::rank_of_the_contract_by_messages");
+        assert_eq!(code, Some(0), "{output}");
+        assert_eq!(output.matches("kept the contract by messages").count(), ranks, "{output}");
+    }
+}
+
+#[test]
+#[ignore = "started by mpirun from another test"]
+fn rank_of_the_contract_by_messages() {
+    end_all_on_panic();
+    let world = Mpi::connect().unwrap_or_else(|error| end_with(&error)).by_messages();
+    contract(&world).unwrap_or_else(|error| end_with(&error));
+    println!("rank {} kept the contract by messages", world.rank());
+    collective::finish(Box::new(world)).unwrap_or_else(|error| end_with(&error));
 }
 
 #[test]

@@ -18,9 +18,9 @@ impl StateLayout {
     /// Bytes of weights, gradients and optimizer state that one of `world_size` ranks holds at the worst moment of a step,
     /// activations apart.
     pub fn bytes_per_rank(&self, sharding: Sharding, world_size: u64) -> u64 {
-        // Without another rank to share with, every sharding is none.
-        let sharding = if world_size == 1 { Sharding::None } else { sharding };
         let shards = if sharding == Sharding::None { 1 } else { world_size };
+        // Without another rank to share with, every sharding is none.
+        let sharding = if shards == 1 { Sharding::None } else { sharding };
         let all: u64 = self.stages.iter().sum();
         let owned: u64 = self.stages.iter().map(|stage| stage.div_ceil(shards)).sum();
         let largest = self.stages.iter().copied().max().unwrap_or(0);

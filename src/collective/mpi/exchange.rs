@@ -1,233 +1,25 @@
-//! The collectives as messages from rank to rank, piece by piece: each slice has an owner that receives every peer's piece of
-//! it, sums them as the pairwise tree says while they are in cache, and hands the sum on.
+//! The collectives as messages from rank to rank, in rounds of pieces that fit into caches.
 //!
 //! MPI's own reductions sum in an order of the library's choice, know no bf16, and want whole buffers twice. Here a rank
-//! needs [`SCRATCH_BYTES`] besides its tensors, whatever their size, and sums land where they belong.
+//! needs scratch memory of a few MiB besides its tensors, whatever their size, and sums land where they belong.
 
 use std::collections::VecDeque;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::rc::Rc;
 
-use mpi::ffi;
 use tch::{Device, Kind, Tensor};
 
-use super::super::ReduceOp;
 use super::super::call::Call;
-use super::wire::{Channel, Flight, Stretch};
+use super::board::Board;
+use super::part::{LINE_BYTES, Part, Place, Road, Room, WINDOW};
+use super::wire::{Channel, Flight};
 use crate::error::Result;
-
-/// Largest message. Of 64 KiB to 1 MiB, 128 and 256 KiB were the fastest for 256 MB between two ranks of one machine.
-const PIECE_BYTES: usize = 256 << 10;
-
-/// Rounds whose pieces are received while an earlier one is summed.
-const WINDOW: usize = 2;
-
-/// Most memory for pieces of peers; with many ranks, pieces become smaller instead.
-const SCRATCH_BYTES: usize = 4 << 20;
-
-/// Up to this size, over all ranks, each rank receives and sums everything: one trip instead of two.
-const SMALL_BYTES: usize = 64 << 10;
-
-/// A slice begins at a multiple of this, where vectors and cache lines do.
-const SLICE_ELEMENTS: usize = 64;
-
-/// The smallest unit of scratch memory, so that each peer's piece begins on a cache line.
-const LINE_BYTES: usize = 64;
-
-/// This rank among those of a communicator.
-#[derive(Clone, Copy)]
-pub struct Place {
-    pub communicator: ffi::MPI_Comm,
-    pub rank: usize,
-    pub world_size: usize,
-}
-
-impl Place {
-    fn peers(self) -> impl Iterator<Item = usize> {
-        (1..self.world_size).map(move |distance| (self.rank + distance) % self.world_size)
-    }
-}
-
-/// Bytes of a piece: with all the rooms for pieces, scratch memory keeps to its limit.
-fn piece_bytes(world_size: usize) -> usize {
-    (SCRATCH_BYTES / WINDOW / world_size / LINE_BYTES * LINE_BYTES).clamp(LINE_BYTES, PIECE_BYTES)
-}
-
-/// The rank that sends to `rank`, and those that it sends to, in the binomial tree below `root`.
-fn tree(rank: usize, world_size: usize, root: usize) -> (Option<usize>, impl Iterator<Item = usize>) {
-    let place = (rank + world_size - root) % world_size;
-    // The root sends to places 1, 2, 4, …; every other place hears from itself without its lowest bit.
-    let lowest = if place == 0 { world_size.next_power_of_two() } else { place & place.wrapping_neg() };
-    let rank_at = move |place: usize| (place + root) % world_size;
-    let children = (0..lowest.trailing_zeros()).rev().map(move |bit| place + (1 << bit)).filter(move |child| *child < world_size);
-    ((place > 0).then(|| rank_at(place - lowest)), children.map(rank_at))
-}
-
-/// What becomes of a tensor.
-#[derive(Clone, Copy, Debug)]
-pub enum Pattern {
-    /// Every rank receives and reduces all of it.
-    Everywhere(ReduceOp),
-    /// Each rank reduces its slice.
-    Owned(ReduceOp),
-    /// Each rank reduces its slice and sends the result to all.
-    Shared(ReduceOp),
-    /// Each rank sends its slice to all.
-    Gathered,
-    /// The root's tensor goes down a binomial tree.
-    From(usize),
-}
-
-impl Pattern {
-    /// How a tensor of this size is reduced on every rank.
-    pub fn all_reduce(op: ReduceOp, tensor: &Tensor, world_size: usize) -> Self {
-        let bytes = tensor.numel() * tensor.kind().elt_size_in_bytes();
-        if bytes * world_size <= SMALL_BYTES { Pattern::Everywhere(op) } else { Pattern::Shared(op) }
-    }
-}
-
-/// One tensor of an operation.
-pub struct Part {
-    pattern: Pattern,
-    full: Stretch,
-    /// Elements of a slice; slices at the end may have fewer.
-    slice: usize,
-    /// Where this rank's slice comes from or ends up, in `full` or not.
-    owned: Stretch,
-    /// Elements of a piece.
-    step: usize,
-}
-
-impl Part {
-    /// A tensor of which every rank gets all.
-    pub fn whole(place: Place, pattern: Pattern, tensor: &Tensor) -> Self {
-        let full = Stretch::of(tensor);
-        let slice = match pattern {
-            Pattern::Everywhere(_) | Pattern::From(_) => full.elements,
-            _ => full.elements.div_ceil(place.world_size).next_multiple_of(SLICE_ELEMENTS),
-        };
-        let owned = if slice == full.elements { full } else { full.part(place.rank * slice, slice) };
-        Part { pattern, full, slice, owned, step: piece_bytes(place.world_size) / full.kind.elt_size_in_bytes() }
-    }
-
-    /// Slices of equal size. `None` if `owned` is a view of `full` at another place than its own.
-    pub fn sliced(place: Place, pattern: Pattern, owned: &Tensor, full: &Tensor) -> Option<Self> {
-        let (owned, full) = (Stretch::of(owned), Stretch::of(full));
-        let slice = owned.elements;
-        let sound = owned.is(full.part(place.rank * slice, slice)) || !owned.overlaps(full);
-        sound.then(|| Part { pattern, full, slice, owned, step: piece_bytes(place.world_size) / full.kind.elt_size_in_bytes() })
-    }
-
-    fn describe(&self) -> String {
-        let elements = format!("{} {:?}", self.full.elements, self.full.kind);
-        match self.pattern {
-            Pattern::Everywhere(op) | Pattern::Owned(op) | Pattern::Shared(op) => format!("{op:?} of {elements}"),
-            Pattern::Gathered => elements,
-            Pattern::From(root) => format!("{elements} from rank {root}"),
-        }
-    }
-
-    /// First elements of the pieces into which slices are cut.
-    fn rounds(&self) -> impl Iterator<Item = usize> {
-        (0..self.slice.min(self.full.elements)).step_by(self.step)
-    }
-
-    /// What rank `owner` owns of the round that begins at element `start` of each slice.
-    fn piece(&self, owner: usize, start: usize) -> Stretch {
-        match self.pattern {
-            Pattern::Everywhere(_) | Pattern::From(_) => self.full.part(start, self.step),
-            _ => self.full.part(owner * self.slice, self.slice).part(start, self.step),
-        }
-    }
-
-    /// Starts the messages that this rank's piece needs.
-    fn collect(&self, place: Place, channel: &Channel, start: usize, room: &Room<'_>) -> Result<Flight> {
-        let mut flight = Flight::default();
-        match self.pattern {
-            Pattern::Everywhere(_) | Pattern::Owned(_) | Pattern::Shared(_) => {
-                let mine = self.piece(place.rank, start);
-                place.peers().try_for_each(|peer| flight.receive(channel, room.of_peer(peer, mine), peer))?;
-                place.peers().try_for_each(|peer| flight.send(channel, self.piece(peer, start), peer))?;
-            }
-            Pattern::From(root) => {
-                let parent = tree(place.rank, place.world_size, root).0;
-                parent.into_iter().try_for_each(|parent| flight.receive(channel, self.piece(root, start), parent))?;
-            }
-            Pattern::Gathered => (),
-        }
-        Ok(flight)
-    }
-
-    /// Makes this rank's piece what it must become, once its messages are here.
-    fn settle(&self, place: Place, start: usize, room: &Room<'_>) {
-        let mine = self.piece(place.rank, start);
-        if mine.elements == 0 {
-            return;
-        }
-        match self.pattern {
-            Pattern::Everywhere(op) | Pattern::Owned(op) | Pattern::Shared(op) => {
-                let brought = |rank| if rank == place.rank { mine } else { room.of_peer(rank, mine) };
-                let all: Vec<Tensor> = (0..place.world_size).map(|rank| brought(rank).tensor()).collect();
-                reduce(all, op, self.owned.part(start, self.step).tensor());
-            }
-            Pattern::Gathered if !self.owned.part(start, self.step).is(mine) => {
-                mine.tensor().copy_(&self.owned.part(start, self.step).tensor());
-            }
-            Pattern::Gathered | Pattern::From(_) => (),
-        }
-    }
-
-    /// Starts the messages that hand settled pieces on.
-    fn share(&self, place: Place, channel: &Channel, start: usize) -> Result<Flight> {
-        let mut flight = Flight::default();
-        let mine = self.piece(place.rank, start);
-        match self.pattern {
-            Pattern::Shared(_) | Pattern::Gathered => {
-                place.peers().try_for_each(|peer| flight.receive(channel, self.piece(peer, start), peer))?;
-                place.peers().try_for_each(|peer| flight.send(channel, mine, peer))?;
-            }
-            Pattern::From(root) => tree(place.rank, place.world_size, root).1.try_for_each(|child| flight.send(channel, mine, child))?,
-            Pattern::Everywhere(_) | Pattern::Owned(_) => (),
-        }
-        Ok(flight)
-    }
-}
-
-/// The pairwise tree over the ranks' pieces, each sum in the place of its left half, the last one in `result`.
-fn reduce(mut all: Vec<Tensor>, op: ReduceOp, mut result: Tensor) {
-    let join = |left: &Tensor, right: &Tensor, into: &Tensor| match op {
-        ReduceOp::Sum => left.add_out(into, right),
-        ReduceOp::Min => left.minimum_out(into, right),
-        ReduceOp::Max => left.maximum_out(into, right),
-    };
-    while all.len() > 2 {
-        all = all.chunks(2).map(|pair| pair[1..].iter().fold(pair[0].shallow_clone(), |left, right| join(&left, right, &left))).collect();
-    }
-    match &all[..] {
-        [left, right] => drop(join(left, right, &result)),
-        alone => result.copy_(&alone[0]),
-    }
-}
-
-/// Scratch memory for the pieces of one round.
-struct Room<'s> {
-    scratch: &'s Tensor,
-    slot: usize,
-    /// Bytes for each rank, of all slots the same.
-    bytes: usize,
-    world_size: usize,
-}
-
-impl Room<'_> {
-    /// Where the piece of `peer` that will be added to `mine` arrives.
-    fn of_peer(&self, peer: usize, mine: Stretch) -> Stretch {
-        Stretch::within(self.scratch, (self.slot * self.world_size + peer) * self.bytes, mine.elements, mine.kind)
-    }
-}
 
 /// A collective that was called for: its tensors, and what becomes of them.
 pub struct Operation {
     place: Place,
     channel: Channel,
+    board: Option<Rc<Board>>,
     parts: Vec<Part>,
     /// Kept for the stretches of the parts.
     _tensors: Vec<Tensor>,
@@ -235,12 +27,13 @@ pub struct Operation {
 
 impl Operation {
     /// Operation `number` of the communicator at `place`; `tensors` are those that the parts were made of.
-    pub fn new(place: Place, call: Call, number: u64, parts: Vec<Part>, tensors: Vec<Tensor>) -> Self {
+    pub fn new(place: Place, board: Option<Rc<Board>>, call: Call, number: u64, parts: Vec<Part>, tensors: Vec<Tensor>) -> Self {
         let described: Vec<String> = parts.iter().map(Part::describe).collect();
         let what = format!("operation {number}, {}", described.join(", "));
         Operation {
             place,
             channel: Channel { communicator: place.communicator, call, tag: tag_of(call.operation, &what), what },
+            board,
             parts,
             _tensors: tensors,
         }
@@ -254,12 +47,13 @@ impl Operation {
         let place = self.place;
         let bytes = self.scratch_bytes();
         let scratch = grown(scratch, WINDOW * place.world_size * bytes);
-        let room = |number: usize| Room { scratch, slot: number % WINDOW, bytes, world_size: place.world_size };
+        let room = |round: usize| Room { scratch, slot: round % WINDOW, bytes, world_size: place.world_size };
+        let road = |round: usize| Road { place, channel: &self.channel, board: self.board.as_deref(), room: room(round), round };
         let (mut collecting, mut sharing) = (VecDeque::new(), VecDeque::new());
-        let mut settle = |(part, start, room, mut flight): (&Part, usize, Room<'_>, Flight)| {
+        let mut settle = |(part, start, road, mut flight): (&Part, usize, Road<'_>, Flight)| {
             flight.wait(&self.channel)?;
-            part.settle(place, start, &room);
-            sharing.push_back(part.share(place, &self.channel, start)?);
+            part.settle(&road, start);
+            sharing.push_back(part.share(&road, start)?);
             if sharing.len() > WINDOW {
                 sharing.pop_front().map_or(Ok(()), |mut flight: Flight| flight.wait(&self.channel))
             } else {
@@ -267,10 +61,10 @@ impl Operation {
             }
         };
         let rounds = self.parts.iter().flat_map(|part| part.rounds().map(move |start| (part, start)));
-        for (number, (part, start)) in rounds.enumerate() {
-            let room = room(number);
-            let flight = part.collect(place, &self.channel, start, &room)?;
-            collecting.push_back((part, start, room, flight));
+        for (round, (part, start)) in rounds.enumerate() {
+            let road = road(round);
+            let flight = part.collect(&road, start)?;
+            collecting.push_back((part, start, road, flight));
             if collecting.len() == WINDOW {
                 collecting.pop_front().map_or(Ok(()), &mut settle)?;
             }
@@ -281,11 +75,8 @@ impl Operation {
 
     /// Bytes of the largest piece that a peer sends to be reduced.
     fn scratch_bytes(&self) -> usize {
-        let piece = |part: &Part| match part.pattern {
-            Pattern::Everywhere(_) | Pattern::Owned(_) | Pattern::Shared(_) => part.full.part(0, part.slice.min(part.step)).bytes(),
-            Pattern::Gathered | Pattern::From(_) => 0,
-        };
-        self.parts.iter().map(piece).max().unwrap_or(0).next_multiple_of(LINE_BYTES)
+        let pieces = self.parts.iter().map(|part| part.scratch_bytes(self.board.is_some()));
+        pieces.max().unwrap_or(0).next_multiple_of(LINE_BYTES)
     }
 }
 
@@ -300,34 +91,4 @@ fn tag_of(operation: &str, what: &str) -> i32 {
     let mut hasher = DefaultHasher::new();
     (operation, what).hash(&mut hasher);
     (hasher.finish() & 0x7fff) as i32
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_broadcast_reaches_every_rank_once_from_the_rank_that_sends_to_it() {
-        for (world_size, root) in (1..=17).flat_map(|world_size| (0..world_size).map(move |root| (world_size, root))) {
-            let mut reached = vec![root];
-            for rank in 0..world_size {
-                for child in tree(rank, world_size, root).1 {
-                    assert_eq!(tree(child, world_size, root).0, Some(rank), "{child} of {world_size} from {root}");
-                    reached.push(child);
-                }
-            }
-            reached.sort();
-            assert_eq!(reached, (0..world_size).collect::<Vec<_>>(), "from {root}");
-            assert_eq!(tree(root, world_size, root).0, None);
-        }
-    }
-
-    #[test]
-    fn scratch_memory_keeps_to_its_limit_however_many_ranks_there_are() {
-        for world_size in 1..=1024 {
-            let piece = piece_bytes(world_size);
-            assert!(piece * WINDOW * world_size <= SCRATCH_BYTES, "{piece} bytes among {world_size}");
-        }
-        assert_eq!(piece_bytes(4), PIECE_BYTES);
-    }
 }

@@ -4,13 +4,18 @@
 //! computation here, and a thread that made it would gain nothing: it must spin, and takes from the computation the core
 //! that it would have had (with two ranks on two cores, half of it). Works that are let go are carried out by the next wait.
 //!
+//! `mpi/part.rs` says what becomes of a tensor, `mpi/exchange.rs` walks through an operation's pieces, `mpi/queue.rs` keeps
+//! operations in order, `mpi/board.rs` has the memory that ranks of one machine share, `mpi/wire.rs` the messages.
+//!
 //! Two habits of rsmpi are avoided. Its `Universe` finalizes MPI when dropped, which turns an early return on one rank into
 //! a hang of all: it is leaked, and [`finalize`] is called only after a last barrier. MPI's own errors abort at once with
 //! a code of MPI's choice: they are returned instead, and end the world through [`abort`] like any other error.
 
 #![allow(unsafe_code)]
 
+mod board;
 mod exchange;
+mod part;
 mod queue;
 mod wire;
 
@@ -26,7 +31,9 @@ use tch::{Device, Tensor};
 use super::call::Call;
 use super::{Collective, Meter, ReduceOp, Sliced, Spent, Work};
 use crate::error::{Error, Result};
-use exchange::{Operation, Part, Pattern, Place};
+use board::Board;
+use exchange::Operation;
+use part::{LINE_BYTES, PIECE_BYTES, Part, Pattern, Place, piece_bytes};
 use queue::Queue;
 use wire::{check, text};
 
@@ -34,9 +41,11 @@ use wire::{check, text};
 const ABORT_PATIENCE: Duration = Duration::from_secs(5);
 
 /// This process as a rank of a communicator. It stays on its thread, as its queue does: thread level "serialized" allows no
-/// two calls at once (the exception is [`abort`]).
+/// two calls at once (the exception is [`abort`](super::abort)).
 pub struct Mpi {
     place: Place,
+    /// Where the ranks are on one machine.
+    board: Option<Rc<Board>>,
     /// Number of the next operation of this communicator, the same on all of its ranks.
     next: Cell<u64>,
     queue: Rc<RefCell<Queue>>,
@@ -67,28 +76,39 @@ impl Mpi {
         Mpi::of(unsafe { ffi::RSMPI_COMM_WORLD }, Rc::default())
     }
 
+    /// The same ranks without shared memory, as if each were on a machine of its own: for tests, and to compare.
+    pub fn by_messages(self) -> Self {
+        Mpi { board: None, ..self }
+    }
+
     fn of(communicator: ffi::MPI_Comm, queue: Rc<RefCell<Queue>>) -> Result<Self> {
         let (mut rank, mut size) = (0, 0);
         // SAFETY: the communicator is valid, and both results have a place.
         check(call("initialize"), unsafe { ffi::MPI_Comm_rank(communicator, &mut rank) })?;
         check(call("initialize"), unsafe { ffi::MPI_Comm_size(communicator, &mut size) })?;
         let place = Place { communicator, rank: rank as usize, world_size: size as usize };
-        Ok(Mpi { place, next: Cell::new(0), queue, meter: Meter::default() })
+        let board = Board::of(place, PIECE_BYTES, LINE_BYTES)?.map(Rc::new);
+        Ok(Mpi { place, board, next: Cell::new(0), queue, meter: Meter::default() })
     }
 
     /// Queues an operation; the work carries it out, after those before it.
     fn issue(&self, call: Call, parts: Vec<Part>, tensors: Vec<Tensor>) -> Work {
-        let operation = Operation::new(self.place, call, self.next.replace(self.next.get() + 1), parts, tensors);
+        let operation = Operation::new(self.place, self.board.clone(), call, self.next.replace(self.next.get() + 1), parts, tensors);
         let number = self.queue.borrow_mut().push(operation);
         let (queue, meter) = (self.queue.clone(), self.meter.clone());
         Work::new(move || meter.exposed(|| queue.borrow_mut().finish(call, number)))
+    }
+
+    /// Bytes of a piece on the way between these ranks.
+    fn piece_bytes(&self) -> usize {
+        self.board.as_ref().map_or_else(|| piece_bytes(self.place.world_size), |board| board.piece_bytes)
     }
 
     fn issue_sliced(&self, call: Call, pattern: Pattern, tensors: Vec<Sliced>) -> Result<Work> {
         let part = |sliced: &Sliced| {
             call.check_slices(sliced, self.place.world_size)?;
             check_device(call, &sliced.full)?;
-            Part::sliced(self.place, pattern, &sliced.owned, &sliced.full)
+            Part::sliced(self.place, self.piece_bytes(), pattern, &sliced.owned, &sliced.full)
                 .ok_or_else(|| call.error("owned is a view of full at another place than this rank's slice"))
         };
         let parts = tensors.iter().map(part).collect::<Result<_>>()?;
@@ -110,7 +130,7 @@ impl Collective for Mpi {
         let part = |buffer: &Tensor| {
             call.check_buffer(buffer)?;
             check_device(call, buffer)?;
-            Ok(Part::whole(self.place, Pattern::all_reduce(op, buffer, self.place.world_size), buffer))
+            Ok(Part::whole(self.place, self.piece_bytes(), Pattern::all_reduce(op, buffer, self.place.world_size), buffer))
         };
         let parts = buffers.iter().map(part).collect::<Result<_>>()?;
         Ok(self.issue(call, parts, buffers))
@@ -129,7 +149,7 @@ impl Collective for Mpi {
         call.check_buffer(&buffer)?;
         call.check_root(root, self.place.world_size)?;
         check_device(call, &buffer)?;
-        Ok(self.issue(call, vec![Part::whole(self.place, Pattern::From(root), &buffer)], vec![buffer]))
+        Ok(self.issue(call, vec![Part::whole(self.place, self.piece_bytes(), Pattern::From(root), &buffer)], vec![buffer]))
     }
 
     fn barrier(&self) -> Result<()> {

@@ -6,6 +6,8 @@
 #![allow(unsafe_code)]
 
 use std::ffi::{c_char, c_int, c_void};
+use std::ptr::{null, null_mut};
+use std::sync::atomic::{Ordering, fence};
 
 use mpi::ffi;
 use tch::{Device, Kind, Tensor};
@@ -32,6 +34,11 @@ impl Stretch {
         Stretch { address: memory.data_ptr().wrapping_byte_add(first_byte), elements, kind }
     }
 
+    /// `elements` at an address.
+    pub fn at(address: *mut c_void, elements: usize, kind: Kind) -> Self {
+        Stretch { address, elements, kind }
+    }
+
     /// At most `length` elements from `start` on; none behind the end.
     pub fn part(self, start: usize, length: usize) -> Self {
         let start = start.min(self.elements);
@@ -51,6 +58,13 @@ impl Stretch {
     pub fn overlaps(self, other: Self) -> bool {
         let end = |stretch: Stretch| stretch.address.wrapping_byte_add(stretch.bytes());
         self.address < end(other) && other.address < end(self)
+    }
+
+    /// Copies as many elements from elsewhere.
+    pub fn copy_from(self, from: Stretch) {
+        assert!(self.bytes() == from.bytes() && !self.overlaps(from), "apart and of equal size");
+        // SAFETY: both are memory of tensors or of the board that is kept, of equal size, and do not overlap.
+        unsafe { std::ptr::copy_nonoverlapping(from.address.cast::<u8>(), self.address.cast(), from.bytes()) };
     }
 
     /// The elements as a tensor, to add with.
@@ -76,25 +90,56 @@ pub struct Flight {
     requests: Vec<ffi::MPI_Request>,
     /// Who sends how many bytes, for each request that receives.
     due: Vec<Option<(usize, usize)>>,
+    /// What is copied, from and to, when all have arrived.
+    copies: Vec<(Stretch, Stretch)>,
 }
 
 impl Flight {
     /// Starts to send; of nothing no message is made.
     pub fn send(&mut self, channel: &Channel, stretch: Stretch, peer: usize) -> Result<()> {
         let (bytes, peer, tag) = (stretch.bytes(), peer as c_int, channel.tag);
+        if bytes == 0 {
+            return Ok(());
+        }
         // SAFETY: the stretch is memory of a tensor that is kept, and nobody writes it before this flight was waited for.
         self.start(channel, bytes, None, |count, request| unsafe {
             ffi::MPI_Isend(stretch.address, count, ffi::RSMPI_UINT8_T, peer, tag, channel.communicator, request)
         })
     }
 
-    /// Starts to receive. Any tag will do: messages of one peer arrive in order, so another tag is another operation.
+    /// Starts to receive; of nothing no message is made. Any tag will do: messages of one peer arrive in order, so another tag is another operation.
     pub fn receive(&mut self, channel: &Channel, stretch: Stretch, peer: usize) -> Result<()> {
         let bytes = stretch.bytes();
+        if bytes == 0 {
+            return Ok(());
+        }
         // SAFETY: as in `send`; nobody reads it either.
         self.start(channel, bytes, Some((peer, bytes)), |count, request| unsafe {
             ffi::MPI_Irecv(stretch.address, count, ffi::RSMPI_UINT8_T, peer as c_int, ffi::RSMPI_ANY_TAG, channel.communicator, request)
         })
+    }
+
+    /// Starts to tell a peer that something is done.
+    pub fn tell(&mut self, channel: &Channel, peer: usize) -> Result<()> {
+        // What is written to shared memory before is seen by who receives the note.
+        fence(Ordering::SeqCst);
+        // SAFETY: a message without elements reads no memory.
+        self.start(channel, 0, None, |count, request| unsafe {
+            ffi::MPI_Isend(null(), count, ffi::RSMPI_UINT8_T, peer as c_int, channel.tag, channel.communicator, request)
+        })
+    }
+
+    /// Starts to listen for what a peer tells.
+    pub fn hear(&mut self, channel: &Channel, peer: usize) -> Result<()> {
+        // SAFETY: a message without elements writes no memory.
+        self.start(channel, 0, Some((peer, 0)), |count, request| unsafe {
+            ffi::MPI_Irecv(null_mut(), count, ffi::RSMPI_UINT8_T, peer as c_int, ffi::RSMPI_ANY_TAG, channel.communicator, request)
+        })
+    }
+
+    /// Once everything has arrived, `from` is copied to `to`.
+    pub fn then_copy(&mut self, from: Stretch, to: Stretch) {
+        self.copies.push((from, to));
     }
 
     fn start(
@@ -104,9 +149,6 @@ impl Flight {
         due: Option<(usize, usize)>,
         start: impl FnOnce(c_int, *mut ffi::MPI_Request) -> c_int,
     ) -> Result<()> {
-        if bytes == 0 {
-            return Ok(());
-        }
         // SAFETY: a constant of the library.
         let mut request = unsafe { ffi::RSMPI_REQUEST_NULL };
         check(channel.call, start(bytes as c_int, &mut request))?;
@@ -130,6 +172,8 @@ impl Flight {
             check(channel.call, statuses.iter().map(|status| status.MPI_ERROR).find(failed).unwrap_or(code))?;
         }
         check(channel.call, code)?;
+        fence(Ordering::SeqCst);
+        self.copies.drain(..).for_each(|(from, to)| to.copy_from(from));
         self.requests.clear();
         self.due.clear();
         Ok(())
