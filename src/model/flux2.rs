@@ -121,6 +121,10 @@ impl Architecture for Flux2 {
         vec!["hidden_states", "encoder_hidden_states", "timestep", "grid"]
     }
 
+    fn embeds_guidance(&self) -> bool {
+        self.guidance_embeds
+    }
+
     fn width(&self) -> i64 {
         self.num_attention_heads * self.attention_head_dim
     }

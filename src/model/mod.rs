@@ -53,6 +53,11 @@ pub trait Architecture {
     /// Names of the activations that the first stage needs.
     fn inputs(&self) -> Vec<&'static str>;
 
+    /// Whether the model takes a guidance scale as an input.
+    fn embeds_guidance(&self) -> bool {
+        self.inputs().contains(&"guidance")
+    }
+
     /// Features of a token inside of the model.
     fn width(&self) -> i64;
 

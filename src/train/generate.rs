@@ -141,7 +141,7 @@ impl<'a> Walk<'a> {
         let pipeline = build_pipeline(config, device);
         let (adapter, sampling) = (pipeline.adapter(), &config.sampling);
         origin.check(&*config.model.family, adapter.condition_keys())?;
-        let guidance = adapter.guidance(config.model.family.inputs().contains(&"guidance"));
+        let guidance = adapter.guidance(config.model.family.embeds_guidance());
         let guide = Guide::new(guidance, sampling, origin.has_negative())?;
         let own = adapter.noise_levels(&origin.shape, pipeline.settings(), guidance);
         let levels = if sampling.shift == 0.0 { own } else { own.with_shift(sampling.shift) };
