@@ -91,6 +91,26 @@ fn stage_wise_gradients_are_plain_autograds_bit_for_bit() {
 }
 
 #[test]
+fn boundaries_that_wait_in_host_memory_change_no_bit() {
+    let replica = replica(Kind::BFloat16);
+    let gradients = |offload| {
+        let (input, target) = inputs(Kind::BFloat16);
+        let mut tape = replica.tape(Recompute::Every(2)).offloading(offload);
+        let loss = loss(&tape.forward(input).unwrap(), &target);
+        let mut gradients = Vec::new();
+        tape.backward(&loss, |_, mut pieces| {
+            gradients.append(&mut pieces);
+            Ok(())
+        })
+        .unwrap();
+        gradients
+    };
+    let (here, elsewhere) = (gradients(false), gradients(true));
+    assert_eq!(here.len(), 5);
+    assert!(here.iter().zip(&elsewhere).all(|(a, b)| a.equal(b)));
+}
+
+#[test]
 fn frozen_stages_before_the_first_trained_one_are_never_entered() {
     let reference = stage_wise(&replica(Kind::Float), Recompute::Never).1;
     for recompute in [Recompute::Never, Recompute::Always] {
