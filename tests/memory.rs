@@ -53,9 +53,10 @@ fn check(ranks: usize, model: &[&str]) -> [f64; 4] {
     measured
 }
 
+/// Stages whose halves are beyond 32 MiB: smaller blocks glibc takes from a heap that it does not give back at once.
 #[test]
 fn a_rank_takes_what_check_says_under_every_sharding() {
-    let [none, optimizer, gradients, parameters] = check(2, &["model.dit.width=512", "model.dit.depth=12", "model.dit.num_heads=8"]);
+    let [none, optimizer, gradients, parameters] = check(2, &["model.dit.width=1024", "model.dit.depth=4", "model.dit.num_heads=16"]);
     assert!(parameters < gradients && gradients < optimizer && optimizer < none);
 }
 
