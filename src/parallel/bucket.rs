@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor, no_grad};
 
-use super::layout::Layout;
+use super::layout::{Layout, runs_within};
 use super::{Sharding, Sharing};
 use crate::collective::{Collective, Sliced, Work};
 use crate::error::Result;
@@ -55,7 +55,7 @@ impl Bucket {
         let decayed = params.decayed_runs();
         let piece = |(offset, numel, kind)| {
             let layout = Layout::new(numel, sharing.cut());
-            let runs = within(&decayed, offset, numel);
+            let runs = runs_within(&decayed, &(offset..offset + numel));
             Piece::new(layout, offset, kind, sharing.sharding, layout.owned_runs(&runs), devices)
         };
         let pieces = sizes.into_iter().filter(|(_, numel, _)| *numel > 0).map(piece).collect();
@@ -103,7 +103,7 @@ impl Bucket {
         });
     }
 
-    /// The stage's parameters `[P]` f32 on the CPU.
+    /// The stage's parameters `[P]` f32.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it.
@@ -111,28 +111,30 @@ impl Bucket {
         self.whole(&self.pieces.iter().map(|piece| piece.master.shallow_clone()).collect::<Vec<_>>(), sharing)
     }
 
-    /// What every rank holds a shard of, whole: `[P]` f32 on the CPU. `owned`: a tensor of the shard's length for each piece.
+    /// What every rank holds a shard of, whole: `[P]` f32. `owned`: a tensor of the shard's length for each piece. Nothing is
+    /// copied where a rank holds one piece that is whole, so that only who needs it elsewhere moves it.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it.
     pub fn whole(&self, owned: &[Tensor], sharing: &Sharing<'_>) -> Result<Tensor> {
         let join = |(piece, owned): (&Piece, &Tensor)| {
             let layout = piece.layout;
-            let owned = owned.to_device(piece.computed.device());
             let full = if layout.is_whole() {
-                owned
+                owned.shallow_clone()
             } else {
+                let owned = owned.to_device(piece.computed.device());
                 let full = Tensor::empty([layout.padded], (Kind::Float, owned.device()));
                 sharing.shards().all_gather(vec![Sliced { owned, full: full.shallow_clone() }])?.wait()?;
                 full
             };
-            Ok(full.narrow(0, 0, layout.numel).to_device(Device::Cpu))
+            Ok(full.narrow(0, 0, layout.numel))
         };
         let mut pieces = self.pieces.iter().zip(owned).map(join).collect::<Result<Vec<_>>>()?;
         Ok(match pieces.len() {
             1 => pieces.remove(0),
             0 => Tensor::zeros([0], (Kind::Float, Device::Cpu)),
-            _ => Tensor::cat(&pieces, 0),
+            // Masters that share a leaf's storage lie with it, others may lie at home.
+            _ => Tensor::cat(&pieces.iter().map(|piece| piece.to_device(pieces[0].device())).collect::<Vec<_>>(), 0),
         })
     }
 
@@ -185,15 +187,6 @@ impl Bucket {
             }
         });
     }
-}
-
-/// The part of these runs that lies in `[offset, offset + numel)`, counted from its begin.
-fn within(runs: &[(i64, i64)], offset: i64, numel: i64) -> Vec<(i64, i64)> {
-    let cut = |&(start, length): &(i64, i64)| {
-        let (begin, end) = (start.max(offset), (start + length).min(offset + numel));
-        (begin < end).then_some((begin - offset, end - begin))
-    };
-    runs.iter().filter_map(cut).collect()
 }
 
 impl Piece {

@@ -67,13 +67,17 @@ impl Layout {
 
     /// What of these runs `(offset, length)` of the buffer lies in this rank's shard, counted from its start.
     pub fn owned_runs(&self, runs: &[(i64, i64)]) -> Vec<(i64, i64)> {
-        let owned = self.owned();
-        let within = |&(offset, length): &(i64, i64)| {
-            let (start, end) = (offset.max(owned.start), (offset + length).min(owned.end));
-            (start < end).then_some((start - owned.start, end - start))
-        };
-        runs.iter().filter_map(within).collect()
+        runs_within(runs, &self.owned())
     }
+}
+
+/// What of these runs `(offset, length)` lies in a range, counted from its start.
+pub fn runs_within(runs: &[(i64, i64)], range: &Range<i64>) -> Vec<(i64, i64)> {
+    let within = |&(offset, length): &(i64, i64)| {
+        let (start, end) = (offset.max(range.start), (offset + length).min(range.end));
+        (start < end).then_some((start - range.start, end - start))
+    };
+    runs.iter().filter_map(within).collect()
 }
 
 #[cfg(test)]

@@ -40,7 +40,7 @@ impl<'c> Replica<'c> {
         self.stages.iter().map(|stage| stage.params().numel()).sum()
     }
 
-    /// A stage's parameters `[P]` f32 on the CPU.
+    /// A stage's parameters `[P]` f32.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it.

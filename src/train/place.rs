@@ -2,6 +2,7 @@
 
 use tch::{Cuda, Device};
 
+use super::agreement::agreed;
 use crate::collective::{Collective, Limits, Nccl, local_rank, open_cuda_library};
 use crate::config::RunConfig;
 use crate::error::{Error, Result};
@@ -45,12 +46,19 @@ impl Place {
 ///
 /// # Errors
 /// As [`Place::take`].
+///
+/// # Ordering
+/// Every rank of `world` calls it.
 pub fn device(choice: DeviceChoice, world: &dyn Collective) -> Result<Device> {
-    if choice == DeviceChoice::Cpu {
-        return Ok(Device::Cpu);
+    match choice {
+        DeviceChoice::Cpu => Ok(Device::Cpu),
+        DeviceChoice::Cuda => agreed(gpu(local_rank(world)?), world),
     }
+}
+
+fn gpu(number: usize) -> Result<Device> {
     open_cuda_library()?;
-    let (number, count) = (local_rank(world)?, Cuda::device_count());
+    let count = Cuda::device_count();
     if number as i64 >= count {
         let host = gethostname::gethostname().to_string_lossy().into_owned();
         return Err(Error::environment(format!("rank {number} of host {host} needs a GPU of its own, and libtorch finds {count}")));

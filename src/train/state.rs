@@ -23,7 +23,7 @@ impl OptimizerState {
         OptimizerState { stages: replica.buckets.iter().map(of_bucket).collect() }
     }
 
-    /// A stage's tensor of the optimizer's name number `name`, whole: `[P]` f32 on the CPU.
+    /// A stage's tensor of the optimizer's name number `name`, whole: `[P]` f32.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it.

@@ -183,7 +183,9 @@ impl Stepper<'_> {
     ) -> Result<()> {
         let coefficient = clip::coefficient(grad_norm, self.config.train.max_grad_norm);
         for (index, pieces) in gradients.iter().enumerate().filter(|(_, pieces)| !pieces.is_empty()) {
-            no_grad(|| pieces.iter().for_each(|piece| drop(piece.shallow_clone().g_mul_scalar_(coefficient))));
+            if coefficient < 1.0 {
+                no_grad(|| pieces.iter().for_each(|piece| drop(piece.shallow_clone().g_mul_scalar_(coefficient))));
+            }
             state.update(index, &mut replica.buckets[index], pieces, &*self.config.optimizer, self.lr, step);
         }
         replica.publish()
