@@ -3,6 +3,7 @@
 use crate::adapter::AdapterChoice;
 use crate::data::DataSettings;
 use crate::error::{ConfigProblem, Error, Result};
+use crate::fault::DebugSettings;
 use crate::flow::{FlowMatchingSettings, SamplingSettings};
 use crate::model::{Model, ModelSettings};
 use crate::optim::OptimizerChoice;
@@ -97,6 +98,7 @@ pub struct RunConfig {
     pub checkpoint: CheckpointSettings,
     pub sampling: SamplingSettings,
     pub log: LogSettings,
+    pub debug: DebugSettings,
 }
 
 impl Default for RunConfig {
@@ -115,6 +117,7 @@ impl Default for RunConfig {
             checkpoint: CheckpointSettings::default(),
             sampling: SamplingSettings::default(),
             log: LogSettings::default(),
+            debug: DebugSettings::default(),
         }
     }
 }
@@ -134,6 +137,7 @@ impl Settings for RunConfig {
         keys.table("checkpoint", &mut self.checkpoint, "What survives a crash.");
         keys.table("sampling", &mut self.sampling, "Generated samples: `fm-dist sample`, and the report at the end of a run.");
         keys.table("log", &mut self.log, "What is said meanwhile.");
+        keys.table("debug", &mut self.debug, "For those who test fm-dist itself.");
     }
 }
 

@@ -16,7 +16,7 @@
 //! | 2, science | [`adapter`] above [`flow`] · [`model`] · [`optim`] |
 //! | 2, machinery | [`parallel`] |
 //! | 1 | [`collective`] · [`data`] · [`nn`] · [`telemetry`] |
-//! | 0 | [`error`] · `registry` · [`rng`] · [`settings`] · [`tensor`] |
+//! | 0 | [`error`] · [`failure`] · [`fault`] · [`pulse`] · `registry` · [`rng`] · [`settings`] · [`tensor`] |
 //!
 //! # Letters in shapes
 //! `B` batch · `C` latent channels · `F` frames · `H`, `W` latent height and width · `L` tokens · `D` model width ·
@@ -35,11 +35,14 @@ pub mod config;
 pub mod data;
 pub mod doctor;
 pub mod error;
+pub mod failure;
+pub mod fault;
 pub mod flow;
 pub mod model;
 pub mod nn;
 pub mod optim;
 pub mod parallel;
+pub mod pulse;
 mod registry;
 pub mod rng;
 pub mod settings;

@@ -1,12 +1,12 @@
 //! Arguments to a command, its outcome to an exit code. Whatever ends one rank ends the world.
 
-use std::io::Write;
 use std::panic::PanicHookInfo;
 
 use clap::Parser;
 use fm_dist::cli::Cli;
 use fm_dist::collective;
-use fm_dist::error::{BUG, Error, one_line};
+use fm_dist::error::{BUG, Error};
+use fm_dist::failure;
 
 fn main() {
     std::panic::set_hook(Box::new(|panic| end(BUG, "BUG", &told(panic))));
@@ -26,12 +26,8 @@ fn told(panic: &PanicHookInfo<'_>) -> String {
     format!("panicked at {place}: {first_line}")
 }
 
-/// Says why in one line, then ends this process and every other rank.
+/// Says why, then ends this process and every other rank.
 fn end(code: i32, name: &str, what: &str) -> ! {
-    let what = one_line(what);
-    let full_stop = if what.ends_with(['.', '?']) { "" } else { "." };
-    let line = format!("fm-dist: error {name} {}: {what}{full_stop} exit {code}\n", collective::whereabouts());
-    // One write, so that a launcher that joins the ranks' outputs cannot tear the line; a closed pipe changes nothing.
-    let _ = std::io::stderr().write_all(line.as_bytes());
+    failure::tell(code, name, what);
     collective::abort(code)
 }

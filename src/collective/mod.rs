@@ -11,12 +11,12 @@ mod solo;
 mod texts;
 mod threads;
 
-use std::sync::OnceLock;
 use std::time::Duration;
 
 use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
+use crate::pulse;
 pub use meter::{Meter, Spent};
 pub use mpi::{Mpi, library_version as mpi_library_version};
 pub use nccl::{Limits, Nccl, library_version as nccl_library_version, open_cuda_library};
@@ -150,7 +150,7 @@ fn is_slurm_task(variable: impl Fn(&str) -> Option<String>) -> bool {
 pub fn connect() -> Result<Box<dyn Collective>> {
     let Placement::Launched { size } = placement()? else { return Ok(Box::new(Solo)) };
     let mpi = Mpi::connect()?;
-    PLACE.get_or_init(|| (mpi.rank(), mpi.world_size()));
+    pulse::take_place(mpi.rank(), mpi.world_size());
     match size {
         // Each would train alone and all would write to one run folder.
         Some(tasks) if tasks > 1 && mpi.world_size() == 1 => {
@@ -158,15 +158,6 @@ pub fn connect() -> Result<Box<dyn Collective>> {
         }
         _ => Ok(Box::new(mpi)),
     }
-}
-
-/// Rank and world size of this process, for messages from wherever one must come.
-static PLACE: OnceLock<(usize, usize)> = OnceLock::new();
-
-/// This process for a message: `rank 3/8 host n12`.
-pub fn whereabouts() -> String {
-    let (rank, world_size) = PLACE.get().unwrap_or(&(0, 1));
-    format!("rank {rank}/{world_size} host {}", gethostname::gethostname().to_string_lossy())
 }
 
 /// Leaves the world in good order: returns once every rank is here. Nothing may be under way.

@@ -119,6 +119,16 @@ impl Keys<'_> {
         });
     }
 
+    /// As [`Keys::parsed`]; may be left out.
+    pub fn optional_parsed<T: FromStr<Err = String> + Display>(&mut self, name: &str, field: &mut Option<T>, doc: &str) {
+        let shown = field.as_ref().map(|value| write::quoted(&value.to_string()));
+        self.leaf(name, doc, shown, |leaf| {
+            let Leaf::Text(found) = leaf else { return Err(leaf.not_a("a text in quotes")) };
+            *field = Some(found.parse()?);
+            Ok(())
+        });
+    }
+
     /// One word of a [`Choice`].
     pub fn choice<T: Choice>(&mut self, name: &str, field: &mut T, doc: &str) {
         let words: Vec<&str> = T::ALL.iter().map(|(word, _)| *word).collect();

@@ -1,0 +1,269 @@
+//! Faults made on purpose: one rank, one moment, one way to break. How a run meets each of them is what `tests/faults.rs` shows.
+//!
+//! A fault is ordered by `[debug] inject_fault`, and says so on standard error when it strikes, so that a test knows that it
+//! did. Without an order a check is one load of a pointer.
+
+use std::fmt;
+use std::io::{self, Write};
+use std::str::FromStr;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use rustix::process::{Signal, getpid, kill_process};
+
+use crate::error::{Error, Result};
+use crate::pulse::{self, Phase};
+use crate::settings::{Keys, Settings};
+
+/// `[debug]`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct DebugSettings {
+    pub inject_fault: Option<Fault>,
+}
+
+impl Settings for DebugSettings {
+    fn visit(&mut self, keys: &mut Keys<'_>) {
+        let doc = "A fault made on purpose, for tests: \"kind@rank:step:phase[:argument]\".";
+        keys.optional_parsed("inject_fault", &mut self.inject_fault, doc);
+    }
+}
+
+/// A way to break.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// SIGKILL.
+    Kill,
+    /// SIGSEGV.
+    Segv,
+    /// SIGABRT.
+    Abort,
+    /// SIGSTOP.
+    Stop,
+    /// Ends the process with the argument as its code, 3 without one.
+    Exit,
+    Panic,
+    /// Computes for ever.
+    Spin,
+    /// Waits for the argument's seconds.
+    Sleep,
+    /// An error is returned.
+    Error,
+    /// SIGUSR1, SIGTERM and SIGINT to this process, as a person or Slurm sends them.
+    Usr1,
+    Term,
+    Int,
+    /// The rank's loss becomes NaN.
+    NanLoss,
+    /// The rank's loss is multiplied by the argument, 50 without one.
+    Spike,
+    /// One element of a gradient becomes NaN: in the stage whose number is the argument, 0 without one.
+    NanGrad,
+    /// One parameter changes by its lowest bit: in the stage whose number is the argument, 0 without one.
+    BitFlip,
+    /// The rank issues a collective that the others do not.
+    ExtraCollective,
+    /// The rank says that it is another build.
+    OtherBuild,
+    /// The disk is full, fails, is over quota, cannot be written, may not be written.
+    Enospc,
+    Eio,
+    Edquot,
+    Erofs,
+    Eacces,
+}
+
+const WORDS: &[(&str, Kind)] = &[
+    ("kill", Kind::Kill),
+    ("segv", Kind::Segv),
+    ("abort", Kind::Abort),
+    ("stop", Kind::Stop),
+    ("exit", Kind::Exit),
+    ("panic", Kind::Panic),
+    ("spin", Kind::Spin),
+    ("sleep", Kind::Sleep),
+    ("error", Kind::Error),
+    ("usr1", Kind::Usr1),
+    ("term", Kind::Term),
+    ("int", Kind::Int),
+    ("nan_loss", Kind::NanLoss),
+    ("spike", Kind::Spike),
+    ("nan_grad", Kind::NanGrad),
+    ("bit_flip", Kind::BitFlip),
+    ("extra_collective", Kind::ExtraCollective),
+    ("other_build", Kind::OtherBuild),
+    ("enospc", Kind::Enospc),
+    ("eio", Kind::Eio),
+    ("edquot", Kind::Edquot),
+    ("erofs", Kind::Erofs),
+    ("eacces", Kind::Eacces),
+];
+
+/// An order: which rank breaks, when and how.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Fault {
+    kind: Kind,
+    rank: usize,
+    /// First and last step; 0 is before the first.
+    steps: (u64, u64),
+    phase: Phase,
+    argument: Option<f64>,
+}
+
+impl FromStr for Fault {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let unreadable = || format!("expected kind@rank:step:phase[:argument], found {text:?}");
+        let (kind, moment) = text.split_once('@').ok_or_else(unreadable)?;
+        let words = || WORDS.iter().map(|(word, _)| *word).collect::<Vec<_>>().join(", ");
+        let known = WORDS.iter().find(|(word, _)| *word == kind);
+        let (_, kind) = known.ok_or_else(|| format!("no fault {kind:?}; one of: {}", words()))?;
+        let parts: Vec<&str> = moment.split(':').collect();
+        let (&[rank, steps, phase], argument) = parts.split_first_chunk().ok_or_else(unreadable)?;
+        let argument = match argument {
+            [] => None,
+            [number] => Some(number.parse().map_err(|_| unreadable())?),
+            _ => return Err(unreadable()),
+        };
+        Ok(Fault {
+            kind: *kind,
+            rank: rank.parse().map_err(|_| unreadable())?,
+            steps: steps_of(steps).ok_or_else(unreadable)?,
+            phase: Phase::named(phase)
+                .ok_or_else(|| format!("no phase {phase:?}; one of: {}", Phase::words().collect::<Vec<_>>().join(", ")))?,
+            argument,
+        })
+    }
+}
+
+/// `7`, `3-9` or `every`.
+fn steps_of(text: &str) -> Option<(u64, u64)> {
+    if text == "every" {
+        return Some((0, u64::MAX));
+    }
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    Some((first.parse().ok()?, last.parse().ok()?))
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let word = WORDS.iter().find(|(_, kind)| *kind == self.kind).expect("every kind has a word").0;
+        write!(f, "{word}@{}:", self.rank)?;
+        match self.steps {
+            (0, u64::MAX) => f.write_str("every")?,
+            (first, last) if first == last => write!(f, "{first}")?,
+            (first, last) => write!(f, "{first}-{last}")?,
+        }
+        write!(f, ":{}", self.phase.word())?;
+        self.argument.map_or(Ok(()), |argument| write!(f, ":{argument}"))
+    }
+}
+
+static ORDER: OnceLock<Fault> = OnceLock::new();
+
+/// Arms an order for this process; the first one stands.
+pub fn arm(order: Fault) {
+    ORDER.get_or_init(|| order);
+}
+
+/// Whether a fault was ordered for some moment of this process.
+pub fn ordered() -> Option<&'static Fault> {
+    ORDER.get()
+}
+
+/// The order, if this rank, step and phase are its moment; says so.
+fn due(phase: Phase, kinds: &[Kind]) -> Option<&'static Fault> {
+    let order = ORDER.get()?;
+    let step = pulse::now().step;
+    let now = order.phase == phase && order.rank == pulse::place().0 && (order.steps.0..=order.steps.1).contains(&step);
+    let struck = now && kinds.contains(&order.kind);
+    if struck {
+        // Whoever closed the pipe needs no proof.
+        let _ = io::stderr().write_all(format!("fm-dist: fault {order} strikes at step {step}\n").as_bytes());
+    }
+    struck.then_some(order)
+}
+
+/// Breaks this process if that was ordered for now.
+pub(crate) fn strike(phase: Phase) {
+    use Kind::*;
+    let Some(order) = due(phase, &[Kill, Segv, Abort, Stop, Exit, Panic, Spin, Sleep, Usr1, Term, Int]) else { return };
+    match order.kind {
+        Kill => signal(Signal::KILL),
+        // The first one only takes off the handler that watches for stack overflows.
+        Segv => (0..2).for_each(|_| signal(Signal::SEGV)),
+        Abort => signal(Signal::ABORT),
+        Stop => signal(Signal::STOP),
+        Usr1 => signal(Signal::USR1),
+        Term => signal(Signal::TERM),
+        Int => signal(Signal::INT),
+        Exit => std::process::exit(order.argument.unwrap_or(3.0) as i32),
+        Panic => panic!("a fault was ordered"),
+        Sleep => std::thread::sleep(Duration::from_secs_f64(order.argument.unwrap_or(1.0))),
+        _ => loop {
+            std::hint::spin_loop();
+        },
+    }
+}
+
+fn signal(signal: Signal) {
+    kill_process(getpid(), signal).expect("a process may signal itself");
+}
+
+/// What the operating system would say, if it was ordered to fail now.
+pub fn io(phase: Phase) -> io::Result<()> {
+    use rustix::io::Errno;
+    let kinds = [
+        (Kind::Enospc, Errno::NOSPC),
+        (Kind::Eio, Errno::IO),
+        (Kind::Edquot, Errno::DQUOT),
+        (Kind::Erofs, Errno::ROFS),
+        (Kind::Eacces, Errno::ACCESS),
+    ];
+    let Some(order) = due(phase, &kinds.map(|(kind, _)| kind)) else { return Ok(()) };
+    let (_, errno) = kinds.iter().find(|(kind, _)| *kind == order.kind).expect("it is one of these");
+    Err((*errno).into())
+}
+
+/// # Errors
+/// [`Error::Environment`] if an error was ordered for now.
+pub fn error(phase: Phase) -> Result<()> {
+    match due(phase, &[Kind::Error]) {
+        Some(order) => Err(Error::environment(format!("fault {order} was ordered"))),
+        None => Ok(()),
+    }
+}
+
+/// The argument of an order of this kind, if it is for now; `otherwise` where it has none.
+pub fn argument(kind: Kind, phase: Phase, otherwise: f64) -> Option<f64> {
+    due(phase, &[kind]).map(|order| order.argument.unwrap_or(otherwise))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_order_reads_as_it_is_written() {
+        for text in ["kill@1:5:backward", "sleep@0:every:data:0.3", "nan_loss@2:3-9:forward", "exit@1:0:bootstrap:7"] {
+            assert_eq!(text.parse::<Fault>().map(|fault| fault.to_string()), Ok(text.to_string()));
+        }
+    }
+
+    #[test]
+    fn an_order_that_is_none_is_refused_with_the_words_that_are_known() {
+        assert!("kil@1:5:backward".parse::<Fault>().unwrap_err().contains("one of: kill, segv"));
+        assert!("kill@1:5:lunch".parse::<Fault>().unwrap_err().contains("one of: launch, connect"));
+        for text in ["kill", "kill@1", "kill@1:5", "kill@x:5:data", "kill@1:x:data", "sleep@1:5:data:x", "sleep@1:5:data:1:2"] {
+            assert!(text.parse::<Fault>().unwrap_err().starts_with("expected kind@rank:step:phase"), "{text}");
+        }
+    }
+
+    #[test]
+    fn without_an_order_nothing_breaks() {
+        assert!(ordered().is_none());
+        strike(Phase::Forward);
+        assert!(io(Phase::Write).is_ok() && error(Phase::Forward).is_ok());
+        assert_eq!(argument(Kind::NanLoss, Phase::Forward, 1.0), None);
+    }
+}

@@ -1,0 +1,199 @@
+//! Where this process stands: its rank, the step, the phase, how many collectives the step has begun.
+//!
+//! Whoever does the work writes it down here, outside of any collective; whoever must say where the work stopped reads it:
+//! messages, failure files, the watchdog. One process is one rank, so it is kept once for the process: in a world of
+//! threads, which is for tests, it is that of whichever thread wrote last.
+
+use std::fmt;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use crate::fault;
+
+/// What a rank does, in the order of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Phase {
+    Launch,
+    /// Joining the launcher's world.
+    Connect,
+    /// Agreeing on one configuration, one program and one watchdog.
+    Bootstrap,
+    /// Opening the data, building the model, loading a checkpoint.
+    Open,
+    /// Waiting for a batch.
+    Data,
+    Forward,
+    Backward,
+    /// Waiting for the other ranks' gradients and statistics.
+    Reduce,
+    Optimizer,
+    /// Repeating a step's forward and backward to find what was not finite.
+    Diagnose,
+    /// Comparing parameters among ranks.
+    Compare,
+    /// Copying what a checkpoint holds.
+    Snapshot,
+    /// Writing the copy, beside the steps.
+    Write,
+    /// Bringing what was written to the disk.
+    Sync,
+    /// Making a checkpoint real.
+    Commit,
+    /// Deleting old checkpoints.
+    Prune,
+    /// Waiting for a checkpoint that is still being written.
+    Save,
+    /// Generating samples and drawing the report at the end.
+    Report,
+    Finalize,
+}
+
+impl Phase {
+    const ALL: &'static [(&'static str, Phase)] = &[
+        ("launch", Phase::Launch),
+        ("connect", Phase::Connect),
+        ("bootstrap", Phase::Bootstrap),
+        ("open", Phase::Open),
+        ("data", Phase::Data),
+        ("forward", Phase::Forward),
+        ("backward", Phase::Backward),
+        ("reduce", Phase::Reduce),
+        ("optimizer", Phase::Optimizer),
+        ("diagnose", Phase::Diagnose),
+        ("compare", Phase::Compare),
+        ("snapshot", Phase::Snapshot),
+        ("write", Phase::Write),
+        ("sync", Phase::Sync),
+        ("commit", Phase::Commit),
+        ("prune", Phase::Prune),
+        ("save", Phase::Save),
+        ("report", Phase::Report),
+        ("finalize", Phase::Finalize),
+    ];
+
+    pub fn word(self) -> &'static str {
+        Self::ALL[self as usize].0
+    }
+
+    pub fn named(word: &str) -> Option<Self> {
+        Self::ALL.iter().find(|(name, _)| *name == word).map(|(_, phase)| *phase)
+    }
+
+    /// Every word, for a message.
+    pub fn words() -> impl Iterator<Item = &'static str> {
+        Self::ALL.iter().map(|(word, _)| *word)
+    }
+}
+
+/// A moment of a run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pulse {
+    /// The step under way, counted from 1; 0 before the first.
+    pub step: u64,
+    pub phase: Phase,
+    /// Collectives that the step has begun.
+    pub collectives: u64,
+    /// Time since any of these last changed.
+    pub age: Duration,
+}
+
+impl fmt::Display for Pulse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "step {} phase {}", self.step, self.phase.word())?;
+        if self.collectives > 0 { write!(f, "#{}", self.collectives) } else { Ok(()) }
+    }
+}
+
+static RANK: AtomicUsize = AtomicUsize::new(0);
+static WORLD_SIZE: AtomicUsize = AtomicUsize::new(1);
+static STEP: AtomicU64 = AtomicU64::new(0);
+static PHASE: AtomicU8 = AtomicU8::new(Phase::Launch as u8);
+static COLLECTIVES: AtomicU64 = AtomicU64::new(0);
+/// Milliseconds from the first call of [`began`] to the last change.
+static MOVED: AtomicU64 = AtomicU64::new(0);
+
+/// When this process began to keep its pulse.
+fn began() -> Instant {
+    static BEGAN: OnceLock<Instant> = OnceLock::new();
+    *BEGAN.get_or_init(Instant::now)
+}
+
+fn moved() {
+    MOVED.store(began().elapsed().as_millis() as u64, Relaxed);
+}
+
+/// This process is `rank` of `world_size`.
+pub fn take_place(rank: usize, world_size: usize) {
+    RANK.store(rank, Relaxed);
+    WORLD_SIZE.store(world_size, Relaxed);
+}
+
+/// Rank and number of ranks; 0 of 1 until that is known.
+pub fn place() -> (usize, usize) {
+    (RANK.load(Relaxed), WORLD_SIZE.load(Relaxed))
+}
+
+/// Begins step `step`, counted from 1.
+pub fn begin_step(step: u64) {
+    STEP.store(step, Relaxed);
+    COLLECTIVES.store(0, Relaxed);
+    moved();
+}
+
+/// Begins a phase of the run's own thread. A fault that was ordered for this moment strikes here.
+pub fn enter(phase: Phase) {
+    PHASE.store(phase as u8, Relaxed);
+    moved();
+    fault::strike(phase);
+}
+
+/// Begins a collective.
+pub fn begin_collective() {
+    COLLECTIVES.fetch_add(1, Relaxed);
+    moved();
+}
+
+/// Where this process stands now.
+pub fn now() -> Pulse {
+    let moved = Duration::from_millis(MOVED.load(Relaxed));
+    Pulse {
+        step: STEP.load(Relaxed),
+        phase: Phase::ALL[PHASE.load(Relaxed) as usize].1,
+        collectives: COLLECTIVES.load(Relaxed),
+        age: began().elapsed().saturating_sub(moved),
+    }
+}
+
+/// Name of this machine.
+pub fn host() -> String {
+    gethostname::gethostname().to_string_lossy().into_owned()
+}
+
+/// This process for a message: `rank 3/8 host n12 step 1207 phase reduce#7`; without the step before the first.
+pub fn whereabouts() -> String {
+    let ((rank, world_size), host, now) = (place(), host(), now());
+    let step = if now.step > 0 { format!(" {now}") } else { String::new() };
+    format!("rank {rank}/{world_size} host {host}{step}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_phase_has_its_word() {
+        for (index, (word, phase)) in Phase::ALL.iter().enumerate() {
+            assert_eq!((*phase as usize, phase.word(), Phase::named(word)), (index, *word, Some(*phase)));
+        }
+        assert_eq!(Phase::named("lunch"), None);
+    }
+
+    #[test]
+    fn a_moment_reads_as_in_messages() {
+        let pulse = Pulse { step: 12, phase: Phase::Reduce, collectives: 7, age: Duration::ZERO };
+        assert_eq!(pulse.to_string(), "step 12 phase reduce#7");
+        assert_eq!(Pulse { collectives: 0, ..pulse }.to_string(), "step 12 phase reduce");
+    }
+}
