@@ -1,6 +1,7 @@
 //! Typed text to a command, and what each command calls.
 
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
@@ -9,10 +10,13 @@ use crate::collective;
 use crate::config::{self, RunConfig};
 use crate::data::Dataset;
 use crate::doctor;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, STOPPED};
+use crate::fault;
 use crate::model::Dtype;
+use crate::pulse::{self, Phase};
 use crate::settings::Choice;
-use crate::train::{self, CheckRequest, ExportRequest, Resume, SampleRequest, StepRequest, TrainOptions};
+use crate::train::{self, CheckRequest, Ending, ExportRequest, Resume, SampleRequest, StepRequest, StopFlag, TrainOptions};
+use crate::watchdog::Watchdog;
 
 /// Trains diffusion transformers by flow matching, one process a GPU.
 ///
@@ -65,6 +69,9 @@ struct TrainArgs {
     /// One process, detailed logs each step, every stage searched for non-finite values
     #[arg(long)]
     debug: bool,
+    /// Save and stop after this time, e.g. 55m, with exit code 10; `--resume latest` goes on
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    stop_after: Option<Duration>,
 }
 
 #[derive(Args, Debug)]
@@ -197,7 +204,7 @@ impl Cli {
     /// Does what was typed. Returns the exit code of a command that has something to say by it.
     pub fn run(self) -> Result<i32> {
         match self.command.unwrap_or(Command::Train(self.train)) {
-            Command::Train(args) => run_training(&args).map(|()| 0),
+            Command::Train(args) => run_training(&args),
             Command::Sample(args) => train::sample(&args.into_request()).map(|()| 0),
             Command::Export(ExportArgs { run, out, max_shard_size, dtype }) => {
                 train::export(&ExportRequest { run, out, max_shard_bytes: max_shard_size.as_u64(), dtype }).map(|()| 0)
@@ -242,10 +249,19 @@ impl SampleArgs {
     }
 }
 
-fn run_training(args: &TrainArgs) -> Result<()> {
+fn run_training(args: &TrainArgs) -> Result<i32> {
+    let stop_at = args.stop_after.map(|time| Instant::now() + time);
+    let stop = StopFlag::on_signals()?;
+    // Read by every rank: what guards the start must hold before the ranks can talk to one another.
+    let config = args.config.read();
+    let known = config.as_ref().ok();
+    known.and_then(|config| config.debug.inject_fault.clone()).into_iter().for_each(fault::arm);
+    let watchdog = Watchdog::start(known.map(|config| config.watchdog.clone()).unwrap_or_default())?;
+    pulse::enter(Phase::Connect);
     let world = collective::connect()?;
-    let options = TrainOptions { resume: args.resume.clone(), debug: args.debug };
-    let config = match train::share_config(|| args.config.read(), &options, world.as_ref()) {
+    let warning = train::begin(&watchdog, world.as_ref())?;
+    let options = TrainOptions { resume: args.resume.clone(), debug: args.debug, stop, stop_at, warning };
+    let config = match train::share_config(config, &options, world.as_ref()) {
         Ok(config) => config,
         Err(error) => {
             // Every rank knows of it, so that all can leave in good order.
@@ -253,8 +269,11 @@ fn run_training(args: &TrainArgs) -> Result<()> {
             return Err(error);
         }
     };
-    train::train(&config, &options, world.as_ref())?;
-    collective::finish(world)
+    watchdog.follow(config.watchdog.clone());
+    let (_, ending) = train::train(&config, &options, world.as_ref())?;
+    pulse::enter(Phase::Finalize);
+    collective::finish(world)?;
+    Ok(if ending == Ending::Stopped { STOPPED } else { 0 })
 }
 
 /// Writes to standard output; a reader that has gone away is no error.

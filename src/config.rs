@@ -9,8 +9,9 @@ use crate::model::{Model, ModelSettings};
 use crate::optim::OptimizerChoice;
 use crate::optim::lr::LrScheduleChoice;
 use crate::parallel::ParallelSettings;
-use crate::settings::{self, Family, Keys, Settings};
+use crate::settings::{self, Choice, Family, Keys, Settings};
 use crate::telemetry::LogSettings;
+use crate::watchdog::WatchdogSettings;
 
 /// The configuration that runs when none is named, embedded in the binary.
 pub const DEFAULT: &str = include_str!("../configs/digits.toml");
@@ -39,11 +40,51 @@ pub struct TrainSettings {
     pub gradient_accumulation_steps: Option<usize>,
     pub max_grad_norm: f64,
     pub check_loss: bool,
+    pub on_non_finite: OnNonFinite,
+    pub on_loss_spike: OnLossSpike,
+    pub loss_spike_height: f64,
+    pub skip_budget: u64,
+}
+
+/// What becomes of a step that has a loss or gradient which is no finite number, or a loss above the bound.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnNonFinite {
+    #[default]
+    Stop,
+    Skip,
+}
+
+impl Choice for OnNonFinite {
+    const ALL: &'static [(&'static str, Self)] = &[("stop", OnNonFinite::Stop), ("skip", OnNonFinite::Skip)];
+}
+
+/// What becomes of a step whose loss stands out from those before it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnLossSpike {
+    Ignore,
+    #[default]
+    Warn,
+    Skip,
+    Stop,
+}
+
+impl Choice for OnLossSpike {
+    const ALL: &'static [(&'static str, Self)] =
+        &[("ignore", OnLossSpike::Ignore), ("warn", OnLossSpike::Warn), ("skip", OnLossSpike::Skip), ("stop", OnLossSpike::Stop)];
 }
 
 impl Default for TrainSettings {
     fn default() -> Self {
-        TrainSettings { global_batch_size: None, gradient_accumulation_steps: None, max_grad_norm: 1.0, check_loss: true }
+        TrainSettings {
+            global_batch_size: None,
+            gradient_accumulation_steps: None,
+            max_grad_norm: 1.0,
+            check_loss: true,
+            on_non_finite: OnNonFinite::default(),
+            on_loss_spike: OnLossSpike::default(),
+            loss_spike_height: 10.0,
+            skip_budget: 5,
+        }
     }
 }
 
@@ -58,7 +99,12 @@ impl Settings for TrainSettings {
         );
         keys.optional_integer("gradient_accumulation_steps", &mut self.gradient_accumulation_steps, 1.., accumulation);
         keys.number("max_grad_norm", &mut self.max_grad_norm, f64::MIN_POSITIVE.., "Gradients are scaled down to this global norm.");
-        keys.flag("check_loss", &mut self.check_loss, "Stop before the update when any rank's loss is not a number or above 100.");
+        keys.flag("check_loss", &mut self.check_loss, "Refuse the update when any rank's loss is not a number or above 100.");
+        keys.choice("on_non_finite", &mut self.on_non_finite, "When a loss is refused, or the gradient is not finite on all ranks.");
+        keys.choice("on_loss_spike", &mut self.on_loss_spike, "When the loss stands out from those of the last 128 steps.");
+        let height = "Robust standard deviations (from median and median absolute deviation) above which a loss stands out.";
+        keys.number("loss_spike_height", &mut self.loss_spike_height, 1.0.., height);
+        keys.integer("skip_budget", &mut self.skip_budget, 0.., "Skipped steps among the last 100 that a run bears; one more stops it.");
     }
 }
 
@@ -96,6 +142,7 @@ pub struct RunConfig {
     pub lr_scheduler: LrScheduleChoice,
     pub parallel: ParallelSettings,
     pub checkpoint: CheckpointSettings,
+    pub watchdog: WatchdogSettings,
     pub sampling: SamplingSettings,
     pub log: LogSettings,
     pub debug: DebugSettings,
@@ -115,6 +162,7 @@ impl Default for RunConfig {
             lr_scheduler: LrScheduleChoice::default(),
             parallel: ParallelSettings::default(),
             checkpoint: CheckpointSettings::default(),
+            watchdog: WatchdogSettings::default(),
             sampling: SamplingSettings::default(),
             log: LogSettings::default(),
             debug: DebugSettings::default(),
@@ -135,6 +183,7 @@ impl Settings for RunConfig {
         keys.family("lr_scheduler", &mut self.lr_scheduler, "Learning rate over the run, as a share of the optimizer's lr.");
         keys.table("parallel", &mut self.parallel, "How ranks share the work.");
         keys.table("checkpoint", &mut self.checkpoint, "What survives a crash.");
+        keys.table("watchdog", &mut self.watchdog, "What is done about ranks that stand still, fall behind or drift apart.");
         keys.table("sampling", &mut self.sampling, "Generated samples: `fm-dist sample`, and the report at the end of a run.");
         keys.table("log", &mut self.log, "What is said meanwhile.");
         keys.table("debug", &mut self.debug, "For those who test fm-dist itself.");

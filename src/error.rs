@@ -10,6 +10,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Exit code of a panic: an invariant of the program is broken.
 pub const BUG: i32 = 70;
+/// Exit code of a run that was asked to stop and has saved.
+pub const STOPPED: i32 = 10;
 /// Exit code of a command line that does not parse (clap's own).
 pub const USAGE: i32 = 2;
 

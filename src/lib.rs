@@ -14,7 +14,7 @@
 //! | 4 | [`train`]: the loop · [`doctor`]: what this machine has |
 //! | 3 | [`config`]: one field a room |
 //! | 2, science | [`adapter`] above [`flow`] · [`model`] · [`optim`] |
-//! | 2, machinery | [`parallel`] |
+//! | 2, machinery | [`parallel`] · [`watchdog`] |
 //! | 1 | [`collective`] · [`data`] · [`nn`] · [`telemetry`] |
 //! | 0 | [`error`] · [`failure`] · [`fault`] · [`pulse`] · `registry` · [`rng`] · [`settings`] · [`tensor`] |
 //!
@@ -49,3 +49,4 @@ pub mod settings;
 pub mod telemetry;
 pub mod tensor;
 pub mod train;
+pub mod watchdog;

@@ -5,8 +5,9 @@
 //! threads, which is for tests, it is that of whichever thread wrote last.
 
 use std::fmt;
-use std::sync::OnceLock;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::fault;
@@ -81,6 +82,11 @@ impl Phase {
         Self::ALL.iter().find(|(name, _)| *name == word).map(|(_, phase)| *phase)
     }
 
+    /// The phase of that number, as in `phase as u8`.
+    pub fn numbered(number: u8) -> Option<Self> {
+        Self::ALL.get(usize::from(number)).map(|(_, phase)| *phase)
+    }
+
     /// Every word, for a message.
     pub fn words() -> impl Iterator<Item = &'static str> {
         Self::ALL.iter().map(|(word, _)| *word)
@@ -153,6 +159,23 @@ pub fn enter(phase: Phase) {
 pub fn begin_collective() {
     COLLECTIVES.fetch_add(1, Relaxed);
     moved();
+}
+
+/// A long phase goes on: says that it has not stopped.
+pub fn still_at_work() {
+    moved();
+}
+
+static READING: Mutex<Option<PathBuf>> = Mutex::new(None);
+
+/// Data are read from this file, on whatever thread.
+pub fn read_from(path: &Path) {
+    *READING.lock().unwrap_or_else(PoisonError::into_inner) = Some(path.into());
+}
+
+/// The file that was read from last.
+pub fn reading() -> Option<String> {
+    READING.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|path| path.display().to_string())
 }
 
 /// Where this process stands now.

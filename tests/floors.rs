@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 const FLOORS: &[&[&str]] = &[
     &["error", "failure", "fault", "pulse", "registry", "rng", "settings", "tensor"],
     &["collective", "data", "nn", "telemetry"],
-    &["flow", "model", "optim", "parallel"],
+    &["flow", "model", "optim", "parallel", "watchdog"],
     &["adapter"],
     &["config"],
     &["train", "doctor"],

@@ -24,12 +24,17 @@ pub struct LossValues {
     pub loss_mask: Option<Tensor>,
 }
 
+/// Whether a loss is a number, and not above the reference's bound.
+pub fn is_sound(loss: f64) -> bool {
+    loss <= EXPLODED
+}
+
 /// Refuses a mean loss that is not a number or above the reference's bound.
 ///
 /// # Errors
 /// [`Error::NotFinite`] naming the step and the loss.
 pub fn check_loss(loss: f64, step: u64) -> Result<()> {
-    if loss.is_nan() || loss > EXPLODED {
+    if !is_sound(loss) {
         return Err(Error::NotFinite { step, what: format!("loss exploded: {loss} (the bound is {EXPLODED})") });
     }
     Ok(())

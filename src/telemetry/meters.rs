@@ -29,6 +29,11 @@ impl Stopwatch {
         }
     }
 
+    /// Seconds of one phase so far.
+    pub fn seconds(&self, phase: &str) -> f64 {
+        self.phases.iter().find(|(name, _)| *name == phase).map_or(0.0, |(_, seconds)| *seconds)
+    }
+
     /// Seconds of each phase since the last call; counting goes on from zero.
     pub fn take(&mut self) -> Vec<(&'static str, f64)> {
         std::mem::take(&mut self.phases)

@@ -4,23 +4,32 @@ mod agreement;
 mod check;
 mod checkpoint;
 mod conditions;
+mod diagnose;
 mod divergence;
 mod export;
 mod generate;
+mod guard;
 mod metrics;
 mod place;
 mod report;
+mod requests;
 mod run_folder;
 mod single_step;
+mod spoil;
+mod start;
 mod state;
 mod step;
+mod stragglers;
+mod tally;
 mod weights;
 
 pub use check::{CheckRequest, check};
 pub use export::{ExportRequest, export};
 pub use generate::{SampleRequest, sample};
+pub use requests::StopFlag;
 pub use run_folder::Resume;
 pub use single_step::{StepRequest, dump_step};
+pub use start::{begin, share_config};
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -32,19 +41,24 @@ use crate::collective::Collective;
 use crate::config::{CheckpointSettings, RunConfig};
 use crate::data::{Dataset, Loader, Order, Share};
 use crate::error::{Error, Result};
+use crate::failure;
+use crate::fault;
 use crate::flow::{FlowMatchingPipeline, report as flow_report};
 use crate::model::SampleShapes;
 use crate::parallel::{Replica, Sharding, Sharing};
+use crate::pulse::{self, Phase};
 use crate::rng::{Key, Purpose};
 use crate::settings::Choice;
 use crate::telemetry::{self, MetricsFile, Telemetry, Throughput, peak_resident_bytes};
-use agreement::{agree, on_rank_zero};
+use agreement::{agree, known_to_all};
 use checkpoint::{Manifest, Saved};
 use metrics::StepMetrics;
 use place::Place;
+use requests::{Request, Requests};
 use run_folder::RunFolder;
 use state::OptimizerState;
 use step::{Stepper, Update};
+use stragglers::Stragglers;
 
 /// Steps over which throughput is averaged.
 const THROUGHPUT_STEPS: usize = 20;
@@ -55,13 +69,33 @@ pub struct TrainOptions {
     pub resume: Resume,
     /// One process, detailed logs each step, every stage searched for non-finite values.
     pub debug: bool,
+    /// Raised by signals.
+    pub stop: StopFlag,
+    /// When to save and stop by itself.
+    pub stop_at: Option<Instant>,
+    /// What starting has to warn of.
+    pub warning: Option<String>,
 }
 
-/// Trains from the first step, or the resumed one, to `max_steps`; returns the run folder. Every rank calls it.
+/// How a run left off without an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// At its last step.
+    Done,
+    /// Before, because it was asked to, with a checkpoint to go on from.
+    Stopped,
+}
+
+/// Trains from the first step, or the resumed one, to `max_steps` or a request to stop; returns the run folder. Every rank
+/// calls it.
 ///
 /// # Errors
 /// Whatever ends the run; the caller tells the other ranks by ending the world.
-pub fn train(config: &RunConfig, options: &TrainOptions, world: &dyn Collective) -> Result<PathBuf> {
+pub fn train(config: &RunConfig, options: &TrainOptions, world: &dyn Collective) -> Result<(PathBuf, Ending)> {
+    pulse::enter(Phase::Open);
+    if let (Some(warning), true) = (&options.warning, config.parallel.deterministic) {
+        return Err(known_to_all(Error::environment(format!("{warning}: parallel.deterministic needs one kind")), 0, world));
+    }
     let place = Place::take(config, world)?;
     let outcome = train_at(&place, config, options, place.collective(world));
     if outcome.is_err() {
@@ -70,18 +104,25 @@ pub fn train(config: &RunConfig, options: &TrainOptions, world: &dyn Collective)
     outcome
 }
 
-fn train_at(place: &Place, config: &RunConfig, options: &TrainOptions, collective: &dyn Collective) -> Result<PathBuf> {
+fn train_at(place: &Place, config: &RunConfig, options: &TrainOptions, collective: &dyn Collective) -> Result<(PathBuf, Ending)> {
     let folder = RunFolder::open(&config.output_dir, &options.resume, collective)?;
     let telemetry = telemetry::start(&config.log, collective.rank(), collective.world_size(), folder.path());
     telemetry.cover_all_threads();
+    failure::keep_in(folder.path());
     if telemetry.speaks_for_the_run() {
-        folder.warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
+        let fault = fault::ordered().map(|order| format!("debug.inject_fault = \"{order}\": this run breaks on purpose"));
+        folder.warnings().iter().chain(&options.warning).chain(&fault).for_each(|warning| tracing::warn!("{warning}"));
     }
+    let listens = telemetry.speaks_for_the_run().then(|| folder.path().to_path_buf());
+    let requests = Requests::new(options.stop.clone(), options.stop_at, listens);
     let mut trainer = Trainer::new(config, options, collective, place.device, &telemetry, folder)?;
-    trainer.run(&telemetry)?;
-    report::write(config, &trainer.folder, &trainer.replica, &trainer.dataset, trainer.device, collective)?;
+    let ending = trainer.run(&requests, &telemetry)?;
+    if ending == Ending::Done {
+        pulse::enter(Phase::Report);
+        report::write(config, &trainer.folder, &trainer.replica, &trainer.dataset, trainer.device, collective)?;
+    }
     tracing::info!("run folder {}", trainer.folder.path().display());
-    Ok(trainer.folder.path().into())
+    Ok((trainer.folder.path().into(), ending))
 }
 
 /// A run between its first step and its last.
@@ -100,6 +141,7 @@ struct Trainer<'c> {
     manifest: Manifest,
     metrics: MetricsFile,
     share: Share,
+    stragglers: Stragglers,
 }
 
 impl<'c> Trainer<'c> {
@@ -151,6 +193,7 @@ impl<'c> Trainer<'c> {
             manifest,
             metrics,
             share,
+            stragglers: Stragglers::default(),
         };
         trainer.announce(global_batch);
         Ok(trainer)
@@ -190,7 +233,7 @@ impl<'c> Trainer<'c> {
         }
     }
 
-    fn run(&mut self, telemetry: &Telemetry) -> Result<()> {
+    fn run(&mut self, requests: &Requests, telemetry: &Telemetry) -> Result<Ending> {
         let (dataset, order) = (Arc::clone(&self.dataset), self.order.clone());
         let mut loader = Loader::start(dataset, order, self.share, self.manifest.step, self.config.data.prefetch)?;
         let mut progress = telemetry.progress(self.config.max_steps, self.manifest.step);
@@ -198,35 +241,64 @@ impl<'c> Trainer<'c> {
         throughput.record(0.0);
         while self.manifest.step < self.config.max_steps {
             let began = Instant::now();
-            let update = self.step(&mut loader)?;
+            let update = self.step(requests, &mut loader)?;
             self.manifest.step += 1;
             self.manifest.samples_seen += self.manifest.global_batch_size;
             throughput.record(self.manifest.global_batch_size as f64);
-            let line = self.record(&update, began.elapsed().as_secs_f64(), throughput.per_second());
+            let line = self.record(&update, began.elapsed().as_secs_f64(), throughput.per_second(), telemetry);
             progress.advance(self.manifest.step, &line);
-            if self.saves_now() {
-                self.save()?;
+            let request = tally::request(&update.tallies);
+            self.settle(request, requests)?;
+            if request == Request::Stop && self.manifest.step < self.config.max_steps {
+                tracing::info!("stopped after step {}, as was asked", self.manifest.step);
+                return Ok(Ending::Stopped);
             }
         }
-        Ok(())
+        Ok(Ending::Done)
     }
 
-    fn step(&mut self, loader: &mut Loader) -> Result<Update> {
+    fn step(&mut self, requests: &Requests, loader: &mut Loader) -> Result<Update> {
         let step = self.manifest.step + 1;
-        let optimizer = &*self.config.optimizer;
+        pulse::begin_step(step);
         let stepper = Stepper {
             config: self.config,
             collective: self.collective,
             pipeline: &self.pipeline,
             share: self.share,
             check_stages: self.debug,
-            lr: optimizer.lr() * self.config.lr_scheduler.factor(step, self.config.max_steps),
+            requests,
+            saving: 0,
         };
-        stepper.step(step, loader, &mut self.replica, &mut self.optimizer_state)
+        let update = stepper.step(step, loader, &mut self.replica, &mut self.optimizer_state, &mut self.manifest.guard);
+        update.map_err(|error| self.with_way_back(error))
+    }
+
+    /// Says which checkpoint is the last one of before a step that was refused.
+    fn with_way_back(&self, error: Error) -> Error {
+        match (error, checkpoint::list(self.folder.path())) {
+            (Error::NotFinite { step, what }, Ok(list)) => {
+                let last = list.last().map_or("none was saved".into(), |(_, path)| path.display().to_string());
+                Error::NotFinite { step, what: format!("{what}; last checkpoint: {last}") }
+            }
+            (error, _) => error,
+        }
+    }
+
+    /// After a step: compares parameters and saves when it is time, or was asked for.
+    fn settle(&mut self, request: Request, requests: &Requests) -> Result<()> {
+        let saves = self.saves_now() || request != Request::Nothing;
+        if saves || self.manifest.step.is_multiple_of(self.config.watchdog.compare_every_n_steps) {
+            pulse::enter(Phase::Compare);
+            divergence::check(&self.replica)?;
+        }
+        if request != Request::Nothing {
+            requests.done();
+        }
+        if saves { self.save() } else { Ok(()) }
     }
 
     /// Logs what the policies ask for; returns the text beside the progress bar.
-    fn record(&mut self, update: &Update, seconds: f64, samples_per_second: Option<f64>) -> String {
+    fn record(&mut self, update: &Update, seconds: f64, samples_per_second: Option<f64>, telemetry: &Telemetry) -> String {
         let metrics = StepMetrics::new(
             update,
             metrics::Progress {
@@ -239,6 +311,12 @@ impl<'c> Trainer<'c> {
             },
         );
         self.metrics.append(&metrics);
+        let stragglers = self.stragglers.take(&update.tallies, self.config.watchdog.straggler_ratio);
+        let skipped = update.skipped.iter().map(|why| format!("step {} was skipped: {why}", self.manifest.step));
+        let warned = update.warning.iter().map(|what| format!("step {}: {what}", self.manifest.step));
+        if telemetry.speaks_for_the_run() {
+            skipped.chain(warned).chain(stragglers).for_each(|line| tracing::warn!("{line}"));
+        }
         let flow = self.pipeline.settings();
         let due = |interval: u64| self.manifest.step.is_multiple_of(interval);
         if self.debug || due(flow.log_interval) {
@@ -258,7 +336,6 @@ impl<'c> Trainer<'c> {
     }
 
     fn save(&mut self) -> Result<()> {
-        divergence::check(&self.replica)?;
         self.metrics.sync();
         let saved =
             Saved { manifest: &self.manifest, replica: &self.replica, optimizer: &*self.config.optimizer, state: &self.optimizer_state };
@@ -319,23 +396,4 @@ fn replica<'c>(config: &RunConfig, device: Device, sharing: Sharing<'c>, key: Op
 fn build_pipeline(config: &RunConfig, device: Device) -> FlowMatchingPipeline {
     let flow = &config.flow_matching;
     FlowMatchingPipeline::new(flow.flow.clone(), flow.adapter.build(), device, config.model.dtype.kind())
-}
-
-/// The configuration that rank 0 read and found fit for this world and its data, on every rank; rank 0's error is everybody's.
-///
-/// # Errors
-/// Rank 0's own on rank 0, [`Error::Peer`] with its code on the others.
-pub fn share_config(read: impl FnOnce() -> Result<RunConfig>, options: &TrainOptions, collective: &dyn Collective) -> Result<RunConfig> {
-    let fit = || {
-        let config = read()?;
-        // What every rank would stumble over alike is said once, before anything is written.
-        check(&config, &CheckRequest { world_size: collective.world_size(), latents: None, text_tokens: 0 })?;
-        match (options.debug, collective.world_size()) {
-            (true, ranks) if ranks > 1 => {
-                Err(Error::config("--debug", format!("is for one process, found {ranks}; start it without mpirun")))
-            }
-            _ => Ok(config.to_toml()),
-        }
-    };
-    RunConfig::read("rank 0's configuration", &on_rank_zero(collective, fit)?, &[])
 }

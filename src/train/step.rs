@@ -1,16 +1,23 @@
 //! One optimizer step, from top to bottom: micro-batches, reduce, look, clip, update.
 
-use tch::{Device, Kind, Tensor, no_grad};
+use tch::{Tensor, no_grad};
 
 use super::agreement::known_to_all;
+use super::diagnose::{Finding, diagnose};
+use super::guard::{BUDGET_STEPS, Guard};
+use super::requests::Requests;
+use super::spoil;
 use super::state::OptimizerState;
-use crate::collective::{Collective, Sliced, Spent};
-use crate::config::RunConfig;
+use super::tally::{self, OWN_PHASES, Own, Tally};
+use crate::collective::{Collective, Spent};
+use crate::config::{OnLossSpike, OnNonFinite, RunConfig, TrainSettings};
 use crate::data::{Batch, Loader, Share};
 use crate::error::{Error, Result};
-use crate::flow::{FlowMatchingPipeline, Statistics, StepOptions, StepOutput, Strata, TaskType, check_loss};
+use crate::fault;
+use crate::flow::{FlowMatchingPipeline, Statistics, StepOptions, StepOutput, Strata, TaskType, is_sound};
 use crate::optim::clip;
 use crate::parallel::{Layout, Reducer, Replica, SeedScope};
+use crate::pulse::{self, Phase};
 use crate::rng::{Key, Purpose, Stream};
 use crate::telemetry::Stopwatch;
 
@@ -22,7 +29,10 @@ pub struct Stepper<'a> {
     pub share: Share,
     /// Search every stage for non-finite values.
     pub check_stages: bool,
-    pub lr: f64,
+    /// Listens to what is asked of this rank, for the others to hear with its statistics.
+    pub requests: &'a Requests,
+    /// How far this rank's part of a checkpoint is written.
+    pub saving: u8,
 }
 
 /// What a step did.
@@ -33,6 +43,12 @@ pub struct Update {
     /// Before clipping.
     pub grad_norm: f64,
     pub lr: f64,
+    /// Why the parameters were left as they were, if they were.
+    pub skipped: Option<String>,
+    /// What to warn of.
+    pub warning: Option<String>,
+    /// What every rank told.
+    pub tallies: Vec<Tally>,
     pub sampling_method: &'static str,
     pub task_type: TaskType,
     pub data_type: &'static str,
@@ -42,71 +58,113 @@ pub struct Update {
     pub spent: Spent,
 }
 
+/// What keeps a step from the parameters, or speaks for keeping it.
+enum Objection {
+    None,
+    Warn(String),
+    Skip(String),
+}
+
 impl Stepper<'_> {
     /// Optimizer step `step`, counted from 1.
     ///
     /// # Errors
     /// [`Error::NotFinite`] before anything was updated, on every rank alike; whatever the loader or a collective returns.
-    pub fn step(&self, step: u64, loader: &mut Loader, replica: &mut Replica<'_>, state: &mut OptimizerState) -> Result<Update> {
+    pub fn step(
+        &self,
+        step: u64,
+        loader: &mut Loader,
+        replica: &mut Replica<'_>,
+        state: &mut OptimizerState,
+        guard: &mut Guard,
+    ) -> Result<Update> {
         let mut watch = Stopwatch::start();
         // What was spent since the last step, e.g. on a checkpoint, is not this one's.
         self.spent(replica);
         let parallel = &self.config.parallel;
         let mut reducer = Reducer::new(&replica.sharing, &replica.buckets, parallel.reduce_dtype, parallel.summation());
-        let mut rows = Vec::new();
-        let mut last = None;
+        let (mut rows, mut batches, mut last) = (Vec::new(), Vec::new(), None);
         for micro_batch in 0..self.share.micro_batches {
+            pulse::enter(Phase::Data);
             let batch = loader.next_batch()?;
             watch.lap("data");
-            let output = self.forward_backward(step, micro_batch, &batch, replica, &mut reducer, &mut watch)?;
+            let is_last = micro_batch + 1 == self.share.micro_batches;
+            let add = &mut |stage, gradients| reducer.add(stage, gradients, is_last);
+            let output = self.timed_forward_backward(step, micro_batch, &batch, replica, add, &mut watch)?;
             rows.push(output.statistics.as_ref().expect("metrics are collected each step").shallow_clone());
             last = Some((output.sampling_method, output.task_type, batch.data_type.word()));
+            // Kept for the case that the step must be repeated to see what went wrong.
+            batches.push(batch);
         }
+        pulse::enter(Phase::Reduce);
         let gradients = reducer.finish()?;
         let norms = self.norms_of_grains(&gradients, replica);
-        let (statistics, grad_norm) = self.agreed_statistics(step, &rows, &norms, replica)?;
+        let seconds = OWN_PHASES.map(|phase| watch.seconds(phase));
+        let own = Own { statistics: &rows, norms: &norms, request: self.requests.heard(), seconds, saving: self.saving };
+        let tallies = tally::exchange(&own, self.collective)?;
+        let (statistics, grad_norm) = (self.merged(&tallies), self.grad_norm(&tallies, replica));
         watch.lap("reduce");
-        self.update(step, &gradients, grad_norm, replica, state)?;
+        let update_number = guard.update_number(step);
+        let lr = self.config.optimizer.lr() * self.config.lr_scheduler.factor(update_number, self.config.max_steps);
+        let (mut skipped, mut warning) = (None, None);
+        match self.objection(step, &statistics, grad_norm, &tallies, &batches, replica, guard)? {
+            Objection::Skip(why) => skipped = Some(self.skip(step, why, guard)?),
+            objection => {
+                pulse::enter(Phase::Optimizer);
+                self.update(update_number, lr, &gradients, grad_norm, replica, state)?;
+                guard.applied(statistics.loss);
+                warning = if let Objection::Warn(why) = objection { Some(why) } else { None };
+            }
+        }
         watch.lap("optimizer");
         let (sampling_method, task_type, data_type) = last.expect("a step has micro-batches");
-        Ok(Update {
-            statistics,
-            grad_norm,
-            lr: self.lr,
-            sampling_method,
-            task_type,
-            data_type,
-            phases: watch.take(),
-            spent: self.spent(replica),
-        })
+        let (phases, spent) = (watch.take(), self.spent(replica));
+        Ok(Update { statistics, grad_norm, lr, skipped, warning, tallies, sampling_method, task_type, data_type, phases, spent })
     }
 
     fn spent(&self, replica: &Replica<'_>) -> Spent {
         self.collective.spent() + replica.sharing.spent()
     }
 
-    fn forward_backward(
+    /// A micro-batch's loss and, by `on_gradient(stage, pieces)`, its gradients.
+    ///
+    /// # Errors
+    /// Whatever the pipeline, a collective or `on_gradient` returns.
+    pub fn forward_backward(
         &self,
         step: u64,
         micro_batch: usize,
         batch: &Batch,
         replica: &Replica<'_>,
-        reducer: &mut Reducer<'_>,
+        on_gradient: &mut dyn FnMut(usize, Vec<Tensor>) -> Result<()>,
+    ) -> Result<StepOutput> {
+        self.timed_forward_backward(step, micro_batch, batch, replica, on_gradient, &mut Stopwatch::start())
+    }
+
+    fn timed_forward_backward(
+        &self,
+        step: u64,
+        micro_batch: usize,
+        batch: &Batch,
+        replica: &Replica<'_>,
+        on_gradient: &mut dyn FnMut(usize, Vec<Tensor>) -> Result<()>,
         watch: &mut Stopwatch,
     ) -> Result<StepOutput> {
+        pulse::enter(Phase::Forward);
+        fault::error(Phase::Forward)?;
         let parallel = &self.config.parallel;
         let tape = replica.tape(parallel.recompute).offloading(parallel.offload.activations());
         let mut tape = tape.checking_finite(self.check_stages.then_some(step));
         let strata = self.pipeline.settings().stratified_timesteps.then(|| self.strata(step, micro_batch));
-        // The loss is checked below, for all ranks at once.
+        // The loss is checked later, for all ranks at once.
         let options = StepOptions { global_step: step, collect_metrics: true, check_loss: false, strata: strata.as_ref() };
         let stream = self.stream(step, micro_batch, batch);
-        let output = self.pipeline.step(|inputs| tape.forward(inputs), batch, &stream, options)?;
+        let output = self.pipeline.step(|inputs| Ok(spoil::outputs(tape.forward(inputs)?)), batch, &stream, options)?;
         watch.lap("forward");
+        pulse::enter(Phase::Backward);
         // Of the mean over all ranks' micro-batches, so that gradients are summed and never divided.
         let share = &output.loss.average_weighted_loss / (self.share.micro_batches * self.share.world_size) as f64;
-        let last = micro_batch + 1 == self.share.micro_batches;
-        tape.backward(&share, |stage, gradients| reducer.add(stage, gradients, last))?;
+        tape.backward(&share, |stage, gradients| on_gradient(stage, spoil::gradients(stage, gradients)))?;
         watch.lap("backward");
         Ok(output)
     }
@@ -138,44 +196,67 @@ impl Stepper<'_> {
         (0..self.config.parallel.grains(self.share.micro_batches)).map(|grain| clip::global_norm(nth(grain))).collect()
     }
 
-    /// Gathers every rank's rows in one small collective, the step's only host synchronization, and refuses what must not
-    /// reach the parameters. Returns the gradient's global norm beside the statistics.
-    fn agreed_statistics(&self, step: u64, rows: &[Tensor], norms: &[Tensor], replica: &Replica<'_>) -> Result<(Statistics, f64)> {
-        let device = rows[0].device();
-        let norms: Vec<Tensor> = norms.iter().map(|norm| norm.to_device(device)).collect();
-        let own = Tensor::cat(&[Tensor::stack(rows, 0).flatten(0, -1), Tensor::stack(&norms, 0)], 0);
-        let all = Tensor::zeros([self.share.world_size as i64, own.size()[0]], (Kind::Float, device));
-        self.collective.all_gather(vec![Sliced { owned: own, full: all.shallow_clone() }])?.wait()?;
-        let all = Vec::<f32>::try_from(all.to_device(Device::Cpu).flatten(0, -1)).expect("f32 rows");
-        let (rows, norms): (Vec<&[f32]>, Vec<&[f32]>) =
-            all.chunks(all.len() / self.share.world_size).map(|of_rank| of_rank.split_at(of_rank.len() - norms.len())).unzip();
-        let statistics = self.merged(step, &rows)?;
-        let squares: f64 = replica.sharing.in_order(&norms).flat_map(|norms| norms.iter()).map(|norm| f64::from(*norm).powi(2)).sum();
-        let grad_norm = squares.sqrt();
-        if !grad_norm.is_finite() {
-            let what = format!("the gradient's global norm is {grad_norm}; nothing was updated");
-            return Err(known_to_all(Error::NotFinite { step, what }, 0, self.collective));
-        }
-        Ok((statistics, grad_norm))
+    /// All ranks' statistics in the order of the global batch, so that the sums do not depend on how many ranks shared it.
+    fn merged(&self, tallies: &[Tally]) -> Statistics {
+        let in_order = self.share.places().map(|(rank, micro_batch)| tallies[rank].statistics[micro_batch].clone());
+        in_order.reduce(|merged, statistics| merged.merge(&statistics)).expect("a step has micro-batches")
     }
 
-    /// All ranks' statistics in the order of the global batch, so that the sums do not depend on how many ranks shared it.
-    fn merged(&self, step: u64, rows: &[&[f32]]) -> Result<Statistics> {
-        let mut merged: Option<Statistics> = None;
-        for (rank, micro_batch) in self.share.places() {
-            let statistics = Statistics::from_row(&rows[rank][micro_batch * Statistics::WIDTH..(micro_batch + 1) * Statistics::WIDTH]);
-            if self.config.train.check_loss {
-                let named = |error| known_to_all(name_rank(error, rank, &statistics), rank, self.collective);
-                check_loss(statistics.loss, step).map_err(named)?;
-            }
-            merged = Some(merged.map_or_else(|| statistics.clone(), |merged| merged.merge(&statistics)));
+    fn grad_norm(&self, tallies: &[Tally], replica: &Replica<'_>) -> f64 {
+        let norms: Vec<&[f32]> = tallies.iter().map(|tally| &tally.norms[..]).collect();
+        let squares: f64 = replica.sharing.in_order(&norms).flat_map(|norms| norms.iter()).map(|norm| f64::from(*norm).powi(2)).sum();
+        squares.sqrt()
+    }
+
+    /// What speaks against the step, by the same numbers on every rank.
+    #[allow(clippy::too_many_arguments)]
+    fn objection(
+        &self,
+        step: u64,
+        statistics: &Statistics,
+        grad_norm: f64,
+        tallies: &[Tally],
+        batches: &[Batch],
+        replica: &Replica<'_>,
+        guard: &Guard,
+    ) -> Result<Objection> {
+        let TrainSettings { check_loss, on_non_finite, on_loss_spike, loss_spike_height, .. } = self.config.train;
+        let sound = tallies.iter().flat_map(|tally| &tally.statistics).all(|statistics| is_sound(statistics.loss));
+        if !grad_norm.is_finite() || (check_loss && !sound) {
+            let Finding { rank, what } = diagnose(self, step, batches, replica)?;
+            return match on_non_finite {
+                OnNonFinite::Stop => Err(self.refused(step, rank, &what)),
+                OnNonFinite::Skip => Ok(Objection::Skip(what)),
+            };
         }
-        Ok(merged.expect("a step has micro-batches"))
+        let Some(height) = guard.height(statistics.loss).filter(|height| *height > loss_spike_height) else { return Ok(Objection::None) };
+        let what = format!("the loss {:.4} stands {height:.1} deviations above the median {:.4}", statistics.loss, guard.median());
+        match on_loss_spike {
+            OnLossSpike::Ignore => Ok(Objection::None),
+            OnLossSpike::Warn => Ok(Objection::Warn(what)),
+            OnLossSpike::Skip => Ok(Objection::Skip(what)),
+            OnLossSpike::Stop => Err(self.refused(step, 0, &what)),
+        }
+    }
+
+    fn refused(&self, step: u64, speaker: usize, what: &str) -> Error {
+        known_to_all(Error::NotFinite { step, what: format!("{what}; nothing was updated") }, speaker, self.collective)
+    }
+
+    /// Leaves a step out, as long as the budget lasts; returns what to say of it.
+    fn skip(&self, step: u64, why: String, guard: &mut Guard) -> Result<String> {
+        let (skipped, budget) = (guard.skip(step), self.config.train.skip_budget);
+        if skipped > budget {
+            let what = format!("{why}; {skipped} of the last {BUDGET_STEPS} steps would be skipped, train.skip_budget is {budget}");
+            return Err(self.refused(step, 0, &what));
+        }
+        Ok(format!("{why}; {skipped} of the last {BUDGET_STEPS} steps skipped, {budget} may be"))
     }
 
     fn update(
         &self,
-        step: u64,
+        update_number: u64,
+        lr: f64,
         gradients: &[Vec<Tensor>],
         grad_norm: f64,
         replica: &mut Replica<'_>,
@@ -186,21 +267,9 @@ impl Stepper<'_> {
             if coefficient < 1.0 {
                 no_grad(|| pieces.iter().for_each(|piece| drop(piece.shallow_clone().g_mul_scalar_(coefficient))));
             }
-            state.update(index, &mut replica.buckets[index], pieces, &*self.config.optimizer, self.lr, step);
+            state.update(index, &mut replica.buckets[index], pieces, &*self.config.optimizer, lr, update_number);
         }
+        spoil::parameters(replica);
         replica.publish()
-    }
-}
-
-fn name_rank(error: Error, rank: usize, statistics: &Statistics) -> Error {
-    match error {
-        Error::NotFinite { step, what } => {
-            let sigma = &statistics.sigma;
-            Error::NotFinite {
-                step,
-                what: format!("rank {rank}: {what}; sigma was in [{:.4}, {:.4}]; nothing was updated", sigma.min, sigma.max),
-            }
-        }
-        other => other,
     }
 }

@@ -23,10 +23,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::sha256::HashingWriter;
 use crate::error::{Error, Result};
+use crate::train::guard::Guard;
 
 const MANIFEST: &str = "manifest.json";
 const FORMAT: &str = "fm-dist checkpoint";
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 
 /// What a checkpoint says of the run, besides tensors: all that a resume needs.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -39,6 +40,7 @@ pub struct Manifest {
     pub samples_seen: u64,
     pub seed: u64,
     pub global_batch_size: u64,
+    pub guard: Guard,
     /// Of the dataset, see [`Dataset::fingerprint`](crate::data::Dataset::fingerprint).
     pub data: String,
     parts: Vec<Part>,
@@ -55,7 +57,8 @@ struct Part {
 impl Manifest {
     /// Of a run that has not begun.
     pub fn new(seed: u64, global_batch_size: u64, data: String) -> Self {
-        Manifest { format: FORMAT.into(), version: VERSION, step: 0, samples_seen: 0, seed, global_batch_size, data, parts: Vec::new() }
+        let (format, guard) = (FORMAT.into(), Guard::default());
+        Manifest { format, version: VERSION, step: 0, samples_seen: 0, seed, global_batch_size, guard, data, parts: Vec::new() }
     }
 
     /// Refuses to go on where the same step would see other samples or other draws.

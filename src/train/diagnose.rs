@@ -1,0 +1,90 @@
+//! Finds whose numbers stopped being finite, by doing the step once more.
+//!
+//! Every draw follows from the step's number, so forward and backward repeat to the bit and nothing has to be kept or
+//! looked at in the steps that go well. A step that is finite the second time was computed wrongly the first.
+
+use tch::{Kind, Tensor};
+
+use super::step::Stepper;
+use crate::collective::gather_texts;
+use crate::data::Batch;
+use crate::error::Result;
+use crate::flow::{StepOutput, is_sound};
+use crate::nn::ParamSet;
+use crate::parallel::Replica;
+use crate::pulse::{self, Phase};
+
+/// Samples that a message names at most.
+const NAMED: usize = 8;
+
+/// What was found, and on which rank.
+pub struct Finding {
+    pub rank: usize,
+    pub what: String,
+}
+
+/// Repeats a step's forward and backward on every rank and looks at each rank's own losses and gradients.
+///
+/// # Ordering
+/// Every rank calls it with its micro-batches of the step.
+pub fn diagnose(stepper: &Stepper<'_>, step: u64, batches: &[Batch], replica: &Replica<'_>) -> Result<Finding> {
+    pulse::enter(Phase::Diagnose);
+    let mut own: Option<String> = None;
+    for (micro_batch, batch) in batches.iter().enumerate() {
+        let mut of_gradient = None;
+        let output = stepper.forward_backward(step, micro_batch, batch, replica, &mut |stage, gradients| {
+            if of_gradient.is_none() {
+                of_gradient = bad_parameter(replica, stage, &gradients);
+            }
+            Ok(())
+        })?;
+        let found = bad_samples(batch, &output).or_else(|| {
+            let all = samples(batch, &output, (0..batch.sample_ids.len()).collect());
+            of_gradient.map(|parameter| format!("{parameter}, while the losses of its {all} are sound"))
+        });
+        own = own.or(found.map(|what| format!("micro-batch {micro_batch}: {what}")));
+    }
+    let texts = gather_texts(stepper.collective, own.as_deref().unwrap_or_default())?;
+    let found = texts.into_iter().enumerate().find(|(_, text)| !text.is_empty());
+    let nobody = "every rank's own losses and gradients are finite when the step is repeated: their sum was not, or a device \
+                  computed wrongly once";
+    Ok(match found {
+        Some((rank, text)) => Finding { rank, what: format!("rank {rank}, {text}") },
+        None => Finding { rank: 0, what: nobody.into() },
+    })
+}
+
+/// The samples whose losses are not what training can go on with, with the noise levels that they were trained at.
+fn bad_samples(batch: &Batch, output: &StepOutput) -> Option<String> {
+    let losses = output.loss.unweighted_loss.detach().flatten(1, -1).mean_dim([1i64].as_slice(), false, Kind::Float);
+    let losses = Vec::<f32>::try_from(losses.to_device(tch::Device::Cpu)).expect("a loss a sample");
+    let bad: Vec<usize> = (0..losses.len()).filter(|index| !is_sound(f64::from(losses[*index]))).collect();
+    let average = output.loss.average_weighted_loss.double_value(&[]);
+    match bad.first() {
+        Some(first) => Some(format!("a loss of {} in {}", losses[*first], samples(batch, output, bad))),
+        // Auxiliary losses and weights can spoil what every sample's own loss does not.
+        None if !is_sound(average) => Some(format!("a mean weighted loss of {average}")),
+        None => None,
+    }
+}
+
+/// `samples 12, 31 at sigma 0.4711, 0.9`.
+fn samples(batch: &Batch, output: &StepOutput, indices: Vec<usize>) -> String {
+    let sigma = Vec::<f32>::try_from(output.sigma.to_device(tch::Device::Cpu)).expect("a noise level a sample");
+    let joined = |texts: Vec<String>| texts.join(", ");
+    let named = || indices.iter().take(NAMED);
+    let more = if indices.len() > NAMED { format!(" and {} more", indices.len() - NAMED) } else { String::new() };
+    let ids = joined(named().map(|index| batch.sample_ids[*index].to_string()).collect());
+    let levels = joined(named().map(|index| format!("{:.4}", sigma[*index])).collect());
+    format!("samples {ids}{more} at sigma {levels}")
+}
+
+/// The first of a stage's parameters whose gradient is not finite. `gradients`: flat, one a piece.
+fn bad_parameter(replica: &Replica<'_>, stage: usize, gradients: &[Tensor]) -> Option<String> {
+    let params: &ParamSet = replica.stages[stage].params();
+    let views = params.split_pieces(&gradients.iter().collect::<Vec<_>>());
+    params.infos().iter().zip(views.iter()).find_map(|(info, gradient)| {
+        let bad = gradient.isfinite().logical_not().sum(Kind::Int64).int64_value(&[]);
+        (bad > 0).then(|| format!("{bad} numbers of the gradient of `{}` {:?} are not finite", info.name, info.shape))
+    })
+}

@@ -1,0 +1,149 @@
+//! Whether a step may reach the parameters: what its loss is measured against, and how many steps may be left out.
+//!
+//! The state belongs to the run and is saved with it, so that a resumed run decides as an unbroken one would.
+
+use std::collections::VecDeque;
+
+use serde::{Deserialize, Serialize};
+
+/// Losses that the next one is measured against.
+const WINDOW: usize = 128;
+/// Fewer say nothing of what is usual.
+const ENOUGH: usize = 32;
+/// Median absolute deviation of a normal distribution, in standard deviations, inverted.
+const DEVIATIONS_PER_MAD: f64 = 1.4826;
+/// Least deviation that is told from none, as a share of the median: a loss that hardly moves must not alarm when it does.
+const LEAST_DEVIATION: f64 = 0.01;
+/// Steps among which skipped ones are counted.
+pub const BUDGET_STEPS: u64 = 100;
+
+/// A run's memory of its losses and of the steps that it left out.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Guard {
+    /// Of applied steps, the newest last.
+    losses: VecDeque<f64>,
+    /// Of the last [`BUDGET_STEPS`].
+    skipped: VecDeque<u64>,
+    num_skipped: u64,
+}
+
+impl Guard {
+    /// How far above the usual a loss is, in robust standard deviations: the distance from the median of the losses before it,
+    /// over their median absolute deviation. None while there are few.
+    ///
+    /// Source: Rousseeuw & Hubert 2011, "Robust statistics for outlier detection", sections 2 and 3.
+    pub fn height(&self, loss: f64) -> Option<f64> {
+        if self.losses.len() < ENOUGH {
+            return None;
+        }
+        let usual = self.median();
+        let mad = median(self.losses.iter().map(|other| (other - usual).abs()));
+        let deviation = (DEVIATIONS_PER_MAD * mad).max(LEAST_DEVIATION * usual.abs()).max(f64::MIN_POSITIVE);
+        Some((loss - usual) / deviation)
+    }
+
+    /// Of the losses before.
+    pub fn median(&self) -> f64 {
+        median(self.losses.iter().copied())
+    }
+
+    /// A step of this loss was applied.
+    pub fn applied(&mut self, loss: f64) {
+        // What is no number would make every later comparison false.
+        if loss.is_finite() {
+            self.losses.push_back(loss);
+        }
+        if self.losses.len() > WINDOW {
+            self.losses.pop_front();
+        }
+    }
+
+    /// Step `step` is left out. Returns how many of the last [`BUDGET_STEPS`] were, this one among them.
+    pub fn skip(&mut self, step: u64) -> u64 {
+        self.num_skipped += 1;
+        self.skipped.push_back(step);
+        while self.skipped.front().is_some_and(|first| first + BUDGET_STEPS <= step) {
+            self.skipped.pop_front();
+        }
+        self.skipped.len() as u64
+    }
+
+    /// Number of the optimizer's own step when the run is at `step`: data go on where a step is skipped, the optimizer and
+    /// its schedule do not.
+    pub fn update_number(&self, step: u64) -> u64 {
+        step - self.num_skipped
+    }
+}
+
+/// The upper one of an even number; 0 of none.
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut sorted: Vec<f64> = values.collect();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::{Key, Purpose};
+
+    /// Step by step, a decaying loss with noise of a tenth of it, times `factor(step)`; returns the heights.
+    fn heights(steps: u64, factor: impl Fn(u64) -> f64, takes_all: bool) -> Vec<f64> {
+        let mut guard = Guard::default();
+        let mut heights = Vec::new();
+        for step in 0..steps {
+            let noise = Key::new(1, Purpose::Test).step(step).below(0, 1000) as f64 / 1000.0 - 0.5;
+            let loss = (1.0 + (-(step as f64) / 200.0).exp()) * (1.0 + 0.2 * noise) * factor(step);
+            let height = guard.height(loss).unwrap_or_default();
+            if takes_all || height < 10.0 {
+                guard.applied(loss);
+            }
+            heights.push(height);
+        }
+        heights
+    }
+
+    #[test]
+    fn a_thousand_clean_steps_raise_no_alarm() {
+        let highest = heights(1000, |_| 1.0, true).into_iter().fold(0.0, f64::max);
+        assert!(highest < 5.0, "{highest}");
+    }
+
+    #[test]
+    fn one_step_of_fifty_times_the_loss_stands_out_and_the_next_does_not() {
+        let heights = heights(500, |step| if step == 400 { 50.0 } else { 1.0 }, true);
+        assert!(heights[400] > 100.0 && heights[401..].iter().all(|height| *height < 5.0));
+    }
+
+    #[test]
+    fn twenty_high_steps_stand_out_each_and_a_slow_drift_does_not() {
+        let high = |step| if (400..420).contains(&step) { 5.0 } else { 1.0 };
+        assert!(heights(500, high, false)[400..420].iter().all(|height| *height > 10.0));
+        let drift = heights(1000, |step| 1.0 + step as f64 / 500.0, true);
+        assert!(drift.into_iter().all(|height| height < 5.0));
+    }
+
+    #[test]
+    fn what_is_no_number_does_not_enter() {
+        let mut guard = Guard::default();
+        (0..100).for_each(|step| guard.applied(if step % 2 == 0 { f64::NAN } else { 1.0 }));
+        assert_eq!((guard.losses.len(), guard.median()), (50, 1.0));
+        assert!(guard.height(1.0).is_some_and(f64::is_finite));
+    }
+
+    #[test]
+    fn skipped_steps_are_counted_for_a_hundred_steps_and_hold_the_optimizer_back() {
+        let mut guard = Guard::default();
+        assert_eq!([10, 50, 109, 110].map(|step| guard.skip(step)), [1, 2, 3, 3]);
+        assert_eq!(guard.update_number(111), 107);
+    }
+
+    #[test]
+    fn what_is_saved_is_the_same_to_the_last_bit() {
+        let mut guard = Guard::default();
+        (1..200).for_each(|step| guard.applied(1.0 / f64::from(step)));
+        let text = serde_json::to_string(&guard).expect("numbers");
+        assert_eq!(serde_json::from_str::<Guard>(&text).expect("its own text"), guard);
+    }
+}

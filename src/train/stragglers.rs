@@ -1,0 +1,83 @@
+//! Ranks that hold the others up, by phase.
+
+use super::tally::{OWN_PHASES, Tally};
+
+/// Steps over which a rank's seconds are judged, by their median: one slow step is nobody's fault.
+const STEPS: usize = 20;
+/// Seconds below which nobody is slow.
+const LEAST_SECONDS: f64 = 0.01;
+/// What a rank takes more than the others, as a share of the step, from which on it matters.
+const LEAST_SHARE: f64 = 0.1;
+
+/// The last steps' seconds of every rank.
+#[derive(Debug, Default)]
+pub struct Stragglers {
+    /// By step, rank and phase.
+    steps: Vec<Vec<[f64; OWN_PHASES.len()]>>,
+}
+
+impl Stragglers {
+    /// Takes a step in; after every 20th, a line for each rank and phase that takes more than `ratio` times the median rank's.
+    pub fn take(&mut self, tallies: &[Tally], ratio: f64) -> Vec<String> {
+        self.steps.push(tallies.iter().map(|tally| tally.seconds).collect());
+        if self.steps.len() < STEPS {
+            return Vec::new();
+        }
+        let steps = std::mem::take(&mut self.steps);
+        let seconds = |rank: usize, phase: usize| median(steps.iter().map(|step| step[rank][phase]));
+        let total = |rank: usize| (0..OWN_PHASES.len()).map(|phase| seconds(rank, phase)).sum::<f64>();
+        let step = median((0..tallies.len()).map(total));
+        let mut lines = Vec::new();
+        for (phase, word) in OWN_PHASES.iter().enumerate() {
+            let of_ranks: Vec<f64> = (0..tallies.len()).map(|rank| seconds(rank, phase)).collect();
+            let usual = median(of_ranks.iter().copied());
+            let slow = |own: f64| own > ratio * usual && own - usual > LEAST_SECONDS.max(LEAST_SHARE * step);
+            lines.extend(of_ranks.iter().enumerate().filter(|(_, own)| slow(**own)).map(|(rank, own)| {
+                let times = if usual > 0.0 { format!(", {:.1} times", own / usual) } else { String::new() };
+                format!("straggler: rank {rank} takes {own:.3} s a step in {word}, the median rank {usual:.3} s{times}")
+            }));
+        }
+        lines
+    }
+}
+
+/// The lower one of an even number, so that of two ranks the faster is the measure.
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut sorted: Vec<f64> = values.collect();
+    sorted.sort_by(f64::total_cmp);
+    sorted[(sorted.len() - 1) / 2]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::requests::Request;
+
+    fn tally(data: f64, backward: f64) -> Tally {
+        let seconds = [data, 0.1, backward];
+        Tally { statistics: Vec::new(), norms: Vec::new(), request: Request::Nothing, seconds, saving: 0 }
+    }
+
+    /// What is said after 20 steps of ranks like these.
+    fn lines(ranks: &[Tally]) -> Vec<String> {
+        let mut stragglers = Stragglers::default();
+        let mut said: Vec<String> = (1..STEPS).flat_map(|_| stragglers.take(ranks, 1.5)).collect();
+        assert!(said.is_empty(), "20 steps are looked at together");
+        said.extend(stragglers.take(ranks, 1.5));
+        said
+    }
+
+    #[test]
+    fn a_rank_that_holds_the_others_up_is_named_with_its_phase() {
+        let ranks = [tally(0.0, 0.2), tally(0.3, 0.2), tally(0.001, 0.2)];
+        assert_eq!(lines(&ranks), ["straggler: rank 1 takes 0.300 s a step in data, the median rank 0.001 s, 300.0 times"]);
+        let two = [tally(0.0, 0.2), tally(0.0, 0.4)];
+        assert_eq!(lines(&two), ["straggler: rank 1 takes 0.400 s a step in backward, the median rank 0.200 s, 2.0 times"]);
+    }
+
+    #[test]
+    fn ranks_that_differ_a_little_are_left_in_peace() {
+        assert!(lines(&[tally(0.0, 0.2), tally(0.005, 0.25), tally(0.0, 0.21)]).is_empty());
+        assert!(lines(&[tally(0.0, 0.2)]).is_empty(), "a world of one");
+    }
+}

@@ -1,0 +1,113 @@
+//! What each rank tells all others in the one small collective that a step has: how its micro-batches fared, what it was asked,
+//! where its time went. So that every decision of a step is taken by all ranks on the same numbers.
+
+use tch::{Device, Kind, Tensor};
+
+use super::requests::Request;
+use crate::collective::{Collective, Sliced};
+use crate::error::Result;
+use crate::flow::Statistics;
+
+/// Phases whose seconds are compared between ranks: those in which a rank does not wait for another.
+pub const OWN_PHASES: [&str; 3] = ["data", "forward", "backward"];
+
+/// One rank's part of it.
+pub struct Own<'t> {
+    /// One row for each micro-batch.
+    pub statistics: &'t [Tensor],
+    /// Norm of each grain of its gradients, f32 scalars.
+    pub norms: &'t [Tensor],
+    pub request: Request,
+    /// Seconds of [`OWN_PHASES`].
+    pub seconds: [f64; OWN_PHASES.len()],
+    /// How far the saving of a checkpoint has come.
+    pub saving: u8,
+}
+
+/// One rank's words, as all ranks read them.
+#[derive(Clone, Debug)]
+pub struct Tally {
+    /// By micro-batch.
+    pub statistics: Vec<Statistics>,
+    pub norms: Vec<f32>,
+    pub request: Request,
+    /// Seconds of [`OWN_PHASES`].
+    pub seconds: [f64; OWN_PHASES.len()],
+    pub saving: u8,
+}
+
+/// Every rank's, in rank order; the step's only host synchronization.
+///
+/// # Ordering
+/// Every rank calls it, with as many micro-batches and norms.
+pub fn exchange(own: &Own<'_>, collective: &dyn Collective) -> Result<Vec<Tally>> {
+    let (num_rows, num_norms) = (own.statistics.len(), own.norms.len());
+    let device = own.statistics[0].device();
+    let words = Tensor::from_slice(&own.words()).to_device(device);
+    let norms: Vec<Tensor> = own.norms.iter().map(|norm| norm.to_device(device)).collect();
+    let row = Tensor::cat(&[Tensor::stack(own.statistics, 0).flatten(0, -1), Tensor::stack(&norms, 0), words], 0);
+    let all = Tensor::zeros([collective.world_size() as i64, row.size()[0]], (Kind::Float, device));
+    collective.all_gather(vec![Sliced { owned: row, full: all.shallow_clone() }])?.wait()?;
+    let all = Vec::<f32>::try_from(all.to_device(Device::Cpu).flatten(0, -1)).expect("f32 rows");
+    Ok(all.chunks(all.len() / collective.world_size()).map(|row| Tally::read(row, num_rows, num_norms)).collect())
+}
+
+impl Own<'_> {
+    fn words(&self) -> Vec<f32> {
+        let seconds = self.seconds.map(|seconds| seconds as f32);
+        [&[self.request.number(), f32::from(self.saving)], &seconds[..]].concat()
+    }
+}
+
+impl Tally {
+    fn read(row: &[f32], num_rows: usize, num_norms: usize) -> Self {
+        let (rows, rest) = row.split_at(num_rows * Statistics::WIDTH);
+        let (norms, words) = rest.split_at(num_norms);
+        let mut seconds = [0.0; OWN_PHASES.len()];
+        seconds.iter_mut().zip(&words[2..]).for_each(|(seconds, word)| *seconds = f64::from(*word));
+        Tally {
+            statistics: rows.chunks(Statistics::WIDTH).map(Statistics::from_row).collect(),
+            norms: norms.to_vec(),
+            request: Request::of_number(words[0]),
+            seconds,
+            saving: words[1] as u8,
+        }
+    }
+}
+
+/// The heaviest request of any rank.
+pub fn request(tallies: &[Tally]) -> Request {
+    tallies.iter().map(|tally| tally.request).max().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::collective::Threads;
+
+    fn told_by(world: Threads) -> Vec<Tally> {
+        let number = world.rank() as f64;
+        let row = Tensor::full([Statistics::WIDTH as i64], number, (Kind::Float, Device::Cpu));
+        let norm = Tensor::from(number as f32 + 0.5);
+        let own = Own {
+            statistics: &[row.shallow_clone(), row],
+            norms: &[norm],
+            request: if world.rank() == 1 { Request::Stop } else { Request::Nothing },
+            seconds: [0.0, 0.0, 2.0 + number],
+            saving: world.rank() as u8,
+        };
+        exchange(&own, &world).expect("both ranks are here")
+    }
+
+    #[test]
+    fn every_rank_reads_what_each_said() {
+        let threads: Vec<_> = Threads::world(2).into_iter().map(|world| std::thread::spawn(move || told_by(world))).collect();
+        for tallies in threads.into_iter().map(|thread| thread.join().expect("no panic")) {
+            assert_eq!(tallies.iter().map(|tally| tally.norms[0]).collect::<Vec<_>>(), [0.5, 1.5]);
+            assert_eq!(tallies[1].seconds, [0.0, 0.0, 3.0]);
+            assert_eq!((tallies[0].saving, tallies[1].saving), (0, 1));
+            assert_eq!((tallies[1].statistics.len(), tallies[1].statistics[1].loss), (2, 1.0));
+            assert_eq!(request(&tallies), Request::Stop);
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! How long each phase of a run may stand still.
+
+use std::time::Duration;
+
+use crate::pulse::{Phase, Pulse};
+use crate::settings::{Keys, Settings};
+
+/// `[watchdog]`. Seconds without any movement on any rank after which the run is ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WatchdogSettings {
+    pub enabled: bool,
+    pub init_seconds: f64,
+    pub first_step_seconds: f64,
+    pub step_seconds: f64,
+    pub step_medians: f64,
+    pub save_seconds: f64,
+    pub report_seconds: f64,
+    pub finalize_seconds: f64,
+    pub straggler_ratio: f64,
+    pub compare_every_n_steps: u64,
+}
+
+impl Default for WatchdogSettings {
+    fn default() -> Self {
+        WatchdogSettings {
+            enabled: true,
+            init_seconds: 300.0,
+            first_step_seconds: 300.0,
+            step_seconds: 60.0,
+            step_medians: 10.0,
+            save_seconds: 600.0,
+            report_seconds: 600.0,
+            finalize_seconds: 60.0,
+            straggler_ratio: 1.5,
+            compare_every_n_steps: 1000,
+        }
+    }
+}
+
+impl Settings for WatchdogSettings {
+    fn visit(&mut self, keys: &mut Keys<'_>) {
+        keys.flag("enabled", &mut self.enabled, "End the run when no rank moves for longer than its phase may take.");
+        let mut seconds = |name: &str, field: &mut f64, doc: &str| keys.number(name, field, 0.1..=1e6, doc);
+        seconds("init_seconds", &mut self.init_seconds, "Launch, joining the world, opening data, loading parameters.");
+        seconds("first_step_seconds", &mut self.first_step_seconds, "The first step of a start, which warms everything up.");
+        seconds("step_seconds", &mut self.step_seconds, "Every other step; the next key raises it where steps are long.");
+        seconds("step_medians", &mut self.step_medians, "A step may stand still for this many times the median of the last 50.");
+        seconds("save_seconds", &mut self.save_seconds, "Comparing parameters, copying, writing and committing a checkpoint.");
+        seconds("report_seconds", &mut self.report_seconds, "Samples and report at the end.");
+        seconds("finalize_seconds", &mut self.finalize_seconds, "Taking leave of the other ranks.");
+        let ratio = "A rank whose phase takes this many times the median rank's over 20 steps is reported as a straggler.";
+        keys.number("straggler_ratio", &mut self.straggler_ratio, 1.1.., ratio);
+        let compare = "Steps between comparisons of the parameters that several ranks hold; each save compares as well.";
+        keys.integer("compare_every_n_steps", &mut self.compare_every_n_steps, 1.., compare);
+    }
+}
+
+impl WatchdogSettings {
+    /// How long a rank at `pulse` may stand still. `first_step`: of this start; `median`: of its last steps, in seconds.
+    pub fn limit(&self, pulse: &Pulse, first_step: u64, median: Option<f64>) -> Duration {
+        let seconds = match pulse.phase {
+            Phase::Launch | Phase::Connect | Phase::Bootstrap | Phase::Open => self.init_seconds,
+            Phase::Data | Phase::Forward | Phase::Backward | Phase::Reduce | Phase::Optimizer | Phase::Diagnose => {
+                match median.filter(|_| pulse.step > first_step) {
+                    Some(median) => self.step_seconds.max(self.step_medians * median),
+                    None => self.first_step_seconds,
+                }
+            }
+            Phase::Compare | Phase::Snapshot | Phase::Write | Phase::Sync | Phase::Commit | Phase::Prune | Phase::Save => self.save_seconds,
+            Phase::Report => self.report_seconds,
+            Phase::Finalize => self.finalize_seconds,
+        };
+        Duration::from_secs_f64(seconds)
+    }
+
+    /// Time between two beats: ten fit into the shortest limit, and one a second is enough for the longest.
+    pub fn beat_interval(&self) -> Duration {
+        let limits =
+            [self.init_seconds, self.first_step_seconds, self.step_seconds, self.save_seconds, self.report_seconds, self.finalize_seconds];
+        Duration::from_secs_f64((limits.into_iter().fold(f64::INFINITY, f64::min) / 10.0).clamp(0.01, 1.0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limit(phase: Phase, step: u64, median: Option<f64>) -> f64 {
+        let pulse = Pulse { step, phase, collectives: 0, age: Duration::ZERO };
+        WatchdogSettings::default().limit(&pulse, 100, median).as_secs_f64()
+    }
+
+    #[test]
+    fn each_phase_has_its_limit_and_long_steps_raise_theirs() {
+        assert_eq!(limit(Phase::Connect, 0, None), 300.0);
+        assert_eq!(limit(Phase::Forward, 100, None), 300.0, "the first step of a start");
+        assert_eq!(limit(Phase::Forward, 101, Some(0.2)), 60.0);
+        assert_eq!(limit(Phase::Reduce, 101, Some(20.0)), 200.0);
+        assert_eq!(limit(Phase::Save, 101, Some(0.2)), 600.0);
+    }
+
+    #[test]
+    fn ten_beats_fit_into_the_shortest_limit() {
+        assert_eq!(WatchdogSettings::default().beat_interval(), Duration::from_secs(1));
+        let short = WatchdogSettings { step_seconds: 3.0, ..WatchdogSettings::default() };
+        assert_eq!(short.beat_interval(), Duration::from_millis(300));
+    }
+}
