@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use fm_dist::data::OnBad;
 use fm_dist::data::dataset::Dataset;
 use fm_dist::data::safetensors::SafeTensors;
 use fm_dist::error::Error;
@@ -494,6 +495,16 @@ fn numbers_that_are_not_finite_are_told_with_sample_count_and_place() {
             "{text}"
         );
     }
+}
+
+#[test]
+fn b1_a_sample_that_is_not_finite_is_replaced_by_its_next_neighbour_where_that_is_asked_for() {
+    let files: [(&str, &[u8]); 2] = [("a.safetensors", &images(None)), ("b.safetensors", &images(Some((9, f32::NAN))))];
+    let folder = dataset(&files, &[entry("a.safetensors", 4), entry("b.safetensors", 4)]);
+    let dataset = Dataset::open(folder.path()).unwrap().on_bad(OnBad::Skip);
+    let (batch, neighbours) = (dataset.batch(&[1, 6, 5]).unwrap(), dataset.batch(&[1, 7, 5]).unwrap());
+    assert!(batch.get("image_latents").unwrap().equal(neighbours.get("image_latents").unwrap()));
+    assert_eq!((batch.sample_ids, batch.bad_samples, neighbours.bad_samples), (vec![1, 6, 5], 1, 0));
 }
 
 #[test]

@@ -56,7 +56,7 @@ fn batch_of(file: &SafeTensors, data_type: &str) -> Batch {
     let named = |name: &str| Some((name.strip_prefix("batch.")?.to_string(), file.read(name).unwrap()));
     let tensors = file.tensors().iter().filter_map(|info| named(&info.name)).collect();
     let data_type = if data_type == "image" { DataType::Image } else { DataType::Video };
-    Batch { tensors, data_type, sample_ids: Vec::new() }
+    Batch { tensors, data_type, sample_ids: Vec::new(), bad_samples: 0 }
 }
 
 #[test]

@@ -19,7 +19,7 @@ fn batch(size: i64) -> Batch {
     let (latents, text) =
         Key::new(1, Purpose::Test).seeded(|| (Tensor::randn([size, 2, 4, 4], FLOAT), Tensor::rand([size, 3, 5], FLOAT) + 0.5));
     let tensors = BTreeMap::from([("image_latents".to_string(), latents), ("text_embeddings".to_string(), text)]);
-    Batch { tensors, data_type: DataType::Image, sample_ids: (0..size as u64).collect() }
+    Batch { tensors, data_type: DataType::Image, sample_ids: (0..size as u64).collect(), bad_samples: 0 }
 }
 
 fn pipeline(change: impl FnOnce(&mut FlowMatchingSettings)) -> FlowMatchingPipeline {

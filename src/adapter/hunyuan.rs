@@ -207,7 +207,7 @@ mod tests {
             ("image_embeds", normal("image", &[SIZE, 3, 7])),
         ];
         let tensors = tensors.into_iter().map(|(key, tensor)| (key.to_string(), tensor)).collect::<BTreeMap<_, _>>();
-        Batch { tensors, data_type: DataType::Video, sample_ids: Vec::new() }
+        Batch { tensors, data_type: DataType::Video, sample_ids: Vec::new(), bad_samples: 0 }
     }
 
     fn inputs(adapter: &Hunyuan, batch: &Batch, image_to_video: &[bool]) -> Result<Activations> {

@@ -114,7 +114,7 @@ mod tests {
     fn prepared(adapter: &Simple, sizes: &[(&str, &[i64])]) -> Result<Activations> {
         let tensor = |size: &[i64]| Tensor::arange(size.iter().product::<i64>(), (Kind::Float, Device::Cpu)).reshape(size);
         let tensors = sizes.iter().map(|(key, size)| (key.to_string(), tensor(size))).collect();
-        let batch = Batch { tensors, data_type: DataType::Video, sample_ids: Vec::new() };
+        let batch = Batch { tensors, data_type: DataType::Video, sample_ids: Vec::new(), bad_samples: 0 };
         let (latents, sigma) = (Tensor::zeros([2, 4, 3, 2, 6], (Kind::BFloat16, Device::Cpu)), Tensor::from_slice(&[0.25f32, 0.5]));
         adapter.prepare_inputs(&FlowMatchingContext {
             noisy_latents: &latents,

@@ -15,8 +15,10 @@ use super::finite::check_finite;
 use super::group::{Group, check_latents, check_same, latents_key, layout_of};
 use super::manifest::{self, FileEntry, Manifest};
 use super::safetensors::{SafeTensors, refuse_pickle, row_bytes, with_rows};
+use super::settings::OnBad;
 use super::{Batch, DataType, EMPTY, sha256};
 use crate::error::{Error, Result};
+use crate::pulse;
 
 /// Named conditions to generate from, e.g. one text embedding a class.
 #[derive(Debug)]
@@ -37,6 +39,7 @@ pub struct Dataset {
     conditions: Option<SafeTensors>,
     empty_prompt: Option<EmptyPrompt>,
     num_samples: u64,
+    on_bad: OnBad,
 }
 
 /// The empty prompt's conditions: the file, and its tensors under the names that batches give them.
@@ -79,7 +82,8 @@ impl Dataset {
 
     fn assemble(path: PathBuf, manifest: Manifest, open: impl Fn(&str) -> Result<SafeTensors>) -> Result<Self> {
         let (files, groups) = (Vec::new(), Vec::new());
-        let mut dataset = Dataset { path, manifest, files, groups, conditions: None, empty_prompt: None, num_samples: 0 };
+        let on_bad = OnBad::Stop;
+        let mut dataset = Dataset { path, manifest, files, groups, conditions: None, empty_prompt: None, num_samples: 0, on_bad };
         for index in 0..dataset.manifest.files.len() {
             let entry = dataset.manifest.files[index].clone();
             let tensors = open(&entry.path)?;
@@ -166,19 +170,51 @@ impl Dataset {
         Ok(())
     }
 
-    /// The samples of these ids, in this order.
+    /// What becomes of samples that are not finite from now on.
+    pub fn on_bad(mut self, on_bad: OnBad) -> Self {
+        self.on_bad = on_bad;
+        self
+    }
+
+    /// The samples of these ids, in this order; where bad ones are skipped, their next sound neighbours in the group instead.
     ///
     /// # Errors
-    /// [`Error::Data`] if a sample holds a number that is not finite, or its file was cut since it was opened.
+    /// [`Error::Data`] if a sample holds a number that is not finite and may not, or its file was cut since it was opened.
     /// # Panics
     /// If there are no ids, or they are unknown or of several groups (bugs in the caller).
     pub fn batch(&self, ids: &[u64]) -> Result<Batch> {
+        match (self.read_batch(ids, 0), self.on_bad) {
+            (Err(error), OnBad::Skip) => {
+                let sound = ids.iter().map(|id| self.sound_from(*id)).collect::<Result<Vec<_>>>()?;
+                let bad_samples = sound.iter().zip(ids).filter(|(sound, id)| sound != id).count();
+                // Something else is wrong than a number.
+                if bad_samples == 0 { Err(error) } else { self.read_batch(&sound, bad_samples) }
+            }
+            (outcome, _) => outcome,
+        }
+        .map(|batch| Batch { sample_ids: ids.to_vec(), ..batch })
+    }
+
+    fn read_batch(&self, ids: &[u64], bad_samples: usize) -> Result<Batch> {
         let group = self.file_of(ids[0]).group;
         assert!(ids.iter().all(|id| self.file_of(*id).group == group), "a batch of several resolution groups: {ids:?}");
         let keys = self.groups[group].layout.keys();
         let mut tensors = keys.map(|key| Ok((key.clone(), self.stacked(key, ids)?))).collect::<Result<BTreeMap<_, _>>>()?;
         tensors.extend(self.empty_prompt.iter().flat_map(EmptyPrompt::tensors));
-        Ok(Batch { tensors, data_type: self.data_type(), sample_ids: ids.to_vec() })
+        Ok(Batch { tensors, data_type: self.data_type(), sample_ids: ids.to_vec(), bad_samples })
+    }
+
+    /// The sample itself if all its numbers are finite, otherwise the next of its group that is: the same one whoever asks.
+    fn sound_from(&self, id: u64) -> Result<u64> {
+        let ids = &self.groups[self.file_of(id).group].sample_ids;
+        let place = ids.binary_search(&id).expect("a sample is in its group");
+        let (before, after) = ids.split_at(place);
+        for candidate in after.iter().chain(before) {
+            if self.file_of(*candidate).is_finite(*candidate)? {
+                return Ok(*candidate);
+            }
+        }
+        Err(Error::data(&self.path, format!("no sample of the group of sample {id} is finite")))
     }
 
     /// One key of these samples as one tensor.
@@ -236,8 +272,22 @@ impl EmptyPrompt {
 }
 
 impl SampleFile {
+    /// Whether all numbers of a sample are.
+    fn is_finite(&self, id: u64) -> Result<bool> {
+        let row = id - self.first_id;
+        for info in self.tensors.tensors() {
+            let mut data = self.tensors.buffer(row_bytes(info))?;
+            self.tensors.read_rows_into(info, &[row], &mut data)?;
+            if check_finite(&self.tensors, info, &[id], &[row], &data).is_err() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Fills `data` with one key of these samples, all of this file.
     fn read_rows(&self, key: &str, ids: &[u64], data: &mut [u8]) -> Result<()> {
+        pulse::read_from(self.tensors.path());
         let info = self.tensors.info(key)?;
         let rows: Vec<u64> = ids.iter().map(|id| id - self.first_id).collect();
         self.tensors.read_rows_into(info, &rows, data)?;

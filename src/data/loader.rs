@@ -95,7 +95,7 @@ mod tests {
     use crate::data::dataset::tests::{images, written};
 
     fn numbered(id: u64) -> Result<Batch> {
-        Ok(Batch { tensors: BTreeMap::new(), data_type: DataType::Image, sample_ids: vec![id] })
+        Ok(Batch { tensors: BTreeMap::new(), data_type: DataType::Image, sample_ids: vec![id], bad_samples: 0 })
     }
 
     fn over(batches: impl Iterator<Item = Result<Batch>> + Send + 'static) -> Loader {

@@ -31,7 +31,7 @@ use tch::Tensor;
 pub use dataset::{Conditions, Dataset};
 pub use loader::Loader;
 pub use order::Order;
-pub use settings::DataSettings;
+pub use settings::{DataSettings, OnBad};
 pub use share::Share;
 
 /// What kind of latents a batch holds; decides the task types that can be drawn.
@@ -63,6 +63,8 @@ pub struct Batch {
     pub data_type: DataType,
     /// Number of each sample in its dataset; empty where a batch stands alone.
     pub sample_ids: Vec<u64>,
+    /// How many of these are not finite, so that their next neighbours stand in for them.
+    pub bad_samples: usize,
 }
 
 impl Batch {
@@ -73,6 +75,6 @@ impl Batch {
     /// The same tensors under a second owner.
     pub fn alias(&self) -> Batch {
         let tensors = self.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
-        Batch { tensors, data_type: self.data_type, sample_ids: self.sample_ids.clone() }
+        Batch { tensors, data_type: self.data_type, sample_ids: self.sample_ids.clone(), bad_samples: self.bad_samples }
     }
 }

@@ -182,7 +182,7 @@ mod tests {
 
     fn batch(empty: Option<Tensor>) -> Batch {
         let tensors: BTreeMap<_, _> = empty.into_iter().map(|tensor| ("empty.text_embeddings".to_string(), tensor)).collect();
-        Batch { tensors, data_type: DataType::Image, sample_ids: Vec::new() }
+        Batch { tensors, data_type: DataType::Image, sample_ids: Vec::new(), bad_samples: 0 }
     }
 
     fn after(empty: Option<Tensor>, value: CfgDropoutValue) -> Result<Tensor> {

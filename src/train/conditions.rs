@@ -126,7 +126,7 @@ impl Origin {
     fn batch_of(&self, tensors: &BTreeMap<String, Tensor>, rows: &[i64]) -> Batch {
         let rows = Tensor::from_slice(rows);
         let tensors = tensors.iter().map(|(key, tensor)| (key.clone(), tensor.index_select(0, &rows))).collect();
-        Batch { tensors, data_type: self.data_type, sample_ids: Vec::new() }
+        Batch { tensors, data_type: self.data_type, sample_ids: Vec::new(), bad_samples: 0 }
     }
 
     /// `[rows, C, (F,) H, W]` f32, if the noise is given.

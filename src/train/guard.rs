@@ -26,6 +26,8 @@ pub struct Guard {
     /// Of the last [`BUDGET_STEPS`].
     skipped: VecDeque<u64>,
     num_skipped: u64,
+    /// The epoch, and how many bad samples it has met so far.
+    bad_samples: (u64, u64),
 }
 
 impl Guard {
@@ -67,6 +69,13 @@ impl Guard {
             self.skipped.pop_front();
         }
         self.skipped.len() as u64
+    }
+
+    /// A step of this epoch met bad samples. Returns how many the epoch has met.
+    pub fn bad_samples(&mut self, epoch: u64, count: u64) -> u64 {
+        let before = if self.bad_samples.0 == epoch { self.bad_samples.1 } else { 0 };
+        self.bad_samples = (epoch, before + count);
+        before + count
     }
 
     /// Number of the optimizer's own step when the run is at `step`: data go on where a step is skipped, the optimizer and
@@ -137,6 +146,12 @@ mod tests {
         let mut guard = Guard::default();
         assert_eq!([10, 50, 109, 110].map(|step| guard.skip(step)), [1, 2, 3, 3]);
         assert_eq!(guard.update_number(111), 107);
+    }
+
+    #[test]
+    fn bad_samples_are_counted_by_epoch() {
+        let mut guard = Guard::default();
+        assert_eq!([(0, 2), (0, 0), (0, 1), (1, 1)].map(|(epoch, count)| guard.bad_samples(epoch, count)), [2, 2, 3, 1]);
     }
 
     #[test]

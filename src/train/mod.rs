@@ -59,6 +59,7 @@ use run_folder::RunFolder;
 use state::OptimizerState;
 use step::{Stepper, Update};
 use stragglers::Stragglers;
+use tally::Tally;
 
 /// Steps over which throughput is averaged.
 const THROUGHPUT_STEPS: usize = 20;
@@ -155,7 +156,7 @@ impl<'c> Trainer<'c> {
     ) -> Result<Self> {
         let share = share_of(config, collective)?;
         let global_batch = share.global_batch();
-        let dataset = Arc::new(Dataset::named(&config.data.path)?);
+        let dataset = Arc::new(Dataset::named(&config.data.path)?.on_bad(config.data.on_bad));
         check_data(config, &dataset)?;
         let order = Order::new(dataset.groups(), global_batch, config.seed)?;
         tch::set_num_threads(config.parallel.num_threads);
@@ -270,7 +271,22 @@ impl<'c> Trainer<'c> {
             saving: 0,
         };
         let update = stepper.step(step, loader, &mut self.replica, &mut self.optimizer_state, &mut self.manifest.guard);
-        update.map_err(|error| self.with_way_back(error))
+        let update = update.map_err(|error| self.with_way_back(error))?;
+        self.count_bad_samples(&update.tallies)?;
+        Ok(update)
+    }
+
+    /// Too many bad samples mean bad data, on every rank alike.
+    fn count_bad_samples(&mut self, tallies: &[Tally]) -> Result<()> {
+        let met = tallies.iter().map(|tally| tally.bad_samples as u64).sum();
+        let epoch = self.order.epoch_of(self.manifest.step);
+        let (count, samples) = (self.manifest.guard.bad_samples(epoch, met), self.dataset.num_samples());
+        let allowed = (self.config.data.bad_share * samples as f64).ceil() as u64;
+        if count <= allowed {
+            return Ok(());
+        }
+        let what = format!("{count} samples of epoch {epoch} are not finite; data.bad_share allows {allowed} of {samples}");
+        Err(known_to_all(Error::data(self.dataset.path(), what), 0, self.collective))
     }
 
     /// Says which checkpoint is the last one of before a step that was refused.
@@ -313,9 +329,11 @@ impl<'c> Trainer<'c> {
         self.metrics.append(&metrics);
         let stragglers = self.stragglers.take(&update.tallies, self.config.watchdog.straggler_ratio);
         let skipped = update.skipped.iter().map(|why| format!("step {} was skipped: {why}", self.manifest.step));
+        let bad: usize = update.tallies.iter().map(|tally| tally.bad_samples).sum();
+        let bad = (bad > 0).then(|| format!("step {}: {bad} samples are not finite and were skipped", self.manifest.step));
         let warned = update.warning.iter().map(|what| format!("step {}: {what}", self.manifest.step));
         if telemetry.speaks_for_the_run() {
-            skipped.chain(warned).chain(stragglers).for_each(|line| tracing::warn!("{line}"));
+            skipped.chain(warned).chain(bad).chain(stragglers).for_each(|line| tracing::warn!("{line}"));
         }
         let flow = self.pipeline.settings();
         let due = |interval: u64| self.manifest.step.is_multiple_of(interval);

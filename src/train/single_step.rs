@@ -74,7 +74,7 @@ fn read_batch(path: &Path) -> Result<Batch> {
     let unknown = || Error::data(path, format!("data_type in the metadata is {word:?}, expected \"image\" or \"video\""));
     let data_type = known.into_iter().find(|data_type| data_type.word() == word).ok_or_else(unknown)?;
     let tensors = file.tensors().iter().map(|info| Ok((info.name.clone(), file.read(&info.name)?))).collect::<Result<_>>()?;
-    Ok(Batch { tensors, data_type, sample_ids: Vec::new() })
+    Ok(Batch { tensors, data_type, sample_ids: Vec::new(), bad_samples: 0 })
 }
 
 fn tensors_of(output: &StepOutput) -> Vec<(String, Tensor)> {

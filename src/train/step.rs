@@ -100,7 +100,9 @@ impl Stepper<'_> {
         let gradients = reducer.finish()?;
         let norms = self.norms_of_grains(&gradients, replica);
         let seconds = OWN_PHASES.map(|phase| watch.seconds(phase));
-        let own = Own { statistics: &rows, norms: &norms, request: self.requests.heard(), seconds, saving: self.saving };
+        let bad_samples = batches.iter().map(|batch| batch.bad_samples).sum();
+        let request = self.requests.heard();
+        let own = Own { statistics: &rows, norms: &norms, request, seconds, saving: self.saving, bad_samples };
         let tallies = tally::exchange(&own, self.collective)?;
         let (statistics, grad_norm) = (self.merged(&tallies), self.grad_norm(&tallies, replica));
         watch.lap("reduce");

@@ -22,6 +22,7 @@ pub struct Own<'t> {
     pub seconds: [f64; OWN_PHASES.len()],
     /// How far the saving of a checkpoint has come.
     pub saving: u8,
+    pub bad_samples: usize,
 }
 
 /// One rank's words, as all ranks read them.
@@ -34,6 +35,7 @@ pub struct Tally {
     /// Seconds of [`OWN_PHASES`].
     pub seconds: [f64; OWN_PHASES.len()],
     pub saving: u8,
+    pub bad_samples: usize,
 }
 
 /// Every rank's, in rank order; the step's only host synchronization.
@@ -55,7 +57,7 @@ pub fn exchange(own: &Own<'_>, collective: &dyn Collective) -> Result<Vec<Tally>
 impl Own<'_> {
     fn words(&self) -> Vec<f32> {
         let seconds = self.seconds.map(|seconds| seconds as f32);
-        [&[self.request.number(), f32::from(self.saving)], &seconds[..]].concat()
+        [&[self.request.number(), f32::from(self.saving), self.bad_samples as f32], &seconds[..]].concat()
     }
 }
 
@@ -64,13 +66,14 @@ impl Tally {
         let (rows, rest) = row.split_at(num_rows * Statistics::WIDTH);
         let (norms, words) = rest.split_at(num_norms);
         let mut seconds = [0.0; OWN_PHASES.len()];
-        seconds.iter_mut().zip(&words[2..]).for_each(|(seconds, word)| *seconds = f64::from(*word));
+        seconds.iter_mut().zip(&words[3..]).for_each(|(seconds, word)| *seconds = f64::from(*word));
         Tally {
             statistics: rows.chunks(Statistics::WIDTH).map(Statistics::from_row).collect(),
             norms: norms.to_vec(),
             request: Request::of_number(words[0]),
             seconds,
             saving: words[1] as u8,
+            bad_samples: words[2] as usize,
         }
     }
 }
@@ -95,6 +98,7 @@ mod tests {
             request: if world.rank() == 1 { Request::Stop } else { Request::Nothing },
             seconds: [0.0, 0.0, 2.0 + number],
             saving: world.rank() as u8,
+            bad_samples: 3,
         };
         exchange(&own, &world).expect("both ranks are here")
     }
@@ -105,7 +109,7 @@ mod tests {
         for tallies in threads.into_iter().map(|thread| thread.join().expect("no panic")) {
             assert_eq!(tallies.iter().map(|tally| tally.norms[0]).collect::<Vec<_>>(), [0.5, 1.5]);
             assert_eq!(tallies[1].seconds, [0.0, 0.0, 3.0]);
-            assert_eq!((tallies[0].saving, tallies[1].saving), (0, 1));
+            assert_eq!((tallies[0].saving, tallies[1].saving, tallies[1].bad_samples), (0, 1, 3));
             assert_eq!((tallies[1].statistics.len(), tallies[1].statistics[1].loss), (2, 1.0));
             assert_eq!(request(&tallies), Request::Stop);
         }
