@@ -52,7 +52,7 @@ pub enum Kind {
     Usr1,
     Term,
     Int,
-    /// The rank's loss becomes NaN.
+    /// The rank's loss becomes NaN; with an argument only the first time that the step is computed.
     NanLoss,
     /// The rank's loss is multiplied by the argument, 50 without one.
     Spike,
@@ -185,7 +185,7 @@ fn due(phase: Phase, kinds: &[Kind]) -> Option<&'static Fault> {
 }
 
 /// Breaks this process if that was ordered for now.
-pub(crate) fn strike(phase: Phase) {
+pub fn strike(phase: Phase) {
     use Kind::*;
     let Some(order) = due(phase, &[Kill, Segv, Abort, Stop, Exit, Panic, Spin, Sleep, Usr1, Term, Int]) else { return };
     match order.kind {

@@ -23,6 +23,8 @@ pub enum Phase {
     Bootstrap,
     /// Opening the data, building the model, loading a checkpoint.
     Open,
+    /// Reading a batch ahead, on a thread of its own.
+    Read,
     /// Waiting for a batch.
     Data,
     Forward,
@@ -57,6 +59,7 @@ impl Phase {
         ("connect", Phase::Connect),
         ("bootstrap", Phase::Bootstrap),
         ("open", Phase::Open),
+        ("read", Phase::Read),
         ("data", Phase::Data),
         ("forward", Phase::Forward),
         ("backward", Phase::Backward),
@@ -74,6 +77,7 @@ impl Phase {
         ("finalize", Phase::Finalize),
     ];
 
+    /// The word that stands in messages and orders of faults.
     pub fn word(self) -> &'static str {
         Self::ALL[self as usize].0
     }

@@ -108,7 +108,7 @@ pub fn kill_at(mut command: Command, text: &str, mark: &str) {
 }
 
 /// Whether any process has `mark` in its arguments.
-fn is_running(mark: &str) -> bool {
+pub fn is_running(mark: &str) -> bool {
     let entries = fs::read_dir("/proc").unwrap().filter_map(Result::ok);
     entries
         .map(|entry| fs::read(entry.path().join("cmdline")).unwrap_or_default())

@@ -16,6 +16,8 @@ mod equivalence;
 mod exported;
 /// Each model family computes what diffusers' class of it computes.
 mod families;
+/// Every way in which a run can break ends as it must.
+mod faults;
 /// Rooms use lower floors only, and some words stand in one file only.
 mod floors;
 /// Known loss curves, as text.

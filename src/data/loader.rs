@@ -11,6 +11,8 @@ use super::dataset::Dataset;
 use super::order::Order;
 use super::share::Share;
 use crate::error::{Error, Result};
+use crate::fault;
+use crate::pulse::Phase;
 
 /// Yields one rank's micro-batches in the order of training; dropping it ends its thread.
 #[derive(Debug)]
@@ -29,7 +31,10 @@ impl Loader {
     pub fn start(dataset: Arc<Dataset>, order: Order, share: Share, first_step: u64, prefetch: usize) -> Result<Self> {
         let path = dataset.path().to_path_buf();
         let places = (first_step..).flat_map(move |step| (0..share.micro_batches).map(move |micro| (step, micro)));
-        let batches = places.map(move |(step, micro)| dataset.batch(&order.block(step, share.block(micro), share.micro_batch_size)));
+        let batches = places.map(move |(step, micro)| {
+            fault::strike(Phase::Read);
+            dataset.batch(&order.block(step, share.block(micro), share.micro_batch_size))
+        });
         Loader::over(batches, path, prefetch)
     }
 

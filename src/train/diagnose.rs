@@ -61,9 +61,9 @@ fn bad_samples(batch: &Batch, output: &StepOutput) -> Option<String> {
     let bad: Vec<usize> = (0..losses.len()).filter(|index| !is_sound(f64::from(losses[*index]))).collect();
     let average = output.loss.average_weighted_loss.double_value(&[]);
     match bad.first() {
-        Some(first) => Some(format!("a loss of {} in {}", losses[*first], samples(batch, output, bad))),
+        Some(first) => Some(format!("loss exploded: {} in {}", losses[*first], samples(batch, output, bad))),
         // Auxiliary losses and weights can spoil what every sample's own loss does not.
-        None if !is_sound(average) => Some(format!("a mean weighted loss of {average}")),
+        None if !is_sound(average) => Some(format!("loss exploded: {average} as the weighted mean")),
         None => None,
     }
 }

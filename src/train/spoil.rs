@@ -1,7 +1,11 @@
 //! What faults that were ordered do to a step's numbers, see [`fault`](crate::fault); nothing without an order.
 
-use tch::{Kind, Tensor, no_grad};
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use tch::{Device, Kind, Tensor, no_grad};
+
+use crate::collective::{Collective, ReduceOp};
+use crate::error::Result;
 use crate::fault::{self, Kind as Fault};
 use crate::nn::Activations;
 use crate::parallel::Replica;
@@ -9,10 +13,20 @@ use crate::pulse::Phase;
 
 /// The model's outputs, times NaN or a factor that makes the loss stand out.
 pub fn outputs(outputs: Activations) -> Activations {
-    let factor = fault::argument(Fault::NanLoss, Phase::Forward, f64::NAN);
-    let Some(factor) = factor.or_else(|| fault::argument(Fault::Spike, Phase::Forward, 50.0)) else { return outputs };
+    static STRUCK: AtomicBool = AtomicBool::new(false);
+    let nan = fault::argument(Fault::NanLoss, Phase::Forward, f64::NAN);
+    let nan = nan.filter(|argument| argument.is_nan() || !STRUCK.swap(true, Ordering::Relaxed)).map(|_| f64::NAN);
+    let Some(factor) = nan.or_else(|| fault::argument(Fault::Spike, Phase::Forward, 50.0)) else { return outputs };
     let constants = Activations::new().carrying_constants_of(&outputs);
     outputs.flowing().fold(constants, |spoiled, (name, tensor)| spoiled.with(name, tensor * factor))
+}
+
+/// A collective that this rank issues alone.
+pub fn collectives(collective: &dyn Collective) -> Result<()> {
+    match fault::argument(Fault::ExtraCollective, Phase::Reduce, 0.0) {
+        Some(_) => collective.all_reduce(vec![Tensor::zeros([3], (Kind::Float, Device::Cpu))], ReduceOp::Sum)?.wait(),
+        None => Ok(()),
+    }
 }
 
 /// A stage's gradients, one number of them NaN.
@@ -24,7 +38,7 @@ pub fn gradients(stage: usize, gradients: Vec<Tensor>) -> Vec<Tensor> {
 }
 
 /// A stage's parameters, one of them changed by its lowest bit.
-pub fn parameters(replica: &mut Replica<'_>) {
-    let Some(stage) = fault::argument(Fault::BitFlip, Phase::Optimizer, 0.0) else { return };
+pub fn parameters(phase: Phase, replica: &mut Replica<'_>) {
+    let Some(stage) = fault::argument(Fault::BitFlip, phase, 0.0) else { return };
     replica.buckets[stage as usize].update(|_, master, _| drop(master.narrow(0, 0, 1).view_dtype(Kind::Int).g_add_scalar_(1)));
 }

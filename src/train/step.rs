@@ -97,6 +97,7 @@ impl Stepper<'_> {
             batches.push(batch);
         }
         pulse::enter(Phase::Reduce);
+        spoil::collectives(self.collective)?;
         let gradients = reducer.finish()?;
         let norms = self.norms_of_grains(&gradients, replica);
         let seconds = OWN_PHASES.map(|phase| watch.seconds(phase));
@@ -271,7 +272,7 @@ impl Stepper<'_> {
             }
             state.update(index, &mut replica.buckets[index], pieces, &*self.config.optimizer, lr, update_number);
         }
-        spoil::parameters(replica);
+        spoil::parameters(Phase::Optimizer, replica);
         replica.publish()
     }
 }

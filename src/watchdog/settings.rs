@@ -60,7 +60,7 @@ impl WatchdogSettings {
     pub fn limit(&self, pulse: &Pulse, first_step: u64, median: Option<f64>) -> Duration {
         let seconds = match pulse.phase {
             Phase::Launch | Phase::Connect | Phase::Bootstrap | Phase::Open => self.init_seconds,
-            Phase::Data | Phase::Forward | Phase::Backward | Phase::Reduce | Phase::Optimizer | Phase::Diagnose => {
+            Phase::Read | Phase::Data | Phase::Forward | Phase::Backward | Phase::Reduce | Phase::Optimizer | Phase::Diagnose => {
                 match median.filter(|_| pulse.step > first_step) {
                     Some(median) => self.step_seconds.max(self.step_medians * median),
                     None => self.first_step_seconds,

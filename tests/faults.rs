@@ -1,0 +1,232 @@
+//! The fault matrix: each row orders a fault of one rank at one moment, and says what must come of it.
+//!
+//! A row's test is named after its number in the matrix (A configuration and launch, B data, C processes, D storage, E numbers,
+//! F the end). Every case proves that its fault struck, ends within its bound with the code that it names, says why in one
+//! line, and leaves no process behind. Nothing is tried twice. Cases that start processes take turns, so that their bounds
+//! hold on two cores.
+
+mod launching;
+mod numbers;
+mod processes;
+mod rows;
+mod storing;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use crate::runs::{checkpoint, is_running, mpirun, program, with_sets};
+
+/// Steps of a run; it saves every fourth.
+const STEPS: u64 = 12;
+
+/// Limits of the watchdog in tests, in seconds.
+pub const LIMIT: f64 = 3.0;
+
+/// What every case trains with, on top of [`TINY`](crate::runs::TINY).
+const SETS: [&str; 3] = ["max_steps=12", "checkpoint.every_n_steps=4", "train.global_batch_size=16"];
+
+/// Short limits, for cases in which something hangs.
+pub const SHORT: [&str; 4] =
+    ["watchdog.init_seconds=3", "watchdog.first_step_seconds=3", "watchdog.step_seconds=3", "watchdog.save_seconds=3"];
+
+/// One row.
+pub struct Case<'c> {
+    /// 0: without a launcher.
+    pub ranks: usize,
+    /// What is ordered; empty for none.
+    pub fault: &'c str,
+    pub sets: &'c [&'c str],
+    /// Further words of the command line.
+    pub words: &'c [&'c str],
+    pub code: i32,
+    /// Texts that standard error must hold.
+    pub says: &'c [&'c str],
+    /// Texts that it must not.
+    pub never: &'c [&'c str],
+    /// Time until everything must be over.
+    pub seconds: f64,
+}
+
+impl Default for Case<'_> {
+    fn default() -> Self {
+        Case { ranks: 2, fault: "", sets: &[], words: &[], code: 0, says: &[], never: &["WARN straggler"], seconds: 30.0 }
+    }
+}
+
+/// A folder for runs, and what the last one said.
+pub struct Ended {
+    pub root: TempDir,
+    pub errors: String,
+    pub seconds: f64,
+}
+
+/// Cases take turns.
+pub fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Case<'_> {
+    /// Runs the case in a folder of its own.
+    pub fn run(&self) -> Ended {
+        self.run_in(TempDir::new().unwrap())
+    }
+
+    /// Runs the case in a folder in which others ran before.
+    pub fn run_in(&self, root: TempDir) -> Ended {
+        let _turn = turn();
+        let started = Started::new(self.command(&root));
+        let ended = started.end(root, self.seconds);
+        self.judge(&ended.0, ended.1);
+        ended.0
+    }
+
+    pub fn command(&self, root: &TempDir) -> Command {
+        let output = format!("output_dir={}", root.path().join("run").display());
+        let order = format!("debug.inject_fault={:?}", self.fault);
+        let orders: &[&str] = if self.fault.is_empty() { &[] } else { &[&order] };
+        let sets = [&SETS, self.sets, orders, &[&output]].concat();
+        let words = with_sets(&[&["train"], self.words].concat(), &sets);
+        if self.ranks == 0 { program(&words) } else { mpirun(self.ranks, &words) }
+    }
+
+    fn judge(&self, ended: &Ended, code: i32) {
+        let Ended { errors, root, .. } = ended;
+        assert_eq!(code, self.code, "{errors}");
+        if !self.fault.is_empty() {
+            assert!(errors.contains(&format!("fm-dist: fault {} strikes", self.fault)), "the fault never struck:\n{errors}");
+        }
+        self.says.iter().for_each(|text| assert!(errors.contains(text), "{text:?} was not said:\n{errors}"));
+        self.never.iter().for_each(|text| assert!(!errors.contains(text), "{text:?} was said:\n{errors}"));
+        let causes = errors.lines().filter(|line| line.starts_with("fm-dist: error")).count();
+        // A process that a signal ends says nothing, and neither does a run that was asked to stop.
+        let expected = usize::from((20..=70).contains(&self.code));
+        assert_eq!(causes, expected, "one line says why:\n{errors}");
+        let mark = root.path().to_str().unwrap();
+        let began = Instant::now();
+        while is_running(mark) {
+            assert!(began.elapsed() < Duration::from_secs(5), "processes are left");
+            thread::yield_now();
+        }
+    }
+}
+
+impl Ended {
+    pub fn run_folder(&self) -> PathBuf {
+        self.root.path().join("run")
+    }
+
+    /// What a rank left for programs to read.
+    pub fn failure(&self, rank: usize) -> serde_json::Value {
+        let path = self.run_folder().join(format!("failure-{rank}.json"));
+        serde_json::from_str(&fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))).unwrap()
+    }
+
+    /// Steps of the checkpoints, ascending.
+    pub fn checkpoints(&self) -> Vec<u64> {
+        let names = fs::read_dir(self.run_folder()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut steps: Vec<u64> = names.filter_map(|name| name.strip_prefix("step-")?.parse().ok()).collect();
+        steps.sort();
+        steps
+    }
+
+    /// Goes on without the fault and ends with the bytes of a run that nothing befell.
+    pub fn resumes_to_the_unbroken_run(self, ranks: usize, sets: &[&str]) {
+        let ended = Case { ranks, sets, words: &["--resume", "latest"], ..Case::default() }.run_in(self.root);
+        assert!(ended.errors.contains("resumed from"), "{}", ended.errors);
+        assert!(checkpoint(&ended.run_folder(), STEPS) == unbroken(ranks, sets), "the resumed run is another");
+    }
+
+    /// Begins anew, where there was nothing to go on from.
+    pub fn starts_again_as_the_unbroken_run(self, ranks: usize, sets: &[&str]) {
+        fs::remove_dir_all(self.run_folder()).unwrap();
+        let ended = Case { ranks, sets, ..Case::default() }.run_in(self.root);
+        assert!(checkpoint(&ended.run_folder(), STEPS) == unbroken(ranks, sets), "the new run is another");
+    }
+}
+
+type Bytes = BTreeMap<String, Vec<u8>>;
+
+/// The last checkpoint of a run that nothing befalls; each kind of run is made once.
+pub fn unbroken(ranks: usize, sets: &[&str]) -> Bytes {
+    static KNOWN: OnceLock<Mutex<BTreeMap<String, Bytes>>> = OnceLock::new();
+    let known = KNOWN.get_or_init(Mutex::default);
+    let name = format!("{ranks} {sets:?}");
+    if let Some(bytes) = known.lock().unwrap().get(&name) {
+        return bytes.clone();
+    }
+    let ended = Case { ranks, sets, ..Case::default() }.run();
+    let bytes = checkpoint(&ended.run_folder(), STEPS);
+    known.lock().unwrap().insert(name, bytes.clone());
+    bytes
+}
+
+/// A run under way, in a process group of its own.
+pub struct Started {
+    child: Child,
+    lines: Receiver<String>,
+    heard: Vec<String>,
+    began: Instant,
+}
+
+impl Started {
+    pub fn new(mut command: Command) -> Self {
+        let began = Instant::now();
+        let mut child = command.process_group(0).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+        let errors = BufReader::new(child.stderr.take().unwrap());
+        let (sender, lines) = channel();
+        thread::spawn(move || errors.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+        Started { child, lines, heard: Vec::new(), began }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for a line that contains `text`.
+    pub fn hear(&mut self, text: &str) {
+        while !self.heard.last().is_some_and(|line| line.contains(text)) {
+            match self.lines.recv_timeout(Duration::from_secs(30)) {
+                Ok(line) => self.heard.push(line),
+                Err(_) => {
+                    signal("KILL", &format!("-{}", self.pid()));
+                    panic!("{text:?} was not said:\n{}", self.heard.join("\n"));
+                }
+            }
+        }
+    }
+
+    /// Waits for the end; one that does not come within `seconds` of the start fails the test and is made.
+    pub fn end(mut self, root: TempDir, seconds: f64) -> (Ended, i32) {
+        let bound = Duration::from_secs_f64(seconds);
+        // The pipe closes when the last process that holds it is gone.
+        while let Ok(line) = self.lines.recv_timeout(bound.saturating_sub(self.began.elapsed())) {
+            self.heard.push(line);
+        }
+        let in_time = self.began.elapsed() < bound;
+        if !in_time {
+            signal("KILL", &format!("-{}", self.pid()));
+        }
+        let status = self.child.wait().unwrap();
+        let errors = self.heard.join("\n");
+        assert!(in_time, "not over within {seconds} s:\n{errors}");
+        let code = status.code().or_else(|| std::os::unix::process::ExitStatusExt::signal(&status).map(|signal| 128 + signal));
+        (Ended { root, errors, seconds: self.began.elapsed().as_secs_f64() }, code.unwrap())
+    }
+}
+
+/// Sends a signal to a process, or to a group where its number has a minus.
+pub fn signal(name: &str, to: &str) {
+    let status = Command::new("kill").args(["-s", name, "--", to]).status().unwrap();
+    assert!(status.success(), "SIG{name} to {to}");
+}
