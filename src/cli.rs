@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
 
-use crate::collective;
+use crate::collective::{self, Launch};
 use crate::config::{self, RunConfig};
 use crate::data::Dataset;
 use crate::doctor;
@@ -62,6 +62,10 @@ struct TrainArgs {
     /// Begin anew (never), go on from the newest checkpoint that verifies (latest), or from this run or checkpoint folder
     #[arg(long, value_name = "never|latest|DIR", default_value = "never")]
     resume: Resume,
+    /// What connects the processes: MPI under a launcher (auto), MPI (mpi), or TCP where no MPI can be started (tcp). No key of the
+    /// configuration, because the world must exist before rank 0's configuration can travel
+    #[arg(long, value_name = "auto|mpi|tcp", default_value = "auto")]
+    launch: Launch,
     /// One process, detailed logs each step, every stage searched for non-finite values
     #[arg(long)]
     debug: bool,
@@ -243,7 +247,7 @@ impl SampleArgs {
 }
 
 fn run_training(args: &TrainArgs) -> Result<()> {
-    let world = collective::connect()?;
+    let world = collective::connect(args.launch)?;
     let options = TrainOptions { resume: args.resume.clone(), debug: args.debug };
     let config = match train::share_config(|| args.config.read(), &options, world.as_ref()) {
         Ok(config) => config,

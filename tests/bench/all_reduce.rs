@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use fm_dist::collective::{self, Collective, ReduceOp};
+use fm_dist::collective::{self, Collective, Launch, ReduceOp};
 use mpi::collective::{CommunicatorCollectives, SystemOperation};
 use mpi::topology::SimpleCommunicator;
 use tch::{Device, Kind, Tensor};
@@ -18,7 +18,7 @@ fn main() {
     let arguments: Vec<usize> = std::env::args().skip(1).filter_map(|text| text.parse().ok()).collect();
     let [bytes, repeats] = arguments[..] else { panic!("usage: all_reduce BYTES REPEATS") };
     tch::set_num_threads(1);
-    let world = collective::connect().expect("started by mpirun");
+    let world = collective::connect(Launch::Auto).expect("started by mpirun");
     let batch = if bytes < SMALL_BYTES { BATCH } else { 1 };
     let ours = all_reduce(&*world, bytes);
     let seconds = measured(&*world, repeats, batch, ours);
