@@ -43,7 +43,7 @@ impl Signature {
         Signature { op: Some(op), ..self }
     }
 
-    pub(super) fn from_rank(self, root: usize) -> Self {
+    pub(super) fn rooted_at(self, root: usize) -> Self {
         Signature { root: Some(root), ..self }
     }
 }
@@ -117,7 +117,7 @@ mod tests {
         assert_eq!(ledger.issued().to_string(), "no operation");
         let sum = ledger.enter(Signature::of("all_reduce", [&floats(4096)]).by(ReduceOp::Sum));
         assert_eq!(sum.to_string(), "all_reduce#1 (Sum of 4096 Float)");
-        assert_eq!(ledger.enter(Signature::of("broadcast", [&floats(3)]).from_rank(2)).to_string(), "broadcast#2 (3 Float from rank 2)");
+        assert_eq!(ledger.enter(Signature::of("broadcast", [&floats(3)]).rooted_at(2)).to_string(), "broadcast#2 (3 Float from rank 2)");
         assert_eq!(ledger.enter(Signature::of("barrier", [])).to_string(), "barrier#3");
         let both = ledger.enter(Signature::of("all_gather", [&floats(3), &floats(4)]));
         assert_eq!(both.to_string(), "all_gather#4 (2 tensors, 7 elements, the first Float)");
@@ -139,8 +139,8 @@ mod tests {
             Signature::of("all_reduce", [&floats(3), &floats(4)]).by(ReduceOp::Max),
             Signature::of("all_reduce", [&floats(3), &floats(4).to_kind(Kind::Double)]).by(ReduceOp::Sum),
             Signature::of("all_gather", [&floats(3), &floats(4)]),
-            Signature::of("broadcast", [&floats(7)]).from_rank(0),
-            Signature::of("broadcast", [&floats(7)]).from_rank(1),
+            Signature::of("broadcast", [&floats(7)]).rooted_at(0),
+            Signature::of("broadcast", [&floats(7)]).rooted_at(1),
             Signature::of("barrier", []),
         ];
         for (index, other) in others.iter().enumerate() {

@@ -216,7 +216,7 @@ impl Collective for Nccl {
         let call = call("broadcast");
         call.check_buffer(&buffer)?;
         call.check_root(root, self.world_size())?;
-        self.ledger.enter(Signature::of(call.operation, [&buffer]).from_rank(root));
+        self.ledger.enter(Signature::of(call.operation, [&buffer]).rooted_at(root));
         if !self.is_here(&buffer) {
             return self.control.broadcast(buffer, root);
         }

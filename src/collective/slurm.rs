@@ -105,7 +105,7 @@ mod tests {
     #[test]
     fn steps_have_ports_of_their_own() {
         assert_eq!(port(0, 0), 20_000);
-        assert_eq!(port(4_711, 2), 20_000 + (4_711 * 31 + 2) % 40_000);
+        assert_eq!(port(4_711, 2), 46_043);
         assert!((0..5_000).all(|job| (20_000..60_000).contains(&port(job, 7))));
         assert_eq!(port(u64::MAX, 0), port(u64::MAX, 0));
         assert_ne!(port(100, 0), port(100, 1));

@@ -227,7 +227,7 @@ impl Collective for Threads {
         call.check_buffer(&buffer)?;
         call.check_root(root, self.world_size)?;
         let input = buffer.shallow_clone();
-        Ok(self.post(call, move |signature| signature.from_rank(root), &[&input], move |all| buffer.copy_(&all[root][0].view_as(&buffer))))
+        Ok(self.post(call, move |signature| signature.rooted_at(root), &[&input], move |all| buffer.copy_(&all[root][0].view_as(&buffer))))
     }
 
     fn barrier(&self) -> Result<()> {

@@ -230,7 +230,7 @@ impl<L: Link> Collective for Ranks<L> {
         call.check_root(root, place.world_size)?;
         check_device(call, &buffer)?;
         let parts = vec![Part::whole(place, self.piece_bytes(), Pattern::From(root), &buffer)];
-        Ok(self.issue(call, Signature::of("broadcast", [&buffer]).from_rank(root), parts, vec![buffer]))
+        Ok(self.issue(call, Signature::of("broadcast", [&buffer]).rooted_at(root), parts, vec![buffer]))
     }
 
     fn barrier(&self) -> Result<()> {

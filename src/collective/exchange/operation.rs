@@ -19,13 +19,13 @@ pub struct Operation<W> {
     board: Option<Rc<Board>>,
     parts: Vec<Part>,
     /// Kept for the stretches of the parts.
-    _tensors: Vec<Tensor>,
+    tensors: Vec<Tensor>,
 }
 
 impl<W: Wire> Operation<W> {
     /// Among the ranks of the communicator at `place`; `tensors` are those that the parts were made of.
     pub fn new(place: Place, board: Option<Rc<Board>>, wire: W, parts: Vec<Part>, tensors: Vec<Tensor>) -> Self {
-        Operation { place, wire, board, parts, _tensors: tensors }
+        Operation { place, wire, board, parts, tensors }
     }
 
     /// Carries the operation out together with the other ranks.
@@ -60,6 +60,11 @@ impl<W: Wire> Operation<W> {
         }
         collecting.into_iter().try_for_each(settle)?;
         sharing.into_iter().try_for_each(|mut flight| flight.wait(&self.wire))
+    }
+
+    /// Gives up what is under way. Its tensors stay where they are for ever.
+    pub fn abandon(self) {
+        std::mem::forget(self.tensors);
     }
 
     /// Bytes of the largest piece that a peer sends to be reduced.

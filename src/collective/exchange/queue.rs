@@ -62,9 +62,12 @@ impl<W: Wire> Queue<W> {
     fn carry_out(&mut self, operation: Operation<W>) -> Result<()> {
         let operation = ManuallyDrop::new(operation);
         let mut scratch = ManuallyDrop::new(self.scratch.take());
-        operation.run(&mut scratch)?;
-        self.scratch = ManuallyDrop::into_inner(scratch);
-        drop(ManuallyDrop::into_inner(operation));
-        Ok(())
+        let outcome = operation.run(&mut scratch);
+        let operation = ManuallyDrop::into_inner(operation);
+        match outcome {
+            Ok(()) => self.scratch = ManuallyDrop::into_inner(scratch),
+            Err(_) => operation.abandon(),
+        }
+        outcome
     }
 }

@@ -70,7 +70,7 @@ impl Line {
         if let Some(mut is_within_frame) = free.filter(|within| !**within) {
             // A buffer that takes a part of so little is full of what nobody reads: nothing more will be sent.
             let written = (&self.socket).write(&frame.encode()).unwrap_or(0);
-            *is_within_frame = written % HEADER_BYTES > 0;
+            *is_within_frame = !written.is_multiple_of(HEADER_BYTES);
         }
     }
 }

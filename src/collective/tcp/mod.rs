@@ -47,7 +47,10 @@ impl Tcp {
     /// # Errors
     /// [`Error::Collective`](crate::error::Error::Collective) if not all have come within `limit`, naming those that have not;
     /// [`Error::Environment`](crate::error::Error::Environment) if two claim one rank, or the ranks do not agree on their number.
+    /// # Panics
+    /// If there is no such rank in a world of this size.
     pub fn connect(rank: usize, world_size: usize, rendezvous: &str, limit: Duration) -> Result<Self> {
+        assert!(rank < world_size, "no rank {rank} among {world_size}");
         let place = Place { rank, world_size };
         let mesh = Rc::new(RefCell::new(Mesh::of(world_size, rendezvous::meet(place, rendezvous, limit)?)));
         Ok(Ranks::of(Group { mesh, place, members: (0..world_size).collect(), id: 0 }))

@@ -7,6 +7,7 @@ use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -59,10 +60,12 @@ impl Caller {
         loop {
             match door.accept() {
                 Ok((socket, address)) => callers.push(Caller::new(socket, address)?),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(callers),
-                // It went away again before it was let in.
-                Err(error) if [io::ErrorKind::ConnectionAborted, io::ErrorKind::Interrupted].contains(&error.kind()) => (),
-                Err(error) => return Err(error),
+                Err(error) => match Errno::from_io_error(&error) {
+                    Some(Errno::AGAIN) => return Ok(callers),
+                    None | Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => return Err(error),
+                    // Of one caller: it went away again before it was let in, or the network lost it.
+                    Some(_) => (),
+                },
             }
         }
     }
@@ -120,7 +123,7 @@ pub fn wait_until<'s>(until: Instant, sockets: impl Iterator<Item = BorrowedFd<'
     let mut sockets: Vec<PollFd<'_>> = sockets.map(|socket| PollFd::from_borrowed_fd(socket, PollFlags::IN)).collect();
     match poll(&mut sockets, Some(&Timespec::try_from(rest).map_err(io::Error::other)?)) {
         Ok(ready) => Ok(ready > 0),
-        Err(rustix::io::Errno::INTR) => Ok(true),
+        Err(Errno::INTR) => Ok(true),
         Err(error) => Err(error.into()),
     }
 }

@@ -120,8 +120,7 @@ fn receive(place: Place, rendezvous: &str, seat: Seat, limit: Duration) -> Resul
 /// Listens at the rendezvous; a port that is taken may become free, e.g. when the job's last attempt ends.
 fn open(rendezvous: &str, until: Instant) -> Result<TcpListener> {
     loop {
-        let address = resolve(rendezvous).map(|addresses| addresses.first().copied());
-        let why = match address.and_then(|address| listen(address)) {
+        let why = match resolve(rendezvous).and_then(|addresses| listen(addresses.first().copied())) {
             Ok(door) => return Ok(door),
             Err(error) => error,
         };
@@ -132,8 +131,10 @@ fn open(rendezvous: &str, until: Instant) -> Result<TcpListener> {
     }
 }
 
+/// One address at least.
 fn resolve(rendezvous: &str) -> io::Result<Vec<SocketAddr>> {
-    rendezvous.to_socket_addrs().map(Iterator::collect)
+    let addresses: Vec<SocketAddr> = rendezvous.to_socket_addrs()?.collect();
+    if addresses.is_empty() { Err(io::Error::other("its name has no address")) } else { Ok(addresses) }
 }
 
 impl Desk {
@@ -263,7 +264,7 @@ fn register(place: Place, rendezvous: &str, seat: Seat, limit: Duration) -> Resu
 /// Tells rank 0 of this rank.
 fn knock(place: Place, rendezvous: &str, seat: &Seat, until: Instant) -> Result<Caller, String> {
     let addresses = resolve(rendezvous).map_err(|error| error.to_string())?;
-    let mut why = "its name has no address".into();
+    let mut why = String::new();
     for address in addresses {
         let socket = match TcpStream::connect_timeout(&address, patience(until)) {
             Ok(socket) => socket,
