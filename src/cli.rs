@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
 
-use crate::collective;
+use crate::collective::{self, Launch};
 use crate::config::{self, RunConfig};
 use crate::data::Dataset;
 use crate::doctor;
@@ -66,6 +66,10 @@ struct TrainArgs {
     /// Begin anew (never), go on from the newest checkpoint that verifies (latest), or from this run or checkpoint folder
     #[arg(long, value_name = "never|latest|DIR", default_value = "never")]
     resume: Resume,
+    /// What connects the processes: MPI under a launcher (auto), MPI (mpi), or TCP where no MPI can be started (tcp). No key of the
+    /// configuration, because the world must exist before rank 0's configuration can travel
+    #[arg(long, value_name = "auto|mpi|tcp", default_value = "auto")]
+    launch: Launch,
     /// One process, detailed logs each step, every stage searched for non-finite values
     #[arg(long)]
     debug: bool,
@@ -256,9 +260,11 @@ fn run_training(args: &TrainArgs) -> Result<i32> {
     let config = args.config.read();
     let known = config.as_ref().ok();
     known.and_then(|config| config.debug.inject_fault.clone()).into_iter().for_each(fault::arm);
-    let watchdog = Watchdog::start(known.map(|config| config.watchdog.clone()).unwrap_or_default())?;
+    let limits = known.map(|config| config.watchdog.clone()).unwrap_or_default();
+    let patience = limits.meeting_patience();
+    let watchdog = Watchdog::start(limits)?;
     pulse::enter(Phase::Connect);
-    let world = collective::connect()?;
+    let world = collective::connect(args.launch, patience)?;
     let warning = train::begin(&watchdog, world.as_ref())?;
     let options = TrainOptions { resume: args.resume.clone(), debug: args.debug, stop, stop_at, warning };
     let config = match train::share_config(config, &options, world.as_ref()) {

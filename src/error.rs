@@ -49,6 +49,8 @@ pub enum Error {
     NoCheckpoint { path: PathBuf, what: String },
     /// A collective failed, on this rank or another.
     Collective { backend: &'static str, operation: &'static str, what: String },
+    /// Ranks are at different operations, or hold different numbers where all must hold the same.
+    Desync { what: String },
     /// A number that must be finite is not, or the loss exploded.
     NotFinite { step: u64, what: String },
     /// Another rank failed first, with exit code `code`, and has said why.
@@ -91,6 +93,7 @@ impl Error {
             Error::CheckpointMismatch { .. } => "CKPT_MISMATCH",
             Error::NoCheckpoint { .. } => "NO_CKPT",
             Error::Collective { .. } => "COMM",
+            Error::Desync { .. } => "DESYNC",
             Error::NotFinite { .. } => "NUMERIC",
             Error::Peer { .. } => "PEER",
             Error::Environment { .. } => "ENVIRONMENT",
@@ -105,6 +108,7 @@ impl Error {
             Error::Storage { .. } => 30,
             Error::Data { .. } => 40,
             Error::NotFinite { .. } => 41,
+            Error::Desync { .. } => 42,
             Error::NoCheckpoint { .. } => 44,
             Error::Config { .. } => 50,
             Error::CheckpointMismatch { .. } => 51,
@@ -127,7 +131,7 @@ impl fmt::Display for Error {
             Error::Storage { path, operation, source } => write!(f, "cannot {operation} {}: {source}", path.display()),
             Error::Collective { backend, operation, what } => write!(f, "{backend} {operation}: {what}"),
             Error::NotFinite { step, what } => write!(f, "step {step}: {what}"),
-            Error::Peer { what, .. } | Error::Environment { what } => f.write_str(what),
+            Error::Peer { what, .. } | Error::Desync { what } | Error::Environment { what } => f.write_str(what),
         }
     }
 }
@@ -156,7 +160,7 @@ mod tests {
             Error::Collective { backend: "mpi", operation: "barrier", what: String::new() },
             Error::storage("x", "write")(std::io::Error::other("disk")),
         ];
-        let hold = [Error::config("a", "b"), Error::data("x", "y"), Error::environment("z")];
+        let hold = [Error::config("a", "b"), Error::data("x", "y"), Error::Desync { what: String::new() }, Error::environment("z")];
         assert!(retry.iter().all(|e| e.exit_code() < 40));
         assert!(hold.iter().all(|e| e.exit_code() >= 40));
     }

@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use fm_dist::collective::{self, Collective, Mpi, ReduceOp, Sliced, Solo, Threads, broadcast_text, gather_texts, local_rank};
+use fm_dist::collective::{self, Collective, Launch, Mpi, ReduceOp, Sliced, Solo, Threads, broadcast_text, gather_texts, local_rank};
 use fm_dist::error::{BUG, Error, Result};
 use mpi::collective::CommunicatorCollectives;
 use mpi::topology::SimpleCommunicator;
@@ -73,7 +73,26 @@ pub(crate) fn contract(collective: &dyn Collective) -> Result<()> {
     worlds_apart(collective)?;
     texts(collective)?;
     refusals(collective);
-    collective.barrier()
+    collective.barrier()?;
+    same_ledger(collective)
+}
+
+/// Ranks have counted the same operations; what was refused is not among them.
+fn same_ledger(collective: &dyn Collective) -> Result<()> {
+    let issued = collective.issued();
+    let ledgers = gather_texts(collective, &format!("{issued} {:016x}", issued.digest))?;
+    assert!(ledgers.iter().all(|ledger| *ledger == ledgers[0]), "{ledgers:?}");
+    let before = collective.issued();
+    refusals(collective);
+    assert_eq!(collective.issued(), before);
+    if let Some(last) = before.last {
+        assert!(before.to_string().starts_with("all_gather#") && last.to_string().ends_with(" Int64"), "{before}");
+        collective.all_reduce(vec![brought(0, 7, Kind::Float)], ReduceOp::Max)?.wait()?;
+        let after = collective.issued();
+        assert_eq!((after.count, after.to_string()), (before.count + 1, format!("all_reduce#{} (Max of 7 Float)", before.count + 1)));
+        assert_ne!(after.digest, before.digest);
+    }
+    Ok(())
 }
 
 fn reductions(collective: &dyn Collective, size: i64, kind: Kind, op: ReduceOp) -> Result<()> {
@@ -270,10 +289,10 @@ fn thread_ranks_that_disagree_are_told_of_both_calls() {
     let max: Start = |rank, buffer| rank.all_reduce(vec![buffer], ReduceOp::Max);
     let broadcast: Start = |rank, buffer| rank.broadcast(buffer, 0);
     let cases = [
-        (sum, floats(3), sum, floats(4), ["Sum of Float [3]", "Sum of Float [4]"]),
+        (sum, floats(3), sum, floats(4), ["rank 1 is at all_reduce#1 (Sum of 4 Float)", "rank 0 at all_reduce#1 (Sum of 3 Float)"]),
         (sum, floats(3), max, floats(3), ["Sum of", "Max of"]),
-        (sum, floats(3), broadcast, floats(3), ["all_reduce", "broadcast from rank 0"]),
-        (sum, floats(3), sum, brought(0, 3, Kind::Int64), ["Float [3]", "Int64 [3]"]),
+        (sum, floats(3), broadcast, floats(3), ["all_reduce", "broadcast#1 (3 Float from rank 0)"]),
+        (sum, floats(3), sum, brought(0, 3, Kind::Int64), ["3 Float", "3 Int64"]),
     ];
     for (first, first_buffer, second, second_buffer, words) in cases {
         let mut ranks = Threads::world(2).into_iter();
@@ -282,7 +301,9 @@ fn thread_ranks_that_disagree_are_told_of_both_calls() {
             thread::spawn(move || start(&rank, buffer).and_then(collective::Work::wait))
         };
         for rank in [start(first, first_buffer), start(second, second_buffer)] {
-            let error = rank.join().expect("no rank panics").expect_err("the ranks disagree").to_string();
+            let error = rank.join().expect("no rank panics").expect_err("the ranks disagree");
+            assert!(matches!(error, Error::Desync { .. }), "{error}");
+            let error = error.to_string();
             assert!(error.contains("ranks disagree") && words.iter().all(|word| error.contains(word)), "{error}");
         }
     }
@@ -350,12 +371,12 @@ fn read_lines(pipe: impl Read) -> (String, Option<Instant>) {
 
 /// Joins the world of `mpirun`; from here on a panic of this rank ends all ranks, as it does in `main`.
 pub(crate) fn join_the_world() -> Box<dyn Collective> {
-    let world = collective::connect();
+    let world = collective::connect(Launch::Auto, Duration::from_secs(60));
     end_all_on_panic();
     world.unwrap_or_else(|error| end_with(&error))
 }
 
-fn end_all_on_panic() {
+pub(crate) fn end_all_on_panic() {
     let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         report(panic);
@@ -484,12 +505,13 @@ fn rank_of_a_world_with_a_watchdog() {
 #[test]
 fn ranks_of_mpi_that_disagree_each_say_what_arrived_instead() {
     let Outcome { code, output, .. } = mpirun(2, "collectives::rank_of_a_world_that_disagrees");
-    assert_eq!(code, Some(22), "{output}");
+    assert_eq!(code, Some(42), "{output}");
     // MPI itself takes a message that is too short for whole.
+    let (ten, twenty) = ("all_reduce#1 (Sum of 10 Float)", "all_reduce#1 (Sum of 20 Float)");
     let texts = [
-        "mpi all_reduce: ranks disagree: rank 1 sent 80 bytes of another operation, 40 were due here for operation 0, Sum of 10 Float",
-        "mpi all_reduce: ranks disagree: rank 0 sent 40 bytes of another operation, 80 were due here for operation 0, Sum of 20 Float",
-        "mpi broadcast: an earlier operation failed: mpi all_reduce: ranks disagree",
+        &format!("ranks disagree: rank 1 sent 80 bytes of another operation, rank 0 is at {ten} and expected 40"),
+        &format!("ranks disagree: rank 0 sent 40 bytes of another operation, rank 1 is at {twenty} and expected 80"),
+        "mpi broadcast: an earlier operation failed: ranks disagree",
     ];
     assert!(texts.iter().all(|text| output.contains(text)), "{output}");
 }
@@ -509,10 +531,11 @@ fn rank_of_a_world_that_disagrees() {
 
 /// Ranks that disagree about what a message of equal size means.
 #[test]
-fn ranks_of_mpi_that_disagree_about_an_operation_end_with_the_code_of_a_collective() {
+fn ranks_of_mpi_that_disagree_about_an_operation_end_with_a_code_of_its_own() {
     let Outcome { code, output, .. } = mpirun(2, "collectives::rank_of_a_world_at_different_operations");
-    assert_eq!(code, Some(22), "{output}");
-    assert!(output.contains("sent 4096 bytes of another operation, 4096 were due here for operation 0, M"), "{output}");
+    assert_eq!(code, Some(42), "{output}");
+    assert!(output.contains("sent 4096 bytes of another operation, rank"), "{output}");
+    assert!(output.contains("of 1024 Float) and expected 4096"), "{output}");
 }
 
 #[test]
@@ -524,19 +547,24 @@ fn rank_of_a_world_at_different_operations() {
     end_with(&result.expect_err("the ranks disagree"));
 }
 
+/// Row A7 of the fault matrix, by each launcher's variables.
 #[test]
-fn a_launcher_whose_tasks_do_not_find_each_other_is_refused() {
-    let mut command = Command::new(std::env::current_exe().expect("this binary has a path"));
-    command.env("OMPI_COMM_WORLD_SIZE", "8");
-    let Outcome { code, output, .. } = run(command, "collectives::rank_of_the_mpi_contract");
-    assert_eq!(code, Some(52), "{output}");
-    let expected = "launcher says 8 tasks, MPI says 1: wrong --mpi= plugin? try srun --mpi=pmix or mpirun";
-    assert!(output.contains(expected), "{output}");
+fn a7_a_launcher_whose_tasks_do_not_find_each_other_is_refused() {
+    let launchers: [&[(&str, &str)]; 3] =
+        [&[("OMPI_COMM_WORLD_SIZE", "8")], &[("PMI_SIZE", "8")], &[("SLURM_NTASKS", "8"), ("SLURM_PROCID", "0"), ("SLURM_STEP_ID", "0")]];
+    for variables in launchers {
+        let mut command = Command::new(std::env::current_exe().expect("this binary has a path"));
+        command.envs(variables.iter().copied());
+        let Outcome { code, output, .. } = run(command, "collectives::rank_of_the_mpi_contract");
+        assert_eq!(code, Some(52), "{variables:?}: {output}");
+        let expected = "launcher says 8 tasks, MPI says 1: wrong --mpi= plugin? try srun --mpi=pmix or mpirun";
+        assert!(output.contains(expected), "{output}");
+    }
 }
 
 #[test]
 fn without_a_launcher_mpi_is_never_initialized() {
-    let world = collective::connect().expect("no launcher started this test");
+    let world = collective::connect(Launch::Auto, Duration::from_secs(60)).expect("no launcher started this test");
     assert_eq!((world.rank(), world.world_size()), (0, 1));
     assert!(!mpi::is_initialized());
     collective::finish(world).expect("a world of one");

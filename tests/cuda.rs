@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 
 use bytesize::ByteSize;
-use fm_dist::collective::{self, Collective, Limits, Nccl, ReduceOp, Sliced, Spent, Work, local_rank, open_cuda_library};
+use fm_dist::collective::{self, Collective, Issued, Limits, Nccl, ReduceOp, Sliced, Spent, Work, local_rank, open_cuda_library};
 use fm_dist::error::Result;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
@@ -126,6 +126,10 @@ impl Collective for ByGpu {
 
     fn spent(&self) -> Spent {
         self.nccl.spent()
+    }
+
+    fn issued(&self) -> Issued {
+        self.nccl.issued()
     }
 }
 

@@ -19,7 +19,7 @@ const ONLY_IN: &[(&str, &[&str])] = &[
     ("run_backward(", &["parallel/backward.rs"]),
     ("env::var", &["collective/mod.rs"]),
     ("rank() == 0", &["train/agreement.rs"]),
-    ("unsafe ", &["collective/mpi/", "collective/nccl", "tensor.rs"]),
+    ("unsafe ", &["collective/mpi/", "collective/nccl", "collective/exchange/stretch.rs", "tensor.rs"]),
     ("manual_seed(", &["rng.rs"]),
     ("world_size == 1", &[]),
     ("HashMap", &[]),

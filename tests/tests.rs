@@ -44,5 +44,7 @@ mod sampling;
 mod science;
 /// Who holds what changes no number.
 mod sharding;
+/// Ranks meet over TCP without a launcher's help, and strangers, absent and dying ranks are noticed.
+mod tcp;
 /// Every family trains, on ranks that stay equal, and resumes exactly.
 mod training;

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 
 /// One operation of one backend, as an error names it.
 #[derive(Clone, Copy)]
-pub(super) struct Call {
+pub struct Call {
     pub backend: &'static str,
     pub operation: &'static str,
 }

@@ -4,10 +4,15 @@
 //! which `tests/collectives.rs` puts each backend through.
 
 mod call;
+mod exchange;
+mod ledger;
 mod meter;
 mod mpi;
 mod nccl;
+mod placement;
+mod slurm;
 mod solo;
+mod tcp;
 mod texts;
 mod threads;
 
@@ -17,15 +22,19 @@ use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::pulse;
+pub use ledger::{Issued, Signature};
 pub use meter::{Meter, Spent};
 pub use mpi::{Mpi, library_version as mpi_library_version};
 pub use nccl::{Limits, Nccl, library_version as nccl_library_version, open_cuda_library};
+pub use placement::{Launch, Placement};
+use placement::{Meeting, meeting_among, placement_among};
 pub use solo::Solo;
+pub use tcp::Tcp;
 pub use texts::{broadcast_text, gather_texts, local_rank, nodes};
 pub use threads::Threads;
 
 /// How the ranks' elements become one. Backends differ in what becomes of a NaN in `Min` and `Max`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ReduceOp {
     /// Rounded to the tensors' kind after each addition.
     Sum,
@@ -46,6 +55,7 @@ pub struct Sliced {
 ///
 /// # Errors
 /// [`Error::Collective`] for a tensor that the backend cannot carry, at the call; for peers that fail, mostly at the wait.
+/// [`Error::Desync`] where ranks are found at different operations.
 ///
 /// # Ordering
 /// Operations of one communicator start in program order. Results are bitwise equal on all ranks and from run to run at
@@ -80,6 +90,9 @@ pub trait Collective {
 
     /// Seconds since the last call that collectives were under way, and that computation stood still for them.
     fn spent(&self) -> Spent;
+
+    /// What was called for on this communicator so far: equal on all ranks that are in step.
+    fn issued(&self) -> Issued;
 }
 
 /// A collective under way. It owns the tensors that the backend still reads or writes.
@@ -105,57 +118,52 @@ impl Work {
     }
 }
 
-/// Whether a launcher started this process, and among how many.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Placement {
-    /// No launcher: a world of one that needs no MPI.
-    Alone,
-    /// `size` is the launcher's number of tasks; a launcher may give a rank and no size.
-    Launched { size: Option<usize> },
-}
-
-/// Where this process was put. The only reader of environment variables in the crate.
+/// Where this process was put. With [`connect`], the only reader of environment variables in the crate.
 ///
 /// # Errors
 /// [`Error::Environment`] if a launcher's variable holds no number.
 pub fn placement() -> Result<Placement> {
-    placement_among(|name| std::env::var(name).ok())
+    placement_among(variable)
 }
 
-fn placement_among(variable: impl Fn(&str) -> Option<String>) -> Result<Placement> {
-    // mpirun inside of a Slurm job inherits Slurm's variables, so the nearer launcher is asked first.
-    let mut names = vec!["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"];
-    if is_slurm_task(&variable) {
-        names.extend(["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"]);
-    }
-    let Some((name, text)) = names.into_iter().find_map(|name| Some((name, variable(name)?))) else {
-        let launched = variable("PMIX_RANK").is_some();
-        return Ok(if launched { Placement::Launched { size: None } } else { Placement::Alone });
-    };
-    let size = text.parse().map_err(|_| Error::environment(format!("{name}={text:?} is no number of tasks; was it set by hand?")))?;
-    Ok(Placement::Launched { size: Some(size) })
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok()
 }
 
-/// Whether srun started this process: a batch script and an interactive shell have a SLURM_PROCID and SLURM_NTASKS too,
-/// but no step number, or one that Slurm reserves (from 0xfffffff0 on).
-fn is_slurm_task(variable: impl Fn(&str) -> Option<String>) -> bool {
-    let step = variable("SLURM_STEP_ID").and_then(|id| id.parse::<u32>().ok());
-    variable("SLURM_PROCID").is_some() && step.is_some_and(|id| id < 0xffff_fff0)
-}
-
-/// Joins the world that the launcher made; without a launcher, a world of one that never touches MPI.
+/// Joins the world that the launcher made; without a launcher, a world of one that never touches MPI. `patience`: how long
+/// ranks wait for each other over TCP, since the nodes of a large job start minutes apart.
 ///
 /// # Errors
-/// [`Error::Environment`] if the launcher started several tasks of which each finds itself alone.
-pub fn connect() -> Result<Box<dyn Collective>> {
-    let Placement::Launched { size } = placement()? else { return Ok(Box::new(Solo)) };
+/// [`Error::Environment`] if the launcher started several tasks of which each finds itself alone, or does not say what `launch`
+/// needs; [`Error::Collective`] if ranks do not come.
+pub fn connect(launch: Launch, patience: Duration) -> Result<Box<dyn Collective>> {
+    match launch {
+        Launch::Auto => match placement()? {
+            Placement::Alone => Ok(Box::new(Solo)),
+            Placement::Launched { size } => connect_mpi(size),
+        },
+        Launch::Mpi => match placement()? {
+            Placement::Alone => connect_mpi(None),
+            Placement::Launched { size } => connect_mpi(size),
+        },
+        Launch::Tcp => connect_tcp(&meeting_among(variable)?, patience),
+    }
+}
+
+fn connect_tcp(meeting: &Meeting, patience: Duration) -> Result<Box<dyn Collective>> {
+    let Meeting { rank, world_size, rendezvous } = meeting;
+    pulse::take_place(*rank, *world_size);
+    Ok(Box::new(Tcp::connect(*rank, *world_size, rendezvous, patience)?.for_life()))
+}
+
+fn connect_mpi(size: Option<usize>) -> Result<Box<dyn Collective>> {
     let mpi = Mpi::connect()?;
     pulse::take_place(mpi.rank(), mpi.world_size());
     match size {
         // Each would train alone and all would write to one run folder.
-        Some(tasks) if tasks > 1 && mpi.world_size() == 1 => {
-            Err(Error::environment(format!("launcher says {tasks} tasks, MPI says 1: wrong --mpi= plugin? try srun --mpi=pmix or mpirun")))
-        }
+        Some(tasks) if tasks > 1 && mpi.world_size() == 1 => Err(Error::environment(format!(
+            "launcher says {tasks} tasks, MPI says 1: wrong --mpi= plugin? try srun --mpi=pmix or mpirun, or --launch tcp without MPI"
+        ))),
         _ => Ok(Box::new(mpi)),
     }
 }
@@ -163,14 +171,18 @@ pub fn connect() -> Result<Box<dyn Collective>> {
 /// Leaves the world in good order: returns once every rank is here. Nothing may be under way.
 pub fn finish(collective: Box<dyn Collective>) -> Result<()> {
     collective.barrier()?;
+    drop(collective);
+    tcp::let_go();
     mpi::finalize()
 }
 
-/// Ends this process and, under MPI, every other rank of the world with exit code `code`, at most seconds later.
+/// Ends this process and every other rank of the world with exit code `code`, at most seconds later: MPI does so by itself,
+/// over TCP the others hear of it at their next wait and end as after any error.
 ///
 /// Callable from any thread and from a panic hook, also while another thread waits inside of a collective. Nothing is
 /// flushed and no destructor runs: say what happened before.
 pub fn abort(code: i32) -> ! {
+    tcp::last_words(code);
     mpi::abort(code)
 }
 
@@ -181,53 +193,5 @@ pub fn follow(code: i32) -> ! {
     if mpi::is_running() {
         std::thread::sleep(PATIENCE);
     }
-    mpi::abort(code)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn placed(variables: &[(&str, &str)]) -> Result<Placement> {
-        placement_among(|name| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| value.to_string()))
-    }
-
-    #[test]
-    fn without_a_launcher_the_process_is_alone() {
-        assert_eq!(placed(&[]).unwrap(), Placement::Alone);
-    }
-
-    #[test]
-    fn each_launcher_says_how_many_tasks_there_are() {
-        let eight = Placement::Launched { size: Some(8) };
-        assert_eq!(placed(&[("OMPI_COMM_WORLD_SIZE", "8")]).unwrap(), eight);
-        assert_eq!(placed(&[("PMI_SIZE", "8")]).unwrap(), eight);
-        assert_eq!(placed(&[("SLURM_NTASKS", "8"), ("SLURM_PROCID", "0"), ("SLURM_STEP_ID", "0")]).unwrap(), eight);
-        assert_eq!(placed(&[("PMIX_RANK", "3")]).unwrap(), Placement::Launched { size: None });
-    }
-
-    #[test]
-    fn a_batch_shell_is_no_task_of_a_step() {
-        let batch = [("SLURM_NTASKS", "8"), ("SLURM_PROCID", "0")];
-        assert_eq!(placed(&batch).unwrap(), Placement::Alone);
-        // Slurm's own steps: the batch script (…fb) and salloc's interactive shell (…fa).
-        for step in ["4294967291", "4294967290"] {
-            assert_eq!(placed(&[batch[0], batch[1], ("SLURM_STEP_ID", step)]).unwrap(), Placement::Alone);
-        }
-    }
-
-    #[test]
-    fn the_nearer_launcher_counts() {
-        let nested = [("SLURM_NTASKS", "2"), ("SLURM_PROCID", "0"), ("SLURM_STEP_ID", "1"), ("OMPI_COMM_WORLD_SIZE", "16")];
-        assert_eq!(placed(&nested).unwrap(), Placement::Launched { size: Some(16) });
-        let small_step = [("SLURM_NTASKS", "8"), ("SLURM_STEP_NUM_TASKS", "2"), ("SLURM_PROCID", "0"), ("SLURM_STEP_ID", "1")];
-        assert_eq!(placed(&small_step).unwrap(), Placement::Launched { size: Some(2) });
-    }
-
-    #[test]
-    fn a_size_that_is_no_number_is_an_error_of_the_environment() {
-        let error = placed(&[("PMI_SIZE", "many")]).unwrap_err();
-        assert_eq!(error.exit_code(), 52);
-        assert!(error.to_string().contains("PMI_SIZE=\"many\""), "{error}");
-    }
+    abort(code)
 }

@@ -21,7 +21,8 @@ use cudarc::nccl::sys::{self, ncclDataType_t, ncclRedOp_t};
 use tch::{Device, Kind, Tensor, no_grad};
 
 use super::call::Call;
-use super::{Collective, ReduceOp, Sliced, Spent, Work, gather_texts, local_rank};
+use super::ledger::{Ledger, Signature};
+use super::{Collective, Issued, ReduceOp, Sliced, Spent, Work, gather_texts, local_rank};
 use crate::error::{Error, Result};
 use communicator::{Communicator, ID_BYTES};
 use seats::Seat;
@@ -55,6 +56,7 @@ pub struct Nccl {
     control: Box<dyn Collective>,
     device: Device,
     limits: Limits,
+    ledger: Ledger,
 }
 
 fn call(operation: &'static str) -> Call {
@@ -119,7 +121,7 @@ impl Nccl {
         let id = broadcast_id(&*control, own)?;
         let communicator = Communicator::join(id, rank, world_size, limits.init, limits.abort).map_err(failed)?;
         let traffic = Rc::new(Traffic::of(communicator, side.clone(), limits, place, device == Device::Cpu));
-        Ok(Nccl { traffic, side, control, device, limits })
+        Ok(Nccl { traffic, side, control, device, limits, ledger: Ledger::default() })
     }
 
     /// Which of the tensors are NCCL's to carry.
@@ -160,6 +162,7 @@ impl Collective for Nccl {
     fn all_reduce(&self, buffers: Vec<Tensor>, op: ReduceOp) -> Result<Work> {
         let call = call("all_reduce");
         buffers.iter().try_for_each(|buffer| call.check_buffer(buffer))?;
+        self.ledger.enter(Signature::of(call.operation, &buffers).by(op));
         let (here, elsewhere): (Vec<_>, Vec<_>) = buffers.into_iter().partition(|buffer| self.is_here(buffer));
         let elsewhere = unless_empty(elsewhere, |buffers| self.control.all_reduce(buffers, op))?;
         let transfers = here.iter().map(|buffer| Transfer::between(buffer, buffer, buffer.numel())).collect();
@@ -174,6 +177,7 @@ impl Collective for Nccl {
     fn reduce_scatter(&self, tensors: Vec<Sliced>, op: ReduceOp) -> Result<Work> {
         let call = call("reduce_scatter");
         tensors.iter().try_for_each(|sliced| call.check_slices(sliced, self.world_size()))?;
+        self.ledger.enter(Signature::of(call.operation, tensors.iter().map(|sliced| &sliced.full)).by(op));
         let (mut here, elsewhere): (Vec<_>, Vec<_>) = tensors.into_iter().partition(|sliced| self.is_here(&sliced.full));
         let elsewhere = unless_empty(elsewhere, |tensors| self.control.reduce_scatter(tensors, op))?;
         for sliced in here.iter_mut().filter(|sliced| clash(sliced, self.rank())) {
@@ -192,6 +196,7 @@ impl Collective for Nccl {
     fn all_gather(&self, tensors: Vec<Sliced>) -> Result<Work> {
         let call = call("all_gather");
         tensors.iter().try_for_each(|sliced| call.check_slices(sliced, self.world_size()))?;
+        self.ledger.enter(Signature::of(call.operation, tensors.iter().map(|sliced| &sliced.full)));
         let (mut here, elsewhere): (Vec<_>, Vec<_>) = tensors.into_iter().partition(|sliced| self.is_here(&sliced.full));
         let elsewhere = unless_empty(elsewhere, |tensors| self.control.all_gather(tensors))?;
         for sliced in here.iter_mut().filter(|sliced| clash(sliced, self.rank())) {
@@ -211,6 +216,7 @@ impl Collective for Nccl {
         let call = call("broadcast");
         call.check_buffer(&buffer)?;
         call.check_root(root, self.world_size())?;
+        self.ledger.enter(Signature::of(call.operation, [&buffer]).rooted_at(root));
         if !self.is_here(&buffer) {
             return self.control.broadcast(buffer, root);
         }
@@ -224,12 +230,14 @@ impl Collective for Nccl {
 
     fn barrier(&self) -> Result<()> {
         self.traffic.look(call("barrier"))?;
+        self.ledger.enter(Signature::of("barrier", []));
         self.control.barrier()
     }
 
     /// A communicator with an id of its own: `ncclCommSplit` would need the peers of the other colors, and shares their fate.
     fn split(&self, color: usize) -> Result<Box<dyn Collective>> {
         self.traffic.look(call("split"))?;
+        self.ledger.enter(Signature::of("split", []));
         let part = self.control.split(color)?;
         Ok(Box::new(Nccl::join(part, self.side.clone(), self.device, self.limits)?))
     }
@@ -240,6 +248,10 @@ impl Collective for Nccl {
 
     fn spent(&self) -> Spent {
         self.traffic.spent() + self.control.spent()
+    }
+
+    fn issued(&self) -> Issued {
+        self.ledger.issued()
     }
 }
 

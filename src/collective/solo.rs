@@ -3,7 +3,7 @@
 use tch::{Device, Tensor, no_grad};
 
 use super::call::Call;
-use super::{Collective, ReduceOp, Sliced, Spent, Work};
+use super::{Collective, Issued, ReduceOp, Sliced, Spent, Work};
 use crate::error::Result;
 
 /// The only rank of its world; needs no launcher and no MPI.
@@ -65,5 +65,10 @@ impl Collective for Solo {
 
     fn spent(&self) -> Spent {
         Spent::default()
+    }
+
+    /// Nothing is counted: there is nobody to compare with.
+    fn issued(&self) -> Issued {
+        Issued::default()
     }
 }

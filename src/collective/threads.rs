@@ -3,23 +3,24 @@
 //! Ranks post copies of their tensors on one board and each computes its result from all of them, as the pairwise tree
 //! says. What would hang under MPI is an error here: ranks that disagree about an operation, and a rank that is gone.
 
-use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use tch::{Device, Kind, Tensor, no_grad};
 
 use super::call::Call;
-use super::{Collective, Meter, ReduceOp, Sliced, Spent, Work};
-use crate::error::Result;
+use super::exchange::disagreement;
+use super::ledger::{Ledger, Signature};
+use super::{Collective, Issued, Meter, ReduceOp, Sliced, Spent, Work};
+use crate::error::{Error, Result};
 
 /// One rank of a world of threads; move it to its thread. Dropping it tells the others that the rank is gone.
 pub struct Threads {
     rank: usize,
     world_size: usize,
     board: Arc<Board>,
-    /// Number of the next operation: operations are matched in program order.
-    next: Cell<u64>,
+    /// Operations are matched by their number in it.
+    ledger: Ledger,
     meter: Meter,
 }
 
@@ -43,8 +44,9 @@ struct Round {
 }
 
 struct Post {
-    /// Operation, kind, shape and op in words: must be equal on all ranks, and says what was not.
-    signature: String,
+    /// Must be equal on all ranks, and says what was not.
+    issued: Issued,
+    /// Flat, because shapes may differ.
     tensors: Vec<Tensor>,
 }
 
@@ -57,17 +59,22 @@ impl Threads {
     pub fn world(world_size: usize) -> Vec<Threads> {
         let state = State { rounds: BTreeMap::new(), present: vec![true; world_size], worlds: BTreeMap::new() };
         let board = Arc::new(Board { state: Mutex::new(state), bell: Condvar::new() });
-        let handle = |rank| Threads { rank, world_size, board: board.clone(), next: Cell::new(0), meter: Meter::default() };
+        let handle = |rank| Threads { rank, world_size, board: board.clone(), ledger: Ledger::default(), meter: Meter::default() };
         (0..world_size).map(handle).collect()
     }
 
     /// Posts tensors; once all ranks have posted, `finish` gets theirs in rank order.
-    fn post(&self, call: Call, details: String, tensors: &[&Tensor], finish: impl FnOnce(Vec<Vec<Tensor>>) + 'static) -> Work {
-        let number = self.next.replace(self.next.get() + 1);
-        let forms: Vec<String> = tensors.iter().map(|tensor| form(tensor)).collect();
-        let signature = format!("{} {details}{}", call.operation, forms.join(", "));
+    fn post(
+        &self,
+        call: Call,
+        signature: impl FnOnce(Signature) -> Signature,
+        tensors: &[&Tensor],
+        finish: impl FnOnce(Vec<Vec<Tensor>>) + 'static,
+    ) -> Work {
+        let issued = self.ledger.enter(signature(Signature::of(call.operation, tensors.iter().copied())));
+        let number = issued.count;
         // Copies, because the caller's tensors receive the result while slower ranks still read these.
-        let post = Post { signature, tensors: no_grad(|| tensors.iter().map(|tensor| tensor.copy()).collect()) };
+        let post = Post { issued, tensors: no_grad(|| tensors.iter().map(|tensor| tensor.copy().flatten(0, -1)).collect()) };
         let mut state = self.board.lock();
         let round = state.rounds.entry(number).or_insert_with(|| Round::of(self.world_size));
         round.posts[self.rank] = Some(post);
@@ -101,8 +108,8 @@ impl Board {
         loop {
             let State { rounds, present, .. } = &mut *state;
             let round = rounds.get_mut(&number).expect("a round stays until every rank has taken it");
-            if let Some(what) = round.mismatch() {
-                return Err(call.error(what));
+            if let Some(mismatch) = round.mismatch() {
+                return Err(mismatch);
             }
             if let Some(all) = round.all() {
                 round.taken += 1;
@@ -128,17 +135,12 @@ impl Round {
         self.posts.iter().map(|post| Some(post.as_ref()?.tensors.iter().map(Tensor::shallow_clone).collect())).collect()
     }
 
-    fn mismatch(&self) -> Option<String> {
-        let mut posted = self.posts.iter().enumerate().filter_map(|(rank, post)| Some((rank, &post.as_ref()?.signature)));
+    fn mismatch(&self) -> Option<Error> {
+        let mut posted = self.posts.iter().enumerate().filter_map(|(rank, post)| Some((rank, post.as_ref()?.issued)));
         let (first, expected) = posted.next()?;
-        let (other, found) = posted.find(|(_, signature)| *signature != expected)?;
-        Some(format!("ranks disagree: rank {first} called {expected}, rank {other} called {found}"))
+        let (other, found) = posted.find(|(_, issued)| *issued != expected)?;
+        Some(disagreement(other, &found.to_string(), first, &expected.to_string()))
     }
-}
-
-/// Kind and shape, as a signature names them.
-fn form(tensor: &Tensor) -> String {
-    format!("{:?} {:?}", tensor.kind(), tensor.size())
 }
 
 /// The ranks' tensors as one, by the pairwise tree.
@@ -172,11 +174,16 @@ impl Collective for Threads {
         let call = call("all_reduce");
         buffers.iter().try_for_each(|buffer| call.check_buffer(buffer))?;
         let inputs: Vec<Tensor> = buffers.iter().map(Tensor::shallow_clone).collect();
-        Ok(self.post(call, format!("{op:?} of "), &inputs.iter().collect::<Vec<_>>(), move |all| {
-            for (index, buffer) in buffers.iter_mut().enumerate() {
-                buffer.copy_(&reduce(nth(&all, index).map(Tensor::shallow_clone).collect(), op));
-            }
-        }))
+        Ok(self.post(
+            call,
+            |signature| signature.by(op),
+            &inputs.iter().collect::<Vec<_>>(),
+            move |all| {
+                for (index, buffer) in buffers.iter_mut().enumerate() {
+                    buffer.copy_(&reduce(nth(&all, index).map(Tensor::shallow_clone).collect(), op).view_as(&*buffer));
+                }
+            },
+        ))
     }
 
     fn reduce_scatter(&self, tensors: Vec<Sliced>, op: ReduceOp) -> Result<Work> {
@@ -184,25 +191,35 @@ impl Collective for Threads {
         tensors.iter().try_for_each(|sliced| call.check_slices(sliced, self.world_size))?;
         let (fulls, mut owned): (Vec<Tensor>, Vec<Tensor>) = tensors.into_iter().map(|sliced| (sliced.full, sliced.owned)).unzip();
         let rank = self.rank;
-        Ok(self.post(call, format!("{op:?} of "), &fulls.iter().collect::<Vec<_>>(), move |all| {
-            for (index, owned) in owned.iter_mut().enumerate() {
-                let length = owned.numel() as i64;
-                let mine = |tensor: &Tensor| tensor.flatten(0, -1).narrow(0, rank as i64 * length, length);
-                owned.copy_(&reduce(nth(&all, index).map(mine).collect(), op).view_as(&*owned));
-            }
-        }))
+        Ok(self.post(
+            call,
+            |signature| signature.by(op),
+            &fulls.iter().collect::<Vec<_>>(),
+            move |all| {
+                for (index, owned) in owned.iter_mut().enumerate() {
+                    let length = owned.numel() as i64;
+                    let mine = |tensor: &Tensor| tensor.narrow(0, rank as i64 * length, length);
+                    owned.copy_(&reduce(nth(&all, index).map(mine).collect(), op).view_as(&*owned));
+                }
+            },
+        ))
     }
 
     fn all_gather(&self, tensors: Vec<Sliced>) -> Result<Work> {
         let call = call("all_gather");
         tensors.iter().try_for_each(|sliced| call.check_slices(sliced, self.world_size))?;
         let (owned, mut fulls): (Vec<Tensor>, Vec<Tensor>) = tensors.into_iter().map(|sliced| (sliced.owned, sliced.full)).unzip();
-        Ok(self.post(call, "of ".into(), &owned.iter().collect::<Vec<_>>(), move |all| {
-            for (index, full) in fulls.iter_mut().enumerate() {
-                let joined: Vec<Tensor> = nth(&all, index).map(|tensor| tensor.flatten(0, -1)).collect();
-                full.copy_(&Tensor::cat(&joined, 0).view_as(&*full));
-            }
-        }))
+        Ok(self.post(
+            call,
+            |signature| signature,
+            &owned.iter().collect::<Vec<_>>(),
+            move |all| {
+                for (index, full) in fulls.iter_mut().enumerate() {
+                    let joined: Vec<&Tensor> = nth(&all, index).collect();
+                    full.copy_(&Tensor::cat(&joined, 0).view_as(&*full));
+                }
+            },
+        ))
     }
 
     fn broadcast(&self, mut buffer: Tensor, root: usize) -> Result<Work> {
@@ -210,15 +227,15 @@ impl Collective for Threads {
         call.check_buffer(&buffer)?;
         call.check_root(root, self.world_size)?;
         let input = buffer.shallow_clone();
-        Ok(self.post(call, format!("from rank {root} of "), &[&input], move |all| buffer.copy_(&all[root][0])))
+        Ok(self.post(call, move |signature| signature.rooted_at(root), &[&input], move |all| buffer.copy_(&all[root][0].view_as(&buffer))))
     }
 
     fn barrier(&self) -> Result<()> {
-        self.post(call("barrier"), String::new(), &[], |_| ()).wait()
+        self.post(call("barrier"), |signature| signature, &[], |_| ()).wait()
     }
 
     fn split(&self, color: usize) -> Result<Box<dyn Collective>> {
-        let number = self.next.get();
+        let number = self.ledger.enter(Signature::of("split", [])).count;
         let colors = Tensor::zeros([self.world_size as i64], (Kind::Int64, Device::Cpu));
         let own = Tensor::from_slice(&[color as i64]);
         self.all_gather(vec![Sliced { owned: own, full: colors.shallow_clone() }])?.wait()?;
@@ -241,5 +258,9 @@ impl Collective for Threads {
 
     fn spent(&self) -> Spent {
         self.meter.take()
+    }
+
+    fn issued(&self) -> Issued {
+        self.ledger.issued()
     }
 }

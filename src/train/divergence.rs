@@ -2,15 +2,21 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::collective::{Collective, ReduceOp};
+use super::agreement::known_to_all;
+use crate::collective::{Collective, Sliced};
 use crate::error::{Error, Result};
 use crate::parallel::{Bucket, Piece, Replica};
+use crate::watchdog::spans;
+
+/// Parameters that a message names at most.
+const NAMED: usize = 4;
 
 /// Compares what ranks hold more than once, a sum of the bits for each stage, in small collectives: masters among replicas,
 /// and where the ranks of a shard group hold whole leaves, these.
 ///
 /// # Errors
-/// [`Error::Collective`] on every rank that holds it, naming the first stage in which ranks differ.
+/// [`Error::Desync`] on every rank that holds it, naming the ranks that are in the minority and the parameters in which they
+/// differ.
 ///
 /// # Ordering
 /// Every rank calls it.
@@ -23,18 +29,43 @@ pub fn check(replica: &Replica<'_>) -> Result<()> {
 fn compare<'r>(replica: &'r Replica<'_>, ranks: &dyn Collective, held: impl Fn(&'r Piece) -> Option<&'r Tensor>) -> Result<()> {
     let sum = |bucket: &'r Bucket| bucket.pieces().iter().filter_map(&held).map(bits).sum::<i64>();
     let own: Vec<i64> = replica.buckets.iter().map(sum).collect();
-    let (low, high) = (Tensor::from_slice(&own), Tensor::from_slice(&own));
-    ranks.all_reduce(vec![low.shallow_clone()], ReduceOp::Min)?.wait()?;
-    ranks.all_reduce(vec![high.shallow_clone()], ReduceOp::Max)?.wait()?;
-    let differs = |(stage, (low, high)): (usize, (i64, i64))| (low != high).then_some(stage);
-    let sums = |tensor: &Tensor| Vec::<i64>::try_from(tensor).expect("i64");
-    match sums(&low).into_iter().zip(sums(&high)).enumerate().find_map(differs) {
-        Some(stage) => {
-            let what = format!("ranks hold different parameters in stage {}; nothing was saved", replica.stages[stage].params().stage());
-            Err(Error::Collective { backend: "replicas", operation: "compare", what })
+    let stages = by_rank(&own, ranks)?;
+    let differs = |stage: &usize| stages.iter().any(|sums| sums[*stage] != stages[0][*stage]);
+    let Some(stage) = (0..own.len()).find(differs) else { return Ok(()) };
+    // Ranks that differ are found by now, in the same stage on each: there is time to look closer.
+    let (params, pieces) = (replica.stages[stage].params(), replica.buckets[stage].pieces());
+    let tensors: Vec<&Tensor> = pieces.iter().filter_map(held).collect();
+    let minority = minority(&stages.iter().map(|sums| sums[stage]).collect::<Vec<_>>());
+    let where_ = match tensors.iter().zip(pieces).all(|(tensor, piece)| tensor.numel() as i64 >= piece.layout().numel) {
+        true => {
+            let sums: Vec<i64> = params.split_pieces(&tensors).iter().map(bits).collect();
+            let parameters = by_rank(&sums, ranks)?;
+            let differing =
+                params.infos().iter().enumerate().filter(|(index, _)| parameters.iter().any(|of| of[*index] != parameters[0][*index]));
+            let names: Vec<String> = differing.map(|(_, info)| format!("`{}`", info.name)).collect();
+            format!("{}{}", names[..names.len().min(NAMED)].join(", "), if names.len() > NAMED { ", …" } else { "" })
         }
-        None => Ok(()),
-    }
+        // A shard begins and ends inside of parameters.
+        false => format!("stage {}", params.stage()),
+    };
+    let who = if minority.len() == 1 { "rank" } else { "ranks" };
+    let what = format!("{who} {} holds other parameters than the rest: {where_}; nothing was saved", spans(&minority));
+    Err(known_to_all(Error::Desync { what }, 0, ranks))
+}
+
+/// Every rank's numbers, in rank order.
+fn by_rank(own: &[i64], ranks: &dyn Collective) -> Result<Vec<Vec<i64>>> {
+    let all = Tensor::zeros([ranks.world_size() as i64, own.len() as i64], (Kind::Int64, Device::Cpu));
+    ranks.all_gather(vec![Sliced { owned: Tensor::from_slice(own), full: all.shallow_clone() }])?.wait()?;
+    Ok(Vec::<Vec<i64>>::try_from(all).expect("rows of integers"))
+}
+
+/// The ranks whose number is not that of most; of two halves, those that differ from rank 0.
+fn minority(numbers: &[i64]) -> Vec<usize> {
+    let count = |number: &i64| numbers.iter().filter(|other| *other == number).count();
+    let most = numbers.iter().map(count).max().unwrap_or(0);
+    let common = numbers.iter().find(|number| count(number) == most).expect("a rank");
+    (0..numbers.len()).filter(|rank| numbers[*rank] != *common).collect()
 }
 
 /// The tensor's bits as integers, added up.
@@ -75,7 +106,9 @@ mod tests {
             assert!(checked(sharding, None).iter().all(Result::is_ok));
             for outcome in checked(sharding, Some(2)) {
                 let text = outcome.expect_err("rank 2 differs").to_string();
-                assert!(text.contains("ranks hold different parameters in stage blocks.0; nothing was saved"), "{text}");
+                assert!(text.contains("rank 2 holds other parameters than the rest: "), "{text}");
+                let names = if sharding == Sharding::None { "`blocks.0." } else { "blocks.0" };
+                assert!(text.contains(names) && text.ends_with("nothing was saved"), "{text}");
             }
         }
         assert!(checked(Sharding::Parameters, Some(2)).iter().all(Result::is_ok), "nobody else holds it");

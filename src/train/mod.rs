@@ -177,6 +177,8 @@ impl<'c> Trainer<'c> {
             agree(outcome.map(|()| String::new()), collective)?;
             tracing::info!("resumed from {} at step {}", path.display(), manifest.step);
         }
+        spoil::parameters(Phase::Open, &mut replica);
+        divergence::check(&replica)?;
         folder.keep_config(config, collective)?;
         let metrics = telemetry.metrics_after(manifest.step)?;
         let pipeline = build_pipeline(config, device);

@@ -103,8 +103,10 @@ impl Stepper<'_> {
         let seconds = OWN_PHASES.map(|phase| watch.seconds(phase));
         let bad_samples = batches.iter().map(|batch| batch.bad_samples).sum();
         let request = self.requests.heard();
-        let own = Own { statistics: &rows, norms: &norms, request, seconds, saving: self.saving, bad_samples };
+        let issued = self.collective.issued();
+        let own = Own { statistics: &rows, norms: &norms, request, seconds, saving: self.saving, bad_samples, issued };
         let tallies = tally::exchange(&own, self.collective)?;
+        tally::check_in_step(&tallies, &issued, self.collective)?;
         let (statistics, grad_norm) = (self.merged(&tallies), self.grad_norm(&tallies, replica));
         watch.lap("reduce");
         let update_number = guard.update_number(step);

@@ -55,7 +55,7 @@ mod tests {
 
     fn tally(data: f64, backward: f64) -> Tally {
         let seconds = [data, 0.1, backward];
-        Tally { statistics: Vec::new(), norms: Vec::new(), request: Request::Nothing, seconds, saving: 0, bad_samples: 0 }
+        Tally { statistics: Vec::new(), norms: Vec::new(), request: Request::Nothing, seconds, saving: 0, bad_samples: 0, issued: (0, 0) }
     }
 
     /// What is said after 20 steps of ranks like these.

@@ -3,13 +3,17 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::agreement::known_to_all;
 use super::requests::Request;
-use crate::collective::{Collective, Sliced};
-use crate::error::Result;
+use crate::collective::{Collective, Issued, Sliced};
+use crate::error::{Error, Result};
 use crate::flow::Statistics;
 
 /// Phases whose seconds are compared between ranks: those in which a rank does not wait for another.
 pub const OWN_PHASES: [&str; 3] = ["data", "forward", "backward"];
+
+/// The bits of an integer that an f32 holds exactly.
+const EXACT: u64 = (1 << f32::MANTISSA_DIGITS) - 1;
 
 /// One rank's part of it.
 pub struct Own<'t> {
@@ -23,6 +27,8 @@ pub struct Own<'t> {
     /// How far the saving of a checkpoint has come.
     pub saving: u8,
     pub bad_samples: usize,
+    /// The collectives that it has called for.
+    pub issued: Issued,
 }
 
 /// One rank's words, as all ranks read them.
@@ -36,6 +42,8 @@ pub struct Tally {
     pub seconds: [f64; OWN_PHASES.len()],
     pub saving: u8,
     pub bad_samples: usize,
+    /// Number and digest of its collectives, in what an f32 can hold of them.
+    pub issued: (u32, u32),
 }
 
 /// Every rank's, in rank order; the step's only host synchronization.
@@ -57,7 +65,9 @@ pub fn exchange(own: &Own<'_>, collective: &dyn Collective) -> Result<Vec<Tally>
 impl Own<'_> {
     fn words(&self) -> Vec<f32> {
         let seconds = self.seconds.map(|seconds| seconds as f32);
-        [&[self.request.number(), f32::from(self.saving), self.bad_samples as f32], &seconds[..]].concat()
+        let Issued { count, digest, .. } = self.issued;
+        let issued = [count, digest].map(|number| (number & EXACT) as f32);
+        [&[self.request.number(), f32::from(self.saving), self.bad_samples as f32], &issued[..], &seconds[..]].concat()
     }
 }
 
@@ -66,7 +76,7 @@ impl Tally {
         let (rows, rest) = row.split_at(num_rows * Statistics::WIDTH);
         let (norms, words) = rest.split_at(num_norms);
         let mut seconds = [0.0; OWN_PHASES.len()];
-        seconds.iter_mut().zip(&words[3..]).for_each(|(seconds, word)| *seconds = f64::from(*word));
+        seconds.iter_mut().zip(&words[5..]).for_each(|(seconds, word)| *seconds = f64::from(*word));
         Tally {
             statistics: rows.chunks(Statistics::WIDTH).map(Statistics::from_row).collect(),
             norms: norms.to_vec(),
@@ -74,8 +84,22 @@ impl Tally {
             seconds,
             saving: words[1] as u8,
             bad_samples: words[2] as usize,
+            issued: (words[3] as u32, words[4] as u32),
         }
     }
+}
+
+/// Whether all ranks have called for the same collectives.
+///
+/// # Errors
+/// [`Error::Desync`] naming the first rank that has not, on every rank.
+pub fn check_in_step(tallies: &[Tally], own: &Issued, collective: &dyn Collective) -> Result<()> {
+    let Some(other) = tallies.iter().position(|tally| tally.issued != tallies[0].issued) else { return Ok(()) };
+    let (first, found) = (tallies[0].issued.0, tallies[other].issued.0);
+    let numbers =
+        if first == found { format!("as many collectives, {found}, but others") } else { format!("{found} collectives, rank 0 {first}") };
+    let what = format!("ranks are out of step: rank {other} has begun {numbers}; the last of rank {}: {own}", collective.rank());
+    Err(known_to_all(Error::Desync { what }, 0, collective))
 }
 
 /// The heaviest request of any rank.
@@ -86,7 +110,7 @@ pub fn request(tallies: &[Tally]) -> Request {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::collective::Threads;
+    use crate::collective::{Solo, Threads};
 
     fn told_by(world: Threads) -> Vec<Tally> {
         let number = world.rank() as f64;
@@ -99,6 +123,7 @@ mod tests {
             seconds: [0.0, 0.0, 2.0 + number],
             saving: world.rank() as u8,
             bad_samples: 3,
+            issued: Issued { count: 7, digest: (1 << 40) + world.rank() as u64, last: None },
         };
         exchange(&own, &world).expect("both ranks are here")
     }
@@ -109,6 +134,10 @@ mod tests {
         for tallies in threads.into_iter().map(|thread| thread.join().expect("no panic")) {
             assert_eq!(tallies.iter().map(|tally| tally.norms[0]).collect::<Vec<_>>(), [0.5, 1.5]);
             assert_eq!(tallies[1].seconds, [0.0, 0.0, 3.0]);
+            assert_eq!([tallies[0].issued, tallies[1].issued], [(7, 0), (7, 1)]);
+            let error = check_in_step(&tallies, &Issued::default(), &Solo).expect_err("digests differ");
+            assert!(error.to_string().contains("rank 1 has begun as many collectives, 7, but others"), "{error}");
+            assert!(check_in_step(&tallies[..1], &Issued::default(), &Solo).is_ok());
             assert_eq!((tallies[0].saving, tallies[1].saving, tallies[1].bad_samples), (0, 1, 3));
             assert_eq!((tallies[1].statistics.len(), tallies[1].statistics[1].loss), (2, 1.0));
             assert_eq!(request(&tallies), Request::Stop);

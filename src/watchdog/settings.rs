@@ -73,6 +73,11 @@ impl WatchdogSettings {
         Duration::from_secs_f64(seconds)
     }
 
+    /// How long ranks wait for each other to meet: a little less than the watchdog, since they know better who is missing.
+    pub fn meeting_patience(&self) -> Duration {
+        Duration::from_secs_f64(0.9 * self.init_seconds)
+    }
+
     /// Time between two beats: ten fit into the shortest limit, and one a second is enough for the longest.
     pub fn beat_interval(&self) -> Duration {
         let limits =

@@ -1,11 +1,11 @@
 //! One side of `all_reduce.sh`: how long an all-reduce of f32 takes between the ranks of `mpirun`.
 //!
-//! `all_reduce BYTES REPEATS` prints one line of seconds, one number a repeat; `BYTES` below 4096 are timed in batches, and
-//! beside MPI's own all-reduce.
+//! `all_reduce BYTES REPEATS [LAUNCH]` prints one line of seconds, one number a repeat; `BYTES` below 4096 are timed in batches,
+//! and over MPI beside its own all-reduce. `LAUNCH` is that of `fm-dist train --launch`.
 
 use std::time::Instant;
 
-use fm_dist::collective::{self, Collective, ReduceOp};
+use fm_dist::collective::{self, Collective, Launch, ReduceOp};
 use mpi::collective::{CommunicatorCollectives, SystemOperation};
 use mpi::topology::SimpleCommunicator;
 use tch::{Device, Kind, Tensor};
@@ -16,16 +16,17 @@ const SMALL_BYTES: usize = 4096;
 
 fn main() {
     let arguments: Vec<usize> = std::env::args().skip(1).filter_map(|text| text.parse().ok()).collect();
-    let [bytes, repeats] = arguments[..] else { panic!("usage: all_reduce BYTES REPEATS") };
+    let [bytes, repeats] = arguments[..] else { panic!("usage: all_reduce BYTES REPEATS [LAUNCH]") };
+    let launch = std::env::args().nth(3).and_then(|text| text.parse().ok()).unwrap_or(Launch::Auto);
     tch::set_num_threads(1);
-    let world = collective::connect().expect("started by mpirun");
+    let world = collective::connect(launch).expect("a launcher put this process among others");
     let batch = if bytes < SMALL_BYTES { BATCH } else { 1 };
     let ours = all_reduce(&*world, bytes);
     let seconds = measured(&*world, repeats, batch, ours);
     if world.rank() == 0 {
         println!("fm-dist {}", texts(&seconds));
     }
-    if batch > 1 {
+    if batch > 1 && launch != Launch::Tcp {
         let seconds = measured(&*world, repeats, batch, library_all_reduce(bytes));
         if world.rank() == 0 {
             println!("MPI_Allreduce {}", texts(&seconds));

@@ -1,42 +1,31 @@
-//! The collectives as messages from rank to rank, in rounds of pieces that fit into caches.
+//! One collective, carried out in rounds of pieces that fit into caches.
 //!
 //! MPI's own reductions sum in an order of the library's choice, know no bf16, and want whole buffers twice. Here a rank
 //! needs scratch memory of a few MiB besides its tensors, whatever their size, and sums land where they belong.
 
 use std::collections::VecDeque;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
 
-use super::super::call::Call;
-use super::board::Board;
-use super::part::{LINE_BYTES, Part, Place, Road, Room, WINDOW};
-use super::wire::{Channel, Flight};
+use super::part::{LINE_BYTES, Part, Road, Room, WINDOW};
+use super::{Board, Flight, Place, Wire};
 use crate::error::Result;
 
 /// A collective that was called for: its tensors, and what becomes of them.
-pub struct Operation {
+pub struct Operation<W> {
     place: Place,
-    channel: Channel,
+    wire: W,
     board: Option<Rc<Board>>,
     parts: Vec<Part>,
     /// Kept for the stretches of the parts.
-    _tensors: Vec<Tensor>,
+    tensors: Vec<Tensor>,
 }
 
-impl Operation {
-    /// Operation `number` of the communicator at `place`; `tensors` are those that the parts were made of.
-    pub fn new(place: Place, board: Option<Rc<Board>>, call: Call, number: u64, parts: Vec<Part>, tensors: Vec<Tensor>) -> Self {
-        let described: Vec<String> = parts.iter().map(Part::describe).collect();
-        let what = format!("operation {number}, {}", described.join(", "));
-        Operation {
-            place,
-            channel: Channel { communicator: place.communicator, call, tag: tag_of(call.operation, &what), what },
-            board,
-            parts,
-            _tensors: tensors,
-        }
+impl<W: Wire> Operation<W> {
+    /// Among the ranks of the communicator at `place`; `tensors` are those that the parts were made of.
+    pub fn new(place: Place, board: Option<Rc<Board>>, wire: W, parts: Vec<Part>, tensors: Vec<Tensor>) -> Self {
+        Operation { place, wire, board, parts, tensors }
     }
 
     /// Carries the operation out together with the other ranks.
@@ -48,14 +37,14 @@ impl Operation {
         let bytes = self.scratch_bytes();
         let scratch = grown(scratch, WINDOW * place.world_size * bytes);
         let room = |round: usize| Room { scratch, slot: round % WINDOW, bytes, world_size: place.world_size };
-        let road = |round: usize| Road { place, channel: &self.channel, board: self.board.as_deref(), room: room(round), round };
+        let road = |round: usize| Road { place, wire: &self.wire, board: self.board.as_deref(), room: room(round), round };
         let (mut collecting, mut sharing) = (VecDeque::new(), VecDeque::new());
-        let mut settle = |(part, start, road, mut flight): (&Part, usize, Road<'_>, Flight)| {
-            flight.wait(&self.channel)?;
+        let mut settle = |(part, start, road, mut flight): (&Part, usize, Road<'_, W>, Flight<W>)| {
+            flight.wait(&self.wire)?;
             part.settle(&road, start);
             sharing.push_back(part.share(&road, start)?);
             if sharing.len() > WINDOW {
-                sharing.pop_front().map_or(Ok(()), |mut flight: Flight| flight.wait(&self.channel))
+                sharing.pop_front().map_or(Ok(()), |mut flight: Flight<W>| flight.wait(&self.wire))
             } else {
                 Ok(())
             }
@@ -70,7 +59,12 @@ impl Operation {
             }
         }
         collecting.into_iter().try_for_each(settle)?;
-        sharing.into_iter().try_for_each(|mut flight| flight.wait(&self.channel))
+        sharing.into_iter().try_for_each(|mut flight| flight.wait(&self.wire))
+    }
+
+    /// Gives up what is under way. Its tensors stay where they are for ever.
+    pub fn abandon(self) {
+        std::mem::forget(self.tensors);
     }
 
     /// Bytes of the largest piece that a peer sends to be reduced.
@@ -84,11 +78,4 @@ impl Operation {
 fn grown(scratch: &mut Option<Tensor>, bytes: usize) -> &Tensor {
     let kept = scratch.take().filter(|scratch| scratch.numel() >= bytes);
     scratch.insert(kept.unwrap_or_else(|| Tensor::empty([bytes as i64], (Kind::Uint8, Device::Cpu))))
-}
-
-/// A tag by which ranks notice that they disagree about an operation; MPI grants 15 bits.
-fn tag_of(operation: &str, what: &str) -> i32 {
-    let mut hasher = DefaultHasher::new();
-    (operation, what).hash(&mut hasher);
-    (hasher.finish() & 0x7fff) as i32
 }

@@ -6,16 +6,16 @@ use std::mem::ManuallyDrop;
 use tch::Tensor;
 
 use super::super::call::Call;
-use super::exchange::Operation;
+use super::Wire;
+use super::operation::Operation;
 use crate::error::Result;
 
 /// The operations of a world and of all that were split off from it, in program order. Waiting for one carries out all before
 /// it, so that ranks may wait in different orders, and need not wait for one whose result they do not read.
 ///
 /// One queue for all of them: with one each, two ranks that wait for two worlds in different orders would wait for ever.
-#[derive(Default)]
-pub struct Queue {
-    waiting: VecDeque<Operation>,
+pub struct Queue<W> {
+    waiting: VecDeque<Operation<W>>,
     issued: u64,
     finished: u64,
     /// Kept from one operation to the next.
@@ -24,9 +24,15 @@ pub struct Queue {
     broken: Option<String>,
 }
 
-impl Queue {
+impl<W> Default for Queue<W> {
+    fn default() -> Self {
+        Queue { waiting: VecDeque::new(), issued: 0, finished: 0, scratch: None, broken: None }
+    }
+}
+
+impl<W: Wire> Queue<W> {
     /// Returns the operation's number in this queue, which differs between ranks of different worlds.
-    pub fn push(&mut self, operation: Operation) -> u64 {
+    pub fn push(&mut self, operation: Operation<W>) -> u64 {
         self.waiting.push_back(operation);
         self.issued += 1;
         self.issued
@@ -52,13 +58,16 @@ impl Queue {
         self.finish(call, self.issued)
     }
 
-    /// After a failure MPI may still read and write the memory: it is never given back.
-    fn carry_out(&mut self, operation: Operation) -> Result<()> {
+    /// After a failure the wire may still read and write the memory: it is never given back.
+    fn carry_out(&mut self, operation: Operation<W>) -> Result<()> {
         let operation = ManuallyDrop::new(operation);
         let mut scratch = ManuallyDrop::new(self.scratch.take());
-        operation.run(&mut scratch)?;
-        self.scratch = ManuallyDrop::into_inner(scratch);
-        drop(ManuallyDrop::into_inner(operation));
-        Ok(())
+        let outcome = operation.run(&mut scratch);
+        let operation = ManuallyDrop::into_inner(operation);
+        match outcome {
+            Ok(()) => self.scratch = ManuallyDrop::into_inner(scratch),
+            Err(_) => operation.abandon(),
+        }
+        outcome
     }
 }

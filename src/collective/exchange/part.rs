@@ -1,12 +1,10 @@
 //! What becomes of one tensor in a collective, piece by piece: each slice has an owner that gets every peer's piece of it, sums
 //! them as the pairwise tree says while they are in cache, and hands the sum on.
 
-use mpi::ffi;
 use tch::Tensor;
 
 use super::super::ReduceOp;
-use super::board::Board;
-use super::wire::{Channel, Flight, Stretch};
+use super::{Board, Flight, Place, Stretch, Wire};
 use crate::error::Result;
 
 /// Largest piece. Over shared memory 128 KiB was the fastest for 256 MB between two ranks, by a few per cent over 64 and
@@ -27,20 +25,6 @@ const SLICE_ELEMENTS: usize = 64;
 
 /// The smallest unit of scratch memory, so that each peer's piece begins on a cache line.
 pub const LINE_BYTES: usize = 64;
-
-/// This rank among those of a communicator.
-#[derive(Clone, Copy)]
-pub struct Place {
-    pub communicator: ffi::MPI_Comm,
-    pub rank: usize,
-    pub world_size: usize,
-}
-
-impl Place {
-    fn peers(self) -> impl Iterator<Item = usize> {
-        (1..self.world_size).map(move |distance| (self.rank + distance) % self.world_size)
-    }
-}
 
 /// Bytes of a piece: with all the rooms for pieces, scratch memory keeps to its limit.
 pub fn piece_bytes(world_size: usize) -> usize {
@@ -93,15 +77,15 @@ pub struct Part {
 }
 
 /// How the pieces of one round come from the peers and go to them.
-pub struct Road<'r> {
+pub struct Road<'r, W> {
     pub place: Place,
-    pub channel: &'r Channel,
+    pub wire: &'r W,
     pub board: Option<&'r Board>,
     pub room: Room<'r>,
     pub round: usize,
 }
 
-impl Road<'_> {
+impl<W> Road<'_, W> {
     /// Whether pieces of this pattern travel over the board. A broadcast has its tree, and small tensors one trip.
     fn board(&self, pattern: Pattern) -> Option<&Board> {
         self.board.filter(|_| matches!(pattern, Pattern::Owned(_) | Pattern::Shared(_) | Pattern::Gathered))
@@ -136,16 +120,6 @@ impl Part {
         sound.then(|| Part { pattern, full, slice, owned, step: piece_bytes / full.kind.elt_size_in_bytes() })
     }
 
-    /// As an error and the tag name it.
-    pub fn describe(&self) -> String {
-        let elements = format!("{} {:?}", self.full.elements, self.full.kind);
-        match self.pattern {
-            Pattern::Everywhere(op) | Pattern::Owned(op) | Pattern::Shared(op) => format!("{op:?} of {elements}"),
-            Pattern::Gathered => elements,
-            Pattern::From(root) => format!("{elements} from rank {root}"),
-        }
-    }
-
     /// Bytes of a piece that a peer sends to be reduced, where it needs a place of this rank's.
     pub fn scratch_bytes(&self, has_board: bool) -> usize {
         match self.pattern {
@@ -169,27 +143,27 @@ impl Part {
     }
 
     /// Starts what this rank's piece needs of the peers, and they of this rank.
-    pub fn collect(&self, road: &Road<'_>, start: usize) -> Result<Flight> {
-        let (place, channel, mut flight) = (road.place, road.channel, Flight::default());
+    pub fn collect<W: Wire>(&self, road: &Road<'_, W>, start: usize) -> Result<Flight<W>> {
+        let (place, wire, mut flight) = (road.place, road.wire, Flight::default());
         match (self.pattern, road.board(self.pattern)) {
             (pattern, Some(board)) => {
-                place.peers().try_for_each(|peer| flight.hear(channel, peer))?;
+                place.peers().try_for_each(|peer| flight.hear(wire, peer))?;
                 for peer in place.peers() {
                     let piece = self.piece(peer, start);
                     if !matches!(pattern, Pattern::Gathered) {
                         board.between(place.rank, peer, road.round, piece).copy_from(piece);
                     }
-                    flight.tell(channel, peer)?;
+                    flight.tell(wire, peer)?;
                 }
             }
             (Pattern::Everywhere(_) | Pattern::Owned(_) | Pattern::Shared(_), None) => {
                 let mine = self.piece(place.rank, start);
-                place.peers().try_for_each(|peer| flight.receive(channel, road.room.of_peer(peer, mine), peer))?;
-                place.peers().try_for_each(|peer| flight.send(channel, self.piece(peer, start), peer))?;
+                place.peers().try_for_each(|peer| flight.receive(wire, road.room.of_peer(peer, mine), peer))?;
+                place.peers().try_for_each(|peer| flight.send(wire, self.piece(peer, start), peer))?;
             }
             (Pattern::From(root), None) => {
                 let parent = tree(place.rank, place.world_size, root).0;
-                parent.into_iter().try_for_each(|parent| flight.receive(channel, self.piece(root, start), parent))?;
+                parent.into_iter().try_for_each(|parent| flight.receive(wire, self.piece(root, start), parent))?;
             }
             (Pattern::Gathered, None) => (),
         }
@@ -197,7 +171,7 @@ impl Part {
     }
 
     /// Makes this rank's piece what it must become, once what it needs is here.
-    pub fn settle(&self, road: &Road<'_>, start: usize) {
+    pub fn settle<W>(&self, road: &Road<'_, W>, start: usize) {
         let (place, mine) = (road.place, self.piece(road.place.rank, start));
         if mine.elements == 0 {
             return;
@@ -214,12 +188,12 @@ impl Part {
     }
 
     /// Starts to hand settled pieces on.
-    pub fn share(&self, road: &Road<'_>, start: usize) -> Result<Flight> {
-        let (place, channel, mut flight) = (road.place, road.channel, Flight::default());
+    pub fn share<W: Wire>(&self, road: &Road<'_, W>, start: usize) -> Result<Flight<W>> {
+        let (place, wire, mut flight) = (road.place, road.wire, Flight::default());
         let mine = self.piece(place.rank, start);
         match (self.pattern, road.board(self.pattern)) {
             (pattern, Some(board)) => {
-                place.peers().try_for_each(|peer| flight.hear(channel, peer))?;
+                place.peers().try_for_each(|peer| flight.hear(wire, peer))?;
                 if !matches!(pattern, Pattern::Owned(_)) {
                     board.for_all(place.rank, road.round, mine).copy_from(mine);
                     for peer in place.peers() {
@@ -227,14 +201,14 @@ impl Part {
                         flight.then_copy(board.for_all(peer, road.round, piece), piece);
                     }
                 }
-                place.peers().try_for_each(|peer| flight.tell(channel, peer))?;
+                place.peers().try_for_each(|peer| flight.tell(wire, peer))?;
             }
             (Pattern::Shared(_) | Pattern::Gathered, None) => {
-                place.peers().try_for_each(|peer| flight.receive(channel, self.piece(peer, start), peer))?;
-                place.peers().try_for_each(|peer| flight.send(channel, mine, peer))?;
+                place.peers().try_for_each(|peer| flight.receive(wire, self.piece(peer, start), peer))?;
+                place.peers().try_for_each(|peer| flight.send(wire, mine, peer))?;
             }
             (Pattern::From(root), None) => {
-                tree(place.rank, place.world_size, root).1.try_for_each(|child| flight.send(channel, mine, child))?;
+                tree(place.rank, place.world_size, root).1.try_for_each(|child| flight.send(wire, mine, child))?;
             }
             (Pattern::Everywhere(_) | Pattern::Owned(_), None) => (),
         }

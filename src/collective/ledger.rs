@@ -1,0 +1,155 @@
+//! Which operations a rank has called for: by comparing, ranks see that they are in step.
+
+use std::cell::Cell;
+use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use tch::{Kind, Tensor};
+
+use super::ReduceOp;
+use crate::pulse;
+
+/// What must be equal on all ranks about one operation. Shapes do not matter, only kinds and numbers of elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Signature {
+    operation: &'static str,
+    op: Option<ReduceOp>,
+    root: Option<usize>,
+    tensors: usize,
+    /// Of all tensors together.
+    elements: usize,
+    /// Of the first tensor.
+    kind: Option<Kind>,
+    /// Kind and elements of each tensor, hashed.
+    forms: u64,
+}
+
+impl Signature {
+    /// An operation on these tensors; of slices, the whole ones.
+    pub(super) fn of<'t>(operation: &'static str, tensors: impl IntoIterator<Item = &'t Tensor>) -> Self {
+        let mut signature = Signature { operation, op: None, root: None, tensors: 0, elements: 0, kind: None, forms: 0 };
+        let mut forms = DefaultHasher::new();
+        for tensor in tensors {
+            let (kind, elements) = (tensor.kind(), tensor.numel());
+            (kind, elements).hash(&mut forms);
+            signature.kind.get_or_insert(kind);
+            signature.tensors += 1;
+            signature.elements += elements;
+        }
+        signature.forms = forms.finish();
+        signature
+    }
+
+    pub(super) fn by(self, op: ReduceOp) -> Self {
+        Signature { op: Some(op), ..self }
+    }
+
+    pub(super) fn rooted_at(self, root: usize) -> Self {
+        Signature { root: Some(root), ..self }
+    }
+}
+
+impl fmt::Display for Signature {
+    /// `Sum of 4096 Float`; nothing for an operation without tensors.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(kind) = self.kind else { return Ok(()) };
+        if let Some(op) = self.op {
+            write!(f, "{op:?} of ")?;
+        }
+        match self.tensors {
+            1 => write!(f, "{} {kind:?}", self.elements)?,
+            tensors => write!(f, "{tensors} tensors, {} elements, the first {kind:?}", self.elements)?,
+        }
+        self.root.map_or(Ok(()), |root| write!(f, " from rank {root}"))
+    }
+}
+
+/// How many operations a rank has called for on one communicator, and which: equal on all ranks that are in step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Issued {
+    pub count: u64,
+    /// Of the signatures of all of them in their order. Ranks of one build compute equal digests.
+    pub digest: u64,
+    pub last: Option<Signature>,
+}
+
+impl fmt::Display for Issued {
+    /// The last operation: `all_reduce#8 (Sum of 4096 Float)`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(last) = self.last else { return f.write_str("no operation") };
+        write!(f, "{}#{}", last.operation, self.count)?;
+        if last.tensors > 0 { write!(f, " ({last})") } else { Ok(()) }
+    }
+}
+
+/// Counts the operations of one communicator, in the order of their calls.
+#[derive(Debug, Default)]
+pub(super) struct Ledger(Cell<Issued>);
+
+impl Ledger {
+    /// Enters an operation; returns the state that it leaves, by which it is known.
+    pub fn enter(&self, signature: Signature) -> Issued {
+        let before = self.0.get();
+        let mut digest = DefaultHasher::new();
+        (before.digest, signature).hash(&mut digest);
+        let issued = Issued { count: before.count + 1, digest: digest.finish(), last: Some(signature) };
+        self.0.set(issued);
+        pulse::begin_collective();
+        issued
+    }
+
+    pub fn issued(&self) -> Issued {
+        self.0.get()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+
+    fn floats(size: i64) -> Tensor {
+        Tensor::zeros([size], (Kind::Float, Device::Cpu))
+    }
+
+    #[test]
+    fn an_operation_is_named_with_its_number() {
+        let ledger = Ledger::default();
+        assert_eq!(ledger.issued().to_string(), "no operation");
+        let sum = ledger.enter(Signature::of("all_reduce", [&floats(4096)]).by(ReduceOp::Sum));
+        assert_eq!(sum.to_string(), "all_reduce#1 (Sum of 4096 Float)");
+        assert_eq!(ledger.enter(Signature::of("broadcast", [&floats(3)]).rooted_at(2)).to_string(), "broadcast#2 (3 Float from rank 2)");
+        assert_eq!(ledger.enter(Signature::of("barrier", [])).to_string(), "barrier#3");
+        let both = ledger.enter(Signature::of("all_gather", [&floats(3), &floats(4)]));
+        assert_eq!(both.to_string(), "all_gather#4 (2 tensors, 7 elements, the first Float)");
+        assert_eq!(ledger.issued(), both);
+    }
+
+    #[test]
+    fn a_digest_tells_every_difference_and_every_order_apart() {
+        let digest = |signatures: &[Signature]| {
+            let ledger = Ledger::default();
+            for signature in signatures {
+                ledger.enter(*signature);
+            }
+            ledger.issued().digest
+        };
+        let sum = Signature::of("all_reduce", [&floats(3), &floats(4)]).by(ReduceOp::Sum);
+        let others = [
+            Signature::of("all_reduce", [&floats(4), &floats(3)]).by(ReduceOp::Sum),
+            Signature::of("all_reduce", [&floats(3), &floats(4)]).by(ReduceOp::Max),
+            Signature::of("all_reduce", [&floats(3), &floats(4).to_kind(Kind::Double)]).by(ReduceOp::Sum),
+            Signature::of("all_gather", [&floats(3), &floats(4)]),
+            Signature::of("broadcast", [&floats(7)]).rooted_at(0),
+            Signature::of("broadcast", [&floats(7)]).rooted_at(1),
+            Signature::of("barrier", []),
+        ];
+        for (index, other) in others.iter().enumerate() {
+            assert_ne!(digest(&[sum]), digest(&[*other]), "{other:?}");
+            assert_ne!(digest(&[sum, *other]), digest(&[*other, sum]), "{other:?}");
+            assert!(others[..index].iter().all(|earlier| digest(&[*earlier]) != digest(&[*other])), "{other:?}");
+        }
+        assert_eq!(digest(&[sum, others[0]]), digest(&[sum, others[0]]));
+    }
+}

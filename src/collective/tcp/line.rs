@@ -1,0 +1,119 @@
+//! A connection with one peer, and the last words over all of them when this process must end.
+
+use std::io::{self, IoSlice, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt;
+
+use super::frame::{Frame, HEADER_BYTES};
+
+/// How long a silent connection stays unquestioned, and between questions: a machine that is gone is noticed after a minute.
+/// While data are on their way the kernel asks in its own time; a watchdog is quicker.
+const SILENCE: Duration = Duration::from_secs(30);
+const QUESTIONS: (Duration, u32) = (Duration::from_secs(10), 3);
+
+/// How long peers get to take the last words.
+const LAST_WORDS_PATIENCE: Duration = Duration::from_millis(500);
+
+/// Attempts to write to a connection on which another thread writes just now, which takes it microseconds.
+const ATTEMPTS: usize = 10_000;
+
+/// The connections of the world that this process lives and dies with.
+static LINES: Mutex<Vec<Arc<Line>>> = Mutex::new(Vec::new());
+
+pub struct Line {
+    /// The peer: its rank in the world, and where it runs.
+    pub rank: usize,
+    pub host: String,
+    pub socket: TcpStream,
+    /// Whether a frame has begun and not ended: another one must not be put into it.
+    is_within_frame: Mutex<bool>,
+}
+
+impl Line {
+    pub fn new(rank: usize, host: String, socket: TcpStream) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        socket.set_nodelay(true)?;
+        sockopt::set_socket_keepalive(&socket, true)?;
+        sockopt::set_tcp_keepidle(&socket, SILENCE)?;
+        sockopt::set_tcp_keepintvl(&socket, QUESTIONS.0)?;
+        sockopt::set_tcp_keepcnt(&socket, QUESTIONS.1)?;
+        Ok(Line { rank, host, socket, is_within_frame: Mutex::new(false) })
+    }
+
+    /// `rank 2 (host n3)`.
+    pub fn peer(&self) -> String {
+        format!("rank {} (host {})", self.rank, self.host)
+    }
+
+    /// Writes of a frame's rest what the socket takes; returns how much.
+    pub fn write(&self, header: &[u8], body: &[u8]) -> io::Result<usize> {
+        let mut is_within_frame = self.is_within_frame.lock().unwrap_or_else(PoisonError::into_inner);
+        let written = (&self.socket).write_vectored(&[IoSlice::new(header), IoSlice::new(body)])?;
+        *is_within_frame = written < header.len() + body.len();
+        Ok(written)
+    }
+
+    /// Sends a frame without a body if that can be done at once and between two others. From any thread.
+    pub fn say(&self, frame: &Frame) {
+        let free = (0..ATTEMPTS).find_map(|_| match self.is_within_frame.try_lock() {
+            Ok(within) => Some(within),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => {
+                std::thread::yield_now();
+                None
+            }
+        });
+        if let Some(mut is_within_frame) = free.filter(|within| !**within) {
+            // A buffer that takes a part of so little is full of what nobody reads: nothing more will be sent.
+            let written = (&self.socket).write(&frame.encode()).unwrap_or(0);
+            *is_within_frame = !written.is_multiple_of(HEADER_BYTES);
+        }
+    }
+}
+
+/// From now on these connections stay open until [`let_go`] or the end of the process, which [`last_words`] announces.
+pub fn hold(lines: impl Iterator<Item = Arc<Line>>) {
+    LINES.lock().unwrap_or_else(PoisonError::into_inner).extend(lines);
+}
+
+/// The connections of the world end in good order.
+pub fn let_go() {
+    LINES.lock().unwrap_or_else(PoisonError::into_inner).clear();
+}
+
+/// Tells all peers that this process ends the world with exit code `code`, and waits a moment for them to hear it. From any
+/// thread, whatever the others do; nothing is promised.
+pub fn last_words(code: i32) {
+    let lines = match LINES.try_lock() {
+        Ok(lines) => lines.clone(),
+        Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner().clone(),
+        Err(TryLockError::WouldBlock) => return,
+    };
+    for line in &lines {
+        line.say(&Frame::Failed { code });
+        let _ = line.socket.shutdown(Shutdown::Write);
+    }
+    outlast(lines);
+}
+
+/// Reads whatever comes until the peers have closed: a socket that is closed with data unread takes back what it has not
+/// delivered.
+fn outlast(mut lines: Vec<Arc<Line>>) {
+    let began = Instant::now();
+    let mut unread = vec![0; 1 << 16];
+    while !lines.is_empty() && began.elapsed() < LAST_WORDS_PATIENCE {
+        let rest = LAST_WORDS_PATIENCE.saturating_sub(began.elapsed());
+        let mut sockets: Vec<PollFd<'_>> = lines.iter().map(|line| PollFd::new(&line.socket, PollFlags::IN)).collect();
+        let _ = poll(&mut sockets, Timespec::try_from(rest).ok().as_ref());
+        let is_open = |line: &Arc<Line>| match (&line.socket).read(&mut unread) {
+            Ok(bytes) => bytes > 0,
+            Err(error) => error.kind() == io::ErrorKind::WouldBlock,
+        };
+        drop(sockets);
+        lines.retain(is_open);
+    }
+}
