@@ -14,7 +14,12 @@ fn main() {
         Ok(code) => std::process::exit(code),
         // The rank that failed first has said why.
         Err(Error::Peer { code, .. }) => collective::follow(code),
-        Err(error) => end(error.exit_code(), error.name(), &error.to_string()),
+        Err(error) => {
+            if matches!(error, Error::Collective { .. } | Error::Desync { .. }) {
+                collective::give_way();
+            }
+            end(error.exit_code(), error.name(), &error.to_string())
+        }
     }
 }
 

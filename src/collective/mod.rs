@@ -186,12 +186,20 @@ pub fn abort(code: i32) -> ! {
     mpi::abort(code)
 }
 
+/// Time that a rank's message and the end of the world take on their way through the launcher, many times over.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 /// Ends this process with the code of a peer that failed, after leaving it the time to say why and to end the world itself.
 pub fn follow(code: i32) -> ! {
-    /// Time that a peer's message takes on its way through the launcher, many times over.
-    const PATIENCE: Duration = Duration::from_secs(2);
     if mpi::is_running() {
         std::thread::sleep(PATIENCE);
     }
     abort(code)
+}
+
+/// Leaves the lower ranks the time to say what several ranks meet at once, and to end the world: a few seconds at most for
+/// rank 1, a few more with each doubling.
+pub fn give_way() {
+    let doublings = usize::BITS - pulse::place().0.leading_zeros();
+    std::thread::sleep(PATIENCE * doublings);
 }

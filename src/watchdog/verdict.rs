@@ -61,11 +61,11 @@ impl Witness<'_> {
         said(cause, format!("{arrived}missing: {}", named(&missing, roll, self.quiet)))
     }
 
-    /// Whether a rank is behind the foremost, or silent.
+    /// Whether a rank is silent, or behind the foremost: which says nothing where others never came, whom it may wait for.
     fn lacks(&self, standing: &Standing, roll: &Roll) -> bool {
         let place = |pulse: &Pulse| (pulse.step, pulse.collectives);
         let front = roll.standings.iter().map(|standing| place(&standing.pulse)).chain([place(self.now)]).max();
-        Some(place(&standing.pulse)) < front || standing.silence > self.quiet
+        (roll.unknown.is_empty() && Some(place(&standing.pulse)) < front) || standing.silence > self.quiet
     }
 
     /// Only rank 0 hears of everybody.

@@ -3,7 +3,7 @@
 //! `all_reduce BYTES REPEATS [LAUNCH]` prints one line of seconds, one number a repeat; `BYTES` below 4096 are timed in batches,
 //! and over MPI beside its own all-reduce. `LAUNCH` is that of `fm-dist train --launch`.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use fm_dist::collective::{self, Collective, Launch, ReduceOp};
 use mpi::collective::{CommunicatorCollectives, SystemOperation};
@@ -19,7 +19,7 @@ fn main() {
     let [bytes, repeats] = arguments[..] else { panic!("usage: all_reduce BYTES REPEATS [LAUNCH]") };
     let launch = std::env::args().nth(3).and_then(|text| text.parse().ok()).unwrap_or(Launch::Auto);
     tch::set_num_threads(1);
-    let world = collective::connect(launch).expect("a launcher put this process among others");
+    let world = collective::connect(launch, Duration::from_secs(60)).expect("a launcher put this process among others");
     let batch = if bytes < SMALL_BYTES { BATCH } else { 1 };
     let ours = all_reduce(&*world, bytes);
     let seconds = measured(&*world, repeats, batch, ours);
