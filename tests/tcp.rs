@@ -312,7 +312,15 @@ fn the_code_of_a_peer_that_ends_the_run_arrives() {
 
 #[test]
 fn a_rank_that_leaves_is_named_by_those_that_wait_for_it() {
-    let ends = on_ranks(3, |world| if world.rank() == 1 { Ok(()) } else { world.barrier() });
+    let ends = on_ranks(3, |world| {
+        if world.rank() == 1 {
+            return Ok(());
+        }
+        let gone = world.barrier();
+        let later = world.barrier().unwrap_err().to_string();
+        assert!(later.contains("given up after an earlier error"), "{later}");
+        gone
+    });
     assert!(ends[1].is_ok());
     for rank in [0, 2] {
         let error = ends[rank].as_ref().unwrap_err();
@@ -442,7 +450,9 @@ fn rank_of_a_world_with_a_crash() {
 
 #[test]
 fn another_thread_ends_all_while_the_main_thread_waits() {
-    all_end_with("tcp::rank_of_a_world_with_a_watchdog", 21);
+    let outputs = all_end_with("tcp::rank_of_a_world_with_a_watchdog", 21);
+    assert!(!outputs[0].contains("rank 2"), "what follows from the end is no reason of its own: {outputs:?}");
+    assert!([1, 2].iter().all(|rank| outputs[*rank].contains("ended the run with exit code 21")), "{outputs:?}");
 }
 
 #[test]
@@ -460,7 +470,9 @@ fn rank_of_a_world_with_a_watchdog() {
         1 => assert!(bell.recv_timeout(Duration::from_secs(2)).is_err()),
         _ => (),
     }
-    let waited = world.all_reduce(vec![brought(0, 3, Kind::Float)], ReduceOp::Sum).and_then(Work::wait);
+    // The first one's data have all been sent when rank 1 comes; it hears in the second one that the others are gone.
+    let sum = || world.all_reduce(vec![brought(0, 3, Kind::Float)], ReduceOp::Sum).and_then(Work::wait);
+    let waited = sum().and_then(|()| sum());
     end_with(&waited.unwrap_err());
 }
 

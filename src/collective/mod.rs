@@ -182,6 +182,9 @@ pub fn finish(collective: Box<dyn Collective>) -> Result<()> {
 /// Callable from any thread and from a panic hook, also while another thread waits inside of a collective. Nothing is
 /// flushed and no destructor runs: say what happened before.
 pub fn abort(code: i32) -> ! {
+    /// Of several threads that find a reason to end, the first one's code counts: the others may see no more than what it did.
+    static CODE: OnceLock<i32> = OnceLock::new();
+    let code = *CODE.get_or_init(|| code);
     tcp::last_words(code);
     mpi::abort(code)
 }

@@ -2,6 +2,7 @@
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,9 @@ const ATTEMPTS: usize = 10_000;
 
 /// The connections of the world that this process lives and dies with.
 static LINES: Mutex<Vec<Arc<Line>>> = Mutex::new(Vec::new());
+
+/// Whether the last words are being said.
+static IS_ENDING: AtomicBool = AtomicBool::new(false);
 
 pub struct Line {
     /// The peer: its rank in the world, and where it runs.
@@ -93,11 +97,21 @@ pub fn last_words(code: i32) {
         Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner().clone(),
         Err(TryLockError::WouldBlock) => return,
     };
+    IS_ENDING.store(true, Ordering::SeqCst);
     for line in &lines {
         line.say(&Frame::Failed { code });
         let _ = line.socket.shutdown(Shutdown::Write);
     }
     outlast(lines);
+}
+
+/// What a thread does that finds its connections closed because another one says the last words: the end is near, and its
+/// reason has been told.
+pub fn unless_ending<T>(error: T) -> T {
+    while IS_ENDING.load(Ordering::SeqCst) {
+        std::thread::park();
+    }
+    error
 }
 
 /// Reads whatever comes until the peers have closed: a socket that is closed with data unread takes back what it has not

@@ -9,11 +9,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 
 use super::super::call::Call;
 use super::super::exchange::{Stretch, disagreement};
 use super::frame::{self, Frame, HEADER_BYTES};
-use super::line::Line;
+use super::line::{Line, unless_ending};
 use crate::error::{Error, Result, one_line};
 
 /// What the frames of one operation have in common.
@@ -104,9 +105,12 @@ impl Mesh {
 
     /// Serves all connections until these messages are through.
     pub fn wait(&mut self, messages: &mut Messages, call: Call) -> Result<()> {
+        if self.is_broken {
+            return Err(call.error("the connections were given up after an earlier error"));
+        }
         let outcome = self.serve(messages, call);
         self.is_broken |= outcome.is_err();
-        outcome
+        outcome.map_err(unless_ending)
     }
 
     fn serve(&mut self, messages: &mut Messages, call: Call) -> Result<()> {
@@ -131,7 +135,7 @@ impl Mesh {
             let mut sockets: Vec<PollFd<'_>> = peers.map(|peer| PollFd::new(&peer.line.socket, peer.interest())).collect();
             match poll(&mut sockets, None) {
                 // A signal: nothing is known of the sockets.
-                Err(rustix::io::Errno::INTR) => return Ok(()),
+                Err(Errno::INTR) => return Ok(()),
                 other => other.map_err(|error| call.error(format!("cannot wait for the peers: {error}")))?,
             };
             sockets.iter().map(PollFd::revents).collect()
