@@ -16,6 +16,7 @@ mod tcp;
 mod texts;
 mod threads;
 
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use tch::{Device, Tensor};
