@@ -62,6 +62,9 @@ struct TrainArgs {
     /// Begin anew (never), go on from the newest checkpoint that verifies (latest), or from this run or checkpoint folder
     #[arg(long, value_name = "never|latest|DIR", default_value = "never")]
     resume: Resume,
+    /// Go on from a checkpoint though the data are others than those it was trained on
+    #[arg(long)]
+    allow_data_change: bool,
     /// One process, detailed logs each step, every stage searched for non-finite values
     #[arg(long)]
     debug: bool,
@@ -244,7 +247,7 @@ impl SampleArgs {
 
 fn run_training(args: &TrainArgs) -> Result<()> {
     let world = collective::connect()?;
-    let options = TrainOptions { resume: args.resume.clone(), debug: args.debug };
+    let options = TrainOptions { resume: args.resume.clone(), debug: args.debug, allow_data_change: args.allow_data_change };
     let config = match train::share_config(|| args.config.read(), &options, world.as_ref()) {
         Ok(config) => config,
         Err(error) => {

@@ -36,7 +36,7 @@ fn texts(words: &[&str]) -> Vec<String> {
 /// Trains in a world of `ranks` threads; every rank must end alike. Returns the run folder.
 pub fn train_in_threads(config: &RunConfig, resume: &Resume, ranks: usize) -> Result<PathBuf, Error> {
     let start = |world: Threads| {
-        let (config, options) = (config.clone(), TrainOptions { resume: resume.clone(), debug: false });
+        let (config, options) = (config.clone(), TrainOptions { resume: resume.clone(), ..TrainOptions::default() });
         thread::spawn(move || train(&config, &options, &world))
     };
     let threads: Vec<_> = Threads::world(ranks).into_iter().map(start).collect();

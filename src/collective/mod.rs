@@ -114,7 +114,7 @@ pub enum Placement {
     Launched { size: Option<usize> },
 }
 
-/// Where this process was put. The only reader of environment variables in the crate.
+/// Where this process was put. Environment variables are read in this file only.
 ///
 /// # Errors
 /// [`Error::Environment`] if a launcher's variable holds no number.
@@ -141,6 +141,11 @@ fn placement_among(variable: impl Fn(&str) -> Option<String>) -> Result<Placemen
 fn is_slurm_task(variable: impl Fn(&str) -> Option<String>) -> bool {
     let step = variable("SLURM_STEP_ID").and_then(|id| id.parse::<u32>().ok());
     variable("SLURM_PROCID").is_some() && step.is_some_and(|id| id < 0xffff_fff0)
+}
+
+/// The batch job that this process is part of; the same one when it is started again.
+pub fn job() -> Option<String> {
+    std::env::var("SLURM_JOB_ID").ok()
 }
 
 /// Joins the world that the launcher made; without a launcher, a world of one that never touches MPI.

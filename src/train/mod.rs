@@ -7,11 +7,13 @@ mod conditions;
 mod divergence;
 mod export;
 mod generate;
+mod lock;
 mod metrics;
 mod place;
 mod report;
 mod run_folder;
 mod single_step;
+mod starts;
 mod state;
 mod step;
 mod weights;
@@ -39,7 +41,7 @@ use crate::rng::{Key, Purpose};
 use crate::settings::Choice;
 use crate::telemetry::{self, MetricsFile, Telemetry, Throughput, peak_resident_bytes};
 use agreement::{agree, on_rank_zero};
-use checkpoint::{Manifest, Saved};
+use checkpoint::{Manifest, Saved, Saver};
 use metrics::StepMetrics;
 use place::Place;
 use run_folder::RunFolder;
@@ -55,6 +57,8 @@ pub struct TrainOptions {
     pub resume: Resume,
     /// One process, detailed logs each step, every stage searched for non-finite values.
     pub debug: bool,
+    /// Go on from a checkpoint of other data.
+    pub allow_data_change: bool,
 }
 
 /// Trains from the first step, or the resumed one, to `max_steps`; returns the run folder. Every rank calls it.
@@ -71,7 +75,7 @@ pub fn train(config: &RunConfig, options: &TrainOptions, world: &dyn Collective)
 }
 
 fn train_at(place: &Place, config: &RunConfig, options: &TrainOptions, collective: &dyn Collective) -> Result<PathBuf> {
-    let folder = RunFolder::open(&config.output_dir, &options.resume, collective)?;
+    let folder = RunFolder::open(config, &options.resume, collective)?;
     let telemetry = telemetry::start(&config.log, collective.rank(), collective.world_size(), folder.path());
     telemetry.cover_all_threads();
     if telemetry.speaks_for_the_run() {
@@ -100,6 +104,7 @@ struct Trainer<'c> {
     manifest: Manifest,
     metrics: MetricsFile,
     share: Share,
+    saver: Saver,
 }
 
 impl<'c> Trainer<'c> {
@@ -129,7 +134,8 @@ impl<'c> Trainer<'c> {
         let mut optimizer_state = OptimizerState::fresh(&replica, &*config.optimizer, home(config, device));
         let mut manifest = Manifest::new(config.seed, global_batch as u64, dataset.fingerprint());
         if let Some(path) = folder.resumed_from() {
-            let loaded = checkpoint::load(path, &manifest, &mut replica, &*config.optimizer, &mut optimizer_state);
+            let allowed = options.allow_data_change;
+            let loaded = checkpoint::load(path, &manifest, allowed, &mut replica, &*config.optimizer, &mut optimizer_state);
             let outcome = loaded.map(|loaded| manifest = loaded);
             agree(outcome.map(|()| String::new()), collective)?;
             tracing::info!("resumed from {} at step {}", path.display(), manifest.step);
@@ -137,6 +143,7 @@ impl<'c> Trainer<'c> {
         folder.keep_config(config, collective)?;
         let metrics = telemetry.metrics_after(manifest.step)?;
         let pipeline = build_pipeline(config, device);
+        let saver = Saver::new(folder.path().into(), config.checkpoint.clone());
         let trainer = Trainer {
             config,
             collective,
@@ -151,6 +158,7 @@ impl<'c> Trainer<'c> {
             manifest,
             metrics,
             share,
+            saver,
         };
         trainer.announce(global_batch);
         Ok(trainer)
@@ -204,11 +212,12 @@ impl<'c> Trainer<'c> {
             throughput.record(self.manifest.global_batch_size as f64);
             let line = self.record(&update, began.elapsed().as_secs_f64(), throughput.per_second());
             progress.advance(self.manifest.step, &line);
+            self.saver.poll(self.collective)?;
             if self.saves_now() {
                 self.save()?;
             }
         }
-        Ok(())
+        self.saver.finish(self.collective)
     }
 
     fn step(&mut self, loader: &mut Loader) -> Result<Update> {
@@ -262,9 +271,7 @@ impl<'c> Trainer<'c> {
         self.metrics.sync();
         let saved =
             Saved { manifest: &self.manifest, replica: &self.replica, optimizer: &*self.config.optimizer, state: &self.optimizer_state };
-        let path = checkpoint::save(&self.folder, &saved, self.collective)?;
-        tracing::info!("saved {}", path.display());
-        self.folder.prune(self.config.checkpoint.keep_last, self.collective)
+        self.saver.begin(&saved, self.collective)
     }
 }
 

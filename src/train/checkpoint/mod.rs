@@ -2,31 +2,39 @@
 //!
 //! Where ranks share the state, each stage is joined for the rank that writes it, so that the same bytes result.
 //!
-//! A checkpoint is valid if its manifest parses and every part has the size and hash it says. Parts hold parameters by
-//! name, not ranks, so that any world size loads what any other saved, and equal state gives equal bytes: nothing in a
-//! checkpoint tells the time, the machine or the number of ranks.
+//! A checkpoint is valid if its manifest is as it was written and every part has the size and hash it says. Parts hold
+//! parameters by name, not ranks, so that any world size loads what any other saved, and equal state gives equal bytes:
+//! nothing in a checkpoint tells the time, the machine or the number of ranks.
 //!
-//! Order of a save: parts written, synced and hashed under a temporary name; all ranks agree; manifest, synced; folder,
-//! synced; renamed; parent, synced. A crash or a power cut before the rename leaves the checkpoint before.
+//! Order of a save: state copied; parts written, hashed and synced in a hidden folder; all ranks agree; manifest, synced;
+//! folder, synced; renamed; parent, synced; only then it is said to be saved and older ones go. A crash or a power cut
+//! before the rename leaves the checkpoint before. All after the copy happens beside the steps.
 
+mod commit;
+mod disk;
 mod load;
-mod save;
+mod saver;
+mod snapshot;
+mod verify;
 
+pub use commit::clear_leftovers;
 pub use load::{load, load_parameters, open_parameters};
-pub use save::{Saved, save};
+pub use saver::Saver;
+pub use snapshot::{Saved, copied_bytes};
+pub use verify::{Unfit, verify};
 
-use std::fs::{self, File};
-use std::io;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
-use crate::data::sha256::HashingWriter;
+use crate::data::sha256::hex;
 use crate::error::{Error, Result};
 
 const MANIFEST: &str = "manifest.json";
 const FORMAT: &str = "fm-dist checkpoint";
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 
 /// What a checkpoint says of the run, besides tensors: all that a resume needs.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -42,11 +50,13 @@ pub struct Manifest {
     /// Of the dataset, see [`Dataset::fingerprint`](crate::data::Dataset::fingerprint).
     pub data: String,
     parts: Vec<Part>,
+    /// Of this manifest's text with nothing in this place, so that a flipped bit in a number is noticed.
+    sha256: String,
 }
 
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
-struct Part {
+pub struct Part {
     file: String,
     bytes: u64,
     sha256: String,
@@ -55,19 +65,38 @@ struct Part {
 impl Manifest {
     /// Of a run that has not begun.
     pub fn new(seed: u64, global_batch_size: u64, data: String) -> Self {
-        Manifest { format: FORMAT.into(), version: VERSION, step: 0, samples_seen: 0, seed, global_batch_size, data, parts: Vec::new() }
+        let (format, parts, sha256) = (FORMAT.into(), Vec::new(), String::new());
+        Manifest { format, version: VERSION, step: 0, samples_seen: 0, seed, global_batch_size, data, parts, sha256 }
     }
 
-    /// Refuses to go on where the same step would see other samples or other draws.
-    fn check_same_run(&self, path: &Path, configured: &Manifest) -> Result<()> {
-        let pairs = [
-            ("seed", self.seed.to_string(), configured.seed.to_string()),
-            ("global batch", self.global_batch_size.to_string(), configured.global_batch_size.to_string()),
-            ("data fingerprint", self.data.clone(), configured.data.clone()),
+    /// As a file's text.
+    fn sealed(mut self) -> String {
+        self.sha256 = self.digest();
+        self.text()
+    }
+
+    fn digest(&self) -> String {
+        hex(Sha256::new_with_prefix(Manifest { sha256: String::new(), ..self.clone() }.text()))
+    }
+
+    fn text(&self) -> String {
+        serde_json::to_string_pretty(self).expect("a manifest is JSON") + "\n"
+    }
+
+    /// Refuses to go on where the same step would see other samples or other draws. Other data may be wanted: with
+    /// `allow_data_change` they are something to say.
+    fn check_same_run(&self, path: &Path, configured: &Manifest, allow_data_change: bool) -> Result<Option<String>> {
+        let pair =
+            |name: &str, saved: String, now: String| (saved != now).then(|| format!("{name} is {now}, the checkpoint's was {saved}"));
+        let data = pair("data fingerprint", self.data.clone(), configured.data.clone());
+        let (allowed, data) = if allow_data_change { (data, None) } else { (None, data) };
+        let differing = [
+            pair("seed", self.seed.to_string(), configured.seed.to_string()),
+            pair("global batch", self.global_batch_size.to_string(), configured.global_batch_size.to_string()),
+            data.map(|text| format!("{text} (--allow-data-change goes on with other data)")),
         ];
-        let differing = pairs.iter().filter(|(_, saved, now)| saved != now);
-        let texts: Vec<String> = differing.map(|(name, saved, now)| format!("{name} is {now}, the checkpoint's was {saved}")).collect();
-        if texts.is_empty() { Ok(()) } else { Err(Error::checkpoint_mismatch(path, texts.join("; "))) }
+        let texts: Vec<String> = differing.into_iter().flatten().collect();
+        if texts.is_empty() { Ok(allowed) } else { Err(Error::checkpoint_mismatch(path, texts.join("; "))) }
     }
 }
 
@@ -90,46 +119,6 @@ pub fn list(run: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(found)
 }
 
-/// Reads the manifest and compares every part's size and hash with it.
-///
-/// # Errors
-/// [`Error::CheckpointMismatch`] naming the first file at fault.
-pub fn verify(folder: &Path) -> Result<Manifest> {
-    let path = folder.join(MANIFEST);
-    let broken = |what: String| Error::checkpoint_mismatch(&path, what);
-    let text = fs::read_to_string(&path).map_err(|error| broken(format!("cannot be read: {error}")))?;
-    let manifest: Manifest = serde_json::from_str(&text).map_err(|error| broken(format!("is no manifest: {error}")))?;
-    if manifest.format != FORMAT || manifest.version != VERSION {
-        return Err(broken(format!(
-            "is {:?} version {}, this program reads {FORMAT:?} version {VERSION}",
-            manifest.format, manifest.version
-        )));
-    }
-    for part in &manifest.parts {
-        verify_part(folder, part)?;
-    }
-    Ok(manifest)
-}
-
-fn verify_part(folder: &Path, part: &Part) -> Result<()> {
-    let path = folder.join(&part.file);
-    let broken = |what: String| Error::checkpoint_mismatch(&path, what);
-    if Path::new(&part.file).components().count() != 1 {
-        return Err(broken("leaves the checkpoint's folder".into()));
-    }
-    let bytes = fs::metadata(&path).map_err(|error| broken(format!("cannot be read: {error}")))?.len();
-    if bytes != part.bytes {
-        return Err(broken(format!("has {bytes} bytes, the manifest says {}", part.bytes)));
-    }
-    let mut hashing = HashingWriter::new(io::sink());
-    let hashed = File::open(&path).and_then(|mut file| io::copy(&mut file, &mut hashing));
-    let (_, sha256, _) = hashed.map(|_| hashing.finish()).map_err(|error| broken(format!("cannot be read: {error}")))?;
-    if sha256 != part.sha256 {
-        return Err(broken(format!("has sha256 {sha256}, the manifest says {}", part.sha256)));
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use std::thread;
@@ -138,6 +127,7 @@ mod tests {
 
     use super::*;
     use crate::collective::{Collective, Threads};
+    use crate::config::{CheckpointSettings, RunConfig};
     use crate::model::{Architecture, Dit};
     use crate::optim::OptimizerChoice;
     use crate::parallel::{Replica, Sharding, ShardingGroup, Sharing};
@@ -176,14 +166,17 @@ mod tests {
             bucket.set(&number(stage, 0, numel));
             (0..2).for_each(|name| state.set(stage, name, &number(stage, 1 + name as u64, numel), bucket));
         }
-        let folder = RunFolder::open(output, &Resume::Never, world).expect("a fresh folder");
+        let folder = RunFolder::open(&RunConfig { output_dir: output.into(), ..RunConfig::default() }, &Resume::Never, world)
+            .expect("a fresh folder");
         let saved = Saved { manifest: &manifest(), replica: &replica, optimizer: &*optimizer(), state: &state };
-        save(&folder, &saved, world).expect("no rank fails")
+        let mut saver = Saver::new(folder.path().into(), CheckpointSettings::default());
+        saver.begin(&saved, world).and_then(|()| saver.finish(world)).expect("no rank fails");
+        folder.path().join(folder_name(7))
     }
 
     fn check_on(world: &dyn Collective, sharding: Sharding, folder: &Path) {
         let (mut replica, mut state) = empty(world, sharding);
-        let loaded = load(folder, &manifest(), &mut replica, &*optimizer(), &mut state).expect("a checkpoint");
+        let loaded = load(folder, &manifest(), false, &mut replica, &*optimizer(), &mut state).expect("a checkpoint");
         assert_eq!(loaded, manifest());
         for stage in 0..replica.stages.len() {
             let numel = replica.stages[stage].params().numel();
