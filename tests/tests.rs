@@ -42,5 +42,7 @@ mod sampling;
 mod science;
 /// Who holds what changes no number.
 mod sharding;
+/// What was committed is never lost, whatever the disk does.
+mod storage;
 /// Every family trains, on ranks that stay equal, and resumes exactly.
 mod training;

@@ -138,6 +138,7 @@ impl<'c> Trainer<'c> {
             let loaded = checkpoint::load(path, &manifest, allowed, &mut replica, &*config.optimizer, &mut optimizer_state);
             let outcome = loaded.map(|loaded| manifest = loaded);
             agree(outcome.map(|()| String::new()), collective)?;
+            folder.note_start(manifest.step, config.max_steps, collective)?;
             tracing::info!("resumed from {} at step {}", path.display(), manifest.step);
         }
         folder.keep_config(config, collective)?;

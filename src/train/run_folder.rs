@@ -89,6 +89,13 @@ impl RunFolder {
         &self.warnings
     }
 
+    /// Notes that the run goes on from `step` towards `max_steps`; rank 0 does. One that has arrived has nowhere to go, and
+    /// that is no failure.
+    pub fn note_start(&self, step: u64, max_steps: u64, collective: &dyn Collective) -> Result<()> {
+        let note = || if step < max_steps { starts::note(&self.path, step) } else { Ok(()) };
+        on_rank_zero(collective, || note().map(|()| String::new())).map(drop)
+    }
+
     /// Writes the resolved configuration beside the results; rank 0 does.
     pub fn keep_config(&self, config: &RunConfig, collective: &dyn Collective) -> Result<()> {
         let write = || {
@@ -167,9 +174,8 @@ fn resume_checkpoint(folder: &Path) -> Result<RunFolder> {
     let run = run_of(folder);
     let (lock, taken_over) = RunLock::take(&run)?;
     checkpoint::clear_leftovers(&run)?;
-    let manifest = checkpoint::verify(folder).map_err(|unfit| unfit.into_error(folder))?;
+    checkpoint::verify(folder).map_err(|unfit| unfit.into_error(folder))?;
     refuse_newer(&run, folder)?;
-    starts::begin(&run, manifest.step, false)?;
     let warnings = taken_over.into_iter().collect();
     Ok(RunFolder { path: run, resumed_from: Some(folder.into()), warnings, lock: Some(lock) })
 }
@@ -185,8 +191,9 @@ fn resume_run(run: &Path, guarded_until: Option<u64>) -> Result<RunFolder> {
     let (lock, taken_over) = RunLock::take(run)?;
     checkpoint::clear_leftovers(run)?;
     let (step, chosen, broken) = newest_sound(run)?;
-    // A run that has reached its last step has nowhere to go, and that is no failure.
-    starts::begin(run, step, guarded_until.is_some_and(|last| step < last))?;
+    if guarded_until.is_some_and(|last| step < last) {
+        starts::guard(run, step)?;
+    }
     let mut warnings: Vec<String> = taken_over.into_iter().collect();
     for (bad, path, what) in broken {
         let kept = set_aside(&path)?;

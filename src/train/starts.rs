@@ -1,4 +1,4 @@
-//! `starts.json`: the step that each start which resumed began from. A run that dies again and again before its next
+//! `starts.json`: the step that each start which went on from a checkpoint began at. A run that dies again and again before its next
 //! checkpoint must not be started for ever.
 
 use std::fs;
@@ -30,25 +30,32 @@ struct Failure {
     time: f64,
 }
 
-/// Notes that the run goes on from `step`, and moves the last attempt's failure files to `log/`, so that those at the top
-/// are the newest attempt's. Where nobody asked for this very folder (`guarded`), the third start in a row from one step is
-/// refused.
+/// Refuses the third start in a row from one step.
 ///
 /// # Errors
-/// [`Error::NoProgress`] with the last failure; [`Error::Storage`].
-pub fn begin(run: &Path, step: u64, guarded: bool) -> Result<()> {
-    let path = run.join(FILE);
-    // One that cannot be read guards nothing; it never keeps a run from going on.
-    let mut starts: Vec<Start> = fs::read(&path).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
-    let in_a_row = starts.iter().rev().take_while(|start| start.step == step).count();
-    if guarded && in_a_row >= PATIENCE {
-        return Err(no_progress(run, step, in_a_row));
-    }
+/// [`Error::NoProgress`] with the last failure.
+pub fn guard(run: &Path, step: u64) -> Result<()> {
+    let in_a_row = read(run).iter().rev().take_while(|start| start.step == step).count();
+    if in_a_row < PATIENCE { Ok(()) } else { Err(no_progress(run, step, in_a_row)) }
+}
+
+/// Notes that the run goes on from `step`, and moves the last attempt's failure files to `log/`, so that those at the top
+/// are the newest attempt's.
+///
+/// # Errors
+/// [`Error::Storage`].
+pub fn note(run: &Path, step: u64) -> Result<()> {
+    let (path, mut starts) = (run.join(FILE), read(run));
     starts.push(Start { step, time: humantime::format_rfc3339_seconds(SystemTime::now()).to_string() });
     let text = serde_json::to_string_pretty(&starts).expect("texts and numbers are JSON") + "\n";
     let fresh = path.with_extension("json.tmp");
     fs::write(&fresh, text).and_then(|()| fs::rename(&fresh, &path)).map_err(Error::storage(&path, "write"))?;
     archive_failures(run, starts.len())
+}
+
+/// A list that cannot be read guards nothing; it never keeps a run from going on.
+fn read(run: &Path) -> Vec<Start> {
+    fs::read(run.join(FILE)).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default()
 }
 
 fn no_progress(run: &Path, step: u64, in_a_row: usize) -> Error {
@@ -104,37 +111,41 @@ mod tests {
         fs::write(run.join(format!("failure-{rank}.json")), text.to_string()).unwrap();
     }
 
+    fn start(run: &Path, step: u64) -> Result<()> {
+        guard(run, step).and_then(|()| note(run, step))
+    }
+
     #[test]
     fn the_third_start_in_a_row_from_one_step_is_refused_with_the_last_failure() {
         let run = tempfile::tempdir().unwrap();
         let run = run.path();
-        begin(run, 5, true).unwrap();
-        begin(run, 5, true).unwrap();
+        start(run, 5).unwrap();
+        start(run, 5).unwrap();
         fail(run, 0, "PEER", 1.0);
         fail(run, 3, "DATA", 2.0);
         fail(run, 1, "NO_PROGRESS", 3.0);
-        let error = begin(run, 5, true).unwrap_err();
+        let error = start(run, 5).unwrap_err();
         assert_eq!((error.exit_code(), error.name()), (43, "NO_PROGRESS"));
         let text = error.to_string();
         assert!(text.contains("2 starts in a row went on from step 5 and none saved a newer checkpoint"), "{text}");
         assert!(text.contains("the last failure was DATA (code 40) on rank 3: 17 non-finite values"), "{text}");
         assert!(text.ends_with(&format!("start with --resume {}", run.display())), "{text}");
         assert_eq!(failure_files(run).len(), 3, "a start that is refused moves nothing");
-        assert_eq!(begin(run, 5, true).unwrap_err().exit_code(), 43, "and the next is no different");
-        begin(run, 5, false).unwrap();
+        assert_eq!(start(run, 5).unwrap_err().exit_code(), 43, "and the next is no different");
+        start(run, 10).unwrap();
     }
 
     #[test]
     fn a_newer_checkpoint_makes_it_start_again() {
         let run = tempfile::tempdir().unwrap();
-        [5, 5, 10, 10, 5, 5, 15].into_iter().for_each(|step| begin(run.path(), step, true).unwrap());
+        [5, 5, 10, 10, 5, 5, 15].into_iter().for_each(|step| start(run.path(), step).unwrap());
     }
 
     #[test]
     fn a_list_that_cannot_be_read_keeps_no_run_from_going_on() {
         let run = tempfile::tempdir().unwrap();
         fs::write(run.path().join(FILE), "[{").unwrap();
-        begin(run.path(), 5, true).unwrap();
+        start(run.path(), 5).unwrap();
     }
 
     #[test]
@@ -143,7 +154,7 @@ mod tests {
         let run = run.path();
         for step in [5, 10] {
             fail(run, 2, "DATA", 1.0);
-            begin(run, step, true).unwrap();
+            start(run, step).unwrap();
         }
         assert!(failure_files(run).is_empty());
         assert!([1, 2].iter().all(|start| run.join(format!("log/failure-2.start-{start}.json")).exists()));

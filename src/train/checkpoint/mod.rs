@@ -121,16 +121,22 @@ pub fn list(run: &Path) -> Result<Vec<(u64, PathBuf)>> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
     use std::thread;
 
     use tch::{Device, Kind, Tensor};
 
+    use super::disk::tests::on_a_disk_that_fails_after;
+    use super::disk::{Call, Disk};
     use super::*;
-    use crate::collective::{Collective, Threads};
-    use crate::config::{CheckpointSettings, RunConfig};
+    use crate::collective::{Collective, Solo, Threads};
+    use crate::config::{CheckpointSettings, OnFailure, RunConfig};
     use crate::model::{Architecture, Dit};
     use crate::optim::OptimizerChoice;
     use crate::parallel::{Replica, Sharding, ShardingGroup, Sharing};
+    use crate::pulse::Phase;
     use crate::rng::{Key, Purpose};
     use crate::train::run_folder::{Resume, RunFolder};
     use crate::train::state::OptimizerState;
@@ -217,5 +223,226 @@ mod tests {
             }
         }
         assert!(bytes.iter().all(|files| *files == bytes[0]), "equal state gives equal bytes");
+    }
+
+    /// A state of `step`, which decides all its numbers, on one rank.
+    fn with_state<T>(step: u64, act: impl FnOnce(&Saved<'_>) -> T) -> T {
+        let (mut replica, mut state) = empty(&Solo, Sharding::None);
+        fill(&mut replica, &mut state, step);
+        let manifest = Manifest { step, ..manifest() };
+        act(&Saved { manifest: &manifest, replica: &replica, optimizer: &*optimizer(), state: &state })
+    }
+
+    fn fill(replica: &mut Replica<'_>, state: &mut OptimizerState, step: u64) {
+        for (stage, bucket) in replica.buckets.iter_mut().enumerate() {
+            let numel = replica.stages[stage].params().numel();
+            bucket.set(&(number(stage, 0, numel) + step as f64));
+            (0..2).for_each(|name| state.set(stage, name, &(number(stage, 1 + name as u64, numel) + step as f64), bucket));
+        }
+    }
+
+    /// A whole save, in the order of [`Saver`], on this thread.
+    fn save_here(run: &Path, step: u64) -> Result<()> {
+        let copies = with_state(step, |saved| saved.copy(&Solo)).expect("alone");
+        commit::prepare(run, step)?;
+        let (staged, disk) = (commit::staged(run, step), Disk::new(step, Phase::Write));
+        let parts = copies.into_iter().map(|copy| copy.write(&staged, disk)).collect::<Result<_>>()?;
+        commit::commit(run, &Manifest { step, ..manifest() }, parts)
+    }
+
+    /// What a power cut leaves after these calls: nothing of a file that was not synced, no entry of a folder that was not.
+    fn cut_power(run: &Path, calls: &[(Call, PathBuf)]) {
+        let done = |call: Call, path: &Path| calls.iter().any(|(made, at)| (*made, at.as_path()) == (call, path));
+        let renamed = calls.iter().find(|(call, _)| *call == Call::Rename).map(|(_, target)| target.clone());
+        for (_, path) in calls.iter().filter(|(call, _)| *call == Call::Create) {
+            let folder = path.parent().expect("a file in a folder");
+            let now = renamed.as_deref().unwrap_or(folder).join(path.file_name().expect("a file"));
+            if !done(Call::SyncFolder, folder) {
+                fs::remove_file(now).expect("it was created");
+            } else if !done(Call::Sync, path) {
+                File::create(now).expect("an empty file");
+            }
+        }
+        if let Some(target) = renamed.filter(|_| !done(Call::SyncFolder, run)) {
+            fs::rename(target, run.join(".step-00000010.tmp")).expect("the rename is undone");
+        }
+    }
+
+    fn sound_steps(run: &Path) -> Vec<u64> {
+        let found = list(run).expect("a run folder");
+        found.into_iter().map(|(step, path)| verify(&path).map(|_| step).expect("what is listed is whole")).collect()
+    }
+
+    #[test]
+    fn whichever_call_of_a_save_fails_the_newest_checkpoint_is_one_that_was_committed() {
+        for calls in 0.. {
+            let mut saved = false;
+            for power_is_cut in [false, true] {
+                let root = tempfile::tempdir().expect("a folder");
+                let run = root.path();
+                save_here(run, 5).expect("a sound disk");
+                let (outcome, made) = on_a_disk_that_fails_after(calls, || save_here(run, 10));
+                if power_is_cut {
+                    cut_power(run, &made);
+                }
+                let newest = *sound_steps(run).last().expect("the one before is never touched");
+                match outcome {
+                    Ok(()) => assert_eq!(newest, 10, "what was said to be saved outlives a power cut"),
+                    Err(error) => {
+                        assert_eq!(error.exit_code(), 30);
+                        assert!(error.to_string().contains("Input/output error (os error 5)"), "{error}");
+                    }
+                }
+                clear_leftovers(run).expect("a sound disk");
+                assert_eq!(fs::read_dir(run).expect("a run folder").count(), sound_steps(run).len(), "no leftovers");
+                saved = made.len() < calls;
+            }
+            if saved {
+                assert!(calls > 10, "a save is folders, files, writes, syncs and a rename: {calls} calls");
+                return;
+            }
+        }
+    }
+
+    #[test]
+    fn whichever_call_of_a_deletion_fails_what_is_listed_is_whole() {
+        let settings = CheckpointSettings { keep_last: 1, keep_every: Some(4), ..CheckpointSettings::default() };
+        for calls in 0.. {
+            let root = tempfile::tempdir().expect("a folder");
+            let run = root.path();
+            (2..=5).for_each(|step| save_here(run, step).expect("a sound disk"));
+            let (outcome, made) = on_a_disk_that_fails_after(calls, || commit::prune(run, 5, &settings));
+            assert_eq!(sound_steps(run)[..].iter().rev().take(2).copied().collect::<Vec<_>>(), [5, 4]);
+            clear_leftovers(run).expect("a sound disk");
+            if outcome.is_ok() {
+                assert_eq!((sound_steps(run), made.len()), (vec![4, 5], 4), "a rename and a deletion for each of two");
+                return;
+            }
+        }
+    }
+
+    #[test]
+    fn whoever_reads_while_checkpoints_come_and_go_finds_whole_ones() {
+        let root = tempfile::tempdir().expect("a folder");
+        let run = root.path().to_path_buf();
+        save_here(&run, 1).expect("a sound disk");
+        let over = Arc::new(AtomicBool::new(false));
+        let (of_reader, its_run) = (Arc::clone(&over), run.clone());
+        let reader = thread::spawn(move || {
+            let mut read = 0;
+            while !of_reader.load(Ordering::Relaxed) {
+                let (_, newest) = list(&its_run).expect("a run folder").pop().expect("there is always one");
+                match verify(&newest) {
+                    Ok(_) => read += 1,
+                    Err(unfit) => assert!(!newest.exists(), "{unfit:?} of a checkpoint that stands"),
+                }
+            }
+            read
+        });
+        let settings = CheckpointSettings { keep_last: 1, ..CheckpointSettings::default() };
+        for step in 2..40 {
+            save_here(&run, step).and_then(|()| commit::prune(&run, step, &settings)).expect("a sound disk");
+        }
+        over.store(true, Ordering::Relaxed);
+        assert!(reader.join().expect("no half checkpoint") > 0);
+    }
+
+    #[test]
+    fn a_copy_shares_nothing_with_what_goes_on_training() {
+        for sharding in SHARDINGS {
+            let root = tempfile::tempdir().expect("a folder");
+            let run = root.path().to_path_buf();
+            save_here(&run, 5).expect("a sound disk");
+            in_threads(2, move |world| {
+                let (mut replica, mut state) = empty(world, sharding);
+                fill(&mut replica, &mut state, 5);
+                let manifest = Manifest { step: 5, ..manifest() };
+                let copies = Saved { manifest: &manifest, replica: &replica, optimizer: &*optimizer(), state: &state }.copy(world);
+                // Training goes on before anything is written.
+                fill(&mut replica, &mut state, 6);
+                let rank = world.rank().to_string();
+                fs::create_dir(run.join(&rank)).expect("a folder");
+                for copy in copies.expect("no rank fails") {
+                    let part = copy.write(&run.join(&rank), Disk::new(5, Phase::Write)).expect("a sound disk");
+                    let [now, expected] = [run.join(&rank), run.join(folder_name(5))].map(|folder| fs::read(folder.join(&part.file)));
+                    assert!(now.expect("a part") == expected.expect("a part"), "{sharding:?} {}", part.file);
+                }
+            });
+        }
+    }
+
+    /// What two ranks get of each of two saves and of the end, where the second rank cannot write the first one.
+    fn with_a_rank_that_cannot_write(on_failure: OnFailure) -> (Vec<u64>, Vec<[String; 3]>) {
+        let root = tempfile::tempdir().expect("a folder");
+        let run = root.path().join("run");
+        fs::create_dir(&run).expect("a folder");
+        let of_rank = |world: Threads| {
+            let run = run.clone();
+            thread::spawn(move || {
+                // Another path to the same folder, which leads nowhere at first.
+                let elsewhere = run.with_file_name("elsewhere");
+                let own = if world.rank() == 1 { &elsewhere } else { &run };
+                let settings = CheckpointSettings { on_failure, asynchronous: false, ..CheckpointSettings::default() };
+                let mut saver = Saver::new(own.clone(), settings);
+                let (mut replica, mut state) = empty(&world, Sharding::Optimizer);
+                fill(&mut replica, &mut state, 5);
+                let told = |outcome: Result<()>| outcome.map_or_else(|error| error.to_string(), |()| "fine".into());
+                let mut save = |step| {
+                    let manifest = Manifest { step, ..manifest() };
+                    told(saver.begin(&Saved { manifest: &manifest, replica: &replica, optimizer: &*optimizer(), state: &state }, &world))
+                };
+                let first = save(5);
+                if world.rank() == 1 {
+                    std::os::unix::fs::symlink(&run, &elsewhere).expect("a link");
+                }
+                world.barrier().expect("both are here");
+                [first, save(10), told(saver.finish(&world))]
+            })
+        };
+        let threads: Vec<_> = Threads::world(2).into_iter().map(of_rank).collect();
+        let outcomes = threads.into_iter().map(|thread| thread.join().expect("no panic")).collect();
+        (sound_steps(&run), outcomes)
+    }
+
+    #[test]
+    fn one_rank_that_cannot_write_keeps_all_from_committing_and_all_know_why() {
+        let (steps, outcomes) = with_a_rank_that_cannot_write(OnFailure::Stop);
+        assert_eq!(steps, [10], "nothing of step 5");
+        let cause = "elsewhere/.step-00000005.tmp/model-00001-of-00001.safetensors: No such file or directory (os error 2)";
+        assert!(outcomes[1][0].starts_with("cannot create ") && outcomes[1][0].ends_with(cause), "{outcomes:?}");
+        assert!(outcomes[0][0].starts_with("rank 1 failed: cannot create ") && outcomes[0][0].ends_with(cause), "{outcomes:?}");
+    }
+
+    #[test]
+    fn where_a_run_goes_on_the_next_save_tries_again() {
+        let (steps, outcomes) = with_a_rank_that_cannot_write(OnFailure::Continue);
+        assert_eq!(steps, [10]);
+        let fine = ["fine"; 3].map(String::from);
+        assert_eq!(outcomes, [fine.clone(), fine]);
+    }
+
+    #[test]
+    fn the_last_save_of_a_run_is_never_given_up_in_silence() {
+        let settings = CheckpointSettings { on_failure: OnFailure::Continue, ..CheckpointSettings::default() };
+        let root = tempfile::tempdir().expect("a folder");
+        let mut saver = Saver::new(root.path().join("missing"), settings);
+        with_state(5, |saved| saver.begin(saved, &Solo)).expect("the run goes on");
+        assert_eq!(saver.finish(&Solo).expect_err("but it does not end well").exit_code(), 30);
+    }
+
+    #[test]
+    fn one_save_is_in_flight_at_a_time_and_moves_on_with_the_steps() {
+        let root = tempfile::tempdir().expect("a folder");
+        let run = root.path();
+        let mut saver = Saver::new(run.into(), CheckpointSettings { keep_last: 1, ..CheckpointSettings::default() });
+        assert_eq!(saver.poll(&Solo).expect("alone"), None);
+        for step in [5, 6] {
+            with_state(step, |saved| saver.begin(saved, &Solo)).expect("a sound disk");
+            assert_eq!(sound_steps(run), if step == 5 { vec![] } else { vec![5] }, "an earlier save comes to its end first");
+        }
+        assert_eq!(saver.advance(&[1, 0], &Solo).expect("alone"), None, "another rank is not done");
+        let committed = std::iter::repeat_with(|| saver.poll(&Solo).expect("a sound disk")).find_map(|path| path);
+        assert_eq!(committed, Some(run.join(folder_name(6))));
+        assert_eq!((sound_steps(run), saver.progress()), (vec![6], 0));
     }
 }
