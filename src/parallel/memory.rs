@@ -17,7 +17,8 @@ pub struct StateLayout {
 /// Bytes of weights, gradients and optimizer state that a rank holds, activations apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StateBytes {
-    pub between_steps: u64,
+    /// Between steps, with a stage joined to be saved.
+    pub joining: u64,
     /// At the worst moment of a step.
     pub peak: u64,
 }
@@ -36,7 +37,8 @@ impl StateLayout {
         let masters = if self.compute_bytes == 4 { 0 } else { 4 * owned };
         let between_steps = self.compute_bytes * weights + masters + 4 * self.optimizer_tensors * owned;
         let passing = self.backward_bytes(sharding, all, owned, largest).max(update_bytes(owned, largest.div_ceil(shards)));
-        StateBytes { between_steps, peak: between_steps + passing }
+        let joined = if shards == 1 { 0 } else { 4 * largest };
+        StateBytes { joining: between_steps + joined, peak: between_steps + passing }
     }
 
     /// Gradients, and what is gathered, when the last stages' buckets are complete.

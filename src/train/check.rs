@@ -141,7 +141,7 @@ fn with_copy(config: &RunConfig, state: StateBytes, beside: u64, copy: u64) -> u
     match (config.parallel.device, config.checkpoint.asynchronous) {
         (DeviceChoice::Cuda, _) => step,
         (DeviceChoice::Cpu, true) => step + copy,
-        (DeviceChoice::Cpu, false) => step.max(state.between_steps + PROCESS_BYTES + copy),
+        (DeviceChoice::Cpu, false) => step.max(state.joining + PROCESS_BYTES + copy),
     }
 }
 

@@ -7,6 +7,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use tch::{Kind, Tensor};
 
@@ -37,6 +38,9 @@ pub struct Saver {
 struct Save {
     manifest: Manifest,
     stage: Stage,
+    began: Instant,
+    /// While the steps stood still for the copy.
+    copying: Duration,
 }
 
 enum Stage {
@@ -62,6 +66,7 @@ impl Saver {
     pub fn begin(&mut self, saved: &Saved<'_>, collective: &dyn Collective) -> Result<()> {
         self.wait(collective)?;
         pulse::enter(Phase::Snapshot);
+        let began = Instant::now();
         let (manifest, run) = (saved.manifest.clone(), self.run.clone());
         let step = manifest.step;
         if let Err(error) = on_rank_zero(collective, || prepare(&run, step).map(|()| String::new())) {
@@ -69,7 +74,7 @@ impl Saver {
         }
         let copies = saved.copy(collective)?;
         let stage = Stage::Writing(Beside::begin("write", move || write(copies, &run, step)));
-        self.in_flight = Some(Save { manifest, stage });
+        self.in_flight = Some(Save { manifest, stage, began, copying: began.elapsed() });
         if self.settings.asynchronous { Ok(()) } else { self.wait(collective) }
     }
 
@@ -127,20 +132,27 @@ impl Saver {
 
     /// Ends the present stage of the save in flight, waiting where it must, and begins the next.
     fn move_on(&mut self, collective: &dyn Collective) -> Result<Option<PathBuf>> {
-        let Some(Save { manifest, stage }) = self.in_flight.take() else { return Ok(None) };
+        let Some(Save { manifest, stage, began, copying }) = self.in_flight.take() else { return Ok(None) };
         let step = manifest.step;
         let moved = match stage {
-            Stage::Writing(writing) => self.begin_commit(manifest, writing, collective).map(|()| None),
-            Stage::Committing(committing) => agree(committing.join(), collective).map(Some),
+            Stage::Writing(writing) => self.begin_commit(&manifest, writing, collective).map(|stage| {
+                self.in_flight = Some(Save { manifest, stage, began, copying });
+                None
+            }),
+            Stage::Committing(committing) => agree(committing.join(), collective).map(|troubles| {
+                let path = self.committed(step, &troubles.concat());
+                tracing::debug!(
+                    "step {step}: {:.3} s for the copy, {:.3} s until it was safe",
+                    copying.as_secs_f64(),
+                    began.elapsed().as_secs_f64()
+                );
+                Some(path)
+            }),
         };
-        match moved {
-            Ok(None) => Ok(None),
-            Ok(Some(troubles)) => Ok(Some(self.committed(step, &troubles.concat()))),
-            Err(error) => self.give_up(step, error, collective).map(|()| None),
-        }
+        moved.or_else(|error| self.give_up(step, error, collective).map(|()| None))
     }
 
-    fn begin_commit(&mut self, manifest: Manifest, writing: Beside<Vec<Part>>, collective: &dyn Collective) -> Result<()> {
+    fn begin_commit(&self, manifest: &Manifest, writing: Beside<Vec<Part>>, collective: &dyn Collective) -> Result<Stage> {
         let parts = writing.join().map(|parts| serde_json::to_string(&parts).expect("parts are JSON"));
         let texts = agree(parts, collective)?;
         let mut committing = Beside::Over(Ok(String::new()));
@@ -156,8 +168,7 @@ impl Saver {
             Ok(String::new())
         };
         on_rank_zero(collective, begin)?;
-        self.in_flight = Some(Save { manifest, stage: Stage::Committing(committing) });
-        Ok(())
+        Ok(Stage::Committing(committing))
     }
 
     fn committed(&mut self, step: u64, trouble: &str) -> PathBuf {
