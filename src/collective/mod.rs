@@ -131,6 +131,11 @@ fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 
+/// The batch job that this process is part of; the same one when it is started again.
+pub fn job() -> Option<String> {
+    variable("SLURM_JOB_ID")
+}
+
 /// Joins the world that the launcher made; without a launcher, a world of one that never touches MPI. `patience`: how long
 /// ranks wait for each other over TCP, since the nodes of a large job start minutes apart.
 ///
