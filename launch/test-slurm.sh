@@ -79,7 +79,7 @@ within() {
 no_job_is_left() { [ -z "$(squeue --noheader 2>/dev/null)" ]; }
 state_of() { scontrol show job "$1" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p'; }
 restarts_of() { scontrol show job "$1" | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p'; }
-has_ended() { case $(state_of "$1") in PENDING | RUNNING | COMPLETING | SUSPENDED) false ;; *) true ;; esac; }
+has_ended() { [[ $(state_of "$1") =~ ^(COMPLETED|CANCELLED|FAILED|TIMEOUT|NODE_FAIL|OUT_OF_MEMORY)$ ]]; }
 says() { grep -qE -- "$2" "$room/$1.log" 2>/dev/null; }
 
 # One node that is this machine, known to nobody else: sockets, keys, state and spool in the room, ports of its own.
@@ -193,6 +193,25 @@ launcher_that_never_returns() {
     [ "$(restarts_of "$job")" -eq 0 ] || fail "job $job was queued again without a newer checkpoint"
 }
 
+# srun returns the highest code of all ranks, and those that it killed count 128 and more: the failure's file knows better.
+first_failure_counts() {
+    local job
+    job=$(submit panic -- --set 'debug.inject_fault="panic@1:5:forward"')
+    within 60 has_ended "$job" || fail "job $job does not end"
+    says panic 'the first failure, .*/failure-1.json, says 70, which counts' || fail "the failure's file was not read"
+    says panic 'the next start would end the same way: not queued again, code 70' || fail "no verdict"
+    [ "$(restarts_of "$job")" -eq 0 ] || fail "job $job was queued again after a panic"
+}
+
+# The same rank dies at the same step of every start.
+c17_crash_loop() {
+    local job
+    job=$(submit crash -- --set 'debug.inject_fault="kill@1:5:forward"')
+    within 90 has_ended "$job" || fail "job $job does not end"
+    says crash '3 starts in a row ended at step 0, the last with code [0-9]*: not queued again, code 43' || fail "no verdict"
+    [ "$(restarts_of "$job")" -eq 2 ] || fail "job $job was queued again $(restarts_of "$job") times, expected 2"
+}
+
 # Slurm would queue a cancelled job again if it were asked to.
 cancelled_run() {
     local job
@@ -211,12 +230,14 @@ export FM_DIST_PROGRAM=$program OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_
 trap clean_up EXIT
 trap 'exit 130' INT TERM HUP
 
-[ -x "$program" ] || timed "build" cargo build
+[ -n "${FM_DIST_PROGRAM:-}" ] || timed "build" cargo build
 timed "a Slurm on this machine" start_slurm
 timed "a run that nothing interrupts" unbroken_run
 timed "srun without a PMI ends with 52 (A7)" a7_srun_without_a_pmi
 timed "ranks started by mpirun" run_by mpirun
 timed "ranks started by srun without MPI" run_by tcp
 timed "a launcher that never returns is ended" launcher_that_never_returns
+timed "the first failure counts, not what the launcher makes of it" first_failure_counts
+timed "three starts without a newer checkpoint are the last (C17)" c17_crash_loop
 timed "a cancelled job stays cancelled" cancelled_run
 timed "a job whose time is over saves, queues itself again and ends bit-equal" requeued_run
