@@ -152,16 +152,19 @@ unbroken_run() {
     mpi_run 2 "$program" train "${tiny[@]}" --set output_dir="$room/unbroken" >"$room/unbroken.log" 2>&1
 }
 
-# A minute is Slurm's shortest limit, and it looks every 30 s who is to be warned: here 5 to 35 s after the start.
+# A minute is Slurm's shortest limit, and it looks every 30 s who is to be warned: here 5 to 35 s after the start. So the run is
+# made to take longer, but only its first start is that short of time.
 requeued_run() {
     local job
-    job=$(submit requeued --time=1 --signal=B:USR1@25 -- --set 'debug.inject_fault="sleep@0:every:data:0.1"')
-    within 170 has_ended "$job" || fail "job $job has not ended: $(state_of "$job")"
+    job=$(submit requeued --time=1 --signal=B:USR1@25 -- --set 'debug.inject_fault="sleep@0:every:data:0.32"')
+    within 60 says requeued 'queued again' || fail "job $job is not warned or not queued again"
+    scontrol update JobId="$job" TimeLimit=5
+    within 110 has_ended "$job" || fail "job $job has not ended: $(state_of "$job")"
     [ "$(state_of "$job")" = COMPLETED ] || fail "job $job ended as $(state_of "$job")"
     [ "$(restarts_of "$job")" -ge 1 ] || fail "job $job was never queued again"
     says requeued 'SIGUSR1 came: the ranks are asked' || fail "the script did not hear of the end of its time"
     says requeued 'code 10 at step [1-9][0-9]*: queued again' || fail "the ranks did not save and stop"
-    says requeued 'start 2 at step [1-9].*--resume latest' || fail "the second start did not go on"
+    says requeued 'start 2 at step [1-9][0-9]* of .*: --resume latest' || fail "the second start did not go on"
     same_as_unbroken requeued
     grep 'slurm.sbatch ' "$room/requeued.log" | sed 's/^/    /'
 }
@@ -223,10 +226,10 @@ cancelled_run() {
     [ "$(state_of "$job")" = CANCELLED ] || fail "job $job is $(state_of "$job") after scancel"
 }
 
-steps=380
+steps=120
 tiny=(--set model.dit.width=32 --set model.dit.depth=2 --set data.micro_batch_size_per_gpu=8 --set train.global_batch_size=32
     --set sampling.num_steps=2 --set 'log.progress="never"' --set max_steps="$steps")
-export FM_DIST_PROGRAM=$program OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+export FM_DIST_PROGRAM=$program FM_DIST_CONFIG=configs/digits.toml OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 trap clean_up EXIT
 trap 'exit 130' INT TERM HUP
 
