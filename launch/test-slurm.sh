@@ -156,7 +156,7 @@ unbroken_run() {
 # made to take longer, but only its first start is that short of time.
 requeued_run() {
     local job
-    job=$(submit requeued --time=1 --signal=B:USR1@25 -- --set 'debug.inject_fault="sleep@0:every:data:0.32"')
+    job=$(submit requeued --time=1 --signal=B:USR1@25 -- --set 'debug.inject_fault="sleep@0:every:data:0.65"')
     within 60 says requeued 'queued again' || fail "job $job is not warned or not queued again"
     scontrol update JobId="$job" TimeLimit=5
     within 110 has_ended "$job" || fail "job $job has not ended: $(state_of "$job")"
@@ -218,7 +218,7 @@ c17_crash_loop() {
 # Slurm would queue a cancelled job again if it were asked to.
 cancelled_run() {
     local job
-    job=$(submit cancelled -- --set checkpoint.every_n_steps=5 --set 'debug.inject_fault="sleep@0:every:data:0.1"')
+    job=$(submit cancelled -- --set checkpoint.every_n_steps=5 --set 'debug.inject_fault="sleep@0:every:data:0.65"')
     within 60 test -e "$room/cancelled/step-00000005" || fail "job $job does not train"
     scancel "$job"
     within 30 has_ended "$job" || fail "job $job does not end"
@@ -226,14 +226,14 @@ cancelled_run() {
     [ "$(state_of "$job")" = CANCELLED ] || fail "job $job is $(state_of "$job") after scancel"
 }
 
-steps=120
+steps=60
 tiny=(--set model.dit.width=32 --set model.dit.depth=2 --set data.micro_batch_size_per_gpu=8 --set train.global_batch_size=32
     --set sampling.num_steps=2 --set 'log.progress="never"' --set max_steps="$steps")
+[ -n "${FM_DIST_PROGRAM:-}" ] || timed "build" cargo build
 export FM_DIST_PROGRAM=$program FM_DIST_CONFIG=configs/digits.toml OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 trap clean_up EXIT
 trap 'exit 130' INT TERM HUP
 
-[ -n "${FM_DIST_PROGRAM:-}" ] || timed "build" cargo build
 timed "a Slurm on this machine" start_slurm
 timed "a run that nothing interrupts" unbroken_run
 timed "srun without a PMI ends with 52 (A7)" a7_srun_without_a_pmi
