@@ -156,7 +156,7 @@ unbroken_run() {
 # made to take longer, but only its first start is that short of time.
 requeued_run() {
     local job
-    job=$(submit requeued --time=1 --signal=B:USR1@25 -- --set 'debug.inject_fault="sleep@0:every:data:0.65"')
+    job=$(submit requeued --time=1 --signal=B:USR1@25 -- --set 'debug.inject_fault="sleep@0:every:optimizer:0.65"')
     within 60 says requeued 'queued again' || fail "job $job is not warned or not queued again"
     scontrol update JobId="$job" TimeLimit=5
     within 110 has_ended "$job" || fail "job $job has not ended: $(state_of "$job")"
@@ -218,7 +218,7 @@ c17_crash_loop() {
 # Slurm would queue a cancelled job again if it were asked to.
 cancelled_run() {
     local job
-    job=$(submit cancelled -- --set checkpoint.every_n_steps=5 --set 'debug.inject_fault="sleep@0:every:data:0.65"')
+    job=$(submit cancelled -- --set checkpoint.every_n_steps=5 --set 'debug.inject_fault="sleep@0:every:optimizer:0.65"')
     within 60 test -e "$room/cancelled/step-00000005" || fail "job $job does not train"
     scancel "$job"
     within 30 has_ended "$job" || fail "job $job does not end"
