@@ -163,6 +163,9 @@ fn connect_tcp(meeting: &Meeting, patience: Duration) -> Result<Box<dyn Collecti
 }
 
 fn connect_mpi(size: Option<usize>) -> Result<Box<dyn Collective>> {
+    if size.is_some_and(|tasks| tasks > 1) && placement::lacks_a_pmi(variable) {
+        return Err(Error::environment("srun gave its tasks no PMI to find one another by: try srun --mpi=pmix, mpirun, or --launch tcp"));
+    }
     let mpi = Mpi::connect()?;
     pulse::take_place(mpi.rank(), mpi.world_size());
     match size {
