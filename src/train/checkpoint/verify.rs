@@ -9,6 +9,7 @@ use serde::Deserialize;
 use super::{FORMAT, MANIFEST, Manifest, Part, VERSION};
 use crate::data::sha256::HashingWriter;
 use crate::error::{Error, Result};
+use crate::pulse;
 
 /// Why a folder cannot be used as a checkpoint.
 #[derive(Debug)]
@@ -47,6 +48,7 @@ struct Version {
 pub fn verify(folder: &Path) -> Result<Manifest, Unfit> {
     let manifest = read(folder)?;
     for part in &manifest.parts {
+        pulse::still_at_work();
         verify_part(folder, part)?;
     }
     Ok(manifest)
