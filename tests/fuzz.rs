@@ -11,6 +11,7 @@ mod hunt;
 mod mutation;
 
 use std::fs;
+use std::hint::black_box;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -113,6 +114,7 @@ fn file(tensors: &[(&str, Tensor)], metadata: &[(&str, &str)]) -> Vec<u8> {
 fn fitted(bytes: Vec<u8>) -> Vec<u8> {
     let rest = bytes.get(8..).unwrap_or_default();
     let Some(end) = rest.windows(2).position(|two| two == b"}}").map(|place| place + 2) else { return bytes };
+    let end = end + rest[end..].iter().take_while(|byte| **byte == b' ').count();
     let (header, mut data) = (&rest[..end], rest[end..].to_vec());
     if let Ok(Value::Object(entries)) = serde_json::from_slice(header) {
         let ends = entries.values().filter_map(|entry| entry.get("data_offsets")?.get(1)?.as_u64());
@@ -202,7 +204,8 @@ fn read_configuration(bytes: &[u8]) -> Result<(), Error> {
     let config = RunConfig::read("fuzz", &lines.join("\n"), &overrides)?;
     let again = RunConfig::read("listing", &config.to_toml(), &[]).unwrap_or_else(|error| panic!("its own listing is refused: {error}"));
     assert!(again == config, "its own listing is another configuration");
-    [1, 2, 3].into_iter().try_for_each(|ranks| config.micro_batches(ranks).map(drop))
+    let _ = [1, 2, 3].map(|ranks| config.micro_batches(ranks).is_ok());
+    Ok(())
 }
 
 #[test]
@@ -383,8 +386,8 @@ fn a_reader_that_breaks_is_found_out() {
     let breaks: [(&str, &str, &dyn Fn(&[u8]) -> Result<(), Error>); 5] = [
         ("panics", "it panics: a bracket", &|bytes| if bracketed(bytes) { panic!("a bracket") } else { Ok(()) }),
         ("takes-memory", "bytes of memory", &|bytes| {
-            let taken: Vec<u8> = if bracketed(bytes) { vec![1; 65 << 20] } else { Vec::new() };
-            if taken.last() == Some(&2) { Err(Error::data("a", "b")) } else { Ok(()) }
+            drop(black_box(vec![1u8; if bracketed(bytes) { 65 << 20 } else { 1 }]));
+            Ok(())
         }),
         ("takes-time", "of processor time", &|bytes| {
             let began = Instant::now();

@@ -68,9 +68,9 @@ pub fn hunt(prey: &Prey<'_>, seed: u64, time: Duration) -> Result<Hunted, Findin
         fs::write(&input, &bytes).unwrap();
         let is_sound = hunted.inputs < prey.sound.len() as u64;
         let found = match attempt(prey, &bytes, &mut hunted) {
-            Ok(false) if is_sound => Some("a sound input is refused".into()),
-            Ok(taken) => {
-                hunted.taken += u64::from(taken);
+            Ok(Some(refusal)) if is_sound => Some(format!("a sound input is refused: {refusal}")),
+            Ok(refusal) => {
+                hunted.taken += u64::from(refusal.is_none());
                 None
             }
             Err(what) => Some(what),
@@ -99,8 +99,8 @@ fn nth_input(prey: &Prey<'_>, seed: u64, number: u64) -> Vec<u8> {
     }
 }
 
-/// Whether the input was taken; what is wrong where it was neither taken nor refused as it should be.
-fn attempt(prey: &Prey<'_>, bytes: &[u8], hunted: &mut Hunted) -> Result<bool, String> {
+/// Why the input is refused, or that it was taken; what is wrong where it was neither taken nor refused as it should be.
+fn attempt(prey: &Prey<'_>, bytes: &[u8], hunted: &mut Hunted) -> Result<Option<String>, String> {
     let (before, cpu, clock) = (MEMORY.current_usage(), cpu_time(), Instant::now());
     MEMORY.reset_peak_usage();
     let outcome = catch_unwind(AssertUnwindSafe(|| (prey.read)(bytes)));
@@ -115,8 +115,8 @@ fn attempt(prey: &Prey<'_>, bytes: &[u8], hunted: &mut Hunted) -> Result<bool, S
         return Err(format!("it takes {peak} bytes of memory"));
     }
     match outcome {
-        Ok(Ok(())) => Ok(true),
-        Ok(Err(error)) => told_well(&error.to_string()).map(|()| false),
+        Ok(Ok(())) => Ok(None),
+        Ok(Err(error)) => told_well(&error.to_string()).map(|()| Some(error.to_string())),
         Err(panic) => {
             let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
             Err(format!("it panics: {}", text.unwrap_or("without words")))
