@@ -3,6 +3,7 @@
 #   timed TEXT COMMAND…     says what is being done and why, does it, says how long it took
 #   stop TEXT               ends the script with exit code 52: something is missing that only you can provide
 #   mpi_run RANKS PROGRAM…  mpirun with what Open MPI asks for besides, as root or with more ranks than cores; says what it adds
+#   cluster_environment     exports what ranks on a cluster want from NCCL, UCX and OpenMP
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 command -v cargo >/dev/null || PATH="$HOME/.cargo/bin:$PATH"
@@ -42,4 +43,28 @@ mpi_run() {
         fi
     fi
     mpirun "${flags[@]}" -n "$ranks" "$@"
+}
+
+# What you or the site exported before stays; `srun` and `mpirun` of a job hand all of it on. Nothing here makes a run faster or
+# safer on one machine, so only slurm.sbatch calls it.
+#
+# Left alone, because their own choice is right until a network is odd; export them where it is:
+#   NCCL_SOCKET_IFNAME   interfaces that GPUs' ranks meet over: ib*, then any but lo and docker*. =eth0 where ranks wait for one
+#                        another at the start because another interface (virbr0, cni0) has an address that leads nowhere.
+#   NCCL_IB_HCA          InfiniBand cards: all. =mlx5_0:1,mlx5_1:1 where others serve storage or have no cable.
+#   NCCL_IB_TIMEOUT      20: with 7 retries a lost packet fails after 30 s. 22 (2 minutes) on very large networks that fail with
+#                        error 12 of ibv_poll_cq; then raise watchdog.step_seconds above it.
+#   UCX_NET_DEVICES      devices of MPI between machines: all, the fastest first. mlx5_0:1 or eth0, as NCCL's.
+#   UCX_TLS              ways of MPI's bytes: all. tcp,sm,self to find out whether InfiniBand is what fails.
+cluster_environment() {
+    # NCCL says why it failed, and nothing else. INFO says which interfaces and cards it took: for one run that puzzles you.
+    export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+    # UCX says why it failed, and its warnings at every start stay out of the log. info says which devices it took.
+    export UCX_LOG_LEVEL=${UCX_LOG_LEVEL:-error}
+    # fm-dist sets the threads of its computation itself, from parallel.num_threads, which outranks this; 1 keeps other libraries
+    # from starting one thread a core in every rank. Never change it here.
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    # Threads stay within the cores that the launcher gave their rank, and move among them: pinned, the threads of ranks that
+    # share cores would all sit on the first. close, where srun binds each rank to cores of its own (--cpu-bind=cores).
+    export OMP_PROC_BIND=${OMP_PROC_BIND:-false}
 }

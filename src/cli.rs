@@ -70,6 +70,9 @@ struct TrainArgs {
     /// configuration, because the world must exist before rank 0's configuration can travel
     #[arg(long, value_name = "auto|mpi|tcp", default_value = "auto")]
     launch: Launch,
+    /// Go on from a checkpoint though the data are others than those it was trained on
+    #[arg(long)]
+    allow_data_change: bool,
     /// One process, detailed logs each step, every stage searched for non-finite values
     #[arg(long)]
     debug: bool,
@@ -266,7 +269,8 @@ fn run_training(args: &TrainArgs) -> Result<i32> {
     pulse::enter(Phase::Connect);
     let world = collective::connect(args.launch, patience)?;
     let warning = train::begin(&watchdog, world.as_ref())?;
-    let options = TrainOptions { resume: args.resume.clone(), debug: args.debug, stop, stop_at, warning };
+    let options =
+        TrainOptions { resume: args.resume.clone(), debug: args.debug, allow_data_change: args.allow_data_change, stop, stop_at, warning };
     let config = match train::share_config(config, &options, world.as_ref()) {
         Ok(config) => config,
         Err(error) => {

@@ -108,23 +108,44 @@ impl Settings for TrainSettings {
     }
 }
 
+/// What a save that fails does to the run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnFailure {
+    #[default]
+    Stop,
+    /// The run goes on with a warning, and the next save tries again. The last save of a run stops in any case.
+    Continue,
+}
+
+impl Choice for OnFailure {
+    const ALL: &'static [(&'static str, Self)] = &[("stop", OnFailure::Stop), ("continue", OnFailure::Continue)];
+}
+
 /// `[checkpoint]`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CheckpointSettings {
     pub every_n_steps: u64,
+    pub asynchronous: bool,
+    pub on_failure: OnFailure,
     pub keep_last: u64,
+    pub keep_every: Option<u64>,
 }
 
 impl Default for CheckpointSettings {
     fn default() -> Self {
-        CheckpointSettings { every_n_steps: 100, keep_last: 2 }
+        CheckpointSettings { every_n_steps: 100, asynchronous: true, on_failure: OnFailure::Stop, keep_last: 2, keep_every: None }
     }
 }
 
 impl Settings for CheckpointSettings {
     fn visit(&mut self, keys: &mut Keys<'_>) {
         keys.integer("every_n_steps", &mut self.every_n_steps, 1.., "Steps between checkpoints; the last step always has one.");
+        let asynchronous = "Write beside the steps, which stop for a copy in host memory only; false: wait for the disk at each save.";
+        keys.flag("asynchronous", &mut self.asynchronous, asynchronous);
+        keys.choice("on_failure", &mut self.on_failure, "What a save that fails does to the run; the last save of a run always stops it.");
         keys.integer("keep_last", &mut self.keep_last, 1.., "Newest checkpoints that are kept; older ones go after a newer one is safe.");
+        let keep_every = "Checkpoints whose step is a multiple of this are kept for ever.";
+        keys.optional_integer("keep_every", &mut self.keep_every, 1.., keep_every);
     }
 }
 

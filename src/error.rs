@@ -47,6 +47,8 @@ pub enum Error {
     CheckpointMismatch { path: PathBuf, what: String },
     /// A resume was demanded and no checkpoint can be used.
     NoCheckpoint { path: PathBuf, what: String },
+    /// Several starts in a row went on from one checkpoint, and none saved a newer one.
+    NoProgress { path: PathBuf, what: String },
     /// A collective failed, on this rank or another.
     Collective { backend: &'static str, operation: &'static str, what: String },
     /// Ranks are at different operations, or hold different numbers where all must hold the same.
@@ -91,6 +93,7 @@ impl Error {
             Error::Data { .. } => "DATA",
             Error::Storage { .. } => "STORAGE",
             Error::CheckpointMismatch { .. } => "CKPT_MISMATCH",
+            Error::NoProgress { .. } => "NO_PROGRESS",
             Error::NoCheckpoint { .. } => "NO_CKPT",
             Error::Collective { .. } => "COMM",
             Error::Desync { .. } => "DESYNC",
@@ -109,6 +112,7 @@ impl Error {
             Error::Data { .. } => 40,
             Error::NotFinite { .. } => 41,
             Error::Desync { .. } => 42,
+            Error::NoProgress { .. } => 43,
             Error::NoCheckpoint { .. } => 44,
             Error::Config { .. } => 50,
             Error::CheckpointMismatch { .. } => 51,
@@ -134,9 +138,10 @@ impl fmt::Display for Whole<'_> {
                 let texts: Vec<String> = problems.iter().map(ToString::to_string).collect();
                 f.write_str(&texts.join("; "))
             }
-            Error::Data { path, what } | Error::CheckpointMismatch { path, what } | Error::NoCheckpoint { path, what } => {
-                write!(f, "{}: {what}", path.display())
-            }
+            Error::Data { path, what }
+            | Error::CheckpointMismatch { path, what }
+            | Error::NoProgress { path, what }
+            | Error::NoCheckpoint { path, what } => write!(f, "{}: {what}", path.display()),
             Error::Storage { path, operation, source } => write!(f, "cannot {operation} {}: {source}", path.display()),
             Error::Collective { backend, operation, what } => write!(f, "{backend} {operation}: {what}"),
             Error::NotFinite { step, what } => write!(f, "step {step}: {what}"),

@@ -172,9 +172,8 @@ pub fn ordered() -> Option<&'static Fault> {
 }
 
 /// The order, if this rank, step and phase are its moment; says so.
-fn due(phase: Phase, kinds: &[Kind]) -> Option<&'static Fault> {
+fn due(phase: Phase, step: u64, kinds: &[Kind]) -> Option<&'static Fault> {
     let order = ORDER.get()?;
-    let step = pulse::now().step;
     let now = order.phase == phase && order.rank == pulse::place().0 && (order.steps.0..=order.steps.1).contains(&step);
     let struck = now && kinds.contains(&order.kind);
     if struck {
@@ -186,8 +185,13 @@ fn due(phase: Phase, kinds: &[Kind]) -> Option<&'static Fault> {
 
 /// Breaks this process if that was ordered for now.
 pub fn strike(phase: Phase) {
+    strike_at(phase, pulse::now().step);
+}
+
+/// As [`strike`], for a thread beside the run's own, whose work belongs to `step` whatever step is under way.
+pub fn strike_at(phase: Phase, step: u64) {
     use Kind::*;
-    let Some(order) = due(phase, &[Kill, Segv, Abort, Stop, Exit, Panic, Spin, Sleep, Usr1, Term, Int]) else { return };
+    let Some(order) = due(phase, step, &[Kill, Segv, Abort, Stop, Exit, Panic, Spin, Sleep, Usr1, Term, Int]) else { return };
     match order.kind {
         Kill => signal(Signal::KILL),
         // The first one only takes off the handler that watches for stack overflows.
@@ -210,8 +214,8 @@ fn signal(signal: Signal) {
     kill_process(getpid(), signal).expect("a process may signal itself");
 }
 
-/// What the operating system would say, if it was ordered to fail now.
-pub fn io(phase: Phase) -> io::Result<()> {
+/// What the operating system would say, if it was ordered to fail in work that belongs to `step`.
+pub fn io(phase: Phase, step: u64) -> io::Result<()> {
     use rustix::io::Errno;
     let kinds = [
         (Kind::Enospc, Errno::NOSPC),
@@ -220,7 +224,7 @@ pub fn io(phase: Phase) -> io::Result<()> {
         (Kind::Erofs, Errno::ROFS),
         (Kind::Eacces, Errno::ACCESS),
     ];
-    let Some(order) = due(phase, &kinds.map(|(kind, _)| kind)) else { return Ok(()) };
+    let Some(order) = due(phase, step, &kinds.map(|(kind, _)| kind)) else { return Ok(()) };
     let (_, errno) = kinds.iter().find(|(kind, _)| *kind == order.kind).expect("it is one of these");
     Err((*errno).into())
 }
@@ -228,7 +232,7 @@ pub fn io(phase: Phase) -> io::Result<()> {
 /// # Errors
 /// [`Error::Environment`] if an error was ordered for now.
 pub fn error(phase: Phase) -> Result<()> {
-    match due(phase, &[Kind::Error]) {
+    match due(phase, pulse::now().step, &[Kind::Error]) {
         Some(order) => Err(Error::environment(format!("fault {order} was ordered"))),
         None => Ok(()),
     }
@@ -236,7 +240,7 @@ pub fn error(phase: Phase) -> Result<()> {
 
 /// The argument of an order of this kind, if it is for now; `otherwise` where it has none.
 pub fn argument(kind: Kind, phase: Phase, otherwise: f64) -> Option<f64> {
-    due(phase, &[kind]).map(|order| order.argument.unwrap_or(otherwise))
+    due(phase, pulse::now().step, &[kind]).map(|order| order.argument.unwrap_or(otherwise))
 }
 
 #[cfg(test)]
@@ -263,7 +267,7 @@ mod tests {
     fn without_an_order_nothing_breaks() {
         assert!(ordered().is_none());
         strike(Phase::Forward);
-        assert!(io(Phase::Write).is_ok() && error(Phase::Forward).is_ok());
+        assert!(io(Phase::Write, 0).is_ok() && error(Phase::Forward).is_ok());
         assert_eq!(argument(Kind::NanLoss, Phase::Forward, 1.0), None);
     }
 }

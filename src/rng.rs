@@ -203,7 +203,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_field_of_a_key_changes_its_stream() {
+    fn e9_every_field_of_a_key_changes_its_stream() {
         let key = Key::new(7, Purpose::Test);
         let others = [Key { seed: 8, ..key }, key.step(1), key.micro_batch(1), key.scope(1), key.named("a"), Key::new(7, Purpose::Order)];
         let mut hashes: Vec<u64> = others.iter().chain([&key]).map(Key::hash).collect();

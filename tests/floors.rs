@@ -81,7 +81,7 @@ fn rooms_use_lower_floors_only() {
 }
 
 #[test]
-fn some_words_stand_in_one_place_only() {
+fn e10_some_words_stand_in_one_place_only() {
     let mut wrong = Vec::new();
     for source in sources() {
         let path = source.path.to_str().unwrap();

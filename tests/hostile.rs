@@ -85,12 +85,12 @@ fn a_file_cut_behind_the_length_field_is_refused() {
 }
 
 #[test]
-fn a_file_cut_in_the_header_is_refused() {
+fn b2_a_file_cut_in_the_header_is_refused() {
     refused_bytes(&with_header(SOUND.as_bytes(), 4)[..30], "does not fit the file's 30 bytes");
 }
 
 #[test]
-fn a_file_cut_in_the_data_is_refused() {
+fn b2_a_file_cut_in_the_data_is_refused() {
     refused(&tensor("U8", "[5]", "[0,5]"), "tensors end at byte 5 of the data, the file at 4");
 }
 
@@ -100,7 +100,7 @@ fn bytes_behind_the_last_tensor_are_refused() {
 }
 
 #[test]
-fn a_header_as_long_as_the_number_range_is_refused() {
+fn b3_a_header_as_long_as_the_number_range_is_refused() {
     refused_bytes(&[0xff; 100], "header of 18446744073709551615 bytes is longer than the 16777216 allowed");
 }
 
@@ -201,7 +201,7 @@ fn more_metadata_than_anyone_writes_are_refused() {
 }
 
 #[test]
-fn sixteen_megabytes_of_axes_are_refused() {
+fn b3_sixteen_megabytes_of_axes_are_refused() {
     let axes = "1,".repeat((16 << 20) / 2 - 100);
     refused(&tensor("U8", &format!("[{axes}1]"), "[0,4]"), "a shape has more than 8 axes");
 }
@@ -221,7 +221,7 @@ fn a_name_that_is_a_path_is_refused() {
 }
 
 #[test]
-fn a_name_with_control_characters_is_refused_on_one_line() {
+fn f5_a_name_with_control_characters_is_refused_on_one_line() {
     refused(&SOUND.replace(r#""a""#, r#""a\n\u001b[31mb""#), r"illegal tensor name `a\n\u{1b}[31mb`");
 }
 
@@ -256,7 +256,7 @@ fn nine_axes_are_refused() {
 }
 
 #[test]
-fn a_shape_whose_product_overflows_is_refused() {
+fn b3_a_shape_whose_product_overflows_is_refused() {
     refused(&tensor("F64", "[4294967296,4294967296]", "[0,0]"), "tensor `a` of shape [4294967296, 4294967296] is larger than any file");
 }
 
@@ -266,7 +266,7 @@ fn a_shape_that_overflows_only_in_bytes_is_refused() {
 }
 
 #[test]
-fn sizes_whose_sum_overflows_are_refused() {
+fn b3_sizes_whose_sum_overflows_are_refused() {
     let half = 1u64 << 62;
     let entry = |name: &str, begin: u64, end: u64| format!(r#""{name}":{{"dtype":"U8","shape":[{half}],"data_offsets":[{begin},{end}]}}"#);
     let entries = [entry("a", 0, half), entry("b", half, 2 * half), entry("c", 2 * half, 3 * half), entry("d", 3 * half, 0)];
@@ -310,7 +310,7 @@ fn a_hole_before_the_first_tensor_is_refused() {
 // What the data are once the header is believed.
 
 #[test]
-fn a_file_cut_while_in_use_is_an_error() {
+fn b4_a_file_cut_while_in_use_is_an_error() {
     let (_folder, path) = file(&with_header(SOUND.as_bytes(), 4));
     let opened = SafeTensors::open(&path).unwrap();
     File::options().write(true).open(&path).unwrap().set_len(20).unwrap();
@@ -339,7 +339,7 @@ fn a_boolean_that_is_neither_true_nor_false_is_refused() {
 // What is not a file of data at all.
 
 #[test]
-fn a_pickle_is_refused_with_the_way_to_convert_it() {
+fn d14_a_pickle_is_refused_with_the_way_to_convert_it() {
     for name in ["model.pt", "model.bin", "model.ckpt", "MODEL.PTH"] {
         let text = refusal(|| SafeTensors::open(name));
         assert!(text.contains("is a pickle, which can run code") && text.contains("safetensors.torch.save_file("), "{text}");
@@ -365,7 +365,7 @@ fn a_device_is_refused_unopened() {
 }
 
 #[test]
-fn a_fifo_is_refused_without_waiting_for_a_writer() {
+fn b5_a_fifo_is_refused_without_waiting_for_a_writer() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("fifo.safetensors");
     assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
@@ -414,14 +414,14 @@ fn the_dataset_that_the_lies_are_made_from_is_sound() {
 }
 
 #[test]
-fn a_path_out_of_the_data_folder_is_refused() {
+fn b5_a_path_out_of_the_data_folder_is_refused() {
     for path in ["../outside.safetensors", "/etc/passwd", "a/../../b.safetensors"] {
         refused_dataset(dataset(&[], &[entry(path, 4)]).path(), &format!("path `{path}` leaves the data folder"));
     }
 }
 
 #[test]
-fn a_link_out_of_the_data_folder_is_refused() {
+fn b5_a_link_out_of_the_data_folder_is_refused() {
     let (_outside, target) = file(&images(None));
     let folder = dataset(&[], &[entry("a.safetensors", 4)]);
     symlink(target, folder.path().join("a.safetensors")).unwrap();
@@ -433,6 +433,12 @@ fn a_link_inside_of_the_data_folder_is_followed() {
     let folder = dataset(&[("real.safetensors", &images(None))], &[entry("a.safetensors", 4)]);
     symlink("real.safetensors", folder.path().join("a.safetensors")).unwrap();
     assert_eq!(Dataset::open(folder.path()).unwrap().num_samples(), 4);
+}
+
+#[test]
+fn b6_data_without_samples_are_refused() {
+    refused_dataset(dataset(&[], &[]).path(), "files");
+    refused_dataset(dataset(&[("a.safetensors", &images(None))], &[entry("a.safetensors", 0)]).path(), "samples");
 }
 
 #[test]
@@ -474,7 +480,7 @@ fn latents_of_another_number_of_axes_are_refused() {
 }
 
 #[test]
-fn files_of_one_group_that_differ_are_both_named() {
+fn b10_files_of_one_group_that_differ_are_both_named() {
     let other = with_header(br#"{"image_latents":{"dtype":"F16","shape":[4,1,2,2],"data_offsets":[0,32]}}"#, 32);
     let folder =
         dataset(&[("a.safetensors", &images(None)), ("b.safetensors", &other)], &[entry("a.safetensors", 4), entry("b.safetensors", 4)]);

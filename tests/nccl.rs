@@ -362,7 +362,7 @@ fn an_operation_that_never_starts_is_given_up() {
 }
 
 #[test]
-fn an_abort_that_hangs_is_left_behind() {
+fn c16_an_abort_that_hangs_is_left_behind() {
     let switches = [("NCCL_DOUBLE_LATE_ERROR", "0:0"), ("NCCL_DOUBLE_ABORT_HANGS", "1")];
     let words = ["nccl all_reduce: rank 0/2: ", "WARN", "ncclCommAbort has not returned after 1.0 s and is left behind"];
     fails(&switches, "nccl::rank_of_a_world_that_fails", 22, &words);
@@ -375,13 +375,13 @@ fn a_machine_whose_driver_finds_no_gpu_is_refused() {
 }
 
 #[test]
-fn fewer_gpus_than_ranks_are_refused() {
+fn a11_fewer_gpus_than_ranks_are_refused() {
     let words = ["2 ranks run on host ", "(ranks [0, 1]) and its driver shows 1 GPUs"];
     fails(&[("NCCL_DOUBLE_GPUS", "1")], "nccl::rank_of_a_world_that_fails", 52, &words);
 }
 
 #[test]
-fn two_ranks_on_one_gpu_are_refused() {
+fn a11_two_ranks_on_one_gpu_are_refused() {
     fails(&[("NCCL_DOUBLE_SAME_GPU", "1")], "nccl::rank_of_a_world_that_fails", 52, &["ranks 0 and 1 both took GPU "]);
 }
 

@@ -90,9 +90,10 @@ fn a_corrupt_newest_checkpoint_is_set_aside_and_the_one_before_is_used() {
     fs::write(&part, bytes).unwrap();
     train_in_threads(&config(&run, &[]), &Resume::Latest, 1).unwrap();
     let log = fs::read_to_string(run.join("log/rank-00000.jsonl")).unwrap();
-    let warned = log.lines().filter(|line| line.contains("WARN") && line.contains("has sha256") && line.contains("step-00000010.bad"));
-    assert_eq!(warned.count(), 1, "{log}");
-    assert!(run.join("step-00000010.bad").is_dir());
+    let warning = "step-00000010 failed its check (model-00001-of-00001.safetensors: sha256 differs); using step-00000005; \
+                   5 steps will be redone; bad one kept as step-00000010.bad-1";
+    assert_eq!(log.lines().filter(|line| line.contains("WARN") && line.contains(warning)).count(), 1, "{log}");
+    assert!(run.join("step-00000010.bad-1").is_dir());
     assert_eq!(checkpoint(&run, 10), checkpoint(&unbroken, 10));
 }
 
@@ -107,7 +108,7 @@ fn a_resume_without_any_usable_checkpoint_never_starts_anew() {
 }
 
 #[test]
-fn another_seed_batch_or_model_is_refused_by_name() {
+fn d9_d10_another_seed_batch_or_model_is_refused_by_name() {
     let root = TempDir::new().unwrap();
     let run = broken_off(root.path(), "run", 1);
     let refused = |overrides: &[&str]| {
@@ -132,7 +133,7 @@ fn another_seed_batch_or_model_is_refused_by_name() {
 }
 
 #[test]
-fn an_old_checkpoint_is_not_resumed_over_newer_ones() {
+fn d17_an_old_checkpoint_is_not_resumed_over_newer_ones() {
     let root = TempDir::new().unwrap();
     let run = train_in_threads(&config(&root.path().join("run"), &[]), &Resume::Never, 1).unwrap();
     let error = train_in_threads(&config(&run, &[]), &Resume::From(run.join("step-00000005")), 1).unwrap_err();

@@ -44,6 +44,8 @@ mod sampling;
 mod science;
 /// Who holds what changes no number.
 mod sharding;
+/// What was committed is never lost, whatever the disk does.
+mod storage;
 /// Ranks meet over TCP without a launcher's help, and strangers, absent and dying ranks are noticed.
 mod tcp;
 /// Every family trains, on ranks that stay equal, and resumes exactly.

@@ -131,6 +131,11 @@ fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 
+/// The batch job that this process is part of; the same one when it is started again.
+pub fn job() -> Option<String> {
+    variable("SLURM_JOB_ID")
+}
+
 /// Joins the world that the launcher made; without a launcher, a world of one that never touches MPI. `patience`: how long
 /// ranks wait for each other over TCP, since the nodes of a large job start minutes apart.
 ///
@@ -158,6 +163,9 @@ fn connect_tcp(meeting: &Meeting, patience: Duration) -> Result<Box<dyn Collecti
 }
 
 fn connect_mpi(size: Option<usize>) -> Result<Box<dyn Collective>> {
+    if size.is_some_and(|tasks| tasks > 1) && placement::lacks_a_pmi(variable) {
+        return Err(Error::environment("srun gave its tasks no PMI to find one another by: try srun --mpi=pmix, mpirun, or --launch tcp"));
+    }
     let mpi = Mpi::connect()?;
     pulse::take_place(mpi.rank(), mpi.world_size());
     match size {

@@ -77,6 +77,13 @@ fn is_slurm_task(variable: impl Fn(&str) -> Option<String>) -> bool {
     variable("SLURM_PROCID").is_some() && step.is_some_and(|id| id < 0xffff_fff0)
 }
 
+/// Whether srun started this task and gave it no way to find the others: Open MPI then ends it from within its
+/// initialization, with code 1 and a page of text, and other builds let each task be alone.
+pub(super) fn lacks_a_pmi(variable: impl Fn(&str) -> Option<String>) -> bool {
+    let ways = ["OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PALS_RANKID"];
+    is_slurm_task(&variable) && ways.iter().all(|name| variable(name).is_none())
+}
+
 /// The meeting that `--launch tcp` finds in `FM_DIST_RANK`, `FM_DIST_WORLD_SIZE` and `FM_DIST_RENDEZVOUS`, each of them before
 /// what srun says of its step.
 ///

@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_draws_from_one_group_and_the_groups_mix() {
+    fn b9_a_step_draws_from_one_group_and_the_groups_mix() {
         let order = order();
         let wide: Vec<bool> = (0..80)
             .map(|step| {
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn blocks_leave_nothing_of_the_global_batch_out() {
+    fn b8_blocks_leave_nothing_of_the_global_batch_out() {
         let order = order();
         let blocks: Vec<Vec<u64>> = (0..4).map(|block| order.block(3, block, 2)).collect();
         assert_eq!(blocks.concat(), order.global_batch(3));

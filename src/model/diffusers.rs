@@ -6,6 +6,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::Model;
+use crate::data::safetensors::refuse_pickled_weights;
 use crate::error::{Error, Result, one_line};
 use crate::settings::{self, Family};
 
@@ -17,8 +18,9 @@ const VERSION: &str = "0.42.1";
 ///
 /// # Errors
 /// [`Error::Config`] naming every field that is unknown or has a value that is not supported; [`Error::Storage`] if the file
-/// cannot be read.
+/// cannot be read; [`Error::CheckpointMismatch`] if its weights are a pickle.
 pub fn read_folder(folder: &Path) -> Result<Model> {
+    refuse_pickled_weights(folder)?;
     let path = folder.join(FILE_NAME);
     let shown = path.display().to_string();
     let text = fs::read_to_string(&path).map_err(|error| Error::config("model.path", format!("{shown} cannot be read: {error}")))?;

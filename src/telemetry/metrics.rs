@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn a_resumed_run_has_no_gap_and_no_double() {
+    fn f3_a_resumed_run_has_no_gap_and_no_double() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
         let mut first = MetricsFile::resume_after(&path, 0).unwrap();

@@ -8,7 +8,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::conditions::Origin;
 use super::place::device;
-use super::{build_pipeline, checkpoint, empty_replica, run_folder};
+use super::setup::{build_pipeline, empty_replica};
+use super::{checkpoint, run_folder};
 use crate::collective::Solo;
 use crate::config::RunConfig;
 use crate::data::{Batch, Dataset, safetensors};

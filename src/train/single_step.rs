@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use tch::Tensor;
 
 use super::place::device;
-use super::{build_pipeline, checkpoint, empty_replica, fresh_replica, run_folder};
+use super::setup::{build_pipeline, empty_replica, fresh_replica};
+use super::{checkpoint, run_folder};
 use crate::collective::Solo;
 use crate::config::RunConfig;
 use crate::data::safetensors::{self, SafeTensors};

@@ -112,26 +112,26 @@ mod tests {
     use super::*;
     use crate::collective::{Solo, Threads};
 
-    fn told_by(world: Threads) -> Vec<Tally> {
+    fn told_by(world: Threads, num_norms: usize) -> Result<Vec<Tally>> {
         let number = world.rank() as f64;
         let row = Tensor::full([Statistics::WIDTH as i64], number, (Kind::Float, Device::Cpu));
         let norm = Tensor::from(number as f32 + 0.5);
         let own = Own {
             statistics: &[row.shallow_clone(), row],
-            norms: &[norm],
+            norms: &(0..num_norms).map(|_| norm.shallow_clone()).collect::<Vec<_>>(),
             request: if world.rank() == 1 { Request::Stop } else { Request::Nothing },
             seconds: [0.0, 0.0, 2.0 + number],
             saving: world.rank() as u8,
             bad_samples: 3,
             issued: Issued { count: 7, digest: (1 << 40) + world.rank() as u64, last: None },
         };
-        exchange(&own, &world).expect("both ranks are here")
+        exchange(&own, &world)
     }
 
     #[test]
     fn every_rank_reads_what_each_said() {
-        let threads: Vec<_> = Threads::world(2).into_iter().map(|world| std::thread::spawn(move || told_by(world))).collect();
-        for tallies in threads.into_iter().map(|thread| thread.join().expect("no panic")) {
+        let threads: Vec<_> = Threads::world(2).into_iter().map(|world| std::thread::spawn(move || told_by(world, 1))).collect();
+        for tallies in threads.into_iter().map(|thread| thread.join().expect("no panic").expect("both ranks are here")) {
             assert_eq!(tallies.iter().map(|tally| tally.norms[0]).collect::<Vec<_>>(), [0.5, 1.5]);
             assert_eq!(tallies[1].seconds, [0.0, 0.0, 3.0]);
             assert_eq!([tallies[0].issued, tallies[1].issued], [(7, 0), (7, 1)]);
@@ -142,5 +142,16 @@ mod tests {
             assert_eq!((tallies[1].statistics.len(), tallies[1].statistics[1].loss), (2, 1.0));
             assert_eq!(request(&tallies), Request::Stop);
         }
+    }
+
+    #[test]
+    fn e12_ranks_that_tell_different_things_are_out_of_step() {
+        let tell = |world: Threads| {
+            let num_norms = 1 + world.rank();
+            std::thread::spawn(move || told_by(world, num_norms))
+        };
+        let threads: Vec<_> = Threads::world(2).into_iter().map(tell).collect();
+        let outcomes = threads.into_iter().map(|thread| thread.join().expect("no panic"));
+        assert!(outcomes.into_iter().all(|outcome| matches!(outcome, Err(Error::Desync { .. }))));
     }
 }

@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_of_which_nobody_is_heard_is_a_matter_of_communication() {
+    fn c14_a_machine_of_which_nobody_is_heard_is_a_matter_of_communication() {
         let waiting = at(10, Phase::Reduce, 7, 3);
         let standings =
             (0..4).map(|rank| standing(rank, if rank < 2 { "a" } else { "b" }, waiting, if rank < 2 { 0 } else { 4 })).collect();

@@ -166,7 +166,7 @@ fn c11_a_second_ctrl_c_ends_the_process_at_once() {
     while fs::read_to_string(format!("/proc/{pid}/status"))
         .unwrap()
         .lines()
-        .any(|line| line.strip_prefix("ShdPnd:").is_some_and(|pending| pending.trim().trim_start_matches('0') != ""))
+        .any(|line| line.strip_prefix("ShdPnd:").is_some_and(|pending| !pending.trim().trim_start_matches('0').is_empty()))
     {}
     signal("INT", &pid);
     let (ended, code) = started.end(root, 15.0);

@@ -22,7 +22,7 @@ pub use header::TensorInfo;
 pub use shards::Shards;
 use source::Source;
 pub(super) use source::open_error;
-pub use source::refuse_pickle;
+pub use source::{refuse_pickle, refuse_pickled_weights};
 pub use write::{Planned, Writer, write};
 
 #[cfg(target_endian = "big")]

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
@@ -48,8 +48,7 @@ impl Source {
 /// # Errors
 /// [`Error::Data`] with the way to convert the file.
 pub fn refuse_pickle(path: &Path) -> Result<()> {
-    let ending = path.extension().map(|ending| ending.to_string_lossy().to_ascii_lowercase());
-    if ending.is_some_and(|ending| PICKLES.contains(&ending.as_str())) {
+    if is_pickle(path) {
         let what = "is a pickle, which can run code when it is opened and is never read; convert it once in Python with \
                     safetensors.torch.save_file(torch.load(path, weights_only=True), \"data.safetensors\")";
         return Err(Error::data(path, what));
@@ -57,10 +56,57 @@ pub fn refuse_pickle(path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Refuses weights and checkpoints that are pickles: such a file, or a folder that holds such files and no safetensors.
+///
+/// # Errors
+/// [`Error::CheckpointMismatch`] with the way to convert them.
+pub fn refuse_pickled_weights(path: &Path) -> Result<()> {
+    let inside: Vec<PathBuf> = fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+    let is_safe = |path: &PathBuf| path.extension().is_some_and(|ending| ending == "safetensors");
+    let found = if is_pickle(path) { Some(path) } else { inside.iter().find(|path| is_pickle(path)).map(PathBuf::as_path) };
+    match found {
+        Some(pickle) if !inside.iter().any(is_safe) => {
+            let what = "is a pickle, which can run code when it is opened and is never read; convert the weights once in Python with \
+                        safetensors.torch.save_file(torch.load(path, weights_only=True), \"diffusion_pytorch_model.safetensors\") \
+                        beside their config.json, and give that folder as model.path";
+            Err(Error::checkpoint_mismatch(pickle, what))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn is_pickle(path: &Path) -> bool {
+    let ending = path.extension().map(|ending| ending.to_string_lossy().to_ascii_lowercase());
+    ending.is_some_and(|ending| PICKLES.contains(&ending.as_str()))
+}
+
 /// For `map_err` where data are opened: what is missing is the data's fault, all else the storage's.
 pub(in crate::data) fn open_error(path: &Path, error: io::Error) -> Error {
     match error.kind() {
         io::ErrorKind::NotFound => Error::data(path, "does not exist"),
         _ => Error::storage(path, "open")(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_of_pickles_alone_is_refused_and_one_beside_safetensors_is_not_looked_at() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path();
+        refuse_pickled_weights(path).expect("nothing in it");
+        fs::write(path.join("config.json"), "{}").expect("a file");
+        fs::write(path.join("model.bin"), "").expect("a file");
+        let error = refuse_pickled_weights(path).expect_err("a pickle alone");
+        assert_eq!(error.exit_code(), 51);
+        assert!(
+            error.to_string().contains("model.bin: is a pickle") && error.to_string().contains("safetensors.torch.save_file"),
+            "{error}"
+        );
+        assert_eq!(refuse_pickled_weights(&path.join("model.PT")).expect_err("by its name").exit_code(), 51);
+        fs::write(path.join("model.safetensors"), "").expect("a file");
+        refuse_pickled_weights(path).expect("there is something to read");
     }
 }

@@ -1,11 +1,10 @@
 //! Reading a checkpoint: everything is checked and read before anything is changed.
 
-use std::fs;
 use std::path::Path;
 
 use tch::Kind;
 
-use super::{MANIFEST, Manifest};
+use super::{Manifest, verify};
 use crate::data::safetensors::Shards;
 use crate::error::{Error, Result};
 use crate::nn::Stage;
@@ -22,12 +21,13 @@ use crate::train::weights;
 pub fn load(
     folder: &Path,
     configured: &Manifest,
+    allow_data_change: bool,
     replica: &mut Replica<'_>,
     optimizer: &dyn Optimizer,
     state: &mut OptimizerState,
 ) -> Result<Manifest> {
-    let manifest = read_manifest(folder)?;
-    manifest.check_same_run(folder, configured)?;
+    let manifest = verify::manifest(folder)?;
+    let other_data = manifest.check_same_run(folder, configured, allow_data_change)?;
     let parts = open_parts(folder, &manifest, "")?;
     let prefixes: Vec<String> = optimizer.state_names().iter().map(|name| format!("{name}.")).collect();
     check_keys(folder, &parts, &replica.stages, &prefixes)?;
@@ -37,7 +37,10 @@ pub fn load(
             state.set(index, name, &weights::flat(&parts, prefix, stage.params())?, &replica.buckets[index]);
         }
     }
-    Ok(Manifest { parts: Vec::new(), ..manifest })
+    if let Some(what) = other_data {
+        tracing::warn!("{what}; going on with other data, as was asked");
+    }
+    Ok(Manifest { parts: Vec::new(), sha256: String::new(), data: configured.data.clone(), ..manifest })
 }
 
 /// Loads the parameters alone.
@@ -60,15 +63,9 @@ fn set_parameters(parts: &Shards, replica: &mut Replica<'_>) -> Result<()> {
 /// # Errors
 /// As [`load`].
 pub fn open_parameters(folder: &Path, stages: &[Box<dyn Stage>]) -> Result<Shards> {
-    let parts = open_parts(folder, &read_manifest(folder)?, "model-")?;
+    let parts = open_parts(folder, &verify::manifest(folder)?, "model-")?;
     check_keys(folder, &parts, stages, &[])?;
     Ok(parts)
-}
-
-fn read_manifest(folder: &Path) -> Result<Manifest> {
-    let path = folder.join(MANIFEST);
-    let text = fs::read_to_string(&path).map_err(Error::storage(&path, "read"))?;
-    serde_json::from_str(&text).map_err(|error| Error::checkpoint_mismatch(&path, format!("is no manifest: {error}")))
 }
 
 /// The parts whose names begin with `kind`.

@@ -2,26 +2,34 @@
 //!
 //! Where ranks share the state, each stage is joined for the rank that writes it, so that the same bytes result.
 //!
-//! A checkpoint is valid if its manifest parses and every part has the size and hash it says. Parts hold parameters by
-//! name, not ranks, so that any world size loads what any other saved, and equal state gives equal bytes: nothing in a
-//! checkpoint tells the time, the machine or the number of ranks.
+//! A checkpoint is valid if its manifest is as it was written and every part has the size and hash it says. Parts hold
+//! parameters by name, not ranks, so that any world size loads what any other saved, and equal state gives equal bytes:
+//! nothing in a checkpoint tells the time, the machine or the number of ranks.
 //!
-//! Order of a save: parts written, synced and hashed under a temporary name; all ranks agree; manifest, synced; folder,
-//! synced; renamed; parent, synced. A crash or a power cut before the rename leaves the checkpoint before.
+//! Order of a save: state copied; parts written, hashed and synced in a hidden folder; all ranks agree; manifest, synced;
+//! folder, synced; renamed; parent, synced; only then it is said to be saved and older ones go. A crash or a power cut
+//! before the rename leaves the checkpoint before. All after the copy happens beside the steps.
 
+mod commit;
+mod disk;
 mod load;
-mod save;
+mod saver;
+mod snapshot;
+mod verify;
 
+pub use commit::clear_leftovers;
 pub use load::{load, load_parameters, open_parameters};
-pub use save::{Saved, save};
+pub use saver::Saver;
+pub use snapshot::{Saved, copied_bytes};
+pub use verify::{Unfit, verify};
 
-use std::fs::{self, File};
-use std::io;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
-use crate::data::sha256::HashingWriter;
+use crate::data::sha256::hex;
 use crate::error::{Error, Result};
 use crate::train::guard::Guard;
 
@@ -44,11 +52,13 @@ pub struct Manifest {
     /// Of the dataset, see [`Dataset::fingerprint`](crate::data::Dataset::fingerprint).
     pub data: String,
     parts: Vec<Part>,
+    /// Of this manifest's text with nothing in this place, so that a flipped bit in a number is noticed.
+    sha256: String,
 }
 
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
-struct Part {
+pub struct Part {
     file: String,
     bytes: u64,
     sha256: String,
@@ -57,20 +67,38 @@ struct Part {
 impl Manifest {
     /// Of a run that has not begun.
     pub fn new(seed: u64, global_batch_size: u64, data: String) -> Self {
-        let (format, guard) = (FORMAT.into(), Guard::default());
-        Manifest { format, version: VERSION, step: 0, samples_seen: 0, seed, global_batch_size, guard, data, parts: Vec::new() }
+        let (format, guard, parts, sha256) = (FORMAT.into(), Guard::default(), Vec::new(), String::new());
+        Manifest { format, version: VERSION, step: 0, samples_seen: 0, seed, global_batch_size, guard, data, parts, sha256 }
     }
 
-    /// Refuses to go on where the same step would see other samples or other draws.
-    fn check_same_run(&self, path: &Path, configured: &Manifest) -> Result<()> {
-        let pairs = [
-            ("seed", self.seed.to_string(), configured.seed.to_string()),
-            ("global batch", self.global_batch_size.to_string(), configured.global_batch_size.to_string()),
-            ("data fingerprint", self.data.clone(), configured.data.clone()),
+    /// As a file's text.
+    fn sealed(mut self) -> String {
+        self.sha256 = self.digest();
+        self.text()
+    }
+
+    fn digest(&self) -> String {
+        hex(Sha256::new_with_prefix(Manifest { sha256: String::new(), ..self.clone() }.text()))
+    }
+
+    fn text(&self) -> String {
+        serde_json::to_string_pretty(self).expect("a manifest is JSON") + "\n"
+    }
+
+    /// Refuses to go on where the same step would see other samples or other draws. Other data may be wanted: with
+    /// `allow_data_change` they are something to say.
+    fn check_same_run(&self, path: &Path, configured: &Manifest, allow_data_change: bool) -> Result<Option<String>> {
+        let pair =
+            |name: &str, saved: String, now: String| (saved != now).then(|| format!("{name} is {now}, the checkpoint's was {saved}"));
+        let data = pair("data fingerprint", self.data.clone(), configured.data.clone());
+        let (allowed, data) = if allow_data_change { (data, None) } else { (None, data) };
+        let differing = [
+            pair("seed", self.seed.to_string(), configured.seed.to_string()),
+            pair("global batch", self.global_batch_size.to_string(), configured.global_batch_size.to_string()),
+            data.map(|text| format!("{text} (--allow-data-change goes on with other data)")),
         ];
-        let differing = pairs.iter().filter(|(_, saved, now)| saved != now);
-        let texts: Vec<String> = differing.map(|(name, saved, now)| format!("{name} is {now}, the checkpoint's was {saved}")).collect();
-        if texts.is_empty() { Ok(()) } else { Err(Error::checkpoint_mismatch(path, texts.join("; "))) }
+        let texts: Vec<String> = differing.into_iter().flatten().collect();
+        if texts.is_empty() { Ok(allowed) } else { Err(Error::checkpoint_mismatch(path, texts.join("; "))) }
     }
 }
 
@@ -93,57 +121,24 @@ pub fn list(run: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(found)
 }
 
-/// Reads the manifest and compares every part's size and hash with it.
-///
-/// # Errors
-/// [`Error::CheckpointMismatch`] naming the first file at fault.
-pub fn verify(folder: &Path) -> Result<Manifest> {
-    let path = folder.join(MANIFEST);
-    let broken = |what: String| Error::checkpoint_mismatch(&path, what);
-    let text = fs::read_to_string(&path).map_err(|error| broken(format!("cannot be read: {error}")))?;
-    let manifest: Manifest = serde_json::from_str(&text).map_err(|error| broken(format!("is no manifest: {error}")))?;
-    if manifest.format != FORMAT || manifest.version != VERSION {
-        return Err(broken(format!(
-            "is {:?} version {}, this program reads {FORMAT:?} version {VERSION}",
-            manifest.format, manifest.version
-        )));
-    }
-    for part in &manifest.parts {
-        verify_part(folder, part)?;
-    }
-    Ok(manifest)
-}
-
-fn verify_part(folder: &Path, part: &Part) -> Result<()> {
-    let path = folder.join(&part.file);
-    let broken = |what: String| Error::checkpoint_mismatch(&path, what);
-    if Path::new(&part.file).components().count() != 1 {
-        return Err(broken("leaves the checkpoint's folder".into()));
-    }
-    let bytes = fs::metadata(&path).map_err(|error| broken(format!("cannot be read: {error}")))?.len();
-    if bytes != part.bytes {
-        return Err(broken(format!("has {bytes} bytes, the manifest says {}", part.bytes)));
-    }
-    let mut hashing = HashingWriter::new(io::sink());
-    let hashed = File::open(&path).and_then(|mut file| io::copy(&mut file, &mut hashing));
-    let (_, sha256, _) = hashed.map(|_| hashing.finish()).map_err(|error| broken(format!("cannot be read: {error}")))?;
-    if sha256 != part.sha256 {
-        return Err(broken(format!("has sha256 {sha256}, the manifest says {}", part.sha256)));
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
     use std::thread;
 
     use tch::{Device, Kind, Tensor};
 
+    use super::disk::tests::on_a_disk_that_fails_after;
+    use super::disk::{Call, Disk};
     use super::*;
-    use crate::collective::{Collective, Threads};
+    use crate::collective::{Collective, Solo, Threads};
+    use crate::config::{CheckpointSettings, OnFailure, RunConfig};
     use crate::model::{Architecture, Dit};
     use crate::optim::OptimizerChoice;
     use crate::parallel::{Replica, Sharding, ShardingGroup, Sharing};
+    use crate::pulse::Phase;
     use crate::rng::{Key, Purpose};
     use crate::train::run_folder::{Resume, RunFolder};
     use crate::train::state::OptimizerState;
@@ -179,14 +174,17 @@ mod tests {
             bucket.set(&number(stage, 0, numel));
             (0..2).for_each(|name| state.set(stage, name, &number(stage, 1 + name as u64, numel), bucket));
         }
-        let folder = RunFolder::open(output, &Resume::Never, world).expect("a fresh folder");
+        let folder = RunFolder::open(&RunConfig { output_dir: output.into(), ..RunConfig::default() }, &Resume::Never, world)
+            .expect("a fresh folder");
         let saved = Saved { manifest: &manifest(), replica: &replica, optimizer: &*optimizer(), state: &state };
-        save(&folder, &saved, world).expect("no rank fails")
+        let mut saver = Saver::new(folder.path().into(), CheckpointSettings::default());
+        saver.begin(&saved, world).and_then(|()| saver.finish(world)).expect("no rank fails");
+        folder.path().join(folder_name(7))
     }
 
     fn check_on(world: &dyn Collective, sharding: Sharding, folder: &Path) {
         let (mut replica, mut state) = empty(world, sharding);
-        let loaded = load(folder, &manifest(), &mut replica, &*optimizer(), &mut state).expect("a checkpoint");
+        let loaded = load(folder, &manifest(), false, &mut replica, &*optimizer(), &mut state).expect("a checkpoint");
         assert_eq!(loaded, manifest());
         for stage in 0..replica.stages.len() {
             let numel = replica.stages[stage].params().numel();
@@ -208,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn a_checkpoint_of_any_sharding_and_world_size_loads_into_any_other() {
+    fn d12_a_checkpoint_of_any_sharding_and_world_size_loads_into_any_other() {
         let root = tempfile::tempdir().expect("a folder");
         let mut bytes = Vec::new();
         for (ranks, sharding) in (1..=4).flat_map(|ranks| SHARDINGS.map(|sharding| (ranks, sharding))) {
@@ -227,5 +225,226 @@ mod tests {
             }
         }
         assert!(bytes.iter().all(|files| *files == bytes[0]), "equal state gives equal bytes");
+    }
+
+    /// A state of `step`, which decides all its numbers, on one rank.
+    fn with_state<T>(step: u64, act: impl FnOnce(&Saved<'_>) -> T) -> T {
+        let (mut replica, mut state) = empty(&Solo, Sharding::None);
+        fill(&mut replica, &mut state, step);
+        let manifest = Manifest { step, ..manifest() };
+        act(&Saved { manifest: &manifest, replica: &replica, optimizer: &*optimizer(), state: &state })
+    }
+
+    fn fill(replica: &mut Replica<'_>, state: &mut OptimizerState, step: u64) {
+        for (stage, bucket) in replica.buckets.iter_mut().enumerate() {
+            let numel = replica.stages[stage].params().numel();
+            bucket.set(&(number(stage, 0, numel) + step as f64));
+            (0..2).for_each(|name| state.set(stage, name, &(number(stage, 1 + name as u64, numel) + step as f64), bucket));
+        }
+    }
+
+    /// A whole save, in the order of [`Saver`], on this thread.
+    fn save_here(run: &Path, step: u64) -> Result<()> {
+        let copies = with_state(step, |saved| saved.copy(&Solo)).expect("alone");
+        commit::prepare(run, step)?;
+        let (staged, disk) = (commit::staged(run, step), Disk::new(step, Phase::Write));
+        let parts = copies.into_iter().map(|copy| copy.write(&staged, disk)).collect::<Result<_>>()?;
+        commit::commit(run, &Manifest { step, ..manifest() }, parts)
+    }
+
+    /// What a power cut leaves after these calls: nothing of a file that was not synced, no entry of a folder that was not.
+    fn cut_power(run: &Path, calls: &[(Call, PathBuf)]) {
+        let done = |call: Call, path: &Path| calls.iter().any(|(made, at)| (*made, at.as_path()) == (call, path));
+        let renamed = calls.iter().find(|(call, _)| *call == Call::Rename).map(|(_, target)| target.clone());
+        for (_, path) in calls.iter().filter(|(call, _)| *call == Call::Create) {
+            let folder = path.parent().expect("a file in a folder");
+            let now = renamed.as_deref().unwrap_or(folder).join(path.file_name().expect("a file"));
+            if !done(Call::SyncFolder, folder) {
+                fs::remove_file(now).expect("it was created");
+            } else if !done(Call::Sync, path) {
+                File::create(now).expect("an empty file");
+            }
+        }
+        if let Some(target) = renamed.filter(|_| !done(Call::SyncFolder, run)) {
+            fs::rename(target, run.join(".step-00000010.tmp")).expect("the rename is undone");
+        }
+    }
+
+    fn sound_steps(run: &Path) -> Vec<u64> {
+        let found = list(run).expect("a run folder");
+        found.into_iter().map(|(step, path)| verify(&path).map(|_| step).expect("what is listed is whole")).collect()
+    }
+
+    #[test]
+    fn d2_d4_whichever_call_of_a_save_fails_the_newest_checkpoint_is_one_that_was_committed() {
+        for calls in 0.. {
+            let mut saved = false;
+            for power_is_cut in [false, true] {
+                let root = tempfile::tempdir().expect("a folder");
+                let run = root.path();
+                save_here(run, 5).expect("a sound disk");
+                let (outcome, made) = on_a_disk_that_fails_after(calls, || save_here(run, 10));
+                if power_is_cut {
+                    cut_power(run, &made);
+                }
+                let newest = *sound_steps(run).last().expect("the one before is never touched");
+                match outcome {
+                    Ok(()) => assert_eq!(newest, 10, "what was said to be saved outlives a power cut"),
+                    Err(error) => {
+                        assert_eq!(error.exit_code(), 30);
+                        assert!(error.to_string().contains("Input/output error (os error 5)"), "{error}");
+                    }
+                }
+                clear_leftovers(run).expect("a sound disk");
+                assert_eq!(fs::read_dir(run).expect("a run folder").count(), sound_steps(run).len(), "no leftovers");
+                saved = made.len() < calls;
+            }
+            if saved {
+                assert!(calls > 10, "a save is folders, files, writes, syncs and a rename: {calls} calls");
+                return;
+            }
+        }
+    }
+
+    #[test]
+    fn whichever_call_of_a_deletion_fails_what_is_listed_is_whole() {
+        let settings = CheckpointSettings { keep_last: 1, keep_every: Some(4), ..CheckpointSettings::default() };
+        for calls in 0.. {
+            let root = tempfile::tempdir().expect("a folder");
+            let run = root.path();
+            (2..=5).for_each(|step| save_here(run, step).expect("a sound disk"));
+            let (outcome, made) = on_a_disk_that_fails_after(calls, || commit::prune(run, 5, &settings));
+            assert_eq!(sound_steps(run)[..].iter().rev().take(2).copied().collect::<Vec<_>>(), [5, 4]);
+            clear_leftovers(run).expect("a sound disk");
+            if outcome.is_ok() {
+                assert_eq!((sound_steps(run), made.len()), (vec![4, 5], 4), "a rename and a deletion for each of two");
+                return;
+            }
+        }
+    }
+
+    #[test]
+    fn d15_whoever_reads_while_checkpoints_come_and_go_finds_whole_ones() {
+        let root = tempfile::tempdir().expect("a folder");
+        let run = root.path().to_path_buf();
+        save_here(&run, 1).expect("a sound disk");
+        let over = Arc::new(AtomicBool::new(false));
+        let (of_reader, its_run) = (Arc::clone(&over), run.clone());
+        let reader = thread::spawn(move || {
+            let mut read = 0;
+            while !of_reader.load(Ordering::Relaxed) {
+                let (_, newest) = list(&its_run).expect("a run folder").pop().expect("there is always one");
+                match verify(&newest) {
+                    Ok(_) => read += 1,
+                    Err(unfit) => assert!(!newest.exists(), "{unfit:?} of a checkpoint that stands"),
+                }
+            }
+            read
+        });
+        let settings = CheckpointSettings { keep_last: 1, ..CheckpointSettings::default() };
+        for step in 2..40 {
+            save_here(&run, step).and_then(|()| commit::prune(&run, step, &settings)).expect("a sound disk");
+        }
+        over.store(true, Ordering::Relaxed);
+        assert!(reader.join().expect("no half checkpoint") > 0);
+    }
+
+    #[test]
+    fn a_copy_shares_nothing_with_what_goes_on_training() {
+        for sharding in SHARDINGS {
+            let root = tempfile::tempdir().expect("a folder");
+            let run = root.path().to_path_buf();
+            save_here(&run, 5).expect("a sound disk");
+            in_threads(2, move |world| {
+                let (mut replica, mut state) = empty(world, sharding);
+                fill(&mut replica, &mut state, 5);
+                let manifest = Manifest { step: 5, ..manifest() };
+                let copies = Saved { manifest: &manifest, replica: &replica, optimizer: &*optimizer(), state: &state }.copy(world);
+                // Training goes on before anything is written.
+                fill(&mut replica, &mut state, 6);
+                let rank = world.rank().to_string();
+                fs::create_dir(run.join(&rank)).expect("a folder");
+                for copy in copies.expect("no rank fails") {
+                    let part = copy.write(&run.join(&rank), Disk::new(5, Phase::Write)).expect("a sound disk");
+                    let [now, expected] = [run.join(&rank), run.join(folder_name(5))].map(|folder| fs::read(folder.join(&part.file)));
+                    assert!(now.expect("a part") == expected.expect("a part"), "{sharding:?} {}", part.file);
+                }
+            });
+        }
+    }
+
+    /// What two ranks get of each of two saves and of the end, where the second rank cannot write the first one.
+    fn with_a_rank_that_cannot_write(on_failure: OnFailure) -> (Vec<u64>, Vec<[String; 3]>) {
+        let root = tempfile::tempdir().expect("a folder");
+        let run = root.path().join("run");
+        fs::create_dir(&run).expect("a folder");
+        let of_rank = |world: Threads| {
+            let run = run.clone();
+            thread::spawn(move || {
+                // Another path to the same folder, which leads nowhere at first.
+                let elsewhere = run.with_file_name("elsewhere");
+                let own = if world.rank() == 1 { &elsewhere } else { &run };
+                let settings = CheckpointSettings { on_failure, asynchronous: false, ..CheckpointSettings::default() };
+                let mut saver = Saver::new(own.clone(), settings);
+                let (mut replica, mut state) = empty(&world, Sharding::Optimizer);
+                fill(&mut replica, &mut state, 5);
+                let told = |outcome: Result<()>| outcome.map_or_else(|error| error.to_string(), |()| "fine".into());
+                let mut save = |step| {
+                    let manifest = Manifest { step, ..manifest() };
+                    told(saver.begin(&Saved { manifest: &manifest, replica: &replica, optimizer: &*optimizer(), state: &state }, &world))
+                };
+                let first = save(5);
+                if world.rank() == 1 {
+                    std::os::unix::fs::symlink(&run, &elsewhere).expect("a link");
+                }
+                world.barrier().expect("both are here");
+                [first, save(10), told(saver.finish(&world))]
+            })
+        };
+        let threads: Vec<_> = Threads::world(2).into_iter().map(of_rank).collect();
+        let outcomes = threads.into_iter().map(|thread| thread.join().expect("no panic")).collect();
+        (sound_steps(&run), outcomes)
+    }
+
+    #[test]
+    fn d5_one_rank_that_cannot_write_keeps_all_from_committing_and_all_know_why() {
+        let (steps, outcomes) = with_a_rank_that_cannot_write(OnFailure::Stop);
+        assert_eq!(steps, [10], "nothing of step 5");
+        let cause = "elsewhere/.step-00000005.tmp/model-00001-of-00001.safetensors: No such file or directory (os error 2)";
+        assert!(outcomes[1][0].starts_with("cannot create ") && outcomes[1][0].ends_with(cause), "{outcomes:?}");
+        assert!(outcomes[0][0].starts_with("rank 1 failed: cannot create ") && outcomes[0][0].ends_with(cause), "{outcomes:?}");
+    }
+
+    #[test]
+    fn where_a_run_goes_on_the_next_save_tries_again() {
+        let (steps, outcomes) = with_a_rank_that_cannot_write(OnFailure::Continue);
+        assert_eq!(steps, [10]);
+        let fine = ["fine"; 3].map(String::from);
+        assert_eq!(outcomes, [fine.clone(), fine]);
+    }
+
+    #[test]
+    fn the_last_save_of_a_run_is_never_given_up_in_silence() {
+        let settings = CheckpointSettings { on_failure: OnFailure::Continue, ..CheckpointSettings::default() };
+        let root = tempfile::tempdir().expect("a folder");
+        let mut saver = Saver::new(root.path().join("missing"), settings);
+        with_state(5, |saved| saver.begin(saved, &Solo)).expect("the run goes on");
+        assert_eq!(saver.finish(&Solo).expect_err("but it does not end well").exit_code(), 30);
+    }
+
+    #[test]
+    fn one_save_is_in_flight_at_a_time_and_moves_on_with_the_steps() {
+        let root = tempfile::tempdir().expect("a folder");
+        let run = root.path();
+        let mut saver = Saver::new(run.into(), CheckpointSettings { keep_last: 1, ..CheckpointSettings::default() });
+        assert_eq!(saver.advance(&[0], &Solo).expect("alone"), None);
+        for step in [5, 6] {
+            with_state(step, |saved| saver.begin(saved, &Solo)).expect("a sound disk");
+            assert_eq!(sound_steps(run), if step == 5 { vec![] } else { vec![5] }, "an earlier save comes to its end first");
+        }
+        assert_eq!(saver.advance(&[1, 0], &Solo).expect("alone"), None, "another rank is not done");
+        let committed = std::iter::repeat_with(|| saver.advance(&[saver.progress()], &Solo).expect("a sound disk")).find_map(|path| path);
+        assert_eq!(committed, Some(run.join(folder_name(6))));
+        assert_eq!((sound_steps(run), saver.progress()), (vec![6], 0));
     }
 }

@@ -1,0 +1,196 @@
+//! The calls by which a checkpoint reaches the disk, all in one place: each may fail, and each failure is told in the system's
+//! own words. Faults that were ordered strike here.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::Path;
+
+use rustix::fs::{FallocateFlags, fallocate, statvfs};
+use rustix::io::Errno;
+
+use crate::error::{Error, Result};
+use crate::fault;
+use crate::pulse::Phase;
+
+/// What is done to the disk.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Call {
+    CreateFolder,
+    Create,
+    Write,
+    Sync,
+    SyncFolder,
+    Rename,
+    Delete,
+}
+
+/// The disk, for the work of one phase on the checkpoint of one step.
+#[derive(Clone, Copy, Debug)]
+pub struct Disk {
+    step: u64,
+    phase: Phase,
+}
+
+impl Disk {
+    pub fn new(step: u64, phase: Phase) -> Self {
+        Disk { step, phase }
+    }
+
+    pub fn create_folder(self, path: &Path) -> Result<()> {
+        self.before(Call::CreateFolder, path).and_then(|()| fs::create_dir(path)).map_err(Error::storage(path, "create"))
+    }
+
+    /// A new file with room for `bytes`, asked for before the first byte is written.
+    pub fn create(self, path: &Path, bytes: u64) -> Result<Output<'_>> {
+        let created = self.before(Call::Create, path).and_then(|()| File::create_new(path)).map_err(Error::storage(path, "create"))?;
+        reserve(&created, bytes).map_err(|error| storage(path, "reserve room for", bytes, error))?;
+        Ok(Output { disk: self, file: created, path, bytes })
+    }
+
+    pub fn sync_folder(self, path: &Path) -> Result<()> {
+        let synced = self.before(Call::SyncFolder, path).and_then(|()| File::open(path)).and_then(|folder| folder.sync_all());
+        synced.map_err(Error::storage(path, "sync"))
+    }
+
+    pub fn rename(self, from: &Path, to: &Path) -> Result<()> {
+        self.before(Call::Rename, to).and_then(|()| fs::rename(from, to)).map_err(Error::storage(to, "rename to"))
+    }
+
+    /// A folder with all that it holds.
+    pub fn delete(self, path: &Path) -> Result<()> {
+        self.before(Call::Delete, path).and_then(|()| fs::remove_dir_all(path)).map_err(Error::storage(path, "delete"))
+    }
+
+    fn before(self, call: Call, path: &Path) -> io::Result<()> {
+        #[cfg(test)]
+        tests::note(call, path)?;
+        let phase = match (call, self.phase) {
+            (Call::Sync, Phase::Write) => Phase::Sync,
+            (_, phase) => phase,
+        };
+        // A process that dies leaves more to clean up once something is there.
+        if !matches!(call, Call::CreateFolder | Call::Create) {
+            fault::strike_at(phase, self.step);
+        }
+        tracing::trace!("{call:?} {}", path.display());
+        fault::io(phase, self.step)
+    }
+}
+
+/// A file being written. Every write and the sync at its end may fail as the disk does; a short write is gone on with by the
+/// caller's `write_all`.
+pub struct Output<'p> {
+    disk: Disk,
+    file: File,
+    path: &'p Path,
+    bytes: u64,
+}
+
+impl Output<'_> {
+    /// Brings all that was written to the disk. Closing the file has nothing left to report then.
+    pub fn sync(self) -> Result<()> {
+        let synced = self.disk.before(Call::Sync, self.path).and_then(|()| self.file.sync_all());
+        synced.map_err(|error| storage(self.path, "sync", self.bytes, error))
+    }
+}
+
+impl Write for Output<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.disk.before(Call::Write, self.path)?;
+        self.file.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+/// Asks for the room itself and leaves the length alone, so that a file which was cut short looks cut short.
+fn reserve(file: &File, bytes: u64) -> io::Result<()> {
+    loop {
+        return match fallocate(file, FallocateFlags::KEEP_SIZE, 0, bytes.max(1)) {
+            Err(Errno::INTR) => continue,
+            // A file system that cannot promise room says so when it has none.
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+            other => other.map_err(io::Error::from),
+        };
+    }
+}
+
+/// What the system said, with what was needed and what is there where room is what is missing.
+pub fn storage(path: &Path, operation: &'static str, needed: u64, error: io::Error) -> Error {
+    let full = matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge);
+    let told = match free_bytes(path) {
+        Some(free) if full => io::Error::new(error.kind(), format!("{error}; it needs {needed} bytes, the disk has {free} free")),
+        _ => error,
+    };
+    Error::storage(path, operation)(told)
+}
+
+fn free_bytes(path: &Path) -> Option<u64> {
+    let found = statvfs(path.parent()?).ok()?;
+    Some(found.f_bavail * found.f_frsize)
+}
+
+#[cfg(test)]
+pub mod tests {
+    use std::cell::RefCell;
+    use std::path::PathBuf;
+
+    use super::*;
+
+    /// What this thread did to the disk, and after how many calls the disk fails for good.
+    #[derive(Default)]
+    struct Journal {
+        calls: Vec<(Call, PathBuf)>,
+        fails_after: usize,
+    }
+
+    thread_local!(static JOURNAL: RefCell<Option<Journal>> = const { RefCell::new(None) });
+
+    pub fn note(call: Call, path: &Path) -> io::Result<()> {
+        JOURNAL.with_borrow_mut(|journal| {
+            let Some(journal) = journal else { return Ok(()) };
+            if journal.calls.len() == journal.fails_after {
+                return Err(Errno::IO.into());
+            }
+            journal.calls.push((call, path.into()));
+            Ok(())
+        })
+    }
+
+    /// Acts with a disk that takes so many calls and no more. Returns what it took.
+    pub fn on_a_disk_that_fails_after<T>(calls: usize, act: impl FnOnce() -> T) -> (T, Vec<(Call, PathBuf)>) {
+        JOURNAL.set(Some(Journal { calls: Vec::new(), fails_after: calls }));
+        let outcome = act();
+        let journal = JOURNAL.take().expect("it was set above");
+        (outcome, journal.calls)
+    }
+
+    #[test]
+    fn a_disk_without_room_is_told_with_numbers() {
+        let text = storage(Path::new("/tmp/part"), "write", 4096, Errno::NOSPC.into()).to_string();
+        assert!(
+            text.starts_with("cannot write /tmp/part: No space left on device (os error 28); it needs 4096 bytes, the disk has "),
+            "{text}"
+        );
+        assert!(
+            storage(Path::new("/tmp/part"), "write", 1, Errno::DQUOT.into())
+                .to_string()
+                .contains("quota exceeded (os error 122); it needs")
+        );
+        let text = storage(Path::new("/tmp/part"), "sync", 1, Errno::IO.into()).to_string();
+        assert_eq!(text, "cannot sync /tmp/part: Input/output error (os error 5)");
+    }
+
+    #[test]
+    fn room_is_asked_for_without_changing_the_length() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("part");
+        let output = Disk::new(1, Phase::Write).create(&path, 1 << 16).expect("room");
+        assert_eq!(output.file.metadata().expect("a file").len(), 0);
+        // More than any disk has.
+        let error = Disk::new(1, Phase::Write).create(&folder.path().join("giant"), 1 << 60).map(drop).expect_err("no room");
+        assert_eq!(error.exit_code(), 30);
+    }
+}

@@ -1,0 +1,182 @@
+//! What a checkpoint holds, as it was at one moment: joined stage by stage, kept in host memory by the rank that writes it.
+//!
+//! Files hold consecutive stages; which ones depends on the model alone. Ranks take the files in turn, the optimizer's before
+//! the model's, so that the first rank never keeps less than another.
+
+use std::collections::BTreeMap;
+use std::io::{BufWriter, IntoInnerError};
+use std::ops::Range;
+use std::path::Path;
+
+use tch::{Device, Kind, Tensor, no_grad};
+
+use super::disk::{Disk, storage};
+use super::{Manifest, Part};
+use crate::collective::Collective;
+use crate::data::safetensors::{Planned, Writer};
+use crate::data::sha256::HashingWriter;
+use crate::error::Result;
+use crate::optim::Optimizer;
+use crate::parallel::Replica;
+use crate::train::state::OptimizerState;
+
+/// Parameters of about this many bytes go into one part, so that ranks can write side by side.
+const PART_BYTES: u64 = 1 << 30;
+/// Everything is saved in f32.
+const ELEMENT_BYTES: u64 = 4;
+
+/// What a checkpoint is made of.
+pub struct Saved<'r> {
+    pub manifest: &'r Manifest,
+    pub replica: &'r Replica<'r>,
+    pub optimizer: &'r dyn Optimizer,
+    pub state: &'r OptimizerState,
+}
+
+#[derive(Clone, Copy)]
+enum Content {
+    Optimizer,
+    Model,
+}
+
+impl Content {
+    /// `model-00001-of-00002.safetensors`.
+    fn file_name(self, index: usize, count: usize) -> String {
+        let word = match self {
+            Content::Optimizer => "optimizer",
+            Content::Model => "model",
+        };
+        format!("{word}-{:05}-of-{count:05}.safetensors", index + 1)
+    }
+
+    /// The rank that keeps and writes the file.
+    fn writer(self, index: usize, world_size: usize) -> usize {
+        (2 * index + self as usize) % world_size
+    }
+}
+
+/// A file of a checkpoint before it is written.
+pub struct PartCopy {
+    name: String,
+    /// Names and shapes of its tensors.
+    planned: Vec<(String, Vec<i64>)>,
+    /// Flat pieces that are these tensors' bytes in order, f32 on the CPU, shared with nobody.
+    flats: Vec<Tensor>,
+}
+
+impl Saved<'_> {
+    /// The files that this rank writes.
+    ///
+    /// # Ordering
+    /// Every rank calls it: each stage is joined for the rank that keeps it.
+    pub fn copy(&self, collective: &dyn Collective) -> Result<Vec<PartCopy>> {
+        let sizes: Vec<u64> = self.replica.stages.iter().map(|stage| stage.params().numel() as u64).collect();
+        let names = self.optimizer.state_names();
+        let prefixes: Vec<String> = names.iter().map(|name| format!("{name}.")).collect();
+        let ranges = part_ranges(&sizes);
+        let mut copies = Vec::new();
+        for (index, range) in ranges.iter().enumerate() {
+            let begin = |content: Content, prefixes: &[String]| {
+                let mine = content.writer(index, collective.world_size()) == collective.rank();
+                let (name, planned) = (content.file_name(index, ranges.len()), self.planned(range, prefixes));
+                mine.then(|| PartCopy { name, planned, flats: Vec::new() })
+            };
+            let (mut moments, mut model) = (begin(Content::Optimizer, &prefixes), begin(Content::Model, &[String::new()]));
+            for stage in range.clone() {
+                keep(&mut model, &self.replica.parameters(stage)?);
+                for name in 0..names.len() {
+                    keep(&mut moments, &self.state.whole(stage, name, self.replica)?);
+                }
+            }
+            copies.extend([model, moments].into_iter().flatten());
+        }
+        Ok(copies)
+    }
+
+    /// Names and shapes of a part's tensors: stage by stage, prefix by prefix.
+    fn planned(&self, range: &Range<usize>, prefixes: &[String]) -> Vec<(String, Vec<i64>)> {
+        let named = |stage: usize, prefix: &String| {
+            let infos = self.replica.stages[stage].params().infos();
+            infos.iter().map(|info| (format!("{prefix}{}", info.name), info.shape.clone())).collect::<Vec<_>>()
+        };
+        range.clone().flat_map(|stage| prefixes.iter().flat_map(move |prefix| named(stage, prefix))).collect()
+    }
+}
+
+/// Copies a stage's tensor `[P]`, in any case: what is joined may be the very storage that the optimizer updates.
+fn keep(part: &mut Option<PartCopy>, flat: &Tensor) {
+    if let Some(part) = part {
+        let mut copy = Tensor::empty(flat.size(), (Kind::Float, Device::Cpu));
+        no_grad(|| copy.copy_(flat));
+        part.flats.push(copy);
+    }
+}
+
+impl PartCopy {
+    /// Writes the part and brings it to the disk; the memory goes as the file grows.
+    ///
+    /// # Errors
+    /// [`Error::Storage`](crate::error::Error::Storage).
+    pub fn write(self, folder: &Path, disk: Disk) -> Result<Part> {
+        let path = folder.join(&self.name);
+        let bytes = self.planned.iter().map(|(_, shape)| shape.iter().product::<i64>() as u64 * ELEMENT_BYTES).sum();
+        let output = disk.create(&path, bytes)?;
+        let tensors: Vec<_> = self.planned.iter().map(|(name, shape)| Planned { name, kind: Kind::Float, shape: shape.clone() }).collect();
+        let told = |error| storage(&path, "write", bytes, error);
+        let mut writer = Writer::begin(HashingWriter::new(BufWriter::new(output)), &tensors, &BTreeMap::new()).map_err(told)?;
+        for flat in self.flats {
+            writer.tensor(&flat).map_err(told)?;
+        }
+        let (buffered, sha256, bytes) = writer.finish().finish();
+        buffered.into_inner().map_err(IntoInnerError::into_error).map_err(told)?.sync()?;
+        Ok(Part { file: self.name, bytes, sha256 })
+    }
+}
+
+/// Consecutive stages that share a part, by the stages' numbers of parameters.
+fn part_ranges(sizes: &[u64]) -> Vec<Range<usize>> {
+    let mut ranges: Vec<Range<usize>> = Vec::new();
+    let mut bytes = 0;
+    for (stage, size) in sizes.iter().enumerate() {
+        bytes += ELEMENT_BYTES * size;
+        match ranges.last_mut() {
+            Some(range) if bytes <= PART_BYTES => range.end = stage + 1,
+            _ => {
+                bytes = ELEMENT_BYTES * size;
+                ranges.push(stage..stage + 1);
+            }
+        }
+    }
+    ranges
+}
+
+/// Host memory that a save takes on the rank that keeps most, by the stages' numbers of parameters.
+pub fn copied_bytes(sizes: &[u64], optimizer_tensors: u64, world_size: usize) -> u64 {
+    let mut of_rank = vec![0; world_size];
+    for (index, range) in part_ranges(sizes).into_iter().enumerate() {
+        let bytes = ELEMENT_BYTES * sizes[range].iter().sum::<u64>();
+        of_rank[Content::Optimizer.writer(index, world_size)] += optimizer_tensors * bytes;
+        of_rank[Content::Model.writer(index, world_size)] += bytes;
+    }
+    of_rank.into_iter().max().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_cut_by_size_and_a_giant_stands_alone() {
+        let giant = PART_BYTES / ELEMENT_BYTES;
+        assert_eq!(part_ranges(&[1, 2, giant - 3, 1, giant + 5, 1]), [0..3, 3..4, 4..5, 5..6]);
+    }
+
+    #[test]
+    fn the_first_rank_keeps_most_and_everything_is_kept_once() {
+        let sizes = [PART_BYTES / ELEMENT_BYTES; 4];
+        let bytes = |world_size| copied_bytes(&sizes, 2, world_size);
+        assert_eq!([1, 2, 4, 8].map(bytes), [12, 8, 4, 2].map(|parts| parts * PART_BYTES));
+        // Optimizer 0 and model 1, then optimizer 3, then model 2.
+        assert_eq!(bytes(3), (2 + 1 + 2) * PART_BYTES);
+    }
+}

@@ -1,0 +1,308 @@
+//! One run in one folder: `run.lock` says whose it is.
+//!
+//! The file is made with O_EXCL, which holds on network file systems where advisory locks do not, and touched every few
+//! seconds for as long as the run lives, so that its age is the run's heartbeat. It goes when the run ends in good order;
+//! one whose run is gone is taken over.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, SystemTime};
+
+use rustix::fs::{Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, futimens};
+use serde::{Deserialize, Serialize};
+
+use crate::collective;
+use crate::error::{ConfigProblem, Error, Result};
+use crate::failure;
+use crate::pulse;
+
+const FILE: &str = "run.lock";
+/// Time between two touches.
+const BEAT: Duration = Duration::from_secs(5);
+/// Age at which a lock is nobody's: many beats, and more than a stalled network file system takes.
+const STALE: Duration = Duration::from_secs(120);
+
+/// A run folder that is this process's alone, until it is dropped.
+#[derive(Debug)]
+pub struct RunLock {
+    path: PathBuf,
+    holder: Holder,
+    /// Dropped to end the heart.
+    heart: Option<(Sender<()>, JoinHandle<()>)>,
+}
+
+/// Who holds a folder.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+struct Holder {
+    host: String,
+    pid: u32,
+    /// When the system says that this process began: another process may get the same number later.
+    began: Option<u64>,
+    job: Option<String>,
+    /// UTC.
+    since: String,
+}
+
+impl RunLock {
+    /// Makes `run` this process's. Also what to say where a lock was taken over.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with who holds it; [`Error::Storage`].
+    pub fn take(run: &Path) -> Result<(Self, Option<String>)> {
+        let (path, holder) = (run.join(FILE), Holder::this_process());
+        let mut said = None;
+        loop {
+            match File::create_new(&path) {
+                Ok(file) => return Ok((RunLock::hold(path, file, holder)?, said)),
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(Error::storage(&path, "create")(error)),
+            }
+            let Some(found) = Found::at(&path)? else { continue };
+            match found.why_stale(&holder) {
+                None => return Err(in_use(run, &found)),
+                Some(why) => {
+                    take_away(&path, &found)?.ok_or_else(|| in_use(run, &found))?;
+                    said = Some(format!("took {} over from {}: {why}", path.display(), found.holder_text()));
+                }
+            }
+        }
+    }
+
+    fn hold(path: PathBuf, mut file: File, holder: Holder) -> Result<Self> {
+        let text = serde_json::to_string(&holder).expect("texts and numbers are JSON") + "\n";
+        file.write_all(text.as_bytes()).map_err(Error::storage(&path, "write"))?;
+        let (stop, stopped) = channel();
+        let of_thread = path.clone();
+        let beat = move || beat(&of_thread, &file, &stopped);
+        let heart = thread::Builder::new().name("lock".into()).spawn(beat).map_err(Error::storage(&path, "start a thread for"))?;
+        Ok(RunLock { path, holder, heart: Some((stop, heart)) })
+    }
+}
+
+impl Drop for RunLock {
+    fn drop(&mut self) {
+        if let Some((stop, heart)) = self.heart.take() {
+            drop(stop);
+            // It has nothing to return, and its panic has ended the process.
+            let _ = heart.join();
+        }
+        // Another's lock is not this one's to remove.
+        if Found::at(&self.path).ok().flatten().is_some_and(|found| found.holder.as_ref() == Some(&self.holder)) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Touches the lock until the other end of the channel is gone, by the clock of the file system.
+fn beat(path: &Path, file: &File, stopped: &Receiver<()>) {
+    let time = |nanoseconds| Timespec { tv_sec: 0, tv_nsec: nanoseconds };
+    let now = Timestamps { last_access: time(UTIME_OMIT), last_modification: time(UTIME_NOW) };
+    while stopped.recv_timeout(BEAT) == Err(RecvTimeoutError::Timeout) {
+        // A disk that takes no touch takes no checkpoint either, which is where that is told.
+        let _ = futimens(file, &now);
+        if belongs_to_another(path, file) {
+            let what = format!("{} was taken over by another run while this one stood still", path.display());
+            let error = Error::config("output_dir", what);
+            failure::tell(error.exit_code(), error.name(), &error.to_string());
+            collective::abort(error.exit_code());
+        }
+    }
+}
+
+fn belongs_to_another(path: &Path, file: &File) -> bool {
+    let (there, own) = (fs::metadata(path), file.metadata());
+    matches!((there, own), (Ok(there), Ok(own)) if (there.dev(), there.ino()) != (own.dev(), own.ino()))
+}
+
+/// A lock that stands in the way.
+struct Found {
+    text: String,
+    /// None while it is being written.
+    holder: Option<Holder>,
+    /// Since the last touch, by the clock of the file system.
+    age: Duration,
+}
+
+impl Found {
+    /// None if it is gone by now.
+    fn at(path: &Path) -> Result<Option<Self>> {
+        let there = |result: io::Result<_>| match result {
+            Ok(found) => Ok(Some(found)),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::storage(path, "read")(error)),
+        };
+        let read = fs::read_to_string(path).and_then(|text| Ok((text, fs::metadata(path)?.modified()?)));
+        let Some((text, touched)) = there(read)? else { return Ok(None) };
+        let age = now_at(path)?.duration_since(touched).unwrap_or_default();
+        Ok(Some(Found { holder: serde_json::from_str(&text).ok(), text, age }))
+    }
+
+    /// Why nobody holds it any more.
+    fn why_stale(&self, own: &Holder) -> Option<String> {
+        let old = (self.age > STALE).then(|| format!("not touched for {} s", self.age.as_secs()));
+        let Some(holder) = &self.holder else { return old };
+        if holder.host == own.host {
+            // Here it can be looked up; a process that lives holds the lock however old that is.
+            return (!holder.lives()).then(|| format!("process {} is gone", holder.pid));
+        }
+        let same_job = holder.job.is_some() && holder.job == own.job;
+        if same_job { Some("the job is this one's own, started again".into()) } else { old }
+    }
+
+    fn holder_text(&self) -> String {
+        let Some(Holder { host, pid, job, since, .. }) = &self.holder else { return "a run that is just starting".into() };
+        let job = job.as_ref().map_or_else(|| "a run".into(), |job| format!("job {job}"));
+        format!("{job} on host {host} since {since} (pid {pid})")
+    }
+}
+
+/// The time by the clock that sets the times of files in the lock's folder.
+fn now_at(path: &Path) -> Result<SystemTime> {
+    let probe = path.with_file_name(format!(".{FILE}.{}.{}", pulse::host(), std::process::id()));
+    let written = File::create(&probe).and_then(|mut file| file.write_all(b"\n").and_then(|()| file.metadata()?.modified()));
+    // Whoever else asks in this process may have removed it first.
+    let _ = fs::remove_file(&probe);
+    written.map_err(Error::storage(&probe, "write"))
+}
+
+/// Removes a stale lock; None if by now another stands in its place, which is left there.
+fn take_away(path: &Path, stale: &Found) -> Result<Option<()>> {
+    let aside = path.with_file_name(format!(".{FILE}.stale.{}.{}", pulse::host(), std::process::id()));
+    match fs::rename(path, &aside) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Some(())),
+        other => other.map_err(Error::storage(path, "set aside"))?,
+    }
+    let taken = fs::read_to_string(&aside).map_err(Error::storage(&aside, "read"))?;
+    if taken == stale.text {
+        fs::remove_file(&aside).map_err(Error::storage(&aside, "delete"))?;
+        return Ok(Some(()));
+    }
+    fs::rename(&aside, path).map_err(Error::storage(path, "put back"))?;
+    Ok(None)
+}
+
+fn in_use(run: &Path, found: &Found) -> Error {
+    let what = format!("run folder in use by {}", found.holder_text());
+    let problem = ConfigProblem { key: "output_dir".into(), place: String::new(), what };
+    Error::Config { source_name: run.display().to_string(), problems: vec![problem] }
+}
+
+impl Holder {
+    fn this_process() -> Self {
+        let pid = std::process::id();
+        let since = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
+        Holder { host: pulse::host(), pid, began: began(pid), job: collective::job(), since }
+    }
+
+    /// Whether the process is there, for a holder of this host.
+    fn lives(&self) -> bool {
+        match (began(std::process::id()), began(self.pid)) {
+            (Some(_), there) => there.is_some() && there == self.began,
+            // A system that does not say; the age has to.
+            (None, _) => true,
+        }
+    }
+}
+
+/// When a process began, in ticks since the machine did; None if there is none or it only waits to be buried.
+fn began(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name before may hold anything, a parenthesis too.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    let state = fields.next()?;
+    // The state is the third field, the time the 22nd.
+    if matches!(state, "Z" | "X") { None } else { fields.nth(18)?.parse().ok() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(holder: Holder, age_seconds: u64) -> Found {
+        Found { text: String::new(), holder: Some(holder), age: Duration::from_secs(age_seconds) }
+    }
+
+    fn elsewhere() -> Holder {
+        Holder { host: "n12".into(), pid: 7, began: Some(1), job: Some("41".into()), since: "2026-01-02T03:04:05Z".into() }
+    }
+
+    #[test]
+    fn a_second_run_on_a_folder_is_told_who_has_it() {
+        let run = tempfile::tempdir().unwrap();
+        let (held, said) = RunLock::take(run.path()).unwrap();
+        assert_eq!(said, None);
+        let error = RunLock::take(run.path()).unwrap_err();
+        assert_eq!(error.exit_code(), 50);
+        let expected = format!("run folder in use by a run on host {} since ", pulse::host());
+        assert!(error.to_string().contains(&expected) && error.to_string().ends_with(&format!("(pid {})", std::process::id())), "{error}");
+        drop(held);
+        assert_eq!(fs::read_dir(run.path()).unwrap().count(), 0, "released without a trace");
+        RunLock::take(run.path()).unwrap();
+    }
+
+    #[test]
+    fn a_lock_of_a_process_that_is_gone_is_taken_over_at_once() {
+        let run = tempfile::tempdir().unwrap();
+        // This process's number, but of a process that began at another time.
+        let gone = Holder { began: Some(1), ..Holder::this_process() };
+        fs::write(run.path().join(FILE), serde_json::to_string(&gone).unwrap()).unwrap();
+        let (_held, said) = RunLock::take(run.path()).unwrap();
+        assert!(said.unwrap().ends_with(&format!("process {} is gone", std::process::id())));
+    }
+
+    #[test]
+    fn a_lock_of_another_host_holds_until_nobody_has_touched_it_for_long() {
+        let own = Holder::this_process();
+        assert_eq!(found(elsewhere(), 119).why_stale(&own), None);
+        assert_eq!(found(elsewhere(), 121).why_stale(&own).unwrap(), "not touched for 121 s");
+        assert_eq!(found(elsewhere(), 0).holder_text(), "job 41 on host n12 since 2026-01-02T03:04:05Z (pid 7)");
+    }
+
+    #[test]
+    fn a_job_that_starts_again_elsewhere_takes_its_own_lock_over() {
+        let requeued = Holder { job: Some("41".into()), ..Holder::this_process() };
+        assert!(found(elsewhere(), 0).why_stale(&requeued).is_some());
+        assert_eq!(found(Holder { job: None, ..elsewhere() }, 0).why_stale(&Holder { job: None, ..requeued }), None, "no job is no job");
+    }
+
+    #[test]
+    fn a_process_that_lives_holds_its_lock_however_old() {
+        let own = Holder::this_process();
+        assert_eq!(found(own.clone(), 100_000).why_stale(&own), None);
+    }
+
+    #[test]
+    fn a_lock_that_is_just_being_written_is_in_use() {
+        let run = tempfile::tempdir().unwrap();
+        fs::write(run.path().join(FILE), "").unwrap();
+        let error = RunLock::take(run.path()).unwrap_err();
+        assert!(error.to_string().ends_with("run folder in use by a run that is just starting"), "{error}");
+    }
+
+    #[test]
+    fn a_stale_lock_that_another_took_first_is_left_to_it() {
+        let run = tempfile::tempdir().unwrap();
+        let path = run.path().join(FILE);
+        fs::write(&path, "another's, quicker").unwrap();
+        let stale = Found { text: "of the dead".into(), holder: None, age: STALE };
+        assert_eq!(take_away(&path, &stale).unwrap(), None);
+        assert_eq!(fs::read_to_string(&path).unwrap(), "another's, quicker");
+    }
+
+    #[test]
+    fn d18_age_is_told_by_the_file_system() {
+        let run = tempfile::tempdir().unwrap();
+        let path = run.path().join(FILE);
+        fs::write(&path, "").unwrap();
+        let hour = Duration::from_secs(3600);
+        File::options().append(true).open(&path).unwrap().set_modified(SystemTime::now() - hour).unwrap();
+        let age = Found::at(&path).unwrap().unwrap().age;
+        assert!(age > hour / 2 && age < 2 * hour, "{age:?}");
+        let (_held, said) = RunLock::take(run.path()).unwrap();
+        assert!(said.unwrap().contains("from a run that is just starting: not touched for 3"));
+    }
+}

@@ -1,0 +1,183 @@
+//! How a run comes together: data, model, optimizer, and the checkpoint that it goes on from.
+
+use std::sync::Arc;
+
+use tch::Device;
+
+use super::TrainOptions;
+use super::agreement::agree;
+use super::checkpoint::{self, Manifest, Saver};
+use super::divergence;
+use super::run_folder::RunFolder;
+use super::spoil;
+use super::state::OptimizerState;
+use super::stragglers::Stragglers;
+use super::trainer::Trainer;
+use super::weights;
+use crate::collective::Collective;
+use crate::config::RunConfig;
+use crate::data::{Dataset, Order, Share};
+use crate::error::Result;
+use crate::flow::FlowMatchingPipeline;
+use crate::model::SampleShapes;
+use crate::parallel::{Replica, Sharding, Sharing};
+use crate::pulse::Phase;
+use crate::rng::{Key, Purpose};
+use crate::settings::Choice;
+use crate::telemetry::Telemetry;
+
+impl<'c> Trainer<'c> {
+    /// At the first step, or behind the checkpoint that the run folder goes on from.
+    ///
+    /// # Errors
+    /// Whatever the data, the model, the checkpoint or a collective returns.
+    ///
+    /// # Ordering
+    /// Every rank calls it.
+    pub fn new(
+        config: &'c RunConfig,
+        options: &TrainOptions,
+        collective: &'c dyn Collective,
+        device: Device,
+        telemetry: &Telemetry,
+        folder: RunFolder,
+    ) -> Result<Self> {
+        let share = share_of(config, collective)?;
+        let global_batch = share.global_batch();
+        let dataset = Arc::new(Dataset::named(&config.data.path)?.on_bad(config.data.on_bad));
+        check_data(config, &dataset)?;
+        let order = Order::new(dataset.groups(), global_batch, config.seed)?;
+        tch::set_num_threads(config.parallel.num_threads);
+        let parallel = &config.parallel;
+        let sharing = Sharing::new(collective, parallel.sharding, parallel.sharding_group, parallel.grains(share.micro_batches))?;
+        let mut replica = match folder.resumed_from() {
+            Some(_) => empty_replica(config, device, sharing)?,
+            None => fresh_replica(config, device, sharing, collective)?,
+        };
+        if let (None, Some(weights)) = (folder.resumed_from(), config.model.pretrained()) {
+            tracing::info!("weights from {}", weights.display());
+        }
+        let mut optimizer_state = OptimizerState::fresh(&replica, &*config.optimizer, home(config, device));
+        let mut manifest = Manifest::new(config.seed, global_batch as u64, dataset.fingerprint());
+        if let Some(path) = folder.resumed_from() {
+            let allowed = options.allow_data_change;
+            let loaded = checkpoint::load(path, &manifest, allowed, &mut replica, &*config.optimizer, &mut optimizer_state);
+            let outcome = loaded.map(|loaded| manifest = loaded);
+            agree(outcome.map(|()| String::new()), collective)?;
+            folder.note_start(manifest.step, config.max_steps, collective)?;
+            tracing::info!("resumed from {} at step {}", path.display(), manifest.step);
+        }
+        spoil::parameters(Phase::Open, &mut replica);
+        divergence::check(&replica)?;
+        folder.keep_config(config, collective)?;
+        let metrics = telemetry.metrics_after(manifest.step)?;
+        let pipeline = build_pipeline(config, device);
+        let saver = Saver::new(folder.path().into(), config.checkpoint.clone());
+        let trainer = Trainer {
+            config,
+            collective,
+            debug: options.debug,
+            folder,
+            dataset,
+            order,
+            pipeline,
+            device,
+            replica,
+            optimizer_state,
+            manifest,
+            metrics,
+            share,
+            stragglers: Stragglers::default(),
+            saver,
+        };
+        trainer.announce(global_batch);
+        Ok(trainer)
+    }
+
+    fn announce(&self, global_batch: usize) {
+        let (parameters, stages) = (self.replica.num_parameters(), self.replica.stages.len());
+        tracing::info!("model {parameters} parameters in {stages} stages, {:?}", self.config.model.dtype);
+        tracing::info!(
+            "data {}: {} samples, resolution groups: {}, {} steps an epoch",
+            self.dataset.manifest().name,
+            self.dataset.num_samples(),
+            self.dataset.groups().len(),
+            self.order.batches_per_epoch(),
+        );
+        tracing::info!(
+            "global batch {global_batch} = {} samples x {} ranks x {} micro-batches; {} threads a rank",
+            self.config.data.micro_batch_size_per_gpu,
+            self.share.world_size,
+            self.share.micro_batches,
+            self.config.parallel.num_threads,
+        );
+        self.announce_sharing();
+    }
+
+    fn announce_sharing(&self) {
+        let (parallel, cut) = (&self.config.parallel, self.replica.sharing.cut());
+        if parallel.sharding != Sharding::None {
+            let (word, shards, copies) = (parallel.sharding.word(), cut.num_shards, cut.num_replicas);
+            match shards {
+                1 => tracing::warn!("sharding = \"{word}\" has no effect: no other rank to share with"),
+                _ => tracing::info!("sharding {word}: {shards} shards, {copies} of each"),
+            }
+        }
+        if parallel.deterministic {
+            tracing::info!("deterministic: one order of sums for any number of ranks");
+        }
+    }
+}
+
+/// Refuses a dataset of which the model cannot take some resolution group.
+pub fn check_data(config: &RunConfig, dataset: &Dataset) -> Result<()> {
+    dataset.groups().iter().try_for_each(|group| {
+        let latents = dataset.latent_shape(&group.name).expect("a group has latents");
+        let of = group.layout.iter().map(|(key, (_, shape))| (key.clone(), shape.clone())).collect();
+        config.model.family.check_data(&SampleShapes { latents, of })
+    })
+}
+
+/// This rank's part of the global batch.
+fn share_of(config: &RunConfig, collective: &dyn Collective) -> Result<Share> {
+    Ok(Share {
+        rank: collective.rank(),
+        world_size: collective.world_size(),
+        micro_batches: config.micro_batches(collective.world_size())?,
+        micro_batch_size: config.data.micro_batch_size_per_gpu,
+        neighbours: config.parallel.neighbours_to_one_rank(),
+    })
+}
+
+/// Where the optimizer's state lies between steps.
+fn home(config: &RunConfig, device: Device) -> Device {
+    if config.parallel.offload.optimizer() { Device::Cpu } else { device }
+}
+
+/// The configured model with all parameters zero, to be filled from a checkpoint.
+pub fn empty_replica<'c>(config: &RunConfig, device: Device, sharing: Sharing<'c>) -> Result<Replica<'c>> {
+    replica(config, device, sharing, None)
+}
+
+/// The configured model as a run begins with it: pretrained, or with parameters that follow from the seed alone.
+///
+/// # Ordering
+/// Every rank calls it.
+pub fn fresh_replica<'c>(config: &RunConfig, device: Device, sharing: Sharing<'c>, collective: &dyn Collective) -> Result<Replica<'c>> {
+    if let Some(folder) = config.model.pretrained() {
+        let mut replica = empty_replica(config, device, sharing)?;
+        weights::load_pretrained(folder, &config.model.family, &mut replica, collective)?;
+        return Ok(replica);
+    }
+    replica(config, device, sharing, Some(Key::new(config.seed, Purpose::Initialization)))
+}
+
+fn replica<'c>(config: &RunConfig, device: Device, sharing: Sharing<'c>, key: Option<Key>) -> Result<Replica<'c>> {
+    let (stages, kind) = (config.model.family.stages()?, config.model.dtype.kind());
+    Ok(Replica::shared(stages, kind, (device, home(config, device)), key, sharing))
+}
+
+pub fn build_pipeline(config: &RunConfig, device: Device) -> FlowMatchingPipeline {
+    let flow = &config.flow_matching;
+    FlowMatchingPipeline::new(flow.flow.clone(), flow.adapter.build(), device, config.model.dtype.kind())
+}

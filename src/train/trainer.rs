@@ -1,0 +1,190 @@
+//! The loop: a step after another, and between them records, comparisons, saves and requests.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use tch::Device;
+
+use super::Ending;
+use super::agreement::known_to_all;
+use super::checkpoint::{self, Manifest, Saved, Saver};
+use super::divergence;
+use super::metrics::{self, StepMetrics};
+use super::requests::{Request, Requests};
+use super::run_folder::RunFolder;
+use super::state::OptimizerState;
+use super::step::{Stepper, Update};
+use super::stragglers::Stragglers;
+use super::tally::{self, Tally};
+use crate::collective::Collective;
+use crate::config::{CheckpointSettings, RunConfig};
+use crate::data::{Dataset, Loader, Order, Share};
+use crate::error::{Error, Result};
+use crate::flow::{FlowMatchingPipeline, report as flow_report};
+use crate::parallel::Replica;
+use crate::pulse::{self, Phase};
+use crate::telemetry::{MetricsFile, Telemetry, Throughput, peak_resident_bytes};
+
+/// Exit code of [`Error::NotFinite`], which is also that of a peer that says it.
+const NUMERIC: i32 = 41;
+/// Steps over which throughput is averaged.
+const THROUGHPUT_STEPS: usize = 20;
+
+/// A run between its first step and its last.
+pub struct Trainer<'c> {
+    pub config: &'c RunConfig,
+    pub collective: &'c dyn Collective,
+    pub debug: bool,
+    pub folder: RunFolder,
+    pub dataset: Arc<Dataset>,
+    pub order: Order,
+    pub pipeline: FlowMatchingPipeline,
+    pub device: Device,
+    pub replica: Replica<'c>,
+    pub optimizer_state: OptimizerState,
+    /// What the next checkpoint says of the run; its step is the last one done.
+    pub manifest: Manifest,
+    pub metrics: MetricsFile,
+    pub share: Share,
+    pub stragglers: Stragglers,
+    pub saver: Saver,
+}
+
+impl<'c> Trainer<'c> {
+    /// To the last step, or to where it is asked to stop.
+    pub fn run(&mut self, requests: &Requests, telemetry: &Telemetry) -> Result<Ending> {
+        let (dataset, order) = (Arc::clone(&self.dataset), self.order.clone());
+        let mut loader = Loader::start(dataset, order, self.share, self.manifest.step, self.config.data.prefetch)?;
+        let mut progress = telemetry.progress(self.config.max_steps, self.manifest.step);
+        let mut throughput = Throughput::new(THROUGHPUT_STEPS);
+        throughput.record(0.0);
+        while self.manifest.step < self.config.max_steps {
+            let began = Instant::now();
+            let update = self.step(requests, &mut loader)?;
+            self.manifest.step += 1;
+            self.manifest.samples_seen += self.manifest.global_batch_size;
+            throughput.record(self.manifest.global_batch_size as f64);
+            let line = self.record(&update, began.elapsed().as_secs_f64(), throughput.per_second(), telemetry);
+            progress.advance(self.manifest.step, &line);
+            let states: Vec<u8> = update.tallies.iter().map(|tally| tally.saving).collect();
+            self.saver.advance(&states, self.collective)?;
+            let request = tally::request(&update.tallies);
+            self.settle(request, requests)?;
+            if request == Request::Stop && self.manifest.step < self.config.max_steps {
+                self.saver.finish(self.collective)?;
+                tracing::info!("stopped after step {}, as was asked", self.manifest.step);
+                return Ok(Ending::Stopped);
+            }
+        }
+        self.saver.finish(self.collective)?;
+        Ok(Ending::Done)
+    }
+
+    fn step(&mut self, requests: &Requests, loader: &mut Loader) -> Result<Update> {
+        let step = self.manifest.step + 1;
+        pulse::begin_step(step);
+        let stepper = Stepper {
+            config: self.config,
+            collective: self.collective,
+            pipeline: &self.pipeline,
+            share: self.share,
+            check_stages: self.debug,
+            requests,
+            saving: self.saver.progress(),
+        };
+        let update = stepper.step(step, loader, &mut self.replica, &mut self.optimizer_state, &mut self.manifest.guard);
+        let update = update.map_err(|error| self.refused(error))?;
+        self.count_bad_samples(&update.tallies)?;
+        Ok(update)
+    }
+
+    /// Too many bad samples mean bad data, on every rank alike.
+    fn count_bad_samples(&mut self, tallies: &[Tally]) -> Result<()> {
+        let met = tallies.iter().map(|tally| tally.bad_samples as u64).sum();
+        let epoch = self.order.epoch_of(self.manifest.step);
+        let (count, samples) = (self.manifest.guard.bad_samples(epoch, met), self.dataset.num_samples());
+        let allowed = (self.config.data.bad_share * samples as f64).ceil() as u64;
+        if count <= allowed {
+            return Ok(());
+        }
+        let what = format!("{count} samples of epoch {epoch} are not finite; data.bad_share allows {allowed} of {samples}");
+        Err(known_to_all(Error::data(self.dataset.path(), what), 0, self.collective))
+    }
+
+    /// After a step that all ranks refused alike: lets a save that is under way come to its end, and says where the run stands.
+    fn refused(&mut self, error: Error) -> Error {
+        if error.exit_code() != NUMERIC {
+            return error;
+        }
+        if let Err(trouble) = self.saver.finish(self.collective) {
+            tracing::warn!("the save under way gave no checkpoint: {trouble}");
+        }
+        match (error, checkpoint::list(self.folder.path())) {
+            (Error::NotFinite { step, what }, Ok(list)) => {
+                let last = list.last().map_or("none was saved".into(), |(_, path)| path.display().to_string());
+                Error::NotFinite { step, what: format!("{what}; last checkpoint: {last}") }
+            }
+            (error, _) => error,
+        }
+    }
+
+    /// After a step: compares parameters and saves when it is time, or was asked for.
+    fn settle(&mut self, request: Request, requests: &Requests) -> Result<()> {
+        let saves = self.saves_now() || request != Request::Nothing;
+        if saves || self.manifest.step.is_multiple_of(self.config.watchdog.compare_every_n_steps) {
+            pulse::enter(Phase::Compare);
+            divergence::check(&self.replica)?;
+        }
+        if request != Request::Nothing {
+            requests.done();
+        }
+        if saves { self.save() } else { Ok(()) }
+    }
+
+    /// Logs what the policies ask for; returns the text beside the progress bar.
+    fn record(&mut self, update: &Update, seconds: f64, samples_per_second: Option<f64>, telemetry: &Telemetry) -> String {
+        let metrics = StepMetrics::new(
+            update,
+            metrics::Progress {
+                step: self.manifest.step,
+                epoch: self.order.epoch_of(self.manifest.step - 1),
+                samples_seen: self.manifest.samples_seen,
+                step_seconds: seconds,
+                samples_per_second,
+                peak_memory_bytes: peak_resident_bytes(),
+            },
+        );
+        self.metrics.append(&metrics);
+        let stragglers = self.stragglers.take(&update.tallies, self.config.watchdog.straggler_ratio);
+        let skipped = update.skipped.iter().map(|why| format!("step {} was skipped: {why}", self.manifest.step));
+        let bad: usize = update.tallies.iter().map(|tally| tally.bad_samples).sum();
+        let bad = (bad > 0).then(|| format!("step {}: {bad} samples are not finite and were skipped", self.manifest.step));
+        let warned = update.warning.iter().map(|what| format!("step {}: {what}", self.manifest.step));
+        if telemetry.speaks_for_the_run() {
+            skipped.chain(warned).chain(bad).chain(stragglers).for_each(|line| tracing::warn!("{line}"));
+        }
+        let flow = self.pipeline.settings();
+        let due = |interval: u64| self.manifest.step.is_multiple_of(interval);
+        if self.debug || due(flow.log_interval) {
+            for line in flow_report::detailed(metrics.facts(), &update.statistics, flow).lines() {
+                tracing::info!("{line}");
+            }
+        } else if due(flow.summary_log_interval) {
+            let line = flow_report::summary(metrics.facts(), &update.statistics);
+            tracing::info!("{line} | {}", metrics.pace());
+        }
+        format!("loss {:.4}", update.statistics.loss)
+    }
+
+    fn saves_now(&self) -> bool {
+        let CheckpointSettings { every_n_steps, .. } = self.config.checkpoint;
+        self.manifest.step.is_multiple_of(every_n_steps) || self.manifest.step == self.config.max_steps
+    }
+
+    fn save(&mut self) -> Result<()> {
+        self.metrics.sync();
+        let saved =
+            Saved { manifest: &self.manifest, replica: &self.replica, optimizer: &*self.config.optimizer, state: &self.optimizer_state };
+        self.saver.begin(&saved, self.collective)
+    }
+}
