@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use fm_dist::error::Error;
 use peak_alloc::PeakAlloc;
 
 use crate::mutation::{Dice, mutated};
@@ -31,7 +30,8 @@ pub struct Prey<'a> {
     pub words: &'a [&'a [u8]],
     /// Makes lengths and hashes fit again, so that what lies behind them is reached; most inputs are dressed.
     pub dress: &'a dyn Fn(Vec<u8>) -> Vec<u8>,
-    pub read: &'a dyn Fn(&[u8]) -> Result<(), Error>,
+    /// The error is the message that a person would read.
+    pub read: &'a dyn Fn(&[u8]) -> Result<(), String>,
 }
 
 /// What broke a reader.
@@ -116,7 +116,7 @@ fn attempt(prey: &Prey<'_>, bytes: &[u8], hunted: &mut Hunted) -> Result<Option<
     }
     match outcome {
         Ok(Ok(())) => Ok(None),
-        Ok(Err(error)) => told_well(&error.to_string()).map(|()| Some(error.to_string())),
+        Ok(Err(message)) => told_well(&message).map(|()| Some(message)),
         Err(panic) => {
             let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
             Err(format!("it panics: {}", text.unwrap_or("without words")))
