@@ -167,7 +167,8 @@ pub fn one_line(text: &str) -> String {
 /// Bytes of a message that are shown: with the place and the code it stays below the 4096 that a pipe takes in one piece.
 const MOST_BYTES: usize = 3500;
 
-fn shortened(mut text: String) -> String {
+/// As much of a text as a line of a log has room for.
+pub fn shortened(mut text: String) -> String {
     if text.len() > MOST_BYTES {
         let end = (0..=MOST_BYTES).rev().find(|end| text.is_char_boundary(*end)).unwrap_or_default();
         text.truncate(end);

@@ -26,7 +26,7 @@ use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
-use hunt::{Prey, hunt};
+use hunt::{Prey, hunt, turn};
 
 /// Seconds that all readers together are tried for.
 const SECONDS: u64 = 20;
@@ -145,6 +145,7 @@ fn read_safetensors(path: &Path) -> Result<(), Error> {
 
 #[test]
 fn safetensors_are_read_or_refused() {
+    let _turn = turn();
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("a.safetensors");
     let kinds = [Kind::Bool, Kind::Uint8, Kind::Int64, Kind::Half, Kind::BFloat16, Kind::Double];
@@ -175,6 +176,7 @@ fn read_dataset(folder: &Path) -> Result<(), Error> {
 
 #[test]
 fn a_dataset_index_is_read_or_refused() {
+    let _turn = turn();
     let folder = TempDir::new().unwrap();
     let hash = "0".repeat(64);
     for (name, bytes) in [
@@ -215,6 +217,7 @@ fn read_configuration(bytes: &[u8]) -> Result<(), String> {
 
 #[test]
 fn a_configuration_is_read_or_refused() {
+    let _turn = turn();
     let sets = "--set model.dit.width=64\n--set output_dir=runs/x\n--set log.level=\"debug\"\n--set debug.inject_fault=kill@1:3-9:data:2\n";
     let mut sound =
         vec![DEFAULT.as_bytes().to_vec(), format!("{DEFAULT}\n{sets}").into_bytes(), RunConfig::default().to_toml().into_bytes()];
@@ -317,6 +320,7 @@ fn conditions() -> [(&'static str, Tensor); 2] {
 
 #[test]
 fn a_checkpoint_manifest_is_read_or_refused() {
+    let _turn = turn();
     let root = TempDir::new().unwrap();
     let (run, checkpoint) = run(root.path());
     let (path, given) = (checkpoint.join("manifest.json"), root.path().join("given.safetensors"));
@@ -340,6 +344,7 @@ fn with_part(manifest: &[u8], name: &str, part: &[u8]) -> Vec<u8> {
 
 #[test]
 fn a_checkpoint_part_is_read_or_refused() {
+    let _turn = turn();
     let root = TempDir::new().unwrap();
     let (run, checkpoint) = run(root.path());
     let (name, given) = ("model-00001-of-00001.safetensors", root.path().join("given.safetensors"));
@@ -357,6 +362,7 @@ fn a_checkpoint_part_is_read_or_refused() {
 
 #[test]
 fn conditions_are_read_or_refused() {
+    let _turn = turn();
     let root = TempDir::new().unwrap();
     let (run, _) = run(root.path());
     let path = root.path().join("conditions.safetensors");
@@ -372,6 +378,7 @@ fn conditions_are_read_or_refused() {
 
 #[test]
 fn a_batch_is_read_or_refused() {
+    let _turn = turn();
     let root = TempDir::new().unwrap();
     let (path, dump) = (root.path().join("batch.safetensors"), root.path().join("dump.safetensors"));
     let config = RunConfig::read("fuzz", DEFAULT, &SMALL.map(String::from)).unwrap();
@@ -387,6 +394,7 @@ fn a_batch_is_read_or_refused() {
 
 #[test]
 fn a_reader_that_breaks_is_found_out() {
+    let _turn = turn();
     let bracketed = |bytes: &[u8]| bytes.contains(&b'[');
     let breaks: [(&str, &str, &dyn Fn(&[u8]) -> Result<(), String>); 5] = [
         ("panics", "it panics: a bracket", &|bytes| if bracketed(bytes) { panic!("a bracket") } else { Ok(()) }),

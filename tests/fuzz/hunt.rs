@@ -3,7 +3,7 @@
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use peak_alloc::PeakAlloc;
@@ -51,12 +51,14 @@ pub struct Hunted {
     pub most_bytes: usize,
 }
 
-/// Readers take turns, because memory is counted for the whole process.
-static TURN: Mutex<()> = Mutex::new(());
+/// Tests take turns from their first line on, because memory is counted for the whole process.
+pub fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Tries mutated inputs for so long.
 pub fn hunt(prey: &Prey<'_>, seed: u64, time: Duration) -> Result<Hunted, Finding> {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/fuzz");
     fs::create_dir_all(&folder).unwrap();
     // Written before it is tried: a stack that overflows leaves nobody to write it.
@@ -108,6 +110,11 @@ fn attempt(prey: &Prey<'_>, bytes: &[u8], hunted: &mut Hunted) -> Result<Option<
     let peak = MEMORY.peak_usage().saturating_sub(before);
     hunted.slowest = hunted.slowest.max(took);
     hunted.most_bytes = hunted.most_bytes.max(peak);
+    // Before what it costs: a backtrace costs more than any input may.
+    let outcome = outcome.map_err(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+        format!("it panics: {}", text.unwrap_or("without words"))
+    })?;
     if took > MOST_TIME || waited > PATIENCE {
         return Err(format!("it takes {took:?} of processor time and {waited:?} on the clock"));
     }
@@ -115,12 +122,8 @@ fn attempt(prey: &Prey<'_>, bytes: &[u8], hunted: &mut Hunted) -> Result<Option<
         return Err(format!("it takes {peak} bytes of memory"));
     }
     match outcome {
-        Ok(Ok(())) => Ok(None),
-        Ok(Err(message)) => told_well(&message).map(|()| Some(message)),
-        Err(panic) => {
-            let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
-            Err(format!("it panics: {}", text.unwrap_or("without words")))
-        }
+        Ok(()) => Ok(None),
+        Err(message) => told_well(&message).map(|()| Some(message)),
     }
 }
 
