@@ -123,7 +123,16 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
+        f.write_str(&shortened(one_line(&Whole(self).to_string())))
+    }
+}
+
+/// The message as long as what it quotes, which may be a hostile file's megabytes.
+struct Whole<'e>(&'e Error);
+
+impl fmt::Display for Whole<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
             Error::Config { source_name, problems } => {
                 write!(f, "{source_name}: ")?;
                 let texts: Vec<String> = problems.iter().map(ToString::to_string).collect();
@@ -155,6 +164,19 @@ pub fn one_line(text: &str) -> String {
     text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] }).collect()
 }
 
+/// Bytes of a message that are shown: with the place and the code it stays below the 4096 that a pipe takes in one piece.
+const MOST_BYTES: usize = 3500;
+
+/// As much of a text as a line of a log has room for.
+pub fn shortened(mut text: String) -> String {
+    if text.len() > MOST_BYTES {
+        let end = (0..=MOST_BYTES).rev().find(|end| text.is_char_boundary(*end)).unwrap_or_default();
+        text.truncate(end);
+        text.push('…');
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -173,5 +195,12 @@ mod tests {
     #[test]
     fn a_message_stays_on_one_line() {
         assert_eq!(one_line("a\nb\u{1b}[31m"), "a\\nb\\u{1b}[31m");
+        assert_eq!(Error::data("a\nb", "holds \u{1b}[31m").to_string(), "a\\nb: holds \\u{1b}[31m");
+    }
+
+    #[test]
+    fn a_message_that_quotes_megabytes_is_cut() {
+        let text = Error::data("a", "µ".repeat(1 << 20)).to_string();
+        assert!(text.starts_with("a: µµ") && text.ends_with("µ…") && text.len() <= MOST_BYTES + "…".len(), "{}", text.len());
     }
 }

@@ -42,6 +42,8 @@ mod runs;
 mod sampling;
 /// Flow matching does what it says, also where it goes beyond the reference.
 mod science;
+/// What SECURITY.md promises is tested.
+mod security;
 /// Who holds what changes no number.
 mod sharding;
 /// What was committed is never lost, whatever the disk does.

@@ -36,11 +36,20 @@ pub trait Choice: Copy + PartialEq + 'static {
     }
 }
 
+/// Longest configuration that is read, overrides included: the complete listing takes a fifth of it, the parser sixty times as
+/// much memory.
+const MAX_BYTES: usize = 64 << 10;
+
 /// Reads `settings` from TOML text and `--set key.path=value` overrides on top of its present values.
 ///
 /// # Errors
-/// [`Error::Config`] with every problem found: syntax, unknown key, wrong type, out of range, duplicate.
+/// [`Error::Config`] with every problem found: too long, syntax, unknown key, wrong type, out of range, duplicate.
 pub fn read<T: Settings + Default>(settings: &mut T, source_name: &str, text: &str, overrides: &[String]) -> Result<()> {
+    let bytes = text.len() + overrides.iter().map(String::len).sum::<usize>();
+    if bytes > MAX_BYTES {
+        let what = format!("is {bytes} bytes long with its overrides, longer than the {MAX_BYTES} allowed");
+        return Err(Error::Config { source_name: source_name.into(), problems: vec![keys::problem("text", "", what)] });
+    }
     let (tree, mut problems) = tree::parse(text);
     let tree = tree::with_overrides(tree, overrides, &mut problems);
     let mut reader = read::Reader::new(problems, write::paths(&mut T::default()));
@@ -145,6 +154,13 @@ mod tests {
         assert_eq!((outer.steps, outer.name.as_str(), outer.inner.rate), (4, "runs/x", 2.0));
         assert_eq!(problems("", &["steps=many"]), ["steps (--set): expected an integer, found the text \"many\""]);
         assert_eq!(problems("", &["steps"]), ["steps (--set): expected key.path=value"]);
+    }
+
+    #[test]
+    fn a_text_that_is_no_configuration_is_refused_unread() {
+        let comment = "#".repeat(MAX_BYTES);
+        assert!(problems(&comment, &["steps"])[0].ends_with("is 65541 bytes long with its overrides, longer than the 65536 allowed"));
+        assert_eq!(problems(&comment[8..], &["steps"]), ["steps (--set): expected key.path=value"]);
     }
 
     #[test]

@@ -21,6 +21,8 @@ use crate::error::{Error, Result};
 use crate::telemetry::replace_file;
 
 const CONFIG: &str = "config.toml";
+/// More than is read of any configuration.
+const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
 /// Where a run begins.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -110,7 +112,8 @@ impl RunFolder {
 /// [`Error::Storage`] if it is no run folder.
 pub fn config_of(folder: &Path) -> Result<RunConfig> {
     let path = folder.join(CONFIG);
-    let text = fs::read_to_string(&path).map_err(Error::storage(&path, "read"))?;
+    let text = checkpoint::read_whole(&path, MAX_CONFIG_BYTES).map_err(Error::storage(&path, "read"))?;
+    let text = String::from_utf8(text).map_err(|_| Error::config("text", format!("{} is not UTF-8", path.display())))?;
     RunConfig::read(&path.display().to_string(), &text, &[])
 }
 

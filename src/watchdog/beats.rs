@@ -277,3 +277,26 @@ fn read(answer: Answer) -> Roll {
         ..Roll::default()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_does_not_know_the_runs_token_or_is_no_rank_of_it_is_not_heard() {
+        let Ok((Line::Hub(mut hub), meeting)) = Line::hub(3, 7) else { panic!("no socket") };
+        let (stranger, address) = (open().expect("a socket"), SocketAddr::from((Ipv4Addr::LOCALHOST, meeting.port)));
+        let now = Pulse { step: 4, phase: Phase::Reduce, collectives: 1, age: Duration::ZERO };
+        let beat = |token, rank| send(&stranger, &Beat { token, rank, host: "h".into(), moment: Moment::own(&now) }, address);
+        beat(8, 1);
+        beat(7, 3);
+        // What is sent over the loopback comes in order, so the first two have been met when the last one has.
+        beat(7, 2);
+        let began = Instant::now();
+        while !hub.heard.contains_key(&2) {
+            assert!(began.elapsed() < Duration::from_secs(30), "nothing is heard");
+            hub.beat(&now);
+        }
+        assert_eq!(hub.heard.keys().copied().collect::<Vec<_>>(), [0, 2]);
+    }
+}

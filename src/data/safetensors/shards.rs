@@ -1,15 +1,17 @@
 //! Several files that together hold one set of tensors, each under a name of its own.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
 use tch::{Kind, Tensor};
 
 use super::SafeTensors;
+use super::source::Source;
 use crate::error::{Error, Result, one_line};
 
+/// A line a tensor: enough for a hundred thousand of them.
+const MAX_INDEX_BYTES: u64 = 16 << 20;
 /// Names that a message lists before it only counts.
 const LISTED_NAMES: usize = 20;
 
@@ -87,7 +89,12 @@ impl Shards {
 
 /// The files of an index, each once.
 fn files_of(index: &Path) -> Result<BTreeSet<String>> {
-    let text = fs::read(index).map_err(Error::storage(index, "read"))?;
+    let (source, bytes) = Source::open(index)?;
+    if bytes > MAX_INDEX_BYTES {
+        return Err(Error::data(index, format!("is longer than the {MAX_INDEX_BYTES} bytes allowed")));
+    }
+    let mut text = vec![0; bytes as usize];
+    source.read_at(&mut text, 0).map_err(Error::storage(index, "read"))?;
     let parsed: Index = serde_json::from_slice(&text).map_err(|error| Error::data(index, one_line(&error.to_string())))?;
     let files: BTreeSet<String> = parsed.weight_map.into_values().collect();
     let plain = |name: &String| matches!(Path::new(name).components().collect::<Vec<_>>()[..], [Component::Normal(_)]);
@@ -105,4 +112,24 @@ fn listed(what: &str, names: Vec<String>) -> Option<String> {
     let more = names.len().saturating_sub(LISTED_NAMES);
     let tail = if more > 0 { format!(" and {more} more") } else { String::new() };
     (!names.is_empty()).then(|| format!("{what}: {}{tail}", names[..names.len() - more].join(", ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File};
+
+    use super::*;
+
+    #[test]
+    fn an_index_names_files_beside_it_and_is_no_longer_than_any_real_one() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("model.safetensors.index.json");
+        let refusal = || Shards::of_stem(folder.path(), "model").expect_err("a hostile index").to_string();
+        for name in ["../model.safetensors", "/etc/passwd", "..", "a/b.safetensors"] {
+            fs::write(&path, serde_json::json!({"weight_map": {"w": name}}).to_string()).expect("a file");
+            assert!(refusal().ends_with("which is no file beside it"), "{}", refusal());
+        }
+        File::create(&path).and_then(|file| file.set_len(MAX_INDEX_BYTES + 1)).expect("a file");
+        assert!(refusal().ends_with("is longer than the 16777216 bytes allowed"), "{}", refusal());
+    }
 }

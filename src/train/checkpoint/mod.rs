@@ -21,7 +21,7 @@ pub use commit::clear_leftovers;
 pub use load::{load, load_parameters, open_parameters};
 pub use saver::Saver;
 pub use snapshot::{Saved, copied_bytes};
-pub use verify::{Unfit, verify};
+pub use verify::{Unfit, read_whole, verify};
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,15 +1,18 @@
 //! Whether a folder is a checkpoint, to the last bit.
 
 use std::fs::{self, File};
-use std::io::{self, ErrorKind};
-use std::path::Path;
+use std::io::{self, ErrorKind, Read};
+use std::path::{Component, Path};
 
 use serde::Deserialize;
 
 use super::{FORMAT, MANIFEST, Manifest, Part, VERSION};
 use crate::data::sha256::HashingWriter;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, one_line, shortened};
 use crate::pulse;
+
+/// Longest manifest that is read: room for ten thousand parts of a gigabyte each.
+const MAX_MANIFEST_BYTES: u64 = 4 << 20;
 
 /// Why a folder cannot be used as a checkpoint.
 #[derive(Debug)]
@@ -22,7 +25,7 @@ pub enum Unfit {
 
 impl Unfit {
     fn corrupt(file: &str, what: impl Into<String>) -> Self {
-        Unfit::Corrupt { file: file.into(), what: what.into() }
+        Unfit::Corrupt { file: shortened(one_line(file)), what: shortened(one_line(&what.into())) }
     }
 
     /// As what ends a program that needs this very checkpoint.
@@ -65,7 +68,7 @@ pub fn manifest(folder: &Path) -> Result<Manifest> {
 fn read(folder: &Path) -> Result<Manifest, Unfit> {
     let broken = |what: String| Unfit::corrupt(MANIFEST, what);
     let path = folder.join(MANIFEST);
-    let text = fs::read(&path).map_err(|error| unreadable(&path, MANIFEST, error))?;
+    let text = read_whole(&path, MAX_MANIFEST_BYTES).map_err(|error| unreadable(&path, MANIFEST, error))?;
     let said: Version = serde_json::from_slice(&text).map_err(|error| broken(format!("is no manifest: {error}")))?;
     if said.format != FORMAT || said.version != VERSION {
         let what = format!("is {:?} version {}, this program reads {FORMAT:?} version {VERSION}", said.format, said.version);
@@ -80,22 +83,78 @@ fn read(folder: &Path) -> Result<Manifest, Unfit> {
 
 fn verify_part(folder: &Path, part: &Part) -> Result<(), Unfit> {
     let (path, broken) = (folder.join(&part.file), |what: String| Unfit::corrupt(&part.file, what));
-    if Path::new(&part.file).components().count() != 1 {
+    if !matches!(Path::new(&part.file).components().collect::<Vec<_>>()[..], [Component::Normal(_)]) {
         return Err(broken("leaves the checkpoint's folder".into()));
     }
     let unreadable = |error| unreadable(&path, &part.file, error);
-    let bytes = fs::metadata(&path).map_err(unreadable)?.len();
+    let found = fs::metadata(&path).map_err(unreadable)?;
+    if !found.is_file() {
+        return Err(broken("is not a regular file".into()));
+    }
+    let bytes = found.len();
     if bytes != part.bytes {
         return Err(broken(format!("has {bytes} of {} bytes", part.bytes)));
     }
     let mut hashing = HashingWriter::new(io::sink());
-    File::open(&path).and_then(|mut file| io::copy(&mut file, &mut hashing)).map_err(unreadable)?;
+    File::open(&path).and_then(|file| io::copy(&mut file.take(bytes), &mut hashing)).map_err(unreadable)?;
     let (_, sha256, _) = hashing.finish();
     if sha256 == part.sha256 { Ok(()) } else { Err(broken("sha256 differs".into())) }
 }
 
+/// A regular file of at most so many bytes: to open a FIFO blocks, and a device may have no end.
+pub fn read_whole(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
+    let refused = |what: String| Err(io::Error::new(ErrorKind::InvalidData, what));
+    if !fs::metadata(path)?.is_file() {
+        return refused("is not a regular file".into());
+    }
+    let mut bytes = Vec::new();
+    File::open(path)?.take(max_bytes + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > max_bytes { refused(format!("is longer than the {max_bytes} bytes allowed")) } else { Ok(bytes) }
+}
+
 /// What is missing or lies on a bad sector is lost; what may not be read now may be read later.
 fn unreadable(path: &Path, file: &str, error: io::Error) -> Unfit {
-    let lost = error.kind() == ErrorKind::NotFound || error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error());
+    let lost = matches!(error.kind(), ErrorKind::NotFound | ErrorKind::InvalidData)
+        || error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error());
     if lost { Unfit::corrupt(file, format!("cannot be read: {error}")) } else { Unfit::Other(Error::storage(path, "read")(error)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+    use std::process::Command;
+
+    use super::*;
+
+    fn part(file: &str, bytes: u64) -> Part {
+        Part { file: file.into(), bytes, sha256: "0".repeat(64) }
+    }
+
+    fn refusal(folder: &Path, part: &Part) -> String {
+        verify_part(folder, part).expect_err("a hostile part").into_error(folder).to_string()
+    }
+
+    #[test]
+    fn a_part_that_is_no_file_of_the_folder_is_refused_unopened() {
+        let folder = tempfile::tempdir().expect("a folder");
+        for name in ["../a.safetensors", "..", ".", "/", "/etc/passwd", ""] {
+            assert!(refusal(folder.path(), &part(name, 4096)).ends_with("leaves the checkpoint's folder"), "{name:?}");
+        }
+        assert!(Command::new("mkfifo").arg(folder.path().join("fifo")).status().expect("mkfifo").success());
+        symlink("/dev/zero", folder.path().join("endless")).expect("a link");
+        for name in ["fifo", "endless"] {
+            assert!(refusal(folder.path(), &part(name, 0)).ends_with("is not a regular file"), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_manifest_that_is_no_file_or_too_long_is_refused_unread() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (path, refusal) = (folder.path().join(MANIFEST), || manifest(folder.path()).expect_err("no manifest").to_string());
+        symlink("/dev/zero", &path).expect("a link");
+        assert!(refusal().ends_with("cannot be read: is not a regular file"), "{}", refusal());
+        fs::remove_file(&path).expect("a link");
+        File::create(&path).and_then(|file| file.set_len(MAX_MANIFEST_BYTES + 1)).expect("a file");
+        assert!(refusal().ends_with("cannot be read: is longer than the 4194304 bytes allowed"), "{}", refusal());
+    }
 }

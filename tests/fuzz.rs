@@ -1,0 +1,422 @@
+//! Whatever stands in a file that comes from outside, reading it ends in a value or in one line: no panic, at most 64 MiB, at most a second.
+//!
+//! `FM_DIST_FUZZ_SECONDS` says how long all readers together are tried (20 without it; `launch/soak.sh` takes its time) and
+//! `FM_DIST_FUZZ_SEED` with which seed, so that what was found is found again. An input that breaks a reader is kept in
+//! target/fuzz/; one that ends the whole process lies there as `<reader>.input`.
+#![allow(clippy::unwrap_used)]
+
+#[path = "fuzz/hunt.rs"]
+mod hunt;
+#[path = "fuzz/mutation.rs"]
+mod mutation;
+
+use std::fs;
+use std::hint::black_box;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use fm_dist::collective::Solo;
+use fm_dist::config::{DEFAULT, RunConfig};
+use fm_dist::data::safetensors::{SafeTensors, write};
+use fm_dist::data::{Dataset, Order};
+use fm_dist::error::Error;
+use fm_dist::train::{SampleRequest, StepRequest, TrainOptions, dump_step, sample, train};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use tch::{Device, Kind, Tensor};
+use tempfile::TempDir;
+
+use hunt::{Prey, hunt, turn};
+
+/// Seconds that all readers together are tried for.
+const SECONDS: u64 = 20;
+const READERS: u64 = 7;
+
+/// Words of every format that is built on JSON and safetensors.
+const WORDS: &[&[u8]] = &[
+    b"__metadata__",
+    b"dtype",
+    b"shape",
+    b"data_offsets",
+    b"F32",
+    b"F16",
+    b"BF16",
+    b"F64",
+    b"I64",
+    b"U8",
+    b"BOOL",
+    b"image_latents",
+    b"video_latents",
+    b"text_embeddings",
+    b"negative.text_embeddings",
+    b"noise",
+    b"condition_latents",
+    b"text_mask",
+    b"loss_mask",
+    b"sigma",
+    b"data_type",
+    b"task_type",
+    b"image",
+    b"video",
+    b"i2v",
+    b"t2v",
+    b"format",
+    b"version",
+    b"files",
+    b"path",
+    b"samples",
+    b"group",
+    b"sha256",
+    b"conditions",
+    b"names",
+    b"empty_prompt",
+    b"parts",
+    b"file",
+    b"bytes",
+    b"step",
+    b"guard",
+    b"losses",
+    b"a.safetensors",
+    b"model-00001-of-00001.safetensors",
+    b"[]",
+    b"[1,1]",
+];
+
+fn setting(name: &str, otherwise: u64) -> u64 {
+    std::env::var(name).map_or(otherwise, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text:?} is no number")))
+}
+
+/// Tries a reader for its share of the time; panics with what was found and how to find it again.
+fn hunted(prey: &Prey<'_>) {
+    let (seed, seconds) = (setting("FM_DIST_FUZZ_SEED", 1), setting("FM_DIST_FUZZ_SECONDS", SECONDS));
+    match hunt(prey, seed, Duration::from_millis(1000 * seconds / READERS)) {
+        Ok(hunted) => println!("{} with FM_DIST_FUZZ_SEED={seed}: {hunted:?}", prey.name),
+        Err(finding) => panic!("{}: {} (kept as {}, FM_DIST_FUZZ_SEED={seed})", prey.name, finding.what, finding.input.display()),
+    }
+}
+
+/// What a person would read of an error.
+fn told<T>(outcome: Result<T, Error>) -> Result<(), String> {
+    outcome.map(drop).map_err(|error| error.to_string())
+}
+
+fn as_it_is(bytes: Vec<u8>) -> Vec<u8> {
+    bytes
+}
+
+// Safetensors.
+
+/// A file of these tensors.
+fn file(tensors: &[(&str, Tensor)], metadata: &[(&str, &str)]) -> Vec<u8> {
+    let tensors: Vec<(&str, &Tensor)> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
+    let metadata = metadata.iter().map(|(key, text)| (key.to_string(), text.to_string())).collect();
+    let mut bytes = Vec::new();
+    write(&mut bytes, &tensors, &metadata).unwrap();
+    bytes
+}
+
+/// A length that fits the header, and as many bytes of data as the header says.
+fn fitted(bytes: Vec<u8>) -> Vec<u8> {
+    let rest = bytes.get(8..).unwrap_or_default();
+    let Some(end) = rest.windows(2).position(|two| two == b"}}").map(|place| place + 2) else { return bytes };
+    let end = end + rest[end..].iter().take_while(|byte| **byte == b' ').count();
+    let (header, mut data) = (&rest[..end], rest[end..].to_vec());
+    if let Ok(Value::Object(entries)) = serde_json::from_slice(header) {
+        let ends = entries.values().filter_map(|entry| entry.get("data_offsets")?.get(1)?.as_u64());
+        data.resize(ends.max().filter(|end| *end < 1 << 20).unwrap_or(64) as usize, 0);
+    }
+    [&(header.len() as u64).to_le_bytes(), header, &data].concat()
+}
+
+fn ones(shape: &[i64]) -> Tensor {
+    Tensor::ones(shape, (Kind::Float, Device::Cpu))
+}
+
+fn read_safetensors(path: &Path) -> Result<(), Error> {
+    let file = SafeTensors::open(path)?;
+    for info in file.tensors() {
+        let whole = file.read(&info.name)?;
+        if let Some(&rows) = info.shape.first() {
+            assert!(file.read_rows(&info.name, &[0, rows as u64 - 1])?.size()[0] == 2 && whole.size() == info.shape);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn safetensors_are_read_or_refused() {
+    let _turn = turn();
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("a.safetensors");
+    let kinds = [Kind::Bool, Kind::Uint8, Kind::Int64, Kind::Half, Kind::BFloat16, Kind::Double];
+    let names = ["a", "b.weight", "c", "d", "e", "f"];
+    let many: Vec<(&str, Tensor)> = names.into_iter().zip(kinds).map(|(name, kind)| (name, ones(&[2, 3]).to_kind(kind))).collect();
+    let sound = vec![
+        file(&[("image_latents", ones(&[4, 1, 2, 2]))], &[]),
+        file(&many, &[("step", "7"), ("data_type", "image")]),
+        file(&[("scalar", Tensor::from(1.0f32)), ("text_embeddings", ones(&[2, 1, 3]))], &[("", "")]),
+    ];
+    let read = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        told(read_safetensors(&path))
+    };
+    hunted(&Prey { name: "safetensors", sound, words: WORDS, dress: &fitted, read: &read });
+}
+
+// A dataset's index.
+
+/// Everything that a run asks of a dataset before its first step.
+fn read_dataset(folder: &Path) -> Result<(), Error> {
+    let dataset = Dataset::open(folder)?;
+    let _ = (dataset.fingerprint(), dataset.verify_hashes());
+    let order = Order::new(dataset.groups(), 2, 1)?;
+    dataset.batch(&order.global_batch(0))?;
+    dataset.conditions().map(drop)
+}
+
+#[test]
+fn a_dataset_index_is_read_or_refused() {
+    let _turn = turn();
+    let folder = TempDir::new().unwrap();
+    let hash = "0".repeat(64);
+    for (name, bytes) in [
+        ("a.safetensors", file(&[("image_latents", ones(&[4, 1, 2, 2]))], &[])),
+        ("b.safetensors", file(&[("image_latents", ones(&[2, 1, 4, 4]))], &[])),
+        ("c.safetensors", file(&[("text_embeddings", ones(&[2, 1, 3]))], &[])),
+    ] {
+        fs::write(folder.path().join(name), bytes).unwrap();
+    }
+    let entry = |path: &str, samples: u64, group: &str| json!({"path": path, "samples": samples, "group": group, "sha256": hash});
+    let index = json!({
+        "format": "fm-dist dataset", "version": 1, "name": "n", "source": "s", "licence": "l", "data_type": "image",
+        "files": [entry("a.safetensors", 4, "2x2"), entry("b.safetensors", 2, "4x4")],
+        "conditions": {"path": "c.safetensors", "names": ["x", "y"], "sha256": hash},
+        "empty_prompt": {"path": "c.safetensors", "sha256": hash},
+    });
+    let read = |bytes: &[u8]| {
+        fs::write(folder.path().join("dataset.json"), bytes).unwrap();
+        told(read_dataset(folder.path()))
+    };
+    let sound = vec![index.to_string().into_bytes(), serde_json::to_vec_pretty(&index).unwrap()];
+    hunted(&Prey { name: "dataset", sound, words: WORDS, dress: &as_it_is, read: &read });
+}
+
+// The configuration.
+
+/// Lines that begin with `--set ` are overrides, the others the file. What is taken can be written and is taken again.
+fn read_configuration(bytes: &[u8]) -> Result<(), String> {
+    let text = String::from_utf8_lossy(bytes);
+    let (overrides, lines): (Vec<&str>, Vec<&str>) = text.split('\n').partition(|line| line.starts_with("--set "));
+    let overrides: Vec<String> = overrides.iter().map(|line| line["--set ".len()..].to_string()).collect();
+    let config = RunConfig::read("fuzz", &lines.join("\n"), &overrides).map_err(|error| error.to_string())?;
+    let again = RunConfig::read("listing", &config.to_toml(), &[]).unwrap_or_else(|error| panic!("its own listing is refused: {error}"));
+    assert!(again == config, "its own listing is another configuration");
+    let _ = [1, 2, 3].map(|ranks| config.micro_batches(ranks).is_ok());
+    Ok(())
+}
+
+#[test]
+fn a_configuration_is_read_or_refused() {
+    let _turn = turn();
+    let sets = "--set model.dit.width=64\n--set output_dir=runs/x\n--set log.level=\"debug\"\n--set debug.inject_fault=kill@1:3-9:data:2\n";
+    let mut sound =
+        vec![DEFAULT.as_bytes().to_vec(), format!("{DEFAULT}\n{sets}").into_bytes(), RunConfig::default().to_toml().into_bytes()];
+    for entry in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("configs")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "toml") {
+            // Weights that nobody has here.
+            let text = fs::read_to_string(path).unwrap();
+            let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with("path = ")).collect();
+            let config = RunConfig::read("configs", &lines.join("\n"), &[]);
+            sound.extend(config.is_ok().then(|| lines.join("\n").into_bytes()));
+        }
+    }
+    let words: &[&[u8]] = &[
+        b"model",
+        b"dit",
+        b"flux",
+        b"flux2",
+        b"qwen_image",
+        b"wan",
+        b"hunyuan_video15",
+        b"width",
+        b"depth",
+        b"num_heads",
+        b"seed",
+        b"max_steps",
+        b"parallel",
+        b"sharding",
+        b"recompute",
+        b"every_2",
+        b"data",
+        b"micro_batch_size_per_gpu",
+        b"train",
+        b"global_batch_size",
+        b"optimizer.adamw",
+        b"flow_matching",
+        b"adapter",
+        b"debug.inject_fault",
+        b"\"stop@1:2:data:1\"",
+        b"lr_scheduler.wsd",
+        b"log",
+        b"\n--set ",
+        b"watchdog",
+        b"1e-400",
+        b"\"model.path\" = \"/dev/zero\"",
+        b"[model]\npath = \"/tmp\"",
+    ];
+    hunted(&Prey { name: "configuration", sound, words, dress: &as_it_is, read: &read_configuration });
+}
+
+// Checkpoints.
+
+const SMALL: [&str; 7] = [
+    "max_steps=1",
+    "model.dit.width=8",
+    "model.dit.num_heads=1",
+    "model.dit.depth=1",
+    "sampling.num_steps=1",
+    "sampling.per_condition=1",
+    "log.progress=\"never\"",
+];
+
+/// A small run with one checkpoint, and where its parts are.
+fn run(root: &Path) -> (PathBuf, PathBuf) {
+    let output = format!("output_dir={}", root.join("run").display());
+    let sets: Vec<String> = SMALL.into_iter().chain([output.as_str()]).map(String::from).collect();
+    let config = RunConfig::read("fuzz", DEFAULT, &sets).unwrap();
+    let (run, _) = train(&config, &TrainOptions::default(), &Solo).unwrap();
+    let checkpoint = run.join("step-00000001");
+    (run, checkpoint)
+}
+
+/// A manifest whose own hash fits, where it has one.
+fn sealed(bytes: Vec<u8>) -> Vec<u8> {
+    let Ok(mut manifest) = serde_json::from_slice::<Value>(&bytes) else { return bytes };
+    let Some(object) = manifest.as_object_mut().filter(|object| object.contains_key("sha256")) else { return bytes };
+    let text = |object: &serde_json::Map<String, Value>| serde_json::to_string_pretty(object).unwrap() + "\n";
+    object.insert("sha256".into(), "".into());
+    let hash = hex(&Sha256::digest(text(object)));
+    object.insert("sha256".into(), hash.into());
+    text(object).into_bytes()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Samples of a run; with one step of a model this small they take milliseconds.
+fn sample_of(run: &Path, conditions: &Path) -> Result<(), Error> {
+    let (run, conditions) = (run.into(), Some(conditions.into()));
+    let (out, shape, num_steps, per_condition, seed) = (Vec::new(), None, None, None, None);
+    let (guidance_scale, true_cfg_scale, shift) = (None, None, None);
+    sample(&SampleRequest { run, out, conditions, shape, num_steps, guidance_scale, true_cfg_scale, shift, per_condition, seed })
+}
+
+/// What the digits' model is sampled from.
+fn conditions() -> [(&'static str, Tensor); 2] {
+    [("noise", ones(&[1, 1, 8, 8])), ("text_embeddings", ones(&[1, 1, 10]))]
+}
+
+#[test]
+fn a_checkpoint_manifest_is_read_or_refused() {
+    let _turn = turn();
+    let root = TempDir::new().unwrap();
+    let (run, checkpoint) = run(root.path());
+    let (path, given) = (checkpoint.join("manifest.json"), root.path().join("given.safetensors"));
+    fs::write(&given, file(&conditions(), &[])).unwrap();
+    let read = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        told(sample_of(&run, &given))
+    };
+    hunted(&Prey { name: "manifest", sound: vec![fs::read(&path).unwrap()], words: WORDS, dress: &sealed, read: &read });
+}
+
+/// The part's length and hash in a manifest that is sound otherwise: who writes a part can write a manifest.
+fn with_part(manifest: &[u8], name: &str, part: &[u8]) -> Vec<u8> {
+    let mut manifest: Value = serde_json::from_slice(manifest).unwrap();
+    for entry in manifest["parts"].as_array_mut().unwrap().iter_mut().filter(|entry| entry["file"] == name) {
+        entry["bytes"] = part.len().into();
+        entry["sha256"] = hex(&Sha256::digest(part)).into();
+    }
+    sealed(manifest.to_string().into_bytes())
+}
+
+#[test]
+fn a_checkpoint_part_is_read_or_refused() {
+    let _turn = turn();
+    let root = TempDir::new().unwrap();
+    let (run, checkpoint) = run(root.path());
+    let (name, given) = ("model-00001-of-00001.safetensors", root.path().join("given.safetensors"));
+    fs::write(&given, file(&conditions(), &[])).unwrap();
+    let manifest = fs::read(checkpoint.join("manifest.json")).unwrap();
+    let read = |bytes: &[u8]| {
+        fs::write(checkpoint.join(name), bytes).unwrap();
+        fs::write(checkpoint.join("manifest.json"), with_part(&manifest, name, bytes)).unwrap();
+        told(sample_of(&run, &given))
+    };
+    hunted(&Prey { name: "part", sound: vec![fs::read(checkpoint.join(name)).unwrap()], words: WORDS, dress: &fitted, read: &read });
+}
+
+// What one sample or one step is computed from.
+
+#[test]
+fn conditions_are_read_or_refused() {
+    let _turn = turn();
+    let root = TempDir::new().unwrap();
+    let (run, _) = run(root.path());
+    let path = root.path().join("conditions.safetensors");
+    let [noise, text] = conditions();
+    let negative = ("negative.text_embeddings", ones(&[1, 2, 10]));
+    let sound = vec![file(&conditions(), &[]), file(&[noise, text, negative], &[("data_type", "image"), ("task_type", "t2v")])];
+    let read = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        told(sample_of(&run, &path))
+    };
+    hunted(&Prey { name: "conditions", sound, words: WORDS, dress: &fitted, read: &read });
+}
+
+#[test]
+fn a_batch_is_read_or_refused() {
+    let _turn = turn();
+    let root = TempDir::new().unwrap();
+    let (path, dump) = (root.path().join("batch.safetensors"), root.path().join("dump.safetensors"));
+    let config = RunConfig::read("fuzz", DEFAULT, &SMALL.map(String::from)).unwrap();
+    let tensors = [("image_latents", ones(&[2, 1, 8, 8])), ("text_embeddings", ones(&[2, 1, 10]))];
+    let read = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        told(dump_step(&config, &StepRequest { batch: path.clone(), dump: dump.clone(), weights: None, torch_seed: None, grads: false }))
+    };
+    hunted(&Prey { name: "batch", sound: vec![file(&tensors, &[("data_type", "image")])], words: WORDS, dress: &fitted, read: &read });
+}
+
+// The hunt itself.
+
+#[test]
+fn a_reader_that_breaks_is_found_out() {
+    let _turn = turn();
+    let bracketed = |bytes: &[u8]| bytes.contains(&b'[');
+    type Read<'r> = &'r dyn Fn(&[u8]) -> Result<(), String>;
+    let breaks: [(&str, &str, Read<'_>); 5] = [
+        ("panics", "it panics: a bracket", &|bytes| if bracketed(bytes) { panic!("a bracket") } else { Ok(()) }),
+        ("takes-memory", "bytes of memory", &|bytes| {
+            drop(black_box(vec![1u8; if bracketed(bytes) { 65 << 20 } else { 1 }]));
+            Ok(())
+        }),
+        ("takes-time", "of processor time", &|bytes| {
+            let began = Instant::now();
+            while bracketed(bytes) && began.elapsed() < Duration::from_secs(3) {}
+            Ok(())
+        }),
+        ("breaks-the-line", "its message holds '\\n'", &|bytes| if bracketed(bytes) { Err("a\nb".into()) } else { Ok(()) }),
+        ("refuses-what-is-sound", "a sound input is refused", &|_| Err("not this".into())),
+    ];
+    for (name, what, read) in breaks {
+        let prey = Prey { name, sound: vec![b"sound".to_vec()], words: WORDS, dress: &as_it_is, read };
+        let find = || hunt(&prey, 3, Duration::from_secs(60)).expect_err("it breaks");
+        let (finding, again) = (find(), find());
+        assert!(finding.what.contains(what), "{finding:?}");
+        assert_eq!((finding.input.clone(), finding.seed), (again.input, 3), "the same seed finds the same");
+        fs::remove_file(finding.input).unwrap();
+    }
+}
