@@ -72,7 +72,7 @@ impl<'c> Trainer<'c> {
             self.settle(request, requests)?;
             if request == Request::Stop && self.manifest.step < self.config.max_steps {
                 self.saver.finish(self.collective)?;
-                tracing::info!("stopped after step {}, as was asked", self.manifest.step);
+                tracing::info!("stopped after step {}, as was asked; --resume latest goes on", self.manifest.step);
                 return Ok(Ending::Stopped);
             }
         }
