@@ -165,7 +165,7 @@ pub fn begin_collective() {
     moved();
 }
 
-/// A long phase goes on: says that it has not stopped.
+/// A long phase goes on, e.g. to the next stage of a model: says that it has not stopped.
 pub fn still_at_work() {
     moved();
 }

@@ -557,8 +557,8 @@ fn a7_a_launcher_whose_tasks_do_not_find_each_other_is_refused() {
         command.envs(variables.iter().copied());
         let Outcome { code, output, .. } = run(command, "collectives::rank_of_the_mpi_contract");
         assert_eq!(code, Some(52), "{variables:?}: {output}");
-        let expected = "launcher says 8 tasks, MPI says 1: wrong --mpi= plugin? try srun --mpi=pmix or mpirun";
-        assert!(output.contains(expected), "{output}");
+        assert!(output.contains("launcher says 8 tasks, "), "{output}");
+        assert!(output.contains(": wrong --mpi= plugin? try srun --mpi=pmix or mpirun"), "{output}");
     }
 }
 

@@ -163,18 +163,18 @@ fn connect_tcp(meeting: &Meeting, patience: Duration) -> Result<Box<dyn Collecti
 }
 
 fn connect_mpi(size: Option<usize>) -> Result<Box<dyn Collective>> {
-    if size.is_some_and(|tasks| tasks > 1) && placement::lacks_a_pmi(variable) {
-        return Err(Error::environment("srun gave its tasks no PMI to find one another by: try srun --mpi=pmix, mpirun, or --launch tcp"));
+    let hint = "wrong --mpi= plugin? try srun --mpi=pmix or mpirun, or --launch tcp without MPI";
+    let tasks = size.unwrap_or(1);
+    if tasks > 1 && placement::lacks_a_pmi(variable) {
+        return Err(Error::environment(format!("launcher says {tasks} tasks, and gave them no PMI to find one another by: {hint}")));
     }
     let mpi = Mpi::connect()?;
     pulse::take_place(mpi.rank(), mpi.world_size());
-    match size {
+    if tasks > 1 && mpi.world_size() == 1 {
         // Each would train alone and all would write to one run folder.
-        Some(tasks) if tasks > 1 && mpi.world_size() == 1 => Err(Error::environment(format!(
-            "launcher says {tasks} tasks, MPI says 1: wrong --mpi= plugin? try srun --mpi=pmix or mpirun, or --launch tcp without MPI"
-        ))),
-        _ => Ok(Box::new(mpi)),
+        return Err(Error::environment(format!("launcher says {tasks} tasks, MPI says 1: {hint}")));
     }
+    Ok(Box::new(mpi))
 }
 
 /// Leaves the world in good order: returns once every rank is here. Nothing may be under way.

@@ -174,6 +174,19 @@ mod tests {
     }
 
     #[test]
+    fn a7_tasks_that_no_pmi_connects_are_known_before_mpi_begins() {
+        let lacks = |variables: &[(&str, &str)]| {
+            lacks_a_pmi(|name| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| value.to_string()))
+        };
+        let task = [("SLURM_PROCID", "0"), ("SLURM_NTASKS", "2"), ("SLURM_STEP_ID", "0")];
+        assert!(lacks(&task));
+        for way in ["PMIX_RANK", "PMI_RANK", "PALS_RANKID", "OMPI_COMM_WORLD_SIZE"] {
+            assert!(!lacks(&[&task[..], &[(way, "0")]].concat()), "{way}");
+        }
+        assert!(!lacks(&task[..2]), "a batch script is no task");
+    }
+
+    #[test]
     fn a_size_that_is_no_number_is_an_error_of_the_environment() {
         let error = placed(&[("PMI_SIZE", "many")]).unwrap_err();
         assert_eq!(error.exit_code(), 52);

@@ -14,18 +14,10 @@ pub struct StateLayout {
     pub micro_batches: u64,
 }
 
-/// Bytes of weights, gradients and optimizer state that a rank holds, activations apart.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StateBytes {
-    /// Between steps, with a stage joined to be saved.
-    pub joining: u64,
-    /// At the worst moment of a step.
-    pub peak: u64,
-}
-
 impl StateLayout {
-    /// What one of `world_size` ranks holds.
-    pub fn bytes_per_rank(&self, sharding: Sharding, world_size: u64) -> StateBytes {
+    /// Bytes of weights, gradients and optimizer state that one of `world_size` ranks holds at the worst moment of a step,
+    /// activations apart.
+    pub fn bytes_per_rank(&self, sharding: Sharding, world_size: u64) -> u64 {
         let shards = if sharding == Sharding::None { 1 } else { world_size };
         // Without another rank to share with, every sharding is none.
         let sharding = if shards == 1 { Sharding::None } else { sharding };
@@ -36,9 +28,7 @@ impl StateLayout {
         // In f32 the compute copy is the master.
         let masters = if self.compute_bytes == 4 { 0 } else { 4 * owned };
         let between_steps = self.compute_bytes * weights + masters + 4 * self.optimizer_tensors * owned;
-        let passing = self.backward_bytes(sharding, all, owned, largest).max(update_bytes(owned, largest.div_ceil(shards)));
-        let joined = if shards == 1 { 0 } else { 4 * largest };
-        StateBytes { joining: between_steps + joined, peak: between_steps + passing }
+        between_steps + self.backward_bytes(sharding, all, owned, largest).max(update_bytes(owned, largest.div_ceil(shards)))
     }
 
     /// Gradients, and what is gathered, when the last stages' buckets are complete.
@@ -84,11 +74,11 @@ mod tests {
     #[test]
     fn bfloat16_with_adamw_is_eighteen_bytes_a_parameter_and_a_stage_in_passing() {
         let layout = StateLayout { stages: vec![100, 300], compute_bytes: 2, optimizer_tensors: 2, micro_batches: 1 };
-        assert_eq!(layout.bytes_per_rank(Sharding::None, 8).peak, 400 * (2 + 4 + 8 + 4) + 300 * 8);
+        assert_eq!(layout.bytes_per_rank(Sharding::None, 8), 400 * (2 + 4 + 8 + 4) + 300 * 8);
         // 13 + 38 owned of 8 ranks.
-        assert_eq!(layout.bytes_per_rank(Sharding::Optimizer, 8).peak, 400 * 2 + 51 * (4 + 8 + 4) + 300 * (4 + 4));
-        assert_eq!(layout.bytes_per_rank(Sharding::Gradients, 8).peak, 400 * 2 + 51 * (4 + 8 + 4) + 300 * (4 + 4));
-        assert_eq!(layout.bytes_per_rank(Sharding::Parameters, 8).peak, 51 * (2 + 4 + 8 + 4) + 300 * (4 + 4 + 4));
+        assert_eq!(layout.bytes_per_rank(Sharding::Optimizer, 8), 400 * 2 + 51 * (4 + 8 + 4) + 300 * (4 + 4));
+        assert_eq!(layout.bytes_per_rank(Sharding::Gradients, 8), 400 * 2 + 51 * (4 + 8 + 4) + 300 * (4 + 4));
+        assert_eq!(layout.bytes_per_rank(Sharding::Parameters, 8), 51 * (2 + 4 + 8 + 4) + 300 * (4 + 4 + 4));
     }
 
     #[test]
@@ -100,14 +90,14 @@ mod tests {
     #[test]
     fn only_gradient_sharding_saves_the_sums_of_many_micro_batches() {
         let layout = StateLayout { stages: vec![100, 300], compute_bytes: 4, optimizer_tensors: 2, micro_batches: 4 };
-        let bytes = |sharding| layout.bytes_per_rank(sharding, 8).peak;
+        let bytes = |sharding| layout.bytes_per_rank(sharding, 8);
         assert_eq!(bytes(Sharding::Optimizer) - bytes(Sharding::Gradients), 4 * (400 - 51));
     }
 
     #[test]
     fn more_sharding_never_holds_more_on_many_ranks() {
         let layout = StateLayout { stages: vec![1000; 50], compute_bytes: 2, optimizer_tensors: 2, micro_batches: 2 };
-        let bytes = SHARDINGS.map(|sharding| layout.bytes_per_rank(sharding, 64).peak);
+        let bytes = SHARDINGS.map(|sharding| layout.bytes_per_rank(sharding, 64));
         assert!(bytes.is_sorted_by(|a, b| a > b), "{bytes:?}");
     }
 }

@@ -24,7 +24,7 @@ mod tape;
 pub use accumulator::Summation;
 pub use bucket::{Bucket, Piece};
 pub use layout::Layout;
-pub use memory::{StateBytes, StateLayout};
+pub use memory::StateLayout;
 pub use reducer::Reducer;
 pub use replica::Replica;
 pub use settings::{Backend, DeviceChoice, Offload, ParallelSettings, Recompute, ReduceDtype, SeedScope, Sharding, ShardingGroup};

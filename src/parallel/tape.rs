@@ -8,6 +8,7 @@ use super::bucket::Weights;
 use super::{Recompute, Replica};
 use crate::error::{Error, Result};
 use crate::nn::{Activations, Stage};
+use crate::pulse;
 
 /// What one micro-batch's forward leaves for its backward: the boundaries, and the graphs that are kept.
 pub struct Tape<'m> {
@@ -100,6 +101,7 @@ impl<'m> Tape<'m> {
                     (weights, output)
                 }
             };
+            pulse::still_at_work();
             let (gradients, grad_input) = stage_backward(weights.trained(), &input, &output, &grad_output);
             if let Some(step) = self.check_finite {
                 check_finite(step, stage.params().stage(), "gradient", gradients.iter().map(|gradient| ("parameters", gradient)))?;
@@ -116,6 +118,7 @@ impl<'m> Tape<'m> {
 }
 
 pub(super) fn run(stage: &dyn Stage, weights: &Weights, input: &Activations) -> Activations {
+    pulse::still_at_work();
     stage.forward(&weights.views(stage.params()), input).carrying_constants_of(input)
 }
 

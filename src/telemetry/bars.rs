@@ -7,7 +7,7 @@ use plotters::backend::DrawingBackend;
 use super::axis::{Axis, showable};
 use super::canvas::{self, Canvas, Colour, Picture, pale, series_colour};
 use super::charts::Frame;
-use super::files::replace;
+use super::files::replace_file;
 use crate::error::Result;
 
 /// Share of the run at its start and at its end that is averaged.
@@ -49,7 +49,7 @@ impl Bars {
     /// [`Error::Storage`](crate::error::Error::Storage) if the file cannot be written.
     pub fn write_png(&self, path: &Path, width: u32, height: u32) -> Result<()> {
         let bytes = canvas::png(self, width, height);
-        replace(path, |out| out.write_all(&bytes))
+        replace_file(path, |out| out.write_all(&bytes))
     }
 }
 

@@ -6,7 +6,7 @@ use plotters::backend::DrawingBackend;
 
 use super::axis::{Axis, number_text, showable};
 use super::canvas::{self, AXIS, Anchor, Canvas, Colour, GREY, INK, Picture, RULE, pale, series_colour, text_width};
-use super::files::replace;
+use super::files::replace_file;
 use crate::error::Result;
 
 const TITLE_SIZE: f64 = 16.0;
@@ -43,7 +43,7 @@ impl Chart {
     /// [`Error::Storage`](crate::error::Error::Storage) if the file cannot be written.
     pub fn write_png(&self, path: &Path, width: u32, height: u32) -> Result<()> {
         let bytes = canvas::png(self, width, height);
-        replace(path, |out| out.write_all(&bytes))
+        replace_file(path, |out| out.write_all(&bytes))
     }
 
     fn shown(&self) -> Vec<Vec<(f64, f64)>> {

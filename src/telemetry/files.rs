@@ -61,11 +61,16 @@ impl FirstFailure {
     }
 }
 
-/// Puts a document at `path` in one step: written beside it, synced, renamed over it.
+/// Puts a document at `path` in one step: written beside it, synced, renamed over it. A device or a pipe, which a rename would
+/// destroy, is written to.
 ///
 /// # Errors
 /// [`Error::Storage`] if a part of that fails; what stood at `path` is then untouched.
-pub(super) fn replace(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
+pub fn replace_file(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
+    if fs::metadata(path).is_ok_and(|found| !found.is_file()) {
+        let mut out = File::options().write(true).open(path).map_err(Error::storage(path, "open"))?;
+        return write(&mut out).map_err(Error::storage(path, "write"));
+    }
     let mut name = path.file_name().unwrap_or_default().to_os_string();
     name.push(".tmp");
     let beside = path.with_file_name(name);
@@ -105,9 +110,15 @@ mod tests {
     fn a_document_that_cannot_be_finished_leaves_the_old_one() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("report.html");
-        replace(&path, |out| out.write_all(b"old")).unwrap();
-        let failed = replace(&path, |out| out.write_all(b"new").and(Err(io::Error::other("power cut"))));
+        replace_file(&path, |out| out.write_all(b"old")).unwrap();
+        let failed = replace_file(&path, |out| out.write_all(b"new").and(Err(io::Error::other("power cut"))));
         assert!(failed.unwrap_err().to_string().contains("power cut"));
         assert_eq!(fs::read(&path).unwrap(), b"old");
+    }
+
+    #[test]
+    fn a_device_is_written_to_and_stays() {
+        replace_file(Path::new("/dev/null"), |out| out.write_all(b"new")).unwrap();
+        assert!(!fs::metadata("/dev/null").unwrap().is_file());
     }
 }

@@ -7,7 +7,7 @@ use plotters::backend::DrawingBackend;
 use tch::{Device, Kind, Tensor};
 
 use super::canvas::{self, Anchor, Canvas, GREY, INK, Picture, text_width};
-use super::files::replace;
+use super::files::replace_file;
 use crate::error::Result;
 use crate::tensor::bytes;
 
@@ -27,7 +27,7 @@ const MARGIN: u32 = 14;
 /// [`Error::Storage`](crate::error::Error::Storage) if the file cannot be written.
 pub fn write_grid(path: &Path, images: &Tensor, rows: &[String], columns: usize, title: Option<&str>) -> Result<()> {
     let bytes = grid_png(images, rows, columns, title);
-    replace(path, |out| out.write_all(&bytes))
+    replace_file(path, |out| out.write_all(&bytes))
 }
 
 /// The grid as PNG bytes: row by row `columns` pictures, `rows` names them; small pictures are enlarged in whole pixels.

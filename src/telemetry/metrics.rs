@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::files::{FirstFailure, LineFile, replace};
+use super::files::{FirstFailure, LineFile, replace_file};
 use crate::error::{Error, Result};
 
 /// The key by which lines are ordered and cut; every object has it.
@@ -102,7 +102,7 @@ fn cut_after(path: &Path, step: u64) -> Result<()> {
         return Ok(());
     }
     let source = lines()?;
-    replace(path, |out| {
+    replace_file(path, |out| {
         for line in source {
             let line = line?;
             if stays(&line) {

@@ -34,6 +34,7 @@ use crate::settings::{Choice, Keys, Settings};
 pub use bars::Bars;
 pub use charts::{Chart, Series};
 use console::{Console, lock};
+pub use files::replace_file;
 use files::{FirstFailure, LineFile};
 pub use grid::{grid_png, write_grid};
 pub use meters::{Stopwatch, Throughput, duration_text, peak_resident_bytes};

@@ -5,7 +5,7 @@ use std::path::Path;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
-use super::files::replace;
+use super::files::replace_file;
 use super::{Bars, Chart};
 use crate::error::Result;
 
@@ -46,7 +46,7 @@ impl Figure {
 /// [`Error::Storage`](crate::error::Error::Storage) if the file cannot be written.
 pub fn write_report(path: &Path, data: &ReportData) -> Result<()> {
     let page = page(data);
-    replace(path, |out| out.write_all(page.as_bytes()))
+    replace_file(path, |out| out.write_all(page.as_bytes()))
 }
 
 fn page(data: &ReportData) -> String {

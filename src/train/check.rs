@@ -12,7 +12,7 @@ use crate::data::{Dataset, Order};
 use crate::error::{Error, Result};
 use crate::model::{Footprint, SampleShapes, Tokens, footprint};
 use crate::nn::Stage;
-use crate::parallel::{DeviceChoice, Recompute, Sharding, StateBytes, StateLayout};
+use crate::parallel::{DeviceChoice, Recompute, Sharding, StateLayout};
 use crate::settings::{Choice, Family};
 
 /// What to plan for.
@@ -108,7 +108,6 @@ impl Plan {
         let columns: Vec<String> =
             world_sizes.iter().map(|ranks| format!("{:>10}", format!("{ranks} rank{}", if *ranks == 1 { "" } else { "s" }))).collect();
         self.line("a rank, by sharding", &format!("{}  collectives a step", columns.join(" ")));
-        let copies = |ranks: u64| copied_bytes(&layout.stages, layout.optimizer_tensors, ranks as usize);
         let (process, around) = match config.parallel.device {
             DeviceChoice::Cpu => (PROCESS_BYTES, "the process itself"),
             DeviceChoice::Cuda => (0, "without what CUDA and NCCL take on each GPU"),
@@ -120,14 +119,11 @@ impl Plan {
                 (_, Recompute::Every(count)) => activations.kept - (activations.kept - activations.recomputed) / count as u64,
             };
             let beside = activations + process;
-            let bytes = world_sizes.iter().map(|&ranks| {
-                let state = layout.bytes_per_rank(*sharding, ranks);
-                with_copy(config, state, beside, copies(ranks))
-            });
+            let bytes = world_sizes.iter().map(|&ranks| layout.bytes_per_rank(*sharding, ranks) + beside);
             self.line(&format!("  {word}"), &format!("{}  {}", columns_of(bytes), layout.collectives(*sharding)));
         }
-        let copies = columns_of(world_sizes.iter().map(|&ranks| copies(ranks)));
-        self.line("  a save's copy", &format!("{copies}  {}", of_copy(config)));
+        let copies = columns_of(world_sizes.iter().map(|&ranks| copied_bytes(&layout.stages, layout.optimizer_tensors, ranks as usize)));
+        self.line("  a save's copy", &format!("{copies}  of host memory besides, on the rank that writes most"));
         let recompute = config.parallel.recompute;
         self.line("  in all", &format!("weights, gradients, optimizer, activations with recompute = \"{recompute}\", {around}"));
         self.line("  and", "1 all-gather of statistics; `parameters` always recomputes");
@@ -135,27 +131,8 @@ impl Plan {
     }
 }
 
-/// Host memory is what a rank on a CPU has, so that a save's copy counts there: beside the steps, or between two of them.
-fn with_copy(config: &RunConfig, state: StateBytes, beside: u64, copy: u64) -> u64 {
-    let step = state.peak + beside;
-    match (config.parallel.device, config.checkpoint.asynchronous) {
-        (DeviceChoice::Cuda, _) => step,
-        (DeviceChoice::Cpu, true) => step + copy,
-        (DeviceChoice::Cpu, false) => step.max(state.joining + PROCESS_BYTES + copy),
-    }
-}
-
 fn columns_of(bytes: impl Iterator<Item = u64>) -> String {
     bytes.map(|bytes| format!("{:>10}", shown(bytes))).collect::<Vec<_>>().join(" ")
-}
-
-/// Where the copy of a save counts.
-fn of_copy(config: &RunConfig) -> &'static str {
-    match (config.parallel.device, config.checkpoint.asynchronous) {
-        (DeviceChoice::Cuda, _) => "in host memory, on the rank that writes most",
-        (DeviceChoice::Cpu, true) => "counted above, on the rank that writes most",
-        (DeviceChoice::Cpu, false) => "between two steps, on the rank that writes most",
-    }
 }
 
 /// `12.34 GiB`.

@@ -13,6 +13,7 @@ use crate::flow::{StepOutput, is_sound};
 use crate::nn::ParamSet;
 use crate::parallel::Replica;
 use crate::pulse::{self, Phase};
+use crate::telemetry::Stopwatch;
 
 /// Samples that a message names at most.
 const NAMED: usize = 8;
@@ -32,12 +33,13 @@ pub fn diagnose(stepper: &Stepper<'_>, step: u64, batches: &[Batch], replica: &R
     let mut own: Option<String> = None;
     for (micro_batch, batch) in batches.iter().enumerate() {
         let mut of_gradient = None;
-        let output = stepper.forward_backward(step, micro_batch, batch, replica, &mut |stage, gradients| {
+        let look = &mut |stage, gradients: Vec<Tensor>| {
             if of_gradient.is_none() {
                 of_gradient = bad_parameter(replica, stage, &gradients);
             }
             Ok(())
-        })?;
+        };
+        let output = stepper.forward_backward(step, micro_batch, batch, replica, look, &mut Stopwatch::start())?;
         let found = bad_samples(batch, &output).or_else(|| {
             let all = samples(batch, &output, (0..batch.sample_ids.len()).collect());
             of_gradient.map(|parameter| format!("{parameter}, while the losses of its {all} are sound"))

@@ -1,7 +1,6 @@
 //! Samples of a trained model.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
@@ -18,7 +17,7 @@ use crate::flow::{CfgDropoutValue, FlowMatchingContext, FlowMatchingPipeline, Gu
 use crate::nn::Activations;
 use crate::parallel::{Replica, Sharing};
 use crate::rng::{Key, Purpose, Stream};
-use crate::telemetry::write_grid;
+use crate::telemetry::{replace_file, write_grid};
 
 /// Samples that go through the model together.
 const CHUNK: usize = 100;
@@ -214,10 +213,9 @@ impl Samples {
             }
             Some("png") => write_grid(path, &self.images, &self.names, self.per_condition as usize, None),
             Some("safetensors") => {
-                let mut file = File::create(path).map_err(Error::storage(path, "create"))?;
                 let sigmas = Tensor::from_slice(&self.sigmas).to_kind(Kind::Float);
                 let tensors = [("samples", &self.images), ("labels", &self.labels), ("sigmas", &sigmas)];
-                safetensors::write(&mut file, &tensors, &BTreeMap::new()).map_err(Error::storage(path, "write"))
+                replace_file(path, |mut file| safetensors::write(&mut file, &tensors, &BTreeMap::new()))
             }
             _ => Err(Error::config("--out", format!("{} must end in .png or .safetensors", path.display()))),
         }

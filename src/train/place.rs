@@ -27,7 +27,9 @@ impl Place {
             Backend::Mpi => false,
             Backend::Nccl => true,
         };
-        let nccl = by_nccl.then(|| Nccl::connect(world, device, Limits::default())).transpose()?;
+        let (watchdog, usual) = (&config.watchdog, Limits::default());
+        let limits = Limits { init: watchdog.meeting_patience(), operation: watchdog.operation_patience(), ..usual };
+        let nccl = by_nccl.then(|| Nccl::connect(world, device, limits)).transpose()?;
         Ok(Place { device, nccl })
     }
 

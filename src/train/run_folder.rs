@@ -4,7 +4,7 @@
 //! the names of the checkpoints tell which is the newest; a file called `latest` is nobody's.
 
 use std::fs::{self, File};
-use std::io::{ErrorKind, Write};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -18,6 +18,7 @@ use crate::collective::Collective;
 use crate::config::RunConfig;
 use crate::data::safetensors::refuse_pickled_weights;
 use crate::error::{Error, Result};
+use crate::telemetry::replace_file;
 
 const CONFIG: &str = "config.toml";
 /// More than is read of any configuration.
@@ -100,13 +101,8 @@ impl RunFolder {
 
     /// Writes the resolved configuration beside the results; rank 0 does.
     pub fn keep_config(&self, config: &RunConfig, collective: &dyn Collective) -> Result<()> {
-        let write = || {
-            let path = self.path.join(CONFIG);
-            let mut file = File::create(&path).map_err(Error::storage(&path, "create"))?;
-            file.write_all(config.to_toml().as_bytes()).map_err(Error::storage(&path, "write"))?;
-            Ok(String::new())
-        };
-        on_rank_zero(collective, write).map(drop)
+        let write = || replace_file(&self.path.join(CONFIG), |file| file.write_all(config.to_toml().as_bytes()));
+        on_rank_zero(collective, || write().map(|()| String::new())).map(drop)
     }
 }
 

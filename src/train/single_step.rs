@@ -1,7 +1,6 @@
 //! `fm-dist step`: one flow-matching step laid open, to compare with another implementation number by number.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use tch::Tensor;
@@ -18,6 +17,7 @@ use crate::flow::{StepOptions, StepOutput, latents_of};
 use crate::model::SampleShapes;
 use crate::parallel::{Replica, Sharing};
 use crate::rng::Stream;
+use crate::telemetry::replace_file;
 
 /// What `fm-dist step` was asked for.
 #[derive(Clone, Debug)]
@@ -106,6 +106,5 @@ fn write(path: &Path, tensors: &[(String, Tensor)], output: &StepOutput, data_ty
     let metadata = [("sampling_method", output.sampling_method), ("task_type", output.task_type.word()), ("data_type", data_type.word())];
     let metadata = metadata.into_iter().map(|(key, word)| (key.to_string(), word.to_string())).collect();
     let borrowed: Vec<(&str, &Tensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
-    let mut file = File::create(path).map_err(Error::storage(path, "create"))?;
-    safetensors::write(&mut file, &borrowed, &metadata).map_err(Error::storage(path, "write"))
+    replace_file(path, |mut file| safetensors::write(&mut file, &borrowed, &metadata))
 }

@@ -8,6 +8,7 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::telemetry::replace_file;
 
 const FILE: &str = "starts.json";
 /// Starts from one step after which another one would be no different.
@@ -48,8 +49,7 @@ pub fn note(run: &Path, step: u64) -> Result<()> {
     let (path, mut starts) = (run.join(FILE), read(run));
     starts.push(Start { step, time: humantime::format_rfc3339_seconds(SystemTime::now()).to_string() });
     let text = serde_json::to_string_pretty(&starts).expect("texts and numbers are JSON") + "\n";
-    let fresh = path.with_extension("json.tmp");
-    fs::write(&fresh, text).and_then(|()| fs::rename(&fresh, &path)).map_err(Error::storage(&path, "write"))?;
+    replace_file(&path, |file| file.write_all(text.as_bytes()))?;
     archive_failures(run, starts.len())
 }
 

@@ -58,6 +58,13 @@ pub struct Update {
     pub spent: Spent,
 }
 
+/// What all ranks know of a step before it reaches the parameters: the same numbers on each.
+struct Seen {
+    statistics: Statistics,
+    grad_norm: f64,
+    tallies: Vec<Tally>,
+}
+
 /// What keeps a step from the parameters, or speaks for keeping it.
 enum Objection {
     None,
@@ -90,7 +97,7 @@ impl Stepper<'_> {
             watch.lap("data");
             let is_last = micro_batch + 1 == self.share.micro_batches;
             let add = &mut |stage, gradients| reducer.add(stage, gradients, is_last);
-            let output = self.timed_forward_backward(step, micro_batch, &batch, replica, add, &mut watch)?;
+            let output = self.forward_backward(step, micro_batch, &batch, replica, add, &mut watch)?;
             rows.push(output.statistics.as_ref().expect("metrics are collected each step").shallow_clone());
             last = Some((output.sampling_method, output.task_type, batch.data_type.word()));
             // Kept for the case that the step must be repeated to see what went wrong.
@@ -107,23 +114,24 @@ impl Stepper<'_> {
         let own = Own { statistics: &rows, norms: &norms, request, seconds, saving: self.saving, bad_samples, issued };
         let tallies = tally::exchange(&own, self.collective)?;
         tally::check_in_step(&tallies, &issued, self.collective)?;
-        let (statistics, grad_norm) = (self.merged(&tallies), self.grad_norm(&tallies, replica));
+        let seen = Seen { statistics: self.merged(&tallies), grad_norm: self.grad_norm(&tallies, replica), tallies };
         watch.lap("reduce");
         let update_number = guard.update_number(step);
         let lr = self.config.optimizer.lr() * self.config.lr_scheduler.factor(update_number, self.config.max_steps);
         let (mut skipped, mut warning) = (None, None);
-        match self.objection(step, &statistics, grad_norm, &tallies, &batches, replica, guard)? {
+        match self.objection(step, &seen, &batches, replica, guard)? {
             Objection::Skip(why) => skipped = Some(self.skip(step, why, guard)?),
             objection => {
                 pulse::enter(Phase::Optimizer);
-                self.update(update_number, lr, &gradients, grad_norm, replica, state)?;
-                guard.applied(statistics.loss);
+                self.update(update_number, lr, &gradients, seen.grad_norm, replica, state)?;
+                guard.applied(seen.statistics.loss);
                 warning = if let Objection::Warn(why) = objection { Some(why) } else { None };
             }
         }
         watch.lap("optimizer");
         let (sampling_method, task_type, data_type) = last.expect("a step has micro-batches");
         let (phases, spent) = (watch.take(), self.spent(replica));
+        let Seen { statistics, grad_norm, tallies } = seen;
         Ok(Update { statistics, grad_norm, lr, skipped, warning, tallies, sampling_method, task_type, data_type, phases, spent })
     }
 
@@ -136,17 +144,6 @@ impl Stepper<'_> {
     /// # Errors
     /// Whatever the pipeline, a collective or `on_gradient` returns.
     pub fn forward_backward(
-        &self,
-        step: u64,
-        micro_batch: usize,
-        batch: &Batch,
-        replica: &Replica<'_>,
-        on_gradient: &mut dyn FnMut(usize, Vec<Tensor>) -> Result<()>,
-    ) -> Result<StepOutput> {
-        self.timed_forward_backward(step, micro_batch, batch, replica, on_gradient, &mut Stopwatch::start())
-    }
-
-    fn timed_forward_backward(
         &self,
         step: u64,
         micro_batch: usize,
@@ -213,18 +210,9 @@ impl Stepper<'_> {
         squares.sqrt()
     }
 
-    /// What speaks against the step, by the same numbers on every rank.
-    #[allow(clippy::too_many_arguments)]
-    fn objection(
-        &self,
-        step: u64,
-        statistics: &Statistics,
-        grad_norm: f64,
-        tallies: &[Tally],
-        batches: &[Batch],
-        replica: &Replica<'_>,
-        guard: &Guard,
-    ) -> Result<Objection> {
+    /// What speaks against the step.
+    fn objection(&self, step: u64, seen: &Seen, batches: &[Batch], replica: &Replica<'_>, guard: &Guard) -> Result<Objection> {
+        let Seen { statistics, grad_norm, tallies } = seen;
         let TrainSettings { check_loss, on_non_finite, on_loss_spike, loss_spike_height, .. } = self.config.train;
         let sound = tallies.iter().flat_map(|tally| &tally.statistics).all(|statistics| is_sound(statistics.loss));
         if !grad_norm.is_finite() || (check_loss && !sound) {

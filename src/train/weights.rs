@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::nn::ParamSet;
 use crate::parallel::Replica;
+use crate::pulse;
 
 /// Name of the weights' files before their endings, diffusers'.
 pub const STEM: &str = "diffusion_pytorch_model";
@@ -48,6 +49,7 @@ pub fn flat(shards: &Shards, prefix: &str, params: &ParamSet) -> Result<Tensor> 
     let whole = Tensor::zeros([params.numel()], (Kind::Float, Device::Cpu));
     let mut offset = 0;
     for info in params.infos() {
+        pulse::still_at_work();
         let read = shards.read(&format!("{prefix}{}", info.name))?;
         whole.narrow(0, offset, info.numel()).copy_(&read.flatten(0, -1));
         offset += info.numel();

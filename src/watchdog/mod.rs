@@ -73,6 +73,10 @@ impl Watchdog {
     /// Every rank calls it.
     pub fn meet(&self, world: &dyn Collective) -> Result<()> {
         let (rank, world_size) = (world.rank(), world.world_size());
+        if world_size < 2 {
+            // A port that nobody needs stays closed.
+            return Ok(());
+        }
         if rank == 0 {
             let (hub, meeting) = Line::hub(world_size, RandomState::new().hash_one(std::process::id()))?;
             // Before the others know of it: one that never comes is missed by name.

@@ -78,11 +78,18 @@ impl WatchdogSettings {
         Duration::from_secs_f64(0.9 * self.init_seconds)
     }
 
+    /// How long one operation between ranks may take that the watchdog does not end: twice what any phase may.
+    pub fn operation_patience(&self) -> Duration {
+        Duration::from_secs_f64(2.0 * self.limits().into_iter().fold(0.0, f64::max))
+    }
+
+    fn limits(&self) -> [f64; 6] {
+        [self.init_seconds, self.first_step_seconds, self.step_seconds, self.save_seconds, self.report_seconds, self.finalize_seconds]
+    }
+
     /// Time between two beats: ten fit into the shortest limit, and one a second is enough for the longest.
     pub fn beat_interval(&self) -> Duration {
-        let limits =
-            [self.init_seconds, self.first_step_seconds, self.step_seconds, self.save_seconds, self.report_seconds, self.finalize_seconds];
-        Duration::from_secs_f64((limits.into_iter().fold(f64::INFINITY, f64::min) / 10.0).clamp(0.01, 1.0))
+        Duration::from_secs_f64((self.limits().into_iter().fold(f64::INFINITY, f64::min) / 10.0).clamp(0.01, 1.0))
     }
 }
 

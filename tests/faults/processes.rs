@@ -205,6 +205,17 @@ fn c13_ranks_do_not_outlive_a_launcher_that_is_killed() {
 }
 
 #[test]
+fn c17_starts_that_lead_nowhere_come_to_an_end() {
+    let resume = ["--resume", "latest"];
+    let mut ended = Case { fault: "error@1:6:forward", code: 52, ..Case::default() }.run();
+    for _ in 0..2 {
+        ended = Case { fault: "error@1:6:forward", words: &resume, code: 52, ..Case::default() }.run_in(ended.root);
+    }
+    let says = ["error NO_PROGRESS rank 0/2", "step 4", "was ordered", "exit 43"];
+    Case { words: &resume, code: 43, says: &says, ..Case::default() }.run_in(ended.root);
+}
+
+#[test]
 fn a_file_named_save_asks_for_a_checkpoint_and_save_quit_for_the_end() {
     let unbroken = unbroken(2, &[]);
     for (name, code) in [("save", 0), ("save_quit", 10)] {

@@ -5,13 +5,13 @@ use std::process::{Command, Stdio};
 
 use tempfile::TempDir;
 
-use super::{Case, STEPS, Started, turn, unbroken};
+use super::{BESIDE, Case, STEPS, Started, turn, unbroken};
 use crate::runs::{checkpoint, column};
 
 #[test]
 fn d1_a_save_that_is_cut_off_at_any_point_leaves_the_checkpoint_before() {
     for fault in ["kill@1:8:snapshot", "kill@0:8:write", "kill@1:8:sync", "kill@0:8:commit"] {
-        let ended = Case { fault, code: 137, seconds: 15.0, ..Case::default() }.run();
+        let ended = Case { fault, sets: &[BESIDE], code: 137, seconds: 15.0, ..Case::default() }.run();
         assert_eq!(ended.checkpoints(), [4], "{fault}");
         ended.resumes_to_the_unbroken_run(2, &[]);
     }
@@ -27,7 +27,8 @@ fn d3_d4_what_the_disk_refuses_ends_the_run_with_code_30_and_the_checkpoint_befo
         ("eacces", "Permission denied"),
     ] {
         let fault = format!("{kind}@1:8:write");
-        let ended = Case { fault: &fault, code: 30, says: &["error STORAGE rank 1/2", words, "exit 30"], ..Case::default() }.run();
+        let ended =
+            Case { fault: &fault, sets: &[BESIDE], code: 30, says: &["error STORAGE rank 1/2", words, "exit 30"], ..Case::default() }.run();
         assert_eq!(ended.checkpoints(), [4], "{kind}");
         ended.resumes_to_the_unbroken_run(2, &[]);
     }
@@ -92,7 +93,7 @@ fn d3_a_full_disk_is_told_with_path_and_sizes() {
 
 #[test]
 fn d5_where_one_rank_cannot_write_nobody_commits_and_the_run_may_go_on() {
-    let sets = ["checkpoint.on_failure=\"continue\""];
+    let sets = ["checkpoint.on_failure=\"continue\"", BESIDE];
     let says = ["WARN", "No space left on device"];
     let ended = Case { fault: "enospc@1:8:write", sets: &sets, says: &says, never: &[], ..Case::default() }.run();
     assert_eq!(ended.checkpoints(), [4, STEPS], "the next one is whole");
@@ -101,7 +102,7 @@ fn d5_where_one_rank_cannot_write_nobody_commits_and_the_run_may_go_on() {
 
 #[test]
 fn d16_a_slow_disk_delays_the_next_save_and_changes_nothing() {
-    let ended = Case { fault: "sleep@1:4-12:write:0.1", ..Case::default() }.run();
+    let ended = Case { fault: "sleep@1:4-12:write:0.1", sets: &[BESIDE], ..Case::default() }.run();
     assert!(checkpoint(&ended.run_folder(), STEPS) == unbroken(2, &[]));
 }
 
@@ -109,7 +110,8 @@ fn d16_a_slow_disk_delays_the_next_save_and_changes_nothing() {
 fn f1_nobody_listening_and_no_place_for_logs_do_not_stop_a_run() {
     let _turn = turn();
     let root = TempDir::new().unwrap();
-    let command = Case::default().command(&root);
+    // Without a launcher, which would itself end by the closed pipe.
+    let command = Case { ranks: 0, ..Case::default() }.command(&root);
     // Standard error goes into a pipe that nobody reads from any more.
     let mut deaf = Command::new("bash");
     deaf.args(["-c", "set -o pipefail; \"$@\" 2> >(exec 0<&-; exit 0)", "bash"]).arg(command.get_program()).args(command.get_args());
@@ -136,7 +138,7 @@ fn f3_after_a_crash_every_step_stands_once_in_the_metrics() {
 
 #[test]
 fn f4_a_rank_that_writes_for_long_is_waited_for() {
-    let ended = Case { fault: "sleep@1:12:write:0.2", ..Case::default() }.run();
+    let ended = Case { fault: "sleep@1:12:write:0.2", sets: &[BESIDE], ..Case::default() }.run();
     assert!(checkpoint(&ended.run_folder(), STEPS) == unbroken(2, &[]));
     assert!(fs::read_dir(ended.run_folder()).unwrap().all(|entry| !entry.unwrap().file_name().to_string_lossy().ends_with(".tmp")));
 }

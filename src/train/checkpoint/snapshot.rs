@@ -18,6 +18,7 @@ use crate::data::sha256::HashingWriter;
 use crate::error::Result;
 use crate::optim::Optimizer;
 use crate::parallel::Replica;
+use crate::pulse;
 use crate::train::state::OptimizerState;
 
 /// Parameters of about this many bytes go into one part, so that ranks can write side by side.
@@ -83,6 +84,7 @@ impl Saved<'_> {
             };
             let (mut moments, mut model) = (begin(Content::Optimizer, &prefixes), begin(Content::Model, &[String::new()]));
             for stage in range.clone() {
+                pulse::still_at_work();
                 keep(&mut model, &self.replica.parameters(stage)?);
                 for name in 0..names.len() {
                     keep(&mut moments, &self.state.whole(stage, name, self.replica)?);

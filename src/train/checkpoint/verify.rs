@@ -9,6 +9,7 @@ use serde::Deserialize;
 use super::{FORMAT, MANIFEST, Manifest, Part, VERSION};
 use crate::data::sha256::HashingWriter;
 use crate::error::{Error, Result, one_line, shortened};
+use crate::pulse;
 
 /// Longest manifest that is read: room for ten thousand parts of a gigabyte each.
 const MAX_MANIFEST_BYTES: u64 = 4 << 20;
@@ -50,6 +51,7 @@ struct Version {
 pub fn verify(folder: &Path) -> Result<Manifest, Unfit> {
     let manifest = read(folder)?;
     for part in &manifest.parts {
+        pulse::still_at_work();
         verify_part(folder, part)?;
     }
     Ok(manifest)
