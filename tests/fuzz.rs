@@ -396,7 +396,8 @@ fn a_batch_is_read_or_refused() {
 fn a_reader_that_breaks_is_found_out() {
     let _turn = turn();
     let bracketed = |bytes: &[u8]| bytes.contains(&b'[');
-    let breaks: [(&str, &str, &dyn Fn(&[u8]) -> Result<(), String>); 5] = [
+    type Breaks<'r> = (&'static str, &'static str, &'r dyn Fn(&[u8]) -> Result<(), String>);
+    let breaks: [Breaks<'_>; 5] = [
         ("panics", "it panics: a bracket", &|bytes| if bracketed(bytes) { panic!("a bracket") } else { Ok(()) }),
         ("takes-memory", "bytes of memory", &|bytes| {
             drop(black_box(vec![1u8; if bracketed(bytes) { 65 << 20 } else { 1 }]));

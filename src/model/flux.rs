@@ -65,8 +65,8 @@ impl Settings for Flux {
         keys.integer("patch_size", &mut self.patch_size, 1..=1, "Published models have 1: the adapter has cut the patches already.");
         keys.integer("in_channels", &mut self.in_channels, 4..=65_536, "Features of a latent token; four times the latents' channels.");
         keys.integer("out_channels", &mut self.out_channels, 0..=65_536, "Features of a predicted token; 0 is in_channels.");
-        keys.integer("num_layers", &mut self.num_layers, 0..=1024, "Double blocks, each a stage of its own.");
-        keys.integer("num_single_layers", &mut self.num_single_layers, 0..=1024, "Single blocks, each a stage of its own.");
+        keys.integer("num_layers", &mut self.num_layers, 0..=256, "Double blocks, each a stage of its own.");
+        keys.integer("num_single_layers", &mut self.num_single_layers, 0..=256, "Single blocks, each a stage of its own.");
         keys.integer("attention_head_dim", &mut self.attention_head_dim, 2..=65_536, "Width of a head; the sum of axes_dims_rope.");
         keys.integer(
             "num_attention_heads",

@@ -65,7 +65,7 @@ impl Settings for QwenImage {
         keys.integer("patch_size", &mut self.patch_size, 2..=2, "Side of the patch that a token is predicted as: the adapter's 2.");
         keys.integer("in_channels", &mut self.in_channels, 4..=65_536, "Features of a latent token; four times the latents' channels.");
         keys.integer("out_channels", &mut self.out_channels, 0..=65_536, "Channels of the predicted latents; 0 is in_channels.");
-        keys.integer("num_layers", &mut self.num_layers, 0..=1024, "Blocks, each a stage of its own.");
+        keys.integer("num_layers", &mut self.num_layers, 0..=256, "Blocks, each a stage of its own.");
         keys.integer("attention_head_dim", &mut self.attention_head_dim, 2..=65_536, "Width of a head; the sum of axes_dims_rope.");
         keys.integer(
             "num_attention_heads",

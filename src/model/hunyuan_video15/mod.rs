@@ -111,8 +111,8 @@ impl Settings for HunyuanVideo15 {
             "Attention heads; times their width it is the model's.",
         );
         keys.integer("attention_head_dim", &mut self.attention_head_dim, 2..=65_536, "Width of a head; the sum of rope_axes_dim.");
-        keys.integer("num_layers", &mut self.num_layers, 0..=1024, "Blocks, each a stage of its own.");
-        keys.integer("num_refiner_layers", &mut self.num_refiner_layers, 0..=1024, "Blocks of the token refiner, together one stage.");
+        keys.integer("num_layers", &mut self.num_layers, 0..=256, "Blocks, each a stage of its own.");
+        keys.integer("num_refiner_layers", &mut self.num_refiner_layers, 0..=256, "Blocks of the token refiner, together one stage.");
         keys.number("mlp_ratio", &mut self.mlp_ratio, f64::MIN_POSITIVE.., "Hidden width of the feed-forward parts in model widths.");
         keys.integer("patch_size", &mut self.patch_size, 1..=65_536, "Side of a patch; divides height and width.");
         keys.integer("patch_size_t", &mut self.patch_size_t, 1..=65_536, "Frames of a patch; divides the latents' frames.");

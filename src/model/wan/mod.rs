@@ -96,7 +96,7 @@ impl Settings for Wan {
         keys.integer("text_dim", &mut self.text_dim, 1..=65_536, "Last axis of `text_embeddings`.");
         keys.integer("freq_dim", &mut self.freq_dim, 2..=65_536, "Width of the timestep's sinusoidal embedding; even.");
         keys.integer("ffn_dim", &mut self.ffn_dim, 1..=65_536, "Hidden width of the feed-forward part.");
-        keys.integer("num_layers", &mut self.num_layers, 0..=1024, "Blocks, each a stage of its own.");
+        keys.integer("num_layers", &mut self.num_layers, 0..=256, "Blocks, each a stage of its own.");
         keys.flag("cross_attn_norm", &mut self.cross_attn_norm, "Whether tokens are normalized before they attend to the conditions.");
         keys.choice("qk_norm", &mut self.qk_norm, "Normalization of queries and keys.");
         keys.number("eps", &mut self.eps, 0.0..1.0, "Epsilon of the blocks' and the head's normalizations.");
