@@ -205,7 +205,8 @@ fn a_dataset_index_is_read_or_refused() {
 
 /// Lines that begin with `--set ` are overrides, the others the file. What is taken can be written and is taken again.
 fn read_configuration(bytes: &[u8]) -> Result<(), String> {
-    let text = String::from_utf8_lossy(bytes);
+    // What is longer is refused for that alone, and copies made here would count.
+    let text = String::from_utf8_lossy(&bytes[..bytes.len().min(1 << 20)]);
     let (overrides, lines): (Vec<&str>, Vec<&str>) = text.split('\n').partition(|line| line.starts_with("--set "));
     let overrides: Vec<String> = overrides.iter().map(|line| line["--set ".len()..].to_string()).collect();
     let config = RunConfig::read("fuzz", &lines.join("\n"), &overrides).map_err(|error| error.to_string())?;
