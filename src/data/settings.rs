@@ -42,7 +42,7 @@ impl Settings for DataSettings {
         keys.integer(
             "micro_batch_size_per_gpu",
             &mut self.micro_batch_size_per_gpu,
-            1..,
+            1..=1 << 20,
             "Samples in one forward and backward pass of one rank; what fits into memory.",
         );
         keys.integer("prefetch", &mut self.prefetch, 1..=1024, "Batches read ahead by a thread of their own; 2 hide a read behind a step.");

@@ -63,16 +63,21 @@ impl Default for Flux {
 impl Settings for Flux {
     fn visit(&mut self, keys: &mut Keys<'_>) {
         keys.integer("patch_size", &mut self.patch_size, 1..=1, "Published models have 1: the adapter has cut the patches already.");
-        keys.integer("in_channels", &mut self.in_channels, 4.., "Features of a latent token; four times the latents' channels.");
-        keys.integer("out_channels", &mut self.out_channels, 0.., "Features of a predicted token; 0 is in_channels.");
-        keys.integer("num_layers", &mut self.num_layers, 0.., "Double blocks, each a stage of its own.");
-        keys.integer("num_single_layers", &mut self.num_single_layers, 0.., "Single blocks, each a stage of its own.");
-        keys.integer("attention_head_dim", &mut self.attention_head_dim, 2.., "Width of a head; the sum of axes_dims_rope.");
-        keys.integer("num_attention_heads", &mut self.num_attention_heads, 1.., "Attention heads; times their width it is the model's.");
-        keys.integer("joint_attention_dim", &mut self.joint_attention_dim, 1.., "Last axis of `text_embeddings`.");
-        keys.integer("pooled_projection_dim", &mut self.pooled_projection_dim, 1.., "Last axis of `pooled_prompt_embeds`.");
+        keys.integer("in_channels", &mut self.in_channels, 4..=65_536, "Features of a latent token; four times the latents' channels.");
+        keys.integer("out_channels", &mut self.out_channels, 0..=65_536, "Features of a predicted token; 0 is in_channels.");
+        keys.integer("num_layers", &mut self.num_layers, 0..=256, "Double blocks, each a stage of its own.");
+        keys.integer("num_single_layers", &mut self.num_single_layers, 0..=256, "Single blocks, each a stage of its own.");
+        keys.integer("attention_head_dim", &mut self.attention_head_dim, 2..=65_536, "Width of a head; the sum of axes_dims_rope.");
+        keys.integer(
+            "num_attention_heads",
+            &mut self.num_attention_heads,
+            1..=1024,
+            "Attention heads; times their width it is the model's.",
+        );
+        keys.integer("joint_attention_dim", &mut self.joint_attention_dim, 1..=65_536, "Last axis of `text_embeddings`.");
+        keys.integer("pooled_projection_dim", &mut self.pooled_projection_dim, 1..=65_536, "Last axis of `pooled_prompt_embeds`.");
         keys.flag("guidance_embeds", &mut self.guidance_embeds, "Whether the guidance scale is embedded (dev) or not (schnell).");
-        keys.integers("axes_dims_rope", &mut self.axes_dims_rope, 0.., "Features of a head turned by index, row and column; even.");
+        keys.integers("axes_dims_rope", &mut self.axes_dims_rope, 0..=65_536, "Features of a head turned by index, row and column; even.");
     }
 }
 

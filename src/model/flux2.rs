@@ -70,18 +70,23 @@ impl Default for Flux2 {
 impl Settings for Flux2 {
     fn visit(&mut self, keys: &mut Keys<'_>) {
         keys.integer("patch_size", &mut self.patch_size, 1..=1, "Published models have 1: the latents come in patches already.");
-        keys.integer("in_channels", &mut self.in_channels, 1.., "Features of a latent token; the channels of patchified latents.");
-        keys.integer("out_channels", &mut self.out_channels, 0.., "Features of a predicted token; 0 is in_channels.");
-        keys.integer("num_layers", &mut self.num_layers, 0.., "Double blocks, each a stage of its own.");
-        keys.integer("num_single_layers", &mut self.num_single_layers, 0.., "Single blocks, each a stage of its own.");
-        keys.integer("attention_head_dim", &mut self.attention_head_dim, 2.., "Width of a head; the sum of axes_dims_rope.");
-        keys.integer("num_attention_heads", &mut self.num_attention_heads, 1.., "Attention heads; times their width it is the model's.");
-        keys.integer("joint_attention_dim", &mut self.joint_attention_dim, 1.., "Last axis of `text_embeddings`.");
+        keys.integer("in_channels", &mut self.in_channels, 1..=65_536, "Features of a latent token; the channels of patchified latents.");
+        keys.integer("out_channels", &mut self.out_channels, 0..=65_536, "Features of a predicted token; 0 is in_channels.");
+        keys.integer("num_layers", &mut self.num_layers, 0..=256, "Double blocks, each a stage of its own.");
+        keys.integer("num_single_layers", &mut self.num_single_layers, 0..=256, "Single blocks, each a stage of its own.");
+        keys.integer("attention_head_dim", &mut self.attention_head_dim, 2..=65_536, "Width of a head; the sum of axes_dims_rope.");
+        keys.integer(
+            "num_attention_heads",
+            &mut self.num_attention_heads,
+            1..=1024,
+            "Attention heads; times their width it is the model's.",
+        );
+        keys.integer("joint_attention_dim", &mut self.joint_attention_dim, 1..=65_536, "Last axis of `text_embeddings`.");
         let doc = "Width of the sinusoidal embeddings of timestep and guidance; even.";
-        keys.integer("timestep_guidance_channels", &mut self.timestep_guidance_channels, 2.., doc);
+        keys.integer("timestep_guidance_channels", &mut self.timestep_guidance_channels, 2..=65_536, doc);
         keys.number("mlp_ratio", &mut self.mlp_ratio, 0.5..=64.0, "Hidden width of the feed-forward parts as a multiple of the model's.");
         let doc = "Features of a head turned by index, row, column and place in the text; even.";
-        keys.integers("axes_dims_rope", &mut self.axes_dims_rope, 0.., doc);
+        keys.integers("axes_dims_rope", &mut self.axes_dims_rope, 0..=65_536, doc);
         keys.integer("rope_theta", &mut self.rope_theta, 1.., "Base of the rotary frequencies.");
         keys.number("eps", &mut self.eps, 0.0..=1.0, "Epsilon of every normalization.");
         keys.flag("guidance_embeds", &mut self.guidance_embeds, "Whether the guidance scale is embedded (dev) or not (klein).");

@@ -63,14 +63,19 @@ impl Default for QwenImage {
 impl Settings for QwenImage {
     fn visit(&mut self, keys: &mut Keys<'_>) {
         keys.integer("patch_size", &mut self.patch_size, 2..=2, "Side of the patch that a token is predicted as: the adapter's 2.");
-        keys.integer("in_channels", &mut self.in_channels, 4.., "Features of a latent token; four times the latents' channels.");
-        keys.integer("out_channels", &mut self.out_channels, 0.., "Channels of the predicted latents; 0 is in_channels.");
-        keys.integer("num_layers", &mut self.num_layers, 0.., "Blocks, each a stage of its own.");
-        keys.integer("attention_head_dim", &mut self.attention_head_dim, 2.., "Width of a head; the sum of axes_dims_rope.");
-        keys.integer("num_attention_heads", &mut self.num_attention_heads, 1.., "Attention heads; times their width it is the model's.");
-        keys.integer("joint_attention_dim", &mut self.joint_attention_dim, 1.., "Last axis of `text_embeddings`.");
+        keys.integer("in_channels", &mut self.in_channels, 4..=65_536, "Features of a latent token; four times the latents' channels.");
+        keys.integer("out_channels", &mut self.out_channels, 0..=65_536, "Channels of the predicted latents; 0 is in_channels.");
+        keys.integer("num_layers", &mut self.num_layers, 0..=256, "Blocks, each a stage of its own.");
+        keys.integer("attention_head_dim", &mut self.attention_head_dim, 2..=65_536, "Width of a head; the sum of axes_dims_rope.");
+        keys.integer(
+            "num_attention_heads",
+            &mut self.num_attention_heads,
+            1..=1024,
+            "Attention heads; times their width it is the model's.",
+        );
+        keys.integer("joint_attention_dim", &mut self.joint_attention_dim, 1..=65_536, "Last axis of `text_embeddings`.");
         keys.flag("guidance_embeds", &mut self.guidance_embeds, "Only false: diffusers has no embedder for the guidance scale.");
-        keys.integers("axes_dims_rope", &mut self.axes_dims_rope, 0.., "Features of a head turned by frame, row and column; even.");
+        keys.integers("axes_dims_rope", &mut self.axes_dims_rope, 0..=65_536, "Features of a head turned by frame, row and column; even.");
         let doc = "Whether images to edit are modulated as at timestep 0; without such images it changes nothing.";
         keys.flag("zero_cond_t", &mut self.zero_cond_t, doc);
         let doc = "Only false: whether a further condition is added to the timestep, as for layered images.";

@@ -36,9 +36,9 @@ pub trait Choice: Copy + PartialEq + 'static {
     }
 }
 
-/// Longest configuration that is read, overrides included: the complete listing takes a fifth of it, the parser sixty times as
+/// Longest configuration that is read, overrides included: the complete listing takes a quarter of it, the parser a thousand times as
 /// much memory.
-const MAX_BYTES: usize = 64 << 10;
+const MAX_BYTES: usize = 48 << 10;
 
 /// Reads `settings` from TOML text and `--set key.path=value` overrides on top of its present values.
 ///
@@ -159,7 +159,7 @@ mod tests {
     #[test]
     fn a_text_that_is_no_configuration_is_refused_unread() {
         let comment = "#".repeat(MAX_BYTES);
-        assert!(problems(&comment, &["steps"])[0].ends_with("is 65541 bytes long with its overrides, longer than the 65536 allowed"));
+        assert!(problems(&comment, &["steps"])[0].ends_with("is 49157 bytes long with its overrides, longer than the 49152 allowed"));
         assert_eq!(problems(&comment[8..], &["steps"]), ["steps (--set): expected key.path=value"]);
     }
 

@@ -97,21 +97,31 @@ impl Default for HunyuanVideo15 {
 
 impl Settings for HunyuanVideo15 {
     fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.integer("in_channels", &mut self.in_channels, 1.., "The latents' channels; with condition latents twice as many and one.");
-        keys.integer("out_channels", &mut self.out_channels, 0.., "The latents' channels; 0 is in_channels.");
-        keys.integer("num_attention_heads", &mut self.num_attention_heads, 1.., "Attention heads; times their width it is the model's.");
-        keys.integer("attention_head_dim", &mut self.attention_head_dim, 2.., "Width of a head; the sum of rope_axes_dim.");
-        keys.integer("num_layers", &mut self.num_layers, 0.., "Blocks, each a stage of its own.");
-        keys.integer("num_refiner_layers", &mut self.num_refiner_layers, 0.., "Blocks of the token refiner, together one stage.");
+        keys.integer(
+            "in_channels",
+            &mut self.in_channels,
+            1..=65_536,
+            "The latents' channels; with condition latents twice as many and one.",
+        );
+        keys.integer("out_channels", &mut self.out_channels, 0..=65_536, "The latents' channels; 0 is in_channels.");
+        keys.integer(
+            "num_attention_heads",
+            &mut self.num_attention_heads,
+            1..=1024,
+            "Attention heads; times their width it is the model's.",
+        );
+        keys.integer("attention_head_dim", &mut self.attention_head_dim, 2..=65_536, "Width of a head; the sum of rope_axes_dim.");
+        keys.integer("num_layers", &mut self.num_layers, 0..=256, "Blocks, each a stage of its own.");
+        keys.integer("num_refiner_layers", &mut self.num_refiner_layers, 0..=256, "Blocks of the token refiner, together one stage.");
         keys.number("mlp_ratio", &mut self.mlp_ratio, f64::MIN_POSITIVE.., "Hidden width of the feed-forward parts in model widths.");
-        keys.integer("patch_size", &mut self.patch_size, 1.., "Side of a patch; divides height and width.");
-        keys.integer("patch_size_t", &mut self.patch_size_t, 1.., "Frames of a patch; divides the latents' frames.");
+        keys.integer("patch_size", &mut self.patch_size, 1..=65_536, "Side of a patch; divides height and width.");
+        keys.integer("patch_size_t", &mut self.patch_size_t, 1..=65_536, "Frames of a patch; divides the latents' frames.");
         keys.choice("qk_norm", &mut self.qk_norm, "Normalization of queries and keys.");
-        keys.integer("text_embed_dim", &mut self.text_embed_dim, 1.., "Last axis of `text_embeddings`.");
-        keys.integer("text_embed_2_dim", &mut self.text_embed_2_dim, 1.., "Last axis of `text_embeddings_2`.");
-        keys.integer("image_embed_dim", &mut self.image_embed_dim, 1.., "Last axis of `image_embeds`.");
+        keys.integer("text_embed_dim", &mut self.text_embed_dim, 1..=65_536, "Last axis of `text_embeddings`.");
+        keys.integer("text_embed_2_dim", &mut self.text_embed_2_dim, 1..=65_536, "Last axis of `text_embeddings_2`.");
+        keys.integer("image_embed_dim", &mut self.image_embed_dim, 1..=65_536, "Last axis of `image_embeds`.");
         keys.number("rope_theta", &mut self.rope_theta, f64::MIN_POSITIVE.., "Base of the rotary frequencies.");
-        keys.integers("rope_axes_dim", &mut self.rope_axes_dim, 0.., "Features of a head turned by frame, row and column; even.");
+        keys.integers("rope_axes_dim", &mut self.rope_axes_dim, 0..=65_536, "Features of a head turned by frame, row and column; even.");
         keys.integer("target_size", &mut self.target_size, 1.., "Pixels that a checkpoint was made for; kept, no number depends on it.");
         keys.choice("task_type", &mut self.task_type, "Task that a checkpoint was made for; kept, no number depends on it.");
         let doc = "Whether the parameters for a second timestep exist; kept, and as in the reference no training tells one.";
