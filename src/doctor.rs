@@ -4,11 +4,12 @@
 
 use std::fmt;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::thread::available_parallelism;
 
 use crate::collective;
+use crate::libtorch;
 
 /// Linux driver branch that CUDA 13 needs at least. Source: NVIDIA, CUDA 13.0 release notes, table 3.
 const CUDA_13_DRIVER: u32 = 580;
@@ -55,13 +56,13 @@ impl fmt::Display for Item {
 
 /// The report, and whether all that training on the CPU needs is there.
 pub fn report() -> (String, bool) {
-    let libtorch = loaded_library("libtorch_cpu.so");
+    let library = libtorch::library();
     let items = [
         Item::ok("fm-dist", env!("CARGO_PKG_VERSION")),
-        libtorch_item(libtorch.as_deref()),
+        libtorch_item(library.as_deref()),
         Item::ok("MPI", collective::mpi_library_version()),
         mpirun_item(Command::new("mpirun").arg("--version").output().ok().map(|output| output.stdout)),
-        nccl_item(libtorch.as_deref()),
+        nccl_item(library.as_deref()),
         driver_item(fs::read_to_string("/proc/driver/nvidia/version").ok()),
         devices_item(Path::new("/proc/driver/nvidia/gpus")),
         cpu_item(),
@@ -70,30 +71,10 @@ pub fn report() -> (String, bool) {
     (items.map(|item| format!("{item}\n")).concat(), complete)
 }
 
-/// Path of a shared library of this process, by the end of its name.
-fn loaded_library(name: &str) -> Option<PathBuf> {
-    let maps = fs::read_to_string("/proc/self/maps").ok()?;
-    maps.lines()
-        .filter_map(|line| line.find('/').map(|start| Path::new(&line[start..])))
-        .find(|path| path.ends_with(name))
-        .map(Path::to_path_buf)
-}
-
 fn libtorch_item(library: Option<&Path>) -> Item {
     let Some(library) = library else { return Item::missing("libtorch", "not loaded; install it with launch/setup.sh") };
-    let version = beside_torch(library, "version.py").and_then(|path| fs::read_to_string(path).ok());
-    let version = version.as_deref().and_then(version_of).unwrap_or("unknown");
+    let version = libtorch::version(library).unwrap_or_else(|| "unknown".into());
     Item::ok("libtorch", format!("{version}, {}", library.display()))
-}
-
-/// `torch/<name>` for the libtorch in `torch/lib/`.
-fn beside_torch(library: &Path, name: &str) -> Option<PathBuf> {
-    Some(library.parent()?.parent()?.join(name))
-}
-
-/// The version in the text of PyTorch's `version.py`.
-fn version_of(text: &str) -> Option<&str> {
-    text.lines().find_map(|line| line.strip_prefix("__version__ = '")?.strip_suffix('\''))
 }
 
 fn mpirun_item(version: Option<Vec<u8>>) -> Item {
@@ -105,8 +86,8 @@ fn mpirun_item(version: Option<Vec<u8>>) -> Item {
 }
 
 /// cudarc opens `libnccl.so`, found in its wheel's folder (this binary's rpath) or in the linker's cache.
-fn nccl_item(libtorch: Option<&Path>) -> Item {
-    let wheel = libtorch.and_then(|library| beside_torch(library, "../nvidia/nccl/lib/libnccl.so")).filter(|library| library.exists());
+fn nccl_item(library: Option<&Path>) -> Item {
+    let wheel = library.and_then(|library| libtorch::beside(library, "../nvidia/nccl/lib/libnccl.so")).filter(|library| library.exists());
     match wheel.map(|library| library.display().to_string()).or_else(|| cached_library("libnccl.so")) {
         Some(library) => Item::ok("NCCL", library),
         None => Item::note("NCCL", "not found; only GPUs need it, launch/setup.sh fetches it"),
@@ -147,25 +128,7 @@ fn model_of(information: &Path) -> String {
 
 fn cpu_item() -> Item {
     let cores = available_parallelism().map_or("unknown".into(), |cores| cores.to_string());
-    Item::ok("CPU", format!("{cores} cores, {} threads in use by libtorch, {}", tch::get_num_threads(), cpu_capability()))
-}
-
-/// The best of the instruction sets for which libtorch has kernels.
-#[cfg(target_arch = "x86_64")]
-fn cpu_capability() -> &'static str {
-    use std::arch::is_x86_feature_detected as detected;
-    if detected!("avx512f") && detected!("avx512bw") && detected!("avx512vl") && detected!("avx512dq") && detected!("fma") {
-        "AVX512"
-    } else if detected!("avx2") && detected!("fma") {
-        "AVX2"
-    } else {
-        "no AVX2"
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn cpu_capability() -> &'static str {
-    std::env::consts::ARCH
+    Item::ok("CPU", format!("{cores} cores, {} threads in use by libtorch, {}", tch::get_num_threads(), libtorch::cpu_capability()))
 }
 
 #[cfg(test)]
@@ -208,11 +171,5 @@ mod tests {
             fs::write(folder.path().join(bus).join("information"), "Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   17\n").expect("a file");
         }
         assert_eq!(devices_item(folder.path()).text, "2: NVIDIA H100 80GB HBM3, NVIDIA H100 80GB HBM3");
-    }
-
-    #[test]
-    fn the_version_of_pytorch_is_read_from_its_file() {
-        assert_eq!(version_of("from typing import Optional\n__version__ = '2.13.0+cu130'\ndebug = False\n"), Some("2.13.0+cu130"));
-        assert_eq!(version_of("__version__ = 2"), None);
     }
 }

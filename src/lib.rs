@@ -16,7 +16,7 @@
 //! | 2, science | [`adapter`] above [`flow`] · [`model`] · [`optim`] |
 //! | 2, machinery | [`parallel`] · [`watchdog`] |
 //! | 1 | [`collective`] · [`data`] · [`nn`] · [`telemetry`] |
-//! | 0 | [`error`] · [`failure`] · [`fault`] · [`pulse`] · `registry` · [`rng`] · [`settings`] · [`tensor`] |
+//! | 0 | [`error`] · [`failure`] · [`fault`] · `libtorch` · [`pulse`] · `registry` · [`rng`] · [`settings`] · [`tensor`] |
 //!
 //! # Letters in shapes
 //! `B` batch · `C` latent channels · `F` frames · `H`, `W` latent height and width · `L` tokens · `D` model width ·
@@ -38,6 +38,7 @@ pub mod error;
 pub mod failure;
 pub mod fault;
 pub mod flow;
+mod libtorch;
 pub mod model;
 pub mod nn;
 pub mod optim;

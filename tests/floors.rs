@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 /// The order of this list is the order of the house. Rooms on one floor do not use each other, except on the lowest.
 const FLOORS: &[&[&str]] = &[
-    &["error", "failure", "fault", "pulse", "registry", "rng", "settings", "tensor"],
+    &["error", "failure", "fault", "libtorch", "pulse", "registry", "rng", "settings", "tensor"],
     &["collective", "data", "nn", "telemetry"],
     &["flow", "model", "optim", "parallel", "watchdog"],
     &["adapter"],

@@ -14,6 +14,7 @@ use crate::config::RunConfig;
 use crate::data::sha256::HashingWriter;
 use crate::error::{Error, Result};
 use crate::fault;
+use crate::libtorch;
 use crate::pulse::{self, Phase};
 use crate::watchdog::Watchdog;
 
@@ -23,8 +24,9 @@ struct Program {
     /// Of the executable.
     sha256: String,
     mpi: String,
-    /// Widest vectors of the processor, which libtorch chooses its kernels by.
-    vectors: String,
+    libtorch: Option<String>,
+    /// By which libtorch chooses its kernels.
+    cpu_capability: String,
 }
 
 /// Lets the ranks meet: from here on the watchdog can name them, and they are of one program. Returns what to warn of: where
@@ -46,7 +48,7 @@ pub fn begin(watchdog: &Watchdog, world: &dyn Collective) -> Result<Option<Strin
     };
     match first(&|program| program.difference(&programs[0])) {
         Some(what) => Err(known_to_all(Error::environment(what), 0, world)),
-        None => Ok(first(&|program| program.vector_difference(&programs[0]))),
+        None => Ok(first(&|program| program.kernel_difference(&programs[0]))),
     }
 }
 
@@ -60,32 +62,25 @@ impl Program {
         if fault::argument(fault::Kind::OtherBuild, Phase::Bootstrap, 0.0).is_some() {
             sha256 = "another build".into();
         }
-        Ok(Program { sha256, mpi: mpi_library_version(), vectors: vectors().into() })
+        let libtorch = libtorch::library().and_then(|library| libtorch::version(&library));
+        Ok(Program { sha256, mpi: mpi_library_version(), libtorch, cpu_capability: libtorch::cpu_capability().into() })
     }
 
     fn difference(&self, first: &Program) -> Option<String> {
-        let pairs = [("program", &self.sha256, &first.sha256), ("MPI", &self.mpi, &first.mpi)];
+        let libtorch = |program: &Program| program.libtorch.clone().unwrap_or_else(|| "of an unknown version".into());
+        let pairs = [
+            ("program", self.sha256.clone(), first.sha256.clone()),
+            ("MPI", self.mpi.clone(), first.mpi.clone()),
+            ("libtorch", libtorch(self), libtorch(first)),
+        ];
         let (what, own, other) = pairs.into_iter().find(|(_, own, other)| own != other)?;
         Some(format!("has {what} {own}, rank 0 has {other}; start the same build with the same libraries everywhere"))
     }
 
-    fn vector_difference(&self, first: &Program) -> Option<String> {
-        (self.vectors != first.vectors).then(|| format!("computes with {}, rank 0 with {}", self.vectors, first.vectors))
+    fn kernel_difference(&self, first: &Program) -> Option<String> {
+        let (own, other) = (&self.cpu_capability, &first.cpu_capability);
+        (own != other).then(|| format!("computes with {own}, rank 0 with {other}"))
     }
-}
-
-#[cfg(target_arch = "x86_64")]
-fn vectors() -> &'static str {
-    match (is_x86_feature_detected!("avx512f"), is_x86_feature_detected!("avx2")) {
-        (true, _) => "AVX-512",
-        (_, true) => "AVX2",
-        _ => "SSE",
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn vectors() -> &'static str {
-    std::env::consts::ARCH
 }
 
 /// The configuration that rank 0 read and found fit for this world and its data, on every rank; rank 0's error is everybody's.
@@ -162,11 +157,18 @@ mod tests {
 
     #[test]
     fn programs_that_differ_are_told_apart() {
-        let program = |sha256: &str| Program { sha256: sha256.into(), mpi: "Open MPI".into(), vectors: "AVX2".into() };
+        let program = |sha256: &str| Program {
+            sha256: sha256.into(),
+            mpi: "Open MPI".into(),
+            libtorch: Some("2.13.0".into()),
+            cpu_capability: "AVX2".into(),
+        };
         assert_eq!(program("a").difference(&program("a")), None);
         assert!(program("a").difference(&program("b")).expect("they differ").starts_with("has program a, rank 0 has b"));
-        let old = Program { vectors: "SSE".into(), ..program("a") };
+        let other = Program { libtorch: Some("2.12.0".into()), ..program("a") };
+        assert!(other.difference(&program("a")).expect("they differ").starts_with("has libtorch 2.12.0, rank 0 has 2.13.0"));
+        let old = Program { cpu_capability: "no AVX2".into(), ..program("a") };
         assert_eq!(old.difference(&program("a")), None);
-        assert_eq!(old.vector_difference(&program("a")), Some("computes with SSE, rank 0 with AVX2".into()));
+        assert_eq!(old.kernel_difference(&program("a")), Some("computes with no AVX2, rank 0 with AVX2".into()));
     }
 }
