@@ -37,6 +37,19 @@ struct Failure<'f> {
 static FOLDER: Mutex<Option<PathBuf>> = Mutex::new(None);
 static SAID: AtomicBool = AtomicBool::new(false);
 
+/// Whether this rank was chosen to say what all ranks know of.
+static SPEAKS: AtomicBool = AtomicBool::new(false);
+
+/// All ranks agreed that this one says why they end.
+pub fn speaks_for_all() {
+    SPEAKS.store(true, Ordering::SeqCst);
+}
+
+/// Whether [`speaks_for_all`] was called: the others wait for this rank's words, which must not wait for theirs.
+pub fn is_speaker() -> bool {
+    SPEAKS.load(Ordering::SeqCst)
+}
+
 /// From now on a failure leaves a file in `folder`.
 pub fn keep_in(folder: &Path) {
     *FOLDER.lock().unwrap_or_else(PoisonError::into_inner) = Some(folder.into());

@@ -15,7 +15,8 @@ fn main() {
         // The rank that failed first has said why.
         Err(Error::Peer { code, .. }) => collective::follow(code),
         Err(error) => {
-            if matches!(error, Error::Collective { .. } | Error::Desync { .. }) {
+            // What ranks meet at once without being able to agree who says it.
+            if matches!(error, Error::Collective { .. } | Error::Desync { .. }) && !failure::is_speaker() {
                 collective::give_way();
             }
             end(error.exit_code(), error.name(), &error.to_string())

@@ -5,6 +5,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::collective::{Collective, gather_texts};
 use crate::error::{Error, Result};
+use crate::failure;
 
 /// How a rank fared, as the others see it.
 #[derive(Deserialize, Serialize)]
@@ -30,7 +31,9 @@ pub fn agree(own: Result<String>, collective: &dyn Collective) -> Result<Vec<Str
             Ok(Outcome::Done(text)) => texts.push(text),
             Ok(Outcome::Failed { code, what }) => {
                 let peer = Error::Peer { code, what: format!("rank {rank} failed: {what}") };
-                return Err(if rank == collective.rank() { own.err().unwrap_or(peer) } else { peer });
+                let Some(own) = own.err().filter(|_| rank == collective.rank()) else { return Err(peer) };
+                failure::speaks_for_all();
+                return Err(own);
             }
             Err(error) => return Err(Error::Collective { backend: "agreement", operation: "gather", what: error.to_string() }),
         }
@@ -72,6 +75,7 @@ pub fn tensor_of_rank_zero(collective: &dyn Collective, size: i64, make: impl Fn
 /// An error that every rank met alike, said by `speaker` alone.
 pub fn known_to_all(error: Error, speaker: usize, collective: &dyn Collective) -> Error {
     if collective.rank() == speaker {
+        failure::speaks_for_all();
         return error;
     }
     Error::Peer { code: error.exit_code(), what: format!("rank {speaker} failed: {error}") }

@@ -19,14 +19,19 @@ const NAMED: usize = 4;
 /// differ.
 ///
 /// # Ordering
-/// Every rank calls it.
-pub fn check(replica: &Replica<'_>) -> Result<()> {
+/// Every rank calls it, with its rank in the world: the ranks that are compared may be a part of it.
+pub fn check(replica: &Replica<'_>, rank: usize) -> Result<()> {
     let sharing = &replica.sharing;
-    compare(replica, sharing.replicas(), |piece| Some(piece.master()))?;
-    compare(replica, sharing.shards(), |piece| if piece.layout().is_whole() { None } else { piece.leaf() })
+    compare(replica, rank, sharing.replicas(), |piece| Some(piece.master()))?;
+    compare(replica, rank, sharing.shards(), |piece| if piece.layout().is_whole() { None } else { piece.leaf() })
 }
 
-fn compare<'r>(replica: &'r Replica<'_>, ranks: &dyn Collective, held: impl Fn(&'r Piece) -> Option<&'r Tensor>) -> Result<()> {
+fn compare<'r>(
+    replica: &'r Replica<'_>,
+    rank: usize,
+    ranks: &dyn Collective,
+    held: impl Fn(&'r Piece) -> Option<&'r Tensor>,
+) -> Result<()> {
     let sum = |bucket: &'r Bucket| bucket.pieces().iter().filter_map(&held).map(bits).sum::<i64>();
     let own: Vec<i64> = replica.buckets.iter().map(sum).collect();
     let stages = by_rank(&own, ranks)?;
@@ -35,7 +40,9 @@ fn compare<'r>(replica: &'r Replica<'_>, ranks: &dyn Collective, held: impl Fn(&
     // Ranks that differ are found by now, in the same stage on each: there is time to look closer.
     let (params, pieces) = (replica.stages[stage].params(), replica.buckets[stage].pieces());
     let tensors: Vec<&Tensor> = pieces.iter().filter_map(held).collect();
+    let in_the_world: Vec<usize> = by_rank(&[rank as i64], ranks)?.iter().map(|of| of[0] as usize).collect();
     let minority = minority(&stages.iter().map(|sums| sums[stage]).collect::<Vec<_>>());
+    let minority: Vec<usize> = minority.into_iter().map(|place| in_the_world[place]).collect();
     let where_ = match tensors.iter().zip(pieces).all(|(tensor, piece)| tensor.numel() as i64 >= piece.layout().numel) {
         true => {
             let sums: Vec<i64> = params.split_pieces(&tensors).iter().map(bits).collect();
@@ -93,7 +100,7 @@ mod tests {
                 if change_on == Some(rank.rank()) {
                     replica.buckets[1].update(|_, master, _| drop(master.narrow(0, 3, 1).fill_(0.123)));
                 }
-                check(&replica)
+                check(&replica, rank.rank())
             })
         };
         let threads: Vec<_> = Threads::world(3).into_iter().map(join).collect();
@@ -112,5 +119,27 @@ mod tests {
             }
         }
         assert!(checked(Sharding::Parameters, Some(2)).iter().all(Result::is_ok), "nobody else holds it");
+    }
+
+    #[test]
+    fn among_nodes_the_rank_is_named_by_its_number_in_the_world() {
+        let join = |world: Threads| {
+            std::thread::spawn(move || {
+                let stages = Dit { width: 8, depth: 1, num_heads: 2, ..Dit::default() }.stages().expect("sound");
+                let sharing = Sharing::within_nodes(&world, Sharding::Gradients, &[0, 0, 1, 1], 1).expect("sound");
+                let (key, devices) = (Key::new(1, Purpose::Test), (Device::Cpu, Device::Cpu));
+                let mut replica = Replica::shared(stages, Kind::Float, devices, Some(key), sharing);
+                if world.rank() == 3 {
+                    replica.buckets[1].update(|_, master, _| drop(master.narrow(0, 3, 1).fill_(0.123)));
+                }
+                check(&replica, world.rank())
+            })
+        };
+        let threads: Vec<_> = Threads::world(4).into_iter().map(join).collect();
+        let outcomes: Vec<_> = threads.into_iter().map(|thread| thread.join().expect("no panic")).collect();
+        for rank in [1, 3] {
+            let text = outcomes[rank].as_ref().expect_err("they hold one shard").to_string();
+            assert!(text.contains("rank 3 holds other parameters than the rest"), "{text}");
+        }
     }
 }

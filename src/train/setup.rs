@@ -68,7 +68,7 @@ impl<'c> Trainer<'c> {
             tracing::info!("resumed from {} at step {}", path.display(), manifest.step);
         }
         spoil::parameters(Phase::Open, &mut replica);
-        divergence::check(&replica)?;
+        divergence::check(&replica, collective.rank())?;
         folder.keep_config(config, collective)?;
         let metrics = telemetry.metrics_after(manifest.step)?;
         let pipeline = build_pipeline(config, device);

@@ -133,7 +133,7 @@ impl<'c> Trainer<'c> {
         let saves = self.saves_now() || request != Request::Nothing;
         if saves || self.manifest.step.is_multiple_of(self.config.watchdog.compare_every_n_steps) {
             pulse::enter(Phase::Compare);
-            divergence::check(&self.replica)?;
+            divergence::check(&self.replica, self.collective.rank())?;
         }
         if request != Request::Nothing {
             requests.done();
