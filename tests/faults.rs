@@ -105,7 +105,7 @@ impl Case<'_> {
     }
 
     fn judge(&self, ended: &Ended, code: i32) {
-        let Ended { errors, root, .. } = ended;
+        let Ended { errors, .. } = ended;
         assert_eq!(code, self.code, "{errors}");
         if !self.fault.is_empty() {
             assert!(errors.contains(&format!("fm-dist: fault {} strikes", self.fault)), "the fault never struck:\n{errors}");
@@ -116,12 +116,6 @@ impl Case<'_> {
         // A process that a signal ends says nothing, and neither does a run that was asked to stop.
         let expected = usize::from((20..=70).contains(&self.code));
         assert_eq!(causes, expected, "one line says why:\n{errors}");
-        let mark = root.path().to_str().unwrap();
-        let began = Instant::now();
-        while is_running(mark) {
-            assert!(began.elapsed() < Duration::from_secs(5), "processes are left");
-            thread::yield_now();
-        }
     }
 }
 
@@ -210,7 +204,7 @@ impl Started {
         }
     }
 
-    /// Waits for the end; one that does not come within `seconds` of the start fails the test and is made.
+    /// Waits for the end of every process; one that does not come within `seconds` of the start fails the test and is made.
     pub fn end(mut self, root: TempDir, seconds: f64) -> (Ended, i32) {
         let bound = Duration::from_secs_f64(seconds);
         // The pipe closes when the last process that holds it is gone.
@@ -224,6 +218,12 @@ impl Started {
         let status = self.child.wait().unwrap();
         let errors = self.heard.join("\n");
         assert!(in_time, "not over within {seconds} s:\n{errors}");
+        // A launcher that is killed takes the pipe with it, and its ranks outlive it by moments.
+        let (mark, over) = (root.path().to_str().unwrap(), Instant::now());
+        while is_running(mark) {
+            assert!(over.elapsed() < Duration::from_secs(5), "processes are left:\n{errors}");
+            thread::yield_now();
+        }
         let code = status.code().or_else(|| std::os::unix::process::ExitStatusExt::signal(&status).map(|signal| 128 + signal));
         (Ended { root, errors, seconds: self.began.elapsed().as_secs_f64() }, code.unwrap())
     }
