@@ -18,7 +18,7 @@ fn replica(kind: Kind) -> Replica<'static> {
 
 fn shake(replica: &mut Replica<'_>) {
     for (index, bucket) in replica.buckets.iter_mut().enumerate() {
-        bucket.update(|_, master, _| {
+        bucket.update(|master| {
             let noise = KEY.step(1).scope(index as u64).seeded(|| master.randn_like());
             *master += noise * 0.05;
         });
@@ -212,7 +212,7 @@ fn the_debug_mode_names_the_stage_and_the_tensor() {
     let mut replica = replica(Kind::Float);
     // The last bias: attention itself would turn a row of NaN scores into zeros on a CPU.
     let last = replica.stages[2].params().numel() - 1;
-    replica.buckets[2].update(|_, master, _| drop(master.narrow(0, last, 1).fill_(f64::NAN)));
+    replica.buckets[2].update(|master| drop(master.narrow(0, last, 1).fill_(f64::NAN)));
     let (input, _) = inputs(Kind::Float);
     let error = replica.tape(Recompute::Never).checking_finite(Some(7)).forward(input).unwrap_err();
     let text = error.to_string();

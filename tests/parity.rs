@@ -207,7 +207,8 @@ fn check_adamw(case: &Value, folder: &Path) {
     assert!(steps >= 10);
     for step in 0..steps {
         let decayed = [(0, params.numel() as i64)];
-        let slice = Slice { params: &mut params, gradient: &gradients.get(step), state: &mut state, decayed: &decayed };
+        let gradient = &gradients.get(step);
+        let slice = Slice { params: &mut params, gradient, gradient_factor: 1.0, state: &mut state, computed: None, decayed: &decayed };
         adamw.update(slice, learning_rates.double_value(&[step]), step as u64 + 1);
         let expected = |name: &str| file.read(name).unwrap().get(step);
         assert_close(&params, &expected("parameters"), 1e-6, &format!("{case}: parameters after step {step}"));

@@ -189,7 +189,7 @@ fn on_rank(world: &dyn Collective, shape: Shape) -> Vec<Option<Tensor>> {
     let mut replica = Replica::shared(stages, Kind::Float, (Device::Cpu, Device::Cpu), Some(KEY), sharing);
     for bucket in &mut replica.buckets {
         // Away from zero, so that no gradient vanishes by construction; alike on every rank.
-        bucket.update(|_, master, _| drop(master.g_add_scalar_(0.01)));
+        bucket.update(|master| drop(master.g_add_scalar_(0.01)));
     }
     replica.publish().unwrap();
     let frozen = |(stage, bucket)| if shape.frozen.contains(&stage) { fm_dist::parallel::Bucket::frozen(bucket) } else { bucket };

@@ -16,8 +16,12 @@ pub struct Slice<'a> {
     pub params: &'a mut Tensor,
     /// `[P]` f32.
     pub gradient: &'a Tensor,
+    /// What the gradient is multiplied with first: the clipping's coefficient, 1 for none.
+    pub gradient_factor: f64,
     /// The optimizer's tensors in the order of [`Optimizer::state_names`], each `[P]` f32, changed in place.
     pub state: &'a mut [Tensor],
+    /// `[P]` bf16, which becomes the parameters rounded; none where the f32 parameters are computed with.
+    pub computed: Option<&'a mut Tensor>,
     /// Runs `(offset, length)` of the slice that weight decay applies to.
     pub decayed: &'a [(i64, i64)],
 }

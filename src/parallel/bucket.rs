@@ -33,6 +33,17 @@ pub struct Piece {
     decayed: Vec<(i64, i64)>,
 }
 
+/// What one rank holds of a piece, and changes.
+#[derive(Debug)]
+pub struct Shard<'b> {
+    /// f32.
+    pub master: &'b mut Tensor,
+    /// The same values in the compute kind, where that is another: whoever changes the master changes it too.
+    pub computed: Option<&'b mut Tensor>,
+    /// Runs `(offset, length)` that weight decay applies to.
+    pub decayed: &'b [(i64, i64)],
+}
+
 /// A stage's leaves for one use. What was gathered for it goes with it.
 #[derive(Debug)]
 pub struct Weights {
@@ -179,11 +190,22 @@ impl Bucket {
         if sliced.is_empty() { Ok(Work::done()) } else { shards.all_gather(sliced) }
     }
 
-    /// Changes this rank's shard of each piece and brings the compute kind up to date.
-    pub fn update(&mut self, mut change: impl FnMut(usize, &mut Tensor, &[(i64, i64)])) {
+    /// This rank's shard of each piece, to be changed.
+    pub fn shards_mut(&mut self) -> impl Iterator<Item = Shard<'_>> {
+        self.pieces.iter_mut().map(|piece| {
+            let apart = piece.computed.data_ptr() != piece.master.data_ptr();
+            Shard { master: &mut piece.master, computed: apart.then_some(&mut piece.computed), decayed: &piece.decayed }
+        })
+    }
+
+    /// Changes this rank's master values of each piece and brings the compute kind up to date.
+    pub fn update(&mut self, mut change: impl FnMut(&mut Tensor)) {
         no_grad(|| {
-            for (index, piece) in self.pieces.iter_mut().enumerate() {
-                piece.update(|master, decayed| change(index, master, decayed));
+            for Shard { master, computed, .. } in self.shards_mut() {
+                change(master);
+                if let Some(computed) = computed {
+                    computed.copy_(master);
+                }
             }
         });
     }
@@ -238,13 +260,6 @@ impl Piece {
         match &self.leaf {
             Some(leaf) => leaf.detach().copy_(whole),
             None => self.computed.copy_(&shard),
-        }
-    }
-
-    fn update(&mut self, change: impl FnOnce(&mut Tensor, &[(i64, i64)])) {
-        change(&mut self.master, &self.decayed);
-        if self.computed.data_ptr() != self.master.data_ptr() {
-            self.computed.copy_(&self.master);
         }
     }
 }
@@ -325,14 +340,14 @@ mod tests {
         for kind in [Kind::Float, Kind::BFloat16] {
             for sharding in SHARDINGS {
                 let gathered = on_three(sharding, kind, |mut bucket, sharing| {
-                    bucket.update(|_, master, _| drop(master.g_add_scalar_(1.0)));
+                    bucket.update(|master| drop(master.g_add_scalar_(1.0)));
                     bucket.publish(sharing.shards()).and_then(Work::wait).expect("no rank fails");
                     let weights = bucket.gather(sharing.shards()).and_then(Gathering::wait).expect("no rank fails");
                     assert!(weights.trained().iter().all(Tensor::requires_grad));
                     weights.views(&params()).iter().map(Tensor::detach).collect::<Vec<_>>()
                 });
                 let mut one = alone(kind);
-                one.update(|_, master, _| drop(master.g_add_scalar_(1.0)));
+                one.update(|master| drop(master.g_add_scalar_(1.0)));
                 let expected = one.gather(&crate::collective::Solo).and_then(Gathering::wait).expect("alone");
                 for views in gathered {
                     assert!(views.iter().zip(expected.views(&params()).iter()).all(|(a, b)| a.equal(b) && a.kind() == b.kind()));

@@ -22,7 +22,7 @@ mod sharing;
 mod tape;
 
 pub use accumulator::Summation;
-pub use bucket::{Bucket, Piece};
+pub use bucket::{Bucket, Piece, Shard};
 pub use layout::Layout;
 pub use memory::StateLayout;
 pub use reducer::Reducer;

@@ -40,5 +40,5 @@ pub fn gradients(stage: usize, gradients: Vec<Tensor>) -> Vec<Tensor> {
 /// A stage's parameters, one of them changed by its lowest bit.
 pub fn parameters(phase: Phase, replica: &mut Replica<'_>) {
     let Some(stage) = fault::argument(Fault::BitFlip, phase, 0.0) else { return };
-    replica.buckets[stage as usize].update(|_, master, _| drop(master.narrow(0, 0, 1).view_dtype(Kind::Int).g_add_scalar_(1)));
+    replica.buckets[stage as usize].update(|master| drop(master.narrow(0, 0, 1).view_dtype(Kind::Int).g_add_scalar_(1)));
 }

@@ -4,7 +4,18 @@ use tch::{Device, Tensor, no_grad};
 
 use crate::error::Result;
 use crate::optim::{Optimizer, Slice};
-use crate::parallel::{Bucket, Replica};
+use crate::parallel::{Bucket, Replica, Shard};
+
+/// What one step does to every parameter.
+#[derive(Clone, Copy)]
+pub struct Change<'a> {
+    pub optimizer: &'a dyn Optimizer,
+    /// Of every gradient: the clipping's coefficient.
+    pub gradient_factor: f64,
+    pub lr: f64,
+    /// Counts from 1.
+    pub step: u64,
+}
 
 /// One tensor for each piece of each stage and each of the optimizer's state names.
 pub struct OptimizerState {
@@ -40,16 +51,19 @@ impl OptimizerState {
     }
 
     /// One update of a stage. Master values and state that live elsewhere visit the gradient's device, a piece at a time.
-    pub fn update(&mut self, stage: usize, bucket: &mut Bucket, gradients: &[Tensor], optimizer: &dyn Optimizer, lr: f64, step: u64) {
-        let pieces = &mut self.stages[stage];
-        bucket.update(|piece, master, decayed| {
-            let gradient = &gradients[piece];
+    pub fn update(&mut self, stage: usize, bucket: &mut Bucket, gradients: &[Tensor], change: Change<'_>) {
+        let Change { optimizer, gradient_factor, lr, step } = change;
+        for ((shard, state), gradient) in bucket.shards_mut().zip(&mut self.stages[stage]).zip(gradients) {
+            let Shard { master, computed, decayed } = shard;
             // The same tensors where they are there already, and copies onto themselves cost nothing.
             let mut params = master.to_device(gradient.device());
-            let mut state: Vec<Tensor> = pieces[piece].iter().map(|tensor| tensor.to_device(gradient.device())).collect();
-            optimizer.update(Slice { params: &mut params, gradient, state: &mut state, decayed }, lr, step);
-            master.copy_(&params);
-            pieces[piece].iter_mut().zip(&state).for_each(|(home, visitor)| home.copy_(visitor));
-        });
+            let mut visitors: Vec<Tensor> = state.iter().map(|tensor| tensor.to_device(gradient.device())).collect();
+            let slice = Slice { params: &mut params, gradient, gradient_factor, state: &mut visitors, computed, decayed };
+            optimizer.update(slice, lr, step);
+            no_grad(|| {
+                master.copy_(&params);
+                state.iter_mut().zip(&visitors).for_each(|(home, visitor)| home.copy_(visitor));
+            });
+        }
     }
 }

@@ -1,13 +1,13 @@
 //! One optimizer step, from top to bottom: micro-batches, reduce, look, clip, update.
 
-use tch::{Tensor, no_grad};
+use tch::Tensor;
 
 use super::agreement::known_to_all;
 use super::diagnose::{Finding, diagnose};
 use super::guard::{BUDGET_STEPS, Guard};
 use super::requests::Requests;
 use super::spoil;
-use super::state::OptimizerState;
+use super::state::{Change, OptimizerState};
 use super::tally::{self, OWN_PHASES, Own, Tally};
 use crate::collective::{Collective, Spent};
 use crate::config::{OnLossSpike, OnNonFinite, RunConfig, TrainSettings};
@@ -255,12 +255,10 @@ impl Stepper<'_> {
         replica: &mut Replica<'_>,
         state: &mut OptimizerState,
     ) -> Result<()> {
-        let coefficient = clip::coefficient(grad_norm, self.config.train.max_grad_norm);
-        for (index, pieces) in gradients.iter().enumerate().filter(|(_, pieces)| !pieces.is_empty()) {
-            if coefficient < 1.0 {
-                no_grad(|| pieces.iter().for_each(|piece| drop(piece.shallow_clone().g_mul_scalar_(coefficient))));
-            }
-            state.update(index, &mut replica.buckets[index], pieces, &*self.config.optimizer, lr, update_number);
+        let gradient_factor = clip::coefficient(grad_norm, self.config.train.max_grad_norm);
+        let change = Change { optimizer: &*self.config.optimizer, gradient_factor, lr, step: update_number };
+        for (index, pieces) in gradients.iter().enumerate() {
+            state.update(index, &mut replica.buckets[index], pieces, change);
         }
         spoil::parameters(Phase::Optimizer, replica);
         replica.publish()
