@@ -1,8 +1,19 @@
-//! Tells the linker where libtorch and NCCL lie, so that the binary starts without LD_LIBRARY_PATH.
+//! Compiles the node that `src/autograd` adds to libtorch's graph, and tells the linker where libtorch and NCCL lie, so that the
+//! binary starts without LD_LIBRARY_PATH.
 
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
+    println!("cargo:rerun-if-changed=src/autograd/node.cpp");
     if let Ok(libtorch) = std::env::var("LIBTORCH") {
+        cc::Build::new()
+            .cpp(true)
+            .std("c++20")
+            .opt_level(1)
+            .warnings(false)
+            .include(format!("{libtorch}/include"))
+            .include(format!("{libtorch}/include/torch/csrc/api/include"))
+            .file("src/autograd/node.cpp")
+            .compile("fm_dist_autograd");
         // NCCL is opened at run time, from the folder of its own wheel.
         for folder in ["lib", "../nvidia/nccl/lib"] {
             println!("cargo:rustc-link-arg=-Wl,-rpath,{libtorch}/{folder}");

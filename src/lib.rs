@@ -16,7 +16,7 @@
 //! | 2, science | [`adapter`] above [`flow`] · [`model`] · [`optim`] |
 //! | 2, machinery | [`parallel`] · [`watchdog`] |
 //! | 1 | [`collective`] · [`data`] · [`nn`] · [`telemetry`] |
-//! | 0 | [`error`] · [`failure`] · [`fault`] · `libtorch` · [`pulse`] · `registry` · [`rng`] · [`settings`] · [`tensor`] |
+//! | 0 | [`autograd`] · [`error`] · [`failure`] · [`fault`] · `libtorch` · [`pulse`] · `registry` · [`rng`] · [`settings`] · [`tensor`] |
 //!
 //! # Letters in shapes
 //! `B` batch · `C` latent channels · `F` frames · `H`, `W` latent height and width · `L` tokens · `D` model width ·
@@ -29,6 +29,7 @@
 //! sigma = 0 is data, sigma = 1 is noise; x = (1 − sigma)·latents + sigma·noise; the model predicts noise − latents.
 
 pub mod adapter;
+pub mod autograd;
 pub mod cli;
 pub mod collective;
 pub mod config;
