@@ -2,6 +2,9 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use raw_cpuid::CpuId;
 
 /// Path of the loaded library.
 pub fn library() -> Option<PathBuf> {
@@ -44,6 +47,18 @@ pub fn cpu_capability() -> &'static str {
 #[cfg(not(target_arch = "x86_64"))]
 pub fn cpu_capability() -> &'static str {
     std::env::consts::ARCH
+}
+
+/// Whether its library of matrix products, MKL, has its best kernels for this processor: it has them for Intel's alone.
+#[cfg(target_arch = "x86_64")]
+pub fn knows_this_cpu() -> bool {
+    static KNOWS: OnceLock<bool> = OnceLock::new();
+    *KNOWS.get_or_init(|| CpuId::new().get_vendor_info().is_some_and(|vendor| vendor.as_str() == "GenuineIntel"))
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+pub fn knows_this_cpu() -> bool {
+    true
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! The few tensor operations that the bindings leave out.
 
+use half::bf16;
 use tch::{Kind, Tensor};
 
 /// `sigma` or another per-sample vector as `[B, 1, …, 1]`, ready to broadcast over a tensor of `rank` axes.
@@ -38,30 +39,60 @@ fn length(tensor: &Tensor) -> Option<usize> {
     Some(tensor.numel() * tensor.kind().elt_size_in_bytes()).filter(|length| *length > 0)
 }
 
-/// A contiguous f32 CPU tensor's elements.
-pub fn floats(tensor: &Tensor) -> &[f32] {
-    assert_eq!(tensor.kind(), Kind::Float);
+/// A kind that loops over elements compute with, in f32.
+pub trait Element: bytemuck::Pod + Send + Sync {
+    const KIND: Kind;
+
+    fn widened(self) -> f32;
+
+    /// The nearest of the kind, ties to even, as libtorch rounds.
+    fn rounded(number: f32) -> Self;
+}
+
+impl Element for f32 {
+    const KIND: Kind = Kind::Float;
+
+    #[inline(always)]
+    fn widened(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn rounded(number: f32) -> Self {
+        number
+    }
+}
+
+impl Element for bf16 {
+    const KIND: Kind = Kind::BFloat16;
+
+    #[inline(always)]
+    fn widened(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+
+    /// Without a branch, so that loops become vectors.
+    #[inline(always)]
+    fn rounded(number: f32) -> Self {
+        let bits = number.to_bits();
+        let rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) as u16;
+        bf16::from_bits(if number.is_nan() { 0x7fc0 } else { rounded })
+    }
+}
+
+/// A contiguous CPU tensor's elements.
+///
+/// # Panics
+/// If the tensor is of another kind, or as for [`bytes`] (a bug in the caller).
+pub fn elements<T: Element>(tensor: &Tensor) -> &[T] {
+    assert_eq!(tensor.kind(), T::KIND);
     bytemuck::cast_slice(bytes(tensor))
 }
 
-/// A contiguous f32 CPU tensor's elements, to be written.
-pub fn floats_mut(tensor: &mut Tensor) -> &mut [f32] {
-    assert_eq!(tensor.kind(), Kind::Float);
+/// As [`elements`], to be written as with [`bytes_mut`].
+pub fn elements_mut<T: Element>(tensor: &mut Tensor) -> &mut [T] {
+    assert_eq!(tensor.kind(), T::KIND);
     bytemuck::cast_slice_mut(bytes_mut(tensor))
-}
-
-/// A contiguous bfloat16 CPU tensor's elements, to be written as their bits.
-pub fn bfloat16s_mut(tensor: &mut Tensor) -> &mut [u16] {
-    assert_eq!(tensor.kind(), Kind::BFloat16);
-    bytemuck::cast_slice_mut(bytes_mut(tensor))
-}
-
-/// The bits of the nearest bfloat16, ties to even, as libtorch rounds.
-#[inline(always)]
-pub fn round_to_bfloat16(number: f32) -> u16 {
-    let bits = number.to_bits();
-    let rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) as u16;
-    if number.is_nan() { 0x7fc0 } else { rounded }
 }
 
 /// Smallest and largest element as two f32 scalars on the tensor's device, without a host synchronization.
@@ -82,17 +113,18 @@ mod tests {
 
     #[test]
     fn bfloat16_is_rounded_as_libtorch_rounds() {
-        let numbers = [0.0f32, -0.0, 1.0, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, f32::MAX, f32::INFINITY, -1e-40, 3.1415];
-        let mut expected = Tensor::from_slice(&numbers).to_kind(Kind::BFloat16);
-        assert_eq!(bfloat16s_mut(&mut expected), numbers.map(round_to_bfloat16));
-        assert!(round_to_bfloat16(f32::NAN) & 0x7fff > 0x7f80, "not a number stays none");
+        let numbers = [0.0f32, -0.0, 1.0, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, f32::MAX, f32::INFINITY, -1e-40, 2.345];
+        let expected = Tensor::from_slice(&numbers).to_kind(Kind::BFloat16);
+        assert_eq!(elements::<bf16>(&expected), numbers.map(bf16::rounded));
+        assert!(bf16::rounded(f32::NAN).is_nan());
+        assert!(numbers.iter().all(|number| bf16::rounded(bf16::rounded(*number).widened()) == bf16::rounded(*number)));
     }
 
     #[test]
     fn what_is_written_to_the_elements_is_the_tensors() {
         let mut tensor = Tensor::from_slice(&[1f32, 2.0]);
-        floats_mut(&mut tensor)[1] = 5.0;
-        assert_eq!(floats(&tensor), [1.0, 5.0]);
+        elements_mut(&mut tensor)[1] = 5f32;
+        assert_eq!(elements::<f32>(&tensor), [1.0, 5.0]);
     }
 
     #[test]

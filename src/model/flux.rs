@@ -245,7 +245,7 @@ impl Stage for SingleBlock {
         let ready = modulated_norm(&joint, &shift, &scale, EPSILON);
         let [query, key, value] = self.attention.forward(params, &ready, input.find("rope"));
         let attended = attend(&query, &key, &value, input.find("mask"));
-        let fed = self.feed.forward(params, &ready).gelu("tanh");
+        let fed = Nonlinearity::GeluTanh.apply(&self.feed.forward(params, &ready));
         let joint = gated(&joint, &gate, &self.output.forward(params, &Tensor::cat(&[attended, fed], 2)));
         Activations::new().with("joint", joint).with("conditioning", conditioning.shallow_clone())
     }

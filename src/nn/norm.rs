@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::{Builder, Init, Param, Views};
+use super::{Builder, Init, Param, Views, by_hand};
 
 /// Layer normalization over the last axis without learned scale and shift; modulation supplies both.
 ///
@@ -67,6 +67,9 @@ impl RmsNorm {
     /// `x`: `[…, D]`. Returns the same.
     pub fn forward(&self, params: &Views, x: &Tensor) -> Tensor {
         let weight = &params[self.weight];
+        if let Some(normalized) = by_hand::rms_norm(x, weight, self.epsilon, self.rounding == Rounding::BeforeScale) {
+            return normalized;
+        }
         match self.rounding {
             Rounding::Once => x.rms_norm([width(x)], Some(weight), self.epsilon),
             Rounding::BeforeScale => x.rms_norm([width(x)], None::<&Tensor>, self.epsilon) * weight,

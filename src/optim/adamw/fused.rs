@@ -6,11 +6,12 @@
 use std::ops::Range;
 use std::thread;
 
-use pulp::Arch;
+use half::bf16;
+use multiversion::multiversion;
 
 use super::Factors;
 use crate::optim::Slice;
-use crate::tensor::{bfloat16s_mut, floats, floats_mut, round_to_bfloat16};
+use crate::tensor::{Element, elements, elements_mut};
 
 /// Elements for which a further thread is worth its start, which takes as long as some ten thousand elements.
 pub(super) const SHARE: usize = 1 << 18;
@@ -22,7 +23,7 @@ struct Run<'a> {
     exp_avg: &'a mut [f32],
     exp_avg_sq: &'a mut [f32],
     /// Empty where nothing is computed in bfloat16.
-    computed: &'a mut [u16],
+    computed: &'a mut [bf16],
     decays: bool,
 }
 
@@ -32,24 +33,23 @@ pub(super) fn update(slice: Slice<'_>, factors: Factors) {
     let [exp_avg, exp_avg_sq] = state else { panic!("AdamW keeps two tensors a slice, found {}", state.len()) };
     let gradient = gradient.contiguous();
     let rest = Run {
-        params: floats_mut(params),
-        gradient: floats(&gradient),
-        exp_avg: floats_mut(exp_avg),
-        exp_avg_sq: floats_mut(exp_avg_sq),
-        computed: computed.map_or(&mut [], bfloat16s_mut),
+        params: elements_mut(params),
+        gradient: elements(&gradient),
+        exp_avg: elements_mut(exp_avg),
+        exp_avg_sq: elements_mut(exp_avg_sq),
+        computed: computed.map_or(&mut [], elements_mut),
         decays: false,
     };
     let num_threads = usize::try_from(tch::get_num_threads()).unwrap_or(1);
     let share = rest.params.len().div_ceil(num_threads).max(SHARE);
-    let arch = Arch::new();
     thread::scope(|scope| {
         let mut shares = rest.split(decayed, share);
         // The first share is this thread's own: with one thread none is started.
         let own = shares.next();
         for runs in shares {
-            scope.spawn(move || runs.into_iter().for_each(|run| arch.dispatch(|| run.update(factors))));
+            scope.spawn(move || runs.into_iter().for_each(|run| update_run(run, factors)));
         }
-        own.into_iter().flatten().for_each(|run| arch.dispatch(|| run.update(factors)));
+        own.into_iter().flatten().for_each(|run| update_run(run, factors));
     });
 }
 
@@ -73,28 +73,30 @@ impl<'a> Run<'a> {
             decays,
         }
     }
+}
 
-    /// Inlined where it is called, so that it is compiled for the vectors that the caller found.
-    #[inline(always)]
-    fn update(self, factors: Factors) {
-        let [gradient_factor, beta2, eps, move_by] = [factors.gradient, factors.beta2, factors.eps, factors.move_by].map(|f| f as f32);
-        let [fresh1, fresh2] = [1.0 - factors.beta1, 1.0 - factors.beta2].map(|f| f as f32);
-        let decay = if self.decays { factors.decay as f32 } else { 1.0 };
-        // libtorch divides by a number by multiplying with its reciprocal.
-        let correction = 1.0 / factors.root_correction as f32;
-        let length = self.params.len();
-        let (gradient, exp_avg, exp_avg_sq) = (&self.gradient[..length], &mut self.exp_avg[..length], &mut self.exp_avg_sq[..length]);
-        for index in 0..length {
-            let gradient = gradient[index] * gradient_factor;
-            let mean = fresh1.mul_add(gradient - exp_avg[index], exp_avg[index]);
-            let square = (gradient * fresh2).mul_add(gradient, exp_avg_sq[index] * beta2);
-            let denominator = square.sqrt() * correction + eps;
-            exp_avg[index] = mean;
-            exp_avg_sq[index] = square;
-            self.params[index] = self.params[index] * decay + 1.0 / denominator * mean * move_by;
-        }
-        // While the run is in the cache.
-        self.computed.iter_mut().zip(&*self.params).for_each(|(computed, param)| *computed = round_to_bfloat16(*param));
+#[multiversion(targets = "simd")]
+fn update_run<'a>(run: Run<'a>, factors: Factors) {
+    let Run { params, gradient, exp_avg, exp_avg_sq, computed, decays } = run;
+    let [gradient_factor, beta2, eps, move_by] = [factors.gradient, factors.beta2, factors.eps, factors.move_by].map(|f| f as f32);
+    let [fresh1, fresh2] = [1.0 - factors.beta1, 1.0 - factors.beta2].map(|f| f as f32);
+    let decay = if decays { factors.decay as f32 } else { 1.0 };
+    // libtorch divides by a number by multiplying with its reciprocal.
+    let correction = 1.0 / factors.root_correction as f32;
+    let length = params.len();
+    let (gradient, exp_avg, exp_avg_sq) = (&gradient[..length], &mut exp_avg[..length], &mut exp_avg_sq[..length]);
+    for index in 0..length {
+        let gradient = gradient[index] * gradient_factor;
+        let mean = fresh1.mul_add(gradient - exp_avg[index], exp_avg[index]);
+        let square = (gradient * fresh2).mul_add(gradient, exp_avg_sq[index] * beta2);
+        let denominator = square.sqrt() * correction + eps;
+        exp_avg[index] = mean;
+        exp_avg_sq[index] = square;
+        params[index] = params[index] * decay + 1.0 / denominator * mean * move_by;
+    }
+    // While the run is in the cache.
+    for (computed, param) in computed.iter_mut().zip(&*params) {
+        *computed = bf16::rounded(*param);
     }
 }
 
