@@ -104,7 +104,7 @@ fn a_missing_configuration_or_run_is_named() {
 }
 
 #[test]
-fn a_wrong_argument_is_a_usage_error() {
+fn a_wrong_argument_is_an_error_of_usage_with_code_2() {
     let (code, _, errors) = finish(program(&["trian"]));
     assert_eq!(code, 2);
     assert!(errors.contains("train"), "the nearest command is offered:\n{errors}");

@@ -320,6 +320,9 @@ pub(crate) struct Outcome {
 /// The line with which a failing rank starts the clock.
 pub(crate) const FAILS_NOW: &str = "this rank fails now";
 
+/// How long a world may outlive a rank that fails: 5 s are promised, and a busy machine may take four times as long.
+const SOON: Duration = Duration::from_secs(20);
+
 /// No world of this file takes a minute, even on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -449,7 +452,7 @@ fn ends_in_time(test: &str, code: i32) -> String {
     let outcome = mpirun(2, test);
     assert_eq!(outcome.code, Some(code), "{}", outcome.output);
     let survived = outcome.survived.expect("rank 1 said that it fails");
-    assert!(survived < Duration::from_secs(5), "the world lived on for {survived:?}");
+    assert!(survived < SOON, "the world lived on for {survived:?}");
     assert!(!outcome.output.contains("left the all-reduce"), "{}", outcome.output);
     outcome.output
 }

@@ -5,6 +5,8 @@
 //! target/fuzz/; one that ends the whole process lies there as `<reader>.input`.
 #![allow(clippy::unwrap_used)]
 
+#[path = "fuzz/clock.rs"]
+mod clock;
 #[path = "fuzz/hunt.rs"]
 mod hunt;
 #[path = "fuzz/mutation.rs"]

@@ -108,7 +108,7 @@ fn a_resume_without_any_usable_checkpoint_never_starts_anew() {
 }
 
 #[test]
-fn d9_d10_another_seed_batch_or_model_is_refused_by_name() {
+fn d9_d10_another_seed_batch_or_model_is_refused_by_name_with_code_51() {
     let root = TempDir::new().unwrap();
     let run = broken_off(root.path(), "run", 1);
     let refused = |overrides: &[&str]| {

@@ -101,16 +101,15 @@ pub fn kill_at(mut command: Command, text: &str, mark: &str) {
     child.wait().unwrap();
     assert!(seen.last().is_some_and(|line| line.contains(text)), "the program ended without {text:?}:\n{}", seen.join("\n"));
     let began = Instant::now();
-    while is_running(mark) {
-        assert!(began.elapsed() < Duration::from_secs(10), "ranks outlive their killed launcher");
+    while !running(mark).is_empty() {
+        assert!(began.elapsed() < Duration::from_secs(20), "ranks outlive their killed launcher");
         thread::yield_now();
     }
 }
 
-/// Whether any process has `mark` in its arguments.
-pub fn is_running(mark: &str) -> bool {
-    let entries = fs::read_dir("/proc").unwrap().filter_map(Result::ok);
-    entries
-        .map(|entry| fs::read(entry.path().join("cmdline")).unwrap_or_default())
-        .any(|arguments| String::from_utf8_lossy(&arguments).contains(mark))
+/// Numbers of the processes that have `mark` in their arguments.
+pub fn running(mark: &str) -> Vec<String> {
+    let numbers = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let arguments = |number: &String| fs::read(format!("/proc/{number}/cmdline")).unwrap_or_default();
+    numbers.filter(|number| String::from_utf8_lossy(&arguments(number)).contains(mark)).collect()
 }

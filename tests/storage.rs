@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::SystemTime;
 
 use fm_dist::config::RunConfig;
 use fm_dist::error::Error;
@@ -150,9 +151,10 @@ fn d13_a_checkpoint_of_another_version_is_not_taken_for_a_corrupt_one() {
 }
 
 #[test]
-fn d8_files_called_latest_lead_nowhere() {
+fn d8_d18_neither_files_called_latest_nor_times_of_files_tell_the_newest() {
     let root = TempDir::new().unwrap();
     let run = trained(&root);
+    fs::File::open(run.join("step-00000006")).and_then(|newest| newest.set_modified(SystemTime::UNIX_EPOCH)).unwrap();
     fs::write(run.join("LATEST"), "step-00000005").unwrap();
     std::os::unix::fs::symlink("../../etc", run.join("latest")).unwrap();
     resumed(&run).unwrap();

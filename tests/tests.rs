@@ -4,6 +4,9 @@
 
 /// Messages and exit codes, as a user meets them.
 mod cli;
+/// What several of these measure by: processor time. Nothing is promised there.
+#[path = "fuzz/clock.rs"]
+mod clock;
 /// Every backend of the collectives keeps one contract, and a rank that fails ends its world.
 mod collectives;
 /// Every file in configs/ is valid, and what the program prints is the documented listing.

@@ -3,9 +3,9 @@
 /// Most hosts that a list is expanded to; a list that names more is no list of hosts.
 const MOST_HOSTS: usize = 1 << 16;
 
-/// Ports between those of services and most of those that systems give away.
+/// Ports between those of services and those that systems give to any connection, from 32768 on.
 const FIRST_PORT: u64 = 20_000;
-const PORTS: u64 = 40_000;
+const PORTS: u64 = 12_000;
 
 /// The hosts of a list like `n[01-04,7],m3`, in its order, as `scontrol show hostnames` has them. `None` for what is no list.
 pub fn hosts(list: &str) -> Option<Vec<String>> {
@@ -68,7 +68,7 @@ fn expand_range(range: &str) -> Option<Vec<String>> {
     is_few.then(|| (low..=high).map(|number| format!("{number:0width$}", width = first.len())).collect())
 }
 
-/// The port at which rank 0 of a job's step listens, from 20000 to 59999: the same for all ranks, and for another step another
+/// The port at which rank 0 of a job's step listens, from 20000 to 31999: the same for all ranks, and for another step another
 /// one in all likelihood.
 pub fn port(job: u64, step: u64) -> u16 {
     let mixed = job.wrapping_mul(31).wrapping_add(step);
@@ -105,8 +105,8 @@ mod tests {
     #[test]
     fn steps_have_ports_of_their_own() {
         assert_eq!(port(0, 0), 20_000);
-        assert_eq!(port(4_711, 2), 46_043);
-        assert!((0..5_000).all(|job| (20_000..60_000).contains(&port(job, 7))));
+        assert_eq!(port(4_711, 2), 22_043);
+        assert!((0..5_000).all(|job| (20_000..32_000).contains(&port(job, 7))));
         assert_eq!(port(u64::MAX, 0), port(u64::MAX, 0));
         assert_ne!(port(100, 0), port(100, 1));
         assert_ne!(port(100, 0), port(101, 0));

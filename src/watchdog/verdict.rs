@@ -43,13 +43,13 @@ impl Witness<'_> {
             return said(cause, format!("missing: 0 (host {}, silent for {:.1} s)", roll.hub_host, roll.silence.as_secs_f64()));
         }
         let missing: Vec<&Standing> = roll.standings.iter().filter(|standing| self.lacks(standing, roll)).collect();
-        let arrived = self.arrived(roll, &missing);
         if let Some(host) = self.lost_host(roll) {
-            return said(
-                COMM,
-                format!("host {host} is silent: node or link lost; {arrived}missing: {}", named(&missing, roll, self.quiet)),
-            );
+            // Who is heard of may be behind only for waiting on those.
+            let silent: Vec<&Standing> = missing.into_iter().filter(|standing| standing.silence > self.quiet).collect();
+            let (arrived, silent) = (self.arrived(roll, &silent), named(&silent, roll, self.quiet));
+            return said(COMM, format!("host {host} is silent: node or link lost; {arrived}missing: {silent}"));
         }
+        let arrived = self.arrived(roll, &missing);
         if roll.standings.is_empty() && roll.unknown.is_empty() {
             return said(COMM, "the ranks have not met yet".into());
         }
@@ -152,8 +152,10 @@ mod tests {
     #[test]
     fn c14_a_machine_of_which_nobody_is_heard_is_a_matter_of_communication() {
         let waiting = at(10, Phase::Reduce, 7, 3);
+        // Rank 1 waits for a rank of its own node, which waits for the other node.
+        let place = |rank: usize| if rank == 1 { at(10, Phase::Reduce, 8, 3) } else { waiting };
         let standings =
-            (0..4).map(|rank| standing(rank, if rank < 2 { "a" } else { "b" }, waiting, if rank < 2 { 0 } else { 4 })).collect();
+            (0..4).map(|rank| standing(rank, if rank < 2 { "a" } else { "b" }, place(rank), if rank < 2 { 0 } else { 4 })).collect();
         let (code, text) = judged(0, waiting, &Roll { standings, ..Roll::default() });
         assert!(code == 22 && text.contains("host b is silent: node or link lost; arrived: 0-1; missing: 2 (host b"), "{text}");
         let lost = Roll { silence: Duration::from_secs(4), hub_host: "b".into(), ..Roll::default() };

@@ -4,7 +4,7 @@ use super::{Case, STEPS, unbroken};
 use crate::runs::{checkpoint, column};
 
 #[test]
-fn e1_a_loss_that_is_nan_on_one_rank_is_found_by_all_before_the_update() {
+fn e1_a_loss_that_is_nan_on_one_rank_is_found_by_all_before_the_update_with_code_41() {
     let says =
         ["error NUMERIC rank 1/2", "step 7: rank 1, micro-batch 0: loss exploded: NaN in samples", "at sigma", "nothing was updated"];
     let way_back = ["step-00000004. exit 41"];
@@ -67,7 +67,7 @@ fn e4_a_loss_that_stands_out_is_warned_of_skipped_or_stops_the_run() {
 }
 
 #[test]
-fn e6_parameters_that_differ_are_found_before_they_are_saved() {
+fn e6_parameters_that_differ_are_found_before_they_are_saved_with_code_42() {
     let says = ["error DESYNC", "rank 1 holds other parameters than the rest", "`", "nothing was saved", "exit 42"];
     let sets = ["train.global_batch_size=24"];
     let ended = Case { ranks: 3, fault: "bit_flip@1:6:optimizer:1", sets: &sets, code: 42, says: &says, ..Case::default() }.run();

@@ -1,17 +1,18 @@
 //! D: disks that fill up, fail, or hold what they should not. F: what the end of a run leaves.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use tempfile::TempDir;
 
-use super::{BESIDE, Case, STEPS, Started, turn, unbroken};
+use super::{BESIDE, Case, SOON, START, STEPS, Started, turn, unbroken};
 use crate::runs::{checkpoint, column};
 
 #[test]
 fn d1_a_save_that_is_cut_off_at_any_point_leaves_the_checkpoint_before() {
     for fault in ["kill@1:8:snapshot", "kill@0:8:write", "kill@1:8:sync", "kill@0:8:commit"] {
-        let ended = Case { fault, sets: &[BESIDE], code: 137, seconds: 15.0, ..Case::default() }.run();
+        let ended = Case { fault, sets: &[BESIDE], code: 137, seconds: SOON, ..Case::default() }.run();
         assert_eq!(ended.checkpoints(), [4], "{fault}");
         ended.resumes_to_the_unbroken_run(2, &[]);
     }
@@ -49,46 +50,49 @@ fn d3_a_limit_on_the_size_of_files_is_told_like_a_full_disk() {
     let command = Case { ranks: 0, ..Case::default() }.command(&root);
     let mut limited = Command::new("bash");
     limited.args(["-c", "ulimit -f 64; exec \"$@\"", "bash"]).arg(command.get_program()).args(command.get_args());
-    let (ended, code) = Started::new(limited).end(root, 30.0);
+    let (ended, code) = Started::new(limited).end(root, START);
     assert_eq!(code, 30, "{}", ended.errors);
     assert!(ended.errors.contains("File too large"), "{}", ended.errors);
 }
 
-/// A file system of two megabytes, for root.
-struct SmallDisk(TempDir);
+/// A file system of one megabyte, for root.
+struct SmallDisk(PathBuf);
 
 impl SmallDisk {
-    fn mount() -> Option<Self> {
-        let folder = TempDir::new().unwrap();
+    fn mount(at: PathBuf) -> Option<Self> {
+        fs::create_dir(&at).unwrap();
         let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"]).arg(folder.path()).stderr(Stdio::null());
-        mount.status().is_ok_and(|status| status.success()).then_some(SmallDisk(folder))
+        mount.args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"]).arg(&at).stderr(Stdio::null());
+        mount.status().is_ok_and(|status| status.success()).then_some(SmallDisk(at))
     }
 }
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
     }
 }
 
 #[test]
 fn d3_a_full_disk_is_told_with_path_and_sizes() {
-    let Some(disk) = SmallDisk::mount() else {
+    let root = TempDir::new().unwrap();
+    let Some(disk) = SmallDisk::mount(root.path().join("run")) else {
         eprintln!("SKIPPED: mounting a small file system needs root");
         return;
     };
-    let _turn = turn();
-    let output = format!("output_dir={}", disk.0.path().join("run").display());
-    let root = TempDir::new().unwrap();
-    let command = Case { sets: &[&output], ..Case::default() }.command(&root);
-    let mut again = Command::new(command.get_program());
-    // The case's own folder comes last, and the last one counts.
-    again.args(command.get_args().filter(|word| !word.to_string_lossy().contains(root.path().to_str().unwrap())).collect::<Vec<_>>());
-    again.args([&output]).envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    let (ended, code) = Started::new(again).end(root, 30.0);
-    assert_eq!(code, 30, "{}", ended.errors);
-    assert!(ended.errors.contains("it needs ") && ended.errors.contains(" free"), "{}", ended.errors);
+    let path = format!("{}/.step-", disk.0.display());
+    let says = ["error STORAGE", "No space left on device", &path, "it needs ", " free", "exit 30"];
+    let ended = Case { code: 30, says: &says, never: &[], ..Case::default() }.run_in(root);
+    // Before the folder that it is mounted in goes.
+    drop(disk);
+    drop(ended);
+}
+
+#[test]
+fn d7_a_resume_of_nothing_never_begins_anew_and_ends_with_code_44() {
+    let says = ["error NO_CKPT rank 0/2", "holds no checkpoint; start with --resume never. exit 44"];
+    let ended = Case { words: &["--resume", "latest"], code: 44, says: &says, seconds: SOON, ..Case::default() }.run();
+    assert!(!ended.run_folder().exists());
 }
 
 #[test]
@@ -102,12 +106,15 @@ fn d5_where_one_rank_cannot_write_nobody_commits_and_the_run_may_go_on() {
 
 #[test]
 fn d16_a_slow_disk_delays_the_next_save_and_changes_nothing() {
-    let ended = Case { fault: "sleep@1:4-12:write:0.1", sets: &[BESIDE], ..Case::default() }.run();
+    let sets = [BESIDE, "flow_matching.summary_log_interval=1"];
+    let ended = Case { fault: "sleep@1:4-12:write:0.1", sets: &sets, ..Case::default() }.run();
     assert!(checkpoint(&ended.run_folder(), STEPS) == unbroken(2, &[]));
+    let line = |text: &str| ended.errors.lines().position(|line| line.contains(text)).unwrap_or_else(|| panic!("{}", ended.errors));
+    assert!(line("[STEP 5]") < line("step-00000004"), "steps wait for the copy alone:\n{}", ended.errors);
 }
 
 #[test]
-fn f1_nobody_listening_and_no_place_for_logs_do_not_stop_a_run() {
+fn f1_a_run_to_which_nobody_listens_goes_on() {
     let _turn = turn();
     let root = TempDir::new().unwrap();
     // Without a launcher, which would itself end by the closed pipe.
@@ -116,16 +123,37 @@ fn f1_nobody_listening_and_no_place_for_logs_do_not_stop_a_run() {
     let mut deaf = Command::new("bash");
     deaf.args(["-c", "set -o pipefail; \"$@\" 2> >(exec 0<&-; exit 0)", "bash"]).arg(command.get_program()).args(command.get_args());
     deaf.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    let (ended, code) = Started::new(deaf).end(root, 30.0);
+    let (ended, code) = Started::new(deaf).end(root, START);
     assert_eq!(code, 0, "{}", ended.errors);
     assert_eq!(ended.checkpoints().last(), Some(&STEPS));
 }
 
 #[test]
-fn f2_lines_of_several_ranks_never_tear() {
-    let ended = Case { ranks: 4, sets: &["train.global_batch_size=32", "log.level=\"debug\""], ..Case::default() }.run();
-    let torn: Vec<&str> = ended.errors.lines().filter(|line| line.matches("step-000000").count() > 1).collect();
-    assert!(torn.is_empty(), "{torn:?}");
+fn f1_f2_without_a_place_for_logs_each_rank_warns_once_in_a_line_of_its_own() {
+    let root = TempDir::new().unwrap();
+    let run = root.path().join("run");
+    fs::create_dir(&run).unwrap();
+    fs::write(run.join("log"), "a file where the folder should be").unwrap();
+    let ended = Case { ranks: 4, sets: &["train.global_batch_size=32"], ..Case::default() }.run_in(root);
+    let warned = ended.errors.lines().filter_map(|line| Some(line.split_once(" WARN ")?.1.to_string()));
+    let mut warned: Vec<String> = warned.collect();
+    warned.sort();
+    let trouble = format!("no log file under {}: File exists (os error 17); logging to standard error only", run.display());
+    let of_ranks = ["[rank 1] ", "[rank 2] ", "[rank 3] ", ""].map(|rank| format!("{rank}{trouble}"));
+    assert_eq!(warned, of_ranks, "{}", ended.errors);
+    assert_eq!(ended.checkpoints().last(), Some(&STEPS));
+}
+
+#[test]
+fn f1_a_full_disk_under_the_log_is_warned_of_once() {
+    let root = TempDir::new().unwrap();
+    let log = root.path().join("run/log");
+    fs::create_dir_all(&log).unwrap();
+    std::os::unix::fs::symlink("/dev/full", log.join("rank-00000.jsonl")).unwrap();
+    let ended = Case::default().run_in(root);
+    let warned = ended.errors.lines().filter(|line| line.contains("WARN")).collect::<Vec<_>>();
+    assert!(warned.len() == 1 && warned[0].contains("No space left on device (os error 28); the run goes on"), "{}", ended.errors);
+    assert!(checkpoint(&ended.run_folder(), STEPS) == unbroken(2, &[]));
 }
 
 #[test]

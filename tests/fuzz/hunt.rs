@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use peak_alloc::PeakAlloc;
 
+use crate::clock::processor_time;
 use crate::mutation::{Dice, mutated};
 
 #[global_allocator]
@@ -103,10 +104,10 @@ fn nth_input(prey: &Prey<'_>, seed: u64, number: u64) -> Vec<u8> {
 
 /// Why the input is refused, or that it was taken; what is wrong where it was neither taken nor refused as it should be.
 fn attempt(prey: &Prey<'_>, bytes: &[u8], hunted: &mut Hunted) -> Result<Option<String>, String> {
-    let (before, cpu, clock) = (MEMORY.current_usage(), cpu_time(), Instant::now());
+    let (before, processor, clock) = (MEMORY.current_usage(), processor_time(), Instant::now());
     MEMORY.reset_peak_usage();
     let outcome = catch_unwind(AssertUnwindSafe(|| (prey.read)(bytes)));
-    let (took, waited) = (cpu_time() - cpu, clock.elapsed());
+    let (took, waited) = (processor_time() - processor, clock.elapsed());
     let peak = MEMORY.peak_usage().saturating_sub(before);
     hunted.slowest = hunted.slowest.max(took);
     hunted.most_bytes = hunted.most_bytes.max(peak);
@@ -135,10 +136,4 @@ fn told_well(message: &str) -> Result<(), String> {
         None if length > MOST_CHARS => Err(format!("its message has {length} characters: {:.200}…", message)),
         None => Ok(()),
     }
-}
-
-/// Processor time of this thread: neighbours on a busy machine do not count.
-fn cpu_time() -> Duration {
-    let text = fs::read_to_string("/proc/thread-self/schedstat").unwrap();
-    Duration::from_nanos(text.split(' ').next().unwrap().parse().unwrap())
 }

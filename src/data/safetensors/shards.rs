@@ -118,7 +118,27 @@ fn listed(what: &str, names: Vec<String>) -> Option<String> {
 mod tests {
     use std::fs::{self, File};
 
+    use tch::Device;
+
     use super::*;
+    use crate::data::safetensors::write;
+
+    #[test]
+    fn d9_d10_whatever_does_not_fit_is_listed_and_nothing_is_broadcast_or_converted() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let tensors = [("broadcast", [1, 1], Kind::Float), ("converted", [2, 2], Kind::BFloat16), ("renamed", [2, 2], Kind::Float)];
+        let tensors = tensors.map(|(name, shape, kind)| (name, Tensor::ones(shape, (kind, Device::Cpu))));
+        let named = tensors.each_ref().map(|(name, tensor)| (*name, tensor));
+        let mut file = File::create(folder.path().join("a.safetensors")).expect("a file");
+        write(&mut file, &named, &BTreeMap::new()).expect("room");
+        let shards = Shards::open(folder.path(), ["a.safetensors".to_string()]).expect("a sound file");
+        let shapes = [("broadcast", [64, 64]), ("converted", [2, 2]), ("named", [2, 2])];
+        let expected = shapes.iter().map(|(name, shape)| (name.to_string(), &shape[..])).collect();
+        let said = shards.check(&expected, &[Kind::Float], &[]).expect_err("nothing of it fits");
+        let lists = "missing: named; unexpected: renamed; of another shape or kind: broadcast is Float [1, 1] instead of Float [64, 64], \
+                     converted is BFloat16 [2, 2] instead of Float [2, 2]";
+        assert_eq!(said, lists);
+    }
 
     #[test]
     fn an_index_names_files_beside_it_and_is_no_longer_than_any_real_one() {

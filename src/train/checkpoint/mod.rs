@@ -125,7 +125,7 @@ pub fn list(run: &Path) -> Result<Vec<(u64, PathBuf)>> {
 mod tests {
     use std::fs::File;
     use std::sync::Arc;
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     use std::thread;
 
     use tch::{Device, Kind, Tensor};
@@ -328,25 +328,24 @@ mod tests {
         let root = tempfile::tempdir().expect("a folder");
         let run = root.path().to_path_buf();
         save_here(&run, 1).expect("a sound disk");
-        let over = Arc::new(AtomicBool::new(false));
-        let (of_reader, its_run) = (Arc::clone(&over), run.clone());
+        let (over, read) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let (is_over, has_read, its_run) = (Arc::clone(&over), Arc::clone(&read), run.clone());
         let reader = thread::spawn(move || {
-            let mut read = 0;
-            while !of_reader.load(Ordering::Relaxed) {
+            while !is_over.load(Ordering::Relaxed) {
                 let (_, newest) = list(&its_run).expect("a run folder").pop().expect("there is always one");
                 match verify(&newest) {
-                    Ok(_) => read += 1,
+                    Ok(_) => drop(has_read.fetch_add(1, Ordering::Relaxed)),
                     Err(unfit) => assert!(!newest.exists(), "{unfit:?} of a checkpoint that stands"),
                 }
             }
-            read
         });
         let settings = CheckpointSettings { keep_last: 1, ..CheckpointSettings::default() };
-        for step in 2..40 {
+        // On a busy machine the reader may come late.
+        for step in (2..).take_while(|step| *step < 40 || (read.load(Ordering::Relaxed) < 10 && !reader.is_finished())) {
             save_here(&run, step).and_then(|()| commit::prune(&run, step, &settings)).expect("a sound disk");
         }
         over.store(true, Ordering::Relaxed);
-        assert!(reader.join().expect("no half checkpoint") > 0);
+        reader.join().expect("no half checkpoint");
     }
 
     #[test]
