@@ -61,6 +61,20 @@ pub fn knows_this_cpu() -> bool {
     true
 }
 
+/// Lets freed memory wait for the next tensor of its size: by default large ones go back to the system and come again as pages
+/// to be cleared, which took 3 % of a step of 71 million parameters in bfloat16. A process then keeps its peak.
+#[cfg(target_env = "gnu")]
+#[allow(unsafe_code)]
+pub fn keep_freed_memory() {
+    for parameter in [libc::M_MMAP_THRESHOLD, libc::M_TRIM_THRESHOLD] {
+        // SAFETY: malloc's own setting, which takes its own lock.
+        unsafe { libc::mallopt(parameter, libc::c_int::MAX) };
+    }
+}
+
+#[cfg(not(target_env = "gnu"))]
+pub fn keep_freed_memory() {}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -19,6 +19,7 @@ use crate::config::RunConfig;
 use crate::data::{Dataset, Order, Share};
 use crate::error::Result;
 use crate::flow::FlowMatchingPipeline;
+use crate::libtorch;
 use crate::model::SampleShapes;
 use crate::parallel::{Replica, Sharding, Sharing};
 use crate::pulse::Phase;
@@ -48,6 +49,7 @@ impl<'c> Trainer<'c> {
         check_data(config, &dataset)?;
         let order = Order::new(dataset.groups(), global_batch, config.seed)?;
         tch::set_num_threads(config.parallel.num_threads);
+        libtorch::keep_freed_memory();
         let parallel = &config.parallel;
         let sharing = Sharing::new(collective, parallel.sharding, parallel.sharding_group, parallel.grains(share.micro_batches))?;
         let mut replica = match folder.resumed_from() {
