@@ -18,8 +18,8 @@ const ATTENTION: [i64; 4] = [4, 8, 320, 64];
 /// Elements of a hidden activation, and how many are kept: more than caches hold.
 const ACTIVATION: i64 = 1 << 20;
 const KEPT: usize = 64;
-/// Parameters of a block.
-const BLOCK: i64 = 4 << 20;
+/// Parameters of a block of a small transformer: FLUX's double block at a width of 512 has as many.
+const BLOCK: i64 = 9 << 20;
 /// Small operators and messages that are timed as one.
 const BATCH: usize = 1000;
 
