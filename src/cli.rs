@@ -1,6 +1,6 @@
 //! Typed text to a command, and what each command calls.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bytesize::ByteSize;
@@ -13,9 +13,10 @@ use crate::doctor;
 use crate::error::{Error, Result, STOPPED};
 use crate::fault;
 use crate::model::Dtype;
+use crate::parallel::Cluster;
 use crate::pulse::{self, Phase};
 use crate::settings::Choice;
-use crate::train::{self, CheckRequest, Ending, ExportRequest, Resume, SampleRequest, StepRequest, StopFlag, TrainOptions};
+use crate::train::{self, CheckRequest, Ending, ExportRequest, Resume, SampleRequest, ScalingRequest, StepRequest, StopFlag, TrainOptions};
 use crate::watchdog::Watchdog;
 
 /// Trains diffusion transformers by flow matching, one process a GPU.
@@ -157,9 +158,15 @@ struct StepArgs {
 struct CheckArgs {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Number of ranks to plan for
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = parse_world)]
-    world: usize,
+    /// Number of ranks to plan for; with --cluster also the powers of two from one to another, as in 8..4096
+    #[arg(long, value_name = "N|FROM..TO", default_value = "1", value_parser = parse_world)]
+    world: WorldSizes,
+    /// Also predict a step and its communication on this cluster, with as many micro-batches a rank at each number of ranks
+    #[arg(long, value_name = "NAME")]
+    cluster: Option<String>,
+    /// Constants of clusters instead of those that are built in
+    #[arg(long, value_name = "FILE.toml", requires = "cluster")]
+    clusters: Option<PathBuf>,
     /// Latents to plan for without opening the data
     #[arg(long, value_name = "C,[F,]H,W", value_parser = parse_shape, conflicts_with = "verify_data")]
     latents: Option<Shape>,
@@ -185,8 +192,18 @@ fn parse_scale(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|scale| (0.0..=100.0).contains(scale)).ok_or_else(|| "expected a number from 0 to 100".into())
 }
 
-fn parse_world(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|&ranks| ranks > 0).ok_or_else(|| "expected a number of ranks, at least 1".into())
+/// Numbers of ranks, ascending.
+#[derive(Clone, Debug)]
+struct WorldSizes(Vec<usize>);
+
+fn parse_world(text: &str) -> Result<WorldSizes, String> {
+    let ranks = |text: &str| text.parse::<usize>().ok().filter(|&ranks| ranks > 0);
+    let Some((from, to)) = text.split_once("..") else {
+        return ranks(text).map(|ranks| WorldSizes(vec![ranks])).ok_or_else(|| "expected a number of ranks, at least 1".into());
+    };
+    let ends = ranks(from).zip(ranks(to)).filter(|(from, to)| from.is_power_of_two() && to.is_power_of_two() && from <= to);
+    let (from, to) = ends.ok_or("expected two powers of two, the smaller one first, as in 8..4096")?;
+    Ok(WorldSizes((from.ilog2()..=to.ilog2()).map(|power| 1 << power).collect()))
 }
 
 fn parse_dtype(text: &str) -> Result<Dtype, String> {
@@ -225,9 +242,7 @@ impl Cli {
                 if args.verify_data {
                     Dataset::named(&config.data.path)?.verify_hashes()?;
                 }
-                let CheckArgs { world: world_size, latents, text_tokens, .. } = args;
-                let latents = latents.map(|shape| shape.0);
-                say(&train::check(&config, &CheckRequest { world_size, latents, text_tokens })?)
+                say(&train::check(&config, &args.into_request()?)?)
             }
             Command::Config(args) => say(&args.read()?.to_toml()),
             Command::Doctor => {
@@ -254,6 +269,29 @@ impl SampleArgs {
             seed: self.seed,
         }
     }
+}
+
+impl CheckArgs {
+    fn into_request(self) -> Result<CheckRequest> {
+        let CheckArgs { world: WorldSizes(world_sizes), cluster, clusters, latents, text_tokens, .. } = self;
+        let world_size = world_sizes[0];
+        let scaling = match cluster {
+            Some(name) => Some(ScalingRequest { cluster: cluster_named(&name, clusters.as_deref())?, world_sizes }),
+            None if world_sizes.len() > 1 => {
+                let what = format!("a range is for a prediction: name a --cluster, one of {}", Cluster::known());
+                return Err(Error::config("--world", what));
+            }
+            None => None,
+        };
+        Ok(CheckRequest { world_size, latents: latents.map(|shape| shape.0), text_tokens, scaling })
+    }
+}
+
+fn cluster_named(name: &str, file: Option<&Path>) -> Result<Cluster> {
+    let Some(path) = file else { return Cluster::named(name, None) };
+    let source = path.display().to_string();
+    let unreadable = |error: std::io::Error| Error::config("--clusters", format!("{source} cannot be read: {error}"));
+    Cluster::named(name, Some((&source, &std::fs::read_to_string(path).map_err(unreadable)?)))
 }
 
 fn run_training(args: &TrainArgs) -> Result<i32> {

@@ -78,7 +78,7 @@ fn published_models_are_planned_without_weights_and_have_diffusers_number_of_par
         overrides.extend(conditioned.then(|| "flow_matching.adapter.image_conditioning=true".into()));
         let before = processor_time();
         let config = RunConfig::read(name, "", &overrides).unwrap();
-        let plan = check(&config, &CheckRequest { world_size: 8, latents: Some(latents), text_tokens }).unwrap();
+        let plan = check(&config, &CheckRequest { world_size: 8, latents: Some(latents), text_tokens, scaling: None }).unwrap();
         assert!(plan.contains(&format!("{} parameters", entry["parameters"])), "{name}: {entry} is not in\n{plan}");
         for part in ["image tokens", "activations, estimated", "none", "optimizer", "gradients", "parameters", "all-reduces"] {
             assert!(plan.contains(part), "{name}: {part:?} is not in\n{plan}");

@@ -27,7 +27,7 @@ pub struct Footprint {
 /// Measured on a CPU, peak memory with every graph kept less that with recomputation, over the same difference of these
 /// estimates without the factor: FLUX of 71M parameters 1.14 in f32 and 1.47 in bfloat16, Wan of 53M 1.49 and 1.82; bfloat16 more
 /// because norms and rotations keep f32. The middle of both families is off by 15 % for each.
-fn beside_matrices(kind: Kind) -> f64 {
+pub(super) fn beside_matrices(kind: Kind) -> f64 {
     if kind == Kind::Float { 1.3 } else { 1.65 }
 }
 
@@ -43,7 +43,8 @@ pub fn footprint(model: &dyn Architecture, tokens: Tokens, samples: i64, kind: K
     Ok(Footprint { kept: graphs.iter().sum::<f64>() as u64, recomputed: (boundary * graphs.len() as f64 + largest) as u64 })
 }
 
-fn graph_elements(params: &ParamSet, tokens: Tokens, samples: i64) -> f64 {
+/// What a stage's matrices read and write.
+pub(super) fn graph_elements(params: &ParamSet, tokens: Tokens, samples: i64) -> f64 {
     let matrices = params.infos().iter().filter(|info| info.shape.len() > 1);
     let elements = |info: &ParamInfo| {
         let (outputs, inputs) = (info.shape[0], info.numel() / info.shape[0]);
@@ -53,7 +54,7 @@ fn graph_elements(params: &ParamSet, tokens: Tokens, samples: i64) -> f64 {
 }
 
 /// How many rows a sample sends through a matrix of that name, in any of the families.
-fn rows(name: &str, tokens: Tokens) -> i64 {
+pub(super) fn rows(name: &str, tokens: Tokens) -> i64 {
     let has = |parts: &[&str]| parts.iter().any(|part| name.contains(part));
     match () {
         () if has(&["norm", "mod", "time", "guidance", "t_embedder", "y_embedder", "table", "cond_type"]) => 1,

@@ -10,6 +10,7 @@ mod joint;
 mod qwen_image;
 mod settings;
 mod wan;
+mod work;
 
 use std::collections::BTreeMap;
 
@@ -24,6 +25,7 @@ pub use hunyuan_video15::HunyuanVideo15;
 pub use qwen_image::QwenImage;
 pub use settings::{Beginning, Dtype, ModelSettings};
 pub use wan::Wan;
+pub use work::{ForwardWork, forward_work};
 
 use crate::error::{Error, Result};
 use crate::nn::Stage;

@@ -6,6 +6,7 @@ use std::fmt::Write;
 use bytesize::ByteSize;
 
 use super::checkpoint::copied_bytes;
+use super::scaling::{ScalingRequest, scaling};
 use super::setup::check_data;
 use crate::config::RunConfig;
 use crate::data::{Dataset, Order};
@@ -23,6 +24,7 @@ pub struct CheckRequest {
     pub latents: Option<Vec<i64>>,
     /// Tokens of a prompt where there are no data to ask.
     pub text_tokens: i64,
+    pub scaling: Option<ScalingRequest>,
 }
 
 /// World sizes for which memory is told, beside the one that is planned for.
@@ -40,11 +42,14 @@ pub fn check(config: &RunConfig, request: &CheckRequest) -> Result<String> {
     let stages = config.model.family.stages()?;
     let mut plan = Plan(String::new());
     plan.of_model(config, &stages);
-    let activations = match &request.latents {
+    let (tokens, activations) = match &request.latents {
         Some(latents) => plan.of_shape(config, latents, request.text_tokens)?,
         None => plan.of_data(config, request)?,
     };
     plan.of_ranks(config, request.world_size, &stages, activations)?;
+    if let Some(request) = &request.scaling {
+        scaling(config, tokens, request)?.iter().for_each(|(name, value)| plan.line(name, value));
+    }
     Ok(plan.0)
 }
 
@@ -63,7 +68,7 @@ impl Plan {
     }
 
     /// Activations of one micro-batch of such latents.
-    fn of_shape(&mut self, config: &RunConfig, latents: &[i64], text_tokens: i64) -> Result<Footprint> {
+    fn of_shape(&mut self, config: &RunConfig, latents: &[i64], text_tokens: i64) -> Result<(Tokens, Footprint)> {
         config.model.family.check_data(&SampleShapes { latents, of: Default::default() })?;
         let tokens = Tokens { image: config.model.family.image_tokens(latents), text: text_tokens };
         let (samples, dtype) = (config.data.micro_batch_size_per_gpu, config.model.dtype);
@@ -73,10 +78,10 @@ impl Plan {
         let estimate = footprint(&*config.model.family, tokens, samples as i64, dtype.kind())?;
         let (kept, again) = (shown(estimate.kept), shown(estimate.recomputed));
         self.line("activations, estimated", &format!("{kept} in {word}; {again} with recompute = \"always\""));
-        Ok(estimate)
+        Ok((tokens, estimate))
     }
 
-    fn of_data(&mut self, config: &RunConfig, request: &CheckRequest) -> Result<Footprint> {
+    fn of_data(&mut self, config: &RunConfig, request: &CheckRequest) -> Result<(Tokens, Footprint)> {
         let (micro_batches, world_size) = (config.micro_batches(request.world_size)?, request.world_size);
         let samples = config.data.micro_batch_size_per_gpu;
         let global_batch = micro_batches * samples * world_size;
@@ -86,14 +91,14 @@ impl Plan {
         let first = &dataset.groups()[0];
         let latents = dataset.latent_shape(&first.name).ok_or_else(|| Error::data(dataset.path(), "has a group without latents"))?;
         let text = first.layout.get("text_embeddings").map_or(0, |(_, shape)| shape[0]);
-        let activations = self.of_shape(config, latents, text)?;
+        let of_shape = self.of_shape(config, latents, text)?;
         let (name, groups) = (&dataset.manifest().name, dataset.groups().len());
         self.line("data", &format!("{name}: {} samples; resolution groups: {groups}", dataset.num_samples()));
         self.line("global batch", &format!("{global_batch} = {samples} samples x {world_size} ranks x {micro_batches} micro-batches"));
         let steps = order.batches_per_epoch();
         self.line("epoch", &format!("{steps} steps, {} samples left out of each", order.left_out_per_epoch()));
         self.line("run", &format!("{} steps, {:.1} epochs", config.max_steps, config.max_steps as f64 / steps as f64));
-        Ok(activations)
+        Ok(of_shape)
     }
 
     /// Memory at the worst moment of a step and collectives, by sharding.

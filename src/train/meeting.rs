@@ -97,7 +97,7 @@ pub fn share_config(own: Result<RunConfig>, options: &TrainOptions, world: &dyn 
     let fit = || {
         let config = own?;
         // What every rank would stumble over alike is said once, before anything is written.
-        check(&config, &CheckRequest { world_size: world.world_size(), latents: None, text_tokens: 0 })?;
+        check(&config, &CheckRequest { world_size: world.world_size(), latents: None, text_tokens: 0, scaling: None })?;
         match (options.debug, world.world_size()) {
             (true, ranks) if ranks > 1 => {
                 Err(Error::config("--debug", format!("is for one process, found {ranks}; start it without mpirun")))

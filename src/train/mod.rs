@@ -16,6 +16,7 @@ mod place;
 mod report;
 mod requests;
 mod run_folder;
+mod scaling;
 mod setup;
 mod single_step;
 mod spoil;
@@ -33,6 +34,7 @@ pub use generate::{SampleRequest, sample};
 pub use meeting::{begin, share_config};
 pub use requests::StopFlag;
 pub use run_folder::Resume;
+pub use scaling::ScalingRequest;
 pub use single_step::{StepRequest, dump_step};
 
 use std::path::PathBuf;
