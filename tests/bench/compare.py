@@ -1,0 +1,127 @@
+"""Measures fm-dist and its peer in turns; compare.sh starts it after it has set up and built both.
+
+    compare.sh [steps] [--cases flux-71m …] [--dtypes float32 …] [--ranks 1 2] [--peers default tuned] [--pairs 5] [--steps 6] [--warm-up 2]
+
+Each part replaces its own rows in target/bench/compare.json and leaves the others: one row can be measured again by itself.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Iterator
+
+import machine
+import programs
+import table
+from cases import BENCH, CASES, DTYPES, MICRO_BATCH, SEED, Case, case
+from programs import OURS, PEER, SHARDED, TUNED_PEER, Ended, Program, Setting, launch
+
+RESULTS = BENCH / "compare.json"
+# Of two losses for the same draws. f32: sums of a few thousand numbers in another order.
+# bf16: 8 bits, rounded at other places by other orders of products; the loss averages the errors of 16,000 and more of them.
+LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-3}
+
+
+def keep(part: str, name: str, row: dict) -> None:
+    """Writes one row's numbers beside those of all others."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results["machine"] = machine.description()
+    results.setdefault(part, {})[name] = {"date": time.strftime("%Y-%m-%d %H:%M"), **row}
+    unfinished = RESULTS.with_suffix(".new")
+    unfinished.write_text(json.dumps(results, indent=1) + "\n")
+    unfinished.replace(RESULTS)
+
+
+def prepare(of: Case) -> None:
+    """The case's model, data and losses, made by the peer once."""
+    if (of.folder / "losses.json").exists():
+        return
+    print(f"==> {of.name}: model, data and losses", flush=True)
+    shutil.rmtree(of.folder, ignore_errors=True)
+    launch("prepare", [str(programs.PYTHON), str(programs.HERE / "peer.py"), "prepare", of.name], {})
+
+
+def our_loss(of: Case, dtype: str) -> float:
+    """The loss that `fm-dist step` writes for the case's batch and the draws of its seed."""
+    dump = of.folder / "dump.safetensors"
+    arguments = ["--batch", str(of.folder / "batch.safetensors"), "--dump", str(dump), "--torch-seed", str(SEED)]
+    launch("step", programs.fm_dist("step", of, dtype, *arguments), {})
+    with dump.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        entry = header["average_weighted_loss"]
+        assert entry["dtype"] == "F32", entry
+        file.seek(entry["data_offsets"][0], 1)
+        return memoryview(file.read(4)).cast("f")[0]
+
+
+def check_losses(of: Case, dtypes: list[str]) -> None:
+    """Refuses to compare programs that do not compute the same."""
+    for dtype in dtypes:
+        theirs, ours = json.loads((of.folder / "losses.json").read_text())[dtype], our_loss(of, dtype)
+        difference = abs(ours - theirs) / theirs
+        print(f"    {of.name} {dtype}: loss {ours:.6f}, the peer's {theirs:.6f}, difference {difference:.1e} of it", flush=True)
+        keep("loss", f"{of.name} {dtype}", {"fm-dist": ours, "peer": theirs})
+        if not difference <= LOSS_TOLERANCE[dtype]:
+            raise Ended(f"the losses differ by more than {LOSS_TOLERANCE[dtype]}")
+
+
+def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
+    for name in arguments.cases:
+        for dtype in arguments.dtypes:
+            for ranks in arguments.ranks:
+                yield Setting(case(name), dtype, ranks)
+
+
+def programs_of(setting: Setting, arguments: argparse.Namespace) -> list[Program]:
+    """Who takes turns: the peer, then fm-dist."""
+    chosen = [PEER] * ("default" in arguments.peers) + [OURS] + [TUNED_PEER] * ("tuned" in arguments.peers)
+    # What its memory is compared for: large models and f32, where the optimizer's state is most of it.
+    return chosen + [SHARDED] * (setting.ranks > 1 and setting.dtype == "float32")
+
+
+def compare_steps(arguments: argparse.Namespace) -> None:
+    for name in arguments.cases:
+        prepare(case(name))
+        check_losses(case(name), arguments.dtypes)
+    for setting in settings(arguments):
+        turns = []
+        for pair in range(arguments.pairs):
+            print(f"==> {setting.name}: pair {pair + 1} of {arguments.pairs}", flush=True)
+            turns.append({program.name: measured(setting, program, arguments) for program in programs_of(setting, arguments)})
+        keep("steps", setting.name, {"warm_up": arguments.warm_up, "global_batch": MICRO_BATCH * setting.ranks, "pairs": turns})
+    print(table.steps(json.loads(RESULTS.read_text()), [setting.name for setting in settings(arguments)]))
+
+
+def measured(setting: Setting, program: Program, arguments: argparse.Namespace) -> dict:
+    before = machine.look(f"{program.name} on {setting.name}")
+    result = program.run(setting, arguments.warm_up + arguments.steps, program)
+    seconds = table.median_of(result["steps"][arguments.warm_up :], "step")
+    print(f"    {program.name}: {seconds:.3f} s a step, {result['launch_seconds']:.2f} s to the first, {result['peak_memory_bytes'] / 1e9:.2f} GB", flush=True)
+    return {"before": before, **result}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=["steps", "table"], default="steps")
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], default=[case.name for case in CASES])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--peers", nargs="+", choices=["default", "tuned"], default=["default", "tuned"])
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=6, help="measured steps of each run")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before them")
+    arguments = parser.parse_args()
+    BENCH.mkdir(parents=True, exist_ok=True)
+    print(f"{machine.description()}, load {machine.os.getloadavg()}")
+    if arguments.part == "steps":
+        compare_steps(arguments)
+    else:
+        print(table.whole(json.loads(RESULTS.read_text())))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Ended as error:
+        raise SystemExit(f"compare: {error}") from None
