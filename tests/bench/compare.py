@@ -1,6 +1,6 @@
 """Measures fm-dist and its peer in turns; compare.sh starts it after it has set up and built both.
 
-    compare.sh [steps] [--cases flux-71m …] [--dtypes float32 …] [--ranks 1 2] [--peers default tuned] [--pairs 5] [--steps 6] [--warm-up 2]
+    compare.sh [steps] [--cases flux-71m …] [--dtypes float32 …] [--ranks 1 2] [--beside peer tuned sharded] [--pairs 5] [--steps 6] [--warm-up 2]
 
 Each part replaces its own rows in target/bench/compare.json and leaves the others: one row can be measured again by itself.
 """
@@ -17,6 +17,8 @@ import table
 from cases import BENCH, CASES, DTYPES, MICRO_BATCH, SEED, Case, case
 from programs import OURS, PEER, SHARDED, TUNED_PEER, Ended, Program, Setting, launch
 
+# The peer as it comes, tuned, and fm-dist with its optimizer's state shared.
+BESIDE = ["peer", "tuned", "sharded"]
 RESULTS = BENCH / "compare.json"
 # Of two losses for the same draws. f32: sums of a few thousand numbers in another order.
 # bf16: 8 bits, rounded at other places by other orders of products; the loss averages the errors of 16,000 and more of them.
@@ -75,9 +77,9 @@ def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
 
 def programs_of(setting: Setting, arguments: argparse.Namespace) -> list[Program]:
     """Who takes turns: the peer, then fm-dist."""
-    chosen = [PEER] * ("default" in arguments.peers) + [OURS] + [TUNED_PEER] * ("tuned" in arguments.peers)
-    # What its memory is compared for: large models and f32, where the optimizer's state is most of it.
-    return chosen + [SHARDED] * (setting.ranks > 1 and setting.dtype == "float32")
+    chosen = [PEER] * ("peer" in arguments.beside) + [OURS] + [TUNED_PEER] * ("tuned" in arguments.beside)
+    # For its memory, which is compared in f32.
+    return chosen + [SHARDED] * ("sharded" in arguments.beside and setting.ranks > 1 and setting.dtype == "float32")
 
 
 def compare_steps(arguments: argparse.Namespace) -> None:
@@ -104,10 +106,10 @@ def measured(setting: Setting, program: Program, arguments: argparse.Namespace) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=["steps", "table"], default="steps")
-    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], default=[case.name for case in CASES])
+    parser.add_argument("--cases", nargs="+", choices=[each.name for each in CASES], default=[each.name for each in CASES])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--peers", nargs="+", choices=["default", "tuned"], default=["default", "tuned"])
+    parser.add_argument("--beside", nargs="*", choices=BESIDE, default=BESIDE, help="who runs in turns with fm-dist; nobody if none is named")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6, help="measured steps of each run")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before them")
