@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
@@ -149,30 +149,32 @@ class AllReduces:
         return total
 
 
-def trainer(of: Case, dtype: torch.dtype, tuned: bool) -> tuple[torch.nn.parallel.DistributedDataParallel, Callable[[], dict]]:
-    """The wrapped model, and what does one step and returns the seconds of its phases."""
-    options = {"static_graph": True, "gradient_as_bucket_view": True} if tuned else {}
-    model = torch.nn.parallel.DistributedDataParallel(load_model(of, dtype), **options)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, **({"fused": True} if tuned else {}))
-    pipeline, batches = pipeline_of(of), batches_of(of)
-    torch.manual_seed(dist.get_rank())
-    numbers = iter(range(1, 1 << 30))
+class Trainer:
+    """One rank of the peer's training loop."""
 
-    def train_step() -> dict[str, float]:
+    def __init__(self, of: Case, dtype: torch.dtype, tuned: bool):
+        options = {"static_graph": True, "gradient_as_bucket_view": True} if tuned else {}
+        self.of, self.dtype, self.number = of, dtype, 0
+        self.model = torch.nn.parallel.DistributedDataParallel(load_model(of, dtype), **options)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR, **({"fused": True} if tuned else {}))
+        self.pipeline, self.batches = pipeline_of(of), batches_of(of)
+        torch.manual_seed(dist.get_rank())
+
+    def step(self) -> dict[str, float]:
+        """One step; returns the seconds of its phases."""
         laps = Laps()
-        batch = next(batches)
+        batch = next(self.batches)
         laps.lap("data")
-        loss = step(pipeline, model, of, batch, dtype, next(numbers))
+        self.number += 1
+        loss = step(self.pipeline, self.model, self.of, batch, self.dtype, self.number)
         laps.lap("forward")
         loss.backward()
         laps.lap("backward")
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         laps.lap("optimizer")
         return laps.total()
-
-    return model, train_step
 
 
 def batches_of(of: Case) -> Iterator[dict[str, torch.Tensor]]:
@@ -192,16 +194,16 @@ def peak_memory_bytes() -> int:
 def train(of: Case, dtype: torch.dtype, num_steps: int, out: Path, tuned: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    model, train_step = trainer(of, dtype, tuned)
-    steps = [train_step()]
+    trainer = Trainer(of, dtype, tuned)
+    steps = [trainer.step()]
     first_step_ended = time.time()
-    steps += [train_step() for _ in range(1, num_steps)]
+    steps += [trainer.step() for _ in range(1, num_steps)]
     peak = peak_memory_bytes()
     all_reduces, watched = AllReduces(), []
     if num_steps > 1:
-        model.register_comm_hook(None, all_reduces.begin)
+        trainer.model.register_comm_hook(None, all_reduces.begin)
         for _ in range(WATCHED_STEPS):
-            train_step()
+            trainer.step()
             watched.append(all_reduces.seconds())
     if dist.get_rank() == 0:
         result = {"first_step_ended": first_step_ended, "steps": steps, "communication": watched, "peak_memory_bytes": peak}
