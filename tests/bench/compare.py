@@ -9,7 +9,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import machine
 import programs
@@ -20,6 +20,8 @@ from programs import OURS, PEER, SHARDED, TUNED_PEER, Ended, Program, Setting, l
 # The peer as it comes, tuned, and fm-dist with its optimizer's state shared.
 BESIDE = ["peer", "tuned", "sharded"]
 RESULTS = BENCH / "compare.json"
+# Saves of one run, and steps between two of them, in which one is written.
+SAVES, SAVE_STEPS = 3, 4
 # Of two losses for the same draws. f32: sums of a few thousand numbers in another order.
 # bf16: 8 bits, rounded at other places by other orders of products; the loss averages the errors of 16,000 and more of them.
 LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-3}
@@ -27,7 +29,7 @@ LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-3}
 
 def keep(part: str, name: str, row: dict) -> None:
     """Writes one row's numbers beside those of all others."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = table.read(RESULTS) if RESULTS.exists() else {}
     results["machine"] = machine.description()
     results.setdefault(part, {})[name] = {"date": time.strftime("%Y-%m-%d %H:%M"), **row}
     unfinished = RESULTS.with_suffix(".new")
@@ -90,23 +92,95 @@ def compare_steps(arguments: argparse.Namespace) -> None:
         turns = []
         for pair in range(arguments.pairs):
             print(f"==> {setting.name}: pair {pair + 1} of {arguments.pairs}", flush=True)
-            turns.append({program.name: measured(setting, program, arguments) for program in programs_of(setting, arguments)})
+            turns.append({program.name: measured(setting, program, arguments.steps, arguments.warm_up) for program in programs_of(setting, arguments)})
         keep("steps", setting.name, {"warm_up": arguments.warm_up, "global_batch": MICRO_BATCH * setting.ranks, "pairs": turns})
-    print(table.steps(json.loads(RESULTS.read_text()), [setting.name for setting in settings(arguments)]))
 
 
-def measured(setting: Setting, program: Program, arguments: argparse.Namespace) -> dict:
+def measured(setting: Setting, program: Program, steps: int, warm_up: int) -> dict:
     before = machine.look(f"{program.name} on {setting.name}")
-    result = program.run(setting, arguments.warm_up + arguments.steps, program)
-    seconds = table.median_of(result["steps"][arguments.warm_up :], "step")
+    result = program.run(setting, warm_up + steps, program)
+    seconds = table.median_of(result["steps"][warm_up:], "step")
     print(f"    {program.name}: {seconds:.3f} s a step, {result['launch_seconds']:.2f} s to the first, {result['peak_memory_bytes'] / 1e9:.2f} GB", flush=True)
     return {"before": before, **result}
 
 
+def compare_launch(arguments: argparse.Namespace) -> None:
+    """Runs of a single step: launch/mpirun and torchrun, libraries, model, data, step."""
+    for name in arguments.cases:
+        prepare(case(name))
+    for setting in settings(arguments):
+        turns = []
+        for pair in range(arguments.pairs):
+            print(f"==> launch, {setting.name}: pair {pair + 1} of {arguments.pairs}", flush=True)
+            chosen = [program for program in programs_of(setting, arguments) if program is not SHARDED]
+            turns.append({program.name: measured(setting, program, 1, 0) for program in chosen})
+        keep("launch", setting.name, {"pairs": turns})
+
+
+def in_turns(part: str, arguments: argparse.Namespace, ours: Callable[[], dict], theirs: Callable[[], dict]) -> None:
+    """A part that either side measures by itself."""
+    turns = []
+    for pair in range(arguments.pairs):
+        print(f"==> {part}: pair {pair + 1} of {arguments.pairs}", flush=True)
+        turn = {}
+        for name, run in [("peer", theirs), ("fm-dist", ours)]:
+            before = machine.look(f"{name}'s {part}")
+            turn[name] = {"before": before, **run()}
+        turns.append(turn)
+    keep(part, "all", {"pairs": turns})
+
+
+def peer_part(command: str, *arguments: str) -> dict:
+    out = BENCH / "peer.json"
+    launch("peer", programs.python("peer_parts.py", command, *arguments, str(out)), {})
+    return json.loads(out.read_text())
+
+
+def compare_data(arguments: argparse.Namespace) -> None:
+    parts, folder = programs.built_parts(), BENCH / "loader"
+    # Writes its dataset, from which the peer's pickles are made; what both read lies in the page cache from then on.
+    programs.run_parts(parts, "loader")
+    peer_part("data", str(folder))
+
+    def ours() -> dict:
+        (seconds,) = programs.run_parts(parts, "loader").values()
+        return {"samples_per_second": [MICRO_BATCH / each for each in seconds]}
+
+    in_turns("data", arguments, ours, lambda: peer_part("data", str(folder)))
+
+
+def compare_pipeline(arguments: argparse.Namespace) -> None:
+    parts = programs.built_parts()
+    in_turns("pipeline", arguments, lambda: programs.run_parts(parts, "pipeline"), lambda: peer_part("pipeline"))
+
+
+def compare_checkpoint(arguments: argparse.Namespace) -> None:
+    setting = Setting(case("flux-71m"), "float32", 2)
+    prepare(setting.case)
+    out, folder = BENCH / "peer.json", BENCH / "checkpoint"
+
+    def theirs() -> dict:
+        command = programs.torchrun(2, "peer_parts.py", "checkpoint", setting.case.name, str(SAVES), str(SAVE_STEPS), str(folder), str(out))
+        launch("peer", command, {})
+        return json.loads(out.read_text())
+
+    in_turns("checkpoint", arguments, lambda: programs.save_fm_dist(setting, SAVES, SAVE_STEPS), theirs)
+
+
+PARTS = {
+    "steps": compare_steps,
+    "launch": compare_launch,
+    "data": compare_data,
+    "pipeline": compare_pipeline,
+    "checkpoint": compare_checkpoint,
+}
+
+
 def main() -> None:
+    names = [each.name for each in CASES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=["steps", "table"], default="steps")
-    parser.add_argument("--cases", nargs="+", choices=[each.name for each in CASES], default=[each.name for each in CASES])
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, "all", "table", "readme"], default=["steps"])
+    parser.add_argument("--cases", nargs="+", choices=names, default=names)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--beside", nargs="*", choices=BESIDE, default=BESIDE, help="who runs in turns with fm-dist; nobody if none is named")
@@ -115,11 +189,14 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=2, help="steps before them")
     arguments = parser.parse_args()
     BENCH.mkdir(parents=True, exist_ok=True)
-    print(f"{machine.description()}, load {machine.os.getloadavg()}")
-    if arguments.part == "steps":
-        compare_steps(arguments)
-    else:
-        print(table.whole(json.loads(RESULTS.read_text())))
+    print(f"{machine.description()}, load {machine.load()}", flush=True)
+    chosen = list(PARTS) if arguments.parts in (["all"], ["table"]) else arguments.parts
+    if chosen == ["readme"]:
+        return table.write_readme(table.read(RESULTS))
+    if arguments.parts != ["table"]:
+        for part in chosen:
+            PARTS[part](arguments)
+    print(table.text(table.read(RESULTS), chosen))
 
 
 if __name__ == "__main__":

@@ -34,10 +34,13 @@ def busy_share() -> float:
     return (busy_after - busy) / max(total_after - total, 1)
 
 
+def load() -> list[float]:
+    return [round(each, 2) for each in os.getloadavg()]
+
+
 def look(what: str) -> dict:
     """Load and busy share before a measurement, with a warning where it will not be alone."""
     busy = busy_share()
-    load = os.getloadavg()
     if busy > QUIET:
-        print(f"WARNING: {100 * busy:.0f} % of the processors are busy before {what} (load {load[0]:.2f}): its times are worth nothing", flush=True)
-    return {"busy_share": round(busy, 3), "load": [round(each, 2) for each in load]}
+        print(f"WARNING: {100 * busy:.0f} % of the processors are busy before {what} (load {load()[0]}): its times are worth nothing", flush=True)
+    return {"busy_share": round(busy, 3), "load": load()}

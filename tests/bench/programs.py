@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 from cases import BENCH, MICRO_BATCH, ROOT, SEED, Case
@@ -19,6 +21,9 @@ HERE = Path(__file__).resolve().parent
 TUNED_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "68719476736"}
 # Between looks at the file in which fm-dist says that a step is over.
 POLL_SECONDS = 0.005
+# Lines of a run's log.
+STEP_ENDED = re.compile(r"\[STEP (\d+)\]")
+SAVED = re.compile(r"step (\d+): .* ([\d.]+) s until it was safe")
 # Phases of a step in the order of the table; fm-dist's as sums of its own metrics. The peer's backward pass holds its all-reduces.
 PHASES = {
     "step": ["step"],
@@ -79,9 +84,13 @@ def launch(name: str, command: list[str], environment: dict[str, str], until: Pa
     return began, seen, usage.ru_maxrss * 1024
 
 
+def python(script: str, *arguments: str) -> list[str]:
+    return [str(PYTHON), str(HERE / script), *arguments]
+
+
 def torchrun(ranks: int, script: str, *arguments: str) -> list[str]:
     launcher = [str(PYTHON), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*launcher, str(HERE / script), *arguments]
+    return [*launcher, *python(script, *arguments)[1:]]
 
 
 def mpi_run(ranks: int, *command: str) -> list[str]:
@@ -98,6 +107,25 @@ def run_peer(setting: Setting, num_steps: int, program: Program) -> dict:
     watched = measured.pop("communication")
     steps = [{**step, **({"communication": watched[number % len(watched)]} if watched else {})} for number, step in enumerate(measured["steps"])]
     return {**measured, "steps": steps, "launch_seconds": launched, "largest_process_bytes": largest}
+
+
+def built_parts() -> str:
+    """The program of `parts.rs`, built."""
+    command = ["cargo", "bench", "--quiet", "--no-run", "--bench", "parts", "--message-format", "json"]
+    lines = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    executables = [entry["executable"] for entry in map(json.loads, lines) if entry.get("executable")]
+    return executables[-1]
+
+
+def run_parts(program: str, group: str) -> dict[str, list[float]]:
+    """Seconds of one iteration in each sample of criterion's, by the benchmark's name."""
+    home = BENCH / "criterion"
+    launch("parts", [program, "--bench", group], {"CRITERION_HOME": str(home)})
+    seconds = {}
+    for sample in sorted(home.glob(f"{group}/*/new/sample.json")):
+        measured = json.loads(sample.read_text())
+        seconds[sample.parts[-3]] = [each / 1e9 / count for each, count in zip(measured["times"], measured["iters"], strict=True)]
+    return seconds
 
 
 def settings_of(case: Case, dtype: str) -> list[str]:
@@ -146,6 +174,28 @@ def run_fm_dist(setting: Setting, num_steps: int, program: Program) -> dict:
     # Of the last step, before the last checkpoint.
     peak = lines[-1]["peak_memory_bytes"]
     return {"steps": steps, "peak_memory_bytes": peak, "launch_seconds": launched, "largest_process_bytes": largest}
+
+
+def save_fm_dist(setting: Setting, saves: int, steps_between: int) -> dict:
+    """Saves beside the steps of a run: how long the loop stood still for each, and until it was on the disk, by the run's own log."""
+    arguments = ["checkpoint.every_n_steps=" + str(steps_between), "flow_matching.summary_log_interval=1", 'log.level="debug"']
+    saver = Program("fm-dist", run_fm_dist, {}, tuple(text for each in arguments for text in ("--set", each)))
+    # Behind the last save but that at the end, in which nothing is left to wait.
+    folder, _, _ = train_fm_dist(setting, (saves + 1) * steps_between - 1, saver)
+    seconds = {line["step"]: line["step_seconds"] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+    ended, totals = {}, {}
+    for line in map(json.loads, (folder / "log" / "rank-00000.jsonl").read_text().splitlines()):
+        if found := STEP_ENDED.match(line["message"]):
+            ended[int(found[1])] = datetime.fromisoformat(line["time"]).timestamp()
+        if found := SAVED.match(line["message"]):
+            totals[int(found[1])] = float(found[2])
+    shutil.rmtree(folder)
+    # What lies between the ends of two steps and is not the second one.
+    pauses = {step: ended[step + 1] - ended[step] - seconds[step + 1] for step in ended if step + 1 in ended}
+    saved = [step for step in totals if step in pauses and step % steps_between == 0]
+    beside = [[seconds[step + each + 1] for each in range(steps_between - 1)] for step in saved]
+    found = [{"stall": pauses[step], "total": totals[step], "steps_beside": beside[number]} for number, step in enumerate(saved)]
+    return {"steps": [seconds[step] for step in range(2, steps_between + 1)], "save": found}
 
 
 PEER = Program("peer", run_peer)
