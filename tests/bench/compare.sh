@@ -11,5 +11,5 @@ set -euo pipefail
 launch/setup.sh --oracle >/dev/null
 timed "build, optimized" cargo build --quiet --release
 # One thread a rank, on both sides.
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1 DIFFUSERS_VERBOSITY=error
 exec .deps/oracle/bin/python tests/bench/compare.py "$@"

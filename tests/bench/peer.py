@@ -16,7 +16,6 @@ buckets; malloc's thresholds are the launcher's to set.
 import argparse
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -222,7 +221,6 @@ def main() -> None:
     training.add_argument("out", type=Path)
     training.add_argument("--tuned", action="store_true")
     arguments = parser.parse_args()
-    os.environ["DIFFUSERS_VERBOSITY"] = "error"
     if arguments.command == "prepare":
         torch.set_num_threads(1)
         prepare(arguments.case)
