@@ -76,7 +76,9 @@ fn loader(criterion: &mut Criterion) {
     let mut loader = None;
     let mut group = criterion.benchmark_group("loader");
     group.throughput(Throughput::Elements(BATCH as u64));
-    group.bench_function("16x64x64 + 512x4096", |bencher| bencher.iter(|| loader.get_or_insert_with(start).next_batch().expect("sound data")));
+    group.bench_function("16x64x64 + 512x4096", |bencher| {
+        bencher.iter(|| loader.get_or_insert_with(start).next_batch().expect("sound data"))
+    });
     group.finish();
 }
 
