@@ -1,11 +1,13 @@
 //! One side of `all_reduce.sh`: how long an all-reduce of f32 takes between the ranks of `mpirun`.
 //!
 //! `all_reduce BYTES REPEATS [LAUNCH]` prints one line of seconds, one number a repeat; `BYTES` below 4096 are timed in batches,
-//! and over MPI beside its own all-reduce. `LAUNCH` is that of `fm-dist train --launch`.
+//! and over MPI beside its own all-reduce. `LAUNCH` is that of `fm-dist train --launch`. Without any of these, as `cargo bench`
+//! starts it, without a launcher, two threads of this process are the ranks.
 
+use std::thread;
 use std::time::{Duration, Instant};
 
-use fm_dist::collective::{self, Collective, Launch, ReduceOp};
+use fm_dist::collective::{self, Collective, Launch, ReduceOp, Threads};
 use mpi::collective::{CommunicatorCollectives, SystemOperation};
 use mpi::topology::SimpleCommunicator;
 use tch::{Device, Kind, Tensor};
@@ -13,10 +15,31 @@ use tch::{Device, Kind, Tensor};
 /// Operations timed as one where a single one takes microseconds.
 const BATCH: usize = 1000;
 const SMALL_BYTES: usize = 4096;
+/// What threads reduce: a few buckets' worth, 10 times.
+const BETWEEN_THREADS: (usize, usize) = (64_000_000, 10);
 
 fn main() {
     let arguments: Vec<usize> = std::env::args().skip(1).filter_map(|text| text.parse().ok()).collect();
-    let [bytes, repeats] = arguments[..] else { panic!("usage: all_reduce BYTES REPEATS [LAUNCH]") };
+    match arguments[..] {
+        [] => between_threads(),
+        [bytes, repeats] => between_processes(bytes, repeats),
+        _ => panic!("usage: all_reduce [BYTES REPEATS [LAUNCH]]"),
+    }
+}
+
+fn between_threads() {
+    let (bytes, repeats) = BETWEEN_THREADS;
+    let rank = move |rank: Threads| {
+        tch::set_num_threads(1);
+        measured(&rank, repeats, 1, all_reduce(&rank, bytes))
+    };
+    let ranks: Vec<_> = Threads::world(2).into_iter().map(|each| thread::spawn(move || rank(each))).collect();
+    let seconds: Vec<Vec<f64>> = ranks.into_iter().map(|rank| rank.join().expect("sound peers")).collect();
+    println!("seconds of an all-reduce of {bytes} bytes between 2 threads; tests/bench/all_reduce.sh measures processes");
+    println!("threads {}", texts(&seconds[0]));
+}
+
+fn between_processes(bytes: usize, repeats: usize) {
     let launch = std::env::args().nth(3).and_then(|text| text.parse().ok()).unwrap_or(Launch::Auto);
     tch::set_num_threads(1);
     let world = collective::connect(launch, Duration::from_secs(60)).expect("a launcher put this process among others");

@@ -1,0 +1,151 @@
+//! Parts of a step by themselves, on one thread: `cargo bench --bench parts`, or `-- adamw`, `-- loader`, `-- pipeline` for one.
+//!
+//! `compare.sh data` and `compare.sh pipeline` run the last two in turns with the peer.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::hint::black_box;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use criterion::{Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
+use fm_dist::adapter::create_pipeline;
+use fm_dist::data::sha256::HashingWriter;
+use fm_dist::data::{Batch, DataType, Dataset, Loader, Order, Share, safetensors};
+use fm_dist::flow::{FlowMatchingSettings, Statistics, StepOptions};
+use fm_dist::nn::Activations;
+use fm_dist::optim::{AdamW, Optimizer, Slice};
+use fm_dist::rng::{Key, Purpose, Stream};
+use tch::{Device, Kind, Tensor, no_grad};
+
+const KEY_SEED: u64 = 5;
+/// Samples of a batch.
+const BATCH: i64 = 4;
+
+fn normal(scope: u64, shape: &[i64]) -> Tensor {
+    Key::new(KEY_SEED, Purpose::Test).scope(scope).seeded(|| Tensor::randn(shape, (Kind::Float, Device::Cpu)))
+}
+
+/// A stage's parameters with what an update needs, and the weights that bfloat16 computes with.
+struct Updated {
+    params: Tensor,
+    gradient: Tensor,
+    state: [Tensor; 2],
+    computed: Tensor,
+}
+
+/// The 71 million parameters of the benchmark's FLUX, in slices of a stage's size.
+fn adamw(criterion: &mut Criterion) {
+    const SLICES: u64 = 12;
+    const SLICE: i64 = 5_925_000;
+    let fresh = |scope| {
+        let params = normal(scope, &[SLICE]);
+        let (gradient, computed) = (normal(scope + SLICES, &[SLICE]) * 1e-3, params.to_kind(Kind::BFloat16));
+        Updated { gradient, state: [params.zeros_like(), params.zeros_like()], computed, params }
+    };
+    // Made when they are first asked for: a filter may leave these benchmarks out.
+    let (rule, mut slices, mut step) = (AdamW::default(), None, 0);
+    let mut group = criterion.benchmark_group("adamw");
+    group.sampling_mode(SamplingMode::Flat).throughput(Throughput::Elements(SLICES * SLICE as u64));
+    for (name, computes_in_bfloat16) in [("71M float32", false), ("71M float32 and bfloat16 weights", true)] {
+        group.bench_function(name, |bencher| {
+            bencher.iter(|| {
+                step += 1;
+                let slices = slices.get_or_insert_with(|| (0..SLICES).map(fresh).collect::<Vec<_>>());
+                for Updated { params, gradient, state, computed } in slices {
+                    rule.update(Slice { params, gradient, state, decayed: &[(0, SLICE)] }, 1e-4, step);
+                    if computes_in_bfloat16 {
+                        no_grad(|| computed.copy_(params));
+                    }
+                }
+            })
+        });
+    }
+    group.finish();
+}
+
+/// Batches of cached latents and text as fast as they are asked for.
+fn loader(criterion: &mut Criterion) {
+    let start = || {
+        let dataset = Arc::new(Dataset::open(cached_samples()).expect("the benchmark's own dataset"));
+        let order = Order::new(dataset.groups(), BATCH as usize, KEY_SEED).expect("more samples than a batch");
+        let share = Share { rank: 0, world_size: 1, micro_batches: 1, micro_batch_size: BATCH as usize, neighbours: false };
+        Loader::start(dataset, order, share, 0, 2).expect("a thread to read ahead")
+    };
+    let mut loader = None;
+    let mut group = criterion.benchmark_group("loader");
+    group.throughput(Throughput::Elements(BATCH as u64));
+    group.bench_function("16x64x64 + 512x4096", |bencher| {
+        bencher.iter(|| loader.get_or_insert_with(start).next_batch().expect("sound data"))
+    });
+    group.finish();
+}
+
+/// Latents of 1024 x 1024 pixels in float16 and a text of 512 tokens in bfloat16, 4.3 MB a sample; written once.
+fn cached_samples() -> PathBuf {
+    const SAMPLES: i64 = 128;
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/bench/loader");
+    if !folder.exists() {
+        let unfinished = folder.with_extension("new");
+        fs::create_dir_all(&unfinished).expect("target/ can be written to");
+        let latents = normal(0, &[SAMPLES, 16, 64, 64]).to_kind(Kind::Half);
+        let text = normal(1, &[SAMPLES, 512, 4096]).to_kind(Kind::BFloat16);
+        let file = BufWriter::new(File::create(unfinished.join("samples.safetensors")).expect("a new file"));
+        let mut file = HashingWriter::new(file);
+        let tensors = [("image_latents", &latents), ("text_embeddings", &text)];
+        safetensors::write(&mut file, &tensors, &BTreeMap::new()).expect("room on the disk");
+        let (mut file, sha256, _) = file.finish();
+        file.flush().expect("room on the disk");
+        let manifest = serde_json::json!({
+            "format": "fm-dist dataset", "version": 1, "name": "random", "source": "a benchmark", "licence": "CC0", "data_type": "image",
+            "files": [{"path": "samples.safetensors", "samples": SAMPLES, "group": "one", "sha256": sha256}],
+        });
+        fs::write(unfinished.join("dataset.json"), manifest.to_string()).expect("room on the disk");
+        fs::rename(&unfinished, &folder).expect("nobody else makes it");
+    }
+    folder
+}
+
+/// A step of flow matching around a model that costs nothing, down to the numbers of the log.
+fn pipeline(criterion: &mut Criterion) {
+    let pipeline = create_pipeline("flux", FlowMatchingSettings::default(), Device::Cpu, Kind::Float).expect("a known adapter");
+    let mut group = criterion.benchmark_group("pipeline");
+    for (name, channels, side) in [("4x32x32", 4, 32), ("16x64x64", 16, 64)] {
+        let tensors = [
+            ("image_latents", normal(0, &[BATCH, channels, side, side])),
+            ("text_embeddings", normal(1, &[BATCH, 64, 256])),
+            ("pooled_prompt_embeds", normal(2, &[BATCH, 128])),
+        ];
+        let tensors = tensors.into_iter().map(|(key, tensor)| (key.to_string(), tensor)).collect();
+        let batch = Batch { tensors, data_type: DataType::Image, sample_ids: Vec::new(), bad_samples: 0 };
+        let prediction = normal(3, &[BATCH, side * side / 4, channels * 4]).set_requires_grad(true);
+        let model =
+            |inputs: Activations| Ok(Activations::new().with("prediction", prediction.shallow_clone()).carrying_constants_of(&inputs));
+        let mut step = 0;
+        group.bench_function(name, |bencher| {
+            bencher.iter(|| {
+                step += 1;
+                let stream = Stream::Batch(Key::new(KEY_SEED, Purpose::FlowMatching).step(step));
+                let options = StepOptions { global_step: step, collect_metrics: true, check_loss: false, strata: None };
+                let output = pipeline.step(model, &batch, &stream, options).expect("a sound batch");
+                let row = output.statistics.as_ref().expect("metrics were asked for");
+                black_box(Statistics::from_row(&Vec::try_from(row).expect("a row of f32")));
+                output
+            })
+        });
+    }
+    group.finish();
+}
+
+fn one_thread() -> Criterion {
+    tch::set_num_threads(1);
+    Criterion::default().sample_size(20)
+}
+
+criterion_group! {
+    name = parts;
+    config = one_thread();
+    targets = adamw, loader, pipeline
+}
+criterion_main!(parts);
