@@ -92,8 +92,9 @@ libtorch() {
     fi
     fresh=$(mktemp -d .deps/unfinished.XXXXXX)
     unpack_wheels "$requirements" "$fresh"
-    # cudarc opens NCCL by the name without a version, which the wheel does not have.
+    # cudarc opens both by the name without a version first, which the wheels do not have; other versions may lie elsewhere.
     ln -s libnccl.so.2 "$fresh/nvidia/nccl/lib/libnccl.so"
+    ln -s libnvrtc.so.13 "$fresh/nvidia/cu13/lib/libnvrtc.so"
     if ldd "$fresh/torch/lib/libtorch_cpu.so" | grep 'not found'; then stop "libtorch does not find the libraries named above"; fi
     sha256sum <"$requirements" >"$fresh/torch/made-from"
     rm -rf .deps/torch .deps/nvidia

@@ -8,7 +8,8 @@ use std::process::{Command, Stdio};
 use std::thread;
 
 use bytesize::ByteSize;
-use fm_dist::collective::{self, Collective, Issued, Limits, Nccl, ReduceOp, Sliced, Spent, Work, local_rank, open_cuda_library};
+use fm_dist::collective::{self, Collective, Issued, Limits, Nccl, ReduceOp, Sliced, Spent, Work, local_rank};
+use fm_dist::cuda::open_libtorch;
 use fm_dist::error::Result;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
@@ -47,7 +48,7 @@ impl ByGpu {
     /// The world of `mpirun`, and NCCL on top of it.
     fn join() -> (Box<dyn Collective>, Self) {
         let control = join_the_world();
-        let joined = open_cuda_library().and_then(|()| {
+        let joined = open_libtorch().and_then(|()| {
             let device = Device::Cuda(local_rank(&*control)?);
             Ok(ByGpu { nccl: Nccl::connect(&*control, device, Limits::default())?, device })
         });
