@@ -6,7 +6,7 @@
 #
 # Needs Debian or Ubuntu on x86_64 and the network; root only where a system package is missing.
 # Takes half a minute on a fast network (three minutes with an NVIDIA driver), the oracle two more, and a second when nothing is missing.
-# Disk: 1.4 GB, with an NVIDIA driver 3.8 GB; the oracle 5 GB more. Delete .deps/ to begin anew.
+# Disk: 1.6 GB, with an NVIDIA driver 3.8 GB; the oracle 5 GB more. Delete .deps/ to begin anew.
 set -euo pipefail
 # shellcheck source=launch/env.sh
 . "$(dirname "$0")/env.sh"

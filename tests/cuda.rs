@@ -15,6 +15,7 @@ use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
 use crate::collectives::{Outcome, brought, contract, end_with, expected, join_the_world, run, world_of};
+use crate::kernels::gives_the_bits_of_a_cpu;
 use crate::runs::{column, finish, mpirun, program, with_sets};
 
 /// Kernels of GPUs add in other orders than those of CPUs: their rounding, grown over fifty steps of training. Two CPUs are
@@ -222,6 +223,16 @@ fn computes_around(world: &ByGpu, turn: i64) -> Result<()> {
     let sum = expected(world.world_size(), size, Kind::Float, ReduceOp::Sum) + (turn * world.world_size() as i64) as f64;
     assert!(doubled.to_device(Device::Cpu).equal(&(sum * 2.0)), "turn {turn}");
     Ok(())
+}
+
+/// `launch/test-gpu.sh` runs this one under compute-sanitizer too.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn the_kernel_of_adamw_gives_a_gpu_the_bits_of_a_cpu() {
+    open_libtorch().unwrap();
+    for ordinal in 0..num_gpus() {
+        gives_the_bits_of_a_cpu(Device::Cuda(ordinal));
+    }
 }
 
 /// Trains with the program and returns the run folder.
