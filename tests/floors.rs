@@ -21,7 +21,15 @@ const ONLY_IN: &[(&str, &[&str])] = &[
     ("rank() == 0", &["train/agreement.rs"]),
     (
         "unsafe ",
-        &["autograd/", "collective/mpi/", "collective/nccl", "collective/exchange/stretch.rs", "cuda/", "nn/by_hand/product.rs", "tensor.rs"],
+        &[
+            "autograd/",
+            "collective/mpi/",
+            "collective/nccl",
+            "collective/exchange/stretch.rs",
+            "cuda/",
+            "nn/by_hand/product.rs",
+            "tensor.rs",
+        ],
     ),
     ("manual_seed(", &["rng.rs"]),
     ("world_size == 1", &[]),

@@ -46,6 +46,7 @@ impl OnGpu {
         let refused = |what| Error::environment(format!("AdamW's kernel on {device:?}: {what}"));
         let update = OnGpu { adamw: adamw.clone(), kernel: Elementwise::build(&KERNEL, device).map_err(refused)? };
         update.check(device).map_err(refused)?;
+        tracing::info!("AdamW's kernel on {device:?} computes what libtorch's operators compute");
         Ok(update)
     }
 
@@ -56,8 +57,8 @@ impl OnGpu {
         let mut expected = sample(device);
         plain::update(expected.slice(), self.adamw.factors(FACTOR, 0.01, 3));
         let both = found.state.iter().chain([&found.params]).zip(expected.state.iter().chain([&expected.params]));
-        let named = ["exp_avg", "exp_avg_sq", "parameters"].into_iter().zip(both);
-        named.map(|(name, (found, expected))| compare(name, found, expected)).collect::<Outcome<()>>()?;
+        let mut named = ["exp_avg", "exp_avg_sq", "parameters"].into_iter().zip(both);
+        named.try_for_each(|(name, (found, expected))| compare(name, found, expected))?;
         let is_copy = found.computed.equal(&found.params.to_kind(Kind::BFloat16));
         if is_copy { Ok(()) } else { Err("the parameters in bfloat16 are not those in float32, rounded".into()) }
     }
@@ -65,12 +66,13 @@ impl OnGpu {
     fn launch(&self, slice: Slice<'_>, factors: Factors) -> Outcome<()> {
         let Slice { params, gradient, state, computed, decayed, .. } = slice;
         let [exp_avg, exp_avg_sq] = state else { panic!("AdamW keeps two tensors a slice, found {}", state.len()) };
+        let gradient = gradient.contiguous();
         let Factors { gradient: factor, decay, beta1, beta2, root_correction, eps, move_by } = factors;
         let [factor, decay, fresh1, beta2, fresh2, root_correction, eps, move_by] =
             [factor, decay, 1.0 - beta1, beta2, 1.0 - beta2, root_correction, eps, move_by].map(|number| number as f32);
         // The kernel's `Rule`.
         let rule = [factor, decay, fresh1, beta2, fresh2, 1.0 / root_correction, eps, move_by];
-        let tensors = [Some(&*params), Some(gradient), Some(exp_avg), Some(exp_avg_sq), computed.as_deref()];
+        let tensors = [Some(&*params), Some(&gradient), Some(exp_avg), Some(exp_avg_sq), computed.as_deref()];
         for Part { elements, bounds, num_bounds } in parts(params.numel() as i64, decayed) {
             let length = elements.end - elements.start;
             let part = tensors.map(|tensor| tensor.map(|tensor| tensor.narrow(0, elements.start, length)));
@@ -126,7 +128,7 @@ struct Part {
     num_bounds: i64,
 }
 
-/// A slice is one part unless it has more runs than a launch takes, which no stage of today's models has.
+/// A slice is one part, unless it has more runs than a launch takes: 128 weight matrices with something between them.
 fn parts(length: i64, decayed: &[(i64, i64)]) -> Vec<Part> {
     let chunks: Vec<&[(i64, i64)]> = if decayed.is_empty() { vec![&[]] } else { decayed.chunks(MOST_BOUNDS / 2).collect() };
     // Each part ends where the first run of the next begins.
