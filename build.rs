@@ -1,5 +1,5 @@
-//! Compiles the node that `src/autograd` adds to libtorch's graph, and tells the linker where libtorch and NCCL lie, so that the
-//! binary starts without LD_LIBRARY_PATH.
+//! Compiles the node that `src/autograd` adds to libtorch's graph, and tells the linker where libtorch, NCCL and NVRTC lie, so
+//! that the binary starts without LD_LIBRARY_PATH.
 
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
@@ -14,8 +14,8 @@ fn main() {
             .include(format!("{libtorch}/include/torch/csrc/api/include"))
             .file("src/autograd/node.cpp")
             .compile("fm_dist_autograd");
-        // NCCL is opened at run time, from the folder of its own wheel.
-        for folder in ["lib", "../nvidia/nccl/lib"] {
+        // The latter two are opened at run time, from the folders of their own wheels.
+        for folder in ["lib", "../nvidia/nccl/lib", "../nvidia/cu13/lib"] {
             println!("cargo:rustc-link-arg=-Wl,-rpath,{libtorch}/{folder}");
         }
     }

@@ -6,7 +6,7 @@
 #
 # Needs Debian or Ubuntu on x86_64 and the network; root only where a system package is missing.
 # Takes half a minute on a fast network (three minutes with an NVIDIA driver), the oracle two more, and a second when nothing is missing.
-# Disk: 1.4 GB, with an NVIDIA driver 3.8 GB; the oracle 5 GB more. Delete .deps/ to begin anew.
+# Disk: 1.6 GB, with an NVIDIA driver 3.8 GB; the oracle 5 GB more. Delete .deps/ to begin anew.
 set -euo pipefail
 # shellcheck source=launch/env.sh
 . "$(dirname "$0")/env.sh"
@@ -92,8 +92,9 @@ libtorch() {
     fi
     fresh=$(mktemp -d .deps/unfinished.XXXXXX)
     unpack_wheels "$requirements" "$fresh"
-    # cudarc opens NCCL by the name without a version, which the wheel does not have.
+    # cudarc opens both by the name without a version first, which the wheels do not have; other versions may lie elsewhere.
     ln -s libnccl.so.2 "$fresh/nvidia/nccl/lib/libnccl.so"
+    ln -s libnvrtc.so.13 "$fresh/nvidia/cu13/lib/libnvrtc.so"
     if ldd "$fresh/torch/lib/libtorch_cpu.so" | grep 'not found'; then stop "libtorch does not find the libraries named above"; fi
     sha256sum <"$requirements" >"$fresh/torch/made-from"
     rm -rf .deps/torch .deps/nvidia

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What only GPUs can show: the collectives' contract on real NCCL, stream order, loss curves, memory, overlap. Prints a table.
+# What only GPUs can show: the collectives' contract on real NCCL, stream order, our kernel, loss curves, memory, overlap. Prints
+# a table.
 #
 #   launch/test-gpu.sh            on all GPUs of this machine, which should have nothing else to do
 #
@@ -56,7 +57,7 @@ nvidia-smi --query-gpu=index,name,memory.total,driver_version --format=csv,nohea
 
 launch/setup.sh
 [ -e .deps/torch/lib/libtorch_cuda.so ] || stop "launch/setup.sh left no libtorch_cuda.so under .deps/torch/lib: it saw no driver"
-export LD_LIBRARY_PATH="$PWD/.deps/nvidia/nccl/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+export LD_LIBRARY_PATH="$PWD/.deps/nvidia/nccl/lib:$PWD/.deps/nvidia/cu13/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 # As root Open MPI asks for both.
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 mkdir -p "$logs"
@@ -77,6 +78,9 @@ if command -v compute-sanitizer >/dev/null; then
     order=cuda::what_is_computed_before_and_after_a_collective_keeps_its_place
     test_row "$order, under compute-sanitizer" compute-sanitizer --tool memcheck --track-stream-ordered-races all --target-processes all \
         --error-exitcode 1 cargo test --quiet --test tests -- --ignored --exact "$order" --nocapture
+    kernel=cuda::the_kernel_of_adamw_gives_a_gpu_the_bits_of_a_cpu
+    test_row "$kernel, under compute-sanitizer" compute-sanitizer --tool memcheck --target-processes all \
+        --error-exitcode 1 cargo test --quiet --test tests -- --ignored --exact "$kernel" --nocapture
 else
     row "stream order, under compute-sanitizer" absent -
 fi

@@ -62,7 +62,8 @@ pub fn report() -> (String, bool) {
         libtorch_item(library.as_deref()),
         Item::ok("MPI", collective::mpi_library_version()),
         mpirun_item(Command::new("mpirun").arg("--version").output().ok().map(|output| output.stdout)),
-        nccl_item(library.as_deref()),
+        wheel_item("NCCL", "nccl/lib/libnccl.so", library.as_deref()),
+        wheel_item("NVRTC", "cu13/lib/libnvrtc.so", library.as_deref()),
         driver_item(fs::read_to_string("/proc/driver/nvidia/version").ok()),
         devices_item(Path::new("/proc/driver/nvidia/gpus")),
         cpu_item(),
@@ -85,12 +86,13 @@ fn mpirun_item(version: Option<Vec<u8>>) -> Item {
     Item::ok("mpirun", version.lines().next().unwrap_or("unknown"))
 }
 
-/// cudarc opens `libnccl.so`, found in its wheel's folder (this binary's rpath) or in the linker's cache.
-fn nccl_item(library: Option<&Path>) -> Item {
-    let wheel = library.and_then(|library| libtorch::beside(library, "../nvidia/nccl/lib/libnccl.so")).filter(|library| library.exists());
-    match wheel.map(|library| library.display().to_string()).or_else(|| cached_library("libnccl.so")) {
-        Some(library) => Item::ok("NCCL", library),
-        None => Item::note("NCCL", "not found; only GPUs need it, launch/setup.sh fetches it"),
+/// cudarc opens these by a name without a version, found in the wheel's folder (this binary's rpath) or in the linker's cache.
+fn wheel_item(name: &'static str, file: &str, library: Option<&Path>) -> Item {
+    let wheel = library.and_then(|library| libtorch::beside(library, &format!("../nvidia/{file}"))).filter(|library| library.exists());
+    let cached = || cached_library(Path::new(file).file_name()?.to_str()?);
+    match wheel.map(|library| library.display().to_string()).or_else(cached) {
+        Some(library) => Item::ok(name, library),
+        None => Item::note(name, "not found; only GPUs need it, launch/setup.sh fetches it"),
     }
 }
 
@@ -139,8 +141,8 @@ mod tests {
     fn the_report_has_an_aligned_line_for_each_item() {
         let (text, complete) = report();
         assert_eq!(complete, !text.lines().any(|line| line.starts_with("missing")), "{text}");
-        assert_eq!(text.lines().count(), 8, "{text}");
-        for (line, name) in text.lines().zip(["fm-dist", "libtorch", "MPI", "mpirun", "NCCL", "CUDA driver", "GPUs", "CPU"]) {
+        assert_eq!(text.lines().count(), 9, "{text}");
+        for (line, name) in text.lines().zip(["fm-dist", "libtorch", "MPI", "mpirun", "NCCL", "NVRTC", "CUDA driver", "GPUs", "CPU"]) {
             assert_eq!(line.find(name), Some(9), "{text}");
         }
         assert!(text.contains("libtorch_cpu.so"), "this very process has loaded it: {text}");

@@ -16,7 +16,7 @@
 //! | 2, science | [`adapter`] above [`flow`] · [`model`] · [`optim`] |
 //! | 2, machinery | [`parallel`] · [`watchdog`] |
 //! | 1 | [`collective`] · [`data`] · [`nn`] · [`telemetry`] |
-//! | 0 | [`autograd`] · [`error`] · [`failure`] · [`fault`] · `libtorch` · [`pulse`] · `registry` · [`rng`] · [`settings`] · [`tensor`] |
+//! | 0 | [`autograd`] · [`cuda`] · [`error`] · [`failure`] · [`fault`] · `libtorch` · [`pulse`] · `registry` · [`rng`] · [`settings`] · [`tensor`] |
 //!
 //! # Letters in shapes
 //! `B` batch · `C` latent channels · `F` frames · `H`, `W` latent height and width · `L` tokens · `D` model width ·
@@ -33,6 +33,7 @@ pub mod autograd;
 pub mod cli;
 pub mod collective;
 pub mod config;
+pub mod cuda;
 pub mod data;
 pub mod doctor;
 pub mod error;

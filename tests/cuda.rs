@@ -8,12 +8,14 @@ use std::process::{Command, Stdio};
 use std::thread;
 
 use bytesize::ByteSize;
-use fm_dist::collective::{self, Collective, Issued, Limits, Nccl, ReduceOp, Sliced, Spent, Work, local_rank, open_cuda_library};
+use fm_dist::collective::{self, Collective, Issued, Limits, Nccl, ReduceOp, Sliced, Spent, Work, local_rank};
+use fm_dist::cuda::open_libtorch;
 use fm_dist::error::Result;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
 use crate::collectives::{Outcome, brought, contract, end_with, expected, join_the_world, run, world_of};
+use crate::kernels::gives_the_bits_of_a_cpu;
 use crate::runs::{column, finish, mpirun, program, with_sets};
 
 /// Kernels of GPUs add in other orders than those of CPUs: their rounding, grown over fifty steps of training. Two CPUs are
@@ -47,7 +49,7 @@ impl ByGpu {
     /// The world of `mpirun`, and NCCL on top of it.
     fn join() -> (Box<dyn Collective>, Self) {
         let control = join_the_world();
-        let joined = open_cuda_library().and_then(|()| {
+        let joined = open_libtorch().and_then(|()| {
             let device = Device::Cuda(local_rank(&*control)?);
             Ok(ByGpu { nccl: Nccl::connect(&*control, device, Limits::default())?, device })
         });
@@ -221,6 +223,16 @@ fn computes_around(world: &ByGpu, turn: i64) -> Result<()> {
     let sum = expected(world.world_size(), size, Kind::Float, ReduceOp::Sum) + (turn * world.world_size() as i64) as f64;
     assert!(doubled.to_device(Device::Cpu).equal(&(sum * 2.0)), "turn {turn}");
     Ok(())
+}
+
+/// `launch/test-gpu.sh` runs this one under compute-sanitizer too.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn the_kernel_of_adamw_gives_a_gpu_the_bits_of_a_cpu() {
+    open_libtorch().unwrap();
+    for ordinal in 0..num_gpus() {
+        gives_the_bits_of_a_cpu(Device::Cuda(ordinal));
+    }
 }
 
 /// Trains with the program and returns the run folder.

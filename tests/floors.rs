@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 /// The order of this list is the order of the house. Rooms on one floor do not use each other, except on the lowest.
 const FLOORS: &[&[&str]] = &[
-    &["autograd", "error", "failure", "fault", "libtorch", "pulse", "registry", "rng", "settings", "tensor"],
+    &["autograd", "cuda", "error", "failure", "fault", "libtorch", "pulse", "registry", "rng", "settings", "tensor"],
     &["collective", "data", "nn", "telemetry"],
     &["flow", "model", "optim", "parallel", "watchdog"],
     &["adapter"],
@@ -26,6 +26,7 @@ const ONLY_IN: &[(&str, &[&str])] = &[
             "collective/mpi/",
             "collective/nccl",
             "collective/exchange/stretch.rs",
+            "cuda/",
             "libtorch.rs",
             "nn/by_hand/product.rs",
             "tensor.rs",

@@ -4,6 +4,7 @@
 //! moves the host's memory between the ranks of `mpirun` and ends a rank with code 97 for each rule of both libraries that is
 //! broken. Both are opened by name, so each check runs in a child that finds the right libraries first.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -22,19 +23,25 @@ const SHORT: Limits = Limits { init: Duration::from_secs(5), operation: Duration
 /// From the start of a world that fails to its end: joining it, the longest limit, the abort, and a busy machine.
 const IN_TIME: Duration = Duration::from_secs(30);
 
-/// A command that finds the libraries of this folder before all others.
-fn with_libraries(mut command: Command, folder: &Path) -> Command {
-    let others = std::env::var("LD_LIBRARY_PATH").map(|others| format!(":{others}")).unwrap_or_default();
-    command.env("LD_LIBRARY_PATH", format!("{}{others}", folder.display()));
+/// A command that finds the libraries of this folder before all others, and before those of an earlier call.
+pub(crate) fn with_libraries(mut command: Command, folder: &Path) -> Command {
+    const NAME: &str = "LD_LIBRARY_PATH";
+    let given = command.get_envs().find_map(|(name, folders)| folders.filter(|_| name == NAME)).map(OsString::from);
+    let mut folders = folder.as_os_str().to_os_string();
+    if let Some(others) = given.or_else(|| std::env::var_os(NAME)) {
+        folders.push(":");
+        folders.push(others);
+    }
+    command.env(NAME, folders);
     command
 }
 
-fn project(path: &str) -> PathBuf {
+pub(crate) fn project(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
 /// The folder of the double under the names of both libraries, built once.
-fn double() -> &'static Path {
+pub(crate) fn double() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
         let target = project("target/nccl_double");

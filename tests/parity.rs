@@ -200,6 +200,7 @@ fn check_adamw(case: &Value, folder: &Path) {
     let file = SafeTensors::open(folder.join(case["file"].as_str().unwrap())).unwrap();
     let mut adamw = AdamW::default();
     fm_dist::settings::read(&mut adamw, "oracle", &adamw_toml(case), &[]).unwrap();
+    let on_cpu = adamw.on(Device::Cpu).unwrap();
     let mut params = file.read("parameter").unwrap();
     let mut state = [params.zeros_like(), params.zeros_like()];
     let (gradients, learning_rates) = (file.read("gradients").unwrap(), file.read("lr").unwrap());
@@ -209,7 +210,7 @@ fn check_adamw(case: &Value, folder: &Path) {
         let decayed = [(0, params.numel() as i64)];
         let gradient = &gradients.get(step);
         let slice = Slice { params: &mut params, gradient, gradient_factor: 1.0, state: &mut state, computed: None, decayed: &decayed };
-        adamw.update(slice, learning_rates.double_value(&[step]), step as u64 + 1);
+        on_cpu.update(slice, learning_rates.double_value(&[step]), step as u64 + 1);
         let expected = |name: &str| file.read(name).unwrap().get(step);
         assert_close(&params, &expected("parameters"), 1e-6, &format!("{case}: parameters after step {step}"));
         assert_close(&state[0], &expected("exp_avg"), 1e-6, &format!("{case}: exp_avg after step {step}"));

@@ -29,6 +29,8 @@ mod golden;
 mod gradients;
 /// Each lie in the header of a safetensors file is refused, quickly.
 mod hostile;
+/// Our own GPU kernels compile, have the bits of a CPU, and are refused where they compute anything else.
+mod kernels;
 /// Ranks take the memory that `fm-dist check` says.
 mod memory;
 /// NCCL keeps the contract of the collectives and gives up in time; the real library answers.

@@ -26,7 +26,7 @@ use crate::pulse;
 pub use ledger::{Issued, Signature};
 pub use meter::{Meter, Spent};
 pub use mpi::{Mpi, library_version as mpi_library_version};
-pub use nccl::{Limits, Nccl, library_version as nccl_library_version, open_cuda_library};
+pub use nccl::{Limits, Nccl, library_version as nccl_library_version};
 pub use placement::{Launch, Placement};
 use placement::{Meeting, meeting_among, placement_among};
 pub use solo::Solo;

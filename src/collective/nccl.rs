@@ -2,14 +2,13 @@
 //! destructors that may panic.
 //!
 //! Operations run on a stream beside the one in which libtorch computes. Nothing in here blocks the host: what NCCL takes its
-//! time for is polled, with a limit, and [`Work::wait`] only orders the compute stream behind the operation. `nccl/driver.rs`
+//! time for is polled, with a limit, and [`Work::wait`] only orders the compute stream behind the operation. `cuda/driver.rs`
 //! has the CUDA driver's streams and events, `nccl/communicator.rs` NCCL's own, `nccl/traffic.rs` what is under way, and
 //! `nccl/seats.rs` the rule of one GPU a rank. Both libraries are opened at run time, so that one binary serves all machines.
 
 #![allow(unsafe_code)]
 
 mod communicator;
-mod driver;
 mod seats;
 mod traffic;
 
@@ -23,6 +22,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 use super::call::Call;
 use super::ledger::{Ledger, Signature};
 use super::{Collective, Issued, ReduceOp, Sliced, Spent, Work, gather_texts, local_rank};
+use crate::cuda::driver;
 use crate::error::{Error, Result};
 use communicator::{Communicator, ID_BYTES};
 use seats::Seat;
@@ -61,27 +61,6 @@ pub struct Nccl {
 
 fn call(operation: &'static str) -> Call {
     Call { backend: "nccl", operation }
-}
-
-/// Opens the CUDA half of libtorch, for the rest of the process. Tensors can be on a GPU from then on.
-///
-/// # Errors
-/// [`Error::Environment`] if it is not installed, or not complete.
-pub fn open_cuda_library() -> Result<()> {
-    use std::error::Error as _;
-
-    use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
-    const NAME: &str = "libtorch_cuda.so";
-    // SAFETY: its initializers register kernels with libtorch, whose version is the same, and ask nothing else of the process.
-    let library = unsafe { Library::open(Some(NAME), RTLD_NOW | RTLD_GLOBAL) };
-    let missing = |error: libloading::Error| {
-        // The error itself says no more than that it failed.
-        let why = error.source().map_or_else(|| error.to_string(), ToString::to_string);
-        Error::environment(format!("cannot open {NAME} ({why}): on a machine with an NVIDIA driver run launch/setup.sh"))
-    };
-    // Closing it would take kernels away that libtorch holds on to.
-    std::mem::forget(library.map_err(missing)?);
-    Ok(())
 }
 
 /// Version of the NCCL that is installed, like `2.29.7`.
@@ -334,18 +313,5 @@ mod tests {
         let (owned, full) = (Tensor::zeros([2], (Kind::Double, Device::Cpu)), Tensor::zeros([6], (Kind::Double, Device::Cpu)));
         let transfer = Transfer::between(&full, &owned, owned.numel());
         assert_eq!((transfer.count, transfer.bytes, transfer.kind), (2, 48, ncclDataType_t::ncclFloat64));
-    }
-
-    #[test]
-    fn a_machine_without_the_cuda_half_of_libtorch_is_told_so() {
-        let has_driver = std::path::Path::new("/proc/driver/nvidia/version").exists();
-        match open_cuda_library() {
-            Ok(()) => assert_eq!(tch::Cuda::is_available(), has_driver),
-            Err(error) => {
-                assert_eq!(error.exit_code(), 52);
-                let text = error.to_string();
-                assert!(text.starts_with("cannot open libtorch_cuda.so (lib") && text.ends_with("run launch/setup.sh"), "{text}");
-            }
-        }
     }
 }

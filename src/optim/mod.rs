@@ -1,13 +1,14 @@
 //! Optimizers over flat slices, gradient clipping, learning-rate schedules. Nothing here knows a rank.
 
-mod adamw;
+pub mod adamw;
 pub mod clip;
 pub mod lr;
 
 pub use adamw::AdamW;
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
+use crate::error::Result;
 use crate::registry::registry;
 
 /// A slice of flat parameters with what one update needs.
@@ -34,6 +35,15 @@ pub trait Optimizer {
     /// Names of the state tensors, as a checkpoint spells them.
     fn state_names(&self) -> &'static [&'static str];
 
+    /// The rule made ready for slices on `device`, once for a run.
+    ///
+    /// # Errors
+    /// [`Error::Environment`](crate::error::Error::Environment) if the device lacks what the rule needs, or computes wrongly.
+    fn on(&self, device: Device) -> Result<Box<dyn Update>>;
+}
+
+/// An update rule that is ready for one device.
+pub trait Update {
     /// One update; `step` counts from 1.
     fn update(&self, slice: Slice<'_>, lr: f64, step: u64);
 }

@@ -3,8 +3,9 @@
 use tch::{Cuda, Device};
 
 use super::agreement::agreed;
-use crate::collective::{Collective, Limits, Nccl, local_rank, open_cuda_library};
+use crate::collective::{Collective, Limits, Nccl, local_rank};
 use crate::config::RunConfig;
+use crate::cuda;
 use crate::error::{Error, Result};
 use crate::parallel::{Backend, DeviceChoice};
 
@@ -59,7 +60,7 @@ pub fn device(choice: DeviceChoice, world: &dyn Collective) -> Result<Device> {
 }
 
 fn gpu(number: usize) -> Result<Device> {
-    open_cuda_library()?;
+    cuda::open_libtorch()?;
     let count = Cuda::device_count();
     if number as i64 >= count {
         let host = gethostname::gethostname().to_string_lossy().into_owned();

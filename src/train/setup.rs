@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tch::Device;
 
 use super::TrainOptions;
-use super::agreement::agree;
+use super::agreement::{agree, agreed};
 use super::checkpoint::{self, Manifest, Saver};
 use super::divergence;
 use super::run_folder::RunFolder;
@@ -59,7 +59,8 @@ impl<'c> Trainer<'c> {
         if let (None, Some(weights)) = (folder.resumed_from(), config.model.pretrained()) {
             tracing::info!("weights from {}", weights.display());
         }
-        let mut optimizer_state = OptimizerState::fresh(&replica, &*config.optimizer, home(config, device));
+        let fresh = OptimizerState::fresh(&replica, &*config.optimizer, (device, home(config, device)));
+        let mut optimizer_state = agreed(fresh, collective)?;
         let mut manifest = Manifest::new(config.seed, global_batch as u64, dataset.fingerprint());
         if let Some(path) = folder.resumed_from() {
             let allowed = options.allow_data_change;

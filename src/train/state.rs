@@ -3,13 +3,12 @@
 use tch::{Device, Tensor, no_grad};
 
 use crate::error::Result;
-use crate::optim::{Optimizer, Slice};
+use crate::optim::{Optimizer, Slice, Update};
 use crate::parallel::{Bucket, Replica, Shard};
 
 /// What one step does to every parameter.
 #[derive(Clone, Copy)]
-pub struct Change<'a> {
-    pub optimizer: &'a dyn Optimizer,
+pub struct Change {
     /// Of every gradient: the clipping's coefficient.
     pub gradient_factor: f64,
     pub lr: f64,
@@ -21,17 +20,21 @@ pub struct Change<'a> {
 pub struct OptimizerState {
     /// By stage, piece, name.
     stages: Vec<Vec<Vec<Tensor>>>,
+    rule: Box<dyn Update>,
 }
 
 impl OptimizerState {
-    /// Zeros at `home`, as before the first step.
-    pub fn fresh(replica: &Replica<'_>, optimizer: &dyn Optimizer, home: Device) -> Self {
+    /// Zeros at the second device, home, as before the first step. Updates happen on the first, where gradients are.
+    ///
+    /// # Errors
+    /// If the device cannot carry the optimizer out.
+    pub fn fresh(replica: &Replica<'_>, optimizer: &dyn Optimizer, (device, home): (Device, Device)) -> Result<Self> {
         let of_piece = |master: &Tensor| {
             let zeros = || Tensor::zeros(master.size(), (master.kind(), home));
             optimizer.state_names().iter().map(|_| zeros()).collect()
         };
         let of_bucket = |bucket: &Bucket| bucket.pieces().iter().map(|piece| of_piece(piece.master())).collect();
-        OptimizerState { stages: replica.buckets.iter().map(of_bucket).collect() }
+        Ok(OptimizerState { stages: replica.buckets.iter().map(of_bucket).collect(), rule: optimizer.on(device)? })
     }
 
     /// A stage's tensor of the optimizer's name number `name`, whole: `[P]` f32.
@@ -51,15 +54,15 @@ impl OptimizerState {
     }
 
     /// One update of a stage. Master values and state that live elsewhere visit the gradient's device, a piece at a time.
-    pub fn update(&mut self, stage: usize, bucket: &mut Bucket, gradients: &[Tensor], change: Change<'_>) {
-        let Change { optimizer, gradient_factor, lr, step } = change;
+    pub fn update(&mut self, stage: usize, bucket: &mut Bucket, gradients: &[Tensor], change: Change) {
+        let Change { gradient_factor, lr, step } = change;
         for ((shard, state), gradient) in bucket.shards_mut().zip(&mut self.stages[stage]).zip(gradients) {
             let Shard { master, computed, decayed } = shard;
             // The same tensors where they are there already, and copies onto themselves cost nothing.
             let mut params = master.to_device(gradient.device());
             let mut visitors: Vec<Tensor> = state.iter().map(|tensor| tensor.to_device(gradient.device())).collect();
             let slice = Slice { params: &mut params, gradient, gradient_factor, state: &mut visitors, computed, decayed };
-            optimizer.update(slice, lr, step);
+            self.rule.update(slice, lr, step);
             no_grad(|| {
                 master.copy_(&params);
                 state.iter_mut().zip(&visitors).for_each(|(home, visitor)| home.copy_(visitor));

@@ -256,7 +256,7 @@ impl Stepper<'_> {
         state: &mut OptimizerState,
     ) -> Result<()> {
         let gradient_factor = clip::coefficient(grad_norm, self.config.train.max_grad_norm);
-        let change = Change { optimizer: &*self.config.optimizer, gradient_factor, lr, step: update_number };
+        let change = Change { gradient_factor, lr, step: update_number };
         for (index, pieces) in gradients.iter().enumerate() {
             state.update(index, &mut replica.buckets[index], pieces, change);
         }

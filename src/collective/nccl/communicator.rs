@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use cudarc::nccl::{result, sys};
 
-use super::driver::{Outcome, text};
+use crate::cuda::{Outcome, text};
 
 /// What every rank of a world must know to find the others.
 pub(super) const ID_BYTES: usize = 128;

@@ -15,9 +15,10 @@ use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclResult_t};
 use tch::Tensor;
 
 use super::communicator::{Communicator, poll};
-use super::driver::{Device, Event, Outcome, Stream};
 use super::{Call, Limits, Transfer};
 use crate::collective::{Meter, Spent, Work};
+use crate::cuda::Outcome;
+use crate::cuda::driver::{Device, Event, Stream};
 use crate::error::{Error, Result};
 
 /// A GPU and the stream on which collectives run there. Communicators of one process share it: two that run at once on one

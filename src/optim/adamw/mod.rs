@@ -1,11 +1,16 @@
-//! Adam with decoupled weight decay: by libtorch's operators on any device, in a single pass on a CPU.
+//! Adam with decoupled weight decay, in a single pass over memory: by the vectors of a CPU, or by a kernel of our own on a GPU.
+//! Both are compared with libtorch's operators.
 
+mod cuda;
 mod fused;
 mod plain;
 
 use tch::Device;
 
-use super::{Optimizer, Slice};
+pub use cuda::OnGpu;
+
+use super::{Optimizer, Slice, Update};
+use crate::error::Result;
 use crate::settings::{Keys, Settings};
 
 /// Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; rounding follows `torch.optim.AdamW`, except that decay
@@ -54,12 +59,23 @@ impl Optimizer for AdamW {
         &["exp_avg", "exp_avg_sq"]
     }
 
+    fn on(&self, device: Device) -> Result<Box<dyn Update>> {
+        Ok(match device {
+            Device::Cuda(_) => Box::new(OnGpu::ready(self, device)?),
+            _ => Box::new(OnCpu { adamw: self.clone() }),
+        })
+    }
+}
+
+/// AdamW by a CPU's vectors.
+struct OnCpu {
+    adamw: AdamW,
+}
+
+impl Update for OnCpu {
     fn update(&self, slice: Slice<'_>, lr: f64, step: u64) {
-        let factors = self.factors(slice.gradient_factor, lr, step);
-        match slice.params.device() {
-            Device::Cpu => fused::update(slice, factors),
-            _ => plain::update(slice, factors),
-        }
+        let factors = self.adamw.factors(slice.gradient_factor, lr, step);
+        fused::update(slice, factors);
     }
 }
 
@@ -111,7 +127,7 @@ mod tests {
         let mut params = Tensor::from_slice(&[1.0f32, 1.0, 1.0]);
         let gradient = Tensor::from_slice(&[0.5f32, -2.0, 0.0]);
         let mut state = [params.zeros_like(), params.zeros_like()];
-        adamw.update(slice(&mut params, &gradient, &mut state, &[]), 0.1, 1);
+        OnCpu { adamw }.update(slice(&mut params, &gradient, &mut state, &[]), 0.1, 1);
         let moved = Vec::<f32>::try_from(params).expect("f32");
         assert!((moved[0] - 0.9).abs() < 1e-6 && (moved[1] - 1.1).abs() < 1e-6 && moved[2] == 1.0, "{moved:?}");
     }
@@ -122,7 +138,7 @@ mod tests {
         let mut params = Tensor::from_slice(&[1.0f32, 1.0, 1.0]);
         let gradient = params.zeros_like();
         let mut state = [params.zeros_like(), params.zeros_like()];
-        adamw.update(slice(&mut params, &gradient, &mut state, &[(1, 1)]), 0.1, 1);
+        OnCpu { adamw }.update(slice(&mut params, &gradient, &mut state, &[(1, 1)]), 0.1, 1);
         assert_eq!(Vec::<f32>::try_from(params).expect("f32"), [1.0, 0.95, 1.0]);
     }
 

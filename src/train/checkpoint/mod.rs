@@ -157,7 +157,7 @@ mod tests {
         let stages = Dit { width: 24, depth: 1, num_heads: 2, ..Dit::default() }.stages().expect("sound");
         let sharing = Sharing::new(world, sharding, ShardingGroup::World, 1).expect("sound");
         let replica = Replica::shared(stages, Kind::BFloat16, (Device::Cpu, Device::Cpu), None, sharing);
-        let state = OptimizerState::fresh(&replica, &*optimizer(), Device::Cpu);
+        let state = OptimizerState::fresh(&replica, &*optimizer(), (Device::Cpu, Device::Cpu)).expect("a CPU");
         (replica, state)
     }
 

@@ -1,11 +1,12 @@
 //! The CUDA driver's functions. The compute stream, handle null, is the program itself: what it is given is done at once.
 
 use std::cell::Cell;
-use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::failure::fail;
 use crate::hope::Patience;
+use crate::module::{Function, Module, on_host};
 use crate::switches::switches;
 use crate::world::{Event, Stream, world};
 
@@ -16,8 +17,11 @@ const INVALID_VALUE: CuResult = 1;
 const NOT_INITIALIZED: CuResult = 3;
 const NO_DEVICE: CuResult = 100;
 const INVALID_DEVICE: CuResult = 101;
+const INVALID_IMAGE: CuResult = 200;
 const INVALID_CONTEXT: CuResult = 201;
+const NO_BINARY_FOR_GPU: CuResult = 209;
 const INVALID_HANDLE: CuResult = 400;
+const NOT_FOUND: CuResult = 500;
 const NOT_READY: CuResult = 600;
 
 /// Driver version of CUDA 13.0.
@@ -116,6 +120,26 @@ pub unsafe extern "C" fn cuDeviceGetUuid_v2(uuid: *mut [u8; 16], device: c_int) 
     let mut bytes = *b"nccl-double-GPU\0";
     bytes[15] = identity(device as usize) as u8;
     unsafe { uuid.write(bytes) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_uint, device: c_int) -> CuResult {
+    const PROCESSORS: c_uint = 16;
+    const MAJOR: c_uint = 75;
+    const MINOR: c_uint = 76;
+    if !is_device(device) {
+        return INVALID_DEVICE;
+    }
+    let architecture = switches().architecture as c_int;
+    let answer = match attribute {
+        // Few, so that threads go round.
+        PROCESSORS => 2,
+        MAJOR => architecture / 10,
+        MINOR => architecture % 10,
+        _ => fail(format!("cuDeviceGetAttribute: attribute {attribute} is not known here")),
+    };
+    unsafe { value.write(answer) };
     SUCCESS
 }
 
@@ -283,6 +307,95 @@ pub extern "C" fn cuEventDestroy_v2(event: *mut c_void) -> CuResult {
 }
 
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuModuleLoadData(module: *mut *mut c_void, image: *const c_void) -> CuResult {
+    let Some(device) = current_device() else { return INVALID_CONTEXT };
+    let Some(read) = (unsafe { Module::read(image) }) else { return INVALID_IMAGE };
+    if !read.runs_on(switches().architecture) {
+        return NO_BINARY_FOR_GPU;
+    }
+    let handle = world().modules.add((device, read));
+    unsafe { module.write(handle as *mut c_void) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuModuleUnload(module: *mut c_void) -> CuResult {
+    let (mut world, module) = (world(), module as usize);
+    world.modules.remove(module, "cuModuleUnload");
+    let gone: Vec<usize> = world.functions.iter().filter(|(_, function)| function.module == module).map(|(handle, _)| handle).collect();
+    gone.into_iter().for_each(|function| drop(world.functions.remove(function, "cuModuleUnload")));
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuModuleGetFunction(function: *mut *mut c_void, module: *mut c_void, name: *const c_char) -> CuResult {
+    let name = unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned();
+    let (mut world, module) = (world(), module as usize);
+    let (_, loaded) = world.modules.get(module, "cuModuleGetFunction");
+    let Some(parameters) = loaded.kernels.get(&name).cloned() else { return NOT_FOUND };
+    let handle = world.functions.add(Function { module, name, parameters });
+    unsafe { function.write(handle as *mut c_void) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuFuncGetParamInfo(function: *mut c_void, number: usize, offset: *mut usize, size: *mut usize) -> CuResult {
+    let mut world = world();
+    let parameters = &world.functions.get(function as usize, "cuFuncGetParamInfo").parameters;
+    let Some(found) = parameters.get(number) else { return INVALID_VALUE };
+    // Parameters of up to eight bytes are aligned to their size, larger ones hold nothing larger than eight bytes.
+    let place = |end: usize, size: &usize| end.next_multiple_of((*size).min(8)) + size;
+    unsafe { offset.write(parameters[..=number].iter().fold(0, place) - found) };
+    unsafe { size.write(*found) };
+    SUCCESS
+}
+
+/// Runs at once what the compute stream is given, as everything there.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuLaunchKernel(
+    function: *mut c_void,
+    blocks_x: c_uint,
+    blocks_y: c_uint,
+    blocks_z: c_uint,
+    threads_x: c_uint,
+    threads_y: c_uint,
+    threads_z: c_uint,
+    shared_bytes: c_uint,
+    stream: *mut c_void,
+    arguments: *mut *mut c_void,
+    extra: *mut *mut c_void,
+) -> CuResult {
+    const NAME: &str = "cuLaunchKernel";
+    let mut world_now = world();
+    let Function { module, name, parameters } = world_now.functions.get(function as usize, NAME).clone();
+    let (device, _) = world_now.modules.get(module, NAME);
+    if current_device() != Some(*device) {
+        fail(format!("{NAME}: {name} was loaded for GPU {device}, and {:?} is current", current_device()));
+    }
+    drop(world_now);
+    if compute_or(stream) != 0 {
+        fail(format!("{NAME}: {name} runs beside the compute stream, where libtorch's memory may change hands meanwhile"));
+    }
+    if [blocks_y, blocks_z, threads_y, threads_z] != [1; 4] || shared_bytes != 0 || !extra.is_null() {
+        fail(format!("{NAME}: {name} with more than one axis, shared memory or extra arguments is not known here"));
+    }
+    if !(1..1 << 31).contains(&blocks_x) || !(1..=1024).contains(&threads_x) {
+        return INVALID_VALUE;
+    }
+    let addresses = unsafe { std::slice::from_raw_parts(arguments, parameters.len()) };
+    let mut copies: Vec<Vec<u64>> = parameters.iter().map(|size| vec![0; size.div_ceil(8)]).collect();
+    for ((number, size), copy) in parameters.iter().enumerate().zip(&mut copies) {
+        let bytes = unsafe { std::slice::from_raw_parts_mut(copy.as_mut_ptr().cast::<u8>(), *size) };
+        if !crate::memory::read(addresses[number] as usize, bytes) {
+            fail(format!("{NAME}: argument {number} of {name} is not readable for {size} bytes"));
+        }
+    }
+    let mut addresses: Vec<*mut c_void> = copies.iter_mut().map(|copy| copy.as_mut_ptr().cast()).collect();
+    unsafe { on_host(&name)(blocks_x, threads_x, addresses.as_mut_ptr()) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuGetErrorName(error: CuResult, text: *mut *const c_char) -> CuResult {
     let Some((name, _)) = describe(error) else { return INVALID_VALUE };
     unsafe { text.write(name.as_ptr()) };
@@ -296,15 +409,18 @@ pub unsafe extern "C" fn cuGetErrorString(error: CuResult, text: *mut *const c_c
     SUCCESS
 }
 
-fn describe(error: CuResult) -> Option<(&'static std::ffi::CStr, &'static std::ffi::CStr)> {
+fn describe(error: CuResult) -> Option<(&'static CStr, &'static CStr)> {
     match error {
         SUCCESS => Some((c"CUDA_SUCCESS", c"no error")),
         INVALID_VALUE => Some((c"CUDA_ERROR_INVALID_VALUE", c"invalid argument")),
         NOT_INITIALIZED => Some((c"CUDA_ERROR_NOT_INITIALIZED", c"initialization error")),
         NO_DEVICE => Some((c"CUDA_ERROR_NO_DEVICE", c"no CUDA-capable device is detected")),
         INVALID_DEVICE => Some((c"CUDA_ERROR_INVALID_DEVICE", c"invalid device ordinal")),
+        INVALID_IMAGE => Some((c"CUDA_ERROR_INVALID_IMAGE", c"device kernel image is invalid")),
         INVALID_CONTEXT => Some((c"CUDA_ERROR_INVALID_CONTEXT", c"invalid device context")),
+        NO_BINARY_FOR_GPU => Some((c"CUDA_ERROR_NO_BINARY_FOR_GPU", c"no kernel image is available for execution on the device")),
         INVALID_HANDLE => Some((c"CUDA_ERROR_INVALID_HANDLE", c"invalid resource handle")),
+        NOT_FOUND => Some((c"CUDA_ERROR_NOT_FOUND", c"named symbol not found")),
         NOT_READY => Some((c"CUDA_ERROR_NOT_READY", c"device not ready")),
         _ => None,
     }

@@ -37,5 +37,6 @@ fn first_leak(world: &World) -> Option<String> {
     let communicator = || world.communicators.iter().next().map(|(handle, _)| world.communicators.title(handle));
     let event = || world.events.iter().next().map(|(handle, _)| world.events.title(handle));
     let stream = || world.streams.iter().next().map(|(handle, _)| world.streams.title(handle));
-    unobserved.or_else(|| communicator().or_else(event).or_else(stream).map(|title| format!("{title} was not destroyed")))
+    let module = || world.modules.iter().next().map(|(handle, _)| world.modules.title(handle));
+    unobserved.or_else(|| communicator().or_else(event).or_else(stream).or_else(module).map(|title| format!("{title} was not destroyed")))
 }

@@ -29,8 +29,12 @@
 //! the operation; a communicator is finalized and polled before it is destroyed; functions that make the host wait are not
 //! there to be called.
 //!
-//! Ends: every operation is waited for by the compute stream; groups are closed; events, streams and communicators are
-//! destroyed, once, and not used after that, nor after an abort, nor after an error except by an abort. Leaks are looked for
+//! Kernels: a module is machine code for the GPU's architecture, a function is one of its kernels and not used after it; a launch
+//! is on the compute stream, of the device that is current, with arguments that can be read at the parameters' sizes, without
+//! shared memory, within CUDA's limits of blocks and threads. The code is not run: a function for CPUs runs in its place.
+//!
+//! Ends: every operation is waited for by the compute stream; groups are closed; events, streams, communicators and modules
+//! are destroyed, once, and not used after that, nor after an abort, nor after an error except by an abort. Leaks are looked for
 //! when the process exits with code 0: one that fails or is aborted leaves what it had.
 //!
 //! # Switches
@@ -48,6 +52,8 @@
 //! | `NCCL_DOUBLE_GPUS=n` | number of GPUs; 8 without it |
 //! | `NCCL_DOUBLE_SAME_GPU=1` | all ordinals are one GPU, with one UUID |
 //! | `NCCL_DOUBLE_PATIENCE_MS=n` | a compute stream that has waited so long ends the process; 60000 without it |
+//! | `NCCL_DOUBLE_KERNELS=path` | library that has `<name>_on_host` for each kernel that is launched |
+//! | `NCCL_DOUBLE_ARCHITECTURE=n` | ten times the GPUs' compute capability; 90 without it |
 //! | `NCCL_DOUBLE_FOLDER=path` | where communicators' folders are made; memory or the temporary folder without it |
 //!
 //! # What it cannot show
@@ -55,6 +61,7 @@
 //!   its event has been recorded too early, or a block that libtorch's allocator hands out too soon, goes unseen.
 //! - A read of an input by the program while it is under way is allowed, also where a GPU would see it half written.
 //! - NCCL's own algorithms and their order of sums: real losses differ from the double's in rounding.
+//! - What machine code computes, where it reads and writes, and how fast: the compiler's work is seen by GPUs only.
 //! - Topology, NVLink, networks, more than one machine, performance of any sort; times of events are those of a model.
 //! - Deadlocks by the launch order of kernels, by full queues, or by NCCL's use of the device's processors: input is posted at
 //!   the launch, so an operation here needs nothing but the launches of all ranks.
@@ -71,6 +78,7 @@ mod failure;
 mod hope;
 mod leaks;
 mod memory;
+mod module;
 pub mod nccl;
 mod operation;
 mod switches;

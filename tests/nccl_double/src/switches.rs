@@ -36,6 +36,9 @@ pub struct Switches {
     pub same_gpu: bool,
     pub patience: Duration,
     pub folder: Option<PathBuf>,
+    pub kernels: Option<PathBuf>,
+    /// Ten times the compute capability of all GPUs.
+    pub architecture: u32,
 }
 
 /// The switches of this process, read once.
@@ -45,7 +48,7 @@ pub fn switches() -> &'static Switches {
 }
 
 fn read(variables: Vec<(String, String)>) -> Switches {
-    let mut switches = Switches { num_gpus: 8, patience: Duration::from_secs(60), ..Switches::default() };
+    let mut switches = Switches { num_gpus: 8, patience: Duration::from_secs(60), architecture: 90, ..Switches::default() };
     for (name, value) in variables {
         match name.as_str() {
             "NCCL_DOUBLE_DELAY_MS" => switches.delay = Duration::from_millis(parse(&name, &value)),
@@ -59,6 +62,8 @@ fn read(variables: Vec<(String, String)>) -> Switches {
             "NCCL_DOUBLE_SAME_GPU" => switches.same_gpu = parse::<u8>(&name, &value) != 0,
             "NCCL_DOUBLE_PATIENCE_MS" => switches.patience = Duration::from_millis(parse(&name, &value)),
             "NCCL_DOUBLE_FOLDER" => switches.folder = Some(value.into()),
+            "NCCL_DOUBLE_KERNELS" => switches.kernels = Some(value.into()),
+            "NCCL_DOUBLE_ARCHITECTURE" => switches.architecture = parse(&name, &value),
             // A misspelled switch would make a test pass that shows nothing.
             _ => fail(format!("there is no switch {name}")),
         }

@@ -11,6 +11,7 @@ use std::time::Duration;
 use crate::board::Board;
 use crate::clock;
 use crate::failure::fail;
+use crate::module::{Function, Module};
 use crate::operation::{Call, Operation};
 use crate::switches::switches;
 use crate::table::Table;
@@ -117,6 +118,9 @@ pub struct World {
     pub streams: Table<Stream>,
     pub events: Table<Event>,
     pub communicators: Table<Communicator>,
+    /// With the device that each was loaded for.
+    pub modules: Table<(usize, Module)>,
+    pub functions: Table<Function>,
     pub groups: BTreeMap<i32, Group>,
     /// Events recorded on the compute stream so far.
     pub compute_records: u64,
@@ -130,6 +134,8 @@ static WORLD: Mutex<World> = Mutex::new(World {
     streams: Table::new("stream", 0x51),
     events: Table::new("event", 0xe7),
     communicators: Table::new("communicator", 0xc0),
+    modules: Table::new("module", 0x30),
+    functions: Table::new("function", 0xf0),
     groups: BTreeMap::new(),
     compute_records: 0,
     started: Vec::new(),

@@ -3,6 +3,7 @@
 use std::ffi::c_void;
 use std::ptr::null_mut;
 
+use super::kernels::{kernel, run};
 use super::rank::*;
 use crate::cuda::*;
 use crate::nccl::*;
@@ -456,4 +457,52 @@ breaks! {
     };
 
     a_kind_that_the_double_lacks, 1, "all_reduce: the double carries no type 6", || two_ways(|_| (4, 6, SUM, 0));
+}
+
+// Kernels.
+breaks! {
+    a_kernel_beside_the_compute_stream, 1, "cuLaunchKernel: add runs beside the compute stream", || {
+        let rank = Rank::start();
+        run(kernel().1, 1, 32, rank.stream, [null_mut(); 3]);
+    };
+
+    a_kernel_of_another_gpu, 1, "cuLaunchKernel: add was loaded for GPU 0, and Some(1) is current", || {
+        Rank::start();
+        let (_, add) = kernel();
+        let mut context = null_mut();
+        unsafe { cuDevicePrimaryCtxRetain(&mut context, 1) };
+        cuCtxSetCurrent(context);
+        run(add, 1, 32, null_mut(), [null_mut(); 3]);
+    };
+
+    an_argument_that_cannot_be_read, 1, "cuLaunchKernel: argument 0 of add is not readable for 8 bytes", || {
+        Rank::start();
+        run(kernel().1, 1, 32, null_mut(), [null_mut(); 3]);
+    };
+
+    a_kernel_without_a_place_to_run, 1, "add cannot run here: NCCL_DOUBLE_KERNELS names no library", || {
+        Rank::start();
+        let mut numbers = [0u64; 2];
+        run(kernel().1, 1, 32, null_mut(), [numbers.as_mut_ptr().cast(); 3]);
+    };
+
+    a_kernel_used_after_its_modules_end, 1, "cuLaunchKernel: function 1 is used after its end", || {
+        Rank::start();
+        let (module, add) = kernel();
+        cuModuleUnload(module);
+        run(add, 1, 32, null_mut(), [null_mut(); 3]);
+    };
+
+    a_module_unloaded_twice, 1, "cuModuleUnload: module 1 is used after its end", || {
+        Rank::start();
+        let (module, _) = kernel();
+        cuModuleUnload(module);
+        cuModuleUnload(module);
+    };
+
+    a_module_that_leaks, 1, "at the process's end module 1 was not destroyed", || {
+        let rank = Rank::start();
+        kernel();
+        rank.end();
+    };
 }

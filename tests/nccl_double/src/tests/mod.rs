@@ -1,6 +1,7 @@
 //! The double's own contract: a sound program passes at every number of ranks, and every rule shows that it fires.
 
 mod broken;
+mod kernels;
 mod rank;
 mod sound;
 mod switched;

@@ -1,30 +1,27 @@
-//! The CUDA driver, as far as collectives need it: one device, streams and events. No call in here blocks.
+//! The CUDA driver, as far as it is needed: a device, streams and events, modules and their functions. No call in here blocks.
 //!
-//! cudarc's own safe layer synchronizes in places and owns what libtorch owns already, so only its raw layer is used. A
-//! refusal comes back in words; the caller knows which operation it spoils.
+//! cudarc's own safe layer synchronizes in places and owns what libtorch owns already, so only its raw layer is used.
 
-use std::ffi::{CStr, c_char, c_int};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr::null_mut;
 use std::rc::Rc;
-use std::result::Result as StdResult;
 use std::time::Duration;
 
 use cudarc::driver::sys;
 
-/// What a library function gave, or its name and why it refused.
-pub(super) type Outcome<T> = StdResult<T, String>;
+use super::{Outcome, text};
 
 /// What the wheel of libtorch 2.13 is built with: 1000 times the major version.
 const NEEDED_VERSION: c_int = 13_000;
 
 /// A GPU and its primary context, which libtorch uses too.
-pub(super) struct Device {
+pub struct Device {
     handle: sys::CUdevice,
     context: sys::CUcontext,
 }
 
 /// Checks that a driver is installed and new enough, starts it, and counts the GPUs that it shows to this process.
-pub(super) fn start() -> Outcome<usize> {
+pub fn start() -> Outcome<usize> {
     // SAFETY: only opens libraries; a driver's initializers ask nothing of the process.
     if !unsafe { sys::is_culib_present() } {
         return Err("no CUDA driver is installed here: found neither libcuda.so nor libcuda.so.1".into());
@@ -45,7 +42,7 @@ pub(super) fn start() -> Outcome<usize> {
 }
 
 /// A name that no other GPU has.
-pub(super) fn uuid(ordinal: usize) -> Outcome<String> {
+pub fn uuid(ordinal: usize) -> Outcome<String> {
     let mut uuid = sys::CUuuid { bytes: [0; 16] };
     // SAFETY: the driver gave the handle, and the result has a place.
     check("cuDeviceGetUuid", unsafe { sys::cuDeviceGetUuid_v2(&mut uuid, handle(ordinal)?) })?;
@@ -85,6 +82,27 @@ impl Device {
         // SAFETY: as above; `name` outlives the borrow.
         Ok(unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned())
     }
+
+    /// What machine code for it is called, like `sm_90`.
+    pub fn architecture(&self) -> Outcome<String> {
+        use sys::CUdevice_attribute_enum::{
+            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
+        };
+        Ok(format!("sm_{}{}", self.attribute(MAJOR)?, self.attribute(MINOR)?))
+    }
+
+    /// How many of its processors run blocks of threads at once.
+    pub fn num_processors(&self) -> Outcome<u32> {
+        let count = self.attribute(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        u32::try_from(count).map_err(|_| format!("the driver counts {count} processors"))
+    }
+
+    fn attribute(&self, attribute: sys::CUdevice_attribute) -> Outcome<c_int> {
+        let mut value = 0;
+        // SAFETY: the driver gave the handle, and the result has a place.
+        check("cuDeviceGetAttribute", unsafe { sys::cuDeviceGetAttribute(&mut value, attribute, self.handle) })?;
+        Ok(value)
+    }
 }
 
 impl Drop for Device {
@@ -95,7 +113,7 @@ impl Drop for Device {
 }
 
 /// A queue of a device's work.
-pub(super) struct Stream {
+pub struct Stream {
     raw: sys::CUstream,
     device: Option<Rc<Device>>,
 }
@@ -142,7 +160,7 @@ impl Drop for Stream {
 }
 
 /// A mark in a stream, with the time at which the device came by.
-pub(super) struct Event {
+pub struct Event {
     raw: sys::CUevent,
 }
 
@@ -181,6 +199,80 @@ impl Drop for Event {
     }
 }
 
+/// A kernel that was loaded for a device.
+pub struct Function {
+    raw: sys::CUfunction,
+    /// Bytes of each parameter, as its code expects them.
+    parameters: Vec<usize>,
+    module: Module,
+}
+
+/// Machine code in a device's memory.
+struct Module {
+    raw: sys::CUmodule,
+    device: Device,
+}
+
+impl Function {
+    /// The function of this name in an image for `device`.
+    pub fn load(image: &[u8], name: &CStr, device: Device) -> Outcome<Self> {
+        let mut raw = null_mut();
+        // SAFETY: the device is current, the image says its own length, the driver copies it, and the result has a place.
+        check("cuModuleLoadData", unsafe { sys::cuModuleLoadData(&mut raw, image.as_ptr().cast()) })?;
+        let module = Module { raw, device };
+        let mut raw = null_mut();
+        // SAFETY: the module is loaded, the name ends with a zero, and the result has a place.
+        check("cuModuleGetFunction", unsafe { sys::cuModuleGetFunction(&mut raw, module.raw, name.as_ptr()) })?;
+        Ok(Function { raw, parameters: parameters(raw)?, module })
+    }
+
+    pub fn device(&self) -> &Device {
+        &self.module.device
+    }
+
+    /// Queues the function behind all that libtorch has queued, with the address of each argument. They are copied at once.
+    ///
+    /// # Panics
+    /// If the arguments' sizes are not those of the parameters (a bug in the caller).
+    ///
+    /// # Safety
+    /// The function must keep to memory that stays its own until the stream has come by.
+    pub unsafe fn launch(&self, blocks: u32, threads: u32, arguments: &[(*const c_void, usize)]) -> Outcome<()> {
+        let sizes: Vec<usize> = arguments.iter().map(|(_, size)| *size).collect();
+        assert_eq!(sizes, self.parameters, "bytes of the arguments and of the kernel's parameters");
+        self.device().make_current()?;
+        let mut addresses: Vec<*mut c_void> = arguments.iter().map(|(address, _)| address.cast_mut()).collect();
+        let (stream, addresses) = (Stream::COMPUTE.raw, addresses.as_mut_ptr());
+        // SAFETY: the function is of the current device; each address holds as many bytes as its parameter takes, for the
+        // driver to read; the caller answers for what the function does.
+        let code = unsafe { sys::cuLaunchKernel(self.raw, blocks, 1, 1, threads, 1, 1, 0, stream, addresses, null_mut()) };
+        check("cuLaunchKernel", code)
+    }
+}
+
+/// Bytes of each parameter of a function.
+fn parameters(function: sys::CUfunction) -> Outcome<Vec<usize>> {
+    let mut sizes = Vec::new();
+    loop {
+        let (mut offset, mut size) = (0, 0);
+        // SAFETY: the function's module is loaded, and both results have a place.
+        match unsafe { sys::cuFuncGetParamInfo(function, sizes.len(), &mut offset, &mut size) } {
+            // There is no parameter of this number.
+            sys::CUresult::CUDA_ERROR_INVALID_VALUE => return Ok(sizes),
+            code => check("cuFuncGetParamInfo", code)?,
+        }
+        sizes.push(size);
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        // SAFETY: loaded once and unloaded once; the driver lets what is queued finish first.
+        let unload = || check("cuModuleUnload", unsafe { sys::cuModuleUnload(self.raw) });
+        note(self.device.make_current().and_then(|()| unload()));
+    }
+}
+
 fn check(function: &str, code: sys::CUresult) -> Outcome<()> {
     if code == sys::CUresult::CUDA_SUCCESS {
         return Ok(());
@@ -189,15 +281,6 @@ fn check(function: &str, code: sys::CUresult) -> Outcome<()> {
     // SAFETY: the results have a place; the driver leaves null there for a code that it does not know.
     unsafe { (sys::cuGetErrorName(code, &mut name), sys::cuGetErrorString(code, &mut words)) };
     Err(format!("{function}: {} ({}, code {})", text(words), text(name), code as u32))
-}
-
-/// A text that a library keeps for the life of the process.
-pub(super) fn text(pointer: *const c_char) -> String {
-    if pointer.is_null() {
-        return "no text".into();
-    }
-    // SAFETY: the libraries end these texts with a zero.
-    unsafe { CStr::from_ptr(pointer) }.to_string_lossy().trim().into()
 }
 
 /// For what a destructor cannot return.

@@ -1,0 +1,226 @@
+//! Our own GPU kernels: the compiler of the wheel takes them, they have the bits of a CPU, and one that computes anything but
+//! what libtorch's operators compute is refused.
+//!
+//! Without a GPU the driver is a double of it (`tests/nccl_double`). It reads what the real NVRTC compiled and runs, in the
+//! place of machine code, the same text as C++: the arithmetic, its order and its bounds are the kernel's own; what the
+//! compiler makes of them is not seen. The double is opened by name, so it needs a child that finds it first.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
+use fm_dist::cuda::nvrtc;
+use fm_dist::optim::adamw::OnGpu;
+use fm_dist::optim::{AdamW, Optimizer, Slice, Update};
+use fm_dist::rng::{Key, Purpose};
+use tch::{Device, Kind, Tensor};
+use tempfile::TempDir;
+
+use crate::collectives::{Outcome, run};
+use crate::nccl::{double, project, with_libraries};
+
+const KERNEL: &str = include_str!("../src/optim/adamw/kernel.cu");
+
+/// Of A100, of H100 and H200, of B200.
+const ARCHITECTURES: [u8; 3] = [80, 90, 100];
+
+/// A library of kernels for CPUs, made from a text.
+fn on_host(folder: &Path, kernel: &str) -> PathBuf {
+    let (text, library) = (folder.join("kernel.cu"), folder.join("kernels.so"));
+    fs::write(&text, kernel).unwrap();
+    let mut compiler = Command::new("g++");
+    compiler.args(["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Werror", "-shared", "-fPIC"]);
+    compiler.arg(format!("-DKERNEL=\"{}\"", text.display())).arg(project("tests/nccl_double/kernels/adamw.cpp"));
+    assert!(compiler.arg("-o").arg(&library).status().expect("g++ runs").success(), "the kernel is no C++");
+    library
+}
+
+/// An ignored test of this file in a child with the double, which runs `kernel` in the place of what is compiled.
+fn doubled(test: &str, kernel: &str, switches: &[(&str, &str)]) -> Outcome {
+    let folder = TempDir::new().unwrap();
+    let mut command = with_libraries(Command::new(std::env::current_exe().unwrap()), double());
+    command.env("NCCL_DOUBLE_KERNELS", on_host(folder.path(), kernel)).envs(switches.iter().copied());
+    run(command, test)
+}
+
+#[test]
+fn the_compiler_of_the_wheel_makes_machine_code_for_each_architecture() {
+    let version = nvrtc::version().expect("launch/setup.sh brings NVRTC");
+    let pinned = format!("nvidia-cuda-nvrtc=={version}.");
+    for list in [include_str!("../launch/requirements/cuda.txt"), include_str!("../launch/requirements/libtorch.txt")] {
+        assert!(list.contains(&pinned), "{version} is not the version that is pinned");
+    }
+    for architecture in ARCHITECTURES {
+        let code = nvrtc::compile("adamw/kernel.cu", KERNEL, &format!("sm_{architecture}")).unwrap();
+        // An ELF file of machine 190, NVIDIA's, for this architecture.
+        assert_eq!((&code[..4], code[18], code[49]), (&b"\x7fELF"[..], 190, architecture));
+    }
+}
+
+#[test]
+fn the_kernel_takes_what_is_handed_over_and_rounds_as_it_is_written() {
+    // Opens what NVRTC needs.
+    nvrtc::compile("adamw/kernel.cu", KERNEL, "sm_80").unwrap();
+    let mut options: Vec<String> = nvrtc::OPTIONS.iter().map(|option| option.to_str().unwrap().into()).collect();
+    options.push("--gpu-architecture=compute_80".into());
+    let ptx = compile_ptx_with_opts(KERNEL, CompileOptions { options, ..CompileOptions::default() }).unwrap().to_src();
+    let entry = ptx.split(".visible .entry adamw(").nth(1).and_then(|rest| rest.split(')').next()).expect("a function by this name");
+    let parameters: Vec<&str> = entry.split(',').map(|parameter| parameter.trim().trim_start_matches(".param ")).collect();
+    let pointers_and_length = (0..6).map(|number| format!(".u64 adamw_param_{number}"));
+    let by_value = [".align 8 .b8 adamw_param_6[2048]", ".u64 adamw_param_7", ".align 4 .b8 adamw_param_8[32]"];
+    assert_eq!(parameters, pointers_and_length.chain(by_value.map(String::from)).collect::<Vec<_>>());
+    // The bounds are read where the launch put them: a copy for each thread would be 2 KiB more to move.
+    assert!(!ptx.contains(".local"), "{ptx}");
+    for inexact in [".approx", ".full", ".ftz"] {
+        assert!(!ptx.contains(inexact), "{inexact}");
+    }
+    let count = |instruction: &str| ptx.matches(instruction).count();
+    // Two products fused for every element that is written out: those of a wide turn, of a narrow turn, and of its unrolling.
+    let elements = count("sqrt.rn.f32");
+    assert_eq!((count("rcp.rn.f32"), count("fma.rn.f32"), count("div.rn")), (elements, 2 * elements, 0));
+    assert!(elements >= 5 && count("ld.global.v4.f32") >= 4 && count("st.global.v4.u16") >= 1, "{ptx}");
+}
+
+#[test]
+fn a_mistake_in_a_kernel_is_told_in_the_compilers_own_words() {
+    let broken = KERNEL.replace("param * rule.decay", "param * rule.decoy");
+    let what = nvrtc::compile("adamw/kernel.cu", &broken, "sm_90").unwrap_err();
+    let line = 1 + KERNEL.lines().position(|line| line.contains("param * rule.decay")).unwrap();
+    assert!(what.starts_with("NVRTC 13.0 does not compile adamw/kernel.cu for sm_90: "), "{what}");
+    assert!(what.contains(&format!("adamw/kernel.cu({line}): error: class \"Rule\" has no member \"decoy\"")), "{what}");
+    assert!(!what.contains('\n'), "{what}");
+    let what = nvrtc::compile("adamw/kernel.cu", KERNEL, "sm_1").unwrap_err();
+    assert!(what.contains("--gpu-architecture"), "{what}");
+}
+
+#[test]
+fn the_kernel_has_the_bits_of_a_cpu() {
+    let Outcome { code, output, .. } = doubled("kernels::process_with_the_kernel", KERNEL, &[]);
+    assert_eq!(code, Some(0), "{output}");
+    assert!(output.contains("the kernel has the bits"), "{output}");
+}
+
+/// Numbers within a larger buffer of a device, `offset` elements behind its beginning.
+struct Within {
+    buffer: Tensor,
+    numbers: Tensor,
+    offset: i64,
+}
+
+impl Within {
+    fn new(numbers: &Tensor, offset: i64, device: Device) -> Self {
+        let (length, kind) = (numbers.numel() as i64, numbers.kind());
+        let buffer = Tensor::full([offset + length + 9], -7.0, (kind, device));
+        let mut place = buffer.narrow(0, offset, length);
+        place.copy_(numbers);
+        Within { buffer, numbers: place, offset }
+    }
+
+    /// What the kernel left, on the CPU.
+    fn found(&self) -> Tensor {
+        let end = self.offset + self.numbers.numel() as i64;
+        let around = [self.buffer.narrow(0, 0, self.offset), self.buffer.narrow(0, end, 9)];
+        assert!(bool::try_from(Tensor::cat(&around, 0).eq(-7.0).all()).unwrap(), "written beside the slice");
+        self.numbers.to_device(Device::Cpu)
+    }
+}
+
+#[test]
+#[ignore = "started by another test, with the double"]
+fn process_with_the_kernel() {
+    gives_the_bits_of_a_cpu(Device::Cpu);
+    println!("the kernel has the bits");
+}
+
+/// The kernel on `device` beside the single pass on the CPU, step by step.
+pub(crate) fn gives_the_bits_of_a_cpu(device: Device) {
+    for (settings, offset, has_copy) in [("", 0, false), ("", 0, true), ("", 1, true), ("beta1 = 0.3\nweight_decay = 0.5", 4, true)] {
+        let mut adamw = AdamW::default();
+        fm_dist::settings::read(&mut adamw, "test", settings, &[]).unwrap();
+        let on_gpu = OnGpu::ready(&adamw, device).unwrap_or_else(|error| panic!("{error}"));
+        let on_cpu = adamw.on(Device::Cpu).unwrap();
+        // One element, less than four, several blocks that go round, more runs than one launch takes.
+        for length in [1, 3, 4, 1027, 20_000] {
+            let case = format!("{length} elements at {offset}, {settings:?}");
+            three_steps(&*on_cpu, (&on_gpu, device), length, offset, has_copy, &case);
+        }
+    }
+}
+
+fn three_steps(on_cpu: &dyn Update, (on_gpu, device): (&OnGpu, Device), length: i64, offset: i64, has_copy: bool, case: &str) {
+    let draw = || [(); 6].map(|()| Tensor::randn([length], (Kind::Float, Device::Cpu)));
+    let [mut params, mean, square, gradients @ ..] = Key::new(5, Purpose::Test).scope(length as u64).seeded(draw);
+    let mut state = [mean * 0.1, square.square() * 0.1];
+    let runs = (0..length / 8).map(|run| (8 * run + run % 3, 1 + run % 5));
+    let decayed: Vec<(i64, i64)> = runs.filter(|(start, length_of_run)| start + length_of_run <= length).collect();
+    let there = |numbers: &Tensor| Within::new(numbers, offset, device);
+    let (mut there_params, there_state) = (there(&params), [there(&state[0]), there(&state[1])]);
+    let mut there_copy = there(&params.zeros_like().to_kind(Kind::BFloat16));
+    for (number, gradient) in gradients.iter().enumerate() {
+        // Of many sizes.
+        let gradient = gradient * (&params * 3.0).exp();
+        let gradient_there = there(&gradient);
+        let (gradient_factor, lr, step) = (0.37, 0.01, number as u64 + 1);
+        let slice =
+            Slice { params: &mut params, gradient: &gradient, gradient_factor, state: &mut state, computed: None, decayed: &decayed };
+        on_cpu.update(slice, lr, step);
+        let mut state_there = [0, 1].map(|index: usize| there_state[index].numbers.shallow_clone());
+        let slice = Slice {
+            params: &mut there_params.numbers,
+            gradient: &gradient_there.numbers,
+            gradient_factor,
+            state: &mut state_there,
+            computed: has_copy.then_some(&mut there_copy.numbers),
+            decayed: &decayed,
+        };
+        on_gpu.update(slice, lr, step);
+        assert!(there_state.iter().zip(&state).all(|(found, expected)| found.found().equal(expected)), "{case}, step {step}");
+        assert!(there_params.found().equal(&params), "{case}, step {step}");
+        assert!(!has_copy || there_copy.found().equal(&params.to_kind(Kind::BFloat16)), "{case}, step {step}");
+    }
+}
+
+/// What `OnGpu::ready` says of a world of wrong kernels and missing libraries.
+#[test]
+#[ignore = "started by another test, with the double"]
+fn process_that_is_refused() {
+    let error = OnGpu::ready(&AdamW::default(), Device::Cpu).err().expect("this kernel is wrong");
+    println!("exit code {}: {error}", error.exit_code());
+}
+
+#[test]
+fn a_kernel_that_computes_something_else_is_refused() {
+    let wrong = [
+        ("exp_avg_sq * rule.beta2", "exp_avg_sq * rule.fresh1", "exp_avg_sq differ"),
+        ("decays ? param * rule.decay : param", "param * rule.decay", "parameters differ"),
+        ("raw_gradient * rule.gradient", "raw_gradient", "exp_avg differ"),
+        ("passed % 2 == 1", "passed % 2 == 0", "parameters differ"),
+        ("4 * fours + thread; element < length", "4 * fours + thread; element < 0", "differ"),
+        ("0x7fff + (bits >> 16 & 1)", "0", "the parameters in bfloat16"),
+        ("sqrtf(exp_avg_sq) *", "sqrtf(exp_avg_sq - 2.0f) *", "parameters differ"),
+    ];
+    for (right, mutant, words) in wrong {
+        assert!(KERNEL.contains(right), "{right}");
+        let Outcome { code, output, .. } = doubled("kernels::process_that_is_refused", &KERNEL.replace(right, mutant), &[]);
+        assert_eq!(code, Some(0), "{output}");
+        assert!(output.contains("exit code 52: AdamW's kernel on Cpu: ") && output.contains(words), "{mutant}: {output}");
+    }
+}
+
+#[test]
+fn a_gpu_that_the_compiler_does_not_know_is_refused() {
+    let Outcome { output, .. } = doubled("kernels::process_that_is_refused", KERNEL, &[("NCCL_DOUBLE_ARCHITECTURE", "20")]);
+    assert!(output.contains("exit code 52: AdamW's kernel on Cpu: NVRTC 13.0 does not compile adamw/kernel.cu for sm_20: "), "{output}");
+}
+
+#[test]
+fn a_machine_without_nvrtc_is_told_what_was_looked_for() {
+    let folder = TempDir::new().unwrap();
+    for name in ["libnvrtc.so", "libnvrtc.so.13"] {
+        fs::write(folder.path().join(name), "no library").unwrap();
+    }
+    let command = with_libraries(Command::new(std::env::current_exe().unwrap()), double());
+    let Outcome { output, .. } = run(with_libraries(command, folder.path()), "kernels::process_that_is_refused");
+    assert!(output.contains("exit code 52: AdamW's kernel on Cpu: NVRTC is not found: looked for libnvrtc.so in"), "{output}");
+}
