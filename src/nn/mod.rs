@@ -2,7 +2,7 @@
 
 mod activations;
 pub mod attention;
-mod by_hand;
+pub mod by_hand;
 pub mod embed;
 pub mod joint_block;
 mod linear;

@@ -8,6 +8,8 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use fm_dist::collective::{self, Collective, Launch, ReduceOp};
+use fm_dist::nn::attention::attend;
+use fm_dist::nn::by_hand;
 use fm_dist::optim::{AdamW, Optimizer, Slice};
 use tch::{Device, Kind, Tensor};
 
@@ -47,13 +49,13 @@ impl Bench<'_> {
     fn product_rate(&self, kind: Kind) -> f64 {
         let [rows, inputs, outputs] = PRODUCT;
         let (x, weight) = (random(&[rows, inputs], kind), random(&[outputs, inputs], kind));
-        (2 * rows * inputs * outputs) as f64 / self.seconds(|| drop(black_box(x.linear(&weight, None::<&Tensor>))))
+        (2 * rows * inputs * outputs) as f64 / self.seconds(|| drop(black_box(by_hand::linear(&x, &weight, None))))
     }
 
     fn attention_rate(&self, kind: Kind) -> f64 {
         let [samples, heads, tokens, width] = ATTENTION;
-        let [query, key, value] = std::array::from_fn(|_| random(&[samples, heads, tokens, width], kind));
-        let attend = || Tensor::scaled_dot_product_attention(&query, &key, &value, None::<&Tensor>, 0.0, false, None, false);
+        let [query, key, value] = std::array::from_fn(|_| random(&[samples, tokens, heads, width], kind));
+        let attend = || attend(&query, &key, &value, None);
         (4 * samples * heads * tokens * tokens * width) as f64 / self.seconds(|| drop(black_box(attend())))
     }
 
@@ -68,10 +70,12 @@ impl Bench<'_> {
     fn update_rate(&self) -> f64 {
         let new = || random(&[BLOCK], Kind::Float);
         let (mut params, gradient, mut state) = (new(), new(), [new(), new().square()]);
-        let adamw = AdamW::default();
+        let adamw = AdamW::default().on(Device::Cpu).expect("a CPU has what it needs");
         let decayed = [(0, BLOCK)];
-        let mut update =
-            || adamw.update(Slice { params: &mut params, gradient: &gradient, state: &mut state, decayed: &decayed }, 1e-4, 10);
+        let mut update = || {
+            let (params, state) = (&mut params, &mut state);
+            adamw.update(Slice { params, gradient: &gradient, gradient_factor: 1.0, state, computed: None, decayed: &decayed }, 1e-4, 10)
+        };
         ((4 + 3) * 4 * BLOCK) as f64 / self.seconds(&mut update)
     }
 
