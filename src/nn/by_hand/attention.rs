@@ -1,7 +1,8 @@
 //! Scaled dot-product attention of all heads, a block of queries at a time.
 //!
 //! The scores of a block are held in f32 and never leave the cache; the gradient computes them once more from what a softmax
-//! was divided by, as FlashAttention does. Keys are not cut: a block's scores of 32,768 keys are 8 MiB.
+//! was divided by, as FlashAttention does. Keys are not cut: a block's scores of 32,768 keys are 8 MiB. In bfloat16 weights and
+//! slopes are rounded where libtorch's operator rounds them, so that its numbers are met.
 //!
 //! Source: Dao 2023, arXiv:2307.08691, section 3.1.
 
@@ -135,7 +136,7 @@ fn blocks(queries: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
 fn values<T: Element>(sizes: Sizes, [query, key, value]: [&[T]; 3], into: &mut [T]) -> Vec<f32> {
     let width = sizes.width as i64;
     let mut logs = vec![0f32; sizes.batch * sizes.heads * sizes.queries];
-    let [mut q, mut k, mut v, mut scores, mut sums] = [const { Vec::new() }; 5];
+    let [mut q, mut k, mut v, mut scores, mut sums, mut shares] = [const { Vec::new() }; 6];
     for head in sizes.each() {
         head.read(key, 0..sizes.keys, sizes.keys, &mut k);
         head.read(value, 0..sizes.keys, sizes.keys, &mut v);
@@ -144,20 +145,26 @@ fn values<T: Element>(sizes: Sizes, [query, key, value]: [&[T]; 3], into: &mut [
             scores.resize(block.len() * sizes.keys, 0.0);
             multiply(&mut scores, Matrix::rows(&q, width), Matrix::rows(&k, width).transposed(), sizes.scale(), false);
             let logs = &mut logs[head.number() * sizes.queries..][block.clone()];
+            shares.clear();
             for (scores, log) in scores.chunks_exact_mut(sizes.keys).zip(logs) {
-                *log = softmax(scores);
+                let (largest, sum) = exponentials::<T>(scores);
+                *log = largest + sum.ln();
+                shares.push(1.0 / sum);
             }
             sums.resize(q.len(), 0.0);
             multiply(&mut sums, Matrix::rows(&scores, sizes.keys as i64), Matrix::rows(&v, width), 1.0, false);
+            for (sums, share) in sums.chunks_exact_mut(sizes.width).zip(&shares) {
+                sums.iter_mut().for_each(|sum| *sum *= share);
+            }
             head.write(&sums, block, sizes.queries, into);
         }
     }
     logs
 }
 
-/// Makes weights of scores; returns the logarithm of the sum of their exponentials.
+/// Makes of scores the exponentials of their distances from the largest, rounded; returns the largest and the exact sum.
 #[inline(always)]
-fn softmax(scores: &mut [f32]) -> f32 {
+fn exponentials<T: Element>(scores: &mut [f32]) -> (f32, f32) {
     let (mut largest, mut sums) = ([f32::NEG_INFINITY; LANES], [0f32; LANES]);
     for vector in scores.chunks(LANES) {
         largest.iter_mut().zip(vector).for_each(|(largest, score)| *largest = largest.max(*score));
@@ -165,13 +172,12 @@ fn softmax(scores: &mut [f32]) -> f32 {
     let largest = largest.into_iter().fold(f32::NEG_INFINITY, f32::max);
     for vector in scores.chunks_mut(LANES) {
         for (sum, score) in sums.iter_mut().zip(vector) {
-            *score = exp(*score - largest);
-            *sum += *score;
+            let power = exp(*score - largest);
+            *sum += power;
+            *score = T::rounded(power).widened();
         }
     }
-    let sum: f32 = sums.iter().sum();
-    scores.iter_mut().for_each(|score| *score *= 1.0 / sum);
-    largest + sum.ln()
+    (largest, sums.iter().sum())
 }
 
 /// Partial results, as many as a vector has numbers.
@@ -206,8 +212,9 @@ fn gradients<T: Element>(sizes: Sizes, [query, key, value, output, grad_output]:
             for (((weights, slopes), (o, go)), log) in rows.zip(vectors).zip(logs) {
                 let mean: f32 = o.iter().zip(go).map(|(o, go)| o * go).sum();
                 for (weight, slope) in weights.iter_mut().zip(slopes) {
-                    *weight = exp(*weight - log);
-                    *slope = *weight * (*slope - mean);
+                    let exact = exp(*weight - log);
+                    *weight = T::rounded(exact).widened();
+                    *slope = T::rounded(exact * (*slope - mean)).widened();
                 }
             }
             let (by_query, of_scores) = (Matrix::rows(&weights, sizes.keys as i64), Matrix::rows(&slopes, sizes.keys as i64));
