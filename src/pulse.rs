@@ -119,6 +119,7 @@ impl fmt::Display for Pulse {
 static RANK: AtomicUsize = AtomicUsize::new(0);
 static WORLD_SIZE: AtomicUsize = AtomicUsize::new(1);
 static STEP: AtomicU64 = AtomicU64::new(0);
+static FIRST_STEP: AtomicU64 = AtomicU64::new(0);
 static PHASE: AtomicU8 = AtomicU8::new(Phase::Launch as u8);
 static COLLECTIVES: AtomicU64 = AtomicU64::new(0);
 /// Milliseconds from the first call of [`began`] to the last change.
@@ -147,9 +148,16 @@ pub fn place() -> (usize, usize) {
 
 /// Begins step `step`, counted from 1.
 pub fn begin_step(step: u64) {
+    // Only the first one finds the zero; what is there already stays.
+    let _ = FIRST_STEP.compare_exchange(0, step, Relaxed, Relaxed);
     STEP.store(step, Relaxed);
     COLLECTIVES.store(0, Relaxed);
     moved();
+}
+
+/// The step that this start of the run began with; 0 before it.
+pub fn first_step() -> u64 {
+    FIRST_STEP.load(Relaxed)
 }
 
 /// Begins a phase of the run's own thread. A fault that was ordered for this moment strikes here.

@@ -116,7 +116,6 @@ impl Stillness {
 /// How long steps take, as seen from beside them.
 #[derive(Default)]
 struct Pace {
-    first_step: Option<u64>,
     last: Option<(u64, Instant)>,
     seconds: VecDeque<f64>,
 }
@@ -126,7 +125,6 @@ impl Pace {
         if step == 0 {
             return;
         }
-        self.first_step.get_or_insert(step);
         match self.last {
             Some((before, _)) if before == step => return,
             Some((before, when)) => self.seconds.push_back(when.elapsed().as_secs_f64() / step.saturating_sub(before).max(1) as f64),
@@ -155,7 +153,7 @@ fn watch(shared: &Shared) {
         pace.look(now.step);
         let still = stillness.look(now, interval);
         let roll = lock(&shared.line).as_mut().map(|line| line.beat(&now)).unwrap_or_default();
-        let limit = settings.limit(&now, pace.first_step.unwrap_or(now.step), pace.median());
+        let limit = settings.limit(&now, pulse::first_step(), pace.median());
         let (rank, world_size) = pulse::place();
         // Somebody else may still be at work that this rank waits for.
         let nobody_moves = roll.still.is_none_or(|others| others > limit);

@@ -61,9 +61,10 @@ impl WatchdogSettings {
         let seconds = match pulse.phase {
             Phase::Launch | Phase::Connect | Phase::Bootstrap | Phase::Open => self.init_seconds,
             Phase::Read | Phase::Data | Phase::Forward | Phase::Backward | Phase::Reduce | Phase::Optimizer | Phase::Diagnose => {
-                match median.filter(|_| pulse.step > first_step) {
-                    Some(median) => self.step_seconds.max(self.step_medians * median),
-                    None => self.first_step_seconds,
+                match pulse.step > first_step {
+                    // Steps may be too short for anyone beside them to have seen one.
+                    true => self.step_seconds.max(self.step_medians * median.unwrap_or_default()),
+                    false => self.first_step_seconds,
                 }
             }
             Phase::Compare | Phase::Snapshot | Phase::Write | Phase::Sync | Phase::Commit | Phase::Prune | Phase::Save => self.save_seconds,
@@ -106,6 +107,7 @@ mod tests {
     fn each_phase_has_its_limit_and_long_steps_raise_theirs() {
         assert_eq!(limit(Phase::Connect, 0, None), 300.0);
         assert_eq!(limit(Phase::Forward, 100, None), 300.0, "the first step of a start");
+        assert_eq!(limit(Phase::Forward, 101, None), 60.0, "nobody has seen how long steps take");
         assert_eq!(limit(Phase::Forward, 101, Some(0.2)), 60.0);
         assert_eq!(limit(Phase::Reduce, 101, Some(20.0)), 200.0);
         assert_eq!(limit(Phase::Save, 101, Some(0.2)), 600.0);
