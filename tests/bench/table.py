@@ -34,8 +34,8 @@ def median_of(steps: list[dict], phase: str) -> float:
 
 
 def ratio(ours: list[float], theirs: list[float]) -> str:
-    """Median of the ratios of each pair, and their range; where the peer spends nothing there is none."""
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True) if b > 0]
+    """Median of the ratios of each pair, and their range; where either side spends nothing, or less by noise, there is none."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True) if a > 0 and b > 0]
     return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
 
 
