@@ -19,6 +19,7 @@ use super::settings::OnBad;
 use super::{Batch, DataType, EMPTY, sha256};
 use crate::error::{Error, Result};
 use crate::pulse;
+use crate::tensor::{bytes, bytes_mut};
 
 /// Named conditions to generate from, e.g. one text embedding a class.
 #[derive(Debug)]
@@ -222,14 +223,14 @@ impl Dataset {
         let first = &self.file_of(ids[0]).tensors;
         let info = first.info(key)?;
         let row_bytes = row_bytes(info) as usize;
-        let mut data = first.buffer((row_bytes * ids.len()) as u64)?;
-        let mut rest = data.as_mut_slice();
+        let mut stacked = first.room(&with_rows(info, ids.len()), info.kind)?;
+        let mut rest = bytes_mut(&mut stacked);
         for run in ids.chunk_by(|a, b| self.file_of(*a).first_id == self.file_of(*b).first_id) {
             let (now, later) = rest.split_at_mut(run.len() * row_bytes);
             self.file_of(run[0]).read_rows(key, run, now)?;
             rest = later;
         }
-        Ok(Tensor::from_data_size(&data, &with_rows(info, ids.len()), info.kind))
+        Ok(stacked)
     }
 
     fn file_of(&self, id: u64) -> &SampleFile {
@@ -246,10 +247,9 @@ impl Dataset {
         let mut tensors = BTreeMap::new();
         let rows: Vec<u64> = (0..entry.names.len() as u64).collect();
         for info in file.tensors() {
-            let mut data = file.buffer(info.bytes)?;
-            file.read_rows_into(info, &rows, &mut data)?;
-            check_finite(file, info, &rows, &rows, &data)?;
-            tensors.insert(info.name.clone(), Tensor::from_data_size(&data, &info.shape, info.kind));
+            let tensor = file.read_rows(&info.name, &rows)?;
+            check_finite(file, info, &rows, &rows, bytes(&tensor))?;
+            tensors.insert(info.name.clone(), tensor);
         }
         Ok(Some(Conditions { names: entry.names.clone(), tensors }))
     }

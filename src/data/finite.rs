@@ -1,5 +1,6 @@
 //! Numbers that are not finite are found where they are read, while it is known whose they are.
 
+use multiversion::multiversion;
 use tch::Kind;
 
 use super::safetensors::{SafeTensors, TensorInfo, row_bytes};
@@ -24,10 +25,11 @@ pub(super) fn check_finite(file: &SafeTensors, info: &TensorInfo, ids: &[u64], r
 fn not_finite(kind: Kind, bytes: &[u8]) -> Option<(usize, usize)> {
     fn scan<const N: usize>(bytes: &[u8], bad: impl Fn([u8; N]) -> bool) -> Option<(usize, usize)> {
         let (elements, _) = bytes.as_chunks::<N>();
-        match elements.iter().filter(|element| bad(**element)).count() {
-            0 => None,
-            count => elements.iter().position(|element| bad(*element)).map(|first| (count, first)),
-        }
+        let first = elements.iter().position(|element| bad(*element))?;
+        Some((elements.iter().filter(|element| bad(**element)).count(), first))
+    }
+    if is_sound(kind, bytes) {
+        return None;
     }
     // An exponent of all ones is infinity or NaN.
     match kind {
@@ -36,6 +38,23 @@ fn not_finite(kind: Kind, bytes: &[u8]) -> Option<(usize, usize)> {
         Kind::Float => scan(bytes, |b| !f32::from_le_bytes(b).is_finite()),
         Kind::Double => scan(bytes, |b| !f64::from_le_bytes(b).is_finite()),
         _ => None,
+    }
+}
+
+/// Whether 16- and 32-bit numbers are all finite, in vectors, many times as fast as one by one; false where it is not known.
+#[multiversion(targets = "simd")]
+fn is_sound(kind: Kind, bytes: &[u8]) -> bool {
+    match kind {
+        Kind::Half | Kind::BFloat16 => {
+            let exponent = if kind == Kind::Half { 0x7c00 } else { 0x7f80 };
+            let largest = bytes.as_chunks::<2>().0.iter().fold(0, |largest: u16, b| largest.max(u16::from_le_bytes(*b) & exponent));
+            largest < exponent
+        }
+        Kind::Float => {
+            let largest = bytes.as_chunks::<4>().0.iter().fold(0, |largest: u32, b| largest.max(u32::from_le_bytes(*b) & 0x7f80_0000));
+            largest < 0x7f80_0000
+        }
+        _ => false,
     }
 }
 

@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::tensor::bytes_mut;
 pub use header::TensorInfo;
 pub use shards::Shards;
 use source::Source;
@@ -32,9 +33,6 @@ compile_error!("the format is little-endian and tensors are read as they lie in 
 const PREFIX: u64 = 8;
 /// Largest piece that is asked of memory at all (1 TiB): some systems promise any amount and kill when it is used.
 const MAX_READ_BYTES: u64 = 1 << 40;
-/// What is copied at once into a whole tensor, so that a large one is not held twice. libtorch copies more than this on
-/// several threads, whose waiting for each other costs ten times the copy where cores are busy.
-const PIECE_ELEMENTS: u64 = 32_768;
 /// What is read at once of a file that is hashed.
 const PIECE_BYTES: u64 = 1 << 20;
 
@@ -123,21 +121,9 @@ impl SafeTensors {
     /// read.
     pub fn read(&self, name: &str) -> Result<Tensor> {
         let info = self.info(name)?;
-        if info.bytes > MAX_READ_BYTES {
-            return Err(self.too_large(info.bytes));
-        }
-        let flat =
-            Tensor::f_empty([info.shape.iter().product::<i64>()], (info.kind, Device::Cpu)).map_err(|_| self.too_large(info.bytes))?;
-        let element = info.kind.elt_size_in_bytes() as u64;
-        let mut piece = vec![0; (element * PIECE_ELEMENTS).min(info.bytes) as usize];
-        for start in (0..info.bytes).step_by(piece.len()) {
-            let piece = &mut piece[..(info.bytes - start).min(element * PIECE_ELEMENTS) as usize];
-            self.read_data(info, start, piece)?;
-            let elements = (piece.len() as u64 / element) as i64;
-            let values = Tensor::from_data_size(piece, &[elements], info.kind);
-            flat.narrow(0, (start / element) as i64, elements).copy_(&values);
-        }
-        Ok(flat.view(info.shape.as_slice()))
+        let mut tensor = self.room(&info.shape, info.kind)?;
+        self.read_data(info, 0, bytes_mut(&mut tensor))?;
+        Ok(tensor)
     }
 
     /// Rows of one tensor along its first axis, in the order asked for; adjacent ones are read together.
@@ -150,9 +136,9 @@ impl SafeTensors {
     /// If there is no such row (a bug in the caller).
     pub fn read_rows(&self, name: &str, rows: &[u64]) -> Result<Tensor> {
         let info = self.info(name)?;
-        let mut data = self.buffer(row_bytes(info) * rows.len() as u64)?;
-        self.read_rows_into(info, rows, &mut data)?;
-        Ok(Tensor::from_data_size(&data, &with_rows(info, rows.len()), info.kind))
+        let mut tensor = self.room(&with_rows(info, rows.len()), info.kind)?;
+        self.read_rows_into(info, rows, bytes_mut(&mut tensor))?;
+        Ok(tensor)
     }
 
     /// Fills `data` with the bytes of `rows`, exactly.
@@ -177,6 +163,13 @@ impl SafeTensors {
         }
         buffer.resize(bytes as usize, 0);
         Ok(buffer)
+    }
+
+    /// A tensor to be filled from the file, as far as the machine has room for it.
+    pub(super) fn room(&self, shape: &[i64], kind: Kind) -> Result<Tensor> {
+        let bytes = shape.iter().product::<i64>() as u64 * kind.elt_size_in_bytes() as u64;
+        let tensor = (bytes <= MAX_READ_BYTES).then(|| Tensor::f_empty(shape, (kind, Device::Cpu)).ok());
+        tensor.flatten().ok_or_else(|| self.too_large(bytes))
     }
 
     /// Fills `data` from the tensor's byte `start` on.
@@ -279,13 +272,6 @@ mod tests {
             assert_eq!((back.kind(), back.size()), (tensor.kind(), tensor.size()));
             assert!(back.equal(tensor), "{name}");
         }
-    }
-
-    #[test]
-    fn a_tensor_of_several_pieces_is_read_back_whole() {
-        let long = Tensor::arange(2 * PIECE_ELEMENTS as i64 + 5, (Kind::Int, Device::Cpu));
-        let (_folder, path) = saved(&[("before", &Tensor::from(1u8)), ("long", &long)]);
-        assert!(SafeTensors::open(&path).expect("own file").read("long").expect("own tensor").equal(&long));
     }
 
     #[test]
