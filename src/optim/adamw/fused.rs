@@ -27,7 +27,7 @@ struct Run<'a> {
     decays: bool,
 }
 
-/// Rounds as the operators do, but for the root, which is exact here.
+/// Rounds as the operators do, but for the root, which is exact here, and for its correction.
 pub(super) fn update(slice: Slice<'_>, factors: Factors) {
     let Slice { params, gradient, state, computed, decayed, .. } = slice;
     let [exp_avg, exp_avg_sq] = state else { panic!("AdamW keeps two tensors a slice, found {}", state.len()) };
@@ -81,7 +81,7 @@ fn update_run<'a>(run: Run<'a>, factors: Factors) {
     let [gradient_factor, beta2, eps, move_by] = [factors.gradient, factors.beta2, factors.eps, factors.move_by].map(|f| f as f32);
     let [fresh1, fresh2] = [1.0 - factors.beta1, 1.0 - factors.beta2].map(|f| f as f32);
     let decay = if decays { factors.decay as f32 } else { 1.0 };
-    // libtorch divides by a number by multiplying with its reciprocal.
+    // Instead of a division of each element: another rounding, within what the operators differ by among themselves.
     let correction = 1.0 / factors.root_correction as f32;
     let length = params.len();
     let (gradient, exp_avg, exp_avg_sq) = (&gradient[..length], &mut exp_avg[..length], &mut exp_avg_sq[..length]);
