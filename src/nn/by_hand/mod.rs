@@ -1,7 +1,7 @@
 //! Operations that a CPU does in one pass over memory, with gradients [by hand](crate::autograd).
 //!
 //! libtorch does the same by a chain of operators, each of which reads and writes everything once, forward and backward. Here
-//! that chain stays for what [`fits`] does not take: other devices, other kinds, and more than one thread, among which
+//! that chain stays for what `fits` does not take: other devices, other kinds, and more than one thread, among which
 //! libtorch's operators divide their work.
 
 mod attention;

@@ -11,7 +11,7 @@ use crate::tensor::{Element, elements, elements_mut};
 /// `x / sqrt(mean(x²) + epsilon) · weight`, rounded once, or before the scale as well.
 ///
 /// # Shapes
-/// `x`: `[…, D]`; `weight`: `[D]`. Returns the shape and kind of `x`, none where [`fits`] refuses.
+/// `x`: `[…, D]`; `weight`: `[D]`. Returns the shape and kind of `x`, none where libtorch's operators are to do it.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64, rounds_before_scale: bool) -> Option<Tensor> {
     if !fits(x) || weight.kind() != x.kind() {
         return None;
