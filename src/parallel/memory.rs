@@ -28,7 +28,7 @@ impl StateLayout {
         // In f32 the compute copy is the master.
         let masters = if self.compute_bytes == 4 { 0 } else { 4 * owned };
         let between_steps = self.compute_bytes * weights + masters + 4 * self.optimizer_tensors * owned;
-        between_steps + self.backward_bytes(sharding, all, owned, largest).max(update_bytes(owned, largest.div_ceil(shards)))
+        between_steps + self.backward_bytes(sharding, all, owned, largest)
     }
 
     /// Gradients, and what is gathered, when the last stages' buckets are complete.
@@ -60,11 +60,6 @@ impl StateLayout {
     }
 }
 
-/// Summed gradients, and the optimizer's two passing tensors for the largest shard of a stage.
-fn update_bytes(owned: u64, largest_owned: u64) -> u64 {
-    4 * owned + 2 * 4 * largest_owned
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -74,7 +69,7 @@ mod tests {
     #[test]
     fn bfloat16_with_adamw_is_eighteen_bytes_a_parameter_and_a_stage_in_passing() {
         let layout = StateLayout { stages: vec![100, 300], compute_bytes: 2, optimizer_tensors: 2, micro_batches: 1 };
-        assert_eq!(layout.bytes_per_rank(Sharding::None, 8), 400 * (2 + 4 + 8 + 4) + 300 * 8);
+        assert_eq!(layout.bytes_per_rank(Sharding::None, 8), 400 * (2 + 4 + 8 + 4) + 300 * 4);
         // 13 + 38 owned of 8 ranks.
         assert_eq!(layout.bytes_per_rank(Sharding::Optimizer, 8), 400 * 2 + 51 * (4 + 8 + 4) + 300 * (4 + 4));
         assert_eq!(layout.bytes_per_rank(Sharding::Gradients, 8), 400 * 2 + 51 * (4 + 8 + 4) + 300 * (4 + 4));
