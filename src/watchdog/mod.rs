@@ -85,7 +85,9 @@ impl Watchdog {
             return broadcast_text(world, &meeting, 0).map(drop);
         }
         let meeting = broadcast_text(world, "", 0)?;
-        let spoke = Line::spoke(&serde_json::from_str::<Meeting>(&meeting).expect("rank 0 sent where it can be met"))?;
+        let mut spoke = Line::spoke(&serde_json::from_str::<Meeting>(&meeting).expect("rank 0 sent where it can be met"))?;
+        // At once: a rank that stops within its first second is missed by host, too.
+        spoke.beat(&pulse::now());
         *lock(&self.shared.line) = Some(spoke);
         Ok(())
     }
