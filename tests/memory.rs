@@ -12,10 +12,12 @@ const TOLERANCE: f64 = 0.1;
 /// Every sharding recomputes, so that the rest is state.
 const SHARDINGS: [&str; 4] = ["none", "optimizer", "gradients", "parameters"];
 
-/// A model and a step in two micro-batches of two samples. The only save is after the last step: its copy is told apart.
+/// A model and a step in two micro-batches of two samples. The only save is after the last step: its copy is told apart. The
+/// report at the end is as short as can be.
 fn settings<'s>(model: &[&'s str], batch: &'s str) -> Vec<&'s str> {
     let step = ["data.micro_batch_size_per_gpu=2", batch, "parallel.recompute=always", "max_steps=3", "checkpoint.every_n_steps=100"];
-    [model, &step].concat()
+    let report = ["sampling.num_steps=1", "sampling.per_condition=1"];
+    [model, &step, &report].concat()
 }
 
 /// Bytes of a rank at the worst moment of a step under each sharding.
