@@ -121,6 +121,8 @@ static WORLD_SIZE: AtomicUsize = AtomicUsize::new(1);
 static STEP: AtomicU64 = AtomicU64::new(0);
 static FIRST_STEP: AtomicU64 = AtomicU64::new(0);
 static PHASE: AtomicU8 = AtomicU8::new(Phase::Launch as u8);
+/// Milliseconds that the last save took.
+static LAST_SAVE: AtomicU64 = AtomicU64::new(0);
 static COLLECTIVES: AtomicU64 = AtomicU64::new(0);
 /// Milliseconds from the first call of [`began`] to the last change.
 static MOVED: AtomicU64 = AtomicU64::new(0);
@@ -158,6 +160,16 @@ pub fn begin_step(step: u64) {
 /// The step that this start of the run began with; 0 before it.
 pub fn first_step() -> u64 {
     FIRST_STEP.load(Relaxed)
+}
+
+/// A save is over that took so long, from its copy to its commit.
+pub fn saved(took: Duration) {
+    LAST_SAVE.store(took.as_millis() as u64, Relaxed);
+}
+
+/// How long the last save of this start took; zero before it.
+pub fn last_save() -> Duration {
+    Duration::from_millis(LAST_SAVE.load(Relaxed))
 }
 
 /// Begins a phase of the run's own thread. A fault that was ordered for this moment strikes here.

@@ -21,12 +21,13 @@ use crate::error::{Error, Result};
 use crate::failure;
 use crate::pulse::{self, Pulse};
 use beats::{Line, Meeting, Roll};
+use settings::Pace;
 pub use settings::WatchdogSettings;
 use verdict::Witness;
 pub use verdict::spans;
 
 /// Steps whose median says how long a step takes.
-const STEPS: usize = 50;
+const SEEN_STEPS: usize = 50;
 
 /// What the watching thread and the run's own thread share.
 #[derive(Default)]
@@ -117,12 +118,12 @@ impl Stillness {
 
 /// How long steps take, as seen from beside them.
 #[derive(Default)]
-struct Pace {
+struct Steps {
     last: Option<(u64, Instant)>,
     seconds: VecDeque<f64>,
 }
 
-impl Pace {
+impl Steps {
     fn look(&mut self, step: u64) {
         if step == 0 {
             return;
@@ -133,29 +134,31 @@ impl Pace {
             None => (),
         }
         self.last = Some((step, Instant::now()));
-        if self.seconds.len() > STEPS {
+        if self.seconds.len() > SEEN_STEPS {
             self.seconds.pop_front();
         }
     }
 
-    fn median(&self) -> Option<f64> {
+    /// In seconds; zero before the first was seen.
+    fn median(&self) -> f64 {
         let mut sorted: Vec<f64> = self.seconds.iter().copied().collect();
         sorted.sort_by(f64::total_cmp);
-        sorted.get(sorted.len() / 2).copied()
+        sorted.get(sorted.len() / 2).copied().unwrap_or_default()
     }
 }
 
 fn watch(shared: &Shared) {
-    let (mut stillness, mut pace) = (Stillness::of(pulse::now()), Pace::default());
+    let (mut stillness, mut steps) = (Stillness::of(pulse::now()), Steps::default());
     loop {
         let settings = lock(&shared.settings).clone();
         let interval = settings.beat_interval();
         std::thread::sleep(interval);
         let now = pulse::now();
-        pace.look(now.step);
+        steps.look(now.step);
         let still = stillness.look(now, interval);
         let roll = lock(&shared.line).as_mut().map(|line| line.beat(&now)).unwrap_or_default();
-        let limit = settings.limit(&now, pulse::first_step(), pace.median());
+        let (first_step, last_save) = (pulse::first_step(), pulse::last_save().as_secs_f64());
+        let limit = settings.limit(&now, Pace { first_step, step_median: steps.median(), last_save });
         let (rank, world_size) = pulse::place();
         // Somebody else may still be at work that this rank waits for.
         let nobody_moves = roll.still.is_none_or(|others| others > limit);
@@ -216,10 +219,10 @@ mod tests {
 
     #[test]
     fn the_median_is_of_the_last_steps() {
-        let mut pace = Pace::default();
-        assert_eq!(pace.median(), None);
-        pace.seconds = VecDeque::from([9.0, 1.0, 2.0]);
-        assert_eq!(pace.median(), Some(2.0));
+        let mut steps = Steps::default();
+        assert_eq!(steps.median(), 0.0);
+        steps.seconds = VecDeque::from([9.0, 1.0, 2.0]);
+        assert_eq!(steps.median(), 2.0);
     }
 
     #[test]

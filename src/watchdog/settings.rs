@@ -14,6 +14,7 @@ pub struct WatchdogSettings {
     pub step_seconds: f64,
     pub step_medians: f64,
     pub save_seconds: f64,
+    pub save_multiple: f64,
     pub report_seconds: f64,
     pub finalize_seconds: f64,
     pub straggler_ratio: f64,
@@ -29,6 +30,7 @@ impl Default for WatchdogSettings {
             step_seconds: 60.0,
             step_medians: 10.0,
             save_seconds: 600.0,
+            save_multiple: 10.0,
             report_seconds: 600.0,
             finalize_seconds: 60.0,
             straggler_ratio: 1.5,
@@ -45,7 +47,9 @@ impl Settings for WatchdogSettings {
         seconds("first_step_seconds", &mut self.first_step_seconds, "The first step of a start, which warms everything up.");
         seconds("step_seconds", &mut self.step_seconds, "Every other step; the next key raises it where steps are long.");
         seconds("step_medians", &mut self.step_medians, "A step may stand still for this many times the median of the last 50.");
-        seconds("save_seconds", &mut self.save_seconds, "Comparing parameters, copying, writing and committing a checkpoint.");
+        let save = "Comparing parameters, copying, writing and committing a checkpoint; the next key raises it where saves are long.";
+        seconds("save_seconds", &mut self.save_seconds, save);
+        seconds("save_multiple", &mut self.save_multiple, "A save may stand still for this many times what the last one took in all.");
         seconds("report_seconds", &mut self.report_seconds, "Samples and report at the end.");
         seconds("finalize_seconds", &mut self.finalize_seconds, "Taking leave of the other ranks.");
         let ratio = "A rank whose phase takes this many times the median rank's over 20 steps is reported as a straggler.";
@@ -55,19 +59,31 @@ impl Settings for WatchdogSettings {
     }
 }
 
+/// What this start of the run has shown of its own pace.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Pace {
+    /// The step that it began with; 0 before it.
+    pub first_step: u64,
+    /// Median of the last steps, in seconds; zero before anyone beside them has seen one: they may be too short.
+    pub step_median: f64,
+    /// What the last save took, in seconds; zero before it.
+    pub last_save: f64,
+}
+
 impl WatchdogSettings {
-    /// How long a rank at `pulse` may stand still. `first_step`: of this start; `median`: of its last steps, in seconds.
-    pub fn limit(&self, pulse: &Pulse, first_step: u64, median: Option<f64>) -> Duration {
+    /// How long a rank at `pulse` may stand still.
+    pub fn limit(&self, pulse: &Pulse, pace: Pace) -> Duration {
         let seconds = match pulse.phase {
             Phase::Launch | Phase::Connect | Phase::Bootstrap | Phase::Open => self.init_seconds,
             Phase::Read | Phase::Data | Phase::Forward | Phase::Backward | Phase::Reduce | Phase::Optimizer | Phase::Diagnose => {
-                match pulse.step > first_step {
-                    // Steps may be too short for anyone beside them to have seen one.
-                    true => self.step_seconds.max(self.step_medians * median.unwrap_or_default()),
+                match pulse.step > pace.first_step {
+                    true => self.step_seconds.max(self.step_medians * pace.step_median),
                     false => self.first_step_seconds,
                 }
             }
-            Phase::Compare | Phase::Snapshot | Phase::Write | Phase::Sync | Phase::Commit | Phase::Prune | Phase::Save => self.save_seconds,
+            Phase::Compare | Phase::Snapshot | Phase::Write | Phase::Sync | Phase::Commit | Phase::Prune | Phase::Save => {
+                self.save_seconds.max(self.save_multiple * pace.last_save)
+            }
             Phase::Report => self.report_seconds,
             Phase::Finalize => self.finalize_seconds,
         };
@@ -98,19 +114,21 @@ impl WatchdogSettings {
 mod tests {
     use super::*;
 
-    fn limit(phase: Phase, step: u64, median: Option<f64>) -> f64 {
+    fn limit(phase: Phase, step: u64, step_median: f64, last_save: f64) -> f64 {
         let pulse = Pulse { step, phase, collectives: 0, age: Duration::ZERO };
-        WatchdogSettings::default().limit(&pulse, 100, median).as_secs_f64()
+        WatchdogSettings::default().limit(&pulse, Pace { first_step: 100, step_median, last_save }).as_secs_f64()
     }
 
     #[test]
-    fn each_phase_has_its_limit_and_long_steps_raise_theirs() {
-        assert_eq!(limit(Phase::Connect, 0, None), 300.0);
-        assert_eq!(limit(Phase::Forward, 100, None), 300.0, "the first step of a start");
-        assert_eq!(limit(Phase::Forward, 101, None), 60.0, "nobody has seen how long steps take");
-        assert_eq!(limit(Phase::Forward, 101, Some(0.2)), 60.0);
-        assert_eq!(limit(Phase::Reduce, 101, Some(20.0)), 200.0);
-        assert_eq!(limit(Phase::Save, 101, Some(0.2)), 600.0);
+    fn each_phase_has_its_limit_and_long_steps_and_saves_raise_theirs() {
+        assert_eq!(limit(Phase::Connect, 0, 0.0, 0.0), 300.0);
+        assert_eq!(limit(Phase::Forward, 100, 0.0, 0.0), 300.0, "the first step of a start");
+        assert_eq!(limit(Phase::Forward, 101, 0.0, 0.0), 60.0, "nobody has seen how long steps take");
+        assert_eq!(limit(Phase::Forward, 101, 0.2, 0.0), 60.0);
+        assert_eq!(limit(Phase::Reduce, 101, 20.0, 100.0), 200.0);
+        assert_eq!(limit(Phase::Save, 101, 0.2, 0.0), 600.0);
+        assert_eq!(limit(Phase::Write, 101, 0.2, 20.0), 600.0);
+        assert_eq!(limit(Phase::Save, 101, 0.2, 100.0), 1000.0);
     }
 
     #[test]

@@ -127,6 +127,7 @@ impl Saver {
             }),
             Stage::Committing(committing) => agree(committing.join(), collective).map(|troubles| {
                 let path = self.committed(step, &troubles.concat());
+                pulse::saved(began.elapsed());
                 tracing::debug!(
                     "step {step}: {:.3} s for the copy, {:.3} s until it was safe",
                     copying.as_secs_f64(),
