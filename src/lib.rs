@@ -40,7 +40,7 @@ pub mod error;
 pub mod failure;
 pub mod fault;
 pub mod flow;
-mod libtorch;
+pub mod libtorch;
 pub mod model;
 pub mod nn;
 pub mod optim;

@@ -1,6 +1,6 @@
 //! FLUX.1: latents in tokens of 2 x 2 pixels, text, pooled text, guidance.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::AdapterSettings;
 use super::inputs::{TimestepDtype, batched, guidance, packed, text_embeddings, text_mask, unpacked};
@@ -93,12 +93,12 @@ impl ModelAdapter for Flux {
     }
 }
 
-/// Which samples' conditions are dropped, `[B]` boolean, each by its own draw; no draw where none can be.
+/// Which samples' conditions are dropped, `[B]` boolean on the host, each by its own draw; no draw where none can be.
 fn drop(context: &FlowMatchingContext<'_>) -> Tensor {
     let samples = context.noisy_latents.size()[0];
     match context.cfg_dropout_prob {
-        probability if probability > 0.0 => context.draws.uniform(&[samples]).lt(probability).to_device(context.device),
-        _ => Tensor::zeros([samples], (Kind::Bool, context.device)),
+        probability if probability > 0.0 => context.draws.uniform(&[samples]).lt(probability),
+        _ => Tensor::zeros([samples], (Kind::Bool, Device::Cpu)),
     }
 }
 

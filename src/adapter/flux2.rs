@@ -7,7 +7,7 @@ use super::inputs::{TimestepDtype, guidance, sides, text_embeddings};
 use crate::error::Result;
 use crate::flow::{FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Shift};
 use crate::nn::Activations;
-use crate::nn::embed::{patchify, unpatchify};
+use crate::nn::patches::{cut_images, join_images};
 use crate::settings::{Keys, Settings};
 
 /// Source: NeMo AutoModel 0.5.0, `Flux2Adapter`.
@@ -54,7 +54,7 @@ impl ModelAdapter for Flux2 {
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
         let [height, width] = sides(context, "flux2")?;
         let inputs = Activations::new()
-            .with_constant("hidden_states", patchify(context.noisy_latents, 1))
+            .with_constant("hidden_states", cut_images(context.noisy_latents, 1))
             .with_constant("encoder_hidden_states", text(context)?)
             .with_constant("timestep", self.timestep_dtype.of_one(context))
             .with_constant("grid", Tensor::from_slice(&[1, height, width]));
@@ -63,7 +63,7 @@ impl ModelAdapter for Flux2 {
 
     fn prediction(&self, output: &Activations) -> Tensor {
         let grid = Vec::<i64>::try_from(output.get("grid")).expect("grid: integers");
-        unpatchify(output.get("prediction"), 1, grid[1], grid[2])
+        join_images(output.get("prediction"), 1, grid[1], grid[2])
     }
 
     /// Shifted by what its makers found for the number of tokens and steps.

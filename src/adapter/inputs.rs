@@ -5,7 +5,7 @@ use tch::{Kind, Tensor};
 use crate::error::{Error, Result};
 use crate::flow::FlowMatchingContext;
 use crate::nn::Activations;
-use crate::nn::embed::{patchify, unpatchify};
+use crate::nn::patches::{cut_images, join_images};
 use crate::settings::{Choice, Keys};
 
 /// The kind in which the model is told the timestep.
@@ -86,7 +86,7 @@ pub(super) fn packed(context: &FlowMatchingContext<'_>, adapter: &str) -> Result
             format!("the {adapter} adapter needs latents of even height and width, found {height} x {width}"),
         ));
     }
-    Ok((patchify(context.noisy_latents, 2), Tensor::from_slice(&[1, height / 2, width / 2])))
+    Ok((cut_images(context.noisy_latents, 2), Tensor::from_slice(&[1, height / 2, width / 2])))
 }
 
 /// Height and width of images.
@@ -103,7 +103,7 @@ pub(super) fn sides(context: &FlowMatchingContext<'_>, adapter: &str) -> Result<
 /// Predicted tokens of 2 x 2 pixels as images again.
 pub(super) fn unpacked(output: &Activations) -> Tensor {
     let grid = Vec::<i64>::try_from(output.get("grid")).expect("grid: integers");
-    unpatchify(output.get("prediction"), 2, 2 * grid[1], 2 * grid[2])
+    join_images(output.get("prediction"), 2, 2 * grid[1], 2 * grid[2])
 }
 
 /// The guidance scale that each sample's model is told, `[B]` f32: `own` in training, the context's in generation.

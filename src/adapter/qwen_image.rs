@@ -1,6 +1,6 @@
 //! Qwen-Image: latents in tokens of 2 x 2 pixels, text.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::AdapterSettings;
 use super::inputs::{TimestepDtype, guidance, packed, text_embeddings, text_mask, unpacked};
@@ -92,5 +92,5 @@ impl ModelAdapter for QwenImage {
 /// Which samples' text is dropped: all or none, by one coin for the whole batch, which is tossed whatever the probability.
 fn drop(context: &FlowMatchingContext<'_>) -> Tensor {
     let all = context.draws.host_coin(context.cfg_dropout_prob);
-    Tensor::full([context.noisy_latents.size()[0]], i64::from(all), (Kind::Bool, context.device))
+    Tensor::full([context.noisy_latents.size()[0]], i64::from(all), (Kind::Bool, Device::Cpu))
 }

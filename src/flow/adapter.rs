@@ -67,7 +67,7 @@ impl FlowMatchingContext<'_> {
         Ok(self.batch.get(key).ok_or_else(missing)?.to_device(self.device))
     }
 
-    /// The batch's condition `key` with the rows that `drop` `[B]` marks replaced, as `cfg_dropout_value` says.
+    /// The batch's condition `key` with the rows that `drop` `[B]`, on the host, marks replaced, as `cfg_dropout_value` says.
     ///
     /// # Errors
     /// [`Error::Data`] if the empty prompt's is wanted and missing or unfit.
@@ -93,16 +93,21 @@ impl FlowMatchingContext<'_> {
 /// A condition with the rows that `drop` marks replaced: by zeros, or by the batch's `empty.<key>`, right-padded with zeros.
 ///
 /// # Shapes
-/// `condition`: `[B, …]`; `drop`: `[B]` boolean; `empty.<key>`: a row, its first axis no longer than the condition's.
+/// `condition`: `[B, …]`; `drop`: `[B]` boolean on the host, where it was drawn; `empty.<key>`: a row, its first axis no longer
+/// than the condition's. Returns the condition itself where nothing is dropped, as in most batches.
 ///
 /// # Errors
 /// [`Error::Data`] if the empty prompt's row is wanted and missing or unfit.
 pub(super) fn dropped(batch: &Batch, key: &str, condition: &Tensor, drop: &Tensor, value: CfgDropoutValue) -> Result<Tensor> {
-    let drop = broadcast_to_rank(&drop.to_device(condition.device()), condition.dim());
-    let replacement = match value {
-        CfgDropoutValue::Zeros => condition.zeros_like(),
-        CfgDropoutValue::EmptyPrompt => empty_row(batch, key, condition)?,
+    let empty = match value {
+        CfgDropoutValue::Zeros => None,
+        CfgDropoutValue::EmptyPrompt => Some(empty_row(batch, key, condition)?),
     };
+    if drop.any().int64_value(&[]) == 0 {
+        return Ok(condition.shallow_clone());
+    }
+    let replacement = empty.unwrap_or_else(|| condition.zeros_like());
+    let drop = broadcast_to_rank(&drop.to_device(condition.device()), condition.dim());
     Ok(replacement.where_self(&drop, condition))
 }
 

@@ -105,7 +105,8 @@ impl FlowMatchingPipeline {
         let own_mask = self.adapter.loss_mask(&output);
         let mut loss = self.compute_loss(&model_pred, &target, &sampled.sigma, Some(batch), own_mask.as_ref())?;
         for (_, auxiliary) in self.adapter.auxiliary_losses(&output) {
-            loss.average_weighted_loss += auxiliary;
+            // Out of place: without weights both averages are one tensor.
+            loss.average_weighted_loss = &loss.average_weighted_loss + auxiliary;
         }
         if options.check_loss {
             check_loss(loss.average_weighted_loss.double_value(&[]), options.global_step)?;
@@ -206,7 +207,8 @@ impl FlowMatchingPipeline {
     ) -> Result<LossValues> {
         let unweighted_loss = self.adapter.compute_loss(model_pred, target);
         let loss_weight = broadcast_to_rank(&self.loss_weight.of(sigma), unweighted_loss.dim());
-        let weighted_loss = &unweighted_loss * &loss_weight;
+        let is_weighted = !matches!(self.loss_weight, LossWeight::One);
+        let weighted_loss = if is_weighted { &unweighted_loss * &loss_weight } else { unweighted_loss.shallow_clone() };
         let loss_mask = batch.and_then(|batch| batch.get("loss_mask")).map(|mask| mask.to_device(self.device));
         let applied = match (&loss_mask, self.settings.apply_loss_mask) {
             (_, false) => None,
@@ -215,7 +217,8 @@ impl FlowMatchingPipeline {
         };
         let masks: Vec<&Tensor> = applied.into_iter().chain(own_mask).collect();
         let average = |loss: &Tensor| if masks.is_empty() { Ok(loss.mean(Kind::Float)) } else { masked_mean(loss, &masks) };
-        let (average_weighted_loss, average_unweighted_loss) = (average(&weighted_loss)?, average(&unweighted_loss)?);
+        let average_weighted_loss = average(&weighted_loss)?;
+        let average_unweighted_loss = if is_weighted { average(&unweighted_loss)? } else { average_weighted_loss.shallow_clone() };
         Ok(LossValues { weighted_loss, average_weighted_loss, unweighted_loss, average_unweighted_loss, loss_weight, loss_mask })
     }
 }

@@ -27,11 +27,14 @@ impl Moments {
         if self.count > 1.0 { (self.squares / (self.count - 1.0)).sqrt() } else { 0.0 }
     }
 
-    fn measure(values: &Tensor) -> [Tensor; Self::WIDTH] {
-        let mean = values.mean(Kind::Float);
-        let squares = (values - &mean).square().sum(Kind::Float);
-        let (min, max) = range(values);
-        [mean.ones_like() * values.numel() as f64, mean, squares, min, max]
+    /// Of the rows of `values`, one after the other: `[rows, N]` gives `[rows · WIDTH]` f32.
+    fn measure(values: &Tensor) -> Tensor {
+        let along = [1i64].as_slice();
+        let mean = values.mean_dim(along, true, Kind::Float);
+        let squares = (values - &mean).square().sum_dim_intlist(along, true, Kind::Float);
+        let (min, max) = values.aminmax(1, true);
+        let count = mean.full_like(values.size()[1]);
+        Tensor::cat(&[count, mean, squares, min, max], 1).flatten(0, 1)
     }
 
     fn read(row: &mut impl Iterator<Item = f64>) -> Self {
@@ -120,19 +123,13 @@ impl Statistics {
 
     /// `[WIDTH]` f32 on the device, without a host synchronization.
     pub(super) fn measure(observed: &Observed<'_>) -> Tensor {
-        let mut row = Vec::with_capacity(Self::WIDTH);
-        let weight = observed.loss.loss_weight.flatten(0, -1);
-        for values in [observed.sigma, observed.timesteps, &weight] {
-            row.extend(Moments::measure(values));
-        }
-        for tensor in [observed.latents, observed.noise, observed.noisy_latents, observed.model_pred, observed.target] {
-            let (min, max) = range(tensor);
-            row.extend([min, max]);
-        }
-        row.push(observed.loss.average_weighted_loss.detach());
-        row.push(observed.loss.average_unweighted_loss.detach());
-        let (counts, loss_sums) = histogram(observed.sigma, &observed.loss.unweighted_loss.detach());
-        Tensor::cat(&[Tensor::stack(&row, 0), counts, loss_sums], 0)
+        let loss = observed.loss;
+        let moments = Moments::measure(&Tensor::stack(&[observed.sigma, observed.timesteps, &loss.loss_weight.flatten(0, -1)], 0));
+        let tensors = [observed.latents, observed.noise, observed.noisy_latents, observed.model_pred, observed.target];
+        let mut scalars: Vec<Tensor> = tensors.into_iter().flat_map(|tensor| <[Tensor; 2]>::from(range(tensor))).collect();
+        scalars.extend([loss.average_weighted_loss.detach(), loss.average_unweighted_loss.detach()]);
+        let histogram = histogram(observed.sigma, &loss.unweighted_loss.detach());
+        Tensor::cat(&[moments, Tensor::stack(&scalars, 0), histogram.flatten(0, 1)], 0)
     }
 
     /// Reads a row that [`FlowMatchingPipeline::step`](super::FlowMatchingPipeline::step) measured.
@@ -185,14 +182,14 @@ impl Statistics {
     }
 }
 
-/// Samples, and sums of their mean losses, in each bin of sigma: two `[SIGMA_BINS]` f32.
-fn histogram(sigma: &Tensor, unweighted_loss: &Tensor) -> (Tensor, Tensor) {
+/// Samples, and sums of their mean losses, in each bin of sigma: `[2, SIGMA_BINS]` f32.
+fn histogram(sigma: &Tensor, unweighted_loss: &Tensor) -> Tensor {
     let per_sample = unweighted_loss.flatten(1, -1).mean_dim([1i64].as_slice(), false, Kind::Float);
     let bins = SIGMA_BINS as i64;
     // NaN becomes the lowest integer and lands in bin 0; the loss itself is checked elsewhere.
     let bin = (sigma * bins as f64).to_kind(Kind::Int64).clamp(0, bins - 1);
-    let empty = || Tensor::zeros([bins], (Kind::Float, sigma.device()));
-    (empty().index_add_(0, &bin, &sigma.ones_like()), empty().index_add_(0, &bin, &per_sample))
+    let added = Tensor::stack(&[per_sample.ones_like(), per_sample], 0);
+    Tensor::zeros([2, bins], (Kind::Float, sigma.device())).index_add_(1, &bin, &added)
 }
 
 fn take<const N: usize>(row: &mut impl Iterator<Item = f64>) -> [f64; N] {
@@ -204,7 +201,7 @@ mod tests {
     use super::*;
 
     fn moments(values: &[f32]) -> Moments {
-        let row = Tensor::stack(&Moments::measure(&Tensor::from_slice(values)), 0);
+        let row = Moments::measure(&Tensor::from_slice(values).unsqueeze(0));
         Moments::read(&mut Vec::<f32>::try_from(row).expect("f32").into_iter().map(f64::from))
     }
 
@@ -221,8 +218,8 @@ mod tests {
     fn losses_are_averaged_in_their_tenth_of_sigma() {
         let sigma = Tensor::from_slice(&[0.05f32, 0.95, 0.99, 1.0]);
         let loss = Tensor::from_slice(&[1.0f32, 2.0, 4.0, 6.0]).view([4, 1]);
-        let (counts, sums) = histogram(&sigma, &loss);
-        assert_eq!(Vec::<f32>::try_from(counts).expect("f32"), [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.0]);
-        assert_eq!(sums.double_value(&[9]), 12.0);
+        let found = histogram(&sigma, &loss);
+        assert_eq!(Vec::<f32>::try_from(found.get(0)).expect("f32"), [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.0]);
+        assert_eq!(found.double_value(&[1, 9]), 12.0);
     }
 }

@@ -10,8 +10,9 @@ use tch::{Kind, Tensor};
 use super::{Architecture, SampleShapes, expect_equal, expect_image};
 use crate::error::{Error, Result};
 use crate::nn::attention::SelfAttention;
-use crate::nn::embed::{ScalarEmbedding, grid_positions, patchify, unpatchify};
+use crate::nn::embed::{ScalarEmbedding, grid_positions};
 use crate::nn::modulation::{Modulation, gated, modulated_norm};
+use crate::nn::patches::{cut_images, join_images};
 use crate::nn::{Activations, Builder, Init, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Stage, Views};
 use crate::settings::{Keys, Settings};
 
@@ -127,7 +128,7 @@ impl Stage for Embed {
 
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
         let latents = input.get("hidden_states");
-        let hidden = self.patches.forward(params, &patchify(latents, self.patch_size)) + self.positions(latents);
+        let hidden = self.patches.forward(params, &cut_images(latents, self.patch_size)) + self.positions(latents);
         let prompt = input.get("encoder_hidden_states").mean_dim([1i64].as_slice(), false, None::<Kind>);
         let timestep = self.timestep.forward(params, input.get("timestep"), latents.kind());
         Activations::new().with("hidden", hidden).with("conditioning", timestep + self.condition.forward(params, &prompt))
@@ -203,6 +204,6 @@ impl Stage for Head {
         let [shift, scale] = self.modulation.forward(params, input.get("conditioning"));
         let tokens = self.linear.forward(params, &modulated_norm(input.get("hidden"), &shift, &scale, EPSILON));
         let size = input.get("hidden_states").size();
-        Activations::new().with("prediction", unpatchify(&tokens, self.patch_size, size[2], size[3]))
+        Activations::new().with("prediction", join_images(&tokens, self.patch_size, size[2], size[3]))
     }
 }

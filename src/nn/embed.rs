@@ -71,39 +71,9 @@ impl ScalarEmbedding {
     }
 }
 
-/// Latents cut into square patches, one token a patch.
-///
-/// # Shapes
-/// `latents`: `[B, C, H, W]`, `H` and `W` multiples of `patch`. Returns `[B, H/patch · W/patch, C · patch²]`, features in the
-/// order channel, row, column.
-pub fn patchify(latents: &Tensor, patch: i64) -> Tensor {
-    let (batch, channels, height, width) = latents.size4().expect("[B, C, H, W]");
-    let (rows, columns) = (height / patch, width / patch);
-    let cut = latents.reshape([batch, channels, rows, patch, columns, patch]);
-    cut.permute([0, 2, 4, 1, 3, 5]).reshape([batch, rows * columns, channels * patch * patch])
-}
-
-/// Inverse of [`patchify`] for latents of `height` and `width`.
-pub fn unpatchify(tokens: &Tensor, patch: i64, height: i64, width: i64) -> Tensor {
-    let (batch, _, features) = tokens.size3().expect("[B, L, C·patch²]");
-    let channels = features / (patch * patch);
-    let cut = tokens.reshape([batch, height / patch, width / patch, channels, patch, patch]);
-    cut.permute([0, 3, 1, 4, 2, 5]).reshape([batch, channels, height, width])
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn unpatchify_undoes_patchify() {
-        let latents = Tensor::arange(2 * 3 * 4 * 6, (Kind::Double, Device::Cpu)).view([2, 3, 4, 6]);
-        let tokens = patchify(&latents, 2);
-        assert_eq!(tokens.size(), [2, 6, 12]);
-        // Token (row 1, column 2), feature (channel 1, y 1, x 0).
-        assert!(tokens.get(0).get(5).get(6).equal(&latents.get(0).get(1).get(3).get(4)));
-        assert!(unpatchify(&tokens, 2, 4, 6).equal(&latents));
-    }
 
     #[test]
     fn every_place_of_a_grid_has_a_vector_of_its_own() {

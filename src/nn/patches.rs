@@ -1,8 +1,8 @@
-//! Latents of video cut into blocks of frames, rows and columns, one token a block, and back.
+//! Latents cut into blocks of frames, rows and columns, one token a block, and back.
 
 use tch::Tensor;
 
-use super::{Builder, Init, Param, Views};
+use super::{Builder, Init, Param, Views, by_hand};
 
 /// Frames, rows and columns of a patch.
 pub type Patch = [i64; 3];
@@ -28,6 +28,10 @@ pub fn grid(latents: &Tensor, patch: Patch) -> [i64; 3] {
 /// `latents`: `[B, C, F, H, W]`, of which `patch` divides the last three. Returns `[B, L, C · pt · ph · pw]`, tokens in the
 /// order frame, row, column, features in the order channel, frame, row, column.
 pub fn cut(latents: &Tensor, patch: Patch) -> Tensor {
+    by_hand::patches::cut(latents, patch).unwrap_or_else(|| cut_by_view(latents, patch))
+}
+
+fn cut_by_view(latents: &Tensor, patch: Patch) -> Tensor {
     let (batch, channels) = (latents.size()[0], latents.size()[1]);
     let ([frames, rows, columns], [pt, ph, pw]) = (grid(latents, patch), patch);
     let blocks = latents.reshape([batch, channels, frames, pt, rows, ph, columns, pw]);
@@ -37,6 +41,10 @@ pub fn cut(latents: &Tensor, patch: Patch) -> Tensor {
 /// Tokens `[B, L, C · pt · ph · pw]` on a `grid` as latents `[B, C, F, H, W]`: the inverse of [`cut`] for features with the
 /// channel first.
 pub fn join(tokens: &Tensor, patch: Patch, grid: [i64; 3], order: FeatureOrder) -> Tensor {
+    by_hand::patches::join(tokens, patch, grid, order).unwrap_or_else(|| join_by_view(tokens, patch, grid, order))
+}
+
+fn join_by_view(tokens: &Tensor, patch: Patch, grid: [i64; 3], order: FeatureOrder) -> Tensor {
     let (batch, _, features) = tokens.size3().expect("[B, L, C · pt · ph · pw]");
     let ([frames, rows, columns], [pt, ph, pw]) = (grid, patch);
     let channels = features / (pt * ph * pw);
@@ -51,6 +59,19 @@ pub fn join(tokens: &Tensor, patch: Patch, grid: [i64; 3], order: FeatureOrder) 
         }
     };
     blocks.reshape([batch, channels, frames * pt, rows * ph, columns * pw])
+}
+
+/// Images cut into square patches of `side`: as [`cut`].
+///
+/// # Shapes
+/// `images`: `[B, C, H, W]`, `H` and `W` multiples of `side`. Returns `[B, H/side · W/side, C · side²]`.
+pub fn cut_images(images: &Tensor, side: i64) -> Tensor {
+    cut(&images.unsqueeze(2), [1, side, side])
+}
+
+/// Inverse of [`cut_images`] for images of `height` and `width`.
+pub fn join_images(tokens: &Tensor, side: i64, height: i64, width: i64) -> Tensor {
+    join(tokens, [1, side, side], [1, height / side, width / side], FeatureOrder::ChannelFirst).squeeze_dim(2)
 }
 
 /// Latents to tokens by an affine map of each patch: a convolution whose stride is its kernel.
@@ -102,6 +123,16 @@ mod tests {
         let at = [1, 2, 3, 4, 2];
         assert_eq!(tokens.double_value(&[1, 18, 2 * 6 + 3 + 2]), latents().double_value(&at));
         assert!(join(&tokens, PATCH, [2, 5, 2], FeatureOrder::ChannelFirst).equal(&latents()));
+    }
+
+    #[test]
+    fn images_are_cut_into_squares() {
+        let images = Tensor::arange(2 * 3 * 4 * 6, (Kind::Float, Device::Cpu)).view([2, 3, 4, 6]);
+        let tokens = cut_images(&images, 2);
+        assert_eq!(tokens.size(), [2, 6, 12]);
+        // Token (row 1, column 2), feature (channel 1, y 1, x 0).
+        assert!(tokens.get(0).get(5).get(6).equal(&images.get(0).get(1).get(3).get(4)));
+        assert!(join_images(&tokens, 2, 4, 6).equal(&images));
     }
 
     #[test]

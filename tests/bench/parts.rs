@@ -14,6 +14,7 @@ use fm_dist::adapter::create_pipeline;
 use fm_dist::data::sha256::HashingWriter;
 use fm_dist::data::{Batch, DataType, Dataset, Loader, Order, Share, safetensors};
 use fm_dist::flow::{FlowMatchingSettings, Statistics, StepOptions};
+use fm_dist::libtorch;
 use fm_dist::nn::Activations;
 use fm_dist::optim::{AdamW, Optimizer, Slice};
 use fm_dist::rng::{Key, Purpose, Stream};
@@ -137,8 +138,10 @@ fn pipeline(criterion: &mut Criterion) {
     group.finish();
 }
 
+/// As a rank of one thread sets itself up.
 fn one_thread() -> Criterion {
     tch::set_num_threads(1);
+    libtorch::keep_freed_memory();
     Criterion::default().sample_size(20)
 }
 

@@ -7,6 +7,7 @@
 mod attention;
 mod exp;
 mod gelu;
+pub(super) mod patches;
 mod product;
 mod rms_norm;
 

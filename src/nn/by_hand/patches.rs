@@ -1,0 +1,137 @@
+//! Latents cut into patches and back: every number moves once.
+//!
+//! libtorch copies a permuted view in runs as short as a patch is wide, and spends more on finding each run than on its numbers.
+
+use half::bf16;
+use tch::{Kind, Tensor};
+
+use super::fits;
+use crate::autograd::by_hand;
+use crate::nn::patches::{FeatureOrder, Patch, grid};
+use crate::tensor::{Element, elements, elements_mut};
+
+/// Tokens `[B, L, C · pt · ph · pw]` of latents `[B, C, F, H, W]`, channel first; none where libtorch's operators are to cut
+/// them.
+pub fn cut(latents: &Tensor, patch: Patch) -> Option<Tensor> {
+    let of_kind = match latents.kind() {
+        Kind::BFloat16 => cut_of::<bf16>,
+        _ => cut_of::<f32>,
+    };
+    let places = || Places::new(latents.size()[0], latents.size()[1], grid(latents, patch), patch, FeatureOrder::ChannelFirst);
+    fits(latents).then(|| of_kind(latents, places()))
+}
+
+/// Latents `[B, C, F, H, W]` of tokens on a `grid`; none where libtorch's operators are to join them.
+pub fn join(tokens: &Tensor, patch: Patch, grid: [i64; 3], order: FeatureOrder) -> Option<Tensor> {
+    let of_kind = match tokens.kind() {
+        Kind::BFloat16 => join_of::<bf16>,
+        _ => join_of::<f32>,
+    };
+    let channels = || tokens.size()[2] / patch.iter().product::<i64>();
+    fits(tokens).then(|| of_kind(tokens, Places::new(tokens.size()[0], channels(), grid, patch, order)))
+}
+
+fn cut_of<T: Element>(latents: &Tensor, places: Places) -> Tensor {
+    by_hand(&[latents], || (places.cut::<T>(latents), ()), move |(), grad_output| vec![places.join::<T>(grad_output)])
+}
+
+fn join_of<T: Element>(tokens: &Tensor, places: Places) -> Tensor {
+    by_hand(&[tokens], || (places.join::<T>(tokens), ()), move |(), grad_output| vec![places.cut::<T>(grad_output)])
+}
+
+/// Where each number stands in latents and in tokens.
+#[derive(Clone, Copy)]
+struct Places {
+    batch: usize,
+    channels: usize,
+    /// Tokens along frames, rows and columns.
+    grid: [usize; 3],
+    patch: [usize; 3],
+    /// From a feature to that of the next channel, frame, row and column.
+    strides: [usize; 4],
+}
+
+impl Places {
+    fn new(batch: i64, channels: i64, grid: [i64; 3], patch: Patch, order: FeatureOrder) -> Self {
+        let (batch, channels) = (batch as usize, channels as usize);
+        let (grid, patch) = (grid.map(|tokens| tokens as usize), patch.map(|side| side as usize));
+        let [pt, ph, pw] = patch;
+        let strides = match order {
+            FeatureOrder::ChannelFirst => [pt * ph * pw, ph * pw, pw, 1],
+            FeatureOrder::ChannelLast => [1, ph * pw * channels, pw * channels, channels],
+        };
+        Places { batch, channels, grid, patch, strides }
+    }
+
+    fn features(&self) -> usize {
+        self.channels * self.patch.iter().product::<usize>()
+    }
+
+    fn cut<T: Element>(&self, latents: &Tensor) -> Tensor {
+        let latents = latents.detach().contiguous();
+        let tokens = [self.batch, self.grid.iter().product(), self.features()];
+        let mut cut = Tensor::empty(tokens.map(|size| size as i64), (T::KIND, latents.device()));
+        let (from, into) = (elements::<T>(&latents), elements_mut::<T>(&mut cut));
+        self.each(|in_latents, in_tokens| into[in_tokens] = from[in_latents]);
+        cut
+    }
+
+    fn join<T: Element>(&self, tokens: &Tensor) -> Tensor {
+        let tokens = tokens.detach().contiguous();
+        let ([frames, rows, columns], [pt, ph, pw]) = (self.grid, self.patch);
+        let latents = [self.batch, self.channels, frames * pt, rows * ph, columns * pw];
+        let mut joined = Tensor::empty(latents.map(|size| size as i64), (T::KIND, tokens.device()));
+        let (from, into) = (elements::<T>(&tokens), elements_mut::<T>(&mut joined));
+        self.each(|in_latents, in_tokens| into[in_latents] = from[in_tokens]);
+        joined
+    }
+
+    /// Visits every number by its place in latents and its place in tokens. A row of tokens, which fits into a cache, comes as a
+    /// whole; latents come in runs of their width.
+    #[inline(always)]
+    fn each(&self, mut visit: impl FnMut(usize, usize)) {
+        let ([frames, rows, columns], [pt, ph, pw]) = (self.grid, self.patch);
+        let [_, to_frame, to_row, to_column] = self.strides;
+        let (height, width, features) = (rows * ph, columns * pw, self.features());
+        for (row_of_tokens, channel) in pairs(self.batch * frames * rows, self.channels) {
+            let (sample, frame, row) = (row_of_tokens / rows / frames, row_of_tokens / rows % frames, row_of_tokens % rows);
+            for (dt, dh) in pairs(pt, ph) {
+                let plane = (sample * self.channels + channel) * frames * pt + frame * pt + dt;
+                let first = (plane * height + row * ph + dh) * width;
+                let feature = channel * self.strides[0] + dt * to_frame + dh * to_row;
+                let token = row_of_tokens * columns * features + feature;
+                for (dw, column) in pairs(pw, columns) {
+                    visit(first + column * pw + dw, token + column * features + dw * to_column);
+                }
+            }
+        }
+    }
+}
+
+fn pairs(outer: usize, inner: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..outer).flat_map(move |first| (0..inner).map(move |second| (first, second)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{agree, draw};
+    use super::*;
+    use crate::nn::patches;
+
+    const PATCH: Patch = [2, 3, 2];
+    const GRID: [i64; 3] = [2, 3, 4];
+
+    #[test]
+    fn each_number_moves_as_libtorch_moves_it_and_its_gradient_back() {
+        // Gradients are drawn in the kind itself.
+        for (kind, tolerance) in [(Kind::Float, 0.0), (Kind::BFloat16, 4e-3)] {
+            let latents = draw(&[2, 5, 4, 9, 8], kind, 0);
+            agree(&[latents], tolerance, |inputs| cut(&inputs[0], PATCH).unwrap(), |inputs| patches::cut(&inputs[0], PATCH));
+            let tokens = draw(&[2, 24, 60], kind, 1);
+            for order in [FeatureOrder::ChannelFirst, FeatureOrder::ChannelLast] {
+                let by_hand = |inputs: &[Tensor]| join(&inputs[0], PATCH, GRID, order).unwrap();
+                agree(&[tokens.shallow_clone()], tolerance, by_hand, |inputs| patches::join(&inputs[0], PATCH, GRID, order));
+            }
+        }
+    }
+}
