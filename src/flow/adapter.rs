@@ -1,6 +1,6 @@
 //! What flow matching asks of a model family.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, Reduction, Tensor};
 
 use super::guidance::Guidance;
 use super::noise_levels::{NoiseLevels, Shift};
@@ -9,7 +9,6 @@ use crate::data::{Batch, DataType, EMPTY};
 use crate::error::{Error, Result};
 use crate::nn::Activations;
 use crate::rng::Draws;
-use crate::tensor::broadcast_to_rank;
 
 /// What a video batch is trained to do; images are always text-to-video in the reference's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,12 +102,14 @@ pub(super) fn dropped(batch: &Batch, key: &str, condition: &Tensor, drop: &Tenso
         CfgDropoutValue::Zeros => None,
         CfgDropoutValue::EmptyPrompt => Some(empty_row(batch, key, condition)?),
     };
-    if drop.any().int64_value(&[]) == 0 {
+    let drop = Vec::<bool>::try_from(drop).expect("one boolean a sample, on the host");
+    if !drop.contains(&true) {
         return Ok(condition.shallow_clone());
     }
-    let replacement = empty.unwrap_or_else(|| condition.zeros_like());
-    let drop = broadcast_to_rank(&drop.to_device(condition.device()), condition.dim());
-    Ok(replacement.where_self(&drop, condition))
+    let row = empty.unwrap_or_else(|| Tensor::zeros(&condition.size()[1..], (condition.kind(), condition.device())));
+    let after = condition.copy();
+    (0..).zip(drop).filter(|(_, dropped)| *dropped).for_each(|(sample, _)| after.get(sample).copy_(&row));
+    Ok(after)
 }
 
 /// `empty.<key>` as a row of `condition`.
@@ -152,7 +153,7 @@ pub trait ModelAdapter {
 
     /// Loss of each element before weighting: the squared error in f32, unless a family knows better.
     fn compute_loss(&self, prediction: &Tensor, target: &Tensor) -> Tensor {
-        (prediction.to_kind(Kind::Float) - target.to_kind(Kind::Float)).square()
+        prediction.to_kind(Kind::Float).mse_loss(&target.to_kind(Kind::Float), Reduction::None)
     }
 
     /// Elements that the mean loss is taken over, if not all: broadcastable to the prediction, 1 where an element counts.

@@ -20,7 +20,9 @@ impl LinearInterpolationSchedule {
     pub fn forward(&self, x0: &Tensor, x1: &Tensor, sigma: &Tensor) -> Tensor {
         let sigma = broadcast_to_rank(sigma, x0.dim());
         // 1 − sigma as a tensor operation of its own: the reference rounds each product before the sum.
-        (sigma.ones_like() - &sigma) * x0 + sigma * x1
+        let mut point = (sigma.ones_like() - &sigma) * x0;
+        point += sigma * x1;
+        point
     }
 
     /// What the model learns to predict: the velocity along the path, noise − data, f32.
