@@ -43,7 +43,7 @@ fn not_finite(kind: Kind, bytes: &[u8]) -> Option<(usize, usize)> {
 
 /// Whether 16- and 32-bit numbers are all finite, in vectors, many times as fast as one by one; false where it is not known.
 #[multiversion(targets = "simd")]
-fn is_sound(kind: Kind, bytes: &[u8]) -> bool {
+pub(super) fn is_sound(kind: Kind, bytes: &[u8]) -> bool {
     match kind {
         Kind::Half | Kind::BFloat16 => {
             let exponent = if kind == Kind::Half { 0x7c00 } else { 0x7f80 };

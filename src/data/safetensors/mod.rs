@@ -33,6 +33,8 @@ compile_error!("the format is little-endian and tensors are read as they lie in 
 const PREFIX: u64 = 8;
 /// Largest piece that is asked of memory at all (1 TiB): some systems promise any amount and kill when it is used.
 const MAX_READ_BYTES: u64 = 1 << 40;
+/// What is read at once to be looked at: it fits into a core's second cache.
+const CACHED_BYTES: usize = 256 << 10;
 /// What is read at once of a file that is hashed.
 const PIECE_BYTES: u64 = 1 << 20;
 
@@ -122,7 +124,7 @@ impl SafeTensors {
     pub fn read(&self, name: &str) -> Result<Tensor> {
         let info = self.info(name)?;
         let mut tensor = self.room(&info.shape, info.kind)?;
-        self.read_data(info, 0, bytes_mut(&mut tensor))?;
+        self.read_data(info, 0, bytes_mut(&mut tensor), &mut |_| ())?;
         Ok(tensor)
     }
 
@@ -137,19 +139,20 @@ impl SafeTensors {
     pub fn read_rows(&self, name: &str, rows: &[u64]) -> Result<Tensor> {
         let info = self.info(name)?;
         let mut tensor = self.room(&with_rows(info, rows.len()), info.kind)?;
-        self.read_rows_into(info, rows, bytes_mut(&mut tensor))?;
+        self.read_rows_into(info, rows, bytes_mut(&mut tensor), |_| ())?;
         Ok(tensor)
     }
 
-    /// Fills `data` with the bytes of `rows`, exactly.
-    pub(super) fn read_rows_into(&self, info: &TensorInfo, rows: &[u64], data: &mut [u8]) -> Result<()> {
+    /// Fills `data` with the bytes of `rows`, exactly. `look` sees them all, piece by piece, while they are in a cache: a second
+    /// pass over memory would take as long as the read.
+    pub(super) fn read_rows_into(&self, info: &TensorInfo, rows: &[u64], data: &mut [u8], mut look: impl FnMut(&[u8])) -> Result<()> {
         let row_bytes = row_bytes(info);
         let mut rest = data;
         for run in rows.chunk_by(|a, b| a + 1 == *b) {
             let last = run[0] + run.len() as u64 - 1;
             assert!(last < info.shape[0] as u64, "row {last} of `{}` {:?}", info.name, info.shape);
             let (now, later) = rest.split_at_mut(run.len() * row_bytes as usize);
-            self.read_data(info, run[0] * row_bytes, now)?;
+            self.read_data(info, run[0] * row_bytes, now, &mut look)?;
             rest = later;
         }
         Ok(())
@@ -172,9 +175,13 @@ impl SafeTensors {
         tensor.flatten().ok_or_else(|| self.too_large(bytes))
     }
 
-    /// Fills `data` from the tensor's byte `start` on.
-    fn read_data(&self, info: &TensorInfo, start: u64, data: &mut [u8]) -> Result<()> {
-        self.read_at(data, self.data_start + info.offset + start)?;
+    /// Fills `data` from the tensor's byte `start` on, as [`read_rows_into`](Self::read_rows_into) does.
+    fn read_data(&self, info: &TensorInfo, start: u64, data: &mut [u8], look: &mut impl FnMut(&[u8])) -> Result<()> {
+        let starts = (self.data_start + info.offset + start..).step_by(CACHED_BYTES);
+        for (piece, start) in data.chunks_mut(CACHED_BYTES).zip(starts) {
+            self.read_at(piece, start)?;
+            look(piece);
+        }
         // Any other byte in a boolean is undefined behaviour inside of libtorch.
         if info.kind == Kind::Bool && data.iter().any(|&byte| byte > 1) {
             return Err(self.refused(format!("tensor `{}` is BOOL and holds bytes other than 0 and 1", info.name)));
