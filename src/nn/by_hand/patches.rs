@@ -71,11 +71,7 @@ impl Places {
         let latents = latents.detach().contiguous();
         let tokens = [self.batch, self.grid.iter().product(), self.features()];
         let mut cut = Tensor::empty(tokens.map(|size| size as i64), (T::KIND, latents.device()));
-        let (from, into) = (elements::<T>(&latents), elements_mut::<T>(&mut cut));
-        match self.moves_in_pairs() {
-            true => self.each::<2>(|in_latents, in_tokens| into[in_tokens..][..2].copy_from_slice(&from[in_latents..][..2])),
-            false => self.each::<1>(|in_latents, in_tokens| into[in_tokens] = from[in_latents]),
-        }
+        self.copy::<T>(elements(&latents), elements_mut(&mut cut), |in_latents, in_tokens| (in_latents, in_tokens));
         cut
     }
 
@@ -84,18 +80,26 @@ impl Places {
         let ([frames, rows, columns], [pt, ph, pw]) = (self.grid, self.patch);
         let latents = [self.batch, self.channels, frames * pt, rows * ph, columns * pw];
         let mut joined = Tensor::empty(latents.map(|size| size as i64), (T::KIND, tokens.device()));
-        let (from, into) = (elements::<T>(&tokens), elements_mut::<T>(&mut joined));
-        match self.moves_in_pairs() {
-            true => self.each::<2>(|in_latents, in_tokens| into[in_latents..][..2].copy_from_slice(&from[in_tokens..][..2])),
-            false => self.each::<1>(|in_latents, in_tokens| into[in_latents] = from[in_tokens]),
-        }
+        self.copy::<T>(elements(&tokens), elements_mut(&mut joined), |in_latents, in_tokens| (in_tokens, in_latents));
         joined
     }
 
-    /// Whether two columns of a patch lie side by side in tokens as in latents: as one move they take half the time.
-    fn moves_in_pairs(&self) -> bool {
+    /// Copies every number; `ends` of its places in latents and in tokens are those in `from` and in `into`.
+    #[inline(always)]
+    fn copy<T: Element>(&self, from: &[T], into: &mut [T], ends: impl Fn(usize, usize) -> (usize, usize)) {
         let ([_, _, pw], [.., to_column]) = (self.patch, self.strides);
-        to_column == 1 && pw % 2 == 0
+        // Two columns that lie side by side in tokens as in latents take half the time as one move.
+        if to_column == 1 && pw % 2 == 0 {
+            self.each::<2>(|in_latents, in_tokens| {
+                let (there, here) = ends(in_latents, in_tokens);
+                into[here..][..2].copy_from_slice(&from[there..][..2]);
+            });
+        } else {
+            self.each::<1>(|in_latents, in_tokens| {
+                let (there, here) = ends(in_latents, in_tokens);
+                into[here] = from[there];
+            });
+        }
     }
 
     /// Visits runs of `RUN` numbers by their places in latents and in tokens. A row of tokens, which fits into a cache, comes as
