@@ -6,15 +6,15 @@
 //!
 //! Source: Dao 2023, arXiv:2307.08691, section 3.1.
 
+use std::ops::Range;
+
 use half::bf16;
-use multiversion::multiversion;
 use tch::{Kind, Tensor};
 
 use super::exp::exp;
 use super::fits;
-use super::product::{Matrix, multiply};
+use super::product::{self, Into, Left, Number, Onto, Panels, Rows, Scale, Strips, multiply};
 use crate::autograd::by_hand;
-use crate::libtorch;
 use crate::tensor::{Element, elements, elements_mut};
 
 /// Queries of a block.
@@ -24,7 +24,8 @@ const BLOCK: usize = 64;
 /// `query`: `[B, L, N, E]`; `key`, `value`: `[B, K, N, E]`. Returns `[B, L, N · E]`, none where libtorch's own is faster.
 pub fn attend(query: &Tensor, key: &Tensor, value: &Tensor) -> Option<Tensor> {
     let fit = [query, key, value].into_iter().all(|tensor| fits(tensor) && tensor.kind() == query.kind());
-    if !fit || libtorch::knows_this_cpu() {
+    // Of bfloat16 two are multiplied at once.
+    if !fit || !product::is_ours() || query.size()[3] % 2 > 0 {
         return None;
     }
     Some(of_kind(query, key, value))
@@ -37,7 +38,7 @@ fn of_kind(query: &Tensor, key: &Tensor, value: &Tensor) -> Tensor {
     }
 }
 
-fn of<T: Element>(query: &Tensor, key: &Tensor, value: &Tensor) -> Tensor {
+fn of<T: Number>(query: &Tensor, key: &Tensor, value: &Tensor) -> Tensor {
     let forward = || {
         let [query, key, value] = [query, key, value].map(|tensor| tensor.detach().contiguous());
         let (mut output, sizes) = (query.empty_like(), Sizes::of(&query, &key));
@@ -86,9 +87,19 @@ impl Sizes {
         1.0 / (self.width as f32).sqrt()
     }
 
+    /// Features from a token to the next.
+    fn stride(&self) -> usize {
+        self.heads * self.width
+    }
+
     /// Every head of every sample.
     fn each(self) -> impl Iterator<Item = Head> {
         (0..self.batch).flat_map(move |sample| (0..self.heads).map(move |head| Head { sample, head, sizes: self }))
+    }
+
+    /// Every block of queries.
+    fn blocks(self) -> impl Iterator<Item = Range<usize>> {
+        (0..self.queries).step_by(BLOCK).map(move |start| start..(start + BLOCK).min(self.queries))
     }
 }
 
@@ -105,79 +116,127 @@ impl Head {
         self.sample * self.sizes.heads + self.head
     }
 
-    /// Where a token's features lie among `[B, tokens, N, E]`.
-    #[inline(always)]
-    fn place(&self, token: usize, tokens: usize) -> std::ops::Range<usize> {
-        let start = ((self.sample * tokens + token) * self.sizes.heads + self.head) * self.sizes.width;
-        start..start + self.sizes.width
+    /// Where a token's features begin among `[B, tokens, N, E]`.
+    fn place(&self, token: usize, tokens: usize) -> usize {
+        ((self.sample * tokens + token) * self.sizes.heads + self.head) * self.sizes.width
     }
 
-    /// The features of some tokens, one after the other, in f32.
-    #[inline(always)]
-    fn read<T: Element>(&self, all: &[T], range: std::ops::Range<usize>, tokens: usize, into: &mut Vec<f32>) {
-        into.clear();
-        range.for_each(|token| into.extend(all[self.place(token, tokens)].iter().map(|x| x.widened())));
+    /// The features of all keys.
+    fn keys<'e, T>(&self, all: &'e [T]) -> Rows<'e, T> {
+        Rows::new(&all[self.place(0, self.sizes.keys)..], self.sizes.keys, self.sizes.width, self.sizes.stride())
     }
 
-    #[inline(always)]
-    fn write<T: Element>(&self, from: &[f32], range: std::ops::Range<usize>, tokens: usize, all: &mut [T]) {
-        for (token, from) in range.zip(from.chunks_exact(self.sizes.width)) {
-            all[self.place(token, tokens)].iter_mut().zip(from).for_each(|(place, x)| *place = T::rounded(*x));
+    /// The features of some queries.
+    fn queries<'e, T>(&self, all: &'e [T], block: &Range<usize>) -> Rows<'e, T> {
+        Rows::new(&all[self.place(block.start, self.sizes.queries)..], block.len(), self.sizes.width, self.sizes.stride())
+    }
+
+    /// A product that goes to some queries.
+    fn to_queries<'o, T>(&self, all: &'o mut [T], block: &Range<usize>, scale: Scale<'o>) -> Into<'o, T> {
+        let elements = &mut all[self.place(block.start, self.sizes.queries)..];
+        Into { elements, stride: self.sizes.stride(), scale, onto: Onto::Nothing }
+    }
+
+    /// Writes what was summed for each key.
+    fn write_keys<T: Element>(&self, sums: &[f32], all: &mut [T]) {
+        for (token, sums) in sums.chunks_exact(self.sizes.width).enumerate() {
+            let places = &mut all[self.place(token, self.sizes.keys)..];
+            places.iter_mut().zip(sums).for_each(|(place, sum)| *place = T::rounded(*sum));
         }
     }
 }
 
-fn blocks(queries: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
-    (0..queries).step_by(BLOCK).map(move |start| start..(start + BLOCK).min(queries))
+/// A number for each query of a block and each key, in rows of whole units with zeros at their ends.
+struct Table<T> {
+    numbers: Vec<T>,
+    stride: usize,
+    keys: usize,
+}
+
+impl<T: Number> Table<T> {
+    fn new(sizes: Sizes) -> Self {
+        let stride = sizes.keys.next_multiple_of(T::IN_UNIT);
+        Table { numbers: vec![T::rounded(0.0); BLOCK * stride], stride, keys: sizes.keys }
+    }
+
+    fn rows_mut(&mut self) -> impl Iterator<Item = &mut [T]> {
+        self.numbers.chunks_exact_mut(self.stride).map(|row| &mut row[..self.keys])
+    }
+
+    /// The rows of `queries` queries, to be multiplied by what keys have.
+    fn left(&self, queries: usize) -> Left<'_, T> {
+        Left::Rows(Rows::new(&self.numbers, queries, self.stride, self.stride))
+    }
+
+    /// The columns of `queries` queries, to be multiplied by what queries have.
+    fn columns(&self, queries: usize) -> Rows<'_, T> {
+        Rows::new(&self.numbers, queries, self.keys, self.stride)
+    }
+
+    /// A product that goes there.
+    fn filled(&mut self, scale: f32) -> Into<'_, T> {
+        Into { elements: &mut self.numbers, stride: self.stride, scale: Scale::All(scale), onto: Onto::Nothing }
+    }
 }
 
 /// Writes the output, returns the logarithm of each query's sum of exponentials.
-#[multiversion(targets = "simd")]
-fn values<T: Element>(sizes: Sizes, [query, key, value]: [&[T]; 3], into: &mut [T]) -> Vec<f32> {
-    let width = sizes.width as i64;
+fn values<T: Number>(sizes: Sizes, [query, key, value]: [&[T]; 3], into: &mut [T]) -> Vec<f32> {
     let mut logs = vec![0f32; sizes.batch * sizes.heads * sizes.queries];
-    let [mut q, mut k, mut v, mut scores, mut sums, mut shares] = [const { Vec::new() }; 6];
+    let (mut by_key, mut by_value) = (Panels::new(), Panels::new());
+    let (mut scores, mut weights, mut shares) = (Table::<f32>::new(sizes), Table::<T>::new(sizes), [0f32; BLOCK]);
     for head in sizes.each() {
-        head.read(key, 0..sizes.keys, sizes.keys, &mut k);
-        head.read(value, 0..sizes.keys, sizes.keys, &mut v);
-        for block in blocks(sizes.queries) {
-            head.read(query, block.clone(), sizes.queries, &mut q);
-            scores.resize(block.len() * sizes.keys, 0.0);
-            multiply(&mut scores, Matrix::rows(&q, width), Matrix::rows(&k, width).transposed(), sizes.scale(), false);
+        by_key.transposed(head.keys(key));
+        by_value.straight(head.keys(value));
+        for block in sizes.blocks() {
+            let queries = block.len();
+            multiply(Left::Rows(head.queries(query, &block)), &by_key, &mut scores.filled(sizes.scale()));
             let logs = &mut logs[head.number() * sizes.queries..][block.clone()];
-            shares.clear();
-            for (scores, log) in scores.chunks_exact_mut(sizes.keys).zip(logs) {
-                let (largest, sum) = exponentials::<T>(scores);
-                *log = largest + sum.ln();
-                shares.push(1.0 / sum);
-            }
-            sums.resize(q.len(), 0.0);
-            multiply(&mut sums, Matrix::rows(&scores, sizes.keys as i64), Matrix::rows(&v, width), 1.0, false);
-            for (sums, share) in sums.chunks_exact_mut(sizes.width).zip(&shares) {
-                sums.iter_mut().for_each(|sum| *sum *= share);
-            }
-            head.write(&sums, block, sizes.queries, into);
+            exponentials(&mut scores, &mut weights, logs, &mut shares);
+            let scale = Scale::Rows(&shares[..queries]);
+            multiply(weights.left(queries), &by_value, &mut head.to_queries(into, &block, scale));
         }
     }
     logs
 }
 
-/// Makes of scores the exponentials of their distances from the largest, rounded; returns the largest and the exact sum.
-#[inline(always)]
-fn exponentials<T: Element>(scores: &mut [f32]) -> (f32, f32) {
-    let (mut largest, mut sums) = ([f32::NEG_INFINITY; LANES], [0f32; LANES]);
-    for vector in scores.chunks(LANES) {
-        largest.iter_mut().zip(vector).for_each(|(largest, score)| *largest = largest.max(*score));
-    }
-    let largest = largest.into_iter().fold(f32::NEG_INFINITY, f32::max);
-    for vector in scores.chunks_mut(LANES) {
-        for (sum, score) in sums.iter_mut().zip(vector) {
-            let power = exp(*score - largest);
-            *sum += power;
-            *score = T::rounded(power).widened();
+vectorized! {
+    /// Exponentials of the scores' distances from a query's largest, rounded, to be divided by the exact sum: the logarithm of that
+    /// sum and what to multiply by.
+    fn exponentials<T: Number>(scores: &mut Table<f32>, weights: &mut Table<T>, logs: &mut [f32], shares: &mut [f32; BLOCK]) {
+        for (((scores, weights), log), share) in scores.rows_mut().zip(weights.rows_mut()).zip(logs).zip(shares) {
+            let largest = largest(scores);
+            let sum = powers(scores, largest, weights);
+            (*log, *share) = (largest + sum.ln(), 1.0 / sum);
         }
     }
-    (largest, sums.iter().sum())
+}
+
+#[inline(always)]
+fn largest(scores: &[f32]) -> f32 {
+    let mut found = [f32::NEG_INFINITY; LANES];
+    let (vectors, rest) = scores.as_chunks::<LANES>();
+    for vector in vectors {
+        found.iter_mut().zip(vector).for_each(|(found, score)| *found = if score > found { *score } else { *found });
+    }
+    found.iter().chain(rest).fold(f32::NEG_INFINITY, |found, score| found.max(*score))
+}
+
+/// Writes the exponentials of the distances from the largest, returns their sum before they are rounded.
+#[inline(always)]
+fn powers<T: Number>(scores: &[f32], largest: f32, weights: &mut [T]) -> f32 {
+    let mut sums = [0f32; LANES];
+    let (vectors, rest) = scores.as_chunks::<LANES>();
+    let (weights, rest_weights) = weights.as_chunks_mut::<LANES>();
+    let mut add = |scores: &[f32], weights: &mut [T]| {
+        for ((sum, weight), score) in sums.iter_mut().zip(weights).zip(scores) {
+            let power = exp(*score - largest);
+            *sum += power;
+            *weight = T::rounded(power);
+        }
+    };
+    vectors.iter().zip(weights).for_each(|(scores, weights)| add(scores, weights));
+    add(rest, rest_weights);
+    sums.iter().sum()
 }
 
 /// Partial results, as many as a vector has numbers.
@@ -185,47 +244,67 @@ const LANES: usize = 16;
 
 /// Gradients of query, key and value, into their places. With P the weights and D = Σ grad · output of a query, the gradient
 /// of the scores is P ∘ (grad · valueᵀ − D).
-#[multiversion(targets = "simd")]
-fn gradients<T: Element>(sizes: Sizes, [query, key, value, output, grad_output]: [&[T]; 5], logs: &[f32], into: [&mut [T]; 3]) {
-    let width = sizes.width as i64;
+fn gradients<T: Number>(sizes: Sizes, [query, key, value, output, grad_output]: [&[T]; 5], logs: &[f32], into: [&mut [T]; 3]) {
     let [into_query, into_key, into_value] = into;
-    let [mut q, mut k, mut v, mut o, mut go, mut gq, mut gk, mut gv, mut weights, mut slopes] = [const { Vec::new() }; 10];
+    let [mut by_key, mut by_value, mut keys, mut right] = [const { Panels::new() }; 4];
+    let mut left = Strips::default();
+    let (mut scores, mut changes) = (Table::<f32>::new(sizes), Table::<f32>::new(sizes));
+    let (mut weights, mut slopes) = (Table::<T>::new(sizes), Table::<T>::new(sizes));
+    let (mut grad_key, mut grad_value) = (vec![0f32; sizes.keys * sizes.width], vec![0f32; sizes.keys * sizes.width]);
+    let scale = sizes.scale();
     for head in sizes.each() {
-        head.read(key, 0..sizes.keys, sizes.keys, &mut k);
-        head.read(value, 0..sizes.keys, sizes.keys, &mut v);
-        for sum in [&mut gk, &mut gv] {
-            sum.clear();
-            sum.resize(k.len(), 0f32);
-        }
-        for block in blocks(sizes.queries) {
-            head.read(query, block.clone(), sizes.queries, &mut q);
-            head.read(output, block.clone(), sizes.queries, &mut o);
-            head.read(grad_output, block.clone(), sizes.queries, &mut go);
-            for scores in [&mut weights, &mut slopes] {
-                scores.resize(block.len() * sizes.keys, 0.0);
-            }
-            multiply(&mut weights, Matrix::rows(&q, width), Matrix::rows(&k, width).transposed(), sizes.scale(), false);
-            multiply(&mut slopes, Matrix::rows(&go, width), Matrix::rows(&v, width).transposed(), 1.0, false);
+        by_key.transposed(head.keys(key));
+        by_value.transposed(head.keys(value));
+        keys.straight(head.keys(key));
+        grad_key.fill(0.0);
+        grad_value.fill(0.0);
+        for block in sizes.blocks() {
+            let queries = block.len();
+            let [query, output, grad] = [query, output, grad_output].map(|all| head.queries(all, &block));
+            multiply(Left::Rows(query), &by_key, &mut scores.filled(scale));
+            multiply(Left::Rows(grad), &by_value, &mut changes.filled(1.0));
             let logs = &logs[head.number() * sizes.queries..][block.clone()];
-            let rows = weights.chunks_exact_mut(sizes.keys).zip(slopes.chunks_exact_mut(sizes.keys));
-            let vectors = o.chunks_exact(sizes.width).zip(go.chunks_exact(sizes.width));
-            for (((weights, slopes), (o, go)), log) in rows.zip(vectors).zip(logs) {
-                let mean: f32 = o.iter().zip(go).map(|(o, go)| o * go).sum();
-                for (weight, slope) in weights.iter_mut().zip(slopes) {
-                    let exact = exp(*weight - log);
-                    *weight = T::rounded(exact).widened();
-                    *slope = T::rounded(exact * (*slope - mean)).widened();
+            slope(&mut scores, &mut changes, [output, grad], logs, (&mut weights, &mut slopes));
+            let mut sum = |table: &Table<T>, rows: Rows<'_, T>, scale: f32, sums: &mut [f32]| {
+                left.transposed(table.columns(queries));
+                right.straight(rows);
+                let (scale, onto) = (Scale::All(scale), Onto::Itself);
+                multiply::<T, f32>(Left::Strips(&left), &right, &mut Into { elements: sums, stride: sizes.width, scale, onto });
+            };
+            sum(&weights, grad, 1.0, &mut grad_value);
+            sum(&slopes, query, scale, &mut grad_key);
+            multiply(slopes.left(queries), &keys, &mut head.to_queries(into_query, &block, Scale::All(scale)));
+        }
+        head.write_keys(&grad_key, into_key);
+        head.write_keys(&grad_value, into_value);
+    }
+}
+
+vectorized! {
+    /// Weights and the scores' gradients, rounded, from scores and grad · valueᵀ.
+    fn slope<T: Number>(
+        scores: &mut Table<f32>,
+        changes: &mut Table<f32>,
+        [output, grad]: [Rows<'_, T>; 2],
+        logs: &[f32],
+        (weights, slopes): (&mut Table<T>, &mut Table<T>),
+    ) {
+        let read = scores.rows_mut().zip(changes.rows_mut());
+        let written = weights.rows_mut().zip(slopes.rows_mut());
+        for (query, (((scores, changes), (weights, slopes)), log)) in read.zip(written).zip(logs).enumerate() {
+            let mut sums = [0f32; LANES];
+            for (output, grad) in output.row(query).chunks(LANES).zip(grad.row(query).chunks(LANES)) {
+                for ((sum, output), grad) in sums.iter_mut().zip(output).zip(grad) {
+                    *sum += output.widened() * grad.widened();
                 }
             }
-            let (by_query, of_scores) = (Matrix::rows(&weights, sizes.keys as i64), Matrix::rows(&slopes, sizes.keys as i64));
-            multiply(&mut gv, by_query.transposed(), Matrix::rows(&go, width), 1.0, true);
-            multiply(&mut gk, of_scores.transposed(), Matrix::rows(&q, width), sizes.scale(), true);
-            gq.resize(q.len(), 0.0);
-            multiply(&mut gq, of_scores, Matrix::rows(&k, width), sizes.scale(), false);
-            head.write(&gq, block, sizes.queries, into_query);
+            let mean: f32 = sums.iter().sum();
+            for (((weight, slope), score), change) in weights.iter_mut().zip(slopes).zip(scores).zip(changes) {
+                let exact = exp(*score - log);
+                *weight = T::rounded(exact);
+                *slope = T::rounded(exact * (*change - mean));
+            }
         }
-        head.write(&gk, 0..sizes.keys, sizes.keys, into_key);
-        head.write(&gv, 0..sizes.keys, sizes.keys, into_value);
     }
 }
 

@@ -1,7 +1,6 @@
 //! GELU's approximation by tanh.
 
 use half::bf16;
-use multiversion::multiversion;
 use tch::{Kind, Tensor};
 
 use super::exp::exp;
@@ -44,18 +43,20 @@ fn of<T: Element>(x: &Tensor) -> Tensor {
     })
 }
 
-#[multiversion(targets = "simd")]
-fn values<T: Element>(x: &[T], into: &mut [T]) {
-    for (into, x) in into.iter_mut().zip(x) {
-        let x = x.widened();
-        *into = T::rounded(x * halves(x).0);
+vectorized! {
+    fn values<T: Element>(x: &[T], into: &mut [T]) {
+        for (into, x) in into.iter_mut().zip(x) {
+            let x = x.widened();
+            *into = T::rounded(x * halves(x).0);
+        }
     }
 }
 
-#[multiversion(targets = "simd")]
-fn gradients<T: Element>(x: &[T], grad_output: &[T], into: &mut [T]) {
-    for ((into, x), grad_output) in into.iter_mut().zip(x).zip(grad_output) {
-        *into = T::rounded(grad_output.widened() * slope(x.widened()));
+vectorized! {
+    fn gradients<T: Element>(x: &[T], grad_output: &[T], into: &mut [T]) {
+        for ((into, x), grad_output) in into.iter_mut().zip(x).zip(grad_output) {
+            *into = T::rounded(grad_output.widened() * slope(x.widened()));
+        }
     }
 }
 

@@ -1,7 +1,6 @@
 //! Root-mean-square normalization over the last axis with a learned scale.
 
 use half::bf16;
-use multiversion::multiversion;
 use tch::{Kind, Tensor};
 
 use super::fits;
@@ -45,14 +44,15 @@ fn of<T: Element>(x: &Tensor, weight: &Tensor, settings: Settings) -> Tensor {
     })
 }
 
-#[multiversion(targets = "simd")]
-fn values<T: Element>(x: &[T], weight: &[T], settings: Settings, into: &mut [T]) {
-    for (into, x) in into.chunks_exact_mut(weight.len()).zip(x.chunks_exact(weight.len())) {
-        let inverse = inverse(x, settings.epsilon);
-        for ((into, x), weight) in into.iter_mut().zip(x).zip(weight) {
-            let normalized = x.widened() * inverse;
-            let normalized = if settings.rounds_before_scale { T::rounded(normalized).widened() } else { normalized };
-            *into = T::rounded(normalized * weight.widened());
+vectorized! {
+    fn values<T: Element>(x: &[T], weight: &[T], settings: Settings, into: &mut [T]) {
+        for (into, x) in into.chunks_exact_mut(weight.len()).zip(x.chunks_exact(weight.len())) {
+            let inverse = inverse(x, settings.epsilon);
+            for ((into, x), weight) in into.iter_mut().zip(x).zip(weight) {
+                let normalized = x.widened() * inverse;
+                let normalized = if settings.rounds_before_scale { T::rounded(normalized).widened() } else { normalized };
+                *into = T::rounded(normalized * weight.widened());
+            }
         }
     }
 }
@@ -73,23 +73,24 @@ fn inverse<T: Element>(x: &[T], epsilon: f32) -> f32 {
     1.0 / (sums.iter().sum::<f32>() / x.len() as f32 + epsilon).sqrt()
 }
 
-/// Gradient of `x`, into its place, and of the weight. With n = x · inverse and g the gradient of n they are
-/// inverse · (g − n · mean(g · n)) and the sum of grad_output · n.
-#[multiversion(targets = "simd")]
-fn gradients<T: Element>(x: &[T], weight: &[T], grad_output: &[T], settings: Settings, into: &mut [T]) -> Vec<f64> {
-    let width = weight.len();
-    let weight: Vec<f32> = weight.iter().map(|weight| weight.widened()).collect();
-    // A block of rows is summed in f32, the blocks in f64: many small numbers are not lost against a large sum.
-    let (mut grad_weight, mut of_block) = (vec![0f64; width], vec![0f32; width]);
-    let block = ROWS * width;
-    for ((into, x), grad_output) in into.chunks_mut(block).zip(x.chunks(block)).zip(grad_output.chunks(block)) {
-        of_block.fill(0.0);
-        for ((into, x), grad_output) in into.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(grad_output.chunks_exact(width)) {
-            of_row(into, x, grad_output, &weight, &mut of_block, settings.epsilon);
+vectorized! {
+    /// Gradient of `x`, into its place, and of the weight. With n = x · inverse and g the gradient of n they are
+    /// inverse · (g − n · mean(g · n)) and the sum of grad_output · n.
+    fn gradients<T: Element>(x: &[T], weight: &[T], grad_output: &[T], settings: Settings, into: &mut [T]) -> Vec<f64> {
+        let width = weight.len();
+        let weight: Vec<f32> = weight.iter().map(|weight| weight.widened()).collect();
+        // A block of rows is summed in f32, the blocks in f64: many small numbers are not lost against a large sum.
+        let (mut grad_weight, mut of_block) = (vec![0f64; width], vec![0f32; width]);
+        let block = ROWS * width;
+        for ((into, x), grad_output) in into.chunks_mut(block).zip(x.chunks(block)).zip(grad_output.chunks(block)) {
+            of_block.fill(0.0);
+            for ((into, x), grad_output) in into.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(grad_output.chunks_exact(width)) {
+                of_row(into, x, grad_output, &weight, &mut of_block, settings.epsilon);
+            }
+            grad_weight.iter_mut().zip(&of_block).for_each(|(sum, of_block)| *sum += f64::from(*of_block));
         }
-        grad_weight.iter_mut().zip(&of_block).for_each(|(sum, of_block)| *sum += f64::from(*of_block));
+        grad_weight
     }
-    grad_weight
 }
 
 /// Rows of a block.
