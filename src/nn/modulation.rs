@@ -5,7 +5,7 @@
 use tch::{Kind, Tensor};
 
 use super::norm::layer_norm;
-use super::{Builder, Linear, Views};
+use super::{Builder, Linear, Views, by_hand};
 
 /// Maps a conditioning vector to several vectors of the model's width.
 #[derive(Clone, Copy, Debug)]
@@ -34,25 +34,27 @@ pub fn parts<const PARTS: usize>(all: &Tensor) -> [Tensor; PARTS] {
     all.unsqueeze(1).chunk(PARTS as i64, -1).try_into().expect("as many chunks as parts")
 }
 
-/// `x · (1 + scale) + shift`.
-pub fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Tensor {
-    add_product(shift, x, &(scale + 1.0))
+/// `x + gate · change`.
+///
+/// # Shapes
+/// `x`, `change`: `[B, L, D]`; `gate`: `[B, 1, D]`.
+pub fn gated(x: &Tensor, gate: &Tensor, change: &Tensor) -> Tensor {
+    by_hand::gated(x, gate, change).unwrap_or_else(|| add_product(x, gate, change))
 }
 
-/// `x + gate · change`.
-pub fn gated(x: &Tensor, gate: &Tensor, change: &Tensor) -> Tensor {
-    add_product(x, gate, change)
+/// [`layer_norm`] `· (1 + scale) + shift`.
+///
+/// # Shapes
+/// `x`: `[B, L, D]`; `shift`, `scale`: `[B, 1, D]`.
+pub fn modulated_norm(x: &Tensor, shift: &Tensor, scale: &Tensor, epsilon: f64) -> Tensor {
+    let factor = scale + 1.0;
+    by_hand::affine_norm(x, &factor, shift, epsilon).unwrap_or_else(|| add_product(shift, &layer_norm(x, epsilon), &factor))
 }
 
 /// `sum + a · b`: in one pass in f32; in bfloat16 rounded after the product as well, as diffusers does, because with 8 bits
 /// the sum of so small differences over many blocks shows in the gradients (up to a tenth of a small one).
 fn add_product(sum: &Tensor, a: &Tensor, b: &Tensor) -> Tensor {
     if sum.kind() == Kind::Float { sum.addcmul(a, b) } else { a * b + sum }
-}
-
-/// [`layer_norm`], then [`modulate`].
-pub fn modulated_norm(x: &Tensor, shift: &Tensor, scale: &Tensor, epsilon: f64) -> Tensor {
-    modulate(&layer_norm(x, epsilon), shift, scale)
 }
 
 /// The last layer of most families: modulated normalization, then an affine map to the output's features.

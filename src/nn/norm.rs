@@ -32,10 +32,12 @@ impl LayerNorm {
         x.layer_norm([width(x)], Some(&params[self.weight]), Some(&params[self.bias]), self.epsilon, false)
     }
 
-    /// As [`forward`](Self::forward), computed and returned in f32.
+    /// As [`forward`](Self::forward), computed in f32 and rounded to the kind of `x`.
     pub fn forward_f32(&self, params: &Views, x: &Tensor) -> Tensor {
         let (weight, bias) = (params[self.weight].to_kind(Kind::Float), params[self.bias].to_kind(Kind::Float));
-        x.to_kind(Kind::Float).layer_norm([width(x)], Some(weight), Some(bias), self.epsilon, false)
+        by_hand::affine_norm(x, &weight, &bias, self.epsilon).unwrap_or_else(|| {
+            x.to_kind(Kind::Float).layer_norm([width(x)], Some(weight), Some(bias), self.epsilon, false).to_kind(x.kind())
+        })
     }
 }
 

@@ -1,7 +1,8 @@
 //! One stage's vector-Jacobian product. The only call of `run_backward` in the crate.
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
+use crate::autograd::by_hand;
 use crate::nn::Activations;
 
 /// Gradient of a scalar `loss` with respect to each flowing tensor of `output`, the loss's only inputs.
@@ -19,9 +20,8 @@ pub fn loss_backward(loss: &Tensor, output: &Activations) -> Vec<Tensor> {
 /// `leaves` and their gradients: flat. `grad_output`: one tensor for each flowing output, undefined where nothing downstream
 /// used it.
 pub fn stage_backward(leaves: &[Tensor], input: &Activations, output: &Activations, grad_output: &[Tensor]) -> (Vec<Tensor>, Vec<Tensor>) {
-    // libtorch seeds every root with ones, so the roots are the products <output, grad_output>.
     let pairs = output.flowing().zip(grad_output).filter(|(_, gradient)| gradient.defined());
-    let roots: Vec<Tensor> = pairs.map(|((_, value), gradient)| value * gradient).collect();
+    let roots: Vec<Tensor> = pairs.map(|((_, value), gradient)| root(value, gradient)).collect();
     let inputs: Vec<&Tensor> = leaves.iter().chain(input.flowing().map(|(_, tensor)| tensor)).collect();
     if roots.is_empty() || inputs.is_empty() {
         // Nothing downstream used this stage, or nothing before it is trained.
@@ -33,4 +33,11 @@ pub fn stage_backward(leaves: &[Tensor], input: &Activations, output: &Activatio
     // A leaf that the graph did not reach still gets a gradient, so that all ranks issue the same collectives.
     let reached = |(gradient, leaf): (Tensor, &Tensor)| if gradient.defined() { gradient } else { leaf.zeros_like() };
     (gradients.into_iter().zip(leaves).map(reached).collect(), grad_input)
+}
+
+/// A number from which `gradient` flows into `value`: the bindings let every root begin with a gradient of ones, and a product
+/// <value, gradient> as root would read and write both, twice. It lies on the CPU, so that its gradient is taken on this thread.
+fn root(value: &Tensor, gradient: &Tensor) -> Tensor {
+    let number = || (Tensor::zeros([], (Kind::Float, Device::Cpu)), gradient.shallow_clone());
+    by_hand(&[value], number, |gradient, _| vec![gradient])
 }

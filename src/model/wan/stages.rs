@@ -19,7 +19,7 @@ use crate::nn::norm::{LayerNorm, layer_norm};
 use crate::nn::patches::{self, FeatureOrder, Patch, PatchEmbedding};
 use crate::nn::rope::{self, Axis};
 use crate::nn::wide_attention::WideAttention;
-use crate::nn::{Activations, Builder, Init, Linear, Mlp, Nonlinearity, Param, ParamSet, PerShape, Stage, Views};
+use crate::nn::{Activations, Builder, Init, Linear, Mlp, Nonlinearity, Param, ParamSet, PerShape, Stage, Views, by_hand};
 
 /// Of the image embedding's normalizations, PyTorch's default.
 const IMAGE_EPSILON: f64 = 1e-5;
@@ -43,8 +43,8 @@ impl ImageEmbedding {
     /// `[B, Li, image_dim]` to `[B, Li, D]`.
     fn forward(&self, params: &Views, image: &Tensor) -> Tensor {
         let image = self.places.map_or_else(|| image.shallow_clone(), |places| image + &params[places]);
-        let ready = self.norm.forward_f32(params, &image).to_kind(image.kind());
-        self.output_norm.forward_f32(params, &self.feed.forward(params, &ready)).to_kind(image.kind())
+        let ready = self.norm.forward_f32(params, &image);
+        self.output_norm.forward_f32(params, &self.feed.forward(params, &ready))
     }
 }
 
@@ -158,7 +158,7 @@ impl Stage for Block {
         let ready = normalized(hidden, &shift, &scale, self.epsilon);
         let hidden = gated(hidden, &gate, &self.self_attention.over_itself(params, &ready, input.get("rope")));
         let ready = match &self.cross_norm {
-            Some(norm) => norm.forward_f32(params, &hidden).to_kind(hidden.kind()),
+            Some(norm) => norm.forward_f32(params, &hidden),
             None => hidden.shallow_clone(),
         };
         let (text, image) = text_and_image(input);
@@ -196,13 +196,14 @@ fn modulate<const PARTS: usize>(table: &Tensor, timestep: &Tensor) -> [Tensor; P
 /// Product and sum are rounded one after the other, as in diffusers: with a fused one, some numbers would round to another
 /// bfloat16.
 fn normalized(hidden: &Tensor, shift: &Tensor, scale: &Tensor, epsilon: f64) -> Tensor {
-    let normalized = layer_norm(&hidden.to_kind(Kind::Float), epsilon);
-    (normalized * (scale + 1.0) + shift).to_kind(hidden.kind())
+    let factor = scale + 1.0;
+    by_hand::affine_norm(hidden, &factor, shift, epsilon)
+        .unwrap_or_else(|| (layer_norm(&hidden.to_kind(Kind::Float), epsilon) * factor + shift).to_kind(hidden.kind()))
 }
 
 /// `hidden + gate · change` in f32, rounded as in [`normalized`].
 fn gated(hidden: &Tensor, gate: &Tensor, change: &Tensor) -> Tensor {
-    (hidden.to_kind(Kind::Float) + change * gate).to_kind(hidden.kind())
+    by_hand::gated(hidden, gate, change).unwrap_or_else(|| (hidden.to_kind(Kind::Float) + change * gate).to_kind(hidden.kind()))
 }
 
 /// Tokens to the predicted latents.

@@ -14,6 +14,7 @@ use tch::{Kind, Tensor};
 use super::exp::exp;
 use super::fits;
 use super::product::{self, Into, Left, Number, Onto, Panels, Rows, Scale, Strips, multiply};
+use super::vectors::LANES;
 use crate::autograd::by_hand;
 use crate::tensor::{Element, elements, elements_mut};
 
@@ -238,9 +239,6 @@ fn powers<T: Number>(scores: &[f32], largest: f32, weights: &mut [T]) -> f32 {
     add(rest, rest_weights);
     sums.iter().sum()
 }
-
-/// Partial results, as many as a vector has numbers.
-const LANES: usize = 16;
 
 /// Gradients of query, key and value, into their places. With P the weights and D = Σ grad · output of a query, the gradient
 /// of the scores is P ∘ (grad · valueᵀ − D).

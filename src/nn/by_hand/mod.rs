@@ -7,11 +7,7 @@
 /// Compiles a function for several instruction sets, of which the first call chooses; rounding to bfloat16 gains most by AVX-512.
 macro_rules! vectorized {
     ($function:item) => {
-        #[multiversion::multiversion(targets(
-            "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma",
-            "x86_64+avx2+fma",
-            "aarch64+neon"
-        ))]
+        #[multiversion::multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma", "aarch64+neon"))]
         $function
     };
 }
@@ -19,13 +15,16 @@ macro_rules! vectorized {
 mod attention;
 mod exp;
 mod gelu;
+mod modulation;
 pub(super) mod patches;
 mod product;
 mod rms_norm;
 mod rotation;
+mod vectors;
 
 pub use attention::attend;
 pub use gelu::gelu_tanh;
+pub use modulation::{affine_norm, gated};
 pub use product::linear;
 pub use rms_norm::rms_norm;
 pub use rotation::rotate;

@@ -3,8 +3,8 @@
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{
-    __m512i, __mmask32, _mm512_loadu_epi32, _mm512_maskz_loadu_epi16, _mm512_permutex2var_epi32, _mm512_setzero_si512,
-    _mm512_storeu_epi32,
+    __m512i, __mmask32, _MM_HINT_T0, _mm_prefetch, _mm512_loadu_epi32, _mm512_maskz_loadu_epi16, _mm512_permutex2var_epi32,
+    _mm512_setzero_si512, _mm512_storeu_epi32,
 };
 
 use super::kernel::runs_here;
@@ -30,7 +30,7 @@ fn turned<T: Factor>(matrix: Rows<'_, T>, depth: usize, panels: &mut [u32]) {
         for unit in (0..depth).step_by(LANES) {
             let rows = std::array::from_fn(|row| match (first + row < matrix.rows()).then(|| matrix.row(first + row)) {
                 Some(row) => {
-                    prefetch(row.as_ptr().wrapping_add((unit + 4 * LANES) * T::IN_UNIT));
+                    prefetch(row.as_ptr().wrapping_add((unit + UNITS_AHEAD) * T::IN_UNIT));
                     load(&row[unit * T::IN_UNIT..])
                 }
                 None => _mm512_setzero_si512(),
@@ -83,35 +83,56 @@ fn swapped<const DISTANCE: usize>(mut rows: [__m512i; LANES]) -> [__m512i; LANES
     rows
 }
 
-/// Rows that run across the depth, to groups of `WIDTH` columns with `depth` units each.
+/// Rows that run across the depth, to groups of `WIDTH` columns with `depth` units each; writes each column's sum, if told where.
 ///
 /// # Panics
 /// If there is not one group for each `WIDTH` columns, or the processor lacks the instructions (a bug in the caller).
-pub fn interleave<T: Factor, const WIDTH: usize>(matrix: Rows<'_, T>, depth: usize, groups: &mut [u32]) {
+pub fn interleave<T: Factor, const WIDTH: usize>(matrix: Rows<'_, T>, depth: usize, groups: &mut [u32], sums: Option<&mut [f64]>) {
     assert!(runs_here() && groups.len() == matrix.columns().next_multiple_of(WIDTH) * depth);
     // SAFETY: the processor has the instructions.
-    unsafe { interleaved::<T, WIDTH>(matrix, depth, groups) }
+    unsafe { interleaved::<T, WIDTH>(matrix, depth, groups, sums) }
 }
 
+/// Units whose numbers are summed in f32 before they go to a sum in f64: many small numbers are not lost against a large one.
+const BLOCK: usize = 16;
+
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn interleaved<T: Factor, const WIDTH: usize>(matrix: Rows<'_, T>, depth: usize, groups: &mut [u32]) {
+fn interleaved<T: Factor, const WIDTH: usize>(matrix: Rows<'_, T>, depth: usize, groups: &mut [u32], mut sums: Option<&mut [f64]>) {
     for first in (0..matrix.columns()).step_by(COLUMNS) {
         let columns = COLUMNS.min(matrix.columns() - first);
+        let mut of_block = [0f32; COLUMNS];
         for unit in 0..depth {
-            let row = unit * T::IN_UNIT;
-            prefetch(matrix.at(row + 16,first));
-            prefetch(matrix.at(row + 17,first));
-            let units = T::units(line(matrix, row, first), line(matrix, row + 1, first));
+            let lines: [[T; COLUMNS]; 2] = std::array::from_fn(|place| {
+                let row = unit * T::IN_UNIT + place;
+                prefetch(matrix.place(row + ROWS_AHEAD, first));
+                if place < T::IN_UNIT { line(matrix, row, first) } else { [T::zeroed(); COLUMNS] }
+            });
+            let units = T::units(lines);
             for (group, units) in (first / WIDTH..).zip(units.chunks_exact(WIDTH)).take(columns.div_ceil(WIDTH)) {
                 groups[(group * depth + unit) * WIDTH..][..WIDTH].copy_from_slice(units);
+            }
+            if let Some(sums) = &mut sums {
+                lines.iter().for_each(|line| of_block.iter_mut().zip(line).for_each(|(sum, number)| *sum += number.widened()));
+                if (unit + 1).is_multiple_of(BLOCK) || unit + 1 == depth {
+                    let sums = sums[first..][..columns].iter_mut();
+                    sums.zip(&mut of_block).for_each(|(sum, of_block)| *sum += f64::from(std::mem::take(of_block)));
+                }
             }
         }
     }
 }
 
-#[inline]
+/// Rows that are asked for before their turn. They lie too far apart for the processor to see what comes next, so that it waited
+/// for each.
+const ROWS_AHEAD: usize = 16;
+/// Units of a row that are asked for before their turn: many rows are read at once.
+const UNITS_AHEAD: usize = 4 * LANES;
+
+/// Asks for a cache line; nothing happens where there is none.
+#[inline(always)]
 fn prefetch<T>(place: *const T) {
-    unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(place.cast()) }
+    // SAFETY: no address is wrong for it.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(place.cast()) }
 }
 
 /// Neighbouring numbers of a row, zeros where the matrix ends.

@@ -87,16 +87,17 @@ fn backward<T: Number>(x: &Tensor, weight: &Tensor, grad_output: &Tensor, needs:
         by_panels(left, inputs, elements_mut(&mut product), None, |panel, first, columns| panel.straight(right.side(first, columns)));
         product
     };
-    let if_needed = |needed: bool, of: &dyn Fn() -> Tensor| if needed { of() } else { Tensor::new() };
-    vec![
-        if_needed(needs[0], &|| product(x, Left::Rows(gradient), weight)),
-        if_needed(needs[1], &|| {
-            let mut strips = Strips::default();
-            strips.transposed(gradient);
-            product(weight, Left::Strips(&strips), x)
-        }),
-        if_needed(needs[2], &|| grad_output.flatten(0, -2).sum_dim_intlist(0i64, false, T::KIND)),
-    ]
+    let mut gradients = [const { Tensor::new }; 3].map(|undefined| undefined());
+    if needs[0] {
+        gradients[0] = product(x, Left::Rows(gradient), weight);
+    }
+    if needs[1] || needs[2] {
+        let mut strips = Strips::default();
+        let sums = strips.transposed_and_summed(gradient);
+        gradients[1] = product(weight, Left::Strips(&strips), x);
+        gradients[2] = Tensor::from_slice(&sums).to_kind(T::KIND);
+    }
+    gradients.into()
 }
 
 /// Outputs and inputs of a weight.

@@ -19,14 +19,14 @@ pub trait Factor: Element {
     const IN_UNIT: usize;
 
     /// Units of neighbouring columns, from a row and, where a unit has two numbers, the next one.
-    fn units(row: [Self; COLUMNS], next: [Self; COLUMNS]) -> [u32; COLUMNS];
+    fn units(rows: [[Self; COLUMNS]; 2]) -> [u32; COLUMNS];
 }
 
 impl Factor for f32 {
     const IN_UNIT: usize = 1;
 
     #[inline(always)]
-    fn units(row: [f32; COLUMNS], _: [f32; COLUMNS]) -> [u32; COLUMNS] {
+    fn units([row, _]: [[f32; COLUMNS]; 2]) -> [u32; COLUMNS] {
         row.map(f32::to_bits)
     }
 }
@@ -35,7 +35,7 @@ impl Factor for bf16 {
     const IN_UNIT: usize = 2;
 
     #[inline(always)]
-    fn units(row: [bf16; COLUMNS], next: [bf16; COLUMNS]) -> [u32; COLUMNS] {
+    fn units([row, next]: [[bf16; COLUMNS]; 2]) -> [u32; COLUMNS] {
         std::array::from_fn(|column| u32::from(row[column].to_bits()) | u32::from(next[column].to_bits()) << 16)
     }
 }
@@ -75,7 +75,9 @@ impl<'e, T> Rows<'e, T> {
         &self.elements[row * self.stride..][..self.columns]
     }
 
-    pub fn at(&self, row: usize, column: usize) -> *const T {
+    /// Where a number lies, or would lie if the matrix went on.
+    #[inline(always)]
+    pub fn place(&self, row: usize, column: usize) -> *const T {
         self.elements.as_ptr().wrapping_add(row * self.stride + column)
     }
 
@@ -113,7 +115,7 @@ impl Panels {
     pub fn straight<T: Factor>(&mut self, matrix: Rows<'_, T>) {
         (self.depth, self.columns) = (matrix.rows.div_ceil(T::IN_UNIT), matrix.columns);
         self.units.resize(self.columns.next_multiple_of(COLUMNS) * self.depth, 0);
-        interleave::<T, COLUMNS>(matrix, self.depth, &mut self.units);
+        interleave::<T, COLUMNS>(matrix, self.depth, &mut self.units, None);
     }
 
     /// Units of a column.
@@ -143,9 +145,20 @@ pub struct Strips {
 impl Strips {
     /// Lays out the transpose of `matrix`, whose columns run along the depth.
     pub fn transposed<T: Factor>(&mut self, matrix: Rows<'_, T>) {
+        self.lay_out(matrix, None);
+    }
+
+    /// As [`transposed`](Self::transposed); returns the sums of the columns, which are read anyway.
+    pub fn transposed_and_summed<T: Factor>(&mut self, matrix: Rows<'_, T>) -> Vec<f64> {
+        let mut sums = vec![0.0; matrix.columns];
+        self.lay_out(matrix, Some(&mut sums));
+        sums
+    }
+
+    fn lay_out<T: Factor>(&mut self, matrix: Rows<'_, T>, sums: Option<&mut [f64]>) {
         (self.depth, self.rows) = (matrix.rows.div_ceil(T::IN_UNIT), matrix.columns);
         self.units.resize(self.rows.next_multiple_of(ROWS) * self.depth, 0);
-        interleave::<T, ROWS>(matrix, self.depth, &mut self.units);
+        interleave::<T, ROWS>(matrix, self.depth, &mut self.units, sums);
     }
 }
 
@@ -192,4 +205,3 @@ impl<T: Factor> Left<'_, T> {
         }
     }
 }
-
