@@ -2,9 +2,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
-
-use raw_cpuid::CpuId;
 
 /// Path of the loaded library.
 pub fn library() -> Option<PathBuf> {
@@ -52,13 +49,8 @@ pub fn cpu_capability() -> &'static str {
 /// Whether its library of matrix products, MKL, has its best kernels for this processor: it has them for Intel's alone.
 #[cfg(target_arch = "x86_64")]
 pub fn knows_this_cpu() -> bool {
-    static KNOWS: OnceLock<bool> = OnceLock::new();
-    *KNOWS.get_or_init(|| CpuId::new().get_vendor_info().is_some_and(|vendor| vendor.as_str() == "GenuineIntel"))
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-pub fn knows_this_cpu() -> bool {
-    true
+    static KNOWS: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *KNOWS.get_or_init(|| raw_cpuid::CpuId::new().get_vendor_info().is_some_and(|vendor| vendor.as_str() == "GenuineIntel"))
 }
 
 /// Largest block that is kept. Blocks above it, whole stages' gradients, rarely fit where another has been: keeping them as well

@@ -28,7 +28,7 @@ const ONLY_IN: &[(&str, &[&str])] = &[
             "collective/exchange/stretch.rs",
             "cuda/",
             "libtorch.rs",
-            "nn/by_hand/product.rs",
+            "nn/by_hand/product/",
             "tensor.rs",
         ],
     ),

@@ -133,7 +133,7 @@ impl Head {
     }
 
     /// A product that goes to some queries.
-    fn to_queries<'o, T>(&self, all: &'o mut [T], block: &Range<usize>, scale: Scale<'o>) -> Into<'o, T> {
+    fn into_queries<'o, T>(&self, all: &'o mut [T], block: &Range<usize>, scale: Scale<'o>) -> Into<'o, T> {
         let elements = &mut all[self.place(block.start, self.sizes.queries)..];
         Into { elements, stride: self.sizes.stride(), scale, onto: Onto::Nothing }
     }
@@ -194,7 +194,7 @@ fn values<T: Number>(sizes: Sizes, [query, key, value]: [&[T]; 3], into: &mut [T
             let logs = &mut logs[head.number() * sizes.queries..][block.clone()];
             exponentials(&mut scores, &mut weights, logs, &mut shares);
             let scale = Scale::Rows(&shares[..queries]);
-            multiply(weights.left(queries), &by_value, &mut head.to_queries(into, &block, scale));
+            multiply(weights.left(queries), &by_value, &mut head.into_queries(into, &block, scale));
         }
     }
     logs
@@ -271,7 +271,7 @@ fn gradients<T: Number>(sizes: Sizes, [query, key, value, output, grad_output]: 
             };
             sum(&weights, grad, 1.0, &mut grad_value);
             sum(&slopes, query, scale, &mut grad_key);
-            multiply(slopes.left(queries), &keys, &mut head.to_queries(into_query, &block, Scale::All(scale)));
+            multiply(slopes.left(queries), &keys, &mut head.into_queries(into_query, &block, Scale::All(scale)));
         }
         head.write_keys(&grad_key, into_key);
         head.write_keys(&grad_value, into_value);

@@ -12,22 +12,29 @@ macro_rules! vectorized {
     };
 }
 
+#[cfg(target_arch = "x86_64")]
 mod attention;
+#[cfg(not(target_arch = "x86_64"))]
+mod elsewhere;
 mod exp;
 mod gelu;
 mod modulation;
 pub(super) mod patches;
+#[cfg(target_arch = "x86_64")]
 mod product;
 mod rms_norm;
 mod rotation;
 mod vectors;
 
-pub use attention::attend;
 pub use gelu::gelu_tanh;
 pub use modulation::{affine_norm, gated};
-pub use product::linear;
 pub use rms_norm::rms_norm;
 pub use rotation::rotate;
+
+#[cfg(not(target_arch = "x86_64"))]
+pub use elsewhere::{attend, linear};
+#[cfg(target_arch = "x86_64")]
+pub use {attention::attend, product::linear};
 
 use tch::{Device, Kind, Tensor};
 

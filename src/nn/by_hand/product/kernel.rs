@@ -6,7 +6,7 @@
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __mmask16, _mm256_mask_storeu_epi16, _mm256_maskz_loadu_epi16, _mm512_add_ps, _mm512_castsi512_ps,
+    __m256bh, __m256i, __m512, __m512bh, __mmask16, _mm256_mask_storeu_epi16, _mm256_maskz_loadu_epi16, _mm512_add_ps, _mm512_castsi512_ps,
     _mm512_cvtepu16_epi32, _mm512_cvtneps_pbh, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps,
     _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32,
 };
@@ -93,7 +93,7 @@ impl Number for bf16 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     unsafe fn store(place: *mut bf16, lanes: __mmask16, numbers: __m512) {
         // SAFETY: the same 256 bits by another name; the caller's.
-        unsafe { _mm256_mask_storeu_epi16(place.cast(), lanes, transmute(_mm512_cvtneps_pbh(numbers))) }
+        unsafe { _mm256_mask_storeu_epi16(place.cast(), lanes, transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(numbers))) }
     }
 }
 
