@@ -160,6 +160,10 @@ impl<T: Number> Table<T> {
         Table { numbers: vec![T::rounded(0.0); BLOCK * stride], stride, keys: sizes.keys }
     }
 
+    fn rows(&self) -> impl Iterator<Item = &[T]> {
+        self.numbers.chunks_exact(self.stride).map(|row| &row[..self.keys])
+    }
+
     fn rows_mut(&mut self) -> impl Iterator<Item = &mut [T]> {
         self.numbers.chunks_exact_mut(self.stride).map(|row| &mut row[..self.keys])
     }
@@ -192,7 +196,7 @@ fn values<T: Number>(sizes: Sizes, [query, key, value]: [&[T]; 3], into: &mut [T
             let queries = block.len();
             multiply(Left::Rows(head.queries(query, &block)), &by_key, &mut scores.filled(sizes.scale()));
             let logs = &mut logs[head.number() * sizes.queries..][block.clone()];
-            exponentials(&mut scores, &mut weights, logs, &mut shares);
+            exponentials(&scores, &mut weights, logs, &mut shares);
             let scale = Scale::Rows(&shares[..queries]);
             multiply(weights.left(queries), &by_value, &mut head.into_queries(into, &block, scale));
         }
@@ -203,8 +207,8 @@ fn values<T: Number>(sizes: Sizes, [query, key, value]: [&[T]; 3], into: &mut [T
 vectorized! {
     /// Exponentials of the scores' distances from a query's largest, rounded, to be divided by the exact sum: the logarithm of that
     /// sum and what to multiply by.
-    fn exponentials<T: Number>(scores: &mut Table<f32>, weights: &mut Table<T>, logs: &mut [f32], shares: &mut [f32; BLOCK]) {
-        for (((scores, weights), log), share) in scores.rows_mut().zip(weights.rows_mut()).zip(logs).zip(shares) {
+    fn exponentials<T: Number>(scores: &Table<f32>, weights: &mut Table<T>, logs: &mut [f32], shares: &mut [f32; BLOCK]) {
+        for (((scores, weights), log), share) in scores.rows().zip(weights.rows_mut()).zip(logs).zip(shares) {
             let largest = largest(scores);
             let sum = powers(scores, largest, weights);
             (*log, *share) = (largest + sum.ln(), 1.0 / sum);
@@ -262,7 +266,7 @@ fn gradients<T: Number>(sizes: Sizes, [query, key, value, output, grad_output]: 
             multiply(Left::Rows(query), &by_key, &mut scores.filled(scale));
             multiply(Left::Rows(grad), &by_value, &mut changes.filled(1.0));
             let logs = &logs[head.number() * sizes.queries..][block.clone()];
-            slope(&mut scores, &mut changes, [output, grad], logs, (&mut weights, &mut slopes));
+            slope([&scores, &changes], [output, grad], logs, [&mut weights, &mut slopes]);
             let mut sum = |table: &Table<T>, rows: Rows<'_, T>, scale: f32, sums: &mut [f32]| {
                 left.transposed(table.columns(queries));
                 right.straight(rows);
@@ -281,29 +285,47 @@ fn gradients<T: Number>(sizes: Sizes, [query, key, value, output, grad_output]: 
 vectorized! {
     /// Weights and the scores' gradients, rounded, from scores and grad · valueᵀ.
     fn slope<T: Number>(
-        scores: &mut Table<f32>,
-        changes: &mut Table<f32>,
+        [scores, changes]: [&Table<f32>; 2],
         [output, grad]: [Rows<'_, T>; 2],
         logs: &[f32],
-        (weights, slopes): (&mut Table<T>, &mut Table<T>),
+        [weights, slopes]: [&mut Table<T>; 2],
     ) {
-        let read = scores.rows_mut().zip(changes.rows_mut());
+        let read = scores.rows().zip(changes.rows());
         let written = weights.rows_mut().zip(slopes.rows_mut());
         for (query, (((scores, changes), (weights, slopes)), log)) in read.zip(written).zip(logs).enumerate() {
-            let mut sums = [0f32; LANES];
-            for (output, grad) in output.row(query).chunks(LANES).zip(grad.row(query).chunks(LANES)) {
-                for ((sum, output), grad) in sums.iter_mut().zip(output).zip(grad) {
-                    *sum += output.widened() * grad.widened();
-                }
-            }
-            let mean: f32 = sums.iter().sum();
-            for (((weight, slope), score), change) in weights.iter_mut().zip(slopes).zip(scores).zip(changes) {
-                let exact = exp(*score - log);
-                *weight = T::rounded(exact);
-                *slope = T::rounded(exact * (*change - mean));
-            }
+            let change = dot(output.row(query), grad.row(query));
+            slope_row([scores, changes], *log, change, [weights, slopes]);
         }
     }
+}
+
+#[inline(always)]
+fn dot<T: Number>(a: &[T], b: &[T]) -> f32 {
+    let mut sums = [0f32; LANES];
+    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
+        sums.iter_mut().zip(a).zip(b).for_each(|((sum, a), b)| *sum += a.widened() * b.widened());
+    }
+    sums.iter().sum()
+}
+
+/// One query's.
+#[inline(always)]
+fn slope_row<T: Number>([scores, changes]: [&[f32]; 2], log: f32, change: f32, [weights, slopes]: [&mut [T]; 2]) {
+    let (score_vectors, scores) = scores.as_chunks::<LANES>();
+    let (change_vectors, changes) = changes.as_chunks::<LANES>();
+    let (weight_vectors, weights) = weights.as_chunks_mut::<LANES>();
+    let (slope_vectors, slopes) = slopes.as_chunks_mut::<LANES>();
+    let of = |scores: &[f32], changes: &[f32], weights: &mut [T], slopes: &mut [T]| {
+        for (((weight, slope), score), own) in weights.iter_mut().zip(slopes).zip(scores).zip(changes) {
+            let exact = exp(*score - log);
+            *weight = T::rounded(exact);
+            *slope = T::rounded(exact * (*own - change));
+        }
+    };
+    for (((weights, slopes), scores), changes) in weight_vectors.iter_mut().zip(slope_vectors).zip(score_vectors).zip(change_vectors) {
+        of(scores, changes, weights, slopes);
+    }
+    of(scores, changes, weights, slopes);
 }
 
 #[cfg(test)]
