@@ -95,13 +95,6 @@ pub fn elements_mut<T: Element>(tensor: &mut Tensor) -> &mut [T] {
     bytemuck::cast_slice_mut(bytes_mut(tensor))
 }
 
-/// Smallest and largest element as two f32 scalars on the tensor's device, without a host synchronization.
-pub fn range(tensor: &Tensor) -> (Tensor, Tensor) {
-    // Without an axis: along one, even the only one, the operator takes a hundred times as long.
-    let (min, max) = tensor.detach().aminmax(None::<i64>, false);
-    (min.to_kind(Kind::Float), max.to_kind(Kind::Float))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

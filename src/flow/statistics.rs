@@ -3,7 +3,6 @@
 use tch::{Kind, Tensor};
 
 use super::loss::LossValues;
-use crate::tensor::range;
 
 /// Bins of the sigma histogram over `[0, 1]`.
 pub const SIGMA_BINS: usize = 10;
@@ -30,10 +29,11 @@ impl Moments {
     /// Of the rows of `values`, one after the other: `[rows, N]` gives `[rows · WIDTH]` f32.
     fn measure(values: &Tensor) -> Tensor {
         let along = [1i64].as_slice();
-        let mean = values.mean_dim(along, true, Kind::Float);
-        let squares = (values - &mean).square().sum_dim_intlist(along, true, Kind::Float);
+        let num_values = values.size()[1];
+        let (variance, mean) = values.var_mean_correction(along, 0.0, true);
+        let squares = variance * num_values as f64;
         let (min, max) = values.aminmax(1, true);
-        let count = mean.full_like(values.size()[1]);
+        let count = mean.full_like(num_values);
         Tensor::cat(&[count, mean, squares, min, max], 1).flatten(0, 1)
     }
 
@@ -121,14 +121,16 @@ impl Statistics {
     /// Numbers in a row.
     pub const WIDTH: usize = 3 * Moments::WIDTH + 5 * Range::WIDTH + 2 + 2 * SIGMA_BINS;
 
-    /// `[WIDTH]` f32 on the device, without a host synchronization.
+    /// `[WIDTH]` f32 on the device, without a host synchronization; to be called without a graph.
     pub(super) fn measure(observed: &Observed<'_>) -> Tensor {
         let loss = observed.loss;
         let moments = Moments::measure(&Tensor::stack(&[observed.sigma, observed.timesteps, &loss.loss_weight.flatten(0, -1)], 0));
         let tensors = [observed.latents, observed.noise, observed.noisy_latents, observed.model_pred, observed.target];
-        let mut scalars: Vec<Tensor> = tensors.into_iter().flat_map(|tensor| <[Tensor; 2]>::from(range(tensor))).collect();
-        scalars.extend([loss.average_weighted_loss.detach(), loss.average_unweighted_loss.detach()]);
-        let histogram = histogram(observed.sigma, &loss.unweighted_loss.detach());
+        // Without an axis: along one, even the only one, the operator takes a hundred times as long.
+        let range = |tensor: &Tensor| <[Tensor; 2]>::from(tensor.aminmax(None::<i64>, false));
+        let mut scalars: Vec<Tensor> = tensors.into_iter().flat_map(range).collect();
+        scalars.extend([&loss.average_weighted_loss, &loss.average_unweighted_loss].map(Tensor::shallow_clone));
+        let histogram = histogram(observed.sigma, &loss.unweighted_loss);
         Tensor::cat(&[moments, Tensor::stack(&scalars, 0), histogram.flatten(0, 1)], 0)
     }
 

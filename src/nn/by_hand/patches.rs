@@ -71,7 +71,12 @@ impl Places {
         let latents = latents.detach().contiguous();
         let tokens = [self.batch, self.grid.iter().product(), self.features()];
         let mut cut = Tensor::empty(tokens.map(|size| size as i64), (T::KIND, latents.device()));
-        self.copy::<T>(elements(&latents), elements_mut(&mut cut), |in_latents, in_tokens| (in_latents, in_tokens));
+        let (from, into): (&[T], &mut [T]) = (elements(&latents), elements_mut(&mut cut));
+        let ([.., pw], [.., stride], features) = (self.patch, self.strides, self.features());
+        self.rows(|in_latents, in_tokens, width| {
+            let tokens = into[in_tokens..].chunks_mut(features);
+            tokens.zip(from[in_latents..][..width].chunks_exact(pw)).for_each(|(token, run)| spread(run, token, stride));
+        });
         cut
     }
 
@@ -80,47 +85,49 @@ impl Places {
         let ([frames, rows, columns], [pt, ph, pw]) = (self.grid, self.patch);
         let latents = [self.batch, self.channels, frames * pt, rows * ph, columns * pw];
         let mut joined = Tensor::empty(latents.map(|size| size as i64), (T::KIND, tokens.device()));
-        self.copy::<T>(elements(&tokens), elements_mut(&mut joined), |in_latents, in_tokens| (in_tokens, in_latents));
+        let (from, into): (&[T], &mut [T]) = (elements(&tokens), elements_mut(&mut joined));
+        let ([.., stride], features) = (self.strides, self.features());
+        self.rows(|in_latents, in_tokens, width| {
+            let runs = into[in_latents..][..width].chunks_exact_mut(pw);
+            runs.zip(from[in_tokens..].chunks(features)).for_each(|(run, token)| collect(token, run, stride));
+        });
         joined
     }
 
-    /// Copies every number; `ends` of its places in latents and in tokens are those in `from` and in `into`.
+    /// Visits rows of latents by where they begin in latents and in tokens, and their width. A row of tokens, which fits into a
+    /// cache, comes as a whole.
     #[inline(always)]
-    fn copy<T: Element>(&self, from: &[T], into: &mut [T], ends: impl Fn(usize, usize) -> (usize, usize)) {
-        let ([_, _, pw], [.., to_column]) = (self.patch, self.strides);
-        // Two columns that lie side by side in tokens as in latents take half the time as one move.
-        if to_column == 1 && pw % 2 == 0 {
-            self.each::<2>(|in_latents, in_tokens| {
-                let (there, here) = ends(in_latents, in_tokens);
-                into[here..][..2].copy_from_slice(&from[there..][..2]);
-            });
-        } else {
-            self.each::<1>(|in_latents, in_tokens| {
-                let (there, here) = ends(in_latents, in_tokens);
-                into[here] = from[there];
-            });
-        }
-    }
-
-    /// Visits runs of `RUN` numbers by their places in latents and in tokens. A row of tokens, which fits into a cache, comes as
-    /// a whole; latents come in rows of their width.
-    #[inline(always)]
-    fn each<const RUN: usize>(&self, mut visit: impl FnMut(usize, usize)) {
+    fn rows(&self, mut visit: impl FnMut(usize, usize, usize)) {
         let ([frames, rows, columns], [pt, ph, pw]) = (self.grid, self.patch);
-        let [_, to_frame, to_row, to_column] = self.strides;
+        let [to_channel, to_frame, to_row, _] = self.strides;
         let (height, width, features) = (rows * ph, columns * pw, self.features());
         for (row_of_tokens, channel) in pairs(self.batch * frames * rows, self.channels) {
             let (sample, frame, row) = (row_of_tokens / rows / frames, row_of_tokens / rows % frames, row_of_tokens % rows);
             for (dt, dh) in pairs(pt, ph) {
                 let plane = (sample * self.channels + channel) * frames * pt + frame * pt + dt;
-                let first = (plane * height + row * ph + dh) * width;
-                let feature = channel * self.strides[0] + dt * to_frame + dh * to_row;
-                let token = row_of_tokens * columns * features + feature;
-                for (run, column) in pairs(pw / RUN, columns) {
-                    visit(first + column * pw + run * RUN, token + column * features + run * RUN * to_column);
-                }
+                let in_latents = (plane * height + row * ph + dh) * width;
+                let feature = channel * to_channel + dt * to_frame + dh * to_row;
+                visit(in_latents, row_of_tokens * columns * features + feature, width);
             }
         }
+    }
+}
+
+/// A run of neighbouring columns to features `stride` apart. Two that stay neighbours, as in nearly all models, move as one.
+#[inline(always)]
+fn spread<T: Copy>(run: &[T], token: &mut [T], stride: usize) {
+    match (run, stride) {
+        ([first, second], 1) => token[..2].copy_from_slice(&[*first, *second]),
+        _ => token.iter_mut().step_by(stride).zip(run).for_each(|(feature, number)| *feature = *number),
+    }
+}
+
+/// The reverse of [`spread`].
+#[inline(always)]
+fn collect<T: Copy>(token: &[T], run: &mut [T], stride: usize) {
+    match (run, stride) {
+        ([first, second], 1) => [*first, *second] = [token[0], token[1]],
+        (run, _) => run.iter_mut().zip(token.iter().step_by(stride)).for_each(|(number, feature)| *number = *feature),
     }
 }
 
