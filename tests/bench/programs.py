@@ -113,8 +113,8 @@ def built_parts() -> str:
     """The program of `parts.rs`, built."""
     command = ["cargo", "bench", "--quiet", "--no-run", "--bench", "parts", "--message-format", "json"]
     lines = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
-    executables = [entry["executable"] for entry in map(json.loads, lines) if entry.get("executable")]
-    return executables[-1]
+    (executable,) = (entry["executable"] for entry in map(json.loads, lines) if entry.get("executable") and entry["target"]["name"] == "parts")
+    return executable
 
 
 def run_parts(program: str, group: str) -> dict[str, list[float]]:
