@@ -1,4 +1,5 @@
-//! Operations that a CPU does in one pass over memory, with gradients [by hand](crate::autograd).
+//! Operations that a CPU does in one pass over memory, and products by its widest instructions, with gradients
+//! [by hand](crate::autograd).
 //!
 //! libtorch does the same by a chain of operators, each of which reads and writes everything once, forward and backward. Here
 //! that chain stays for what `fits` does not take: other devices, other kinds, and more than one thread, among which

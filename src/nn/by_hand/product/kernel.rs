@@ -1,7 +1,7 @@
 //! Products by AVX-512, a tile at a time.
 //!
 //! The sums of a tile stay in registers over the whole depth, in f32. So a number of the product depends on its row and its column
-//! alone, not on how many there are.
+//! alone, not on how many there are. The bfloat16 instructions take numbers below f32's normal range for zero.
 
 #![allow(unsafe_code)]
 
@@ -98,7 +98,7 @@ impl Number for bf16 {
 }
 
 /// Where a product goes: row by row, `stride` numbers from the begin of one to the begin of the next.
-pub struct Into<'o, O> {
+pub struct Destination<'o, O> {
     pub elements: &'o mut [O],
     pub stride: usize,
     pub scale: Scale<'o>,
@@ -127,7 +127,7 @@ pub enum Onto<'o, O> {
 ///
 /// # Panics
 /// If the sizes do not fit each other, or the processor lacks the instructions (a bug in the caller).
-pub fn multiply<T: Number, O: Number>(left: Left<'_, T>, right: &Panels, into: &mut Into<'_, O>) {
+pub fn multiply<T: Number, O: Number>(left: Left<'_, T>, right: &Panels, into: &mut Destination<'_, O>) {
     let (rows, columns) = (left.rows(), right.columns());
     assert!(runs_here() && left.depth() == right.depth(), "depths of {} and {} units", left.depth(), right.depth());
     assert!((rows - 1) * into.stride + columns <= into.elements.len(), "{rows} rows of {columns} numbers");
@@ -141,7 +141,7 @@ pub fn multiply<T: Number, O: Number>(left: Left<'_, T>, right: &Panels, into: &
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn tiles<T: Number, O: Number>(left: Left<'_, T>, right: &Panels, into: &mut Into<'_, O>) {
+unsafe fn tiles<T: Number, O: Number>(left: Left<'_, T>, right: &Panels, into: &mut Destination<'_, O>) {
     let (rows, columns) = (left.rows(), right.columns());
     for (first_column, panel) in right.each() {
         let lanes = lanes(columns - first_column);
@@ -189,7 +189,7 @@ unsafe fn tile<T: Number>(depth: usize, places: [*const u32; ROWS], step: usize,
 /// The processor has the instructions; the lanes from `column` of `row` on are of the product's.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn put<O: Number>(into: &mut Into<'_, O>, row: usize, column: usize, lanes: [__mmask16; VECTORS], sums: [__m512; VECTORS]) {
+unsafe fn put<O: Number>(into: &mut Destination<'_, O>, row: usize, column: usize, lanes: [__mmask16; VECTORS], sums: [__m512; VECTORS]) {
     let scale = _mm512_set1_ps(match into.scale {
         Scale::All(scale) => scale,
         Scale::Rows(scales) => scales[row],
