@@ -8,6 +8,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use fm_dist::collective::{self, Collective, Launch, ReduceOp};
+use fm_dist::libtorch;
 use fm_dist::nn::attention::attend;
 use fm_dist::nn::by_hand;
 use fm_dist::optim::{AdamW, Optimizer, Slice};
@@ -98,7 +99,9 @@ fn random(size: &[i64], kind: Kind) -> Tensor {
 
 fn main() {
     let repeats = std::env::args().skip(1).find_map(|text| text.parse().ok()).expect("usage: calibrate REPEATS");
+    // As a rank of one thread sets itself up.
     tch::set_num_threads(1);
+    libtorch::keep_freed_memory();
     let world = collective::connect(Launch::Auto, Duration::from_secs(60)).expect("a launcher put this process among others");
     let (bench, cores) = (Bench { world: &*world, repeats }, world.world_size());
     let rates = |kind| (bench.product_rate(kind), bench.attention_rate(kind));

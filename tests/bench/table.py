@@ -64,7 +64,8 @@ class Table:
 
     def text(self, title: str, row: dict, note: str) -> str:
         busiest = max(run["before"]["busy_share"] for pair in row["pairs"] for run in pair.values())
-        note = f"{row['date']}, {len(row['pairs'])} pairs{note}; at most {100 * busiest:.0f} % of the processors busy before a run."
+        pairs = f"{len(row['pairs'])} pair{'s' if len(row['pairs']) != 1 else ''}"
+        note = f"{row['date']}, {pairs}{note}; at most {100 * busiest:.0f} % of the processors busy before a run."
         lines = ["| " + " | ".join(cells) + " |" for cells in self.rows]
         return "\n".join([f"### {title}", "", note, "", *lines, ""])
 
