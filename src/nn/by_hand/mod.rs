@@ -41,7 +41,8 @@ use tch::{Device, Kind, Tensor};
 
 /// Whether a loop of this process computes faster with such tensors than libtorch's operators.
 fn fits(x: &Tensor) -> bool {
-    x.device() == Device::Cpu && matches!(x.kind(), Kind::Float | Kind::BFloat16) && tch::get_num_threads() == 1
+    let has_loops = x.device() == Device::Cpu && matches!(x.kind(), Kind::Float | Kind::BFloat16) && x.numel() > 0;
+    has_loops && tch::get_num_threads() == 1
 }
 
 #[cfg(test)]

@@ -154,7 +154,7 @@ vectorized! {
         let parts = into.chunks_exact_mut(of_modulation).zip(x.chunks_exact(of_modulation)).zip(grad_output.chunks_exact(of_modulation));
         let parts = parts.zip(factor.chunks_exact(width)).zip(moments.chunks_exact(of_modulation / width));
         for ((((into, x), grad_output), factor), moments) in parts {
-            let [mut of_factor, mut of_shift] = [const { Sums::new }; 2].map(|new| new(width));
+            let (mut of_factor, mut of_shift) = (Sums::new(width), Sums::new(width));
             let rows = into.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(grad_output.chunks_exact(width)).zip(moments);
             for (((into, x), grad_output), (mean, inverse)) in rows {
                 let (mut gradients, mut products) = ([0f32; LANES], [0f32; LANES]);
@@ -284,5 +284,6 @@ mod tests {
         let zeros = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, Device::Cpu));
         assert!(gated(&zeros(&[2, 3, 20]), &zeros(&[2, 1, 20]), &zeros(&[2, 3, 20])).is_none());
         assert!(gated(&zeros(&[2, 3, 16]), &zeros(&[2, 3, 16]), &zeros(&[2, 3, 16])).is_none());
+        assert!(gated(&zeros(&[2, 0, 16]), &zeros(&[2, 1, 16]), &zeros(&[2, 0, 16])).is_none());
     }
 }

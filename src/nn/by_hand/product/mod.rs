@@ -85,7 +85,7 @@ fn backward<T: Number>(x: &Tensor, weight: &Tensor, grad_output: &Tensor, needs:
         by_panels(left, inputs, elements_mut(&mut product), None, |panel, first, columns| panel.straight(right.side(first, columns)));
         product
     };
-    let mut gradients = [const { Tensor::new }; 3].map(|undefined| undefined());
+    let mut gradients = [Tensor::new(), Tensor::new(), Tensor::new()];
     if needs[0] {
         gradients[0] = product(x, Left::Rows(gradient), weight);
     }
