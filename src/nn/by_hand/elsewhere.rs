@@ -1,4 +1,4 @@
-//! Processors without AVX-512: products and attention are libtorch's.
+//! Other processors than x86-64: products and attention are libtorch's.
 
 use tch::Tensor;
 

@@ -131,10 +131,11 @@ pub fn multiply<T: Number, O: Number>(left: Left<'_, T>, right: &Panels, into: &
     let (rows, columns) = (left.rows(), right.columns());
     assert!(runs_here() && left.depth() == right.depth(), "depths of {} and {} units", left.depth(), right.depth());
     assert!((rows - 1) * into.stride + columns <= into.elements.len(), "{rows} rows of {columns} numbers");
-    match (into.scale, into.onto) {
-        (Scale::Rows(scales), _) => assert_eq!(scales.len(), rows),
-        (_, Onto::Bias(bias)) => assert_eq!(bias.len(), columns),
-        _ => {}
+    if let Scale::Rows(scales) = into.scale {
+        assert_eq!(scales.len(), rows);
+    }
+    if let Onto::Bias(bias) = into.onto {
+        assert_eq!(bias.len(), columns);
     }
     // SAFETY: the processor has the instructions; the operands are of one depth, and the product fits where it goes.
     unsafe { tiles(left, right, into) }

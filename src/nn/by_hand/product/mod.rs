@@ -92,7 +92,9 @@ fn backward<T: Number>(x: &Tensor, weight: &Tensor, grad_output: &Tensor, needs:
     if needs[1] || needs[2] {
         let mut strips = Strips::default();
         let sums = strips.transposed_and_summed(gradient);
-        gradients[1] = product(weight, Left::Strips(&strips), x);
+        if needs[1] {
+            gradients[1] = product(weight, Left::Strips(&strips), x);
+        }
         gradients[2] = Tensor::from_slice(&sums).to_kind(T::KIND);
     }
     gradients.into()
