@@ -19,27 +19,21 @@ pub struct Moments {
 }
 
 impl Moments {
-    const WIDTH: usize = 5;
+    /// # Panics
+    /// If there are no values (a bug in the caller).
+    fn of(values: &[f32]) -> Self {
+        assert!(!values.is_empty(), "moments of at least one value");
+        let values = values.iter().map(|&value| f64::from(value));
+        let count = values.len() as f64;
+        let mean = values.clone().sum::<f64>() / count;
+        let squares = values.clone().map(|value| (value - mean).powi(2)).sum();
+        let (min, max) = (values.clone().fold(f64::INFINITY, merge_min), values.fold(f64::NEG_INFINITY, merge_max));
+        Moments { count, mean, squares, min, max }
+    }
 
     /// Unbiased standard deviation; 0 for a single value.
     pub fn std(&self) -> f64 {
         if self.count > 1.0 { (self.squares / (self.count - 1.0)).sqrt() } else { 0.0 }
-    }
-
-    /// Of the rows of `values`, one after the other: `[rows, N]` gives `[rows · WIDTH]` f32.
-    fn measure(values: &Tensor) -> Tensor {
-        let along = [1i64].as_slice();
-        let num_values = values.size()[1];
-        let (variance, mean) = values.var_mean_correction(along, 0.0, true);
-        let squares = variance * num_values as f64;
-        let (min, max) = values.aminmax(1, true);
-        let count = mean.full_like(num_values);
-        Tensor::cat(&[count, mean, squares, min, max], 1).flatten(0, 1)
-    }
-
-    fn read(row: &mut impl Iterator<Item = f64>) -> Self {
-        let [count, mean, squares, min, max] = take(row);
-        Moments { count, mean, squares, min, max }
     }
 
     /// Source: Chan, Golub & LeVeque 1979, the pairwise update.
@@ -64,10 +58,8 @@ pub struct Range {
 }
 
 impl Range {
-    const WIDTH: usize = 2;
-
-    fn read(row: &mut impl Iterator<Item = f64>) -> Self {
-        let [min, max] = take(row);
+    fn read(scalars: &mut impl Iterator<Item = f64>) -> Self {
+        let [min, max] = take(scalars);
         Range { min, max }
     }
 
@@ -118,43 +110,57 @@ pub(super) struct Observed<'a> {
 }
 
 impl Statistics {
-    /// Numbers in a row.
-    pub const WIDTH: usize = 3 * Moments::WIDTH + 5 * Range::WIDTH + 2 + 2 * SIGMA_BINS;
+    /// Numbers of a row that say something of one sample: sigma, timestep, weight, mean unweighted loss.
+    const PER_SAMPLE: usize = 4;
 
-    /// `[WIDTH]` f32 on the device, without a host synchronization; to be called without a graph.
+    /// Numbers of a row that say something of the whole batch: five ranges, two mean losses.
+    const SCALARS: usize = 5 * 2 + 2;
+
+    /// Numbers in the row of a batch of that many samples.
+    pub const fn width(samples: usize) -> usize {
+        Self::PER_SAMPLE * samples + Self::SCALARS
+    }
+
+    /// `[width(B)]` f32 on the device, without a host synchronization; to be called without a graph. Only what needs whole tensors
+    /// is computed there: each of its operators costs more than all of the host's work on some numbers a sample.
     pub(super) fn measure(observed: &Observed<'_>) -> Tensor {
         let loss = observed.loss;
-        let moments = Moments::measure(&Tensor::stack(&[observed.sigma, observed.timesteps, &loss.loss_weight.flatten(0, -1)], 0));
+        let sample_losses = loss.unweighted_loss.flatten(1, -1).mean_dim([1i64].as_slice(), false, Kind::Float);
         let tensors = [observed.latents, observed.noise, observed.noisy_latents, observed.model_pred, observed.target];
         // Without an axis: along one, even the only one, the operator takes a hundred times as long.
         let range = |tensor: &Tensor| <[Tensor; 2]>::from(tensor.aminmax(None::<i64>, false));
         let mut scalars: Vec<Tensor> = tensors.into_iter().flat_map(range).collect();
         scalars.extend([&loss.average_weighted_loss, &loss.average_unweighted_loss].map(Tensor::shallow_clone));
-        let histogram = histogram(observed.sigma, &loss.unweighted_loss);
-        Tensor::cat(&[moments, Tensor::stack(&scalars, 0), histogram.flatten(0, 1)], 0)
+        let (weight, scalars) = (loss.loss_weight.flatten(0, -1), Tensor::stack(&scalars, 0));
+        Tensor::cat(&[observed.sigma, observed.timesteps, &weight, &sample_losses, &scalars], 0)
     }
 
     /// Reads a row that [`FlowMatchingPipeline::step`](super::FlowMatchingPipeline::step) measured.
     ///
     /// # Panics
-    /// If the row has another width (a bug in the caller).
+    /// If no batch's row has that width (a bug in the caller).
     pub fn from_row(row: &[f32]) -> Self {
-        assert_eq!(row.len(), Self::WIDTH, "one row of statistics");
-        let row = &mut row.iter().map(|&number| f64::from(number));
-        // Fields are evaluated in the order in which `measure` wrote them.
+        let samples = row.len().saturating_sub(Self::SCALARS) / Self::PER_SAMPLE;
+        assert_eq!(row.len(), Self::width(samples), "a row of statistics");
+        let (per_sample, scalars) = row.split_at(Self::PER_SAMPLE * samples);
+        let column = |number: usize| &per_sample[number * samples..][..samples];
+        let (sigma, sample_losses) = (column(0), column(3));
+        let (sigma_histogram, loss_sums) = histogram(sigma, sample_losses);
+        let scalars = &mut scalars.iter().map(|&number| f64::from(number));
+        // Fields are evaluated in this order, in which `measure` wrote the scalars.
         Statistics {
-            sigma: Moments::read(row),
-            timesteps: Moments::read(row),
-            weight: Moments::read(row),
-            latents: Range::read(row),
-            noise: Range::read(row),
-            noisy_latents: Range::read(row),
-            prediction: Range::read(row),
-            target: Range::read(row),
-            loss: take::<1>(row)[0],
-            unweighted_loss: take::<1>(row)[0],
-            sigma_histogram: take(row),
-            loss_sums: take(row),
+            sigma: Moments::of(sigma),
+            timesteps: Moments::of(column(1)),
+            weight: Moments::of(column(2)),
+            latents: Range::read(scalars),
+            noise: Range::read(scalars),
+            noisy_latents: Range::read(scalars),
+            prediction: Range::read(scalars),
+            target: Range::read(scalars),
+            loss: take::<1>(scalars)[0],
+            unweighted_loss: take::<1>(scalars)[0],
+            sigma_histogram,
+            loss_sums,
         }
     }
 
@@ -184,14 +190,16 @@ impl Statistics {
     }
 }
 
-/// Samples, and sums of their mean losses, in each bin of sigma: `[2, SIGMA_BINS]` f32.
-fn histogram(sigma: &Tensor, unweighted_loss: &Tensor) -> Tensor {
-    let per_sample = unweighted_loss.flatten(1, -1).mean_dim([1i64].as_slice(), false, Kind::Float);
-    let bins = SIGMA_BINS as i64;
-    // NaN becomes the lowest integer and lands in bin 0; the loss itself is checked elsewhere.
-    let bin = (sigma * bins as f64).to_kind(Kind::Int64).clamp(0, bins - 1);
-    let added = Tensor::stack(&[per_sample.ones_like(), per_sample], 0);
-    Tensor::zeros([2, bins], (Kind::Float, sigma.device())).index_add_(1, &bin, &added)
+/// Samples, and sums of their mean losses, in each bin of sigma.
+fn histogram(sigma: &[f32], sample_losses: &[f32]) -> ([f64; SIGMA_BINS], [f64; SIGMA_BINS]) {
+    let (mut counts, mut loss_sums) = ([0.0; SIGMA_BINS], [0.0; SIGMA_BINS]);
+    for (sigma, loss) in sigma.iter().zip(sample_losses) {
+        // NaN lands in bin 0; the loss itself is checked elsewhere.
+        let bin = ((sigma * SIGMA_BINS as f32) as usize).min(SIGMA_BINS - 1);
+        counts[bin] += 1.0;
+        loss_sums[bin] += f64::from(*loss);
+    }
+    (counts, loss_sums)
 }
 
 fn take<const N: usize>(row: &mut impl Iterator<Item = f64>) -> [f64; N] {
@@ -202,26 +210,22 @@ fn take<const N: usize>(row: &mut impl Iterator<Item = f64>) -> [f64; N] {
 mod tests {
     use super::*;
 
-    fn moments(values: &[f32]) -> Moments {
-        let row = Moments::measure(&Tensor::from_slice(values).unsqueeze(0));
-        Moments::read(&mut Vec::<f32>::try_from(row).expect("f32").into_iter().map(f64::from))
-    }
-
     #[test]
     fn merged_moments_are_those_of_all_values() {
         let (a, b) = ([0.1f32, 0.7, 0.4], [0.9f32, 0.2]);
-        let merged = moments(&a).merge(moments(&b));
-        let all = moments(&[0.1, 0.7, 0.4, 0.9, 0.2]);
-        assert!((merged.mean - all.mean).abs() < 1e-7 && (merged.std() - all.std()).abs() < 1e-7);
+        let merged = Moments::of(&a).merge(Moments::of(&b));
+        let all = Moments::of(&[0.1, 0.7, 0.4, 0.9, 0.2]);
+        // f64 rounding of a few sums of numbers below 1.
+        assert!((merged.mean - all.mean).abs() < 1e-15 && (merged.std() - all.std()).abs() < 1e-15);
+        // The numbers are rounded to f32 before.
+        assert!((all.mean - 0.46).abs() < 1e-7 && (all.std() - 0.113f64.sqrt()).abs() < 1e-7);
         assert_eq!((merged.min, merged.max, merged.count), (all.min, all.max, 5.0));
     }
 
     #[test]
     fn losses_are_averaged_in_their_tenth_of_sigma() {
-        let sigma = Tensor::from_slice(&[0.05f32, 0.95, 0.99, 1.0]);
-        let loss = Tensor::from_slice(&[1.0f32, 2.0, 4.0, 6.0]).view([4, 1]);
-        let found = histogram(&sigma, &loss);
-        assert_eq!(Vec::<f32>::try_from(found.get(0)).expect("f32"), [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.0]);
-        assert_eq!(found.double_value(&[1, 9]), 12.0);
+        let (counts, loss_sums) = histogram(&[0.05, 0.95, 0.99, 1.0], &[1.0, 2.0, 4.0, 6.0]);
+        assert_eq!(counts, [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.0]);
+        assert_eq!((loss_sums[0], loss_sums[9]), (1.0, 12.0));
     }
 }

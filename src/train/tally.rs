@@ -17,7 +17,7 @@ const EXACT: u64 = (1 << f32::MANTISSA_DIGITS) - 1;
 
 /// One rank's part of it.
 pub struct Own<'t> {
-    /// One row for each micro-batch.
+    /// One row for each micro-batch, all of one width.
     pub statistics: &'t [Tensor],
     /// Norm of each grain of its gradients, f32 scalars.
     pub norms: &'t [Tensor],
@@ -52,6 +52,7 @@ pub struct Tally {
 /// Every rank calls it, with as many micro-batches and norms.
 pub fn exchange(own: &Own<'_>, collective: &dyn Collective) -> Result<Vec<Tally>> {
     let (num_rows, num_norms) = (own.statistics.len(), own.norms.len());
+    let width = own.statistics[0].numel();
     let device = own.statistics[0].device();
     let words = Tensor::from_slice(&own.words()).to_device(device);
     let norms: Vec<Tensor> = own.norms.iter().map(|norm| norm.to_device(device)).collect();
@@ -59,7 +60,7 @@ pub fn exchange(own: &Own<'_>, collective: &dyn Collective) -> Result<Vec<Tally>
     let all = Tensor::zeros([collective.world_size() as i64, row.size()[0]], (Kind::Float, device));
     collective.all_gather(vec![Sliced { owned: row, full: all.shallow_clone() }])?.wait()?;
     let all = Vec::<f32>::try_from(all.to_device(Device::Cpu).flatten(0, -1)).expect("f32 rows");
-    Ok(all.chunks(all.len() / collective.world_size()).map(|row| Tally::read(row, num_rows, num_norms)).collect())
+    Ok(all.chunks(all.len() / collective.world_size()).map(|row| Tally::read(row, num_rows, width, num_norms)).collect())
 }
 
 impl Own<'_> {
@@ -72,13 +73,13 @@ impl Own<'_> {
 }
 
 impl Tally {
-    fn read(row: &[f32], num_rows: usize, num_norms: usize) -> Self {
-        let (rows, rest) = row.split_at(num_rows * Statistics::WIDTH);
+    fn read(row: &[f32], num_rows: usize, width: usize, num_norms: usize) -> Self {
+        let (rows, rest) = row.split_at(num_rows * width);
         let (norms, words) = rest.split_at(num_norms);
         let mut seconds = [0.0; OWN_PHASES.len()];
         seconds.iter_mut().zip(&words[5..]).for_each(|(seconds, word)| *seconds = f64::from(*word));
         Tally {
-            statistics: rows.chunks(Statistics::WIDTH).map(Statistics::from_row).collect(),
+            statistics: rows.chunks(width).map(Statistics::from_row).collect(),
             norms: norms.to_vec(),
             request: Request::of_number(words[0]),
             seconds,
@@ -114,7 +115,7 @@ mod tests {
 
     fn told_by(world: Threads, num_norms: usize) -> Result<Vec<Tally>> {
         let number = world.rank() as f64;
-        let row = Tensor::full([Statistics::WIDTH as i64], number, (Kind::Float, Device::Cpu));
+        let row = Tensor::full([Statistics::width(3) as i64], number, (Kind::Float, Device::Cpu));
         let norm = Tensor::from(number as f32 + 0.5);
         let own = Own {
             statistics: &[row.shallow_clone(), row],
