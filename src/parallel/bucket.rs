@@ -106,10 +106,9 @@ impl Bucket {
     pub fn set(&mut self, flat: &Tensor) {
         no_grad(|| {
             for piece in &mut self.pieces {
-                let layout = piece.layout;
-                let whole = Tensor::zeros([layout.padded], (Kind::Float, Device::Cpu));
-                whole.narrow(0, 0, layout.numel).copy_(&flat.narrow(0, piece.offset, layout.numel));
-                piece.set(&whole);
+                let Layout { numel, padded, .. } = piece.layout;
+                let values = flat.narrow(0, piece.offset, numel);
+                piece.set(&if padded == numel { values } else { values.constant_pad_nd([0, padded - numel]) });
             }
         });
     }
@@ -193,7 +192,7 @@ impl Bucket {
     /// This rank's shard of each piece, to be changed.
     pub fn shards_mut(&mut self) -> impl Iterator<Item = Shard<'_>> {
         self.pieces.iter_mut().map(|piece| {
-            let apart = piece.computed.data_ptr() != piece.master.data_ptr();
+            let apart = piece.has_master_apart();
             Shard { master: &mut piece.master, computed: apart.then_some(&mut piece.computed), decayed: &piece.decayed }
         })
     }
@@ -256,11 +255,18 @@ impl Piece {
     fn set(&mut self, whole: &Tensor) {
         let owned = self.layout.owned();
         let shard = whole.narrow(0, owned.start, owned.end - owned.start);
-        self.master.copy_(&shard);
         match &self.leaf {
             Some(leaf) => leaf.detach().copy_(whole),
             None => self.computed.copy_(&shard),
+        };
+        if self.has_master_apart() {
+            self.master.copy_(&shard);
         }
+    }
+
+    /// Whether the master has a storage of its own: where it is of another kind, or lies elsewhere, than what is computed with.
+    fn has_master_apart(&self) -> bool {
+        self.computed.data_ptr() != self.master.data_ptr()
     }
 }
 

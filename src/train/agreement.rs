@@ -66,7 +66,7 @@ pub fn agreed<T>(own: Result<T>, collective: &dyn Collective) -> Result<T> {
 /// # Errors
 /// As [`agree`].
 pub fn tensor_of_rank_zero(collective: &dyn Collective, size: i64, make: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
-    let own = if collective.rank() == 0 { make() } else { Ok(Tensor::zeros([size], (Kind::Float, Device::Cpu))) };
+    let own = if collective.rank() == 0 { make() } else { Ok(Tensor::empty([size], (Kind::Float, Device::Cpu))) };
     let tensor = agreed(own, collective)?;
     collective.broadcast(tensor.shallow_clone(), 0)?.wait()?;
     Ok(tensor)

@@ -75,10 +75,13 @@ fn minority(numbers: &[i64]) -> Vec<usize> {
     (0..numbers.len()).filter(|rank| numbers[*rank] != *common).collect()
 }
 
-/// The tensor's bits as integers, added up.
+/// The tensor's bits, of whatever device, as integers added up: as wide ones as begin and end with it, because libtorch
+/// copies narrower ones before it adds them.
 fn bits(tensor: &Tensor) -> i64 {
-    let as_integers = if tensor.kind() == Kind::Float { Kind::Int } else { Kind::Int16 };
-    tensor.detach().view_dtype(as_integers).sum(Kind::Int64).to_device(Device::Cpu).int64_value(&[])
+    let ends = [tensor.data_ptr() as usize, tensor.numel() * tensor.kind().elt_size_in_bytes()];
+    let fits = |kind: &Kind| ends.iter().all(|end| end.is_multiple_of(kind.elt_size_in_bytes()));
+    let integers = [Kind::Int64, Kind::Int, Kind::Int16].into_iter().find(fits).expect("no kind is narrower");
+    tensor.detach().view_dtype(integers).sum(Kind::Int64).to_device(Device::Cpu).int64_value(&[])
 }
 
 #[cfg(test)]

@@ -46,7 +46,7 @@ fn open(folder: &Path, family: &Model, replica: &Replica<'_>) -> Result<Shards> 
 
 /// One stage's parameters, `prefix` before their names, as the flat f32 buffer that holds them.
 pub fn flat(shards: &Shards, prefix: &str, params: &ParamSet) -> Result<Tensor> {
-    let whole = Tensor::zeros([params.numel()], (Kind::Float, Device::Cpu));
+    let whole = Tensor::empty([params.numel()], (Kind::Float, Device::Cpu));
     let mut offset = 0;
     for info in params.infos() {
         pulse::still_at_work();
