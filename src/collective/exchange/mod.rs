@@ -133,7 +133,7 @@ impl<W: Wire> Flight<W> {
 
     fn wait(&mut self, wire: &W) -> Result<()> {
         wire.wait(&mut self.messages)?;
-        self.copies.drain(..).for_each(|(from, to)| to.copy_from(from));
+        self.copies.drain(..).for_each(|(from, to)| to.stream_from(from));
         Ok(())
     }
 }

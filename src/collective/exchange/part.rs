@@ -151,7 +151,7 @@ impl Part {
                 for peer in place.peers() {
                     let piece = self.piece(peer, start);
                     if !matches!(pattern, Pattern::Gathered) {
-                        board.between(place.rank, peer, road.round, piece).copy_from(piece);
+                        board.between(place.rank, peer, road.round, piece).stream_from(piece);
                     }
                     flight.tell(wire, peer)?;
                 }
@@ -195,7 +195,7 @@ impl Part {
             (pattern, Some(board)) => {
                 place.peers().try_for_each(|peer| flight.hear(wire, peer))?;
                 if !matches!(pattern, Pattern::Owned(_)) {
-                    board.for_all(place.rank, road.round, mine).copy_from(mine);
+                    board.for_all(place.rank, road.round, mine).stream_from(mine);
                     for peer in place.peers() {
                         let piece = self.piece(peer, start);
                         flight.then_copy(board.for_all(peer, road.round, piece), piece);

@@ -65,9 +65,23 @@ impl Stretch {
 
     /// Copies as many elements from elsewhere.
     pub fn copy_from(self, from: Stretch) {
-        assert!(self.bytes() == from.bytes() && !self.overlaps(from), "apart and of equal size");
-        // SAFETY: both are memory of tensors or of the board that is kept, of equal size, and do not overlap.
+        self.check_apart(from);
+        // SAFETY: both are memory of tensors that are kept, of equal size, and do not overlap.
         unsafe { std::ptr::copy_nonoverlapping(from.address.cast::<u8>(), self.address.cast(), from.bytes()) };
+    }
+
+    /// Copies as many elements from elsewhere, past the caches, for who reads them on another core.
+    ///
+    /// A line that this core has written and that core asks for takes 170 ns where the two share no cache, and 4 times as long for
+    /// all pieces as by way of the memory; where they share one, the memory takes as long as the cache.
+    pub fn stream_from(self, from: Stretch) {
+        self.check_apart(from);
+        // SAFETY: both are memory of tensors or of the board that is kept, of equal size, and do not overlap.
+        unsafe { stream(from.address.cast(), self.address.cast(), from.bytes()) };
+    }
+
+    fn check_apart(self, other: Stretch) {
+        assert!(self.bytes() == other.bytes() && !self.overlaps(other), "apart and of equal size");
     }
 
     /// The elements as a tensor, to add with.
@@ -94,5 +108,59 @@ impl Stretch {
         // SAFETY: as in `read`; nobody reads the memory before the message has arrived, and every bit pattern is an element.
         let bytes = unsafe { std::slice::from_raw_parts_mut(self.address.cast::<u8>(), self.bytes()) };
         receive(&mut bytes[first..])
+    }
+}
+
+/// Bytes that are on their way to memory together.
+#[cfg(target_arch = "x86_64")]
+const LINE: usize = 64;
+
+/// # Safety
+/// `bytes` may be read at `from` and written at `to`, and do not overlap.
+#[cfg(target_arch = "x86_64")]
+unsafe fn stream(from: *const u8, to: *mut u8, bytes: usize) {
+    use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128};
+    const VECTORS: usize = LINE / size_of::<__m128i>();
+
+    let before = to.align_offset(LINE).min(bytes);
+    let lines = (bytes - before) / LINE;
+    let behind = before + lines * LINE;
+    // SAFETY: the caller's; whole lines begin where one does.
+    unsafe {
+        std::ptr::copy_nonoverlapping(from, to, before);
+        for line in 0..lines {
+            let (from, to) = (from.add(before + line * LINE).cast::<__m128i>(), to.add(before + line * LINE).cast::<__m128i>());
+            let vectors: [__m128i; VECTORS] = std::array::from_fn(|place| _mm_loadu_si128(from.add(place)));
+            vectors.into_iter().enumerate().for_each(|(place, vector)| _mm_stream_si128(to.add(place), vector));
+        }
+        std::ptr::copy_nonoverlapping(from.add(behind), to.add(behind), bytes - behind);
+        // What comes after, the message that says that the piece is there, is not seen before the piece.
+        _mm_sfence();
+    }
+}
+
+/// # Safety
+/// `bytes` may be read at `from` and written at `to`, and do not overlap.
+#[cfg(not(target_arch = "x86_64"))]
+unsafe fn stream(from: *const u8, to: *mut u8, bytes: usize) {
+    // SAFETY: the caller's.
+    unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_streams_arrives_wherever_lines_begin() {
+        let from = Tensor::arange(400, (Kind::Uint8, Device::Cpu));
+        for (first, length) in [(0, 400), (1, 399), (63, 2), (17, 0), (5, 300)] {
+            let (to, source) = (from.zeros_like(), Stretch::of(&from).part(first, length));
+            Stretch::of(&to).part(first, length).stream_from(source);
+            let (first, length) = (first as i64, length as i64);
+            assert!(to.narrow(0, first, length).equal(&from.narrow(0, first, length)), "{length} bytes from {first}");
+            // Nothing beside them.
+            assert_eq!(to.sum(Kind::Int64), from.narrow(0, first, length).sum(Kind::Int64));
+        }
     }
 }
