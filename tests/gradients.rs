@@ -4,7 +4,7 @@ use fm_dist::model::{Architecture, Dit};
 use fm_dist::nn::{Activations, Builder, Init, Linear, ParamSet, Stage, Views};
 use fm_dist::parallel::{Bucket, Recompute, Replica};
 use fm_dist::rng::{Key, Purpose};
-use tch::{Device, Kind, Tensor, no_grad};
+use tch::{Device, Kind, Tensor};
 
 const KEY: Key = Key { seed: 17, purpose: Purpose::Test, step: 0, micro_batch: 0, scope: 0 };
 
@@ -141,15 +141,15 @@ fn gradients_are_the_slopes_of_the_loss() {
     const STEP: f64 = 1e-5;
     const TOLERANCE: f64 = 1e-7;
     let replica = replica(Kind::Double);
-    // Masters are f32; the double leaf holds the same values, and the check moves the leaf itself.
+    // Masters are f32; what is computed with holds the same values in f64, and the check moves these.
     let (_, gradients) = stage_wise(&replica, Recompute::Never);
     for (stage, gradient) in gradients {
         for probe in 0..5 {
             let index = KEY.step(3).scope(stage as u64).below(probe, gradient.numel() as u64) as i64;
             let loss_at = |offset: f64| {
-                let leaf = replica.buckets[stage].pieces()[0].leaf().unwrap().detach();
-                let original = leaf.double_value(&[index]);
-                let place = |value: f64| no_grad(|| drop(leaf.narrow(0, index, 1).fill_(value)));
+                let full = replica.buckets[stage].pieces()[0].full().unwrap();
+                let original = full.double_value(&[index]);
+                let place = |value: f64| drop(full.narrow(0, index, 1).fill_(value));
                 place(original + offset);
                 let loss = stage_wise(&replica, Recompute::Never).0;
                 place(original);

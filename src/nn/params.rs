@@ -98,8 +98,7 @@ impl ParamSet {
         self.infos.iter().filter(|info| info.precise).map(ParamInfo::numel).sum()
     }
 
-    /// The flat buffer `[P]` as one view a parameter; what lies behind the last is padding. Gradients of the views come back
-    /// as one contiguous buffer of the same length.
+    /// The flat buffer `[P]` as one view a parameter; what lies behind the last is padding.
     pub fn split(&self, flat: &Tensor) -> Views {
         self.split_pieces(&[flat])
     }
@@ -159,6 +158,12 @@ impl Views {
     /// In the order of the set's infos.
     pub fn iter(&self) -> impl Iterator<Item = &Tensor> {
         self.tensors.iter()
+    }
+
+    /// Leaves over the same storage: where a graph begins.
+    pub fn leaves(&self, gradients: bool) -> Self {
+        let leaf = |view: &Tensor| view.detach().set_requires_grad(gradients);
+        Views { tensors: self.tensors.iter().map(leaf).collect(), places: self.places.clone() }
     }
 }
 

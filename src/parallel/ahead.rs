@@ -1,39 +1,39 @@
-//! Leaves of the stages in the order in which they are used, those of the next on their way while one computes.
+//! Parameters of the stages in the order in which they are used, those of the next on their way while one computes.
 
-use super::Bucket;
+use super::Replica;
 use super::bucket::{Gathering, Weights};
-use crate::collective::Collective;
 use crate::error::Result;
 
 /// Gathers one stage ahead.
 pub struct Ahead<'m, I> {
-    buckets: &'m [Bucket],
-    shards: &'m dyn Collective,
+    replica: &'m Replica<'m>,
     order: I,
-    next: Option<Gathering>,
+    /// With the stage's number.
+    next: Option<(usize, Gathering)>,
 }
 
 impl<'m, I: Iterator<Item = usize>> Ahead<'m, I> {
-    pub fn new(buckets: &'m [Bucket], shards: &'m dyn Collective, order: I) -> Self {
-        Ahead { buckets, shards, order, next: None }
+    pub fn new(replica: &'m Replica<'m>, order: I) -> Self {
+        Ahead { replica, order, next: None }
     }
 
-    /// The leaves of the next stage in the order.
+    /// The parameters of the next stage in the order.
     ///
     /// # Ordering
     /// Every rank of a shard group asks for the same stages in the same order, to the end.
     /// # Panics
     /// If the order is at its end (a bug in the caller).
     pub fn next(&mut self) -> Result<Weights> {
-        let current = match self.next.take() {
-            Some(gathering) => gathering,
+        let (stage, current) = match self.next.take() {
+            Some(begun) => begun,
             None => self.begin()?.expect("the order names every stage that is used"),
         };
         self.next = self.begin()?;
-        current.wait()
+        current.wait(self.replica.stages[stage].params())
     }
 
-    fn begin(&mut self) -> Result<Option<Gathering>> {
-        self.order.next().map(|stage| self.buckets[stage].gather(self.shards)).transpose()
+    fn begin(&mut self) -> Result<Option<(usize, Gathering)>> {
+        let Replica { buckets, sharing, .. } = self.replica;
+        self.order.next().map(|stage| Ok((stage, buckets[stage].gather(sharing.shards())?))).transpose()
     }
 }

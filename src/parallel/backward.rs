@@ -14,25 +14,23 @@ pub fn loss_backward(loss: &Tensor, output: &Activations) -> Vec<Tensor> {
     Tensor::run_backward(&[loss], &inputs, false, false)
 }
 
-/// Gradients of the stage's leaves and of its flowing inputs, given those of its outputs.
+/// Gradients of the stage's leaves and of its flowing inputs, given those of its outputs: undefined where the graph does not reach
+/// one.
 ///
 /// # Shapes
-/// `leaves` and their gradients: flat. `grad_output`: one tensor for each flowing output, undefined where nothing downstream
-/// used it.
-pub fn stage_backward(leaves: &[Tensor], input: &Activations, output: &Activations, grad_output: &[Tensor]) -> (Vec<Tensor>, Vec<Tensor>) {
+/// `grad_output`: one tensor for each flowing output, undefined where nothing downstream used it.
+pub fn stage_backward(leaves: &[&Tensor], input: &Activations, output: &Activations, grad_output: &[Tensor]) -> (Vec<Tensor>, Vec<Tensor>) {
     let pairs = output.flowing().zip(grad_output).filter(|(_, gradient)| gradient.defined());
     let roots: Vec<Tensor> = pairs.map(|((_, value), gradient)| root(value, gradient)).collect();
-    let inputs: Vec<&Tensor> = leaves.iter().chain(input.flowing().map(|(_, tensor)| tensor)).collect();
+    let inputs: Vec<&Tensor> = leaves.iter().copied().chain(input.flowing().map(|(_, tensor)| tensor)).collect();
     if roots.is_empty() || inputs.is_empty() {
         // Nothing downstream used this stage, or nothing before it is trained.
         let undefined = input.flowing().map(|_| Tensor::new()).collect();
-        return (leaves.iter().map(Tensor::zeros_like).collect(), undefined);
+        return (leaves.iter().map(|_| Tensor::new()).collect(), undefined);
     }
     let mut gradients = Tensor::run_backward(&roots, &inputs, false, false);
     let grad_input = gradients.split_off(leaves.len());
-    // A leaf that the graph did not reach still gets a gradient, so that all ranks issue the same collectives.
-    let reached = |(gradient, leaf): (Tensor, &Tensor)| if gradient.defined() { gradient } else { leaf.zeros_like() };
-    (gradients.into_iter().zip(leaves).map(reached).collect(), grad_input)
+    (gradients, grad_input)
 }
 
 /// A number from which `gradient` flows into `value`: the bindings let every root begin with a gradient of ones, and a product

@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::nn::{ParamSet, Views};
 use crate::rng::Key;
 
-/// A stage's parameters: f32 master values, and the leaves in the compute kind that the stage's graph begins with.
+/// A stage's parameters: f32 master values, and the same in the compute kind.
 #[derive(Debug)]
 pub struct Bucket {
     /// One or two: precise parameters in f32, the others in the compute kind. None for a stage without parameters.
@@ -28,7 +28,7 @@ pub struct Piece {
     /// This rank's shard in the compute kind; shares the master's storage where that is f32.
     computed: Tensor,
     /// All of the piece in the compute kind, unless only the shard is held between uses.
-    leaf: Option<Tensor>,
+    full: Option<Tensor>,
     /// Runs of the shard that weight decay applies to.
     decayed: Vec<(i64, i64)>,
 }
@@ -44,22 +44,24 @@ pub struct Shard<'b> {
     pub decayed: &'b [(i64, i64)],
 }
 
-/// A stage's leaves for one use. What was gathered for it goes with it.
+/// A stage's parameters for one use, each of them a leaf of its graph. What was gathered for it goes with it.
 #[derive(Debug)]
 pub struct Weights {
-    leaves: Vec<Tensor>,
+    leaves: Views,
     trained: bool,
 }
 
-/// A stage's leaves on their way.
+/// A stage's parameters on their way.
 pub struct Gathering {
-    weights: Weights,
+    /// One a piece.
+    full: Vec<Tensor>,
+    trained: bool,
     work: Work,
 }
 
 impl Bucket {
-    /// Parameters begun from `key`, zeros without one. `devices`: where they compute, and where master values lie that do not
-    /// share a leaf's storage.
+    /// Parameters begun from `key`, zeros without one. `devices`: where they compute, and where master values lie that have a
+    /// storage of their own.
     pub fn new(params: &ParamSet, kind: Kind, devices: (Device, Device), key: Option<Key>, sharing: &Sharing<'_>) -> Self {
         let precise = if kind == Kind::Float { 0 } else { params.num_precise() };
         let sizes = [(0, precise, Kind::Float), (precise, params.numel() - precise, kind)];
@@ -77,21 +79,12 @@ impl Bucket {
             params.initialize(&flat, key);
             bucket.set(&flat);
         }
-        bucket.track(bucket.trained);
         bucket
     }
 
     /// The same parameters, excluded from training.
-    pub fn frozen(mut self) -> Self {
-        self.track(false);
-        self
-    }
-
-    fn track(&mut self, trained: bool) {
-        self.trained = trained;
-        for leaf in self.pieces.iter_mut().filter_map(|piece| piece.leaf.as_mut()) {
-            *leaf = leaf.detach().set_requires_grad(trained);
-        }
+    pub fn frozen(self) -> Self {
+        Bucket { trained: false, ..self }
     }
 
     pub fn is_trained(&self) -> bool {
@@ -143,7 +136,7 @@ impl Bucket {
         Ok(match pieces.len() {
             1 => pieces.remove(0),
             0 => Tensor::zeros([0], (Kind::Float, Device::Cpu)),
-            // Masters that share a leaf's storage lie with it, others may lie at home.
+            // Masters lie with what is computed with, or at home.
             _ => Tensor::cat(&pieces.iter().map(|piece| piece.to_device(pieces[0].device())).collect::<Vec<_>>(), 0),
         })
     }
@@ -159,33 +152,51 @@ impl Bucket {
         no_grad(|| self.pieces.iter().map(cut).collect())
     }
 
-    /// Begins to bring the leaves together for one use.
+    /// Begins to bring the parameters together for one use.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it for the same stages in the same order.
     pub fn gather(&self, shards: &dyn Collective) -> Result<Gathering> {
-        let (mut leaves, mut missing) = (Vec::new(), Vec::new());
-        for piece in &self.pieces {
-            leaves.push(match &piece.leaf {
-                Some(leaf) => leaf.shallow_clone(),
-                None => {
-                    let full = Tensor::empty([piece.layout.padded], (piece.computed.kind(), piece.computed.device()));
-                    missing.push(Sliced { owned: piece.computed.shallow_clone(), full: full.shallow_clone() });
-                    full
-                }
-            });
-        }
+        let mut missing = Vec::new();
+        let held = |piece: &Piece| match &piece.full {
+            Some(full) => full.shallow_clone(),
+            None => {
+                let full = Tensor::empty([piece.layout.padded], (piece.computed.kind(), piece.computed.device()));
+                missing.push(piece.sliced(&full));
+                full
+            }
+        };
+        let full = self.pieces.iter().map(held).collect();
         let work = if missing.is_empty() { Work::done() } else { shards.all_gather(missing)? };
-        Ok(Gathering { weights: Weights { leaves, trained: self.trained }, work })
+        Ok(Gathering { full, trained: self.trained, work })
     }
 
-    /// After an update: begins to send this rank's shard to those who hold the whole leaf.
+    /// Gradients of the stage's parameters, undefined where its graph did not reach them, as one flat tensor a piece: in f32, in
+    /// which they are summed, or more if they are of more. What was not reached is zero, so that all ranks issue the same collectives.
+    pub fn joined(&self, params: &ParamSet, gradients: Vec<Tensor>) -> Vec<Tensor> {
+        no_grad(|| {
+            let joined: Vec<Tensor> = self.pieces.iter().map(Piece::gradient).collect();
+            let views = params.split_pieces(&joined.iter().collect::<Vec<_>>());
+            // Each of them is gone once it is copied.
+            for (view, gradient) in views.iter().zip(gradients) {
+                let mut view = view.shallow_clone();
+                if gradient.defined() {
+                    view.copy_(&gradient)
+                } else {
+                    let _ = view.zero_();
+                }
+            }
+            joined
+        })
+    }
+
+    /// After an update: begins to send this rank's shard to those who hold all of the piece.
     ///
     /// # Ordering
     /// As [`gather`](Self::gather).
     pub fn publish(&self, shards: &dyn Collective) -> Result<Work> {
         let cut = self.pieces.iter().filter(|piece| !piece.layout.is_whole());
-        let sliced: Vec<Sliced> = cut.filter_map(|piece| piece.leaf.as_ref().map(|leaf| piece.sliced(leaf))).collect();
+        let sliced: Vec<Sliced> = cut.filter_map(|piece| piece.full.as_ref().map(|full| piece.sliced(full))).collect();
         if sliced.is_empty() { Ok(Work::done()) } else { shards.all_gather(sliced) }
     }
 
@@ -223,10 +234,10 @@ impl Piece {
         let owned = layout.owned();
         let length = owned.end - owned.start;
         let keeps_all = sharding != Sharding::Parameters || layout.is_whole();
-        let leaf = keeps_all.then(|| zeros(layout.padded, kind, device));
-        let computed = leaf.as_ref().map_or_else(|| zeros(length, kind, device), |leaf| leaf.detach().narrow(0, owned.start, length));
+        let full = keeps_all.then(|| zeros(layout.padded, kind, device));
+        let computed = full.as_ref().map_or_else(|| zeros(length, kind, device), |full| full.narrow(0, owned.start, length));
         let master = if kind == Kind::Float { computed.shallow_clone() } else { zeros(length, Kind::Float, home) };
-        Piece { layout, offset, master, computed, leaf, decayed }
+        Piece { layout, offset, master, computed, full, decayed }
     }
 
     pub fn layout(&self) -> Layout {
@@ -237,28 +248,37 @@ impl Piece {
         &self.master
     }
 
-    /// Kind of the leaf and of what is computed with it.
+    /// Kind of what is computed with.
     pub fn kind(&self) -> Kind {
         self.computed.kind()
     }
 
-    /// The leaf that this rank holds between steps beside its shard.
-    pub fn leaf(&self) -> Option<&Tensor> {
-        self.leaf.as_ref()
+    /// All of the piece in the compute kind, where this rank holds it between steps.
+    pub fn full(&self) -> Option<&Tensor> {
+        self.full.as_ref()
     }
 
-    fn sliced(&self, leaf: &Tensor) -> Sliced {
-        Sliced { owned: self.computed.shallow_clone(), full: leaf.detach() }
+    fn sliced(&self, full: &Tensor) -> Sliced {
+        Sliced { owned: self.computed.shallow_clone(), full: full.shallow_clone() }
+    }
+
+    /// Room for the piece's gradient `[padded]`, zero behind the last parameter.
+    fn gradient(&self) -> Tensor {
+        let Layout { numel, padded, .. } = self.layout;
+        let kind = if self.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+        let gradient = Tensor::empty([padded], (kind, self.computed.device()));
+        let _ = gradient.narrow(0, numel, padded - numel).zero_();
+        gradient
     }
 
     /// `whole`: `[padded]` f32.
     fn set(&mut self, whole: &Tensor) {
         let owned = self.layout.owned();
         let shard = whole.narrow(0, owned.start, owned.end - owned.start);
-        match &self.leaf {
-            Some(leaf) => leaf.detach().copy_(whole),
+        match &mut self.full {
+            Some(full) => full.copy_(whole),
             None => self.computed.copy_(&shard),
-        };
+        }
         if self.has_master_apart() {
             self.master.copy_(&shard);
         }
@@ -271,25 +291,23 @@ impl Piece {
 }
 
 impl Weights {
-    /// The leaves whose gradients the backward pass asks for; none for a frozen or empty stage.
-    pub fn trained(&self) -> &[Tensor] {
-        if self.trained { &self.leaves } else { &[] }
+    /// The parameters as the stage's forward takes them.
+    pub fn leaves(&self) -> &Views {
+        &self.leaves
     }
 
-    /// The parameters as the stage's forward takes them.
-    pub fn views(&self, params: &ParamSet) -> Views {
-        params.split_pieces(&self.leaves.iter().collect::<Vec<_>>())
+    /// The leaves whose gradients the backward pass asks for, in the order of the stage's parameters; none for a frozen stage.
+    pub fn trained(&self) -> Vec<&Tensor> {
+        if self.trained { self.leaves.iter().collect() } else { Vec::new() }
     }
 }
 
 impl Gathering {
-    /// The leaves, once they are there.
-    pub fn wait(self) -> Result<Weights> {
+    /// The stage's parameters, once they are there.
+    pub fn wait(self, params: &ParamSet) -> Result<Weights> {
         self.work.wait()?;
-        let Weights { leaves, trained } = self.weights;
-        // A leaf that was just gathered tracks no gradient yet.
-        let leaves = leaves.into_iter().map(|leaf| if leaf.requires_grad() == trained { leaf } else { leaf.set_requires_grad(trained) });
-        Ok(Weights { leaves: leaves.collect(), trained })
+        let views = params.split_pieces(&self.full.iter().collect::<Vec<_>>());
+        Ok(Weights { leaves: views.leaves(self.trained), trained: self.trained })
     }
 }
 
@@ -348,23 +366,23 @@ mod tests {
                 let gathered = on_three(sharding, kind, |mut bucket, sharing| {
                     bucket.update(|master| drop(master.g_add_scalar_(1.0)));
                     bucket.publish(sharing.shards()).and_then(Work::wait).expect("no rank fails");
-                    let weights = bucket.gather(sharing.shards()).and_then(Gathering::wait).expect("no rank fails");
-                    assert!(weights.trained().iter().all(Tensor::requires_grad));
-                    weights.views(&params()).iter().map(Tensor::detach).collect::<Vec<_>>()
+                    let weights = bucket.gather(sharing.shards()).and_then(|gathering| gathering.wait(&params())).expect("no rank fails");
+                    assert!(weights.trained().len() == 3 && weights.trained().iter().all(|leaf| leaf.requires_grad()));
+                    weights.leaves().iter().map(Tensor::detach).collect::<Vec<_>>()
                 });
                 let mut one = alone(kind);
                 one.update(|master| drop(master.g_add_scalar_(1.0)));
-                let expected = one.gather(&crate::collective::Solo).and_then(Gathering::wait).expect("alone");
+                let expected = one.gather(&crate::collective::Solo).and_then(|gathering| gathering.wait(&params())).expect("alone");
                 for views in gathered {
-                    assert!(views.iter().zip(expected.views(&params()).iter()).all(|(a, b)| a.equal(b) && a.kind() == b.kind()));
+                    assert!(views.iter().zip(expected.leaves().iter()).all(|(a, b)| a.equal(b) && a.kind() == b.kind()));
                 }
             }
         }
     }
 
     #[test]
-    fn only_parameter_sharding_lets_the_leaves_go() {
-        let held = |sharding| on_three(sharding, Kind::BFloat16, |bucket, _| bucket.pieces().iter().any(|piece| piece.leaf().is_some()));
+    fn only_parameter_sharding_lets_the_parameters_go() {
+        let held = |sharding| on_three(sharding, Kind::BFloat16, |bucket, _| bucket.pieces().iter().any(|piece| piece.full().is_some()));
         assert_eq!(SHARDINGS.map(|sharding| held(sharding)[0]), [true, true, true, false]);
         let owned = |sharding| on_three(sharding, Kind::Float, |bucket, _| bucket.pieces()[0].master().numel());
         // 93 elements: 192 with the padding of three ranks.

@@ -33,18 +33,20 @@ impl StateLayout {
 
     /// Gradients, and what is gathered, when the last stages' buckets are complete.
     fn backward_bytes(&self, sharding: Sharding, all: u64, owned: u64, largest: u64) -> u64 {
-        // Autograd joins the parameters' gradients in one flat tensor.
-        let fresh = 2 * self.compute_bytes * largest;
+        // Of each parameter, before they come together.
+        let fresh = self.compute_bytes * largest;
         // One stage at work, and the next one on its way.
         let gathered = if sharding == Sharding::Parameters { 2 * self.compute_bytes * largest } else { 0 };
-        // The bucket whose shards are on their way.
+        // Where they come together, to be added to the sums or cut into shards; a single micro-batch's are the sums.
+        let joined = if sharding == Sharding::None && self.micro_batches == 1 { 0 } else { 4 * largest };
+        // The bucket before, whose shards are on their way.
         let travelling = if sharding == Sharding::None { 0 } else { 4 * largest };
         let sums = match sharding {
             Sharding::None => all,
             Sharding::Optimizer if self.micro_batches > 1 => all,
             _ => owned,
         };
-        fresh + gathered + travelling + 4 * sums
+        fresh + gathered + joined + travelling + 4 * sums
     }
 
     /// The collectives of a step.
@@ -69,11 +71,11 @@ mod tests {
     #[test]
     fn bfloat16_with_adamw_is_eighteen_bytes_a_parameter_and_a_stage_in_passing() {
         let layout = StateLayout { stages: vec![100, 300], compute_bytes: 2, optimizer_tensors: 2, micro_batches: 1 };
-        assert_eq!(layout.bytes_per_rank(Sharding::None, 8), 400 * (2 + 4 + 8 + 4) + 300 * 4);
+        assert_eq!(layout.bytes_per_rank(Sharding::None, 8), 400 * (2 + 4 + 8 + 4) + 300 * 2);
         // 13 + 38 owned of 8 ranks.
-        assert_eq!(layout.bytes_per_rank(Sharding::Optimizer, 8), 400 * 2 + 51 * (4 + 8 + 4) + 300 * (4 + 4));
-        assert_eq!(layout.bytes_per_rank(Sharding::Gradients, 8), 400 * 2 + 51 * (4 + 8 + 4) + 300 * (4 + 4));
-        assert_eq!(layout.bytes_per_rank(Sharding::Parameters, 8), 51 * (2 + 4 + 8 + 4) + 300 * (4 + 4 + 4));
+        assert_eq!(layout.bytes_per_rank(Sharding::Optimizer, 8), 400 * 2 + 51 * (4 + 8 + 4) + 300 * (2 + 4 + 4));
+        assert_eq!(layout.bytes_per_rank(Sharding::Gradients, 8), 400 * 2 + 51 * (4 + 8 + 4) + 300 * (2 + 4 + 4));
+        assert_eq!(layout.bytes_per_rank(Sharding::Parameters, 8), 51 * (2 + 4 + 8 + 4) + 300 * (2 + 4 + 4 + 4));
     }
 
     #[test]

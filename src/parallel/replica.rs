@@ -25,7 +25,7 @@ impl Replica<'static> {
 
 impl<'c> Replica<'c> {
     /// This rank's part of a shared model, equal on every rank for the same `key`. `devices`: where it computes, and where
-    /// master values lie that do not share a leaf's storage.
+    /// master values lie that have a storage of their own.
     pub fn shared(stages: Vec<Box<dyn Stage>>, kind: Kind, devices: (Device, Device), key: Option<Key>, sharing: Sharing<'c>) -> Self {
         let buckets = stages.iter().map(|stage| Bucket::new(stage.params(), kind, devices, key, &sharing)).collect();
         Replica { stages, buckets, sharing }
@@ -58,11 +58,11 @@ impl<'c> Replica<'c> {
     /// # Ordering
     /// Every rank of a shard group calls it.
     pub fn infer(&self, input: Activations) -> Result<Activations> {
-        let mut weights = Ahead::new(&self.buckets, self.sharing.shards(), 0..self.stages.len());
+        let mut weights = Ahead::new(self, 0..self.stages.len());
         no_grad(|| self.stages.iter().try_fold(input, |input, stage| Ok(run(stage.as_ref(), &weights.next()?, &input))))
     }
 
-    /// After an update: sends every rank what the others changed of the leaves that it holds whole.
+    /// After an update: sends every rank what the others changed of the parameters that it holds whole.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it.

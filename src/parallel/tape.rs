@@ -25,8 +25,8 @@ pub struct Tape<'m> {
 
 struct Boundary {
     input: Activations,
-    /// The stage's outputs with their graph and the leaves that it begins with, unless it is recomputed or has no gradient
-    /// to give.
+    /// The stage's outputs with their graph and the parameters that it begins with, unless it is recomputed or has no
+    /// gradient to give.
     graph: Option<(Weights, Activations)>,
 }
 
@@ -52,8 +52,8 @@ impl<'m> Tape<'m> {
     /// # Errors
     /// [`Error::NotFinite`] if the check is on and finds something; what a collective returns.
     pub fn forward(&mut self, input: Activations) -> Result<Activations> {
-        let Replica { stages, buckets, sharing } = self.replica;
-        let mut weights = Ahead::new(buckets, sharing.shards(), 0..stages.len());
+        let Replica { stages, buckets, .. } = self.replica;
+        let mut weights = Ahead::new(self.replica, 0..stages.len());
         // True once something trained lies behind: only then is there a gradient to send back.
         let mut reached = false;
         let mut input = input.leaves(false);
@@ -83,11 +83,11 @@ impl<'m> Tape<'m> {
     /// # Errors
     /// As [`Tape::forward`]; what `on_gradient` returns.
     pub fn backward(self, loss: &Tensor, mut on_gradient: impl FnMut(usize, Vec<Tensor>) -> Result<()>) -> Result<()> {
-        let Replica { stages, buckets, sharing } = self.replica;
+        let Replica { stages, buckets, .. } = self.replica;
         // Nothing before the first trained stage has a gradient to give.
         let Some(first) = buckets.iter().position(|bucket| bucket.is_trained()) else { return Ok(()) };
         let dropped: Vec<usize> = (first..stages.len()).rev().filter(|index| self.kept[*index].graph.is_none()).collect();
-        let mut gathered = Ahead::new(buckets, sharing.shards(), dropped.into_iter());
+        let mut gathered = Ahead::new(self.replica, dropped.into_iter());
         let mut grad_output = loss_backward(loss, &self.output);
         let device = loss.device();
         for (index, Boundary { input, graph }) in self.kept.into_iter().enumerate().skip(first).rev() {
@@ -102,12 +102,13 @@ impl<'m> Tape<'m> {
                 }
             };
             pulse::still_at_work();
-            let (gradients, grad_input) = stage_backward(weights.trained(), &input, &output, &grad_output);
+            let (gradients, grad_input) = stage_backward(&weights.trained(), &input, &output, &grad_output);
+            // Gone before the gradients come together and travel: the memory of graph and gathered parameters is the next stage's.
+            drop((weights, output, input));
+            let gradients = if buckets[index].is_trained() { buckets[index].joined(stage.params(), gradients) } else { Vec::new() };
             if let Some(step) = self.check_finite {
                 check_finite(step, stage.params().stage(), "gradient", gradients.iter().map(|gradient| ("parameters", gradient)))?;
             }
-            // Gone before the gradient travels: the memory of graph and gathered leaves is the next stage's.
-            drop((weights, output, input));
             if !gradients.is_empty() {
                 on_gradient(index, gradients)?;
             }
@@ -119,7 +120,7 @@ impl<'m> Tape<'m> {
 
 pub(super) fn run(stage: &dyn Stage, weights: &Weights, input: &Activations) -> Activations {
     pulse::still_at_work();
-    stage.forward(&weights.views(stage.params()), input).carrying_constants_of(input)
+    stage.forward(weights.leaves(), input).carrying_constants_of(input)
 }
 
 fn check_finite<'t>(step: u64, stage: &str, what: &str, tensors: impl Iterator<Item = (&'static str, &'t Tensor)>) -> Result<()> {

@@ -12,7 +12,7 @@ use crate::watchdog::spans;
 const NAMED: usize = 4;
 
 /// Compares what ranks hold more than once, a sum of the bits for each stage, in small collectives: masters among replicas,
-/// and where the ranks of a shard group hold whole leaves, these.
+/// and where the ranks of a shard group hold all of a piece to compute with, this.
 ///
 /// # Errors
 /// [`Error::Desync`] on every rank that holds it, naming the ranks that are in the minority and the parameters in which they
@@ -23,7 +23,7 @@ const NAMED: usize = 4;
 pub fn check(replica: &Replica<'_>, rank: usize) -> Result<()> {
     let sharing = &replica.sharing;
     compare(replica, rank, sharing.replicas(), |piece| Some(piece.master()))?;
-    compare(replica, rank, sharing.shards(), |piece| if piece.layout().is_whole() { None } else { piece.leaf() })
+    compare(replica, rank, sharing.shards(), |piece| if piece.layout().is_whole() { None } else { piece.full() })
 }
 
 fn compare<'r>(
