@@ -2,6 +2,8 @@
 //!
 //! libtorch copies a permuted view in runs as short as a patch is wide, and spends more on finding each run than on its numbers.
 
+use std::ops::Range;
+
 use half::bf16;
 use tch::{Kind, Tensor};
 
@@ -72,11 +74,7 @@ impl Places {
         let tokens = [self.batch, self.grid.iter().product(), self.features()];
         let mut cut = Tensor::empty(tokens.map(|size| size as i64), (T::KIND, latents.device()));
         let (from, into): (&[T], &mut [T]) = (elements(&latents), elements_mut(&mut cut));
-        let ([.., pw], [.., stride], features) = (self.patch, self.strides, self.features());
-        self.rows(|in_latents, in_tokens, width| {
-            let tokens = into[in_tokens..].chunks_mut(features);
-            tokens.zip(from[in_latents..][..width].chunks_exact(pw)).for_each(|(token, run)| spread(run, token, stride));
-        });
+        self.rows(|in_latents, in_tokens, feature| self.spread(&from[in_latents], &mut into[in_tokens], feature));
         cut
     }
 
@@ -86,48 +84,53 @@ impl Places {
         let latents = [self.batch, self.channels, frames * pt, rows * ph, columns * pw];
         let mut joined = Tensor::empty(latents.map(|size| size as i64), (T::KIND, tokens.device()));
         let (from, into): (&[T], &mut [T]) = (elements(&tokens), elements_mut(&mut joined));
-        let ([.., stride], features) = (self.strides, self.features());
-        self.rows(|in_latents, in_tokens, width| {
-            let runs = into[in_latents..][..width].chunks_exact_mut(pw);
-            runs.zip(from[in_tokens..].chunks(features)).for_each(|(run, token)| collect(token, run, stride));
-        });
+        self.rows(|in_latents, in_tokens, feature| self.collect(&from[in_tokens], &mut into[in_latents], feature));
         joined
     }
 
-    /// Visits rows of latents by where they begin in latents and in tokens, and their width. A row of tokens, which fits into a
+    /// Visits rows of latents: where they lie, in which tokens, and the first feature there. A row of tokens, which fits into a
     /// cache, comes as a whole.
     #[inline(always)]
-    fn rows(&self, mut visit: impl FnMut(usize, usize, usize)) {
+    fn rows(&self, mut visit: impl FnMut(Range<usize>, Range<usize>, usize)) {
         let ([frames, rows, columns], [pt, ph, pw]) = (self.grid, self.patch);
         let [to_channel, to_frame, to_row, _] = self.strides;
-        let (height, width, features) = (rows * ph, columns * pw, self.features());
+        let (height, width, row_features) = (rows * ph, columns * pw, columns * self.features());
         for (row_of_tokens, channel) in pairs(self.batch * frames * rows, self.channels) {
             let (sample, frame, row) = (row_of_tokens / rows / frames, row_of_tokens / rows % frames, row_of_tokens % rows);
             for (dt, dh) in pairs(pt, ph) {
                 let plane = (sample * self.channels + channel) * frames * pt + frame * pt + dt;
-                let in_latents = (plane * height + row * ph + dh) * width;
+                let (in_latents, in_tokens) = ((plane * height + row * ph + dh) * width, row_of_tokens * row_features);
                 let feature = channel * to_channel + dt * to_frame + dh * to_row;
-                visit(in_latents, row_of_tokens * columns * features + feature, width);
+                visit(in_latents..in_latents + width, in_tokens..in_tokens + row_features, feature);
             }
         }
     }
-}
 
-/// A run of neighbouring columns to features `stride` apart. Two that stay neighbours, as in nearly all models, move as one.
-#[inline(always)]
-fn spread<T: Copy>(run: &[T], token: &mut [T], stride: usize) {
-    match (run, stride) {
-        ([first, second], 1) => token[..2].copy_from_slice(&[*first, *second]),
-        _ => token.iter_mut().step_by(stride).zip(run).for_each(|(feature, number)| *feature = *number),
+    /// A row of latents to its tokens, a run of neighbouring columns to each. Two that stay neighbours, as in nearly all models,
+    /// move as one.
+    #[inline(always)]
+    fn spread<T: Copy>(&self, row: &[T], tokens: &mut [T], feature: usize) {
+        let ([.., pw], [.., stride]) = (self.patch, self.strides);
+        let tokens = tokens.chunks_exact_mut(self.features()).map(|token| &mut token[feature..]);
+        match (pw, stride) {
+            (2, 1) => tokens.zip(row.as_chunks::<2>().0).for_each(|(token, run)| token[..2].copy_from_slice(run)),
+            _ => tokens.zip(row.chunks_exact(pw)).for_each(|(token, run)| {
+                token.iter_mut().step_by(stride).zip(run).for_each(|(feature, number)| *feature = *number);
+            }),
+        }
     }
-}
 
-/// The reverse of [`spread`].
-#[inline(always)]
-fn collect<T: Copy>(token: &[T], run: &mut [T], stride: usize) {
-    match (run, stride) {
-        ([first, second], 1) => [*first, *second] = [token[0], token[1]],
-        (run, _) => run.iter_mut().zip(token.iter().step_by(stride)).for_each(|(number, feature)| *number = *feature),
+    /// The reverse of [`spread`](Self::spread).
+    #[inline(always)]
+    fn collect<T: Copy>(&self, tokens: &[T], row: &mut [T], feature: usize) {
+        let ([.., pw], [.., stride]) = (self.patch, self.strides);
+        let tokens = tokens.chunks_exact(self.features()).map(|token| &token[feature..]);
+        match (pw, stride) {
+            (2, 1) => tokens.zip(row.as_chunks_mut::<2>().0).for_each(|(token, run)| run.copy_from_slice(&token[..2])),
+            _ => tokens.zip(row.chunks_exact_mut(pw)).for_each(|(token, run)| {
+                run.iter_mut().zip(token.iter().step_by(stride)).for_each(|(number, feature)| *number = *feature);
+            }),
+        }
     }
 }
 
