@@ -1,9 +1,10 @@
-//! Batches read ahead on one thread, so that a step does not wait for the disk.
+//! Batches read ahead on threads of their own, so that a step does not wait for the disk.
 
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
 use super::Batch;
@@ -14,42 +15,46 @@ use crate::error::{Error, Result};
 use crate::fault;
 use crate::pulse::Phase;
 
-/// Yields one rank's micro-batches in the order of training; dropping it ends its thread.
+/// Yields one rank's micro-batches in the order of training; dropping it ends its threads.
 #[derive(Debug)]
 pub struct Loader {
-    /// Taken before the thread is joined: the thread ends when nobody can receive.
-    batches: Option<Receiver<Result<Batch>>>,
-    thread: Option<JoinHandle<()>>,
+    /// In turns, the next one first; none after an error.
+    readers: VecDeque<Reader>,
     path: PathBuf,
 }
 
+/// A thread that reads one batch ahead.
+#[derive(Debug)]
+struct Reader {
+    /// Taken before the thread is joined: the thread ends when nobody can receive.
+    batches: Option<Receiver<Result<Batch>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
 impl Loader {
-    /// Starts to read from `first_step` on, at most `prefetch` batches ahead of the one in use (and one more in hand).
+    /// Starts to read from `first_step` on, `prefetch` batches ahead of the one in use, each on a thread.
     ///
     /// # Errors
     /// [`Error::Environment`] if no thread can be started.
     pub fn start(dataset: Arc<Dataset>, order: Order, share: Share, first_step: u64, prefetch: usize) -> Result<Self> {
         let path = dataset.path().to_path_buf();
-        let places = (first_step..).flat_map(move |step| (0..share.micro_batches).map(move |micro| (step, micro)));
-        let batches = places.map(move |(step, micro)| {
+        // It keeps an epoch's order, which there need not be twice.
+        let order = Mutex::new(order);
+        let read = move |number: u64| {
+            let micro_batches = share.micro_batches as u64;
+            let (step, micro) = (first_step + number / micro_batches, (number % micro_batches) as usize);
             fault::strike(Phase::Read);
-            dataset.batch(&order.block(step, share.block(micro), share.micro_batch_size))
-        });
-        Loader::over(batches, path, prefetch)
+            let ids = order.lock().unwrap_or_else(PoisonError::into_inner).block(step, share.block(micro), share.micro_batch_size);
+            dataset.batch(&ids)
+        };
+        Loader::over(read, path, prefetch)
     }
 
-    fn over(batches: impl Iterator<Item = Result<Batch>> + Send + 'static, path: PathBuf, prefetch: usize) -> Result<Self> {
-        let (sender, receiver) = sync_channel(prefetch);
-        let failed = path.clone();
-        let read = move || {
-            // A panic travels as an error: the consumer hears of it at the batch that is missing.
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| send_all(batches, &sender))) {
-                let _ = sender.send(Err(Error::data(failed, format!("reading ahead panicked: {}", panic_text(panic.as_ref())))));
-            }
-        };
-        let thread =
-            Builder::new().name("data".into()).spawn(read).map_err(|e| Error::environment(format!("cannot start a thread: {e}")))?;
-        Ok(Loader { batches: Some(receiver), thread: Some(thread), path })
+    /// Over the batches that `read` makes of the numbers from 0 on.
+    fn over(read: impl Fn(u64) -> Result<Batch> + Send + Sync + 'static, path: PathBuf, prefetch: usize) -> Result<Self> {
+        let read = Arc::new(read);
+        let start = |first: usize| Reader::start(Arc::clone(&read), (first as u64..).step_by(prefetch), path.clone());
+        Ok(Loader { readers: (0..prefetch).map(start).collect::<Result<_>>()?, path })
     }
 
     /// The next micro-batch; waits for it if it has not been read yet.
@@ -57,15 +62,41 @@ impl Loader {
     /// # Errors
     /// What the reading met, once; afterwards that it has ended.
     pub fn next_batch(&mut self) -> Result<Batch> {
-        let received = self.batches.as_ref().map(Receiver::recv);
-        match received {
-            Some(Ok(batch)) => batch,
-            _ => Err(Error::data(&self.path, "reading ahead has ended after an error")),
+        let ended = || Error::data(&self.path, "reading ahead has ended after an error");
+        let batch = self.readers.front().and_then(Reader::receive).ok_or_else(ended)?;
+        match &batch {
+            Ok(_) => self.readers.rotate_left(1),
+            Err(_) => self.readers.clear(),
         }
+        batch
     }
 }
 
-impl Drop for Loader {
+impl Reader {
+    fn start<R>(read: Arc<R>, numbers: impl Iterator<Item = u64> + Send + 'static, path: PathBuf) -> Result<Self>
+    where
+        R: Fn(u64) -> Result<Batch> + Send + Sync + 'static,
+    {
+        // One batch waits in the thread's hands, and no other is begun meanwhile.
+        let (sender, receiver) = sync_channel(0);
+        let run = move || {
+            // A panic travels as an error: the consumer hears of it at the batch that is missing.
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| send_all(numbers.map(|number| read(number)), &sender))) {
+                let _ = sender.send(Err(Error::data(path, format!("reading ahead panicked: {}", panic_text(panic.as_ref())))));
+            }
+        };
+        let thread =
+            Builder::new().name("data".into()).spawn(run).map_err(|e| Error::environment(format!("cannot start a thread: {e}")))?;
+        Ok(Reader { batches: Some(receiver), thread: Some(thread) })
+    }
+
+    /// None once its thread has ended.
+    fn receive(&self) -> Option<Result<Batch>> {
+        self.batches.as_ref()?.recv().ok()
+    }
+}
+
+impl Drop for Reader {
     fn drop(&mut self) {
         self.batches = None;
         if let Some(thread) = self.thread.take() {
@@ -103,8 +134,8 @@ mod tests {
         Ok(Batch { tensors: BTreeMap::new(), data_type: DataType::Image, sample_ids: vec![id], bad_samples: 0 })
     }
 
-    fn over(batches: impl Iterator<Item = Result<Batch>> + Send + 'static) -> Loader {
-        Loader::over(batches, "a dataset".into(), 2).expect("a thread")
+    fn over(read: impl Fn(u64) -> Result<Batch> + Send + Sync + 'static) -> Loader {
+        Loader::over(read, "a dataset".into(), 2).expect("threads")
     }
 
     #[test]
@@ -124,7 +155,7 @@ mod tests {
 
     #[test]
     fn an_error_arrives_behind_the_batches_before_it_and_ends_the_reading() {
-        let mut loader = over((0..).map(|id| if id == 3 { Err(Error::data("b.safetensors", "bad sample")) } else { numbered(id) }));
+        let mut loader = over(|id| if id == 3 { Err(Error::data("b.safetensors", "bad sample")) } else { numbered(id) });
         let good: Vec<u64> = (0..3).map(|_| loader.next_batch().expect("a batch").sample_ids[0]).collect();
         assert_eq!(good, [0, 1, 2]);
         assert_eq!(loader.next_batch().expect_err("the error").to_string(), "b.safetensors: bad sample");
@@ -133,34 +164,34 @@ mod tests {
 
     #[test]
     fn a_panic_while_reading_reaches_the_consumer_as_an_error() {
-        let mut loader = over((0..).map(|id| if id == 1 { panic!("sample {id} broke the reader") } else { numbered(id) }));
+        let mut loader = over(|id| if id == 1 { panic!("sample {id} broke the reader") } else { numbered(id) });
         loader.next_batch().expect("the batch before");
         let error = loader.next_batch().expect_err("the panic").to_string();
         assert_eq!(error, "a dataset: reading ahead panicked: sample 1 broke the reader");
     }
 
     #[test]
-    fn dropping_the_loader_ends_its_thread_though_the_data_never_end() {
+    fn dropping_the_loader_ends_its_threads_though_the_data_never_end() {
         let alive = Arc::new(());
         let held = Arc::clone(&alive);
-        let mut loader = over((0..).map(move |id| {
+        let mut loader = over(move |id| {
             let _ = &held;
             numbered(id)
-        }));
+        });
         loader.next_batch().expect("a batch");
         drop(loader);
-        assert_eq!(Arc::strong_count(&alive), 1, "the thread has given back what it held");
+        assert_eq!(Arc::strong_count(&alive), 1, "the threads have given back what they held");
     }
 
     #[test]
     fn no_more_is_read_ahead_than_was_asked_for() {
         let asked = Arc::new(AtomicUsize::new(0));
         let seen = Arc::clone(&asked);
-        let mut loader = over((0..).map(move |id: u64| {
-            // Before batch `id` is made, all but two of those before it must have been asked for.
-            assert!(seen.load(Ordering::SeqCst) + 2 >= id as usize, "batch {id} is made too early");
+        let mut loader = over(move |id: u64| {
+            // Before batch `id` is made, all but one of those before it must have been asked for.
+            assert!(seen.load(Ordering::SeqCst) + 1 >= id as usize, "batch {id} is made too early");
             numbered(id)
-        }));
+        });
         for _ in 0..1000 {
             asked.fetch_add(1, Ordering::SeqCst);
             loader.next_batch().expect("never made too early");

@@ -16,7 +16,7 @@ pub struct Order {
     groups: Vec<Vec<u64>>,
     global_batch: usize,
     seed: u64,
-    /// The epoch asked for last: steps are asked for in order, and permuting costs a pass over all ids.
+    /// The epoch asked for last: steps are asked for nearly in order, and permuting costs a pass over all ids.
     epoch: RefCell<Epoch>,
 }
 

@@ -45,7 +45,7 @@ impl Settings for DataSettings {
             1..=1 << 20,
             "Samples in one forward and backward pass of one rank; what fits into memory.",
         );
-        keys.integer("prefetch", &mut self.prefetch, 1..=1024, "Batches read ahead by a thread of their own; 2 hide a read behind a step.");
+        keys.integer("prefetch", &mut self.prefetch, 1..=64, "Batches read ahead, each by a thread; 2 hide a read behind a step.");
         keys.choice("on_bad", &mut self.on_bad, "When a sample holds NaN or infinity; `skip`: its next sound neighbour takes its place.");
         keys.number("bad_share", &mut self.bad_share, 0.0..=1.0, "Share of an epoch's samples that may be skipped; more stops the run.");
     }

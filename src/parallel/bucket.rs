@@ -175,15 +175,14 @@ impl Bucket {
     /// which they are summed, or more if they are of more. What was not reached is zero, so that all ranks issue the same collectives.
     pub fn joined(&self, params: &ParamSet, gradients: Vec<Tensor>) -> Vec<Tensor> {
         no_grad(|| {
-            let joined: Vec<Tensor> = self.pieces.iter().map(Piece::gradient).collect();
+            let joined: Vec<Tensor> = self.pieces.iter().map(Piece::room_for_gradient).collect();
             let views = params.split_pieces(&joined.iter().collect::<Vec<_>>());
             // Each of them is gone once it is copied.
             for (view, gradient) in views.iter().zip(gradients) {
                 let mut view = view.shallow_clone();
-                if gradient.defined() {
-                    view.copy_(&gradient)
-                } else {
-                    let _ = view.zero_();
+                match gradient.defined() {
+                    true => view.copy_(&gradient),
+                    false => drop(view.zero_()),
                 }
             }
             joined
@@ -262,13 +261,13 @@ impl Piece {
         Sliced { owned: self.computed.shallow_clone(), full: full.shallow_clone() }
     }
 
-    /// Room for the piece's gradient `[padded]`, zero behind the last parameter.
-    fn gradient(&self) -> Tensor {
+    /// `[padded]`, to be filled with the piece's gradient; zero behind the last parameter.
+    fn room_for_gradient(&self) -> Tensor {
         let Layout { numel, padded, .. } = self.layout;
         let kind = if self.kind() == Kind::Double { Kind::Double } else { Kind::Float };
-        let gradient = Tensor::empty([padded], (kind, self.computed.device()));
-        let _ = gradient.narrow(0, numel, padded - numel).zero_();
-        gradient
+        let room = Tensor::empty([padded], (kind, self.computed.device()));
+        drop(room.narrow(0, numel, padded - numel).zero_());
+        room
     }
 
     /// `whole`: `[padded]` f32.
