@@ -72,6 +72,19 @@ pub fn keep_freed_memory() {
 #[cfg(not(target_env = "gnu"))]
 pub fn keep_freed_memory() {}
 
+/// Lets all threads take memory from one place; to be called before there is another thread. Batches are read on one thread and
+/// freed on another: in a place of the reader's own what is freed goes back to the system even where it is to be kept, and a
+/// batch of 17 MB took twice as long to read in most runs.
+#[cfg(target_env = "gnu")]
+#[allow(unsafe_code)]
+pub fn share_memory_among_threads() {
+    // SAFETY: as in `keep_freed_memory`.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
+#[cfg(not(target_env = "gnu"))]
+pub fn share_memory_among_threads() {}
+
 #[cfg(test)]
 mod tests {
     use super::*;

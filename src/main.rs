@@ -6,9 +6,10 @@ use clap::Parser;
 use fm_dist::cli::Cli;
 use fm_dist::collective;
 use fm_dist::error::{BUG, Error};
-use fm_dist::failure;
+use fm_dist::{failure, libtorch};
 
 fn main() {
+    libtorch::share_memory_among_threads();
     std::panic::set_hook(Box::new(|panic| end(BUG, "BUG", &told(panic))));
     match Cli::parse().run() {
         Ok(code) => std::process::exit(code),

@@ -101,6 +101,7 @@ fn main() {
     let repeats = std::env::args().skip(1).find_map(|text| text.parse().ok()).expect("usage: calibrate REPEATS");
     // As a rank of one thread sets itself up.
     tch::set_num_threads(1);
+    libtorch::share_memory_among_threads();
     libtorch::keep_freed_memory();
     let world = collective::connect(Launch::Auto, Duration::from_secs(60)).expect("a launcher put this process among others");
     let (bench, cores) = (Bench { world: &*world, repeats }, world.world_size());

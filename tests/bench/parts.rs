@@ -140,6 +140,7 @@ fn pipeline(criterion: &mut Criterion) {
 
 /// As a rank of one thread sets itself up.
 fn one_thread() -> Criterion {
+    libtorch::share_memory_among_threads();
     tch::set_num_threads(1);
     libtorch::keep_freed_memory();
     Criterion::default().sample_size(20)
