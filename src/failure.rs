@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use serde::Serialize;
 
@@ -35,7 +35,11 @@ struct Failure<'f> {
 
 /// Where the file goes, once there is a run folder.
 static FOLDER: Mutex<Option<PathBuf>> = Mutex::new(None);
+/// Whether somebody has begun to say why this process ends, and whether it was said.
+static BEGUN: AtomicBool = AtomicBool::new(false);
 static SAID: AtomicBool = AtomicBool::new(false);
+/// How long the words of the first cause may take: a backtrace, a file, a line.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Whether this rank was chosen to say what all ranks know of.
 static SPEAKS: AtomicBool = AtomicBool::new(false);
@@ -55,10 +59,11 @@ pub fn keep_in(folder: &Path) {
     *FOLDER.lock().unwrap_or_else(PoisonError::into_inner) = Some(folder.into());
 }
 
-/// Says why this process ends. Only the first cause of a process is said: what fails on the way out is its consequence.
+/// Says why this process ends. Only the first cause of a process is said: what fails on the way out is its consequence, and comes
+/// back from here once the first one was said.
 pub fn tell(code: i32, name: &str, what: &str) {
-    if SAID.swap(true, Ordering::SeqCst) {
-        return;
+    if BEGUN.swap(true, Ordering::SeqCst) {
+        return wait_until_said();
     }
     let what = one_line(what);
     let full_stop = if what.ends_with(['.', '?']) { "" } else { "." };
@@ -67,6 +72,16 @@ pub fn tell(code: i32, name: &str, what: &str) {
     write_file(code, name, &what);
     // One write, so that a launcher that joins the ranks' outputs cannot tear the line; a closed pipe changes nothing.
     let _ = std::io::stderr().write_all(format!("{message}\n").as_bytes());
+    SAID.store(true, Ordering::SeqCst);
+}
+
+/// Who comes second ends the process as well, and must not do so while the first one speaks; but not wait for ever, where a pipe is
+/// full.
+fn wait_until_said() {
+    let limit = Instant::now() + PATIENCE;
+    while !SAID.load(Ordering::SeqCst) && Instant::now() < limit {
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// Best effort: a full disk must not hide the message.

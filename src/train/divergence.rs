@@ -32,7 +32,7 @@ fn compare<'r>(
     ranks: &dyn Collective,
     held: impl Fn(&'r Piece) -> Option<&'r Tensor>,
 ) -> Result<()> {
-    let sum = |bucket: &'r Bucket| bucket.pieces().iter().filter_map(&held).map(bits).sum::<i64>();
+    let sum = |bucket: &'r Bucket| bucket.pieces().iter().filter_map(&held).map(bits).fold(0, i64::wrapping_add);
     let own: Vec<i64> = replica.buckets.iter().map(sum).collect();
     let stages = by_rank(&own, ranks)?;
     let differs = |stage: &usize| stages.iter().any(|sums| sums[*stage] != stages[0][*stage]);
