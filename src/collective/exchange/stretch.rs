@@ -111,25 +111,23 @@ impl Stretch {
     }
 }
 
-/// Bytes that are on their way to memory together.
-#[cfg(target_arch = "x86_64")]
-const LINE: usize = 64;
-
 /// # Safety
 /// `bytes` may be read at `from` and written at `to`, and do not overlap.
 #[cfg(target_arch = "x86_64")]
 unsafe fn stream(from: *const u8, to: *mut u8, bytes: usize) {
     use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128};
-    const VECTORS: usize = LINE / size_of::<__m128i>();
 
-    let before = to.align_offset(LINE).min(bytes);
-    let lines = (bytes - before) / LINE;
-    let behind = before + lines * LINE;
+    use super::LINE_BYTES;
+    const VECTORS: usize = LINE_BYTES / size_of::<__m128i>();
+
+    let before = to.align_offset(LINE_BYTES).min(bytes);
+    let lines = (bytes - before) / LINE_BYTES;
+    let behind = before + lines * LINE_BYTES;
     // SAFETY: the caller's; whole lines begin where one does.
     unsafe {
         std::ptr::copy_nonoverlapping(from, to, before);
         for line in 0..lines {
-            let (from, to) = (from.add(before + line * LINE).cast::<__m128i>(), to.add(before + line * LINE).cast::<__m128i>());
+            let (from, to) = (from.add(before + line * LINE_BYTES).cast::<__m128i>(), to.add(before + line * LINE_BYTES).cast::<__m128i>());
             let vectors: [__m128i; VECTORS] = std::array::from_fn(|place| _mm_loadu_si128(from.add(place)));
             vectors.into_iter().enumerate().for_each(|(place, vector)| _mm_stream_si128(to.add(place), vector));
         }
