@@ -6,19 +6,19 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use sha2::{Digest, Sha256};
 use tch::Tensor;
 
-use super::finite::{check_finite, is_sound};
+use super::empty_prompt::EmptyPrompt;
+use super::finite::check_finite;
 use super::group::{Group, check_latents, check_same, latents_key, layout_of};
 use super::manifest::{self, FileEntry, Manifest};
 use super::safetensors::{SafeTensors, refuse_pickle, row_bytes, with_rows};
+use super::sample_file::SampleFile;
 use super::settings::OnBad;
-use super::{Batch, DataType, EMPTY, sha256};
+use super::{Batch, DataType, sha256};
 use crate::error::{Error, Result};
-use crate::pulse;
 use crate::tensor::{bytes, bytes_mut};
 
 /// Named conditions to generate from, e.g. one text embedding a class.
@@ -41,21 +41,6 @@ pub struct Dataset {
     empty_prompt: Option<EmptyPrompt>,
     num_samples: u64,
     on_bad: OnBad,
-}
-
-/// The empty prompt's conditions: the file, and its tensors under the names that batches give them.
-#[derive(Debug)]
-struct EmptyPrompt {
-    file: SafeTensors,
-    /// Behind a lock because the reading thread and others may share the dataset.
-    tensors: Mutex<BTreeMap<String, Tensor>>,
-}
-
-#[derive(Debug)]
-struct SampleFile {
-    tensors: SafeTensors,
-    first_id: u64,
-    group: usize,
 }
 
 impl Dataset {
@@ -255,92 +240,16 @@ impl Dataset {
     }
 }
 
-impl EmptyPrompt {
-    fn read(file: SafeTensors) -> Result<Self> {
-        let mut tensors = BTreeMap::new();
-        for info in file.tensors() {
-            tensors.insert(format!("{EMPTY}{}", info.name), file.read(&info.name)?);
-        }
-        Ok(EmptyPrompt { file, tensors: Mutex::new(tensors) })
-    }
-
-    fn tensors(&self) -> Vec<(String, Tensor)> {
-        // A panic of another holder leaves the tensors as they were.
-        let tensors = self.tensors.lock().unwrap_or_else(PoisonError::into_inner);
-        tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
-    }
-}
-
-impl SampleFile {
-    /// Whether all numbers of a sample are.
-    fn is_finite(&self, id: u64) -> Result<bool> {
-        let row = id - self.first_id;
-        for info in self.tensors.tensors() {
-            let mut data = self.tensors.buffer(row_bytes(info))?;
-            self.tensors.read_rows_into(info, &[row], &mut data, |_| ())?;
-            if check_finite(&self.tensors, info, &[id], &[row], &data).is_err() {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    }
-
-    /// Fills `data` with one key of these samples, all of this file.
-    fn read_rows(&self, key: &str, ids: &[u64], data: &mut [u8]) -> Result<()> {
-        pulse::read_from(self.tensors.path());
-        let info = self.tensors.info(key)?;
-        let rows: Vec<u64> = ids.iter().map(|id| id - self.first_id).collect();
-        let mut sound = true;
-        self.tensors.read_rows_into(info, &rows, data, |piece| sound &= is_sound(info.kind, piece))?;
-        if sound { Ok(()) } else { check_finite(&self.tensors, info, ids, &rows, data) }
-    }
-}
-
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use std::fs::File;
 
     use tch::{Device, Kind};
 
     use super::*;
+    use crate::data::made_up::{images, written};
     use crate::data::safetensors::write;
     use crate::data::sha256::HashingWriter;
-
-    /// A file of a dataset under construction: name, group, tensors.
-    pub(crate) type Part<'a> = (&'a str, &'a str, Vec<(&'a str, Tensor)>);
-
-    /// Writes a dataset of images; `conditions` are names and a file of that name.
-    pub(crate) fn written(parts: &[Part<'_>], conditions: Option<(&[&str], Tensor)>) -> tempfile::TempDir {
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        let save = |name: &str, tensors: &[(&str, Tensor)]| {
-            let mut file = HashingWriter::new(File::create(folder.path().join(name)).expect("a new file"));
-            let tensors: Vec<(&str, &Tensor)> = tensors.iter().map(|(key, tensor)| (*key, tensor)).collect();
-            write(&mut file, &tensors, &BTreeMap::new()).expect("a sound file");
-            file.finish().1
-        };
-        let files: Vec<serde_json::Value> = parts
-            .iter()
-            .map(|(name, group, tensors)| {
-                let (sha256, samples) = (save(name, tensors), tensors[0].1.size()[0]);
-                serde_json::json!({"path": name, "samples": samples, "group": group, "sha256": sha256})
-            })
-            .collect();
-        let mut manifest = serde_json::json!({
-            "format": "fm-dist dataset", "version": 1, "name": "made up", "source": "a test", "licence": "CC0",
-            "data_type": "image", "files": files,
-        });
-        if let Some((names, tensor)) = conditions {
-            let sha256 = save("conditions.safetensors", &[("text_embeddings", tensor)]);
-            manifest["conditions"] = serde_json::json!({"path": "conditions.safetensors", "names": names, "sha256": sha256});
-        }
-        std::fs::write(folder.path().join(manifest::FILE_NAME), manifest.to_string()).expect("a new file");
-        folder
-    }
-
-    /// `samples` images of which each holds nothing but its own number, counted from `first`.
-    pub(crate) fn images(first: i64, samples: i64, side: i64) -> Tensor {
-        Tensor::arange_start(first, first + samples, (Kind::Float, Device::Cpu)).view([-1, 1, 1, 1]).repeat([1, 1, side, side])
-    }
 
     fn labels(first: i64, samples: i64) -> Tensor {
         Tensor::arange_start(first, first + samples, (Kind::Int64, Device::Cpu))

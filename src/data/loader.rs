@@ -128,7 +128,7 @@ mod tests {
 
     use super::*;
     use crate::data::DataType;
-    use crate::data::dataset::tests::{images, written};
+    use crate::data::made_up::{images, written};
 
     fn numbered(id: u64) -> Result<Batch> {
         Ok(Batch { tensors: BTreeMap::new(), data_type: DataType::Image, sample_ids: vec![id], bad_samples: 0 })

@@ -5,7 +5,8 @@
 //! | is this file sound, what is in it | `safetensors/` |
 //! | what does `dataset.json` say | `manifest.rs` |
 //! | which samples may stand in one batch | `group.rs` |
-//! | the samples of these ids, please | `dataset.rs`, `finite.rs` |
+//! | the samples of these ids, please | `dataset.rs`, `sample_file.rs`, `finite.rs` |
+//! | what may a dropped condition become | `empty_prompt.rs` |
 //! | the demo's own data | `digits.rs` |
 //! | which ids, in this step | `order.rs` |
 //! | which of them on this rank | `share.rs` |
@@ -13,12 +14,16 @@
 
 pub mod dataset;
 mod digits;
+mod empty_prompt;
 mod finite;
 pub mod group;
 pub mod loader;
+#[cfg(test)]
+mod made_up;
 pub mod manifest;
 pub mod order;
 pub mod safetensors;
+mod sample_file;
 mod settings;
 pub mod sha256;
 mod share;

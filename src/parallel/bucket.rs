@@ -1,9 +1,10 @@
 //! One stage's parameters as flat buffers, and what of them this rank holds.
 
-use tch::{Device, Kind, Tensor, no_grad};
+use tch::{Device, Kind, Tensor};
 
+use super::Sharing;
 use super::layout::{Layout, runs_within};
-use super::{Sharding, Sharing};
+use super::piece::{Piece, Shard};
 use crate::collective::{Collective, Sliced, Work};
 use crate::error::Result;
 use crate::nn::{ParamSet, Views};
@@ -15,33 +16,6 @@ pub struct Bucket {
     /// One or two: precise parameters in f32, the others in the compute kind. None for a stage without parameters.
     pieces: Vec<Piece>,
     trained: bool,
-}
-
-/// Consecutive parameters of one compute kind.
-#[derive(Debug)]
-pub struct Piece {
-    layout: Layout,
-    /// Where the piece begins in the stage's flat `[P]`.
-    offset: i64,
-    /// This rank's shard, f32; what the optimizer updates and a checkpoint holds.
-    master: Tensor,
-    /// This rank's shard in the compute kind; shares the master's storage where that is f32.
-    computed: Tensor,
-    /// All of the piece in the compute kind, unless only the shard is held between uses.
-    full: Option<Tensor>,
-    /// Runs of the shard that weight decay applies to.
-    decayed: Vec<(i64, i64)>,
-}
-
-/// What one rank holds of a piece, and changes.
-#[derive(Debug)]
-pub struct Shard<'b> {
-    /// f32.
-    pub master: &'b mut Tensor,
-    /// The same values in the compute kind, where that is another: whoever changes the master changes it too.
-    pub computed: Option<&'b mut Tensor>,
-    /// Runs `(offset, length)` that weight decay applies to.
-    pub decayed: &'b [(i64, i64)],
 }
 
 /// A stage's parameters for one use, each of them a leaf of its graph. What was gathered for it goes with it.
@@ -97,13 +71,7 @@ impl Bucket {
 
     /// Sets all parameters, `[P]` f32; each rank keeps what it holds.
     pub fn set(&mut self, flat: &Tensor) {
-        no_grad(|| {
-            for piece in &mut self.pieces {
-                let Layout { numel, padded, .. } = piece.layout;
-                let values = flat.narrow(0, piece.offset, numel);
-                piece.set(&if padded == numel { values } else { values.constant_pad_nd([0, padded - numel]) });
-            }
-        });
+        self.pieces.iter_mut().for_each(|piece| piece.set(flat));
     }
 
     /// The stage's parameters `[P]` f32.
@@ -111,7 +79,7 @@ impl Bucket {
     /// # Ordering
     /// Every rank of a shard group calls it.
     pub fn parameters(&self, sharing: &Sharing<'_>) -> Result<Tensor> {
-        self.whole(&self.pieces.iter().map(|piece| piece.master.shallow_clone()).collect::<Vec<_>>(), sharing)
+        self.whole(&self.pieces.iter().map(|piece| piece.master().shallow_clone()).collect::<Vec<_>>(), sharing)
     }
 
     /// What every rank holds a shard of, whole: `[P]` f32. `owned`: a tensor of the shard's length for each piece. Nothing is
@@ -120,18 +88,7 @@ impl Bucket {
     /// # Ordering
     /// Every rank of a shard group calls it.
     pub fn whole(&self, owned: &[Tensor], sharing: &Sharing<'_>) -> Result<Tensor> {
-        let join = |(piece, owned): (&Piece, &Tensor)| {
-            let layout = piece.layout;
-            let full = if layout.is_whole() {
-                owned.shallow_clone()
-            } else {
-                let owned = owned.to_device(piece.computed.device());
-                let full = Tensor::empty([layout.padded], (Kind::Float, owned.device()));
-                sharing.shards().all_gather(vec![Sliced { owned, full: full.shallow_clone() }])?.wait()?;
-                full
-            };
-            Ok(full.narrow(0, 0, layout.numel))
-        };
+        let join = |(piece, owned): (&Piece, &Tensor)| piece.whole(owned, sharing.shards());
         let mut pieces = self.pieces.iter().zip(owned).map(join).collect::<Result<Vec<_>>>()?;
         Ok(match pieces.len() {
             1 => pieces.remove(0),
@@ -143,13 +100,7 @@ impl Bucket {
 
     /// This rank's shards of a flat `[P]` f32 tensor, one a piece; the padding is zero.
     pub fn owned(&self, flat: &Tensor) -> Vec<Tensor> {
-        let cut = |piece: &Piece| {
-            let (owned, shard) = (piece.layout.owned(), piece.master.zeros_like());
-            let held = (piece.layout.numel.min(owned.end) - owned.start).max(0);
-            shard.narrow(0, 0, held).copy_(&flat.narrow(0, piece.offset + owned.start.min(piece.layout.numel), held));
-            shard
-        };
-        no_grad(|| self.pieces.iter().map(cut).collect())
+        self.pieces.iter().map(|piece| piece.owned(flat)).collect()
     }
 
     /// Begins to bring the parameters together for one use.
@@ -158,13 +109,15 @@ impl Bucket {
     /// Every rank of a shard group calls it for the same stages in the same order.
     pub fn gather(&self, shards: &dyn Collective) -> Result<Gathering> {
         let mut missing = Vec::new();
-        let held = |piece: &Piece| match &piece.full {
-            Some(full) => full.shallow_clone(),
-            None => {
-                let full = Tensor::empty([piece.layout.padded], (piece.computed.kind(), piece.computed.device()));
-                missing.push(piece.sliced(&full));
-                full
-            }
+        let held = |piece: &Piece| {
+            piece.full().map_or_else(
+                || {
+                    let full = piece.room(piece.kind());
+                    missing.push(piece.sliced(&full));
+                    full
+                },
+                Tensor::shallow_clone,
+            )
         };
         let full = self.pieces.iter().map(held).collect();
         let work = if missing.is_empty() { Work::done() } else { shards.all_gather(missing)? };
@@ -174,19 +127,17 @@ impl Bucket {
     /// Gradients of the stage's parameters, undefined where its graph did not reach them, as one flat tensor a piece: in f32, in
     /// which they are summed, or more if they are of more. What was not reached is zero, so that all ranks issue the same collectives.
     pub fn joined(&self, params: &ParamSet, gradients: Vec<Tensor>) -> Vec<Tensor> {
-        no_grad(|| {
-            let joined: Vec<Tensor> = self.pieces.iter().map(Piece::room_for_gradient).collect();
-            let views = params.split_pieces(&joined.iter().collect::<Vec<_>>());
-            // Each of them is gone once it is copied.
-            for (view, gradient) in views.iter().zip(gradients) {
-                let mut view = view.shallow_clone();
-                match gradient.defined() {
-                    true => view.copy_(&gradient),
-                    false => drop(view.zero_()),
-                }
+        let joined: Vec<Tensor> = self.pieces.iter().map(Piece::room_for_gradient).collect();
+        let views = params.split_pieces(&joined.iter().collect::<Vec<_>>());
+        // Each of them is gone once it is copied.
+        for (view, gradient) in views.iter().zip(gradients) {
+            let mut view = view.shallow_clone();
+            match gradient.defined() {
+                true => view.copy_(&gradient),
+                false => drop(view.zero_()),
             }
-            joined
-        })
+        }
+        joined
     }
 
     /// After an update: begins to send this rank's shard to those who hold all of the piece.
@@ -194,98 +145,24 @@ impl Bucket {
     /// # Ordering
     /// As [`gather`](Self::gather).
     pub fn publish(&self, shards: &dyn Collective) -> Result<Work> {
-        let cut = self.pieces.iter().filter(|piece| !piece.layout.is_whole());
-        let sliced: Vec<Sliced> = cut.filter_map(|piece| piece.full.as_ref().map(|full| piece.sliced(full))).collect();
+        let cut = self.pieces.iter().filter(|piece| !piece.layout().is_whole());
+        let sliced: Vec<Sliced> = cut.filter_map(|piece| piece.full().map(|full| piece.sliced(full))).collect();
         if sliced.is_empty() { Ok(Work::done()) } else { shards.all_gather(sliced) }
     }
 
     /// This rank's shard of each piece, to be changed.
     pub fn shards_mut(&mut self) -> impl Iterator<Item = Shard<'_>> {
-        self.pieces.iter_mut().map(|piece| {
-            let apart = piece.has_master_apart();
-            Shard { master: &mut piece.master, computed: apart.then_some(&mut piece.computed), decayed: &piece.decayed }
-        })
+        self.pieces.iter_mut().map(Piece::shard_mut)
     }
 
     /// Changes this rank's master values of each piece and brings the compute kind up to date.
     pub fn update(&mut self, mut change: impl FnMut(&mut Tensor)) {
-        no_grad(|| {
-            for Shard { master, computed, .. } in self.shards_mut() {
-                change(master);
-                if let Some(computed) = computed {
-                    computed.copy_(master);
-                }
+        for Shard { master, computed, .. } in self.shards_mut() {
+            change(master);
+            if let Some(computed) = computed {
+                computed.copy_(master);
             }
-        });
-    }
-}
-
-impl Piece {
-    fn new(
-        layout: Layout,
-        offset: i64,
-        kind: Kind,
-        sharding: Sharding,
-        decayed: Vec<(i64, i64)>,
-        (device, home): (Device, Device),
-    ) -> Self {
-        let zeros = |length: i64, kind: Kind, device: Device| Tensor::zeros([length], (kind, device));
-        let owned = layout.owned();
-        let length = owned.end - owned.start;
-        let keeps_all = sharding != Sharding::Parameters || layout.is_whole();
-        let full = keeps_all.then(|| zeros(layout.padded, kind, device));
-        let computed = full.as_ref().map_or_else(|| zeros(length, kind, device), |full| full.narrow(0, owned.start, length));
-        let master = if kind == Kind::Float { computed.shallow_clone() } else { zeros(length, Kind::Float, home) };
-        Piece { layout, offset, master, computed, full, decayed }
-    }
-
-    pub fn layout(&self) -> Layout {
-        self.layout
-    }
-
-    pub fn master(&self) -> &Tensor {
-        &self.master
-    }
-
-    /// Kind of what is computed with.
-    pub fn kind(&self) -> Kind {
-        self.computed.kind()
-    }
-
-    /// All of the piece in the compute kind, where this rank holds it between steps.
-    pub fn full(&self) -> Option<&Tensor> {
-        self.full.as_ref()
-    }
-
-    fn sliced(&self, full: &Tensor) -> Sliced {
-        Sliced { owned: self.computed.shallow_clone(), full: full.shallow_clone() }
-    }
-
-    /// `[padded]`, to be filled with the piece's gradient; zero behind the last parameter.
-    fn room_for_gradient(&self) -> Tensor {
-        let Layout { numel, padded, .. } = self.layout;
-        let kind = if self.kind() == Kind::Double { Kind::Double } else { Kind::Float };
-        let room = Tensor::empty([padded], (kind, self.computed.device()));
-        drop(room.narrow(0, numel, padded - numel).zero_());
-        room
-    }
-
-    /// `whole`: `[padded]` f32.
-    fn set(&mut self, whole: &Tensor) {
-        let owned = self.layout.owned();
-        let shard = whole.narrow(0, owned.start, owned.end - owned.start);
-        match &mut self.full {
-            Some(full) => full.copy_(whole),
-            None => self.computed.copy_(&shard),
         }
-        if self.has_master_apart() {
-            self.master.copy_(&shard);
-        }
-    }
-
-    /// Whether the master has a storage of its own: where it is of another kind, or lies elsewhere, than what is computed with.
-    fn has_master_apart(&self) -> bool {
-        self.computed.data_ptr() != self.master.data_ptr()
     }
 }
 
@@ -315,7 +192,7 @@ mod tests {
     use super::*;
     use crate::collective::Threads;
     use crate::nn::{Builder, Init};
-    use crate::parallel::ShardingGroup;
+    use crate::parallel::{Sharding, ShardingGroup};
     use crate::rng::Purpose;
 
     fn params() -> ParamSet {
@@ -399,8 +276,8 @@ mod tests {
 
     #[test]
     fn decay_reaches_the_matrix_alone_however_it_is_cut() {
-        let sums = on_three(Sharding::Optimizer, Kind::BFloat16, |bucket, _| {
-            bucket.pieces().iter().flat_map(|piece| &piece.decayed).map(|(_, length)| length).sum::<i64>()
+        let sums = on_three(Sharding::Optimizer, Kind::BFloat16, |mut bucket, _| {
+            bucket.shards_mut().flat_map(|shard| shard.decayed).map(|(_, length)| length).sum::<i64>()
         });
         assert_eq!(sums.iter().sum::<i64>(), 77);
     }

@@ -1,0 +1,194 @@
+//! A step of one of equal ranks, on a clock instead of a device.
+//!
+//! It is walked through as `tape.rs`, `ahead.rs`, `reducer.rs` and `replica.rs` walk through it. NCCL's operations travel one
+//! after the other on one stream beside the computation and begin once the computation before their call is done; over MPI
+//! nothing travels until somebody waits.
+
+use std::collections::VecDeque;
+
+use tch::Kind;
+
+use super::links::{Group, Links, Operation, memory_seconds};
+use super::{Cluster, Prediction, Workload};
+use crate::collective::Spent;
+use crate::parallel::reducer::BUCKETS_UNDER_WAY;
+use crate::parallel::{Sharding, ShardingGroup};
+
+/// One of equal ranks, and how far its step has come.
+pub(super) struct Rank<'w> {
+    work: &'w Workload,
+    cluster: &'w Cluster,
+    world: Group,
+    /// Ranks that hold the state together.
+    shards: Group,
+    /// Ranks that hold the same shard.
+    replicas: Group,
+    /// Workers of this rank's computation.
+    workers: f64,
+    /// A core's share that this rank has for what it sends; 1 where something else sends.
+    sender: f64,
+    under_way: VecDeque<UnderWay>,
+    /// Seconds since the step began at which the computation so far is over, and the operations so far.
+    compute_end: f64,
+    links_end: f64,
+    spent: Spent,
+}
+
+/// A bucket between ranks, as the reducer has it.
+struct UnderWay {
+    stage: usize,
+    arrival: f64,
+}
+
+impl<'w> Rank<'w> {
+    pub fn new(work: &'w Workload, cluster: &'w Cluster, ranks: usize) -> Self {
+        let on_node = if cluster.is_asynchronous() { ranks.min(cluster.constants.workers) } else { ranks };
+        let nodes = ranks.div_ceil(on_node);
+        let (world, alone) = (Group { ranks, nodes }, Group { ranks: 1, nodes: 1 });
+        let (shards, replicas) = match (work.sharding, work.sharding_group) {
+            (Sharding::None, _) => (alone, world),
+            (_, ShardingGroup::World) => (world, alone),
+            (_, ShardingGroup::Node) => (Group { ranks: on_node, nodes: 1 }, Group { ranks: nodes, nodes }),
+        };
+        let (workers, sender) = (cluster.workers_of_a_rank(ranks, work.num_threads), cluster.workers_of_a_rank(ranks, 1));
+        let (under_way, spent) = Default::default();
+        Rank { work, cluster, world, shards, replicas, workers, sender, under_way, compute_end: 0.0, links_end: 0.0, spent }
+    }
+
+    pub fn step(mut self) -> Prediction {
+        let stages = 0..self.work.stages.len();
+        for micro_batch in 0..self.work.micro_batches {
+            self.one_ahead(stages.clone(), |rank, stage| rank.compute(rank.forward_seconds(stage)));
+            let is_last = micro_batch + 1 == self.work.micro_batches;
+            self.one_ahead(stages.clone().rev(), |rank, stage| rank.backward(stage, is_last));
+        }
+        while !self.under_way.is_empty() {
+            self.settle();
+        }
+        // Statistics and norms go from host to host, each rank's to every other.
+        self.block((self.world.ranks - 1) as f64 * self.cluster.constants.message);
+        let optimizer_seconds = self.optimizer_seconds();
+        self.compute(optimizer_seconds);
+        self.publish();
+        let (step_seconds, spent) = (self.compute_end, self.spent);
+        Prediction { step_seconds, compute_seconds: step_seconds - optimizer_seconds - spent.exposed_seconds, optimizer_seconds, spent }
+    }
+
+    /// Every stage's leaves are gathered while the stage before it computes, where they are held in shards.
+    fn one_ahead(&mut self, mut order: impl Iterator<Item = usize>, mut each: impl FnMut(&mut Self, usize)) {
+        let mut next = order.next().map(|stage| (stage, self.gather(stage)));
+        while let Some((stage, arrival)) = next {
+            next = order.next().map(|stage| (stage, self.gather(stage)));
+            self.wait(arrival);
+            each(self, stage);
+        }
+    }
+
+    fn backward(&mut self, stage: usize, is_last: bool) {
+        let work = self.work;
+        if work.recompute.drops(stage) {
+            self.compute(self.forward_seconds(stage));
+        }
+        self.compute(self.cluster.backward_seconds(&work.stages[stage], work.kind) / self.workers);
+        if work.stages[stage].parameters > 0 {
+            self.reduce(stage, is_last);
+        }
+    }
+
+    /// As `Reducer::add`.
+    fn reduce(&mut self, stage: usize, is_last: bool) {
+        let sharding = self.work.sharding;
+        while self.under_way.len() >= BUCKETS_UNDER_WAY && sharding != Sharding::None {
+            self.settle();
+        }
+        if is_last || sharding.scatters_each_micro_batch() {
+            let bytes = self.gradient_bytes(stage);
+            let arrival = match self.is_cut() {
+                true => self.send(Operation::ReduceScatter, bytes, self.shards),
+                false => self.send(Operation::AllReduce, bytes, self.replicas),
+            };
+            self.under_way.push_back(UnderWay { stage, arrival });
+        }
+    }
+
+    /// As `Reducer::settle`.
+    fn settle(&mut self) {
+        let Some(UnderWay { stage, arrival }) = self.under_way.pop_front() else { return };
+        self.wait(arrival);
+        if self.is_cut() {
+            let bytes = self.gradient_bytes(stage) / self.shards.ranks as f64;
+            let arrival = self.send(Operation::AllReduce, bytes, self.replicas);
+            self.wait(arrival);
+        }
+    }
+
+    /// As `Replica::publish`: all stages are sent before the first is waited for.
+    fn publish(&mut self) {
+        if self.is_cut() && self.work.sharding != Sharding::Parameters {
+            let works: Vec<f64> = (0..self.work.stages.len()).map(|stage| self.send_leaves(stage)).collect();
+            works.into_iter().for_each(|arrival| self.wait(arrival));
+        }
+    }
+
+    fn gather(&mut self, stage: usize) -> f64 {
+        let holds_shards = self.is_cut() && self.work.sharding == Sharding::Parameters;
+        if holds_shards { self.send_leaves(stage) } else { self.compute_end }
+    }
+
+    fn send_leaves(&mut self, stage: usize) -> f64 {
+        self.send(Operation::AllGather, self.work.stages[stage].parameter_bytes(self.work.kind), self.shards)
+    }
+
+    fn is_cut(&self) -> bool {
+        self.shards.ranks > 1
+    }
+
+    fn gradient_bytes(&self, stage: usize) -> f64 {
+        self.work.stages[stage].parameter_bytes(self.work.reduce_dtype.of(self.work.kind))
+    }
+
+    fn forward_seconds(&self, stage: usize) -> f64 {
+        self.cluster.forward_seconds(&self.work.stages[stage], self.work.kind) / self.workers
+    }
+
+    /// Parameter, gradient and AdamW's two moments are read, all but the gradient written, and the compute kind where it is
+    /// another one.
+    fn optimizer_seconds(&self) -> f64 {
+        let copy = if self.work.kind == Kind::Float { 0 } else { self.work.kind.elt_size_in_bytes() };
+        let owned: u64 = self.work.stages.iter().map(|stage| stage.parameters.div_ceil(self.shards.ranks as u64)).sum();
+        (owned * (4 * 4 + 3 * 4 + copy as u64)) as f64 / self.cluster.constants.update / self.workers
+    }
+
+    fn compute(&mut self, seconds: f64) {
+        self.compute_end += seconds;
+    }
+
+    /// Starts an operation; returns when it will be over.
+    fn send(&mut self, operation: Operation, bytes: f64, group: Group) -> f64 {
+        match self.cluster.constants.links {
+            Links::Nccl { within, across } => {
+                let seconds = self.cluster.nccl.seconds(operation, bytes, group, (within, across));
+                self.spent.communication_seconds += seconds;
+                self.links_end = self.links_end.max(self.compute_end) + seconds;
+                self.links_end
+            }
+            // When it is waited for changes no sum.
+            Links::Memory { pass } => {
+                self.block(memory_seconds(operation, bytes, group.ranks, pass, self.cluster.constants.message) / self.sender);
+                self.compute_end
+            }
+        }
+    }
+
+    fn wait(&mut self, arrival: f64) {
+        let stall = (arrival - self.compute_end).max(0.0);
+        self.spent.exposed_seconds += stall;
+        self.compute_end += stall;
+    }
+
+    /// Communication during which nothing computes.
+    fn block(&mut self, seconds: f64) {
+        self.spent = self.spent + Spent { communication_seconds: seconds, exposed_seconds: seconds };
+        self.compute_end += seconds;
+    }
+}
