@@ -4,6 +4,9 @@ use std::io::{self, Write};
 
 use sha2::{Digest, Sha256};
 
+/// Bytes that are written and then hashed while they are in the cache.
+const PIECE_BYTES: usize = 256 << 10;
+
 /// A writer that counts and hashes what it passes on.
 pub struct HashingWriter<W> {
     inner: W,
@@ -25,7 +28,7 @@ impl<W: Write> HashingWriter<W> {
 impl<W: Write> Write for HashingWriter<W> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         // Only what the inner writer took is hashed: a short write comes again.
-        let taken = self.inner.write(buffer)?;
+        let taken = self.inner.write(&buffer[..buffer.len().min(PIECE_BYTES)])?;
         self.sha256.update(&buffer[..taken]);
         self.bytes += taken as u64;
         Ok(taken)

@@ -1,11 +1,10 @@
 //! What a checkpoint holds, as it was at one moment: joined stage by stage, kept in host memory by the rank that writes it.
 //!
-//! Files hold consecutive stages; which ones depends on the model alone. Ranks take the files in turn, the optimizer's before
-//! the model's, so that the first rank never keeps less than another.
+//! Files hold consecutive stages; which ones depends on the model alone. Each goes to the rank that has least to keep so far.
 
 use std::collections::BTreeMap;
 use std::io::{BufWriter, IntoInnerError};
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::path::Path;
 
 use tch::{Device, Kind, Tensor, no_grad};
@@ -21,8 +20,10 @@ use crate::parallel::Replica;
 use crate::pulse;
 use crate::train::state::OptimizerState;
 
-/// Parameters of about this many bytes go into one part, so that ranks can write side by side.
-const PART_BYTES: u64 = 1 << 30;
+/// A model is cut into about so many parts, so that the ranks of a node can write side by side …
+const NUM_PARTS: u64 = 8;
+/// … of at least and at most this many bytes of parameters each.
+const PART_BYTES: RangeInclusive<u64> = 32 << 20..=1 << 30;
 /// Everything is saved in f32.
 const ELEMENT_BYTES: u64 = 4;
 
@@ -34,6 +35,7 @@ pub struct Saved<'r> {
     pub state: &'r OptimizerState,
 }
 
+/// What a file holds of its stages.
 #[derive(Clone, Copy)]
 enum Content {
     Optimizer,
@@ -48,11 +50,6 @@ impl Content {
             Content::Model => "model",
         };
         format!("{word}-{:05}-of-{count:05}.safetensors", index + 1)
-    }
-
-    /// The rank that keeps and writes the file.
-    fn writer(self, index: usize, world_size: usize) -> usize {
-        (2 * index + self as usize) % world_size
     }
 }
 
@@ -75,10 +72,11 @@ impl Saved<'_> {
         let names = self.optimizer.state_names();
         let prefixes: Vec<String> = names.iter().map(|name| format!("{name}.")).collect();
         let ranges = part_ranges(&sizes);
+        let (writers, _) = writers(&sizes, &ranges, names.len() as u64, collective.world_size());
         let mut copies = Vec::new();
         for (index, range) in ranges.iter().enumerate() {
             let begin = |content: Content, prefixes: &[String]| {
-                let mine = content.writer(index, collective.world_size()) == collective.rank();
+                let mine = writers[index][content as usize] == collective.rank();
                 let (name, planned) = (content.file_name(index, ranges.len()), self.planned(range, prefixes));
                 mine.then(|| PartCopy { name, planned, flats: Vec::new() })
             };
@@ -137,12 +135,14 @@ impl PartCopy {
 
 /// Consecutive stages that share a part, by the stages' numbers of parameters.
 fn part_ranges(sizes: &[u64]) -> Vec<Range<usize>> {
+    let total = ELEMENT_BYTES * sizes.iter().sum::<u64>();
+    let limit = (total / NUM_PARTS).clamp(*PART_BYTES.start(), *PART_BYTES.end());
     let mut ranges: Vec<Range<usize>> = Vec::new();
     let mut bytes = 0;
     for (stage, size) in sizes.iter().enumerate() {
         bytes += ELEMENT_BYTES * size;
         match ranges.last_mut() {
-            Some(range) if bytes <= PART_BYTES => range.end = stage + 1,
+            Some(range) if bytes <= limit => range.end = stage + 1,
             _ => {
                 bytes = ELEMENT_BYTES * size;
                 ranges.push(stage..stage + 1);
@@ -152,33 +152,56 @@ fn part_ranges(sizes: &[u64]) -> Vec<Range<usize>> {
     ranges
 }
 
+/// Who keeps and writes each part's files, one a [`Content`]; and how many bytes each rank keeps.
+fn writers(sizes: &[u64], ranges: &[Range<usize>], optimizer_tensors: u64, world_size: usize) -> (Vec<[usize; 2]>, Vec<u64>) {
+    let mut kept = vec![0; world_size];
+    let mut give = |bytes: u64| {
+        let rank = (0..world_size).min_by_key(|&rank| kept[rank]).expect("a world has ranks");
+        kept[rank] += bytes;
+        rank
+    };
+    let bytes = |range: &Range<usize>| ELEMENT_BYTES * sizes[range.clone()].iter().sum::<u64>();
+    // What is largest first, so that the rest can make up for it.
+    let optimizer: Vec<usize> = ranges.iter().map(|range| give(optimizer_tensors * bytes(range))).collect();
+    let writers = optimizer.into_iter().zip(ranges).map(|(optimizer, range)| [optimizer, give(bytes(range))]).collect();
+    (writers, kept)
+}
+
 /// Host memory that a save takes on the rank that keeps most, by the stages' numbers of parameters.
 pub fn copied_bytes(sizes: &[u64], optimizer_tensors: u64, world_size: usize) -> u64 {
-    let mut of_rank = vec![0; world_size];
-    for (index, range) in part_ranges(sizes).into_iter().enumerate() {
-        let bytes = ELEMENT_BYTES * sizes[range].iter().sum::<u64>();
-        of_rank[Content::Optimizer.writer(index, world_size)] += optimizer_tensors * bytes;
-        of_rank[Content::Model.writer(index, world_size)] += bytes;
-    }
-    of_rank.into_iter().max().unwrap_or(0)
+    writers(sizes, &part_ranges(sizes), optimizer_tensors, world_size).1.into_iter().max().unwrap_or(0)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// Parameters of a part that is as large as any.
+    const LARGEST: u64 = (1 << 30) / ELEMENT_BYTES;
+
     #[test]
     fn parts_are_cut_by_size_and_a_giant_stands_alone() {
-        let giant = PART_BYTES / ELEMENT_BYTES;
-        assert_eq!(part_ranges(&[1, 2, giant - 3, 1, giant + 5, 1]), [0..3, 3..4, 4..5, 5..6]);
+        // Enough stages behind for parts to be as large as they may.
+        let sizes = [&[1, 2, LARGEST - 3, 1, LARGEST + 5, 1], &[LARGEST; 6][..]].concat();
+        assert_eq!(part_ranges(&sizes)[..5], [0..3, 3..4, 4..5, 5..6, 6..7]);
     }
 
     #[test]
-    fn the_first_rank_keeps_most_and_everything_is_kept_once() {
-        let sizes = [PART_BYTES / ELEMENT_BYTES; 4];
+    fn a_model_gives_eight_ranks_something_to_write_unless_it_is_tiny() {
+        let million = 1_000_000;
+        assert_eq!(
+            part_ranges(&[5 * million; 14]).len(),
+            14,
+            "70 million parameters: each of these stages is more than an eighth with another"
+        );
+        assert_eq!(part_ranges(&[2 * million; 64]).len(), 8);
+        assert_eq!(part_ranges(&[million; 8]).len(), 1);
+    }
+
+    #[test]
+    fn everything_is_kept_once_and_by_whoever_has_least() {
+        let sizes = [LARGEST; 8];
         let bytes = |world_size| copied_bytes(&sizes, 2, world_size);
-        assert_eq!([1, 2, 4, 8].map(bytes), [12, 8, 4, 2].map(|parts| parts * PART_BYTES));
-        // Optimizer 0 and model 1, then optimizer 3, then model 2.
-        assert_eq!(bytes(3), (2 + 1 + 2) * PART_BYTES);
+        assert_eq!([1, 2, 4, 8, 16].map(bytes), [24, 12, 6, 3, 2].map(|parts| parts << 30));
     }
 }
