@@ -3,6 +3,7 @@
 use tch::Tensor;
 
 use super::agreement::known_to_all;
+use super::checkpoint::Saver;
 use super::diagnose::{Finding, diagnose};
 use super::guard::{BUDGET_STEPS, Guard};
 use super::requests::Requests;
@@ -31,8 +32,8 @@ pub struct Stepper<'a> {
     pub check_stages: bool,
     /// Listens to what is asked of this rank, for the others to hear with its statistics.
     pub requests: &'a Requests,
-    /// How far this rank's part of a checkpoint is written.
-    pub saving: u8,
+    /// Tells with the statistics, too, how far this rank's part of a checkpoint is.
+    pub saver: &'a Saver,
 }
 
 /// What a step did.
@@ -111,7 +112,7 @@ impl Stepper<'_> {
         let bad_samples = batches.iter().map(|batch| batch.bad_samples).sum();
         let request = self.requests.heard();
         let issued = self.collective.issued();
-        let own = Own { statistics: &rows, norms: &norms, request, seconds, saving: self.saving, bad_samples, issued };
+        let own = Own { statistics: &rows, norms: &norms, request, seconds, saving: self.saver.progress(), bad_samples, issued };
         let tallies = tally::exchange(&own, self.collective)?;
         tally::check_in_step(&tallies, &issued, self.collective)?;
         let seen = Seen { statistics: self.merged(&tallies), grad_norm: self.grad_norm(&tallies, replica), tallies };

@@ -90,7 +90,7 @@ impl<'c> Trainer<'c> {
             share: self.share,
             check_stages: self.debug,
             requests,
-            saving: self.saver.progress(),
+            saver: &self.saver,
         };
         let update = stepper.step(step, loader, &mut self.replica, &mut self.optimizer_state, &mut self.manifest.guard);
         let update = update.map_err(|error| self.refused(error))?;
