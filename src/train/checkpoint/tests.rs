@@ -30,8 +30,16 @@ fn optimizer() -> OptimizerChoice {
     OptimizerChoice::default()
 }
 
+fn small() -> Dit {
+    Dit { width: 24, depth: 1, num_heads: 2, ..Dit::default() }
+}
+
 fn empty(world: &dyn Collective, sharding: Sharding) -> (Replica<'_>, OptimizerState) {
-    let stages = Dit { width: 24, depth: 1, num_heads: 2, ..Dit::default() }.stages().expect("sound");
+    empty_of(&small(), world, sharding)
+}
+
+fn empty_of<'c>(model: &Dit, world: &'c dyn Collective, sharding: Sharding) -> (Replica<'c>, OptimizerState) {
+    let stages = model.stages().expect("sound");
     let sharing = Sharing::new(world, sharding, ShardingGroup::World, 1).expect("sound");
     let replica = Replica::shared(stages, Kind::BFloat16, (Device::Cpu, Device::Cpu), None, sharing);
     let state = OptimizerState::fresh(&replica, &*optimizer(), (Device::Cpu, Device::Cpu)).expect("a CPU");
@@ -44,8 +52,8 @@ fn number(stage: usize, tensor: u64, numel: i64) -> Tensor {
     key.seeded(|| Tensor::randn([numel], (Kind::Float, Device::Cpu)))
 }
 
-fn save_on(world: &dyn Collective, sharding: Sharding, output: &str) -> PathBuf {
-    let (mut replica, mut state) = empty(world, sharding);
+fn save_on(model: &Dit, world: &dyn Collective, sharding: Sharding, output: &str) -> PathBuf {
+    let (mut replica, mut state) = empty_of(model, world, sharding);
     for (stage, bucket) in replica.buckets.iter_mut().enumerate() {
         let numel = replica.stages[stage].params().numel();
         bucket.set(&number(stage, 0, numel));
@@ -59,8 +67,8 @@ fn save_on(world: &dyn Collective, sharding: Sharding, output: &str) -> PathBuf 
     folder.path().join(folder_name(7))
 }
 
-fn check_on(world: &dyn Collective, sharding: Sharding, folder: &Path) {
-    let (mut replica, mut state) = empty(world, sharding);
+fn check_on(model: &Dit, world: &dyn Collective, sharding: Sharding, folder: &Path) {
+    let (mut replica, mut state) = empty_of(model, world, sharding);
     let loaded = load(folder, &manifest(), false, &mut replica, &*optimizer(), &mut state).expect("a checkpoint");
     assert_eq!(loaded, manifest());
     for stage in 0..replica.stages.len() {
@@ -88,7 +96,7 @@ fn d12_a_checkpoint_of_any_sharding_and_world_size_loads_into_any_other() {
     let mut bytes = Vec::new();
     for (ranks, sharding) in (1..=4).flat_map(|ranks| SHARDINGS.map(|sharding| (ranks, sharding))) {
         let output = root.path().join(format!("{ranks}-{}", sharding as u8)).display().to_string();
-        let folder = in_threads(ranks, move |world| save_on(world, sharding, &output));
+        let folder = in_threads(ranks, move |world| save_on(&small(), world, sharding, &output));
         let files: Vec<Vec<u8>> = verify(&folder)
             .expect("a committed checkpoint")
             .parts
@@ -98,10 +106,23 @@ fn d12_a_checkpoint_of_any_sharding_and_world_size_loads_into_any_other() {
         bytes.push(files);
         for (ranks, sharding) in (1..=4).flat_map(|ranks| SHARDINGS.map(|sharding| (ranks, sharding))) {
             let folder = folder.clone();
-            in_threads(ranks, move |world| check_on(world, sharding, &folder));
+            in_threads(ranks, move |world| check_on(&small(), world, sharding, &folder));
         }
     }
     assert!(bytes.iter().all(|files| *files == bytes[0]), "equal state gives equal bytes");
+}
+
+#[test]
+fn a_model_of_several_parts_comes_back_whole() {
+    // A block is 19 MB in f32: two are more than a part takes.
+    let large = Dit { width: 512, depth: 3, num_heads: 8, ..Dit::default() };
+    let root = tempfile::tempdir().expect("a folder");
+    let (output, model) = (root.path().join("run").display().to_string(), large.clone());
+    let folder = in_threads(2, move |world| save_on(&model, world, Sharding::Optimizer, &output));
+    let files: Vec<String> = verify(&folder).expect("a committed checkpoint").parts.into_iter().map(|part| part.file).collect();
+    let named = |word: &'static str| (1..=3).map(move |part| format!("{word}-0000{part}-of-00003.safetensors"));
+    assert_eq!(files, named("model").chain(named("optimizer")).collect::<Vec<_>>());
+    in_threads(3, move |world| check_on(&large, world, Sharding::Parameters, &folder));
 }
 
 /// A state of `step`, which decides all its numbers, on one rank.
