@@ -43,7 +43,8 @@ impl Loader {
         let read = move |number: u64| {
             let micro_batches = share.micro_batches as u64;
             let (step, micro) = (first_step + number / micro_batches, (number % micro_batches) as usize);
-            fault::strike(Phase::Read);
+            // Steps count from 1, blocks of the order from 0.
+            fault::strike_at(Phase::Read, step + 1);
             let ids = order.lock().unwrap_or_else(PoisonError::into_inner).block(step, share.block(micro), share.micro_batch_size);
             dataset.batch(&ids)
         };

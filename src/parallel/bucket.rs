@@ -109,15 +109,13 @@ impl Bucket {
     /// Every rank of a shard group calls it for the same stages in the same order.
     pub fn gather(&self, shards: &dyn Collective) -> Result<Gathering> {
         let mut missing = Vec::new();
-        let held = |piece: &Piece| {
-            piece.full().map_or_else(
-                || {
-                    let full = piece.room(piece.kind());
-                    missing.push(piece.sliced(&full));
-                    full
-                },
-                Tensor::shallow_clone,
-            )
+        let held = |piece: &Piece| match piece.full() {
+            Some(full) => full.shallow_clone(),
+            None => {
+                let full = piece.room(piece.kind());
+                missing.push(piece.sliced(&full));
+                full
+            }
         };
         let full = self.pieces.iter().map(held).collect();
         let work = if missing.is_empty() { Work::done() } else { shards.all_gather(missing)? };

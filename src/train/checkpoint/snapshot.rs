@@ -20,9 +20,9 @@ use crate::parallel::Replica;
 use crate::pulse;
 use crate::train::state::OptimizerState;
 
-/// A model is cut into about so many parts, so that the ranks of a node can write side by side …
+/// A model is cut into about so many parts, so that the ranks of a node can write side by side.
 const NUM_PARTS: u64 = 8;
-/// … of at least and at most this many bytes of parameters each.
+/// The least and the most bytes of parameters that a part is cut for; a stage with more has a part for itself.
 const PART_BYTES: RangeInclusive<u64> = 32 << 20..=1 << 30;
 /// Everything is saved in f32.
 const ELEMENT_BYTES: u64 = 4;
