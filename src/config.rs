@@ -4,7 +4,7 @@ use crate::adapter::AdapterChoice;
 use crate::data::DataSettings;
 use crate::error::{ConfigProblem, Error, Result};
 use crate::fault::DebugSettings;
-use crate::flow::{FlowMatchingSettings, SamplingSettings};
+use crate::flow::{FlowMatchingSettings, SamplingSettings, SigmaWindow};
 use crate::model::{Model, ModelSettings};
 use crate::optim::OptimizerChoice;
 use crate::optim::lr::LrScheduleChoice;
@@ -282,8 +282,13 @@ impl RunConfig {
         let mut problems = Vec::new();
         let mut say = |key: &str, what: String| problems.push(ConfigProblem { key: key.into(), place: String::new(), what });
         let flow = &self.flow_matching.flow;
-        if flow.sigma_min >= flow.sigma_max {
-            say("flow_matching.sigma_min", format!("{} must be below sigma_max = {}", flow.sigma_min, flow.sigma_max));
+        if flow.sigma_min > flow.sigma_max {
+            say("flow_matching.sigma_min", format!("{} must not be above sigma_max = {}", flow.sigma_min, flow.sigma_max));
+        }
+        if flow.sigma_min == flow.sigma_max && flow.sigma_window == SigmaWindow::Truncate {
+            let what =
+                format!("\"truncate\" leaves nothing to draw from between sigma_min and sigma_max = {}; \"clamp\" does", flow.sigma_max);
+            say("flow_matching.sigma_window", what);
         }
         self.parallel.problems().into_iter().for_each(|(key, what)| say(key, what));
         if self.output_dir.is_empty() {

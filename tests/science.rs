@@ -25,7 +25,7 @@ fn batch(size: i64) -> Batch {
 fn pipeline(change: impl FnOnce(&mut FlowMatchingSettings)) -> FlowMatchingPipeline {
     let mut settings = FlowMatchingSettings::default();
     change(&mut settings);
-    create_pipeline("simple", settings, Device::Cpu, Kind::Float).unwrap()
+    create_pipeline("simple", &Default::default(), settings, Device::Cpu, Kind::Float).unwrap()
 }
 
 fn stream() -> Stream {
@@ -135,7 +135,7 @@ fn a_loss_that_explodes_is_refused_with_its_step_and_value() {
 
 #[test]
 fn an_unknown_adapter_names_the_available_ones() {
-    let error = create_adapter("smple").err().unwrap().to_string();
+    let error = create_adapter("smple", &Default::default()).err().unwrap().to_string();
     assert!(error.contains("unknown `smple`; available: simple"), "{error}");
 }
 

@@ -31,6 +31,8 @@ mod gradients;
 mod hostile;
 /// Our own GPU kernels compile, have the bits of a CPU, and are refused where they compute anything else.
 mod kernels;
+/// A loss under masks is that of one big batch, whatever the split; a sample is trained on its own conditions and task.
+mod masks;
 /// Ranks take the memory that `fm-dist check` says.
 mod memory;
 /// NCCL keeps the contract of the collectives and gives up in time; the real library answers.

@@ -14,7 +14,7 @@ use tempfile::TempDir;
 
 use crate::runs::{checkpoint, column, train_in_threads};
 
-const SAMPLES: i64 = 8;
+pub const SAMPLES: i64 = 8;
 
 /// A family made tiny: its tables, its adapter and the shapes of one sample's tensors.
 pub struct Tiny {
@@ -73,17 +73,26 @@ pub const HUNYUAN_VIDEO15: Tiny = Tiny {
 };
 
 impl Tiny {
-    /// A dataset of random samples at `folder`; masks let everything through.
-    pub fn write_data(&self, folder: &Path) {
-        fs::create_dir_all(folder).unwrap();
+    /// Random samples under the family's keys; masks let everything through.
+    pub fn samples(&self) -> BTreeMap<&'static str, Tensor> {
         let of_key = |(index, (key, shape)): (usize, &(&'static str, &'static [i64]))| {
             let size = [&[SAMPLES], *shape].concat();
             let random = || Tensor::randn(&size, (Kind::Float, Device::Cpu));
             let draw = || Key::new(3, Purpose::Test).scope(index as u64).seeded(random);
             (*key, if key.contains("mask") { Tensor::ones(&size, (Kind::Int64, Device::Cpu)) } else { draw() })
         };
-        let tensors: Vec<(&str, Tensor)> = self.keys.iter().enumerate().map(of_key).collect();
-        let borrowed: Vec<(&str, &Tensor)> = tensors.iter().map(|(key, tensor)| (*key, tensor)).collect();
+        self.keys.iter().enumerate().map(of_key).collect()
+    }
+
+    /// A dataset of [`samples`](Self::samples) at `folder`.
+    pub fn write_data(&self, folder: &Path) {
+        self.write(folder, &self.samples());
+    }
+
+    /// A dataset of these samples, one resolution group, at `folder`.
+    pub fn write(&self, folder: &Path, samples: &BTreeMap<&'static str, Tensor>) {
+        fs::create_dir_all(folder).unwrap();
+        let borrowed: Vec<(&str, &Tensor)> = samples.iter().map(|(key, tensor)| (*key, tensor)).collect();
         let mut file = HashingWriter::new(File::create(folder.join("samples.safetensors")).unwrap());
         let metadata = BTreeMap::from([("data_type".to_string(), self.data_type.to_string())]);
         safetensors::write(&mut file, &borrowed, &metadata).unwrap();

@@ -3,11 +3,13 @@
 use tch::{Device, Kind, Tensor};
 
 use super::AdapterSettings;
-use super::inputs::{TimestepDtype, batched, guidance, packed, text_embeddings, text_mask, unpacked};
+use super::inputs::{TimestepDtype, batched, guidance, packed, text_embeddings, text_key, text_mask, text_mask_key, unpacked};
 use crate::error::Result;
-use crate::flow::{FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Shift};
+use crate::flow::{BatchKey, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Role, Shift};
 use crate::nn::Activations;
 use crate::settings::{Keys, Settings};
+
+const NAME: &str = "flux";
 
 /// Either holds the pooled text.
 const POOLED_KEYS: [&str; 2] = ["pooled_prompt_embeds", "clip_pooled"];
@@ -33,7 +35,7 @@ impl Default for Flux {
 impl Settings for Flux {
     fn visit(&mut self, keys: &mut Keys<'_>) {
         keys.number("guidance_scale", &mut self.guidance_scale, 0.0..=1000.0, "Guidance scale that the model is told in training.");
-        let doc = "Whether the guidance scale is passed; only models that embed it take it, and those need it.";
+        let doc = "The reference's flag, which changes nothing, as there: models that embed the guidance scale need it, others take none.";
         keys.flag("use_guidance_embeds", &mut self.use_guidance_embeds, doc);
         keys.flag("use_text_mask", &mut self.use_text_mask, "Whether attention leaves out the padding that the batch's `text_mask` marks.");
         self.timestep_dtype.visit(keys);
@@ -47,26 +49,38 @@ impl AdapterSettings for Flux {
 }
 
 impl ModelAdapter for Flux {
-    fn condition_keys(&self) -> &'static [&'static str] {
-        &["text_embeddings", "pooled_prompt_embeds", "clip_pooled"]
+    fn name(&self) -> &'static str {
+        NAME
     }
 
-    fn mask_keys(&self) -> &'static [&'static str] {
-        &["text_mask"]
+    fn keys(&self) -> Vec<BatchKey> {
+        let pooled = BatchKey::optional(Role::Condition, &POOLED_KEYS, &[&["P"]], format!("zeros [{POOLED_WIDTH}]"));
+        [text_key(), pooled].into_iter().chain(self.use_text_mask.then(text_mask_key)).collect()
+    }
+
+    fn drops_conditions(&self) -> bool {
+        true
+    }
+
+    fn notes(&self, model_embeds_guidance: bool) -> Option<String> {
+        let without_effect = model_embeds_guidance && !self.use_guidance_embeds;
+        without_effect.then(|| {
+            let scale = self.guidance_scale;
+            format!("use_guidance_embeds = false changes nothing: the model embeds its guidance and is told guidance_scale = {scale}")
+        })
     }
 
     fn provides(&self) -> &'static [&'static str] {
-        const ALL: &[&str] = &["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "grid", "guidance"];
-        if self.use_guidance_embeds { ALL } else { &ALL[..ALL.len() - 1] }
+        &["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "grid", "guidance"]
     }
 
     /// `hidden_states` `[B, H/2 · W/2, 4·C]`, `encoder_hidden_states` `[B, L, D]`, `pooled_projections` `[B, P]`, `timestep`
     /// `[B]` in `[0, 1]`, `guidance` `[B]` f32, `grid`, `text_mask` `[B, L]` if it is used.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
-        let (tokens, grid) = packed(context, "flux")?;
-        let text = text_embeddings(context, "flux")?;
+        let (tokens, grid) = packed(context, NAME)?;
+        let text = text_embeddings(context, NAME)?;
         let drop = drop(context);
-        let mask = if self.use_text_mask { Some(text_mask(context, &text, &drop, "flux")?) } else { None };
+        let mask = if self.use_text_mask { Some(text_mask(context, &text, &drop, NAME)?) } else { None };
         let inputs = Activations::new()
             .with_constant("hidden_states", tokens)
             .with_constant("encoder_hidden_states", context.dropped("text_embeddings", &text, &drop)?)
@@ -89,7 +103,7 @@ impl ModelAdapter for Flux {
     }
 
     fn guidance(&self, model_embeds: bool) -> Guidance {
-        if model_embeds && self.use_guidance_embeds { Guidance::Embedded } else { Guidance::ClassifierFree }
+        if model_embeds { Guidance::Embedded } else { Guidance::ClassifierFree }
     }
 }
 
@@ -105,7 +119,7 @@ fn drop(context: &FlowMatchingContext<'_>) -> Tensor {
 /// Pooled text `[B, P]`, zeros where the batch has none.
 fn pooled(context: &FlowMatchingContext<'_>, drop: &Tensor) -> Result<Tensor> {
     match POOLED_KEYS.into_iter().find(|key| context.batch.get(key).is_some()) {
-        Some(key) => context.dropped(key, &batched(context, key, "flux", 2)?, drop),
+        Some(key) => context.dropped(key, &batched(context, key, NAME, 2)?, drop),
         None => Ok(Tensor::zeros([context.noisy_latents.size()[0], POOLED_WIDTH], (context.dtype, context.device))),
     }
 }

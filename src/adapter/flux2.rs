@@ -3,12 +3,14 @@
 use tch::{Kind, Tensor};
 
 use super::AdapterSettings;
-use super::inputs::{TimestepDtype, guidance, sides, text_embeddings};
+use super::inputs::{TimestepDtype, guidance, sides, text_embeddings, text_key};
 use crate::error::Result;
-use crate::flow::{FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Shift};
+use crate::flow::{BatchKey, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Shift};
 use crate::nn::Activations;
 use crate::nn::patches::{cut_images, join_images};
 use crate::settings::{Keys, Settings};
+
+const NAME: &str = "flux2";
 
 /// Source: NeMo AutoModel 0.5.0, `Flux2Adapter`.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,8 +42,21 @@ impl AdapterSettings for Flux2 {
 }
 
 impl ModelAdapter for Flux2 {
-    fn condition_keys(&self) -> &'static [&'static str] {
-        &["text_embeddings"]
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn keys(&self) -> Vec<BatchKey> {
+        vec![text_key()]
+    }
+
+    fn drops_conditions(&self) -> bool {
+        true
+    }
+
+    fn notes(&self, model_embeds_guidance: bool) -> Option<String> {
+        let without = model_embeds_guidance && !self.use_guidance_embeds;
+        without.then(|| "use_guidance_embeds = false: the model embeds a guidance scale and is told none".into())
     }
 
     fn provides(&self) -> &'static [&'static str] {
@@ -52,7 +67,7 @@ impl ModelAdapter for Flux2 {
     /// `hidden_states` `[B, H · W, C]`, `encoder_hidden_states` `[B, L, D]`, `timestep` `[B]` in `[0, 1]`, `grid`, `guidance`
     /// `[B]` f32 if it is used.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
-        let [height, width] = sides(context, "flux2")?;
+        let [height, width] = sides(context, NAME)?;
         let inputs = Activations::new()
             .with_constant("hidden_states", cut_images(context.noisy_latents, 1))
             .with_constant("encoder_hidden_states", text(context)?)
@@ -78,7 +93,7 @@ impl ModelAdapter for Flux2 {
 
 /// Text, of which each sample's is dropped by itself.
 fn text(context: &FlowMatchingContext<'_>) -> Result<Tensor> {
-    let text = text_embeddings(context, "flux2")?;
+    let text = text_embeddings(context, NAME)?;
     if context.cfg_dropout_prob <= 0.0 {
         return Ok(text);
     }

@@ -1,14 +1,16 @@
 //! HunyuanVideo 1.5: noisy video with what is known of it, two texts with their masks, an image's embedding.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::AdapterSettings;
-use super::inputs::{TimestepDtype, batched, text_embeddings};
+use super::inputs::{TimestepDtype, batched, text_embeddings, text_key, text_mask_key, token_mask};
 use crate::error::{Error, Result};
-use crate::flow::{FlowMatchingContext, ModelAdapter};
+use crate::flow::{BatchKey, FlowMatchingContext, ModelAdapter, Role};
 use crate::nn::Activations;
 use crate::settings::{Keys, Settings};
 use crate::tensor::broadcast_to_rank;
+
+const NAME: &str = "hunyuan";
 
 /// Source: NeMo AutoModel 0.5.0, `HunyuanAdapter`.
 #[derive(Clone, Debug, PartialEq)]
@@ -54,12 +56,20 @@ impl AdapterSettings for Hunyuan {
 }
 
 impl ModelAdapter for Hunyuan {
-    fn condition_keys(&self) -> &'static [&'static str] {
-        &["text_embeddings", "text_embeddings_2"]
+    fn name(&self) -> &'static str {
+        NAME
     }
 
-    fn mask_keys(&self) -> &'static [&'static str] {
-        &["text_mask", "text_mask_2"]
+    fn keys(&self) -> Vec<BatchKey> {
+        let [tokens, features] = self.default_image_embed_shape;
+        let zeros = format!("zeros [{tokens}, {features}], which stand for no image");
+        vec![
+            text_key(),
+            text_mask_key(),
+            BatchKey::required(Role::Condition, &["text_embeddings_2"], &[&["L2", "D2"]]),
+            BatchKey::required(Role::TokenMask, &["text_mask_2"], &[&["L2"]]),
+            BatchKey::optional(Role::Fixed, &["image_embeds"], &[&["Li", "Di"]], zeros),
+        ]
     }
 
     fn provides(&self) -> &'static [&'static str] {
@@ -78,14 +88,14 @@ impl ModelAdapter for Hunyuan {
 
     /// `hidden_states` as the noisy latents `[B, C, F, H, W]`, `condition_latents` `[B, C + 1, F, H, W]`, `timestep` `[B]` on
     /// the scale of the training timesteps, both texts `[B, L, D]` and their masks `[B, L]` up to the longest valid one,
-    /// `image_embeds` `[B, L3, D]`, zeros where a sample has none; `counted_frames` `[B, 1, F]` if a frame is left out.
+    /// `image_embeds` `[B, L3, D]`, zeros where a sample has none; `counted_frames` `[B, 1, F, 1, 1]` if a frame is left out.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
         if context.noisy_latents.dim() != 5 {
             let what = format!("the hunyuan adapter needs latents [B, C, F, H, W], found {:?}", context.noisy_latents.size());
             return Err(Error::data("batch", what));
         }
-        let (text, text_mask) = self.trimmed(context, text_embeddings(context, "hunyuan")?, "text_mask")?;
-        let glyphs = batched(context, "text_embeddings_2", "hunyuan", 3)?;
+        let (text, text_mask) = self.trimmed(context, text_embeddings(context, NAME)?, "text_mask")?;
+        let glyphs = batched(context, "text_embeddings_2", NAME, 3)?;
         let (glyphs, glyph_mask) = self.trimmed(context, glyphs, "text_mask_2")?;
         let mut inputs = Activations::new()
             .with_constant("hidden_states", context.noisy_latents.shallow_clone())
@@ -114,31 +124,32 @@ impl ModelAdapter for Hunyuan {
 }
 
 impl Hunyuan {
-    /// A text `[B, L, D]` and its mask without the padding that all samples share, which lies at the end.
+    /// A text `[B, L, D]` and its mask without the padding that all samples have at their end; padding before a text stays, and is
+    /// masked.
     ///
     /// # Errors
     /// [`Error::Data`] if the batch has no such mask or it does not fit; no model of the family can do without, nor the
     /// reference.
     fn trimmed(&self, context: &FlowMatchingContext<'_>, text: Tensor, mask_key: &str) -> Result<(Tensor, Tensor)> {
-        let mask = batched(context, mask_key, "hunyuan", 2)?;
+        let mask = token_mask(context, mask_key, &text, NAME)?;
         let tokens = text.size()[1];
-        if mask.size()[1] != tokens {
-            return Err(Error::data("batch", format!("`{mask_key}` {:?} must cover the {tokens} tokens of its text", mask.size())));
-        }
         // Read from the batch as the loader gave it, on the host: no device is waited for.
         let stored = context.batch.get(mask_key).expect("just found");
         let length = self.longest(stored, context.dtype).clamp(1, tokens.max(1)).min(tokens);
         Ok((text.narrow(1, 0, length), mask.narrow(1, 0, length)))
     }
 
-    /// Valid tokens of the sample that has most of them.
+    /// Number of tokens up to the last valid one of any sample; of right-padded texts, the valid tokens of the longest.
     fn longest(&self, mask: &Tensor, dtype: Kind) -> i64 {
-        let counts = if self.exact_text_lengths {
-            mask.ne(0).sum_dim_intlist([-1i64].as_slice(), false, Kind::Int64)
-        } else {
-            mask.to_kind(dtype).sum_dim_intlist([-1i64].as_slice(), false, None::<Kind>)
-        };
-        counts.max().double_value(&[]) as i64
+        let tokens = mask.size().last().copied().unwrap_or_default();
+        if mask.numel() == 0 {
+            return tokens;
+        }
+        let places = Tensor::arange_start(1, tokens + 1, (Kind::Int64, Device::Cpu));
+        let last = (mask.ne(0).to_kind(Kind::Int64) * places).max();
+        // The reference counts in the compute kind.
+        let counted = if self.exact_text_lengths { last } else { last.to_kind(dtype) };
+        counted.double_value(&[]) as i64
     }
 
     /// The batch's image embeddings for its image-to-video samples, zeros for the others, which models take for none.
@@ -148,7 +159,7 @@ impl Hunyuan {
             let size = [context.noisy_latents.size()[0], tokens, features];
             return Ok(Tensor::zeros(size, (context.dtype, context.device)));
         }
-        let found = batched(context, "image_embeds", "hunyuan", 3)?;
+        let found = batched(context, "image_embeds", NAME, 3)?;
         Ok(found.where_self(&broadcast_to_rank(context.image_to_video, 3), &found.zeros_like()))
     }
 }
@@ -165,18 +176,16 @@ fn condition_latents(context: &FlowMatchingContext<'_>) -> Tensor {
     known.constant_pad_nd([0i64, 0, 0, 0, 0, later])
 }
 
-/// `[B, 1, F]` boolean: every frame but the known ones.
+/// `[B, 1, F, 1, 1]` boolean: every frame but the known ones.
 fn counted_frames(context: &FlowMatchingContext<'_>) -> Tensor {
     let frames = context.latents.size()[2];
-    let first = Tensor::arange(frames, (Kind::Int64, context.device)).eq(0).view([1, 1, frames]);
-    first.logical_and(&broadcast_to_rank(context.image_to_video, 3)).logical_not()
+    let first = Tensor::arange(frames, (Kind::Int64, context.device)).eq(0).view([1, 1, frames, 1, 1]);
+    first.logical_and(&broadcast_to_rank(context.image_to_video, 5)).logical_not()
 }
 
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-
-    use tch::Device;
 
     use super::*;
     use crate::data::{Batch, DataType};

@@ -3,7 +3,7 @@
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::flow::FlowMatchingContext;
+use crate::flow::{BatchKey, FlowMatchingContext, Role};
 use crate::nn::Activations;
 use crate::nn::patches::{cut_images, join_images};
 use crate::settings::{Choice, Keys};
@@ -44,34 +44,62 @@ impl TimestepDtype {
     }
 }
 
+/// The text that every family reads.
+pub(super) fn text_key() -> BatchKey {
+    BatchKey::required(Role::Condition, &["text_embeddings"], &[&["L", "D"]])
+}
+
+/// The mask of its tokens.
+pub(super) fn text_mask_key() -> BatchKey {
+    BatchKey::required(Role::TokenMask, &["text_mask"], &[&["L"]])
+}
+
 /// `text_embeddings` `[B, L, D]` in the compute kind.
 pub(super) fn text_embeddings(context: &FlowMatchingContext<'_>, adapter: &str) -> Result<Tensor> {
     batched(context, "text_embeddings", adapter, 3)
 }
 
-/// A condition of the batch in the compute kind, with `rank` axes once a missing batch axis is added; a single row stands for
-/// all samples.
+/// A condition of the batch in the compute kind, with `rank` axes, a row a sample. A batch of one sample that no dataset gave may
+/// lack its first axis, as the reference allows; in any other batch a missing axis would make one sample's condition another's.
 pub(super) fn batched(context: &FlowMatchingContext<'_>, key: &str, adapter: &str, rank: usize) -> Result<Tensor> {
     let found = context.required(key, adapter)?;
-    let tensor = if found.dim() + 1 == rank { found.unsqueeze(0) } else { found.shallow_clone() };
     let samples = context.noisy_latents.size()[0];
-    if tensor.dim() != rank || ![1, samples].contains(&tensor.size()[0]) {
+    let alone = samples == 1 && context.batch.sample_ids.is_empty();
+    let tensor = if alone && found.dim() + 1 == rank { found.unsqueeze(0) } else { found.shallow_clone() };
+    if tensor.dim() != rank || tensor.size()[0] != samples {
         let what = format!("`{key}` {:?} must have {rank} axes and the latents' {samples} samples", found.size());
         return Err(Error::data("batch", what));
     }
-    let mut size = tensor.size();
-    size[0] = samples;
-    Ok(tensor.expand(size, false).to_kind(context.dtype))
+    Ok(tensor.to_kind(context.dtype))
 }
 
-/// `text_mask` `[B, L]`, not zero where a token of `text` `[B, L, D]` is no padding; of samples whose text is dropped as
-/// `drop` `[B]` says.
-pub(super) fn text_mask(context: &FlowMatchingContext<'_>, text: &Tensor, drop: &Tensor, adapter: &str) -> Result<Tensor> {
-    let mask = batched(context, "text_mask", adapter, 2)?;
+/// The mask `[B, L]` of the tokens of `text` `[B, L, D]` in the compute kind: 1 where a token counts, 0 where it is padding.
+///
+/// # Errors
+/// [`Error::Data`] if the batch lacks it, it does not cover the text, or it holds other numbers, as additive masks do.
+pub(super) fn token_mask(context: &FlowMatchingContext<'_>, key: &str, text: &Tensor, adapter: &str) -> Result<Tensor> {
+    let mask = batched(context, key, adapter, 2)?;
     if mask.size() != text.size()[..2] {
-        return Err(Error::data("batch", format!("`text_mask` {:?} marks no text of {:?}", mask.size(), text.size())));
+        let what = format!("`{key}` {:?} must cover the {} tokens of its text {:?}", mask.size(), text.size()[1], text.size());
+        return Err(Error::data("batch", what));
     }
-    context.dropped_mask("text_mask", &mask, drop)
+    // Read as the loader gave it, on the host: no device is waited for.
+    let stored = context.batch.get(key).expect("just found").reshape([mask.size()[0], -1]);
+    let other = stored.ne(0).logical_and(&stored.ne(1)).to_kind(Kind::Int64);
+    if other.any().int64_value(&[]) == 0 {
+        return Ok(mask);
+    }
+    let at = other.flatten(0, -1).argmax(0, false).int64_value(&[]);
+    let (row, token) = (at / stored.size()[1], at % stored.size()[1]);
+    let found = stored.double_value(&[row, token]);
+    let sample = context.batch.sample(row as usize);
+    let what = format!("`{key}` of {sample} holds {found} at token {token}; expected 1 where a token counts and 0 where it is padding");
+    Err(Error::data("batch", what))
+}
+
+/// `text_mask` `[B, L]` of `text` `[B, L, D]`, for samples whose text is dropped as `drop` `[B]` says.
+pub(super) fn text_mask(context: &FlowMatchingContext<'_>, text: &Tensor, drop: &Tensor, adapter: &str) -> Result<Tensor> {
+    context.dropped_mask("text_mask", &token_mask(context, "text_mask", text, adapter)?, drop)
 }
 
 /// Noisy images `[B, C, H, W]` as tokens of 2 x 2 pixels `[B, H/2 · W/2, 4·C]`, and their `grid`, `[3]` int64 on the host.

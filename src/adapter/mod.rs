@@ -19,7 +19,7 @@ use tch::{Device, Kind};
 use crate::error::{Error, Result};
 use crate::flow::{FlowMatchingPipeline, FlowMatchingSettings, ModelAdapter};
 use crate::registry::registry;
-use crate::settings::Family;
+use crate::settings::{self, Family};
 
 /// An adapter's settings, which build it.
 pub trait AdapterSettings {
@@ -37,19 +37,60 @@ registry! {
     }
 }
 
-/// The adapter of that name with default arguments.
+/// Arguments of an adapter by name, as in `[flow_matching.adapter]`; those that are left out have their defaults.
+pub type Arguments = serde_json::Map<String, serde_json::Value>;
+
+/// The adapter of that name with these arguments.
 ///
 /// # Errors
-/// [`Error::Config`] naming the available ones.
-pub fn create_adapter(adapter_type: &str) -> Result<Box<dyn ModelAdapter>> {
+/// [`Error::Config`] naming the available adapters, or every argument that is unknown or unfit.
+pub fn create_adapter(adapter_type: &str, arguments: &Arguments) -> Result<Box<dyn ModelAdapter>> {
     let unknown = || Error::config("adapter_type", format!("unknown `{adapter_type}`; available: {}", AdapterChoice::NAMES.join(", ")));
-    Ok(AdapterChoice::named(adapter_type).ok_or_else(unknown)?.build())
+    let mut choice = AdapterChoice::named(adapter_type).ok_or_else(unknown)?;
+    settings::read_json(choice.settings(), &format!("arguments of the {adapter_type} adapter"), arguments)?;
+    Ok(choice.build())
 }
 
-/// A pipeline with the adapter of that name, default arguments.
+/// A pipeline with the adapter of that name.
 ///
 /// # Errors
-/// [`Error::Config`] if there is no such adapter.
-pub fn create_pipeline(adapter_type: &str, settings: FlowMatchingSettings, device: Device, dtype: Kind) -> Result<FlowMatchingPipeline> {
-    Ok(FlowMatchingPipeline::new(settings, create_adapter(adapter_type)?, device, dtype))
+/// As [`create_adapter`].
+pub fn create_pipeline(
+    adapter_type: &str,
+    arguments: &Arguments,
+    settings: FlowMatchingSettings,
+    device: Device,
+    dtype: Kind,
+) -> Result<FlowMatchingPipeline> {
+    Ok(FlowMatchingPipeline::new(settings, create_adapter(adapter_type, arguments)?, device, dtype))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn created(adapter_type: &str, arguments: serde_json::Value) -> Result<Box<dyn ModelAdapter>> {
+        create_adapter(adapter_type, arguments.as_object().expect("an object"))
+    }
+
+    #[test]
+    fn arguments_reach_the_adapter() {
+        let shape = |arguments| {
+            let keys = created("hunyuan", arguments).expect("sound arguments").keys();
+            keys.into_iter().find_map(|key| key.instead).expect("an image may be missing")
+        };
+        assert_eq!(shape(json!({})), "zeros [729, 1152], which stand for no image");
+        assert_eq!(shape(json!({"default_image_embed_shape": [5, 7]})), "zeros [5, 7], which stand for no image");
+    }
+
+    #[test]
+    fn what_is_no_adapter_or_no_argument_is_refused_by_name() {
+        let refused = |adapter_type, arguments| created(adapter_type, arguments).err().expect("refused").to_string();
+        let unknown = refused("flix", json!({}));
+        assert!(unknown.ends_with("unknown `flix`; available: simple, flux, flux2, qwen_image, hunyuan"), "{unknown}");
+        let argument = refused("flux", json!({"guidance": 1.0}));
+        assert!(argument.starts_with("arguments of the flux adapter: guidance: unknown key"), "{argument}");
+    }
 }

@@ -1,13 +1,15 @@
 //! Qwen-Image: latents in tokens of 2 x 2 pixels, text.
 
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 use super::AdapterSettings;
-use super::inputs::{TimestepDtype, guidance, packed, text_embeddings, text_mask, unpacked};
+use super::inputs::{TimestepDtype, guidance, packed, text_embeddings, text_key, text_mask, text_mask_key, unpacked};
 use crate::error::Result;
-use crate::flow::{FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Shift};
+use crate::flow::{BatchKey, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Shift};
 use crate::nn::Activations;
 use crate::settings::{Keys, Settings};
+
+const NAME: &str = "qwen_image";
 
 /// Source: NeMo AutoModel 0.5.0, `QwenImageAdapter`.
 #[derive(Clone, Debug, PartialEq)]
@@ -42,12 +44,16 @@ impl AdapterSettings for QwenImage {
 }
 
 impl ModelAdapter for QwenImage {
-    fn condition_keys(&self) -> &'static [&'static str] {
-        &["text_embeddings"]
+    fn name(&self) -> &'static str {
+        NAME
     }
 
-    fn mask_keys(&self) -> &'static [&'static str] {
-        &["text_mask"]
+    fn keys(&self) -> Vec<BatchKey> {
+        [text_key()].into_iter().chain(self.use_text_mask.then(text_mask_key)).collect()
+    }
+
+    fn drops_conditions(&self) -> bool {
+        true
     }
 
     fn provides(&self) -> &'static [&'static str] {
@@ -58,9 +64,9 @@ impl ModelAdapter for QwenImage {
     /// `hidden_states` `[B, H/2 · W/2, 4·C]`, `encoder_hidden_states` `[B, L, D]`, `timestep` `[B]` in `[0, 1]`, `grid`;
     /// `guidance` `[B]` in the compute kind and `text_mask` `[B, L]` if they are used.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
-        let (tokens, grid) = packed(context, "qwen_image")?;
-        let (text, drop) = (text_embeddings(context, "qwen_image")?, drop(context));
-        let mask = if self.use_text_mask { Some(text_mask(context, &text, &drop, "qwen_image")?) } else { None };
+        let (tokens, grid) = packed(context, NAME)?;
+        let (text, drop) = (text_embeddings(context, NAME)?, drop(context));
+        let mask = if self.use_text_mask { Some(text_mask(context, &text, &drop, NAME)?) } else { None };
         let text = context.dropped("text_embeddings", &text, &drop)?;
         let guidance = self.use_guidance_embeds.then(|| guidance(context, self.guidance_scale).to_kind(context.dtype));
         let inputs = Activations::new()
@@ -89,8 +95,8 @@ impl ModelAdapter for QwenImage {
     }
 }
 
-/// Which samples' text is dropped: all or none, by one coin for the whole batch, which is tossed whatever the probability.
+/// The samples whose text is dropped, `[B]` boolean on the host: all or none by one coin, or each by its own where draws are keyed
+/// by sample. The coin is tossed whatever the probability.
 fn drop(context: &FlowMatchingContext<'_>) -> Tensor {
-    let all = context.draws.host_coin(context.cfg_dropout_prob);
-    Tensor::full([context.noisy_latents.size()[0]], i64::from(all), (Kind::Bool, Device::Cpu))
+    context.draws.host_coin(context.cfg_dropout_prob).of_each(context.noisy_latents.size()[0])
 }

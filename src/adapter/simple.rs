@@ -3,11 +3,13 @@
 use tch::Tensor;
 
 use super::AdapterSettings;
-use super::inputs::{TimestepDtype, batched, text_embeddings};
+use super::inputs::{TimestepDtype, batched, text_embeddings, text_key};
 use crate::error::{Error, Result};
-use crate::flow::{FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Shift};
+use crate::flow::{BatchKey, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Role, Shift};
 use crate::nn::Activations;
 use crate::settings::{Keys, Settings};
+
+const NAME: &str = "simple";
 
 /// Source: NeMo AutoModel 0.5.0, `SimpleAdapter`; conditioning on images is our own.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -31,9 +33,17 @@ impl AdapterSettings for Simple {
 }
 
 impl ModelAdapter for Simple {
-    /// The text alone: the image stays known where guidance leaves the prompt out.
-    fn condition_keys(&self) -> &'static [&'static str] {
-        &["text_embeddings"]
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    /// Only the text is a condition: the image stays known where guidance leaves the prompt out.
+    fn keys(&self) -> Vec<BatchKey> {
+        let latents = BatchKey::required(Role::Fixed, &["condition_latents"], &[&["Cc", "F", "H", "W"], &["Cc", "H", "W"]]);
+        let forms: &[&[&str]] = &[&["Li", "Di"], &["images", "Li", "Di"]];
+        let embeds = BatchKey::optional(Role::Fixed, &["image_embeds"], forms, "no tokens of an image".into());
+        let images = if self.image_conditioning { vec![latents, embeds] } else { Vec::new() };
+        [vec![text_key()], images].concat()
     }
 
     fn provides(&self) -> &'static [&'static str] {
@@ -48,7 +58,7 @@ impl ModelAdapter for Simple {
         let inputs = Activations::new()
             .with_constant("hidden_states", context.noisy_latents.shallow_clone())
             .with_constant("timestep", self.timestep_dtype.of_a_thousand(context))
-            .with_constant("encoder_hidden_states", text_embeddings(context, "simple")?);
+            .with_constant("encoder_hidden_states", text_embeddings(context, NAME)?);
         if !self.image_conditioning {
             return Ok(inputs);
         }
@@ -75,7 +85,7 @@ impl ModelAdapter for Simple {
 /// `condition_latents` `[B, Cc, F, H, W]` in the compute kind.
 fn condition_latents(context: &FlowMatchingContext<'_>) -> Result<Tensor> {
     let latents = context.noisy_latents.size();
-    let condition = batched(context, "condition_latents", "simple", latents.len())?;
+    let condition = batched(context, "condition_latents", NAME, latents.len())?;
     if condition.size()[2..] != latents[2..] {
         let what = format!("`condition_latents` {:?} must have the size of the latents {latents:?} but for the channels", condition.size());
         return Err(Error::data("batch", what));

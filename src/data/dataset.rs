@@ -131,6 +131,12 @@ impl Dataset {
         group.layout.get(latents_key(self.data_type())).map(|(_, shape)| shape.as_slice())
     }
 
+    /// Shapes of the empty prompt's tensors by their own keys; none where the dataset has no empty prompt.
+    pub fn empty_prompt_shapes(&self) -> BTreeMap<String, Vec<i64>> {
+        let infos = self.empty_prompt.iter().flat_map(|empty| empty.file.tensors());
+        infos.map(|info| (info.name.clone(), info.shape.clone())).collect()
+    }
+
     /// Hex digits that change with the files' names, groups, sample counts or hashes, as `dataset.json` gives them.
     pub fn fingerprint(&self) -> String {
         self.manifest.fingerprint()

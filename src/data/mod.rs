@@ -77,6 +77,11 @@ impl Batch {
         self.tensors.get(key)
     }
 
+    /// The name of a row in messages: `sample 12` of the dataset, or `row 3` of a batch that stands alone.
+    pub fn sample(&self, row: usize) -> String {
+        self.sample_ids.get(row).map_or_else(|| format!("row {row}"), |id| format!("sample {id}"))
+    }
+
     /// The same tensors under a second owner.
     pub fn alias(&self) -> Batch {
         let tensors = self.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();

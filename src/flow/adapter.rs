@@ -2,6 +2,7 @@
 
 use tch::{Device, Kind, Reduction, Tensor};
 
+use super::batch_keys::{BatchKey, Role, check_empty_row};
 use super::guidance::Guidance;
 use super::noise_levels::{NoiseLevels, Shift};
 use super::settings::{CfgDropoutValue, FlowMatchingSettings};
@@ -118,9 +119,7 @@ fn empty_row(batch: &Batch, key: &str, condition: &Tensor) -> Result<Tensor> {
     let missing = || Error::data("batch", format!("cfg_dropout_value is \"empty_prompt\" and the data have no `{name}`"));
     let empty = batch.get(&name).ok_or_else(missing)?;
     let (found, row) = (empty.size(), condition.size()[1..].to_vec());
-    if found.len() != row.len() || found.first() > row.first() || found.get(1..) != row.get(1..) {
-        return Err(Error::data("batch", format!("`{name}` {found:?} is no row of `{key}` {:?}", condition.size())));
-    }
+    check_empty_row(key, &found, &row).map_err(|what| Error::data("batch", what))?;
     let mut whole = Tensor::zeros(&row, (condition.kind(), condition.device()));
     match found.first() {
         Some(&length) => whole.narrow(0, 0, length).copy_(empty),
@@ -131,12 +130,25 @@ fn empty_row(batch: &Batch, key: &str, condition: &Tensor) -> Result<Tensor> {
 
 /// Turns noisy batches into a model family's inputs and its outputs into a prediction.
 pub trait ModelAdapter {
-    /// The batch's keys that hold conditions, which can be dropped.
-    fn condition_keys(&self) -> &'static [&'static str];
+    /// The adapter's name in a configuration.
+    fn name(&self) -> &'static str;
 
-    /// The batch's keys that say which tokens of those conditions are padding.
-    fn mask_keys(&self) -> &'static [&'static str] {
-        &[]
+    /// The tensors that it reads of a batch, besides latents and `loss_mask`.
+    fn keys(&self) -> Vec<BatchKey>;
+
+    /// The batch's keys that hold conditions, which can be dropped.
+    fn condition_keys(&self) -> Vec<&'static str> {
+        self.keys().into_iter().filter(|key| key.role == Role::Condition).flat_map(|key| key.names).copied().collect()
+    }
+
+    /// True for an adapter that drops conditions itself, in the reference's way, where the pipeline does not.
+    fn drops_conditions(&self) -> bool {
+        false
+    }
+
+    /// A line on what its settings mean for a model that embeds a guidance scale, or does not, where that may surprise.
+    fn notes(&self, _model_embeds_guidance: bool) -> Option<String> {
+        None
     }
 
     /// Names of the inputs that [`prepare_inputs`](Self::prepare_inputs) gives to every model that has a use for them.
@@ -156,12 +168,13 @@ pub trait ModelAdapter {
         prediction.to_kind(Kind::Float).mse_loss(&target.to_kind(Kind::Float), Reduction::None)
     }
 
-    /// Elements that the mean loss is taken over, if not all: broadcastable to the prediction, 1 where an element counts.
+    /// Elements that the mean loss is taken over, if not all: of the prediction's rank and broadcastable to it, 1 where an element
+    /// counts.
     fn loss_mask(&self, _output: &Activations) -> Option<Tensor> {
         None
     }
 
-    /// Further scalar losses by name, added to the mean loss without its sigma weight.
+    /// Further scalar losses by name, added to the mean loss without its sigma weight; each the batch's mean.
     fn auxiliary_losses(&self, _output: &Activations) -> Vec<(&'static str, Tensor)> {
         Vec::new()
     }
@@ -214,7 +227,8 @@ mod tests {
         assert_eq!(refusal(None), "batch: cfg_dropout_value is \"empty_prompt\" and the data have no `empty.text_embeddings`");
         for size in [[5i64, 3].as_slice(), &[4, 2], &[3]] {
             let text = refusal(Some(Tensor::zeros(size, FLOAT)));
-            assert!(text.contains(&format!("`empty.text_embeddings` {size:?} is no row of `text_embeddings` [2, 4, 3]")), "{text}");
+            let expected = format!("`empty.text_embeddings` {size:?} is no row of `text_embeddings`, which is [4, 3] a sample");
+            assert!(text.contains(&expected), "{text}");
         }
     }
 }

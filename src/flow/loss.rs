@@ -1,4 +1,4 @@
-//! A step's loss: its values, its bound, its mean under a mask.
+//! A step's loss: its values, its bound, its means under masks.
 
 use tch::{Kind, Tensor};
 
@@ -12,19 +12,89 @@ const EXPLODED: f64 = 100.0;
 pub struct LossValues {
     /// `[B, …]` f32, of each element.
     pub weighted_loss: Tensor,
-    /// Scalar f32; what is differentiated.
+    /// Scalar f32: the mean over the elements that the masks keep, by their weight; 0 where they keep none.
     pub average_weighted_loss: Tensor,
     /// `[B, …]` f32.
     pub unweighted_loss: Tensor,
-    /// Scalar f32.
+    /// Scalar f32, a mean as [`average_weighted_loss`](Self::average_weighted_loss).
     pub average_unweighted_loss: Tensor,
     /// `[B, 1, …]` f32.
     pub loss_weight: Tensor,
-    /// The batch's mask, if it has one.
+    /// The batch's mask as it came, if it has one.
     pub loss_mask: Option<Tensor>,
+    /// What the means are taken over.
+    pub kept: Kept,
+    /// Scalar f32; what is differentiated: the mean weighted loss times the share of the batch that the masks keep.
+    ///
+    /// Its sum over all micro-batches and ranks, divided by the sum of their shares, is the loss of one big batch; each
+    /// micro-batch's own mean is not, where their masks keep different shares.
+    pub objective: Tensor,
 }
 
-/// Whether a loss is a number, and not above the reference's bound.
+impl LossValues {
+    /// Mean over each sample's elements, `[B]` f32, of the unweighted loss times the masks' weights.
+    pub fn sample_losses(&self) -> Tensor {
+        sample_means(&self.kept.of(&self.unweighted_loss))
+    }
+
+    /// Adds a scalar loss that knows no elements. The mean over several batches weighs it by the share that each batch keeps.
+    pub(super) fn add_auxiliary(&mut self, auxiliary: &Tensor) {
+        // Out of place: without weights and masks several of these are one tensor.
+        self.average_weighted_loss = &self.average_weighted_loss + auxiliary;
+        self.objective = &self.objective
+            + match self.kept.share() {
+                Some(share) => auxiliary * share,
+                None => auxiliary.shallow_clone(),
+            };
+    }
+}
+
+/// The elements that a mean is taken over: all of them, or those that masks keep, by weight.
+#[derive(Debug)]
+pub struct Kept {
+    /// Product of all masks, `[B, …]` f32, broadcastable to the loss; none where every element counts.
+    weights: Option<Tensor>,
+}
+
+impl Kept {
+    /// The elements that all `masks` keep; each f32, of the loss' rank and broadcastable to it.
+    pub(super) fn by(masks: Vec<Tensor>) -> Self {
+        Kept { weights: masks.into_iter().reduce(|kept, mask| kept * mask) }
+    }
+
+    /// `[B]` f32: the mean weight of each sample's elements, 1 without masks.
+    pub fn share_of_samples(&self, samples: i64, device: tch::Device) -> Tensor {
+        // Axes that are broadcast repeat their weights, which leaves a mean as it is.
+        self.weights.as_ref().map_or_else(|| Tensor::ones([samples], (Kind::Float, device)), sample_means)
+    }
+
+    /// Scalar f32: the mean weight of the batch's elements; none without masks, where it is 1.
+    fn share(&self) -> Option<Tensor> {
+        self.weights.as_ref().map(|weights| weights.mean(Kind::Float))
+    }
+
+    /// A loss of each element times the masks' weights.
+    fn of(&self, loss: &Tensor) -> Tensor {
+        self.weights.as_ref().map_or_else(|| loss.shallow_clone(), |weights| loss * weights)
+    }
+
+    /// The mean of a loss over the elements that are kept, and that mean times their share, both scalars.
+    pub(super) fn mean_and_objective(&self, loss: &Tensor) -> (Tensor, Tensor) {
+        let objective = self.of(loss).mean(Kind::Float);
+        match self.share() {
+            // Where nothing is kept the objective is 0, and so is the mean.
+            Some(share) => (&objective / share.clamp_min(f64::from(f32::MIN_POSITIVE)), objective),
+            None => (objective.shallow_clone(), objective),
+        }
+    }
+}
+
+/// Mean over all axes but the first, `[B]` f32.
+fn sample_means(elements: &Tensor) -> Tensor {
+    elements.reshape([elements.size()[0], -1]).mean_dim([1i64].as_slice(), false, Kind::Float)
+}
+
+/// True for a loss that is a number and not above the reference's bound.
 pub fn is_sound(loss: f64) -> bool {
     loss <= EXPLODED
 }
@@ -38,17 +108,4 @@ pub fn check_loss(loss: f64, step: u64) -> Result<()> {
         return Err(Error::NotFinite { step, what: format!("loss exploded: {loss} (the bound is {EXPLODED})") });
     }
     Ok(())
-}
-
-/// Mean of the elements that all masks keep, 0 where they keep none; a mask of fewer axes covers the leading ones.
-pub(super) fn masked_mean(loss: &Tensor, masks: &[&Tensor]) -> Result<Tensor> {
-    let whole = |mask: &&Tensor| {
-        let unfit = || Error::data("batch", format!("loss_mask {:?} does not fit the loss {:?}", mask.size(), loss.size()));
-        let mut shape = mask.size();
-        shape.resize(loss.dim().max(shape.len()), 1);
-        mask.to_kind(Kind::Float).reshape(&shape).f_expand_as(loss).map_err(|_| unfit())
-    };
-    let masks = masks.iter().map(whole).collect::<Result<Vec<_>>>()?;
-    let kept = masks.into_iter().reduce(|kept, mask| kept * mask).expect("at least one mask");
-    Ok((loss * &kept).sum(Kind::Float) / kept.sum(Kind::Float).clamp_min(1.0))
 }

@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::settings::{FlowMatchingSettings, LossWeightingScheme};
-use super::time_shift::get_flow_match_loss_weight;
+use super::time_shift::{WeightShift, get_flow_match_loss_weight};
 
 /// The weighting of a run, with its table where the scheme has one.
 #[derive(Debug)]
@@ -11,7 +11,7 @@ pub enum LossWeight {
     One,
     /// `1 + shift·sigma`.
     Linear {
-        shift: f64,
+        shift: WeightShift,
     },
     /// Bell over the timesteps, `[N]` f32.
     Bsmntw {
@@ -25,7 +25,7 @@ impl LossWeight {
             return LossWeight::One;
         }
         match settings.loss_weighting_scheme {
-            LossWeightingScheme::Linear => LossWeight::Linear { shift: settings.flow_shift },
+            LossWeightingScheme::Linear => LossWeight::Linear { shift: WeightShift(settings.flow_shift) },
             LossWeightingScheme::Bsmntw => LossWeight::Bsmntw { table: bsmntw_table(settings.num_train_timesteps).to_device(device) },
         }
     }

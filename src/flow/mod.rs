@@ -5,8 +5,10 @@
 //! [`FlowMatchingSettings`]. Nothing here knows a rank, a model or how gradients travel.
 
 pub mod adapter;
+mod batch_keys;
 mod guidance;
 mod loss;
+mod loss_mask;
 mod loss_weight;
 mod noise_levels;
 mod pipeline;
@@ -20,8 +22,10 @@ pub mod time_shift;
 pub mod timestep_sampling;
 
 pub use adapter::{FlowMatchingContext, ModelAdapter, TaskType};
+pub use batch_keys::{BatchKey, DataShapes, Role, Shapes, check_keys};
 pub use guidance::{Guidance, Guide};
-pub use loss::{LossValues, check_loss, is_sound};
+pub use loss::{Kept, LossValues, check_loss, is_sound};
+pub use loss_mask::{LOSS_MASK, axes_of_mask};
 pub use loss_weight::bsmntw_table;
 pub use noise_levels::{NoiseLevels, Shift};
 pub use pipeline::{FlowMatchingPipeline, StepOptions, StepOutput, latents_of};
@@ -30,3 +34,14 @@ pub use schedule::LinearInterpolationSchedule;
 pub use settings::{CfgDropout, CfgDropoutValue, FlowMatchingSettings, LossWeightingScheme, SigmaWindow, TaskScope};
 pub use statistics::{Moments, SIGMA_BINS, Statistics};
 pub use timestep_sampling::{Strata, TimestepSampling};
+
+crate::settings::parsed_from_words!(
+    CfgDropout,
+    CfgDropoutValue,
+    LossWeightingScheme,
+    SigmaWindow,
+    TaskScope,
+    TimestepSampling,
+    time_shift::ShiftType,
+    timestep_sampling::WeightingScheme,
+);

@@ -3,16 +3,18 @@
 use tch::{Device, Kind, Tensor, no_grad};
 
 use super::adapter::{FlowMatchingContext, ModelAdapter, TaskType, dropped};
-use super::loss::{LossValues, check_loss, masked_mean};
+use super::batch_keys::{LATENTS, dropped_keys};
+use super::loss::{Kept, LossValues, check_loss};
+use super::loss_mask::{LOSS_MASK, loss_mask};
 use super::loss_weight::LossWeight;
 use super::schedule::LinearInterpolationSchedule;
-use super::settings::{CfgDropout, CfgDropoutValue, FlowMatchingSettings, TaskScope};
+use super::settings::{CfgDropout, FlowMatchingSettings, TaskScope};
 use super::statistics::{Observed, Statistics};
 use super::timestep_sampling::{SampledTimesteps, Strata, sample_timesteps};
 use crate::data::{Batch, DataType};
 use crate::error::{Error, Result};
 use crate::nn::Activations;
-use crate::rng::{Draws, Stream};
+use crate::rng::{Draws, Stream, Toss};
 use crate::tensor::broadcast_to_rank;
 
 /// Flow matching for one model family on one device.
@@ -26,7 +28,7 @@ pub struct FlowMatchingPipeline {
     dtype: Kind,
 }
 
-/// What a step does besides the loss.
+/// What a step does besides the loss; by default what the reference's `step` does.
 #[derive(Clone, Copy, Debug)]
 pub struct StepOptions<'a> {
     /// Number of the step in errors and logs.
@@ -37,6 +39,12 @@ pub struct StepOptions<'a> {
     pub check_loss: bool,
     /// Places of the samples among the global batch's strata, with `stratified_timesteps`.
     pub strata: Option<&'a Strata>,
+}
+
+impl Default for StepOptions<'_> {
+    fn default() -> Self {
+        StepOptions { global_step: 0, collect_metrics: true, check_loss: true, strata: None }
+    }
 }
 
 /// All that a step computed.
@@ -104,10 +112,7 @@ impl FlowMatchingPipeline {
         let target = self.noise_schedule.velocity(&latents, &noise);
         let own_mask = self.adapter.loss_mask(&output);
         let mut loss = self.compute_loss(&model_pred, &target, &sampled.sigma, Some(batch), own_mask.as_ref())?;
-        for (_, auxiliary) in self.adapter.auxiliary_losses(&output) {
-            // Out of place: without weights both averages are one tensor.
-            loss.average_weighted_loss = &loss.average_weighted_loss + auxiliary;
-        }
+        self.adapter.auxiliary_losses(&output).iter().for_each(|(_, auxiliary)| loss.add_auxiliary(auxiliary));
         if options.check_loss {
             check_loss(loss.average_weighted_loss.double_value(&[]), options.global_step)?;
         }
@@ -130,7 +135,7 @@ impl FlowMatchingPipeline {
     fn prepare(&self, batch: &Batch, draws: &Draws<'_>, strata: Option<&Strata>) -> Result<NoisyBatch> {
         let latents = latents_of(batch)?.to_device(self.device).to_kind(self.dtype);
         let size = latents.size()[0];
-        let (task_type, image_to_video) = self.determine_task_type(batch.data_type, size, draws);
+        let (task_type, image_to_video) = self.determine_task_type(batch.data_type, &latents.size(), draws);
         let sampled = self.sample_timesteps(size, draws, strata);
         let noise = draws.normal(0.0, 1.0, &latents.size()).to_device(self.device);
         let noisy_latents = self.noise_schedule.forward(&latents.to_kind(Kind::Float), &noise, &sampled.sigma).to_kind(self.dtype);
@@ -154,17 +159,27 @@ impl FlowMatchingPipeline {
         Ok(NoisyBatch { latents, sampled, noise, noisy_latents, task_type, inputs })
     }
 
-    /// Image-to-video with the configured probability for video, by a host draw for the batch or by one draw a sample;
-    /// text-to-video otherwise. Also which samples are image-to-video, `[B]` boolean.
-    pub fn determine_task_type(&self, data_type: DataType, batch: i64, draws: &Draws<'_>) -> (TaskType, Tensor) {
-        let all = |value: bool| Tensor::full([batch], i64::from(value), (Kind::Bool, self.device));
-        match (data_type, self.settings.task_scope) {
-            (DataType::Video, TaskScope::Sample) => {
-                (TaskType::Mixed, draws.uniform(&[batch]).lt(self.settings.i2v_prob).to_device(self.device))
-            }
-            (DataType::Video, TaskScope::Batch) if draws.host_coin(self.settings.i2v_prob) => (TaskType::ImageToVideo, all(true)),
-            _ => (TaskType::TextToVideo, all(false)),
-        }
+    /// The task of a batch, and which of its samples are image-to-video, `[B]` boolean: video with the configured probability, by
+    /// one coin for the batch or one for each sample; images and videos of one frame never, since their only frame would be given.
+    /// The coins are tossed for every video, so that later draws do not depend on its length.
+    ///
+    /// # Shapes
+    /// `latents`: `[B, C, (F,) H, W]`.
+    pub fn determine_task_type(&self, data_type: DataType, latents: &[i64], draws: &Draws<'_>) -> (TaskType, Tensor) {
+        let (samples, probability) = (latents[0], self.settings.i2v_prob);
+        let toss = match (data_type, self.settings.task_scope) {
+            (DataType::Image, _) => Toss::Same(false),
+            (DataType::Video, TaskScope::Sample) => Toss::Each(draws.uniform(&[samples]).lt(probability)),
+            (DataType::Video, TaskScope::Batch) => draws.host_coin(probability),
+        };
+        let is_clip = matches!(latents, [_, _, frames, _, _] if *frames > 1);
+        let toss = if is_clip { toss } else { Toss::Same(false) };
+        let task_type = match &toss {
+            Toss::Same(false) => TaskType::TextToVideo,
+            Toss::Same(true) => TaskType::ImageToVideo,
+            Toss::Each(_) => TaskType::Mixed,
+        };
+        (task_type, toss.of_each(samples).to_device(self.device))
     }
 
     /// Noise levels of a batch, on the pipeline's device.
@@ -177,10 +192,8 @@ impl FlowMatchingPipeline {
     fn drop_conditions(&self, batch: &Batch, size: i64, draws: &Draws<'_>) -> Result<Batch> {
         let mut after = batch.alias();
         let (drop, value) = (draws.uniform(&[size]).lt(self.settings.cfg_dropout_prob), self.settings.cfg_dropout_value);
-        // A mask goes with the empty prompt; where conditions become zeros it stays.
-        let masks = if value == CfgDropoutValue::EmptyPrompt { self.adapter.mask_keys() } else { &[] };
-        for key in self.adapter.condition_keys().iter().chain(masks) {
-            let Some(tensor) = after.tensors.get_mut(*key) else { continue };
+        for key in dropped_keys(self.adapter(), value) {
+            let Some(tensor) = after.tensors.get_mut(key) else { continue };
             if tensor.size()[0] != size {
                 let what = format!("`{key}` {:?} must have the latents' {size} samples for per-sample dropout", tensor.size());
                 return Err(Error::data("batch", what));
@@ -190,13 +203,26 @@ impl FlowMatchingPipeline {
         Ok(after)
     }
 
+    /// Refuses a batch that a step could not take, with the words that the step would have, before there is a model.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step), but for what the model returns.
+    pub fn rehearse(&self, batch: &Batch) -> Result<()> {
+        no_grad(|| {
+            let latents = latents_of(batch)?;
+            self.prepare(batch, &Stream::TorchSeed(0).open(), None)?;
+            if self.settings.apply_loss_mask { loss_mask(batch, &latents.size(), self.device).map(drop) } else { Ok(()) }
+        })
+    }
+
     /// Weighted and unweighted loss of a prediction.
     ///
     /// # Shapes
-    /// `model_pred`, `target`: `[B, …]`, equal; `sigma`: `[B]` f32; `own_mask`: the adapter's, if it leaves elements out.
+    /// `model_pred`, `target`: `[B, …]`, equal; `sigma`: `[B]` f32; `own_mask`: the adapter's, if it leaves elements out, of the
+    /// prediction's rank and broadcastable to it.
     ///
     /// # Errors
-    /// [`Error::Data`] if `apply_loss_mask` is set and the batch has no `loss_mask` that broadcasts over the loss.
+    /// [`Error::Data`] if `apply_loss_mask` is set and the batch has no `loss_mask`, or one that does not fit the loss.
     pub fn compute_loss(
         &self,
         model_pred: &Tensor,
@@ -209,17 +235,32 @@ impl FlowMatchingPipeline {
         let loss_weight = broadcast_to_rank(&self.loss_weight.of(sigma), unweighted_loss.dim());
         let is_weighted = !matches!(self.loss_weight, LossWeight::One);
         let weighted_loss = if is_weighted { &unweighted_loss * &loss_weight } else { unweighted_loss.shallow_clone() };
-        let loss_mask = batch.and_then(|batch| batch.get("loss_mask")).map(|mask| mask.to_device(self.device));
-        let applied = match (&loss_mask, self.settings.apply_loss_mask) {
-            (_, false) => None,
-            (Some(mask), true) => Some(mask),
-            (None, true) => return Err(Error::data("batch", "apply_loss_mask is set and the batch has no `loss_mask`")),
-        };
-        let masks: Vec<&Tensor> = applied.into_iter().chain(own_mask).collect();
-        let average = |loss: &Tensor| if masks.is_empty() { Ok(loss.mean(Kind::Float)) } else { masked_mean(loss, &masks) };
-        let average_weighted_loss = average(&weighted_loss)?;
-        let average_unweighted_loss = if is_weighted { average(&unweighted_loss)? } else { average_weighted_loss.shallow_clone() };
-        Ok(LossValues { weighted_loss, average_weighted_loss, unweighted_loss, average_unweighted_loss, loss_weight, loss_mask })
+        let carried = batch.and_then(|batch| batch.get(LOSS_MASK)).map(|mask| mask.to_device(self.device));
+        let kept = self.kept(batch, own_mask, &unweighted_loss)?;
+        let (average_weighted_loss, objective) = kept.mean_and_objective(&weighted_loss);
+        let average_unweighted_loss =
+            if is_weighted { kept.mean_and_objective(&unweighted_loss).0 } else { average_weighted_loss.shallow_clone() };
+        Ok(LossValues {
+            weighted_loss,
+            average_weighted_loss,
+            unweighted_loss,
+            average_unweighted_loss,
+            loss_weight,
+            loss_mask: carried,
+            kept,
+            objective,
+        })
+    }
+
+    /// The elements that the batch's mask, if it is applied, and the adapter's keep.
+    fn kept(&self, batch: Option<&Batch>, own_mask: Option<&Tensor>, loss: &Tensor) -> Result<Kept> {
+        let mut masks = Vec::new();
+        if self.settings.apply_loss_mask {
+            let batch = batch.ok_or_else(|| Error::data("batch", "apply_loss_mask is set and there is no batch to have a mask"))?;
+            masks.push(loss_mask(batch, &loss.size(), self.device)?);
+        }
+        masks.extend(own_mask.map(|mask| mask.to_kind(Kind::Float)));
+        Ok(Kept::by(masks))
     }
 }
 
@@ -228,7 +269,7 @@ impl FlowMatchingPipeline {
 /// # Errors
 /// [`Error::Data`] if there are none, or they have neither 4 nor 5 axes.
 pub fn latents_of(batch: &Batch) -> Result<&Tensor> {
-    let found = batch.get("video_latents").or_else(|| batch.get("image_latents"));
+    let found = LATENTS.into_iter().find_map(|key| batch.get(key));
     let latents = found.ok_or_else(|| Error::data("batch", "has neither `video_latents` nor `image_latents`"))?;
     match latents.dim() {
         4 | 5 => Ok(latents),

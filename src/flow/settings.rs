@@ -145,7 +145,7 @@ impl Settings for FlowMatchingSettings {
         keys.number("i2v_prob", &mut self.i2v_prob, 0.0..=1.0, "Share of video batches trained as image-to-video.");
         keys.number("cfg_dropout_prob", &mut self.cfg_dropout_prob, 0.0..=1.0, "Share of conditions dropped for classifier-free guidance.");
         keys.number("logit_mean", &mut self.logit_mean, -10.0..=10.0, "Mean of the normal under `logit_normal`.");
-        keys.number("logit_std", &mut self.logit_std, positive.clone(), "Standard deviation of the normal under `logit_normal`.");
+        keys.number("logit_std", &mut self.logit_std, 0.0..=1000.0, "Standard deviation of the normal under `logit_normal`.");
         keys.number(
             "mix_uniform_ratio",
             &mut self.mix_uniform_ratio,
@@ -159,7 +159,12 @@ impl Settings for FlowMatchingSettings {
             &mut self.use_sigma_noise,
             "False draws sigma uniformly without a shift, whatever `timestep_sampling` says.",
         );
-        keys.number("sigma_min", &mut self.sigma_min, 0.0..=1.0, "Lower edge of the sigma window.");
+        keys.number(
+            "sigma_min",
+            &mut self.sigma_min,
+            0.0..=1.0,
+            "Lower edge of the sigma window; equal to sigma_max it is every sample's sigma.",
+        );
         keys.number("sigma_max", &mut self.sigma_max, 0.0..=1.0, "Upper edge of the sigma window.");
         keys.flag("use_loss_weighting", &mut self.use_loss_weighting, "Whether a sample's loss is weighted by its sigma.");
         keys.choice("loss_weighting_scheme", &mut self.loss_weighting_scheme, "How it is weighted.");
@@ -173,7 +178,7 @@ impl Settings for FlowMatchingSettings {
         keys.flag(
             "apply_loss_mask",
             &mut self.apply_loss_mask,
-            "Whether the batch's `loss_mask` weights the mean loss; false carries it along unused, as the reference does.",
+            "Whether the batch's `loss_mask` weighs the mean loss over the global batch; false carries it along unused, as the reference does.",
         );
         keys.choice(
             "cfg_dropout",
@@ -185,7 +190,11 @@ impl Settings for FlowMatchingSettings {
             &mut self.cfg_dropout_value,
             "What a dropped condition becomes; the data must have an empty prompt.",
         );
-        keys.choice("task_scope", &mut self.task_scope, "Whether image-to-video is drawn for a whole batch or for each sample.");
+        keys.choice(
+            "task_scope",
+            &mut self.task_scope,
+            "Whether image-to-video is drawn for a whole batch or for each sample; with seed_scope = \"sample\" always for each.",
+        );
         keys.flag(
             "stratified_timesteps",
             &mut self.stratified_timesteps,

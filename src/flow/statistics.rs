@@ -1,6 +1,6 @@
 //! What the logs say of a step, measured on the device as one row of numbers that ranks can gather.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::loss::LossValues;
 
@@ -88,13 +88,24 @@ pub struct Statistics {
     pub noisy_latents: Range,
     pub prediction: Range,
     pub target: Range,
-    /// Mean weighted loss with auxiliary losses: what is differentiated.
+    /// Mean weighted loss over what the masks keep, with auxiliary losses; 0 where they keep nothing.
     pub loss: f64,
+    /// Mean unweighted loss over what the masks keep.
     pub unweighted_loss: f64,
+    /// Sum of the samples' shares that the masks keep; the number of samples without masks.
+    pub kept: f64,
     /// Samples in each tenth of sigma.
     pub sigma_histogram: [f64; SIGMA_BINS],
-    /// Sum of the samples' mean unweighted losses in each tenth of sigma.
-    loss_sums: [f64; SIGMA_BINS],
+    by_sigma: BySigma,
+}
+
+/// Sums over the samples in each tenth of sigma.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct BySigma {
+    /// Of the mean, over a sample's elements, of the unweighted loss times the masks' weights.
+    losses: [f64; SIGMA_BINS],
+    /// Of the shares that the masks keep.
+    kept: [f64; SIGMA_BINS],
 }
 
 /// What a step computed, as far as statistics look at it.
@@ -110,8 +121,9 @@ pub(super) struct Observed<'a> {
 }
 
 impl Statistics {
-    /// Numbers of a row that say something of one sample: sigma, timestep, weight, mean unweighted loss.
-    const PER_SAMPLE: usize = 4;
+    /// Numbers of a row that say something of one sample: sigma, timestep, weight, masked mean of the unweighted loss, share that
+    /// the masks keep.
+    const PER_SAMPLE: usize = 5;
 
     /// Numbers of a row that say something of the whole batch: five ranges, two mean losses.
     const SCALARS: usize = 5 * 2 + 2;
@@ -125,14 +137,14 @@ impl Statistics {
     /// is computed there: each of its operators costs more than all of the host's work on some numbers a sample.
     pub(super) fn measure(observed: &Observed<'_>) -> Tensor {
         let loss = observed.loss;
-        let sample_losses = loss.unweighted_loss.flatten(1, -1).mean_dim([1i64].as_slice(), false, Kind::Float);
+        let kept = loss.kept.share_of_samples(observed.sigma.size()[0], observed.sigma.device());
         let tensors = [observed.latents, observed.noise, observed.noisy_latents, observed.model_pred, observed.target];
         // Without an axis: along one, even the only one, the operator takes a hundred times as long.
         let range = |tensor: &Tensor| <[Tensor; 2]>::from(tensor.aminmax(None::<i64>, false));
         let mut scalars: Vec<Tensor> = tensors.into_iter().flat_map(range).collect();
         scalars.extend([&loss.average_weighted_loss, &loss.average_unweighted_loss].map(Tensor::shallow_clone));
         let (weight, scalars) = (loss.loss_weight.flatten(0, -1), Tensor::stack(&scalars, 0));
-        Tensor::cat(&[observed.sigma, observed.timesteps, &weight, &sample_losses, &scalars], 0)
+        Tensor::cat(&[observed.sigma, observed.timesteps, &weight, &loss.sample_losses(), &kept, &scalars], 0)
     }
 
     /// Reads a row that [`FlowMatchingPipeline::step`](super::FlowMatchingPipeline::step) measured.
@@ -144,8 +156,8 @@ impl Statistics {
         assert_eq!(row.len(), Self::width(samples), "a row of statistics");
         let (per_sample, scalars) = row.split_at(Self::PER_SAMPLE * samples);
         let column = |number: usize| &per_sample[number * samples..][..samples];
-        let (sigma, sample_losses) = (column(0), column(3));
-        let (sigma_histogram, loss_sums) = histogram(sigma, sample_losses);
+        let (sigma, kept) = (column(0), column(4));
+        let (sigma_histogram, by_sigma) = histogram(sigma, column(3), kept);
         let scalars = &mut scalars.iter().map(|&number| f64::from(number));
         // Fields are evaluated in this order, in which `measure` wrote the scalars.
         Statistics {
@@ -159,15 +171,16 @@ impl Statistics {
             target: Range::read(scalars),
             loss: take::<1>(scalars)[0],
             unweighted_loss: take::<1>(scalars)[0],
+            kept: kept.iter().map(|&share| f64::from(share)).sum(),
             sigma_histogram,
-            loss_sums,
+            by_sigma,
         }
     }
 
     /// The statistics of both together.
     pub fn merge(self, other: &Self) -> Self {
-        let share = other.sigma.count / (self.sigma.count + other.sigma.count);
-        let add = |a: [f64; SIGMA_BINS], b: [f64; SIGMA_BINS]| std::array::from_fn(|bin| a[bin] + b[bin]);
+        let kept = self.kept + other.kept;
+        let share = if kept > 0.0 { other.kept / kept } else { 0.0 };
         Statistics {
             sigma: self.sigma.merge(other.sigma),
             timesteps: self.timesteps.merge(other.timesteps),
@@ -179,27 +192,44 @@ impl Statistics {
             target: self.target.merge(other.target),
             loss: self.loss + share * (other.loss - self.loss),
             unweighted_loss: self.unweighted_loss + share * (other.unweighted_loss - self.unweighted_loss),
-            sigma_histogram: add(self.sigma_histogram, other.sigma_histogram),
-            loss_sums: add(self.loss_sums, other.loss_sums),
+            kept,
+            sigma_histogram: added(self.sigma_histogram, other.sigma_histogram),
+            by_sigma: BySigma {
+                losses: added(self.by_sigma.losses, other.by_sigma.losses),
+                kept: added(self.by_sigma.kept, other.by_sigma.kept),
+            },
         }
     }
 
-    /// Mean unweighted loss in each tenth of sigma; none where no sample fell.
+    /// Mean unweighted loss, over what the masks keep, in each tenth of sigma; none where nothing was kept.
     pub fn loss_per_sigma(&self) -> [Option<f64>; SIGMA_BINS] {
-        std::array::from_fn(|bin| (self.sigma_histogram[bin] > 0.0).then(|| self.loss_sums[bin] / self.sigma_histogram[bin]))
+        let BySigma { losses, kept } = self.by_sigma;
+        std::array::from_fn(|bin| (kept[bin] > 0.0).then(|| losses[bin] / kept[bin]))
+    }
+
+    /// The factor that makes a gradient of the mean over what was kept out of one over all elements; 1 without masks, and
+    /// where nothing was kept.
+    pub fn gradient_scale(&self) -> f64 {
+        if self.kept > 0.0 { self.sigma.count / self.kept } else { 1.0 }
     }
 }
 
-/// Samples, and sums of their mean losses, in each bin of sigma.
-fn histogram(sigma: &[f32], sample_losses: &[f32]) -> ([f64; SIGMA_BINS], [f64; SIGMA_BINS]) {
-    let (mut counts, mut loss_sums) = ([0.0; SIGMA_BINS], [0.0; SIGMA_BINS]);
-    for (sigma, loss) in sigma.iter().zip(sample_losses) {
+fn added(a: [f64; SIGMA_BINS], b: [f64; SIGMA_BINS]) -> [f64; SIGMA_BINS] {
+    std::array::from_fn(|bin| a[bin] + b[bin])
+}
+
+/// Samples in each tenth of sigma, and the sums of their numbers.
+fn histogram(sigma: &[f32], sample_losses: &[f32], kept: &[f32]) -> ([f64; SIGMA_BINS], BySigma) {
+    let mut counts = [0.0; SIGMA_BINS];
+    let mut sums = BySigma { losses: [0.0; SIGMA_BINS], kept: [0.0; SIGMA_BINS] };
+    for (sigma, (loss, share)) in sigma.iter().zip(sample_losses.iter().zip(kept)) {
         // NaN lands in bin 0; the loss itself is checked elsewhere.
         let bin = ((sigma * SIGMA_BINS as f32) as usize).min(SIGMA_BINS - 1);
         counts[bin] += 1.0;
-        loss_sums[bin] += f64::from(*loss);
+        sums.losses[bin] += f64::from(*loss);
+        sums.kept[bin] += f64::from(*share);
     }
-    (counts, loss_sums)
+    (counts, sums)
 }
 
 fn take<const N: usize>(row: &mut impl Iterator<Item = f64>) -> [f64; N] {
@@ -223,9 +253,35 @@ mod tests {
     }
 
     #[test]
-    fn losses_are_averaged_in_their_tenth_of_sigma() {
-        let (counts, loss_sums) = histogram(&[0.05, 0.95, 0.99, 1.0], &[1.0, 2.0, 4.0, 6.0]);
+    fn losses_are_averaged_in_their_tenth_of_sigma_by_what_is_kept() {
+        let (counts, sums) = histogram(&[0.05, 0.95, 0.99, 1.0], &[1.0, 2.0, 2.0, 0.0], &[1.0, 1.0, 0.5, 0.0]);
         assert_eq!(counts, [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.0]);
-        assert_eq!((loss_sums[0], loss_sums[9]), (1.0, 12.0));
+        assert_eq!((sums.losses[0], sums.losses[9]), (1.0, 4.0));
+        assert_eq!((sums.kept[0], sums.kept[9]), (1.0, 1.5));
+    }
+
+    /// Statistics of samples at sigma 0.5 with these losses and shares, of which `loss` is the mean.
+    fn masked(losses: &[f32], kept: &[f32], loss: f32) -> Statistics {
+        let samples = losses.len();
+        let columns = [&vec![0.5; samples], &vec![500.0; samples], &vec![1.0; samples], &losses.to_vec(), &kept.to_vec()];
+        let row = [columns.map(Vec::as_slice).concat(), vec![0.0; 10], vec![loss; 2]].concat();
+        Statistics::from_row(&row)
+    }
+
+    #[test]
+    fn batches_merge_by_what_their_masks_keep() {
+        // Sample means 8 and 2 over all elements, of which 1 and 1/4 are kept: losses of 8 over the first's, 8 over the second's.
+        let merged = masked(&[8.0], &[1.0], 8.0).merge(&masked(&[2.0, 0.0], &[0.25, 0.0], 8.0));
+        assert_eq!((merged.loss, merged.kept, merged.gradient_scale()), (8.0, 1.25, 3.0 / 1.25));
+        assert_eq!(merged.loss_per_sigma()[5], Some(8.0));
+        let merged = masked(&[3.0], &[1.0], 3.0).merge(&masked(&[2.5], &[0.5], 5.0));
+        assert!((merged.loss - 5.5 / 1.5).abs() < 1e-15, "{}", merged.loss);
+    }
+
+    #[test]
+    fn batches_that_keep_nothing_have_a_loss_of_zero() {
+        let merged = masked(&[0.0], &[0.0], 0.0).merge(&masked(&[0.0], &[0.0], 0.0));
+        assert_eq!((merged.loss, merged.kept, merged.gradient_scale()), (0.0, 0.0, 1.0));
+        assert_eq!(merged.loss_per_sigma(), [None; SIGMA_BINS]);
     }
 }

@@ -2,6 +2,8 @@
 
 use tch::Tensor;
 
+use crate::settings::Choice;
+
 /// `shift / (shift + (1/u − 1))`: more weight to high sigma the larger the shift; 1 leaves `u` alone.
 ///
 /// # Shapes
@@ -18,31 +20,48 @@ pub fn unshifted(sigma: f64, shift: f64) -> f64 {
     sigma / (sigma + shift * (1.0 - sigma))
 }
 
-/// How [`time_shift`] chooses its shift.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// The law by which [`time_shift`] finds its shift, under the reference's names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ShiftType {
+    #[default]
+    Constant,
     /// `exp` of a line through (0, `base_shift`) and (4096, `max_shift`) tokens, not clamped.
-    Linear {
-        base_shift: f64,
-        max_shift: f64,
-    },
+    Linear,
     /// `max(1, 3·sqrt(tokens / 128²))`.
     Sqrt,
-    Constant(f64),
 }
 
-impl ShiftType {
-    /// The reference's defaults of each type.
-    pub const LINEAR: ShiftType = ShiftType::Linear { base_shift: 0.5, max_shift: 1.15 };
-    pub const CONSTANT: ShiftType = ShiftType::Constant(3.0);
+impl Choice for ShiftType {
+    const ALL: &'static [(&'static str, Self)] =
+        &[("constant", ShiftType::Constant), ("linear", ShiftType::Linear), ("sqrt", ShiftType::Sqrt)];
+}
 
+/// Arguments of [`time_shift`] with the reference's defaults.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TimeShift {
+    pub shift_type: ShiftType,
+    /// Of `linear`: the logarithm of the shift at no tokens.
+    pub base_shift: f64,
+    /// Of `linear`: the logarithm of the shift at 4096 tokens.
+    pub max_shift: f64,
+    /// Of `constant`: the shift.
+    pub constant: f64,
+}
+
+impl Default for TimeShift {
+    fn default() -> Self {
+        TimeShift { shift_type: ShiftType::Constant, base_shift: 0.5, max_shift: 1.15, constant: 3.0 }
+    }
+}
+
+impl TimeShift {
     /// The shift for a sequence of that many image tokens.
-    pub fn shift(self, image_seq_len: i64) -> f64 {
+    pub fn shift(&self, image_seq_len: i64) -> f64 {
         let tokens = image_seq_len as f64;
-        match self {
-            ShiftType::Linear { base_shift, max_shift } => (base_shift + (max_shift - base_shift) * (tokens / 4096.0)).exp(),
+        match self.shift_type {
+            ShiftType::Linear => (self.base_shift + (self.max_shift - self.base_shift) * (tokens / 4096.0)).exp(),
             ShiftType::Sqrt => (3.0 * (tokens / (128.0 * 128.0)).sqrt()).max(1.0),
-            ShiftType::Constant(shift) => shift,
+            ShiftType::Constant => self.constant,
         }
     }
 }
@@ -51,13 +70,23 @@ impl ShiftType {
 ///
 /// # Shapes
 /// `t`: any, in `[0, 1]`. Returns the same shape and kind.
-pub fn time_shift(t: &Tensor, image_seq_len: i64, shift_type: ShiftType) -> Tensor {
-    shifted(t, shift_type.shift(image_seq_len))
+pub fn time_shift(t: &Tensor, image_seq_len: i64, arguments: TimeShift) -> Tensor {
+    shifted(t, arguments.shift(image_seq_len))
+}
+
+/// The slope of [`get_flow_match_loss_weight`]; 3 by default, as in the reference.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct WeightShift(pub f64);
+
+impl Default for WeightShift {
+    fn default() -> Self {
+        WeightShift(3.0)
+    }
 }
 
 /// `1 + shift·sigma`, the shape and kind of `sigma`: more weight to noisier samples.
-pub fn get_flow_match_loss_weight(sigma: &Tensor, shift: f64) -> Tensor {
-    (sigma * shift) + 1.0
+pub fn get_flow_match_loss_weight(sigma: &Tensor, shift: WeightShift) -> Tensor {
+    (sigma * shift.0) + 1.0
 }
 
 #[cfg(test)]
@@ -84,10 +113,12 @@ mod tests {
     #[test]
     fn sequence_lengths_choose_the_specified_shifts() {
         for (tokens, expected) in [(256, 1.717_080), (1024, 1.939_635), (4096, 3.158_193)] {
-            assert!((ShiftType::LINEAR.shift(tokens) - expected).abs() < 1e-6, "linear {tokens}");
+            let linear = TimeShift { shift_type: ShiftType::Linear, ..TimeShift::default() };
+            assert!((linear.shift(tokens) - expected).abs() < 1e-6, "linear {tokens}");
         }
         for (tokens, expected) in [(1820, 1.0), (1821, 1.000_153), (4096, 1.5), (16384, 3.0), (32760, 4.242_123)] {
-            assert!((ShiftType::Sqrt.shift(tokens) - expected).abs() < 1e-6, "sqrt {tokens}");
+            let sqrt = TimeShift { shift_type: ShiftType::Sqrt, ..TimeShift::default() };
+            assert!((sqrt.shift(tokens) - expected).abs() < 1e-6, "sqrt {tokens}");
         }
     }
 
@@ -101,6 +132,15 @@ mod tests {
     #[test]
     fn the_shift_keeps_the_kind() {
         let half = Tensor::from_slice(&[0.5f32]).to_kind(Kind::BFloat16);
-        assert_eq!(time_shift(&half, 4096, ShiftType::CONSTANT).kind(), Kind::BFloat16);
+        assert_eq!(time_shift(&half, 4096, TimeShift::default()).kind(), Kind::BFloat16);
+    }
+
+    #[test]
+    fn the_documented_defaults_are_the_defaults() {
+        let half = Tensor::from_slice(&[0.5f64]);
+        assert_eq!(time_shift(&half, 4096, TimeShift::default()).double_value(&[0]), 0.75);
+        assert_eq!(get_flow_match_loss_weight(&half, WeightShift::default()).double_value(&[0]), 2.5);
+        assert_eq!("sqrt".parse(), Ok(ShiftType::Sqrt));
+        assert_eq!("sqare".parse::<ShiftType>(), Err("unknown value `sqare`; expected one of constant, linear, sqrt".into()));
     }
 }

@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::joint::{Head, JointStage, check_axes, grid, joined, joint_mask};
 use super::{Architecture, SampleShapes, expect_equal, expect_image};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::nn::attention::{Heads, Projections, attend};
 use crate::nn::embed::ScalarEmbedding;
 use crate::nn::joint_block::BlockNames;
@@ -24,6 +24,8 @@ use crate::settings::{Keys, Settings};
 const EPSILON: f64 = 1e-6;
 /// Width of the sinusoidal embeddings.
 const FREQUENCIES: i64 = 256;
+/// Width of the zeros that the adapter puts in place of pooled text that the data lack: CLIP-L's.
+const POOLED_WIDTH: i64 = 768;
 /// Base of the rotary frequencies.
 const THETA: f64 = 10_000.0;
 
@@ -129,11 +131,14 @@ impl Architecture for Flux {
         expect_equal("model.flux.in_channels", self.in_channels, Some(4 * channels), "latents in 2 x 2 patches have")?;
         let text = shapes.last("text_embeddings");
         expect_equal("model.flux.joint_attention_dim", self.joint_attention_dim, text, "text_embeddings have")?;
-        let keys = ["pooled_prompt_embeds", "clip_pooled"];
-        let known = shapes.of.is_empty() || keys.iter().any(|key| shapes.of.contains_key(*key));
-        // Zeros stand for pooled text that the data lack; of what width, the adapter knows: CLIP-L's.
-        let pooled = if known { keys.iter().find_map(|key| shapes.last(key)) } else { Some(768) };
-        expect_equal("model.flux.pooled_projection_dim", self.pooled_projection_dim, pooled, "pooled text has")
+        let pooled = ["pooled_prompt_embeds", "clip_pooled"].iter().find_map(|key| shapes.last(key));
+        let setting = "model.flux.pooled_projection_dim";
+        if pooled.is_none() && !shapes.of.is_empty() && self.pooled_projection_dim != POOLED_WIDTH {
+            let width = self.pooled_projection_dim;
+            let what = format!("is {width}, but the data have no `pooled_prompt_embeds`, and the zeros for it are {POOLED_WIDTH} wide");
+            return Err(Error::config(setting, what));
+        }
+        expect_equal(setting, self.pooled_projection_dim, pooled, "pooled text has")
     }
 }
 

@@ -136,7 +136,7 @@ impl Keys<'_> {
         let shown = write::quoted(field.word());
         self.leaf(name, &doc, Some(shown), |leaf| {
             let Leaf::Text(found) = leaf else { return Err(leaf.not_a(&format!("one of {}", words.join(", ")))) };
-            *field = T::ALL.iter().find(|(word, _)| word == found).ok_or_else(|| not_among("value", found, &words))?.1;
+            *field = T::parse(found)?;
             Ok(())
         });
     }
@@ -229,7 +229,7 @@ impl<F: Family> Settings for OnlyMember<'_, F> {
 }
 
 /// "unknown value `x`; did you mean `y`?", or the list of valid ones when nothing is near.
-fn not_among(what: &str, found: &str, valid: &[&str]) -> String {
+pub(super) fn not_among(what: &str, found: &str, valid: &[&str]) -> String {
     match nearest(found, valid.iter().copied()) {
         Some(near) => format!("unknown {what} `{found}`; did you mean `{near}`?"),
         None => format!("unknown {what} `{found}`; expected one of {}", valid.join(", ")),

@@ -34,7 +34,30 @@ pub trait Choice: Copy + PartialEq + 'static {
     fn word(self) -> &'static str {
         Self::ALL.iter().find(|(_, value)| *value == self).expect("every value of a choice has a word").0
     }
+
+    /// The value of that word.
+    ///
+    /// # Errors
+    /// A text that names the nearest word, or all of them.
+    fn parse(word: &str) -> Result<Self, String> {
+        let known = Self::ALL.iter().find(|(known, _)| *known == word).map(|(_, value)| *value);
+        let words = || Self::ALL.iter().map(|(word, _)| *word).collect::<Vec<_>>();
+        known.ok_or_else(|| keys::not_among("value", word, &words()))
+    }
 }
+
+/// Lets choices be parsed from their words.
+macro_rules! parsed_from_words {
+    ($($choice:ty),+ $(,)?) => {
+        $(impl ::std::str::FromStr for $choice {
+            type Err = String;
+            fn from_str(word: &str) -> Result<Self, String> {
+                <Self as $crate::settings::Choice>::parse(word)
+            }
+        })+
+    };
+}
+pub(crate) use parsed_from_words;
 
 /// Longest configuration that is read, overrides included: the complete listing takes a quarter of it, the parser a thousand times as
 /// much memory.

@@ -7,7 +7,7 @@ use bytesize::ByteSize;
 
 use super::checkpoint::copied_bytes;
 use super::scaling::{ScalingRequest, scaling};
-use super::setup::check_data;
+use super::setup::{check_data, rehearse_data};
 use crate::config::RunConfig;
 use crate::data::{Dataset, Order};
 use crate::error::{Error, Result};
@@ -34,7 +34,7 @@ const WORLD_SIZES: [u64; 3] = [1, 8, 64];
 /// malloc keeps a little of what larger ones free.
 const PROCESS_BYTES: u64 = 160 << 20;
 
-/// The plan of a run as text. Opens the data's headers; needs no weights, no device and no memory to speak of.
+/// The plan of a run as text. Opens the data's headers and reads a sample of each resolution group; needs no weights, no device and no memory to speak of.
 ///
 /// # Errors
 /// Whatever would stop the run at its start: [`Error::Config`](crate::error::Error::Config), [`Error::Data`](crate::error::Error::Data).
@@ -86,7 +86,8 @@ impl Plan {
         let samples = config.data.micro_batch_size_per_gpu;
         let global_batch = micro_batches * samples * world_size;
         let dataset = Dataset::named(&config.data.path)?;
-        check_data(config, &dataset)?;
+        let notes = check_data(config, &dataset)?;
+        rehearse_data(config, &dataset)?;
         let order = Order::new(dataset.groups(), global_batch, config.seed)?;
         let first = &dataset.groups()[0];
         let latents = dataset.latent_shape(&first.name).ok_or_else(|| Error::data(dataset.path(), "has a group without latents"))?;
@@ -98,6 +99,7 @@ impl Plan {
         let steps = order.batches_per_epoch();
         self.line("epoch", &format!("{steps} steps, {} samples left out of each", order.left_out_per_epoch()));
         self.line("run", &format!("{} steps, {:.1} epochs", config.max_steps, config.max_steps as f64 / steps as f64));
+        notes.iter().for_each(|note| self.line("note", note));
         Ok(of_shape)
     }
 

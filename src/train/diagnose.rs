@@ -58,8 +58,8 @@ pub fn diagnose(stepper: &Stepper<'_>, step: u64, batches: &[Batch], replica: &R
 
 /// The samples whose losses are not what training can go on with, with the noise levels that they were trained at.
 fn bad_samples(batch: &Batch, output: &StepOutput) -> Option<String> {
-    let losses = output.loss.unweighted_loss.detach().flatten(1, -1).mean_dim([1i64].as_slice(), false, Kind::Float);
-    let losses = Vec::<f32>::try_from(losses.to_device(tch::Device::Cpu)).expect("a loss a sample");
+    let losses = output.loss.sample_losses().detach().to_device(tch::Device::Cpu);
+    let losses = Vec::<f32>::try_from(losses).expect("a loss a sample");
     let bad: Vec<usize> = (0..losses.len()).filter(|index| !is_sound(f64::from(losses[*index]))).collect();
     let average = output.loss.average_weighted_loss.double_value(&[]);
     match bad.first() {

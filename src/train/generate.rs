@@ -140,7 +140,7 @@ impl<'a> Walk<'a> {
     fn new(config: &'a RunConfig, replica: &'a Replica<'a>, origin: &'a Origin, device: Device) -> Result<Self> {
         let pipeline = build_pipeline(config, device);
         let (adapter, sampling) = (pipeline.adapter(), &config.sampling);
-        origin.check(&*config.model.family, adapter.condition_keys())?;
+        origin.check(&*config.model.family, &adapter.condition_keys())?;
         let guidance = adapter.guidance(config.model.family.embeds_guidance());
         let guide = Guide::new(guidance, sampling, origin.has_negative())?;
         let own = adapter.noise_levels(&origin.shape, pipeline.settings(), guidance);
@@ -152,7 +152,7 @@ impl<'a> Walk<'a> {
     fn samples(&self, first: usize, rows: &[i64]) -> Result<Tensor> {
         let noise = self.origin.noise(rows).unwrap_or_else(|| self.draw_noise(first, rows.len()));
         let (batch, clean) = (self.origin.batch(rows), self.origin.clean_latents(rows));
-        let unconditional = self.origin.unconditional(rows, self.pipeline.adapter().condition_keys());
+        let unconditional = self.origin.unconditional(rows, &self.pipeline.adapter().condition_keys());
         let solved = solver::euler(noise.to_device(self.device), &self.sigmas, |x, sigma| {
             let velocity = |batch: &Batch| self.velocity(x, sigma, batch, clean.as_ref());
             self.guide.velocity(velocity(&batch)?, || velocity(&unconditional))

@@ -1,5 +1,6 @@
 //! How a run comes together: data, model, optimizer, and the checkpoint that it goes on from.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use tch::Device;
@@ -17,8 +18,8 @@ use super::weights;
 use crate::collective::Collective;
 use crate::config::RunConfig;
 use crate::data::{Dataset, Order, Share};
-use crate::error::Result;
-use crate::flow::FlowMatchingPipeline;
+use crate::error::{Error, Result};
+use crate::flow::{DataShapes, FlowMatchingPipeline, check_keys};
 use crate::libtorch;
 use crate::model::SampleShapes;
 use crate::parallel::{Replica, Sharding, Sharing};
@@ -46,7 +47,7 @@ impl<'c> Trainer<'c> {
         let share = share_of(config, collective)?;
         let global_batch = share.global_batch();
         let dataset = Arc::new(Dataset::named(&config.data.path)?.on_bad(config.data.on_bad));
-        check_data(config, &dataset)?;
+        let notes = check_data(config, &dataset)?;
         let order = Order::new(dataset.groups(), global_batch, config.seed)?;
         tch::set_num_threads(config.parallel.num_threads);
         // Where gradients are sharded memory is short, and what is kept fits no other use: 13 % more were measured.
@@ -97,6 +98,7 @@ impl<'c> Trainer<'c> {
             saver,
         };
         trainer.announce(global_batch);
+        notes.iter().for_each(|note| tracing::warn!("{note}"));
         Ok(trainer)
     }
 
@@ -135,12 +137,40 @@ impl<'c> Trainer<'c> {
     }
 }
 
-/// Refuses a dataset of which the model cannot take some resolution group.
-pub fn check_data(config: &RunConfig, dataset: &Dataset) -> Result<()> {
-    dataset.groups().iter().try_for_each(|group| {
+/// Refuses a dataset of which the adapter or the model cannot take some resolution group. Returns what a user should know of it
+/// though nothing is wrong.
+///
+/// # Errors
+/// [`Error::Data`] naming the group and the key; [`Error::Config`] naming the model's setting.
+pub fn check_data(config: &RunConfig, dataset: &Dataset) -> Result<Vec<String>> {
+    let (flow, adapter) = (&config.flow_matching.flow, config.flow_matching.adapter.build());
+    let mut notes = BTreeSet::from_iter(adapter.notes(config.model.family.embeds_guidance()));
+    let empty_prompt = dataset.empty_prompt_shapes();
+    for group in dataset.groups() {
         let latents = dataset.latent_shape(&group.name).expect("a group has latents");
-        let of = group.layout.iter().map(|(key, (_, shape))| (key.clone(), shape.clone())).collect();
-        config.model.family.check_data(&SampleShapes { latents, of })
+        let sample = group.layout.iter().map(|(key, (_, shape))| (key.clone(), shape.clone())).collect();
+        let shapes = DataShapes { latents, sample: &sample, empty_prompt: &empty_prompt };
+        let unfit = |what: String| Error::data(dataset.path(), format!("resolution group {}: {what}", group.name));
+        let found = check_keys(adapter.as_ref(), flow, shapes).map_err(unfit)?;
+        config.model.family.check_data(&SampleShapes { latents, of: sample }).map_err(|error| error.after(&found))?;
+        notes.extend(found);
+    }
+    Ok(notes.into_iter().collect())
+}
+
+/// Takes the first sample of each resolution group as far as the model's inputs, on the CPU: numbers that no shape tells, as in
+/// masks, are met before weights are loaded.
+///
+/// # Errors
+/// [`Error::Data`] naming the group and the key.
+pub fn rehearse_data(config: &RunConfig, dataset: &Dataset) -> Result<()> {
+    let pipeline = build_pipeline(config, Device::Cpu);
+    dataset.groups().iter().try_for_each(|group| {
+        let unfit = |error| match error {
+            Error::Data { what, .. } => Error::data(dataset.path(), format!("resolution group {}: {what}", group.name)),
+            other => other,
+        };
+        pipeline.rehearse(&dataset.batch(&group.sample_ids[..1])?).map_err(unfit)
     })
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::place::device;
 use super::setup::{build_pipeline, empty_replica, fresh_replica};
@@ -13,7 +13,7 @@ use crate::config::RunConfig;
 use crate::data::safetensors::{self, SafeTensors};
 use crate::data::{Batch, DataType};
 use crate::error::{Error, Result};
-use crate::flow::{StepOptions, StepOutput, latents_of};
+use crate::flow::{Statistics, StepOptions, StepOutput, latents_of};
 use crate::model::SampleShapes;
 use crate::parallel::{Replica, Sharing};
 use crate::rng::Stream;
@@ -52,7 +52,7 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
     let batch = read_batch(&request.batch)?;
     config.model.family.check_data(&SampleShapes::of_batch(&latents_of(&batch)?.size()[1..], &batch.tensors))?;
     let seed = request.torch_seed.unwrap_or(config.seed as i64);
-    let options = StepOptions { global_step: 0, collect_metrics: false, check_loss: false, strata: None };
+    let options = StepOptions { check_loss: false, ..StepOptions::default() };
     let mut tape = replica.tape(config.parallel.recompute);
     let output = pipeline.step(|inputs| tape.forward(inputs), &batch, &Stream::TorchSeed(seed), options)?;
     let mut tensors = tensors_of(&output);
@@ -93,7 +93,30 @@ fn tensors_of(output: &StepOutput) -> Vec<(String, Tensor)> {
         ("average_unweighted_loss", &loss.average_unweighted_loss),
         ("average_weighted_loss", &loss.average_weighted_loss),
     ];
-    named.into_iter().map(|(name, tensor)| (name.to_string(), tensor.detach())).collect()
+    let mask = loss.loss_mask.iter().map(|mask| ("loss_mask", mask));
+    let tensors = named.into_iter().chain(mask).map(|(name, tensor)| (name.to_string(), tensor.detach()));
+    tensors.chain(metrics_of(output)).collect()
+}
+
+/// The reference's metrics that are numbers, as `metrics.<name>`, f64 scalars; those that are words stand in the metadata.
+fn metrics_of(output: &StepOutput) -> impl Iterator<Item = (String, Tensor)> {
+    let row = output.statistics.as_ref().expect("metrics are collected").to_device(Device::Cpu);
+    let statistics = Statistics::from_row(&Vec::<f32>::try_from(row).expect("an f32 row"));
+    let Statistics { sigma, timesteps, weight, noisy_latents, loss, unweighted_loss, .. } = statistics;
+    let named = [
+        ("loss", loss),
+        ("unweighted_loss", unweighted_loss),
+        ("sigma_min", sigma.min),
+        ("sigma_max", sigma.max),
+        ("sigma_mean", sigma.mean),
+        ("weight_min", weight.min),
+        ("weight_max", weight.max),
+        ("timestep_min", timesteps.min),
+        ("timestep_max", timesteps.max),
+        ("noisy_min", noisy_latents.min),
+        ("noisy_max", noisy_latents.max),
+    ];
+    named.into_iter().map(|(name, number)| (format!("metrics.{name}"), Tensor::from(number)))
 }
 
 fn named_gradients(replica: &Replica<'_>, stage: usize, pieces: &[Tensor]) -> Vec<(String, Tensor)> {

@@ -41,7 +41,7 @@ pub struct Stepper<'a> {
 pub struct Update {
     /// Over all ranks and micro-batches.
     pub statistics: Statistics,
-    /// Before clipping.
+    /// Of the mean loss over what the masks keep, before clipping.
     pub grad_norm: f64,
     pub lr: f64,
     /// Why the parameters were left as they were, if they were.
@@ -62,6 +62,7 @@ pub struct Update {
 /// What all ranks know of a step before it reaches the parameters: the same numbers on each.
 struct Seen {
     statistics: Statistics,
+    /// Of the mean loss over what the masks keep.
     grad_norm: f64,
     tallies: Vec<Tally>,
 }
@@ -115,7 +116,9 @@ impl Stepper<'_> {
         let own = Own { statistics: &rows, norms: &norms, request, seconds, saving: self.saver.progress(), bad_samples, issued };
         let tallies = tally::exchange(&own, self.collective)?;
         tally::check_in_step(&tallies, &issued, self.collective)?;
-        let seen = Seen { statistics: self.merged(&tallies), grad_norm: self.grad_norm(&tallies, replica), tallies };
+        let statistics = self.merged(&tallies);
+        let grad_norm = statistics.gradient_scale() * self.grad_norm(&tallies, replica);
+        let seen = Seen { statistics, grad_norm, tallies };
         watch.lap("reduce");
         let update_number = guard.update_number(step);
         let lr = self.config.optimizer.lr() * self.config.lr_scheduler.factor(update_number, self.config.max_steps);
@@ -124,7 +127,7 @@ impl Stepper<'_> {
             Objection::Skip(why) => skipped = Some(self.skip(step, why, guard)?),
             objection => {
                 pulse::enter(Phase::Optimizer);
-                self.update(update_number, lr, &gradients, seen.grad_norm, replica, state)?;
+                self.update(update_number, lr, &gradients, &seen, replica, state)?;
                 guard.applied(seen.statistics.loss);
                 warning = if let Objection::Warn(why) = objection { Some(why) } else { None };
             }
@@ -165,8 +168,9 @@ impl Stepper<'_> {
         let output = self.pipeline.step(|inputs| Ok(spoil::outputs(tape.forward(inputs)?)), batch, &stream, options)?;
         watch.lap("forward");
         pulse::enter(Phase::Backward);
-        // Of the mean over all ranks' micro-batches, so that gradients are summed and never divided.
-        let share = &output.loss.average_weighted_loss / (self.share.micro_batches * self.share.world_size) as f64;
+        // Of the mean over all ranks' micro-batches, so that gradients are summed; what their masks keep is known after the
+        // last one, and divides the sum.
+        let share = &output.loss.objective / (self.share.micro_batches * self.share.world_size) as f64;
         tape.backward(&share, |stage, gradients| on_gradient(stage, spoil::gradients(stage, gradients)))?;
         watch.lap("backward");
         Ok(output)
@@ -214,6 +218,10 @@ impl Stepper<'_> {
     /// What speaks against the step.
     fn objection(&self, step: u64, seen: &Seen, batches: &[Batch], replica: &Replica<'_>, guard: &Guard) -> Result<Objection> {
         let Seen { statistics, grad_norm, tallies } = seen;
+        if statistics.kept == 0.0 {
+            let samples = self.share.global_batch();
+            return Ok(Objection::Skip(format!("the loss masks keep nothing of the global batch's {samples} samples")));
+        }
         let TrainSettings { check_loss, on_non_finite, on_loss_spike, loss_spike_height, .. } = self.config.train;
         let sound = tallies.iter().flat_map(|tally| &tally.statistics).all(|statistics| is_sound(statistics.loss));
         if !grad_norm.is_finite() || (check_loss && !sound) {
@@ -252,11 +260,12 @@ impl Stepper<'_> {
         update_number: u64,
         lr: f64,
         gradients: &[Vec<Tensor>],
-        grad_norm: f64,
+        seen: &Seen,
         replica: &mut Replica<'_>,
         state: &mut OptimizerState,
     ) -> Result<()> {
-        let gradient_factor = clip::coefficient(grad_norm, self.config.train.max_grad_norm);
+        let clipped = clip::coefficient(seen.grad_norm, self.config.train.max_grad_norm);
+        let gradient_factor = seen.statistics.gradient_scale() * clipped;
         let change = Change { gradient_factor, lr, step: update_number };
         for (index, pieces) in gradients.iter().enumerate() {
             state.update(index, &mut replica.buckets[index], pieces, change);

@@ -164,7 +164,8 @@ impl<'c> Trainer<'c> {
             skipped.chain(warned).chain(bad).chain(stragglers).for_each(|line| tracing::warn!("{line}"));
         }
         let flow = self.pipeline.settings();
-        let due = |interval: u64| self.manifest.step.is_multiple_of(interval);
+        // The first step is due as well: the reference, which counts from 0, logs it.
+        let due = |interval: u64| self.manifest.step == 1 || self.manifest.step.is_multiple_of(interval);
         if self.debug || due(flow.log_interval) {
             for line in flow_report::detailed(metrics.facts(), &update.statistics, flow).lines() {
                 tracing::info!("{line}");

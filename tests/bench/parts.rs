@@ -109,7 +109,8 @@ fn cached_samples() -> PathBuf {
 
 /// A step of flow matching around a model that costs nothing, down to the numbers of the log.
 fn pipeline(criterion: &mut Criterion) {
-    let pipeline = create_pipeline("flux", FlowMatchingSettings::default(), Device::Cpu, Kind::Float).expect("a known adapter");
+    let pipeline =
+        create_pipeline("flux", &Default::default(), FlowMatchingSettings::default(), Device::Cpu, Kind::Float).expect("a known adapter");
     let mut group = criterion.benchmark_group("pipeline");
     for (name, channels, side) in [("4x32x32", 4, 32), ("16x64x64", 16, 64)] {
         let tensors = [

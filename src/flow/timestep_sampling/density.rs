@@ -4,20 +4,45 @@ use tch::Tensor;
 
 use super::{mode_map, uniform};
 use crate::rng::Draws;
+use crate::settings::Choice;
 
-/// What [`compute_density_for_timestep_sampling`] draws from.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Density {
+/// The distribution that [`compute_density_for_timestep_sampling`] draws from, under the reference's names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WeightingScheme {
+    #[default]
     Uniform,
-    LogitNormal { mean: f64, std: f64 },
-    Mode { scale: f64 },
+    LogitNormal,
+    Mode,
 }
 
-/// One draw of timesteps, `[batch]` f32 in `[0, 1]`; `Mode` is not clamped.
+impl Choice for WeightingScheme {
+    const ALL: &'static [(&'static str, Self)] =
+        &[("uniform", WeightingScheme::Uniform), ("logit_normal", WeightingScheme::LogitNormal), ("mode", WeightingScheme::Mode)];
+}
+
+/// Arguments of [`compute_density_for_timestep_sampling`] with the reference's defaults.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Density {
+    pub weighting_scheme: WeightingScheme,
+    /// Mean of the normal under `logit_normal`.
+    pub logit_mean: f64,
+    /// Standard deviation of the normal under `logit_normal`.
+    pub logit_std: f64,
+    /// How far `mode` bends.
+    pub mode_scale: f64,
+}
+
+impl Default for Density {
+    fn default() -> Self {
+        Density { weighting_scheme: WeightingScheme::default(), logit_mean: 0.0, logit_std: 1.0, mode_scale: 1.29 }
+    }
+}
+
+/// One draw of timesteps, `[batch]` f32 in `[0, 1]`; `mode` is not clamped.
 pub fn compute_density_for_timestep_sampling(density: Density, batch: i64, draws: &Draws<'_>) -> Tensor {
-    match density {
-        Density::Uniform => uniform(draws, batch),
-        Density::LogitNormal { mean, std } => draws.normal(mean, std, &[batch]).sigmoid(),
-        Density::Mode { scale } => mode_map(&uniform(draws, batch), scale),
+    match density.weighting_scheme {
+        WeightingScheme::Uniform => uniform(draws, batch),
+        WeightingScheme::LogitNormal => draws.normal(density.logit_mean, density.logit_std, &[batch]).sigmoid(),
+        WeightingScheme::Mode => mode_map(&uniform(draws, batch), density.mode_scale),
     }
 }

@@ -11,7 +11,7 @@ mod mode;
 mod uniform;
 
 pub use beta::Beta;
-pub use density::{Density, compute_density_for_timestep_sampling};
+pub use density::{Density, WeightingScheme, compute_density_for_timestep_sampling};
 pub use logit_normal::LogitNormal;
 pub use mode::{Mode, mode_map};
 pub use uniform::{Uniform, uniform};
