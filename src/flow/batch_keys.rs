@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use super::adapter::ModelAdapter;
 use super::loss_mask::{LOSS_MASK, axes_of_mask};
 use super::settings::{CfgDropout, CfgDropoutValue, FlowMatchingSettings};
-use crate::data::EMPTY;
+use crate::data::{Batch, EMPTY};
 
 /// Keys of the latents; the first that is there is read.
 pub const LATENTS: [&str; 2] = ["video_latents", "image_latents"];
@@ -61,6 +61,28 @@ pub struct DataShapes<'s> {
     pub sample: &'s Shapes,
     /// Without the prefix that batches give them.
     pub empty_prompt: &'s Shapes,
+}
+
+/// The same batch with an axis for samples in front of each tensor that an adapter reads and that lacks it: it then holds for all
+/// samples, as in the reference. Batches of a dataset are left as they are, and so is a tensor whose first axis has as many
+/// entries as there are samples: taken for a missing axis, it would make one sample's condition another's.
+pub fn with_sample_axis(adapter: &dyn ModelAdapter, batch: &Batch) -> Batch {
+    let mut whole = batch.alias();
+    let Some(latents) = LATENTS.into_iter().find_map(|name| batch.get(name)).filter(|_| batch.sample_ids.is_empty()) else {
+        return whole;
+    };
+    let samples = latents.size()[0];
+    for key in adapter.keys() {
+        let has_form = |axes: usize| key.forms.iter().any(|form| form.len() == axes);
+        for (name, tensor) in key.names.iter().filter_map(|name| Some((*name, batch.get(name)?))) {
+            let size = tensor.size();
+            let is_sample = has_form(size.len()) && (size.is_empty() || !has_form(size.len() - 1));
+            if is_sample && (samples == 1 || size.first() != Some(&samples)) {
+                whole.tensors.insert(name.into(), tensor.unsqueeze(0).expand([&[samples], &size[..]].concat(), false));
+            }
+        }
+    }
+    whole
 }
 
 /// Compares data with what an adapter and the settings read of them. Returns what a user should know though nothing is wrong:

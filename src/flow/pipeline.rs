@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor, no_grad};
 
 use super::adapter::{FlowMatchingContext, ModelAdapter, TaskType, dropped};
-use super::batch_keys::{LATENTS, dropped_keys};
+use super::batch_keys::{LATENTS, dropped_keys, with_sample_axis};
 use super::loss::{Kept, LossValues, check_loss};
 use super::loss_mask::{LOSS_MASK, loss_mask};
 use super::loss_weight::LossWeight;
@@ -134,7 +134,7 @@ impl FlowMatchingPipeline {
     /// Every draw of a step, in the order of the reference: task, timesteps, noise, then the adapter's.
     fn prepare(&self, batch: &Batch, draws: &Draws<'_>, strata: Option<&Strata>) -> Result<NoisyBatch> {
         let latents = latents_of(batch)?.to_device(self.device).to_kind(self.dtype);
-        let size = latents.size()[0];
+        let (size, batch) = (latents.size()[0], &with_sample_axis(self.adapter(), batch));
         let (task_type, image_to_video) = self.determine_task_type(batch.data_type, &latents.size(), draws);
         let sampled = self.sample_timesteps(size, draws, strata);
         let noise = draws.normal(0.0, 1.0, &latents.size()).to_device(self.device);

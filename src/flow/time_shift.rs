@@ -141,6 +141,6 @@ mod tests {
         assert_eq!(time_shift(&half, 4096, TimeShift::default()).double_value(&[0]), 0.75);
         assert_eq!(get_flow_match_loss_weight(&half, WeightShift::default()).double_value(&[0]), 2.5);
         assert_eq!("sqrt".parse(), Ok(ShiftType::Sqrt));
-        assert_eq!("sqare".parse::<ShiftType>(), Err("unknown value `sqare`; expected one of constant, linear, sqrt".into()));
+        assert_eq!("cubic".parse::<ShiftType>(), Err("unknown value `cubic`; expected one of constant, linear, sqrt".into()));
     }
 }

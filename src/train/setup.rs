@@ -98,7 +98,9 @@ impl<'c> Trainer<'c> {
             saver,
         };
         trainer.announce(global_batch);
-        notes.iter().for_each(|note| tracing::warn!("{note}"));
+        if telemetry.speaks_for_the_run() {
+            notes.iter().for_each(|note| tracing::warn!("{note}"));
+        }
         Ok(trainer)
     }
 

@@ -11,9 +11,9 @@ use super::{checkpoint, run_folder};
 use crate::collective::Solo;
 use crate::config::RunConfig;
 use crate::data::safetensors::{self, SafeTensors};
-use crate::data::{Batch, DataType};
+use crate::data::{Batch, DataType, EMPTY};
 use crate::error::{Error, Result};
-use crate::flow::{Statistics, StepOptions, StepOutput, latents_of};
+use crate::flow::{DataShapes, FlowMatchingPipeline, Statistics, StepOptions, StepOutput, check_keys, latents_of, with_sample_axis};
 use crate::model::SampleShapes;
 use crate::parallel::{Replica, Sharing};
 use crate::rng::Stream;
@@ -50,7 +50,7 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
     };
     let pipeline = build_pipeline(config, device);
     let batch = read_batch(&request.batch)?;
-    config.model.family.check_data(&SampleShapes::of_batch(&latents_of(&batch)?.size()[1..], &batch.tensors))?;
+    check_batch(config, &pipeline, &request.batch, &batch)?;
     let seed = request.torch_seed.unwrap_or(config.seed as i64);
     let options = StepOptions { check_loss: false, ..StepOptions::default() };
     let mut tape = replica.tape(config.parallel.recompute);
@@ -76,6 +76,17 @@ fn read_batch(path: &Path) -> Result<Batch> {
     let data_type = known.into_iter().find(|data_type| data_type.word() == word).ok_or_else(unknown)?;
     let tensors = file.tensors().iter().map(|info| Ok((info.name.clone(), file.read(&info.name)?))).collect::<Result<_>>()?;
     Ok(Batch { tensors, data_type, sample_ids: Vec::new(), bad_samples: 0 })
+}
+
+/// Refuses a batch that the adapter or the model cannot take.
+fn check_batch(config: &RunConfig, pipeline: &FlowMatchingPipeline, path: &Path, batch: &Batch) -> Result<()> {
+    let latents = latents_of(batch)?.size();
+    let whole = with_sample_axis(pipeline.adapter(), batch);
+    let shapes = SampleShapes::of_batch(&latents[1..], &whole.tensors);
+    let empty_prompt = whole.tensors.iter().filter_map(|(key, tensor)| Some((key.strip_prefix(EMPTY)?.to_string(), tensor.size())));
+    let data = DataShapes { latents: &latents[1..], sample: &shapes.of, empty_prompt: &empty_prompt.collect() };
+    check_keys(pipeline.adapter(), pipeline.settings(), data).map_err(|what| Error::data(path, what))?;
+    config.model.family.check_data(&shapes)
 }
 
 fn tensors_of(output: &StepOutput) -> Vec<(String, Tensor)> {

@@ -320,7 +320,9 @@ def wan(dice: Dice, _better: dict) -> Draw:
 def hunyuan_video15(dice: Dice, _better: dict) -> Draw:
     (heads, head_dim), (rows, columns), channels = dice.heads([8, 16, 24, 32]), dice.grid(), dice.between(1, 4)
     patch, conditioned = dice.deal("patch_size", [1, 2]), dice.deal("use_condition_latents", [True, True, True, True, False])
-    i2v_prob, has_image = dice.deal("task", [(0.0, False), (1.0, True), (1.0, False), (1.0, True), (0.0, True)])
+    # The reference would give a model the only frame of a still; fm-dist never does.
+    task, frames = dice.deal("task", [(0.0, False), (1.0, True), (1.0, False), (1.0, True), (0.0, True)]), dice.deal("frames", [1, 2, 3])
+    i2v_prob, has_image = (0.0, task[1]) if frames == 1 else task
     config = {
         "in_channels": 2 * channels + 1 if conditioned else channels,
         "out_channels": channels,
@@ -339,7 +341,7 @@ def hunyuan_video15(dice: Dice, _better: dict) -> Draw:
         "task_type": "i2v" if i2v_prob else "t2v",
     }
     batch = {
-        "video_latents": dice.normal(dice.size, channels, dice.deal("frames", [1, 2, 3]), patch * rows, patch * columns),
+        "video_latents": dice.normal(dice.size, channels, frames, patch * rows, patch * columns),
         "text_embeddings": dice.text(config["text_embed_dim"]),
         "text_embeddings_2": dice.text(config["text_embed_2_dim"]),
     }
