@@ -6,6 +6,7 @@ use std::fmt::Write;
 use bytesize::ByteSize;
 
 use super::checkpoint::copied_bytes;
+use super::runs::OutputDir;
 use super::scaling::{ScalingRequest, scaling};
 use super::setup::check_data;
 use crate::config::RunConfig;
@@ -13,6 +14,7 @@ use crate::data::{Dataset, Order};
 use crate::error::{Error, Result};
 use crate::model::{Footprint, SampleShapes, Tokens, footprint};
 use crate::nn::Stage;
+use crate::optim::lr;
 use crate::parallel::{DeviceChoice, Recompute, Sharding, StateLayout};
 use crate::settings::{Choice, Family};
 
@@ -39,6 +41,7 @@ const PROCESS_BYTES: u64 = 160 << 20;
 /// # Errors
 /// Whatever would stop the run at its start: [`Error::Config`](crate::error::Error::Config), [`Error::Data`](crate::error::Error::Data).
 pub fn check(config: &RunConfig, request: &CheckRequest) -> Result<String> {
+    OutputDir::new(&config.output_dir)?;
     let stages = config.model.family.stages()?;
     let mut plan = Plan(String::new());
     plan.of_model(config, &stages);
@@ -98,6 +101,9 @@ impl Plan {
         let steps = order.batches_per_epoch();
         self.line("epoch", &format!("{steps} steps, {} samples left out of each", order.left_out_per_epoch()));
         self.line("run", &format!("{} steps, {:.1} epochs", config.max_steps, config.max_steps as f64 / steps as f64));
+        if let Some(what) = lr::warning(&config.lr_scheduler, config.max_steps) {
+            self.line("warning", &what);
+        }
         Ok(of_shape)
     }
 

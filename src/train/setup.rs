@@ -6,6 +6,7 @@ use tch::Device;
 
 use super::TrainOptions;
 use super::agreement::{agree, agreed};
+use super::changes;
 use super::checkpoint::{self, Manifest, Saver};
 use super::divergence;
 use super::run_folder::RunFolder;
@@ -64,10 +65,10 @@ impl<'c> Trainer<'c> {
         }
         let fresh = OptimizerState::fresh(&replica, &*config.optimizer, (device, home(config, device)));
         let mut optimizer_state = agreed(fresh, collective)?;
-        let mut manifest = Manifest::new(config.seed, global_batch as u64, dataset.fingerprint());
+        let mut manifest = Manifest::new(config, global_batch as u64, dataset.fingerprint());
         if let Some(path) = folder.resumed_from() {
             let allowed = options.allow_data_change;
-            let loaded = checkpoint::load(path, &manifest, allowed, &mut replica, &*config.optimizer, &mut optimizer_state);
+            let loaded = checkpoint::load(path, config, &manifest, allowed, &mut replica, &*config.optimizer, &mut optimizer_state);
             let outcome = loaded.map(|loaded| manifest = loaded);
             agree(outcome.map(|()| String::new()), collective)?;
             folder.note_start(manifest.step, config.max_steps, collective)?;
@@ -76,6 +77,9 @@ impl<'c> Trainer<'c> {
         spoil::parameters(Phase::Open, &mut replica);
         divergence::check(&replica, collective.rank())?;
         folder.keep_config(config, collective)?;
+        if let (Some(what), true) = (jump_of_lr(config, &manifest), telemetry.speaks_for_the_run()) {
+            tracing::warn!("{what}");
+        }
         let metrics = telemetry.metrics_after(manifest.step)?;
         let pipeline = build_pipeline(config, device);
         let saver = Saver::new(folder.path().into(), config.checkpoint.clone());
@@ -133,6 +137,11 @@ impl<'c> Trainer<'c> {
             tracing::info!("deterministic: one order of sums for any number of ranks");
         }
     }
+}
+
+/// What is said of a learning rate that does not go on as the checkpoint's run had led it.
+fn jump_of_lr(config: &RunConfig, manifest: &Manifest) -> Option<String> {
+    changes::jump_of_lr(config, manifest.lr?, manifest.step, manifest.guard.update_number(manifest.step))
 }
 
 /// Refuses a dataset of which the model cannot take some resolution group.

@@ -6,7 +6,7 @@ use std::path::{Component, Path};
 
 use serde::Deserialize;
 
-use super::{FORMAT, MANIFEST, Manifest, Part, VERSION};
+use super::{FORMAT, MANIFEST, Manifest, Part, VERSION, VERSION_WITHOUT_RECORD};
 use crate::data::sha256::HashingWriter;
 use crate::error::{Error, Result, one_line, shortened};
 use crate::pulse;
@@ -70,8 +70,11 @@ fn read(folder: &Path) -> Result<Manifest, Unfit> {
     let path = folder.join(MANIFEST);
     let text = read_whole(&path, MAX_MANIFEST_BYTES).map_err(|error| unreadable(&path, MANIFEST, error))?;
     let said: Version = serde_json::from_slice(&text).map_err(|error| broken(format!("is no manifest: {error}")))?;
-    if said.format != FORMAT || said.version != VERSION {
-        let what = format!("is {:?} version {}, this program reads {FORMAT:?} version {VERSION}", said.format, said.version);
+    if said.format != FORMAT || !(VERSION_WITHOUT_RECORD..=VERSION).contains(&said.version) {
+        let what = format!(
+            "is {:?} version {}, this program reads {FORMAT:?} version {VERSION}, and the parameters of version {VERSION_WITHOUT_RECORD}",
+            said.format, said.version
+        );
         return Err(Unfit::Other(Error::checkpoint_mismatch(path, what)));
     }
     let manifest: Manifest = serde_json::from_slice(&text).map_err(|error| broken(format!("is no manifest: {error}")))?;
