@@ -82,19 +82,21 @@ impl OutputDir {
     /// Runs that exist, oldest first.
     ///
     /// # Errors
-    /// [`Error::Storage`] if a folder that is there cannot be listed.
+    /// [`Error::Storage`] if one of them cannot be listed.
     pub fn runs(&self) -> Result<Vec<Run>> {
-        let parent = self.parent();
-        if !parent.is_dir() {
-            return Ok(Vec::new());
-        }
-        let entries = fs::read_dir(parent).map_err(Error::storage(parent, "list"))?;
-        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
-        let numbers = names.filter_map(|name| self.number_of(&name));
-        let found: Result<Vec<Option<Run>>> = numbers.map(|number| self.run(number)).collect();
+        let found: Result<Vec<Option<Run>>> = self.numbers().into_iter().map(|number| self.run(number)).collect();
         let mut runs: Vec<Run> = found?.into_iter().flatten().collect();
         runs.sort_by_key(|run| (run.time, run.number));
         Ok(runs)
+    }
+
+    /// Numbers of the folders that are there. Where the folder above may be passed through and not listed, as far as they have no gap.
+    fn numbers(&self) -> Vec<u64> {
+        let Ok(entries) = fs::read_dir(self.parent()) else {
+            return (FIRST..).take_while(|&number| self.numbered(number).exists()).collect();
+        };
+        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        names.filter_map(|name| self.number_of(&name)).collect()
     }
 
     /// The run with this number; none where no run has the folder, or one of another `output_dir`, which has the same name by chance.

@@ -24,7 +24,7 @@ use crate::train::state::OptimizerState;
 const SHARDINGS: [Sharding; 4] = [Sharding::None, Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters];
 
 fn manifest() -> Manifest {
-    Manifest { step: 7, ..Manifest::new(&RunConfig::default(), 8, "these data".into()) }
+    Manifest { step: 7, lr: Some(0.1), ..Manifest::new(&RunConfig::default(), 8, "these data".into()) }
 }
 
 fn optimizer() -> OptimizerChoice {
