@@ -3,6 +3,7 @@
 #
 #   launch/setup.sh            system packages, Rust (checked, not installed), libtorch under .deps/
 #   launch/setup.sh --oracle   also .deps/oracle: the Python packages that tests compare fm-dist with
+#   launch/setup.sh --slurm    also a Slurm for launch/test-slurm.sh, by root (the packages' services are not needed)
 #
 # Needs Debian or Ubuntu on x86_64 and the network; root only where a system package is missing.
 # Takes half a minute on a fast network (three minutes with an NVIDIA driver), the oracle two more, and a second when nothing is missing.
@@ -32,9 +33,19 @@ has_libclang() {
     compgen -G '/usr/lib/llvm-*/lib/clang/*/include/stddef.h' >/dev/null || compgen -G '/usr/lib/clang/*/include/stddef.h' >/dev/null
 }
 
+# What launch/test-slurm.sh starts.
+missing_packages_of_slurm() {
+    local PATH=$PATH:/usr/sbin needed
+    for needed in slurmctld slurmd sbatch srun; do
+        command -v "$needed" >/dev/null || { echo slurm-wlm; break; }
+    done
+    command -v munged >/dev/null || echo munge
+}
+
+# Installs what the given command finds missing.
 system_packages() {
-    local packages install
-    mapfile -t packages < <(missing_packages)
+    local missing=$1 packages install
+    mapfile -t packages < <("$missing")
     if [ "${#packages[@]}" -eq 0 ]; then
         echo "    nothing is missing"
         return
@@ -46,7 +57,7 @@ system_packages() {
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -qq || stop "apt-get update failed: is the network there?"
     $install -qq >/dev/null || stop "apt-get could not install ${packages[*]}: run the line above by hand to see why"
-    mapfile -t packages < <(missing_packages)
+    mapfile -t packages < <("$missing")
     [ "${#packages[@]}" -eq 0 ] || stop "${packages[*]} was installed and its programs are still not found"
 }
 
@@ -122,10 +133,13 @@ oracle() {
     mv "$fresh" .deps/oracle
 }
 
-[ "$#" -eq 0 ] || [ "$*" = --oracle ] || stop "usage: launch/setup.sh [--oracle]"
+[ "$#" -eq 0 ] || [ "$*" = --oracle ] || [ "$*" = --slurm ] || stop "usage: launch/setup.sh [--oracle|--slurm]"
 [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ] || stop "only Linux on x86_64 is supported so far, this is $(uname -s) on $(uname -m)"
 
-timed "system packages: Open MPI starts the ranks, libclang and pkg-config build its bindings, Python unpacks wheels" system_packages
+timed "system packages: Open MPI starts the ranks, libclang and pkg-config build its bindings, Python unpacks wheels" system_packages missing_packages
+if [ "$*" = --slurm ]; then
+    timed "Slurm: launch/test-slurm.sh runs jobs on it" system_packages missing_packages_of_slurm
+fi
 timed "Rust: compiles everything here" rust
 mkdir -p .deps
 exec 9>.deps/lock

@@ -1,5 +1,7 @@
 //! Typed text to a command, and what each command calls.
 
+mod values;
+
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -15,9 +17,11 @@ use crate::fault;
 use crate::model::Dtype;
 use crate::parallel::Cluster;
 use crate::pulse::{self, Phase};
-use crate::settings::Choice;
-use crate::train::{self, CheckRequest, Ending, ExportRequest, Resume, SampleRequest, ScalingRequest, StepRequest, StopFlag, TrainOptions};
+use crate::train::{
+    self, CheckRequest, Ending, ExportRequest, ListingFormat, Resume, SampleRequest, ScalingRequest, StepRequest, StopFlag, TrainOptions,
+};
 use crate::watchdog::Watchdog;
+use values::{Shape, WorldSizes, parse_dtype, parse_scale, parse_shape, parse_world};
 
 /// Trains diffusion transformers by flow matching, one process a GPU.
 ///
@@ -44,6 +48,8 @@ enum Command {
     Step(StepArgs),
     /// Say what a configuration would do, without doing it
     Check(CheckArgs),
+    /// List the runs of an output_dir, their newest checkpoints, and which of them are finished
+    Runs(RunsArgs),
     /// Say what this machine has and what is missing
     Doctor,
     /// Print the resolved configuration, one comment line a key
@@ -64,8 +70,9 @@ struct ConfigArgs {
 struct TrainArgs {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Begin anew (never), go on from the newest checkpoint that verifies (latest), or from this run or checkpoint folder
-    #[arg(long, value_name = "never|latest|DIR", default_value = "never")]
+    /// Begin anew (never), go on from the newest checkpoint that verifies (latest), do so if there is any and else begin anew (auto),
+    /// or go on from this run or checkpoint folder
+    #[arg(long, value_name = "never|latest|auto|DIR", default_value = "never")]
     resume: Resume,
     /// What connects the processes: MPI under a launcher (auto), MPI (mpi), or TCP where no MPI can be started (tcp). No key of the
     /// configuration, because the world must exist before rank 0's configuration can travel
@@ -80,6 +87,18 @@ struct TrainArgs {
     /// Save and stop after this time, e.g. 55m, with exit code 10; `--resume latest` goes on
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     stop_after: Option<Duration>,
+}
+
+#[derive(Args, Debug)]
+struct RunsArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Write one JSON object
+    #[arg(long)]
+    json: bool,
+    /// Write assignments that a shell can `eval`: output_dir, latest_run, newest_step, finished
+    #[arg(long, conflicts_with = "json")]
+    shell: bool,
 }
 
 #[derive(Args, Debug)]
@@ -178,39 +197,6 @@ struct CheckArgs {
     verify_data: bool,
 }
 
-/// Sizes of the axes, a type of its own because clap takes a bare `Vec` for an argument given several times.
-#[derive(Clone, Debug)]
-struct Shape(Vec<i64>);
-
-fn parse_shape(text: &str) -> Result<Shape, String> {
-    let sizes: Option<Vec<i64>> = text.split(',').map(|size| size.trim().parse().ok().filter(|&size| size > 0)).collect();
-    let fits = sizes.filter(|sizes| matches!(sizes.len(), 3 | 4));
-    fits.map(Shape).ok_or_else(|| "expected C,H,W or C,F,H,W, each at least 1".into())
-}
-
-fn parse_scale(text: &str) -> Result<f64, String> {
-    text.parse().ok().filter(|scale| (0.0..=100.0).contains(scale)).ok_or_else(|| "expected a number from 0 to 100".into())
-}
-
-/// Numbers of ranks, ascending.
-#[derive(Clone, Debug)]
-struct WorldSizes(Vec<usize>);
-
-fn parse_world(text: &str) -> Result<WorldSizes, String> {
-    let ranks = |text: &str| text.parse::<usize>().ok().filter(|&ranks| ranks > 0);
-    let Some((from, to)) = text.split_once("..") else {
-        return ranks(text).map(|ranks| WorldSizes(vec![ranks])).ok_or_else(|| "expected a number of ranks, at least 1".into());
-    };
-    let ends = ranks(from).zip(ranks(to)).filter(|(from, to)| from.is_power_of_two() && to.is_power_of_two() && from <= to);
-    let (from, to) = ends.ok_or("expected two powers of two, the smaller one first, as in 8..4096")?;
-    Ok(WorldSizes((from.ilog2()..=to.ilog2()).map(|power| 1 << power).collect()))
-}
-
-fn parse_dtype(text: &str) -> Result<Dtype, String> {
-    let known = Dtype::ALL.iter().find(|(word, _)| *word == text);
-    known.map(|(_, dtype)| *dtype).ok_or_else(|| "expected float32 or bfloat16".into())
-}
-
 impl ConfigArgs {
     fn read(&self) -> Result<RunConfig> {
         match &self.config {
@@ -243,6 +229,14 @@ impl Cli {
                     Dataset::named(&config.data.path)?.verify_hashes()?;
                 }
                 say(&train::check(&config, &args.into_request()?)?)
+            }
+            Command::Runs(RunsArgs { config, json, shell }) => {
+                let format = match (json, shell) {
+                    (true, _) => ListingFormat::Json,
+                    (_, true) => ListingFormat::Shell,
+                    _ => ListingFormat::Text,
+                };
+                say(&train::list_runs(&config.read()?, format)?)
             }
             Command::Config(args) => say(&args.read()?.to_toml()),
             Command::Doctor => {

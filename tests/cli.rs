@@ -97,10 +97,11 @@ fn a_missing_configuration_or_run_is_named() {
     assert!(only_error(&errors).contains("--config: no-such.toml cannot be read: No such file"), "{errors}");
     let (code, _, errors) = finish(program(&["sample", "--run", "no-such-run", "--out", "x.png"]));
     assert_eq!(code, 44);
-    assert!(only_error(&errors).contains("no-such-run: holds no checkpoint"), "{errors}");
+    assert!(only_error(&errors).contains("no-such-run: there is no such folder"), "{errors}");
     let (code, _, errors) = finish(program(&["--resume", "no-such-run"]));
     assert_eq!(code, 44);
-    assert!(only_error(&errors).contains("no-such-run: holds no checkpoint; start with --resume never"), "{errors}");
+    let expected = "no-such-run: there is no such folder; --resume takes never, auto, latest, or the folder of a run or a checkpoint";
+    assert!(only_error(&errors).contains(expected), "{errors}");
 }
 
 #[test]

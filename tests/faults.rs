@@ -35,7 +35,13 @@ pub const SOON: f64 = 20.0;
 
 /// What every case trains with, on top of [`TINY`](crate::runs::TINY). Steps are so short that a save beside them would end
 /// many steps later: where that is not the point, it is waited for.
-const SETS: [&str; 4] = ["max_steps=12", "checkpoint.every_n_steps=4", "train.global_batch_size=16", "checkpoint.asynchronous=false"];
+const SETS: [&str; 5] = [
+    "max_steps=12",
+    "checkpoint.every_n_steps=4",
+    "train.global_batch_size=16",
+    "checkpoint.asynchronous=false",
+    "lr_scheduler.cosine.warmup_steps=10",
+];
 
 /// Saves beside the steps.
 pub const BESIDE: &str = "checkpoint.asynchronous=true";

@@ -127,9 +127,141 @@ fn d9_d10_another_seed_batch_or_model_is_refused_by_name_with_code_51() {
         "{errors}"
     );
     assert!(refused(&["train.global_batch_size=64"]).contains("global batch is 64, the checkpoint's was 32"));
-    let text = refused(&["model.dit.depth=3"]);
-    assert!(text.contains("missing: blocks.2.adaLN_modulation.1.bias") && text.contains("and "), "{text}");
-    assert!(refused(&["model.dit.width=64"]).contains("of another shape or kind: blocks.0.adaLN_modulation.1.bias is Float [192]"));
+    let text = refused(&["model.dit.depth=3", "model.dit.width=64"]);
+    let expected = "model.dit.depth is 3, the checkpoint's was 2, model.dit.width is 64, the checkpoint's was 32: another model";
+    assert!(text.contains(expected), "{text}");
+}
+
+/// The lines of the newest start that contain a text.
+fn said(run: &Path, text: &str) -> Vec<String> {
+    let log = fs::read_to_string(run.join("log/rank-00000.jsonl")).unwrap();
+    log.lines().filter(|line| line.contains(text)).map(ToString::to_string).collect()
+}
+
+#[test]
+fn another_model_of_equal_shapes_is_refused_whatever_config_toml_says() {
+    let root = TempDir::new().unwrap();
+    let run = broken_off(root.path(), "run", 1);
+    let text = fs::read_to_string(run.join("config.toml")).unwrap();
+    fs::write(run.join("config.toml"), text.replace("num_heads = 4", "num_heads = 2")).unwrap();
+    for resume in [Resume::Latest, Resume::From(run.clone()), Resume::From(run.join("step-00000005"))] {
+        let error = train_in_threads(&config(&run, &["model.dit.num_heads=2"]), &resume, 2).unwrap_err();
+        assert_eq!(error.exit_code(), 51, "{error}");
+        assert!(error.to_string().contains("model.dit.num_heads is 2, the checkpoint's was 4: another model"), "{error}");
+    }
+    let (code, _, errors) = finish(program(&["export", "--run", run.to_str().unwrap(), "--out", root.path().join("x").to_str().unwrap()]));
+    assert!(code == 50 && errors.contains("has no class"), "{errors}");
+    let out = root.path().join("x.safetensors");
+    let (code, _, errors) = finish(program(&["sample", "--run", run.to_str().unwrap(), "--out", out.to_str().unwrap()]));
+    assert!(code == 51 && errors.contains("model.dit.num_heads is 2, the checkpoint's was 4"), "{errors}");
+}
+
+#[test]
+fn what_a_resume_changes_is_listed_and_the_configuration_before_is_kept() {
+    let root = TempDir::new().unwrap();
+    let run = broken_off(root.path(), "run", 1);
+    let before = fs::read_to_string(run.join("config.toml")).unwrap();
+    train_in_threads(&config(&run, &[]), &Resume::Latest, 1).unwrap();
+    assert!(said(&run, "configuration changed").is_empty() && said(&run, "jumps").is_empty(), "nothing changed");
+    assert!(!run.join("config-1.toml").exists() && fs::read_to_string(run.join("config.toml")).unwrap() == before);
+    let changes =
+        ["max_steps=12", "optimizer.adamw.beta1=0.8", "parallel.seed_scope=rank", "model.dtype=bfloat16", "checkpoint.keep_every=3"];
+    train_in_threads(&config(&run, &changes), &Resume::Latest, 2).unwrap();
+    let expected = "configuration changed since step 10: checkpoint.keep_every: was unset, is 3; max_steps: was 10, is 12; \
+                    model.dtype: was \\\"float32\\\", is \\\"bfloat16\\\"; optimizer.adamw.beta1: was 0.9, is 0.8; \
+                    parallel.seed_scope: was \\\"sample\\\", is \\\"rank\\\"; the configuration before is config-1.toml";
+    let found = said(&run, "configuration changed");
+    assert!(found.len() == 1 && found[0].contains(expected), "{found:?}");
+    assert_eq!(fs::read_to_string(run.join("config-1.toml")).unwrap(), before);
+    train_in_threads(&config(&run, &["max_steps=14"]), &Resume::Latest, 1).unwrap();
+    assert!(run.join("config-2.toml").exists() && fs::read_to_string(run.join("config-1.toml")).unwrap() == before);
+}
+
+#[test]
+fn a_learning_rate_that_leaps_at_a_resume_is_told_with_both_numbers() {
+    let root = TempDir::new().unwrap();
+    for schedule in ["cosine", "linear", "wsd"] {
+        let scheduled = |steps: &str| config(&root.path().join(schedule), &[&format!("lr_scheduler.{schedule}.warmup_steps=0"), steps]);
+        let run = train_in_threads(&scheduled("max_steps=8"), &Resume::Never, 1).unwrap();
+        train_in_threads(&scheduled("max_steps=16"), &Resume::Latest, 1).unwrap();
+        let found = said(&run, "the learning rate jumps: step 8 had 0, step 9 has ");
+        assert!(found.len() == 1 && found[0].contains("WARN"), "{schedule}: {found:?}");
+        let lr = column(&run, "lr")[8].1;
+        let shown: f64 = found[0].split("step 9 has ").nth(1).unwrap().split('"').next().unwrap().parse().unwrap();
+        // Five digits are shown.
+        assert!((shown - lr).abs() <= 1e-4 * lr, "{schedule}: {shown} is told, {lr} was used");
+    }
+}
+
+#[test]
+fn the_newest_run_goes_on_also_behind_a_gap_and_with_the_configuration_of_no_other() {
+    let root = TempDir::new().unwrap();
+    let output = root.path().join("run");
+    let start = |resume: &Resume, overrides: &[&str]| train_in_threads(&config(&output, overrides), resume, 1);
+    let runs: Vec<PathBuf> = (0..3).map(|_| start(&Resume::Never, &["max_steps=2"]).unwrap()).collect();
+    fs::remove_dir_all(&runs[1]).unwrap();
+    for resume in [Resume::Latest, Resume::Auto] {
+        let steps = if resume == Resume::Latest { "max_steps=3" } else { "max_steps=4" };
+        assert_eq!(start(&resume, &[steps]).unwrap(), runs[2]);
+    }
+    // A newer one that died before its first checkpoint.
+    let newer = start(&Resume::Never, &["max_steps=1"]).unwrap();
+    assert_eq!(newer, root.path().join("run-4"));
+    fs::remove_dir_all(newer.join("step-00000001")).unwrap();
+    let before = fs::read_to_string(runs[2].join("config.toml")).unwrap();
+    assert_eq!(start(&Resume::Latest, &["max_steps=4", "optimizer.adamw.lr=0.5"]).unwrap(), runs[2]);
+    assert_eq!(said(&runs[2], &format!("{} is passed over: it ended before its first checkpoint", newer.display())).len(), 1);
+    assert_eq!(said(&runs[2], "nothing to do: step 4 of 4 is done").len(), 1);
+    assert_eq!(start(&Resume::Latest, &["max_steps=2"]).unwrap(), runs[2]);
+    assert_eq!(said(&runs[2], "nothing to do: step 4 of 2 is done").len(), 1);
+    assert_eq!(fs::read_to_string(runs[2].join("config.toml")).unwrap(), before, "nothing is done, nothing is written");
+    fs::remove_file(runs[2].join("report.html")).unwrap();
+    start(&Resume::Latest, &["max_steps=4"]).unwrap();
+    assert!(runs[2].join("report.html").exists(), "a run that ended before its report has that to do");
+}
+
+#[test]
+fn a_folder_that_is_named_goes_on_with_its_own_output_dir() {
+    let root = TempDir::new().unwrap();
+    let run = train_in_threads(&config(&root.path().join("run"), &["max_steps=2"]), &Resume::Never, 1).unwrap();
+    let other = root.path().join("other");
+    let goes_on = |resume: Resume, steps: &str| train_in_threads(&config(&other, &[steps]), &resume, 2).unwrap();
+    assert_eq!(goes_on(Resume::From(run.clone()), "max_steps=3"), run);
+    let unused = "as --resume says; output_dir = ";
+    assert_eq!(said(&run, unused).len(), 1);
+    let kept = format!("output_dir = \"{}\"", run.display());
+    assert!(fs::read_to_string(run.join("config.toml")).unwrap().contains(&kept), "the run's own");
+    // `.` in a checkpoint's folder means the run above it.
+    let step = run.join("step-00000003");
+    let mut command = program(&with_sets(&["train"], &[TEN_STEPS[1], "max_steps=4"]));
+    command.args(["--resume", "."]).current_dir(&step);
+    let (code, _, errors) = finish(command);
+    assert_eq!(code, 0, "{errors}");
+    assert!(run.join("step-00000004").is_dir() && !step.join("config.toml").exists(), "{errors}");
+    std::os::unix::fs::symlink(run.join("step-00000004"), root.path().join("best")).unwrap();
+    assert_eq!(goes_on(Resume::From(root.path().join("best")), "max_steps=5"), run.canonicalize().unwrap());
+    assert!(!other.exists(), "and nothing is made where nothing goes");
+}
+
+#[test]
+fn starts_that_fail_leave_one_folder_and_the_run_that_trains_has_it() {
+    let root = TempDir::new().unwrap();
+    let output = root.path().join("run");
+    for weights in ["model.path=/nowhere", "flow_matching.apply_loss_mask=true"].into_iter().cycle().take(4) {
+        train_in_threads(&config(&output, &[weights]), &Resume::Never, 1).unwrap_err();
+    }
+    assert_eq!(train_in_threads(&config(&output, &["max_steps=1"]), &Resume::Never, 1).unwrap(), output);
+    assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
+    let file = root.path().join("file");
+    fs::write(&file, "mine").unwrap();
+    for resume in [Resume::Never, Resume::Latest, Resume::Auto] {
+        let error = train_in_threads(&config(&file, &[]), &resume, 2).unwrap_err();
+        assert!(
+            error.exit_code() == 50 && error.to_string().contains("output_dir: ") && error.to_string().contains("is no folder"),
+            "{error}"
+        );
+    }
+    assert_eq!(fs::read_dir(root.path()).unwrap().count(), 2);
 }
 
 #[test]

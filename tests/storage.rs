@@ -140,11 +140,11 @@ fn d13_a_checkpoint_of_another_version_is_not_taken_for_a_corrupt_one() {
     let manifest = run.join("step-00000006/manifest.json");
     let text = fs::read_to_string(&manifest).unwrap();
     // A later version may say things that this one has never heard of.
-    fs::write(&manifest, text.replace("\"version\": 2,", "\"version\": 3,\n  \"novelty\": true,")).unwrap();
+    fs::write(&manifest, text.replace("\"version\": 3,", "\"version\": 4,\n  \"novelty\": true,")).unwrap();
     let error = resumed(&run).unwrap_err();
     assert_eq!(error.exit_code(), 51);
     assert!(
-        error.to_string().contains("is \"fm-dist checkpoint\" version 3, this program reads \"fm-dist checkpoint\" version 2"),
+        error.to_string().contains("is \"fm-dist checkpoint\" version 4, this program reads \"fm-dist checkpoint\" version 3"),
         "{error}"
     );
     assert_eq!(names(&run, "step-"), ["step-00000005", "step-00000006"]);

@@ -165,8 +165,12 @@ fn connect_tcp(meeting: &Meeting, patience: Duration) -> Result<Box<dyn Collecti
 fn connect_mpi(size: Option<usize>) -> Result<Box<dyn Collective>> {
     let hint = "wrong --mpi= plugin? try srun --mpi=pmix or mpirun, or --launch tcp without MPI";
     let tasks = size.unwrap_or(1);
-    if tasks > 1 && placement::lacks_a_pmi(variable) {
-        return Err(Error::environment(format!("launcher says {tasks} tasks, and gave them no PMI to find one another by: {hint}")));
+    if placement::lacks_a_pmi(variable) {
+        let what = match tasks {
+            1 => "--launch mpi: srun gave this task no PMI, without which MPI does not start; leave --launch out to run it alone".into(),
+            _ => format!("launcher says {tasks} tasks, and gave them no PMI to find one another by: {hint}"),
+        };
+        return Err(Error::environment(what));
     }
     let mpi = Mpi::connect()?;
     pulse::take_place(mpi.rank(), mpi.world_size());

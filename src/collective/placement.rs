@@ -51,6 +51,13 @@ pub(super) struct Meeting {
 /// # Errors
 /// [`Error::Environment`] if a launcher's variable holds no number.
 pub(super) fn placement_among(variable: impl Fn(&str) -> Option<String>) -> Result<Placement> {
+    let launched = launched_among(&variable)?;
+    // The only task of a step needs nobody, and MPI would not start without a PMI.
+    let is_alone = launched == Placement::Launched { size: Some(1) } && lacks_a_pmi(&variable);
+    Ok(if is_alone { Placement::Alone } else { launched })
+}
+
+fn launched_among(variable: impl Fn(&str) -> Option<String>) -> Result<Placement> {
     // mpirun inside of a Slurm job inherits Slurm's variables, so the nearer launcher is asked first.
     let mut names = vec!["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"];
     if is_slurm_task(&variable) {
@@ -153,6 +160,18 @@ mod tests {
         assert_eq!(placed(&[("PMI_SIZE", "8")]).unwrap(), eight);
         assert_eq!(placed(&[("SLURM_NTASKS", "8"), ("SLURM_PROCID", "0"), ("SLURM_STEP_ID", "0")]).unwrap(), eight);
         assert_eq!(placed(&[("PMIX_RANK", "3")]).unwrap(), Placement::Launched { size: None });
+    }
+
+    #[test]
+    fn the_only_task_of_a_step_is_alone_unless_a_pmi_connects_it() {
+        let task = [("SLURM_PROCID", "0"), ("SLURM_STEP_ID", "0"), ("SLURM_NTASKS", "1")];
+        assert_eq!(placed(&task).unwrap(), Placement::Alone);
+        let of_a_large_job = [("SLURM_PROCID", "0"), ("SLURM_STEP_ID", "3"), ("SLURM_NTASKS", "8"), ("SLURM_STEP_NUM_TASKS", "1")];
+        assert_eq!(placed(&of_a_large_job).unwrap(), Placement::Alone);
+        let one = Placement::Launched { size: Some(1) };
+        for way in [("PMIX_RANK", "0"), ("PMI_RANK", "0"), ("OMPI_COMM_WORLD_SIZE", "1")] {
+            assert_eq!(placed(&[&task[..], &[way]].concat()).unwrap(), one, "{way:?}");
+        }
     }
 
     #[test]

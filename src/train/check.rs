@@ -6,13 +6,15 @@ use std::fmt::Write;
 use bytesize::ByteSize;
 
 use super::checkpoint::copied_bytes;
+use super::data_check::{check_data, rehearse_data};
+use super::runs::OutputDir;
 use super::scaling::{ScalingRequest, scaling};
-use super::setup::{check_data, rehearse_data};
 use crate::config::RunConfig;
 use crate::data::{Dataset, Order};
 use crate::error::{Error, Result};
 use crate::model::{Footprint, SampleShapes, Tokens, footprint};
 use crate::nn::Stage;
+use crate::optim::lr;
 use crate::parallel::{DeviceChoice, Recompute, Sharding, StateLayout};
 use crate::settings::{Choice, Family};
 
@@ -39,6 +41,7 @@ const PROCESS_BYTES: u64 = 160 << 20;
 /// # Errors
 /// Whatever would stop the run at its start: [`Error::Config`](crate::error::Error::Config), [`Error::Data`](crate::error::Error::Data).
 pub fn check(config: &RunConfig, request: &CheckRequest) -> Result<String> {
+    OutputDir::new(&config.output_dir)?;
     let stages = config.model.family.stages()?;
     let mut plan = Plan(String::new());
     plan.of_model(config, &stages);
@@ -100,6 +103,9 @@ impl Plan {
         self.line("epoch", &format!("{steps} steps, {} samples left out of each", order.left_out_per_epoch()));
         self.line("run", &format!("{} steps, {:.1} epochs", config.max_steps, config.max_steps as f64 / steps as f64));
         notes.iter().for_each(|note| self.line("note", note));
+        if let Some(what) = lr::warning(&config.lr_scheduler, config.max_steps) {
+            self.line("warning", &what);
+        }
         Ok(of_shape)
     }
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde_json::json;
 use tch::{Kind, Tensor};
 
+use super::locate::locate;
 use super::weights::STEM;
 use super::{checkpoint, run_folder};
 use crate::data::safetensors::{self, Shards};
@@ -35,13 +36,13 @@ pub struct ExportRequest {
 /// [`Error::Config`] if diffusers has no class for the model; [`Error::NoCheckpoint`], [`Error::CheckpointMismatch`];
 /// [`Error::Storage`], also where `out` exists already.
 pub fn export(request: &ExportRequest) -> Result<()> {
-    let (run, folder) = run_folder::locate(&request.run)?;
+    let (run, folder) = locate(&request.run)?;
     let config = run_folder::config_of(&run)?;
     let family = &config.model.family;
     let no_class = || Error::config("--run", format!("trained a `{}`, for which diffusers has no class", family.name()));
     let description = model::write_config(family).ok_or_else(no_class)?;
     let stages = family.stages()?;
-    let parameters = checkpoint::open_parameters(&folder, &stages)?;
+    let parameters = checkpoint::open_parameters(&folder, &config, &stages)?;
     let kind = request.dtype.unwrap_or(config.model.dtype).kind();
     let tensors: Vec<Planned<'_>> = stages.iter().flat_map(|stage| stage.params().infos()).map(|info| Planned::new(info, kind)).collect();
     let export = Export { staged: staged(&request.out)?, parameters, shards: cut(&tensors, request.max_shard_bytes) };

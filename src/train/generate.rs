@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
 use super::conditions::Origin;
+use super::locate::locate;
 use super::place::device;
 use super::setup::{build_pipeline, empty_replica};
 use super::{checkpoint, run_folder};
@@ -61,12 +62,12 @@ pub struct Samples {
 /// [`Error::NoCheckpoint`], [`Error::CheckpointMismatch`], [`Error::Storage`]; [`Error::Data`] or [`Error::Config`] if the
 /// conditions are missing, malformed or do not fit the model.
 pub fn sample(request: &SampleRequest) -> Result<()> {
-    let (run, folder) = run_folder::locate(&request.run)?;
+    let (run, folder) = locate(&request.run)?;
     let config = with_wishes(run_folder::config_of(&run)?, request);
     let origin = origin_of(request, &config)?;
     let device = device(config.parallel.device, &Solo)?;
     let mut replica = empty_replica(&config, device, Sharing::alone())?;
-    checkpoint::load_parameters(&folder, &mut replica)?;
+    checkpoint::load_parameters(&folder, &config, &mut replica)?;
     let samples = generate(&config, &replica, &origin, device)?;
     request.out.iter().try_for_each(|path| samples.write(path))
 }

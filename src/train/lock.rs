@@ -53,19 +53,33 @@ impl RunLock {
     /// # Errors
     /// [`Error::Config`] with who holds it; [`Error::Storage`].
     pub fn take(run: &Path) -> Result<(Self, Option<String>)> {
+        RunLock::take_or_find(run)?.map_err(|found| in_use(run, &found))
+    }
+
+    /// As [`take`](Self::take); none where another run holds it.
+    ///
+    /// # Errors
+    /// [`Error::Storage`].
+    pub fn take_if_free(run: &Path) -> Result<Option<Self>> {
+        Ok(RunLock::take_or_find(run)?.ok().map(|(lock, _)| lock))
+    }
+
+    fn take_or_find(run: &Path) -> Result<Result<(Self, Option<String>), Found>> {
         let (path, holder) = (run.join(FILE), Holder::this_process());
         let mut said = None;
         loop {
             match File::create_new(&path) {
-                Ok(file) => return Ok((RunLock::hold(path, file, holder)?, said)),
+                Ok(file) => return Ok(Ok((RunLock::hold(path, file, holder)?, said))),
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
                 Err(error) => return Err(Error::storage(&path, "create")(error)),
             }
             let Some(found) = Found::at(&path)? else { continue };
             match found.why_stale(&holder) {
-                None => return Err(in_use(run, &found)),
+                None => return Ok(Err(found)),
                 Some(why) => {
-                    take_away(&path, &found)?.ok_or_else(|| in_use(run, &found))?;
+                    if take_away(&path, &found)?.is_none() {
+                        return Ok(Err(found));
+                    }
                     said = Some(format!("took {} over from {}: {why}", path.display(), found.holder_text()));
                 }
             }
@@ -81,6 +95,13 @@ impl RunLock {
         let heart = thread::Builder::new().name("lock".into()).spawn(beat).map_err(Error::storage(&path, "start a thread for"))?;
         Ok(RunLock { path, holder, heart: Some((stop, heart)) })
     }
+}
+
+/// The process that holds a run folder, found without touching the lock; none where it is known to be gone.
+pub fn holder(run: &Path) -> Option<String> {
+    let text = fs::read_to_string(run.join(FILE)).ok()?;
+    let found = Found { holder: serde_json::from_str(&text).ok(), text, age: Duration::ZERO };
+    found.why_stale(&Holder::this_process()).is_none().then(|| found.holder_text())
 }
 
 impl Drop for RunLock {

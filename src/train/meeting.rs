@@ -1,13 +1,10 @@
 //! How ranks become one run: one program, one watchdog, one configuration.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 
-use serde::{Deserialize, Serialize};
-use toml::{Table, Value};
-
 use super::agreement::{agree, known_to_all, on_rank_zero};
+use super::changes::{Values, flattened};
 use super::{CheckRequest, TrainOptions, check};
 use crate::collective::{Collective, gather_texts, mpi_library_version};
 use crate::config::RunConfig;
@@ -17,6 +14,7 @@ use crate::fault;
 use crate::libtorch;
 use crate::pulse::{self, Phase};
 use crate::watchdog::Watchdog;
+use serde::{Deserialize, Serialize};
 
 /// What must be the same on all ranks before they compute together.
 #[derive(Debug, Deserialize, PartialEq, Serialize)]
@@ -119,26 +117,10 @@ pub fn share_config(own: Result<RunConfig>, options: &TrainOptions, world: &dyn 
 
 /// The first key in which two configurations differ, with both values.
 fn difference(own: &str, first: &str) -> Option<(String, String, String)> {
-    let values = |text: &str| {
-        let mut values = BTreeMap::new();
-        let table: Table = toml::from_str(text).expect("a listing is TOML");
-        flatten("", &table, &mut values);
-        values
-    };
-    let (own, first) = (values(own), values(first));
-    let shown = |values: &BTreeMap<String, String>, key: &str| values.get(key).cloned().unwrap_or_else(|| "nothing".into());
+    let (own, first) = (flattened(own), flattened(first));
+    let shown = |values: &Values, key: &str| values.get(key).cloned().unwrap_or_else(|| "nothing".into());
     let key = own.keys().chain(first.keys()).find(|key| own.get(*key) != first.get(*key))?;
     Some((key.clone(), shown(&own, key), shown(&first, key)))
-}
-
-fn flatten(path: &str, table: &Table, values: &mut BTreeMap<String, String>) {
-    for (name, value) in table {
-        let path = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
-        match value {
-            Value::Table(table) => flatten(&path, table, values),
-            other => drop(values.insert(path, other.to_string())),
-        }
-    }
 }
 
 #[cfg(test)]

@@ -1,21 +1,27 @@
 //! The only room where science and machinery meet: the loop, and when it logs, saves and samples.
 
 mod agreement;
+mod changes;
 mod check;
 mod checkpoint;
 mod conditions;
+mod data_check;
 mod diagnose;
 mod divergence;
 mod export;
 mod generate;
 mod guard;
+mod listing;
+mod locate;
 mod lock;
 mod meeting;
 mod metrics;
 mod place;
 mod report;
 mod requests;
+mod resume;
 mod run_folder;
+mod runs;
 mod scaling;
 mod setup;
 mod single_step;
@@ -31,9 +37,10 @@ mod weights;
 pub use check::{CheckRequest, check};
 pub use export::{ExportRequest, export};
 pub use generate::{SampleRequest, sample};
+pub use listing::{ListingFormat, list_runs};
 pub use meeting::{begin, share_config};
 pub use requests::StopFlag;
-pub use run_folder::Resume;
+pub use resume::Resume;
 pub use scaling::ScalingRequest;
 pub use single_step::{StepRequest, dump_step};
 
@@ -45,6 +52,7 @@ use crate::config::RunConfig;
 use crate::error::{Error, Result};
 use crate::failure;
 use crate::fault;
+use crate::optim::lr;
 use crate::pulse::{self, Phase};
 use crate::telemetry;
 use agreement::known_to_all;
@@ -103,7 +111,12 @@ fn train_at(place: &Place, config: &RunConfig, options: &TrainOptions, collectiv
     failure::keep_in(folder.path());
     if telemetry.speaks_for_the_run() {
         let fault = fault::ordered().map(|order| format!("debug.inject_fault = \"{order}\": this run breaks on purpose"));
-        folder.warnings().iter().chain(&options.warning).chain(&fault).for_each(|warning| tracing::warn!("{warning}"));
+        let schedule = lr::warning(&config.lr_scheduler, config.max_steps);
+        folder.warnings().iter().chain(&options.warning).chain(&fault).chain(&schedule).for_each(|warning| tracing::warn!("{warning}"));
+    }
+    if let Some(what) = folder.nothing_to_do(config.max_steps) {
+        tracing::info!("{what}");
+        return Ok((folder.path().into(), Ending::Done));
     }
     let listens = telemetry.speaks_for_the_run().then(|| folder.path().to_path_buf());
     let requests = Requests::new(options.stop.clone(), options.stop_at, listens);

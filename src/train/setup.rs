@@ -1,13 +1,14 @@
 //! How a run comes together: data, model, optimizer, and the checkpoint that it goes on from.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use tch::Device;
 
 use super::TrainOptions;
 use super::agreement::{agree, agreed};
+use super::changes;
 use super::checkpoint::{self, Manifest, Saver};
+use super::data_check::check_data;
 use super::divergence;
 use super::run_folder::RunFolder;
 use super::spoil;
@@ -18,10 +19,9 @@ use super::weights;
 use crate::collective::Collective;
 use crate::config::RunConfig;
 use crate::data::{Dataset, Order, Share};
-use crate::error::{Error, Result};
-use crate::flow::{DataShapes, FlowMatchingPipeline, check_keys};
+use crate::error::Result;
+use crate::flow::FlowMatchingPipeline;
 use crate::libtorch;
-use crate::model::SampleShapes;
 use crate::parallel::{Replica, Sharding, Sharing};
 use crate::pulse::Phase;
 use crate::rng::{Key, Purpose};
@@ -65,10 +65,10 @@ impl<'c> Trainer<'c> {
         }
         let fresh = OptimizerState::fresh(&replica, &*config.optimizer, (device, home(config, device)));
         let mut optimizer_state = agreed(fresh, collective)?;
-        let mut manifest = Manifest::new(config.seed, global_batch as u64, dataset.fingerprint());
+        let mut manifest = Manifest::new(config, global_batch as u64, dataset.fingerprint());
         if let Some(path) = folder.resumed_from() {
             let allowed = options.allow_data_change;
-            let loaded = checkpoint::load(path, &manifest, allowed, &mut replica, &*config.optimizer, &mut optimizer_state);
+            let loaded = checkpoint::load(path, config, &manifest, allowed, &mut replica, &*config.optimizer, &mut optimizer_state);
             let outcome = loaded.map(|loaded| manifest = loaded);
             agree(outcome.map(|()| String::new()), collective)?;
             folder.note_start(manifest.step, config.max_steps, collective)?;
@@ -77,6 +77,9 @@ impl<'c> Trainer<'c> {
         spoil::parameters(Phase::Open, &mut replica);
         divergence::check(&replica, collective.rank())?;
         folder.keep_config(config, collective)?;
+        if let (Some(what), true) = (jump_of_lr(config, &manifest), telemetry.speaks_for_the_run()) {
+            tracing::warn!("{what}");
+        }
         let metrics = telemetry.metrics_after(manifest.step)?;
         let pipeline = build_pipeline(config, device);
         let saver = Saver::new(folder.path().into(), config.checkpoint.clone());
@@ -139,41 +142,9 @@ impl<'c> Trainer<'c> {
     }
 }
 
-/// Refuses a dataset of which the adapter or the model cannot take some resolution group. Returns what a user should know of it
-/// though nothing is wrong.
-///
-/// # Errors
-/// [`Error::Data`] naming the group and the key; [`Error::Config`] naming the model's setting.
-pub fn check_data(config: &RunConfig, dataset: &Dataset) -> Result<Vec<String>> {
-    let (flow, adapter) = (&config.flow_matching.flow, config.flow_matching.adapter.build());
-    let mut notes = BTreeSet::from_iter(adapter.notes(config.model.family.embeds_guidance()));
-    let empty_prompt = dataset.empty_prompt_shapes();
-    for group in dataset.groups() {
-        let latents = dataset.latent_shape(&group.name).expect("a group has latents");
-        let sample = group.layout.iter().map(|(key, (_, shape))| (key.clone(), shape.clone())).collect();
-        let shapes = DataShapes { latents, sample: &sample, empty_prompt: &empty_prompt };
-        let unfit = |what: String| Error::data(dataset.path(), format!("resolution group {}: {what}", group.name));
-        let found = check_keys(adapter.as_ref(), flow, shapes).map_err(unfit)?;
-        config.model.family.check_data(&SampleShapes { latents, of: sample }).map_err(|error| error.after(&found))?;
-        notes.extend(found);
-    }
-    Ok(notes.into_iter().collect())
-}
-
-/// Takes the first sample of each resolution group as far as the model's inputs, on the CPU: numbers that no shape tells, as in
-/// masks, are met before weights are loaded.
-///
-/// # Errors
-/// [`Error::Data`] naming the group and the key.
-pub fn rehearse_data(config: &RunConfig, dataset: &Dataset) -> Result<()> {
-    let pipeline = build_pipeline(config, Device::Cpu);
-    dataset.groups().iter().try_for_each(|group| {
-        let unfit = |error| match error {
-            Error::Data { what, .. } => Error::data(dataset.path(), format!("resolution group {}: {what}", group.name)),
-            other => other,
-        };
-        pipeline.rehearse(&dataset.batch(&group.sample_ids[..1])?).map_err(unfit)
-    })
+/// What is said of a learning rate that does not go on as the checkpoint's run had led it.
+fn jump_of_lr(config: &RunConfig, manifest: &Manifest) -> Option<String> {
+    changes::jump_of_lr(config, manifest.lr?, manifest.step, manifest.guard.update_number(manifest.step))
 }
 
 /// This rank's part of the global batch.

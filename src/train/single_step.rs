@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Tensor};
 
+use super::checkpoint;
+use super::locate::locate;
 use super::place::device;
 use super::setup::{build_pipeline, empty_replica, fresh_replica};
-use super::{checkpoint, run_folder};
 use crate::collective::Solo;
 use crate::config::RunConfig;
 use crate::data::safetensors::{self, SafeTensors};
@@ -43,7 +44,7 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
     let replica = match &request.weights {
         Some(path) => {
             let mut replica = empty_replica(config, device, Sharing::alone())?;
-            checkpoint::load_parameters(&run_folder::locate(path)?.1, &mut replica)?;
+            checkpoint::load_parameters(&locate(path)?.1, config, &mut replica)?;
             replica
         }
         None => fresh_replica(config, device, Sharing::alone(), &Solo)?,

@@ -23,11 +23,11 @@ struct Start {
 
 /// What is read of `failure-<rank>.json`.
 #[derive(Deserialize)]
-struct Failure {
-    code: i32,
-    name: String,
-    rank: usize,
-    message: String,
+pub struct Failure {
+    pub code: i32,
+    pub name: String,
+    pub rank: usize,
+    pub message: String,
     time: f64,
 }
 
@@ -84,15 +84,18 @@ fn failure_files(run: &Path) -> Vec<PathBuf> {
 }
 
 /// The latest that says more than that there was no progress.
-fn newest_failure(run: &Path) -> Option<Failure> {
+pub fn newest_failure(run: &Path) -> Option<Failure> {
     let read = |path: PathBuf| serde_json::from_slice::<Failure>(&fs::read(path).ok()?).ok();
     let own = Error::NoProgress { path: run.into(), what: String::new() };
     let found = failure_files(run).into_iter().filter_map(read).filter(|failure| failure.name != own.name());
     found.max_by(|a, b| a.time.total_cmp(&b.time))
 }
 
-/// `failure-3.json` becomes `log/failure-3.start-2.json`: what start number 2 found.
-fn archive_failures(run: &Path, start: usize) -> Result<()> {
+/// `failure-3.json` becomes `log/failure-3.start-2.json`: what start number 2 found. Number 0 is the start of a run that begins.
+///
+/// # Errors
+/// [`Error::Storage`].
+pub fn archive_failures(run: &Path, start: usize) -> Result<()> {
     let log = run.join("log");
     for path in failure_files(run) {
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();

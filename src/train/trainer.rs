@@ -62,6 +62,7 @@ impl<'c> Trainer<'c> {
             let began = Instant::now();
             let update = self.step(requests, &mut loader)?;
             self.manifest.step += 1;
+            self.manifest.lr = if update.skipped.is_none() { Some(update.lr) } else { self.manifest.lr };
             self.manifest.samples_seen += self.manifest.global_batch_size;
             throughput.record(self.manifest.global_batch_size as f64);
             let line = self.record(&update, began.elapsed().as_secs_f64(), throughput.per_second(), telemetry);

@@ -77,6 +77,26 @@ fn a8_a_second_job_on_a_run_that_lives_is_told_whose_it_is() {
 }
 
 #[test]
+fn a7_the_only_task_of_a_slurm_step_trains_alone_without_mpi() {
+    let root = TempDir::new().unwrap();
+    let step = [("SLURM_JOBID", "1"), ("SLURM_NODELIST", "n1"), ("SLURM_PROCID", "0"), ("SLURM_STEP_ID", "0"), ("SLURM_NTASKS", "1")];
+    let (code, _, errors) = finish({
+        let mut command = Case { ranks: 0, ..Case::default() }.command(&root);
+        command.envs(step);
+        command
+    });
+    assert_eq!(code, 0, "{errors}");
+    assert!(checkpoint(&root.path().join("run"), STEPS) == unbroken(0, &[]), "it is the run that no launcher started");
+    let mut told = Case { ranks: 0, words: &["--launch", "mpi"], ..Case::default() }.command(&root);
+    let (code, _, errors) = finish({
+        told.envs(step);
+        told
+    });
+    assert_eq!(code, 52, "{errors}");
+    assert!(errors.contains("srun gave this task no PMI, without which MPI does not start; leave --launch out"), "{errors}");
+}
+
+#[test]
 fn a9_a_rank_that_dies_before_mpi_begins_ends_the_launch() {
     let _turn = turn();
     let root = TempDir::new().unwrap();

@@ -90,7 +90,8 @@ fn d3_a_full_disk_is_told_with_path_and_sizes() {
 
 #[test]
 fn d7_a_resume_of_nothing_never_begins_anew_and_ends_with_code_44() {
-    let says = ["error NO_CKPT rank 0/2", "holds no checkpoint; start with --resume never. exit 44"];
+    let says =
+        ["error NO_CKPT rank 0/2", "there is no such folder, and no run to go on with; start with --resume never, or with --resume auto"];
     let ended = Case { words: &["--resume", "latest"], code: 44, says: &says, seconds: SOON, ..Case::default() }.run();
     assert!(!ended.run_folder().exists());
 }

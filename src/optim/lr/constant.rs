@@ -15,6 +15,10 @@ impl Settings for Constant {
 }
 
 impl LrSchedule for Constant {
+    fn warmup_steps(&self) -> u64 {
+        self.warmup_steps
+    }
+
     fn factor(&self, step: u64, _max_steps: u64) -> f64 {
         warmup(step, self.warmup_steps).unwrap_or(1.0)
     }

@@ -16,6 +16,10 @@ impl Settings for Cosine {
 }
 
 impl LrSchedule for Cosine {
+    fn warmup_steps(&self) -> u64 {
+        self.0.warmup_steps
+    }
+
     fn factor(&self, step: u64, max_steps: u64) -> f64 {
         self.0.factor(step, max_steps, |progress| 0.5 * (1.0 + (PI * progress).cos()))
     }

@@ -13,6 +13,10 @@ impl Settings for Linear {
 }
 
 impl LrSchedule for Linear {
+    fn warmup_steps(&self) -> u64 {
+        self.0.warmup_steps
+    }
+
     fn factor(&self, step: u64, max_steps: u64) -> f64 {
         self.0.factor(step, max_steps, |progress| 1.0 - progress)
     }

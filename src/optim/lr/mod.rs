@@ -11,12 +11,15 @@ pub use linear::Linear;
 pub use wsd::WarmupStableDecay;
 
 use crate::registry::registry;
-use crate::settings::{Keys, Settings};
+use crate::settings::{Family, Keys, Settings};
 
 /// A schedule scales the optimizer's peak learning rate.
 pub trait LrSchedule {
     /// Factor for optimizer step `step`, which counts from 1 to `max_steps`.
     fn factor(&self, step: u64, max_steps: u64) -> f64;
+
+    /// Steps of linear rise to the peak.
+    fn warmup_steps(&self) -> u64;
 }
 
 registry! {
@@ -27,6 +30,15 @@ registry! {
         "cosine" => Cosine(Cosine),
         "wsd" => WarmupStableDecay(WarmupStableDecay),
     }
+}
+
+/// The warning of a schedule that never reaches its peak within `max_steps`, because its warm-up is too long for them.
+pub fn warning(schedule: &LrScheduleChoice, max_steps: u64) -> Option<String> {
+    let steps = schedule.warmup_steps();
+    let reached = steps == 0 || schedule.factor(steps.min(max_steps), max_steps) >= 1.0;
+    let name = schedule.name();
+    (!reached)
+        .then(|| format!("lr_scheduler.{name}.warmup_steps = {steps}: the learning rate never reaches its peak in max_steps = {max_steps}"))
 }
 
 /// What the decaying schedules share: a rise, then a fall whose shape is theirs.
@@ -71,7 +83,6 @@ fn progress(step: u64, from: u64, to: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::settings::Family;
 
     #[test]
     fn every_schedule_rises_to_its_peak_and_never_leaves_zero_to_one() {
@@ -81,6 +92,29 @@ mod tests {
             assert!(factors.iter().all(|factor| (0.0..=1.0).contains(factor)), "{name}: {factors:?}");
             assert!(factors.contains(&1.0), "{name} reaches its peak");
         }
+    }
+
+    #[test]
+    fn a_warm_up_that_is_too_long_for_the_run_is_warned_of() {
+        let warned = |name: &str, warmup_steps: u64, max_steps: u64| {
+            let mut schedule = LrScheduleChoice::named(name).expect("a registered name");
+            let text = format!("warmup_steps = {warmup_steps}");
+            crate::settings::read_json(
+                schedule.settings(),
+                &text,
+                &serde_json::Map::from_iter([("warmup_steps".into(), warmup_steps.into())]),
+            )
+            .expect("every schedule has a warm-up");
+            warning(&schedule, max_steps)
+        };
+        for name in LrScheduleChoice::NAMES {
+            assert_eq!(warned(name, 0, 100), None, "{name}");
+            assert_eq!(warned(name, 80, 100), None, "{name}");
+            let expected = format!("lr_scheduler.{name}.warmup_steps = 200: the learning rate never reaches its peak in max_steps = 100");
+            assert_eq!(warned(name, 200, 100), Some(expected));
+        }
+        assert_eq!(warned("cosine", 100, 100), None, "the last step stands at the peak");
+        assert!(warned("wsd", 100, 100).is_some(), "the decay has begun before");
     }
 
     #[test]

@@ -5,11 +5,13 @@ use std::path::Path;
 use tch::Kind;
 
 use super::{Manifest, verify};
+use crate::config::RunConfig;
 use crate::data::safetensors::Shards;
 use crate::error::{Error, Result};
 use crate::nn::Stage;
 use crate::optim::Optimizer;
 use crate::parallel::Replica;
+use crate::train::changes::{self, Values};
 use crate::train::state::OptimizerState;
 use crate::train::weights;
 
@@ -20,6 +22,7 @@ use crate::train::weights;
 /// [`Error::CheckpointMismatch`] if it belongs to another run or model, listing every key at fault.
 pub fn load(
     folder: &Path,
+    config: &RunConfig,
     configured: &Manifest,
     allow_data_change: bool,
     replica: &mut Replica<'_>,
@@ -27,7 +30,7 @@ pub fn load(
     state: &mut OptimizerState,
 ) -> Result<Manifest> {
     let manifest = verify::manifest(folder)?;
-    let other_data = manifest.check_same_run(folder, configured, allow_data_change)?;
+    let other_data = manifest.check_same_run(folder, config, configured, allow_data_change)?;
     let parts = open_parts(folder, &manifest, "")?;
     let prefixes: Vec<String> = optimizer.state_names().iter().map(|name| format!("{name}.")).collect();
     check_keys(folder, &parts, &replica.stages, &prefixes)?;
@@ -40,15 +43,24 @@ pub fn load(
     if let Some(what) = other_data {
         tracing::warn!("{what}; going on with other data, as was asked");
     }
-    Ok(Manifest { parts: Vec::new(), sha256: String::new(), data: configured.data.clone(), ..manifest })
+    let (data, config) = (configured.data.clone(), configured.config.clone());
+    Ok(Manifest { parts: Vec::new(), sha256: String::new(), data, config, ..manifest })
 }
 
 /// Loads the parameters alone.
 ///
 /// # Errors
 /// As [`load`].
-pub fn load_parameters(folder: &Path, replica: &mut Replica<'_>) -> Result<()> {
-    set_parameters(&open_parameters(folder, &replica.stages)?, replica)
+pub fn load_parameters(folder: &Path, config: &RunConfig, replica: &mut Replica<'_>) -> Result<()> {
+    set_parameters(&open_parameters(folder, config, &replica.stages)?, replica)
+}
+
+/// The configuration that a checkpoint records; nothing of version 2, which records none.
+///
+/// # Errors
+/// [`Error::CheckpointMismatch`], [`Error::Storage`].
+pub fn recorded(folder: &Path) -> Result<Values> {
+    Ok(verify::manifest(folder)?.config.unwrap_or_default())
 }
 
 fn set_parameters(parts: &Shards, replica: &mut Replica<'_>) -> Result<()> {
@@ -62,8 +74,12 @@ fn set_parameters(parts: &Shards, replica: &mut Replica<'_>) -> Result<()> {
 ///
 /// # Errors
 /// As [`load`].
-pub fn open_parameters(folder: &Path, stages: &[Box<dyn Stage>]) -> Result<Shards> {
-    let parts = open_parts(folder, &verify::manifest(folder)?, "model-")?;
+pub fn open_parameters(folder: &Path, config: &RunConfig, stages: &[Box<dyn Stage>]) -> Result<Shards> {
+    let manifest = verify::manifest(folder)?;
+    // Version 2 has no record: there the run's own configuration has to be believed.
+    let other = manifest.config.as_ref().and_then(|record| changes::other_architecture(record, config));
+    other.map_or(Ok(()), |what| Err(Error::checkpoint_mismatch(folder, what)))?;
+    let parts = open_parts(folder, &manifest, "model-")?;
     check_keys(folder, &parts, stages, &[])?;
     Ok(parts)
 }

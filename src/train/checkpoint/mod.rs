@@ -20,24 +20,29 @@ mod tests;
 mod verify;
 
 pub use commit::clear_leftovers;
-pub use load::{load, load_parameters, open_parameters};
+pub use load::{load, load_parameters, open_parameters, recorded};
 pub use saver::Saver;
 pub use snapshot::{Saved, copied_bytes};
 pub use verify::{Unfit, read_whole, verify};
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::config::RunConfig;
 use crate::data::sha256::hex;
 use crate::error::{Error, Result};
+use crate::train::changes::{self, Values};
 use crate::train::guard::Guard;
 
 const MANIFEST: &str = "manifest.json";
 const FORMAT: &str = "fm-dist checkpoint";
-const VERSION: u64 = 2;
+const VERSION: u64 = 3;
+/// Of checkpoints whose parameters can be read, but which lack what a resume needs.
+const VERSION_WITHOUT_RECORD: u64 = 2;
 
 /// What a checkpoint says of the run, besides tensors: all that a resume needs.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -51,6 +56,12 @@ pub struct Manifest {
     pub seed: u64,
     pub global_batch_size: u64,
     pub guard: Guard,
+    /// Learning rate of the newest step that was not skipped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lr: Option<f64>,
+    /// The configuration, see [`changes::recorded`]; none in version 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    config: Option<Values>,
     /// Of the dataset, see [`Dataset::fingerprint`](crate::data::Dataset::fingerprint).
     pub data: String,
     parts: Vec<Part>,
@@ -68,9 +79,21 @@ pub struct Part {
 
 impl Manifest {
     /// Of a run that has not begun.
-    pub fn new(seed: u64, global_batch_size: u64, data: String) -> Self {
-        let (format, guard, parts, sha256) = (FORMAT.into(), Guard::default(), Vec::new(), String::new());
-        Manifest { format, version: VERSION, step: 0, samples_seen: 0, seed, global_batch_size, guard, data, parts, sha256 }
+    pub fn new(config: &RunConfig, global_batch_size: u64, data: String) -> Self {
+        Manifest {
+            format: FORMAT.into(),
+            version: VERSION,
+            step: 0,
+            samples_seen: 0,
+            seed: config.seed,
+            global_batch_size,
+            guard: Guard::default(),
+            lr: None,
+            config: Some(changes::recorded(config)),
+            data,
+            parts: Vec::new(),
+            sha256: String::new(),
+        }
     }
 
     /// As a file's text.
@@ -87,9 +110,17 @@ impl Manifest {
         serde_json::to_string_pretty(self).expect("a manifest is JSON") + "\n"
     }
 
-    /// Refuses to go on where the same step would see other samples or other draws. Other data may be wanted: with
-    /// `allow_data_change` they are something to say.
-    fn check_same_run(&self, path: &Path, configured: &Manifest, allow_data_change: bool) -> Result<Option<String>> {
+    /// Refuses to go on where the same step would see other samples or other draws, or the same parameters would be another function.
+    /// Other data may be wanted: with `allow_data_change` they are something to say.
+    fn check_same_run(&self, path: &Path, config: &RunConfig, configured: &Manifest, allow_data_change: bool) -> Result<Option<String>> {
+        let Some(record) = &self.config else {
+            let what = format!(
+                "is of version {}, which records no configuration, so that it is not certain to go on as it was; \
+                 resume it with the fm-dist that saved it, or export it and begin a run with model.path",
+                self.version
+            );
+            return Err(Error::checkpoint_mismatch(path, what));
+        };
         let pair =
             |name: &str, saved: String, now: String| (saved != now).then(|| format!("{name} is {now}, the checkpoint's was {saved}"));
         let data = pair("data fingerprint", self.data.clone(), configured.data.clone());
@@ -98,6 +129,7 @@ impl Manifest {
             pair("seed", self.seed.to_string(), configured.seed.to_string()),
             pair("global batch", self.global_batch_size.to_string(), configured.global_batch_size.to_string()),
             data.map(|text| format!("{text} (--allow-data-change goes on with other data)")),
+            changes::other_architecture(record, config),
         ];
         let texts: Vec<String> = differing.into_iter().flatten().collect();
         if texts.is_empty() { Ok(allowed) } else { Err(Error::checkpoint_mismatch(path, texts.join("; "))) }
@@ -107,6 +139,11 @@ impl Manifest {
 /// `step-00000200`.
 pub fn folder_name(step: u64) -> String {
     format!("step-{step:08}")
+}
+
+/// When a checkpoint was written, by the clock of the file system; none if it has no manifest.
+pub fn written(folder: &Path) -> Option<SystemTime> {
+    fs::metadata(folder.join(MANIFEST)).and_then(|found| found.modified()).ok()
 }
 
 /// Whether a folder claims to be a checkpoint.

@@ -17,13 +17,14 @@ use crate::optim::OptimizerChoice;
 use crate::parallel::{Replica, Sharding, ShardingGroup, Sharing};
 use crate::pulse::Phase;
 use crate::rng::{Key, Purpose};
-use crate::train::run_folder::{Resume, RunFolder};
+use crate::train::resume::Resume;
+use crate::train::run_folder::RunFolder;
 use crate::train::state::OptimizerState;
 
 const SHARDINGS: [Sharding; 4] = [Sharding::None, Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters];
 
 fn manifest() -> Manifest {
-    Manifest { step: 7, ..Manifest::new(1, 8, "these data".into()) }
+    Manifest { step: 7, lr: Some(0.1), ..Manifest::new(&RunConfig::default(), 8, "these data".into()) }
 }
 
 fn optimizer() -> OptimizerChoice {
@@ -69,7 +70,7 @@ fn save_on(model: &Dit, world: &dyn Collective, sharding: Sharding, output: &str
 
 fn check_on(model: &Dit, world: &dyn Collective, sharding: Sharding, folder: &Path) {
     let (mut replica, mut state) = empty_of(model, world, sharding);
-    let loaded = load(folder, &manifest(), false, &mut replica, &*optimizer(), &mut state).expect("a checkpoint");
+    let loaded = load(folder, &RunConfig::default(), &manifest(), false, &mut replica, &*optimizer(), &mut state).expect("a checkpoint");
     assert_eq!(loaded, manifest());
     for stage in 0..replica.stages.len() {
         let numel = replica.stages[stage].params().numel();

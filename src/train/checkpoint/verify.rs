@@ -6,7 +6,7 @@ use std::path::{Component, Path};
 
 use serde::Deserialize;
 
-use super::{FORMAT, MANIFEST, Manifest, Part, VERSION};
+use super::{FORMAT, MANIFEST, Manifest, Part, VERSION, VERSION_WITHOUT_RECORD};
 use crate::data::sha256::HashingWriter;
 use crate::error::{Error, Result, one_line, shortened};
 use crate::pulse;
@@ -70,8 +70,11 @@ fn read(folder: &Path) -> Result<Manifest, Unfit> {
     let path = folder.join(MANIFEST);
     let text = read_whole(&path, MAX_MANIFEST_BYTES).map_err(|error| unreadable(&path, MANIFEST, error))?;
     let said: Version = serde_json::from_slice(&text).map_err(|error| broken(format!("is no manifest: {error}")))?;
-    if said.format != FORMAT || said.version != VERSION {
-        let what = format!("is {:?} version {}, this program reads {FORMAT:?} version {VERSION}", said.format, said.version);
+    if said.format != FORMAT || !(VERSION_WITHOUT_RECORD..=VERSION).contains(&said.version) {
+        let what = format!(
+            "is {:?} version {}, this program reads {FORMAT:?} version {VERSION}, and the parameters of version {VERSION_WITHOUT_RECORD}",
+            said.format, said.version
+        );
         return Err(Unfit::Other(Error::checkpoint_mismatch(path, what)));
     }
     let manifest: Manifest = serde_json::from_slice(&text).map_err(|error| broken(format!("is no manifest: {error}")))?;
@@ -125,6 +128,7 @@ mod tests {
     use std::process::Command;
 
     use super::*;
+    use crate::config::RunConfig;
 
     fn part(file: &str, bytes: u64) -> Part {
         Part { file: file.into(), bytes, sha256: "0".repeat(64) }
@@ -156,5 +160,20 @@ mod tests {
         fs::remove_file(&path).expect("a link");
         File::create(&path).and_then(|file| file.set_len(MAX_MANIFEST_BYTES + 1)).expect("a file");
         assert!(refusal().ends_with("cannot be read: is longer than the 4194304 bytes allowed"), "{}", refusal());
+    }
+
+    #[test]
+    fn a_checkpoint_of_version_2_is_read_and_by_its_name_not_resumed() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let config = RunConfig::default();
+        let now = Manifest::new(&config, 8, "data".into());
+        let old = Manifest { version: 2, config: None, lr: None, ..now.clone() };
+        let text = old.sealed();
+        assert!(!text.contains("config") && !text.contains("lr"), "the text that version 2 wrote: {text}");
+        std::fs::write(folder.path().join(MANIFEST), text).expect("a file");
+        let read = verify(folder.path()).expect("sound");
+        let error = read.check_same_run(folder.path(), &config, &now, true).expect_err("never guessed").to_string();
+        assert!(error.contains("is of version 2, which records no configuration"), "{error}");
+        assert_eq!(now.check_same_run(folder.path(), &config, &now, false).expect("the same run"), None);
     }
 }

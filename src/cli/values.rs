@@ -1,0 +1,37 @@
+//! Values of arguments, read from what was typed.
+
+use crate::model::Dtype;
+use crate::settings::Choice;
+
+/// Sizes of the axes, a type of its own because clap takes a bare `Vec` for an argument given several times.
+#[derive(Clone, Debug)]
+pub struct Shape(pub Vec<i64>);
+
+pub fn parse_shape(text: &str) -> Result<Shape, String> {
+    let sizes: Option<Vec<i64>> = text.split(',').map(|size| size.trim().parse().ok().filter(|&size| size > 0)).collect();
+    let fits = sizes.filter(|sizes| matches!(sizes.len(), 3 | 4));
+    fits.map(Shape).ok_or_else(|| "expected C,H,W or C,F,H,W, each at least 1".into())
+}
+
+pub fn parse_scale(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|scale| (0.0..=100.0).contains(scale)).ok_or_else(|| "expected a number from 0 to 100".into())
+}
+
+/// Numbers of ranks, ascending.
+#[derive(Clone, Debug)]
+pub struct WorldSizes(pub Vec<usize>);
+
+pub fn parse_world(text: &str) -> Result<WorldSizes, String> {
+    let ranks = |text: &str| text.parse::<usize>().ok().filter(|&ranks| ranks > 0);
+    let Some((from, to)) = text.split_once("..") else {
+        return ranks(text).map(|ranks| WorldSizes(vec![ranks])).ok_or_else(|| "expected a number of ranks, at least 1".into());
+    };
+    let ends = ranks(from).zip(ranks(to)).filter(|(from, to)| from.is_power_of_two() && to.is_power_of_two() && from <= to);
+    let (from, to) = ends.ok_or("expected two powers of two, the smaller one first, as in 8..4096")?;
+    Ok(WorldSizes((from.ilog2()..=to.ilog2()).map(|power| 1 << power).collect()))
+}
+
+pub fn parse_dtype(text: &str) -> Result<Dtype, String> {
+    let known = Dtype::ALL.iter().find(|(word, _)| *word == text);
+    known.map(|(_, dtype)| *dtype).ok_or_else(|| "expected float32 or bfloat16".into())
+}

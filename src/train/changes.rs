@@ -1,0 +1,228 @@
+//! The configuration key by key: what a checkpoint records of it, and what differs between two of them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use toml::{Table, Value};
+
+use crate::config::RunConfig;
+use crate::settings::{self, Family};
+
+/// TOML texts of values by dotted key; a key that is unset is missing.
+pub type Values = BTreeMap<String, String>;
+
+/// Keys and tables that a checkpoint does not record: with any value of them the same steps give the same checkpoint, or the manifest
+/// holds their effect under a name of its own.
+const UNRECORDED: [&str; 18] = [
+    "seed",
+    "max_steps",
+    "output_dir",
+    "model.path",
+    "model.init",
+    "flow_matching.log_interval",
+    "flow_matching.summary_log_interval",
+    "data.path",
+    "data.micro_batch_size_per_gpu",
+    "data.prefetch",
+    "train.global_batch_size",
+    "train.gradient_accumulation_steps",
+    "parallel",
+    "checkpoint",
+    "watchdog",
+    "sampling",
+    "log",
+    "debug",
+];
+
+/// Advice at the end of a line about another model.
+const INSTEAD: &str = "set it back, or begin a new run";
+
+/// The one key of `[parallel]` that changes draws.
+const SEED_SCOPE: &str = "parallel.seed_scope";
+
+/// Every key of a configuration.
+pub fn values(config: &RunConfig) -> Values {
+    flattened(&config.to_toml())
+}
+
+/// Every key of a TOML text.
+///
+/// # Panics
+/// If it is no TOML.
+pub fn flattened(text: &str) -> Values {
+    let mut values = Values::new();
+    flatten("", &toml::from_str(text).expect("a listing is TOML"), &mut values);
+    values
+}
+
+fn flatten(path: &str, table: &Table, values: &mut Values) {
+    for (name, value) in table {
+        let path = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
+        match value {
+            Value::Table(table) => flatten(&path, table, values),
+            other => drop(values.insert(path, other.to_string())),
+        }
+    }
+}
+
+/// Every key of a run's listing, which an earlier release may have written: keys that it lacks have their defaults. None for a text
+/// that is no TOML, or an empty one.
+pub fn values_of_listing(text: &str) -> Option<Values> {
+    let table: Table = toml::from_str(text).ok().filter(|table: &Table| !table.is_empty())?;
+    let mut config = RunConfig::default();
+    match settings::read(&mut config, "the listing", text, &[]) {
+        Ok(()) => Some(values(&config)),
+        // It has keys that this release no longer knows.
+        Err(_) => {
+            let mut values = Values::new();
+            flatten("", &table, &mut values);
+            Some(values)
+        }
+    }
+}
+
+/// The keys that a checkpoint records.
+pub fn recorded(config: &RunConfig) -> Values {
+    only_recorded(values(config))
+}
+
+fn only_recorded(values: Values) -> Values {
+    values.into_iter().filter(|(key, _)| is_recorded(key)).collect()
+}
+
+fn is_recorded(key: &str) -> bool {
+    let is_below = |table: &&str| key.strip_prefix(*table).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+    key == SEED_SCOPE || !UNRECORDED.iter().any(|unrecorded| is_below(&unrecorded))
+}
+
+/// A run's listing, where the checkpoint's record stands for all keys that it records.
+pub fn with_record(listing: &Values, record: &Values) -> Values {
+    let others = listing.iter().filter(|(key, _)| !is_recorded(key)).map(|(key, value)| (key.clone(), value.clone()));
+    others.chain(completed(record)).collect()
+}
+
+/// The text that a key holds.
+pub fn text_of(values: &Values, key: &str) -> Option<String> {
+    let table: Table = toml::from_str(&format!("value = {}", values.get(key)?)).ok()?;
+    table.get("value").and_then(Value::as_str).map(ToString::to_string)
+}
+
+/// A checkpoint's record, where keys that have come since have their defaults.
+pub fn completed(record: &Values) -> Values {
+    let text: String = record.iter().map(|(key, value)| format!("{key} = {value}\n")).collect();
+    values_of_listing(&text).map_or_else(|| record.clone(), only_recorded)
+}
+
+/// The keys whose values differ, each with both: `optimizer.adamw.lr: was 0.1, is 0.2`.
+pub fn listed(was: &Values, is: &Values) -> Vec<String> {
+    let shown = |values: &Values, key: &str| values.get(key).cloned().unwrap_or_else(|| "unset".into());
+    let keys: BTreeSet<&String> = was.keys().chain(is.keys()).collect();
+    let differing = keys.into_iter().filter(|key| was.get(*key) != is.get(*key));
+    differing.map(|key| format!("{key}: was {}, is {}", shown(was, key), shown(is, key))).collect()
+}
+
+/// Why parameters of the recorded architecture are not those of the configured one. Every key of `[model.<family>]` changes the
+/// function that the model computes, also where all shapes stay as they are.
+pub fn other_architecture(record: &Values, config: &RunConfig) -> Option<String> {
+    let family = config.model.family.name();
+    let of_family = |values: &Values| -> Values {
+        let is_of_model = |key: &str| key.strip_prefix("model.").is_some_and(|rest| rest.contains('.'));
+        values.iter().filter(|(key, _)| is_of_model(key)).map(|(key, value)| (key.clone(), value.clone())).collect()
+    };
+    let (was, is) = (of_family(&completed(record)), of_family(&values(config)));
+    let own = format!("model.{family}.");
+    if let Some(other) = was.keys().find(|key| !key.starts_with(&own)) {
+        let other = other.split('.').nth(1).unwrap_or_default();
+        return Some(format!("the model is `{family}`, the checkpoint's was `{other}`; {INSTEAD}"));
+    }
+    let keys: BTreeSet<&String> = was.keys().chain(is.keys()).filter(|key| was.get(*key) != is.get(*key)).collect();
+    let shown = |values: &Values, key: &str| values.get(key).cloned().unwrap_or_else(|| "unset".into());
+    let texts: Vec<String> =
+        keys.iter().map(|key| format!("{key} is {}, the checkpoint's was {}", shown(&is, key), shown(&was, key))).collect();
+    (!texts.is_empty()).then(|| format!("{}: another model; {INSTEAD}", texts.join(", ")))
+}
+
+/// The jump of the learning rate where a run goes on after `step` at another than its schedule had led to: what the last step
+/// had, and the next one has. `update` is the optimizer's own number of that last step.
+pub fn jump_of_lr(config: &RunConfig, last: f64, step: u64, update: u64) -> Option<String> {
+    let lr = |update: u64| config.optimizer.lr() * config.lr_scheduler.factor(update, config.max_steps);
+    let continues = (lr(update) - last).abs() <= 1e-9 * last.abs().max(lr(update));
+    let (before, after) = (short(last), short(lr(update + 1)));
+    (!continues).then(|| format!("the learning rate jumps: step {step} had {before}, step {} has {after}", step + 1))
+}
+
+/// Five significant digits.
+fn short(number: f64) -> String {
+    let rounded: f64 = format!("{number:.4e}").parse().expect("a number that was just written");
+    if rounded == 0.0 { "0".into() } else { format!("{rounded:e}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(overrides: &[&str]) -> RunConfig {
+        let overrides: Vec<String> = overrides.iter().map(ToString::to_string).collect();
+        RunConfig::read("test", crate::config::DEFAULT, &overrides).unwrap()
+    }
+
+    #[test]
+    fn keys_that_differ_are_listed_with_both_values() {
+        let (was, is) = (config(&[]), config(&["optimizer.adamw.lr=0.5", "checkpoint.keep_every=7"]));
+        assert_eq!(
+            listed(&values(&was), &values(&is)),
+            ["checkpoint.keep_every: was unset, is 7", "optimizer.adamw.lr: was 0.002, is 0.5"]
+        );
+        assert!(listed(&values(&was), &values(&was)).is_empty());
+    }
+
+    #[test]
+    fn a_record_holds_what_is_computed_and_nothing_of_where_and_how_fast() {
+        let elsewhere = [
+            "output_dir=x",
+            "max_steps=7",
+            "parallel.sharding=gradients",
+            "parallel.num_threads=2",
+            "data.micro_batch_size_per_gpu=4",
+            "checkpoint.keep_last=9",
+            "log.level=debug",
+            "flow_matching.log_interval=3",
+        ];
+        assert_eq!(recorded(&config(&elsewhere)), recorded(&config(&[])));
+        for other in ["model.dtype=bfloat16", "parallel.seed_scope=rank", "optimizer.adamw.lr=1.0", "model.dit.num_heads=2"] {
+            assert_ne!(recorded(&config(&[other])), recorded(&config(&[])), "{other}");
+        }
+    }
+
+    #[test]
+    fn another_architecture_is_named_by_its_keys_or_its_family() {
+        let record = recorded(&config(&["model.dit.num_heads=2"]));
+        assert_eq!(other_architecture(&record, &config(&["model.dit.num_heads=2", "model.dtype=bfloat16"])), None);
+        assert_eq!(
+            other_architecture(&record, &config(&[])).unwrap(),
+            "model.dit.num_heads is 4, the checkpoint's was 2: another model; set it back, or begin a new run"
+        );
+        let wan = Values::from([("model.wan.num_layers".into(), "2".into())]);
+        assert_eq!(
+            other_architecture(&wan, &config(&[])).unwrap(),
+            "the model is `dit`, the checkpoint's was `wan`; set it back, or begin a new run"
+        );
+    }
+
+    #[test]
+    fn a_key_that_a_record_lacks_has_its_default() {
+        let mut record = recorded(&config(&["model.dit.mlp_ratio=4"]));
+        record.remove("model.dit.mlp_ratio").unwrap();
+        assert_eq!(other_architecture(&record, &config(&["model.dit.mlp_ratio=4"])), None);
+        assert!(other_architecture(&record, &config(&["model.dit.mlp_ratio=2"])).is_some());
+    }
+
+    #[test]
+    fn a_learning_rate_that_goes_on_as_it_was_led_is_no_jump() {
+        let scheduled = |max_steps: u64| config(&[&format!("max_steps={max_steps}"), "lr_scheduler.cosine.warmup_steps=0"]);
+        let lr = |config: &RunConfig, step| config.optimizer.lr() * config.lr_scheduler.factor(step, config.max_steps);
+        let (short, long) = (scheduled(8), scheduled(16));
+        assert_eq!(jump_of_lr(&short, lr(&short, 5), 5, 5), None);
+        let jump = jump_of_lr(&long, lr(&short, 8), 8, 8).unwrap();
+        assert_eq!(jump, "the learning rate jumps: step 8 had 0, step 9 has 8.9547e-4");
+    }
+}
