@@ -64,7 +64,7 @@ pub fn sample(request: &SampleRequest) -> Result<()> {
     let (run, folder) = run_folder::locate(&request.run)?;
     let config = with_wishes(run_folder::config_of(&run)?, request);
     let origin = origin_of(request, &config)?;
-    let device = device(config.parallel.device, &Solo)?;
+    let device = device(&config, &Solo)?;
     let mut replica = empty_replica(&config, device, Sharing::alone())?;
     checkpoint::load_parameters(&folder, &mut replica)?;
     let samples = generate(&config, &replica, &origin, device)?;

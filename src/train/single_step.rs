@@ -39,7 +39,7 @@ pub struct StepRequest {
 /// [`Error::Data`] if the batch is malformed or does not fit; [`Error::Storage`] if the dump cannot be written.
 pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
     tch::set_num_threads(config.parallel.num_threads);
-    let device = device(config.parallel.device, &Solo)?;
+    let device = device(config, &Solo)?;
     let replica = match &request.weights {
         Some(path) => {
             let mut replica = empty_replica(config, device, Sharing::alone())?;

@@ -77,6 +77,9 @@ impl<'c> Trainer<'c> {
             }
         }
         self.saver.finish(self.collective)?;
+        if !checkpoint::is_checkpoint(&self.folder.path().join(checkpoint::folder_name(self.manifest.step))) {
+            tracing::info!("step {} has no checkpoint: checkpoint.save_last = false", self.manifest.step);
+        }
         Ok(Ending::Done)
     }
 
@@ -177,8 +180,9 @@ impl<'c> Trainer<'c> {
     }
 
     fn saves_now(&self) -> bool {
-        let CheckpointSettings { every_n_steps, .. } = self.config.checkpoint;
-        self.manifest.step.is_multiple_of(every_n_steps) || self.manifest.step == self.config.max_steps
+        let CheckpointSettings { every_n_steps, save_last, .. } = self.config.checkpoint;
+        let step = self.manifest.step;
+        step.is_multiple_of(every_n_steps) || (save_last && step == self.config.max_steps)
     }
 
     fn save(&mut self) -> Result<()> {
