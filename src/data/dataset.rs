@@ -2,14 +2,17 @@
 //!
 //! A file holds samples of one shape, stacked along axis 0 of every tensor under the batch's own keys. Files of one
 //! resolution group agree in keys, kinds and shapes, so that their samples may stand in one batch. Samples are numbered
-//! through all files in their order. Every file stays open, so that files replaced during a run change nothing.
+//! through all files in their order. Files stay open as far as there are descriptors, so that files replaced during a run change
+//! nothing; the others are opened for each read, which refuses a file that was replaced.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 use tch::Tensor;
 
+use super::descriptors::kept_open;
 use super::empty_prompt::EmptyPrompt;
 use super::finite::check_finite;
 use super::group::{Group, check_latents, check_same, latents_key, layout_of};
@@ -19,6 +22,7 @@ use super::sample_file::SampleFile;
 use super::settings::OnBad;
 use super::{Batch, DataType, sha256};
 use crate::error::{Error, Result};
+use crate::pulse;
 use crate::tensor::{bytes, bytes_mut};
 
 /// Named conditions to generate from, e.g. one text embedding a class.
@@ -52,7 +56,18 @@ impl Dataset {
         let folder = folder.as_ref();
         refuse_pickle(folder)?;
         let manifest = Manifest::of_folder(folder)?;
-        Dataset::assemble(folder.into(), manifest, |relative| SafeTensors::open(manifest::resolve(folder, relative)?))
+        let kept = kept_open(manifest.num_files());
+        Dataset::keeping(folder, manifest, kept)
+    }
+
+    /// The same with the first `kept` files open throughout, the others for each read.
+    fn keeping(folder: &Path, manifest: Manifest, kept: usize) -> Result<Self> {
+        let opened = Cell::new(0);
+        Dataset::assemble(folder.into(), manifest, |relative| {
+            let path = manifest::resolve(folder, relative)?;
+            pulse::still_at_work();
+            if opened.replace(opened.get() + 1) < kept { SafeTensors::open(path) } else { SafeTensors::open_on_demand(path) }
+        })
     }
 
     /// The same over bytes that are part of the binary: `dataset.json` and its files by their paths.

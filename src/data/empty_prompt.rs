@@ -18,10 +18,12 @@ pub(super) struct EmptyPrompt {
 }
 
 impl EmptyPrompt {
+    /// # Errors
+    /// [`Error::Data`](crate::error::Error::Data) if a number is not finite; as [`SafeTensors::read`].
     pub fn read(file: SafeTensors) -> Result<Self> {
         let mut tensors = BTreeMap::new();
         for info in file.tensors() {
-            tensors.insert(format!("{EMPTY}{}", info.name), file.read(&info.name)?);
+            tensors.insert(format!("{EMPTY}{}", info.name), file.read_finite(&info.name)?);
         }
         Ok(EmptyPrompt { file, tensors: Mutex::new(tensors) })
     }

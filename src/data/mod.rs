@@ -6,6 +6,7 @@
 //! | what does `dataset.json` say | `manifest.rs` |
 //! | which samples may stand in one batch | `group.rs` |
 //! | the samples of these ids, please | `dataset.rs`, `sample_file.rs`, `finite.rs` |
+//! | how many files stay open | `descriptors.rs` |
 //! | what may a dropped condition become | `empty_prompt.rs` |
 //! | the demo's own data | `digits.rs` |
 //! | which ids, in this step | `order.rs` |
@@ -13,6 +14,7 @@
 //! | before they are needed | `loader.rs` |
 
 pub mod dataset;
+mod descriptors;
 mod digits;
 mod empty_prompt;
 mod finite;
