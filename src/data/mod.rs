@@ -12,6 +12,7 @@
 //! | which ids, in this step | `order.rs` |
 //! | which of them on this rank | `share.rs` |
 //! | before they are needed | `loader.rs` |
+//! | how far latents spread | `moments.rs` |
 
 pub mod dataset;
 mod descriptors;
@@ -23,6 +24,7 @@ pub mod loader;
 #[cfg(test)]
 mod made_up;
 pub mod manifest;
+mod moments;
 pub mod order;
 pub mod safetensors;
 mod sample_file;
@@ -37,6 +39,7 @@ use tch::Tensor;
 
 pub use dataset::{Conditions, Dataset};
 pub use loader::Loader;
+pub use moments::Moments;
 pub use order::Order;
 pub use settings::{DataSettings, OnBad};
 pub use share::Share;
@@ -75,6 +78,11 @@ pub struct Batch {
 }
 
 impl Batch {
+    /// The latents under the key that the reference gives this type of data.
+    pub fn latents(&self) -> Option<&Tensor> {
+        self.get(group::latents_key(self.data_type))
+    }
+
     pub fn get(&self, key: &str) -> Option<&Tensor> {
         self.tensors.get(key)
     }

@@ -6,6 +6,7 @@ use std::fmt::Write;
 use bytesize::ByteSize;
 
 use super::checkpoint::copied_bytes;
+use super::generate::check_conditions;
 use super::scaling::{ScalingRequest, scaling};
 use super::setup::check_data;
 use crate::config::RunConfig;
@@ -87,6 +88,7 @@ impl Plan {
         let global_batch = micro_batches * samples * world_size;
         let dataset = Dataset::named(&config.data.path)?;
         check_data(config, &dataset)?;
+        check_conditions(config, &dataset)?;
         let order = Order::new(dataset.groups(), global_batch, config.seed)?;
         let first = &dataset.groups()[0];
         let latents = dataset.latent_shape(&first.name).ok_or_else(|| Error::data(dataset.path(), "has a group without latents"))?;

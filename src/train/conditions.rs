@@ -60,7 +60,7 @@ impl Origin {
         let file = SafeTensors::open(path)?;
         let mut tensors = BTreeMap::new();
         for info in file.tensors() {
-            tensors.insert(info.name.clone(), finite(path, &info.name, file.read(&info.name)?)?);
+            tensors.insert(info.name.clone(), file.read_finite(&info.name)?);
         }
         let rows = same_rows(path, &tensors)?;
         let noise = tensors.remove(NOISE).map(|noise| noise.to_kind(Kind::Float));
@@ -99,6 +99,11 @@ impl Origin {
             )),
             _ => Ok(()),
         }
+    }
+
+    /// True if samples can be shown: grey or coloured pictures.
+    pub fn is_of_pictures(&self) -> bool {
+        matches!(*self.shape, [1 | 3, _, _])
     }
 
     pub fn has_negative(&self) -> bool {
@@ -187,14 +192,6 @@ impl Origin {
 /// Shape of one sample of the first resolution group.
 fn first_shape(dataset: &Dataset) -> &[i64] {
     dataset.latent_shape(&dataset.groups()[0].name).expect("a group of the dataset has latents")
-}
-
-fn finite(path: &Path, key: &str, tensor: Tensor) -> Result<Tensor> {
-    // Of integers and booleans there is nothing to ask.
-    if tensor.is_floating_point() && !bool::try_from(tensor.isfinite().all()).expect("one boolean") {
-        return Err(Error::data(path, format!("`{key}` holds numbers that are not finite")));
-    }
-    Ok(tensor)
 }
 
 /// The number of rows that every tensor has.

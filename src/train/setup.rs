@@ -119,7 +119,9 @@ impl<'c> Trainer<'c> {
             self.config.parallel.num_threads,
         );
         if let (Device::Cuda(_), AttentionKernels::Auto) = (self.device, self.config.compute.attention) {
-            tracing::info!("attention without cuDNN's kernels, of which some fail in backward passes; compute.attention = \"cudnn\" allows them");
+            tracing::info!(
+                "attention without cuDNN's kernels, of which some fail in backward passes; compute.attention = \"cudnn\" allows them"
+            );
         }
         self.announce_sharing();
     }

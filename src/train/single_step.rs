@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use tch::Tensor;
 
+use super::outputs::{Named, check_files};
 use super::place::device;
 use super::setup::{build_pipeline, empty_replica, fresh_replica};
 use super::{checkpoint, run_folder};
@@ -38,7 +39,10 @@ pub struct StepRequest {
 /// # Errors
 /// [`Error::Data`] if the batch is malformed or does not fit; [`Error::Storage`] if the dump cannot be written.
 pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
+    check_files(&[Named { argument: "--dump", path: &request.dump }], &[Named { argument: "--batch", path: &request.batch }])?;
     tch::set_num_threads(config.parallel.num_threads);
+    let batch = read_batch(&request.batch)?;
+    config.model.family.check_data(&SampleShapes::of_batch(&latents_of(&batch)?.size()[1..], &batch.tensors))?;
     let device = device(config, &Solo)?;
     let replica = match &request.weights {
         Some(path) => {
@@ -49,8 +53,6 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
         None => fresh_replica(config, device, Sharing::alone(), &Solo)?,
     };
     let pipeline = build_pipeline(config, device);
-    let batch = read_batch(&request.batch)?;
-    config.model.family.check_data(&SampleShapes::of_batch(&latents_of(&batch)?.size()[1..], &batch.tensors))?;
     let seed = request.torch_seed.unwrap_or(config.seed as i64);
     let options = StepOptions { global_step: 0, collect_metrics: false, check_loss: false, strata: None };
     let mut tape = replica.tape(config.parallel.recompute);

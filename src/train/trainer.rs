@@ -9,6 +9,7 @@ use super::Ending;
 use super::agreement::known_to_all;
 use super::checkpoint::{self, Manifest, Saved, Saver};
 use super::divergence;
+use super::latents;
 use super::metrics::{self, StepMetrics};
 use super::requests::{Request, Requests};
 use super::run_folder::RunFolder;
@@ -96,6 +97,10 @@ impl<'c> Trainer<'c> {
             saver: &self.saver,
         };
         let update = stepper.step(step, loader, &mut self.replica, &mut self.optimizer_state, &mut self.manifest.guard);
+        // A step that was refused for its numbers was refused by all ranks alike, perhaps because of their latents.
+        if step == 1 && update.as_ref().err().is_none_or(|error| error.exit_code() == NUMERIC) {
+            latents::warning(loader.first_latents(), self.collective)?.iter().for_each(|warning| tracing::warn!("step 1: {warning}"));
+        }
         let update = update.map_err(|error| self.refused(error))?;
         self.count_bad_samples(&update.tallies)?;
         Ok(update)

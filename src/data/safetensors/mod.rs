@@ -21,8 +21,8 @@ use crate::error::{Error, Result};
 use crate::tensor::bytes_mut;
 pub use header::TensorInfo;
 pub use shards::Shards;
-use source::{Opened, Source};
 pub(super) use source::open_error;
+use source::{Opened, Source};
 pub use source::{refuse_pickle, refuse_pickled_weights};
 pub use write::{Planned, Writer, write};
 
