@@ -14,16 +14,15 @@ use tch::Tensor;
 
 use super::descriptors::kept_open;
 use super::empty_prompt::EmptyPrompt;
-use super::finite::check_finite;
 use super::group::{Group, check_latents, check_same, latents_key, layout_of};
 use super::manifest::{self, FileEntry, Manifest};
-use super::safetensors::{SafeTensors, refuse_pickle, row_bytes, with_rows};
+use super::safetensors::{SafeTensors, TensorInfo, refuse_pickle, row_bytes, with_rows};
 use super::sample_file::SampleFile;
 use super::settings::OnBad;
 use super::{Batch, DataType, sha256};
 use crate::error::{Error, Result};
 use crate::pulse;
-use crate::tensor::{bytes, bytes_mut};
+use crate::tensor::bytes_mut;
 
 /// Named conditions to generate from, e.g. one text embedding a class.
 #[derive(Debug)]
@@ -241,16 +240,11 @@ impl Dataset {
     /// The named conditions, if the dataset has any.
     ///
     /// # Errors
-    /// As [`batch`](Self::batch).
+    /// [`Error::Data`] naming the tensor that holds a number which is not finite; as [`SafeTensors::read`].
     pub fn conditions(&self) -> Result<Option<Conditions>> {
         let (Some(file), Some(entry)) = (&self.conditions, &self.manifest.conditions) else { return Ok(None) };
-        let mut tensors = BTreeMap::new();
-        let rows: Vec<u64> = (0..entry.names.len() as u64).collect();
-        for info in file.tensors() {
-            let tensor = file.read_rows(&info.name, &rows)?;
-            check_finite(file, info, &rows, &rows, bytes(&tensor))?;
-            tensors.insert(info.name.clone(), tensor);
-        }
+        let read = |info: &TensorInfo| Ok((info.name.clone(), file.read_finite(&info.name)?));
+        let tensors = file.tensors().iter().map(read).collect::<Result<_>>()?;
         Ok(Some(Conditions { names: entry.names.clone(), tensors }))
     }
 }

@@ -26,8 +26,9 @@ pub(super) fn check_finite(file: &SafeTensors, info: &TensorInfo, ids: &[u64], r
     let row_bytes = row_bytes(info) as usize;
     for (bytes, (id, row)) in data.chunks_exact(row_bytes).zip(ids.iter().zip(rows)) {
         if let Some(unusable) = not_finite(info.kind, bytes) {
-            let what = unusable.told(&info.shape[1..]);
-            return Err(Error::data(file.path(), format!("`{}` of sample {id} (row {row}) has {what}", info.name)));
+            let (count, nature, first) = (unusable.count, unusable.nature(), unusable.first(&info.shape[1..]));
+            let what = format!("`{}` of sample {id} (row {row}) has {count} numbers {nature}, {first}", info.name);
+            return Err(Error::data(file.path(), what));
         }
     }
     Ok(())
@@ -42,21 +43,24 @@ impl SafeTensors {
     pub fn read_finite(&self, name: &str) -> Result<Tensor> {
         let (info, tensor) = (self.info(name)?, self.read(name)?);
         match not_finite(info.kind, bytes(&tensor)) {
-            Some(unusable) => Err(Error::data(self.path(), format!("`{name}` has {}", unusable.told(&info.shape)))),
+            Some(unusable) => {
+                let (count, nature, first) = (unusable.count, unusable.nature(), unusable.first(&info.shape));
+                Err(Error::data(self.path(), format!("`{name}` holds numbers {nature}: {count}, {first}")))
+            }
             None => Ok(tensor),
         }
     }
 }
 
 impl Unusable {
-    /// As a message says it, of a tensor or row of this shape.
-    fn told(&self, shape: &[i64]) -> String {
-        let Unusable { count, value, .. } = *self;
+    fn nature(&self) -> &'static str {
+        if self.value.is_finite() { "beyond what float32 and bfloat16 hold" } else { "that are not finite" }
+    }
+
+    /// The first of them, of a tensor or row of this shape.
+    fn first(&self, shape: &[i64]) -> String {
         let place = index_of(self.first, shape);
-        match value.is_finite() {
-            false => format!("{count} numbers that are not finite, the first at {place:?}"),
-            true => format!("{count} numbers beyond what float32 and bfloat16 hold, the first {value:e} at {place:?}"),
-        }
+        if self.value.is_finite() { format!("the first {:e} at {place:?}", self.value) } else { format!("the first at {place:?}") }
     }
 }
 
@@ -136,8 +140,9 @@ mod tests {
     fn numbers_that_the_computation_would_make_infinite_are_told_by_their_value() {
         let largest = f64::from(bf16::MAX);
         let values = Tensor::from_slice(&[largest, -1e300, 3.4e38]).view([1, 3]);
-        let told = not_finite(Kind::Double, bytes(&values)).expect("two of them").told(&[1, 3]);
-        assert_eq!(told, "2 numbers beyond what float32 and bfloat16 hold, the first -1e300 at [0, 1]");
+        let found = not_finite(Kind::Double, bytes(&values)).expect("two of them");
+        assert_eq!((found.count, found.nature()), (2, "beyond what float32 and bfloat16 hold"));
+        assert_eq!(found.first(&[1, 3]), "the first -1e300 at [0, 1]");
         for (kind, computed) in [(Kind::Double, Kind::BFloat16), (Kind::Float, Kind::BFloat16), (Kind::Double, Kind::Float)] {
             for value in [largest, 3.39e38, 3.396e38, 3.3962e38, 3.4e38, 1e39] {
                 let tensor = Tensor::from_slice(&[value]).to_kind(kind);
