@@ -12,25 +12,18 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 use tch::Tensor;
 
+use super::conditions::Conditions;
 use super::descriptors::kept_open;
 use super::empty_prompt::EmptyPrompt;
 use super::group::{Group, check_latents, check_same, latents_key, layout_of};
 use super::manifest::{self, FileEntry, Manifest};
-use super::safetensors::{SafeTensors, TensorInfo, refuse_pickle, row_bytes, with_rows};
+use super::safetensors::{SafeTensors, refuse_pickle, row_bytes, with_rows};
 use super::sample_file::SampleFile;
 use super::settings::OnBad;
 use super::{Batch, DataType, sha256};
 use crate::error::{Error, Result};
 use crate::pulse;
 use crate::tensor::bytes_mut;
-
-/// Named conditions to generate from, e.g. one text embedding a class.
-#[derive(Debug)]
-pub struct Conditions {
-    pub names: Vec<String>,
-    /// Row `i` belongs to name `i`.
-    pub tensors: BTreeMap<String, Tensor>,
-}
 
 /// Samples that lie in files and are read by number.
 #[derive(Debug)]
@@ -60,7 +53,7 @@ impl Dataset {
     }
 
     /// The same with the first `kept` files open throughout, the others for each read.
-    fn keeping(folder: &Path, manifest: Manifest, kept: usize) -> Result<Self> {
+    pub(super) fn keeping(folder: &Path, manifest: Manifest, kept: usize) -> Result<Self> {
         let opened = Cell::new(0);
         Dataset::assemble(folder.into(), manifest, |relative| {
             let path = manifest::resolve(folder, relative)?;
@@ -242,10 +235,8 @@ impl Dataset {
     /// # Errors
     /// [`Error::Data`] naming the tensor that holds a number which is not finite; as [`SafeTensors::read`].
     pub fn conditions(&self) -> Result<Option<Conditions>> {
-        let (Some(file), Some(entry)) = (&self.conditions, &self.manifest.conditions) else { return Ok(None) };
-        let read = |info: &TensorInfo| Ok((info.name.clone(), file.read_finite(&info.name)?));
-        let tensors = file.tensors().iter().map(read).collect::<Result<_>>()?;
-        Ok(Some(Conditions { names: entry.names.clone(), tensors }))
+        let pair = self.conditions.as_ref().zip(self.manifest.conditions.as_ref());
+        pair.map(|(file, entry)| Conditions::read(file, entry)).transpose()
     }
 }
 
@@ -301,14 +292,6 @@ mod tests {
     fn a_batch_of_two_groups_is_a_bug() {
         let folder = two_groups();
         let _ = Dataset::open(folder.path()).expect("a sound dataset").batch(&[3, 4]);
-    }
-
-    #[test]
-    fn conditions_have_a_name_a_row() {
-        let folder = two_groups();
-        let conditions = Dataset::open(folder.path()).and_then(|dataset| dataset.conditions()).expect("sound").expect("some");
-        assert_eq!(conditions.names, ["zero", "one"]);
-        assert_eq!(conditions.tensors["text_embeddings"].size(), [2, 5, 8]);
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! | which samples may stand in one batch | `group.rs` |
 //! | the samples of these ids, please | `dataset.rs`, `sample_file.rs`, `finite.rs` |
 //! | how many files stay open | `descriptors.rs` |
+//! | from which conditions are samples generated | `conditions.rs` |
 //! | what may a dropped condition become | `empty_prompt.rs` |
 //! | the demo's own data | `digits.rs` |
 //! | which ids, in this step | `order.rs` |
@@ -14,6 +15,7 @@
 //! | before they are needed | `loader.rs` |
 //! | how far latents spread | `moments.rs` |
 
+mod conditions;
 pub mod dataset;
 mod descriptors;
 mod digits;
@@ -37,7 +39,8 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-pub use dataset::{Conditions, Dataset};
+pub use conditions::Conditions;
+pub use dataset::Dataset;
 pub use loader::Loader;
 pub use moments::Moments;
 pub use order::Order;

@@ -61,7 +61,7 @@ impl<'c> Trainer<'c> {
         throughput.record(0.0);
         while self.manifest.step < self.config.max_steps {
             let began = Instant::now();
-            let update = self.step(requests, &mut loader)?;
+            let update = self.step(requests, &mut loader, telemetry)?;
             self.manifest.step += 1;
             self.manifest.samples_seen += self.manifest.global_batch_size;
             throughput.record(self.manifest.global_batch_size as f64);
@@ -84,7 +84,7 @@ impl<'c> Trainer<'c> {
         Ok(Ending::Done)
     }
 
-    fn step(&mut self, requests: &Requests, loader: &mut Loader) -> Result<Update> {
+    fn step(&mut self, requests: &Requests, loader: &mut Loader, telemetry: &Telemetry) -> Result<Update> {
         let step = self.manifest.step + 1;
         pulse::begin_step(step);
         let stepper = Stepper {
@@ -99,7 +99,8 @@ impl<'c> Trainer<'c> {
         let update = stepper.step(step, loader, &mut self.replica, &mut self.optimizer_state, &mut self.manifest.guard);
         // A step that was refused for its numbers was refused by all ranks alike, perhaps because of their latents.
         if step == 1 && update.as_ref().err().is_none_or(|error| error.exit_code() == NUMERIC) {
-            latents::warning(loader.first_latents(), self.collective)?.iter().for_each(|warning| tracing::warn!("step 1: {warning}"));
+            let warning = latents::warning(loader.first_latents(), self.collective)?;
+            warning.iter().filter(|_| telemetry.speaks_for_the_run()).for_each(|what| tracing::warn!("step 1: {what}"));
         }
         let update = update.map_err(|error| self.refused(error))?;
         self.count_bad_samples(&update.tallies)?;
