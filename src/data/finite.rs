@@ -69,8 +69,7 @@ impl Unusable {
 fn not_finite(kind: Kind, bytes: &[u8]) -> Option<Unusable> {
     fn scan<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> f64) -> Option<Unusable> {
         let (elements, _) = bytes.as_chunks::<N>();
-        // False for NaN, too.
-        let bad = |element: &[u8; N]| !(value(*element).abs() < f64::from(TOO_LARGE));
+        let bad = |element: &[u8; N]| value(*element).is_nan() || value(*element).abs() >= f64::from(TOO_LARGE);
         let first = elements.iter().position(bad)?;
         Some(Unusable { count: elements.iter().filter(|element| bad(element)).count(), first, value: value(elements[first]) })
     }
