@@ -1,9 +1,12 @@
-//! Compiles the node that `src/autograd` adds to libtorch's graph, and tells the linker where libtorch, NCCL and NVRTC lie, so
+//! Compiles what the bindings leave out of libtorch, the node that `src/autograd` adds to its graph and the switches of
+//! `src/libtorch.rs`, and tells the linker where libtorch, NCCL and NVRTC lie, so
 //! that the binary starts without LD_LIBRARY_PATH.
+
+const SOURCES: [&str; 2] = ["src/autograd/node.cpp", "src/libtorch.cpp"];
 
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
-    println!("cargo:rerun-if-changed=src/autograd/node.cpp");
+    SOURCES.iter().for_each(|source| println!("cargo:rerun-if-changed={source}"));
     if let Ok(libtorch) = std::env::var("LIBTORCH") {
         cc::Build::new()
             .cpp(true)
@@ -12,8 +15,8 @@ fn main() {
             .warnings(false)
             .include(format!("{libtorch}/include"))
             .include(format!("{libtorch}/include/torch/csrc/api/include"))
-            .file("src/autograd/node.cpp")
-            .compile("fm_dist_autograd");
+            .files(SOURCES)
+            .compile("fm_dist_libtorch");
         // The latter two are opened at run time, from the folders of their own wheels.
         for folder in ["lib", "../nvidia/nccl/lib", "../nvidia/cu13/lib"] {
             println!("cargo:rustc-link-arg=-Wl,-rpath,{libtorch}/{folder}");

@@ -6,6 +6,7 @@ use crate::error::{ConfigProblem, Error, Result};
 use crate::fault::DebugSettings;
 use crate::flow::{FlowMatchingSettings, SamplingSettings, SigmaWindow};
 use crate::model::{Model, ModelSettings};
+use crate::nn::ComputeSettings;
 use crate::optim::OptimizerChoice;
 use crate::optim::lr::LrScheduleChoice;
 use crate::parallel::ParallelSettings;
@@ -125,6 +126,7 @@ impl Choice for OnFailure {
 #[derive(Clone, Debug, PartialEq)]
 pub struct CheckpointSettings {
     pub every_n_steps: u64,
+    pub save_last: bool,
     pub asynchronous: bool,
     pub on_failure: OnFailure,
     pub keep_last: u64,
@@ -133,13 +135,22 @@ pub struct CheckpointSettings {
 
 impl Default for CheckpointSettings {
     fn default() -> Self {
-        CheckpointSettings { every_n_steps: 100, asynchronous: true, on_failure: OnFailure::Stop, keep_last: 2, keep_every: None }
+        CheckpointSettings {
+            every_n_steps: 100,
+            save_last: true,
+            asynchronous: true,
+            on_failure: OnFailure::Stop,
+            keep_last: 2,
+            keep_every: None,
+        }
     }
 }
 
 impl Settings for CheckpointSettings {
     fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.integer("every_n_steps", &mut self.every_n_steps, 1.., "Steps between checkpoints; the last step always has one.");
+        keys.integer("every_n_steps", &mut self.every_n_steps, 1.., "Steps between checkpoints; the last step has one, too.");
+        let save_last = "Save at the last step; false: only where every_n_steps says, and a resume does the steps behind it again.";
+        keys.flag("save_last", &mut self.save_last, save_last);
         let asynchronous = "Write beside the steps, which stop for a copy in host memory only; false: wait for the disk at each save.";
         keys.flag("asynchronous", &mut self.asynchronous, asynchronous);
         keys.choice("on_failure", &mut self.on_failure, "What a save that fails does to the run; the last save of a run always stops it.");
@@ -162,6 +173,7 @@ pub struct RunConfig {
     pub optimizer: OptimizerChoice,
     pub lr_scheduler: LrScheduleChoice,
     pub parallel: ParallelSettings,
+    pub compute: ComputeSettings,
     pub checkpoint: CheckpointSettings,
     pub watchdog: WatchdogSettings,
     pub sampling: SamplingSettings,
@@ -182,6 +194,7 @@ impl Default for RunConfig {
             optimizer: OptimizerChoice::default(),
             lr_scheduler: LrScheduleChoice::default(),
             parallel: ParallelSettings::default(),
+            compute: ComputeSettings::default(),
             checkpoint: CheckpointSettings::default(),
             watchdog: WatchdogSettings::default(),
             sampling: SamplingSettings::default(),
@@ -203,6 +216,7 @@ impl Settings for RunConfig {
         keys.family("optimizer", &mut self.optimizer, "The update rule.");
         keys.family("lr_scheduler", &mut self.lr_scheduler, "Learning rate over the run, as a share of the optimizer's lr.");
         keys.table("parallel", &mut self.parallel, "How ranks share the work.");
+        keys.table("compute", &mut self.compute, "By which kernels.");
         keys.table("checkpoint", &mut self.checkpoint, "What survives a crash.");
         keys.table("watchdog", &mut self.watchdog, "What is done about ranks that stand still, fall behind or drift apart.");
         keys.table("sampling", &mut self.sampling, "Generated samples: `fm-dist sample`, and the report at the end of a run.");

@@ -6,6 +6,9 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use rustix::io::Errno;
+use rustix::process::{Resource, Rlimit, getrlimit};
+
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Exit code of a panic: an invariant of the program is broken.
@@ -81,10 +84,14 @@ impl Error {
         Error::Data { path: path.as_ref().into(), what: what.into() }
     }
 
-    /// For `map_err`: `fs::read(path).map_err(Error::storage(path, "read"))`.
+    /// For `map_err`: `fs::read(path).map_err(Error::storage(path, "read"))`. Too many open files are a limit of the process,
+    /// which another try would meet again: an [`Error::Environment`].
     pub fn storage(path: impl AsRef<Path>, operation: &'static str) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.as_ref().to_path_buf();
-        move |source| Error::Storage { path, operation, source }
+        move |source| match descriptors_wanted(&source) {
+            Some(what) => Error::environment(format!("cannot {operation} {}: {what}", path.display())),
+            None => Error::Storage { path, operation, source },
+        }
     }
 
     pub fn checkpoint_mismatch(path: impl AsRef<Path>, what: impl Into<String>) -> Self {
@@ -127,6 +134,22 @@ impl Error {
             Error::CheckpointMismatch { .. } => 51,
             Error::Environment { .. } => 52,
         }
+    }
+}
+
+/// The limit on open files that was met, if it was one, and the way to raise it.
+fn descriptors_wanted(error: &std::io::Error) -> Option<String> {
+    match Errno::from_io_error(error)? {
+        Errno::MFILE => {
+            let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+            let [soft, hard] = [current, maximum].map(|limit| limit.map_or("unlimited".into(), |limit| limit.to_string()));
+            Some(format!(
+                "too many open files, this process may have {soft}; raise the limit before the start with ulimit -n (the hard limit is \
+                 {hard}; an administrator raises that one: nofile in limits.conf, LimitNOFILE in systemd)"
+            ))
+        }
+        Errno::NFILE => Some("too many open files on this host; an administrator raises its limit: sysctl fs.file-max".into()),
+        _ => None,
     }
 }
 
@@ -199,6 +222,17 @@ mod tests {
         let hold = [Error::config("a", "b"), Error::data("x", "y"), Error::Desync { what: String::new() }, Error::environment("z")];
         assert!(retry.iter().all(|e| e.exit_code() < 40));
         assert!(hold.iter().all(|e| e.exit_code() >= 40));
+    }
+
+    #[test]
+    fn too_many_open_files_are_no_reason_to_try_again() {
+        let met = |number: Errno| Error::storage("x", "open")(number.into());
+        for number in [Errno::MFILE, Errno::NFILE] {
+            assert_eq!(met(number).exit_code(), 52);
+            assert!(met(number).to_string().starts_with("cannot open x: too many open files"), "{}", met(number));
+        }
+        assert!(met(Errno::MFILE).to_string().contains("raise the limit before the start with ulimit -n"));
+        assert_eq!(met(Errno::ACCESS).exit_code(), 30);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Which libtorch this process has loaded, and by which instructions it computes.
+//! Which libtorch this process has loaded, by which instructions it computes, and the switches that the bindings leave out.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -51,6 +51,24 @@ pub fn cpu_capability() -> &'static str {
 pub fn knows_this_cpu() -> bool {
     static KNOWS: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
     *KNOWS.get_or_init(|| raw_cpuid::CpuId::new().get_vendor_info().is_some_and(|vendor| vendor.as_str() == "GenuineIntel"))
+}
+
+#[allow(unsafe_code)]
+mod ffi {
+    unsafe extern "C" {
+        pub safe fn fm_dist_allow_cudnn_attention(allowed: bool);
+        pub safe fn fm_dist_cudnn_attention_is_allowed() -> bool;
+    }
+}
+
+/// Allows or forbids cuDNN's kernels of attention in this process, from the next attention on.
+pub fn allow_cudnn_attention(allowed: bool) {
+    ffi::fm_dist_allow_cudnn_attention(allowed);
+}
+
+/// True where libtorch may choose cuDNN's kernels of attention, as it may by default.
+pub fn allows_cudnn_attention() -> bool {
+    ffi::fm_dist_cudnn_attention_is_allowed()
 }
 
 /// Largest block that is kept. Blocks above it, whole stages' gradients, rarely fit where another has been: keeping them as well

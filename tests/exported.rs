@@ -133,12 +133,15 @@ fn a_model_without_a_class_in_diffusers_is_not_exported() {
 
 /// Rewrites the single file of weights of a folder.
 fn tamper(folder: &Path, change: impl FnOnce(&mut BTreeMap<String, Tensor>)) {
-    let path = folder.join("diffusion_pytorch_model.safetensors");
-    let file = SafeTensors::open(&path).unwrap();
+    tamper_file(&folder.join("diffusion_pytorch_model.safetensors"), change);
+}
+
+fn tamper_file(path: &Path, change: impl FnOnce(&mut BTreeMap<String, Tensor>)) {
+    let file = SafeTensors::open(path).unwrap();
     let mut tensors = file.tensors().iter().map(|info| (info.name.clone(), file.read(&info.name).unwrap())).collect();
     change(&mut tensors);
     let borrowed: Vec<(&str, &Tensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
-    safetensors::write(&mut File::create(&path).unwrap(), &borrowed, &BTreeMap::new()).unwrap();
+    safetensors::write(&mut File::create(path).unwrap(), &borrowed, &BTreeMap::new()).unwrap();
 }
 
 /// What a run that begins with the folder says.
@@ -173,6 +176,18 @@ fn a_folder_that_does_not_fit_is_refused_with_everything_that_is_wrong() {
         text.contains("holds neither diffusion_pytorch_model.safetensors nor diffusion_pytorch_model.safetensors.index.json"),
         "{text}"
     );
+}
+
+#[test]
+fn weights_that_are_not_finite_are_refused_by_file_and_tensor() {
+    let root = TempDir::new().unwrap();
+    let (_, folder) = exported(&FLUX, root.path());
+    let holds = |path: &PathBuf| SafeTensors::open(path).is_ok_and(|file| file.info("proj_out.bias").is_ok());
+    let path = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).find(holds).unwrap();
+    tamper_file(&path, |tensors| drop(tensors["proj_out.bias"].get(2).fill_(f64::NEG_INFINITY)));
+    let text = refusal(root.path(), &folder);
+    let name = path.file_name().unwrap().to_str().unwrap();
+    assert!(text.ends_with(&format!("{name}: `proj_out.bias` holds numbers that are not finite: 1, the first at [2]")), "{text}");
 }
 
 /// What the program says of a configuration that begins with a folder of this `config.json`.

@@ -295,3 +295,23 @@ fn a_second_run_leaves_the_first_alone() {
     assert_eq!(checkpoint(&root.path().join("run"), 1), first);
     assert_eq!(checkpoint(&root.path().join("run-2"), 1), first);
 }
+
+#[test]
+fn without_a_save_of_the_last_step_a_resume_does_the_steps_behind_the_last_checkpoint_again() {
+    let root = TempDir::new().unwrap();
+    let steps = |run: &Path| column(run, "loss").iter().map(|point| point.0 as u64).collect::<Vec<_>>();
+    let seldom = ["checkpoint.save_last=false", "max_steps=7"];
+    let run = train_in_threads(&config(&root.path().join("seldom"), &seldom), &Resume::Never, 2).unwrap();
+    assert!(run.join("step-00000005").exists() && !run.join("step-00000007").exists());
+    assert!(run.join("report.html").exists(), "a report needs no checkpoint");
+    assert_eq!(train_in_threads(&config(&run, &seldom), &Resume::Latest, 2).unwrap(), run);
+    assert_eq!(steps(&run), (1..=7).collect::<Vec<_>>());
+    // A multiple of every_n_steps is saved though it is the last step.
+    let run = train_in_threads(&config(&root.path().join("multiple"), &seldom[..1]), &Resume::Never, 1).unwrap();
+    assert!(run.join("step-00000010").exists());
+    let never = ["checkpoint.save_last=false", "max_steps=3"];
+    let run = train_in_threads(&config(&root.path().join("never"), &never), &Resume::Never, 1).unwrap();
+    assert_eq!(steps(&run), [1, 2, 3]);
+    let error = train_in_threads(&config(&run, &never), &Resume::Latest, 1).unwrap_err();
+    assert_eq!(error.exit_code(), 44, "{error}");
+}

@@ -273,7 +273,7 @@ fn tensors_that_do_not_fit_are_refused_with_file_key_and_expectation() {
     let rows = Tensor::ones([3, 3, 10], FLOAT);
     refused(&[started, ("text_embeddings", &rows)], "`text_embeddings` has shape [3, 3, 10]; expected 2 rows as in `noise`");
     let flat = Tensor::ones([2, 10], FLOAT);
-    refused(&[("text_embeddings", &flat)], "`text_embeddings` has shape [2, 10]; expected [N, L, D]");
+    refused(&[("text_embeddings", &flat)], "`text_embeddings` is [10] a sample, expected [L, D]");
     let broken = Tensor::full([2, 3, 10], f64::NAN, FLOAT);
     refused(&[("text_embeddings", &broken)], "`text_embeddings` holds numbers that are not finite");
     refused(&[given, ("noise", &text)], "`noise` has shape [2, 3, 10]; expected [N, C, H, W] or [N, C, F, H, W]");

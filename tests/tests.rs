@@ -13,6 +13,8 @@ mod collectives;
 mod configs;
 /// What only a GPU can show; `launch/test-gpu.sh` runs it.
 mod cuda;
+/// Nothing is computed in vain: what would end a command is said at its start.
+mod early;
 /// The number of ranks, the cut into micro-batches and recomputation do not change a run.
 mod equivalence;
 /// A run becomes a diffusers folder and a diffusers folder a run.

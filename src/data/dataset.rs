@@ -2,16 +2,19 @@
 //!
 //! A file holds samples of one shape, stacked along axis 0 of every tensor under the batch's own keys. Files of one
 //! resolution group agree in keys, kinds and shapes, so that their samples may stand in one batch. Samples are numbered
-//! through all files in their order. Every file stays open, so that files replaced during a run change nothing.
+//! through all files in their order. Files stay open as far as there are descriptors, so that files replaced during a run change
+//! nothing; the others are opened for each read, which refuses a file that was replaced.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 use tch::Tensor;
 
+use super::conditions::Conditions;
+use super::descriptors::kept_open;
 use super::empty_prompt::EmptyPrompt;
-use super::finite::check_finite;
 use super::group::{Group, check_latents, check_same, latents_key, layout_of};
 use super::manifest::{self, FileEntry, Manifest};
 use super::safetensors::{SafeTensors, refuse_pickle, row_bytes, with_rows};
@@ -19,15 +22,8 @@ use super::sample_file::SampleFile;
 use super::settings::OnBad;
 use super::{Batch, DataType, sha256};
 use crate::error::{Error, Result};
-use crate::tensor::{bytes, bytes_mut};
-
-/// Named conditions to generate from, e.g. one text embedding a class.
-#[derive(Debug)]
-pub struct Conditions {
-    pub names: Vec<String>,
-    /// Row `i` belongs to name `i`.
-    pub tensors: BTreeMap<String, Tensor>,
-}
+use crate::pulse;
+use crate::tensor::bytes_mut;
 
 /// Samples that lie in files and are read by number.
 #[derive(Debug)]
@@ -52,7 +48,18 @@ impl Dataset {
         let folder = folder.as_ref();
         refuse_pickle(folder)?;
         let manifest = Manifest::of_folder(folder)?;
-        Dataset::assemble(folder.into(), manifest, |relative| SafeTensors::open(manifest::resolve(folder, relative)?))
+        let kept = kept_open(manifest.num_files());
+        Dataset::keeping(folder, manifest, kept)
+    }
+
+    /// The same with the first `kept` files open throughout, the others for each read.
+    pub(super) fn keeping(folder: &Path, manifest: Manifest, kept: usize) -> Result<Self> {
+        let opened = Cell::new(0);
+        Dataset::assemble(folder.into(), manifest, |relative| {
+            let path = manifest::resolve(folder, relative)?;
+            pulse::still_at_work();
+            if opened.replace(opened.get() + 1) < kept { SafeTensors::open(path) } else { SafeTensors::open_on_demand(path) }
+        })
     }
 
     /// The same over bytes that are part of the binary: `dataset.json` and its files by their paths.
@@ -232,17 +239,10 @@ impl Dataset {
     /// The named conditions, if the dataset has any.
     ///
     /// # Errors
-    /// As [`batch`](Self::batch).
+    /// [`Error::Data`] naming the tensor that holds a number which is not finite; as [`SafeTensors::read`].
     pub fn conditions(&self) -> Result<Option<Conditions>> {
-        let (Some(file), Some(entry)) = (&self.conditions, &self.manifest.conditions) else { return Ok(None) };
-        let mut tensors = BTreeMap::new();
-        let rows: Vec<u64> = (0..entry.names.len() as u64).collect();
-        for info in file.tensors() {
-            let tensor = file.read_rows(&info.name, &rows)?;
-            check_finite(file, info, &rows, &rows, bytes(&tensor))?;
-            tensors.insert(info.name.clone(), tensor);
-        }
-        Ok(Some(Conditions { names: entry.names.clone(), tensors }))
+        let pair = self.conditions.as_ref().zip(self.manifest.conditions.as_ref());
+        pair.map(|(file, entry)| Conditions::read(file, entry)).transpose()
     }
 }
 
@@ -298,14 +298,6 @@ mod tests {
     fn a_batch_of_two_groups_is_a_bug() {
         let folder = two_groups();
         let _ = Dataset::open(folder.path()).expect("a sound dataset").batch(&[3, 4]);
-    }
-
-    #[test]
-    fn conditions_have_a_name_a_row() {
-        let folder = two_groups();
-        let conditions = Dataset::open(folder.path()).and_then(|dataset| dataset.conditions()).expect("sound").expect("some");
-        assert_eq!(conditions.names, ["zero", "one"]);
-        assert_eq!(conditions.tensors["text_embeddings"].size(), [2, 5, 8]);
     }
 
     #[test]

@@ -18,10 +18,12 @@ pub(super) struct EmptyPrompt {
 }
 
 impl EmptyPrompt {
+    /// # Errors
+    /// [`Error::Data`](crate::error::Error::Data) if a number is not finite; as [`SafeTensors::read`].
     pub fn read(file: SafeTensors) -> Result<Self> {
         let mut tensors = BTreeMap::new();
         for info in file.tensors() {
-            tensors.insert(format!("{EMPTY}{}", info.name), file.read(&info.name)?);
+            tensors.insert(format!("{EMPTY}{}", info.name), file.read_finite(&info.name)?);
         }
         Ok(EmptyPrompt { file, tensors: Mutex::new(tensors) })
     }
@@ -30,5 +32,28 @@ impl EmptyPrompt {
         // A panic of another holder leaves the tensors as they were.
         let tensors = self.tensors.lock().unwrap_or_else(PoisonError::into_inner);
         tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+    use crate::data::safetensors::write;
+
+    #[test]
+    fn an_empty_prompt_that_is_not_finite_is_refused_by_file_and_tensor() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("empty.safetensors");
+        for (number, what) in
+            [(f64::NAN, "that are not finite: 1, the first at [0, 1]"), (1e39, "beyond what float32 and bfloat16 hold: 1")]
+        {
+            let tensor = Tensor::from_slice(&[0.5, number]).view([1, 2]);
+            write(&mut File::create(&path).expect("a file"), &[("text_embeddings", &tensor)], &BTreeMap::new()).expect("room");
+            let error = SafeTensors::open(&path).and_then(EmptyPrompt::read).expect_err("not finite");
+            assert_eq!(error.exit_code(), 40);
+            assert!(error.to_string().contains(&format!("empty.safetensors: `text_embeddings` holds numbers {what}")), "{error}");
+        }
     }
 }

@@ -9,6 +9,7 @@ use std::thread::{Builder, JoinHandle};
 
 use super::Batch;
 use super::dataset::Dataset;
+use super::moments::Moments;
 use super::order::Order;
 use super::share::Share;
 use crate::error::{Error, Result};
@@ -21,6 +22,10 @@ pub struct Loader {
     /// In turns, the next one first; none after an error.
     readers: VecDeque<Reader>,
     path: PathBuf,
+    /// Batches of the first step that are still to come.
+    unmeasured: usize,
+    /// Of the first step's latents.
+    first_latents: Moments,
 }
 
 /// A thread that reads one batch ahead.
@@ -48,14 +53,15 @@ impl Loader {
             let ids = order.lock().unwrap_or_else(PoisonError::into_inner).block(step, share.block(micro), share.micro_batch_size);
             dataset.batch(&ids)
         };
-        Loader::over(read, path, prefetch)
+        Ok(Loader { unmeasured: share.micro_batches, ..Loader::over(read, path, prefetch)? })
     }
 
     /// Over the batches that `read` makes of the numbers from 0 on.
     fn over(read: impl Fn(u64) -> Result<Batch> + Send + Sync + 'static, path: PathBuf, prefetch: usize) -> Result<Self> {
         let read = Arc::new(read);
         let start = |first: usize| Reader::start(Arc::clone(&read), (first as u64..).step_by(prefetch), path.clone());
-        Ok(Loader { readers: (0..prefetch).map(start).collect::<Result<_>>()?, path })
+        let readers = (0..prefetch).map(start).collect::<Result<_>>()?;
+        Ok(Loader { readers, path, unmeasured: 0, first_latents: Moments::default() })
     }
 
     /// The next micro-batch; waits for it if it has not been read yet.
@@ -66,10 +72,25 @@ impl Loader {
         let ended = || Error::data(&self.path, "reading ahead has ended after an error");
         let batch = self.readers.front().and_then(Reader::receive).ok_or_else(ended)?;
         match &batch {
-            Ok(_) => self.readers.rotate_left(1),
+            Ok(batch) => {
+                self.readers.rotate_left(1);
+                self.measure(batch);
+            }
             Err(_) => self.readers.clear(),
         }
         batch
+    }
+
+    fn measure(&mut self, batch: &Batch) {
+        if let (Some(left), Some(latents)) = (self.unmeasured.checked_sub(1), batch.latents()) {
+            self.unmeasured = left;
+            self.first_latents = self.first_latents.merge(Moments::of(latents));
+        }
+    }
+
+    /// Moments of this rank's latents of the first step that it loaded, as far as they have been asked for.
+    pub fn first_latents(&self) -> Moments {
+        self.first_latents
     }
 }
 
@@ -127,6 +148,8 @@ mod tests {
     use std::collections::BTreeMap;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
+    use tch::Tensor;
+
     use super::*;
     use crate::data::DataType;
     use crate::data::made_up::{images, written};
@@ -146,12 +169,17 @@ mod tests {
         let order = Order::new(dataset.groups(), 12, 1).expect("a large enough group");
         let share = Share { rank: 1, world_size: 2, micro_batches: 2, micro_batch_size: 3, neighbours: false };
         let mut loader = Loader::start(Arc::clone(&dataset), order.clone(), share, 2, 1).expect("a thread");
+        let mut first_step = Vec::new();
         for (step, micro) in [(2, 0), (2, 1), (3, 0), (3, 1), (4, 0)] {
             let batch = loader.next_batch().expect("sound samples");
             assert_eq!(batch.sample_ids, order.block(step, 2 * micro + 1, 3), "step {step}, micro-batch {micro}");
             let expected = dataset.batch(&batch.sample_ids).expect("sound samples");
             assert!(batch.tensors["image_latents"].equal(&expected.tensors["image_latents"]));
+            first_step.extend((step == 2).then(|| batch.tensors["image_latents"].shallow_clone()));
         }
+        let deviation = Tensor::cat(&first_step, 0).std(false).double_value(&[]);
+        let measured = loader.first_latents().standard_deviation().expect("many numbers");
+        assert!((measured - deviation).abs() < 1e-5, "{measured} and {deviation}: the latents of the first step alone");
     }
 
     #[test]

@@ -118,6 +118,11 @@ impl Manifest {
         Ok(())
     }
 
+    /// Files beside `dataset.json`.
+    pub(super) fn num_files(&self) -> usize {
+        self.hashes().count()
+    }
+
     /// Path and hash of every file.
     fn hashes(&self) -> impl Iterator<Item = (&str, &str)> {
         let files = self.files.iter().map(|file| (file.path.as_str(), file.sha256.as_str()));

@@ -6,13 +6,18 @@
 //! | what does `dataset.json` say | `manifest.rs` |
 //! | which samples may stand in one batch | `group.rs` |
 //! | the samples of these ids, please | `dataset.rs`, `sample_file.rs`, `finite.rs` |
+//! | how many files stay open | `descriptors.rs` |
+//! | from which conditions are samples generated | `conditions.rs` |
 //! | what may a dropped condition become | `empty_prompt.rs` |
 //! | the demo's own data | `digits.rs` |
 //! | which ids, in this step | `order.rs` |
 //! | which of them on this rank | `share.rs` |
 //! | before they are needed | `loader.rs` |
+//! | how far latents spread | `moments.rs` |
 
+mod conditions;
 pub mod dataset;
+mod descriptors;
 mod digits;
 mod empty_prompt;
 mod finite;
@@ -21,6 +26,7 @@ pub mod loader;
 #[cfg(test)]
 mod made_up;
 pub mod manifest;
+mod moments;
 pub mod order;
 pub mod safetensors;
 mod sample_file;
@@ -33,8 +39,10 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-pub use dataset::{Conditions, Dataset};
+pub use conditions::Conditions;
+pub use dataset::Dataset;
 pub use loader::Loader;
+pub use moments::Moments;
 pub use order::Order;
 pub use settings::{DataSettings, OnBad};
 pub use share::Share;
@@ -73,6 +81,11 @@ pub struct Batch {
 }
 
 impl Batch {
+    /// The latents under the key that the reference gives this type of data.
+    pub fn latents(&self) -> Option<&Tensor> {
+        self.get(group::latents_key(self.data_type))
+    }
+
     pub fn get(&self, key: &str) -> Option<&Tensor> {
         self.tensors.get(key)
     }

@@ -13,6 +13,7 @@ mod params;
 pub mod patches;
 mod per_shape;
 pub mod rope;
+mod settings;
 pub mod wide_attention;
 
 pub use activations::Activations;
@@ -20,6 +21,7 @@ pub use linear::Linear;
 pub use mlp::{Mlp, Nonlinearity};
 pub use params::{Builder, Init, Param, ParamInfo, ParamSet, Views};
 pub use per_shape::PerShape;
+pub use settings::{AttentionKernels, ComputeSettings};
 
 /// One cut of a model: a pure function from its parameters and the activations before it to those after it.
 ///

@@ -7,6 +7,7 @@ use bytesize::ByteSize;
 
 use super::checkpoint::copied_bytes;
 use super::data_check::{check_data, rehearse_data};
+use super::generate::check_conditions;
 use super::runs::OutputDir;
 use super::scaling::{ScalingRequest, scaling};
 use crate::config::RunConfig;
@@ -91,6 +92,7 @@ impl Plan {
         let dataset = Dataset::named(&config.data.path)?;
         let notes = check_data(config, &dataset)?;
         rehearse_data(config, &dataset)?;
+        check_conditions(config, &dataset)?;
         let order = Order::new(dataset.groups(), global_batch, config.seed)?;
         let first = &dataset.groups()[0];
         let latents = dataset.latent_shape(&first.name).ok_or_else(|| Error::data(dataset.path(), "has a group without latents"))?;

@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 use crate::data::safetensors::SafeTensors;
 use crate::data::{Batch, Conditions, DataType, Dataset};
 use crate::error::{Error, Result};
-use crate::flow::TaskType;
+use crate::flow::{DataShapes, FlowMatchingSettings, ModelAdapter, Shapes, TaskType, check_keys};
 use crate::model::{Architecture, SampleShapes};
 
 /// Prefix of the keys that hold what classifier-free guidance leads away from.
@@ -60,7 +60,7 @@ impl Origin {
         let file = SafeTensors::open(path)?;
         let mut tensors = BTreeMap::new();
         for info in file.tensors() {
-            tensors.insert(info.name.clone(), finite(path, &info.name, file.read(&info.name)?)?);
+            tensors.insert(info.name.clone(), file.read_finite(&info.name)?);
         }
         let rows = same_rows(path, &tensors)?;
         let noise = tensors.remove(NOISE).map(|noise| noise.to_kind(Kind::Float));
@@ -82,15 +82,15 @@ impl Origin {
     ///
     /// # Errors
     /// [`Error::Data`] or [`Error::Config`] naming the file, the key and what was expected.
-    pub fn check(&self, model: &dyn Architecture, condition_keys: &[&str]) -> Result<()> {
+    pub fn check(&self, model: &dyn Architecture, adapter: &dyn ModelAdapter) -> Result<()> {
         let negative = self.tensors.iter().chain(&self.negative).map(|(key, tensor)| (key.clone(), tensor.shallow_clone()));
         for tensors in [&self.tensors, &negative.collect()] {
-            let text = tensors.get("text_embeddings").map(Tensor::size);
-            if let Some(found) = text.filter(|size| size.len() != 3) {
-                return Err(Error::data(&self.path, format!("`text_embeddings` has shape {found:?}; expected [N, L, D]")));
-            }
-            model.check_data(&SampleShapes::of_batch(&self.shape, tensors)).map_err(|error| self.named(error))?;
+            let shapes = SampleShapes::of_batch(&self.shape, tensors);
+            let data = DataShapes { latents: &self.shape, sample: &shapes.of, empty_prompt: &Shapes::new() };
+            check_keys(adapter, &without_training(), data).map_err(|what| Error::data(&self.path, what))?;
+            model.check_data(&shapes).map_err(|error| self.named(error))?;
         }
+        let condition_keys = adapter.condition_keys();
         let unmatched = |key: &&&str| self.tensors.contains_key(**key) && !self.negative.contains_key(**key);
         match condition_keys.iter().find(unmatched) {
             Some(key) if self.has_negative() => Err(Error::data(
@@ -99,6 +99,11 @@ impl Origin {
             )),
             _ => Ok(()),
         }
+    }
+
+    /// True if samples can be shown: grey or coloured pictures.
+    pub fn is_of_pictures(&self) -> bool {
+        matches!(*self.shape, [1 | 3, _, _])
     }
 
     pub fn has_negative(&self) -> bool {
@@ -184,17 +189,14 @@ impl Origin {
     }
 }
 
+/// Settings under which nothing is dropped or masked: what only training does.
+fn without_training() -> FlowMatchingSettings {
+    FlowMatchingSettings { apply_loss_mask: false, cfg_dropout_prob: 0.0, ..FlowMatchingSettings::default() }
+}
+
 /// Shape of one sample of the first resolution group.
 fn first_shape(dataset: &Dataset) -> &[i64] {
     dataset.latent_shape(&dataset.groups()[0].name).expect("a group of the dataset has latents")
-}
-
-fn finite(path: &Path, key: &str, tensor: Tensor) -> Result<Tensor> {
-    // Of integers and booleans there is nothing to ask.
-    if tensor.is_floating_point() && !bool::try_from(tensor.isfinite().all()).expect("one boolean") {
-        return Err(Error::data(path, format!("`{key}` holds numbers that are not finite")));
-    }
-    Ok(tensor)
 }
 
 /// The number of rows that every tensor has.
@@ -258,6 +260,7 @@ mod tests {
     use std::fs::File;
 
     use super::*;
+    use crate::adapter::{Arguments, create_adapter};
     use crate::data::safetensors::write;
     use crate::model::Dit;
 
@@ -309,10 +312,21 @@ mod tests {
 
     #[test]
     fn every_condition_needs_its_negative_once_one_has_it() {
-        let (noise, text) = (Tensor::zeros([2, 1, 8, 8], FLOAT), Tensor::ones([2, 3, 10], FLOAT));
-        let tensors = [("noise", &noise), ("text_embeddings", &text), ("negative.text_embeddings", &text), ("pooled", &text)];
-        let origin = origin(&tensors, &[]).expect("sound conditions");
-        let text = origin.check(&Dit::default(), &["text_embeddings", "pooled"]).expect_err("one negative is missing").to_string();
-        assert!(text.ends_with("holds negative conditions, but no `negative.pooled`; expected one for every condition"), "{text}");
+        let (noise, text, pooled) = (Tensor::zeros([2, 1, 8, 8], FLOAT), Tensor::ones([2, 3, 10], FLOAT), Tensor::ones([2, 6], FLOAT));
+        let tensors =
+            [("noise", &noise), ("text_embeddings", &text), ("negative.text_embeddings", &text), ("pooled_prompt_embeds", &pooled)];
+        let (origin, adapter) = (origin(&tensors, &[]).expect("sound conditions"), create_adapter("flux", &Arguments::new()));
+        let error = origin.check(&Dit::default(), &*adapter.expect("a known one")).expect_err("one negative is missing").to_string();
+        let expected = "holds negative conditions, but no `negative.pooled_prompt_embeds`; expected one for every condition";
+        assert!(error.ends_with(expected), "{error}");
+    }
+
+    #[test]
+    fn conditions_without_their_token_axis_are_refused() {
+        let (noise, text) = (Tensor::zeros([2, 1, 8, 8], FLOAT), Tensor::ones([2, 10], FLOAT));
+        let origin = origin(&[("noise", &noise), ("text_embeddings", &text)], &[]).expect("sound numbers");
+        let adapter = create_adapter("simple", &Arguments::new()).expect("a known one");
+        let error = origin.check(&Dit::default(), &*adapter).expect_err("no tokens").to_string();
+        assert!(error.ends_with("`text_embeddings` is [10] a sample, expected [L, D]"), "{error}");
     }
 }

@@ -9,6 +9,7 @@ use serde_json::json;
 use tch::{Kind, Tensor};
 
 use super::locate::locate;
+use super::outputs::{Named, check_new_folder};
 use super::weights::STEM;
 use super::{checkpoint, run_folder};
 use crate::data::safetensors::{self, Shards};
@@ -36,6 +37,8 @@ pub struct ExportRequest {
 /// [`Error::Config`] if diffusers has no class for the model; [`Error::NoCheckpoint`], [`Error::CheckpointMismatch`];
 /// [`Error::Storage`], also where `out` exists already.
 pub fn export(request: &ExportRequest) -> Result<()> {
+    refuse_existing(&request.out)?;
+    check_new_folder(Named { argument: "--out", path: &request.out })?;
     let (run, folder) = locate(&request.run)?;
     let config = run_folder::config_of(&run)?;
     let family = &config.model.family;
@@ -84,12 +87,17 @@ fn cut<'i>(tensors: &[Planned<'i>], max_bytes: u64) -> Vec<Vec<Planned<'i>>> {
     shards
 }
 
+fn refuse_existing(out: &Path) -> Result<()> {
+    if out.symlink_metadata().is_err() {
+        return Ok(());
+    }
+    let exists = io::Error::new(io::ErrorKind::AlreadyExists, "exists already; an export never writes over anything");
+    Err(Error::Storage { path: out.into(), operation: "create", source: exists })
+}
+
 /// A fresh folder beside `out` to write into.
 fn staged(out: &Path) -> Result<PathBuf> {
-    if out.exists() {
-        let exists = io::Error::new(io::ErrorKind::AlreadyExists, "exists already; an export never writes over anything");
-        return Err(Error::Storage { path: out.into(), operation: "create", source: exists });
-    }
+    refuse_existing(out)?;
     let name = out.file_name().unwrap_or_default().to_string_lossy();
     let staged = out.with_file_name(format!(".{name}.tmp"));
     if staged.exists() {

@@ -7,6 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::conditions::Origin;
 use super::locate::locate;
+use super::outputs::{Named, check_files};
 use super::place::device;
 use super::setup::{build_pipeline, empty_replica};
 use super::{checkpoint, run_folder};
@@ -60,16 +61,58 @@ pub struct Samples {
 ///
 /// # Errors
 /// [`Error::NoCheckpoint`], [`Error::CheckpointMismatch`], [`Error::Storage`]; [`Error::Data`] or [`Error::Config`] if the
-/// conditions are missing, malformed or do not fit the model.
+/// conditions are missing, malformed or do not fit the model, or a file could not be written: before anything is computed.
 pub fn sample(request: &SampleRequest) -> Result<()> {
+    check_outputs(request)?;
     let (run, folder) = locate(&request.run)?;
     let config = with_wishes(run_folder::config_of(&run)?, request);
     let origin = origin_of(request, &config)?;
-    let device = device(config.parallel.device, &Solo)?;
+    if !origin.is_of_pictures() && request.out.iter().any(|path| format_of(path) == Some(Format::Picture)) {
+        let what = format!("latents {:?} are no pictures, which have 1 or 3 channels; write them as .safetensors", origin.shape);
+        return Err(Error::config("--out", what));
+    }
+    let device = device(&config, &Solo)?;
+    let plan = Plan::new(&config, &origin, device)?;
+    plan.rehearse()?;
     let mut replica = empty_replica(&config, device, Sharing::alone())?;
     checkpoint::load_parameters(&folder, &config, &mut replica)?;
-    let samples = generate(&config, &replica, &origin, device)?;
+    let samples = plan.generate(&replica)?;
     request.out.iter().try_for_each(|path| samples.write(path))
+}
+
+/// Refuses a dataset from whose conditions the report at the end of a run could not draw samples, and conditions of numbers that
+/// are not finite.
+///
+/// # Errors
+/// [`Error::Data`] or [`Error::Config`] naming the file, the key and what was expected.
+pub fn check_conditions(config: &RunConfig, dataset: &Dataset) -> Result<()> {
+    let Some(conditions) = dataset.conditions()? else { return Ok(()) };
+    let origin = Origin::of_dataset(dataset, conditions, None);
+    if origin.is_of_pictures() { Plan::new(config, &origin, Device::Cpu)?.rehearse() } else { Ok(()) }
+}
+
+/// Kinds of files that samples are written as.
+#[derive(Clone, Copy, PartialEq)]
+enum Format {
+    Picture,
+    Numbers,
+}
+
+fn format_of(path: &Path) -> Option<Format> {
+    match path.extension()?.to_str()? {
+        "png" => Some(Format::Picture),
+        "safetensors" => Some(Format::Numbers),
+        _ => None,
+    }
+}
+
+fn check_outputs(request: &SampleRequest) -> Result<()> {
+    if let Some(path) = request.out.iter().find(|path| format_of(path).is_none()) {
+        return Err(Error::config("--out", format!("{} must end in .png or .safetensors", path.display())));
+    }
+    let outputs: Vec<Named<'_>> = request.out.iter().map(|path| Named { argument: "--out", path }).collect();
+    let inputs: Vec<Named<'_>> = request.conditions.iter().map(|path| Named { argument: "--conditions", path }).collect();
+    check_files(&outputs, &inputs)
 }
 
 /// The run's configuration with what this call wants otherwise.
@@ -102,34 +145,9 @@ fn origin_of(request: &SampleRequest, config: &RunConfig) -> Result<Origin> {
     Ok(origin)
 }
 
-/// `per_condition` samples for each row of the origin.
-///
-/// Each sample's noise follows from the seed and its place alone, so that more samples leave the first ones as they are.
-///
-/// # Errors
-/// [`Error::Data`] or [`Error::Config`] if the conditions do not fit the model, its adapter or the guidance.
-///
-/// # Ordering
-/// Every rank of a shard group calls it.
-pub fn generate(config: &RunConfig, replica: &Replica<'_>, origin: &Origin, device: Device) -> Result<Samples> {
-    let walk = Walk::new(config, replica, origin, device)?;
-    let per_condition = config.sampling.per_condition;
-    let rows: Vec<i64> = (0..origin.names.len() as i64).flat_map(|row| vec![row; per_condition as usize]).collect();
-    let chunks = rows.chunks(CHUNK).enumerate();
-    let images = chunks.map(|(index, chunk)| walk.samples(index * CHUNK, chunk)).collect::<Result<Vec<_>>>()?;
-    Ok(Samples {
-        images: Tensor::cat(&images, 0),
-        labels: origin.labels(&rows),
-        sigmas: walk.sigmas,
-        names: origin.names.clone(),
-        per_condition,
-    })
-}
-
-/// The way from noise to data: whose model it follows, through which levels, under which guidance.
-struct Walk<'a> {
+/// The way from noise to data: through which levels, under which guidance, from which conditions.
+pub struct Plan<'a> {
     config: &'a RunConfig,
-    replica: &'a Replica<'a>,
     origin: &'a Origin,
     pipeline: FlowMatchingPipeline,
     guide: Guide,
@@ -137,25 +155,62 @@ struct Walk<'a> {
     device: Device,
 }
 
-impl<'a> Walk<'a> {
-    fn new(config: &'a RunConfig, replica: &'a Replica<'a>, origin: &'a Origin, device: Device) -> Result<Self> {
+impl<'a> Plan<'a> {
+    /// # Errors
+    /// [`Error::Data`] or [`Error::Config`] if the conditions do not fit the model or the guidance.
+    pub fn new(config: &'a RunConfig, origin: &'a Origin, device: Device) -> Result<Self> {
         let pipeline = build_pipeline(config, device);
         let (adapter, sampling) = (pipeline.adapter(), &config.sampling);
-        origin.check(&*config.model.family, &adapter.condition_keys())?;
+        origin.check(&*config.model.family, adapter)?;
         let guidance = adapter.guidance(config.model.family.embeds_guidance());
         let guide = Guide::new(guidance, sampling, origin.has_negative())?;
         let own = adapter.noise_levels(&origin.shape, pipeline.settings(), guidance);
         let levels = if sampling.shift == 0.0 { own } else { own.with_shift(sampling.shift) };
-        Ok(Walk { config, replica, origin, guide, sigmas: levels.sigmas(sampling.num_steps), pipeline, device })
+        Ok(Plan { config, origin, guide, sigmas: levels.sigmas(sampling.num_steps), pipeline, device })
+    }
+
+    /// Prepares the model's inputs of the first row, which an adapter may refuse, without a model.
+    ///
+    /// # Errors
+    /// [`Error::Data`] or [`Error::Config`] if the conditions do not fit the adapter.
+    pub fn rehearse(&self) -> Result<()> {
+        let (rows, noise) = ([0], Tensor::zeros([&[1], self.origin.shape.as_slice()].concat(), (Kind::Float, self.device)));
+        let clean = self.origin.clean_latents(&rows);
+        let unconditional = self.origin.unconditional(&rows, &self.pipeline.adapter().condition_keys());
+        let batches = [self.origin.batch(&rows), unconditional];
+        batches.iter().try_for_each(|batch| self.inputs(&noise, self.sigmas[0], batch, clean.as_ref()).map(drop))
+    }
+
+    /// `per_condition` samples for each row of the origin.
+    ///
+    /// Each sample's noise follows from the seed and its place alone, so that more samples leave the first ones as they are.
+    ///
+    /// # Errors
+    /// Whatever the adapter or the model returns.
+    ///
+    /// # Ordering
+    /// Every rank of a shard group calls it.
+    pub fn generate(&self, replica: &Replica<'_>) -> Result<Samples> {
+        let per_condition = self.config.sampling.per_condition;
+        let rows: Vec<i64> = (0..self.origin.names.len() as i64).flat_map(|row| vec![row; per_condition as usize]).collect();
+        let chunks = rows.chunks(CHUNK).enumerate();
+        let images = chunks.map(|(index, chunk)| self.samples(replica, index * CHUNK, chunk)).collect::<Result<Vec<_>>>()?;
+        Ok(Samples {
+            images: Tensor::cat(&images, 0),
+            labels: self.origin.labels(&rows),
+            sigmas: self.sigmas.clone(),
+            names: self.origin.names.clone(),
+            per_condition,
+        })
     }
 
     /// `[rows, C, …]` f32 on the CPU; `first` is the place of the first among all samples.
-    fn samples(&self, first: usize, rows: &[i64]) -> Result<Tensor> {
+    fn samples(&self, replica: &Replica<'_>, first: usize, rows: &[i64]) -> Result<Tensor> {
         let noise = self.origin.noise(rows).unwrap_or_else(|| self.draw_noise(first, rows.len()));
         let (batch, clean) = (self.origin.batch(rows), self.origin.clean_latents(rows));
         let unconditional = self.origin.unconditional(rows, &self.pipeline.adapter().condition_keys());
         let solved = solver::euler(noise.to_device(self.device), &self.sigmas, |x, sigma| {
-            let velocity = |batch: &Batch| self.velocity(x, sigma, batch, clean.as_ref());
+            let velocity = |batch: &Batch| self.velocity(replica, x, sigma, batch, clean.as_ref());
             self.guide.velocity(velocity(&batch)?, || velocity(&unconditional))
         })?;
         Ok(solved.to_device(Device::Cpu))
@@ -168,10 +223,10 @@ impl<'a> Walk<'a> {
     }
 
     /// What the model predicts at this level. `clean`: the frames that a video begins with, if any are given.
-    fn velocity(&self, x: &Tensor, sigma: f64, batch: &Batch, clean: Option<&Tensor>) -> Result<Tensor> {
+    fn velocity(&self, replica: &Replica<'_>, x: &Tensor, sigma: f64, batch: &Batch, clean: Option<&Tensor>) -> Result<Tensor> {
         // The generator is let go before ranks wait for one another.
         let inputs = self.inputs(x, sigma, batch, clean)?;
-        Ok(self.pipeline.adapter().prediction(&self.replica.infer(inputs)?))
+        Ok(self.pipeline.adapter().prediction(&replica.infer(inputs)?))
     }
 
     fn inputs(&self, x: &Tensor, sigma: f64, batch: &Batch, clean: Option<&Tensor>) -> Result<Activations> {
@@ -200,25 +255,13 @@ impl<'a> Walk<'a> {
 }
 
 impl Samples {
-    /// Whether the samples can be shown: grey or coloured pictures.
-    pub fn are_pictures(&self) -> bool {
-        matches!(self.images.size().as_slice(), [_, 1 | 3, _, _])
-    }
-
     /// A picture or numbers, as the file's ending says.
     fn write(&self, path: &Path) -> Result<()> {
-        match path.extension().and_then(|extension| extension.to_str()) {
-            Some("png") if !self.are_pictures() => {
-                let what = format!("latents {:?} are no pictures; write them as .safetensors", self.images.size());
-                Err(Error::config("--out", what))
-            }
-            Some("png") => write_grid(path, &self.images, &self.names, self.per_condition as usize, None),
-            Some("safetensors") => {
-                let sigmas = Tensor::from_slice(&self.sigmas).to_kind(Kind::Float);
-                let tensors = [("samples", &self.images), ("labels", &self.labels), ("sigmas", &sigmas)];
-                replace_file(path, |mut file| safetensors::write(&mut file, &tensors, &BTreeMap::new()))
-            }
-            _ => Err(Error::config("--out", format!("{} must end in .png or .safetensors", path.display()))),
+        if format_of(path) == Some(Format::Picture) {
+            return write_grid(path, &self.images, &self.names, self.per_condition as usize, None);
         }
+        let sigmas = Tensor::from_slice(&self.sigmas).to_kind(Kind::Float);
+        let tensors = [("samples", &self.images), ("labels", &self.labels), ("sigmas", &sigmas)];
+        replace_file(path, |mut file| safetensors::write(&mut file, &tensors, &BTreeMap::new()))
     }
 }

@@ -22,7 +22,7 @@ impl Place {
     /// # Ordering
     /// Every rank of `world` calls it.
     pub fn take(config: &RunConfig, world: &dyn Collective) -> Result<Self> {
-        let device = device(config.parallel.device, world)?;
+        let device = device(config, world)?;
         let by_nccl = match config.parallel.backend {
             Backend::Auto => !world.carries(device),
             Backend::Mpi => false,
@@ -45,15 +45,16 @@ impl Place {
     }
 }
 
-/// The GPU of this rank's number within its node, or the CPU.
+/// The GPU of this rank's number within its node, or the CPU. From here on libtorch computes by the configured kernels.
 ///
 /// # Errors
 /// As [`Place::take`].
 ///
 /// # Ordering
 /// Every rank of `world` calls it.
-pub fn device(choice: DeviceChoice, world: &dyn Collective) -> Result<Device> {
-    match choice {
+pub fn device(config: &RunConfig, world: &dyn Collective) -> Result<Device> {
+    config.compute.apply();
+    match config.parallel.device {
         DeviceChoice::Cpu => Ok(Device::Cpu),
         DeviceChoice::Cuda => agreed(gpu(local_rank(world)?), world),
     }
@@ -67,4 +68,21 @@ fn gpu(number: usize) -> Result<Device> {
         return Err(Error::environment(format!("rank {number} of host {host} needs a GPU of its own, and libtorch finds {count}")));
     }
     Ok(Device::Cuda(number))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::collective::Solo;
+    use crate::libtorch;
+
+    #[test]
+    fn cudnns_attention_is_off_unless_the_configuration_asks_for_it() {
+        for (asked, allowed) in [("", false), ("compute.attention=cudnn", true), ("compute.attention=auto", false)] {
+            let overrides: Vec<String> = std::iter::once(asked).filter(|text| !text.is_empty()).map(String::from).collect();
+            let config = RunConfig::read("test", "", &overrides).expect("a sound configuration");
+            device(&config, &Solo).expect("a CPU");
+            assert_eq!(libtorch::allows_cudnn_attention(), allowed, "{asked}");
+        }
+    }
 }

@@ -7,7 +7,7 @@ use tch::Device;
 
 use super::agreement::{agreed, on_rank_zero};
 use super::conditions::Origin;
-use super::generate::generate;
+use super::generate::Plan;
 use super::run_folder::RunFolder;
 use crate::collective::Collective;
 use crate::config::RunConfig;
@@ -62,10 +62,17 @@ fn draw(config: &RunConfig, path: &Path, replica: &Replica<'_>, dataset: &Datase
 /// Generated pictures for each of the dataset's conditions, if it names any and its latents are pictures.
 fn drawn_samples(config: &RunConfig, replica: &Replica<'_>, dataset: &Dataset, device: Device) -> Result<Option<Picture>> {
     let Some(conditions) = dataset.conditions()? else { return Ok(None) };
-    let samples = generate(config, replica, &Origin::of_dataset(dataset, conditions, None), device)?;
+    let origin = Origin::of_dataset(dataset, conditions, None);
+    if !origin.is_of_pictures() {
+        let shape = &origin.shape;
+        tracing::info!(
+            "report without samples: latents {shape:?} are no pictures, which have 1 or 3 channels; `fm-dist sample` writes them"
+        );
+        return Ok(None);
+    }
+    let samples = Plan::new(config, &origin, device)?.generate(replica)?;
     let caption = format!("{} samples for each condition", samples.per_condition);
-    let png = || grid_png(&samples.images, &samples.names, samples.per_condition as usize, None);
-    Ok(samples.are_pictures().then(|| (caption, png())))
+    Ok(Some((caption, grid_png(&samples.images, &samples.names, samples.per_condition as usize, None))))
 }
 
 fn curve(title: &str, unit: &str, key: &str, lines: &[Map<String, Value>]) -> Chart {

@@ -22,6 +22,7 @@ use crate::data::{Dataset, Order, Share};
 use crate::error::Result;
 use crate::flow::FlowMatchingPipeline;
 use crate::libtorch;
+use crate::nn::AttentionKernels;
 use crate::parallel::{Replica, Sharding, Sharing};
 use crate::pulse::Phase;
 use crate::rng::{Key, Purpose};
@@ -124,6 +125,11 @@ impl<'c> Trainer<'c> {
             self.share.micro_batches,
             self.config.parallel.num_threads,
         );
+        if let (Device::Cuda(_), AttentionKernels::Auto) = (self.device, self.config.compute.attention) {
+            tracing::info!(
+                "attention without cuDNN's kernels, of which some fail in backward passes; compute.attention = \"cudnn\" allows them"
+            );
+        }
         self.announce_sharing();
     }
 

@@ -7,6 +7,7 @@ use tch::{Device, Tensor};
 
 use super::checkpoint;
 use super::locate::locate;
+use super::outputs::{Named, check_files};
 use super::place::device;
 use super::setup::{build_pipeline, empty_replica, fresh_replica};
 use crate::collective::Solo;
@@ -14,7 +15,7 @@ use crate::config::RunConfig;
 use crate::data::safetensors::{self, SafeTensors};
 use crate::data::{Batch, DataType, EMPTY};
 use crate::error::{Error, Result};
-use crate::flow::{DataShapes, FlowMatchingPipeline, Statistics, StepOptions, StepOutput, check_keys, latents_of, with_sample_axis};
+use crate::flow::{DataShapes, Statistics, StepOptions, StepOutput, check_keys, latents_of, with_sample_axis};
 use crate::model::SampleShapes;
 use crate::parallel::{Replica, Sharing};
 use crate::rng::Stream;
@@ -39,8 +40,11 @@ pub struct StepRequest {
 /// # Errors
 /// [`Error::Data`] if the batch is malformed or does not fit; [`Error::Storage`] if the dump cannot be written.
 pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
+    check_files(&[Named { argument: "--dump", path: &request.dump }], &[Named { argument: "--batch", path: &request.batch }])?;
     tch::set_num_threads(config.parallel.num_threads);
-    let device = device(config.parallel.device, &Solo)?;
+    let batch = read_batch(&request.batch)?;
+    check_batch(config, &request.batch, &batch)?;
+    let device = device(config, &Solo)?;
     let replica = match &request.weights {
         Some(path) => {
             let mut replica = empty_replica(config, device, Sharing::alone())?;
@@ -50,8 +54,6 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
         None => fresh_replica(config, device, Sharing::alone(), &Solo)?,
     };
     let pipeline = build_pipeline(config, device);
-    let batch = read_batch(&request.batch)?;
-    check_batch(config, &pipeline, &request.batch, &batch)?;
     let seed = request.torch_seed.unwrap_or(config.seed as i64);
     let options = StepOptions { check_loss: false, ..StepOptions::default() };
     let mut tape = replica.tape(config.parallel.recompute);
@@ -80,13 +82,13 @@ fn read_batch(path: &Path) -> Result<Batch> {
 }
 
 /// Refuses a batch that the adapter or the model cannot take.
-fn check_batch(config: &RunConfig, pipeline: &FlowMatchingPipeline, path: &Path, batch: &Batch) -> Result<()> {
-    let latents = latents_of(batch)?.size();
-    let whole = with_sample_axis(pipeline.adapter(), batch);
+fn check_batch(config: &RunConfig, path: &Path, batch: &Batch) -> Result<()> {
+    let (latents, adapter) = (latents_of(batch)?.size(), config.flow_matching.adapter.build());
+    let whole = with_sample_axis(adapter.as_ref(), batch);
     let shapes = SampleShapes::of_batch(&latents[1..], &whole.tensors);
     let empty_prompt = whole.tensors.iter().filter_map(|(key, tensor)| Some((key.strip_prefix(EMPTY)?.to_string(), tensor.size())));
     let data = DataShapes { latents: &latents[1..], sample: &shapes.of, empty_prompt: &empty_prompt.collect() };
-    check_keys(pipeline.adapter(), pipeline.settings(), data).map_err(|what| Error::data(path, what))?;
+    check_keys(adapter.as_ref(), &config.flow_matching.flow, data).map_err(|what| Error::data(path, what))?;
     config.model.family.check_data(&shapes)
 }
 

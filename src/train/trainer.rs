@@ -9,6 +9,7 @@ use super::Ending;
 use super::agreement::known_to_all;
 use super::checkpoint::{self, Manifest, Saved, Saver};
 use super::divergence;
+use super::latents;
 use super::metrics::{self, StepMetrics};
 use super::requests::{Request, Requests};
 use super::run_folder::RunFolder;
@@ -60,7 +61,7 @@ impl<'c> Trainer<'c> {
         throughput.record(0.0);
         while self.manifest.step < self.config.max_steps {
             let began = Instant::now();
-            let update = self.step(requests, &mut loader)?;
+            let update = self.step(requests, &mut loader, telemetry)?;
             self.manifest.step += 1;
             self.manifest.lr = if update.skipped.is_none() { Some(update.lr) } else { self.manifest.lr };
             self.manifest.samples_seen += self.manifest.global_batch_size;
@@ -78,10 +79,13 @@ impl<'c> Trainer<'c> {
             }
         }
         self.saver.finish(self.collective)?;
+        if !checkpoint::is_checkpoint(&self.folder.path().join(checkpoint::folder_name(self.manifest.step))) {
+            tracing::info!("step {} has no checkpoint: checkpoint.save_last = false", self.manifest.step);
+        }
         Ok(Ending::Done)
     }
 
-    fn step(&mut self, requests: &Requests, loader: &mut Loader) -> Result<Update> {
+    fn step(&mut self, requests: &Requests, loader: &mut Loader, telemetry: &Telemetry) -> Result<Update> {
         let step = self.manifest.step + 1;
         pulse::begin_step(step);
         let stepper = Stepper {
@@ -94,6 +98,11 @@ impl<'c> Trainer<'c> {
             saver: &self.saver,
         };
         let update = stepper.step(step, loader, &mut self.replica, &mut self.optimizer_state, &mut self.manifest.guard);
+        // A step that was refused for its numbers was refused by all ranks alike, perhaps because of their latents.
+        if step == 1 && update.as_ref().err().is_none_or(|error| error.exit_code() == NUMERIC) {
+            let warning = latents::warning(loader.first_latents(), self.collective)?;
+            warning.iter().filter(|_| telemetry.speaks_for_the_run()).for_each(|what| tracing::warn!("step 1: {what}"));
+        }
         let update = update.map_err(|error| self.refused(error))?;
         self.count_bad_samples(&update.tallies)?;
         Ok(update)
@@ -179,8 +188,9 @@ impl<'c> Trainer<'c> {
     }
 
     fn saves_now(&self) -> bool {
-        let CheckpointSettings { every_n_steps, .. } = self.config.checkpoint;
-        self.manifest.step.is_multiple_of(every_n_steps) || self.manifest.step == self.config.max_steps
+        let CheckpointSettings { every_n_steps, save_last, .. } = self.config.checkpoint;
+        let step = self.manifest.step;
+        step.is_multiple_of(every_n_steps) || (save_last && step == self.config.max_steps)
     }
 
     fn save(&mut self) -> Result<()> {

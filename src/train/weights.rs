@@ -21,7 +21,7 @@ pub const STEM: &str = "diffusion_pytorch_model";
 ///
 /// # Errors
 /// On one rank, [`Error::Peer`] on the others: [`Error::Data`] listing every missing, unexpected and misshapen tensor, before
-/// anything is changed.
+/// anything is changed; naming file and tensor of a number that is not finite.
 ///
 /// # Ordering
 /// Every rank calls it.
@@ -30,7 +30,7 @@ pub fn load_pretrained(folder: &Path, family: &Model, replica: &mut Replica<'_>,
     let shards = agreed(open(folder, family, replica), collective)?;
     for (stage, bucket) in replica.stages.iter().zip(&mut replica.buckets) {
         let params = stage.params();
-        let read = tensor_of_rank_zero(collective, params.numel(), || flat(&shards, "", params))?;
+        let read = tensor_of_rank_zero(collective, params.numel(), || flat(params, |name| shards.read_finite(name)))?;
         bucket.set(&read);
     }
     Ok(())
@@ -44,14 +44,13 @@ fn open(folder: &Path, family: &Model, replica: &Replica<'_>) -> Result<Shards> 
     Ok(shards)
 }
 
-/// One stage's parameters, `prefix` before their names, as the flat f32 buffer that holds them.
-pub fn flat(shards: &Shards, prefix: &str, params: &ParamSet) -> Result<Tensor> {
+/// One stage's parameters, each read by its name, as the flat f32 buffer that holds them.
+pub fn flat(params: &ParamSet, read: impl Fn(&str) -> Result<Tensor>) -> Result<Tensor> {
     let whole = Tensor::empty([params.numel()], (Kind::Float, Device::Cpu));
     let mut offset = 0;
     for info in params.infos() {
         pulse::still_at_work();
-        let read = shards.read(&format!("{prefix}{}", info.name))?;
-        whole.narrow(0, offset, info.numel()).copy_(&read.flatten(0, -1));
+        whole.narrow(0, offset, info.numel()).copy_(&read(&info.name)?.flatten(0, -1));
         offset += info.numel();
     }
     Ok(whole)

@@ -21,8 +21,8 @@ use crate::error::{Error, Result};
 use crate::tensor::bytes_mut;
 pub use header::TensorInfo;
 pub use shards::Shards;
-use source::Source;
 pub(super) use source::open_error;
+use source::{Opened, Source};
 pub use source::{refuse_pickle, refuse_pickled_weights};
 pub use write::{Planned, Writer, write};
 
@@ -62,6 +62,16 @@ impl SafeTensors {
         SafeTensors::from_source(path.into(), source, file_bytes)
     }
 
+    /// The same without a descriptor between reads, each of which opens the file again.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open). A later read is an [`Error::Data`] if another file stands at the path then.
+    pub fn open_on_demand(path: impl AsRef<Path>) -> Result<Self> {
+        let file = SafeTensors::open(path)?;
+        let source = file.source.on_demand(&file.path)?;
+        Ok(SafeTensors { source, ..file })
+    }
+
     /// The same over bytes that are part of the binary; `name` stands for the path in messages.
     pub fn from_static(name: &str, bytes: &'static [u8]) -> Result<Self> {
         SafeTensors::from_source(name.into(), Source::Embedded(bytes), bytes.len() as u64)
@@ -74,14 +84,14 @@ impl SafeTensors {
         let Some(after_prefix) = file_bytes.checked_sub(PREFIX) else {
             return Err(file.refused(format!("is {file_bytes} bytes long, too short for a safetensors file")));
         };
-        file.read_at(&mut prefix, 0)?;
+        file.read_at(&file.opened()?, &mut prefix, 0)?;
         let header_bytes = u64::from_le_bytes(prefix);
         header::check_length(header_bytes).map_err(|what| file.refused(what))?;
         let Some(data_bytes) = after_prefix.checked_sub(header_bytes) else {
             return Err(file.refused(format!("header of {header_bytes} bytes does not fit the file's {file_bytes} bytes")));
         };
         let mut text = vec![0; header_bytes as usize];
-        file.read_at(&mut text, PREFIX)?;
+        file.read_at(&file.opened()?, &mut text, PREFIX)?;
         let header = header::parse(&text, data_bytes).map_err(|what| file.refused(what))?;
         file.data_start = PREFIX + header_bytes;
         file.by_name = header.tensors.iter().enumerate().map(|(i, tensor)| (tensor.name.clone(), i)).collect();
@@ -104,6 +114,10 @@ impl SafeTensors {
         &self.metadata
     }
 
+    pub(super) fn holds(&self, name: &str) -> bool {
+        self.by_name.contains_key(name)
+    }
+
     /// Kind, shape and place of one tensor.
     ///
     /// # Errors
@@ -124,7 +138,7 @@ impl SafeTensors {
     pub fn read(&self, name: &str) -> Result<Tensor> {
         let info = self.info(name)?;
         let mut tensor = self.room(&info.shape, info.kind)?;
-        self.read_data(info, 0, bytes_mut(&mut tensor), &mut |_| ())?;
+        self.read_data(&self.opened()?, info, 0, bytes_mut(&mut tensor), &mut |_| ())?;
         Ok(tensor)
     }
 
@@ -146,13 +160,13 @@ impl SafeTensors {
     /// Fills `data` with the bytes of `rows`, exactly. `look` sees them all, piece by piece, while they are in a cache: a second
     /// pass over memory would take as long as the read.
     pub(super) fn read_rows_into(&self, info: &TensorInfo, rows: &[u64], data: &mut [u8], mut look: impl FnMut(&[u8])) -> Result<()> {
-        let row_bytes = row_bytes(info);
+        let (opened, row_bytes) = (self.opened()?, row_bytes(info));
         let mut rest = data;
         for run in rows.chunk_by(|a, b| a + 1 == *b) {
             let last = run[0] + run.len() as u64 - 1;
             assert!(last < info.shape[0] as u64, "row {last} of `{}` {:?}", info.name, info.shape);
             let (now, later) = rest.split_at_mut(run.len() * row_bytes as usize);
-            self.read_data(info, run[0] * row_bytes, now, &mut look)?;
+            self.read_data(&opened, info, run[0] * row_bytes, now, &mut look)?;
             rest = later;
         }
         Ok(())
@@ -176,10 +190,10 @@ impl SafeTensors {
     }
 
     /// Fills `data` from the tensor's byte `start` on, as [`read_rows_into`](Self::read_rows_into) does.
-    fn read_data(&self, info: &TensorInfo, start: u64, data: &mut [u8], look: &mut impl FnMut(&[u8])) -> Result<()> {
+    fn read_data(&self, opened: &Opened<'_>, info: &TensorInfo, start: u64, data: &mut [u8], look: &mut impl FnMut(&[u8])) -> Result<()> {
         let starts = (self.data_start + info.offset + start..).step_by(CACHED_BYTES);
         for (piece, start) in data.chunks_mut(CACHED_BYTES).zip(starts) {
-            self.read_at(piece, start)?;
+            self.read_at(opened, piece, start)?;
             look(piece);
         }
         // Any other byte in a boolean is undefined behaviour inside of libtorch.
@@ -191,17 +205,21 @@ impl SafeTensors {
 
     /// Reads the file from its first to its last byte, `piece` by piece.
     pub(super) fn for_each_piece(&self, mut piece: impl FnMut(&[u8])) -> Result<()> {
-        let mut buffer = vec![0; PIECE_BYTES.min(self.file_bytes) as usize];
+        let (opened, mut buffer) = (self.opened()?, vec![0; PIECE_BYTES.min(self.file_bytes) as usize]);
         for start in (0..self.file_bytes).step_by(PIECE_BYTES as usize) {
             let length = PIECE_BYTES.min(self.file_bytes - start) as usize;
-            self.read_at(&mut buffer[..length], start)?;
+            self.read_at(&opened, &mut buffer[..length], start)?;
             piece(&buffer[..length]);
         }
         Ok(())
     }
 
-    fn read_at(&self, buffer: &mut [u8], start: u64) -> Result<()> {
-        self.source.read_at(buffer, start).map_err(|e| match e.kind() {
+    fn opened(&self) -> Result<Opened<'_>> {
+        self.source.opened(&self.path)
+    }
+
+    fn read_at(&self, opened: &Opened<'_>, buffer: &mut [u8], start: u64) -> Result<()> {
+        opened.read_at(buffer, start).map_err(|e| match e.kind() {
             io::ErrorKind::UnexpectedEof => {
                 self.refused(format!("was {} bytes long when it was opened and has been cut since", self.file_bytes))
             }

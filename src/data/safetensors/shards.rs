@@ -8,6 +8,7 @@ use tch::{Kind, Tensor};
 
 use super::SafeTensors;
 use super::source::Source;
+use crate::data::descriptors::kept_open;
 use crate::error::{Error, Result, one_line};
 
 /// A line a tensor: enough for a hundred thousand of them.
@@ -34,7 +35,10 @@ impl Shards {
     /// # Errors
     /// As [`SafeTensors::open`].
     pub fn open(path: &Path, files: impl IntoIterator<Item = String>) -> Result<Self> {
-        let files = files.into_iter().map(|name| SafeTensors::open(path.join(name))).collect::<Result<_>>()?;
+        let paths: Vec<PathBuf> = files.into_iter().map(|name| path.join(name)).collect();
+        let (kept, on_demand) = paths.split_at(kept_open(paths.len()));
+        let kept = kept.iter().map(SafeTensors::open);
+        let files = kept.chain(on_demand.iter().map(SafeTensors::open_on_demand)).collect::<Result<_>>()?;
         Ok(Shards { path: path.into(), files })
     }
 
@@ -82,8 +86,20 @@ impl Shards {
     /// # Errors
     /// [`Error::Data`] if no file holds it; as [`SafeTensors::read`].
     pub fn read(&self, name: &str) -> Result<Tensor> {
-        let holding = self.files.iter().find(|file| file.info(name).is_ok());
-        holding.ok_or_else(|| Error::data(&self.path, format!("holds no tensor `{name}`")))?.read(name)
+        self.holding(name)?.read(name)
+    }
+
+    /// The same, of finite numbers alone.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read); [`Error::Data`] naming the file and the first number that is not finite.
+    pub fn read_finite(&self, name: &str) -> Result<Tensor> {
+        self.holding(name)?.read_finite(name)
+    }
+
+    fn holding(&self, name: &str) -> Result<&SafeTensors> {
+        let holding = self.files.iter().find(|file| file.holds(name));
+        holding.ok_or_else(|| Error::data(&self.path, format!("holds no tensor `{name}`")))
     }
 }
 
@@ -94,7 +110,7 @@ fn files_of(index: &Path) -> Result<BTreeSet<String>> {
         return Err(Error::data(index, format!("is longer than the {MAX_INDEX_BYTES} bytes allowed")));
     }
     let mut text = vec![0; bytes as usize];
-    source.read_at(&mut text, 0).map_err(Error::storage(index, "read"))?;
+    source.opened(index)?.read_at(&mut text, 0).map_err(Error::storage(index, "read"))?;
     let parsed: Index = serde_json::from_slice(&text).map_err(|error| Error::data(index, one_line(&error.to_string())))?;
     let files: BTreeSet<String> = parsed.weight_map.into_values().collect();
     let plain = |name: &String| matches!(Path::new(name).components().collect::<Vec<_>>()[..], [Component::Normal(_)]);

@@ -1,8 +1,8 @@
 //! Where a file's bytes come from: a regular file, read by position, or the binary itself.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
@@ -12,8 +12,28 @@ const PICKLES: [&str; 6] = ["pt", "pth", "bin", "ckpt", "pkl", "pickle"];
 
 #[derive(Debug)]
 pub(super) enum Source {
+    /// Open as long as it is in use: another file in its place changes nothing.
     File(File),
+    /// Opened for each use, and refused if it is another file than at first.
+    OnDemand(Identity),
     /// Part of the binary.
+    Embedded(&'static [u8]),
+}
+
+/// A file's own marks, by which another one in its place is recognized.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Identity {
+    device: u64,
+    inode: u64,
+    bytes: u64,
+    /// Seconds and nanoseconds.
+    modified: (i64, i64),
+}
+
+/// A source while it is read.
+pub(super) enum Opened<'s> {
+    Kept(&'s File),
+    ForNow(File),
     Embedded(&'static [u8]),
 }
 
@@ -31,11 +51,63 @@ impl Source {
         Ok((Source::File(file), bytes))
     }
 
+    /// The same file without a descriptor between uses.
+    pub fn on_demand(self, path: &Path) -> Result<Self> {
+        match self {
+            Source::File(file) => {
+                let found = file.metadata().map_err(Error::storage(path, "inspect"))?;
+                Ok(Source::OnDemand(Identity::of(&found)))
+            }
+            other => Ok(other),
+        }
+    }
+
+    /// The bytes of the file at `path`, as they were when it was first opened.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if another file stands at `path` now, or none.
+    pub fn opened(&self, path: &Path) -> Result<Opened<'_>> {
+        match self {
+            Source::File(file) => Ok(Opened::Kept(file)),
+            Source::OnDemand(identity) => identity.reopened(path).map(Opened::ForNow),
+            Source::Embedded(bytes) => Ok(Opened::Embedded(bytes)),
+        }
+    }
+}
+
+impl Identity {
+    fn of(file: &Metadata) -> Self {
+        Identity { device: file.dev(), inode: file.ino(), bytes: file.len(), modified: (file.mtime(), file.mtime_nsec()) }
+    }
+
+    fn reopened(self, path: &Path) -> Result<File> {
+        let replaced = |what: &str| Error::data(path, format!("was replaced while the run used it: {what}; put it back, or start again"));
+        // Asked before opening: what stands there now may be a FIFO, which blocks.
+        let found = match fs::metadata(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(replaced("it is not there any more")),
+            found => found.map_err(Error::storage(path, "inspect"))?,
+        };
+        if !found.is_file() {
+            return Err(replaced("it is not a regular file any more"));
+        }
+        let file = File::open(path).map_err(Error::storage(path, "open"))?;
+        let now = Identity::of(&file.metadata().map_err(Error::storage(path, "inspect"))?);
+        match now {
+            now if now == self => Ok(file),
+            now if (now.device, now.inode) != (self.device, self.inode) => Err(replaced("another file stands in its place")),
+            now if now.bytes != self.bytes => Err(replaced(&format!("it had {} bytes and has {} now", self.bytes, now.bytes))),
+            _ => Err(replaced("it was written to")),
+        }
+    }
+}
+
+impl Opened<'_> {
     /// Fills `buffer` from byte `start` on.
     pub fn read_at(&self, buffer: &mut [u8], start: u64) -> io::Result<()> {
         match self {
-            Source::File(file) => file.read_exact_at(buffer, start),
-            Source::Embedded(bytes) => {
+            Opened::Kept(file) => file.read_exact_at(buffer, start),
+            Opened::ForNow(file) => file.read_exact_at(buffer, start),
+            Opened::Embedded(bytes) => {
                 buffer.copy_from_slice(&bytes[start as usize..][..buffer.len()]);
                 Ok(())
             }
@@ -91,6 +163,55 @@ pub(in crate::data) fn open_error(path: &Path, error: io::Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn read(source: &Source, path: &Path) -> Result<String> {
+        let mut bytes = [0; 3];
+        source.opened(path)?.read_at(&mut bytes, 1).expect("four bytes");
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    #[test]
+    fn a_file_that_is_kept_open_is_the_same_whatever_takes_its_place() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (path, other) = (folder.path().join("a"), folder.path().join("b"));
+        fs::write(&path, "zero").and_then(|()| fs::write(&other, "null")).expect("two files");
+        let (source, _) = Source::open(&path).expect("a file");
+        fs::rename(&other, &path).expect("a rename");
+        assert_eq!(read(&source, &path).expect("still open"), "ero");
+    }
+
+    #[test]
+    fn a_file_that_is_opened_on_demand_is_refused_once_it_is_another() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (path, other) = (folder.path().join("a"), folder.path().join("b"));
+        let begun = || {
+            fs::write(&path, "zero").expect("a file");
+            let (source, _) = Source::open(&path).expect("a file");
+            let source = source.on_demand(&path).expect("its marks");
+            assert_eq!(read(&source, &path).expect("untouched"), "ero");
+            source
+        };
+        let refused = |source: &Source, what: &str| {
+            let error = read(source, &path).expect_err("another file");
+            assert_eq!(error.exit_code(), 40);
+            assert!(error.to_string().contains(&format!("a: was replaced while the run used it: {what}")), "{error}");
+        };
+        let source = begun();
+        fs::write(&other, "null").and_then(|()| fs::rename(&other, &path)).expect("a rename");
+        refused(&source, "another file stands in its place");
+        let source = begun();
+        fs::write(&path, "zero and more").expect("a longer file");
+        refused(&source, "it had 4 bytes and has 13 now");
+        let source = begun();
+        let later = fs::metadata(&path).and_then(|found| found.modified()).expect("a time") + std::time::Duration::from_nanos(1000);
+        File::options().write(true).open(&path).and_then(|file| file.set_modified(later)).expect("another time");
+        refused(&source, "it was written to");
+        let source = begun();
+        fs::remove_file(&path).expect("no file");
+        refused(&source, "it is not there any more");
+        fs::create_dir(&path).expect("a folder in its place");
+        refused(&source, "it is not a regular file any more");
+    }
 
     #[test]
     fn a_folder_of_pickles_alone_is_refused_and_one_beside_safetensors_is_not_looked_at() {

@@ -37,7 +37,8 @@ pub fn load(
     set_parameters(&parts, replica)?;
     for (index, stage) in replica.stages.iter().enumerate() {
         for (name, prefix) in prefixes.iter().enumerate() {
-            state.set(index, name, &weights::flat(&parts, prefix, stage.params())?, &replica.buckets[index]);
+            let read = weights::flat(stage.params(), |parameter| parts.read(&format!("{prefix}{parameter}")))?;
+            state.set(index, name, &read, &replica.buckets[index]);
         }
     }
     if let Some(what) = other_data {
@@ -65,7 +66,7 @@ pub fn recorded(folder: &Path) -> Result<Values> {
 
 fn set_parameters(parts: &Shards, replica: &mut Replica<'_>) -> Result<()> {
     for (stage, bucket) in replica.stages.iter().zip(&mut replica.buckets) {
-        bucket.set(&weights::flat(parts, "", stage.params())?);
+        bucket.set(&weights::flat(stage.params(), |name| parts.read(name))?);
     }
     Ok(())
 }

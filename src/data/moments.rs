@@ -1,0 +1,48 @@
+//! Mean and standard deviation of many numbers, in parts.
+
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+/// Count, sum and sum of squares, from which the moments of parts follow those of the whole.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
+pub struct Moments {
+    count: f64,
+    sum: f64,
+    squares: f64,
+}
+
+impl Moments {
+    /// Of all elements, whatever their kind.
+    pub fn of(tensor: &Tensor) -> Self {
+        let wide = tensor.to_kind(Kind::Double);
+        Moments {
+            count: wide.numel() as f64,
+            sum: wide.sum(Kind::Double).double_value(&[]),
+            squares: wide.square().sum(Kind::Double).double_value(&[]),
+        }
+    }
+
+    pub fn merge(self, other: Self) -> Self {
+        Moments { count: self.count + other.count, sum: self.sum + other.sum, squares: self.squares + other.squares }
+    }
+
+    /// None of fewer than two numbers.
+    pub fn standard_deviation(self) -> Option<f64> {
+        let mean = self.sum / self.count;
+        (self.count >= 2.0).then(|| (self.squares / self.count - mean * mean).max(0.0).sqrt())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_together_have_the_deviation_of_the_whole() {
+        let numbers = Tensor::from_slice(&[1f32, 2.0, 4.0, 9.0]);
+        let [first, rest] = [(0, 1), (1, 3)].map(|(start, length)| Moments::of(&numbers.narrow(0, start, length)));
+        let deviation = first.merge(rest).standard_deviation().expect("four numbers");
+        assert!((deviation - 9.5f64.sqrt()).abs() < 1e-12, "{deviation}");
+        assert_eq!(Moments::default().merge(first).standard_deviation(), None, "one number has none");
+    }
+}
