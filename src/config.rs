@@ -1,15 +1,17 @@
 //! The whole configuration: one field a room, and what only the whole can know.
 
+mod habits;
+
 use crate::adapter::AdapterChoice;
 use crate::data::DataSettings;
 use crate::error::{ConfigProblem, Error, Result};
 use crate::fault::DebugSettings;
 use crate::flow::{FlowMatchingSettings, SamplingSettings};
-use crate::model::{Model, ModelSettings};
+use crate::model::ModelSettings;
 use crate::optim::OptimizerChoice;
 use crate::optim::lr::LrScheduleChoice;
 use crate::parallel::ParallelSettings;
-use crate::settings::{self, Choice, Family, Keys, Settings};
+use crate::settings::{self, Choice, Habit, Keys, Settings};
 use crate::telemetry::LogSettings;
 use crate::watchdog::WatchdogSettings;
 
@@ -98,7 +100,7 @@ impl Settings for TrainSettings {
             "Samples of one optimizer step over all ranks; unset: micro-batch x ranks x accumulation.",
         );
         keys.optional_integer("gradient_accumulation_steps", &mut self.gradient_accumulation_steps, 1.., accumulation);
-        keys.number("max_grad_norm", &mut self.max_grad_norm, f64::MIN_POSITIVE.., "Gradients are scaled down to this global norm.");
+        keys.number("max_grad_norm", &mut self.max_grad_norm, 0.0.., "Gradients are scaled down to this global norm; 0: never.");
         keys.flag("check_loss", &mut self.check_loss, "Refuse the update when any rank's loss is not a number or above 100.");
         keys.choice("on_non_finite", &mut self.on_non_finite, "When a loss is refused, or the gradient is not finite on all ranks.");
         keys.choice("on_loss_spike", &mut self.on_loss_spike, "When the loss stands out from those of the last 128 steps.");
@@ -209,6 +211,10 @@ impl Settings for RunConfig {
         keys.table("log", &mut self.log, "What is said meanwhile.");
         keys.table("debug", &mut self.debug, "For those who test fm-dist itself.");
     }
+
+    fn habits(&self) -> &'static [Habit] {
+        habits::HABITS
+    }
 }
 
 impl RunConfig {
@@ -264,20 +270,6 @@ impl RunConfig {
         }
     }
 
-    /// What the model needs and the adapter does not give, with an adapter that does.
-    fn missing_inputs(&self) -> Option<String> {
-        let (inputs, chosen) = (self.model.family.inputs(), &self.flow_matching.adapter);
-        let missing = |adapter: &AdapterChoice| {
-            let adapter = adapter.build();
-            inputs.iter().filter(|input| !adapter.provides().contains(input)).map(|input| format!("`{input}`")).collect::<Vec<_>>()
-        };
-        let names = missing(chosen);
-        let mut others = AdapterChoice::NAMES.iter().filter_map(|name| AdapterChoice::named(name));
-        let hint = others.find(|other| missing(other).is_empty()).map(|other| format!("; `{}` does", other.name())).unwrap_or_default();
-        let what = format!("`{}` gives no {}, which the model `{}` needs{hint}", chosen.name(), names.join(", "), self.model.family.name());
-        (!names.is_empty()).then_some(what)
-    }
-
     fn problems(&self) -> Vec<ConfigProblem> {
         let mut problems = Vec::new();
         let mut say = |key: &str, what: String| problems.push(ConfigProblem { key: key.into(), place: String::new(), what });
@@ -289,17 +281,9 @@ impl RunConfig {
         if self.output_dir.is_empty() {
             say("output_dir", "must name a folder".into());
         }
-        if let Some(what) = self.missing_inputs() {
-            say("flow_matching.adapter_type", what);
-        }
-        if let (AdapterChoice::Hunyuan(adapter), Model::HunyuanVideo15(model)) = (&self.flow_matching.adapter, &self.model.family) {
-            let [_, width] = adapter.default_image_embed_shape;
-            if width != model.image_embed_dim {
-                let what = format!("has {width} features, the model's image_embed_dim is {}", model.image_embed_dim);
-                say("flow_matching.adapter.default_image_embed_shape", what);
-            }
-        }
-        if let Err(Error::Config { problems: of_model, .. }) = self.model.family.stages() {
+        let misfits = self.flow_matching.adapter.misfits(&self.model.family);
+        misfits.into_iter().for_each(|(key, what)| say(&key, what));
+        if let Err(Error::Config { problems: of_model, .. }) = self.model.family.checked_stages() {
             problems.extend(of_model);
         }
         problems

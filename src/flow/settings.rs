@@ -1,7 +1,7 @@
 //! `[flow_matching]`: the reference's parameters under the reference's names and defaults, then fm-dist's own.
 
 use super::timestep_sampling::TimestepSampling;
-use crate::settings::{Choice, Keys, Settings};
+use crate::settings::{Choice, Keys, Settings, above_up_to};
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LossWeightingScheme {
@@ -128,7 +128,7 @@ impl Default for FlowMatchingSettings {
 
 impl Settings for FlowMatchingSettings {
     fn visit(&mut self, keys: &mut Keys<'_>) {
-        let positive = f64::MIN_POSITIVE..=1000.0;
+        let positive = above_up_to(0.0, 1000.0);
         keys.integer(
             "num_train_timesteps",
             &mut self.num_train_timesteps,
@@ -139,20 +139,20 @@ impl Settings for FlowMatchingSettings {
         keys.number(
             "flow_shift",
             &mut self.flow_shift,
-            positive.clone(),
+            positive,
             "Shift towards noise, sigma = s/(s + 1/u - 1); also the slope of the linear loss weight.",
         );
         keys.number("i2v_prob", &mut self.i2v_prob, 0.0..=1.0, "Share of video batches trained as image-to-video.");
         keys.number("cfg_dropout_prob", &mut self.cfg_dropout_prob, 0.0..=1.0, "Share of conditions dropped for classifier-free guidance.");
         keys.number("logit_mean", &mut self.logit_mean, -10.0..=10.0, "Mean of the normal under `logit_normal`.");
-        keys.number("logit_std", &mut self.logit_std, positive.clone(), "Standard deviation of the normal under `logit_normal`.");
+        keys.number("logit_std", &mut self.logit_std, positive, "Standard deviation of the normal under `logit_normal`.");
         keys.number(
             "mix_uniform_ratio",
             &mut self.mix_uniform_ratio,
             0.0..=1.0,
             "Share of batches that draw u uniformly instead, in every mode but `beta`.",
         );
-        keys.number("beta_alpha", &mut self.beta_alpha, positive.clone(), "First parameter of `beta`.");
+        keys.number("beta_alpha", &mut self.beta_alpha, positive, "First parameter of `beta`.");
         keys.number("beta_beta", &mut self.beta_beta, positive, "Second parameter of `beta`.");
         keys.flag(
             "use_sigma_noise",

@@ -35,7 +35,7 @@ pub fn read_folder(folder: &Path) -> Result<Model> {
         fields.insert("out_channels".into(), Value::from(0));
     }
     settings::read_json(model.settings(), &shown, &fields)?;
-    model.stages().map(drop)?;
+    model.checked_stages().map(drop)?;
     Ok(model)
 }
 

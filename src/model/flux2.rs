@@ -121,6 +121,10 @@ impl Architecture for Flux2 {
         Ok(stages)
     }
 
+    fn adapter(&self) -> &'static str {
+        "flux2"
+    }
+
     /// Guidance is not among them: the reference trains a model that embeds it without it as well, if told to.
     fn inputs(&self) -> Vec<&'static str> {
         vec!["hidden_states", "encoder_hidden_states", "timestep", "grid"]

@@ -5,17 +5,34 @@
 //! that the two cannot drift apart.
 
 mod keys;
+mod notation;
 mod read;
 mod tree;
 mod write;
 
-use crate::error::{Error, Result};
-pub use keys::Keys;
+use crate::error::{ConfigProblem, Error, Result};
+pub use keys::{Keys, above, above_up_to};
 
 /// A struct whose fields come from a configuration table. `Default` gives the documented defaults.
 pub trait Settings {
     /// Shows every key of the table to `keys`, in the order of the listing.
     fn visit(&mut self, keys: &mut Keys<'_>);
+
+    /// Names that other programs have for the document's keys, consulted before the nearest name is guessed.
+    fn habits(&self) -> &'static [Habit] {
+        &[]
+    }
+}
+
+/// Names that other programs have for one thing, and the keys that say it here.
+#[derive(Debug)]
+pub struct Habit {
+    /// Names of keys or tables, or dotted paths.
+    pub theirs: &'static [&'static str],
+    /// Dotted paths; `*` stands for the chosen member of a family. Empty where there is no counterpart.
+    pub ours: &'static [&'static str],
+    /// A sentence that follows; empty where the keys say enough.
+    pub remark: &'static str,
 }
 
 /// Interchangeable parts of which the configuration names one: `[optimizer.adamw]`. Made by `registry!`.
@@ -51,10 +68,11 @@ pub fn read<T: Settings + Default>(settings: &mut T, source_name: &str, text: &s
         return Err(Error::Config { source_name: source_name.into(), problems: vec![keys::problem("text", "", what)] });
     }
     let (tree, mut problems) = tree::parse(text);
+    if let Some(what) = notation::foreign(text).filter(|_| !problems.is_empty()) {
+        return Err(Error::Config { source_name: source_name.into(), problems: vec![keys::problem("text", "", what)] });
+    }
     let tree = tree::with_overrides(tree, overrides, &mut problems);
-    let mut reader = read::Reader::new(problems, write::paths(&mut T::default()));
-    reader.table(settings, &tree);
-    if reader.problems.is_empty() { Ok(()) } else { Err(Error::Config { source_name: source_name.into(), problems: reader.problems }) }
+    refuse(source_name, read::Reader::read(settings, &tree, problems))
 }
 
 /// Reads `settings` from a JSON object on top of their present values, as strictly as [`read`].
@@ -62,9 +80,11 @@ pub fn read<T: Settings + Default>(settings: &mut T, source_name: &str, text: &s
 /// # Errors
 /// [`Error::Config`] with every problem found.
 pub fn read_json(settings: &mut dyn Settings, source_name: &str, object: &serde_json::Map<String, serde_json::Value>) -> Result<()> {
-    let mut reader = read::Reader::new(Vec::new(), write::paths(settings));
-    reader.table(settings, &tree::of_json(object));
-    if reader.problems.is_empty() { Ok(()) } else { Err(Error::Config { source_name: source_name.into(), problems: reader.problems }) }
+    refuse(source_name, read::Reader::read(settings, &tree::of_json(object), Vec::new()))
+}
+
+fn refuse(source_name: &str, problems: Vec<ConfigProblem>) -> Result<()> {
+    if problems.is_empty() { Ok(()) } else { Err(Error::Config { source_name: source_name.into(), problems }) }
 }
 
 /// The settings as a JSON object; what is unset is `null`.

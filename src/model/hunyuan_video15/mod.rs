@@ -86,6 +86,10 @@ impl Architecture for HunyuanVideo15 {
         Ok(stages)
     }
 
+    fn adapter(&self) -> &'static str {
+        "hunyuan"
+    }
+
     fn inputs(&self) -> Vec<&'static str> {
         let mut inputs = vec!["hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask"];
         inputs.extend(["encoder_hidden_states_2", "encoder_attention_mask_2", "image_embeds"]);

@@ -137,6 +137,10 @@ impl Architecture for Wan {
         Ok(stages)
     }
 
+    fn adapter(&self) -> &'static str {
+        "simple"
+    }
+
     fn inputs(&self) -> Vec<&'static str> {
         let mut inputs = vec!["hidden_states", "timestep", "encoder_hidden_states"];
         inputs.extend(self.is_conditioned().then_some("condition_latents"));
