@@ -243,12 +243,12 @@ fn an_unknown_dtype_is_refused() {
 
 #[test]
 fn an_axis_of_nothing_is_refused() {
-    refused(&tensor("U8", "[4,0]", "[0,0]"), "a shape has an axis of 0, expected at least 1");
+    refused(&tensor("U8", "[4,0]", "[0,0]"), "tensor `a` [4, 0] has an axis of 0, expected at least 1");
 }
 
 #[test]
 fn an_axis_that_is_no_count_is_refused() {
-    refused(&tensor("U8", "[-4]", "[0,4]"), "a shape has an axis of -4, expected at least 1");
+    refused(&tensor("U8", "[-4]", "[0,4]"), "tensor `a` [-4] has an axis of -4, expected at least 1");
     refused(&tensor("U8", "[4.0]", "[0,4]"), "invalid type: floating point `4.0`");
     refused(&tensor("U8", "[18446744073709551615]", "[0,4]"), "invalid value: integer `18446744073709551615`");
 }

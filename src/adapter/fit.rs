@@ -37,7 +37,8 @@ impl AdapterChoice {
         let mut steps = vec![format!("flow_matching.adapter_type = \"{wanted}\"")];
         steps.extend(fitting.needs(model).iter().map(Need::assignment));
         let has_arguments = AdapterChoice::named(name).as_ref() != Some(self);
-        let leave = if has_arguments { format!(", and leave the arguments of `{name}` out of [flow_matching.adapter]") } else { String::new() };
+        let leave =
+            if has_arguments { format!(", and leave the arguments of `{name}` out of [flow_matching.adapter]") } else { String::new() };
         let model = model.name();
         format!("`{name}` does not prepare what the model `{model}` takes; set {}{leave}", steps.join(" and "))
     }

@@ -2,8 +2,8 @@
 
 use tch::{Kind, Tensor};
 
-use super::{AdapterSettings, Need};
 use super::inputs::{TimestepDtype, batched, text_embeddings};
+use super::{AdapterSettings, Need};
 use crate::error::{Error, Result};
 use crate::flow::{FlowMatchingContext, ModelAdapter};
 use crate::model::{HunyuanVideo15, Model};

@@ -62,10 +62,7 @@ pub(super) const HABITS: &[Habit] = &[
         &["train.max_grad_norm"],
     ),
     // The schedule.
-    same(
-        &["lr_warmup_steps", "num_warmup_steps", "lr_warmup", "warmup", "warmup_iters", "warmup_steps"],
-        &["lr_scheduler.*.warmup_steps"],
-    ),
+    same(&["lr_warmup_steps", "num_warmup_steps", "lr_warmup", "warmup", "warmup_iters", "warmup_steps"], &["lr_scheduler.*.warmup_steps"]),
     other(
         &["lr_scheduler.type", "lr_scheduler.name", "lr_scheduler_type", "lr_decay_style", "lr_schedule"],
         "the schedule is the table that is there: [lr_scheduler.constant], [lr_scheduler.linear], [lr_scheduler.cosine] or [lr_scheduler.wsd]",
@@ -349,7 +346,10 @@ mod tests {
     #[test]
     fn keys_of_other_trainers_are_sent_to_ours() {
         for (text, hint) in [
-            ("[data]\nbatch_size = 1", "data.batch_size (line 2): unknown key; did you mean data.micro_batch_size_per_gpu or train.global_batch_size? The first"),
+            (
+                "[data]\nbatch_size = 1",
+                "data.batch_size (line 2): unknown key; did you mean data.micro_batch_size_per_gpu or train.global_batch_size? The first",
+            ),
             ("[train]\ntrain_batch_size = 1", "did you mean data.micro_batch_size_per_gpu or train.global_batch_size?"),
             ("[train]\ngradient_accumulation = 1", "did you mean train.gradient_accumulation_steps?"),
             ("gradient_accumulation_steps = 1", "did you mean train.gradient_accumulation_steps?"),
@@ -359,7 +359,10 @@ mod tests {
             ("save_every_n_steps = 1", "did you mean checkpoint.every_n_steps?"),
             ("[checkpoint]\nenabled = true", "checkpoint.enabled (line 2): unknown key; checkpoints need not be turned on"),
             ("[lr_scheduler.cosine]\n[train]\nwarmup_steps = 3", "did you mean lr_scheduler.cosine.warmup_steps?"),
-            ("[step_scheduler]\nlocal_batch_size = 1\nnum_epochs = 2", "step_scheduler.local_batch_size (line 2): unknown key; did you mean data.micro_batch_size_per_gpu? | step_scheduler.num_epochs (line 3): unknown key; did you mean max_steps? A run"),
+            (
+                "[step_scheduler]\nlocal_batch_size = 1\nnum_epochs = 2",
+                "step_scheduler.local_batch_size (line 2): unknown key; did you mean data.micro_batch_size_per_gpu? | step_scheduler.num_epochs (line 3): unknown key; did you mean max_steps? A run",
+            ),
             ("[optim]\nlearning_rate = 1", "optim.learning_rate (line 2): unknown key; did you mean optimizer.adamw.lr?"),
             ("[training]\nsteps = 3", "did you mean max_steps?"),
             ("[model]\ntype = \"flux\"", "the family is the table that is there"),
@@ -370,7 +373,9 @@ mod tests {
 
     #[test]
     fn no_guess_is_far_off() {
-        for text in ["[data]\nfoo = 1", "[train]\nmomentum = 1", "[checkpoint]\nformat = 1", "[parallel]\nenabled = true", "[extra]\nthing = 1"] {
+        for text in
+            ["[data]\nfoo = 1", "[train]\nmomentum = 1", "[checkpoint]\nformat = 1", "[parallel]\nenabled = true", "[extra]\nthing = 1"]
+        {
             assert!(!problem(text).contains("did you mean"), "{text}: {}", problem(text));
         }
     }

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | is this file sound, what is in it | `safetensors/` |
 //! | what does `dataset.json` say | `manifest.rs` |
+//! | what is this file, if not what was expected | `contents.rs` |
 //! | which samples may stand in one batch | `group.rs` |
 //! | the samples of these ids, please | `dataset.rs`, `sample_file.rs`, `finite.rs` |
 //! | what may a dropped condition become | `empty_prompt.rs` |
@@ -12,6 +13,7 @@
 //! | which of them on this rank | `share.rs` |
 //! | before they are needed | `loader.rs` |
 
+pub mod contents;
 pub mod dataset;
 mod digits;
 mod empty_prompt;

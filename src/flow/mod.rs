@@ -21,7 +21,7 @@ pub mod timestep_sampling;
 
 pub use adapter::{FlowMatchingContext, ModelAdapter, TaskType};
 pub use guidance::{Guidance, Guide};
-pub use loss::{LossValues, check_loss, is_sound};
+pub use loss::{EXPLODED, LossValues, check_loss, is_sound};
 pub use loss_weight::bsmntw_table;
 pub use noise_levels::{NoiseLevels, Shift};
 pub use pipeline::{FlowMatchingPipeline, StepOptions, StepOutput, latents_of};

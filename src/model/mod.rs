@@ -109,6 +109,11 @@ fn expect_equal(setting: &str, value: i64, found: Option<i64>, of: &str) -> Resu
     }
 }
 
+/// Refuses a setting that must be even.
+fn expect_even(setting: &str, value: i64) -> Result<()> {
+    if value % 2 == 0 { Ok(()) } else { Err(Error::config(setting, format!("{value} must be even"))) }
+}
+
 /// Channels, height and width of images that patches of side `patch` cover.
 fn expect_image(setting: &str, latents: &[i64], patch: i64) -> Result<[i64; 3]> {
     match *latents {

@@ -51,6 +51,16 @@ impl HunyuanVideo15 {
         [self.patch_size_t, self.patch_size, self.patch_size]
     }
 
+    fn check_channels(&self) -> Result<()> {
+        let latents = self.latent_channels();
+        if self.is_conditioned() && self.in_channels != 2 * latents + 1 {
+            let what =
+                format!("is {}; {latents} latent channels need {latents}, or with condition latents {}", self.in_channels, 2 * latents + 1);
+            return Err(Error::config("model.hunyuan_video15.in_channels", what));
+        }
+        Ok(())
+    }
+
     /// The latents' channels, once patches are seen to cover them.
     fn check_grid(&self, latents: &[i64]) -> Result<i64> {
         let &[channels, frames, height, width] = latents else {
@@ -74,6 +84,7 @@ impl Architecture for HunyuanVideo15 {
 
     fn stages(&self) -> Result<Vec<Box<dyn Stage>>> {
         check_axes("model.hunyuan_video15.rope_axes_dim", &self.rope_axes_dim, self.attention_head_dim)?;
+        self.check_channels()?;
         let (width, hidden) = (self.width(), (self.width() as f64 * self.mlp_ratio) as i64);
         if hidden == 0 {
             return Err(Error::config("model.hunyuan_video15.mlp_ratio", format!("{} of {width} leaves nothing", self.mlp_ratio)));
@@ -111,9 +122,6 @@ impl Architecture for HunyuanVideo15 {
             expect_equal(&format!("model.hunyuan_video15.{field}"), value, found, of)
         };
         expect("out_channels", self.latent_channels(), Some(channels), "latents have")?;
-        if self.is_conditioned() {
-            expect("in_channels", self.in_channels, Some(2 * channels + 1), "latents with what is known of them have")?;
-        }
         expect("text_embed_dim", self.text_embed_dim, shapes.last("text_embeddings"), "text_embeddings have")?;
         expect("text_embed_2_dim", self.text_embed_2_dim, shapes.last("text_embeddings_2"), "text_embeddings_2 have")?;
         expect("image_embed_dim", self.image_embed_dim, shapes.last("image_embeds"), "image_embeds have")

@@ -7,6 +7,7 @@ use std::path::{Component, Path};
 use serde::Deserialize;
 
 use super::{FORMAT, MANIFEST, Manifest, Part, VERSION};
+use crate::data::contents::no_json;
 use crate::data::sha256::HashingWriter;
 use crate::error::{Error, Result, one_line, shortened};
 use crate::pulse;
@@ -69,7 +70,7 @@ fn read(folder: &Path) -> Result<Manifest, Unfit> {
     let broken = |what: String| Unfit::corrupt(MANIFEST, what);
     let path = folder.join(MANIFEST);
     let text = read_whole(&path, MAX_MANIFEST_BYTES).map_err(|error| unreadable(&path, MANIFEST, error))?;
-    let said: Version = serde_json::from_slice(&text).map_err(|error| broken(format!("is no manifest: {error}")))?;
+    let said: Version = serde_json::from_slice(&text).map_err(|error| broken(format!("is no manifest: {}", no_json(&text, &error))))?;
     if said.format != FORMAT || said.version != VERSION {
         let what = format!("is {:?} version {}, this program reads {FORMAT:?} version {VERSION}", said.format, said.version);
         return Err(Unfit::Other(Error::checkpoint_mismatch(path, what)));
