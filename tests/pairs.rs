@@ -73,7 +73,8 @@ fn data(tiny: &Tiny, folder: &Path) {
     let text: (&str, &[i64]) = if attends { ("text_embeddings", &[512, 12]) } else { ("text_embeddings", &[5, 12]) };
     let mask: (&str, &[i64]) = if attends { ("text_mask", &[512]) } else { ("text_mask", &[5]) };
     let images = [tiny.keys[0], text, mask, ("pooled_prompt_embeds", &[10])];
-    let videos = [("text_embeddings_2", &[3, 10][..]), ("text_mask_2", &[3]), ("image_embeds", &[7, 8]), ("condition_latents", &[5, 3, 4, 6])];
+    let videos =
+        [("text_embeddings_2", &[3, 10][..]), ("text_mask_2", &[3]), ("image_embeds", &[7, 8]), ("condition_latents", &[5, 3, 4, 6])];
     let keys = if tiny.data_type == "image" { images.to_vec() } else { [&images[..3], &videos].concat() };
     Tiny { keys: keys.leak(), ..*tiny }.write_data(folder);
 }
@@ -142,8 +143,7 @@ fn every_model_with_every_adapter_takes_its_first_step_or_is_refused_with_a_hint
 }
 
 /// Values at the edges and beyond.
-const EDGES: [&str; 14] =
-    ["-1", "0", "1", "2", "3", "5", "7", "11", "64", "65", "65536", "1048576", "9223372036854775807", "1e300"];
+const EDGES: [&str; 14] = ["-1", "0", "1", "2", "3", "5", "7", "11", "64", "65", "65536", "1048576", "9223372036854775807", "1e300"];
 /// Parameters of a model that a test can take a step with.
 const SMALL: i64 = 2_000_000;
 

@@ -19,7 +19,7 @@ pub(super) const HABITS: &[Habit] = &[
     Habit {
         theirs: &["batch_size", "train_batch_size"],
         ours: &["data.micro_batch_size_per_gpu", "train.global_batch_size"],
-        remark: "The first is of one pass of a rank, the second of a step of all ranks.",
+        remark: "of one pass of a rank; of a step of all ranks",
     },
     same(
         &[
@@ -86,7 +86,7 @@ pub(super) const HABITS: &[Habit] = &[
     Habit {
         theirs: &["epochs", "num_epochs", "num_train_epochs", "max_train_epochs", "max_epochs"],
         ours: &["max_steps"],
-        remark: "A run is counted in steps; `fm-dist check` says how many an epoch has.",
+        remark: "a run is counted in steps; `fm-dist check` says how many an epoch has",
     },
     // Checkpoints and the run folder.
     same(
@@ -109,7 +109,7 @@ pub(super) const HABITS: &[Habit] = &[
     Habit {
         theirs: &["save_every_n_epochs", "checkpoint_every_n_epochs", "checkpoint_every_n_minutes", "checkpoint_epoch_interval"],
         ours: &["checkpoint.every_n_steps"],
-        remark: "It counts steps.",
+        remark: "it counts steps",
     },
     same(
         &["checkpoints_total_limit", "save_total_limit", "max_step_saves_to_keep", "keep_latest_k", "keep_last_n", "save_last_n_steps"],
@@ -348,7 +348,7 @@ mod tests {
         for (text, hint) in [
             (
                 "[data]\nbatch_size = 1",
-                "data.batch_size (line 2): unknown key; did you mean data.micro_batch_size_per_gpu or train.global_batch_size? The first",
+                "data.batch_size (line 2): unknown key; did you mean data.micro_batch_size_per_gpu or train.global_batch_size? (of one pass",
             ),
             ("[train]\ntrain_batch_size = 1", "did you mean data.micro_batch_size_per_gpu or train.global_batch_size?"),
             ("[train]\ngradient_accumulation = 1", "did you mean train.gradient_accumulation_steps?"),
@@ -361,7 +361,7 @@ mod tests {
             ("[lr_scheduler.cosine]\n[train]\nwarmup_steps = 3", "did you mean lr_scheduler.cosine.warmup_steps?"),
             (
                 "[step_scheduler]\nlocal_batch_size = 1\nnum_epochs = 2",
-                "step_scheduler.local_batch_size (line 2): unknown key; did you mean data.micro_batch_size_per_gpu? | step_scheduler.num_epochs (line 3): unknown key; did you mean max_steps? A run",
+                "step_scheduler.local_batch_size (line 2): unknown key; did you mean data.micro_batch_size_per_gpu? | step_scheduler.num_epochs (line 3): unknown key; did you mean max_steps? (a run",
             ),
             ("[optim]\nlearning_rate = 1", "optim.learning_rate (line 2): unknown key; did you mean optimizer.adamw.lr?"),
             ("[training]\nsteps = 3", "did you mean max_steps?"),

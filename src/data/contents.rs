@@ -133,8 +133,9 @@ fn text(head: &[u8], expected: Format) -> Option<String> {
         return Some(format!("is an XML text, as a storage server answers in place of a file; {again}"));
     }
     let strange = |c: char| c == '\u{fffd}' || c.is_control() && !c.is_whitespace();
-    // The head may end within a letter.
-    let is_text = !begin.is_empty() && !whole.trim_end_matches('\u{fffd}').contains(strange);
+    // The head of a longer file may end within a letter.
+    let whole = if head.len() == HEAD_BYTES { whole.trim_end_matches('\u{fffd}') } else { &whole };
+    let is_text = !whole.trim().is_empty() && !whole.contains(strange);
     let quoted = whole.trim().chars().take(QUOTED_CHARS).collect::<String>();
     match expected {
         Format::SafeTensors if is_text && begin.starts_with('{') => Some(format!("is JSON, not {}; {again}", expected.name())),

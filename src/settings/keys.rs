@@ -170,14 +170,15 @@ impl Keys<'_> {
         }
     }
 
-    /// One member of a family as a table of its own name inside this one: `[model.dit]`. Returns whether a member was named.
+    /// One member of a family as a table of its own name inside this one: `[model.dit]`. Returns true where a document that is read
+    /// names a member.
     pub fn member<F: Family>(&mut self, family: &mut F, doc: &str) -> bool {
         match &mut self.mode {
             Mode::Write(writer) => {
                 let path = if self.path.is_empty() { family.name().into() } else { format!("{}.{}", self.path, family.name()) };
                 writer.section(&path, &format!("{doc} One of: {}.", F::NAMES.join(", ")));
                 family.settings().visit(&mut Keys { mode: Mode::Write(writer), path });
-                true
+                false
             }
             Mode::Read { reader, table, known } => {
                 known.extend(F::NAMES.iter().map(ToString::to_string));
@@ -245,10 +246,10 @@ pub(super) fn nearest<'n>(found: &str, valid: impl Iterator<Item = &'n str>) -> 
 /// Shortest name that is recognized as the beginning of another one.
 const SHORTEST_BEGINNING: usize = 3;
 
-/// One letter in four may differ: transposed and missing letters do, other words do not.
+/// One letter in five may differ: transposed and missing letters do, other words do not.
 fn is_near(found: &str, name: &str) -> bool {
     let begins = |long: &str, short: &str| short.len() >= SHORTEST_BEGINNING && long.starts_with(short);
-    strsim::osa_distance(found, name) <= found.chars().count().div_ceil(4) || begins(found, name) || begins(name, found)
+    strsim::osa_distance(found, name) <= found.chars().count().div_ceil(5) || begins(found, name) || begins(name, found)
 }
 
 /// Bounds of a number that must be above `low`.

@@ -31,7 +31,7 @@ pub struct Habit {
     pub theirs: &'static [&'static str],
     /// Dotted paths; `*` stands for the chosen member of a family. Empty where there is no counterpart.
     pub ours: &'static [&'static str],
-    /// A sentence that follows; empty where the keys say enough.
+    /// Words that follow; empty where the keys say enough.
     pub remark: &'static str,
 }
 

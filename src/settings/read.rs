@@ -87,16 +87,17 @@ impl Guide {
     /// One problem for the key or table; one for each of a table's keys where any of them is known under another name.
     fn problems(&self, Unknown { path, node, known }: &Unknown) -> Vec<ConfigProblem> {
         let (table, name) = path.rsplit_once('.').unwrap_or(("", path));
-        let near = || nearest(name, known.iter().map(String::as_str)).map(|near| format!("did you mean {}?", joined(table, near)));
-        let near_path = || nearest(path, self.paths.iter().map(String::as_str)).map(|near| format!("did you mean {near}?"));
-        let hint = self.habit(path).or_else(near).or_else(|| self.elsewhere(name)).or_else(near_path);
         let mut inside = Vec::new();
         leaves(path, node, &mut inside);
+        let habit = self.habit(path);
         let hints: Vec<_> = inside.iter().map(|(path, _)| self.habit(path).or_else(|| self.elsewhere(last(path)))).collect();
-        if hint.is_none() && hints.iter().any(Option::is_some) {
+        if habit.is_none() && hints.iter().any(Option::is_some) {
             let told = |hint: Option<String>| hint.map_or_else(|| "unknown key".into(), |hint| format!("unknown key; {hint}"));
             return inside.iter().zip(hints).map(|((path, place), hint)| problem(path, place, told(hint))).collect();
         }
+        let near = || nearest(name, known.iter().map(String::as_str)).map(|near| format!("did you mean {}?", joined(table, near)));
+        let near_path = || nearest(path, self.paths.iter().map(String::as_str)).map(|near| format!("did you mean {near}?"));
+        let hint = habit.or_else(near).or_else(|| self.elsewhere(name)).or_else(near_path);
         let hint = hint.unwrap_or_else(|| format!("this table has {}", known.join(", ")));
         vec![problem(path, &node.place, format!("unknown key; {hint}"))]
     }
@@ -110,7 +111,7 @@ impl Guide {
             (true, false) => None,
             (true, true) => Some(remark.to_string()),
             (false, _) if remark.is_empty() => Some(format!("did you mean {}?", keys.join(" or "))),
-            (false, _) => Some(format!("did you mean {}? {remark}", keys.join(" or "))),
+            (false, _) => Some(format!("did you mean {}? ({remark})", keys.join(" or "))),
         }
     }
 

@@ -276,7 +276,7 @@ mod tests {
         let text = format!(r#"{{"a":{{"{}\n":1}}}}"#, "x".repeat(1 << 20));
         let reason = parse(text.as_bytes(), 0).expect_err("an unknown field");
         assert!(reason.chars().count() <= MAX_REASON_CHARS + 1, "{}", reason.len());
-        assert!(reason.starts_with("header is malformed: unknown field `xxx"), "{reason}");
+        assert!(reason.starts_with("header is malformed: tensor `a`: unknown field `xxx"), "{reason}");
     }
 
     #[test]

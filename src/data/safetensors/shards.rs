@@ -7,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 use serde::Deserialize;
 use tch::{Kind, Tensor};
 
-use super::source::Source;
+use super::source::{Source, open_error};
 use super::{SafeTensors, TensorInfo};
 use crate::data::contents::no_json;
 use crate::error::{Error, Result};
@@ -54,6 +54,7 @@ impl Shards {
         } else if folder.join(&single).exists() {
             Shards::open(folder, [single])
         } else {
+            fs::metadata(folder).map_err(|error| open_error(folder, error))?;
             Err(Error::data(folder, format!("holds neither {single} nor {index}{}", instead(folder, stem))))
         }
     }
