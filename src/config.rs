@@ -18,6 +18,9 @@ use crate::watchdog::WatchdogSettings;
 /// The configuration that runs when none is named, embedded in the binary.
 pub const DEFAULT: &str = include_str!("../configs/digits.toml");
 
+/// Most samples of a step: beyond any batch, and few enough for products of it to fit 64 bits.
+const MOST_SAMPLES: usize = 1 << 40;
+
 /// Name of [`DEFAULT`] in messages.
 pub const DEFAULT_NAME: &str = "configs/digits.toml (embedded)";
 
@@ -96,7 +99,7 @@ impl Settings for TrainSettings {
         keys.optional_integer(
             "global_batch_size",
             &mut self.global_batch_size,
-            1..,
+            1..=MOST_SAMPLES as i64,
             "Samples of one optimizer step over all ranks; unset: micro-batch x ranks x accumulation.",
         );
         keys.optional_integer("gradient_accumulation_steps", &mut self.gradient_accumulation_steps, 1.., accumulation);
@@ -250,8 +253,15 @@ impl RunConfig {
     }
 
     fn divided(&self, world_size: usize) -> Result<usize> {
-        let per_round = self.data.micro_batch_size_per_gpu * world_size;
         let told = self.train.gradient_accumulation_steps;
+        let counted = |count: Option<usize>| count.filter(|count| *count <= MOST_SAMPLES);
+        let per_round = counted(self.data.micro_batch_size_per_gpu.checked_mul(world_size));
+        let step = per_round.and_then(|samples| counted(samples.checked_mul(told.unwrap_or(1))));
+        let (Some(per_round), Some(_)) = (per_round, step) else {
+            let (samples, micro_batches) = (self.data.micro_batch_size_per_gpu, told.unwrap_or(1));
+            let what = format!("{micro_batches} x {samples} samples x {world_size} ranks are more than {MOST_SAMPLES} samples in a step");
+            return Err(Error::config("train.gradient_accumulation_steps", what));
+        };
         let Some(global) = self.train.global_batch_size else { return Ok(told.unwrap_or(1)) };
         let one_round = format!("{} x {world_size} ranks = {per_round}", self.data.micro_batch_size_per_gpu);
         if global % per_round != 0 {
@@ -287,5 +297,23 @@ impl RunConfig {
             problems.extend(of_model);
         }
         problems
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_of_more_samples_than_can_be_counted_is_refused() {
+        let most = i64::MAX;
+        let config = |text: &str| RunConfig::read("test", text, &[]).expect("in range");
+        let text = config(&format!("[train]\ngradient_accumulation_steps = {most}")).micro_batches(1).expect_err("too many").to_string();
+        assert!(text.contains("train.gradient_accumulation_steps: 9223372036854775807 x 64 samples x 1 ranks are more than"), "{text}");
+        for ranks in [1 << 60, usize::MAX] {
+            assert_eq!(config("").micro_batches(ranks).expect_err("too many").exit_code(), 50);
+        }
+        assert!(RunConfig::read("test", &format!("[train]\nglobal_batch_size = {most}"), &[]).is_err());
+        assert_eq!(config("[train]\ngradient_accumulation_steps = 3").micro_batches(8).expect("sound"), 3);
     }
 }

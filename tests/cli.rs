@@ -188,7 +188,7 @@ fn a_loss_that_explodes_stops_every_rank_before_the_update() {
     assert_eq!(code, 41, "{errors}");
     let line = only_error(&errors);
     assert!(line.contains("error NUMERIC") && line.contains("loss exploded") && line.contains("nothing was updated"), "{line}");
-    assert!(line.contains("NaN") || line.contains(", above 100, the bound of train.check_loss"), "{line}");
+    assert!(line.contains("NaN") || line.contains(" (above 100, the bound of train.check_loss) in samples "), "{line}");
     assert!(!line.contains("normalised"), "digits are: {line}");
 }
 
@@ -203,7 +203,7 @@ fn latents_that_are_not_normalized_are_asked_about_where_the_loss_explodes() {
     assert_eq!(code, 41, "{errors}");
     let line = only_error(&errors);
     let asked = "; the latents' standard deviation is 12.0, usual is about 1: are the latents normalised?";
-    assert!(line.contains(", above 100, the bound of train.check_loss") && line.contains(asked), "{line}");
+    assert!(line.contains(" (above 100, the bound of train.check_loss) in samples ") && line.contains(asked), "{line}");
 }
 
 #[test]

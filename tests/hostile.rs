@@ -134,7 +134,7 @@ fn a_header_that_is_not_an_object_is_refused() {
 
 #[test]
 fn a_header_that_is_cut_off_is_refused() {
-    refused(&SOUND[..20], "header is malformed: EOF while parsing");
+    refused(&SOUND[..20], "header is malformed: tensor `a`: EOF while parsing");
 }
 
 #[test]
@@ -432,7 +432,7 @@ fn a_missing_file_is_told() {
 #[test]
 fn a_folder_in_place_of_a_file_is_refused() {
     let folder = tempfile::tempdir().unwrap();
-    assert!(refusal(|| SafeTensors::open(folder.path())).ends_with("is not a regular file"));
+    assert!(refusal(|| SafeTensors::open(folder.path())).ends_with("is a folder, not a file"));
 }
 
 #[test]

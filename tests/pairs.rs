@@ -99,8 +99,8 @@ fn settings_of(flags: &[&str]) -> Vec<Vec<String>> {
 /// The assignments that the hints of a refusal name, and true if the adapter's own arguments are to be left out.
 fn hinted(refusal: &str) -> (Vec<String>, bool) {
     let hints = refusal.split("; ").filter_map(|part| part.strip_prefix("set "));
-    let assignments = hints.flat_map(|hint| hint.split(", and leave").next().unwrap().split(" and ").map(String::from));
-    (assignments.collect(), refusal.contains(", and leave the arguments of"))
+    let assignments = hints.flat_map(|hint| hint.split(", and no arguments of").next().unwrap().split(" and ").map(String::from));
+    (assignments.collect(), refusal.contains(", and no arguments of"))
 }
 
 #[test]

@@ -36,11 +36,8 @@ impl AdapterChoice {
         let fitting = AdapterChoice::named(wanted).expect("a model names an adapter that there is");
         let mut steps = vec![format!("flow_matching.adapter_type = \"{wanted}\"")];
         steps.extend(fitting.needs(model).iter().map(Need::assignment));
-        let has_arguments = AdapterChoice::named(name).as_ref() != Some(self);
-        let leave =
-            if has_arguments { format!(", and leave the arguments of `{name}` out of [flow_matching.adapter]") } else { String::new() };
         let model = model.name();
-        format!("`{name}` does not prepare what the model `{model}` takes; set {}{leave}", steps.join(" and "))
+        format!("`{name}` does not prepare what the model `{model}` takes; set {}, and no arguments of `{name}`", steps.join(" and "))
     }
 }
 
@@ -80,9 +77,9 @@ mod tests {
              set flow_matching.adapter.image_conditioning = false"
         );
         assert_eq!(
-            told(AdapterChoice::Flux(Flux { guidance_scale: 2.0, ..Flux::default() }), &image_to_video),
+            told(AdapterChoice::Flux(Flux::default()), &image_to_video),
             "flow_matching.adapter_type: `flux` does not prepare what the model `wan` takes; set flow_matching.adapter_type = \"simple\" \
-             and flow_matching.adapter.image_conditioning = true, and leave the arguments of `flux` out of [flow_matching.adapter]"
+             and flow_matching.adapter.image_conditioning = true, and no arguments of `flux`"
         );
         let hunyuan = Model::HunyuanVideo15(HunyuanVideo15 { image_embed_dim: 3, ..HunyuanVideo15::default() });
         let keys: Vec<String> = AdapterChoice::Hunyuan(Hunyuan { use_condition_latents: false, ..Hunyuan::default() })

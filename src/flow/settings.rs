@@ -163,8 +163,8 @@ impl Settings for FlowMatchingSettings {
         keys.number("sigma_max", &mut self.sigma_max, 0.0..=1.0, "Upper edge of the sigma window.");
         keys.flag("use_loss_weighting", &mut self.use_loss_weighting, "Whether a sample's loss is weighted by its sigma.");
         keys.choice("loss_weighting_scheme", &mut self.loss_weighting_scheme, "How it is weighted.");
-        keys.integer("log_interval", &mut self.log_interval, 1.., "Steps between detailed log blocks.");
-        keys.integer("summary_log_interval", &mut self.summary_log_interval, 1.., "Steps between summary log lines.");
+        keys.integer("log_interval", &mut self.log_interval, 0.., "Steps between detailed log blocks; 0: none.");
+        keys.integer("summary_log_interval", &mut self.summary_log_interval, 0.., "Steps between summary log lines; 0: none.");
         keys.choice(
             "sigma_window",
             &mut self.sigma_window,

@@ -27,8 +27,8 @@ pub trait Settings {
 /// Names that other programs have for one thing, and the keys that say it here.
 #[derive(Debug)]
 pub struct Habit {
-    /// Names of keys or tables, or dotted paths.
-    pub theirs: &'static [&'static str],
+    /// Names of keys or tables, or dotted paths, with spaces between them.
+    pub theirs: &'static str,
     /// Dotted paths; `*` stands for the chosen member of a family. Empty where there is no counterpart.
     pub ours: &'static [&'static str],
     /// Words that follow; empty where the keys say enough.
@@ -165,6 +165,23 @@ mod tests {
     #[test]
     fn a_key_in_the_wrong_table_is_sent_home() {
         assert_eq!(problems("learning_rate = 1.0", &[]), ["learning_rate (line 1): unknown key; did you mean train.learning_rate?"]);
+    }
+
+    #[test]
+    fn bounds_are_told_as_people_write_them() {
+        #[derive(Default)]
+        struct Bounds(f64, f64);
+        impl Settings for Bounds {
+            fn visit(&mut self, keys: &mut Keys<'_>) {
+                keys.number("positive", &mut self.0, above(0.0), "");
+                keys.number("share", &mut self.1, above_up_to(1e-9, 0.5), "");
+            }
+        }
+        let said = |text: &str| read(&mut Bounds::default(), "test", text, &[]).expect_err("out of range").to_string();
+        assert_eq!(said("positive = 0"), "test: positive (line 1): 0 is out of range; must be above 0");
+        assert_eq!(said("positive = -1e-300"), "test: positive (line 1): -1e-300 is out of range; must be above 0");
+        assert_eq!(said("share = 0.75"), "test: share (line 1): 0.75 is out of range; must be above 1e-9 and at most 0.5");
+        assert_eq!(said("share = 123456"), "test: share (line 1): 123456 is out of range; must be above 1e-9 and at most 0.5");
     }
 
     #[test]

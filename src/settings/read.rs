@@ -105,7 +105,7 @@ impl Guide {
     /// The key's counterpart where another program calls it so.
     fn habit(&self, path: &str) -> Option<String> {
         let is_named = |name: &str| name == path || name == last(path);
-        let Habit { ours, remark, .. } = self.habits.iter().find(|habit| habit.theirs.iter().any(|name| is_named(name)))?;
+        let Habit { ours, remark, .. } = self.habits.iter().find(|habit| habit.theirs.split_whitespace().any(is_named))?;
         let keys: Vec<&str> = ours.iter().filter_map(|key| self.path_like(key)).collect();
         match (keys.is_empty(), ours.is_empty()) {
             (true, false) => None,

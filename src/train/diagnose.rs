@@ -64,18 +64,18 @@ fn bad_samples(batch: &Batch, output: &StepOutput) -> Option<String> {
     let average = output.loss.average_weighted_loss.double_value(&[]);
     match bad.first() {
         Some(first) => {
-            let bound = beyond(f64::from(losses[*first]));
-            Some(format!("loss exploded: {} in {}{bound}{}", losses[*first], samples(batch, output, bad), unnormalized(batch)))
+            let (loss, bound) = (losses[*first], beyond(f64::from(losses[*first])));
+            Some(format!("loss exploded: {loss}{bound} in {}{}", samples(batch, output, bad), unnormalized(batch)))
         }
         // Auxiliary losses and weights can spoil what every sample's own loss does not.
-        None if !is_sound(average) => Some(format!("loss exploded: {average} as the weighted mean{}", beyond(average))),
+        None if !is_sound(average) => Some(format!("loss exploded: {average}{} as the weighted mean", beyond(average))),
         None => None,
     }
 }
 
 /// The bound that a loss which is a number has passed.
 fn beyond(loss: f64) -> String {
-    if loss.is_nan() { String::new() } else { format!(", above {EXPLODED}, the bound of train.check_loss") }
+    if loss.is_nan() { String::new() } else { format!(" (above {EXPLODED}, the bound of train.check_loss)") }
 }
 
 /// Standard deviation of latents above which the question is asked whether they are normalized: an autoencoder's own numbers have 2.7

@@ -1,6 +1,6 @@
 //! The fields of a `HunyuanVideo15Transformer3DModel`'s `config.json`, with the class's defaults.
 
-use crate::settings::{Choice, Keys, Settings, above, above_up_to};
+use crate::settings::{Choice, Keys, Settings, above_up_to};
 
 /// What a published checkpoint was made for; the architecture is one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -98,7 +98,7 @@ impl Settings for HunyuanVideo15 {
         keys.integer("text_embed_dim", &mut self.text_embed_dim, 1..=65_536, "Last axis of `text_embeddings`.");
         keys.integer("text_embed_2_dim", &mut self.text_embed_2_dim, 1..=65_536, "Last axis of `text_embeddings_2`.");
         keys.integer("image_embed_dim", &mut self.image_embed_dim, 1..=65_536, "Last axis of `image_embeds`.");
-        keys.number("rope_theta", &mut self.rope_theta, above(0.0), "Base of the rotary frequencies.");
+        keys.number("rope_theta", &mut self.rope_theta, 1.0.., "Base of the rotary frequencies.");
         keys.integers("rope_axes_dim", &mut self.rope_axes_dim, 0..=65_536, "Features of a head turned by frame, row and column; even.");
         keys.integer("target_size", &mut self.target_size, 1.., "Pixels that a checkpoint was made for; kept, no number depends on it.");
         keys.choice("task_type", &mut self.task_type, "Task that a checkpoint was made for; kept, no number depends on it.");

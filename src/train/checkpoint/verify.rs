@@ -7,7 +7,7 @@ use std::path::{Component, Path};
 use serde::Deserialize;
 
 use super::{FORMAT, MANIFEST, Manifest, Part, VERSION};
-use crate::data::contents::no_json;
+use crate::data::contents::{Format, HEAD_BYTES, no_json, recognized};
 use crate::data::sha256::HashingWriter;
 use crate::error::{Error, Result, one_line, shortened};
 use crate::pulse;
@@ -94,12 +94,20 @@ fn verify_part(folder: &Path, part: &Part) -> Result<(), Unfit> {
     }
     let bytes = found.len();
     if bytes != part.bytes {
-        return Err(broken(format!("has {bytes} of {} bytes", part.bytes)));
+        let instead = called_what_it_is(&path).map(|what| format!(": {what}")).unwrap_or_default();
+        return Err(broken(format!("has {bytes} of {} bytes{instead}", part.bytes)));
     }
     let mut hashing = HashingWriter::new(io::sink());
     File::open(&path).and_then(|file| io::copy(&mut file.take(bytes), &mut hashing)).map_err(unreadable)?;
     let (_, sha256, _) = hashing.finish();
     if sha256 == part.sha256 { Ok(()) } else { Err(broken("sha256 differs".into())) }
+}
+
+/// The name of what stands in place of a safetensors file, as a Git LFS pointer does.
+fn called_what_it_is(path: &Path) -> Option<String> {
+    let mut head = Vec::new();
+    File::open(path).and_then(|file| file.take(HEAD_BYTES as u64).read_to_end(&mut head)).ok()?;
+    recognized(&head, Format::SafeTensors)
 }
 
 /// A regular file of at most so many bytes: to open a FIFO blocks, and a device may have no end.
@@ -146,6 +154,14 @@ mod tests {
         for name in ["fifo", "endless"] {
             assert!(refusal(folder.path(), &part(name, 0)).ends_with("is not a regular file"), "{name}");
         }
+    }
+
+    #[test]
+    fn a_part_that_is_a_pointer_is_called_one() {
+        let folder = tempfile::tempdir().expect("a folder");
+        fs::write(folder.path().join("a.safetensors"), "version https://git-lfs.github.com/spec/v1\n").expect("a file");
+        let said = refusal(folder.path(), &part("a.safetensors", 4096));
+        assert!(said.contains("has 43 of 4096 bytes: is a Git LFS pointer"), "{said}");
     }
 
     #[test]
