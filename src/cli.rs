@@ -11,6 +11,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::collective::{self, Launch};
 use crate::config::{self, RunConfig};
 use crate::data::Dataset;
+use crate::data::contents::{Format, HEAD_BYTES, recognized};
 use crate::doctor;
 use crate::error::{Error, Result, STOPPED};
 use crate::fault;
@@ -201,11 +202,7 @@ impl ConfigArgs {
     fn read(&self) -> Result<RunConfig> {
         match &self.config {
             None => RunConfig::read(config::DEFAULT_NAME, config::DEFAULT, &self.overrides),
-            Some(path) => {
-                let unreadable = |error: std::io::Error| Error::config("--config", format!("{} cannot be read: {error}", path.display()));
-                let text = std::fs::read_to_string(path).map_err(unreadable)?;
-                RunConfig::read(&path.display().to_string(), &text, &self.overrides)
-            }
+            Some(path) => RunConfig::read(&path.display().to_string(), &read_text(path, "--config")?, &self.overrides),
         }
     }
 }
@@ -283,9 +280,20 @@ impl CheckArgs {
 
 fn cluster_named(name: &str, file: Option<&Path>) -> Result<Cluster> {
     let Some(path) = file else { return Cluster::named(name, None) };
-    let source = path.display().to_string();
-    let unreadable = |error: std::io::Error| Error::config("--clusters", format!("{source} cannot be read: {error}"));
-    Cluster::named(name, Some((&source, &std::fs::read_to_string(path).map_err(unreadable)?)))
+    Cluster::named(name, Some((&path.display().to_string(), &read_text(path, "--clusters")?)))
+}
+
+/// A TOML file that the `flag` names.
+fn read_text(path: &Path, flag: &str) -> Result<String> {
+    let refused = |what: String| Error::config(flag, format!("{} {what}", path.display()));
+    if path.is_dir() {
+        return Err(refused("is a folder; expected a TOML file".into()));
+    }
+    let bytes = std::fs::read(path).map_err(|error| refused(format!("cannot be read: {error}")))?;
+    match recognized(&bytes[..bytes.len().min(HEAD_BYTES)], Format::Toml) {
+        Some(what) => Err(refused(what)),
+        None => String::from_utf8(bytes).map_err(|error| refused(format!("is no text: {}", error.utf8_error()))),
+    }
 }
 
 fn run_training(args: &TrainArgs) -> Result<i32> {

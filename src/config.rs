@@ -1,21 +1,26 @@
 //! The whole configuration: one field a room, and what only the whole can know.
 
+mod habits;
+
 use crate::adapter::AdapterChoice;
 use crate::data::DataSettings;
 use crate::error::{ConfigProblem, Error, Result};
 use crate::fault::DebugSettings;
 use crate::flow::{FlowMatchingSettings, SamplingSettings, SigmaWindow};
-use crate::model::{Model, ModelSettings};
+use crate::model::ModelSettings;
 use crate::nn::ComputeSettings;
 use crate::optim::OptimizerChoice;
 use crate::optim::lr::LrScheduleChoice;
 use crate::parallel::ParallelSettings;
-use crate::settings::{self, Choice, Family, Keys, Settings};
+use crate::settings::{self, Choice, Habit, Keys, Settings};
 use crate::telemetry::LogSettings;
 use crate::watchdog::WatchdogSettings;
 
 /// The configuration that runs when none is named, embedded in the binary.
 pub const DEFAULT: &str = include_str!("../configs/digits.toml");
+
+/// Most samples of a step: beyond any batch, and few enough for products of it to fit 64 bits.
+const MOST_SAMPLES: usize = 1 << 40;
 
 /// Name of [`DEFAULT`] in messages.
 pub const DEFAULT_NAME: &str = "configs/digits.toml (embedded)";
@@ -95,11 +100,11 @@ impl Settings for TrainSettings {
         keys.optional_integer(
             "global_batch_size",
             &mut self.global_batch_size,
-            1..,
+            1..=MOST_SAMPLES as i64,
             "Samples of one optimizer step over all ranks; unset: micro-batch x ranks x accumulation.",
         );
         keys.optional_integer("gradient_accumulation_steps", &mut self.gradient_accumulation_steps, 1.., accumulation);
-        keys.number("max_grad_norm", &mut self.max_grad_norm, f64::MIN_POSITIVE.., "Gradients are scaled down to this global norm.");
+        keys.number("max_grad_norm", &mut self.max_grad_norm, 0.0.., "Gradients are scaled down to this global norm; 0: never.");
         keys.flag("check_loss", &mut self.check_loss, "Refuse the update when any rank's loss is not a number or above 100.");
         keys.choice("on_non_finite", &mut self.on_non_finite, "When a loss is refused, or the gradient is not finite on all ranks.");
         keys.choice("on_loss_spike", &mut self.on_loss_spike, "When the loss stands out from those of the last 128 steps.");
@@ -223,6 +228,10 @@ impl Settings for RunConfig {
         keys.table("log", &mut self.log, "What is said meanwhile.");
         keys.table("debug", &mut self.debug, "For those who test fm-dist itself.");
     }
+
+    fn habits(&self) -> &'static [Habit] {
+        habits::HABITS
+    }
 }
 
 impl RunConfig {
@@ -258,8 +267,15 @@ impl RunConfig {
     }
 
     fn divided(&self, world_size: usize) -> Result<usize> {
-        let per_round = self.data.micro_batch_size_per_gpu * world_size;
         let told = self.train.gradient_accumulation_steps;
+        let counted = |count: Option<usize>| count.filter(|count| *count <= MOST_SAMPLES);
+        let per_round = counted(self.data.micro_batch_size_per_gpu.checked_mul(world_size));
+        let step = per_round.and_then(|samples| counted(samples.checked_mul(told.unwrap_or(1))));
+        let (Some(per_round), Some(_)) = (per_round, step) else {
+            let (samples, micro_batches) = (self.data.micro_batch_size_per_gpu, told.unwrap_or(1));
+            let what = format!("{micro_batches} x {samples} samples x {world_size} ranks are more than {MOST_SAMPLES} samples in a step");
+            return Err(Error::config("train.gradient_accumulation_steps", what));
+        };
         let Some(global) = self.train.global_batch_size else { return Ok(told.unwrap_or(1)) };
         let one_round = format!("{} x {world_size} ranks = {per_round}", self.data.micro_batch_size_per_gpu);
         if global % per_round != 0 {
@@ -278,20 +294,6 @@ impl RunConfig {
         }
     }
 
-    /// What the model needs and the adapter does not give, with an adapter that does.
-    fn missing_inputs(&self) -> Option<String> {
-        let (inputs, chosen) = (self.model.family.inputs(), &self.flow_matching.adapter);
-        let missing = |adapter: &AdapterChoice| {
-            let adapter = adapter.build();
-            inputs.iter().filter(|input| !adapter.provides().contains(input)).map(|input| format!("`{input}`")).collect::<Vec<_>>()
-        };
-        let names = missing(chosen);
-        let mut others = AdapterChoice::NAMES.iter().filter_map(|name| AdapterChoice::named(name));
-        let hint = others.find(|other| missing(other).is_empty()).map(|other| format!("; `{}` does", other.name())).unwrap_or_default();
-        let what = format!("`{}` gives no {}, which the model `{}` needs{hint}", chosen.name(), names.join(", "), self.model.family.name());
-        (!names.is_empty()).then_some(what)
-    }
-
     fn problems(&self) -> Vec<ConfigProblem> {
         let mut problems = Vec::new();
         let mut say = |key: &str, what: String| problems.push(ConfigProblem { key: key.into(), place: String::new(), what });
@@ -308,19 +310,29 @@ impl RunConfig {
         if self.output_dir.is_empty() {
             say("output_dir", "must name a folder".into());
         }
-        if let Some(what) = self.missing_inputs() {
-            say("flow_matching.adapter_type", what);
-        }
-        if let (AdapterChoice::Hunyuan(adapter), Model::HunyuanVideo15(model)) = (&self.flow_matching.adapter, &self.model.family) {
-            let [_, width] = adapter.default_image_embed_shape;
-            if width != model.image_embed_dim {
-                let what = format!("has {width} features, the model's image_embed_dim is {}", model.image_embed_dim);
-                say("flow_matching.adapter.default_image_embed_shape", what);
-            }
-        }
-        if let Err(Error::Config { problems: of_model, .. }) = self.model.family.stages() {
+        let misfits = self.flow_matching.adapter.misfits(&self.model.family);
+        misfits.into_iter().for_each(|(key, what)| say(&key, what));
+        if let Err(Error::Config { problems: of_model, .. }) = self.model.family.checked_stages() {
             problems.extend(of_model);
         }
         problems
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_of_more_samples_than_can_be_counted_is_refused() {
+        let most = i64::MAX;
+        let config = |text: &str| RunConfig::read("test", text, &[]).expect("in range");
+        let text = config(&format!("[train]\ngradient_accumulation_steps = {most}")).micro_batches(1).expect_err("too many").to_string();
+        assert!(text.contains("train.gradient_accumulation_steps: 9223372036854775807 x 64 samples x 1 ranks are more than"), "{text}");
+        for ranks in [1 << 60, usize::MAX] {
+            assert_eq!(config("").micro_batches(ranks).expect_err("too many").exit_code(), 50);
+        }
+        assert!(RunConfig::read("test", &format!("[train]\nglobal_batch_size = {most}"), &[]).is_err());
+        assert_eq!(config("[train]\ngradient_accumulation_steps = 3").micro_batches(8).expect("sound"), 3);
     }
 }

@@ -105,6 +105,64 @@ fn a_missing_configuration_or_run_is_named() {
 }
 
 #[test]
+fn a_file_that_is_no_configuration_is_called_what_it_is() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("run.toml");
+    let said = |arguments: &[&str]| {
+        let (code, _, errors) = finish(program(&[&["check"], arguments].concat()));
+        assert_eq!(code, 50, "{errors}");
+        only_error(&errors).to_string()
+    };
+    let utf_16: Vec<u8> = "seed = 1".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    for (contents, what) in [
+        (&b"model:\n  path: x\n"[..], "is YAML; a configuration is TOML"),
+        (b"{\n  \"seed\": 1\n}", "is JSON; a configuration is TOML"),
+        (b"\xef\xbb\xbfseed = 1\n", "begins with a byte order mark"),
+        (&utf_16, "is UTF-16; save it as UTF-8"),
+        (b"<!DOCTYPE html><html>", "is a web page (HTML), not TOML"),
+        (b"\x40\0\0\0\0\0\0\0{\"a\":{}}", "is a safetensors file; expected TOML"),
+        (b"\xff\x00\xff\x01", "is no text: invalid utf-8 sequence"),
+    ] {
+        fs::write(&file, contents).unwrap();
+        let line = said(&["-c", file.to_str().unwrap()]);
+        assert!(line.contains(what), "{what:?} is not in {line}");
+    }
+    let line = said(&["-c", folder.path().to_str().unwrap()]);
+    assert!(line.contains("is a folder; expected a TOML file"), "{line}");
+}
+
+#[test]
+fn a_model_is_planned_by_its_path_alone_and_a_path_that_is_none_is_told_what_was_meant() {
+    let flux = format!("model.path={}/tests/fixtures/models/flux1-dev", env!("CARGO_MANIFEST_DIR"));
+    let plan = |path: &str| {
+        let sets = ["--set", path, "--set", "flow_matching.adapter_type=flux", "--latents", "16,128,128"];
+        finish(program(&[&["check"], &sets[..]].concat()))
+    };
+    let (code, text, errors) = plan(&flux);
+    assert_eq!(code, 0, "{errors}");
+    assert!(text.contains("flux: 11901408320 parameters"), "{text}");
+    for (path, what) in [
+        (
+            "model.path=black-forest-labs/FLUX.1-dev".to_string(),
+            "does not exist; expected a folder with config.json and safetensors; nothing is downloaded",
+        ),
+        (format!("{flux}/config.json"), "config.json is a file; expected a folder with config.json and safetensors; did you mean"),
+    ] {
+        let (code, _, errors) = plan(&path);
+        assert_eq!(code, 50, "{errors}");
+        assert!(only_error(&errors).contains(what), "{what:?} is not in {errors}");
+    }
+}
+
+#[test]
+fn a_check_without_data_says_how_to_plan_without_them() {
+    let (code, _, errors) = finish(program(&["check", "--set", "data.path=no-such-data"]));
+    assert_eq!(code, 40, "{errors}");
+    let line = only_error(&errors);
+    assert!(line.contains("no-such-data: does not exist; set data.path (now \"no-such-data\"), or plan with --latents C,H,W"), "{line}");
+}
+
+#[test]
 fn a_wrong_argument_is_an_error_of_usage_with_code_2() {
     let (code, _, errors) = finish(program(&["trian"]));
     assert_eq!(code, 2);
@@ -131,6 +189,22 @@ fn a_loss_that_explodes_stops_every_rank_before_the_update() {
     assert_eq!(code, 41, "{errors}");
     let line = only_error(&errors);
     assert!(line.contains("error NUMERIC") && line.contains("loss exploded") && line.contains("nothing was updated"), "{line}");
+    assert!(line.contains("NaN") || line.contains(" (above 100, the bound of train.check_loss) in samples "), "{line}");
+    assert!(!line.contains("normalised"), "digits are: {line}");
+}
+
+#[test]
+fn latents_that_are_not_normalized_are_asked_about_where_the_loss_explodes() {
+    let folder = TempDir::new().unwrap();
+    let float = (Kind::Float, Device::Cpu);
+    let latents = Tensor::from_slice(&[-12.0f32, 12.0]).repeat([32 * 64]).view([64, 1, 8, 8]);
+    write_dataset(folder.path(), &[("image_latents", &latents), ("text_embeddings", &Tensor::ones([64, 1, 10], float))]);
+    let (path, output) = (format!("data.path={}", folder.path().display()), format!("output_dir={}", folder.path().join("run").display()));
+    let (code, _, errors) = finish(program(&with_sets(&["train"], &["max_steps=4", &path, &output])));
+    assert_eq!(code, 41, "{errors}");
+    let line = only_error(&errors);
+    let asked = "; the latents' standard deviation is 12.0, usual is about 1: are the latents normalised?";
+    assert!(line.contains(" (above 100, the bound of train.check_loss) in samples ") && line.contains(asked), "{line}");
 }
 
 #[test]
@@ -312,9 +386,13 @@ fn dataset_with_a_bad_sample(folder: &Path) {
     let float = (Kind::Float, Device::Cpu);
     let latents = Tensor::zeros([64, 1, 8, 8], float);
     let _ = latents.get(37).get(0).get(2).narrow(0, 3, 1).fill_(f64::NAN);
-    let tensors = [("image_latents", &latents), ("text_embeddings", &Tensor::ones([64, 1, 10], float))];
+    write_dataset(folder, &[("image_latents", &latents), ("text_embeddings", &Tensor::ones([64, 1, 10], float))]);
+}
+
+/// A dataset of 64 pictures in the digits' form.
+fn write_dataset(folder: &Path, tensors: &[(&str, &Tensor)]) {
     let mut file = fs::File::create(folder.join("a.safetensors")).unwrap();
-    safetensors::write(&mut file, &tensors, &BTreeMap::new()).unwrap();
+    safetensors::write(&mut file, tensors, &BTreeMap::new()).unwrap();
     let hash = "0".repeat(64);
     let text = format!(
         r#"{{"format":"fm-dist dataset","version":1,"name":"bad","source":"test","licence":"none","data_type":"image",

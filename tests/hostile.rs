@@ -17,6 +17,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::clock::processor_time;
+use crate::oracle::oracle;
 
 /// A hostile file may cost no more of a processor than this. The worst take 0.4 s in a debug build.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -133,7 +134,7 @@ fn a_header_that_is_not_an_object_is_refused() {
 
 #[test]
 fn a_header_that_is_cut_off_is_refused() {
-    refused(&SOUND[..20], "header is malformed: EOF while parsing");
+    refused(&SOUND[..20], "header is malformed: tensor `a`: EOF while parsing");
 }
 
 #[test]
@@ -243,12 +244,12 @@ fn an_unknown_dtype_is_refused() {
 
 #[test]
 fn an_axis_of_nothing_is_refused() {
-    refused(&tensor("U8", "[4,0]", "[0,0]"), "a shape has an axis of 0, expected at least 1");
+    refused(&tensor("U8", "[4,0]", "[0,0]"), "tensor `a` [4, 0] has an axis of 0, expected at least 1");
 }
 
 #[test]
 fn an_axis_that_is_no_count_is_refused() {
-    refused(&tensor("U8", "[-4]", "[0,4]"), "a shape has an axis of -4, expected at least 1");
+    refused(&tensor("U8", "[-4]", "[0,4]"), "tensor `a` [-4] has an axis of -4, expected at least 1");
     refused(&tensor("U8", "[4.0]", "[0,4]"), "invalid type: floating point `4.0`");
     refused(&tensor("U8", "[18446744073709551615]", "[0,4]"), "invalid value: integer `18446744073709551615`");
 }
@@ -341,6 +342,78 @@ fn a_boolean_that_is_neither_true_nor_false_is_refused() {
 
 // What is not a file of data at all.
 
+/// Runs the command that a refusal prints, with the oracle's Python.
+fn convert(refusal: &str, from: &Path, to: &Path) -> SafeTensors {
+    let command = refusal.split_once("convert it once: ").expect("a command").1;
+    let command = command.replace("IN.pt", from.to_str().unwrap()).replace("OUT.safetensors", to.to_str().unwrap());
+    let python = Path::new(env!("CARGO_MANIFEST_DIR")).join(".deps/oracle/bin");
+    let path = format!("{}:{}", python.display(), std::env::var("PATH").unwrap());
+    let output = Command::new("sh").args(["-c", &command]).env("PATH", path).output().unwrap();
+    assert!(output.status.success(), "{command}:\n{}", String::from_utf8_lossy(&output.stderr));
+    SafeTensors::open(to).unwrap()
+}
+
+#[test]
+fn d14_the_command_that_is_printed_converts_what_torch_save_wrote() {
+    let folder = tempfile::tempdir().unwrap();
+    oracle("pickles.py", &[folder.path().to_str().unwrap()]);
+    for name in ["cache.pt", "cache.meta", "legacy.pt", "bare.pt"] {
+        let from = folder.path().join(name);
+        let text = refusal(|| SafeTensors::open(&from));
+        assert!(text.contains("is a pickle") && text.contains("which can run code"), "{text}");
+        let file = convert(&text, &from, &folder.path().join("out.safetensors"));
+        let numbers = |name: &str| Vec::<f32>::try_from(file.read(name).unwrap().flatten(0, -1).to_kind(tch::Kind::Float)).unwrap();
+        let mut names: Vec<&str> = file.tensors().iter().map(|info| info.name.as_str()).collect();
+        names.sort_unstable();
+        if name == "bare.pt" {
+            assert_eq!((names, numbers("tensor")), (vec!["tensor"], vec![0.0, 1.0, 2.0, 3.0, 4.0, 5.0]));
+            continue;
+        }
+        let expected = ["by_place.first_second", "by_place.list.0", "by_place.list.2.0", "latent", "learned", "turned", "view"];
+        assert_eq!(names, expected);
+        assert_eq!((numbers("turned"), numbers("view")), (vec![0.0, 3.0, 1.0, 4.0, 2.0, 5.0], vec![2.0, 3.0]));
+        assert_eq!((numbers("by_place.list.2.0"), numbers("learned")), (vec![2.0], vec![1.0, 1.0]));
+    }
+}
+
+#[test]
+fn what_a_download_leaves_in_place_of_a_file_is_called_what_it_is() {
+    for (contents, what) in [
+        (&b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"[..], "is a Git LFS pointer"),
+        (b"<!DOCTYPE html><html><head><title>Log in</title>", "is a web page (HTML)"),
+        (b"<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code></Error>", "is an XML text"),
+        (b"Entry not found", "is a text that begins \"Entry not found\""),
+        (b"{\"error\": \"gated\"}", "is JSON, not a safetensors file"),
+        (b"\x1f\x8b\x08\0\0\0\0\0\0", "is a gzip archive; unpack it first"),
+        (b"GGUF\x03\0\0\0\0\0", "is a GGUF file"),
+        (b"\x93NUMPY\x01\0v\0{'descr'", "is a NumPy array"),
+        (b"\x80\x04N.", "is a pickle, which can run code"),
+    ] {
+        refused_bytes(contents, what);
+        let folder = dataset(&[("a.safetensors", contents)], &[entry("a.safetensors", 4)]);
+        refused_dataset(folder.path(), &format!("a.safetensors: {what}"));
+        let folder = dataset(&[], &[]);
+        fs::write(folder.path().join("dataset.json"), contents).unwrap();
+        let what = if contents.starts_with(b"{") { "unknown field `error`" } else { what };
+        refused_dataset(folder.path(), &format!("dataset.json: {what}"));
+    }
+}
+
+#[test]
+fn a_manifest_in_another_encoding_is_told() {
+    let utf_16: Vec<u8> = "{\"format\"".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    for (contents, what) in [
+        (b"\xef\xbb\xbf{\"format\": 1}".to_vec(), "begins with a byte order mark; save it as UTF-8 without one"),
+        ([b"\xff\xfe", utf_16.as_slice()].concat(), "is UTF-16; save it as UTF-8"),
+        (utf_16.clone(), "is UTF-16; save it as UTF-8"),
+        (Vec::new(), "is empty; expected JSON"),
+    ] {
+        let folder = dataset(&[], &[]);
+        fs::write(folder.path().join("dataset.json"), contents).unwrap();
+        refused_dataset(folder.path(), &format!("dataset.json: {what}"));
+    }
+}
+
 #[test]
 fn d14_a_pickle_is_refused_with_the_way_to_convert_it() {
     for name in ["model.pt", "model.bin", "model.ckpt", "MODEL.PTH"] {
@@ -359,7 +432,7 @@ fn a_missing_file_is_told() {
 #[test]
 fn a_folder_in_place_of_a_file_is_refused() {
     let folder = tempfile::tempdir().unwrap();
-    assert!(refusal(|| SafeTensors::open(folder.path())).ends_with("is not a regular file"));
+    assert!(refusal(|| SafeTensors::open(folder.path())).ends_with("is a folder, not a file"));
 }
 
 #[test]
@@ -420,6 +493,20 @@ fn the_dataset_that_the_lies_are_made_from_is_sound() {
 fn b5_a_path_out_of_the_data_folder_is_refused() {
     for path in ["../outside.safetensors", "/etc/passwd", "a/../../b.safetensors"] {
         refused_dataset(dataset(&[], &[entry(path, 4)]).path(), &format!("path `{path}` leaves the data folder"));
+    }
+}
+
+#[test]
+fn a_path_that_stays_in_its_place_is_no_way_out_of_the_data_folder() {
+    for path in ["./a.safetensors", ".//a.safetensors", "././a.safetensors", "b/.././a.safetensors"] {
+        let folder = dataset(&[("a.safetensors", &images(None))], &[entry(path, 4)]);
+        match path.contains("..") {
+            true => refused_dataset(folder.path(), "leaves the data folder"),
+            false => assert_eq!(Dataset::open(folder.path()).unwrap().num_samples(), 4, "{path}"),
+        }
+    }
+    for path in [".", "./", ""] {
+        refused_dataset(dataset(&[], &[entry(path, 4)]).path(), &format!("path `{path}` names no file"));
     }
 }
 

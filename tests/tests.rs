@@ -41,6 +41,8 @@ mod memory;
 mod nccl;
 /// What parity tests share: the real packages as oracle, and how close is close. Nothing is promised there.
 mod oracle;
+/// Every model with every adapter trains or is refused with a hint that works, and so do the edges of a model's settings.
+mod pairs;
 /// The real NeMo AutoModel and PyTorch compute the same numbers.
 mod parity;
 /// A resumed run is the unbroken run.

@@ -2,12 +2,13 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::AdapterSettings;
 use super::inputs::{TimestepDtype, batched, text_embeddings, text_key, text_mask_key, token_mask};
+use super::{AdapterSettings, Need};
 use crate::error::{Error, Result};
 use crate::flow::{BatchKey, FlowMatchingContext, ModelAdapter, Role};
+use crate::model::{HunyuanVideo15, Model};
 use crate::nn::Activations;
-use crate::settings::{Keys, Settings};
+use crate::settings::{Family, Keys, Settings};
 use crate::tensor::broadcast_to_rank;
 
 const NAME: &str = "hunyuan";
@@ -52,6 +53,23 @@ impl Settings for Hunyuan {
 impl AdapterSettings for Hunyuan {
     fn build(&self) -> Box<dyn ModelAdapter> {
         Box::new(self.clone())
+    }
+
+    fn needs(&self, model: &Model) -> Vec<Need> {
+        let mut needs = Vec::new();
+        if !self.use_condition_latents && model.inputs().contains(&"condition_latents") {
+            let takes = "takes `condition_latents` (in_channels are more than the latents')";
+            let why = format!("is false, the model `{}` {takes}", model.name());
+            needs.push(Need { key: "use_condition_latents", value: "true".into(), why });
+        }
+        let [tokens, width] = self.default_image_embed_shape;
+        if let Model::HunyuanVideo15(HunyuanVideo15 { image_embed_dim, .. }) = model
+            && *image_embed_dim != width
+        {
+            let why = format!("has {width} features, the model's image_embed_dim is {image_embed_dim}");
+            needs.push(Need { key: "default_image_embed_shape", value: format!("[{tokens}, {image_embed_dim}]"), why });
+        }
+        needs
     }
 }
 

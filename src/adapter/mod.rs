@@ -1,5 +1,6 @@
 //! One adapter a model family: batch to model inputs, model outputs to prediction.
 
+mod fit;
 mod flux;
 mod flux2;
 mod hunyuan;
@@ -7,6 +8,7 @@ mod inputs;
 mod qwen_image;
 mod simple;
 
+pub use fit::Need;
 pub use flux::Flux;
 pub use flux2::Flux2;
 pub use hunyuan::Hunyuan;
@@ -18,12 +20,18 @@ use tch::{Device, Kind};
 
 use crate::error::{Error, Result};
 use crate::flow::{FlowMatchingPipeline, FlowMatchingSettings, ModelAdapter};
+use crate::model::Model;
 use crate::registry::registry;
 use crate::settings::{self, Family};
 
 /// An adapter's settings, which build it.
 pub trait AdapterSettings {
     fn build(&self) -> Box<dyn ModelAdapter>;
+
+    /// Settings that must have another value for `model`, which is of a family that the adapter is made for.
+    fn needs(&self, _model: &Model) -> Vec<Need> {
+        Vec::new()
+    }
 }
 
 registry! {

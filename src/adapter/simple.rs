@@ -2,12 +2,16 @@
 
 use tch::Tensor;
 
-use super::AdapterSettings;
 use super::inputs::{TimestepDtype, batched, text_embeddings, text_key};
+use super::{AdapterSettings, Need};
 use crate::error::{Error, Result};
 use crate::flow::{BatchKey, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Role, Shift};
+use crate::model::Model;
 use crate::nn::Activations;
-use crate::settings::{Keys, Settings};
+use crate::settings::{Family, Keys, Settings};
+
+/// Inputs that `image_conditioning` adds.
+const IMAGE_INPUTS: [&str; 2] = ["condition_latents", "encoder_hidden_states_image"];
 
 const NAME: &str = "simple";
 
@@ -29,6 +33,16 @@ impl Settings for Simple {
 impl AdapterSettings for Simple {
     fn build(&self) -> Box<dyn ModelAdapter> {
         Box::new(self.clone())
+    }
+
+    fn needs(&self, model: &Model) -> Vec<Need> {
+        let takes_images = model.inputs().iter().any(|input| IMAGE_INPUTS.contains(input));
+        if takes_images == self.image_conditioning {
+            return Vec::new();
+        }
+        let not = if takes_images { "" } else { "not " };
+        let why = format!("is {}, the model `{}` is {not}conditioned on images", self.image_conditioning, model.name());
+        vec![Need { key: "image_conditioning", value: takes_images.to_string(), why }]
     }
 }
 

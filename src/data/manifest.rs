@@ -1,6 +1,7 @@
 //! `dataset.json`: what a dataset says about itself, and where its files are.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Component, Path, PathBuf};
@@ -8,9 +9,10 @@ use std::path::{Component, Path, PathBuf};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
+use super::contents::no_json;
 use super::safetensors::open_error;
 use super::{DataType, sha256};
-use crate::error::{Error, Result, one_line};
+use crate::error::{Error, Result};
 
 pub(super) const FILE_NAME: &str = "dataset.json";
 const FORMAT: &str = "fm-dist dataset";
@@ -88,7 +90,7 @@ impl Manifest {
         if text.len() as u64 > MAX_BYTES {
             return Err(Error::data(path, format!("is longer than the {MAX_BYTES} bytes allowed")));
         }
-        let manifest: Manifest = serde_json::from_slice(text).map_err(|e| Error::data(path, one_line(&e.to_string())))?;
+        let manifest: Manifest = serde_json::from_slice(text).map_err(|e| Error::data(path, no_json(text, &e)))?;
         manifest.check().map_err(|what| Error::data(path, what))?;
         Ok(manifest)
     }
@@ -106,7 +108,7 @@ impl Manifest {
             if file.samples == 0 {
                 return Err(format!("`{}` has samples = 0; leave empty files out", file.path));
             }
-            if !paths.insert(&file.path) {
+            if !paths.insert(parts_inside(&file.path).unwrap_or_else(|| vec![OsStr::new(&file.path)])) {
                 return Err(format!("`{}` is listed twice", file.path));
             }
         }
@@ -149,11 +151,20 @@ impl Manifest {
     }
 }
 
+/// The names that lead to a file, without those that lead nowhere: `./a//b` gives `a`, `b`. None for a path that may lead out of the
+/// folder it begins in.
+fn parts_inside(relative: &str) -> Option<Vec<&OsStr>> {
+    let parts = Path::new(relative).components().filter(|part| *part != Component::CurDir);
+    parts.map(|part| if let Component::Normal(name) = part { Some(name) } else { None }).collect()
+}
+
 /// The real path of a dataset's file, which must lie inside of its folder.
 pub(super) fn resolve(folder: &Path, relative: &str) -> Result<PathBuf> {
     let path = folder.join(relative);
-    if !Path::new(relative).components().all(|part| matches!(part, Component::Normal(_))) {
-        return Err(Error::data(folder, format!("path `{relative}` leaves the data folder")));
+    match parts_inside(relative) {
+        None => return Err(Error::data(folder, format!("path `{relative}` leaves the data folder"))),
+        Some(parts) if parts.is_empty() => return Err(Error::data(folder, format!("path `{relative}` names no file"))),
+        Some(_) => {}
     }
     let real = path.canonicalize().map_err(|e| open_error(&path, e))?;
     if !real.starts_with(folder.canonicalize().map_err(|e| open_error(folder, e))?) {
@@ -181,6 +192,10 @@ mod tests {
         assert_eq!(reason(&format!("{FILE},{FILE}")), "dataset.json: `a.safetensors` is listed twice");
         assert_eq!(reason(&FILE.replace(":2", ":0")), "dataset.json: `a.safetensors` has samples = 0; leave empty files out");
         assert_eq!(reason(&FILE.replace("HASH", "0A")), "dataset.json: sha256 of `a.safetensors` is not 64 lower-case hex digits");
+        for other in ["./a.safetensors", ".//a.safetensors", "././a.safetensors"] {
+            let twice = format!("{FILE},{}", FILE.replace("a.safetensors", other));
+            assert_eq!(reason(&twice), format!("dataset.json: `{other}` is listed twice"));
+        }
         assert!(reason(&FILE.replace("group", "grop")).starts_with("dataset.json: unknown field `grop`, expected one of `path`"));
     }
 

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | is this file sound, what is in it | `safetensors/` |
 //! | what does `dataset.json` say | `manifest.rs` |
+//! | what is this file, if not what was expected | `contents.rs` |
 //! | which samples may stand in one batch | `group.rs` |
 //! | the samples of these ids, please | `dataset.rs`, `sample_file.rs`, `finite.rs` |
 //! | how many files stay open | `descriptors.rs` |
@@ -16,6 +17,7 @@
 //! | how far latents spread | `moments.rs` |
 
 mod conditions;
+pub mod contents;
 pub mod dataset;
 mod descriptors;
 mod digits;

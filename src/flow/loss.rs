@@ -5,7 +5,7 @@ use tch::{Kind, Tensor};
 use crate::error::{Error, Result};
 
 /// A mean loss above this has exploded; the reference's bound.
-const EXPLODED: f64 = 100.0;
+pub const EXPLODED: f64 = 100.0;
 
 /// A loss from every side.
 #[derive(Debug)]

@@ -1,7 +1,7 @@
 //! `[flow_matching]`: the reference's parameters under the reference's names and defaults, then fm-dist's own.
 
 use super::timestep_sampling::TimestepSampling;
-use crate::settings::{Choice, Keys, Settings};
+use crate::settings::{Choice, Keys, Settings, above_up_to};
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LossWeightingScheme {
@@ -128,7 +128,7 @@ impl Default for FlowMatchingSettings {
 
 impl Settings for FlowMatchingSettings {
     fn visit(&mut self, keys: &mut Keys<'_>) {
-        let positive = f64::MIN_POSITIVE..=1000.0;
+        let positive = above_up_to(0.0, 1000.0);
         keys.integer(
             "num_train_timesteps",
             &mut self.num_train_timesteps,
@@ -139,7 +139,7 @@ impl Settings for FlowMatchingSettings {
         keys.number(
             "flow_shift",
             &mut self.flow_shift,
-            positive.clone(),
+            positive,
             "Shift towards noise, sigma = s/(s + 1/u - 1); also the slope of the linear loss weight.",
         );
         keys.number("i2v_prob", &mut self.i2v_prob, 0.0..=1.0, "Share of video batches trained as image-to-video.");
@@ -152,7 +152,7 @@ impl Settings for FlowMatchingSettings {
             0.0..=1.0,
             "Share of batches that draw u uniformly instead, in every mode but `beta`.",
         );
-        keys.number("beta_alpha", &mut self.beta_alpha, positive.clone(), "First parameter of `beta`.");
+        keys.number("beta_alpha", &mut self.beta_alpha, positive, "First parameter of `beta`.");
         keys.number("beta_beta", &mut self.beta_beta, positive, "Second parameter of `beta`.");
         keys.flag(
             "use_sigma_noise",
@@ -168,8 +168,8 @@ impl Settings for FlowMatchingSettings {
         keys.number("sigma_max", &mut self.sigma_max, 0.0..=1.0, "Upper edge of the sigma window.");
         keys.flag("use_loss_weighting", &mut self.use_loss_weighting, "Whether a sample's loss is weighted by its sigma.");
         keys.choice("loss_weighting_scheme", &mut self.loss_weighting_scheme, "How it is weighted.");
-        keys.integer("log_interval", &mut self.log_interval, 1.., "Steps between detailed log blocks.");
-        keys.integer("summary_log_interval", &mut self.summary_log_interval, 1.., "Steps between summary log lines.");
+        keys.integer("log_interval", &mut self.log_interval, 0.., "Steps between detailed log blocks; 0: none.");
+        keys.integer("summary_log_interval", &mut self.summary_log_interval, 0.., "Steps between summary log lines; 0: none.");
         keys.choice(
             "sigma_window",
             &mut self.sigma_window,

@@ -1,16 +1,19 @@
 //! A diffusers transformer folder's `config.json`: which family, with which settings.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
 use super::Model;
+use crate::data::contents::no_json;
 use crate::data::safetensors::refuse_pickled_weights;
-use crate::error::{Error, Result, one_line};
+use crate::error::{Error, Result};
 use crate::settings::{self, Family};
 
 const FILE_NAME: &str = "config.json";
+/// The file by which diffusers knows a whole pipeline.
+const PIPELINE_FILE_NAME: &str = "model_index.json";
 /// The release whose classes and fields these are.
 const VERSION: &str = "0.42.1";
 
@@ -22,10 +25,13 @@ const VERSION: &str = "0.42.1";
 pub fn read_folder(folder: &Path) -> Result<Model> {
     refuse_pickled_weights(folder)?;
     let path = folder.join(FILE_NAME);
+    if let Some(what) = no_transformer(folder) {
+        return Err(Error::config("model.path", what));
+    }
     let shown = path.display().to_string();
-    let text = fs::read_to_string(&path).map_err(|error| Error::config("model.path", format!("{shown} cannot be read: {error}")))?;
-    let parsed: Result<Map<String, Value>, _> = serde_json::from_str(&text);
-    let mut fields = parsed.map_err(|error| Error::config("model.path", format!("{shown}: {}", one_line(&error.to_string()))))?;
+    let text = fs::read(&path).map_err(|error| Error::config("model.path", format!("{shown} cannot be read: {error}")))?;
+    let parsed: Result<Map<String, Value>, _> = serde_json::from_slice(&text);
+    let mut fields = parsed.map_err(|error| Error::config("model.path", format!("{shown}: {}", no_json(&text, &error))))?;
     let class = fields.get("_class_name").and_then(Value::as_str).unwrap_or_default().to_string();
     let mut model = of_class(&class).ok_or_else(|| Error::config("model.path", format!("{shown}: {}", unknown_class(&class))))?;
     // Notes of the library that wrote the file begin with an underscore.
@@ -35,7 +41,7 @@ pub fn read_folder(folder: &Path) -> Result<Model> {
         fields.insert("out_channels".into(), Value::from(0));
     }
     settings::read_json(model.settings(), &shown, &fields)?;
-    model.stages().map(drop)?;
+    model.checked_stages().map(drop)?;
     Ok(model)
 }
 
@@ -54,7 +60,96 @@ fn of_class(class: &str) -> Option<Model> {
     Model::NAMES.iter().filter_map(|name| Model::named(name)).find(|model| model.class_name() == Some(class))
 }
 
+/// The reason why a path is no transformer's folder, with the path that was meant where that can be seen.
+fn no_transformer(path: &Path) -> Option<String> {
+    let (shown, expected) = (path.display(), "expected a folder with config.json and safetensors");
+    if path.is_file() {
+        let inside = path.parent().filter(|folder| folder.join(FILE_NAME).is_file());
+        let meant = inside.map(|folder| format!("; did you mean {}?", folder.display())).unwrap_or_default();
+        return Some(format!("{shown} is a file; {expected}{meant}"));
+    }
+    if !path.exists() {
+        return Some(format!("{shown} does not exist; {expected}{}", if is_hub_id(path) { download(path) } else { String::new() }));
+    }
+    if path.join(FILE_NAME).is_file() {
+        return None;
+    }
+    let meant = transformers_inside(path);
+    let meant = if meant.is_empty() { String::new() } else { format!("; did you mean {}?", meant.join(" or ")) };
+    let found = if path.join(PIPELINE_FILE_NAME).is_file() { "is a whole pipeline" } else { "holds no config.json" };
+    Some(format!("{shown} {found}; {expected}{meant}"))
+}
+
+/// Folders of transformers in a pipeline's folder, or in the snapshots of a download cache.
+fn transformers_inside(path: &Path) -> Vec<String> {
+    let is_transformer = |folder: &Path| folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with("transformer"));
+    let mut found = Vec::new();
+    for folder in folders_in(path).into_iter().chain(folders_in(&path.join("snapshots")).iter().flat_map(|folder| folders_in(folder))) {
+        if is_transformer(&folder) && folder.join(FILE_NAME).is_file() {
+            found.push(folder.display().to_string());
+        }
+    }
+    found
+}
+
+fn folders_in(path: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut folders: Vec<PathBuf> = entries.filter(|path| path.is_dir()).collect();
+    folders.sort();
+    folders
+}
+
+/// True for `owner/name`, as models are called on a hub.
+fn is_hub_id(path: &Path) -> bool {
+    let legal =
+        |part: &str| !part.is_empty() && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)) && !part.starts_with('.');
+    path.to_str().and_then(|text| text.split_once('/')).is_some_and(|(owner, name)| legal(owner) && legal(name))
+}
+
+fn download(id: &Path) -> String {
+    let id = id.display();
+    format!(
+        "; nothing is downloaded: if it is a model's name on the hub, run `hf download {id} --include \"transformer/*\" --local-dir FOLDER` \
+         and give FOLDER/transformer"
+    )
+}
+
 fn unknown_class(class: &str) -> String {
+    if class.is_empty() {
+        return "has no _class_name, so it describes no model of diffusers".into();
+    }
     let known: Vec<&str> = Model::NAMES.iter().filter_map(|name| Model::named(name)).filter_map(|model| model.class_name()).collect();
     format!("_class_name is {class:?}; supported are {}", known.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_that_is_no_transformers_folder_is_told_with_the_one_that_was_meant() {
+        let root = tempfile::tempdir().expect("a folder");
+        let at = |name: &str| root.path().join(name);
+        let said = |path: &Path| no_transformer(path).expect("no transformer");
+        let transformer = at("pipeline/transformer");
+        fs::create_dir_all(&transformer).expect("a folder");
+        fs::write(at("pipeline/model_index.json"), "{}").expect("a file");
+        fs::write(transformer.join("config.json"), "{}").expect("a file");
+        fs::write(transformer.join("weights.safetensors"), "").expect("a file");
+        assert_eq!(no_transformer(&transformer), None);
+        let meant = format!("did you mean {}?", transformer.display());
+        let text = said(&at("pipeline"));
+        assert!(text.contains("is a whole pipeline; expected a folder with config.json") && text.ends_with(&meant), "{text}");
+        for file in ["weights.safetensors", "config.json"] {
+            let text = said(&transformer.join(file));
+            assert!(text.contains(&format!("{file} is a file;")) && text.ends_with(&meant), "{text}");
+        }
+        let snapshot = at("cache/snapshots/0a/transformer");
+        fs::create_dir_all(&snapshot).expect("a folder");
+        fs::write(snapshot.join("config.json"), "{}").expect("a file");
+        assert!(said(&at("cache")).ends_with(&format!("did you mean {}?", snapshot.display())));
+        let text = said(Path::new("black-forest-labs/FLUX.1-dev"));
+        assert!(text.contains("does not exist") && text.contains("`hf download black-forest-labs/FLUX.1-dev --include"), "{text}");
+        assert!(!said(Path::new("/nowhere/at-all")).contains("hf download"));
+    }
 }

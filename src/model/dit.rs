@@ -69,6 +69,10 @@ impl Architecture for Dit {
         Ok(stages)
     }
 
+    fn adapter(&self) -> &'static str {
+        "simple"
+    }
+
     fn inputs(&self) -> Vec<&'static str> {
         vec!["hidden_states", "timestep", "encoder_hidden_states"]
     }

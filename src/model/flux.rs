@@ -84,6 +84,11 @@ impl Settings for Flux {
 }
 
 impl Flux {
+    /// Features of a predicted token.
+    fn features(&self) -> i64 {
+        if self.out_channels == 0 { self.in_channels } else { self.out_channels }
+    }
+
     fn heads(&self) -> Heads {
         Heads {
             num_heads: self.num_attention_heads,
@@ -107,15 +112,20 @@ impl Architecture for Flux {
         let mut stages: Vec<Box<dyn Stage>> = vec![Box::new(Embed::new(self))];
         stages.extend((0..self.num_layers).map(double));
         stages.extend((0..self.num_single_layers).map(|index| Box::new(SingleBlock::new(self, index)) as Box<dyn Stage>));
-        let features = if self.out_channels == 0 { self.in_channels } else { self.out_channels };
-        stages.push(Box::new(Head::new(width, features, true, EPSILON)));
+        stages.push(Box::new(Head::new(width, self.features(), true, EPSILON)));
         Ok(stages)
     }
 
+    fn adapter(&self) -> &'static str {
+        "flux"
+    }
+
     fn inputs(&self) -> Vec<&'static str> {
-        let mut inputs = vec!["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "grid"];
-        inputs.extend(self.guidance_embeds.then_some("guidance"));
-        inputs
+        vec!["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "grid"]
+    }
+
+    fn embeds_guidance(&self) -> bool {
+        self.guidance_embeds
     }
 
     fn width(&self) -> i64 {
@@ -129,6 +139,7 @@ impl Architecture for Flux {
     fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()> {
         let [channels, ..] = expect_image("model.flux", shapes.latents, 2)?;
         expect_equal("model.flux.in_channels", self.in_channels, Some(4 * channels), "latents in 2 x 2 patches have")?;
+        expect_equal("model.flux.out_channels", self.features(), Some(4 * channels), "latents in 2 x 2 patches have")?;
         let text = shapes.last("text_embeddings");
         expect_equal("model.flux.joint_attention_dim", self.joint_attention_dim, text, "text_embeddings have")?;
         let pooled = ["pooled_prompt_embeds", "clip_pooled"].iter().find_map(|key| shapes.last(key));

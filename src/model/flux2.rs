@@ -13,8 +13,8 @@
 use tch::{Device, Kind, Tensor};
 
 use super::joint::{Head, check_axes, grid, joined, streams};
-use super::{Architecture, SampleShapes, expect_equal, expect_image};
-use crate::error::{Error, Result};
+use super::{Architecture, SampleShapes, expect_equal, expect_even, expect_image};
+use crate::error::Result;
 use crate::nn::attention::{Heads, JointAttention, attend};
 use crate::nn::embed::ScalarEmbedding;
 use crate::nn::joint_block::JointBlock;
@@ -110,15 +110,16 @@ impl Architecture for Flux2 {
 
     fn stages(&self) -> Result<Vec<Box<dyn Stage>>> {
         check_axes("model.flux2.axes_dims_rope", &self.axes_dims_rope, self.attention_head_dim)?;
-        if self.timestep_guidance_channels % 2 != 0 {
-            let what = format!("{} must be even", self.timestep_guidance_channels);
-            return Err(Error::config("model.flux2.timestep_guidance_channels", what));
-        }
+        expect_even("model.flux2.timestep_guidance_channels", self.timestep_guidance_channels)?;
         let mut stages: Vec<Box<dyn Stage>> = vec![Box::new(Embed::new(self))];
         stages.extend((0..self.num_layers).map(|index| Box::new(DoubleBlock::new(self, index)) as Box<dyn Stage>));
         stages.extend((0..self.num_single_layers).map(|index| Box::new(SingleBlock::new(self, index)) as Box<dyn Stage>));
         stages.push(Box::new(Head::new(self.width(), self.features(), false, self.eps)));
         Ok(stages)
+    }
+
+    fn adapter(&self) -> &'static str {
+        "flux2"
     }
 
     /// Guidance is not among them: the reference trains a model that embeds it without it as well, if told to.

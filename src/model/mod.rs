@@ -30,6 +30,7 @@ pub use work::{ForwardWork, forward_work};
 use crate::error::{Error, Result};
 use crate::nn::Stage;
 use crate::registry::registry;
+use crate::settings::Family;
 
 /// What every model family offers.
 pub trait Architecture {
@@ -52,12 +53,15 @@ pub trait Architecture {
     /// [`Error::Config`] if the settings contradict each other.
     fn stages(&self) -> Result<Vec<Box<dyn Stage>>>;
 
-    /// Names of the activations that the first stage needs.
+    /// Name of the adapter that prepares what the model takes, as `adapter_type` has it.
+    fn adapter(&self) -> &'static str;
+
+    /// Names of the activations that the first stage cannot do without.
     fn inputs(&self) -> Vec<&'static str>;
 
-    /// Whether the model takes a guidance scale as an input.
+    /// True if the model takes a guidance scale, `guidance`, where the adapter gives one.
     fn embeds_guidance(&self) -> bool {
-        self.inputs().contains(&"guidance")
+        false
     }
 
     /// Features of a token inside of the model.
@@ -105,12 +109,37 @@ fn expect_equal(setting: &str, value: i64, found: Option<i64>, of: &str) -> Resu
     }
 }
 
+/// Refuses a setting that must be even.
+fn expect_even(setting: &str, value: i64) -> Result<()> {
+    if value % 2 == 0 { Ok(()) } else { Err(Error::config(setting, format!("{value} must be even"))) }
+}
+
 /// Channels, height and width of images that patches of side `patch` cover.
 fn expect_image(setting: &str, latents: &[i64], patch: i64) -> Result<[i64; 3]> {
     match *latents {
         [channels, height, width] if height % patch == 0 && width % patch == 0 => Ok([channels, height, width]),
         [_, height, width] => Err(Error::config(setting, format!("{patch} does not divide the data's latents of {height} x {width}"))),
         _ => Err(Error::config(setting, format!("takes latents [C, H, W], the data have {latents:?}"))),
+    }
+}
+
+/// Most parameters that a model may have: beyond any that a cluster holds, and few enough for sizes in bytes to fit 64 bits.
+const MOST_PARAMETERS: i64 = 1 << 48;
+
+impl Model {
+    /// The stages of settings that a user may have written: as [`Architecture::stages`], and of a size that can be counted.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the settings contradict each other or the parameters are too many.
+    pub fn checked_stages(&self) -> Result<Vec<Box<dyn Stage>>> {
+        let stages = self.stages()?;
+        let total = stages.iter().try_fold(0i64, |sum, stage| sum.checked_add(stage.params().numel()));
+        if total.is_none_or(|total| total > MOST_PARAMETERS) {
+            let found = total.map_or("more than 2^63 parameters".into(), |total| format!("{total} parameters"));
+            let what = format!("has {found}, more than the {MOST_PARAMETERS} allowed; look at the heads, their width and the layers");
+            return Err(Error::config(format!("model.{}", self.name()), what));
+        }
+        Ok(stages)
     }
 }
 

@@ -129,6 +129,10 @@ impl Architecture for QwenImage {
         Ok(stages)
     }
 
+    fn adapter(&self) -> &'static str {
+        "qwen_image"
+    }
+
     fn inputs(&self) -> Vec<&'static str> {
         vec!["hidden_states", "encoder_hidden_states", "timestep", "grid"]
     }

@@ -58,7 +58,7 @@ impl Settings for ModelSettings {
         keys.optional_text("path", &mut self.path, doc);
         keys.choice("init", &mut self.init, "What the parameters of a model with a `path` begin as; without one they are random.");
         keys.choice("dtype", &mut self.dtype, "Kind of the computation; master weights and optimizer state stay float32.");
-        self.named = keys.member(&mut self.family, "The architecture.");
+        self.named |= keys.member(&mut self.family, "The architecture.");
     }
 }
 

@@ -29,7 +29,7 @@ impl Keys<'_> {
         self.leaf(name, doc, Some(shown), |leaf| {
             let Leaf::Integer(value) = leaf else { return Err(leaf.not_a("an integer")) };
             let fits = range.contains(value).then(|| T::try_from(*value).ok()).flatten();
-            *field = fits.ok_or_else(|| out_of_range(value, &range))?;
+            *field = fits.ok_or_else(|| out_of_range(value, &range, i64::to_string))?;
             Ok(())
         });
     }
@@ -43,7 +43,7 @@ impl Keys<'_> {
         self.leaf(name, doc, shown, |leaf| {
             let Leaf::Integer(found) = leaf else { return Err(leaf.not_a("an integer")) };
             let fits = range.contains(found).then(|| T::try_from(*found).ok()).flatten();
-            *field = Some(fits.ok_or_else(|| out_of_range(found, &range))?);
+            *field = Some(fits.ok_or_else(|| out_of_range(found, &range, i64::to_string))?);
             Ok(())
         });
     }
@@ -54,7 +54,7 @@ impl Keys<'_> {
         self.leaf(name, doc, Some(shown), |leaf| {
             let Leaf::Integers(found) = leaf else { return Err(leaf.not_a(&format!("an array of {N} integers"))) };
             if let Some(outside) = found.iter().find(|value| !range.contains(value)) {
-                return Err(out_of_range(outside, &range));
+                return Err(out_of_range(outside, &range, i64::to_string));
             }
             *field = found.as_slice().try_into().map_err(|_| format!("expected {N} integers, found {}", found.len()))?;
             Ok(())
@@ -74,7 +74,7 @@ impl Keys<'_> {
                 return Err(format!("{value} is not a finite number"));
             }
             if !range.contains(&value) {
-                return Err(out_of_range(&value, &range));
+                return Err(out_of_range(&value, &range, shown_number));
             }
             *field = value;
             Ok(())
@@ -170,14 +170,15 @@ impl Keys<'_> {
         }
     }
 
-    /// One member of a family as a table of its own name inside this one: `[model.dit]`. Returns whether a member was named.
+    /// One member of a family as a table of its own name inside this one: `[model.dit]`. Returns true where a document that is read
+    /// names a member.
     pub fn member<F: Family>(&mut self, family: &mut F, doc: &str) -> bool {
         match &mut self.mode {
             Mode::Write(writer) => {
                 let path = if self.path.is_empty() { family.name().into() } else { format!("{}.{}", self.path, family.name()) };
                 writer.section(&path, &format!("{doc} One of: {}.", F::NAMES.join(", ")));
                 family.settings().visit(&mut Keys { mode: Mode::Write(writer), path });
-                true
+                false
             }
             Mode::Read { reader, table, known } => {
                 known.extend(F::NAMES.iter().map(ToString::to_string));
@@ -236,26 +237,50 @@ pub(super) fn not_among(what: &str, found: &str, valid: &[&str]) -> String {
     }
 }
 
-/// The valid name most like `found`, if any is like it at all.
+/// The valid name most like `found`: a few letters differ, or one of the two begins with the other.
 pub(super) fn nearest<'n>(found: &str, valid: impl Iterator<Item = &'n str>) -> Option<&'n str> {
-    let scored = valid.map(|name| (strsim::jaro_winkler(found, name), name));
-    // 0.8 keeps transpositions and missing letters and drops words that share only a prefix.
-    scored.filter(|(score, _)| *score > 0.8).max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, name)| name)
+    let scored = valid.filter(|name| is_near(found, name)).map(|name| (strsim::jaro_winkler(found, name), name));
+    scored.max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, name)| name)
 }
 
-fn out_of_range<T: Display>(value: &T, range: &impl RangeBounds<T>) -> String {
+/// Shortest name that is recognized as the beginning of another one.
+const SHORTEST_BEGINNING: usize = 3;
+
+/// One letter in five may differ: transposed and missing letters do, other words do not.
+fn is_near(found: &str, name: &str) -> bool {
+    let begins = |long: &str, short: &str| short.len() >= SHORTEST_BEGINNING && long.starts_with(short);
+    strsim::osa_distance(found, name) <= found.chars().count().div_ceil(5) || begins(found, name) || begins(name, found)
+}
+
+/// Bounds of a number that must be above `low`.
+pub fn above(low: f64) -> (Bound<f64>, Bound<f64>) {
+    (Bound::Excluded(low), Bound::Unbounded)
+}
+
+/// Bounds of a number that must be above `low` and at most `high`.
+pub fn above_up_to(low: f64, high: f64) -> (Bound<f64>, Bound<f64>) {
+    (Bound::Excluded(low), Bound::Included(high))
+}
+
+/// `0.5`, `-1` and `1e-300`: the shortest of the ways to write a number.
+fn shown_number(value: &f64) -> String {
+    let [plain, scientific] = [format!("{value}"), format!("{value:e}")];
+    if plain.len() <= scientific.len() + 3 { plain } else { scientific }
+}
+
+fn out_of_range<T>(value: &T, range: &impl RangeBounds<T>, shown: impl Fn(&T) -> String) -> String {
     let low = match range.start_bound() {
-        Bound::Included(low) => format!("at least {low}"),
-        Bound::Excluded(low) => format!("above {low}"),
+        Bound::Included(low) => format!("at least {}", shown(low)),
+        Bound::Excluded(low) => format!("above {}", shown(low)),
         Bound::Unbounded => String::new(),
     };
     let high = match range.end_bound() {
-        Bound::Included(high) => format!("at most {high}"),
-        Bound::Excluded(high) => format!("below {high}"),
+        Bound::Included(high) => format!("at most {}", shown(high)),
+        Bound::Excluded(high) => format!("below {}", shown(high)),
         Bound::Unbounded => String::new(),
     };
     let both = [low, high].into_iter().filter(|bound| !bound.is_empty()).collect::<Vec<_>>().join(" and ");
-    format!("{value} is out of range; must be {both}")
+    format!("{} is out of range; must be {both}", shown(value))
 }
 
 pub(super) fn problem(key: &str, place: &str, what: String) -> ConfigProblem {

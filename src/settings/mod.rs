@@ -5,17 +5,34 @@
 //! that the two cannot drift apart.
 
 mod keys;
+mod notation;
 mod read;
 mod tree;
 mod write;
 
-use crate::error::{Error, Result};
-pub use keys::Keys;
+use crate::error::{ConfigProblem, Error, Result};
+pub use keys::{Keys, above, above_up_to};
 
 /// A struct whose fields come from a configuration table. `Default` gives the documented defaults.
 pub trait Settings {
     /// Shows every key of the table to `keys`, in the order of the listing.
     fn visit(&mut self, keys: &mut Keys<'_>);
+
+    /// Names that other programs have for the document's keys, consulted before the nearest name is guessed.
+    fn habits(&self) -> &'static [Habit] {
+        &[]
+    }
+}
+
+/// Names that other programs have for one thing, and the keys that say it here.
+#[derive(Debug)]
+pub struct Habit {
+    /// Names of keys or tables, or dotted paths, with spaces between them.
+    pub theirs: &'static str,
+    /// Dotted paths; `*` stands for the chosen member of a family. Empty where there is no counterpart.
+    pub ours: &'static [&'static str],
+    /// Words that follow; empty where the keys say enough.
+    pub remark: &'static str,
 }
 
 /// Interchangeable parts of which the configuration names one: `[optimizer.adamw]`. Made by `registry!`.
@@ -74,10 +91,11 @@ pub fn read<T: Settings + Default>(settings: &mut T, source_name: &str, text: &s
         return Err(Error::Config { source_name: source_name.into(), problems: vec![keys::problem("text", "", what)] });
     }
     let (tree, mut problems) = tree::parse(text);
+    if let Some(what) = notation::foreign(text).filter(|_| !problems.is_empty()) {
+        return Err(Error::Config { source_name: source_name.into(), problems: vec![keys::problem("text", "", what)] });
+    }
     let tree = tree::with_overrides(tree, overrides, &mut problems);
-    let mut reader = read::Reader::new(problems, write::paths(&mut T::default()));
-    reader.table(settings, &tree);
-    if reader.problems.is_empty() { Ok(()) } else { Err(Error::Config { source_name: source_name.into(), problems: reader.problems }) }
+    refuse(source_name, read::Reader::read(settings, &tree, problems))
 }
 
 /// Reads `settings` from a JSON object on top of their present values, as strictly as [`read`].
@@ -85,9 +103,11 @@ pub fn read<T: Settings + Default>(settings: &mut T, source_name: &str, text: &s
 /// # Errors
 /// [`Error::Config`] with every problem found.
 pub fn read_json(settings: &mut dyn Settings, source_name: &str, object: &serde_json::Map<String, serde_json::Value>) -> Result<()> {
-    let mut reader = read::Reader::new(Vec::new(), write::paths(settings));
-    reader.table(settings, &tree::of_json(object));
-    if reader.problems.is_empty() { Ok(()) } else { Err(Error::Config { source_name: source_name.into(), problems: reader.problems }) }
+    refuse(source_name, read::Reader::read(settings, &tree::of_json(object), Vec::new()))
+}
+
+fn refuse(source_name: &str, problems: Vec<ConfigProblem>) -> Result<()> {
+    if problems.is_empty() { Ok(()) } else { Err(Error::Config { source_name: source_name.into(), problems }) }
 }
 
 /// The settings as a JSON object; what is unset is `null`.
@@ -168,6 +188,23 @@ mod tests {
     #[test]
     fn a_key_in_the_wrong_table_is_sent_home() {
         assert_eq!(problems("learning_rate = 1.0", &[]), ["learning_rate (line 1): unknown key; did you mean train.learning_rate?"]);
+    }
+
+    #[test]
+    fn bounds_are_told_as_people_write_them() {
+        #[derive(Default)]
+        struct Bounds(f64, f64);
+        impl Settings for Bounds {
+            fn visit(&mut self, keys: &mut Keys<'_>) {
+                keys.number("positive", &mut self.0, above(0.0), "");
+                keys.number("share", &mut self.1, above_up_to(1e-9, 0.5), "");
+            }
+        }
+        let said = |text: &str| read(&mut Bounds::default(), "test", text, &[]).expect_err("out of range").to_string();
+        assert_eq!(said("positive = 0"), "test: positive (line 1): 0 is out of range; must be above 0");
+        assert_eq!(said("positive = -1e-300"), "test: positive (line 1): -1e-300 is out of range; must be above 0");
+        assert_eq!(said("share = 0.75"), "test: share (line 1): 0.75 is out of range; must be above 1e-9 and at most 0.5");
+        assert_eq!(said("share = 123456"), "test: share (line 1): 123456 is out of range; must be above 1e-9 and at most 0.5");
     }
 
     #[test]

@@ -89,7 +89,7 @@ impl Plan {
         let (micro_batches, world_size) = (config.micro_batches(request.world_size)?, request.world_size);
         let samples = config.data.micro_batch_size_per_gpu;
         let global_batch = micro_batches * samples * world_size;
-        let dataset = Dataset::named(&config.data.path)?;
+        let dataset = Dataset::named(&config.data.path).map_err(|error| or_without_data(error, config))?;
         let notes = check_data(config, &dataset)?;
         rehearse_data(config, &dataset)?;
         check_conditions(config, &dataset)?;
@@ -143,6 +143,17 @@ impl Plan {
         self.line("  in all", &format!("weights, gradients, optimizer, activations with recompute = \"{recompute}\", {around}"));
         self.line("  and", "1 all-gather of statistics; `parameters` always recomputes");
         Ok(())
+    }
+}
+
+/// The same error, with the way to plan where the data are not there.
+fn or_without_data(error: Error, config: &RunConfig) -> Error {
+    match error {
+        Error::Data { path, what } if what == "does not exist" => {
+            let set = format!("set data.path (now {:?}), or plan with --latents C,H,W (videos: C,F,H,W)", config.data.path);
+            Error::Data { path, what: format!("{what}; {set}") }
+        }
+        other => other,
     }
 }
 

@@ -9,7 +9,7 @@ use super::step::Stepper;
 use crate::collective::gather_texts;
 use crate::data::Batch;
 use crate::error::Result;
-use crate::flow::{StepOutput, is_sound};
+use crate::flow::{EXPLODED, StepOutput, is_sound};
 use crate::nn::ParamSet;
 use crate::parallel::Replica;
 use crate::pulse::{self, Phase};
@@ -63,10 +63,34 @@ fn bad_samples(batch: &Batch, output: &StepOutput) -> Option<String> {
     let bad: Vec<usize> = (0..losses.len()).filter(|index| !is_sound(f64::from(losses[*index]))).collect();
     let average = output.loss.average_weighted_loss.double_value(&[]);
     match bad.first() {
-        Some(first) => Some(format!("loss exploded: {} in {}", losses[*first], samples(batch, output, bad))),
+        Some(first) => {
+            let (loss, bound) = (losses[*first], beyond(f64::from(losses[*first])));
+            Some(format!("loss exploded: {loss}{bound} in {}{}", samples(batch, output, bad), unnormalized(batch)))
+        }
         // Auxiliary losses and weights can spoil what every sample's own loss does not.
-        None if !is_sound(average) => Some(format!("loss exploded: {average} as the weighted mean")),
+        None if !is_sound(average) => Some(format!("loss exploded: {average}{} as the weighted mean", beyond(average))),
         None => None,
+    }
+}
+
+/// The bound that a loss which is a number has passed.
+fn beyond(loss: f64) -> String {
+    if loss.is_nan() { String::new() } else { format!(" (above {EXPLODED}, the bound of train.check_loss)") }
+}
+
+/// Standard deviation of latents above which the question is asked whether they are normalized: an autoencoder's own numbers have 2.7
+/// (FLUX.1) and more, those that its `scaling_factor` and `shift_factor` were applied to about 1.
+const UNUSUAL_DEVIATION: f64 = 2.0;
+
+/// The question whether the latents are normalized, where their spread suggests it.
+fn unnormalized(batch: &Batch) -> String {
+    let latents = ["image_latents", "video_latents"].iter().find_map(|key| batch.get(key));
+    let deviation = latents.map(|latents| latents.to_kind(Kind::Float).std(false).double_value(&[]));
+    match deviation {
+        Some(deviation) if deviation > UNUSUAL_DEVIATION => {
+            format!("; the latents' standard deviation is {deviation:.1}, usual is about 1: are the latents normalised?")
+        }
+        _ => String::new(),
     }
 }
 

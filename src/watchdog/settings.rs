@@ -54,8 +54,8 @@ impl Settings for WatchdogSettings {
         seconds("finalize_seconds", &mut self.finalize_seconds, "Taking leave of the other ranks.");
         let ratio = "A rank whose phase takes this many times the median rank's over 20 steps is reported as a straggler.";
         keys.number("straggler_ratio", &mut self.straggler_ratio, 1.1.., ratio);
-        let compare = "Steps between comparisons of the parameters that several ranks hold; each save compares as well.";
-        keys.integer("compare_every_n_steps", &mut self.compare_every_n_steps, 1.., compare);
+        let compare = "Steps between comparisons of the parameters that several ranks hold; 0: at saves only, which always compare.";
+        keys.integer("compare_every_n_steps", &mut self.compare_every_n_steps, 0.., compare);
     }
 }
 

@@ -128,6 +128,9 @@ struct Entry {
 
 impl Entry {
     fn checked(self, name: String) -> Result<TensorInfo, String> {
+        if let Some(axis) = self.shape.0.iter().find(|axis| **axis < 1) {
+            return Err(format!("tensor `{name}` {:?} has an axis of {axis}, expected at least 1; leave empty tensors out", self.shape.0));
+        }
         let known = DTYPES.iter().find(|(word, _)| *word == self.dtype);
         let Some((_, kind)) = known else {
             let words = DTYPES.map(|(word, _)| word).join(" ");
@@ -166,9 +169,6 @@ impl<'de> Deserialize<'de> for Axes {
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Axes, A::Error> {
                 let mut axes = Vec::new();
                 while let Some(axis) = seq.next_element::<i64>()? {
-                    if axis < 1 {
-                        return Err(A::Error::custom(format!("a shape has an axis of {axis}, expected at least 1")));
-                    }
                     if axes.len() == MAX_AXES {
                         return Err(A::Error::custom(format!("a shape has more than {MAX_AXES} axes")));
                     }
@@ -209,7 +209,8 @@ impl<'de> Deserialize<'de> for RawHeader {
                         }
                     } else {
                         check_name(&name).map_err(A::Error::custom)?;
-                        insert_once(&mut raw.tensors, name, map.next_value()?, "tensor")?;
+                        let entry = map.next_value().map_err(|error| A::Error::custom(format!("tensor `{name}`: {error}")))?;
+                        insert_once(&mut raw.tensors, name, entry, "tensor")?;
                     }
                 }
                 Ok(raw)
@@ -275,7 +276,7 @@ mod tests {
         let text = format!(r#"{{"a":{{"{}\n":1}}}}"#, "x".repeat(1 << 20));
         let reason = parse(text.as_bytes(), 0).expect_err("an unknown field");
         assert!(reason.chars().count() <= MAX_REASON_CHARS + 1, "{}", reason.len());
-        assert!(reason.starts_with("header is malformed: unknown field `xxx"), "{reason}");
+        assert!(reason.starts_with("header is malformed: tensor `a`: unknown field `xxx"), "{reason}");
     }
 
     #[test]

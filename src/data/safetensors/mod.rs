@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
+use super::contents::{Format, HEAD_BYTES, recognized};
 use crate::error::{Error, Result};
 use crate::tensor::bytes_mut;
 pub use header::TensorInfo;
@@ -80,24 +81,40 @@ impl SafeTensors {
     fn from_source(path: PathBuf, source: Source, file_bytes: u64) -> Result<Self> {
         let by_name = BTreeMap::new();
         let mut file = SafeTensors { path, source, file_bytes, data_start: 0, tensors: Vec::new(), by_name, metadata: BTreeMap::new() };
-        let mut prefix = [0; PREFIX as usize];
-        let Some(after_prefix) = file_bytes.checked_sub(PREFIX) else {
-            return Err(file.refused(format!("is {file_bytes} bytes long, too short for a safetensors file")));
-        };
-        file.read_at(&file.opened()?, &mut prefix, 0)?;
-        let header_bytes = u64::from_le_bytes(prefix);
-        header::check_length(header_bytes).map_err(|what| file.refused(what))?;
-        let Some(data_bytes) = after_prefix.checked_sub(header_bytes) else {
-            return Err(file.refused(format!("header of {header_bytes} bytes does not fit the file's {file_bytes} bytes")));
-        };
-        let mut text = vec![0; header_bytes as usize];
-        file.read_at(&file.opened()?, &mut text, PREFIX)?;
-        let header = header::parse(&text, data_bytes).map_err(|what| file.refused(what))?;
-        file.data_start = PREFIX + header_bytes;
+        let (header, data_start) = file.header().map_err(|error| file.called_what_it_is(error))?;
+        file.data_start = data_start;
         file.by_name = header.tensors.iter().enumerate().map(|(i, tensor)| (tensor.name.clone(), i)).collect();
         file.tensors = header.tensors;
         file.metadata = header.metadata;
         Ok(file)
+    }
+
+    /// The header, checked, and the place of the first byte behind it.
+    fn header(&self) -> Result<(header::Header, u64)> {
+        let file_bytes = self.file_bytes;
+        let mut prefix = [0; PREFIX as usize];
+        let Some(after_prefix) = file_bytes.checked_sub(PREFIX) else {
+            return Err(self.refused(format!("is {file_bytes} bytes long, too short for a safetensors file")));
+        };
+        let opened = self.opened()?;
+        self.read_at(&opened, &mut prefix, 0)?;
+        let header_bytes = u64::from_le_bytes(prefix);
+        header::check_length(header_bytes).map_err(|what| self.refused(what))?;
+        let Some(data_bytes) = after_prefix.checked_sub(header_bytes) else {
+            return Err(self.refused(format!("header of {header_bytes} bytes does not fit the file's {file_bytes} bytes")));
+        };
+        let mut text = vec![0; header_bytes as usize];
+        self.read_at(&opened, &mut text, PREFIX)?;
+        let header = header::parse(&text, data_bytes).map_err(|what| self.refused(what))?;
+        Ok((header, PREFIX + header_bytes))
+    }
+
+    /// The reason why a file has no sound header, or a better one where its first bytes are those of something else.
+    fn called_what_it_is(&self, reason: Error) -> Error {
+        let mut head = vec![0; HEAD_BYTES.min(self.file_bytes as usize)];
+        let read = self.opened().and_then(|opened| self.read_at(&opened, &mut head, 0));
+        let recognized = read.ok().and_then(|()| recognized(&head, Format::SafeTensors));
+        recognized.map_or(reason, |what| self.refused(what))
     }
 
     /// The path as it was given, or the name of an embedded file.

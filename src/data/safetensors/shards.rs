@@ -1,20 +1,24 @@
 //! Several files that together hold one set of tensors, each under a name of its own.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
 use tch::{Kind, Tensor};
 
-use super::SafeTensors;
-use super::source::Source;
+use super::source::{Source, open_error};
+use super::{SafeTensors, TensorInfo};
+use crate::data::contents::no_json;
 use crate::data::descriptors::kept_open;
-use crate::error::{Error, Result, one_line};
+use crate::error::{Error, Result};
 
 /// A line a tensor: enough for a hundred thousand of them.
 const MAX_INDEX_BYTES: u64 = 16 << 20;
 /// Names that a message lists before it only counts.
 const LISTED_NAMES: usize = 20;
+/// The same where a hint has said already what is wrong with them.
+const EXPLAINED_NAMES: usize = 3;
 
 /// Which file of a folder holds which tensor, as `<stem>.safetensors.index.json` says.
 #[derive(Deserialize)]
@@ -42,16 +46,20 @@ impl Shards {
         Ok(Shards { path: path.into(), files })
     }
 
-    /// `<stem>.safetensors`, or the files that `<stem>.safetensors.index.json` names.
+    /// The files that `<stem>.safetensors.index.json` names, or `<stem>.safetensors` where there is no index: a single file beside an
+    /// index is not read, as diffusers does not.
     ///
     /// # Errors
-    /// [`Error::Data`] if there is neither, or the index is malformed; as [`SafeTensors::open`].
+    /// [`Error::Data`] if there is neither, with what is there instead, or the index is malformed; as [`SafeTensors::open`].
     pub fn of_stem(folder: &Path, stem: &str) -> Result<Self> {
         let (single, index) = (format!("{stem}.safetensors"), format!("{stem}.safetensors.index.json"));
-        match (folder.join(&single).exists(), folder.join(&index).exists()) {
-            (true, _) => Shards::open(folder, [single]),
-            (false, true) => Shards::open(folder, files_of(&folder.join(index))?),
-            (false, false) => Err(Error::data(folder, format!("holds neither {single} nor {index}"))),
+        if folder.join(&index).exists() {
+            Shards::open(folder, files_of(&folder.join(index))?)
+        } else if folder.join(&single).exists() {
+            Shards::open(folder, [single])
+        } else {
+            fs::metadata(folder).map_err(|error| open_error(folder, error))?;
+            Err(Error::data(folder, format!("holds neither {single} nor {index}{}", instead(folder, stem))))
         }
     }
 
@@ -67,6 +75,9 @@ impl Shards {
                 doubled.push(info.name.clone());
             }
         }
+        if let Some(hint) = other_names(&found, expected) {
+            return Err(hint);
+        }
         let missing = expected.keys().filter(|name| !found.contains_key(name.as_str())).cloned().collect();
         let wanted = |name: &str| expected.contains_key(name) || ignored.iter().any(|part| name.contains(part));
         let unexpected = found.keys().filter(|name| !wanted(name)).map(ToString::to_string).collect();
@@ -77,7 +88,7 @@ impl Shards {
         });
         let unfit = unfit.collect();
         let lists = [("missing", missing), ("unexpected", unexpected), ("in two files", doubled), ("of another shape or kind", unfit)];
-        let texts: Vec<String> = lists.into_iter().filter_map(|(what, names)| listed(what, names)).collect();
+        let texts: Vec<String> = lists.into_iter().filter_map(|(what, names)| listed(what, names, LISTED_NAMES)).collect();
         if texts.is_empty() { Ok(()) } else { Err(texts.join("; ")) }
     }
 
@@ -103,6 +114,62 @@ impl Shards {
     }
 }
 
+/// The weights that a folder holds under other names than `<stem>`'s, and what to do about them.
+fn instead(folder: &Path, stem: &str) -> String {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let names: BTreeSet<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    let variant = |name: &str| {
+        let rest = name.strip_prefix(stem)?.strip_prefix('.')?;
+        let index = || rest.strip_prefix("safetensors.index.")?.strip_suffix(".json");
+        let variant = rest.strip_suffix(".safetensors").or_else(|| rest.strip_suffix(".safetensors.index.json")).or_else(index)?;
+        let ours = if name.ends_with(".json") { ".safetensors.index.json" } else { ".safetensors" };
+        Some(format!(", but the variant `{variant}`; rename {name} to {stem}{ours}"))
+    };
+    // An index names its shards, so that a variant's index is enough.
+    if let Some(text) = names.iter().filter(|name| name.ends_with(".json")).chain(&names).find_map(|name| variant(name)) {
+        return text;
+    }
+    let weights: Vec<&str> = names.iter().map(String::as_str).filter(|name| name.ends_with(".safetensors")).collect();
+    match weights[..] {
+        [] => "; it holds no safetensors".into(),
+        _ if weights.iter().any(|name| name.starts_with(&format!("{stem}-"))) => ", but shards without their index; fetch that too".into(),
+        [one] => format!(
+            ", but {one}; if its names are diffusers' ones, rename it; if it is another program's single file, convert it once with \
+             diffusers: from_single_file(\"{one}\").save_pretrained(\"FOLDER\")"
+        ),
+        _ => format!(", but {}", weights.iter().take(EXPLAINED_NAMES).copied().collect::<Vec<_>>().join(", ")),
+    }
+}
+
+/// A hint where no name is the model's: all behind one prefix, a LoRA's, or another program's.
+fn other_names(found: &BTreeMap<&str, &TensorInfo>, expected: &BTreeMap<String, &[i64]>) -> Option<String> {
+    if expected.is_empty() || expected.keys().any(|name| found.contains_key(name.as_str())) {
+        return None;
+    }
+    if let Some(prefix) = prefix(found, expected) {
+        return Some(format!(
+            "all names begin with `{prefix}`, the model's do not; save the tensors without it, in Python: safetensors.torch.save_file(\
+             {{n.removeprefix(\"{prefix}\"): t for n, t in safetensors.torch.load_file(\"IN\").items()}}, \"OUT\")"
+        ));
+    }
+    let what = if found.keys().any(|name| name.contains("lora_")) {
+        "holds the weights of a LoRA, not of a model; merge them into the model and save that"
+    } else {
+        "holds none of the model's tensors: it is of another model, or in another program's form, which diffusers' from_single_file converts"
+    };
+    let lists = [("expected", expected.keys().cloned().collect()), ("found", found.keys().map(ToString::to_string).collect())];
+    let lists: Vec<String> = lists.into_iter().filter_map(|(what, names)| listed(what, names, EXPLAINED_NAMES)).collect();
+    Some(format!("{what}; {}", lists.join("; ")))
+}
+
+/// The text before the names, if it is the same before at least half of the expected ones.
+fn prefix<'f>(found: &BTreeMap<&'f str, &TensorInfo>, expected: &BTreeMap<String, &[i64]>) -> Option<&'f str> {
+    let before = |name: &&'f str, wanted: &String| name.strip_suffix(wanted.as_str()).filter(|prefix| prefix.ends_with('.'));
+    let candidates = expected.keys().filter_map(|wanted| found.keys().find_map(|name| before(name, wanted)));
+    let explained = |prefix: &str| expected.keys().filter(|name| found.contains_key(format!("{prefix}{name}").as_str())).count();
+    candidates.take(LISTED_NAMES).find(|prefix| 2 * explained(prefix) >= expected.len())
+}
+
 /// The files of an index, each once.
 fn files_of(index: &Path) -> Result<BTreeSet<String>> {
     let (source, bytes) = Source::open(index)?;
@@ -111,7 +178,7 @@ fn files_of(index: &Path) -> Result<BTreeSet<String>> {
     }
     let mut text = vec![0; bytes as usize];
     source.opened(index)?.read_at(&mut text, 0).map_err(Error::storage(index, "read"))?;
-    let parsed: Index = serde_json::from_slice(&text).map_err(|error| Error::data(index, one_line(&error.to_string())))?;
+    let parsed: Index = serde_json::from_slice(&text).map_err(|error| Error::data(index, no_json(&text, &error)))?;
     let files: BTreeSet<String> = parsed.weight_map.into_values().collect();
     let plain = |name: &String| matches!(Path::new(name).components().collect::<Vec<_>>()[..], [Component::Normal(_)]);
     match files.iter().find(|name| !plain(name)) {
@@ -124,15 +191,15 @@ fn named(kinds: &[Kind]) -> String {
     kinds.iter().map(|kind| format!("{kind:?}")).collect::<Vec<_>>().join(" or ")
 }
 
-fn listed(what: &str, names: Vec<String>) -> Option<String> {
-    let more = names.len().saturating_sub(LISTED_NAMES);
+fn listed(what: &str, names: Vec<String>, most: usize) -> Option<String> {
+    let more = names.len().saturating_sub(most);
     let tail = if more > 0 { format!(" and {more} more") } else { String::new() };
     (!names.is_empty()).then(|| format!("{what}: {}{tail}", names[..names.len() - more].join(", ")))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::fs::{self, File};
+    use std::fs::File;
 
     use tch::Device;
 
@@ -154,6 +221,65 @@ mod tests {
         let lists = "missing: named; unexpected: renamed; of another shape or kind: broadcast is Float [1, 1] instead of Float [64, 64], \
                      converted is BFloat16 [2, 2] instead of Float [2, 2]";
         assert_eq!(said, lists);
+    }
+
+    fn saved(path: &Path, name: &str, value: f64) {
+        let tensor = Tensor::full([2], value, (Kind::Float, Device::Cpu));
+        write(&mut File::create(path).expect("a file"), &[(name, &tensor)], &BTreeMap::new()).expect("room");
+    }
+
+    #[test]
+    fn an_index_wins_over_a_single_file_beside_it() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let at = |name: &str| folder.path().join(name);
+        saved(&at("model.safetensors"), "w", 1.0);
+        let read = || Shards::of_stem(folder.path(), "model").and_then(|shards| shards.read("w")).expect("a sound folder");
+        assert_eq!(read().double_value(&[0]), 1.0);
+        saved(&at("model-1.safetensors"), "w", 2.0);
+        fs::write(at("model.safetensors.index.json"), r#"{"weight_map": {"w": "model-1.safetensors"}}"#).expect("a file");
+        assert_eq!(read().double_value(&[0]), 2.0);
+    }
+
+    #[test]
+    fn weights_under_another_name_are_told_with_what_to_do() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let refusal = || Shards::of_stem(folder.path(), "model").expect_err("no such weights").to_string();
+        let put = |name: &str| fs::write(folder.path().join(name), "").expect("a file");
+        let take = |name: &str| fs::remove_file(folder.path().join(name)).expect("it was there");
+        assert!(refusal().ends_with("holds neither model.safetensors nor model.safetensors.index.json; it holds no safetensors"));
+        for (name, hint) in [
+            ("model.fp16.safetensors", ", but the variant `fp16`; rename model.fp16.safetensors to model.safetensors"),
+            ("model.safetensors.index.fp16.json", "rename model.safetensors.index.fp16.json to model.safetensors.index.json"),
+            ("model.bf16.safetensors.index.json", "rename model.bf16.safetensors.index.json to model.safetensors.index.json"),
+            ("model-00001-of-00002.safetensors", ", but shards without their index; fetch that too"),
+            (
+                "flux1-dev.safetensors",
+                ", but flux1-dev.safetensors; if its names are diffusers' ones, rename it; if it is another program's",
+            ),
+        ] {
+            put(name);
+            assert!(refusal().contains(hint), "{}", refusal());
+            take(name);
+        }
+    }
+
+    #[test]
+    fn names_that_are_all_others_are_told_in_one_hint() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let said = |name: &str| {
+            saved(&folder.path().join("a.safetensors"), name, 1.0);
+            let shards = Shards::open(folder.path(), ["a.safetensors".to_string()]).expect("a sound file");
+            shards.check(&BTreeMap::from([("blocks.0.w".to_string(), &[2][..])]), &[Kind::Float], &[])
+        };
+        said("blocks.0.w").expect("the model's name");
+        for prefix in ["transformer.", "model.diffusion_model.", "module."] {
+            let hint = said(&format!("{prefix}blocks.0.w")).expect_err("behind a prefix");
+            assert!(hint.starts_with(&format!("all names begin with `{prefix}`, the model's do not; save")), "{hint}");
+        }
+        let hint = said("double_blocks.0.w").expect_err("another program's");
+        let lists = "from_single_file converts; expected: blocks.0.w; found: double_blocks.0.w";
+        assert!(hint.starts_with("holds none of the model's tensors") && hint.ends_with(lists), "{hint}");
+        assert!(said("blocks.0.lora_A.weight").expect_err("a LoRA").starts_with("holds the weights of a LoRA"));
     }
 
     #[test]

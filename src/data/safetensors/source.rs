@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use crate::data::contents::CONVERT;
 use crate::error::{Error, Result};
 
 /// Endings of files that Python's pickle wrote.
@@ -44,7 +45,7 @@ impl Source {
         // Asked before opening: to open a FIFO blocks, and to open a device may do anything.
         let found = fs::metadata(path).map_err(|e| open_error(path, e))?;
         if !found.is_file() {
-            return Err(Error::data(path, "is not a regular file"));
+            return Err(Error::data(path, if found.is_dir() { "is a folder, not a file" } else { "is not a regular file" }));
         }
         let file = File::open(path).map_err(|e| open_error(path, e))?;
         let bytes = file.metadata().map_err(Error::storage(path, "inspect"))?.len();
@@ -121,8 +122,7 @@ impl Opened<'_> {
 /// [`Error::Data`] with the way to convert the file.
 pub fn refuse_pickle(path: &Path) -> Result<()> {
     if is_pickle(path) {
-        let what = "is a pickle, which can run code when it is opened and is never read; convert it once in Python with \
-                    safetensors.torch.save_file(torch.load(path, weights_only=True), \"data.safetensors\")";
+        let what = format!("is a pickle, which can run code when it is opened and is never read; convert it once: {CONVERT}");
         return Err(Error::data(path, what));
     }
     Ok(())
@@ -138,9 +138,10 @@ pub fn refuse_pickled_weights(path: &Path) -> Result<()> {
     let found = if is_pickle(path) { Some(path) } else { inside.iter().find(|path| is_pickle(path)).map(PathBuf::as_path) };
     match found {
         Some(pickle) if !inside.iter().any(is_safe) => {
-            let what = "is a pickle, which can run code when it is opened and is never read; convert the weights once in Python with \
-                        safetensors.torch.save_file(torch.load(path, weights_only=True), \"diffusion_pytorch_model.safetensors\") \
-                        beside their config.json, and give that folder as model.path";
+            let what = format!(
+                "is a pickle, which can run code when it is opened and is never read; convert the weights once, to \
+                 diffusion_pytorch_model.safetensors beside their config.json, and give that folder as model.path: {CONVERT}"
+            );
             Err(Error::checkpoint_mismatch(pickle, what))
         }
         _ => Ok(()),

@@ -51,6 +51,16 @@ impl HunyuanVideo15 {
         [self.patch_size_t, self.patch_size, self.patch_size]
     }
 
+    fn check_channels(&self) -> Result<()> {
+        let latents = self.latent_channels();
+        if self.is_conditioned() && self.in_channels != 2 * latents + 1 {
+            let what =
+                format!("is {}; {latents} latent channels need {latents}, or with condition latents {}", self.in_channels, 2 * latents + 1);
+            return Err(Error::config("model.hunyuan_video15.in_channels", what));
+        }
+        Ok(())
+    }
+
     /// The latents' channels, once patches are seen to cover them.
     fn check_grid(&self, latents: &[i64]) -> Result<i64> {
         let &[channels, frames, height, width] = latents else {
@@ -74,6 +84,7 @@ impl Architecture for HunyuanVideo15 {
 
     fn stages(&self) -> Result<Vec<Box<dyn Stage>>> {
         check_axes("model.hunyuan_video15.rope_axes_dim", &self.rope_axes_dim, self.attention_head_dim)?;
+        self.check_channels()?;
         let (width, hidden) = (self.width(), (self.width() as f64 * self.mlp_ratio) as i64);
         if hidden == 0 {
             return Err(Error::config("model.hunyuan_video15.mlp_ratio", format!("{} of {width} leaves nothing", self.mlp_ratio)));
@@ -84,6 +95,10 @@ impl Architecture for HunyuanVideo15 {
         stages.extend((0..self.num_layers).map(block));
         stages.push(Box::new(Head::new(self)));
         Ok(stages)
+    }
+
+    fn adapter(&self) -> &'static str {
+        "hunyuan"
     }
 
     fn inputs(&self) -> Vec<&'static str> {
@@ -107,9 +122,6 @@ impl Architecture for HunyuanVideo15 {
             expect_equal(&format!("model.hunyuan_video15.{field}"), value, found, of)
         };
         expect("out_channels", self.latent_channels(), Some(channels), "latents have")?;
-        if self.is_conditioned() {
-            expect("in_channels", self.in_channels, Some(2 * channels + 1), "latents with what is known of them have")?;
-        }
         expect("text_embed_dim", self.text_embed_dim, shapes.last("text_embeddings"), "text_embeddings have")?;
         expect("text_embed_2_dim", self.text_embed_2_dim, shapes.last("text_embeddings_2"), "text_embeddings_2 have")?;
         expect("image_embed_dim", self.image_embed_dim, shapes.last("image_embeds"), "image_embeds have")
@@ -195,6 +207,7 @@ mod tests {
             (HunyuanVideo15 { rope_axes_dim: [2, 2, 2], ..tiny() }, "rope_axes_dim"),
             (HunyuanVideo15 { rope_axes_dim: [1, 3, 4], ..tiny() }, "rope_axes_dim"),
             (HunyuanVideo15 { mlp_ratio: 0.01, ..tiny() }, "mlp_ratio"),
+            (HunyuanVideo15 { in_channels: 4, ..tiny() }, "in_channels"),
         ];
         for (model, field) in refused {
             let message = model.stages().err().expect("refused").to_string();
@@ -216,7 +229,6 @@ mod tests {
             (check(&tiny(), &[2, 3, 4, 5], &[]), "patch_size: 2 does not divide"),
             (check(&HunyuanVideo15 { patch_size_t: 2, ..tiny() }, &[2, 3, 4, 6], &[]), "patch_size_t: 2 does not divide"),
             (check(&tiny(), &[3, 3, 4, 6], &[]), "out_channels"),
-            (check(&HunyuanVideo15 { in_channels: 4, ..tiny() }, &[2, 3, 4, 6], &[]), "in_channels"),
             (check(&tiny(), &[2, 3, 4, 6], &[("text_embeddings", &[9, 5])]), "text_embed_dim"),
             (check(&tiny(), &[2, 3, 4, 6], &[("text_embeddings_2", &[9, 5])]), "text_embed_2_dim"),
             (check(&tiny(), &[2, 3, 4, 6], &[("image_embeds", &[9, 5])]), "image_embed_dim"),

@@ -1,6 +1,6 @@
 //! The fields of a `HunyuanVideo15Transformer3DModel`'s `config.json`, with the class's defaults.
 
-use crate::settings::{Choice, Keys, Settings};
+use crate::settings::{Choice, Keys, Settings, above_up_to};
 
 /// What a published checkpoint was made for; the architecture is one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -91,14 +91,14 @@ impl Settings for HunyuanVideo15 {
         keys.integer("attention_head_dim", &mut self.attention_head_dim, 2..=65_536, "Width of a head; the sum of rope_axes_dim.");
         keys.integer("num_layers", &mut self.num_layers, 0..=256, "Blocks, each a stage of its own.");
         keys.integer("num_refiner_layers", &mut self.num_refiner_layers, 0..=256, "Blocks of the token refiner, together one stage.");
-        keys.number("mlp_ratio", &mut self.mlp_ratio, f64::MIN_POSITIVE.., "Hidden width of the feed-forward parts in model widths.");
-        keys.integer("patch_size", &mut self.patch_size, 1..=65_536, "Side of a patch; divides height and width.");
-        keys.integer("patch_size_t", &mut self.patch_size_t, 1..=65_536, "Frames of a patch; divides the latents' frames.");
+        keys.number("mlp_ratio", &mut self.mlp_ratio, above_up_to(0.0, 64.0), "Hidden width of the feed-forward parts in model widths.");
+        keys.integer("patch_size", &mut self.patch_size, 1..=64, "Side of a patch; divides height and width.");
+        keys.integer("patch_size_t", &mut self.patch_size_t, 1..=64, "Frames of a patch; divides the latents' frames.");
         keys.choice("qk_norm", &mut self.qk_norm, "Normalization of queries and keys.");
         keys.integer("text_embed_dim", &mut self.text_embed_dim, 1..=65_536, "Last axis of `text_embeddings`.");
         keys.integer("text_embed_2_dim", &mut self.text_embed_2_dim, 1..=65_536, "Last axis of `text_embeddings_2`.");
         keys.integer("image_embed_dim", &mut self.image_embed_dim, 1..=65_536, "Last axis of `image_embeds`.");
-        keys.number("rope_theta", &mut self.rope_theta, f64::MIN_POSITIVE.., "Base of the rotary frequencies.");
+        keys.number("rope_theta", &mut self.rope_theta, 1.0.., "Base of the rotary frequencies.");
         keys.integers("rope_axes_dim", &mut self.rope_axes_dim, 0..=65_536, "Features of a head turned by frame, row and column; even.");
         keys.integer("target_size", &mut self.target_size, 1.., "Pixels that a checkpoint was made for; kept, no number depends on it.");
         keys.choice("task_type", &mut self.task_type, "Task that a checkpoint was made for; kept, no number depends on it.");

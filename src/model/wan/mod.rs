@@ -15,7 +15,7 @@ use tch::Kind;
 
 pub use self::settings::Wan;
 use self::stages::{Block, Embed, Head};
-use super::{Architecture, SampleShapes, expect_equal};
+use super::{Architecture, SampleShapes, expect_equal, expect_even};
 use crate::error::{Error, Result};
 use crate::nn::Stage;
 use crate::nn::attention::Heads;
@@ -56,10 +56,10 @@ impl Wan {
 
     fn check(&self) -> Result<()> {
         let refused = |field: &str, what: String| Err(Error::config(format!("model.wan.{field}"), what));
-        for (field, value) in [("attention_head_dim", self.attention_head_dim), ("freq_dim", self.freq_dim)] {
-            if value % 2 != 0 {
-                return refused(field, format!("{value} must be even"));
-            }
+        expect_even("model.wan.attention_head_dim", self.attention_head_dim)?;
+        expect_even("model.wan.freq_dim", self.freq_dim)?;
+        if self.in_channels < self.latent_channels() {
+            return refused("in_channels", format!("{} are fewer than out_channels = {}", self.in_channels, self.out_channels));
         }
         match (self.image_dim, self.added_kv_proj_dim, self.pos_embed_seq_len) {
             (Some(_), None, _) => refused("image_dim", "is supported with added_kv_proj_dim only".into()),
@@ -135,6 +135,10 @@ impl Architecture for Wan {
         stages.extend((0..self.num_layers).map(|index| Box::new(Block::new(self, index)) as Box<dyn Stage>));
         stages.push(Box::new(Head::new(self)));
         Ok(stages)
+    }
+
+    fn adapter(&self) -> &'static str {
+        "simple"
     }
 
     fn inputs(&self) -> Vec<&'static str> {

@@ -59,7 +59,7 @@ impl Default for Wan {
 
 impl Settings for Wan {
     fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.integers("patch_size", &mut self.patch_size, 1..=65_536, "Frames, rows and columns of the latents that become one token.");
+        keys.integers("patch_size", &mut self.patch_size, 1..=64, "Frames, rows and columns of the latents that become one token.");
         keys.integer(
             "num_attention_heads",
             &mut self.num_attention_heads,
@@ -84,8 +84,8 @@ impl Settings for Wan {
         );
         let doc = "Inputs of the keys and values of images: the model's width; with image_dim only.";
         keys.optional_integer("added_kv_proj_dim", &mut self.added_kv_proj_dim, 1..=65_536, doc);
-        keys.integer("rope_max_seq_len", &mut self.rope_max_seq_len, 1.., "Tokens that each axis of the latents has at most.");
+        keys.integer("rope_max_seq_len", &mut self.rope_max_seq_len, 1..=1 << 20, "Tokens that each axis of the latents has at most.");
         let doc = "Tokens of a sample's images, first and last, where their places are learned; with image_dim only.";
-        keys.optional_integer("pos_embed_seq_len", &mut self.pos_embed_seq_len, 1.., doc);
+        keys.optional_integer("pos_embed_seq_len", &mut self.pos_embed_seq_len, 1..=1 << 20, doc);
     }
 }

@@ -7,6 +7,7 @@ use std::path::{Component, Path};
 use serde::Deserialize;
 
 use super::{FORMAT, MANIFEST, Manifest, Part, VERSION, VERSION_WITHOUT_RECORD};
+use crate::data::contents::{Format, HEAD_BYTES, no_json, recognized};
 use crate::data::sha256::HashingWriter;
 use crate::error::{Error, Result, one_line, shortened};
 use crate::pulse;
@@ -69,7 +70,7 @@ fn read(folder: &Path) -> Result<Manifest, Unfit> {
     let broken = |what: String| Unfit::corrupt(MANIFEST, what);
     let path = folder.join(MANIFEST);
     let text = read_whole(&path, MAX_MANIFEST_BYTES).map_err(|error| unreadable(&path, MANIFEST, error))?;
-    let said: Version = serde_json::from_slice(&text).map_err(|error| broken(format!("is no manifest: {error}")))?;
+    let said: Version = serde_json::from_slice(&text).map_err(|error| broken(format!("is no manifest: {}", no_json(&text, &error))))?;
     if said.format != FORMAT || !(VERSION_WITHOUT_RECORD..=VERSION).contains(&said.version) {
         let what = format!(
             "is {:?} version {}, this program reads {FORMAT:?} version {VERSION}, and the parameters of version {VERSION_WITHOUT_RECORD}",
@@ -96,12 +97,20 @@ fn verify_part(folder: &Path, part: &Part) -> Result<(), Unfit> {
     }
     let bytes = found.len();
     if bytes != part.bytes {
-        return Err(broken(format!("has {bytes} of {} bytes", part.bytes)));
+        let instead = called_what_it_is(&path).map(|what| format!(": {what}")).unwrap_or_default();
+        return Err(broken(format!("has {bytes} of {} bytes{instead}", part.bytes)));
     }
     let mut hashing = HashingWriter::new(io::sink());
     File::open(&path).and_then(|file| io::copy(&mut file.take(bytes), &mut hashing)).map_err(unreadable)?;
     let (_, sha256, _) = hashing.finish();
     if sha256 == part.sha256 { Ok(()) } else { Err(broken("sha256 differs".into())) }
+}
+
+/// The name of what stands in place of a safetensors file, as a Git LFS pointer does.
+fn called_what_it_is(path: &Path) -> Option<String> {
+    let mut head = Vec::new();
+    File::open(path).and_then(|file| file.take(HEAD_BYTES as u64).read_to_end(&mut head)).ok()?;
+    recognized(&head, Format::SafeTensors)
 }
 
 /// A regular file of at most so many bytes: to open a FIFO blocks, and a device may have no end.
@@ -149,6 +158,14 @@ mod tests {
         for name in ["fifo", "endless"] {
             assert!(refusal(folder.path(), &part(name, 0)).ends_with("is not a regular file"), "{name}");
         }
+    }
+
+    #[test]
+    fn a_part_that_is_a_pointer_is_called_one() {
+        let folder = tempfile::tempdir().expect("a folder");
+        fs::write(folder.path().join("a.safetensors"), "version https://git-lfs.github.com/spec/v1\n").expect("a file");
+        let said = refusal(folder.path(), &part("a.safetensors", 4096));
+        assert!(said.contains("has 43 of 4096 bytes: is a Git LFS pointer"), "{said}");
     }
 
     #[test]
