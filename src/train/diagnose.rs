@@ -5,11 +5,12 @@
 
 use tch::{Kind, Tensor};
 
+use super::latents;
 use super::step::Stepper;
 use crate::collective::gather_texts;
 use crate::data::Batch;
 use crate::error::Result;
-use crate::flow::{EXPLODED, StepOutput, is_sound};
+use crate::flow::{EXPLODED, StepOutput, is_sound, latents_of};
 use crate::nn::ParamSet;
 use crate::parallel::Replica;
 use crate::pulse::{self, Phase};
@@ -65,7 +66,7 @@ fn bad_samples(batch: &Batch, output: &StepOutput) -> Option<String> {
     match bad.first() {
         Some(first) => {
             let (loss, bound) = (losses[*first], beyond(f64::from(losses[*first])));
-            Some(format!("loss exploded: {loss}{bound} in {}{}", samples(batch, output, bad), unnormalized(batch)))
+            Some(format!("loss exploded: {loss}{bound} in {}{}", samples(batch, output, bad), unnormalised(batch)))
         }
         // Auxiliary losses and weights can spoil what every sample's own loss does not.
         None if !is_sound(average) => Some(format!("loss exploded: {average}{} as the weighted mean", beyond(average))),
@@ -78,20 +79,10 @@ fn beyond(loss: f64) -> String {
     if loss.is_nan() { String::new() } else { format!(" (above {EXPLODED}, the bound of train.check_loss)") }
 }
 
-/// Standard deviation of latents above which the question is asked whether they are normalized: an autoencoder's own numbers have 2.7
-/// (FLUX.1) and more, those that its `scaling_factor` and `shift_factor` were applied to about 1.
-const UNUSUAL_DEVIATION: f64 = 2.0;
-
-/// The question whether the latents are normalized, where their spread suggests it.
-fn unnormalized(batch: &Batch) -> String {
-    let latents = ["image_latents", "video_latents"].iter().find_map(|key| batch.get(key));
-    let deviation = latents.map(|latents| latents.to_kind(Kind::Float).std(false).double_value(&[]));
-    match deviation {
-        Some(deviation) if deviation > UNUSUAL_DEVIATION => {
-            format!("; the latents' standard deviation is {deviation:.1}, usual is about 1: are the latents normalised?")
-        }
-        _ => String::new(),
-    }
+/// The question whether the latents are normalised, where their spread suggests it.
+fn unnormalised(batch: &Batch) -> String {
+    let latents = latents_of(batch).ok().map(|latents| latents.to_kind(Kind::Float).std(false).double_value(&[]));
+    latents.and_then(latents::told).map_or_else(String::new, |question| format!("; {question}"))
 }
 
 /// `samples 12, 31 at sigma 0.4711, 0.9`.

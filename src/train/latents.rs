@@ -20,7 +20,8 @@ pub fn warning(own: Moments, collective: &dyn Collective) -> Result<Option<Strin
     Ok(all.standard_deviation().and_then(told))
 }
 
-fn told(deviation: f64) -> Option<String> {
+/// The question to ask of latents with this standard deviation, where it is unusual.
+pub fn told(deviation: f64) -> Option<String> {
     let what = "are they normalised (scaling and shift factor of the VAE)?";
     (!USUAL.contains(&deviation)).then(|| format!("latents have standard deviation {deviation:.3}, about 1 was expected; {what}"))
 }
