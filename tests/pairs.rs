@@ -139,7 +139,7 @@ fn every_model_with_every_adapter_takes_its_first_step_or_is_refused_with_a_hint
         }
     }
     println!("{ran} pairs ran, {refused} were refused");
-    assert!(ran >= 20 && refused >= 100, "{ran} ran, {refused} were refused");
+    assert!(ran > 10 && refused > 100, "{ran} ran, {refused} were refused");
 }
 
 /// Values at the edges and beyond.

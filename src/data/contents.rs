@@ -82,17 +82,16 @@ fn of_magic(head: &[u8], expected: Format) -> Option<String> {
 /// Zip archives, which `torch.save` writes, and bare pickles.
 fn pickled(head: &[u8]) -> Option<String> {
     let what = match head {
-        [b'P', b'K', 3, 4, ..] if named_first(head).ends_with(b".npy") => "is a NumPy archive (.npz)",
+        [b'P', b'K', 3, 4, ..] if named_first(head).ends_with(b".npy") => {
+            return Some("is a NumPy archive (.npz); convert it once by safetensors.numpy.save_file".into());
+        }
         [b'P', b'K', 3, 4, ..] if is_pickle_archive(named_first(head)) => "is a pickle that torch.save wrote (.pt, .meta)",
-        [b'P', b'K', 3 | 5, 4 | 6, ..] => "is a zip archive, perhaps a pickle that torch.save wrote",
+        [b'P', b'K', 3, 4, ..] | [b'P', b'K', 5, 6, ..] => "is a zip archive, perhaps a pickle that torch.save wrote",
         // The opcode PROTO, the protocol, and one of the opcodes that a pickle goes on with.
         [0x80, 2..=5, next, ..] if b"\x8a\x95}](N)cXqKM\x8c\x88\x89GJ".contains(next) => "is a pickle",
         _ => return None,
     };
-    Some(match what {
-        "is a NumPy archive (.npz)" => format!("{what}; convert it once by safetensors.numpy.save_file"),
-        _ => format!("{what}, which can run code when it is opened and is never read; convert it once: {CONVERT}"),
-    })
+    Some(format!("{what}, which can run code when it is opened and is never read; convert it once: {CONVERT}"))
 }
 
 /// Name of a zip archive's first entry, as far as `head` goes.
