@@ -187,6 +187,17 @@ a7_srun_without_a_pmi() {
     [ ! -e "$room/alone" ] || fail "srun --mpi=none left a run folder"
 }
 
+# One task has nobody to find, with a PMI or without.
+one_task_runs_alone() {
+    local mpi
+    for mpi in none pmix; do
+        srun --ntasks=1 --mpi="$mpi" "$program" train "${tiny[@]}" --set max_steps=1 --set output_dir="$room/one-$mpi" \
+            >"$room/one-$mpi.log" 2>&1 || fail "srun --ntasks=1 --mpi=$mpi returned $?, expected 0"
+    done
+    [ "$(sha256sum <"$room/one-none/step-00000001/manifest.json")" = "$(sha256sum <"$room/one-pmix/step-00000001/manifest.json")" ] ||
+        fail "one task has other bits without a PMI"
+}
+
 # Rank 0 stands still before the first checkpoint, and no watchdog ends it.
 launcher_that_never_returns() {
     local job
@@ -238,6 +249,7 @@ trap 'exit 130' INT TERM HUP
 timed "a Slurm on this machine" start_slurm
 timed "a run that nothing interrupts" unbroken_run
 timed "srun without a PMI ends with 52 (A7)" a7_srun_without_a_pmi
+timed "one task of a step runs alone" one_task_runs_alone
 timed "ranks started by mpirun" run_by mpirun
 timed "ranks started by srun without MPI" run_by tcp
 timed "a launcher that never returns is ended" launcher_that_never_returns

@@ -4,6 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use fm_dist::config::RunConfig;
+use fm_dist::optim::lr::LrScheduleChoice;
+use fm_dist::settings::Family;
 use fm_dist::train::Resume;
 use tempfile::TempDir;
 
@@ -181,7 +183,10 @@ fn what_a_resume_changes_is_listed_and_the_configuration_before_is_kept() {
 fn a_learning_rate_that_leaps_at_a_resume_is_told_with_both_numbers() {
     let root = TempDir::new().unwrap();
     for schedule in ["cosine", "linear", "wsd"] {
-        let scheduled = |steps: &str| config(&root.path().join(schedule), &[&format!("lr_scheduler.{schedule}.warmup_steps=0"), steps]);
+        let scheduled = |steps: &str| {
+            let lr_scheduler = LrScheduleChoice::named(schedule).unwrap();
+            RunConfig { lr_scheduler, ..config(&root.path().join(schedule), &[steps]) }
+        };
         let run = train_in_threads(&scheduled("max_steps=8"), &Resume::Never, 1).unwrap();
         train_in_threads(&scheduled("max_steps=16"), &Resume::Latest, 1).unwrap();
         let found = said(&run, "the learning rate jumps: step 8 had 0, step 9 has ");

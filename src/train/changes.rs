@@ -90,8 +90,8 @@ fn only_recorded(values: Values) -> Values {
 }
 
 fn is_recorded(key: &str) -> bool {
-    let is_below = |table: &&str| key.strip_prefix(*table).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
-    key == SEED_SCOPE || !UNRECORDED.iter().any(|unrecorded| is_below(&unrecorded))
+    let is_below = |table: &str| key.strip_prefix(table).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+    key == SEED_SCOPE || !UNRECORDED.iter().any(|unrecorded| is_below(unrecorded))
 }
 
 /// A run's listing, where the checkpoint's record stands for all keys that it records.

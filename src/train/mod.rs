@@ -111,12 +111,13 @@ fn train_at(place: &Place, config: &RunConfig, options: &TrainOptions, collectiv
     let telemetry = telemetry::start(&config.log, collective.rank(), collective.world_size(), folder.path());
     telemetry.cover_all_threads();
     failure::keep_in(folder.path());
+    let done = folder.nothing_to_do(config.max_steps);
     if telemetry.speaks_for_the_run() {
         let fault = fault::ordered().map(|order| format!("debug.inject_fault = \"{order}\": this run breaks on purpose"));
-        let schedule = lr::warning(&config.lr_scheduler, config.max_steps);
+        let schedule = lr::warning(&config.lr_scheduler, config.max_steps).filter(|_| done.is_none());
         folder.warnings().iter().chain(&options.warning).chain(&fault).chain(&schedule).for_each(|warning| tracing::warn!("{warning}"));
     }
-    if let Some(what) = folder.nothing_to_do(config.max_steps) {
+    if let Some(what) = done {
         tracing::info!("{what}");
         return Ok((folder.path().into(), Ending::Done));
     }
