@@ -78,8 +78,8 @@ struct TrainArgs {
     #[arg(long)]
     debug: bool,
     /// Save and stop after this time, e.g. 55m, with exit code 10; `--resume latest` goes on
-    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
-    stop_after: Option<Duration>,
+    #[arg(long, value_name = "TIME", value_parser = parse_moment)]
+    stop_after: Option<Instant>,
 }
 
 #[derive(Args, Debug)]
@@ -206,6 +206,12 @@ fn parse_world(text: &str) -> Result<WorldSizes, String> {
     Ok(WorldSizes((from.ilog2()..=to.ilog2()).map(|power| 1 << power).collect()))
 }
 
+/// The moment that lies so far ahead.
+fn parse_moment(text: &str) -> Result<Instant, String> {
+    let time: Duration = humantime::parse_duration(text).map_err(|error| format!("{error}; expected a time like 55m or 1h 30m"))?;
+    Instant::now().checked_add(time).ok_or_else(|| "expected a time that a clock can count to; without it a run ends by itself".into())
+}
+
 fn parse_dtype(text: &str) -> Result<Dtype, String> {
     let known = Dtype::ALL.iter().find(|(word, _)| *word == text);
     known.map(|(_, dtype)| *dtype).ok_or_else(|| "expected float32 or bfloat16".into())
@@ -295,7 +301,6 @@ fn cluster_named(name: &str, file: Option<&Path>) -> Result<Cluster> {
 }
 
 fn run_training(args: &TrainArgs) -> Result<i32> {
-    let stop_at = args.stop_after.map(|time| Instant::now() + time);
     let stop = StopFlag::on_signals()?;
     // Read by every rank: what guards the start must hold before the ranks can talk to one another.
     let config = args.config.read();
@@ -307,19 +312,21 @@ fn run_training(args: &TrainArgs) -> Result<i32> {
     pulse::enter(Phase::Connect);
     let world = collective::connect(args.launch, patience)?;
     let warning = train::begin(&watchdog, world.as_ref())?;
-    let options =
-        TrainOptions { resume: args.resume.clone(), debug: args.debug, allow_data_change: args.allow_data_change, stop, stop_at, warning };
+    let options = TrainOptions {
+        resume: args.resume.clone(),
+        debug: args.debug,
+        allow_data_change: args.allow_data_change,
+        stop,
+        stop_at: args.stop_after,
+        warning,
+    };
     let config = match train::share_config(config, &options, world.as_ref()) {
         Ok(config) => config,
-        Err(error) => {
-            // Every rank knows of it, so that all can leave in good order.
-            collective::finish(world)?;
-            return Err(error);
-        }
+        // Every rank knows of it, so that all can leave in good order.
+        Err(error) => return collective::finish_with(error, world),
     };
     watchdog.follow(config.watchdog.clone());
     let (_, ending) = train::train(&config, &options, world.as_ref())?;
-    pulse::enter(Phase::Finalize);
     collective::finish(world)?;
     Ok(if ending == Ending::Stopped { STOPPED } else { 0 })
 }

@@ -3,8 +3,12 @@
 //! A message says what was found, what was expected, and what to do, in one line. Mistakes of the program itself panic
 //! instead (exit code [`BUG`]): tensor arithmetic is written with plain operators.
 
+mod library;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
+
+use library::{RAISE_THE_LIMIT, is_out_of_files};
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -55,8 +59,12 @@ pub enum Error {
     Desync { what: String },
     /// A number that must be finite is not, or the loss exploded.
     NotFinite { step: u64, what: String },
-    /// Another rank failed first, with exit code `code`, and has said why.
-    Peer { code: i32, what: String },
+    /// Another rank failed first, with exit code `code`, and says why: `speaker`, or `None` where it has said so already.
+    Peer { speaker: Option<usize>, code: i32, what: String },
+    /// A GPU, or a library that works on it, failed: another one may not.
+    Device { what: String },
+    /// There is less memory than the run takes.
+    OutOfMemory { what: String },
     /// Launcher, libraries or devices are not as needed.
     Environment { what: String },
 }
@@ -72,10 +80,14 @@ impl Error {
         Error::Data { path: path.as_ref().into(), what: what.into() }
     }
 
-    /// For `map_err`: `fs::read(path).map_err(Error::storage(path, "read"))`.
+    /// For `map_err`: `fs::read(path).map_err(Error::storage(path, "read"))`. A process that may open no more files is told so:
+    /// another try would meet the same limit.
     pub fn storage(path: impl AsRef<Path>, operation: &'static str) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.as_ref().to_path_buf();
-        move |source| Error::Storage { path, operation, source }
+        move |source| match is_out_of_files(&source) {
+            true => Error::environment(format!("cannot {operation} {}: {source}; {RAISE_THE_LIMIT}", path.display())),
+            false => Error::Storage { path, operation, source },
+        }
     }
 
     pub fn checkpoint_mismatch(path: impl AsRef<Path>, what: impl Into<String>) -> Self {
@@ -100,6 +112,8 @@ impl Error {
             Error::NotFinite { .. } => "NUMERIC",
             Error::Peer { .. } => "PEER",
             Error::Environment { .. } => "ENVIRONMENT",
+            Error::Device { .. } => "DEVICE",
+            Error::OutOfMemory { .. } => "MEMORY",
         }
     }
 
@@ -108,6 +122,7 @@ impl Error {
         match self {
             Error::Peer { code, .. } => *code,
             Error::Collective { .. } => 22,
+            Error::Device { .. } => 23,
             Error::Storage { .. } => 30,
             Error::Data { .. } => 40,
             Error::NotFinite { .. } => 41,
@@ -117,6 +132,7 @@ impl Error {
             Error::Config { .. } => 50,
             Error::CheckpointMismatch { .. } => 51,
             Error::Environment { .. } => 52,
+            Error::OutOfMemory { .. } => 53,
         }
     }
 }
@@ -145,7 +161,11 @@ impl fmt::Display for Whole<'_> {
             Error::Storage { path, operation, source } => write!(f, "cannot {operation} {}: {source}", path.display()),
             Error::Collective { backend, operation, what } => write!(f, "{backend} {operation}: {what}"),
             Error::NotFinite { step, what } => write!(f, "step {step}: {what}"),
-            Error::Peer { what, .. } | Error::Desync { what } | Error::Environment { what } => f.write_str(what),
+            Error::Peer { what, .. }
+            | Error::Desync { what }
+            | Error::Environment { what }
+            | Error::Device { what }
+            | Error::OutOfMemory { what } => f.write_str(what),
         }
     }
 }
@@ -186,8 +206,16 @@ mod tests {
         let retry = [
             Error::Collective { backend: "mpi", operation: "barrier", what: String::new() },
             Error::storage("x", "write")(std::io::Error::other("disk")),
+            Error::Device { what: String::new() },
         ];
-        let hold = [Error::config("a", "b"), Error::data("x", "y"), Error::Desync { what: String::new() }, Error::environment("z")];
+        let hold = [
+            Error::config("a", "b"),
+            Error::data("x", "y"),
+            Error::Desync { what: String::new() },
+            Error::environment("z"),
+            Error::OutOfMemory { what: String::new() },
+            Error::storage("x", "open")(rustix::io::Errno::MFILE.into()),
+        ];
         assert!(retry.iter().all(|e| e.exit_code() < 40));
         assert!(hold.iter().all(|e| e.exit_code() >= 40));
     }

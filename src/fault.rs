@@ -42,14 +42,18 @@ pub enum Kind {
     /// Ends the process with the argument as its code, 3 without one.
     Exit,
     Panic,
+    /// A GPU fails as libtorch says it, and memory runs out as libtorch says it of a host.
+    Device,
+    Memory,
     /// Computes for ever.
     Spin,
     /// Waits for the argument's seconds.
     Sleep,
     /// An error is returned.
     Error,
-    /// SIGUSR1, SIGTERM and SIGINT to this process, as a person or Slurm sends them.
+    /// SIGUSR1, SIGUSR2, SIGTERM and SIGINT to this process, as a person or Slurm sends them.
     Usr1,
+    Usr2,
     Term,
     Int,
     /// The rank's loss becomes NaN; with an argument only the first time that the step is computed.
@@ -79,10 +83,13 @@ const WORDS: &[(&str, Kind)] = &[
     ("stop", Kind::Stop),
     ("exit", Kind::Exit),
     ("panic", Kind::Panic),
+    ("device", Kind::Device),
+    ("memory", Kind::Memory),
     ("spin", Kind::Spin),
     ("sleep", Kind::Sleep),
     ("error", Kind::Error),
     ("usr1", Kind::Usr1),
+    ("usr2", Kind::Usr2),
     ("term", Kind::Term),
     ("int", Kind::Int),
     ("nan_loss", Kind::NanLoss),
@@ -191,7 +198,8 @@ pub fn strike(phase: Phase) {
 /// As [`strike`], for a thread beside the run's own, whose work belongs to `step` whatever step is under way.
 pub fn strike_at(phase: Phase, step: u64) {
     use Kind::*;
-    let Some(order) = due(phase, step, &[Kill, Segv, Abort, Stop, Exit, Panic, Spin, Sleep, Usr1, Term, Int]) else { return };
+    let kinds = [Kill, Segv, Abort, Stop, Exit, Panic, Device, Memory, Spin, Sleep, Usr1, Usr2, Term, Int];
+    let Some(order) = due(phase, step, &kinds) else { return };
     match order.kind {
         Kill => signal(Signal::KILL),
         // The first one only takes off the handler that watches for stack overflows.
@@ -199,16 +207,26 @@ pub fn strike_at(phase: Phase, step: u64) {
         Abort => signal(Signal::ABORT),
         Stop => signal(Signal::STOP),
         Usr1 => signal(Signal::USR1),
+        Usr2 => signal(Signal::USR2),
         Term => signal(Signal::TERM),
         Int => signal(Signal::INT),
-        Exit => std::process::exit(order.argument.unwrap_or(3.0) as i32),
+        Exit => signal_hook::low_level::exit(order.argument.unwrap_or(3.0) as i32),
         Panic => panic!("a fault was ordered"),
+        Device => panic!("called `Result::unwrap()` on an `Err` value: Torch({ILLEGAL_ACCESS:?})"),
+        // An exbibyte, which no host has.
+        Memory => drop(tch::Tensor::empty([1 << 58], (tch::Kind::Float, tch::Device::Cpu))),
         Sleep => std::thread::sleep(Duration::from_secs_f64(order.argument.unwrap_or(1.0))),
         _ => loop {
             std::hint::spin_loop();
         },
     }
 }
+
+/// The text of libtorch's exception, as tch quotes it.
+const ILLEGAL_ACCESS: &str = "CUDA error: an illegal memory access was encountered\nSearch for `cudaErrorIllegalAddress' in \
+    https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html for more information.\nCUDA kernel errors might be \
+    asynchronously reported at some other API call, so the stacktrace below might be incorrect.\nFor debugging consider passing \
+    CUDA_LAUNCH_BLOCKING=1\n";
 
 fn signal(signal: Signal) {
     kill_process(getpid(), signal).expect("a process may signal itself");

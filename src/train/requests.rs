@@ -1,6 +1,6 @@
 //! What people and launchers ask of a run that is under way: to save, or to save and stop.
 //!
-//! SIGUSR1, SIGTERM, SIGHUP and SIGINT ask to stop; a second SIGINT ends the process at once with code 130. So do files
+//! SIGUSR1, SIGUSR2, SIGTERM, SIGHUP and SIGINT ask to stop; a second SIGINT ends the process at once with code 130. So do files
 //! named `save` and `save_quit` in the run folder, and a time after which to stop. One rank's request becomes every rank's
 //! at the end of the step, see [`Tally`](super::tally::Tally).
 
@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXFSZ};
 use signal_hook::flag;
 
 use crate::error::{Error, Result};
@@ -44,7 +44,8 @@ impl StopFlag {
         let register = || {
             // In this order: the first SIGINT finds the flag unset.
             flag::register_conditional_shutdown(SIGINT, INTERRUPTED, stop.clone())?;
-            [SIGINT, SIGTERM, SIGUSR1, SIGHUP].into_iter().try_for_each(|signal| flag::register(signal, stop.clone()).map(drop))?;
+            let asking = [SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGHUP];
+            asking.into_iter().try_for_each(|signal| flag::register(signal, stop.clone()).map(drop))?;
             // A file size limit is an error of the write then, like a full disk.
             flag::register(SIGXFSZ, Arc::default())
         };
