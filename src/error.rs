@@ -14,7 +14,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Exit code of a panic: an invariant of the program is broken.
 pub const BUG: i32 = 70;
-/// Exit code of a run that was asked to stop and has saved.
+/// Exit code of a run that was asked to stop: what it had trained is saved.
 pub const STOPPED: i32 = 10;
 /// Exit code of a command line that does not parse (clap's own).
 pub const USAGE: i32 = 2;
@@ -61,6 +61,8 @@ pub enum Error {
     NotFinite { step: u64, what: String },
     /// Another rank failed first, with exit code `code`, and says why: `speaker`, or `None` where it has said so already.
     Peer { speaker: Option<usize>, code: i32, what: String },
+    /// This process was asked to stop where there was nothing to save.
+    Stopped { what: String },
     /// A GPU, or a library that works on it, failed: another one may not.
     Device { what: String },
     /// There is less memory than the run takes.
@@ -112,6 +114,7 @@ impl Error {
             Error::NotFinite { .. } => "NUMERIC",
             Error::Peer { .. } => "PEER",
             Error::Environment { .. } => "ENVIRONMENT",
+            Error::Stopped { .. } => "STOPPED",
             Error::Device { .. } => "DEVICE",
             Error::OutOfMemory { .. } => "MEMORY",
         }
@@ -121,6 +124,7 @@ impl Error {
     pub fn exit_code(&self) -> i32 {
         match self {
             Error::Peer { code, .. } => *code,
+            Error::Stopped { .. } => STOPPED,
             Error::Collective { .. } => 22,
             Error::Device { .. } => 23,
             Error::Storage { .. } => 30,
@@ -164,6 +168,7 @@ impl fmt::Display for Whole<'_> {
             Error::Peer { what, .. }
             | Error::Desync { what }
             | Error::Environment { what }
+            | Error::Stopped { what }
             | Error::Device { what }
             | Error::OutOfMemory { what } => f.write_str(what),
         }

@@ -13,8 +13,9 @@ use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 
-use crate::error::{BUG, one_line};
-use crate::pulse;
+use crate::error::{BUG, STOPPED, one_line};
+use crate::fault;
+use crate::pulse::{self, Phase};
 
 /// `failure-<rank>.json`.
 #[derive(Serialize)]
@@ -42,7 +43,7 @@ static FOLDER: Mutex<Option<PathBuf>> = Mutex::new(None);
 /// Exit code of the first cause that a thread of this process met: it is this process's, whatever else fails on the way out.
 static CAUSE: OnceLock<i32> = OnceLock::new();
 
-/// Whether the words of the first cause have been said.
+/// Set once the words of the first cause have been said.
 static SAID: (Mutex<bool>, Condvar) = (Mutex::new(false), Condvar::new());
 
 /// Milliseconds for which the end of a world is waited for, see [`be_patient`].
@@ -61,7 +62,7 @@ pub fn keep_in(folder: &Path) {
     *FOLDER.lock().unwrap_or_else(PoisonError::into_inner) = Some(folder.into());
 }
 
-/// How long a rank that has the word may take to say why the world ends, and to end it, before another one does.
+/// Sets the time that a rank which has the word may take to say why the world ends, and to end it, before another one does.
 pub fn be_patient(limit: Duration) {
     PATIENCE.store(limit.as_millis() as u64, Ordering::Relaxed);
 }
@@ -90,8 +91,8 @@ fn given(speaker: &mut Option<usize>, rank: usize, instead_of: Option<usize>) ->
     *speaker.get_or_insert(rank)
 }
 
-/// Whether `code` is that of the first cause that this process meets. Of several threads that find a reason to end, the first
-/// one's code counts: the others may see no more than what it did.
+/// Returns `true` if this is the first cause that this process meets, whose exit code is `code`. Of several threads that find a
+/// reason to end, the first one's code counts: the others may see no more than what it did.
 pub fn begin(code: i32) -> bool {
     CAUSE.set(code).is_ok()
 }
@@ -115,7 +116,7 @@ pub fn tell(code: i32, name: &str, what: &str) -> Option<usize> {
     other
 }
 
-/// As [`tell`], for the first cause of this process, after a rank that had the word did not end the world.
+/// Does as [`tell`] for the first cause of this process, after a rank that had the word did not end the world.
 pub fn tell_instead_of(speaker: usize, code: i32, name: &str, what: &str) {
     if ASK.get().is_some() && other_speaker(Some(speaker)).is_none() {
         say(code, name, what);
@@ -147,13 +148,17 @@ fn give_way(rank: usize) {
 }
 
 fn say(code: i32, name: &str, what: &str) {
+    fault::strike(Phase::Finalize);
     let what = one_line(what);
     let full_stop = if what.ends_with(['.', '?']) { "" } else { "." };
-    let message = format!("fm-dist: error {name} {}: {what}{full_stop} exit {code}", pulse::whereabouts());
+    let kind = if code == STOPPED { "stopped".into() } else { format!("error {name}") };
+    let message = format!("fm-dist: {kind} {}: {what}{full_stop} exit {code}", pulse::whereabouts());
     // One write, so that a launcher that joins the ranks' outputs cannot tear the line; a closed pipe changes nothing.
     let _ = std::io::stderr().write_all(format!("{message}\n").as_bytes());
     // The line first: a backtrace takes long on a busy machine.
-    write_file(code, name, &what);
+    if code != STOPPED {
+        write_file(code, name, &what);
+    }
     *SAID.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
     SAID.1.notify_all();
 }

@@ -1,4 +1,5 @@
-//! Faults made on purpose: one rank, one moment, one way to break. How a run meets each of them is what `tests/faults.rs` shows.
+//! Faults made on purpose: one rank or every one, one moment, one way to break. How a run meets each of them is what
+//! `tests/faults.rs` shows.
 //!
 //! A fault is ordered by `[debug] inject_fault`, and says so on standard error when it strikes, so that a test knows that it
 //! did. Without an order a check is one load of a pointer.
@@ -109,7 +110,8 @@ const WORDS: &[(&str, Kind)] = &[
 #[derive(Clone, Debug, PartialEq)]
 pub struct Fault {
     kind: Kind,
-    rank: usize,
+    /// Every rank, if none is named.
+    rank: Option<usize>,
     /// First and last step; 0 is before the first.
     steps: (u64, u64),
     phase: Phase,
@@ -134,7 +136,7 @@ impl FromStr for Fault {
         };
         Ok(Fault {
             kind: *kind,
-            rank: rank.parse().map_err(|_| unreadable())?,
+            rank: if rank == "every" { None } else { Some(rank.parse().map_err(|_| unreadable())?) },
             steps: steps_of(steps).ok_or_else(unreadable)?,
             phase: Phase::named(phase)
                 .ok_or_else(|| format!("no phase {phase:?}; one of: {}", Phase::words().collect::<Vec<_>>().join(", ")))?,
@@ -155,7 +157,7 @@ fn steps_of(text: &str) -> Option<(u64, u64)> {
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let word = WORDS.iter().find(|(_, kind)| *kind == self.kind).expect("every kind has a word").0;
-        write!(f, "{word}@{}:", self.rank)?;
+        write!(f, "{word}@{}:", self.rank.map_or("every".into(), |rank| rank.to_string()))?;
         match self.steps {
             (0, u64::MAX) => f.write_str("every")?,
             (first, last) if first == last => write!(f, "{first}")?,
@@ -181,7 +183,8 @@ pub fn ordered() -> Option<&'static Fault> {
 /// The order, if this rank, step and phase are its moment; says so.
 fn due(phase: Phase, step: u64, kinds: &[Kind]) -> Option<&'static Fault> {
     let order = ORDER.get()?;
-    let now = order.phase == phase && order.rank == pulse::place().0 && (order.steps.0..=order.steps.1).contains(&step);
+    let now =
+        order.phase == phase && order.rank.is_none_or(|rank| rank == pulse::place().0) && (order.steps.0..=order.steps.1).contains(&step);
     let struck = now && kinds.contains(&order.kind);
     if struck {
         // Whoever closed the pipe needs no proof.
@@ -267,7 +270,8 @@ mod tests {
 
     #[test]
     fn an_order_reads_as_it_is_written() {
-        for text in ["kill@1:5:backward", "sleep@0:every:data:0.3", "nan_loss@2:3-9:forward", "exit@1:0:bootstrap:7"] {
+        for text in ["kill@1:5:backward", "sleep@0:every:data:0.3", "nan_loss@2:3-9:forward", "exit@1:0:bootstrap:7", "panic@every:6:read"]
+        {
             assert_eq!(text.parse::<Fault>().map(|fault| fault.to_string()), Ok(text.to_string()));
         }
     }

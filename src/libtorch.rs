@@ -100,15 +100,16 @@ pub fn share_memory_among_threads() {
 #[cfg(not(target_env = "gnu"))]
 pub fn share_memory_among_threads() {}
 
-/// What a body does, and what came of it.
+/// A body that is called once, and what came of it.
 struct Guarded<F, T> {
     body: Option<F>,
     outcome: Option<T>,
     exception: String,
 }
 
-/// What `body` returns. Few of libtorch's functions reach us without a wrapper that turns C++ exceptions into errors, and throw
-/// only where the system fails them, e.g. the seeding of its generator that opens `/dev/urandom`; Rust itself would abort.
+/// Calls `body` and returns its result. Few of libtorch's functions reach us without a wrapper that turns C++ exceptions into
+/// errors, and throw only where the system fails them, e.g. the seeding of its generator that opens `/dev/urandom`; Rust itself
+/// would abort.
 ///
 /// # Panics
 /// With the exception's text, if one comes out of `body`. What it held by then may be lost.

@@ -1,4 +1,4 @@
-//! How a world ends: one rank says why, and no other one is gone before it has.
+//! The end of a world: one rank says why, and no other one is gone before it has.
 //!
 //! Launchers end all processes as soon as one of them ends with an error. So a rank that leaves the word to another waits, not
 //! for a time but for its own end, which that one brings about once it has spoken; where it never does, it is given up.
@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::failure;
 use crate::pulse::{self, Phase};
 
-/// Whether the ranks have left the world in good order, after which nobody waits for anybody.
+/// Set once the ranks have left the world in good order, after which nobody waits for anybody.
 static HAS_LEFT: AtomicBool = AtomicBool::new(false);
 
 /// Leaves the world in good order: returns once every rank is here. Nothing may be under way.
@@ -24,11 +24,11 @@ pub fn finish(collective: Box<dyn Collective>) -> Result<()> {
     mpi::finalize()
 }
 
-/// As [`finish`], for an error that every rank knows of: the rank that met it has said so before any of them may leave. Returns
+/// Does as [`finish`] for an error that every rank knows of: the rank that met it has said so before any of them may leave. Returns
 /// the exit code of all.
 ///
 /// # Errors
-/// What leaving meets; the error itself, if it is one of the collectives, after which ranks cannot leave together.
+/// The error that leaving meets; the given one itself, if it is one of the collectives, after which ranks cannot leave together.
 pub fn finish_with(error: Error, collective: Box<dyn Collective>) -> Result<i32> {
     if matches!(error, Error::Collective { .. } | Error::Desync { .. }) {
         return Err(error);

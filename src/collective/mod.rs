@@ -188,7 +188,7 @@ fn connect_mpi(size: Option<usize>) -> Result<Box<dyn Collective>> {
     Ok(Box::new(mpi))
 }
 
-/// What each of `tasks` processes finds alike and cannot agree on with the others: the launcher's rank 0 says it.
+/// An error that each of `tasks` processes meets alike before they can agree: the launcher's rank 0 says it.
 fn met_by_all(tasks: usize, what: String) -> Error {
     let error = Error::environment(what);
     let rank = launched_rank().unwrap_or(0);

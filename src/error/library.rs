@@ -1,4 +1,4 @@
-//! What libtorch and its libraries say when the world outside fails them, told apart from mistakes of the program.
+//! Texts of libtorch and its libraries that say that the world outside failed them, told apart from mistakes of the program.
 //!
 //! tch's plain operators panic with the text of the C++ exception, and a text is all that is left of its kind.
 
@@ -7,7 +7,7 @@ use super::Error;
 pub const RAISE_THE_LIMIT: &str = "raise the limit on open files with `ulimit -n`";
 const TAKE_LESS: &str = "take a smaller micro-batch, shard or offload more, or use more memory";
 
-/// How libtorch (2.11 to 2.13), CUDA's driver and its libraries say that memory ran out, on a GPU or on the host.
+/// Words by which libtorch (2.11 to 2.13), CUDA's driver and its libraries say that memory ran out, on a GPU or on the host.
 const MEMORY_WORDS: &[&str] = &[
     "CUDA out of memory",
     "CUDA error: out of memory",
@@ -24,7 +24,7 @@ const MEMORY_WORDS: &[&str] = &[
     "std::bad_alloc",
 ];
 
-/// How they say that a device or a call to it failed.
+/// Words by which they say that a device or a call to it failed.
 const DEVICE_WORDS: &[&str] = &[
     "CUDA error",
     "CUDA driver error",
@@ -46,7 +46,7 @@ const DEVICE_WORDS: &[&str] = &[
     "No CUDA GPUs are available",
 ];
 
-/// How libtorch and the C++ library say that no file can be opened any more; the second is where random numbers come from.
+/// Words by which libtorch and the C++ library say that no file can be opened any more; random numbers come from the second one.
 const FILE_WORDS: &[&str] = &["Too many open files", "Unable to open /dev/urandom"];
 
 /// The line of a text that holds one of these words, from the sentence that they stand in. A panic quotes line ends as `\\n`.
@@ -57,16 +57,16 @@ fn line_with(text: &str, words: &[&str]) -> Option<String> {
     Some(quoted.trim_end_matches("\")").trim().into())
 }
 
-/// Whether this process, or the whole machine, may open no more files.
+/// Tells whether this process, or the whole machine, may open no more files.
 pub fn is_out_of_files(error: &std::io::Error) -> bool {
     use rustix::io::Errno;
     [Errno::MFILE, Errno::NFILE].iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }
 
 impl Error {
-    /// What libtorch, CUDA or one of its libraries said, as an error of the world outside: a device that failed, memory or open
-    /// files that ran out. `None` for any other text, which is then a mistake of the program. Only the line of it that says so is
-    /// kept: C++ stacks and advice follow.
+    /// The error of the world outside that a text of libtorch, CUDA or one of its libraries means: a device that failed, memory or
+    /// open files that ran out. `None` for any other text, which is then a mistake of the program. Only the line of it that says
+    /// so is kept: C++ stacks and advice follow.
     pub fn of_library(text: &str) -> Option<Self> {
         if let Some(what) = line_with(text, MEMORY_WORDS) {
             return Some(Error::OutOfMemory { what: format!("{what}; {TAKE_LESS}") });
@@ -82,7 +82,7 @@ impl Error {
 mod tests {
     use super::*;
 
-    /// As a panic quotes libtorch: with its advice and its C++ stack behind the line that says what happened.
+    /// The text of a panic that quotes libtorch, with its advice and its C++ stack behind the line that says what happened.
     fn quoted(first_line: &str) -> String {
         let advice =
             "CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.";

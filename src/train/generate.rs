@@ -67,7 +67,7 @@ pub fn sample(request: &SampleRequest) -> Result<()> {
     let device = device(config.parallel.device, &Solo)?;
     let mut replica = empty_replica(&config, device, Sharing::alone())?;
     checkpoint::load_parameters(&folder, &mut replica)?;
-    let samples = generate(&config, &replica, &origin, device)?;
+    let samples = generate(&config, &replica, &origin, device, &|| Ok(()))?;
     request.out.iter().try_for_each(|path| samples.write(path))
 }
 
@@ -106,16 +106,23 @@ fn origin_of(request: &SampleRequest, config: &RunConfig) -> Result<Origin> {
 /// Each sample's noise follows from the seed and its place alone, so that more samples leave the first ones as they are.
 ///
 /// # Errors
-/// [`Error::Data`] or [`Error::Config`] if the conditions do not fit the model, its adapter or the guidance.
+/// [`Error::Data`] or [`Error::Config`] if the conditions do not fit the model, its adapter or the guidance; what `go_on`,
+/// called before each step from noise to data, returns.
 ///
 /// # Ordering
 /// Every rank of a shard group calls it.
-pub fn generate(config: &RunConfig, replica: &Replica<'_>, origin: &Origin, device: Device) -> Result<Samples> {
+pub fn generate(
+    config: &RunConfig,
+    replica: &Replica<'_>,
+    origin: &Origin,
+    device: Device,
+    go_on: &dyn Fn() -> Result<()>,
+) -> Result<Samples> {
     let walk = Walk::new(config, replica, origin, device)?;
     let per_condition = config.sampling.per_condition;
     let rows: Vec<i64> = (0..origin.names.len() as i64).flat_map(|row| vec![row; per_condition as usize]).collect();
     let chunks = rows.chunks(CHUNK).enumerate();
-    let images = chunks.map(|(index, chunk)| walk.samples(index * CHUNK, chunk)).collect::<Result<Vec<_>>>()?;
+    let images = chunks.map(|(index, chunk)| walk.samples(index * CHUNK, chunk, go_on)).collect::<Result<Vec<_>>>()?;
     Ok(Samples {
         images: Tensor::cat(&images, 0),
         labels: origin.labels(&rows),
@@ -149,11 +156,12 @@ impl<'a> Walk<'a> {
     }
 
     /// `[rows, C, …]` f32 on the CPU; `first` is the place of the first among all samples.
-    fn samples(&self, first: usize, rows: &[i64]) -> Result<Tensor> {
+    fn samples(&self, first: usize, rows: &[i64], go_on: &dyn Fn() -> Result<()>) -> Result<Tensor> {
         let noise = self.origin.noise(rows).unwrap_or_else(|| self.draw_noise(first, rows.len()));
         let (batch, clean) = (self.origin.batch(rows), self.origin.clean_latents(rows));
         let unconditional = self.origin.unconditional(rows, self.pipeline.adapter().condition_keys());
         let solved = solver::euler(noise.to_device(self.device), &self.sigmas, |x, sigma| {
+            go_on()?;
             let velocity = |batch: &Batch| self.velocity(x, sigma, batch, clean.as_ref());
             self.guide.velocity(velocity(&batch)?, || velocity(&unconditional))
         })?;

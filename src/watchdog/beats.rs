@@ -35,7 +35,7 @@ impl Meeting {
         self.token
     }
 
-    /// Where the desk may be reached.
+    /// Addresses at which the desk may be reached.
     pub fn desks(&self) -> Vec<SocketAddr> {
         self.addresses_at(self.desk)
     }

@@ -85,7 +85,7 @@ impl Watchdog {
             let (hub, mut meeting) = Line::hub(world_size, RandomState::new().hash_one(std::process::id()))?;
             // Before the others know of it: one that never comes is missed by name.
             *lock(&self.shared.line) = Some(hub);
-            meeting.desk = word::open_desk(meeting.token())?;
+            meeting.desk = word::open_desk(world_size, meeting.token())?;
             let meeting = serde_json::to_string(&meeting).expect("texts and numbers are JSON");
             return broadcast_text(world, &meeting, 0).map(drop);
         }

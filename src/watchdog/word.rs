@@ -1,4 +1,4 @@
-//! Who of many failing ranks says why: rank 0's desk, at which they ask for the word beside all collectives.
+//! Rank 0's desk, at which failing ranks ask for the word beside all collectives, so that one of them says why the run ends.
 //!
 //! A thread of rank 0 answers, which nothing else keeps busy, so that an answer comes whatever the ranks' own threads do. Only
 //! where rank 0 is stopped, dead or cut off does none come; then ranks take turns by their number.
@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::failure;
 use crate::pulse;
 
-/// How long rank 0 is asked, and how often: a datagram may be lost, and a busy machine wakes a thread late.
+/// Time for which rank 0 is asked, and between two questions: a datagram may be lost, and a busy machine wakes a thread late.
 const PATIENCE: Duration = Duration::from_secs(5);
 const INTERVAL: Duration = Duration::from_millis(250);
 
@@ -26,24 +26,24 @@ struct Wish {
     instead_of: Option<usize>,
 }
 
-/// Who has the word.
+/// The answer: the rank that has the word.
 #[derive(Deserialize, Serialize)]
 struct Word {
     token: u64,
     speaker: usize,
 }
 
-/// Opens rank 0's desk, for the rest of the process; returns its port. A wish that does not carry the token is somebody
-/// else's and gets no answer.
+/// Opens rank 0's desk, for the rest of the process; returns its port. A wish that does not carry the token, or is of no rank
+/// of the run, is somebody else's and gets no answer.
 ///
 /// # Errors
 /// [`Error::Environment`] if no socket can be opened or no thread started.
-pub fn open_desk(token: u64) -> Result<u16> {
+pub fn open_desk(world_size: usize, token: u64) -> Result<u16> {
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).map_err(cannot_open)?;
     let port = socket.local_addr().map_err(cannot_open)?.port();
     let serve = move || {
         loop {
-            answer(&socket, token);
+            answer(&socket, world_size, token);
         }
     };
     let thread = Builder::new().name("word".into()).spawn(serve);
@@ -52,9 +52,9 @@ pub fn open_desk(token: u64) -> Result<u16> {
     Ok(port)
 }
 
-fn answer(socket: &UdpSocket, token: u64) {
+fn answer(socket: &UdpSocket, world_size: usize, token: u64) {
     let Some((wish, sender)) = receive::<Wish>(socket) else { return };
-    if wish.token == token {
+    if wish.token == token && wish.rank < world_size {
         send(socket, &Word { token, speaker: failure::give_word(wish.rank, wish.instead_of) }, sender);
     }
 }
@@ -98,7 +98,7 @@ mod tests {
 
     #[test]
     fn of_ranks_that_ask_at_once_all_hear_of_one_and_a_stranger_of_none() {
-        let port = open_desk(7).unwrap();
+        let port = open_desk(10, 7).unwrap();
         let desks = [SocketAddr::from((Ipv4Addr::LOCALHOST, port))];
         let wish = |rank: usize, token: u64| Wish { token, rank, instead_of: None };
         let threads = [3, 1, 2].map(|rank| std::thread::spawn(move || ask(&desks, &wish(rank, 7))));
@@ -108,6 +108,7 @@ mod tests {
         let stranger = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         stranger.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
         send(&stranger, &wish(1, 8), desks[0]);
+        send(&stranger, &wish(10, 7), desks[0]);
         assert!(receive::<Word>(&stranger).is_none());
     }
 }

@@ -1,4 +1,4 @@
-//! What keeps the exit code of a process that has begun to end: MPI takes down what other threads still use, and may call
+//! Handlers that keep the exit code of a process that has begun to end: MPI takes down what other threads still use, and may call
 //! `exit`.
 
 #![allow(unsafe_code)]

@@ -106,7 +106,7 @@ pub fn last_words(code: i32) {
 }
 
 /// Waits until the peer `rank` of the world has closed its connection, for `limit` at most; `None` without such a connection.
-/// Whether it said its last words before it did. Nobody reads the connection any more.
+/// Returns `true` if it said its last words before. Nobody else reads the connection any more.
 pub fn wait_for_end(rank: usize, limit: Duration) -> Option<bool> {
     let line = LINES.lock().unwrap_or_else(PoisonError::into_inner).iter().find(|line| line.rank == rank).cloned()?;
     let (began, mut unread, mut last) = (Instant::now(), vec![0; 1 << 16], Vec::new());
@@ -126,7 +126,7 @@ pub fn wait_for_end(rank: usize, limit: Duration) -> Option<bool> {
     Some(false)
 }
 
-/// Whether a peer that sent this last had told the end of the world.
+/// Tells whether these bytes, the last that a peer sent, announce the end of the world.
 fn is_last_word(bytes: &[u8]) -> bool {
     bytes.try_into().is_ok_and(|header| matches!(Frame::decode(header), Some(Frame::Failed { .. })))
 }

@@ -53,7 +53,7 @@ impl Tcp {
         Tcp::meet(rank, world_size, rendezvous, limit, &|_| ())
     }
 
-    /// As [`connect`](Self::connect), the world that [`abort`](super::abort) ends: its connections outlive an early return.
+    /// Does as [`connect`](Self::connect) for the world that [`abort`](super::abort) ends: its connections outlive an early return.
     /// `refusing`: called on rank 0 with the reason before it turns the others away.
     pub(super) fn connect_for_life(
         rank: usize,
