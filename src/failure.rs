@@ -9,7 +9,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde::Serialize;
 
@@ -148,7 +148,12 @@ fn give_way(rank: usize) {
 }
 
 fn say(code: i32, name: &str, what: &str) {
+    let given = Instant::now();
     fault::strike(Phase::Finalize);
+    if pulse::place().1 > 1 && given.elapsed() > patience() {
+        // A process that was stopped until now: another rank has spoken in its place.
+        return;
+    }
     let what = one_line(what);
     let full_stop = if what.ends_with(['.', '?']) { "" } else { "." };
     let kind = if code == STOPPED { "stopped".into() } else { format!("error {name}") };

@@ -182,7 +182,7 @@ fn c9_a_request_after_the_last_step_changes_nothing() {
 #[test]
 fn c9_a_request_while_samples_are_generated_leaves_them_out() {
     for (ranks, fault) in [(0, "int@0:12:report"), (2, "usr1@1:12:report")] {
-        let sets = ["sampling.num_steps=1000000"];
+        let sets = ["sampling.num_steps=10000", "sampling.per_condition=100"];
         let says = ["asked to stop after the last step: the report has no samples"];
         let ended = Case { ranks, fault, sets: &sets, says: &says, seconds: SOON, ..Case::default() }.run();
         assert_eq!(ended.checkpoints().last(), Some(&STEPS));
