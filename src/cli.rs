@@ -3,7 +3,7 @@
 mod values;
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
@@ -22,7 +22,7 @@ use crate::train::{
     self, CheckRequest, Ending, ExportRequest, ListingFormat, Resume, SampleRequest, ScalingRequest, StepRequest, StopFlag, TrainOptions,
 };
 use crate::watchdog::Watchdog;
-use values::{Shape, WorldSizes, parse_dtype, parse_scale, parse_shape, parse_world};
+use values::{Shape, WorldSizes, parse_dtype, parse_moment, parse_scale, parse_shape, parse_world};
 
 /// Trains diffusion transformers by flow matching, one process a GPU.
 ///
@@ -86,8 +86,8 @@ struct TrainArgs {
     #[arg(long)]
     debug: bool,
     /// Save and stop after this time, e.g. 55m, with exit code 10; `--resume latest` goes on
-    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
-    stop_after: Option<Duration>,
+    #[arg(long, value_name = "TIME", value_parser = parse_moment)]
+    stop_after: Option<Instant>,
 }
 
 #[derive(Args, Debug)]
@@ -297,7 +297,6 @@ fn read_text(path: &Path, flag: &str) -> Result<String> {
 }
 
 fn run_training(args: &TrainArgs) -> Result<i32> {
-    let stop_at = args.stop_after.map(|time| Instant::now() + time);
     let stop = StopFlag::on_signals()?;
     // Read by every rank: what guards the start must hold before the ranks can talk to one another.
     let config = args.config.read();
@@ -309,19 +308,21 @@ fn run_training(args: &TrainArgs) -> Result<i32> {
     pulse::enter(Phase::Connect);
     let world = collective::connect(args.launch, patience)?;
     let warning = train::begin(&watchdog, world.as_ref())?;
-    let options =
-        TrainOptions { resume: args.resume.clone(), debug: args.debug, allow_data_change: args.allow_data_change, stop, stop_at, warning };
+    let options = TrainOptions {
+        resume: args.resume.clone(),
+        debug: args.debug,
+        allow_data_change: args.allow_data_change,
+        stop,
+        stop_at: args.stop_after,
+        warning,
+    };
     let config = match train::share_config(config, &options, world.as_ref()) {
         Ok(config) => config,
-        Err(error) => {
-            // Every rank knows of it, so that all can leave in good order.
-            collective::finish(world)?;
-            return Err(error);
-        }
+        // Every rank knows of it, so that all can leave in good order.
+        Err(error) => return collective::finish_with(error, world),
     };
     watchdog.follow(config.watchdog.clone());
     let (_, ending) = train::train(&config, &options, world.as_ref())?;
-    pulse::enter(Phase::Finalize);
     collective::finish(world)?;
     Ok(if ending == Ending::Stopped { STOPPED } else { 0 })
 }

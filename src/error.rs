@@ -3,17 +3,18 @@
 //! A message says what was found, what was expected, and what to do, in one line. Mistakes of the program itself panic
 //! instead (exit code [`BUG`]): tensor arithmetic is written with plain operators.
 
+mod library;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use rustix::io::Errno;
-use rustix::process::{Resource, Rlimit, getrlimit};
+use library::descriptors_wanted;
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Exit code of a panic: an invariant of the program is broken.
 pub const BUG: i32 = 70;
-/// Exit code of a run that was asked to stop and has saved.
+/// Exit code of a run that was asked to stop: what it had trained is saved.
 pub const STOPPED: i32 = 10;
 /// Exit code of a command line that does not parse (clap's own).
 pub const USAGE: i32 = 2;
@@ -58,8 +59,14 @@ pub enum Error {
     Desync { what: String },
     /// A number that must be finite is not, or the loss exploded.
     NotFinite { step: u64, what: String },
-    /// Another rank failed first, with exit code `code`, and has said why.
-    Peer { code: i32, what: String },
+    /// Another rank failed first, with exit code `code`, and says why: `speaker`, or `None` where it has said so already.
+    Peer { speaker: Option<usize>, code: i32, what: String },
+    /// This process was asked to stop where there was nothing to save.
+    Stopped { what: String },
+    /// A GPU, or a library that works on it, failed: another one may not.
+    Device { what: String },
+    /// There is less memory than the run takes.
+    OutOfMemory { what: String },
     /// Launcher, libraries or devices are not as needed.
     Environment { what: String },
 }
@@ -116,6 +123,9 @@ impl Error {
             Error::NotFinite { .. } => "NUMERIC",
             Error::Peer { .. } => "PEER",
             Error::Environment { .. } => "ENVIRONMENT",
+            Error::Stopped { .. } => "STOPPED",
+            Error::Device { .. } => "DEVICE",
+            Error::OutOfMemory { .. } => "MEMORY",
         }
     }
 
@@ -123,7 +133,9 @@ impl Error {
     pub fn exit_code(&self) -> i32 {
         match self {
             Error::Peer { code, .. } => *code,
+            Error::Stopped { .. } => STOPPED,
             Error::Collective { .. } => 22,
+            Error::Device { .. } => 23,
             Error::Storage { .. } => 30,
             Error::Data { .. } => 40,
             Error::NotFinite { .. } => 41,
@@ -133,23 +145,8 @@ impl Error {
             Error::Config { .. } => 50,
             Error::CheckpointMismatch { .. } => 51,
             Error::Environment { .. } => 52,
+            Error::OutOfMemory { .. } => 53,
         }
-    }
-}
-
-/// The limit on open files that was met, if it was one, and the way to raise it.
-fn descriptors_wanted(error: &std::io::Error) -> Option<String> {
-    match Errno::from_io_error(error)? {
-        Errno::MFILE => {
-            let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-            let [soft, hard] = [current, maximum].map(|limit| limit.map_or("unlimited".into(), |limit| limit.to_string()));
-            Some(format!(
-                "too many open files, this process may have {soft}; raise the limit before the start with ulimit -n (the hard limit is \
-                 {hard}; an administrator raises that one: nofile in limits.conf, LimitNOFILE in systemd)"
-            ))
-        }
-        Errno::NFILE => Some("too many open files on this host; an administrator raises its limit: sysctl fs.file-max".into()),
-        _ => None,
     }
 }
 
@@ -177,7 +174,12 @@ impl fmt::Display for Whole<'_> {
             Error::Storage { path, operation, source } => write!(f, "cannot {operation} {}: {source}", path.display()),
             Error::Collective { backend, operation, what } => write!(f, "{backend} {operation}: {what}"),
             Error::NotFinite { step, what } => write!(f, "step {step}: {what}"),
-            Error::Peer { what, .. } | Error::Desync { what } | Error::Environment { what } => f.write_str(what),
+            Error::Peer { what, .. }
+            | Error::Desync { what }
+            | Error::Environment { what }
+            | Error::Stopped { what }
+            | Error::Device { what }
+            | Error::OutOfMemory { what } => f.write_str(what),
         }
     }
 }
@@ -218,21 +220,18 @@ mod tests {
         let retry = [
             Error::Collective { backend: "mpi", operation: "barrier", what: String::new() },
             Error::storage("x", "write")(std::io::Error::other("disk")),
+            Error::Device { what: String::new() },
         ];
-        let hold = [Error::config("a", "b"), Error::data("x", "y"), Error::Desync { what: String::new() }, Error::environment("z")];
+        let hold = [
+            Error::config("a", "b"),
+            Error::data("x", "y"),
+            Error::Desync { what: String::new() },
+            Error::environment("z"),
+            Error::OutOfMemory { what: String::new() },
+            Error::storage("x", "open")(rustix::io::Errno::MFILE.into()),
+        ];
         assert!(retry.iter().all(|e| e.exit_code() < 40));
         assert!(hold.iter().all(|e| e.exit_code() >= 40));
-    }
-
-    #[test]
-    fn too_many_open_files_are_no_reason_to_try_again() {
-        let met = |number: Errno| Error::storage("x", "open")(number.into());
-        for number in [Errno::MFILE, Errno::NFILE] {
-            assert_eq!(met(number).exit_code(), 52);
-            assert!(met(number).to_string().starts_with("cannot open x: too many open files"), "{}", met(number));
-        }
-        assert!(met(Errno::MFILE).to_string().contains("raise the limit before the start with ulimit -n"));
-        assert_eq!(met(Errno::ACCESS).exit_code(), 30);
     }
 
     #[test]

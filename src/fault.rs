@@ -1,4 +1,5 @@
-//! Faults made on purpose: one rank, one moment, one way to break. How a run meets each of them is what `tests/faults.rs` shows.
+//! Faults made on purpose: one rank or every one, one moment, one way to break. How a run meets each of them is what
+//! `tests/faults.rs` shows.
 //!
 //! A fault is ordered by `[debug] inject_fault`, and says so on standard error when it strikes, so that a test knows that it
 //! did. Without an order a check is one load of a pointer.
@@ -42,14 +43,18 @@ pub enum Kind {
     /// Ends the process with the argument as its code, 3 without one.
     Exit,
     Panic,
+    /// A GPU fails as libtorch says it, and memory runs out as libtorch says it of a host.
+    Device,
+    Memory,
     /// Computes for ever.
     Spin,
     /// Waits for the argument's seconds.
     Sleep,
     /// An error is returned.
     Error,
-    /// SIGUSR1, SIGTERM and SIGINT to this process, as a person or Slurm sends them.
+    /// SIGUSR1, SIGUSR2, SIGTERM and SIGINT to this process, as a person or Slurm sends them.
     Usr1,
+    Usr2,
     Term,
     Int,
     /// The rank's loss becomes NaN; with an argument only the first time that the step is computed.
@@ -79,10 +84,13 @@ const WORDS: &[(&str, Kind)] = &[
     ("stop", Kind::Stop),
     ("exit", Kind::Exit),
     ("panic", Kind::Panic),
+    ("device", Kind::Device),
+    ("memory", Kind::Memory),
     ("spin", Kind::Spin),
     ("sleep", Kind::Sleep),
     ("error", Kind::Error),
     ("usr1", Kind::Usr1),
+    ("usr2", Kind::Usr2),
     ("term", Kind::Term),
     ("int", Kind::Int),
     ("nan_loss", Kind::NanLoss),
@@ -102,7 +110,8 @@ const WORDS: &[(&str, Kind)] = &[
 #[derive(Clone, Debug, PartialEq)]
 pub struct Fault {
     kind: Kind,
-    rank: usize,
+    /// Every rank, if none is named.
+    rank: Option<usize>,
     /// First and last step; 0 is before the first.
     steps: (u64, u64),
     phase: Phase,
@@ -127,7 +136,7 @@ impl FromStr for Fault {
         };
         Ok(Fault {
             kind: *kind,
-            rank: rank.parse().map_err(|_| unreadable())?,
+            rank: if rank == "every" { None } else { Some(rank.parse().map_err(|_| unreadable())?) },
             steps: steps_of(steps).ok_or_else(unreadable)?,
             phase: Phase::named(phase)
                 .ok_or_else(|| format!("no phase {phase:?}; one of: {}", Phase::words().collect::<Vec<_>>().join(", ")))?,
@@ -148,7 +157,7 @@ fn steps_of(text: &str) -> Option<(u64, u64)> {
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let word = WORDS.iter().find(|(_, kind)| *kind == self.kind).expect("every kind has a word").0;
-        write!(f, "{word}@{}:", self.rank)?;
+        write!(f, "{word}@{}:", self.rank.map_or("every".into(), |rank| rank.to_string()))?;
         match self.steps {
             (0, u64::MAX) => f.write_str("every")?,
             (first, last) if first == last => write!(f, "{first}")?,
@@ -174,7 +183,8 @@ pub fn ordered() -> Option<&'static Fault> {
 /// The order, if this rank, step and phase are its moment; says so.
 fn due(phase: Phase, step: u64, kinds: &[Kind]) -> Option<&'static Fault> {
     let order = ORDER.get()?;
-    let now = order.phase == phase && order.rank == pulse::place().0 && (order.steps.0..=order.steps.1).contains(&step);
+    let now =
+        order.phase == phase && order.rank.is_none_or(|rank| rank == pulse::place().0) && (order.steps.0..=order.steps.1).contains(&step);
     let struck = now && kinds.contains(&order.kind);
     if struck {
         // Whoever closed the pipe needs no proof.
@@ -191,7 +201,8 @@ pub fn strike(phase: Phase) {
 /// As [`strike`], for a thread beside the run's own, whose work belongs to `step` whatever step is under way.
 pub fn strike_at(phase: Phase, step: u64) {
     use Kind::*;
-    let Some(order) = due(phase, step, &[Kill, Segv, Abort, Stop, Exit, Panic, Spin, Sleep, Usr1, Term, Int]) else { return };
+    let kinds = [Kill, Segv, Abort, Stop, Exit, Panic, Device, Memory, Spin, Sleep, Usr1, Usr2, Term, Int];
+    let Some(order) = due(phase, step, &kinds) else { return };
     match order.kind {
         Kill => signal(Signal::KILL),
         // The first one only takes off the handler that watches for stack overflows.
@@ -199,16 +210,26 @@ pub fn strike_at(phase: Phase, step: u64) {
         Abort => signal(Signal::ABORT),
         Stop => signal(Signal::STOP),
         Usr1 => signal(Signal::USR1),
+        Usr2 => signal(Signal::USR2),
         Term => signal(Signal::TERM),
         Int => signal(Signal::INT),
-        Exit => std::process::exit(order.argument.unwrap_or(3.0) as i32),
+        Exit => signal_hook::low_level::exit(order.argument.unwrap_or(3.0) as i32),
         Panic => panic!("a fault was ordered"),
+        Device => panic!("called `Result::unwrap()` on an `Err` value: Torch({ILLEGAL_ACCESS:?})"),
+        // An exbibyte, which no host has.
+        Memory => drop(tch::Tensor::empty([1 << 58], (tch::Kind::Float, tch::Device::Cpu))),
         Sleep => std::thread::sleep(Duration::from_secs_f64(order.argument.unwrap_or(1.0))),
         _ => loop {
             std::hint::spin_loop();
         },
     }
 }
+
+/// The text of libtorch's exception, as tch quotes it.
+const ILLEGAL_ACCESS: &str = "CUDA error: an illegal memory access was encountered\nSearch for `cudaErrorIllegalAddress' in \
+    https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html for more information.\nCUDA kernel errors might be \
+    asynchronously reported at some other API call, so the stacktrace below might be incorrect.\nFor debugging consider passing \
+    CUDA_LAUNCH_BLOCKING=1\n";
 
 fn signal(signal: Signal) {
     kill_process(getpid(), signal).expect("a process may signal itself");
@@ -249,7 +270,8 @@ mod tests {
 
     #[test]
     fn an_order_reads_as_it_is_written() {
-        for text in ["kill@1:5:backward", "sleep@0:every:data:0.3", "nan_loss@2:3-9:forward", "exit@1:0:bootstrap:7"] {
+        for text in ["kill@1:5:backward", "sleep@0:every:data:0.3", "nan_loss@2:3-9:forward", "exit@1:0:bootstrap:7", "panic@every:6:read"]
+        {
             assert_eq!(text.parse::<Fault>().map(|fault| fault.to_string()), Ok(text.to_string()));
         }
     }

@@ -1,7 +1,27 @@
-//! Which libtorch this process has loaded, by which instructions it computes, and the switches that the bindings leave out.
+//! The libtorch that this process has loaded: its version, its instructions, and the switches and exceptions that the bindings leave out.
 
+use std::ffi::{CStr, c_char, c_void};
 use std::fs;
 use std::path::{Path, PathBuf};
+
+#[allow(unsafe_code)]
+mod ffi {
+    use super::{c_char, c_void};
+
+    unsafe extern "C-unwind" {
+        pub fn fm_dist_guarded(
+            body: unsafe extern "C-unwind" fn(*mut c_void),
+            told: unsafe extern "C-unwind" fn(*mut c_void, *const c_char),
+            data: *mut c_void,
+        );
+        pub fn fm_dist_on_terminate(told: unsafe extern "C-unwind" fn(*const c_char));
+    }
+
+    unsafe extern "C" {
+        pub safe fn fm_dist_allow_cudnn_attention(allowed: bool);
+        pub safe fn fm_dist_cudnn_attention_is_allowed() -> bool;
+    }
+}
 
 /// Path of the loaded library.
 pub fn library() -> Option<PathBuf> {
@@ -53,14 +73,6 @@ pub fn knows_this_cpu() -> bool {
     *KNOWS.get_or_init(|| raw_cpuid::CpuId::new().get_vendor_info().is_some_and(|vendor| vendor.as_str() == "GenuineIntel"))
 }
 
-#[allow(unsafe_code)]
-mod ffi {
-    unsafe extern "C" {
-        pub safe fn fm_dist_allow_cudnn_attention(allowed: bool);
-        pub safe fn fm_dist_cudnn_attention_is_allowed() -> bool;
-    }
-}
-
 /// Allows or forbids cuDNN's kernels of attention in this process, from the next attention on.
 pub fn allow_cudnn_attention(allowed: bool) {
     ffi::fm_dist_allow_cudnn_attention(allowed);
@@ -103,6 +115,51 @@ pub fn share_memory_among_threads() {
 #[cfg(not(target_env = "gnu"))]
 pub fn share_memory_among_threads() {}
 
+/// A body that is called once, and what came of it.
+struct Guarded<F, T> {
+    body: Option<F>,
+    outcome: Option<T>,
+    exception: String,
+}
+
+/// Calls `body` and returns its result. Few of libtorch's functions reach us without a wrapper that turns C++ exceptions into
+/// errors, and throw only where the system fails them, e.g. the seeding of its generator that opens `/dev/urandom`; Rust itself
+/// would abort.
+///
+/// # Panics
+/// With the exception's text, if one comes out of `body`. What it held by then may be lost.
+#[allow(unsafe_code)]
+pub fn guarded<T>(body: impl FnOnce() -> T) -> T {
+    unsafe extern "C-unwind" fn run<F: FnOnce() -> T, T>(data: *mut c_void) {
+        // SAFETY: the pointer below, which nobody else uses meanwhile.
+        let guarded = unsafe { &mut *data.cast::<Guarded<F, T>>() };
+        let body = guarded.body.take().expect("it is called once");
+        guarded.outcome = Some(body());
+    }
+    unsafe extern "C-unwind" fn told<F, T>(data: *mut c_void, text: *const c_char) {
+        // SAFETY: as above; an exception's text ends with a zero.
+        unsafe { (*data.cast::<Guarded<F, T>>()).exception = CStr::from_ptr(text).to_string_lossy().into_owned() };
+    }
+    fn call<F: FnOnce() -> T, T>(guarded: &mut Guarded<F, T>) {
+        // SAFETY: both functions are made for this type, and are called before this returns.
+        unsafe { ffi::fm_dist_guarded(run::<F, T>, told::<F, T>, (&raw mut *guarded).cast()) }
+    }
+    let mut guarded = Guarded { body: Some(body), outcome: None, exception: String::new() };
+    call(&mut guarded);
+    guarded.outcome.unwrap_or_else(|| panic!("{}", guarded.exception))
+}
+
+/// A C++ exception that nobody catches, e.g. on a thread of libtorch's own, becomes a panic: its hook says why the process ends.
+#[allow(unsafe_code)]
+pub fn panic_on_terminate() {
+    unsafe extern "C-unwind" fn told(text: *const c_char) {
+        // SAFETY: an exception's text ends with a zero.
+        panic!("{}", unsafe { CStr::from_ptr(text) }.to_string_lossy());
+    }
+    // SAFETY: the function lives as long as the process.
+    unsafe { ffi::fm_dist_on_terminate(told) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -117,5 +174,18 @@ mod tests {
     fn this_very_process_has_loaded_one() {
         let library = library().expect("it is linked");
         assert!(version(&library).is_some(), "{}", library.display());
+    }
+
+    #[test]
+    #[allow(unsafe_code)]
+    fn an_exception_that_no_wrapper_catches_becomes_a_panic_with_its_text() {
+        unsafe extern "C" {
+            fn at_set_num_threads(threads: i32);
+        }
+        assert_eq!(guarded(|| 7), 7);
+        // SAFETY: a number is all that it takes.
+        let panic = std::panic::catch_unwind(|| guarded(|| unsafe { at_set_num_threads(-1) })).expect_err("no number of threads");
+        let text = panic.downcast_ref::<String>().expect("a text");
+        assert!(text.contains("Expected positive number of threads"), "{text}");
     }
 }

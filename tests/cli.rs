@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use fm_dist::data::safetensors;
@@ -415,4 +416,64 @@ fn a_bad_sample_on_one_rank_ends_the_world_with_its_number() {
     let (code, _, errors) = finish(program(&["check", "--verify-data", "--set", &path]));
     assert_eq!(code, 40, "{errors}");
     assert!(only_error(&errors).contains("a.safetensors: has sha256 "), "{errors}");
+}
+
+#[test]
+fn a_command_line_that_is_wrong_is_told_once_by_all_ranks_of_a_launch() {
+    for mut command in [program(&["train", "--bogus"]), mpirun(4, &["train", "--bogus"])] {
+        command.env_remove("RUST_BACKTRACE");
+        let (code, _, errors) = finish(command);
+        assert_eq!(code, 2, "{errors}");
+        assert_eq!(errors.matches("unexpected argument '--bogus' found").count(), 1, "{errors}");
+    }
+    let (code, output, errors) = finish(mpirun(2, &["--version"]));
+    assert_eq!((code, output.lines().count()), (0, 1), "{output}{errors}");
+}
+
+#[test]
+fn a_time_that_no_clock_counts_to_is_a_mistake_of_the_command_line() {
+    for time in ["300000000000years", "99999999999999999999s", "soon"] {
+        let (code, _, errors) = finish(program(&["train", "--stop-after", time]));
+        assert_eq!(code, 2, "{errors}");
+        assert!(errors.contains("--stop-after") && !errors.contains("fm-dist: error"), "{errors}");
+    }
+}
+
+/// A dataset of twenty files.
+fn many_files(root: &Path) -> String {
+    let entry = |file: usize| {
+        let path = format!("{file:02}.safetensors");
+        let (latents, text) =
+            (Tensor::ones([2, 1, 8, 8], (Kind::Float, Device::Cpu)), Tensor::ones([2, 1, 10], (Kind::Float, Device::Cpu)));
+        let tensors = [("image_latents", &latents), ("text_embeddings", &text)];
+        safetensors::write(&mut fs::File::create(root.join(&path)).unwrap(), &tensors, &BTreeMap::new()).unwrap();
+        serde_json::json!({"path": path, "group": "8x8", "samples": 2, "sha256": "0".repeat(64)})
+    };
+    let files: Vec<_> = (0..20).map(entry).collect();
+    let json = serde_json::json!({
+        "format": "fm-dist dataset", "version": 1, "name": "many", "source": "a test", "licence": "CC0", "data_type": "image", "files": files,
+    });
+    fs::write(root.join("dataset.json"), json.to_string()).unwrap();
+    format!("data.path={:?}", root.display().to_string())
+}
+
+/// Whatever it is that finds no descriptor left: data, libtorch's source of random numbers, the log.
+#[test]
+fn open_files_that_run_out_are_one_line_with_code_52_wherever_that_is() {
+    let root = TempDir::new().unwrap();
+    let data = many_files(root.path());
+    let mut codes = Vec::new();
+    for limit in [6, 8].into_iter().chain(20..34) {
+        let output = format!("output_dir={}", root.path().join(limit.to_string()).display());
+        let words = with_sets(&["train"], &["max_steps=1", &output, &data]);
+        let mut command = Command::new("bash");
+        command.args(["-c", &format!("ulimit -n {limit} && exec \"$@\""), "bash", env!("CARGO_BIN_EXE_fm-dist")]).args(words);
+        let (code, _, errors) = finish(command);
+        if code != 0 {
+            assert_eq!(code, 52, "at {limit}: {errors}");
+            assert!(only_error(&errors).contains("`ulimit -n`"), "{errors}");
+        }
+        codes.push(code);
+    }
+    assert!(codes.contains(&0) && codes.contains(&52), "{codes:?}");
 }

@@ -312,7 +312,7 @@ fn a_peer_that_is_gone_is_named_at_once() {
 #[test]
 fn the_code_of_a_peer_that_ends_the_run_arrives() {
     let error = error_against(|mut socket| drop(socket.write_all(&frame(2, 41))));
-    assert!(matches!(&error, Error::Peer { code: 41, what } if what.contains("rank 1 (host by hand)")), "{error:?}");
+    assert!(matches!(&error, Error::Peer { speaker: None, code: 41, what } if what.contains("rank 1 (host by hand)")), "{error:?}");
 }
 
 #[test]
@@ -512,6 +512,21 @@ fn an_error_that_all_know_of_is_said_once_over_tcp() {
     let ends = [start(0), start(1)].map(|rank| rank.join().unwrap());
     assert_eq!((ends[0].0, ends[1].0), (50, 50), "{ends:?}");
     assert!(ends[0].2.contains("error CONFIG rank 0/2") && !ends[1].2.contains("fm-dist: error"), "{ends:?}");
+}
+
+#[test]
+fn an_error_that_all_meet_is_said_by_one_over_tcp() {
+    let (address, root) = (free_address(), TempDir::new().unwrap());
+    let own = format!("output_dir={}", root.path().join("run").display());
+    let start = |rank: usize| {
+        let sets = ["train.global_batch_size=24", "debug.inject_fault=\"error@every:2:forward\"", &own];
+        let mut command = program(&with_sets(&["train", "--launch", "tcp"], &sets));
+        command.envs(place_of(rank, 3, &address)).env("OMP_NUM_THREADS", "1");
+        thread::spawn(move || finish(command))
+    };
+    let ends = [start(0), start(1), start(2)].map(|rank| rank.join().unwrap());
+    assert!(ends.iter().all(|(code, ..)| *code == 52), "{ends:?}");
+    assert_eq!(ends.iter().filter(|(.., errors)| errors.contains("fm-dist: error")).count(), 1, "{ends:?}");
 }
 
 #[test]

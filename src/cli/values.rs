@@ -1,5 +1,7 @@
 //! Values of arguments, read from what was typed.
 
+use std::time::Instant;
+
 use crate::model::Dtype;
 use crate::settings::Choice;
 
@@ -29,6 +31,12 @@ pub fn parse_world(text: &str) -> Result<WorldSizes, String> {
     let ends = ranks(from).zip(ranks(to)).filter(|(from, to)| from.is_power_of_two() && to.is_power_of_two() && from <= to);
     let (from, to) = ends.ok_or("expected two powers of two, the smaller one first, as in 8..4096")?;
     Ok(WorldSizes((from.ilog2()..=to.ilog2()).map(|power| 1 << power).collect()))
+}
+
+/// The moment that lies so far ahead.
+pub fn parse_moment(text: &str) -> Result<Instant, String> {
+    let time = humantime::parse_duration(text).map_err(|error| format!("{error}; expected a time like 55m or 1h 30m"))?;
+    Instant::now().checked_add(time).ok_or_else(|| "expected a time that a clock can count to; without it a run ends by itself".into())
 }
 
 pub fn parse_dtype(text: &str) -> Result<Dtype, String> {

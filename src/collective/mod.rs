@@ -4,6 +4,7 @@
 //! which `tests/collectives.rs` puts each backend through.
 
 mod call;
+mod ending;
 mod exchange;
 mod ledger;
 mod meter;
@@ -16,13 +17,14 @@ mod tcp;
 mod texts;
 mod threads;
 
-use std::sync::OnceLock;
 use std::time::Duration;
 
 use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
+use crate::failure;
 use crate::pulse;
+pub use ending::{abort, end, finish, finish_with, follow, leave};
 pub use ledger::{Issued, Signature};
 pub use meter::{Meter, Spent};
 pub use mpi::{Mpi, library_version as mpi_library_version};
@@ -131,6 +133,11 @@ fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 
+/// The rank that a launcher gave this process, for what must be said before the ranks can meet; `None` without a launcher.
+pub fn launched_rank() -> Option<usize> {
+    placement::rank_among(variable)
+}
+
 /// The batch job that this process is part of; the same one when it is started again.
 pub fn job() -> Option<String> {
     variable("SLURM_JOB_ID")
@@ -159,7 +166,11 @@ pub fn connect(launch: Launch, patience: Duration) -> Result<Box<dyn Collective>
 fn connect_tcp(meeting: &Meeting, patience: Duration) -> Result<Box<dyn Collective>> {
     let Meeting { rank, world_size, rendezvous } = meeting;
     pulse::take_place(*rank, *world_size);
-    Ok(Box::new(Tcp::connect(*rank, *world_size, rendezvous, patience)?.for_life()))
+    // Rank 0 says why it refuses before the others hear of it, and end.
+    let refusing = |error: &Error| {
+        failure::tell(error.exit_code(), error.name(), &error.to_string());
+    };
+    Ok(Box::new(Tcp::connect_for_life(*rank, *world_size, rendezvous, patience, &refusing)?))
 }
 
 fn connect_mpi(size: Option<usize>) -> Result<Box<dyn Collective>> {
@@ -170,52 +181,21 @@ fn connect_mpi(size: Option<usize>) -> Result<Box<dyn Collective>> {
             1 => "--launch mpi: srun gave this task no PMI, without which MPI does not start; leave --launch out to run it alone".into(),
             _ => format!("launcher says {tasks} tasks, and gave them no PMI to find one another by: {hint}"),
         };
-        return Err(Error::environment(what));
+        return Err(met_by_all(tasks, what));
     }
     let mpi = Mpi::connect()?;
     pulse::take_place(mpi.rank(), mpi.world_size());
     if tasks > 1 && mpi.world_size() == 1 {
         // Each would train alone and all would write to one run folder.
-        return Err(Error::environment(format!("launcher says {tasks} tasks, MPI says 1: {hint}")));
+        return Err(met_by_all(tasks, format!("launcher says {tasks} tasks, MPI says 1: {hint}")));
     }
     Ok(Box::new(mpi))
 }
 
-/// Leaves the world in good order: returns once every rank is here. Nothing may be under way.
-pub fn finish(collective: Box<dyn Collective>) -> Result<()> {
-    collective.barrier()?;
-    drop(collective);
-    tcp::let_go();
-    mpi::finalize()
-}
-
-/// Ends this process and every other rank of the world with exit code `code`, at most seconds later: MPI does so by itself,
-/// over TCP the others hear of it at their next wait and end as after any error.
-///
-/// Callable from any thread and from a panic hook, also while another thread waits inside of a collective. Nothing is
-/// flushed and no destructor runs: say what happened before.
-pub fn abort(code: i32) -> ! {
-    /// Of several threads that find a reason to end, the first one's code counts: the others may see no more than what it did.
-    static CODE: OnceLock<i32> = OnceLock::new();
-    let code = *CODE.get_or_init(|| code);
-    tcp::last_words(code);
-    mpi::abort(code)
-}
-
-/// Time that a rank's message and the end of the world take on their way through the launcher, many times over.
-const PATIENCE: Duration = Duration::from_secs(2);
-
-/// Ends this process with the code of a peer that failed, after leaving it the time to say why and to end the world itself.
-pub fn follow(code: i32) -> ! {
-    if mpi::is_running() {
-        std::thread::sleep(PATIENCE);
-    }
-    abort(code)
-}
-
-/// Leaves the lower ranks the time to say what several ranks meet at once, and to end the world: a few seconds at most for
-/// rank 1, a few more with each doubling.
-pub fn give_way() {
-    let doublings = usize::BITS - pulse::place().0.leading_zeros();
-    std::thread::sleep(PATIENCE * doublings);
+/// An error that each of `tasks` processes meets alike before they can agree: the launcher's rank 0 says it.
+fn met_by_all(tasks: usize, what: String) -> Error {
+    let error = Error::environment(what);
+    let rank = launched_rank().unwrap_or(0);
+    pulse::take_place(rank, tasks);
+    if rank == 0 { error } else { Error::Peer { speaker: Some(0), code: error.exit_code(), what: error.to_string() } }
 }

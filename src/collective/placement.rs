@@ -70,6 +70,15 @@ fn launched_among(variable: impl Fn(&str) -> Option<String>) -> Result<Placement
     }
 }
 
+/// The rank that a launcher gave this process, the nearest one's before others'; none that is no number.
+pub(super) fn rank_among(variable: impl Fn(&str) -> Option<String>) -> Option<usize> {
+    let mut names = vec!["FM_DIST_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PALS_RANKID"];
+    if is_slurm_task(&variable) {
+        names.push("SLURM_PROCID");
+    }
+    names.iter().find_map(|name| variable(name)?.parse().ok())
+}
+
 /// The first of these variables that is set.
 fn number(variable: impl Fn(&str) -> Option<String>, names: &[&str]) -> Result<Option<u64>> {
     let Some((name, text)) = names.iter().find_map(|name| Some((name, variable(name)?))) else { return Ok(None) };

@@ -14,6 +14,7 @@ use super::order::Order;
 use super::share::Share;
 use crate::error::{Error, Result};
 use crate::fault;
+use crate::libtorch;
 use crate::pulse::Phase;
 
 /// Yields one rank's micro-batches in the order of training; dropping it ends its threads.
@@ -103,7 +104,9 @@ impl Reader {
         let (sender, receiver) = sync_channel(0);
         let run = move || {
             // A panic travels as an error: the consumer hears of it at the batch that is missing.
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| send_all(numbers.map(|number| read(number)), &sender))) {
+            if let Err(panic) =
+                catch_unwind(AssertUnwindSafe(|| send_all(numbers.map(|number| libtorch::guarded(|| read(number))), &sender)))
+            {
                 let _ = sender.send(Err(Error::data(path, format!("reading ahead panicked: {}", panic_text(panic.as_ref())))));
             }
         };

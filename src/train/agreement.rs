@@ -5,7 +5,6 @@ use tch::{Device, Kind, Tensor};
 
 use crate::collective::{Collective, gather_texts};
 use crate::error::{Error, Result};
-use crate::failure;
 
 /// How a rank fared, as the others see it.
 #[derive(Deserialize, Serialize)]
@@ -30,10 +29,8 @@ pub fn agree(own: Result<String>, collective: &dyn Collective) -> Result<Vec<Str
         match serde_json::from_str(text) {
             Ok(Outcome::Done(text)) => texts.push(text),
             Ok(Outcome::Failed { code, what }) => {
-                let peer = Error::Peer { code, what: format!("rank {rank} failed: {what}") };
-                let Some(own) = own.err().filter(|_| rank == collective.rank()) else { return Err(peer) };
-                failure::speaks_for_all();
-                return Err(own);
+                let peer = Error::Peer { speaker: Some(rank), code, what: format!("rank {rank} failed: {what}") };
+                return Err(own.err().filter(|_| rank == collective.rank()).unwrap_or(peer));
             }
             Err(error) => return Err(Error::Collective { backend: "agreement", operation: "gather", what: error.to_string() }),
         }
@@ -75,10 +72,9 @@ pub fn tensor_of_rank_zero(collective: &dyn Collective, size: i64, make: impl Fn
 /// An error that every rank met alike, said by `speaker` alone.
 pub fn known_to_all(error: Error, speaker: usize, collective: &dyn Collective) -> Error {
     if collective.rank() == speaker {
-        failure::speaks_for_all();
         return error;
     }
-    Error::Peer { code: error.exit_code(), what: format!("rank {speaker} failed: {error}") }
+    Error::Peer { speaker: Some(speaker), code: error.exit_code(), what: format!("rank {speaker} failed: {error}") }
 }
 
 #[cfg(test)]
@@ -101,7 +97,11 @@ mod tests {
     #[test]
     fn one_failure_is_everybodys_with_its_code() {
         let errors = errors_of(&[1]);
-        assert!(matches!(&errors[0], Error::Peer { code: 40, what } if what == "rank 1 failed: x: broken"), "{:?}", errors[0]);
+        assert!(
+            matches!(&errors[0], Error::Peer { speaker: Some(1), code: 40, what } if what == "rank 1 failed: x: broken"),
+            "{:?}",
+            errors[0]
+        );
         assert!(matches!(&errors[1], Error::Data { .. }));
     }
 
@@ -109,6 +109,10 @@ mod tests {
     fn where_all_fail_one_speaks() {
         let errors = errors_of(&[0, 1]);
         assert!(matches!(&errors[0], Error::Data { .. }));
-        assert!(matches!(&errors[1], Error::Peer { code: 40, what } if what == "rank 0 failed: x: broken"), "{:?}", errors[1]);
+        assert!(
+            matches!(&errors[1], Error::Peer { speaker: Some(0), code: 40, what } if what == "rank 0 failed: x: broken"),
+            "{:?}",
+            errors[1]
+        );
     }
 }

@@ -76,7 +76,7 @@ pub fn sample(request: &SampleRequest) -> Result<()> {
     plan.rehearse()?;
     let mut replica = empty_replica(&config, device, Sharing::alone())?;
     checkpoint::load_parameters(&folder, &config, &mut replica)?;
-    let samples = plan.generate(&replica)?;
+    let samples = plan.generate(&replica, &|| Ok(()))?;
     request.out.iter().try_for_each(|path| samples.write(path))
 }
 
@@ -186,15 +186,15 @@ impl<'a> Plan<'a> {
     /// Each sample's noise follows from the seed and its place alone, so that more samples leave the first ones as they are.
     ///
     /// # Errors
-    /// Whatever the adapter or the model returns.
+    /// The error that the adapter, the model or `go_on` returns, which is called before each step from noise to data.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it.
-    pub fn generate(&self, replica: &Replica<'_>) -> Result<Samples> {
+    pub fn generate(&self, replica: &Replica<'_>, go_on: &dyn Fn() -> Result<()>) -> Result<Samples> {
         let per_condition = self.config.sampling.per_condition;
         let rows: Vec<i64> = (0..self.origin.names.len() as i64).flat_map(|row| vec![row; per_condition as usize]).collect();
         let chunks = rows.chunks(CHUNK).enumerate();
-        let images = chunks.map(|(index, chunk)| self.samples(replica, index * CHUNK, chunk)).collect::<Result<Vec<_>>>()?;
+        let images = chunks.map(|(index, chunk)| self.samples(replica, index * CHUNK, chunk, go_on)).collect::<Result<Vec<_>>>()?;
         Ok(Samples {
             images: Tensor::cat(&images, 0),
             labels: self.origin.labels(&rows),
@@ -205,11 +205,12 @@ impl<'a> Plan<'a> {
     }
 
     /// `[rows, C, …]` f32 on the CPU; `first` is the place of the first among all samples.
-    fn samples(&self, replica: &Replica<'_>, first: usize, rows: &[i64]) -> Result<Tensor> {
+    fn samples(&self, replica: &Replica<'_>, first: usize, rows: &[i64], go_on: &dyn Fn() -> Result<()>) -> Result<Tensor> {
         let noise = self.origin.noise(rows).unwrap_or_else(|| self.draw_noise(first, rows.len()));
         let (batch, clean) = (self.origin.batch(rows), self.origin.clean_latents(rows));
         let unconditional = self.origin.unconditional(rows, &self.pipeline.adapter().condition_keys());
         let solved = solver::euler(noise.to_device(self.device), &self.sigmas, |x, sigma| {
+            go_on()?;
             let velocity = |batch: &Batch| self.velocity(replica, x, sigma, batch, clean.as_ref());
             self.guide.velocity(velocity(&batch)?, || velocity(&unconditional))
         })?;

@@ -17,7 +17,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::collective;
 use crate::error::{ConfigProblem, Error, Result};
-use crate::failure;
 use crate::pulse;
 
 const FILE: &str = "run.lock";
@@ -128,8 +127,7 @@ fn beat(path: &Path, file: &File, stopped: &Receiver<()>) {
         if belongs_to_another(path, file) {
             let what = format!("{} was taken over by another run while this one stood still", path.display());
             let error = Error::config("output_dir", what);
-            failure::tell(error.exit_code(), error.name(), &error.to_string());
-            collective::abort(error.exit_code());
+            collective::end(error.exit_code(), error.name(), &error.to_string());
         }
     }
 }

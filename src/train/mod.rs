@@ -127,7 +127,7 @@ fn train_at(place: &Place, config: &RunConfig, options: &TrainOptions, collectiv
     let ending = trainer.run(&requests, &telemetry)?;
     if ending == Ending::Done {
         pulse::enter(Phase::Report);
-        report::write(config, &trainer.folder, &trainer.replica, &trainer.dataset, trainer.device, collective)?;
+        report::write(config, &trainer.folder, &trainer.replica, &trainer.dataset, trainer.device, collective, &requests)?;
     }
     tracing::info!("run folder {}", trainer.folder.path().display());
     Ok((trainer.folder.path().into(), ending))

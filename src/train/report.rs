@@ -8,11 +8,12 @@ use tch::Device;
 use super::agreement::{agreed, on_rank_zero};
 use super::conditions::Origin;
 use super::generate::Plan;
+use super::requests::Requests;
 use super::run_folder::RunFolder;
 use crate::collective::Collective;
 use crate::config::RunConfig;
 use crate::data::Dataset;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::parallel::Replica;
 use crate::telemetry::{Bars, Chart, Figure, ReportData, Series, grid_png, metrics, write_report};
 
@@ -20,7 +21,7 @@ use crate::telemetry::{Bars, Chart, Figure, ReportData, Series, grid_png, metric
 const LOSS_PICTURE: (u32, u32) = (1200, 560);
 
 /// Draws the run from its own `metrics.jsonl`; rank 0 does, with samples that all ranks generate: each may hold a part of the
-/// model only.
+/// model only, and that are left out if a rank is asked to stop meanwhile.
 pub fn write(
     config: &RunConfig,
     folder: &RunFolder,
@@ -28,8 +29,20 @@ pub fn write(
     dataset: &Dataset,
     device: Device,
     collective: &dyn Collective,
+    requests: &Requests,
 ) -> Result<()> {
-    let samples = agreed(drawn_samples(config, replica, dataset, device), collective)?;
+    let samples = match drawn_samples(config, replica, dataset, device, &|| requests.go_on_together(collective)) {
+        Err(Error::Stopped { what }) => {
+            let run = folder.path().display();
+            tracing::info!("{what}: the report has no samples; `fm-dist sample --run {run}` draws them");
+            requests.done();
+            Ok(None)
+        }
+        // Agreed on already.
+        Err(error @ Error::Peer { .. }) => return Err(error),
+        drawn => drawn,
+    };
+    let samples = agreed(samples, collective)?;
     let draw = || draw(config, folder.path(), replica, dataset, samples, collective.world_size()).map(|()| String::new());
     on_rank_zero(collective, draw).map(drop)
 }
@@ -60,7 +73,13 @@ fn draw(config: &RunConfig, path: &Path, replica: &Replica<'_>, dataset: &Datase
 }
 
 /// Generated pictures for each of the dataset's conditions, if it names any and its latents are pictures.
-fn drawn_samples(config: &RunConfig, replica: &Replica<'_>, dataset: &Dataset, device: Device) -> Result<Option<Picture>> {
+fn drawn_samples(
+    config: &RunConfig,
+    replica: &Replica<'_>,
+    dataset: &Dataset,
+    device: Device,
+    go_on: &dyn Fn() -> Result<()>,
+) -> Result<Option<Picture>> {
     let Some(conditions) = dataset.conditions()? else { return Ok(None) };
     let origin = Origin::of_dataset(dataset, conditions, None);
     if !origin.is_of_pictures() {
@@ -70,7 +89,7 @@ fn drawn_samples(config: &RunConfig, replica: &Replica<'_>, dataset: &Dataset, d
         );
         return Ok(None);
     }
-    let samples = Plan::new(config, &origin, device)?.generate(replica)?;
+    let samples = Plan::new(config, &origin, device)?.generate(replica, go_on)?;
     let caption = format!("{} samples for each condition", samples.per_condition);
     Ok(Some((caption, grid_png(&samples.images, &samples.names, samples.per_condition as usize, None))))
 }

@@ -1,20 +1,26 @@
 //! What people and launchers ask of a run that is under way: to save, or to save and stop.
 //!
-//! SIGUSR1, SIGTERM, SIGHUP and SIGINT ask to stop; a second SIGINT ends the process at once with code 130. So do files
-//! named `save` and `save_quit` in the run folder, and a time after which to stop. One rank's request becomes every rank's
-//! at the end of the step, see [`Tally`](super::tally::Tally).
+//! SIGUSR1, SIGUSR2, SIGTERM, SIGHUP and SIGINT ask to stop; a second SIGINT ends the process at once with code 130. So do files
+//! named `save` and `save_quit` in the run folder, and a time after which to stop.
+//!
+//! Requests are heard at the end of each step, where one rank's becomes every rank's, see [`Tally`](super::tally::Tally); before
+//! the first step by the rank that reads weights or verifies a checkpoint, which ends all, see [`go_on`]; and while samples for
+//! the report are generated, which are then left out. A command without steps ends by its signal at once.
 
 use std::cell::Cell;
 use std::fs;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXFSZ};
 use signal_hook::flag;
 
+use super::agreement::agree;
+use crate::collective::Collective;
 use crate::error::{Error, Result};
+use crate::pulse;
 
 /// Exit code of a process that a second Ctrl-C ends: 128 and SIGINT's number.
 const INTERRUPTED: i32 = 130;
@@ -44,12 +50,28 @@ impl StopFlag {
         let register = || {
             // In this order: the first SIGINT finds the flag unset.
             flag::register_conditional_shutdown(SIGINT, INTERRUPTED, stop.clone())?;
-            [SIGINT, SIGTERM, SIGUSR1, SIGHUP].into_iter().try_for_each(|signal| flag::register(signal, stop.clone()).map(drop))?;
+            let asking = [SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGHUP];
+            asking.into_iter().try_for_each(|signal| flag::register(signal, stop.clone()).map(drop))?;
             // A file size limit is an error of the write then, like a full disk.
             flag::register(SIGXFSZ, Arc::default())
         };
         register().map_err(|error: std::io::Error| Error::environment(format!("cannot listen to signals: {error}")))?;
-        Ok(StopFlag(stop))
+        Ok(SIGNALLED.get_or_init(|| StopFlag(stop)).clone())
+    }
+}
+
+/// The flag that signals set; none in a command without steps.
+static SIGNALLED: OnceLock<StopFlag> = OnceLock::new();
+
+/// Goes on with work before the first step, unless a signal asked this process to stop.
+///
+/// # Errors
+/// [`Error::Stopped`].
+pub fn go_on() -> Result<()> {
+    pulse::still_at_work();
+    match SIGNALLED.get().is_some_and(|flag| flag.0.load(Ordering::Relaxed)) {
+        true => Err(Error::Stopped { what: "asked to stop before the first step: nothing is lost, and nothing was to be saved".into() }),
+        false => Ok(()),
     }
 }
 
@@ -77,6 +99,22 @@ impl Requests {
             return Request::Stop;
         }
         self.in_files()
+    }
+
+    /// Goes on with work after the last step, unless some rank was asked to stop.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] on every rank alike; [`Error::Peer`] if one agrees on an error of its own meanwhile.
+    ///
+    /// # Ordering
+    /// Every rank calls it.
+    pub fn go_on_together(&self, collective: &dyn Collective) -> Result<()> {
+        pulse::still_at_work();
+        let own = if self.heard() == Request::Stop { "stop" } else { "" };
+        match agree(Ok(own.into()), collective)?.iter().any(|text| !text.is_empty()) {
+            true => Err(Error::Stopped { what: "asked to stop after the last step".into() }),
+            false => Ok(()),
+        }
     }
 
     fn in_files(&self) -> Request {

@@ -5,13 +5,13 @@ use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
 use super::agreement::{agreed, tensor_of_rank_zero};
+use super::requests;
 use crate::collective::Collective;
 use crate::data::safetensors::Shards;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::nn::ParamSet;
 use crate::parallel::Replica;
-use crate::pulse;
 
 /// Name of the weights' files before their endings, diffusers'.
 pub const STEM: &str = "diffusion_pytorch_model";
@@ -45,11 +45,14 @@ fn open(folder: &Path, family: &Model, replica: &Replica<'_>) -> Result<Shards> 
 }
 
 /// One stage's parameters, each read by its name, as the flat f32 buffer that holds them.
+///
+/// # Errors
+/// The error that reading meets; [`Error::Stopped`] if a signal came meanwhile.
 pub fn flat(params: &ParamSet, read: impl Fn(&str) -> Result<Tensor>) -> Result<Tensor> {
     let whole = Tensor::empty([params.numel()], (Kind::Float, Device::Cpu));
     let mut offset = 0;
     for info in params.infos() {
-        pulse::still_at_work();
+        requests::go_on()?;
         whole.narrow(0, offset, info.numel()).copy_(&read(&info.name)?.flatten(0, -1));
         offset += info.numel();
     }

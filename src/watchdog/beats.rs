@@ -25,6 +25,34 @@ pub struct Meeting {
     addresses: Vec<IpAddr>,
     port: u16,
     token: u64,
+    /// Port of the desk that gives the word; 0 before it is open.
+    pub desk: u16,
+}
+
+impl Meeting {
+    /// By which rank 0 knows who is of its run.
+    pub fn token(&self) -> u64 {
+        self.token
+    }
+
+    /// Addresses at which the desk may be reached.
+    pub fn desks(&self) -> Vec<SocketAddr> {
+        self.addresses_at(self.desk)
+    }
+
+    /// Addresses of rank 0 that this process may reach, each once.
+    fn addresses_at(&self, port: u16) -> Vec<SocketAddr> {
+        let named = (self.host.as_str(), port).to_socket_addrs().into_iter().flatten().filter(SocketAddr::is_ipv4);
+        let numbered = self.addresses.iter().map(|address| SocketAddr::new(*address, port));
+        let mut all: Vec<SocketAddr> = numbered.chain(named).collect();
+        if self.host != pulse::host() {
+            // Its own loopback is not ours.
+            all.retain(|address| !address.ip().is_loopback());
+        }
+        all.sort();
+        all.dedup();
+        all
+    }
 }
 
 /// Where a rank stood when it was last heard of.
@@ -121,7 +149,7 @@ impl Line {
         let port = socket.local_addr().map_err(cannot_open)?.port();
         let interfaces = if_addrs::get_if_addrs().unwrap_or_default();
         let addresses = interfaces.iter().map(if_addrs::Interface::ip).filter(IpAddr::is_ipv4).collect();
-        let meeting = Meeting { host: pulse::host(), addresses, port, token };
+        let meeting = Meeting { host: pulse::host(), addresses, port, token, desk: 0 };
         Ok((Line::Hub(Hub { socket, token, world_size, heard: BTreeMap::new() }), meeting))
     }
 
@@ -130,15 +158,7 @@ impl Line {
     /// # Errors
     /// As [`Line::hub`].
     pub fn spoke(meeting: &Meeting) -> Result<Self> {
-        let named = (meeting.host.as_str(), meeting.port).to_socket_addrs().into_iter().flatten().filter(SocketAddr::is_ipv4);
-        let numbered = meeting.addresses.iter().map(|address| SocketAddr::new(*address, meeting.port));
-        let mut hubs: Vec<SocketAddr> = numbered.chain(named).collect();
-        if meeting.host != pulse::host() {
-            // Its own loopback is not ours.
-            hubs.retain(|address| !address.ip().is_loopback());
-        }
-        hubs.sort();
-        hubs.dedup();
+        let hubs = meeting.addresses_at(meeting.port);
         let answered = Instant::now();
         let last = Roll { hub_host: meeting.host.clone(), ..Roll::default() };
         Ok(Line::Spoke(Spoke { socket: open()?, token: meeting.token, hubs, chosen: None, answered, last }))
@@ -159,7 +179,7 @@ fn open() -> Result<UdpSocket> {
     Ok(socket)
 }
 
-fn cannot_open(error: std::io::Error) -> Error {
+pub fn cannot_open(error: std::io::Error) -> Error {
     Error::environment(format!("the watchdog cannot open a socket: {error}"))
 }
 

@@ -9,6 +9,7 @@
 mod beats;
 mod settings;
 mod verdict;
+mod word;
 
 use std::collections::VecDeque;
 use std::hash::{BuildHasher, RandomState};
@@ -53,6 +54,7 @@ impl Watchdog {
     /// # Errors
     /// [`Error::Environment`] if no thread can be started.
     pub fn start(settings: WatchdogSettings) -> Result<Self> {
+        failure::be_patient(Duration::from_secs_f64(settings.finalize_seconds));
         let shared = Arc::new(Shared { settings: Mutex::new(settings), line: Mutex::default() });
         let watched = shared.clone();
         let thread = Builder::new().name("watchdog".into()).spawn(move || watch(&watched));
@@ -62,10 +64,11 @@ impl Watchdog {
 
     /// From now on these settings hold.
     pub fn follow(&self, settings: WatchdogSettings) {
+        failure::be_patient(Duration::from_secs_f64(settings.finalize_seconds));
         *lock(&self.shared.settings) = settings;
     }
 
-    /// Opens the line over which ranks beat.
+    /// Opens the line over which ranks beat, and the desk at which they ask for the word.
     ///
     /// # Errors
     /// [`Error::Environment`] if no socket can be opened; what the broadcast returns.
@@ -79,14 +82,17 @@ impl Watchdog {
             return Ok(());
         }
         if rank == 0 {
-            let (hub, meeting) = Line::hub(world_size, RandomState::new().hash_one(std::process::id()))?;
+            let (hub, mut meeting) = Line::hub(world_size, RandomState::new().hash_one(std::process::id()))?;
             // Before the others know of it: one that never comes is missed by name.
             *lock(&self.shared.line) = Some(hub);
+            meeting.desk = word::open_desk(world_size, meeting.token())?;
             let meeting = serde_json::to_string(&meeting).expect("texts and numbers are JSON");
             return broadcast_text(world, &meeting, 0).map(drop);
         }
         let meeting = broadcast_text(world, "", 0)?;
-        let mut spoke = Line::spoke(&serde_json::from_str::<Meeting>(&meeting).expect("rank 0 sent where it can be met"))?;
+        let meeting: Meeting = serde_json::from_str(&meeting).expect("rank 0 sent where it can be met");
+        word::ask_at(&meeting);
+        let mut spoke = Line::spoke(&meeting)?;
         // At once: a rank that stops within its first second is missed by host, too.
         spoke.beat(&pulse::now());
         *lock(&self.shared.line) = Some(spoke);
@@ -188,8 +194,7 @@ fn turn(rank: usize, hub_is_gone: bool) -> Duration {
 
 fn end(witness: &Witness<'_>, roll: &Roll) -> ! {
     let verdict = witness.verdict(roll);
-    failure::tell(verdict.code, verdict.name, &verdict.what);
-    collective::abort(verdict.code)
+    collective::end(verdict.code, verdict.name, &verdict.what)
 }
 
 #[cfg(test)]

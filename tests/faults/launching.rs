@@ -30,6 +30,31 @@ fn a4_a_global_batch_that_does_not_divide_names_its_neighbours() {
     Case { ranks: 3, code: 50, says: &says, seconds: SOON, ..Case::default() }.run();
 }
 
+/// The batch that fits no three ranks, told by a rank 0 that needs seconds to speak.
+#[test]
+fn a4_the_rank_that_speaks_is_waited_for_however_long_it_takes() {
+    let says = ["error CONFIG rank 0/3", "nearest: 24", "exit 50"];
+    Case { ranks: 3, fault: "sleep@0:0:finalize:4", code: 50, says: &says, ..Case::default() }.run();
+    let root = TempDir::new().unwrap();
+    let data = poisoned(&root);
+    let sets = ["data.on_bad=\"skip\"", "data.bad_share=0", &data];
+    let says = ["error DATA rank 0/2", "samples of epoch 0 are not finite", "exit 40"];
+    Case { fault: "sleep@0:every:finalize:4", sets: &sets, code: 40, says: &says, ..Case::default() }.run();
+}
+
+#[test]
+fn a4_a_rank_that_never_speaks_is_given_up_and_another_one_does() {
+    let root = TempDir::new().unwrap();
+    let data = poisoned(&root);
+    let sets = ["data.on_bad=\"skip\"", "data.bad_share=0", "watchdog.finalize_seconds=3", &data];
+    let says =
+        ["error PEER rank 1/2", "rank 0 failed: ", "samples of epoch 0 are not finite", "it has not ended the run within 3 s. exit 40"];
+    Case { fault: "stop@0:every:finalize", sets: &sets, code: 40, says: &says, seconds: 10.0 + SOON, ..Case::default() }.run();
+    let says = ["error HANG rank 1/3", "missing: 0", "exit 21"];
+    let sets = ["watchdog.finalize_seconds=3"];
+    Case { ranks: 3, fault: "stop@0:0:finalize", sets: &sets, code: 21, says: &says, seconds: 3.0 + SOON, ..Case::default() }.run();
+}
+
 /// `mpirun` of two command lines, one a rank.
 fn two_programs(root: &TempDir, first: &str, second: &str) -> Command {
     let one = Case { ranks: 1, ..Case::default() }.command(root);

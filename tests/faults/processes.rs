@@ -56,6 +56,29 @@ fn c4_an_error_on_one_rank_ends_all_with_its_code() {
 }
 
 #[test]
+fn c4_what_all_ranks_meet_at_once_is_said_by_one() {
+    for (fault, code, says) in [
+        ("error@every:6:forward", 52, "was ordered"),
+        ("panic@every:1:backward", 70, "a fault was ordered"),
+        ("device@every:6:optimizer", 23, "error DEVICE"),
+    ] {
+        let sets = ["train.global_batch_size=32"];
+        Case { ranks: 4, fault, sets: &sets, code, says: &[says], seconds: SOON, ..Case::default() }.run();
+    }
+}
+
+#[test]
+fn c4_a_device_that_fails_is_code_23_and_memory_that_runs_out_code_53() {
+    let says = ["error DEVICE rank 1/2", "step 6 phase backward: CUDA error: an illegal memory access was encountered. exit 23"];
+    let ended = Case { fault: "device@1:6:backward", code: 23, says: &says, never: &["panicked"], seconds: SOON, ..Case::default() }.run();
+    assert_eq!(ended.failure(1)["name"].as_str(), Some("DEVICE"));
+    let says = ["error MEMORY rank 0/1", "phase forward: ", "can't allocate memory: you tried to allocate 1152921504606846976", "exit 53"];
+    Case { ranks: 0, fault: "memory@0:6:forward", code: 53, says: &says, never: &["panicked"], seconds: SOON, ..Case::default() }.run();
+    let says = ["error MEMORY rank 1/2", "exit 53"];
+    Case { fault: "memory@1:6:read", code: 53, says: &says, never: &["panicked"], seconds: SOON, ..Case::default() }.run();
+}
+
+#[test]
 fn c5_a_rank_that_is_stopped_is_named_by_the_others_with_code_21() {
     let says = ["error HANG rank 0/3", "no progress for", "arrived: 0 2; missing: 1 (host", "exit 21"];
     let sets = [&SHORT[..], &["train.global_batch_size=24"]].concat();
@@ -109,7 +132,7 @@ fn asked(ended: Ended, step: u64, ranks: usize) {
 
 #[test]
 fn c9_c10_c11_one_rank_that_gets_a_signal_stops_all_with_one_checkpoint_and_code_10() {
-    for fault in ["usr1@1:6:backward", "term@1:6:forward", "int@0:6:data", "usr1@1:8:write", "usr1@1:0:open"] {
+    for fault in ["usr1@1:6:backward", "usr2@1:6:forward", "term@1:6:forward", "int@0:6:data", "usr1@1:8:write", "usr1@1:0:open"] {
         let ended = Case { fault, code: 10, ..Case::default() }.run();
         let step = if fault.contains("write") {
             *ended.checkpoints().last().unwrap()
@@ -154,6 +177,26 @@ fn c9_a_request_after_the_last_step_changes_nothing() {
         let ended = Case { fault, ..Case::default() }.run();
         assert!(checkpoint(&ended.run_folder(), STEPS) == unbroken(2, &[]), "{fault}");
     }
+}
+
+#[test]
+fn c9_a_request_while_samples_are_generated_leaves_them_out() {
+    for (ranks, fault) in [(0, "int@0:12:report"), (2, "usr1@1:12:report")] {
+        let sets = ["sampling.num_steps=10000", "sampling.per_condition=100"];
+        let says = ["asked to stop after the last step: the report has no samples"];
+        let ended = Case { ranks, fault, sets: &sets, says: &says, seconds: SOON, ..Case::default() }.run();
+        assert_eq!(ended.checkpoints().last(), Some(&STEPS));
+        assert!(ended.run_folder().join("report.html").exists() && ended.run_folder().join("loss.png").exists());
+    }
+}
+
+#[test]
+fn c9_a_request_while_a_checkpoint_is_verified_ends_the_start_with_code_10() {
+    let ended = Case { fault: "kill@1:6:data", code: 137, ..Case::default() }.run();
+    let says = ["fm-dist: stopped rank 0/2", "asked to stop before the first step", "exit 10"];
+    let resume = ["--resume", "latest"];
+    let case = Case { fault: "usr1@0:0:open", words: &resume, code: 10, says: &says, seconds: SOON, ..Case::default() };
+    case.run_in(ended.root).resumes_to_the_unbroken_run(2, &[]);
 }
 
 #[test]

@@ -10,14 +10,18 @@
 #![allow(unsafe_code)]
 
 mod shared;
+mod traps;
 mod wire;
 
 use std::ffi::c_int;
+use std::io::Write;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use mpi::environment::{Threading, is_finalized, is_initialized};
 use mpi::ffi;
+use signal_hook::low_level::exit;
 
 use super::Issued;
 use super::call::Call;
@@ -117,26 +121,38 @@ impl Link for Communicator {
 
 /// Ends every rank of the world with exit code `code`; see [`super::abort`].
 pub(super) fn abort(code: i32) -> ! {
-    unsafe extern "C" {
-        // Not `exit`: destructors of libtorch beside threads that still compute may crash or block, and lose the code.
-        safe fn _exit(code: c_int) -> !;
+    static CALLED: AtomicBool = AtomicBool::new(false);
+    if CALLED.swap(true, Ordering::SeqCst) {
+        // Another thread ends the process; two of them inside of MPI's end may crash it.
+        std::thread::sleep(2 * ABORT_PATIENCE);
+        exit(code);
     }
     if !is_running() {
-        _exit(code);
+        exit(code);
     }
+    traps::set(code);
     let fallback = move || {
         std::thread::sleep(ABORT_PATIENCE);
-        _exit(code);
+        exit(code);
     };
     let armed = std::thread::Builder::new().name("abort".into()).spawn(fallback);
     // SAFETY: MPI is initialized and not finalized. A call from another thread than the one that is stuck in MPI is beyond
     // thread level "serialized", but works with Open MPI and MPICH, and nothing but the end of the process comes after it.
     unsafe { ffi::MPI_Abort(ffi::RSMPI_COMM_WORLD, code) };
-    // MPI_Abort returns when another thread called it first: that one, or the fallback, ends the process.
+    // It returned: the fallback ends the process.
     while armed.is_ok() {
         std::thread::park();
     }
-    _exit(code)
+    exit(code)
+}
+
+/// Ends this process alone; see [`super::leave`].
+pub(super) fn leave(code: i32) -> ! {
+    // Nobody is left to hear that a pipe is closed.
+    let _ = std::io::stdout().flush();
+    // SAFETY: writes out what C's own streams hold, under their own locks.
+    unsafe { libc::fflush(std::ptr::null_mut()) };
+    exit(code)
 }
 
 /// Finalizes MPI where it runs. Every rank must have passed a barrier and hold no work.

@@ -105,6 +105,32 @@ pub fn last_words(code: i32) {
     outlast(lines);
 }
 
+/// Waits until the peer `rank` of the world has closed its connection, for `limit` at most; `None` without such a connection.
+/// Returns `true` if it said its last words before. Nobody else reads the connection any more.
+pub fn wait_for_end(rank: usize, limit: Duration) -> Option<bool> {
+    let line = LINES.lock().unwrap_or_else(PoisonError::into_inner).iter().find(|line| line.rank == rank).cloned()?;
+    let (began, mut unread, mut last) = (Instant::now(), vec![0; 1 << 16], Vec::new());
+    while began.elapsed() < limit {
+        let rest = Timespec::try_from(limit.saturating_sub(began.elapsed())).ok();
+        let _ = poll(&mut [PollFd::new(&line.socket, PollFlags::IN)], rest.as_ref());
+        match (&line.socket).read(&mut unread) {
+            Ok(0) => return Some(is_last_word(&last)),
+            Ok(bytes) => {
+                last.extend_from_slice(&unread[..bytes]);
+                last.drain(..last.len().saturating_sub(HEADER_BYTES));
+            }
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => (),
+            Err(_) => return Some(is_last_word(&last)),
+        }
+    }
+    Some(false)
+}
+
+/// Tells whether these bytes, the last that a peer sent, announce the end of the world.
+fn is_last_word(bytes: &[u8]) -> bool {
+    bytes.try_into().is_ok_and(|header| matches!(Frame::decode(header), Some(Frame::Failed { .. })))
+}
+
 /// What a thread does that finds its connections closed because another one says the last words: the end is near, and its
 /// reason has been told.
 pub fn unless_ending<T>(error: T) -> T {

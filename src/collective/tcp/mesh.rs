@@ -270,7 +270,7 @@ impl Peer {
                 return Ok(None);
             }
             Frame::Failed { code } => {
-                return Err(Error::Peer { code, what: format!("{peer} ended the run with exit code {code}") });
+                return Err(Error::Peer { speaker: None, code, what: format!("{peer} ended the run with exit code {code}") });
             }
         };
         let Some(Due { label, peer: number, body }) = self.due.front() else { return Ok(None) };

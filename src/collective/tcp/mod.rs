@@ -24,8 +24,8 @@ use tch::{Device, Kind, Tensor};
 use super::call::Call;
 use super::exchange::{Board, Link, Place, Ranks, Stretch, Wire};
 use super::{Collective, Issued, Sliced};
-use crate::error::Result;
-pub(super) use line::{last_words, let_go};
+use crate::error::{Error, Result};
+pub(super) use line::{last_words, let_go, wait_for_end};
 use mesh::{Label, Mesh, Messages};
 
 /// Ranks that TCP connects.
@@ -50,16 +50,28 @@ impl Tcp {
     /// # Panics
     /// If there is no such rank in a world of this size.
     pub fn connect(rank: usize, world_size: usize, rendezvous: &str, limit: Duration) -> Result<Self> {
-        assert!(rank < world_size, "no rank {rank} among {world_size}");
-        let place = Place { rank, world_size };
-        let mesh = Rc::new(RefCell::new(Mesh::of(world_size, rendezvous::meet(place, rendezvous, limit)?)));
-        Ok(Ranks::of(Group { mesh, place, members: (0..world_size).collect(), id: 0 }))
+        Tcp::meet(rank, world_size, rendezvous, limit, &|_| ())
     }
 
-    /// Makes it the world that [`abort`](super::abort) ends, whose connections outlive an early return.
-    pub(super) fn for_life(self) -> Self {
-        line::hold(self.link.mesh.borrow().lines());
-        self
+    /// Does as [`connect`](Self::connect) for the world that [`abort`](super::abort) ends: its connections outlive an early return.
+    /// `refusing`: called on rank 0 with the reason before it turns the others away.
+    pub(super) fn connect_for_life(
+        rank: usize,
+        world_size: usize,
+        rendezvous: &str,
+        limit: Duration,
+        refusing: &dyn Fn(&Error),
+    ) -> Result<Self> {
+        let world = Tcp::meet(rank, world_size, rendezvous, limit, refusing)?;
+        line::hold(world.link.mesh.borrow().lines());
+        Ok(world)
+    }
+
+    fn meet(rank: usize, world_size: usize, rendezvous: &str, limit: Duration, refusing: &dyn Fn(&Error)) -> Result<Self> {
+        assert!(rank < world_size, "no rank {rank} among {world_size}");
+        let place = Place { rank, world_size };
+        let mesh = Rc::new(RefCell::new(Mesh::of(world_size, rendezvous::meet(place, rendezvous, limit, refusing)?)));
+        Ok(Ranks::of(Group { mesh, place, members: (0..world_size).collect(), id: 0 }))
     }
 }
 

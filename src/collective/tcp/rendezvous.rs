@@ -69,13 +69,14 @@ pub struct Company {
     pub root: Option<IpAddr>,
 }
 
-/// A connection with every other rank; every rank calls it, and each step of it ends within `limit`.
-pub fn meet(place: Place, rendezvous: &str, limit: Duration) -> Result<Vec<Line>> {
+/// A connection with every other rank; every rank calls it, and each step of it ends within `limit`. `refusing`: called on rank
+/// 0 with the reason before it turns the others away.
+pub fn meet(place: Place, rendezvous: &str, limit: Duration, refusing: &dyn Fn(&Error)) -> Result<Vec<Line>> {
     let door = listen(None).map_err(|error| CALL.error(format!("cannot listen: {error}")))?;
     let port = door.local_addr().map_err(|error| CALL.error(format!("no port to listen at: {error}")))?.port();
     let seat = Seat { host: gethostname::gethostname().to_string_lossy().into_owned(), addresses: Vec::new(), port };
     let company = match place.rank {
-        0 => receive(place, rendezvous, seat, limit)?,
+        0 => receive(place, rendezvous, seat, limit, refusing)?,
         _ => register(place, rendezvous, seat, limit)?,
     };
     greeting::greet_all(place, &company, &door, limit)
@@ -103,7 +104,7 @@ struct Desk {
 }
 
 /// Rank 0's part: waits for all ranks, and answers them.
-fn receive(place: Place, rendezvous: &str, seat: Seat, limit: Duration) -> Result<Company> {
+fn receive(place: Place, rendezvous: &str, seat: Seat, limit: Duration, refusing: &dyn Fn(&Error)) -> Result<Company> {
     let until = Instant::now() + limit;
     let mut desk =
         Desk { place, door: open(rendezvous, until)?, guests: (0..place.world_size).map(|_| None).collect(), callers: Vec::new() };
@@ -111,6 +112,7 @@ fn receive(place: Place, rendezvous: &str, seat: Seat, limit: Duration) -> Resul
     match desk.fill(until, limit) {
         Ok(()) => desk.welcome(),
         Err(error) => {
+            refusing(&error);
             desk.answer(&Answer::Refused { code: error.exit_code(), what: error.to_string() });
             Err(error)
         }
@@ -249,7 +251,7 @@ fn register(place: Place, rendezvous: &str, seat: Seat, limit: Duration) -> Resu
         {
             Ok((root, Answer::Welcome { token, seats })) => return Ok(Company { token, seats, root: Some(root) }),
             Ok((_, Answer::Refused { code, what })) => {
-                return Err(Error::Peer { code, what: format!("rank 0 failed: {}", one_line(&what)) });
+                return Err(Error::Peer { speaker: None, code, what: format!("rank 0 failed: {}", one_line(&what)) });
             }
             Err(why) => why,
         };

@@ -16,6 +16,7 @@ use super::{Manifest, Part, folder_name};
 use crate::collective::Collective;
 use crate::config::{CheckpointSettings, OnFailure};
 use crate::error::{Error, Result};
+use crate::libtorch;
 use crate::pulse::{self, Phase};
 use crate::train::agreement::{agree, on_rank_zero};
 
@@ -214,7 +215,7 @@ enum Beside<T> {
 
 impl<T: Send + 'static> Beside<T> {
     fn begin(name: &str, work: impl FnOnce() -> Result<T> + Send + 'static) -> Self {
-        match thread::Builder::new().name(name.into()).spawn(work) {
+        match thread::Builder::new().name(name.into()).spawn(|| libtorch::guarded(work)) {
             Ok(thread) => Beside::Running(thread),
             Err(error) => Beside::Over(Err(Error::storage(name, "start a thread to")(error))),
         }

@@ -10,7 +10,7 @@ use super::{FORMAT, MANIFEST, Manifest, Part, VERSION, VERSION_WITHOUT_RECORD};
 use crate::data::contents::{Format, HEAD_BYTES, no_json, recognized};
 use crate::data::sha256::HashingWriter;
 use crate::error::{Error, Result, one_line, shortened};
-use crate::pulse;
+use crate::train::requests;
 
 /// Longest manifest that is read: room for ten thousand parts of a gigabyte each.
 const MAX_MANIFEST_BYTES: u64 = 4 << 20;
@@ -48,11 +48,10 @@ struct Version {
 /// Reads the manifest and compares it and every part with the sizes and hashes it says.
 ///
 /// # Errors
-/// The first file at fault.
+/// The first file at fault; [`Error::Stopped`] if a signal came meanwhile.
 pub fn verify(folder: &Path) -> Result<Manifest, Unfit> {
     let manifest = read(folder)?;
     for part in &manifest.parts {
-        pulse::still_at_work();
         verify_part(folder, part)?;
     }
     Ok(manifest)
@@ -101,7 +100,9 @@ fn verify_part(folder: &Path, part: &Part) -> Result<(), Unfit> {
         return Err(broken(format!("has {bytes} of {} bytes{instead}", part.bytes)));
     }
     let mut hashing = HashingWriter::new(io::sink());
-    File::open(&path).and_then(|file| io::copy(&mut file.take(bytes), &mut hashing)).map_err(unreadable)?;
+    let read = File::open(&path).and_then(|file| io::copy(&mut Listening(file.take(bytes)), &mut hashing));
+    requests::go_on().map_err(Unfit::Other)?;
+    read.map_err(unreadable)?;
     let (_, sha256, _) = hashing.finish();
     if sha256 == part.sha256 { Ok(()) } else { Err(broken("sha256 differs".into())) }
 }
@@ -111,6 +112,16 @@ fn called_what_it_is(path: &Path) -> Option<String> {
     let mut head = Vec::new();
     File::open(path).and_then(|file| file.take(HEAD_BYTES as u64).read_to_end(&mut head)).ok()?;
     recognized(&head, Format::SafeTensors)
+}
+
+/// Reads as long as nobody asks this process to stop.
+struct Listening<R>(R);
+
+impl<R: Read> Read for Listening<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        requests::go_on().map_err(io::Error::other)?;
+        self.0.read(buffer)
+    }
 }
 
 /// A regular file of at most so many bytes: to open a FIFO blocks, and a device may have no end.
