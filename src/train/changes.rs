@@ -120,7 +120,7 @@ pub fn listed(was: &Values, is: &Values) -> Vec<String> {
     differing.map(|key| format!("{key}: was {}, is {}", shown(was, key), shown(is, key))).collect()
 }
 
-/// Why parameters of the recorded architecture are not those of the configured one. Every key of `[model.<family>]` changes the
+/// The keys in which a recorded architecture and the configured one differ, as a reason to refuse its parameters. Every key of `[model.<family>]` changes the
 /// function that the model computes, also where all shapes stay as they are.
 pub fn other_architecture(record: &Values, config: &RunConfig) -> Option<String> {
     let family = config.model.family.name();

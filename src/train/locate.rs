@@ -1,4 +1,4 @@
-//! What a path on the command line means: a run folder, or a checkpoint in one.
+//! Paths on the command line: each means a run folder, or a checkpoint in one.
 
 use std::fs;
 use std::path::{Path, PathBuf};

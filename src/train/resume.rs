@@ -1,4 +1,4 @@
-//! Which run a start takes, and which checkpoint it goes on from.
+//! The choice of the run folder that a start takes, and of the checkpoint that it goes on from.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};

@@ -32,7 +32,7 @@ pub struct RunFolder {
     pub(super) is_over: bool,
     /// The run is none of `output_dir`'s, which therefore is not what its configuration shall name.
     pub(super) is_elsewhere: bool,
-    /// What was found, passed over or set aside on the way; said once somebody listens.
+    /// Lines about folders and checkpoints that were passed over, taken over or set aside; said once somebody listens.
     pub(super) warnings: Vec<String>,
     /// Rank 0's, for as long as the run lives.
     #[serde(skip)]
@@ -74,7 +74,7 @@ impl RunFolder {
         self.resumed_from.as_ref().map(|checkpoint| &*checkpoint.path)
     }
 
-    /// What rank 0 met on the way to it.
+    /// Lines of rank 0 about what it passed over, took over or set aside.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }

@@ -71,7 +71,7 @@ impl OutputDir {
         self.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
     }
 
-    /// Whether a run folder is this one or one of those numbered after it.
+    /// True for the folder of a run of this `output_dir`, numbered or not, through links and dots.
     pub fn has(&self, run: &Path) -> bool {
         let (Ok(run), Ok(parent)) = (fs::canonicalize(run), fs::canonicalize(self.parent())) else { return false };
         let name = run.file_name().map(|name| name.to_string_lossy().into_owned());
@@ -121,7 +121,7 @@ impl OutputDir {
     }
 }
 
-/// Whether no step was ever done in a folder, and no configuration stands there that is somebody's own: a start that failed
+/// True for a folder in which no step was ever done and no configuration stands that is somebody's own: a start that failed
 /// leaves its configuration, its log and its failure, and nothing that a new run would spoil.
 pub fn is_unused(folder: &Path) -> bool {
     let bytes = |name: &str| fs::metadata(folder.join(name)).map_or(0, |found| found.len());
@@ -130,7 +130,7 @@ pub fn is_unused(folder: &Path) -> bool {
     !has_step && is_a_runs
 }
 
-/// Whether a numbered folder is the `output_dir` of its own run: that run belongs to another configuration.
+/// True for a numbered folder that is the `output_dir` of its own run: that run belongs to another configuration.
 fn names_itself(run: &Path) -> bool {
     let text = fs::read_to_string(run.join(CONFIG)).unwrap_or_default();
     let table: toml::Table = toml::from_str(&text).unwrap_or_default();

@@ -148,7 +148,7 @@ impl<'c> Trainer<'c> {
     }
 }
 
-/// What is said of a learning rate that does not go on as the checkpoint's run had led it.
+/// The warning of a learning rate that does not go on as the checkpoint's run had led it.
 fn jump_of_lr(config: &RunConfig, manifest: &Manifest) -> Option<String> {
     changes::jump_of_lr(config, manifest.lr?, manifest.step, manifest.guard.update_number(manifest.step))
 }
