@@ -179,13 +179,15 @@ mod tests {
     #[test]
     #[allow(unsafe_code)]
     fn an_exception_that_no_wrapper_catches_becomes_a_panic_with_its_text() {
-        unsafe extern "C" {
-            fn at_set_num_threads(threads: i32);
+        unsafe extern "C-unwind" {
+            /// C++'s `std::__throw_length_error(const char *)`.
+            #[link_name = "_ZSt20__throw_length_errorPKc"]
+            fn throw(text: *const c_char) -> !;
         }
         assert_eq!(guarded(|| 7), 7);
-        // SAFETY: a number is all that it takes.
-        let panic = std::panic::catch_unwind(|| guarded(|| unsafe { at_set_num_threads(-1) })).expect_err("no number of threads");
+        // SAFETY: the text ends with a zero, and the exception is caught in C++.
+        let panic = std::panic::catch_unwind(|| guarded(|| unsafe { throw(c"no file is left".as_ptr()) })).expect_err("it throws");
         let text = panic.downcast_ref::<String>().expect("a text");
-        assert!(text.contains("Expected positive number of threads"), "{text}");
+        assert_eq!(text, "no file is left");
     }
 }

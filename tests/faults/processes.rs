@@ -297,6 +297,6 @@ fn c2_too_little_memory_ends_the_run_with_a_line() {
     let mut limited = Command::new("bash");
     limited.args(["-c", "ulimit -v 3000000; exec \"$@\"", "bash"]).arg(command.get_program()).args(command.get_args());
     let (ended, code) = Started::new(limited).end(root, START);
-    assert_eq!(code, 70, "{}", ended.errors);
-    assert!(ended.errors.contains("error BUG") && ended.errors.contains("memory"), "{}", ended.errors);
+    assert_eq!(code, 53, "{}", ended.errors);
+    assert!(ended.errors.contains("error MEMORY") && ended.errors.contains("can't allocate memory"), "{}", ended.errors);
 }
