@@ -78,11 +78,11 @@ impl Error {
         Error::Config { source_name: "configuration".into(), problems: vec![problem] }
     }
 
-    /// The same with `notes` behind what a configuration's problem says, where they may explain it.
-    pub fn after(self, notes: &[String]) -> Self {
+    /// The same with lines that may explain it behind what a configuration's problem says.
+    pub fn followed_by(self, lines: &[impl fmt::Display]) -> Self {
         let Error::Config { source_name, mut problems } = self else { return self };
         if let Some(last) = problems.last_mut() {
-            notes.iter().for_each(|note| last.what.push_str(&format!("; {note}")));
+            lines.iter().for_each(|line| last.what.push_str(&format!("; {line}")));
         }
         Error::Config { source_name, problems }
     }

@@ -2,6 +2,7 @@
 //! before weights are loaded.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use super::adapter::ModelAdapter;
 use super::loss_mask::{LOSS_MASK, axes_of_mask};
@@ -85,19 +86,35 @@ pub fn with_sample_axis(adapter: &dyn ModelAdapter, batch: &Batch) -> Batch {
     whole
 }
 
+/// A line on data and settings that fit, for those who look at them.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Note {
+    /// Probably not what was meant.
+    Warning(String),
+    /// Nothing is wrong.
+    Information(String),
+}
+
+impl fmt::Display for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Note::Warning(text) | Note::Information(text)) = self;
+        f.write_str(text)
+    }
+}
+
 /// Compares data with what an adapter and the settings read of them. Returns what a user should know though nothing is wrong:
 /// keys that nobody reads, and what stands in for keys that are missing.
 ///
 /// # Errors
 /// The first mistake in words: a key that is missing, or has other axes than it must have.
-pub fn check_keys(adapter: &dyn ModelAdapter, settings: &FlowMatchingSettings, data: DataShapes<'_>) -> Result<Vec<String>, String> {
+pub fn check_keys(adapter: &dyn ModelAdapter, settings: &FlowMatchingSettings, data: DataShapes<'_>) -> Result<Vec<Note>, String> {
     let keys = adapter.keys();
     let mut sizes = latent_sizes(data.latents);
     let mut notes = Vec::new();
     for key in &keys {
         match key.names.iter().find_map(|name| Some((*name, data.sample.get(*name)?))) {
             Some((name, shape)) => bind(name, shape, key.forms, &mut sizes)?,
-            None => notes.push(missing(key, adapter, data.sample)?),
+            None => notes.push(Note::Warning(missing(key, adapter, data.sample)?)),
         }
     }
     if settings.apply_loss_mask {
@@ -106,8 +123,8 @@ pub fn check_keys(adapter: &dyn ModelAdapter, settings: &FlowMatchingSettings, d
         axes_of_mask(data.sample.get(LOSS_MASK).ok_or_else(no_mask)?, data.latents)?;
     }
     check_empty_prompt(adapter, settings, data)?;
-    notes.extend(unread(&keys, settings, data.sample));
-    notes.extend(dropout_without_effect(adapter, settings));
+    notes.extend(unread(&keys, settings, data.sample).map(Note::Information));
+    notes.extend(dropout_without_effect(adapter, settings).map(Note::Warning));
     Ok(notes)
 }
 

@@ -22,7 +22,7 @@ pub mod time_shift;
 pub mod timestep_sampling;
 
 pub use adapter::{FlowMatchingContext, ModelAdapter, TaskType};
-pub use batch_keys::{BatchKey, DataShapes, Role, Shapes, check_keys, with_sample_axis};
+pub use batch_keys::{BatchKey, DataShapes, Note, Role, Shapes, check_keys, with_sample_axis};
 pub use guidance::{Guidance, Guide};
 pub use loss::{EXPLODED, Kept, LossValues, check_loss, is_sound};
 pub use loss_mask::{LOSS_MASK, axes_of_mask};

@@ -110,6 +110,12 @@ fn refuse(source_name: &str, problems: Vec<ConfigProblem>) -> Result<()> {
     if problems.is_empty() { Ok(()) } else { Err(Error::Config { source_name: source_name.into(), problems }) }
 }
 
+/// The table that a text is; none for a text that is no TOML, or longer than any configuration: the parser takes a thousand times
+/// as much memory.
+pub fn table(text: &str) -> Option<toml::Table> {
+    if text.len() <= MAX_BYTES { toml::from_str(text).ok() } else { None }
+}
+
 /// The settings as a JSON object; what is unset is `null`.
 pub fn write_json(settings: &mut dyn Settings) -> serde_json::Map<String, serde_json::Value> {
     let values: toml::Table = toml::from_str(&write(settings)).expect("a listing is TOML");

@@ -67,7 +67,7 @@ fn flatten(path: &str, table: &Table, values: &mut Values) {
 /// Every key of a run's listing, which an earlier release may have written: keys that it lacks have their defaults. None for a text
 /// that is no TOML, or an empty one.
 pub fn values_of_listing(text: &str) -> Option<Values> {
-    let table: Table = toml::from_str(text).ok().filter(|table: &Table| !table.is_empty())?;
+    let table = settings::table(text).filter(|table| !table.is_empty())?;
     let mut config = RunConfig::default();
     match settings::read(&mut config, "the listing", text, &[]) {
         Ok(()) => Some(values(&config)),
@@ -102,7 +102,7 @@ pub fn with_record(listing: &Values, record: &Values) -> Values {
 
 /// The text that a key holds.
 pub fn text_of(values: &Values, key: &str) -> Option<String> {
-    let table: Table = toml::from_str(&format!("value = {}", values.get(key)?)).ok()?;
+    let table = settings::table(&format!("value = {}", values.get(key)?))?;
     table.get("value").and_then(Value::as_str).map(ToString::to_string)
 }
 

@@ -104,7 +104,7 @@ impl Plan {
         let steps = order.batches_per_epoch();
         self.line("epoch", &format!("{steps} steps, {} samples left out of each", order.left_out_per_epoch()));
         self.line("run", &format!("{} steps, {:.1} epochs", config.max_steps, config.max_steps as f64 / steps as f64));
-        notes.iter().for_each(|note| self.line("note", note));
+        notes.iter().for_each(|note| self.line("note", &note.to_string()));
         if let Some(what) = lr::warning(&config.lr_scheduler, config.max_steps) {
             self.line("warning", &what);
         }

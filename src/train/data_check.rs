@@ -8,7 +8,7 @@ use super::setup::build_pipeline;
 use crate::config::RunConfig;
 use crate::data::Dataset;
 use crate::error::{Error, Result};
-use crate::flow::{DataShapes, check_keys};
+use crate::flow::{DataShapes, Note, check_keys};
 use crate::model::SampleShapes;
 
 /// Refuses a dataset of which the adapter or the model cannot take some resolution group. Returns what a user should know of it
@@ -16,9 +16,9 @@ use crate::model::SampleShapes;
 ///
 /// # Errors
 /// [`Error::Data`] naming the group and the key; [`Error::Config`] naming the model's setting.
-pub fn check_data(config: &RunConfig, dataset: &Dataset) -> Result<Vec<String>> {
+pub fn check_data(config: &RunConfig, dataset: &Dataset) -> Result<Vec<Note>> {
     let (flow, adapter) = (&config.flow_matching.flow, config.flow_matching.adapter.build());
-    let mut notes = BTreeSet::from_iter(adapter.notes(config.model.family.embeds_guidance()));
+    let mut notes = BTreeSet::from_iter(adapter.notes(config.model.family.embeds_guidance()).map(Note::Warning));
     let empty_prompt = dataset.empty_prompt_shapes();
     for group in dataset.groups() {
         let latents = dataset.latent_shape(&group.name).expect("a group has latents");
@@ -26,7 +26,7 @@ pub fn check_data(config: &RunConfig, dataset: &Dataset) -> Result<Vec<String>> 
         let shapes = DataShapes { latents, sample: &sample, empty_prompt: &empty_prompt };
         let unfit = |what: String| Error::data(dataset.path(), format!("resolution group {}: {what}", group.name));
         let found = check_keys(adapter.as_ref(), flow, shapes).map_err(unfit)?;
-        config.model.family.check_data(&SampleShapes { latents, of: sample }).map_err(|error| error.after(&found))?;
+        config.model.family.check_data(&SampleShapes { latents, of: sample }).map_err(|error| error.followed_by(&found))?;
         notes.extend(found);
     }
     Ok(notes.into_iter().collect())

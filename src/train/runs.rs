@@ -6,6 +6,7 @@ use std::time::SystemTime;
 
 use super::checkpoint;
 use crate::error::{Error, Result};
+use crate::settings;
 
 pub const CONFIG: &str = "config.toml";
 pub const METRICS: &str = "metrics.jsonl";
@@ -133,7 +134,7 @@ pub fn is_unused(folder: &Path) -> bool {
 /// True for a numbered folder that is the `output_dir` of its own run: that run belongs to another configuration.
 fn names_itself(run: &Path) -> bool {
     let text = fs::read_to_string(run.join(CONFIG)).unwrap_or_default();
-    let table: toml::Table = toml::from_str(&text).unwrap_or_default();
+    let table = settings::table(&text).unwrap_or_default();
     let configured = table.get("output_dir").and_then(toml::Value::as_str).map(Path::new);
     configured.is_some_and(|configured| configured.file_name().is_some() && configured.file_name() == run.file_name())
 }

@@ -20,7 +20,7 @@ use crate::collective::Collective;
 use crate::config::RunConfig;
 use crate::data::{Dataset, Order, Share};
 use crate::error::Result;
-use crate::flow::FlowMatchingPipeline;
+use crate::flow::{FlowMatchingPipeline, Note};
 use crate::libtorch;
 use crate::nn::AttentionKernels;
 use crate::parallel::{Replica, Sharding, Sharing};
@@ -103,7 +103,10 @@ impl<'c> Trainer<'c> {
         };
         trainer.announce(global_batch);
         if telemetry.speaks_for_the_run() {
-            notes.iter().for_each(|note| tracing::warn!("{note}"));
+            notes.iter().for_each(|note| match note {
+                Note::Warning(text) => tracing::warn!("{text}"),
+                Note::Information(text) => tracing::info!("{text}"),
+            });
         }
         Ok(trainer)
     }
