@@ -17,7 +17,8 @@ use crate::error::{Error, Result, STOPPED};
 use crate::fault;
 use crate::model::Dtype;
 use crate::parallel::Cluster;
-use crate::pulse::{self, Phase};
+use crate::phase::Phase;
+use crate::pulse;
 use crate::train::{
     self, CheckRequest, Ending, ExportRequest, ListingFormat, Resume, SampleRequest, ScalingRequest, StepRequest, StopFlag, TrainOptions,
 };

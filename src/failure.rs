@@ -15,7 +15,8 @@ use serde::Serialize;
 
 use crate::error::{BUG, STOPPED, one_line};
 use crate::fault;
-use crate::pulse::{self, Phase};
+use crate::phase::Phase;
+use crate::pulse;
 
 /// `failure-<rank>.json`.
 #[derive(Serialize)]

@@ -13,7 +13,8 @@ use std::time::Duration;
 use rustix::process::{Signal, getpid, kill_process};
 
 use crate::error::{Error, Result};
-use crate::pulse::{self, Phase};
+use crate::phase::Phase;
+use crate::pulse;
 use crate::settings::{Keys, Settings};
 
 /// `[debug]`.
@@ -170,9 +171,10 @@ impl fmt::Display for Fault {
 
 static ORDER: OnceLock<Fault> = OnceLock::new();
 
-/// Arms an order for this process; the first one stands.
+/// Arms an order for this process, to strike where a phase begins, among other places; the first one stands.
 pub fn arm(order: Fault) {
     ORDER.get_or_init(|| order);
+    pulse::on_enter(strike);
 }
 
 /// Whether a fault was ordered for some moment of this process.

@@ -16,7 +16,7 @@
 //! | 2, science | [`adapter`] above [`flow`] · [`model`] · [`optim`] |
 //! | 2, machinery | [`parallel`] · [`watchdog`] |
 //! | 1 | [`collective`] · [`data`] · [`nn`] · [`telemetry`] |
-//! | 0 | [`autograd`] · [`cuda`] · [`error`] · [`failure`] · [`fault`] · `libtorch` · [`pulse`] · `registry` · [`rng`] · [`settings`] · [`tensor`] |
+//! | 0, each on those after it | [`failure`] · [`fault`], `registry` · [`cuda`], [`pulse`], [`settings`] · [`autograd`], [`error`], [`libtorch`], [`phase`], [`rng`], [`tensor`] |
 //!
 //! # Letters in shapes
 //! `B` batch · `C` latent channels · `F` frames · `H`, `W` latent height and width · `L` tokens · `D` model width ·
@@ -45,6 +45,7 @@ pub mod model;
 pub mod nn;
 pub mod optim;
 pub mod parallel;
+pub mod phase;
 pub mod pulse;
 mod registry;
 pub mod rng;

@@ -10,92 +10,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::fault;
-
-/// What a rank does, in the order of a run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Phase {
-    Launch,
-    /// Joining the launcher's world.
-    Connect,
-    /// Agreeing on one configuration, one program and one watchdog.
-    Bootstrap,
-    /// Opening the data, building the model, loading a checkpoint.
-    Open,
-    /// Reading a batch ahead, on a thread of its own.
-    Read,
-    /// Waiting for a batch.
-    Data,
-    Forward,
-    Backward,
-    /// Waiting for the other ranks' gradients and statistics.
-    Reduce,
-    Optimizer,
-    /// Repeating a step's forward and backward to find what was not finite.
-    Diagnose,
-    /// Comparing parameters among ranks.
-    Compare,
-    /// Copying what a checkpoint holds.
-    Snapshot,
-    /// Writing the copy, beside the steps.
-    Write,
-    /// Bringing what was written to the disk.
-    Sync,
-    /// Making a checkpoint real.
-    Commit,
-    /// Deleting old checkpoints.
-    Prune,
-    /// Waiting for a checkpoint that is still being written.
-    Save,
-    /// Generating samples and drawing the report at the end.
-    Report,
-    Finalize,
-}
-
-impl Phase {
-    const ALL: &'static [(&'static str, Phase)] = &[
-        ("launch", Phase::Launch),
-        ("connect", Phase::Connect),
-        ("bootstrap", Phase::Bootstrap),
-        ("open", Phase::Open),
-        ("read", Phase::Read),
-        ("data", Phase::Data),
-        ("forward", Phase::Forward),
-        ("backward", Phase::Backward),
-        ("reduce", Phase::Reduce),
-        ("optimizer", Phase::Optimizer),
-        ("diagnose", Phase::Diagnose),
-        ("compare", Phase::Compare),
-        ("snapshot", Phase::Snapshot),
-        ("write", Phase::Write),
-        ("sync", Phase::Sync),
-        ("commit", Phase::Commit),
-        ("prune", Phase::Prune),
-        ("save", Phase::Save),
-        ("report", Phase::Report),
-        ("finalize", Phase::Finalize),
-    ];
-
-    /// The word that stands in messages and orders of faults.
-    pub fn word(self) -> &'static str {
-        Self::ALL[self as usize].0
-    }
-
-    pub fn named(word: &str) -> Option<Self> {
-        Self::ALL.iter().find(|(name, _)| *name == word).map(|(_, phase)| *phase)
-    }
-
-    /// The phase of that number, as in `phase as u8`.
-    pub fn numbered(number: u8) -> Option<Self> {
-        Self::ALL.get(usize::from(number)).map(|(_, phase)| *phase)
-    }
-
-    /// Every word, for a message.
-    pub fn words() -> impl Iterator<Item = &'static str> {
-        Self::ALL.iter().map(|(word, _)| *word)
-    }
-}
+use crate::phase::Phase;
 
 /// A moment of a run.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -126,6 +41,9 @@ static LAST_SAVE: AtomicU64 = AtomicU64::new(0);
 static COLLECTIVES: AtomicU64 = AtomicU64::new(0);
 /// Milliseconds from the first call of [`began`] to the last change.
 static MOVED: AtomicU64 = AtomicU64::new(0);
+
+/// Told of each phase that begins.
+static LISTENER: OnceLock<fn(Phase)> = OnceLock::new();
 
 /// When this process began to keep its pulse.
 fn began() -> Instant {
@@ -172,11 +90,18 @@ pub fn last_save() -> Duration {
     Duration::from_millis(LAST_SAVE.load(Relaxed))
 }
 
-/// Begins a phase of the run's own thread. A fault that was ordered for this moment strikes here.
+/// Calls `listener` at each phase that begins from now on; the first one that is given stays.
+pub fn on_enter(listener: fn(Phase)) {
+    LISTENER.get_or_init(|| listener);
+}
+
+/// Begins a phase of the run's own thread, and tells the listener.
 pub fn enter(phase: Phase) {
     PHASE.store(phase as u8, Relaxed);
     moved();
-    fault::strike(phase);
+    if let Some(listener) = LISTENER.get() {
+        listener(phase);
+    }
 }
 
 /// Begins a collective.
@@ -207,7 +132,7 @@ pub fn now() -> Pulse {
     let moved = Duration::from_millis(MOVED.load(Relaxed));
     Pulse {
         step: STEP.load(Relaxed),
-        phase: Phase::ALL[PHASE.load(Relaxed) as usize].1,
+        phase: Phase::numbered(PHASE.load(Relaxed)).expect("only phases are stored"),
         collectives: COLLECTIVES.load(Relaxed),
         age: began().elapsed().saturating_sub(moved),
     }
@@ -228,14 +153,6 @@ pub fn whereabouts() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn every_phase_has_its_word() {
-        for (index, (word, phase)) in Phase::ALL.iter().enumerate() {
-            assert_eq!((*phase as usize, phase.word(), Phase::named(word)), (index, *word, Some(*phase)));
-        }
-        assert_eq!(Phase::named("lunch"), None);
-    }
 
     #[test]
     fn a_moment_reads_as_in_messages() {

@@ -3,9 +3,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The order of this list is the order of the house. Rooms on one floor do not use each other, except on the lowest.
+/// The order of this list is the order of the house. Rooms on one floor do not use each other.
 const FLOORS: &[&[&str]] = &[
-    &["autograd", "cuda", "error", "failure", "fault", "libtorch", "pulse", "registry", "rng", "settings", "tensor"],
+    &["autograd", "error", "libtorch", "phase", "rng", "tensor"],
+    &["cuda", "pulse", "settings"],
+    &["fault", "registry"],
+    &["failure"],
     &["collective", "data", "nn", "telemetry"],
     &["flow", "model", "optim", "parallel", "watchdog"],
     &["adapter"],
@@ -50,7 +53,9 @@ fn sources() -> Vec<Source> {
         let room = path.iter().next().unwrap().to_str().unwrap().trim_end_matches(".rs").to_string();
         Source { path, room, text: fs::read_to_string(file).unwrap() }
     };
-    let found: Vec<Source> = rust_files(&root).into_iter().map(read).collect();
+    // The build script lies in src/ and is no part of the crate.
+    let of_crate = rust_files(&root).into_iter().filter(|file| *file != root.join("build.rs"));
+    let found: Vec<Source> = of_crate.map(read).collect();
     assert!(found.len() > 50, "the walk over src/ found {} files", found.len());
     found
 }
@@ -83,7 +88,7 @@ fn rooms_use_lower_floors_only() {
         for (number, line) in source.text.lines().enumerate() {
             for other in rooms_named(line) {
                 let Some(there) = floor_of(&other) else { continue };
-                if there > here || (there == here && other != source.room && here > 0) {
+                if there > here || (there == here && other != source.room) {
                     wrong.push(format!("{}:{}: {} (floor {here}) uses {other}", source.path.display(), number + 1, source.room));
                 }
             }

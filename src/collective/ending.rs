@@ -9,7 +9,8 @@ use std::time::Instant;
 use super::{Collective, mpi, tcp};
 use crate::error::{Error, Result};
 use crate::failure;
-use crate::pulse::{self, Phase};
+use crate::phase::Phase;
+use crate::pulse;
 
 /// Set once the ranks have left the world in good order, after which nobody waits for anybody.
 static HAS_LEFT: AtomicBool = AtomicBool::new(false);

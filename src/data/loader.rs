@@ -15,7 +15,7 @@ use super::share::Share;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::libtorch;
-use crate::pulse::Phase;
+use crate::phase::Phase;
 
 /// Yields one rank's micro-batches in the order of training; dropping it ends its threads.
 #[derive(Debug)]

@@ -13,7 +13,8 @@ use crate::error::Result;
 use crate::flow::{EXPLODED, StepOutput, is_sound, latents_of};
 use crate::nn::ParamSet;
 use crate::parallel::Replica;
-use crate::pulse::{self, Phase};
+use crate::phase::Phase;
+use crate::pulse;
 use crate::telemetry::Stopwatch;
 
 /// Samples that a message names at most.

@@ -12,7 +12,8 @@ use crate::data::sha256::HashingWriter;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::libtorch;
-use crate::pulse::{self, Phase};
+use crate::phase::Phase;
+use crate::pulse;
 use crate::watchdog::Watchdog;
 use serde::{Deserialize, Serialize};
 

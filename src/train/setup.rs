@@ -24,7 +24,7 @@ use crate::flow::{FlowMatchingPipeline, Note};
 use crate::libtorch;
 use crate::nn::AttentionKernels;
 use crate::parallel::{Replica, Sharding, Sharing};
-use crate::pulse::Phase;
+use crate::phase::Phase;
 use crate::rng::{Key, Purpose};
 use crate::settings::Choice;
 use crate::telemetry::Telemetry;

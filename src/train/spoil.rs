@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::fault::{self, Kind as Fault};
 use crate::nn::Activations;
 use crate::parallel::Replica;
-use crate::pulse::Phase;
+use crate::phase::Phase;
 
 /// The model's outputs, times NaN or a factor that makes the loss stand out.
 pub fn outputs(outputs: Activations) -> Activations {

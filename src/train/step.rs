@@ -18,7 +18,8 @@ use crate::fault;
 use crate::flow::{FlowMatchingPipeline, Statistics, StepOptions, StepOutput, Strata, TaskType, is_sound};
 use crate::optim::clip;
 use crate::parallel::{Layout, Reducer, Replica, SeedScope};
-use crate::pulse::{self, Phase};
+use crate::phase::Phase;
+use crate::pulse;
 use crate::rng::{Key, Purpose, Stream};
 use crate::telemetry::Stopwatch;
 

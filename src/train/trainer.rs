@@ -23,7 +23,8 @@ use crate::data::{Dataset, Loader, Order, Share};
 use crate::error::{Error, Result};
 use crate::flow::{FlowMatchingPipeline, report as flow_report};
 use crate::parallel::Replica;
-use crate::pulse::{self, Phase};
+use crate::phase::Phase;
+use crate::pulse;
 use crate::telemetry::{MetricsFile, Telemetry, Throughput, peak_resident_bytes};
 
 /// Exit code of [`Error::NotFinite`], which is also that of a peer that says it.

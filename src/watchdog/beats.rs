@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::pulse::{self, Phase, Pulse};
+use crate::phase::Phase;
+use crate::pulse::{self, Pulse};
 
 /// Ranks that an answer names at most, those that are furthest behind first: it must fit into one datagram.
 const NAMED: usize = 12;

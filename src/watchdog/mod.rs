@@ -200,7 +200,7 @@ fn end(witness: &Witness<'_>, roll: &Roll) -> ! {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pulse::Phase;
+    use crate::phase::Phase;
 
     fn at(step: u64, age: f64) -> Pulse {
         Pulse { step, phase: Phase::Forward, collectives: 0, age: Duration::from_secs_f64(age) }

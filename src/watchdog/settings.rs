@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use crate::pulse::{Phase, Pulse};
+use crate::phase::Phase;
+use crate::pulse::Pulse;
 use crate::settings::{Keys, Settings};
 
 /// `[watchdog]`. Seconds without any movement on any rank after which the run is ended.

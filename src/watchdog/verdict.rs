@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use super::beats::{Roll, Standing};
-use crate::pulse::{Phase, Pulse};
+use crate::phase::Phase;
+use crate::pulse::Pulse;
 
 /// Why a run is ended.
 #[derive(Debug, PartialEq)]

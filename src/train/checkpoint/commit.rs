@@ -8,7 +8,7 @@ use super::disk::{Disk, storage};
 use super::{MANIFEST, Manifest, Part, folder_name, list};
 use crate::config::CheckpointSettings;
 use crate::error::{Error, Result};
-use crate::pulse::Phase;
+use crate::phase::Phase;
 
 /// Where the parts of a checkpoint are written: hidden from whoever looks for checkpoints.
 pub fn staged(run: &Path, step: u64) -> PathBuf {

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use crate::error::{Error, Result};
 use crate::fault;
-use crate::pulse::Phase;
+use crate::phase::Phase;
 
 /// What is done to the disk.
 #[derive(Clone, Copy, Debug, PartialEq)]

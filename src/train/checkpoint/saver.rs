@@ -17,7 +17,8 @@ use crate::collective::Collective;
 use crate::config::{CheckpointSettings, OnFailure};
 use crate::error::{Error, Result};
 use crate::libtorch;
-use crate::pulse::{self, Phase};
+use crate::phase::Phase;
+use crate::pulse;
 use crate::train::agreement::{agree, on_rank_zero};
 
 /// Exit code of [`Error::Storage`], which is also that of a peer that failed by it.

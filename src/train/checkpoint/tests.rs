@@ -15,7 +15,7 @@ use crate::config::{CheckpointSettings, OnFailure, RunConfig};
 use crate::model::{Architecture, Dit};
 use crate::optim::OptimizerChoice;
 use crate::parallel::{Replica, Sharding, ShardingGroup, Sharing};
-use crate::pulse::Phase;
+use crate::phase::Phase;
 use crate::rng::{Key, Purpose};
 use crate::train::resume::Resume;
 use crate::train::run_folder::RunFolder;
