@@ -39,6 +39,7 @@ pub mod doctor;
 pub mod error;
 pub mod failure;
 pub mod fault;
+pub mod files;
 pub mod flow;
 pub mod libtorch;
 pub mod model;

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use fm_dist::data::safetensors;
+use fm_dist::files::safetensors;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use fm_dist::data::safetensors::{self, SafeTensors, Shards};
+use fm_dist::files::safetensors::{self, SafeTensors, Shards};
 use fm_dist::train::{Resume, StepRequest, dump_step};
 use tch::{Kind, Tensor};
 use tempfile::TempDir;

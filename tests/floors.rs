@@ -9,6 +9,7 @@ const FLOORS: &[&[&str]] = &[
     &["cuda", "pulse", "settings"],
     &["fault", "registry"],
     &["failure"],
+    &["files"],
     &["collective", "data", "nn", "telemetry"],
     &["flow", "model", "optim", "parallel", "watchdog"],
     &["adapter"],

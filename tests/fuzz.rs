@@ -19,9 +19,9 @@ use std::time::{Duration, Instant};
 
 use fm_dist::collective::Solo;
 use fm_dist::config::{DEFAULT, RunConfig};
-use fm_dist::data::safetensors::{SafeTensors, write};
 use fm_dist::data::{Dataset, Order};
 use fm_dist::error::Error;
+use fm_dist::files::safetensors::{SafeTensors, write};
 use fm_dist::train::{SampleRequest, StepRequest, TrainOptions, dump_step, sample, train};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use fm_dist::data::OnBad;
 use fm_dist::data::dataset::Dataset;
-use fm_dist::data::safetensors::SafeTensors;
 use fm_dist::error::Error;
+use fm_dist::files::safetensors::SafeTensors;
 use serde_json::json;
 use tempfile::TempDir;
 

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use fm_dist::adapter::create_adapter;
 use fm_dist::config::RunConfig;
-use fm_dist::data::safetensors::{self, SafeTensors};
 use fm_dist::data::{Batch, DataType};
+use fm_dist::files::safetensors::{self, SafeTensors};
 use fm_dist::flow::time_shift::{TimeShift, WeightShift, get_flow_match_loss_weight, time_shift};
 use fm_dist::flow::timestep_sampling::{Density, WeightingScheme, compute_density_for_timestep_sampling};
 use fm_dist::flow::{FlowMatchingPipeline, Statistics, StepOptions, bsmntw_table};

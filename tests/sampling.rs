@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use fm_dist::config::FlowSettings;
-use fm_dist::data::safetensors::{self, SafeTensors};
+use fm_dist::files::safetensors::{self, SafeTensors};
 use fm_dist::flow::{FlowMatchingSettings, Guidance, Guide, ModelAdapter, NoiseLevels, SamplingSettings, solver};
 use fm_dist::rng::{Key, Purpose};
 use fm_dist::train::Resume;

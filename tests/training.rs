@@ -5,8 +5,8 @@ use std::fs::{self, File};
 use std::path::Path;
 
 use fm_dist::config::RunConfig;
-use fm_dist::data::safetensors;
-use fm_dist::data::sha256::HashingWriter;
+use fm_dist::files::safetensors;
+use fm_dist::files::sha256::HashingWriter;
 use fm_dist::rng::{Key, Purpose};
 use fm_dist::train::{Resume, StepRequest, dump_step};
 use tch::{Device, Kind, Tensor};

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use tch::Tensor;
 
 use super::manifest::ConditionsEntry;
-use super::safetensors::{SafeTensors, TensorInfo};
 use crate::error::Result;
+use crate::files::safetensors::{SafeTensors, TensorInfo};
 
 /// Named conditions to generate from, e.g. one text embedding a class.
 #[derive(Debug)]

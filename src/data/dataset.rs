@@ -13,15 +13,16 @@ use sha2::{Digest, Sha256};
 use tch::Tensor;
 
 use super::conditions::Conditions;
-use super::descriptors::kept_open;
 use super::empty_prompt::EmptyPrompt;
 use super::group::{Group, check_latents, check_same, latents_key, layout_of};
 use super::manifest::{self, FileEntry, Manifest};
-use super::safetensors::{SafeTensors, refuse_pickle, row_bytes, with_rows};
 use super::sample_file::SampleFile;
 use super::settings::OnBad;
-use super::{Batch, DataType, sha256};
+use super::{Batch, DataType};
 use crate::error::{Error, Result};
+use crate::files::descriptors::kept_open;
+use crate::files::safetensors::{SafeTensors, refuse_pickle, row_bytes, with_rows};
+use crate::files::sha256;
 use crate::pulse;
 use crate::tensor::bytes_mut;
 
@@ -254,8 +255,8 @@ mod tests {
 
     use super::*;
     use crate::data::made_up::{images, written};
-    use crate::data::safetensors::write;
-    use crate::data::sha256::HashingWriter;
+    use crate::files::safetensors::write;
+    use crate::files::sha256::HashingWriter;
 
     fn labels(first: i64, samples: i64) -> Tensor {
         Tensor::arange_start(first, first + samples, (Kind::Int64, Device::Cpu))

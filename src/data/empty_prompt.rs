@@ -6,8 +6,8 @@ use std::sync::{Mutex, PoisonError};
 use tch::Tensor;
 
 use super::EMPTY;
-use super::safetensors::SafeTensors;
 use crate::error::Result;
+use crate::files::safetensors::SafeTensors;
 
 /// The empty prompt's conditions: the file, and its tensors under the names that batches give them.
 #[derive(Debug)]
@@ -40,7 +40,7 @@ mod tests {
     use std::fs::File;
 
     use super::*;
-    use crate::data::safetensors::write;
+    use crate::files::safetensors::write;
 
     #[test]
     fn an_empty_prompt_that_is_not_finite_is_refused_by_file_and_tensor() {

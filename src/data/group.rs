@@ -6,8 +6,8 @@ use tch::Kind;
 
 use super::DataType;
 use super::manifest;
-use super::safetensors::{SafeTensors, TensorInfo};
 use crate::error::{Error, Result};
+use crate::files::safetensors::{SafeTensors, TensorInfo};
 
 /// Kind and shape of one sample's tensors, by key.
 pub type Layout = BTreeMap<String, (Kind, Vec<i64>)>;

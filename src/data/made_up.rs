@@ -6,8 +6,8 @@ use std::fs::File;
 use tch::{Device, Kind, Tensor};
 
 use super::manifest;
-use super::safetensors::write;
-use super::sha256::HashingWriter;
+use crate::files::safetensors::write;
+use crate::files::sha256::HashingWriter;
 
 /// A file of a dataset under construction: name, group, tensors.
 pub(super) type Part<'a> = (&'a str, &'a str, Vec<(&'a str, Tensor)>);

@@ -9,10 +9,11 @@ use std::path::{Component, Path, PathBuf};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use super::contents::no_json;
-use super::safetensors::open_error;
-use super::{DataType, sha256};
+use super::DataType;
 use crate::error::{Error, Result};
+use crate::files::contents::no_json;
+use crate::files::safetensors::open_error;
+use crate::files::sha256;
 
 pub(super) const FILE_NAME: &str = "dataset.json";
 const FORMAT: &str = "fm-dist dataset";

@@ -1,13 +1,10 @@
-//! Training data: safetensors files, the order of samples, batches read ahead.
+//! Training data: datasets, the order of samples, batches read ahead.
 //!
 //! | question | file |
 //! |---|---|
-//! | is this file sound, what is in it | `safetensors/` |
 //! | what does `dataset.json` say | `manifest.rs` |
-//! | what is this file, if not what was expected | `contents.rs` |
 //! | which samples may stand in one batch | `group.rs` |
-//! | the samples of these ids, please | `dataset.rs`, `sample_file.rs`, `finite.rs` |
-//! | how many files stay open | `descriptors.rs` |
+//! | the samples of these ids, please | `dataset.rs`, `sample_file.rs` |
 //! | from which conditions are samples generated | `conditions.rs` |
 //! | what may a dropped condition become | `empty_prompt.rs` |
 //! | the demo's own data | `digits.rs` |
@@ -17,12 +14,9 @@
 //! | how far latents spread | `moments.rs` |
 
 mod conditions;
-pub mod contents;
 pub mod dataset;
-mod descriptors;
 mod digits;
 mod empty_prompt;
-mod finite;
 pub mod group;
 pub mod loader;
 #[cfg(test)]
@@ -30,10 +24,8 @@ mod made_up;
 pub mod manifest;
 mod moments;
 pub mod order;
-pub mod safetensors;
 mod sample_file;
 mod settings;
-pub mod sha256;
 mod share;
 
 use std::collections::BTreeMap;

@@ -1,8 +1,8 @@
 //! One file of samples, read by number.
 
-use super::finite::{check_finite, is_sound};
-use super::safetensors::{SafeTensors, row_bytes};
 use crate::error::Result;
+use crate::files::finite::{check_finite, is_sound};
+use crate::files::safetensors::{SafeTensors, row_bytes};
 use crate::pulse;
 
 /// A file of a dataset, open.
@@ -37,5 +37,41 @@ impl SampleFile {
         let mut sound = true;
         self.tensors.read_rows_into(info, &rows, data, |piece| sound &= is_sound(info.kind, piece))?;
         if sound { Ok(()) } else { check_finite(&self.tensors, info, ids, &rows, data) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use tch::Tensor;
+
+    use crate::data::Dataset;
+    use crate::data::made_up::{images, written};
+    use crate::data::manifest::Manifest;
+
+    #[test]
+    fn files_beyond_those_kept_open_are_read_alike_until_they_are_replaced() {
+        let part = |name, first| (name, "2x2", vec![("image_latents", images(first, 2, 2))]);
+        let folder = written(&[part("a.safetensors", 0), part("b.safetensors", 2), part("c.safetensors", 4)], None);
+        let keeping = |kept| {
+            let manifest = Manifest::of_folder(folder.path()).expect("a sound manifest");
+            Dataset::keeping(folder.path(), manifest, kept).expect("a sound dataset")
+        };
+        for kept in 0..4 {
+            let batch = keeping(kept).batch(&[5, 0, 2, 3]).expect("sound samples");
+            let expected = Tensor::from_slice(&[5f32, 0.0, 2.0, 3.0]);
+            assert!(batch.tensors["image_latents"].amax([1, 2, 3], false).equal(&expected), "{kept} kept");
+            keeping(kept).verify_hashes().expect("untouched files");
+        }
+        let dataset = keeping(1);
+        for name in ["a.safetensors", "c.safetensors"] {
+            let (path, other) = (folder.path().join(name), folder.path().join("other"));
+            fs::copy(&path, &other).and_then(|_| fs::rename(&other, &path)).expect("another file in its place");
+        }
+        dataset.batch(&[0, 1]).expect("the file that is still open");
+        let error = dataset.batch(&[0, 4]).expect_err("another file");
+        assert_eq!(error.exit_code(), 40);
+        assert!(error.to_string().contains("c.safetensors: was replaced while the run used it"), "{error}");
     }
 }

@@ -7,8 +7,8 @@ use plotters::backend::DrawingBackend;
 use super::axis::{Axis, showable};
 use super::canvas::{self, Canvas, Colour, Picture, pale, series_colour};
 use super::charts::Frame;
-use super::files::replace_file;
 use crate::error::Result;
+use crate::files::durable::replace_file;
 
 /// Share of the run at its start and at its end that is averaged.
 const TENTH: f64 = 0.1;

@@ -6,8 +6,8 @@ use plotters::backend::DrawingBackend;
 
 use super::axis::{Axis, number_text, showable};
 use super::canvas::{self, AXIS, Anchor, Canvas, Colour, GREY, INK, Picture, RULE, pale, series_colour, text_width};
-use super::files::replace_file;
 use crate::error::Result;
+use crate::files::durable::replace_file;
 
 const TITLE_SIZE: f64 = 16.0;
 pub(super) const TEXT_SIZE: f64 = 12.0;

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
 
-use super::files::FirstFailure;
+use crate::files::durable::FirstFailure;
 
 /// Columns of a bar that goes through a pipe, where nobody can be asked (mpirun forwards its ranks' stderr that way).
 const PIPE_COLUMNS: u16 = 100;

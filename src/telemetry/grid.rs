@@ -7,8 +7,8 @@ use plotters::backend::DrawingBackend;
 use tch::{Device, Kind, Tensor};
 
 use super::canvas::{self, Anchor, Canvas, GREY, INK, Picture, text_width};
-use super::files::replace_file;
 use crate::error::Result;
+use crate::files::durable::replace_file;
 use crate::tensor::bytes;
 
 /// Pictures smaller than this are enlarged by the largest whole factor that stays within it.

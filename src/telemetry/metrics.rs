@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::files::{FirstFailure, LineFile, replace_file};
 use crate::error::{Error, Result};
+use crate::files::durable::{FirstFailure, LineFile, replace_file};
 
 /// The key by which lines are ordered and cut; every object has it.
 const STEP: &str = "step";

@@ -5,9 +5,9 @@ use std::path::Path;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
-use super::files::replace_file;
 use super::{Bars, Chart};
 use crate::error::Result;
+use crate::files::durable::replace_file;
 
 /// What the page shows, in its order.
 #[derive(Clone, Debug, Default)]

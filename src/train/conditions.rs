@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
-use crate::data::safetensors::SafeTensors;
 use crate::data::{Batch, Conditions, DataType, Dataset};
 use crate::error::{Error, Result};
+use crate::files::safetensors::SafeTensors;
 use crate::flow::{DataShapes, FlowMatchingSettings, ModelAdapter, Shapes, TaskType, check_keys};
 use crate::model::{Architecture, SampleShapes};
 
@@ -261,7 +261,7 @@ mod tests {
 
     use super::*;
     use crate::adapter::{Arguments, create_adapter};
-    use crate::data::safetensors::write;
+    use crate::files::safetensors::write;
     use crate::model::Dit;
 
     const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);

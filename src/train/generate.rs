@@ -13,13 +13,15 @@ use super::setup::{build_pipeline, empty_replica};
 use super::{checkpoint, run_folder};
 use crate::collective::Solo;
 use crate::config::RunConfig;
-use crate::data::{Batch, Dataset, safetensors};
+use crate::data::{Batch, Dataset};
 use crate::error::{Error, Result};
+use crate::files::durable::replace_file;
+use crate::files::safetensors;
 use crate::flow::{CfgDropoutValue, FlowMatchingContext, FlowMatchingPipeline, Guide, solver};
 use crate::nn::Activations;
 use crate::parallel::{Replica, Sharing};
 use crate::rng::{Key, Purpose, Stream};
-use crate::telemetry::{replace_file, write_grid};
+use crate::telemetry::write_grid;
 
 /// Samples that go through the model together.
 const CHUNK: usize = 100;

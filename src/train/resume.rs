@@ -11,8 +11,8 @@ use super::run_folder::{Checkpoint, RunFolder, first_free};
 use super::runs::{CONFIG, OutputDir, REPORT, Run, is_unused};
 use super::starts;
 use crate::config::RunConfig;
-use crate::data::safetensors::refuse_pickled_weights;
 use crate::error::{Error, Result};
+use crate::files::safetensors::refuse_pickled_weights;
 
 /// Advice at the end of a line about a resume that finds nothing.
 const INSTEAD: &str = "start with --resume never, or with --resume auto, which goes on where it can and begins anew where it cannot";

@@ -18,7 +18,7 @@ use super::starts;
 use crate::collective::Collective;
 use crate::config::RunConfig;
 use crate::error::{Error, Result};
-use crate::telemetry::replace_file;
+use crate::files::durable::replace_file;
 
 /// More than is read of any configuration.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;

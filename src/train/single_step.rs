@@ -12,14 +12,14 @@ use super::place::device;
 use super::setup::{build_pipeline, empty_replica, fresh_replica};
 use crate::collective::Solo;
 use crate::config::RunConfig;
-use crate::data::safetensors::{self, SafeTensors};
 use crate::data::{Batch, DataType, EMPTY};
 use crate::error::{Error, Result};
+use crate::files::durable::replace_file;
+use crate::files::safetensors::{self, SafeTensors};
 use crate::flow::{DataShapes, Statistics, StepOptions, StepOutput, check_keys, latents_of, with_sample_axis};
 use crate::model::SampleShapes;
 use crate::parallel::{Replica, Sharing};
 use crate::rng::Stream;
-use crate::telemetry::replace_file;
 
 /// What `fm-dist step` was asked for.
 #[derive(Clone, Debug)]

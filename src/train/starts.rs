@@ -8,7 +8,7 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::telemetry::replace_file;
+use crate::files::durable::replace_file;
 
 const FILE: &str = "starts.json";
 /// Starts from one step after which another one would be no different.

@@ -11,8 +11,9 @@ use std::sync::Arc;
 
 use criterion::{Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
 use fm_dist::adapter::create_pipeline;
-use fm_dist::data::sha256::HashingWriter;
-use fm_dist::data::{Batch, DataType, Dataset, Loader, Order, Share, safetensors};
+use fm_dist::data::{Batch, DataType, Dataset, Loader, Order, Share};
+use fm_dist::files::safetensors;
+use fm_dist::files::sha256::HashingWriter;
 use fm_dist::flow::{FlowMatchingSettings, Statistics, StepOptions};
 use fm_dist::libtorch;
 use fm_dist::nn::Activations;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::process::Command;
 
-use fm_dist::data::safetensors;
+use fm_dist::files::safetensors;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 

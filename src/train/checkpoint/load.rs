@@ -6,8 +6,8 @@ use tch::Kind;
 
 use super::{Manifest, verify};
 use crate::config::RunConfig;
-use crate::data::safetensors::Shards;
 use crate::error::{Error, Result};
+use crate::files::safetensors::Shards;
 use crate::nn::Stage;
 use crate::optim::Optimizer;
 use crate::parallel::Replica;

@@ -33,8 +33,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::config::RunConfig;
-use crate::data::sha256::hex;
 use crate::error::{Error, Result};
+use crate::files::sha256::hex;
 use crate::train::changes::{self, Values};
 use crate::train::guard::Guard;
 

@@ -7,9 +7,9 @@ use std::path::{Component, Path};
 use serde::Deserialize;
 
 use super::{FORMAT, MANIFEST, Manifest, Part, VERSION, VERSION_WITHOUT_RECORD};
-use crate::data::contents::{Format, HEAD_BYTES, no_json, recognized};
-use crate::data::sha256::HashingWriter;
 use crate::error::{Error, Result, one_line, shortened};
+use crate::files::contents::{Format, HEAD_BYTES, no_json, recognized};
+use crate::files::sha256::HashingWriter;
 use crate::train::requests;
 
 /// Longest manifest that is read: room for ten thousand parts of a gigabyte each.

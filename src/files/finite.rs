@@ -22,7 +22,7 @@ struct Unusable {
 
 /// Refuses NaN, infinities and what float32 or bfloat16 would make infinite in `data`, the bytes of these rows, which hold the
 /// samples `ids`.
-pub(super) fn check_finite(file: &SafeTensors, info: &TensorInfo, ids: &[u64], rows: &[u64], data: &[u8]) -> Result<()> {
+pub(crate) fn check_finite(file: &SafeTensors, info: &TensorInfo, ids: &[u64], rows: &[u64], data: &[u8]) -> Result<()> {
     let row_bytes = row_bytes(info) as usize;
     for (bytes, (id, row)) in data.chunks_exact(row_bytes).zip(ids.iter().zip(rows)) {
         if let Some(unusable) = not_finite(info.kind, bytes) {
@@ -88,7 +88,7 @@ fn not_finite(kind: Kind, bytes: &[u8]) -> Option<Unusable> {
 /// True if all numbers are finite in float32 and bfloat16; in vectors, many times as fast as one by one. False where it is not
 /// known, for kinds that hold no such numbers.
 #[multiversion(targets = "simd")]
-pub(super) fn is_sound(kind: Kind, bytes: &[u8]) -> bool {
+pub(crate) fn is_sound(kind: Kind, bytes: &[u8]) -> bool {
     // Bits of magnitudes are ordered as the magnitudes, NaN last.
     match kind {
         Kind::Half | Kind::BFloat16 => {

@@ -9,9 +9,9 @@ use tch::{Kind, Tensor};
 
 use super::source::{Source, open_error};
 use super::{SafeTensors, TensorInfo};
-use crate::data::contents::no_json;
-use crate::data::descriptors::kept_open;
 use crate::error::{Error, Result};
+use crate::files::contents::no_json;
+use crate::files::descriptors::kept_open;
 
 /// A line a tensor: enough for a hundred thousand of them.
 const MAX_INDEX_BYTES: u64 = 16 << 20;
@@ -204,7 +204,7 @@ mod tests {
     use tch::Device;
 
     use super::*;
-    use crate::data::safetensors::write;
+    use crate::files::safetensors::write;
 
     #[test]
     fn d9_d10_whatever_does_not_fit_is_listed_and_nothing_is_broadcast_or_converted() {

@@ -12,7 +12,7 @@ const MOST_KEPT: u64 = 1 << 14;
 ///
 /// The soft limit is raised as far as that needs and the hard limit allows; what stays open is at most half of the free
 /// descriptors, so that libtorch, MPI, NCCL, threads and the run folder have the other half.
-pub(super) fn kept_open(files: usize) -> usize {
+pub(crate) fn kept_open(files: usize) -> usize {
     let (wanted, in_use) = (MOST_KEPT.min(files as u64), in_use());
     allowed(wanted, in_use, raised_to(in_use + 2 * wanted)) as usize
 }
@@ -38,37 +38,7 @@ fn in_use() -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use tch::Tensor;
-
     use super::*;
-    use crate::data::Dataset;
-    use crate::data::made_up::{images, written};
-    use crate::data::manifest::Manifest;
-
-    #[test]
-    fn files_beyond_those_kept_open_are_read_alike_until_they_are_replaced() {
-        let part = |name, first| (name, "2x2", vec![("image_latents", images(first, 2, 2))]);
-        let folder = written(&[part("a.safetensors", 0), part("b.safetensors", 2), part("c.safetensors", 4)], None);
-        let keeping = |kept| {
-            let manifest = Manifest::of_folder(folder.path()).expect("a sound manifest");
-            Dataset::keeping(folder.path(), manifest, kept).expect("a sound dataset")
-        };
-        for kept in 0..4 {
-            let batch = keeping(kept).batch(&[5, 0, 2, 3]).expect("sound samples");
-            let expected = Tensor::from_slice(&[5f32, 0.0, 2.0, 3.0]);
-            assert!(batch.tensors["image_latents"].amax([1, 2, 3], false).equal(&expected), "{kept} kept");
-            keeping(kept).verify_hashes().expect("untouched files");
-        }
-        let dataset = keeping(1);
-        for name in ["a.safetensors", "c.safetensors"] {
-            let (path, other) = (folder.path().join(name), folder.path().join("other"));
-            fs::copy(&path, &other).and_then(|_| fs::rename(&other, &path)).expect("another file in its place");
-        }
-        dataset.batch(&[0, 1]).expect("the file that is still open");
-        let error = dataset.batch(&[0, 4]).expect_err("another file");
-        assert_eq!(error.exit_code(), 40);
-        assert!(error.to_string().contains("c.safetensors: was replaced while the run used it"), "{error}");
-    }
 
     #[test]
     fn half_of_the_free_descriptors_are_left_to_others() {

@@ -5,8 +5,8 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use crate::data::contents::CONVERT;
 use crate::error::{Error, Result};
+use crate::files::contents::CONVERT;
 
 /// Endings of files that Python's pickle wrote.
 const PICKLES: [&str; 6] = ["pt", "pth", "bin", "ckpt", "pkl", "pickle"];
@@ -154,7 +154,7 @@ fn is_pickle(path: &Path) -> bool {
 }
 
 /// For `map_err` where data are opened: what is missing is the data's fault, all else the storage's.
-pub(in crate::data) fn open_error(path: &Path, error: io::Error) -> Error {
+pub(crate) fn open_error(path: &Path, error: io::Error) -> Error {
     match error.kind() {
         io::ErrorKind::NotFound => Error::data(path, "does not exist"),
         _ => Error::storage(path, "open")(error),

@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::tensor::bytes_mut;
 pub use header::TensorInfo;
 pub use shards::Shards;
-pub(super) use source::open_error;
+pub(crate) use source::open_error;
 use source::{Opened, Source};
 pub use source::{refuse_pickle, refuse_pickled_weights};
 pub use write::{Planned, Writer, write};
@@ -131,7 +131,7 @@ impl SafeTensors {
         &self.metadata
     }
 
-    pub(super) fn holds(&self, name: &str) -> bool {
+    pub(crate) fn holds(&self, name: &str) -> bool {
         self.by_name.contains_key(name)
     }
 
@@ -176,7 +176,7 @@ impl SafeTensors {
 
     /// Fills `data` with the bytes of `rows`, exactly. `look` sees them all, piece by piece, while they are in a cache: a second
     /// pass over memory would take as long as the read.
-    pub(super) fn read_rows_into(&self, info: &TensorInfo, rows: &[u64], data: &mut [u8], mut look: impl FnMut(&[u8])) -> Result<()> {
+    pub(crate) fn read_rows_into(&self, info: &TensorInfo, rows: &[u64], data: &mut [u8], mut look: impl FnMut(&[u8])) -> Result<()> {
         let (opened, row_bytes) = (self.opened()?, row_bytes(info));
         let mut rest = data;
         for run in rows.chunk_by(|a, b| a + 1 == *b) {
@@ -190,7 +190,7 @@ impl SafeTensors {
     }
 
     /// Room for data of the file, as far as the machine has it: a sparse file may claim any size.
-    pub(super) fn buffer(&self, bytes: u64) -> Result<Vec<u8>> {
+    pub(crate) fn buffer(&self, bytes: u64) -> Result<Vec<u8>> {
         let mut buffer = Vec::new();
         if bytes > MAX_READ_BYTES || buffer.try_reserve_exact(bytes as usize).is_err() {
             return Err(self.too_large(bytes));
@@ -200,7 +200,7 @@ impl SafeTensors {
     }
 
     /// A tensor to be filled from the file, as far as the machine has room for it.
-    pub(super) fn room(&self, shape: &[i64], kind: Kind) -> Result<Tensor> {
+    pub(crate) fn room(&self, shape: &[i64], kind: Kind) -> Result<Tensor> {
         let bytes = shape.iter().product::<i64>() as u64 * kind.elt_size_in_bytes() as u64;
         let tensor = (bytes <= MAX_READ_BYTES).then(|| Tensor::f_empty(shape, (kind, Device::Cpu)).ok());
         tensor.flatten().ok_or_else(|| self.too_large(bytes))
@@ -221,7 +221,7 @@ impl SafeTensors {
     }
 
     /// Reads the file from its first to its last byte, `piece` by piece.
-    pub(super) fn for_each_piece(&self, mut piece: impl FnMut(&[u8])) -> Result<()> {
+    pub(crate) fn for_each_piece(&self, mut piece: impl FnMut(&[u8])) -> Result<()> {
         let (opened, mut buffer) = (self.opened()?, vec![0; PIECE_BYTES.min(self.file_bytes) as usize]);
         for start in (0..self.file_bytes).step_by(PIECE_BYTES as usize) {
             let length = PIECE_BYTES.min(self.file_bytes - start) as usize;
@@ -254,13 +254,13 @@ impl SafeTensors {
 }
 
 /// Size of one row along the first axis.
-pub(super) fn row_bytes(info: &TensorInfo) -> u64 {
+pub(crate) fn row_bytes(info: &TensorInfo) -> u64 {
     assert!(!info.shape.is_empty(), "`{}` is a scalar and has no rows", info.name);
     info.bytes / info.shape[0] as u64
 }
 
 /// The tensor's shape with another number of rows.
-pub(super) fn with_rows(info: &TensorInfo, rows: usize) -> Vec<i64> {
+pub(crate) fn with_rows(info: &TensorInfo, rows: usize) -> Vec<i64> {
     [&[rows as i64], &info.shape[1..]].concat()
 }
 

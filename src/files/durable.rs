@@ -7,7 +7,7 @@ use std::path::Path;
 use crate::error::{Error, Result};
 
 /// A file that grows by whole lines, whatever the disk does.
-pub(super) struct LineFile {
+pub(crate) struct LineFile {
     file: File,
     length: u64,
 }
@@ -49,7 +49,7 @@ impl LineFile {
 
 /// Lets the first failure of an outlet through and swallows its repetitions: one warning, and the run goes on.
 #[derive(Default)]
-pub(super) struct FirstFailure {
+pub(crate) struct FirstFailure {
     seen: bool,
 }
 

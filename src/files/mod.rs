@@ -1,0 +1,17 @@
+//! Files: read without trust, written without halves.
+//!
+//! | question | file |
+//! |---|---|
+//! | is this file of tensors sound, what is in it | `safetensors/` |
+//! | what is this file, if not what was expected | `contents.rs` |
+//! | are all its numbers finite | `finite.rs` |
+//! | how many files may stay open | `descriptors.rs` |
+//! | is it the file that was written | `sha256.rs` |
+//! | a document replaced whole, a line appended whole | `durable.rs` |
+
+pub mod contents;
+pub(crate) mod descriptors;
+pub mod durable;
+pub(crate) mod finite;
+pub mod safetensors;
+pub mod sha256;
