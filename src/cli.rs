@@ -9,19 +9,19 @@ use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
 
 use crate::collective::{self, Launch};
+use crate::commands::{self, ExportRequest, ListingFormat, StepRequest, doctor};
 use crate::config::{self, RunConfig};
 use crate::data::Dataset;
-use crate::doctor;
 use crate::error::{Error, Result, STOPPED};
 use crate::fault;
 use crate::files::contents::{Format, HEAD_BYTES, recognized};
 use crate::model::Dtype;
-use crate::parallel::Cluster;
 use crate::phase::Phase;
+use crate::plan::{self, CheckRequest, Cluster, ScalingRequest};
 use crate::pulse;
-use crate::train::{
-    self, CheckRequest, Ending, ExportRequest, ListingFormat, Resume, SampleRequest, ScalingRequest, StepRequest, StopFlag, TrainOptions,
-};
+use crate::run::{Resume, StopFlag};
+use crate::sample::{self, SampleRequest};
+use crate::train::{self, Ending, TrainOptions};
 use crate::watchdog::Watchdog;
 use values::{Shape, WorldSizes, parse_dtype, parse_moment, parse_scale, parse_shape, parse_world};
 
@@ -213,20 +213,20 @@ impl Cli {
     pub fn run(self) -> Result<i32> {
         match self.command.unwrap_or(Command::Train(self.train)) {
             Command::Train(args) => run_training(&args),
-            Command::Sample(args) => train::sample(&args.into_request()).map(|()| 0),
+            Command::Sample(args) => sample::sample(&args.into_request()).map(|()| 0),
             Command::Export(ExportArgs { run, out, max_shard_size, dtype }) => {
-                train::export(&ExportRequest { run, out, max_shard_bytes: max_shard_size.as_u64(), dtype }).map(|()| 0)
+                commands::export(&ExportRequest { run, out, max_shard_bytes: max_shard_size.as_u64(), dtype }).map(|()| 0)
             }
             Command::Step(args) => {
                 let StepArgs { config, batch, dump, weights, torch_seed, grads } = args;
-                train::dump_step(&config.read()?, &StepRequest { batch, dump, weights, torch_seed, grads }).map(|()| 0)
+                commands::dump_step(&config.read()?, &StepRequest { batch, dump, weights, torch_seed, grads }).map(|()| 0)
             }
             Command::Check(args) => {
                 let config = args.config.read()?;
                 if args.verify_data {
                     Dataset::named(&config.data.path)?.verify_hashes()?;
                 }
-                say(&train::check(&config, &args.into_request()?)?)
+                say(&plan::check(&config, &args.into_request()?)?)
             }
             Command::Runs(RunsArgs { config, json, shell }) => {
                 let format = match (json, shell) {
@@ -234,7 +234,7 @@ impl Cli {
                     (_, true) => ListingFormat::Shell,
                     _ => ListingFormat::Text,
                 };
-                say(&train::list_runs(&config.read()?, format)?)
+                say(&commands::list_runs(&config.read()?, format)?)
             }
             Command::Config(args) => say(&args.read()?.to_toml()),
             Command::Doctor => {

@@ -10,13 +10,17 @@
 //!
 //! | floor | rooms |
 //! |---|---|
-//! | 5 | [`cli`]: typed text to a command |
-//! | 4 | [`train`]: the loop · [`doctor`]: what this machine has |
+//! | 9 | [`cli`]: typed text to a command |
+//! | 8 | [`train`]: the loop · [`commands`]: those that do not train |
+//! | 7 | [`plan`]: what a run would need and take |
+//! | 6 | [`sample`]: from noise to data |
+//! | 5 | [`assembly`]: from the configuration to what computes |
+//! | 4 | [`run`]: a run on the disk |
 //! | 3 | [`config`]: one field a room |
 //! | 2, science | [`adapter`] above [`flow`] · [`model`] · [`optim`] |
 //! | 2, machinery | [`parallel`] · [`watchdog`] |
-//! | 1 | [`collective`] · [`data`] · [`nn`] · [`telemetry`] |
-//! | 0, each on those after it | [`failure`] · [`fault`], `registry` · [`cuda`], [`pulse`], [`settings`] · [`autograd`], [`error`], [`libtorch`], [`phase`], [`rng`], [`tensor`] |
+//! | 1 | [`report`] above [`collective`] · [`data`] · [`nn`] · [`telemetry`] |
+//! | 0, each above those after it | [`files`] · [`failure`] · [`fault`], `registry` · [`cuda`], [`pulse`], [`settings`] · [`autograd`], [`error`], [`libtorch`], [`phase`], [`rng`], [`tensor`] |
 //!
 //! # Letters in shapes
 //! `B` batch · `C` latent channels · `F` frames · `H`, `W` latent height and width · `L` tokens · `D` model width ·
@@ -29,13 +33,14 @@
 //! sigma = 0 is data, sigma = 1 is noise; x = (1 − sigma)·latents + sigma·noise; the model predicts noise − latents.
 
 pub mod adapter;
+pub mod assembly;
 pub mod autograd;
 pub mod cli;
 pub mod collective;
+pub mod commands;
 pub mod config;
 pub mod cuda;
 pub mod data;
-pub mod doctor;
 pub mod error;
 pub mod failure;
 pub mod fault;
@@ -47,9 +52,13 @@ pub mod nn;
 pub mod optim;
 pub mod parallel;
 pub mod phase;
+pub mod plan;
 pub mod pulse;
 mod registry;
+pub mod report;
 pub mod rng;
+pub mod run;
+pub mod sample;
 pub mod settings;
 pub mod telemetry;
 pub mod tensor;

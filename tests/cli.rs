@@ -293,7 +293,7 @@ fn what_cannot_be_predicted_is_refused_with_what_can() {
         (
             vec!["--world", "8", "--cluster", "h1000"],
             50,
-            "--cluster: unknown cluster `h1000`; src/parallel/prediction/clusters.toml has a100, cpu2, h100, h200",
+            "--cluster: unknown cluster `h1000`; src/plan/prediction/clusters.toml has a100, cpu2, h100, h200",
         ),
         (
             vec!["--world", "12", "--set", "train.global_batch_size=192", "--cluster", "h100"],
@@ -317,7 +317,7 @@ fn what_cannot_be_predicted_is_refused_with_what_can() {
 fn a_file_of_clusters_takes_the_place_of_those_that_are_built_in() {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("mine.toml");
-    let known = include_str!("../src/parallel/prediction/clusters.toml");
+    let known = include_str!("../src/plan/prediction/clusters.toml");
     let step = |text: &str| {
         fs::write(&file, text).unwrap();
         let arguments = ["check", "--world", "8", "--cluster", "h100", "--clusters", file.to_str().unwrap()];

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use fm_dist::config::{DEFAULT, DEFAULT_NAME, RunConfig};
 use fm_dist::model;
-use fm_dist::train::{CheckRequest, check};
+use fm_dist::plan::{CheckRequest, check};
 use serde_json::Value;
 
 use crate::clock::processor_time;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use fm_dist::train::Resume;
+use fm_dist::run::Resume;
 use tempfile::TempDir;
 
 use crate::runs::{checkpoint, column, tiny, train_in_threads};

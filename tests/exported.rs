@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
+use fm_dist::commands::{StepRequest, dump_step};
 use fm_dist::files::safetensors::{self, SafeTensors, Shards};
-use fm_dist::train::{Resume, StepRequest, dump_step};
+use fm_dist::run::Resume;
 use tch::{Kind, Tensor};
 use tempfile::TempDir;
 

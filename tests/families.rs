@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use fm_dist::commands::{StepRequest, dump_step};
 use fm_dist::config::RunConfig;
 use fm_dist::files::safetensors::{self, SafeTensors};
-use fm_dist::train::{StepRequest, dump_step};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;

@@ -11,10 +11,15 @@ const FLOORS: &[&[&str]] = &[
     &["failure"],
     &["files"],
     &["collective", "data", "nn", "telemetry"],
+    &["report"],
     &["flow", "model", "optim", "parallel", "watchdog"],
     &["adapter"],
     &["config"],
-    &["train", "doctor"],
+    &["run"],
+    &["assembly"],
+    &["sample"],
+    &["plan"],
+    &["commands", "train"],
     &["cli"],
 ];
 
@@ -22,7 +27,7 @@ const FLOORS: &[&[&str]] = &[
 const ONLY_IN: &[(&str, &[&str])] = &[
     ("run_backward(", &["parallel/backward.rs"]),
     ("env::var", &["collective/mod.rs"]),
-    ("rank() == 0", &["train/agreement.rs"]),
+    ("rank() == 0", &["collective/agreement.rs"]),
     (
         "unsafe ",
         &[

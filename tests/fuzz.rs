@@ -18,11 +18,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use fm_dist::collective::Solo;
+use fm_dist::commands::{StepRequest, dump_step};
 use fm_dist::config::{DEFAULT, RunConfig};
 use fm_dist::data::{Dataset, Order};
 use fm_dist::error::Error;
 use fm_dist::files::safetensors::{SafeTensors, write};
-use fm_dist::train::{SampleRequest, StepRequest, TrainOptions, dump_step, sample, train};
+use fm_dist::sample::{SampleRequest, sample};
+use fm_dist::train::{TrainOptions, train};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};

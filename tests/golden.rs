@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use fm_dist::train::Resume;
+use fm_dist::run::Resume;
 use tempfile::TempDir;
 
 use crate::runs::{column, tiny, train_in_threads};

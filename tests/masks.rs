@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use fm_dist::plan::{CheckRequest, check};
+use fm_dist::run::Resume;
 use fm_dist::telemetry::metrics;
-use fm_dist::train::{CheckRequest, Resume, check};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;

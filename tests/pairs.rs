@@ -4,9 +4,10 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
+use fm_dist::commands::{StepRequest, dump_step};
 use fm_dist::config::RunConfig;
 use fm_dist::error::Error;
-use fm_dist::train::{CheckRequest, StepRequest, check, dump_step};
+use fm_dist::plan::{CheckRequest, check};
 use tempfile::TempDir;
 
 use crate::training::{FLUX, FLUX2, HUNYUAN_VIDEO15, QWEN_IMAGE, Tiny, WAN};

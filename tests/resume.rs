@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use fm_dist::config::RunConfig;
 use fm_dist::optim::lr::LrScheduleChoice;
+use fm_dist::run::Resume;
 use fm_dist::settings::Family;
-use fm_dist::train::Resume;
 use tempfile::TempDir;
 
 use crate::runs::{checkpoint, column, finish, kill_at, mpirun, program, tiny, train_in_threads, with_sets};

@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 use fm_dist::collective::Threads;
 use fm_dist::config::{DEFAULT, RunConfig};
 use fm_dist::error::Error;
+use fm_dist::run::Resume;
 use fm_dist::telemetry::metrics;
-use fm_dist::train::{Resume, TrainOptions, train};
+use fm_dist::train::{TrainOptions, train};
 
 /// Overrides that make the digits run small; a global batch of 32 in blocks of 8 suits 1, 2 and 4 ranks.
 pub const TINY: [&str; 6] = [

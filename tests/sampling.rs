@@ -8,7 +8,7 @@ use fm_dist::config::FlowSettings;
 use fm_dist::files::safetensors::{self, SafeTensors};
 use fm_dist::flow::{FlowMatchingSettings, Guidance, Guide, ModelAdapter, NoiseLevels, SamplingSettings, solver};
 use fm_dist::rng::{Key, Purpose};
-use fm_dist::train::Resume;
+use fm_dist::run::Resume;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;

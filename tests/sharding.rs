@@ -6,9 +6,9 @@ use std::thread;
 use fm_dist::collective::{Collective, Threads};
 use fm_dist::model::{Architecture, Dit};
 use fm_dist::nn::{Activations, Builder, Init, Param, ParamSet, Stage, Views};
-use fm_dist::parallel::{Recompute, ReduceDtype, Reducer, Replica, Sharding, Sharing, Summation};
+use fm_dist::parallel::{Recompute, ReduceDtype, Reducer, Replica, Sharding, ShardingGroup, Sharing, Summation, divergence};
 use fm_dist::rng::{Key, Purpose};
-use fm_dist::train::Resume;
+use fm_dist::run::Resume;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
@@ -302,4 +302,58 @@ fn a_resume_at_another_world_size_and_sharding_changes_no_bit() {
         }
     }
     assert_eq!(checkpoint(&unbroken, 40), checkpoint(&folder, 40));
+}
+
+/// Three ranks, on one of which one parameter changes.
+fn with_a_change(sharding: Sharding, change_on: Option<usize>) -> Vec<Result<(), fm_dist::error::Error>> {
+    let join = |rank: Threads| {
+        thread::spawn(move || {
+            let stages = Dit { width: 8, depth: 1, num_heads: 2, ..Dit::default() }.stages().expect("sound");
+            let sharing = Sharing::new(&rank, sharding, ShardingGroup::World, 1).expect("sound");
+            let (key, devices) = (Key::new(1, Purpose::Test), (Device::Cpu, Device::Cpu));
+            let mut replica = Replica::shared(stages, Kind::BFloat16, devices, Some(key), sharing);
+            if change_on == Some(rank.rank()) {
+                replica.buckets[1].update(|master| drop(master.narrow(0, 3, 1).fill_(0.123)));
+            }
+            divergence::check(&replica, rank.rank())
+        })
+    };
+    let threads: Vec<_> = Threads::world(3).into_iter().map(join).collect();
+    threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+}
+
+#[test]
+fn one_parameter_on_one_rank_is_noticed_by_all() {
+    for sharding in [Sharding::None, Sharding::Optimizer] {
+        assert!(with_a_change(sharding, None).iter().all(Result::is_ok));
+        for outcome in with_a_change(sharding, Some(2)) {
+            let text = outcome.expect_err("rank 2 differs").to_string();
+            assert!(text.contains("rank 2 holds other parameters than the rest: "), "{text}");
+            let names = if sharding == Sharding::None { "`blocks.0." } else { "blocks.0" };
+            assert!(text.contains(names) && text.ends_with("nothing was saved"), "{text}");
+        }
+    }
+    assert!(with_a_change(Sharding::Parameters, Some(2)).iter().all(Result::is_ok), "nobody else holds it");
+}
+
+#[test]
+fn among_nodes_the_rank_is_named_by_its_number_in_the_world() {
+    let join = |world: Threads| {
+        thread::spawn(move || {
+            let stages = Dit { width: 8, depth: 1, num_heads: 2, ..Dit::default() }.stages().expect("sound");
+            let sharing = Sharing::within_nodes(&world, Sharding::Gradients, &[0, 0, 1, 1], 1).expect("sound");
+            let (key, devices) = (Key::new(1, Purpose::Test), (Device::Cpu, Device::Cpu));
+            let mut replica = Replica::shared(stages, Kind::Float, devices, Some(key), sharing);
+            if world.rank() == 3 {
+                replica.buckets[1].update(|master| drop(master.narrow(0, 3, 1).fill_(0.123)));
+            }
+            divergence::check(&replica, world.rank())
+        })
+    };
+    let threads: Vec<_> = Threads::world(4).into_iter().map(join).collect();
+    let outcomes: Vec<_> = threads.into_iter().map(|thread| thread.join().expect("no panic")).collect();
+    for rank in [1, 3] {
+        let text = outcomes[rank].as_ref().expect_err("they hold one shard").to_string();
+        assert!(text.contains("rank 3 holds other parameters than the rest"), "{text}");
+    }
 }

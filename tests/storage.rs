@@ -9,7 +9,8 @@ use std::time::SystemTime;
 
 use fm_dist::config::RunConfig;
 use fm_dist::error::Error;
-use fm_dist::train::{Resume, TrainOptions, train};
+use fm_dist::run::Resume;
+use fm_dist::train::{TrainOptions, train};
 use tempfile::TempDir;
 
 use crate::runs::{checkpoint, finish, program, tiny, train_in_threads, with_sets};

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use fm_dist::collective::{self, Collective, Launch, ReduceOp, Tcp, Work};
 use fm_dist::error::{BUG, Error, Result};
-use fm_dist::train::Resume;
+use fm_dist::run::Resume;
 use serde_json::{Value, json};
 use tch::Kind;
 use tempfile::TempDir;

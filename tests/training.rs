@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::Path;
 
+use fm_dist::commands::{StepRequest, dump_step};
 use fm_dist::config::RunConfig;
 use fm_dist::files::safetensors;
 use fm_dist::files::sha256::HashingWriter;
 use fm_dist::rng::{Key, Purpose};
-use fm_dist::train::{Resume, StepRequest, dump_step};
+use fm_dist::run::Resume;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 

@@ -3,6 +3,7 @@
 //! Every rank issues the same operations in the same order on equal shapes; that is the caller's duty and the contract
 //! which `tests/collectives.rs` puts each backend through.
 
+pub mod agreement;
 mod call;
 mod ending;
 mod exchange;
@@ -33,7 +34,7 @@ pub use placement::{Launch, Placement};
 use placement::{Meeting, meeting_among, placement_among};
 pub use solo::Solo;
 pub use tcp::Tcp;
-pub use texts::{broadcast_text, gather_texts, local_rank, nodes};
+pub use texts::{broadcast_text, gather_texts, local_rank, nodes, spans};
 pub use threads::Threads;
 
 /// How the ranks' elements become one. Backends differ in what becomes of a NaN in `Min` and `Max`.

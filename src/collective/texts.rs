@@ -61,3 +61,15 @@ fn narrowed(operation: &'static str, bytes: &Tensor) -> Result<String> {
     let bytes: Vec<u8> = Vec::<i64>::try_from(bytes).expect("a flat integer tensor").into_iter().map(|byte| byte as u8).collect();
     String::from_utf8(bytes).map_err(broken)
 }
+
+/// Ranks in a message: `0-2 4 6-7`.
+pub fn spans(ranks: &[usize]) -> String {
+    let mut texts: Vec<String> = Vec::new();
+    let mut rest = ranks;
+    while let Some(first) = rest.first() {
+        let length = rest.iter().enumerate().take_while(|(index, rank)| **rank == first + index).count();
+        texts.push(if length == 1 { first.to_string() } else { format!("{first}-{}", first + length - 1) });
+        rest = &rest[length..];
+    }
+    texts.join(" ")
+}

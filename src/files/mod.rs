@@ -7,11 +7,13 @@
 //! | are all its numbers finite | `finite.rs` |
 //! | how many files may stay open | `descriptors.rs` |
 //! | is it the file that was written | `sha256.rs` |
+//! | can this output be written | `outputs.rs` |
 //! | a document replaced whole, a line appended whole | `durable.rs` |
 
 pub mod contents;
 pub(crate) mod descriptors;
 pub mod durable;
 pub(crate) mod finite;
+pub mod outputs;
 pub mod safetensors;
 pub mod sha256;

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::Model;
 use crate::error::{Error, Result};
 use crate::files::contents::no_json;
 use crate::files::safetensors::refuse_pickled_weights;
+use crate::model::Model;
 use crate::settings::{self, Family};
 
 const FILE_NAME: &str = "config.json";

@@ -7,8 +7,8 @@
 
 use tch::{Kind, Tensor};
 
-use super::{Architecture, SampleShapes, expect_equal, expect_image};
 use crate::error::{Error, Result};
+use crate::model::{Architecture, SampleShapes, expect_equal, expect_image};
 use crate::nn::attention::SelfAttention;
 use crate::nn::embed::{ScalarEmbedding, grid_positions};
 use crate::nn::modulation::{Modulation, gated, modulated_norm};

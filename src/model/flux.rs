@@ -8,9 +8,9 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::joint::{Head, JointStage, check_axes, grid, joined, joint_mask};
-use super::{Architecture, SampleShapes, expect_equal, expect_image};
 use crate::error::{Error, Result};
+use crate::model::joint::{Head, JointStage, check_axes, grid, joined, joint_mask};
+use crate::model::{Architecture, SampleShapes, expect_equal, expect_image};
 use crate::nn::attention::{Heads, Projections, attend};
 use crate::nn::embed::ScalarEmbedding;
 use crate::nn::joint_block::BlockNames;

@@ -4,7 +4,7 @@
 //! Inputs: `hidden_states` `[B, Li, in_channels]`, `encoder_hidden_states` `[B, Lt, joint_attention_dim]`, `timestep` `[B]` in
 //! `[0, 1]`, `grid`, and `guidance` `[B]`, which a model that embeds it may go without.
 //!
-//! Beside what the names of [`joint`](super::joint) say, the blocks' modulations cross the boundaries: `image_modulation` and
+//! Beside what the names of [`joint`](crate::model::joint) say, the blocks' modulations cross the boundaries: `image_modulation` and
 //! `text_modulation` `[B, 6·D]` as far as the double blocks go, `single_modulation` `[B, 3·D]` behind them. They are computed
 //! once, where their parameters are, so that the blocks hold nothing but attention and feed-forward parts.
 //!
@@ -12,9 +12,9 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::joint::{Head, check_axes, grid, joined, streams};
-use super::{Architecture, SampleShapes, expect_equal, expect_even, expect_image};
 use crate::error::Result;
+use crate::model::joint::{Head, check_axes, grid, joined, streams};
+use crate::model::{Architecture, SampleShapes, expect_equal, expect_even, expect_image};
 use crate::nn::attention::{Heads, JointAttention, attend};
 use crate::nn::embed::ScalarEmbedding;
 use crate::nn::joint_block::JointBlock;

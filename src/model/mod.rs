@@ -4,13 +4,11 @@ mod diffusers;
 mod dit;
 mod flux;
 mod flux2;
-mod footprint;
 mod hunyuan_video15;
 mod joint;
 mod qwen_image;
 mod settings;
 mod wan;
-mod work;
 
 use std::collections::BTreeMap;
 
@@ -20,12 +18,10 @@ pub use diffusers::{read_folder, write_config};
 pub use dit::Dit;
 pub use flux::Flux;
 pub use flux2::Flux2;
-pub use footprint::{Footprint, Tokens, footprint};
 pub use hunyuan_video15::HunyuanVideo15;
 pub use qwen_image::QwenImage;
 pub use settings::{Beginning, Dtype, ModelSettings};
 pub use wan::Wan;
-pub use work::{ForwardWork, forward_work};
 
 use crate::error::{Error, Result};
 use crate::nn::Stage;

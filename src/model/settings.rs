@@ -4,8 +4,8 @@ use std::path::Path;
 
 use tch::Kind;
 
-use super::{Model, diffusers};
 use crate::error::{Error, Result};
+use crate::model::{Model, diffusers};
 use crate::settings::{Choice, Family, Keys, Settings};
 
 /// Kind of the model's computation; master weights and optimizer state are f32 whatever this is.

@@ -1,8 +1,8 @@
 //! Parameters of the stages in the order in which they are used, those of the next on their way while one computes.
 
-use super::Replica;
-use super::bucket::{Gathering, Weights};
 use crate::error::Result;
+use crate::parallel::Replica;
+use crate::parallel::bucket::{Gathering, Weights};
 
 /// Gathers one stage ahead.
 pub struct Ahead<'m, I> {

@@ -2,12 +2,12 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::Sharing;
-use super::layout::{Layout, runs_within};
-use super::piece::{Piece, Shard};
 use crate::collective::{Collective, Sliced, Work};
 use crate::error::Result;
 use crate::nn::{ParamSet, Views};
+use crate::parallel::Sharing;
+use crate::parallel::layout::{Layout, runs_within};
+use crate::parallel::piece::{Piece, Shard};
 use crate::rng::Key;
 
 /// A stage's parameters: f32 master values, and the same in the compute kind.

@@ -2,10 +2,10 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::Sharding;
-use super::layout::Layout;
 use crate::collective::{Collective, Sliced};
 use crate::error::Result;
+use crate::parallel::Sharding;
+use crate::parallel::layout::Layout;
 
 /// Consecutive parameters of one compute kind.
 #[derive(Debug)]

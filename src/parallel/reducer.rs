@@ -4,13 +4,13 @@ use std::collections::VecDeque;
 
 use tch::{Kind, Tensor};
 
-use super::accumulator::{Accumulator, Summation};
-use super::{Bucket, ReduceDtype, Sharding, Sharing};
 use crate::collective::{ReduceOp, Sliced, Work};
 use crate::error::Result;
+use crate::parallel::accumulator::{Accumulator, Summation};
+use crate::parallel::{Bucket, ReduceDtype, Sharding, Sharing};
 
 /// Buckets whose shards may be on their way at once: each holds a stage's whole gradient until it has arrived.
-pub(super) const BUCKETS_UNDER_WAY: usize = 1;
+pub(crate) const BUCKETS_UNDER_WAY: usize = 1;
 
 /// Collects one optimizer step's gradients: sums micro-batches, and hands each stage's bucket to a collective as soon as it
 /// is complete, so that it travels while the stage before computes.
@@ -123,7 +123,7 @@ impl Sharding {
 
 impl ReduceDtype {
     /// Kind in which gradients of parameters of `kind` travel: precise ones always in f32.
-    pub(super) fn of(self, kind: Kind) -> Kind {
+    pub(crate) fn of(self, kind: Kind) -> Kind {
         match self {
             ReduceDtype::BFloat16 if kind != Kind::Float => Kind::BFloat16,
             _ => Kind::Float,

@@ -2,11 +2,11 @@
 
 use tch::{Device, Kind, Tensor, no_grad};
 
-use super::ahead::Ahead;
-use super::tape::run;
-use super::{Bucket, Recompute, Sharing, Tape};
 use crate::error::Result;
 use crate::nn::{Activations, ParamInfo, Stage};
+use crate::parallel::ahead::Ahead;
+use crate::parallel::tape::run;
+use crate::parallel::{Bucket, Recompute, Sharing, Tape};
 use crate::rng::Key;
 
 /// Stages with a bucket each, shared with other ranks or not.

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::Summation;
+use crate::parallel::Summation;
 use crate::settings::{Choice, Keys, Settings};
 
 /// What happens to a stage's graph between forward and backward.

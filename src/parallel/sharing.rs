@@ -4,10 +4,10 @@ use std::ops::{Add, Deref};
 
 use tch::{Device, Kind, Tensor};
 
-use super::layout::Cut;
-use super::{Sharding, ShardingGroup};
 use crate::collective::{Collective, Sliced, Solo, Spent, nodes};
 use crate::error::{Error, Result};
+use crate::parallel::layout::Cut;
+use crate::parallel::{Sharding, ShardingGroup};
 
 /// A world of ranks as shard groups and replica groups: the ranks of a shard group hold the state together, slice by slice;
 /// those of a replica group hold the same slice, and their gradients are summed.

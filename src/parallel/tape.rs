@@ -2,12 +2,12 @@
 
 use tch::{Device, Tensor, no_grad};
 
-use super::ahead::Ahead;
-use super::backward::{loss_backward, stage_backward};
-use super::bucket::Weights;
-use super::{Recompute, Replica};
 use crate::error::{Error, Result};
 use crate::nn::{Activations, Stage};
+use crate::parallel::ahead::Ahead;
+use crate::parallel::backward::{loss_backward, stage_backward};
+use crate::parallel::bucket::Weights;
+use crate::parallel::{Recompute, Replica};
 use crate::pulse;
 
 /// What one micro-batch's forward leaves for its backward: the boundaries, and the graphs that are kept.

@@ -1,21 +1,15 @@
-//! What a run tells the people who watch it: log lines, progress, metrics, charts, pictures, the report.
+//! A run's words to the people who watch it: log lines, progress, metrics.
 //!
 //! Rank 0 speaks for the run on standard error; every rank keeps its own `log/rank-NNNNN.jsonl`. Nothing here can stop a
 //! training: a closed pipe or a full disk costs one warning.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
-mod axis;
-mod bars;
-mod canvas;
-mod charts;
 mod console;
-mod grid;
 mod meters;
 pub mod metrics;
 mod progress;
 mod record;
-mod report;
 
 use std::fs;
 use std::io;
@@ -31,15 +25,11 @@ use tracing_subscriber::layer::{Context, SubscriberExt};
 use crate::error::Result;
 use crate::files::durable::{FirstFailure, LineFile};
 use crate::settings::{Choice, Keys, Settings};
-pub use bars::Bars;
-pub use charts::{Chart, Series};
 use console::{Console, lock};
-pub use grid::{grid_png, write_grid};
 pub use meters::{Stopwatch, Throughput, duration_text, peak_resident_bytes};
 pub use metrics::MetricsFile;
 pub use progress::Progress;
 use record::Record;
-pub use report::{Figure, ReportData, write_report};
 
 /// How much is told; the `[log]` table.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::ProgressBar;
 
-use super::console::Console;
-use super::meters::{Throughput, duration_text};
+use crate::telemetry::console::Console;
+use crate::telemetry::meters::{Throughput, duration_text};
 
 /// Pause between two plain progress lines: some hundred of them a run of an hour.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -91,8 +91,8 @@ impl Drop for Progress {
 
 #[cfg(test)]
 mod tests {
-    use super::super::console::Page;
     use super::*;
+    use crate::telemetry::console::Page;
 
     #[test]
     fn a_bar_shows_step_message_and_time_left() {

@@ -5,8 +5,6 @@
 
 use tch::{Kind, Tensor};
 
-use super::latents;
-use super::step::Stepper;
 use crate::collective::gather_texts;
 use crate::data::Batch;
 use crate::error::Result;
@@ -16,6 +14,8 @@ use crate::parallel::Replica;
 use crate::phase::Phase;
 use crate::pulse;
 use crate::telemetry::Stopwatch;
+use crate::train::latents;
+use crate::train::step::Stepper;
 
 /// Samples that a message names at most.
 const NAMED: usize = 8;

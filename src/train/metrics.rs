@@ -2,8 +2,8 @@
 
 use serde::Serialize;
 
-use super::step::Update;
 use crate::flow::report::StepFacts;
+use crate::train::step::Update;
 
 /// Where a run stands after a step.
 #[derive(Clone, Copy, Debug)]

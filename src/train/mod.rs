@@ -1,55 +1,25 @@
-//! The only room where science and machinery meet: the loop, and when it logs, saves and samples.
+//! The loop: steps of training, and when they are logged, compared and saved. Science and machinery meet here.
 
-mod agreement;
-mod changes;
-mod check;
-mod checkpoint;
-mod conditions;
-mod data_check;
 mod diagnose;
-mod divergence;
-mod export;
-mod generate;
-mod guard;
+mod handshake;
+mod inject;
 mod latents;
-mod listing;
-mod locate;
-mod lock;
-mod meeting;
 mod metrics;
-mod outputs;
-mod place;
 mod report;
-mod requests;
-mod resume;
-mod run_folder;
-mod runs;
-mod scaling;
 mod setup;
-mod single_step;
-mod spoil;
-mod starts;
-mod state;
 mod step;
+mod step_report;
 mod stragglers;
-mod tally;
 mod trainer;
-mod weights;
 
-pub use check::{CheckRequest, check};
-pub use export::{ExportRequest, export};
-pub use generate::{SampleRequest, sample};
-pub use listing::{ListingFormat, list_runs};
-pub use meeting::{begin, share_config};
-pub use requests::StopFlag;
-pub use resume::Resume;
-pub use scaling::ScalingRequest;
-pub use single_step::{StepRequest, dump_step};
+pub use handshake::{begin, share_config};
 
 use std::path::PathBuf;
 use std::time::Instant;
 
+use crate::assembly::place::Place;
 use crate::collective::Collective;
+use crate::collective::agreement::known_to_all;
 use crate::config::RunConfig;
 use crate::error::{Error, Result};
 use crate::failure;
@@ -57,11 +27,10 @@ use crate::fault;
 use crate::optim::lr;
 use crate::phase::Phase;
 use crate::pulse;
+use crate::run::folder::RunFolder;
+use crate::run::requests::Requests;
+use crate::run::{Resume, StopFlag};
 use crate::telemetry;
-use agreement::known_to_all;
-use place::Place;
-use requests::Requests;
-use run_folder::RunFolder;
 use trainer::Trainer;
 
 /// How a run begins and what it looks at, from the command line.

@@ -5,17 +5,18 @@ use std::path::Path;
 use serde_json::{Map, Value};
 use tch::Device;
 
-use super::agreement::{agreed, on_rank_zero};
-use super::conditions::Origin;
-use super::generate::Plan;
-use super::requests::Requests;
-use super::run_folder::RunFolder;
 use crate::collective::Collective;
+use crate::collective::agreement::{agreed, on_rank_zero};
 use crate::config::RunConfig;
 use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::parallel::Replica;
-use crate::telemetry::{Bars, Chart, Figure, ReportData, Series, grid_png, metrics, write_report};
+use crate::report::{Bars, Chart, Figure, ReportData, Series, grid_png, write_report};
+use crate::run::folder::RunFolder;
+use crate::run::requests::Requests;
+use crate::sample::conditions::Origin;
+use crate::sample::generate::Plan;
+use crate::telemetry::metrics;
 
 /// Size of `loss.png` in pixels.
 const LOSS_PICTURE: (u32, u32) = (1200, 560);

@@ -4,30 +4,29 @@ use std::sync::Arc;
 
 use tch::Device;
 
-use super::TrainOptions;
-use super::agreement::{agree, agreed};
-use super::changes;
-use super::checkpoint::{self, Manifest, Saver};
-use super::data_check::check_data;
-use super::divergence;
-use super::run_folder::RunFolder;
-use super::spoil;
-use super::state::OptimizerState;
-use super::stragglers::Stragglers;
-use super::trainer::Trainer;
-use super::weights;
+use crate::assembly::{build_pipeline, empty_replica, fresh_replica, home, share_of};
 use crate::collective::Collective;
+use crate::collective::agreement::{agree, agreed};
 use crate::config::RunConfig;
-use crate::data::{Dataset, Order, Share};
+use crate::data::{Dataset, Order};
 use crate::error::Result;
-use crate::flow::{FlowMatchingPipeline, Note};
+use crate::flow::Note;
 use crate::libtorch;
 use crate::nn::AttentionKernels;
-use crate::parallel::{Replica, Sharding, Sharing};
+use crate::parallel::divergence;
+use crate::parallel::{Sharding, Sharing};
 use crate::phase::Phase;
-use crate::rng::{Key, Purpose};
+use crate::plan::check_data;
+use crate::run::changes;
+use crate::run::checkpoint::{self, Manifest, Saver};
+use crate::run::folder::RunFolder;
+use crate::run::optimizer_state::OptimizerState;
 use crate::settings::Choice;
 use crate::telemetry::Telemetry;
+use crate::train::TrainOptions;
+use crate::train::inject;
+use crate::train::stragglers::Stragglers;
+use crate::train::trainer::Trainer;
 
 impl<'c> Trainer<'c> {
     /// At the first step, or behind the checkpoint that the run folder goes on from.
@@ -75,7 +74,7 @@ impl<'c> Trainer<'c> {
             folder.note_start(manifest.step, config.max_steps, collective)?;
             tracing::info!("resumed from {} at step {}", path.display(), manifest.step);
         }
-        spoil::parameters(Phase::Open, &mut replica);
+        inject::parameters(Phase::Open, &mut replica);
         divergence::check(&replica, collective.rank())?;
         folder.keep_config(config, collective)?;
         if let (Some(what), true) = (jump_of_lr(config, &manifest), telemetry.speaks_for_the_run()) {
@@ -154,48 +153,4 @@ impl<'c> Trainer<'c> {
 /// The warning of a learning rate that does not go on as the checkpoint's run had led it.
 fn jump_of_lr(config: &RunConfig, manifest: &Manifest) -> Option<String> {
     changes::jump_of_lr(config, manifest.lr?, manifest.step, manifest.guard.update_number(manifest.step))
-}
-
-/// This rank's part of the global batch.
-fn share_of(config: &RunConfig, collective: &dyn Collective) -> Result<Share> {
-    Ok(Share {
-        rank: collective.rank(),
-        world_size: collective.world_size(),
-        micro_batches: config.micro_batches(collective.world_size())?,
-        micro_batch_size: config.data.micro_batch_size_per_gpu,
-        neighbours: config.parallel.neighbours_to_one_rank(),
-    })
-}
-
-/// Where the optimizer's state lies between steps.
-fn home(config: &RunConfig, device: Device) -> Device {
-    if config.parallel.offload.optimizer() { Device::Cpu } else { device }
-}
-
-/// The configured model with all parameters zero, to be filled from a checkpoint.
-pub fn empty_replica<'c>(config: &RunConfig, device: Device, sharing: Sharing<'c>) -> Result<Replica<'c>> {
-    replica(config, device, sharing, None)
-}
-
-/// The configured model as a run begins with it: pretrained, or with parameters that follow from the seed alone.
-///
-/// # Ordering
-/// Every rank calls it.
-pub fn fresh_replica<'c>(config: &RunConfig, device: Device, sharing: Sharing<'c>, collective: &dyn Collective) -> Result<Replica<'c>> {
-    if let Some(folder) = config.model.pretrained() {
-        let mut replica = empty_replica(config, device, sharing)?;
-        weights::load_pretrained(folder, &config.model.family, &mut replica, collective)?;
-        return Ok(replica);
-    }
-    replica(config, device, sharing, Some(Key::new(config.seed, Purpose::Initialization)))
-}
-
-fn replica<'c>(config: &RunConfig, device: Device, sharing: Sharing<'c>, key: Option<Key>) -> Result<Replica<'c>> {
-    let (stages, kind) = (config.model.family.stages()?, config.model.dtype.kind());
-    Ok(Replica::shared(stages, kind, (device, home(config, device)), key, sharing))
-}
-
-pub fn build_pipeline(config: &RunConfig, device: Device) -> FlowMatchingPipeline {
-    let flow = &config.flow_matching;
-    FlowMatchingPipeline::new(flow.flow.clone(), flow.adapter.build(), device, config.model.dtype.kind())
 }

@@ -2,14 +2,7 @@
 
 use tch::Tensor;
 
-use super::agreement::known_to_all;
-use super::checkpoint::Saver;
-use super::diagnose::{Finding, diagnose};
-use super::guard::{BUDGET_STEPS, Guard};
-use super::requests::Requests;
-use super::spoil;
-use super::state::{Change, OptimizerState};
-use super::tally::{self, OWN_PHASES, Own, Tally};
+use crate::collective::agreement::known_to_all;
 use crate::collective::{Collective, Spent};
 use crate::config::{OnLossSpike, OnNonFinite, RunConfig, TrainSettings};
 use crate::data::{Batch, Loader, Share};
@@ -21,7 +14,14 @@ use crate::parallel::{Layout, Reducer, Replica, SeedScope};
 use crate::phase::Phase;
 use crate::pulse;
 use crate::rng::{Key, Purpose, Stream};
+use crate::run::checkpoint::Saver;
+use crate::run::guard::{BUDGET_STEPS, Guard};
+use crate::run::optimizer_state::{Change, OptimizerState};
+use crate::run::requests::Requests;
 use crate::telemetry::Stopwatch;
+use crate::train::diagnose::{Finding, diagnose};
+use crate::train::inject;
+use crate::train::step_report::{self, OWN_PHASES, Own, Tally};
 
 /// What a step needs besides the model and its state.
 pub struct Stepper<'a> {
@@ -107,7 +107,7 @@ impl Stepper<'_> {
             batches.push(batch);
         }
         pulse::enter(Phase::Reduce);
-        spoil::collectives(self.collective)?;
+        inject::collectives(self.collective)?;
         let gradients = reducer.finish()?;
         let norms = self.norms_of_grains(&gradients, replica);
         let seconds = OWN_PHASES.map(|phase| watch.seconds(phase));
@@ -115,8 +115,8 @@ impl Stepper<'_> {
         let request = self.requests.heard();
         let issued = self.collective.issued();
         let own = Own { statistics: &rows, norms: &norms, request, seconds, saving: self.saver.progress(), bad_samples, issued };
-        let tallies = tally::exchange(&own, self.collective)?;
-        tally::check_in_step(&tallies, &issued, self.collective)?;
+        let tallies = step_report::exchange(&own, self.collective)?;
+        step_report::check_in_step(&tallies, &issued, self.collective)?;
         let statistics = self.merged(&tallies);
         let grad_norm = statistics.gradient_scale() * self.grad_norm(&tallies, replica);
         let seen = Seen { statistics, grad_norm, tallies };
@@ -166,13 +166,13 @@ impl Stepper<'_> {
         // The loss is checked later, for all ranks at once.
         let options = StepOptions { global_step: step, collect_metrics: true, check_loss: false, strata: strata.as_ref() };
         let stream = self.stream(step, micro_batch, batch);
-        let output = self.pipeline.step(|inputs| Ok(spoil::outputs(tape.forward(inputs)?)), batch, &stream, options)?;
+        let output = self.pipeline.step(|inputs| Ok(inject::outputs(tape.forward(inputs)?)), batch, &stream, options)?;
         watch.lap("forward");
         pulse::enter(Phase::Backward);
         // Of the mean over all ranks' micro-batches, so that gradients are summed; what their masks keep is known after the
         // last one, and divides the sum.
         let share = &output.loss.objective / (self.share.micro_batches * self.share.world_size) as f64;
-        tape.backward(&share, |stage, gradients| on_gradient(stage, spoil::gradients(stage, gradients)))?;
+        tape.backward(&share, |stage, gradients| on_gradient(stage, inject::gradients(stage, gradients)))?;
         watch.lap("backward");
         Ok(output)
     }
@@ -271,7 +271,7 @@ impl Stepper<'_> {
         for (index, pieces) in gradients.iter().enumerate() {
             state.update(index, &mut replica.buckets[index], pieces, change);
         }
-        spoil::parameters(Phase::Optimizer, replica);
+        inject::parameters(Phase::Optimizer, replica);
         replica.publish()
     }
 }

@@ -1,6 +1,6 @@
 //! Ranks that hold the others up, by phase.
 
-use super::tally::{OWN_PHASES, Tally};
+use crate::train::step_report::{OWN_PHASES, Tally};
 
 /// Steps over which a rank's seconds are judged, by their median: one slow step is nobody's fault.
 const STEPS: usize = 20;
@@ -51,7 +51,7 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::requests::Request;
+    use crate::run::requests::Request;
 
     fn tally(data: f64, backward: f64) -> Tally {
         let seconds = [data, 0.1, backward];

@@ -5,27 +5,27 @@ use std::time::Instant;
 
 use tch::Device;
 
-use super::Ending;
-use super::agreement::known_to_all;
-use super::checkpoint::{self, Manifest, Saved, Saver};
-use super::divergence;
-use super::latents;
-use super::metrics::{self, StepMetrics};
-use super::requests::{Request, Requests};
-use super::run_folder::RunFolder;
-use super::state::OptimizerState;
-use super::step::{Stepper, Update};
-use super::stragglers::Stragglers;
-use super::tally::{self, Tally};
 use crate::collective::Collective;
+use crate::collective::agreement::known_to_all;
 use crate::config::{CheckpointSettings, RunConfig};
 use crate::data::{Dataset, Loader, Order, Share};
 use crate::error::{Error, Result};
 use crate::flow::{FlowMatchingPipeline, report as flow_report};
 use crate::parallel::Replica;
+use crate::parallel::divergence;
 use crate::phase::Phase;
 use crate::pulse;
+use crate::run::checkpoint::{self, Manifest, Saved, Saver};
+use crate::run::folder::RunFolder;
+use crate::run::optimizer_state::OptimizerState;
+use crate::run::requests::{Request, Requests};
 use crate::telemetry::{MetricsFile, Telemetry, Throughput, peak_resident_bytes};
+use crate::train::Ending;
+use crate::train::latents;
+use crate::train::metrics::{self, StepMetrics};
+use crate::train::step::{Stepper, Update};
+use crate::train::step_report::{self, Tally};
+use crate::train::stragglers::Stragglers;
 
 /// Exit code of [`Error::NotFinite`], which is also that of a peer that says it.
 const NUMERIC: i32 = 41;
@@ -71,7 +71,7 @@ impl<'c> Trainer<'c> {
             progress.advance(self.manifest.step, &line);
             let states: Vec<u8> = update.tallies.iter().map(|tally| tally.saving).collect();
             self.saver.advance(&states, self.collective)?;
-            let request = tally::request(&update.tallies);
+            let request = step_report::request(&update.tallies);
             self.settle(request, requests)?;
             if request == Request::Stop && self.manifest.step < self.config.max_steps {
                 self.saver.finish(self.collective)?;

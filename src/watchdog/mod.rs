@@ -25,7 +25,6 @@ use beats::{Line, Meeting, Roll};
 use settings::Pace;
 pub use settings::WatchdogSettings;
 use verdict::Witness;
-pub use verdict::spans;
 
 /// Steps whose median says how long a step takes.
 const SEEN_STEPS: usize = 50;

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::beats::{Roll, Standing};
+use crate::collective::spans;
 use crate::phase::Phase;
 use crate::pulse::Pulse;
 
@@ -101,18 +102,6 @@ fn named(missing: &[&Standing], roll: &Roll, quiet: Duration) -> String {
 
 fn reading(file: &Option<String>) -> String {
     file.as_ref().map(|file| format!(", reading {file}")).unwrap_or_default()
-}
-
-/// `0-2 4 6-7`.
-pub fn spans(ranks: &[usize]) -> String {
-    let mut texts: Vec<String> = Vec::new();
-    let mut rest = ranks;
-    while let Some(first) = rest.first() {
-        let length = rest.iter().enumerate().take_while(|(index, rank)| **rank == first + index).count();
-        texts.push(if length == 1 { first.to_string() } else { format!("{first}-{}", first + length - 1) });
-        rest = &rest[length..];
-    }
-    texts.join(" ")
 }
 
 #[cfg(test)]

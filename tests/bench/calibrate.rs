@@ -110,7 +110,7 @@ fn main() {
     let (memory, update, launch) = (bench.memory_rate(), bench.update_rate(), bench.launch_seconds());
     let message = bench.all_reduce_seconds(1, BATCH);
     // What a large all-reduce takes beside its messages is passes over its bytes: to every other rank a copy out, a sum and a copy
-    // in of a shard, and one copy more; see `memory_seconds` in `src/parallel/prediction/links.rs`.
+    // in of a shard, and one copy more; see `memory_seconds` in `src/plan/prediction/links.rs`.
     let others = (cores - 1) as f64;
     let passes = (3.0 * others + 1.0) * (4 * BLOCK) as f64 / cores as f64;
     let pass = passes / (bench.all_reduce_seconds(BLOCK, 1) - 2.0 * others * message);

@@ -52,7 +52,7 @@ TOML
 
 echo "load: $(cut -d' ' -f1-3 /proc/loadavg)"
 mpi_run "$cores" "$calibrate" 15 >"$folder/calibrated.txt"
-python3 tests/bench/scaling.py clusters src/parallel/prediction/clusters.toml "$folder/calibrated.txt" >"$folder/clusters.toml"
+python3 tests/bench/scaling.py clusters src/plan/prediction/clusters.toml "$folder/calibrated.txt" >"$folder/clusters.toml"
 sed -n "/^\[cluster.cpu$cores\]/,\$p" "$folder/clusters.toml"
 
 "$fm_dist" check -c "$folder/flux.toml" "$@" --world 1..4 --cluster "cpu$cores" --clusters "$folder/clusters.toml" >"$folder/plan.txt"

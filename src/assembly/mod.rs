@@ -1,0 +1,58 @@
+//! From the configuration to what computes: a rank's device and communicator, its part of a batch, its replica, its pipeline.
+
+pub mod place;
+
+use tch::Device;
+
+use crate::collective::Collective;
+use crate::config::RunConfig;
+use crate::data::Share;
+use crate::error::Result;
+use crate::flow::FlowMatchingPipeline;
+use crate::parallel::{Replica, Sharing};
+use crate::rng::{Key, Purpose};
+use crate::run::pretrained;
+
+/// This rank's part of the global batch.
+pub fn share_of(config: &RunConfig, collective: &dyn Collective) -> Result<Share> {
+    Ok(Share {
+        rank: collective.rank(),
+        world_size: collective.world_size(),
+        micro_batches: config.micro_batches(collective.world_size())?,
+        micro_batch_size: config.data.micro_batch_size_per_gpu,
+        neighbours: config.parallel.neighbours_to_one_rank(),
+    })
+}
+
+/// Where the optimizer's state lies between steps.
+pub fn home(config: &RunConfig, device: Device) -> Device {
+    if config.parallel.offload.optimizer() { Device::Cpu } else { device }
+}
+
+/// The configured model with all parameters zero, to be filled from a checkpoint.
+pub fn empty_replica<'c>(config: &RunConfig, device: Device, sharing: Sharing<'c>) -> Result<Replica<'c>> {
+    replica(config, device, sharing, None)
+}
+
+/// The configured model as a run begins with it: pretrained, or with parameters that follow from the seed alone.
+///
+/// # Ordering
+/// Every rank calls it.
+pub fn fresh_replica<'c>(config: &RunConfig, device: Device, sharing: Sharing<'c>, collective: &dyn Collective) -> Result<Replica<'c>> {
+    if let Some(folder) = config.model.pretrained() {
+        let mut replica = empty_replica(config, device, sharing)?;
+        pretrained::load_pretrained(folder, &config.model.family, &mut replica, collective)?;
+        return Ok(replica);
+    }
+    replica(config, device, sharing, Some(Key::new(config.seed, Purpose::Initialization)))
+}
+
+fn replica<'c>(config: &RunConfig, device: Device, sharing: Sharing<'c>, key: Option<Key>) -> Result<Replica<'c>> {
+    let (stages, kind) = (config.model.family.stages()?, config.model.dtype.kind());
+    Ok(Replica::shared(stages, kind, (device, home(config, device)), key, sharing))
+}
+
+pub fn build_pipeline(config: &RunConfig, device: Device) -> FlowMatchingPipeline {
+    let flow = &config.flow_matching;
+    FlowMatchingPipeline::new(flow.flow.clone(), flow.adapter.build(), device, config.model.dtype.kind())
+}

@@ -1,0 +1,88 @@
+//! Where a rank computes, and what carries its tensors to the others.
+
+use tch::{Cuda, Device};
+
+use crate::collective::agreement::agreed;
+use crate::collective::{Collective, Limits, Nccl, local_rank};
+use crate::config::RunConfig;
+use crate::cuda;
+use crate::error::{Error, Result};
+use crate::parallel::{Backend, DeviceChoice};
+
+/// A rank's device, with NCCL on top of the launcher's world where that cannot carry the device's tensors.
+pub struct Place {
+    pub device: Device,
+    nccl: Option<Nccl>,
+}
+
+impl Place {
+    /// # Errors
+    /// [`Error::Environment`] if there is no GPU for this rank, or a library is missing.
+    ///
+    /// # Ordering
+    /// Every rank of `world` calls it.
+    pub fn take(config: &RunConfig, world: &dyn Collective) -> Result<Self> {
+        let device = device(config, world)?;
+        let by_nccl = match config.parallel.backend {
+            Backend::Auto => !world.carries(device),
+            Backend::Mpi => false,
+            Backend::Nccl => true,
+        };
+        let (watchdog, usual) = (&config.watchdog, Limits::default());
+        let limits = Limits { init: watchdog.meeting_patience(), operation: watchdog.operation_patience(), ..usual };
+        let nccl = by_nccl.then(|| Nccl::connect(world, device, limits)).transpose()?;
+        Ok(Place { device, nccl })
+    }
+
+    /// What carries tensors of the device.
+    pub fn collective<'p>(&'p self, world: &'p dyn Collective) -> &'p dyn Collective {
+        self.nccl.as_ref().map_or(world, |nccl| nccl)
+    }
+
+    /// After an error nobody takes leave: the peers are elsewhere, and waiting for them would only delay the message.
+    pub fn abandon(self) {
+        std::mem::forget(self.nccl);
+    }
+}
+
+/// The GPU of this rank's number within its node, or the CPU. From here on libtorch computes by the configured kernels.
+///
+/// # Errors
+/// As [`Place::take`].
+///
+/// # Ordering
+/// Every rank of `world` calls it.
+pub fn device(config: &RunConfig, world: &dyn Collective) -> Result<Device> {
+    config.compute.apply();
+    match config.parallel.device {
+        DeviceChoice::Cpu => Ok(Device::Cpu),
+        DeviceChoice::Cuda => agreed(gpu(local_rank(world)?), world),
+    }
+}
+
+fn gpu(number: usize) -> Result<Device> {
+    cuda::open_libtorch()?;
+    let count = Cuda::device_count();
+    if number as i64 >= count {
+        let host = gethostname::gethostname().to_string_lossy().into_owned();
+        return Err(Error::environment(format!("rank {number} of host {host} needs a GPU of its own, and libtorch finds {count}")));
+    }
+    Ok(Device::Cuda(number))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::collective::Solo;
+    use crate::libtorch;
+
+    #[test]
+    fn cudnns_attention_is_off_unless_the_configuration_asks_for_it() {
+        for (asked, allowed) in [("", false), ("compute.attention=cudnn", true), ("compute.attention=auto", false)] {
+            let overrides: Vec<String> = std::iter::once(asked).filter(|text| !text.is_empty()).map(String::from).collect();
+            let config = RunConfig::read("test", "", &overrides).expect("a sound configuration");
+            device(&config, &Solo).expect("a CPU");
+            assert_eq!(libtorch::allows_cudnn_attention(), allowed, "{asked}");
+        }
+    }
+}

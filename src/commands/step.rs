@@ -1,0 +1,147 @@
+//! `fm-dist step`: one flow-matching step laid open, to compare with another implementation number by number.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use tch::{Device, Tensor};
+
+use crate::assembly::place::device;
+use crate::assembly::{build_pipeline, empty_replica, fresh_replica};
+use crate::collective::Solo;
+use crate::config::RunConfig;
+use crate::data::{Batch, DataType, EMPTY};
+use crate::error::{Error, Result};
+use crate::files::durable::replace_file;
+use crate::files::outputs::{Named, check_files};
+use crate::files::safetensors::{self, SafeTensors};
+use crate::flow::{DataShapes, Statistics, StepOptions, StepOutput, check_keys, latents_of, with_sample_axis};
+use crate::model::SampleShapes;
+use crate::parallel::{Replica, Sharing};
+use crate::rng::Stream;
+use crate::run::checkpoint;
+use crate::run::locate::locate;
+
+/// What `fm-dist step` was asked for.
+#[derive(Clone, Debug)]
+pub struct StepRequest {
+    /// Batch tensors under the reference's keys, `data_type` in the metadata.
+    pub batch: PathBuf,
+    pub dump: PathBuf,
+    /// A run or checkpoint folder to take the parameters from; those that a run would begin with if unset.
+    pub weights: Option<PathBuf>,
+    /// What `torch.manual_seed` gets on the other side; the configured seed if unset.
+    pub torch_seed: Option<i64>,
+    /// Whether gradients of the average weighted loss are computed and written as well.
+    pub grads: bool,
+}
+
+/// Runs one step without an optimizer and writes everything it computed.
+///
+/// # Errors
+/// [`Error::Data`] if the batch is malformed or does not fit; [`Error::Storage`] if the dump cannot be written.
+pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
+    check_files(&[Named { argument: "--dump", path: &request.dump }], &[Named { argument: "--batch", path: &request.batch }])?;
+    tch::set_num_threads(config.parallel.num_threads);
+    let batch = read_batch(&request.batch)?;
+    check_batch(config, &request.batch, &batch)?;
+    let device = device(config, &Solo)?;
+    let replica = match &request.weights {
+        Some(path) => {
+            let mut replica = empty_replica(config, device, Sharing::alone())?;
+            checkpoint::load_parameters(&locate(path)?.1, config, &mut replica)?;
+            replica
+        }
+        None => fresh_replica(config, device, Sharing::alone(), &Solo)?,
+    };
+    let pipeline = build_pipeline(config, device);
+    let seed = request.torch_seed.unwrap_or(config.seed as i64);
+    let options = StepOptions { check_loss: false, ..StepOptions::default() };
+    let mut tape = replica.tape(config.parallel.recompute);
+    let output = pipeline.step(|inputs| tape.forward(inputs), &batch, &Stream::TorchSeed(seed), options)?;
+    let mut tensors = tensors_of(&output);
+    if request.grads {
+        let mut gradients = BTreeMap::new();
+        tape.backward(&output.loss.average_weighted_loss, |stage, pieces| {
+            gradients.insert(stage, pieces);
+            Ok(())
+        })?;
+        tensors.extend(gradients.iter().flat_map(|(stage, pieces)| named_gradients(&replica, *stage, pieces)));
+    }
+    write(&request.dump, &tensors, &output, batch.data_type)
+}
+
+fn read_batch(path: &Path) -> Result<Batch> {
+    let file = SafeTensors::open(path)?;
+    // The reference's default where a batch does not say.
+    let word = file.metadata().get("data_type").map_or(DataType::Video.word(), String::as_str);
+    let known = [DataType::Image, DataType::Video];
+    let unknown = || Error::data(path, format!("data_type in the metadata is {word:?}, expected \"image\" or \"video\""));
+    let data_type = known.into_iter().find(|data_type| data_type.word() == word).ok_or_else(unknown)?;
+    let tensors = file.tensors().iter().map(|info| Ok((info.name.clone(), file.read(&info.name)?))).collect::<Result<_>>()?;
+    Ok(Batch { tensors, data_type, sample_ids: Vec::new(), bad_samples: 0 })
+}
+
+/// Refuses a batch that the adapter or the model cannot take.
+fn check_batch(config: &RunConfig, path: &Path, batch: &Batch) -> Result<()> {
+    let (latents, adapter) = (latents_of(batch)?.size(), config.flow_matching.adapter.build());
+    let whole = with_sample_axis(adapter.as_ref(), batch);
+    let shapes = SampleShapes::of_batch(&latents[1..], &whole.tensors);
+    let empty_prompt = whole.tensors.iter().filter_map(|(key, tensor)| Some((key.strip_prefix(EMPTY)?.to_string(), tensor.size())));
+    let data = DataShapes { latents: &latents[1..], sample: &shapes.of, empty_prompt: &empty_prompt.collect() };
+    check_keys(adapter.as_ref(), &config.flow_matching.flow, data).map_err(|what| Error::data(path, what))?;
+    config.model.family.check_data(&shapes)
+}
+
+fn tensors_of(output: &StepOutput) -> Vec<(String, Tensor)> {
+    let loss = &output.loss;
+    let named = [
+        ("sigma", &output.sigma),
+        ("timesteps", &output.timesteps),
+        ("noise", &output.noise),
+        ("noisy_latents", &output.noisy_latents),
+        ("model_pred", &output.model_pred),
+        ("target", &output.target),
+        ("loss_weight", &loss.loss_weight),
+        ("unweighted_loss", &loss.unweighted_loss),
+        ("weighted_loss", &loss.weighted_loss),
+        ("average_unweighted_loss", &loss.average_unweighted_loss),
+        ("average_weighted_loss", &loss.average_weighted_loss),
+    ];
+    let mask = loss.loss_mask.iter().map(|mask| ("loss_mask", mask));
+    let tensors = named.into_iter().chain(mask).map(|(name, tensor)| (name.to_string(), tensor.detach()));
+    tensors.chain(metrics_of(output)).collect()
+}
+
+/// The reference's metrics that are numbers, as `metrics.<name>`, f64 scalars; those that are words stand in the metadata.
+fn metrics_of(output: &StepOutput) -> impl Iterator<Item = (String, Tensor)> {
+    let row = output.statistics.as_ref().expect("metrics are collected").to_device(Device::Cpu);
+    let statistics = Statistics::from_row(&Vec::<f32>::try_from(row).expect("an f32 row"));
+    let Statistics { sigma, timesteps, weight, noisy_latents, loss, unweighted_loss, .. } = statistics;
+    let named = [
+        ("loss", loss),
+        ("unweighted_loss", unweighted_loss),
+        ("sigma_min", sigma.min),
+        ("sigma_max", sigma.max),
+        ("sigma_mean", sigma.mean),
+        ("weight_min", weight.min),
+        ("weight_max", weight.max),
+        ("timestep_min", timesteps.min),
+        ("timestep_max", timesteps.max),
+        ("noisy_min", noisy_latents.min),
+        ("noisy_max", noisy_latents.max),
+    ];
+    named.into_iter().map(|(name, number)| (format!("metrics.{name}"), Tensor::from(number)))
+}
+
+fn named_gradients(replica: &Replica<'_>, stage: usize, pieces: &[Tensor]) -> Vec<(String, Tensor)> {
+    let params = replica.stages[stage].params();
+    let views = params.split_pieces(&pieces.iter().collect::<Vec<_>>());
+    params.infos().iter().zip(views.iter()).map(|(info, view)| (format!("grad.{}", info.name), view.shallow_clone())).collect()
+}
+
+fn write(path: &Path, tensors: &[(String, Tensor)], output: &StepOutput, data_type: DataType) -> Result<()> {
+    let metadata = [("sampling_method", output.sampling_method), ("task_type", output.task_type.word()), ("data_type", data_type.word())];
+    let metadata = metadata.into_iter().map(|(key, word)| (key.to_string(), word.to_string())).collect();
+    let borrowed: Vec<(&str, &Tensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    replace_file(path, |mut file| safetensors::write(&mut file, &borrowed, &metadata))
+}

@@ -1,0 +1,17 @@
+//! Plans: what a run would need and take, without doing it.
+
+mod check;
+mod data;
+mod footprint;
+mod memory;
+mod prediction;
+mod scaling;
+mod work;
+
+pub use check::{CheckRequest, check};
+pub use data::check_data;
+pub use footprint::{Footprint, Tokens, footprint};
+pub use memory::StateLayout;
+pub use prediction::{Cluster, KNOWN_NAME, Prediction, StageWork, Workload};
+pub use scaling::ScalingRequest;
+pub use work::{ForwardWork, forward_work};

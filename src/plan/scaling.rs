@@ -1,0 +1,104 @@
+//! What `fm-dist check` says of many world sizes on a cluster: a prediction, a line each.
+
+use crate::config::RunConfig;
+use crate::error::Result;
+use crate::parallel::Offload;
+use crate::plan::{Cluster, KNOWN_NAME, Prediction, StageWork, Workload};
+use crate::plan::{ForwardWork, Tokens, forward_work};
+
+/// What to predict.
+#[derive(Clone, Debug)]
+pub struct ScalingRequest {
+    pub cluster: Cluster,
+    /// Ascending; the first one's micro-batches are every rank's at all of them.
+    pub world_sizes: Vec<usize>,
+}
+
+/// Lines of a plan, name and value. Each rank does the same work at every world size (weak scaling).
+///
+/// # Errors
+/// [`Error::Config`](crate::error::Error::Config) if the first world size cannot divide the global batch, or one fills no nodes.
+pub fn scaling(config: &RunConfig, tokens: Tokens, request: &ScalingRequest) -> Result<Vec<(String, String)>> {
+    let ScalingRequest { cluster, world_sizes } = request;
+    world_sizes.iter().try_for_each(|ranks| cluster.check_world(*ranks))?;
+    let (samples, micro_batches) = (config.data.micro_batch_size_per_gpu, config.micro_batches(world_sizes[0])?);
+    let work = workload(config, tokens, micro_batches)?;
+    let alone = work.predict(cluster, 1);
+    let head = ["global batch", "step s", "compute", "optimizer", "communication", "exposed", "efficiency", "samples/s"];
+    let mut lines =
+        vec![(format!("predicted for {}", cluster.name), cluster.about().into()), ("  ranks".into(), in_columns(head.map(String::from)))];
+    for &ranks in world_sizes {
+        lines.push((format!("  {ranks}"), in_columns(row(work.predict(cluster, ranks), alone, ranks * micro_batches * samples))));
+    }
+    let batch = match config.train.global_batch_size {
+        Some(global) => format!("; train.global_batch_size = {global} holds at {} ranks and grows with them", world_sizes[0]),
+        None => String::new(),
+    };
+    lines.push((
+        "  weak scaling".into(),
+        format!("{micro_batches} micro-batches of {samples} samples a rank at every number of ranks{batch}"),
+    ));
+    lines.push((
+        "  seconds".into(),
+        "step = compute + optimizer + exposed communication; efficiency: a step of 1 rank, which holds all optimizer state, over it".into(),
+    ));
+    let offload = if config.parallel.offload == Offload::None { "" } else { ", offloading" };
+    let measured =
+        if cluster.is_asynchronous() { "no GPU has been measured against it" } else { "tests/bench/scaling.sh measures steps beside it" };
+    lines.push(("  not known".into(), format!("congestion, stragglers, data, checkpoints{offload} are not in it; {measured}")));
+    lines.push(("  constants".into(), format!("with their sources in {KNOWN_NAME}; --clusters takes others")));
+    Ok(lines)
+}
+
+fn workload(config: &RunConfig, tokens: Tokens, micro_batches: usize) -> Result<Workload> {
+    let (kind, parallel) = (config.model.dtype.kind(), &config.parallel);
+    let stage = |work: ForwardWork| StageWork {
+        parameters: work.parameters,
+        product_flop: work.product_flop,
+        attention_flop: work.attention_flop,
+        kept_bytes: work.kept_bytes,
+        operators: work.operators,
+    };
+    let work = forward_work(&*config.model.family, tokens, config.data.micro_batch_size_per_gpu as i64, kind)?;
+    Ok(Workload {
+        stages: work.into_iter().map(stage).collect(),
+        kind,
+        micro_batches,
+        sharding: parallel.sharding,
+        sharding_group: parallel.sharding_group,
+        recompute: parallel.recompute,
+        reduce_dtype: parallel.reduce_dtype,
+        num_threads: parallel.num_threads as usize,
+    })
+}
+
+fn row(predicted: Prediction, alone: Prediction, global_batch: usize) -> [String; 8] {
+    let Prediction { step_seconds, compute_seconds, optimizer_seconds, spent } = predicted;
+    let seconds = [step_seconds, compute_seconds, optimizer_seconds, spent.communication_seconds, spent.exposed_seconds].map(shown);
+    let [step, compute, optimizer, communication, exposed] = seconds;
+    let efficiency = format!("{:.1} %", 100.0 * alone.step_seconds / step_seconds);
+    let rate = format!("{:.1}", global_batch as f64 / step_seconds);
+    [global_batch.to_string(), step, compute, optimizer, communication, exposed, efficiency, rate]
+}
+
+/// Four digits, of which the first says something.
+fn shown(seconds: f64) -> String {
+    let digits = if seconds > 0.0 { (3.0 - seconds.log10().floor()).clamp(0.0, 6.0) as usize } else { 0 };
+    format!("{seconds:.digits$}")
+}
+
+fn in_columns(cells: [String; 8]) -> String {
+    const WIDTHS: [usize; 8] = [12, 9, 9, 9, 13, 9, 10, 10];
+    cells.iter().zip(WIDTHS).map(|(cell, width)| format!("{cell:>width$}")).collect::<Vec<_>>().join("  ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seconds_have_four_digits_that_say_something() {
+        let texts = [0.0, 0.000_012_34, 0.012_344, 1.234_4, 12.344, 1234.4, 123_444.0].map(shown);
+        assert_eq!(texts, ["0", "0.000012", "0.01234", "1.234", "12.34", "1234", "123444"]);
+    }
+}

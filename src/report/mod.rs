@@ -1,0 +1,15 @@
+//! Drawn at the end of a run: charts, grids of pictures, the page that holds them.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod axis;
+mod bars;
+mod canvas;
+mod charts;
+mod grid;
+mod page;
+
+pub use bars::Bars;
+pub use charts::{Chart, Series};
+pub use grid::{grid_png, write_grid};
+pub use page::{Figure, ReportData, write_report};

@@ -1,0 +1,161 @@
+//! Checkpoints: parts that every rank writes, a manifest that makes them one, and a rename that makes them real.
+//!
+//! Where ranks share the state, each stage is joined for the rank that writes it, so that the same bytes result.
+//!
+//! A checkpoint is valid if its manifest is as it was written and every part has the size and hash it says. Parts hold
+//! parameters by name, not ranks, so that any world size loads what any other saved, and equal state gives equal bytes:
+//! nothing in a checkpoint tells the time, the machine or the number of ranks.
+//!
+//! Order of a save: state copied; parts written, hashed and synced in a hidden folder; all ranks agree; manifest, synced;
+//! folder, synced; renamed; parent, synced; only then it is said to be saved and older ones go. A crash or a power cut
+//! before the rename leaves the checkpoint before. All after the copy happens beside the steps.
+
+mod commit;
+mod disk;
+mod load;
+mod saver;
+mod snapshot;
+#[cfg(test)]
+mod tests;
+mod verify;
+
+pub use commit::clear_leftovers;
+pub use load::{load, load_parameters, open_parameters, recorded};
+pub use saver::Saver;
+pub use snapshot::{Saved, copied_bytes};
+pub use verify::{Unfit, read_whole, verify};
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::config::RunConfig;
+use crate::error::{Error, Result};
+use crate::files::sha256::hex;
+use crate::run::changes::{self, Values};
+use crate::run::guard::Guard;
+
+const MANIFEST: &str = "manifest.json";
+const FORMAT: &str = "fm-dist checkpoint";
+const VERSION: u64 = 3;
+/// Of checkpoints whose parameters can be read, but which lack what a resume needs.
+const VERSION_WITHOUT_RECORD: u64 = 2;
+
+/// What a checkpoint says of the run, besides tensors: all that a resume needs.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    format: String,
+    version: u64,
+    /// Optimizer steps done.
+    pub step: u64,
+    pub samples_seen: u64,
+    pub seed: u64,
+    pub global_batch_size: u64,
+    pub guard: Guard,
+    /// Learning rate of the newest step that was not skipped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lr: Option<f64>,
+    /// The configuration, see [`changes::recorded`]; none in version 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    config: Option<Values>,
+    /// Of the dataset, see [`Dataset::fingerprint`](crate::data::Dataset::fingerprint).
+    pub data: String,
+    parts: Vec<Part>,
+    /// Of this manifest's text with nothing in this place, so that a flipped bit in a number is noticed.
+    sha256: String,
+}
+
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Part {
+    file: String,
+    bytes: u64,
+    sha256: String,
+}
+
+impl Manifest {
+    /// Of a run that has not begun.
+    pub fn new(config: &RunConfig, global_batch_size: u64, data: String) -> Self {
+        Manifest {
+            format: FORMAT.into(),
+            version: VERSION,
+            step: 0,
+            samples_seen: 0,
+            seed: config.seed,
+            global_batch_size,
+            guard: Guard::default(),
+            lr: None,
+            config: Some(changes::recorded(config)),
+            data,
+            parts: Vec::new(),
+            sha256: String::new(),
+        }
+    }
+
+    /// As a file's text.
+    fn sealed(mut self) -> String {
+        self.sha256 = self.digest();
+        self.text()
+    }
+
+    fn digest(&self) -> String {
+        hex(Sha256::new_with_prefix(Manifest { sha256: String::new(), ..self.clone() }.text()))
+    }
+
+    fn text(&self) -> String {
+        serde_json::to_string_pretty(self).expect("a manifest is JSON") + "\n"
+    }
+
+    /// Refuses to go on where the same step would see other samples or other draws, or the same parameters would be another function.
+    /// Other data may be wanted: with `allow_data_change` they are something to say.
+    fn check_same_run(&self, path: &Path, config: &RunConfig, configured: &Manifest, allow_data_change: bool) -> Result<Option<String>> {
+        let Some(record) = &self.config else {
+            let what = format!(
+                "is of version {}, which records no configuration, so that it is not certain to go on as it was; \
+                 resume it with the fm-dist that saved it, or export it and begin a run with model.path",
+                self.version
+            );
+            return Err(Error::checkpoint_mismatch(path, what));
+        };
+        let pair =
+            |name: &str, saved: String, now: String| (saved != now).then(|| format!("{name} is {now}, the checkpoint's was {saved}"));
+        let data = pair("data fingerprint", self.data.clone(), configured.data.clone());
+        let (allowed, data) = if allow_data_change { (data, None) } else { (None, data) };
+        let differing = [
+            pair("seed", self.seed.to_string(), configured.seed.to_string()),
+            pair("global batch", self.global_batch_size.to_string(), configured.global_batch_size.to_string()),
+            data.map(|text| format!("{text} (--allow-data-change goes on with other data)")),
+            changes::other_architecture(record, config),
+        ];
+        let texts: Vec<String> = differing.into_iter().flatten().collect();
+        if texts.is_empty() { Ok(allowed) } else { Err(Error::checkpoint_mismatch(path, texts.join("; "))) }
+    }
+}
+
+/// `step-00000200`.
+pub fn folder_name(step: u64) -> String {
+    format!("step-{step:08}")
+}
+
+/// When a checkpoint was written, by the clock of the file system; none if it has no manifest.
+pub fn written(folder: &Path) -> Option<SystemTime> {
+    fs::metadata(folder.join(MANIFEST)).and_then(|found| found.modified()).ok()
+}
+
+/// Whether a folder claims to be a checkpoint.
+pub fn is_checkpoint(folder: &Path) -> bool {
+    folder.join(MANIFEST).exists()
+}
+
+/// Committed checkpoints of a run by step, ascending; whether they verify is another question.
+pub fn list(run: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let entries = fs::read_dir(run).map_err(Error::storage(run, "list"))?;
+    let step_of = |path: &Path| path.file_name()?.to_str()?.strip_prefix("step-")?.parse::<u64>().ok();
+    let mut found: Vec<_> = entries.flatten().filter_map(|entry| Some((step_of(&entry.path())?, entry.path()))).collect();
+    found.sort();
+    Ok(found)
+}

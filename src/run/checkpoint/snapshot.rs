@@ -1,0 +1,207 @@
+//! What a checkpoint holds, as it was at one moment: joined stage by stage, kept in host memory by the rank that writes it.
+//!
+//! Files hold consecutive stages; which ones depends on the model alone. Each goes to the rank that has least to keep so far.
+
+use std::collections::BTreeMap;
+use std::io::{BufWriter, IntoInnerError};
+use std::ops::{Range, RangeInclusive};
+use std::path::Path;
+
+use tch::{Device, Kind, Tensor, no_grad};
+
+use super::disk::{Disk, storage};
+use super::{Manifest, Part};
+use crate::collective::Collective;
+use crate::error::Result;
+use crate::files::safetensors::{Planned, Writer};
+use crate::files::sha256::HashingWriter;
+use crate::optim::Optimizer;
+use crate::parallel::Replica;
+use crate::pulse;
+use crate::run::optimizer_state::OptimizerState;
+
+/// A model is cut into about so many parts, so that the ranks of a node can write side by side.
+const NUM_PARTS: u64 = 8;
+/// The least and the most bytes of parameters that a part is cut for; a stage with more has a part for itself.
+const PART_BYTES: RangeInclusive<u64> = 32 << 20..=1 << 30;
+/// Everything is saved in f32.
+const ELEMENT_BYTES: u64 = 4;
+
+/// What a checkpoint is made of.
+pub struct Saved<'r> {
+    pub manifest: &'r Manifest,
+    pub replica: &'r Replica<'r>,
+    pub optimizer: &'r dyn Optimizer,
+    pub state: &'r OptimizerState,
+}
+
+/// What a file holds of its stages.
+#[derive(Clone, Copy)]
+enum Content {
+    Optimizer,
+    Model,
+}
+
+impl Content {
+    /// `model-00001-of-00002.safetensors`.
+    fn file_name(self, index: usize, count: usize) -> String {
+        let word = match self {
+            Content::Optimizer => "optimizer",
+            Content::Model => "model",
+        };
+        format!("{word}-{:05}-of-{count:05}.safetensors", index + 1)
+    }
+}
+
+/// A file of a checkpoint before it is written.
+pub struct PartCopy {
+    name: String,
+    /// Names and shapes of its tensors.
+    planned: Vec<(String, Vec<i64>)>,
+    /// Flat pieces that are these tensors' bytes in order, f32 on the CPU, shared with nobody.
+    flats: Vec<Tensor>,
+}
+
+impl Saved<'_> {
+    /// The files that this rank writes.
+    ///
+    /// # Ordering
+    /// Every rank calls it: each stage is joined for the rank that keeps it.
+    pub fn copy(&self, collective: &dyn Collective) -> Result<Vec<PartCopy>> {
+        let sizes: Vec<u64> = self.replica.stages.iter().map(|stage| stage.params().numel() as u64).collect();
+        let names = self.optimizer.state_names();
+        let prefixes: Vec<String> = names.iter().map(|name| format!("{name}.")).collect();
+        let ranges = part_ranges(&sizes);
+        let (writers, _) = writers(&sizes, &ranges, names.len() as u64, collective.world_size());
+        let mut copies = Vec::new();
+        for (index, range) in ranges.iter().enumerate() {
+            let begin = |content: Content, prefixes: &[String]| {
+                let mine = writers[index][content as usize] == collective.rank();
+                let (name, planned) = (content.file_name(index, ranges.len()), self.planned(range, prefixes));
+                mine.then(|| PartCopy { name, planned, flats: Vec::new() })
+            };
+            let (mut moments, mut model) = (begin(Content::Optimizer, &prefixes), begin(Content::Model, &[String::new()]));
+            for stage in range.clone() {
+                pulse::still_at_work();
+                keep(&mut model, &self.replica.parameters(stage)?);
+                for name in 0..names.len() {
+                    keep(&mut moments, &self.state.whole(stage, name, self.replica)?);
+                }
+            }
+            copies.extend([model, moments].into_iter().flatten());
+        }
+        Ok(copies)
+    }
+
+    /// Names and shapes of a part's tensors: stage by stage, prefix by prefix.
+    fn planned(&self, range: &Range<usize>, prefixes: &[String]) -> Vec<(String, Vec<i64>)> {
+        let named = |stage: usize, prefix: &String| {
+            let infos = self.replica.stages[stage].params().infos();
+            infos.iter().map(|info| (format!("{prefix}{}", info.name), info.shape.clone())).collect::<Vec<_>>()
+        };
+        range.clone().flat_map(|stage| prefixes.iter().flat_map(move |prefix| named(stage, prefix))).collect()
+    }
+}
+
+/// Copies a stage's tensor `[P]`, in any case: what is joined may be the very storage that the optimizer updates.
+fn keep(part: &mut Option<PartCopy>, flat: &Tensor) {
+    if let Some(part) = part {
+        let mut copy = Tensor::empty(flat.size(), (Kind::Float, Device::Cpu));
+        no_grad(|| copy.copy_(flat));
+        part.flats.push(copy);
+    }
+}
+
+impl PartCopy {
+    /// Writes the part and brings it to the disk; the memory goes as the file grows.
+    ///
+    /// # Errors
+    /// [`Error::Storage`](crate::error::Error::Storage).
+    pub fn write(self, folder: &Path, disk: Disk) -> Result<Part> {
+        let path = folder.join(&self.name);
+        let bytes = self.planned.iter().map(|(_, shape)| shape.iter().product::<i64>() as u64 * ELEMENT_BYTES).sum();
+        let output = disk.create(&path, bytes)?;
+        let tensors: Vec<_> = self.planned.iter().map(|(name, shape)| Planned { name, kind: Kind::Float, shape: shape.clone() }).collect();
+        let told = |error| storage(&path, "write", bytes, error);
+        let mut writer = Writer::begin(HashingWriter::new(BufWriter::new(output)), &tensors, &BTreeMap::new()).map_err(told)?;
+        for flat in self.flats {
+            writer.tensor(&flat).map_err(told)?;
+        }
+        let (buffered, sha256, bytes) = writer.finish().finish();
+        buffered.into_inner().map_err(IntoInnerError::into_error).map_err(told)?.sync()?;
+        Ok(Part { file: self.name, bytes, sha256 })
+    }
+}
+
+/// Consecutive stages that share a part, by the stages' numbers of parameters.
+fn part_ranges(sizes: &[u64]) -> Vec<Range<usize>> {
+    let total = ELEMENT_BYTES * sizes.iter().sum::<u64>();
+    let limit = (total / NUM_PARTS).clamp(*PART_BYTES.start(), *PART_BYTES.end());
+    let mut ranges: Vec<Range<usize>> = Vec::new();
+    let mut bytes = 0;
+    for (stage, size) in sizes.iter().enumerate() {
+        bytes += ELEMENT_BYTES * size;
+        match ranges.last_mut() {
+            Some(range) if bytes <= limit => range.end = stage + 1,
+            _ => {
+                bytes = ELEMENT_BYTES * size;
+                ranges.push(stage..stage + 1);
+            }
+        }
+    }
+    ranges
+}
+
+/// Who keeps and writes each part's files, one a [`Content`]; and how many bytes each rank keeps.
+fn writers(sizes: &[u64], ranges: &[Range<usize>], optimizer_tensors: u64, world_size: usize) -> (Vec<[usize; 2]>, Vec<u64>) {
+    let mut kept = vec![0; world_size];
+    let mut give = |bytes: u64| {
+        let rank = (0..world_size).min_by_key(|&rank| kept[rank]).expect("a world has ranks");
+        kept[rank] += bytes;
+        rank
+    };
+    let bytes = |range: &Range<usize>| ELEMENT_BYTES * sizes[range.clone()].iter().sum::<u64>();
+    // What is largest first, so that the rest can make up for it.
+    let optimizer: Vec<usize> = ranges.iter().map(|range| give(optimizer_tensors * bytes(range))).collect();
+    let writers = optimizer.into_iter().zip(ranges).map(|(optimizer, range)| [optimizer, give(bytes(range))]).collect();
+    (writers, kept)
+}
+
+/// Host memory that a save takes on the rank that keeps most, by the stages' numbers of parameters.
+pub fn copied_bytes(sizes: &[u64], optimizer_tensors: u64, world_size: usize) -> u64 {
+    writers(sizes, &part_ranges(sizes), optimizer_tensors, world_size).1.into_iter().max().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Parameters of a part that is as large as any.
+    const LARGEST: u64 = (1 << 30) / ELEMENT_BYTES;
+
+    #[test]
+    fn parts_are_cut_by_size_and_a_giant_stands_alone() {
+        // Enough stages behind for parts to be as large as they may.
+        let sizes = [&[1, 2, LARGEST - 3, 1, LARGEST + 5, 1], &[LARGEST; 6][..]].concat();
+        assert_eq!(part_ranges(&sizes)[..5], [0..3, 3..4, 4..5, 5..6, 6..7]);
+    }
+
+    #[test]
+    fn a_model_gives_eight_ranks_something_to_write_unless_it_is_tiny() {
+        let million = 1_000_000;
+        assert_eq!(
+            part_ranges(&[5 * million; 14]).len(),
+            14,
+            "70 million parameters: each of these stages is more than an eighth with another"
+        );
+        assert_eq!(part_ranges(&[2 * million; 64]).len(), 8);
+        assert_eq!(part_ranges(&[million; 8]).len(), 1);
+    }
+
+    #[test]
+    fn everything_is_kept_once_and_by_whoever_has_least() {
+        let sizes = [LARGEST; 8];
+        let bytes = |world_size| copied_bytes(&sizes, 2, world_size);
+        assert_eq!([1, 2, 4, 8, 16].map(bytes), [24, 12, 6, 3, 2].map(|parts| parts << 30));
+    }
+}
