@@ -37,9 +37,9 @@ fn five_steps_a_kill_and_five_more_are_ten_steps() {
     let (code, _, errors) = finish(mpirun(2, &arguments(to_unbroken.leak())));
     assert_eq!(code, 0, "{errors}");
     let output: &'static str = to_killed.leak();
-    // Step 6 waits to be killed, however busy the machine is.
+    // However busy the machine is: step 5 is saved before step 6 begins, which waits to be killed.
     let mut waiting = arguments(output);
-    waiting.extend(["--set", "debug.inject_fault=\"sleep@0:6:forward:60\""]);
+    waiting.extend(["--set", "checkpoint.asynchronous=false", "--set", "debug.inject_fault=\"sleep@0:6:forward:60\""]);
     kill_at(mpirun(2, &waiting), "step-00000005", output);
     let mut resumed = arguments(output);
     resumed.extend(["--resume", "latest"]);
