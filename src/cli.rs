@@ -194,7 +194,7 @@ struct CheckArgs {
     /// Tokens of a prompt, with --latents
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(i64).range(0..))]
     text_tokens: i64,
-    /// Also read all data and compare them with the hashes in dataset.json
+    /// Also read all data, compare them with the hashes in dataset.json and look for numbers that are not finite
     #[arg(long)]
     verify_data: bool,
 }
@@ -224,7 +224,8 @@ impl Cli {
             Command::Check(args) => {
                 let config = args.config.read()?;
                 if args.verify_data {
-                    Dataset::named(&config.data.path)?.verify_hashes()?;
+                    let dataset = Dataset::named(&config.data.path)?.on_bad(config.data.on_bad);
+                    dataset.verify_hashes().and_then(|()| dataset.verify_numbers())?;
                 }
                 say(&plan::check(&config, &args.into_request()?)?)
             }

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use fm_dist::commands::{StepRequest, dump_step};
+use fm_dist::files::safetensors::SafeTensors;
 use fm_dist::plan::{CheckRequest, check};
 use fm_dist::run::Resume;
 use fm_dist::telemetry::metrics;
@@ -288,4 +290,33 @@ fn what_is_drawn_for_a_sample_does_not_depend_on_its_neighbours() {
     Bench::new(QWEN_IMAGE, |_| ()).assert_cuts_agree(&dropout);
     let tasks = ["flow_matching.i2v_prob=0.5", "flow_matching.task_scope=batch"];
     Bench::new(HUNYUAN_VIDEO15, |_| ()).assert_cuts_agree(&tasks);
+    let spread = ["flow_matching.stratified_timesteps=true", "flow_matching.cfg_dropout=per_sample", "flow_matching.cfg_dropout_prob=0.5"];
+    Bench::new(FLUX, |_| ()).assert_cuts_agree(&spread);
+}
+
+#[test]
+fn a_dumped_step_holds_its_mask_and_the_references_metrics() {
+    let bench = Bench::new(FLUX, |samples| drop(samples.insert("loss_mask", weights(&[8, 12], uneven))));
+    let (data, dump) = (bench.root.path().join("data"), bench.root.path().join("dump.safetensors"));
+    let request =
+        StepRequest { batch: data.join("samples.safetensors"), dump: dump.clone(), weights: None, torch_seed: Some(3), grads: false };
+    dump_step(&bench.family.config(&data, Path::new("unused"), &[MASKED]), &request).unwrap();
+    let dumped = SafeTensors::open(&dump).unwrap();
+    assert!(dumped.read("loss_mask").unwrap().equal(&weights(&[8, 12], uneven)));
+    let number = |name: &str| dumped.read(name).unwrap().double_value(&[]);
+    let (sigma, weight) = (dumped.read("sigma").unwrap(), dumped.read("loss_weight").unwrap());
+    for (metric, expected) in [
+        ("loss", number("average_weighted_loss")),
+        ("unweighted_loss", number("average_unweighted_loss")),
+        ("sigma_min", sigma.min().double_value(&[])),
+        ("sigma_max", sigma.max().double_value(&[])),
+        ("weight_min", weight.min().double_value(&[])),
+        ("weight_max", weight.max().double_value(&[])),
+        ("timestep_max", dumped.read("timesteps").unwrap().max().double_value(&[])),
+        ("noisy_min", dumped.read("noisy_latents").unwrap().min().double_value(&[])),
+        ("noisy_max", dumped.read("noisy_latents").unwrap().max().double_value(&[])),
+    ] {
+        assert_eq!(number(&format!("metrics.{metric}")), expected, "{metric}");
+    }
+    assert_eq!(dumped.metadata()["sampling_method"], "logit_normal");
 }

@@ -170,6 +170,12 @@ impl Dataset {
         Ok(())
     }
 
+    /// Reads every sample and refuses the first that is not finite, unless its neighbours are to stand in for it.
+    pub fn verify_numbers(&self) -> Result<()> {
+        let refused = self.on_bad == OnBad::Stop;
+        self.files.iter().filter(|_| refused).try_for_each(SampleFile::check_numbers)
+    }
+
     /// What becomes of samples that are not finite from now on.
     pub fn on_bad(mut self, on_bad: OnBad) -> Self {
         self.on_bad = on_bad;

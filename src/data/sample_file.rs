@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::files::finite::{check_finite, is_sound};
-use crate::files::safetensors::{SafeTensors, row_bytes};
+use crate::files::safetensors::{SafeTensors, TensorInfo, row_bytes};
 use crate::pulse;
 
 /// A file of a dataset, open.
@@ -16,17 +16,34 @@ pub(super) struct SampleFile {
 }
 
 impl SampleFile {
-    /// Whether all numbers of a sample are.
+    /// True for a sample whose numbers are all finite.
     pub fn is_finite(&self, id: u64) -> Result<bool> {
-        let row = id - self.first_id;
         for info in self.tensors.tensors() {
-            let mut data = self.tensors.buffer(row_bytes(info))?;
-            self.tensors.read_rows_into(info, &[row], &mut data, |_| ())?;
-            if check_finite(&self.tensors, info, &[id], &[row], &data).is_err() {
+            if self.check_row(info, id - self.first_id)?.is_err() {
                 return Ok(false);
             }
         }
         Ok(true)
+    }
+
+    /// Refuses the first number of the file that is not finite.
+    ///
+    /// # Errors
+    /// [`Error::Data`](crate::error::Error::Data) naming the tensor, the sample and the place; as reading.
+    pub fn check_numbers(&self) -> Result<()> {
+        for info in self.tensors.tensors() {
+            for row in 0..info.shape[0] as u64 {
+                self.check_row(info, row)??;
+            }
+        }
+        Ok(())
+    }
+
+    /// The outcome of a look at one tensor's numbers in one row, if it could be read.
+    fn check_row(&self, info: &TensorInfo, row: u64) -> Result<Result<()>> {
+        let mut data = self.tensors.buffer(row_bytes(info))?;
+        self.tensors.read_rows_into(info, &[row], &mut data, |_| ())?;
+        Ok(check_finite(&self.tensors, info, &[self.first_id + row], &[row], &data))
     }
 
     /// Fills `data` with one key of these samples, all of this file.
@@ -46,9 +63,9 @@ mod tests {
 
     use tch::Tensor;
 
-    use crate::data::Dataset;
     use crate::data::made_up::{images, written};
     use crate::data::manifest::Manifest;
+    use crate::data::{Dataset, OnBad};
 
     #[test]
     fn files_beyond_those_kept_open_are_read_alike_until_they_are_replaced() {
@@ -73,5 +90,19 @@ mod tests {
         let error = dataset.batch(&[0, 4]).expect_err("another file");
         assert_eq!(error.exit_code(), 40);
         assert!(error.to_string().contains("c.safetensors: was replaced while the run used it"), "{error}");
+    }
+
+    #[test]
+    fn a_look_at_all_numbers_finds_the_one_that_is_not_finite() {
+        let tensor = images(0, 4, 2);
+        let _ = tensor.get(2).get(0).get(1).narrow(0, 0, 1).fill_(f64::NAN);
+        let folder = written(&[("a.safetensors", "2x2", vec![("image_latents", tensor)])], None);
+        let dataset = || Dataset::open(folder.path()).expect("sound headers");
+        let error = dataset().verify_numbers().expect_err("one is not a number").to_string();
+        assert!(
+            error.contains("`image_latents` of sample 2 (row 2)") && error.contains("not finite") && error.contains("[0, 1, 0]"),
+            "{error}"
+        );
+        assert!(dataset().on_bad(OnBad::Skip).verify_numbers().is_ok(), "its neighbour will stand in for it");
     }
 }

@@ -174,6 +174,10 @@ impl Origin {
         let [channels, frames, height, width] = *self.shape else {
             return Err(Error::data(&self.path, format!("task_type is \"i2v\", which is for videos [C, F, H, W], not {:?}", self.shape)));
         };
+        if frames == 1 {
+            let what = "task_type is \"i2v\", but a video of one frame would be given whole; leave task_type out";
+            return Err(Error::data(&self.path, what));
+        }
         let found = self.tensors.get(CONDITION_LATENTS).map(Tensor::size);
         match found.as_deref() {
             Some(&[_, c, f, h, w]) if (c, h, w) == (channels, height, width) && (1..=frames).contains(&f) => Ok(()),
@@ -291,6 +295,9 @@ mod tests {
         assert_eq!(clean.narrow(2, 1, 4), Tensor::zeros([2, 3, 4, 4, 4], FLOAT));
         assert!(origin(&tensors, &[]).expect("sound conditions").clean_latents(&[0]).is_none(), "text-to-video has no such frames");
         let error = origin(&[("noise", &noise), ("condition_latents", &Tensor::zeros([2, 3, 6, 4, 4], FLOAT))], &[("task_type", "i2v")]);
+        let still = Tensor::zeros([2, 3, 1, 4, 4], FLOAT);
+        let whole = origin(&[("noise", &still), ("condition_latents", &still)], &[("task_type", "i2v")]).err().expect("one frame");
+        assert!(whole.to_string().ends_with("but a video of one frame would be given whole; leave task_type out"), "{whole}");
         let text = error.err().expect("too many frames").to_string();
         assert!(text.ends_with("`condition_latents` has shape [2, 3, 6, 4, 4]; expected [N, 3, 1 to 5, 4, 4]"), "{text}");
     }
