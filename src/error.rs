@@ -18,6 +18,12 @@ pub const BUG: i32 = 70;
 pub const STOPPED: i32 = 10;
 /// Exit code of a command line that does not parse (clap's own).
 pub const USAGE: i32 = 2;
+/// Exit code of [`Error::Collective`], and of a rank that is not heard of.
+pub const COMM: i32 = 22;
+/// Exit code of [`Error::Storage`], and of a rank whose peer met it.
+pub const STORAGE: i32 = 30;
+/// Exit code of [`Error::NotFinite`], and of a rank whose peer met it.
+pub const NUMERIC: i32 = 41;
 
 /// One mistake in a configuration, with the place where it stands.
 #[derive(Clone, Debug, PartialEq)]
@@ -134,11 +140,11 @@ impl Error {
         match self {
             Error::Peer { code, .. } => *code,
             Error::Stopped { .. } => STOPPED,
-            Error::Collective { .. } => 22,
+            Error::Collective { .. } => COMM,
             Error::Device { .. } => 23,
-            Error::Storage { .. } => 30,
+            Error::Storage { .. } => STORAGE,
             Error::Data { .. } => 40,
-            Error::NotFinite { .. } => 41,
+            Error::NotFinite { .. } => NUMERIC,
             Error::Desync { .. } => 42,
             Error::NoProgress { .. } => 43,
             Error::NoCheckpoint { .. } => 44,

@@ -9,7 +9,7 @@ use crate::collective::Collective;
 use crate::collective::agreement::known_to_all;
 use crate::config::{CheckpointSettings, RunConfig};
 use crate::data::{Dataset, Loader, Order, Share};
-use crate::error::{Error, Result};
+use crate::error::{Error, NUMERIC, Result};
 use crate::flow::{FlowMatchingPipeline, report as flow_report};
 use crate::parallel::Replica;
 use crate::parallel::divergence;
@@ -27,8 +27,6 @@ use crate::train::step::{Stepper, Update};
 use crate::train::step_report::{self, Tally};
 use crate::train::stragglers::Stragglers;
 
-/// Exit code of [`Error::NotFinite`], which is also that of a peer that says it.
-const NUMERIC: i32 = 41;
 /// Steps over which throughput is averaged.
 const THROUGHPUT_STEPS: usize = 20;
 

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::beats::{Roll, Standing};
 use crate::collective::spans;
+use crate::error;
 use crate::phase::Phase;
 use crate::pulse::Pulse;
 
@@ -30,7 +31,7 @@ pub struct Witness<'w> {
 }
 
 const HANG: (i32, &str) = (21, "HANG");
-const COMM: (i32, &str) = (22, "COMM");
+const COMM: (i32, &str) = (error::COMM, "COMM");
 
 impl Witness<'_> {
     /// What to say of a run that stands still.

@@ -16,13 +16,11 @@ use super::{Manifest, Part, folder_name};
 use crate::collective::Collective;
 use crate::collective::agreement::{agree, on_rank_zero};
 use crate::config::{CheckpointSettings, OnFailure};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, STORAGE};
 use crate::libtorch;
 use crate::phase::Phase;
 use crate::pulse;
 
-/// Exit code of [`Error::Storage`], which is also that of a peer that failed by it.
-const STORAGE: i32 = 30;
 /// What a rank has to say of a save in flight once its part of the present stage is over.
 const READY: u8 = 1;
 
