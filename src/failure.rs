@@ -1,13 +1,13 @@
 //! The last words of a world: one line on standard error, and its twin for programs in the run folder.
 //!
 //! One rank says why all of them end. Who fails asks rank 0 for the word, beside all collectives, and the first one who asks
-//! gets it; the others wait until that one has ended the world. No clock decides, unless rank 0 does not answer.
+//! gets it; the others wait until that one has ended the world. No clock decides, unless rank 0 is gone or does not answer.
 
 use std::backtrace::Backtrace;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -58,6 +58,9 @@ type Ask = Box<dyn Fn(Option<usize>) -> Option<usize> + Send + Sync>;
 
 static ASK: OnceLock<Ask> = OnceLock::new();
 
+/// See [`ask_nobody`].
+static ASKS_NOBODY: AtomicBool = AtomicBool::new(false);
+
 /// From now on a failure leaves a file in `folder`.
 pub fn keep_in(folder: &Path) {
     *FOLDER.lock().unwrap_or_else(PoisonError::into_inner) = Some(folder.into());
@@ -76,6 +79,11 @@ pub fn patience() -> Duration {
 /// From now on this rank asks by `ask` before it speaks, so that of many ranks that fail one speaks. The first one stands.
 pub fn ask_by(ask: impl Fn(Option<usize>) -> Option<usize> + Send + Sync + 'static) {
     ASK.get_or_init(|| Box::new(ask));
+}
+
+/// From now on this rank speaks without asking, for ranks that have found rank 0 gone and taken turns already.
+pub fn ask_nobody() {
+    ASKS_NOBODY.store(true, Ordering::SeqCst);
 }
 
 /// Gives the word to `rank` if nobody has it, or if only the rank has that it wants to replace; returns who has it. Rank 0
@@ -127,7 +135,7 @@ pub fn tell_instead_of(speaker: usize, code: i32, name: &str, what: &str) {
 /// The rank that has the word, if it is another one. Where rank 0 does not answer, lower ranks speak first.
 fn other_speaker(instead_of: Option<usize>) -> Option<usize> {
     let (rank, world_size) = pulse::place();
-    if world_size < 2 {
+    if world_size < 2 || ASKS_NOBODY.load(Ordering::SeqCst) {
         return None;
     }
     match ASK.get().and_then(|ask| ask(instead_of)) {

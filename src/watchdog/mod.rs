@@ -170,6 +170,10 @@ fn watch(shared: &Shared) {
         let hub_is_gone = roll.silence > quiet(interval);
         if settings.enabled && still > limit + turn(rank, hub_is_gone) && nobody_moves {
             let (host, reading) = (pulse::host(), beats::reading(&now));
+            if hub_is_gone {
+                // This was its turn.
+                failure::ask_nobody();
+            }
             end(&Witness { rank, world_size, host: &host, now: &now, still, quiet: quiet(interval), reading }, &roll);
         }
     }
