@@ -300,7 +300,7 @@ fn a_dumped_step_holds_its_mask_and_the_references_metrics() {
     let (data, dump) = (bench.root.path().join("data"), bench.root.path().join("dump.safetensors"));
     let request =
         StepRequest { batch: data.join("samples.safetensors"), dump: dump.clone(), weights: None, torch_seed: Some(3), grads: false };
-    dump_step(&bench.family.config(&data, Path::new("unused"), &[MASKED]), &request).unwrap();
+    dump_step(&bench.family.config(&data, Path::new("unused"), &[MASKED, "flow_matching.mix_uniform_ratio=0.0"]), &request).unwrap();
     let dumped = SafeTensors::open(&dump).unwrap();
     assert!(dumped.read("loss_mask").unwrap().equal(&weights(&[8, 12], uneven)));
     let number = |name: &str| dumped.read(name).unwrap().double_value(&[]);
