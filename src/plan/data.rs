@@ -10,6 +10,7 @@ use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::flow::{DataShapes, Note, check_keys};
 use crate::model::SampleShapes;
+use crate::pulse;
 
 /// Refuses a dataset of which the adapter or the model cannot take some resolution group. Returns what a user should know of it
 /// though nothing is wrong.
@@ -40,6 +41,7 @@ pub fn check_data(config: &RunConfig, dataset: &Dataset) -> Result<Vec<Note>> {
 pub fn rehearse_data(config: &RunConfig, dataset: &Dataset) -> Result<()> {
     let pipeline = build_pipeline(config, Device::Cpu);
     dataset.groups().iter().try_for_each(|group| {
+        pulse::still_at_work();
         let unfit = |error| match error {
             Error::Data { what, .. } => Error::data(dataset.path(), format!("resolution group {}: {what}", group.name)),
             other => other,
