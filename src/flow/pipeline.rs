@@ -134,7 +134,10 @@ impl FlowMatchingPipeline {
     /// Every draw of a step, in the order of the reference: task, timesteps, noise, then the adapter's.
     fn prepare(&self, batch: &Batch, draws: &Draws<'_>, strata: Option<&Strata>) -> Result<NoisyBatch> {
         let latents = latents_of(batch)?.to_device(self.device).to_kind(self.dtype);
-        let (size, batch) = (latents.size()[0], &with_sample_axis(self.adapter(), batch));
+        let size = latents.size()[0];
+        // A dataset's batches have all their axes.
+        let alone = batch.sample_ids.is_empty().then(|| with_sample_axis(self.adapter(), batch));
+        let batch = alone.as_ref().unwrap_or(batch);
         let (task_type, image_to_video) = self.determine_task_type(batch.data_type, &latents.size(), draws);
         let sampled = self.sample_timesteps(size, draws, strata);
         let noise = draws.normal(0.0, 1.0, &latents.size()).to_device(self.device);
