@@ -102,10 +102,7 @@ impl<'c> Trainer<'c> {
         };
         trainer.announce(global_batch);
         if telemetry.speaks_for_the_run() {
-            notes.iter().for_each(|note| match note {
-                Note::Warning(text) => tracing::warn!("{text}"),
-                Note::Information(text) => tracing::info!("{text}"),
-            });
+            notes.iter().for_each(tell);
         }
         Ok(trainer)
     }
@@ -147,6 +144,13 @@ impl<'c> Trainer<'c> {
         if parallel.deterministic {
             tracing::info!("deterministic: one order of sums for any number of ranks");
         }
+    }
+}
+
+fn tell(note: &Note) {
+    match note {
+        Note::Warning(text) => tracing::warn!("{text}"),
+        Note::Information(text) => tracing::info!("{text}"),
     }
 }
 
