@@ -1,6 +1,6 @@
-//! Compiles what the bindings leave out of libtorch, the node that `src/autograd` adds to its graph and what `src/libtorch.rs` switches
-//! and catches, and tells the linker where libtorch, NCCL and NVRTC lie, so
-//! that the binary starts without LD_LIBRARY_PATH.
+//! Compiles what the bindings leave out of libtorch, the node that `src/autograd` adds to its graph
+//! and what `src/libtorch.rs` switches and catches, and tells the linker where libtorch, NCCL and
+//! NVRTC lie, so that the binary starts without LD_LIBRARY_PATH.
 
 const SOURCES: [&str; 2] = ["src/autograd/node.cpp", "src/libtorch.cpp"];
 

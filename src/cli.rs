@@ -27,8 +27,8 @@ use values::{Shape, WorldSizes, parse_dtype, parse_moment, parse_scale, parse_sh
 
 /// Trains diffusion transformers by flow matching, one process a GPU.
 ///
-/// `mpirun -n 8 fm-dist`, or plain `fm-dist` for one process. Without a file the embedded default configuration runs, which
-/// learns to draw handwritten digits in about two minutes.
+/// `mpirun -n 8 fm-dist`, or plain `fm-dist` for one process. Without a file the embedded default
+/// configuration runs, which learns to draw handwritten digits in about two minutes.
 #[derive(Debug, Parser)]
 #[command(version, args_conflicts_with_subcommands = true, help_expected = true)]
 pub struct Cli {
@@ -72,12 +72,13 @@ struct ConfigArgs {
 struct TrainArgs {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Begin anew (never), go on from the newest checkpoint that verifies (latest), do so if there is any and else begin anew (auto),
-    /// or go on from this run or checkpoint folder
+    /// Begin anew (never), go on from the newest checkpoint that verifies (latest), do so if there
+    /// is any and else begin anew (auto), or go on from this run or checkpoint folder
     #[arg(long, value_name = "never|latest|auto|DIR", default_value = "never")]
     resume: Resume,
-    /// What connects the processes: MPI under a launcher (auto), MPI (mpi), or TCP where no MPI can be started (tcp). No key of the
-    /// configuration, because the world must exist before rank 0's configuration can travel
+    /// What connects the processes: MPI under a launcher (auto), MPI (mpi), or TCP where no MPI can
+    /// be started (tcp). No key of the configuration, because the world must exist before rank 0's
+    /// configuration can travel
     #[arg(long, value_name = "auto|mpi|tcp", default_value = "auto")]
     launch: Launch,
     /// Go on from a checkpoint though the data are others than those it was trained on
@@ -111,17 +112,20 @@ struct SampleArgs {
     /// File to write: .png for a labelled grid, .safetensors for the numbers; may be given again
     #[arg(long, value_name = "FILE", required = true)]
     out: Vec<PathBuf>,
-    /// Conditions to generate from instead of the dataset's: tensors [N, …] under the adapter's keys, perhaps `negative.` ones and
-    /// the `noise` to start from; `data_type` and `task_type` in the metadata
+    /// Conditions to generate from instead of the dataset's: tensors [N, …] under the adapter's
+    /// keys, perhaps `negative.` ones and the `noise` to start from; `data_type` and `task_type` in
+    /// the metadata
     #[arg(long, value_name = "FILE.safetensors")]
     conditions: Option<PathBuf>,
-    /// Shape of one sample's latents where no `noise` has it; that of the dataset's first resolution group without it
+    /// Shape of one sample's latents where no `noise` has it; that of the dataset's first
+    /// resolution group without it
     #[arg(long, value_name = "C,[F,]H,W", value_parser = parse_shape)]
     shape: Option<Shape>,
     /// Euler steps from noise to data
     #[arg(long, value_parser = clap::value_parser!(i64).range(1..))]
     steps: Option<i64>,
-    /// Classifier-free guidance (1 is none), or what a model that embeds its guidance is fed; 0 is the family's own
+    /// Classifier-free guidance (1 is none), or what a model that embeds its guidance is fed; 0 is
+    /// the family's own
     #[arg(long, value_parser = parse_scale)]
     guidance: Option<f64>,
     /// Classifier-free guidance away from negative conditions, on top of an embedded one
@@ -179,10 +183,12 @@ struct StepArgs {
 struct CheckArgs {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Number of ranks to plan for; with --cluster also the powers of two from one to another, as in 8..4096
+    /// Number of ranks to plan for; with --cluster also the powers of two from one to another, as
+    /// in 8..4096
     #[arg(long, value_name = "N|FROM..TO", default_value = "1", value_parser = parse_world)]
     world: WorldSizes,
-    /// Also predict a step and its communication on this cluster, with as many micro-batches a rank at each number of ranks
+    /// Also predict a step and its communication on this cluster, with as many micro-batches a rank
+    /// at each number of ranks
     #[arg(long, value_name = "NAME")]
     cluster: Option<String>,
     /// Constants of clusters instead of those that are built in
@@ -194,7 +200,8 @@ struct CheckArgs {
     /// Tokens of a prompt, with --latents
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(i64).range(0..))]
     text_tokens: i64,
-    /// Also read all data, compare them with the hashes in dataset.json and look for numbers that are not finite
+    /// Also read all data, compare them with the hashes in dataset.json and look for numbers that
+    /// are not finite
     #[arg(long)]
     verify_data: bool,
 }
@@ -203,7 +210,11 @@ impl ConfigArgs {
     fn read(&self) -> Result<RunConfig> {
         match &self.config {
             None => RunConfig::read(config::DEFAULT_NAME, config::DEFAULT, &self.overrides),
-            Some(path) => RunConfig::read(&path.display().to_string(), &read_text(path, "--config")?, &self.overrides),
+            Some(path) => RunConfig::read(
+                &path.display().to_string(),
+                &read_text(path, "--config")?,
+                &self.overrides,
+            ),
         }
     }
 }
@@ -215,11 +226,21 @@ impl Cli {
             Command::Train(args) => run_training(&args),
             Command::Sample(args) => sample::sample(&args.into_request()).map(|()| 0),
             Command::Export(ExportArgs { run, out, max_shard_size, dtype }) => {
-                commands::export(&ExportRequest { run, out, max_shard_bytes: max_shard_size.as_u64(), dtype }).map(|()| 0)
+                commands::export(&ExportRequest {
+                    run,
+                    out,
+                    max_shard_bytes: max_shard_size.as_u64(),
+                    dtype,
+                })
+                .map(|()| 0)
             }
             Command::Step(args) => {
                 let StepArgs { config, batch, dump, weights, torch_seed, grads } = args;
-                commands::dump_step(&config.read()?, &StepRequest { batch, dump, weights, torch_seed, grads }).map(|()| 0)
+                commands::dump_step(
+                    &config.read()?,
+                    &StepRequest { batch, dump, weights, torch_seed, grads },
+                )
+                .map(|()| 0)
             }
             Command::Check(args) => {
                 let config = args.config.read()?;
@@ -266,12 +287,25 @@ impl SampleArgs {
 
 impl CheckArgs {
     fn into_request(self) -> Result<CheckRequest> {
-        let CheckArgs { world: WorldSizes(world_sizes), cluster, clusters, latents, text_tokens, .. } = self;
+        let CheckArgs {
+            world: WorldSizes(world_sizes),
+            cluster,
+            clusters,
+            latents,
+            text_tokens,
+            ..
+        } = self;
         let world_size = world_sizes[0];
         let scaling = match cluster {
-            Some(name) => Some(ScalingRequest { cluster: cluster_named(&name, clusters.as_deref())?, world_sizes }),
+            Some(name) => Some(ScalingRequest {
+                cluster: cluster_named(&name, clusters.as_deref())?,
+                world_sizes,
+            }),
             None if world_sizes.len() > 1 => {
-                let what = format!("a range is for a prediction: name a --cluster, one of {}", Cluster::known());
+                let what = format!(
+                    "a range is for a prediction: name a --cluster, one of {}",
+                    Cluster::known()
+                );
                 return Err(Error::config("--world", what));
             }
             None => None,
@@ -294,7 +328,8 @@ fn read_text(path: &Path, flag: &str) -> Result<String> {
     let bytes = std::fs::read(path).map_err(|error| refused(format!("cannot be read: {error}")))?;
     match recognized(&bytes[..bytes.len().min(HEAD_BYTES)], Format::Toml) {
         Some(what) => Err(refused(what)),
-        None => String::from_utf8(bytes).map_err(|error| refused(format!("is no text: {}", error.utf8_error()))),
+        None => String::from_utf8(bytes)
+            .map_err(|error| refused(format!("is no text: {}", error.utf8_error()))),
     }
 }
 
@@ -333,7 +368,9 @@ fn run_training(args: &TrainArgs) -> Result<i32> {
 fn say(text: &str) -> Result<i32> {
     use std::io::Write;
     match std::io::stdout().lock().write_all(text.as_bytes()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::storage("standard output", "write to")(error)),
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::storage("standard output", "write to")(error))
+        }
         _ => Ok(0),
     }
 }

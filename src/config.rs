@@ -35,7 +35,12 @@ pub struct FlowSettings {
 impl Settings for FlowSettings {
     fn visit(&mut self, keys: &mut Keys<'_>) {
         self.flow.visit(keys);
-        keys.named_family("adapter_type", "adapter", &mut self.adapter, "Which model family's inputs are prepared.");
+        keys.named_family(
+            "adapter_type",
+            "adapter",
+            &mut self.adapter,
+            "Which model family's inputs are prepared.",
+        );
     }
 }
 
@@ -52,7 +57,8 @@ pub struct TrainSettings {
     pub skip_budget: u64,
 }
 
-/// What becomes of a step that has a loss or gradient which is no finite number, or a loss above the bound.
+/// What becomes of a step that has a loss or gradient which is no finite number, or a loss above
+/// the bound.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnNonFinite {
     #[default]
@@ -61,7 +67,8 @@ pub enum OnNonFinite {
 }
 
 impl Choice for OnNonFinite {
-    const ALL: &'static [(&'static str, Self)] = &[("stop", OnNonFinite::Stop), ("skip", OnNonFinite::Skip)];
+    const ALL: &'static [(&'static str, Self)] =
+        &[("stop", OnNonFinite::Stop), ("skip", OnNonFinite::Skip)];
 }
 
 /// What becomes of a step whose loss stands out from those before it.
@@ -75,8 +82,12 @@ pub enum OnLossSpike {
 }
 
 impl Choice for OnLossSpike {
-    const ALL: &'static [(&'static str, Self)] =
-        &[("ignore", OnLossSpike::Ignore), ("warn", OnLossSpike::Warn), ("skip", OnLossSpike::Skip), ("stop", OnLossSpike::Stop)];
+    const ALL: &'static [(&'static str, Self)] = &[
+        ("ignore", OnLossSpike::Ignore),
+        ("warn", OnLossSpike::Warn),
+        ("skip", OnLossSpike::Skip),
+        ("stop", OnLossSpike::Stop),
+    ];
 }
 
 impl Default for TrainSettings {
@@ -103,14 +114,41 @@ impl Settings for TrainSettings {
             1..=MOST_SAMPLES as i64,
             "Samples of one optimizer step over all ranks; unset: micro-batch x ranks x accumulation.",
         );
-        keys.optional_integer("gradient_accumulation_steps", &mut self.gradient_accumulation_steps, 1.., accumulation);
-        keys.number("max_grad_norm", &mut self.max_grad_norm, 0.0.., "Gradients are scaled down to this global norm; 0: never.");
-        keys.flag("check_loss", &mut self.check_loss, "Refuse the update when any rank's loss is not a number or above 100.");
-        keys.choice("on_non_finite", &mut self.on_non_finite, "When a loss is refused, or the gradient is not finite on all ranks.");
-        keys.choice("on_loss_spike", &mut self.on_loss_spike, "When the loss stands out from those of the last 128 steps.");
+        keys.optional_integer(
+            "gradient_accumulation_steps",
+            &mut self.gradient_accumulation_steps,
+            1..,
+            accumulation,
+        );
+        keys.number(
+            "max_grad_norm",
+            &mut self.max_grad_norm,
+            0.0..,
+            "Gradients are scaled down to this global norm; 0: never.",
+        );
+        keys.flag(
+            "check_loss",
+            &mut self.check_loss,
+            "Refuse the update when any rank's loss is not a number or above 100.",
+        );
+        keys.choice(
+            "on_non_finite",
+            &mut self.on_non_finite,
+            "When a loss is refused, or the gradient is not finite on all ranks.",
+        );
+        keys.choice(
+            "on_loss_spike",
+            &mut self.on_loss_spike,
+            "When the loss stands out from those of the last 128 steps.",
+        );
         let height = "Robust standard deviations (from median and median absolute deviation) above which a loss stands out.";
         keys.number("loss_spike_height", &mut self.loss_spike_height, 1.0.., height);
-        keys.integer("skip_budget", &mut self.skip_budget, 0.., "Skipped steps among the last 100 that a run bears; one more stops it.");
+        keys.integer(
+            "skip_budget",
+            &mut self.skip_budget,
+            0..,
+            "Skipped steps among the last 100 that a run bears; one more stops it.",
+        );
     }
 }
 
@@ -119,12 +157,14 @@ impl Settings for TrainSettings {
 pub enum OnFailure {
     #[default]
     Stop,
-    /// The run goes on with a warning, and the next save tries again. The last save of a run stops in any case.
+    /// The run goes on with a warning, and the next save tries again. The last save of a run stops
+    /// in any case.
     Continue,
 }
 
 impl Choice for OnFailure {
-    const ALL: &'static [(&'static str, Self)] = &[("stop", OnFailure::Stop), ("continue", OnFailure::Continue)];
+    const ALL: &'static [(&'static str, Self)] =
+        &[("stop", OnFailure::Stop), ("continue", OnFailure::Continue)];
 }
 
 /// `[checkpoint]`.
@@ -153,13 +193,27 @@ impl Default for CheckpointSettings {
 
 impl Settings for CheckpointSettings {
     fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.integer("every_n_steps", &mut self.every_n_steps, 1.., "Steps between checkpoints; the last step has one, too.");
+        keys.integer(
+            "every_n_steps",
+            &mut self.every_n_steps,
+            1..,
+            "Steps between checkpoints; the last step has one, too.",
+        );
         let save_last = "Save at the last step; false: only where every_n_steps says, and a resume does the steps behind it again.";
         keys.flag("save_last", &mut self.save_last, save_last);
         let asynchronous = "Write beside the steps, which stop for a copy in host memory only; false: wait for the disk at each save.";
         keys.flag("asynchronous", &mut self.asynchronous, asynchronous);
-        keys.choice("on_failure", &mut self.on_failure, "What a save that fails does to the run; the last save of a run always stops it.");
-        keys.integer("keep_last", &mut self.keep_last, 1.., "Newest checkpoints that are kept; older ones go after a newer one is safe.");
+        keys.choice(
+            "on_failure",
+            &mut self.on_failure,
+            "What a save that fails does to the run; the last save of a run always stops it.",
+        );
+        keys.integer(
+            "keep_last",
+            &mut self.keep_last,
+            1..,
+            "Newest checkpoints that are kept; older ones go after a newer one is safe.",
+        );
         let keep_every = "Checkpoints whose step is a multiple of this are kept for ever.";
         keys.optional_integer("keep_every", &mut self.keep_every, 1.., keep_every);
     }
@@ -212,19 +266,40 @@ impl Default for RunConfig {
 impl Settings for RunConfig {
     fn visit(&mut self, keys: &mut Keys<'_>) {
         keys.integer("seed", &mut self.seed, 0.., "Everything random follows from this number.");
-        keys.integer("max_steps", &mut self.max_steps, 1.., "Optimizer steps of the whole run, resumed or not.");
-        keys.text("output_dir", &mut self.output_dir, "Run folder; where it holds a run already, a new one gets a number behind its name.");
+        keys.integer(
+            "max_steps",
+            &mut self.max_steps,
+            1..,
+            "Optimizer steps of the whole run, resumed or not.",
+        );
+        keys.text(
+            "output_dir",
+            &mut self.output_dir,
+            "Run folder; where it holds a run already, a new one gets a number behind its name.",
+        );
         keys.table("model", &mut self.model, "What is trained.");
         keys.table("flow_matching", &mut self.flow_matching, "Timesteps, noise and loss.");
         keys.table("data", &mut self.data, "What it is trained on.");
         keys.table("train", &mut self.train, "An optimizer step.");
         keys.family("optimizer", &mut self.optimizer, "The update rule.");
-        keys.family("lr_scheduler", &mut self.lr_scheduler, "Learning rate over the run, as a share of the optimizer's lr.");
+        keys.family(
+            "lr_scheduler",
+            &mut self.lr_scheduler,
+            "Learning rate over the run, as a share of the optimizer's lr.",
+        );
         keys.table("parallel", &mut self.parallel, "How ranks share the work.");
         keys.table("compute", &mut self.compute, "By which kernels.");
         keys.table("checkpoint", &mut self.checkpoint, "What survives a crash.");
-        keys.table("watchdog", &mut self.watchdog, "What is done about ranks that stand still, fall behind or drift apart.");
-        keys.table("sampling", &mut self.sampling, "Generated samples: `fm-dist sample`, and the report at the end of a run.");
+        keys.table(
+            "watchdog",
+            &mut self.watchdog,
+            "What is done about ranks that stand still, fall behind or drift apart.",
+        );
+        keys.table(
+            "sampling",
+            &mut self.sampling,
+            "Generated samples: `fm-dist sample`, and the report at the end of a run.",
+        );
         keys.table("log", &mut self.log, "What is said meanwhile.");
         keys.table("debug", &mut self.debug, "For those who test fm-dist itself.");
     }
@@ -244,7 +319,11 @@ impl RunConfig {
         settings::read(&mut config, source_name, text, overrides)?;
         config.model.resolve()?;
         let problems = config.problems();
-        if problems.is_empty() { Ok(config) } else { Err(Error::Config { source_name: source_name.into(), problems }) }
+        if problems.is_empty() {
+            Ok(config)
+        } else {
+            Err(Error::Config { source_name: source_name.into(), problems })
+        }
     }
 
     /// The complete configuration as TOML with one comment line a key.
@@ -259,8 +338,12 @@ impl RunConfig {
     pub fn micro_batches(&self, world_size: usize) -> Result<usize> {
         let micro_batches = self.divided(world_size)?;
         let blocks = world_size * micro_batches;
-        if self.parallel.deterministic && !(blocks.is_power_of_two() && world_size.is_power_of_two()) {
-            let what = format!("needs powers of two: found {world_size} ranks x {micro_batches} micro-batches = {blocks} blocks");
+        if self.parallel.deterministic
+            && !(blocks.is_power_of_two() && world_size.is_power_of_two())
+        {
+            let what = format!(
+                "needs powers of two: found {world_size} ranks x {micro_batches} micro-batches = {blocks} blocks"
+            );
             return Err(Error::config("parallel.deterministic", what));
         }
         Ok(micro_batches)
@@ -273,21 +356,32 @@ impl RunConfig {
         let step = per_round.and_then(|samples| counted(samples.checked_mul(told.unwrap_or(1))));
         let (Some(per_round), Some(_)) = (per_round, step) else {
             let (samples, micro_batches) = (self.data.micro_batch_size_per_gpu, told.unwrap_or(1));
-            let what = format!("{micro_batches} x {samples} samples x {world_size} ranks are more than {MOST_SAMPLES} samples in a step");
+            let what = format!(
+                "{micro_batches} x {samples} samples x {world_size} ranks are more than {MOST_SAMPLES} samples in a step"
+            );
             return Err(Error::config("train.gradient_accumulation_steps", what));
         };
         let Some(global) = self.train.global_batch_size else { return Ok(told.unwrap_or(1)) };
-        let one_round = format!("{} x {world_size} ranks = {per_round}", self.data.micro_batch_size_per_gpu);
+        let one_round =
+            format!("{} x {world_size} ranks = {per_round}", self.data.micro_batch_size_per_gpu);
         if global % per_round != 0 {
             let below = global / per_round * per_round;
-            let near = if below == 0 { format!("{per_round}") } else { format!("{below} or {}", below + per_round) };
-            let what = format!("{global} is no multiple of micro_batch_size_per_gpu {one_round}; nearest: {near}");
+            let near = if below == 0 {
+                format!("{per_round}")
+            } else {
+                format!("{below} or {}", below + per_round)
+            };
+            let what = format!(
+                "{global} is no multiple of micro_batch_size_per_gpu {one_round}; nearest: {near}"
+            );
             return Err(Error::config("train.global_batch_size", what));
         }
         let follows = global / per_round;
         match told {
             Some(told) if told != follows => {
-                let what = format!("{told} contradicts global_batch_size {global}: with {one_round} it must be {follows}; leave it out");
+                let what = format!(
+                    "{told} contradicts global_batch_size {global}: with {one_round} it must be {follows}; leave it out"
+                );
                 Err(Error::config("train.gradient_accumulation_steps", what))
             }
             _ => Ok(follows),
@@ -296,14 +390,21 @@ impl RunConfig {
 
     fn problems(&self) -> Vec<ConfigProblem> {
         let mut problems = Vec::new();
-        let mut say = |key: &str, what: String| problems.push(ConfigProblem { key: key.into(), place: String::new(), what });
+        let mut say = |key: &str, what: String| {
+            problems.push(ConfigProblem { key: key.into(), place: String::new(), what })
+        };
         let flow = &self.flow_matching.flow;
         if flow.sigma_min > flow.sigma_max {
-            say("flow_matching.sigma_min", format!("{} must not be above sigma_max = {}", flow.sigma_min, flow.sigma_max));
+            say(
+                "flow_matching.sigma_min",
+                format!("{} must not be above sigma_max = {}", flow.sigma_min, flow.sigma_max),
+            );
         }
         if flow.sigma_min == flow.sigma_max && flow.sigma_window == SigmaWindow::Truncate {
-            let what =
-                format!("\"truncate\" leaves nothing to draw from between sigma_min and sigma_max = {}; \"clamp\" does", flow.sigma_max);
+            let what = format!(
+                "\"truncate\" leaves nothing to draw from between sigma_min and sigma_max = {}; \"clamp\" does",
+                flow.sigma_max
+            );
             say("flow_matching.sigma_window", what);
         }
         self.parallel.problems().into_iter().for_each(|(key, what)| say(key, what));
@@ -327,12 +428,20 @@ mod tests {
     fn a_step_of_more_samples_than_can_be_counted_is_refused() {
         let most = i64::MAX;
         let config = |text: &str| RunConfig::read("test", text, &[]).expect("in range");
-        let text = config(&format!("[train]\ngradient_accumulation_steps = {most}")).micro_batches(1).expect_err("too many").to_string();
+        let text = config(&format!("[train]\ngradient_accumulation_steps = {most}"))
+            .micro_batches(1)
+            .expect_err("too many")
+            .to_string();
         assert!(text.contains("train.gradient_accumulation_steps: 9223372036854775807 x 64 samples x 1 ranks are more than"), "{text}");
         for ranks in [1 << 60, usize::MAX] {
             assert_eq!(config("").micro_batches(ranks).expect_err("too many").exit_code(), 50);
         }
-        assert!(RunConfig::read("test", &format!("[train]\nglobal_batch_size = {most}"), &[]).is_err());
-        assert_eq!(config("[train]\ngradient_accumulation_steps = 3").micro_batches(8).expect("sound"), 3);
+        assert!(
+            RunConfig::read("test", &format!("[train]\nglobal_batch_size = {most}"), &[]).is_err()
+        );
+        assert_eq!(
+            config("[train]\ngradient_accumulation_steps = 3").micro_batches(8).expect("sound"),
+            3
+        );
     }
 }

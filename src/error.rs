@@ -1,7 +1,9 @@
-//! What can go wrong in the world outside, each with the exit code that tells a batch script whether to try again.
+//! What can go wrong in the world outside, each with the exit code that tells a batch script
+//! whether to try again.
 //!
-//! A message says what was found, what was expected, and what to do, in one line. Mistakes of the program itself panic
-//! instead (exit code [`BUG`]): tensor arithmetic is written with plain operators.
+//! A message says what was found, what was expected, and what to do, in one line. Mistakes of the
+//! program itself panic instead (exit code [`BUG`]): tensor arithmetic is written with plain
+//! operators.
 
 mod library;
 
@@ -65,7 +67,8 @@ pub enum Error {
     Desync { what: String },
     /// A number that must be finite is not, or the loss exploded.
     NotFinite { step: u64, what: String },
-    /// Another rank failed first, with exit code `code`, and says why: `speaker`, or `None` where it has said so already.
+    /// Another rank failed first, with exit code `code`, and says why: `speaker`, or `None` where
+    /// it has said so already.
     Peer { speaker: Option<usize>, code: i32, what: String },
     /// This process was asked to stop where there was nothing to save.
     Stopped { what: String },
@@ -97,12 +100,17 @@ impl Error {
         Error::Data { path: path.as_ref().into(), what: what.into() }
     }
 
-    /// For `map_err`: `fs::read(path).map_err(Error::storage(path, "read"))`. Too many open files are a limit of the process,
-    /// which another try would meet again: an [`Error::Environment`].
-    pub fn storage(path: impl AsRef<Path>, operation: &'static str) -> impl FnOnce(std::io::Error) -> Error {
+    /// For `map_err`: `fs::read(path).map_err(Error::storage(path, "read"))`. Too many open files
+    /// are a limit of the process, which another try would meet again: an [`Error::Environment`].
+    pub fn storage(
+        path: impl AsRef<Path>,
+        operation: &'static str,
+    ) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.as_ref().to_path_buf();
         move |source| match descriptors_wanted(&source) {
-            Some(what) => Error::environment(format!("cannot {operation} {}: {what}", path.display())),
+            Some(what) => {
+                Error::environment(format!("cannot {operation} {}: {what}", path.display()))
+            }
             None => Error::Storage { path, operation, source },
         }
     }
@@ -135,7 +143,8 @@ impl Error {
         }
     }
 
-    /// Process exit code, a peer's being that of its cause: below 40 a retry may help, from 40 on it will not.
+    /// Process exit code, a peer's being that of its cause: below 40 a retry may help, from 40 on
+    /// it will not.
     pub fn exit_code(&self) -> i32 {
         match self {
             Error::Peer { code, .. } => *code,
@@ -177,8 +186,12 @@ impl fmt::Display for Whole<'_> {
             | Error::CheckpointMismatch { path, what }
             | Error::NoProgress { path, what }
             | Error::NoCheckpoint { path, what } => write!(f, "{}: {what}", path.display()),
-            Error::Storage { path, operation, source } => write!(f, "cannot {operation} {}: {source}", path.display()),
-            Error::Collective { backend, operation, what } => write!(f, "{backend} {operation}: {what}"),
+            Error::Storage { path, operation, source } => {
+                write!(f, "cannot {operation} {}: {source}", path.display())
+            }
+            Error::Collective { backend, operation, what } => {
+                write!(f, "{backend} {operation}: {what}")
+            }
             Error::NotFinite { step, what } => write!(f, "step {step}: {what}"),
             Error::Peer { what, .. }
             | Error::Desync { what }
@@ -201,16 +214,20 @@ impl std::error::Error for Error {
 
 /// Text that is safe on one line of a log: control characters of file names and peers are escaped.
 pub fn one_line(text: &str) -> String {
-    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] }).collect()
+    text.chars()
+        .flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] })
+        .collect()
 }
 
-/// Bytes of a message that are shown: with the place and the code it stays below the 4096 that a pipe takes in one piece.
+/// Bytes of a message that are shown: with the place and the code it stays below the 4096 that a
+/// pipe takes in one piece.
 const MOST_BYTES: usize = 3500;
 
 /// As much of a text as a line of a log has room for.
 pub fn shortened(mut text: String) -> String {
     if text.len() > MOST_BYTES {
-        let end = (0..=MOST_BYTES).rev().find(|end| text.is_char_boundary(*end)).unwrap_or_default();
+        let end =
+            (0..=MOST_BYTES).rev().find(|end| text.is_char_boundary(*end)).unwrap_or_default();
         text.truncate(end);
         text.push('…');
     }
@@ -249,6 +266,12 @@ mod tests {
     #[test]
     fn a_message_that_quotes_megabytes_is_cut() {
         let text = Error::data("a", "µ".repeat(1 << 20)).to_string();
-        assert!(text.starts_with("a: µµ") && text.ends_with("µ…") && text.len() <= MOST_BYTES + "…".len(), "{}", text.len());
+        assert!(
+            text.starts_with("a: µµ")
+                && text.ends_with("µ…")
+                && text.len() <= MOST_BYTES + "…".len(),
+            "{}",
+            text.len()
+        );
     }
 }

@@ -1,7 +1,9 @@
-//! The last words of a world: one line on standard error, and its twin for programs in the run folder.
+//! The last words of a world: one line on standard error, and its twin for programs in the run
+//! folder.
 //!
-//! One rank says why all of them end. Who fails asks rank 0 for the word, beside all collectives, and the first one who asks
-//! gets it; the others wait until that one has ended the world. No clock decides, unless rank 0 is gone or does not answer.
+//! One rank says why all of them end. Who fails asks rank 0 for the word, beside all collectives,
+//! and the first one who asks gets it; the others wait until that one has ended the world. No clock
+//! decides, unless rank 0 is gone or does not answer.
 
 use std::backtrace::Backtrace;
 use std::fs;
@@ -41,7 +43,8 @@ struct Failure<'f> {
 /// Where the file goes, once there is a run folder.
 static FOLDER: Mutex<Option<PathBuf>> = Mutex::new(None);
 
-/// Exit code of the first cause that a thread of this process met: it is this process's, whatever else fails on the way out.
+/// Exit code of the first cause that a thread of this process met: it is this process's, whatever
+/// else fails on the way out.
 static CAUSE: OnceLock<i32> = OnceLock::new();
 
 /// Set once the words of the first cause have been said.
@@ -53,7 +56,8 @@ static PATIENCE: AtomicU64 = AtomicU64::new(60_000);
 /// Rank 0's book: the rank that has the word.
 static SPEAKER: Mutex<Option<usize>> = Mutex::new(None);
 
-/// Asks rank 0 for the word in place of the rank given, if any: the rank that has it, or `None` without an answer.
+/// Asks rank 0 for the word in place of the rank given, if any: the rank that has it, or `None`
+/// without an answer.
 type Ask = Box<dyn Fn(Option<usize>) -> Option<usize> + Send + Sync>;
 
 static ASK: OnceLock<Ask> = OnceLock::new();
@@ -66,7 +70,8 @@ pub fn keep_in(folder: &Path) {
     *FOLDER.lock().unwrap_or_else(PoisonError::into_inner) = Some(folder.into());
 }
 
-/// Sets the time that a rank which has the word may take to say why the world ends, and to end it, before another one does.
+/// Sets the time that a rank which has the word may take to say why the world ends, and to end it,
+/// before another one does.
 pub fn be_patient(limit: Duration) {
     PATIENCE.store(limit.as_millis() as u64, Ordering::Relaxed);
 }
@@ -76,18 +81,20 @@ pub fn patience() -> Duration {
     Duration::from_millis(PATIENCE.load(Ordering::Relaxed))
 }
 
-/// From now on this rank asks by `ask` before it speaks, so that of many ranks that fail one speaks. The first one stands.
+/// From now on this rank asks by `ask` before it speaks, so that of many ranks that fail one
+/// speaks. The first one stands.
 pub fn ask_by(ask: impl Fn(Option<usize>) -> Option<usize> + Send + Sync + 'static) {
     ASK.get_or_init(|| Box::new(ask));
 }
 
-/// From now on this rank speaks without asking, for ranks that have found rank 0 gone and taken turns already.
+/// From now on this rank speaks without asking, for ranks that have found rank 0 gone and taken
+/// turns already.
 pub fn ask_nobody() {
     ASKS_NOBODY.store(true, Ordering::SeqCst);
 }
 
-/// Gives the word to `rank` if nobody has it, or if only the rank has that it wants to replace; returns who has it. Rank 0
-/// keeps the book.
+/// Gives the word to `rank` if nobody has it, or if only the rank has that it wants to replace;
+/// returns who has it. Rank 0 keeps the book.
 pub fn give_word(rank: usize, instead_of: Option<usize>) -> usize {
     let mut speaker = SPEAKER.lock().unwrap_or_else(PoisonError::into_inner);
     given(&mut speaker, rank, instead_of)
@@ -100,8 +107,9 @@ fn given(speaker: &mut Option<usize>, rank: usize, instead_of: Option<usize>) ->
     *speaker.get_or_insert(rank)
 }
 
-/// Returns `true` if this is the first cause that this process meets, whose exit code is `code`. Of several threads that find a
-/// reason to end, the first one's code counts: the others may see no more than what it did.
+/// Returns `true` if this is the first cause that this process meets, whose exit code is `code`. Of
+/// several threads that find a reason to end, the first one's code counts: the others may see no
+/// more than what it did.
 pub fn begin(code: i32) -> bool {
     CAUSE.set(code).is_ok()
 }
@@ -111,8 +119,9 @@ pub fn first_code(code: i32) -> i32 {
     *CAUSE.get_or_init(|| code)
 }
 
-/// Says why this process ends, if its rank has the word; returns the rank that has it otherwise. Only the first cause of a
-/// process is said: what fails on the way out is its consequence, and comes back from here once the first one was said.
+/// Says why this process ends, if its rank has the word; returns the rank that has it otherwise.
+/// Only the first cause of a process is said: what fails on the way out is its consequence, and
+/// comes back from here once the first one was said.
 pub fn tell(code: i32, name: &str, what: &str) -> Option<usize> {
     if !begin(code) {
         wait_until_said();
@@ -125,14 +134,16 @@ pub fn tell(code: i32, name: &str, what: &str) -> Option<usize> {
     other
 }
 
-/// Does as [`tell`] for the first cause of this process, after a rank that had the word did not end the world.
+/// Does as [`tell`] for the first cause of this process, after a rank that had the word did not end
+/// the world.
 pub fn tell_instead_of(speaker: usize, code: i32, name: &str, what: &str) {
     if ASK.get().is_some() && other_speaker(Some(speaker)).is_none() {
         say(code, name, what);
     }
 }
 
-/// The rank that has the word, if it is another one. Where rank 0 does not answer, lower ranks speak first.
+/// The rank that has the word, if it is another one. Where rank 0 does not answer, lower ranks
+/// speak first.
 fn other_speaker(instead_of: Option<usize>) -> Option<usize> {
     let (rank, world_size) = pulse::place();
     if world_size < 2 || ASKS_NOBODY.load(Ordering::SeqCst) {
@@ -147,11 +158,12 @@ fn other_speaker(instead_of: Option<usize>) -> Option<usize> {
     }
 }
 
-/// Time that a rank's message and the end of the world take on their way through the launcher, many times over.
+/// Time that a rank's message and the end of the world take on their way through the launcher, many
+/// times over.
 const TURN: Duration = Duration::from_secs(2);
 
-/// Leaves the lower ranks the time to speak and to end the world: a few seconds at most for rank 1, a few more with each
-/// doubling.
+/// Leaves the lower ranks the time to speak and to end the world: a few seconds at most for rank 1,
+/// a few more with each doubling.
 fn give_way(rank: usize) {
     std::thread::sleep(TURN * (usize::BITS - rank.leading_zeros()));
 }
@@ -166,8 +178,10 @@ fn say(code: i32, name: &str, what: &str) {
     let what = one_line(what);
     let full_stop = if what.ends_with(['.', '?']) { "" } else { "." };
     let kind = if code == STOPPED { "stopped".into() } else { format!("error {name}") };
-    let message = format!("fm-dist: {kind} {}: {what}{full_stop} exit {code}", pulse::whereabouts());
-    // One write, so that a launcher that joins the ranks' outputs cannot tear the line; a closed pipe changes nothing.
+    let message =
+        format!("fm-dist: {kind} {}: {what}{full_stop} exit {code}", pulse::whereabouts());
+    // One write, so that a launcher that joins the ranks' outputs cannot tear the line; a closed
+    // pipe changes nothing.
     let _ = std::io::stderr().write_all(format!("{message}\n").as_bytes());
     // The line first: a backtrace takes long on a busy machine.
     if code != STOPPED {
@@ -177,8 +191,8 @@ fn say(code: i32, name: &str, what: &str) {
     SAID.1.notify_all();
 }
 
-/// Who comes second ends the process as well, and must not do so while the first one speaks; but not wait for ever, where a pipe is
-/// full.
+/// Who comes second ends the process as well, and must not do so while the first one speaks; but
+/// not wait for ever, where a pipe is full.
 fn wait_until_said() {
     let said = SAID.0.lock().unwrap_or_else(PoisonError::into_inner);
     drop(SAID.1.wait_timeout_while(said, patience(), |said| !*said));
@@ -221,6 +235,10 @@ mod tests {
         let mut speaker = None;
         assert_eq!([3, 0, 3, 7].map(|rank| given(&mut speaker, rank, None)), [3, 3, 3, 3]);
         assert_eq!(given(&mut speaker, 7, Some(5)), 3, "rank 5 never had it");
-        assert_eq!([7, 0].map(|rank| given(&mut speaker, rank, Some(3))), [7, 7], "two ranks give rank 3 up, one speaks");
+        assert_eq!(
+            [7, 0].map(|rank| given(&mut speaker, rank, Some(3))),
+            [7, 7],
+            "two ranks give rank 3 up, one speaks"
+        );
     }
 }

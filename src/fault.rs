@@ -1,8 +1,8 @@
-//! Faults made on purpose: one rank or every one, one moment, one way to break. How a run meets each of them is what
-//! `tests/faults.rs` shows.
+//! Faults made on purpose: one rank or every one, one moment, one way to break. How a run meets
+//! each of them is what `tests/faults.rs` shows.
 //!
-//! A fault is ordered by `[debug] inject_fault`, and says so on standard error when it strikes, so that a test knows that it
-//! did. Without an order a check is one load of a pointer.
+//! A fault is ordered by `[debug] inject_fault`, and says so on standard error when it strikes, so
+//! that a test knows that it did. Without an order a check is one load of a pointer.
 
 use std::fmt;
 use std::io::{self, Write};
@@ -62,9 +62,11 @@ pub enum Kind {
     NanLoss,
     /// The rank's loss is multiplied by the argument, 50 without one.
     Spike,
-    /// One element of a gradient becomes NaN: in the stage whose number is the argument, 0 without one.
+    /// One element of a gradient becomes NaN: in the stage whose number is the argument, 0 without
+    /// one.
     NanGrad,
-    /// One parameter changes by its lowest bit: in the stage whose number is the argument, 0 without one.
+    /// One parameter changes by its lowest bit: in the stage whose number is the argument, 0
+    /// without one.
     BitFlip,
     /// The rank issues a collective that the others do not.
     ExtraCollective,
@@ -137,10 +139,18 @@ impl FromStr for Fault {
         };
         Ok(Fault {
             kind: *kind,
-            rank: if rank == "every" { None } else { Some(rank.parse().map_err(|_| unreadable())?) },
+            rank: if rank == "every" {
+                None
+            } else {
+                Some(rank.parse().map_err(|_| unreadable())?)
+            },
             steps: steps_of(steps).ok_or_else(unreadable)?,
-            phase: Phase::named(phase)
-                .ok_or_else(|| format!("no phase {phase:?}; one of: {}", Phase::words().collect::<Vec<_>>().join(", ")))?,
+            phase: Phase::named(phase).ok_or_else(|| {
+                format!(
+                    "no phase {phase:?}; one of: {}",
+                    Phase::words().collect::<Vec<_>>().join(", ")
+                )
+            })?,
             argument,
         })
     }
@@ -157,7 +167,8 @@ fn steps_of(text: &str) -> Option<(u64, u64)> {
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let word = WORDS.iter().find(|(_, kind)| *kind == self.kind).expect("every kind has a word").0;
+        let word =
+            WORDS.iter().find(|(_, kind)| *kind == self.kind).expect("every kind has a word").0;
         write!(f, "{word}@{}:", self.rank.map_or("every".into(), |rank| rank.to_string()))?;
         match self.steps {
             (0, u64::MAX) => f.write_str("every")?,
@@ -171,7 +182,8 @@ impl fmt::Display for Fault {
 
 static ORDER: OnceLock<Fault> = OnceLock::new();
 
-/// Arms an order for this process, to strike where a phase begins, among other places; the first one stands.
+/// Arms an order for this process, to strike where a phase begins, among other places; the first
+/// one stands.
 pub fn arm(order: Fault) {
     ORDER.get_or_init(|| order);
     pulse::on_enter(strike);
@@ -185,12 +197,14 @@ pub fn ordered() -> Option<&'static Fault> {
 /// The order, if this rank, step and phase are its moment; says so.
 fn due(phase: Phase, step: u64, kinds: &[Kind]) -> Option<&'static Fault> {
     let order = ORDER.get()?;
-    let now =
-        order.phase == phase && order.rank.is_none_or(|rank| rank == pulse::place().0) && (order.steps.0..=order.steps.1).contains(&step);
+    let now = order.phase == phase
+        && order.rank.is_none_or(|rank| rank == pulse::place().0)
+        && (order.steps.0..=order.steps.1).contains(&step);
     let struck = now && kinds.contains(&order.kind);
     if struck {
         // Whoever closed the pipe needs no proof.
-        let _ = io::stderr().write_all(format!("fm-dist: fault {order} strikes at step {step}\n").as_bytes());
+        let _ = io::stderr()
+            .write_all(format!("fm-dist: fault {order} strikes at step {step}\n").as_bytes());
     }
     struck.then_some(order)
 }
@@ -200,10 +214,12 @@ pub fn strike(phase: Phase) {
     strike_at(phase, pulse::now().step);
 }
 
-/// As [`strike`], for a thread beside the run's own, whose work belongs to `step` whatever step is under way.
+/// As [`strike`], for a thread beside the run's own, whose work belongs to `step` whatever step is
+/// under way.
 pub fn strike_at(phase: Phase, step: u64) {
     use Kind::*;
-    let kinds = [Kill, Segv, Abort, Stop, Exit, Panic, Device, Memory, Spin, Sleep, Usr1, Usr2, Term, Int];
+    let kinds =
+        [Kill, Segv, Abort, Stop, Exit, Panic, Device, Memory, Spin, Sleep, Usr1, Usr2, Term, Int];
     let Some(order) = due(phase, step, &kinds) else { return };
     match order.kind {
         Kill => signal(Signal::KILL),
@@ -248,7 +264,8 @@ pub fn io(phase: Phase, step: u64) -> io::Result<()> {
         (Kind::Eacces, Errno::ACCESS),
     ];
     let Some(order) = due(phase, step, &kinds.map(|(kind, _)| kind)) else { return Ok(()) };
-    let (_, errno) = kinds.iter().find(|(kind, _)| *kind == order.kind).expect("it is one of these");
+    let (_, errno) =
+        kinds.iter().find(|(kind, _)| *kind == order.kind).expect("it is one of these");
     Err((*errno).into())
 }
 
@@ -272,8 +289,13 @@ mod tests {
 
     #[test]
     fn an_order_reads_as_it_is_written() {
-        for text in ["kill@1:5:backward", "sleep@0:every:data:0.3", "nan_loss@2:3-9:forward", "exit@1:0:bootstrap:7", "panic@every:6:read"]
-        {
+        for text in [
+            "kill@1:5:backward",
+            "sleep@0:every:data:0.3",
+            "nan_loss@2:3-9:forward",
+            "exit@1:0:bootstrap:7",
+            "panic@every:6:read",
+        ] {
             assert_eq!(text.parse::<Fault>().map(|fault| fault.to_string()), Ok(text.to_string()));
         }
     }
@@ -282,8 +304,19 @@ mod tests {
     fn an_order_that_is_none_is_refused_with_the_words_that_are_known() {
         assert!("kil@1:5:backward".parse::<Fault>().unwrap_err().contains("one of: kill, segv"));
         assert!("kill@1:5:lunch".parse::<Fault>().unwrap_err().contains("one of: launch, connect"));
-        for text in ["kill", "kill@1", "kill@1:5", "kill@x:5:data", "kill@1:x:data", "sleep@1:5:data:x", "sleep@1:5:data:1:2"] {
-            assert!(text.parse::<Fault>().unwrap_err().starts_with("expected kind@rank:step:phase"), "{text}");
+        for text in [
+            "kill",
+            "kill@1",
+            "kill@1:5",
+            "kill@x:5:data",
+            "kill@1:x:data",
+            "sleep@1:5:data:x",
+            "sleep@1:5:data:1:2",
+        ] {
+            assert!(
+                text.parse::<Fault>().unwrap_err().starts_with("expected kind@rank:step:phase"),
+                "{text}"
+            );
         }
     }
 

@@ -1,12 +1,14 @@
 //! fm-dist: flow-matching training of diffusion transformers on many GPUs.
 //!
-//! A model is a list of stages; what crosses a stage boundary is a small set of named tensors. The machinery runs the
-//! stages forward, cuts the graph at every boundary, then runs backward stage by stage, and each finished stage hands its
-//! gradient to a reducer whose collective travels while the stage before it computes. The science never sees a rank, the
-//! machinery never sees a timestep; they meet in [`train`].
+//! A model is a list of stages; what crosses a stage boundary is a small set of named tensors. The
+//! machinery runs the stages forward, cuts the graph at every boundary, then runs backward stage by
+//! stage, and each finished stage hands its gradient to a reducer whose collective travels while
+//! the stage before it computes. The science never sees a rank, the machinery never sees a
+//! timestep; they meet in [`train`].
 //!
 //! # Floors
-//! A room uses its own files and rooms on lower floors, nothing else; `tests/floors.rs` enforces it.
+//! A room uses its own files and rooms on lower floors, nothing else; `tests/floors.rs` enforces
+//! it.
 //!
 //! | floor | rooms |
 //! |---|---|
@@ -23,14 +25,16 @@
 //! | 0, each above those after it | [`files`] · [`failure`] · [`fault`], `registry` · [`cuda`], [`pulse`], [`settings`] · [`autograd`], [`error`], [`libtorch`], [`phase`], [`rng`], [`tensor`] |
 //!
 //! # Letters in shapes
-//! `B` batch · `C` latent channels · `F` frames · `H`, `W` latent height and width · `L` tokens · `D` model width ·
-//! `N` heads · `E` head width · `P` flat elements.
+//! `B` batch · `C` latent channels · `F` frames · `H`, `W` latent height and width · `L` tokens ·
+//! `D` model width · `N` heads · `E` head width · `P` flat elements.
 //!
 //! # Words
-//! *The reference* is NVIDIA NeMo AutoModel 0.5.0, `components/flow_matching`: its numbers are repeated, given the same draws.
+//! *The reference* is NVIDIA NeMo AutoModel 0.5.0, `components/flow_matching`: its numbers are
+//! repeated, given the same draws.
 //!
 //! # Time
-//! sigma = 0 is data, sigma = 1 is noise; x = (1 − sigma)·latents + sigma·noise; the model predicts noise − latents.
+//! sigma = 0 is data, sigma = 1 is noise; x = (1 − sigma)·latents + sigma·noise; the model predicts
+//! noise − latents.
 
 pub mod adapter;
 pub mod assembly;

@@ -1,4 +1,5 @@
-//! The libtorch that this process has loaded: its version, its instructions, and the switches and exceptions that the bindings leave out.
+//! The libtorch that this process has loaded: its version, its instructions, and the switches and
+//! exceptions that the bindings leave out.
 
 use std::ffi::{CStr, c_char, c_void};
 use std::fs;
@@ -52,7 +53,12 @@ fn version_of(text: &str) -> Option<&str> {
 #[cfg(target_arch = "x86_64")]
 pub fn cpu_capability() -> &'static str {
     use std::arch::is_x86_feature_detected as detected;
-    if detected!("avx512f") && detected!("avx512bw") && detected!("avx512vl") && detected!("avx512dq") && detected!("fma") {
+    if detected!("avx512f")
+        && detected!("avx512bw")
+        && detected!("avx512vl")
+        && detected!("avx512dq")
+        && detected!("fma")
+    {
         "AVX512"
     } else if detected!("avx2") && detected!("fma") {
         "AVX2"
@@ -66,11 +72,16 @@ pub fn cpu_capability() -> &'static str {
     std::env::consts::ARCH
 }
 
-/// Whether its library of matrix products, MKL, has its best kernels for this processor: it has them for Intel's alone.
+/// Whether its library of matrix products, MKL, has its best kernels for this processor: it has
+/// them for Intel's alone.
 #[cfg(target_arch = "x86_64")]
 pub fn knows_this_cpu() -> bool {
     static KNOWS: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
-    *KNOWS.get_or_init(|| raw_cpuid::CpuId::new().get_vendor_info().is_some_and(|vendor| vendor.as_str() == "GenuineIntel"))
+    *KNOWS.get_or_init(|| {
+        raw_cpuid::CpuId::new()
+            .get_vendor_info()
+            .is_some_and(|vendor| vendor.as_str() == "GenuineIntel")
+    })
 }
 
 /// Allows or forbids cuDNN's kernels of attention in this process, from the next attention on.
@@ -83,17 +94,20 @@ pub fn allows_cudnn_attention() -> bool {
     ffi::fm_dist_cudnn_attention_is_allowed()
 }
 
-/// Largest block that is kept. Blocks above it, whole stages' gradients, rarely fit where another has been: keeping them as well
-/// once took 300 MB of 1.6 GB more.
+/// Largest block that is kept. Blocks above it, whole stages' gradients, rarely fit where another
+/// has been: keeping them as well once took 300 MB of 1.6 GB more.
 #[cfg(target_env = "gnu")]
 const KEPT_BYTES: libc::c_int = 64 << 20;
 
-/// Lets freed memory wait for the next tensor of its size: by default large ones go back to the system and come again as pages
-/// to be cleared, which took 3 % of a step of 71 million parameters in bfloat16. A process then keeps its peak.
+/// Lets freed memory wait for the next tensor of its size: by default large ones go back to the
+/// system and come again as pages to be cleared, which took 3 % of a step of 71 million parameters
+/// in bfloat16. A process then keeps its peak.
 #[cfg(target_env = "gnu")]
 #[allow(unsafe_code)]
 pub fn keep_freed_memory() {
-    for (parameter, bytes) in [(libc::M_MMAP_THRESHOLD, KEPT_BYTES), (libc::M_TRIM_THRESHOLD, libc::c_int::MAX)] {
+    for (parameter, bytes) in
+        [(libc::M_MMAP_THRESHOLD, KEPT_BYTES), (libc::M_TRIM_THRESHOLD, libc::c_int::MAX)]
+    {
         // SAFETY: malloc's own setting, which takes its own lock.
         unsafe { libc::mallopt(parameter, bytes) };
     }
@@ -102,9 +116,10 @@ pub fn keep_freed_memory() {
 #[cfg(not(target_env = "gnu"))]
 pub fn keep_freed_memory() {}
 
-/// Lets all threads take memory from one place; to be called before there is another thread. Batches are read on one thread and
-/// freed on another: in a place of the reader's own what is freed goes back to the system even where it is to be kept, and a
-/// batch of 17 MB took twice as long to read in most runs.
+/// Lets all threads take memory from one place; to be called before there is another thread.
+/// Batches are read on one thread and freed on another: in a place of the reader's own what is
+/// freed goes back to the system even where it is to be kept, and a batch of 17 MB took twice as
+/// long to read in most runs.
 #[cfg(target_env = "gnu")]
 #[allow(unsafe_code)]
 pub fn share_memory_among_threads() {
@@ -122,9 +137,9 @@ struct Guarded<F, T> {
     exception: String,
 }
 
-/// Calls `body` and returns its result. Few of libtorch's functions reach us without a wrapper that turns C++ exceptions into
-/// errors, and throw only where the system fails them, e.g. the seeding of its generator that opens `/dev/urandom`; Rust itself
-/// would abort.
+/// Calls `body` and returns its result. Few of libtorch's functions reach us without a wrapper that
+/// turns C++ exceptions into errors, and throw only where the system fails them, e.g. the seeding
+/// of its generator that opens `/dev/urandom`; Rust itself would abort.
 ///
 /// # Panics
 /// With the exception's text, if one comes out of `body`. What it held by then may be lost.
@@ -138,7 +153,10 @@ pub fn guarded<T>(body: impl FnOnce() -> T) -> T {
     }
     unsafe extern "C-unwind" fn told<F, T>(data: *mut c_void, text: *const c_char) {
         // SAFETY: as above; an exception's text ends with a zero.
-        unsafe { (*data.cast::<Guarded<F, T>>()).exception = CStr::from_ptr(text).to_string_lossy().into_owned() };
+        unsafe {
+            (*data.cast::<Guarded<F, T>>()).exception =
+                CStr::from_ptr(text).to_string_lossy().into_owned()
+        };
     }
     fn call<F: FnOnce() -> T, T>(guarded: &mut Guarded<F, T>) {
         // SAFETY: both functions are made for this type, and are called before this returns.
@@ -149,7 +167,8 @@ pub fn guarded<T>(body: impl FnOnce() -> T) -> T {
     guarded.outcome.unwrap_or_else(|| panic!("{}", guarded.exception))
 }
 
-/// A C++ exception that nobody catches, e.g. on a thread of libtorch's own, becomes a panic: its hook says why the process ends.
+/// A C++ exception that nobody catches, e.g. on a thread of libtorch's own, becomes a panic: its
+/// hook says why the process ends.
 #[allow(unsafe_code)]
 pub fn panic_on_terminate() {
     unsafe extern "C-unwind" fn told(text: *const c_char) {
@@ -166,7 +185,12 @@ mod tests {
 
     #[test]
     fn the_version_of_pytorch_is_read_from_its_file() {
-        assert_eq!(version_of("from typing import Optional\n__version__ = '2.13.0+cu130'\ndebug = False\n"), Some("2.13.0+cu130"));
+        assert_eq!(
+            version_of(
+                "from typing import Optional\n__version__ = '2.13.0+cu130'\ndebug = False\n"
+            ),
+            Some("2.13.0+cu130")
+        );
         assert_eq!(version_of("__version__ = 2"), None);
     }
 
@@ -186,7 +210,9 @@ mod tests {
         }
         assert_eq!(guarded(|| 7), 7);
         // SAFETY: the text ends with a zero, and the exception is caught in C++.
-        let panic = std::panic::catch_unwind(|| guarded(|| unsafe { throw(c"no file is left".as_ptr()) })).expect_err("it throws");
+        let panic =
+            std::panic::catch_unwind(|| guarded(|| unsafe { throw(c"no file is left".as_ptr()) }))
+                .expect_err("it throws");
         let text = panic.downcast_ref::<String>().expect("a text");
         assert_eq!(text, "no file is left");
     }

@@ -37,8 +37,8 @@ fn end_after(panic: &PanicHookInfo<'_>) -> ! {
     collective::end(BUG, "BUG", &format!("panicked at {place}: {first_line}"))
 }
 
-/// Help and version, or what is wrong with the command line: every process of a launch has the same one, so that the first rank
-/// shows it.
+/// Help and version, or what is wrong with the command line: every process of a launch has the same
+/// one, so that the first rank shows it.
 fn end_before_start(shown: &clap::Error) -> ! {
     let code = if shown.use_stderr() { USAGE } else { 0 };
     match collective::launched_rank() {

@@ -1,4 +1,5 @@
-//! The phases of a run: the words by which messages, failure files, the watchdog and ordered faults say where a rank stands.
+//! The phases of a run: the words by which messages, failure files, the watchdog and ordered faults
+//! say where a rank stands.
 
 /// A rank's occupation, in the order of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,7 +93,10 @@ mod tests {
     #[test]
     fn every_phase_has_its_word() {
         for (index, (word, phase)) in Phase::ALL.iter().enumerate() {
-            assert_eq!((*phase as usize, phase.word(), Phase::named(word)), (index, *word, Some(*phase)));
+            assert_eq!(
+                (*phase as usize, phase.word(), Phase::named(word)),
+                (index, *word, Some(*phase))
+            );
         }
         assert_eq!(Phase::named("lunch"), None);
     }

@@ -1,8 +1,10 @@
-//! Where this process stands: its rank, the step, the phase, how many collectives the step has begun.
+//! Where this process stands: its rank, the step, the phase, how many collectives the step has
+//! begun.
 //!
-//! Whoever does the work writes it down here, outside of any collective; whoever must say where the work stopped reads it:
-//! messages, failure files, the watchdog. One process is one rank, so it is kept once for the process: in a world of
-//! threads, which is for tests, it is that of whichever thread wrote last.
+//! Whoever does the work writes it down here, outside of any collective; whoever must say where the
+//! work stopped reads it: messages, failure files, the watchdog. One process is one rank, so it is
+//! kept once for the process: in a world of threads, which is for tests, it is that of whichever
+//! thread wrote last.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -124,7 +126,11 @@ pub fn read_from(path: &Path) {
 
 /// The file that was read from last.
 pub fn reading() -> Option<String> {
-    READING.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|path| path.display().to_string())
+    READING
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .as_ref()
+        .map(|path| path.display().to_string())
 }
 
 /// Where this process stands now.
@@ -143,7 +149,8 @@ pub fn host() -> String {
     gethostname::gethostname().to_string_lossy().into_owned()
 }
 
-/// This process for a message: `rank 3/8 host n12 step 1207 phase reduce#7`; without the step before the first.
+/// This process for a message: `rank 3/8 host n12 step 1207 phase reduce#7`; without the step
+/// before the first.
 pub fn whereabouts() -> String {
     let ((rank, world_size), host, now) = (place(), host(), now());
     let step = if now.step > 0 { format!(" {now}") } else { String::new() };

@@ -2,7 +2,8 @@
 
 /// Declares a family: `name => Variant(Settings)` a line, behind one trait.
 ///
-/// The enum derefs to the trait, implements [`Family`](crate::settings::Family), and its default is the first member.
+/// The enum derefs to the trait, implements [`Family`](crate::settings::Family), and its default is
+/// the first member.
 macro_rules! registry {
     ($(#[$doc:meta])* pub enum $family:ident: $part:ident { $first:literal => $First:ident($first_type:ty), $($name:literal => $Variant:ident($type:ty),)* }) => {
         $(#[$doc])*

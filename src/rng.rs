@@ -1,15 +1,17 @@
 //! Randomness without state: what is drawn follows from what it is drawn for.
 //!
-//! A [`Key`] names a use (seed, purpose, step, …) and hashes to the 64-bit seed of libtorch's own generator, so that a draw
-//! equals what PyTorch draws after `torch.manual_seed(hash)` and a resume has nothing to restore. A [`Stream`] says
-//! where a batch's draws come from: one generator for the whole batch, or one for each sample.
+//! A [`Key`] names a use (seed, purpose, step, …) and hashes to the 64-bit seed of libtorch's own
+//! generator, so that a draw equals what PyTorch draws after `torch.manual_seed(hash)` and a resume
+//! has nothing to restore. A [`Stream`] says where a batch's draws come from: one generator for the
+//! whole batch, or one for each sample.
 
 use std::cell::Cell;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tch::{Device, Kind, Tensor};
 
-/// libtorch's CPU generator is global to the process: whoever seeds it holds this lock until the draws are done.
+/// libtorch's CPU generator is global to the process: whoever seeds it holds this lock until the
+/// draws are done.
 static GENERATOR: Mutex<()> = Mutex::new(());
 
 /// What a number is drawn for; part of every key, so that no two uses share a stream.
@@ -54,13 +56,18 @@ impl Key {
 
     /// Scope by name, e.g. of a parameter (FNV-1a, 64 bit).
     pub fn named(self, name: &str) -> Self {
-        let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+        let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325, |h: u64, b| {
+            (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
+        });
         self.scope(hash)
     }
 
-    /// 64 well-mixed bits. Source: SplitMix64's finalizer (Steele et al. 2014), chained over the fields.
+    /// 64 well-mixed bits. Source: SplitMix64's finalizer (Steele et al. 2014), chained over the
+    /// fields.
     pub fn hash(&self) -> u64 {
-        [self.purpose as u64, self.step, self.micro_batch, self.scope].iter().fold(mix(self.seed), |h, &part| mix(h ^ mix(part)))
+        [self.purpose as u64, self.step, self.micro_batch, self.scope]
+            .iter()
+            .fold(mix(self.seed), |h, &part| mix(h ^ mix(part)))
     }
 
     /// Runs `draw` while libtorch's generator is seeded with this key and nobody else may touch it.
@@ -107,11 +114,13 @@ fn hold_generator() -> MutexGuard<'static, ()> {
 /// Where the draws of one batch come from.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Stream {
-    /// libtorch's generator after `manual_seed` with just this number, to lay draws beside PyTorch's.
+    /// libtorch's generator after `manual_seed` with just this number, to lay draws beside
+    /// PyTorch's.
     TorchSeed(i64),
     /// One stream for the whole batch.
     Batch(Key),
-    /// Row `i` from the stream of key `i`, so that a sample's draws do not depend on its neighbours.
+    /// Row `i` from the stream of key `i`, so that a sample's draws do not depend on its
+    /// neighbours.
     PerSample(Vec<Key>),
 }
 
@@ -142,7 +151,9 @@ impl Toss {
     /// The outcome of each of `batch` samples, `[batch]` boolean on the CPU.
     pub fn of_each(self, batch: i64) -> Tensor {
         match self {
-            Toss::Same(outcome) => Tensor::full([batch], i64::from(outcome), (Kind::Bool, Device::Cpu)),
+            Toss::Same(outcome) => {
+                Tensor::full([batch], i64::from(outcome), (Kind::Bool, Device::Cpu))
+            }
             Toss::Each(outcomes) => outcomes,
         }
     }
@@ -150,8 +161,9 @@ impl Toss {
 
 /// An opened [`Stream`]: tensor draws whose axis 0 is the batch.
 ///
-/// Each method is one draw; on one stream for the batch it equals PyTorch's call of the same name on the global CPU
-/// generator. Draws are made on the CPU and moved, so that every device sees the same numbers.
+/// Each method is one draw; on one stream for the batch it equals PyTorch's call of the same name
+/// on the global CPU generator. Draws are made on the CPU and moved, so that every device sees the
+/// same numbers.
 #[derive(Debug)]
 pub struct Draws<'a> {
     stream: &'a Stream,
@@ -170,14 +182,17 @@ impl Draws<'_> {
         self.draw(size, |size| Tensor::empty(size, (Kind::Float, Device::Cpu)).normal_(mean, std))
     }
 
-    /// Beta(`alpha`, `beta`), f32, shape `[batch]`. Source: `torch.distributions.Beta`, a two-component Dirichlet.
+    /// Beta(`alpha`, `beta`), f32, shape `[batch]`. Source: `torch.distributions.Beta`, a
+    /// two-component Dirichlet.
     pub fn beta(&self, alpha: f64, beta: f64, batch: i64) -> Tensor {
         let concentration = Tensor::from_slice(&[alpha as f32, beta as f32]);
-        self.draw(&[batch], |size| concentration.expand([size[0], 2], false).internal_sample_dirichlet().select(1, 0))
+        self.draw(&[batch], |size| {
+            concentration.expand([size[0], 2], false).internal_sample_dirichlet().select(1, 0)
+        })
     }
 
-    /// A toss with the given probability of true: one coin for the whole batch in a batch stream (the reference's quirk),
-    /// one for each sample in per-sample streams.
+    /// A toss with the given probability of true: one coin for the whole batch in a batch stream
+    /// (the reference's quirk), one for each sample in per-sample streams.
     pub fn coin(&self, probability: f64, batch: i64) -> Toss {
         match self.stream {
             Stream::PerSample(_) => Toss::Each(self.uniform(&[batch]).lt(probability)),
@@ -185,14 +200,18 @@ impl Draws<'_> {
         }
     }
 
-    /// A toss that leaves libtorch's generator alone, as the reference's host draws do: one coin for the whole batch in a batch
-    /// stream, one for each sample in per-sample streams.
+    /// A toss that leaves libtorch's generator alone, as the reference's host draws do: one coin
+    /// for the whole batch in a batch stream, one for each sample in per-sample streams.
     pub fn host_coin(&self, probability: f64) -> Toss {
         let lands = |key: &Key| key.unit(u64::MAX) < probability;
         match self.stream {
-            Stream::TorchSeed(seed) => Toss::Same(lands(&Key::new(*seed as u64, Purpose::FlowMatching))),
+            Stream::TorchSeed(seed) => {
+                Toss::Same(lands(&Key::new(*seed as u64, Purpose::FlowMatching)))
+            }
             Stream::Batch(key) => Toss::Same(lands(key)),
-            Stream::PerSample(keys) => Toss::Each(Tensor::from_slice(&keys.iter().map(lands).collect::<Vec<_>>())),
+            Stream::PerSample(keys) => {
+                Toss::Each(Tensor::from_slice(&keys.iter().map(lands).collect::<Vec<_>>()))
+            }
         }
     }
 
@@ -216,7 +235,14 @@ mod tests {
     #[test]
     fn e9_every_field_of_a_key_changes_its_stream() {
         let key = Key::new(7, Purpose::Test);
-        let others = [Key { seed: 8, ..key }, key.step(1), key.micro_batch(1), key.scope(1), key.named("a"), Key::new(7, Purpose::Order)];
+        let others = [
+            Key { seed: 8, ..key },
+            key.step(1),
+            key.micro_batch(1),
+            key.scope(1),
+            key.named("a"),
+            Key::new(7, Purpose::Order),
+        ];
         let mut hashes: Vec<u64> = others.iter().chain([&key]).map(Key::hash).collect();
         hashes.sort_unstable();
         hashes.dedup();

@@ -3,7 +3,8 @@
 use half::bf16;
 use tch::{Kind, Tensor};
 
-/// `sigma` or another per-sample vector as `[B, 1, …, 1]`, ready to broadcast over a tensor of `rank` axes.
+/// `sigma` or another per-sample vector as `[B, 1, …, 1]`, ready to broadcast over a tensor of
+/// `rank` axes.
 ///
 /// # Shapes
 /// `per_sample`: `[B]`. Returns `[B, 1, …]` with `rank` axes.
@@ -20,12 +21,14 @@ pub fn broadcast_to_rank(per_sample: &Tensor, rank: usize) -> Tensor {
 #[allow(unsafe_code)]
 pub fn bytes(tensor: &Tensor) -> &[u8] {
     let Some(length) = length(tensor) else { return &[] };
-    // SAFETY: the storage of a contiguous CPU tensor holds `length` bytes from `data_ptr` on, lives as long as the borrowed
-    // tensor, and nobody writes to it meanwhile: fm-dist mutates tensors only through the thread that borrows them here.
+    // SAFETY: the storage of a contiguous CPU tensor holds `length` bytes from `data_ptr` on, lives
+    // as long as the borrowed tensor, and nobody writes to it meanwhile: fm-dist mutates tensors
+    // only through the thread that borrows them here.
     unsafe { std::slice::from_raw_parts(tensor.data_ptr() as *const u8, length) }
 }
 
-/// As [`bytes`], to be written. Graphs that saved the tensor do not notice, so it is for what no graph holds.
+/// As [`bytes`], to be written. Graphs that saved the tensor do not notice, so it is for what no
+/// graph holds.
 #[allow(unsafe_code)]
 pub fn bytes_mut(tensor: &mut Tensor) -> &mut [u8] {
     let Some(length) = length(tensor) else { return &mut [] };
@@ -35,7 +38,10 @@ pub fn bytes_mut(tensor: &mut Tensor) -> &mut [u8] {
 
 /// Bytes of a contiguous CPU tensor, if it has any.
 fn length(tensor: &Tensor) -> Option<usize> {
-    assert!(tensor.device() == tch::Device::Cpu && tensor.is_contiguous(), "bytes of a contiguous CPU tensor");
+    assert!(
+        tensor.device() == tch::Device::Cpu && tensor.is_contiguous(),
+        "bytes of a contiguous CPU tensor"
+    );
     Some(tensor.numel() * tensor.kind().elt_size_in_bytes()).filter(|length| *length > 0)
 }
 
@@ -107,11 +113,23 @@ mod tests {
 
     #[test]
     fn bfloat16_is_rounded_as_libtorch_rounds() {
-        let numbers = [0.0f32, -0.0, 1.0, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, f32::MAX, f32::INFINITY, -1e-40, 2.345];
+        let numbers = [
+            0.0f32,
+            -0.0,
+            1.0,
+            1.0 + 1.0 / 256.0,
+            1.0 + 3.0 / 256.0,
+            f32::MAX,
+            f32::INFINITY,
+            -1e-40,
+            2.345,
+        ];
         let expected = Tensor::from_slice(&numbers).to_kind(Kind::BFloat16);
         assert_eq!(elements::<bf16>(&expected), numbers.map(bf16::rounded));
         assert!(bf16::rounded(f32::NAN).is_nan());
-        assert!(numbers.iter().all(|number| bf16::rounded(bf16::rounded(*number).widened()) == bf16::rounded(*number)));
+        assert!(numbers.iter().all(
+            |number| bf16::rounded(bf16::rounded(*number).widened()) == bf16::rounded(*number)
+        ));
     }
 
     #[test]

@@ -14,7 +14,8 @@ use crate::runs::{finish, mpirun, program, with_sets};
 
 /// The single line that says what went wrong.
 fn only_error(errors: &str) -> &str {
-    let lines: Vec<&str> = errors.lines().filter(|line| line.starts_with("fm-dist: error")).collect();
+    let lines: Vec<&str> =
+        errors.lines().filter(|line| line.starts_with("fm-dist: error")).collect();
     assert_eq!(lines.len(), 1, "one line says why:\n{errors}");
     lines[0]
 }
@@ -44,13 +45,17 @@ fn every_mistake_in_a_configuration_is_named_at_once_with_its_line() {
         }
         // Loaded machines start programs slowly; alone this takes half a second.
         assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
-        assert!(!folder.path().join("runs").exists(), "nothing is written before the configuration is valid");
+        assert!(
+            !folder.path().join("runs").exists(),
+            "nothing is written before the configuration is valid"
+        );
     }
 }
 
 #[test]
 fn a_global_batch_that_does_not_divide_names_the_nearest_that_do() {
-    let (code, _, errors) = finish(mpirun(3, &with_sets(&["train"], &["output_dir=/nonexistent/never"])));
+    let (code, _, errors) =
+        finish(mpirun(3, &with_sets(&["train"], &["output_dir=/nonexistent/never"])));
     assert_eq!(code, 50, "{errors}");
     let line = only_error(&errors);
     assert!(
@@ -63,17 +68,26 @@ fn a_global_batch_that_does_not_divide_names_the_nearest_that_do() {
 fn the_debug_mode_is_for_one_process() {
     let (code, _, errors) = finish(mpirun(2, &with_sets(&["train", "--debug"], &[])));
     assert_eq!(code, 50, "{errors}");
-    assert!(only_error(&errors).contains("--debug: is for one process, found 2; start it without mpirun"), "{errors}");
+    assert!(
+        only_error(&errors)
+            .contains("--debug: is for one process, found 2; start it without mpirun"),
+        "{errors}"
+    );
 }
 
 #[test]
 fn the_debug_mode_logs_every_field_of_every_step() {
     let folder = TempDir::new().unwrap();
     let output = format!("output_dir={}", folder.path().join("run").display());
-    let (code, _, errors) = finish(program(&with_sets(&["train", "--debug"], &["max_steps=2", &output])));
+    let (code, _, errors) =
+        finish(program(&with_sets(&["train", "--debug"], &["max_steps=2", &output])));
     assert_eq!(code, 0, "{errors}");
     for step in ["[STEP 1]", "[STEP 2]"] {
-        assert!(errors.contains(&format!("{step} FLOW MATCHING")) && errors.contains(&format!("{step} LOSS DEBUG")), "{errors}");
+        assert!(
+            errors.contains(&format!("{step} FLOW MATCHING"))
+                && errors.contains(&format!("{step} LOSS DEBUG")),
+            "{errors}"
+        );
     }
     for field in [
         "[SAMPLING] Method:",
@@ -95,7 +109,10 @@ fn the_debug_mode_logs_every_field_of_every_step() {
 fn a_missing_configuration_or_run_is_named() {
     let (code, _, errors) = finish(program(&["-c", "no-such.toml"]));
     assert_eq!(code, 50);
-    assert!(only_error(&errors).contains("--config: no-such.toml cannot be read: No such file"), "{errors}");
+    assert!(
+        only_error(&errors).contains("--config: no-such.toml cannot be read: No such file"),
+        "{errors}"
+    );
     let (code, _, errors) = finish(program(&["sample", "--run", "no-such-run", "--out", "x.png"]));
     assert_eq!(code, 44);
     assert!(only_error(&errors).contains("no-such-run: there is no such folder"), "{errors}");
@@ -136,7 +153,8 @@ fn a_file_that_is_no_configuration_is_called_what_it_is() {
 fn a_model_is_planned_by_its_path_alone_and_a_path_that_is_none_is_told_what_was_meant() {
     let flux = format!("model.path={}/tests/fixtures/models/flux1-dev", env!("CARGO_MANIFEST_DIR"));
     let plan = |path: &str| {
-        let sets = ["--set", path, "--set", "flow_matching.adapter_type=flux", "--latents", "16,128,128"];
+        let sets =
+            ["--set", path, "--set", "flow_matching.adapter_type=flux", "--latents", "16,128,128"];
         finish(program(&[&["check"], &sets[..]].concat()))
     };
     let (code, text, errors) = plan(&flux);
@@ -147,7 +165,10 @@ fn a_model_is_planned_by_its_path_alone_and_a_path_that_is_none_is_told_what_was
             "model.path=black-forest-labs/FLUX.1-dev".to_string(),
             "does not exist; expected a folder with config.json and safetensors; nothing is downloaded",
         ),
-        (format!("{flux}/config.json"), "config.json is a file; expected a folder with config.json and safetensors; did you mean"),
+        (
+            format!("{flux}/config.json"),
+            "config.json is a file; expected a folder with config.json and safetensors; did you mean",
+        ),
     ] {
         let (code, _, errors) = plan(&path);
         assert_eq!(code, 50, "{errors}");
@@ -173,7 +194,8 @@ fn a_wrong_argument_is_an_error_of_usage_with_code_2() {
 #[test]
 fn a_rank_that_cannot_write_ends_the_world_with_the_storage_code() {
     let began = Instant::now();
-    let (code, _, errors) = finish(mpirun(2, &with_sets(&["train"], &["output_dir=/proc/no-folder-here"])));
+    let (code, _, errors) =
+        finish(mpirun(2, &with_sets(&["train"], &["output_dir=/proc/no-folder-here"])));
     assert_eq!(code, 30, "{errors}");
     assert!(only_error(&errors).contains("error STORAGE rank 0/2"), "{errors}");
     assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
@@ -185,12 +207,29 @@ fn a_loss_that_explodes_stops_every_rank_before_the_update() {
     let output = format!("output_dir={}", folder.path().join("run").display());
     let (code, _, errors) = finish(mpirun(
         2,
-        &with_sets(&["train"], &["max_steps=40", "optimizer.adamw.lr=10", "lr_scheduler.cosine.warmup_steps=0", &output]),
+        &with_sets(
+            &["train"],
+            &[
+                "max_steps=40",
+                "optimizer.adamw.lr=10",
+                "lr_scheduler.cosine.warmup_steps=0",
+                &output,
+            ],
+        ),
     ));
     assert_eq!(code, 41, "{errors}");
     let line = only_error(&errors);
-    assert!(line.contains("error NUMERIC") && line.contains("loss exploded") && line.contains("nothing was updated"), "{line}");
-    assert!(line.contains("NaN") || line.contains(" (above 100, the bound of train.check_loss) in samples "), "{line}");
+    assert!(
+        line.contains("error NUMERIC")
+            && line.contains("loss exploded")
+            && line.contains("nothing was updated"),
+        "{line}"
+    );
+    assert!(
+        line.contains("NaN")
+            || line.contains(" (above 100, the bound of train.check_loss) in samples "),
+        "{line}"
+    );
     assert!(!line.contains("normalised"), "digits are: {line}");
 }
 
@@ -199,14 +238,24 @@ fn latents_that_are_not_normalized_are_asked_about_where_the_loss_explodes() {
     let folder = TempDir::new().unwrap();
     let float = (Kind::Float, Device::Cpu);
     let latents = Tensor::from_slice(&[-12.0f32, 12.0]).repeat([32 * 64]).view([64, 1, 8, 8]);
-    write_dataset(folder.path(), &[("image_latents", &latents), ("text_embeddings", &Tensor::ones([64, 1, 10], float))]);
-    let (path, output) = (format!("data.path={}", folder.path().display()), format!("output_dir={}", folder.path().join("run").display()));
-    let (code, _, errors) = finish(program(&with_sets(&["train"], &["max_steps=4", &path, &output])));
+    write_dataset(
+        folder.path(),
+        &[("image_latents", &latents), ("text_embeddings", &Tensor::ones([64, 1, 10], float))],
+    );
+    let (path, output) = (
+        format!("data.path={}", folder.path().display()),
+        format!("output_dir={}", folder.path().join("run").display()),
+    );
+    let (code, _, errors) =
+        finish(program(&with_sets(&["train"], &["max_steps=4", &path, &output])));
     assert_eq!(code, 41, "{errors}");
     let line = only_error(&errors);
-    let asked =
-        "; latents have standard deviation 12.000, about 1 was expected; are they normalised (scaling and shift factor of the VAE)?";
-    assert!(line.contains(" (above 100, the bound of train.check_loss) in samples ") && line.contains(asked), "{line}");
+    let asked = "; latents have standard deviation 12.000, about 1 was expected; are they normalised (scaling and shift factor of the VAE)?";
+    assert!(
+        line.contains(" (above 100, the bound of train.check_loss) in samples ")
+            && line.contains(asked),
+        "{line}"
+    );
 }
 
 #[test]
@@ -237,15 +286,29 @@ fn predicted(plan: &str) -> Vec<(usize, Vec<String>)> {
 
 #[test]
 fn check_predicts_a_step_on_a_cluster_at_every_power_of_two_of_ranks() {
-    let (code, plan, errors) = finish(program(&["check", "--world", "8..4096", "--cluster", "h100"]));
+    let (code, plan, errors) =
+        finish(program(&["check", "--world", "8..4096", "--cluster", "h100"]));
     assert_eq!(code, 0, "{errors}");
     let rows = predicted(&plan);
-    assert_eq!(rows.iter().map(|row| row.0).collect::<Vec<_>>(), [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096], "{plan}");
+    assert_eq!(
+        rows.iter().map(|row| row.0).collect::<Vec<_>>(),
+        [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096],
+        "{plan}"
+    );
     for (ranks, cells) in &rows {
-        assert_eq!(cells[0].parse::<usize>().unwrap(), 16 * ranks, "each rank has the 16 samples that it has at 8: {plan}");
+        assert_eq!(
+            cells[0].parse::<usize>().unwrap(),
+            16 * ranks,
+            "each rank has the 16 samples that it has at 8: {plan}"
+        );
         let seconds: Vec<f64> = cells[1..6].iter().map(|cell| cell.parse().unwrap()).collect();
-        let [step, compute, optimizer, communication, exposed] = seconds[..] else { panic!("{plan}") };
-        assert!((step - compute - optimizer - exposed).abs() < 1e-3 * step && exposed <= communication, "{plan}");
+        let [step, compute, optimizer, communication, exposed] = seconds[..] else {
+            panic!("{plan}")
+        };
+        assert!(
+            (step - compute - optimizer - exposed).abs() < 1e-3 * step && exposed <= communication,
+            "{plan}"
+        );
     }
     for part in [
         "predicted for h100",
@@ -269,28 +332,56 @@ fn large_models_are_predicted_without_data_weights_or_gpu() {
     ] {
         let file = format!("{}/configs/{config}.toml", env!("CARGO_MANIFEST_DIR"));
         let command = |more: &[&str]| {
-            let all = [&["check", "-c", &file, "--latents", latents, "--cluster", "h100", "--world", "8..4096"], more].concat();
+            let all = [
+                &[
+                    "check",
+                    "-c",
+                    &file,
+                    "--latents",
+                    latents,
+                    "--cluster",
+                    "h100",
+                    "--world",
+                    "8..4096",
+                ],
+                more,
+            ]
+            .concat();
             let (code, plan, errors) = finish(program(&all));
             assert_eq!(code, 0, "{config}: {errors}");
             plan
         };
-        let efficiencies = |rows: &[(usize, Vec<String>)]| rows.iter().map(|row| row.1[6].parse().unwrap()).collect::<Vec<f64>>();
+        let efficiencies = |rows: &[(usize, Vec<String>)]| {
+            rows.iter().map(|row| row.1[6].parse().unwrap()).collect::<Vec<f64>>()
+        };
         let rows = predicted(&command(&[]));
         assert_eq!(rows[9].1[0].parse::<usize>().unwrap(), 4096 * micro_batches, "{config}");
         let of_world = efficiencies(&rows);
-        // Above 100 because ranks share the optimizer's pass; the rings' hops grow with the ranks and end that.
-        assert!(of_world[0] > 90.0 && of_world[0] < 110.0 && of_world[9] < of_world[0], "{config}: {of_world:?}");
+        // Above 100 because ranks share the optimizer's pass; the rings' hops grow with the ranks
+        // and end that.
+        assert!(
+            of_world[0] > 90.0 && of_world[0] < 110.0 && of_world[9] < of_world[0],
+            "{config}: {of_world:?}"
+        );
         // Within a node hops stay what they are.
-        let of_nodes = efficiencies(&predicted(&command(&["--set", "parallel.sharding_group=node"])));
+        let of_nodes =
+            efficiencies(&predicted(&command(&["--set", "parallel.sharding_group=node"])));
         assert_eq!(of_nodes[0], of_world[0], "{config}");
-        assert!(of_nodes[8] - of_nodes[9] <= of_world[8] - of_world[9], "{config}: {of_nodes:?} within nodes, {of_world:?} in the world");
+        assert!(
+            of_nodes[8] - of_nodes[9] <= of_world[8] - of_world[9],
+            "{config}: {of_nodes:?} within nodes, {of_world:?} in the world"
+        );
     }
 }
 
 #[test]
 fn what_cannot_be_predicted_is_refused_with_what_can() {
     for (arguments, code, text) in [
-        (vec!["--world", "8..64"], 50, "--world: a range is for a prediction: name a --cluster, one of a100, cpu2, h100, h200"),
+        (
+            vec!["--world", "8..64"],
+            50,
+            "--world: a range is for a prediction: name a --cluster, one of a100, cpu2, h100, h200",
+        ),
         (
             vec!["--world", "8", "--cluster", "h1000"],
             50,
@@ -301,7 +392,11 @@ fn what_cannot_be_predicted_is_refused_with_what_can() {
             50,
             "--world: 12 ranks fill no nodes of 8 on h100; nearest: 8 or 16",
         ),
-        (vec!["--cluster", "h100", "--clusters", "no-such.toml"], 50, "--clusters: no-such.toml cannot be read: No such file"),
+        (
+            vec!["--cluster", "h100", "--clusters", "no-such.toml"],
+            50,
+            "--clusters: no-such.toml cannot be read: No such file",
+        ),
     ] {
         let (found, _, errors) = finish(program(&[&["check"], &arguments[..]].concat()));
         assert_eq!(found, code, "{errors}");
@@ -310,7 +405,11 @@ fn what_cannot_be_predicted_is_refused_with_what_can() {
     for world in ["3..24", "64..8", "0..8", "8..", "many"] {
         let (code, _, errors) = finish(program(&["check", "--world", world, "--cluster", "h100"]));
         assert_eq!(code, 2, "{errors}");
-        assert!(errors.contains("expected two powers of two, the smaller one first, as in 8..4096") || world == "many", "{errors}");
+        assert!(
+            errors.contains("expected two powers of two, the smaller one first, as in 8..4096")
+                || world == "many",
+            "{errors}"
+        );
     }
 }
 
@@ -321,16 +420,21 @@ fn a_file_of_clusters_takes_the_place_of_those_that_are_built_in() {
     let known = include_str!("../src/plan/prediction/clusters.toml");
     let step = |text: &str| {
         fs::write(&file, text).unwrap();
-        let arguments = ["check", "--world", "8", "--cluster", "h100", "--clusters", file.to_str().unwrap()];
+        let arguments =
+            ["check", "--world", "8", "--cluster", "h100", "--clusters", file.to_str().unwrap()];
         let (code, plan, errors) = finish(program(&arguments));
         assert_eq!(code, 0, "{errors}");
         predicted(&plan)[0].1[1].parse::<f64>().unwrap()
     };
     assert!(step(&known.replace("launch = 5e-6", "launch = 1e-2")) > 100.0 * step(known));
     fs::write(&file, known.replace("launch", "lunch")).unwrap();
-    let (code, _, errors) = finish(program(&["check", "--cluster", "h100", "--clusters", file.to_str().unwrap()]));
+    let (code, _, errors) =
+        finish(program(&["check", "--cluster", "h100", "--clusters", file.to_str().unwrap()]));
     assert_eq!(code, 50, "{errors}");
-    assert!(only_error(&errors).contains("mine.toml") && errors.contains("unknown field `lunch`"), "{errors}");
+    assert!(
+        only_error(&errors).contains("mine.toml") && errors.contains("unknown field `lunch`"),
+        "{errors}"
+    );
 }
 
 #[test]
@@ -347,7 +451,10 @@ fn other_ranks_keep_logs_of_their_own_and_only_rank_zero_speaks() {
     let folder = TempDir::new().unwrap();
     let run = folder.path().join("run");
     let output = format!("output_dir={}", run.display());
-    let (code, _, errors) = finish(mpirun(2, &with_sets(&["train"], &["max_steps=3", "flow_matching.summary_log_interval=1", &output])));
+    let (code, _, errors) = finish(mpirun(
+        2,
+        &with_sets(&["train"], &["max_steps=3", "flow_matching.summary_log_interval=1", &output]),
+    ));
     assert_eq!(code, 0, "{errors}");
     // The first step has the two headings of the detailed log, the others a line each.
     for (step, lines) in [(1, 2), (2, 1), (3, 1)] {
@@ -355,7 +462,8 @@ fn other_ranks_keep_logs_of_their_own_and_only_rank_zero_speaks() {
     }
     for rank in 0..2 {
         let log = fs::read_to_string(run.join(format!("log/rank-{rank:05}.jsonl"))).unwrap();
-        let lines = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        let lines =
+            log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
         assert!(lines.count() > 0, "rank {rank}");
     }
 }
@@ -364,8 +472,14 @@ fn other_ranks_keep_logs_of_their_own_and_only_rank_zero_speaks() {
 fn data_that_the_model_cannot_take_are_refused_by_the_name_of_the_setting() {
     for (setting, text) in [
         ("model.dit.in_channels=4", "model.dit.in_channels: is 4, the data's latents have 1"),
-        ("model.dit.condition_width=7", "model.dit.condition_width: is 7, the data's text_embeddings have 10"),
-        ("model.dit.patch_size=3", "model.dit.patch_size: 3 does not divide the data's latents of 8 x 8"),
+        (
+            "model.dit.condition_width=7",
+            "model.dit.condition_width: is 7, the data's text_embeddings have 10",
+        ),
+        (
+            "model.dit.patch_size=3",
+            "model.dit.patch_size: 3 does not divide the data's latents of 8 x 8",
+        ),
     ] {
         let (code, _, errors) = finish(program(&["check", "--set", setting]));
         assert_eq!(code, 50, "{errors}");
@@ -380,7 +494,10 @@ fn a_dataset_that_is_not_there_is_said_once_and_nothing_is_written() {
     command.current_dir(folder.path());
     let (code, _, errors) = finish(command);
     assert_eq!(code, 40, "{errors}");
-    assert!(only_error(&errors).contains("error DATA rank 0/2") && errors.contains("no-such-data"), "{errors}");
+    assert!(
+        only_error(&errors).contains("error DATA rank 0/2") && errors.contains("no-such-data"),
+        "{errors}"
+    );
     assert!(!folder.path().join("runs").exists());
 }
 
@@ -389,7 +506,10 @@ fn dataset_with_a_bad_sample(folder: &Path) {
     let float = (Kind::Float, Device::Cpu);
     let latents = Tensor::zeros([64, 1, 8, 8], float);
     let _ = latents.get(37).get(0).get(2).narrow(0, 3, 1).fill_(f64::NAN);
-    write_dataset(folder, &[("image_latents", &latents), ("text_embeddings", &Tensor::ones([64, 1, 10], float))]);
+    write_dataset(
+        folder,
+        &[("image_latents", &latents), ("text_embeddings", &Tensor::ones([64, 1, 10], float))],
+    );
 }
 
 /// A dataset of 64 pictures in the digits' form.
@@ -408,12 +528,21 @@ fn write_dataset(folder: &Path, tensors: &[(&str, &Tensor)]) {
 fn a_bad_sample_on_one_rank_ends_the_world_with_its_number() {
     let folder = TempDir::new().unwrap();
     dataset_with_a_bad_sample(folder.path());
-    let (path, output) = (format!("data.path={}", folder.path().display()), format!("output_dir={}", folder.path().join("run").display()));
+    let (path, output) = (
+        format!("data.path={}", folder.path().display()),
+        format!("output_dir={}", folder.path().join("run").display()),
+    );
     let began = Instant::now();
-    let (code, _, errors) = finish(mpirun(2, &with_sets(&["train"], &["max_steps=4", &path, &output])));
+    let (code, _, errors) =
+        finish(mpirun(2, &with_sets(&["train"], &["max_steps=4", &path, &output])));
     assert_eq!(code, 40, "{errors}");
     let line = only_error(&errors);
-    assert!(line.contains("error DATA rank ") && line.contains("image_latents") && line.contains("sample 37"), "{line}");
+    assert!(
+        line.contains("error DATA rank ")
+            && line.contains("image_latents")
+            && line.contains("sample 37"),
+        "{line}"
+    );
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
     let (code, _, errors) = finish(program(&["check", "--verify-data", "--set", &path]));
     assert_eq!(code, 40, "{errors}");
@@ -445,10 +574,17 @@ fn a_time_that_no_clock_counts_to_is_a_mistake_of_the_command_line() {
 fn many_files(root: &Path) -> String {
     let entry = |file: usize| {
         let path = format!("{file:02}.safetensors");
-        let (latents, text) =
-            (Tensor::ones([2, 1, 8, 8], (Kind::Float, Device::Cpu)), Tensor::ones([2, 1, 10], (Kind::Float, Device::Cpu)));
+        let (latents, text) = (
+            Tensor::ones([2, 1, 8, 8], (Kind::Float, Device::Cpu)),
+            Tensor::ones([2, 1, 10], (Kind::Float, Device::Cpu)),
+        );
         let tensors = [("image_latents", &latents), ("text_embeddings", &text)];
-        safetensors::write(&mut fs::File::create(root.join(&path)).unwrap(), &tensors, &BTreeMap::new()).unwrap();
+        safetensors::write(
+            &mut fs::File::create(root.join(&path)).unwrap(),
+            &tensors,
+            &BTreeMap::new(),
+        )
+        .unwrap();
         serde_json::json!({"path": path, "group": "8x8", "samples": 2, "sha256": "0".repeat(64)})
     };
     let files: Vec<_> = (0..20).map(entry).collect();
@@ -459,7 +595,8 @@ fn many_files(root: &Path) -> String {
     format!("data.path={:?}", root.display().to_string())
 }
 
-/// Whatever it is that finds no descriptor left: data, libtorch's source of random numbers, the log.
+/// Whatever it is that finds no descriptor left: data, libtorch's source of random numbers, the
+/// log.
 #[test]
 fn open_files_that_run_out_are_one_line_with_code_52_wherever_that_is() {
     let root = TempDir::new().unwrap();
@@ -469,7 +606,14 @@ fn open_files_that_run_out_are_one_line_with_code_52_wherever_that_is() {
         let output = format!("output_dir={}", root.path().join(limit.to_string()).display());
         let words = with_sets(&["train"], &["max_steps=1", &output, &data]);
         let mut command = Command::new("bash");
-        command.args(["-c", &format!("ulimit -n {limit} && exec \"$@\""), "bash", env!("CARGO_BIN_EXE_fm-dist")]).args(words);
+        command
+            .args([
+                "-c",
+                &format!("ulimit -n {limit} && exec \"$@\""),
+                "bash",
+                env!("CARGO_BIN_EXE_fm-dist"),
+            ])
+            .args(words);
         let (code, _, errors) = finish(command);
         if code != 0 {
             assert_eq!(code, 52, "at {limit}: {errors}");

@@ -18,14 +18,20 @@ fn root() -> PathBuf {
 #[test]
 fn every_shipped_configuration_is_valid_and_opens_with_its_launch_line() {
     let entries = fs::read_dir(root().join("configs")).unwrap().map(|entry| entry.unwrap().path());
-    let files: Vec<PathBuf> = entries.filter(|path| path.extension().is_some_and(|extension| extension == "toml")).collect();
+    let files: Vec<PathBuf> = entries
+        .filter(|path| path.extension().is_some_and(|extension| extension == "toml"))
+        .collect();
     assert!(!files.is_empty());
     for file in files {
         let text = fs::read_to_string(&file).unwrap();
         RunConfig::read(&file.display().to_string(), &text, &[]).unwrap();
         let head: Vec<&str> = text.lines().take_while(|line| line.starts_with('#')).collect();
         for word in ["Reaches:", "Takes:", "Launch: mpirun"] {
-            assert!(head.iter().any(|line| line.contains(word)), "{} opens without {word:?}", file.display());
+            assert!(
+                head.iter().any(|line| line.contains(word)),
+                "{} opens without {word:?}",
+                file.display()
+            );
         }
     }
 }
@@ -36,7 +42,11 @@ fn the_printed_configuration_is_the_documented_one() {
     let (code, printed, errors) = finish(program(&["config"]));
     assert_eq!(code, 0, "{errors}");
     let documented = fs::read_to_string(&golden).unwrap_or_default();
-    assert!(printed == documented, "the listing changed; if it should, write it anew: fm-dist config > {}", golden.display());
+    assert!(
+        printed == documented,
+        "the listing changed; if it should, write it anew: fm-dist config > {}",
+        golden.display()
+    );
 }
 
 #[test]
@@ -63,24 +73,45 @@ fn plan_for(class: &str) -> (&'static str, Vec<i64>, i64) {
 
 #[test]
 fn published_models_are_planned_without_weights_and_have_diffusers_number_of_parameters() {
-    let counts: Value = serde_json::from_slice(&fs::read(published("parameters.json")).unwrap()).unwrap();
+    let counts: Value =
+        serde_json::from_slice(&fs::read(published("parameters.json")).unwrap()).unwrap();
     let counts = counts.as_object().unwrap();
     assert!(counts.len() >= 10);
     for (name, entry) in counts {
         let (adapter, mut latents, text_tokens) = plan_for(entry["class"].as_str().unwrap());
-        // 5B has an autoencoder of its own, and image-conditioned models are told their latents with the conditions'.
+        // 5B has an autoencoder of its own, and image-conditioned models are told their latents
+        // with the conditions'.
         if name.starts_with("wan2.2-ti2v") {
             latents[0] = 48;
         }
         let conditioned = name.contains("-i2v-14b");
-        let mut overrides = vec![format!("model.path={:?}", published(name)), format!("flow_matching.adapter_type={adapter}")];
+        let mut overrides = vec![
+            format!("model.path={:?}", published(name)),
+            format!("flow_matching.adapter_type={adapter}"),
+        ];
         overrides.push("model.dtype=bfloat16".into());
-        overrides.extend(conditioned.then(|| "flow_matching.adapter.image_conditioning=true".into()));
+        overrides
+            .extend(conditioned.then(|| "flow_matching.adapter.image_conditioning=true".into()));
         let before = processor_time();
         let config = RunConfig::read(name, "", &overrides).unwrap();
-        let plan = check(&config, &CheckRequest { world_size: 8, latents: Some(latents), text_tokens, scaling: None }).unwrap();
-        assert!(plan.contains(&format!("{} parameters", entry["parameters"])), "{name}: {entry} is not in\n{plan}");
-        for part in ["image tokens", "activations, estimated", "none", "optimizer", "gradients", "parameters", "all-reduces"] {
+        let plan = check(
+            &config,
+            &CheckRequest { world_size: 8, latents: Some(latents), text_tokens, scaling: None },
+        )
+        .unwrap();
+        assert!(
+            plan.contains(&format!("{} parameters", entry["parameters"])),
+            "{name}: {entry} is not in\n{plan}"
+        );
+        for part in [
+            "image tokens",
+            "activations, estimated",
+            "none",
+            "optimizer",
+            "gradients",
+            "parameters",
+            "all-reduces",
+        ] {
             assert!(plan.contains(part), "{name}: {part:?} is not in\n{plan}");
         }
         // Ten times what it takes.

@@ -1,6 +1,8 @@
-//! What only a GPU can show, on all GPUs of this machine: `launch/test-gpu.sh` runs these tests and prints a table.
+//! What only a GPU can show, on all GPUs of this machine: `launch/test-gpu.sh` runs these tests and
+//! prints a table.
 //!
-//! Worlds run as children: a test starts `mpirun` with this very binary and the name of an ignored test, or with the program.
+//! Worlds run as children: a test starts `mpirun` with this very binary and the name of an ignored
+//! test, or with the program.
 
 use std::fs;
 use std::path::Path;
@@ -8,30 +10,41 @@ use std::process::{Command, Stdio};
 use std::thread;
 
 use bytesize::ByteSize;
-use fm_dist::collective::{self, Collective, Issued, Limits, Nccl, ReduceOp, Sliced, Spent, Work, local_rank};
+use fm_dist::collective::{
+    self, Collective, Issued, Limits, Nccl, ReduceOp, Sliced, Spent, Work, local_rank,
+};
 use fm_dist::cuda::open_libtorch;
 use fm_dist::error::Result;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
-use crate::collectives::{Outcome, brought, contract, end_with, expected, join_the_world, run, world_of};
+use crate::collectives::{
+    Outcome, brought, contract, end_with, expected, join_the_world, run, world_of,
+};
 use crate::kernels::gives_the_bits_of_a_cpu;
 use crate::runs::{column, finish, mpirun, program, with_sets};
 
-/// Kernels of GPUs add in other orders than those of CPUs: their rounding, grown over fifty steps of training. Two CPUs are
-/// granted 2e-3 over thirty (`tests/golden.rs`).
+/// Kernels of GPUs add in other orders than those of CPUs: their rounding, grown over fifty steps
+/// of training. Two CPUs are granted 2e-3 over thirty (`tests/golden.rs`).
 const OTHER_DEVICE: f64 = 1e-2;
 
-/// How far the memory of a run may be from what `fm-dist check` says: its promise, and what libtorch's allocator rounds up.
+/// How far the memory of a run may be from what `fm-dist check` says: its promise, and what
+/// libtorch's allocator rounds up.
 const OTHER_MEMORY: f64 = 0.1;
 
-/// Share of the communication that may hold computation up. Of eighteen stages all but the first to go forward have a stage
-/// before them that computes meanwhile; the rest is for the statistics and for what a link slower than NVLink leaves over.
+/// Share of the communication that may hold computation up. Of eighteen stages all but the first to
+/// go forward have a stage before them that computes meanwhile; the rest is for the statistics and
+/// for what a link slower than NVLink leaves over.
 const EXPOSED: f64 = 0.5;
 
 /// 306 million parameters, whose state is nearly all that a run holds.
-const LARGE: [&str; 5] =
-    ["model.dit.width=1024", "model.dit.depth=16", "sampling.num_steps=1", "checkpoint.every_n_steps=1000", "parallel.device=\"cuda\""];
+const LARGE: [&str; 5] = [
+    "model.dit.width=1024",
+    "model.dit.depth=16",
+    "sampling.num_steps=1",
+    "checkpoint.every_n_steps=1000",
+    "parallel.device=\"cuda\"",
+];
 
 fn num_gpus() -> usize {
     use cudarc::driver::result;
@@ -39,7 +52,8 @@ fn num_gpus() -> usize {
     result::device::get_count().expect("an initialized driver counts its GPUs") as usize
 }
 
-/// NCCL with tensors that begin and end on the CPU: the body of the contract is the same for all backends.
+/// NCCL with tensors that begin and end on the CPU: the body of the contract is the same for all
+/// backends.
 struct ByGpu {
     nccl: Nccl,
     device: Device,
@@ -63,7 +77,11 @@ impl ByGpu {
     }
 
     /// Runs an operation on copies; the results come back when it has been waited for.
-    fn there_and_back(&self, tensors: Vec<Tensor>, start: impl FnOnce(&Nccl, Vec<Tensor>) -> Result<Work>) -> Result<Work> {
+    fn there_and_back(
+        &self,
+        tensors: Vec<Tensor>,
+        start: impl FnOnce(&Nccl, Vec<Tensor>) -> Result<Work>,
+    ) -> Result<Work> {
         let copies: Vec<Tensor> = tensors.iter().map(|tensor| self.up(tensor)).collect();
         let work = start(&self.nccl, copies.iter().map(Tensor::shallow_clone).collect())?;
         Ok(Work::new(move || {
@@ -80,7 +98,8 @@ fn flat(tensors: Vec<Sliced>) -> Vec<Tensor> {
 }
 
 fn paired(tensors: Vec<Tensor>) -> Vec<Sliced> {
-    let pair = |pair: &[Tensor]| Sliced { owned: pair[0].shallow_clone(), full: pair[1].shallow_clone() };
+    let pair =
+        |pair: &[Tensor]| Sliced { owned: pair[0].shallow_clone(), full: pair[1].shallow_clone() };
     tensors.chunks(2).map(pair).collect()
 }
 
@@ -97,12 +116,16 @@ impl Collective for ByGpu {
         self.there_and_back(buffers, |nccl, buffers| nccl.all_reduce(buffers, op))
     }
 
-    /// The whole stays here: an owned view of it would be written over by what a reduction leaves there.
+    /// The whole stays here: an owned view of it would be written over by what a reduction leaves
+    /// there.
     fn reduce_scatter(&self, tensors: Vec<Sliced>, op: ReduceOp) -> Result<Work> {
         let fulls: Vec<Tensor> = tensors.iter().map(|sliced| self.up(&sliced.full)).collect();
         let owned = tensors.into_iter().map(|sliced| sliced.owned).collect();
         self.there_and_back(owned, |nccl, owned| {
-            nccl.reduce_scatter(owned.into_iter().zip(fulls).map(|(owned, full)| Sliced { owned, full }).collect(), op)
+            nccl.reduce_scatter(
+                owned.into_iter().zip(fulls).map(|(owned, full)| Sliced { owned, full }).collect(),
+                op,
+            )
         })
     }
 
@@ -111,7 +134,9 @@ impl Collective for ByGpu {
     }
 
     fn broadcast(&self, buffer: Tensor, root: usize) -> Result<Work> {
-        self.there_and_back(vec![buffer], |nccl, mut buffers| nccl.broadcast(buffers.remove(0), root))
+        self.there_and_back(vec![buffer], |nccl, mut buffers| {
+            nccl.broadcast(buffers.remove(0), root)
+        })
     }
 
     fn barrier(&self) -> Result<()> {
@@ -162,7 +187,8 @@ fn worlds_of_any_number_of_gpus_keep_the_contract() {
 #[ignore = "started by mpirun from another test"]
 fn rank_of_the_contract() {
     let world = ByGpu::join();
-    let kept = contract(&world.1).and_then(|()| halves(&world.1)).and_then(|()| slices_in_place(&world.1));
+    let kept =
+        contract(&world.1).and_then(|()| halves(&world.1)).and_then(|()| slices_in_place(&world.1));
     kept.unwrap_or_else(|error| end_with(&error));
     leave(world, "kept the contract");
 }
@@ -171,7 +197,9 @@ fn rank_of_the_contract() {
 fn halves(world: &ByGpu) -> Result<()> {
     let buffer = brought(world.rank(), 1000, Kind::BFloat16).remainder(8);
     world.all_reduce(vec![buffer.shallow_clone()], ReduceOp::Sum)?.wait()?;
-    let all = (0..world.world_size()).map(|rank| brought(rank, 1000, Kind::Float).remainder(8)).sum::<Tensor>();
+    let all = (0..world.world_size())
+        .map(|rank| brought(rank, 1000, Kind::Float).remainder(8))
+        .sum::<Tensor>();
     assert!(buffer.to_kind(Kind::Float).equal(&all));
     Ok(())
 }
@@ -183,7 +211,12 @@ fn slices_in_place(world: &ByGpu) -> Result<()> {
     let both = || Sliced { owned: full.narrow(0, rank * 1000, 1000), full: full.shallow_clone() };
     world.nccl.reduce_scatter(vec![both()], ReduceOp::Sum)?.wait()?;
     world.nccl.all_gather(vec![both()])?.wait()?;
-    assert!(full.to_device(Device::Cpu).equal(&expected(world.world_size(), size, Kind::Float, ReduceOp::Sum)));
+    assert!(full.to_device(Device::Cpu).equal(&expected(
+        world.world_size(),
+        size,
+        Kind::Float,
+        ReduceOp::Sum
+    )));
     Ok(())
 }
 
@@ -200,17 +233,24 @@ fn what_is_computed_before_and_after_a_collective_keeps_its_place() {
 #[ignore = "started by mpirun from another test"]
 fn rank_that_computes_around_collectives() {
     let world = ByGpu::join();
-    (0..30).try_for_each(|turn| computes_around(&world.1, turn)).unwrap_or_else(|error| end_with(&error));
+    (0..30)
+        .try_for_each(|turn| computes_around(&world.1, turn))
+        .unwrap_or_else(|error| end_with(&error));
     leave(world, "kept the order");
 }
 
-/// The input is written by kernels that are still queued when the collective starts, and the result is read by kernels
-/// queued after the wait; meanwhile memory is let go and asked for again.
+/// The input is written by kernels that are still queued when the collective starts, and the result
+/// is read by kernels queued after the wait; meanwhile memory is let go and asked for again.
 fn computes_around(world: &ByGpu, turn: i64) -> Result<()> {
     let size = 1 << 20;
     let slow = Tensor::ones([1024, 1024], (Kind::Float, world.device));
-    let zero = (0..20).fold(slow.shallow_clone(), |product, _| product.matmul(&slow) / 1024.0).mean(Kind::Float) - 1.0;
-    let buffer = brought(world.rank(), size, Kind::Float).to_device(world.device) + turn as f64 + zero.round();
+    let zero = (0..20)
+        .fold(slow.shallow_clone(), |product, _| product.matmul(&slow) / 1024.0)
+        .mean(Kind::Float)
+        - 1.0;
+    let buffer = brought(world.rank(), size, Kind::Float).to_device(world.device)
+        + turn as f64
+        + zero.round();
     let work = world.nccl.all_reduce(vec![buffer.shallow_clone()], ReduceOp::Sum)?;
     for _ in 0..5 {
         drop(Tensor::full([size], 1e9, (Kind::Float, world.device)));
@@ -220,7 +260,8 @@ fn computes_around(world: &ByGpu, turn: i64) -> Result<()> {
     // The block of the buffer is given out again, behind the kernel that reads it.
     drop(buffer);
     drop(Tensor::full([size], 1e9, (Kind::Float, world.device)));
-    let sum = expected(world.world_size(), size, Kind::Float, ReduceOp::Sum) + (turn * world.world_size() as i64) as f64;
+    let sum = expected(world.world_size(), size, Kind::Float, ReduceOp::Sum)
+        + (turn * world.world_size() as i64) as f64;
     assert!(doubled.to_device(Device::Cpu).equal(&(sum * 2.0)), "turn {turn}");
     Ok(())
 }
@@ -252,11 +293,19 @@ fn the_digits_run_has_the_loss_curve_of_a_cpu_on_any_number_of_gpus() {
     let on_cpu = column(&trained(1, root.path(), "cpu", &["max_steps=50"]), "loss");
     assert_eq!(on_cpu.len(), 50);
     for ranks in [1, 2, 4].into_iter().filter(|ranks| *ranks <= num_gpus()) {
-        let run = trained(ranks, root.path(), &format!("gpu-{ranks}"), &["max_steps=50", "parallel.device=\"cuda\""]);
+        let run = trained(
+            ranks,
+            root.path(),
+            &format!("gpu-{ranks}"),
+            &["max_steps=50", "parallel.device=\"cuda\""],
+        );
         let on_gpu = column(&run, "loss");
         assert_eq!(on_gpu.len(), on_cpu.len());
         for ((step, expected), (_, loss)) in on_cpu.iter().zip(&on_gpu) {
-            assert!((loss - expected).abs() <= OTHER_DEVICE * expected, "{ranks} GPUs, step {step}: loss {loss}, on a CPU {expected}");
+            assert!(
+                (loss - expected).abs() <= OTHER_DEVICE * expected,
+                "{ranks} GPUs, step {step}: loss {loss}, on a CPU {expected}"
+            );
         }
     }
 }
@@ -272,27 +321,36 @@ fn a_run_takes_the_memory_that_check_says() {
     // The same program with a model of no size holds what CUDA, its kernels and its libraries take.
     let around = peak_bytes(root.path(), &["max_steps=3", "parallel.device=\"cuda\""]);
     let taken = peak_bytes(root.path(), &overrides) - around;
-    assert!((taken - predicted).abs() <= OTHER_MEMORY * predicted, "{taken} bytes, `check` says {predicted}:\n{plan}");
+    assert!(
+        (taken - predicted).abs() <= OTHER_MEMORY * predicted,
+        "{taken} bytes, `check` says {predicted}:\n{plan}"
+    );
 }
 
 /// `12.3 GiB` behind the name of a line of the plan.
 fn words_after(plan: &str, name: &str) -> String {
-    let line = plan.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_else(|| panic!("no line {name:?} in\n{plan}"));
+    let line = plan
+        .lines()
+        .find_map(|line| line.strip_prefix(name))
+        .unwrap_or_else(|| panic!("no line {name:?} in\n{plan}"));
     line.split_whitespace().take(2).collect::<Vec<_>>().join(" ")
 }
 
-/// Most memory of the first GPU that was in use while the program trained, less what was in use before.
+/// Most memory of the first GPU that was in use while the program trained, less what was in use
+/// before.
 #[allow(unsafe_code)]
 fn peak_bytes(root: &Path, overrides: &[&str]) -> f64 {
     use cudarc::driver::result;
     assert!(num_gpus() > 0, "the driver shows no GPU");
     let device = result::device::get(0).unwrap();
-    // SAFETY: the device is one of the driver's, and its context is kept until the end of the process.
+    // SAFETY: the device is one of the driver's, and its context is kept until the end of the
+    // process.
     unsafe { result::ctx::set_current(result::primary_ctx::retain(device).unwrap()).unwrap() };
     let free = || result::mem_get_info().unwrap().0;
     let before = free();
     let output = format!("output_dir={}", root.join("memory").display());
-    let arguments = with_sets(&["train"], &[overrides, &["model.dit.num_heads=4", &output]].concat());
+    let arguments =
+        with_sets(&["train"], &[overrides, &["model.dit.num_heads=4", &output]].concat());
     let mut command: Command = program(&arguments);
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let mut least = before;
@@ -315,11 +373,16 @@ fn collectives_between_gpus_hide_behind_computation() {
     assert!(ranks > 1, "this machine has one GPU: there is nothing to hide");
     let root = TempDir::new().unwrap();
     let batch = format!("train.global_batch_size={}", 128 * ranks);
-    let overrides = [&LARGE[..], &["max_steps=10", "data.micro_batch_size_per_gpu=128", &batch]].concat();
+    let overrides =
+        [&LARGE[..], &["max_steps=10", "data.micro_batch_size_per_gpu=128", &batch]].concat();
     let run = trained(ranks, root.path(), "overlap", &overrides);
     // The first steps choose kernels and connect channels.
-    let seconds = |name: &str| column(&run, name).iter().skip(3).map(|(_, seconds)| seconds).sum::<f64>();
+    let seconds =
+        |name: &str| column(&run, name).iter().skip(3).map(|(_, seconds)| seconds).sum::<f64>();
     let (communication, exposed) = (seconds("communication_seconds"), seconds("exposed_seconds"));
     println!("communication {communication:.4} s, of which exposed {exposed:.4} s");
-    assert!(communication > 0.0 && exposed <= EXPOSED * communication, "exposed {exposed} s of {communication} s");
+    assert!(
+        communication > 0.0 && exposed <= EXPOSED * communication,
+        "exposed {exposed} s of {communication} s"
+    );
 }

@@ -1,4 +1,5 @@
-//! What must not change the result does not: the number of ranks, the cut into micro-batches, recomputation.
+//! What must not change the result does not: the number of ranks, the cut into micro-batches,
+//! recomputation.
 
 use std::path::{Path, PathBuf};
 
@@ -17,11 +18,22 @@ fn run(root: &Path, name: &str, ranks: usize, overrides: &[&str]) -> PathBuf {
 }
 
 pub fn assert_same_curve(one: &Path, other: &Path, what: &str) {
-    for name in ["loss", "unweighted_loss", "sigma_mean", "sigma_min", "sigma_max", "noisy_max", "grad_norm"] {
+    for name in [
+        "loss",
+        "unweighted_loss",
+        "sigma_mean",
+        "sigma_min",
+        "sigma_max",
+        "noisy_max",
+        "grad_norm",
+    ] {
         let (a, b) = (column(one, name), column(other, name));
         assert_eq!(a.len(), 10);
         for ((step, a), (_, b)) in a.iter().zip(&b) {
-            assert!((a - b).abs() <= ROUNDING * a.abs().max(1.0), "{what}: {name} at step {step}: {a} and {b}");
+            assert!(
+                (a - b).abs() <= ROUNDING * a.abs().max(1.0),
+                "{what}: {name} at step {step}: {a} and {b}"
+            );
         }
     }
 }
@@ -31,7 +43,11 @@ fn one_two_and_four_ranks_train_alike() {
     let root = TempDir::new().unwrap();
     let one = run(root.path(), "one", 1, &[]);
     for ranks in [2, 4] {
-        assert_same_curve(&one, &run(root.path(), &format!("ranks-{ranks}"), ranks, &[]), &format!("{ranks} ranks"));
+        assert_same_curve(
+            &one,
+            &run(root.path(), &format!("ranks-{ranks}"), ranks, &[]),
+            &format!("{ranks} ranks"),
+        );
     }
 }
 
@@ -77,14 +93,24 @@ fn ranks_draw_from_streams_of_their_own() {
 #[test]
 fn stratified_timesteps_cover_the_global_batch_evenly_on_any_number_of_ranks() {
     let root = TempDir::new().unwrap();
-    let overrides = ["flow_matching.stratified_timesteps=true", "flow_matching.timestep_sampling=uniform"];
+    let overrides =
+        ["flow_matching.stratified_timesteps=true", "flow_matching.timestep_sampling=uniform"];
     for ranks in [1, 4] {
         let folder = run(root.path(), &format!("strata-{ranks}"), ranks, &overrides);
         let lines = fm_dist::telemetry::metrics::read(&folder.join("metrics.jsonl")).unwrap();
         for line in lines {
-            let histogram: Vec<f64> = line["sigma_histogram"].as_array().unwrap().iter().map(|count| count.as_f64().unwrap()).collect();
-            // 32 samples over 10 bins: each bin of 3.2 holds 2 to 5 whole slices, where independent draws would leave gaps.
-            assert!(histogram.iter().all(|count| (2.0..=5.0).contains(count)), "{ranks} ranks: {histogram:?}");
+            let histogram: Vec<f64> = line["sigma_histogram"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|count| count.as_f64().unwrap())
+                .collect();
+            // 32 samples over 10 bins: each bin of 3.2 holds 2 to 5 whole slices, where independent
+            // draws would leave gaps.
+            assert!(
+                histogram.iter().all(|count| (2.0..=5.0).contains(count)),
+                "{ranks} ranks: {histogram:?}"
+            );
         }
     }
 }
@@ -92,8 +118,14 @@ fn stratified_timesteps_cover_the_global_batch_evenly_on_any_number_of_ranks() {
 #[test]
 fn bfloat16_trains_with_float32_masters() {
     let root = TempDir::new().unwrap();
-    let folder = run(root.path(), "bf16", 2, &["model.dtype=bfloat16", "max_steps=30", "lr_scheduler.cosine.warmup_steps=5"]);
+    let folder = run(
+        root.path(),
+        "bf16",
+        2,
+        &["model.dtype=bfloat16", "max_steps=30", "lr_scheduler.cosine.warmup_steps=5"],
+    );
     let losses = column(&folder, "loss");
-    let mean = |part: &[(f64, f64)]| part.iter().map(|point| point.1).sum::<f64>() / part.len() as f64;
+    let mean =
+        |part: &[(f64, f64)]| part.iter().map(|point| point.1).sum::<f64>() / part.len() as f64;
     assert!(mean(&losses[20..]) < 0.9 * mean(&losses[..5]), "{losses:?}");
 }

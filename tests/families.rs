@@ -1,4 +1,5 @@
-//! The model families are diffusers': predictions, losses and every gradient of tiny random models, new ones each run.
+//! The model families are diffusers': predictions, losses and every gradient of tiny random models,
+//! new ones each run.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -11,21 +12,30 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
-use crate::oracle::{BFLOAT16, GRADIENT, LOSS, assert_close, assert_within_one_ulp, entries, fresh_seed, oracle, relative_difference};
+use crate::oracle::{
+    BFLOAT16, GRADIENT, LOSS, assert_close, assert_within_one_ulp, entries, fresh_seed, oracle,
+    relative_difference,
+};
 use crate::training::{FLUX, FLUX2, HUNYUAN_VIDEO15, QWEN_IMAGE, Tiny, WAN};
 
-/// What rounding leaves of a gradient that is zero, as a share of the whole gradient; bfloat16's last bit is 4e-3 of a number.
+/// What rounding leaves of a gradient that is zero, as a share of the whole gradient; bfloat16's
+/// last bit is 4e-3 of a number.
 const VANISHING: f64 = 1e-3;
-/// HunyuanVideo in bfloat16, prediction and gradients: its text refiner rounds in another order than diffusers, where the other
-/// families' predictions are equal bit for bit. Twice the worst prediction of some 130 cases, 2.0e-2.
+/// HunyuanVideo in bfloat16, prediction and gradients: its text refiner rounds in another order
+/// than diffusers, where the other families' predictions are equal bit for bit. Twice the worst
+/// prediction of some 130 cases, 2.0e-2.
 const BFLOAT16_REFINED: (f64, f64) = (4e-2, 8e-2);
-/// What rounds to one unit of bfloat16 in the norm of the whole gradient. A parameter's gradient below it is what larger ones
-/// leave when they cancel, and carries their rounding: its error is compared with this share of the whole instead of itself.
+/// What rounds to one unit of bfloat16 in the norm of the whole gradient. A parameter's gradient
+/// below it is what larger ones leave when they cancel, and carries their rounding: its error is
+/// compared with this share of the whole instead of itself.
 const CANCELLED: f64 = 1.0 / 256.0;
 
 fn check_family(family: &str) {
     let folder = TempDir::new().unwrap();
-    oracle("families.py", &[folder.path().to_str().unwrap(), &fresh_seed(family), "--families", family]);
+    oracle(
+        "families.py",
+        &[folder.path().to_str().unwrap(), &fresh_seed(family), "--families", family],
+    );
     let cases = entries(&folder.path().join("cases.json"));
     let cases = cases.as_array().unwrap();
     assert!(cases.len() >= 6, "{family} has {} cases", cases.len());
@@ -37,10 +47,18 @@ fn check_family(family: &str) {
 /// The case's model and settings, as its user would configure them.
 fn config_of(case: &Value, folder: &Path) -> RunConfig {
     let text = |value: &Value| format!("{value}");
-    let mut overrides = vec![format!("model.path={}", text(&folder.join("model").to_str().unwrap().into()))];
+    let mut overrides =
+        vec![format!("model.path={}", text(&folder.join("model").to_str().unwrap().into()))];
     overrides.push(format!("model.dtype={}", case["dtype"]));
-    overrides.extend(case["settings"].as_object().unwrap().iter().map(|(key, value)| format!("{key}={}", text(value))));
-    RunConfig::read("oracle", "", &overrides).unwrap_or_else(|error| panic!("{}: {error}", case["name"]))
+    overrides.extend(
+        case["settings"]
+            .as_object()
+            .unwrap()
+            .iter()
+            .map(|(key, value)| format!("{key}={}", text(value))),
+    );
+    RunConfig::read("oracle", "", &overrides)
+        .unwrap_or_else(|error| panic!("{}: {error}", case["name"]))
 }
 
 fn check_case(case: &Value, folder: &Path) {
@@ -54,7 +72,10 @@ fn check_case(case: &Value, folder: &Path) {
         grads: true,
     };
     dump_step(&config, &request).unwrap_or_else(|error| panic!("{}: {error}", case["name"]));
-    let (found, expected) = (SafeTensors::open(&dump).unwrap(), SafeTensors::open(folder.join("expected.safetensors")).unwrap());
+    let (found, expected) = (
+        SafeTensors::open(&dump).unwrap(),
+        SafeTensors::open(folder.join("expected.safetensors")).unwrap(),
+    );
     let (value_tolerance, gradient_tolerance) = match case["dtype"].as_str().unwrap() {
         "float32" => (LOSS, GRADIENT),
         _ if case["name"].as_str().unwrap().starts_with("hunyuan") => BFLOAT16_REFINED,
@@ -67,8 +88,12 @@ fn check_case(case: &Value, folder: &Path) {
         let what = format!("{} {name} {}", case["name"], case["settings"]);
         let (found, expected) = (found.read(name).unwrap(), expected.read(name).unwrap());
         match name {
-            "sigma" | "timesteps" | "noise" | "target" => assert_within_one_ulp(&found, &expected, &what),
-            _ if vanishes(case, name) => assert!(norm(&found) <= VANISHING * whole, "{what}: {} of {whole}", norm(&found)),
+            "sigma" | "timesteps" | "noise" | "target" => {
+                assert_within_one_ulp(&found, &expected, &what)
+            }
+            _ if vanishes(case, name) => {
+                assert!(norm(&found) <= VANISHING * whole, "{what}: {} of {whole}", norm(&found))
+            }
             _ => {
                 let is_gradient = name.starts_with("grad.");
                 let cancelled = if case["dtype"] == "float32" { 0.0 } else { CANCELLED * whole };
@@ -86,11 +111,14 @@ fn check_case(case: &Value, folder: &Path) {
         }
     }
     println!("{} {}: nearest to their tolerances: {worst:.2?}", case["name"], case["dtype"]);
-    let gradients = |file: &SafeTensors| file.tensors().iter().filter(|info| info.name.starts_with("grad.")).count();
+    let gradients = |file: &SafeTensors| {
+        file.tensors().iter().filter(|info| info.name.starts_with("grad.")).count()
+    };
     assert_eq!(gradients(&found), gradients(&expected), "{}", case["name"]);
 }
 
-/// Whether the mathematics make this gradient zero: a bias on all keys changes no softmax. Rounding is all there is to compare.
+/// Whether the mathematics make this gradient zero: a bias on all keys changes no softmax. Rounding
+/// is all there is to compare.
 fn vanishes(case: &Value, name: &str) -> bool {
     let names = case["vanishing_gradients"].as_array().unwrap();
     names.iter().any(|vanishing| name.strip_prefix("grad.") == vanishing.as_str())
@@ -134,10 +162,16 @@ fn hunyuan_video15_is_diffusers_hunyuan_video15() {
 /// What a family says of a batch of two samples of these shapes.
 fn refusal(family: &Tiny, keys: &[(&str, &[i64])]) -> String {
     let root = TempDir::new().unwrap();
-    let (batch, dump) = (root.path().join("batch.safetensors"), root.path().join("dump.safetensors"));
-    let tensors: Vec<(&str, Tensor)> =
-        keys.iter().map(|(key, shape)| (*key, Tensor::zeros([&[2], *shape].concat(), (Kind::Float, Device::Cpu)))).collect();
-    let borrowed: Vec<(&str, &Tensor)> = tensors.iter().map(|(key, tensor)| (*key, tensor)).collect();
+    let (batch, dump) =
+        (root.path().join("batch.safetensors"), root.path().join("dump.safetensors"));
+    let tensors: Vec<(&str, Tensor)> = keys
+        .iter()
+        .map(|(key, shape)| {
+            (*key, Tensor::zeros([&[2], *shape].concat(), (Kind::Float, Device::Cpu)))
+        })
+        .collect();
+    let borrowed: Vec<(&str, &Tensor)> =
+        tensors.iter().map(|(key, tensor)| (*key, tensor)).collect();
     let metadata = BTreeMap::from([("data_type".to_string(), family.data_type.to_string())]);
     safetensors::write(&mut File::create(&batch).unwrap(), &borrowed, &metadata).unwrap();
     let request = StepRequest { batch, dump, weights: None, torch_seed: Some(1), grads: false };
@@ -147,19 +181,25 @@ fn refusal(family: &Tiny, keys: &[(&str, &[i64])]) -> String {
 #[test]
 fn a_batch_that_does_not_fit_is_refused_by_what_is_wrong() {
     for family in [FLUX, FLUX2, QWEN_IMAGE, WAN, HUNYUAN_VIDEO15] {
-        let others: Vec<_> = family.keys[1..].iter().copied().filter(|(key, _)| *key != "text_embeddings").collect();
+        let others: Vec<_> =
+            family.keys[1..].iter().copied().filter(|(key, _)| *key != "text_embeddings").collect();
         let with = |keys: &[(&str, &[i64])]| refusal(&family, &[others.as_slice(), keys].concat());
         let latents = family.keys[0];
         let text = with(&[latents]);
-        assert!(text.contains(&format!("the {} adapter needs `text_embeddings`", family.adapter)), "{text}");
+        assert!(
+            text.contains(&format!("the {} adapter needs `text_embeddings`", family.adapter)),
+            "{text}"
+        );
         let text = with(&[latents, ("text_embeddings", &[5, 11])]);
         assert!(text.contains("is 12, the data's text_embeddings have 11"), "{text}");
-        let other_rank: &[i64] = if family.data_type == "image" { &[4, 3, 8, 12] } else { &[4, 8, 12] };
+        let other_rank: &[i64] =
+            if family.data_type == "image" { &[4, 3, 8, 12] } else { &[4, 8, 12] };
         let text = with(&[(latents.0, other_rank), ("text_embeddings", &[5, 12])]);
         assert!(text.contains("takes latents [C, "), "{text}");
     }
     for family in [FLUX, QWEN_IMAGE] {
-        let text = refusal(&family, &[("image_latents", &[4, 7, 12]), ("text_embeddings", &[5, 12])]);
+        let text =
+            refusal(&family, &[("image_latents", &[4, 7, 12]), ("text_embeddings", &[5, 12])]);
         assert!(text.contains("does not divide the data's latents of 7 x 12"), "{text}");
     }
 }

@@ -1,9 +1,11 @@
-//! The fault matrix: each row orders a fault of one rank at one moment, and says what must come of it.
+//! The fault matrix: each row orders a fault of one rank at one moment, and says what must come of
+//! it.
 //!
-//! A row's test is named after its number in the matrix (A configuration and launch, B data, C processes, D storage, E numbers,
-//! F the end). Every case proves that its fault struck, ends within its bound with the code that it names, says why in one
-//! line, and leaves no process behind. Nothing is tried twice. Cases that start processes take turns, so that their bounds
-//! hold on two cores.
+//! A row's test is named after its number in the matrix (A configuration and launch, B data, C
+//! processes, D storage, E numbers, F the end). Every case proves that its fault struck, ends
+//! within its bound with the code that it names, says why in one line, and leaves no process
+//! behind. Nothing is tried twice. Cases that start processes take turns, so that their bounds hold
+//! on two cores.
 
 mod launching;
 mod numbers;
@@ -29,12 +31,12 @@ use crate::runs::{checkpoint, mpirun, program, running, with_sets};
 /// Steps of a run; it saves every fourth.
 const STEPS: u64 = 12;
 
-/// Seconds in which a run is over whose rank died, failed or hangs. 5 are promised, of which a hang spends the 3 of [`SHORT`]; four
-/// times as many pass where other programs want the cores too.
+/// Seconds in which a run is over whose rank died, failed or hangs. 5 are promised, of which a hang
+/// spends the 3 of [`SHORT`]; four times as many pass where other programs want the cores too.
 pub const SOON: f64 = 20.0;
 
-/// What every case trains with, on top of [`TINY`](crate::runs::TINY). Steps are so short that a save beside them would end
-/// many steps later: where that is not the point, it is waited for.
+/// What every case trains with, on top of [`TINY`](crate::runs::TINY). Steps are so short that a
+/// save beside them would end many steps later: where that is not the point, it is waited for.
 const SETS: [&str; 5] = [
     "max_steps=12",
     "checkpoint.every_n_steps=4",
@@ -46,11 +48,17 @@ const SETS: [&str; 5] = [
 /// Saves beside the steps.
 pub const BESIDE: &str = "checkpoint.asynchronous=true";
 
-/// Short limits, for cases in which something hangs. Starting up keeps more: on a busy machine a world may need it to meet.
-pub const SHORT: [&str; 4] =
-    ["watchdog.init_seconds=30", "watchdog.first_step_seconds=30", "watchdog.step_seconds=3", "watchdog.save_seconds=3"];
+/// Short limits, for cases in which something hangs. Starting up keeps more: on a busy machine a
+/// world may need it to meet.
+pub const SHORT: [&str; 4] = [
+    "watchdog.init_seconds=30",
+    "watchdog.first_step_seconds=30",
+    "watchdog.step_seconds=3",
+    "watchdog.save_seconds=3",
+];
 
-/// Seconds within which a run that is left alone has started: what happens before a fault strikes is not the fault's.
+/// Seconds within which a run that is left alone has started: what happens before a fault strikes
+/// is not the fault's.
 pub const START: f64 = 60.0;
 
 /// One row.
@@ -67,13 +75,23 @@ pub struct Case<'c> {
     pub says: &'c [&'c str],
     /// Texts that it must not.
     pub never: &'c [&'c str],
-    /// Time until everything must be over: since the fault struck last, or since the start where none is ordered.
+    /// Time until everything must be over: since the fault struck last, or since the start where
+    /// none is ordered.
     pub seconds: f64,
 }
 
 impl Default for Case<'_> {
     fn default() -> Self {
-        Case { ranks: 2, fault: "", sets: &[], words: &[], code: 0, says: &[], never: &["WARN straggler"], seconds: START }
+        Case {
+            ranks: 2,
+            fault: "",
+            sets: &[],
+            words: &[],
+            code: 0,
+            says: &[],
+            never: &["WARN straggler"],
+            seconds: START,
+        }
     }
 }
 
@@ -117,10 +135,17 @@ impl Case<'_> {
         let Ended { errors, .. } = ended;
         assert_eq!(code, self.code, "{errors}");
         if !self.fault.is_empty() {
-            assert!(errors.contains(&format!("fm-dist: fault {} strikes", self.fault)), "the fault never struck:\n{errors}");
+            assert!(
+                errors.contains(&format!("fm-dist: fault {} strikes", self.fault)),
+                "the fault never struck:\n{errors}"
+            );
         }
-        self.says.iter().for_each(|text| assert!(errors.contains(text), "{text:?} was not said:\n{errors}"));
-        self.never.iter().for_each(|text| assert!(!errors.contains(text), "{text:?} was said:\n{errors}"));
+        self.says
+            .iter()
+            .for_each(|text| assert!(errors.contains(text), "{text:?} was not said:\n{errors}"));
+        self.never
+            .iter()
+            .for_each(|text| assert!(!errors.contains(text), "{text:?} was said:\n{errors}"));
         let causes = errors.lines().filter(|line| line.starts_with("fm-dist: error")).count();
         // A process that a signal ends says nothing, and neither does a run that was asked to stop.
         let expected = usize::from((20..=70).contains(&self.code));
@@ -136,29 +161,43 @@ impl Ended {
     /// What a rank left for programs to read.
     pub fn failure(&self, rank: usize) -> serde_json::Value {
         let path = self.run_folder().join(format!("failure-{rank}.json"));
-        serde_json::from_str(&fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))).unwrap()
+        serde_json::from_str(
+            &fs::read_to_string(&path)
+                .unwrap_or_else(|error| panic!("{}: {error}", path.display())),
+        )
+        .unwrap()
     }
 
     /// Steps of the checkpoints, ascending.
     pub fn checkpoints(&self) -> Vec<u64> {
-        let names = fs::read_dir(self.run_folder()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
-        let mut steps: Vec<u64> = names.filter_map(|name| name.strip_prefix("step-")?.parse().ok()).collect();
+        let names = fs::read_dir(self.run_folder())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut steps: Vec<u64> =
+            names.filter_map(|name| name.strip_prefix("step-")?.parse().ok()).collect();
         steps.sort();
         steps
     }
 
     /// Goes on without the fault and ends with the bytes of a run that nothing befell.
     pub fn resumes_to_the_unbroken_run(self, ranks: usize, sets: &[&str]) {
-        let ended = Case { ranks, sets, words: &["--resume", "latest"], ..Case::default() }.run_in(self.root);
+        let ended = Case { ranks, sets, words: &["--resume", "latest"], ..Case::default() }
+            .run_in(self.root);
         assert!(ended.errors.contains("resumed from"), "{}", ended.errors);
-        assert!(checkpoint(&ended.run_folder(), STEPS) == unbroken(ranks, sets), "the resumed run is another");
+        assert!(
+            checkpoint(&ended.run_folder(), STEPS) == unbroken(ranks, sets),
+            "the resumed run is another"
+        );
     }
 
     /// Begins anew, where there was nothing to go on from.
     pub fn starts_again_as_the_unbroken_run(self, ranks: usize, sets: &[&str]) {
         fs::remove_dir_all(self.run_folder()).unwrap();
         let ended = Case { ranks, sets, ..Case::default() }.run_in(self.root);
-        assert!(checkpoint(&ended.run_folder(), STEPS) == unbroken(ranks, sets), "the new run is another");
+        assert!(
+            checkpoint(&ended.run_folder(), STEPS) == unbroken(ranks, sets),
+            "the new run is another"
+        );
     }
 }
 
@@ -192,11 +231,19 @@ pub struct Started {
 impl Started {
     pub fn new(mut command: Command) -> Self {
         let began = Instant::now();
-        let ordered = command.get_args().any(|word| word.to_string_lossy().starts_with("debug.inject_fault="));
-        let mut child = command.process_group(0).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+        let ordered = command
+            .get_args()
+            .any(|word| word.to_string_lossy().starts_with("debug.inject_fault="));
+        let mut child =
+            command.process_group(0).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
         let errors = BufReader::new(child.stderr.take().unwrap());
         let (sender, lines) = channel();
-        thread::spawn(move || errors.lines().map_while(Result::ok).try_for_each(|line| sender.send((Instant::now(), line))));
+        thread::spawn(move || {
+            errors
+                .lines()
+                .map_while(Result::ok)
+                .try_for_each(|line| sender.send((Instant::now(), line)))
+        });
         Started { child, lines, heard: Vec::new(), began, ordered, struck: None }
     }
 
@@ -233,8 +280,8 @@ impl Started {
         Duration::from_secs_f64(seconds).saturating_sub(since.elapsed())
     }
 
-    /// Waits for the end of every process; one that does not come within `seconds`, see [`Case::seconds`], fails the test and
-    /// is made.
+    /// Waits for the end of every process; one that does not come within `seconds`, see
+    /// [`Case::seconds`], fails the test and is made.
     pub fn end(mut self, root: TempDir, seconds: f64) -> (Ended, i32) {
         // The pipe closes when the last process that holds it is gone.
         let in_time = loop {
@@ -259,12 +306,15 @@ impl Started {
             }
             thread::yield_now();
         }
-        let code = status.code().or_else(|| std::os::unix::process::ExitStatusExt::signal(&status).map(|signal| 128 + signal));
+        let code = status.code().or_else(|| {
+            std::os::unix::process::ExitStatusExt::signal(&status).map(|signal| 128 + signal)
+        });
         (Ended { root, errors }, code.unwrap())
     }
 }
 
-/// Kills what a case that failed left behind: a rank that is stopped outlives its launcher, which has a group of its own.
+/// Kills what a case that failed left behind: a rank that is stopped outlives its launcher, which
+/// has a group of its own.
 fn end_all(mark: &str) {
     for pid in running(mark) {
         // It may be gone by now.

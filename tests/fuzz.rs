@@ -1,8 +1,10 @@
-//! Whatever stands in a file that comes from outside, reading it ends in a value or in one line: no panic, at most 64 MiB, at most a second.
+//! Whatever stands in a file that comes from outside, reading it ends in a value or in one line: no
+//! panic, at most 64 MiB, at most a second.
 //!
-//! `FM_DIST_FUZZ_SECONDS` says how long all readers together are tried (20 without it; `launch/soak.sh` takes its time) and
-//! `FM_DIST_FUZZ_SEED` with which seed, so that what was found is found again. An input that breaks a reader is kept in
-//! target/fuzz/; one that ends the whole process lies there as `<reader>.input`.
+//! `FM_DIST_FUZZ_SECONDS` says how long all readers together are tried (20 without it;
+//! `launch/soak.sh` takes its time) and `FM_DIST_FUZZ_SEED` with which seed, so that what was found
+//! is found again. An input that breaks a reader is kept in target/fuzz/; one that ends the whole
+//! process lies there as `<reader>.input`.
 #![allow(clippy::unwrap_used)]
 
 #[path = "fuzz/clock.rs"]
@@ -87,15 +89,23 @@ const WORDS: &[&[u8]] = &[
 ];
 
 fn setting(name: &str, otherwise: u64) -> u64 {
-    std::env::var(name).map_or(otherwise, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text:?} is no number")))
+    std::env::var(name).map_or(otherwise, |text| {
+        text.parse().unwrap_or_else(|_| panic!("{name}={text:?} is no number"))
+    })
 }
 
 /// Tries a reader for its share of the time; panics with what was found and how to find it again.
 fn hunted(prey: &Prey<'_>) {
-    let (seed, seconds) = (setting("FM_DIST_FUZZ_SEED", 1), setting("FM_DIST_FUZZ_SECONDS", SECONDS));
+    let (seed, seconds) =
+        (setting("FM_DIST_FUZZ_SEED", 1), setting("FM_DIST_FUZZ_SECONDS", SECONDS));
     match hunt(prey, seed, Duration::from_millis(1000 * seconds / READERS)) {
         Ok(hunted) => println!("{} with FM_DIST_FUZZ_SEED={seed}: {hunted:?}", prey.name),
-        Err(finding) => panic!("{}: {} (kept as {}, FM_DIST_FUZZ_SEED={seed})", prey.name, finding.what, finding.input.display()),
+        Err(finding) => panic!(
+            "{}: {} (kept as {}, FM_DIST_FUZZ_SEED={seed})",
+            prey.name,
+            finding.what,
+            finding.input.display()
+        ),
     }
 }
 
@@ -112,7 +122,8 @@ fn as_it_is(bytes: Vec<u8>) -> Vec<u8> {
 
 /// A file of these tensors.
 fn file(tensors: &[(&str, Tensor)], metadata: &[(&str, &str)]) -> Vec<u8> {
-    let tensors: Vec<(&str, &Tensor)> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
+    let tensors: Vec<(&str, &Tensor)> =
+        tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
     let metadata = metadata.iter().map(|(key, text)| (key.to_string(), text.to_string())).collect();
     let mut bytes = Vec::new();
     write(&mut bytes, &tensors, &metadata).unwrap();
@@ -122,7 +133,9 @@ fn file(tensors: &[(&str, Tensor)], metadata: &[(&str, &str)]) -> Vec<u8> {
 /// A length that fits the header, and as many bytes of data as the header says.
 fn fitted(bytes: Vec<u8>) -> Vec<u8> {
     let rest = bytes.get(8..).unwrap_or_default();
-    let Some(end) = rest.windows(2).position(|two| two == b"}}").map(|place| place + 2) else { return bytes };
+    let Some(end) = rest.windows(2).position(|two| two == b"}}").map(|place| place + 2) else {
+        return bytes;
+    };
     let end = end + rest[end..].iter().take_while(|byte| **byte == b' ').count();
     let (header, mut data) = (&rest[..end], rest[end..].to_vec());
     if let Ok(Value::Object(entries)) = serde_json::from_slice(header) {
@@ -141,7 +154,10 @@ fn read_safetensors(path: &Path) -> Result<(), Error> {
     for info in file.tensors() {
         let whole = file.read(&info.name)?;
         if let Some(&rows) = info.shape.first() {
-            assert!(file.read_rows(&info.name, &[0, rows as u64 - 1])?.size()[0] == 2 && whole.size() == info.shape);
+            assert!(
+                file.read_rows(&info.name, &[0, rows as u64 - 1])?.size()[0] == 2
+                    && whole.size() == info.shape
+            );
         }
     }
     Ok(())
@@ -154,11 +170,18 @@ fn safetensors_are_read_or_refused() {
     let path = folder.path().join("a.safetensors");
     let kinds = [Kind::Bool, Kind::Uint8, Kind::Int64, Kind::Half, Kind::BFloat16, Kind::Double];
     let names = ["a", "b.weight", "c", "d", "e", "f"];
-    let many: Vec<(&str, Tensor)> = names.into_iter().zip(kinds).map(|(name, kind)| (name, ones(&[2, 3]).to_kind(kind))).collect();
+    let many: Vec<(&str, Tensor)> = names
+        .into_iter()
+        .zip(kinds)
+        .map(|(name, kind)| (name, ones(&[2, 3]).to_kind(kind)))
+        .collect();
     let sound = vec![
         file(&[("image_latents", ones(&[4, 1, 2, 2]))], &[]),
         file(&many, &[("step", "7"), ("data_type", "image")]),
-        file(&[("scalar", Tensor::from(1.0f32)), ("text_embeddings", ones(&[2, 1, 3]))], &[("", "")]),
+        file(
+            &[("scalar", Tensor::from(1.0f32)), ("text_embeddings", ones(&[2, 1, 3]))],
+            &[("", "")],
+        ),
     ];
     let read = |bytes: &[u8]| {
         fs::write(&path, bytes).unwrap();
@@ -207,14 +230,19 @@ fn a_dataset_index_is_read_or_refused() {
 
 // The configuration.
 
-/// Lines that begin with `--set ` are overrides, the others the file. What is taken can be written and is taken again.
+/// Lines that begin with `--set ` are overrides, the others the file. What is taken can be written
+/// and is taken again.
 fn read_configuration(bytes: &[u8]) -> Result<(), String> {
     // What is longer is refused for that alone, and copies made here would count.
     let text = String::from_utf8_lossy(&bytes[..bytes.len().min(1 << 20)]);
-    let (overrides, lines): (Vec<&str>, Vec<&str>) = text.split('\n').partition(|line| line.starts_with("--set "));
-    let overrides: Vec<String> = overrides.iter().map(|line| line["--set ".len()..].to_string()).collect();
-    let config = RunConfig::read("fuzz", &lines.join("\n"), &overrides).map_err(|error| error.to_string())?;
-    let again = RunConfig::read("listing", &config.to_toml(), &[]).unwrap_or_else(|error| panic!("its own listing is refused: {error}"));
+    let (overrides, lines): (Vec<&str>, Vec<&str>) =
+        text.split('\n').partition(|line| line.starts_with("--set "));
+    let overrides: Vec<String> =
+        overrides.iter().map(|line| line["--set ".len()..].to_string()).collect();
+    let config = RunConfig::read("fuzz", &lines.join("\n"), &overrides)
+        .map_err(|error| error.to_string())?;
+    let again = RunConfig::read("listing", &config.to_toml(), &[])
+        .unwrap_or_else(|error| panic!("its own listing is refused: {error}"));
     assert!(again == config, "its own listing is another configuration");
     let _ = [1, 2, 3].map(|ranks| config.micro_batches(ranks).is_ok());
     Ok(())
@@ -224,14 +252,18 @@ fn read_configuration(bytes: &[u8]) -> Result<(), String> {
 fn a_configuration_is_read_or_refused() {
     let _turn = turn();
     let sets = "--set model.dit.width=64\n--set output_dir=runs/x\n--set log.level=\"debug\"\n--set debug.inject_fault=kill@1:3-9:data:2\n";
-    let mut sound =
-        vec![DEFAULT.as_bytes().to_vec(), format!("{DEFAULT}\n{sets}").into_bytes(), RunConfig::default().to_toml().into_bytes()];
+    let mut sound = vec![
+        DEFAULT.as_bytes().to_vec(),
+        format!("{DEFAULT}\n{sets}").into_bytes(),
+        RunConfig::default().to_toml().into_bytes(),
+    ];
     for entry in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("configs")).unwrap() {
         let path = entry.unwrap().path();
         if path.extension().is_some_and(|extension| extension == "toml") {
             // Weights that nobody has here.
             let text = fs::read_to_string(path).unwrap();
-            let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with("path = ")).collect();
+            let lines: Vec<&str> =
+                text.lines().filter(|line| !line.starts_with("path = ")).collect();
             let config = RunConfig::read("configs", &lines.join("\n"), &[]);
             sound.extend(config.is_ok().then(|| lines.join("\n").into_bytes()));
         }
@@ -270,7 +302,13 @@ fn a_configuration_is_read_or_refused() {
         b"\"model.path\" = \"/dev/zero\"",
         b"[model]\npath = \"/tmp\"",
     ];
-    hunted(&Prey { name: "configuration", sound, words, dress: &as_it_is, read: &read_configuration });
+    hunted(&Prey {
+        name: "configuration",
+        sound,
+        words,
+        dress: &as_it_is,
+        read: &read_configuration,
+    });
 }
 
 // Checkpoints.
@@ -298,8 +336,13 @@ fn run(root: &Path) -> (PathBuf, PathBuf) {
 /// A manifest whose own hash fits, where it has one.
 fn sealed(bytes: Vec<u8>) -> Vec<u8> {
     let Ok(mut manifest) = serde_json::from_slice::<Value>(&bytes) else { return bytes };
-    let Some(object) = manifest.as_object_mut().filter(|object| object.contains_key("sha256")) else { return bytes };
-    let text = |object: &serde_json::Map<String, Value>| serde_json::to_string_pretty(object).unwrap() + "\n";
+    let Some(object) = manifest.as_object_mut().filter(|object| object.contains_key("sha256"))
+    else {
+        return bytes;
+    };
+    let text = |object: &serde_json::Map<String, Value>| {
+        serde_json::to_string_pretty(object).unwrap() + "\n"
+    };
     object.insert("sha256".into(), "".into());
     let hash = hex(&Sha256::digest(text(object)));
     object.insert("sha256".into(), hash.into());
@@ -315,7 +358,18 @@ fn sample_of(run: &Path, conditions: &Path) -> Result<(), Error> {
     let (run, conditions) = (run.into(), Some(conditions.into()));
     let (out, shape, num_steps, per_condition, seed) = (Vec::new(), None, None, None, None);
     let (guidance_scale, true_cfg_scale, shift) = (None, None, None);
-    sample(&SampleRequest { run, out, conditions, shape, num_steps, guidance_scale, true_cfg_scale, shift, per_condition, seed })
+    sample(&SampleRequest {
+        run,
+        out,
+        conditions,
+        shape,
+        num_steps,
+        guidance_scale,
+        true_cfg_scale,
+        shift,
+        per_condition,
+        seed,
+    })
 }
 
 /// What the digits' model is sampled from.
@@ -334,13 +388,22 @@ fn a_checkpoint_manifest_is_read_or_refused() {
         fs::write(&path, bytes).unwrap();
         told(sample_of(&run, &given))
     };
-    hunted(&Prey { name: "manifest", sound: vec![fs::read(&path).unwrap()], words: WORDS, dress: &sealed, read: &read });
+    hunted(&Prey {
+        name: "manifest",
+        sound: vec![fs::read(&path).unwrap()],
+        words: WORDS,
+        dress: &sealed,
+        read: &read,
+    });
 }
 
-/// The part's length and hash in a manifest that is sound otherwise: who writes a part can write a manifest.
+/// The part's length and hash in a manifest that is sound otherwise: who writes a part can write a
+/// manifest.
 fn with_part(manifest: &[u8], name: &str, part: &[u8]) -> Vec<u8> {
     let mut manifest: Value = serde_json::from_slice(manifest).unwrap();
-    for entry in manifest["parts"].as_array_mut().unwrap().iter_mut().filter(|entry| entry["file"] == name) {
+    for entry in
+        manifest["parts"].as_array_mut().unwrap().iter_mut().filter(|entry| entry["file"] == name)
+    {
         entry["bytes"] = part.len().into();
         entry["sha256"] = hex(&Sha256::digest(part)).into();
     }
@@ -360,7 +423,13 @@ fn a_checkpoint_part_is_read_or_refused() {
         fs::write(checkpoint.join("manifest.json"), with_part(&manifest, name, bytes)).unwrap();
         told(sample_of(&run, &given))
     };
-    hunted(&Prey { name: "part", sound: vec![fs::read(checkpoint.join(name)).unwrap()], words: WORDS, dress: &fitted, read: &read });
+    hunted(&Prey {
+        name: "part",
+        sound: vec![fs::read(checkpoint.join(name)).unwrap()],
+        words: WORDS,
+        dress: &fitted,
+        read: &read,
+    });
 }
 
 // What one sample or one step is computed from.
@@ -373,7 +442,10 @@ fn conditions_are_read_or_refused() {
     let path = root.path().join("conditions.safetensors");
     let [noise, text] = conditions();
     let negative = ("negative.text_embeddings", ones(&[1, 2, 10]));
-    let sound = vec![file(&conditions(), &[]), file(&[noise, text, negative], &[("data_type", "image"), ("task_type", "t2v")])];
+    let sound = vec![
+        file(&conditions(), &[]),
+        file(&[noise, text, negative], &[("data_type", "image"), ("task_type", "t2v")]),
+    ];
     let read = |bytes: &[u8]| {
         fs::write(&path, bytes).unwrap();
         told(sample_of(&run, &path))
@@ -385,14 +457,30 @@ fn conditions_are_read_or_refused() {
 fn a_batch_is_read_or_refused() {
     let _turn = turn();
     let root = TempDir::new().unwrap();
-    let (path, dump) = (root.path().join("batch.safetensors"), root.path().join("dump.safetensors"));
+    let (path, dump) =
+        (root.path().join("batch.safetensors"), root.path().join("dump.safetensors"));
     let config = RunConfig::read("fuzz", DEFAULT, &SMALL.map(String::from)).unwrap();
     let tensors = [("image_latents", ones(&[2, 1, 8, 8])), ("text_embeddings", ones(&[2, 1, 10]))];
     let read = |bytes: &[u8]| {
         fs::write(&path, bytes).unwrap();
-        told(dump_step(&config, &StepRequest { batch: path.clone(), dump: dump.clone(), weights: None, torch_seed: None, grads: false }))
+        told(dump_step(
+            &config,
+            &StepRequest {
+                batch: path.clone(),
+                dump: dump.clone(),
+                weights: None,
+                torch_seed: None,
+                grads: false,
+            },
+        ))
     };
-    hunted(&Prey { name: "batch", sound: vec![file(&tensors, &[("data_type", "image")])], words: WORDS, dress: &fitted, read: &read });
+    hunted(&Prey {
+        name: "batch",
+        sound: vec![file(&tensors, &[("data_type", "image")])],
+        words: WORDS,
+        dress: &fitted,
+        read: &read,
+    });
 }
 
 // The hunt itself.
@@ -403,7 +491,9 @@ fn a_reader_that_breaks_is_found_out() {
     let bracketed = |bytes: &[u8]| bytes.contains(&b'[');
     type Breaks<'r> = (&'static str, &'static str, &'r dyn Fn(&[u8]) -> Result<(), String>);
     let breaks: [Breaks<'_>; 5] = [
-        ("panics", "it panics: a bracket", &|bytes| if bracketed(bytes) { panic!("a bracket") } else { Ok(()) }),
+        ("panics", "it panics: a bracket", &|bytes| {
+            if bracketed(bytes) { panic!("a bracket") } else { Ok(()) }
+        }),
         ("takes-memory", "bytes of memory", &|bytes| {
             drop(black_box(vec![1u8; if bracketed(bytes) { 65 << 20 } else { 1 }]));
             Ok(())
@@ -413,15 +503,22 @@ fn a_reader_that_breaks_is_found_out() {
             while bracketed(bytes) && began.elapsed() < Duration::from_secs(3) {}
             Ok(())
         }),
-        ("breaks-the-line", "its message holds '\\n'", &|bytes| if bracketed(bytes) { Err("a\nb".into()) } else { Ok(()) }),
+        ("breaks-the-line", "its message holds '\\n'", &|bytes| {
+            if bracketed(bytes) { Err("a\nb".into()) } else { Ok(()) }
+        }),
         ("refuses-what-is-sound", "a sound input is refused", &|_| Err("not this".into())),
     ];
     for (name, what, read) in breaks {
-        let prey = Prey { name, sound: vec![b"sound".to_vec()], words: WORDS, dress: &as_it_is, read };
+        let prey =
+            Prey { name, sound: vec![b"sound".to_vec()], words: WORDS, dress: &as_it_is, read };
         let find = || hunt(&prey, 3, Duration::from_secs(60)).expect_err("it breaks");
         let (finding, again) = (find(), find());
         assert!(finding.what.contains(what), "{finding:?}");
-        assert_eq!((finding.input.clone(), finding.seed), (again.input, 3), "the same seed finds the same");
+        assert_eq!(
+            (finding.input.clone(), finding.seed),
+            (again.input, 3),
+            "the same seed finds the same"
+        );
         fs::remove_file(finding.input).unwrap();
     }
 }

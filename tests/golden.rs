@@ -20,9 +20,18 @@ fn the_digits_run_has_its_known_loss_curve() {
     let text: String = losses.iter().map(|(step, loss)| format!("{step} {loss:.6}\n")).collect();
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/digits-tiny.txt");
     let known = fs::read_to_string(&golden).unwrap_or_default();
-    let known: Vec<f64> = known.lines().map(|line| line.split_once(' ').unwrap().1.parse().unwrap()).collect();
-    assert_eq!(known.len(), losses.len(), "{} is not the curve of this run:\n{text}", golden.display());
+    let known: Vec<f64> =
+        known.lines().map(|line| line.split_once(' ').unwrap().1.parse().unwrap()).collect();
+    assert_eq!(
+        known.len(),
+        losses.len(),
+        "{} is not the curve of this run:\n{text}",
+        golden.display()
+    );
     for ((step, loss), known) in losses.iter().zip(known) {
-        assert!((loss - known).abs() <= OTHER_KERNELS * known, "step {step}: loss {loss}, known {known}; the whole curve:\n{text}");
+        assert!(
+            (loss - known).abs() <= OTHER_KERNELS * known,
+            "step {step}: loss {loss}, known {known}; the whole curve:\n{text}"
+        );
     }
 }

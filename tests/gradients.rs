@@ -1,4 +1,5 @@
-//! Stage-wise backward gives the gradients of plain autograd, bit for bit, and autograd those of the mathematics.
+//! Stage-wise backward gives the gradients of plain autograd, bit for bit, and autograd those of
+//! the mathematics.
 
 use fm_dist::model::{Architecture, Dit};
 use fm_dist::nn::{Activations, Builder, Init, Linear, ParamSet, Stage, Views};
@@ -8,9 +9,17 @@ use tch::{Device, Kind, Tensor};
 
 const KEY: Key = Key { seed: 17, purpose: Purpose::Test, step: 0, micro_batch: 0, scope: 0 };
 
-/// A small model whose every parameter is away from zero, so that no gradient vanishes by construction.
+/// A small model whose every parameter is away from zero, so that no gradient vanishes by
+/// construction.
 fn replica(kind: Kind) -> Replica<'static> {
-    let model = Dit { in_channels: 2, condition_width: 5, width: 32, depth: 3, num_heads: 2, ..Dit::default() };
+    let model = Dit {
+        in_channels: 2,
+        condition_width: 5,
+        width: 32,
+        depth: 3,
+        num_heads: 2,
+        ..Dit::default()
+    };
     let mut replica = Replica::alone(model.stages().unwrap(), kind, Device::Cpu, Some(KEY));
     shake(&mut replica);
     replica
@@ -62,10 +71,14 @@ fn stage_wise(replica: &Replica<'_>, recompute: Recompute) -> (f64, Vec<(usize, 
 fn plain(replica: &Replica<'_>) -> (f64, Vec<Tensor>) {
     let kind = replica.buckets[0].pieces()[0].kind();
     let (mut activations, target) = inputs(kind);
-    let leaf = |bucket: &Bucket| bucket.pieces()[0].master().to_kind(kind).detach().set_requires_grad(true);
+    let leaf = |bucket: &Bucket| {
+        bucket.pieces()[0].master().to_kind(kind).detach().set_requires_grad(true)
+    };
     let leaves: Vec<Tensor> = replica.buckets.iter().map(leaf).collect();
     for (stage, leaf) in replica.stages.iter().zip(&leaves) {
-        activations = stage.forward(&stage.params().split(leaf), &activations).carrying_constants_of(&activations);
+        activations = stage
+            .forward(&stage.params().split(leaf), &activations)
+            .carrying_constants_of(&activations);
     }
     let loss = loss(&activations, &target);
     loss.backward();
@@ -84,7 +97,10 @@ fn stage_wise_gradients_are_plain_autograds_bit_for_bit() {
             assert_eq!(order, [4, 3, 2, 1, 0], "last stage first");
             for (stage, gradient) in &gradients {
                 assert!(gradient.equal(&expected[*stage]), "{kind:?} {recompute:?} stage {stage}");
-                assert!(gradient.abs().max().double_value(&[]) > 0.0, "stage {stage} has a gradient at all");
+                assert!(
+                    gradient.abs().max().double_value(&[]) > 0.0,
+                    "stage {stage} has a gradient at all"
+                );
             }
         }
     }
@@ -115,8 +131,12 @@ fn frozen_stages_before_the_first_trained_one_are_never_entered() {
     let reference = stage_wise(&replica(Kind::Float), Recompute::Never).1;
     for recompute in [Recompute::Never, Recompute::Always] {
         let mut replica = replica(Kind::Float);
-        replica.buckets =
-            replica.buckets.into_iter().enumerate().map(|(stage, bucket)| if stage < 3 { bucket.frozen() } else { bucket }).collect();
+        replica.buckets = replica
+            .buckets
+            .into_iter()
+            .enumerate()
+            .map(|(stage, bucket)| if stage < 3 { bucket.frozen() } else { bucket })
+            .collect();
         let (_, gradients) = stage_wise(&replica, recompute);
         assert_eq!(gradients.iter().map(|(stage, _)| *stage).collect::<Vec<_>>(), [4, 3]);
         assert!(gradients.iter().zip(&reference).all(|((_, a), (_, b))| a.equal(b)));
@@ -127,12 +147,18 @@ fn frozen_stages_before_the_first_trained_one_are_never_entered() {
 fn a_frozen_stage_in_the_middle_passes_gradients_on() {
     let reference = stage_wise(&replica(Kind::Float), Recompute::Never).1;
     let mut replica = replica(Kind::Float);
-    replica.buckets =
-        replica.buckets.into_iter().enumerate().map(|(stage, bucket)| if stage == 2 { bucket.frozen() } else { bucket }).collect();
+    replica.buckets = replica
+        .buckets
+        .into_iter()
+        .enumerate()
+        .map(|(stage, bucket)| if stage == 2 { bucket.frozen() } else { bucket })
+        .collect();
     let (_, gradients) = stage_wise(&replica, Recompute::Never);
     let expected: Vec<_> = reference.iter().filter(|(stage, _)| *stage != 2).collect();
     assert_eq!(gradients.len(), expected.len());
-    assert!(gradients.iter().zip(expected).all(|((stage, a), (known, b))| stage == known && a.equal(b)));
+    assert!(
+        gradients.iter().zip(expected).all(|((stage, a), (known, b))| stage == known && a.equal(b))
+    );
 }
 
 #[test]
@@ -141,11 +167,13 @@ fn gradients_are_the_slopes_of_the_loss() {
     const STEP: f64 = 1e-5;
     const TOLERANCE: f64 = 1e-7;
     let replica = replica(Kind::Double);
-    // Masters are f32; what is computed with holds the same values in f64, and the check moves these.
+    // Masters are f32; what is computed with holds the same values in f64, and the check moves
+    // these.
     let (_, gradients) = stage_wise(&replica, Recompute::Never);
     for (stage, gradient) in gradients {
         for probe in 0..5 {
-            let index = KEY.step(3).scope(stage as u64).below(probe, gradient.numel() as u64) as i64;
+            let index =
+                KEY.step(3).scope(stage as u64).below(probe, gradient.numel() as u64) as i64;
             let loss_at = |offset: f64| {
                 let full = replica.buckets[stage].pieces()[0].full().unwrap();
                 let original = full.double_value(&[index]);
@@ -157,12 +185,16 @@ fn gradients_are_the_slopes_of_the_loss() {
             };
             let slope = (loss_at(STEP) - loss_at(-STEP)) / (2.0 * STEP);
             let found = gradient.double_value(&[index]);
-            assert!((slope - found).abs() < TOLERANCE, "stage {stage} parameter {index}: slope {slope}, gradient {found}");
+            assert!(
+                (slope - found).abs() < TOLERANCE,
+                "stage {stage} parameter {index}: slope {slope}, gradient {found}"
+            );
         }
     }
 }
 
-/// A stage that adds an output which nobody uses, and holds a parameter that its graph does not reach.
+/// A stage that adds an output which nobody uses, and holds a parameter that its graph does not
+/// reach.
 struct Idle {
     params: ParamSet,
     used: Linear,
@@ -191,8 +223,14 @@ impl Stage for Idle {
 
 #[test]
 fn what_the_loss_does_not_reach_has_a_zero_gradient() {
-    let replica = Replica::alone(vec![Box::new(Idle::new()), Box::new(Idle::new())], Kind::Float, Device::Cpu, Some(KEY));
-    let input = Activations::new().with_constant("prediction", Tensor::ones([2, 4], (Kind::Float, Device::Cpu)));
+    let replica = Replica::alone(
+        vec![Box::new(Idle::new()), Box::new(Idle::new())],
+        Kind::Float,
+        Device::Cpu,
+        Some(KEY),
+    );
+    let input = Activations::new()
+        .with_constant("prediction", Tensor::ones([2, 4], (Kind::Float, Device::Cpu)));
     let mut tape = replica.tape(Recompute::Always);
     let loss = tape.forward(input).unwrap().get("prediction").sum(Kind::Float);
     let mut stages = Vec::new();

@@ -1,4 +1,5 @@
-//! One test for each lie that a data file can tell: it is refused within a second, in one line that says why.
+//! One test for each lie that a data file can tell: it is refused within a second, in one line that
+//! says why.
 //!
 //! Long because each lie has a test of its own, so that a failure names the lie.
 #![allow(clippy::unwrap_used)]
@@ -105,14 +106,20 @@ fn bytes_behind_the_last_tensor_are_refused() {
 
 #[test]
 fn b3_a_header_as_long_as_the_number_range_is_refused() {
-    refused_bytes(&[0xff; 100], "header of 18446744073709551615 bytes is longer than the 16777216 allowed");
+    refused_bytes(
+        &[0xff; 100],
+        "header of 18446744073709551615 bytes is longer than the 16777216 allowed",
+    );
 }
 
 #[test]
 fn a_header_larger_than_any_real_one_is_refused_unread() {
     let (_folder, path) = file(&(99u64 << 20).to_le_bytes());
     File::options().write(true).open(&path).unwrap().set_len(200 << 20).unwrap();
-    assert!(refusal(|| SafeTensors::open(&path)).contains("header of 103809024 bytes is longer than the 16777216 allowed"));
+    assert!(
+        refusal(|| SafeTensors::open(&path))
+            .contains("header of 103809024 bytes is longer than the 16777216 allowed")
+    );
 }
 
 #[test]
@@ -164,7 +171,10 @@ fn a_missing_field_is_refused() {
 
 #[test]
 fn a_field_given_twice_is_refused() {
-    refused(r#"{"a":{"dtype":"U8","dtype":"I8","shape":[4],"data_offsets":[0,4]}}"#, "duplicate field `dtype`");
+    refused(
+        r#"{"a":{"dtype":"U8","dtype":"I8","shape":[4],"data_offsets":[0,4]}}"#,
+        "duplicate field `dtype`",
+    );
 }
 
 #[test]
@@ -176,7 +186,10 @@ fn a_tensor_given_twice_is_refused() {
 #[test]
 fn a_name_given_twice_in_other_letters_of_json_is_refused() {
     let entry = &SOUND[1..SOUND.len() - 1];
-    refused(&format!("{{{entry},{}}}", entry.replace(r#""a""#, r#""\u0061""#)), "duplicate tensor `a`");
+    refused(
+        &format!("{{{entry},{}}}", entry.replace(r#""a""#, r#""\u0061""#)),
+        "duplicate tensor `a`",
+    );
 }
 
 #[test]
@@ -193,8 +206,9 @@ fn metadata_that_are_not_texts_are_refused() {
 
 #[test]
 fn more_tensors_than_any_model_has_are_refused() {
-    let entries: Vec<String> =
-        (0..150_000).map(|i| format!(r#""{i}":{{"dtype":"U8","shape":[1],"data_offsets":[{i},{}]}}"#, i + 1)).collect();
+    let entries: Vec<String> = (0..150_000)
+        .map(|i| format!(r#""{i}":{{"dtype":"U8","shape":[1],"data_offsets":[{i},{}]}}"#, i + 1))
+        .collect();
     refused(&format!("{{{}}}", entries.join(",")), "more than 65536 entries");
 }
 
@@ -220,38 +234,62 @@ fn a_tensor_without_a_name_is_refused() {
 #[test]
 fn a_name_that_is_a_path_is_refused() {
     for name in ["../../etc/x", "/etc/x", "a/b", "..", ".a", "a..b"] {
-        refused(&SOUND.replace(r#""a""#, &format!("\"{name}\"")), &format!("illegal tensor name `{name}`"));
+        refused(
+            &SOUND.replace(r#""a""#, &format!("\"{name}\"")),
+            &format!("illegal tensor name `{name}`"),
+        );
     }
 }
 
 #[test]
 fn f5_a_name_with_control_characters_is_refused_on_one_line() {
-    refused(&SOUND.replace(r#""a""#, r#""a\n\u001b[31mb""#), r"illegal tensor name `a\n\u{1b}[31mb`");
+    refused(
+        &SOUND.replace(r#""a""#, r#""a\n\u001b[31mb""#),
+        r"illegal tensor name `a\n\u{1b}[31mb`",
+    );
 }
 
 #[test]
 fn a_name_that_is_too_long_is_refused_and_shortened() {
-    refused(&SOUND.replace(r#""a""#, &format!("\"{}\"", "n".repeat(129))), "illegal tensor name `nnn");
-    refused(&SOUND.replace(r#""a""#, &format!("\"{}\"", "n".repeat(1 << 20))), "illegal tensor name `nnn");
+    refused(
+        &SOUND.replace(r#""a""#, &format!("\"{}\"", "n".repeat(129))),
+        "illegal tensor name `nnn",
+    );
+    refused(
+        &SOUND.replace(r#""a""#, &format!("\"{}\"", "n".repeat(1 << 20))),
+        "illegal tensor name `nnn",
+    );
 }
 
 // Kinds, shapes and places.
 
 #[test]
 fn an_unknown_dtype_is_refused() {
-    refused(&tensor("F8_E4M3", "[4]", "[0,4]"), "tensor `a` has dtype `F8_E4M3`; expected one of BOOL U8 I8");
+    refused(
+        &tensor("F8_E4M3", "[4]", "[0,4]"),
+        "tensor `a` has dtype `F8_E4M3`; expected one of BOOL U8 I8",
+    );
 }
 
 #[test]
 fn an_axis_of_nothing_is_refused() {
-    refused(&tensor("U8", "[4,0]", "[0,0]"), "tensor `a` [4, 0] has an axis of 0, expected at least 1");
+    refused(
+        &tensor("U8", "[4,0]", "[0,0]"),
+        "tensor `a` [4, 0] has an axis of 0, expected at least 1",
+    );
 }
 
 #[test]
 fn an_axis_that_is_no_count_is_refused() {
-    refused(&tensor("U8", "[-4]", "[0,4]"), "tensor `a` [-4] has an axis of -4, expected at least 1");
+    refused(
+        &tensor("U8", "[-4]", "[0,4]"),
+        "tensor `a` [-4] has an axis of -4, expected at least 1",
+    );
     refused(&tensor("U8", "[4.0]", "[0,4]"), "invalid type: floating point `4.0`");
-    refused(&tensor("U8", "[18446744073709551615]", "[0,4]"), "invalid value: integer `18446744073709551615`");
+    refused(
+        &tensor("U8", "[18446744073709551615]", "[0,4]"),
+        "invalid value: integer `18446744073709551615`",
+    );
 }
 
 #[test]
@@ -261,7 +299,10 @@ fn nine_axes_are_refused() {
 
 #[test]
 fn b3_a_shape_whose_product_overflows_is_refused() {
-    refused(&tensor("F64", "[4294967296,4294967296]", "[0,0]"), "tensor `a` of shape [4294967296, 4294967296] is larger than any file");
+    refused(
+        &tensor("F64", "[4294967296,4294967296]", "[0,0]"),
+        "tensor `a` of shape [4294967296, 4294967296] is larger than any file",
+    );
 }
 
 #[test]
@@ -272,14 +313,27 @@ fn a_shape_that_overflows_only_in_bytes_is_refused() {
 #[test]
 fn b3_sizes_whose_sum_overflows_are_refused() {
     let half = 1u64 << 62;
-    let entry = |name: &str, begin: u64, end: u64| format!(r#""{name}":{{"dtype":"U8","shape":[{half}],"data_offsets":[{begin},{end}]}}"#);
-    let entries = [entry("a", 0, half), entry("b", half, 2 * half), entry("c", 2 * half, 3 * half), entry("d", 3 * half, 0)];
-    refused(&format!("{{{}}}", entries.join(",")), "tensor `d` U8 [4611686018427387904] takes 4611686018427387904 bytes");
+    let entry = |name: &str, begin: u64, end: u64| {
+        format!(r#""{name}":{{"dtype":"U8","shape":[{half}],"data_offsets":[{begin},{end}]}}"#)
+    };
+    let entries = [
+        entry("a", 0, half),
+        entry("b", half, 2 * half),
+        entry("c", 2 * half, 3 * half),
+        entry("d", 3 * half, 0),
+    ];
+    refused(
+        &format!("{{{}}}", entries.join(",")),
+        "tensor `d` U8 [4611686018427387904] takes 4611686018427387904 bytes",
+    );
 }
 
 #[test]
 fn offsets_that_do_not_fit_the_shape_are_refused() {
-    refused(&tensor("I16", "[4]", "[0,4]"), "tensor `a` I16 [4] takes 8 bytes, its offsets say 0 to 4");
+    refused(
+        &tensor("I16", "[4]", "[0,4]"),
+        "tensor `a` I16 [4] takes 8 bytes, its offsets say 0 to 4",
+    );
 }
 
 #[test]
@@ -297,7 +351,10 @@ fn offsets_that_are_no_counts_are_refused() {
 #[test]
 fn tensors_that_overlap_are_refused() {
     let header = r#"{"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},"b":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}}"#;
-    refused(header, "tensor `b` overlaps the tensor before it: begins at byte 2 of the data, expected 3");
+    refused(
+        header,
+        "tensor `b` overlaps the tensor before it: begins at byte 2 of the data, expected 3",
+    );
 }
 
 #[test]
@@ -308,7 +365,10 @@ fn a_hole_between_tensors_is_refused() {
 
 #[test]
 fn a_hole_before_the_first_tensor_is_refused() {
-    refused(&tensor("U8", "[3]", "[1,4]"), "tensor `a` leaves a hole before it: begins at byte 1 of the data, expected 0");
+    refused(
+        &tensor("U8", "[3]", "[1,4]"),
+        "tensor `a` leaves a hole before it: begins at byte 1 of the data, expected 0",
+    );
 }
 
 // What the data are once the header is believed.
@@ -319,7 +379,10 @@ fn b4_a_file_cut_while_in_use_is_an_error() {
     let opened = SafeTensors::open(&path).unwrap();
     File::options().write(true).open(&path).unwrap().set_len(20).unwrap();
     let text = refusal(|| opened.read("a"));
-    assert!(text.ends_with("was 65 bytes long when it was opened and has been cut since"), "{text}");
+    assert!(
+        text.ends_with("was 65 bytes long when it was opened and has been cut since"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -327,9 +390,16 @@ fn a_sparse_file_larger_than_memory_is_an_error() {
     let bytes = 1u64 << 43;
     let header = tensor("U8", &format!("[{bytes}]"), &format!("[0,{bytes}]"));
     let (_folder, path) = file(&with_header(header.as_bytes(), 0));
-    File::options().write(true).open(&path).unwrap().set_len(8 + header.len() as u64 + bytes).unwrap();
+    File::options()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .set_len(8 + header.len() as u64 + bytes)
+        .unwrap();
     let opened = SafeTensors::open(&path).unwrap();
-    assert!(refusal(|| opened.read("a")).contains("cannot hold 8796093022208 bytes of it in memory"));
+    assert!(
+        refusal(|| opened.read("a")).contains("cannot hold 8796093022208 bytes of it in memory")
+    );
 }
 
 #[test]
@@ -337,7 +407,10 @@ fn a_boolean_that_is_neither_true_nor_false_is_refused() {
     let mut contents = with_header(tensor("BOOL", "[4]", "[0,4]").as_bytes(), 4);
     *contents.last_mut().unwrap() = 7;
     let (_folder, path) = file(&contents);
-    assert!(refusal(|| SafeTensors::open(&path).unwrap().read("a")).ends_with("tensor `a` is BOOL and holds bytes other than 0 and 1"));
+    assert!(
+        refusal(|| SafeTensors::open(&path).unwrap().read("a"))
+            .ends_with("tensor `a` is BOOL and holds bytes other than 0 and 1")
+    );
 }
 
 // What is not a file of data at all.
@@ -345,7 +418,9 @@ fn a_boolean_that_is_neither_true_nor_false_is_refused() {
 /// Runs the command that a refusal prints, with the oracle's Python.
 fn convert(refusal: &str, from: &Path, to: &Path) -> SafeTensors {
     let command = refusal.split_once("convert it once: ").expect("a command").1;
-    let command = command.replace("IN.pt", from.to_str().unwrap()).replace("OUT.safetensors", to.to_str().unwrap());
+    let command = command
+        .replace("IN.pt", from.to_str().unwrap())
+        .replace("OUT.safetensors", to.to_str().unwrap());
     let python = Path::new(env!("CARGO_MANIFEST_DIR")).join(".deps/oracle/bin");
     let path = format!("{}:{}", python.display(), std::env::var("PATH").unwrap());
     let output = Command::new("sh").args(["-c", &command]).env("PATH", path).output().unwrap();
@@ -362,16 +437,33 @@ fn d14_the_command_that_is_printed_converts_what_torch_save_wrote() {
         let text = refusal(|| SafeTensors::open(&from));
         assert!(text.contains("is a pickle") && text.contains("which can run code"), "{text}");
         let file = convert(&text, &from, &folder.path().join("out.safetensors"));
-        let numbers = |name: &str| Vec::<f32>::try_from(file.read(name).unwrap().flatten(0, -1).to_kind(tch::Kind::Float)).unwrap();
+        let numbers = |name: &str| {
+            Vec::<f32>::try_from(file.read(name).unwrap().flatten(0, -1).to_kind(tch::Kind::Float))
+                .unwrap()
+        };
         let mut names: Vec<&str> = file.tensors().iter().map(|info| info.name.as_str()).collect();
         names.sort_unstable();
         if name == "bare.pt" {
-            assert_eq!((names, numbers("tensor")), (vec!["tensor"], vec![0.0, 1.0, 2.0, 3.0, 4.0, 5.0]));
+            assert_eq!(
+                (names, numbers("tensor")),
+                (vec!["tensor"], vec![0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+            );
             continue;
         }
-        let expected = ["by_place.first_second", "by_place.list.0", "by_place.list.2.0", "latent", "learned", "turned", "view"];
+        let expected = [
+            "by_place.first_second",
+            "by_place.list.0",
+            "by_place.list.2.0",
+            "latent",
+            "learned",
+            "turned",
+            "view",
+        ];
         assert_eq!(names, expected);
-        assert_eq!((numbers("turned"), numbers("view")), (vec![0.0, 3.0, 1.0, 4.0, 2.0, 5.0], vec![2.0, 3.0]));
+        assert_eq!(
+            (numbers("turned"), numbers("view")),
+            (vec![0.0, 3.0, 1.0, 4.0, 2.0, 5.0], vec![2.0, 3.0])
+        );
         assert_eq!((numbers("by_place.list.2.0"), numbers("learned")), (vec![2.0], vec![1.0, 1.0]));
     }
 }
@@ -379,7 +471,10 @@ fn d14_the_command_that_is_printed_converts_what_torch_save_wrote() {
 #[test]
 fn what_a_download_leaves_in_place_of_a_file_is_called_what_it_is() {
     for (contents, what) in [
-        (&b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"[..], "is a Git LFS pointer"),
+        (
+            &b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"[..],
+            "is a Git LFS pointer",
+        ),
         (b"<!DOCTYPE html><html><head><title>Log in</title>", "is a web page (HTML)"),
         (b"<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code></Error>", "is an XML text"),
         (b"Entry not found", "is a text that begins \"Entry not found\""),
@@ -403,7 +498,10 @@ fn what_a_download_leaves_in_place_of_a_file_is_called_what_it_is() {
 fn a_manifest_in_another_encoding_is_told() {
     let utf_16: Vec<u8> = "{\"format\"".encode_utf16().flat_map(u16::to_le_bytes).collect();
     for (contents, what) in [
-        (b"\xef\xbb\xbf{\"format\": 1}".to_vec(), "begins with a byte order mark; save it as UTF-8 without one"),
+        (
+            b"\xef\xbb\xbf{\"format\": 1}".to_vec(),
+            "begins with a byte order mark; save it as UTF-8 without one",
+        ),
         ([b"\xff\xfe", utf_16.as_slice()].concat(), "is UTF-16; save it as UTF-8"),
         (utf_16.clone(), "is UTF-16; save it as UTF-8"),
         (Vec::new(), "is empty; expected JSON"),
@@ -418,14 +516,21 @@ fn a_manifest_in_another_encoding_is_told() {
 fn d14_a_pickle_is_refused_with_the_way_to_convert_it() {
     for name in ["model.pt", "model.bin", "model.ckpt", "MODEL.PTH"] {
         let text = refusal(|| SafeTensors::open(name));
-        assert!(text.contains("is a pickle, which can run code") && text.contains("safetensors.torch.save_file("), "{text}");
+        assert!(
+            text.contains("is a pickle, which can run code")
+                && text.contains("safetensors.torch.save_file("),
+            "{text}"
+        );
         assert_eq!(text, refusal(|| Dataset::open(name)));
     }
 }
 
 #[test]
 fn a_missing_file_is_told() {
-    assert_eq!(refusal(|| SafeTensors::open("nowhere.safetensors")), "nowhere.safetensors: does not exist");
+    assert_eq!(
+        refusal(|| SafeTensors::open("nowhere.safetensors")),
+        "nowhere.safetensors: does not exist"
+    );
     assert_eq!(refusal(|| Dataset::open("nowhere")), "nowhere: does not exist");
 }
 
@@ -452,7 +557,10 @@ fn b5_a_fifo_is_refused_without_waiting_for_a_writer() {
 
 /// Four f32 images of 1x2x2, all zero but for `poison` in the place of one number.
 fn images(poison: Option<(usize, f32)>) -> Vec<u8> {
-    let mut contents = with_header(br#"{"image_latents":{"dtype":"F32","shape":[4,1,2,2],"data_offsets":[0,64]}}"#, 64);
+    let mut contents = with_header(
+        br#"{"image_latents":{"dtype":"F32","shape":[4,1,2,2],"data_offsets":[0,64]}}"#,
+        64,
+    );
     if let Some((place, value)) = poison {
         let start = contents.len() - 64 + 4 * place;
         contents[start..start + 4].copy_from_slice(&value.to_le_bytes());
@@ -486,19 +594,27 @@ fn refused_dataset(folder: &Path, reason: &str) {
 #[test]
 fn the_dataset_that_the_lies_are_made_from_is_sound() {
     let folder = dataset(&[("a.safetensors", &images(None))], &[entry("a.safetensors", 4)]);
-    assert_eq!(Dataset::open(folder.path()).unwrap().batch(&[3, 1]).unwrap().tensors["image_latents"].size(), [2, 1, 2, 2]);
+    assert_eq!(
+        Dataset::open(folder.path()).unwrap().batch(&[3, 1]).unwrap().tensors["image_latents"]
+            .size(),
+        [2, 1, 2, 2]
+    );
 }
 
 #[test]
 fn b5_a_path_out_of_the_data_folder_is_refused() {
     for path in ["../outside.safetensors", "/etc/passwd", "a/../../b.safetensors"] {
-        refused_dataset(dataset(&[], &[entry(path, 4)]).path(), &format!("path `{path}` leaves the data folder"));
+        refused_dataset(
+            dataset(&[], &[entry(path, 4)]).path(),
+            &format!("path `{path}` leaves the data folder"),
+        );
     }
 }
 
 #[test]
 fn a_path_that_stays_in_its_place_is_no_way_out_of_the_data_folder() {
-    for path in ["./a.safetensors", ".//a.safetensors", "././a.safetensors", "b/.././a.safetensors"] {
+    for path in ["./a.safetensors", ".//a.safetensors", "././a.safetensors", "b/.././a.safetensors"]
+    {
         let folder = dataset(&[("a.safetensors", &images(None))], &[entry(path, 4)]);
         match path.contains("..") {
             true => refused_dataset(folder.path(), "leaves the data folder"),
@@ -506,7 +622,10 @@ fn a_path_that_stays_in_its_place_is_no_way_out_of_the_data_folder() {
         }
     }
     for path in [".", "./", ""] {
-        refused_dataset(dataset(&[], &[entry(path, 4)]).path(), &format!("path `{path}` names no file"));
+        refused_dataset(
+            dataset(&[], &[entry(path, 4)]).path(),
+            &format!("path `{path}` names no file"),
+        );
     }
 }
 
@@ -528,7 +647,10 @@ fn a_link_inside_of_the_data_folder_is_followed() {
 #[test]
 fn b6_data_without_samples_are_refused() {
     refused_dataset(dataset(&[], &[]).path(), "files");
-    refused_dataset(dataset(&[("a.safetensors", &images(None))], &[entry("a.safetensors", 0)]).path(), "samples");
+    refused_dataset(
+        dataset(&[("a.safetensors", &images(None))], &[entry("a.safetensors", 0)]).path(),
+        "samples",
+    );
 }
 
 #[test]
@@ -551,18 +673,27 @@ fn a_pickle_in_the_list_of_files_is_refused() {
 #[test]
 fn a_count_that_the_file_does_not_hold_is_refused() {
     let folder = dataset(&[("a.safetensors", &images(None))], &[entry("a.safetensors", 5)]);
-    refused_dataset(folder.path(), "`image_latents` has shape [4, 1, 2, 2], but dataset.json says 5 samples");
+    refused_dataset(
+        folder.path(),
+        "`image_latents` has shape [4, 1, 2, 2], but dataset.json says 5 samples",
+    );
 }
 
 #[test]
 fn data_without_their_latents_are_refused() {
-    let folder = dataset(&[("a.safetensors", &with_header(SOUND.as_bytes(), 4))], &[entry("a.safetensors", 4)]);
+    let folder = dataset(
+        &[("a.safetensors", &with_header(SOUND.as_bytes(), 4))],
+        &[entry("a.safetensors", 4)],
+    );
     refused_dataset(folder.path(), "holds no `image_latents`, which image data need; it has a");
 }
 
 #[test]
 fn latents_of_another_number_of_axes_are_refused() {
-    let contents = with_header(br#"{"image_latents":{"dtype":"F32","shape":[4,4],"data_offsets":[0,64]}}"#, 64);
+    let contents = with_header(
+        br#"{"image_latents":{"dtype":"F32","shape":[4,4],"data_offsets":[0,64]}}"#,
+        64,
+    );
     refused_dataset(
         dataset(&[("a.safetensors", &contents)], &[entry("a.safetensors", 4)]).path(),
         "is Float [4] a sample; expected floats [C, H, W]",
@@ -571,18 +702,29 @@ fn latents_of_another_number_of_axes_are_refused() {
 
 #[test]
 fn b10_files_of_one_group_that_differ_are_both_named() {
-    let other = with_header(br#"{"image_latents":{"dtype":"F16","shape":[4,1,2,2],"data_offsets":[0,32]}}"#, 32);
-    let folder =
-        dataset(&[("a.safetensors", &images(None)), ("b.safetensors", &other)], &[entry("a.safetensors", 4), entry("b.safetensors", 4)]);
+    let other = with_header(
+        br#"{"image_latents":{"dtype":"F16","shape":[4,1,2,2],"data_offsets":[0,32]}}"#,
+        32,
+    );
+    let folder = dataset(
+        &[("a.safetensors", &images(None)), ("b.safetensors", &other)],
+        &[entry("a.safetensors", 4), entry("b.safetensors", 4)],
+    );
     let text = refusal(|| Dataset::open(folder.path()));
-    assert!(text.contains("b.safetensors: `image_latents` is Half [1, 2, 2] a sample, but Float [1, 2, 2] in "), "{text}");
+    assert!(
+        text.contains(
+            "b.safetensors: `image_latents` is Half [1, 2, 2] a sample, but Float [1, 2, 2] in "
+        ),
+        "{text}"
+    );
     assert!(text.ends_with("a.safetensors of the same group `2x2`"), "{text}");
 }
 
 #[test]
 fn numbers_that_are_not_finite_are_told_with_sample_count_and_place() {
     for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-        let files: [(&str, &[u8]); 2] = [("a.safetensors", &images(None)), ("b.safetensors", &images(Some((9, poison))))];
+        let files: [(&str, &[u8]); 2] =
+            [("a.safetensors", &images(None)), ("b.safetensors", &images(Some((9, poison))))];
         let folder = dataset(&files, &[entry("a.safetensors", 4), entry("b.safetensors", 4)]);
         let dataset = Dataset::open(folder.path()).unwrap();
         let text = refusal(|| dataset.batch(&[1, 5, 6]));
@@ -595,12 +737,17 @@ fn numbers_that_are_not_finite_are_told_with_sample_count_and_place() {
 
 #[test]
 fn b1_a_sample_that_is_not_finite_is_replaced_by_its_next_neighbour_where_that_is_asked_for() {
-    let files: [(&str, &[u8]); 2] = [("a.safetensors", &images(None)), ("b.safetensors", &images(Some((9, f32::NAN))))];
+    let files: [(&str, &[u8]); 2] =
+        [("a.safetensors", &images(None)), ("b.safetensors", &images(Some((9, f32::NAN))))];
     let folder = dataset(&files, &[entry("a.safetensors", 4), entry("b.safetensors", 4)]);
     let dataset = Dataset::open(folder.path()).unwrap().on_bad(OnBad::Skip);
-    let (batch, neighbours) = (dataset.batch(&[1, 6, 5]).unwrap(), dataset.batch(&[1, 7, 5]).unwrap());
+    let (batch, neighbours) =
+        (dataset.batch(&[1, 6, 5]).unwrap(), dataset.batch(&[1, 7, 5]).unwrap());
     assert!(batch.get("image_latents").unwrap().equal(neighbours.get("image_latents").unwrap()));
-    assert_eq!((batch.sample_ids, batch.bad_samples, neighbours.bad_samples), (vec![1, 6, 5], 1, 0));
+    assert_eq!(
+        (batch.sample_ids, batch.bad_samples, neighbours.bad_samples),
+        (vec![1, 6, 5], 1, 0)
+    );
 }
 
 #[test]
@@ -608,5 +755,9 @@ fn a_file_changed_after_its_hash_was_taken_is_found() {
     let folder = dataset(&[("a.safetensors", &images(None))], &[entry("a.safetensors", 4)]);
     let dataset = Dataset::open(folder.path()).unwrap();
     let text = refusal(|| dataset.verify_hashes());
-    assert!(text.contains("has sha256 ") && text.ends_with(&format!("dataset.json says {}", "0".repeat(64))), "{text}");
+    assert!(
+        text.contains("has sha256 ")
+            && text.ends_with(&format!("dataset.json says {}", "0".repeat(64))),
+        "{text}"
+    );
 }

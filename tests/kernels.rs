@@ -1,9 +1,10 @@
-//! Our own GPU kernels: the compiler of the wheel takes them, they have the bits of a CPU, and one that computes anything but
-//! what libtorch's operators compute is refused.
+//! Our own GPU kernels: the compiler of the wheel takes them, they have the bits of a CPU, and one
+//! that computes anything but what libtorch's operators compute is refused.
 //!
-//! Without a GPU the driver is a double of it (`tests/nccl_double`). It reads what the real NVRTC compiled and runs, in the
-//! place of machine code, the same text as C++: the arithmetic, its order and its bounds are the kernel's own; what the
-//! compiler makes of them is not seen. The double is opened by name, so it needs a child that finds it first.
+//! Without a GPU the driver is a double of it (`tests/nccl_double`). It reads what the real NVRTC
+//! compiled and runs, in the place of machine code, the same text as C++: the arithmetic, its order
+//! and its bounds are the kernel's own; what the compiler makes of them is not seen. The double is
+//! opened by name, so it needs a child that finds it first.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -30,17 +31,34 @@ fn on_host(folder: &Path, kernel: &str) -> PathBuf {
     let (text, library) = (folder.join("kernel.cu"), folder.join("kernels.so"));
     fs::write(&text, kernel).unwrap();
     let mut compiler = Command::new("g++");
-    compiler.args(["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Werror", "-shared", "-fPIC"]);
-    compiler.arg(format!("-DKERNEL=\"{}\"", text.display())).arg(project("tests/nccl_double/kernels/adamw.cpp"));
-    assert!(compiler.arg("-o").arg(&library).status().expect("g++ runs").success(), "the kernel is no C++");
+    compiler.args([
+        "-std=c++17",
+        "-O1",
+        "-ffp-contract=off",
+        "-fno-strict-aliasing",
+        "-Wall",
+        "-Werror",
+        "-shared",
+        "-fPIC",
+    ]);
+    compiler
+        .arg(format!("-DKERNEL=\"{}\"", text.display()))
+        .arg(project("tests/nccl_double/kernels/adamw.cpp"));
+    assert!(
+        compiler.arg("-o").arg(&library).status().expect("g++ runs").success(),
+        "the kernel is no C++"
+    );
     library
 }
 
-/// An ignored test of this file in a child with the double, which runs `kernel` in the place of what is compiled.
+/// An ignored test of this file in a child with the double, which runs `kernel` in the place of
+/// what is compiled.
 fn doubled(test: &str, kernel: &str, switches: &[(&str, &str)]) -> Outcome {
     let folder = TempDir::new().unwrap();
     let mut command = with_libraries(Command::new(std::env::current_exe().unwrap()), double());
-    command.env("NCCL_DOUBLE_KERNELS", on_host(folder.path(), kernel)).envs(switches.iter().copied());
+    command
+        .env("NCCL_DOUBLE_KERNELS", on_host(folder.path(), kernel))
+        .envs(switches.iter().copied());
     run(command, test)
 }
 
@@ -48,11 +66,15 @@ fn doubled(test: &str, kernel: &str, switches: &[(&str, &str)]) -> Outcome {
 fn the_compiler_of_the_wheel_makes_machine_code_for_each_architecture() {
     let version = nvrtc::version().expect("launch/setup.sh brings NVRTC");
     let pinned = format!("nvidia-cuda-nvrtc=={version}.");
-    for list in [include_str!("../launch/requirements/cuda.txt"), include_str!("../launch/requirements/libtorch.txt")] {
+    for list in [
+        include_str!("../launch/requirements/cuda.txt"),
+        include_str!("../launch/requirements/libtorch.txt"),
+    ] {
         assert!(list.contains(&pinned), "{version} is not the version that is pinned");
     }
     for architecture in ARCHITECTURES {
-        let code = nvrtc::compile("adamw/kernel.cu", KERNEL, &format!("sm_{architecture}")).unwrap();
+        let code =
+            nvrtc::compile("adamw/kernel.cu", KERNEL, &format!("sm_{architecture}")).unwrap();
         // An ELF file of machine 190, NVIDIA's, for this architecture.
         assert_eq!((&code[..4], code[18], code[49]), (&b"\x7fELF"[..], 190, architecture));
     }
@@ -62,24 +84,48 @@ fn the_compiler_of_the_wheel_makes_machine_code_for_each_architecture() {
 fn the_kernel_takes_what_is_handed_over_and_rounds_as_it_is_written() {
     // Opens what NVRTC needs.
     nvrtc::compile("adamw/kernel.cu", KERNEL, "sm_80").unwrap();
-    let mut options: Vec<String> = nvrtc::OPTIONS.iter().map(|option| option.to_str().unwrap().into()).collect();
+    let mut options: Vec<String> =
+        nvrtc::OPTIONS.iter().map(|option| option.to_str().unwrap().into()).collect();
     options.push("--gpu-architecture=compute_80".into());
-    let ptx = compile_ptx_with_opts(KERNEL, CompileOptions { options, ..CompileOptions::default() }).unwrap().to_src();
-    let entry = ptx.split(".visible .entry adamw(").nth(1).and_then(|rest| rest.split(')').next()).expect("a function by this name");
-    let parameters: Vec<&str> = entry.split(',').map(|parameter| parameter.trim().trim_start_matches(".param ")).collect();
+    let ptx =
+        compile_ptx_with_opts(KERNEL, CompileOptions { options, ..CompileOptions::default() })
+            .unwrap()
+            .to_src();
+    let entry = ptx
+        .split(".visible .entry adamw(")
+        .nth(1)
+        .and_then(|rest| rest.split(')').next())
+        .expect("a function by this name");
+    let parameters: Vec<&str> =
+        entry.split(',').map(|parameter| parameter.trim().trim_start_matches(".param ")).collect();
     let pointers_and_length = (0..6).map(|number| format!(".u64 adamw_param_{number}"));
-    let by_value = [".align 8 .b8 adamw_param_6[2048]", ".u64 adamw_param_7", ".align 4 .b8 adamw_param_8[32]"];
-    assert_eq!(parameters, pointers_and_length.chain(by_value.map(String::from)).collect::<Vec<_>>());
-    // The bounds are read where the launch put them: a copy for each thread would be 2 KiB more to move.
+    let by_value = [
+        ".align 8 .b8 adamw_param_6[2048]",
+        ".u64 adamw_param_7",
+        ".align 4 .b8 adamw_param_8[32]",
+    ];
+    assert_eq!(
+        parameters,
+        pointers_and_length.chain(by_value.map(String::from)).collect::<Vec<_>>()
+    );
+    // The bounds are read where the launch put them: a copy for each thread would be 2 KiB more to
+    // move.
     assert!(!ptx.contains(".local"), "{ptx}");
     for inexact in [".approx", ".full", ".ftz"] {
         assert!(!ptx.contains(inexact), "{inexact}");
     }
     let count = |instruction: &str| ptx.matches(instruction).count();
-    // Two products fused for every element that is written out: those of a wide turn, of a narrow turn, and of its unrolling.
+    // Two products fused for every element that is written out: those of a wide turn, of a narrow
+    // turn, and of its unrolling.
     let elements = count("sqrt.rn.f32");
-    assert_eq!((count("rcp.rn.f32"), count("fma.rn.f32"), count("div.rn")), (elements, 2 * elements, 0));
-    assert!(elements >= 5 && count("ld.global.v4.f32") >= 4 && count("st.global.v4.u16") >= 1, "{ptx}");
+    assert_eq!(
+        (count("rcp.rn.f32"), count("fma.rn.f32"), count("div.rn")),
+        (elements, 2 * elements, 0)
+    );
+    assert!(
+        elements >= 5 && count("ld.global.v4.f32") >= 4 && count("st.global.v4.u16") >= 1,
+        "{ptx}"
+    );
 }
 
 #[test]
@@ -88,7 +134,12 @@ fn a_mistake_in_a_kernel_is_told_in_the_compilers_own_words() {
     let what = nvrtc::compile("adamw/kernel.cu", &broken, "sm_90").unwrap_err();
     let line = 1 + KERNEL.lines().position(|line| line.contains("param * rule.decay")).unwrap();
     assert!(what.starts_with("NVRTC 13.0 does not compile adamw/kernel.cu for sm_90: "), "{what}");
-    assert!(what.contains(&format!("adamw/kernel.cu({line}): error: class \"Rule\" has no member \"decoy\"")), "{what}");
+    assert!(
+        what.contains(&format!(
+            "adamw/kernel.cu({line}): error: class \"Rule\" has no member \"decoy\""
+        )),
+        "{what}"
+    );
     assert!(!what.contains('\n'), "{what}");
     let what = nvrtc::compile("adamw/kernel.cu", KERNEL, "sm_1").unwrap_err();
     assert!(what.contains("--gpu-architecture"), "{what}");
@@ -121,7 +172,10 @@ impl Within {
     fn found(&self) -> Tensor {
         let end = self.offset + self.numbers.numel() as i64;
         let around = [self.buffer.narrow(0, 0, self.offset), self.buffer.narrow(0, end, 9)];
-        assert!(bool::try_from(Tensor::cat(&around, 0).eq(-7.0).all()).unwrap(), "written beside the slice");
+        assert!(
+            bool::try_from(Tensor::cat(&around, 0).eq(-7.0).all()).unwrap(),
+            "written beside the slice"
+        );
         self.numbers.to_device(Device::Cpu)
     }
 }
@@ -135,12 +189,15 @@ fn process_with_the_kernel() {
 
 /// The kernel on `device` beside the single pass on the CPU, step by step.
 pub(crate) fn gives_the_bits_of_a_cpu(device: Device) {
-    for (settings, offset, has_copy) in [("", 0, false), ("", 0, true), ("", 1, true), ("beta1 = 0.3\nweight_decay = 0.5", 4, true)] {
+    for (settings, offset, has_copy) in
+        [("", 0, false), ("", 0, true), ("", 1, true), ("beta1 = 0.3\nweight_decay = 0.5", 4, true)]
+    {
         let mut adamw = AdamW::default();
         fm_dist::settings::read(&mut adamw, "test", settings, &[]).unwrap();
         let on_gpu = OnGpu::ready(&adamw, device).unwrap_or_else(|error| panic!("{error}"));
         let on_cpu = adamw.on(Device::Cpu).unwrap();
-        // One element, less than four, several blocks that go round, more runs than one launch takes.
+        // One element, less than four, several blocks that go round, more runs than one launch
+        // takes.
         for length in [1, 3, 4, 1027, 20_000] {
             let case = format!("{length} elements at {offset}, {settings:?}");
             three_steps(&*on_cpu, (&on_gpu, device), length, offset, has_copy, &case);
@@ -148,12 +205,21 @@ pub(crate) fn gives_the_bits_of_a_cpu(device: Device) {
     }
 }
 
-fn three_steps(on_cpu: &dyn Update, (on_gpu, device): (&OnGpu, Device), length: i64, offset: i64, has_copy: bool, case: &str) {
+fn three_steps(
+    on_cpu: &dyn Update,
+    (on_gpu, device): (&OnGpu, Device),
+    length: i64,
+    offset: i64,
+    has_copy: bool,
+    case: &str,
+) {
     let draw = || [(); 6].map(|()| Tensor::randn([length], (Kind::Float, Device::Cpu)));
-    let [mut params, mean, square, gradients @ ..] = Key::new(5, Purpose::Test).scope(length as u64).seeded(draw);
+    let [mut params, mean, square, gradients @ ..] =
+        Key::new(5, Purpose::Test).scope(length as u64).seeded(draw);
     let mut state = [mean * 0.1, square.square() * 0.1];
     let runs = (0..length / 8).map(|run| (8 * run + run % 3, 1 + run % 5));
-    let decayed: Vec<(i64, i64)> = runs.filter(|(start, length_of_run)| start + length_of_run <= length).collect();
+    let decayed: Vec<(i64, i64)> =
+        runs.filter(|(start, length_of_run)| start + length_of_run <= length).collect();
     let there = |numbers: &Tensor| Within::new(numbers, offset, device);
     let (mut there_params, there_state) = (there(&params), [there(&state[0]), there(&state[1])]);
     let mut there_copy = there(&params.zeros_like().to_kind(Kind::BFloat16));
@@ -162,8 +228,14 @@ fn three_steps(on_cpu: &dyn Update, (on_gpu, device): (&OnGpu, Device), length: 
         let gradient = gradient * (&params * 3.0).exp();
         let gradient_there = there(&gradient);
         let (gradient_factor, lr, step) = (0.37, 0.01, number as u64 + 1);
-        let slice =
-            Slice { params: &mut params, gradient: &gradient, gradient_factor, state: &mut state, computed: None, decayed: &decayed };
+        let slice = Slice {
+            params: &mut params,
+            gradient: &gradient,
+            gradient_factor,
+            state: &mut state,
+            computed: None,
+            decayed: &decayed,
+        };
         on_cpu.update(slice, lr, step);
         let mut state_there = [0, 1].map(|index: usize| there_state[index].numbers.shallow_clone());
         let slice = Slice {
@@ -175,9 +247,15 @@ fn three_steps(on_cpu: &dyn Update, (on_gpu, device): (&OnGpu, Device), length: 
             decayed: &decayed,
         };
         on_gpu.update(slice, lr, step);
-        assert!(there_state.iter().zip(&state).all(|(found, expected)| found.found().equal(expected)), "{case}, step {step}");
+        assert!(
+            there_state.iter().zip(&state).all(|(found, expected)| found.found().equal(expected)),
+            "{case}, step {step}"
+        );
         assert!(there_params.found().equal(&params), "{case}, step {step}");
-        assert!(!has_copy || there_copy.found().equal(&params.to_kind(Kind::BFloat16)), "{case}, step {step}");
+        assert!(
+            !has_copy || there_copy.found().equal(&params.to_kind(Kind::BFloat16)),
+            "{case}, step {step}"
+        );
     }
 }
 
@@ -202,15 +280,20 @@ fn a_kernel_that_computes_something_else_is_refused() {
     ];
     for (right, mutant, words) in wrong {
         assert!(KERNEL.contains(right), "{right}");
-        let Outcome { code, output, .. } = doubled("kernels::process_that_is_refused", &KERNEL.replace(right, mutant), &[]);
+        let Outcome { code, output, .. } =
+            doubled("kernels::process_that_is_refused", &KERNEL.replace(right, mutant), &[]);
         assert_eq!(code, Some(0), "{output}");
-        assert!(output.contains("exit code 52: AdamW's kernel on Cpu: ") && output.contains(words), "{mutant}: {output}");
+        assert!(
+            output.contains("exit code 52: AdamW's kernel on Cpu: ") && output.contains(words),
+            "{mutant}: {output}"
+        );
     }
 }
 
 #[test]
 fn a_gpu_that_the_compiler_does_not_know_is_refused() {
-    let Outcome { output, .. } = doubled("kernels::process_that_is_refused", KERNEL, &[("NCCL_DOUBLE_ARCHITECTURE", "20")]);
+    let Outcome { output, .. } =
+        doubled("kernels::process_that_is_refused", KERNEL, &[("NCCL_DOUBLE_ARCHITECTURE", "20")]);
     assert!(output.contains("exit code 52: AdamW's kernel on Cpu: NVRTC 13.0 does not compile adamw/kernel.cu for sm_20: "), "{output}");
 }
 
@@ -221,6 +304,12 @@ fn a_machine_without_nvrtc_is_told_what_was_looked_for() {
         fs::write(folder.path().join(name), "no library").unwrap();
     }
     let command = with_libraries(Command::new(std::env::current_exe().unwrap()), double());
-    let Outcome { output, .. } = run(with_libraries(command, folder.path()), "kernels::process_that_is_refused");
-    assert!(output.contains("exit code 52: AdamW's kernel on Cpu: NVRTC is not found: looked for libnvrtc.so in"), "{output}");
+    let Outcome { output, .. } =
+        run(with_libraries(command, folder.path()), "kernels::process_that_is_refused");
+    assert!(
+        output.contains(
+            "exit code 52: AdamW's kernel on Cpu: NVRTC is not found: looked for libnvrtc.so in"
+        ),
+        "{output}"
+    );
 }

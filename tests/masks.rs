@@ -1,4 +1,5 @@
-//! Masks, conditions and tasks of a sample are its own: what one big batch gives, every cut of it into micro-batches and ranks gives.
+//! Masks, conditions and tasks of a sample are its own: what one big batch gives, every cut of it
+//! into micro-batches and ranks gives.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -21,7 +22,8 @@ const ROUNDING: f64 = 2e-5;
 
 type Samples = BTreeMap<&'static str, Tensor>;
 
-/// A dataset of a family in a folder of its own, and runs on it whose global batch is the whole dataset.
+/// A dataset of a family in a folder of its own, and runs on it whose global batch is the whole
+/// dataset.
 struct Bench {
     root: TempDir,
     family: Tiny,
@@ -35,36 +37,66 @@ impl Bench {
         Bench { root, family }
     }
 
-    fn run(&self, name: &str, ranks: usize, micro_batch: usize, overrides: &[&str]) -> Result<PathBuf, fm_dist::error::Error> {
+    fn run(
+        &self,
+        name: &str,
+        ranks: usize,
+        micro_batch: usize,
+        overrides: &[&str],
+    ) -> Result<PathBuf, fm_dist::error::Error> {
         let micro_batch = format!("data.micro_batch_size_per_gpu={micro_batch}");
         let whole = ["max_steps=3", "train.global_batch_size=8", micro_batch.as_str()];
         let output = self.root.path().join(name);
-        let config = self.family.config(&self.root.path().join("data"), &output, &[&whole, overrides].concat());
+        let config = self.family.config(
+            &self.root.path().join("data"),
+            &output,
+            &[&whole, overrides].concat(),
+        );
         train_in_threads(&config, &Resume::Never, ranks)
     }
 
     fn check(&self, overrides: &[&str]) -> Result<String, fm_dist::error::Error> {
-        let config = self.family.config(&self.root.path().join("data"), Path::new("unused"), overrides);
-        check(&config, &CheckRequest { world_size: 1, latents: None, text_tokens: 0, scaling: None })
+        let config =
+            self.family.config(&self.root.path().join("data"), Path::new("unused"), overrides);
+        check(
+            &config,
+            &CheckRequest { world_size: 1, latents: None, text_tokens: 0, scaling: None },
+        )
     }
 
-    /// Every cut of the batch into micro-batches and ranks has the numbers of the whole one, under every sharding.
+    /// Every cut of the batch into micro-batches and ranks has the numbers of the whole one, under
+    /// every sharding.
     fn assert_cuts_agree(&self, overrides: &[&str]) {
         let whole = self.run("whole", 1, 8, overrides).unwrap();
-        let cuts = [(1, 4, "none"), (1, 1, "none"), (2, 4, "none"), (2, 1, "optimizer"), (2, 2, "gradients"), (4, 1, "parameters")];
+        let cuts = [
+            (1, 4, "none"),
+            (1, 1, "none"),
+            (2, 4, "none"),
+            (2, 1, "optimizer"),
+            (2, 2, "gradients"),
+            (4, 1, "parameters"),
+        ];
         for (ranks, micro_batch, sharding) in cuts {
             let name = format!("{ranks}-{micro_batch}-{sharding}");
             let sharding = format!("parallel.sharding={sharding}");
             let settings = [overrides, &[&sharding, "parallel.recompute=always"]].concat();
             let cut = self.run(&name, ranks, micro_batch, &settings).unwrap();
             for number in ["loss", "unweighted_loss", "grad_norm"] {
-                for ((step, whole), (_, cut)) in column(&whole, number).iter().zip(column(&cut, number)) {
-                    assert!((whole - cut).abs() <= ROUNDING * whole.abs(), "{name}: {number} at step {step}: {whole} and {cut}");
+                for ((step, whole), (_, cut)) in
+                    column(&whole, number).iter().zip(column(&cut, number))
+                {
+                    assert!(
+                        (whole - cut).abs() <= ROUNDING * whole.abs(),
+                        "{name}: {number} at step {step}: {whole} and {cut}"
+                    );
                 }
             }
             assert_eq!(tasks(&cut).len(), 3);
             for (whole, cut) in by_sigma(&whole).iter().zip(by_sigma(&cut)) {
-                assert!((whole - cut).abs() <= ROUNDING * whole.abs(), "{name}: loss_per_sigma {whole} and {cut}");
+                assert!(
+                    (whole - cut).abs() <= ROUNDING * whole.abs(),
+                    "{name}: loss_per_sigma {whole} and {cut}"
+                );
             }
         }
     }
@@ -72,12 +104,19 @@ impl Bench {
 
 fn lines(run: &Path) -> Vec<serde_json::Map<String, Value>> {
     let lines = metrics::read(&run.join("metrics.jsonl")).unwrap();
-    lines.into_iter().map(|line| serde_json::to_value(line).unwrap().as_object().unwrap().clone()).collect()
+    lines
+        .into_iter()
+        .map(|line| serde_json::to_value(line).unwrap().as_object().unwrap().clone())
+        .collect()
 }
 
 /// The losses by sigma of all steps, where there are any.
 fn by_sigma(run: &Path) -> Vec<f64> {
-    lines(run).iter().flat_map(|line| line["loss_per_sigma"].as_array().unwrap().clone()).filter_map(|loss| loss.as_f64()).collect()
+    lines(run)
+        .iter()
+        .flat_map(|line| line["loss_per_sigma"].as_array().unwrap().clone())
+        .filter_map(|loss| loss.as_f64())
+        .collect()
 }
 
 fn tasks(run: &Path) -> Vec<String> {
@@ -88,7 +127,8 @@ fn tasks(run: &Path) -> Vec<String> {
 fn weights(size: &[i64], weight: impl Fn(usize, usize) -> f32) -> Tensor {
     let elements: i64 = size.iter().product();
     let of = |index: i64| weight((index / elements) as usize, (index % elements) as usize);
-    Tensor::from_slice(&(0..SAMPLES * elements).map(of).collect::<Vec<_>>()).reshape([&[SAMPLES], size].concat())
+    Tensor::from_slice(&(0..SAMPLES * elements).map(of).collect::<Vec<_>>())
+        .reshape([&[SAMPLES], size].concat())
 }
 
 /// Samples that keep nothing, a row, half of themselves by weight, everything.
@@ -111,34 +151,53 @@ fn refused(outcome: Result<impl Sized, fm_dist::error::Error>, code: i32) -> Str
 
 #[test]
 fn a_masked_loss_is_that_of_one_big_batch_however_it_is_cut() {
-    let bench = Bench::new(FLUX, |samples| drop(samples.insert("loss_mask", weights(&[1, 8, 12], uneven))));
+    let bench =
+        Bench::new(FLUX, |samples| drop(samples.insert("loss_mask", weights(&[1, 8, 12], uneven))));
     for weighting in ["true", "false"] {
-        bench.assert_cuts_agree(&[MASKED, &format!("flow_matching.use_loss_weighting={weighting}")]);
+        bench
+            .assert_cuts_agree(&[MASKED, &format!("flow_matching.use_loss_weighting={weighting}")]);
     }
 }
 
 #[test]
 fn the_frames_that_are_given_are_left_out_of_one_big_batch_however_it_is_cut() {
-    let bench = Bench::new(HUNYUAN_VIDEO15, |samples| drop(samples.insert("loss_mask", weights(&[3, 4, 6], uneven))));
-    let tasks = ["flow_matching.task_scope=sample", "flow_matching.i2v_prob=0.5", "flow_matching.adapter.exclude_condition_frame=true"];
+    let bench = Bench::new(HUNYUAN_VIDEO15, |samples| {
+        drop(samples.insert("loss_mask", weights(&[3, 4, 6], uneven)))
+    });
+    let tasks = [
+        "flow_matching.task_scope=sample",
+        "flow_matching.i2v_prob=0.5",
+        "flow_matching.adapter.exclude_condition_frame=true",
+    ];
     bench.assert_cuts_agree(&tasks);
     bench.assert_cuts_agree(&[&tasks[..], &[MASKED]].concat());
 }
 
 #[test]
 fn a_masked_run_has_the_same_bits_on_any_number_of_ranks() {
-    let bench = Bench::new(FLUX, |samples| drop(samples.insert("loss_mask", weights(&[8, 12], uneven))));
-    let of = |ranks: usize| checkpoint(&bench.run(&format!("on-{ranks}"), ranks, 1, &[MASKED, "parallel.deterministic=true"]).unwrap(), 3);
+    let bench =
+        Bench::new(FLUX, |samples| drop(samples.insert("loss_mask", weights(&[8, 12], uneven))));
+    let of = |ranks: usize| {
+        checkpoint(
+            &bench
+                .run(&format!("on-{ranks}"), ranks, 1, &[MASKED, "parallel.deterministic=true"])
+                .unwrap(),
+            3,
+        )
+    };
     let alone = of(1);
     assert!([2, 4, 8].into_iter().all(|ranks| of(ranks) == alone));
 }
 
 #[test]
 fn equal_weights_are_no_mask_however_small() {
-    let bench = Bench::new(FLUX, |samples| drop(samples.insert("loss_mask", weights(&[], |_, _| 1e-3))));
-    let (plain, masked) = (bench.run("plain", 1, 8, &[]).unwrap(), bench.run("masked", 1, 8, &[MASKED]).unwrap());
+    let bench =
+        Bench::new(FLUX, |samples| drop(samples.insert("loss_mask", weights(&[], |_, _| 1e-3))));
+    let (plain, masked) =
+        (bench.run("plain", 1, 8, &[]).unwrap(), bench.run("masked", 1, 8, &[MASKED]).unwrap());
     for number in ["loss", "unweighted_loss", "grad_norm"] {
-        for ((_, plain), (_, masked)) in column(&plain, number).iter().zip(column(&masked, number)) {
+        for ((_, plain), (_, masked)) in column(&plain, number).iter().zip(column(&masked, number))
+        {
             assert!((plain - masked).abs() <= ROUNDING * plain, "{number}: {plain} and {masked}");
         }
     }
@@ -146,18 +205,29 @@ fn equal_weights_are_no_mask_however_small() {
 
 #[test]
 fn a_batch_that_keeps_nothing_is_skipped_and_counted() {
-    let bench = Bench::new(FLUX, |samples| drop(samples.insert("loss_mask", weights(&[], |_, _| 0.0))));
+    let bench =
+        Bench::new(FLUX, |samples| drop(samples.insert("loss_mask", weights(&[], |_, _| 0.0))));
     let skipped = bench.run("skipped", 2, 4, &[MASKED]).unwrap();
-    assert_eq!(column(&skipped, "loss").iter().map(|(_, loss)| *loss).collect::<Vec<_>>(), [0.0; 3]);
+    assert_eq!(
+        column(&skipped, "loss").iter().map(|(_, loss)| *loss).collect::<Vec<_>>(),
+        [0.0; 3]
+    );
     let error = refused(bench.run("stopped", 2, 4, &[MASKED, "train.skip_budget=2"]), 41);
-    assert!(error.contains("the loss masks keep nothing of the global batch's 8 samples"), "{error}");
-    assert!(error.contains("3 of the last 100 steps would be skipped, train.skip_budget is 2"), "{error}");
+    assert!(
+        error.contains("the loss masks keep nothing of the global batch's 8 samples"),
+        "{error}"
+    );
+    assert!(
+        error.contains("3 of the last 100 steps would be skipped, train.skip_budget is 2"),
+        "{error}"
+    );
 }
 
 #[test]
 fn the_axes_of_a_mask_are_rows_and_columns_and_frames() {
     let loss = |family: Tiny, size: &[i64], weight: fn(usize, usize) -> f32| {
-        let bench = Bench::new(family, |samples| drop(samples.insert("loss_mask", weights(size, weight))));
+        let bench =
+            Bench::new(family, |samples| drop(samples.insert("loss_mask", weights(size, weight))));
         column(&bench.run("run", 1, 8, &[MASKED]).unwrap(), "loss")[0].1
     };
     let top = |_: usize, element: usize| f32::from(element % 96 < 48);
@@ -177,11 +247,23 @@ fn masks_that_do_not_fit_or_are_no_weights_are_refused_at_check() {
         });
         refused(bench.check(&[MASKED]), 40)
     };
-    assert!(of(None).contains("resolution group one: apply_loss_mask is set and the data have no `loss_mask`"));
+    assert!(
+        of(None).contains(
+            "resolution group one: apply_loss_mask is set and the data have no `loss_mask`"
+        )
+    );
     let axes = of(Some(weights(&[12, 8], |_, _| 1.0)));
-    assert!(axes.contains("`loss_mask` is [12, 8] a sample, its latents [4, 8, 12]; expected one number, [H, W]"), "{axes}");
+    assert!(
+        axes.contains(
+            "`loss_mask` is [12, 8] a sample, its latents [4, 8, 12]; expected one number, [H, W]"
+        ),
+        "{axes}"
+    );
     let negative = of(Some(weights(&[8, 12], |_, element| if element == 5 { -0.5 } else { 1.0 })));
-    assert!(negative.contains("`loss_mask` of sample 0 holds -0.5; weights are finite and at least 0"), "{negative}");
+    assert!(
+        negative.contains("`loss_mask` of sample 0 holds -0.5; weights are finite and at least 0"),
+        "{negative}"
+    );
 }
 
 #[test]
@@ -190,7 +272,8 @@ fn a_video_of_one_frame_is_never_begun_with_that_frame() {
         let first = samples["video_latents"].narrow(2, 0, 1);
         samples.insert("video_latents", first.contiguous());
     };
-    let settings = ["flow_matching.i2v_prob=1.0", "flow_matching.adapter.exclude_condition_frame=true"];
+    let settings =
+        ["flow_matching.i2v_prob=1.0", "flow_matching.adapter.exclude_condition_frame=true"];
     for scope in ["batch", "sample"] {
         let scope = format!("flow_matching.task_scope={scope}");
         for seeds in ["rank", "sample"] {
@@ -206,18 +289,24 @@ fn a_video_of_one_frame_is_never_begun_with_that_frame() {
 #[test]
 fn conditions_without_their_axes_are_refused_at_check() {
     let refusal = |family: Tiny, key: &'static str, size: &[i64], overrides: &[&str]| {
-        let bench = Bench::new(family, |samples| drop(samples.insert(key, Tensor::ones([&[SAMPLES], size].concat(), FLOAT))));
+        let bench = Bench::new(family, |samples| {
+            drop(samples.insert(key, Tensor::ones([&[SAMPLES], size].concat(), FLOAT)))
+        });
         refused(bench.check(overrides), 40)
     };
     let text = refusal(FLUX, "text_embeddings", &[12], &[]);
-    assert!(text.ends_with("resolution group one: `text_embeddings` is [12] a sample, expected [L, D]"), "{text}");
+    assert!(
+        text.ends_with("resolution group one: `text_embeddings` is [12] a sample, expected [L, D]"),
+        "{text}"
+    );
     let pooled = refusal(FLUX, "pooled_prompt_embeds", &[], &[]);
     assert!(pooled.ends_with("`pooled_prompt_embeds` is [] a sample, expected [P]"), "{pooled}");
     let image = refusal(HUNYUAN_VIDEO15, "image_embeds", &[8], &[]);
     assert!(image.ends_with("`image_embeds` is [8] a sample, expected [Li, Di]"), "{image}");
     let mask = refusal(HUNYUAN_VIDEO15, "text_mask", &[4], &[]);
     assert!(mask.ends_with("`text_mask` is [4] a sample, expected [L] with L = 5"), "{mask}");
-    let masked = refusal(QWEN_IMAGE, "text_mask", &[1, 5], &["flow_matching.adapter.use_text_mask=true"]);
+    let masked =
+        refusal(QWEN_IMAGE, "text_mask", &[1, 5], &["flow_matching.adapter.use_text_mask=true"]);
     assert!(masked.ends_with("`text_mask` is [1, 5] a sample, expected [L]"), "{masked}");
 }
 
@@ -243,9 +332,16 @@ fn keys_that_nobody_reads_and_what_stands_in_for_others_are_told() {
     assert!(plan.contains(zeros), "{plan}");
     assert!(plan.contains("keys of the data that nobody reads: `pooled_prompt_embed`"), "{plan}");
     let error = refused(bench.check(&[]), 50);
-    assert!(error.contains("is 10, but the data have no `pooled_prompt_embeds`") && error.contains(zeros), "{error}");
+    assert!(
+        error.contains("is 10, but the data have no `pooled_prompt_embeds`")
+            && error.contains(zeros),
+        "{error}"
+    );
     let plan = Bench::new(WAN, |_| ()).check(&["flow_matching.cfg_dropout_prob=1.0"]).unwrap();
-    assert!(plan.contains("cfg_dropout_prob = 1 drops nothing: the simple adapter drops no conditions"), "{plan}");
+    assert!(
+        plan.contains("cfg_dropout_prob = 1 drops nothing: the simple adapter drops no conditions"),
+        "{plan}"
+    );
     let plan = Bench::new(WAN, |_| ()).check(&["flow_matching.cfg_dropout=per_sample"]).unwrap();
     assert!(!plan.contains("drops nothing"), "{plan}");
 }
@@ -253,8 +349,11 @@ fn keys_that_nobody_reads_and_what_stands_in_for_others_are_told() {
 /// Hunyuan's data with a prompt of three tokens, in five places from `first` on.
 fn prompt(seed: i64, first: i64) -> impl FnOnce(&mut Samples) {
     move |samples| {
-        let tokens = (Tensor::arange(SAMPLES * 3 * 12, FLOAT) * 0.37 + seed as f64).sin().view([SAMPLES, 3, 12]);
-        let (text, mask) = (Tensor::zeros([SAMPLES, 5, 12], FLOAT), Tensor::zeros([SAMPLES, 5], FLOAT));
+        let tokens = (Tensor::arange(SAMPLES * 3 * 12, FLOAT) * 0.37 + seed as f64)
+            .sin()
+            .view([SAMPLES, 3, 12]);
+        let (text, mask) =
+            (Tensor::zeros([SAMPLES, 5, 12], FLOAT), Tensor::zeros([SAMPLES, 5], FLOAT));
         text.narrow(1, first, 3).copy_(&tokens);
         let _ = mask.narrow(1, first, 3).fill_(1.0);
         samples.extend([("text_embeddings", text), ("text_mask", mask)]);
@@ -266,17 +365,27 @@ fn a_prompt_counts_on_whichever_side_its_padding_is() {
     let loss = |seed, first| {
         let bench = Bench::new(HUNYUAN_VIDEO15, prompt(seed, first));
         // After two large updates a prompt tells more than a new model lets through.
-        column(&bench.run("run", 1, 8, &["flow_matching.i2v_prob=0.0", "optimizer.adamw.lr=0.02"]).unwrap(), "loss")[2].1
+        column(
+            &bench
+                .run("run", 1, 8, &["flow_matching.i2v_prob=0.0", "optimizer.adamw.lr=0.02"])
+                .unwrap(),
+            "loss",
+        )[2]
+        .1
     };
     let (right, middle, left, other) = (loss(1, 0), loss(1, 1), loss(1, 2), loss(2, 2));
-    assert!((right - left).abs() <= ROUNDING * right && (right - middle).abs() <= ROUNDING * right, "{right} {middle} {left}");
+    assert!(
+        (right - left).abs() <= ROUNDING * right && (right - middle).abs() <= ROUNDING * right,
+        "{right} {middle} {left}"
+    );
     assert!((left - other).abs() > 1e-4 * left, "another prompt has another loss: {left} {other}");
 }
 
 #[test]
 fn a_mask_of_tokens_that_is_none_is_refused_at_check() {
     let additive = |samples: &mut Samples| {
-        let mask = Tensor::from_slice(&[0f32, 0.0, 0.0, -10_000.0, -10_000.0]).expand([SAMPLES, 5], false);
+        let mask =
+            Tensor::from_slice(&[0f32, 0.0, 0.0, -10_000.0, -10_000.0]).expand([SAMPLES, 5], false);
         samples.insert("text_mask", mask.contiguous());
     };
     let error = refused(Bench::new(HUNYUAN_VIDEO15, additive).check(&[]), 40);
@@ -290,17 +399,35 @@ fn what_is_drawn_for_a_sample_does_not_depend_on_its_neighbours() {
     Bench::new(QWEN_IMAGE, |_| ()).assert_cuts_agree(&dropout);
     let tasks = ["flow_matching.i2v_prob=0.5", "flow_matching.task_scope=batch"];
     Bench::new(HUNYUAN_VIDEO15, |_| ()).assert_cuts_agree(&tasks);
-    let spread = ["flow_matching.stratified_timesteps=true", "flow_matching.cfg_dropout=per_sample", "flow_matching.cfg_dropout_prob=0.5"];
+    let spread = [
+        "flow_matching.stratified_timesteps=true",
+        "flow_matching.cfg_dropout=per_sample",
+        "flow_matching.cfg_dropout_prob=0.5",
+    ];
     Bench::new(FLUX, |_| ()).assert_cuts_agree(&spread);
 }
 
 #[test]
 fn a_dumped_step_holds_its_mask_and_the_references_metrics() {
-    let bench = Bench::new(FLUX, |samples| drop(samples.insert("loss_mask", weights(&[8, 12], uneven))));
+    let bench =
+        Bench::new(FLUX, |samples| drop(samples.insert("loss_mask", weights(&[8, 12], uneven))));
     let (data, dump) = (bench.root.path().join("data"), bench.root.path().join("dump.safetensors"));
-    let request =
-        StepRequest { batch: data.join("samples.safetensors"), dump: dump.clone(), weights: None, torch_seed: Some(3), grads: false };
-    dump_step(&bench.family.config(&data, Path::new("unused"), &[MASKED, "flow_matching.mix_uniform_ratio=0.0"]), &request).unwrap();
+    let request = StepRequest {
+        batch: data.join("samples.safetensors"),
+        dump: dump.clone(),
+        weights: None,
+        torch_seed: Some(3),
+        grads: false,
+    };
+    dump_step(
+        &bench.family.config(
+            &data,
+            Path::new("unused"),
+            &[MASKED, "flow_matching.mix_uniform_ratio=0.0"],
+        ),
+        &request,
+    )
+    .unwrap();
     let dumped = SafeTensors::open(&dump).unwrap();
     assert!(dumped.read("loss_mask").unwrap().equal(&weights(&[8, 12], uneven)));
     let number = |name: &str| dumped.read(name).unwrap().double_value(&[]);

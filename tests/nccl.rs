@@ -1,8 +1,9 @@
 //! NCCL keeps the contract of the collectives and gives up in time; the real library answers.
 //!
-//! Without a GPU the backend runs against a double of NCCL and of the CUDA driver (`tests/nccl_double`, built here), which
-//! moves the host's memory between the ranks of `mpirun` and ends a rank with code 97 for each rule of both libraries that is
-//! broken. Both are opened by name, so each check runs in a child that finds the right libraries first.
+//! Without a GPU the backend runs against a double of NCCL and of the CUDA driver
+//! (`tests/nccl_double`, built here), which moves the host's memory between the ranks of `mpirun`
+//! and ends a rank with code 97 for each rule of both libraries that is broken. Both are opened by
+//! name, so each check runs in a child that finds the right libraries first.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -10,23 +11,37 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use fm_dist::collective::{self, Collective, Limits, Nccl, ReduceOp, Solo, Work, nccl_library_version};
+use fm_dist::collective::{
+    self, Collective, Limits, Nccl, ReduceOp, Solo, Work, nccl_library_version,
+};
 use fm_dist::error::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
-use crate::collectives::{FAILS_NOW, Outcome, brought, contract, end_with, expected, join_the_world, run, sliced, world_of};
+use crate::collectives::{
+    FAILS_NOW, Outcome, brought, contract, end_with, expected, join_the_world, run, sliced,
+    world_of,
+};
 use crate::runs::{checkpoint, column, finish, mpirun, with_sets};
 
 /// Short enough to wait for in a test, long enough for a busy machine to join a world.
-const SHORT: Limits = Limits { init: Duration::from_secs(5), operation: Duration::from_secs(3), abort: Duration::from_secs(1) };
+const SHORT: Limits = Limits {
+    init: Duration::from_secs(5),
+    operation: Duration::from_secs(3),
+    abort: Duration::from_secs(1),
+};
 
-/// From the start of a world that fails to its end: joining it, the longest limit, the abort, and a busy machine.
+/// From the start of a world that fails to its end: joining it, the longest limit, the abort, and a
+/// busy machine.
 const IN_TIME: Duration = Duration::from_secs(30);
 
-/// A command that finds the libraries of this folder before all others, and before those of an earlier call.
+/// A command that finds the libraries of this folder before all others, and before those of an
+/// earlier call.
 pub(crate) fn with_libraries(mut command: Command, folder: &Path) -> Command {
     const NAME: &str = "LD_LIBRARY_PATH";
-    let given = command.get_envs().find_map(|(name, folders)| folders.filter(|_| name == NAME)).map(OsString::from);
+    let given = command
+        .get_envs()
+        .find_map(|(name, folders)| folders.filter(|_| name == NAME))
+        .map(OsString::from);
     let mut folders = folder.as_os_str().to_os_string();
     if let Some(others) = given.or_else(|| std::env::var_os(NAME)) {
         folders.push(":");
@@ -46,12 +61,18 @@ pub(crate) fn double() -> &'static Path {
     FOLDER.get_or_init(|| {
         let target = project("target/nccl_double");
         let mut build = Command::new(env!("CARGO"));
-        build.args(["build", "--quiet", "--manifest-path"]).arg(project("tests/nccl_double/Cargo.toml"));
-        assert!(build.arg("--target-dir").arg(&target).status().expect("cargo runs").success(), "the double cannot be built");
+        build
+            .args(["build", "--quiet", "--manifest-path"])
+            .arg(project("tests/nccl_double/Cargo.toml"));
+        assert!(
+            build.arg("--target-dir").arg(&target).status().expect("cargo runs").success(),
+            "the double cannot be built"
+        );
         let folder = target.join("lib");
         std::fs::create_dir_all(&folder).unwrap();
         for name in ["libcuda.so", "libnccl.so"] {
-            // Another test run may be at it too: a new link takes the place of the old one in one step.
+            // Another test run may be at it too: a new link takes the place of the old one in one
+            // step.
             let fresh = folder.join(format!("{name}.{}", std::process::id()));
             std::os::unix::fs::symlink(target.join("debug/libnccl_double.so"), &fresh).unwrap();
             std::fs::rename(fresh, folder.join(name)).unwrap();
@@ -69,9 +90,15 @@ fn doubled(ranks: usize, switches: &[(&str, &str)], test: &str) -> Outcome {
 
 /// The world of `mpirun`, and NCCL on top of it. Warnings of the library are printed.
 fn join_by_nccl(limits: Limits) -> (Box<dyn Collective>, Nccl) {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(tracing::Level::WARN).without_time().with_ansi(false).init();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_max_level(tracing::Level::WARN)
+        .without_time()
+        .with_ansi(false)
+        .init();
     let control = join_the_world();
-    let nccl = Nccl::connect(&*control, Device::Cpu, limits).unwrap_or_else(|error| end_with(&error));
+    let nccl =
+        Nccl::connect(&*control, Device::Cpu, limits).unwrap_or_else(|error| end_with(&error));
     (control, nccl)
 }
 
@@ -85,14 +112,22 @@ fn succeeds(outcome: &Outcome, ranks: usize, said: &str) {
     assert_eq!(outcome.code, Some(0), "{}", outcome.output);
     assert!(!outcome.output.contains("WARN"), "{}", outcome.output);
     for rank in 0..ranks {
-        assert!(outcome.output.contains(&format!("rank {rank} of {ranks} {said}")), "{}", outcome.output);
+        assert!(
+            outcome.output.contains(&format!("rank {rank} of {ranks} {said}")),
+            "{}",
+            outcome.output
+        );
     }
 }
 
 #[test]
 fn the_nccl_of_the_wheel_is_opened_and_answers() {
     let folder = project(".deps/nvidia/nccl/lib");
-    assert!(folder.join("libnccl.so").exists(), "there is no libnccl.so in {}: run launch/setup.sh", folder.display());
+    assert!(
+        folder.join("libnccl.so").exists(),
+        "there is no libnccl.so in {}: run launch/setup.sh",
+        folder.display()
+    );
     let command = with_libraries(Command::new(std::env::current_exe().unwrap()), &folder);
     let Outcome { code, output, .. } = run(command, "nccl::process_with_the_real_nccl");
     assert_eq!(code, Some(0), "{output}");
@@ -106,12 +141,17 @@ fn process_with_the_real_nccl() {
     use cudarc::nccl::{result, sys};
     let version = nccl_library_version().unwrap();
     let pinned = format!("nvidia-nccl-cu13=={version} ");
-    assert!(include_str!("../launch/requirements/cuda.txt").contains(&pinned), "{version} is not the version that is pinned");
-    let ids = [result::get_uniqueid(), result::get_uniqueid()].map(|id| id.map_err(|error| error.0).unwrap());
+    assert!(
+        include_str!("../launch/requirements/cuda.txt").contains(&pinned),
+        "{version} is not the version that is pinned"
+    );
+    let ids = [result::get_uniqueid(), result::get_uniqueid()]
+        .map(|id| id.map_err(|error| error.0).unwrap());
     assert_eq!(ids[0].internal.len(), 128);
     assert_ne!(ids[0], ids[1]);
     // SAFETY: NCCL keeps these texts for the life of the process, and ends them with a zero.
-    let words = |code| unsafe { std::ffi::CStr::from_ptr(sys::ncclGetErrorString(code)) }.to_string_lossy();
+    let words =
+        |code| unsafe { std::ffi::CStr::from_ptr(sys::ncclGetErrorString(code)) }.to_string_lossy();
     assert_eq!(words(sys::ncclResult_t::ncclSuccess), "no error");
     assert!(words(sys::ncclResult_t::ncclInvalidUsage).starts_with("invalid usage"));
     assert!(words(sys::ncclResult_t::ncclRemoteError).starts_with("remote process exited"));
@@ -125,14 +165,25 @@ fn a_machine_without_the_libraries_is_told_what_was_looked_for() {
         Ok(world) => assert!(has_driver, "a world of {} without a driver", world.world_size()),
         Err(error) => {
             assert_eq!(error.exit_code(), 52);
-            assert!(has_driver || error.to_string().contains("found neither libcuda.so nor libcuda.so.1"), "{error}");
+            assert!(
+                has_driver
+                    || error.to_string().contains("found neither libcuda.so nor libcuda.so.1"),
+                "{error}"
+            );
         }
     }
     match nccl_library_version() {
-        Ok(version) => assert_eq!(version.split('.').filter(|part| part.parse::<u32>().is_ok()).count(), 3, "{version}"),
+        Ok(version) => assert_eq!(
+            version.split('.').filter(|part| part.parse::<u32>().is_ok()).count(),
+            3,
+            "{version}"
+        ),
         Err(error) => {
             assert_eq!(error.exit_code(), 52);
-            assert!(error.to_string().contains("looked for libnccl.so in LD_LIBRARY_PATH"), "{error}");
+            assert!(
+                error.to_string().contains("looked for libnccl.so in LD_LIBRARY_PATH"),
+                "{error}"
+            );
         }
     }
 }
@@ -141,7 +192,10 @@ fn a_machine_without_the_libraries_is_told_what_was_looked_for() {
 fn a_rank_keeps_to_the_gpu_of_its_place() {
     let error = Nccl::connect(&Solo, Device::Cuda(3), SHORT).err().expect("rank 0 has GPU 0");
     assert_eq!(error.exit_code(), 52);
-    assert_eq!(error.to_string(), "rank 0 is number 0 of its host and was given Cuda(3), not GPU 0");
+    assert_eq!(
+        error.to_string(),
+        "rank 0 is number 0 of its host and was given Cuda(3), not GPU 0"
+    );
 }
 
 #[test]
@@ -164,7 +218,10 @@ fn the_contract_holds_however_slow_and_disordered_the_streams_are() {
 fn rank_of_the_contract() {
     let world = join_by_nccl(Limits::default());
     let nccl = &world.1;
-    contract(nccl).and_then(|()| several_at_once(nccl)).and_then(|()| worlds_within(nccl)).unwrap_or_else(|error| end_with(&error));
+    contract(nccl)
+        .and_then(|()| several_at_once(nccl))
+        .and_then(|()| worlds_within(nccl))
+        .unwrap_or_else(|error| end_with(&error));
     println!("rank {} of {} kept the contract", nccl.rank(), nccl.world_size());
     leave(world);
 }
@@ -175,16 +232,26 @@ fn training_over_nccl_gives_the_bits_of_mpi() {
     let cases: [(usize, &[&str]); 5] = [
         (2, &[]),
         (2, &["parallel.sharding=parameters", "parallel.recompute=always"]),
-        (2, &["parallel.sharding=optimizer", "model.dtype=bfloat16", "parallel.reduce_dtype=bfloat16"]),
+        (
+            2,
+            &[
+                "parallel.sharding=optimizer",
+                "model.dtype=bfloat16",
+                "parallel.reduce_dtype=bfloat16",
+            ],
+        ),
         (4, &["parallel.sharding=gradients"]),
         (4, &["parallel.deterministic=true", "parallel.seed_scope=sample"]),
     ];
     for (case, (ranks, settings)) in cases.into_iter().enumerate() {
         let trained = |backend: &str| {
             let folder = root.path().join(format!("{backend}-{case}"));
-            let (output, backend) = (format!("output_dir={}", folder.display()), format!("parallel.backend={backend}"));
-            let overrides = [&["max_steps=5", output.as_str(), backend.as_str()], settings].concat();
-            let command = with_libraries(mpirun(ranks, &with_sets(&["train"], &overrides)), double());
+            let (output, backend) =
+                (format!("output_dir={}", folder.display()), format!("parallel.backend={backend}"));
+            let overrides =
+                [&["max_steps=5", output.as_str(), backend.as_str()], settings].concat();
+            let command =
+                with_libraries(mpirun(ranks, &with_sets(&["train"], &overrides)), double());
             let (code, _, errors) = finish(command);
             assert_eq!(code, 0, "{errors}");
             assert!(!errors.contains("double: "), "{errors}");
@@ -199,8 +266,16 @@ fn training_over_nccl_gives_the_bits_of_mpi() {
 /// Tensors of several kinds in one operation, among them bf16 and an empty one.
 fn several_at_once(world: &dyn Collective) -> Result<()> {
     let (rank, world_size) = (world.rank(), world.world_size());
-    let forms = [(5, Kind::BFloat16), (0, Kind::Float), (1000, Kind::Float), (3, Kind::Double), (7, Kind::Int64)];
-    let of_all = |size: i64, kind: Kind| expected(world_size, size, Kind::Int64, ReduceOp::Sum).to_kind(kind);
+    let forms = [
+        (5, Kind::BFloat16),
+        (0, Kind::Float),
+        (1000, Kind::Float),
+        (3, Kind::Double),
+        (7, Kind::Int64),
+    ];
+    let of_all = |size: i64, kind: Kind| {
+        expected(world_size, size, Kind::Int64, ReduceOp::Sum).to_kind(kind)
+    };
     let buffers = forms.map(|(size, kind)| brought(rank, size, kind));
     world.all_reduce(buffers.iter().map(Tensor::shallow_clone).collect(), ReduceOp::Sum)?.wait()?;
     for ((size, kind), buffer) in forms.into_iter().zip(&buffers) {
@@ -223,24 +298,32 @@ fn several_at_once(world: &dyn Collective) -> Result<()> {
     }
     world.all_gather(all())?.wait()?;
     for ((size, kind), full) in forms.into_iter().zip(&fulls) {
-        assert!(full.equal(&of_all(size * world_size as i64, kind)), "all_gather of {size} {kind:?} among others");
+        assert!(
+            full.equal(&of_all(size * world_size as i64, kind)),
+            "all_gather of {size} {kind:?} among others"
+        );
     }
     let spent = world.spent();
     assert!(spent.communication_seconds > 0.0 && spent.exposed_seconds >= 0.0, "{spent:?}");
     Ok(())
 }
 
-/// Neighbours and those of equal parity, each in a world of their own, used in turns with the whole.
+/// Neighbours and those of equal parity, each in a world of their own, used in turns with the
+/// whole.
 fn worlds_within(world: &dyn Collective) -> Result<()> {
     let (rank, world_size) = (world.rank(), world.world_size());
     let (near, far) = (world.split(rank / 2)?, world.split(rank % 2)?);
     let near_ranks: Vec<usize> = (0..world_size).filter(|other| other / 2 == rank / 2).collect();
     let far_ranks: Vec<usize> = (0..world_size).filter(|other| other % 2 == rank % 2).collect();
     assert_eq!((near.world_size(), far.world_size()), (near_ranks.len(), far_ranks.len()));
-    let sum = |ranks: &[usize]| ranks.iter().map(|rank| brought(*rank, 1000, Kind::Float)).sum::<Tensor>();
+    let sum = |ranks: &[usize]| {
+        ranks.iter().map(|rank| brought(*rank, 1000, Kind::Float)).sum::<Tensor>()
+    };
     for _ in 0..3 {
         let buffers = [0; 3].map(|_| brought(rank, 1000, Kind::Float));
-        let start = |world: &dyn Collective, index: usize| world.all_reduce(vec![buffers[index].shallow_clone()], ReduceOp::Sum);
+        let start = |world: &dyn Collective, index: usize| {
+            world.all_reduce(vec![buffers[index].shallow_clone()], ReduceOp::Sum)
+        };
         let works = [start(&*near, 0)?, start(world, 1)?, start(&*far, 2)?];
         works.into_iter().rev().try_for_each(Work::wait)?;
         assert!(buffers[0].equal(&sum(&near_ranks)) && buffers[2].equal(&sum(&far_ranks)));
@@ -265,19 +348,25 @@ fn rank_of_many_works() {
     leave(world);
 }
 
-/// Works of two worlds under way together, waited for from the last to the first, with results that feed the next.
+/// Works of two worlds under way together, waited for from the last to the first, with results that
+/// feed the next.
 fn many_works(world: &dyn Collective) -> Result<()> {
     let (rank, world_size) = (world.rank(), world.world_size());
     let other = world.split(0)?;
     for _ in 0..5 {
-        let buffers: Vec<Tensor> = (1..=6).map(|size| brought(rank, size * 50, Kind::Double)).collect();
+        let buffers: Vec<Tensor> =
+            (1..=6).map(|size| brought(rank, size * 50, Kind::Double)).collect();
         let start = |index: usize| {
             let world = if index.is_multiple_of(2) { world } else { &*other };
             world.all_reduce(vec![buffers[index].shallow_clone()], ReduceOp::Sum)
         };
         let works = (0..buffers.len()).map(start).collect::<Result<Vec<Work>>>()?;
         works.into_iter().rev().try_for_each(Work::wait)?;
-        (0..buffers.len()).map(start).collect::<Result<Vec<Work>>>()?.into_iter().try_for_each(Work::wait)?;
+        (0..buffers.len())
+            .map(start)
+            .collect::<Result<Vec<Work>>>()?
+            .into_iter()
+            .try_for_each(Work::wait)?;
         for buffer in &buffers {
             let sum = expected(world_size, buffer.numel() as i64, Kind::Double, ReduceOp::Sum);
             assert!(buffer.equal(&(sum * world_size as f64)));
@@ -352,7 +441,10 @@ fn an_error_that_one_rank_alone_is_told_ends_the_world() {
 
 #[test]
 fn a_launch_that_fails_ends_the_world() {
-    let words = ["nccl all_reduce: rank 0/2: all_reduce of 4000 bytes (operation 1 of its world): ", "unhandled system error"];
+    let words = [
+        "nccl all_reduce: rank 0/2: all_reduce of 4000 bytes (operation 1 of its world): ",
+        "unhandled system error",
+    ];
     fails(&[("NCCL_DOUBLE_ERROR", "0:1")], "nccl::rank_of_a_world_that_fails", 22, &words);
 }
 
@@ -364,14 +456,26 @@ fn peers_that_never_come_together_are_given_up() {
 
 #[test]
 fn an_operation_that_never_starts_is_given_up() {
-    let words = ["nccl all_reduce: rank 0/1: all_reduce of 4000 bytes (operation 1 of its world): NCCL is still in progress after 3.0 s"];
-    fails_among(1, &[("NCCL_DOUBLE_STUCK_OPERATION", "0:1")], "nccl::rank_of_a_world_that_fails", 22, &words);
+    let words = [
+        "nccl all_reduce: rank 0/1: all_reduce of 4000 bytes (operation 1 of its world): NCCL is still in progress after 3.0 s",
+    ];
+    fails_among(
+        1,
+        &[("NCCL_DOUBLE_STUCK_OPERATION", "0:1")],
+        "nccl::rank_of_a_world_that_fails",
+        22,
+        &words,
+    );
 }
 
 #[test]
 fn c16_an_abort_that_hangs_is_left_behind() {
     let switches = [("NCCL_DOUBLE_LATE_ERROR", "0:0"), ("NCCL_DOUBLE_ABORT_HANGS", "1")];
-    let words = ["nccl all_reduce: rank 0/2: ", "WARN", "ncclCommAbort has not returned after 1.0 s and is left behind"];
+    let words = [
+        "nccl all_reduce: rank 0/2: ",
+        "WARN",
+        "ncclCommAbort has not returned after 1.0 s and is left behind",
+    ];
     fails(&switches, "nccl::rank_of_a_world_that_fails", 22, &words);
 }
 
@@ -389,12 +493,20 @@ fn a11_fewer_gpus_than_ranks_are_refused() {
 
 #[test]
 fn a11_two_ranks_on_one_gpu_are_refused() {
-    fails(&[("NCCL_DOUBLE_SAME_GPU", "1")], "nccl::rank_of_a_world_that_fails", 52, &["ranks 0 and 1 both took GPU "]);
+    fails(
+        &[("NCCL_DOUBLE_SAME_GPU", "1")],
+        "nccl::rank_of_a_world_that_fails",
+        52,
+        &["ranks 0 and 1 both took GPU "],
+    );
 }
 
 #[test]
 fn a_peer_that_never_comes_is_noticed_at_the_wait() {
-    let words = ["nccl all_reduce: rank 0/2: all_reduce of 4000 bytes (operation 0 of its world)", "is not over after 3."];
+    let words = [
+        "nccl all_reduce: rank 0/2: all_reduce of 4000 bytes (operation 0 of its world)",
+        "is not over after 3.",
+    ];
     fails(&[], "nccl::rank_whose_peer_never_comes", 22, &words);
 }
 
@@ -406,7 +518,9 @@ fn rank_whose_peer_never_comes() {
 
 #[test]
 fn a_work_that_nobody_waits_for_is_noticed_by_later_calls() {
-    let words = ["nccl all_reduce: rank 0/2: all_reduce of 4000 bytes (operation 0 of its world) is not over after 3."];
+    let words = [
+        "nccl all_reduce: rank 0/2: all_reduce of 4000 bytes (operation 0 of its world) is not over after 3.",
+    ];
     fails(&[], "nccl::rank_that_does_not_wait", 22, &words);
 }
 
@@ -414,7 +528,9 @@ fn a_work_that_nobody_waits_for_is_noticed_by_later_calls() {
 #[ignore = "started by mpirun from another test"]
 fn rank_that_does_not_wait() {
     alone(|world| {
-        let _under_way = world.all_reduce(vec![brought(0, 1000, Kind::Float)], ReduceOp::Sum).expect("a sound call");
+        let _under_way = world
+            .all_reduce(vec![brought(0, 1000, Kind::Float)], ReduceOp::Sum)
+            .expect("a sound call");
         let nothing = || world.all_reduce(Vec::new(), ReduceOp::Sum).map(drop);
         std::iter::repeat_with(nothing).find_map(Result::err).expect("it goes on until an error")
     });
@@ -422,14 +538,18 @@ fn rank_that_does_not_wait() {
 
 #[test]
 fn a_rank_that_leaves_early_does_not_wait_for_its_peers() {
-    let words = ["step 7: the loss is not finite", "NCCL could not take leave of its peers: NCCL is still in progress after 1.0 s"];
+    let words = [
+        "step 7: the loss is not finite",
+        "NCCL could not take leave of its peers: NCCL is still in progress after 1.0 s",
+    ];
     fails(&[], "nccl::rank_that_leaves_early", 41, &words);
 }
 
 #[test]
 #[ignore = "started by mpirun from another test"]
 fn rank_that_leaves_early() {
-    let (_control, nccl) = join_by_nccl(Limits { abort: Duration::from_secs(1), ..Limits::default() });
+    let (_control, nccl) =
+        join_by_nccl(Limits { abort: Duration::from_secs(1), ..Limits::default() });
     println!("{FAILS_NOW}");
     if nccl.rank() == 0 {
         let waited = sum_once(&nccl);

@@ -19,8 +19,16 @@ pub fn oracle(script: &str, arguments: &[&str]) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let python = root.join(".deps/oracle/bin/python");
     assert!(python.exists(), "{} is missing: run launch/setup.sh --oracle", python.display());
-    let output = Command::new(python).arg(root.join("tests/oracle").join(script)).args(arguments).output().unwrap();
-    assert!(output.status.success(), "{script} {arguments:?}:\n{}", String::from_utf8_lossy(&output.stderr));
+    let output = Command::new(python)
+        .arg(root.join("tests/oracle").join(script))
+        .args(arguments)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{script} {arguments:?}:\n{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 /// A new seed each run; it is printed, so that a failure can be had again.
@@ -44,15 +52,24 @@ pub fn relative_difference(found: &Tensor, expected: &Tensor) -> f64 {
 pub fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f64, what: &str) {
     assert_eq!(found.size(), expected.size(), "{what}");
     let difference = relative_difference(found, expected);
-    assert!(difference <= tolerance, "{what}: ‖difference‖ is {difference:e} of ‖expected‖, allowed {tolerance:e}");
+    assert!(
+        difference <= tolerance,
+        "{what}: ‖difference‖ is {difference:e} of ‖expected‖, allowed {tolerance:e}"
+    );
 }
 
 /// Equal, or neighbouring f32 numbers.
 pub fn assert_within_one_ulp(found: &Tensor, expected: &Tensor, what: &str) {
     assert_eq!(found.size(), expected.size(), "{what}");
     let ordered = |tensor: &Tensor| {
-        let bits = |value: f32| (value.to_bits() & 0x7fff_ffff) as i64 * if value.is_sign_negative() { -1 } else { 1 };
-        Vec::<f32>::try_from(tensor.flatten(0, -1).to_kind(Kind::Float)).unwrap().into_iter().map(bits).collect::<Vec<_>>()
+        let bits = |value: f32| {
+            (value.to_bits() & 0x7fff_ffff) as i64 * if value.is_sign_negative() { -1 } else { 1 }
+        };
+        Vec::<f32>::try_from(tensor.flatten(0, -1).to_kind(Kind::Float))
+            .unwrap()
+            .into_iter()
+            .map(bits)
+            .collect::<Vec<_>>()
     };
     for (a, b) in ordered(found).into_iter().zip(ordered(expected)) {
         assert!((a - b).abs() <= 1, "{what}: {} units in the last place apart", (a - b).abs());

@@ -1,5 +1,6 @@
-//! Every model with every adapter, under every flag of both: the first step runs, or the configuration is refused with a hint that works.
-//! The same for the edges of what a model's settings may be.
+//! Every model with every adapter, under every flag of both: the first step runs, or the
+//! configuration is refused with a hint that works. The same for the edges of what a model's
+//! settings may be.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -71,12 +72,18 @@ const ADAPTERS: [(&str, &[&str]); 5] = [
 /// Every key that any adapter reads, in the shapes of these models.
 fn data(tiny: &Tiny, folder: &Path) {
     let attends = tiny.model.contains("image_dim = 8\nadded");
-    let text: (&str, &[i64]) = if attends { ("text_embeddings", &[512, 12]) } else { ("text_embeddings", &[5, 12]) };
+    let text: (&str, &[i64]) =
+        if attends { ("text_embeddings", &[512, 12]) } else { ("text_embeddings", &[5, 12]) };
     let mask: (&str, &[i64]) = if attends { ("text_mask", &[512]) } else { ("text_mask", &[5]) };
     let images = [tiny.keys[0], text, mask, ("pooled_prompt_embeds", &[10])];
-    let videos =
-        [("text_embeddings_2", &[3, 10][..]), ("text_mask_2", &[3]), ("image_embeds", &[7, 8]), ("condition_latents", &[5, 3, 4, 6])];
-    let keys = if tiny.data_type == "image" { images.to_vec() } else { [&images[..3], &videos].concat() };
+    let videos = [
+        ("text_embeddings_2", &[3, 10][..]),
+        ("text_mask_2", &[3]),
+        ("image_embeds", &[7, 8]),
+        ("condition_latents", &[5, 3, 4, 6]),
+    ];
+    let keys =
+        if tiny.data_type == "image" { images.to_vec() } else { [&images[..3], &videos].concat() };
     Tiny { keys: keys.leak(), ..*tiny }.write_data(folder);
 }
 
@@ -93,14 +100,20 @@ fn step(config: &RunConfig, folder: &Path) -> Result<(), Error> {
 
 /// All ways to set the flags.
 fn settings_of(flags: &[&str]) -> Vec<Vec<String>> {
-    let set = |bits: usize| (0..flags.len()).map(move |at| format!("flow_matching.adapter.{}={}", flags[at], bits >> at & 1 == 1));
+    let set = |bits: usize| {
+        (0..flags.len())
+            .map(move |at| format!("flow_matching.adapter.{}={}", flags[at], bits >> at & 1 == 1))
+    };
     (0..1 << flags.len()).map(|bits| set(bits).collect()).collect()
 }
 
-/// The assignments that the hints of a refusal name, and true if the adapter's own arguments are to be left out.
+/// The assignments that the hints of a refusal name, and true if the adapter's own arguments are to
+/// be left out.
 fn hinted(refusal: &str) -> (Vec<String>, bool) {
     let hints = refusal.split("; ").filter_map(|part| part.strip_prefix("set "));
-    let assignments = hints.flat_map(|hint| hint.split(", and no arguments of").next().unwrap().split(" and ").map(String::from));
+    let assignments = hints.flat_map(|hint| {
+        hint.split(", and no arguments of").next().unwrap().split(" and ").map(String::from)
+    });
     (assignments.collect(), refusal.contains(", and no arguments of"))
 }
 
@@ -114,24 +127,32 @@ fn every_model_with_every_adapter_takes_its_first_step_or_is_refused_with_a_hint
             for (adapter, flags) in ADAPTERS {
                 for settings in settings_of(flags) {
                     let what = format!("{model} {model_flag} with {adapter} {settings:?}");
-                    let mut overrides: Vec<String> = vec![format!("flow_matching.adapter_type={adapter}")];
+                    let mut overrides: Vec<String> =
+                        vec![format!("flow_matching.adapter_type={adapter}")];
                     overrides.extend((!model_flag.is_empty()).then(|| model_flag.to_string()));
                     let whole = [&overrides[..], &settings].concat();
                     match read(&tiny, root.path(), &whole) {
                         Ok(config) => {
-                            step(&config, root.path()).unwrap_or_else(|error| panic!("{what}: {error}"));
+                            step(&config, root.path())
+                                .unwrap_or_else(|error| panic!("{what}: {error}"));
                             ran += 1;
                         }
                         Err(error) => {
                             assert_eq!(error.exit_code(), 50, "{what}: {error}");
                             let text = error.to_string();
-                            assert!(text.contains(&format!("`{model}`")) || text.contains("the model's"), "{what}: {text}");
+                            assert!(
+                                text.contains(&format!("`{model}`"))
+                                    || text.contains("the model's"),
+                                "{what}: {text}"
+                            );
                             let (hints, without_arguments) = hinted(&text);
                             assert!(!hints.is_empty(), "{what}: {text}");
                             let kept = if without_arguments { &overrides[..] } else { &whole };
                             let followed = [kept, &hints].concat();
-                            let config = read(&tiny, root.path(), &followed).unwrap_or_else(|again| panic!("{what}: {text}\nthen {again}"));
-                            step(&config, root.path()).unwrap_or_else(|error| panic!("{what}, as hinted: {error}"));
+                            let config = read(&tiny, root.path(), &followed)
+                                .unwrap_or_else(|again| panic!("{what}: {text}\nthen {again}"));
+                            step(&config, root.path())
+                                .unwrap_or_else(|error| panic!("{what}, as hinted: {error}"));
                             refused += 1;
                         }
                     }
@@ -144,7 +165,22 @@ fn every_model_with_every_adapter_takes_its_first_step_or_is_refused_with_a_hint
 }
 
 /// Values at the edges and beyond.
-const EDGES: [&str; 14] = ["-1", "0", "1", "2", "3", "5", "7", "11", "64", "65", "65536", "1048576", "9223372036854775807", "1e300"];
+const EDGES: [&str; 14] = [
+    "-1",
+    "0",
+    "1",
+    "2",
+    "3",
+    "5",
+    "7",
+    "11",
+    "64",
+    "65",
+    "65536",
+    "1048576",
+    "9223372036854775807",
+    "1e300",
+];
 /// Parameters of a model that a test can take a step with.
 const SMALL: i64 = 2_000_000;
 
@@ -152,7 +188,8 @@ const SMALL: i64 = 2_000_000;
 fn edges(config: &RunConfig) -> Vec<String> {
     let listing: toml::Table = toml::from_str(&config.to_toml()).unwrap();
     let tables = listing["model"].as_table().unwrap();
-    let (name, table) = tables.iter().find_map(|(name, value)| Some((name, value.as_table()?))).unwrap();
+    let (name, table) =
+        tables.iter().find_map(|(name, value)| Some((name, value.as_table()?))).unwrap();
     let mut found = Vec::new();
     for (key, value) in table {
         for edge in EDGES {
@@ -162,7 +199,9 @@ fn edges(config: &RunConfig) -> Vec<String> {
                     changed[at] = edge.into();
                     format!("model.{name}.{key}=[{}]", changed.join(","))
                 })),
-                toml::Value::Integer(_) | toml::Value::Float(_) => found.push(format!("model.{name}.{key}={edge}")),
+                toml::Value::Integer(_) | toml::Value::Float(_) => {
+                    found.push(format!("model.{name}.{key}={edge}"))
+                }
                 _ => {}
             }
         }
@@ -170,7 +209,8 @@ fn edges(config: &RunConfig) -> Vec<String> {
     found
 }
 
-/// A configuration that is read and planned either takes its step or is refused as one that does not fit the data; none panics.
+/// A configuration that is read and planned either takes its step or is refused as one that does
+/// not fit the data; none panics.
 #[test]
 fn the_edges_of_a_models_settings_are_refused_as_configuration_or_train() {
     let (mut ran, mut refused, mut wrong) = (0, 0, Vec::new());
@@ -178,14 +218,25 @@ fn the_edges_of_a_models_settings_are_refused_as_configuration_or_train() {
         let root = TempDir::new().unwrap();
         data(&tiny, root.path());
         let adapter = vec![format!("flow_matching.adapter_type={}", tiny.adapter)];
-        let hint = hinted(&read(&tiny, root.path(), &adapter).err().map(|error| error.to_string()).unwrap_or_default()).0;
+        let hint = hinted(
+            &read(&tiny, root.path(), &adapter)
+                .err()
+                .map(|error| error.to_string())
+                .unwrap_or_default(),
+        )
+        .0;
         let base = [adapter, hint].concat();
         let config = read(&tiny, root.path(), &base).unwrap();
         for edge in edges(&config) {
             let attempt = || -> Result<(), Error> {
-                let config = read(&tiny, root.path(), &[&base[..], std::slice::from_ref(&edge)].concat())?;
-                check(&config, &CheckRequest { world_size: 1, latents: None, text_tokens: 512, scaling: None })?;
-                let parameters: i64 = config.model.family.stages()?.iter().map(|stage| stage.params().numel()).sum();
+                let config =
+                    read(&tiny, root.path(), &[&base[..], std::slice::from_ref(&edge)].concat())?;
+                check(
+                    &config,
+                    &CheckRequest { world_size: 1, latents: None, text_tokens: 512, scaling: None },
+                )?;
+                let parameters: i64 =
+                    config.model.family.stages()?.iter().map(|stage| stage.params().numel()).sum();
                 if parameters < SMALL { step(&config, root.path()) } else { Ok(()) }
             };
             match catch_unwind(AssertUnwindSafe(attempt)) {

@@ -1,4 +1,5 @@
-//! Small training runs for the other tests: worlds of threads in this process, and the real program as a child.
+//! Small training runs for the other tests: worlds of threads in this process, and the real program
+//! as a child.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,7 +16,8 @@ use fm_dist::run::Resume;
 use fm_dist::telemetry::metrics;
 use fm_dist::train::{TrainOptions, train};
 
-/// Overrides that make the digits run small; a global batch of 32 in blocks of 8 suits 1, 2 and 4 ranks.
+/// Overrides that make the digits run small; a global batch of 32 in blocks of 8 suits 1, 2 and 4
+/// ranks.
 pub const TINY: [&str; 6] = [
     "model.dit.width=32",
     "model.dit.depth=2",
@@ -35,9 +37,14 @@ fn texts(words: &[&str]) -> Vec<String> {
 }
 
 /// Trains in a world of `ranks` threads; every rank must end alike. Returns the run folder.
-pub fn train_in_threads(config: &RunConfig, resume: &Resume, ranks: usize) -> Result<PathBuf, Error> {
+pub fn train_in_threads(
+    config: &RunConfig,
+    resume: &Resume,
+    ranks: usize,
+) -> Result<PathBuf, Error> {
     let start = |world: Threads| {
-        let (config, options) = (config.clone(), TrainOptions { resume: resume.clone(), ..TrainOptions::default() });
+        let (config, options) =
+            (config.clone(), TrainOptions { resume: resume.clone(), ..TrainOptions::default() });
         thread::spawn(move || train(&config, &options, &world).map(|(folder, _)| folder))
     };
     let threads: Vec<_> = Threads::world(ranks).into_iter().map(start).collect();
@@ -48,8 +55,11 @@ pub fn train_in_threads(config: &RunConfig, resume: &Resume, ranks: usize) -> Re
 /// Bytes of every file of a checkpoint by name.
 pub fn checkpoint(run: &Path, step: u64) -> BTreeMap<String, Vec<u8>> {
     let folder = run.join(format!("step-{step:08}"));
-    let entries = fs::read_dir(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
-    let read = |path: PathBuf| (path.file_name().unwrap().to_str().unwrap().to_string(), fs::read(&path).unwrap());
+    let entries =
+        fs::read_dir(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
+    let read = |path: PathBuf| {
+        (path.file_name().unwrap().to_str().unwrap().to_string(), fs::read(&path).unwrap())
+    };
     let files: BTreeMap<_, _> = entries.map(|entry| read(entry.unwrap().path())).collect();
     assert_eq!(files.len(), 3, "model, optimizer, manifest: {:?}", files.keys());
     files
@@ -70,8 +80,13 @@ pub fn program(arguments: &[&str]) -> Command {
 /// `mpirun -n ranks` of the program, with what Open MPI asks for as root and on few cores.
 pub fn mpirun(ranks: usize, arguments: &[&str]) -> Command {
     let mut command = Command::new("mpirun");
-    command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1").env("OMP_NUM_THREADS", "1");
-    command.args(["--oversubscribe", "-n", &ranks.to_string(), env!("CARGO_BIN_EXE_fm-dist")]).args(arguments);
+    command
+        .env("OMPI_ALLOW_RUN_AS_ROOT", "1")
+        .env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+        .env("OMP_NUM_THREADS", "1");
+    command
+        .args(["--oversubscribe", "-n", &ranks.to_string(), env!("CARGO_BIN_EXE_fm-dist")])
+        .args(arguments);
     command
 }
 
@@ -84,11 +99,16 @@ pub fn with_sets<'w>(command: &[&'w str], overrides: &[&'w str]) -> Vec<&'w str>
 /// Runs to the end; standard error as text and the exit code.
 pub fn finish(mut command: Command) -> (i32, String, String) {
     let Output { status, stdout, stderr } = command.output().unwrap();
-    (status.code().unwrap_or(-1), String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap())
+    (
+        status.code().unwrap_or(-1),
+        String::from_utf8(stdout).unwrap(),
+        String::from_utf8(stderr).unwrap(),
+    )
 }
 
-/// Starts the command, kills it with SIGKILL once a line of its standard error contains `text`, and returns when no process
-/// with `mark` in its arguments is left: a launcher's ranks outlive it by moments.
+/// Starts the command, kills it with SIGKILL once a line of its standard error contains `text`, and
+/// returns when no process with `mark` in its arguments is left: a launcher's ranks outlive it by
+/// moments.
 pub fn kill_at(mut command: Command, text: &str, mark: &str) {
     let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
     let mut seen = Vec::new();
@@ -100,7 +120,11 @@ pub fn kill_at(mut command: Command, text: &str, mark: &str) {
     }
     child.kill().unwrap();
     child.wait().unwrap();
-    assert!(seen.last().is_some_and(|line| line.contains(text)), "the program ended without {text:?}:\n{}", seen.join("\n"));
+    assert!(
+        seen.last().is_some_and(|line| line.contains(text)),
+        "the program ended without {text:?}:\n{}",
+        seen.join("\n")
+    );
     let began = Instant::now();
     while !running(mark).is_empty() {
         assert!(began.elapsed() < Duration::from_secs(20), "ranks outlive their killed launcher");
@@ -110,7 +134,10 @@ pub fn kill_at(mut command: Command, text: &str, mark: &str) {
 
 /// Numbers of the processes that have `mark` in their arguments.
 pub fn running(mark: &str) -> Vec<String> {
-    let numbers = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    let arguments = |number: &String| fs::read(format!("/proc/{number}/cmdline")).unwrap_or_default();
+    let numbers = fs::read_dir("/proc")
+        .unwrap()
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let arguments =
+        |number: &String| fs::read(format!("/proc/{number}/cmdline")).unwrap_or_default();
     numbers.filter(|number| String::from_utf8_lossy(&arguments(number)).contains(mark)).collect()
 }

@@ -1,4 +1,5 @@
-//! Samples are those of diffusers' pipelines, family by family, and `fm-dist sample --conditions` takes nothing for granted.
+//! Samples are those of diffusers' pipelines, family by family, and `fm-dist sample --conditions`
+//! takes nothing for granted.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -6,7 +7,9 @@ use std::path::{Path, PathBuf};
 
 use fm_dist::config::FlowSettings;
 use fm_dist::files::safetensors::{self, SafeTensors};
-use fm_dist::flow::{FlowMatchingSettings, Guidance, Guide, ModelAdapter, NoiseLevels, SamplingSettings, solver};
+use fm_dist::flow::{
+    FlowMatchingSettings, Guidance, Guide, ModelAdapter, NoiseLevels, SamplingSettings, solver,
+};
 use fm_dist::rng::{Key, Purpose};
 use fm_dist::run::Resume;
 use serde_json::Value;
@@ -33,13 +36,18 @@ fn adapter_of(family: &str) -> (Box<dyn ModelAdapter>, FlowMatchingSettings) {
         other => other,
     };
     let mut settings = FlowSettings::default();
-    fm_dist::settings::read(&mut settings, "sampling", "", &[format!("adapter_type={name}")]).unwrap();
+    fm_dist::settings::read(&mut settings, "sampling", "", &[format!("adapter_type={name}")])
+        .unwrap();
     (settings.adapter.build(), settings.flow)
 }
 
 fn levels_of(family: &str, shape: &[i64], flow_shift: f64) -> NoiseLevels {
     let (adapter, settings) = adapter_of(family);
-    adapter.noise_levels(shape, &FlowMatchingSettings { flow_shift, ..settings }, guidance_of(family))
+    adapter.noise_levels(
+        shape,
+        &FlowMatchingSettings { flow_shift, ..settings },
+        guidance_of(family),
+    )
 }
 
 /// schnell's models embed no guidance, whatever the adapter has at hand.
@@ -52,8 +60,10 @@ fn number(case: &Value, name: &str) -> f64 {
 }
 
 fn sigmas_of(case: &Value) -> Vec<f64> {
-    let shape: Vec<i64> = case["shape"].as_array().unwrap().iter().map(|size| size.as_i64().unwrap()).collect();
-    levels_of(case["family"].as_str().unwrap(), &shape, number(case, "flow_shift")).sigmas(case["steps"].as_i64().unwrap())
+    let shape: Vec<i64> =
+        case["shape"].as_array().unwrap().iter().map(|size| size.as_i64().unwrap()).collect();
+    levels_of(case["family"].as_str().unwrap(), &shape, number(case, "flow_shift"))
+        .sigmas(case["steps"].as_i64().unwrap())
 }
 
 #[test]
@@ -64,11 +74,17 @@ fn noise_levels_and_trajectories_are_those_of_each_familys_pipeline() {
     let cases = entries(&folder.path().join("sampling.json"));
     let mut counts = BTreeMap::new();
     for case in cases.as_array().unwrap() {
-        let expected = Vec::<f32>::try_from(file.read(&format!("{}.sigmas", case["name"].as_str().unwrap())).unwrap()).unwrap();
+        let expected = Vec::<f32>::try_from(
+            file.read(&format!("{}.sigmas", case["name"].as_str().unwrap())).unwrap(),
+        )
+        .unwrap();
         let found = sigmas_of(case);
         assert_eq!(found.len(), expected.len(), "{case}");
         for (found, expected) in found.iter().zip(expected) {
-            assert!((found - f64::from(expected)).abs() <= SIGMAS, "{case}: a level is {found}, expected {expected}");
+            assert!(
+                (found - f64::from(expected)).abs() <= SIGMAS,
+                "{case}: a level is {found}, expected {expected}"
+            );
         }
         let trajectory = case["trajectory"].as_bool().unwrap();
         if trajectory {
@@ -91,7 +107,9 @@ fn check_trajectory(case: &Value, file: &SafeTensors) {
     let guide = Guide::new(guidance_of(family), &settings, negative.is_some()).unwrap();
     let against = negative.unwrap_or_else(|| text.zeros_like());
     let end = solver::euler(noise, &sigmas_of(case), |x, sigma| {
-        guide.velocity(formula(x, sigma, &text, guide.embedded), || Ok(formula(x, sigma, &against, guide.embedded)))
+        guide.velocity(formula(x, sigma, &text, guide.embedded), || {
+            Ok(formula(x, sigma, &against, guide.embedded))
+        })
     });
     assert_close(&end.unwrap(), &read("samples").unwrap(), TRAJECTORY, &case.to_string());
 }
@@ -104,7 +122,8 @@ fn formula(x: &Tensor, sigma: f64, text: &Tensor, fed: Option<f64>) -> Tensor {
     x.tanh() * (&text + 1.0) + text * (0.25 * sigma) + 0.05 * fed.unwrap_or(0.0)
 }
 
-/// Trains a tiny family, exports it and follows it from noise under guidance, here and with diffusers' pipeline.
+/// Trains a tiny family, exports it and follows it from noise under guidance, here and with
+/// diffusers' pipeline.
 fn check_family(family: &Tiny, pipeline: &str, guidance: &str, negative: bool) {
     let root = TempDir::new().unwrap();
     let (run, folder) = exported(family, root.path());
@@ -118,8 +137,12 @@ fn check_family(family: &Tiny, pipeline: &str, guidance: &str, negative: bool) {
         match *name {
             "image_latents" | "video_latents" => drop(tensors.insert("noise".into(), draw(index))),
             // Text-to-video is a video without an image.
-            "image_embeds" => drop(tensors.insert("image_embeds".into(), Tensor::zeros(&size, FLOAT))),
-            mask if mask.contains("mask") => drop(tensors.insert(mask.into(), Tensor::ones(&size, FLOAT))),
+            "image_embeds" => {
+                drop(tensors.insert("image_embeds".into(), Tensor::zeros(&size, FLOAT)))
+            }
+            mask if mask.contains("mask") => {
+                drop(tensors.insert(mask.into(), Tensor::ones(&size, FLOAT)))
+            }
             condition => {
                 drop(tensors.insert(condition.into(), draw(index)));
                 if negative {
@@ -128,16 +151,37 @@ fn check_family(family: &Tiny, pipeline: &str, guidance: &str, negative: bool) {
             }
         }
     }
-    let borrowed: Vec<(&str, &Tensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let borrowed: Vec<(&str, &Tensor)> =
+        tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     write(&path("conditions.safetensors"), &borrowed, &[("data_type", family.data_type)]);
     let ours = path("ours.safetensors");
-    let (code, errors) = sample(&run, &path("conditions.safetensors"), &ours, &["--steps", "5", "--guidance", guidance]);
+    let (code, errors) = sample(
+        &run,
+        &path("conditions.safetensors"),
+        &ours,
+        &["--steps", "5", "--guidance", guidance],
+    );
     assert_eq!(code, 0, "{errors}");
-    let files = [folder, path("conditions.safetensors"), path("theirs.safetensors")].map(|file| file.to_str().unwrap().to_string());
+    let files = [folder, path("conditions.safetensors"), path("theirs.safetensors")]
+        .map(|file| file.to_str().unwrap().to_string());
     let fixed = ["--steps", "5", "--guidance", guidance, "--shift", "3"];
-    oracle("sampling.py", &[&["exported", pipeline], files.each_ref().map(String::as_str).as_slice(), &fixed].concat());
-    assert_close(&read(&ours, "sigmas"), &read(&path("theirs.safetensors"), "sigmas"), SIGMAS, pipeline);
-    assert_close(&read(&ours, "samples"), &read(&path("theirs.safetensors"), "samples"), TRAJECTORY, pipeline);
+    oracle(
+        "sampling.py",
+        &[&["exported", pipeline], files.each_ref().map(String::as_str).as_slice(), &fixed]
+            .concat(),
+    );
+    assert_close(
+        &read(&ours, "sigmas"),
+        &read(&path("theirs.safetensors"), "sigmas"),
+        SIGMAS,
+        pipeline,
+    );
+    assert_close(
+        &read(&ours, "samples"),
+        &read(&path("theirs.safetensors"), "samples"),
+        TRAJECTORY,
+        pipeline,
+    );
 }
 
 #[test]
@@ -169,7 +213,8 @@ fn hunyuan_video15_is_sampled_as_by_its_pipeline() {
 fn trained() -> (TempDir, PathBuf) {
     let root = TempDir::new().unwrap();
     let output = format!("output_dir={}", root.path().join("run").display());
-    let config = tiny(&["max_steps=12", "flow_matching.flow_shift=2", "sampling.guidance_scale=1", &output]);
+    let config =
+        tiny(&["max_steps=12", "flow_matching.flow_shift=2", "sampling.guidance_scale=1", &output]);
     let run = train_in_threads(&config, &Resume::Never, 1).unwrap();
     (root, run)
 }
@@ -181,7 +226,8 @@ fn write(path: &Path, tensors: &[(&str, &Tensor)], metadata: &[(&str, &str)]) {
 
 /// Runs `fm-dist sample` on the run with conditions from `path`; its exit code and standard error.
 fn sample(run: &Path, conditions: &Path, out: &Path, more: &[&str]) -> (i32, String) {
-    let (run, conditions, out) = (run.to_str().unwrap(), conditions.to_str().unwrap(), out.to_str().unwrap());
+    let (run, conditions, out) =
+        (run.to_str().unwrap(), conditions.to_str().unwrap(), out.to_str().unwrap());
     let fixed = ["sample", "--run", run, "--conditions", conditions, "--out", out];
     let (code, _, errors) = finish(program(&[&fixed, more].concat()));
     (code, errors)
@@ -195,40 +241,83 @@ fn read(path: &Path, key: &str) -> Tensor {
 fn a_trained_model_is_followed_as_by_diffusers_scheduler() {
     let (root, run) = trained();
     let path = |name: &str| root.path().join(name);
-    let draw = || (Tensor::randn([3, 1, 8, 12], FLOAT), Tensor::randn([3, 2, 10], FLOAT), Tensor::randn([3, 4, 10], FLOAT));
-    let (noise, text, negative) = Key::new(fresh_seed("trajectory").parse().unwrap(), Purpose::Test).seeded(draw);
-    let both = [("noise", &noise), ("text_embeddings", &text), ("negative.text_embeddings", &negative)];
+    let draw = || {
+        (
+            Tensor::randn([3, 1, 8, 12], FLOAT),
+            Tensor::randn([3, 2, 10], FLOAT),
+            Tensor::randn([3, 4, 10], FLOAT),
+        )
+    };
+    let (noise, text, negative) =
+        Key::new(fresh_seed("trajectory").parse().unwrap(), Purpose::Test).seeded(draw);
+    let both =
+        [("noise", &noise), ("text_embeddings", &text), ("negative.text_embeddings", &negative)];
     for given in [&both[..], &both[..2]] {
         write(&path("conditions.safetensors"), given, &[("data_type", "image")]);
         let ours = path("ours.safetensors");
-        let (code, errors) = sample(&run, &path("conditions.safetensors"), &ours, &["--steps", "6", "--guidance", "2.5"]);
+        let (code, errors) = sample(
+            &run,
+            &path("conditions.safetensors"),
+            &ours,
+            &["--steps", "6", "--guidance", "2.5"],
+        );
         assert_eq!(code, 0, "{errors}");
         let model = run.join("step-00000012/model-00001-of-00001.safetensors");
-        let files = [&model, &path("conditions.safetensors"), &path("theirs.safetensors")].map(|file| file.to_str().unwrap().to_string());
-        let fixed = ["--steps", "6", "--guidance", "2.5", "--shift", "2", "--heads", "4", "--patch", "2"];
-        oracle("sampling.py", &[&["digits"], files.each_ref().map(String::as_str).as_slice(), &fixed].concat());
-        assert_close(&read(&ours, "samples"), &read(&path("theirs.safetensors"), "samples"), TRAJECTORY, "samples");
-        assert_close(&read(&ours, "sigmas"), &read(&path("theirs.safetensors"), "sigmas"), SIGMAS, "sigmas");
+        let files = [&model, &path("conditions.safetensors"), &path("theirs.safetensors")]
+            .map(|file| file.to_str().unwrap().to_string());
+        let fixed =
+            ["--steps", "6", "--guidance", "2.5", "--shift", "2", "--heads", "4", "--patch", "2"];
+        oracle(
+            "sampling.py",
+            &[&["digits"], files.each_ref().map(String::as_str).as_slice(), &fixed].concat(),
+        );
+        assert_close(
+            &read(&ours, "samples"),
+            &read(&path("theirs.safetensors"), "samples"),
+            TRAJECTORY,
+            "samples",
+        );
+        assert_close(
+            &read(&ours, "sigmas"),
+            &read(&path("theirs.safetensors"), "sigmas"),
+            SIGMAS,
+            "sigmas",
+        );
     }
 }
 
 #[test]
 fn a_file_of_conditions_needs_no_dataset_where_it_says_the_shape() {
     let (root, run) = trained();
-    let (conditions, out) = (root.path().join("conditions.safetensors"), root.path().join("out.safetensors"));
+    let (conditions, out) =
+        (root.path().join("conditions.safetensors"), root.path().join("out.safetensors"));
     let draw = || (Tensor::randn([2, 1, 4, 6], FLOAT), Tensor::randn([2, 1, 10], FLOAT));
     let (noise, text) = Key::new(1, Purpose::Test).seeded(draw);
     write(&conditions, &[("text_embeddings", &text)], &[]);
     let (code, errors) = sample(&run, &conditions, &out, &["--per-condition", "3"]);
-    assert_eq!((code, read(&out, "samples").size()), (0, vec![6, 1, 8, 8]), "the dataset's shape, {errors}");
+    assert_eq!(
+        (code, read(&out, "samples").size()),
+        (0, vec![6, 1, 8, 8]),
+        "the dataset's shape, {errors}"
+    );
     let config = fs::read_to_string(run.join("config.toml")).unwrap();
-    fs::write(run.join("config.toml"), config.replace("embedded:digits", "/no/such/dataset")).unwrap();
+    fs::write(run.join("config.toml"), config.replace("embedded:digits", "/no/such/dataset"))
+        .unwrap();
     let (code, errors) = sample(&run, &conditions, &out, &[]);
     assert_eq!(code, 50, "{errors}");
-    assert!(errors.contains("--shape: ") && errors.contains("holds no `noise`") && errors.contains("/no/such/dataset"), "{errors}");
-    let (code, errors) = sample(&run, &conditions, &out, &["--shape", "1,4,6", "--shift", "3", "--steps", "4"]);
+    assert!(
+        errors.contains("--shape: ")
+            && errors.contains("holds no `noise`")
+            && errors.contains("/no/such/dataset"),
+        "{errors}"
+    );
+    let (code, errors) =
+        sample(&run, &conditions, &out, &["--shape", "1,4,6", "--shift", "3", "--steps", "4"]);
     assert_eq!((code, read(&out, "samples").size()), (0, vec![2, 1, 4, 6]), "{errors}");
-    assert!((read(&out, "sigmas").double_value(&[2]) - 0.75).abs() < SIGMAS, "a shift of 3 is the one asked for");
+    assert!(
+        (read(&out, "sigmas").double_value(&[2]) - 0.75).abs() < SIGMAS,
+        "a shift of 3 is the one asked for"
+    );
     write(&conditions, &[("text_embeddings", &text), ("noise", &noise)], &[]);
     let picture = root.path().join("out.png");
     let (code, errors) = sample(&run, &conditions, &picture, &["--out", out.to_str().unwrap()]);
@@ -253,10 +342,18 @@ impl Refusals {
         self.call(tensors, metadata, &[], 40, &format!("conditions.safetensors: {text}"));
     }
 
-    fn call(&self, tensors: &[(&str, &Tensor)], metadata: &[(&str, &str)], more: &[&str], expected: i32, text: &str) {
+    fn call(
+        &self,
+        tensors: &[(&str, &Tensor)],
+        metadata: &[(&str, &str)],
+        more: &[&str],
+        expected: i32,
+        text: &str,
+    ) {
         let path = self.root.path().join("conditions.safetensors");
         write(&path, tensors, metadata);
-        let (code, errors) = sample(&self.run, &path, &self.root.path().join("out.safetensors"), more);
+        let (code, errors) =
+            sample(&self.run, &path, &self.root.path().join("out.safetensors"), more);
         assert_eq!(code, expected, "{text}: {errors}");
         assert!(errors.contains(text), "{text:?} is not in {errors}");
     }
@@ -271,20 +368,34 @@ fn tensors_that_do_not_fit_are_refused_with_file_key_and_expectation() {
     refused(&[], "holds no tensors; expected conditions [N, …] under the adapter's keys");
     refused(&[started], "the simple adapter needs `text_embeddings`");
     let rows = Tensor::ones([3, 3, 10], FLOAT);
-    refused(&[started, ("text_embeddings", &rows)], "`text_embeddings` has shape [3, 3, 10]; expected 2 rows as in `noise`");
+    refused(
+        &[started, ("text_embeddings", &rows)],
+        "`text_embeddings` has shape [3, 3, 10]; expected 2 rows as in `noise`",
+    );
     let flat = Tensor::ones([2, 10], FLOAT);
     refused(&[("text_embeddings", &flat)], "`text_embeddings` is [10] a sample, expected [L, D]");
     let broken = Tensor::full([2, 3, 10], f64::NAN, FLOAT);
     refused(&[("text_embeddings", &broken)], "`text_embeddings` holds numbers that are not finite");
-    refused(&[given, ("noise", &text)], "`noise` has shape [2, 3, 10]; expected [N, C, H, W] or [N, C, F, H, W]");
-    refused(&[given, started, ("negative.text", &text)], "holds `negative.text`, but no `text` that it is the counterpart of");
+    refused(
+        &[given, ("noise", &text)],
+        "`noise` has shape [2, 3, 10]; expected [N, C, H, W] or [N, C, F, H, W]",
+    );
+    refused(
+        &[given, started, ("negative.text", &text)],
+        "holds `negative.text`, but no `text` that it is the counterpart of",
+    );
     let narrow = Tensor::ones([2, 3, 7], FLOAT);
     let unlike_model = "conditions.safetensors: model.dit.condition_width: is 10, the data's text_embeddings have 7";
     refusals.call(&[("text_embeddings", &narrow)], &[], &[], 50, unlike_model);
     let video = Tensor::zeros([2, 1, 2, 8, 8], FLOAT);
     let no_video = "conditions.safetensors: model.dit.patch_size: takes latents [C, H, W], the data have [1, 2, 8, 8]";
     refusals.call(&[given, ("noise", &video)], &[], &[], 50, no_video);
-    let (code, errors) = sample(&refusals.run, Path::new("/no/such.safetensors"), &refusals.root.path().join("out.safetensors"), &[]);
+    let (code, errors) = sample(
+        &refusals.run,
+        Path::new("/no/such.safetensors"),
+        &refusals.root.path().join("out.safetensors"),
+        &[],
+    );
     assert!(code == 40 && errors.contains("/no/such.safetensors"), "{errors}");
 }
 
@@ -295,17 +406,33 @@ fn metadata_and_arguments_that_contradict_the_file_are_refused() {
     let video = Tensor::zeros([2, 1, 2, 8, 8], FLOAT);
     let given = ("text_embeddings", &text);
     let (picture, film) = ([given, ("noise", &noise)], [given, ("noise", &video)]);
-    let no_image = "data_type in the metadata is \"image\", but samples of shape [1, 2, 8, 8] are \"video\"";
+    let no_image =
+        "data_type in the metadata is \"image\", but samples of shape [1, 2, 8, 8] are \"video\"";
     refusals.file(&film, &[("data_type", "image")], no_image);
-    refusals.file(&picture, &[("task_type", "v2v")], "task_type in the metadata is \"v2v\", expected \"t2v\" or \"i2v\"");
+    refusals.file(
+        &picture,
+        &[("task_type", "v2v")],
+        "task_type in the metadata is \"v2v\", expected \"t2v\" or \"i2v\"",
+    );
     let no_video = "task_type is \"i2v\", which is for videos [C, F, H, W], not [1, 8, 8]";
     refusals.file(&picture, &[("task_type", "i2v")], no_video);
-    let no_frames = "task_type is \"i2v\", but there is no `condition_latents` [N, C, F, H, W] to begin with";
+    let no_frames =
+        "task_type is \"i2v\", but there is no `condition_latents` [N, C, F, H, W] to begin with";
     refusals.file(&film, &[("task_type", "i2v")], no_frames);
     let negative = [given, ("negative.text_embeddings", &text)];
-    let configuration = |tensors: &[(&str, &Tensor)], more: &[&str], text: &str| refusals.call(tensors, &[], more, 50, text);
-    configuration(&negative, &[], "sampling.guidance_scale: is 1, which leaves the negative conditions unused");
-    configuration(&[given], &["--true-cfg-scale", "2"], "sampling.true_cfg_scale: is for families whose models embed");
+    let configuration = |tensors: &[(&str, &Tensor)], more: &[&str], text: &str| {
+        refusals.call(tensors, &[], more, 50, text)
+    };
+    configuration(
+        &negative,
+        &[],
+        "sampling.guidance_scale: is 1, which leaves the negative conditions unused",
+    );
+    configuration(
+        &[given],
+        &["--true-cfg-scale", "2"],
+        "sampling.true_cfg_scale: is for families whose models embed",
+    );
     configuration(&picture, &["--shape", "1,4,4"], "--shape: is [1, 4, 4], but `noise` in");
     configuration(&picture, &["--per-condition", "2"], "--per-condition: 2 would be equal");
     refusals.call(&[given], &[], &["--shape", "8,8"], 2, "expected C,H,W or C,F,H,W");

@@ -7,19 +7,32 @@ use fm_dist::adapter::{create_adapter, create_pipeline};
 use fm_dist::data::{Batch, DataType};
 use fm_dist::error::Result;
 use fm_dist::flow::report::{StepFacts, detailed, summary};
-use fm_dist::flow::{CfgDropout, FlowMatchingPipeline, FlowMatchingSettings, Statistics, StepOptions, StepOutput, TaskType};
+use fm_dist::flow::{
+    CfgDropout, FlowMatchingPipeline, FlowMatchingSettings, Statistics, StepOptions, StepOutput,
+    TaskType,
+};
 use fm_dist::nn::Activations;
 use fm_dist::rng::{Key, Purpose, Stream};
 use tch::{Device, Kind, Tensor};
 
 const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
-const OPTIONS: StepOptions<'static> = StepOptions { global_step: 3, collect_metrics: true, check_loss: true, strata: None };
+const OPTIONS: StepOptions<'static> =
+    StepOptions { global_step: 3, collect_metrics: true, check_loss: true, strata: None };
 
 fn batch(size: i64) -> Batch {
-    let (latents, text) =
-        Key::new(1, Purpose::Test).seeded(|| (Tensor::randn([size, 2, 4, 4], FLOAT), Tensor::rand([size, 3, 5], FLOAT) + 0.5));
-    let tensors = BTreeMap::from([("image_latents".to_string(), latents), ("text_embeddings".to_string(), text)]);
-    Batch { tensors, data_type: DataType::Image, sample_ids: (0..size as u64).collect(), bad_samples: 0 }
+    let (latents, text) = Key::new(1, Purpose::Test).seeded(|| {
+        (Tensor::randn([size, 2, 4, 4], FLOAT), Tensor::rand([size, 3, 5], FLOAT) + 0.5)
+    });
+    let tensors = BTreeMap::from([
+        ("image_latents".to_string(), latents),
+        ("text_embeddings".to_string(), text),
+    ]);
+    Batch {
+        tensors,
+        data_type: DataType::Image,
+        sample_ids: (0..size as u64).collect(),
+        bad_samples: 0,
+    }
 }
 
 fn pipeline(change: impl FnOnce(&mut FlowMatchingSettings)) -> FlowMatchingPipeline {
@@ -50,13 +63,23 @@ fn a_mask_takes_elements_out_of_the_mean_and_only_where_asked() {
     assert!(carried.loss_mask.is_some());
     assert_eq!(carried.average_weighted_loss, carried.weighted_loss.mean(Kind::Float));
     let applied = step(&pipeline(|settings| settings.apply_loss_mask = true), &batch).unwrap().loss;
-    let kept = applied.weighted_loss.index_select(0, &Tensor::from_slice(&[0i64, 3])).mean(Kind::Float);
-    assert!((applied.average_weighted_loss.double_value(&[]) - kept.double_value(&[])).abs() < 1e-6);
+    let kept =
+        applied.weighted_loss.index_select(0, &Tensor::from_slice(&[0i64, 3])).mean(Kind::Float);
+    assert!(
+        (applied.average_weighted_loss.double_value(&[]) - kept.double_value(&[])).abs() < 1e-6
+    );
     batch.tensors.insert("loss_mask".into(), Tensor::ones([3], FLOAT));
-    let error = step(&pipeline(|settings| settings.apply_loss_mask = true), &batch).unwrap_err().to_string();
+    let error = step(&pipeline(|settings| settings.apply_loss_mask = true), &batch)
+        .unwrap_err()
+        .to_string();
     assert_eq!(error, "batch: `loss_mask` [3] must have the latents' 4 samples");
     batch.tensors.remove("loss_mask");
-    assert_eq!(step(&pipeline(|settings| settings.apply_loss_mask = true), &batch).unwrap_err().exit_code(), 40);
+    assert_eq!(
+        step(&pipeline(|settings| settings.apply_loss_mask = true), &batch)
+            .unwrap_err()
+            .exit_code(),
+        40
+    );
 }
 
 /// Which samples' conditions reached the model.
@@ -83,7 +106,10 @@ fn conditions_are_dropped_sample_by_sample_with_their_probability() {
     let dropped = kept.iter().filter(|kept| !**kept).count() as f64 / 4000.0;
     // Standard deviation sqrt(0.25 · 0.75 / 4000) = 0.0068; four of them.
     assert!((dropped - 0.25).abs() < 0.028, "{dropped}");
-    assert!(kept_conditions(|_| {}, 100).iter().all(|kept| *kept), "the simple adapter drops nothing, as in the reference");
+    assert!(
+        kept_conditions(|_| {}, 100).iter().all(|kept| *kept),
+        "the simple adapter drops nothing, as in the reference"
+    );
 }
 
 #[test]
@@ -95,9 +121,17 @@ fn a_batch_that_does_not_fit_is_refused_by_name() {
         assert_eq!(error.exit_code(), 40);
         error.to_string()
     };
-    assert!(refused(&|batch| drop(batch.tensors.remove("image_latents"))).contains("neither `video_latents` nor `image_latents`"));
-    assert!(refused(&|batch| drop(batch.tensors.remove("text_embeddings"))).contains("needs `text_embeddings`"));
-    let flat = |batch: &mut Batch| drop(batch.tensors.insert("image_latents".into(), Tensor::zeros([2, 3], FLOAT)));
+    assert!(
+        refused(&|batch| drop(batch.tensors.remove("image_latents")))
+            .contains("neither `video_latents` nor `image_latents`")
+    );
+    assert!(
+        refused(&|batch| drop(batch.tensors.remove("text_embeddings")))
+            .contains("needs `text_embeddings`")
+    );
+    let flat = |batch: &mut Batch| {
+        drop(batch.tensors.insert("image_latents".into(), Tensor::zeros([2, 3], FLOAT)))
+    };
     assert!(refused(&flat).contains("must be [B, C, H, W] or [B, C, F, H, W], found [2, 3]"));
 }
 
@@ -123,8 +157,11 @@ fn video_latents_win_and_videos_are_sometimes_image_to_video() {
 
 #[test]
 fn a_loss_that_explodes_is_refused_with_its_step_and_value() {
-    let explode =
-        |value: f64| move |inputs: Activations| Ok(Activations::new().with("prediction", inputs.get("hidden_states") * 0.0 + value));
+    let explode = |value: f64| {
+        move |inputs: Activations| {
+            Ok(Activations::new().with("prediction", inputs.get("hidden_states") * 0.0 + value))
+        }
+    };
     let error = pipeline(|_| {}).step(explode(1e3), &batch(2), &stream(), OPTIONS).unwrap_err();
     assert_eq!(error.exit_code(), 41);
     assert!(error.to_string().starts_with("step 3: loss exploded: "), "{error}");
@@ -143,17 +180,31 @@ fn an_unknown_adapter_names_the_available_ones() {
 fn the_logs_have_every_field_of_the_reference() {
     let pipeline = pipeline(|settings| settings.mix_uniform_ratio = 0.0);
     let output = step(&pipeline, &batch(4)).unwrap();
-    let statistics = Statistics::from_row(&Vec::<f32>::try_from(output.statistics.unwrap()).unwrap());
-    let facts = StepFacts { step: 3, sampling_method: output.sampling_method, task_type: "t2v", data_type: "image" };
+    let statistics =
+        Statistics::from_row(&Vec::<f32>::try_from(output.statistics.unwrap()).unwrap());
+    let facts = StepFacts {
+        step: 3,
+        sampling_method: output.sampling_method,
+        task_type: "t2v",
+        data_type: "image",
+    };
     let line = summary(facts, &statistics);
     assert_eq!(line.lines().count(), 1);
-    for field in ["[STEP 3] σ=[0.", " | t=[", " | noisy=[-", " | logit_normal | Loss: ", " | w=["] {
+    for field in ["[STEP 3] σ=[0.", " | t=[", " | noisy=[-", " | logit_normal | Loss: ", " | w=["]
+    {
         assert!(line.contains(field), "{field} is not in {line}");
     }
     let block = detailed(facts, &statistics, pipeline.settings());
-    for field in
-        ["x = (1 - σ)·latents + σ·noise", "Shift: 3", "Size: 4", "mean 0.", "std 0.", "target = noise - latents", "w = 1 + 3·σ", "impact "]
-    {
+    for field in [
+        "x = (1 - σ)·latents + σ·noise",
+        "Shift: 3",
+        "Size: 4",
+        "mean 0.",
+        "std 0.",
+        "target = noise - latents",
+        "w = 1 + 3·σ",
+        "impact ",
+    ] {
         assert!(block.contains(field), "{field} is not in\n{block}");
     }
     let expected = output.loss.average_weighted_loss.double_value(&[]);

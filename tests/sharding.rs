@@ -1,4 +1,5 @@
-//! Who holds what changes no number: every sharding, on any number of ranks, trains as one rank does.
+//! Who holds what changes no number: every sharding, on any number of ranks, trains as one rank
+//! does.
 
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -6,7 +7,10 @@ use std::thread;
 use fm_dist::collective::{Collective, Threads};
 use fm_dist::model::{Architecture, Dit};
 use fm_dist::nn::{Activations, Builder, Init, Param, ParamSet, Stage, Views};
-use fm_dist::parallel::{Recompute, ReduceDtype, Reducer, Replica, Sharding, ShardingGroup, Sharing, Summation, divergence};
+use fm_dist::parallel::{
+    Recompute, ReduceDtype, Reducer, Replica, Sharding, ShardingGroup, Sharing, Summation,
+    divergence,
+};
 use fm_dist::rng::{Key, Purpose};
 use fm_dist::run::Resume;
 use tch::{Device, Kind, Tensor};
@@ -26,14 +30,24 @@ const SHARDINGS: [(&str, &[&str]); 4] = [
 
 fn train(root: &Path, name: &str, ranks: usize, overrides: &[&str]) -> PathBuf {
     let output = format!("output_dir={}", root.join(name).display());
-    train_in_threads(&tiny(&[&["max_steps=10", output.as_str()], overrides].concat()), &Resume::Never, ranks).unwrap()
+    train_in_threads(
+        &tiny(&[&["max_steps=10", output.as_str()], overrides].concat()),
+        &Resume::Never,
+        ranks,
+    )
+    .unwrap()
 }
 
 /// One run of each sharding on so many ranks with so many micro-batches each.
 fn train_each(root: &Path, ranks: usize, micro_batches: usize, overrides: &[&str]) -> [PathBuf; 4] {
     let batch = format!("train.global_batch_size={}", 8 * ranks * micro_batches);
     SHARDINGS.map(|(word, settings)| {
-        train(root, &format!("{word}-{ranks}-{micro_batches}"), ranks, &[&[batch.as_str()], overrides, settings].concat())
+        train(
+            root,
+            &format!("{word}-{ranks}-{micro_batches}"),
+            ranks,
+            &[&[batch.as_str()], overrides, settings].concat(),
+        )
     })
 }
 
@@ -41,7 +55,9 @@ fn train_each(root: &Path, ranks: usize, micro_batches: usize, overrides: &[&str
 fn with_one_micro_batch_every_sharding_gives_the_bits_of_none() {
     for (ranks, dtype) in [(2, "float32"), (3, "float32"), (4, "bfloat16")] {
         let root = TempDir::new().unwrap();
-        let [none, rest @ ..] = train_each(root.path(), ranks, 1, &[&format!("model.dtype={dtype}")]).map(|run| checkpoint(&run, 10));
+        let [none, rest @ ..] =
+            train_each(root.path(), ranks, 1, &[&format!("model.dtype={dtype}")])
+                .map(|run| checkpoint(&run, 10));
         assert!(rest.iter().all(|sharded| *sharded == none), "{ranks} ranks in {dtype}");
     }
 }
@@ -51,7 +67,8 @@ fn with_many_micro_batches_shardings_that_sum_alike_have_equal_bits() {
     for ranks in [2, 3] {
         let root = TempDir::new().unwrap();
         let runs = train_each(root.path(), ranks, 2, &[]);
-        let alone = train(root.path(), "alone", 1, &[&format!("train.global_batch_size={}", 16 * ranks)]);
+        let alone =
+            train(root.path(), "alone", 1, &[&format!("train.global_batch_size={}", 16 * ranks)]);
         runs.iter().for_each(|run| assert_same_curve(&alone, run, &run.display().to_string()));
         let [none, optimizer, gradients, parameters] = runs.map(|run| checkpoint(&run, 10));
         assert!(none == optimizer, "{ranks} ranks: sums over micro-batches, then over ranks");
@@ -66,7 +83,15 @@ fn precise_parameters_travel_in_float32_beside_the_others() {
     WAN.write_data(&data);
     let runs = SHARDINGS.map(|(word, settings)| {
         let overrides = [&["max_steps=5", "model.dtype=bfloat16"], settings].concat();
-        checkpoint(&train_in_threads(&WAN.config(&data, &root.path().join(word), &overrides), &Resume::Never, 3).unwrap(), 5)
+        checkpoint(
+            &train_in_threads(
+                &WAN.config(&data, &root.path().join(word), &overrides),
+                &Resume::Never,
+                3,
+            )
+            .unwrap(),
+            5,
+        )
     });
     assert!(runs[1..].iter().all(|sharded| *sharded == runs[0]));
 }
@@ -76,11 +101,17 @@ fn gradients_that_travel_in_bfloat16_train_as_well() {
     let root = TempDir::new().unwrap();
     let settings = ["model.dtype=bfloat16", "parallel.reduce_dtype=bfloat16"];
     let [none, rest @ ..] = train_each(root.path(), 2, 1, &settings);
-    let precise = train(root.path(), "precise", 2, &["train.global_batch_size=16", "model.dtype=bfloat16"]);
+    let precise =
+        train(root.path(), "precise", 2, &["train.global_batch_size=16", "model.dtype=bfloat16"]);
     assert_ne!(checkpoint(&none, 10), checkpoint(&precise, 10), "gradients were rounded");
     assert!(rest.iter().all(|run| checkpoint(run, 10) == checkpoint(&none, 10)));
     let last = |run: &Path| crate::runs::column(run, "loss").last().unwrap().1;
-    assert!((last(&none) - last(&precise)).abs() < 0.02 * last(&precise), "{} and {}", last(&none), last(&precise));
+    assert!(
+        (last(&none) - last(&precise)).abs() < 0.02 * last(&precise),
+        "{} and {}",
+        last(&none),
+        last(&precise)
+    );
 }
 
 #[test]
@@ -107,14 +138,24 @@ fn sharding_for_one_rank_says_that_it_has_no_effect() {
     let arguments = with_sets(&["train"], &["max_steps=1", "parallel.sharding=optimizer", &output]);
     let (code, _, errors) = finish(crate::runs::program(&arguments));
     assert_eq!(code, 0, "{errors}");
-    assert!(errors.contains("sharding = \"optimizer\" has no effect: no other rank to share with"), "{errors}");
+    assert!(
+        errors.contains("sharding = \"optimizer\" has no effect: no other rank to share with"),
+        "{errors}"
+    );
 }
 
 const KEY: Key = Key { seed: 23, purpose: Purpose::Test, step: 0, micro_batch: 0, scope: 0 };
 
 /// The embedder, two blocks, a door, a third block and the head of a small model.
 fn stages(door_is_open: bool) -> Vec<Box<dyn Stage>> {
-    let model = Dit { in_channels: 2, condition_width: 5, width: 32, depth: 3, num_heads: 2, ..Dit::default() };
+    let model = Dit {
+        in_channels: 2,
+        condition_width: 5,
+        width: 32,
+        depth: 3,
+        num_heads: 2,
+        ..Dit::default()
+    };
     let mut stages = model.stages().unwrap();
     stages.insert(3, Box::new(Door::new(door_is_open)));
     stages
@@ -141,8 +182,11 @@ impl Stage for Door {
     }
 
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
-        let through = |tensor: &Tensor| if self.is_open { tensor.shallow_clone() } else { tensor.detach() };
-        input.flowing().fold(Activations::new(), |output, (name, tensor)| output.with(name, through(tensor) * &params[self.scale]))
+        let through =
+            |tensor: &Tensor| if self.is_open { tensor.shallow_clone() } else { tensor.detach() };
+        input.flowing().fold(Activations::new(), |output, (name, tensor)| {
+            output.with(name, through(tensor) * &params[self.scale])
+        })
     }
 }
 
@@ -157,8 +201,13 @@ struct Shape {
     behind_a_door: Option<usize>,
 }
 
-const SHAPE: Shape =
-    Shape { sharding: Sharding::None, recompute: Recompute::Always, node_of_rank: &[0, 0, 0, 0], frozen: &[], behind_a_door: None };
+const SHAPE: Shape = Shape {
+    sharding: Sharding::None,
+    recompute: Recompute::Always,
+    node_of_rank: &[0, 0, 0, 0],
+    frozen: &[],
+    behind_a_door: None,
+};
 
 /// Rank `rank`'s own data.
 fn inputs(rank: usize) -> Activations {
@@ -171,14 +220,19 @@ fn inputs(rank: usize) -> Activations {
     })
 }
 
-/// Two micro-batches on each of four ranks; the summed gradient of each stage, whole, as rank 0 sees it.
+/// Two micro-batches on each of four ranks; the summed gradient of each stage, whole, as rank 0
+/// sees it.
 fn summed(shape: Shape) -> Vec<Option<Tensor>> {
     let join = |world: Threads| thread::spawn(move || on_rank(&world, shape));
     let threads: Vec<_> = Threads::world(shape.node_of_rank.len()).into_iter().map(join).collect();
     let mut gradients: Vec<_> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
     let first = gradients.remove(0);
-    let equal =
-        |other: &Vec<Option<Tensor>>| first.iter().zip(other).all(|(a, b)| a.as_ref().zip(b.as_ref()).is_none_or(|(a, b)| a.equal(b)));
+    let equal = |other: &Vec<Option<Tensor>>| {
+        first
+            .iter()
+            .zip(other)
+            .all(|(a, b)| a.as_ref().zip(b.as_ref()).is_none_or(|(a, b)| a.equal(b)))
+    };
     assert!(gradients.iter().all(equal), "ranks differ");
     first
 }
@@ -186,32 +240,46 @@ fn summed(shape: Shape) -> Vec<Option<Tensor>> {
 fn on_rank(world: &dyn Collective, shape: Shape) -> Vec<Option<Tensor>> {
     let sharing = Sharing::within_nodes(world, shape.sharding, shape.node_of_rank, 1).unwrap();
     let stages = stages(shape.behind_a_door != Some(world.rank()));
-    let mut replica = Replica::shared(stages, Kind::Float, (Device::Cpu, Device::Cpu), Some(KEY), sharing);
+    let mut replica =
+        Replica::shared(stages, Kind::Float, (Device::Cpu, Device::Cpu), Some(KEY), sharing);
     for bucket in &mut replica.buckets {
         // Away from zero, so that no gradient vanishes by construction; alike on every rank.
         bucket.update(|master| drop(master.g_add_scalar_(0.01)));
     }
     replica.publish().unwrap();
-    let frozen = |(stage, bucket)| if shape.frozen.contains(&stage) { fm_dist::parallel::Bucket::frozen(bucket) } else { bucket };
+    let frozen = |(stage, bucket)| {
+        if shape.frozen.contains(&stage) {
+            fm_dist::parallel::Bucket::frozen(bucket)
+        } else {
+            bucket
+        }
+    };
     replica.buckets = replica.buckets.into_iter().enumerate().map(frozen).collect();
-    let mut reducer = Reducer::new(&replica.sharing, &replica.buckets, ReduceDtype::Float32, Summation::Running);
+    let mut reducer =
+        Reducer::new(&replica.sharing, &replica.buckets, ReduceDtype::Float32, Summation::Running);
     for micro_batch in 0..2 {
         let mut tape = replica.tape(shape.recompute);
         let output = tape.forward(inputs(10 * micro_batch + world.rank())).unwrap();
         let loss = output.get("prediction").square().mean(Kind::Float);
-        tape.backward(&loss, |stage, gradients| reducer.add(stage, gradients, micro_batch == 1)).unwrap();
+        tape.backward(&loss, |stage, gradients| reducer.add(stage, gradients, micro_batch == 1))
+            .unwrap();
     }
     let gradients = reducer.finish().unwrap();
-    let whole =
-        |(stage, owned): (usize, &Vec<Tensor>)| (!owned.is_empty()).then(|| replica.buckets[stage].whole(owned, &replica.sharing).unwrap());
+    let whole = |(stage, owned): (usize, &Vec<Tensor>)| {
+        (!owned.is_empty()).then(|| replica.buckets[stage].whole(owned, &replica.sharing).unwrap())
+    };
     gradients.iter().enumerate().map(whole).collect()
 }
 
 fn assert_equal(found: &[Option<Tensor>], expected: &[Option<Tensor>], what: &str) {
     for (stage, (found, expected)) in found.iter().zip(expected).enumerate() {
         match (found, expected) {
-            (Some(found), Some(expected)) => assert!(found.equal(expected), "{what}: stage {stage}"),
-            (found, expected) => assert!(found.is_none() && expected.is_none(), "{what}: stage {stage}"),
+            (Some(found), Some(expected)) => {
+                assert!(found.equal(expected), "{what}: stage {stage}")
+            }
+            (found, expected) => {
+                assert!(found.is_none() && expected.is_none(), "{what}: stage {stage}")
+            }
         }
     }
 }
@@ -239,11 +307,23 @@ fn frozen_stages_have_no_gradient_under_any_sharding() {
             (0..6).map(|stage| frozen.contains(&stage)).collect::<Vec<_>>()
         );
         for recompute in [Recompute::Never, Recompute::Every(2)] {
-            assert_equal(&summed(Shape { frozen, recompute, ..SHAPE }), &expected, &format!("{recompute:?}"));
+            assert_equal(
+                &summed(Shape { frozen, recompute, ..SHAPE }),
+                &expected,
+                &format!("{recompute:?}"),
+            );
         }
-        assert_equal(&summed(Shape { frozen, sharding: Sharding::Optimizer, ..SHAPE }), &expected, "optimizer");
+        assert_equal(
+            &summed(Shape { frozen, sharding: Sharding::Optimizer, ..SHAPE }),
+            &expected,
+            "optimizer",
+        );
         let scattered = summed(Shape { frozen, sharding: Sharding::Gradients, ..SHAPE });
-        assert_equal(&summed(Shape { frozen, sharding: Sharding::Parameters, ..SHAPE }), &scattered, "parameters");
+        assert_equal(
+            &summed(Shape { frozen, sharding: Sharding::Parameters, ..SHAPE }),
+            &scattered,
+            "parameters",
+        );
     }
 }
 
@@ -251,8 +331,16 @@ fn frozen_stages_have_no_gradient_under_any_sharding() {
 fn stages_that_one_rank_does_not_reach_hold_nobody_up() {
     let all = summed(SHAPE);
     let three = summed(Shape { behind_a_door: Some(1), ..SHAPE });
-    let equal: Vec<bool> = all.iter().zip(&three).map(|(all, three)| all.as_ref().unwrap().equal(three.as_ref().unwrap())).collect();
-    assert_eq!(equal, [false, false, false, true, true, true], "before the door one rank adds nothing");
+    let equal: Vec<bool> = all
+        .iter()
+        .zip(&three)
+        .map(|(all, three)| all.as_ref().unwrap().equal(three.as_ref().unwrap()))
+        .collect();
+    assert_eq!(
+        equal,
+        [false, false, false, true, true, true],
+        "before the door one rank adds nothing"
+    );
     for sharding in [Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters] {
         let found = summed(Shape { sharding, behind_a_door: Some(1), ..SHAPE });
         for (found, expected) in found.iter().flatten().zip(three.iter().flatten()) {
@@ -262,7 +350,8 @@ fn stages_that_one_rank_does_not_reach_hold_nobody_up() {
 }
 
 /// Settings under which every number of ranks sums alike; eight blocks of eight samples.
-const DETERMINISTIC: [&str; 3] = ["parallel.deterministic=true", "train.global_batch_size=64", "max_steps=50"];
+const DETERMINISTIC: [&str; 3] =
+    ["parallel.deterministic=true", "train.global_batch_size=64", "max_steps=50"];
 
 #[test]
 fn weights_are_bit_equal_at_every_world_size_and_under_every_sharding() {
@@ -280,7 +369,9 @@ fn weights_are_bit_equal_at_every_world_size_and_under_every_sharding() {
         assert!(run(&format!("{word}-4"), 4, settings) == alone, "{word} on 4 ranks");
     }
     // The usual sums depend on the number of ranks: otherwise this test would show nothing.
-    let usual = |ranks| checkpoint(&train(root.path(), &format!("usual-{ranks}"), ranks, &DETERMINISTIC[1..]), 50);
+    let usual = |ranks| {
+        checkpoint(&train(root.path(), &format!("usual-{ranks}"), ranks, &DETERMINISTIC[1..]), 50)
+    };
     assert!(usual(1) != usual(4));
 }
 
@@ -289,14 +380,28 @@ fn a_resume_at_another_world_size_and_sharding_changes_no_bit() {
     let root = TempDir::new().unwrap();
     let config = |folder: &Path, steps: &str, settings: &[&str]| {
         let output = format!("output_dir={}", folder.display());
-        tiny(&[&DETERMINISTIC[..2], &["checkpoint.every_n_steps=10", "checkpoint.keep_last=4", steps, output.as_str()], settings].concat())
+        tiny(
+            &[
+                &DETERMINISTIC[..2],
+                &["checkpoint.every_n_steps=10", "checkpoint.keep_last=4", steps, output.as_str()],
+                settings,
+            ]
+            .concat(),
+        )
     };
-    let unbroken = train_in_threads(&config(&root.path().join("unbroken"), "max_steps=40", &[]), &Resume::Never, 1).unwrap();
+    let unbroken = train_in_threads(
+        &config(&root.path().join("unbroken"), "max_steps=40", &[]),
+        &Resume::Never,
+        1,
+    )
+    .unwrap();
     let folder = root.path().join("wandering");
-    // The learning rate depends on the whole run's length, so a run is cut short by taking its later checkpoints away.
+    // The learning rate depends on the whole run's length, so a run is cut short by taking its
+    // later checkpoints away.
     for (round, (ranks, sharding)) in [(4, 1), (2, 3), (8, 2), (1, 0)].into_iter().enumerate() {
         let resume = if round == 0 { Resume::Never } else { Resume::Latest };
-        train_in_threads(&config(&folder, "max_steps=40", SHARDINGS[sharding].1), &resume, ranks).unwrap();
+        train_in_threads(&config(&folder, "max_steps=40", SHARDINGS[sharding].1), &resume, ranks)
+            .unwrap();
         for later in round + 2..=4 {
             let _ = std::fs::remove_dir_all(folder.join(format!("step-{:08}", 10 * later)));
         }
@@ -305,10 +410,14 @@ fn a_resume_at_another_world_size_and_sharding_changes_no_bit() {
 }
 
 /// Three ranks, on one of which one parameter changes.
-fn with_a_change(sharding: Sharding, change_on: Option<usize>) -> Vec<Result<(), fm_dist::error::Error>> {
+fn with_a_change(
+    sharding: Sharding,
+    change_on: Option<usize>,
+) -> Vec<Result<(), fm_dist::error::Error>> {
     let join = |rank: Threads| {
         thread::spawn(move || {
-            let stages = Dit { width: 8, depth: 1, num_heads: 2, ..Dit::default() }.stages().expect("sound");
+            let stages =
+                Dit { width: 8, depth: 1, num_heads: 2, ..Dit::default() }.stages().expect("sound");
             let sharing = Sharing::new(&rank, sharding, ShardingGroup::World, 1).expect("sound");
             let (key, devices) = (Key::new(1, Purpose::Test), (Device::Cpu, Device::Cpu));
             let mut replica = Replica::shared(stages, Kind::BFloat16, devices, Some(key), sharing);
@@ -333,15 +442,20 @@ fn one_parameter_on_one_rank_is_noticed_by_all() {
             assert!(text.contains(names) && text.ends_with("nothing was saved"), "{text}");
         }
     }
-    assert!(with_a_change(Sharding::Parameters, Some(2)).iter().all(Result::is_ok), "nobody else holds it");
+    assert!(
+        with_a_change(Sharding::Parameters, Some(2)).iter().all(Result::is_ok),
+        "nobody else holds it"
+    );
 }
 
 #[test]
 fn among_nodes_the_rank_is_named_by_its_number_in_the_world() {
     let join = |world: Threads| {
         thread::spawn(move || {
-            let stages = Dit { width: 8, depth: 1, num_heads: 2, ..Dit::default() }.stages().expect("sound");
-            let sharing = Sharing::within_nodes(&world, Sharding::Gradients, &[0, 0, 1, 1], 1).expect("sound");
+            let stages =
+                Dit { width: 8, depth: 1, num_heads: 2, ..Dit::default() }.stages().expect("sound");
+            let sharing = Sharing::within_nodes(&world, Sharding::Gradients, &[0, 0, 1, 1], 1)
+                .expect("sound");
             let (key, devices) = (Key::new(1, Purpose::Test), (Device::Cpu, Device::Cpu));
             let mut replica = Replica::shared(stages, Kind::Float, devices, Some(key), sharing);
             if world.rank() == 3 {
@@ -351,7 +465,8 @@ fn among_nodes_the_rank_is_named_by_its_number_in_the_world() {
         })
     };
     let threads: Vec<_> = Threads::world(4).into_iter().map(join).collect();
-    let outcomes: Vec<_> = threads.into_iter().map(|thread| thread.join().expect("no panic")).collect();
+    let outcomes: Vec<_> =
+        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect();
     for rank in [1, 3] {
         let text = outcomes[rank].as_ref().expect_err("they hold one shard").to_string();
         assert!(text.contains("rank 3 holds other parameters than the rest"), "{text}");

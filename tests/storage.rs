@@ -1,5 +1,6 @@
-//! A run keeps what it saved: beside the steps or not, on a disk that fails, in a folder that others want, after parts were
-//! damaged. What is lost is said; what was committed is never lost, and nothing is deleted that a person may want.
+//! A run keeps what it saved: beside the steps or not, on a disk that fails, in a folder that
+//! others want, after parts were damaged. What is lost is said; what was committed is never lost,
+//! and nothing is deleted that a person may want.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,7 +19,10 @@ use crate::runs::{checkpoint, finish, program, tiny, train_in_threads, with_sets
 /// Six steps, two checkpoints: at step 5 and at the last.
 fn six_steps(output: &Path, overrides: &[&str]) -> RunConfig {
     let output = format!("output_dir={}", output.display());
-    tiny(&[["max_steps=6", "checkpoint.every_n_steps=5", output.as_str()].as_slice(), overrides].concat())
+    tiny(
+        &[["max_steps=6", "checkpoint.every_n_steps=5", output.as_str()].as_slice(), overrides]
+            .concat(),
+    )
 }
 
 fn trained(root: &TempDir) -> PathBuf {
@@ -31,7 +35,10 @@ fn resumed(run: &Path) -> Result<PathBuf, Error> {
 
 /// Names in a run folder that begin with `prefix`, in order.
 fn names(run: &Path, prefix: &str) -> Vec<String> {
-    let mut names: Vec<String> = fs::read_dir(run).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<String> = fs::read_dir(run)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
     names.retain(|name| name.starts_with(prefix));
     names.sort();
     names
@@ -45,7 +52,11 @@ fn log(run: &Path) -> String {
 fn d16_a_save_beside_the_steps_gives_the_bytes_of_one_that_is_waited_for() {
     let root = TempDir::new().unwrap();
     let saved = |word: &str, ranks| {
-        let overrides = [format!("checkpoint.asynchronous={word}"), "checkpoint.every_n_steps=1".into(), "checkpoint.keep_last=6".into()];
+        let overrides = [
+            format!("checkpoint.asynchronous={word}"),
+            "checkpoint.every_n_steps=1".into(),
+            "checkpoint.keep_last=6".into(),
+        ];
         let overrides: Vec<&str> = overrides.iter().map(String::as_str).collect();
         let output = root.path().join(format!("{word}-{ranks}"));
         let run = train_in_threads(&six_steps(&output, &overrides), &Resume::Never, ranks).unwrap();
@@ -60,11 +71,19 @@ fn d16_a_save_beside_the_steps_gives_the_bytes_of_one_that_is_waited_for() {
 #[test]
 fn checkpoints_that_are_kept_for_ever_outlive_the_newest() {
     let root = TempDir::new().unwrap();
-    let overrides = ["checkpoint.every_n_steps=1", "checkpoint.keep_last=1", "checkpoint.keep_every=2"];
-    let run =
-        train_in_threads(&six_steps(&root.path().join("run"), &[&overrides[..], &["max_steps=5"]].concat()), &Resume::Never, 2).unwrap();
+    let overrides =
+        ["checkpoint.every_n_steps=1", "checkpoint.keep_last=1", "checkpoint.keep_every=2"];
+    let run = train_in_threads(
+        &six_steps(&root.path().join("run"), &[&overrides[..], &["max_steps=5"]].concat()),
+        &Resume::Never,
+        2,
+    )
+    .unwrap();
     assert_eq!(names(&run, "step-"), ["step-00000002", "step-00000004", "step-00000005"]);
-    assert!(names(&run, ".").is_empty() && !run.join("run.lock").exists(), "nothing is left lying about");
+    assert!(
+        names(&run, ".").is_empty() && !run.join("run.lock").exists(),
+        "nothing is left lying about"
+    );
 }
 
 /// Writes each file of a folder anew, changed.
@@ -85,7 +104,9 @@ const DAMAGES: [(&str, Damage); 8] = [
         let place = text.find("\"step\": ").unwrap() + "\"step\": ".len();
         manifest[place] ^= 1;
     }),
-    ("model-00001-of-00001.safetensors: has 100 of ", |files| files.get_mut("model-00001-of-00001.safetensors").unwrap().truncate(100)),
+    ("model-00001-of-00001.safetensors: has 100 of ", |files| {
+        files.get_mut("model-00001-of-00001.safetensors").unwrap().truncate(100)
+    }),
     ("manifest.json: is no manifest", |files| files.get_mut("manifest.json").unwrap().clear()),
     ("manifest.json: cannot be read: No such file", |files| drop(files.remove("manifest.json"))),
     ("optimizer-00001-of-00001.safetensors: cannot be read: No such file", |files| {
@@ -109,14 +130,24 @@ fn d6_d11_whatever_is_damaged_the_checkpoint_before_is_used_and_nothing_is_delet
         fs::remove_dir_all(&newest).unwrap();
         fs::create_dir(&newest).unwrap();
         files.iter().for_each(|(name, bytes)| fs::write(newest.join(name), bytes).unwrap());
-        // Each of these starts goes on from step 5, which is the guard's business and not this test's.
+        // Each of these starts goes on from step 5, which is the guard's business and not this
+        // test's.
         let _ = fs::remove_file(run.join("starts.json"));
         resumed(&run).unwrap();
         let log = log(&run);
-        let warnings: Vec<&str> = log.lines().filter(|line| line.contains("WARN") && line.contains("failed its check")).collect();
+        let warnings: Vec<&str> = log
+            .lines()
+            .filter(|line| line.contains("WARN") && line.contains("failed its check"))
+            .collect();
         assert_eq!(warnings.len(), number, "{log}");
-        assert!(warnings[number - 1].contains(&format!("step-00000006 failed its check ({said}")), "{said}: {}", warnings[number - 1]);
-        let rest = format!("); using step-00000005; 1 steps will be redone; bad one kept as step-00000006.bad-{number}");
+        assert!(
+            warnings[number - 1].contains(&format!("step-00000006 failed its check ({said}")),
+            "{said}: {}",
+            warnings[number - 1]
+        );
+        let rest = format!(
+            "); using step-00000005; 1 steps will be redone; bad one kept as step-00000006.bad-{number}"
+        );
         assert!(warnings[number - 1].contains(&rest), "{}", warnings[number - 1]);
         assert!(checkpoint(&run, 6) == sound, "{said}: redone to the same bits");
     }
@@ -127,10 +158,17 @@ fn d6_d11_whatever_is_damaged_the_checkpoint_before_is_used_and_nothing_is_delet
 fn d7_where_none_verifies_nothing_is_set_aside() {
     let root = TempDir::new().unwrap();
     let run = trained(&root);
-    ["step-00000005", "step-00000006"].iter().for_each(|name| fs::write(run.join(name).join("manifest.json"), "").unwrap());
+    ["step-00000005", "step-00000006"]
+        .iter()
+        .for_each(|name| fs::write(run.join(name).join("manifest.json"), "").unwrap());
     let error = resumed(&run).unwrap_err();
     assert_eq!(error.exit_code(), 44);
-    assert!(error.to_string().contains("none of its 2 checkpoints verifies: step-00000006 (manifest.json: is no manifest"), "{error}");
+    assert!(
+        error.to_string().contains(
+            "none of its 2 checkpoints verifies: step-00000006 (manifest.json: is no manifest"
+        ),
+        "{error}"
+    );
     assert_eq!(names(&run, "step-"), ["step-00000005", "step-00000006"]);
 }
 
@@ -141,7 +179,8 @@ fn d13_a_checkpoint_of_another_version_is_not_taken_for_a_corrupt_one() {
     let manifest = run.join("step-00000006/manifest.json");
     let text = fs::read_to_string(&manifest).unwrap();
     // A later version may say things that this one has never heard of.
-    fs::write(&manifest, text.replace("\"version\": 3,", "\"version\": 4,\n  \"novelty\": true,")).unwrap();
+    fs::write(&manifest, text.replace("\"version\": 3,", "\"version\": 4,\n  \"novelty\": true,"))
+        .unwrap();
     let error = resumed(&run).unwrap_err();
     assert_eq!(error.exit_code(), 51);
     assert!(
@@ -155,7 +194,9 @@ fn d13_a_checkpoint_of_another_version_is_not_taken_for_a_corrupt_one() {
 fn d8_d18_neither_files_called_latest_nor_times_of_files_tell_the_newest() {
     let root = TempDir::new().unwrap();
     let run = trained(&root);
-    fs::File::open(run.join("step-00000006")).and_then(|newest| newest.set_modified(SystemTime::UNIX_EPOCH)).unwrap();
+    fs::File::open(run.join("step-00000006"))
+        .and_then(|newest| newest.set_modified(SystemTime::UNIX_EPOCH))
+        .unwrap();
     fs::write(run.join("LATEST"), "step-00000005").unwrap();
     std::os::unix::fs::symlink("../../etc", run.join("latest")).unwrap();
     resumed(&run).unwrap();
@@ -189,7 +230,11 @@ fn a8_a_folder_in_use_is_refused_with_who_has_it() {
     assert_eq!(error.exit_code(), 50);
     let who = "run folder in use by job 41 on host n12 since 2026-01-02T03:04:05Z (pid 7)";
     assert!(error.to_string().ends_with(who), "{error}");
-    assert_eq!(fs::read_to_string(run.join("run.lock")).unwrap(), lock_of("n12"), "it stays another's");
+    assert_eq!(
+        fs::read_to_string(run.join("run.lock")).unwrap(),
+        lock_of("n12"),
+        "it stays another's"
+    );
     train_in_threads(&six_steps(&run, &[]), &Resume::Never, 1).unwrap();
     assert!(root.path().join("run-2").is_dir(), "a new run has a folder of its own");
 }
@@ -201,8 +246,14 @@ fn a_lock_that_its_process_left_behind_is_taken_over_with_a_warning() {
     let host = gethostname::gethostname().into_string().unwrap();
     fs::write(run.join("run.lock"), lock_of(&host)).unwrap();
     resumed(&run).unwrap();
-    let expected = format!("run.lock over from job 41 on host {host} since 2026-01-02T03:04:05Z (pid 7): process 7 is gone");
-    assert!(log(&run).lines().any(|line| line.contains("WARN") && line.contains(&expected)), "{}", log(&run));
+    let expected = format!(
+        "run.lock over from job 41 on host {host} since 2026-01-02T03:04:05Z (pid 7): process 7 is gone"
+    );
+    assert!(
+        log(&run).lines().any(|line| line.contains("WARN") && line.contains(&expected)),
+        "{}",
+        log(&run)
+    );
     assert!(!run.join("run.lock").exists());
 }
 
@@ -217,14 +268,20 @@ fn c17_the_third_start_that_leads_nowhere_is_refused_until_somebody_asks_for_the
         let failure = r#"{ "code": 40, "name": "DATA", "rank": 1, "message": "cut since it was opened", "time": 7.0 }"#;
         fs::write(run.join("failure-1.json"), failure).unwrap();
         resumed(&run).unwrap();
-        assert!(names(&run, "failure").is_empty() && run.join(format!("log/failure-1.start-{start}.json")).exists());
+        assert!(
+            names(&run, "failure").is_empty()
+                && run.join(format!("log/failure-1.start-{start}.json")).exists()
+        );
     }
     die();
-    fs::write(run.join("failure-0.json"), r#"{ "code": 30, "name": "STORAGE", "rank": 0, "message": "disk", "time": 9.0 }"#).unwrap();
+    fs::write(
+        run.join("failure-0.json"),
+        r#"{ "code": 30, "name": "STORAGE", "rank": 0, "message": "disk", "time": 9.0 }"#,
+    )
+    .unwrap();
     let error = resumed(&run).unwrap_err();
     assert_eq!((error.exit_code(), error.name()), (43, "NO_PROGRESS"));
-    let expected =
-        "2 starts in a row went on from step 5 and none saved a newer checkpoint; the last failure was STORAGE (code 30) on rank 0: disk";
+    let expected = "2 starts in a row went on from step 5 and none saved a newer checkpoint; the last failure was STORAGE (code 30) on rank 0: disk";
     assert!(error.to_string().contains(expected), "{error}");
     train_in_threads(&six_steps(&run, &[]), &Resume::From(run.clone()), 1).unwrap();
     assert_eq!(names(&run, "step-"), ["step-00000005", "step-00000006"]);
@@ -239,7 +296,8 @@ fn a_start_that_is_refused_counts_for_nothing() {
     let run = trained(&root);
     fs::remove_dir_all(run.join("step-00000006")).unwrap();
     for _ in 0..3 {
-        let error = train_in_threads(&six_steps(&run, &["seed=7"]), &Resume::Latest, 1).unwrap_err();
+        let error =
+            train_in_threads(&six_steps(&run, &["seed=7"]), &Resume::Latest, 1).unwrap_err();
         assert_eq!(error.exit_code(), 51, "{error}");
     }
     resumed(&run).unwrap();
@@ -254,32 +312,47 @@ fn b13_other_data_are_refused_unless_they_are_wanted() {
     let other = other_dataset(&root);
     let config = six_steps(&run, &["max_steps=7", &format!("data.path={}", other.display())]);
     let resume = |allow_data_change| {
-        let options = TrainOptions { resume: Resume::Latest, allow_data_change, ..TrainOptions::default() };
+        let options =
+            TrainOptions { resume: Resume::Latest, allow_data_change, ..TrainOptions::default() };
         train(&config, &options, &fm_dist::collective::Solo)
     };
     let error = resume(false).unwrap_err();
     assert_eq!(error.exit_code(), 51);
-    assert!(error.to_string().contains("data fingerprint is ") && error.to_string().contains("--allow-data-change"), "{error}");
+    assert!(
+        error.to_string().contains("data fingerprint is ")
+            && error.to_string().contains("--allow-data-change"),
+        "{error}"
+    );
     resume(true).unwrap();
-    assert!(log(&run).lines().any(|line| line.contains("WARN") && line.contains("going on with other data")), "{}", log(&run));
+    assert!(
+        log(&run)
+            .lines()
+            .any(|line| line.contains("WARN") && line.contains("going on with other data")),
+        "{}",
+        log(&run)
+    );
     assert_ne!(data_of(&run, 7), data_of(&run, 6));
 }
 
 fn data_of(run: &Path, step: u64) -> String {
-    let manifest: serde_json::Value = serde_json::from_slice(&checkpoint(run, step)["manifest.json"]).unwrap();
+    let manifest: serde_json::Value =
+        serde_json::from_slice(&checkpoint(run, step)["manifest.json"]).unwrap();
     manifest["data"].as_str().unwrap().into()
 }
 
 /// The digits, though their description says that they are not.
 fn other_dataset(root: &TempDir) -> PathBuf {
-    let (digits, other) = (Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/digits"), root.path().join("other"));
+    let (digits, other) =
+        (Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/digits"), root.path().join("other"));
     fs::create_dir(&other).unwrap();
     for name in ["digits.safetensors", "conditions.safetensors"] {
         fs::copy(digits.join(name), other.join(name)).unwrap();
     }
     let description = fs::read_to_string(digits.join("dataset.json")).unwrap();
-    let hash = description.find("\"sha256\": \"").expect("hashes of the files") + "\"sha256\": \"".len();
-    let changed = format!("{}{}{}", &description[..hash], "0".repeat(64), &description[hash + 64..]);
+    let hash =
+        description.find("\"sha256\": \"").expect("hashes of the files") + "\"sha256\": \"".len();
+    let changed =
+        format!("{}{}{}", &description[..hash], "0".repeat(64), &description[hash + 64..]);
     fs::write(other.join("dataset.json"), changed).unwrap();
     other
 }
@@ -291,13 +364,17 @@ fn d14_pickles_are_refused_with_the_way_to_convert_them() {
     fs::create_dir(&folder).unwrap();
     fs::write(folder.join("checkpoint.pt"), b"\x80\x02}q\x00.").unwrap();
     let output = format!("output_dir={}", root.path().join("run").display());
-    let (file, folder) = (folder.join("checkpoint.pt").display().to_string(), folder.display().to_string());
+    let (file, folder) =
+        (folder.join("checkpoint.pt").display().to_string(), folder.display().to_string());
     for path in [&file, &folder] {
         let mut arguments = with_sets(&["train"], &[&output]);
         arguments.extend(["--resume", path]);
         let (code, _, errors) = finish(program(&arguments));
         assert_eq!(code, 51, "{errors}");
-        assert!(errors.contains("is a pickle") && errors.contains("safetensors.torch.save_file"), "{errors}");
+        assert!(
+            errors.contains("is a pickle") && errors.contains("safetensors.torch.save_file"),
+            "{errors}"
+        );
         // A model that is named by its folder has no table of its own.
         let config = root.path().join("config.toml");
         fs::write(&config, format!("[model]\npath = {path:?}\n")).unwrap();
@@ -318,18 +395,32 @@ fn d3_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before() {
     fs::create_dir(&small).unwrap();
     // Logs and metrics are told in warnings, if at all.
     let script = "mount -t tmpfs -o size=\"$1\" tmpfs \"$2\" || exit 99; kept=$3; small=$2; shift 3; \"$@\"; code=$?; cp -r \"$small/run\" \"$kept\"; exit $code";
-    let (size, output) = ((bytes * 3 / 2).to_string(), format!("output_dir={}", small.join("run").display()));
+    let (size, output) =
+        ((bytes * 3 / 2).to_string(), format!("output_dir={}", small.join("run").display()));
     let mut command = Command::new("unshare");
-    command.args(["-rm", "sh", "-c", script, "sh", &size]).arg(&small).arg(&kept).arg(env!("CARGO_BIN_EXE_fm-dist"));
+    command
+        .args(["-rm", "sh", "-c", script, "sh", &size])
+        .arg(&small)
+        .arg(&kept)
+        .arg(env!("CARGO_BIN_EXE_fm-dist"));
     command.args(with_sets(&["train"], &["max_steps=6", "checkpoint.every_n_steps=5", &output]));
     let (code, _, errors) = finish(command);
     if code == 99 || errors.starts_with("unshare:") {
-        eprintln!("SKIPPED a_full_disk_ends_the_run_and_leaves_the_checkpoint_before: no mount namespaces here: {errors}");
+        eprintln!(
+            "SKIPPED a_full_disk_ends_the_run_and_leaves_the_checkpoint_before: no mount namespaces here: {errors}"
+        );
         return;
     }
     assert_eq!(code, 30, "{errors}");
-    let said = errors.lines().find(|line| line.contains("error STORAGE")).unwrap_or_else(|| panic!("{errors}"));
-    assert!(said.contains("No space left on device (os error 28); it needs ") && said.contains(" bytes, the disk has "), "{said}");
+    let said = errors
+        .lines()
+        .find(|line| line.contains("error STORAGE"))
+        .unwrap_or_else(|| panic!("{errors}"));
+    assert!(
+        said.contains("No space left on device (os error 28); it needs ")
+            && said.contains(" bytes, the disk has "),
+        "{said}"
+    );
     assert!(said.contains("/run/.step-00000006.tmp/"), "{said}");
     assert!(checkpoint(&kept, 5) == checkpoint(&control, 5), "intact");
     assert_eq!(names(&kept, ".step"), Vec::<String>::new(), "what was written in vain is gone");

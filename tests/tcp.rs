@@ -1,8 +1,9 @@
-//! Ranks meet over TCP without a launcher's help, keep the contract of the collectives, and notice strangers, absent and
-//! dying ranks.
+//! Ranks meet over TCP without a launcher's help, keep the contract of the collectives, and notice
+//! strangers, absent and dying ranks.
 //!
-//! Most worlds are threads of this process at loopback ports; where a process must end, a test starts this very binary
-//! several times with the name of an ignored test. Some ranks are made by hand, to say what no rank of ours says.
+//! Most worlds are threads of this process at loopback ports; where a process must end, a test
+//! starts this very binary several times with the name of an ignored test. Some ranks are made by
+//! hand, to say what no rank of ours says.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -25,12 +26,15 @@ use crate::runs::{checkpoint, finish, program, tiny, train_in_threads, with_sets
 /// No world of this file takes as long, even on a busy machine.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// A port that nobody uses at present, and that systems give to no connection meanwhile, as they do with those from 32768 on.
+/// A port that nobody uses at present, and that systems give to no connection meanwhile, as they do
+/// with those from 32768 on.
 fn free_address() -> String {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     // Test processes side by side begin at ports of their own.
     let first = std::process::id() % 400 * 25;
-    let addresses = std::iter::repeat_with(|| format!("127.0.0.1:{}", 20_000 + (first + u32::from(NEXT.fetch_add(1, Relaxed))) % 10_000));
+    let addresses = std::iter::repeat_with(|| {
+        format!("127.0.0.1:{}", 20_000 + (first + u32::from(NEXT.fetch_add(1, Relaxed))) % 10_000)
+    });
     addresses.into_iter().find(|address| TcpListener::bind(address).is_ok()).unwrap()
 }
 
@@ -48,7 +52,8 @@ fn rank_of<T: Send + 'static>(
 /// What `body` gives on each rank of a world, in rank order.
 fn on_ranks<T: Send + 'static>(world_size: usize, body: fn(Tcp) -> Result<T>) -> Vec<Result<T>> {
     let address = free_address();
-    let ranks: Vec<_> = (0..world_size).map(|rank| rank_of((rank, world_size), &address, LIMIT, body)).collect();
+    let ranks: Vec<_> =
+        (0..world_size).map(|rank| rank_of((rank, world_size), &address, LIMIT, body)).collect();
     ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
 }
 
@@ -77,7 +82,12 @@ fn thirty_ranks_meet_and_agree() {
 fn ranks_that_disagree_each_name_both_operations() {
     let ends = on_ranks(2, |world| {
         world.barrier()?;
-        world.all_reduce(vec![brought(0, 10 * (1 + world.rank() as i64), Kind::Float)], ReduceOp::Sum).and_then(Work::wait)
+        world
+            .all_reduce(
+                vec![brought(0, 10 * (1 + world.rank() as i64), Kind::Float)],
+                ReduceOp::Sum,
+            )
+            .and_then(Work::wait)
     });
     let (ten, twenty) = ("all_reduce#2 (Sum of 10 Float)", "all_reduce#2 (Sum of 20 Float)");
     let texts = [
@@ -96,24 +106,37 @@ fn ranks_that_disagree_each_name_both_operations() {
 fn ranks_that_came_to_one_operation_by_different_ways_disagree() {
     let ends = on_ranks(2, |world| {
         // Nothing travels for it, so that only its trace in the digest tells.
-        let _ = world.all_reduce(vec![brought(0, 0, [Kind::Float, Kind::Double][world.rank()])], ReduceOp::Sum)?;
+        let _ = world.all_reduce(
+            vec![brought(0, 0, [Kind::Float, Kind::Double][world.rank()])],
+            ReduceOp::Sum,
+        )?;
         world.all_reduce(vec![brought(0, 8, Kind::Float)], ReduceOp::Sum).and_then(Work::wait)
     });
     let errors: Vec<Error> = ends.into_iter().map(|end| end.unwrap_err()).collect();
-    assert!(errors.iter().any(|error| error.to_string().contains("but came there by other operations")), "{errors:?}");
+    assert!(
+        errors.iter().any(|error| error.to_string().contains("but came there by other operations")),
+        "{errors:?}"
+    );
 }
 
 #[test]
 fn ranks_that_do_not_come_are_named_by_all_that_did() {
     let (address, limit) = (free_address(), Duration::from_secs(5));
     let began = Instant::now();
-    let ranks: Vec<_> = [0, 1, 3].map(|rank| rank_of((rank, 4), &address, limit, |world| world.barrier())).into_iter().collect();
-    let errors: Vec<Error> = ranks.into_iter().map(|rank| rank.join().unwrap().unwrap_err()).collect();
+    let ranks: Vec<_> = [0, 1, 3]
+        .map(|rank| rank_of((rank, 4), &address, limit, |world| world.barrier()))
+        .into_iter()
+        .collect();
+    let errors: Vec<Error> =
+        ranks.into_iter().map(|rank| rank.join().unwrap().unwrap_err()).collect();
     assert!(began.elapsed() < limit * 4, "{:?}", began.elapsed());
     assert!(matches!(errors[0], Error::Collective { operation: "connect", .. }), "{:?}", errors[0]);
     for error in errors {
         assert_eq!(error.exit_code(), 22);
-        assert!(error.to_string().contains("not all ranks came within 5 s: arrived: 0 1 3; missing: 2"), "{error}");
+        assert!(
+            error.to_string().contains("not all ranks came within 5 s: arrived: 0 1 3; missing: 2"),
+            "{error}"
+        );
     }
 }
 
@@ -121,13 +144,19 @@ fn ranks_that_do_not_come_are_named_by_all_that_did() {
 fn a_world_without_rank_0_ends_within_its_limit() {
     let address = free_address();
     let error = Tcp::connect(1, 2, &address, Duration::from_millis(300)).err().unwrap();
-    assert!(error.to_string().contains(&format!("rank 0 is not at {address} after 0.3 s")), "{error}");
+    assert!(
+        error.to_string().contains(&format!("rank 0 is not at {address} after 0.3 s")),
+        "{error}"
+    );
 }
 
 #[test]
 fn two_processes_that_claim_one_rank_are_both_told() {
     let address = free_address();
-    let ranks: Vec<_> = [0, 1, 1].map(|rank| rank_of((rank, 3), &address, LIMIT, |world| world.barrier())).into_iter().collect();
+    let ranks: Vec<_> = [0, 1, 1]
+        .map(|rank| rank_of((rank, 3), &address, LIMIT, |world| world.barrier()))
+        .into_iter()
+        .collect();
     for error in ranks.into_iter().map(|rank| rank.join().unwrap().unwrap_err()) {
         assert_eq!(error.exit_code(), 52);
         assert!(error.to_string().contains("two processes are rank 1"), "{error}");
@@ -137,7 +166,10 @@ fn two_processes_that_claim_one_rank_are_both_told() {
 #[test]
 fn ranks_of_worlds_of_different_sizes_do_not_meet() {
     let address = free_address();
-    let ranks = [rank_of((0, 2), &address, LIMIT, |world| world.barrier()), rank_of((2, 3), &address, LIMIT, |world| world.barrier())];
+    let ranks = [
+        rank_of((0, 2), &address, LIMIT, |world| world.barrier()),
+        rank_of((2, 3), &address, LIMIT, |world| world.barrier()),
+    ];
     for error in ranks.into_iter().map(|rank| rank.join().unwrap().unwrap_err()) {
         assert_eq!(error.exit_code(), 52);
         assert!(error.to_string().contains("is rank 2 of 3, rank 0 is one of 2"), "{error}");
@@ -153,7 +185,10 @@ fn connected(address: &str) -> TcpStream {
                 socket.set_read_timeout(Some(LIMIT)).unwrap();
                 return socket;
             }
-            Err(error) => assert!(began.elapsed() < LIMIT && error.kind() == ErrorKind::ConnectionRefused, "{error}"),
+            Err(error) => assert!(
+                began.elapsed() < LIMIT && error.kind() == ErrorKind::ConnectionRefused,
+                "{error}"
+            ),
         }
         thread::yield_now();
     }
@@ -244,7 +279,12 @@ fn strangers_at_a_ranks_own_door_are_shown_out() {
     let zero = rank_of((0, 2), &address, LIMIT, |_| Ok(()));
     let (door, token) = registered_by_hand(&address);
     let _silent = connected(&door);
-    for words in [b"garbage".to_vec(), greeting("0".repeat(32).as_str(), 1, 0), greeting(&token, 1, 1), greeting(&token, 7, 0)] {
+    for words in [
+        b"garbage".to_vec(),
+        greeting("0".repeat(32).as_str(), 1, 0),
+        greeting(&token, 1, 1),
+        greeting(&token, 7, 0),
+    ] {
         let mut stranger = connected(&door);
         stranger.write_all(&words).unwrap();
         assert!(is_closed(stranger), "{}", String::from_utf8_lossy(&words));
@@ -283,16 +323,27 @@ fn echoed_with_length(mut socket: TcpStream, length: u64) {
 
 fn is_closed_after_all(mut socket: TcpStream) -> bool {
     let mut rest = Vec::new();
-    socket.read_to_end(&mut rest).map_or_else(|error| error.kind() == ErrorKind::ConnectionReset, |_| true)
+    socket
+        .read_to_end(&mut rest)
+        .map_or_else(|error| error.kind() == ErrorKind::ConnectionReset, |_| true)
 }
 
 #[test]
 fn frames_that_no_rank_sends_are_refused_before_anything_is_read_for_them() {
     type Deed = fn(TcpStream);
     let cases: [(Deed, &str); 3] = [
-        (|mut socket| drop(socket.write_all(&[b'x'; 128])), "rank 1 (host by hand) sent what is no frame"),
-        (|socket| echoed_with_length(socket, 1 << 60), "announced 1152921504606846976 bytes in all_reduce#1 (Sum of 10 Float), 40 are due"),
-        (|mut socket| drop(socket.write_all(&frame(0, 40))), "ranks disagree: rank 1 is at , rank 0 at all_reduce#1 (Sum of 10 Float)"),
+        (
+            |mut socket| drop(socket.write_all(&[b'x'; 128])),
+            "rank 1 (host by hand) sent what is no frame",
+        ),
+        (
+            |socket| echoed_with_length(socket, 1 << 60),
+            "announced 1152921504606846976 bytes in all_reduce#1 (Sum of 10 Float), 40 are due",
+        ),
+        (
+            |mut socket| drop(socket.write_all(&frame(0, 40))),
+            "ranks disagree: rank 1 is at , rank 0 at all_reduce#1 (Sum of 10 Float)",
+        ),
     ];
     for (body, words) in cases {
         let error = error_against(body).to_string();
@@ -304,7 +355,10 @@ fn frames_that_no_rank_sends_are_refused_before_anything_is_read_for_them() {
 fn a_peer_that_is_gone_is_named_at_once() {
     let began = Instant::now();
     let error = error_against(drop);
-    assert!(matches!(error, Error::Collective { backend: "tcp", operation: "all_reduce", .. }), "{error:?}");
+    assert!(
+        matches!(error, Error::Collective { backend: "tcp", operation: "all_reduce", .. }),
+        "{error:?}"
+    );
     assert!(error.to_string().contains("rank 1 (host by hand) closed its connection"), "{error}");
     assert!(began.elapsed() < LIMIT / 4, "{:?}", began.elapsed());
 }
@@ -312,7 +366,10 @@ fn a_peer_that_is_gone_is_named_at_once() {
 #[test]
 fn the_code_of_a_peer_that_ends_the_run_arrives() {
     let error = error_against(|mut socket| drop(socket.write_all(&frame(2, 41))));
-    assert!(matches!(&error, Error::Peer { speaker: None, code: 41, what } if what.contains("rank 1 (host by hand)")), "{error:?}");
+    assert!(
+        matches!(&error, Error::Peer { speaker: None, code: 41, what } if what.contains("rank 1 (host by hand)")),
+        "{error:?}"
+    );
 }
 
 #[test]
@@ -332,7 +389,12 @@ fn a_rank_that_leaves_is_named_by_those_that_wait_for_it() {
         // Of the two that wait, the second may see that the first has given up.
         assert!(error.to_string().contains("closed its connection"), "{error}");
     }
-    assert!([0, 2].iter().any(|rank| ends[*rank].as_ref().is_err_and(|error| error.to_string().contains("rank 1 (host"))), "{ends:?}");
+    assert!(
+        [0, 2].iter().any(|rank| ends[*rank]
+            .as_ref()
+            .is_err_and(|error| error.to_string().contains("rank 1 (host"))),
+        "{ends:?}"
+    );
 }
 
 #[test]
@@ -341,7 +403,8 @@ fn a_rank_that_has_taken_leave_disturbs_nobody() {
         let part = world.split(world.rank() / 2)?;
         // Rank 2 is alone in its part, and leaves while the others go on.
         let sum = brought(part.rank(), 200_000, Kind::Float);
-        (0..5).try_for_each(|_| part.all_reduce(vec![sum.shallow_clone()], ReduceOp::Max)?.wait())?;
+        (0..5)
+            .try_for_each(|_| part.all_reduce(vec![sum.shallow_clone()], ReduceOp::Max)?.wait())?;
         part.barrier()
     });
     ends.into_iter().for_each(|end| end.unwrap());
@@ -353,19 +416,37 @@ fn processes(world_size: usize, test: &str) -> Vec<(Option<i32>, String)> {
     let start = |rank: usize| {
         let mut command = Command::new("timeout");
         command.arg(LIMIT.as_secs().to_string()).arg(std::env::current_exe().unwrap());
-        command.args(["--ignored", "--exact", test, "--nocapture", "--test-threads=1"]).env("OMP_NUM_THREADS", "1");
-        command.stdout(Stdio::piped()).stderr(Stdio::piped()).envs(place_of(rank, world_size, &address)).spawn().unwrap()
+        command
+            .args(["--ignored", "--exact", test, "--nocapture", "--test-threads=1"])
+            .env("OMP_NUM_THREADS", "1");
+        command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .envs(place_of(rank, world_size, &address))
+            .spawn()
+            .unwrap()
     };
-    let ranks: Vec<_> = (0..world_size).map(start).map(|child| thread::spawn(move || child.wait_with_output().unwrap())).collect();
+    let ranks: Vec<_> = (0..world_size)
+        .map(start)
+        .map(|child| thread::spawn(move || child.wait_with_output().unwrap()))
+        .collect();
     let ends = ranks.into_iter().map(|rank| rank.join().unwrap());
-    ends.map(|end| (end.status.code(), String::from_utf8_lossy(&[end.stdout, end.stderr].concat()).into())).collect()
+    ends.map(|end| {
+        (end.status.code(), String::from_utf8_lossy(&[end.stdout, end.stderr].concat()).into())
+    })
+    .collect()
 }
 
 fn place_of(rank: usize, world_size: usize, address: &str) -> [(&'static str, String); 3] {
-    [("FM_DIST_RANK", rank.to_string()), ("FM_DIST_WORLD_SIZE", world_size.to_string()), ("FM_DIST_RENDEZVOUS", address.into())]
+    [
+        ("FM_DIST_RANK", rank.to_string()),
+        ("FM_DIST_WORLD_SIZE", world_size.to_string()),
+        ("FM_DIST_RENDEZVOUS", address.into()),
+    ]
 }
 
-/// Joins the world of [`processes`]; an error or a panic of this rank ends all ranks, as it does in `main`.
+/// Joins the world of [`processes`]; an error or a panic of this rank ends all ranks, as it does in
+/// `main`.
 fn join_the_world() -> Box<dyn Collective> {
     let world = collective::connect(Launch::Tcp, Duration::from_secs(60));
     end_all_on_panic();
@@ -375,7 +456,9 @@ fn join_the_world() -> Box<dyn Collective> {
 #[test]
 fn processes_keep_the_contract_over_tcp() {
     for world_size in [2, 4] {
-        for (rank, (code, output)) in processes(world_size, "tcp::rank_of_the_contract").into_iter().enumerate() {
+        for (rank, (code, output)) in
+            processes(world_size, "tcp::rank_of_the_contract").into_iter().enumerate()
+        {
             assert_eq!(code, Some(0), "{output}");
             assert!(output.contains(&format!("rank {rank}/{world_size} host")), "{output}");
         }
@@ -402,7 +485,9 @@ fn world_in_which_rank_1(fails: fn()) {
         fails();
         return;
     }
-    let waited = world.all_reduce(vec![brought(0, 1 << 20, Kind::Float)], ReduceOp::Sum).and_then(Work::wait);
+    let waited = world
+        .all_reduce(vec![brought(0, 1 << 20, Kind::Float)], ReduceOp::Sum)
+        .and_then(Work::wait);
     end_with(&waited.unwrap_err());
 }
 
@@ -426,7 +511,9 @@ fn an_error_on_one_rank_ends_all_with_its_code() {
 #[test]
 #[ignore = "started by another test"]
 fn rank_of_a_world_with_an_error() {
-    world_in_which_rank_1(|| end_with(&Error::NotFinite { step: 7, what: "the loss is not finite".into() }));
+    world_in_which_rank_1(|| {
+        end_with(&Error::NotFinite { step: 7, what: "the loss is not finite".into() })
+    });
 }
 
 #[test]
@@ -444,7 +531,11 @@ fn rank_of_a_world_with_a_panic() {
 fn a_rank_that_dies_without_a_word_is_named() {
     let ends = processes(2, "tcp::rank_of_a_world_with_a_crash");
     assert_eq!(ends[0].0, Some(22), "{ends:?}");
-    assert!(ends[0].1.contains("tcp all_reduce: rank 1 (host ") && ends[0].1.contains("closed its connection"), "{ends:?}");
+    assert!(
+        ends[0].1.contains("tcp all_reduce: rank 1 (host ")
+            && ends[0].1.contains("closed its connection"),
+        "{ends:?}"
+    );
 }
 
 #[test]
@@ -456,8 +547,14 @@ fn rank_of_a_world_with_a_crash() {
 #[test]
 fn another_thread_ends_all_while_the_main_thread_waits() {
     let outputs = all_end_with("tcp::rank_of_a_world_with_a_watchdog", 21);
-    assert!(!outputs[0].contains("rank 2"), "what follows from the end is no reason of its own: {outputs:?}");
-    assert!([1, 2].iter().all(|rank| outputs[*rank].contains("ended the run with exit code 21")), "{outputs:?}");
+    assert!(
+        !outputs[0].contains("rank 2"),
+        "what follows from the end is no reason of its own: {outputs:?}"
+    );
+    assert!(
+        [1, 2].iter().all(|rank| outputs[*rank].contains("ended the run with exit code 21")),
+        "{outputs:?}"
+    );
 }
 
 #[test]
@@ -465,7 +562,8 @@ fn another_thread_ends_all_while_the_main_thread_waits() {
 fn rank_of_a_world_with_a_watchdog() {
     let world = join_the_world();
     world.barrier().unwrap_or_else(|error| end_with(&error));
-    // Nobody rings: the time-outs are the watchdog's verdict, and the time that rank 1 computes while the others wait for it.
+    // Nobody rings: the time-outs are the watchdog's verdict, and the time that rank 1 computes
+    // while the others wait for it.
     let (_ring, bell) = mpsc::channel::<()>();
     match world.rank() {
         0 => drop(thread::spawn(move || {
@@ -475,8 +573,10 @@ fn rank_of_a_world_with_a_watchdog() {
         1 => assert!(bell.recv_timeout(Duration::from_secs(5)).is_err()),
         _ => (),
     }
-    // The first one's data have all been sent when rank 1 comes; it hears in the second one that the others are gone.
-    let sum = || world.all_reduce(vec![brought(0, 3, Kind::Float)], ReduceOp::Sum).and_then(Work::wait);
+    // The first one's data have all been sent when rank 1 comes; it hears in the second one that
+    // the others are gone.
+    let sum =
+        || world.all_reduce(vec![brought(0, 3, Kind::Float)], ReduceOp::Sum).and_then(Work::wait);
     let waited = sum().and_then(|()| sum());
     end_with(&waited.unwrap_err());
 }
@@ -485,10 +585,12 @@ fn rank_of_a_world_with_a_watchdog() {
 fn training_over_tcp_writes_the_bytes_of_training_in_threads() {
     let root = TempDir::new().unwrap();
     let output = |name: &str| format!("output_dir={}", root.path().join(name).display());
-    let in_threads = train_in_threads(&tiny(&["max_steps=6", &output("threads")]), &Resume::Never, 2).unwrap();
+    let in_threads =
+        train_in_threads(&tiny(&["max_steps=6", &output("threads")]), &Resume::Never, 2).unwrap();
     let (address, own) = (free_address(), output("tcp"));
     let start = |rank: usize| {
-        let mut command = program(&with_sets(&["train", "--launch", "tcp"], &["max_steps=6", &own]));
+        let mut command =
+            program(&with_sets(&["train", "--launch", "tcp"], &["max_steps=6", &own]));
         command.envs(place_of(rank, 2, &address)).env("OMP_NUM_THREADS", "1");
         thread::spawn(move || finish(command))
     };
@@ -496,9 +598,14 @@ fn training_over_tcp_writes_the_bytes_of_training_in_threads() {
     for (code, _, errors) in ranks.map(|rank| rank.join().unwrap()) {
         assert_eq!(code, 0, "{errors}");
     }
-    let folders = std::fs::read_dir(root.path().join("tcp")).unwrap().map(|entry| entry.unwrap().path());
-    let over_tcp = folders.filter(|path| path.is_dir()).find(|path| path.join("step-00000006").exists());
-    assert_eq!(checkpoint(&in_threads, 6), checkpoint(&over_tcp.unwrap_or_else(|| root.path().join("tcp")), 6));
+    let folders =
+        std::fs::read_dir(root.path().join("tcp")).unwrap().map(|entry| entry.unwrap().path());
+    let over_tcp =
+        folders.filter(|path| path.is_dir()).find(|path| path.join("step-00000006").exists());
+    assert_eq!(
+        checkpoint(&in_threads, 6),
+        checkpoint(&over_tcp.unwrap_or_else(|| root.path().join("tcp")), 6)
+    );
 }
 
 #[test]
@@ -511,7 +618,10 @@ fn an_error_that_all_know_of_is_said_once_over_tcp() {
     };
     let ends = [start(0), start(1)].map(|rank| rank.join().unwrap());
     assert_eq!((ends[0].0, ends[1].0), (50, 50), "{ends:?}");
-    assert!(ends[0].2.contains("error CONFIG rank 0/2") && !ends[1].2.contains("fm-dist: error"), "{ends:?}");
+    assert!(
+        ends[0].2.contains("error CONFIG rank 0/2") && !ends[1].2.contains("fm-dist: error"),
+        "{ends:?}"
+    );
 }
 
 #[test]
@@ -519,19 +629,27 @@ fn an_error_that_all_meet_is_said_by_one_over_tcp() {
     let (address, root) = (free_address(), TempDir::new().unwrap());
     let own = format!("output_dir={}", root.path().join("run").display());
     let start = |rank: usize| {
-        let sets = ["train.global_batch_size=24", "debug.inject_fault=\"error@every:2:forward\"", &own];
+        let sets =
+            ["train.global_batch_size=24", "debug.inject_fault=\"error@every:2:forward\"", &own];
         let mut command = program(&with_sets(&["train", "--launch", "tcp"], &sets));
         command.envs(place_of(rank, 3, &address)).env("OMP_NUM_THREADS", "1");
         thread::spawn(move || finish(command))
     };
     let ends = [start(0), start(1), start(2)].map(|rank| rank.join().unwrap());
     assert!(ends.iter().all(|(code, ..)| *code == 52), "{ends:?}");
-    assert_eq!(ends.iter().filter(|(.., errors)| errors.contains("fm-dist: error")).count(), 1, "{ends:?}");
+    assert_eq!(
+        ends.iter().filter(|(.., errors)| errors.contains("fm-dist: error")).count(),
+        1,
+        "{ends:?}"
+    );
 }
 
 #[test]
 fn a_launch_over_tcp_says_what_to_set() {
     let (code, _, errors) = finish(program(&["train", "--launch", "tcp"]));
     assert_eq!(code, 52, "{errors}");
-    assert!(errors.contains("start it with srun, or set FM_DIST_RANK for each process"), "{errors}");
+    assert!(
+        errors.contains("start it with srun, or set FM_DIST_RANK for each process"),
+        "{errors}"
+    );
 }

@@ -31,17 +31,21 @@ mod golden;
 mod gradients;
 /// Each lie in the header of a safetensors file is refused, quickly.
 mod hostile;
-/// Our own GPU kernels compile, have the bits of a CPU, and are refused where they compute anything else.
+/// Our own GPU kernels compile, have the bits of a CPU, and are refused where they compute anything
+/// else.
 mod kernels;
-/// A loss under masks is that of one big batch, whatever the split; a sample is trained on its own conditions and task.
+/// A loss under masks is that of one big batch, whatever the split; a sample is trained on its own
+/// conditions and task.
 mod masks;
 /// Ranks take the memory that `fm-dist check` says.
 mod memory;
 /// NCCL keeps the contract of the collectives and gives up in time; the real library answers.
 mod nccl;
-/// What parity tests share: the real packages as oracle, and how close is close. Nothing is promised there.
+/// What parity tests share: the real packages as oracle, and how close is close. Nothing is
+/// promised there.
 mod oracle;
-/// Every model with every adapter trains or is refused with a hint that works, and so do the edges of a model's settings.
+/// Every model with every adapter trains or is refused with a hint that works, and so do the edges
+/// of a model's settings.
 mod pairs;
 /// The real NeMo AutoModel and PyTorch compute the same numbers.
 mod parity;
@@ -59,7 +63,8 @@ mod security;
 mod sharding;
 /// What was committed is never lost, whatever the disk does.
 mod storage;
-/// Ranks meet over TCP without a launcher's help, and strangers, absent and dying ranks are noticed.
+/// Ranks meet over TCP without a launcher's help, and strangers, absent and dying ranks are
+/// noticed.
 mod tcp;
 /// Every family trains, on ranks that stay equal, and resumes exactly.
 mod training;

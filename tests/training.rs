@@ -1,4 +1,5 @@
-//! Every family trains: on two ranks the loss falls, the ranks stay equal bit for bit, and a resumed run is the unbroken one.
+//! Every family trains: on two ranks the loss falls, the ranks stay equal bit for bit, and a
+//! resumed run is the unbroken one.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -30,7 +31,11 @@ pub const FLUX: Tiny = Tiny {
             joint_attention_dim = 12\npooled_projection_dim = 10\nguidance_embeds = true\naxes_dims_rope = [4, 6, 6]\n",
     adapter: "flux",
     data_type: "image",
-    keys: &[("image_latents", &[4, 8, 12]), ("text_embeddings", &[5, 12]), ("pooled_prompt_embeds", &[10])],
+    keys: &[
+        ("image_latents", &[4, 8, 12]),
+        ("text_embeddings", &[5, 12]),
+        ("pooled_prompt_embeds", &[10]),
+    ],
 };
 
 pub const FLUX2: Tiny = Tiny {
@@ -80,7 +85,14 @@ impl Tiny {
             let size = [&[SAMPLES], *shape].concat();
             let random = || Tensor::randn(&size, (Kind::Float, Device::Cpu));
             let draw = || Key::new(3, Purpose::Test).scope(index as u64).seeded(random);
-            (*key, if key.contains("mask") { Tensor::ones(&size, (Kind::Int64, Device::Cpu)) } else { draw() })
+            (
+                *key,
+                if key.contains("mask") {
+                    Tensor::ones(&size, (Kind::Int64, Device::Cpu))
+                } else {
+                    draw()
+                },
+            )
         };
         self.keys.iter().enumerate().map(of_key).collect()
     }
@@ -93,8 +105,10 @@ impl Tiny {
     /// A dataset of these samples, one resolution group, at `folder`.
     pub fn write(&self, folder: &Path, samples: &BTreeMap<&'static str, Tensor>) {
         fs::create_dir_all(folder).unwrap();
-        let borrowed: Vec<(&str, &Tensor)> = samples.iter().map(|(key, tensor)| (*key, tensor)).collect();
-        let mut file = HashingWriter::new(File::create(folder.join("samples.safetensors")).unwrap());
+        let borrowed: Vec<(&str, &Tensor)> =
+            samples.iter().map(|(key, tensor)| (*key, tensor)).collect();
+        let mut file =
+            HashingWriter::new(File::create(folder.join("samples.safetensors")).unwrap());
         let metadata = BTreeMap::from([("data_type".to_string(), self.data_type.to_string())]);
         safetensors::write(&mut file, &borrowed, &metadata).unwrap();
         let manifest = serde_json::json!({
@@ -120,19 +134,27 @@ impl Tiny {
     fn step(&self, root: &Path, overrides: &[&str]) -> Vec<u8> {
         let (data, dump) = (root.join("data"), root.join("dump.safetensors"));
         let batch = data.join("samples.safetensors");
-        let request = StepRequest { batch, dump: dump.clone(), weights: None, torch_seed: Some(11), grads: true };
+        let request = StepRequest {
+            batch,
+            dump: dump.clone(),
+            weights: None,
+            torch_seed: Some(11),
+            grads: true,
+        };
         dump_step(&self.config(&data, &root.join("unused"), overrides), &request).unwrap();
         fs::read(dump).unwrap()
     }
 
-    /// Every save compares the ranks' parameters bit for bit and refuses a difference, so that a run that ends has equal ranks.
+    /// Every save compares the ranks' parameters bit for bit and refuses a difference, so that a
+    /// run that ends has equal ranks.
     fn check_training(&self) {
         let root = TempDir::new().unwrap();
         let data = root.path().join("data");
         self.write_data(&data);
         let config = |name: &str| self.config(&data, &root.path().join(name), &[]);
         let unbroken = train_in_threads(&config("unbroken"), &Resume::Never, 2).unwrap();
-        let losses: Vec<f64> = column(&unbroken, "loss").into_iter().map(|(_, loss)| loss).collect();
+        let losses: Vec<f64> =
+            column(&unbroken, "loss").into_iter().map(|(_, loss)| loss).collect();
         let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
         let (first, last) = (mean(&losses[..6]), mean(&losses[24..]));
         assert!(last < 0.8 * first, "{}: the loss went from {first} to {last}", self.adapter);
@@ -150,9 +172,19 @@ fn recomputation_changes_no_bit_of_any_gradient() {
         family.write_data(&root.path().join("data"));
         for dtype in ["model.dtype=float32", "model.dtype=bfloat16"] {
             // Of both tasks where a family has them, each sample by itself.
-            let step =
-                |recompute| family.step(root.path(), &[dtype, recompute, "flow_matching.task_scope=sample", "flow_matching.i2v_prob=0.5"]);
-            let (kept, again) = (step("parallel.recompute=never"), step("parallel.recompute=always"));
+            let step = |recompute| {
+                family.step(
+                    root.path(),
+                    &[
+                        dtype,
+                        recompute,
+                        "flow_matching.task_scope=sample",
+                        "flow_matching.i2v_prob=0.5",
+                    ],
+                )
+            };
+            let (kept, again) =
+                (step("parallel.recompute=never"), step("parallel.recompute=always"));
             assert!(kept == again, "{} {dtype}", family.adapter);
         }
     }

@@ -22,12 +22,18 @@ impl Need {
 }
 
 impl AdapterChoice {
-    /// Keys and lines that say why the adapter does not fit `model`, and what to set so that it does.
+    /// Keys and lines that say why the adapter does not fit `model`, and what to set so that it
+    /// does.
     pub fn misfits(&self, model: &Model) -> Vec<(String, String)> {
         if self.name() != model.adapter() {
             return vec![("flow_matching.adapter_type".into(), self.other_than(model))];
         }
-        let told = |need: Need| (format!("flow_matching.adapter.{}", need.key), format!("{}; set {}", need.why, need.assignment()));
+        let told = |need: Need| {
+            (
+                format!("flow_matching.adapter.{}", need.key),
+                format!("{}; set {}", need.why, need.assignment()),
+            )
+        };
         self.needs(model).into_iter().map(told).collect()
     }
 
@@ -37,7 +43,10 @@ impl AdapterChoice {
         let mut steps = vec![format!("flow_matching.adapter_type = \"{wanted}\"")];
         steps.extend(fitting.needs(model).iter().map(Need::assignment));
         let model = model.name();
-        format!("`{name}` does not prepare what the model `{model}` takes; set {}, and no arguments of `{name}`", steps.join(" and "))
+        format!(
+            "`{name}` does not prepare what the model `{model}` takes; set {}, and no arguments of `{name}`",
+            steps.join(" and ")
+        )
     }
 }
 
@@ -51,7 +60,8 @@ mod tests {
     fn each_family_names_an_adapter_that_gives_all_it_needs() {
         for name in Model::NAMES {
             let model = Model::named(name).expect("its own name");
-            let adapter = AdapterChoice::named(model.adapter()).unwrap_or_else(|| panic!("{name}: `{}`", model.adapter()));
+            let adapter = AdapterChoice::named(model.adapter())
+                .unwrap_or_else(|| panic!("{name}: `{}`", model.adapter()));
             assert_eq!(adapter.misfits(&model), [], "{name}");
             for input in model.inputs() {
                 assert!(adapter.build().provides().contains(&input), "{name}: {input}");
@@ -61,7 +71,8 @@ mod tests {
 
     #[test]
     fn a_misfit_is_told_with_all_that_must_be_set() {
-        let image_to_video = Model::Wan(Wan { in_channels: 36, out_channels: 16, ..Wan::default() });
+        let image_to_video =
+            Model::Wan(Wan { in_channels: 36, out_channels: 16, ..Wan::default() });
         let told = |adapter: AdapterChoice, model: &Model| {
             let [(key, what)] = adapter.misfits(model).try_into().expect("one misfit");
             format!("{key}: {what}")
@@ -72,7 +83,10 @@ mod tests {
              set flow_matching.adapter.image_conditioning = true"
         );
         assert_eq!(
-            told(AdapterChoice::Simple(Simple { image_conditioning: true, ..Simple::default() }), &Model::Wan(Wan::default())),
+            told(
+                AdapterChoice::Simple(Simple { image_conditioning: true, ..Simple::default() }),
+                &Model::Wan(Wan::default())
+            ),
             "flow_matching.adapter.image_conditioning: is true, the model `wan` is not conditioned on images; \
              set flow_matching.adapter.image_conditioning = false"
         );
@@ -81,12 +95,16 @@ mod tests {
             "flow_matching.adapter_type: `flux` does not prepare what the model `wan` takes; set flow_matching.adapter_type = \"simple\" \
              and flow_matching.adapter.image_conditioning = true, and no arguments of `flux`"
         );
-        let hunyuan = Model::HunyuanVideo15(HunyuanVideo15 { image_embed_dim: 3, ..HunyuanVideo15::default() });
-        let keys: Vec<String> = AdapterChoice::Hunyuan(Hunyuan { use_condition_latents: false, ..Hunyuan::default() })
-            .misfits(&hunyuan)
-            .into_iter()
-            .map(|(key, what)| format!("{key}: {what}"))
-            .collect();
+        let hunyuan = Model::HunyuanVideo15(HunyuanVideo15 {
+            image_embed_dim: 3,
+            ..HunyuanVideo15::default()
+        });
+        let keys: Vec<String> =
+            AdapterChoice::Hunyuan(Hunyuan { use_condition_latents: false, ..Hunyuan::default() })
+                .misfits(&hunyuan)
+                .into_iter()
+                .map(|(key, what)| format!("{key}: {what}"))
+                .collect();
         assert_eq!(
             keys,
             [

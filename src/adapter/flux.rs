@@ -3,9 +3,15 @@
 use tch::{Device, Kind, Tensor};
 
 use super::AdapterSettings;
-use super::inputs::{TimestepDtype, batched, guidance, packed, text_embeddings, text_key, text_mask, text_mask_key, unpacked};
+use super::inputs::{
+    TimestepDtype, batched, guidance, packed, text_embeddings, text_key, text_mask, text_mask_key,
+    unpacked,
+};
 use crate::error::Result;
-use crate::flow::{BatchKey, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Role, Shift};
+use crate::flow::{
+    BatchKey, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Role,
+    Shift,
+};
 use crate::nn::Activations;
 use crate::settings::{Keys, Settings};
 
@@ -28,16 +34,30 @@ pub struct Flux {
 
 impl Default for Flux {
     fn default() -> Self {
-        Flux { guidance_scale: 3.5, use_guidance_embeds: true, use_text_mask: false, timestep_dtype: TimestepDtype::default() }
+        Flux {
+            guidance_scale: 3.5,
+            use_guidance_embeds: true,
+            use_text_mask: false,
+            timestep_dtype: TimestepDtype::default(),
+        }
     }
 }
 
 impl Settings for Flux {
     fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.number("guidance_scale", &mut self.guidance_scale, 0.0..=1000.0, "Guidance scale that the model is told in training.");
+        keys.number(
+            "guidance_scale",
+            &mut self.guidance_scale,
+            0.0..=1000.0,
+            "Guidance scale that the model is told in training.",
+        );
         let doc = "The reference's flag, which changes nothing, as there: models that embed the guidance scale need it, others take none.";
         keys.flag("use_guidance_embeds", &mut self.use_guidance_embeds, doc);
-        keys.flag("use_text_mask", &mut self.use_text_mask, "Whether attention leaves out the padding that the batch's `text_mask` marks.");
+        keys.flag(
+            "use_text_mask",
+            &mut self.use_text_mask,
+            "Whether attention leaves out the padding that the batch's `text_mask` marks.",
+        );
         self.timestep_dtype.visit(keys);
     }
 }
@@ -54,7 +74,12 @@ impl ModelAdapter for Flux {
     }
 
     fn keys(&self) -> Vec<BatchKey> {
-        let pooled = BatchKey::optional(Role::Condition, &POOLED_KEYS, &[&["P"]], format!("zeros [{POOLED_WIDTH}]"));
+        let pooled = BatchKey::optional(
+            Role::Condition,
+            &POOLED_KEYS,
+            &[&["P"]],
+            format!("zeros [{POOLED_WIDTH}]"),
+        );
         [text_key(), pooled].into_iter().chain(self.use_text_mask.then(text_mask_key)).collect()
     }
 
@@ -71,19 +96,31 @@ impl ModelAdapter for Flux {
     }
 
     fn provides(&self) -> &'static [&'static str] {
-        &["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "grid", "guidance"]
+        &[
+            "hidden_states",
+            "encoder_hidden_states",
+            "pooled_projections",
+            "timestep",
+            "grid",
+            "guidance",
+        ]
     }
 
-    /// `hidden_states` `[B, H/2 · W/2, 4·C]`, `encoder_hidden_states` `[B, L, D]`, `pooled_projections` `[B, P]`, `timestep`
-    /// `[B]` in `[0, 1]`, `guidance` `[B]` f32, `grid`, `text_mask` `[B, L]` if it is used.
+    /// `hidden_states` `[B, H/2 · W/2, 4·C]`, `encoder_hidden_states` `[B, L, D]`,
+    /// `pooled_projections` `[B, P]`, `timestep` `[B]` in `[0, 1]`, `guidance` `[B]` f32, `grid`,
+    /// `text_mask` `[B, L]` if it is used.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
         let (tokens, grid) = packed(context, NAME)?;
         let text = text_embeddings(context, NAME)?;
         let drop = drop(context);
-        let mask = if self.use_text_mask { Some(text_mask(context, &text, &drop, NAME)?) } else { None };
+        let mask =
+            if self.use_text_mask { Some(text_mask(context, &text, &drop, NAME)?) } else { None };
         let inputs = Activations::new()
             .with_constant("hidden_states", tokens)
-            .with_constant("encoder_hidden_states", context.dropped("text_embeddings", &text, &drop)?)
+            .with_constant(
+                "encoder_hidden_states",
+                context.dropped("text_embeddings", &text, &drop)?,
+            )
             .with_constant("pooled_projections", pooled(context, &drop)?)
             .with_constant("timestep", self.timestep_dtype.of_one(context))
             .with_constant("guidance", guidance(context, self.guidance_scale))
@@ -95,8 +132,14 @@ impl ModelAdapter for Flux {
         unpacked(output)
     }
 
-    /// Shifted further for more tokens where guidance is embedded (dev), not at all where it is not (schnell).
-    fn noise_levels(&self, latents: &[i64], _settings: &FlowMatchingSettings, guidance: Guidance) -> NoiseLevels {
+    /// Shifted further for more tokens where guidance is embedded (dev), not at all where it is not
+    /// (schnell).
+    fn noise_levels(
+        &self,
+        latents: &[i64],
+        _settings: &FlowMatchingSettings,
+        guidance: Guidance,
+    ) -> NoiseLevels {
         let tokens = latents[1..].iter().product::<i64>() / 4;
         let shift = Shift::between(tokens, (256, 0.5), (4096, 1.15));
         NoiseLevels::even(if guidance == Guidance::Embedded { shift } else { Shift::Constant(1.0) })
@@ -107,7 +150,8 @@ impl ModelAdapter for Flux {
     }
 }
 
-/// Which samples' conditions are dropped, `[B]` boolean on the host, each by its own draw; no draw where none can be.
+/// Which samples' conditions are dropped, `[B]` boolean on the host, each by its own draw; no draw
+/// where none can be.
 fn drop(context: &FlowMatchingContext<'_>) -> Tensor {
     let samples = context.noisy_latents.size()[0];
     match context.cfg_dropout_prob {
@@ -120,6 +164,9 @@ fn drop(context: &FlowMatchingContext<'_>) -> Tensor {
 fn pooled(context: &FlowMatchingContext<'_>, drop: &Tensor) -> Result<Tensor> {
     match POOLED_KEYS.into_iter().find(|key| context.batch.get(key).is_some()) {
         Some(key) => context.dropped(key, &batched(context, key, NAME, 2)?, drop),
-        None => Ok(Tensor::zeros([context.noisy_latents.size()[0], POOLED_WIDTH], (context.dtype, context.device))),
+        None => Ok(Tensor::zeros(
+            [context.noisy_latents.size()[0], POOLED_WIDTH],
+            (context.dtype, context.device),
+        )),
     }
 }

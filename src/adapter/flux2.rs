@@ -5,7 +5,9 @@ use tch::{Kind, Tensor};
 use super::AdapterSettings;
 use super::inputs::{TimestepDtype, guidance, sides, text_embeddings, text_key};
 use crate::error::Result;
-use crate::flow::{BatchKey, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Shift};
+use crate::flow::{
+    BatchKey, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Shift,
+};
 use crate::nn::Activations;
 use crate::nn::patches::{cut_images, join_images};
 use crate::settings::{Keys, Settings};
@@ -22,13 +24,22 @@ pub struct Flux2 {
 
 impl Default for Flux2 {
     fn default() -> Self {
-        Flux2 { guidance_scale: 3.5, use_guidance_embeds: true, timestep_dtype: TimestepDtype::default() }
+        Flux2 {
+            guidance_scale: 3.5,
+            use_guidance_embeds: true,
+            timestep_dtype: TimestepDtype::default(),
+        }
     }
 }
 
 impl Settings for Flux2 {
     fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.number("guidance_scale", &mut self.guidance_scale, 0.0..=1000.0, "Guidance scale that the model is told in training.");
+        keys.number(
+            "guidance_scale",
+            &mut self.guidance_scale,
+            0.0..=1000.0,
+            "Guidance scale that the model is told in training.",
+        );
         let doc = "Whether the guidance scale is passed; only models that embed it take it.";
         keys.flag("use_guidance_embeds", &mut self.use_guidance_embeds, doc);
         self.timestep_dtype.visit(keys);
@@ -56,16 +67,19 @@ impl ModelAdapter for Flux2 {
 
     fn notes(&self, model_embeds_guidance: bool) -> Option<String> {
         let without = model_embeds_guidance && !self.use_guidance_embeds;
-        without.then(|| "use_guidance_embeds = false: the model embeds a guidance scale and is told none".into())
+        without.then(|| {
+            "use_guidance_embeds = false: the model embeds a guidance scale and is told none".into()
+        })
     }
 
     fn provides(&self) -> &'static [&'static str] {
-        const ALL: &[&str] = &["hidden_states", "encoder_hidden_states", "timestep", "grid", "guidance"];
+        const ALL: &[&str] =
+            &["hidden_states", "encoder_hidden_states", "timestep", "grid", "guidance"];
         if self.use_guidance_embeds { ALL } else { &ALL[..ALL.len() - 1] }
     }
 
-    /// `hidden_states` `[B, H · W, C]`, `encoder_hidden_states` `[B, L, D]`, `timestep` `[B]` in `[0, 1]`, `grid`, `guidance`
-    /// `[B]` f32 if it is used.
+    /// `hidden_states` `[B, H · W, C]`, `encoder_hidden_states` `[B, L, D]`, `timestep` `[B]` in
+    /// `[0, 1]`, `grid`, `guidance` `[B]` f32 if it is used.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
         let [height, width] = sides(context, NAME)?;
         let inputs = Activations::new()
@@ -73,7 +87,11 @@ impl ModelAdapter for Flux2 {
             .with_constant("encoder_hidden_states", text(context)?)
             .with_constant("timestep", self.timestep_dtype.of_one(context))
             .with_constant("grid", Tensor::from_slice(&[1, height, width]));
-        if self.use_guidance_embeds { Ok(inputs.with_constant("guidance", guidance(context, self.guidance_scale))) } else { Ok(inputs) }
+        if self.use_guidance_embeds {
+            Ok(inputs.with_constant("guidance", guidance(context, self.guidance_scale)))
+        } else {
+            Ok(inputs)
+        }
     }
 
     fn prediction(&self, output: &Activations) -> Tensor {
@@ -82,12 +100,21 @@ impl ModelAdapter for Flux2 {
     }
 
     /// Shifted by what its makers found for the number of tokens and steps.
-    fn noise_levels(&self, latents: &[i64], _settings: &FlowMatchingSettings, _guidance: Guidance) -> NoiseLevels {
+    fn noise_levels(
+        &self,
+        latents: &[i64],
+        _settings: &FlowMatchingSettings,
+        _guidance: Guidance,
+    ) -> NoiseLevels {
         NoiseLevels::even(Shift::Empirical { tokens: latents[1..].iter().product() })
     }
 
     fn guidance(&self, model_embeds: bool) -> Guidance {
-        if model_embeds && self.use_guidance_embeds { Guidance::Embedded } else { Guidance::ClassifierFree }
+        if model_embeds && self.use_guidance_embeds {
+            Guidance::Embedded
+        } else {
+            Guidance::ClassifierFree
+        }
     }
 }
 
@@ -97,6 +124,10 @@ fn text(context: &FlowMatchingContext<'_>) -> Result<Tensor> {
     if context.cfg_dropout_prob <= 0.0 {
         return Ok(text);
     }
-    let drop = context.draws.uniform(&[text.size()[0], 1, 1]).lt(context.cfg_dropout_prob).to_kind(Kind::Bool);
+    let drop = context
+        .draws
+        .uniform(&[text.size()[0], 1, 1])
+        .lt(context.cfg_dropout_prob)
+        .to_kind(Kind::Bool);
     context.dropped("text_embeddings", &text, &drop.flatten(0, 2))
 }

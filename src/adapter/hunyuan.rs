@@ -1,4 +1,5 @@
-//! HunyuanVideo 1.5: noisy video with what is known of it, two texts with their masks, an image's embedding.
+//! HunyuanVideo 1.5: noisy video with what is known of it, two texts with their masks, an image's
+//! embedding.
 
 use tch::{Device, Kind, Tensor};
 
@@ -66,8 +67,13 @@ impl AdapterSettings for Hunyuan {
         if let Model::HunyuanVideo15(HunyuanVideo15 { image_embed_dim, .. }) = model
             && *image_embed_dim != width
         {
-            let why = format!("has {width} features, the model's image_embed_dim is {image_embed_dim}");
-            needs.push(Need { key: "default_image_embed_shape", value: format!("[{tokens}, {image_embed_dim}]"), why });
+            let why =
+                format!("has {width} features, the model's image_embed_dim is {image_embed_dim}");
+            needs.push(Need {
+                key: "default_image_embed_shape",
+                value: format!("[{tokens}, {image_embed_dim}]"),
+                why,
+            });
         }
         needs
     }
@@ -104,15 +110,20 @@ impl ModelAdapter for Hunyuan {
         if self.use_condition_latents { ALL } else { &ALL[..ALL.len() - 1] }
     }
 
-    /// `hidden_states` as the noisy latents `[B, C, F, H, W]`, `condition_latents` `[B, C + 1, F, H, W]`, `timestep` `[B]` on
-    /// the scale of the training timesteps, both texts `[B, L, D]` and their masks `[B, L]` up to the longest valid one,
-    /// `image_embeds` `[B, L3, D]`, zeros where a sample has none; `counted_frames` `[B, 1, F, 1, 1]` if a frame is left out.
+    /// `hidden_states` as the noisy latents `[B, C, F, H, W]`, `condition_latents` `[B, C + 1, F,
+    /// H, W]`, `timestep` `[B]` on the scale of the training timesteps, both texts `[B, L, D]` and
+    /// their masks `[B, L]` up to the longest valid one, `image_embeds` `[B, L3, D]`, zeros where a
+    /// sample has none; `counted_frames` `[B, 1, F, 1, 1]` if a frame is left out.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
         if context.noisy_latents.dim() != 5 {
-            let what = format!("the hunyuan adapter needs latents [B, C, F, H, W], found {:?}", context.noisy_latents.size());
+            let what = format!(
+                "the hunyuan adapter needs latents [B, C, F, H, W], found {:?}",
+                context.noisy_latents.size()
+            );
             return Err(Error::data("batch", what));
         }
-        let (text, text_mask) = self.trimmed(context, text_embeddings(context, NAME)?, "text_mask")?;
+        let (text, text_mask) =
+            self.trimmed(context, text_embeddings(context, NAME)?, "text_mask")?;
         let glyphs = batched(context, "text_embeddings_2", NAME, 3)?;
         let (glyphs, glyph_mask) = self.trimmed(context, glyphs, "text_mask_2")?;
         let mut inputs = Activations::new()
@@ -142,13 +153,18 @@ impl ModelAdapter for Hunyuan {
 }
 
 impl Hunyuan {
-    /// A text `[B, L, D]` and its mask without the padding that all samples have at their end; padding before a text stays, and is
-    /// masked.
+    /// A text `[B, L, D]` and its mask without the padding that all samples have at their end;
+    /// padding before a text stays, and is masked.
     ///
     /// # Errors
-    /// [`Error::Data`] if the batch has no such mask or it does not fit; no model of the family can do without, nor the
-    /// reference.
-    fn trimmed(&self, context: &FlowMatchingContext<'_>, text: Tensor, mask_key: &str) -> Result<(Tensor, Tensor)> {
+    /// [`Error::Data`] if the batch has no such mask or it does not fit; no model of the family can
+    /// do without, nor the reference.
+    fn trimmed(
+        &self,
+        context: &FlowMatchingContext<'_>,
+        text: Tensor,
+        mask_key: &str,
+    ) -> Result<(Tensor, Tensor)> {
         let mask = token_mask(context, mask_key, &text, NAME)?;
         let tokens = text.size()[1];
         // Read from the batch as the loader gave it, on the host: no device is waited for.
@@ -157,7 +173,8 @@ impl Hunyuan {
         Ok((text.narrow(1, 0, length), mask.narrow(1, 0, length)))
     }
 
-    /// Number of tokens up to the last valid one of any sample; of right-padded texts, the valid tokens of the longest.
+    /// Number of tokens up to the last valid one of any sample; of right-padded texts, the valid
+    /// tokens of the longest.
     fn longest(&self, mask: &Tensor, dtype: Kind) -> i64 {
         let tokens = mask.size().last().copied().unwrap_or_default();
         if mask.numel() == 0 {
@@ -170,7 +187,8 @@ impl Hunyuan {
         counted.double_value(&[]) as i64
     }
 
-    /// The batch's image embeddings for its image-to-video samples, zeros for the others, which models take for none.
+    /// The batch's image embeddings for its image-to-video samples, zeros for the others, which
+    /// models take for none.
     fn image_embeds(&self, context: &FlowMatchingContext<'_>) -> Result<Tensor> {
         if context.batch.get("image_embeds").is_none() {
             let [tokens, features] = self.default_image_embed_shape;
@@ -185,11 +203,13 @@ impl Hunyuan {
 /// What is known of the clean latents, and where: the first frame of image-to-video samples.
 ///
 /// # Shapes
-/// Returns `[B, C + 1, F, H, W]` in the compute kind: the known latents, then 1 where they are known; zeros elsewhere.
+/// Returns `[B, C + 1, F, H, W]` in the compute kind: the known latents, then 1 where they are
+/// known; zeros elsewhere.
 fn condition_latents(context: &FlowMatchingContext<'_>) -> Tensor {
     let first = context.latents.narrow(2, 0, 1);
     let known = Tensor::cat(&[&first, &first.narrow(1, 0, 1).ones_like()], 1);
-    let known = known.where_self(&broadcast_to_rank(context.image_to_video, 5), &known.zeros_like());
+    let known =
+        known.where_self(&broadcast_to_rank(context.image_to_video, 5), &known.zeros_like());
     let later = context.latents.size()[2] - 1;
     known.constant_pad_nd([0i64, 0, 0, 0, 0, later])
 }
@@ -197,7 +217,8 @@ fn condition_latents(context: &FlowMatchingContext<'_>) -> Tensor {
 /// `[B, 1, F, 1, 1]` boolean: every frame but the known ones.
 fn counted_frames(context: &FlowMatchingContext<'_>) -> Tensor {
     let frames = context.latents.size()[2];
-    let first = Tensor::arange(frames, (Kind::Int64, context.device)).eq(0).view([1, 1, frames, 1, 1]);
+    let first =
+        Tensor::arange(frames, (Kind::Int64, context.device)).eq(0).view([1, 1, frames, 1, 1]);
     first.logical_and(&broadcast_to_rank(context.image_to_video, 5)).logical_not()
 }
 
@@ -207,7 +228,9 @@ mod tests {
 
     use super::*;
     use crate::data::{Batch, DataType};
-    use crate::flow::{CfgDropoutValue, FlowMatchingPipeline, FlowMatchingSettings, StepOptions, TaskScope};
+    use crate::flow::{
+        CfgDropoutValue, FlowMatchingPipeline, FlowMatchingSettings, StepOptions, TaskScope,
+    };
     use crate::rng::{Key, Purpose, Stream};
 
     const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
@@ -223,8 +246,12 @@ mod tests {
 
     /// Two channels, three frames; texts of at most five and two valid tokens.
     fn batch() -> Batch {
-        let normal = |name: &str, size: &[i64]| Key::new(4, Purpose::Test).named(name).seeded(|| Tensor::randn(size, FLOAT));
-        let mask = |tokens: i64, valid: i64| Tensor::arange(tokens, FLOAT).lt(valid as f64).expand([SIZE, tokens], false).copy();
+        let normal = |name: &str, size: &[i64]| {
+            Key::new(4, Purpose::Test).named(name).seeded(|| Tensor::randn(size, FLOAT))
+        };
+        let mask = |tokens: i64, valid: i64| {
+            Tensor::arange(tokens, FLOAT).lt(valid as f64).expand([SIZE, tokens], false).copy()
+        };
         let tensors = [
             ("video_latents", normal("latents", &[SIZE, 2, 3, 4, 4])),
             ("text_embeddings", normal("text", &[SIZE, 6, 5])),
@@ -233,7 +260,10 @@ mod tests {
             ("text_mask_2", mask(4, 2)),
             ("image_embeds", normal("image", &[SIZE, 3, 7])),
         ];
-        let tensors = tensors.into_iter().map(|(key, tensor)| (key.to_string(), tensor)).collect::<BTreeMap<_, _>>();
+        let tensors = tensors
+            .into_iter()
+            .map(|(key, tensor)| (key.to_string(), tensor))
+            .collect::<BTreeMap<_, _>>();
         Batch { tensors, data_type: DataType::Video, sample_ids: Vec::new(), bad_samples: 0 }
     }
 
@@ -269,10 +299,18 @@ mod tests {
                 assert!(row(&mixed).equal(&row(uniform)), "{name} of sample {sample}");
             }
         }
-        assert!(!none.get("image_embeds").any().double_value(&[]).eq(&1.0), "without an image there are zeros");
+        assert!(
+            !none.get("image_embeds").any().double_value(&[]).eq(&1.0),
+            "without an image there are zeros"
+        );
         let known = all.get("condition_latents");
         assert_eq!(known.size(), [SIZE, 3, 3, 4, 4]);
-        assert!(known.narrow(1, 0, 2).narrow(2, 0, 1).equal(&batch().get("video_latents").unwrap().narrow(2, 0, 1)));
+        assert!(
+            known
+                .narrow(1, 0, 2)
+                .narrow(2, 0, 1)
+                .equal(&batch().get("video_latents").unwrap().narrow(2, 0, 1))
+        );
         assert_eq!(known.narrow(1, 2, 1).sum(Kind::Float).double_value(&[]), (SIZE * 16) as f64);
         assert_eq!(known.narrow(2, 1, 2).abs().sum(Kind::Float).double_value(&[]), 0.0);
         assert_eq!(none.get("condition_latents").abs().sum(Kind::Float).double_value(&[]), 0.0);
@@ -299,26 +337,46 @@ mod tests {
     #[test]
     fn the_known_frame_is_left_out_of_the_mean_where_asked() {
         let tasks = std::cell::RefCell::new(Tensor::new());
-        let settings = FlowMatchingSettings { task_scope: TaskScope::Sample, i2v_prob: 0.5, ..FlowMatchingSettings::default() };
+        let settings = FlowMatchingSettings {
+            task_scope: TaskScope::Sample,
+            i2v_prob: 0.5,
+            ..FlowMatchingSettings::default()
+        };
         let loss = |exclude_condition_frame: bool| {
             let adapter = Box::new(Hunyuan { exclude_condition_frame, ..adapter() });
-            let pipeline = FlowMatchingPipeline::new(settings.clone(), adapter, Device::Cpu, Kind::Float);
+            let pipeline =
+                FlowMatchingPipeline::new(settings.clone(), adapter, Device::Cpu, Kind::Float);
             let model = |inputs: Activations| {
-                *tasks.borrow_mut() = inputs.get("condition_latents").amax([1i64, 2, 3, 4].as_slice(), false).gt(0.0);
-                Ok(Activations::new().with("prediction", inputs.get("hidden_states").zeros_like()).carrying_constants_of(&inputs))
+                *tasks.borrow_mut() =
+                    inputs.get("condition_latents").amax([1i64, 2, 3, 4].as_slice(), false).gt(0.0);
+                Ok(Activations::new()
+                    .with("prediction", inputs.get("hidden_states").zeros_like())
+                    .carrying_constants_of(&inputs))
             };
-            let options = StepOptions { global_step: 0, collect_metrics: false, check_loss: true, strata: None };
+            let options = StepOptions {
+                global_step: 0,
+                collect_metrics: false,
+                check_loss: true,
+                strata: None,
+            };
             pipeline.step(model, &batch(), &stream(), options).unwrap().loss
         };
         let (whole, without) = (loss(false), loss(true));
         let image_to_video = Vec::<bool>::try_from(&*tasks.borrow()).unwrap();
-        assert!(image_to_video.contains(&true) && image_to_video.contains(&false), "{image_to_video:?}");
+        assert!(
+            image_to_video.contains(&true) && image_to_video.contains(&false),
+            "{image_to_video:?}"
+        );
         let frames = |sample: usize| if image_to_video[sample] { 1..3 } else { 0..3 };
-        let kept = (0..SIZE as usize).flat_map(|sample| frames(sample).map(move |frame| (sample as i64, frame)));
-        let kept: Vec<Tensor> = kept.map(|(sample, frame)| whole.weighted_loss.get(sample).select(1, frame)).collect();
+        let kept = (0..SIZE as usize)
+            .flat_map(|sample| frames(sample).map(move |frame| (sample as i64, frame)));
+        let kept: Vec<Tensor> =
+            kept.map(|(sample, frame)| whole.weighted_loss.get(sample).select(1, frame)).collect();
         let expected = Tensor::stack(&kept, 0).mean(Kind::Float).double_value(&[]);
         // Sums of at most 768 f32 numbers in another order.
-        assert!((without.average_weighted_loss.double_value(&[]) - expected).abs() < 1e-5 * expected);
+        assert!(
+            (without.average_weighted_loss.double_value(&[]) - expected).abs() < 1e-5 * expected
+        );
         assert!((whole.average_weighted_loss.double_value(&[]) - expected).abs() > 1e-3 * expected);
     }
 
@@ -339,6 +397,9 @@ mod tests {
         let images = refused("video_latents", Some(Tensor::zeros([SIZE, 2, 4, 4], FLOAT)));
         assert!(images.contains("needs latents [B, C, F, H, W], found [8, 2, 4, 4]"), "{images}");
         let short = refused("text_mask_2", Some(Tensor::ones([SIZE, 3], FLOAT)));
-        assert!(short.contains("`text_mask_2` [8, 3] must cover the 4 tokens of its text"), "{short}");
+        assert!(
+            short.contains("`text_mask_2` [8, 3] must cover the 4 tokens of its text"),
+            "{short}"
+        );
     }
 }

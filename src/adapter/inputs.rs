@@ -18,16 +18,21 @@ pub enum TimestepDtype {
 }
 
 impl Choice for TimestepDtype {
-    const ALL: &'static [(&'static str, Self)] = &[("compute", TimestepDtype::Compute), ("float32", TimestepDtype::Float32)];
+    const ALL: &'static [(&'static str, Self)] =
+        &[("compute", TimestepDtype::Compute), ("float32", TimestepDtype::Float32)];
 }
 
 impl TimestepDtype {
     pub fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.choice("timestep_dtype", self, "Kind in which the model is told the timestep: the model's, or exactly.");
+        keys.choice(
+            "timestep_dtype",
+            self,
+            "Kind in which the model is told the timestep: the model's, or exactly.",
+        );
     }
 
-    /// Timesteps `[B]` in `[0, 1]`. The compute kind divides by 1000 as the reference does, whatever the number of training
-    /// timesteps.
+    /// Timesteps `[B]` in `[0, 1]`. The compute kind divides by 1000 as the reference does,
+    /// whatever the number of training timesteps.
     pub fn of_one(self, context: &FlowMatchingContext<'_>) -> Tensor {
         match self {
             TimestepDtype::Compute => context.timesteps.to_kind(context.dtype) / 1000.0,
@@ -59,25 +64,46 @@ pub(super) fn text_embeddings(context: &FlowMatchingContext<'_>, adapter: &str) 
     batched(context, "text_embeddings", adapter, 3)
 }
 
-/// A condition of the batch in the compute kind, with `rank` axes, the first of them the latents' samples.
-pub(super) fn batched(context: &FlowMatchingContext<'_>, key: &str, adapter: &str, rank: usize) -> Result<Tensor> {
+/// A condition of the batch in the compute kind, with `rank` axes, the first of them the latents'
+/// samples.
+pub(super) fn batched(
+    context: &FlowMatchingContext<'_>,
+    key: &str,
+    adapter: &str,
+    rank: usize,
+) -> Result<Tensor> {
     let found = context.required(key, adapter)?;
     let samples = context.noisy_latents.size()[0];
     if found.dim() != rank || found.size()[0] != samples {
-        let what = format!("`{key}` {:?} must have {rank} axes and the latents' {samples} samples", found.size());
+        let what = format!(
+            "`{key}` {:?} must have {rank} axes and the latents' {samples} samples",
+            found.size()
+        );
         return Err(Error::data("batch", what));
     }
     Ok(found.to_kind(context.dtype))
 }
 
-/// The mask `[B, L]` of the tokens of `text` `[B, L, D]` in the compute kind: 1 where a token counts, 0 where it is padding.
+/// The mask `[B, L]` of the tokens of `text` `[B, L, D]` in the compute kind: 1 where a token
+/// counts, 0 where it is padding.
 ///
 /// # Errors
-/// [`Error::Data`] if the batch lacks it, it does not cover the text, or it holds other numbers, as additive masks do.
-pub(super) fn token_mask(context: &FlowMatchingContext<'_>, key: &str, text: &Tensor, adapter: &str) -> Result<Tensor> {
+/// [`Error::Data`] if the batch lacks it, it does not cover the text, or it holds other numbers, as
+/// additive masks do.
+pub(super) fn token_mask(
+    context: &FlowMatchingContext<'_>,
+    key: &str,
+    text: &Tensor,
+    adapter: &str,
+) -> Result<Tensor> {
     let mask = batched(context, key, adapter, 2)?;
     if mask.size() != text.size()[..2] {
-        let what = format!("`{key}` {:?} must cover the {} tokens of its text {:?}", mask.size(), text.size()[1], text.size());
+        let what = format!(
+            "`{key}` {:?} must cover the {} tokens of its text {:?}",
+            mask.size(),
+            text.size()[1],
+            text.size()
+        );
         return Err(Error::data("batch", what));
     }
     // Read as the loader gave it, on the host: no device is waited for.
@@ -90,16 +116,25 @@ pub(super) fn token_mask(context: &FlowMatchingContext<'_>, key: &str, text: &Te
     let (row, token) = (at / stored.size()[1], at % stored.size()[1]);
     let found = stored.double_value(&[row, token]);
     let sample = context.batch.sample(row as usize);
-    let what = format!("`{key}` of {sample} holds {found} at token {token}; expected 1 where a token counts and 0 where it is padding");
+    let what = format!(
+        "`{key}` of {sample} holds {found} at token {token}; expected 1 where a token counts and 0 where it is padding"
+    );
     Err(Error::data("batch", what))
 }
 
-/// `text_mask` `[B, L]` of `text` `[B, L, D]`, for samples whose text is dropped as `drop` `[B]` says.
-pub(super) fn text_mask(context: &FlowMatchingContext<'_>, text: &Tensor, drop: &Tensor, adapter: &str) -> Result<Tensor> {
+/// `text_mask` `[B, L]` of `text` `[B, L, D]`, for samples whose text is dropped as `drop` `[B]`
+/// says.
+pub(super) fn text_mask(
+    context: &FlowMatchingContext<'_>,
+    text: &Tensor,
+    drop: &Tensor,
+    adapter: &str,
+) -> Result<Tensor> {
     context.dropped_mask("text_mask", &token_mask(context, "text_mask", text, adapter)?, drop)
 }
 
-/// Noisy images `[B, C, H, W]` as tokens of 2 x 2 pixels `[B, H/2 · W/2, 4·C]`, and their `grid`, `[3]` int64 on the host.
+/// Noisy images `[B, C, H, W]` as tokens of 2 x 2 pixels `[B, H/2 · W/2, 4·C]`, and their `grid`,
+/// `[3]` int64 on the host.
 ///
 /// # Errors
 /// [`Error::Data`] if they are no images or have odd sides.
@@ -108,7 +143,9 @@ pub(super) fn packed(context: &FlowMatchingContext<'_>, adapter: &str) -> Result
     if height % 2 != 0 || width % 2 != 0 {
         return Err(Error::data(
             "batch",
-            format!("the {adapter} adapter needs latents of even height and width, found {height} x {width}"),
+            format!(
+                "the {adapter} adapter needs latents of even height and width, found {height} x {width}"
+            ),
         ));
     }
     Ok((cut_images(context.noisy_latents, 2), Tensor::from_slice(&[1, height / 2, width / 2])))
@@ -121,7 +158,10 @@ pub(super) fn packed(context: &FlowMatchingContext<'_>, adapter: &str) -> Result
 pub(super) fn sides(context: &FlowMatchingContext<'_>, adapter: &str) -> Result<[i64; 2]> {
     match context.noisy_latents.size().as_slice() {
         &[_, _, height, width] => Ok([height, width]),
-        size => Err(Error::data("batch", format!("the {adapter} adapter needs latents [B, C, H, W], found {size:?}"))),
+        size => Err(Error::data(
+            "batch",
+            format!("the {adapter} adapter needs latents [B, C, H, W], found {size:?}"),
+        )),
     }
 }
 
@@ -131,7 +171,8 @@ pub(super) fn unpacked(output: &Activations) -> Tensor {
     join_images(output.get("prediction"), 2, 2 * grid[1], 2 * grid[2])
 }
 
-/// The guidance scale that each sample's model is told, `[B]` f32: `own` in training, the context's in generation.
+/// The guidance scale that each sample's model is told, `[B]` f32: `own` in training, the context's
+/// in generation.
 pub(super) fn guidance(context: &FlowMatchingContext<'_>, own: f64) -> Tensor {
     let scale = context.guidance_scale.unwrap_or(own);
     Tensor::full([context.noisy_latents.size()[0]], scale, (Kind::Float, context.device))

@@ -28,14 +28,16 @@ use crate::settings::{self, Family};
 pub trait AdapterSettings {
     fn build(&self) -> Box<dyn ModelAdapter>;
 
-    /// Settings that must have another value for `model`, which is of a family that the adapter is made for.
+    /// Settings that must have another value for `model`, which is of a family that the adapter is
+    /// made for.
     fn needs(&self, _model: &Model) -> Vec<Need> {
         Vec::new()
     }
 }
 
 registry! {
-    /// `adapter_type`, with `[flow_matching.adapter]` for its arguments: one file, one line an adapter.
+    /// `adapter_type`, with `[flow_matching.adapter]` for its arguments: one file, one line an
+    /// adapter.
     pub enum AdapterChoice: AdapterSettings {
         "simple" => Simple(Simple),
         "flux" => Flux(Flux),
@@ -45,7 +47,8 @@ registry! {
     }
 }
 
-/// Arguments of an adapter by name, as in `[flow_matching.adapter]`; those that are left out have their defaults.
+/// Arguments of an adapter by name, as in `[flow_matching.adapter]`; those that are left out have
+/// their defaults.
 pub type Arguments = serde_json::Map<String, serde_json::Value>;
 
 /// The adapter of that name with these arguments.
@@ -53,9 +56,18 @@ pub type Arguments = serde_json::Map<String, serde_json::Value>;
 /// # Errors
 /// [`Error::Config`] naming the available adapters, or every argument that is unknown or unfit.
 pub fn create_adapter(adapter_type: &str, arguments: &Arguments) -> Result<Box<dyn ModelAdapter>> {
-    let unknown = || Error::config("adapter_type", format!("unknown `{adapter_type}`; available: {}", AdapterChoice::NAMES.join(", ")));
+    let unknown = || {
+        Error::config(
+            "adapter_type",
+            format!("unknown `{adapter_type}`; available: {}", AdapterChoice::NAMES.join(", ")),
+        )
+    };
     let mut choice = AdapterChoice::named(adapter_type).ok_or_else(unknown)?;
-    settings::read_json(choice.settings(), &format!("arguments of the {adapter_type} adapter"), arguments)?;
+    settings::read_json(
+        choice.settings(),
+        &format!("arguments of the {adapter_type} adapter"),
+        arguments,
+    )?;
     Ok(choice.build())
 }
 
@@ -90,15 +102,27 @@ mod tests {
             keys.into_iter().find_map(|key| key.instead).expect("an image may be missing")
         };
         assert_eq!(shape(json!({})), "zeros [729, 1152], which stand for no image");
-        assert_eq!(shape(json!({"default_image_embed_shape": [5, 7]})), "zeros [5, 7], which stand for no image");
+        assert_eq!(
+            shape(json!({"default_image_embed_shape": [5, 7]})),
+            "zeros [5, 7], which stand for no image"
+        );
     }
 
     #[test]
     fn what_is_no_adapter_or_no_argument_is_refused_by_name() {
-        let refused = |adapter_type, arguments| created(adapter_type, arguments).err().expect("refused").to_string();
+        let refused = |adapter_type, arguments| {
+            created(adapter_type, arguments).err().expect("refused").to_string()
+        };
         let unknown = refused("flix", json!({}));
-        assert!(unknown.ends_with("unknown `flix`; available: simple, flux, flux2, qwen_image, hunyuan"), "{unknown}");
+        assert!(
+            unknown
+                .ends_with("unknown `flix`; available: simple, flux, flux2, qwen_image, hunyuan"),
+            "{unknown}"
+        );
         let argument = refused("flux", json!({"guidance": 1.0}));
-        assert!(argument.starts_with("arguments of the flux adapter: guidance: unknown key"), "{argument}");
+        assert!(
+            argument.starts_with("arguments of the flux adapter: guidance: unknown key"),
+            "{argument}"
+        );
     }
 }

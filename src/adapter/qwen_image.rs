@@ -3,9 +3,13 @@
 use tch::Tensor;
 
 use super::AdapterSettings;
-use super::inputs::{TimestepDtype, guidance, packed, text_embeddings, text_key, text_mask, text_mask_key, unpacked};
+use super::inputs::{
+    TimestepDtype, guidance, packed, text_embeddings, text_key, text_mask, text_mask_key, unpacked,
+};
 use crate::error::Result;
-use crate::flow::{BatchKey, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Shift};
+use crate::flow::{
+    BatchKey, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Shift,
+};
 use crate::nn::Activations;
 use crate::settings::{Keys, Settings};
 
@@ -23,16 +27,30 @@ pub struct QwenImage {
 impl Default for QwenImage {
     fn default() -> Self {
         let timestep_dtype = TimestepDtype::default();
-        QwenImage { guidance_scale: 3.5, use_guidance_embeds: false, use_text_mask: false, timestep_dtype }
+        QwenImage {
+            guidance_scale: 3.5,
+            use_guidance_embeds: false,
+            use_text_mask: false,
+            timestep_dtype,
+        }
     }
 }
 
 impl Settings for QwenImage {
     fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.number("guidance_scale", &mut self.guidance_scale, 0.0..=1000.0, "Guidance scale that the model is told in training.");
+        keys.number(
+            "guidance_scale",
+            &mut self.guidance_scale,
+            0.0..=1000.0,
+            "Guidance scale that the model is told in training.",
+        );
         let doc = "Whether the guidance scale is passed; only models that embed it take it, no published one does.";
         keys.flag("use_guidance_embeds", &mut self.use_guidance_embeds, doc);
-        keys.flag("use_text_mask", &mut self.use_text_mask, "Whether attention leaves out the padding that the batch's `text_mask` marks.");
+        keys.flag(
+            "use_text_mask",
+            &mut self.use_text_mask,
+            "Whether attention leaves out the padding that the batch's `text_mask` marks.",
+        );
         self.timestep_dtype.visit(keys);
     }
 }
@@ -57,18 +75,23 @@ impl ModelAdapter for QwenImage {
     }
 
     fn provides(&self) -> &'static [&'static str] {
-        const ALL: &[&str] = &["hidden_states", "encoder_hidden_states", "timestep", "grid", "guidance"];
+        const ALL: &[&str] =
+            &["hidden_states", "encoder_hidden_states", "timestep", "grid", "guidance"];
         if self.use_guidance_embeds { ALL } else { &ALL[..ALL.len() - 1] }
     }
 
-    /// `hidden_states` `[B, H/2 · W/2, 4·C]`, `encoder_hidden_states` `[B, L, D]`, `timestep` `[B]` in `[0, 1]`, `grid`;
-    /// `guidance` `[B]` in the compute kind and `text_mask` `[B, L]` if they are used.
+    /// `hidden_states` `[B, H/2 · W/2, 4·C]`, `encoder_hidden_states` `[B, L, D]`, `timestep` `[B]`
+    /// in `[0, 1]`, `grid`; `guidance` `[B]` in the compute kind and `text_mask` `[B, L]` if they
+    /// are used.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
         let (tokens, grid) = packed(context, NAME)?;
         let (text, drop) = (text_embeddings(context, NAME)?, drop(context));
-        let mask = if self.use_text_mask { Some(text_mask(context, &text, &drop, NAME)?) } else { None };
+        let mask =
+            if self.use_text_mask { Some(text_mask(context, &text, &drop, NAME)?) } else { None };
         let text = context.dropped("text_embeddings", &text, &drop)?;
-        let guidance = self.use_guidance_embeds.then(|| guidance(context, self.guidance_scale).to_kind(context.dtype));
+        let guidance = self
+            .use_guidance_embeds
+            .then(|| guidance(context, self.guidance_scale).to_kind(context.dtype));
         let inputs = Activations::new()
             .with_constant("hidden_states", tokens)
             .with_constant("encoder_hidden_states", text)
@@ -85,7 +108,12 @@ impl ModelAdapter for QwenImage {
     }
 
     /// Shifted further for more tokens; the last level before data is 0.02.
-    fn noise_levels(&self, latents: &[i64], _settings: &FlowMatchingSettings, _guidance: Guidance) -> NoiseLevels {
+    fn noise_levels(
+        &self,
+        latents: &[i64],
+        _settings: &FlowMatchingSettings,
+        _guidance: Guidance,
+    ) -> NoiseLevels {
         let tokens = latents[1..].iter().product::<i64>() / 4;
         NoiseLevels::even(Shift::between(tokens, (256, 0.5), (8192, 0.9))).ending_at(0.02)
     }
@@ -95,8 +123,8 @@ impl ModelAdapter for QwenImage {
     }
 }
 
-/// The samples whose text is dropped, `[B]` boolean on the host: all or none by one coin, or each by its own where draws are keyed
-/// by sample. The coin is tossed whatever the probability.
+/// The samples whose text is dropped, `[B]` boolean on the host: all or none by one coin, or each
+/// by its own where draws are keyed by sample. The coin is tossed whatever the probability.
 fn drop(context: &FlowMatchingContext<'_>) -> Tensor {
     context.draws.host_coin(context.cfg_dropout_prob).of_each(context.noisy_latents.size()[0])
 }

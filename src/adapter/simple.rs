@@ -5,7 +5,10 @@ use tch::Tensor;
 use super::inputs::{TimestepDtype, batched, text_embeddings, text_key};
 use super::{AdapterSettings, Need};
 use crate::error::{Error, Result};
-use crate::flow::{BatchKey, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Role, Shift};
+use crate::flow::{
+    BatchKey, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Role,
+    Shift,
+};
 use crate::model::Model;
 use crate::nn::Activations;
 use crate::settings::{Family, Keys, Settings};
@@ -41,7 +44,11 @@ impl AdapterSettings for Simple {
             return Vec::new();
         }
         let not = if takes_images { "" } else { "not " };
-        let why = format!("is {}, the model `{}` is {not}conditioned on images", self.image_conditioning, model.name());
+        let why = format!(
+            "is {}, the model `{}` is {not}conditioned on images",
+            self.image_conditioning,
+            model.name()
+        );
         vec![Need { key: "image_conditioning", value: takes_images.to_string(), why }]
     }
 }
@@ -53,21 +60,36 @@ impl ModelAdapter for Simple {
 
     /// Only the text is a condition: the image stays known where guidance leaves the prompt out.
     fn keys(&self) -> Vec<BatchKey> {
-        let latents = BatchKey::required(Role::Fixed, &["condition_latents"], &[&["Cc", "F", "H", "W"], &["Cc", "H", "W"]]);
+        let latents = BatchKey::required(
+            Role::Fixed,
+            &["condition_latents"],
+            &[&["Cc", "F", "H", "W"], &["Cc", "H", "W"]],
+        );
         let forms: &[&[&str]] = &[&["Li", "Di"], &["images", "Li", "Di"]];
-        let embeds = BatchKey::optional(Role::Fixed, &["image_embeds"], forms, "no tokens of an image".into());
+        let embeds = BatchKey::optional(
+            Role::Fixed,
+            &["image_embeds"],
+            forms,
+            "no tokens of an image".into(),
+        );
         let images = if self.image_conditioning { vec![latents, embeds] } else { Vec::new() };
         [vec![text_key()], images].concat()
     }
 
     fn provides(&self) -> &'static [&'static str] {
-        const ALL: &[&str] = &["hidden_states", "timestep", "encoder_hidden_states", "condition_latents", "encoder_hidden_states_image"];
+        const ALL: &[&str] = &[
+            "hidden_states",
+            "timestep",
+            "encoder_hidden_states",
+            "condition_latents",
+            "encoder_hidden_states_image",
+        ];
         if self.image_conditioning { ALL } else { &ALL[..3] }
     }
 
-    /// `hidden_states` as the noisy latents, `timestep` `[B]` on the scale of the training timesteps, `encoder_hidden_states`
-    /// `[B, L, D]`; with images `condition_latents` `[B, Cc, F, H, W]` and, if the batch has it,
-    /// `encoder_hidden_states_image` `[B, Li, Di]`.
+    /// `hidden_states` as the noisy latents, `timestep` `[B]` on the scale of the training
+    /// timesteps, `encoder_hidden_states` `[B, L, D]`; with images `condition_latents` `[B, Cc, F,
+    /// H, W]` and, if the batch has it, `encoder_hidden_states_image` `[B, Li, Di]`.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
         let inputs = Activations::new()
             .with_constant("hidden_states", context.noisy_latents.shallow_clone())
@@ -87,8 +109,14 @@ impl ModelAdapter for Simple {
         output.get("prediction").shallow_clone()
     }
 
-    /// Videos as Wan's pipeline generates them, down to the smallest timestep that training knows; images evenly.
-    fn noise_levels(&self, latents: &[i64], settings: &FlowMatchingSettings, _guidance: Guidance) -> NoiseLevels {
+    /// Videos as Wan's pipeline generates them, down to the smallest timestep that training knows;
+    /// images evenly.
+    fn noise_levels(
+        &self,
+        latents: &[i64],
+        settings: &FlowMatchingSettings,
+        _guidance: Guidance,
+    ) -> NoiseLevels {
         match latents.len() {
             4 => NoiseLevels::down_to_training(settings.flow_shift, settings.num_train_timesteps),
             _ => NoiseLevels::even(Shift::Constant(settings.flow_shift)),
@@ -101,23 +129,28 @@ fn condition_latents(context: &FlowMatchingContext<'_>) -> Result<Tensor> {
     let latents = context.noisy_latents.size();
     let condition = batched(context, "condition_latents", NAME, latents.len())?;
     if condition.size()[2..] != latents[2..] {
-        let what = format!("`condition_latents` {:?} must have the size of the latents {latents:?} but for the channels", condition.size());
+        let what = format!(
+            "`condition_latents` {:?} must have the size of the latents {latents:?} but for the channels",
+            condition.size()
+        );
         return Err(Error::data("batch", what));
     }
     Ok(condition)
 }
 
-/// `image_embeds` `[B, Li, Di]` in the compute kind; several images of a sample may also stand in rows of their own, one
-/// after another.
+/// `image_embeds` `[B, Li, Di]` in the compute kind; several images of a sample may also stand in
+/// rows of their own, one after another.
 fn image_embeds(context: &FlowMatchingContext<'_>) -> Result<Option<Tensor>> {
     let Some(found) = context.batch.get("image_embeds") else { return Ok(None) };
     let (size, samples) = (found.size(), context.noisy_latents.size()[0]);
     match *size.as_slice() {
-        [rows, _, .., width] if rows >= samples && rows % samples == 0 => {
-            Ok(Some(found.to_device(context.device).to_kind(context.dtype).reshape([samples, -1, width])))
-        }
+        [rows, _, .., width] if rows >= samples && rows % samples == 0 => Ok(Some(
+            found.to_device(context.device).to_kind(context.dtype).reshape([samples, -1, width]),
+        )),
         _ => {
-            let what = format!("`image_embeds` {size:?} must be tokens [B, L, D] of the latents' {samples} samples");
+            let what = format!(
+                "`image_embeds` {size:?} must be tokens [B, L, D] of the latents' {samples} samples"
+            );
             Err(Error::data("batch", what))
         }
     }
@@ -132,14 +165,21 @@ mod tests {
     use crate::flow::CfgDropoutValue;
     use crate::rng::Stream;
 
-    const CONDITIONED: Simple = Simple { image_conditioning: true, timestep_dtype: TimestepDtype::Compute };
+    const CONDITIONED: Simple =
+        Simple { image_conditioning: true, timestep_dtype: TimestepDtype::Compute };
 
     /// What `adapter` makes of two noisy videos of 4 channels and 3 x 2 x 6, in bfloat16.
     fn prepared(adapter: &Simple, sizes: &[(&str, &[i64])]) -> Result<Activations> {
-        let tensor = |size: &[i64]| Tensor::arange(size.iter().product::<i64>(), (Kind::Float, Device::Cpu)).reshape(size);
+        let tensor = |size: &[i64]| {
+            Tensor::arange(size.iter().product::<i64>(), (Kind::Float, Device::Cpu)).reshape(size)
+        };
         let tensors = sizes.iter().map(|(key, size)| (key.to_string(), tensor(size))).collect();
-        let batch = Batch { tensors, data_type: DataType::Video, sample_ids: Vec::new(), bad_samples: 0 };
-        let (latents, sigma) = (Tensor::zeros([2, 4, 3, 2, 6], (Kind::BFloat16, Device::Cpu)), Tensor::from_slice(&[0.25f32, 0.5]));
+        let batch =
+            Batch { tensors, data_type: DataType::Video, sample_ids: Vec::new(), bad_samples: 0 };
+        let (latents, sigma) = (
+            Tensor::zeros([2, 4, 3, 2, 6], (Kind::BFloat16, Device::Cpu)),
+            Tensor::from_slice(&[0.25f32, 0.5]),
+        );
         adapter.prepare_inputs(&FlowMatchingContext {
             noisy_latents: &latents,
             latents: &latents,
@@ -159,8 +199,11 @@ mod tests {
 
     #[test]
     fn inputs_are_those_that_are_promised() {
-        let sizes: [(&str, &[i64]); 3] =
-            [("text_embeddings", &[2, 5, 8]), ("condition_latents", &[2, 7, 3, 2, 6]), ("image_embeds", &[4, 3, 5])];
+        let sizes: [(&str, &[i64]); 3] = [
+            ("text_embeddings", &[2, 5, 8]),
+            ("condition_latents", &[2, 7, 3, 2, 6]),
+            ("image_embeds", &[4, 3, 5]),
+        ];
         for adapter in [Simple::default(), CONDITIONED] {
             assert_eq!(prepared(&adapter, &sizes).expect("fit").names(), adapter.provides());
         }
@@ -179,10 +222,16 @@ mod tests {
         };
         let condition: (&str, &[i64]) = ("condition_latents", &[2, 7, 3, 2, 6]);
         assert_eq!(refusal(&[]), "batch: the simple adapter needs `condition_latents`");
-        assert!(refusal(&[("condition_latents", &[2, 7, 3, 2, 5])]).contains("must have the size of the latents [2, 4, 3, 2, 6]"));
+        assert!(
+            refusal(&[("condition_latents", &[2, 7, 3, 2, 5])])
+                .contains("must have the size of the latents [2, 4, 3, 2, 6]")
+        );
         for size in [[3i64, 3, 5].as_slice(), &[1, 3, 5], &[2, 5]] {
             let message = refusal(&[condition, ("image_embeds", size)]);
-            assert!(message.contains(&format!("`image_embeds` {size:?} must be tokens")), "{message}");
+            assert!(
+                message.contains(&format!("`image_embeds` {size:?} must be tokens")),
+                "{message}"
+            );
         }
     }
 }

@@ -1,4 +1,5 @@
-//! From the configuration to what computes: a rank's device and communicator, its part of a batch, its replica, its pipeline.
+//! From the configuration to what computes: a rank's device and communicator, its part of a batch,
+//! its replica, its pipeline.
 
 pub mod place;
 
@@ -30,15 +31,25 @@ pub fn home(config: &RunConfig, device: Device) -> Device {
 }
 
 /// The configured model with all parameters zero, to be filled from a checkpoint.
-pub fn empty_replica<'c>(config: &RunConfig, device: Device, sharing: Sharing<'c>) -> Result<Replica<'c>> {
+pub fn empty_replica<'c>(
+    config: &RunConfig,
+    device: Device,
+    sharing: Sharing<'c>,
+) -> Result<Replica<'c>> {
     replica(config, device, sharing, None)
 }
 
-/// The configured model as a run begins with it: pretrained, or with parameters that follow from the seed alone.
+/// The configured model as a run begins with it: pretrained, or with parameters that follow from
+/// the seed alone.
 ///
 /// # Ordering
 /// Every rank calls it.
-pub fn fresh_replica<'c>(config: &RunConfig, device: Device, sharing: Sharing<'c>, collective: &dyn Collective) -> Result<Replica<'c>> {
+pub fn fresh_replica<'c>(
+    config: &RunConfig,
+    device: Device,
+    sharing: Sharing<'c>,
+    collective: &dyn Collective,
+) -> Result<Replica<'c>> {
     if let Some(folder) = config.model.pretrained() {
         let mut replica = empty_replica(config, device, sharing)?;
         pretrained::load_pretrained(folder, &config.model.family, &mut replica, collective)?;
@@ -47,12 +58,22 @@ pub fn fresh_replica<'c>(config: &RunConfig, device: Device, sharing: Sharing<'c
     replica(config, device, sharing, Some(Key::new(config.seed, Purpose::Initialization)))
 }
 
-fn replica<'c>(config: &RunConfig, device: Device, sharing: Sharing<'c>, key: Option<Key>) -> Result<Replica<'c>> {
+fn replica<'c>(
+    config: &RunConfig,
+    device: Device,
+    sharing: Sharing<'c>,
+    key: Option<Key>,
+) -> Result<Replica<'c>> {
     let (stages, kind) = (config.model.family.stages()?, config.model.dtype.kind());
     Ok(Replica::shared(stages, kind, (device, home(config, device)), key, sharing))
 }
 
 pub fn build_pipeline(config: &RunConfig, device: Device) -> FlowMatchingPipeline {
     let flow = &config.flow_matching;
-    FlowMatchingPipeline::new(flow.flow.clone(), flow.adapter.build(), device, config.model.dtype.kind())
+    FlowMatchingPipeline::new(
+        flow.flow.clone(),
+        flow.adapter.build(),
+        device,
+        config.model.dtype.kind(),
+    )
 }

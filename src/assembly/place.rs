@@ -9,7 +9,8 @@ use crate::cuda;
 use crate::error::{Error, Result};
 use crate::parallel::{Backend, DeviceChoice};
 
-/// A rank's device, with NCCL on top of the launcher's world where that cannot carry the device's tensors.
+/// A rank's device, with NCCL on top of the launcher's world where that cannot carry the device's
+/// tensors.
 pub struct Place {
     pub device: Device,
     nccl: Option<Nccl>,
@@ -29,7 +30,11 @@ impl Place {
             Backend::Nccl => true,
         };
         let (watchdog, usual) = (&config.watchdog, Limits::default());
-        let limits = Limits { init: watchdog.meeting_patience(), operation: watchdog.operation_patience(), ..usual };
+        let limits = Limits {
+            init: watchdog.meeting_patience(),
+            operation: watchdog.operation_patience(),
+            ..usual
+        };
         let nccl = by_nccl.then(|| Nccl::connect(world, device, limits)).transpose()?;
         Ok(Place { device, nccl })
     }
@@ -39,13 +44,15 @@ impl Place {
         self.nccl.as_ref().map_or(world, |nccl| nccl)
     }
 
-    /// After an error nobody takes leave: the peers are elsewhere, and waiting for them would only delay the message.
+    /// After an error nobody takes leave: the peers are elsewhere, and waiting for them would only
+    /// delay the message.
     pub fn abandon(self) {
         std::mem::forget(self.nccl);
     }
 }
 
-/// The GPU of this rank's number within its node, or the CPU. From here on libtorch computes by the configured kernels.
+/// The GPU of this rank's number within its node, or the CPU. From here on libtorch computes by the
+/// configured kernels.
 ///
 /// # Errors
 /// As [`Place::take`].
@@ -65,7 +72,9 @@ fn gpu(number: usize) -> Result<Device> {
     let count = Cuda::device_count();
     if number as i64 >= count {
         let host = gethostname::gethostname().to_string_lossy().into_owned();
-        return Err(Error::environment(format!("rank {number} of host {host} needs a GPU of its own, and libtorch finds {count}")));
+        return Err(Error::environment(format!(
+            "rank {number} of host {host} needs a GPU of its own, and libtorch finds {count}"
+        )));
     }
     Ok(Device::Cuda(number))
 }
@@ -78,8 +87,11 @@ mod tests {
 
     #[test]
     fn cudnns_attention_is_off_unless_the_configuration_asks_for_it() {
-        for (asked, allowed) in [("", false), ("compute.attention=cudnn", true), ("compute.attention=auto", false)] {
-            let overrides: Vec<String> = std::iter::once(asked).filter(|text| !text.is_empty()).map(String::from).collect();
+        for (asked, allowed) in
+            [("", false), ("compute.attention=cudnn", true), ("compute.attention=auto", false)]
+        {
+            let overrides: Vec<String> =
+                std::iter::once(asked).filter(|text| !text.is_empty()).map(String::from).collect();
             let config = RunConfig::read("test", "", &overrides).expect("a sound configuration");
             device(&config, &Solo).expect("a CPU");
             assert_eq!(libtorch::allows_cudnn_attention(), allowed, "{asked}");

@@ -1,7 +1,8 @@
 //! What the bindings leave out of libtorch's autograd: an operation that brings its own gradient.
 //!
-//! libtorch's graph stays the only one. An operation here is a node of it like any other, whose backward is a Rust closure.
-//! It pays where one pass over memory does what takes libtorch's operators many.
+//! libtorch's graph stays the only one. An operation here is a node of it like any other, whose
+//! backward is a Rust closure. It pays where one pass over memory does what takes libtorch's
+//! operators many.
 
 use std::ffi::c_void;
 use std::mem;
@@ -24,7 +25,12 @@ mod ffi {
             num_inputs: usize,
             output: *mut C_tensor,
             closure: *mut c_void,
-            backward: unsafe extern "C" fn(*mut c_void, *const *mut C_tensor, usize, *mut *mut C_tensor),
+            backward: unsafe extern "C" fn(
+                *mut c_void,
+                *const *mut C_tensor,
+                usize,
+                *mut *mut C_tensor,
+            ),
             release: unsafe extern "C" fn(*mut c_void),
         );
     }
@@ -32,10 +38,11 @@ mod ffi {
 
 /// An operation whose gradient is written by hand.
 ///
-/// `forward` computes the output, without a graph, as a tensor of its own storage, and what the gradient needs besides the
-/// output's: saved inputs, detached, so that they hold no graph that holds them. `backward(saved, grad_output)` gives one
-/// gradient for each of `inputs`, of its shape and kind; [`Tensor::new`] where none is needed. It is called at most once, on
-/// the thread that runs the backward pass.
+/// `forward` computes the output, without a graph, as a tensor of its own storage, and what the
+/// gradient needs besides the output's: saved inputs, detached, so that they hold no graph that
+/// holds them. `backward(saved, grad_output)` gives one gradient for each of `inputs`, of its shape
+/// and kind; [`Tensor::new`] where none is needed. It is called at most once, on the thread that
+/// runs the backward pass.
 pub fn by_hand<S: 'static>(
     inputs: &[&Tensor],
     forward: impl FnOnce() -> (Tensor, S),
@@ -66,16 +73,30 @@ fn is_recorded(inputs: &[&Tensor]) -> bool {
 fn record(inputs: &[&Tensor], output: &mut Tensor, backward: Backward) {
     let pointers: Vec<*const C_tensor> = inputs.iter().map(|tensor| tensor.as_ptr()).collect();
     let closure = Box::into_raw(Box::new(backward)).cast::<c_void>();
-    // SAFETY: the pointers are those of living tensors. The node owns the closure: it gives it back once, to `call` or to
-    // `release`, which are made for it.
-    unsafe { ffi::fm_dist_by_hand(pointers.as_ptr(), pointers.len(), output.as_mut_ptr(), closure, call, release) }
+    // SAFETY: the pointers are those of living tensors. The node owns the closure: it gives it back
+    // once, to `call` or to `release`, which are made for it.
+    unsafe {
+        ffi::fm_dist_by_hand(
+            pointers.as_ptr(),
+            pointers.len(),
+            output.as_mut_ptr(),
+            closure,
+            call,
+            release,
+        )
+    }
 }
 
 /// Calls a closure that [`record`] gave away.
 #[allow(unsafe_code)]
-unsafe extern "C" fn call(closure: *mut c_void, received: *const *mut C_tensor, num_received: usize, given: *mut *mut C_tensor) {
-    // SAFETY: the node gives back what `record` made, once, and one gradient, because there is one output; they are libtorch's
-    // to free, so that Rust takes second handles.
+unsafe extern "C" fn call(
+    closure: *mut c_void,
+    received: *const *mut C_tensor,
+    num_received: usize,
+    given: *mut *mut C_tensor,
+) {
+    // SAFETY: the node gives back what `record` made, once, and one gradient, because there is one
+    // output; they are libtorch's to free, so that Rust takes second handles.
     let (backward, grad_output) = unsafe {
         assert_eq!(num_received, 1);
         (Box::from_raw(closure.cast::<Backward>()), Tensor::clone_from_ptr(*received))
@@ -107,7 +128,11 @@ mod tests {
 
     /// `x³`.
     fn cube(x: &Tensor) -> Tensor {
-        by_hand(&[x], || (x * x * x, x.detach()), |x, grad_output| vec![grad_output * (&x * &x * 3.0)])
+        by_hand(
+            &[x],
+            || (x * x * x, x.detach()),
+            |x, grad_output| vec![grad_output * (&x * &x * 3.0)],
+        )
     }
 
     #[test]
@@ -141,7 +166,8 @@ mod tests {
         let saved = Rc::new(());
         let kept = Rc::clone(&saved);
         let x = Tensor::ones([2], (Kind::Float, Device::Cpu)).set_requires_grad(true);
-        let output = by_hand(&[&x], || (&x * 2.0, kept), |_kept, grad_output| vec![grad_output * 2.0]);
+        let output =
+            by_hand(&[&x], || (&x * 2.0, kept), |_kept, grad_output| vec![grad_output * 2.0]);
         let _ = Tensor::run_backward(&[output.sum(Kind::Float)], &[&x], false, false);
         assert_eq!(Rc::strong_count(&saved), 1);
     }

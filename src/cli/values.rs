@@ -5,18 +5,23 @@ use std::time::Instant;
 use crate::model::Dtype;
 use crate::settings::Choice;
 
-/// Sizes of the axes, a type of its own because clap takes a bare `Vec` for an argument given several times.
+/// Sizes of the axes, a type of its own because clap takes a bare `Vec` for an argument given
+/// several times.
 #[derive(Clone, Debug)]
 pub struct Shape(pub Vec<i64>);
 
 pub fn parse_shape(text: &str) -> Result<Shape, String> {
-    let sizes: Option<Vec<i64>> = text.split(',').map(|size| size.trim().parse().ok().filter(|&size| size > 0)).collect();
+    let sizes: Option<Vec<i64>> =
+        text.split(',').map(|size| size.trim().parse().ok().filter(|&size| size > 0)).collect();
     let fits = sizes.filter(|sizes| matches!(sizes.len(), 3 | 4));
     fits.map(Shape).ok_or_else(|| "expected C,H,W or C,F,H,W, each at least 1".into())
 }
 
 pub fn parse_scale(text: &str) -> Result<f64, String> {
-    text.parse().ok().filter(|scale| (0.0..=100.0).contains(scale)).ok_or_else(|| "expected a number from 0 to 100".into())
+    text.parse()
+        .ok()
+        .filter(|scale| (0.0..=100.0).contains(scale))
+        .ok_or_else(|| "expected a number from 0 to 100".into())
 }
 
 /// Numbers of ranks, ascending.
@@ -26,17 +31,25 @@ pub struct WorldSizes(pub Vec<usize>);
 pub fn parse_world(text: &str) -> Result<WorldSizes, String> {
     let ranks = |text: &str| text.parse::<usize>().ok().filter(|&ranks| ranks > 0);
     let Some((from, to)) = text.split_once("..") else {
-        return ranks(text).map(|ranks| WorldSizes(vec![ranks])).ok_or_else(|| "expected a number of ranks, at least 1".into());
+        return ranks(text)
+            .map(|ranks| WorldSizes(vec![ranks]))
+            .ok_or_else(|| "expected a number of ranks, at least 1".into());
     };
-    let ends = ranks(from).zip(ranks(to)).filter(|(from, to)| from.is_power_of_two() && to.is_power_of_two() && from <= to);
-    let (from, to) = ends.ok_or("expected two powers of two, the smaller one first, as in 8..4096")?;
+    let ends = ranks(from)
+        .zip(ranks(to))
+        .filter(|(from, to)| from.is_power_of_two() && to.is_power_of_two() && from <= to);
+    let (from, to) =
+        ends.ok_or("expected two powers of two, the smaller one first, as in 8..4096")?;
     Ok(WorldSizes((from.ilog2()..=to.ilog2()).map(|power| 1 << power).collect()))
 }
 
 /// The moment that lies so far ahead.
 pub fn parse_moment(text: &str) -> Result<Instant, String> {
-    let time = humantime::parse_duration(text).map_err(|error| format!("{error}; expected a time like 55m or 1h 30m"))?;
-    Instant::now().checked_add(time).ok_or_else(|| "expected a time that a clock can count to; without it a run ends by itself".into())
+    let time = humantime::parse_duration(text)
+        .map_err(|error| format!("{error}; expected a time like 55m or 1h 30m"))?;
+    Instant::now().checked_add(time).ok_or_else(|| {
+        "expected a time that a clock can count to; without it a run ends by itself".into()
+    })
 }
 
 pub fn parse_dtype(text: &str) -> Result<Dtype, String> {

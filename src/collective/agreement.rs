@@ -16,8 +16,8 @@ enum Outcome {
 /// Every rank's text in rank order, if all succeeded.
 ///
 /// # Errors
-/// The first rank that failed gets its own error, to say it; every other rank [`Error::Peer`] with that one's code, whether
-/// it failed as well or not.
+/// The first rank that failed gets its own error, to say it; every other rank [`Error::Peer`] with
+/// that one's code, whether it failed as well or not.
 pub fn agree(own: Result<String>, collective: &dyn Collective) -> Result<Vec<String>> {
     let outcome = match &own {
         Ok(text) => Outcome::Done(text.clone()),
@@ -29,10 +29,20 @@ pub fn agree(own: Result<String>, collective: &dyn Collective) -> Result<Vec<Str
         match serde_json::from_str(text) {
             Ok(Outcome::Done(text)) => texts.push(text),
             Ok(Outcome::Failed { code, what }) => {
-                let peer = Error::Peer { speaker: Some(rank), code, what: format!("rank {rank} failed: {what}") };
+                let peer = Error::Peer {
+                    speaker: Some(rank),
+                    code,
+                    what: format!("rank {rank} failed: {what}"),
+                };
                 return Err(own.err().filter(|_| rank == collective.rank()).unwrap_or(peer));
             }
-            Err(error) => return Err(Error::Collective { backend: "agreement", operation: "gather", what: error.to_string() }),
+            Err(error) => {
+                return Err(Error::Collective {
+                    backend: "agreement",
+                    operation: "gather",
+                    what: error.to_string(),
+                });
+            }
         }
     }
     Ok(texts)
@@ -42,7 +52,10 @@ pub fn agree(own: Result<String>, collective: &dyn Collective) -> Result<Vec<Str
 ///
 /// # Errors
 /// As [`agree`].
-pub fn on_rank_zero(collective: &dyn Collective, act: impl FnOnce() -> Result<String>) -> Result<String> {
+pub fn on_rank_zero(
+    collective: &dyn Collective,
+    act: impl FnOnce() -> Result<String>,
+) -> Result<String> {
     let own = if collective.rank() == 0 { act() } else { Ok(String::new()) };
     Ok(agree(own, collective)?.swap_remove(0))
 }
@@ -62,8 +75,16 @@ pub fn agreed<T>(own: Result<T>, collective: &dyn Collective) -> Result<T> {
 ///
 /// # Errors
 /// As [`agree`].
-pub fn tensor_of_rank_zero(collective: &dyn Collective, size: i64, make: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
-    let own = if collective.rank() == 0 { make() } else { Ok(Tensor::empty([size], (Kind::Float, Device::Cpu))) };
+pub fn tensor_of_rank_zero(
+    collective: &dyn Collective,
+    size: i64,
+    make: impl FnOnce() -> Result<Tensor>,
+) -> Result<Tensor> {
+    let own = if collective.rank() == 0 {
+        make()
+    } else {
+        Ok(Tensor::empty([size], (Kind::Float, Device::Cpu)))
+    };
     let tensor = agreed(own, collective)?;
     collective.broadcast(tensor.shallow_clone(), 0)?.wait()?;
     Ok(tensor)
@@ -74,7 +95,11 @@ pub fn known_to_all(error: Error, speaker: usize, collective: &dyn Collective) -
     if collective.rank() == speaker {
         return error;
     }
-    Error::Peer { speaker: Some(speaker), code: error.exit_code(), what: format!("rank {speaker} failed: {error}") }
+    Error::Peer {
+        speaker: Some(speaker),
+        code: error.exit_code(),
+        what: format!("rank {speaker} failed: {error}"),
+    }
 }
 
 #[cfg(test)]
@@ -86,7 +111,11 @@ mod tests {
     fn errors_of(failing: &'static [usize]) -> Vec<Error> {
         let join = |rank: Threads| {
             std::thread::spawn(move || {
-                let own = if failing.contains(&rank.rank()) { Err(Error::data("x", "broken")) } else { Ok("fine".into()) };
+                let own = if failing.contains(&rank.rank()) {
+                    Err(Error::data("x", "broken"))
+                } else {
+                    Ok("fine".into())
+                };
                 agree(own, &rank).expect_err("one rank failed")
             })
         };

@@ -1,4 +1,5 @@
-//! What every backend demands of an operation's arguments, so that the same mistake has the same message everywhere.
+//! What every backend demands of an operation's arguments, so that the same mistake has the same
+//! message everywhere.
 
 use tch::{Kind, Tensor};
 
@@ -21,10 +22,14 @@ impl Call {
     pub fn check_buffer(self, buffer: &Tensor) -> Result<()> {
         let kind = buffer.kind();
         if !matches!(kind, Kind::Float | Kind::Double | Kind::BFloat16 | Kind::Int64) {
-            return Err(self.error(format!("cannot carry {kind:?}; convert to Float, Double, BFloat16 or Int64 first")));
+            return Err(self.error(format!(
+                "cannot carry {kind:?}; convert to Float, Double, BFloat16 or Int64 first"
+            )));
         }
         if !buffer.is_contiguous() {
-            return Err(self.error(format!("tensor of shape {:?} is not contiguous", buffer.size())));
+            return Err(
+                self.error(format!("tensor of shape {:?} is not contiguous", buffer.size()))
+            );
         }
         Ok(())
     }
@@ -39,12 +44,17 @@ impl Call {
         }
         if owned.numel() * world_size != full.numel() {
             let (owned, full) = (owned.numel(), full.numel());
-            return Err(self.error(format!("full has {full} elements, {world_size} ranks own {owned} each")));
+            return Err(self
+                .error(format!("full has {full} elements, {world_size} ranks own {owned} each")));
         }
         Ok(())
     }
 
     pub fn check_root(self, root: usize, world_size: usize) -> Result<()> {
-        if root < world_size { Ok(()) } else { Err(self.error(format!("no rank {root} among {world_size}"))) }
+        if root < world_size {
+            Ok(())
+        } else {
+            Err(self.error(format!("no rank {root} among {world_size}")))
+        }
     }
 }

@@ -1,7 +1,8 @@
 //! The end of a world: one rank says why, and no other one is gone before it has.
 //!
-//! Launchers end all processes as soon as one of them ends with an error. So a rank that leaves the word to another waits, not
-//! for a time but for its own end, which that one brings about once it has spoken; where it never does, it is given up.
+//! Launchers end all processes as soon as one of them ends with an error. So a rank that leaves the
+//! word to another waits, not for a time but for its own end, which that one brings about once it
+//! has spoken; where it never does, it is given up.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -25,11 +26,12 @@ pub fn finish(collective: Box<dyn Collective>) -> Result<()> {
     mpi::finalize()
 }
 
-/// Does as [`finish`] for an error that every rank knows of: the rank that met it has said so before any of them may leave. Returns
-/// the exit code of all.
+/// Does as [`finish`] for an error that every rank knows of: the rank that met it has said so
+/// before any of them may leave. Returns the exit code of all.
 ///
 /// # Errors
-/// The error that leaving meets; the given one itself, if it is one of the collectives, after which ranks cannot leave together.
+/// The error that leaving meets; the given one itself, if it is one of the collectives, after which
+/// ranks cannot leave together.
 pub fn finish_with(error: Error, collective: Box<dyn Collective>) -> Result<i32> {
     if matches!(error, Error::Collective { .. } | Error::Desync { .. }) {
         return Err(error);
@@ -43,7 +45,8 @@ pub fn finish_with(error: Error, collective: Box<dyn Collective>) -> Result<i32>
 
 /// Says why this process ends, unless another rank has the word, then ends it and every other rank.
 ///
-/// Callable from any thread and from a panic hook, also while another thread waits inside of a collective.
+/// Callable from any thread and from a panic hook, also while another thread waits inside of a
+/// collective.
 pub fn end(code: i32, name: &str, what: &str) -> ! {
     if let Some(speaker) = failure::tell(code, name, what)
         && !outlast(speaker)
@@ -53,21 +56,27 @@ pub fn end(code: i32, name: &str, what: &str) -> ! {
     abort(code)
 }
 
-/// Ends this process with the code of a peer that failed: where that is still to be said, after the rank `speaker` has said so
-/// and ended the world.
+/// Ends this process with the code of a peer that failed: where that is still to be said, after the
+/// rank `speaker` has said so and ended the world.
 pub fn follow(speaker: Option<usize>, code: i32, what: &str) -> ! {
     if let Some(speaker) = speaker
         && failure::begin(code)
         && !outlast(speaker)
     {
         let limit = failure::patience().as_secs_f64();
-        failure::tell_instead_of(speaker, code, "PEER", &format!("{what}; it has not ended the run within {limit} s"));
+        failure::tell_instead_of(
+            speaker,
+            code,
+            "PEER",
+            &format!("{what}; it has not ended the run within {limit} s"),
+        );
     }
     abort(code)
 }
 
-/// Waits until the world ends, and this process with it. Returns `true` where the ranks are not bound to one another and the
-/// words have been said, and `false` if the speaker did not end the world in time.
+/// Waits until the world ends, and this process with it. Returns `true` where the ranks are not
+/// bound to one another and the words have been said, and `false` if the speaker did not end the
+/// world in time.
 fn outlast(speaker: usize) -> bool {
     if HAS_LEFT.load(Ordering::SeqCst) {
         return true;
@@ -84,8 +93,9 @@ fn outlast(speaker: usize) -> bool {
     false
 }
 
-/// Ends this process and every other rank of the world with exit code `code`, at most seconds later: MPI does so by itself,
-/// over TCP the others hear of it at their next wait and end as after any error.
+/// Ends this process and every other rank of the world with exit code `code`, at most seconds
+/// later: MPI does so by itself, over TCP the others hear of it at their next wait and end as after
+/// any error.
 ///
 /// Callable as [`end`]. Nothing is flushed and no destructor runs: say what happened before.
 pub fn abort(code: i32) -> ! {
@@ -94,8 +104,9 @@ pub fn abort(code: i32) -> ! {
     mpi::abort(code)
 }
 
-/// Ends this process, which leaves nobody behind, with exit code `code`. What was written arrives; no destructor and no exit
-/// handler runs, since threads may still compute with what they would take away.
+/// Ends this process, which leaves nobody behind, with exit code `code`. What was written arrives;
+/// no destructor and no exit handler runs, since threads may still compute with what they would
+/// take away.
 pub fn leave(code: i32) -> ! {
     mpi::leave(code)
 }

@@ -9,7 +9,8 @@ use tch::{Kind, Tensor};
 use super::ReduceOp;
 use crate::pulse;
 
-/// What must be equal on all ranks about one operation. Shapes do not matter, only kinds and numbers of elements.
+/// What must be equal on all ranks about one operation. Shapes do not matter, only kinds and
+/// numbers of elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Signature {
     operation: &'static str,
@@ -26,8 +27,19 @@ pub struct Signature {
 
 impl Signature {
     /// An operation on these tensors; of slices, the whole ones.
-    pub(super) fn of<'t>(operation: &'static str, tensors: impl IntoIterator<Item = &'t Tensor>) -> Self {
-        let mut signature = Signature { operation, op: None, root: None, tensors: 0, elements: 0, kind: None, forms: 0 };
+    pub(super) fn of<'t>(
+        operation: &'static str,
+        tensors: impl IntoIterator<Item = &'t Tensor>,
+    ) -> Self {
+        let mut signature = Signature {
+            operation,
+            op: None,
+            root: None,
+            tensors: 0,
+            elements: 0,
+            kind: None,
+            forms: 0,
+        };
         let mut forms = DefaultHasher::new();
         for tensor in tensors {
             let (kind, elements) = (tensor.kind(), tensor.numel());
@@ -58,13 +70,16 @@ impl fmt::Display for Signature {
         }
         match self.tensors {
             1 => write!(f, "{} {kind:?}", self.elements)?,
-            tensors => write!(f, "{tensors} tensors, {} elements, the first {kind:?}", self.elements)?,
+            tensors => {
+                write!(f, "{tensors} tensors, {} elements, the first {kind:?}", self.elements)?
+            }
         }
         self.root.map_or(Ok(()), |root| write!(f, " from rank {root}"))
     }
 }
 
-/// How many operations a rank has called for on one communicator, and which: equal on all ranks that are in step.
+/// How many operations a rank has called for on one communicator, and which: equal on all ranks
+/// that are in step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Issued {
     pub count: u64,
@@ -92,7 +107,8 @@ impl Ledger {
         let before = self.0.get();
         let mut digest = DefaultHasher::new();
         (before.digest, signature).hash(&mut digest);
-        let issued = Issued { count: before.count + 1, digest: digest.finish(), last: Some(signature) };
+        let issued =
+            Issued { count: before.count + 1, digest: digest.finish(), last: Some(signature) };
         self.0.set(issued);
         pulse::begin_collective();
         issued
@@ -119,7 +135,10 @@ mod tests {
         assert_eq!(ledger.issued().to_string(), "no operation");
         let sum = ledger.enter(Signature::of("all_reduce", [&floats(4096)]).by(ReduceOp::Sum));
         assert_eq!(sum.to_string(), "all_reduce#1 (Sum of 4096 Float)");
-        assert_eq!(ledger.enter(Signature::of("broadcast", [&floats(3)]).rooted_at(2)).to_string(), "broadcast#2 (3 Float from rank 2)");
+        assert_eq!(
+            ledger.enter(Signature::of("broadcast", [&floats(3)]).rooted_at(2)).to_string(),
+            "broadcast#2 (3 Float from rank 2)"
+        );
         assert_eq!(ledger.enter(Signature::of("barrier", [])).to_string(), "barrier#3");
         let both = ledger.enter(Signature::of("all_gather", [&floats(3), &floats(4)]));
         assert_eq!(both.to_string(), "all_gather#4 (2 tensors, 7 elements, the first Float)");
@@ -139,7 +158,8 @@ mod tests {
         let others = [
             Signature::of("all_reduce", [&floats(4), &floats(3)]).by(ReduceOp::Sum),
             Signature::of("all_reduce", [&floats(3), &floats(4)]).by(ReduceOp::Max),
-            Signature::of("all_reduce", [&floats(3), &floats(4).to_kind(Kind::Double)]).by(ReduceOp::Sum),
+            Signature::of("all_reduce", [&floats(3), &floats(4).to_kind(Kind::Double)])
+                .by(ReduceOp::Sum),
             Signature::of("all_gather", [&floats(3), &floats(4)]),
             Signature::of("broadcast", [&floats(7)]).rooted_at(0),
             Signature::of("broadcast", [&floats(7)]).rooted_at(1),
@@ -148,7 +168,10 @@ mod tests {
         for (index, other) in others.iter().enumerate() {
             assert_ne!(digest(&[sum]), digest(&[*other]), "{other:?}");
             assert_ne!(digest(&[sum, *other]), digest(&[*other, sum]), "{other:?}");
-            assert!(others[..index].iter().all(|earlier| digest(&[*earlier]) != digest(&[*other])), "{other:?}");
+            assert!(
+                others[..index].iter().all(|earlier| digest(&[*earlier]) != digest(&[*other])),
+                "{other:?}"
+            );
         }
         assert_eq!(digest(&[sum, others[0]]), digest(&[sum, others[0]]));
     }

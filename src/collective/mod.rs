@@ -1,7 +1,7 @@
 //! How ranks exchange tensors: one trait, one file a backend.
 //!
-//! Every rank issues the same operations in the same order on equal shapes; that is the caller's duty and the contract
-//! which `tests/collectives.rs` puts each backend through.
+//! Every rank issues the same operations in the same order on equal shapes; that is the caller's
+//! duty and the contract which `tests/collectives.rs` puts each backend through.
 
 pub mod agreement;
 mod call;
@@ -46,32 +46,36 @@ pub enum ReduceOp {
     Max,
 }
 
-/// A tensor that ranks hold slices of: the slice of this one, and the whole, slice after slice in rank order. `owned` may be
-/// a view of `full`.
+/// A tensor that ranks hold slices of: the slice of this one, and the whole, slice after slice in
+/// rank order. `owned` may be a view of `full`.
 #[derive(Debug)]
 pub struct Sliced {
     pub owned: Tensor,
     pub full: Tensor,
 }
 
-/// What ranks do together. Tensors are contiguous, f32, f64, bf16 or i64, on the backend's device, of equal shape on every
-/// rank. An operation takes several tensors where several go together: they travel as one.
+/// What ranks do together. Tensors are contiguous, f32, f64, bf16 or i64, on the backend's device,
+/// of equal shape on every rank. An operation takes several tensors where several go together: they
+/// travel as one.
 ///
 /// # Errors
-/// [`Error::Collective`] for a tensor that the backend cannot carry, at the call; for peers that fail, mostly at the wait.
-/// [`Error::Desync`] where ranks are found at different operations.
+/// [`Error::Collective`] for a tensor that the backend cannot carry, at the call; for peers that
+/// fail, mostly at the wait. [`Error::Desync`] where ranks are found at different operations.
 ///
 /// # Ordering
-/// Operations of one communicator start in program order. Results are bitwise equal on all ranks and from run to run at
-/// the same world size. On a CPU every backend sums in one order, the pairwise tree over the ranks: `(0+1)+(2+3)` for four.
+/// Operations of one communicator start in program order. Results are bitwise equal on all ranks
+/// and from run to run at the same world size. On a CPU every backend sums in one order, the
+/// pairwise tree over the ranks: `(0+1)+(2+3)` for four.
 pub trait Collective {
     fn rank(&self) -> usize;
     fn world_size(&self) -> usize;
 
-    /// Reduces each buffer in place on every rank. The work owns the tensors until it is waited for.
+    /// Reduces each buffer in place on every rank. The work owns the tensors until it is waited
+    /// for.
     fn all_reduce(&self, buffers: Vec<Tensor>, op: ReduceOp) -> Result<Work>;
 
-    /// Reduces each `full` and leaves this rank's slice in `owned`. The rest of `full` may be written over.
+    /// Reduces each `full` and leaves this rank's slice in `owned`. The rest of `full` may be
+    /// written over.
     fn reduce_scatter(&self, tensors: Vec<Sliced>, op: ReduceOp) -> Result<Work>;
 
     /// Joins every rank's `owned` in rank order in `full`.
@@ -83,7 +87,8 @@ pub trait Collective {
     /// Returns once every rank has called it.
     fn barrier(&self) -> Result<()>;
 
-    /// The ranks that give the same `color` as a world of their own, in the order of their ranks in this one.
+    /// The ranks that give the same `color` as a world of their own, in the order of their ranks in
+    /// this one.
     ///
     /// # Ordering
     /// Every rank calls it, with no work under way.
@@ -92,7 +97,8 @@ pub trait Collective {
     /// Whether it carries tensors of this device.
     fn carries(&self, device: Device) -> bool;
 
-    /// Seconds since the last call that collectives were under way, and that computation stood still for them.
+    /// Seconds since the last call that collectives were under way, and that computation stood
+    /// still for them.
     fn spent(&self) -> Spent;
 
     /// What was called for on this communicator so far: equal on all ranks that are in step.
@@ -122,7 +128,8 @@ impl Work {
     }
 }
 
-/// Where this process was put. With [`connect`], the only reader of environment variables in the crate.
+/// Where this process was put. With [`connect`], the only reader of environment variables in the
+/// crate.
 ///
 /// # Errors
 /// [`Error::Environment`] if a launcher's variable holds no number.
@@ -134,7 +141,8 @@ fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 
-/// The rank that a launcher gave this process, for what must be said before the ranks can meet; `None` without a launcher.
+/// The rank that a launcher gave this process, for what must be said before the ranks can meet;
+/// `None` without a launcher.
 pub fn launched_rank() -> Option<usize> {
     placement::rank_among(variable)
 }
@@ -144,12 +152,13 @@ pub fn job() -> Option<String> {
     variable("SLURM_JOB_ID")
 }
 
-/// Joins the world that the launcher made; without a launcher, a world of one that never touches MPI. `patience`: how long
-/// ranks wait for each other over TCP, since the nodes of a large job start minutes apart.
+/// Joins the world that the launcher made; without a launcher, a world of one that never touches
+/// MPI. `patience`: how long ranks wait for each other over TCP, since the nodes of a large job
+/// start minutes apart.
 ///
 /// # Errors
-/// [`Error::Environment`] if the launcher started several tasks of which each finds itself alone, or does not say what `launch`
-/// needs; [`Error::Collective`] if ranks do not come.
+/// [`Error::Environment`] if the launcher started several tasks of which each finds itself alone,
+/// or does not say what `launch` needs; [`Error::Collective`] if ranks do not come.
 pub fn connect(launch: Launch, patience: Duration) -> Result<Box<dyn Collective>> {
     match launch {
         Launch::Auto => match placement()? {
@@ -193,10 +202,15 @@ fn connect_mpi(size: Option<usize>) -> Result<Box<dyn Collective>> {
     Ok(Box::new(mpi))
 }
 
-/// An error that each of `tasks` processes meets alike before they can agree: the launcher's rank 0 says it.
+/// An error that each of `tasks` processes meets alike before they can agree: the launcher's rank 0
+/// says it.
 fn met_by_all(tasks: usize, what: String) -> Error {
     let error = Error::environment(what);
     let rank = launched_rank().unwrap_or(0);
     pulse::take_place(rank, tasks);
-    if rank == 0 { error } else { Error::Peer { speaker: Some(0), code: error.exit_code(), what: error.to_string() } }
+    if rank == 0 {
+        error
+    } else {
+        Error::Peer { speaker: Some(0), code: error.exit_code(), what: error.to_string() }
+    }
 }

@@ -58,7 +58,8 @@ pub(super) fn placement_among(variable: impl Fn(&str) -> Option<String>) -> Resu
 }
 
 fn launched_among(variable: impl Fn(&str) -> Option<String>) -> Result<Placement> {
-    // mpirun inside of a Slurm job inherits Slurm's variables, so the nearer launcher is asked first.
+    // mpirun inside of a Slurm job inherits Slurm's variables, so the nearer launcher is asked
+    // first.
     let mut names = vec!["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"];
     if is_slurm_task(&variable) {
         names.extend(["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"]);
@@ -70,9 +71,11 @@ fn launched_among(variable: impl Fn(&str) -> Option<String>) -> Result<Placement
     }
 }
 
-/// The rank that a launcher gave this process, the nearest one's before others'; none that is no number.
+/// The rank that a launcher gave this process, the nearest one's before others'; none that is no
+/// number.
 pub(super) fn rank_among(variable: impl Fn(&str) -> Option<String>) -> Option<usize> {
-    let mut names = vec!["FM_DIST_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PALS_RANKID"];
+    let mut names =
+        vec!["FM_DIST_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PALS_RANKID"];
     if is_slurm_task(&variable) {
         names.push("SLURM_PROCID");
     }
@@ -81,46 +84,63 @@ pub(super) fn rank_among(variable: impl Fn(&str) -> Option<String>) -> Option<us
 
 /// The first of these variables that is set.
 fn number(variable: impl Fn(&str) -> Option<String>, names: &[&str]) -> Result<Option<u64>> {
-    let Some((name, text)) = names.iter().find_map(|name| Some((name, variable(name)?))) else { return Ok(None) };
-    let number = text.parse().map_err(|_| Error::environment(format!("{name}={text:?} is no number; was it set by hand?")))?;
+    let Some((name, text)) = names.iter().find_map(|name| Some((name, variable(name)?))) else {
+        return Ok(None);
+    };
+    let number = text.parse().map_err(|_| {
+        Error::environment(format!("{name}={text:?} is no number; was it set by hand?"))
+    })?;
     Ok(Some(number))
 }
 
-/// Whether srun started this process: a batch script and an interactive shell have a SLURM_PROCID and SLURM_NTASKS too,
-/// but no step number, or one that Slurm reserves (from 0xfffffff0 on).
+/// Whether srun started this process: a batch script and an interactive shell have a SLURM_PROCID
+/// and SLURM_NTASKS too, but no step number, or one that Slurm reserves (from 0xfffffff0 on).
 fn is_slurm_task(variable: impl Fn(&str) -> Option<String>) -> bool {
     let step = variable("SLURM_STEP_ID").and_then(|id| id.parse::<u32>().ok());
     variable("SLURM_PROCID").is_some() && step.is_some_and(|id| id < 0xffff_fff0)
 }
 
-/// Whether srun started this task and gave it no way to find the others: Open MPI then ends it from within its
-/// initialization, with code 1 and a page of text, and other builds let each task be alone.
+/// Whether srun started this task and gave it no way to find the others: Open MPI then ends it from
+/// within its initialization, with code 1 and a page of text, and other builds let each task be
+/// alone.
 pub(super) fn lacks_a_pmi(variable: impl Fn(&str) -> Option<String>) -> bool {
     let ways = ["OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PALS_RANKID"];
     is_slurm_task(&variable) && ways.iter().all(|name| variable(name).is_none())
 }
 
-/// The meeting that `--launch tcp` finds in `FM_DIST_RANK`, `FM_DIST_WORLD_SIZE` and `FM_DIST_RENDEZVOUS`, each of them before
-/// what srun says of its step.
+/// The meeting that `--launch tcp` finds in `FM_DIST_RANK`, `FM_DIST_WORLD_SIZE` and
+/// `FM_DIST_RENDEZVOUS`, each of them before what srun says of its step.
 ///
 /// # Errors
 /// [`Error::Environment`] that names what is missing.
 pub(super) fn meeting_among(variable: impl Fn(&str) -> Option<String>) -> Result<Meeting> {
     let is_slurm = is_slurm_task(&variable);
     let asked = |own: &'static str, of_slurm: &[&'static str]| {
-        let names: Vec<&str> = [own].into_iter().chain(of_slurm.iter().copied().filter(|_| is_slurm)).collect();
-        let missing = || Error::environment(format!("--launch tcp: start it with srun, or set {own} for each process"));
+        let names: Vec<&str> =
+            [own].into_iter().chain(of_slurm.iter().copied().filter(|_| is_slurm)).collect();
+        let missing = || {
+            Error::environment(format!(
+                "--launch tcp: start it with srun, or set {own} for each process"
+            ))
+        };
         number(&variable, &names)?.ok_or_else(missing)
     };
     let rank = asked("FM_DIST_RANK", &["SLURM_PROCID"])? as usize;
-    let world_size = asked("FM_DIST_WORLD_SIZE", &["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"])? as usize;
+    let world_size =
+        asked("FM_DIST_WORLD_SIZE", &["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"])? as usize;
     if rank >= world_size {
-        return Err(Error::environment(format!("--launch tcp: there is no rank {rank} among {world_size}; ranks count from 0")));
+        return Err(Error::environment(format!(
+            "--launch tcp: there is no rank {rank} among {world_size}; ranks count from 0"
+        )));
     }
     let rendezvous = match variable("FM_DIST_RENDEZVOUS") {
         Some(rendezvous) => checked(rendezvous)?,
         None if is_slurm => of_step(&variable)?,
-        None => return Err(Error::environment("--launch tcp: set FM_DIST_RENDEZVOUS=host:port, where rank 0 can be reached")),
+        None => {
+            return Err(Error::environment(
+                "--launch tcp: set FM_DIST_RENDEZVOUS=host:port, where rank 0 can be reached",
+            ));
+        }
     };
     Ok(Meeting { rank, world_size, rendezvous })
 }
@@ -129,7 +149,9 @@ fn checked(rendezvous: String) -> Result<String> {
     let parts = rendezvous.rsplit_once(':').map(|(host, port)| (host, port.parse::<u16>()));
     match parts {
         Some((host, Ok(1..))) if !host.is_empty() => Ok(rendezvous),
-        _ => Err(Error::environment(format!("FM_DIST_RENDEZVOUS={rendezvous:?} is no host:port, like n1:29500 or [fe80::1]:29500"))),
+        _ => Err(Error::environment(format!(
+            "FM_DIST_RENDEZVOUS={rendezvous:?} is no host:port, like n1:29500 or [fe80::1]:29500"
+        ))),
     }
 }
 
@@ -138,13 +160,22 @@ fn of_step(variable: impl Fn(&str) -> Option<String>) -> Result<String> {
     let instead = "or set FM_DIST_RENDEZVOUS=host:port";
     let lists = ["SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"];
     let list = lists.iter().find_map(|name| variable(name));
-    let list =
-        list.ok_or_else(|| Error::environment(format!("--launch tcp: no {} to find rank 0 in; use srun, {instead}", lists.join(", no "))))?;
+    let list = list.ok_or_else(|| {
+        Error::environment(format!(
+            "--launch tcp: no {} to find rank 0 in; use srun, {instead}",
+            lists.join(", no ")
+        ))
+    })?;
     let host = slurm::hosts(&list).and_then(|hosts| hosts.into_iter().next());
-    let host = host.ok_or_else(|| Error::environment(format!("--launch tcp: {list:?} is no list of hosts; {instead}")))?;
+    let host = host.ok_or_else(|| {
+        Error::environment(format!("--launch tcp: {list:?} is no list of hosts; {instead}"))
+    })?;
     let asked = |name: &'static str| {
-        number(&variable, &[name])?
-            .ok_or_else(|| Error::environment(format!("--launch tcp: no {name} to make a port of; use srun, {instead}")))
+        number(&variable, &[name])?.ok_or_else(|| {
+            Error::environment(format!(
+                "--launch tcp: no {name} to make a port of; use srun, {instead}"
+            ))
+        })
     };
     Ok(format!("{host}:{}", slurm::port(asked("SLURM_JOB_ID")?, asked("SLURM_STEP_ID")?)))
 }
@@ -154,7 +185,9 @@ mod tests {
     use super::*;
 
     fn placed(variables: &[(&str, &str)]) -> Result<Placement> {
-        placement_among(|name| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| value.to_string()))
+        placement_among(|name| {
+            variables.iter().find(|(known, _)| *known == name).map(|(_, value)| value.to_string())
+        })
     }
 
     #[test]
@@ -167,7 +200,11 @@ mod tests {
         let eight = Placement::Launched { size: Some(8) };
         assert_eq!(placed(&[("OMPI_COMM_WORLD_SIZE", "8")]).unwrap(), eight);
         assert_eq!(placed(&[("PMI_SIZE", "8")]).unwrap(), eight);
-        assert_eq!(placed(&[("SLURM_NTASKS", "8"), ("SLURM_PROCID", "0"), ("SLURM_STEP_ID", "0")]).unwrap(), eight);
+        assert_eq!(
+            placed(&[("SLURM_NTASKS", "8"), ("SLURM_PROCID", "0"), ("SLURM_STEP_ID", "0")])
+                .unwrap(),
+            eight
+        );
         assert_eq!(placed(&[("PMIX_RANK", "3")]).unwrap(), Placement::Launched { size: None });
     }
 
@@ -175,7 +212,12 @@ mod tests {
     fn the_only_task_of_a_step_is_alone_unless_a_pmi_connects_it() {
         let task = [("SLURM_PROCID", "0"), ("SLURM_STEP_ID", "0"), ("SLURM_NTASKS", "1")];
         assert_eq!(placed(&task).unwrap(), Placement::Alone);
-        let of_a_large_job = [("SLURM_PROCID", "0"), ("SLURM_STEP_ID", "3"), ("SLURM_NTASKS", "8"), ("SLURM_STEP_NUM_TASKS", "1")];
+        let of_a_large_job = [
+            ("SLURM_PROCID", "0"),
+            ("SLURM_STEP_ID", "3"),
+            ("SLURM_NTASKS", "8"),
+            ("SLURM_STEP_NUM_TASKS", "1"),
+        ];
         assert_eq!(placed(&of_a_large_job).unwrap(), Placement::Alone);
         let one = Placement::Launched { size: Some(1) };
         for way in [("PMIX_RANK", "0"), ("PMI_RANK", "0"), ("OMPI_COMM_WORLD_SIZE", "1")] {
@@ -189,22 +231,40 @@ mod tests {
         assert_eq!(placed(&batch).unwrap(), Placement::Alone);
         // Slurm's own steps: the batch script (…fb) and salloc's interactive shell (…fa).
         for step in ["4294967291", "4294967290"] {
-            assert_eq!(placed(&[batch[0], batch[1], ("SLURM_STEP_ID", step)]).unwrap(), Placement::Alone);
+            assert_eq!(
+                placed(&[batch[0], batch[1], ("SLURM_STEP_ID", step)]).unwrap(),
+                Placement::Alone
+            );
         }
     }
 
     #[test]
     fn the_nearer_launcher_counts() {
-        let nested = [("SLURM_NTASKS", "2"), ("SLURM_PROCID", "0"), ("SLURM_STEP_ID", "1"), ("OMPI_COMM_WORLD_SIZE", "16")];
+        let nested = [
+            ("SLURM_NTASKS", "2"),
+            ("SLURM_PROCID", "0"),
+            ("SLURM_STEP_ID", "1"),
+            ("OMPI_COMM_WORLD_SIZE", "16"),
+        ];
         assert_eq!(placed(&nested).unwrap(), Placement::Launched { size: Some(16) });
-        let small_step = [("SLURM_NTASKS", "8"), ("SLURM_STEP_NUM_TASKS", "2"), ("SLURM_PROCID", "0"), ("SLURM_STEP_ID", "1")];
+        let small_step = [
+            ("SLURM_NTASKS", "8"),
+            ("SLURM_STEP_NUM_TASKS", "2"),
+            ("SLURM_PROCID", "0"),
+            ("SLURM_STEP_ID", "1"),
+        ];
         assert_eq!(placed(&small_step).unwrap(), Placement::Launched { size: Some(2) });
     }
 
     #[test]
     fn a7_tasks_that_no_pmi_connects_are_known_before_mpi_begins() {
         let lacks = |variables: &[(&str, &str)]| {
-            lacks_a_pmi(|name| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| value.to_string()))
+            lacks_a_pmi(|name| {
+                variables
+                    .iter()
+                    .find(|(known, _)| *known == name)
+                    .map(|(_, value)| value.to_string())
+            })
         };
         let task = [("SLURM_PROCID", "0"), ("SLURM_NTASKS", "2"), ("SLURM_STEP_ID", "0")];
         assert!(lacks(&task));
@@ -222,7 +282,9 @@ mod tests {
     }
 
     fn meeting(variables: &[(&str, &str)]) -> Result<Meeting> {
-        meeting_among(|name| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| value.to_string()))
+        meeting_among(|name| {
+            variables.iter().find(|(known, _)| *known == name).map(|(_, value)| value.to_string())
+        })
     }
 
     const STEP: [(&str, &str); 6] = [
@@ -237,14 +299,21 @@ mod tests {
     #[test]
     fn srun_says_all_that_ranks_need_to_meet() {
         let found = meeting(&STEP).unwrap();
-        assert_eq!(found, Meeting { rank: 3, world_size: 4, rendezvous: format!("n01:{}", slurm::port(4711, 2)) });
+        assert_eq!(
+            found,
+            Meeting { rank: 3, world_size: 4, rendezvous: format!("n01:{}", slurm::port(4711, 2)) }
+        );
         let on_a_part = [&STEP[..], &[("SLURM_STEP_NODELIST", "n[03-04]")]].concat();
         assert!(meeting(&on_a_part).unwrap().rendezvous.starts_with("n03:"));
     }
 
     #[test]
     fn the_own_variables_win() {
-        let own = [("FM_DIST_RANK", "0"), ("FM_DIST_WORLD_SIZE", "2"), ("FM_DIST_RENDEZVOUS", "[::1]:29500")];
+        let own = [
+            ("FM_DIST_RANK", "0"),
+            ("FM_DIST_WORLD_SIZE", "2"),
+            ("FM_DIST_RENDEZVOUS", "[::1]:29500"),
+        ];
         let expected = Meeting { rank: 0, world_size: 2, rendezvous: "[::1]:29500".into() };
         assert_eq!(meeting(&own).unwrap(), expected);
         assert_eq!(meeting(&[&STEP[..], &own].concat()).unwrap(), expected);
@@ -252,9 +321,19 @@ mod tests {
 
     #[test]
     fn what_is_missing_for_a_meeting_is_named() {
-        let own = [("FM_DIST_RANK", "0"), ("FM_DIST_WORLD_SIZE", "2"), ("FM_DIST_RENDEZVOUS", "n1:29500")];
-        let without = |name: &str| STEP.iter().copied().filter(|(known, _)| *known != name).collect::<Vec<_>>();
-        let with = |name, value| own.iter().map(|&(known, old)| (known, if known == name { value } else { old })).collect::<Vec<_>>();
+        let own = [
+            ("FM_DIST_RANK", "0"),
+            ("FM_DIST_WORLD_SIZE", "2"),
+            ("FM_DIST_RENDEZVOUS", "n1:29500"),
+        ];
+        let without = |name: &str| {
+            STEP.iter().copied().filter(|(known, _)| *known != name).collect::<Vec<_>>()
+        };
+        let with = |name, value| {
+            own.iter()
+                .map(|&(known, old)| (known, if known == name { value } else { old }))
+                .collect::<Vec<_>>()
+        };
         let cases = [
             (vec![], "start it with srun, or set FM_DIST_RANK"),
             (own[..1].to_vec(), "set FM_DIST_WORLD_SIZE"),

@@ -7,7 +7,8 @@ const MOST_HOSTS: usize = 1 << 16;
 const FIRST_PORT: u64 = 20_000;
 const PORTS: u64 = 12_000;
 
-/// The hosts of a list like `n[01-04,7],m3`, in its order, as `scontrol show hostnames` has them. `None` for what is no list.
+/// The hosts of a list like `n[01-04,7],m3`, in its order, as `scontrol show hostnames` has them.
+/// `None` for what is no list.
 pub fn hosts(list: &str) -> Option<Vec<String>> {
     let mut all = Vec::new();
     for entry in entries(list)? {
@@ -49,7 +50,12 @@ fn expand(entry: &str) -> Option<Vec<String>> {
             return None;
         }
     }
-    Some(numbers.iter().flat_map(|number| behind.iter().map(move |behind| format!("{before}{number}{behind}"))).collect())
+    Some(
+        numbers
+            .iter()
+            .flat_map(|number| behind.iter().map(move |behind| format!("{before}{number}{behind}")))
+            .collect(),
+    )
 }
 
 fn expand_rest(behind: &str) -> Option<Vec<String>> {
@@ -65,11 +71,13 @@ fn expand_range(range: &str) -> Option<Vec<String>> {
     }
     let (low, high): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
     let is_few = high >= low && high - low < MOST_HOSTS as u64;
-    is_few.then(|| (low..=high).map(|number| format!("{number:0width$}", width = first.len())).collect())
+    is_few.then(|| {
+        (low..=high).map(|number| format!("{number:0width$}", width = first.len())).collect()
+    })
 }
 
-/// The port at which rank 0 of a job's step listens, from 20000 to 31999: the same for all ranks, and for another step another
-/// one in all likelihood.
+/// The port at which rank 0 of a job's step listens, from 20000 to 31999: the same for all ranks,
+/// and for another step another one in all likelihood.
 pub fn port(job: u64, step: u64) -> u16 {
     let mixed = job.wrapping_mul(31).wrapping_add(step);
     (FIRST_PORT + mixed % PORTS) as u16
@@ -97,7 +105,19 @@ mod tests {
 
     #[test]
     fn what_is_no_list_of_hosts_is_refused_quickly() {
-        let broken = ["", "n[1-2", "n1]", "n[[1]]", "n[]", "n[a-b]", "n[2-1]", "n[1-]", "a,,b", "n[0-99999999999]", "n[+1-2]"];
+        let broken = [
+            "",
+            "n[1-2",
+            "n1]",
+            "n[[1]]",
+            "n[]",
+            "n[a-b]",
+            "n[2-1]",
+            "n[1-]",
+            "a,,b",
+            "n[0-99999999999]",
+            "n[+1-2]",
+        ];
         assert!(broken.iter().all(|list| hosts(list).is_none()), "{broken:?}");
         assert_eq!(hosts(&"r[0-999]".repeat(8)), None, "more hosts than there are in the world");
     }

@@ -27,8 +27,12 @@ pub fn gather_texts(collective: &dyn Collective, text: &str) -> Result<Vec<Strin
     let mut bytes = widened(text);
     bytes.resize(longest, 0);
     let all = Tensor::zeros([world_size as i64, bytes.len() as i64], (Kind::Int64, Device::Cpu));
-    collective.all_gather(vec![Sliced { owned: Tensor::from_slice(&bytes), full: all.shallow_clone() }])?.wait()?;
-    let row = |rank: i64| narrowed("gather_texts", &all.get(rank).narrow(0, 0, lengths.int64_value(&[rank])));
+    collective
+        .all_gather(vec![Sliced { owned: Tensor::from_slice(&bytes), full: all.shallow_clone() }])?
+        .wait()?;
+    let row = |rank: i64| {
+        narrowed("gather_texts", &all.get(rank).narrow(0, 0, lengths.int64_value(&[rank])))
+    };
     (0..world_size as i64).map(row).collect()
 }
 
@@ -58,7 +62,11 @@ fn widened(text: &str) -> Vec<i64> {
 
 fn narrowed(operation: &'static str, bytes: &Tensor) -> Result<String> {
     let broken = |_| Call { backend: "texts", operation }.error("what arrived is no UTF-8 text");
-    let bytes: Vec<u8> = Vec::<i64>::try_from(bytes).expect("a flat integer tensor").into_iter().map(|byte| byte as u8).collect();
+    let bytes: Vec<u8> = Vec::<i64>::try_from(bytes)
+        .expect("a flat integer tensor")
+        .into_iter()
+        .map(|byte| byte as u8)
+        .collect();
     String::from_utf8(bytes).map_err(broken)
 }
 
@@ -67,8 +75,13 @@ pub fn spans(ranks: &[usize]) -> String {
     let mut texts: Vec<String> = Vec::new();
     let mut rest = ranks;
     while let Some(first) = rest.first() {
-        let length = rest.iter().enumerate().take_while(|(index, rank)| **rank == first + index).count();
-        texts.push(if length == 1 { first.to_string() } else { format!("{first}-{}", first + length - 1) });
+        let length =
+            rest.iter().enumerate().take_while(|(index, rank)| **rank == first + index).count();
+        texts.push(if length == 1 {
+            first.to_string()
+        } else {
+            format!("{first}-{}", first + length - 1)
+        });
         rest = &rest[length..];
     }
     texts.join(" ")

@@ -1,7 +1,9 @@
-//! A world inside one process, a thread a rank: for tests, and for a debugger that wants to see every rank.
+//! A world inside one process, a thread a rank: for tests, and for a debugger that wants to see
+//! every rank.
 //!
-//! Ranks post copies of their tensors on one board and each computes its result from all of them, as the pairwise tree
-//! says. What would hang under MPI is an error here: ranks that disagree about an operation, and a rank that is gone.
+//! Ranks post copies of their tensors on one board and each computes its result from all of them,
+//! as the pairwise tree says. What would hang under MPI is an error here: ranks that disagree about
+//! an operation, and a rank that is gone.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -14,7 +16,8 @@ use super::ledger::{Ledger, Signature};
 use super::{Collective, Issued, Meter, ReduceOp, Sliced, Spent, Work};
 use crate::error::{Error, Result};
 
-/// One rank of a world of threads; move it to its thread. Dropping it tells the others that the rank is gone.
+/// One rank of a world of threads; move it to its thread. Dropping it tells the others that the
+/// rank is gone.
 pub struct Threads {
     rank: usize,
     world_size: usize,
@@ -57,9 +60,19 @@ fn call(operation: &'static str) -> Call {
 impl Threads {
     /// The handles of a world of `world_size` ranks, in rank order.
     pub fn world(world_size: usize) -> Vec<Threads> {
-        let state = State { rounds: BTreeMap::new(), present: vec![true; world_size], worlds: BTreeMap::new() };
+        let state = State {
+            rounds: BTreeMap::new(),
+            present: vec![true; world_size],
+            worlds: BTreeMap::new(),
+        };
         let board = Arc::new(Board { state: Mutex::new(state), bell: Condvar::new() });
-        let handle = |rank| Threads { rank, world_size, board: board.clone(), ledger: Ledger::default(), meter: Meter::default() };
+        let handle = |rank| Threads {
+            rank,
+            world_size,
+            board: board.clone(),
+            ledger: Ledger::default(),
+            meter: Meter::default(),
+        };
         (0..world_size).map(handle).collect()
     }
 
@@ -71,10 +84,17 @@ impl Threads {
         tensors: &[&Tensor],
         finish: impl FnOnce(Vec<Vec<Tensor>>) + 'static,
     ) -> Work {
-        let issued = self.ledger.enter(signature(Signature::of(call.operation, tensors.iter().copied())));
+        let issued =
+            self.ledger.enter(signature(Signature::of(call.operation, tensors.iter().copied())));
         let number = issued.count;
-        // Copies, because the caller's tensors receive the result while slower ranks still read these.
-        let post = Post { issued, tensors: no_grad(|| tensors.iter().map(|tensor| tensor.copy().flatten(0, -1)).collect()) };
+        // Copies, because the caller's tensors receive the result while slower ranks still read
+        // these.
+        let post = Post {
+            issued,
+            tensors: no_grad(|| {
+                tensors.iter().map(|tensor| tensor.copy().flatten(0, -1)).collect()
+            }),
+        };
         let mut state = self.board.lock();
         let round = state.rounds.entry(number).or_insert_with(|| Round::of(self.world_size));
         round.posts[self.rank] = Some(post);
@@ -102,12 +122,14 @@ impl Board {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until every rank has posted operation `number`, or until it is sure that one never will.
+    /// Waits until every rank has posted operation `number`, or until it is sure that one never
+    /// will.
     fn take(&self, number: u64, call: Call) -> Result<Vec<Vec<Tensor>>> {
         let mut state = self.lock();
         loop {
             let State { rounds, present, .. } = &mut *state;
-            let round = rounds.get_mut(&number).expect("a round stays until every rank has taken it");
+            let round =
+                rounds.get_mut(&number).expect("a round stays until every rank has taken it");
             if let Some(mismatch) = round.mismatch() {
                 return Err(mismatch);
             }
@@ -118,8 +140,15 @@ impl Board {
                 }
                 return Ok(all);
             }
-            if let Some(gone) = round.posts.iter().zip(present).position(|(post, present)| post.is_none() && !*present) {
-                return Err(call.error(format!("rank {gone} is gone, operation {number} of this world waits for it")));
+            if let Some(gone) = round
+                .posts
+                .iter()
+                .zip(present)
+                .position(|(post, present)| post.is_none() && !*present)
+            {
+                return Err(call.error(format!(
+                    "rank {gone} is gone, operation {number} of this world waits for it"
+                )));
             }
             state = self.bell.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
@@ -132,11 +161,18 @@ impl Round {
     }
 
     fn all(&self) -> Option<Vec<Vec<Tensor>>> {
-        self.posts.iter().map(|post| Some(post.as_ref()?.tensors.iter().map(Tensor::shallow_clone).collect())).collect()
+        self.posts
+            .iter()
+            .map(|post| Some(post.as_ref()?.tensors.iter().map(Tensor::shallow_clone).collect()))
+            .collect()
     }
 
     fn mismatch(&self) -> Option<Error> {
-        let mut posted = self.posts.iter().enumerate().filter_map(|(rank, post)| Some((rank, post.as_ref()?.issued)));
+        let mut posted = self
+            .posts
+            .iter()
+            .enumerate()
+            .filter_map(|(rank, post)| Some((rank, post.as_ref()?.issued)));
         let (first, expected) = posted.next()?;
         let (other, found) = posted.find(|(_, issued)| *issued != expected)?;
         Some(disagreement(other, &found.to_string(), first, &expected.to_string()))
@@ -151,7 +187,12 @@ fn reduce(mut all: Vec<Tensor>, op: ReduceOp) -> Tensor {
         ReduceOp::Max => left.maximum(right),
     };
     while all.len() > 1 {
-        all = all.chunks(2).map(|pair| pair[1..].iter().fold(pair[0].shallow_clone(), |left, right| join(&left, right))).collect();
+        all = all
+            .chunks(2)
+            .map(|pair| {
+                pair[1..].iter().fold(pair[0].shallow_clone(), |left, right| join(&left, right))
+            })
+            .collect();
     }
     all.swap_remove(0)
 }
@@ -180,7 +221,10 @@ impl Collective for Threads {
             &inputs.iter().collect::<Vec<_>>(),
             move |all| {
                 for (index, buffer) in buffers.iter_mut().enumerate() {
-                    buffer.copy_(&reduce(nth(&all, index).map(Tensor::shallow_clone).collect(), op).view_as(&*buffer));
+                    buffer.copy_(
+                        &reduce(nth(&all, index).map(Tensor::shallow_clone).collect(), op)
+                            .view_as(&*buffer),
+                    );
                 }
             },
         ))
@@ -189,7 +233,8 @@ impl Collective for Threads {
     fn reduce_scatter(&self, tensors: Vec<Sliced>, op: ReduceOp) -> Result<Work> {
         let call = call("reduce_scatter");
         tensors.iter().try_for_each(|sliced| call.check_slices(sliced, self.world_size))?;
-        let (fulls, mut owned): (Vec<Tensor>, Vec<Tensor>) = tensors.into_iter().map(|sliced| (sliced.full, sliced.owned)).unzip();
+        let (fulls, mut owned): (Vec<Tensor>, Vec<Tensor>) =
+            tensors.into_iter().map(|sliced| (sliced.full, sliced.owned)).unzip();
         let rank = self.rank;
         Ok(self.post(
             call,
@@ -208,7 +253,8 @@ impl Collective for Threads {
     fn all_gather(&self, tensors: Vec<Sliced>) -> Result<Work> {
         let call = call("all_gather");
         tensors.iter().try_for_each(|sliced| call.check_slices(sliced, self.world_size))?;
-        let (owned, mut fulls): (Vec<Tensor>, Vec<Tensor>) = tensors.into_iter().map(|sliced| (sliced.owned, sliced.full)).unzip();
+        let (owned, mut fulls): (Vec<Tensor>, Vec<Tensor>) =
+            tensors.into_iter().map(|sliced| (sliced.owned, sliced.full)).unzip();
         Ok(self.post(
             call,
             |signature| signature,
@@ -227,7 +273,12 @@ impl Collective for Threads {
         call.check_buffer(&buffer)?;
         call.check_root(root, self.world_size)?;
         let input = buffer.shallow_clone();
-        Ok(self.post(call, move |signature| signature.rooted_at(root), &[&input], move |all| buffer.copy_(&all[root][0].view_as(&buffer))))
+        Ok(self.post(
+            call,
+            move |signature| signature.rooted_at(root),
+            &[&input],
+            move |all| buffer.copy_(&all[root][0].view_as(&buffer)),
+        ))
     }
 
     fn barrier(&self) -> Result<()> {
@@ -244,7 +295,10 @@ impl Collective for Threads {
         let (size, earlier) = (same(&colors), same(&colors[..self.rank]));
         let mut state = self.board.lock();
         let world = state.worlds.entry((number, color)).or_insert_with(|| Threads::world(size));
-        let place = world.iter().position(|handle| handle.rank == earlier).expect("each rank takes its handle once");
+        let place = world
+            .iter()
+            .position(|handle| handle.rank == earlier)
+            .expect("each rank takes its handle once");
         let handle = world.swap_remove(place);
         if world.is_empty() {
             state.worlds.remove(&(number, color));

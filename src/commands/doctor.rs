@@ -1,6 +1,8 @@
-//! What fm-dist finds on this machine, an item a line, each missing one with the command that mends it.
+//! What fm-dist finds on this machine, an item a line, each missing one with the command that mends
+//! it.
 //!
-//! Nothing is loaded or initialized for the report: libraries are looked for where the loaders would look.
+//! Nothing is loaded or initialized for the report: libraries are looked for where the loaders
+//! would look.
 
 use std::fmt;
 use std::fs;
@@ -11,7 +13,8 @@ use std::thread::available_parallelism;
 use crate::collective;
 use crate::libtorch;
 
-/// Linux driver branch that CUDA 13 needs at least. Source: NVIDIA, CUDA 13.0 release notes, table 3.
+/// Linux driver branch that CUDA 13 needs at least. Source: NVIDIA, CUDA 13.0 release notes, table
+/// 3.
 const CUDA_13_DRIVER: u32 = 580;
 
 /// One line of the report.
@@ -61,7 +64,9 @@ pub fn report() -> (String, bool) {
         Item::ok("fm-dist", env!("CARGO_PKG_VERSION")),
         libtorch_item(library.as_deref()),
         Item::ok("MPI", collective::mpi_library_version()),
-        mpirun_item(Command::new("mpirun").arg("--version").output().ok().map(|output| output.stdout)),
+        mpirun_item(
+            Command::new("mpirun").arg("--version").output().ok().map(|output| output.stdout),
+        ),
         wheel_item("NCCL", "nccl/lib/libnccl.so", library.as_deref()),
         wheel_item("NVRTC", "cu13/lib/libnvrtc.so", library.as_deref()),
         driver_item(fs::read_to_string("/proc/driver/nvidia/version").ok()),
@@ -73,22 +78,30 @@ pub fn report() -> (String, bool) {
 }
 
 fn libtorch_item(library: Option<&Path>) -> Item {
-    let Some(library) = library else { return Item::missing("libtorch", "not loaded; install it with launch/setup.sh") };
+    let Some(library) = library else {
+        return Item::missing("libtorch", "not loaded; install it with launch/setup.sh");
+    };
     let version = libtorch::version(library).unwrap_or_else(|| "unknown".into());
     Item::ok("libtorch", format!("{version}, {}", library.display()))
 }
 
 fn mpirun_item(version: Option<Vec<u8>>) -> Item {
     let Some(version) = version else {
-        return Item::missing("mpirun", "not in PATH; apt-get install openmpi-bin libopenmpi-dev, or module load openmpi");
+        return Item::missing(
+            "mpirun",
+            "not in PATH; apt-get install openmpi-bin libopenmpi-dev, or module load openmpi",
+        );
     };
     let version = String::from_utf8_lossy(&version);
     Item::ok("mpirun", version.lines().next().unwrap_or("unknown"))
 }
 
-/// cudarc opens these by a name without a version, found in the wheel's folder (this binary's rpath) or in the linker's cache.
+/// cudarc opens these by a name without a version, found in the wheel's folder (this binary's
+/// rpath) or in the linker's cache.
 fn wheel_item(name: &'static str, file: &str, library: Option<&Path>) -> Item {
-    let wheel = library.and_then(|library| libtorch::beside(library, &format!("../nvidia/{file}"))).filter(|library| library.exists());
+    let wheel = library
+        .and_then(|library| libtorch::beside(library, &format!("../nvidia/{file}")))
+        .filter(|library| library.exists());
     let cached = || cached_library(Path::new(file).file_name()?.to_str()?);
     match wheel.map(|library| library.display().to_string()).or_else(cached) {
         Some(library) => Item::ok(name, library),
@@ -99,38 +112,63 @@ fn wheel_item(name: &'static str, file: &str, library: Option<&Path>) -> Item {
 /// Path of a library that the linker's cache knows by exactly this name.
 fn cached_library(name: &str) -> Option<String> {
     let cache = fs::read("/etc/ld.so.cache").ok()?;
-    let mut texts = cache.split(|byte| *byte == 0).filter_map(|text| std::str::from_utf8(text).ok());
+    let mut texts =
+        cache.split(|byte| *byte == 0).filter_map(|text| std::str::from_utf8(text).ok());
     texts.find(|text| text.starts_with('/') && Path::new(text).ends_with(name)).map(str::to_owned)
 }
 
 fn driver_item(version: Option<String>) -> Item {
-    let Some(version) = version else { return Item::note("CUDA driver", "none; fm-dist trains on the CPU") };
-    let numbers = |word: &str| word.contains('.') && word.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+    let Some(version) = version else {
+        return Item::note("CUDA driver", "none; fm-dist trains on the CPU");
+    };
+    let numbers = |word: &str| {
+        word.contains('.') && word.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.')
+    };
     let number = version.split_whitespace().find(|word| numbers(word)).unwrap_or("unknown");
     let branch = number.split('.').next().and_then(|branch| branch.parse::<u32>().ok());
     match branch {
-        Some(branch) if branch < CUDA_13_DRIVER => {
-            Item::note("CUDA driver", format!("{number}; this build's CUDA 13 needs {CUDA_13_DRIVER} or newer: update the driver"))
-        }
+        Some(branch) if branch < CUDA_13_DRIVER => Item::note(
+            "CUDA driver",
+            format!(
+                "{number}; this build's CUDA 13 needs {CUDA_13_DRIVER} or newer: update the driver"
+            ),
+        ),
         _ => Item::ok("CUDA driver", number),
     }
 }
 
 fn devices_item(folder: &Path) -> Item {
-    let entries = fs::read_dir(folder).map(|entries| entries.flatten().collect::<Vec<_>>()).unwrap_or_default();
-    let mut models: Vec<String> = entries.iter().map(|entry| model_of(&entry.path().join("information"))).collect();
+    let entries = fs::read_dir(folder)
+        .map(|entries| entries.flatten().collect::<Vec<_>>())
+        .unwrap_or_default();
+    let mut models: Vec<String> =
+        entries.iter().map(|entry| model_of(&entry.path().join("information"))).collect();
     models.sort();
-    if models.is_empty() { Item::note("GPUs", "none") } else { Item::ok("GPUs", format!("{}: {}", models.len(), models.join(", "))) }
+    if models.is_empty() {
+        Item::note("GPUs", "none")
+    } else {
+        Item::ok("GPUs", format!("{}: {}", models.len(), models.join(", ")))
+    }
 }
 
 fn model_of(information: &Path) -> String {
     let text = fs::read_to_string(information).unwrap_or_default();
-    text.lines().find_map(|line| line.strip_prefix("Model:")).map_or("unknown", str::trim).to_owned()
+    text.lines()
+        .find_map(|line| line.strip_prefix("Model:"))
+        .map_or("unknown", str::trim)
+        .to_owned()
 }
 
 fn cpu_item() -> Item {
     let cores = available_parallelism().map_or("unknown".into(), |cores| cores.to_string());
-    Item::ok("CPU", format!("{cores} cores, {} threads in use by libtorch, {}", tch::get_num_threads(), libtorch::cpu_capability()))
+    Item::ok(
+        "CPU",
+        format!(
+            "{cores} cores, {} threads in use by libtorch, {}",
+            tch::get_num_threads(),
+            libtorch::cpu_capability()
+        ),
+    )
 }
 
 #[cfg(test)]
@@ -142,7 +180,17 @@ mod tests {
         let (text, complete) = report();
         assert_eq!(complete, !text.lines().any(|line| line.starts_with("missing")), "{text}");
         assert_eq!(text.lines().count(), 9, "{text}");
-        for (line, name) in text.lines().zip(["fm-dist", "libtorch", "MPI", "mpirun", "NCCL", "NVRTC", "CUDA driver", "GPUs", "CPU"]) {
+        for (line, name) in text.lines().zip([
+            "fm-dist",
+            "libtorch",
+            "MPI",
+            "mpirun",
+            "NCCL",
+            "NVRTC",
+            "CUDA driver",
+            "GPUs",
+            "CPU",
+        ]) {
             assert_eq!(line.find(name), Some(9), "{text}");
         }
         assert!(text.contains("libtorch_cpu.so"), "this very process has loaded it: {text}");
@@ -150,18 +198,28 @@ mod tests {
 
     #[test]
     fn what_is_missing_comes_with_its_cure() {
-        assert!(matches!(libtorch_item(None), Item { verdict: Verdict::Missing, text, .. } if text.contains("launch/setup.sh")));
-        assert!(matches!(mpirun_item(None), Item { verdict: Verdict::Missing, text, .. } if text.contains("openmpi-bin")));
+        assert!(
+            matches!(libtorch_item(None), Item { verdict: Verdict::Missing, text, .. } if text.contains("launch/setup.sh"))
+        );
+        assert!(
+            matches!(mpirun_item(None), Item { verdict: Verdict::Missing, text, .. } if text.contains("openmpi-bin"))
+        );
     }
 
     #[test]
     fn a_machine_without_a_driver_or_with_an_old_one_is_a_note() {
         let text = |release: &str| {
-            Some(format!("NVRM version: NVIDIA UNIX x86_64 Kernel Module  {release}  Mon Sep 1 12:00:00 UTC\nGCC version:"))
+            Some(format!(
+                "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {release}  Mon Sep 1 12:00:00 UTC\nGCC version:"
+            ))
         };
         assert!(matches!(driver_item(None).verdict, Verdict::Note));
-        assert!(matches!(driver_item(text("535.104.05")), Item { verdict: Verdict::Note, text, .. } if text.starts_with("535.104.05;")));
-        assert!(matches!(driver_item(text("580.65.06")), Item { verdict: Verdict::Ok, text, .. } if text == "580.65.06"));
+        assert!(
+            matches!(driver_item(text("535.104.05")), Item { verdict: Verdict::Note, text, .. } if text.starts_with("535.104.05;"))
+        );
+        assert!(
+            matches!(driver_item(text("580.65.06")), Item { verdict: Verdict::Ok, text, .. } if text == "580.65.06")
+        );
     }
 
     #[test]
@@ -170,8 +228,15 @@ mod tests {
         assert!(matches!(devices_item(folder.path()).verdict, Verdict::Note));
         for bus in ["0000:18:00.0", "0000:3b:00.0"] {
             fs::create_dir(folder.path().join(bus)).expect("a folder");
-            fs::write(folder.path().join(bus).join("information"), "Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   17\n").expect("a file");
+            fs::write(
+                folder.path().join(bus).join("information"),
+                "Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   17\n",
+            )
+            .expect("a file");
         }
-        assert_eq!(devices_item(folder.path()).text, "2: NVIDIA H100 80GB HBM3, NVIDIA H100 80GB HBM3");
+        assert_eq!(
+            devices_item(folder.path()).text,
+            "2: NVIDIA H100 80GB HBM3, NVIDIA H100 80GB HBM3"
+        );
     }
 }

@@ -28,28 +28,43 @@ pub struct ExportRequest {
     pub out: PathBuf,
     /// Largest file of tensors; a single larger tensor has a file of its own.
     pub max_shard_bytes: u64,
-    /// Kind of the tensors; the run's own if unset. Parameters that diffusers keeps in f32 stay f32.
+    /// Kind of the tensors; the run's own if unset. Parameters that diffusers keeps in f32 stay
+    /// f32.
     pub dtype: Option<Dtype>,
 }
 
-/// Writes `config.json` and the parameters under diffusers' names; the folder appears whole or not at all.
+/// Writes `config.json` and the parameters under diffusers' names; the folder appears whole or not
+/// at all.
 ///
 /// # Errors
-/// [`Error::Config`] if diffusers has no class for the model; [`Error::NoCheckpoint`], [`Error::CheckpointMismatch`];
-/// [`Error::Storage`], also where `out` exists already.
+/// [`Error::Config`] if diffusers has no class for the model; [`Error::NoCheckpoint`],
+/// [`Error::CheckpointMismatch`]; [`Error::Storage`], also where `out` exists already.
 pub fn export(request: &ExportRequest) -> Result<()> {
     refuse_existing(&request.out)?;
     check_new_folder(Named { argument: "--out", path: &request.out })?;
     let (run, folder) = locate(&request.run)?;
     let config = folder::config_of(&run)?;
     let family = &config.model.family;
-    let no_class = || Error::config("--run", format!("trained a `{}`, for which diffusers has no class", family.name()));
+    let no_class = || {
+        Error::config(
+            "--run",
+            format!("trained a `{}`, for which diffusers has no class", family.name()),
+        )
+    };
     let description = model::write_config(family).ok_or_else(no_class)?;
     let stages = family.stages()?;
     let parameters = checkpoint::open_parameters(&folder, &config, &stages)?;
     let kind = request.dtype.unwrap_or(config.model.dtype).kind();
-    let tensors: Vec<Planned<'_>> = stages.iter().flat_map(|stage| stage.params().infos()).map(|info| Planned::new(info, kind)).collect();
-    let export = Export { staged: staged(&request.out)?, parameters, shards: cut(&tensors, request.max_shard_bytes) };
+    let tensors: Vec<Planned<'_>> = stages
+        .iter()
+        .flat_map(|stage| stage.params().infos())
+        .map(|info| Planned::new(info, kind))
+        .collect();
+    let export = Export {
+        staged: staged(&request.out)?,
+        parameters,
+        shards: cut(&tensors, request.max_shard_bytes),
+    };
     export.write(&description)?;
     fs::rename(&export.staged, &request.out).map_err(Error::storage(&request.out, "rename to"))
 }
@@ -92,7 +107,10 @@ fn refuse_existing(out: &Path) -> Result<()> {
     if out.symlink_metadata().is_err() {
         return Ok(());
     }
-    let exists = io::Error::new(io::ErrorKind::AlreadyExists, "exists already; an export never writes over anything");
+    let exists = io::Error::new(
+        io::ErrorKind::AlreadyExists,
+        "exists already; an export never writes over anything",
+    );
     Err(Error::Storage { path: out.into(), operation: "create", source: exists })
 }
 
@@ -123,7 +141,9 @@ impl Export<'_> {
         if self.shards.len() > 1 {
             self.write_text(&format!("{STEM}.safetensors.index.json"), &self.index())?;
         }
-        File::open(&self.staged).and_then(|folder| folder.sync_all()).map_err(Error::storage(&self.staged, "sync"))
+        File::open(&self.staged)
+            .and_then(|folder| folder.sync_all())
+            .map_err(Error::storage(&self.staged, "sync"))
     }
 
     fn shard_name(&self, index: usize) -> String {
@@ -134,7 +154,9 @@ impl Export<'_> {
     }
 
     fn write_shard(&self, index: usize) -> Result<()> {
-        let read = |planned: &Planned<'_>| Ok(self.parameters.read(&planned.info.name)?.to_kind(planned.kind));
+        let read = |planned: &Planned<'_>| {
+            Ok(self.parameters.read(&planned.info.name)?.to_kind(planned.kind))
+        };
         let tensors = self.shards[index].iter().map(read).collect::<Result<Vec<Tensor>>>()?;
         let names = self.shards[index].iter().map(|planned| planned.info.name.as_str());
         let named: Vec<(&str, &Tensor)> = names.zip(&tensors).collect();
@@ -144,21 +166,36 @@ impl Export<'_> {
     }
 
     fn index(&self) -> String {
-        let places = self.shards.iter().enumerate().flat_map(|(index, shard)| shard.iter().map(move |planned| (index, planned)));
-        let map: BTreeMap<&str, String> = places.map(|(index, planned)| (planned.info.name.as_str(), self.shard_name(index))).collect();
+        let places = self
+            .shards
+            .iter()
+            .enumerate()
+            .flat_map(|(index, shard)| shard.iter().map(move |planned| (index, planned)));
+        let map: BTreeMap<&str, String> = places
+            .map(|(index, planned)| (planned.info.name.as_str(), self.shard_name(index)))
+            .collect();
         let bytes: u64 = self.shards.iter().flatten().map(Planned::bytes).sum();
-        serde_json::to_string_pretty(&json!({ "metadata": { "total_size": bytes }, "weight_map": map })).expect("texts are JSON") + "\n"
+        serde_json::to_string_pretty(
+            &json!({ "metadata": { "total_size": bytes }, "weight_map": map }),
+        )
+        .expect("texts are JSON")
+            + "\n"
     }
 
     fn write_text(&self, name: &str, text: &str) -> Result<()> {
         self.write_file(name, |file| file.write_all(text.as_bytes()))
     }
 
-    fn write_file(&self, name: &str, fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> Result<()> {
+    fn write_file(
+        &self,
+        name: &str,
+        fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
+    ) -> Result<()> {
         let path = self.staged.join(name);
         let file = File::create_new(&path).map_err(Error::storage(&path, "create"))?;
         let mut buffered = BufWriter::new(file);
-        let filled = fill(&mut buffered).and_then(|()| buffered.into_inner().map_err(io::IntoInnerError::into_error));
+        let filled = fill(&mut buffered)
+            .and_then(|()| buffered.into_inner().map_err(io::IntoInnerError::into_error));
         filled.and_then(|file| file.sync_all()).map_err(Error::storage(&path, "write"))
     }
 }
@@ -170,10 +207,18 @@ mod tests {
 
     #[test]
     fn shards_are_as_full_as_they_may_be_and_a_giant_stands_alone() {
-        let info = |numel: i64| ParamInfo { name: format!("p{numel}"), shape: vec![numel], init: Init::Zeros, precise: false };
+        let info = |numel: i64| ParamInfo {
+            name: format!("p{numel}"),
+            shape: vec![numel],
+            init: Init::Zeros,
+            precise: false,
+        };
         let infos = [3, 4, 20, 1, 9].map(info);
-        let planned: Vec<Planned<'_>> = infos.iter().map(|info| Planned::new(info, Kind::BFloat16)).collect();
-        let sizes = |max_bytes| cut(&planned, max_bytes).iter().map(|shard| shard.len()).collect::<Vec<_>>();
+        let planned: Vec<Planned<'_>> =
+            infos.iter().map(|info| Planned::new(info, Kind::BFloat16)).collect();
+        let sizes = |max_bytes| {
+            cut(&planned, max_bytes).iter().map(|shard| shard.len()).collect::<Vec<_>>()
+        };
         assert_eq!(sizes(20), [2, 1, 2]);
         assert_eq!(sizes(13), [1, 1, 1, 1, 1]);
         assert_eq!(sizes(u64::MAX - 1), [5]);

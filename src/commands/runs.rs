@@ -1,4 +1,5 @@
-//! `fm-dist runs`: the runs of an `output_dir`, for people and for scripts. Nothing is written and no lock is touched.
+//! `fm-dist runs`: the runs of an `output_dir`, for people and for scripts. Nothing is written and
+//! no lock is touched.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -21,8 +22,8 @@ pub enum ListingFormat {
     Text,
     /// One JSON object.
     Json,
-    /// Assignments for `eval` in a POSIX shell: `output_dir`, and `latest_run`, `newest_step`, `finished` of what `--resume latest`
-    /// goes on with.
+    /// Assignments for `eval` in a POSIX shell: `output_dir`, and `latest_run`, `newest_step`,
+    /// `finished` of what `--resume latest` goes on with.
     Shell,
 }
 
@@ -61,7 +62,8 @@ struct Failure {
 /// The runs of the configured `output_dir` as text.
 ///
 /// # Errors
-/// [`Error::Config`](crate::error::Error::Config) if `output_dir` is no folder; [`Error::Storage`](crate::error::Error::Storage).
+/// [`Error::Config`](crate::error::Error::Config) if `output_dir` is no folder;
+/// [`Error::Storage`](crate::error::Error::Storage).
 pub fn list_runs(config: &RunConfig, format: ListingFormat) -> Result<String> {
     let output_dir = OutputDir::new(&config.output_dir)?;
     let runs = output_dir.runs()?.iter().map(Entry::of).collect();
@@ -69,7 +71,9 @@ pub fn list_runs(config: &RunConfig, format: ListingFormat) -> Result<String> {
     let listing = Listing { output_dir: &config.output_dir, latest, runs };
     Ok(match format {
         ListingFormat::Text => listing.text(),
-        ListingFormat::Json => serde_json::to_string_pretty(&listing).expect("texts and numbers are JSON") + "\n",
+        ListingFormat::Json => {
+            serde_json::to_string_pretty(&listing).expect("texts and numbers are JSON") + "\n"
+        }
         ListingFormat::Shell => listing.shell(),
     })
 }
@@ -86,7 +90,12 @@ impl Entry {
             max_steps,
             finished: step.is_some() && step >= max_steps && max_steps.is_some(),
             in_use_by: lock::holder(&run.path),
-            failure: failure.map(|resume_log::Failure { code, name, rank, message, .. }| Failure { code, name, rank, message }),
+            failure: failure.map(|resume_log::Failure { code, name, rank, message, .. }| Failure {
+                code,
+                name,
+                rank,
+                message,
+            }),
         }
     }
 
@@ -99,7 +108,9 @@ impl Entry {
         match (&self.in_use_by, &self.failure) {
             (Some(holder), _) => format!("in use by {holder}"),
             (None, _) if self.finished => "finished".into(),
-            (None, Some(Failure { code, name, rank, message })) => format!("failed: {name} (code {code}) on rank {rank}: {message}"),
+            (None, Some(Failure { code, name, rank, message })) => {
+                format!("failed: {name} (code {code}) on rank {rank}: {message}")
+            }
             (None, None) => "not finished".into(),
         }
     }
@@ -107,12 +118,19 @@ impl Entry {
 
 impl Listing<'_> {
     fn text(&self) -> String {
-        let rows: Vec<[String; 3]> = self.runs.iter().map(|run| [run.path.display().to_string(), run.progress(), run.state()]).collect();
-        let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or_default();
+        let rows: Vec<[String; 3]> = self
+            .runs
+            .iter()
+            .map(|run| [run.path.display().to_string(), run.progress(), run.state()])
+            .collect();
+        let width = |column: usize| {
+            rows.iter().map(|row| row[column].chars().count()).max().unwrap_or_default()
+        };
         let (paths, steps) = (width(0), width(1));
         let mut text = String::new();
         for [path, progress, state] in &rows {
-            writeln!(text, "{path:<paths$}  {progress:<steps$}  {state}").expect("writing to a String");
+            writeln!(text, "{path:<paths$}  {progress:<steps$}  {state}")
+                .expect("writing to a String");
         }
         match &self.latest {
             Some(run) => text + &format!("--resume latest goes on with {}\n", run.display()),
@@ -123,9 +141,14 @@ impl Listing<'_> {
     fn shell(&self) -> String {
         let latest = self.runs.iter().find(|run| Some(&run.path) == self.latest.as_ref());
         let path = latest.map_or(Path::new(""), |run| &run.path).display().to_string();
-        let (step, finished) = (latest.and_then(|run| run.step).unwrap_or_default(), latest.is_some_and(|run| run.finished));
+        let (step, finished) = (
+            latest.and_then(|run| run.step).unwrap_or_default(),
+            latest.is_some_and(|run| run.finished),
+        );
         let (output_dir, path) = (quoted(self.output_dir), quoted(&path));
-        format!("output_dir={output_dir}\nlatest_run={path}\nnewest_step={step}\nfinished={finished}\n")
+        format!(
+            "output_dir={output_dir}\nlatest_run={path}\nnewest_step={step}\nfinished={finished}\n"
+        )
     }
 }
 
@@ -157,7 +180,8 @@ mod tests {
         let config = RunConfig { output_dir: base.clone(), max_steps: 9, ..RunConfig::default() };
         make(&root.path().join("x"), &config, Some(9));
         make(&root.path().join("x-3"), &config, Some(4));
-        let failure = r#"{ "code": 40, "name": "DATA", "rank": 1, "message": "is cut", "time": 7.0 }"#;
+        let failure =
+            r#"{ "code": 40, "name": "DATA", "rank": 1, "message": "is cut", "time": 7.0 }"#;
         fs::write(root.path().join("x-3/failure-1.json"), failure).unwrap();
         make(&root.path().join("x-4"), &config, None);
         let text = list_runs(&config, ListingFormat::Text).unwrap();
@@ -168,27 +192,50 @@ mod tests {
             format!("--resume latest goes on with {base}-3"),
         ];
         assert_eq!(text.lines().collect::<Vec<_>>(), expected);
-        let json: serde_json::Value = serde_json::from_str(&list_runs(&config, ListingFormat::Json).unwrap()).unwrap();
-        assert_eq!((&json["output_dir"], &json["latest"]), (&base.clone().into(), &format!("{base}-3").into()));
-        let column = |key: &str| json["runs"].as_array().unwrap().iter().map(|run| run[key].clone()).collect::<Vec<_>>();
+        let json: serde_json::Value =
+            serde_json::from_str(&list_runs(&config, ListingFormat::Json).unwrap()).unwrap();
+        assert_eq!(
+            (&json["output_dir"], &json["latest"]),
+            (&base.clone().into(), &format!("{base}-3").into())
+        );
+        let column = |key: &str| {
+            json["runs"].as_array().unwrap().iter().map(|run| run[key].clone()).collect::<Vec<_>>()
+        };
         assert_eq!(column("step"), [9.into(), 4.into(), serde_json::Value::Null]);
         assert_eq!(column("finished"), [true, false, false]);
         assert_eq!(json["runs"][1]["failure"]["code"], 40);
-        let left: Vec<_> = fs::read_dir(root.path().join("x")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        let left: Vec<_> = fs::read_dir(root.path().join("x"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
         assert_eq!(left.len(), 2, "nothing was written: {left:?}");
     }
 
     #[test]
     fn a_shell_reads_every_name_as_it_is() {
         let root = tempfile::tempdir().unwrap();
-        for name in ["it's", "a\"b", r"c\d", "$HOME `id` $(id)", "line\nbreak", "two  blanks ", "-n", "ü*?[x]"] {
+        for name in [
+            "it's",
+            "a\"b",
+            r"c\d",
+            "$HOME `id` $(id)",
+            "line\nbreak",
+            "two  blanks ",
+            "-n",
+            "ü*?[x]",
+        ] {
             let output_dir = root.path().join(name).display().to_string();
-            let config = RunConfig { output_dir: output_dir.clone(), max_steps: 7, ..RunConfig::default() };
+            let config =
+                RunConfig { output_dir: output_dir.clone(), max_steps: 7, ..RunConfig::default() };
             make(Path::new(&format!("{output_dir}-5")), &config, Some(7));
             let script = "eval \"$1\" && printf '%s|' \"$output_dir\" \"$latest_run\" \"$newest_step\" \"$finished\"";
             let text = list_runs(&config, ListingFormat::Shell).unwrap();
             let output = Command::new("sh").args(["-euc", script, "sh", &text]).output().unwrap();
-            assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("{output_dir}|{output_dir}-5|7|true|"), "{text}");
+            assert_eq!(
+                String::from_utf8(output.stdout).unwrap(),
+                format!("{output_dir}|{output_dir}-5|7|true|"),
+                "{text}"
+            );
         }
     }
 
@@ -197,7 +244,10 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let output_dir = root.path().join("deep/x").display().to_string();
         let config = RunConfig { output_dir: output_dir.clone(), ..RunConfig::default() };
-        assert_eq!(list_runs(&config, ListingFormat::Text).unwrap(), format!("no run of {output_dir} has a checkpoint\n"));
+        assert_eq!(
+            list_runs(&config, ListingFormat::Text).unwrap(),
+            format!("no run of {output_dir} has a checkpoint\n")
+        );
         let shell = list_runs(&config, ListingFormat::Shell).unwrap();
         assert!(shell.ends_with("latest_run=''\nnewest_step=0\nfinished=false\n"), "{shell}");
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);

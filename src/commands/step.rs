@@ -1,4 +1,5 @@
-//! `fm-dist step`: one flow-matching step laid open, to compare with another implementation number by number.
+//! `fm-dist step`: one flow-matching step laid open, to compare with another implementation number
+//! by number.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,7 +15,9 @@ use crate::error::{Error, Result};
 use crate::files::durable::replace_file;
 use crate::files::outputs::{Named, check_files};
 use crate::files::safetensors::{self, SafeTensors};
-use crate::flow::{DataShapes, Statistics, StepOptions, StepOutput, check_keys, latents_of, with_sample_axis};
+use crate::flow::{
+    DataShapes, Statistics, StepOptions, StepOutput, check_keys, latents_of, with_sample_axis,
+};
 use crate::model::SampleShapes;
 use crate::parallel::{Replica, Sharing};
 use crate::rng::Stream;
@@ -27,7 +30,8 @@ pub struct StepRequest {
     /// Batch tensors under the reference's keys, `data_type` in the metadata.
     pub batch: PathBuf,
     pub dump: PathBuf,
-    /// A run or checkpoint folder to take the parameters from; those that a run would begin with if unset.
+    /// A run or checkpoint folder to take the parameters from; those that a run would begin with if
+    /// unset.
     pub weights: Option<PathBuf>,
     /// What `torch.manual_seed` gets on the other side; the configured seed if unset.
     pub torch_seed: Option<i64>,
@@ -38,9 +42,13 @@ pub struct StepRequest {
 /// Runs one step without an optimizer and writes everything it computed.
 ///
 /// # Errors
-/// [`Error::Data`] if the batch is malformed or does not fit; [`Error::Storage`] if the dump cannot be written.
+/// [`Error::Data`] if the batch is malformed or does not fit; [`Error::Storage`] if the dump cannot
+/// be written.
 pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
-    check_files(&[Named { argument: "--dump", path: &request.dump }], &[Named { argument: "--batch", path: &request.batch }])?;
+    check_files(
+        &[Named { argument: "--dump", path: &request.dump }],
+        &[Named { argument: "--batch", path: &request.batch }],
+    )?;
     tch::set_num_threads(config.parallel.num_threads);
     let batch = read_batch(&request.batch)?;
     check_batch(config, &request.batch, &batch)?;
@@ -57,7 +65,8 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
     let seed = request.torch_seed.unwrap_or(config.seed as i64);
     let options = StepOptions { check_loss: false, ..StepOptions::default() };
     let mut tape = replica.tape(config.parallel.recompute);
-    let output = pipeline.step(|inputs| tape.forward(inputs), &batch, &Stream::TorchSeed(seed), options)?;
+    let output =
+        pipeline.step(|inputs| tape.forward(inputs), &batch, &Stream::TorchSeed(seed), options)?;
     let mut tensors = tensors_of(&output);
     if request.grads {
         let mut gradients = BTreeMap::new();
@@ -65,7 +74,9 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
             gradients.insert(stage, pieces);
             Ok(())
         })?;
-        tensors.extend(gradients.iter().flat_map(|(stage, pieces)| named_gradients(&replica, *stage, pieces)));
+        tensors.extend(
+            gradients.iter().flat_map(|(stage, pieces)| named_gradients(&replica, *stage, pieces)),
+        );
     }
     write(&request.dump, &tensors, &output, batch.data_type)
 }
@@ -75,9 +86,19 @@ fn read_batch(path: &Path) -> Result<Batch> {
     // The reference's default where a batch does not say.
     let word = file.metadata().get("data_type").map_or(DataType::Video.word(), String::as_str);
     let known = [DataType::Image, DataType::Video];
-    let unknown = || Error::data(path, format!("data_type in the metadata is {word:?}, expected \"image\" or \"video\""));
-    let data_type = known.into_iter().find(|data_type| data_type.word() == word).ok_or_else(unknown)?;
-    let tensors = file.tensors().iter().map(|info| Ok((info.name.clone(), file.read(&info.name)?))).collect::<Result<_>>()?;
+    let unknown = || {
+        Error::data(
+            path,
+            format!("data_type in the metadata is {word:?}, expected \"image\" or \"video\""),
+        )
+    };
+    let data_type =
+        known.into_iter().find(|data_type| data_type.word() == word).ok_or_else(unknown)?;
+    let tensors = file
+        .tensors()
+        .iter()
+        .map(|info| Ok((info.name.clone(), file.read(&info.name)?)))
+        .collect::<Result<_>>()?;
     Ok(Batch { tensors, data_type, sample_ids: Vec::new(), bad_samples: 0 })
 }
 
@@ -86,9 +107,17 @@ fn check_batch(config: &RunConfig, path: &Path, batch: &Batch) -> Result<()> {
     let (latents, adapter) = (latents_of(batch)?.size(), config.flow_matching.adapter.build());
     let whole = with_sample_axis(adapter.as_ref(), batch);
     let shapes = SampleShapes::of_batch(&latents[1..], &whole.tensors);
-    let empty_prompt = whole.tensors.iter().filter_map(|(key, tensor)| Some((key.strip_prefix(EMPTY)?.to_string(), tensor.size())));
-    let data = DataShapes { latents: &latents[1..], sample: &shapes.of, empty_prompt: &empty_prompt.collect() };
-    check_keys(adapter.as_ref(), &config.flow_matching.flow, data).map_err(|what| Error::data(path, what))?;
+    let empty_prompt = whole
+        .tensors
+        .iter()
+        .filter_map(|(key, tensor)| Some((key.strip_prefix(EMPTY)?.to_string(), tensor.size())));
+    let data = DataShapes {
+        latents: &latents[1..],
+        sample: &shapes.of,
+        empty_prompt: &empty_prompt.collect(),
+    };
+    check_keys(adapter.as_ref(), &config.flow_matching.flow, data)
+        .map_err(|what| Error::data(path, what))?;
     config.model.family.check_data(&shapes)
 }
 
@@ -108,15 +137,18 @@ fn tensors_of(output: &StepOutput) -> Vec<(String, Tensor)> {
         ("average_weighted_loss", &loss.average_weighted_loss),
     ];
     let mask = loss.loss_mask.iter().map(|mask| ("loss_mask", mask));
-    let tensors = named.into_iter().chain(mask).map(|(name, tensor)| (name.to_string(), tensor.detach()));
+    let tensors =
+        named.into_iter().chain(mask).map(|(name, tensor)| (name.to_string(), tensor.detach()));
     tensors.chain(metrics_of(output)).collect()
 }
 
-/// The reference's metrics that are numbers, as `metrics.<name>`, f64 scalars; those that are words stand in the metadata.
+/// The reference's metrics that are numbers, as `metrics.<name>`, f64 scalars; those that are words
+/// stand in the metadata.
 fn metrics_of(output: &StepOutput) -> impl Iterator<Item = (String, Tensor)> {
     let row = output.statistics.as_ref().expect("metrics are collected").to_device(Device::Cpu);
     let statistics = Statistics::from_row(&Vec::<f32>::try_from(row).expect("an f32 row"));
-    let Statistics { sigma, timesteps, weight, noisy_latents, loss, unweighted_loss, .. } = statistics;
+    let Statistics { sigma, timesteps, weight, noisy_latents, loss, unweighted_loss, .. } =
+        statistics;
     let named = [
         ("loss", loss),
         ("unweighted_loss", unweighted_loss),
@@ -133,15 +165,35 @@ fn metrics_of(output: &StepOutput) -> impl Iterator<Item = (String, Tensor)> {
     named.into_iter().map(|(name, number)| (format!("metrics.{name}"), Tensor::from(number)))
 }
 
-fn named_gradients(replica: &Replica<'_>, stage: usize, pieces: &[Tensor]) -> Vec<(String, Tensor)> {
+fn named_gradients(
+    replica: &Replica<'_>,
+    stage: usize,
+    pieces: &[Tensor],
+) -> Vec<(String, Tensor)> {
     let params = replica.stages[stage].params();
     let views = params.split_pieces(&pieces.iter().collect::<Vec<_>>());
-    params.infos().iter().zip(views.iter()).map(|(info, view)| (format!("grad.{}", info.name), view.shallow_clone())).collect()
+    params
+        .infos()
+        .iter()
+        .zip(views.iter())
+        .map(|(info, view)| (format!("grad.{}", info.name), view.shallow_clone()))
+        .collect()
 }
 
-fn write(path: &Path, tensors: &[(String, Tensor)], output: &StepOutput, data_type: DataType) -> Result<()> {
-    let metadata = [("sampling_method", output.sampling_method), ("task_type", output.task_type.word()), ("data_type", data_type.word())];
-    let metadata = metadata.into_iter().map(|(key, word)| (key.to_string(), word.to_string())).collect();
-    let borrowed: Vec<(&str, &Tensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+fn write(
+    path: &Path,
+    tensors: &[(String, Tensor)],
+    output: &StepOutput,
+    data_type: DataType,
+) -> Result<()> {
+    let metadata = [
+        ("sampling_method", output.sampling_method),
+        ("task_type", output.task_type.word()),
+        ("data_type", data_type.word()),
+    ];
+    let metadata =
+        metadata.into_iter().map(|(key, word)| (key.to_string(), word.to_string())).collect();
+    let borrowed: Vec<(&str, &Tensor)> =
+        tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     replace_file(path, |mut file| safetensors::write(&mut file, &borrowed, &metadata))
 }

@@ -1,5 +1,6 @@
-//! Names of keys in other trainers' configurations: NeMo AutoModel, diffusion-pipe, SimpleTuner, musubi-tuner, sd-scripts, ai-toolkit,
-//! torchtitan, DeepSpeed, Lightning and the scripts of diffusers and transformers.
+//! Names of keys in other trainers' configurations: NeMo AutoModel, diffusion-pipe, SimpleTuner,
+//! musubi-tuner, sd-scripts, ai-toolkit, torchtitan, DeepSpeed, Lightning and the scripts of
+//! diffusers and transformers.
 
 use crate::settings::Habit;
 
@@ -31,7 +32,10 @@ pub(super) const HABITS: &[Habit] = &[
         "gradient_accumulation grad_accum grad_accum_steps grad_acc_steps accumulate_grad_batches accumulation_steps",
         &["train.gradient_accumulation_steps"],
     ),
-    same("num_workers dataloader_num_workers max_data_loader_n_workers prefetch_factor", &["data.prefetch"]),
+    same(
+        "num_workers dataloader_num_workers max_data_loader_n_workers prefetch_factor",
+        &["data.prefetch"],
+    ),
     // The optimizer.
     same("learning_rate base_lr max_lr peak_lr lr", &["optimizer.*.lr"]),
     same("betas adam_betas", &["optimizer.*.beta1", "optimizer.*.beta2"]),
@@ -39,14 +43,20 @@ pub(super) const HABITS: &[Habit] = &[
     same("adam_beta2", &["optimizer.*.beta2"]),
     same("adam_epsilon adam_eps epsilon", &["optimizer.*.eps"]),
     same("adam_weight_decay wd", &["optimizer.*.weight_decay"]),
-    other("optimizer.type optimizer.name optimizer_type", "the optimizer is the table that is there: [optimizer.adamw]"),
+    other(
+        "optimizer.type optimizer.name optimizer_type",
+        "the optimizer is the table that is there: [optimizer.adamw]",
+    ),
     same(
         "gradient_clipping gradient_clip_val gradient_clip_norm grad_clip grad_clip_norm clip_grad clip_grad_norm \
          clip_grad_max_norm max_norm",
         &["train.max_grad_norm"],
     ),
     // The schedule.
-    same("lr_warmup_steps num_warmup_steps lr_warmup warmup warmup_iters warmup_steps", &["lr_scheduler.*.warmup_steps"]),
+    same(
+        "lr_warmup_steps num_warmup_steps lr_warmup warmup warmup_iters warmup_steps",
+        &["lr_scheduler.*.warmup_steps"],
+    ),
     other(
         "lr_scheduler.type lr_scheduler.name lr_scheduler_type lr_decay_style lr_schedule",
         "the schedule is the table that is there: [lr_scheduler.constant], [lr_scheduler.linear], [lr_scheduler.cosine] or [lr_scheduler.wsd]",
@@ -118,15 +128,24 @@ pub(super) const HABITS: &[Habit] = &[
         &["data.path"],
     ),
     // Flow matching.
-    same("timestep_sample_method timestep_sampling_method timestep_type weighting_scheme", &["flow_matching.timestep_sampling"]),
+    same(
+        "timestep_sample_method timestep_sampling_method timestep_type weighting_scheme",
+        &["flow_matching.timestep_sampling"],
+    ),
     same("sigmoid_scale", &["flow_matching.logit_std"]),
-    same("discrete_flow_shift timestep_shift flow_schedule_shift sigma_shift flow_matching.shift", &["flow_matching.flow_shift"]),
+    same(
+        "discrete_flow_shift timestep_shift flow_schedule_shift sigma_shift flow_matching.shift",
+        &["flow_matching.flow_shift"],
+    ),
     same(
         "caption_dropout_rate caption_dropout_probability caption_dropout_percent caption_dropout prompt_dropout_prob \
          uncond_prob cond_dropout",
         &["flow_matching.cfg_dropout_prob"],
     ),
-    same("embedded_guidance flow_matching.guidance_scale guidance", &["flow_matching.adapter.guidance_scale"]),
+    same(
+        "embedded_guidance flow_matching.guidance_scale guidance",
+        &["flow_matching.adapter.guidance_scale"],
+    ),
     // Ranks and memory.
     same(
         "gradient_checkpointing activation_checkpointing activation_checkpoint use_gradient_checkpointing \
@@ -138,7 +157,10 @@ pub(super) const HABITS: &[Habit] = &[
          zero_optimization deepspeed",
         &["parallel.sharding"],
     ),
-    same("blocks_to_swap cpu_offload enable_cpu_offload offload_optimizer optimizer_cpu_offload low_vram", &["parallel.offload"]),
+    same(
+        "blocks_to_swap cpu_offload enable_cpu_offload offload_optimizer optimizer_cpu_offload low_vram",
+        &["parallel.offload"],
+    ),
     other(
         "tensor_parallel_size tensor_parallel_degree tp_size pipeline_stages pipeline_parallel_size \
          pipeline_parallel_degree pp_size context_parallel_size context_parallel_degree cp_size",
@@ -177,7 +199,9 @@ mod tests {
 
     fn problem(text: &str) -> String {
         match RunConfig::read("test", text, &[]) {
-            Err(Error::Config { problems, .. }) => problems.iter().map(ToString::to_string).collect::<Vec<_>>().join(" | "),
+            Err(Error::Config { problems, .. }) => {
+                problems.iter().map(ToString::to_string).collect::<Vec<_>>().join(" | ")
+            }
             other => panic!("{text}: {other:?}"),
         }
     }
@@ -185,7 +209,13 @@ mod tests {
     #[test]
     fn a_name_stands_once_and_a_hint_names_keys_that_there_are() {
         let mut names = BTreeSet::new();
-        let listing = RunConfig::read("test", "[flow_matching]\nadapter_type = \"flux\"\n[model.flux]\n", &[]).expect("defaults").to_toml();
+        let listing = RunConfig::read(
+            "test",
+            "[flow_matching]\nadapter_type = \"flux\"\n[model.flux]\n",
+            &[],
+        )
+        .expect("defaults")
+        .to_toml();
         let has = |key: &str| {
             let (table, name) = key.rsplit_once('.').unwrap_or(("", key));
             let mut inside = String::new();
@@ -218,20 +248,35 @@ mod tests {
                 "[data]\nbatch_size = 1",
                 "data.batch_size (line 2): unknown key; did you mean data.micro_batch_size_per_gpu or train.global_batch_size? (of one pass",
             ),
-            ("[train]\ntrain_batch_size = 1", "did you mean data.micro_batch_size_per_gpu or train.global_batch_size?"),
-            ("[train]\ngradient_accumulation = 1", "did you mean train.gradient_accumulation_steps?"),
+            (
+                "[train]\ntrain_batch_size = 1",
+                "did you mean data.micro_batch_size_per_gpu or train.global_batch_size?",
+            ),
+            (
+                "[train]\ngradient_accumulation = 1",
+                "did you mean train.gradient_accumulation_steps?",
+            ),
             ("gradient_accumulation_steps = 1", "did you mean train.gradient_accumulation_steps?"),
             ("lr = 1", "lr (line 1): unknown key; did you mean optimizer.adamw.lr?"),
             ("[optimizer.adamw]\nlearning_rate = 1", "did you mean optimizer.adamw.lr?"),
             ("[model]\ntransformer_dtype = \"bfloat16\"", "did you mean model.dtype?"),
             ("save_every_n_steps = 1", "did you mean checkpoint.every_n_steps?"),
-            ("[checkpoint]\nenabled = true", "checkpoint.enabled (line 2): unknown key; checkpoints need not be turned on"),
-            ("[lr_scheduler.cosine]\n[train]\nwarmup_steps = 3", "did you mean lr_scheduler.cosine.warmup_steps?"),
+            (
+                "[checkpoint]\nenabled = true",
+                "checkpoint.enabled (line 2): unknown key; checkpoints need not be turned on",
+            ),
+            (
+                "[lr_scheduler.cosine]\n[train]\nwarmup_steps = 3",
+                "did you mean lr_scheduler.cosine.warmup_steps?",
+            ),
             (
                 "[step_scheduler]\nlocal_batch_size = 1\nnum_epochs = 2",
                 "step_scheduler.local_batch_size (line 2): unknown key; did you mean data.micro_batch_size_per_gpu? | step_scheduler.num_epochs (line 3): unknown key; did you mean max_steps? (a run",
             ),
-            ("[optim]\nlearning_rate = 1", "optim.learning_rate (line 2): unknown key; did you mean optimizer.adamw.lr?"),
+            (
+                "[optim]\nlearning_rate = 1",
+                "optim.learning_rate (line 2): unknown key; did you mean optimizer.adamw.lr?",
+            ),
             ("[training]\nsteps = 3", "did you mean max_steps?"),
             ("[model]\ntype = \"flux\"", "the family is the table that is there"),
         ] {
@@ -241,9 +286,13 @@ mod tests {
 
     #[test]
     fn no_guess_is_far_off() {
-        for text in
-            ["[data]\nfoo = 1", "[train]\nmomentum = 1", "[checkpoint]\nformat = 1", "[parallel]\nenabled = true", "[extra]\nthing = 1"]
-        {
+        for text in [
+            "[data]\nfoo = 1",
+            "[train]\nmomentum = 1",
+            "[checkpoint]\nformat = 1",
+            "[parallel]\nenabled = true",
+            "[extra]\nthing = 1",
+        ] {
             assert!(!problem(text).contains("did you mean"), "{text}: {}", problem(text));
         }
     }

@@ -1,6 +1,8 @@
-//! The CUDA driver, as far as it is needed: a device, streams and events, modules and their functions. No call in here blocks.
+//! The CUDA driver, as far as it is needed: a device, streams and events, modules and their
+//! functions. No call in here blocks.
 //!
-//! cudarc's own safe layer synchronizes in places and owns what libtorch owns already, so only its raw layer is used.
+//! cudarc's own safe layer synchronizes in places and owns what libtorch owns already, so only its
+//! raw layer is used.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr::null_mut;
@@ -20,11 +22,14 @@ pub struct Device {
     context: sys::CUcontext,
 }
 
-/// Checks that a driver is installed and new enough, starts it, and counts the GPUs that it shows to this process.
+/// Checks that a driver is installed and new enough, starts it, and counts the GPUs that it shows
+/// to this process.
 pub fn start() -> Outcome<usize> {
     // SAFETY: only opens libraries; a driver's initializers ask nothing of the process.
     if !unsafe { sys::is_culib_present() } {
-        return Err("no CUDA driver is installed here: found neither libcuda.so nor libcuda.so.1".into());
+        return Err(
+            "no CUDA driver is installed here: found neither libcuda.so nor libcuda.so.1".into()
+        );
     }
     // SAFETY: the flags must be zero.
     check("cuInit", unsafe { sys::cuInit(0) })?;
@@ -33,7 +38,11 @@ pub fn start() -> Outcome<usize> {
     check("cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&mut version) })?;
     if version < NEEDED_VERSION {
         let words = |version: c_int| format!("{}.{}", version / 1000, version % 1000 / 10);
-        return Err(format!("the NVIDIA driver speaks CUDA {}, {} is needed: update it", words(version), words(NEEDED_VERSION)));
+        return Err(format!(
+            "the NVIDIA driver speaks CUDA {}, {} is needed: update it",
+            words(version),
+            words(NEEDED_VERSION)
+        ));
     }
     let mut count = 0;
     // SAFETY: the result has a place.
@@ -62,13 +71,16 @@ impl Device {
         let handle = handle(ordinal)?;
         let mut context = null_mut();
         // SAFETY: the driver gave the handle, and the result has a place.
-        check("cuDevicePrimaryCtxRetain", unsafe { sys::cuDevicePrimaryCtxRetain(&mut context, handle) })?;
+        check("cuDevicePrimaryCtxRetain", unsafe {
+            sys::cuDevicePrimaryCtxRetain(&mut context, handle)
+        })?;
         let device = Device { handle, context };
         device.make_current()?;
         Ok(device)
     }
 
-    /// What follows on this thread means this device. libtorch's choice is the same context, unless a caller changed it.
+    /// What follows on this thread means this device. libtorch's choice is the same context, unless
+    /// a caller changed it.
     pub fn make_current(&self) -> Outcome<()> {
         // SAFETY: the context is retained.
         check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.context) })
@@ -78,7 +90,9 @@ impl Device {
     pub fn name(&self) -> Outcome<String> {
         let mut name: [c_char; 100] = [0; 100];
         // SAFETY: the driver writes a text with its final zero into the length that it is told.
-        check("cuDeviceGetName", unsafe { sys::cuDeviceGetName(name.as_mut_ptr(), name.len() as c_int, self.handle) })?;
+        check("cuDeviceGetName", unsafe {
+            sys::cuDeviceGetName(name.as_mut_ptr(), name.len() as c_int, self.handle)
+        })?;
         // SAFETY: as above; `name` outlives the borrow.
         Ok(unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned())
     }
@@ -86,29 +100,36 @@ impl Device {
     /// What machine code for it is called, like `sm_90`.
     pub fn architecture(&self) -> Outcome<String> {
         use sys::CUdevice_attribute_enum::{
-            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
+            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
+            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
         };
         Ok(format!("sm_{}{}", self.attribute(MAJOR)?, self.attribute(MINOR)?))
     }
 
     /// How many of its processors run blocks of threads at once.
     pub fn num_processors(&self) -> Outcome<u32> {
-        let count = self.attribute(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let count =
+            self.attribute(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         u32::try_from(count).map_err(|_| format!("the driver counts {count} processors"))
     }
 
     fn attribute(&self, attribute: sys::CUdevice_attribute) -> Outcome<c_int> {
         let mut value = 0;
         // SAFETY: the driver gave the handle, and the result has a place.
-        check("cuDeviceGetAttribute", unsafe { sys::cuDeviceGetAttribute(&mut value, attribute, self.handle) })?;
+        check("cuDeviceGetAttribute", unsafe {
+            sys::cuDeviceGetAttribute(&mut value, attribute, self.handle)
+        })?;
         Ok(value)
     }
 }
 
 impl Drop for Device {
     fn drop(&mut self) {
-        // SAFETY: retained once, released once; streams and events of this device hold it until they are gone.
-        note(check("cuDevicePrimaryCtxRelease", unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.handle) }));
+        // SAFETY: retained once, released once; streams and events of this device hold it until
+        // they are gone.
+        note(check("cuDevicePrimaryCtxRelease", unsafe {
+            sys::cuDevicePrimaryCtxRelease_v2(self.handle)
+        }));
     }
 }
 
@@ -153,7 +174,8 @@ impl Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         if self.device.is_some() {
-            // SAFETY: created here and destroyed once; the driver frees it when what is queued is done.
+            // SAFETY: created here and destroyed once; the driver frees it when what is queued is
+            // done.
             note(check("cuStreamDestroy", unsafe { sys::cuStreamDestroy_v2(self.raw) }));
         }
     }
@@ -186,15 +208,19 @@ impl Event {
     pub fn elapsed_since(&self, earlier: &Event) -> Outcome<Duration> {
         let mut milliseconds = 0.0;
         // SAFETY: both events exist, and the result has a place.
-        check("cuEventElapsedTime", unsafe { sys::cuEventElapsedTime_v2(&mut milliseconds, earlier.raw, self.raw) })?;
-        // The device's clock is said to be good to half a microsecond: two marks that close may come out negative.
+        check("cuEventElapsedTime", unsafe {
+            sys::cuEventElapsedTime_v2(&mut milliseconds, earlier.raw, self.raw)
+        })?;
+        // The device's clock is said to be good to half a microsecond: two marks that close may
+        // come out negative.
         Ok(Duration::try_from_secs_f64(f64::from(milliseconds) / 1e3).unwrap_or_default())
     }
 }
 
 impl Drop for Event {
     fn drop(&mut self) {
-        // SAFETY: created here and destroyed once; the driver keeps what waits for it until the device has come by.
+        // SAFETY: created here and destroyed once; the driver keeps what waits for it until the
+        // device has come by.
         note(check("cuEventDestroy", unsafe { sys::cuEventDestroy_v2(self.raw) }));
     }
 }
@@ -217,12 +243,17 @@ impl Function {
     /// The function of this name in an image for `device`.
     pub fn load(image: &[u8], name: &CStr, device: Device) -> Outcome<Self> {
         let mut raw = null_mut();
-        // SAFETY: the device is current, the image says its own length, the driver copies it, and the result has a place.
-        check("cuModuleLoadData", unsafe { sys::cuModuleLoadData(&mut raw, image.as_ptr().cast()) })?;
+        // SAFETY: the device is current, the image says its own length, the driver copies it, and
+        // the result has a place.
+        check("cuModuleLoadData", unsafe {
+            sys::cuModuleLoadData(&mut raw, image.as_ptr().cast())
+        })?;
         let module = Module { raw, device };
         let mut raw = null_mut();
         // SAFETY: the module is loaded, the name ends with a zero, and the result has a place.
-        check("cuModuleGetFunction", unsafe { sys::cuModuleGetFunction(&mut raw, module.raw, name.as_ptr()) })?;
+        check("cuModuleGetFunction", unsafe {
+            sys::cuModuleGetFunction(&mut raw, module.raw, name.as_ptr())
+        })?;
         Ok(Function { raw, parameters: parameters(raw)?, module })
     }
 
@@ -230,22 +261,43 @@ impl Function {
         &self.module.device
     }
 
-    /// Queues the function behind all that libtorch has queued, with the address of each argument. They are copied at once.
+    /// Queues the function behind all that libtorch has queued, with the address of each argument.
+    /// They are copied at once.
     ///
     /// # Panics
     /// If the arguments' sizes are not those of the parameters (a bug in the caller).
     ///
     /// # Safety
     /// The function must keep to memory that stays its own until the stream has come by.
-    pub unsafe fn launch(&self, blocks: u32, threads: u32, arguments: &[(*const c_void, usize)]) -> Outcome<()> {
+    pub unsafe fn launch(
+        &self,
+        blocks: u32,
+        threads: u32,
+        arguments: &[(*const c_void, usize)],
+    ) -> Outcome<()> {
         let sizes: Vec<usize> = arguments.iter().map(|(_, size)| *size).collect();
         assert_eq!(sizes, self.parameters, "bytes of the arguments and of the kernel's parameters");
         self.device().make_current()?;
-        let mut addresses: Vec<*mut c_void> = arguments.iter().map(|(address, _)| address.cast_mut()).collect();
+        let mut addresses: Vec<*mut c_void> =
+            arguments.iter().map(|(address, _)| address.cast_mut()).collect();
         let (stream, addresses) = (Stream::COMPUTE.raw, addresses.as_mut_ptr());
-        // SAFETY: the function is of the current device; each address holds as many bytes as its parameter takes, for the
-        // driver to read; the caller answers for what the function does.
-        let code = unsafe { sys::cuLaunchKernel(self.raw, blocks, 1, 1, threads, 1, 1, 0, stream, addresses, null_mut()) };
+        // SAFETY: the function is of the current device; each address holds as many bytes as its
+        // parameter takes, for the driver to read; the caller answers for what the function does.
+        let code = unsafe {
+            sys::cuLaunchKernel(
+                self.raw,
+                blocks,
+                1,
+                1,
+                threads,
+                1,
+                1,
+                0,
+                stream,
+                addresses,
+                null_mut(),
+            )
+        };
         check("cuLaunchKernel", code)
     }
 }
@@ -278,7 +330,8 @@ fn check(function: &str, code: sys::CUresult) -> Outcome<()> {
         return Ok(());
     }
     let (mut name, mut words) = (std::ptr::null(), std::ptr::null());
-    // SAFETY: the results have a place; the driver leaves null there for a code that it does not know.
+    // SAFETY: the results have a place; the driver leaves null there for a code that it does not
+    // know.
     unsafe { (sys::cuGetErrorName(code, &mut name), sys::cuGetErrorString(code, &mut words)) };
     Err(format!("{function}: {} ({}, code {})", text(words), text(name), code as u32))
 }

@@ -7,7 +7,8 @@ use cudarc::nvrtc::sys;
 
 use super::{Outcome, text};
 
-/// A product is rounded before it is added, unless the text says otherwise. NVRTC's other defaults round as IEEE 754 says.
+/// A product is rounded before it is added, unless the text says otherwise. NVRTC's other defaults
+/// round as IEEE 754 says.
 pub const OPTIONS: [&CStr; 2] = [c"--std=c++17", c"--fmad=false"];
 
 /// Checks that NVRTC is installed and says which version, like `13.0`.
@@ -28,7 +29,8 @@ fn numbers() -> Outcome<(c_int, c_int)> {
     Ok((major, minor))
 }
 
-/// Machine code (a cubin) of `source` for an architecture like `sm_90`. `file`: what messages call the source.
+/// Machine code (a cubin) of `source` for an architecture like `sm_90`. `file`: what messages call
+/// the source.
 ///
 /// # Errors
 /// What the compiler says, each of its lines.
@@ -36,7 +38,8 @@ pub fn compile(file: &str, source: &str, architecture: &str) -> Outcome<Vec<u8>>
     let (major, minor) = numbers()?;
     open_builtins(major, minor);
     let program = Program::new(&terminated(file), &terminated(source))?;
-    let refused = |what| format!("NVRTC {major}.{minor} does not compile {file} for {architecture}: {what}");
+    let refused =
+        |what| format!("NVRTC {major}.{minor} does not compile {file} for {architecture}: {what}");
     program.compile(&terminated(&format!("--gpu-architecture={architecture}"))).map_err(refused)?;
     program.machine_code()
 }
@@ -45,8 +48,8 @@ fn terminated(text: &str) -> CString {
     CString::new(text).expect("sources and names have no zeros")
 }
 
-/// NVRTC opens a second library by its name, and looks neither beside itself nor in the folders of this program, where the
-/// wheel has it. One that is open already is found.
+/// NVRTC opens a second library by its name, and looks neither beside itself nor in the folders of
+/// this program, where the wheel has it. One that is open already is found.
 fn open_builtins(major: c_int, minor: c_int) {
     use libloading::os::unix::Library;
     // SAFETY: it holds data and functions for NVRTC; its initializers ask nothing of the process.
@@ -63,16 +66,21 @@ struct Program(sys::nvrtcProgram);
 impl Program {
     fn new(file: &CStr, source: &CStr) -> Outcome<Self> {
         let mut raw = null_mut();
-        // SAFETY: both texts end with a zero and are copied, there are no headers, and the result has a place.
-        let code = unsafe { sys::nvrtcCreateProgram(&mut raw, source.as_ptr(), file.as_ptr(), 0, null(), null()) };
+        // SAFETY: both texts end with a zero and are copied, there are no headers, and the result
+        // has a place.
+        let code = unsafe {
+            sys::nvrtcCreateProgram(&mut raw, source.as_ptr(), file.as_ptr(), 0, null(), null())
+        };
         check("nvrtcCreateProgram", code)?;
         Ok(Program(raw))
     }
 
     fn compile(&self, architecture: &CStr) -> Outcome<()> {
-        let options: Vec<*const c_char> = [architecture].iter().chain(&OPTIONS).map(|option| option.as_ptr()).collect();
+        let options: Vec<*const c_char> =
+            [architecture].iter().chain(&OPTIONS).map(|option| option.as_ptr()).collect();
         // SAFETY: the program exists, and so many options end with a zero each.
-        let code = unsafe { sys::nvrtcCompileProgram(self.0, options.len() as c_int, options.as_ptr()) };
+        let code =
+            unsafe { sys::nvrtcCompileProgram(self.0, options.len() as c_int, options.as_ptr()) };
         check("nvrtcCompileProgram", code).map_err(|what| match self.log() {
             Ok(log) if !log.is_empty() => log,
             _ => what,
@@ -81,9 +89,11 @@ impl Program {
 
     /// What the compiler said, in one line.
     fn log(&self) -> Outcome<String> {
-        let log = self.read("nvrtcGetProgramLog", sys::nvrtcGetProgramLogSize, sys::nvrtcGetProgramLog)?;
+        let log =
+            self.read("nvrtcGetProgramLog", sys::nvrtcGetProgramLogSize, sys::nvrtcGetProgramLog)?;
         let log = String::from_utf8_lossy(&log).into_owned();
-        let lines = log.trim_end_matches('\0').lines().map(str::trim).filter(|line| !line.is_empty());
+        let lines =
+            log.trim_end_matches('\0').lines().map(str::trim).filter(|line| !line.is_empty());
         Ok(lines.collect::<Vec<_>>().join("; "))
     }
 
@@ -111,7 +121,9 @@ impl Program {
 impl Drop for Program {
     fn drop(&mut self) {
         // SAFETY: created once and destroyed once.
-        if let Err(what) = check("nvrtcDestroyProgram", unsafe { sys::nvrtcDestroyProgram(&mut self.0) }) {
+        if let Err(what) =
+            check("nvrtcDestroyProgram", unsafe { sys::nvrtcDestroyProgram(&mut self.0) })
+        {
             tracing::warn!("while giving back: {what}");
         }
     }
@@ -122,5 +134,9 @@ fn check(function: &str, code: sys::nvrtcResult) -> Outcome<()> {
         return Ok(());
     }
     // SAFETY: a text that NVRTC keeps.
-    Err(format!("{function}: {} (code {})", text(unsafe { sys::nvrtcGetErrorString(code) }), code as u32))
+    Err(format!(
+        "{function}: {} (code {})",
+        text(unsafe { sys::nvrtcGetErrorString(code) }),
+        code as u32
+    ))
 }

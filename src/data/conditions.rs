@@ -38,7 +38,10 @@ mod tests {
     fn conditions(of_one: f64) -> Result<Conditions> {
         let tensor = Tensor::ones([2, 5, 8], (Kind::Half, Device::Cpu));
         let _ = tensor.get(1).get(2).narrow(0, 3, 1).fill_(of_one);
-        let folder = written(&[("a.safetensors", "2x2", vec![("image_latents", images(0, 4, 2))])], Some((&["zero", "one"], tensor)));
+        let folder = written(
+            &[("a.safetensors", "2x2", vec![("image_latents", images(0, 4, 2))])],
+            Some((&["zero", "one"], tensor)),
+        );
         Dataset::open(folder.path())?.conditions().map(|conditions| conditions.expect("some"))
     }
 

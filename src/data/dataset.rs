@@ -1,9 +1,11 @@
-//! A dataset: a folder with `dataset.json` and the safetensors files that it lists, or the same compiled into the binary.
+//! A dataset: a folder with `dataset.json` and the safetensors files that it lists, or the same
+//! compiled into the binary.
 //!
-//! A file holds samples of one shape, stacked along axis 0 of every tensor under the batch's own keys. Files of one
-//! resolution group agree in keys, kinds and shapes, so that their samples may stand in one batch. Samples are numbered
-//! through all files in their order. Files stay open as far as there are descriptors, so that files replaced during a run change
-//! nothing; the others are opened for each read, which refuses a file that was replaced.
+//! A file holds samples of one shape, stacked along axis 0 of every tensor under the batch's own
+//! keys. Files of one resolution group agree in keys, kinds and shapes, so that their samples may
+//! stand in one batch. Samples are numbered through all files in their order. Files stay open as
+//! far as there are descriptors, so that files replaced during a run change nothing; the others are
+//! opened for each read, which refuses a file that was replaced.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -41,10 +43,12 @@ pub struct Dataset {
 }
 
 impl Dataset {
-    /// Opens a folder: reads `dataset.json` and the header of every file, and checks that they agree.
+    /// Opens a folder: reads `dataset.json` and the header of every file, and checks that they
+    /// agree.
     ///
     /// # Errors
-    /// [`Error::Data`] if something is missing, malformed, outside of the folder or at odds with the rest.
+    /// [`Error::Data`] if something is missing, malformed, outside of the folder or at odds with
+    /// the rest.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         refuse_pickle(folder)?;
@@ -59,25 +63,47 @@ impl Dataset {
         Dataset::assemble(folder.into(), manifest, |relative| {
             let path = manifest::resolve(folder, relative)?;
             pulse::still_at_work();
-            if opened.replace(opened.get() + 1) < kept { SafeTensors::open(path) } else { SafeTensors::open_on_demand(path) }
+            if opened.replace(opened.get() + 1) < kept {
+                SafeTensors::open(path)
+            } else {
+                SafeTensors::open_on_demand(path)
+            }
         })
     }
 
-    /// The same over bytes that are part of the binary: `dataset.json` and its files by their paths.
-    pub fn embedded(json: &'static str, files: &'static [(&'static str, &'static [u8])]) -> Result<Self> {
+    /// The same over bytes that are part of the binary: `dataset.json` and its files by their
+    /// paths.
+    pub fn embedded(
+        json: &'static str,
+        files: &'static [(&'static str, &'static [u8])],
+    ) -> Result<Self> {
         let path = Path::new("embedded");
         let manifest = Manifest::parse(&path.join(manifest::FILE_NAME), json.as_bytes())?;
         Dataset::assemble(path.into(), manifest, |relative| {
             let found = files.iter().find(|(name, _)| *name == relative);
-            let (name, bytes) = found.ok_or_else(|| Error::data(path.join(relative), "is not part of the binary"))?;
+            let (name, bytes) = found
+                .ok_or_else(|| Error::data(path.join(relative), "is not part of the binary"))?;
             SafeTensors::from_static(&format!("embedded/{name}"), bytes)
         })
     }
 
-    fn assemble(path: PathBuf, manifest: Manifest, open: impl Fn(&str) -> Result<SafeTensors>) -> Result<Self> {
+    fn assemble(
+        path: PathBuf,
+        manifest: Manifest,
+        open: impl Fn(&str) -> Result<SafeTensors>,
+    ) -> Result<Self> {
         let (files, groups) = (Vec::new(), Vec::new());
         let on_bad = OnBad::Stop;
-        let mut dataset = Dataset { path, manifest, files, groups, conditions: None, empty_prompt: None, num_samples: 0, on_bad };
+        let mut dataset = Dataset {
+            path,
+            manifest,
+            files,
+            groups,
+            conditions: None,
+            empty_prompt: None,
+            num_samples: 0,
+            on_bad,
+        };
         for index in 0..dataset.manifest.files.len() {
             let entry = dataset.manifest.files[index].clone();
             let tensors = open(&entry.path)?;
@@ -96,12 +122,17 @@ impl Dataset {
 
     fn add(&mut self, entry: &FileEntry, tensors: SafeTensors) -> Result<()> {
         let layout = layout_of(&tensors, entry.samples, "samples")?;
-        check_latents(&layout, self.manifest.data_type).map_err(|what| Error::data(tensors.path(), what))?;
+        check_latents(&layout, self.manifest.data_type)
+            .map_err(|what| Error::data(tensors.path(), what))?;
         let known = self.groups.iter().position(|group| group.name == entry.group);
         let group = known.unwrap_or(self.groups.len());
         match self.files.iter().find(|file| file.group == group) {
             Some(first) => check_same(&tensors, &layout, &first.tensors, &self.groups[group])?,
-            None => self.groups.push(Group { name: entry.group.clone(), sample_ids: Vec::new(), layout }),
+            None => self.groups.push(Group {
+                name: entry.group.clone(),
+                sample_ids: Vec::new(),
+                layout,
+            }),
         }
         let first_id = self.num_samples;
         self.num_samples += entry.samples;
@@ -139,13 +170,15 @@ impl Dataset {
         group.layout.get(latents_key(self.data_type())).map(|(_, shape)| shape.as_slice())
     }
 
-    /// Shapes of the empty prompt's tensors by their own keys; none where the dataset has no empty prompt.
+    /// Shapes of the empty prompt's tensors by their own keys; none where the dataset has no empty
+    /// prompt.
     pub fn empty_prompt_shapes(&self) -> BTreeMap<String, Vec<i64>> {
         let infos = self.empty_prompt.iter().flat_map(|empty| empty.file.tensors());
         infos.map(|info| (info.name.clone(), info.shape.clone())).collect()
     }
 
-    /// Hex digits that change with the files' names, groups, sample counts or hashes, as `dataset.json` gives them.
+    /// Hex digits that change with the files' names, groups, sample counts or hashes, as
+    /// `dataset.json` gives them.
     pub fn fingerprint(&self) -> String {
         self.manifest.fingerprint()
     }
@@ -155,22 +188,32 @@ impl Dataset {
     /// # Errors
     /// [`Error::Data`] for the first file that differs.
     pub fn verify_hashes(&self) -> Result<()> {
-        let files = self.files.iter().map(|file| &file.tensors).zip(self.manifest.files.iter().map(|entry| &entry.sha256));
-        let conditions = self.conditions.iter().zip(self.manifest.conditions.iter().map(|entry| &entry.sha256));
+        let files = self
+            .files
+            .iter()
+            .map(|file| &file.tensors)
+            .zip(self.manifest.files.iter().map(|entry| &entry.sha256));
+        let conditions =
+            self.conditions.iter().zip(self.manifest.conditions.iter().map(|entry| &entry.sha256));
         let empty_prompt = self.empty_prompt.iter().map(|empty| &empty.file);
-        let empty_prompt = empty_prompt.zip(self.manifest.empty_prompt.iter().map(|entry| &entry.sha256));
+        let empty_prompt =
+            empty_prompt.zip(self.manifest.empty_prompt.iter().map(|entry| &entry.sha256));
         for (file, expected) in files.chain(conditions).chain(empty_prompt) {
             let mut hash = Sha256::new();
             file.for_each_piece(|piece| hash.update(piece))?;
             let found = sha256::hex(hash);
             if found != *expected {
-                return Err(Error::data(file.path(), format!("has sha256 {found}, {} says {expected}", manifest::FILE_NAME)));
+                return Err(Error::data(
+                    file.path(),
+                    format!("has sha256 {found}, {} says {expected}", manifest::FILE_NAME),
+                ));
             }
         }
         Ok(())
     }
 
-    /// Reads every sample and refuses the first that is not finite, unless its neighbours are to stand in for it.
+    /// Reads every sample and refuses the first that is not finite, unless its neighbours are to
+    /// stand in for it.
     pub fn verify_numbers(&self) -> Result<()> {
         let refused = self.on_bad == OnBad::Stop;
         self.files.iter().filter(|_| refused).try_for_each(SampleFile::check_numbers)
@@ -182,16 +225,19 @@ impl Dataset {
         self
     }
 
-    /// The samples of these ids, in this order; where bad ones are skipped, their next sound neighbours in the group instead.
+    /// The samples of these ids, in this order; where bad ones are skipped, their next sound
+    /// neighbours in the group instead.
     ///
     /// # Errors
-    /// [`Error::Data`] if a sample holds a number that is not finite and may not, or its file was cut since it was opened.
+    /// [`Error::Data`] if a sample holds a number that is not finite and may not, or its file was
+    /// cut since it was opened.
     /// # Panics
     /// If there are no ids, or they are unknown or of several groups (bugs in the caller).
     pub fn batch(&self, ids: &[u64]) -> Result<Batch> {
         match (self.read_batch(ids, 0), self.on_bad) {
             (Err(error), OnBad::Skip) => {
-                let sound = ids.iter().map(|id| self.sound_from(*id)).collect::<Result<Vec<_>>>()?;
+                let sound =
+                    ids.iter().map(|id| self.sound_from(*id)).collect::<Result<Vec<_>>>()?;
                 let bad_samples = sound.iter().zip(ids).filter(|(sound, id)| sound != id).count();
                 // Something else is wrong than a number.
                 if bad_samples == 0 { Err(error) } else { self.read_batch(&sound, bad_samples) }
@@ -203,14 +249,20 @@ impl Dataset {
 
     fn read_batch(&self, ids: &[u64], bad_samples: usize) -> Result<Batch> {
         let group = self.file_of(ids[0]).group;
-        assert!(ids.iter().all(|id| self.file_of(*id).group == group), "a batch of several resolution groups: {ids:?}");
+        assert!(
+            ids.iter().all(|id| self.file_of(*id).group == group),
+            "a batch of several resolution groups: {ids:?}"
+        );
         let keys = self.groups[group].layout.keys();
-        let mut tensors = keys.map(|key| Ok((key.clone(), self.stacked(key, ids)?))).collect::<Result<BTreeMap<_, _>>>()?;
+        let mut tensors = keys
+            .map(|key| Ok((key.clone(), self.stacked(key, ids)?)))
+            .collect::<Result<BTreeMap<_, _>>>()?;
         tensors.extend(self.empty_prompt.iter().flat_map(EmptyPrompt::tensors));
         Ok(Batch { tensors, data_type: self.data_type(), sample_ids: ids.to_vec(), bad_samples })
     }
 
-    /// The sample itself if all its numbers are finite, otherwise the next of its group that is: the same one whoever asks.
+    /// The sample itself if all its numbers are finite, otherwise the next of its group that is:
+    /// the same one whoever asks.
     fn sound_from(&self, id: u64) -> Result<u64> {
         let ids = &self.groups[self.file_of(id).group].sample_ids;
         let place = ids.binary_search(&id).expect("a sample is in its group");
@@ -246,7 +298,8 @@ impl Dataset {
     /// The named conditions, if the dataset has any.
     ///
     /// # Errors
-    /// [`Error::Data`] naming the tensor that holds a number which is not finite; as [`SafeTensors::read`].
+    /// [`Error::Data`] naming the tensor that holds a number which is not finite; as
+    /// [`SafeTensors::read`].
     pub fn conditions(&self) -> Result<Option<Conditions>> {
         let pair = self.conditions.as_ref().zip(self.manifest.conditions.as_ref());
         pair.map(|(file, entry)| Conditions::read(file, entry)).transpose()
@@ -269,10 +322,21 @@ mod tests {
     }
 
     fn two_groups() -> tempfile::TempDir {
-        let part = |first, samples, side| vec![("image_latents", images(first, samples, side)), ("labels", labels(first, samples))];
-        let parts =
-            [("a.safetensors", "2x2", part(0, 4, 2)), ("b.safetensors", "3x3", part(4, 3, 3)), ("c.safetensors", "2x2", part(7, 2, 2))];
-        written(&parts, Some((&["zero", "one"], Tensor::ones([2, 5, 8], (Kind::Half, Device::Cpu)))))
+        let part = |first, samples, side| {
+            vec![
+                ("image_latents", images(first, samples, side)),
+                ("labels", labels(first, samples)),
+            ]
+        };
+        let parts = [
+            ("a.safetensors", "2x2", part(0, 4, 2)),
+            ("b.safetensors", "3x3", part(4, 3, 3)),
+            ("c.safetensors", "2x2", part(7, 2, 2)),
+        ];
+        written(
+            &parts,
+            Some((&["zero", "one"], Tensor::ones([2, 5, 8], (Kind::Half, Device::Cpu)))),
+        )
     }
 
     #[test]
@@ -280,7 +344,11 @@ mod tests {
         let folder = two_groups();
         let dataset = Dataset::open(folder.path()).expect("a sound dataset");
         assert_eq!((dataset.num_samples(), dataset.data_type()), (9, DataType::Image));
-        let ids: Vec<(&str, &[u64])> = dataset.groups().iter().map(|group| (group.name.as_str(), group.sample_ids.as_slice())).collect();
+        let ids: Vec<(&str, &[u64])> = dataset
+            .groups()
+            .iter()
+            .map(|group| (group.name.as_str(), group.sample_ids.as_slice()))
+            .collect();
         assert_eq!(ids, [("2x2", &[0, 1, 2, 3, 7, 8][..]), ("3x3", &[4, 5, 6])]);
         assert_eq!(dataset.latent_shape("3x3"), Some(&[1, 3, 3][..]));
         assert_eq!(dataset.latent_shape("4x4"), None);
@@ -295,7 +363,13 @@ mod tests {
             let batch = dataset.batch(ids).expect("sound samples");
             let expected = Tensor::from_slice(&ids.iter().map(|&id| id as i64).collect::<Vec<_>>());
             assert!(batch.tensors["labels"].equal(&expected), "{ids:?}");
-            assert!(batch.tensors["image_latents"].amax([1, 2, 3], false).to_kind(Kind::Int64).equal(&expected), "{ids:?}");
+            assert!(
+                batch.tensors["image_latents"]
+                    .amax([1, 2, 3], false)
+                    .to_kind(Kind::Int64)
+                    .equal(&expected),
+                "{ids:?}"
+            );
             assert_eq!(batch.sample_ids, ids);
         }
     }
@@ -311,19 +385,29 @@ mod tests {
     fn every_batch_carries_the_empty_prompt() {
         let folder = two_groups();
         let empty = Tensor::ones([5, 8], (Kind::Half, Device::Cpu));
-        let mut file = HashingWriter::new(File::create(folder.path().join("empty.safetensors")).expect("a new file"));
+        let mut file = HashingWriter::new(
+            File::create(folder.path().join("empty.safetensors")).expect("a new file"),
+        );
         write(&mut file, &[("text_embeddings", &empty)], &BTreeMap::new()).expect("a sound file");
         let path = folder.path().join(manifest::FILE_NAME);
-        let mut manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).expect("written")).expect("JSON");
+        let mut manifest: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(&path).expect("written")).expect("JSON");
         let before = Dataset::open(folder.path()).expect("a sound dataset").fingerprint();
-        manifest["empty_prompt"] = serde_json::json!({"path": "empty.safetensors", "sha256": file.finish().1});
+        manifest["empty_prompt"] =
+            serde_json::json!({"path": "empty.safetensors", "sha256": file.finish().1});
         std::fs::write(&path, manifest.to_string()).expect("written again");
         let dataset = Dataset::open(folder.path()).expect("a sound dataset");
-        assert!(dataset.batch(&[5, 6]).expect("sound samples").tensors["empty.text_embeddings"].equal(&empty));
+        assert!(
+            dataset.batch(&[5, 6]).expect("sound samples").tensors["empty.text_embeddings"]
+                .equal(&empty)
+        );
         assert_ne!(dataset.fingerprint(), before);
         dataset.verify_hashes().expect("untouched files");
-        std::fs::write(folder.path().join("empty.safetensors"), std::fs::read(folder.path().join("a.safetensors")).expect("written"))
-            .expect("written again");
+        std::fs::write(
+            folder.path().join("empty.safetensors"),
+            std::fs::read(folder.path().join("a.safetensors")).expect("written"),
+        )
+        .expect("written again");
         assert!(Dataset::open(folder.path()).expect("sound headers").verify_hashes().is_err());
     }
 
@@ -331,17 +415,23 @@ mod tests {
     fn an_embedded_dataset_equals_its_folder() {
         let folder = two_groups();
         // Leaked once: what a binary embeds lives as long.
-        let embed = |name: &str| -> &'static [u8] { std::fs::read(folder.path().join(name)).expect("a written file").leak() };
+        let embed = |name: &str| -> &'static [u8] {
+            std::fs::read(folder.path().join(name)).expect("a written file").leak()
+        };
         let names = ["a.safetensors", "b.safetensors", "c.safetensors", "conditions.safetensors"];
         let files: &'static [(&str, &[u8])] = names.map(|name| (name, embed(name))).to_vec().leak();
         let json = std::str::from_utf8(embed(manifest::FILE_NAME)).expect("text");
         let embedded = Dataset::embedded(json, files).expect("a sound dataset");
         let opened = Dataset::open(folder.path()).expect("a sound dataset");
         assert_eq!(embedded.fingerprint(), opened.fingerprint());
-        let (one, other) = (embedded.batch(&[8, 2]).expect("sound samples"), opened.batch(&[8, 2]).expect("sound samples"));
+        let (one, other) = (
+            embedded.batch(&[8, 2]).expect("sound samples"),
+            opened.batch(&[8, 2]).expect("sound samples"),
+        );
         assert!(one.tensors["image_latents"].equal(&other.tensors["image_latents"]));
         embedded.verify_hashes().expect("the same bytes");
-        let missing = Dataset::embedded(json, &files[..2]).expect_err("a file is missing").to_string();
+        let missing =
+            Dataset::embedded(json, &files[..2]).expect_err("a file is missing").to_string();
         assert_eq!(missing, "embedded/c.safetensors: is not part of the binary");
     }
 }

@@ -19,7 +19,8 @@ pub(super) struct EmptyPrompt {
 
 impl EmptyPrompt {
     /// # Errors
-    /// [`Error::Data`](crate::error::Error::Data) if a number is not finite; as [`SafeTensors::read`].
+    /// [`Error::Data`](crate::error::Error::Data) if a number is not finite; as
+    /// [`SafeTensors::read`].
     pub fn read(file: SafeTensors) -> Result<Self> {
         let mut tensors = BTreeMap::new();
         for info in file.tensors() {
@@ -46,14 +47,26 @@ mod tests {
     fn an_empty_prompt_that_is_not_finite_is_refused_by_file_and_tensor() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("empty.safetensors");
-        for (number, what) in
-            [(f64::NAN, "that are not finite: 1, the first at [0, 1]"), (1e39, "beyond what float32 and bfloat16 hold: 1")]
-        {
+        for (number, what) in [
+            (f64::NAN, "that are not finite: 1, the first at [0, 1]"),
+            (1e39, "beyond what float32 and bfloat16 hold: 1"),
+        ] {
             let tensor = Tensor::from_slice(&[0.5, number]).view([1, 2]);
-            write(&mut File::create(&path).expect("a file"), &[("text_embeddings", &tensor)], &BTreeMap::new()).expect("room");
-            let error = SafeTensors::open(&path).and_then(EmptyPrompt::read).expect_err("not finite");
+            write(
+                &mut File::create(&path).expect("a file"),
+                &[("text_embeddings", &tensor)],
+                &BTreeMap::new(),
+            )
+            .expect("room");
+            let error =
+                SafeTensors::open(&path).and_then(EmptyPrompt::read).expect_err("not finite");
             assert_eq!(error.exit_code(), 40);
-            assert!(error.to_string().contains(&format!("empty.safetensors: `text_embeddings` holds numbers {what}")), "{error}");
+            assert!(
+                error.to_string().contains(&format!(
+                    "empty.safetensors: `text_embeddings` holds numbers {what}"
+                )),
+                "{error}"
+            );
         }
     }
 }

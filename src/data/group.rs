@@ -34,7 +34,10 @@ pub(super) fn layout_of(file: &SafeTensors, rows: u64, word: &str) -> Result<Lay
     let mut layout = Layout::new();
     for TensorInfo { name, kind, shape, .. } in file.tensors() {
         if shape.first().is_none_or(|&found| found as u64 != rows) {
-            let what = format!("`{name}` has shape {shape:?}, but {} says {rows} {word}", manifest::FILE_NAME);
+            let what = format!(
+                "`{name}` has shape {shape:?}, but {} says {rows} {word}",
+                manifest::FILE_NAME
+            );
             return Err(Error::data(file.path(), what));
         }
         layout.insert(name.clone(), (*kind, shape[1..].to_vec()));
@@ -44,10 +47,17 @@ pub(super) fn layout_of(file: &SafeTensors, rows: u64, word: &str) -> Result<Lay
 
 /// The latents that the type of data needs are there, as floats of the right number of axes.
 pub(super) fn check_latents(layout: &Layout, data_type: DataType) -> Result<(), String> {
-    let (key, axes) = (latents_key(data_type), if data_type == DataType::Image { "[C, H, W]" } else { "[C, F, H, W]" });
+    let (key, axes) = (
+        latents_key(data_type),
+        if data_type == DataType::Image { "[C, H, W]" } else { "[C, F, H, W]" },
+    );
     let Some((kind, shape)) = layout.get(key) else {
         let keys: Vec<&str> = layout.keys().map(String::as_str).collect();
-        return Err(format!("holds no `{key}`, which {} data need; it has {}", data_type.word(), keys.join(", ")));
+        return Err(format!(
+            "holds no `{key}`, which {} data need; it has {}",
+            data_type.word(),
+            keys.join(", ")
+        ));
     };
     if shape.len() != axes.split(' ').count() || !is_float(*kind) {
         return Err(format!("`{key}` is {kind:?} {shape:?} a sample; expected floats {axes}"));
@@ -56,14 +66,23 @@ pub(super) fn check_latents(layout: &Layout, data_type: DataType) -> Result<(), 
 }
 
 /// The file fits the group that an earlier file began.
-pub(super) fn check_same(file: &SafeTensors, layout: &Layout, first: &SafeTensors, group: &Group) -> Result<()> {
+pub(super) fn check_same(
+    file: &SafeTensors,
+    layout: &Layout,
+    first: &SafeTensors,
+    group: &Group,
+) -> Result<()> {
     let first = first.path().display();
-    let differs = |what: String| Err(Error::data(file.path(), format!("{what} of the same group `{}`", group.name)));
+    let differs = |what: String| {
+        Err(Error::data(file.path(), format!("{what} of the same group `{}`", group.name)))
+    };
     for (key, (kind, shape)) in layout {
         match group.layout.get(key) {
             None => return differs(format!("holds `{key}`, which is not in {first}")),
             Some((other_kind, other_shape)) if (kind, shape) != (other_kind, other_shape) => {
-                return differs(format!("`{key}` is {kind:?} {shape:?} a sample, but {other_kind:?} {other_shape:?} in {first}"));
+                return differs(format!(
+                    "`{key}` is {kind:?} {shape:?} a sample, but {other_kind:?} {other_shape:?} in {first}"
+                ));
             }
             Some(_) => {}
         }

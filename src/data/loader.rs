@@ -38,29 +38,47 @@ struct Reader {
 }
 
 impl Loader {
-    /// Starts to read from `first_step` on, `prefetch` batches ahead of the one in use, each on a thread.
+    /// Starts to read from `first_step` on, `prefetch` batches ahead of the one in use, each on a
+    /// thread.
     ///
     /// # Errors
     /// [`Error::Environment`] if no thread can be started.
-    pub fn start(dataset: Arc<Dataset>, order: Order, share: Share, first_step: u64, prefetch: usize) -> Result<Self> {
+    pub fn start(
+        dataset: Arc<Dataset>,
+        order: Order,
+        share: Share,
+        first_step: u64,
+        prefetch: usize,
+    ) -> Result<Self> {
         let path = dataset.path().to_path_buf();
         // It keeps an epoch's order, which there need not be twice.
         let order = Mutex::new(order);
         let read = move |number: u64| {
             let micro_batches = share.micro_batches as u64;
-            let (step, micro) = (first_step + number / micro_batches, (number % micro_batches) as usize);
+            let (step, micro) =
+                (first_step + number / micro_batches, (number % micro_batches) as usize);
             // Steps count from 1, blocks of the order from 0.
             fault::strike_at(Phase::Read, step + 1);
-            let ids = order.lock().unwrap_or_else(PoisonError::into_inner).block(step, share.block(micro), share.micro_batch_size);
+            let ids = order.lock().unwrap_or_else(PoisonError::into_inner).block(
+                step,
+                share.block(micro),
+                share.micro_batch_size,
+            );
             dataset.batch(&ids)
         };
         Ok(Loader { unmeasured: share.micro_batches, ..Loader::over(read, path, prefetch)? })
     }
 
     /// Over the batches that `read` makes of the numbers from 0 on.
-    fn over(read: impl Fn(u64) -> Result<Batch> + Send + Sync + 'static, path: PathBuf, prefetch: usize) -> Result<Self> {
+    fn over(
+        read: impl Fn(u64) -> Result<Batch> + Send + Sync + 'static,
+        path: PathBuf,
+        prefetch: usize,
+    ) -> Result<Self> {
         let read = Arc::new(read);
-        let start = |first: usize| Reader::start(Arc::clone(&read), (first as u64..).step_by(prefetch), path.clone());
+        let start = |first: usize| {
+            Reader::start(Arc::clone(&read), (first as u64..).step_by(prefetch), path.clone())
+        };
         let readers = (0..prefetch).map(start).collect::<Result<_>>()?;
         Ok(Loader { readers, path, unmeasured: 0, first_latents: Moments::default() })
     }
@@ -89,14 +107,19 @@ impl Loader {
         }
     }
 
-    /// Moments of this rank's latents of the first step that it loaded, as far as they have been asked for.
+    /// Moments of this rank's latents of the first step that it loaded, as far as they have been
+    /// asked for.
     pub fn first_latents(&self) -> Moments {
         self.first_latents
     }
 }
 
 impl Reader {
-    fn start<R>(read: Arc<R>, numbers: impl Iterator<Item = u64> + Send + 'static, path: PathBuf) -> Result<Self>
+    fn start<R>(
+        read: Arc<R>,
+        numbers: impl Iterator<Item = u64> + Send + 'static,
+        path: PathBuf,
+    ) -> Result<Self>
     where
         R: Fn(u64) -> Result<Batch> + Send + Sync + 'static,
     {
@@ -104,14 +127,19 @@ impl Reader {
         let (sender, receiver) = sync_channel(0);
         let run = move || {
             // A panic travels as an error: the consumer hears of it at the batch that is missing.
-            if let Err(panic) =
-                catch_unwind(AssertUnwindSafe(|| send_all(numbers.map(|number| libtorch::guarded(|| read(number))), &sender)))
-            {
-                let _ = sender.send(Err(Error::data(path, format!("reading ahead panicked: {}", panic_text(panic.as_ref())))));
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| {
+                send_all(numbers.map(|number| libtorch::guarded(|| read(number))), &sender)
+            })) {
+                let _ = sender.send(Err(Error::data(
+                    path,
+                    format!("reading ahead panicked: {}", panic_text(panic.as_ref())),
+                )));
             }
         };
-        let thread =
-            Builder::new().name("data".into()).spawn(run).map_err(|e| Error::environment(format!("cannot start a thread: {e}")))?;
+        let thread = Builder::new()
+            .name("data".into())
+            .spawn(run)
+            .map_err(|e| Error::environment(format!("cannot start a thread: {e}")))?;
         Ok(Reader { batches: Some(receiver), thread: Some(thread) })
     }
 
@@ -143,7 +171,8 @@ fn send_all(batches: impl Iterator<Item = Result<Batch>>, sender: &SyncSender<Re
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(ToString::to_string);
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no reason given".into())
+    text.or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "no reason given".into())
 }
 
 #[cfg(test)]
@@ -158,7 +187,12 @@ mod tests {
     use crate::data::made_up::{images, written};
 
     fn numbered(id: u64) -> Result<Batch> {
-        Ok(Batch { tensors: BTreeMap::new(), data_type: DataType::Image, sample_ids: vec![id], bad_samples: 0 })
+        Ok(Batch {
+            tensors: BTreeMap::new(),
+            data_type: DataType::Image,
+            sample_ids: vec![id],
+            bad_samples: 0,
+        })
     }
 
     fn over(read: impl Fn(u64) -> Result<Batch> + Send + Sync + 'static) -> Loader {
@@ -167,36 +201,61 @@ mod tests {
 
     #[test]
     fn batches_come_in_the_order_of_training_from_any_step_on() {
-        let folder = written(&[("a.safetensors", "2x2", vec![("image_latents", images(0, 40, 2))])], None);
+        let folder =
+            written(&[("a.safetensors", "2x2", vec![("image_latents", images(0, 40, 2))])], None);
         let dataset = Arc::new(Dataset::open(folder.path()).expect("a sound dataset"));
         let order = Order::new(dataset.groups(), 12, 1).expect("a large enough group");
-        let share = Share { rank: 1, world_size: 2, micro_batches: 2, micro_batch_size: 3, neighbours: false };
-        let mut loader = Loader::start(Arc::clone(&dataset), order.clone(), share, 2, 1).expect("a thread");
+        let share = Share {
+            rank: 1,
+            world_size: 2,
+            micro_batches: 2,
+            micro_batch_size: 3,
+            neighbours: false,
+        };
+        let mut loader =
+            Loader::start(Arc::clone(&dataset), order.clone(), share, 2, 1).expect("a thread");
         let mut first_step = Vec::new();
         for (step, micro) in [(2, 0), (2, 1), (3, 0), (3, 1), (4, 0)] {
             let batch = loader.next_batch().expect("sound samples");
-            assert_eq!(batch.sample_ids, order.block(step, 2 * micro + 1, 3), "step {step}, micro-batch {micro}");
+            assert_eq!(
+                batch.sample_ids,
+                order.block(step, 2 * micro + 1, 3),
+                "step {step}, micro-batch {micro}"
+            );
             let expected = dataset.batch(&batch.sample_ids).expect("sound samples");
             assert!(batch.tensors["image_latents"].equal(&expected.tensors["image_latents"]));
             first_step.extend((step == 2).then(|| batch.tensors["image_latents"].shallow_clone()));
         }
         let deviation = Tensor::cat(&first_step, 0).std(false).double_value(&[]);
         let measured = loader.first_latents().standard_deviation().expect("many numbers");
-        assert!((measured - deviation).abs() < 1e-5, "{measured} and {deviation}: the latents of the first step alone");
+        assert!(
+            (measured - deviation).abs() < 1e-5,
+            "{measured} and {deviation}: the latents of the first step alone"
+        );
     }
 
     #[test]
     fn an_error_arrives_behind_the_batches_before_it_and_ends_the_reading() {
-        let mut loader = over(|id| if id == 3 { Err(Error::data("b.safetensors", "bad sample")) } else { numbered(id) });
-        let good: Vec<u64> = (0..3).map(|_| loader.next_batch().expect("a batch").sample_ids[0]).collect();
+        let mut loader = over(|id| {
+            if id == 3 { Err(Error::data("b.safetensors", "bad sample")) } else { numbered(id) }
+        });
+        let good: Vec<u64> =
+            (0..3).map(|_| loader.next_batch().expect("a batch").sample_ids[0]).collect();
         assert_eq!(good, [0, 1, 2]);
-        assert_eq!(loader.next_batch().expect_err("the error").to_string(), "b.safetensors: bad sample");
-        assert_eq!(loader.next_batch().expect_err("the end").to_string(), "a dataset: reading ahead has ended after an error");
+        assert_eq!(
+            loader.next_batch().expect_err("the error").to_string(),
+            "b.safetensors: bad sample"
+        );
+        assert_eq!(
+            loader.next_batch().expect_err("the end").to_string(),
+            "a dataset: reading ahead has ended after an error"
+        );
     }
 
     #[test]
     fn a_panic_while_reading_reaches_the_consumer_as_an_error() {
-        let mut loader = over(|id| if id == 1 { panic!("sample {id} broke the reader") } else { numbered(id) });
+        let mut loader =
+            over(|id| if id == 1 { panic!("sample {id} broke the reader") } else { numbered(id) });
         loader.next_batch().expect("the batch before");
         let error = loader.next_batch().expect_err("the panic").to_string();
         assert_eq!(error, "a dataset: reading ahead panicked: sample 1 broke the reader");

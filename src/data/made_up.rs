@@ -13,11 +13,16 @@ use crate::files::sha256::HashingWriter;
 pub(super) type Part<'a> = (&'a str, &'a str, Vec<(&'a str, Tensor)>);
 
 /// Writes a dataset of images; `conditions` are names and a file of that name.
-pub(super) fn written(parts: &[Part<'_>], conditions: Option<(&[&str], Tensor)>) -> tempfile::TempDir {
+pub(super) fn written(
+    parts: &[Part<'_>],
+    conditions: Option<(&[&str], Tensor)>,
+) -> tempfile::TempDir {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let save = |name: &str, tensors: &[(&str, Tensor)]| {
-        let mut file = HashingWriter::new(File::create(folder.path().join(name)).expect("a new file"));
-        let tensors: Vec<(&str, &Tensor)> = tensors.iter().map(|(key, tensor)| (*key, tensor)).collect();
+        let mut file =
+            HashingWriter::new(File::create(folder.path().join(name)).expect("a new file"));
+        let tensors: Vec<(&str, &Tensor)> =
+            tensors.iter().map(|(key, tensor)| (*key, tensor)).collect();
         write(&mut file, &tensors, &BTreeMap::new()).expect("a sound file");
         file.finish().1
     };
@@ -34,13 +39,17 @@ pub(super) fn written(parts: &[Part<'_>], conditions: Option<(&[&str], Tensor)>)
     });
     if let Some((names, tensor)) = conditions {
         let sha256 = save("conditions.safetensors", &[("text_embeddings", tensor)]);
-        manifest["conditions"] = serde_json::json!({"path": "conditions.safetensors", "names": names, "sha256": sha256});
+        manifest["conditions"] =
+            serde_json::json!({"path": "conditions.safetensors", "names": names, "sha256": sha256});
     }
-    std::fs::write(folder.path().join(manifest::FILE_NAME), manifest.to_string()).expect("a new file");
+    std::fs::write(folder.path().join(manifest::FILE_NAME), manifest.to_string())
+        .expect("a new file");
     folder
 }
 
 /// `samples` images of which each holds nothing but its own number, counted from `first`.
 pub(super) fn images(first: i64, samples: i64, side: i64) -> Tensor {
-    Tensor::arange_start(first, first + samples, (Kind::Float, Device::Cpu)).view([-1, 1, 1, 1]).repeat([1, 1, side, side])
+    Tensor::arange_start(first, first + samples, (Kind::Float, Device::Cpu))
+        .view([-1, 1, 1, 1])
+        .repeat([1, 1, side, side])
 }

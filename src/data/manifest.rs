@@ -75,7 +75,10 @@ impl Manifest {
     /// [`Error::Data`] if it is missing, malformed or contradicts itself.
     pub(super) fn of_folder(folder: &Path) -> Result<Manifest> {
         if !fs::metadata(folder).map_err(|e| open_error(folder, e))?.is_dir() {
-            return Err(Error::data(folder, format!("is not a folder; expected one that holds {FILE_NAME}")));
+            return Err(Error::data(
+                folder,
+                format!("is not a folder; expected one that holds {FILE_NAME}"),
+            ));
         }
         let path = resolve(folder, FILE_NAME)?;
         if !fs::metadata(&path).map_err(|e| open_error(&path, e))?.is_file() {
@@ -91,7 +94,8 @@ impl Manifest {
         if text.len() as u64 > MAX_BYTES {
             return Err(Error::data(path, format!("is longer than the {MAX_BYTES} bytes allowed")));
         }
-        let manifest: Manifest = serde_json::from_slice(text).map_err(|e| Error::data(path, no_json(text, &e)))?;
+        let manifest: Manifest =
+            serde_json::from_slice(text).map_err(|e| Error::data(path, no_json(text, &e)))?;
         manifest.check().map_err(|what| Error::data(path, what))?;
         Ok(manifest)
     }
@@ -109,12 +113,15 @@ impl Manifest {
             if file.samples == 0 {
                 return Err(format!("`{}` has samples = 0; leave empty files out", file.path));
             }
-            if !paths.insert(parts_inside(&file.path).unwrap_or_else(|| vec![OsStr::new(&file.path)])) {
+            if !paths
+                .insert(parts_inside(&file.path).unwrap_or_else(|| vec![OsStr::new(&file.path)]))
+            {
                 return Err(format!("`{}` is listed twice", file.path));
             }
         }
         for (path, sha256) in self.hashes() {
-            if sha256.len() != 64 || !sha256.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
+            if sha256.len() != 64 || !sha256.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+            {
                 return Err(format!("sha256 of `{path}` is not 64 lower-case hex digits"));
             }
         }
@@ -129,8 +136,12 @@ impl Manifest {
     /// Path and hash of every file.
     fn hashes(&self) -> impl Iterator<Item = (&str, &str)> {
         let files = self.files.iter().map(|file| (file.path.as_str(), file.sha256.as_str()));
-        let conditions = self.conditions.iter().map(|conditions| (conditions.path.as_str(), conditions.sha256.as_str()));
-        let empty_prompt = self.empty_prompt.iter().map(|empty| (empty.path.as_str(), empty.sha256.as_str()));
+        let conditions = self
+            .conditions
+            .iter()
+            .map(|conditions| (conditions.path.as_str(), conditions.sha256.as_str()));
+        let empty_prompt =
+            self.empty_prompt.iter().map(|empty| (empty.path.as_str(), empty.sha256.as_str()));
         files.chain(conditions).chain(empty_prompt)
     }
 
@@ -152,8 +163,8 @@ impl Manifest {
     }
 }
 
-/// The names that lead to a file, without those that lead nowhere: `./a//b` gives `a`, `b`. None for a path that may lead out of the
-/// folder it begins in.
+/// The names that lead to a file, without those that lead nowhere: `./a//b` gives `a`, `b`. None
+/// for a path that may lead out of the folder it begins in.
 fn parts_inside(relative: &str) -> Option<Vec<&OsStr>> {
     let parts = Path::new(relative).components().filter(|part| *part != Component::CurDir);
     parts.map(|part| if let Component::Normal(name) = part { Some(name) } else { None }).collect()
@@ -163,13 +174,20 @@ fn parts_inside(relative: &str) -> Option<Vec<&OsStr>> {
 pub(super) fn resolve(folder: &Path, relative: &str) -> Result<PathBuf> {
     let path = folder.join(relative);
     match parts_inside(relative) {
-        None => return Err(Error::data(folder, format!("path `{relative}` leaves the data folder"))),
-        Some(parts) if parts.is_empty() => return Err(Error::data(folder, format!("path `{relative}` names no file"))),
+        None => {
+            return Err(Error::data(folder, format!("path `{relative}` leaves the data folder")));
+        }
+        Some(parts) if parts.is_empty() => {
+            return Err(Error::data(folder, format!("path `{relative}` names no file")));
+        }
         Some(_) => {}
     }
     let real = path.canonicalize().map_err(|e| open_error(&path, e))?;
     if !real.starts_with(folder.canonicalize().map_err(|e| open_error(folder, e))?) {
-        return Err(Error::data(path, format!("path leaves the data folder: it is a link to {}", real.display())));
+        return Err(Error::data(
+            path,
+            format!("path leaves the data folder: it is a link to {}", real.display()),
+        ));
     }
     Ok(real)
 }
@@ -190,21 +208,38 @@ mod tests {
     fn a_manifest_that_contradicts_itself_is_refused() {
         let reason = |files: &str| manifest(files).expect_err("refused").to_string();
         assert_eq!(reason(""), "dataset.json: lists no files");
-        assert_eq!(reason(&format!("{FILE},{FILE}")), "dataset.json: `a.safetensors` is listed twice");
-        assert_eq!(reason(&FILE.replace(":2", ":0")), "dataset.json: `a.safetensors` has samples = 0; leave empty files out");
-        assert_eq!(reason(&FILE.replace("HASH", "0A")), "dataset.json: sha256 of `a.safetensors` is not 64 lower-case hex digits");
+        assert_eq!(
+            reason(&format!("{FILE},{FILE}")),
+            "dataset.json: `a.safetensors` is listed twice"
+        );
+        assert_eq!(
+            reason(&FILE.replace(":2", ":0")),
+            "dataset.json: `a.safetensors` has samples = 0; leave empty files out"
+        );
+        assert_eq!(
+            reason(&FILE.replace("HASH", "0A")),
+            "dataset.json: sha256 of `a.safetensors` is not 64 lower-case hex digits"
+        );
         for other in ["./a.safetensors", ".//a.safetensors", "././a.safetensors"] {
             let twice = format!("{FILE},{}", FILE.replace("a.safetensors", other));
             assert_eq!(reason(&twice), format!("dataset.json: `{other}` is listed twice"));
         }
-        assert!(reason(&FILE.replace("group", "grop")).starts_with("dataset.json: unknown field `grop`, expected one of `path`"));
+        assert!(
+            reason(&FILE.replace("group", "grop"))
+                .starts_with("dataset.json: unknown field `grop`, expected one of `path`")
+        );
     }
 
     #[test]
     fn another_format_or_version_is_named() {
         let text = r#"{"format":"fm-dist dataset","version":2,"name":"","source":"","licence":"","data_type":"video","files":[]}"#;
-        let error = Manifest::parse(Path::new(FILE_NAME), text.as_bytes()).expect_err("version 2").to_string();
-        assert_eq!(error, "dataset.json: is `fm-dist dataset` version 2; this program reads `fm-dist dataset` version 1");
+        let error = Manifest::parse(Path::new(FILE_NAME), text.as_bytes())
+            .expect_err("version 2")
+            .to_string();
+        assert_eq!(
+            error,
+            "dataset.json: is `fm-dist dataset` version 2; this program reads `fm-dist dataset` version 1"
+        );
     }
 
     #[test]
@@ -212,9 +247,12 @@ mod tests {
         let fingerprint = |files: &str| manifest(files).expect("sound").fingerprint();
         let known = fingerprint(FILE);
         assert_eq!(known, fingerprint(FILE));
-        for change in
-            [FILE.replace("a.safe", "b.safe"), FILE.replace(":2", ":3"), FILE.replace("8x8", "8x9"), FILE.replace("HASH", &"0b".repeat(32))]
-        {
+        for change in [
+            FILE.replace("a.safe", "b.safe"),
+            FILE.replace(":2", ":3"),
+            FILE.replace("8x8", "8x9"),
+            FILE.replace("HASH", &"0b".repeat(32)),
+        ] {
             assert_ne!(known, fingerprint(&change), "{change}");
         }
     }

@@ -59,7 +59,8 @@ impl DataType {
     }
 }
 
-/// Prefix of the keys under which a batch holds the empty prompt's conditions, one sample without a batch axis.
+/// Prefix of the keys under which a batch holds the empty prompt's conditions, one sample without a
+/// batch axis.
 pub const EMPTY: &str = "empty.";
 
 /// Samples of one shape, stacked along axis 0 under the reference's keys.
@@ -84,14 +85,24 @@ impl Batch {
         self.tensors.get(key)
     }
 
-    /// The name of a row in messages: `sample 12` of the dataset, or `row 3` of a batch that stands alone.
+    /// The name of a row in messages: `sample 12` of the dataset, or `row 3` of a batch that stands
+    /// alone.
     pub fn sample(&self, row: usize) -> String {
         self.sample_ids.get(row).map_or_else(|| format!("row {row}"), |id| format!("sample {id}"))
     }
 
     /// The same tensors under a second owner.
     pub fn alias(&self) -> Batch {
-        let tensors = self.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
-        Batch { tensors, data_type: self.data_type, sample_ids: self.sample_ids.clone(), bad_samples: self.bad_samples }
+        let tensors = self
+            .tensors
+            .iter()
+            .map(|(name, tensor)| (name.clone(), tensor.shallow_clone()))
+            .collect();
+        Batch {
+            tensors,
+            data_type: self.data_type,
+            sample_ids: self.sample_ids.clone(),
+            bad_samples: self.bad_samples,
+        }
     }
 }

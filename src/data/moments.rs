@@ -23,7 +23,11 @@ impl Moments {
     }
 
     pub fn merge(self, other: Self) -> Self {
-        Moments { count: self.count + other.count, sum: self.sum + other.sum, squares: self.squares + other.squares }
+        Moments {
+            count: self.count + other.count,
+            sum: self.sum + other.sum,
+            squares: self.squares + other.squares,
+        }
     }
 
     /// None of fewer than two numbers.
@@ -40,9 +44,14 @@ mod tests {
     #[test]
     fn parts_together_have_the_deviation_of_the_whole() {
         let numbers = Tensor::from_slice(&[1f32, 2.0, 4.0, 9.0]);
-        let [first, rest] = [(0, 1), (1, 3)].map(|(start, length)| Moments::of(&numbers.narrow(0, start, length)));
+        let [first, rest] =
+            [(0, 1), (1, 3)].map(|(start, length)| Moments::of(&numbers.narrow(0, start, length)));
         let deviation = first.merge(rest).standard_deviation().expect("four numbers");
         assert!((deviation - 9.5f64.sqrt()).abs() < 1e-12, "{deviation}");
-        assert_eq!(Moments::default().merge(first).standard_deviation(), None, "one number has none");
+        assert_eq!(
+            Moments::default().merge(first).standard_deviation(),
+            None,
+            "one number has none"
+        );
     }
 }

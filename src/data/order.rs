@@ -1,7 +1,8 @@
 //! The order of samples: a pure function of seed and step, so that a resume needs only the step.
 //!
-//! Each epoch permutes each resolution group, cuts it into global batches, drops its tail (other samples each epoch) and
-//! permutes the batches of all groups, so that groups mix and a step has one shape on every rank.
+//! Each epoch permutes each resolution group, cuts it into global batches, drops its tail (other
+//! samples each epoch) and permutes the batches of all groups, so that groups mix and a step has
+//! one shape on every rank.
 
 use std::cell::RefCell;
 
@@ -16,7 +17,8 @@ pub struct Order {
     groups: Vec<Vec<u64>>,
     global_batch: usize,
     seed: u64,
-    /// The epoch asked for last: steps are asked for nearly in order, and permuting costs a pass over all ids.
+    /// The epoch asked for last: steps are asked for nearly in order, and permuting costs a pass
+    /// over all ids.
     epoch: RefCell<Epoch>,
 }
 
@@ -33,11 +35,16 @@ impl Order {
     /// Global batches of `global_batch` samples from these groups.
     ///
     /// # Errors
-    /// [`Error::Data`] if a group is smaller than the global batch: its samples would never be seen.
+    /// [`Error::Data`] if a group is smaller than the global batch: its samples would never be
+    /// seen.
     /// # Panics
     /// If there are no groups or the global batch is 0 (bugs in the caller).
     pub fn new(groups: &[Group], global_batch: usize, seed: u64) -> Result<Self> {
-        assert!(!groups.is_empty() && global_batch > 0, "{} groups, global batch {global_batch}", groups.len());
+        assert!(
+            !groups.is_empty() && global_batch > 0,
+            "{} groups, global batch {global_batch}",
+            groups.len()
+        );
         for Group { name, sample_ids, .. } in groups {
             if sample_ids.len() < global_batch {
                 let what = format!(
@@ -58,7 +65,8 @@ impl Order {
         self.groups.iter().map(|ids| (ids.len() / self.global_batch) as u64).sum()
     }
 
-    /// Samples that one epoch does not reach, because they do not fill a global batch of their group.
+    /// Samples that one epoch does not reach, because they do not fill a global batch of their
+    /// group.
     pub fn left_out_per_epoch(&self) -> u64 {
         self.groups.iter().map(|ids| (ids.len() % self.global_batch) as u64).sum()
     }
@@ -122,7 +130,8 @@ mod tests {
 
     /// 2 + 6 batches of 8, with 4 + 2 samples left out an epoch.
     fn order() -> Order {
-        Order::new(&[group("wide", 0..20), group("square", 20..70)], 8, 5).expect("large enough groups")
+        Order::new(&[group("wide", 0..20), group("square", 20..70)], 8, 5)
+            .expect("large enough groups")
     }
 
     #[test]
@@ -131,7 +140,11 @@ mod tests {
         let walked: Vec<Vec<u64>> = (0..30).map(|step| walking.global_batch(step)).collect();
         for step in [29, 0, 8, 7, 15, 16] {
             assert_eq!(order().global_batch(step), walked[step as usize], "step {step}");
-            assert_eq!(walking.global_batch(step), walked[step as usize], "step {step}, going back");
+            assert_eq!(
+                walking.global_batch(step),
+                walked[step as usize],
+                "step {step}, going back"
+            );
         }
     }
 
@@ -141,7 +154,8 @@ mod tests {
         assert_eq!((order.batches_per_epoch(), order.left_out_per_epoch()), (8, 6));
         assert_eq!((order.epoch_of(7), order.epoch_of(8)), (0, 1));
         let reached = |epoch: u64| {
-            let ids: Vec<u64> = (epoch * 8..epoch * 8 + 8).flat_map(|step| order.global_batch(step)).collect();
+            let ids: Vec<u64> =
+                (epoch * 8..epoch * 8 + 8).flat_map(|step| order.global_batch(step)).collect();
             let distinct: BTreeSet<u64> = ids.iter().copied().collect();
             assert_eq!((ids.len(), distinct.len()), (64, 64), "epoch {epoch}");
             distinct
@@ -161,7 +175,11 @@ mod tests {
                 ids[0] < 20
             })
             .collect();
-        assert_eq!(wide.iter().filter(|wide| **wide).count(), 20, "two batches an epoch are of the small group");
+        assert_eq!(
+            wide.iter().filter(|wide| **wide).count(),
+            20,
+            "two batches an epoch are of the small group"
+        );
         let firsts: BTreeSet<bool> = wide.chunks(8).map(|epoch| epoch[0]).collect();
         assert_eq!(firsts.len(), 2, "epochs do not always begin with the same group");
     }
@@ -175,7 +193,8 @@ mod tests {
 
     #[test]
     fn another_seed_is_another_order() {
-        let other = Order::new(&[group("wide", 0..20), group("square", 20..70)], 8, 6).expect("large enough groups");
+        let other = Order::new(&[group("wide", 0..20), group("square", 20..70)], 8, 6)
+            .expect("large enough groups");
         assert_ne!(order().global_batch(0), other.global_batch(0));
     }
 
@@ -193,8 +212,14 @@ mod tests {
 
     #[test]
     fn a_group_smaller_than_the_global_batch_is_named() {
-        let error = Order::new(&[group("wide", 0..20), group("8x8", 20..25)], 8, 5).expect_err("five samples");
+        let error = Order::new(&[group("wide", 0..20), group("8x8", 20..25)], 8, 5)
+            .expect_err("five samples");
         assert_eq!(error.exit_code(), 40);
-        assert!(error.to_string().starts_with("resolution group 8x8: has 5 samples, fewer than the global batch of 8"), "{error}");
+        assert!(
+            error.to_string().starts_with(
+                "resolution group 8x8: has 5 samples, fewer than the global batch of 8"
+            ),
+            "{error}"
+        );
     }
 }

@@ -29,7 +29,8 @@ impl SampleFile {
     /// Refuses the first number of the file that is not finite.
     ///
     /// # Errors
-    /// [`Error::Data`](crate::error::Error::Data) naming the tensor, the sample and the place; as reading.
+    /// [`Error::Data`](crate::error::Error::Data) naming the tensor, the sample and the place; as
+    /// reading.
     pub fn check_numbers(&self) -> Result<()> {
         for info in self.tensors.tensors() {
             for row in 0..info.shape[0] as u64 {
@@ -52,7 +53,8 @@ impl SampleFile {
         let info = self.tensors.info(key)?;
         let rows: Vec<u64> = ids.iter().map(|id| id - self.first_id).collect();
         let mut sound = true;
-        self.tensors.read_rows_into(info, &rows, data, |piece| sound &= is_sound(info.kind, piece))?;
+        self.tensors
+            .read_rows_into(info, &rows, data, |piece| sound &= is_sound(info.kind, piece))?;
         if sound { Ok(()) } else { check_finite(&self.tensors, info, ids, &rows, data) }
     }
 }
@@ -70,7 +72,10 @@ mod tests {
     #[test]
     fn files_beyond_those_kept_open_are_read_alike_until_they_are_replaced() {
         let part = |name, first| (name, "2x2", vec![("image_latents", images(first, 2, 2))]);
-        let folder = written(&[part("a.safetensors", 0), part("b.safetensors", 2), part("c.safetensors", 4)], None);
+        let folder = written(
+            &[part("a.safetensors", 0), part("b.safetensors", 2), part("c.safetensors", 4)],
+            None,
+        );
         let keeping = |kept| {
             let manifest = Manifest::of_folder(folder.path()).expect("a sound manifest");
             Dataset::keeping(folder.path(), manifest, kept).expect("a sound dataset")
@@ -78,18 +83,26 @@ mod tests {
         for kept in 0..4 {
             let batch = keeping(kept).batch(&[5, 0, 2, 3]).expect("sound samples");
             let expected = Tensor::from_slice(&[5f32, 0.0, 2.0, 3.0]);
-            assert!(batch.tensors["image_latents"].amax([1, 2, 3], false).equal(&expected), "{kept} kept");
+            assert!(
+                batch.tensors["image_latents"].amax([1, 2, 3], false).equal(&expected),
+                "{kept} kept"
+            );
             keeping(kept).verify_hashes().expect("untouched files");
         }
         let dataset = keeping(1);
         for name in ["a.safetensors", "c.safetensors"] {
             let (path, other) = (folder.path().join(name), folder.path().join("other"));
-            fs::copy(&path, &other).and_then(|_| fs::rename(&other, &path)).expect("another file in its place");
+            fs::copy(&path, &other)
+                .and_then(|_| fs::rename(&other, &path))
+                .expect("another file in its place");
         }
         dataset.batch(&[0, 1]).expect("the file that is still open");
         let error = dataset.batch(&[0, 4]).expect_err("another file");
         assert_eq!(error.exit_code(), 40);
-        assert!(error.to_string().contains("c.safetensors: was replaced while the run used it"), "{error}");
+        assert!(
+            error.to_string().contains("c.safetensors: was replaced while the run used it"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -100,9 +113,14 @@ mod tests {
         let dataset = || Dataset::open(folder.path()).expect("sound headers");
         let error = dataset().verify_numbers().expect_err("one is not a number").to_string();
         assert!(
-            error.contains("`image_latents` of sample 2 (row 2)") && error.contains("not finite") && error.contains("[0, 1, 0]"),
+            error.contains("`image_latents` of sample 2 (row 2)")
+                && error.contains("not finite")
+                && error.contains("[0, 1, 0]"),
             "{error}"
         );
-        assert!(dataset().on_bad(OnBad::Skip).verify_numbers().is_ok(), "its neighbour will stand in for it");
+        assert!(
+            dataset().on_bad(OnBad::Skip).verify_numbers().is_ok(),
+            "its neighbour will stand in for it"
+        );
     }
 }

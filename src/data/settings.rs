@@ -45,9 +45,19 @@ impl Settings for DataSettings {
             1..=1 << 20,
             "Samples in one forward and backward pass of one rank; what fits into memory.",
         );
-        keys.integer("prefetch", &mut self.prefetch, 1..=64, "Batches read ahead, each by a thread; 2 hide a read behind a step.");
+        keys.integer(
+            "prefetch",
+            &mut self.prefetch,
+            1..=64,
+            "Batches read ahead, each by a thread; 2 hide a read behind a step.",
+        );
         keys.choice("on_bad", &mut self.on_bad, "When a sample holds NaN or infinity; `skip`: its next sound neighbour takes its place.");
-        keys.number("bad_share", &mut self.bad_share, 0.0..=1.0, "Share of an epoch's samples that may be skipped; more stops the run.");
+        keys.number(
+            "bad_share",
+            &mut self.bad_share,
+            0.0..=1.0,
+            "Share of an epoch's samples that may be skipped; more stops the run.",
+        );
     }
 }
 
@@ -58,13 +68,20 @@ mod tests {
 
     #[test]
     fn settings_read_back_and_keep_their_bounds() {
-        let mut settings =
-            DataSettings { path: "data/shapes".into(), micro_batch_size_per_gpu: 3, prefetch: 5, on_bad: OnBad::Skip, bad_share: 0.5 };
+        let mut settings = DataSettings {
+            path: "data/shapes".into(),
+            micro_batch_size_per_gpu: 3,
+            prefetch: 5,
+            on_bad: OnBad::Skip,
+            bad_share: 0.5,
+        };
         let text = write(&mut settings);
         let mut back = DataSettings::default();
         read(&mut back, "test", &text, &[]).expect("own text is valid");
         assert_eq!(back, settings);
-        let error = read(&mut back, "test", "micro_batch_size_per_gpu = 0\nprefetch = 0", &[]).expect_err("two zeros").to_string();
+        let error = read(&mut back, "test", "micro_batch_size_per_gpu = 0\nprefetch = 0", &[])
+            .expect_err("two zeros")
+            .to_string();
         assert_eq!(error.matches("0 is out of range").count(), 2, "{error}");
     }
 }

@@ -9,7 +9,8 @@ pub struct Share {
     pub micro_batches: usize,
     /// Samples in a micro-batch.
     pub micro_batch_size: usize,
-    /// Whether a rank's blocks are neighbours in the global batch; otherwise those of a micro-batch are, rank after rank.
+    /// Whether a rank's blocks are neighbours in the global batch; otherwise those of a micro-batch
+    /// are, rank after rank.
     pub neighbours: bool,
 }
 
@@ -21,7 +22,11 @@ impl Share {
 
     /// Number within the global batch of this rank's micro-batch.
     pub fn block(&self, micro_batch: usize) -> usize {
-        if self.neighbours { self.rank * self.micro_batches + micro_batch } else { micro_batch * self.world_size + self.rank }
+        if self.neighbours {
+            self.rank * self.micro_batches + micro_batch
+        } else {
+            micro_batch * self.world_size + self.rank
+        }
     }
 
     /// Rank and micro-batch of each block, in the order of the global batch.
@@ -47,9 +52,20 @@ mod tests {
     fn every_block_has_one_place() {
         for (world_size, micro_batches) in [(1, 4), (4, 1), (2, 3)] {
             for neighbours in [false, true] {
-                let of = |rank| Share { rank, world_size, micro_batches, micro_batch_size: 2, neighbours };
-                let blocks: Vec<usize> = of(0).places().map(|(rank, micro_batch)| of(rank).block(micro_batch)).collect();
-                assert_eq!(blocks, (0..world_size * micro_batches).collect::<Vec<_>>(), "{world_size} {neighbours}");
+                let of = |rank| Share {
+                    rank,
+                    world_size,
+                    micro_batches,
+                    micro_batch_size: 2,
+                    neighbours,
+                };
+                let blocks: Vec<usize> =
+                    of(0).places().map(|(rank, micro_batch)| of(rank).block(micro_batch)).collect();
+                assert_eq!(
+                    blocks,
+                    (0..world_size * micro_batches).collect::<Vec<_>>(),
+                    "{world_size} {neighbours}"
+                );
             }
         }
     }

@@ -1,6 +1,8 @@
-//! Texts of libtorch and its libraries that say that the world outside failed them, told apart from mistakes of the program.
+//! Texts of libtorch and its libraries that say that the world outside failed them, told apart from
+//! mistakes of the program.
 //!
-//! tch's plain operators panic with the text of the C++ exception, and a text is all that is left of its kind.
+//! tch's plain operators panic with the text of the C++ exception, and a text is all that is left
+//! of its kind.
 
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit};
@@ -10,7 +12,8 @@ use super::Error;
 const RAISE_THE_LIMIT: &str = "raise the limit on open files with `ulimit -n`";
 const TAKE_LESS: &str = "take a smaller micro-batch, shard or offload more, or use more memory";
 
-/// Words by which libtorch (2.11 to 2.13), CUDA's driver and its libraries say that memory ran out, on a GPU or on the host.
+/// Words by which libtorch (2.11 to 2.13), CUDA's driver and its libraries say that memory ran out,
+/// on a GPU or on the host.
 const MEMORY_WORDS: &[&str] = &[
     "CUDA out of memory",
     "CUDA error: out of memory",
@@ -49,10 +52,12 @@ const DEVICE_WORDS: &[&str] = &[
     "No CUDA GPUs are available",
 ];
 
-/// Words by which libtorch and the C++ library say that no file can be opened any more; random numbers come from the second one.
+/// Words by which libtorch and the C++ library say that no file can be opened any more; random
+/// numbers come from the second one.
 const FILE_WORDS: &[&str] = &["Too many open files", "Unable to open /dev/urandom"];
 
-/// The line of a text that holds one of these words, from the sentence that they stand in. A panic quotes line ends as `\\n`.
+/// The line of a text that holds one of these words, from the sentence that they stand in. A panic
+/// quotes line ends as `\\n`.
 fn line_with(text: &str, words: &[&str]) -> Option<String> {
     let lines = text.lines().flat_map(|line| line.split("\\n"));
     let found = lines.into_iter().find(|line| words.iter().any(|word| line.contains(word)))?;
@@ -77,9 +82,10 @@ pub fn descriptors_wanted(error: &std::io::Error) -> Option<String> {
 }
 
 impl Error {
-    /// The error of the world outside that a text of libtorch, CUDA or one of its libraries means: a device that failed, memory or
-    /// open files that ran out. `None` for any other text, which is then a mistake of the program. Only the line of it that says
-    /// so is kept: C++ stacks and advice follow.
+    /// The error of the world outside that a text of libtorch, CUDA or one of its libraries means:
+    /// a device that failed, memory or open files that ran out. `None` for any other text, which is
+    /// then a mistake of the program. Only the line of it that says so is kept: C++ stacks and
+    /// advice follow.
     pub fn of_library(text: &str) -> Option<Self> {
         if let Some(what) = line_with(text, MEMORY_WORDS) {
             return Some(Error::OutOfMemory { what: format!("{what}; {TAKE_LESS}") });
@@ -87,7 +93,8 @@ impl Error {
         if let Some(what) = line_with(text, DEVICE_WORDS) {
             return Some(Error::Device { what });
         }
-        line_with(text, FILE_WORDS).map(|what| Error::environment(format!("{what}; {RAISE_THE_LIMIT}")))
+        line_with(text, FILE_WORDS)
+            .map(|what| Error::environment(format!("{what}; {RAISE_THE_LIMIT}")))
     }
 }
 
@@ -95,11 +102,13 @@ impl Error {
 mod tests {
     use super::*;
 
-    /// The text of a panic that quotes libtorch, with its advice and its C++ stack behind the line that says what happened.
+    /// The text of a panic that quotes libtorch, with its advice and its C++ stack behind the line
+    /// that says what happened.
     fn quoted(first_line: &str) -> String {
-        let advice =
-            "CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.";
-        let text = format!("{first_line}\n{advice}\nException raised from c10_cuda_check_implementation at CUDAException.cpp:44");
+        let advice = "CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.";
+        let text = format!(
+            "{first_line}\n{advice}\nException raised from c10_cuda_check_implementation at CUDAException.cpp:44"
+        );
         format!("called `Result::unwrap()` on an `Err` value: Torch({text:?})")
     }
 
@@ -117,7 +126,10 @@ mod tests {
         ] {
             for text in [words.to_string(), quoted(words)] {
                 let error = Error::of_library(&text).expect("a device's words");
-                assert_eq!((error.exit_code(), error.name(), error.to_string()), (23, "DEVICE", words.to_string()));
+                assert_eq!(
+                    (error.exit_code(), error.name(), error.to_string()),
+                    (23, "DEVICE", words.to_string())
+                );
             }
         }
     }
@@ -143,7 +155,9 @@ mod tests {
 
     #[test]
     fn a_host_that_really_has_no_memory_left_says_so() {
-        let text = tch::Tensor::f_empty([1 << 60], (tch::Kind::Float, tch::Device::Cpu)).expect_err("an exbibyte").to_string();
+        let text = tch::Tensor::f_empty([1 << 60], (tch::Kind::Float, tch::Device::Cpu))
+            .expect_err("an exbibyte")
+            .to_string();
         assert_eq!(Error::of_library(&text).map(|error| error.exit_code()), Some(53), "{text}");
     }
 
@@ -152,8 +166,10 @@ mod tests {
         let error = Error::of_library("Unable to open /dev/urandom").expect("no more files");
         assert_eq!(error.exit_code(), 52);
         assert!(error.to_string().contains("ulimit -n"), "{error}");
-        for text in ["index out of bounds: the len is 3 but the index is 7", "The size of tensor a (3) must match the size of tensor b (4)"]
-        {
+        for text in [
+            "index out of bounds: the len is 3 but the index is 7",
+            "The size of tensor a (3) must match the size of tensor b (4)",
+        ] {
             assert!(Error::of_library(text).is_none(), "{text}");
         }
     }
@@ -163,9 +179,17 @@ mod tests {
         let met = |number: Errno| Error::storage("x", "open")(number.into());
         for number in [Errno::MFILE, Errno::NFILE] {
             assert_eq!(met(number).exit_code(), 52);
-            assert!(met(number).to_string().starts_with("cannot open x: too many open files"), "{}", met(number));
+            assert!(
+                met(number).to_string().starts_with("cannot open x: too many open files"),
+                "{}",
+                met(number)
+            );
         }
-        assert!(met(Errno::MFILE).to_string().contains("raise the limit before the start with ulimit -n"));
+        assert!(
+            met(Errno::MFILE)
+                .to_string()
+                .contains("raise the limit before the start with ulimit -n")
+        );
         assert_eq!(met(Errno::ACCESS).exit_code(), 30);
     }
 }

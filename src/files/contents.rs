@@ -1,5 +1,5 @@
-//! Recognizes files that are not what they are taken for, by their first bytes: what a failed download leaves, archives, formats of other
-//! programs.
+//! Recognizes files that are not what they are taken for, by their first bytes: what a failed
+//! download leaves, archives, formats of other programs.
 
 use crate::error::one_line;
 
@@ -26,9 +26,11 @@ impl Format {
     }
 }
 
-/// A command that converts a pickle of tensors, also one with texts, numbers, lists and nested tables in it.
+/// A command that converts a pickle of tensors, also one with texts, numbers, lists and nested
+/// tables in it.
 ///
-/// Names of nested tensors are joined by dots; a file of one bare tensor gives `tensor`. `weights_only` keeps the pickle from running code.
+/// Names of nested tensors are joined by dots; a file of one bare tensor gives `tensor`.
+/// `weights_only` keeps the pickle from running code.
 pub const CONVERT: &str = "python3 -c 'import re,sys,torch,safetensors.torch; \
     f=lambda n,x:{re.sub(r\"(?a)[^\\w.-]+\",\"_\",n).strip(\".\") or \"tensor\":x.detach().contiguous().clone()} if torch.is_tensor(x) \
     else {k:t for a,b in (x.items() if isinstance(x,dict) else enumerate(x) if isinstance(x,(list,tuple)) else ()) \
@@ -37,7 +39,11 @@ pub const CONVERT: &str = "python3 -c 'import re,sys,torch,safetensors.torch; \
 
 /// First bytes, where they stand, what a file is that has them.
 const MAGIC: &[(usize, &[u8], &str)] = &[
-    (0, b"GGUF", "is a GGUF file, whose quantized weights are not read; take the model's safetensors"),
+    (
+        0,
+        b"GGUF",
+        "is a GGUF file, whose quantized weights are not read; take the model's safetensors",
+    ),
     (0, b"\x93NUMPY", "is a NumPy array; convert it once by safetensors.numpy.save_file"),
     (0, b"\x89HDF\r\n\x1a\n", "is an HDF5 file; convert it once by safetensors.numpy.save_file"),
     (0, b"\x1f\x8b", "is a gzip archive; unpack it first"),
@@ -59,20 +65,28 @@ const MAGIC: &[(usize, &[u8], &str)] = &[
     (0, b"\x7fELF", "is a program"),
 ];
 
-/// Names what a file whose first bytes are `head` is, and what to do, where it is not of the `expected` format.
+/// Names what a file whose first bytes are `head` is, and what to do, where it is not of the
+/// `expected` format.
 ///
 /// `head`: the first [`HEAD_BYTES`], or the whole of a shorter file.
 pub fn recognized(head: &[u8], expected: Format) -> Option<String> {
-    pickled(head).or_else(|| of_magic(head, expected)).or_else(|| encoded(head)).or_else(|| text(head, expected))
+    pickled(head)
+        .or_else(|| of_magic(head, expected))
+        .or_else(|| encoded(head))
+        .or_else(|| text(head, expected))
 }
 
-/// The reason why bytes are no JSON: what they are, if that is recognized, the parser's words otherwise.
+/// The reason why bytes are no JSON: what they are, if that is recognized, the parser's words
+/// otherwise.
 pub fn no_json(bytes: &[u8], error: &serde_json::Error) -> String {
-    recognized(&bytes[..bytes.len().min(HEAD_BYTES)], Format::Json).unwrap_or_else(|| one_line(&error.to_string()))
+    recognized(&bytes[..bytes.len().min(HEAD_BYTES)], Format::Json)
+        .unwrap_or_else(|| one_line(&error.to_string()))
 }
 
 fn of_magic(head: &[u8], expected: Format) -> Option<String> {
-    let found = MAGIC.iter().find(|(at, magic, _)| head.get(*at..).is_some_and(|rest| rest.starts_with(magic)));
+    let found = MAGIC
+        .iter()
+        .find(|(at, magic, _)| head.get(*at..).is_some_and(|rest| rest.starts_with(magic)));
     let found = found.map(|(.., what)| format!("{what}; expected {}", expected.name()));
     let is_safetensors = head.len() > 9 && head[4..8] == [0; 4] && head[8..10] == *b"{\"";
     let safetensors = || format!("is a safetensors file; expected {}", expected.name());
@@ -83,31 +97,47 @@ fn of_magic(head: &[u8], expected: Format) -> Option<String> {
 fn pickled(head: &[u8]) -> Option<String> {
     let what = match head {
         [b'P', b'K', 3, 4, ..] if named_first(head).ends_with(b".npy") => {
-            return Some("is a NumPy archive (.npz); convert it once by safetensors.numpy.save_file".into());
+            return Some(
+                "is a NumPy archive (.npz); convert it once by safetensors.numpy.save_file".into(),
+            );
         }
-        [b'P', b'K', 3, 4, ..] if is_pickle_archive(named_first(head)) => "is a pickle that torch.save wrote (.pt, .meta)",
-        [b'P', b'K', 3, 4, ..] | [b'P', b'K', 5, 6, ..] => "is a zip archive, perhaps a pickle that torch.save wrote",
+        [b'P', b'K', 3, 4, ..] if is_pickle_archive(named_first(head)) => {
+            "is a pickle that torch.save wrote (.pt, .meta)"
+        }
+        [b'P', b'K', 3, 4, ..] | [b'P', b'K', 5, 6, ..] => {
+            "is a zip archive, perhaps a pickle that torch.save wrote"
+        }
         // The opcode PROTO, the protocol, and one of the opcodes that a pickle goes on with.
-        [0x80, 2..=5, next, ..] if b"\x8a\x95}](N)cXqKM\x8c\x88\x89GJ".contains(next) => "is a pickle",
+        [0x80, 2..=5, next, ..] if b"\x8a\x95}](N)cXqKM\x8c\x88\x89GJ".contains(next) => {
+            "is a pickle"
+        }
         _ => return None,
     };
-    Some(format!("{what}, which can run code when it is opened and is never read; convert it once: {CONVERT}"))
+    Some(format!(
+        "{what}, which can run code when it is opened and is never read; convert it once: {CONVERT}"
+    ))
 }
 
 /// Name of a zip archive's first entry, as far as `head` goes.
 fn named_first(head: &[u8]) -> &[u8] {
-    let length = head.get(26..28).map_or(0, |bytes| usize::from(u16::from_le_bytes([bytes[0], bytes[1]])));
+    let length =
+        head.get(26..28).map_or(0, |bytes| usize::from(u16::from_le_bytes([bytes[0], bytes[1]])));
     head.get(30..).map_or(&[], |rest| &rest[..length.min(rest.len())])
 }
 
 fn is_pickle_archive(name: &[u8]) -> bool {
-    [b"/data.pkl".as_slice(), b"/version", b"/byteorder", b"/.format_version"].iter().any(|ending| name.ends_with(ending))
+    [b"/data.pkl".as_slice(), b"/version", b"/byteorder", b"/.format_version"]
+        .iter()
+        .any(|ending| name.ends_with(ending))
 }
 
 /// Encodings other than plain UTF-8.
 fn encoded(head: &[u8]) -> Option<String> {
     // Latin letters have a zero in every second byte.
-    let wide = |first: usize| head.len() >= 4 && head.iter().take(8).enumerate().all(|(at, byte)| (*byte == 0) == (at % 2 == first));
+    let wide = |first: usize| {
+        head.len() >= 4
+            && head.iter().take(8).enumerate().all(|(at, byte)| (*byte == 0) == (at % 2 == first))
+    };
     if head.starts_with(b"\xef\xbb\xbf") {
         Some("begins with a byte order mark; save it as UTF-8 without one (without BOM)".into())
     } else if head.starts_with(b"\xff\xfe") || head.starts_with(b"\xfe\xff") || wide(0) || wide(1) {
@@ -125,11 +155,17 @@ fn text(head: &[u8], expected: Format) -> Option<String> {
     if begin.starts_with("version https://git-lfs") {
         return Some("is a Git LFS pointer, which stands for the file; fetch the file by `git lfs pull` in its repository".into());
     }
-    if begin.starts_with("<!doctype html") || begin.starts_with("<html") || begin.starts_with("<head") || begin.starts_with("<script") {
+    if begin.starts_with("<!doctype html")
+        || begin.starts_with("<html")
+        || begin.starts_with("<head")
+        || begin.starts_with("<script")
+    {
         return Some(format!("is a web page (HTML), not {}; {again}", expected.name()));
     }
     if begin.starts_with("<?xml") || begin.starts_with("<error") {
-        return Some(format!("is an XML text, as a storage server answers in place of a file; {again}"));
+        return Some(format!(
+            "is an XML text, as a storage server answers in place of a file; {again}"
+        ));
     }
     let strange = |c: char| c == '\u{fffd}' || c.is_control() && !c.is_whitespace();
     // The head of a longer file may end within a letter.
@@ -137,12 +173,16 @@ fn text(head: &[u8], expected: Format) -> Option<String> {
     let is_text = !whole.trim().is_empty() && !whole.contains(strange);
     let quoted = whole.trim().chars().take(QUOTED_CHARS).collect::<String>();
     match expected {
-        Format::SafeTensors if is_text && begin.starts_with('{') => Some(format!("is JSON, not {}; {again}", expected.name())),
+        Format::SafeTensors if is_text && begin.starts_with('{') => {
+            Some(format!("is JSON, not {}; {again}", expected.name()))
+        }
         Format::SafeTensors if is_text && head.len() >= 8 => {
             Some(format!("is a text that begins {quoted:?}, not {}; {again}", expected.name()))
         }
         Format::Json if head.is_empty() => Some("is empty; expected JSON".into()),
-        Format::Json if is_text && !begin.starts_with(['{', '[']) => Some(format!("is a text that begins {quoted:?}, not JSON")),
+        Format::Json if is_text && !begin.starts_with(['{', '[']) => {
+            Some(format!("is a text that begins {quoted:?}, not JSON"))
+        }
         _ => None,
     }
 }
@@ -165,22 +205,34 @@ mod tests {
 
     #[test]
     fn what_comes_in_place_of_a_file_is_called_what_it_is() {
-        let of = |head: &[u8]| recognized(head, Format::SafeTensors).unwrap_or_else(|| panic!("{head:?} is not recognized"));
+        let of = |head: &[u8]| {
+            recognized(head, Format::SafeTensors)
+                .unwrap_or_else(|| panic!("{head:?} is not recognized"))
+        };
         for (head, what) in [
-            (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n".to_vec(), "is a Git LFS pointer"),
+            (
+                b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n".to_vec(),
+                "is a Git LFS pointer",
+            ),
             (b"\n<!DOCTYPE html>\n<html>".to_vec(), "is a web page (HTML)"),
             (b"<HTML><head>".to_vec(), "is a web page (HTML)"),
             (b"<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code>".to_vec(), "is an XML text"),
             (b"<Error><Code>NoSuchKey</Code></Error>".to_vec(), "is an XML text"),
             (b"{\"error\": \"not found\"}".to_vec(), "is JSON, not a safetensors file"),
-            (b"Entry not found".to_vec(), "is a text that begins \"Entry not found\", not a safetensors file"),
+            (
+                b"Entry not found".to_vec(),
+                "is a text that begins \"Entry not found\", not a safetensors file",
+            ),
             (zip("archive/data.pkl"), "is a pickle that torch.save wrote"),
             (zip("a/.format_version"), "is a pickle that torch.save wrote"),
             (zip("arr_0.npy"), "is a NumPy archive (.npz); convert it once by safetensors.numpy"),
             (zip("a.txt"), "is a zip archive"),
             (b"\x80\x04N.".to_vec(), "is a pickle, which can run code"),
             (b"\x80\x02}q\x00.".to_vec(), "is a pickle, which can run code"),
-            (b"\x80\x02\x8a\nl\xfcF\x9cF\xf9 j\xa8P\x19.\x80\x02M".to_vec(), "is a pickle, which can run code"),
+            (
+                b"\x80\x02\x8a\nl\xfcF\x9cF\xf9 j\xa8P\x19.\x80\x02M".to_vec(),
+                "is a pickle, which can run code",
+            ),
             (b"\x1f\x8b\x08\0\0\0\0\0".to_vec(), "is a gzip archive"),
             (b"GGUF\x03\0\0\0".to_vec(), "is a GGUF file"),
             (b"\x93NUMPY\x01\0v\0".to_vec(), "is a NumPy array"),
@@ -206,8 +258,15 @@ mod tests {
     fn a_format_is_not_taken_for_another_where_it_is_expected() {
         let safetensors = b"\x40\0\0\0\0\0\0\0{\"a\":{\"dtype\":\"F32\"";
         assert_eq!(recognized(safetensors, Format::SafeTensors), None);
-        assert!(recognized(safetensors, Format::Json).is_some_and(|what| what == "is a safetensors file; expected JSON"));
-        assert_eq!(recognized(b"{\"a\": 1,", Format::Json), None, "a mistake in JSON is the parser's to tell");
+        assert!(
+            recognized(safetensors, Format::Json)
+                .is_some_and(|what| what == "is a safetensors file; expected JSON")
+        );
+        assert_eq!(
+            recognized(b"{\"a\": 1,", Format::Json),
+            None,
+            "a mistake in JSON is the parser's to tell"
+        );
         assert_eq!(recognized(b"seed = 1", Format::Toml), None);
         assert_eq!(recognized(&[1; 7], Format::SafeTensors), None);
         assert_eq!(recognized(&[0xff; 100], Format::SafeTensors), None);

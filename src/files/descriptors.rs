@@ -1,17 +1,19 @@
-//! Descriptors: a process may hold only as many files open as its limit allows, and data files are not its only ones.
+//! Descriptors: a process may hold only as many files open as its limit allows, and data files are
+//! not its only ones.
 
 use std::fs;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Files that stay open at most, however high the limit is: open files cost every rank's kernel memory and a network's file
-/// server a lock each.
+/// Files that stay open at most, however high the limit is: open files cost every rank's kernel
+/// memory and a network's file server a lock each.
 const MOST_KEPT: u64 = 1 << 14;
 
 /// Number of `files` that may stay open. The rest is opened for each read.
 ///
-/// The soft limit is raised as far as that needs and the hard limit allows; what stays open is at most half of the free
-/// descriptors, so that libtorch, MPI, NCCL, threads and the run folder have the other half.
+/// The soft limit is raised as far as that needs and the hard limit allows; what stays open is at
+/// most half of the free descriptors, so that libtorch, MPI, NCCL, threads and the run folder have
+/// the other half.
 pub(crate) fn kept_open(files: usize) -> usize {
     let (wanted, in_use) = (MOST_KEPT.min(files as u64), in_use());
     allowed(wanted, in_use, raised_to(in_use + 2 * wanted)) as usize
@@ -26,7 +28,8 @@ fn raised_to(needed: u64) -> u64 {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     let Some(current) = current else { return u64::MAX };
     let aim = maximum.map_or(needed, |maximum| maximum.min(needed));
-    let raised = aim > current && setrlimit(Resource::Nofile, Rlimit { current: Some(aim), maximum }).is_ok();
+    let raised = aim > current
+        && setrlimit(Resource::Nofile, Rlimit { current: Some(aim), maximum }).is_ok();
     if raised { aim } else { current }
 }
 
@@ -52,7 +55,8 @@ mod tests {
     fn the_limit_is_raised_to_what_is_needed_and_never_lowered() {
         let before = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
         assert!(raised_to(1) >= before);
-        let needed = before.saturating_add(1).min(getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX));
+        let needed =
+            before.saturating_add(1).min(getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX));
         assert!(raised_to(needed) >= needed);
         assert!(getrlimit(Resource::Nofile).current.is_none_or(|current| current >= needed));
     }

@@ -13,7 +13,8 @@ pub(crate) struct LineFile {
 }
 
 impl LineFile {
-    /// Opens for appending. A last line that a crash tore is closed, so that the next one starts clean.
+    /// Opens for appending. A last line that a crash tore is closed, so that the next one starts
+    /// clean.
     pub fn open(path: &Path) -> io::Result<Self> {
         let mut file = OpenOptions::new().create(true).read(true).append(true).open(path)?;
         let length = file.metadata()?.len();
@@ -47,7 +48,8 @@ impl LineFile {
     }
 }
 
-/// Lets the first failure of an outlet through and swallows its repetitions: one warning, and the run goes on.
+/// Lets the first failure of an outlet through and swallows its repetitions: one warning, and the
+/// run goes on.
 #[derive(Default)]
 pub(crate) struct FirstFailure {
     seen: bool,
@@ -61,20 +63,25 @@ impl FirstFailure {
     }
 }
 
-/// Puts a document at `path` in one step: written beside it, synced, renamed over it. A device or a pipe, which a rename would
-/// destroy, is written to.
+/// Puts a document at `path` in one step: written beside it, synced, renamed over it. A device or a
+/// pipe, which a rename would destroy, is written to.
 ///
 /// # Errors
 /// [`Error::Storage`] if a part of that fails; what stood at `path` is then untouched.
-pub fn replace_file(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
+pub fn replace_file(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> Result<()> {
     if fs::metadata(path).is_ok_and(|found| !found.is_file()) {
-        let mut out = File::options().write(true).open(path).map_err(Error::storage(path, "open"))?;
+        let mut out =
+            File::options().write(true).open(path).map_err(Error::storage(path, "open"))?;
         return write(&mut out).map_err(Error::storage(path, "write"));
     }
     let mut name = path.file_name().unwrap_or_default().to_os_string();
     name.push(".tmp");
     let beside = path.with_file_name(name);
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder =
+        path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let steps = || {
         let mut out = io::BufWriter::new(File::create(&beside)?);
         write(&mut out)?;
@@ -111,7 +118,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("report.html");
         replace_file(&path, |out| out.write_all(b"old")).unwrap();
-        let failed = replace_file(&path, |out| out.write_all(b"new").and(Err(io::Error::other("power cut"))));
+        let failed = replace_file(&path, |out| {
+            out.write_all(b"new").and(Err(io::Error::other("power cut")))
+        });
         assert!(failed.unwrap_err().to_string().contains("power cut"));
         assert_eq!(fs::read(&path).unwrap(), b"old");
     }

@@ -8,7 +8,8 @@ use super::safetensors::{SafeTensors, TensorInfo, row_bytes};
 use crate::error::{Error, Result};
 use crate::tensor::bytes;
 
-/// From here on bfloat16 rounds to infinity, and a little later float32: half a step above bfloat16's largest number.
+/// From here on bfloat16 rounds to infinity, and a little later float32: half a step above
+/// bfloat16's largest number.
 const TOO_LARGE: f32 = f32::from_bits(0x7f7f_8000);
 
 /// Numbers of a tensor that a computation cannot use.
@@ -20,14 +21,24 @@ struct Unusable {
     value: f64,
 }
 
-/// Refuses NaN, infinities and what float32 or bfloat16 would make infinite in `data`, the bytes of these rows, which hold the
-/// samples `ids`.
-pub(crate) fn check_finite(file: &SafeTensors, info: &TensorInfo, ids: &[u64], rows: &[u64], data: &[u8]) -> Result<()> {
+/// Refuses NaN, infinities and what float32 or bfloat16 would make infinite in `data`, the bytes of
+/// these rows, which hold the samples `ids`.
+pub(crate) fn check_finite(
+    file: &SafeTensors,
+    info: &TensorInfo,
+    ids: &[u64],
+    rows: &[u64],
+    data: &[u8],
+) -> Result<()> {
     let row_bytes = row_bytes(info) as usize;
     for (bytes, (id, row)) in data.chunks_exact(row_bytes).zip(ids.iter().zip(rows)) {
         if let Some(unusable) = not_finite(info.kind, bytes) {
-            let (count, nature, first) = (unusable.count, unusable.nature(), unusable.first(&info.shape[1..]));
-            let what = format!("`{}` of sample {id} (row {row}) has {count} numbers {nature}, {first}", info.name);
+            let (count, nature, first) =
+                (unusable.count, unusable.nature(), unusable.first(&info.shape[1..]));
+            let what = format!(
+                "`{}` of sample {id} (row {row}) has {count} numbers {nature}, {first}",
+                info.name
+            );
             return Err(Error::data(file.path(), what));
         }
     }
@@ -38,14 +49,18 @@ impl SafeTensors {
     /// One whole tensor of finite numbers, on the CPU.
     ///
     /// # Errors
-    /// As [`read`](Self::read); [`Error::Data`] naming the tensor and its first number that is not finite, or that float32 or
-    /// bfloat16 would make infinite.
+    /// As [`read`](Self::read); [`Error::Data`] naming the tensor and its first number that is not
+    /// finite, or that float32 or bfloat16 would make infinite.
     pub fn read_finite(&self, name: &str) -> Result<Tensor> {
         let (info, tensor) = (self.info(name)?, self.read(name)?);
         match not_finite(info.kind, bytes(&tensor)) {
             Some(unusable) => {
-                let (count, nature, first) = (unusable.count, unusable.nature(), unusable.first(&info.shape));
-                Err(Error::data(self.path(), format!("`{name}` holds numbers {nature}: {count}, {first}")))
+                let (count, nature, first) =
+                    (unusable.count, unusable.nature(), unusable.first(&info.shape));
+                Err(Error::data(
+                    self.path(),
+                    format!("`{name}` holds numbers {nature}: {count}, {first}"),
+                ))
             }
             None => Ok(tensor),
         }
@@ -54,24 +69,38 @@ impl SafeTensors {
 
 impl Unusable {
     fn nature(&self) -> &'static str {
-        if self.value.is_finite() { "beyond what float32 and bfloat16 hold" } else { "that are not finite" }
+        if self.value.is_finite() {
+            "beyond what float32 and bfloat16 hold"
+        } else {
+            "that are not finite"
+        }
     }
 
     /// The first of them, of a tensor or row of this shape.
     fn first(&self, shape: &[i64]) -> String {
         let place = index_of(self.first, shape);
-        if self.value.is_finite() { format!("the first {:e} at {place:?}", self.value) } else { format!("the first at {place:?}") }
+        if self.value.is_finite() {
+            format!("the first {:e} at {place:?}", self.value)
+        } else {
+            format!("the first at {place:?}")
+        }
     }
 }
 
-/// Elements that are NaN, infinite or too large. On the bytes: a tensor operation here would start libtorch's threads on the
-/// reader's side as well.
+/// Elements that are NaN, infinite or too large. On the bytes: a tensor operation here would start
+/// libtorch's threads on the reader's side as well.
 fn not_finite(kind: Kind, bytes: &[u8]) -> Option<Unusable> {
     fn scan<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> f64) -> Option<Unusable> {
         let (elements, _) = bytes.as_chunks::<N>();
-        let bad = |element: &[u8; N]| value(*element).is_nan() || value(*element).abs() >= f64::from(TOO_LARGE);
+        let bad = |element: &[u8; N]| {
+            value(*element).is_nan() || value(*element).abs() >= f64::from(TOO_LARGE)
+        };
         let first = elements.iter().position(bad)?;
-        Some(Unusable { count: elements.iter().filter(|element| bad(element)).count(), first, value: value(elements[first]) })
+        Some(Unusable {
+            count: elements.iter().filter(|element| bad(element)).count(),
+            first,
+            value: value(elements[first]),
+        })
     }
     if is_sound(kind, bytes) {
         return None;
@@ -85,24 +114,33 @@ fn not_finite(kind: Kind, bytes: &[u8]) -> Option<Unusable> {
     }
 }
 
-/// True if all numbers are finite in float32 and bfloat16; in vectors, many times as fast as one by one. False where it is not
-/// known, for kinds that hold no such numbers.
+/// True if all numbers are finite in float32 and bfloat16; in vectors, many times as fast as one by
+/// one. False where it is not known, for kinds that hold no such numbers.
 #[multiversion(targets = "simd")]
 pub(crate) fn is_sound(kind: Kind, bytes: &[u8]) -> bool {
     // Bits of magnitudes are ordered as the magnitudes, NaN last.
     match kind {
         Kind::Half | Kind::BFloat16 => {
             let infinity = if kind == Kind::Half { 0x7c00 } else { 0x7f80 };
-            let largest = bytes.as_chunks::<2>().0.iter().fold(0, |largest: u16, b| largest.max(u16::from_le_bytes(*b) & 0x7fff));
+            let largest = bytes
+                .as_chunks::<2>()
+                .0
+                .iter()
+                .fold(0, |largest: u16, b| largest.max(u16::from_le_bytes(*b) & 0x7fff));
             largest < infinity
         }
         Kind::Float => {
-            let largest = bytes.as_chunks::<4>().0.iter().fold(0, |largest: u32, b| largest.max(u32::from_le_bytes(*b) & 0x7fff_ffff));
+            let largest = bytes
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .fold(0, |largest: u32, b| largest.max(u32::from_le_bytes(*b) & 0x7fff_ffff));
             largest < TOO_LARGE.to_bits()
         }
         Kind::Double => {
             let magnitude = |b: &[u8; 8]| u64::from_le_bytes(*b) & (u64::MAX >> 1);
-            bytes.as_chunks::<8>().0.iter().fold(0, |largest: u64, b| largest.max(magnitude(b))) < f64::from(TOO_LARGE).to_bits()
+            bytes.as_chunks::<8>().0.iter().fold(0, |largest: u64, b| largest.max(magnitude(b)))
+                < f64::from(TOO_LARGE).to_bits()
         }
         _ => false,
     }
@@ -125,14 +163,22 @@ mod tests {
 
     #[test]
     fn every_float_kind_tells_nan_and_infinity_from_large_numbers() {
-        let values = Tensor::from_slice(&[1.0, -65504.0, f64::NAN, 0.0, f64::NEG_INFINITY, f64::INFINITY]);
+        let values =
+            Tensor::from_slice(&[1.0, -65504.0, f64::NAN, 0.0, f64::NEG_INFINITY, f64::INFINITY]);
         for kind in [Kind::Half, Kind::BFloat16, Kind::Float, Kind::Double] {
             let values = values.to_kind(kind);
             let unusable = not_finite(kind, bytes(&values)).expect("three of them");
             assert_eq!((unusable.count, unusable.first), (3, 2), "{kind:?}");
-            assert!(is_sound(kind, bytes(&values.narrow(0, 0, 2))) && !is_sound(kind, bytes(&values)), "{kind:?}");
+            assert!(
+                is_sound(kind, bytes(&values.narrow(0, 0, 2))) && !is_sound(kind, bytes(&values)),
+                "{kind:?}"
+            );
         }
-        assert_eq!(not_finite(Kind::Int64, bytes(&Tensor::from(-1i64))), None, "all ones in an integer");
+        assert_eq!(
+            not_finite(Kind::Int64, bytes(&Tensor::from(-1i64))),
+            None,
+            "all ones in an integer"
+        );
     }
 
     #[test]
@@ -142,12 +188,22 @@ mod tests {
         let found = not_finite(Kind::Double, bytes(&values)).expect("two of them");
         assert_eq!((found.count, found.nature()), (2, "beyond what float32 and bfloat16 hold"));
         assert_eq!(found.first(&[1, 3]), "the first -1e300 at [0, 1]");
-        for (kind, computed) in [(Kind::Double, Kind::BFloat16), (Kind::Float, Kind::BFloat16), (Kind::Double, Kind::Float)] {
+        for (kind, computed) in [
+            (Kind::Double, Kind::BFloat16),
+            (Kind::Float, Kind::BFloat16),
+            (Kind::Double, Kind::Float),
+        ] {
             for value in [largest, 3.39e38, 3.396e38, 3.3962e38, 3.4e38, 1e39] {
                 let tensor = Tensor::from_slice(&[value]).to_kind(kind);
                 let becomes_infinite = tensor.to_kind(computed).isinf().double_value(&[0]) == 1.0;
-                assert!(is_sound(kind, bytes(&tensor)) || value > largest, "{value:e} is refused in vain");
-                assert!(!becomes_infinite || !is_sound(kind, bytes(&tensor)), "{value:e} in {kind:?} becomes infinite in {computed:?}");
+                assert!(
+                    is_sound(kind, bytes(&tensor)) || value > largest,
+                    "{value:e} is refused in vain"
+                );
+                assert!(
+                    !becomes_infinite || !is_sound(kind, bytes(&tensor)),
+                    "{value:e} in {kind:?} becomes infinite in {computed:?}"
+                );
             }
         }
     }

@@ -25,15 +25,19 @@ pub fn check_files(outputs: &[Named<'_>], inputs: &[Named<'_>]) -> Result<()> {
                 return Err(output.refused("is given twice"));
             }
         }
-        let same = |input: &&Named<'_>| fs::canonicalize(input.path).is_ok_and(|path| path == place);
+        let same =
+            |input: &&Named<'_>| fs::canonicalize(input.path).is_ok_and(|path| path == place);
         if let Some(input) = inputs.iter().find(same) {
-            return Err(output.refused(format!("is what {} reads; give another name", input.argument)));
+            return Err(
+                output.refused(format!("is what {} reads; give another name", input.argument))
+            );
         }
     }
     Ok(())
 }
 
-/// Refuses a folder that is to be made, with those above it, and could not be; what stands there already is the caller's concern.
+/// Refuses a folder that is to be made, with those above it, and could not be; what stands there
+/// already is the caller's concern.
 ///
 /// # Errors
 /// As [`check_files`].
@@ -45,21 +49,28 @@ pub fn check_new_folder(output: Named<'_>) -> Result<()> {
 impl Named<'_> {
     /// The real folder of a file that can be written, and the file's name in it.
     fn place_of_file(&self) -> Result<PathBuf> {
-        let name = self.path.file_name().filter(|_| !self.path.as_os_str().as_bytes().ends_with(b"/"));
-        let Some(name) = name.filter(|_| !self.path.is_dir()) else { return Err(self.refused("is a folder; expected a file")) };
+        let name =
+            self.path.file_name().filter(|_| !self.path.as_os_str().as_bytes().ends_with(b"/"));
+        let Some(name) = name.filter(|_| !self.path.is_dir()) else {
+            return Err(self.refused("is a folder; expected a file"));
+        };
         if fs::metadata(self.path).is_ok_and(|found| !found.is_file()) {
             // A device or a pipe is written to where it stands.
             return Ok(self.path.into());
         }
         let folder = self.path.parent().map_or(Path::new("."), non_empty);
         self.check_folder(folder)?;
-        let folder = folder.canonicalize().map_err(|error| self.refused(format!("folder {}: {error}", folder.display())))?;
+        let folder = folder
+            .canonicalize()
+            .map_err(|error| self.refused(format!("folder {}: {error}", folder.display())))?;
         Ok(folder.join(name))
     }
 
     fn check_folder(&self, folder: &Path) -> Result<()> {
         if !folder.exists() {
-            return Err(self.refused(format!("folder {} does not exist; make it first", folder.display())));
+            return Err(
+                self.refused(format!("folder {} does not exist; make it first", folder.display()))
+            );
         }
         if !folder.is_dir() {
             return Err(self.refused(format!("{} is no folder", folder.display())));
@@ -67,7 +78,9 @@ impl Named<'_> {
         // Rights do not tell: root has them all, also where nothing can be written.
         let trial = folder.join(format!(".fm-dist-{}.tmp", std::process::id()));
         let written = File::create(&trial).and_then(|_| fs::remove_file(&trial));
-        written.map_err(|error| self.refused(format!("cannot write into folder {}: {error}", folder.display())))
+        written.map_err(|error| {
+            self.refused(format!("cannot write into folder {}: {error}", folder.display()))
+        })
     }
 
     fn refused(&self, what: impl AsRef<str>) -> Error {
@@ -86,8 +99,10 @@ mod tests {
 
     fn told(outputs: &[&Path], inputs: &[&Path]) -> String {
         let named = |argument| move |path: &&'_ Path| (argument, path.to_path_buf());
-        let owned: Vec<_> = outputs.iter().map(named("--out")).chain(inputs.iter().map(named("--batch"))).collect();
-        let all: Vec<Named<'_>> = owned.iter().map(|(argument, path)| Named { argument, path }).collect();
+        let owned: Vec<_> =
+            outputs.iter().map(named("--out")).chain(inputs.iter().map(named("--batch"))).collect();
+        let all: Vec<Named<'_>> =
+            owned.iter().map(|(argument, path)| Named { argument, path }).collect();
         let (outputs, inputs) = all.split_at(outputs.len());
         check_files(outputs, inputs).map_or_else(|error| error.to_string(), |()| String::new())
     }
@@ -98,14 +113,25 @@ mod tests {
         let at = |name: &str| root.path().join(name);
         fs::write(at("file"), "").unwrap();
         std::os::unix::fs::symlink(root.path(), at("link")).unwrap();
-        assert_eq!(told(&[&at("a.png"), &at("a.safetensors"), &at("file"), Path::new("/dev/null")], &[&at("b")]), "");
+        assert_eq!(
+            told(
+                &[&at("a.png"), &at("a.safetensors"), &at("file"), Path::new("/dev/null")],
+                &[&at("b")]
+            ),
+            ""
+        );
         assert!(told(&[&at("no/a.png")], &[]).ends_with("no does not exist; make it first"));
         assert!(told(&[&at("file/a.png")], &[]).ends_with("file is no folder"));
         assert!(told(&[root.path()], &[]).ends_with("is a folder; expected a file"));
         assert!(told(&[&at("new/")], &[]).ends_with("is a folder; expected a file"));
         assert!(told(&[Path::new("/proc/a.png")], &[]).contains("cannot write into folder /proc"));
-        assert!(told(&[&at("a.png"), &at("link/a.png")], &[]).ends_with("link/a.png: is given twice"));
-        assert!(told(&[&at("link/file")], &[&at("file")]).ends_with("is what --batch reads; give another name"));
+        assert!(
+            told(&[&at("a.png"), &at("link/a.png")], &[]).ends_with("link/a.png: is given twice")
+        );
+        assert!(
+            told(&[&at("link/file")], &[&at("file")])
+                .ends_with("is what --batch reads; give another name")
+        );
     }
 
     #[test]
@@ -115,7 +141,17 @@ mod tests {
         check(&root.path().join("a/b/c")).unwrap();
         check(Path::new("a")).unwrap();
         fs::write(root.path().join("file"), "").unwrap();
-        assert!(check(&root.path().join("file/b")).unwrap_err().to_string().ends_with("file is no folder"));
-        assert!(check(Path::new("/proc/b/c")).unwrap_err().to_string().contains("cannot write into folder /proc"));
+        assert!(
+            check(&root.path().join("file/b"))
+                .unwrap_err()
+                .to_string()
+                .ends_with("file is no folder")
+        );
+        assert!(
+            check(Path::new("/proc/b/c"))
+                .unwrap_err()
+                .to_string()
+                .contains("cannot write into folder /proc")
+        );
     }
 }

@@ -19,7 +19,8 @@ impl<W: Write> HashingWriter<W> {
         HashingWriter { inner, sha256: Sha256::new(), bytes: 0 }
     }
 
-    /// The inner writer, the hash in lower-case hex and the number of bytes. Nothing is flushed or synced.
+    /// The inner writer, the hash in lower-case hex and the number of bytes. Nothing is flushed or
+    /// synced.
     pub fn finish(self) -> (W, String, u64) {
         (self.inner, hex(self.sha256), self.bytes)
     }
@@ -66,7 +67,9 @@ mod tests {
     #[test]
     fn the_hash_is_of_the_bytes_that_arrived() {
         let mut writer = HashingWriter::new(ShortWrites(Vec::new()));
-        writer.write_all(b"abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq").expect("a vector takes all");
+        writer
+            .write_all(b"abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq")
+            .expect("a vector takes all");
         let (inner, sha256, bytes) = writer.finish();
         // Source: FIPS 180-4, the example of two blocks.
         assert_eq!(sha256, "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1");

@@ -12,11 +12,13 @@ pub enum Guidance {
     ///
     /// Source: Ho & Salimans 2022, arXiv:2207.12598, eq. 6, in velocities.
     ClassifierFree,
-    /// The same, and each square patch of the result gets the norm that it has in the conditional velocity.
+    /// The same, and each square patch of the result gets the norm that it has in the conditional
+    /// velocity.
     ///
     /// Source: `QwenImagePipeline` of diffusers 0.42.1, whose tokens are the patches.
     Rescaled { patch_size: i64 },
-    /// The model takes the scale as an input; classifier-free guidance comes on top where there is something to guide away from.
+    /// The model takes the scale as an input; classifier-free guidance comes on top where there is
+    /// something to guide away from.
     Embedded,
 }
 
@@ -35,21 +37,32 @@ impl Guide {
     ///
     /// # Errors
     /// [`Error::Config`] if the family has no such scale, or conditions or a scale would go unused.
-    pub fn new(guidance: Guidance, settings: &SamplingSettings, has_negative: bool) -> Result<Self> {
+    pub fn new(
+        guidance: Guidance,
+        settings: &SamplingSettings,
+        has_negative: bool,
+    ) -> Result<Self> {
         let (embeds, own) = (guidance == Guidance::Embedded, settings.guidance_scale == 0.0);
         let (key, scale) = match embeds {
             true => ("sampling.true_cfg_scale", settings.true_cfg_scale),
             false => ("sampling.guidance_scale", if own { 1.0 } else { settings.guidance_scale }),
         };
         if !embeds && settings.true_cfg_scale != 1.0 {
-            let what = "is for families whose models embed their guidance; here guidance_scale is it";
+            let what =
+                "is for families whose models embed their guidance; here guidance_scale is it";
             return Err(Error::config("sampling.true_cfg_scale", what));
         }
         if has_negative && scale == 1.0 {
-            return Err(Error::config(key, "is 1, which leaves the negative conditions unused; raise it or leave them out"));
+            return Err(Error::config(
+                key,
+                "is 1, which leaves the negative conditions unused; raise it or leave them out",
+            ));
         }
         if embeds && !has_negative && scale != 1.0 {
-            return Err(Error::config(key, "needs negative conditions, which are missing, to guide away from"));
+            return Err(Error::config(
+                key,
+                "needs negative conditions, which are missing, to guide away from",
+            ));
         }
         Ok(Guide { guidance, scale, embedded: (embeds && !own).then_some(settings.guidance_scale) })
     }
@@ -58,7 +71,11 @@ impl Guide {
     ///
     /// # Shapes
     /// Both `[B, C, (F,) H, W]`, as is the result.
-    pub fn velocity(&self, conditional: Tensor, unconditional: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
+    pub fn velocity(
+        &self,
+        conditional: Tensor,
+        unconditional: impl FnOnce() -> Result<Tensor>,
+    ) -> Result<Tensor> {
         if self.scale == 1.0 {
             return Ok(conditional);
         }
@@ -71,11 +88,16 @@ impl Guide {
     }
 }
 
-/// `guided` with the norm that each patch, over its channels, rows and columns, has in `conditional`; both `[B, C, H, W]`.
+/// `guided` with the norm that each patch, over its channels, rows and columns, has in
+/// `conditional`; both `[B, C, H, W]`.
 fn with_norms_of(conditional: &Tensor, guided: &Tensor, patch_size: i64) -> Tensor {
-    let (batch, channels, height, width) = guided.size4().expect("the family's latents are [B, C, H, W]");
-    let patches = [batch, channels, height / patch_size, patch_size, width / patch_size, patch_size];
-    let norm = |velocity: &Tensor| velocity.square().sum_dim_intlist([1i64, 3, 5].as_slice(), true, velocity.kind()).sqrt();
+    let (batch, channels, height, width) =
+        guided.size4().expect("the family's latents are [B, C, H, W]");
+    let patches =
+        [batch, channels, height / patch_size, patch_size, width / patch_size, patch_size];
+    let norm = |velocity: &Tensor| {
+        velocity.square().sum_dim_intlist([1i64, 3, 5].as_slice(), true, velocity.kind()).sqrt()
+    };
     let (conditional, guided) = (conditional.reshape(patches), guided.reshape(patches));
     // A velocity that is zero everywhere stays so.
     let ratio = norm(&conditional) / norm(&guided).clamp_min(f64::from(f32::MIN_POSITIVE));
@@ -89,22 +111,45 @@ mod tests {
     use super::*;
     use crate::rng::{Key, Purpose};
 
-    fn guide(guidance: Guidance, guidance_scale: f64, true_cfg_scale: f64, has_negative: bool) -> Result<Guide> {
-        let settings = SamplingSettings { guidance_scale, true_cfg_scale, ..SamplingSettings::default() };
+    fn guide(
+        guidance: Guidance,
+        guidance_scale: f64,
+        true_cfg_scale: f64,
+        has_negative: bool,
+    ) -> Result<Guide> {
+        let settings =
+            SamplingSettings { guidance_scale, true_cfg_scale, ..SamplingSettings::default() };
         Guide::new(guidance, &settings, has_negative)
     }
 
     #[test]
     fn scales_and_negative_conditions_are_used_or_refused() {
         use Guidance::{ClassifierFree, Embedded};
-        let refused = |guidance, scales: (f64, f64), has_negative| match guide(guidance, scales.0, scales.1, has_negative) {
+        let refused = |guidance, scales: (f64, f64), has_negative| match guide(
+            guidance,
+            scales.0,
+            scales.1,
+            has_negative,
+        ) {
             Err(error) => error.to_string(),
             Ok(found) => panic!("{found:?}"),
         };
-        assert!(refused(ClassifierFree, (0.0, 1.0), true).contains("sampling.guidance_scale: is 1, which leaves"));
-        assert!(refused(ClassifierFree, (4.0, 2.0), false).contains("sampling.true_cfg_scale: is for families"));
-        assert!(refused(Embedded, (3.5, 1.0), true).contains("sampling.true_cfg_scale: is 1, which leaves"));
-        assert!(refused(Embedded, (3.5, 4.0), false).contains("sampling.true_cfg_scale: needs negative conditions"));
+        assert!(
+            refused(ClassifierFree, (0.0, 1.0), true)
+                .contains("sampling.guidance_scale: is 1, which leaves")
+        );
+        assert!(
+            refused(ClassifierFree, (4.0, 2.0), false)
+                .contains("sampling.true_cfg_scale: is for families")
+        );
+        assert!(
+            refused(Embedded, (3.5, 1.0), true)
+                .contains("sampling.true_cfg_scale: is 1, which leaves")
+        );
+        assert!(
+            refused(Embedded, (3.5, 4.0), false)
+                .contains("sampling.true_cfg_scale: needs negative conditions")
+        );
         let found = guide(Embedded, 3.5, 4.0, true).expect("both scales are used");
         assert_eq!((found.scale, found.embedded), (4.0, Some(3.5)));
         assert_eq!(guide(Embedded, 0.0, 1.0, false).expect("the adapter's own").embedded, None);
@@ -114,7 +159,9 @@ mod tests {
     fn one_pass_is_enough_where_the_scale_is_one() {
         let conditional = Tensor::from_slice(&[1.0f32, 2.0]);
         let found = guide(Guidance::ClassifierFree, 0.0, 1.0, false).expect("no guidance");
-        let velocity = found.velocity(conditional.copy(), || panic!("a second pass")).expect("no error inside");
+        let velocity = found
+            .velocity(conditional.copy(), || panic!("a second pass"))
+            .expect("no error inside");
         assert_eq!(velocity, conditional);
     }
 
@@ -123,12 +170,26 @@ mod tests {
         let float = (Kind::Float, Device::Cpu);
         let draw = || (Tensor::randn([2, 3, 4, 6], float), Tensor::randn([2, 3, 4, 6], float));
         let (conditional, unconditional) = Key::new(1, Purpose::Test).seeded(draw);
-        let rescaled = guide(Guidance::Rescaled { patch_size: 2 }, 4.0, 1.0, false).expect("sound scales");
-        let found = rescaled.velocity(conditional.copy(), || Ok(unconditional.copy())).expect("no error inside");
-        let patch = |velocity: &Tensor| velocity.narrow(2, 2, 2).narrow(3, 4, 2).select(0, 1).norm().double_value(&[]);
+        let rescaled =
+            guide(Guidance::Rescaled { patch_size: 2 }, 4.0, 1.0, false).expect("sound scales");
+        let found = rescaled
+            .velocity(conditional.copy(), || Ok(unconditional.copy()))
+            .expect("no error inside");
+        let patch = |velocity: &Tensor| {
+            velocity.narrow(2, 2, 2).narrow(3, 4, 2).select(0, 1).norm().double_value(&[])
+        };
         assert!((patch(&found) - patch(&conditional)).abs() < 1e-5);
-        assert!((&found - &conditional).abs().max().double_value(&[]) > 0.1, "the direction is another");
-        let still = rescaled.velocity(conditional.zeros_like(), || Ok(conditional.zeros_like())).expect("no error inside");
-        assert_eq!(still, conditional.zeros_like(), "a model that has learned nothing yet stands still");
+        assert!(
+            (&found - &conditional).abs().max().double_value(&[]) > 0.1,
+            "the direction is another"
+        );
+        let still = rescaled
+            .velocity(conditional.zeros_like(), || Ok(conditional.zeros_like()))
+            .expect("no error inside");
+        assert_eq!(
+            still,
+            conditional.zeros_like(),
+            "a model that has learned nothing yet stands still"
+        );
     }
 }

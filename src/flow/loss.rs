@@ -12,7 +12,8 @@ pub const EXPLODED: f64 = 100.0;
 pub struct LossValues {
     /// `[B, …]` f32, of each element.
     pub weighted_loss: Tensor,
-    /// Scalar f32: the mean over the elements that the masks keep, by their weight; 0 where they keep none.
+    /// Scalar f32: the mean over the elements that the masks keep, by their weight; 0 where they
+    /// keep none.
     pub average_weighted_loss: Tensor,
     /// `[B, …]` f32.
     pub unweighted_loss: Tensor,
@@ -24,20 +25,23 @@ pub struct LossValues {
     pub loss_mask: Option<Tensor>,
     /// What the means are taken over.
     pub kept: Kept,
-    /// Scalar f32; what is differentiated: the mean weighted loss times the share of the batch that the masks keep.
+    /// Scalar f32; what is differentiated: the mean weighted loss times the share of the batch that
+    /// the masks keep.
     ///
-    /// Its sum over all micro-batches and ranks, divided by the sum of their shares, is the loss of one big batch; each
-    /// micro-batch's own mean is not, where their masks keep different shares.
+    /// Its sum over all micro-batches and ranks, divided by the sum of their shares, is the loss of
+    /// one big batch; each micro-batch's own mean is not, where their masks keep different shares.
     pub objective: Tensor,
 }
 
 impl LossValues {
-    /// Mean over each sample's elements, `[B]` f32, of the unweighted loss times the masks' weights.
+    /// Mean over each sample's elements, `[B]` f32, of the unweighted loss times the masks'
+    /// weights.
     pub fn sample_losses(&self) -> Tensor {
         sample_means(&self.kept.of(&self.unweighted_loss))
     }
 
-    /// Adds a scalar loss that knows no elements. The mean over several batches weighs it by the share that each batch keeps.
+    /// Adds a scalar loss that knows no elements. The mean over several batches weighs it by the
+    /// share that each batch keeps.
     pub(super) fn add_auxiliary(&mut self, auxiliary: &Tensor) {
         // Out of place: without weights and masks several of these are one tensor.
         self.average_weighted_loss = &self.average_weighted_loss + auxiliary;
@@ -52,7 +56,8 @@ impl LossValues {
 /// The elements that a mean is taken over: all of them, or those that masks keep, by weight.
 #[derive(Debug)]
 pub struct Kept {
-    /// Product of all masks, `[B, …]` f32, broadcastable to the loss; none where every element counts.
+    /// Product of all masks, `[B, …]` f32, broadcastable to the loss; none where every element
+    /// counts.
     weights: Option<Tensor>,
 }
 
@@ -65,7 +70,9 @@ impl Kept {
     /// `[B]` f32: the mean weight of each sample's elements, 1 without masks.
     pub fn share_of_samples(&self, samples: i64, device: tch::Device) -> Tensor {
         // Axes that are broadcast repeat their weights, which leaves a mean as it is.
-        self.weights.as_ref().map_or_else(|| Tensor::ones([samples], (Kind::Float, device)), sample_means)
+        self.weights
+            .as_ref()
+            .map_or_else(|| Tensor::ones([samples], (Kind::Float, device)), sample_means)
     }
 
     /// Scalar f32: the mean weight of the batch's elements; none without masks, where it is 1.
@@ -78,7 +85,8 @@ impl Kept {
         self.weights.as_ref().map_or_else(|| loss.shallow_clone(), |weights| loss * weights)
     }
 
-    /// The mean of a loss over the elements that are kept, and that mean times their share, both scalars.
+    /// The mean of a loss over the elements that are kept, and that mean times their share, both
+    /// scalars.
     pub(super) fn mean_and_objective(&self, loss: &Tensor) -> (Tensor, Tensor) {
         let objective = self.of(loss).mean(Kind::Float);
         match self.share() {
@@ -105,7 +113,10 @@ pub fn is_sound(loss: f64) -> bool {
 /// [`Error::NotFinite`] naming the step and the loss.
 pub fn check_loss(loss: f64, step: u64) -> Result<()> {
     if !is_sound(loss) {
-        return Err(Error::NotFinite { step, what: format!("loss exploded: {loss} (the bound is {EXPLODED})") });
+        return Err(Error::NotFinite {
+            step,
+            what: format!("loss exploded: {loss} (the bound is {EXPLODED})"),
+        });
     }
     Ok(())
 }

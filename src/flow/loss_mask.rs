@@ -1,4 +1,5 @@
-//! The batch's `loss_mask`: a weight for each element of the loss, given for the axes that its author knew.
+//! The batch's `loss_mask`: a weight for each element of the loss, given for the axes that its
+//! author knew.
 
 use tch::{Device, Kind, Tensor};
 
@@ -16,11 +17,12 @@ fn expected(axes: usize) -> &'static str {
     }
 }
 
-/// The mask's sizes along the latents' own axes: axes are told apart by their number, so that `[H, W]` are rows and columns,
-/// `[F, H, W]` frames, rows and columns.
+/// The mask's sizes along the latents' own axes: axes are told apart by their number, so that `[H,
+/// W]` are rows and columns, `[F, H, W]` frames, rows and columns.
 ///
 /// # Shapes
-/// `mask`: one sample's; `latents`: `[C, (F,) H, W]`. Returns as many sizes as `latents`, each the latents' own or 1.
+/// `mask`: one sample's; `latents`: `[C, (F,) H, W]`. Returns as many sizes as `latents`, each the
+/// latents' own or 1.
 ///
 /// # Errors
 /// A text that says what was found and what is expected.
@@ -32,10 +34,15 @@ pub fn axes_of_mask(mask: &[i64], latents: &[i64]) -> Result<Vec<i64>, String> {
         _ => None,
     };
     let whole = behind.map(|behind| [&vec![1; latents.len() - behind.len()], behind].concat());
-    let fits = |sizes: &Vec<i64>| sizes.iter().zip(latents).all(|(size, latent)| *size == 1 || size == latent);
-    whole
-        .filter(fits)
-        .ok_or_else(|| format!("`{LOSS_MASK}` is {mask:?} a sample, its latents {latents:?}; expected {}", expected(latents.len())))
+    let fits = |sizes: &Vec<i64>| {
+        sizes.iter().zip(latents).all(|(size, latent)| *size == 1 || size == latent)
+    };
+    whole.filter(fits).ok_or_else(|| {
+        format!(
+            "`{LOSS_MASK}` is {mask:?} a sample, its latents {latents:?}; expected {}",
+            expected(latents.len())
+        )
+    })
 }
 
 /// The batch's mask on the axes of its loss.
@@ -44,16 +51,22 @@ pub fn axes_of_mask(mask: &[i64], latents: &[i64]) -> Result<Vec<i64>, String> {
 /// `loss`: `[B, C, (F,) H, W]`. Returns as many axes, broadcastable to it, f32 on `device`.
 ///
 /// # Errors
-/// [`Error::Data`] if the batch has no mask, its axes are not the loss', or a weight is negative or not finite.
+/// [`Error::Data`] if the batch has no mask, its axes are not the loss', or a weight is negative or
+/// not finite.
 pub(super) fn loss_mask(batch: &Batch, loss: &[i64], device: Device) -> Result<Tensor> {
-    let missing = || Error::data("batch", format!("apply_loss_mask is set and the batch has no `{LOSS_MASK}`"));
+    let missing = || {
+        Error::data("batch", format!("apply_loss_mask is set and the batch has no `{LOSS_MASK}`"))
+    };
     let mask = batch.get(LOSS_MASK).ok_or_else(missing)?;
     let (samples, own) = match mask.size().split_first() {
         Some((samples, own)) => (*samples, own.to_vec()),
         None => (0, Vec::new()),
     };
     if samples != loss[0] {
-        return Err(Error::data("batch", format!("`{LOSS_MASK}` {:?} must have the latents' {} samples", mask.size(), loss[0])));
+        return Err(Error::data(
+            "batch",
+            format!("`{LOSS_MASK}` {:?} must have the latents' {} samples", mask.size(), loss[0]),
+        ));
     }
     let axes = axes_of_mask(&own, &loss[1..]).map_err(|what| Error::data("batch", what))?;
     let mask = mask.to_kind(Kind::Float).reshape([&[samples], &axes[..]].concat());
@@ -70,8 +83,12 @@ fn check_weights(batch: &Batch, mask: &Tensor) -> Result<()> {
     }
     let row = bad.any_dim(1, false).to_kind(Kind::Int64).argmax(0, false).int64_value(&[]);
     let values = mask.get(row).flatten(0, -1);
-    let value = values.double_value(&[bad.get(row).to_kind(Kind::Int64).argmax(0, false).int64_value(&[])]);
-    let what = format!("`{LOSS_MASK}` of {} holds {value}; weights are finite and at least 0", batch.sample(row as usize));
+    let value =
+        values.double_value(&[bad.get(row).to_kind(Kind::Int64).argmax(0, false).int64_value(&[])]);
+    let what = format!(
+        "`{LOSS_MASK}` of {} holds {value}; weights are finite and at least 0",
+        batch.sample(row as usize)
+    );
     Err(Error::data("batch", what))
 }
 
@@ -94,7 +111,11 @@ mod tests {
             (&[8, 1, 1, 1], video, &[8, 1, 1, 1]),
         ];
         for (mask, latents, expected) in cases {
-            assert_eq!(axes_of_mask(mask, latents).as_deref(), Ok(expected), "{mask:?} beside {latents:?}");
+            assert_eq!(
+                axes_of_mask(mask, latents).as_deref(),
+                Ok(expected),
+                "{mask:?} beside {latents:?}"
+            );
         }
     }
 
@@ -106,12 +127,19 @@ mod tests {
     #[test]
     fn other_axes_are_refused_with_what_is_expected() {
         let (image, video): (&[i64], &[i64]) = (&[8, 4, 6], &[8, 3, 4, 6]);
-        let cases: [(&[i64], &[i64]); 6] =
-            [(&[8], image), (&[6, 4], image), (&[2, 4, 6], image), (&[8, 3, 4, 6], image), (&[8, 4, 6], video), (&[3], video)];
+        let cases: [(&[i64], &[i64]); 6] = [
+            (&[8], image),
+            (&[6, 4], image),
+            (&[2, 4, 6], image),
+            (&[8, 3, 4, 6], image),
+            (&[8, 4, 6], video),
+            (&[3], video),
+        ];
         for (mask, latents) in cases {
             let what = axes_of_mask(mask, latents).expect_err("unfit");
             assert!(
-                what.starts_with(&format!("`loss_mask` is {mask:?} a sample")) && what.contains("expected one number, [H, W]"),
+                what.starts_with(&format!("`loss_mask` is {mask:?} a sample"))
+                    && what.contains("expected one number, [H, W]"),
                 "{what}"
             );
         }

@@ -25,8 +25,12 @@ impl LossWeight {
             return LossWeight::One;
         }
         match settings.loss_weighting_scheme {
-            LossWeightingScheme::Linear => LossWeight::Linear { shift: WeightShift(settings.flow_shift) },
-            LossWeightingScheme::Bsmntw => LossWeight::Bsmntw { table: bsmntw_table(settings.num_train_timesteps).to_device(device) },
+            LossWeightingScheme::Linear => {
+                LossWeight::Linear { shift: WeightShift(settings.flow_shift) }
+            }
+            LossWeightingScheme::Bsmntw => LossWeight::Bsmntw {
+                table: bsmntw_table(settings.num_train_timesteps).to_device(device),
+            },
         }
     }
 
@@ -44,7 +48,8 @@ impl LossWeight {
     }
 }
 
-/// Bell-shaped weights over `steps` timesteps: mean 1, least 0, highest in the middle. `[steps]` f32.
+/// Bell-shaped weights over `steps` timesteps: mean 1, least 0, highest in the middle. `[steps]`
+/// f32.
 ///
 /// Source: the scheme that ai-toolkit and NeMo AutoModel call bsmntw.
 pub fn bsmntw_table(steps: i64) -> Tensor {
@@ -63,8 +68,19 @@ mod tests {
     #[test]
     fn the_bell_has_the_specified_values() {
         let table = Vec::<f32>::try_from(bsmntw_table(1000)).expect("f32");
-        for (timestep, expected) in [(0, 0.0), (100, 0.480_215), (250, 1.107_882), (500, 1.579_605), (750, 1.107_882), (999, 0.004_869_9)] {
-            assert!((table[timestep] - expected).abs() < 2e-6, "w[{timestep}] = {}", table[timestep]);
+        for (timestep, expected) in [
+            (0, 0.0),
+            (100, 0.480_215),
+            (250, 1.107_882),
+            (500, 1.579_605),
+            (750, 1.107_882),
+            (999, 0.004_869_9),
+        ] {
+            assert!(
+                (table[timestep] - expected).abs() < 2e-6,
+                "w[{timestep}] = {}",
+                table[timestep]
+            );
         }
         assert!((bsmntw_table(10).double_value(&[5]) - 1.592_547).abs() < 2e-6);
         assert!((table.iter().sum::<f32>() - 1000.0).abs() < 1e-2);
@@ -73,7 +89,8 @@ mod tests {
     #[test]
     fn the_table_is_read_at_the_truncated_timestep() {
         let weight = LossWeight::Bsmntw { table: bsmntw_table(10) };
-        let read = Vec::<f32>::try_from(weight.of(&Tensor::from_slice(&[0.59f32, 1.0, 0.0]))).expect("f32");
+        let read = Vec::<f32>::try_from(weight.of(&Tensor::from_slice(&[0.59f32, 1.0, 0.0])))
+            .expect("f32");
         let table = Vec::<f32>::try_from(bsmntw_table(10)).expect("f32");
         assert_eq!(read, [table[5], table[9], table[0]]);
     }

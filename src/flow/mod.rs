@@ -1,8 +1,10 @@
-//! Flow matching: timesteps, noise, target, weights, loss, logs and the way back from noise to data.
+//! Flow matching: timesteps, noise, target, weights, loss, logs and the way back from noise to
+//! data.
 //!
-//! sigma = 0 is data and sigma = 1 is noise; x = (1 − sigma)·latents + sigma·noise; the model predicts noise − latents.
-//! Semantics follow the reference, NVIDIA NeMo AutoModel 0.5.0; better behaviours have names of their own in
-//! [`FlowMatchingSettings`]. Nothing here knows a rank, a model or how gradients travel.
+//! sigma = 0 is data and sigma = 1 is noise; x = (1 − sigma)·latents + sigma·noise; the model
+//! predicts noise − latents. Semantics follow the reference, NVIDIA NeMo AutoModel 0.5.0; better
+//! behaviours have names of their own in [`FlowMatchingSettings`]. Nothing here knows a rank, a
+//! model or how gradients travel.
 
 pub mod adapter;
 mod batch_keys;
@@ -31,7 +33,9 @@ pub use noise_levels::{NoiseLevels, Shift};
 pub use pipeline::{FlowMatchingPipeline, StepOptions, StepOutput, latents_of};
 pub use sampling_settings::SamplingSettings;
 pub use schedule::LinearInterpolationSchedule;
-pub use settings::{CfgDropout, CfgDropoutValue, FlowMatchingSettings, LossWeightingScheme, SigmaWindow, TaskScope};
+pub use settings::{
+    CfgDropout, CfgDropoutValue, FlowMatchingSettings, LossWeightingScheme, SigmaWindow, TaskScope,
+};
 pub use statistics::{Moments, SIGMA_BINS, Statistics};
 pub use timestep_sampling::{Strata, TimestepSampling};
 

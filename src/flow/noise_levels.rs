@@ -6,8 +6,9 @@ use super::time_shift::shifted;
 
 /// A family's way to choose its noise levels, whatever their number.
 ///
-/// Source: `FlowMatchEulerDiscreteScheduler` of diffusers 0.42.1 as the family's pipeline sets it up. That rounds to f32 between
-/// its operations and this only at the end, so that the two differ by a few units in the last place.
+/// Source: `FlowMatchEulerDiscreteScheduler` of diffusers 0.42.1 as the family's pipeline sets it
+/// up. That rounds to f32 between its operations and this only at the end, so that the two differ
+/// by a few units in the last place.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct NoiseLevels {
     spacing: Spacing,
@@ -48,7 +49,8 @@ impl Shift {
     }
 }
 
-/// Between fits for 10 and for 200 steps; from 4300 tokens on the one for 200 holds whatever the steps.
+/// Between fits for 10 and for 200 steps; from 4300 tokens on the one for 200 holds whatever the
+/// steps.
 ///
 /// Source: `compute_empirical_mu` of FLUX.2's pipeline.
 fn empirical_mu(tokens: f64, steps: f64) -> f64 {
@@ -66,10 +68,14 @@ impl NoiseLevels {
         NoiseLevels { spacing: Spacing::Even, shift, terminal: None }
     }
 
-    /// Evenly from 1 down to the lowest level of training, which is shifted already, then shifted: the scheduler's own way where
-    /// a pipeline gives it no levels.
+    /// Evenly from 1 down to the lowest level of training, which is shifted already, then shifted:
+    /// the scheduler's own way where a pipeline gives it no levels.
     pub fn down_to_training(shift: f64, num_train_timesteps: i64) -> Self {
-        NoiseLevels { spacing: Spacing::DownToTraining { num_train_timesteps }, shift: Shift::Constant(shift), terminal: None }
+        NoiseLevels {
+            spacing: Spacing::DownToTraining { num_train_timesteps },
+            shift: Shift::Constant(shift),
+            terminal: None,
+        }
     }
 
     /// The same, stretched so that the last level before 0 is this one.
@@ -91,7 +97,8 @@ impl NoiseLevels {
                 shifted(&Tensor::from(1.0 / num_train_timesteps as f64), shift).double_value(&[])
             }
         };
-        let levels = shifted(&Tensor::linspace(1.0, lowest, steps, (Kind::Double, Device::Cpu)), shift);
+        let levels =
+            shifted(&Tensor::linspace(1.0, lowest, steps, (Kind::Double, Device::Cpu)), shift);
         let levels = match self.terminal {
             // A single level is 1 and cannot be stretched.
             Some(terminal) if steps > 1 => stretched(&levels, terminal),
@@ -122,16 +129,22 @@ mod tests {
 
     #[test]
     fn a_terminal_level_is_reached_and_the_first_stays_one() {
-        let levels = NoiseLevels::even(Shift::between(4096, (256, 0.5), (8192, 0.9))).ending_at(0.02);
+        let levels =
+            NoiseLevels::even(Shift::between(4096, (256, 0.5), (8192, 0.9))).ending_at(0.02);
         let found = levels.sigmas(20);
-        assert!(found[0] == 1.0 && (found[19] - 0.02).abs() < 1e-7 && found[20] == 0.0, "{found:?}");
+        assert!(
+            found[0] == 1.0 && (found[19] - 0.02).abs() < 1e-7 && found[20] == 0.0,
+            "{found:?}"
+        );
         assert_eq!(levels.sigmas(1), [1.0, 0.0], "one step goes straight to the data");
     }
 
     #[test]
     fn the_line_of_mu_passes_through_its_points() {
         for (tokens, mu) in [(256, 0.5), (4096, 1.15), (8192, 1.15 + 0.65 * 4096.0 / 3840.0)] {
-            let Shift::Constant(shift) = Shift::between(tokens, (256, 0.5), (4096, 1.15)) else { panic!("a constant") };
+            let Shift::Constant(shift) = Shift::between(tokens, (256, 0.5), (4096, 1.15)) else {
+                panic!("a constant")
+            };
             assert!((shift.ln() - mu).abs() < 1e-12, "{tokens} tokens");
         }
     }

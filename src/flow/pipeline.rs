@@ -80,9 +80,21 @@ struct NoisyBatch {
 }
 
 impl FlowMatchingPipeline {
-    pub fn new(settings: FlowMatchingSettings, adapter: Box<dyn ModelAdapter>, device: Device, dtype: Kind) -> Self {
+    pub fn new(
+        settings: FlowMatchingSettings,
+        adapter: Box<dyn ModelAdapter>,
+        device: Device,
+        dtype: Kind,
+    ) -> Self {
         let loss_weight = LossWeight::new(&settings, device);
-        FlowMatchingPipeline { settings, adapter, loss_weight, noise_schedule: LinearInterpolationSchedule, device, dtype }
+        FlowMatchingPipeline {
+            settings,
+            adapter,
+            loss_weight,
+            noise_schedule: LinearInterpolationSchedule,
+            device,
+            dtype,
+        }
     }
 
     pub fn settings(&self) -> &FlowMatchingSettings {
@@ -96,8 +108,8 @@ impl FlowMatchingPipeline {
     /// Draws, noise, model, loss. `model` maps the adapter's inputs to the model's outputs.
     ///
     /// # Errors
-    /// [`Error::Data`] if the batch does not fit, [`Error::NotFinite`] if the loss is checked and exploded, and whatever the
-    /// model returns.
+    /// [`Error::Data`] if the batch does not fit, [`Error::NotFinite`] if the loss is checked and
+    /// exploded, and whatever the model returns.
     pub fn step(
         &self,
         model: impl FnOnce(Activations) -> Result<Activations>,
@@ -111,8 +123,17 @@ impl FlowMatchingPipeline {
         let model_pred = self.adapter.prediction(&output);
         let target = self.noise_schedule.velocity(&latents, &noise);
         let own_mask = self.adapter.loss_mask(&output);
-        let mut loss = self.compute_loss(&model_pred, &target, &sampled.sigma, Some(batch), own_mask.as_ref())?;
-        self.adapter.auxiliary_losses(&output).iter().for_each(|(_, auxiliary)| loss.add_auxiliary(auxiliary));
+        let mut loss = self.compute_loss(
+            &model_pred,
+            &target,
+            &sampled.sigma,
+            Some(batch),
+            own_mask.as_ref(),
+        )?;
+        self.adapter
+            .auxiliary_losses(&output)
+            .iter()
+            .for_each(|(_, auxiliary)| loss.add_auxiliary(auxiliary));
         if options.check_loss {
             check_loss(loss.average_weighted_loss.double_value(&[]), options.global_step)?;
         }
@@ -126,24 +147,47 @@ impl FlowMatchingPipeline {
             target: &target,
             loss: &loss,
         };
-        let statistics = options.collect_metrics.then(|| no_grad(|| Statistics::measure(&observed)));
+        let statistics =
+            options.collect_metrics.then(|| no_grad(|| Statistics::measure(&observed)));
         let SampledTimesteps { sigma, timesteps, method } = sampled;
-        Ok(StepOutput { loss, sigma, timesteps, noise, noisy_latents, model_pred, target, sampling_method: method, task_type, statistics })
+        Ok(StepOutput {
+            loss,
+            sigma,
+            timesteps,
+            noise,
+            noisy_latents,
+            model_pred,
+            target,
+            sampling_method: method,
+            task_type,
+            statistics,
+        })
     }
 
-    /// Every draw of a step, in the order of the reference: task, timesteps, noise, then the adapter's.
-    fn prepare(&self, batch: &Batch, draws: &Draws<'_>, strata: Option<&Strata>) -> Result<NoisyBatch> {
+    /// Every draw of a step, in the order of the reference: task, timesteps, noise, then the
+    /// adapter's.
+    fn prepare(
+        &self,
+        batch: &Batch,
+        draws: &Draws<'_>,
+        strata: Option<&Strata>,
+    ) -> Result<NoisyBatch> {
         let latents = latents_of(batch)?.to_device(self.device).to_kind(self.dtype);
         let size = latents.size()[0];
         // A dataset's batches have all their axes.
         let alone = batch.sample_ids.is_empty().then(|| with_sample_axis(self.adapter(), batch));
         let batch = alone.as_ref().unwrap_or(batch);
-        let (task_type, image_to_video) = self.determine_task_type(batch.data_type, &latents.size(), draws);
+        let (task_type, image_to_video) =
+            self.determine_task_type(batch.data_type, &latents.size(), draws);
         let sampled = self.sample_timesteps(size, draws, strata);
         let noise = draws.normal(0.0, 1.0, &latents.size()).to_device(self.device);
-        let noisy_latents = self.noise_schedule.forward(&latents.to_kind(Kind::Float), &noise, &sampled.sigma).to_kind(self.dtype);
+        let noisy_latents = self
+            .noise_schedule
+            .forward(&latents.to_kind(Kind::Float), &noise, &sampled.sigma)
+            .to_kind(self.dtype);
         let pipeline_drops = self.settings.cfg_dropout == CfgDropout::PerSample;
-        let dropped = if pipeline_drops { Some(self.drop_conditions(batch, size, draws)?) } else { None };
+        let dropped =
+            if pipeline_drops { Some(self.drop_conditions(batch, size, draws)?) } else { None };
         let inputs = self.adapter.prepare_inputs(&FlowMatchingContext {
             noisy_latents: &noisy_latents,
             latents: &latents,
@@ -162,17 +206,25 @@ impl FlowMatchingPipeline {
         Ok(NoisyBatch { latents, sampled, noise, noisy_latents, task_type, inputs })
     }
 
-    /// The task of a batch, and which of its samples are image-to-video, `[B]` boolean: video with the configured probability, by
-    /// one coin for the batch or one for each sample; images and videos of one frame never, since their only frame would be given.
-    /// The coins are tossed for every video, so that later draws do not depend on its length.
+    /// The task of a batch, and which of its samples are image-to-video, `[B]` boolean: video with
+    /// the configured probability, by one coin for the batch or one for each sample; images and
+    /// videos of one frame never, since their only frame would be given. The coins are tossed for
+    /// every video, so that later draws do not depend on its length.
     ///
     /// # Shapes
     /// `latents`: `[B, C, (F,) H, W]`.
-    pub fn determine_task_type(&self, data_type: DataType, latents: &[i64], draws: &Draws<'_>) -> (TaskType, Tensor) {
+    pub fn determine_task_type(
+        &self,
+        data_type: DataType,
+        latents: &[i64],
+        draws: &Draws<'_>,
+    ) -> (TaskType, Tensor) {
         let (samples, probability) = (latents[0], self.settings.i2v_prob);
         let toss = match (data_type, self.settings.task_scope) {
             (DataType::Image, _) => Toss::Same(false),
-            (DataType::Video, TaskScope::Sample) => Toss::Each(draws.uniform(&[samples]).lt(probability)),
+            (DataType::Video, TaskScope::Sample) => {
+                Toss::Each(draws.uniform(&[samples]).lt(probability))
+            }
             (DataType::Video, TaskScope::Batch) => draws.host_coin(probability),
         };
         let is_clip = matches!(latents, [_, _, frames, _, _] if *frames > 1);
@@ -186,19 +238,35 @@ impl FlowMatchingPipeline {
     }
 
     /// Noise levels of a batch, on the pipeline's device.
-    pub fn sample_timesteps(&self, batch: i64, draws: &Draws<'_>, strata: Option<&Strata>) -> SampledTimesteps {
-        let SampledTimesteps { sigma, timesteps, method } = sample_timesteps(&self.settings, draws, batch, strata);
-        SampledTimesteps { sigma: sigma.to_device(self.device), timesteps: timesteps.to_device(self.device), method }
+    pub fn sample_timesteps(
+        &self,
+        batch: i64,
+        draws: &Draws<'_>,
+        strata: Option<&Strata>,
+    ) -> SampledTimesteps {
+        let SampledTimesteps { sigma, timesteps, method } =
+            sample_timesteps(&self.settings, draws, batch, strata);
+        SampledTimesteps {
+            sigma: sigma.to_device(self.device),
+            timesteps: timesteps.to_device(self.device),
+            method,
+        }
     }
 
     /// The batch with some samples' conditions dropped, each by its own draw.
     fn drop_conditions(&self, batch: &Batch, size: i64, draws: &Draws<'_>) -> Result<Batch> {
         let mut after = batch.alias();
-        let (drop, value) = (draws.uniform(&[size]).lt(self.settings.cfg_dropout_prob), self.settings.cfg_dropout_value);
+        let (drop, value) = (
+            draws.uniform(&[size]).lt(self.settings.cfg_dropout_prob),
+            self.settings.cfg_dropout_value,
+        );
         for key in dropped_keys(self.adapter(), value) {
             let Some(tensor) = after.tensors.get_mut(key) else { continue };
             if tensor.size()[0] != size {
-                let what = format!("`{key}` {:?} must have the latents' {size} samples for per-sample dropout", tensor.size());
+                let what = format!(
+                    "`{key}` {:?} must have the latents' {size} samples for per-sample dropout",
+                    tensor.size()
+                );
                 return Err(Error::data("batch", what));
             }
             *tensor = dropped(batch, key, tensor, &drop, value)?;
@@ -206,7 +274,8 @@ impl FlowMatchingPipeline {
         Ok(after)
     }
 
-    /// Refuses a batch that a step could not take, with the words that the step would have, before there is a model.
+    /// Refuses a batch that a step could not take, with the words that the step would have, before
+    /// there is a model.
     ///
     /// # Errors
     /// As [`step`](Self::step), but for what the model returns.
@@ -214,18 +283,23 @@ impl FlowMatchingPipeline {
         no_grad(|| {
             let latents = latents_of(batch)?;
             self.prepare(batch, &Stream::TorchSeed(0).open(), None)?;
-            if self.settings.apply_loss_mask { loss_mask(batch, &latents.size(), self.device).map(drop) } else { Ok(()) }
+            if self.settings.apply_loss_mask {
+                loss_mask(batch, &latents.size(), self.device).map(drop)
+            } else {
+                Ok(())
+            }
         })
     }
 
     /// Weighted and unweighted loss of a prediction.
     ///
     /// # Shapes
-    /// `model_pred`, `target`: `[B, …]`, equal; `sigma`: `[B]` f32; `own_mask`: the adapter's, if it leaves elements out, of the
-    /// prediction's rank and broadcastable to it.
+    /// `model_pred`, `target`: `[B, …]`, equal; `sigma`: `[B]` f32; `own_mask`: the adapter's, if
+    /// it leaves elements out, of the prediction's rank and broadcastable to it.
     ///
     /// # Errors
-    /// [`Error::Data`] if `apply_loss_mask` is set and the batch has no `loss_mask`, or one that does not fit the loss.
+    /// [`Error::Data`] if `apply_loss_mask` is set and the batch has no `loss_mask`, or one that
+    /// does not fit the loss.
     pub fn compute_loss(
         &self,
         model_pred: &Tensor,
@@ -237,12 +311,20 @@ impl FlowMatchingPipeline {
         let unweighted_loss = self.adapter.compute_loss(model_pred, target);
         let loss_weight = broadcast_to_rank(&self.loss_weight.of(sigma), unweighted_loss.dim());
         let is_weighted = !matches!(self.loss_weight, LossWeight::One);
-        let weighted_loss = if is_weighted { &unweighted_loss * &loss_weight } else { unweighted_loss.shallow_clone() };
-        let carried = batch.and_then(|batch| batch.get(LOSS_MASK)).map(|mask| mask.to_device(self.device));
+        let weighted_loss = if is_weighted {
+            &unweighted_loss * &loss_weight
+        } else {
+            unweighted_loss.shallow_clone()
+        };
+        let carried =
+            batch.and_then(|batch| batch.get(LOSS_MASK)).map(|mask| mask.to_device(self.device));
         let kept = self.kept(batch, own_mask, &unweighted_loss)?;
         let (average_weighted_loss, objective) = kept.mean_and_objective(&weighted_loss);
-        let average_unweighted_loss =
-            if is_weighted { kept.mean_and_objective(&unweighted_loss).0 } else { average_weighted_loss.shallow_clone() };
+        let average_unweighted_loss = if is_weighted {
+            kept.mean_and_objective(&unweighted_loss).0
+        } else {
+            average_weighted_loss.shallow_clone()
+        };
         Ok(LossValues {
             weighted_loss,
             average_weighted_loss,
@@ -256,10 +338,17 @@ impl FlowMatchingPipeline {
     }
 
     /// The elements that the batch's mask, if it is applied, and the adapter's keep.
-    fn kept(&self, batch: Option<&Batch>, own_mask: Option<&Tensor>, loss: &Tensor) -> Result<Kept> {
+    fn kept(
+        &self,
+        batch: Option<&Batch>,
+        own_mask: Option<&Tensor>,
+        loss: &Tensor,
+    ) -> Result<Kept> {
         let mut masks = Vec::new();
         if self.settings.apply_loss_mask {
-            let batch = batch.ok_or_else(|| Error::data("batch", "apply_loss_mask is set and there is no batch to have a mask"))?;
+            let batch = batch.ok_or_else(|| {
+                Error::data("batch", "apply_loss_mask is set and there is no batch to have a mask")
+            })?;
             masks.push(loss_mask(batch, &loss.size(), self.device)?);
         }
         masks.extend(own_mask.map(|mask| mask.to_kind(Kind::Float)));
@@ -273,9 +362,13 @@ impl FlowMatchingPipeline {
 /// [`Error::Data`] if there are none, or they have neither 4 nor 5 axes.
 pub fn latents_of(batch: &Batch) -> Result<&Tensor> {
     let found = LATENTS.into_iter().find_map(|key| batch.get(key));
-    let latents = found.ok_or_else(|| Error::data("batch", "has neither `video_latents` nor `image_latents`"))?;
+    let latents = found
+        .ok_or_else(|| Error::data("batch", "has neither `video_latents` nor `image_latents`"))?;
     match latents.dim() {
         4 | 5 => Ok(latents),
-        _ => Err(Error::data("batch", format!("latents must be [B, C, H, W] or [B, C, F, H, W], found {:?}", latents.size()))),
+        _ => Err(Error::data(
+            "batch",
+            format!("latents must be [B, C, H, W] or [B, C, F, H, W], found {:?}", latents.size()),
+        )),
     }
 }

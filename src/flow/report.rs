@@ -1,9 +1,11 @@
-//! The detailed and the summary log of a step, as text. Every field of the reference's logs, over all ranks.
+//! The detailed and the summary log of a step, as text. Every field of the reference's logs, over
+//! all ranks.
 
 use super::settings::{FlowMatchingSettings, LossWeightingScheme};
 use super::statistics::{Range, Statistics};
 
-const RULER: &str = "================================================================================";
+const RULER: &str =
+    "================================================================================";
 
 /// What a log says of a step besides its statistics.
 #[derive(Clone, Copy, Debug)]
@@ -34,29 +36,54 @@ pub fn summary(facts: StepFacts<'_>, statistics: &Statistics) -> String {
 }
 
 /// A block of lines: how the batch was noised, then how the prediction fared.
-pub fn detailed(facts: StepFacts<'_>, statistics: &Statistics, settings: &FlowMatchingSettings) -> String {
-    [flow_lines(facts, statistics, settings), loss_lines(facts, statistics, settings)].concat().join("\n")
+pub fn detailed(
+    facts: StepFacts<'_>,
+    statistics: &Statistics,
+    settings: &FlowMatchingSettings,
+) -> String {
+    [flow_lines(facts, statistics, settings), loss_lines(facts, statistics, settings)]
+        .concat()
+        .join("\n")
 }
 
-fn flow_lines(facts: StepFacts<'_>, statistics: &Statistics, settings: &FlowMatchingSettings) -> Vec<String> {
+fn flow_lines(
+    facts: StepFacts<'_>,
+    statistics: &Statistics,
+    settings: &FlowMatchingSettings,
+) -> Vec<String> {
     let Statistics { sigma, timesteps, latents, noise, noisy_latents, .. } = statistics;
-    let spread =
-        if sigma.count > 1.0 { format!("mean {:.4}, std {:.4}", sigma.mean, sigma.std()) } else { format!("value {:.4}", sigma.mean) };
+    let spread = if sigma.count > 1.0 {
+        format!("mean {:.4}, std {:.4}", sigma.mean, sigma.std())
+    } else {
+        format!("value {:.4}", sigma.mean)
+    };
     vec![
         RULER.into(),
         format!("[STEP {}] FLOW MATCHING: x = (1 - σ)·latents + σ·noise", facts.step),
         RULER.into(),
-        format!("[SAMPLING] Method: {} | task {} | data {}", facts.sampling_method, facts.task_type, facts.data_type),
+        format!(
+            "[SAMPLING] Method: {} | task {} | data {}",
+            facts.sampling_method, facts.task_type, facts.data_type
+        ),
         format!("[FLOW] Shift: {}", settings.flow_shift),
         format!("[BATCH] Size: {}", sigma.count),
         format!("[SIGMA] Range: [{:.4}, {:.4}], {spread}", sigma.min, sigma.max),
         format!("[TIMESTEPS] Range: [{:.2}, {:.2}]", timesteps.min, timesteps.max),
-        format!("[RANGES] Clean latents: {} | noise: {} | noisy latents: {}", shown(latents), shown(noise), shown(noisy_latents)),
+        format!(
+            "[RANGES] Clean latents: {} | noise: {} | noisy latents: {}",
+            shown(latents),
+            shown(noise),
+            shown(noisy_latents)
+        ),
         sanity(latents, noise, noisy_latents),
     ]
 }
 
-fn loss_lines(facts: StepFacts<'_>, statistics: &Statistics, settings: &FlowMatchingSettings) -> Vec<String> {
+fn loss_lines(
+    facts: StepFacts<'_>,
+    statistics: &Statistics,
+    settings: &FlowMatchingSettings,
+) -> Vec<String> {
     let Statistics { weight, prediction, target, loss, unweighted_loss, .. } = statistics;
     let formula = match (settings.use_loss_weighting, settings.loss_weighting_scheme) {
         (false, _) => "1".into(),
@@ -69,8 +96,13 @@ fn loss_lines(facts: StepFacts<'_>, statistics: &Statistics, settings: &FlowMatc
         format!("[STEP {}] LOSS DEBUG: target = noise - latents", facts.step),
         RULER.into(),
         format!("[RANGES] Prediction: {} | target: {}", shown(prediction), shown(target)),
-        format!("[WEIGHTS] w = {formula} | range: [{:.4}, {:.4}], mean {:.4}", weight.min, weight.max, weight.mean),
-        format!("[LOSS] Unweighted: {unweighted_loss:.6} | weighted: {loss:.6} | impact {impact:.3}x"),
+        format!(
+            "[WEIGHTS] w = {formula} | range: [{:.4}, {:.4}], mean {:.4}",
+            weight.min, weight.max, weight.mean
+        ),
+        format!(
+            "[LOSS] Unweighted: {unweighted_loss:.6} | weighted: {loss:.6} | impact {impact:.3}x"
+        ),
         RULER.into(),
     ]
 }
@@ -83,5 +115,9 @@ fn shown(range: &Range) -> String {
 fn sanity(latents: &Range, noise: &Range, noisy: &Range) -> String {
     let reach = |range: &Range| range.min.abs().max(range.max.abs());
     let bound = 1.5 * reach(latents).max(reach(noise));
-    if reach(noisy) > bound { format!("[CHECK] WARNING: noisy latents reach beyond ±{bound:.1}") } else { "[CHECK] OK".into() }
+    if reach(noisy) > bound {
+        format!("[CHECK] WARNING: noisy latents reach beyond ±{bound:.1}")
+    } else {
+        "[CHECK] OK".into()
+    }
 }

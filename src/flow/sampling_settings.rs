@@ -1,4 +1,5 @@
-//! `[sampling]`: what is chosen anew for each generation; what the family prescribes comes from its adapter.
+//! `[sampling]`: what is chosen anew for each generation; what the family prescribes comes from its
+//! adapter.
 
 use crate::settings::{Keys, Settings};
 
@@ -16,13 +17,24 @@ pub struct SamplingSettings {
 
 impl Default for SamplingSettings {
     fn default() -> Self {
-        SamplingSettings { num_steps: 50, guidance_scale: 0.0, true_cfg_scale: 1.0, shift: 0.0, per_condition: 10 }
+        SamplingSettings {
+            num_steps: 50,
+            guidance_scale: 0.0,
+            true_cfg_scale: 1.0,
+            shift: 0.0,
+            per_condition: 10,
+        }
     }
 }
 
 impl Settings for SamplingSettings {
     fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.integer("num_steps", &mut self.num_steps, 1..=10_000, "Euler steps from noise to data.");
+        keys.integer(
+            "num_steps",
+            &mut self.num_steps,
+            1..=10_000,
+            "Euler steps from noise to data.",
+        );
         keys.number(
             "guidance_scale",
             &mut self.guidance_scale,
@@ -35,7 +47,17 @@ impl Settings for SamplingSettings {
             0.0..=100.0,
             "Classifier-free guidance away from negative conditions, on top of an embedded one; 1 is none.",
         );
-        keys.number("shift", &mut self.shift, 0.0..=100.0, "Constant shift of the noise levels towards noise; 0: the family's own way.");
-        keys.integer("per_condition", &mut self.per_condition, 1..=10_000, "Samples generated for each of the dataset's conditions.");
+        keys.number(
+            "shift",
+            &mut self.shift,
+            0.0..=100.0,
+            "Constant shift of the noise levels towards noise; 0: the family's own way.",
+        );
+        keys.integer(
+            "per_condition",
+            &mut self.per_condition,
+            1..=10_000,
+            "Samples generated for each of the dataset's conditions.",
+        );
     }
 }

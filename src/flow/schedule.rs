@@ -12,14 +12,16 @@ impl LinearInterpolationSchedule {
     /// Point on the straight path from `x0` (data) to `x1` (noise).
     ///
     /// # Shapes
-    /// `x0`, `x1`: `[B, …]`, equal; `sigma`: `[B]` f32 in `[0, 1]`, 0 = data. Returns the shape of `x0`.
+    /// `x0`, `x1`: `[B, …]`, equal; `sigma`: `[B]` f32 in `[0, 1]`, 0 = data. Returns the shape of
+    /// `x0`.
     /// # Panics
     /// If the batch sizes differ (a bug in the caller).
     ///
     /// Source: Lipman et al. 2023, arXiv:2210.02747, eq. 20–23, time reversed.
     pub fn forward(&self, x0: &Tensor, x1: &Tensor, sigma: &Tensor) -> Tensor {
         let sigma = broadcast_to_rank(sigma, x0.dim());
-        // 1 − sigma as a tensor operation of its own: the reference rounds each product before the sum.
+        // 1 − sigma as a tensor operation of its own: the reference rounds each product before the
+        // sum.
         let mut point = (sigma.ones_like() - &sigma) * x0;
         point += sigma * x1;
         point
@@ -41,8 +43,13 @@ mod tests {
     #[test]
     fn data_and_velocity_come_back_from_any_point_of_the_path() {
         let double = (Kind::Double, Device::Cpu);
-        let (data, noise, sigma) = Key::new(1, Purpose::Test)
-            .seeded(|| (Tensor::randn([3, 2, 4, 4], double), Tensor::randn([3, 2, 4, 4], double), Tensor::rand([3], double)));
+        let (data, noise, sigma) = Key::new(1, Purpose::Test).seeded(|| {
+            (
+                Tensor::randn([3, 2, 4, 4], double),
+                Tensor::randn([3, 2, 4, 4], double),
+                Tensor::rand([3], double),
+            )
+        });
         let point = LinearInterpolationSchedule.forward(&data, &noise, &sigma);
         let velocity = &noise - &data;
         let back = point - broadcast_to_rank(&sigma, 4) * velocity;
@@ -53,8 +60,11 @@ mod tests {
     #[test]
     fn the_ends_of_the_path_are_exact() {
         let float = (Kind::Float, Device::Cpu);
-        let (data, noise) = Key::new(2, Purpose::Test).seeded(|| (Tensor::randn([2, 3], float), Tensor::randn([2, 3], float)));
-        let at = |sigma: f32| LinearInterpolationSchedule.forward(&data, &noise, &Tensor::from_slice(&[sigma, sigma]));
+        let (data, noise) = Key::new(2, Purpose::Test)
+            .seeded(|| (Tensor::randn([2, 3], float), Tensor::randn([2, 3], float)));
+        let at = |sigma: f32| {
+            LinearInterpolationSchedule.forward(&data, &noise, &Tensor::from_slice(&[sigma, sigma]))
+        };
         assert!(at(0.0).equal(&data) && at(1.0).equal(&noise));
     }
 }

@@ -1,4 +1,5 @@
-//! `[flow_matching]`: the reference's parameters under the reference's names and defaults, then fm-dist's own.
+//! `[flow_matching]`: the reference's parameters under the reference's names and defaults, then
+//! fm-dist's own.
 
 use super::timestep_sampling::TimestepSampling;
 use crate::settings::{Choice, Keys, Settings, above_up_to};
@@ -11,7 +12,8 @@ pub enum LossWeightingScheme {
 }
 
 impl Choice for LossWeightingScheme {
-    const ALL: &'static [(&'static str, Self)] = &[("linear", LossWeightingScheme::Linear), ("bsmntw", LossWeightingScheme::Bsmntw)];
+    const ALL: &'static [(&'static str, Self)] =
+        &[("linear", LossWeightingScheme::Linear), ("bsmntw", LossWeightingScheme::Bsmntw)];
 }
 
 /// What becomes of draws outside `[sigma_min, sigma_max]`.
@@ -25,7 +27,8 @@ pub enum SigmaWindow {
 }
 
 impl Choice for SigmaWindow {
-    const ALL: &'static [(&'static str, Self)] = &[("clamp", SigmaWindow::Clamp), ("truncate", SigmaWindow::Truncate)];
+    const ALL: &'static [(&'static str, Self)] =
+        &[("clamp", SigmaWindow::Clamp), ("truncate", SigmaWindow::Truncate)];
 }
 
 /// Who drops conditions for classifier-free guidance.
@@ -39,7 +42,8 @@ pub enum CfgDropout {
 }
 
 impl Choice for CfgDropout {
-    const ALL: &'static [(&'static str, Self)] = &[("adapter", CfgDropout::Adapter), ("per_sample", CfgDropout::PerSample)];
+    const ALL: &'static [(&'static str, Self)] =
+        &[("adapter", CfgDropout::Adapter), ("per_sample", CfgDropout::PerSample)];
 }
 
 /// What a dropped condition becomes.
@@ -48,12 +52,14 @@ pub enum CfgDropoutValue {
     /// The reference's way.
     #[default]
     Zeros,
-    /// The empty prompt's, which guidance uses when images are generated: the batch's `empty.<key>`.
+    /// The empty prompt's, which guidance uses when images are generated: the batch's
+    /// `empty.<key>`.
     EmptyPrompt,
 }
 
 impl Choice for CfgDropoutValue {
-    const ALL: &'static [(&'static str, Self)] = &[("zeros", CfgDropoutValue::Zeros), ("empty_prompt", CfgDropoutValue::EmptyPrompt)];
+    const ALL: &'static [(&'static str, Self)] =
+        &[("zeros", CfgDropoutValue::Zeros), ("empty_prompt", CfgDropoutValue::EmptyPrompt)];
 }
 
 /// For whom image-to-video is drawn.
@@ -66,7 +72,8 @@ pub enum TaskScope {
 }
 
 impl Choice for TaskScope {
-    const ALL: &'static [(&'static str, Self)] = &[("batch", TaskScope::Batch), ("sample", TaskScope::Sample)];
+    const ALL: &'static [(&'static str, Self)] =
+        &[("batch", TaskScope::Batch), ("sample", TaskScope::Sample)];
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -135,17 +142,41 @@ impl Settings for FlowMatchingSettings {
             1..=1_000_000,
             "Scale of the timesteps that the model sees: t = sigma times this.",
         );
-        keys.choice("timestep_sampling", &mut self.timestep_sampling, "Distribution of u, from which sigma follows.");
+        keys.choice(
+            "timestep_sampling",
+            &mut self.timestep_sampling,
+            "Distribution of u, from which sigma follows.",
+        );
         keys.number(
             "flow_shift",
             &mut self.flow_shift,
             positive,
             "Shift towards noise, sigma = s/(s + 1/u - 1); also the slope of the linear loss weight.",
         );
-        keys.number("i2v_prob", &mut self.i2v_prob, 0.0..=1.0, "Share of video batches trained as image-to-video.");
-        keys.number("cfg_dropout_prob", &mut self.cfg_dropout_prob, 0.0..=1.0, "Share of conditions dropped for classifier-free guidance.");
-        keys.number("logit_mean", &mut self.logit_mean, -10.0..=10.0, "Mean of the normal under `logit_normal`.");
-        keys.number("logit_std", &mut self.logit_std, 0.0..=1000.0, "Standard deviation of the normal under `logit_normal`.");
+        keys.number(
+            "i2v_prob",
+            &mut self.i2v_prob,
+            0.0..=1.0,
+            "Share of video batches trained as image-to-video.",
+        );
+        keys.number(
+            "cfg_dropout_prob",
+            &mut self.cfg_dropout_prob,
+            0.0..=1.0,
+            "Share of conditions dropped for classifier-free guidance.",
+        );
+        keys.number(
+            "logit_mean",
+            &mut self.logit_mean,
+            -10.0..=10.0,
+            "Mean of the normal under `logit_normal`.",
+        );
+        keys.number(
+            "logit_std",
+            &mut self.logit_std,
+            0.0..=1000.0,
+            "Standard deviation of the normal under `logit_normal`.",
+        );
         keys.number(
             "mix_uniform_ratio",
             &mut self.mix_uniform_ratio,
@@ -166,10 +197,28 @@ impl Settings for FlowMatchingSettings {
             "Lower edge of the sigma window; equal to sigma_max it is every sample's sigma.",
         );
         keys.number("sigma_max", &mut self.sigma_max, 0.0..=1.0, "Upper edge of the sigma window.");
-        keys.flag("use_loss_weighting", &mut self.use_loss_weighting, "Whether a sample's loss is weighted by its sigma.");
-        keys.choice("loss_weighting_scheme", &mut self.loss_weighting_scheme, "How it is weighted.");
-        keys.integer("log_interval", &mut self.log_interval, 0.., "Steps between detailed log blocks; 0: none.");
-        keys.integer("summary_log_interval", &mut self.summary_log_interval, 0.., "Steps between summary log lines; 0: none.");
+        keys.flag(
+            "use_loss_weighting",
+            &mut self.use_loss_weighting,
+            "Whether a sample's loss is weighted by its sigma.",
+        );
+        keys.choice(
+            "loss_weighting_scheme",
+            &mut self.loss_weighting_scheme,
+            "How it is weighted.",
+        );
+        keys.integer(
+            "log_interval",
+            &mut self.log_interval,
+            0..,
+            "Steps between detailed log blocks; 0: none.",
+        );
+        keys.integer(
+            "summary_log_interval",
+            &mut self.summary_log_interval,
+            0..,
+            "Steps between summary log lines; 0: none.",
+        );
         keys.choice(
             "sigma_window",
             &mut self.sigma_window,

@@ -27,7 +27,10 @@ impl Moments {
         let count = values.len() as f64;
         let mean = values.clone().sum::<f64>() / count;
         let squares = values.clone().map(|value| (value - mean).powi(2)).sum();
-        let (min, max) = (values.clone().fold(f64::INFINITY, merge_min), values.fold(f64::NEG_INFINITY, merge_max));
+        let (min, max) = (
+            values.clone().fold(f64::INFINITY, merge_min),
+            values.fold(f64::NEG_INFINITY, merge_max),
+        );
         Moments { count, mean, squares, min, max }
     }
 
@@ -43,7 +46,9 @@ impl Moments {
         Moments {
             count,
             mean: self.mean + apart * other.count / count,
-            squares: self.squares + other.squares + apart * apart * self.count * other.count / count,
+            squares: self.squares
+                + other.squares
+                + apart * apart * self.count * other.count / count,
             min: merge_min(self.min, other.min),
             max: merge_max(self.max, other.max),
         }
@@ -88,7 +93,8 @@ pub struct Statistics {
     pub noisy_latents: Range,
     pub prediction: Range,
     pub target: Range,
-    /// Mean weighted loss over what the masks keep, with auxiliary losses; 0 where they keep nothing.
+    /// Mean weighted loss over what the masks keep, with auxiliary losses; 0 where they keep
+    /// nothing.
     pub loss: f64,
     /// Mean unweighted loss over what the masks keep.
     pub unweighted_loss: f64,
@@ -121,8 +127,8 @@ pub(super) struct Observed<'a> {
 }
 
 impl Statistics {
-    /// Numbers of a row that say something of one sample: sigma, timestep, weight, masked mean of the unweighted loss, share that
-    /// the masks keep.
+    /// Numbers of a row that say something of one sample: sigma, timestep, weight, masked mean of
+    /// the unweighted loss, share that the masks keep.
     const PER_SAMPLE: usize = 5;
 
     /// Numbers of a row that say something of the whole batch: five ranges, two mean losses.
@@ -133,18 +139,31 @@ impl Statistics {
         Self::PER_SAMPLE * samples + Self::SCALARS
     }
 
-    /// `[width(B)]` f32 on the device, without a host synchronization; to be called without a graph. Only what needs whole tensors
-    /// is computed there: each of its operators costs more than all of the host's work on some numbers a sample.
+    /// `[width(B)]` f32 on the device, without a host synchronization; to be called without a
+    /// graph. Only what needs whole tensors is computed there: each of its operators costs more
+    /// than all of the host's work on some numbers a sample.
     pub(super) fn measure(observed: &Observed<'_>) -> Tensor {
         let loss = observed.loss;
         let kept = loss.kept.share_of_samples(observed.sigma.size()[0], observed.sigma.device());
-        let tensors = [observed.latents, observed.noise, observed.noisy_latents, observed.model_pred, observed.target];
-        // Without an axis: along one, even the only one, the operator takes a hundred times as long.
+        let tensors = [
+            observed.latents,
+            observed.noise,
+            observed.noisy_latents,
+            observed.model_pred,
+            observed.target,
+        ];
+        // Without an axis: along one, even the only one, the operator takes a hundred times as
+        // long.
         let range = |tensor: &Tensor| <[Tensor; 2]>::from(tensor.aminmax(None::<i64>, false));
         let mut scalars: Vec<Tensor> = tensors.into_iter().flat_map(range).collect();
-        scalars.extend([&loss.average_weighted_loss, &loss.average_unweighted_loss].map(Tensor::shallow_clone));
+        scalars.extend(
+            [&loss.average_weighted_loss, &loss.average_unweighted_loss].map(Tensor::shallow_clone),
+        );
         let (weight, scalars) = (loss.loss_weight.flatten(0, -1), Tensor::stack(&scalars, 0));
-        Tensor::cat(&[observed.sigma, observed.timesteps, &weight, &loss.sample_losses(), &kept, &scalars], 0)
+        Tensor::cat(
+            &[observed.sigma, observed.timesteps, &weight, &loss.sample_losses(), &kept, &scalars],
+            0,
+        )
     }
 
     /// Reads a row that [`FlowMatchingPipeline::step`](super::FlowMatchingPipeline::step) measured.
@@ -191,7 +210,8 @@ impl Statistics {
             prediction: self.prediction.merge(other.prediction),
             target: self.target.merge(other.target),
             loss: self.loss + share * (other.loss - self.loss),
-            unweighted_loss: self.unweighted_loss + share * (other.unweighted_loss - self.unweighted_loss),
+            unweighted_loss: self.unweighted_loss
+                + share * (other.unweighted_loss - self.unweighted_loss),
             kept,
             sigma_histogram: added(self.sigma_histogram, other.sigma_histogram),
             by_sigma: BySigma {
@@ -201,14 +221,15 @@ impl Statistics {
         }
     }
 
-    /// Mean unweighted loss, over what the masks keep, in each tenth of sigma; none where nothing was kept.
+    /// Mean unweighted loss, over what the masks keep, in each tenth of sigma; none where nothing
+    /// was kept.
     pub fn loss_per_sigma(&self) -> [Option<f64>; SIGMA_BINS] {
         let BySigma { losses, kept } = self.by_sigma;
         std::array::from_fn(|bin| (kept[bin] > 0.0).then(|| losses[bin] / kept[bin]))
     }
 
-    /// The factor that makes a gradient of the mean over what was kept out of one over all elements; 1 without masks, and
-    /// where nothing was kept.
+    /// The factor that makes a gradient of the mean over what was kept out of one over all
+    /// elements; 1 without masks, and where nothing was kept.
     pub fn gradient_scale(&self) -> f64 {
         if self.kept > 0.0 { self.sigma.count / self.kept } else { 1.0 }
     }
@@ -254,23 +275,32 @@ mod tests {
 
     #[test]
     fn losses_are_averaged_in_their_tenth_of_sigma_by_what_is_kept() {
-        let (counts, sums) = histogram(&[0.05, 0.95, 0.99, 1.0], &[1.0, 2.0, 2.0, 0.0], &[1.0, 1.0, 0.5, 0.0]);
+        let (counts, sums) =
+            histogram(&[0.05, 0.95, 0.99, 1.0], &[1.0, 2.0, 2.0, 0.0], &[1.0, 1.0, 0.5, 0.0]);
         assert_eq!(counts, [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.0]);
         assert_eq!((sums.losses[0], sums.losses[9]), (1.0, 4.0));
         assert_eq!((sums.kept[0], sums.kept[9]), (1.0, 1.5));
     }
 
-    /// Statistics of samples at sigma 0.5 with these losses and shares, of which `loss` is the mean.
+    /// Statistics of samples at sigma 0.5 with these losses and shares, of which `loss` is the
+    /// mean.
     fn masked(losses: &[f32], kept: &[f32], loss: f32) -> Statistics {
         let samples = losses.len();
-        let columns = [&vec![0.5; samples], &vec![500.0; samples], &vec![1.0; samples], &losses.to_vec(), &kept.to_vec()];
+        let columns = [
+            &vec![0.5; samples],
+            &vec![500.0; samples],
+            &vec![1.0; samples],
+            &losses.to_vec(),
+            &kept.to_vec(),
+        ];
         let row = [columns.map(Vec::as_slice).concat(), vec![0.0; 10], vec![loss; 2]].concat();
         Statistics::from_row(&row)
     }
 
     #[test]
     fn batches_merge_by_what_their_masks_keep() {
-        // Sample means 8 and 2 over all elements, of which 1 and 1/4 are kept: losses of 8 over the first's, 8 over the second's.
+        // Sample means 8 and 2 over all elements, of which 1 and 1/4 are kept: losses of 8 over the
+        // first's, 8 over the second's.
         let merged = masked(&[8.0], &[1.0], 8.0).merge(&masked(&[2.0, 0.0], &[0.25, 0.0], 8.0));
         assert_eq!((merged.loss, merged.kept, merged.gradient_scale()), (8.0, 1.25, 3.0 / 1.25));
         assert_eq!(merged.loss_per_sigma()[5], Some(8.0));

@@ -1,17 +1,20 @@
-//! Timesteps shifted towards noise, and the loss weight that goes with it: two of the reference's `time_shift_utils`.
+//! Timesteps shifted towards noise, and the loss weight that goes with it: two of the reference's
+//! `time_shift_utils`.
 
 use tch::Tensor;
 
 use crate::settings::Choice;
 
-/// `shift / (shift + (1/u − 1))`: more weight to high sigma the larger the shift; 1 leaves `u` alone.
+/// `shift / (shift + (1/u − 1))`: more weight to high sigma the larger the shift; 1 leaves `u`
+/// alone.
 ///
 /// # Shapes
 /// `u`: any, in `[0, 1]`; 0 maps to 0 and 1 to 1. Returns the same shape and kind.
 ///
 /// Source: Esser et al. 2024, arXiv:2403.03206, eq. 23, in the reference's form.
 pub fn shifted(u: &Tensor, shift: f64) -> Tensor {
-    // PyTorch computes scalar / tensor as reciprocal · scalar; two roundings, repeated here to agree bit for bit.
+    // PyTorch computes scalar / tensor as reciprocal · scalar; two roundings, repeated here to
+    // agree bit for bit.
     (u.reciprocal() - 1.0 + shift).reciprocal() * shift
 }
 
@@ -32,8 +35,11 @@ pub enum ShiftType {
 }
 
 impl Choice for ShiftType {
-    const ALL: &'static [(&'static str, Self)] =
-        &[("constant", ShiftType::Constant), ("linear", ShiftType::Linear), ("sqrt", ShiftType::Sqrt)];
+    const ALL: &'static [(&'static str, Self)] = &[
+        ("constant", ShiftType::Constant),
+        ("linear", ShiftType::Linear),
+        ("sqrt", ShiftType::Sqrt),
+    ];
 }
 
 /// Arguments of [`time_shift`] with the reference's defaults.
@@ -50,7 +56,12 @@ pub struct TimeShift {
 
 impl Default for TimeShift {
     fn default() -> Self {
-        TimeShift { shift_type: ShiftType::Constant, base_shift: 0.5, max_shift: 1.15, constant: 3.0 }
+        TimeShift {
+            shift_type: ShiftType::Constant,
+            base_shift: 0.5,
+            max_shift: 1.15,
+            constant: 3.0,
+        }
     }
 }
 
@@ -59,7 +70,9 @@ impl TimeShift {
     pub fn shift(&self, image_seq_len: i64) -> f64 {
         let tokens = image_seq_len as f64;
         match self.shift_type {
-            ShiftType::Linear => (self.base_shift + (self.max_shift - self.base_shift) * (tokens / 4096.0)).exp(),
+            ShiftType::Linear => {
+                (self.base_shift + (self.max_shift - self.base_shift) * (tokens / 4096.0)).exp()
+            }
             ShiftType::Sqrt => (3.0 * (tokens / (128.0 * 128.0)).sqrt()).max(1.0),
             ShiftType::Constant => self.constant,
         }
@@ -95,7 +108,8 @@ mod tests {
 
     use super::*;
 
-    // Expected values were computed in f64 from the formulas, independently of both implementations.
+    // Expected values were computed in f64 from the formulas, independently of both
+    // implementations.
 
     fn shifted_number(u: f64, shift: f64) -> f64 {
         shifted(&Tensor::from_slice(&[u]), shift).double_value(&[0])
@@ -103,9 +117,14 @@ mod tests {
 
     #[test]
     fn shifts_have_the_specified_values() {
-        for (shift, u, expected) in
-            [(3.0, 0.5, 0.75), (2.5, 0.5, 0.714_286), (2.23, 0.5, 0.690_402), (0.5, 0.5, 0.333_333), (3.0, 0.0, 0.0), (3.0, 1.0, 1.0)]
-        {
+        for (shift, u, expected) in [
+            (3.0, 0.5, 0.75),
+            (2.5, 0.5, 0.714_286),
+            (2.23, 0.5, 0.690_402),
+            (0.5, 0.5, 0.333_333),
+            (3.0, 0.0, 0.0),
+            (3.0, 1.0, 1.0),
+        ] {
             assert!((shifted_number(u, shift) - expected).abs() < 1e-6, "S({shift}, {u})");
         }
     }
@@ -116,7 +135,9 @@ mod tests {
             let linear = TimeShift { shift_type: ShiftType::Linear, ..TimeShift::default() };
             assert!((linear.shift(tokens) - expected).abs() < 1e-6, "linear {tokens}");
         }
-        for (tokens, expected) in [(1820, 1.0), (1821, 1.000_153), (4096, 1.5), (16384, 3.0), (32760, 4.242_123)] {
+        for (tokens, expected) in
+            [(1820, 1.0), (1821, 1.000_153), (4096, 1.5), (16384, 3.0), (32760, 4.242_123)]
+        {
             let sqrt = TimeShift { shift_type: ShiftType::Sqrt, ..TimeShift::default() };
             assert!((sqrt.shift(tokens) - expected).abs() < 1e-6, "sqrt {tokens}");
         }
@@ -139,8 +160,14 @@ mod tests {
     fn the_documented_defaults_are_the_defaults() {
         let half = Tensor::from_slice(&[0.5f64]);
         assert_eq!(time_shift(&half, 4096, TimeShift::default()).double_value(&[0]), 0.75);
-        assert_eq!(get_flow_match_loss_weight(&half, WeightShift::default()).double_value(&[0]), 2.5);
+        assert_eq!(
+            get_flow_match_loss_weight(&half, WeightShift::default()).double_value(&[0]),
+            2.5
+        );
         assert_eq!("sqrt".parse(), Ok(ShiftType::Sqrt));
-        assert_eq!("cubic".parse::<ShiftType>(), Err("unknown value `cubic`; expected one of constant, linear, sqrt".into()));
+        assert_eq!(
+            "cubic".parse::<ShiftType>(),
+            Err("unknown value `cubic`; expected one of constant, linear, sqrt".into())
+        );
     }
 }

@@ -20,8 +20,9 @@ const VERSION: &str = "0.42.1";
 /// The model that the folder's `config.json` describes.
 ///
 /// # Errors
-/// [`Error::Config`] naming every field that is unknown or has a value that is not supported; [`Error::Storage`] if the file
-/// cannot be read; [`Error::CheckpointMismatch`] if its weights are a pickle.
+/// [`Error::Config`] naming every field that is unknown or has a value that is not supported;
+/// [`Error::Storage`] if the file cannot be read; [`Error::CheckpointMismatch`] if its weights are
+/// a pickle.
 pub fn read_folder(folder: &Path) -> Result<Model> {
     refuse_pickled_weights(folder)?;
     let path = folder.join(FILE_NAME);
@@ -29,13 +30,20 @@ pub fn read_folder(folder: &Path) -> Result<Model> {
         return Err(Error::config("model.path", what));
     }
     let shown = path.display().to_string();
-    let text = fs::read(&path).map_err(|error| Error::config("model.path", format!("{shown} cannot be read: {error}")))?;
+    let text = fs::read(&path)
+        .map_err(|error| Error::config("model.path", format!("{shown} cannot be read: {error}")))?;
     let parsed: Result<Map<String, Value>, _> = serde_json::from_slice(&text);
-    let mut fields = parsed.map_err(|error| Error::config("model.path", format!("{shown}: {}", no_json(&text, &error))))?;
+    let mut fields = parsed.map_err(|error| {
+        Error::config("model.path", format!("{shown}: {}", no_json(&text, &error)))
+    })?;
     let class = fields.get("_class_name").and_then(Value::as_str).unwrap_or_default().to_string();
-    let mut model = of_class(&class).ok_or_else(|| Error::config("model.path", format!("{shown}: {}", unknown_class(&class))))?;
+    let mut model = of_class(&class).ok_or_else(|| {
+        Error::config("model.path", format!("{shown}: {}", unknown_class(&class)))
+    })?;
     // Notes of the library that wrote the file begin with an underscore.
-    fields.retain(|name, _| !name.starts_with('_') && !model.retired_fields().contains(&name.as_str()));
+    fields.retain(|name, _| {
+        !name.starts_with('_') && !model.retired_fields().contains(&name.as_str())
+    });
     if fields.get("out_channels").is_some_and(Value::is_null) {
         // Where it says "as many as in_channels"; a default may be another number.
         fields.insert("out_channels".into(), Value::from(0));
@@ -48,7 +56,10 @@ pub fn read_folder(folder: &Path) -> Result<Model> {
 /// The family as the text of a `config.json`; none for a model that diffusers does not have.
 pub fn write_config(model: &Model) -> Option<String> {
     let class = model.class_name()?;
-    let mut fields = Map::from_iter([("_class_name".into(), class.into()), ("_diffusers_version".into(), VERSION.into())]);
+    let mut fields = Map::from_iter([
+        ("_class_name".into(), class.into()),
+        ("_diffusers_version".into(), VERSION.into()),
+    ]);
     fields.extend(settings::write_json(model.clone().settings()));
     if fields.get("out_channels") == Some(&Value::from(0)) {
         fields.insert("out_channels".into(), Value::Null);
@@ -57,34 +68,56 @@ pub fn write_config(model: &Model) -> Option<String> {
 }
 
 fn of_class(class: &str) -> Option<Model> {
-    Model::NAMES.iter().filter_map(|name| Model::named(name)).find(|model| model.class_name() == Some(class))
+    Model::NAMES
+        .iter()
+        .filter_map(|name| Model::named(name))
+        .find(|model| model.class_name() == Some(class))
 }
 
-/// The reason why a path is no transformer's folder, with the path that was meant where that can be seen.
+/// The reason why a path is no transformer's folder, with the path that was meant where that can be
+/// seen.
 fn no_transformer(path: &Path) -> Option<String> {
     let (shown, expected) = (path.display(), "expected a folder with config.json and safetensors");
     if path.is_file() {
         let inside = path.parent().filter(|folder| folder.join(FILE_NAME).is_file());
-        let meant = inside.map(|folder| format!("; did you mean {}?", folder.display())).unwrap_or_default();
+        let meant = inside
+            .map(|folder| format!("; did you mean {}?", folder.display()))
+            .unwrap_or_default();
         return Some(format!("{shown} is a file; {expected}{meant}"));
     }
     if !path.exists() {
-        return Some(format!("{shown} does not exist; {expected}{}", if is_hub_id(path) { download(path) } else { String::new() }));
+        return Some(format!(
+            "{shown} does not exist; {expected}{}",
+            if is_hub_id(path) { download(path) } else { String::new() }
+        ));
     }
     if path.join(FILE_NAME).is_file() {
         return None;
     }
     let meant = transformers_inside(path);
-    let meant = if meant.is_empty() { String::new() } else { format!("; did you mean {}?", meant.join(" or ")) };
-    let found = if path.join(PIPELINE_FILE_NAME).is_file() { "is a whole pipeline" } else { "holds no config.json" };
+    let meant = if meant.is_empty() {
+        String::new()
+    } else {
+        format!("; did you mean {}?", meant.join(" or "))
+    };
+    let found = if path.join(PIPELINE_FILE_NAME).is_file() {
+        "is a whole pipeline"
+    } else {
+        "holds no config.json"
+    };
     Some(format!("{shown} {found}; {expected}{meant}"))
 }
 
 /// Folders of transformers in a pipeline's folder, or in the snapshots of a download cache.
 fn transformers_inside(path: &Path) -> Vec<String> {
-    let is_transformer = |folder: &Path| folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with("transformer"));
+    let is_transformer = |folder: &Path| {
+        folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with("transformer"))
+    };
     let mut found = Vec::new();
-    for folder in folders_in(path).into_iter().chain(folders_in(&path.join("snapshots")).iter().flat_map(|folder| folders_in(folder))) {
+    for folder in folders_in(path)
+        .into_iter()
+        .chain(folders_in(&path.join("snapshots")).iter().flat_map(|folder| folders_in(folder)))
+    {
         if is_transformer(&folder) && folder.join(FILE_NAME).is_file() {
             found.push(folder.display().to_string());
         }
@@ -101,9 +134,14 @@ fn folders_in(path: &Path) -> Vec<PathBuf> {
 
 /// True for `owner/name`, as models are called on a hub.
 fn is_hub_id(path: &Path) -> bool {
-    let legal =
-        |part: &str| !part.is_empty() && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)) && !part.starts_with('.');
-    path.to_str().and_then(|text| text.split_once('/')).is_some_and(|(owner, name)| legal(owner) && legal(name))
+    let legal = |part: &str| {
+        !part.is_empty()
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+            && !part.starts_with('.')
+    };
+    path.to_str()
+        .and_then(|text| text.split_once('/'))
+        .is_some_and(|(owner, name)| legal(owner) && legal(name))
 }
 
 fn download(id: &Path) -> String {
@@ -118,7 +156,11 @@ fn unknown_class(class: &str) -> String {
     if class.is_empty() {
         return "has no _class_name, so it describes no model of diffusers".into();
     }
-    let known: Vec<&str> = Model::NAMES.iter().filter_map(|name| Model::named(name)).filter_map(|model| model.class_name()).collect();
+    let known: Vec<&str> = Model::NAMES
+        .iter()
+        .filter_map(|name| Model::named(name))
+        .filter_map(|model| model.class_name())
+        .collect();
     format!("_class_name is {class:?}; supported are {}", known.join(", "))
 }
 
@@ -139,17 +181,28 @@ mod tests {
         assert_eq!(no_transformer(&transformer), None);
         let meant = format!("did you mean {}?", transformer.display());
         let text = said(&at("pipeline"));
-        assert!(text.contains("is a whole pipeline; expected a folder with config.json") && text.ends_with(&meant), "{text}");
+        assert!(
+            text.contains("is a whole pipeline; expected a folder with config.json")
+                && text.ends_with(&meant),
+            "{text}"
+        );
         for file in ["weights.safetensors", "config.json"] {
             let text = said(&transformer.join(file));
-            assert!(text.contains(&format!("{file} is a file;")) && text.ends_with(&meant), "{text}");
+            assert!(
+                text.contains(&format!("{file} is a file;")) && text.ends_with(&meant),
+                "{text}"
+            );
         }
         let snapshot = at("cache/snapshots/0a/transformer");
         fs::create_dir_all(&snapshot).expect("a folder");
         fs::write(snapshot.join("config.json"), "{}").expect("a file");
         assert!(said(&at("cache")).ends_with(&format!("did you mean {}?", snapshot.display())));
         let text = said(Path::new("black-forest-labs/FLUX.1-dev"));
-        assert!(text.contains("does not exist") && text.contains("`hf download black-forest-labs/FLUX.1-dev --include"), "{text}");
+        assert!(
+            text.contains("does not exist")
+                && text.contains("`hf download black-forest-labs/FLUX.1-dev --include"),
+            "{text}"
+        );
         assert!(!said(Path::new("/nowhere/at-all")).contains("hf download"));
     }
 }

@@ -1,9 +1,11 @@
-//! A small diffusion transformer for latents of any even size, conditioned on a sequence of embeddings.
+//! A small diffusion transformer for latents of any even size, conditioned on a sequence of
+//! embeddings.
 //!
-//! The prompt's embeddings are averaged over their tokens, so that a class is a prompt of one token and an all-zero prompt
-//! (what classifier-free guidance drops to) means no condition.
+//! The prompt's embeddings are averaged over their tokens, so that a class is a prompt of one token
+//! and an all-zero prompt (what classifier-free guidance drops to) means no condition.
 //!
-//! Source: Peebles & Xie 2023, arXiv:2212.09748 (adaLN-Zero); parameter names follow facebookresearch/DiT.
+//! Source: Peebles & Xie 2023, arXiv:2212.09748 (adaLN-Zero); parameter names follow
+//! facebookresearch/DiT.
 
 use tch::{Kind, Tensor};
 
@@ -13,7 +15,9 @@ use crate::nn::attention::SelfAttention;
 use crate::nn::embed::{ScalarEmbedding, grid_positions};
 use crate::nn::modulation::{Modulation, gated, modulated_norm};
 use crate::nn::patches::{cut_images, join_images};
-use crate::nn::{Activations, Builder, Init, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Stage, Views};
+use crate::nn::{
+    Activations, Builder, Init, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Stage, Views,
+};
 use crate::settings::{Keys, Settings};
 
 /// DiT's epsilon of the layer normalizations.
@@ -32,24 +36,57 @@ pub struct Dit {
 
 impl Default for Dit {
     fn default() -> Self {
-        Dit { in_channels: 1, condition_width: 10, patch_size: 2, width: 128, depth: 4, num_heads: 4, mlp_ratio: 4 }
+        Dit {
+            in_channels: 1,
+            condition_width: 10,
+            patch_size: 2,
+            width: 128,
+            depth: 4,
+            num_heads: 4,
+            mlp_ratio: 4,
+        }
     }
 }
 
 impl Settings for Dit {
     fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.integer("in_channels", &mut self.in_channels, 1..=4096, "Channels of the latents; must equal the data's.");
-        keys.integer("condition_width", &mut self.condition_width, 1..=65_536, "Last axis of `text_embeddings`; must equal the data's.");
+        keys.integer(
+            "in_channels",
+            &mut self.in_channels,
+            1..=4096,
+            "Channels of the latents; must equal the data's.",
+        );
+        keys.integer(
+            "condition_width",
+            &mut self.condition_width,
+            1..=65_536,
+            "Last axis of `text_embeddings`; must equal the data's.",
+        );
         keys.integer(
             "patch_size",
             &mut self.patch_size,
             1..=64,
             "Side of the square patch that becomes one token; divides height and width.",
         );
-        keys.integer("width", &mut self.width, 4..=65_536, "Model width D; a multiple of 4 and of num_heads.");
-        keys.integer("depth", &mut self.depth, 1..=1024, "Number of transformer blocks, each a stage of its own.");
+        keys.integer(
+            "width",
+            &mut self.width,
+            4..=65_536,
+            "Model width D; a multiple of 4 and of num_heads.",
+        );
+        keys.integer(
+            "depth",
+            &mut self.depth,
+            1..=1024,
+            "Number of transformer blocks, each a stage of its own.",
+        );
         keys.integer("num_heads", &mut self.num_heads, 1..=1024, "Attention heads.");
-        keys.integer("mlp_ratio", &mut self.mlp_ratio, 1..=64, "Hidden width of the feed-forward part as a multiple of `width`.");
+        keys.integer(
+            "mlp_ratio",
+            &mut self.mlp_ratio,
+            1..=64,
+            "Hidden width of the feed-forward part as a multiple of `width`.",
+        );
     }
 }
 
@@ -60,11 +97,16 @@ impl Architecture for Dit {
 
     fn stages(&self) -> Result<Vec<Box<dyn Stage>>> {
         if self.width % self.num_heads != 0 || self.width % 4 != 0 {
-            let what = format!("{} must be a multiple of 4 and of num_heads = {}", self.width, self.num_heads);
+            let what = format!(
+                "{} must be a multiple of 4 and of num_heads = {}",
+                self.width, self.num_heads
+            );
             return Err(Error::config("model.dit.width", what));
         }
         let mut stages: Vec<Box<dyn Stage>> = vec![Box::new(Embed::new(self))];
-        stages.extend((0..self.depth).map(|index| Box::new(Block::new(self, index)) as Box<dyn Stage>));
+        stages.extend(
+            (0..self.depth).map(|index| Box::new(Block::new(self, index)) as Box<dyn Stage>),
+        );
         stages.push(Box::new(Head::new(self)));
         Ok(stages)
     }
@@ -88,7 +130,12 @@ impl Architecture for Dit {
     fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()> {
         let [channels, ..] = expect_image("model.dit.patch_size", shapes.latents, self.patch_size)?;
         expect_equal("model.dit.in_channels", self.in_channels, Some(channels), "latents have")?;
-        expect_equal("model.dit.condition_width", self.condition_width, shapes.last("text_embeddings"), "text_embeddings have")
+        expect_equal(
+            "model.dit.condition_width",
+            self.condition_width,
+            shapes.last("text_embeddings"),
+            "text_embeddings have",
+        )
     }
 }
 
@@ -110,17 +157,33 @@ impl Embed {
         let mut builder = Builder::new(&mut params, "");
         let features = model.in_channels * model.patch_size * model.patch_size;
         let xavier = Init::Xavier { fan_in: features, fan_out: model.width };
-        let patches = Linear::new(&mut builder.at("x_embedder.proj"), features, model.width, xavier);
+        let patches =
+            Linear::new(&mut builder.at("x_embedder.proj"), features, model.width, xavier);
         let timestep = ScalarEmbedding::dit(&mut builder.at("t_embedder"), model.width);
-        // A one-hot prompt makes this a table of class embeddings, which DiT begins at normal(0.02).
-        let condition = Linear::without_bias(&mut builder.at("y_embedder"), model.condition_width, model.width, Init::Normal { std: 0.02 });
-        Embed { params, patch_size: model.patch_size, width: model.width, patches, timestep, condition, positions: PerShape::new() }
+        // A one-hot prompt makes this a table of class embeddings, which DiT begins at
+        // normal(0.02).
+        let condition = Linear::without_bias(
+            &mut builder.at("y_embedder"),
+            model.condition_width,
+            model.width,
+            Init::Normal { std: 0.02 },
+        );
+        Embed {
+            params,
+            patch_size: model.patch_size,
+            width: model.width,
+            patches,
+            timestep,
+            condition,
+            positions: PerShape::new(),
+        }
     }
 
     fn positions(&self, latents: &Tensor) -> Tensor {
         let size = latents.size();
         let (rows, columns) = (size[2] / self.patch_size, size[3] / self.patch_size);
-        let build = || grid_positions(rows, columns, self.width, latents.device()).to_kind(latents.kind());
+        let build =
+            || grid_positions(rows, columns, self.width, latents.device()).to_kind(latents.kind());
         self.positions.get((rows, columns), build)
     }
 }
@@ -132,10 +195,14 @@ impl Stage for Embed {
 
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
         let latents = input.get("hidden_states");
-        let hidden = self.patches.forward(params, &cut_images(latents, self.patch_size)) + self.positions(latents);
-        let prompt = input.get("encoder_hidden_states").mean_dim([1i64].as_slice(), false, None::<Kind>);
+        let hidden = self.patches.forward(params, &cut_images(latents, self.patch_size))
+            + self.positions(latents);
+        let prompt =
+            input.get("encoder_hidden_states").mean_dim([1i64].as_slice(), false, None::<Kind>);
         let timestep = self.timestep.forward(params, input.get("timestep"), latents.kind());
-        Activations::new().with("hidden", hidden).with("conditioning", timestep + self.condition.forward(params, &prompt))
+        Activations::new()
+            .with("hidden", hidden)
+            .with("conditioning", timestep + self.condition.forward(params, &prompt))
     }
 }
 
@@ -158,7 +225,12 @@ impl Block {
         let input = Linear::new(&mut builder.at("mlp.fc1"), model.width, hidden, xavier);
         let output = Linear::new(&mut builder.at("mlp.fc2"), hidden, model.width, xavier);
         let mlp = Mlp { input, output, nonlinearity: Nonlinearity::GeluTanh };
-        let modulation = Linear::new(&mut builder.at("adaLN_modulation.1"), model.width, 6 * model.width, Init::Zeros);
+        let modulation = Linear::new(
+            &mut builder.at("adaLN_modulation.1"),
+            model.width,
+            6 * model.width,
+            Init::Zeros,
+        );
         Block { params, attention, mlp, modulation: Modulation::new(modulation) }
     }
 }
@@ -172,9 +244,12 @@ impl Stage for Block {
         let (hidden, conditioning) = (input.get("hidden"), input.get("conditioning"));
         let [shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp] =
             self.modulation.forward(params, conditioning);
-        let attended = self.attention.forward(params, &modulated_norm(hidden, &shift_attention, &scale_attention, EPSILON));
+        let attended = self
+            .attention
+            .forward(params, &modulated_norm(hidden, &shift_attention, &scale_attention, EPSILON));
         let hidden = gated(hidden, &gate_attention, &attended);
-        let fed = self.mlp.forward(params, &modulated_norm(&hidden, &shift_mlp, &scale_mlp, EPSILON));
+        let fed =
+            self.mlp.forward(params, &modulated_norm(&hidden, &shift_mlp, &scale_mlp, EPSILON));
         let hidden = gated(&hidden, &gate_mlp, &fed);
         Activations::new().with("hidden", hidden).with("conditioning", conditioning.shallow_clone())
     }
@@ -194,8 +269,18 @@ impl Head {
         let mut builder = Builder::new(&mut params, "final_layer");
         let features = model.in_channels * model.patch_size * model.patch_size;
         let linear = Linear::new(&mut builder.at("linear"), model.width, features, Init::Zeros);
-        let modulation = Linear::new(&mut builder.at("adaLN_modulation.1"), model.width, 2 * model.width, Init::Zeros);
-        Head { params, patch_size: model.patch_size, linear, modulation: Modulation::new(modulation) }
+        let modulation = Linear::new(
+            &mut builder.at("adaLN_modulation.1"),
+            model.width,
+            2 * model.width,
+            Init::Zeros,
+        );
+        Head {
+            params,
+            patch_size: model.patch_size,
+            linear,
+            modulation: Modulation::new(modulation),
+        }
     }
 }
 
@@ -206,8 +291,11 @@ impl Stage for Head {
 
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
         let [shift, scale] = self.modulation.forward(params, input.get("conditioning"));
-        let tokens = self.linear.forward(params, &modulated_norm(input.get("hidden"), &shift, &scale, EPSILON));
+        let tokens = self
+            .linear
+            .forward(params, &modulated_norm(input.get("hidden"), &shift, &scale, EPSILON));
         let size = input.get("hidden_states").size();
-        Activations::new().with("prediction", join_images(&tokens, self.patch_size, size[2], size[3]))
+        Activations::new()
+            .with("prediction", join_images(&tokens, self.patch_size, size[2], size[3]))
     }
 }

@@ -1,8 +1,9 @@
 //! FLUX.1: double blocks over image and text, then single blocks over both as one sequence.
 //!
-//! Inputs: `hidden_states` `[B, Li, in_channels]`, `encoder_hidden_states` `[B, Lt, joint_attention_dim]`,
-//! `pooled_projections` `[B, pooled_projection_dim]`, `timestep` `[B]` in `[0, 1]`, `guidance` `[B]` where the model embeds
-//! it, `grid` and, if padding is to be masked, `text_mask` `[B, Lt]`.
+//! Inputs: `hidden_states` `[B, Li, in_channels]`, `encoder_hidden_states` `[B, Lt,
+//! joint_attention_dim]`, `pooled_projections` `[B, pooled_projection_dim]`, `timestep` `[B]` in
+//! `[0, 1]`, `guidance` `[B]` where the model embeds it, `grid` and, if padding is to be masked,
+//! `text_mask` `[B, Lt]`.
 //!
 //! Source: diffusers 0.42.1, `FluxTransformer2DModel`, whose field and parameter names these are.
 
@@ -17,7 +18,9 @@ use crate::nn::joint_block::BlockNames;
 use crate::nn::modulation::{Modulation, gated, modulated_norm};
 use crate::nn::norm::Rounding;
 use crate::nn::rope::{self, Axis};
-use crate::nn::{Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Stage, Views};
+use crate::nn::{
+    Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Stage, Views,
+};
 use crate::settings::{Keys, Settings};
 
 /// Of every normalization.
@@ -64,22 +67,71 @@ impl Default for Flux {
 
 impl Settings for Flux {
     fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.integer("patch_size", &mut self.patch_size, 1..=1, "Published models have 1: the adapter has cut the patches already.");
-        keys.integer("in_channels", &mut self.in_channels, 4..=65_536, "Features of a latent token; four times the latents' channels.");
-        keys.integer("out_channels", &mut self.out_channels, 0..=65_536, "Features of a predicted token; 0 is in_channels.");
-        keys.integer("num_layers", &mut self.num_layers, 0..=256, "Double blocks, each a stage of its own.");
-        keys.integer("num_single_layers", &mut self.num_single_layers, 0..=256, "Single blocks, each a stage of its own.");
-        keys.integer("attention_head_dim", &mut self.attention_head_dim, 2..=65_536, "Width of a head; the sum of axes_dims_rope.");
+        keys.integer(
+            "patch_size",
+            &mut self.patch_size,
+            1..=1,
+            "Published models have 1: the adapter has cut the patches already.",
+        );
+        keys.integer(
+            "in_channels",
+            &mut self.in_channels,
+            4..=65_536,
+            "Features of a latent token; four times the latents' channels.",
+        );
+        keys.integer(
+            "out_channels",
+            &mut self.out_channels,
+            0..=65_536,
+            "Features of a predicted token; 0 is in_channels.",
+        );
+        keys.integer(
+            "num_layers",
+            &mut self.num_layers,
+            0..=256,
+            "Double blocks, each a stage of its own.",
+        );
+        keys.integer(
+            "num_single_layers",
+            &mut self.num_single_layers,
+            0..=256,
+            "Single blocks, each a stage of its own.",
+        );
+        keys.integer(
+            "attention_head_dim",
+            &mut self.attention_head_dim,
+            2..=65_536,
+            "Width of a head; the sum of axes_dims_rope.",
+        );
         keys.integer(
             "num_attention_heads",
             &mut self.num_attention_heads,
             1..=1024,
             "Attention heads; times their width it is the model's.",
         );
-        keys.integer("joint_attention_dim", &mut self.joint_attention_dim, 1..=65_536, "Last axis of `text_embeddings`.");
-        keys.integer("pooled_projection_dim", &mut self.pooled_projection_dim, 1..=65_536, "Last axis of `pooled_prompt_embeds`.");
-        keys.flag("guidance_embeds", &mut self.guidance_embeds, "Whether the guidance scale is embedded (dev) or not (schnell).");
-        keys.integers("axes_dims_rope", &mut self.axes_dims_rope, 0..=65_536, "Features of a head turned by index, row and column; even.");
+        keys.integer(
+            "joint_attention_dim",
+            &mut self.joint_attention_dim,
+            1..=65_536,
+            "Last axis of `text_embeddings`.",
+        );
+        keys.integer(
+            "pooled_projection_dim",
+            &mut self.pooled_projection_dim,
+            1..=65_536,
+            "Last axis of `pooled_prompt_embeds`.",
+        );
+        keys.flag(
+            "guidance_embeds",
+            &mut self.guidance_embeds,
+            "Whether the guidance scale is embedded (dev) or not (schnell).",
+        );
+        keys.integers(
+            "axes_dims_rope",
+            &mut self.axes_dims_rope,
+            0..=65_536,
+            "Features of a head turned by index, row and column; even.",
+        );
     }
 }
 
@@ -108,10 +160,16 @@ impl Architecture for Flux {
     fn stages(&self) -> Result<Vec<Box<dyn Stage>>> {
         check_axes("model.flux.axes_dims_rope", &self.axes_dims_rope, self.attention_head_dim)?;
         let (width, hidden) = (self.width(), 4 * self.width());
-        let double = |index| Box::new(JointStage::new(index, &BLOCK_NAMES, width, hidden, self.heads())) as Box<dyn Stage>;
+        let double = |index| {
+            Box::new(JointStage::new(index, &BLOCK_NAMES, width, hidden, self.heads()))
+                as Box<dyn Stage>
+        };
         let mut stages: Vec<Box<dyn Stage>> = vec![Box::new(Embed::new(self))];
         stages.extend((0..self.num_layers).map(double));
-        stages.extend((0..self.num_single_layers).map(|index| Box::new(SingleBlock::new(self, index)) as Box<dyn Stage>));
+        stages.extend(
+            (0..self.num_single_layers)
+                .map(|index| Box::new(SingleBlock::new(self, index)) as Box<dyn Stage>),
+        );
         stages.push(Box::new(Head::new(width, self.features(), true, EPSILON)));
         Ok(stages)
     }
@@ -138,23 +196,45 @@ impl Architecture for Flux {
 
     fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()> {
         let [channels, ..] = expect_image("model.flux", shapes.latents, 2)?;
-        expect_equal("model.flux.in_channels", self.in_channels, Some(4 * channels), "latents in 2 x 2 patches have")?;
-        expect_equal("model.flux.out_channels", self.features(), Some(4 * channels), "latents in 2 x 2 patches have")?;
+        expect_equal(
+            "model.flux.in_channels",
+            self.in_channels,
+            Some(4 * channels),
+            "latents in 2 x 2 patches have",
+        )?;
+        expect_equal(
+            "model.flux.out_channels",
+            self.features(),
+            Some(4 * channels),
+            "latents in 2 x 2 patches have",
+        )?;
         let text = shapes.last("text_embeddings");
-        expect_equal("model.flux.joint_attention_dim", self.joint_attention_dim, text, "text_embeddings have")?;
-        let pooled = ["pooled_prompt_embeds", "clip_pooled"].iter().find_map(|key| shapes.last(key));
+        expect_equal(
+            "model.flux.joint_attention_dim",
+            self.joint_attention_dim,
+            text,
+            "text_embeddings have",
+        )?;
+        let pooled =
+            ["pooled_prompt_embeds", "clip_pooled"].iter().find_map(|key| shapes.last(key));
         let setting = "model.flux.pooled_projection_dim";
         if pooled.is_none() && !shapes.of.is_empty() && self.pooled_projection_dim != POOLED_WIDTH {
             let width = self.pooled_projection_dim;
-            let what = format!("is {width}, but the data have no `pooled_prompt_embeds`, and the zeros for it are {POOLED_WIDTH} wide");
+            let what = format!(
+                "is {width}, but the data have no `pooled_prompt_embeds`, and the zeros for it are {POOLED_WIDTH} wide"
+            );
             return Err(Error::config(setting, what));
         }
         expect_equal(setting, self.pooled_projection_dim, pooled, "pooled text has")
     }
 }
 
-const BLOCK_NAMES: BlockNames =
-    BlockNames { image_modulation: "norm1.linear", text_modulation: "norm1_context.linear", image_feed: "ff", text_feed: "ff_context" };
+const BLOCK_NAMES: BlockNames = BlockNames {
+    image_modulation: "norm1.linear",
+    text_modulation: "norm1_context.linear",
+    image_feed: "ff",
+    text_feed: "ff_context",
+};
 
 /// Latents and text to tokens; timestep, guidance and pooled text to one vector.
 struct Embed {
@@ -174,21 +254,41 @@ impl Embed {
         let mut params = ParamSet::new("embed");
         let mut builder = Builder::new(&mut params, "");
         let width = model.width();
-        let mut scalar = |name: &str| ScalarEmbedding::new(&mut builder.at("time_text_embed").at(name), FREQUENCIES, width, true);
+        let mut scalar = |name: &str| {
+            ScalarEmbedding::new(
+                &mut builder.at("time_text_embed").at(name),
+                FREQUENCIES,
+                width,
+                true,
+            )
+        };
         let timestep = scalar("timestep_embedder");
         let guidance = model.guidance_embeds.then(|| scalar("guidance_embedder"));
         let widths = [model.pooled_projection_dim, width, width];
-        let pooled = Mlp::of_two_linears(&mut builder.at("time_text_embed.text_embedder"), widths, Nonlinearity::Silu, true);
-        let text = Linear::pytorch(&mut builder.at("context_embedder"), model.joint_attention_dim, width, true);
+        let pooled = Mlp::of_two_linears(
+            &mut builder.at("time_text_embed.text_embedder"),
+            widths,
+            Nonlinearity::Silu,
+            true,
+        );
+        let text = Linear::pytorch(
+            &mut builder.at("context_embedder"),
+            model.joint_attention_dim,
+            width,
+            true,
+        );
         let image = Linear::pytorch(&mut builder.at("x_embedder"), model.in_channels, width, true);
-        let axes = model.axes_dims_rope.map(|width| Axis { width, theta: THETA, kind: Kind::Double });
+        let axes =
+            model.axes_dims_rope.map(|width| Axis { width, theta: THETA, kind: Kind::Double });
         Embed { params, image, text, timestep, guidance, pooled, axes, ropes: PerShape::new() }
     }
 
     fn conditioning(&self, params: &Views, input: &Activations, kind: Kind) -> Tensor {
-        let mut conditioning = self.timestep.forward(params, &(input.get("timestep") * 1000.0), kind);
+        let mut conditioning =
+            self.timestep.forward(params, &(input.get("timestep") * 1000.0), kind);
         if let Some(embedding) = &self.guidance {
-            conditioning += embedding.forward(params, &(input.get("guidance").to_kind(kind) * 1000.0), kind);
+            conditioning +=
+                embedding.forward(params, &(input.get("guidance").to_kind(kind) * 1000.0), kind);
         }
         conditioning + self.pooled.forward(params, input.get("pooled_projections"))
     }
@@ -196,9 +296,13 @@ impl Embed {
     /// Table over text, which has no places, then the image.
     fn rope(&self, sizes: [i64; 3], text_tokens: i64, device: Device) -> Tensor {
         self.ropes.get((sizes, text_tokens), || {
-            let [frames, rows, columns] = [0, 1, 2].map(|axis| self.axes[axis].angles_to(sizes[axis], device));
+            let [frames, rows, columns] =
+                [0, 1, 2].map(|axis| self.axes[axis].angles_to(sizes[axis], device));
             let image = rope::grid_angles(&frames, &rows, &columns);
-            rope::table(&Tensor::cat(&[Tensor::zeros([text_tokens, image.size()[1]], (Kind::Double, device)), image], 0))
+            rope::table(&Tensor::cat(
+                &[Tensor::zeros([text_tokens, image.size()[1]], (Kind::Double, device)), image],
+                0,
+            ))
         })
     }
 }
@@ -226,7 +330,8 @@ impl Stage for Embed {
     }
 }
 
-/// Attention and feed-forward side by side over text and image as one sequence, `joint` `[B, Lt + Li, D]`.
+/// Attention and feed-forward side by side over text and image as one sequence, `joint` `[B, Lt +
+/// Li, D]`.
 struct SingleBlock {
     params: ParamSet,
     modulation: Modulation,
@@ -241,7 +346,12 @@ impl SingleBlock {
         let mut params = ParamSet::new(&name);
         let mut builder = Builder::new(&mut params, &name);
         let (width, hidden) = (model.width(), 4 * model.width());
-        let modulation = Modulation::new(Linear::pytorch(&mut builder.at("norm.linear"), width, 3 * width, true));
+        let modulation = Modulation::new(Linear::pytorch(
+            &mut builder.at("norm.linear"),
+            width,
+            3 * width,
+            true,
+        ));
         let feed = Linear::pytorch(&mut builder.at("proj_mlp"), width, hidden, true);
         let output = Linear::pytorch(&mut builder.at("proj_out"), width + hidden, width, true);
         let attention = Projections::new(&mut builder.at("attn"), width, model.heads());
@@ -262,7 +372,8 @@ impl Stage for SingleBlock {
         let [query, key, value] = self.attention.forward(params, &ready, input.find("rope"));
         let attended = attend(&query, &key, &value, input.find("mask"));
         let fed = Nonlinearity::GeluTanh.apply(&self.feed.forward(params, &ready));
-        let joint = gated(&joint, &gate, &self.output.forward(params, &Tensor::cat(&[attended, fed], 2)));
+        let joint =
+            gated(&joint, &gate, &self.output.forward(params, &Tensor::cat(&[attended, fed], 2)));
         Activations::new().with("joint", joint).with("conditioning", conditioning.shallow_clone())
     }
 }

@@ -1,12 +1,14 @@
-//! FLUX.2: double blocks over image and text, then single blocks over both as one sequence, all double blocks modulated alike
-//! and all single blocks alike.
+//! FLUX.2: double blocks over image and text, then single blocks over both as one sequence, all
+//! double blocks modulated alike and all single blocks alike.
 //!
-//! Inputs: `hidden_states` `[B, Li, in_channels]`, `encoder_hidden_states` `[B, Lt, joint_attention_dim]`, `timestep` `[B]` in
-//! `[0, 1]`, `grid`, and `guidance` `[B]`, which a model that embeds it may go without.
+//! Inputs: `hidden_states` `[B, Li, in_channels]`, `encoder_hidden_states` `[B, Lt,
+//! joint_attention_dim]`, `timestep` `[B]` in `[0, 1]`, `grid`, and `guidance` `[B]`, which a model
+//! that embeds it may go without.
 //!
-//! Beside what the names of [`joint`](crate::model::joint) say, the blocks' modulations cross the boundaries: `image_modulation` and
-//! `text_modulation` `[B, 6·D]` as far as the double blocks go, `single_modulation` `[B, 3·D]` behind them. They are computed
-//! once, where their parameters are, so that the blocks hold nothing but attention and feed-forward parts.
+//! Beside what the names of [`joint`](crate::model::joint) say, the blocks' modulations cross the
+//! boundaries: `image_modulation` and `text_modulation` `[B, 6·D]` as far as the double blocks go,
+//! `single_modulation` `[B, 3·D]` behind them. They are computed once, where their parameters are,
+//! so that the blocks hold nothing but attention and feed-forward parts.
 //!
 //! Source: diffusers 0.42.1, `Flux2Transformer2DModel`, whose field and parameter names these are.
 
@@ -21,11 +23,14 @@ use crate::nn::joint_block::JointBlock;
 use crate::nn::modulation::{gated, modulated_norm, parts};
 use crate::nn::norm::{RmsNorm, Rounding};
 use crate::nn::rope::{self, Axis};
-use crate::nn::{Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Stage, Views};
+use crate::nn::{
+    Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Stage, Views,
+};
 use crate::settings::{Keys, Settings};
 
 /// What all blocks need and none changes.
-const OF_DOUBLE_BLOCKS: [&str; 4] = ["conditioning", "image_modulation", "text_modulation", "single_modulation"];
+const OF_DOUBLE_BLOCKS: [&str; 4] =
+    ["conditioning", "image_modulation", "text_modulation", "single_modulation"];
 const OF_SINGLE_BLOCKS: [&str; 2] = ["conditioning", "single_modulation"];
 
 #[derive(Clone, Debug, PartialEq)]
@@ -69,27 +74,76 @@ impl Default for Flux2 {
 
 impl Settings for Flux2 {
     fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.integer("patch_size", &mut self.patch_size, 1..=1, "Published models have 1: the latents come in patches already.");
-        keys.integer("in_channels", &mut self.in_channels, 1..=65_536, "Features of a latent token; the channels of patchified latents.");
-        keys.integer("out_channels", &mut self.out_channels, 0..=65_536, "Features of a predicted token; 0 is in_channels.");
-        keys.integer("num_layers", &mut self.num_layers, 0..=256, "Double blocks, each a stage of its own.");
-        keys.integer("num_single_layers", &mut self.num_single_layers, 0..=256, "Single blocks, each a stage of its own.");
-        keys.integer("attention_head_dim", &mut self.attention_head_dim, 2..=65_536, "Width of a head; the sum of axes_dims_rope.");
+        keys.integer(
+            "patch_size",
+            &mut self.patch_size,
+            1..=1,
+            "Published models have 1: the latents come in patches already.",
+        );
+        keys.integer(
+            "in_channels",
+            &mut self.in_channels,
+            1..=65_536,
+            "Features of a latent token; the channels of patchified latents.",
+        );
+        keys.integer(
+            "out_channels",
+            &mut self.out_channels,
+            0..=65_536,
+            "Features of a predicted token; 0 is in_channels.",
+        );
+        keys.integer(
+            "num_layers",
+            &mut self.num_layers,
+            0..=256,
+            "Double blocks, each a stage of its own.",
+        );
+        keys.integer(
+            "num_single_layers",
+            &mut self.num_single_layers,
+            0..=256,
+            "Single blocks, each a stage of its own.",
+        );
+        keys.integer(
+            "attention_head_dim",
+            &mut self.attention_head_dim,
+            2..=65_536,
+            "Width of a head; the sum of axes_dims_rope.",
+        );
         keys.integer(
             "num_attention_heads",
             &mut self.num_attention_heads,
             1..=1024,
             "Attention heads; times their width it is the model's.",
         );
-        keys.integer("joint_attention_dim", &mut self.joint_attention_dim, 1..=65_536, "Last axis of `text_embeddings`.");
+        keys.integer(
+            "joint_attention_dim",
+            &mut self.joint_attention_dim,
+            1..=65_536,
+            "Last axis of `text_embeddings`.",
+        );
         let doc = "Width of the sinusoidal embeddings of timestep and guidance; even.";
-        keys.integer("timestep_guidance_channels", &mut self.timestep_guidance_channels, 2..=65_536, doc);
-        keys.number("mlp_ratio", &mut self.mlp_ratio, 0.5..=64.0, "Hidden width of the feed-forward parts as a multiple of the model's.");
+        keys.integer(
+            "timestep_guidance_channels",
+            &mut self.timestep_guidance_channels,
+            2..=65_536,
+            doc,
+        );
+        keys.number(
+            "mlp_ratio",
+            &mut self.mlp_ratio,
+            0.5..=64.0,
+            "Hidden width of the feed-forward parts as a multiple of the model's.",
+        );
         let doc = "Features of a head turned by index, row, column and place in the text; even.";
         keys.integers("axes_dims_rope", &mut self.axes_dims_rope, 0..=65_536, doc);
         keys.integer("rope_theta", &mut self.rope_theta, 1.., "Base of the rotary frequencies.");
         keys.number("eps", &mut self.eps, 0.0..=1.0, "Epsilon of every normalization.");
-        keys.flag("guidance_embeds", &mut self.guidance_embeds, "Whether the guidance scale is embedded (dev) or not (klein).");
+        keys.flag(
+            "guidance_embeds",
+            &mut self.guidance_embeds,
+            "Whether the guidance scale is embedded (dev) or not (klein).",
+        );
     }
 }
 
@@ -112,8 +166,14 @@ impl Architecture for Flux2 {
         check_axes("model.flux2.axes_dims_rope", &self.axes_dims_rope, self.attention_head_dim)?;
         expect_even("model.flux2.timestep_guidance_channels", self.timestep_guidance_channels)?;
         let mut stages: Vec<Box<dyn Stage>> = vec![Box::new(Embed::new(self))];
-        stages.extend((0..self.num_layers).map(|index| Box::new(DoubleBlock::new(self, index)) as Box<dyn Stage>));
-        stages.extend((0..self.num_single_layers).map(|index| Box::new(SingleBlock::new(self, index)) as Box<dyn Stage>));
+        stages.extend(
+            (0..self.num_layers)
+                .map(|index| Box::new(DoubleBlock::new(self, index)) as Box<dyn Stage>),
+        );
+        stages.extend(
+            (0..self.num_single_layers)
+                .map(|index| Box::new(SingleBlock::new(self, index)) as Box<dyn Stage>),
+        );
         stages.push(Box::new(Head::new(self.width(), self.features(), false, self.eps)));
         Ok(stages)
     }
@@ -122,7 +182,8 @@ impl Architecture for Flux2 {
         "flux2"
     }
 
-    /// Guidance is not among them: the reference trains a model that embeds it without it as well, if told to.
+    /// Guidance is not among them: the reference trains a model that embeds it without it as well,
+    /// if told to.
     fn inputs(&self) -> Vec<&'static str> {
         vec!["hidden_states", "encoder_hidden_states", "timestep", "grid"]
     }
@@ -141,14 +202,30 @@ impl Architecture for Flux2 {
 
     fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()> {
         let [channels, ..] = expect_image("model.flux2", shapes.latents, 1)?;
-        expect_equal("model.flux2.in_channels", self.in_channels, Some(channels), "patchified latents have")?;
-        expect_equal("model.flux2.out_channels", self.features(), Some(channels), "patchified latents have")?;
+        expect_equal(
+            "model.flux2.in_channels",
+            self.in_channels,
+            Some(channels),
+            "patchified latents have",
+        )?;
+        expect_equal(
+            "model.flux2.out_channels",
+            self.features(),
+            Some(channels),
+            "patchified latents have",
+        )?;
         let text = shapes.last("text_embeddings");
-        expect_equal("model.flux2.joint_attention_dim", self.joint_attention_dim, text, "text_embeddings have")
+        expect_equal(
+            "model.flux2.joint_attention_dim",
+            self.joint_attention_dim,
+            text,
+            "text_embeddings have",
+        )
     }
 }
 
-/// Latents and text to tokens; timestep and guidance to one vector, and that to the blocks' modulations.
+/// Latents and text to tokens; timestep and guidance to one vector, and that to the blocks'
+/// modulations.
 struct Embed {
     params: ParamSet,
     image: Linear,
@@ -168,33 +245,64 @@ impl Embed {
         let mut params = ParamSet::new("embed");
         let mut builder = Builder::new(&mut params, "");
         let (width, frequencies) = (model.width(), model.timestep_guidance_channels);
-        let mut scalar = |name: &str| ScalarEmbedding::new(&mut builder.at("time_guidance_embed").at(name), frequencies, width, false);
+        let mut scalar = |name: &str| {
+            ScalarEmbedding::new(
+                &mut builder.at("time_guidance_embed").at(name),
+                frequencies,
+                width,
+                false,
+            )
+        };
         let timestep = scalar("timestep_embedder");
         let guidance = model.guidance_embeds.then(|| scalar("guidance_embedder"));
-        let mut linear = |name: &str, inputs, outputs| Linear::pytorch(&mut builder.at(name), inputs, outputs, false);
+        let mut linear = |name: &str, inputs, outputs| {
+            Linear::pytorch(&mut builder.at(name), inputs, outputs, false)
+        };
         let image_modulation = linear("double_stream_modulation_img.linear", width, 6 * width);
         let text_modulation = linear("double_stream_modulation_txt.linear", width, 6 * width);
         let single_modulation = linear("single_stream_modulation.linear", width, 3 * width);
         let image = linear("x_embedder", model.in_channels, width);
         let text = linear("context_embedder", model.joint_attention_dim, width);
-        let axes = model.axes_dims_rope.map(|width| Axis { width, theta: model.rope_theta as f64, kind: Kind::Double });
+        let axes = model.axes_dims_rope.map(|width| Axis {
+            width,
+            theta: model.rope_theta as f64,
+            kind: Kind::Double,
+        });
         let ropes = PerShape::new();
-        Embed { params, image, text, timestep, guidance, image_modulation, text_modulation, single_modulation, axes, ropes }
+        Embed {
+            params,
+            image,
+            text,
+            timestep,
+            guidance,
+            image_modulation,
+            text_modulation,
+            single_modulation,
+            axes,
+            ropes,
+        }
     }
 
     fn conditioning(&self, params: &Views, input: &Activations, kind: Kind) -> Tensor {
         let timestep = self.timestep.forward(params, &(input.get("timestep") * 1000.0), kind);
         match (&self.guidance, input.find("guidance")) {
-            (Some(embedding), Some(guidance)) => timestep + embedding.forward(params, &(guidance.to_kind(kind) * 1000.0), kind),
+            (Some(embedding), Some(guidance)) => {
+                timestep + embedding.forward(params, &(guidance.to_kind(kind) * 1000.0), kind)
+            }
             _ => timestep,
         }
     }
 
-    /// Table over text, whose tokens differ in their place in the text alone, then the image, whose differ in all but that.
+    /// Table over text, whose tokens differ in their place in the text alone, then the image, whose
+    /// differ in all but that.
     fn rope(&self, sizes: [i64; 3], text_tokens: i64, device: Device) -> Tensor {
         self.ropes.get((sizes, text_tokens), || {
-            let [frames, rows, columns] = [0, 1, 2].map(|axis| self.axes[axis].angles_to(sizes[axis], device));
-            let (image, text) = (rope::grid_angles(&frames, &rows, &columns), self.axes[3].angles_to(text_tokens, device));
+            let [frames, rows, columns] =
+                [0, 1, 2].map(|axis| self.axes[axis].angles_to(sizes[axis], device));
+            let (image, text) = (
+                rope::grid_angles(&frames, &rows, &columns),
+                self.axes[3].angles_to(text_tokens, device),
+            );
             let (image_pairs, text_pairs) = (image.size()[1], text.size()[1]);
             let text = text.constant_pad_nd([image_pairs, 0]);
             rope::table(&Tensor::cat(&[text, image.constant_pad_nd([0, text_pairs])], 0))
@@ -252,7 +360,12 @@ impl DoubleBlock {
         };
         let attention = JointAttention::new(&mut builder.at("attn"), width, heads);
         let mut feed = |name: &str| Mlp::gated(&mut builder.at(name), [width, hidden, width]);
-        let block = JointBlock { attention, image_feed: feed("ff"), text_feed: feed("ff_context"), epsilon };
+        let block = JointBlock {
+            attention,
+            image_feed: feed("ff"),
+            text_feed: feed("ff_context"),
+            epsilon,
+        };
         DoubleBlock { params, block }
     }
 }
@@ -263,14 +376,19 @@ impl Stage for DoubleBlock {
     }
 
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
-        let modulations = [&parts(input.get("image_modulation")), &parts(input.get("text_modulation"))];
+        let modulations =
+            [&parts(input.get("image_modulation")), &parts(input.get("text_modulation"))];
         let (image, text) = self.block.forward(params, streams(input), modulations, None);
-        passing(Activations::new().with("image", image).with("text", text), input, &OF_DOUBLE_BLOCKS)
+        passing(
+            Activations::new().with("image", image).with("text", text),
+            input,
+            &OF_DOUBLE_BLOCKS,
+        )
     }
 }
 
-/// Attention and feed-forward side by side over text and image as one sequence, `joint` `[B, Lt + Li, D]`: one product makes
-/// query, key, value and hidden features, one makes the output.
+/// Attention and feed-forward side by side over text and image as one sequence, `joint` `[B, Lt +
+/// Li, D]`: one product makes query, key, value and hidden features, one makes the output.
 struct SingleBlock {
     params: ParamSet,
     input: Linear,
@@ -290,11 +408,23 @@ impl SingleBlock {
         let mut builder = Builder::new(&mut params, &format!("{name}.attn"));
         let (width, hidden, epsilon) = (model.width(), model.hidden(), model.eps);
         let widths = [3 * width, 2 * hidden];
-        let input = Linear::pytorch(&mut builder.at("to_qkv_mlp_proj"), width, widths.iter().sum(), false);
+        let input =
+            Linear::pytorch(&mut builder.at("to_qkv_mlp_proj"), width, widths.iter().sum(), false);
         let output = Linear::pytorch(&mut builder.at("to_out"), width + hidden, width, false);
-        let mut norm = |name: &str| RmsNorm::new(&mut builder.at(name), model.attention_head_dim, epsilon, Rounding::Once);
+        let mut norm = |name: &str| {
+            RmsNorm::new(&mut builder.at(name), model.attention_head_dim, epsilon, Rounding::Once)
+        };
         let (norm_query, norm_key) = (norm("norm_q"), norm("norm_k"));
-        SingleBlock { params, input, output, norm_query, norm_key, num_heads: model.num_attention_heads, widths, epsilon }
+        SingleBlock {
+            params,
+            input,
+            output,
+            norm_query,
+            norm_key,
+            num_heads: model.num_attention_heads,
+            widths,
+            epsilon,
+        }
     }
 
     /// `qkv`: `[B, L, 3·D]`; `table`: of [`rope`]. Returns `[B, L, D]`.
@@ -315,10 +445,14 @@ impl Stage for SingleBlock {
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
         let joint = joined(input);
         let [shift, scale, gate] = parts(input.get("single_modulation"));
-        let made = self.input.forward(params, &modulated_norm(&joint, &shift, &scale, self.epsilon)).split_with_sizes(self.widths, -1);
+        let made = self
+            .input
+            .forward(params, &modulated_norm(&joint, &shift, &scale, self.epsilon))
+            .split_with_sizes(self.widths, -1);
         let attended = self.attended(params, &made[0], input.get("rope"));
         let fed = Nonlinearity::SiluGate.apply(&made[1]);
-        let joint = gated(&joint, &gate, &self.output.forward(params, &Tensor::cat(&[attended, fed], 2)));
+        let joint =
+            gated(&joint, &gate, &self.output.forward(params, &Tensor::cat(&[attended, fed], 2)));
         passing(Activations::new().with("joint", joint), input, &OF_SINGLE_BLOCKS)
     }
 }
@@ -330,8 +464,14 @@ mod tests {
     #[test]
     fn text_turns_by_its_place_and_the_image_by_row_and_column() {
         // A pair an axis, which turns by the place in radians.
-        let model = Flux2 { attention_head_dim: 8, num_attention_heads: 1, axes_dims_rope: [2; 4], ..Flux2::default() };
-        let places = Embed::new(&model).rope([1, 2, 3], 2, Device::Cpu).squeeze_dim(1).angle().round();
+        let model = Flux2 {
+            attention_head_dim: 8,
+            num_attention_heads: 1,
+            axes_dims_rope: [2; 4],
+            ..Flux2::default()
+        };
+        let places =
+            Embed::new(&model).rope([1, 2, 3], 2, Device::Cpu).squeeze_dim(1).angle().round();
         let places = Vec::<Vec<f32>>::try_from(places).unwrap();
         assert_eq!(places[..2], [[0.0; 4], [0.0, 0.0, 0.0, 1.0]]);
         assert_eq!(places[2..5], [[0.0; 4], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 2.0, 0.0]]);

@@ -1,5 +1,5 @@
-//! What the families whose image and text meet in joint attention have in common: stages, and the names of what crosses their
-//! boundaries.
+//! What the families whose image and text meet in joint attention have in common: stages, and the
+//! names of what crosses their boundaries.
 //!
 //! | activation | shape | |
 //! |---|---|---|
@@ -30,7 +30,13 @@ impl JointStage {
     pub fn new(index: i64, names: &BlockNames, width: i64, hidden: i64, heads: Heads) -> Self {
         let name = format!("transformer_blocks.{index}");
         let mut params = ParamSet::new(&name);
-        let block = ModulatedJointBlock::new(&mut Builder::new(&mut params, &name), names, width, hidden, heads);
+        let block = ModulatedJointBlock::new(
+            &mut Builder::new(&mut params, &name),
+            names,
+            width,
+            hidden,
+            heads,
+        );
         JointStage { params, block }
     }
 }
@@ -42,8 +48,12 @@ impl Stage for JointStage {
 
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
         let conditioning = input.get("conditioning");
-        let (image, text) = self.block.forward(params, streams(input), conditioning, input.find("mask"));
-        Activations::new().with("image", image).with("text", text).with("conditioning", conditioning.shallow_clone())
+        let (image, text) =
+            self.block.forward(params, streams(input), conditioning, input.find("mask"));
+        Activations::new()
+            .with("image", image)
+            .with("text", text)
+            .with("conditioning", conditioning.shallow_clone())
     }
 }
 
@@ -57,7 +67,13 @@ impl Head {
     /// `norm_out.linear` and `proj_out`.
     pub fn new(width: i64, features: i64, with_bias: bool, epsilon: f64) -> Self {
         let mut params = ParamSet::new("head");
-        let output = ModulatedProjection::new(&mut Builder::new(&mut params, ""), width, features, with_bias, epsilon);
+        let output = ModulatedProjection::new(
+            &mut Builder::new(&mut params, ""),
+            width,
+            features,
+            with_bias,
+            epsilon,
+        );
         Head { params, output }
     }
 }
@@ -75,7 +91,8 @@ impl Stage for Head {
             }
             None => input.get("image").shallow_clone(),
         };
-        Activations::new().with("prediction", self.output.forward(params, &image, input.get("conditioning")))
+        Activations::new()
+            .with("prediction", self.output.forward(params, &image, input.get("conditioning")))
     }
 }
 
@@ -95,10 +112,12 @@ pub(super) fn streams(input: &Activations) -> [Stream<'_>; 2] {
     ]
 }
 
-/// The keys that are seen where some text is padding: text as `text_mask` says, then the whole image.
+/// The keys that are seen where some text is padding: text as `text_mask` says, then the whole
+/// image.
 ///
 /// # Shapes
-/// `text_mask`: `[B, Lt]`, not zero where a token is no padding. Returns `[B, 1, 1, Lt + image_tokens]` boolean.
+/// `text_mask`: `[B, Lt]`, not zero where a token is no padding. Returns `[B, 1, 1, Lt +
+/// image_tokens]` boolean.
 pub(super) fn joint_mask(text_mask: &Tensor, image_tokens: i64) -> Tensor {
     let image = Tensor::ones([text_mask.size()[0], image_tokens], (Kind::Bool, text_mask.device()));
     Tensor::cat(&[text_mask.to_kind(Kind::Bool), image], 1).unsqueeze(1).unsqueeze(1)
@@ -112,10 +131,16 @@ pub(super) fn check_axes(setting: &str, axes: &[i64], head_width: i64) -> Result
     if axes.iter().sum::<i64>() == head_width && axes.iter().all(|axis| axis % 2 == 0) {
         return Ok(());
     }
-    Err(Error::config(setting, format!("{axes:?} must be even and add up to attention_head_dim = {head_width}")))
+    Err(Error::config(
+        setting,
+        format!("{axes:?} must be even and add up to attention_head_dim = {head_width}"),
+    ))
 }
 
 /// Frames, rows and columns of the latents' tokens, from the input `grid` `[3]` int64 on the host.
 pub(super) fn grid(input: &Activations) -> [i64; 3] {
-    Vec::<i64>::try_from(input.get("grid")).ok().and_then(|sizes| sizes.try_into().ok()).expect("grid: three integers")
+    Vec::<i64>::try_from(input.get("grid"))
+        .ok()
+        .and_then(|sizes| sizes.try_into().ok())
+        .expect("grid: three integers")
 }

@@ -30,10 +30,12 @@ use crate::settings::Family;
 
 /// What every model family offers.
 pub trait Architecture {
-    /// The class of diffusers whose configuration and parameters it has; none for a model of our own.
+    /// The class of diffusers whose configuration and parameters it has; none for a model of our
+    /// own.
     fn class_name(&self) -> Option<&'static str>;
 
-    /// Fields that earlier releases of the class wrote into `config.json` and that today's has no use for.
+    /// Fields that earlier releases of the class wrote into `config.json` and that today's has no
+    /// use for.
     fn retired_fields(&self) -> &'static [&'static str] {
         &[]
     }
@@ -86,7 +88,10 @@ impl<'s> SampleShapes<'s> {
     /// Of a batch's `tensors` `[B, …]`.
     pub fn of_batch(latents: &'s [i64], tensors: &BTreeMap<String, Tensor>) -> Self {
         let sample = |tensor: &Tensor| tensor.size().get(1..).unwrap_or_default().to_vec();
-        SampleShapes { latents, of: tensors.iter().map(|(key, tensor)| (key.clone(), sample(tensor))).collect() }
+        SampleShapes {
+            latents,
+            of: tensors.iter().map(|(key, tensor)| (key.clone(), sample(tensor))).collect(),
+        }
     }
 
     /// The last axis of a key, if the data have it.
@@ -95,44 +100,65 @@ impl<'s> SampleShapes<'s> {
     }
 }
 
-/// Refuses a setting that is not what the data have; keys that the data lack are the adapter's business.
+/// Refuses a setting that is not what the data have; keys that the data lack are the adapter's
+/// business.
 ///
 /// `found`: the number and what it is, as in "text_embeddings have".
 fn expect_equal(setting: &str, value: i64, found: Option<i64>, of: &str) -> Result<()> {
     match found {
-        Some(found) if found != value => Err(Error::config(setting, format!("is {value}, the data's {of} {found}"))),
+        Some(found) if found != value => {
+            Err(Error::config(setting, format!("is {value}, the data's {of} {found}")))
+        }
         _ => Ok(()),
     }
 }
 
 /// Refuses a setting that must be even.
 fn expect_even(setting: &str, value: i64) -> Result<()> {
-    if value % 2 == 0 { Ok(()) } else { Err(Error::config(setting, format!("{value} must be even"))) }
+    if value % 2 == 0 {
+        Ok(())
+    } else {
+        Err(Error::config(setting, format!("{value} must be even")))
+    }
 }
 
 /// Channels, height and width of images that patches of side `patch` cover.
 fn expect_image(setting: &str, latents: &[i64], patch: i64) -> Result<[i64; 3]> {
     match *latents {
-        [channels, height, width] if height % patch == 0 && width % patch == 0 => Ok([channels, height, width]),
-        [_, height, width] => Err(Error::config(setting, format!("{patch} does not divide the data's latents of {height} x {width}"))),
-        _ => Err(Error::config(setting, format!("takes latents [C, H, W], the data have {latents:?}"))),
+        [channels, height, width] if height % patch == 0 && width % patch == 0 => {
+            Ok([channels, height, width])
+        }
+        [_, height, width] => Err(Error::config(
+            setting,
+            format!("{patch} does not divide the data's latents of {height} x {width}"),
+        )),
+        _ => Err(Error::config(
+            setting,
+            format!("takes latents [C, H, W], the data have {latents:?}"),
+        )),
     }
 }
 
-/// Most parameters that a model may have: beyond any that a cluster holds, and few enough for sizes in bytes to fit 64 bits.
+/// Most parameters that a model may have: beyond any that a cluster holds, and few enough for sizes
+/// in bytes to fit 64 bits.
 const MOST_PARAMETERS: i64 = 1 << 48;
 
 impl Model {
-    /// The stages of settings that a user may have written: as [`Architecture::stages`], and of a size that can be counted.
+    /// The stages of settings that a user may have written: as [`Architecture::stages`], and of a
+    /// size that can be counted.
     ///
     /// # Errors
     /// [`Error::Config`] if the settings contradict each other or the parameters are too many.
     pub fn checked_stages(&self) -> Result<Vec<Box<dyn Stage>>> {
         let stages = self.stages()?;
-        let total = stages.iter().try_fold(0i64, |sum, stage| sum.checked_add(stage.params().numel()));
+        let total =
+            stages.iter().try_fold(0i64, |sum, stage| sum.checked_add(stage.params().numel()));
         if total.is_none_or(|total| total > MOST_PARAMETERS) {
-            let found = total.map_or("more than 2^63 parameters".into(), |total| format!("{total} parameters"));
-            let what = format!("has {found}, more than the {MOST_PARAMETERS} allowed; look at the heads, their width and the layers");
+            let found = total
+                .map_or("more than 2^63 parameters".into(), |total| format!("{total} parameters"));
+            let what = format!(
+                "has {found}, more than the {MOST_PARAMETERS} allowed; look at the heads, their width and the layers"
+            );
             return Err(Error::config(format!("model.{}", self.name()), what));
         }
         Ok(stages)

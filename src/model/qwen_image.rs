@@ -1,9 +1,11 @@
 //! Qwen-Image: double blocks over image and text.
 //!
-//! Inputs: `hidden_states` `[B, Li, in_channels]`, `encoder_hidden_states` `[B, Lt, joint_attention_dim]`, `timestep` `[B]` in
-//! `[0, 1]`, `grid` and, if padding is to be masked, `text_mask` `[B, Lt]`.
+//! Inputs: `hidden_states` `[B, Li, in_channels]`, `encoder_hidden_states` `[B, Lt,
+//! joint_attention_dim]`, `timestep` `[B]` in `[0, 1]`, `grid` and, if padding is to be masked,
+//! `text_mask` `[B, Lt]`.
 //!
-//! Source: diffusers 0.42.1, `QwenImageTransformer2DModel`, whose field and parameter names these are.
+//! Source: diffusers 0.42.1, `QwenImageTransformer2DModel`, whose field and parameter names these
+//! are.
 
 use tch::{Device, Kind, Tensor};
 
@@ -62,25 +64,68 @@ impl Default for QwenImage {
 
 impl Settings for QwenImage {
     fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.integer("patch_size", &mut self.patch_size, 2..=2, "Side of the patch that a token is predicted as: the adapter's 2.");
-        keys.integer("in_channels", &mut self.in_channels, 4..=65_536, "Features of a latent token; four times the latents' channels.");
-        keys.integer("out_channels", &mut self.out_channels, 0..=65_536, "Channels of the predicted latents; 0 is in_channels.");
-        keys.integer("num_layers", &mut self.num_layers, 0..=256, "Blocks, each a stage of its own.");
-        keys.integer("attention_head_dim", &mut self.attention_head_dim, 2..=65_536, "Width of a head; the sum of axes_dims_rope.");
+        keys.integer(
+            "patch_size",
+            &mut self.patch_size,
+            2..=2,
+            "Side of the patch that a token is predicted as: the adapter's 2.",
+        );
+        keys.integer(
+            "in_channels",
+            &mut self.in_channels,
+            4..=65_536,
+            "Features of a latent token; four times the latents' channels.",
+        );
+        keys.integer(
+            "out_channels",
+            &mut self.out_channels,
+            0..=65_536,
+            "Channels of the predicted latents; 0 is in_channels.",
+        );
+        keys.integer(
+            "num_layers",
+            &mut self.num_layers,
+            0..=256,
+            "Blocks, each a stage of its own.",
+        );
+        keys.integer(
+            "attention_head_dim",
+            &mut self.attention_head_dim,
+            2..=65_536,
+            "Width of a head; the sum of axes_dims_rope.",
+        );
         keys.integer(
             "num_attention_heads",
             &mut self.num_attention_heads,
             1..=1024,
             "Attention heads; times their width it is the model's.",
         );
-        keys.integer("joint_attention_dim", &mut self.joint_attention_dim, 1..=65_536, "Last axis of `text_embeddings`.");
-        keys.flag("guidance_embeds", &mut self.guidance_embeds, "Only false: diffusers has no embedder for the guidance scale.");
-        keys.integers("axes_dims_rope", &mut self.axes_dims_rope, 0..=65_536, "Features of a head turned by frame, row and column; even.");
+        keys.integer(
+            "joint_attention_dim",
+            &mut self.joint_attention_dim,
+            1..=65_536,
+            "Last axis of `text_embeddings`.",
+        );
+        keys.flag(
+            "guidance_embeds",
+            &mut self.guidance_embeds,
+            "Only false: diffusers has no embedder for the guidance scale.",
+        );
+        keys.integers(
+            "axes_dims_rope",
+            &mut self.axes_dims_rope,
+            0..=65_536,
+            "Features of a head turned by frame, row and column; even.",
+        );
         let doc = "Whether images to edit are modulated as at timestep 0; without such images it changes nothing.";
         keys.flag("zero_cond_t", &mut self.zero_cond_t, doc);
         let doc = "Only false: whether a further condition is added to the timestep, as for layered images.";
         keys.flag("use_additional_t_cond", &mut self.use_additional_t_cond, doc);
-        keys.flag("use_layer3d_rope", &mut self.use_layer3d_rope, "Only false: whether places count the layers of an image.");
+        keys.flag(
+            "use_layer3d_rope",
+            &mut self.use_layer3d_rope,
+            "Only false: whether places count the layers of an image.",
+        );
     }
 }
 
@@ -97,7 +142,10 @@ impl QwenImage {
             ("use_layer3d_rope", self.use_layer3d_rope),
         ];
         if let Some((field, _)) = unsupported.iter().find(|(_, set)| *set) {
-            return Err(Error::config(format!("model.qwen_image.{field}"), "true is not supported"));
+            return Err(Error::config(
+                format!("model.qwen_image.{field}"),
+                "true is not supported",
+            ));
         }
         check_axes("model.qwen_image.axes_dims_rope", &self.axes_dims_rope, self.attention_head_dim)
     }
@@ -122,10 +170,18 @@ impl Architecture for QwenImage {
             rounding: Rounding::BeforeScale,
         };
         let width = self.width();
-        let block = |index| Box::new(JointStage::new(index, &BLOCK_NAMES, width, 4 * width, heads)) as Box<dyn Stage>;
+        let block = |index| {
+            Box::new(JointStage::new(index, &BLOCK_NAMES, width, 4 * width, heads))
+                as Box<dyn Stage>
+        };
         let mut stages: Vec<Box<dyn Stage>> = vec![Box::new(Embed::new(self))];
         stages.extend((0..self.num_layers).map(block));
-        stages.push(Box::new(Head::new(width, self.patch_size.pow(2) * self.channels(), true, EPSILON)));
+        stages.push(Box::new(Head::new(
+            width,
+            self.patch_size.pow(2) * self.channels(),
+            true,
+            EPSILON,
+        )));
         Ok(stages)
     }
 
@@ -147,15 +203,34 @@ impl Architecture for QwenImage {
 
     fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()> {
         let [channels, ..] = expect_image("model.qwen_image", shapes.latents, self.patch_size)?;
-        expect_equal("model.qwen_image.in_channels", self.in_channels, Some(4 * channels), "latents in 2 x 2 patches have")?;
-        expect_equal("model.qwen_image.out_channels", self.channels(), Some(channels), "latents have")?;
+        expect_equal(
+            "model.qwen_image.in_channels",
+            self.in_channels,
+            Some(4 * channels),
+            "latents in 2 x 2 patches have",
+        )?;
+        expect_equal(
+            "model.qwen_image.out_channels",
+            self.channels(),
+            Some(channels),
+            "latents have",
+        )?;
         let text = shapes.last("text_embeddings");
-        expect_equal("model.qwen_image.joint_attention_dim", self.joint_attention_dim, text, "text_embeddings have")
+        expect_equal(
+            "model.qwen_image.joint_attention_dim",
+            self.joint_attention_dim,
+            text,
+            "text_embeddings have",
+        )
     }
 }
 
-const BLOCK_NAMES: BlockNames =
-    BlockNames { image_modulation: "img_mod.1", text_modulation: "txt_mod.1", image_feed: "img_mlp", text_feed: "txt_mlp" };
+const BLOCK_NAMES: BlockNames = BlockNames {
+    image_modulation: "img_mod.1",
+    text_modulation: "txt_mod.1",
+    image_feed: "img_mlp",
+    text_feed: "txt_mlp",
+};
 
 /// Latents and text to tokens; the timestep to a vector.
 struct Embed {
@@ -174,25 +249,41 @@ impl Embed {
         let mut params = ParamSet::new("embed");
         let mut builder = Builder::new(&mut params, "");
         let (width, text_width) = (model.width(), model.joint_attention_dim);
-        let timestep = ScalarEmbedding::new(&mut builder.at("time_text_embed.timestep_embedder"), FREQUENCIES, width, true).scaled(1000.0);
-        let text_norm = RmsNorm::new(&mut builder.at("txt_norm"), text_width, EPSILON, Rounding::BeforeScale);
+        let timestep = ScalarEmbedding::new(
+            &mut builder.at("time_text_embed.timestep_embedder"),
+            FREQUENCIES,
+            width,
+            true,
+        )
+        .scaled(1000.0);
+        let text_norm =
+            RmsNorm::new(&mut builder.at("txt_norm"), text_width, EPSILON, Rounding::BeforeScale);
         let image = Linear::pytorch(&mut builder.at("img_in"), model.in_channels, width, true);
         let text = Linear::pytorch(&mut builder.at("txt_in"), text_width, width, true);
-        let axes = model.axes_dims_rope.map(|width| Axis { width, theta: THETA, kind: Kind::Float });
+        let axes =
+            model.axes_dims_rope.map(|width| Axis { width, theta: THETA, kind: Kind::Float });
         Embed { params, image, text_norm, text, timestep, axes, ropes: PerShape::new() }
     }
 
     /// Table over text, then the image.
     fn rope(&self, sizes: [i64; 3], text_tokens: i64, device: Device) -> Tensor {
-        self.ropes.get((sizes, text_tokens), || rope::table(&angles(&self.axes, sizes, text_tokens, device)))
+        self.ropes.get((sizes, text_tokens), || {
+            rope::table(&angles(&self.axes, sizes, text_tokens, device))
+        })
     }
 }
 
 /// Angles of the text's places, then the image's: `[Lt + F · H · W, E/2]`.
 ///
-/// Rows and columns are counted from the middle, those before it below zero, so that an image and its larger version agree
-/// about it. The text goes on along the diagonal, all axes alike, where no row or column is.
-fn angles(axes: &[Axis; 3], [frames, height, width]: [i64; 3], text_tokens: i64, device: Device) -> Tensor {
+/// Rows and columns are counted from the middle, those before it below zero, so that an image and
+/// its larger version agree about it. The text goes on along the diagonal, all axes alike, where no
+/// row or column is.
+fn angles(
+    axes: &[Axis; 3],
+    [frames, height, width]: [i64; 3],
+    text_tokens: i64,
+    device: Device,
+) -> Tensor {
     let places = |first, end| Tensor::arange_start(first, end, (Kind::Int64, device));
     let centred = |length: i64| places(length / 2 - length, length / 2);
     let [along_frames, along_rows, along_columns] = axes;
@@ -218,7 +309,10 @@ impl Stage for Embed {
         let output = Activations::new()
             .with("image", self.image.forward(params, latents))
             .with("text", self.text.forward(params, &self.text_norm.forward(params, text)))
-            .with("conditioning", self.timestep.forward(params, input.get("timestep"), latents.kind()))
+            .with(
+                "conditioning",
+                self.timestep.forward(params, input.get("timestep"), latents.kind()),
+            )
             .with_constant("text_rope", rope.narrow(0, 0, text_tokens))
             .with_constant("image_rope", rope.narrow(0, text_tokens, image_tokens));
         match input.find("text_mask") {
@@ -262,7 +356,9 @@ mod tests {
             refused(QwenImage { use_additional_t_cond: true, ..QwenImage::default() }),
             refused(QwenImage { use_layer3d_rope: true, ..QwenImage::default() }),
         ];
-        for (said, field) in said.iter().zip(["guidance_embeds", "use_additional_t_cond", "use_layer3d_rope"]) {
+        for (said, field) in
+            said.iter().zip(["guidance_embeds", "use_additional_t_cond", "use_layer3d_rope"])
+        {
             assert!(said.contains(&format!("model.qwen_image.{field}")), "{said}");
         }
     }

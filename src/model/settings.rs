@@ -17,7 +17,8 @@ pub enum Dtype {
 }
 
 impl Choice for Dtype {
-    const ALL: &'static [(&'static str, Self)] = &[("float32", Dtype::Float32), ("bfloat16", Dtype::Bfloat16)];
+    const ALL: &'static [(&'static str, Self)] =
+        &[("float32", Dtype::Float32), ("bfloat16", Dtype::Bfloat16)];
 }
 
 impl Dtype {
@@ -38,7 +39,8 @@ pub enum Beginning {
 }
 
 impl Choice for Beginning {
-    const ALL: &'static [(&'static str, Self)] = &[("pretrained", Beginning::Pretrained), ("random", Beginning::Random)];
+    const ALL: &'static [(&'static str, Self)] =
+        &[("pretrained", Beginning::Pretrained), ("random", Beginning::Random)];
 }
 
 /// `[model]`.
@@ -56,23 +58,36 @@ impl Settings for ModelSettings {
     fn visit(&mut self, keys: &mut Keys<'_>) {
         let doc = "Folder of a diffusers transformer, config.json and safetensors; instead of the table with the architecture.";
         keys.optional_text("path", &mut self.path, doc);
-        keys.choice("init", &mut self.init, "What the parameters of a model with a `path` begin as; without one they are random.");
-        keys.choice("dtype", &mut self.dtype, "Kind of the computation; master weights and optimizer state stay float32.");
+        keys.choice(
+            "init",
+            &mut self.init,
+            "What the parameters of a model with a `path` begin as; without one they are random.",
+        );
+        keys.choice(
+            "dtype",
+            &mut self.dtype,
+            "Kind of the computation; master weights and optimizer state stay float32.",
+        );
         self.named |= keys.member(&mut self.family, "The architecture.");
     }
 }
 
 impl ModelSettings {
-    /// Takes the family from the folder at `path`, unless a table names it: a run's own listing does, and needs no folder.
+    /// Takes the family from the folder at `path`, unless a table names it: a run's own listing
+    /// does, and needs no folder.
     ///
     /// # Errors
-    /// As [`diffusers::read_folder`]; [`Error::Config`] if the table and a folder that is there describe different models.
+    /// As [`diffusers::read_folder`]; [`Error::Config`] if the table and a folder that is there
+    /// describe different models.
     pub fn resolve(&mut self) -> Result<()> {
         if let Some(path) = self.path.as_deref().map(Path::new) {
             if !self.named {
                 self.family = diffusers::read_folder(path)?;
             } else if path.exists() && diffusers::read_folder(path)? != self.family {
-                let what = format!("is another model than the one in {}; leave the table out, or the path", path.display());
+                let what = format!(
+                    "is another model than the one in {}; leave the table out, or the path",
+                    path.display()
+                );
                 return Err(Error::config(format!("model.{}", self.family.name()), what));
             }
         }

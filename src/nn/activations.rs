@@ -2,7 +2,8 @@
 
 use tch::{Device, Tensor};
 
-/// Named tensors in a fixed order. Constants (ids, tables, masks, the model's inputs) carry no gradient.
+/// Named tensors in a fixed order. Constants (ids, tables, masks, the model's inputs) carry no
+/// gradient.
 #[derive(Debug, Default)]
 pub struct Activations {
     entries: Vec<Entry>,
@@ -63,11 +64,16 @@ impl Activations {
 
     /// The same tensors, graphs and all, under a second owner.
     pub fn alias(&self) -> Self {
-        let alias = |entry: &Entry| Entry { name: entry.name, tensor: entry.tensor.shallow_clone(), constant: entry.constant };
+        let alias = |entry: &Entry| Entry {
+            name: entry.name,
+            tensor: entry.tensor.shallow_clone(),
+            constant: entry.constant,
+        };
         Activations { entries: self.entries.iter().map(alias).collect() }
     }
 
-    /// Leaves with the same values on another device; the same tensors where they are there already. Constants stay.
+    /// Leaves with the same values on another device; the same tensors where they are there
+    /// already. Constants stay.
     pub fn to_device(&self, device: Device) -> Self {
         let moved = |entry: &Entry| {
             let tensor = match entry.constant {
@@ -81,11 +87,16 @@ impl Activations {
 
     /// Fresh leaves over the same storage: where one stage's graph ends and the next begins.
     ///
-    /// Without `gradients` everything becomes constant: nothing trainable lies before this boundary.
+    /// Without `gradients` everything becomes constant: nothing trainable lies before this
+    /// boundary.
     pub fn leaves(&self, gradients: bool) -> Self {
         let leaf = |entry: &Entry| {
             let constant = entry.constant || !gradients;
-            Entry { name: entry.name, tensor: entry.tensor.detach().set_requires_grad(!constant), constant }
+            Entry {
+                name: entry.name,
+                tensor: entry.tensor.detach().set_requires_grad(!constant),
+                constant,
+            }
         };
         Activations { entries: self.entries.iter().map(leaf).collect() }
     }

@@ -8,8 +8,8 @@ use super::{Builder, Init, Linear, Views, by_hand, rope};
 /// Scaled dot-product attention of every head.
 ///
 /// # Shapes
-/// `query`: `[B, L, N, E]`; `key`, `value`: `[B, K, N, E]`; `mask`: boolean, broadcastable to `[B, N, L, K]`, true where a
-/// key is seen. Returns `[B, L, N · E]`.
+/// `query`: `[B, L, N, E]`; `key`, `value`: `[B, K, N, E]`; `mask`: boolean, broadcastable to `[B,
+/// N, L, K]`, true where a key is seen. Returns `[B, L, N · E]`.
 pub fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: Option<&Tensor>) -> Tensor {
     if mask.is_none()
         && let Some(attended) = by_hand::attend(query, key, value)
@@ -17,7 +17,9 @@ pub fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: Option<&Tensor
         return attended;
     }
     let (query, key, value) = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2));
-    Tensor::scaled_dot_product_attention(&query, &key, &value, mask, 0.0, false, None, false).transpose(1, 2).flatten(2, 3)
+    Tensor::scaled_dot_product_attention(&query, &key, &value, mask, 0.0, false, None, false)
+        .transpose(1, 2)
+        .flatten(2, 3)
 }
 
 /// Names of one stream's parts, diffusers' for FLUX and all that came after it.
@@ -29,9 +31,15 @@ struct Names {
     norm_key: &'static str,
 }
 
-const OWN: Names = Names { query: "to_q", key: "to_k", value: "to_v", norm_query: "norm_q", norm_key: "norm_k" };
-const ADDED: Names =
-    Names { query: "add_q_proj", key: "add_k_proj", value: "add_v_proj", norm_query: "norm_added_q", norm_key: "norm_added_k" };
+const OWN: Names =
+    Names { query: "to_q", key: "to_k", value: "to_v", norm_query: "norm_q", norm_key: "norm_k" };
+const ADDED: Names = Names {
+    query: "add_q_proj",
+    key: "add_k_proj",
+    value: "add_v_proj",
+    norm_query: "norm_added_q",
+    norm_key: "norm_added_k",
+};
 
 /// Sizes of an attention's heads.
 #[derive(Clone, Copy, Debug)]
@@ -63,20 +71,31 @@ impl Projections {
     }
 
     fn named(builder: &mut Builder<'_>, names: &Names, inputs: i64, heads: Heads) -> Self {
-        let mut linear = |name: &str| Linear::pytorch(&mut builder.at(name), inputs, heads.num_heads * heads.width, heads.with_bias);
+        let mut linear = |name: &str| {
+            Linear::pytorch(
+                &mut builder.at(name),
+                inputs,
+                heads.num_heads * heads.width,
+                heads.with_bias,
+            )
+        };
         let (query, key, value) = (linear(names.query), linear(names.key), linear(names.value));
-        let mut norm = |name: &str| RmsNorm::new(&mut builder.at(name), heads.width, heads.epsilon, heads.rounding);
+        let mut norm = |name: &str| {
+            RmsNorm::new(&mut builder.at(name), heads.width, heads.epsilon, heads.rounding)
+        };
         let (norm_query, norm_key) = (norm(names.norm_query), norm(names.norm_key));
         Projections { query, key, value, norm_query, norm_key, num_heads: heads.num_heads }
     }
 
     /// # Shapes
-    /// `x`: `[B, L, D]`; `table`: `[L, 1, E/2]` of [`rope`], if the stream's places matter. Returns query, key and value
-    /// `[B, L, N, E]`.
+    /// `x`: `[B, L, D]`; `table`: `[L, 1, E/2]` of [`rope`], if the stream's places matter. Returns
+    /// query, key and value `[B, L, N, E]`.
     pub fn forward(&self, params: &Views, x: &Tensor, table: Option<&Tensor>) -> [Tensor; 3] {
         let (batch, tokens, _) = x.size3().expect("[B, L, D]");
-        let heads = |linear: &Linear| linear.forward(params, x).view([batch, tokens, self.num_heads, -1]);
-        let turned = |x: Tensor| table.map_or_else(|| x.shallow_clone(), |table| rope::rotate(&x, table));
+        let heads =
+            |linear: &Linear| linear.forward(params, x).view([batch, tokens, self.num_heads, -1]);
+        let turned =
+            |x: Tensor| table.map_or_else(|| x.shallow_clone(), |table| rope::rotate(&x, table));
         let query = turned(self.norm_query.forward(params, &heads(&self.query)));
         let key = turned(self.norm_key.forward(params, &heads(&self.key)));
         [query, key, heads(&self.value)]
@@ -98,20 +117,40 @@ impl JointAttention {
     pub fn new(builder: &mut Builder<'_>, width: i64, heads: Heads) -> Self {
         let image = Projections::named(builder, &OWN, width, heads);
         let text = Projections::named(builder, &ADDED, width, heads);
-        let mut output = |name: &str| Linear::pytorch(&mut builder.at(name), heads.num_heads * heads.width, width, heads.with_bias);
-        JointAttention { image, text, image_output: output("to_out.0"), text_output: output("to_add_out") }
+        let mut output = |name: &str| {
+            Linear::pytorch(
+                &mut builder.at(name),
+                heads.num_heads * heads.width,
+                width,
+                heads.with_bias,
+            )
+        };
+        JointAttention {
+            image,
+            text,
+            image_output: output("to_out.0"),
+            text_output: output("to_add_out"),
+        }
     }
 
     /// # Shapes
-    /// `image`: `[B, Li, D]`, `text`: `[B, Lt, D]`, each with its table of [`rope`] if its places matter; `mask`: as in
-    /// [`attend`], over text keys, then image keys. Returns image and text.
-    pub fn forward(&self, params: &Views, image: Stream<'_>, text: Stream<'_>, mask: Option<&Tensor>) -> (Tensor, Tensor) {
+    /// `image`: `[B, Li, D]`, `text`: `[B, Lt, D]`, each with its table of [`rope`] if its places
+    /// matter; `mask`: as in [`attend`], over text keys, then image keys. Returns image and text.
+    pub fn forward(
+        &self,
+        params: &Views,
+        image: Stream<'_>,
+        text: Stream<'_>,
+        mask: Option<&Tensor>,
+    ) -> (Tensor, Tensor) {
         let of_text = self.text.forward(params, text.tokens, text.table);
         let of_image = self.image.forward(params, image.tokens, image.table);
-        let [query, key, value] = std::array::from_fn(|part| Tensor::cat(&[&of_text[part], &of_image[part]], 1));
+        let [query, key, value] =
+            std::array::from_fn(|part| Tensor::cat(&[&of_text[part], &of_image[part]], 1));
         let attended = attend(&query, &key, &value, mask);
         let (text_tokens, image_tokens) = (text.tokens.size()[1], image.tokens.size()[1]);
-        // In one piece, as diffusers has them: with a bias, bfloat16 came out otherwise by a percent for parts of a larger tensor.
+        // In one piece, as diffusers has them: with a bias, bfloat16 came out otherwise by a
+        // percent for parts of a larger tensor.
         let part = |first, tokens| attended.narrow(1, first, tokens).contiguous();
         let text = self.text_output.forward(params, &part(0, text_tokens));
         (self.image_output.forward(params, &part(text_tokens, image_tokens)), text)
@@ -148,7 +187,11 @@ impl SelfAttention {
     pub fn forward(&self, params: &Views, x: &Tensor) -> Tensor {
         let (batch, tokens, width) = x.size3().expect("[B, L, D]");
         // [B, L, 3·D] -> 3 of [B, L, N, E]
-        let qkv = self.qkv.forward(params, x).view([batch, tokens, 3, self.num_heads, width / self.num_heads]).permute([2, 0, 1, 3, 4]);
+        let qkv = self
+            .qkv
+            .forward(params, x)
+            .view([batch, tokens, 3, self.num_heads, width / self.num_heads])
+            .permute([2, 0, 1, 3, 4]);
         self.proj.forward(params, &attend(&qkv.get(0), &qkv.get(1), &qkv.get(2), None))
     }
 }

@@ -14,25 +14,30 @@ pub fn sinusoidal(positions: &Tensor, width: i64, max_period: f64) -> Tensor {
     sinusoidal_scaled(positions, width, max_period, 1.0)
 }
 
-/// As [`sinusoidal`], of `scale · positions`. The product is rounded last, which at angles of a thousand shows.
+/// As [`sinusoidal`], of `scale · positions`. The product is rounded last, which at angles of a
+/// thousand shows.
 fn sinusoidal_scaled(positions: &Tensor, width: i64, max_period: f64, scale: f64) -> Tensor {
     let half = width / 2;
-    let exponents = Tensor::arange(half, (Kind::Float, positions.device())) * -max_period.ln() / half as f64;
+    let exponents =
+        Tensor::arange(half, (Kind::Float, positions.device())) * -max_period.ln() / half as f64;
     let angles = positions.to_kind(Kind::Float).unsqueeze(1) * exponents.exp().unsqueeze(0) * scale;
     Tensor::cat(&[angles.cos(), angles.sin()], 1)
 }
 
-/// A fixed vector for each place of a grid: one half of the width for the row, the other for the column.
+/// A fixed vector for each place of a grid: one half of the width for the row, the other for the
+/// column.
 ///
 /// Returns `[rows · columns, width]` f32, row by row.
 pub fn grid_positions(rows: i64, columns: i64, width: i64, device: Device) -> Tensor {
-    let axis = |length| sinusoidal(&Tensor::arange(length, (Kind::Float, device)), width / 2, 10_000.0);
+    let axis =
+        |length| sinusoidal(&Tensor::arange(length, (Kind::Float, device)), width / 2, 10_000.0);
     let row_part = axis(rows).unsqueeze(1).expand([rows, columns, -1], false);
     let column_part = axis(columns).unsqueeze(0).expand([rows, columns, -1], false);
     Tensor::cat(&[row_part, column_part], -1).reshape([rows * columns, -1])
 }
 
-/// A number, the timestep or the guidance scale, as a vector: its sinusoidal embedding through two affine maps.
+/// A number, the timestep or the guidance scale, as a vector: its sinusoidal embedding through two
+/// affine maps.
 #[derive(Clone, Copy, Debug)]
 pub struct ScalarEmbedding {
     frequencies: i64,
@@ -49,12 +54,21 @@ impl ScalarEmbedding {
         let (init, frequencies) = (Init::Normal { std: 0.02 }, 256);
         let input = Linear::new(&mut builder.at("mlp.0"), frequencies, width, init);
         let output = Linear::new(&mut builder.at("mlp.2"), width, width, init);
-        ScalarEmbedding { frequencies, scale: 1.0, mlp: Mlp { input, output, nonlinearity: Nonlinearity::Silu } }
+        ScalarEmbedding {
+            frequencies,
+            scale: 1.0,
+            mlp: Mlp { input, output, nonlinearity: Nonlinearity::Silu },
+        }
     }
 
     /// `linear_1` and `linear_2`, as diffusers' models have them.
     pub fn new(builder: &mut Builder<'_>, frequencies: i64, width: i64, with_bias: bool) -> Self {
-        let mlp = Mlp::of_two_linears(builder, [frequencies, width, width], Nonlinearity::Silu, with_bias);
+        let mlp = Mlp::of_two_linears(
+            builder,
+            [frequencies, width, width],
+            Nonlinearity::Silu,
+            with_bias,
+        );
         ScalarEmbedding { frequencies, scale: 1.0, mlp }
     }
 
@@ -79,7 +93,8 @@ mod tests {
     fn every_place_of_a_grid_has_a_vector_of_its_own() {
         let places = grid_positions(4, 5, 16, Device::Cpu);
         assert_eq!(places.size(), [20, 16]);
-        let distances = Tensor::cdist(&places, &places, 2.0, None) + Tensor::eye(20, (Kind::Float, Device::Cpu));
+        let distances = Tensor::cdist(&places, &places, 2.0, None)
+            + Tensor::eye(20, (Kind::Float, Device::Cpu));
         assert!(distances.min().double_value(&[]) > 0.1);
     }
 }

@@ -1,6 +1,7 @@
 //! Transformer block over two streams, image and text, that meet in one attention.
 //!
-//! Source: Esser et al. 2024, arXiv:2403.03206, section 4 (MM-DiT), as FLUX, Qwen-Image and HunyuanVideo 1.5 build it.
+//! Source: Esser et al. 2024, arXiv:2403.03206, section 4 (MM-DiT), as FLUX, Qwen-Image and
+//! HunyuanVideo 1.5 build it.
 
 use tch::Tensor;
 
@@ -31,19 +32,27 @@ impl JointBlock {
         [of_image, of_text]: [&BlockModulation; 2],
         mask: Option<&Tensor>,
     ) -> (Tensor, Tensor) {
-        let ready = |tokens: &Tensor, modulation: &BlockModulation| modulated_norm(tokens, &modulation[0], &modulation[1], self.epsilon);
-        let (image_ready, text_ready) = (ready(image.tokens, of_image), ready(text.tokens, of_text));
+        let ready = |tokens: &Tensor, modulation: &BlockModulation| {
+            modulated_norm(tokens, &modulation[0], &modulation[1], self.epsilon)
+        };
+        let (image_ready, text_ready) =
+            (ready(image.tokens, of_image), ready(text.tokens, of_text));
         let (image_attended, text_attended) = self.attention.forward(
             params,
             Stream { tokens: &image_ready, table: image.table },
             Stream { tokens: &text_ready, table: text.table },
             mask,
         );
-        let finish = |tokens: &Tensor, attended: &Tensor, modulation: &BlockModulation, feed: &Mlp| {
-            let [_, _, gate, shift, scale, feed_gate] = modulation;
-            let tokens = gated(tokens, gate, attended);
-            gated(&tokens, feed_gate, &feed.forward(params, &modulated_norm(&tokens, shift, scale, self.epsilon)))
-        };
+        let finish =
+            |tokens: &Tensor, attended: &Tensor, modulation: &BlockModulation, feed: &Mlp| {
+                let [_, _, gate, shift, scale, feed_gate] = modulation;
+                let tokens = gated(tokens, gate, attended);
+                gated(
+                    &tokens,
+                    feed_gate,
+                    &feed.forward(params, &modulated_norm(&tokens, shift, scale, self.epsilon)),
+                )
+            };
         let image = finish(image.tokens, &image_attended, of_image, &self.image_feed);
         (image, finish(text.tokens, &text_attended, of_text, &self.text_feed))
     }
@@ -68,11 +77,22 @@ pub struct ModulatedJointBlock {
 
 impl ModulatedJointBlock {
     /// `hidden`: width of the feed-forward parts.
-    pub fn new(builder: &mut Builder<'_>, names: &BlockNames, width: i64, hidden: i64, heads: Heads) -> Self {
-        let mut modulation = |name: &str| Modulation::new(Linear::pytorch(&mut builder.at(name), width, 6 * width, true));
-        let (image_modulation, text_modulation) = (modulation(names.image_modulation), modulation(names.text_modulation));
+    pub fn new(
+        builder: &mut Builder<'_>,
+        names: &BlockNames,
+        width: i64,
+        hidden: i64,
+        heads: Heads,
+    ) -> Self {
+        let mut modulation = |name: &str| {
+            Modulation::new(Linear::pytorch(&mut builder.at(name), width, 6 * width, true))
+        };
+        let (image_modulation, text_modulation) =
+            (modulation(names.image_modulation), modulation(names.text_modulation));
         let attention = JointAttention::new(&mut builder.at("attn"), width, heads);
-        let mut feed = |name: &str| Mlp::feed_forward(&mut builder.at(name), [width, hidden, width], Nonlinearity::GeluTanh);
+        let mut feed = |name: &str| {
+            Mlp::feed_forward(&mut builder.at(name), [width, hidden, width], Nonlinearity::GeluTanh)
+        };
         let (image_feed, text_feed) = (feed(names.image_feed), feed(names.text_feed));
         let block = JointBlock { attention, image_feed, text_feed, epsilon: heads.epsilon };
         ModulatedJointBlock { block, image_modulation, text_modulation }
@@ -80,7 +100,13 @@ impl ModulatedJointBlock {
 
     /// # Shapes
     /// As [`JointAttention::forward`]; `conditioning`: `[B, D]`. Returns image and text.
-    pub fn forward(&self, params: &Views, streams: [Stream<'_>; 2], conditioning: &Tensor, mask: Option<&Tensor>) -> (Tensor, Tensor) {
+    pub fn forward(
+        &self,
+        params: &Views,
+        streams: [Stream<'_>; 2],
+        conditioning: &Tensor,
+        mask: Option<&Tensor>,
+    ) -> (Tensor, Tensor) {
         let of_image = self.image_modulation.forward(params, conditioning);
         let of_text = self.text_modulation.forward(params, conditioning);
         self.block.forward(params, streams, [&of_image, &of_text], mask)

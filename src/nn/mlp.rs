@@ -39,25 +39,45 @@ pub struct Mlp {
 
 impl Mlp {
     /// `linear_1` and `linear_2` between the three `widths`.
-    pub fn of_two_linears(builder: &mut Builder<'_>, widths: [i64; 3], nonlinearity: Nonlinearity, with_bias: bool) -> Self {
+    pub fn of_two_linears(
+        builder: &mut Builder<'_>,
+        widths: [i64; 3],
+        nonlinearity: Nonlinearity,
+        with_bias: bool,
+    ) -> Self {
         Self::named(builder, ["linear_1", "linear_2"], widths, nonlinearity, with_bias)
     }
 
     /// `net.0.proj` and `net.2`, the feed-forward part of diffusers' blocks.
-    pub fn feed_forward(builder: &mut Builder<'_>, widths: [i64; 3], nonlinearity: Nonlinearity) -> Self {
+    pub fn feed_forward(
+        builder: &mut Builder<'_>,
+        widths: [i64; 3],
+        nonlinearity: Nonlinearity,
+    ) -> Self {
         Self::named(builder, ["net.0.proj", "net.2"], widths, nonlinearity, true)
     }
 
-    /// `linear_in` to twice the hidden width, one half the gate of the other, and `linear_out`; without biases.
+    /// `linear_in` to twice the hidden width, one half the gate of the other, and `linear_out`;
+    /// without biases.
     pub fn gated(builder: &mut Builder<'_>, [inputs, hidden, outputs]: [i64; 3]) -> Self {
         let input = Linear::pytorch(&mut builder.at("linear_in"), inputs, 2 * hidden, false);
         let output = Linear::pytorch(&mut builder.at("linear_out"), hidden, outputs, false);
         Mlp { input, output, nonlinearity: Nonlinearity::SiluGate }
     }
 
-    fn named(builder: &mut Builder<'_>, names: [&str; 2], widths: [i64; 3], nonlinearity: Nonlinearity, with_bias: bool) -> Self {
+    fn named(
+        builder: &mut Builder<'_>,
+        names: [&str; 2],
+        widths: [i64; 3],
+        nonlinearity: Nonlinearity,
+        with_bias: bool,
+    ) -> Self {
         let input = Linear::pytorch(&mut builder.at(names[0]), widths[0], widths[1], with_bias);
-        Mlp { input, output: Linear::pytorch(&mut builder.at(names[1]), widths[1], widths[2], with_bias), nonlinearity }
+        Mlp {
+            input,
+            output: Linear::pytorch(&mut builder.at(names[1]), widths[1], widths[2], with_bias),
+            nonlinearity,
+        }
     }
 
     /// # Shapes

@@ -1,4 +1,5 @@
-//! Parts that models are made of, on one device and without state: parameters come in as views, activations go through.
+//! Parts that models are made of, on one device and without state: parameters come in as views,
+//! activations go through.
 
 mod activations;
 pub mod attention;
@@ -23,13 +24,16 @@ pub use params::{Builder, Init, Param, ParamInfo, ParamSet, Views};
 pub use per_shape::PerShape;
 pub use settings::{AttentionKernels, ComputeSettings};
 
-/// One cut of a model: a pure function from its parameters and the activations before it to those after it.
+/// One cut of a model: a pure function from its parameters and the activations before it to those
+/// after it.
 ///
-/// A stage holds no tensor of its own, so that a model of any size can be described, counted and laid out without memory.
+/// A stage holds no tensor of its own, so that a model of any size can be described, counted and
+/// laid out without memory.
 pub trait Stage: Send {
     /// Names, shapes and initialization of the parameters, in their order in the flat buffer.
     fn params(&self) -> &ParamSet;
 
-    /// Activations after this stage. Constants of `input` stay visible to later stages without being returned.
+    /// Activations after this stage. Constants of `input` stay visible to later stages without
+    /// being returned.
     fn forward(&self, params: &Views, input: &Activations) -> Activations;
 }

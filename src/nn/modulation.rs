@@ -14,14 +14,19 @@ pub struct Modulation {
 }
 
 impl Modulation {
-    /// `linear`: from the conditioning's width to a multiple of the model's. Begun at zero, a block begins as identity.
+    /// `linear`: from the conditioning's width to a multiple of the model's. Begun at zero, a block
+    /// begins as identity.
     pub fn new(linear: Linear) -> Self {
         Modulation { linear }
     }
 
     /// # Shapes
     /// `conditioning`: `[B, D]`. Returns `PARTS` tensors `[B, 1, D]`.
-    pub fn forward<const PARTS: usize>(&self, params: &Views, conditioning: &Tensor) -> [Tensor; PARTS] {
+    pub fn forward<const PARTS: usize>(
+        &self,
+        params: &Views,
+        conditioning: &Tensor,
+    ) -> [Tensor; PARTS] {
         parts(&self.linear.forward(params, &conditioning.silu()))
     }
 }
@@ -48,16 +53,19 @@ pub fn gated(x: &Tensor, gate: &Tensor, change: &Tensor) -> Tensor {
 /// `x`: `[B, L, D]`; `shift`, `scale`: `[B, 1, D]`.
 pub fn modulated_norm(x: &Tensor, shift: &Tensor, scale: &Tensor, epsilon: f64) -> Tensor {
     let factor = scale + 1.0;
-    by_hand::affine_norm(x, &factor, shift, epsilon).unwrap_or_else(|| add_product(shift, &layer_norm(x, epsilon), &factor))
+    by_hand::affine_norm(x, &factor, shift, epsilon)
+        .unwrap_or_else(|| add_product(shift, &layer_norm(x, epsilon), &factor))
 }
 
-/// `sum + a · b`: in one pass in f32; in bfloat16 rounded after the product as well, as diffusers does, because with 8 bits
-/// the sum of so small differences over many blocks shows in the gradients (up to a tenth of a small one).
+/// `sum + a · b`: in one pass in f32; in bfloat16 rounded after the product as well, as diffusers
+/// does, because with 8 bits the sum of so small differences over many blocks shows in the
+/// gradients (up to a tenth of a small one).
 fn add_product(sum: &Tensor, a: &Tensor, b: &Tensor) -> Tensor {
     if sum.kind() == Kind::Float { sum.addcmul(a, b) } else { a * b + sum }
 }
 
-/// The last layer of most families: modulated normalization, then an affine map to the output's features.
+/// The last layer of most families: modulated normalization, then an affine map to the output's
+/// features.
 #[derive(Clone, Copy, Debug)]
 pub struct ModulatedProjection {
     modulation: Modulation,
@@ -67,9 +75,24 @@ pub struct ModulatedProjection {
 
 impl ModulatedProjection {
     /// `norm_out.linear` and `proj_out` of `builder`.
-    pub fn new(builder: &mut Builder<'_>, width: i64, outputs: i64, with_bias: bool, epsilon: f64) -> Self {
-        let modulation = Modulation::new(Linear::pytorch(&mut builder.at("norm_out.linear"), width, 2 * width, with_bias));
-        ModulatedProjection { modulation, projection: Linear::pytorch(&mut builder.at("proj_out"), width, outputs, with_bias), epsilon }
+    pub fn new(
+        builder: &mut Builder<'_>,
+        width: i64,
+        outputs: i64,
+        with_bias: bool,
+        epsilon: f64,
+    ) -> Self {
+        let modulation = Modulation::new(Linear::pytorch(
+            &mut builder.at("norm_out.linear"),
+            width,
+            2 * width,
+            with_bias,
+        ));
+        ModulatedProjection {
+            modulation,
+            projection: Linear::pytorch(&mut builder.at("proj_out"), width, outputs, with_bias),
+            epsilon,
+        }
     }
 
     /// # Shapes

@@ -4,7 +4,8 @@ use tch::{Kind, Tensor};
 
 use super::{Builder, Init, Param, Views, by_hand};
 
-/// Layer normalization over the last axis without learned scale and shift; modulation supplies both.
+/// Layer normalization over the last axis without learned scale and shift; modulation supplies
+/// both.
 ///
 /// # Shapes
 /// `x`: `[…, D]`. Returns the same.
@@ -29,14 +30,23 @@ impl LayerNorm {
     /// # Shapes
     /// `x`: `[…, D]`. Returns the same.
     pub fn forward(&self, params: &Views, x: &Tensor) -> Tensor {
-        x.layer_norm([width(x)], Some(&params[self.weight]), Some(&params[self.bias]), self.epsilon, false)
+        x.layer_norm(
+            [width(x)],
+            Some(&params[self.weight]),
+            Some(&params[self.bias]),
+            self.epsilon,
+            false,
+        )
     }
 
     /// As [`forward`](Self::forward), computed in f32 and rounded to the kind of `x`.
     pub fn forward_f32(&self, params: &Views, x: &Tensor) -> Tensor {
-        let (weight, bias) = (params[self.weight].to_kind(Kind::Float), params[self.bias].to_kind(Kind::Float));
+        let (weight, bias) =
+            (params[self.weight].to_kind(Kind::Float), params[self.bias].to_kind(Kind::Float));
         by_hand::affine_norm(x, &weight, &bias, self.epsilon).unwrap_or_else(|| {
-            x.to_kind(Kind::Float).layer_norm([width(x)], Some(weight), Some(bias), self.epsilon, false).to_kind(x.kind())
+            x.to_kind(Kind::Float)
+                .layer_norm([width(x)], Some(weight), Some(bias), self.epsilon, false)
+                .to_kind(x.kind())
         })
     }
 }
@@ -51,7 +61,8 @@ pub struct RmsNorm {
     rounding: Rounding,
 }
 
-/// When a root-mean-square normalization in bfloat16 rounds; there are two in use, PyTorch's and diffusers' own.
+/// When a root-mean-square normalization in bfloat16 rounds; there are two in use, PyTorch's and
+/// diffusers' own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rounding {
     /// Behind the learned scale.
@@ -69,7 +80,9 @@ impl RmsNorm {
     /// `x`: `[…, D]`. Returns the same.
     pub fn forward(&self, params: &Views, x: &Tensor) -> Tensor {
         let weight = &params[self.weight];
-        if let Some(normalized) = by_hand::rms_norm(x, weight, self.epsilon, self.rounding == Rounding::BeforeScale) {
+        if let Some(normalized) =
+            by_hand::rms_norm(x, weight, self.epsilon, self.rounding == Rounding::BeforeScale)
+        {
             return normalized;
         }
         match self.rounding {

@@ -1,4 +1,5 @@
-//! A stage's parameters: names, shapes and how they begin, laid out one after another in one flat buffer.
+//! A stage's parameters: names, shapes and how they begin, laid out one after another in one flat
+//! buffer.
 
 use std::ops::Index;
 
@@ -40,7 +41,8 @@ impl ParamInfo {
         self.shape.iter().product()
     }
 
-    /// Whether weight decay applies: to matrices and kernels, not to biases, norms and tables of one axis.
+    /// Whether weight decay applies: to matrices and kernels, not to biases, norms and tables of
+    /// one axis.
     pub fn decays(&self) -> bool {
         self.shape.len() > 1
     }
@@ -50,7 +52,8 @@ impl ParamInfo {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Param(usize);
 
-/// The parameters of one stage in the order of its flat buffer: the precise ones, then the others, each as they were built.
+/// The parameters of one stage in the order of its flat buffer: the precise ones, then the others,
+/// each as they were built.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ParamSet {
     stage: String,
@@ -78,13 +81,16 @@ impl ParamSet {
         self.infos.iter().map(ParamInfo::numel).sum()
     }
 
-    /// Runs `(offset, length)` of the flat buffer that weight decay applies to; neighbours are joined.
+    /// Runs `(offset, length)` of the flat buffer that weight decay applies to; neighbours are
+    /// joined.
     pub fn decayed_runs(&self) -> Vec<(i64, i64)> {
         let mut runs: Vec<(i64, i64)> = Vec::new();
         let mut offset = 0;
         for info in &self.infos {
             match runs.last_mut() {
-                Some((start, length)) if info.decays() && *start + *length == offset => *length += info.numel(),
+                Some((start, length)) if info.decays() && *start + *length == offset => {
+                    *length += info.numel()
+                }
                 _ if info.decays() => runs.push((offset, info.numel())),
                 _ => {}
             }
@@ -103,18 +109,19 @@ impl ParamSet {
         self.split_pieces(&[flat])
     }
 
-    /// As [`split`](Self::split), for a buffer in two pieces: precise parameters, and the others. A stage of one sort of
-    /// parameters has one piece, a stage without parameters none.
+    /// As [`split`](Self::split), for a buffer in two pieces: precise parameters, and the others. A
+    /// stage of one sort of parameters has one piece, a stage without parameters none.
     pub fn split_pieces(&self, pieces: &[&Tensor]) -> Views {
         let num_precise = self.infos.iter().filter(|info| info.precise).count();
-        let (precise, others) = self.infos.split_at(if pieces.len() == 2 { num_precise } else { 0 });
+        let (precise, others) =
+            self.infos.split_at(if pieces.len() == 2 { num_precise } else { 0 });
         let held = [precise, others].into_iter().filter(|infos| !infos.is_empty());
         let tensors = held.zip(pieces).flat_map(|(infos, piece)| split(infos, piece)).collect();
         Views { tensors, places: self.places.clone() }
     }
 
-    /// Fills `flat` `[P]` f32 with the parameters' beginnings; each has its own stream, so that adding a parameter does not
-    /// change the others.
+    /// Fills `flat` `[P]` f32 with the parameters' beginnings; each has its own stream, so that
+    /// adding a parameter does not change the others.
     pub fn initialize(&self, flat: &Tensor, key: Key) {
         no_grad(|| {
             for (mut view, info) in self.split(flat).tensors.into_iter().zip(&self.infos) {
@@ -142,7 +149,9 @@ impl Init {
             Init::Ones => tensor.fill_(1.0),
             Init::Normal { std } => tensor.normal_(0.0, std),
             Init::FanIn { fan_in } => uniform(tensor, 1.0 / (fan_in as f64).sqrt()),
-            Init::Xavier { fan_in, fan_out } => uniform(tensor, (6.0 / (fan_in + fan_out) as f64).sqrt()),
+            Init::Xavier { fan_in, fan_out } => {
+                uniform(tensor, (6.0 / (fan_in + fan_out) as f64).sqrt())
+            }
         }
     }
 }
@@ -202,13 +211,19 @@ impl<'a> Builder<'a> {
 
     /// A parameter that stays f32 whatever the kind of the computation.
     pub fn precise_param(&mut self, name: &str, shape: &[i64], init: Init) -> Param {
-        Builder { set: self.set, prefix: self.prefix.clone(), precise: true }.param(name, shape, init)
+        Builder { set: self.set, prefix: self.prefix.clone(), precise: true }
+            .param(name, shape, init)
     }
 
     pub fn param(&mut self, name: &str, shape: &[i64], init: Init) -> Param {
-        let info = ParamInfo { name: self.join(name), shape: shape.to_vec(), init, precise: self.precise };
+        let info =
+            ParamInfo { name: self.join(name), shape: shape.to_vec(), init, precise: self.precise };
         let ParamSet { infos, places, .. } = &mut *self.set;
-        let place = if info.precise { infos.iter().filter(|info| info.precise).count() } else { infos.len() };
+        let place = if info.precise {
+            infos.iter().filter(|info| info.precise).count()
+        } else {
+            infos.len()
+        };
         places.iter_mut().filter(|earlier| **earlier >= place).for_each(|earlier| *earlier += 1);
         places.push(place);
         infos.insert(place, info);

@@ -25,8 +25,9 @@ pub fn grid(latents: &Tensor, patch: Patch) -> [i64; 3] {
 /// Latents cut into patches.
 ///
 /// # Shapes
-/// `latents`: `[B, C, F, H, W]`, of which `patch` divides the last three. Returns `[B, L, C · pt · ph · pw]`, tokens in the
-/// order frame, row, column, features in the order channel, frame, row, column.
+/// `latents`: `[B, C, F, H, W]`, of which `patch` divides the last three. Returns `[B, L, C · pt ·
+/// ph · pw]`, tokens in the order frame, row, column, features in the order channel, frame, row,
+/// column.
 pub fn cut(latents: &Tensor, patch: Patch) -> Tensor {
     by_hand::patches::cut(latents, patch).unwrap_or_else(|| cut_by_view(latents, patch))
 }
@@ -35,13 +36,18 @@ fn cut_by_view(latents: &Tensor, patch: Patch) -> Tensor {
     let (batch, channels) = (latents.size()[0], latents.size()[1]);
     let ([frames, rows, columns], [pt, ph, pw]) = (grid(latents, patch), patch);
     let blocks = latents.reshape([batch, channels, frames, pt, rows, ph, columns, pw]);
-    blocks.permute([0, 2, 4, 6, 1, 3, 5, 7]).reshape([batch, frames * rows * columns, channels * pt * ph * pw])
+    blocks.permute([0, 2, 4, 6, 1, 3, 5, 7]).reshape([
+        batch,
+        frames * rows * columns,
+        channels * pt * ph * pw,
+    ])
 }
 
-/// Tokens `[B, L, C · pt · ph · pw]` on a `grid` as latents `[B, C, F, H, W]`: the inverse of [`cut`] for features with the
-/// channel first.
+/// Tokens `[B, L, C · pt · ph · pw]` on a `grid` as latents `[B, C, F, H, W]`: the inverse of
+/// [`cut`] for features with the channel first.
 pub fn join(tokens: &Tensor, patch: Patch, grid: [i64; 3], order: FeatureOrder) -> Tensor {
-    by_hand::patches::join(tokens, patch, grid, order).unwrap_or_else(|| join_by_view(tokens, patch, grid, order))
+    by_hand::patches::join(tokens, patch, grid, order)
+        .unwrap_or_else(|| join_by_view(tokens, patch, grid, order))
 }
 
 fn join_by_view(tokens: &Tensor, patch: Patch, grid: [i64; 3], order: FeatureOrder) -> Tensor {
@@ -64,14 +70,16 @@ fn join_by_view(tokens: &Tensor, patch: Patch, grid: [i64; 3], order: FeatureOrd
 /// Images cut into square patches of `side`: as [`cut`].
 ///
 /// # Shapes
-/// `images`: `[B, C, H, W]`, `H` and `W` multiples of `side`. Returns `[B, H/side · W/side, C · side²]`.
+/// `images`: `[B, C, H, W]`, `H` and `W` multiples of `side`. Returns `[B, H/side · W/side, C ·
+/// side²]`.
 pub fn cut_images(images: &Tensor, side: i64) -> Tensor {
     cut(&images.unsqueeze(2), [1, side, side])
 }
 
 /// Inverse of [`cut_images`] for images of `height` and `width`.
 pub fn join_images(tokens: &Tensor, side: i64, height: i64, width: i64) -> Tensor {
-    join(tokens, [1, side, side], [1, height / side, width / side], FeatureOrder::ChannelFirst).squeeze_dim(2)
+    join(tokens, [1, side, side], [1, height / side, width / side], FeatureOrder::ChannelFirst)
+        .squeeze_dim(2)
 }
 
 /// Latents to tokens by an affine map of each patch: a convolution whose stride is its kernel.
@@ -85,7 +93,8 @@ pub struct PatchEmbedding {
 }
 
 impl PatchEmbedding {
-    /// `weight` `[width, channels, pt, ph, pw]` and `bias`, begun as PyTorch begins those of a convolution.
+    /// `weight` `[width, channels, pt, ph, pw]` and `bias`, begun as PyTorch begins those of a
+    /// convolution.
     pub fn new(builder: &mut Builder<'_>, channels: i64, width: i64, patch: Patch) -> Self {
         let [pt, ph, pw] = patch;
         let init = Init::FanIn { fan_in: channels * pt * ph * pw };
@@ -96,7 +105,8 @@ impl PatchEmbedding {
     /// # Shapes
     /// `latents`: as in [`cut`]. Returns `[B, L, width]`.
     pub fn forward(&self, params: &Views, latents: &Tensor) -> Tensor {
-        cut(latents, self.patch).linear(&params[self.weight].flatten(1, -1), Some(&params[self.bias]))
+        cut(latents, self.patch)
+            .linear(&params[self.weight].flatten(1, -1), Some(&params[self.bias]))
     }
 }
 
@@ -150,8 +160,14 @@ mod tests {
         set.initialize(&flat, Key::new(11, Purpose::Initialization));
         let (params, latents) = (set.split(&flat), latents().to_kind(Kind::Double) / 720.0);
         let (weight, bias) = (&params[embedding.weight], &params[embedding.bias]);
-        let convolved = latents.conv3d(weight, Some(bias), PATCH, [0i64, 0, 0], [1i64, 1, 1], 1).flatten(2, -1).transpose(1, 2);
+        let convolved = latents
+            .conv3d(weight, Some(bias), PATCH, [0i64, 0, 0], [1i64, 1, 1], 1)
+            .flatten(2, -1)
+            .transpose(1, 2);
         // Sums of 18 f64 products of numbers below 1.
-        assert!((embedding.forward(&params, &latents) - convolved).abs().max().double_value(&[]) < 1e-14);
+        assert!(
+            (embedding.forward(&params, &latents) - convolved).abs().max().double_value(&[])
+                < 1e-14
+        );
     }
 }

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 
 use tch::Tensor;
 
-/// A table for each shape met so far; there are as many as the data have resolution groups and text lengths.
+/// A table for each shape met so far; there are as many as the data have resolution groups and text
+/// lengths.
 #[derive(Debug)]
 pub struct PerShape<S>(RefCell<BTreeMap<S, Tensor>>);
 

@@ -1,6 +1,8 @@
-//! Rotary position embedding: features turned, in pairs, by angles that grow with the token's place.
+//! Rotary position embedding: features turned, in pairs, by angles that grow with the token's
+//! place.
 //!
-//! A table holds one complex number of length 1 a token and pair, so that a rotation is one complex product.
+//! A table holds one complex number of length 1 a token and pair, so that a rotation is one complex
+//! product.
 //!
 //! Source: Su et al. 2021, arXiv:2104.09864, section 3.2.
 
@@ -8,8 +10,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::by_hand;
 
-/// One axis of the places: width of the features it turns, and the kind its angles are computed in before they are rounded
-/// to f32.
+/// One axis of the places: width of the features it turns, and the kind its angles are computed in
+/// before they are rounded to f32.
 #[derive(Clone, Copy, Debug)]
 pub struct Axis {
     /// Even.
@@ -33,7 +35,8 @@ impl Axis {
     }
 }
 
-/// Angles of each place of a grid, the last axis fastest: `[F · H · W, width / 2]`, the axes' widths side by side.
+/// Angles of each place of a grid, the last axis fastest: `[F · H · W, width / 2]`, the axes'
+/// widths side by side.
 ///
 /// # Shapes
 /// `frames`: `[F, width_f / 2]`, `rows`: `[H, width_h / 2]`, `columns`: `[W, width_w / 2]`.
@@ -49,7 +52,8 @@ pub fn grid_angles(frames: &Tensor, rows: &Tensor, columns: &Tensor) -> Tensor {
 
 /// The rotations by `angles` `[L, E/2]`, as a table `[L, 1, E/2]` of complex f32.
 pub fn table(angles: &Tensor) -> Tensor {
-    Tensor::complex(&angles.cos().to_kind(Kind::Float), &angles.sin().to_kind(Kind::Float)).unsqueeze(1)
+    Tensor::complex(&angles.cos().to_kind(Kind::Float), &angles.sin().to_kind(Kind::Float))
+        .unsqueeze(1)
 }
 
 /// Turns each head's features, neighbours as pairs.
@@ -61,7 +65,8 @@ pub fn rotate(x: &Tensor, table: &Tensor) -> Tensor {
         return turned;
     }
     let (batch, tokens, heads, width) = x.size4().expect("[B, L, N, E]");
-    let pairs = x.to_kind(Kind::Float).reshape([batch, tokens, heads, width / 2, 2]).view_as_complex();
+    let pairs =
+        x.to_kind(Kind::Float).reshape([batch, tokens, heads, width / 2, 2]).view_as_complex();
     (pairs * table).view_as_real().flatten(3, 4).to_kind(x.kind())
 }
 
@@ -79,7 +84,10 @@ mod tests {
         let everywhere = |x: &Tensor| rotate(&x.expand([1, 12, 1, 8], false), &table).view([12, 8]);
         let products = everywhere(&query).mm(&everywhere(&key).tr());
         for distance in 0..6 {
-            let (near, far) = (products.double_value(&[5, 5 - distance.min(5)]), products.double_value(&[11, 11 - distance.min(5)]));
+            let (near, far) = (
+                products.double_value(&[5, 5 - distance.min(5)]),
+                products.double_value(&[11, 11 - distance.min(5)]),
+            );
             // Sums of eight f32 products of numbers up to 5.
             assert!((near - far).abs() < 1e-4, "{distance}: {near} {far}");
         }

@@ -11,8 +11,9 @@ pub struct ComputeSettings {
 /// Kernels of attention among which libtorch chooses on a GPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum AttentionKernels {
-    /// All but cuDNN's: on an H200 their backward pass, `cudnn_generated_fort_native_sdpa_sm90_flash_bprop` of cuDNN 9.19,
-    /// ended the first step of FLUX in bfloat16 by an illegal memory access.
+    /// All but cuDNN's: on an H200 their backward pass,
+    /// `cudnn_generated_fort_native_sdpa_sm90_flash_bprop` of cuDNN 9.19, ended the first step of
+    /// FLUX in bfloat16 by an illegal memory access.
     #[default]
     Auto,
     /// cuDNN's, too, which libtorch then prefers to the others.
@@ -20,7 +21,8 @@ pub enum AttentionKernels {
 }
 
 impl Choice for AttentionKernels {
-    const ALL: &'static [(&'static str, Self)] = &[("auto", AttentionKernels::Auto), ("cudnn", AttentionKernels::Cudnn)];
+    const ALL: &'static [(&'static str, Self)] =
+        &[("auto", AttentionKernels::Auto), ("cudnn", AttentionKernels::Cudnn)];
 }
 
 impl Settings for ComputeSettings {
@@ -31,7 +33,8 @@ impl Settings for ComputeSettings {
 }
 
 impl ComputeSettings {
-    /// Sets libtorch's own switches, for the whole process; to be called before the first attention.
+    /// Sets libtorch's own switches, for the whole process; to be called before the first
+    /// attention.
     pub fn apply(&self) {
         libtorch::allow_cudnn_attention(self.attention == AttentionKernels::Cudnn);
     }

@@ -1,7 +1,8 @@
-//! Attention whose queries and keys are normalized over the model's whole width, before they are split into heads.
+//! Attention whose queries and keys are normalized over the model's whole width, before they are
+//! split into heads.
 //!
-//! Source: diffusers 0.42.1, `WanAttention`, whose parameter names these are; RMSNorm on queries and keys is Wan's,
-//! arXiv:2503.20314.
+//! Source: diffusers 0.42.1, `WanAttention`, whose parameter names these are; RMSNorm on queries
+//! and keys is Wan's, arXiv:2503.20314.
 
 use tch::Tensor;
 
@@ -20,9 +21,14 @@ struct Source {
 impl Source {
     fn new(builder: &mut Builder<'_>, [key, value, norm_key]: [&str; 3], heads: Heads) -> Self {
         let width = heads.num_heads * heads.width;
-        let mut linear = |name: &str| Linear::pytorch(&mut builder.at(name), width, width, heads.with_bias);
+        let mut linear =
+            |name: &str| Linear::pytorch(&mut builder.at(name), width, width, heads.with_bias);
         let (key, value) = (linear(key), linear(value));
-        Source { key, value, norm_key: RmsNorm::new(&mut builder.at(norm_key), width, heads.epsilon, heads.rounding) }
+        Source {
+            key,
+            value,
+            norm_key: RmsNorm::new(&mut builder.at(norm_key), width, heads.epsilon, heads.rounding),
+        }
     }
 
     /// Keys and values `[B, K, N, E]`.
@@ -32,7 +38,8 @@ impl Source {
     }
 }
 
-/// Attention of tokens over themselves, over text, or over text and images, each with a softmax of its own.
+/// Attention of tokens over themselves, over text, or over text and images, each with a softmax of
+/// its own.
 #[derive(Clone, Copy, Debug)]
 pub struct WideAttention {
     query: Linear,
@@ -49,9 +56,11 @@ impl WideAttention {
     pub fn new(builder: &mut Builder<'_>, heads: Heads, added: bool) -> Self {
         let width = heads.num_heads * heads.width;
         let query = Linear::pytorch(&mut builder.at("to_q"), width, width, heads.with_bias);
-        let norm_query = RmsNorm::new(&mut builder.at("norm_q"), width, heads.epsilon, heads.rounding);
+        let norm_query =
+            RmsNorm::new(&mut builder.at("norm_q"), width, heads.epsilon, heads.rounding);
         let source = Source::new(builder, ["to_k", "to_v", "norm_k"], heads);
-        let added = added.then(|| Source::new(builder, ["add_k_proj", "add_v_proj", "norm_added_k"], heads));
+        let added = added
+            .then(|| Source::new(builder, ["add_k_proj", "add_v_proj", "norm_added_k"], heads));
         let output = Linear::pytorch(&mut builder.at("to_out.0"), width, width, heads.with_bias);
         WideAttention { query, norm_query, source, added, output, num_heads: heads.num_heads }
     }
@@ -65,9 +74,15 @@ impl WideAttention {
     }
 
     /// # Shapes
-    /// `x`: `[B, L, D]`; `text`: `[B, Lt, D]`; `image`: `[B, Li, D]`, for a model with products for it. Returns the shape of
-    /// `x`.
-    pub fn over_conditions(&self, params: &Views, x: &Tensor, text: &Tensor, image: Option<&Tensor>) -> Tensor {
+    /// `x`: `[B, L, D]`; `text`: `[B, Lt, D]`; `image`: `[B, Li, D]`, for a model with products for
+    /// it. Returns the shape of `x`.
+    pub fn over_conditions(
+        &self,
+        params: &Views,
+        x: &Tensor,
+        text: &Tensor,
+        image: Option<&Tensor>,
+    ) -> Tensor {
         let query = self.query(params, x);
         let over = |source: &Source, tokens: &Tensor| {
             let [key, value] = source.forward(params, tokens, self.num_heads);

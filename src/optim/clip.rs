@@ -2,11 +2,13 @@
 
 use tch::{Device, Kind, Tensor};
 
-/// Elements whose squares are added up in one f32. On a CPU libtorch adds all of a tensor's in a few of them: of 4 million
-/// elements the norm was off by 1e-4, and the more the fewer ranks shared them.
+/// Elements whose squares are added up in one f32. On a CPU libtorch adds all of a tensor's in a
+/// few of them: of 4 million elements the norm was off by 1e-4, and the more the fewer ranks shared
+/// them.
 const CHUNK: i64 = 1 << 16;
 
-/// Root of the sum of squares over all gradients, a f32 scalar on their device; zero without gradients.
+/// Root of the sum of squares over all gradients, a f32 scalar on their device; zero without
+/// gradients.
 ///
 /// # Shapes
 /// Each gradient: `[P]`.
@@ -23,12 +25,17 @@ fn norm(gradient: &Tensor) -> Tensor {
     if whole == 0 {
         return gradient.norm();
     }
-    let chunks = gradient.narrow(0, 0, whole).view([-1, CHUNK]).norm_scalaropt_dim(2, [1i64].as_slice(), false);
+    let chunks = gradient.narrow(0, 0, whole).view([-1, CHUNK]).norm_scalaropt_dim(
+        2,
+        [1i64].as_slice(),
+        false,
+    );
     let rest = gradient.narrow(0, whole, elements - whole).norm().view([1]);
     Tensor::cat(&[chunks, rest], 0).norm()
 }
 
-/// Factor that brings a gradient of `norm` down to `max_norm`; 1 where it is below, and for a `max_norm` of 0, which clips nothing.
+/// Factor that brings a gradient of `norm` down to `max_norm`; 1 where it is below, and for a
+/// `max_norm` of 0, which clips nothing.
 ///
 /// Source: `torch.nn.utils.clip_grad_norm_`, with its 1e-6 against division by zero.
 pub fn coefficient(norm: f64, max_norm: f64) -> f64 {
@@ -51,7 +58,9 @@ mod tests {
 
     #[test]
     fn the_norm_of_millions_of_elements_is_right_to_f32_rounding() {
-        let gradient = Key::new(5, Purpose::Test).seeded(|| Tensor::randn([(1 << 22) + 1234], (Kind::Float, Device::Cpu))) * 1e-3;
+        let gradient = Key::new(5, Purpose::Test)
+            .seeded(|| Tensor::randn([(1 << 22) + 1234], (Kind::Float, Device::Cpu)))
+            * 1e-3;
         let expected = gradient.to_kind(Kind::Double).norm().double_value(&[]);
         let found = global_norm([&gradient].into_iter()).double_value(&[]);
         assert!((found / expected - 1.0).abs() < 2e-6, "{found} and {expected}");

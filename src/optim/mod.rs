@@ -1,4 +1,5 @@
-//! Optimizers over flat slices, gradient clipping, learning-rate schedules. Nothing here knows a rank.
+//! Optimizers over flat slices, gradient clipping, learning-rate schedules. Nothing here knows a
+//! rank.
 
 pub mod adamw;
 pub mod clip;
@@ -19,9 +20,11 @@ pub struct Slice<'a> {
     pub gradient: &'a Tensor,
     /// What the gradient is multiplied with first: the clipping's coefficient, 1 for none.
     pub gradient_factor: f64,
-    /// The optimizer's tensors in the order of [`Optimizer::state_names`], each `[P]` f32, changed in place.
+    /// The optimizer's tensors in the order of [`Optimizer::state_names`], each `[P]` f32, changed
+    /// in place.
     pub state: &'a mut [Tensor],
-    /// `[P]` bf16, which becomes the parameters rounded; none where the f32 parameters are computed with.
+    /// `[P]` bf16, which becomes the parameters rounded; none where the f32 parameters are computed
+    /// with.
     pub computed: Option<&'a mut Tensor>,
     /// Runs `(offset, length)` of the slice that weight decay applies to.
     pub decayed: &'a [(i64, i64)],
@@ -38,7 +41,8 @@ pub trait Optimizer {
     /// The rule made ready for slices on `device`, once for a run.
     ///
     /// # Errors
-    /// [`Error::Environment`](crate::error::Error::Environment) if the device lacks what the rule needs, or computes wrongly.
+    /// [`Error::Environment`](crate::error::Error::Environment) if the device lacks what the rule
+    /// needs, or computes wrongly.
     fn on(&self, device: Device) -> Result<Box<dyn Update>>;
 }
 

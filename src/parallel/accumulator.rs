@@ -8,8 +8,9 @@ pub enum Summation {
     /// One after the other into one buffer.
     #[default]
     Running,
-    /// As a pairwise tree, the order in which ranks are summed as well, so that it does not matter where one ends and the
-    /// other begins. Holds as many buffers as the number of micro-batches has binary digits.
+    /// As a pairwise tree, the order in which ranks are summed as well, so that it does not matter
+    /// where one ends and the other begins. Holds as many buffers as the number of micro-batches
+    /// has binary digits.
     Pairwise,
 }
 
@@ -48,7 +49,8 @@ impl Accumulator {
     }
 
     fn join(&mut self) {
-        if let (Some((_, right)), Some((doubled, left))) = (self.parts.pop(), self.parts.last_mut()) {
+        if let (Some((_, right)), Some((doubled, left))) = (self.parts.pop(), self.parts.last_mut())
+        {
             *doubled += 1;
             add(left, &right);
         }
@@ -76,14 +78,20 @@ mod tests {
 
     #[test]
     fn running_sums_go_left_to_right() {
-        assert_eq!(sum(Summation::Running, 0..5), (0..5).map(value).fold(0.0, |sum, value| sum + value));
+        assert_eq!(
+            sum(Summation::Running, 0..5),
+            (0..5).map(value).fold(0.0, |sum, value| sum + value)
+        );
     }
 
     #[test]
     fn pairwise_sums_are_the_tree_whatever_their_number() {
         let v = value;
         assert_eq!(sum(Summation::Pairwise, 0..4), (v(0) + v(1)) + (v(2) + v(3)));
-        assert_eq!(sum(Summation::Pairwise, 0..7), ((v(0) + v(1)) + (v(2) + v(3))) + ((v(4) + v(5)) + v(6)));
+        assert_eq!(
+            sum(Summation::Pairwise, 0..7),
+            ((v(0) + v(1)) + (v(2) + v(3))) + ((v(4) + v(5)) + v(6))
+        );
     }
 
     #[test]

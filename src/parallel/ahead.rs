@@ -1,4 +1,5 @@
-//! Parameters of the stages in the order in which they are used, those of the next on their way while one computes.
+//! Parameters of the stages in the order in which they are used, those of the next on their way
+//! while one computes.
 
 use crate::error::Result;
 use crate::parallel::Replica;
@@ -34,6 +35,9 @@ impl<'m, I: Iterator<Item = usize>> Ahead<'m, I> {
 
     fn begin(&mut self) -> Result<Option<(usize, Gathering)>> {
         let Replica { buckets, sharing, .. } = self.replica;
-        self.order.next().map(|stage| Ok((stage, buckets[stage].gather(sharing.shards())?))).transpose()
+        self.order
+            .next()
+            .map(|stage| Ok((stage, buckets[stage].gather(sharing.shards())?)))
+            .transpose()
     }
 }

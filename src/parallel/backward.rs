@@ -5,7 +5,8 @@ use tch::{Device, Kind, Tensor};
 use crate::autograd::by_hand;
 use crate::nn::Activations;
 
-/// Gradient of a scalar `loss` with respect to each flowing tensor of `output`, the loss's only inputs.
+/// Gradient of a scalar `loss` with respect to each flowing tensor of `output`, the loss's only
+/// inputs.
 pub fn loss_backward(loss: &Tensor, output: &Activations) -> Vec<Tensor> {
     let inputs: Vec<&Tensor> = output.flowing().map(|(_, tensor)| tensor).collect();
     if inputs.is_empty() {
@@ -14,15 +15,21 @@ pub fn loss_backward(loss: &Tensor, output: &Activations) -> Vec<Tensor> {
     Tensor::run_backward(&[loss], &inputs, false, false)
 }
 
-/// Gradients of the stage's leaves and of its flowing inputs, given those of its outputs: undefined where the graph does not reach
-/// one.
+/// Gradients of the stage's leaves and of its flowing inputs, given those of its outputs: undefined
+/// where the graph does not reach one.
 ///
 /// # Shapes
 /// `grad_output`: one tensor for each flowing output, undefined where nothing downstream used it.
-pub fn stage_backward(leaves: &[&Tensor], input: &Activations, output: &Activations, grad_output: &[Tensor]) -> (Vec<Tensor>, Vec<Tensor>) {
+pub fn stage_backward(
+    leaves: &[&Tensor],
+    input: &Activations,
+    output: &Activations,
+    grad_output: &[Tensor],
+) -> (Vec<Tensor>, Vec<Tensor>) {
     let pairs = output.flowing().zip(grad_output).filter(|(_, gradient)| gradient.defined());
     let roots: Vec<Tensor> = pairs.map(|((_, value), gradient)| root(value, gradient)).collect();
-    let inputs: Vec<&Tensor> = leaves.iter().copied().chain(input.flowing().map(|(_, tensor)| tensor)).collect();
+    let inputs: Vec<&Tensor> =
+        leaves.iter().copied().chain(input.flowing().map(|(_, tensor)| tensor)).collect();
     if roots.is_empty() || inputs.is_empty() {
         // Nothing downstream used this stage, or nothing before it is trained.
         let undefined = input.flowing().map(|_| Tensor::new()).collect();
@@ -33,8 +40,9 @@ pub fn stage_backward(leaves: &[&Tensor], input: &Activations, output: &Activati
     (gradients, grad_input)
 }
 
-/// A number from which `gradient` flows into `value`: the bindings let every root begin with a gradient of ones, and a product
-/// <value, gradient> as root would read and write both, twice. It lies on the CPU, so that its gradient is taken on this thread.
+/// A number from which `gradient` flows into `value`: the bindings let every root begin with a
+/// gradient of ones, and a product <value, gradient> as root would read and write both, twice. It
+/// lies on the CPU, so that its gradient is taken on this thread.
 fn root(value: &Tensor, gradient: &Tensor) -> Tensor {
     let number = || (Tensor::zeros([], (Kind::Float, Device::Cpu)), gradient.shallow_clone());
     by_hand(&[value], number, |gradient, _| vec![gradient])

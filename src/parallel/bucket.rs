@@ -13,12 +13,14 @@ use crate::rng::Key;
 /// A stage's parameters: f32 master values, and the same in the compute kind.
 #[derive(Debug)]
 pub struct Bucket {
-    /// One or two: precise parameters in f32, the others in the compute kind. None for a stage without parameters.
+    /// One or two: precise parameters in f32, the others in the compute kind. None for a stage
+    /// without parameters.
     pieces: Vec<Piece>,
     trained: bool,
 }
 
-/// A stage's parameters for one use, each of them a leaf of its graph. What was gathered for it goes with it.
+/// A stage's parameters for one use, each of them a leaf of its graph. What was gathered for it
+/// goes with it.
 #[derive(Debug)]
 pub struct Weights {
     leaves: Views,
@@ -34,9 +36,15 @@ pub struct Gathering {
 }
 
 impl Bucket {
-    /// Parameters begun from `key`, zeros without one. `devices`: where they compute, and where master values lie that have a
-    /// storage of their own.
-    pub fn new(params: &ParamSet, kind: Kind, devices: (Device, Device), key: Option<Key>, sharing: &Sharing<'_>) -> Self {
+    /// Parameters begun from `key`, zeros without one. `devices`: where they compute, and where
+    /// master values lie that have a storage of their own.
+    pub fn new(
+        params: &ParamSet,
+        kind: Kind,
+        devices: (Device, Device),
+        key: Option<Key>,
+        sharing: &Sharing<'_>,
+    ) -> Self {
         let precise = if kind == Kind::Float { 0 } else { params.num_precise() };
         let sizes = [(0, precise, Kind::Float), (precise, params.numel() - precise, kind)];
         let decayed = params.decayed_runs();
@@ -48,7 +56,8 @@ impl Bucket {
         let pieces = sizes.into_iter().filter(|(_, numel, _)| *numel > 0).map(piece).collect();
         let mut bucket = Bucket { pieces, trained: params.numel() > 0 };
         if let Some(key) = key {
-            // A stage at a time: no rank ever holds more of an unsharded model than its largest stage.
+            // A stage at a time: no rank ever holds more of an unsharded model than its largest
+            // stage.
             let flat = Tensor::zeros([params.numel()], (Kind::Float, Device::Cpu));
             params.initialize(&flat, key);
             bucket.set(&flat);
@@ -79,11 +88,15 @@ impl Bucket {
     /// # Ordering
     /// Every rank of a shard group calls it.
     pub fn parameters(&self, sharing: &Sharing<'_>) -> Result<Tensor> {
-        self.whole(&self.pieces.iter().map(|piece| piece.master().shallow_clone()).collect::<Vec<_>>(), sharing)
+        self.whole(
+            &self.pieces.iter().map(|piece| piece.master().shallow_clone()).collect::<Vec<_>>(),
+            sharing,
+        )
     }
 
-    /// What every rank holds a shard of, whole: `[P]` f32. `owned`: a tensor of the shard's length for each piece. Nothing is
-    /// copied where a rank holds one piece that is whole, so that only who needs it elsewhere moves it.
+    /// What every rank holds a shard of, whole: `[P]` f32. `owned`: a tensor of the shard's length
+    /// for each piece. Nothing is copied where a rank holds one piece that is whole, so that only
+    /// who needs it elsewhere moves it.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it.
@@ -94,7 +107,10 @@ impl Bucket {
             1 => pieces.remove(0),
             0 => Tensor::zeros([0], (Kind::Float, Device::Cpu)),
             // Masters lie with what is computed with, or at home.
-            _ => Tensor::cat(&pieces.iter().map(|piece| piece.to_device(pieces[0].device())).collect::<Vec<_>>(), 0),
+            _ => Tensor::cat(
+                &pieces.iter().map(|piece| piece.to_device(pieces[0].device())).collect::<Vec<_>>(),
+                0,
+            ),
         })
     }
 
@@ -122,8 +138,9 @@ impl Bucket {
         Ok(Gathering { full, trained: self.trained, work })
     }
 
-    /// Gradients of the stage's parameters, undefined where its graph did not reach them, as one flat tensor a piece: in f32, in
-    /// which they are summed, or more if they are of more. What was not reached is zero, so that all ranks issue the same collectives.
+    /// Gradients of the stage's parameters, undefined where its graph did not reach them, as one
+    /// flat tensor a piece: in f32, in which they are summed, or more if they are of more. What was
+    /// not reached is zero, so that all ranks issue the same collectives.
     pub fn joined(&self, params: &ParamSet, gradients: Vec<Tensor>) -> Vec<Tensor> {
         let joined: Vec<Tensor> = self.pieces.iter().map(Piece::room_for_gradient).collect();
         let views = params.split_pieces(&joined.iter().collect::<Vec<_>>());
@@ -144,7 +161,8 @@ impl Bucket {
     /// As [`gather`](Self::gather).
     pub fn publish(&self, shards: &dyn Collective) -> Result<Work> {
         let cut = self.pieces.iter().filter(|piece| !piece.layout().is_whole());
-        let sliced: Vec<Sliced> = cut.filter_map(|piece| piece.full().map(|full| piece.sliced(full))).collect();
+        let sliced: Vec<Sliced> =
+            cut.filter_map(|piece| piece.full().map(|full| piece.sliced(full))).collect();
         if sliced.is_empty() { Ok(Work::done()) } else { shards.all_gather(sliced) }
     }
 
@@ -170,7 +188,8 @@ impl Weights {
         &self.leaves
     }
 
-    /// The leaves whose gradients the backward pass asks for, in the order of the stage's parameters; none for a frozen stage.
+    /// The leaves whose gradients the backward pass asks for, in the order of the stage's
+    /// parameters; none for a frozen stage.
     pub fn trained(&self) -> Vec<&Tensor> {
         if self.trained { self.leaves.iter().collect() } else { Vec::new() }
     }
@@ -209,25 +228,36 @@ mod tests {
     }
 
     /// What `look` finds on each rank of three that share a bucket.
-    fn on_three<T: Send + 'static>(sharding: Sharding, kind: Kind, look: fn(Bucket, &Sharing<'_>) -> T) -> Vec<T> {
+    fn on_three<T: Send + 'static>(
+        sharding: Sharding,
+        kind: Kind,
+        look: fn(Bucket, &Sharing<'_>) -> T,
+    ) -> Vec<T> {
         let join = |world: Threads| {
             std::thread::spawn(move || {
-                let sharing = Sharing::new(&world, sharding, ShardingGroup::World, 1).expect("sound");
-                look(Bucket::new(&params(), kind, (Device::Cpu, Device::Cpu), Some(KEY), &sharing), &sharing)
+                let sharing =
+                    Sharing::new(&world, sharding, ShardingGroup::World, 1).expect("sound");
+                look(
+                    Bucket::new(&params(), kind, (Device::Cpu, Device::Cpu), Some(KEY), &sharing),
+                    &sharing,
+                )
             })
         };
         let threads: Vec<_> = Threads::world(3).into_iter().map(join).collect();
         threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
     }
 
-    const SHARDINGS: [Sharding; 4] = [Sharding::None, Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters];
+    const SHARDINGS: [Sharding; 4] =
+        [Sharding::None, Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters];
 
     #[test]
     fn every_sharding_holds_the_same_parameters_together() {
         for kind in [Kind::Float, Kind::BFloat16] {
             let expected = alone(kind).parameters(&Sharing::alone()).expect("alone");
             for sharding in SHARDINGS {
-                let wholes = on_three(sharding, kind, |bucket, sharing| bucket.parameters(sharing).expect("no rank fails"));
+                let wholes = on_three(sharding, kind, |bucket, sharing| {
+                    bucket.parameters(sharing).expect("no rank fails")
+                });
                 assert!(wholes.iter().all(|whole| whole.equal(&expected)), "{sharding:?} {kind:?}");
             }
         }
@@ -240,15 +270,29 @@ mod tests {
                 let gathered = on_three(sharding, kind, |mut bucket, sharing| {
                     bucket.update(|master| drop(master.g_add_scalar_(1.0)));
                     bucket.publish(sharing.shards()).and_then(Work::wait).expect("no rank fails");
-                    let weights = bucket.gather(sharing.shards()).and_then(|gathering| gathering.wait(&params())).expect("no rank fails");
-                    assert!(weights.trained().len() == 3 && weights.trained().iter().all(|leaf| leaf.requires_grad()));
+                    let weights = bucket
+                        .gather(sharing.shards())
+                        .and_then(|gathering| gathering.wait(&params()))
+                        .expect("no rank fails");
+                    assert!(
+                        weights.trained().len() == 3
+                            && weights.trained().iter().all(|leaf| leaf.requires_grad())
+                    );
                     weights.leaves().iter().map(Tensor::detach).collect::<Vec<_>>()
                 });
                 let mut one = alone(kind);
                 one.update(|master| drop(master.g_add_scalar_(1.0)));
-                let expected = one.gather(&crate::collective::Solo).and_then(|gathering| gathering.wait(&params())).expect("alone");
+                let expected = one
+                    .gather(&crate::collective::Solo)
+                    .and_then(|gathering| gathering.wait(&params()))
+                    .expect("alone");
                 for views in gathered {
-                    assert!(views.iter().zip(expected.leaves().iter()).all(|(a, b)| a.equal(b) && a.kind() == b.kind()));
+                    assert!(
+                        views
+                            .iter()
+                            .zip(expected.leaves().iter())
+                            .all(|(a, b)| a.equal(b) && a.kind() == b.kind())
+                    );
                 }
             }
         }
@@ -256,9 +300,15 @@ mod tests {
 
     #[test]
     fn only_parameter_sharding_lets_the_parameters_go() {
-        let held = |sharding| on_three(sharding, Kind::BFloat16, |bucket, _| bucket.pieces().iter().any(|piece| piece.full().is_some()));
+        let held = |sharding| {
+            on_three(sharding, Kind::BFloat16, |bucket, _| {
+                bucket.pieces().iter().any(|piece| piece.full().is_some())
+            })
+        };
         assert_eq!(SHARDINGS.map(|sharding| held(sharding)[0]), [true, true, true, false]);
-        let owned = |sharding| on_three(sharding, Kind::Float, |bucket, _| bucket.pieces()[0].master().numel());
+        let owned = |sharding| {
+            on_three(sharding, Kind::Float, |bucket, _| bucket.pieces()[0].master().numel())
+        };
         // 93 elements: 192 with the padding of three ranks.
         assert_eq!(SHARDINGS.map(|sharding| owned(sharding)[0]), [192, 64, 64, 64]);
     }
@@ -275,7 +325,11 @@ mod tests {
     #[test]
     fn decay_reaches_the_matrix_alone_however_it_is_cut() {
         let sums = on_three(Sharding::Optimizer, Kind::BFloat16, |mut bucket, _| {
-            bucket.shards_mut().flat_map(|shard| shard.decayed).map(|(_, length)| length).sum::<i64>()
+            bucket
+                .shards_mut()
+                .flat_map(|shard| shard.decayed)
+                .map(|(_, length)| length)
+                .sum::<i64>()
         });
         assert_eq!(sums.iter().sum::<i64>(), 77);
     }

@@ -2,20 +2,21 @@
 
 use std::ops::Range;
 
-/// Slices begin at multiples of this many elements: whole vectors in every kind, so that an operator rounds an element alike
-/// wherever a sharding cuts the buffer.
+/// Slices begin at multiples of this many elements: whole vectors in every kind, so that an
+/// operator rounds an element alike wherever a sharding cuts the buffer.
 const ALIGNMENT: i64 = 64;
 
-/// How the ranks of a world cut every flat buffer: into shards, which one group of ranks holds together, each of them held
-/// by as many replicas; and into grains, the parts that are measured one by one.
+/// How the ranks of a world cut every flat buffer: into shards, which one group of ranks holds
+/// together, each of them held by as many replicas; and into grains, the parts that are measured
+/// one by one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cut {
     pub num_shards: usize,
     pub shard: usize,
     pub num_replicas: usize,
     pub replica: usize,
-    /// Grains of each rank. A norm is the sum over all grains in order, so that it does not depend on the number of ranks
-    /// where ranks times grains do not.
+    /// Grains of each rank. A norm is the sum over all grains in order, so that it does not depend
+    /// on the number of ranks where ranks times grains do not.
     pub grains: usize,
 }
 
@@ -65,7 +66,8 @@ impl Layout {
         (first..first + grains as i64).map(move |grain| grain * length..(grain + 1) * length)
     }
 
-    /// What of these runs `(offset, length)` of the buffer lies in this rank's shard, counted from its start.
+    /// What of these runs `(offset, length)` of the buffer lies in this rank's shard, counted from
+    /// its start.
     pub fn owned_runs(&self, runs: &[(i64, i64)]) -> Vec<(i64, i64)> {
         runs_within(runs, &self.owned())
     }
@@ -85,15 +87,19 @@ mod tests {
     use super::*;
 
     fn cuts(num_shards: usize, num_replicas: usize, grains: usize) -> Vec<Cut> {
-        let places = (0..num_shards).flat_map(|shard| (0..num_replicas).map(move |replica| (shard, replica)));
-        places.map(|(shard, replica)| Cut { num_shards, shard, num_replicas, replica, grains }).collect()
+        let places = (0..num_shards)
+            .flat_map(|shard| (0..num_replicas).map(move |replica| (shard, replica)));
+        places
+            .map(|(shard, replica)| Cut { num_shards, shard, num_replicas, replica, grains })
+            .collect()
     }
 
     #[test]
     fn shards_cover_the_buffer_once_whatever_its_length() {
         for numel in [0, 1, 63, 64, 65, 1000, 12_345] {
             for num_shards in [1, 2, 3, 4, 7] {
-                let layouts: Vec<Layout> = cuts(num_shards, 1, 1).into_iter().map(|cut| Layout::new(numel, cut)).collect();
+                let layouts: Vec<Layout> =
+                    cuts(num_shards, 1, 1).into_iter().map(|cut| Layout::new(numel, cut)).collect();
                 let mut end = 0;
                 for layout in &layouts {
                     assert_eq!(layout.owned().start, end);
@@ -102,14 +108,19 @@ mod tests {
                 }
                 assert_eq!(end, layouts[0].padded);
                 let unit = ALIGNMENT * num_shards as i64;
-                assert!((numel..numel + unit).contains(&end), "{numel} elements on {num_shards} ranks take {end}");
+                assert!(
+                    (numel..numel + unit).contains(&end),
+                    "{numel} elements on {num_shards} ranks take {end}"
+                );
             }
         }
     }
 
     #[test]
     fn grains_of_all_ranks_in_order_of_place_cover_the_buffer_once() {
-        for (num_shards, num_replicas, grains) in [(1, 4, 1), (4, 1, 1), (2, 2, 1), (2, 1, 4), (1, 1, 8)] {
+        for (num_shards, num_replicas, grains) in
+            [(1, 4, 1), (4, 1, 1), (2, 2, 1), (2, 1, 4), (1, 1, 8)]
+        {
             let mut end = 0;
             for cut in cuts(num_shards, num_replicas, grains) {
                 let layout = Layout::new(1000, cut);
@@ -118,7 +129,10 @@ mod tests {
                     end = layout.owned().start + grain.end;
                 }
             }
-            assert_eq!(end, Layout::new(1000, Cut { num_shards, num_replicas, grains, ..Cut::WHOLE }).padded);
+            assert_eq!(
+                end,
+                Layout::new(1000, Cut { num_shards, num_replicas, grains, ..Cut::WHOLE }).padded
+            );
         }
     }
 
@@ -133,7 +147,8 @@ mod tests {
     #[test]
     fn runs_are_cut_where_the_shard_ends() {
         let runs = [(0, 10), (100, 100), (250, 6)];
-        let of = |shard| Layout::new(256, Cut { num_shards: 2, shard, ..Cut::WHOLE }).owned_runs(&runs);
+        let of =
+            |shard| Layout::new(256, Cut { num_shards: 2, shard, ..Cut::WHOLE }).owned_runs(&runs);
         assert_eq!(of(0), [(0, 10), (100, 28)]);
         assert_eq!(of(1), [(0, 72), (122, 6)]);
     }

@@ -1,4 +1,5 @@
-//! The machinery: stages forward, stages backward, gradients to the reducer while the stage before computes.
+//! The machinery: stages forward, stages backward, gradients to the reducer while the stage before
+//! computes.
 //!
 //! Generic over stages and losses; it knows nothing of flow matching. Who holds what:
 //!
@@ -28,6 +29,9 @@ pub use layout::Layout;
 pub use piece::{Piece, Shard};
 pub use reducer::Reducer;
 pub use replica::Replica;
-pub use settings::{Backend, DeviceChoice, Offload, ParallelSettings, Recompute, ReduceDtype, SeedScope, Sharding, ShardingGroup};
+pub use settings::{
+    Backend, DeviceChoice, Offload, ParallelSettings, Recompute, ReduceDtype, SeedScope, Sharding,
+    ShardingGroup,
+};
 pub use sharing::Sharing;
 pub use tape::Tape;

@@ -28,14 +28,16 @@ pub struct Piece {
 pub struct Shard<'b> {
     /// f32.
     pub master: &'b mut Tensor,
-    /// The same values in the compute kind, where that is another: whoever changes the master changes it too.
+    /// The same values in the compute kind, where that is another: whoever changes the master
+    /// changes it too.
     pub computed: Option<&'b mut Tensor>,
     /// Runs `(offset, length)` that weight decay applies to.
     pub decayed: &'b [(i64, i64)],
 }
 
 impl Piece {
-    /// Zeros. `devices`: where they compute, and where master values lie that have a storage of their own.
+    /// Zeros. `devices`: where they compute, and where master values lie that have a storage of
+    /// their own.
     pub(super) fn new(
         layout: Layout,
         offset: i64,
@@ -44,13 +46,21 @@ impl Piece {
         decayed: Vec<(i64, i64)>,
         (device, home): (Device, Device),
     ) -> Self {
-        let zeros = |length: i64, kind: Kind, device: Device| Tensor::zeros([length], (kind, device));
+        let zeros =
+            |length: i64, kind: Kind, device: Device| Tensor::zeros([length], (kind, device));
         let owned = layout.owned();
         let length = owned.end - owned.start;
         let keeps_all = sharding != Sharding::Parameters || layout.is_whole();
         let full = keeps_all.then(|| zeros(layout.padded, kind, device));
-        let computed = full.as_ref().map_or_else(|| zeros(length, kind, device), |full| full.narrow(0, owned.start, length));
-        let master = if kind == Kind::Float { computed.shallow_clone() } else { zeros(length, Kind::Float, home) };
+        let computed = full.as_ref().map_or_else(
+            || zeros(length, kind, device),
+            |full| full.narrow(0, owned.start, length),
+        );
+        let master = if kind == Kind::Float {
+            computed.shallow_clone()
+        } else {
+            zeros(length, Kind::Float, home)
+        };
         Piece { layout, offset, master, computed, full, decayed }
     }
 
@@ -92,13 +102,15 @@ impl Piece {
 
     /// This rank's shard of the stage's flat `[P]` f32 tensor; the padding is zero.
     pub(super) fn owned(&self, flat: &Tensor) -> Tensor {
-        let (numel, owned, shard) = (self.layout.numel, self.layout.owned(), self.master.zeros_like());
+        let (numel, owned, shard) =
+            (self.layout.numel, self.layout.owned(), self.master.zeros_like());
         let held = (numel.min(owned.end) - owned.start).max(0);
         shard.narrow(0, 0, held).copy_(&flat.narrow(0, self.offset + owned.start.min(numel), held));
         shard
     }
 
-    /// What every rank of `shards` holds a shard of, whole: `[numel]` f32; no copy where this rank's is all of it.
+    /// What every rank of `shards` holds a shard of, whole: `[numel]` f32; no copy where this
+    /// rank's is all of it.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it.
@@ -113,11 +125,13 @@ impl Piece {
         Ok(full.narrow(0, 0, self.layout.numel))
     }
 
-    /// Sets all parameters to the piece's part of the stage's flat `[P]` f32 tensor; each rank keeps what it holds.
+    /// Sets all parameters to the piece's part of the stage's flat `[P]` f32 tensor; each rank
+    /// keeps what it holds.
     pub(super) fn set(&mut self, flat: &Tensor) {
         let Layout { numel, padded, .. } = self.layout;
         let values = flat.narrow(0, self.offset, numel);
-        let whole = if padded == numel { values } else { values.constant_pad_nd([0, padded - numel]) };
+        let whole =
+            if padded == numel { values } else { values.constant_pad_nd([0, padded - numel]) };
         let owned = self.layout.owned();
         let shard = whole.narrow(0, owned.start, owned.end - owned.start);
         match &mut self.full {
@@ -132,10 +146,15 @@ impl Piece {
     /// This rank's shard, to be changed.
     pub(super) fn shard_mut(&mut self) -> Shard<'_> {
         let apart = self.has_master_apart();
-        Shard { master: &mut self.master, computed: apart.then_some(&mut self.computed), decayed: &self.decayed }
+        Shard {
+            master: &mut self.master,
+            computed: apart.then_some(&mut self.computed),
+            decayed: &self.decayed,
+        }
     }
 
-    /// Whether the master has a storage of its own: where it is of another kind, or lies elsewhere, than what is computed with.
+    /// Whether the master has a storage of its own: where it is of another kind, or lies elsewhere,
+    /// than what is computed with.
     fn has_master_apart(&self) -> bool {
         self.computed.data_ptr() != self.master.data_ptr()
     }

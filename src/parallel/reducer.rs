@@ -9,11 +9,12 @@ use crate::error::Result;
 use crate::parallel::accumulator::{Accumulator, Summation};
 use crate::parallel::{Bucket, ReduceDtype, Sharding, Sharing};
 
-/// Buckets whose shards may be on their way at once: each holds a stage's whole gradient until it has arrived.
+/// Buckets whose shards may be on their way at once: each holds a stage's whole gradient until it
+/// has arrived.
 pub(crate) const BUCKETS_UNDER_WAY: usize = 1;
 
-/// Collects one optimizer step's gradients: sums micro-batches, and hands each stage's bucket to a collective as soon as it
-/// is complete, so that it travels while the stage before computes.
+/// Collects one optimizer step's gradients: sums micro-batches, and hands each stage's bucket to a
+/// collective as soon as it is complete, so that it travels while the stage before computes.
 pub struct Reducer<'r> {
     sharing: &'r Sharing<'r>,
     buckets: &'r [Bucket],
@@ -34,9 +35,21 @@ struct UnderWay {
 }
 
 impl<'r> Reducer<'r> {
-    pub fn new(sharing: &'r Sharing<'r>, buckets: &'r [Bucket], dtype: ReduceDtype, summation: Summation) -> Self {
-        let of_bucket = |bucket: &Bucket| bucket.pieces().iter().map(|_| Accumulator::new(summation)).collect();
-        Reducer { sharing, buckets, dtype, sums: buckets.iter().map(of_bucket).collect(), under_way: VecDeque::new() }
+    pub fn new(
+        sharing: &'r Sharing<'r>,
+        buckets: &'r [Bucket],
+        dtype: ReduceDtype,
+        summation: Summation,
+    ) -> Self {
+        let of_bucket =
+            |bucket: &Bucket| bucket.pieces().iter().map(|_| Accumulator::new(summation)).collect();
+        Reducer {
+            sharing,
+            buckets,
+            dtype,
+            sums: buckets.iter().map(of_bucket).collect(),
+            under_way: VecDeque::new(),
+        }
     }
 
     /// Takes a stage's gradient of one micro-batch, a flat tensor for each of its pieces.
@@ -58,8 +71,8 @@ impl<'r> Reducer<'r> {
         Ok(())
     }
 
-    /// Waits for the collectives; returns this rank's shard of the summed gradient, by stage and piece, f32; empty for a
-    /// stage that is not trained.
+    /// Waits for the collectives; returns this rank's shard of the summed gradient, by stage and
+    /// piece, f32; empty for a stage that is not trained.
     pub fn finish(mut self) -> Result<Vec<Vec<Tensor>>> {
         while !self.under_way.is_empty() {
             self.settle()?;
@@ -75,11 +88,15 @@ impl<'r> Reducer<'r> {
         self.sums[stage].iter_mut().filter_map(Accumulator::take).collect()
     }
 
-    /// Sends a complete bucket on its way: to the owners of its shards, or where each rank holds all of it, to the replicas.
+    /// Sends a complete bucket on its way: to the owners of its shards, or where each rank holds
+    /// all of it, to the replicas.
     fn start(&mut self, stage: usize, gradients: Vec<Tensor>) -> Result<()> {
         let pieces = self.buckets[stage].pieces();
-        let gradients: Vec<Tensor> =
-            pieces.iter().zip(gradients).map(|(piece, gradient)| gradient.to_kind(self.dtype.of(piece.kind()))).collect();
+        let gradients: Vec<Tensor> = pieces
+            .iter()
+            .zip(gradients)
+            .map(|(piece, gradient)| gradient.to_kind(self.dtype.of(piece.kind())))
+            .collect();
         let (mut owned, mut whole, mut cut) = (Vec::new(), Vec::new(), Vec::new());
         for (piece, full) in pieces.iter().zip(gradients) {
             if piece.layout().is_whole() {
@@ -103,7 +120,9 @@ impl<'r> Reducer<'r> {
 
     /// Waits for the bucket that left first.
     fn settle(&mut self) -> Result<()> {
-        let Some(UnderWay { stage, owned, work, to_replicas }) = self.under_way.pop_front() else { return Ok(()) };
+        let Some(UnderWay { stage, owned, work, to_replicas }) = self.under_way.pop_front() else {
+            return Ok(());
+        };
         work.wait()?;
         if to_replicas {
             let shards = owned.iter().map(Tensor::shallow_clone).collect();
@@ -115,7 +134,8 @@ impl<'r> Reducer<'r> {
 }
 
 impl Sharding {
-    /// Whether a bucket is given to its owners after each micro-batch, so that nobody holds the whole gradient.
+    /// Whether a bucket is given to its owners after each micro-batch, so that nobody holds the
+    /// whole gradient.
     pub fn scatters_each_micro_batch(self) -> bool {
         matches!(self, Sharding::Gradients | Sharding::Parameters)
     }

@@ -17,17 +17,32 @@ pub struct Replica<'c> {
 }
 
 impl Replica<'static> {
-    /// A model that one rank holds alone: parameters begun from `key`; zeros without one, where they are loaded next.
-    pub fn alone(stages: Vec<Box<dyn Stage>>, kind: Kind, device: Device, key: Option<Key>) -> Self {
+    /// A model that one rank holds alone: parameters begun from `key`; zeros without one, where
+    /// they are loaded next.
+    pub fn alone(
+        stages: Vec<Box<dyn Stage>>,
+        kind: Kind,
+        device: Device,
+        key: Option<Key>,
+    ) -> Self {
         Replica::shared(stages, kind, (device, device), key, Sharing::alone())
     }
 }
 
 impl<'c> Replica<'c> {
-    /// This rank's part of a shared model, equal on every rank for the same `key`. `devices`: where it computes, and where
-    /// master values lie that have a storage of their own.
-    pub fn shared(stages: Vec<Box<dyn Stage>>, kind: Kind, devices: (Device, Device), key: Option<Key>, sharing: Sharing<'c>) -> Self {
-        let buckets = stages.iter().map(|stage| Bucket::new(stage.params(), kind, devices, key, &sharing)).collect();
+    /// This rank's part of a shared model, equal on every rank for the same `key`. `devices`: where
+    /// it computes, and where master values lie that have a storage of their own.
+    pub fn shared(
+        stages: Vec<Box<dyn Stage>>,
+        kind: Kind,
+        devices: (Device, Device),
+        key: Option<Key>,
+        sharing: Sharing<'c>,
+    ) -> Self {
+        let buckets = stages
+            .iter()
+            .map(|stage| Bucket::new(stage.params(), kind, devices, key, &sharing))
+            .collect();
         Replica { stages, buckets, sharing }
     }
 
@@ -59,15 +74,24 @@ impl<'c> Replica<'c> {
     /// Every rank of a shard group calls it.
     pub fn infer(&self, input: Activations) -> Result<Activations> {
         let mut weights = Ahead::new(self, 0..self.stages.len());
-        no_grad(|| self.stages.iter().try_fold(input, |input, stage| Ok(run(stage.as_ref(), &weights.next()?, &input))))
+        no_grad(|| {
+            self.stages
+                .iter()
+                .try_fold(input, |input, stage| Ok(run(stage.as_ref(), &weights.next()?, &input)))
+        })
     }
 
-    /// After an update: sends every rank what the others changed of the parameters that it holds whole.
+    /// After an update: sends every rank what the others changed of the parameters that it holds
+    /// whole.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it.
     pub fn publish(&self) -> Result<()> {
-        let works = self.buckets.iter().map(|bucket| bucket.publish(self.sharing.shards())).collect::<Result<Vec<_>>>()?;
+        let works = self
+            .buckets
+            .iter()
+            .map(|bucket| bucket.publish(self.sharing.shards()))
+            .collect::<Result<Vec<_>>>()?;
         works.into_iter().try_for_each(|work| work.wait())
     }
 }

@@ -12,7 +12,8 @@ pub enum Recompute {
     /// Keep it: fastest, and memory for every activation.
     #[default]
     Never,
-    /// Drop it and run the stage's forward again before its backward: memory for boundaries only, a third more compute.
+    /// Drop it and run the stage's forward again before its backward: memory for boundaries only, a
+    /// third more compute.
     Always,
     /// Drop that of every so many stages, the first among them.
     Every(usize),
@@ -43,11 +44,19 @@ impl FromStr for Recompute {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let every = || text.strip_prefix("every_")?.parse().ok().filter(|count| *count > 1).map(Recompute::Every);
+        let every = || {
+            text.strip_prefix("every_")?
+                .parse()
+                .ok()
+                .filter(|count| *count > 1)
+                .map(Recompute::Every)
+        };
         match text {
             "never" => Ok(Recompute::Never),
             "always" => Ok(Recompute::Always),
-            _ => every().ok_or_else(|| format!("unknown value `{text}`; expected never, always, or every_2, every_3, …")),
+            _ => every().ok_or_else(|| {
+                format!("unknown value `{text}`; expected never, always, or every_2, every_3, …")
+            }),
         }
     }
 }
@@ -81,12 +90,14 @@ pub enum ShardingGroup {
     /// All of them: the least memory.
     #[default]
     World,
-    /// Those of one node; each node repeats it: what is gathered never leaves a node, gradients cross as shards.
+    /// Those of one node; each node repeats it: what is gathered never leaves a node, gradients
+    /// cross as shards.
     Node,
 }
 
 impl Choice for ShardingGroup {
-    const ALL: &'static [(&'static str, Self)] = &[("world", ShardingGroup::World), ("node", ShardingGroup::Node)];
+    const ALL: &'static [(&'static str, Self)] =
+        &[("world", ShardingGroup::World), ("node", ShardingGroup::Node)];
 }
 
 /// The kind in which gradients travel between ranks.
@@ -99,7 +110,8 @@ pub enum ReduceDtype {
 }
 
 impl Choice for ReduceDtype {
-    const ALL: &'static [(&'static str, Self)] = &[("float32", ReduceDtype::Float32), ("bfloat16", ReduceDtype::BFloat16)];
+    const ALL: &'static [(&'static str, Self)] =
+        &[("float32", ReduceDtype::Float32), ("bfloat16", ReduceDtype::BFloat16)];
 }
 
 /// What lies in host memory while the device does not need it.
@@ -109,7 +121,8 @@ pub enum Offload {
     None,
     /// Stage boundaries between forward and backward.
     Activations,
-    /// The optimizer's state, and master values where they are not what is computed with, between steps.
+    /// The optimizer's state, and master values where they are not what is computed with, between
+    /// steps.
     Optimizer,
     /// Both.
     All,
@@ -126,8 +139,12 @@ impl Offload {
 }
 
 impl Choice for Offload {
-    const ALL: &'static [(&'static str, Self)] =
-        &[("none", Offload::None), ("activations", Offload::Activations), ("optimizer", Offload::Optimizer), ("all", Offload::All)];
+    const ALL: &'static [(&'static str, Self)] = &[
+        ("none", Offload::None),
+        ("activations", Offload::Activations),
+        ("optimizer", Offload::Optimizer),
+        ("all", Offload::All),
+    ];
 }
 
 /// Where a rank computes.
@@ -140,7 +157,8 @@ pub enum DeviceChoice {
 }
 
 impl Choice for DeviceChoice {
-    const ALL: &'static [(&'static str, Self)] = &[("cpu", DeviceChoice::Cpu), ("cuda", DeviceChoice::Cuda)];
+    const ALL: &'static [(&'static str, Self)] =
+        &[("cpu", DeviceChoice::Cpu), ("cuda", DeviceChoice::Cuda)];
 }
 
 /// What carries tensors between ranks.
@@ -154,13 +172,15 @@ pub enum Backend {
 }
 
 impl Choice for Backend {
-    const ALL: &'static [(&'static str, Self)] = &[("auto", Backend::Auto), ("mpi", Backend::Mpi), ("nccl", Backend::Nccl)];
+    const ALL: &'static [(&'static str, Self)] =
+        &[("auto", Backend::Auto), ("mpi", Backend::Mpi), ("nccl", Backend::Nccl)];
 }
 
 /// Whose stream of randomness a sample's draws come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SeedScope {
-    /// Each rank its own stream, as the reference does it, hashed so that no two ranks or steps share one.
+    /// Each rank its own stream, as the reference does it, hashed so that no two ranks or steps
+    /// share one.
     #[default]
     Rank,
     /// Each sample its own stream: 1 rank and N ranks see the same draws for the same global batch.
@@ -168,7 +188,8 @@ pub enum SeedScope {
 }
 
 impl Choice for SeedScope {
-    const ALL: &'static [(&'static str, Self)] = &[("rank", SeedScope::Rank), ("sample", SeedScope::Sample)];
+    const ALL: &'static [(&'static str, Self)] =
+        &[("rank", SeedScope::Rank), ("sample", SeedScope::Sample)];
 }
 
 /// `[parallel]`.
@@ -209,13 +230,14 @@ impl ParallelSettings {
         if self.deterministic { Summation::Pairwise } else { Summation::Running }
     }
 
-    /// Parts of its shard that each rank measures one by one: as many in all, however many ranks there are.
+    /// Parts of its shard that each rank measures one by one: as many in all, however many ranks
+    /// there are.
     pub fn grains(&self, micro_batches: usize) -> usize {
         if self.deterministic { micro_batches } else { 1 }
     }
 
-    /// Whether neighbouring blocks of the global batch belong to one rank: where it sums them before ranks do, so that the
-    /// tree over blocks is the same for any number of ranks.
+    /// Whether neighbouring blocks of the global batch belong to one rank: where it sums them
+    /// before ranks do, so that the tree over blocks is the same for any number of ranks.
     pub fn neighbours_to_one_rank(&self) -> bool {
         self.deterministic && !self.sharding.scatters_each_micro_batch()
     }
@@ -245,9 +267,17 @@ impl ParallelSettings {
             "parallel.offload",
             "has no activations to move with recompute = \"never\": kept graphs hold them",
         );
-        refuse(!on_cpu && self.backend == Backend::Mpi, "parallel.backend", "`mpi` carries no tensors of GPUs here; leave it at `auto`");
+        refuse(
+            !on_cpu && self.backend == Backend::Mpi,
+            "parallel.backend",
+            "`mpi` carries no tensors of GPUs here; leave it at `auto`",
+        );
         if self.deterministic {
-            refuse(!on_cpu, "parallel.deterministic", "holds on a CPU only: NCCL sums in orders of its own");
+            refuse(
+                !on_cpu,
+                "parallel.deterministic",
+                "holds on a CPU only: NCCL sums in orders of its own",
+            );
             refuse(
                 self.seed_scope != SeedScope::Sample,
                 "parallel.seed_scope",
@@ -266,7 +296,11 @@ impl ParallelSettings {
 impl Settings for ParallelSettings {
     fn visit(&mut self, keys: &mut Keys<'_>) {
         keys.choice("device", &mut self.device, "Where each rank computes.");
-        keys.choice("backend", &mut self.backend, "What carries tensors between ranks; `auto`: NCCL between GPUs, MPI between CPUs.");
+        keys.choice(
+            "backend",
+            &mut self.backend,
+            "What carries tensors between ranks; `auto`: NCCL between GPUs, MPI between CPUs.",
+        );
         keys.choice(
             "sharding",
             &mut self.sharding,
@@ -282,8 +316,16 @@ impl Settings for ParallelSettings {
             &mut self.recompute,
             "Which stages' activations are computed again in the backward pass to save memory. One of: never, always, every_2, every_3, ….",
         );
-        keys.choice("offload", &mut self.offload, "What waits in host memory while the GPU does not need it.");
-        keys.choice("reduce_dtype", &mut self.reduce_dtype, "Kind in which gradients of bfloat16 parameters are summed over the ranks.");
+        keys.choice(
+            "offload",
+            &mut self.offload,
+            "What waits in host memory while the GPU does not need it.",
+        );
+        keys.choice(
+            "reduce_dtype",
+            &mut self.reduce_dtype,
+            "Kind in which gradients of bfloat16 parameters are summed over the ranks.",
+        );
         keys.flag(
             "deterministic",
             &mut self.deterministic,
@@ -316,12 +358,20 @@ mod tests {
     #[test]
     fn what_would_not_do_what_it_says_is_refused() {
         assert!(refused(|_| ()).is_empty());
-        assert_eq!(refused(|settings| settings.sharding = Sharding::Parameters), ["parallel.recompute"]);
+        assert_eq!(
+            refused(|settings| settings.sharding = Sharding::Parameters),
+            ["parallel.recompute"]
+        );
         assert_eq!(refused(|settings| settings.offload = Offload::Optimizer), ["parallel.offload"]);
         let deterministic = |settings: &mut ParallelSettings| settings.deterministic = true;
         assert_eq!(refused(deterministic), ["parallel.seed_scope"]);
         let on_gpus = |settings: &mut ParallelSettings| {
-            *settings = ParallelSettings { device: DeviceChoice::Cuda, backend: Backend::Mpi, offload: Offload::All, ..settings.clone() };
+            *settings = ParallelSettings {
+                device: DeviceChoice::Cuda,
+                backend: Backend::Mpi,
+                offload: Offload::All,
+                ..settings.clone()
+            };
         };
         assert_eq!(refused(on_gpus), ["parallel.offload", "parallel.backend"]);
     }
@@ -332,6 +382,9 @@ mod tests {
             assert_eq!(recompute.to_string().parse(), Ok(recompute));
         }
         assert!("every_1".parse::<Recompute>().is_err() && "every_k".parse::<Recompute>().is_err());
-        assert_eq!([0, 1, 2, 3].map(|stage| Recompute::Every(3).drops(stage)), [true, false, false, true]);
+        assert_eq!(
+            [0, 1, 2, 3].map(|stage| Recompute::Every(3).drops(stage)),
+            [true, false, false, true]
+        );
     }
 }

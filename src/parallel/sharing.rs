@@ -9,8 +9,9 @@ use crate::error::{Error, Result};
 use crate::parallel::layout::Cut;
 use crate::parallel::{Sharding, ShardingGroup};
 
-/// A world of ranks as shard groups and replica groups: the ranks of a shard group hold the state together, slice by slice;
-/// those of a replica group hold the same slice, and their gradients are summed.
+/// A world of ranks as shard groups and replica groups: the ranks of a shard group hold the state
+/// together, slice by slice; those of a replica group hold the same slice, and their gradients are
+/// summed.
 pub struct Sharing<'c> {
     pub sharding: Sharding,
     cut: Cut,
@@ -55,7 +56,12 @@ impl<'c> Sharing<'c> {
     ///
     /// # Ordering
     /// Every rank calls it.
-    pub fn new(world: &'c dyn Collective, sharding: Sharding, group: ShardingGroup, grains: usize) -> Result<Self> {
+    pub fn new(
+        world: &'c dyn Collective,
+        sharding: Sharding,
+        group: ShardingGroup,
+        grains: usize,
+    ) -> Result<Self> {
         let node_of_rank = match group {
             ShardingGroup::World => vec![0; world.world_size()],
             ShardingGroup::Node => nodes(world)?,
@@ -63,17 +69,28 @@ impl<'c> Sharing<'c> {
         Sharing::within_nodes(world, sharding, &node_of_rank, grains)
     }
 
-    /// As [`new`](Self::new), with the node of each rank: state is shared among ranks of one node and repeated on the others.
+    /// As [`new`](Self::new), with the node of each rank: state is shared among ranks of one node
+    /// and repeated on the others.
     ///
     /// # Errors
     /// As [`new`](Self::new).
-    pub fn within_nodes(world: &'c dyn Collective, sharding: Sharding, node_of_rank: &[usize], grains: usize) -> Result<Self> {
+    pub fn within_nodes(
+        world: &'c dyn Collective,
+        sharding: Sharding,
+        node_of_rank: &[usize],
+        grains: usize,
+    ) -> Result<Self> {
         let (rank, world_size) = (world.rank(), world.world_size());
         let on_node = |node: usize| node_of_rank.iter().filter(|other| **other == node).count();
         let num_shards = if sharding == Sharding::None { 1 } else { on_node(node_of_rank[rank]) };
-        if node_of_rank.iter().any(|node| sharding != Sharding::None && on_node(*node) != num_shards) {
+        if node_of_rank
+            .iter()
+            .any(|node| sharding != Sharding::None && on_node(*node) != num_shards)
+        {
             let counts: Vec<usize> = node_of_rank.iter().map(|node| on_node(*node)).collect();
-            let what = format!("`node` needs as many ranks on each node; the nodes of ranks 0, 1, … have {counts:?}");
+            let what = format!(
+                "`node` needs as many ranks on each node; the nodes of ranks 0, 1, … have {counts:?}"
+            );
             return Err(Error::config("parallel.sharding_group", what));
         }
         let shard = match num_shards {
@@ -110,9 +127,12 @@ impl<'c> Sharing<'c> {
         self.ranks.iter().map(move |rank| &of_rank[*rank])
     }
 
-    /// Seconds of the split-off worlds since the last call; the world's own are the caller's to ask for.
+    /// Seconds of the split-off worlds since the last call; the world's own are the caller's to ask
+    /// for.
     pub fn spent(&self) -> Spent {
-        let split = [&self.shards, &self.replicas].into_iter().filter(|part| matches!(part, Part::Split(_)));
+        let split = [&self.shards, &self.replicas]
+            .into_iter()
+            .filter(|part| matches!(part, Part::Split(_)));
         split.map(|part| part.spent()).fold(Spent::default(), Add::add)
     }
 }
@@ -133,7 +153,10 @@ mod tests {
     use crate::collective::Threads;
 
     /// Cut and order of the ranks, as each rank of a world of threads sees them.
-    fn shared(sharding: Sharding, node_of_rank: &'static [usize]) -> Vec<Result<(Cut, Vec<usize>)>> {
+    fn shared(
+        sharding: Sharding,
+        node_of_rank: &'static [usize],
+    ) -> Vec<Result<(Cut, Vec<usize>)>> {
         let join = |world: Threads| {
             std::thread::spawn(move || {
                 let sharing = Sharing::within_nodes(&world, sharding, node_of_rank, 1)?;
@@ -145,7 +168,11 @@ mod tests {
     }
 
     fn places(sharding: Sharding, node_of_rank: &'static [usize]) -> Vec<(usize, usize)> {
-        shared(sharding, node_of_rank).into_iter().map(|of| of.expect("sound").0).map(|cut| (cut.shard, cut.replica)).collect()
+        shared(sharding, node_of_rank)
+            .into_iter()
+            .map(|of| of.expect("sound").0)
+            .map(|cut| (cut.shard, cut.replica))
+            .collect()
     }
 
     #[test]
@@ -168,7 +195,10 @@ mod tests {
     fn nodes_of_unequal_size_cannot_share() {
         for of in shared(Sharding::Optimizer, &[0, 0, 1]) {
             let text = of.expect_err("unequal").to_string();
-            assert!(text.contains("as many ranks on each node") && text.contains("[2, 2, 1]"), "{text}");
+            assert!(
+                text.contains("as many ranks on each node") && text.contains("[2, 2, 1]"),
+                "{text}"
+            );
         }
         assert_eq!(places(Sharding::None, &[0, 0, 1]).len(), 3);
     }

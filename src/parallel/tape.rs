@@ -10,14 +10,15 @@ use crate::parallel::bucket::Weights;
 use crate::parallel::{Recompute, Replica};
 use crate::pulse;
 
-/// What one micro-batch's forward leaves for its backward: the boundaries, and the graphs that are kept.
+/// What one micro-batch's forward leaves for its backward: the boundaries, and the graphs that are
+/// kept.
 pub struct Tape<'m> {
     replica: &'m Replica<'m>,
     recompute: Recompute,
     /// Boundaries wait for the backward in host memory.
     offload: bool,
-    /// The step in whose name every stage's outputs and gradients are searched for non-finite values, which costs a host
-    /// synchronization each.
+    /// The step in whose name every stage's outputs and gradients are searched for non-finite
+    /// values, which costs a host synchronization each.
     check_finite: Option<u64>,
     kept: Vec<Boundary>,
     output: Activations,
@@ -25,17 +26,25 @@ pub struct Tape<'m> {
 
 struct Boundary {
     input: Activations,
-    /// The stage's outputs with their graph and the parameters that it begins with, unless it is recomputed or has no
-    /// gradient to give.
+    /// The stage's outputs with their graph and the parameters that it begins with, unless it is
+    /// recomputed or has no gradient to give.
     graph: Option<(Weights, Activations)>,
 }
 
 impl<'m> Tape<'m> {
     pub fn new(replica: &'m Replica<'m>, recompute: Recompute) -> Self {
-        Tape { replica, recompute, offload: false, check_finite: None, kept: Vec::new(), output: Activations::new() }
+        Tape {
+            replica,
+            recompute,
+            offload: false,
+            check_finite: None,
+            kept: Vec::new(),
+            output: Activations::new(),
+        }
     }
 
-    /// Keeps boundaries in host memory between forward and backward, at the cost of two copies each.
+    /// Keeps boundaries in host memory between forward and backward, at the cost of two copies
+    /// each.
     pub fn offloading(mut self, offload: bool) -> Self {
         self.offload = offload;
         self
@@ -47,7 +56,8 @@ impl<'m> Tape<'m> {
         self
     }
 
-    /// Runs all stages. The returned activations are leaves: a loss built on them is what [`Tape::backward`] takes.
+    /// Runs all stages. The returned activations are leaves: a loss built on them is what
+    /// [`Tape::backward`] takes.
     ///
     /// # Errors
     /// [`Error::NotFinite`] if the check is on and finds something; what a collective returns.
@@ -70,29 +80,40 @@ impl<'m> Tape<'m> {
             let input = std::mem::replace(&mut input, next);
             let graph = keep_graph.then_some((weights, output));
             // What a graph holds stays on the device anyway.
-            let input = if self.offload && graph.is_none() { input.to_device(Device::Cpu) } else { input };
+            let input =
+                if self.offload && graph.is_none() { input.to_device(Device::Cpu) } else { input };
             self.kept.push(Boundary { input, graph });
         }
         self.output = input;
         Ok(self.output.alias())
     }
 
-    /// Sends the gradient of `loss` back; `on_gradient(stage, gradients)` gets each trained stage's flat gradients, one a
-    /// piece, as soon as they are known, last stage first.
+    /// Sends the gradient of `loss` back; `on_gradient(stage, gradients)` gets each trained stage's
+    /// flat gradients, one a piece, as soon as they are known, last stage first.
     ///
     /// # Errors
     /// As [`Tape::forward`]; what `on_gradient` returns.
-    pub fn backward(self, loss: &Tensor, mut on_gradient: impl FnMut(usize, Vec<Tensor>) -> Result<()>) -> Result<()> {
+    pub fn backward(
+        self,
+        loss: &Tensor,
+        mut on_gradient: impl FnMut(usize, Vec<Tensor>) -> Result<()>,
+    ) -> Result<()> {
         let Replica { stages, buckets, .. } = self.replica;
         // Nothing before the first trained stage has a gradient to give.
-        let Some(first) = buckets.iter().position(|bucket| bucket.is_trained()) else { return Ok(()) };
-        let dropped: Vec<usize> = (first..stages.len()).rev().filter(|index| self.kept[*index].graph.is_none()).collect();
+        let Some(first) = buckets.iter().position(|bucket| bucket.is_trained()) else {
+            return Ok(());
+        };
+        let dropped: Vec<usize> =
+            (first..stages.len()).rev().filter(|index| self.kept[*index].graph.is_none()).collect();
         let mut gathered = Ahead::new(self.replica, dropped.into_iter());
         let mut grad_output = loss_backward(loss, &self.output);
         let device = loss.device();
-        for (index, Boundary { input, graph }) in self.kept.into_iter().enumerate().skip(first).rev() {
+        for (index, Boundary { input, graph }) in
+            self.kept.into_iter().enumerate().skip(first).rev()
+        {
             let stage = &stages[index];
-            let input = if self.offload && graph.is_none() { input.to_device(device) } else { input };
+            let input =
+                if self.offload && graph.is_none() { input.to_device(device) } else { input };
             let (weights, output) = match graph {
                 Some(kept) => kept,
                 None => {
@@ -102,12 +123,23 @@ impl<'m> Tape<'m> {
                 }
             };
             pulse::still_at_work();
-            let (gradients, grad_input) = stage_backward(&weights.trained(), &input, &output, &grad_output);
-            // Gone before the gradients come together and travel: the memory of graph and gathered parameters is the next stage's.
+            let (gradients, grad_input) =
+                stage_backward(&weights.trained(), &input, &output, &grad_output);
+            // Gone before the gradients come together and travel: the memory of graph and gathered
+            // parameters is the next stage's.
             drop((weights, output, input));
-            let gradients = if buckets[index].is_trained() { buckets[index].joined(stage.params(), gradients) } else { Vec::new() };
+            let gradients = if buckets[index].is_trained() {
+                buckets[index].joined(stage.params(), gradients)
+            } else {
+                Vec::new()
+            };
             if let Some(step) = self.check_finite {
-                check_finite(step, stage.params().stage(), "gradient", gradients.iter().map(|gradient| ("parameters", gradient)))?;
+                check_finite(
+                    step,
+                    stage.params().stage(),
+                    "gradient",
+                    gradients.iter().map(|gradient| ("parameters", gradient)),
+                )?;
             }
             if !gradients.is_empty() {
                 on_gradient(index, gradients)?;
@@ -123,11 +155,19 @@ pub(super) fn run(stage: &dyn Stage, weights: &Weights, input: &Activations) -> 
     stage.forward(weights.leaves(), input).carrying_constants_of(input)
 }
 
-fn check_finite<'t>(step: u64, stage: &str, what: &str, tensors: impl Iterator<Item = (&'static str, &'t Tensor)>) -> Result<()> {
+fn check_finite<'t>(
+    step: u64,
+    stage: &str,
+    what: &str,
+    tensors: impl Iterator<Item = (&'static str, &'t Tensor)>,
+) -> Result<()> {
     for (name, tensor) in tensors.filter(|(_, tensor)| tensor.defined()) {
         let bad = tensor.isfinite().logical_not().sum(tch::Kind::Int64).int64_value(&[]);
         if bad > 0 {
-            let what = format!("stage {stage}: {what} `{name}` {:?} has {bad} non-finite values", tensor.size());
+            let what = format!(
+                "stage {stage}: {what} `{name}` {:?} has {bad} non-finite values",
+                tensor.size()
+            );
             return Err(Error::NotFinite { step, what });
         }
     }

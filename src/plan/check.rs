@@ -35,14 +35,16 @@ pub struct CheckRequest {
 /// World sizes for which memory is told, beside the one that is planned for.
 const WORLD_SIZES: [u64; 3] = [1, 8, 64];
 
-/// Memory of a process on a CPU beside its model: libtorch, MPI and the program. 145 MiB were measured with a model of no size;
-/// malloc keeps a little of what larger ones free.
+/// Memory of a process on a CPU beside its model: libtorch, MPI and the program. 145 MiB were
+/// measured with a model of no size; malloc keeps a little of what larger ones free.
 const PROCESS_BYTES: u64 = 160 << 20;
 
-/// The plan of a run as text. Opens the data's headers and reads a sample of each resolution group; needs no weights, no device and no memory to speak of.
+/// The plan of a run as text. Opens the data's headers and reads a sample of each resolution group;
+/// needs no weights, no device and no memory to speak of.
 ///
 /// # Errors
-/// Whatever would stop the run at its start: [`Error::Config`](crate::error::Error::Config), [`Error::Data`](crate::error::Error::Data).
+/// Whatever would stop the run at its start: [`Error::Config`](crate::error::Error::Config),
+/// [`Error::Data`](crate::error::Error::Data).
 pub fn check(config: &RunConfig, request: &CheckRequest) -> Result<String> {
     OutputDir::new(&config.output_dir)?;
     let stages = config.model.family.stages()?;
@@ -70,42 +72,80 @@ impl Plan {
         let sizes = || stages.iter().map(|stage| stage.params().numel());
         let (parameters, largest) = (sizes().sum::<i64>(), sizes().max().unwrap_or(0));
         let (name, count) = (config.model.family.name(), stages.len());
-        self.line("model", &format!("{name}: {parameters} parameters in {count} stages, the largest {largest}"));
+        self.line(
+            "model",
+            &format!("{name}: {parameters} parameters in {count} stages, the largest {largest}"),
+        );
     }
 
     /// Activations of one micro-batch of such latents.
-    fn of_shape(&mut self, config: &RunConfig, latents: &[i64], text_tokens: i64) -> Result<(Tokens, Footprint)> {
+    fn of_shape(
+        &mut self,
+        config: &RunConfig,
+        latents: &[i64],
+        text_tokens: i64,
+    ) -> Result<(Tokens, Footprint)> {
         config.model.family.check_data(&SampleShapes { latents, of: Default::default() })?;
         let tokens = Tokens { image: config.model.family.image_tokens(latents), text: text_tokens };
         let (samples, dtype) = (config.data.micro_batch_size_per_gpu, config.model.dtype);
         let shape: Vec<String> = latents.iter().map(i64::to_string).collect();
         let (shape, word) = (shape.join(" x "), dtype.word());
-        self.line("micro-batch", &format!("{samples} samples of {shape}: {} image tokens, {text_tokens} text tokens", tokens.image));
+        self.line(
+            "micro-batch",
+            &format!(
+                "{samples} samples of {shape}: {} image tokens, {text_tokens} text tokens",
+                tokens.image
+            ),
+        );
         let estimate = footprint(&*config.model.family, tokens, samples as i64, dtype.kind())?;
         let (kept, again) = (shown(estimate.kept), shown(estimate.recomputed));
-        self.line("activations, estimated", &format!("{kept} in {word}; {again} with recompute = \"always\""));
+        self.line(
+            "activations, estimated",
+            &format!("{kept} in {word}; {again} with recompute = \"always\""),
+        );
         Ok((tokens, estimate))
     }
 
-    fn of_data(&mut self, config: &RunConfig, request: &CheckRequest) -> Result<(Tokens, Footprint)> {
-        let (micro_batches, world_size) = (config.micro_batches(request.world_size)?, request.world_size);
+    fn of_data(
+        &mut self,
+        config: &RunConfig,
+        request: &CheckRequest,
+    ) -> Result<(Tokens, Footprint)> {
+        let (micro_batches, world_size) =
+            (config.micro_batches(request.world_size)?, request.world_size);
         let samples = config.data.micro_batch_size_per_gpu;
         let global_batch = micro_batches * samples * world_size;
-        let dataset = Dataset::named(&config.data.path).map_err(|error| or_without_data(error, config))?;
+        let dataset =
+            Dataset::named(&config.data.path).map_err(|error| or_without_data(error, config))?;
         let notes = check_data(config, &dataset)?;
         rehearse_data(config, &dataset)?;
         check_conditions(config, &dataset)?;
         let order = Order::new(dataset.groups(), global_batch, config.seed)?;
         let first = &dataset.groups()[0];
-        let latents = dataset.latent_shape(&first.name).ok_or_else(|| Error::data(dataset.path(), "has a group without latents"))?;
+        let latents = dataset
+            .latent_shape(&first.name)
+            .ok_or_else(|| Error::data(dataset.path(), "has a group without latents"))?;
         let text = first.layout.get("text_embeddings").map_or(0, |(_, shape)| shape[0]);
         let of_shape = self.of_shape(config, latents, text)?;
         let (name, groups) = (&dataset.manifest().name, dataset.groups().len());
-        self.line("data", &format!("{name}: {} samples; resolution groups: {groups}", dataset.num_samples()));
+        self.line(
+            "data",
+            &format!("{name}: {} samples; resolution groups: {groups}", dataset.num_samples()),
+        );
         self.line("global batch", &format!("{global_batch} = {samples} samples x {world_size} ranks x {micro_batches} micro-batches"));
         let steps = order.batches_per_epoch();
-        self.line("epoch", &format!("{steps} steps, {} samples left out of each", order.left_out_per_epoch()));
-        self.line("run", &format!("{} steps, {:.1} epochs", config.max_steps, config.max_steps as f64 / steps as f64));
+        self.line(
+            "epoch",
+            &format!("{steps} steps, {} samples left out of each", order.left_out_per_epoch()),
+        );
+        self.line(
+            "run",
+            &format!(
+                "{} steps, {:.1} epochs",
+                config.max_steps,
+                config.max_steps as f64 / steps as f64
+            ),
+        );
         notes.iter().for_each(|note| self.line("note", &note.to_string()));
         if let Some(what) = lr::warning(&config.lr_scheduler, config.max_steps) {
             self.line("warning", &what);
@@ -114,7 +154,13 @@ impl Plan {
     }
 
     /// Memory at the worst moment of a step and collectives, by sharding.
-    fn of_ranks(&mut self, config: &RunConfig, world_size: usize, stages: &[Box<dyn Stage>], activations: Footprint) -> Result<()> {
+    fn of_ranks(
+        &mut self,
+        config: &RunConfig,
+        world_size: usize,
+        stages: &[Box<dyn Stage>],
+        activations: Footprint,
+    ) -> Result<()> {
         let layout = StateLayout {
             stages: stages.iter().map(|stage| stage.params().numel() as u64).collect(),
             compute_bytes: config.model.dtype.kind().elt_size_in_bytes() as u64,
@@ -122,8 +168,12 @@ impl Plan {
             micro_batches: config.micro_batches(world_size)? as u64,
         };
         let world_sizes = BTreeSet::from_iter(WORLD_SIZES.into_iter().chain([world_size as u64]));
-        let columns: Vec<String> =
-            world_sizes.iter().map(|ranks| format!("{:>10}", format!("{ranks} rank{}", if *ranks == 1 { "" } else { "s" }))).collect();
+        let columns: Vec<String> = world_sizes
+            .iter()
+            .map(|ranks| {
+                format!("{:>10}", format!("{ranks} rank{}", if *ranks == 1 { "" } else { "s" }))
+            })
+            .collect();
         self.line("a rank, by sharding", &format!("{}  collectives a step", columns.join(" ")));
         let (process, around) = match config.parallel.device {
             DeviceChoice::Cpu => (PROCESS_BYTES, "the process itself"),
@@ -133,14 +183,26 @@ impl Plan {
             let activations = match (sharding, config.parallel.recompute) {
                 (Sharding::Parameters, _) | (_, Recompute::Always) => activations.recomputed,
                 (_, Recompute::Never) => activations.kept,
-                (_, Recompute::Every(count)) => activations.kept - (activations.kept - activations.recomputed) / count as u64,
+                (_, Recompute::Every(count)) => {
+                    activations.kept - (activations.kept - activations.recomputed) / count as u64
+                }
             };
             let beside = activations + process;
-            let bytes = world_sizes.iter().map(|&ranks| layout.bytes_per_rank(*sharding, ranks) + beside);
-            self.line(&format!("  {word}"), &format!("{}  {}", columns_of(bytes), layout.collectives(*sharding)));
+            let bytes =
+                world_sizes.iter().map(|&ranks| layout.bytes_per_rank(*sharding, ranks) + beside);
+            self.line(
+                &format!("  {word}"),
+                &format!("{}  {}", columns_of(bytes), layout.collectives(*sharding)),
+            );
         }
-        let copies = columns_of(world_sizes.iter().map(|&ranks| copied_bytes(&layout.stages, layout.optimizer_tensors, ranks as usize)));
-        self.line("  a save's copy", &format!("{copies}  of host memory besides, on the rank that writes most"));
+        let copies =
+            columns_of(world_sizes.iter().map(|&ranks| {
+                copied_bytes(&layout.stages, layout.optimizer_tensors, ranks as usize)
+            }));
+        self.line(
+            "  a save's copy",
+            &format!("{copies}  of host memory besides, on the rank that writes most"),
+        );
         let recompute = config.parallel.recompute;
         self.line("  in all", &format!("weights, gradients, optimizer, activations with recompute = \"{recompute}\", {around}"));
         self.line("  and", "1 all-gather of statistics; `parameters` always recomputes");
@@ -152,7 +214,10 @@ impl Plan {
 fn or_without_data(error: Error, config: &RunConfig) -> Error {
     match error {
         Error::Data { path, what } if what == "does not exist" => {
-            let set = format!("set data.path (now {:?}), or plan with --latents C,H,W (videos: C,F,H,W)", config.data.path);
+            let set = format!(
+                "set data.path (now {:?}), or plan with --latents C,H,W (videos: C,F,H,W)",
+                config.data.path
+            );
             Error::Data { path, what: format!("{what}; {set}") }
         }
         other => other,

@@ -12,29 +12,38 @@ use crate::flow::{DataShapes, Note, check_keys};
 use crate::model::SampleShapes;
 use crate::pulse;
 
-/// Refuses a dataset of which the adapter or the model cannot take some resolution group. Returns what a user should know of it
-/// though nothing is wrong.
+/// Refuses a dataset of which the adapter or the model cannot take some resolution group. Returns
+/// what a user should know of it though nothing is wrong.
 ///
 /// # Errors
 /// [`Error::Data`] naming the group and the key; [`Error::Config`] naming the model's setting.
 pub fn check_data(config: &RunConfig, dataset: &Dataset) -> Result<Vec<Note>> {
     let (flow, adapter) = (&config.flow_matching.flow, config.flow_matching.adapter.build());
-    let mut notes = BTreeSet::from_iter(adapter.notes(config.model.family.embeds_guidance()).map(Note::Warning));
+    let mut notes = BTreeSet::from_iter(
+        adapter.notes(config.model.family.embeds_guidance()).map(Note::Warning),
+    );
     let empty_prompt = dataset.empty_prompt_shapes();
     for group in dataset.groups() {
         let latents = dataset.latent_shape(&group.name).expect("a group has latents");
-        let sample = group.layout.iter().map(|(key, (_, shape))| (key.clone(), shape.clone())).collect();
+        let sample =
+            group.layout.iter().map(|(key, (_, shape))| (key.clone(), shape.clone())).collect();
         let shapes = DataShapes { latents, sample: &sample, empty_prompt: &empty_prompt };
-        let unfit = |what: String| Error::data(dataset.path(), format!("resolution group {}: {what}", group.name));
+        let unfit = |what: String| {
+            Error::data(dataset.path(), format!("resolution group {}: {what}", group.name))
+        };
         let found = check_keys(adapter.as_ref(), flow, shapes).map_err(unfit)?;
-        config.model.family.check_data(&SampleShapes { latents, of: sample }).map_err(|error| error.followed_by(&found))?;
+        config
+            .model
+            .family
+            .check_data(&SampleShapes { latents, of: sample })
+            .map_err(|error| error.followed_by(&found))?;
         notes.extend(found);
     }
     Ok(notes.into_iter().collect())
 }
 
-/// Takes the first sample of each resolution group as far as the model's inputs, on the CPU: numbers that no shape tells, as in
-/// masks, are met before weights are loaded.
+/// Takes the first sample of each resolution group as far as the model's inputs, on the CPU:
+/// numbers that no shape tells, as in masks, are met before weights are loaded.
 ///
 /// # Errors
 /// [`Error::Data`] naming the group and the key.
@@ -43,7 +52,9 @@ pub fn rehearse_data(config: &RunConfig, dataset: &Dataset) -> Result<()> {
     dataset.groups().iter().try_for_each(|group| {
         pulse::still_at_work();
         let unfit = |error| match error {
-            Error::Data { what, .. } => Error::data(dataset.path(), format!("resolution group {}: {what}", group.name)),
+            Error::Data { what, .. } => {
+                Error::data(dataset.path(), format!("resolution group {}: {what}", group.name))
+            }
             other => other,
         };
         pipeline.rehearse(&dataset.batch(&group.sample_ids[..1])?).map_err(unfit)

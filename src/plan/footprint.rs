@@ -1,4 +1,5 @@
-//! How much memory a forward leaves behind, roughly: what each matrix reads and writes for each of its rows.
+//! How much memory a forward leaves behind, roughly: what each matrix reads and writes for each of
+//! its rows.
 
 use tch::Kind;
 
@@ -24,9 +25,10 @@ pub struct Footprint {
 
 /// What attention, norms and gates keep beside what the matrices read and write, as a factor.
 ///
-/// Measured on a CPU, peak memory with every graph kept less that with recomputation, over the same difference of these
-/// estimates without the factor: FLUX of 71M parameters 1.14 in f32 and 1.47 in bfloat16, Wan of 53M 1.49 and 1.82; bfloat16 more
-/// because norms and rotations keep f32. The middle of both families is off by 15 % for each.
+/// Measured on a CPU, peak memory with every graph kept less that with recomputation, over the same
+/// difference of these estimates without the factor: FLUX of 71M parameters 1.14 in f32 and 1.47 in
+/// bfloat16, Wan of 53M 1.49 and 1.82; bfloat16 more because norms and rotations keep f32. The
+/// middle of both families is off by 15 % for each.
 pub(super) fn beside_matrices(kind: Kind) -> f64 {
     if kind == Kind::Float { 1.3 } else { 1.65 }
 }
@@ -35,12 +37,25 @@ pub(super) fn beside_matrices(kind: Kind) -> f64 {
 ///
 /// # Errors
 /// As [`Architecture::stages`].
-pub fn footprint(model: &dyn Architecture, tokens: Tokens, samples: i64, kind: Kind) -> Result<Footprint> {
+pub fn footprint(
+    model: &dyn Architecture,
+    tokens: Tokens,
+    samples: i64,
+    kind: Kind,
+) -> Result<Footprint> {
     let bytes = kind.elt_size_in_bytes() as f64 * beside_matrices(kind);
-    let graphs = model.stages()?.iter().map(|stage| graph_elements(stage.params(), tokens, samples) * bytes).collect::<Vec<_>>();
-    let boundary = (samples * (tokens.image + tokens.text) * model.width()) as f64 * kind.elt_size_in_bytes() as f64;
+    let graphs = model
+        .stages()?
+        .iter()
+        .map(|stage| graph_elements(stage.params(), tokens, samples) * bytes)
+        .collect::<Vec<_>>();
+    let boundary = (samples * (tokens.image + tokens.text) * model.width()) as f64
+        * kind.elt_size_in_bytes() as f64;
     let largest = graphs.iter().copied().fold(0.0, f64::max);
-    Ok(Footprint { kept: graphs.iter().sum::<f64>() as u64, recomputed: (boundary * graphs.len() as f64 + largest) as u64 })
+    Ok(Footprint {
+        kept: graphs.iter().sum::<f64>() as u64,
+        recomputed: (boundary * graphs.len() as f64 + largest) as u64,
+    })
 }
 
 /// What a stage's matrices read and write.
@@ -57,8 +72,31 @@ pub(super) fn graph_elements(params: &ParamSet, tokens: Tokens, samples: i64) ->
 pub(super) fn rows(name: &str, tokens: Tokens) -> i64 {
     let has = |parts: &[&str]| parts.iter().any(|part| name.contains(part));
     match () {
-        () if has(&["norm", "mod", "time", "guidance", "t_embedder", "y_embedder", "table", "cond_type"]) => 1,
-        () if has(&["add_", "context", "txt", "text", "attn2.to_k", "attn2.to_v", "image_embedder"]) => tokens.text,
+        () if has(&[
+            "norm",
+            "mod",
+            "time",
+            "guidance",
+            "t_embedder",
+            "y_embedder",
+            "table",
+            "cond_type",
+        ]) =>
+        {
+            1
+        }
+        () if has(&[
+            "add_",
+            "context",
+            "txt",
+            "text",
+            "attn2.to_k",
+            "attn2.to_v",
+            "image_embedder",
+        ]) =>
+        {
+            tokens.text
+        }
         () if name.starts_with("single_transformer_blocks") => tokens.image + tokens.text,
         () => tokens.image,
     }

@@ -1,4 +1,5 @@
-//! What a rank holds at the worst moment of a step and sends in all of it, by sharding. Integers only.
+//! What a rank holds at the worst moment of a step and sends in all of it, by sharding. Integers
+//! only.
 
 use crate::parallel::Sharding;
 
@@ -15,8 +16,8 @@ pub struct StateLayout {
 }
 
 impl StateLayout {
-    /// Bytes of weights, gradients and optimizer state that one of `world_size` ranks holds at the worst moment of a step,
-    /// activations apart.
+    /// Bytes of weights, gradients and optimizer state that one of `world_size` ranks holds at the
+    /// worst moment of a step, activations apart.
     pub fn bytes_per_rank(&self, sharding: Sharding, world_size: u64) -> u64 {
         let shards = if sharding == Sharding::None { 1 } else { world_size };
         // Without another rank to share with, every sharding is none.
@@ -27,7 +28,8 @@ impl StateLayout {
         let weights = if sharding == Sharding::Parameters { owned } else { all };
         // In f32 the compute copy is the master.
         let masters = if self.compute_bytes == 4 { 0 } else { 4 * owned };
-        let between_steps = self.compute_bytes * weights + masters + 4 * self.optimizer_tensors * owned;
+        let between_steps =
+            self.compute_bytes * weights + masters + 4 * self.optimizer_tensors * owned;
         between_steps + self.backward_bytes(sharding, all, owned, largest)
     }
 
@@ -36,9 +38,12 @@ impl StateLayout {
         // Of each parameter, before they come together.
         let fresh = self.compute_bytes * largest;
         // One stage at work, and the next one on its way.
-        let gathered = if sharding == Sharding::Parameters { 2 * self.compute_bytes * largest } else { 0 };
-        // Where they come together, to be added to the sums or cut into shards; a single micro-batch's are the sums.
-        let joined = if sharding == Sharding::None && self.micro_batches == 1 { 0 } else { 4 * largest };
+        let gathered =
+            if sharding == Sharding::Parameters { 2 * self.compute_bytes * largest } else { 0 };
+        // Where they come together, to be added to the sums or cut into shards; a single
+        // micro-batch's are the sums.
+        let joined =
+            if sharding == Sharding::None && self.micro_batches == 1 { 0 } else { 4 * largest };
         // The bucket before, whose shards are on their way.
         let travelling = if sharding == Sharding::None { 0 } else { 4 * largest };
         let sums = match sharding {
@@ -66,34 +71,65 @@ impl StateLayout {
 mod tests {
     use super::*;
 
-    const SHARDINGS: [Sharding; 4] = [Sharding::None, Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters];
+    const SHARDINGS: [Sharding; 4] =
+        [Sharding::None, Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters];
 
     #[test]
     fn bfloat16_with_adamw_is_eighteen_bytes_a_parameter_and_a_stage_in_passing() {
-        let layout = StateLayout { stages: vec![100, 300], compute_bytes: 2, optimizer_tensors: 2, micro_batches: 1 };
+        let layout = StateLayout {
+            stages: vec![100, 300],
+            compute_bytes: 2,
+            optimizer_tensors: 2,
+            micro_batches: 1,
+        };
         assert_eq!(layout.bytes_per_rank(Sharding::None, 8), 400 * (2 + 4 + 8 + 4) + 300 * 2);
         // 13 + 38 owned of 8 ranks.
-        assert_eq!(layout.bytes_per_rank(Sharding::Optimizer, 8), 400 * 2 + 51 * (4 + 8 + 4) + 300 * (2 + 4 + 4));
-        assert_eq!(layout.bytes_per_rank(Sharding::Gradients, 8), 400 * 2 + 51 * (4 + 8 + 4) + 300 * (2 + 4 + 4));
-        assert_eq!(layout.bytes_per_rank(Sharding::Parameters, 8), 51 * (2 + 4 + 8 + 4) + 300 * (2 + 4 + 4 + 4));
+        assert_eq!(
+            layout.bytes_per_rank(Sharding::Optimizer, 8),
+            400 * 2 + 51 * (4 + 8 + 4) + 300 * (2 + 4 + 4)
+        );
+        assert_eq!(
+            layout.bytes_per_rank(Sharding::Gradients, 8),
+            400 * 2 + 51 * (4 + 8 + 4) + 300 * (2 + 4 + 4)
+        );
+        assert_eq!(
+            layout.bytes_per_rank(Sharding::Parameters, 8),
+            51 * (2 + 4 + 8 + 4) + 300 * (2 + 4 + 4 + 4)
+        );
     }
 
     #[test]
     fn one_rank_has_nobody_to_share_with() {
-        let layout = StateLayout { stages: vec![100, 300], compute_bytes: 4, optimizer_tensors: 2, micro_batches: 2 };
-        assert!(SHARDINGS.iter().all(|sharding| layout.bytes_per_rank(*sharding, 1) == layout.bytes_per_rank(Sharding::None, 1)));
+        let layout = StateLayout {
+            stages: vec![100, 300],
+            compute_bytes: 4,
+            optimizer_tensors: 2,
+            micro_batches: 2,
+        };
+        assert!(SHARDINGS.iter().all(|sharding| layout.bytes_per_rank(*sharding, 1)
+            == layout.bytes_per_rank(Sharding::None, 1)));
     }
 
     #[test]
     fn only_gradient_sharding_saves_the_sums_of_many_micro_batches() {
-        let layout = StateLayout { stages: vec![100, 300], compute_bytes: 4, optimizer_tensors: 2, micro_batches: 4 };
+        let layout = StateLayout {
+            stages: vec![100, 300],
+            compute_bytes: 4,
+            optimizer_tensors: 2,
+            micro_batches: 4,
+        };
         let bytes = |sharding| layout.bytes_per_rank(sharding, 8);
         assert_eq!(bytes(Sharding::Optimizer) - bytes(Sharding::Gradients), 4 * (400 - 51));
     }
 
     #[test]
     fn more_sharding_never_holds_more_on_many_ranks() {
-        let layout = StateLayout { stages: vec![1000; 50], compute_bytes: 2, optimizer_tensors: 2, micro_batches: 2 };
+        let layout = StateLayout {
+            stages: vec![1000; 50],
+            compute_bytes: 2,
+            optimizer_tensors: 2,
+            micro_batches: 2,
+        };
         let bytes = SHARDINGS.map(|sharding| layout.bytes_per_rank(sharding, 64));
         assert!(bytes.is_sorted_by(|a, b| a > b), "{bytes:?}");
     }

@@ -14,24 +14,48 @@ pub struct ScalingRequest {
     pub world_sizes: Vec<usize>,
 }
 
-/// Lines of a plan, name and value. Each rank does the same work at every world size (weak scaling).
+/// Lines of a plan, name and value. Each rank does the same work at every world size (weak
+/// scaling).
 ///
 /// # Errors
-/// [`Error::Config`](crate::error::Error::Config) if the first world size cannot divide the global batch, or one fills no nodes.
-pub fn scaling(config: &RunConfig, tokens: Tokens, request: &ScalingRequest) -> Result<Vec<(String, String)>> {
+/// [`Error::Config`](crate::error::Error::Config) if the first world size cannot divide the global
+/// batch, or one fills no nodes.
+pub fn scaling(
+    config: &RunConfig,
+    tokens: Tokens,
+    request: &ScalingRequest,
+) -> Result<Vec<(String, String)>> {
     let ScalingRequest { cluster, world_sizes } = request;
     world_sizes.iter().try_for_each(|ranks| cluster.check_world(*ranks))?;
-    let (samples, micro_batches) = (config.data.micro_batch_size_per_gpu, config.micro_batches(world_sizes[0])?);
+    let (samples, micro_batches) =
+        (config.data.micro_batch_size_per_gpu, config.micro_batches(world_sizes[0])?);
     let work = workload(config, tokens, micro_batches)?;
     let alone = work.predict(cluster, 1);
-    let head = ["global batch", "step s", "compute", "optimizer", "communication", "exposed", "efficiency", "samples/s"];
-    let mut lines =
-        vec![(format!("predicted for {}", cluster.name), cluster.about().into()), ("  ranks".into(), in_columns(head.map(String::from)))];
+    let head = [
+        "global batch",
+        "step s",
+        "compute",
+        "optimizer",
+        "communication",
+        "exposed",
+        "efficiency",
+        "samples/s",
+    ];
+    let mut lines = vec![
+        (format!("predicted for {}", cluster.name), cluster.about().into()),
+        ("  ranks".into(), in_columns(head.map(String::from))),
+    ];
     for &ranks in world_sizes {
-        lines.push((format!("  {ranks}"), in_columns(row(work.predict(cluster, ranks), alone, ranks * micro_batches * samples))));
+        lines.push((
+            format!("  {ranks}"),
+            in_columns(row(work.predict(cluster, ranks), alone, ranks * micro_batches * samples)),
+        ));
     }
     let batch = match config.train.global_batch_size {
-        Some(global) => format!("; train.global_batch_size = {global} holds at {} ranks and grows with them", world_sizes[0]),
+        Some(global) => format!(
+            "; train.global_batch_size = {global} holds at {} ranks and grows with them",
+            world_sizes[0]
+        ),
         None => String::new(),
     };
     lines.push((
@@ -43,10 +67,19 @@ pub fn scaling(config: &RunConfig, tokens: Tokens, request: &ScalingRequest) -> 
         "step = compute + optimizer + exposed communication; efficiency: a step of 1 rank, which holds all optimizer state, over it".into(),
     ));
     let offload = if config.parallel.offload == Offload::None { "" } else { ", offloading" };
-    let measured =
-        if cluster.is_asynchronous() { "no GPU has been measured against it" } else { "tests/bench/scaling.sh measures steps beside it" };
-    lines.push(("  not known".into(), format!("congestion, stragglers, data, checkpoints{offload} are not in it; {measured}")));
-    lines.push(("  constants".into(), format!("with their sources in {KNOWN_NAME}; --clusters takes others")));
+    let measured = if cluster.is_asynchronous() {
+        "no GPU has been measured against it"
+    } else {
+        "tests/bench/scaling.sh measures steps beside it"
+    };
+    lines.push((
+        "  not known".into(),
+        format!("congestion, stragglers, data, checkpoints{offload} are not in it; {measured}"),
+    ));
+    lines.push((
+        "  constants".into(),
+        format!("with their sources in {KNOWN_NAME}; --clusters takes others"),
+    ));
     Ok(lines)
 }
 
@@ -59,7 +92,12 @@ fn workload(config: &RunConfig, tokens: Tokens, micro_batches: usize) -> Result<
         kept_bytes: work.kept_bytes,
         operators: work.operators,
     };
-    let work = forward_work(&*config.model.family, tokens, config.data.micro_batch_size_per_gpu as i64, kind)?;
+    let work = forward_work(
+        &*config.model.family,
+        tokens,
+        config.data.micro_batch_size_per_gpu as i64,
+        kind,
+    )?;
     Ok(Workload {
         stages: work.into_iter().map(stage).collect(),
         kind,
@@ -74,7 +112,14 @@ fn workload(config: &RunConfig, tokens: Tokens, micro_batches: usize) -> Result<
 
 fn row(predicted: Prediction, alone: Prediction, global_batch: usize) -> [String; 8] {
     let Prediction { step_seconds, compute_seconds, optimizer_seconds, spent } = predicted;
-    let seconds = [step_seconds, compute_seconds, optimizer_seconds, spent.communication_seconds, spent.exposed_seconds].map(shown);
+    let seconds = [
+        step_seconds,
+        compute_seconds,
+        optimizer_seconds,
+        spent.communication_seconds,
+        spent.exposed_seconds,
+    ]
+    .map(shown);
     let [step, compute, optimizer, communication, exposed] = seconds;
     let efficiency = format!("{:.1} %", 100.0 * alone.step_seconds / step_seconds);
     let rate = format!("{:.1}", global_batch as f64 / step_seconds);
@@ -83,13 +128,19 @@ fn row(predicted: Prediction, alone: Prediction, global_batch: usize) -> [String
 
 /// Four digits, of which the first says something.
 fn shown(seconds: f64) -> String {
-    let digits = if seconds > 0.0 { (3.0 - seconds.log10().floor()).clamp(0.0, 6.0) as usize } else { 0 };
+    let digits =
+        if seconds > 0.0 { (3.0 - seconds.log10().floor()).clamp(0.0, 6.0) as usize } else { 0 };
     format!("{seconds:.digits$}")
 }
 
 fn in_columns(cells: [String; 8]) -> String {
     const WIDTHS: [usize; 8] = [12, 9, 9, 9, 13, 9, 10, 10];
-    cells.iter().zip(WIDTHS).map(|(cell, width)| format!("{cell:>width$}")).collect::<Vec<_>>().join("  ")
+    cells
+        .iter()
+        .zip(WIDTHS)
+        .map(|(cell, width)| format!("{cell:>width$}"))
+        .collect::<Vec<_>>()
+        .join("  ")
 }
 
 #[cfg(test)]

@@ -8,8 +8,8 @@ use crate::nn::{ParamInfo, ParamSet};
 use crate::plan::Tokens;
 use crate::plan::footprint::{beside_matrices, graph_elements, rows};
 
-/// Operators that do something, for each product: norms, modulations, rotations, gates and copies stand between them. Counted in
-/// FLUX's double block in bfloat16, 33 for 7 products a stream.
+/// Operators that do something, for each product: norms, modulations, rotations, gates and copies
+/// stand between them. Counted in FLUX's double block in bfloat16, 33 for 7 products a stream.
 const OPERATORS_PER_PRODUCT: f64 = 5.0;
 
 /// What one micro-batch's forward costs in one stage.
@@ -20,7 +20,8 @@ pub struct ForwardWork {
     pub product_flop: f64,
     /// Those of attention, over all tokens: masks spare nothing.
     pub attention_flop: f64,
-    /// Bytes that are kept for the backward, an estimate as [`Footprint`](crate::plan::Footprint) is.
+    /// Bytes that are kept for the backward, an estimate as [`Footprint`](crate::plan::Footprint)
+    /// is.
     pub kept_bytes: f64,
     /// Operators that do something.
     pub operators: f64,
@@ -30,11 +31,17 @@ pub struct ForwardWork {
 ///
 /// # Errors
 /// As [`Architecture::stages`].
-pub fn forward_work(model: &dyn Architecture, tokens: Tokens, samples: i64, kind: Kind) -> Result<Vec<ForwardWork>> {
+pub fn forward_work(
+    model: &dyn Architecture,
+    tokens: Tokens,
+    samples: i64,
+    kind: Kind,
+) -> Result<Vec<ForwardWork>> {
     let bytes = kind.elt_size_in_bytes() as f64 * beside_matrices(kind);
     let of_stage = |params: &ParamSet| {
         let matrices = || params.infos().iter().filter(|info| info.shape.len() > 1);
-        let product = |info: &ParamInfo| 2.0 * (samples * rows(&info.name, tokens) * info.numel()) as f64;
+        let product =
+            |info: &ParamInfo| 2.0 * (samples * rows(&info.name, tokens) * info.numel()) as f64;
         let attention = |info: &ParamInfo| {
             let (queries, keys) = attended(&info.name, tokens)?;
             Some(4.0 * (samples * queries * keys * model.width()) as f64)
@@ -50,7 +57,8 @@ pub fn forward_work(model: &dyn Architecture, tokens: Tokens, samples: i64, kind
     Ok(model.stages()?.iter().map(|stage| of_stage(stage.params())).collect())
 }
 
-/// Queries and keys of the attention whose queries a matrix of that name makes, in any of the families.
+/// Queries and keys of the attention whose queries a matrix of that name makes, in any of the
+/// families.
 fn attended(name: &str, tokens: Tokens) -> Option<(i64, i64)> {
     let Tokens { image, text } = tokens;
     let ends = |parts: &[&str]| parts.iter().any(|part| name.ends_with(part));
@@ -72,14 +80,18 @@ mod tests {
 
     fn total(model: &dyn Architecture, tokens: Tokens) -> (f64, f64) {
         let work = forward_work(model, tokens, 1, Kind::BFloat16).expect("published");
-        (work.iter().map(|stage| stage.product_flop).sum(), work.iter().map(|stage| stage.attention_flop).sum())
+        (
+            work.iter().map(|stage| stage.product_flop).sum(),
+            work.iter().map(|stage| stage.attention_flop).sum(),
+        )
     }
 
     #[test]
     fn flux_1_dev_computes_what_others_have_counted() {
         let model = Flux { guidance_embeds: true, ..Flux::default() };
         let (products, attention) = total(&model, Tokens { image: 4096, text: 512 });
-        // Counted by calflops for the table of huggingface.co/datasets/diffusers/benchmarks: 59 523 G, without attention.
+        // Counted by calflops for the table of huggingface.co/datasets/diffusers/benchmarks: 59 523
+        // G, without attention.
         assert!((products / 59_523e9 - 1.0).abs() < 0.01, "{products:e}");
         assert_eq!(attention, 57.0 * 4.0 * 4608.0 * 4608.0 * 3072.0);
     }
@@ -91,16 +103,28 @@ mod tests {
         let joint = |blocks: f64, width| blocks * of(1100.0, 1100.0, width);
         assert_eq!(total(&Flux2::default(), tokens).1, joint(56.0, 6144.0));
         assert_eq!(total(&QwenImage::default(), tokens).1, joint(60.0, 3072.0));
-        assert_eq!(total(&Wan::default(), tokens).1, 40.0 * (of(1000.0, 1000.0, 5120.0) + of(1000.0, 100.0, 5120.0)));
-        assert_eq!(total(&HunyuanVideo15::default(), tokens).1, joint(54.0, 2048.0) + 2.0 * of(100.0, 100.0, 2048.0));
+        assert_eq!(
+            total(&Wan::default(), tokens).1,
+            40.0 * (of(1000.0, 1000.0, 5120.0) + of(1000.0, 100.0, 5120.0))
+        );
+        assert_eq!(
+            total(&HunyuanVideo15::default(), tokens).1,
+            joint(54.0, 2048.0) + 2.0 * of(100.0, 100.0, 2048.0)
+        );
         assert_eq!(total(&Dit::default(), tokens).1, 4.0 * of(1000.0, 1000.0, 128.0));
     }
 
     #[test]
     fn twice_the_samples_are_twice_the_work_and_not_more_operators() {
-        let of = |samples| forward_work(&Wan::default(), Tokens { image: 100, text: 10 }, samples, Kind::Float).expect("published");
+        let of = |samples| {
+            forward_work(&Wan::default(), Tokens { image: 100, text: 10 }, samples, Kind::Float)
+                .expect("published")
+        };
         for (one, two) in of(1).into_iter().zip(of(2)) {
-            assert_eq!((2.0 * one.product_flop, 2.0 * one.attention_flop), (two.product_flop, two.attention_flop));
+            assert_eq!(
+                (2.0 * one.product_flop, 2.0 * one.attention_flop),
+                (two.product_flop, two.attention_flop)
+            );
             assert_eq!((one.parameters, one.operators), (two.parameters, two.operators));
         }
     }

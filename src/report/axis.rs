@@ -52,7 +52,8 @@ impl Axis {
     }
 }
 
-/// Smallest and largest showable value, spread where they are one; 0 to 1 (1 to 10) where there is none.
+/// Smallest and largest showable value, spread where they are one; 0 to 1 (1 to 10) where there is
+/// none.
 fn range(values: impl Iterator<Item = f64>, log: bool) -> (f64, f64) {
     let (mut low, mut high) = (f64::INFINITY, f64::NEG_INFINITY);
     for value in values.filter(|&value| showable(value, log)) {
@@ -63,7 +64,9 @@ fn range(values: impl Iterator<Item = f64>, log: bool) -> (f64, f64) {
         (true, false) => (0.0, 1.0),
         (false, true) if high < low * 1.01 => (low / 2.0, high * 2.0),
         // A constant stands in the upper half above zero, not in a window a rounding error wide.
-        (false, false) if high - low <= 1e-9 * high.abs() => (low.min(0.0), if high > 0.0 { high * 1.25 } else { 1.0 }),
+        (false, false) if high - low <= 1e-9 * high.abs() => {
+            (low.min(0.0), if high > 0.0 { high * 1.25 } else { 1.0 })
+        }
         _ => (low, high),
     }
 }
@@ -72,7 +75,8 @@ fn range(values: impl Iterator<Item = f64>, log: bool) -> (f64, f64) {
 fn nice_step(low: f64, high: f64, wanted: usize) -> f64 {
     let rough = (high - low) / wanted.max(1) as f64;
     let power = 10f64.powf(rough.log10().floor());
-    let factor = [1.0, 2.0, 5.0].into_iter().find(|factor| factor * power >= rough * 0.75).unwrap_or(10.0);
+    let factor =
+        [1.0, 2.0, 5.0].into_iter().find(|factor| factor * power >= rough * 0.75).unwrap_or(10.0);
     factor * power
 }
 
@@ -83,7 +87,8 @@ fn ticks(low: f64, high: f64, step: f64) -> Vec<f64> {
     all.filter(|&tick| tick <= high + 1e-6 * step).collect()
 }
 
-/// The sparsest set that has enough ticks, from one every few decades to six in each; even spacing for less than that.
+/// The sparsest set that has enough ticks, from one every few decades to six in each; even spacing
+/// for less than that.
 fn log_ticks(low: f64, high: f64, wanted: usize) -> Vec<f64> {
     let (first, last) = (low.log10().floor() as i32, high.log10().ceil() as i32);
     let stride = ((last - first) as usize / (wanted + 2)).max(1);
@@ -130,7 +135,10 @@ mod tests {
 
     #[test]
     fn a_range_far_from_zero_stays_there() {
-        assert_eq!(Axis::rounded([812.0, 899.0].into_iter(), 5).ticks, [800.0, 820.0, 840.0, 860.0, 880.0, 900.0]);
+        assert_eq!(
+            Axis::rounded([812.0, 899.0].into_iter(), 5).ticks,
+            [800.0, 820.0, 840.0, 860.0, 880.0, 900.0]
+        );
     }
 
     #[test]
@@ -144,16 +152,31 @@ mod tests {
 
     #[test]
     fn nothing_to_show_still_makes_an_axis() {
-        for values in [vec![], vec![f64::NAN, f64::INFINITY], vec![0.0], vec![-3.0], vec![1e300], vec![5.0; 3]] {
-            for axis in [Axis::exact, Axis::rounded, Axis::logarithmic].map(|make| make(values.iter().copied(), 5)) {
-                assert!((1..=12).contains(&axis.ticks.len()) && axis.ticks.iter().all(|tick| axis.share(*tick).is_finite()), "{values:?}");
+        for values in [
+            vec![],
+            vec![f64::NAN, f64::INFINITY],
+            vec![0.0],
+            vec![-3.0],
+            vec![1e300],
+            vec![5.0; 3],
+        ] {
+            for axis in [Axis::exact, Axis::rounded, Axis::logarithmic]
+                .map(|make| make(values.iter().copied(), 5))
+            {
+                assert!(
+                    (1..=12).contains(&axis.ticks.len())
+                        && axis.ticks.iter().all(|tick| axis.share(*tick).is_finite()),
+                    "{values:?}"
+                );
             }
         }
     }
 
     #[test]
     fn numbers_are_short() {
-        let texts = [0.0, 0.30000000000000004, 1500.0, 12_000.0, 3e-4, 1.5e-4, 2_500_000.0, -0.25, 1e12].map(number_text);
+        let texts =
+            [0.0, 0.30000000000000004, 1500.0, 12_000.0, 3e-4, 1.5e-4, 2_500_000.0, -0.25, 1e12]
+                .map(number_text);
         assert_eq!(texts, ["0", "0.3", "1500", "12k", "3e-4", "1.5e-4", "2.5M", "-0.25", "1e12"]);
     }
 }

@@ -1,4 +1,5 @@
-//! A value for each bin of a range, at the start of a run and at its end: which noise levels have been learned.
+//! A value for each bin of a range, at the start of a run and at its end: which noise levels have
+//! been learned.
 
 use std::path::Path;
 
@@ -13,7 +14,8 @@ use crate::report::charts::Frame;
 /// Share of the run at its start and at its end that is averaged.
 const TENTH: f64 = 0.1;
 
-/// Equal bins of `range`, a wide pale bar for the start of the run and a narrow strong one for its end.
+/// Equal bins of `range`, a wide pale bar for the start of the run and a narrow strong one for its
+/// end.
 #[derive(Clone, Debug, Default)]
 pub struct Bars {
     pub title: String,
@@ -27,15 +29,32 @@ pub struct Bars {
 }
 
 impl Bars {
-    /// Compares the last tenth of the steps with the first. `columns`: for each bin (step, value) over the run.
-    pub fn over_run(title: &str, x_label: &str, y_label: &str, range: (f64, f64), columns: &[Vec<(f64, f64)>]) -> Self {
+    /// Compares the last tenth of the steps with the first. `columns`: for each bin (step, value)
+    /// over the run.
+    pub fn over_run(
+        title: &str,
+        x_label: &str,
+        y_label: &str,
+        range: (f64, f64),
+        columns: &[Vec<(f64, f64)>],
+    ) -> Self {
         let steps = || columns.iter().flatten().map(|point| point.0);
-        let (begin, end) = (steps().fold(f64::INFINITY, f64::min), steps().fold(f64::NEG_INFINITY, f64::max));
+        let (begin, end) =
+            (steps().fold(f64::INFINITY, f64::min), steps().fold(f64::NEG_INFINITY, f64::max));
         let tenth = (end - begin) * TENTH;
-        let means = |from: f64, to: f64| columns.iter().map(|column| mean_between(column, from, to)).collect();
+        let means = |from: f64, to: f64| {
+            columns.iter().map(|column| mean_between(column, from, to)).collect()
+        };
         let texts = [title, x_label, y_label].map(str::to_owned);
         let [title, x_label, y_label] = texts;
-        Bars { title, x_label, y_label, range, first: means(begin, begin + tenth), last: means(end - tenth, end) }
+        Bars {
+            title,
+            x_label,
+            y_label,
+            range,
+            first: means(begin, begin + tenth),
+            last: means(end - tenth, end),
+        }
     }
 
     /// As [`Chart::svg`](crate::report::Chart::svg).
@@ -55,13 +74,15 @@ impl Bars {
 
 /// Not a number where no value stands between.
 fn mean_between(column: &[(f64, f64)], from: f64, to: f64) -> f64 {
-    let inside = || column.iter().filter(|(step, value)| (from..=to).contains(step) && value.is_finite());
+    let inside =
+        || column.iter().filter(|(step, value)| (from..=to).contains(step) && value.is_finite());
     inside().map(|point| point.1).sum::<f64>() / inside().count() as f64
 }
 
 impl Picture for Bars {
     fn paint<B: DrawingBackend>(&self, canvas: &mut Canvas<'_, B>) {
-        let values = || self.first.iter().chain(&self.last).copied().filter(|&value| showable(value, false));
+        let values =
+            || self.first.iter().chain(&self.last).copied().filter(|&value| showable(value, false));
         let (low, high) = self.range;
         let x = Axis::exact([low, high].into_iter(), if canvas.width < 560.0 { 5 } else { 10 });
         // Bars stand on zero, or their lengths would lie.
@@ -72,7 +93,9 @@ impl Picture for Bars {
         if values().next().is_none() {
             frame.paint_nothing(canvas);
         }
-        for (heights, share, colour) in [(&self.first, 0.8, pale(strong)), (&self.last, 0.44, strong)] {
+        for (heights, share, colour) in
+            [(&self.first, 0.8, pale(strong)), (&self.last, 0.44, strong)]
+        {
             paint_bars(canvas, &frame, self.range, heights, share, colour);
         }
     }
@@ -91,7 +114,8 @@ fn paint_bars<B: DrawingBackend>(
     let bin = (high - low) / heights.len() as f64;
     for (i, &height) in heights.iter().enumerate().filter(|(_, height)| showable(**height, false)) {
         let middle = low + (i as f64 + 0.5) * bin;
-        let corner = |side: f64, value: f64| frame.place((middle + side * share * bin / 2.0, value));
+        let corner =
+            |side: f64, value: f64| frame.place((middle + side * share * bin / 2.0, value));
         canvas.rectangle(corner(-1.0, height), corner(1.0, 0.0), colour);
     }
 }
@@ -102,16 +126,23 @@ mod tests {
 
     #[test]
     fn a_bin_is_compared_between_the_ends_of_the_run() {
-        let falling: Vec<(f64, f64)> = (0..=100).map(|step| (f64::from(step), 100.0 - f64::from(step))).collect();
+        let falling: Vec<(f64, f64)> =
+            (0..=100).map(|step| (f64::from(step), 100.0 - f64::from(step))).collect();
         let early_only = vec![(5.0, 2.0), (6.0, f64::NAN)];
-        let bars = Bars::over_run("Loss", "sigma", "", (0.0, 1.0), &[falling, early_only, Vec::new()]);
+        let bars =
+            Bars::over_run("Loss", "sigma", "", (0.0, 1.0), &[falling, early_only, Vec::new()]);
         assert_eq!((bars.first[0], bars.last[0], bars.first[1]), (95.0, 5.0, 2.0));
         assert!(bars.last[1].is_nan() && bars.first[2].is_nan());
     }
 
     #[test]
     fn a_bin_without_values_has_no_bar() {
-        let bars = Bars { range: (0.0, 1.0), first: vec![1.0, f64::NAN], last: vec![0.5, 0.4], ..Bars::default() };
+        let bars = Bars {
+            range: (0.0, 1.0),
+            first: vec![1.0, f64::NAN],
+            last: vec![0.5, 0.4],
+            ..Bars::default()
+        };
         let bare = Bars { range: (0.0, 1.0), ..Bars::default() };
         let rectangles = |bars: &Bars| bars.svg(480, 300).matches("<rect").count();
         assert_eq!(rectangles(&bars) - rectangles(&bare), 3);

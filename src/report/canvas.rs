@@ -1,7 +1,8 @@
 //! The sheet that charts and grids are drawn on: one drawing becomes SVG text or a PNG.
 //!
-//! Positions and sizes are pixels of the layout. Both outputs are drawn [`DETAIL`] times as fine, since plotters counts whole
-//! pixels: the SVG scales down by its view box, the bitmap is averaged down, which smooths its edges.
+//! Positions and sizes are pixels of the layout. Both outputs are drawn [`DETAIL`] times as fine,
+//! since plotters counts whole pixels: the SVG scales down by its view box, the bitmap is averaged
+//! down, which smooths its edges.
 
 use std::io::Cursor;
 use std::sync::Once;
@@ -10,7 +11,9 @@ use image::imageops::thumbnail;
 use image::{ExtendedColorType, ImageEncoder, RgbImage, codecs::png::PngEncoder};
 use plotters::backend::DrawingBackend;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
-use plotters::style::{FontDesc, FontFamily, FontStyle, RGBColor, ShapeStyle, TextStyle, register_font};
+use plotters::style::{
+    FontDesc, FontFamily, FontStyle, RGBColor, ShapeStyle, TextStyle, register_font,
+};
 
 /// Drawing units a layout pixel.
 const DETAIL: u32 = 4;
@@ -62,14 +65,16 @@ pub(super) struct Canvas<'b, B> {
     backend: &'b mut B,
     pub width: f64,
     pub height: f64,
-    /// What plotters calls the size of a font one pixel to the em, and how far below the anchor its base line comes.
+    /// What plotters calls the size of a font one pixel to the em, and how far below the anchor its
+    /// base line comes.
     font: (f64, f64),
 }
 
 /// The picture as SVG text of that size.
 pub(super) fn svg(picture: &impl Picture, width: u32, height: u32) -> String {
     let mut text = String::new();
-    let mut backend = plotters::backend::SVGBackend::with_string(&mut text, (width * DETAIL, height * DETAIL));
+    let mut backend =
+        plotters::backend::SVGBackend::with_string(&mut text, (width * DETAIL, height * DETAIL));
     // The backend writes size / 1.24 as the size and dy = 0.76 em for the anchor at the top.
     paint(picture, &mut backend, width, height, (1.24, 0.76));
     drop(backend);
@@ -81,7 +86,8 @@ pub(super) fn svg(picture: &impl Picture, width: u32, height: u32) -> String {
 pub(super) fn bitmap(picture: &impl Picture, width: u32, height: u32) -> RgbImage {
     let (fine_width, fine_height) = (width * DETAIL, height * DETAIL);
     let mut pixels = vec![255; (fine_width * fine_height * 3) as usize];
-    let mut backend = plotters::backend::BitMapBackend::with_buffer(&mut pixels, (fine_width, fine_height));
+    let mut backend =
+        plotters::backend::BitMapBackend::with_buffer(&mut pixels, (fine_width, fine_height));
     // The backend sets the font's height and puts the base line half of it below the anchor.
     paint(picture, &mut backend, width, height, (DEJAVU_HEIGHT, DEJAVU_HEIGHT / 2.0));
     drop(backend);
@@ -96,12 +102,23 @@ pub(super) fn png(picture: &impl Picture, width: u32, height: u32) -> Vec<u8> {
 
 pub(super) fn encode_png(image: &RgbImage) -> Vec<u8> {
     let mut bytes = Cursor::new(Vec::new());
-    let written = PngEncoder::new(&mut bytes).write_image(image.as_raw(), image.width(), image.height(), ExtendedColorType::Rgb8);
+    let written = PngEncoder::new(&mut bytes).write_image(
+        image.as_raw(),
+        image.width(),
+        image.height(),
+        ExtendedColorType::Rgb8,
+    );
     written.expect("memory takes every image");
     bytes.into_inner()
 }
 
-fn paint<B: DrawingBackend>(picture: &impl Picture, backend: &mut B, width: u32, height: u32, font: (f64, f64)) {
+fn paint<B: DrawingBackend>(
+    picture: &impl Picture,
+    backend: &mut B,
+    width: u32,
+    height: u32,
+    font: (f64, f64),
+) {
     register_fonts();
     let mut canvas = Canvas { backend, width: f64::from(width), height: f64::from(height), font };
     canvas.rectangle((0.0, 0.0), (canvas.width, canvas.height), WHITE);
@@ -113,7 +130,9 @@ fn paint<B: DrawingBackend>(picture: &impl Picture, backend: &mut B, width: u32,
 fn register_fonts() {
     static REGISTERED: Once = Once::new();
     REGISTERED.call_once(|| {
-        for (style, bytes) in [(FontStyle::Normal, dejavu::sans::regular()), (FontStyle::Bold, dejavu::sans::bold())] {
+        for (style, bytes) in
+            [(FontStyle::Normal, dejavu::sans::regular()), (FontStyle::Bold, dejavu::sans::bold())]
+        {
             assert!(register_font("sans-serif", style, bytes).is_ok(), "DejaVu is a font");
         }
     });
@@ -125,26 +144,47 @@ fn fine(position: (f64, f64)) -> (i32, i32) {
 }
 
 fn style(colour: Colour, width: f64) -> ShapeStyle {
-    ShapeStyle { color: colour.into(), filled: true, stroke_width: (width * f64::from(DETAIL)).round() as u32 }
+    ShapeStyle {
+        color: colour.into(),
+        filled: true,
+        stroke_width: (width * f64::from(DETAIL)).round() as u32,
+    }
 }
 
 impl<B: DrawingBackend> Canvas<'_, B> {
-    pub fn line(&mut self, points: impl IntoIterator<Item = (f64, f64)>, colour: Colour, width: f64) {
+    pub fn line(
+        &mut self,
+        points: impl IntoIterator<Item = (f64, f64)>,
+        colour: Colour,
+        width: f64,
+    ) {
         let points: Vec<(i32, i32)> = points.into_iter().map(fine).collect();
         self.backend.draw_path(points, &style(colour, width)).expect("memory takes every stroke");
     }
 
     pub fn rectangle(&mut self, from: (f64, f64), to: (f64, f64), colour: Colour) {
-        self.backend.draw_rect(fine(from), fine(to), &style(colour, 0.0), true).expect("memory takes every stroke");
+        self.backend
+            .draw_rect(fine(from), fine(to), &style(colour, 0.0), true)
+            .expect("memory takes every stroke");
     }
 
     pub fn dot(&mut self, centre: (f64, f64), radius: f64, colour: Colour) {
         let radius = (radius * f64::from(DETAIL)).round() as u32;
-        self.backend.draw_circle(fine(centre), radius, &style(colour, 0.0), true).expect("memory takes every stroke");
+        self.backend
+            .draw_circle(fine(centre), radius, &style(colour, 0.0), true)
+            .expect("memory takes every stroke");
     }
 
     /// Text with its base line at `position`; `size` is the em in pixels.
-    pub fn text(&mut self, text: &str, position: (f64, f64), anchor: Anchor, colour: Colour, size: f64, bold: bool) {
+    pub fn text(
+        &mut self,
+        text: &str,
+        position: (f64, f64),
+        anchor: Anchor,
+        colour: Colour,
+        size: f64,
+        bold: bool,
+    ) {
         let (scale, drop) = self.font;
         let horizontal = match anchor {
             Anchor::Left => HPos::Left,
@@ -153,14 +193,17 @@ impl<B: DrawingBackend> Canvas<'_, B> {
         };
         let font = font(size * scale, bold);
         let style = TextStyle::from(font).color(&colour).pos(Pos::new(horizontal, VPos::Top));
-        self.backend.draw_text(text, &style, fine((position.0, position.1 - size * drop))).expect("memory takes every stroke");
+        self.backend
+            .draw_text(text, &style, fine((position.0, position.1 - size * drop)))
+            .expect("memory takes every stroke");
     }
 }
 
 /// Width of a text in pixels, as DejaVu sets it.
 pub(super) fn text_width(text: &str, size: f64, bold: bool) -> f64 {
     register_fonts();
-    let (width, _) = font(size * DEJAVU_HEIGHT, bold).box_size(text).expect("the font is registered");
+    let (width, _) =
+        font(size * DEJAVU_HEIGHT, bold).box_size(text).expect("the font is registered");
     f64::from(width) / f64::from(DETAIL)
 }
 

@@ -1,4 +1,5 @@
-//! Curves over the steps of a run: the values in a pale thin line, their running mean in a strong one.
+//! Curves over the steps of a run: the values in a pale thin line, their running mean in a strong
+//! one.
 
 use std::path::Path;
 
@@ -7,7 +8,9 @@ use plotters::backend::DrawingBackend;
 use crate::error::Result;
 use crate::files::durable::replace_file;
 use crate::report::axis::{Axis, number_text, showable};
-use crate::report::canvas::{self, AXIS, Anchor, Canvas, Colour, GREY, INK, Picture, RULE, pale, series_colour, text_width};
+use crate::report::canvas::{
+    self, AXIS, Anchor, Canvas, Colour, GREY, INK, Picture, RULE, pale, series_colour, text_width,
+};
 
 const TITLE_SIZE: f64 = 16.0;
 pub(super) const TEXT_SIZE: f64 = 12.0;
@@ -37,7 +40,8 @@ impl Chart {
         canvas::svg(self, width, height)
     }
 
-    /// The chart as a PNG file of `width` by `height` pixels, laid out for a screen of double density.
+    /// The chart as a PNG file of `width` by `height` pixels, laid out for a screen of double
+    /// density.
     ///
     /// # Errors
     /// [`Error::Storage`](crate::error::Error::Storage) if the file cannot be written.
@@ -48,22 +52,37 @@ impl Chart {
 
     fn shown(&self) -> Vec<Vec<(f64, f64)>> {
         let shows = |&(x, y): &(f64, f64)| showable(x, false) && showable(y, self.log_y);
-        self.series.iter().map(|series| series.points.iter().copied().filter(shows).collect()).collect()
+        self.series
+            .iter()
+            .map(|series| series.points.iter().copied().filter(shows).collect())
+            .collect()
     }
 }
 
 impl Picture for Chart {
     fn paint<B: DrawingBackend>(&self, canvas: &mut Canvas<'_, B>) {
         let shown = self.shown();
-        let curves: Vec<Curve> = shown.iter().map(|points| Curve::of(points, canvas.width)).collect();
+        let curves: Vec<Curve> =
+            shown.iter().map(|points| Curve::of(points, canvas.width)).collect();
         let all = || curves.iter().flat_map(|curve| curve.raw.iter());
         let values = || all().map(|point| point.1);
-        let frame = Frame::new(canvas, Axis::exact(all().map(|point| point.0), 7), |wanted| match self.log_y {
-            true => Axis::logarithmic(values(), wanted),
-            false => Axis::rounded(values(), wanted),
+        let frame = Frame::new(canvas, Axis::exact(all().map(|point| point.0), 7), |wanted| {
+            match self.log_y {
+                true => Axis::logarithmic(values(), wanted),
+                false => Axis::rounded(values(), wanted),
+            }
         });
-        let names: Vec<(&str, Colour)> = self.series.iter().enumerate().map(|(i, s)| (s.name.as_str(), series_colour(i))).collect();
-        frame.paint(canvas, [&self.title, &self.x_label, &self.y_label], if names.len() > 1 { &names } else { &[] });
+        let names: Vec<(&str, Colour)> = self
+            .series
+            .iter()
+            .enumerate()
+            .map(|(i, s)| (s.name.as_str(), series_colour(i)))
+            .collect();
+        frame.paint(
+            canvas,
+            [&self.title, &self.x_label, &self.y_label],
+            if names.len() > 1 { &names } else { &[] },
+        );
         if all().next().is_none() {
             frame.paint_nothing(canvas);
         }
@@ -73,7 +92,8 @@ impl Picture for Chart {
     }
 }
 
-/// What is drawn of a series: its points thinned to the width of the chart, their running mean where they are noisy.
+/// What is drawn of a series: its points thinned to the width of the chart, their running mean
+/// where they are noisy.
 struct Curve {
     raw: Vec<(f64, f64)>,
     smooth: Option<Vec<(f64, f64)>>,
@@ -83,12 +103,15 @@ impl Curve {
     fn of(points: &[(f64, f64)], width: f64) -> Self {
         let window = ((points.len() as f64 * SMOOTHED_SHARE) as usize).max(5);
         // A mean of the mean has no kinks where a single outlier enters and leaves the window.
-        let smooth = is_noisy(points).then(|| thinned(&running_mean(&running_mean(points, window), window), width));
+        let smooth = is_noisy(points)
+            .then(|| thinned(&running_mean(&running_mean(points, window), window), width));
         Curve { raw: thinned(points, width), smooth }
     }
 
     fn paint<B: DrawingBackend>(&self, canvas: &mut Canvas<'_, B>, frame: &Frame, colour: Colour) {
-        let placed = |points: &[(f64, f64)]| points.iter().map(|&point| frame.place(point)).collect::<Vec<_>>();
+        let placed = |points: &[(f64, f64)]| {
+            points.iter().map(|&point| frame.place(point)).collect::<Vec<_>>()
+        };
         match (&self.smooth, self.raw.as_slice()) {
             (_, []) => {}
             (_, [point]) => canvas.dot(frame.place(*point), 3.5, colour),
@@ -101,7 +124,8 @@ impl Curve {
     }
 }
 
-/// Whether a series goes up and down far more than its trend: a learning rate or a validation loss does not.
+/// Whether a series goes up and down far more than its trend: a learning rate or a validation loss
+/// does not.
 fn is_noisy(points: &[(f64, f64)]) -> bool {
     let values = || points.iter().map(|point| point.1);
     let range = values().fold(f64::MIN, f64::max) - values().fold(f64::MAX, f64::min);
@@ -120,7 +144,8 @@ fn running_mean(points: &[(f64, f64)], window: usize) -> Vec<(f64, f64)> {
     (0..points.len()).map(|i| (points[i].0, mean(i))).collect()
 }
 
-/// Of each pixel column the extreme values, in their order: looks the same, and a million steps stay a small picture.
+/// Of each pixel column the extreme values, in their order: looks the same, and a million steps
+/// stay a small picture.
 fn thinned(points: &[(f64, f64)], width: f64) -> Vec<(f64, f64)> {
     let columns = width as usize;
     if points.len() <= 2 * columns {
@@ -131,7 +156,8 @@ fn thinned(points: &[(f64, f64)], width: f64) -> Vec<(f64, f64)> {
         let pair = part.iter().min_by(by_value).zip(part.iter().max_by(by_value));
         pair.map(|(&low, &high)| if low.0 <= high.0 { [low, high] } else { [high, low] })
     };
-    let mut kept: Vec<(f64, f64)> = points.chunks(points.len().div_ceil(columns)).filter_map(extremes).flatten().collect();
+    let mut kept: Vec<(f64, f64)> =
+        points.chunks(points.len().div_ceil(columns)).filter_map(extremes).flatten().collect();
     kept.extend(points.last());
     kept
 }
@@ -147,20 +173,36 @@ pub(super) struct Frame {
 }
 
 impl Frame {
-    pub fn new<B: DrawingBackend>(canvas: &Canvas<'_, B>, x: Axis, y: impl FnOnce(usize) -> Axis) -> Self {
+    pub fn new<B: DrawingBackend>(
+        canvas: &Canvas<'_, B>,
+        x: Axis,
+        y: impl FnOnce(usize) -> Axis,
+    ) -> Self {
         let (top, bottom) = (64.0, canvas.height - 48.0);
         let y = y(((bottom - top) / 36.0) as usize);
-        let widest = y.ticks.iter().map(|&tick| text_width(&number_text(tick), TEXT_SIZE, false)).fold(0.0, f64::max);
+        let widest = y
+            .ticks
+            .iter()
+            .map(|&tick| text_width(&number_text(tick), TEXT_SIZE, false))
+            .fold(0.0, f64::max);
         Frame { left: 16.0 + widest + 8.0, right: canvas.width - 22.0, top, bottom, x, y }
     }
 
     /// Where a point stands on the canvas.
     pub fn place(&self, (x, y): (f64, f64)) -> (f64, f64) {
-        (self.left + self.x.share(x) * (self.right - self.left), self.bottom - self.y.share(y) * (self.bottom - self.top))
+        (
+            self.left + self.x.share(x) * (self.right - self.left),
+            self.bottom - self.y.share(y) * (self.bottom - self.top),
+        )
     }
 
     /// `labels` are title, x and y; `legend` names the series where there are several.
-    pub fn paint<B: DrawingBackend>(&self, canvas: &mut Canvas<'_, B>, labels: [&str; 3], legend: &[(&str, Colour)]) {
+    pub fn paint<B: DrawingBackend>(
+        &self,
+        canvas: &mut Canvas<'_, B>,
+        labels: [&str; 3],
+        legend: &[(&str, Colour)],
+    ) {
         let [title, x_label, y_label] = labels;
         canvas.text(title, (16.0, 26.0), Anchor::Left, INK, TITLE_SIZE, true);
         canvas.text(y_label, (16.0, 46.0), Anchor::Left, GREY, TEXT_SIZE, false);
@@ -168,20 +210,38 @@ impl Frame {
         for &tick in &self.y.ticks {
             let (_, y) = self.place((0.0, tick));
             canvas.line([(self.left, y), (self.right, y)], RULE, 1.0);
-            canvas.text(&number_text(tick), (self.left - 8.0, y + 4.2), Anchor::Right, GREY, TEXT_SIZE, false);
+            canvas.text(
+                &number_text(tick),
+                (self.left - 8.0, y + 4.2),
+                Anchor::Right,
+                GREY,
+                TEXT_SIZE,
+                false,
+            );
         }
         canvas.line([(self.left, self.bottom), (self.right, self.bottom)], AXIS, 1.0);
         for &tick in &self.x.ticks {
             let x = self.left + self.x.share(tick) * (self.right - self.left);
             canvas.line([(x, self.bottom), (x, self.bottom + 4.0)], AXIS, 1.0);
-            canvas.text(&number_text(tick), (x, self.bottom + 18.0), Anchor::Middle, GREY, TEXT_SIZE, false);
+            canvas.text(
+                &number_text(tick),
+                (x, self.bottom + 18.0),
+                Anchor::Middle,
+                GREY,
+                TEXT_SIZE,
+                false,
+            );
         }
         let middle = (self.left + self.right) / 2.0;
         canvas.text(x_label, (middle, self.bottom + 38.0), Anchor::Middle, GREY, TEXT_SIZE, false);
     }
 
     /// From the right end of the line under the title.
-    fn paint_legend<B: DrawingBackend>(&self, canvas: &mut Canvas<'_, B>, legend: &[(&str, Colour)]) {
+    fn paint_legend<B: DrawingBackend>(
+        &self,
+        canvas: &mut Canvas<'_, B>,
+        legend: &[(&str, Colour)],
+    ) {
         let mut right = self.right;
         for (name, colour) in legend.iter().rev() {
             canvas.text(name, (right, 46.0), Anchor::Right, INK, TEXT_SIZE, false);
@@ -206,21 +266,37 @@ mod tests {
     fn noisy_loss(steps: u64) -> Vec<(f64, f64)> {
         let key = Key::new(5, Purpose::Test);
         let noise = |step| key.below(step, 10_000) as f64 / 10_000.0 - 0.5;
-        (1..=steps).map(|step| (step as f64, (0.4 + 2.1 * (-6.0 * step as f64 / steps as f64).exp()) * (1.0 + 0.5 * noise(step)))).collect()
+        (1..=steps)
+            .map(|step| {
+                (
+                    step as f64,
+                    (0.4 + 2.1 * (-6.0 * step as f64 / steps as f64).exp())
+                        * (1.0 + 0.5 * noise(step)),
+                )
+            })
+            .collect()
     }
 
     fn chart(points: Vec<(f64, f64)>, log_y: bool) -> Chart {
         let series = vec![Series { name: "train".into(), points }];
-        Chart { title: "Loss".into(), x_label: "step".into(), y_label: "mean".into(), series, log_y }
+        Chart {
+            title: "Loss".into(),
+            x_label: "step".into(),
+            y_label: "mean".into(),
+            series,
+            log_y,
+        }
     }
 
     #[test]
     fn noise_is_smoothed_and_a_schedule_is_not() {
         let strokes = |points| {
             let svg = chart(points, false).svg(640, 320);
-            [series_colour(0), pale(series_colour(0))].map(|c| svg.contains(&format!("stroke=\"#{:02X}{:02X}{:02X}\"", c.0, c.1, c.2)))
+            [series_colour(0), pale(series_colour(0))]
+                .map(|c| svg.contains(&format!("stroke=\"#{:02X}{:02X}{:02X}\"", c.0, c.1, c.2)))
         };
-        let schedule = (0..500).map(|step| (f64::from(step), f64::from(step.min(1000 - 2 * step)))).collect();
+        let schedule =
+            (0..500).map(|step| (f64::from(step), f64::from(step.min(1000 - 2 * step)))).collect();
         assert_eq!(strokes(noisy_loss(500)), [true, true]);
         assert_eq!(strokes(schedule), [true, false]);
     }
@@ -238,15 +314,22 @@ mod tests {
         let mut points: Vec<(f64, f64)> = (0..1_000_000).map(|i| (f64::from(i), 1.0)).collect();
         points[777_777].1 = 9.0;
         let thin = thinned(&points, 640.0);
-        assert!(thin.len() <= 1281 && thin.contains(&(777_777.0, 9.0)) && thin.last() == points.last());
+        assert!(
+            thin.len() <= 1281 && thin.contains(&(777_777.0, 9.0)) && thin.last() == points.last()
+        );
         assert!(thin.is_sorted_by(|a, b| a.0 <= b.0));
     }
 
     #[test]
     fn values_that_cannot_be_drawn_are_left_out() {
-        let gaps = vec![(1.0, f64::NAN), (2.0, f64::INFINITY), (3.0, -1.0), (4.0, 1e200), (f64::NAN, 1.0)];
+        let gaps =
+            vec![(1.0, f64::NAN), (2.0, f64::INFINITY), (3.0, -1.0), (4.0, 1e200), (f64::NAN, 1.0)];
         assert!(chart(gaps.clone(), true).svg(320, 200).contains("no values yet"));
-        assert_eq!(chart(gaps, false).svg(320, 200).matches("<circle").count(), 1, "-1 can be drawn without a logarithm");
+        assert_eq!(
+            chart(gaps, false).svg(320, 200).matches("<circle").count(),
+            1,
+            "-1 can be drawn without a logarithm"
+        );
         assert!(chart(Vec::new(), false).svg(320, 200).contains("no values yet"));
         assert!(Chart::default().svg(320, 200).ends_with("</svg>\n"));
     }
@@ -268,6 +351,8 @@ mod tests {
         let image = image::open(&path).unwrap().to_rgb8();
         assert_eq!(image.dimensions(), (640, 320));
         let strong = series_colour(0);
-        assert!(image.pixels().filter(|pixel| pixel.0 == [strong.0, strong.1, strong.2]).count() > 300);
+        assert!(
+            image.pixels().filter(|pixel| pixel.0 == [strong.0, strong.1, strong.2]).count() > 300
+        );
     }
 }

@@ -25,20 +25,33 @@ const MARGIN: u32 = 14;
 /// As [`grid_png`].
 /// # Errors
 /// [`Error::Storage`](crate::error::Error::Storage) if the file cannot be written.
-pub fn write_grid(path: &Path, images: &Tensor, rows: &[String], columns: usize, title: Option<&str>) -> Result<()> {
+pub fn write_grid(
+    path: &Path,
+    images: &Tensor,
+    rows: &[String],
+    columns: usize,
+    title: Option<&str>,
+) -> Result<()> {
     let bytes = grid_png(images, rows, columns, title);
     replace_file(path, |out| out.write_all(&bytes))
 }
 
-/// The grid as PNG bytes: row by row `columns` pictures, `rows` names them; small pictures are enlarged in whole pixels.
+/// The grid as PNG bytes: row by row `columns` pictures, `rows` names them; small pictures are
+/// enlarged in whole pixels.
 ///
 /// # Shapes
-/// `images`: `[N, C, H, W]`, any float kind, values in `[-1, 1]` (beyond is clipped), `C` 1 or 3, `N` at most rows times columns.
+/// `images`: `[N, C, H, W]`, any float kind, values in `[-1, 1]` (beyond is clipped), `C` 1 or 3,
+/// `N` at most rows times columns.
 /// # Panics
 /// If the shapes do not fit (a bug in the caller).
 pub fn grid_png(images: &Tensor, rows: &[String], columns: usize, title: Option<&str>) -> Vec<u8> {
     let pictures = pictures(images);
-    assert!(pictures.len() <= rows.len() * columns, "{} pictures for {} rows of {columns}", pictures.len(), rows.len());
+    assert!(
+        pictures.len() <= rows.len() * columns,
+        "{} pictures for {} rows of {columns}",
+        pictures.len(),
+        rows.len()
+    );
     let side = pictures.first().map_or((1, 1), RgbImage::dimensions);
     let factor = (PICTURE_PIXELS / side.0.max(side.1)).max(1);
     // An odd size would put every other picture between two layout pixels.
@@ -58,7 +71,10 @@ fn pictures(images: &Tensor) -> Vec<RgbImage> {
     let colours = images.to_device(Device::Cpu).to_kind(Kind::Float).expand([n, 3, h, w], false);
     let levels = ((colours + 1.0) * 127.5).round().nan_to_num(0.0, None, None).clamp(0.0, 255.0);
     let pixels = levels.to_kind(Kind::Uint8).permute([0, 2, 3, 1]).contiguous();
-    let of_one = |i| RgbImage::from_raw(w as u32, h as u32, bytes(&pixels.get(i)).to_vec()).expect("three bytes a pixel");
+    let of_one = |i| {
+        RgbImage::from_raw(w as u32, h as u32, bytes(&pixels.get(i)).to_vec())
+            .expect("three bytes a pixel")
+    };
     (0..n).map(of_one).collect()
 }
 
@@ -66,7 +82,9 @@ fn enlarge(picture: &RgbImage, factor: u32, sheet: &mut RgbImage, (left, top): (
     for (x, y, pixel) in picture.enumerate_pixels() {
         let Rgb(colour) = *pixel;
         let block = (0..factor).flat_map(|dy| (0..factor).map(move |dx| (dx, dy)));
-        block.for_each(|(dx, dy)| sheet.put_pixel(left + x * factor + dx, top + y * factor + dy, Rgb(colour)));
+        block.for_each(|(dx, dy)| {
+            sheet.put_pixel(left + x * factor + dx, top + y * factor + dy, Rgb(colour))
+        });
     }
 }
 
@@ -82,14 +100,16 @@ struct Layout<'g> {
 
 impl<'g> Layout<'g> {
     fn new(rows: &'g [String], columns: u32, cell: [u32; 2], title: Option<&'g str>) -> Self {
-        let widest = rows.iter().map(|row| text_width(row, TEXT_SIZE, false)).fold(0.0, f64::max) as u32;
+        let widest =
+            rows.iter().map(|row| text_width(row, TEXT_SIZE, false)).fold(0.0, f64::max) as u32;
         let left = MARGIN + if widest > 0 { widest + 12 } else { 0 };
         let top = MARGIN + title.map_or(0, |_| TITLE_SIZE as u32 + 14);
         Layout { rows, columns, cell, title, left, top }
     }
 
     fn width(&self) -> u32 {
-        let pictures = self.left + self.columns * (self.cell[0] + GAP) - GAP.min(self.columns * GAP);
+        let pictures =
+            self.left + self.columns * (self.cell[0] + GAP) - GAP.min(self.columns * GAP);
         let title = self.title.map_or(0.0, |title| text_width(title, TITLE_SIZE, true)) as u32;
         pictures.max(MARGIN + title) + MARGIN
     }
@@ -99,7 +119,10 @@ impl<'g> Layout<'g> {
     }
 
     fn cell(&self, row: usize, column: usize) -> (u32, u32) {
-        (self.left + column as u32 * (self.cell[0] + GAP), self.top + row as u32 * (self.cell[1] + GAP))
+        (
+            self.left + column as u32 * (self.cell[0] + GAP),
+            self.top + row as u32 * (self.cell[1] + GAP),
+        )
     }
 }
 
@@ -112,7 +135,14 @@ impl Picture for Layout<'_> {
         for (i, row) in self.rows.iter().enumerate() {
             let (left, top) = self.cell(i, 0);
             let base_line = f64::from(top) + f64::from(self.cell[1]) / 2.0 + TEXT_SIZE * 0.36;
-            canvas.text(row, (f64::from(left) - 12.0, base_line), Anchor::Right, GREY, TEXT_SIZE, false);
+            canvas.text(
+                row,
+                (f64::from(left) - 12.0, base_line),
+                Anchor::Right,
+                GREY,
+                TEXT_SIZE,
+                false,
+            );
         }
     }
 }
@@ -131,7 +161,9 @@ mod tests {
 
     #[test]
     fn pictures_are_enlarged_without_blur_in_row_order() {
-        let images = Tensor::from_slice(&[-1.0f32, -0.5, 0.5, 5.0]).view([4, 1, 1, 1]).expand([4, 1, 8, 8], false);
+        let images = Tensor::from_slice(&[-1.0f32, -0.5, 0.5, 5.0])
+            .view([4, 1, 1, 1])
+            .expand([4, 1, 8, 8], false);
         let sheet = decoded(&grid_png(&images, &names(2), 2, None));
         let mut seen: Vec<u8> = Vec::new();
         for y in [100, 220] {
@@ -140,12 +172,18 @@ mod tests {
         }
         seen.dedup();
         let shades: Vec<u8> = seen.into_iter().filter(|&shade| shade != 255).collect();
-        assert_eq!(shades, [0, 64, 191], "black, dark, light; the clipped fourth is as white as the gaps");
+        assert_eq!(
+            shades,
+            [0, 64, 191],
+            "black, dark, light; the clipped fourth is as white as the gaps"
+        );
     }
 
     #[test]
     fn three_channels_keep_their_colours() {
-        let red = Tensor::from_slice(&[1.0f32, -1.0, f32::NAN]).view([1, 3, 1, 1]).expand([1, 3, 16, 16], false);
+        let red = Tensor::from_slice(&[1.0f32, -1.0, f32::NAN])
+            .view([1, 3, 1, 1])
+            .expand([1, 3, 16, 16], false);
         let sheet = decoded(&grid_png(&red, &names(1), 1, Some("one")));
         let reds = sheet.pixels().filter(|pixel| pixel.0 == [255, 0, 0]).count();
         assert_eq!(reds, 128 * 128);
@@ -156,7 +194,10 @@ mod tests {
         let none = Tensor::zeros([0, 1, 8, 8], (Kind::Float, Device::Cpu));
         assert!(decoded(&grid_png(&none, &[], 4, None)).width() > 0);
         let three = Tensor::zeros([3, 1, 8, 8], (Kind::Float, Device::Cpu));
-        let greys = decoded(&grid_png(&three, &names(2), 2, None)).pixels().filter(|pixel| pixel.0 == [128; 3]).count();
+        let greys = decoded(&grid_png(&three, &names(2), 2, None))
+            .pixels()
+            .filter(|pixel| pixel.0 == [128; 3])
+            .count();
         assert!(greys >= 3 * 128 * 128, "{greys}");
     }
 

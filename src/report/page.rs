@@ -51,7 +51,12 @@ pub fn write_report(path: &Path, data: &ReportData) -> Result<()> {
 
 fn page(data: &ReportData) -> String {
     let title = escaped(&data.title);
-    let parts = [facts(&data.facts), figures(&data.figures), samples(data.samples.as_ref()), configuration(&data.configuration)];
+    let parts = [
+        facts(&data.facts),
+        figures(&data.figures),
+        samples(data.samples.as_ref()),
+        configuration(&data.configuration),
+    ];
     format!(
         "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
@@ -62,14 +67,26 @@ fn page(data: &ReportData) -> String {
 }
 
 fn facts(facts: &[(String, String)]) -> String {
-    let cell = |(name, value): &(String, String)| format!("<div><dt>{}</dt><dd>{}</dd></div>\n", escaped(name), escaped(value));
-    section("", &format!("<dl>\n{}</dl>\n", facts.iter().map(cell).collect::<String>()), !facts.is_empty())
+    let cell = |(name, value): &(String, String)| {
+        format!("<div><dt>{}</dt><dd>{}</dd></div>\n", escaped(name), escaped(value))
+    };
+    section(
+        "",
+        &format!("<dl>\n{}</dl>\n", facts.iter().map(cell).collect::<String>()),
+        !facts.is_empty(),
+    )
 }
 
 fn figures(figures: &[Figure]) -> String {
     let (first, others) = figures.split_at(figures.len().min(1));
-    let wide: String = first.iter().map(|figure| format!("<figure class=\"wide\">{}</figure>\n", figure.svg(960, 380))).collect();
-    let small: String = others.iter().map(|figure| format!("<figure>{}</figure>\n", figure.svg(472, 300))).collect();
+    let wide: String = first
+        .iter()
+        .map(|figure| format!("<figure class=\"wide\">{}</figure>\n", figure.svg(960, 380)))
+        .collect();
+    let small: String = others
+        .iter()
+        .map(|figure| format!("<figure>{}</figure>\n", figure.svg(472, 300)))
+        .collect();
     section("", &format!("<div class=\"figures\">\n{wide}{small}</div>\n"), !figures.is_empty())
 }
 
@@ -85,7 +102,10 @@ fn samples(samples: Option<&(String, Vec<u8>)>) -> String {
 }
 
 fn configuration(text: &str) -> String {
-    let body = format!("<details>\n<summary>Resolved configuration</summary>\n<pre>{}</pre>\n</details>\n", escaped(text));
+    let body = format!(
+        "<details>\n<summary>Resolved configuration</summary>\n<pre>{}</pre>\n</details>\n",
+        escaped(text)
+    );
     section("", &body, !text.is_empty())
 }
 
@@ -142,15 +162,28 @@ mod tests {
 
     #[test]
     fn the_page_needs_nothing_from_outside() {
-        let chart =
-            Chart { title: "Loss".into(), series: vec![Series { name: "train".into(), points: vec![(1.0, 2.0)] }], ..Chart::default() };
-        let figures = vec![Figure::Chart(chart), Figure::Bars(Bars { range: (0.0, 1.0), ..Bars::default() })];
-        let data = ReportData { title: "Run".into(), figures, samples: Some(("digits".into(), vec![1, 2, 3])), ..ReportData::default() };
+        let chart = Chart {
+            title: "Loss".into(),
+            series: vec![Series { name: "train".into(), points: vec![(1.0, 2.0)] }],
+            ..Chart::default()
+        };
+        let figures =
+            vec![Figure::Chart(chart), Figure::Bars(Bars { range: (0.0, 1.0), ..Bars::default() })];
+        let data = ReportData {
+            title: "Run".into(),
+            figures,
+            samples: Some(("digits".into(), vec![1, 2, 3])),
+            ..ReportData::default()
+        };
         let page = page(&data);
         assert_eq!(page.matches("<svg").count(), 2);
         assert!(page.contains("data:image/png;base64,AQID"));
         let foreign = page.replace("http://www.w3.org/2000/svg", "");
-        assert!(!["http", "//", "<script", "<link", "@import", "url("].iter().any(|sign| foreign.contains(sign)));
+        assert!(
+            !["http", "//", "<script", "<link", "@import", "url("]
+                .iter()
+                .any(|sign| foreign.contains(sign))
+        );
     }
 
     #[test]
@@ -166,7 +199,11 @@ mod tests {
         };
         let page = page(&data);
         assert!(!page.contains("<script"));
-        assert_eq!(page.matches("&lt;script&gt;").count(), 9, "title twice, summary, fact twice, chart, alt, caption, configuration");
+        assert_eq!(
+            page.matches("&lt;script&gt;").count(),
+            9,
+            "title twice, summary, fact twice, chart, alt, caption, configuration"
+        );
     }
 
     #[test]

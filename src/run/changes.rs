@@ -1,4 +1,5 @@
-//! The configuration key by key: what a checkpoint records of it, and what differs between two of them.
+//! The configuration key by key: what a checkpoint records of it, and what differs between two of
+//! them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,8 +11,8 @@ use crate::settings::{self, Family};
 /// TOML texts of values by dotted key; a key that is unset is missing.
 pub type Values = BTreeMap<String, String>;
 
-/// Keys and tables that a checkpoint does not record: with any value of them the same steps give the same checkpoint, or the manifest
-/// holds their effect under a name of its own.
+/// Keys and tables that a checkpoint does not record: with any value of them the same steps give
+/// the same checkpoint, or the manifest holds their effect under a name of its own.
 const UNRECORDED: [&str; 18] = [
     "seed",
     "max_steps",
@@ -64,8 +65,8 @@ fn flatten(path: &str, table: &Table, values: &mut Values) {
     }
 }
 
-/// Every key of a run's listing, which an earlier release may have written: keys that it lacks have their defaults. None for a text
-/// that is no TOML, or an empty one.
+/// Every key of a run's listing, which an earlier release may have written: keys that it lacks have
+/// their defaults. None for a text that is no TOML, or an empty one.
 pub fn values_of_listing(text: &str) -> Option<Values> {
     let table = settings::table(text).filter(|table| !table.is_empty())?;
     let mut config = RunConfig::default();
@@ -90,13 +91,18 @@ fn only_recorded(values: Values) -> Values {
 }
 
 fn is_recorded(key: &str) -> bool {
-    let is_below = |table: &str| key.strip_prefix(table).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+    let is_below = |table: &str| {
+        key.strip_prefix(table).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    };
     key == SEED_SCOPE || !UNRECORDED.iter().any(|unrecorded| is_below(unrecorded))
 }
 
 /// A run's listing, where the checkpoint's record stands for all keys that it records.
 pub fn with_record(listing: &Values, record: &Values) -> Values {
-    let others = listing.iter().filter(|(key, _)| !is_recorded(key)).map(|(key, value)| (key.clone(), value.clone()));
+    let others = listing
+        .iter()
+        .filter(|(key, _)| !is_recorded(key))
+        .map(|(key, value)| (key.clone(), value.clone()));
     others.chain(completed(record)).collect()
 }
 
@@ -114,19 +120,26 @@ pub fn completed(record: &Values) -> Values {
 
 /// The keys whose values differ, each with both: `optimizer.adamw.lr: was 0.1, is 0.2`.
 pub fn listed(was: &Values, is: &Values) -> Vec<String> {
-    let shown = |values: &Values, key: &str| values.get(key).cloned().unwrap_or_else(|| "unset".into());
+    let shown =
+        |values: &Values, key: &str| values.get(key).cloned().unwrap_or_else(|| "unset".into());
     let keys: BTreeSet<&String> = was.keys().chain(is.keys()).collect();
     let differing = keys.into_iter().filter(|key| was.get(*key) != is.get(*key));
     differing.map(|key| format!("{key}: was {}, is {}", shown(was, key), shown(is, key))).collect()
 }
 
-/// The keys in which a recorded architecture and the configured one differ, as a reason to refuse its parameters. Every key of `[model.<family>]` changes the
-/// function that the model computes, also where all shapes stay as they are.
+/// The keys in which a recorded architecture and the configured one differ, as a reason to refuse
+/// its parameters. Every key of `[model.<family>]` changes the function that the model computes,
+/// also where all shapes stay as they are.
 pub fn other_architecture(record: &Values, config: &RunConfig) -> Option<String> {
     let family = config.model.family.name();
     let of_family = |values: &Values| -> Values {
-        let is_of_model = |key: &str| key.strip_prefix("model.").is_some_and(|rest| rest.contains('.'));
-        values.iter().filter(|(key, _)| is_of_model(key)).map(|(key, value)| (key.clone(), value.clone())).collect()
+        let is_of_model =
+            |key: &str| key.strip_prefix("model.").is_some_and(|rest| rest.contains('.'));
+        values
+            .iter()
+            .filter(|(key, _)| is_of_model(key))
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .collect()
     };
     let (was, is) = (of_family(&completed(record)), of_family(&values(config)));
     let own = format!("model.{family}.");
@@ -134,20 +147,30 @@ pub fn other_architecture(record: &Values, config: &RunConfig) -> Option<String>
         let other = other.split('.').nth(1).unwrap_or_default();
         return Some(format!("the model is `{family}`, the checkpoint's was `{other}`; {INSTEAD}"));
     }
-    let keys: BTreeSet<&String> = was.keys().chain(is.keys()).filter(|key| was.get(*key) != is.get(*key)).collect();
-    let shown = |values: &Values, key: &str| values.get(key).cloned().unwrap_or_else(|| "unset".into());
-    let texts: Vec<String> =
-        keys.iter().map(|key| format!("{key} is {}, the checkpoint's was {}", shown(&is, key), shown(&was, key))).collect();
+    let keys: BTreeSet<&String> =
+        was.keys().chain(is.keys()).filter(|key| was.get(*key) != is.get(*key)).collect();
+    let shown =
+        |values: &Values, key: &str| values.get(key).cloned().unwrap_or_else(|| "unset".into());
+    let texts: Vec<String> = keys
+        .iter()
+        .map(|key| {
+            format!("{key} is {}, the checkpoint's was {}", shown(&is, key), shown(&was, key))
+        })
+        .collect();
     (!texts.is_empty()).then(|| format!("{}: another model; {INSTEAD}", texts.join(", ")))
 }
 
-/// The jump of the learning rate where a run goes on after `step` at another than its schedule had led to: what the last step
-/// had, and the next one has. `update` is the optimizer's own number of that last step.
+/// The jump of the learning rate where a run goes on after `step` at another than its schedule had
+/// led to: what the last step had, and the next one has. `update` is the optimizer's own number of
+/// that last step.
 pub fn jump_of_lr(config: &RunConfig, last: f64, step: u64, update: u64) -> Option<String> {
-    let lr = |update: u64| config.optimizer.lr() * config.lr_scheduler.factor(update, config.max_steps);
+    let lr =
+        |update: u64| config.optimizer.lr() * config.lr_scheduler.factor(update, config.max_steps);
     let continues = (lr(update) - last).abs() <= 1e-9 * last.abs().max(lr(update));
     let (before, after) = (short(last), short(lr(update + 1)));
-    (!continues).then(|| format!("the learning rate jumps: step {step} had {before}, step {} has {after}", step + 1))
+    (!continues).then(|| {
+        format!("the learning rate jumps: step {step} had {before}, step {} has {after}", step + 1)
+    })
 }
 
 /// Five significant digits.
@@ -167,7 +190,8 @@ mod tests {
 
     #[test]
     fn keys_that_differ_are_listed_with_both_values() {
-        let (was, is) = (config(&[]), config(&["optimizer.adamw.lr=0.5", "checkpoint.keep_every=7"]));
+        let (was, is) =
+            (config(&[]), config(&["optimizer.adamw.lr=0.5", "checkpoint.keep_every=7"]));
         assert_eq!(
             listed(&values(&was), &values(&is)),
             ["checkpoint.keep_every: was unset, is 7", "optimizer.adamw.lr: was 0.002, is 0.5"]
@@ -188,7 +212,12 @@ mod tests {
             "flow_matching.log_interval=3",
         ];
         assert_eq!(recorded(&config(&elsewhere)), recorded(&config(&[])));
-        for other in ["model.dtype=bfloat16", "parallel.seed_scope=rank", "optimizer.adamw.lr=1.0", "model.dit.num_heads=2"] {
+        for other in [
+            "model.dtype=bfloat16",
+            "parallel.seed_scope=rank",
+            "optimizer.adamw.lr=1.0",
+            "model.dit.num_heads=2",
+        ] {
             assert_ne!(recorded(&config(&[other])), recorded(&config(&[])), "{other}");
         }
     }
@@ -196,7 +225,13 @@ mod tests {
     #[test]
     fn another_architecture_is_named_by_its_keys_or_its_family() {
         let record = recorded(&config(&["model.dit.num_heads=2"]));
-        assert_eq!(other_architecture(&record, &config(&["model.dit.num_heads=2", "model.dtype=bfloat16"])), None);
+        assert_eq!(
+            other_architecture(
+                &record,
+                &config(&["model.dit.num_heads=2", "model.dtype=bfloat16"])
+            ),
+            None
+        );
         assert_eq!(
             other_architecture(&record, &config(&[])).unwrap(),
             "model.dit.num_heads is 4, the checkpoint's was 2: another model; set it back, or begin a new run"
@@ -218,8 +253,12 @@ mod tests {
 
     #[test]
     fn a_learning_rate_that_goes_on_as_it_was_led_is_no_jump() {
-        let scheduled = |max_steps: u64| config(&[&format!("max_steps={max_steps}"), "lr_scheduler.cosine.warmup_steps=0"]);
-        let lr = |config: &RunConfig, step| config.optimizer.lr() * config.lr_scheduler.factor(step, config.max_steps);
+        let scheduled = |max_steps: u64| {
+            config(&[&format!("max_steps={max_steps}"), "lr_scheduler.cosine.warmup_steps=0"])
+        };
+        let lr = |config: &RunConfig, step| {
+            config.optimizer.lr() * config.lr_scheduler.factor(step, config.max_steps)
+        };
         let (short, long) = (scheduled(8), scheduled(16));
         assert_eq!(jump_of_lr(&short, lr(&short, 5), 5, 5), None);
         let jump = jump_of_lr(&long, lr(&short, 8), 8, 8).unwrap();

@@ -1,6 +1,8 @@
-//! Whether a step may reach the parameters: what its loss is measured against, and how many steps may be left out.
+//! Whether a step may reach the parameters: what its loss is measured against, and how many steps
+//! may be left out.
 //!
-//! The state belongs to the run and is saved with it, so that a resumed run decides as an unbroken one would.
+//! The state belongs to the run and is saved with it, so that a resumed run decides as an unbroken
+//! one would.
 
 use std::collections::VecDeque;
 
@@ -12,7 +14,8 @@ const WINDOW: usize = 128;
 const ENOUGH: usize = 32;
 /// Median absolute deviation of a normal distribution, in standard deviations, inverted.
 const DEVIATIONS_PER_MAD: f64 = 1.4826;
-/// Least deviation that is told from none, as a share of the median: a loss that hardly moves must not alarm when it does.
+/// Least deviation that is told from none, as a share of the median: a loss that hardly moves must
+/// not alarm when it does.
 const LEAST_DEVIATION: f64 = 0.01;
 /// Steps among which skipped ones are counted.
 pub const BUDGET_STEPS: u64 = 100;
@@ -31,17 +34,20 @@ pub struct Guard {
 }
 
 impl Guard {
-    /// How far above the usual a loss is, in robust standard deviations: the distance from the median of the losses before it,
-    /// over their median absolute deviation. None while there are few.
+    /// How far above the usual a loss is, in robust standard deviations: the distance from the
+    /// median of the losses before it, over their median absolute deviation. None while there are
+    /// few.
     ///
-    /// Source: Rousseeuw & Hubert 2011, "Robust statistics for outlier detection", sections 2 and 3.
+    /// Source: Rousseeuw & Hubert 2011, "Robust statistics for outlier detection", sections 2 and
+    /// 3.
     pub fn height(&self, loss: f64) -> Option<f64> {
         if self.losses.len() < ENOUGH {
             return None;
         }
         let usual = self.median();
         let mad = median(self.losses.iter().map(|other| (other - usual).abs()));
-        let deviation = (DEVIATIONS_PER_MAD * mad).max(LEAST_DEVIATION * usual.abs()).max(f64::MIN_POSITIVE);
+        let deviation =
+            (DEVIATIONS_PER_MAD * mad).max(LEAST_DEVIATION * usual.abs()).max(f64::MIN_POSITIVE);
         Some((loss - usual) / deviation)
     }
 
@@ -61,7 +67,8 @@ impl Guard {
         }
     }
 
-    /// Step `step` is left out. Returns how many of the last [`BUDGET_STEPS`] were, this one among them.
+    /// Step `step` is left out. Returns how many of the last [`BUDGET_STEPS`] were, this one among
+    /// them.
     pub fn skip(&mut self, step: u64) -> u64 {
         self.num_skipped += 1;
         self.skipped.push_back(step);
@@ -78,8 +85,8 @@ impl Guard {
         before + count
     }
 
-    /// Number of the optimizer's own step when the run is at `step`: data go on where a step is skipped, the optimizer and
-    /// its schedule do not.
+    /// Number of the optimizer's own step when the run is at `step`: data go on where a step is
+    /// skipped, the optimizer and its schedule do not.
     pub fn update_number(&self, step: u64) -> u64 {
         step - self.num_skipped
     }
@@ -97,7 +104,8 @@ mod tests {
     use super::*;
     use crate::rng::{Key, Purpose};
 
-    /// Step by step, a decaying loss with noise of a tenth of it, times `factor(step)`; returns the heights.
+    /// Step by step, a decaying loss with noise of a tenth of it, times `factor(step)`; returns the
+    /// heights.
     fn heights(steps: u64, factor: impl Fn(u64) -> f64, takes_all: bool) -> Vec<f64> {
         let mut guard = Guard::default();
         let mut heights = Vec::new();
@@ -151,7 +159,10 @@ mod tests {
     #[test]
     fn bad_samples_are_counted_by_epoch() {
         let mut guard = Guard::default();
-        assert_eq!([(0, 2), (0, 0), (0, 1), (1, 1)].map(|(epoch, count)| guard.bad_samples(epoch, count)), [2, 2, 3, 1]);
+        assert_eq!(
+            [(0, 2), (0, 0), (0, 1), (1, 1)].map(|(epoch, count)| guard.bad_samples(epoch, count)),
+            [2, 2, 3, 1]
+        );
     }
 
     #[test]

@@ -16,12 +16,16 @@ pub fn locate(path: &Path) -> Result<(PathBuf, PathBuf)> {
         return Ok((run_of(path)?.0, path.into()));
     }
     loop {
-        let (_, folder) = checkpoints_of(path)?.into_iter().next_back().ok_or_else(|| no_checkpoint(path, "holds no checkpoint"))?;
+        let (_, folder) = checkpoints_of(path)?
+            .into_iter()
+            .next_back()
+            .ok_or_else(|| no_checkpoint(path, "holds no checkpoint"))?;
         match checkpoint::verify(&folder) {
             Ok(_) => return Ok((path.into(), folder)),
             // A run that goes on has deleted it for a newer one meanwhile.
             Err(_) if !folder.exists() => {}
-            // A newest one that is broken is an error: samples of an older one would pass for the run's.
+            // A newest one that is broken is an error: samples of an older one would pass for the
+            // run's.
             Err(unfit) => return Err(unfit.into_error(&folder)),
         }
     }
@@ -44,7 +48,8 @@ pub fn no_checkpoint(path: &Path, what: impl Into<String>) -> Error {
     Error::NoCheckpoint { path: path.into(), what: what.into() }
 }
 
-/// The run that a checkpoint's folder lies in, and the checkpoint, both by their true names: `.` and links may mean any folder.
+/// The run that a checkpoint's folder lies in, and the checkpoint, both by their true names: `.`
+/// and links may mean any folder.
 ///
 /// # Errors
 /// [`Error::Storage`].
@@ -66,7 +71,8 @@ mod tests {
         let step = run.join(checkpoint::folder_name(3));
         fs::create_dir(&step).unwrap();
         symlink(&step, run.join("best")).unwrap();
-        for path in [step.clone(), step.join("."), step.join("../step-00000003"), run.join("best")] {
+        for path in [step.clone(), step.join("."), step.join("../step-00000003"), run.join("best")]
+        {
             assert_eq!(run_of(&path).unwrap(), (run.clone(), step.clone()), "{}", path.display());
         }
     }

@@ -1,8 +1,8 @@
 //! One run in one folder: `run.lock` says whose it is.
 //!
-//! The file is made with O_EXCL, which holds on network file systems where advisory locks do not, and touched every few
-//! seconds for as long as the run lives, so that its age is the run's heartbeat. It goes when the run ends in good order;
-//! one whose run is gone is taken over.
+//! The file is made with O_EXCL, which holds on network file systems where advisory locks do not,
+//! and touched every few seconds for as long as the run lives, so that its age is the run's
+//! heartbeat. It goes when the run ends in good order; one whose run is gone is taken over.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write};
@@ -79,7 +79,11 @@ impl RunLock {
                     if take_away(&path, &found)?.is_none() {
                         return Ok(Err(found));
                     }
-                    said = Some(format!("took {} over from {}: {why}", path.display(), found.holder_text()));
+                    said = Some(format!(
+                        "took {} over from {}: {why}",
+                        path.display(),
+                        found.holder_text()
+                    ));
                 }
             }
         }
@@ -91,12 +95,16 @@ impl RunLock {
         let (stop, stopped) = channel();
         let of_thread = path.clone();
         let beat = move || beat(&of_thread, &file, &stopped);
-        let heart = thread::Builder::new().name("lock".into()).spawn(beat).map_err(Error::storage(&path, "start a thread for"))?;
+        let heart = thread::Builder::new()
+            .name("lock".into())
+            .spawn(beat)
+            .map_err(Error::storage(&path, "start a thread for"))?;
         Ok(RunLock { path, holder, heart: Some((stop, heart)) })
     }
 }
 
-/// The process that holds a run folder, found without touching the lock; none where it is known to be gone.
+/// The process that holds a run folder, found without touching the lock; none where it is known to
+/// be gone.
 pub fn holder(run: &Path) -> Option<String> {
     let text = fs::read_to_string(run.join(FILE)).ok()?;
     let found = Found { holder: serde_json::from_str(&text).ok(), text, age: Duration::ZERO };
@@ -111,7 +119,11 @@ impl Drop for RunLock {
             let _ = heart.join();
         }
         // Another's lock is not this one's to remove.
-        if Found::at(&self.path).ok().flatten().is_some_and(|found| found.holder.as_ref() == Some(&self.holder)) {
+        if Found::at(&self.path)
+            .ok()
+            .flatten()
+            .is_some_and(|found| found.holder.as_ref() == Some(&self.holder))
+        {
             let _ = fs::remove_file(&self.path);
         }
     }
@@ -125,7 +137,10 @@ fn beat(path: &Path, file: &File, stopped: &Receiver<()>) {
         // A disk that takes no touch takes no checkpoint either, which is where that is told.
         let _ = futimens(file, &now);
         if belongs_to_another(path, file) {
-            let what = format!("{} was taken over by another run while this one stood still", path.display());
+            let what = format!(
+                "{} was taken over by another run while this one stood still",
+                path.display()
+            );
             let error = Error::config("output_dir", what);
             collective::end(error.exit_code(), error.name(), &error.to_string());
         }
@@ -154,7 +169,8 @@ impl Found {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(Error::storage(path, "read")(error)),
         };
-        let read = fs::read_to_string(path).and_then(|text| Ok((text, fs::metadata(path)?.modified()?)));
+        let read =
+            fs::read_to_string(path).and_then(|text| Ok((text, fs::metadata(path)?.modified()?)));
         let Some((text, touched)) = there(read)? else { return Ok(None) };
         let age = now_at(path)?.duration_since(touched).unwrap_or_default();
         Ok(Some(Found { holder: serde_json::from_str(&text).ok(), text, age }))
@@ -173,7 +189,9 @@ impl Found {
     }
 
     fn holder_text(&self) -> String {
-        let Some(Holder { host, pid, job, since, .. }) = &self.holder else { return "a run that is just starting".into() };
+        let Some(Holder { host, pid, job, since, .. }) = &self.holder else {
+            return "a run that is just starting".into();
+        };
         let job = job.as_ref().map_or_else(|| "a run".into(), |job| format!("job {job}"));
         format!("{job} on host {host} since {since} (pid {pid})")
     }
@@ -182,7 +200,8 @@ impl Found {
 /// The time by the clock that sets the times of files in the lock's folder.
 fn now_at(path: &Path) -> Result<SystemTime> {
     let probe = path.with_file_name(format!(".{FILE}.{}.{}", pulse::host(), std::process::id()));
-    let written = File::create(&probe).and_then(|mut file| file.write_all(b"\n").and_then(|()| file.metadata()?.modified()));
+    let written = File::create(&probe)
+        .and_then(|mut file| file.write_all(b"\n").and_then(|()| file.metadata()?.modified()));
     // Whoever else asks in this process may have removed it first.
     let _ = fs::remove_file(&probe);
     written.map_err(Error::storage(&probe, "write"))
@@ -190,7 +209,8 @@ fn now_at(path: &Path) -> Result<SystemTime> {
 
 /// Removes a stale lock; None if by now another stands in its place, which is left there.
 fn take_away(path: &Path, stale: &Found) -> Result<Option<()>> {
-    let aside = path.with_file_name(format!(".{FILE}.stale.{}.{}", pulse::host(), std::process::id()));
+    let aside =
+        path.with_file_name(format!(".{FILE}.stale.{}.{}", pulse::host(), std::process::id()));
     match fs::rename(path, &aside) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Some(())),
         other => other.map_err(Error::storage(path, "set aside"))?,
@@ -227,7 +247,8 @@ impl Holder {
     }
 }
 
-/// When a process began, in ticks since the machine did; None if there is none or it only waits to be buried.
+/// When a process began, in ticks since the machine did; None if there is none or it only waits to
+/// be buried.
 fn began(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name before may hold anything, a parenthesis too.
@@ -246,7 +267,13 @@ mod tests {
     }
 
     fn elsewhere() -> Holder {
-        Holder { host: "n12".into(), pid: 7, began: Some(1), job: Some("41".into()), since: "2026-01-02T03:04:05Z".into() }
+        Holder {
+            host: "n12".into(),
+            pid: 7,
+            began: Some(1),
+            job: Some("41".into()),
+            since: "2026-01-02T03:04:05Z".into(),
+        }
     }
 
     #[test]
@@ -257,7 +284,11 @@ mod tests {
         let error = RunLock::take(run.path()).unwrap_err();
         assert_eq!(error.exit_code(), 50);
         let expected = format!("run folder in use by a run on host {} since ", pulse::host());
-        assert!(error.to_string().contains(&expected) && error.to_string().ends_with(&format!("(pid {})", std::process::id())), "{error}");
+        assert!(
+            error.to_string().contains(&expected)
+                && error.to_string().ends_with(&format!("(pid {})", std::process::id())),
+            "{error}"
+        );
         drop(held);
         assert_eq!(fs::read_dir(run.path()).unwrap().count(), 0, "released without a trace");
         RunLock::take(run.path()).unwrap();
@@ -278,14 +309,22 @@ mod tests {
         let own = Holder::this_process();
         assert_eq!(found(elsewhere(), 119).why_stale(&own), None);
         assert_eq!(found(elsewhere(), 121).why_stale(&own).unwrap(), "not touched for 121 s");
-        assert_eq!(found(elsewhere(), 0).holder_text(), "job 41 on host n12 since 2026-01-02T03:04:05Z (pid 7)");
+        assert_eq!(
+            found(elsewhere(), 0).holder_text(),
+            "job 41 on host n12 since 2026-01-02T03:04:05Z (pid 7)"
+        );
     }
 
     #[test]
     fn a_job_that_starts_again_elsewhere_takes_its_own_lock_over() {
         let requeued = Holder { job: Some("41".into()), ..Holder::this_process() };
         assert!(found(elsewhere(), 0).why_stale(&requeued).is_some());
-        assert_eq!(found(Holder { job: None, ..elsewhere() }, 0).why_stale(&Holder { job: None, ..requeued }), None, "no job is no job");
+        assert_eq!(
+            found(Holder { job: None, ..elsewhere() }, 0)
+                .why_stale(&Holder { job: None, ..requeued }),
+            None,
+            "no job is no job"
+        );
     }
 
     #[test]
@@ -299,7 +338,10 @@ mod tests {
         let run = tempfile::tempdir().unwrap();
         fs::write(run.path().join(FILE), "").unwrap();
         let error = RunLock::take(run.path()).unwrap_err();
-        assert!(error.to_string().ends_with("run folder in use by a run that is just starting"), "{error}");
+        assert!(
+            error.to_string().ends_with("run folder in use by a run that is just starting"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -318,7 +360,12 @@ mod tests {
         let path = run.path().join(FILE);
         fs::write(&path, "").unwrap();
         let hour = Duration::from_secs(3600);
-        File::options().append(true).open(&path).unwrap().set_modified(SystemTime::now() - hour).unwrap();
+        File::options()
+            .append(true)
+            .open(&path)
+            .unwrap()
+            .set_modified(SystemTime::now() - hour)
+            .unwrap();
         let age = Found::at(&path).unwrap().unwrap().age;
         assert!(age > hour / 2 && age < 2 * hour, "{age:?}");
         let (_held, said) = RunLock::take(run.path()).unwrap();

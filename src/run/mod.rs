@@ -1,4 +1,5 @@
-//! A run on the disk: its folder and who uses it, its checkpoints, what it begins with, what it is asked while it goes on.
+//! A run on the disk: its folder and who uses it, its checkpoints, what it begins with, what it is
+//! asked while it goes on.
 //!
 //! | question | file |
 //! |---|---|

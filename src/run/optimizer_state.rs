@@ -24,17 +24,27 @@ pub struct OptimizerState {
 }
 
 impl OptimizerState {
-    /// Zeros at the second device, home, as before the first step. Updates happen on the first, where gradients are.
+    /// Zeros at the second device, home, as before the first step. Updates happen on the first,
+    /// where gradients are.
     ///
     /// # Errors
     /// If the device cannot carry the optimizer out.
-    pub fn fresh(replica: &Replica<'_>, optimizer: &dyn Optimizer, (device, home): (Device, Device)) -> Result<Self> {
+    pub fn fresh(
+        replica: &Replica<'_>,
+        optimizer: &dyn Optimizer,
+        (device, home): (Device, Device),
+    ) -> Result<Self> {
         let of_piece = |master: &Tensor| {
             let zeros = || Tensor::zeros(master.size(), (master.kind(), home));
             optimizer.state_names().iter().map(|_| zeros()).collect()
         };
-        let of_bucket = |bucket: &Bucket| bucket.pieces().iter().map(|piece| of_piece(piece.master())).collect();
-        Ok(OptimizerState { stages: replica.buckets.iter().map(of_bucket).collect(), rule: optimizer.on(device)? })
+        let of_bucket = |bucket: &Bucket| {
+            bucket.pieces().iter().map(|piece| of_piece(piece.master())).collect()
+        };
+        Ok(OptimizerState {
+            stages: replica.buckets.iter().map(of_bucket).collect(),
+            rule: optimizer.on(device)?,
+        })
     }
 
     /// A stage's tensor of the optimizer's name number `name`, whole: `[P]` f32.
@@ -42,7 +52,8 @@ impl OptimizerState {
     /// # Ordering
     /// Every rank of a shard group calls it.
     pub fn whole(&self, stage: usize, name: usize, replica: &Replica<'_>) -> Result<Tensor> {
-        let owned: Vec<Tensor> = self.stages[stage].iter().map(|piece| piece[name].shallow_clone()).collect();
+        let owned: Vec<Tensor> =
+            self.stages[stage].iter().map(|piece| piece[name].shallow_clone()).collect();
         replica.buckets[stage].whole(&owned, &replica.sharing)
     }
 
@@ -53,15 +64,33 @@ impl OptimizerState {
         }
     }
 
-    /// One update of a stage. Master values and state that live elsewhere visit the gradient's device, a piece at a time.
-    pub fn update(&mut self, stage: usize, bucket: &mut Bucket, gradients: &[Tensor], change: Change) {
+    /// One update of a stage. Master values and state that live elsewhere visit the gradient's
+    /// device, a piece at a time.
+    pub fn update(
+        &mut self,
+        stage: usize,
+        bucket: &mut Bucket,
+        gradients: &[Tensor],
+        change: Change,
+    ) {
         let Change { gradient_factor, lr, step } = change;
-        for ((shard, state), gradient) in bucket.shards_mut().zip(&mut self.stages[stage]).zip(gradients) {
+        for ((shard, state), gradient) in
+            bucket.shards_mut().zip(&mut self.stages[stage]).zip(gradients)
+        {
             let Shard { master, computed, decayed } = shard;
-            // The same tensors where they are there already, and copies onto themselves cost nothing.
+            // The same tensors where they are there already, and copies onto themselves cost
+            // nothing.
             let mut params = master.to_device(gradient.device());
-            let mut visitors: Vec<Tensor> = state.iter().map(|tensor| tensor.to_device(gradient.device())).collect();
-            let slice = Slice { params: &mut params, gradient, gradient_factor, state: &mut visitors, computed, decayed };
+            let mut visitors: Vec<Tensor> =
+                state.iter().map(|tensor| tensor.to_device(gradient.device())).collect();
+            let slice = Slice {
+                params: &mut params,
+                gradient,
+                gradient_factor,
+                state: &mut visitors,
+                computed,
+                decayed,
+            };
             self.rule.update(slice, lr, step);
             no_grad(|| {
                 master.copy_(&params);

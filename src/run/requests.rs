@@ -1,11 +1,13 @@
 //! What people and launchers ask of a run that is under way: to save, or to save and stop.
 //!
-//! SIGUSR1, SIGUSR2, SIGTERM, SIGHUP and SIGINT ask to stop; a second SIGINT ends the process at once with code 130. So do files
-//! named `save` and `save_quit` in the run folder, and a time after which to stop.
+//! SIGUSR1, SIGUSR2, SIGTERM, SIGHUP and SIGINT ask to stop; a second SIGINT ends the process at
+//! once with code 130. So do files named `save` and `save_quit` in the run folder, and a time after
+//! which to stop.
 //!
-//! Requests are heard at the end of each step, where one rank's becomes every rank's, by the step's report; before
-//! the first step by the rank that reads weights or verifies a checkpoint, which ends all, see [`go_on`]; and while samples for
-//! the report are generated, which are then left out. A command without steps ends by its signal at once.
+//! Requests are heard at the end of each step, where one rank's becomes every rank's, by the step's
+//! report; before the first step by the rank that reads weights or verifies a checkpoint, which
+//! ends all, see [`go_on`]; and while samples for the report are generated, which are then left
+//! out. A command without steps ends by its signal at once.
 
 use std::cell::Cell;
 use std::fs;
@@ -51,11 +53,15 @@ impl StopFlag {
             // In this order: the first SIGINT finds the flag unset.
             flag::register_conditional_shutdown(SIGINT, INTERRUPTED, stop.clone())?;
             let asking = [SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGHUP];
-            asking.into_iter().try_for_each(|signal| flag::register(signal, stop.clone()).map(drop))?;
+            asking
+                .into_iter()
+                .try_for_each(|signal| flag::register(signal, stop.clone()).map(drop))?;
             // A file size limit is an error of the write then, like a full disk.
             flag::register(SIGXFSZ, Arc::default())
         };
-        register().map_err(|error: std::io::Error| Error::environment(format!("cannot listen to signals: {error}")))?;
+        register().map_err(|error: std::io::Error| {
+            Error::environment(format!("cannot listen to signals: {error}"))
+        })?;
         Ok(SIGNALLED.get_or_init(|| StopFlag(stop)).clone())
     }
 }
@@ -70,7 +76,11 @@ static SIGNALLED: OnceLock<StopFlag> = OnceLock::new();
 pub fn go_on() -> Result<()> {
     pulse::still_at_work();
     match SIGNALLED.get().is_some_and(|flag| flag.0.load(Ordering::Relaxed)) {
-        true => Err(Error::Stopped { what: "asked to stop before the first step: nothing is lost, and nothing was to be saved".into() }),
+        true => Err(Error::Stopped {
+            what:
+                "asked to stop before the first step: nothing is lost, and nothing was to be saved"
+                    .into(),
+        }),
         false => Ok(()),
     }
 }
@@ -85,7 +95,8 @@ pub struct Requests {
 }
 
 impl Requests {
-    /// Files are looked for at most this often: a look at a busy network file system takes milliseconds.
+    /// Files are looked for at most this often: a look at a busy network file system takes
+    /// milliseconds.
     const LOOKS: Duration = Duration::from_secs(1);
 
     /// `stop_at`: when to stop by itself. `folder`: where to look for files, on one rank.
@@ -95,7 +106,9 @@ impl Requests {
 
     /// What was asked of this rank so far.
     pub fn heard(&self) -> Request {
-        if self.stop.0.load(Ordering::Relaxed) || self.stop_at.is_some_and(|when| Instant::now() >= when) {
+        if self.stop.0.load(Ordering::Relaxed)
+            || self.stop_at.is_some_and(|when| Instant::now() >= when)
+        {
             return Request::Stop;
         }
         self.in_files()
@@ -104,7 +117,8 @@ impl Requests {
     /// Goes on with work after the last step, unless some rank was asked to stop.
     ///
     /// # Errors
-    /// [`Error::Stopped`] on every rank alike; [`Error::Peer`] if one agrees on an error of its own meanwhile.
+    /// [`Error::Stopped`] on every rank alike; [`Error::Peer`] if one agrees on an error of its own
+    /// meanwhile.
     ///
     /// # Ordering
     /// Every rank calls it.
@@ -133,7 +147,10 @@ impl Requests {
         for (name, _) in FILES {
             match fs::remove_file(folder.join(name)) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    tracing::warn!("cannot delete {}: {error}; it asks again", folder.join(name).display());
+                    tracing::warn!(
+                        "cannot delete {}: {error}; it asks again",
+                        folder.join(name).display()
+                    );
                 }
                 _ => (),
             }
@@ -150,7 +167,10 @@ impl Request {
     }
 
     pub fn of_number(number: f32) -> Self {
-        [Request::Stop, Request::Save].into_iter().find(|request| request.number() == number).unwrap_or_default()
+        [Request::Stop, Request::Save]
+            .into_iter()
+            .find(|request| request.number() == number)
+            .unwrap_or_default()
     }
 }
 
@@ -183,7 +203,10 @@ mod tests {
 
     #[test]
     fn a_time_that_has_come_asks_to_stop() {
-        assert_eq!(Requests::new(StopFlag::default(), Some(Instant::now()), None).heard(), Request::Stop);
+        assert_eq!(
+            Requests::new(StopFlag::default(), Some(Instant::now()), None).heard(),
+            Request::Stop
+        );
         assert_eq!(Requests::new(StopFlag::default(), None, None).heard(), Request::Nothing);
     }
 

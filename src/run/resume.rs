@@ -25,7 +25,8 @@ pub enum Resume {
     Never,
     /// At the newest checkpoint that verifies, of the newest run of `output_dir` that has any.
     Latest,
-    /// As [`Latest`](Resume::Latest) where any run of `output_dir` has a checkpoint, else as [`Never`](Resume::Never).
+    /// As [`Latest`](Resume::Latest) where any run of `output_dir` has a checkpoint, else as
+    /// [`Never`](Resume::Never).
     Auto,
     /// At this checkpoint, or at the newest of this run folder.
     From(PathBuf),
@@ -89,9 +90,18 @@ fn begin(output_dir: &OutputDir) -> Result<RunFolder> {
         resume_log::archive_failures(&path, 0)?;
         let config = path.join(CONFIG);
         File::create(&config).map_err(Error::storage(&config, "create"))?;
-        let warnings = was_used.then(|| format!("{} is used again: an earlier start left it without a step", path.display()));
+        let warnings = was_used.then(|| {
+            format!("{} is used again: an earlier start left it without a step", path.display())
+        });
         let warnings = warnings.into_iter().collect();
-        return Ok(RunFolder { path, resumed_from: None, is_over: false, is_elsewhere: false, warnings, lock: Some(lock) });
+        return Ok(RunFolder {
+            path,
+            resumed_from: None,
+            is_over: false,
+            is_elsewhere: false,
+            warnings,
+            lock: Some(lock),
+        });
     }
     unreachable!("the candidates are endless")
 }
@@ -113,14 +123,20 @@ pub fn newest_run(output_dir: &OutputDir) -> Result<Option<(Run, Vec<PathBuf>)>>
 
 fn nothing_at(config: &RunConfig) -> Error {
     let path = Path::new(&config.output_dir);
-    let what = if path.exists() { "holds no checkpoint" } else { "there is no such folder, and no run to go on with" };
+    let what = if path.exists() {
+        "holds no checkpoint"
+    } else {
+        "there is no such folder, and no run to go on with"
+    };
     no_checkpoint(path, format!("{what}; {INSTEAD}"))
 }
 
 /// The newest run, as nobody named one: starts of it that get nowhere come to an end.
 fn latest(run: &Run, passed_over: Vec<PathBuf>, max_steps: u64) -> Result<RunFolder> {
     let mut folder = resume_run(&run.path, max_steps, true)?;
-    let said = |path: PathBuf| format!("{} is passed over: it ended before its first checkpoint", path.display());
+    let said = |path: PathBuf| {
+        format!("{} is passed over: it ended before its first checkpoint", path.display())
+    };
     folder.warnings.splice(0..0, passed_over.into_iter().map(said));
     Ok(folder)
 }
@@ -130,8 +146,14 @@ fn resume_from(path: &Path, max_steps: u64) -> Result<RunFolder> {
         return resume_checkpoint(path, max_steps);
     }
     refuse_pickled_weights(path)?;
-    let must_be =
-        |what: String| no_checkpoint(path, format!("{what}; --resume takes never, auto, latest, or the folder of a run or a checkpoint"));
+    let must_be = |what: String| {
+        no_checkpoint(
+            path,
+            format!(
+                "{what}; --resume takes never, auto, latest, or the folder of a run or a checkpoint"
+            ),
+        )
+    };
     let list = checkpoints_of(path).map_err(|error| match error {
         Error::NoCheckpoint { what, .. } => must_be(what),
         other => other,
@@ -140,7 +162,11 @@ fn resume_from(path: &Path, max_steps: u64) -> Result<RunFolder> {
         return Err(no_checkpoint(path, format!("holds no checkpoint; {INSTEAD}")));
     }
     // `.` says nothing in a log.
-    let path = if path.file_name().is_none() { fs::canonicalize(path).map_err(Error::storage(path, "find"))? } else { path.into() };
+    let path = if path.file_name().is_none() {
+        fs::canonicalize(path).map_err(Error::storage(path, "find"))?
+    } else {
+        path.into()
+    };
     resume_run(&path, max_steps, false)
 }
 
@@ -151,13 +177,19 @@ fn resume_checkpoint(path: &Path, max_steps: u64) -> Result<RunFolder> {
     checkpoint::clear_leftovers(&run)?;
     let manifest = checkpoint::verify(&path).map_err(|unfit| unfit.into_error(&path))?;
     refuse_newer(&run, &path, manifest.step)?;
-    let alone = || format!("{} has no {CONFIG}: it becomes the folder of the run that goes on from {}", run.display(), path.display());
+    let alone = || {
+        format!(
+            "{} has no {CONFIG}: it becomes the folder of the run that goes on from {}",
+            run.display(),
+            path.display()
+        )
+    };
     let warnings = taken_over.into_iter().chain((!run.join(CONFIG).exists()).then(alone)).collect();
     Ok(going_on(run, path, &manifest, max_steps, warnings, lock))
 }
 
-/// At the newest checkpoint that verifies; newer ones that do not are set aside, loudly. A guarded run that gets nowhere is not
-/// started for ever.
+/// At the newest checkpoint that verifies; newer ones that do not are set aside, loudly. A guarded
+/// run that gets nowhere is not started for ever.
 fn resume_run(run: &Path, max_steps: u64, is_guarded: bool) -> Result<RunFolder> {
     let (lock, taken_over) = RunLock::take(run)?;
     checkpoint::clear_leftovers(run)?;
@@ -177,11 +209,25 @@ fn resume_run(run: &Path, max_steps: u64, is_guarded: bool) -> Result<RunFolder>
     Ok(going_on(run.into(), chosen, &manifest, max_steps, warnings, lock))
 }
 
-fn going_on(run: PathBuf, path: PathBuf, manifest: &Manifest, max_steps: u64, warnings: Vec<String>, lock: RunLock) -> RunFolder {
+fn going_on(
+    run: PathBuf,
+    path: PathBuf,
+    manifest: &Manifest,
+    max_steps: u64,
+    warnings: Vec<String>,
+    lock: RunLock,
+) -> RunFolder {
     let step = manifest.step;
     // A run that ended at its last step, but before its report, has that to do.
     let is_over = step > max_steps || step == max_steps && run.join(REPORT).exists();
-    RunFolder { path: run, resumed_from: Some(Checkpoint { path, step }), is_over, is_elsewhere: false, warnings, lock: Some(lock) }
+    RunFolder {
+        path: run,
+        resumed_from: Some(Checkpoint { path, step }),
+        is_over,
+        is_elsewhere: false,
+        warnings,
+        lock: Some(lock),
+    }
 }
 
 /// A checkpoint that failed its check: its step, its folder, what failed.
@@ -196,12 +242,20 @@ fn newest_sound(run: &Path) -> Result<(Manifest, PathBuf, Vec<Broken>)> {
     for (step, path) in checkpoint::list(run)?.into_iter().rev() {
         match checkpoint::verify(&path) {
             Ok(manifest) => return Ok((manifest, path, broken)),
-            Err(Unfit::Corrupt { file, what }) => broken.push((step, path, format!("{file}: {what}"))),
+            Err(Unfit::Corrupt { file, what }) => {
+                broken.push((step, path, format!("{file}: {what}")))
+            }
             Err(Unfit::Other(error)) => return Err(error),
         }
     }
-    let texts: Vec<String> = broken.iter().map(|(step, _, what)| format!("{} ({what})", checkpoint::folder_name(*step))).collect();
-    Err(no_checkpoint(run, format!("none of its {} checkpoints verifies: {}", broken.len(), texts.join(", "))))
+    let texts: Vec<String> = broken
+        .iter()
+        .map(|(step, _, what)| format!("{} ({what})", checkpoint::folder_name(*step)))
+        .collect();
+    Err(no_checkpoint(
+        run,
+        format!("none of its {} checkpoints verifies: {}", broken.len(), texts.join(", ")),
+    ))
 }
 
 /// Keeps it under the first free of `.bad-1`, `.bad-2`, …; returns the name.
@@ -213,14 +267,25 @@ fn set_aside(path: &Path) -> Result<String> {
     Ok(free)
 }
 
-/// A run may not write over its own future: going on from an old checkpoint needs the newer ones out of the way.
+/// A run may not write over its own future: going on from an old checkpoint needs the newer ones
+/// out of the way.
 fn refuse_newer(run: &Path, chosen: &Path, step: u64) -> Result<()> {
-    let newer: Vec<String> =
-        checkpoint::list(run)?.iter().rev().take_while(|(other, _)| *other > step).map(|(_, path)| path.display().to_string()).collect();
+    let newer: Vec<String> = checkpoint::list(run)?
+        .iter()
+        .rev()
+        .take_while(|(other, _)| *other > step)
+        .map(|(_, path)| path.display().to_string())
+        .collect();
     if newer.is_empty() {
         return Ok(());
     }
-    Err(Error::checkpoint_mismatch(chosen, format!("newer checkpoints stand in the same run: {}; move them away first", newer.join(", "))))
+    Err(Error::checkpoint_mismatch(
+        chosen,
+        format!(
+            "newer checkpoints stand in the same run: {}; move them away first",
+            newer.join(", ")
+        ),
+    ))
 }
 
 #[cfg(test)]
@@ -253,12 +318,19 @@ mod tests {
         for start in 0..3 {
             let folder = choose(&config(&output), &Resume::Never).unwrap();
             assert_eq!(folder.path, output);
-            let said = format!("{} is used again: an earlier start left it without a step", output.display());
+            let said = format!(
+                "{} is used again: an earlier start left it without a step",
+                output.display()
+            );
             assert_eq!(folder.warnings, if start == 0 { vec![] } else { vec![said] });
             fs::write(output.join("failure-0.json"), "{}").unwrap();
         }
         let (held, _) = RunLock::take(&output).unwrap();
-        assert_eq!(choose(&config(&output), &Resume::Never).unwrap().path, root.path().join("digits-2"), "a run that is just starting");
+        assert_eq!(
+            choose(&config(&output), &Resume::Never).unwrap().path,
+            root.path().join("digits-2"),
+            "a run that is just starting"
+        );
         drop(held);
     }
 
@@ -268,11 +340,18 @@ mod tests {
         let output = root.path().join("digits");
         let folders: Vec<PathBuf> = (0..3).map(|_| begun(&output)).collect();
         fs::create_dir(folders[1].join(checkpoint::folder_name(5))).unwrap();
-        let (run, passed_over) = newest_run(&OutputDir::new(&config(&output).output_dir).unwrap()).unwrap().unwrap();
+        let (run, passed_over) =
+            newest_run(&OutputDir::new(&config(&output).output_dir).unwrap()).unwrap().unwrap();
         assert_eq!((run.path, passed_over), (folders[1].clone(), vec![folders[2].clone()]));
         for resume in [Resume::Latest, Resume::Auto] {
             let error = choose(&config(&output), &resume).unwrap_err().to_string();
-            assert!(error.starts_with(&format!("{}: none of its 1 checkpoints verifies", folders[1].display())), "{error}");
+            assert!(
+                error.starts_with(&format!(
+                    "{}: none of its 1 checkpoints verifies",
+                    folders[1].display()
+                )),
+                "{error}"
+            );
         }
     }
 
@@ -282,21 +361,41 @@ mod tests {
         let output = root.path().join("digits");
         assert_eq!(choose(&config(&output), &Resume::Auto).unwrap().path, output);
         begun(&output);
-        assert_eq!(choose(&config(&output), &Resume::Auto).unwrap().path, root.path().join("digits-2"));
+        assert_eq!(
+            choose(&config(&output), &Resume::Auto).unwrap().path,
+            root.path().join("digits-2")
+        );
     }
 
     #[test]
     fn a_resume_without_a_checkpoint_says_what_there_is_instead() {
         let root = tempfile::tempdir().unwrap();
-        let (empty, file, none) = (root.path().join("empty"), root.path().join("file"), root.path().join("none"));
+        let (empty, file, none) =
+            (root.path().join("empty"), root.path().join("file"), root.path().join("none"));
         fs::create_dir(&empty).unwrap();
         fs::write(&file, "").unwrap();
         let cases = [
-            (&empty, Resume::Latest, "holds no checkpoint; start with --resume never, or with --resume auto"),
-            (&none, Resume::Latest, "there is no such folder, and no run to go on with; start with --resume never"),
+            (
+                &empty,
+                Resume::Latest,
+                "holds no checkpoint; start with --resume never, or with --resume auto",
+            ),
+            (
+                &none,
+                Resume::Latest,
+                "there is no such folder, and no run to go on with; start with --resume never",
+            ),
             (&none, Resume::From(empty.clone()), "holds no checkpoint; start with --resume never"),
-            (&none, Resume::From(file.clone()), "is a file; a run or a checkpoint is a folder; --resume takes never, auto, latest, or"),
-            (&none, Resume::From("true".into()), "true: there is no such folder; --resume takes never, auto, latest, or"),
+            (
+                &none,
+                Resume::From(file.clone()),
+                "is a file; a run or a checkpoint is a folder; --resume takes never, auto, latest, or",
+            ),
+            (
+                &none,
+                Resume::From("true".into()),
+                "true: there is no such folder; --resume takes never, auto, latest, or",
+            ),
         ];
         for (output, resume, says) in cases {
             let error = choose(&config(output), &resume).unwrap_err();

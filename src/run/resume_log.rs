@@ -1,5 +1,5 @@
-//! `starts.json`: the step that each start which went on from a checkpoint began at. A run that dies again and again before its next
-//! checkpoint must not be started for ever.
+//! `starts.json`: the step that each start which went on from a checkpoint began at. A run that
+//! dies again and again before its next checkpoint must not be started for ever.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -40,14 +40,17 @@ pub fn guard(run: &Path, step: u64) -> Result<()> {
     if in_a_row < PATIENCE { Ok(()) } else { Err(no_progress(run, step, in_a_row)) }
 }
 
-/// Notes that the run goes on from `step`, and moves the last attempt's failure files to `log/`, so that those at the top
-/// are the newest attempt's.
+/// Notes that the run goes on from `step`, and moves the last attempt's failure files to `log/`, so
+/// that those at the top are the newest attempt's.
 ///
 /// # Errors
 /// [`Error::Storage`].
 pub fn note(run: &Path, step: u64) -> Result<()> {
     let (path, mut starts) = (run.join(FILE), read(run));
-    starts.push(Start { step, time: humantime::format_rfc3339_seconds(SystemTime::now()).to_string() });
+    starts.push(Start {
+        step,
+        time: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
+    });
     let text = serde_json::to_string_pretty(&starts).expect("texts and numbers are JSON") + "\n";
     replace_file(&path, |file| file.write_all(text.as_bytes()))?;
     archive_failures(run, starts.len())
@@ -55,13 +58,18 @@ pub fn note(run: &Path, step: u64) -> Result<()> {
 
 /// A list that cannot be read guards nothing; it never keeps a run from going on.
 fn read(run: &Path) -> Vec<Start> {
-    fs::read(run.join(FILE)).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default()
+    fs::read(run.join(FILE))
+        .ok()
+        .and_then(|text| serde_json::from_slice(&text).ok())
+        .unwrap_or_default()
 }
 
 fn no_progress(run: &Path, step: u64, in_a_row: usize) -> Error {
     let last = newest_failure(run).map_or_else(
         || "none left a failure file".into(),
-        |Failure { code, name, rank, message, .. }| format!("the last failure was {name} (code {code}) on rank {rank}: {message}"),
+        |Failure { code, name, rank, message, .. }| {
+            format!("the last failure was {name} (code {code}) on rank {rank}: {message}")
+        },
     );
     let run_text = run.display();
     let what = format!(
@@ -87,11 +95,15 @@ fn failure_files(run: &Path) -> Vec<PathBuf> {
 pub fn newest_failure(run: &Path) -> Option<Failure> {
     let read = |path: PathBuf| serde_json::from_slice::<Failure>(&fs::read(path).ok()?).ok();
     let own = Error::NoProgress { path: run.into(), what: String::new() };
-    let found = failure_files(run).into_iter().filter_map(read).filter(|failure| failure.name != own.name());
+    let found = failure_files(run)
+        .into_iter()
+        .filter_map(read)
+        .filter(|failure| failure.name != own.name());
     found.max_by(|a, b| a.time.total_cmp(&b.time))
 }
 
-/// `failure-3.json` becomes `log/failure-3.start-2.json`: what start number 2 found. Number 0 is the start of a run that begins.
+/// `failure-3.json` becomes `log/failure-3.start-2.json`: what start number 2 found. Number 0 is
+/// the start of a run that begins.
 ///
 /// # Errors
 /// [`Error::Storage`].
@@ -100,7 +112,9 @@ pub fn archive_failures(run: &Path, start: usize) -> Result<()> {
     for path in failure_files(run) {
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let kept = log.join(format!("{name}.start-{start}.json"));
-        fs::create_dir_all(&log).and_then(|()| fs::rename(&path, &kept)).map_err(Error::storage(&path, "move to log/"))?;
+        fs::create_dir_all(&log)
+            .and_then(|()| fs::rename(&path, &kept))
+            .map_err(Error::storage(&path, "move to log/"))?;
     }
     Ok(())
 }
@@ -130,8 +144,16 @@ mod tests {
         let error = start(run, 5).unwrap_err();
         assert_eq!((error.exit_code(), error.name()), (43, "NO_PROGRESS"));
         let text = error.to_string();
-        assert!(text.contains("2 starts in a row went on from step 5 and none saved a newer checkpoint"), "{text}");
-        assert!(text.contains("the last failure was DATA (code 40) on rank 3: 17 non-finite values"), "{text}");
+        assert!(
+            text.contains(
+                "2 starts in a row went on from step 5 and none saved a newer checkpoint"
+            ),
+            "{text}"
+        );
+        assert!(
+            text.contains("the last failure was DATA (code 40) on rank 3: 17 non-finite values"),
+            "{text}"
+        );
         assert!(text.ends_with(&format!("start with --resume {}", run.display())), "{text}");
         assert_eq!(failure_files(run).len(), 3, "a start that is refused moves nothing");
         assert_eq!(start(run, 5).unwrap_err().exit_code(), 43, "and the next is no different");
@@ -160,6 +182,10 @@ mod tests {
             start(run, step).unwrap();
         }
         assert!(failure_files(run).is_empty());
-        assert!([1, 2].iter().all(|start| run.join(format!("log/failure-2.start-{start}.json")).exists()));
+        assert!(
+            [1, 2]
+                .iter()
+                .all(|start| run.join(format!("log/failure-2.start-{start}.json")).exists())
+        );
     }
 }

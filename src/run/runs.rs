@@ -1,4 +1,5 @@
-//! The runs of one `output_dir`: `output_dir` itself, then `output_dir-2`, `output_dir-3`, … with or without gaps.
+//! The runs of one `output_dir`: `output_dir` itself, then `output_dir-2`, `output_dir-3`, … with
+//! or without gaps.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -45,8 +46,15 @@ impl OutputDir {
         }
         let there = path.ancestors().find(|ancestor| ancestor.symlink_metadata().is_ok());
         if let Some(there) = there.filter(|there| !there.is_dir()) {
-            let kind = if there.is_symlink() && !there.exists() { "a link to nothing" } else { "no folder" };
-            return Err(Error::config("output_dir", format!("{} is {kind}; name a folder, or one that can be made", there.display())));
+            let kind = if there.is_symlink() && !there.exists() {
+                "a link to nothing"
+            } else {
+                "no folder"
+            };
+            return Err(Error::config(
+                "output_dir",
+                format!("{} is {kind}; name a folder, or one that can be made", there.display()),
+            ));
         }
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         Ok(OutputDir { path, name })
@@ -54,7 +62,11 @@ impl OutputDir {
 
     /// The folder of the run with this number.
     fn numbered(&self, number: u64) -> PathBuf {
-        if number == FIRST { self.path.clone() } else { self.path.with_file_name(format!("{}-{number}", self.name)) }
+        if number == FIRST {
+            self.path.clone()
+        } else {
+            self.path.with_file_name(format!("{}-{number}", self.name))
+        }
     }
 
     /// The number of a folder beside this one; none for what is named otherwise.
@@ -74,9 +86,12 @@ impl OutputDir {
 
     /// True for the folder of a run of this `output_dir`, numbered or not, through links and dots.
     pub fn has(&self, run: &Path) -> bool {
-        let (Ok(run), Ok(parent)) = (fs::canonicalize(run), fs::canonicalize(self.parent())) else { return false };
+        let (Ok(run), Ok(parent)) = (fs::canonicalize(run), fs::canonicalize(self.parent())) else {
+            return false;
+        };
         let name = run.file_name().map(|name| name.to_string_lossy().into_owned());
-        let is_numbered = run.parent() == Some(&*parent) && name.is_some_and(|name| self.number_of(&name).is_some());
+        let is_numbered = run.parent() == Some(&*parent)
+            && name.is_some_and(|name| self.number_of(&name).is_some());
         is_numbered || fs::canonicalize(&self.path).is_ok_and(|own| own == run)
     }
 
@@ -85,13 +100,15 @@ impl OutputDir {
     /// # Errors
     /// [`Error::Storage`] if one of them cannot be listed.
     pub fn runs(&self) -> Result<Vec<Run>> {
-        let found: Result<Vec<Option<Run>>> = self.numbers().into_iter().map(|number| self.run(number)).collect();
+        let found: Result<Vec<Option<Run>>> =
+            self.numbers().into_iter().map(|number| self.run(number)).collect();
         let mut runs: Vec<Run> = found?.into_iter().flatten().collect();
         runs.sort_by_key(|run| (run.time, run.number));
         Ok(runs)
     }
 
-    /// Numbers of the folders that are there. Where the folder above may be passed through and not listed, as far as they have no gap.
+    /// Numbers of the folders that are there. Where the folder above may be passed through and not
+    /// listed, as far as they have no gap.
     fn numbers(&self) -> Vec<u64> {
         let Ok(entries) = fs::read_dir(self.parent()) else {
             return (FIRST..).take_while(|&number| self.numbered(number).exists()).collect();
@@ -100,7 +117,8 @@ impl OutputDir {
         names.filter_map(|name| self.number_of(&name)).collect()
     }
 
-    /// The run with this number; none where no run has the folder, or one of another `output_dir`, which has the same name by chance.
+    /// The run with this number; none where no run has the folder, or one of another `output_dir`,
+    /// which has the same name by chance.
     fn run(&self, number: u64) -> Result<Option<Run>> {
         let path = self.numbered(number);
         let Some(config_time) = modified(&path.join(CONFIG)) else { return Ok(None) };
@@ -108,35 +126,45 @@ impl OutputDir {
             return Ok(None);
         }
         let newest = checkpoint::list(&path)?.into_iter().next_back();
-        let time = newest.as_ref().and_then(|(_, folder)| checkpoint::written(folder)).unwrap_or(config_time);
+        let time = newest
+            .as_ref()
+            .and_then(|(_, folder)| checkpoint::written(folder))
+            .unwrap_or(config_time);
         Ok(Some(Run { path, number, newest, time }))
     }
 
-    /// Folders in which a new run may begin, in the order in which they are tried: `output_dir` itself, the last numbered folder
-    /// if a start that failed left it, then those with higher numbers.
+    /// Folders in which a new run may begin, in the order in which they are tried: `output_dir`
+    /// itself, the last numbered folder if a start that failed left it, then those with higher
+    /// numbers.
     pub fn candidates(&self) -> Result<impl Iterator<Item = PathBuf> + '_> {
         let last = self.runs()?.iter().map(|run| run.number).max().unwrap_or(FIRST).max(FIRST + 1);
-        let is_vacant = |path: &PathBuf| !path.exists() || path.join(CONFIG).exists() && is_unused(path);
+        let is_vacant =
+            |path: &PathBuf| !path.exists() || path.join(CONFIG).exists() && is_unused(path);
         let numbered = (last..).map(|number| self.numbered(number)).filter(is_vacant);
         Ok(std::iter::once(self.path.clone()).filter(|path| is_unused(path)).chain(numbered))
     }
 }
 
-/// True for a folder in which no step was ever done and no configuration stands that is somebody's own: a start that failed
-/// leaves its configuration, its log and its failure, and nothing that a new run would spoil.
+/// True for a folder in which no step was ever done and no configuration stands that is somebody's
+/// own: a start that failed leaves its configuration, its log and its failure, and nothing that a
+/// new run would spoil.
 pub fn is_unused(folder: &Path) -> bool {
     let bytes = |name: &str| fs::metadata(folder.join(name)).map_or(0, |found| found.len());
-    let has_step = bytes(METRICS) > 0 || checkpoint::list(folder).is_ok_and(|list| !list.is_empty());
+    let has_step =
+        bytes(METRICS) > 0 || checkpoint::list(folder).is_ok_and(|list| !list.is_empty());
     let is_a_runs = bytes(CONFIG) == 0 || folder.join("log").join("rank-00000.jsonl").exists();
     !has_step && is_a_runs
 }
 
-/// True for a numbered folder that is the `output_dir` of its own run: that run belongs to another configuration.
+/// True for a numbered folder that is the `output_dir` of its own run: that run belongs to another
+/// configuration.
 fn names_itself(run: &Path) -> bool {
     let text = fs::read_to_string(run.join(CONFIG)).unwrap_or_default();
     let table = settings::table(&text).unwrap_or_default();
     let configured = table.get("output_dir").and_then(toml::Value::as_str).map(Path::new);
-    configured.is_some_and(|configured| configured.file_name().is_some() && configured.file_name() == run.file_name())
+    configured.is_some_and(|configured| {
+        configured.file_name().is_some() && configured.file_name() == run.file_name()
+    })
 }
 
 fn modified(path: &Path) -> Option<SystemTime> {
@@ -190,7 +218,12 @@ mod tests {
             make(&root.path().join(name), &base, &[1], 2);
         }
         // An experiment of its own whose name happens to end in a number.
-        make(&root.path().join("x-2026"), &root.path().join("x-2026").display().to_string(), &[1], 3);
+        make(
+            &root.path().join("x-2026"),
+            &root.path().join("x-2026").display().to_string(),
+            &[1],
+            3,
+        );
         fs::create_dir(root.path().join("x-5")).unwrap();
         assert_eq!(found(&OutputDir::new(&base).unwrap()), ["x"]);
     }
@@ -201,7 +234,11 @@ mod tests {
         let path = |name: &str| root.path().join(name).display().to_string();
         fs::write(root.path().join("file"), "").unwrap();
         std::os::unix::fs::symlink("nowhere", root.path().join("link")).unwrap();
-        for (name, says) in [("file", "file is no folder"), ("file/run", "file is no folder"), ("link", "link is a link to nothing")] {
+        for (name, says) in [
+            ("file", "file is no folder"),
+            ("file/run", "file is no folder"),
+            ("link", "link is a link to nothing"),
+        ] {
             let error = OutputDir::new(&path(name)).unwrap_err();
             assert_eq!(error.exit_code(), 50);
             assert!(error.to_string().contains(says), "{error}");
@@ -256,7 +293,9 @@ mod tests {
         make(&root.path().join("y"), "y", &[1], 1);
         std::os::unix::fs::symlink(&base, root.path().join("link")).unwrap();
         let output = OutputDir::new(&base.display().to_string()).unwrap();
-        assert!(output.has(&root.path().join("link")) && output.has(&root.path().join("y/../x-2/.")));
+        assert!(
+            output.has(&root.path().join("link")) && output.has(&root.path().join("y/../x-2/."))
+        );
         assert!(!output.has(&root.path().join("y")) && !output.has(&root.path().join("nowhere")));
     }
 }

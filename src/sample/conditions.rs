@@ -51,11 +51,13 @@ impl Origin {
         }
     }
 
-    /// A safetensors file of conditions `[N, …]`, their `negative.` counterparts and perhaps the `noise` to start from; where the
-    /// file has none, the shape is the given one or that of the dataset, which need not exist otherwise.
+    /// A safetensors file of conditions `[N, …]`, their `negative.` counterparts and perhaps the
+    /// `noise` to start from; where the file has none, the shape is the given one or that of the
+    /// dataset, which need not exist otherwise.
     ///
     /// # Errors
-    /// [`Error::Data`] naming the file, the key and what was expected; [`Error::Config`] if nothing says the shape.
+    /// [`Error::Data`] naming the file, the key and what was expected; [`Error::Config`] if nothing
+    /// says the shape.
     pub fn of_file(path: &Path, shape: Option<&[i64]>, dataset: &str) -> Result<Self> {
         let file = SafeTensors::open(path)?;
         let mut tensors = BTreeMap::new();
@@ -64,16 +66,33 @@ impl Origin {
         }
         let rows = same_rows(path, &tensors)?;
         let noise = tensors.remove(NOISE).map(|noise| noise.to_kind(Kind::Float));
-        let (negative, tensors) = tensors.into_iter().partition::<BTreeMap<_, _>, _>(|(key, _)| key.starts_with(NEGATIVE));
-        let negative: BTreeMap<_, _> = negative.into_iter().map(|(key, tensor)| (key[NEGATIVE.len()..].to_string(), tensor)).collect();
+        let (negative, tensors) = tensors
+            .into_iter()
+            .partition::<BTreeMap<_, _>, _>(|(key, _)| key.starts_with(NEGATIVE));
+        let negative: BTreeMap<_, _> = negative
+            .into_iter()
+            .map(|(key, tensor)| (key[NEGATIVE.len()..].to_string(), tensor))
+            .collect();
         if let Some(key) = negative.keys().find(|key| !tensors.contains_key(*key)) {
-            return Err(Error::data(path, format!("holds `{NEGATIVE}{key}`, but no `{key}` that it is the counterpart of")));
+            return Err(Error::data(
+                path,
+                format!("holds `{NEGATIVE}{key}`, but no `{key}` that it is the counterpart of"),
+            ));
         }
         let shape = shape_of(path, noise.as_ref(), shape, dataset)?;
         let data_type = data_type_of(&file, &shape)?;
         let task_type = task_type_of(&file)?;
         let names = (0..rows).map(|row| row.to_string()).collect();
-        let origin = Origin { path: path.into(), names, tensors, negative, noise, shape, data_type, task_type };
+        let origin = Origin {
+            path: path.into(),
+            names,
+            tensors,
+            negative,
+            noise,
+            shape,
+            data_type,
+            task_type,
+        };
         origin.check_frames()?;
         Ok(origin)
     }
@@ -83,19 +102,31 @@ impl Origin {
     /// # Errors
     /// [`Error::Data`] or [`Error::Config`] naming the file, the key and what was expected.
     pub fn check(&self, model: &dyn Architecture, adapter: &dyn ModelAdapter) -> Result<()> {
-        let negative = self.tensors.iter().chain(&self.negative).map(|(key, tensor)| (key.clone(), tensor.shallow_clone()));
+        let negative = self
+            .tensors
+            .iter()
+            .chain(&self.negative)
+            .map(|(key, tensor)| (key.clone(), tensor.shallow_clone()));
         for tensors in [&self.tensors, &negative.collect()] {
             let shapes = SampleShapes::of_batch(&self.shape, tensors);
-            let data = DataShapes { latents: &self.shape, sample: &shapes.of, empty_prompt: &Shapes::new() };
-            check_keys(adapter, &without_training(), data).map_err(|what| Error::data(&self.path, what))?;
+            let data = DataShapes {
+                latents: &self.shape,
+                sample: &shapes.of,
+                empty_prompt: &Shapes::new(),
+            };
+            check_keys(adapter, &without_training(), data)
+                .map_err(|what| Error::data(&self.path, what))?;
             model.check_data(&shapes).map_err(|error| self.named(error))?;
         }
         let condition_keys = adapter.condition_keys();
-        let unmatched = |key: &&&str| self.tensors.contains_key(**key) && !self.negative.contains_key(**key);
+        let unmatched =
+            |key: &&&str| self.tensors.contains_key(**key) && !self.negative.contains_key(**key);
         match condition_keys.iter().find(unmatched) {
             Some(key) if self.has_negative() => Err(Error::data(
                 &self.path,
-                format!("holds negative conditions, but no `{NEGATIVE}{key}`; expected one for every condition"),
+                format!(
+                    "holds negative conditions, but no `{NEGATIVE}{key}`; expected one for every condition"
+                ),
             )),
             _ => Ok(()),
         }
@@ -119,18 +150,35 @@ impl Origin {
         self.batch_of(&self.tensors, rows)
     }
 
-    /// What the same rows are guided away from: the negative conditions, or zeros under `condition_keys` as training drops them.
+    /// What the same rows are guided away from: the negative conditions, or zeros under
+    /// `condition_keys` as training drops them.
     pub fn unconditional(&self, rows: &[i64], condition_keys: &[&str]) -> Batch {
         let chosen = |(key, tensor): (&String, &Tensor)| {
-            let dropped = || if condition_keys.contains(&key.as_str()) { tensor.zeros_like() } else { tensor.shallow_clone() };
-            (key.clone(), if self.has_negative() { self.negative.get(key).unwrap_or(tensor).shallow_clone() } else { dropped() })
+            let dropped = || {
+                if condition_keys.contains(&key.as_str()) {
+                    tensor.zeros_like()
+                } else {
+                    tensor.shallow_clone()
+                }
+            };
+            (
+                key.clone(),
+                if self.has_negative() {
+                    self.negative.get(key).unwrap_or(tensor).shallow_clone()
+                } else {
+                    dropped()
+                },
+            )
         };
         self.batch_of(&self.tensors.iter().map(chosen).collect(), rows)
     }
 
     fn batch_of(&self, tensors: &BTreeMap<String, Tensor>, rows: &[i64]) -> Batch {
         let rows = Tensor::from_slice(rows);
-        let tensors = tensors.iter().map(|(key, tensor)| (key.clone(), tensor.index_select(0, &rows))).collect();
+        let tensors = tensors
+            .iter()
+            .map(|(key, tensor)| (key.clone(), tensor.index_select(0, &rows)))
+            .collect();
         Batch { tensors, data_type: self.data_type, sample_ids: Vec::new(), bad_samples: 0 }
     }
 
@@ -139,29 +187,46 @@ impl Origin {
         self.noise.as_ref().map(|noise| noise.index_select(0, &Tensor::from_slice(rows)))
     }
 
-    /// The clean frames that these rows begin with, zeros after them: `[rows, C, F, H, W]`, for image-to-video.
+    /// The clean frames that these rows begin with, zeros after them: `[rows, C, F, H, W]`, for
+    /// image-to-video.
     pub fn clean_latents(&self, rows: &[i64]) -> Option<Tensor> {
-        let frames = self.tensors.get(CONDITION_LATENTS).filter(|_| self.task_type == TaskType::ImageToVideo)?;
+        let frames = self
+            .tensors
+            .get(CONDITION_LATENTS)
+            .filter(|_| self.task_type == TaskType::ImageToVideo)?;
         let missing = self.shape[1] - frames.size()[2];
-        Some(frames.index_select(0, &Tensor::from_slice(rows)).constant_pad_nd([0, 0, 0, 0, 0, missing]))
+        Some(
+            frames
+                .index_select(0, &Tensor::from_slice(rows))
+                .constant_pad_nd([0, 0, 0, 0, 0, missing]),
+        )
     }
 
     /// Which of `rows` samples are image-to-video, `[rows]` boolean: all or none.
     pub fn image_to_video(&self, rows: i64) -> Tensor {
-        Tensor::full([rows], i64::from(self.task_type == TaskType::ImageToVideo), (Kind::Bool, Device::Cpu))
+        Tensor::full(
+            [rows],
+            i64::from(self.task_type == TaskType::ImageToVideo),
+            (Kind::Bool, Device::Cpu),
+        )
     }
 
     /// One label a row: the conditions' `labels`, or the number of the row.
     pub fn labels(&self, rows: &[i64]) -> Tensor {
         let rows = Tensor::from_slice(rows);
-        self.tensors.get("labels").map_or_else(|| rows.shallow_clone(), |labels| labels.index_select(0, &rows)).to_kind(Kind::Int64)
+        self.tensors
+            .get("labels")
+            .map_or_else(|| rows.shallow_clone(), |labels| labels.index_select(0, &rows))
+            .to_kind(Kind::Int64)
     }
 
     /// An adapter's or a model's complaint about a batch, with the file that the batch came from.
     pub fn named(&self, error: Error) -> Error {
         match error {
             Error::Data { what, .. } => Error::data(&self.path, what),
-            Error::Config { problems, .. } => Error::Config { source_name: self.path.display().to_string(), problems },
+            Error::Config { problems, .. } => {
+                Error::Config { source_name: self.path.display().to_string(), problems }
+            }
             other => other,
         }
     }
@@ -172,7 +237,13 @@ impl Origin {
             return Ok(());
         }
         let [channels, frames, height, width] = *self.shape else {
-            return Err(Error::data(&self.path, format!("task_type is \"i2v\", which is for videos [C, F, H, W], not {:?}", self.shape)));
+            return Err(Error::data(
+                &self.path,
+                format!(
+                    "task_type is \"i2v\", which is for videos [C, F, H, W], not {:?}",
+                    self.shape
+                ),
+            ));
         };
         if frames == 1 {
             let what = "task_type is \"i2v\", but a video of one frame would be given whole; leave task_type out";
@@ -180,13 +251,21 @@ impl Origin {
         }
         let found = self.tensors.get(CONDITION_LATENTS).map(Tensor::size);
         match found.as_deref() {
-            Some(&[_, c, f, h, w]) if (c, h, w) == (channels, height, width) && (1..=frames).contains(&f) => Ok(()),
+            Some(&[_, c, f, h, w])
+                if (c, h, w) == (channels, height, width) && (1..=frames).contains(&f) =>
+            {
+                Ok(())
+            }
             Some(found) => {
-                let what = format!("`{CONDITION_LATENTS}` has shape {found:?}; expected [N, {channels}, 1 to {frames}, {height}, {width}]");
+                let what = format!(
+                    "`{CONDITION_LATENTS}` has shape {found:?}; expected [N, {channels}, 1 to {frames}, {height}, {width}]"
+                );
                 Err(Error::data(&self.path, what))
             }
             None => {
-                let what = format!("task_type is \"i2v\", but there is no `{CONDITION_LATENTS}` [N, C, F, H, W] to begin with");
+                let what = format!(
+                    "task_type is \"i2v\", but there is no `{CONDITION_LATENTS}` [N, C, F, H, W] to begin with"
+                );
                 Err(Error::data(&self.path, what))
             }
         }
@@ -195,7 +274,11 @@ impl Origin {
 
 /// Settings under which nothing is dropped or masked: what only training does.
 fn without_training() -> FlowMatchingSettings {
-    FlowMatchingSettings { apply_loss_mask: false, cfg_dropout_prob: 0.0, ..FlowMatchingSettings::default() }
+    FlowMatchingSettings {
+        apply_loss_mask: false,
+        cfg_dropout_prob: 0.0,
+        ..FlowMatchingSettings::default()
+    }
 }
 
 /// Shape of one sample of the first resolution group.
@@ -207,35 +290,61 @@ fn first_shape(dataset: &Dataset) -> &[i64] {
 fn same_rows(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<i64> {
     let mut known: Option<(&str, i64)> = None;
     for (key, tensor) in tensors {
-        let unfit = |what: String| Err(Error::data(path, format!("`{key}` has shape {:?}; expected {what}", tensor.size())));
+        let unfit = |what: String| {
+            Err(Error::data(
+                path,
+                format!("`{key}` has shape {:?}; expected {what}", tensor.size()),
+            ))
+        };
         match (tensor.size().first(), known) {
             (None | Some(0), _) => return unfit("[N, …] with a row for each sample".into()),
             (Some(&rows), None) => known = Some((key, rows)),
-            (Some(&rows), Some((other, expected))) if rows != expected => return unfit(format!("{expected} rows as in `{other}`")),
+            (Some(&rows), Some((other, expected))) if rows != expected => {
+                return unfit(format!("{expected} rows as in `{other}`"));
+            }
             _ => {}
         }
     }
-    known.map(|(_, rows)| rows).ok_or_else(|| Error::data(path, "holds no tensors; expected conditions [N, …] under the adapter's keys"))
+    known.map(|(_, rows)| rows).ok_or_else(|| {
+        Error::data(path, "holds no tensors; expected conditions [N, …] under the adapter's keys")
+    })
 }
 
 /// From the noise, the command line or the dataset, whichever says it first.
-fn shape_of(path: &Path, noise: Option<&Tensor>, told: Option<&[i64]>, dataset: &str) -> Result<Vec<i64>> {
+fn shape_of(
+    path: &Path,
+    noise: Option<&Tensor>,
+    told: Option<&[i64]>,
+    dataset: &str,
+) -> Result<Vec<i64>> {
     let Some(noise) = noise else {
         let unknown = |error: Error| {
-            let what =
-                format!("{} holds no `{NOISE}`, and the run's dataset cannot tell the latents' shape ({error}); give it", path.display());
+            let what = format!(
+                "{} holds no `{NOISE}`, and the run's dataset cannot tell the latents' shape ({error}); give it",
+                path.display()
+            );
             Error::config("--shape", what)
         };
-        return told.map_or_else(|| Ok(first_shape(&Dataset::named(dataset).map_err(unknown)?).to_vec()), |told| Ok(told.to_vec()));
+        return told.map_or_else(
+            || Ok(first_shape(&Dataset::named(dataset).map_err(unknown)?).to_vec()),
+            |told| Ok(told.to_vec()),
+        );
     };
     let found = noise.size()[1..].to_vec();
     if !matches!(found.len(), 3 | 4) {
-        return Err(Error::data(path, format!("`{NOISE}` has shape {:?}; expected [N, C, H, W] or [N, C, F, H, W]", noise.size())));
+        return Err(Error::data(
+            path,
+            format!(
+                "`{NOISE}` has shape {:?}; expected [N, C, H, W] or [N, C, F, H, W]",
+                noise.size()
+            ),
+        ));
     }
     match told {
-        Some(told) if told != found => {
-            Err(Error::config("--shape", format!("is {told:?}, but `{NOISE}` in {} has samples of {found:?}", path.display())))
-        }
+        Some(told) if told != found => Err(Error::config(
+            "--shape",
+            format!("is {told:?}, but `{NOISE}` in {} has samples of {found:?}", path.display()),
+        )),
         _ => Ok(found),
     }
 }
@@ -245,7 +354,10 @@ fn data_type_of(file: &SafeTensors, shape: &[i64]) -> Result<DataType> {
     let follows = if shape.len() == 3 { DataType::Image } else { DataType::Video };
     match file.metadata().get("data_type") {
         Some(word) if word != follows.word() => {
-            let what = format!("data_type in the metadata is {word:?}, but samples of shape {shape:?} are {:?}", follows.word());
+            let what = format!(
+                "data_type in the metadata is {word:?}, but samples of shape {shape:?} are {:?}",
+                follows.word()
+            );
             Err(Error::data(file.path(), what))
         }
         _ => Ok(follows),
@@ -253,9 +365,15 @@ fn data_type_of(file: &SafeTensors, shape: &[i64]) -> Result<DataType> {
 }
 
 fn task_type_of(file: &SafeTensors) -> Result<TaskType> {
-    let word = file.metadata().get("task_type").map_or(TaskType::TextToVideo.word(), String::as_str);
+    let word =
+        file.metadata().get("task_type").map_or(TaskType::TextToVideo.word(), String::as_str);
     let known = [TaskType::TextToVideo, TaskType::ImageToVideo];
-    let unknown = || Error::data(file.path(), format!("task_type in the metadata is {word:?}, expected \"t2v\" or \"i2v\""));
+    let unknown = || {
+        Error::data(
+            file.path(),
+            format!("task_type in the metadata is {word:?}, expected \"t2v\" or \"i2v\""),
+        )
+    };
     known.into_iter().find(|task_type| task_type.word() == word).ok_or_else(unknown)
 }
 
@@ -273,8 +391,10 @@ mod tests {
     fn origin(tensors: &[(&str, &Tensor)], metadata: &[(&str, &str)]) -> Result<Origin> {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let path = folder.path().join("conditions.safetensors");
-        let metadata = metadata.iter().map(|(key, word)| (key.to_string(), word.to_string())).collect();
-        write(&mut File::create(&path).expect("a new file"), tensors, &metadata).expect("a sound file");
+        let metadata =
+            metadata.iter().map(|(key, word)| (key.to_string(), word.to_string())).collect();
+        write(&mut File::create(&path).expect("a new file"), tensors, &metadata)
+            .expect("a sound file");
         Origin::of_file(&path, None, "/no/such/dataset")
     }
 
@@ -282,48 +402,103 @@ mod tests {
     fn numbered(first: i64, shape: &[i64]) -> Tensor {
         let mut column = vec![1; shape.len()];
         column[0] = -1;
-        Tensor::arange_start(first, first + shape[0], FLOAT).view(column.as_slice()) + Tensor::zeros(shape, FLOAT)
+        Tensor::arange_start(first, first + shape[0], FLOAT).view(column.as_slice())
+            + Tensor::zeros(shape, FLOAT)
     }
 
     #[test]
     fn a_video_begins_with_the_frames_given_and_goes_on_with_none() {
-        let (noise, frames) = (Tensor::zeros([2, 3, 5, 4, 4], FLOAT), numbered(1, &[2, 3, 1, 4, 4]));
+        let (noise, frames) =
+            (Tensor::zeros([2, 3, 5, 4, 4], FLOAT), numbered(1, &[2, 3, 1, 4, 4]));
         let tensors = [("noise", &noise), ("condition_latents", &frames)];
-        let clean = origin(&tensors, &[("task_type", "i2v")]).expect("sound conditions").clean_latents(&[1, 0]).expect("i2v");
+        let clean = origin(&tensors, &[("task_type", "i2v")])
+            .expect("sound conditions")
+            .clean_latents(&[1, 0])
+            .expect("i2v");
         assert_eq!(clean.size(), [2, 3, 5, 4, 4]);
-        assert_eq!(clean.select(2, 0).select(0, 0), Tensor::full([3, 4, 4], 2.0, FLOAT), "row 1 comes first");
+        assert_eq!(
+            clean.select(2, 0).select(0, 0),
+            Tensor::full([3, 4, 4], 2.0, FLOAT),
+            "row 1 comes first"
+        );
         assert_eq!(clean.narrow(2, 1, 4), Tensor::zeros([2, 3, 4, 4, 4], FLOAT));
-        assert!(origin(&tensors, &[]).expect("sound conditions").clean_latents(&[0]).is_none(), "text-to-video has no such frames");
-        let error = origin(&[("noise", &noise), ("condition_latents", &Tensor::zeros([2, 3, 6, 4, 4], FLOAT))], &[("task_type", "i2v")]);
+        assert!(
+            origin(&tensors, &[]).expect("sound conditions").clean_latents(&[0]).is_none(),
+            "text-to-video has no such frames"
+        );
+        let error = origin(
+            &[("noise", &noise), ("condition_latents", &Tensor::zeros([2, 3, 6, 4, 4], FLOAT))],
+            &[("task_type", "i2v")],
+        );
         let still = Tensor::zeros([2, 3, 1, 4, 4], FLOAT);
-        let whole = origin(&[("noise", &still), ("condition_latents", &still)], &[("task_type", "i2v")]).err().expect("one frame");
-        assert!(whole.to_string().ends_with("but a video of one frame would be given whole; leave task_type out"), "{whole}");
+        let whole =
+            origin(&[("noise", &still), ("condition_latents", &still)], &[("task_type", "i2v")])
+                .err()
+                .expect("one frame");
+        assert!(
+            whole
+                .to_string()
+                .ends_with("but a video of one frame would be given whole; leave task_type out"),
+            "{whole}"
+        );
         let text = error.err().expect("too many frames").to_string();
-        assert!(text.ends_with("`condition_latents` has shape [2, 3, 6, 4, 4]; expected [N, 3, 1 to 5, 4, 4]"), "{text}");
+        assert!(
+            text.ends_with(
+                "`condition_latents` has shape [2, 3, 6, 4, 4]; expected [N, 3, 1 to 5, 4, 4]"
+            ),
+            "{text}"
+        );
     }
 
     #[test]
     fn rows_are_guided_away_from_their_negatives_or_from_zeros() {
-        let (noise, text, mask) = (Tensor::zeros([2, 1, 8, 8], FLOAT), numbered(1, &[2, 3, 10]), Tensor::ones([2, 3], FLOAT));
+        let (noise, text, mask) = (
+            Tensor::zeros([2, 1, 8, 8], FLOAT),
+            numbered(1, &[2, 3, 10]),
+            Tensor::ones([2, 3], FLOAT),
+        );
         let negative = numbered(5, &[2, 4, 10]);
         let plain = [("noise", &noise), ("text_embeddings", &text), ("text_mask", &mask)];
-        let dropped = origin(&plain, &[]).expect("sound conditions").unconditional(&[1], &["text_embeddings"]);
+        let dropped = origin(&plain, &[])
+            .expect("sound conditions")
+            .unconditional(&[1], &["text_embeddings"]);
         assert_eq!(dropped.tensors["text_embeddings"], Tensor::zeros([1, 3, 10], FLOAT));
-        assert_eq!(dropped.tensors["text_mask"], Tensor::ones([1, 3], FLOAT), "only conditions are dropped");
+        assert_eq!(
+            dropped.tensors["text_mask"],
+            Tensor::ones([1, 3], FLOAT),
+            "only conditions are dropped"
+        );
         let with_negative = [&plain[..], &[("negative.text_embeddings", &negative)]].concat();
         let origin = origin(&with_negative, &[]).expect("sound conditions");
         let away = origin.unconditional(&[1], &["text_embeddings"]);
         assert_eq!(away.tensors["text_embeddings"], Tensor::full([1, 4, 10], 6.0, FLOAT));
-        assert_eq!(origin.batch(&[1]).tensors["text_embeddings"], Tensor::full([1, 3, 10], 2.0, FLOAT));
+        assert_eq!(
+            origin.batch(&[1]).tensors["text_embeddings"],
+            Tensor::full([1, 3, 10], 2.0, FLOAT)
+        );
     }
 
     #[test]
     fn every_condition_needs_its_negative_once_one_has_it() {
-        let (noise, text, pooled) = (Tensor::zeros([2, 1, 8, 8], FLOAT), Tensor::ones([2, 3, 10], FLOAT), Tensor::ones([2, 6], FLOAT));
-        let tensors =
-            [("noise", &noise), ("text_embeddings", &text), ("negative.text_embeddings", &text), ("pooled_prompt_embeds", &pooled)];
-        let (origin, adapter) = (origin(&tensors, &[]).expect("sound conditions"), create_adapter("flux", &Arguments::new()));
-        let error = origin.check(&Dit::default(), &*adapter.expect("a known one")).expect_err("one negative is missing").to_string();
+        let (noise, text, pooled) = (
+            Tensor::zeros([2, 1, 8, 8], FLOAT),
+            Tensor::ones([2, 3, 10], FLOAT),
+            Tensor::ones([2, 6], FLOAT),
+        );
+        let tensors = [
+            ("noise", &noise),
+            ("text_embeddings", &text),
+            ("negative.text_embeddings", &text),
+            ("pooled_prompt_embeds", &pooled),
+        ];
+        let (origin, adapter) = (
+            origin(&tensors, &[]).expect("sound conditions"),
+            create_adapter("flux", &Arguments::new()),
+        );
+        let error = origin
+            .check(&Dit::default(), &*adapter.expect("a known one"))
+            .expect_err("one negative is missing")
+            .to_string();
         let expected = "holds negative conditions, but no `negative.pooled_prompt_embeds`; expected one for every condition";
         assert!(error.ends_with(expected), "{error}");
     }
@@ -331,7 +506,8 @@ mod tests {
     #[test]
     fn conditions_without_their_token_axis_are_refused() {
         let (noise, text) = (Tensor::zeros([2, 1, 8, 8], FLOAT), Tensor::ones([2, 10], FLOAT));
-        let origin = origin(&[("noise", &noise), ("text_embeddings", &text)], &[]).expect("sound numbers");
+        let origin =
+            origin(&[("noise", &noise), ("text_embeddings", &text)], &[]).expect("sound numbers");
         let adapter = create_adapter("simple", &Arguments::new()).expect("a known one");
         let error = origin.check(&Dit::default(), &*adapter).expect_err("no tokens").to_string();
         assert!(error.ends_with("`text_embeddings` is [10] a sample, expected [L, D]"), "{error}");

@@ -63,15 +63,21 @@ pub struct Samples {
 /// Generates from a run's newest checkpoint, or from the given one, and writes the files.
 ///
 /// # Errors
-/// [`Error::NoCheckpoint`], [`Error::CheckpointMismatch`], [`Error::Storage`]; [`Error::Data`] or [`Error::Config`] if the
-/// conditions are missing, malformed or do not fit the model, or a file could not be written: before anything is computed.
+/// [`Error::NoCheckpoint`], [`Error::CheckpointMismatch`], [`Error::Storage`]; [`Error::Data`] or
+/// [`Error::Config`] if the conditions are missing, malformed or do not fit the model, or a file
+/// could not be written: before anything is computed.
 pub fn sample(request: &SampleRequest) -> Result<()> {
     check_outputs(request)?;
     let (run, folder) = locate(&request.run)?;
     let config = with_wishes(folder::config_of(&run)?, request);
     let origin = origin_of(request, &config)?;
-    if !origin.is_of_pictures() && request.out.iter().any(|path| format_of(path) == Some(Format::Picture)) {
-        let what = format!("latents {:?} are no pictures, which have 1 or 3 channels; write them as .safetensors", origin.shape);
+    if !origin.is_of_pictures()
+        && request.out.iter().any(|path| format_of(path) == Some(Format::Picture))
+    {
+        let what = format!(
+            "latents {:?} are no pictures, which have 1 or 3 channels; write them as .safetensors",
+            origin.shape
+        );
         return Err(Error::config("--out", what));
     }
     let device = device(&config, &Solo)?;
@@ -83,15 +89,19 @@ pub fn sample(request: &SampleRequest) -> Result<()> {
     request.out.iter().try_for_each(|path| samples.write(path))
 }
 
-/// Refuses a dataset from whose conditions the report at the end of a run could not draw samples, and conditions of numbers that
-/// are not finite.
+/// Refuses a dataset from whose conditions the report at the end of a run could not draw samples,
+/// and conditions of numbers that are not finite.
 ///
 /// # Errors
 /// [`Error::Data`] or [`Error::Config`] naming the file, the key and what was expected.
 pub fn check_conditions(config: &RunConfig, dataset: &Dataset) -> Result<()> {
     let Some(conditions) = dataset.conditions()? else { return Ok(()) };
     let origin = Origin::of_dataset(dataset, conditions, None);
-    if origin.is_of_pictures() { Plan::new(config, &origin, Device::Cpu)?.rehearse() } else { Ok(()) }
+    if origin.is_of_pictures() {
+        Plan::new(config, &origin, Device::Cpu)?.rehearse()
+    } else {
+        Ok(())
+    }
 }
 
 /// Kinds of files that samples are written as.
@@ -111,10 +121,15 @@ fn format_of(path: &Path) -> Option<Format> {
 
 fn check_outputs(request: &SampleRequest) -> Result<()> {
     if let Some(path) = request.out.iter().find(|path| format_of(path).is_none()) {
-        return Err(Error::config("--out", format!("{} must end in .png or .safetensors", path.display())));
+        return Err(Error::config(
+            "--out",
+            format!("{} must end in .png or .safetensors", path.display()),
+        ));
     }
-    let outputs: Vec<Named<'_>> = request.out.iter().map(|path| Named { argument: "--out", path }).collect();
-    let inputs: Vec<Named<'_>> = request.conditions.iter().map(|path| Named { argument: "--conditions", path }).collect();
+    let outputs: Vec<Named<'_>> =
+        request.out.iter().map(|path| Named { argument: "--out", path }).collect();
+    let inputs: Vec<Named<'_>> =
+        request.conditions.iter().map(|path| Named { argument: "--conditions", path }).collect();
     check_files(&outputs, &inputs)
 }
 
@@ -142,7 +157,11 @@ fn origin_of(request: &SampleRequest, config: &RunConfig) -> Result<Origin> {
     };
     let origin = Origin::of_file(path, shape, &config.data.path)?;
     if origin.has_noise() && config.sampling.per_condition != 1 {
-        let what = format!("{} would be equal: {} holds the `noise` to start from", config.sampling.per_condition, path.display());
+        let what = format!(
+            "{} would be equal: {} holds the `noise` to start from",
+            config.sampling.per_condition,
+            path.display()
+        );
         return Err(Error::config("--per-condition", what));
     }
     Ok(origin)
@@ -169,7 +188,14 @@ impl<'a> Plan<'a> {
         let guide = Guide::new(guidance, sampling, origin.has_negative())?;
         let own = adapter.noise_levels(&origin.shape, pipeline.settings(), guidance);
         let levels = if sampling.shift == 0.0 { own } else { own.with_shift(sampling.shift) };
-        Ok(Plan { config, origin, guide, sigmas: levels.sigmas(sampling.num_steps), pipeline, device })
+        Ok(Plan {
+            config,
+            origin,
+            guide,
+            sigmas: levels.sigmas(sampling.num_steps),
+            pipeline,
+            device,
+        })
     }
 
     /// Prepares the model's inputs of the first row, which an adapter may refuse, without a model.
@@ -177,27 +203,46 @@ impl<'a> Plan<'a> {
     /// # Errors
     /// [`Error::Data`] or [`Error::Config`] if the conditions do not fit the adapter.
     pub fn rehearse(&self) -> Result<()> {
-        let (rows, noise) = ([0], Tensor::zeros([&[1], self.origin.shape.as_slice()].concat(), (Kind::Float, self.device)));
+        let (rows, noise) = (
+            [0],
+            Tensor::zeros(
+                [&[1], self.origin.shape.as_slice()].concat(),
+                (Kind::Float, self.device),
+            ),
+        );
         let clean = self.origin.clean_latents(&rows);
-        let unconditional = self.origin.unconditional(&rows, &self.pipeline.adapter().condition_keys());
+        let unconditional =
+            self.origin.unconditional(&rows, &self.pipeline.adapter().condition_keys());
         let batches = [self.origin.batch(&rows), unconditional];
-        batches.iter().try_for_each(|batch| self.inputs(&noise, self.sigmas[0], batch, clean.as_ref()).map(drop))
+        batches.iter().try_for_each(|batch| {
+            self.inputs(&noise, self.sigmas[0], batch, clean.as_ref()).map(drop)
+        })
     }
 
     /// `per_condition` samples for each row of the origin.
     ///
-    /// Each sample's noise follows from the seed and its place alone, so that more samples leave the first ones as they are.
+    /// Each sample's noise follows from the seed and its place alone, so that more samples leave
+    /// the first ones as they are.
     ///
     /// # Errors
-    /// The error that the adapter, the model or `go_on` returns, which is called before each step from noise to data.
+    /// The error that the adapter, the model or `go_on` returns, which is called before each step
+    /// from noise to data.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it.
-    pub fn generate(&self, replica: &Replica<'_>, go_on: &dyn Fn() -> Result<()>) -> Result<Samples> {
+    pub fn generate(
+        &self,
+        replica: &Replica<'_>,
+        go_on: &dyn Fn() -> Result<()>,
+    ) -> Result<Samples> {
         let per_condition = self.config.sampling.per_condition;
-        let rows: Vec<i64> = (0..self.origin.names.len() as i64).flat_map(|row| vec![row; per_condition as usize]).collect();
+        let rows: Vec<i64> = (0..self.origin.names.len() as i64)
+            .flat_map(|row| vec![row; per_condition as usize])
+            .collect();
         let chunks = rows.chunks(CHUNK).enumerate();
-        let images = chunks.map(|(index, chunk)| self.samples(replica, index * CHUNK, chunk, go_on)).collect::<Result<Vec<_>>>()?;
+        let images = chunks
+            .map(|(index, chunk)| self.samples(replica, index * CHUNK, chunk, go_on))
+            .collect::<Result<Vec<_>>>()?;
         Ok(Samples {
             images: Tensor::cat(&images, 0),
             labels: self.origin.labels(&rows),
@@ -208,10 +253,17 @@ impl<'a> Plan<'a> {
     }
 
     /// `[rows, C, …]` f32 on the CPU; `first` is the place of the first among all samples.
-    fn samples(&self, replica: &Replica<'_>, first: usize, rows: &[i64], go_on: &dyn Fn() -> Result<()>) -> Result<Tensor> {
+    fn samples(
+        &self,
+        replica: &Replica<'_>,
+        first: usize,
+        rows: &[i64],
+        go_on: &dyn Fn() -> Result<()>,
+    ) -> Result<Tensor> {
         let noise = self.origin.noise(rows).unwrap_or_else(|| self.draw_noise(first, rows.len()));
         let (batch, clean) = (self.origin.batch(rows), self.origin.clean_latents(rows));
-        let unconditional = self.origin.unconditional(rows, &self.pipeline.adapter().condition_keys());
+        let unconditional =
+            self.origin.unconditional(rows, &self.pipeline.adapter().condition_keys());
         let solved = solver::euler(noise.to_device(self.device), &self.sigmas, |x, sigma| {
             go_on()?;
             let velocity = |batch: &Batch| self.velocity(replica, x, sigma, batch, clean.as_ref());
@@ -226,14 +278,28 @@ impl<'a> Plan<'a> {
         Stream::PerSample((first..first + count).map(key).collect()).open().normal(0.0, 1.0, &size)
     }
 
-    /// What the model predicts at this level. `clean`: the frames that a video begins with, if any are given.
-    fn velocity(&self, replica: &Replica<'_>, x: &Tensor, sigma: f64, batch: &Batch, clean: Option<&Tensor>) -> Result<Tensor> {
+    /// What the model predicts at this level. `clean`: the frames that a video begins with, if any
+    /// are given.
+    fn velocity(
+        &self,
+        replica: &Replica<'_>,
+        x: &Tensor,
+        sigma: f64,
+        batch: &Batch,
+        clean: Option<&Tensor>,
+    ) -> Result<Tensor> {
         // The generator is let go before ranks wait for one another.
         let inputs = self.inputs(x, sigma, batch, clean)?;
         Ok(self.pipeline.adapter().prediction(&replica.infer(inputs)?))
     }
 
-    fn inputs(&self, x: &Tensor, sigma: f64, batch: &Batch, clean: Option<&Tensor>) -> Result<Activations> {
+    fn inputs(
+        &self,
+        x: &Tensor,
+        sigma: f64,
+        batch: &Batch,
+        clean: Option<&Tensor>,
+    ) -> Result<Activations> {
         let (device, dtype) = (x.device(), self.config.model.dtype.kind());
         let sigma = Tensor::full([x.size()[0]], sigma, (Kind::Float, device));
         let x = x.to_kind(dtype);
@@ -241,7 +307,8 @@ impl<'a> Plan<'a> {
         let stream = Stream::Batch(Key::new(self.config.seed, Purpose::Sampling));
         let context = FlowMatchingContext {
             noisy_latents: &x,
-            latents: &clean.map_or_else(|| x.shallow_clone(), |clean| clean.to_device(device).to_kind(dtype)),
+            latents: &clean
+                .map_or_else(|| x.shallow_clone(), |clean| clean.to_device(device).to_kind(dtype)),
             timesteps: &(&sigma * self.pipeline.settings().num_train_timesteps as f64),
             sigma: &sigma,
             image_to_video: &self.origin.image_to_video(x.size()[0]).to_device(device),

@@ -1,4 +1,5 @@
-//! What a settings struct shows its keys to: each method is one kind of value, read strictly or written with its meaning.
+//! What a settings struct shows its keys to: each method is one kind of value, read strictly or
+//! written with its meaning.
 
 use std::fmt::Display;
 use std::ops::{Bound, RangeBounds};
@@ -35,8 +36,13 @@ impl Keys<'_> {
     }
 
     /// An integer that may be left out.
-    pub fn optional_integer<T>(&mut self, name: &str, field: &mut Option<T>, range: impl RangeBounds<i64>, doc: &str)
-    where
+    pub fn optional_integer<T>(
+        &mut self,
+        name: &str,
+        field: &mut Option<T>,
+        range: impl RangeBounds<i64>,
+        doc: &str,
+    ) where
         T: Copy + TryFrom<i64> + Display,
     {
         let shown = field.map(|value| value.to_string());
@@ -49,14 +55,25 @@ impl Keys<'_> {
     }
 
     /// `N` integers in `range`, as an array.
-    pub fn integers<const N: usize>(&mut self, name: &str, field: &mut [i64; N], range: impl RangeBounds<i64>, doc: &str) {
+    pub fn integers<const N: usize>(
+        &mut self,
+        name: &str,
+        field: &mut [i64; N],
+        range: impl RangeBounds<i64>,
+        doc: &str,
+    ) {
         let shown = format!("{field:?}");
         self.leaf(name, doc, Some(shown), |leaf| {
-            let Leaf::Integers(found) = leaf else { return Err(leaf.not_a(&format!("an array of {N} integers"))) };
+            let Leaf::Integers(found) = leaf else {
+                return Err(leaf.not_a(&format!("an array of {N} integers")));
+            };
             if let Some(outside) = found.iter().find(|value| !range.contains(value)) {
                 return Err(out_of_range(outside, &range, i64::to_string));
             }
-            *field = found.as_slice().try_into().map_err(|_| format!("expected {N} integers, found {}", found.len()))?;
+            *field = found
+                .as_slice()
+                .try_into()
+                .map_err(|_| format!("expected {N} integers, found {}", found.len()))?;
             Ok(())
         });
     }
@@ -110,7 +127,12 @@ impl Keys<'_> {
     }
 
     /// A text with a grammar of its own, whose error says what is expected.
-    pub fn parsed<T: FromStr<Err = String> + Display>(&mut self, name: &str, field: &mut T, doc: &str) {
+    pub fn parsed<T: FromStr<Err = String> + Display>(
+        &mut self,
+        name: &str,
+        field: &mut T,
+        doc: &str,
+    ) {
         let shown = write::quoted(&field.to_string());
         self.leaf(name, doc, Some(shown), |leaf| {
             let Leaf::Text(found) = leaf else { return Err(leaf.not_a("a text in quotes")) };
@@ -120,7 +142,12 @@ impl Keys<'_> {
     }
 
     /// As [`Keys::parsed`]; may be left out.
-    pub fn optional_parsed<T: FromStr<Err = String> + Display>(&mut self, name: &str, field: &mut Option<T>, doc: &str) {
+    pub fn optional_parsed<T: FromStr<Err = String> + Display>(
+        &mut self,
+        name: &str,
+        field: &mut Option<T>,
+        doc: &str,
+    ) {
         let shown = field.as_ref().map(|value| write::quoted(&value.to_string()));
         self.leaf(name, doc, shown, |leaf| {
             let Leaf::Text(found) = leaf else { return Err(leaf.not_a("a text in quotes")) };
@@ -135,7 +162,9 @@ impl Keys<'_> {
         let doc = format!("{doc} One of: {}.", words.join(", "));
         let shown = write::quoted(field.word());
         self.leaf(name, &doc, Some(shown), |leaf| {
-            let Leaf::Text(found) = leaf else { return Err(leaf.not_a(&format!("one of {}", words.join(", ")))) };
+            let Leaf::Text(found) = leaf else {
+                return Err(leaf.not_a(&format!("one of {}", words.join(", "))));
+            };
             *field = T::parse(found)?;
             Ok(())
         });
@@ -165,17 +194,25 @@ impl Keys<'_> {
             }
             Mode::Read { reader, table, known } => {
                 known.push(name.into());
-                reader.nested(&mut OnlyMember { family, doc }, table.and_then(|node| node.get(name)), path);
+                reader.nested(
+                    &mut OnlyMember { family, doc },
+                    table.and_then(|node| node.get(name)),
+                    path,
+                );
             }
         }
     }
 
-    /// One member of a family as a table of its own name inside this one: `[model.dit]`. Returns true where a document that is read
-    /// names a member.
+    /// One member of a family as a table of its own name inside this one: `[model.dit]`. Returns
+    /// true where a document that is read names a member.
     pub fn member<F: Family>(&mut self, family: &mut F, doc: &str) -> bool {
         match &mut self.mode {
             Mode::Write(writer) => {
-                let path = if self.path.is_empty() { family.name().into() } else { format!("{}.{}", self.path, family.name()) };
+                let path = if self.path.is_empty() {
+                    family.name().into()
+                } else {
+                    format!("{}.{}", self.path, family.name())
+                };
                 writer.section(&path, &format!("{doc} One of: {}.", F::NAMES.join(", ")));
                 family.settings().visit(&mut Keys { mode: Mode::Write(writer), path });
                 false
@@ -187,19 +224,38 @@ impl Keys<'_> {
         }
     }
 
-    /// A family whose member is named by one key and whose settings are another table: `adapter_type` and `adapter`.
-    pub fn named_family<F: Family>(&mut self, name_key: &str, table: &str, family: &mut F, doc: &str) {
+    /// A family whose member is named by one key and whose settings are another table:
+    /// `adapter_type` and `adapter`.
+    pub fn named_family<F: Family>(
+        &mut self,
+        name_key: &str,
+        table: &str,
+        family: &mut F,
+        doc: &str,
+    ) {
         let shown = write::quoted(family.name());
         let full_doc = format!("{doc} One of: {}.", F::NAMES.join(", "));
         self.leaf(name_key, &full_doc, Some(shown), |leaf| {
-            let Leaf::Text(found) = leaf else { return Err(leaf.not_a(&format!("one of {}", F::NAMES.join(", ")))) };
+            let Leaf::Text(found) = leaf else {
+                return Err(leaf.not_a(&format!("one of {}", F::NAMES.join(", "))));
+            };
             *family = F::named(found).ok_or_else(|| not_among("value", found, F::NAMES))?;
             Ok(())
         });
-        self.table(table, family.settings(), &format!("Arguments of the `{name_key}` chosen above."));
+        self.table(
+            table,
+            family.settings(),
+            &format!("Arguments of the `{name_key}` chosen above."),
+        );
     }
 
-    fn leaf(&mut self, name: &str, doc: &str, shown: Option<String>, read: impl FnOnce(&Leaf) -> Result<(), String>) {
+    fn leaf(
+        &mut self,
+        name: &str,
+        doc: &str,
+        shown: Option<String>,
+        read: impl FnOnce(&Leaf) -> Result<(), String>,
+    ) {
         let path = self.join(name);
         match &mut self.mode {
             Mode::Write(writer) => writer.line(&self.path, name, shown, doc),
@@ -239,7 +295,9 @@ pub(super) fn not_among(what: &str, found: &str, valid: &[&str]) -> String {
 
 /// The valid name most like `found`: a few letters differ, or one of the two begins with the other.
 pub(super) fn nearest<'n>(found: &str, valid: impl Iterator<Item = &'n str>) -> Option<&'n str> {
-    let scored = valid.filter(|name| is_near(found, name)).map(|name| (strsim::jaro_winkler(found, name), name));
+    let scored = valid
+        .filter(|name| is_near(found, name))
+        .map(|name| (strsim::jaro_winkler(found, name), name));
     scored.max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, name)| name)
 }
 
@@ -248,8 +306,11 @@ const SHORTEST_BEGINNING: usize = 3;
 
 /// One letter in five may differ: transposed and missing letters do, other words do not.
 fn is_near(found: &str, name: &str) -> bool {
-    let begins = |long: &str, short: &str| short.len() >= SHORTEST_BEGINNING && long.starts_with(short);
-    strsim::osa_distance(found, name) <= found.chars().count().div_ceil(5) || begins(found, name) || begins(name, found)
+    let begins =
+        |long: &str, short: &str| short.len() >= SHORTEST_BEGINNING && long.starts_with(short);
+    strsim::osa_distance(found, name) <= found.chars().count().div_ceil(5)
+        || begins(found, name)
+        || begins(name, found)
 }
 
 /// Bounds of a number that must be above `low`.
@@ -279,7 +340,8 @@ fn out_of_range<T>(value: &T, range: &impl RangeBounds<T>, shown: impl Fn(&T) ->
         Bound::Excluded(high) => format!("below {}", shown(high)),
         Bound::Unbounded => String::new(),
     };
-    let both = [low, high].into_iter().filter(|bound| !bound.is_empty()).collect::<Vec<_>>().join(" and ");
+    let both =
+        [low, high].into_iter().filter(|bound| !bound.is_empty()).collect::<Vec<_>>().join(" and ");
     format!("{} is out of range; must be {both}", shown(value))
 }
 

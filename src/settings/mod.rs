@@ -1,8 +1,8 @@
 //! One description of a room's settings that reads them, checks them and prints them.
 //!
-//! A settings struct lists its keys once, in [`Settings::visit`]: name, field, range, meaning. Reading TOML into it (strict,
-//! every problem at once, with line and nearest valid name) and writing the annotated listing both walk that list, so
-//! that the two cannot drift apart.
+//! A settings struct lists its keys once, in [`Settings::visit`]: name, field, range, meaning.
+//! Reading TOML into it (strict, every problem at once, with line and nearest valid name) and
+//! writing the annotated listing both walk that list, so that the two cannot drift apart.
 
 mod keys;
 mod notation;
@@ -18,7 +18,8 @@ pub trait Settings {
     /// Shows every key of the table to `keys`, in the order of the listing.
     fn visit(&mut self, keys: &mut Keys<'_>);
 
-    /// Names that other programs have for the document's keys, consulted before the nearest name is guessed.
+    /// Names that other programs have for the document's keys, consulted before the nearest name is
+    /// guessed.
     fn habits(&self) -> &'static [Habit] {
         &[]
     }
@@ -29,13 +30,15 @@ pub trait Settings {
 pub struct Habit {
     /// Names of keys or tables, or dotted paths, with spaces between them.
     pub theirs: &'static str,
-    /// Dotted paths; `*` stands for the chosen member of a family. Empty where there is no counterpart.
+    /// Dotted paths; `*` stands for the chosen member of a family. Empty where there is no
+    /// counterpart.
     pub ours: &'static [&'static str],
     /// Words that follow; empty where the keys say enough.
     pub remark: &'static str,
 }
 
-/// Interchangeable parts of which the configuration names one: `[optimizer.adamw]`. Made by `registry!`.
+/// Interchangeable parts of which the configuration names one: `[optimizer.adamw]`. Made by
+/// `registry!`.
 pub trait Family: Sized {
     const NAMES: &'static [&'static str];
     /// The member of that name with default settings.
@@ -49,7 +52,11 @@ pub trait Choice: Copy + PartialEq + 'static {
     const ALL: &'static [(&'static str, Self)];
 
     fn word(self) -> &'static str {
-        Self::ALL.iter().find(|(_, value)| *value == self).expect("every value of a choice has a word").0
+        Self::ALL
+            .iter()
+            .find(|(_, value)| *value == self)
+            .expect("every value of a choice has a word")
+            .0
     }
 
     /// The value of that word.
@@ -76,23 +83,38 @@ macro_rules! parsed_from_words {
 }
 pub(crate) use parsed_from_words;
 
-/// Longest configuration that is read, overrides included: the complete listing takes a quarter of it, the parser a thousand times as
-/// much memory.
+/// Longest configuration that is read, overrides included: the complete listing takes a quarter of
+/// it, the parser a thousand times as much memory.
 const MAX_BYTES: usize = 48 << 10;
 
-/// Reads `settings` from TOML text and `--set key.path=value` overrides on top of its present values.
+/// Reads `settings` from TOML text and `--set key.path=value` overrides on top of its present
+/// values.
 ///
 /// # Errors
-/// [`Error::Config`] with every problem found: too long, syntax, unknown key, wrong type, out of range, duplicate.
-pub fn read<T: Settings + Default>(settings: &mut T, source_name: &str, text: &str, overrides: &[String]) -> Result<()> {
+/// [`Error::Config`] with every problem found: too long, syntax, unknown key, wrong type, out of
+/// range, duplicate.
+pub fn read<T: Settings + Default>(
+    settings: &mut T,
+    source_name: &str,
+    text: &str,
+    overrides: &[String],
+) -> Result<()> {
     let bytes = text.len() + overrides.iter().map(String::len).sum::<usize>();
     if bytes > MAX_BYTES {
-        let what = format!("is {bytes} bytes long with its overrides, longer than the {MAX_BYTES} allowed");
-        return Err(Error::Config { source_name: source_name.into(), problems: vec![keys::problem("text", "", what)] });
+        let what = format!(
+            "is {bytes} bytes long with its overrides, longer than the {MAX_BYTES} allowed"
+        );
+        return Err(Error::Config {
+            source_name: source_name.into(),
+            problems: vec![keys::problem("text", "", what)],
+        });
     }
     let (tree, mut problems) = tree::parse(text);
     if let Some(what) = notation::foreign(text).filter(|_| !problems.is_empty()) {
-        return Err(Error::Config { source_name: source_name.into(), problems: vec![keys::problem("text", "", what)] });
+        return Err(Error::Config {
+            source_name: source_name.into(),
+            problems: vec![keys::problem("text", "", what)],
+        });
     }
     let tree = tree::with_overrides(tree, overrides, &mut problems);
     refuse(source_name, read::Reader::read(settings, &tree, problems))
@@ -102,16 +124,24 @@ pub fn read<T: Settings + Default>(settings: &mut T, source_name: &str, text: &s
 ///
 /// # Errors
 /// [`Error::Config`] with every problem found.
-pub fn read_json(settings: &mut dyn Settings, source_name: &str, object: &serde_json::Map<String, serde_json::Value>) -> Result<()> {
+pub fn read_json(
+    settings: &mut dyn Settings,
+    source_name: &str,
+    object: &serde_json::Map<String, serde_json::Value>,
+) -> Result<()> {
     refuse(source_name, read::Reader::read(settings, &tree::of_json(object), Vec::new()))
 }
 
 fn refuse(source_name: &str, problems: Vec<ConfigProblem>) -> Result<()> {
-    if problems.is_empty() { Ok(()) } else { Err(Error::Config { source_name: source_name.into(), problems }) }
+    if problems.is_empty() {
+        Ok(())
+    } else {
+        Err(Error::Config { source_name: source_name.into(), problems })
+    }
 }
 
-/// The table that a text is; none for a text that is no TOML, or longer than any configuration: the parser takes a thousand times
-/// as much memory.
+/// The table that a text is; none for a text that is no TOML, or longer than any configuration: the
+/// parser takes a thousand times as much memory.
 pub fn table(text: &str) -> Option<toml::Table> {
     if text.len() <= MAX_BYTES { toml::from_str(text).ok() } else { None }
 }
@@ -119,7 +149,9 @@ pub fn table(text: &str) -> Option<toml::Table> {
 /// The settings as a JSON object; what is unset is `null`.
 pub fn write_json(settings: &mut dyn Settings) -> serde_json::Map<String, serde_json::Value> {
     let values: toml::Table = toml::from_str(&write(settings)).expect("a listing is TOML");
-    let value = |key: &String| values.get(key).map_or(serde_json::Value::Null, |value| serde_json::json!(value));
+    let value = |key: &String| {
+        values.get(key).map_or(serde_json::Value::Null, |value| serde_json::json!(value))
+    };
     write::paths(settings).iter().map(|key| (key.clone(), value(key))).collect()
 }
 
@@ -163,7 +195,9 @@ mod tests {
     fn problems(text: &str, overrides: &[&str]) -> Vec<String> {
         let overrides: Vec<String> = overrides.iter().map(ToString::to_string).collect();
         match read(&mut Outer::default(), "test", text, &overrides) {
-            Err(Error::Config { problems, .. }) => problems.iter().map(ToString::to_string).collect(),
+            Err(Error::Config { problems, .. }) => {
+                problems.iter().map(ToString::to_string).collect()
+            }
             Err(other) => panic!("{other}"),
             Ok(()) => Vec::new(),
         }
@@ -171,7 +205,8 @@ mod tests {
 
     #[test]
     fn what_is_written_reads_back() {
-        let mut outer = Outer { steps: 3, name: "a \"b\"".into(), limit: None, inner: Inner { rate: 1e-4 } };
+        let mut outer =
+            Outer { steps: 3, name: "a \"b\"".into(), limit: None, inner: Inner { rate: 1e-4 } };
         let text = write(&mut outer);
         let mut back = Outer::default();
         read(&mut back, "test", &text, &[]).expect("own text is valid");
@@ -193,7 +228,10 @@ mod tests {
 
     #[test]
     fn a_key_in_the_wrong_table_is_sent_home() {
-        assert_eq!(problems("learning_rate = 1.0", &[]), ["learning_rate (line 1): unknown key; did you mean train.learning_rate?"]);
+        assert_eq!(
+            problems("learning_rate = 1.0", &[]),
+            ["learning_rate (line 1): unknown key; did you mean train.learning_rate?"]
+        );
     }
 
     #[test]
@@ -206,33 +244,65 @@ mod tests {
                 keys.number("share", &mut self.1, above_up_to(1e-9, 0.5), "");
             }
         }
-        let said = |text: &str| read(&mut Bounds::default(), "test", text, &[]).expect_err("out of range").to_string();
-        assert_eq!(said("positive = 0"), "test: positive (line 1): 0 is out of range; must be above 0");
-        assert_eq!(said("positive = -1e-300"), "test: positive (line 1): -1e-300 is out of range; must be above 0");
-        assert_eq!(said("share = 0.75"), "test: share (line 1): 0.75 is out of range; must be above 1e-9 and at most 0.5");
-        assert_eq!(said("share = 123456"), "test: share (line 1): 123456 is out of range; must be above 1e-9 and at most 0.5");
+        let said = |text: &str| {
+            read(&mut Bounds::default(), "test", text, &[]).expect_err("out of range").to_string()
+        };
+        assert_eq!(
+            said("positive = 0"),
+            "test: positive (line 1): 0 is out of range; must be above 0"
+        );
+        assert_eq!(
+            said("positive = -1e-300"),
+            "test: positive (line 1): -1e-300 is out of range; must be above 0"
+        );
+        assert_eq!(
+            said("share = 0.75"),
+            "test: share (line 1): 0.75 is out of range; must be above 1e-9 and at most 0.5"
+        );
+        assert_eq!(
+            said("share = 123456"),
+            "test: share (line 1): 123456 is out of range; must be above 1e-9 and at most 0.5"
+        );
     }
 
     #[test]
     fn overrides_win_and_are_named_in_errors() {
         let mut outer = Outer::default();
-        read(&mut outer, "test", "steps = 3", &["steps=4".into(), "name=runs/x".into(), "train.learning_rate = 2".into()]).expect("valid");
+        read(
+            &mut outer,
+            "test",
+            "steps = 3",
+            &["steps=4".into(), "name=runs/x".into(), "train.learning_rate = 2".into()],
+        )
+        .expect("valid");
         assert_eq!((outer.steps, outer.name.as_str(), outer.inner.rate), (4, "runs/x", 2.0));
-        assert_eq!(problems("", &["steps=many"]), ["steps (--set): expected an integer, found the text \"many\""]);
+        assert_eq!(
+            problems("", &["steps=many"]),
+            ["steps (--set): expected an integer, found the text \"many\""]
+        );
         assert_eq!(problems("", &["steps"]), ["steps (--set): expected key.path=value"]);
     }
 
     #[test]
     fn a_text_that_is_no_configuration_is_refused_unread() {
         let comment = "#".repeat(MAX_BYTES);
-        assert!(problems(&comment, &["steps"])[0].ends_with("is 49157 bytes long with its overrides, longer than the 49152 allowed"));
+        assert!(
+            problems(&comment, &["steps"])[0]
+                .ends_with("is 49157 bytes long with its overrides, longer than the 49152 allowed")
+        );
         assert_eq!(problems(&comment[8..], &["steps"]), ["steps (--set): expected key.path=value"]);
     }
 
     #[test]
     fn not_a_number_and_duplicates_are_refused() {
-        assert_eq!(problems("[train]\nlearning_rate = nan", &[]), ["train.learning_rate (line 2): NaN is not a finite number"]);
+        assert_eq!(
+            problems("[train]\nlearning_rate = nan", &[]),
+            ["train.learning_rate (line 2): NaN is not a finite number"]
+        );
         assert_eq!(problems("steps = 1\nsteps = 2", &[]), ["steps (line 2): duplicate key"]);
-        assert_eq!(problems("steps = 1e99", &[]), ["steps (line 1): expected an integer, found the number 1e99"]);
+        assert_eq!(
+            problems("steps = 1e99", &[]),
+            ["steps (line 1): expected an integer, found the number 1e99"]
+        );
     }
 }

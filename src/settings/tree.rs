@@ -1,4 +1,5 @@
-//! TOML text, `--set` overrides or a JSON object as one tree whose every node remembers where it was written.
+//! TOML text, `--set` overrides or a JSON object as one tree whose every node remembers where it
+//! was written.
 
 use std::ops::Range;
 
@@ -84,10 +85,15 @@ impl Node {
 /// Every table and leaf of `text`, and every syntax error in it.
 pub(super) fn parse(text: &str) -> (Node, Vec<ConfigProblem>) {
     let (table, errors) = DeTable::parse_recoverable(text);
-    let line = |span: Range<usize>| format!("line {}", 1 + text[..span.start.min(text.len())].matches('\n').count());
+    let line = |span: Range<usize>| {
+        format!("line {}", 1 + text[..span.start.min(text.len())].matches('\n').count())
+    };
     let as_problem = |error: &toml::de::Error| {
         let place = error.span().map(&line).unwrap_or_default();
-        let quoted = error.span().and_then(|span| text.get(span)).filter(|piece| !piece.is_empty() && piece.len() < 60);
+        let quoted = error
+            .span()
+            .and_then(|span| text.get(span))
+            .filter(|piece| !piece.is_empty() && piece.len() < 60);
         problem(quoted.unwrap_or("syntax").trim(), &place, error.message().replace('\n', "; "))
     };
     let node = Node { place: String::new(), value: table_value(table.get_ref(), &line) };
@@ -97,8 +103,16 @@ pub(super) fn parse(text: &str) -> (Node, Vec<ConfigProblem>) {
 fn table_value(table: &DeTable<'_>, line: &dyn Fn(Range<usize>) -> String) -> Value {
     let mut entries: Vec<_> = table.iter().collect();
     entries.sort_by_key(|(key, _)| key.span().start);
-    let node = |value: &toml::Spanned<DeValue<'_>>, place| Node { place, value: node_value(value.get_ref(), line) };
-    Value::Table(entries.into_iter().map(|(key, value)| (key.get_ref().to_string(), node(value, line(key.span())))).collect())
+    let node = |value: &toml::Spanned<DeValue<'_>>, place| Node {
+        place,
+        value: node_value(value.get_ref(), line),
+    };
+    Value::Table(
+        entries
+            .into_iter()
+            .map(|(key, value)| (key.get_ref().to_string(), node(value, line(key.span()))))
+            .collect(),
+    )
 }
 
 fn node_value(value: &DeValue<'_>, line: &dyn Fn(Range<usize>) -> String) -> Value {
@@ -113,9 +127,14 @@ fn node_value(value: &DeValue<'_>, line: &dyn Fn(Range<usize>) -> String) -> Val
         DeValue::Float(float) => Leaf::Float(float.as_str().parse().unwrap_or(f64::NAN)),
         DeValue::Datetime(_) => Leaf::Other("a date".into()),
         DeValue::Array(items) => {
-            let integer =
-                |item: &toml::Spanned<DeValue<'_>>| if let DeValue::Integer(found) = item.get_ref() { small(found) } else { None };
-            items.iter().map(integer).collect::<Option<_>>().map_or_else(|| Leaf::Other("an array".into()), Leaf::Integers)
+            let integer = |item: &toml::Spanned<DeValue<'_>>| {
+                if let DeValue::Integer(found) = item.get_ref() { small(found) } else { None }
+            };
+            items
+                .iter()
+                .map(integer)
+                .collect::<Option<_>>()
+                .map_or_else(|| Leaf::Other("an array".into()), Leaf::Integers)
         }
     })
 }
@@ -141,13 +160,19 @@ pub(super) fn of_json(object: &serde_json::Map<String, serde_json::Value>) -> No
         Json::Object(_) | Json::Null => Leaf::Other("an object".into()),
     };
     let present = object.iter().filter(|(_, value)| !value.is_null());
-    let entries = present.map(|(name, value)| (name.clone(), Node { place: String::new(), value: Value::Leaf(leaf(value)) }));
+    let entries = present.map(|(name, value)| {
+        (name.clone(), Node { place: String::new(), value: Value::Leaf(leaf(value)) })
+    });
     Node { place: String::new(), value: Value::Table(entries.collect()) }
 }
 
-/// Lays each `key.path=value` over the tree, in order. A value that is no TOML is taken as text, so that
-/// `--set output_dir=runs/x` needs no quotes within quotes.
-pub(super) fn with_overrides(mut tree: Node, overrides: &[String], problems: &mut Vec<ConfigProblem>) -> Node {
+/// Lays each `key.path=value` over the tree, in order. A value that is no TOML is taken as text, so
+/// that `--set output_dir=runs/x` needs no quotes within quotes.
+pub(super) fn with_overrides(
+    mut tree: Node,
+    overrides: &[String],
+    problems: &mut Vec<ConfigProblem>,
+) -> Node {
     for text in overrides {
         let Some((path, value)) = text.split_once('=') else {
             problems.push(problem(text, "--set", "expected key.path=value".into()));
@@ -158,7 +183,11 @@ pub(super) fn with_overrides(mut tree: Node, overrides: &[String], problems: &mu
             let quoted = format!("{path} = {}", super::write::quoted(value.trim()));
             let (as_text, errors) = parse(&quoted);
             if let Some(first) = errors.into_iter().next() {
-                problems.push(ConfigProblem { key: path.trim().into(), place: "--set".into(), ..first });
+                problems.push(ConfigProblem {
+                    key: path.trim().into(),
+                    place: "--set".into(),
+                    ..first
+                });
                 continue;
             }
             node = as_text;

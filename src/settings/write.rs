@@ -28,7 +28,11 @@ impl Writer {
     }
 
     pub fn line(&mut self, section: &str, name: &str, shown: Option<String>, doc: &str) {
-        let section = self.sections.iter_mut().find(|s| s.path == section).expect("a section is opened before its keys");
+        let section = self
+            .sections
+            .iter_mut()
+            .find(|s| s.path == section)
+            .expect("a section is opened before its keys");
         section.lines.push((name.into(), shown, doc.into()));
     }
 
@@ -44,7 +48,9 @@ impl Section {
             text += &format!("# {}\n[{}]\n", self.doc, self.path);
         }
         for (name, shown, doc) in &self.lines {
-            let line = shown.as_ref().map_or_else(|| format!("# {name} ="), |value| format!("{name} = {value}"));
+            let line = shown
+                .as_ref()
+                .map_or_else(|| format!("# {name} ="), |value| format!("{name} = {value}"));
             text += &format!("# {doc}\n{line}\n");
         }
         text
@@ -53,8 +59,12 @@ impl Section {
 
 /// Every key and table of the document as dotted paths.
 pub(super) fn paths<T: Settings + ?Sized>(settings: &mut T) -> Vec<String> {
-    let join = |section: &Section, name: &str| if section.path.is_empty() { name.into() } else { format!("{}.{name}", section.path) };
-    let keys_of = |section: &Section| section.lines.iter().map(|(name, _, _)| join(section, name)).collect::<Vec<_>>();
+    let join = |section: &Section, name: &str| {
+        if section.path.is_empty() { name.into() } else { format!("{}.{name}", section.path) }
+    };
+    let keys_of = |section: &Section| {
+        section.lines.iter().map(|(name, _, _)| join(section, name)).collect::<Vec<_>>()
+    };
     Writer::of(settings).sections.iter().flat_map(keys_of).collect()
 }
 

@@ -8,7 +8,8 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
 
 use crate::files::durable::FirstFailure;
 
-/// Columns of a bar that goes through a pipe, where nobody can be asked (mpirun forwards its ranks' stderr that way).
+/// Columns of a bar that goes through a pipe, where nobody can be asked (mpirun forwards its ranks'
+/// stderr that way).
 const PIPE_COLUMNS: u16 = 100;
 
 /// Standard error, or what stands for it in a test.
@@ -33,10 +34,12 @@ impl Console {
         Console { out: Mutex::new(out), bar: Mutex::new(None), is_terminal }
     }
 
-    /// Prints a line in one write, above the bar if there is one. The first line that cannot be printed returns why.
+    /// Prints a line in one write, above the bar if there is one. The first line that cannot be
+    /// printed returns why.
     pub fn print(&self, line: &str) -> Option<io::Error> {
         let bytes = format!("{line}\n");
-        // Cloned out of the lock: the bar draws while it is suspended, and draws through this console.
+        // Cloned out of the lock: the bar draws while it is suspended, and draws through this
+        // console.
         let bar = lock(&self.bar).clone();
         match bar {
             Some(bar) => bar.suspend(|| self.write(&bytes)),
@@ -56,8 +59,11 @@ impl Console {
             true => ProgressDrawTarget::stderr(),
             false => ProgressDrawTarget::term_like_with_hz(Box::new(Pipe(Arc::clone(self))), 2),
         };
-        let style = ProgressStyle::with_template("{bar:28.blue} {pos}/{len}  {wide_msg}").expect("the template is valid");
-        let bar = ProgressBar::with_draw_target(Some(total), target).with_style(style.progress_chars("━╸─")).with_position(start);
+        let style = ProgressStyle::with_template("{bar:28.blue} {pos}/{len}  {wide_msg}")
+            .expect("the template is valid");
+        let bar = ProgressBar::with_draw_target(Some(total), target)
+            .with_style(style.progress_chars("━╸─"))
+            .with_position(start);
         *lock(&self.bar) = Some(bar.clone());
         bar
     }
@@ -70,7 +76,8 @@ impl Console {
     }
 }
 
-/// A poisoned lock means that another thread panicked while it logged; its text is still good to print.
+/// A poisoned lock means that another thread panicked while it logged; its text is still good to
+/// print.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

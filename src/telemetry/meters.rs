@@ -3,7 +3,8 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
-/// Seconds by phase of a step. Each lap gives the time since the lap before to a phase, so that nothing is counted twice.
+/// Seconds by phase of a step. Each lap gives the time since the lap before to a phase, so that
+/// nothing is counted twice.
 pub struct Stopwatch {
     lap_began: Instant,
     /// In order of first use.
@@ -15,7 +16,8 @@ impl Stopwatch {
         Stopwatch { lap_began: Instant::now(), phases: Vec::new() }
     }
 
-    /// The time since the last lap went into `phase`, e.g. `data`, `forward`, `backward`, `reduce`, `optimizer`.
+    /// The time since the last lap went into `phase`, e.g. `data`, `forward`, `backward`, `reduce`,
+    /// `optimizer`.
     pub fn lap(&mut self, phase: &'static str) {
         self.lap_at(Instant::now(), phase);
     }

@@ -22,7 +22,8 @@ pub struct MetricsFile {
 }
 
 impl MetricsFile {
-    /// Keeps the lines up to `step` and goes on behind them; the file need not exist yet. A new run resumes after step 0.
+    /// Keeps the lines up to `step` and goes on behind them; the file need not exist yet. A new run
+    /// resumes after step 0.
     ///
     /// # Errors
     /// [`Error::Storage`] if the file cannot be read, cut or opened.
@@ -39,13 +40,17 @@ impl MetricsFile {
         MetricsFile { file: None, path: PathBuf::new(), failure: FirstFailure::default() }
     }
 
-    /// Appends one step's metrics, an object with an integer `step`. A disk that refuses is warned of once; training goes on.
+    /// Appends one step's metrics, an object with an integer `step`. A disk that refuses is warned
+    /// of once; training goes on.
     ///
     /// # Panics
     /// If `metrics` is no such object (a bug in the caller).
     pub fn append(&mut self, metrics: &impl Serialize) {
         let value = serde_json::to_value(metrics).expect("metrics are plain values");
-        assert!(value.get(STEP).is_some_and(Value::is_u64), "metrics are an object with an integer step: {value}");
+        assert!(
+            value.get(STEP).is_some_and(Value::is_u64),
+            "metrics are an object with an integer step: {value}"
+        );
         let result = self.file.as_mut().map_or(Ok(()), |file| file.append(&value.to_string()));
         self.warn_of(result);
     }
@@ -58,7 +63,10 @@ impl MetricsFile {
 
     fn warn_of(&mut self, result: io::Result<()>) {
         if let Some(error) = self.failure.of(result) {
-            tracing::warn!("cannot write {}: {error}; training goes on, metrics are lost", self.path.display());
+            tracing::warn!(
+                "cannot write {}: {error}; training goes on, metrics are lost",
+                self.path.display()
+            );
         }
     }
 }
@@ -66,7 +74,8 @@ impl MetricsFile {
 /// Every line of a metrics file. A last line that a crash tore is left out.
 ///
 /// # Errors
-/// [`Error::Storage`] if it cannot be read, [`Error::Data`] if a line before the last is no JSON object.
+/// [`Error::Storage`] if it cannot be read, [`Error::Data`] if a line before the last is no JSON
+/// object.
 pub fn read(path: &Path) -> Result<Vec<Map<String, Value>>> {
     let text = fs::read(path).map_err(Error::storage(path, "read"))?;
     let lines: Vec<&[u8]> = text.split(|&byte| byte == b'\n').collect();
@@ -75,20 +84,33 @@ pub fn read(path: &Path) -> Result<Vec<Map<String, Value>>> {
         match serde_json::from_slice(line) {
             Ok(object) => objects.push(object),
             Err(_) if i + 1 == lines.len() => {}
-            Err(error) => return Err(Error::data(path, format!("line {} is no JSON object: {error}", i + 1))),
+            Err(error) => {
+                return Err(Error::data(
+                    path,
+                    format!("line {} is no JSON object: {error}", i + 1),
+                ));
+            }
         }
     }
     Ok(objects)
 }
 
-/// One metric over the run as (step, value); steps that lack it, or where it is no number, are left out.
+/// One metric over the run as (step, value); steps that lack it, or where it is no number, are left
+/// out.
 pub fn column(lines: &[Map<String, Value>], name: &str) -> Vec<(f64, f64)> {
-    lines.iter().filter_map(|line| Some((line.get(STEP)?.as_f64()?, line.get(name)?.as_f64()?))).collect()
+    lines
+        .iter()
+        .filter_map(|line| Some((line.get(STEP)?.as_f64()?, line.get(name)?.as_f64()?)))
+        .collect()
 }
 
 /// Leaves the whole lines with a step up to `step`, or the file as it is when these are all.
 fn cut_after(path: &Path, step: u64) -> Result<()> {
-    let lines = || File::open(path).map(|file| BufReader::new(file).split(b'\n')).map_err(Error::storage(path, "read"));
+    let lines = || {
+        File::open(path)
+            .map(|file| BufReader::new(file).split(b'\n'))
+            .map_err(Error::storage(path, "read"))
+    };
     let stays = |line: &[u8]| {
         let object: Option<Map<String, Value>> = serde_json::from_slice(line).ok();
         object.and_then(|object| object.get(STEP)?.as_u64()).is_some_and(|found| found <= step)
@@ -137,7 +159,11 @@ mod tests {
         (6..=8).for_each(|step| resumed.append(&json!({ "step": step, "loss": 0.5 })));
         assert_eq!(steps(&path), [1, 2, 3, 4, 5, 6, 7, 8]);
         let losses = column(&read(&path).unwrap(), "loss");
-        assert_eq!(losses[4..6], [(5.0, 1.0), (6.0, 0.5)], "steps after the checkpoint are the new ones");
+        assert_eq!(
+            losses[4..6],
+            [(5.0, 1.0), (6.0, 0.5)],
+            "steps after the checkpoint are the new ones"
+        );
     }
 
     #[test]
@@ -148,7 +174,10 @@ mod tests {
         assert_eq!(steps(&path), [1, 2]);
         let mut resumed = MetricsFile::resume_after(&path, 9).unwrap();
         resumed.append(&json!({ "step": 3 }));
-        assert_eq!(fs::read_to_string(&path).unwrap(), "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n");
+        assert_eq!(
+            fs::read_to_string(&path).unwrap(),
+            "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n"
+        );
     }
 
     #[test]
@@ -173,16 +202,26 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
         let mut file = MetricsFile::resume_after(&path, 0).unwrap();
-        [json!({ "step": 1, "loss": f64::NAN }), json!({ "step": 2, "loss": 0.5 }), json!({ "step": 3 })]
-            .iter()
-            .for_each(|m| file.append(m));
+        [
+            json!({ "step": 1, "loss": f64::NAN }),
+            json!({ "step": 2, "loss": 0.5 }),
+            json!({ "step": 3 }),
+        ]
+        .iter()
+        .for_each(|m| file.append(m));
         assert_eq!(column(&read(&path).unwrap(), "loss"), [(2.0, 0.5)]);
     }
 
     #[test]
     fn a_full_disk_does_not_stop_training() {
-        let mut file = MetricsFile { file: LineFile::open(Path::new("/dev/full")).ok(), ..MetricsFile::silent() };
+        let mut file = MetricsFile {
+            file: LineFile::open(Path::new("/dev/full")).ok(),
+            ..MetricsFile::silent()
+        };
         file.append(&json!({ "step": 1 }));
-        assert!(file.failure.of(Err(io::Error::other("again"))).is_none(), "the first failure was seen and warned of");
+        assert!(
+            file.failure.of(Err(io::Error::other("again"))).is_none(),
+            "the first failure was seen and warned of"
+        );
     }
 }

@@ -1,7 +1,7 @@
 //! A run's words to the people who watch it: log lines, progress, metrics.
 //!
-//! Rank 0 speaks for the run on standard error; every rank keeps its own `log/rank-NNNNN.jsonl`. Nothing here can stop a
-//! training: a closed pipe or a full disk costs one warning.
+//! Rank 0 speaks for the run on standard error; every rank keeps its own `log/rank-NNNNN.jsonl`.
+//! Nothing here can stop a training: a closed pipe or a full disk costs one warning.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -58,8 +58,13 @@ pub enum Level {
 }
 
 impl Choice for Level {
-    const ALL: &'static [(&'static str, Self)] =
-        &[("error", Level::Error), ("warn", Level::Warn), ("info", Level::Info), ("debug", Level::Debug), ("trace", Level::Trace)];
+    const ALL: &'static [(&'static str, Self)] = &[
+        ("error", Level::Error),
+        ("warn", Level::Warn),
+        ("info", Level::Info),
+        ("debug", Level::Debug),
+        ("trace", Level::Trace),
+    ];
 }
 
 impl From<Level> for LevelFilter {
@@ -84,8 +89,11 @@ pub enum ProgressStyle {
 }
 
 impl Choice for ProgressStyle {
-    const ALL: &'static [(&'static str, Self)] =
-        &[("auto", ProgressStyle::Auto), ("always", ProgressStyle::Always), ("never", ProgressStyle::Never)];
+    const ALL: &'static [(&'static str, Self)] = &[
+        ("auto", ProgressStyle::Auto),
+        ("always", ProgressStyle::Always),
+        ("never", ProgressStyle::Never),
+    ];
 }
 
 /// One rank's voice. The thread that started it logs through it for as long as it lives.
@@ -98,15 +106,27 @@ pub struct Telemetry {
     _this_thread: DefaultGuard,
 }
 
-/// Makes this thread's events lines on standard error and in `log/rank-NNNNN.jsonl` of the run folder.
+/// Makes this thread's events lines on standard error and in `log/rank-NNNNN.jsonl` of the run
+/// folder.
 ///
-/// Rank 0 shows all of its events, the other ranks their warnings and errors. A log file that cannot be opened is one
-/// warning, no error.
-pub fn start(settings: &LogSettings, rank: usize, world_size: usize, run_folder: &Path) -> Telemetry {
+/// Rank 0 shows all of its events, the other ranks their warnings and errors. A log file that
+/// cannot be opened is one warning, no error.
+pub fn start(
+    settings: &LogSettings,
+    rank: usize,
+    world_size: usize,
+    run_folder: &Path,
+) -> Telemetry {
     start_on(Console::stderr(), settings, rank, world_size, run_folder)
 }
 
-fn start_on(console: Console, settings: &LogSettings, rank: usize, world_size: usize, run_folder: &Path) -> Telemetry {
+fn start_on(
+    console: Console,
+    settings: &LogSettings,
+    rank: usize,
+    world_size: usize,
+    run_folder: &Path,
+) -> Telemetry {
     assert!(rank < world_size, "rank {rank} of a world of {world_size}");
     let has_bar = match settings.progress {
         ProgressStyle::Auto => console.is_terminal,
@@ -119,13 +139,28 @@ fn start_on(console: Console, settings: &LogSettings, rank: usize, world_size: u
         Ok(file) => (Some(file), None),
         Err(error) => (None, Some(error)),
     };
-    let lines = Lines { console: Arc::clone(&console), file: Mutex::new((file, FirstFailure::default())), rank, path };
+    let lines = Lines {
+        console: Arc::clone(&console),
+        file: Mutex::new((file, FirstFailure::default())),
+        rank,
+        path,
+    };
     let level = LevelFilter::from(settings.level);
     let dispatch = Dispatch::new(tracing_subscriber::registry().with(lines).with(level));
     let this_thread = dispatcher::set_default(&dispatch);
-    let telemetry = Telemetry { rank, run_folder: run_folder.into(), console, has_bar, dispatch, _this_thread: this_thread };
+    let telemetry = Telemetry {
+        rank,
+        run_folder: run_folder.into(),
+        console,
+        has_bar,
+        dispatch,
+        _this_thread: this_thread,
+    };
     if let Some(error) = trouble {
-        tracing::warn!("no log file under {}: {error}; logging to standard error only", run_folder.display());
+        tracing::warn!(
+            "no log file under {}: {error}; logging to standard error only",
+            run_folder.display()
+        );
     }
     telemetry
 }
@@ -136,9 +171,11 @@ fn open_log(path: &Path) -> io::Result<LineFile> {
 }
 
 impl Telemetry {
-    /// Makes this rank's log that of every thread of the process which has none of its own: data loader, watchdog.
+    /// Makes this rank's log that of every thread of the process which has none of its own: data
+    /// loader, watchdog.
     ///
-    /// For the program, where a process is one rank. The first rank that asks wins; a later one changes nothing.
+    /// For the program, where a process is one rank. The first rank that asks wins; a later one
+    /// changes nothing.
     pub fn cover_all_threads(&self) {
         if dispatcher::set_global_default(self.dispatch.clone()).is_err() {
             tracing::debug!("the threads of this process log to an earlier rank");
@@ -159,7 +196,8 @@ impl Telemetry {
         }
     }
 
-    /// `metrics.jsonl` of the run folder, cut back to `step`; other ranks than 0 get one that writes nothing.
+    /// `metrics.jsonl` of the run folder, cut back to `step`; other ranks than 0 get one that
+    /// writes nothing.
     ///
     /// # Errors
     /// As [`MetricsFile::resume_after`].
@@ -184,9 +222,13 @@ impl<S: Subscriber> Layer<S> for Lines {
         let record = Record::of(event);
         let unprinted = self.print(&record);
         let unwritten = self.keep(&record);
-        // Each outlet's trouble is told through the other; the events themselves must not log (they would come back here).
+        // Each outlet's trouble is told through the other; the events themselves must not log (they
+        // would come back here).
         if let Some(error) = unprinted {
-            self.keep(&Record::new(tracing::Level::WARN, format!("cannot print on standard error: {error}; the run goes on")));
+            self.keep(&Record::new(
+                tracing::Level::WARN,
+                format!("cannot print on standard error: {error}; the run goes on"),
+            ));
         }
         if let Some(error) = unwritten {
             let message = format!("cannot write {}: {error}; the run goes on", self.path.display());
@@ -233,7 +275,10 @@ mod tests {
         assert_eq!(writes.len(), 1);
         assert_eq!(&writes[0][8..], " saved step=3\n");
         let lines = kept(folder.path(), 0);
-        assert_eq!((lines.len(), &lines[0]["message"], &lines[0]["fields"]["step"]), (1, &"saved".into(), &3.into()));
+        assert_eq!(
+            (lines.len(), &lines[0]["message"], &lines[0]["fields"]["step"]),
+            (1, &"saved".into(), &3.into())
+        );
     }
 
     #[test]
@@ -260,13 +305,16 @@ mod tests {
                 });
             }
         });
-        (0..3).for_each(|rank| assert_eq!(kept(folder.path(), rank)[0]["fields"]["rank"], Value::from(rank)));
+        (0..3).for_each(|rank| {
+            assert_eq!(kept(folder.path(), rank)[0]["fields"]["rank"], Value::from(rank))
+        });
         assert_eq!(page.writes().len(), 1, "rank 0's line");
     }
 
     #[test]
     fn a_start_after_a_start_in_one_thread_takes_over() {
-        let (first_page, second_page, folder) = (Page::default(), Page::default(), tempfile::tempdir().unwrap());
+        let (first_page, second_page, folder) =
+            (Page::default(), Page::default(), tempfile::tempdir().unwrap());
         let _first = on_page(&first_page, &LogSettings::default(), 0, folder.path());
         let _second = on_page(&second_page, &LogSettings::default(), 0, folder.path());
         tracing::info!("here");
@@ -280,20 +328,29 @@ mod tests {
         let _telemetry = on_page(&page, &LogSettings::default(), 0, folder.path());
         (0..3).for_each(|step| tracing::info!(step, "still here"));
         let text = page.text();
-        assert_eq!((text.matches("WARN").count(), text.matches("still here").count()), (1, 3), "{text}");
+        assert_eq!(
+            (text.matches("WARN").count(), text.matches("still here").count()),
+            (1, 3),
+            "{text}"
+        );
     }
 
     #[test]
     fn a_full_disk_under_the_log_costs_one_warning() {
         let page = Page::default();
         let console = Arc::new(Console::new(Box::new(page.clone()), false));
-        let file = Mutex::new((LineFile::open(Path::new("/dev/full")).ok(), FirstFailure::default()));
+        let file =
+            Mutex::new((LineFile::open(Path::new("/dev/full")).ok(), FirstFailure::default()));
         let lines = Lines { console, file, rank: 0, path: "log/rank-00000.jsonl".into() };
         tracing::subscriber::with_default(tracing_subscriber::registry().with(lines), || {
             (0..3).for_each(|step| tracing::info!(step, "still here"));
         });
         let text = page.text();
-        assert_eq!((text.matches("cannot write log/").count(), text.matches("still here").count()), (1, 3), "{text}");
+        assert_eq!(
+            (text.matches("cannot write log/").count(), text.matches("still here").count()),
+            (1, 3),
+            "{text}"
+        );
     }
 
     #[test]
@@ -324,7 +381,8 @@ mod tests {
     #[test]
     fn the_log_table_reads_back() {
         let mut settings = LogSettings::default();
-        crate::settings::read(&mut settings, "test", "level = 'debug'\nprogress = 'never'", &[]).unwrap();
+        crate::settings::read(&mut settings, "test", "level = 'debug'\nprogress = 'never'", &[])
+            .unwrap();
         assert_eq!(settings, LogSettings { level: Level::Debug, progress: ProgressStyle::Never });
     }
 }

@@ -1,4 +1,5 @@
-//! How far the run is and how long it will take: a bar for a person, a line now and then for a file.
+//! How far the run is and how long it will take: a bar for a person, a line now and then for a
+//! file.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -61,7 +62,8 @@ impl Progress {
                 bar.set_position(step);
             }
             Shown::Lines { last } => {
-                let due = last.is_none_or(|last| now.duration_since(last) >= LINE_EVERY) || step >= self.total;
+                let due = last.is_none_or(|last| now.duration_since(last) >= LINE_EVERY)
+                    || step >= self.total;
                 if due {
                     *last = Some(now);
                     let percent = step * 100 / self.total.max(1);
@@ -75,7 +77,9 @@ impl Progress {
     fn time_left(&self) -> String {
         let left = self.total.saturating_sub(self.step) as f64;
         match self.speed.per_second() {
-            Some(speed) if left > 0.0 && speed > 0.0 => format!("  {} left", duration_text(left / speed)),
+            Some(speed) if left > 0.0 && speed > 0.0 => {
+                format!("  {} left", duration_text(left / speed))
+            }
             _ => String::new(),
         }
     }
@@ -100,7 +104,9 @@ mod tests {
         let console = Arc::new(Console::new(Box::new(page.clone()), false));
         let mut progress = Progress::bar(&console, 120, 20);
         let start = Instant::now();
-        (21..=60).for_each(|step| progress.advance_at(start + Duration::from_secs(step), step, "loss 0.41"));
+        (21..=60).for_each(|step| {
+            progress.advance_at(start + Duration::from_secs(step), step, "loss 0.41")
+        });
         // The bar draws at most twice a second of real time: its last state is drawn on demand.
         if let Shown::Bar { bar, .. } = &progress.shown {
             bar.force_draw();
@@ -113,6 +119,10 @@ mod tests {
         let mut progress = Progress::nothing(2000, 1000);
         let start = Instant::now();
         (0..=10).for_each(|i| progress.advance_at(start + Duration::from_secs(i), 1000 + i, ""));
-        assert_eq!(progress.time_left(), "  16 min left", "990 steps at one a second, not 1010 steps' worth of speed");
+        assert_eq!(
+            progress.time_left(),
+            "  16 min left",
+            "990 steps at one a second, not 1010 steps' worth of speed"
+        );
     }
 }

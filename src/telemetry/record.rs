@@ -37,11 +37,13 @@ impl Record {
     }
 
     pub fn json(&self) -> String {
-        let fields: Map<String, Value> = self.fields.iter().map(|(name, value)| (name.to_string(), value.clone())).collect();
+        let fields: Map<String, Value> =
+            self.fields.iter().map(|(name, value)| (name.to_string(), value.clone())).collect();
         json!({ "time": self.time, "level": self.level.as_str(), "message": self.message, "fields": fields }).to_string()
     }
 
-    /// `14:02:11 WARN [rank 3] message key=value`, of at most 4 KiB with its newline; the time is UTC.
+    /// `14:02:11 WARN [rank 3] message key=value`, of at most 4 KiB with its newline; the time is
+    /// UTC.
     pub fn text(&self, prefix: &str, colour: bool) -> String {
         let mut text = self.time.get(11..19).unwrap_or_default().to_owned();
         if self.level != Level::INFO {
@@ -74,7 +76,10 @@ impl Record {
 impl Visit for Record {
     fn record_f64(&mut self, field: &Field, value: f64) {
         // JSON has no NaN, and it is the last thing a log may lose.
-        self.push(field, Number::from_f64(value).map_or_else(|| value.to_string().into(), Value::Number));
+        self.push(
+            field,
+            Number::from_f64(value).map_or_else(|| value.to_string().into(), Value::Number),
+        );
     }
 
     fn record_i64(&mut self, field: &Field, value: i64) {
@@ -105,7 +110,9 @@ fn value_text(value: &Value) -> String {
             let rounded = format!("{:.5e}", number.as_f64().unwrap_or(f64::NAN)).parse::<f64>();
             format!("{:?}", rounded.unwrap_or(f64::NAN))
         }
-        Value::String(text) if !text.is_empty() && !text.contains(char::is_whitespace) => one_line(text),
+        Value::String(text) if !text.is_empty() && !text.contains(char::is_whitespace) => {
+            one_line(text)
+        }
         Value::String(text) => format!("\"{}\"", one_line(text)),
         other => other.to_string(),
     }
@@ -114,7 +121,8 @@ fn value_text(value: &Value) -> String {
 fn shortened(mut text: String) -> String {
     const MARK: &str = " …";
     if text.len() >= LINE_BYTES {
-        let end = (0..LINE_BYTES - MARK.len()).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0);
+        let end =
+            (0..LINE_BYTES - MARK.len()).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0);
         text.truncate(end);
         text += MARK;
     }
@@ -126,25 +134,45 @@ mod tests {
     use super::*;
 
     fn record(level: Level, message: &str, fields: &[(&'static str, Value)]) -> Record {
-        Record { time: "2026-05-12T14:02:11.123456Z".into(), level, message: message.into(), fields: fields.to_vec() }
+        Record {
+            time: "2026-05-12T14:02:11.123456Z".into(),
+            level,
+            message: message.into(),
+            fields: fields.to_vec(),
+        }
     }
 
     #[test]
     fn the_level_is_shown_only_when_it_says_something() {
         assert_eq!(record(Level::INFO, "saved", &[]).text("", false), "14:02:11 saved");
-        assert_eq!(record(Level::WARN, "slow", &[]).text("[rank 3]", false), "14:02:11 WARN [rank 3] slow");
-        assert_eq!(record(Level::WARN, "slow", &[]).text("", true), "14:02:11 \x1b[33mWARN\x1b[0m slow");
+        assert_eq!(
+            record(Level::WARN, "slow", &[]).text("[rank 3]", false),
+            "14:02:11 WARN [rank 3] slow"
+        );
+        assert_eq!(
+            record(Level::WARN, "slow", &[]).text("", true),
+            "14:02:11 \x1b[33mWARN\x1b[0m slow"
+        );
     }
 
     #[test]
     fn fields_keep_their_order_and_a_readable_precision() {
-        let fields = [("loss", json!(f64::from(0.4f32))), ("lr", json!(1e-5)), ("count", json!(3)), ("path", json!("a b"))];
-        assert_eq!(record(Level::INFO, "step", &fields).text("", false), "14:02:11 step loss=0.4 lr=1e-5 count=3 path=\"a b\"");
+        let fields = [
+            ("loss", json!(f64::from(0.4f32))),
+            ("lr", json!(1e-5)),
+            ("count", json!(3)),
+            ("path", json!("a b")),
+        ];
+        assert_eq!(
+            record(Level::INFO, "step", &fields).text("", false),
+            "14:02:11 step loss=0.4 lr=1e-5 count=3 path=\"a b\""
+        );
     }
 
     #[test]
     fn a_hostile_file_name_cannot_start_a_line_of_its_own() {
-        let record = record(Level::INFO, "read \n14:00:00 fake", &[("file", json!("\u{1b}[2Jx\r"))]);
+        let record =
+            record(Level::INFO, "read \n14:00:00 fake", &[("file", json!("\u{1b}[2Jx\r"))]);
         assert!(!record.text("", false).contains(char::is_control));
         assert_eq!(record.json().lines().count(), 1);
     }
@@ -152,6 +180,10 @@ mod tests {
     #[test]
     fn a_long_line_is_cut_at_four_kibibytes_between_characters() {
         let text = record(Level::INFO, &"ä".repeat(5000), &[]).text("", false);
-        assert!(text.len() < LINE_BYTES && text.len() > LINE_BYTES - 8 && text.ends_with('…'), "{}", text.len());
+        assert!(
+            text.len() < LINE_BYTES && text.len() > LINE_BYTES - 8 && text.ends_with('…'),
+            "{}",
+            text.len()
+        );
     }
 }

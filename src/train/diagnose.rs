@@ -1,7 +1,8 @@
 //! Finds whose numbers stopped being finite, by doing the step once more.
 //!
-//! Every draw follows from the step's number, so forward and backward repeat to the bit and nothing has to be kept or
-//! looked at in the steps that go well. A step that is finite the second time was computed wrongly the first.
+//! Every draw follows from the step's number, so forward and backward repeat to the bit and nothing
+//! has to be kept or looked at in the steps that go well. A step that is finite the second time was
+//! computed wrongly the first.
 
 use tch::{Kind, Tensor};
 
@@ -26,11 +27,17 @@ pub struct Finding {
     pub what: String,
 }
 
-/// Repeats a step's forward and backward on every rank and looks at each rank's own losses and gradients.
+/// Repeats a step's forward and backward on every rank and looks at each rank's own losses and
+/// gradients.
 ///
 /// # Ordering
 /// Every rank calls it with its micro-batches of the step.
-pub fn diagnose(stepper: &Stepper<'_>, step: u64, batches: &[Batch], replica: &Replica<'_>) -> Result<Finding> {
+pub fn diagnose(
+    stepper: &Stepper<'_>,
+    step: u64,
+    batches: &[Batch],
+    replica: &Replica<'_>,
+) -> Result<Finding> {
     pulse::enter(Phase::Diagnose);
     let mut own: Option<String> = None;
     for (micro_batch, batch) in batches.iter().enumerate() {
@@ -41,10 +48,18 @@ pub fn diagnose(stepper: &Stepper<'_>, step: u64, batches: &[Batch], replica: &R
             }
             Ok(())
         };
-        let output = stepper.forward_backward(step, micro_batch, batch, replica, look, &mut Stopwatch::start())?;
+        let output = stepper.forward_backward(
+            step,
+            micro_batch,
+            batch,
+            replica,
+            look,
+            &mut Stopwatch::start(),
+        )?;
         let found = bad_samples(batch, &output).or_else(|| {
             let all = samples(batch, &output, (0..batch.sample_ids.len()).collect());
-            of_gradient.map(|parameter| format!("{parameter}, while the losses of its {all} are sound"))
+            of_gradient
+                .map(|parameter| format!("{parameter}, while the losses of its {all} are sound"))
         });
         own = own.or(found.map(|what| format!("micro-batch {micro_batch}: {what}")));
     }
@@ -58,40 +73,59 @@ pub fn diagnose(stepper: &Stepper<'_>, step: u64, batches: &[Batch], replica: &R
     })
 }
 
-/// The samples whose losses are not what training can go on with, with the noise levels that they were trained at.
+/// The samples whose losses are not what training can go on with, with the noise levels that they
+/// were trained at.
 fn bad_samples(batch: &Batch, output: &StepOutput) -> Option<String> {
     let losses = output.loss.sample_losses().detach().to_device(tch::Device::Cpu);
     let losses = Vec::<f32>::try_from(losses).expect("a loss a sample");
-    let bad: Vec<usize> = (0..losses.len()).filter(|index| !is_sound(f64::from(losses[*index]))).collect();
+    let bad: Vec<usize> =
+        (0..losses.len()).filter(|index| !is_sound(f64::from(losses[*index]))).collect();
     let average = output.loss.average_weighted_loss.double_value(&[]);
     match bad.first() {
         Some(first) => {
             let (loss, bound) = (losses[*first], beyond(f64::from(losses[*first])));
-            Some(format!("loss exploded: {loss}{bound} in {}{}", samples(batch, output, bad), unnormalised(batch)))
+            Some(format!(
+                "loss exploded: {loss}{bound} in {}{}",
+                samples(batch, output, bad),
+                unnormalised(batch)
+            ))
         }
         // Auxiliary losses and weights can spoil what every sample's own loss does not.
-        None if !is_sound(average) => Some(format!("loss exploded: {average}{} as the weighted mean", beyond(average))),
+        None if !is_sound(average) => {
+            Some(format!("loss exploded: {average}{} as the weighted mean", beyond(average)))
+        }
         None => None,
     }
 }
 
 /// The bound that a loss which is a number has passed.
 fn beyond(loss: f64) -> String {
-    if loss.is_nan() { String::new() } else { format!(" (above {EXPLODED}, the bound of train.check_loss)") }
+    if loss.is_nan() {
+        String::new()
+    } else {
+        format!(" (above {EXPLODED}, the bound of train.check_loss)")
+    }
 }
 
 /// The question whether the latents are normalised, where their spread suggests it.
 fn unnormalised(batch: &Batch) -> String {
-    let latents = latents_of(batch).ok().map(|latents| latents.to_kind(Kind::Float).std(false).double_value(&[]));
+    let latents = latents_of(batch)
+        .ok()
+        .map(|latents| latents.to_kind(Kind::Float).std(false).double_value(&[]));
     latents.and_then(latents::told).map_or_else(String::new, |question| format!("; {question}"))
 }
 
 /// `samples 12, 31 at sigma 0.4711, 0.9`.
 fn samples(batch: &Batch, output: &StepOutput, indices: Vec<usize>) -> String {
-    let sigma = Vec::<f32>::try_from(output.sigma.to_device(tch::Device::Cpu)).expect("a noise level a sample");
+    let sigma = Vec::<f32>::try_from(output.sigma.to_device(tch::Device::Cpu))
+        .expect("a noise level a sample");
     let joined = |texts: Vec<String>| texts.join(", ");
     let named = || indices.iter().take(NAMED);
-    let more = if indices.len() > NAMED { format!(" and {} more", indices.len() - NAMED) } else { String::new() };
+    let more = if indices.len() > NAMED {
+        format!(" and {} more", indices.len() - NAMED)
+    } else {
+        String::new()
+    };
     let ids = joined(named().map(|index| batch.sample_ids[*index].to_string()).collect());
     let levels = joined(named().map(|index| format!("{:.4}", sigma[*index])).collect());
     format!("samples {ids}{more} at sigma {levels}")
@@ -103,6 +137,11 @@ fn bad_parameter(replica: &Replica<'_>, stage: usize, gradients: &[Tensor]) -> O
     let views = params.split_pieces(&gradients.iter().collect::<Vec<_>>());
     params.infos().iter().zip(views.iter()).find_map(|(info, gradient)| {
         let bad = gradient.isfinite().logical_not().sum(Kind::Int64).int64_value(&[]);
-        (bad > 0).then(|| format!("{bad} numbers of the gradient of `{}` {:?} are not finite", info.name, info.shape))
+        (bad > 0).then(|| {
+            format!(
+                "{bad} numbers of the gradient of `{}` {:?} are not finite",
+                info.name, info.shape
+            )
+        })
     })
 }

@@ -29,8 +29,8 @@ struct Program {
     cpu_capability: String,
 }
 
-/// Lets the ranks meet: from here on the watchdog can name them, and they are of one program. Returns what to warn of: where
-/// processors differ, so may the last bits of what a CPU computes.
+/// Lets the ranks meet: from here on the watchdog can name them, and they are of one program.
+/// Returns what to warn of: where processors differ, so may the last bits of what a CPU computes.
 ///
 /// # Errors
 /// [`Error::Environment`] on every rank if programs or libraries differ, naming the rank.
@@ -41,10 +41,14 @@ pub fn begin(watchdog: &Watchdog, world: &dyn Collective) -> Result<Option<Strin
     pulse::enter(Phase::Bootstrap);
     watchdog.meet(world)?;
     let text = serde_json::to_string(&Program::own()?).expect("texts are JSON");
-    let read = |text: &String| serde_json::from_str::<Program>(text).expect("ranks send what they are");
+    let read =
+        |text: &String| serde_json::from_str::<Program>(text).expect("ranks send what they are");
     let programs: Vec<Program> = gather_texts(world, &text)?.iter().map(read).collect();
     let first = |differs: &dyn Fn(&Program) -> Option<String>| {
-        programs.iter().enumerate().find_map(|(rank, program)| Some(format!("rank {rank} {}", differs(program)?)))
+        programs
+            .iter()
+            .enumerate()
+            .find_map(|(rank, program)| Some(format!("rank {rank} {}", differs(program)?)))
     };
     match first(&|program| program.difference(&programs[0])) {
         Some(what) => Err(known_to_all(Error::environment(what), 0, world)),
@@ -63,18 +67,27 @@ impl Program {
             sha256 = "another build".into();
         }
         let libtorch = libtorch::library().and_then(|library| libtorch::version(&library));
-        Ok(Program { sha256, mpi: mpi_library_version(), libtorch, cpu_capability: libtorch::cpu_capability().into() })
+        Ok(Program {
+            sha256,
+            mpi: mpi_library_version(),
+            libtorch,
+            cpu_capability: libtorch::cpu_capability().into(),
+        })
     }
 
     fn difference(&self, first: &Program) -> Option<String> {
-        let libtorch = |program: &Program| program.libtorch.clone().unwrap_or_else(|| "of an unknown version".into());
+        let libtorch = |program: &Program| {
+            program.libtorch.clone().unwrap_or_else(|| "of an unknown version".into())
+        };
         let pairs = [
             ("program", self.sha256.clone(), first.sha256.clone()),
             ("MPI", self.mpi.clone(), first.mpi.clone()),
             ("libtorch", libtorch(self), libtorch(first)),
         ];
         let (what, own, other) = pairs.into_iter().find(|(_, own, other)| own != other)?;
-        Some(format!("has {what} {own}, rank 0 has {other}; start the same build with the same libraries everywhere"))
+        Some(format!(
+            "has {what} {own}, rank 0 has {other}; start the same build with the same libraries everywhere"
+        ))
     }
 
     fn kernel_difference(&self, first: &Program) -> Option<String> {
@@ -83,34 +96,52 @@ impl Program {
     }
 }
 
-/// The configuration that rank 0 read and found fit for this world and its data, on every rank; rank 0's error is everybody's.
-/// Another rank needs no file of its own, but one that it has must say the same.
+/// The configuration that rank 0 read and found fit for this world and its data, on every rank;
+/// rank 0's error is everybody's. Another rank needs no file of its own, but one that it has must
+/// say the same.
 ///
 /// # Errors
-/// Rank 0's own on rank 0, [`Error::Peer`] with its code on the others; [`Error::Config`] naming a key in which another rank's
-/// configuration differs.
+/// Rank 0's own on rank 0, [`Error::Peer`] with its code on the others; [`Error::Config`] naming a
+/// key in which another rank's configuration differs.
 ///
 /// # Ordering
 /// Every rank calls it.
-pub fn share_config(own: Result<RunConfig>, options: &TrainOptions, world: &dyn Collective) -> Result<RunConfig> {
+pub fn share_config(
+    own: Result<RunConfig>,
+    options: &TrainOptions,
+    world: &dyn Collective,
+) -> Result<RunConfig> {
     let own_text = own.as_ref().map(RunConfig::to_toml).ok();
     let fit = || {
         let config = own?;
         // What every rank would stumble over alike is said once, before anything is written.
-        check(&config, &CheckRequest { world_size: world.world_size(), latents: None, text_tokens: 0, scaling: None })?;
+        check(
+            &config,
+            &CheckRequest {
+                world_size: world.world_size(),
+                latents: None,
+                text_tokens: 0,
+                scaling: None,
+            },
+        )?;
         match (options.debug, world.world_size()) {
-            (true, ranks) if ranks > 1 => {
-                Err(Error::config("--debug", format!("is for one process, found {ranks}; start it without mpirun")))
-            }
+            (true, ranks) if ranks > 1 => Err(Error::config(
+                "--debug",
+                format!("is for one process, found {ranks}; start it without mpirun"),
+            )),
             _ => Ok(config.to_toml()),
         }
     };
     let text = on_rank_zero(world, fit)?;
     let difference = own_text.and_then(|own| difference(&own, &text));
     let agreed = match difference {
-        Some((key, own, first)) => {
-            Err(Error::config(key, format!("differs: rank {} has {own}, rank 0 {first}; give all ranks one configuration", world.rank())))
-        }
+        Some((key, own, first)) => Err(Error::config(
+            key,
+            format!(
+                "differs: rank {} has {own}, rank 0 {first}; give all ranks one configuration",
+                world.rank()
+            ),
+        )),
         None => Ok(String::new()),
     };
     agree(agreed, world)?;
@@ -120,7 +151,8 @@ pub fn share_config(own: Result<RunConfig>, options: &TrainOptions, world: &dyn 
 /// The first key in which two configurations differ, with both values.
 fn difference(own: &str, first: &str) -> Option<(String, String, String)> {
     let (own, first) = (flattened(own), flattened(first));
-    let shown = |values: &Values, key: &str| values.get(key).cloned().unwrap_or_else(|| "nothing".into());
+    let shown =
+        |values: &Values, key: &str| values.get(key).cloned().unwrap_or_else(|| "nothing".into());
     let key = own.keys().chain(first.keys()).find(|key| own.get(*key) != first.get(*key))?;
     Some((key.clone(), shown(&own, key), shown(&first, key)))
 }
@@ -148,11 +180,24 @@ mod tests {
             cpu_capability: "AVX2".into(),
         };
         assert_eq!(program("a").difference(&program("a")), None);
-        assert!(program("a").difference(&program("b")).expect("they differ").starts_with("has program a, rank 0 has b"));
+        assert!(
+            program("a")
+                .difference(&program("b"))
+                .expect("they differ")
+                .starts_with("has program a, rank 0 has b")
+        );
         let other = Program { libtorch: Some("2.12.0".into()), ..program("a") };
-        assert!(other.difference(&program("a")).expect("they differ").starts_with("has libtorch 2.12.0, rank 0 has 2.13.0"));
+        assert!(
+            other
+                .difference(&program("a"))
+                .expect("they differ")
+                .starts_with("has libtorch 2.12.0, rank 0 has 2.13.0")
+        );
         let old = Program { cpu_capability: "no AVX2".into(), ..program("a") };
         assert_eq!(old.difference(&program("a")), None);
-        assert_eq!(old.kernel_difference(&program("a")), Some("computes with no AVX2, rank 0 with AVX2".into()));
+        assert_eq!(
+            old.kernel_difference(&program("a")),
+            Some("computes with no AVX2, rank 0 with AVX2".into())
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! What faults that were ordered do to a step's numbers, see [`fault`](crate::fault); nothing without an order.
+//! What faults that were ordered do to a step's numbers, see [`fault`](crate::fault); nothing
+//! without an order.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -15,8 +16,12 @@ use crate::phase::Phase;
 pub fn outputs(outputs: Activations) -> Activations {
     static STRUCK: AtomicBool = AtomicBool::new(false);
     let nan = fault::argument(Fault::NanLoss, Phase::Forward, f64::NAN);
-    let nan = nan.filter(|argument| argument.is_nan() || !STRUCK.swap(true, Ordering::Relaxed)).map(|_| f64::NAN);
-    let Some(factor) = nan.or_else(|| fault::argument(Fault::Spike, Phase::Forward, 50.0)) else { return outputs };
+    let nan = nan
+        .filter(|argument| argument.is_nan() || !STRUCK.swap(true, Ordering::Relaxed))
+        .map(|_| f64::NAN);
+    let Some(factor) = nan.or_else(|| fault::argument(Fault::Spike, Phase::Forward, 50.0)) else {
+        return outputs;
+    };
     let constants = Activations::new().carrying_constants_of(&outputs);
     outputs.flowing().fold(constants, |spoiled, (name, tensor)| spoiled.with(name, tensor * factor))
 }
@@ -24,7 +29,9 @@ pub fn outputs(outputs: Activations) -> Activations {
 /// A collective that this rank issues alone.
 pub fn collectives(collective: &dyn Collective) -> Result<()> {
     match fault::argument(Fault::ExtraCollective, Phase::Reduce, 0.0) {
-        Some(_) => collective.all_reduce(vec![Tensor::zeros([3], (Kind::Float, Device::Cpu))], ReduceOp::Sum)?.wait(),
+        Some(_) => collective
+            .all_reduce(vec![Tensor::zeros([3], (Kind::Float, Device::Cpu))], ReduceOp::Sum)?
+            .wait(),
         None => Ok(()),
     }
 }
@@ -40,5 +47,6 @@ pub fn gradients(stage: usize, gradients: Vec<Tensor>) -> Vec<Tensor> {
 /// A stage's parameters, one of them changed by its lowest bit.
 pub fn parameters(phase: Phase, replica: &mut Replica<'_>) {
     let Some(stage) = fault::argument(Fault::BitFlip, phase, 0.0) else { return };
-    replica.buckets[stage as usize].update(|master| drop(master.narrow(0, 0, 1).view_dtype(Kind::Int).g_add_scalar_(1)));
+    replica.buckets[stage as usize]
+        .update(|master| drop(master.narrow(0, 0, 1).view_dtype(Kind::Int).g_add_scalar_(1)));
 }

@@ -4,9 +4,10 @@ use crate::collective::{Collective, gather_texts};
 use crate::data::Moments;
 use crate::error::Result;
 
-/// Standard deviations of a global batch's latents that need no word. A VAE's scaling factor brings those of a whole dataset to
-/// about 1, a few samples of one kind stay within a factor of two. Without it they have 5.5 (Stable Diffusion), 2.8 (FLUX) or
-/// 2.1 (HunyuanVideo); with it applied twice 0.36 (FLUX).
+/// Standard deviations of a global batch's latents that need no word. A VAE's scaling factor brings
+/// those of a whole dataset to about 1, a few samples of one kind stay within a factor of two.
+/// Without it they have 5.5 (Stable Diffusion), 2.8 (FLUX) or 2.1 (HunyuanVideo); with it applied
+/// twice 0.36 (FLUX).
 const USUAL: std::ops::RangeInclusive<f64> = 0.5..=2.0;
 
 /// The warning about all ranks' latents of the first step, if there is one: the same on each.
@@ -15,15 +16,20 @@ const USUAL: std::ops::RangeInclusive<f64> = 0.5..=2.0;
 /// Every rank calls it.
 pub fn warning(own: Moments, collective: &dyn Collective) -> Result<Option<String>> {
     let text = serde_json::to_string(&own).expect("numbers are JSON");
-    let read = |text: &String| serde_json::from_str::<Moments>(text).expect("ranks send what they measured");
-    let all = gather_texts(collective, &text)?.iter().map(read).fold(Moments::default(), Moments::merge);
+    let read = |text: &String| {
+        serde_json::from_str::<Moments>(text).expect("ranks send what they measured")
+    };
+    let all =
+        gather_texts(collective, &text)?.iter().map(read).fold(Moments::default(), Moments::merge);
     Ok(all.standard_deviation().and_then(told))
 }
 
 /// The question to ask of latents with this standard deviation, where it is unusual.
 pub fn told(deviation: f64) -> Option<String> {
     let what = "are they normalised (scaling and shift factor of the VAE)?";
-    (!USUAL.contains(&deviation)).then(|| format!("latents have standard deviation {deviation:.3}, about 1 was expected; {what}"))
+    (!USUAL.contains(&deviation)).then(|| {
+        format!("latents have standard deviation {deviation:.3}, about 1 was expected; {what}")
+    })
 }
 
 #[cfg(test)]
@@ -37,16 +43,26 @@ mod tests {
     fn all_ranks_latents_are_judged_together() {
         // Each rank's own latents do not spread at all.
         let of = |rank: Threads, scale: f64| {
-            let latents = Tensor::full([4], scale * (rank.rank() as f64 * 2.0 - 1.0), (Kind::Float, Device::Cpu));
+            let latents = Tensor::full(
+                [4],
+                scale * (rank.rank() as f64 * 2.0 - 1.0),
+                (Kind::Float, Device::Cpu),
+            );
             warning(Moments::of(&latents), &rank).expect("ranks that live")
         };
         for (scale, expected) in [(1.0, None), (12.1, Some("12.100")), (0.18, Some("0.180"))] {
-            let threads: Vec<_> = Threads::world(2).into_iter().map(|rank| std::thread::spawn(move || of(rank, scale))).collect();
+            let threads: Vec<_> = Threads::world(2)
+                .into_iter()
+                .map(|rank| std::thread::spawn(move || of(rank, scale)))
+                .collect();
             for thread in threads {
                 let told = thread.join().expect("no panic");
                 assert_eq!(told.is_some(), expected.is_some(), "{told:?}");
                 assert!(
-                    told.iter().zip(expected).all(|(told, number)| told.contains(&format!("standard deviation {number}, "))),
+                    told.iter()
+                        .zip(expected)
+                        .all(|(told, number)| told
+                            .contains(&format!("standard deviation {number}, "))),
                     "{told:?}"
                 );
             }

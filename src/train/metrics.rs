@@ -16,7 +16,8 @@ pub struct Progress {
     pub peak_memory_bytes: Option<u64>,
 }
 
-/// A step's numbers over all ranks, as the README documents them. Words, seconds and memory are rank 0's.
+/// A step's numbers over all ranks, as the README documents them. Words, seconds and memory are
+/// rank 0's.
 #[derive(Debug, Serialize)]
 pub struct StepMetrics {
     step: u64,
@@ -65,7 +66,13 @@ pub struct StepMetrics {
 impl StepMetrics {
     pub fn new(update: &Update, progress: Progress) -> Self {
         let statistics = &update.statistics;
-        let seconds = |phase: &str| update.phases.iter().find(|(name, _)| *name == phase).map_or(0.0, |(_, seconds)| *seconds);
+        let seconds = |phase: &str| {
+            update
+                .phases
+                .iter()
+                .find(|(name, _)| *name == phase)
+                .map_or(0.0, |(_, seconds)| *seconds)
+        };
         StepMetrics {
             step: progress.step,
             epoch: progress.epoch,
@@ -108,12 +115,23 @@ impl StepMetrics {
 
     /// What the flow-matching logs need to know of the step.
     pub fn facts(&self) -> StepFacts<'_> {
-        StepFacts { step: self.step, sampling_method: self.sampling_method, task_type: self.task_type, data_type: self.data_type }
+        StepFacts {
+            step: self.step,
+            sampling_method: self.sampling_method,
+            task_type: self.task_type,
+            data_type: self.data_type,
+        }
     }
 
     /// How the training goes, behind the summary line.
     pub fn pace(&self) -> String {
-        let throughput = self.samples_per_second.map(|speed| format!(" | {speed:.0} samples/s")).unwrap_or_default();
-        format!("norm {:.3} | lr {:.2e} | {:.3} s/step{throughput}", self.grad_norm, self.lr, self.step_seconds)
+        let throughput = self
+            .samples_per_second
+            .map(|speed| format!(" | {speed:.0} samples/s"))
+            .unwrap_or_default();
+        format!(
+            "norm {:.3} | lr {:.2e} | {:.3} s/step{throughput}",
+            self.grad_norm, self.lr, self.step_seconds
+        )
     }
 }

@@ -1,4 +1,5 @@
-//! The loop: steps of training, and when they are logged, compared and saved. Science and machinery meet here.
+//! The loop: steps of training, and when they are logged, compared and saved. Science and machinery
+//! meet here.
 
 mod diagnose;
 mod handshake;
@@ -58,15 +59,23 @@ pub enum Ending {
     Stopped,
 }
 
-/// Trains from the first step, or the resumed one, to `max_steps` or a request to stop; returns the run folder. Every rank
-/// calls it.
+/// Trains from the first step, or the resumed one, to `max_steps` or a request to stop; returns the
+/// run folder. Every rank calls it.
 ///
 /// # Errors
 /// Whatever ends the run; the caller tells the other ranks by ending the world.
-pub fn train(config: &RunConfig, options: &TrainOptions, world: &dyn Collective) -> Result<(PathBuf, Ending)> {
+pub fn train(
+    config: &RunConfig,
+    options: &TrainOptions,
+    world: &dyn Collective,
+) -> Result<(PathBuf, Ending)> {
     pulse::enter(Phase::Open);
     if let (Some(warning), true) = (&options.warning, config.parallel.deterministic) {
-        return Err(known_to_all(Error::environment(format!("{warning}: parallel.deterministic needs one kind")), 0, world));
+        return Err(known_to_all(
+            Error::environment(format!("{warning}: parallel.deterministic needs one kind")),
+            0,
+            world,
+        ));
     }
     let place = Place::take(config, world)?;
     let outcome = train_at(&place, config, options, place.collective(world));
@@ -76,16 +85,30 @@ pub fn train(config: &RunConfig, options: &TrainOptions, world: &dyn Collective)
     outcome
 }
 
-fn train_at(place: &Place, config: &RunConfig, options: &TrainOptions, collective: &dyn Collective) -> Result<(PathBuf, Ending)> {
+fn train_at(
+    place: &Place,
+    config: &RunConfig,
+    options: &TrainOptions,
+    collective: &dyn Collective,
+) -> Result<(PathBuf, Ending)> {
     let folder = RunFolder::open(config, &options.resume, collective)?;
-    let telemetry = telemetry::start(&config.log, collective.rank(), collective.world_size(), folder.path());
+    let telemetry =
+        telemetry::start(&config.log, collective.rank(), collective.world_size(), folder.path());
     telemetry.cover_all_threads();
     failure::keep_in(folder.path());
     let done = folder.nothing_to_do(config.max_steps);
     if telemetry.speaks_for_the_run() {
-        let fault = fault::ordered().map(|order| format!("debug.inject_fault = \"{order}\": this run breaks on purpose"));
-        let schedule = lr::warning(&config.lr_scheduler, config.max_steps).filter(|_| done.is_none());
-        folder.warnings().iter().chain(&options.warning).chain(&fault).chain(&schedule).for_each(|warning| tracing::warn!("{warning}"));
+        let fault = fault::ordered()
+            .map(|order| format!("debug.inject_fault = \"{order}\": this run breaks on purpose"));
+        let schedule =
+            lr::warning(&config.lr_scheduler, config.max_steps).filter(|_| done.is_none());
+        folder
+            .warnings()
+            .iter()
+            .chain(&options.warning)
+            .chain(&fault)
+            .chain(&schedule)
+            .for_each(|warning| tracing::warn!("{warning}"));
     }
     if let Some(what) = done {
         tracing::info!("{what}");
@@ -97,7 +120,15 @@ fn train_at(place: &Place, config: &RunConfig, options: &TrainOptions, collectiv
     let ending = trainer.run(&requests, &telemetry)?;
     if ending == Ending::Done {
         pulse::enter(Phase::Report);
-        report::write(config, &trainer.folder, &trainer.replica, &trainer.dataset, trainer.device, collective, &requests)?;
+        report::write(
+            config,
+            &trainer.folder,
+            &trainer.replica,
+            &trainer.dataset,
+            trainer.device,
+            collective,
+            &requests,
+        )?;
     }
     tracing::info!("run folder {}", trainer.folder.path().display());
     Ok((trainer.folder.path().into(), ending))

@@ -21,8 +21,9 @@ use crate::telemetry::metrics;
 /// Size of `loss.png` in pixels.
 const LOSS_PICTURE: (u32, u32) = (1200, 560);
 
-/// Draws the run from its own `metrics.jsonl`; rank 0 does, with samples that all ranks generate: each may hold a part of the
-/// model only, and that are left out if a rank is asked to stop meanwhile.
+/// Draws the run from its own `metrics.jsonl`; rank 0 does, with samples that all ranks generate:
+/// each may hold a part of the model only, and that are left out if a rank is asked to stop
+/// meanwhile.
 pub fn write(
     config: &RunConfig,
     folder: &RunFolder,
@@ -32,10 +33,14 @@ pub fn write(
     collective: &dyn Collective,
     requests: &Requests,
 ) -> Result<()> {
-    let samples = match drawn_samples(config, replica, dataset, device, &|| requests.go_on_together(collective)) {
+    let samples = match drawn_samples(config, replica, dataset, device, &|| {
+        requests.go_on_together(collective)
+    }) {
         Err(Error::Stopped { what }) => {
             let run = folder.path().display();
-            tracing::info!("{what}: the report has no samples; `fm-dist sample --run {run}` draws them");
+            tracing::info!(
+                "{what}: the report has no samples; `fm-dist sample --run {run}` draws them"
+            );
             requests.done();
             Ok(None)
         }
@@ -44,14 +49,24 @@ pub fn write(
         drawn => drawn,
     };
     let samples = agreed(samples, collective)?;
-    let draw = || draw(config, folder.path(), replica, dataset, samples, collective.world_size()).map(|()| String::new());
+    let draw = || {
+        draw(config, folder.path(), replica, dataset, samples, collective.world_size())
+            .map(|()| String::new())
+    };
     on_rank_zero(collective, draw).map(drop)
 }
 
 /// A caption and a PNG.
 type Picture = (String, Vec<u8>);
 
-fn draw(config: &RunConfig, path: &Path, replica: &Replica<'_>, dataset: &Dataset, samples: Option<Picture>, ranks: usize) -> Result<()> {
+fn draw(
+    config: &RunConfig,
+    path: &Path,
+    replica: &Replica<'_>,
+    dataset: &Dataset,
+    samples: Option<Picture>,
+    ranks: usize,
+) -> Result<()> {
     let lines = metrics::read(&path.join("metrics.jsonl"))?;
     let loss = curve("Loss", "weighted, over all ranks", "loss", &lines);
     loss.write_png(&path.join("loss.png"), LOSS_PICTURE.0, LOSS_PICTURE.1)?;
@@ -60,7 +75,12 @@ fn draw(config: &RunConfig, path: &Path, replica: &Replica<'_>, dataset: &Datase
         Figure::Bars(loss_per_sigma(&lines)),
         Figure::Chart(curve("Learning rate", "", "lr", &lines)),
         Figure::Chart(curve("Gradient norm", "before clipping", "grad_norm", &lines)),
-        Figure::Chart(curve("Throughput", "samples a second, over all ranks", "samples_per_second", &lines)),
+        Figure::Chart(curve(
+            "Throughput",
+            "samples a second, over all ranks",
+            "samples_per_second",
+            &lines,
+        )),
     ];
     let data = ReportData {
         title: format!("fm-dist: {}", path.file_name().unwrap_or_default().to_string_lossy()),
@@ -73,7 +93,8 @@ fn draw(config: &RunConfig, path: &Path, replica: &Replica<'_>, dataset: &Datase
     write_report(&path.join("report.html"), &data)
 }
 
-/// Generated pictures for each of the dataset's conditions, if it names any and its latents are pictures.
+/// Generated pictures for each of the dataset's conditions, if it names any and its latents are
+/// pictures.
 fn drawn_samples(
     config: &RunConfig,
     replica: &Replica<'_>,
@@ -92,12 +113,21 @@ fn drawn_samples(
     }
     let samples = Plan::new(config, &origin, device)?.generate(replica, go_on)?;
     let caption = format!("{} samples for each condition", samples.per_condition);
-    Ok(Some((caption, grid_png(&samples.images, &samples.names, samples.per_condition as usize, None))))
+    Ok(Some((
+        caption,
+        grid_png(&samples.images, &samples.names, samples.per_condition as usize, None),
+    )))
 }
 
 fn curve(title: &str, unit: &str, key: &str, lines: &[Map<String, Value>]) -> Chart {
     let series = Series { name: key.into(), points: metrics::column(lines, key) };
-    Chart { title: title.into(), x_label: "step".into(), y_label: unit.into(), series: vec![series], log_y: false }
+    Chart {
+        title: title.into(),
+        x_label: "step".into(),
+        y_label: unit.into(),
+        series: vec![series],
+        log_y: false,
+    }
 }
 
 /// The loss in each tenth of sigma, at the begin of the run and at its end.
@@ -106,13 +136,27 @@ fn loss_per_sigma(lines: &[Map<String, Value>]) -> Bars {
         let loss = line.get("loss_per_sigma")?.get(bin)?.as_f64()?;
         Some((line.get("step")?.as_f64()?, loss))
     };
-    let bins: Vec<Vec<(f64, f64)>> =
-        (0..crate::flow::SIGMA_BINS).map(|bin| lines.iter().filter_map(|line| bin_of(line, bin)).collect()).collect();
-    Bars::over_run("Loss by noise level", "sigma (0 = data, 1 = noise)", "unweighted loss", (0.0, 1.0), &bins)
+    let bins: Vec<Vec<(f64, f64)>> = (0..crate::flow::SIGMA_BINS)
+        .map(|bin| lines.iter().filter_map(|line| bin_of(line, bin)).collect())
+        .collect();
+    Bars::over_run(
+        "Loss by noise level",
+        "sigma (0 = data, 1 = noise)",
+        "unweighted loss",
+        (0.0, 1.0),
+        &bins,
+    )
 }
 
-fn facts(config: &RunConfig, replica: &Replica<'_>, lines: &[Map<String, Value>], ranks: usize) -> Vec<(String, String)> {
-    let last = |key: &str| lines.last().and_then(|line| line.get(key)).map_or("-".into(), Value::to_string);
+fn facts(
+    config: &RunConfig,
+    replica: &Replica<'_>,
+    lines: &[Map<String, Value>],
+    ranks: usize,
+) -> Vec<(String, String)> {
+    let last = |key: &str| {
+        lines.last().and_then(|line| line.get(key)).map_or("-".into(), Value::to_string)
+    };
     let seconds: f64 = metrics::column(lines, "step_seconds").iter().map(|point| point.1).sum();
     let facts = [
         ("steps", last("step")),

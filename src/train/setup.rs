@@ -50,12 +50,18 @@ impl<'c> Trainer<'c> {
         let notes = check_data(config, &dataset)?;
         let order = Order::new(dataset.groups(), global_batch, config.seed)?;
         tch::set_num_threads(config.parallel.num_threads);
-        // Where gradients are sharded memory is short, and what is kept fits no other use: 13 % more were measured.
+        // Where gradients are sharded memory is short, and what is kept fits no other use: 13 %
+        // more were measured.
         if !config.parallel.sharding.scatters_each_micro_batch() {
             libtorch::keep_freed_memory();
         }
         let parallel = &config.parallel;
-        let sharing = Sharing::new(collective, parallel.sharding, parallel.sharding_group, parallel.grains(share.micro_batches))?;
+        let sharing = Sharing::new(
+            collective,
+            parallel.sharding,
+            parallel.sharding_group,
+            parallel.grains(share.micro_batches),
+        )?;
         let mut replica = match folder.resumed_from() {
             Some(_) => empty_replica(config, device, sharing)?,
             None => fresh_replica(config, device, sharing, collective)?,
@@ -63,12 +69,21 @@ impl<'c> Trainer<'c> {
         if let (None, Some(weights)) = (folder.resumed_from(), config.model.pretrained()) {
             tracing::info!("weights from {}", weights.display());
         }
-        let fresh = OptimizerState::fresh(&replica, &*config.optimizer, (device, home(config, device)));
+        let fresh =
+            OptimizerState::fresh(&replica, &*config.optimizer, (device, home(config, device)));
         let mut optimizer_state = agreed(fresh, collective)?;
         let mut manifest = Manifest::new(config, global_batch as u64, dataset.fingerprint());
         if let Some(path) = folder.resumed_from() {
             let allowed = options.allow_data_change;
-            let loaded = checkpoint::load(path, config, &manifest, allowed, &mut replica, &*config.optimizer, &mut optimizer_state);
+            let loaded = checkpoint::load(
+                path,
+                config,
+                &manifest,
+                allowed,
+                &mut replica,
+                &*config.optimizer,
+                &mut optimizer_state,
+            );
             let outcome = loaded.map(|loaded| manifest = loaded);
             agree(outcome.map(|()| String::new()), collective)?;
             folder.note_start(manifest.step, config.max_steps, collective)?;
@@ -77,7 +92,8 @@ impl<'c> Trainer<'c> {
         inject::parameters(Phase::Open, &mut replica);
         divergence::check(&replica, collective.rank())?;
         folder.keep_config(config, collective)?;
-        if let (Some(what), true) = (jump_of_lr(config, &manifest), telemetry.speaks_for_the_run()) {
+        if let (Some(what), true) = (jump_of_lr(config, &manifest), telemetry.speaks_for_the_run())
+        {
             tracing::warn!("{what}");
         }
         let metrics = telemetry.metrics_after(manifest.step)?;
@@ -109,7 +125,10 @@ impl<'c> Trainer<'c> {
 
     fn announce(&self, global_batch: usize) {
         let (parameters, stages) = (self.replica.num_parameters(), self.replica.stages.len());
-        tracing::info!("model {parameters} parameters in {stages} stages, {:?}", self.config.model.dtype);
+        tracing::info!(
+            "model {parameters} parameters in {stages} stages, {:?}",
+            self.config.model.dtype
+        );
         tracing::info!(
             "data {}: {} samples, resolution groups: {}, {} steps an epoch",
             self.dataset.manifest().name,
@@ -124,7 +143,9 @@ impl<'c> Trainer<'c> {
             self.share.micro_batches,
             self.config.parallel.num_threads,
         );
-        if let (Device::Cuda(_), AttentionKernels::Auto) = (self.device, self.config.compute.attention) {
+        if let (Device::Cuda(_), AttentionKernels::Auto) =
+            (self.device, self.config.compute.attention)
+        {
             tracing::info!(
                 "attention without cuDNN's kernels, of which some fail in backward passes; compute.attention = \"cudnn\" allows them"
             );
@@ -135,9 +156,12 @@ impl<'c> Trainer<'c> {
     fn announce_sharing(&self) {
         let (parallel, cut) = (&self.config.parallel, self.replica.sharing.cut());
         if parallel.sharding != Sharding::None {
-            let (word, shards, copies) = (parallel.sharding.word(), cut.num_shards, cut.num_replicas);
+            let (word, shards, copies) =
+                (parallel.sharding.word(), cut.num_shards, cut.num_replicas);
             match shards {
-                1 => tracing::warn!("sharding = \"{word}\" has no effect: no other rank to share with"),
+                1 => tracing::warn!(
+                    "sharding = \"{word}\" has no effect: no other rank to share with"
+                ),
                 _ => tracing::info!("sharding {word}: {shards} shards, {copies} of each"),
             }
         }
@@ -156,5 +180,10 @@ fn tell(note: &Note) {
 
 /// The warning of a learning rate that does not go on as the checkpoint's run had led it.
 fn jump_of_lr(config: &RunConfig, manifest: &Manifest) -> Option<String> {
-    changes::jump_of_lr(config, manifest.lr?, manifest.step, manifest.guard.update_number(manifest.step))
+    changes::jump_of_lr(
+        config,
+        manifest.lr?,
+        manifest.step,
+        manifest.guard.update_number(manifest.step),
+    )
 }

@@ -8,7 +8,9 @@ use crate::config::{OnLossSpike, OnNonFinite, RunConfig, TrainSettings};
 use crate::data::{Batch, Loader, Share};
 use crate::error::{Error, Result};
 use crate::fault;
-use crate::flow::{FlowMatchingPipeline, Statistics, StepOptions, StepOutput, Strata, TaskType, is_sound};
+use crate::flow::{
+    FlowMatchingPipeline, Statistics, StepOptions, StepOutput, Strata, TaskType, is_sound,
+};
 use crate::optim::clip;
 use crate::parallel::{Layout, Reducer, Replica, SeedScope};
 use crate::phase::Phase;
@@ -79,7 +81,8 @@ impl Stepper<'_> {
     /// Optimizer step `step`, counted from 1.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] before anything was updated, on every rank alike; whatever the loader or a collective returns.
+    /// [`Error::NotFinite`] before anything was updated, on every rank alike; whatever the loader
+    /// or a collective returns.
     pub fn step(
         &self,
         step: u64,
@@ -92,7 +95,12 @@ impl Stepper<'_> {
         // What was spent since the last step, e.g. on a checkpoint, is not this one's.
         self.spent(replica);
         let parallel = &self.config.parallel;
-        let mut reducer = Reducer::new(&replica.sharing, &replica.buckets, parallel.reduce_dtype, parallel.summation());
+        let mut reducer = Reducer::new(
+            &replica.sharing,
+            &replica.buckets,
+            parallel.reduce_dtype,
+            parallel.summation(),
+        );
         let (mut rows, mut batches, mut last) = (Vec::new(), Vec::new(), None);
         for micro_batch in 0..self.share.micro_batches {
             pulse::enter(Phase::Data);
@@ -100,8 +108,15 @@ impl Stepper<'_> {
             watch.lap("data");
             let is_last = micro_batch + 1 == self.share.micro_batches;
             let add = &mut |stage, gradients| reducer.add(stage, gradients, is_last);
-            let output = self.forward_backward(step, micro_batch, &batch, replica, add, &mut watch)?;
-            rows.push(output.statistics.as_ref().expect("metrics are collected each step").shallow_clone());
+            let output =
+                self.forward_backward(step, micro_batch, &batch, replica, add, &mut watch)?;
+            rows.push(
+                output
+                    .statistics
+                    .as_ref()
+                    .expect("metrics are collected each step")
+                    .shallow_clone(),
+            );
             last = Some((output.sampling_method, output.task_type, batch.data_type.word()));
             // Kept for the case that the step must be repeated to see what went wrong.
             batches.push(batch);
@@ -114,7 +129,15 @@ impl Stepper<'_> {
         let bad_samples = batches.iter().map(|batch| batch.bad_samples).sum();
         let request = self.requests.heard();
         let issued = self.collective.issued();
-        let own = Own { statistics: &rows, norms: &norms, request, seconds, saving: self.saver.progress(), bad_samples, issued };
+        let own = Own {
+            statistics: &rows,
+            norms: &norms,
+            request,
+            seconds,
+            saving: self.saver.progress(),
+            bad_samples,
+            issued,
+        };
         let tallies = step_report::exchange(&own, self.collective)?;
         step_report::check_in_step(&tallies, &issued, self.collective)?;
         let statistics = self.merged(&tallies);
@@ -122,7 +145,8 @@ impl Stepper<'_> {
         let seen = Seen { statistics, grad_norm, tallies };
         watch.lap("reduce");
         let update_number = guard.update_number(step);
-        let lr = self.config.optimizer.lr() * self.config.lr_scheduler.factor(update_number, self.config.max_steps);
+        let lr = self.config.optimizer.lr()
+            * self.config.lr_scheduler.factor(update_number, self.config.max_steps);
         let (mut skipped, mut warning) = (None, None);
         match self.objection(step, &seen, &batches, replica, guard)? {
             Objection::Skip(why) => skipped = Some(self.skip(step, why, guard)?),
@@ -137,7 +161,19 @@ impl Stepper<'_> {
         let (sampling_method, task_type, data_type) = last.expect("a step has micro-batches");
         let (phases, spent) = (watch.take(), self.spent(replica));
         let Seen { statistics, grad_norm, tallies } = seen;
-        Ok(Update { statistics, grad_norm, lr, skipped, warning, tallies, sampling_method, task_type, data_type, phases, spent })
+        Ok(Update {
+            statistics,
+            grad_norm,
+            lr,
+            skipped,
+            warning,
+            tallies,
+            sampling_method,
+            task_type,
+            data_type,
+            phases,
+            spent,
+        })
     }
 
     fn spent(&self, replica: &Replica<'_>) -> Spent {
@@ -162,17 +198,31 @@ impl Stepper<'_> {
         let parallel = &self.config.parallel;
         let tape = replica.tape(parallel.recompute).offloading(parallel.offload.activations());
         let mut tape = tape.checking_finite(self.check_stages.then_some(step));
-        let strata = self.pipeline.settings().stratified_timesteps.then(|| self.strata(step, micro_batch));
+        let strata =
+            self.pipeline.settings().stratified_timesteps.then(|| self.strata(step, micro_batch));
         // The loss is checked later, for all ranks at once.
-        let options = StepOptions { global_step: step, collect_metrics: true, check_loss: false, strata: strata.as_ref() };
+        let options = StepOptions {
+            global_step: step,
+            collect_metrics: true,
+            check_loss: false,
+            strata: strata.as_ref(),
+        };
         let stream = self.stream(step, micro_batch, batch);
-        let output = self.pipeline.step(|inputs| Ok(inject::outputs(tape.forward(inputs)?)), batch, &stream, options)?;
+        let output = self.pipeline.step(
+            |inputs| Ok(inject::outputs(tape.forward(inputs)?)),
+            batch,
+            &stream,
+            options,
+        )?;
         watch.lap("forward");
         pulse::enter(Phase::Backward);
-        // Of the mean over all ranks' micro-batches, so that gradients are summed; what their masks keep is known after the
-        // last one, and divides the sum.
-        let share = &output.loss.objective / (self.share.micro_batches * self.share.world_size) as f64;
-        tape.backward(&share, |stage, gradients| on_gradient(stage, inject::gradients(stage, gradients)))?;
+        // Of the mean over all ranks' micro-batches, so that gradients are summed; what their masks
+        // keep is known after the last one, and divides the sum.
+        let share =
+            &output.loss.objective / (self.share.micro_batches * self.share.world_size) as f64;
+        tape.backward(&share, |stage, gradients| {
+            on_gradient(stage, inject::gradients(stage, gradients))
+        })?;
         watch.lap("backward");
         Ok(output)
     }
@@ -180,51 +230,90 @@ impl Stepper<'_> {
     fn stream(&self, step: u64, micro_batch: usize, batch: &Batch) -> Stream {
         let key = Key::new(self.config.seed, Purpose::FlowMatching).step(step);
         match self.config.parallel.seed_scope {
-            SeedScope::Rank => Stream::Batch(key.micro_batch(micro_batch as u64).scope(self.share.rank as u64)),
-            SeedScope::Sample => Stream::PerSample(batch.sample_ids.iter().map(|&id| key.scope(id)).collect()),
+            SeedScope::Rank => {
+                Stream::Batch(key.micro_batch(micro_batch as u64).scope(self.share.rank as u64))
+            }
+            SeedScope::Sample => {
+                Stream::PerSample(batch.sample_ids.iter().map(|&id| key.scope(id)).collect())
+            }
         }
     }
 
     /// Slices of probability of this micro-batch: the global batch's, shuffled each step.
     fn strata(&self, step: u64, micro_batch: usize) -> Strata {
         let (size, total) = (self.share.micro_batch_size, self.share.global_batch());
-        let shuffled = Key::new(self.config.seed, Purpose::Stratification).step(step).permutation(total as u64);
+        let shuffled = Key::new(self.config.seed, Purpose::Stratification)
+            .step(step)
+            .permutation(total as u64);
         let first = self.share.block(micro_batch) * size;
         Strata { positions: shuffled[first..first + size].to_vec(), total: total as u64 }
     }
 
     /// Norm of each grain that this rank measures, over all stages, f32 scalars.
     fn norms_of_grains(&self, gradients: &[Vec<Tensor>], replica: &Replica<'_>) -> Vec<Tensor> {
-        let layouts = replica.buckets.iter().map(|bucket| bucket.pieces().iter().map(|piece| piece.layout()));
+        let layouts =
+            replica.buckets.iter().map(|bucket| bucket.pieces().iter().map(|piece| piece.layout()));
         let of_piece = |(layout, gradient): (Layout, &Tensor)| {
-            layout.grains().map(|grain| gradient.narrow(0, grain.start, grain.end - grain.start)).collect::<Vec<_>>()
+            layout
+                .grains()
+                .map(|grain| gradient.narrow(0, grain.start, grain.end - grain.start))
+                .collect::<Vec<_>>()
         };
-        let grains: Vec<Vec<Tensor>> = layouts.zip(gradients).flat_map(|(layouts, pieces)| layouts.zip(pieces).map(of_piece)).collect();
+        let grains: Vec<Vec<Tensor>> = layouts
+            .zip(gradients)
+            .flat_map(|(layouts, pieces)| layouts.zip(pieces).map(of_piece))
+            .collect();
         let nth = |grain: usize| grains.iter().map(move |grains| &grains[grain]);
-        (0..self.config.parallel.grains(self.share.micro_batches)).map(|grain| clip::global_norm(nth(grain))).collect()
+        (0..self.config.parallel.grains(self.share.micro_batches))
+            .map(|grain| clip::global_norm(nth(grain)))
+            .collect()
     }
 
-    /// All ranks' statistics in the order of the global batch, so that the sums do not depend on how many ranks shared it.
+    /// All ranks' statistics in the order of the global batch, so that the sums do not depend on
+    /// how many ranks shared it.
     fn merged(&self, tallies: &[Tally]) -> Statistics {
-        let in_order = self.share.places().map(|(rank, micro_batch)| tallies[rank].statistics[micro_batch].clone());
-        in_order.reduce(|merged, statistics| merged.merge(&statistics)).expect("a step has micro-batches")
+        let in_order = self
+            .share
+            .places()
+            .map(|(rank, micro_batch)| tallies[rank].statistics[micro_batch].clone());
+        in_order
+            .reduce(|merged, statistics| merged.merge(&statistics))
+            .expect("a step has micro-batches")
     }
 
     fn grad_norm(&self, tallies: &[Tally], replica: &Replica<'_>) -> f64 {
         let norms: Vec<&[f32]> = tallies.iter().map(|tally| &tally.norms[..]).collect();
-        let squares: f64 = replica.sharing.in_order(&norms).flat_map(|norms| norms.iter()).map(|norm| f64::from(*norm).powi(2)).sum();
+        let squares: f64 = replica
+            .sharing
+            .in_order(&norms)
+            .flat_map(|norms| norms.iter())
+            .map(|norm| f64::from(*norm).powi(2))
+            .sum();
         squares.sqrt()
     }
 
     /// What speaks against the step.
-    fn objection(&self, step: u64, seen: &Seen, batches: &[Batch], replica: &Replica<'_>, guard: &Guard) -> Result<Objection> {
+    fn objection(
+        &self,
+        step: u64,
+        seen: &Seen,
+        batches: &[Batch],
+        replica: &Replica<'_>,
+        guard: &Guard,
+    ) -> Result<Objection> {
         let Seen { statistics, grad_norm, tallies } = seen;
         if statistics.kept == 0.0 {
             let samples = self.share.global_batch();
-            return Ok(Objection::Skip(format!("the loss masks keep nothing of the global batch's {samples} samples")));
+            return Ok(Objection::Skip(format!(
+                "the loss masks keep nothing of the global batch's {samples} samples"
+            )));
         }
-        let TrainSettings { check_loss, on_non_finite, on_loss_spike, loss_spike_height, .. } = self.config.train;
-        let sound = tallies.iter().flat_map(|tally| &tally.statistics).all(|statistics| is_sound(statistics.loss));
+        let TrainSettings { check_loss, on_non_finite, on_loss_spike, loss_spike_height, .. } =
+            self.config.train;
+        let sound = tallies
+            .iter()
+            .flat_map(|tally| &tally.statistics)
+            .all(|statistics| is_sound(statistics.loss));
         if !grad_norm.is_finite() || (check_loss && !sound) {
             let Finding { rank, what } = diagnose(self, step, batches, replica)?;
             return match on_non_finite {
@@ -232,8 +321,16 @@ impl Stepper<'_> {
                 OnNonFinite::Skip => Ok(Objection::Skip(what)),
             };
         }
-        let Some(height) = guard.height(statistics.loss).filter(|height| *height > loss_spike_height) else { return Ok(Objection::None) };
-        let what = format!("the loss {:.4} stands {height:.1} deviations above the median {:.4}", statistics.loss, guard.median());
+        let Some(height) =
+            guard.height(statistics.loss).filter(|height| *height > loss_spike_height)
+        else {
+            return Ok(Objection::None);
+        };
+        let what = format!(
+            "the loss {:.4} stands {height:.1} deviations above the median {:.4}",
+            statistics.loss,
+            guard.median()
+        );
         match on_loss_spike {
             OnLossSpike::Ignore => Ok(Objection::None),
             OnLossSpike::Warn => Ok(Objection::Warn(what)),
@@ -243,14 +340,20 @@ impl Stepper<'_> {
     }
 
     fn refused(&self, step: u64, speaker: usize, what: &str) -> Error {
-        known_to_all(Error::NotFinite { step, what: format!("{what}; nothing was updated") }, speaker, self.collective)
+        known_to_all(
+            Error::NotFinite { step, what: format!("{what}; nothing was updated") },
+            speaker,
+            self.collective,
+        )
     }
 
     /// Leaves a step out, as long as the budget lasts; returns what to say of it.
     fn skip(&self, step: u64, why: String, guard: &mut Guard) -> Result<String> {
         let (skipped, budget) = (guard.skip(step), self.config.train.skip_budget);
         if skipped > budget {
-            let what = format!("{why}; {skipped} of the last {BUDGET_STEPS} steps would be skipped, train.skip_budget is {budget}");
+            let what = format!(
+                "{why}; {skipped} of the last {BUDGET_STEPS} steps would be skipped, train.skip_budget is {budget}"
+            );
             return Err(self.refused(step, 0, &what));
         }
         Ok(format!("{why}; {skipped} of the last {BUDGET_STEPS} steps skipped, {budget} may be"))

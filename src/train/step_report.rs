@@ -1,5 +1,6 @@
-//! What each rank tells all others in the one small collective that a step has: how its micro-batches fared, what it was asked,
-//! where its time went. So that every decision of a step is taken by all ranks on the same numbers.
+//! What each rank tells all others in the one small collective that a step has: how its
+//! micro-batches fared, what it was asked, where its time went. So that every decision of a step is
+//! taken by all ranks on the same numbers.
 
 use tch::{Device, Kind, Tensor};
 
@@ -9,7 +10,8 @@ use crate::error::{Error, Result};
 use crate::flow::Statistics;
 use crate::run::requests::Request;
 
-/// Phases whose seconds are compared between ranks: those in which a rank does not wait for another.
+/// Phases whose seconds are compared between ranks: those in which a rank does not wait for
+/// another.
 pub const OWN_PHASES: [&str; 3] = ["data", "forward", "backward"];
 
 /// The bits of an integer that an f32 holds exactly.
@@ -56,11 +58,17 @@ pub fn exchange(own: &Own<'_>, collective: &dyn Collective) -> Result<Vec<Tally>
     let device = own.statistics[0].device();
     let words = Tensor::from_slice(&own.words()).to_device(device);
     let norms: Vec<Tensor> = own.norms.iter().map(|norm| norm.to_device(device)).collect();
-    let row = Tensor::cat(&[Tensor::stack(own.statistics, 0).flatten(0, -1), Tensor::stack(&norms, 0), words], 0);
+    let row = Tensor::cat(
+        &[Tensor::stack(own.statistics, 0).flatten(0, -1), Tensor::stack(&norms, 0), words],
+        0,
+    );
     let all = Tensor::zeros([collective.world_size() as i64, row.size()[0]], (Kind::Float, device));
     collective.all_gather(vec![Sliced { owned: row, full: all.shallow_clone() }])?.wait()?;
     let all = Vec::<f32>::try_from(all.to_device(Device::Cpu).flatten(0, -1)).expect("f32 rows");
-    Ok(all.chunks(all.len() / collective.world_size()).map(|row| Tally::read(row, num_rows, width, num_norms)).collect())
+    Ok(all
+        .chunks(all.len() / collective.world_size())
+        .map(|row| Tally::read(row, num_rows, width, num_norms))
+        .collect())
 }
 
 impl Own<'_> {
@@ -68,7 +76,12 @@ impl Own<'_> {
         let seconds = self.seconds.map(|seconds| seconds as f32);
         let Issued { count, digest, .. } = self.issued;
         let issued = [count, digest].map(|number| (number & EXACT) as f32);
-        [&[self.request.number(), f32::from(self.saving), self.bad_samples as f32], &issued[..], &seconds[..]].concat()
+        [
+            &[self.request.number(), f32::from(self.saving), self.bad_samples as f32],
+            &issued[..],
+            &seconds[..],
+        ]
+        .concat()
     }
 }
 
@@ -95,11 +108,19 @@ impl Tally {
 /// # Errors
 /// [`Error::Desync`] naming the first rank that has not, on every rank.
 pub fn check_in_step(tallies: &[Tally], own: &Issued, collective: &dyn Collective) -> Result<()> {
-    let Some(other) = tallies.iter().position(|tally| tally.issued != tallies[0].issued) else { return Ok(()) };
+    let Some(other) = tallies.iter().position(|tally| tally.issued != tallies[0].issued) else {
+        return Ok(());
+    };
     let (first, found) = (tallies[0].issued.0, tallies[other].issued.0);
-    let numbers =
-        if first == found { format!("as many collectives, {found}, but others") } else { format!("{found} collectives, rank 0 {first}") };
-    let what = format!("ranks are out of step: rank {other} has begun {numbers}; the last of rank {}: {own}", collective.rank());
+    let numbers = if first == found {
+        format!("as many collectives, {found}, but others")
+    } else {
+        format!("{found} collectives, rank 0 {first}")
+    };
+    let what = format!(
+        "ranks are out of step: rank {other} has begun {numbers}; the last of rank {}: {own}",
+        collective.rank()
+    );
     Err(known_to_all(Error::Desync { what }, 0, collective))
 }
 
@@ -131,13 +152,23 @@ mod tests {
 
     #[test]
     fn every_rank_reads_what_each_said() {
-        let threads: Vec<_> = Threads::world(2).into_iter().map(|world| std::thread::spawn(move || told_by(world, 1))).collect();
-        for tallies in threads.into_iter().map(|thread| thread.join().expect("no panic").expect("both ranks are here")) {
+        let threads: Vec<_> = Threads::world(2)
+            .into_iter()
+            .map(|world| std::thread::spawn(move || told_by(world, 1)))
+            .collect();
+        for tallies in threads
+            .into_iter()
+            .map(|thread| thread.join().expect("no panic").expect("both ranks are here"))
+        {
             assert_eq!(tallies.iter().map(|tally| tally.norms[0]).collect::<Vec<_>>(), [0.5, 1.5]);
             assert_eq!(tallies[1].seconds, [0.0, 0.0, 3.0]);
             assert_eq!([tallies[0].issued, tallies[1].issued], [(7, 0), (7, 1)]);
-            let error = check_in_step(&tallies, &Issued::default(), &Solo).expect_err("digests differ");
-            assert!(error.to_string().contains("rank 1 has begun as many collectives, 7, but others"), "{error}");
+            let error =
+                check_in_step(&tallies, &Issued::default(), &Solo).expect_err("digests differ");
+            assert!(
+                error.to_string().contains("rank 1 has begun as many collectives, 7, but others"),
+                "{error}"
+            );
             assert!(check_in_step(&tallies[..1], &Issued::default(), &Solo).is_ok());
             assert_eq!((tallies[0].saving, tallies[1].saving, tallies[1].bad_samples), (0, 1, 3));
             assert_eq!((tallies[1].statistics.len(), tallies[1].statistics[1].loss), (2, 1.0));

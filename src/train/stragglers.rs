@@ -17,21 +17,26 @@ pub struct Stragglers {
 }
 
 impl Stragglers {
-    /// Takes a step in; after every 20th, a line for each rank and phase that takes more than `ratio` times the median rank's.
+    /// Takes a step in; after every 20th, a line for each rank and phase that takes more than
+    /// `ratio` times the median rank's.
     pub fn take(&mut self, tallies: &[Tally], ratio: f64) -> Vec<String> {
         self.steps.push(tallies.iter().map(|tally| tally.seconds).collect());
         if self.steps.len() < STEPS {
             return Vec::new();
         }
         let steps = std::mem::take(&mut self.steps);
-        let seconds = |rank: usize, phase: usize| median(steps.iter().map(|step| step[rank][phase]));
-        let total = |rank: usize| (0..OWN_PHASES.len()).map(|phase| seconds(rank, phase)).sum::<f64>();
+        let seconds =
+            |rank: usize, phase: usize| median(steps.iter().map(|step| step[rank][phase]));
+        let total =
+            |rank: usize| (0..OWN_PHASES.len()).map(|phase| seconds(rank, phase)).sum::<f64>();
         let step = median((0..tallies.len()).map(total));
         let mut lines = Vec::new();
         for (phase, word) in OWN_PHASES.iter().enumerate() {
             let of_ranks: Vec<f64> = (0..tallies.len()).map(|rank| seconds(rank, phase)).collect();
             let usual = median(of_ranks.iter().copied());
-            let slow = |own: f64| own > ratio * usual && own - usual > LEAST_SECONDS.max(LEAST_SHARE * step);
+            let slow = |own: f64| {
+                own > ratio * usual && own - usual > LEAST_SECONDS.max(LEAST_SHARE * step)
+            };
             lines.extend(of_ranks.iter().enumerate().filter(|(_, own)| slow(**own)).map(|(rank, own)| {
                 let times = if usual > 0.0 { format!(", {:.1} times", own / usual) } else { String::new() };
                 format!("straggler: rank {rank} takes {own:.3} s a step in {word}, the median rank {usual:.3} s{times}")
@@ -55,7 +60,15 @@ mod tests {
 
     fn tally(data: f64, backward: f64) -> Tally {
         let seconds = [data, 0.1, backward];
-        Tally { statistics: Vec::new(), norms: Vec::new(), request: Request::Nothing, seconds, saving: 0, bad_samples: 0, issued: (0, 0) }
+        Tally {
+            statistics: Vec::new(),
+            norms: Vec::new(),
+            request: Request::Nothing,
+            seconds,
+            saving: 0,
+            bad_samples: 0,
+            issued: (0, 0),
+        }
     }
 
     /// What is said after 20 steps of ranks like these.
@@ -70,9 +83,19 @@ mod tests {
     #[test]
     fn a_rank_that_holds_the_others_up_is_named_with_its_phase() {
         let ranks = [tally(0.0, 0.2), tally(0.3, 0.2), tally(0.001, 0.2)];
-        assert_eq!(lines(&ranks), ["straggler: rank 1 takes 0.300 s a step in data, the median rank 0.001 s, 300.0 times"]);
+        assert_eq!(
+            lines(&ranks),
+            [
+                "straggler: rank 1 takes 0.300 s a step in data, the median rank 0.001 s, 300.0 times"
+            ]
+        );
         let two = [tally(0.0, 0.2), tally(0.0, 0.4)];
-        assert_eq!(lines(&two), ["straggler: rank 1 takes 0.400 s a step in backward, the median rank 0.200 s, 2.0 times"]);
+        assert_eq!(
+            lines(&two),
+            [
+                "straggler: rank 1 takes 0.400 s a step in backward, the median rank 0.200 s, 2.0 times"
+            ]
+        );
     }
 
     #[test]

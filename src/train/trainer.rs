@@ -54,7 +54,13 @@ impl<'c> Trainer<'c> {
     /// To the last step, or to where it is asked to stop.
     pub fn run(&mut self, requests: &Requests, telemetry: &Telemetry) -> Result<Ending> {
         let (dataset, order) = (Arc::clone(&self.dataset), self.order.clone());
-        let mut loader = Loader::start(dataset, order, self.share, self.manifest.step, self.config.data.prefetch)?;
+        let mut loader = Loader::start(
+            dataset,
+            order,
+            self.share,
+            self.manifest.step,
+            self.config.data.prefetch,
+        )?;
         let mut progress = telemetry.progress(self.config.max_steps, self.manifest.step);
         let mut throughput = Throughput::new(THROUGHPUT_STEPS);
         throughput.record(0.0);
@@ -62,10 +68,16 @@ impl<'c> Trainer<'c> {
             let began = Instant::now();
             let update = self.step(requests, &mut loader, telemetry)?;
             self.manifest.step += 1;
-            self.manifest.lr = if update.skipped.is_none() { Some(update.lr) } else { self.manifest.lr };
+            self.manifest.lr =
+                if update.skipped.is_none() { Some(update.lr) } else { self.manifest.lr };
             self.manifest.samples_seen += self.manifest.global_batch_size;
             throughput.record(self.manifest.global_batch_size as f64);
-            let line = self.record(&update, began.elapsed().as_secs_f64(), throughput.per_second(), telemetry);
+            let line = self.record(
+                &update,
+                began.elapsed().as_secs_f64(),
+                throughput.per_second(),
+                telemetry,
+            );
             progress.advance(self.manifest.step, &line);
             let states: Vec<u8> = update.tallies.iter().map(|tally| tally.saving).collect();
             self.saver.advance(&states, self.collective)?;
@@ -73,18 +85,31 @@ impl<'c> Trainer<'c> {
             self.settle(request, requests)?;
             if request == Request::Stop && self.manifest.step < self.config.max_steps {
                 self.saver.finish(self.collective)?;
-                tracing::info!("stopped after step {}, as was asked; --resume latest goes on", self.manifest.step);
+                tracing::info!(
+                    "stopped after step {}, as was asked; --resume latest goes on",
+                    self.manifest.step
+                );
                 return Ok(Ending::Stopped);
             }
         }
         self.saver.finish(self.collective)?;
-        if !checkpoint::is_checkpoint(&self.folder.path().join(checkpoint::folder_name(self.manifest.step))) {
-            tracing::info!("step {} has no checkpoint: checkpoint.save_last = false", self.manifest.step);
+        if !checkpoint::is_checkpoint(
+            &self.folder.path().join(checkpoint::folder_name(self.manifest.step)),
+        ) {
+            tracing::info!(
+                "step {} has no checkpoint: checkpoint.save_last = false",
+                self.manifest.step
+            );
         }
         Ok(Ending::Done)
     }
 
-    fn step(&mut self, requests: &Requests, loader: &mut Loader, telemetry: &Telemetry) -> Result<Update> {
+    fn step(
+        &mut self,
+        requests: &Requests,
+        loader: &mut Loader,
+        telemetry: &Telemetry,
+    ) -> Result<Update> {
         let step = self.manifest.step + 1;
         pulse::begin_step(step);
         let stepper = Stepper {
@@ -96,11 +121,21 @@ impl<'c> Trainer<'c> {
             requests,
             saver: &self.saver,
         };
-        let update = stepper.step(step, loader, &mut self.replica, &mut self.optimizer_state, &mut self.manifest.guard);
-        // A step that was refused for its numbers was refused by all ranks alike, perhaps because of their latents.
+        let update = stepper.step(
+            step,
+            loader,
+            &mut self.replica,
+            &mut self.optimizer_state,
+            &mut self.manifest.guard,
+        );
+        // A step that was refused for its numbers was refused by all ranks alike, perhaps because
+        // of their latents.
         if step == 1 && update.as_ref().err().is_none_or(|error| error.exit_code() == NUMERIC) {
             let warning = latents::warning(loader.first_latents(), self.collective)?;
-            warning.iter().filter(|_| telemetry.speaks_for_the_run()).for_each(|what| tracing::warn!("step 1: {what}"));
+            warning
+                .iter()
+                .filter(|_| telemetry.speaks_for_the_run())
+                .for_each(|what| tracing::warn!("step 1: {what}"));
         }
         let update = update.map_err(|error| self.refused(error))?;
         self.count_bad_samples(&update.tallies)?;
@@ -111,16 +146,20 @@ impl<'c> Trainer<'c> {
     fn count_bad_samples(&mut self, tallies: &[Tally]) -> Result<()> {
         let met = tallies.iter().map(|tally| tally.bad_samples as u64).sum();
         let epoch = self.order.epoch_of(self.manifest.step);
-        let (count, samples) = (self.manifest.guard.bad_samples(epoch, met), self.dataset.num_samples());
+        let (count, samples) =
+            (self.manifest.guard.bad_samples(epoch, met), self.dataset.num_samples());
         let allowed = (self.config.data.bad_share * samples as f64).ceil() as u64;
         if count <= allowed {
             return Ok(());
         }
-        let what = format!("{count} samples of epoch {epoch} are not finite; data.bad_share allows {allowed} of {samples}");
+        let what = format!(
+            "{count} samples of epoch {epoch} are not finite; data.bad_share allows {allowed} of {samples}"
+        );
         Err(known_to_all(Error::data(self.dataset.path(), what), 0, self.collective))
     }
 
-    /// After a step that all ranks refused alike: lets a save that is under way come to its end, and says where the run stands.
+    /// After a step that all ranks refused alike: lets a save that is under way come to its end,
+    /// and says where the run stands.
     fn refused(&mut self, error: Error) -> Error {
         if error.exit_code() != NUMERIC {
             return error;
@@ -130,7 +169,9 @@ impl<'c> Trainer<'c> {
         }
         match (error, checkpoint::list(self.folder.path())) {
             (Error::NotFinite { step, what }, Ok(list)) => {
-                let last = list.last().map_or("none was saved".into(), |(_, path)| path.display().to_string());
+                let last = list
+                    .last()
+                    .map_or("none was saved".into(), |(_, path)| path.display().to_string());
                 Error::NotFinite { step, what: format!("{what}; last checkpoint: {last}") }
             }
             (error, _) => error,
@@ -151,7 +192,13 @@ impl<'c> Trainer<'c> {
     }
 
     /// Logs what the policies ask for; returns the text beside the progress bar.
-    fn record(&mut self, update: &Update, seconds: f64, samples_per_second: Option<f64>, telemetry: &Telemetry) -> String {
+    fn record(
+        &mut self,
+        update: &Update,
+        seconds: f64,
+        samples_per_second: Option<f64>,
+        telemetry: &Telemetry,
+    ) -> String {
         let metrics = StepMetrics::new(
             update,
             metrics::Progress {
@@ -164,17 +211,29 @@ impl<'c> Trainer<'c> {
             },
         );
         self.metrics.append(&metrics);
-        let stragglers = self.stragglers.take(&update.tallies, self.config.watchdog.straggler_ratio);
-        let skipped = update.skipped.iter().map(|why| format!("step {} was skipped: {why}", self.manifest.step));
+        let stragglers =
+            self.stragglers.take(&update.tallies, self.config.watchdog.straggler_ratio);
+        let skipped = update
+            .skipped
+            .iter()
+            .map(|why| format!("step {} was skipped: {why}", self.manifest.step));
         let bad: usize = update.tallies.iter().map(|tally| tally.bad_samples).sum();
-        let bad = (bad > 0).then(|| format!("step {}: {bad} samples are not finite and were skipped", self.manifest.step));
-        let warned = update.warning.iter().map(|what| format!("step {}: {what}", self.manifest.step));
+        let bad = (bad > 0).then(|| {
+            format!("step {}: {bad} samples are not finite and were skipped", self.manifest.step)
+        });
+        let warned =
+            update.warning.iter().map(|what| format!("step {}: {what}", self.manifest.step));
         if telemetry.speaks_for_the_run() {
-            skipped.chain(warned).chain(bad).chain(stragglers).for_each(|line| tracing::warn!("{line}"));
+            skipped
+                .chain(warned)
+                .chain(bad)
+                .chain(stragglers)
+                .for_each(|line| tracing::warn!("{line}"));
         }
         let flow = self.pipeline.settings();
         // The first step is due as well: the reference, which counts from 0, logs it.
-        let due = |interval: u64| self.manifest.step == 1 || self.manifest.step.is_multiple_of(interval);
+        let due =
+            |interval: u64| self.manifest.step == 1 || self.manifest.step.is_multiple_of(interval);
         if self.debug || due(flow.log_interval) {
             for line in flow_report::detailed(metrics.facts(), &update.statistics, flow).lines() {
                 tracing::info!("{line}");
@@ -194,8 +253,12 @@ impl<'c> Trainer<'c> {
 
     fn save(&mut self) -> Result<()> {
         self.metrics.sync();
-        let saved =
-            Saved { manifest: &self.manifest, replica: &self.replica, optimizer: &*self.config.optimizer, state: &self.optimizer_state };
+        let saved = Saved {
+            manifest: &self.manifest,
+            replica: &self.replica,
+            optimizer: &*self.config.optimizer,
+            state: &self.optimizer_state,
+        };
         self.saver.begin(&saved, self.collective)
     }
 }

@@ -1,7 +1,9 @@
-//! Beats: small datagrams beside all collectives, from every rank to rank 0, which answers with where the others stand.
+//! Beats: small datagrams beside all collectives, from every rank to rank 0, which answers with
+//! where the others stand.
 //!
-//! Rank 0 hears all, because a beat a second from a thousand ranks is little for one socket. A lost datagram costs nothing:
-//! the next one says it all again. A datagram that does not carry the run's token is somebody else's and is dropped.
+//! Rank 0 hears all, because a beat a second from a thousand ranks is little for one socket. A lost
+//! datagram costs nothing: the next one says it all again. A datagram that does not carry the run's
+//! token is somebody else's and is dropped.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs, UdpSocket};
@@ -13,7 +15,8 @@ use crate::error::{Error, Result};
 use crate::phase::Phase;
 use crate::pulse::{self, Pulse};
 
-/// Ranks that an answer names at most, those that are furthest behind first: it must fit into one datagram.
+/// Ranks that an answer names at most, those that are furthest behind first: it must fit into one
+/// datagram.
 const NAMED: usize = 12;
 
 /// Largest datagram that is read.
@@ -43,7 +46,11 @@ impl Meeting {
 
     /// Addresses of rank 0 that this process may reach, each once.
     fn addresses_at(&self, port: u16) -> Vec<SocketAddr> {
-        let named = (self.host.as_str(), port).to_socket_addrs().into_iter().flatten().filter(SocketAddr::is_ipv4);
+        let named = (self.host.as_str(), port)
+            .to_socket_addrs()
+            .into_iter()
+            .flatten()
+            .filter(SocketAddr::is_ipv4);
         let numbered = self.addresses.iter().map(|address| SocketAddr::new(*address, port));
         let mut all: Vec<SocketAddr> = numbered.chain(named).collect();
         if self.host != pulse::host() {
@@ -122,9 +129,20 @@ impl Moment {
     }
 
     /// `None` for a phase that this program does not know.
-    fn standing(&self, rank: usize, host: &str, silence: Duration, since: Duration) -> Option<Standing> {
+    fn standing(
+        &self,
+        rank: usize,
+        host: &str,
+        silence: Duration,
+        since: Duration,
+    ) -> Option<Standing> {
         let age = Duration::from_millis(self.age) + since;
-        let pulse = Pulse { step: self.step, phase: Phase::numbered(self.phase)?, collectives: self.collectives, age };
+        let pulse = Pulse {
+            step: self.step,
+            phase: Phase::numbered(self.phase)?,
+            collectives: self.collectives,
+            age,
+        };
         Some(Standing { rank, host: host.into(), pulse, silence, reading: self.reading.clone() })
     }
 }
@@ -149,7 +167,8 @@ impl Line {
         let socket = open()?;
         let port = socket.local_addr().map_err(cannot_open)?.port();
         let interfaces = if_addrs::get_if_addrs().unwrap_or_default();
-        let addresses = interfaces.iter().map(if_addrs::Interface::ip).filter(IpAddr::is_ipv4).collect();
+        let addresses =
+            interfaces.iter().map(if_addrs::Interface::ip).filter(IpAddr::is_ipv4).collect();
         let meeting = Meeting { host: pulse::host(), addresses, port, token, desk: 0 };
         Ok((Line::Hub(Hub { socket, token, world_size, heard: BTreeMap::new() }), meeting))
     }
@@ -162,7 +181,14 @@ impl Line {
         let hubs = meeting.addresses_at(meeting.port);
         let answered = Instant::now();
         let last = Roll { hub_host: meeting.host.clone(), ..Roll::default() };
-        Ok(Line::Spoke(Spoke { socket: open()?, token: meeting.token, hubs, chosen: None, answered, last }))
+        Ok(Line::Spoke(Spoke {
+            socket: open()?,
+            token: meeting.token,
+            hubs,
+            chosen: None,
+            answered,
+            last,
+        }))
     }
 
     /// Tells where this rank stands and takes in what has come since; never waits.
@@ -188,7 +214,8 @@ pub fn cannot_open(error: std::io::Error) -> Error {
 fn arrived<T: for<'d> Deserialize<'d>>(socket: &UdpSocket) -> Vec<(T, SocketAddr)> {
     let mut buffer = [0; LARGEST];
     let mut all = Vec::new();
-    // An error that is not "nothing there" is the echo of a datagram that nobody took: as good as nothing.
+    // An error that is not "nothing there" is the echo of a datagram that nobody took: as good as
+    // nothing.
     while let Ok((bytes, sender)) = socket.recv_from(&mut buffer) {
         all.extend(serde_json::from_slice(&buffer[..bytes]).ok().map(|message| (message, sender)));
     }
@@ -273,14 +300,20 @@ impl Spoke {
         for (answer, sender) in arrived::<Answer>(&self.socket) {
             if answer.token == self.token {
                 (self.chosen, self.answered) = (Some(sender), Instant::now());
-                self.last = Roll { hub_host: std::mem::take(&mut self.last.hub_host), ..read(answer) };
+                self.last =
+                    Roll { hub_host: std::mem::take(&mut self.last.hub_host), ..read(answer) };
             }
         }
         let silence = self.answered.elapsed();
         if silence > Self::LOST {
             self.chosen = None;
         }
-        let beat = Beat { token: self.token, rank: pulse::place().0, host: pulse::host(), moment: Moment::own(now) };
+        let beat = Beat {
+            token: self.token,
+            rank: pulse::place().0,
+            host: pulse::host(),
+            moment: Moment::own(now),
+        };
         let all = if self.chosen.is_some() { &[][..] } else { &self.hubs[..] };
         self.chosen.iter().chain(all).for_each(|hub| send(&self.socket, &beat, *hub));
         Roll { still: self.last.still.map(|still| still + silence), silence, ..self.last.clone() }
@@ -306,12 +339,20 @@ mod tests {
     #[test]
     fn who_does_not_know_the_runs_token_or_is_no_rank_of_it_is_not_heard() {
         let Ok((Line::Hub(mut hub), meeting)) = Line::hub(3, 7) else { panic!("no socket") };
-        let (stranger, address) = (open().expect("a socket"), SocketAddr::from((Ipv4Addr::LOCALHOST, meeting.port)));
+        let (stranger, address) =
+            (open().expect("a socket"), SocketAddr::from((Ipv4Addr::LOCALHOST, meeting.port)));
         let now = Pulse { step: 4, phase: Phase::Reduce, collectives: 1, age: Duration::ZERO };
-        let beat = |token, rank| send(&stranger, &Beat { token, rank, host: "h".into(), moment: Moment::own(&now) }, address);
+        let beat = |token, rank| {
+            send(
+                &stranger,
+                &Beat { token, rank, host: "h".into(), moment: Moment::own(&now) },
+                address,
+            )
+        };
         beat(8, 1);
         beat(7, 3);
-        // What is sent over the loopback comes in order, so the first two have been met when the last one has.
+        // What is sent over the loopback comes in order, so the first two have been met when the
+        // last one has.
         beat(7, 2);
         let began = Instant::now();
         while !hub.heard.contains_key(&2) {

@@ -1,8 +1,9 @@
 //! Ends a run that stands still, and says whom it waits for.
 //!
-//! Each rank has a thread that watches its own pulse and beats to rank 0 outside of all collectives (`beats.rs`). Where nobody
-//! moves for longer than the phase may take (`settings.rs`), it says who is missing (`verdict.rs`) and ends the world. It
-//! never trusts that waiting collectives return, that a launcher notices, or that a clock ran while the process was stopped.
+//! Each rank has a thread that watches its own pulse and beats to rank 0 outside of all collectives
+//! (`beats.rs`). Where nobody moves for longer than the phase may take (`settings.rs`), it says who
+//! is missing (`verdict.rs`) and ends the world. It never trusts that waiting collectives return,
+//! that a launcher notices, or that a clock ran while the process was stopped.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -81,7 +82,8 @@ impl Watchdog {
             return Ok(());
         }
         if rank == 0 {
-            let (hub, mut meeting) = Line::hub(world_size, RandomState::new().hash_one(std::process::id()))?;
+            let (hub, mut meeting) =
+                Line::hub(world_size, RandomState::new().hash_one(std::process::id()))?;
             // Before the others know of it: one that never comes is missed by name.
             *lock(&self.shared.line) = Some(hub);
             meeting.desk = word::open_desk(world_size, meeting.token())?;
@@ -89,7 +91,8 @@ impl Watchdog {
             return broadcast_text(world, &meeting, 0).map(drop);
         }
         let meeting = broadcast_text(world, "", 0)?;
-        let meeting: Meeting = serde_json::from_str(&meeting).expect("rank 0 sent where it can be met");
+        let meeting: Meeting =
+            serde_json::from_str(&meeting).expect("rank 0 sent where it can be met");
         word::ask_at(&meeting);
         let mut spoke = Line::spoke(&meeting)?;
         // At once: a rank that stops within its first second is missed by host, too.
@@ -99,8 +102,8 @@ impl Watchdog {
     }
 }
 
-/// Time in which a pulse did not move, as far as this thread was awake to see it: a process that was stopped, or a machine
-/// that slept, does not make up for it all at once.
+/// Time in which a pulse did not move, as far as this thread was awake to see it: a process that
+/// was stopped, or a machine that slept, does not make up for it all at once.
 struct Stillness {
     seen: Pulse,
     still: Duration,
@@ -135,7 +138,9 @@ impl Steps {
         }
         match self.last {
             Some((before, _)) if before == step => return,
-            Some((before, when)) => self.seconds.push_back(when.elapsed().as_secs_f64() / step.saturating_sub(before).max(1) as f64),
+            Some((before, when)) => self.seconds.push_back(
+                when.elapsed().as_secs_f64() / step.saturating_sub(before).max(1) as f64,
+            ),
             None => (),
         }
         self.last = Some((step, Instant::now()));
@@ -163,7 +168,8 @@ fn watch(shared: &Shared) {
         let still = stillness.look(now, interval);
         let roll = lock(&shared.line).as_mut().map(|line| line.beat(&now)).unwrap_or_default();
         let (first_step, last_save) = (pulse::first_step(), pulse::last_save().as_secs_f64());
-        let limit = settings.limit(&now, Pace { first_step, step_median: steps.median(), last_save });
+        let limit =
+            settings.limit(&now, Pace { first_step, step_median: steps.median(), last_save });
         let (rank, world_size) = pulse::place();
         // Somebody else may still be at work that this rank waits for.
         let nobody_moves = roll.still.is_none_or(|others| others > limit);
@@ -174,7 +180,18 @@ fn watch(shared: &Shared) {
                 // This was its turn.
                 failure::ask_nobody();
             }
-            end(&Witness { rank, world_size, host: &host, now: &now, still, quiet: quiet(interval), reading }, &roll);
+            end(
+                &Witness {
+                    rank,
+                    world_size,
+                    host: &host,
+                    now: &now,
+                    still,
+                    quiet: quiet(interval),
+                    reading,
+                },
+                &roll,
+            );
         }
     }
 }
@@ -184,8 +201,8 @@ fn quiet(interval: Duration) -> Duration {
     5 * interval
 }
 
-/// How much later than rank 0 a rank speaks, so that one of them does: rank 0, which knows most, or where it is gone one of
-/// the next. A world that is being ended takes a second or two to be gone.
+/// How much later than rank 0 a rank speaks, so that one of them does: rank 0, which knows most, or
+/// where it is gone one of the next. A world that is being ended takes a second or two to be gone.
 fn turn(rank: usize, hub_is_gone: bool) -> Duration {
     let doublings = (usize::BITS - rank.leading_zeros()).saturating_sub(1);
     match rank {
@@ -236,7 +253,11 @@ mod tests {
     #[test]
     fn rank_0_speaks_first_and_no_rank_waits_for_long() {
         assert_eq!(turn(0, false), Duration::ZERO);
-        assert!(turn(1, true) > Duration::ZERO && turn(1, true) < turn(2, true) && turn(4095, true) < Duration::from_secs(30));
+        assert!(
+            turn(1, true) > Duration::ZERO
+                && turn(1, true) < turn(2, true)
+                && turn(4095, true) < Duration::from_secs(30)
+        );
         assert_eq!(turn(1, false), turn(7, false), "rank 0 is there to speak");
     }
 
@@ -245,7 +266,8 @@ mod tests {
         let (mut hub, meeting) = Line::hub(3, 7).unwrap();
         let mut spoke = Line::spoke(&meeting).unwrap();
         let began = Instant::now();
-        // The spoke of this process says that it is rank 0 as well, so the hub hears itself; rank 1 and 2 stay unknown.
+        // The spoke of this process says that it is rank 0 as well, so the hub hears itself; rank 1
+        // and 2 stay unknown.
         let roll = loop {
             spoke.beat(&at(4, 0.0));
             let heard = hub.beat(&at(5, 0.0));

@@ -42,15 +42,40 @@ impl Default for WatchdogSettings {
 
 impl Settings for WatchdogSettings {
     fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.flag("enabled", &mut self.enabled, "End the run when no rank moves for longer than its phase may take.");
-        let mut seconds = |name: &str, field: &mut f64, doc: &str| keys.number(name, field, 0.1..=1e6, doc);
-        seconds("init_seconds", &mut self.init_seconds, "Launch, joining the world, opening data, loading parameters.");
-        seconds("first_step_seconds", &mut self.first_step_seconds, "The first step of a start, which warms everything up.");
-        seconds("step_seconds", &mut self.step_seconds, "Every other step; the next key raises it where steps are long.");
-        seconds("step_medians", &mut self.step_medians, "A step may stand still for this many times the median of the last 50.");
+        keys.flag(
+            "enabled",
+            &mut self.enabled,
+            "End the run when no rank moves for longer than its phase may take.",
+        );
+        let mut seconds =
+            |name: &str, field: &mut f64, doc: &str| keys.number(name, field, 0.1..=1e6, doc);
+        seconds(
+            "init_seconds",
+            &mut self.init_seconds,
+            "Launch, joining the world, opening data, loading parameters.",
+        );
+        seconds(
+            "first_step_seconds",
+            &mut self.first_step_seconds,
+            "The first step of a start, which warms everything up.",
+        );
+        seconds(
+            "step_seconds",
+            &mut self.step_seconds,
+            "Every other step; the next key raises it where steps are long.",
+        );
+        seconds(
+            "step_medians",
+            &mut self.step_medians,
+            "A step may stand still for this many times the median of the last 50.",
+        );
         let save = "Comparing parameters, copying, writing and committing a checkpoint; the next key raises it where saves are long.";
         seconds("save_seconds", &mut self.save_seconds, save);
-        seconds("save_multiple", &mut self.save_multiple, "A save may stand still for this many times what the last one took in all.");
+        seconds(
+            "save_multiple",
+            &mut self.save_multiple,
+            "A save may stand still for this many times what the last one took in all.",
+        );
         seconds("report_seconds", &mut self.report_seconds, "Samples and report at the end.");
         seconds("finalize_seconds", &mut self.finalize_seconds, "Taking leave of the other ranks.");
         let ratio = "A rank whose phase takes this many times the median rank's over 20 steps is reported as a straggler.";
@@ -65,7 +90,8 @@ impl Settings for WatchdogSettings {
 pub struct Pace {
     /// The step that it began with; 0 before it.
     pub first_step: u64,
-    /// Median of the last steps, in seconds; zero before anyone beside them has seen one: they may be too short.
+    /// Median of the last steps, in seconds; zero before anyone beside them has seen one: they may
+    /// be too short.
     pub step_median: f64,
     /// What the last save took, in seconds; zero before it.
     pub last_save: f64,
@@ -76,38 +102,58 @@ impl WatchdogSettings {
     pub fn limit(&self, pulse: &Pulse, pace: Pace) -> Duration {
         let seconds = match pulse.phase {
             Phase::Launch | Phase::Connect | Phase::Bootstrap | Phase::Open => self.init_seconds,
-            Phase::Read | Phase::Data | Phase::Forward | Phase::Backward | Phase::Reduce | Phase::Optimizer | Phase::Diagnose => {
-                match pulse.step > pace.first_step {
-                    true => self.step_seconds.max(self.step_medians * pace.step_median),
-                    false => self.first_step_seconds,
-                }
-            }
-            Phase::Compare | Phase::Snapshot | Phase::Write | Phase::Sync | Phase::Commit | Phase::Prune | Phase::Save => {
-                self.save_seconds.max(self.save_multiple * pace.last_save)
-            }
+            Phase::Read
+            | Phase::Data
+            | Phase::Forward
+            | Phase::Backward
+            | Phase::Reduce
+            | Phase::Optimizer
+            | Phase::Diagnose => match pulse.step > pace.first_step {
+                true => self.step_seconds.max(self.step_medians * pace.step_median),
+                false => self.first_step_seconds,
+            },
+            Phase::Compare
+            | Phase::Snapshot
+            | Phase::Write
+            | Phase::Sync
+            | Phase::Commit
+            | Phase::Prune
+            | Phase::Save => self.save_seconds.max(self.save_multiple * pace.last_save),
             Phase::Report => self.report_seconds,
             Phase::Finalize => self.finalize_seconds,
         };
         Duration::from_secs_f64(seconds)
     }
 
-    /// How long ranks wait for each other to meet: a little less than the watchdog, since they know better who is missing.
+    /// How long ranks wait for each other to meet: a little less than the watchdog, since they know
+    /// better who is missing.
     pub fn meeting_patience(&self) -> Duration {
         Duration::from_secs_f64(0.9 * self.init_seconds)
     }
 
-    /// How long one operation between ranks may take that the watchdog does not end: twice what any phase may.
+    /// How long one operation between ranks may take that the watchdog does not end: twice what any
+    /// phase may.
     pub fn operation_patience(&self) -> Duration {
         Duration::from_secs_f64(2.0 * self.limits().into_iter().fold(0.0, f64::max))
     }
 
     fn limits(&self) -> [f64; 6] {
-        [self.init_seconds, self.first_step_seconds, self.step_seconds, self.save_seconds, self.report_seconds, self.finalize_seconds]
+        [
+            self.init_seconds,
+            self.first_step_seconds,
+            self.step_seconds,
+            self.save_seconds,
+            self.report_seconds,
+            self.finalize_seconds,
+        ]
     }
 
-    /// Time between two beats: ten fit into the shortest limit, and one a second is enough for the longest.
+    /// Time between two beats: ten fit into the shortest limit, and one a second is enough for the
+    /// longest.
     pub fn beat_interval(&self) -> Duration {
-        Duration::from_secs_f64((self.limits().into_iter().fold(f64::INFINITY, f64::min) / 10.0).clamp(0.01, 1.0))
+        Duration::from_secs_f64(
+            (self.limits().into_iter().fold(f64::INFINITY, f64::min) / 10.0).clamp(0.01, 1.0),
+        )
     }
 }
 
@@ -117,14 +163,20 @@ mod tests {
 
     fn limit(phase: Phase, step: u64, step_median: f64, last_save: f64) -> f64 {
         let pulse = Pulse { step, phase, collectives: 0, age: Duration::ZERO };
-        WatchdogSettings::default().limit(&pulse, Pace { first_step: 100, step_median, last_save }).as_secs_f64()
+        WatchdogSettings::default()
+            .limit(&pulse, Pace { first_step: 100, step_median, last_save })
+            .as_secs_f64()
     }
 
     #[test]
     fn each_phase_has_its_limit_and_long_steps_and_saves_raise_theirs() {
         assert_eq!(limit(Phase::Connect, 0, 0.0, 0.0), 300.0);
         assert_eq!(limit(Phase::Forward, 100, 0.0, 0.0), 300.0, "the first step of a start");
-        assert_eq!(limit(Phase::Forward, 101, 0.0, 0.0), 60.0, "nobody has seen how long steps take");
+        assert_eq!(
+            limit(Phase::Forward, 101, 0.0, 0.0),
+            60.0,
+            "nobody has seen how long steps take"
+        );
         assert_eq!(limit(Phase::Forward, 101, 0.2, 0.0), 60.0);
         assert_eq!(limit(Phase::Reduce, 101, 20.0, 100.0), 200.0);
         assert_eq!(limit(Phase::Save, 101, 0.2, 0.0), 600.0);

@@ -37,20 +37,36 @@ impl Witness<'_> {
     /// What to say of a run that stands still.
     pub fn verdict(&self, roll: &Roll) -> Verdict {
         let still = format!("no progress for {:.1} s", self.still.as_secs_f64());
-        let said = |(code, name): (i32, &'static str), what: String| Verdict { code, name, what: format!("{still}; {what}") };
+        let said = |(code, name): (i32, &'static str), what: String| Verdict {
+            code,
+            name,
+            what: format!("{still}; {what}"),
+        };
         if self.world_size <= 1 {
             return Verdict { code: HANG.0, name: HANG.1, what: still + &reading(&self.reading) };
         }
         if self.rank > 0 && roll.silence > self.quiet {
             let cause = if roll.hub_host == self.host { HANG } else { COMM };
-            return said(cause, format!("missing: 0 (host {}, silent for {:.1} s)", roll.hub_host, roll.silence.as_secs_f64()));
+            return said(
+                cause,
+                format!(
+                    "missing: 0 (host {}, silent for {:.1} s)",
+                    roll.hub_host,
+                    roll.silence.as_secs_f64()
+                ),
+            );
         }
-        let missing: Vec<&Standing> = roll.standings.iter().filter(|standing| self.lacks(standing, roll)).collect();
+        let missing: Vec<&Standing> =
+            roll.standings.iter().filter(|standing| self.lacks(standing, roll)).collect();
         if let Some(host) = self.lost_host(roll) {
             // Who is heard of may be behind only for waiting on those.
-            let silent: Vec<&Standing> = missing.into_iter().filter(|standing| standing.silence > self.quiet).collect();
+            let silent: Vec<&Standing> =
+                missing.into_iter().filter(|standing| standing.silence > self.quiet).collect();
             let (arrived, silent) = (self.arrived(roll, &silent), named(&silent, roll, self.quiet));
-            return said(COMM, format!("host {host} is silent: node or link lost; {arrived}missing: {silent}"));
+            return said(
+                COMM,
+                format!("host {host} is silent: node or link lost; {arrived}missing: {silent}"),
+            );
         }
         let arrived = self.arrived(roll, &missing);
         if roll.standings.is_empty() && roll.unknown.is_empty() {
@@ -64,11 +80,18 @@ impl Witness<'_> {
         said(cause, format!("{arrived}missing: {}", named(&missing, roll, self.quiet)))
     }
 
-    /// Whether a rank is silent, or behind the foremost: which says nothing where others never came, whom it may wait for.
+    /// Whether a rank is silent, or behind the foremost: which says nothing where others never
+    /// came, whom it may wait for.
     fn lacks(&self, standing: &Standing, roll: &Roll) -> bool {
         let place = |pulse: &Pulse| (pulse.step, pulse.collectives);
-        let front = roll.standings.iter().map(|standing| place(&standing.pulse)).chain([place(self.now)]).max();
-        (roll.unknown.is_empty() && Some(place(&standing.pulse)) < front) || standing.silence > self.quiet
+        let front = roll
+            .standings
+            .iter()
+            .map(|standing| place(&standing.pulse))
+            .chain([place(self.now)])
+            .max();
+        (roll.unknown.is_empty() && Some(place(&standing.pulse)) < front)
+            || standing.silence > self.quiet
     }
 
     /// Only rank 0 hears of everybody.
@@ -77,14 +100,24 @@ impl Witness<'_> {
             return String::new();
         }
         let gone = |rank: &usize| missing.iter().any(|standing| standing.rank == *rank);
-        let ranks: Vec<usize> = roll.standings.iter().map(|standing| standing.rank).filter(|rank| !gone(rank)).collect();
+        let ranks: Vec<usize> = roll
+            .standings
+            .iter()
+            .map(|standing| standing.rank)
+            .filter(|rank| !gone(rank))
+            .collect();
         format!("arrived: {}; ", spans(&ranks))
     }
 
     /// Another machine of which no rank is heard any more.
     fn lost_host<'r>(&self, roll: &'r Roll) -> Option<&'r str> {
         let others = roll.standings.iter().filter(|standing| standing.host != self.host);
-        let silent = |host: &str| roll.standings.iter().filter(|other| other.host == host).all(|other| other.silence > self.quiet);
+        let silent = |host: &str| {
+            roll.standings
+                .iter()
+                .filter(|other| other.host == host)
+                .all(|other| other.silence > self.quiet)
+        };
         others.map(|standing| standing.host.as_str()).find(|host| silent(host))
     }
 }
@@ -116,11 +149,25 @@ mod tests {
     }
 
     fn standing(rank: usize, host: &str, pulse: Pulse, silence: u64) -> Standing {
-        Standing { rank, host: host.into(), pulse, silence: Duration::from_secs(silence), reading: None }
+        Standing {
+            rank,
+            host: host.into(),
+            pulse,
+            silence: Duration::from_secs(silence),
+            reading: None,
+        }
     }
 
     fn judged(rank: usize, now: Pulse, roll: &Roll) -> (i32, String) {
-        let witness = Witness { rank, world_size: 4, host: "a", now: &now, still: Duration::from_secs(3), quiet: QUIET, reading: None };
+        let witness = Witness {
+            rank,
+            world_size: 4,
+            host: "a",
+            now: &now,
+            still: Duration::from_secs(3),
+            quiet: QUIET,
+            reading: None,
+        };
         let verdict = witness.verdict(roll);
         (verdict.code, verdict.what)
     }
@@ -128,14 +175,19 @@ mod tests {
     #[test]
     fn the_rank_that_is_behind_is_named_with_its_place() {
         let waiting = at(10, Phase::Reduce, 7, 3);
-        let mut standings: Vec<Standing> = (0..4).map(|rank| standing(rank, "a", waiting, 0)).collect();
+        let mut standings: Vec<Standing> =
+            (0..4).map(|rank| standing(rank, "a", waiting, 0)).collect();
         standings[1].pulse = at(10, Phase::Backward, 4, 3);
         let roll = Roll { standings: standings.clone(), ..Roll::default() };
         let text = "no progress for 3.0 s; arrived: 0 2-3; missing: 1 (host a, step 10 phase backward#4, there for 3.0 s)";
         assert_eq!(judged(0, waiting, &roll), (21, text.into()));
         standings[1].silence = Duration::from_secs(5);
         let roll = Roll { standings, ..Roll::default() };
-        assert!(judged(0, waiting, &roll).1.ends_with("missing: 1 (host a, step 10 phase backward#4, last heard 5.0 s ago)"));
+        assert!(
+            judged(0, waiting, &roll)
+                .1
+                .ends_with("missing: 1 (host a, step 10 phase backward#4, last heard 5.0 s ago)")
+        );
         let (code, text) = judged(2, waiting, &roll);
         assert!(code == 21 && !text.contains("arrived"), "{text}");
     }
@@ -145,12 +197,30 @@ mod tests {
         let waiting = at(10, Phase::Reduce, 7, 3);
         // Rank 1 waits for a rank of its own node, which waits for the other node.
         let place = |rank: usize| if rank == 1 { at(10, Phase::Reduce, 8, 3) } else { waiting };
-        let standings =
-            (0..4).map(|rank| standing(rank, if rank < 2 { "a" } else { "b" }, place(rank), if rank < 2 { 0 } else { 4 })).collect();
+        let standings = (0..4)
+            .map(|rank| {
+                standing(
+                    rank,
+                    if rank < 2 { "a" } else { "b" },
+                    place(rank),
+                    if rank < 2 { 0 } else { 4 },
+                )
+            })
+            .collect();
         let (code, text) = judged(0, waiting, &Roll { standings, ..Roll::default() });
-        assert!(code == 22 && text.contains("host b is silent: node or link lost; arrived: 0-1; missing: 2 (host b"), "{text}");
-        let lost = Roll { silence: Duration::from_secs(4), hub_host: "b".into(), ..Roll::default() };
-        assert_eq!(judged(2, waiting, &lost), (22, "no progress for 3.0 s; missing: 0 (host b, silent for 4.0 s)".into()));
+        assert!(
+            code == 22
+                && text.contains(
+                    "host b is silent: node or link lost; arrived: 0-1; missing: 2 (host b"
+                ),
+            "{text}"
+        );
+        let lost =
+            Roll { silence: Duration::from_secs(4), hub_host: "b".into(), ..Roll::default() };
+        assert_eq!(
+            judged(2, waiting, &lost),
+            (22, "no progress for 3.0 s; missing: 0 (host b, silent for 4.0 s)".into())
+        );
     }
 
     #[test]
@@ -158,7 +228,10 @@ mod tests {
         let joining = at(0, Phase::Bootstrap, 1, 3);
         let standings = [0, 2, 3].map(|rank| standing(rank, "a", joining, 0)).to_vec();
         let roll = Roll { standings, unknown: vec![1], ..Roll::default() };
-        assert_eq!(judged(0, joining, &roll), (22, "no progress for 3.0 s; arrived: 0 2-3; missing: 1 (never heard of)".into()));
+        assert_eq!(
+            judged(0, joining, &roll),
+            (22, "no progress for 3.0 s; arrived: 0 2-3; missing: 1 (never heard of)".into())
+        );
     }
 
     #[test]
@@ -166,6 +239,9 @@ mod tests {
         let waiting = at(10, Phase::Reduce, 7, 3);
         let standings = (0..4).map(|rank| standing(rank, "a", waiting, 0)).collect();
         let (code, text) = judged(0, waiting, &Roll { standings, ..Roll::default() });
-        assert_eq!((code, text.as_str()), (21, "no progress for 3.0 s; all ranks stand at the same place"));
+        assert_eq!(
+            (code, text.as_str()),
+            (21, "no progress for 3.0 s; all ranks stand at the same place")
+        );
     }
 }

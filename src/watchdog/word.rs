@@ -1,7 +1,9 @@
-//! Rank 0's desk, at which failing ranks ask for the word beside all collectives, so that one of them says why the run ends.
+//! Rank 0's desk, at which failing ranks ask for the word beside all collectives, so that one of
+//! them says why the run ends.
 //!
-//! A thread of rank 0 answers, which nothing else keeps busy, so that an answer comes whatever the ranks' own threads do. Only
-//! where rank 0 is stopped, dead or cut off does none come; then ranks take turns by their number.
+//! A thread of rank 0 answers, which nothing else keeps busy, so that an answer comes whatever the
+//! ranks' own threads do. Only where rank 0 is stopped, dead or cut off does none come; then ranks
+//! take turns by their number.
 
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::thread::Builder;
@@ -14,7 +16,8 @@ use crate::error::{Error, Result};
 use crate::failure;
 use crate::pulse;
 
-/// Time for which rank 0 is asked, and between two questions: a datagram may be lost, and a busy machine wakes a thread late.
+/// Time for which rank 0 is asked, and between two questions: a datagram may be lost, and a busy
+/// machine wakes a thread late.
 const PATIENCE: Duration = Duration::from_secs(5);
 const INTERVAL: Duration = Duration::from_millis(250);
 
@@ -33,8 +36,8 @@ struct Word {
     speaker: usize,
 }
 
-/// Opens rank 0's desk, for the rest of the process; returns its port. A wish that does not carry the token, or is of no rank
-/// of the run, is somebody else's and gets no answer.
+/// Opens rank 0's desk, for the rest of the process; returns its port. A wish that does not carry
+/// the token, or is of no rank of the run, is somebody else's and gets no answer.
 ///
 /// # Errors
 /// [`Error::Environment`] if no socket can be opened or no thread started.
@@ -55,24 +58,33 @@ pub fn open_desk(world_size: usize, token: u64) -> Result<u16> {
 fn answer(socket: &UdpSocket, world_size: usize, token: u64) {
     let Some((wish, sender)) = receive::<Wish>(socket) else { return };
     if wish.token == token && wish.rank < world_size {
-        send(socket, &Word { token, speaker: failure::give_word(wish.rank, wish.instead_of) }, sender);
+        send(
+            socket,
+            &Word { token, speaker: failure::give_word(wish.rank, wish.instead_of) },
+            sender,
+        );
     }
 }
 
 /// From now on this rank asks at the desk of the meeting.
 pub fn ask_at(meeting: &Meeting) {
     let (desks, token) = (meeting.desks(), meeting.token());
-    failure::ask_by(move |instead_of| ask(&desks, &Wish { token, rank: pulse::place().0, instead_of }));
+    failure::ask_by(move |instead_of| {
+        ask(&desks, &Wish { token, rank: pulse::place().0, instead_of })
+    });
 }
 
 fn ask(desks: &[SocketAddr], wish: &Wish) -> Option<usize> {
-    // A socket of its own for each wish, so that no late answer to another one is taken for its own.
+    // A socket of its own for each wish, so that no late answer to another one is taken for its
+    // own.
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).ok()?;
     socket.set_read_timeout(Some(INTERVAL)).ok()?;
     let began = Instant::now();
     while began.elapsed() < PATIENCE {
         desks.iter().for_each(|desk| send(&socket, wish, *desk));
-        if let Some((word, _)) = receive::<Word>(&socket).filter(|(word, _)| word.token == wish.token) {
+        if let Some((word, _)) =
+            receive::<Word>(&socket).filter(|(word, _)| word.token == wish.token)
+        {
             return Some(word.speaker);
         }
     }
@@ -103,8 +115,15 @@ mod tests {
         let wish = |rank: usize, token: u64| Wish { token, rank, instead_of: None };
         let threads = [3, 1, 2].map(|rank| std::thread::spawn(move || ask(&desks, &wish(rank, 7))));
         let heard = threads.map(|thread| thread.join().unwrap().unwrap());
-        assert!(heard.iter().all(|speaker| *speaker == heard[0] && [1, 2, 3].contains(speaker)), "{heard:?}");
-        assert_eq!(ask(&desks, &Wish { instead_of: Some(heard[0]), ..wish(9, 7) }), Some(9), "rank 9 takes over");
+        assert!(
+            heard.iter().all(|speaker| *speaker == heard[0] && [1, 2, 3].contains(speaker)),
+            "{heard:?}"
+        );
+        assert_eq!(
+            ask(&desks, &Wish { instead_of: Some(heard[0]), ..wish(9, 7) }),
+            Some(9),
+            "rank 9 takes over"
+        );
         let stranger = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         stranger.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
         send(&stranger, &wish(1, 8), desks[0]);

@@ -1,8 +1,9 @@
 //! One side of `all_reduce.sh`: how long an all-reduce of f32 takes between the ranks of `mpirun`.
 //!
-//! `all_reduce BYTES REPEATS [LAUNCH]` prints one line of seconds, one number a repeat; `BYTES` below 4096 are timed in batches,
-//! and over MPI beside its own all-reduce. `LAUNCH` is that of `fm-dist train --launch`. Without any of these, as `cargo bench`
-//! starts it, without a launcher, two threads of this process are the ranks.
+//! `all_reduce BYTES REPEATS [LAUNCH]` prints one line of seconds, one number a repeat; `BYTES`
+//! below 4096 are timed in batches, and over MPI beside its own all-reduce. `LAUNCH` is that of
+//! `fm-dist train --launch`. Without any of these, as `cargo bench` starts it, without a launcher,
+//! two threads of this process are the ranks.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,7 +20,8 @@ const SMALL_BYTES: usize = 4096;
 const BETWEEN_THREADS: (usize, usize) = (64_000_000, 10);
 
 fn main() {
-    let arguments: Vec<usize> = std::env::args().skip(1).filter_map(|text| text.parse().ok()).collect();
+    let arguments: Vec<usize> =
+        std::env::args().skip(1).filter_map(|text| text.parse().ok()).collect();
     match arguments[..] {
         [] => between_threads(),
         [bytes, repeats] => between_processes(bytes, repeats),
@@ -33,16 +35,21 @@ fn between_threads() {
         tch::set_num_threads(1);
         measured(&rank, repeats, 1, all_reduce(&rank, bytes))
     };
-    let ranks: Vec<_> = Threads::world(2).into_iter().map(|each| thread::spawn(move || rank(each))).collect();
-    let seconds: Vec<Vec<f64>> = ranks.into_iter().map(|rank| rank.join().expect("sound peers")).collect();
-    println!("seconds of an all-reduce of {bytes} bytes between 2 threads; tests/bench/all_reduce.sh measures processes");
+    let ranks: Vec<_> =
+        Threads::world(2).into_iter().map(|each| thread::spawn(move || rank(each))).collect();
+    let seconds: Vec<Vec<f64>> =
+        ranks.into_iter().map(|rank| rank.join().expect("sound peers")).collect();
+    println!(
+        "seconds of an all-reduce of {bytes} bytes between 2 threads; tests/bench/all_reduce.sh measures processes"
+    );
     println!("threads {}", texts(&seconds[0]));
 }
 
 fn between_processes(bytes: usize, repeats: usize) {
     let launch = std::env::args().nth(3).and_then(|text| text.parse().ok()).unwrap_or(Launch::Auto);
     tch::set_num_threads(1);
-    let world = collective::connect(launch, Duration::from_secs(60)).expect("a launcher put this process among others");
+    let world = collective::connect(launch, Duration::from_secs(60))
+        .expect("a launcher put this process among others");
     let batch = if bytes < SMALL_BYTES { BATCH } else { 1 };
     let ours = all_reduce(&*world, bytes);
     let seconds = measured(&*world, repeats, batch, ours);
@@ -61,18 +68,31 @@ fn between_processes(bytes: usize, repeats: usize) {
 fn all_reduce(world: &dyn Collective, bytes: usize) -> impl FnMut() + '_ {
     let buffer = Tensor::zeros([bytes as i64 / 4], (Kind::Float, Device::Cpu));
     move || {
-        let work = world.all_reduce(vec![buffer.shallow_clone()], ReduceOp::Sum).expect("a sound call");
+        let work =
+            world.all_reduce(vec![buffer.shallow_clone()], ReduceOp::Sum).expect("a sound call");
         work.wait().expect("sound peers");
     }
 }
 
 fn library_all_reduce(bytes: usize) -> impl FnMut() {
     let (sent, mut received) = (vec![0f32; bytes / 4], vec![0f32; bytes / 4]);
-    move || SimpleCommunicator::world().all_reduce_into(&sent[..], &mut received[..], SystemOperation::sum())
+    move || {
+        SimpleCommunicator::world().all_reduce_into(
+            &sent[..],
+            &mut received[..],
+            SystemOperation::sum(),
+        )
+    }
 }
 
-/// Seconds of one operation in each repeat, from a moment when all ranks are ready; the first one is a rehearsal.
-fn measured(world: &dyn Collective, repeats: usize, batch: usize, mut operation: impl FnMut()) -> Vec<f64> {
+/// Seconds of one operation in each repeat, from a moment when all ranks are ready; the first one
+/// is a rehearsal.
+fn measured(
+    world: &dyn Collective,
+    repeats: usize,
+    batch: usize,
+    mut operation: impl FnMut(),
+) -> Vec<f64> {
     let mut repeat = || {
         world.barrier().expect("sound peers");
         let began = Instant::now();

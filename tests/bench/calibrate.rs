@@ -1,8 +1,9 @@
-//! One half of `scaling.sh`: what a core of this machine does a second, as constants of `fm-dist check --cluster`.
+//! One half of `scaling.sh`: what a core of this machine does a second, as constants of `fm-dist
+//! check --cluster`.
 //!
-//! `mpirun -n CORES calibrate REPEATS` prints a `[cluster.cpu<CORES>]` for `clusters.toml`. Every rank, of one thread, does the same at
-//! the same time, so that what cores share is shared; each number is the median of rank 0's repeats. Nothing here knows
-//! what a model's step takes.
+//! `mpirun -n CORES calibrate REPEATS` prints a `[cluster.cpu<CORES>]` for `clusters.toml`. Every
+//! rank, of one thread, does the same at the same time, so that what cores share is shared; each
+//! number is the median of rank 0's repeats. Nothing here knows what a model's step takes.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -50,20 +51,29 @@ impl Bench<'_> {
     fn product_rate(&self, kind: Kind) -> f64 {
         let [rows, inputs, outputs] = PRODUCT;
         let (x, weight) = (random(&[rows, inputs], kind), random(&[outputs, inputs], kind));
-        (2 * rows * inputs * outputs) as f64 / self.seconds(|| drop(black_box(by_hand::linear(&x, &weight, None))))
+        (2 * rows * inputs * outputs) as f64
+            / self.seconds(|| drop(black_box(by_hand::linear(&x, &weight, None))))
     }
 
     fn attention_rate(&self, kind: Kind) -> f64 {
         let [samples, heads, tokens, width] = ATTENTION;
-        let [query, key, value] = std::array::from_fn(|_| random(&[samples, tokens, heads, width], kind));
+        let [query, key, value] =
+            std::array::from_fn(|_| random(&[samples, tokens, heads, width], kind));
         let attend = || attend(&query, &key, &value, None);
-        (4 * samples * heads * tokens * tokens * width) as f64 / self.seconds(|| drop(black_box(attend())))
+        (4 * samples * heads * tokens * tokens * width) as f64
+            / self.seconds(|| drop(black_box(attend())))
     }
 
-    /// Operators as they stand between products: each reads what the one before left and another tensor, and what it writes is kept.
+    /// Operators as they stand between products: each reads what the one before left and another
+    /// tensor, and what it writes is kept.
     fn memory_rate(&self) -> f64 {
-        let (first, other) = (random(&[ACTIVATION], Kind::Float), random(&[ACTIVATION], Kind::Float));
-        let chain = || std::iter::successors(Some(first.shallow_clone()), |last| Some(last * &other)).take(1 + KEPT).collect::<Vec<_>>();
+        let (first, other) =
+            (random(&[ACTIVATION], Kind::Float), random(&[ACTIVATION], Kind::Float));
+        let chain = || {
+            std::iter::successors(Some(first.shallow_clone()), |last| Some(last * &other))
+                .take(1 + KEPT)
+                .collect::<Vec<_>>()
+        };
         (KEPT as i64 * 3 * 4 * ACTIVATION) as f64 / self.seconds(|| drop(black_box(chain())))
     }
 
@@ -75,20 +85,37 @@ impl Bench<'_> {
         let decayed = [(0, BLOCK)];
         let mut update = || {
             let (params, state) = (&mut params, &mut state);
-            adamw.update(Slice { params, gradient: &gradient, gradient_factor: 1.0, state, computed: None, decayed: &decayed }, 1e-4, 10)
+            adamw.update(
+                Slice {
+                    params,
+                    gradient: &gradient,
+                    gradient_factor: 1.0,
+                    state,
+                    computed: None,
+                    decayed: &decayed,
+                },
+                1e-4,
+                10,
+            )
         };
         ((4 + 3) * 4 * BLOCK) as f64 / self.seconds(&mut update)
     }
 
     /// An operator on next to nothing, with its node of the graph.
     fn launch_seconds(&self) -> f64 {
-        let (a, b) = (random(&[16], Kind::Float).set_requires_grad(true), random(&[16], Kind::Float));
+        let (a, b) =
+            (random(&[16], Kind::Float).set_requires_grad(true), random(&[16], Kind::Float));
         self.seconds(|| (0..BATCH).for_each(|_| drop(black_box(&a * &b)))) / BATCH as f64
     }
 
     fn all_reduce_seconds(&self, elements: i64, count: usize) -> f64 {
         let buffer = Tensor::zeros([elements], (Kind::Float, Device::Cpu));
-        let all_reduce = || self.world.all_reduce(vec![buffer.shallow_clone()], ReduceOp::Sum).expect("a sound call").wait();
+        let all_reduce = || {
+            self.world
+                .all_reduce(vec![buffer.shallow_clone()], ReduceOp::Sum)
+                .expect("a sound call")
+                .wait()
+        };
         self.seconds(|| (0..count).for_each(|_| all_reduce().expect("sound peers"))) / count as f64
     }
 }
@@ -98,19 +125,25 @@ fn random(size: &[i64], kind: Kind) -> Tensor {
 }
 
 fn main() {
-    let repeats = std::env::args().skip(1).find_map(|text| text.parse().ok()).expect("usage: calibrate REPEATS");
+    let repeats = std::env::args()
+        .skip(1)
+        .find_map(|text| text.parse().ok())
+        .expect("usage: calibrate REPEATS");
     // As a rank of one thread sets itself up.
     tch::set_num_threads(1);
     libtorch::share_memory_among_threads();
     libtorch::keep_freed_memory();
-    let world = collective::connect(Launch::Auto, Duration::from_secs(60)).expect("a launcher put this process among others");
+    let world = collective::connect(Launch::Auto, Duration::from_secs(60))
+        .expect("a launcher put this process among others");
     let (bench, cores) = (Bench { world: &*world, repeats }, world.world_size());
     let rates = |kind| (bench.product_rate(kind), bench.attention_rate(kind));
     let (float32, bfloat16) = (rates(Kind::Float), rates(Kind::BFloat16));
-    let (memory, update, launch) = (bench.memory_rate(), bench.update_rate(), bench.launch_seconds());
+    let (memory, update, launch) =
+        (bench.memory_rate(), bench.update_rate(), bench.launch_seconds());
     let message = bench.all_reduce_seconds(1, BATCH);
-    // What a large all-reduce takes beside its messages is passes over its bytes: to every other rank a copy out, a sum and a copy
-    // in of a shard, and one copy more; see `memory_seconds` in `src/plan/prediction/links.rs`.
+    // What a large all-reduce takes beside its messages is passes over its bytes: to every other
+    // rank a copy out, a sum and a copy in of a shard, and one copy more; see `memory_seconds` in
+    // `src/plan/prediction/links.rs`.
     let others = (cores - 1) as f64;
     let passes = (3.0 * others + 1.0) * (4 * BLOCK) as f64 / cores as f64;
     let pass = passes / (bench.all_reduce_seconds(BLOCK, 1) - 2.0 * others * message);
@@ -119,7 +152,10 @@ fn main() {
         println!("[cluster.cpu{cores}]");
         println!("about = \"one machine of {cores} cores, which ranks share\"");
         println!("workers = {cores}");
-        println!("memory = {memory:.3e} # {KEPT} products of two tensors of {} MiB, each kept", ACTIVATION >> 18);
+        println!(
+            "memory = {memory:.3e} # {KEPT} products of two tensors of {} MiB, each kept",
+            ACTIVATION >> 18
+        );
         println!("update = {update:.3e} # AdamW on {} MiB of parameters", BLOCK >> 18);
         println!("launch = {launch:.3e} # product of 16 elements with its node of the graph");
         println!("message = {message:.3e} # all-reduce of one element");

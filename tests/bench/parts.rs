@@ -1,4 +1,5 @@
-//! Parts of a step by themselves, on one thread: `cargo bench --bench parts`, or `-- adamw`, `-- loader`, `-- pipeline` for one.
+//! Parts of a step by themselves, on one thread: `cargo bench --bench parts`, or `-- adamw`, `--
+//! loader`, `-- pipeline` for one.
 //!
 //! `compare.sh data` and `compare.sh pipeline` run the last two in turns with the peer.
 
@@ -26,7 +27,9 @@ const KEY_SEED: u64 = 5;
 const BATCH: i64 = 4;
 
 fn normal(scope: u64, shape: &[i64]) -> Tensor {
-    Key::new(KEY_SEED, Purpose::Test).scope(scope).seeded(|| Tensor::randn(shape, (Kind::Float, Device::Cpu)))
+    Key::new(KEY_SEED, Purpose::Test)
+        .scope(scope)
+        .seeded(|| Tensor::randn(shape, (Kind::Float, Device::Cpu)))
 }
 
 /// A stage's parameters with what an update needs, and the weights that bfloat16 computes with.
@@ -43,7 +46,8 @@ fn adamw(criterion: &mut Criterion) {
     const SLICE: i64 = 5_925_000;
     let fresh = |scope| {
         let params = normal(scope, &[SLICE]);
-        let (gradient, computed) = (normal(scope + SLICES, &[SLICE]) * 1e-3, params.to_kind(Kind::BFloat16));
+        let (gradient, computed) =
+            (normal(scope + SLICES, &[SLICE]) * 1e-3, params.to_kind(Kind::BFloat16));
         Updated { gradient, state: [params.zeros_like(), params.zeros_like()], computed, params }
     };
     // Made when they are first asked for: a filter may leave these benchmarks out.
@@ -51,14 +55,28 @@ fn adamw(criterion: &mut Criterion) {
     let (mut slices, mut step) = (None, 0);
     let mut group = criterion.benchmark_group("adamw");
     group.sampling_mode(SamplingMode::Flat).throughput(Throughput::Elements(SLICES * SLICE as u64));
-    for (name, computes_in_bfloat16) in [("71M float32", false), ("71M float32 and bfloat16 weights", true)] {
+    for (name, computes_in_bfloat16) in
+        [("71M float32", false), ("71M float32 and bfloat16 weights", true)]
+    {
         group.bench_function(name, |bencher| {
             bencher.iter(|| {
                 step += 1;
-                let slices = slices.get_or_insert_with(|| (0..SLICES).map(fresh).collect::<Vec<_>>());
+                let slices =
+                    slices.get_or_insert_with(|| (0..SLICES).map(fresh).collect::<Vec<_>>());
                 for Updated { params, gradient, state, computed } in slices {
                     let computed = computes_in_bfloat16.then_some(computed);
-                    update.update(Slice { params, gradient, gradient_factor: 1.0, state, computed, decayed: &[(0, SLICE)] }, 1e-4, step);
+                    update.update(
+                        Slice {
+                            params,
+                            gradient,
+                            gradient_factor: 1.0,
+                            state,
+                            computed,
+                            decayed: &[(0, SLICE)],
+                        },
+                        1e-4,
+                        step,
+                    );
                 }
             })
         });
@@ -69,9 +87,17 @@ fn adamw(criterion: &mut Criterion) {
 /// Batches of cached latents and text as fast as they are asked for.
 fn loader(criterion: &mut Criterion) {
     let start = || {
-        let dataset = Arc::new(Dataset::open(cached_samples()).expect("the benchmark's own dataset"));
-        let order = Order::new(dataset.groups(), BATCH as usize, KEY_SEED).expect("more samples than a batch");
-        let share = Share { rank: 0, world_size: 1, micro_batches: 1, micro_batch_size: BATCH as usize, neighbours: false };
+        let dataset =
+            Arc::new(Dataset::open(cached_samples()).expect("the benchmark's own dataset"));
+        let order = Order::new(dataset.groups(), BATCH as usize, KEY_SEED)
+            .expect("more samples than a batch");
+        let share = Share {
+            rank: 0,
+            world_size: 1,
+            micro_batches: 1,
+            micro_batch_size: BATCH as usize,
+            neighbours: false,
+        };
         Loader::start(dataset, order, share, 0, 2).expect("a thread to read ahead")
     };
     let mut loader = None;
@@ -83,7 +109,8 @@ fn loader(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// Latents of 1024 x 1024 pixels in float16 and a text of 512 tokens in bfloat16, 4.3 MB a sample; written once.
+/// Latents of 1024 x 1024 pixels in float16 and a text of 512 tokens in bfloat16, 4.3 MB a sample;
+/// written once.
 fn cached_samples() -> PathBuf {
     const SAMPLES: i64 = 128;
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/bench/loader");
@@ -92,7 +119,9 @@ fn cached_samples() -> PathBuf {
         fs::create_dir_all(&unfinished).expect("target/ can be written to");
         let latents = normal(0, &[SAMPLES, 16, 64, 64]).to_kind(Kind::Half);
         let text = normal(1, &[SAMPLES, 512, 4096]).to_kind(Kind::BFloat16);
-        let file = BufWriter::new(File::create(unfinished.join("samples.safetensors")).expect("a new file"));
+        let file = BufWriter::new(
+            File::create(unfinished.join("samples.safetensors")).expect("a new file"),
+        );
         let mut file = HashingWriter::new(file);
         let tensors = [("image_latents", &latents), ("text_embeddings", &text)];
         safetensors::write(&mut file, &tensors, &BTreeMap::new()).expect("room on the disk");
@@ -110,8 +139,14 @@ fn cached_samples() -> PathBuf {
 
 /// A step of flow matching around a model that costs nothing, down to the numbers of the log.
 fn pipeline(criterion: &mut Criterion) {
-    let pipeline =
-        create_pipeline("flux", &Default::default(), FlowMatchingSettings::default(), Device::Cpu, Kind::Float).expect("a known adapter");
+    let pipeline = create_pipeline(
+        "flux",
+        &Default::default(),
+        FlowMatchingSettings::default(),
+        Device::Cpu,
+        Kind::Float,
+    )
+    .expect("a known adapter");
     let mut group = criterion.benchmark_group("pipeline");
     for (name, channels, side) in [("4x32x32", 4, 32), ("16x64x64", 16, 64)] {
         let tensors = [
@@ -120,16 +155,25 @@ fn pipeline(criterion: &mut Criterion) {
             ("pooled_prompt_embeds", normal(2, &[BATCH, 128])),
         ];
         let tensors = tensors.into_iter().map(|(key, tensor)| (key.to_string(), tensor)).collect();
-        let batch = Batch { tensors, data_type: DataType::Image, sample_ids: Vec::new(), bad_samples: 0 };
+        let batch =
+            Batch { tensors, data_type: DataType::Image, sample_ids: Vec::new(), bad_samples: 0 };
         let prediction = normal(3, &[BATCH, side * side / 4, channels * 4]).set_requires_grad(true);
-        let model =
-            |inputs: Activations| Ok(Activations::new().with("prediction", prediction.shallow_clone()).carrying_constants_of(&inputs));
+        let model = |inputs: Activations| {
+            Ok(Activations::new()
+                .with("prediction", prediction.shallow_clone())
+                .carrying_constants_of(&inputs))
+        };
         let mut step = 0;
         group.bench_function(name, |bencher| {
             bencher.iter(|| {
                 step += 1;
                 let stream = Stream::Batch(Key::new(KEY_SEED, Purpose::FlowMatching).step(step));
-                let options = StepOptions { global_step: step, collect_metrics: true, check_loss: false, strata: None };
+                let options = StepOptions {
+                    global_step: step,
+                    collect_metrics: true,
+                    check_loss: false,
+                    strata: None,
+                };
                 let output = pipeline.step(model, &batch, &stream, options).expect("a sound batch");
                 let row = output.statistics.as_ref().expect("metrics were asked for");
                 black_box(Statistics::from_row(&Vec::try_from(row).expect("a row of f32")));

@@ -1,4 +1,5 @@
-//! The hunt for an input that breaks a reader: mutated inputs, one after another, until the time is over or one is found.
+//! The hunt for an input that breaks a reader: mutated inputs, one after another, until the time is
+//! over or one is found.
 
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,7 +15,8 @@ use crate::mutation::{Dice, mutated};
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;
 
-/// What one input may cost: Rust's own allocations at their peak, and processor time. libtorch holds no more than the input.
+/// What one input may cost: Rust's own allocations at their peak, and processor time. libtorch
+/// holds no more than the input.
 const MOST_BYTES: usize = 64 << 20;
 const MOST_TIME: Duration = Duration::from_secs(1);
 /// Time on the clock, for what waits instead of computing; the machine may be busy with others.
@@ -29,7 +31,8 @@ pub struct Prey<'a> {
     pub sound: Vec<Vec<u8>>,
     /// Words of the format.
     pub words: &'a [&'a [u8]],
-    /// Makes lengths and hashes fit again, so that what lies behind them is reached; most inputs are dressed.
+    /// Makes lengths and hashes fit again, so that what lies behind them is reached; most inputs
+    /// are dressed.
     pub dress: &'a dyn Fn(Vec<u8>) -> Vec<u8>,
     /// The error is the message that a person would read.
     pub read: &'a dyn Fn(&[u8]) -> Result<(), String>,
@@ -102,7 +105,8 @@ fn nth_input(prey: &Prey<'_>, seed: u64, number: u64) -> Vec<u8> {
     }
 }
 
-/// Why the input is refused, or that it was taken; what is wrong where it was neither taken nor refused as it should be.
+/// Why the input is refused, or that it was taken; what is wrong where it was neither taken nor
+/// refused as it should be.
 fn attempt(prey: &Prey<'_>, bytes: &[u8], hunted: &mut Hunted) -> Result<Option<String>, String> {
     let (before, processor, clock) = (MEMORY.current_usage(), processor_time(), Instant::now());
     MEMORY.reset_peak_usage();
@@ -113,7 +117,10 @@ fn attempt(prey: &Prey<'_>, bytes: &[u8], hunted: &mut Hunted) -> Result<Option<
     hunted.most_bytes = hunted.most_bytes.max(peak);
     // Before what it costs: a backtrace costs more than any input may.
     let outcome = outcome.map_err(|panic| {
-        let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+        let text = panic
+            .downcast_ref::<String>()
+            .map(String::as_str)
+            .or(panic.downcast_ref::<&str>().copied());
         format!("it panics: {}", text.unwrap_or("without words"))
     })?;
     if took > MOST_TIME || waited > PATIENCE {
@@ -133,7 +140,9 @@ fn told_well(message: &str) -> Result<(), String> {
     let length = message.chars().count();
     match message.chars().find(|c| c.is_control()) {
         Some(control) => Err(format!("its message holds {control:?}: {message:?}")),
-        None if length > MOST_CHARS => Err(format!("its message has {length} characters: {:.200}…", message)),
+        None if length > MOST_CHARS => {
+            Err(format!("its message has {length} characters: {:.200}…", message))
+        }
         None => Ok(()),
     }
 }

@@ -2,7 +2,8 @@
 
 use fm_dist::rng::{Key, Purpose};
 
-/// Longest input that is made: the largest header and manifest that are read at all, and a little more.
+/// Longest input that is made: the largest header and manifest that are read at all, and a little
+/// more.
 const MAX_BYTES: usize = 17 << 20;
 
 /// Pieces that parsers trip over, besides those of the format itself.
@@ -63,7 +64,8 @@ const PIECES: &[&[u8]] = &[
 ];
 
 /// What is repeated to nest deeply.
-const NESTS: &[&[u8]] = &[b"[", b"{\"a\":", b"[{\"a\":", b"a.", b"{a=", b"[[a]]\n", b"[a.", b"(", b"\"", b"\\"];
+const NESTS: &[&[u8]] =
+    &[b"[", b"{\"a\":", b"[{\"a\":", b"a.", b"{a=", b"[[a]]\n", b"[a.", b"(", b"\"", b"\\"];
 
 /// One input's random numbers.
 pub struct Dice {
@@ -144,15 +146,27 @@ fn range(dice: &mut Dice, bytes: &[u8]) -> std::ops::Range<usize> {
 
 /// The first place from there on at which something begins.
 fn boundary(bytes: &[u8], place: usize) -> usize {
-    bytes[place..].iter().position(|byte| b",{[]}\n".contains(byte)).map_or(bytes.len(), |distance| place + distance)
+    bytes[place..]
+        .iter()
+        .position(|byte| b",{[]}\n".contains(byte))
+        .map_or(bytes.len(), |distance| place + distance)
 }
 
 /// Writes another number in the place of the next one.
 fn number(dice: &mut Dice, bytes: &mut Vec<u8>, place: usize) {
     let is_digit = |byte: &u8| byte.is_ascii_digit();
-    let Some(start) = bytes[place..].iter().position(is_digit).map(|distance| place + distance) else { return };
-    let end = bytes[start..].iter().position(|byte| !is_digit(byte)).map_or(bytes.len(), |length| start + length);
-    let now: u64 = std::str::from_utf8(&bytes[start..end]).ok().and_then(|text| text.parse().ok()).unwrap_or_default();
+    let Some(start) = bytes[place..].iter().position(is_digit).map(|distance| place + distance)
+    else {
+        return;
+    };
+    let end = bytes[start..]
+        .iter()
+        .position(|byte| !is_digit(byte))
+        .map_or(bytes.len(), |length| start + length);
+    let now: u64 = std::str::from_utf8(&bytes[start..end])
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or_default();
     let other = match dice.below(5) {
         0 => now.wrapping_add(1).to_string(),
         1 => now.wrapping_sub(1).to_string(),

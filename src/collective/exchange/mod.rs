@@ -1,13 +1,14 @@
 //! The collectives as messages from rank to rank: one algorithm, whatever carries the messages.
 //!
-//! `exchange/part.rs` says what becomes of a tensor, `exchange/operation.rs` walks through an operation's pieces,
-//! `exchange/queue.rs` keeps operations in order, `exchange/board.rs` places pieces in memory that ranks share, and
-//! `exchange/stretch.rs` has the addresses. A backend brings a [`Link`] and its [`Wire`]: what a communicator is, and how bytes
-//! travel.
+//! `exchange/part.rs` says what becomes of a tensor, `exchange/operation.rs` walks through an
+//! operation's pieces, `exchange/queue.rs` keeps operations in order, `exchange/board.rs` places
+//! pieces in memory that ranks share, and `exchange/stretch.rs` has the addresses. A backend brings
+//! a [`Link`] and its [`Wire`]: what a communicator is, and how bytes travel.
 //!
-//! Nothing travels until somebody waits: neither MPI nor a socket moves data by itself. So communication hides behind no
-//! computation here, and a thread that made it would gain nothing: it takes from the computation the core that it would
-//! have had (with two ranks on two cores, half of it). Works that are let go are carried out by the next wait.
+//! Nothing travels until somebody waits: neither MPI nor a socket moves data by itself. So
+//! communication hides behind no computation here, and a thread that made it would gain nothing: it
+//! takes from the computation the core that it would have had (with two ranks on two cores, half of
+//! it). Works that are let go are carried out by the next wait.
 
 mod board;
 mod operation;
@@ -44,15 +45,16 @@ impl Place {
     }
 }
 
-/// What carries the messages of one operation. Messages of one rank to another arrive in the order in which they left, and
-/// are received in that order; ranks count as the operation's communicator counts them.
+/// What carries the messages of one operation. Messages of one rank to another arrive in the order
+/// in which they left, and are received in that order; ranks count as the operation's communicator
+/// counts them.
 ///
-/// Whoever calls it keeps the memory of a stretch until the message was waited for, and neither writes what is sent nor
-/// touches what is received before.
+/// Whoever calls it keeps the memory of a stretch until the message was waited for, and neither
+/// writes what is sent nor touches what is received before.
 ///
 /// # Errors
-/// [`Error::Desync`] for a message of another operation, [`Error::Peer`] if a peer said that it failed,
-/// [`Error::Collective`] for everything else.
+/// [`Error::Desync`] for a message of another operation, [`Error::Peer`] if a peer said that it
+/// failed, [`Error::Collective`] for everything else.
 pub trait Wire {
     /// Messages that were started.
     type Messages: Default;
@@ -63,7 +65,8 @@ pub trait Wire {
     /// Starts to receive; the stretch is not empty.
     fn receive(&self, messages: &mut Self::Messages, stretch: Stretch, peer: usize) -> Result<()>;
 
-    /// Starts to tell a peer that something is done: what was written to shared memory before is seen by who hears of it.
+    /// Starts to tell a peer that something is done: what was written to shared memory before is
+    /// seen by who hears of it.
     fn tell(&self, messages: &mut Self::Messages, peer: usize) -> Result<()>;
 
     /// Starts to listen for what a peer tells.
@@ -157,9 +160,16 @@ impl<L: Link> Ranks<L> {
     }
 
     /// Queues an operation; the work carries it out, after those before it.
-    fn issue(&self, call: Call, signature: Signature, parts: Vec<Part>, tensors: Vec<Tensor>) -> Work {
+    fn issue(
+        &self,
+        call: Call,
+        signature: Signature,
+        parts: Vec<Part>,
+        tensors: Vec<Tensor>,
+    ) -> Work {
         let wire = self.link.wire(call, self.ledger.enter(signature));
-        let operation = Operation::new(self.link.place(), self.link.board().cloned(), wire, parts, tensors);
+        let operation =
+            Operation::new(self.link.place(), self.link.board().cloned(), wire, parts, tensors);
         let number = self.queue.borrow_mut().push(operation);
         let (queue, meter) = (self.queue.clone(), self.meter.clone());
         Work::new(move || meter.exposed(|| queue.borrow_mut().finish(call, number)))
@@ -167,14 +177,18 @@ impl<L: Link> Ranks<L> {
 
     /// Bytes of a piece on the way between these ranks.
     fn piece_bytes(&self) -> usize {
-        self.link.board().map_or_else(|| piece_bytes(self.link.place().world_size), |board| board.piece_bytes)
+        self.link
+            .board()
+            .map_or_else(|| piece_bytes(self.link.place().world_size), |board| board.piece_bytes)
     }
 
     fn part(&self, call: Call, pattern: Pattern, sliced: &Sliced) -> Result<Part> {
         call.check_slices(sliced, self.world_size())?;
         check_device(call, &sliced.full)?;
         Part::sliced(self.link.place(), self.piece_bytes(), pattern, &sliced.owned, &sliced.full)
-            .ok_or_else(|| call.error("owned is a view of full at another place than this rank's slice"))
+            .ok_or_else(|| {
+                call.error("owned is a view of full at another place than this rank's slice")
+            })
     }
 }
 
@@ -204,7 +218,12 @@ impl<L: Link> Collective for Ranks<L> {
         let part = |buffer: &Tensor| {
             call.check_buffer(buffer)?;
             check_device(call, buffer)?;
-            Ok(Part::whole(place, self.piece_bytes(), Pattern::all_reduce(op, buffer, place.world_size), buffer))
+            Ok(Part::whole(
+                place,
+                self.piece_bytes(),
+                Pattern::all_reduce(op, buffer, place.world_size),
+                buffer,
+            ))
         };
         let parts = buffers.iter().map(part).collect::<Result<_>>()?;
         Ok(self.issue(call, Signature::of("all_reduce", &buffers).by(op), parts, buffers))
@@ -212,14 +231,21 @@ impl<L: Link> Collective for Ranks<L> {
 
     fn reduce_scatter(&self, tensors: Vec<Sliced>, op: ReduceOp) -> Result<Work> {
         let call = Self::call("reduce_scatter");
-        let parts = tensors.iter().map(|sliced| self.part(call, Pattern::Owned(op), sliced)).collect::<Result<_>>()?;
-        let signature = Signature::of("reduce_scatter", tensors.iter().map(|sliced| &sliced.full)).by(op);
+        let parts = tensors
+            .iter()
+            .map(|sliced| self.part(call, Pattern::Owned(op), sliced))
+            .collect::<Result<_>>()?;
+        let signature =
+            Signature::of("reduce_scatter", tensors.iter().map(|sliced| &sliced.full)).by(op);
         Ok(self.issue(call, signature, parts, flat(tensors)))
     }
 
     fn all_gather(&self, tensors: Vec<Sliced>) -> Result<Work> {
         let call = Self::call("all_gather");
-        let parts = tensors.iter().map(|sliced| self.part(call, Pattern::Gathered, sliced)).collect::<Result<_>>()?;
+        let parts = tensors
+            .iter()
+            .map(|sliced| self.part(call, Pattern::Gathered, sliced))
+            .collect::<Result<_>>()?;
         let signature = Signature::of("all_gather", tensors.iter().map(|sliced| &sliced.full));
         Ok(self.issue(call, signature, parts, flat(tensors)))
     }
@@ -230,7 +256,12 @@ impl<L: Link> Collective for Ranks<L> {
         call.check_root(root, place.world_size)?;
         check_device(call, &buffer)?;
         let parts = vec![Part::whole(place, self.piece_bytes(), Pattern::From(root), &buffer)];
-        Ok(self.issue(call, Signature::of("broadcast", [&buffer]).rooted_at(root), parts, vec![buffer]))
+        Ok(self.issue(
+            call,
+            Signature::of("broadcast", [&buffer]).rooted_at(root),
+            parts,
+            vec![buffer],
+        ))
     }
 
     fn barrier(&self) -> Result<()> {
@@ -263,7 +294,9 @@ impl<L: Link> Collective for Ranks<L> {
 /// What one rank is told of another that is elsewhere: `theirs` and `ours` name operations.
 pub fn disagreement(peer: usize, theirs: &str, rank: usize, ours: &str) -> Error {
     let what = match theirs == ours {
-        true => format!("ranks disagree: rank {peer} is at {theirs} like rank {rank}, but came there by other operations"),
+        true => format!(
+            "ranks disagree: rank {peer} is at {theirs} like rank {rank}, but came there by other operations"
+        ),
         false => format!("ranks disagree: rank {peer} is at {theirs}, rank {rank} at {ours}"),
     };
     Error::Desync { what }

@@ -1,7 +1,8 @@
 //! One collective, carried out in rounds of pieces that fit into caches.
 //!
-//! MPI's own reductions sum in an order of the library's choice, know no bf16, and want whole buffers twice. Here a rank
-//! needs scratch memory of a few MiB besides its tensors, whatever their size, and sums land where they belong.
+//! MPI's own reductions sum in an order of the library's choice, know no bf16, and want whole
+//! buffers twice. Here a rank needs scratch memory of a few MiB besides its tensors, whatever their
+//! size, and sums land where they belong.
 
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -23,33 +24,56 @@ pub struct Operation<W> {
 }
 
 impl<W: Wire> Operation<W> {
-    /// Among the ranks of the communicator at `place`; `tensors` are those that the parts were made of.
-    pub fn new(place: Place, board: Option<Rc<Board>>, wire: W, parts: Vec<Part>, tensors: Vec<Tensor>) -> Self {
+    /// Among the ranks of the communicator at `place`; `tensors` are those that the parts were made
+    /// of.
+    pub fn new(
+        place: Place,
+        board: Option<Rc<Board>>,
+        wire: W,
+        parts: Vec<Part>,
+        tensors: Vec<Tensor>,
+    ) -> Self {
         Operation { place, wire, board, parts, tensors }
     }
 
     /// Carries the operation out together with the other ranks.
     ///
-    /// A round's pieces are under way while the round before is summed. Messages of one rank to another leave in the order
-    /// in which the other receives them: both walk through the same rounds.
+    /// A round's pieces are under way while the round before is summed. Messages of one rank to
+    /// another leave in the order in which the other receives them: both walk through the same
+    /// rounds.
     pub fn run(&self, scratch: &mut Option<Tensor>) -> Result<()> {
         let place = self.place;
         let bytes = self.scratch_bytes();
         let scratch = grown(scratch, WINDOW * place.world_size * bytes);
-        let room = |round: usize| Room { scratch, slot: round % WINDOW, bytes, world_size: place.world_size };
-        let road = |round: usize| Road { place, wire: &self.wire, board: self.board.as_deref(), room: room(round), round };
-        let (mut collecting, mut sharing) = (VecDeque::new(), VecDeque::new());
-        let mut settle = |(part, start, road, mut flight): (&Part, usize, Road<'_, W>, Flight<W>)| {
-            flight.wait(&self.wire)?;
-            part.settle(&road, start);
-            sharing.push_back(part.share(&road, start)?);
-            if sharing.len() > WINDOW {
-                sharing.pop_front().map_or(Ok(()), |mut flight: Flight<W>| flight.wait(&self.wire))
-            } else {
-                Ok(())
-            }
+        let room = |round: usize| Room {
+            scratch,
+            slot: round % WINDOW,
+            bytes,
+            world_size: place.world_size,
         };
-        let rounds = self.parts.iter().flat_map(|part| part.rounds().map(move |start| (part, start)));
+        let road = |round: usize| Road {
+            place,
+            wire: &self.wire,
+            board: self.board.as_deref(),
+            room: room(round),
+            round,
+        };
+        let (mut collecting, mut sharing) = (VecDeque::new(), VecDeque::new());
+        let mut settle =
+            |(part, start, road, mut flight): (&Part, usize, Road<'_, W>, Flight<W>)| {
+                flight.wait(&self.wire)?;
+                part.settle(&road, start);
+                sharing.push_back(part.share(&road, start)?);
+                if sharing.len() > WINDOW {
+                    sharing
+                        .pop_front()
+                        .map_or(Ok(()), |mut flight: Flight<W>| flight.wait(&self.wire))
+                } else {
+                    Ok(())
+                }
+            };
+        let rounds =
+            self.parts.iter().flat_map(|part| part.rounds().map(move |start| (part, start)));
         for (round, (part, start)) in rounds.enumerate() {
             let road = road(round);
             let flight = part.collect(&road, start)?;
@@ -77,5 +101,6 @@ impl<W: Wire> Operation<W> {
 /// The memory, made anew if it is too small.
 fn grown(scratch: &mut Option<Tensor>, bytes: usize) -> &Tensor {
     let kept = scratch.take().filter(|scratch| scratch.numel() >= bytes);
-    scratch.insert(kept.unwrap_or_else(|| Tensor::empty([bytes as i64], (Kind::Uint8, Device::Cpu))))
+    scratch
+        .insert(kept.unwrap_or_else(|| Tensor::empty([bytes as i64], (Kind::Uint8, Device::Cpu))))
 }

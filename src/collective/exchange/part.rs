@@ -1,5 +1,6 @@
-//! What becomes of one tensor in a collective, piece by piece: each slice has an owner that gets every peer's piece of it, sums
-//! them as the pairwise tree says while they are in cache, and hands the sum on.
+//! What becomes of one tensor in a collective, piece by piece: each slice has an owner that gets
+//! every peer's piece of it, sums them as the pairwise tree says while they are in cache, and hands
+//! the sum on.
 
 use tch::Tensor;
 
@@ -7,8 +8,8 @@ use super::super::ReduceOp;
 use super::{Board, Flight, Place, Stretch, Wire};
 use crate::error::Result;
 
-/// Largest piece. Over shared memory 128 KiB was the fastest for 256 MB between two ranks, by a few per cent over 64 and
-/// 256 KiB; by messages, 128 and 256 KiB were.
+/// Largest piece. Over shared memory 128 KiB was the fastest for 256 MB between two ranks, by a few
+/// per cent over 64 and 256 KiB; by messages, 128 and 256 KiB were.
 pub const PIECE_BYTES: usize = 128 << 10;
 
 /// Rounds whose pieces are received while an earlier one is summed.
@@ -17,7 +18,8 @@ pub const WINDOW: usize = 2;
 /// Most memory for pieces of peers; with many ranks, pieces become smaller instead.
 const SCRATCH_BYTES: usize = 4 << 20;
 
-/// Up to this size, over all ranks, each rank receives and sums everything: one trip instead of two.
+/// Up to this size, over all ranks, each rank receives and sums everything: one trip instead of
+/// two.
 const SMALL_BYTES: usize = 64 << 10;
 
 /// A slice begins at a multiple of this, where vectors and cache lines do.
@@ -32,12 +34,21 @@ pub fn piece_bytes(world_size: usize) -> usize {
 }
 
 /// The rank that sends to `rank`, and those that it sends to, in the binomial tree below `root`.
-fn tree(rank: usize, world_size: usize, root: usize) -> (Option<usize>, impl Iterator<Item = usize>) {
+fn tree(
+    rank: usize,
+    world_size: usize,
+    root: usize,
+) -> (Option<usize>, impl Iterator<Item = usize>) {
     let place = (rank + world_size - root) % world_size;
-    // The root sends to places 1, 2, 4, …; every other place hears from itself without its lowest bit.
-    let lowest = if place == 0 { world_size.next_power_of_two() } else { place & place.wrapping_neg() };
+    // The root sends to places 1, 2, 4, …; every other place hears from itself without its lowest
+    // bit.
+    let lowest =
+        if place == 0 { world_size.next_power_of_two() } else { place & place.wrapping_neg() };
     let rank_at = move |place: usize| (place + root) % world_size;
-    let children = (0..lowest.trailing_zeros()).rev().map(move |bit| place + (1 << bit)).filter(move |child| *child < world_size);
+    let children = (0..lowest.trailing_zeros())
+        .rev()
+        .map(move |bit| place + (1 << bit))
+        .filter(move |child| *child < world_size);
     ((place > 0).then(|| rank_at(place - lowest)), children.map(rank_at))
 }
 
@@ -60,7 +71,11 @@ impl Pattern {
     /// How a tensor of this size is reduced on every rank.
     pub fn all_reduce(op: ReduceOp, tensor: &Tensor, world_size: usize) -> Self {
         let bytes = tensor.numel() * tensor.kind().elt_size_in_bytes();
-        if bytes * world_size <= SMALL_BYTES { Pattern::Everywhere(op) } else { Pattern::Shared(op) }
+        if bytes * world_size <= SMALL_BYTES {
+            Pattern::Everywhere(op)
+        } else {
+            Pattern::Shared(op)
+        }
     }
 }
 
@@ -86,9 +101,12 @@ pub struct Road<'r, W> {
 }
 
 impl<W> Road<'_, W> {
-    /// Whether pieces of this pattern travel over the board. A broadcast has its tree, and small tensors one trip.
+    /// Whether pieces of this pattern travel over the board. A broadcast has its tree, and small
+    /// tensors one trip.
     fn board(&self, pattern: Pattern) -> Option<&Board> {
-        self.board.filter(|_| matches!(pattern, Pattern::Owned(_) | Pattern::Shared(_) | Pattern::Gathered))
+        self.board.filter(|_| {
+            matches!(pattern, Pattern::Owned(_) | Pattern::Shared(_) | Pattern::Gathered)
+        })
     }
 
     /// Where the piece of `peer` that will be added to `mine` arrives.
@@ -108,23 +126,38 @@ impl Part {
             Pattern::Everywhere(_) | Pattern::From(_) => full.elements,
             _ => full.elements.div_ceil(place.world_size).next_multiple_of(SLICE_ELEMENTS),
         };
-        let owned = if slice == full.elements { full } else { full.part(place.rank * slice, slice) };
+        let owned =
+            if slice == full.elements { full } else { full.part(place.rank * slice, slice) };
         Part { pattern, full, slice, owned, step: piece_bytes / full.kind.elt_size_in_bytes() }
     }
 
     /// Slices of equal size. `None` if `owned` is a view of `full` at another place than its own.
-    pub fn sliced(place: Place, piece_bytes: usize, pattern: Pattern, owned: &Tensor, full: &Tensor) -> Option<Self> {
+    pub fn sliced(
+        place: Place,
+        piece_bytes: usize,
+        pattern: Pattern,
+        owned: &Tensor,
+        full: &Tensor,
+    ) -> Option<Self> {
         let (owned, full) = (Stretch::of(owned), Stretch::of(full));
         let slice = owned.elements;
         let sound = owned.is(full.part(place.rank * slice, slice)) || !owned.overlaps(full);
-        sound.then(|| Part { pattern, full, slice, owned, step: piece_bytes / full.kind.elt_size_in_bytes() })
+        sound.then(|| Part {
+            pattern,
+            full,
+            slice,
+            owned,
+            step: piece_bytes / full.kind.elt_size_in_bytes(),
+        })
     }
 
     /// Bytes of a piece that a peer sends to be reduced, where it needs a place of this rank's.
     pub fn scratch_bytes(&self, has_board: bool) -> usize {
         match self.pattern {
             Pattern::Owned(_) | Pattern::Shared(_) if has_board => 0,
-            Pattern::Everywhere(_) | Pattern::Owned(_) | Pattern::Shared(_) => self.full.part(0, self.slice.min(self.step)).bytes(),
+            Pattern::Everywhere(_) | Pattern::Owned(_) | Pattern::Shared(_) => {
+                self.full.part(0, self.slice.min(self.step)).bytes()
+            }
             Pattern::Gathered | Pattern::From(_) => 0,
         }
     }
@@ -158,12 +191,18 @@ impl Part {
             }
             (Pattern::Everywhere(_) | Pattern::Owned(_) | Pattern::Shared(_), None) => {
                 let mine = self.piece(place.rank, start);
-                place.peers().try_for_each(|peer| flight.receive(wire, road.room.of_peer(peer, mine), peer))?;
-                place.peers().try_for_each(|peer| flight.send(wire, self.piece(peer, start), peer))?;
+                place.peers().try_for_each(|peer| {
+                    flight.receive(wire, road.room.of_peer(peer, mine), peer)
+                })?;
+                place
+                    .peers()
+                    .try_for_each(|peer| flight.send(wire, self.piece(peer, start), peer))?;
             }
             (Pattern::From(root), None) => {
                 let parent = tree(place.rank, place.world_size, root).0;
-                parent.into_iter().try_for_each(|parent| flight.receive(wire, self.piece(root, start), parent))?;
+                parent
+                    .into_iter()
+                    .try_for_each(|parent| flight.receive(wire, self.piece(root, start), parent))?;
             }
             (Pattern::Gathered, None) => (),
         }
@@ -178,11 +217,16 @@ impl Part {
         }
         match self.pattern {
             Pattern::Everywhere(op) | Pattern::Owned(op) | Pattern::Shared(op) => {
-                let brought = |rank| if rank == place.rank { mine } else { road.piece_of(self.pattern, rank, mine) };
-                let all: Vec<Tensor> = (0..place.world_size).map(|rank| brought(rank).tensor()).collect();
+                let brought = |rank| {
+                    if rank == place.rank { mine } else { road.piece_of(self.pattern, rank, mine) }
+                };
+                let all: Vec<Tensor> =
+                    (0..place.world_size).map(|rank| brought(rank).tensor()).collect();
                 reduce(all, op, self.owned.part(start, self.step).tensor());
             }
-            Pattern::Gathered if !self.owned.part(start, self.step).is(mine) => mine.copy_from(self.owned.part(start, self.step)),
+            Pattern::Gathered if !self.owned.part(start, self.step).is(mine) => {
+                mine.copy_from(self.owned.part(start, self.step))
+            }
             Pattern::Gathered | Pattern::From(_) => (),
         }
     }
@@ -204,11 +248,15 @@ impl Part {
                 place.peers().try_for_each(|peer| flight.tell(wire, peer))?;
             }
             (Pattern::Shared(_) | Pattern::Gathered, None) => {
-                place.peers().try_for_each(|peer| flight.receive(wire, self.piece(peer, start), peer))?;
+                place
+                    .peers()
+                    .try_for_each(|peer| flight.receive(wire, self.piece(peer, start), peer))?;
                 place.peers().try_for_each(|peer| flight.send(wire, mine, peer))?;
             }
             (Pattern::From(root), None) => {
-                tree(place.rank, place.world_size, root).1.try_for_each(|child| flight.send(wire, mine, child))?;
+                tree(place.rank, place.world_size, root)
+                    .1
+                    .try_for_each(|child| flight.send(wire, mine, child))?;
             }
             (Pattern::Everywhere(_) | Pattern::Owned(_), None) => (),
         }
@@ -216,7 +264,8 @@ impl Part {
     }
 }
 
-/// The pairwise tree over the ranks' pieces, each sum in the place of its left half, the last one in `result`.
+/// The pairwise tree over the ranks' pieces, each sum in the place of its left half, the last one
+/// in `result`.
 fn reduce(mut all: Vec<Tensor>, op: ReduceOp, mut result: Tensor) {
     let join = |left: &Tensor, right: &Tensor, into: &Tensor| match op {
         ReduceOp::Sum => left.add_out(into, right),
@@ -224,7 +273,14 @@ fn reduce(mut all: Vec<Tensor>, op: ReduceOp, mut result: Tensor) {
         ReduceOp::Max => left.maximum_out(into, right),
     };
     while all.len() > 2 {
-        all = all.chunks(2).map(|pair| pair[1..].iter().fold(pair[0].shallow_clone(), |left, right| join(&left, right, &left))).collect();
+        all = all
+            .chunks(2)
+            .map(|pair| {
+                pair[1..]
+                    .iter()
+                    .fold(pair[0].shallow_clone(), |left, right| join(&left, right, &left))
+            })
+            .collect();
     }
     match &all[..] {
         [left, right] => drop(join(left, right, &result)),
@@ -244,7 +300,12 @@ pub struct Room<'s> {
 impl Room<'_> {
     /// Where the piece of `peer` that will be added to `mine` arrives.
     fn of_peer(&self, peer: usize, mine: Stretch) -> Stretch {
-        Stretch::within(self.scratch, (self.slot * self.world_size + peer) * self.bytes, mine.elements, mine.kind)
+        Stretch::within(
+            self.scratch,
+            (self.slot * self.world_size + peer) * self.bytes,
+            mine.elements,
+            mine.kind,
+        )
     }
 }
 
@@ -254,11 +315,17 @@ mod tests {
 
     #[test]
     fn a_broadcast_reaches_every_rank_once_from_the_rank_that_sends_to_it() {
-        for (world_size, root) in (1..=17).flat_map(|world_size| (0..world_size).map(move |root| (world_size, root))) {
+        for (world_size, root) in
+            (1..=17).flat_map(|world_size| (0..world_size).map(move |root| (world_size, root)))
+        {
             let mut reached = vec![root];
             for rank in 0..world_size {
                 for child in tree(rank, world_size, root).1 {
-                    assert_eq!(tree(child, world_size, root).0, Some(rank), "{child} of {world_size} from {root}");
+                    assert_eq!(
+                        tree(child, world_size, root).0,
+                        Some(rank),
+                        "{child} of {world_size} from {root}"
+                    );
                     reached.push(child);
                 }
             }
@@ -272,7 +339,10 @@ mod tests {
     fn scratch_memory_keeps_to_its_limit_however_many_ranks_there_are() {
         for world_size in 1..=1024 {
             let piece = piece_bytes(world_size);
-            assert!(piece * WINDOW * world_size <= SCRATCH_BYTES, "{piece} bytes among {world_size}");
+            assert!(
+                piece * WINDOW * world_size <= SCRATCH_BYTES,
+                "{piece} bytes among {world_size}"
+            );
         }
         assert_eq!(piece_bytes(4), PIECE_BYTES);
     }

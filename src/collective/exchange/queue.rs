@@ -10,10 +10,12 @@ use super::Wire;
 use super::operation::Operation;
 use crate::error::Result;
 
-/// The operations of a world and of all that were split off from it, in program order. Waiting for one carries out all before
-/// it, so that ranks may wait in different orders, and need not wait for one whose result they do not read.
+/// The operations of a world and of all that were split off from it, in program order. Waiting for
+/// one carries out all before it, so that ranks may wait in different orders, and need not wait for
+/// one whose result they do not read.
 ///
-/// One queue for all of them: with one each, two ranks that wait for two worlds in different orders would wait for ever.
+/// One queue for all of them: with one each, two ranks that wait for two worlds in different orders
+/// would wait for ever.
 pub struct Queue<W> {
     waiting: VecDeque<Operation<W>>,
     issued: u64,
@@ -31,7 +33,8 @@ impl<W> Default for Queue<W> {
 }
 
 impl<W: Wire> Queue<W> {
-    /// Returns the operation's number in this queue, which differs between ranks of different worlds.
+    /// Returns the operation's number in this queue, which differs between ranks of different
+    /// worlds.
     pub fn push(&mut self, operation: Operation<W>) -> u64 {
         self.waiting.push_back(operation);
         self.issued += 1;

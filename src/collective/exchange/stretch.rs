@@ -67,16 +67,24 @@ impl Stretch {
     pub fn copy_from(self, from: Stretch) {
         self.check_apart(from);
         // SAFETY: both are memory of tensors that are kept, of equal size, and do not overlap.
-        unsafe { std::ptr::copy_nonoverlapping(from.address.cast::<u8>(), self.address.cast(), from.bytes()) };
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                from.address.cast::<u8>(),
+                self.address.cast(),
+                from.bytes(),
+            )
+        };
     }
 
     /// Copies as many elements from elsewhere, past the caches, to be read by another core.
     ///
-    /// What one core has written into its cache another one gets from there. Where the two share none, a line takes 170 ns, and
-    /// the pieces of an all-reduce four times as long as by way of the memory; where they share one, both ways are equal.
+    /// What one core has written into its cache another one gets from there. Where the two share
+    /// none, a line takes 170 ns, and the pieces of an all-reduce four times as long as by way of
+    /// the memory; where they share one, both ways are equal.
     pub fn stream_from(self, from: Stretch) {
         self.check_apart(from);
-        // SAFETY: both are memory of tensors or of the board that is kept, of equal size, and do not overlap.
+        // SAFETY: both are memory of tensors or of the board that is kept, of equal size, and do
+        // not overlap.
         unsafe { stream(from.address.cast(), self.address.cast(), from.bytes()) };
     }
 
@@ -86,8 +94,17 @@ impl Stretch {
 
     /// The elements as a tensor, to add with.
     pub fn tensor(self) -> Tensor {
-        // SAFETY: the elements lie inside of a tensor of this kind, or of bytes, that is kept for as long as the stretch.
-        unsafe { Tensor::from_blob(self.address.cast(), &[self.elements as i64], &[1], self.kind, Device::Cpu) }
+        // SAFETY: the elements lie inside of a tensor of this kind, or of bytes, that is kept for
+        // as long as the stretch.
+        unsafe {
+            Tensor::from_blob(
+                self.address.cast(),
+                &[self.elements as i64],
+                &[1],
+                self.kind,
+                Device::Cpu,
+            )
+        }
     }
 
     /// Gives the bytes from `first` on to `send`, which returns what it has done with them.
@@ -95,8 +112,11 @@ impl Stretch {
         if self.elements == 0 {
             return send(&[]);
         }
-        // SAFETY: the memory is kept, nobody writes it while it is sent, and the slice does not outlive this call.
-        let bytes = unsafe { std::slice::from_raw_parts(self.address.cast::<u8>().cast_const(), self.bytes()) };
+        // SAFETY: the memory is kept, nobody writes it while it is sent, and the slice does not
+        // outlive this call.
+        let bytes = unsafe {
+            std::slice::from_raw_parts(self.address.cast::<u8>().cast_const(), self.bytes())
+        };
         send(&bytes[first..])
     }
 
@@ -105,8 +125,10 @@ impl Stretch {
         if self.elements == 0 {
             return receive(&mut []);
         }
-        // SAFETY: as in `read`; nobody reads the memory before the message has arrived, and every bit pattern is an element.
-        let bytes = unsafe { std::slice::from_raw_parts_mut(self.address.cast::<u8>(), self.bytes()) };
+        // SAFETY: as in `read`; nobody reads the memory before the message has arrived, and every
+        // bit pattern is an element.
+        let bytes =
+            unsafe { std::slice::from_raw_parts_mut(self.address.cast::<u8>(), self.bytes()) };
         receive(&mut bytes[first..])
     }
 }
@@ -127,12 +149,20 @@ unsafe fn stream(from: *const u8, to: *mut u8, bytes: usize) {
     unsafe {
         std::ptr::copy_nonoverlapping(from, to, before);
         for line in 0..lines {
-            let (from, to) = (from.add(before + line * LINE_BYTES).cast::<__m128i>(), to.add(before + line * LINE_BYTES).cast::<__m128i>());
-            let vectors: [__m128i; VECTORS] = std::array::from_fn(|place| _mm_loadu_si128(from.add(place)));
-            vectors.into_iter().enumerate().for_each(|(place, vector)| _mm_stream_si128(to.add(place), vector));
+            let (from, to) = (
+                from.add(before + line * LINE_BYTES).cast::<__m128i>(),
+                to.add(before + line * LINE_BYTES).cast::<__m128i>(),
+            );
+            let vectors: [__m128i; VECTORS] =
+                std::array::from_fn(|place| _mm_loadu_si128(from.add(place)));
+            vectors
+                .into_iter()
+                .enumerate()
+                .for_each(|(place, vector)| _mm_stream_si128(to.add(place), vector));
         }
         std::ptr::copy_nonoverlapping(from.add(behind), to.add(behind), bytes - behind);
-        // What comes after, the message that says that the piece is there, is not seen before the piece.
+        // What comes after, the message that says that the piece is there, is not seen before the
+        // piece.
         _mm_sfence();
     }
 }
@@ -156,7 +186,10 @@ mod tests {
             let (to, source) = (from.zeros_like(), Stretch::of(&from).part(first, length));
             Stretch::of(&to).part(first, length).stream_from(source);
             let (first, length) = (first as i64, length as i64);
-            assert!(to.narrow(0, first, length).equal(&from.narrow(0, first, length)), "{length} bytes from {first}");
+            assert!(
+                to.narrow(0, first, length).equal(&from.narrow(0, first, length)),
+                "{length} bytes from {first}"
+            );
             // Nothing beside them.
             assert_eq!(to.sum(Kind::Int64), from.narrow(0, first, length).sum(Kind::Int64));
         }

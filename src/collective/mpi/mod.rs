@@ -1,11 +1,13 @@
-//! MPI ranks, over rsmpi's raw layer: its safe one borrows buffers by lifetime, which an owned [`Work`](super::Work) cannot.
+//! MPI ranks, over rsmpi's raw layer: its safe one borrows buffers by lifetime, which an owned
+//! [`Work`](super::Work) cannot.
 //!
-//! The algorithm is that of [`exchange`](super::exchange). `mpi/wire.rs` has the messages, `mpi/shared.rs` the memory that ranks of
-//! one machine share.
+//! The algorithm is that of [`exchange`](super::exchange). `mpi/wire.rs` has the messages,
+//! `mpi/shared.rs` the memory that ranks of one machine share.
 //!
-//! Two habits of rsmpi are avoided. Its `Universe` finalizes MPI when dropped, which turns an early return on one rank into
-//! a hang of all: it is leaked, and [`finalize`] is called only after a last barrier. MPI's own errors abort at once with
-//! a code of MPI's choice: they are returned instead, and end the world through [`abort`] like any other error.
+//! Two habits of rsmpi are avoided. Its `Universe` finalizes MPI when dropped, which turns an early
+//! return on one rank into a hang of all: it is leaked, and [`finalize`] is called only after a
+//! last barrier. MPI's own errors abort at once with a code of MPI's choice: they are returned
+//! instead, and end the world through [`abort`] like any other error.
 
 #![allow(unsafe_code)]
 
@@ -52,10 +54,12 @@ impl Mpi {
     /// Initializes MPI.
     ///
     /// # Errors
-    /// [`Error::Collective`] if that was done before; [`Error::Environment`] if the library allows no watchdog thread.
+    /// [`Error::Collective`] if that was done before; [`Error::Environment`] if the library allows
+    /// no watchdog thread.
     pub fn connect() -> Result<Self> {
         let initialized = mpi::initialize_with_threading(Threading::Serialized);
-        let (universe, threading) = initialized.ok_or_else(|| call("initialize").error("MPI was initialized before"))?;
+        let (universe, threading) =
+            initialized.ok_or_else(|| call("initialize").error("MPI was initialized before"))?;
         std::mem::forget(universe);
         if threading < Threading::Serialized {
             return Err(Error::environment(format!(
@@ -63,12 +67,15 @@ impl Mpi {
             )));
         }
         // SAFETY: MPI is initialized, and both handles are constants of the library.
-        check(call("initialize"), unsafe { ffi::MPI_Comm_set_errhandler(ffi::RSMPI_COMM_WORLD, ffi::RSMPI_ERRORS_RETURN) })?;
+        check(call("initialize"), unsafe {
+            ffi::MPI_Comm_set_errhandler(ffi::RSMPI_COMM_WORLD, ffi::RSMPI_ERRORS_RETURN)
+        })?;
         // SAFETY: a constant of the library.
         Ok(Mpi::of(Communicator::of(unsafe { ffi::RSMPI_COMM_WORLD })?))
     }
 
-    /// The same ranks without shared memory, as if each were on a machine of its own: for tests, and to compare.
+    /// The same ranks without shared memory, as if each were on a machine of its own: for tests,
+    /// and to compare.
     pub fn by_messages(mut self) -> Self {
         self.link.board = None;
         self
@@ -136,8 +143,9 @@ pub(super) fn abort(code: i32) -> ! {
         exit(code);
     };
     let armed = std::thread::Builder::new().name("abort".into()).spawn(fallback);
-    // SAFETY: MPI is initialized and not finalized. A call from another thread than the one that is stuck in MPI is beyond
-    // thread level "serialized", but works with Open MPI and MPICH, and nothing but the end of the process comes after it.
+    // SAFETY: MPI is initialized and not finalized. A call from another thread than the one that is
+    // stuck in MPI is beyond thread level "serialized", but works with Open MPI and MPICH, and
+    // nothing but the end of the process comes after it.
     unsafe { ffi::MPI_Abort(ffi::RSMPI_COMM_WORLD, code) };
     // It returned: the fallback ends the process.
     while armed.is_ok() {

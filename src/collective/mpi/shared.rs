@@ -14,7 +14,8 @@ use mpi::ffi;
 /// Memory of one rank's slots; with many ranks, pieces become smaller instead.
 const AREA_BYTES: usize = 4 << 20;
 
-/// A board for the ranks of a communicator; none where they are not on one machine. Every rank calls it.
+/// A board for the ranks of a communicator; none where they are not on one machine. Every rank
+/// calls it.
 pub fn board(communicator: ffi::MPI_Comm, place: Place) -> Result<Option<Board>> {
     let call = Call { backend: "mpi", operation: "share memory" };
     if !is_one_machine(communicator, place, call)? {
@@ -23,21 +24,30 @@ pub fn board(communicator: ffi::MPI_Comm, place: Place) -> Result<Option<Board>>
     let slots = SLOTS * (place.world_size + 1);
     let piece_bytes = (AREA_BYTES / slots / LINE_BYTES * LINE_BYTES).clamp(LINE_BYTES, PIECE_BYTES);
     let window = allocate(communicator, call, slots * piece_bytes)?;
-    let areas = (0..place.world_size).map(|rank| area(window, call, rank)).collect::<Result<_>>()?;
+    let areas =
+        (0..place.world_size).map(|rank| area(window, call, rank)).collect::<Result<_>>()?;
     Ok(Some(Board::over(place, piece_bytes, areas)))
 }
 
 fn is_one_machine(communicator: ffi::MPI_Comm, place: Place, call: Call) -> Result<bool> {
-    // SAFETY: constants of the library; every rank of the valid communicator comes here, and the results have a place.
+    // SAFETY: constants of the library; every rank of the valid communicator comes here, and the
+    // results have a place.
     let size = unsafe {
         let (mut part, mut size) = (ffi::RSMPI_COMM_NULL, 0);
-        let split = ffi::MPI_Comm_split_type(communicator, ffi::RSMPI_COMM_TYPE_SHARED, 0, ffi::RSMPI_INFO_NULL, &mut part);
+        let split = ffi::MPI_Comm_split_type(
+            communicator,
+            ffi::RSMPI_COMM_TYPE_SHARED,
+            0,
+            ffi::RSMPI_INFO_NULL,
+            &mut part,
+        );
         check(call, split)?;
         check(call, ffi::MPI_Comm_size(part, &mut size))?;
         check(call, ffi::MPI_Comm_free(&mut part))?;
         size
     };
-    // The same on every rank only once all agree: a rank alone on its machine says no for all of them.
+    // The same on every rank only once all agree: a rank alone on its machine says no for all of
+    // them.
     let (own, mut all): (c_int, c_int) = ((size as usize == place.world_size).into(), 0);
     // SAFETY: both are one C int, and every rank comes here.
     let reduced = unsafe {
@@ -48,14 +58,26 @@ fn is_one_machine(communicator: ffi::MPI_Comm, place: Place, call: Call) -> Resu
     Ok(all == 1)
 }
 
-/// Memory of `bytes` for each rank, which ends with the process: giving it back would need all ranks at once.
+/// Memory of `bytes` for each rank, which ends with the process: giving it back would need all
+/// ranks at once.
 fn allocate(communicator: ffi::MPI_Comm, call: Call, bytes: usize) -> Result<ffi::MPI_Win> {
     let mut own: *mut c_void = null_mut();
-    // SAFETY: every rank of the communicator, which is on one machine, comes here with the same size; the results have a place.
+    // SAFETY: every rank of the communicator, which is on one machine, comes here with the same
+    // size; the results have a place.
     unsafe {
         let mut window = std::mem::zeroed();
         let (base, info) = ((&raw mut own).cast(), ffi::RSMPI_INFO_NULL);
-        check(call, ffi::MPI_Win_allocate_shared(bytes as ffi::MPI_Aint, 1, info, communicator, base, &mut window))?;
+        check(
+            call,
+            ffi::MPI_Win_allocate_shared(
+                bytes as ffi::MPI_Aint,
+                1,
+                info,
+                communicator,
+                base,
+                &mut window,
+            ),
+        )?;
         // Loads and stores of the others' memory are allowed from here on.
         check(call, ffi::MPI_Win_lock_all(ffi::MPI_MODE_NOCHECK as c_int, window))?;
         Ok(window)
@@ -65,6 +87,14 @@ fn allocate(communicator: ffi::MPI_Comm, call: Call, bytes: usize) -> Result<ffi
 fn area(window: ffi::MPI_Win, call: Call, rank: usize) -> Result<*mut c_void> {
     let (mut bytes, mut unit, mut base): (ffi::MPI_Aint, c_int, *mut c_void) = (0, 0, null_mut());
     // SAFETY: the window is valid and has this rank; the results have a place.
-    check(call, unsafe { ffi::MPI_Win_shared_query(window, rank as c_int, &mut bytes, &mut unit, (&raw mut base).cast()) })?;
+    check(call, unsafe {
+        ffi::MPI_Win_shared_query(
+            window,
+            rank as c_int,
+            &mut bytes,
+            &mut unit,
+            (&raw mut base).cast(),
+        )
+    })?;
     Ok(base)
 }

@@ -1,5 +1,5 @@
-//! Handlers that keep the exit code of a process that has begun to end: MPI takes down what other threads still use, and may call
-//! `exit`.
+//! Handlers that keep the exit code of a process that has begun to end: MPI takes down what other
+//! threads still use, and may call `exit`.
 
 #![allow(unsafe_code)]
 
@@ -11,13 +11,15 @@ use signal_hook::low_level::exit;
 static CODE: AtomicI32 = AtomicI32::new(0);
 
 /// Signals of a crash.
-const CRASHES: [c_int; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGABRT, libc::SIGILL, libc::SIGFPE];
+const CRASHES: [c_int; 5] =
+    [libc::SIGSEGV, libc::SIGBUS, libc::SIGABRT, libc::SIGILL, libc::SIGFPE];
 
-/// From now on this process ends at once with `code`, also where a thread crashes on the way out or somebody calls `exit`.
+/// From now on this process ends at once with `code`, also where a thread crashes on the way out or
+/// somebody calls `exit`.
 pub fn set(code: c_int) {
     CODE.store(code, Ordering::SeqCst);
-    // SAFETY: the handlers only end the process, which is allowed from within a signal; an action of zeros has no flags and an
-    // empty mask.
+    // SAFETY: the handlers only end the process, which is allowed from within a signal; an action
+    // of zeros has no flags and an empty mask.
     unsafe {
         // The handler that was registered last runs first.
         libc::atexit(end_now);

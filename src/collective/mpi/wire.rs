@@ -1,4 +1,5 @@
-//! Messages between two ranks: the calls into MPI that carry bytes, and what they say when they fail.
+//! Messages between two ranks: the calls into MPI that carry bytes, and what they say when they
+//! fail.
 
 #![allow(unsafe_code)]
 
@@ -33,9 +34,18 @@ impl Wire for Channel {
     type Messages = Messages;
 
     fn send(&self, messages: &mut Messages, stretch: Stretch, peer: usize) -> Result<()> {
-        // SAFETY: the stretch is memory of a tensor that is kept, and nobody writes it before the message was waited for.
+        // SAFETY: the stretch is memory of a tensor that is kept, and nobody writes it before the
+        // message was waited for.
         self.start(messages, stretch.bytes(), None, |count, request| unsafe {
-            ffi::MPI_Isend(stretch.address(), count, ffi::RSMPI_UINT8_T, peer as c_int, self.tag(), self.communicator, request)
+            ffi::MPI_Isend(
+                stretch.address(),
+                count,
+                ffi::RSMPI_UINT8_T,
+                peer as c_int,
+                self.tag(),
+                self.communicator,
+                request,
+            )
         })
     }
 
@@ -44,7 +54,15 @@ impl Wire for Channel {
         let bytes = stretch.bytes();
         // SAFETY: as in `send`; nobody reads it either.
         self.start(messages, bytes, Some((peer, bytes)), |count, request| unsafe {
-            ffi::MPI_Irecv(stretch.address(), count, ffi::RSMPI_UINT8_T, peer as c_int, ffi::RSMPI_ANY_TAG, self.communicator, request)
+            ffi::MPI_Irecv(
+                stretch.address(),
+                count,
+                ffi::RSMPI_UINT8_T,
+                peer as c_int,
+                ffi::RSMPI_ANY_TAG,
+                self.communicator,
+                request,
+            )
         })
     }
 
@@ -52,30 +70,58 @@ impl Wire for Channel {
         fence(Ordering::SeqCst);
         // SAFETY: a message without elements reads no memory.
         self.start(messages, 0, None, |count, request| unsafe {
-            ffi::MPI_Isend(null(), count, ffi::RSMPI_UINT8_T, peer as c_int, self.tag(), self.communicator, request)
+            ffi::MPI_Isend(
+                null(),
+                count,
+                ffi::RSMPI_UINT8_T,
+                peer as c_int,
+                self.tag(),
+                self.communicator,
+                request,
+            )
         })
     }
 
     fn hear(&self, messages: &mut Messages, peer: usize) -> Result<()> {
         // SAFETY: a message without elements writes no memory.
         self.start(messages, 0, Some((peer, 0)), |count, request| unsafe {
-            ffi::MPI_Irecv(null_mut(), count, ffi::RSMPI_UINT8_T, peer as c_int, ffi::RSMPI_ANY_TAG, self.communicator, request)
+            ffi::MPI_Irecv(
+                null_mut(),
+                count,
+                ffi::RSMPI_UINT8_T,
+                peer as c_int,
+                ffi::RSMPI_ANY_TAG,
+                self.communicator,
+                request,
+            )
         })
     }
 
     fn wait(&self, messages: &mut Messages) -> Result<()> {
         let Messages { requests, due } = messages;
         // SAFETY: a status is plain integers, for which zero is a value.
-        let mut statuses: Vec<ffi::MPI_Status> = requests.iter().map(|_| unsafe { std::mem::zeroed() }).collect();
-        // SAFETY: the requests were started by MPI calls that succeeded and are waited for once; there is a status for each.
-        let code = unsafe { ffi::MPI_Waitall(requests.len() as c_int, requests.as_mut_ptr(), statuses.as_mut_ptr()) };
+        let mut statuses: Vec<ffi::MPI_Status> =
+            requests.iter().map(|_| unsafe { std::mem::zeroed() }).collect();
+        // SAFETY: the requests were started by MPI calls that succeeded and are waited for once;
+        // there is a status for each.
+        let code = unsafe {
+            ffi::MPI_Waitall(requests.len() as c_int, requests.as_mut_ptr(), statuses.as_mut_ptr())
+        };
         if [ffi::MPI_SUCCESS, ffi::MPI_ERR_IN_STATUS].contains(&(code as u32)) {
-            let arrivals = due.iter().zip(&statuses).filter_map(|(due, status)| Some(((*due)?, status)));
-            arrivals.into_iter().try_for_each(|((peer, bytes), status)| self.check_arrival(peer, bytes, status))?;
+            let arrivals =
+                due.iter().zip(&statuses).filter_map(|(due, status)| Some(((*due)?, status)));
+            arrivals
+                .into_iter()
+                .try_for_each(|((peer, bytes), status)| self.check_arrival(peer, bytes, status))?;
         }
         if code == ffi::MPI_ERR_IN_STATUS as c_int {
-            let failed = |code: &c_int| ![ffi::MPI_SUCCESS as c_int, ffi::MPI_ERR_PENDING as c_int].contains(code);
-            check(self.call, statuses.iter().map(|status| status.MPI_ERROR).find(failed).unwrap_or(code))?;
+            let failed = |code: &c_int| {
+                ![ffi::MPI_SUCCESS as c_int, ffi::MPI_ERR_PENDING as c_int].contains(code)
+            };
+            check(
+                self.call,
+                statuses.iter().map(|status| status.MPI_ERROR).find(failed).unwrap_or(code),
+            )?;
         }
         check(self.call, code)?;
         fence(Ordering::SeqCst);
@@ -106,7 +152,8 @@ impl Channel {
         Ok(())
     }
 
-    /// MPI itself takes any shorter message for the one that was due, and says of a longer one only that it was.
+    /// MPI itself takes any shorter message for the one that was due, and says of a longer one only
+    /// that it was.
     fn check_arrival(&self, peer: usize, due: usize, status: &ffi::MPI_Status) -> Result<()> {
         if ![ffi::MPI_SUCCESS, ffi::MPI_ERR_TRUNCATE].contains(&(status.MPI_ERROR as u32)) {
             return Ok(());
@@ -121,7 +168,9 @@ impl Channel {
         let other = if status.MPI_TAG == self.tag() { "" } else { " of another operation" };
         let (rank, ours) = (self.rank, self.issued);
         Err(Error::Desync {
-            what: format!("ranks disagree: rank {peer} sent {sent} bytes{other}, rank {rank} is at {ours} and expected {due}"),
+            what: format!(
+                "ranks disagree: rank {peer} sent {sent} bytes{other}, rank {rank} is at {ours} and expected {due}"
+            ),
         })
     }
 }
@@ -131,7 +180,9 @@ pub fn check(call: Call, code: c_int) -> Result<(), Error> {
         return Ok(());
     }
     // SAFETY: the buffer has the size which the standard demands for this call.
-    let message = text(ffi::MPI_MAX_ERROR_STRING as usize, |buffer, length| unsafe { ffi::MPI_Error_string(code, buffer, length) });
+    let message = text(ffi::MPI_MAX_ERROR_STRING as usize, |buffer, length| unsafe {
+        ffi::MPI_Error_string(code, buffer, length)
+    });
     Err(call.error(format!("{message} (code {code})")))
 }
 

@@ -1,4 +1,5 @@
-//! One NCCL communicator that never blocks the host: each call is polled until NCCL has taken it, and given up at a limit.
+//! One NCCL communicator that never blocks the host: each call is polled until NCCL has taken it,
+//! and given up at a limit.
 
 use std::cell::Cell;
 use std::ffi::c_int;
@@ -14,16 +15,19 @@ use crate::cuda::{Outcome, text};
 /// What every rank of a world must know to find the others.
 pub(super) const ID_BYTES: usize = 128;
 
-/// Version of NCCL whose layout of [`sys::ncclConfig_t`] cudarc gives us, in NCCL's count. A newer library reads older layouts.
+/// Version of NCCL whose layout of [`sys::ncclConfig_t`] cudarc gives us, in NCCL's count. A newer
+/// library reads older layouts.
 const CONFIG_VERSION: u32 = 22_907;
 /// NCCL's mark of a configuration that was filled in.
 const CONFIG_MAGIC: u32 = 0xcafe_beef;
 /// NCCL's mark of a number that is left to it.
 const UNDEFINED: c_int = c_int::MIN;
 
-/// Looks in a row before the first pause: NCCL takes most calls within microseconds, and Linux adds 50 of them to a pause.
+/// Looks in a row before the first pause: NCCL takes most calls within microseconds, and Linux adds
+/// 50 of them to a pause.
 const EAGER_LOOKS: u32 = 100;
-/// Between later looks: small beside the seconds in which NCCL connects peers, and no burden to the core.
+/// Between later looks: small beside the seconds in which NCCL connects peers, and no burden to the
+/// core.
 const PAUSE: Duration = Duration::from_micros(200);
 
 /// A communicator in NCCL's hands; null once it is aborted.
@@ -54,26 +58,53 @@ pub(super) fn new_id() -> Outcome<[u8; ID_BYTES]> {
 }
 
 impl Communicator {
-    /// Rank `rank` among the `world_size` that know `id`, on this thread's current device. Every rank comes here.
-    pub fn join(id: [u8; ID_BYTES], rank: usize, world_size: usize, limit: Duration, patience: Duration) -> Outcome<Self> {
+    /// Rank `rank` among the `world_size` that know `id`, on this thread's current device. Every
+    /// rank comes here.
+    pub fn join(
+        id: [u8; ID_BYTES],
+        rank: usize,
+        world_size: usize,
+        limit: Duration,
+        patience: Duration,
+    ) -> Outcome<Self> {
         let id = sys::ncclUniqueId { internal: id.map(|byte| byte as _) };
         let (mut raw, mut config) = (null_mut(), never_blocking());
-        // SAFETY: NCCL copies the configuration and the id during the call, and the result has a place.
-        let code = unsafe { sys::ncclCommInitRankConfig(&mut raw, world_size as c_int, id, rank as c_int, &mut config) };
+        // SAFETY: NCCL copies the configuration and the id during the call, and the result has a
+        // place.
+        let code = unsafe {
+            sys::ncclCommInitRankConfig(
+                &mut raw,
+                world_size as c_int,
+                id,
+                rank as c_int,
+                &mut config,
+            )
+        };
         let communicator = Communicator { raw: Cell::new(raw), patience };
-        let joined = check("ncclCommInitRankConfig", code).and_then(|()| communicator.settle(limit));
-        joined.and_then(|()| communicator.check_place(rank, world_size)).inspect_err(|_| communicator.abort())?;
+        let joined =
+            check("ncclCommInitRankConfig", code).and_then(|()| communicator.settle(limit));
+        joined
+            .and_then(|()| communicator.check_place(rank, world_size))
+            .inspect_err(|_| communicator.abort())?;
         Ok(communicator)
     }
 
     fn check_place(&self, rank: usize, world_size: usize) -> Outcome<()> {
         let (mut found_rank, mut found_size) = (0, 0);
         // SAFETY: the communicator is joined, and both results have a place.
-        check("ncclCommUserRank", unsafe { sys::ncclCommUserRank(self.raw.get(), &mut found_rank) })?;
+        check("ncclCommUserRank", unsafe {
+            sys::ncclCommUserRank(self.raw.get(), &mut found_rank)
+        })?;
         // SAFETY: as above.
         check("ncclCommCount", unsafe { sys::ncclCommCount(self.raw.get(), &mut found_size) })?;
         let agrees = (found_rank, found_size) == (rank as c_int, world_size as c_int);
-        if agrees { Ok(()) } else { Err(format!("NCCL says rank {found_rank} of {found_size}, expected {rank} of {world_size}")) }
+        if agrees {
+            Ok(())
+        } else {
+            Err(format!(
+                "NCCL says rank {found_rank} of {found_size}, expected {rank} of {world_size}"
+            ))
+        }
     }
 
     /// Hands several transfers to NCCL as one; `call` gets each, the communicator and the stream.
@@ -85,7 +116,9 @@ impl Communicator {
     ) -> Outcome<()> {
         // SAFETY: ended below on every path.
         check("ncclGroupStart", unsafe { sys::ncclGroupStart() })?;
-        let called = transfers.iter().try_for_each(|transfer| check("a call of the group", call(transfer, self.raw.get(), stream)));
+        let called = transfers.iter().try_for_each(|transfer| {
+            check("a call of the group", call(transfer, self.raw.get(), stream))
+        });
         // SAFETY: started above.
         let ended = check("ncclGroupEnd", unsafe { sys::ncclGroupEnd() });
         called.and(ended)
@@ -94,7 +127,11 @@ impl Communicator {
     /// Polls until NCCL has taken what it was given.
     pub fn settle(&self, limit: Duration) -> Outcome<()> {
         let settled = poll(limit, || self.is_settled())?;
-        if settled { Ok(()) } else { Err(format!("NCCL is still in progress after {:.1} s", limit.as_secs_f64())) }
+        if settled {
+            Ok(())
+        } else {
+            Err(format!("NCCL is still in progress after {:.1} s", limit.as_secs_f64()))
+        }
     }
 
     /// Whether NCCL has taken what it was given.
@@ -104,13 +141,15 @@ impl Communicator {
     pub fn is_settled(&self) -> Outcome<bool> {
         let mut state = sys::ncclResult_t::ncclSuccess;
         // SAFETY: the communicator is not given back, and the result has a place.
-        check("ncclCommGetAsyncError", unsafe { sys::ncclCommGetAsyncError(self.raw.get(), &mut state) })?;
+        check("ncclCommGetAsyncError", unsafe {
+            sys::ncclCommGetAsyncError(self.raw.get(), &mut state)
+        })?;
         check("asynchronous error", state)?;
         Ok(state != sys::ncclResult_t::ncclInProgress)
     }
 
-    /// Tears the communicator down without its peers. NCCL itself is known to hang here, so that happens on a thread that
-    /// is left behind when it takes too long.
+    /// Tears the communicator down without its peers. NCCL itself is known to hang here, so that
+    /// happens on a thread that is left behind when it takes too long.
     pub fn abort(&self) {
         let raw = self.raw.replace(null_mut());
         if raw.is_null() {
@@ -119,15 +158,25 @@ impl Communicator {
         let address = raw.expose_provenance();
         let (sender, done) = mpsc::channel();
         let abort = move || {
-            // SAFETY: the address was taken out of the communicator, so that nobody else uses it from here on.
-            let code = unsafe { sys::ncclCommAbort(std::ptr::with_exposed_provenance_mut(address)) };
+            // SAFETY: the address was taken out of the communicator, so that nobody else uses it
+            // from here on.
+            let code =
+                unsafe { sys::ncclCommAbort(std::ptr::with_exposed_provenance_mut(address)) };
             // Nobody listens any more when it took too long.
             let _ = sender.send(code);
         };
         let seconds = self.patience.as_secs_f64();
-        match thread::Builder::new().name("nccl abort".into()).spawn(abort).map(|_| done.recv_timeout(self.patience)) {
-            Ok(Ok(code)) => check("ncclCommAbort", code).unwrap_or_else(|what| tracing::warn!("{what}")),
-            Ok(Err(_)) => tracing::warn!("ncclCommAbort has not returned after {seconds:.1} s and is left behind"),
+        match thread::Builder::new()
+            .name("nccl abort".into())
+            .spawn(abort)
+            .map(|_| done.recv_timeout(self.patience))
+        {
+            Ok(Ok(code)) => {
+                check("ncclCommAbort", code).unwrap_or_else(|what| tracing::warn!("{what}"))
+            }
+            Ok(Err(_)) => tracing::warn!(
+                "ncclCommAbort has not returned after {seconds:.1} s and is left behind"
+            ),
             Err(error) => tracing::warn!("no thread for ncclCommAbort: {error}"),
         }
     }
@@ -143,7 +192,8 @@ impl Communicator {
 }
 
 impl Drop for Communicator {
-    /// On an early way out the peers may never take leave: after a while the communicator is aborted instead.
+    /// On an early way out the peers may never take leave: after a while the communicator is
+    /// aborted instead.
     fn drop(&mut self) {
         if self.raw.get().is_null() {
             return;
@@ -197,12 +247,18 @@ pub(super) fn poll(limit: Duration, mut is_there: impl FnMut() -> Outcome<bool>)
 /// A call in progress is no refusal: who made it polls.
 fn check(function: &str, code: sys::ncclResult_t) -> Outcome<()> {
     use sys::ncclResult_t::{ncclInProgress, ncclSuccess};
-    if [ncclSuccess, ncclInProgress].contains(&code) { Ok(()) } else { Err(refusal(function, code)) }
+    if [ncclSuccess, ncclInProgress].contains(&code) {
+        Ok(())
+    } else {
+        Err(refusal(function, code))
+    }
 }
 
 fn refusal(function: &str, code: sys::ncclResult_t) -> String {
-    // SAFETY: both return texts that NCCL keeps; the last error of the process asks for no communicator.
-    let (words, last) = unsafe { (sys::ncclGetErrorString(code), sys::ncclGetLastError(null_mut())) };
+    // SAFETY: both return texts that NCCL keeps; the last error of the process asks for no
+    // communicator.
+    let (words, last) =
+        unsafe { (sys::ncclGetErrorString(code), sys::ncclGetLastError(null_mut())) };
     let last = text(last);
     let detail = if last.is_empty() { String::new() } else { format!("; {last}") };
     format!("{function}: {} (code {}){detail}", text(words), code as u32)

@@ -21,7 +21,8 @@ pub(super) struct Seat {
 /// Checks the seats of all ranks, in rank order: every rank comes to the same verdict.
 ///
 /// # Errors
-/// [`Error::Environment`] for a host with fewer GPUs than ranks, a GPU that two ranks took, and a mix of NCCL versions.
+/// [`Error::Environment`] for a host with fewer GPUs than ranks, a GPU that two ranks took, and a
+/// mix of NCCL versions.
 pub(super) fn check(seats: &[Seat]) -> Result<()> {
     let mut hosts = BTreeMap::<&str, Vec<usize>>::new();
     for (rank, seat) in seats.iter().enumerate() {
@@ -47,7 +48,9 @@ pub(super) fn check(seats: &[Seat]) -> Result<()> {
         }
         if seat.nccl != seats[0].nccl {
             let (first, host, other) = (&seats[0].nccl, &seat.host, &seat.nccl);
-            return Err(Error::environment(format!("rank 0 has NCCL {first}, rank {rank} on host {host} {other}: install one version")));
+            return Err(Error::environment(format!(
+                "rank 0 has NCCL {first}, rank {rank} on host {host} {other}: install one version"
+            )));
         }
     }
     Ok(())
@@ -74,13 +77,18 @@ mod tests {
 
     #[test]
     fn one_gpu_a_rank_is_what_is_wanted() {
-        check(&seats(&[("n1", 2, "a"), ("n1", 2, "b"), ("n2", 8, "a"), ("n2", 8, "b")])).expect("GPUs have numbers of their own host");
+        check(&seats(&[("n1", 2, "a"), ("n1", 2, "b"), ("n2", 8, "a"), ("n2", 8, "b")]))
+            .expect("GPUs have numbers of their own host");
     }
 
     #[test]
     fn a_host_with_fewer_gpus_than_ranks_is_named_with_them() {
-        let text = refusal(&seats(&[("n1", 2, "a"), ("n2", 1, "c"), ("n1", 2, "b"), ("n2", 1, "")]));
-        assert!(text.starts_with("2 ranks run on host n2 (ranks [1, 3]) and its driver shows 1 GPUs"), "{text}");
+        let text =
+            refusal(&seats(&[("n1", 2, "a"), ("n2", 1, "c"), ("n1", 2, "b"), ("n2", 1, "")]));
+        assert!(
+            text.starts_with("2 ranks run on host n2 (ranks [1, 3]) and its driver shows 1 GPUs"),
+            "{text}"
+        );
     }
 
     #[test]
@@ -93,6 +101,9 @@ mod tests {
     fn a_mix_of_versions_is_refused() {
         let mut mixed = seats(&[("n1", 1, "a"), ("n2", 1, "b")]);
         mixed[1].nccl = "2.27.3".into();
-        assert_eq!(refusal(&mixed), "rank 0 has NCCL 2.29.7, rank 1 on host n2 2.27.3: install one version");
+        assert_eq!(
+            refusal(&mixed),
+            "rank 0 has NCCL 2.29.7, rank 1 on host n2 2.27.3: install one version"
+        );
     }
 }

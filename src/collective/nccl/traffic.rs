@@ -1,9 +1,11 @@
-//! What one communicator has under way: issued on the side stream, watched by events, timed when it is over.
+//! What one communicator has under way: issued on the side stream, watched by events, timed when it
+//! is over.
 //!
-//! A GPU waits for a dead peer in silence, and the host must not wait with it. So each operation leaves a mark behind itself
-//! and every later call looks at the marks: at one that the device has passed, for the time it took; at one that it should
-//! have passed long ago; and at what NCCL has noticed meanwhile. Between two calls nothing is noticed: a rank that blocks in
-//! libtorch for a number off the device sits there until somebody else ends the process.
+//! A GPU waits for a dead peer in silence, and the host must not wait with it. So each operation
+//! leaves a mark behind itself and every later call looks at the marks: at one that the device has
+//! passed, for the time it took; at one that it should have passed long ago; and at what NCCL has
+//! noticed meanwhile. Between two calls nothing is noticed: a rank that blocks in libtorch for a
+//! number off the device sits there until somebody else ends the process.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -21,8 +23,8 @@ use crate::cuda::Outcome;
 use crate::cuda::driver::{Device, Event, Stream};
 use crate::error::{Error, Result};
 
-/// A GPU and the stream on which collectives run there. Communicators of one process share it: two that run at once on one
-/// GPU could each wait for the other on different ranks.
+/// A GPU and the stream on which collectives run there. Communicators of one process share it: two
+/// that run at once on one GPU could each wait for the other on different ranks.
 pub(super) struct Side {
     stream: Stream,
     device: Rc<Device>,
@@ -66,13 +68,30 @@ impl Side {
 }
 
 impl Traffic {
-    pub fn of(communicator: Communicator, side: Rc<Side>, limits: Limits, place: String, is_on_host: bool) -> Self {
+    pub fn of(
+        communicator: Communicator,
+        side: Rc<Side>,
+        limits: Limits,
+        place: String,
+        is_on_host: bool,
+    ) -> Self {
         let (under_way, stalls, failure) = Default::default();
-        Traffic { communicator, under_way, stalls, side, limits, place, count: Cell::new(0), failure, meter: Meter::default(), is_on_host }
+        Traffic {
+            communicator,
+            under_way,
+            stalls,
+            side,
+            limits,
+            place,
+            count: Cell::new(0),
+            failure,
+            meter: Meter::default(),
+            is_on_host,
+        }
     }
 
-    /// Issues transfers between tensors as one operation, behind what the compute stream has been given so far. The work
-    /// owns the tensors.
+    /// Issues transfers between tensors as one operation, behind what the compute stream has been
+    /// given so far. The work owns the tensors.
     pub fn issue(
         self: &Rc<Self>,
         call: Call,
@@ -81,7 +100,8 @@ impl Traffic {
         start: impl Fn(&Transfer, ncclComm_t, cudaStream_t) -> ncclResult_t,
     ) -> Result<Work> {
         self.look(call)?;
-        let transfers: Vec<Transfer> = transfers.into_iter().filter(|transfer| transfer.count > 0).collect();
+        let transfers: Vec<Transfer> =
+            transfers.into_iter().filter(|transfer| transfer.count > 0).collect();
         if transfers.is_empty() {
             return Ok(Work::done());
         }
@@ -89,10 +109,16 @@ impl Traffic {
         let number = self.count.replace(self.count.get() + 1);
         let name = format!("{} of {bytes} bytes (operation {number} of its world)", call.operation);
         let marks = self.enqueue(&transfers, start);
-        let flight = Flight { call, name: name.clone(), tensors, traffic: self.clone(), is_over: false };
+        let flight =
+            Flight { call, name: name.clone(), tensors, traffic: self.clone(), is_over: false };
         let (began, ended) = marks.map_err(|what| self.fail(call, format!("{name}: {what}")))?;
         let ended = Rc::new(ended);
-        self.under_way.borrow_mut().push_back(UnderWay { name, issued: Instant::now(), began, ended: ended.clone() });
+        self.under_way.borrow_mut().push_back(UnderWay {
+            name,
+            issued: Instant::now(),
+            began,
+            ended: ended.clone(),
+        });
         Ok(Work::new(move || flight.wait(&ended)))
     }
 
@@ -110,15 +136,25 @@ impl Traffic {
         Ok((began, stream.mark()?))
     }
 
-    /// Notices what went wrong since the last call, and makes the device current: each operation and each wait begins here.
+    /// Notices what went wrong since the last call, and makes the device current: each operation
+    /// and each wait begins here.
     ///
     /// # Errors
-    /// [`Error::Collective`] for an error that NCCL reports, an operation beyond its limit, and after any error before.
+    /// [`Error::Collective`] for an error that NCCL reports, an operation beyond its limit, and
+    /// after any error before.
     pub fn look(&self, call: Call) -> Result<()> {
         if let Some(first) = &*self.failure.borrow() {
-            return Err(call.error(format!("{}: the communicator was given up after an earlier error: {first}", self.place)));
+            return Err(call.error(format!(
+                "{}: the communicator was given up after an earlier error: {first}",
+                self.place
+            )));
         }
-        let looked = self.side.device.make_current().and_then(|()| self.communicator.is_settled()).and_then(|_| self.harvest());
+        let looked = self
+            .side
+            .device
+            .make_current()
+            .and_then(|()| self.communicator.is_settled())
+            .and_then(|_| self.harvest());
         let looked = looked.map_err(|what| format!("{what}{}", self.oldest()));
         looked.and_then(|()| self.check_limit()).map_err(|what| self.fail(call, what))
     }
@@ -155,7 +191,13 @@ impl Traffic {
         let under_way = self.under_way.borrow();
         under_way
             .front()
-            .map(|first| format!("; under way for {:.1} s: {}", first.issued.elapsed().as_secs_f64(), first.name))
+            .map(|first| {
+                format!(
+                    "; under way for {:.1} s: {}",
+                    first.issued.elapsed().as_secs_f64(),
+                    first.name
+                )
+            })
             .unwrap_or_default()
     }
 
@@ -169,7 +211,10 @@ impl Traffic {
         if !poll(self.limits.operation, is_past)? {
             return Err(self.under_way.borrow().front().map(UnderWay::overdue).unwrap_or_default());
         }
-        self.meter.add(Spent { communication_seconds: 0.0, exposed_seconds: began.elapsed().as_secs_f64() });
+        self.meter.add(Spent {
+            communication_seconds: 0.0,
+            exposed_seconds: began.elapsed().as_secs_f64(),
+        });
         Ok(())
     }
 
@@ -202,7 +247,11 @@ impl Traffic {
 
 impl UnderWay {
     fn overdue(&self) -> String {
-        format!("{} is not over after {:.1} s: a peer is dead, or in another operation", self.name, self.issued.elapsed().as_secs_f64())
+        format!(
+            "{} is not over after {:.1} s: a peer is dead, or in another operation",
+            self.name,
+            self.issued.elapsed().as_secs_f64()
+        )
     }
 }
 
@@ -217,13 +266,15 @@ struct Flight {
 }
 
 impl Flight {
-    /// Returns once the compute stream is ordered behind the operation. Then the tensors' memory may be used anew: libtorch
-    /// gives it to what the compute stream does later.
+    /// Returns once the compute stream is ordered behind the operation. Then the tensors' memory
+    /// may be used anew: libtorch gives it to what the compute stream does later.
     fn wait(mut self, ended: &Event) -> Result<()> {
         let traffic = self.traffic.clone();
         traffic.look(self.call)?;
         let arrived = if traffic.is_on_host { traffic.poll_until_past(ended) } else { Ok(()) };
-        arrived.and_then(|()| traffic.stall(ended)).map_err(|what| traffic.fail(self.call, format!("{}: {what}", self.name)))?;
+        arrived
+            .and_then(|()| traffic.stall(ended))
+            .map_err(|what| traffic.fail(self.call, format!("{}: {what}", self.name)))?;
         self.is_over = true;
         Ok(())
     }

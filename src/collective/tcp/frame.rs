@@ -1,4 +1,5 @@
-//! What travels over a connection: frames, each a header of fixed size and perhaps the bytes of one piece.
+//! What travels over a connection: frames, each a header of fixed size and perhaps the bytes of one
+//! piece.
 
 /// Bytes of a header, of which most name the operation for a peer that is at another one.
 pub const HEADER_BYTES: usize = 128;
@@ -34,13 +35,16 @@ impl Frame {
 
     /// `None` for what is no header.
     pub fn decode(header: &[u8; HEADER_BYTES]) -> Option<Self> {
-        let number = |first: usize| u64::from_le_bytes(header[first..first + 8].try_into().expect("eight bytes"));
+        let number = |first: usize| {
+            u64::from_le_bytes(header[first..first + 8].try_into().expect("eight bytes"))
+        };
         let kind = u32::from_le_bytes(header[4..8].try_into().expect("four bytes"));
         let (length, tag) = (number(8), number(16));
         match kind {
             _ if header[..4] != MARK => None,
             PIECE => {
-                let name = String::from_utf8_lossy(&header[NAME_BEGINS..]).trim_end_matches('\0').into();
+                let name =
+                    String::from_utf8_lossy(&header[NAME_BEGINS..]).trim_end_matches('\0').into();
                 Some(Frame::Piece { length, tag, name })
             }
             GOODBYE => Some(Frame::Goodbye),
@@ -72,7 +76,11 @@ mod tests {
 
     #[test]
     fn every_frame_survives_its_journey() {
-        let piece = Frame::Piece { length: 1 << 40, tag: u64::MAX, name: "all_reduce#8 (Sum of 4096 Float)".into() };
+        let piece = Frame::Piece {
+            length: 1 << 40,
+            tag: u64::MAX,
+            name: "all_reduce#8 (Sum of 4096 Float)".into(),
+        };
         for frame in [piece, Frame::Goodbye, Frame::Failed { code: 41 }] {
             assert_eq!(Frame::decode(&frame.encode()), Some(frame));
         }
@@ -82,7 +90,10 @@ mod tests {
     fn a_long_name_loses_its_end() {
         let name = "x".repeat(300);
         let header = Frame::Piece { length: 0, tag: 0, name }.encode();
-        assert_eq!(Frame::decode(&header), Some(Frame::Piece { length: 0, tag: 0, name: "x".repeat(HEADER_BYTES - NAME_BEGINS) }));
+        assert_eq!(
+            Frame::decode(&header),
+            Some(Frame::Piece { length: 0, tag: 0, name: "x".repeat(HEADER_BYTES - NAME_BEGINS) })
+        );
     }
 
     #[test]

@@ -11,15 +11,17 @@ use rustix::net::sockopt;
 
 use super::frame::{Frame, HEADER_BYTES};
 
-/// How long a silent connection stays unquestioned, and between questions: a machine that is gone is noticed after a minute.
-/// While data are on their way the kernel asks in its own time; a watchdog is quicker.
+/// How long a silent connection stays unquestioned, and between questions: a machine that is gone
+/// is noticed after a minute. While data are on their way the kernel asks in its own time; a
+/// watchdog is quicker.
 const SILENCE: Duration = Duration::from_secs(30);
 const QUESTIONS: (Duration, u32) = (Duration::from_secs(10), 3);
 
 /// How long peers get to take the last words.
 const LAST_WORDS_PATIENCE: Duration = Duration::from_millis(500);
 
-/// Attempts to write to a connection on which another thread writes just now, which takes it microseconds.
+/// Attempts to write to a connection on which another thread writes just now, which takes it
+/// microseconds.
 const ATTEMPTS: usize = 10_000;
 
 /// The connections of the world that this process lives and dies with.
@@ -55,13 +57,15 @@ impl Line {
 
     /// Writes of a frame's rest what the socket takes; returns how much.
     pub fn write(&self, header: &[u8], body: &[u8]) -> io::Result<usize> {
-        let mut is_within_frame = self.is_within_frame.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut is_within_frame =
+            self.is_within_frame.lock().unwrap_or_else(PoisonError::into_inner);
         let written = (&self.socket).write_vectored(&[IoSlice::new(header), IoSlice::new(body)])?;
         *is_within_frame = written < header.len() + body.len();
         Ok(written)
     }
 
-    /// Sends a frame without a body if that can be done at once and between two others. From any thread.
+    /// Sends a frame without a body if that can be done at once and between two others. From any
+    /// thread.
     pub fn say(&self, frame: &Frame) {
         let free = (0..ATTEMPTS).find_map(|_| match self.is_within_frame.try_lock() {
             Ok(within) => Some(within),
@@ -72,14 +76,16 @@ impl Line {
             }
         });
         if let Some(mut is_within_frame) = free.filter(|within| !**within) {
-            // A buffer that takes a part of so little is full of what nobody reads: nothing more will be sent.
+            // A buffer that takes a part of so little is full of what nobody reads: nothing more
+            // will be sent.
             let written = (&self.socket).write(&frame.encode()).unwrap_or(0);
             *is_within_frame = !written.is_multiple_of(HEADER_BYTES);
         }
     }
 }
 
-/// From now on these connections stay open until [`let_go`] or the end of the process, which [`last_words`] announces.
+/// From now on these connections stay open until [`let_go`] or the end of the process, which
+/// [`last_words`] announces.
 pub fn hold(lines: impl Iterator<Item = Arc<Line>>) {
     LINES.lock().unwrap_or_else(PoisonError::into_inner).extend(lines);
 }
@@ -89,8 +95,8 @@ pub fn let_go() {
     LINES.lock().unwrap_or_else(PoisonError::into_inner).clear();
 }
 
-/// Tells all peers that this process ends the world with exit code `code`, and waits a moment for them to hear it. From any
-/// thread, whatever the others do; nothing is promised.
+/// Tells all peers that this process ends the world with exit code `code`, and waits a moment for
+/// them to hear it. From any thread, whatever the others do; nothing is promised.
 pub fn last_words(code: i32) {
     let lines = match LINES.try_lock() {
         Ok(lines) => lines.clone(),
@@ -105,10 +111,16 @@ pub fn last_words(code: i32) {
     outlast(lines);
 }
 
-/// Waits until the peer `rank` of the world has closed its connection, for `limit` at most; `None` without such a connection.
-/// Returns `true` if it said its last words before. Nobody else reads the connection any more.
+/// Waits until the peer `rank` of the world has closed its connection, for `limit` at most; `None`
+/// without such a connection. Returns `true` if it said its last words before. Nobody else reads
+/// the connection any more.
 pub fn wait_for_end(rank: usize, limit: Duration) -> Option<bool> {
-    let line = LINES.lock().unwrap_or_else(PoisonError::into_inner).iter().find(|line| line.rank == rank).cloned()?;
+    let line = LINES
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .iter()
+        .find(|line| line.rank == rank)
+        .cloned()?;
     let (began, mut unread, mut last) = (Instant::now(), vec![0; 1 << 16], Vec::new());
     while began.elapsed() < limit {
         let rest = Timespec::try_from(limit.saturating_sub(began.elapsed())).ok();
@@ -119,7 +131,14 @@ pub fn wait_for_end(rank: usize, limit: Duration) -> Option<bool> {
                 last.extend_from_slice(&unread[..bytes]);
                 last.drain(..last.len().saturating_sub(HEADER_BYTES));
             }
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => (),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) =>
+            {
+                ()
+            }
             Err(_) => return Some(is_last_word(&last)),
         }
     }
@@ -131,8 +150,8 @@ fn is_last_word(bytes: &[u8]) -> bool {
     bytes.try_into().is_ok_and(|header| matches!(Frame::decode(header), Some(Frame::Failed { .. })))
 }
 
-/// What a thread does that finds its connections closed because another one says the last words: the end is near, and its
-/// reason has been told.
+/// What a thread does that finds its connections closed because another one says the last words:
+/// the end is near, and its reason has been told.
 pub fn unless_ending<T>(error: T) -> T {
     while IS_ENDING.load(Ordering::SeqCst) {
         std::thread::park();
@@ -140,14 +159,15 @@ pub fn unless_ending<T>(error: T) -> T {
     error
 }
 
-/// Reads whatever comes until the peers have closed: a socket that is closed with data unread takes back what it has not
-/// delivered.
+/// Reads whatever comes until the peers have closed: a socket that is closed with data unread takes
+/// back what it has not delivered.
 fn outlast(mut lines: Vec<Arc<Line>>) {
     let began = Instant::now();
     let mut unread = vec![0; 1 << 16];
     while !lines.is_empty() && began.elapsed() < LAST_WORDS_PATIENCE {
         let rest = LAST_WORDS_PATIENCE.saturating_sub(began.elapsed());
-        let mut sockets: Vec<PollFd<'_>> = lines.iter().map(|line| PollFd::new(&line.socket, PollFlags::IN)).collect();
+        let mut sockets: Vec<PollFd<'_>> =
+            lines.iter().map(|line| PollFd::new(&line.socket, PollFlags::IN)).collect();
         let _ = poll(&mut sockets, Timespec::try_from(rest).ok().as_ref());
         let is_open = |line: &Arc<Line>| match (&line.socket).read(&mut unread) {
             Ok(bytes) => bytes > 0,

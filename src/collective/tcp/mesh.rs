@@ -1,7 +1,7 @@
 //! The connections of one process with all others, and the frames under way on them.
 //!
-//! Nothing moves but in [`Mesh::wait`], which serves all connections while it waits for some: no thread, and no peer that could
-//! not send because this rank waits for another one.
+//! Nothing moves but in [`Mesh::wait`], which serves all connections while it waits for some: no
+//! thread, and no peer that could not send because this rank waits for another one.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
@@ -96,8 +96,15 @@ impl Mesh {
         messages.sent.push((to, peer.sent + peer.outgoing.len() as u64));
     }
 
-    /// Starts to receive from rank `from` of the world, which is number `number` of the operation's communicator.
-    pub fn receive(&mut self, messages: &mut Messages, label: &Rc<Label>, body: Stretch, (from, number): (usize, usize)) {
+    /// Starts to receive from rank `from` of the world, which is number `number` of the operation's
+    /// communicator.
+    pub fn receive(
+        &mut self,
+        messages: &mut Messages,
+        label: &Rc<Label>,
+        body: Stretch,
+        (from, number): (usize, usize),
+    ) {
         let peer = self.peer(from);
         peer.due.push_back(Due { label: label.clone(), peer: number, body });
         messages.received.push((from, peer.received + peer.due.len() as u64));
@@ -116,8 +123,12 @@ impl Mesh {
     fn serve(&mut self, messages: &mut Messages, call: Call) -> Result<()> {
         self.peers.iter_mut().flatten().for_each(Peer::write);
         loop {
-            messages.sent.retain(|(to, number)| self.peers[*to].as_ref().is_some_and(|peer| peer.sent < *number));
-            messages.received.retain(|(from, number)| self.peers[*from].as_ref().is_some_and(|peer| peer.received < *number));
+            messages.sent.retain(|(to, number)| {
+                self.peers[*to].as_ref().is_some_and(|peer| peer.sent < *number)
+            });
+            messages.received.retain(|(from, number)| {
+                self.peers[*from].as_ref().is_some_and(|peer| peer.received < *number)
+            });
             if messages.sent.is_empty() && messages.received.is_empty() {
                 return Ok(());
             }
@@ -128,19 +139,23 @@ impl Mesh {
 
     /// Blocks until a connection can be served, and serves it.
     fn pause(&mut self, call: Call) -> Result<()> {
-        let open: Vec<usize> =
-            (0..self.peers.len()).filter(|rank| self.peers[*rank].as_ref().is_some_and(|peer| !peer.is_closed)).collect();
+        let open: Vec<usize> = (0..self.peers.len())
+            .filter(|rank| self.peers[*rank].as_ref().is_some_and(|peer| !peer.is_closed))
+            .collect();
         let events: Vec<PollFlags> = {
             let peers = open.iter().filter_map(|rank| self.peers[*rank].as_ref());
-            let mut sockets: Vec<PollFd<'_>> = peers.map(|peer| PollFd::new(&peer.line.socket, peer.interest())).collect();
+            let mut sockets: Vec<PollFd<'_>> =
+                peers.map(|peer| PollFd::new(&peer.line.socket, peer.interest())).collect();
             match poll(&mut sockets, None) {
                 // A signal: nothing is known of the sockets.
                 Err(Errno::INTR) => return Ok(()),
-                other => other.map_err(|error| call.error(format!("cannot wait for the peers: {error}")))?,
+                other => other
+                    .map_err(|error| call.error(format!("cannot wait for the peers: {error}")))?,
             };
             sockets.iter().map(PollFd::revents).collect()
         };
-        for (rank, events) in open.into_iter().zip(events).filter(|(_, events)| !events.is_empty()) {
+        for (rank, events) in open.into_iter().zip(events).filter(|(_, events)| !events.is_empty())
+        {
             let peer = self.peer(rank);
             if peer.awaits_its_turn() && events.intersects(PollFlags::HUP | PollFlags::ERR) {
                 peer.is_deaf = true;
@@ -179,18 +194,24 @@ impl Peer {
         }
     }
 
-    /// Whether it has begun with an operation to which this rank has yet to come: then it must wait with the rest.
+    /// Whether it has begun with an operation to which this rank has yet to come: then it must wait
+    /// with the rest.
     fn awaits_its_turn(&self) -> bool {
         self.arrived.0 == HEADER_BYTES && self.due.is_empty()
     }
 
     fn interest(&self) -> PollFlags {
         let read = if self.awaits_its_turn() { PollFlags::empty() } else { PollFlags::IN };
-        let write = if self.outgoing.is_empty() || self.is_deaf { PollFlags::empty() } else { PollFlags::OUT };
+        let write = if self.outgoing.is_empty() || self.is_deaf {
+            PollFlags::empty()
+        } else {
+            PollFlags::OUT
+        };
         read | write
     }
 
-    /// A peer that is gone is an error as soon as it is seen, unless it has taken leave and nothing is wanted of it.
+    /// A peer that is gone is an error as soon as it is seen, unless it has taken leave and nothing
+    /// is wanted of it.
     fn check(&self, call: Call) -> Result<()> {
         let is_wanted = !self.has_left || !self.due.is_empty() || !self.outgoing.is_empty();
         if is_wanted && (self.is_closed || (self.is_deaf && self.awaits_its_turn())) {
@@ -204,7 +225,8 @@ impl Peer {
         while !self.is_deaf
             && let Some(first) = self.outgoing.front_mut()
         {
-            let (header, body) = (first.written.min(HEADER_BYTES), first.written.saturating_sub(HEADER_BYTES));
+            let (header, body) =
+                (first.written.min(HEADER_BYTES), first.written.saturating_sub(HEADER_BYTES));
             match first.body.read(body, |body| self.line.write(&first.header[header..], body)) {
                 Ok(written) => first.written += written,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -270,7 +292,11 @@ impl Peer {
                 return Ok(None);
             }
             Frame::Failed { code } => {
-                return Err(Error::Peer { speaker: None, code, what: format!("{peer} ended the run with exit code {code}") });
+                return Err(Error::Peer {
+                    speaker: None,
+                    code,
+                    what: format!("{peer} ended the run with exit code {code}"),
+                });
             }
         };
         let Some(Due { label, peer: number, body }) = self.due.front() else { return Ok(None) };
@@ -279,7 +305,9 @@ impl Peer {
         }
         if length != body.bytes() as u64 {
             let (bytes, name) = (body.bytes(), &label.name);
-            return Err(call.error(format!("{peer} announced {length} bytes in {name}, {bytes} are due")));
+            return Err(
+                call.error(format!("{peer} announced {length} bytes in {name}, {bytes} are due"))
+            );
         }
         Ok(Some(*body))
     }

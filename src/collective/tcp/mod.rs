@@ -1,11 +1,14 @@
-//! Ranks that TCP connects, for clusters whose MPI cannot be started: nobody but the network is needed.
+//! Ranks that TCP connects, for clusters whose MPI cannot be started: nobody but the network is
+//! needed.
 //!
-//! The algorithm is that of [`exchange`](super::exchange), with the same sums in the same order. `tcp/rendezvous.rs` brings the ranks
-//! together, `tcp/greeting.rs` connects each pair, `tcp/record.rs` has what they say until then; afterwards `tcp/frame.rs` is what
-//! they say, `tcp/mesh.rs` serves the connections, `tcp/line.rs` one of them.
+//! The algorithm is that of [`exchange`](super::exchange), with the same sums in the same order.
+//! `tcp/rendezvous.rs` brings the ranks together, `tcp/greeting.rs` connects each pair,
+//! `tcp/record.rs` has what they say until then; afterwards `tcp/frame.rs` is what they say,
+//! `tcp/mesh.rs` serves the connections, `tcp/line.rs` one of them.
 //!
-//! The network is trusted as MPI's is: nothing is encrypted. What connects by mistake, a port scanner or another job, is
-//! recognized and ignored. Ranks of one machine go over its loopback; memory is not shared.
+//! The network is trusted as MPI's is: nothing is encrypted. What connects by mistake, a port
+//! scanner or another job, is recognized and ignored. Ranks of one machine go over its loopback;
+//! memory is not shared.
 
 mod frame;
 mod greeting;
@@ -42,19 +45,27 @@ pub struct Group {
 }
 
 impl Tcp {
-    /// Meets the other ranks at `rendezvous`, a `host:port` at which rank 0 listens. Every rank calls it.
+    /// Meets the other ranks at `rendezvous`, a `host:port` at which rank 0 listens. Every rank
+    /// calls it.
     ///
     /// # Errors
-    /// [`Error::Collective`](crate::error::Error::Collective) if not all have come within `limit`, naming those that have not;
-    /// [`Error::Environment`](crate::error::Error::Environment) if two claim one rank, or the ranks do not agree on their number.
+    /// [`Error::Collective`](crate::error::Error::Collective) if not all have come within `limit`,
+    /// naming those that have not; [`Error::Environment`](crate::error::Error::Environment) if two
+    /// claim one rank, or the ranks do not agree on their number.
     /// # Panics
     /// If there is no such rank in a world of this size.
-    pub fn connect(rank: usize, world_size: usize, rendezvous: &str, limit: Duration) -> Result<Self> {
+    pub fn connect(
+        rank: usize,
+        world_size: usize,
+        rendezvous: &str,
+        limit: Duration,
+    ) -> Result<Self> {
         Tcp::meet(rank, world_size, rendezvous, limit, &|_| ())
     }
 
-    /// Does as [`connect`](Self::connect) for the world that [`abort`](super::abort) ends: its connections outlive an early return.
-    /// `refusing`: called on rank 0 with the reason before it turns the others away.
+    /// Does as [`connect`](Self::connect) for the world that [`abort`](super::abort) ends: its
+    /// connections outlive an early return. `refusing`: called on rank 0 with the reason before it
+    /// turns the others away.
     pub(super) fn connect_for_life(
         rank: usize,
         world_size: usize,
@@ -67,10 +78,19 @@ impl Tcp {
         Ok(world)
     }
 
-    fn meet(rank: usize, world_size: usize, rendezvous: &str, limit: Duration, refusing: &dyn Fn(&Error)) -> Result<Self> {
+    fn meet(
+        rank: usize,
+        world_size: usize,
+        rendezvous: &str,
+        limit: Duration,
+        refusing: &dyn Fn(&Error),
+    ) -> Result<Self> {
         assert!(rank < world_size, "no rank {rank} among {world_size}");
         let place = Place { rank, world_size };
-        let mesh = Rc::new(RefCell::new(Mesh::of(world_size, rendezvous::meet(place, rendezvous, limit, refusing)?)));
+        let mesh = Rc::new(RefCell::new(Mesh::of(
+            world_size,
+            rendezvous::meet(place, rendezvous, limit, refusing)?,
+        )));
         Ok(Ranks::of(Group { mesh, place, members: (0..world_size).collect(), id: 0 }))
     }
 }
@@ -107,8 +127,10 @@ impl Link for Group {
         let own = Tensor::from_slice(&[color as i64]);
         ranks.all_gather(vec![Sliced { owned: own, full: colors.shallow_clone() }])?.wait()?;
         let colors = Vec::<i64>::try_from(colors).expect("integers");
-        let same: Vec<usize> = (0..place.world_size).filter(|rank| colors[*rank] == color as i64).collect();
-        let rank = same.iter().position(|rank| *rank == place.rank).expect("this rank has its own color");
+        let same: Vec<usize> =
+            (0..place.world_size).filter(|rank| colors[*rank] == color as i64).collect();
+        let rank =
+            same.iter().position(|rank| *rank == place.rank).expect("this rank has its own color");
         Ok(Group {
             mesh: mesh.clone(),
             place: Place { rank, world_size: same.len() },

@@ -1,5 +1,5 @@
-//! What ranks say before they are connected: records of JSON behind a mark and a length. Anybody may knock, so that nothing is
-//! believed, waited for or stored beyond what a rank would say.
+//! What ranks say before they are connected: records of JSON behind a mark and a length. Anybody
+//! may knock, so that nothing is believed, waited for or stored beyond what a rank would say.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -62,8 +62,11 @@ impl Caller {
                 Ok((socket, address)) => callers.push(Caller::new(socket, address)?),
                 Err(error) => match Errno::from_io_error(&error) {
                     Some(Errno::AGAIN) => return Ok(callers),
-                    None | Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => return Err(error),
-                    // Of one caller: it went away again before it was let in, or the network lost it.
+                    None | Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
+                        return Err(error);
+                    }
+                    // Of one caller: it went away again before it was let in, or the network lost
+                    // it.
                     Some(_) => (),
                 },
             }
@@ -81,7 +84,10 @@ impl Caller {
             let missing = due - self.said.len();
             if missing == 0 {
                 let text = &self.said[MARK.len() + LENGTH_BYTES..];
-                return serde_json::from_slice(text).map_or_else(|error| Heard::Stranger(one_line(&error.to_string())), Heard::Record);
+                return serde_json::from_slice(text).map_or_else(
+                    |error| Heard::Stranger(one_line(&error.to_string())),
+                    Heard::Record,
+                );
             }
             match self.socket.read(&mut chunk[..missing.min(SHORT_BYTES)]) {
                 Ok(0) => return Heard::Stranger("it closed its connection".into()),
@@ -99,7 +105,9 @@ impl Caller {
         if self.said[..known] != MARK[..known] {
             return Err("it does not say what a rank of this version says".into());
         }
-        let Some(length) = self.said.get(MARK.len()..MARK.len() + LENGTH_BYTES) else { return Ok(MARK.len() + LENGTH_BYTES) };
+        let Some(length) = self.said.get(MARK.len()..MARK.len() + LENGTH_BYTES) else {
+            return Ok(MARK.len() + LENGTH_BYTES);
+        };
         let length = u32::from_le_bytes(length.try_into().expect("four bytes")) as usize;
         if length > limit {
             return Err(format!("it announced a record of {length} bytes, {limit} are the most"));
@@ -110,17 +118,23 @@ impl Caller {
     /// Whether it is still there, with nothing more to say.
     pub fn is_silent(&self) -> bool {
         let peeked = self.socket.peek(&mut [0]);
-        peeked.is_err_and(|error| [io::ErrorKind::WouldBlock, io::ErrorKind::Interrupted].contains(&error.kind()))
+        peeked.is_err_and(|error| {
+            [io::ErrorKind::WouldBlock, io::ErrorKind::Interrupted].contains(&error.kind())
+        })
     }
 }
 
 /// Blocks until one of the sockets can be read; false if none can until then.
-pub fn wait_until<'s>(until: Instant, sockets: impl Iterator<Item = BorrowedFd<'s>>) -> io::Result<bool> {
+pub fn wait_until<'s>(
+    until: Instant,
+    sockets: impl Iterator<Item = BorrowedFd<'s>>,
+) -> io::Result<bool> {
     let rest = until.saturating_duration_since(Instant::now());
     if rest.is_zero() {
         return Ok(false);
     }
-    let mut sockets: Vec<PollFd<'_>> = sockets.map(|socket| PollFd::from_borrowed_fd(socket, PollFlags::IN)).collect();
+    let mut sockets: Vec<PollFd<'_>> =
+        sockets.map(|socket| PollFd::from_borrowed_fd(socket, PollFlags::IN)).collect();
     match poll(&mut sockets, Some(&Timespec::try_from(rest).map_err(io::Error::other)?)) {
         Ok(ready) => Ok(ready > 0),
         Err(Errno::INTR) => Ok(true),

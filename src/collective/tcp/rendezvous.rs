@@ -24,7 +24,8 @@ const BUILD: &str = env!("CARGO_PKG_VERSION");
 pub const ATTEMPT: Duration = Duration::from_secs(3);
 /// Between attempts, at first and at last.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
-/// Rank 0 gives up by its own clock, which began later than this rank's connection at the latest; then it says why.
+/// Rank 0 gives up by its own clock, which began later than this rank's connection at the latest;
+/// then it says why.
 const GRACE: Duration = Duration::from_secs(5);
 
 /// Strangers that may stay for a while in silence; the oldest goes when there are more.
@@ -69,12 +70,24 @@ pub struct Company {
     pub root: Option<IpAddr>,
 }
 
-/// A connection with every other rank; every rank calls it, and each step of it ends within `limit`. `refusing`: called on rank
-/// 0 with the reason before it turns the others away.
-pub fn meet(place: Place, rendezvous: &str, limit: Duration, refusing: &dyn Fn(&Error)) -> Result<Vec<Line>> {
+/// A connection with every other rank; every rank calls it, and each step of it ends within
+/// `limit`. `refusing`: called on rank 0 with the reason before it turns the others away.
+pub fn meet(
+    place: Place,
+    rendezvous: &str,
+    limit: Duration,
+    refusing: &dyn Fn(&Error),
+) -> Result<Vec<Line>> {
     let door = listen(None).map_err(|error| CALL.error(format!("cannot listen: {error}")))?;
-    let port = door.local_addr().map_err(|error| CALL.error(format!("no port to listen at: {error}")))?.port();
-    let seat = Seat { host: gethostname::gethostname().to_string_lossy().into_owned(), addresses: Vec::new(), port };
+    let port = door
+        .local_addr()
+        .map_err(|error| CALL.error(format!("no port to listen at: {error}")))?
+        .port();
+    let seat = Seat {
+        host: gethostname::gethostname().to_string_lossy().into_owned(),
+        addresses: Vec::new(),
+        port,
+    };
     let company = match place.rank {
         0 => receive(place, rendezvous, seat, limit, refusing)?,
         _ => register(place, rendezvous, seat, limit)?,
@@ -82,13 +95,14 @@ pub fn meet(place: Place, rendezvous: &str, limit: Duration, refusing: &dyn Fn(&
     greeting::greet_all(place, &company, &door, limit)
 }
 
-/// Listens at this address, or at a port of the system's choice. At all addresses of the machine: which of its own ones a host
-/// knows by its name is a matter of taste.
+/// Listens at this address, or at a port of the system's choice. At all addresses of the machine:
+/// which of its own ones a host knows by its name is a matter of taste.
 fn listen(at: Option<SocketAddr>) -> io::Result<TcpListener> {
     let port = at.map_or(0, |at| at.port());
     let door = match at.filter(|at| at.ip().is_loopback()) {
         Some(at) => TcpListener::bind(at),
-        None => TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))),
+        None => TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))
+            .or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))),
     }?;
     door.set_nonblocking(true)?;
     Ok(door)
@@ -104,10 +118,20 @@ struct Desk {
 }
 
 /// Rank 0's part: waits for all ranks, and answers them.
-fn receive(place: Place, rendezvous: &str, seat: Seat, limit: Duration, refusing: &dyn Fn(&Error)) -> Result<Company> {
+fn receive(
+    place: Place,
+    rendezvous: &str,
+    seat: Seat,
+    limit: Duration,
+    refusing: &dyn Fn(&Error),
+) -> Result<Company> {
     let until = Instant::now() + limit;
-    let mut desk =
-        Desk { place, door: open(rendezvous, until)?, guests: (0..place.world_size).map(|_| None).collect(), callers: Vec::new() };
+    let mut desk = Desk {
+        place,
+        door: open(rendezvous, until)?,
+        guests: (0..place.world_size).map(|_| None).collect(),
+        callers: Vec::new(),
+    };
     desk.guests[0] = Some((seat, None));
     match desk.fill(until, limit) {
         Ok(()) => desk.welcome(),
@@ -119,15 +143,19 @@ fn receive(place: Place, rendezvous: &str, seat: Seat, limit: Duration, refusing
     }
 }
 
-/// Listens at the rendezvous; a port that is taken may become free, e.g. when the job's last attempt ends.
+/// Listens at the rendezvous; a port that is taken may become free, e.g. when the job's last
+/// attempt ends.
 fn open(rendezvous: &str, until: Instant) -> Result<TcpListener> {
     loop {
-        let why = match resolve(rendezvous).and_then(|addresses| listen(addresses.first().copied())) {
+        let why = match resolve(rendezvous).and_then(|addresses| listen(addresses.first().copied()))
+        {
             Ok(door) => return Ok(door),
             Err(error) => error,
         };
         if Instant::now() + PAUSES.1 > until {
-            return Err(CALL.error(format!("rank 0 cannot listen at {rendezvous}: {why}; is another rank 0 running?")));
+            return Err(CALL.error(format!(
+                "rank 0 cannot listen at {rendezvous}: {why}; is another rank 0 running?"
+            )));
         }
         std::thread::sleep(PAUSES.1);
     }
@@ -136,19 +164,29 @@ fn open(rendezvous: &str, until: Instant) -> Result<TcpListener> {
 /// One address at least.
 fn resolve(rendezvous: &str) -> io::Result<Vec<SocketAddr>> {
     let addresses: Vec<SocketAddr> = rendezvous.to_socket_addrs()?.collect();
-    if addresses.is_empty() { Err(io::Error::other("its name has no address")) } else { Ok(addresses) }
+    if addresses.is_empty() {
+        Err(io::Error::other("its name has no address"))
+    } else {
+        Ok(addresses)
+    }
 }
 
 impl Desk {
     fn fill(&mut self, until: Instant, limit: Duration) -> Result<()> {
         while self.guests.iter().any(Option::is_none) {
             let seated = self.guests.iter().flatten().filter_map(|(_, guest)| guest.as_ref());
-            let sockets = seated.chain(&self.callers).map(|caller| caller.socket.as_fd()).chain([self.door.as_fd()]);
+            let sockets = seated
+                .chain(&self.callers)
+                .map(|caller| caller.socket.as_fd())
+                .chain([self.door.as_fd()]);
             if !wait_until(until, sockets).map_err(|error| CALL.error(error.to_string()))? {
                 return Err(self.incomplete(limit));
             }
             self.part_with_the_gone();
-            self.callers.extend(Caller::all_at(&self.door).map_err(|error| CALL.error(format!("cannot let a rank in: {error}")))?);
+            self.callers.extend(
+                Caller::all_at(&self.door)
+                    .map_err(|error| CALL.error(format!("cannot let a rank in: {error}")))?,
+            );
             self.listen_to_callers()?;
         }
         Ok(())
@@ -157,7 +195,9 @@ impl Desk {
     /// A rank that went away again may come again.
     fn part_with_the_gone(&mut self) {
         for (rank, guest) in self.guests.iter_mut().enumerate() {
-            if let Some((seat, Some(_))) = guest.take_if(|(_, caller)| caller.as_ref().is_some_and(|caller| !caller.is_silent())) {
+            if let Some((seat, Some(_))) = guest
+                .take_if(|(_, caller)| caller.as_ref().is_some_and(|caller| !caller.is_silent()))
+            {
                 tracing::warn!("rank {rank} of host {} went away again", one_line(&seat.host));
             }
         }
@@ -172,18 +212,26 @@ impl Desk {
             }
         }
         let too_many = self.callers.len().saturating_sub(self.place.world_size + SILENT_STRANGERS);
-        self.callers.drain(..too_many).for_each(|caller| ignore(&caller, "it says nothing, and others want to come in"));
+        self.callers
+            .drain(..too_many)
+            .for_each(|caller| ignore(&caller, "it says nothing, and others want to come in"));
         Ok(())
     }
 
-    fn admit(&mut self, caller: Caller, Hello { build, rank, world_size, mut seat }: Hello) -> Result<()> {
+    fn admit(
+        &mut self,
+        caller: Caller,
+        Hello { build, rank, world_size, mut seat }: Hello,
+    ) -> Result<()> {
         if build != BUILD {
             ignore(&caller, &format!("it is of version {}, not {BUILD}", one_line(&build)));
             return Ok(());
         }
         let (host, expected) = (one_line(&seat.host), self.place.world_size);
         if world_size != expected || rank >= expected {
-            let what = format!("a process of host {host} is rank {rank} of {world_size}, rank 0 is one of {expected}");
+            let what = format!(
+                "a process of host {host} is rank {rank} of {world_size}, rank 0 is one of {expected}"
+            );
             self.callers.push(caller);
             return Err(Error::environment(what));
         }
@@ -202,7 +250,8 @@ impl Desk {
 
     fn incomplete(&self, limit: Duration) -> Error {
         let ranks = |is_here: bool| {
-            let ranks = (0..self.guests.len()).filter(|rank| self.guests[*rank].is_some() == is_here);
+            let ranks =
+                (0..self.guests.len()).filter(|rank| self.guests[*rank].is_some() == is_here);
             ranks.map(|rank| rank.to_string()).collect::<Vec<_>>().join(" ")
         };
         let silent = match self.callers.len() {
@@ -210,11 +259,16 @@ impl Desk {
             callers => format!("; {callers} connections said nothing"),
         };
         let (arrived, missing) = (ranks(true), ranks(false));
-        CALL.error(format!("not all ranks came within {} s: arrived: {arrived}; missing: {missing}{silent}", limit.as_secs_f64()))
+        CALL.error(format!(
+            "not all ranks came within {} s: arrived: {arrived}; missing: {missing}{silent}",
+            limit.as_secs_f64()
+        ))
     }
 
     fn welcome(mut self) -> Result<Company> {
-        self.callers.drain(..).for_each(|caller| ignore(&caller, "it says nothing, and all ranks are here"));
+        self.callers
+            .drain(..)
+            .for_each(|caller| ignore(&caller, "it says nothing, and all ranks are here"));
         let seats: Vec<Seat> = self.guests.iter().flatten().map(|(seat, _)| seat.clone()).collect();
         let token = random_token()?;
         self.answer(&Answer::Welcome { token: token.clone(), seats: seats.clone() });
@@ -247,16 +301,26 @@ fn random_token() -> Result<String> {
 fn register(place: Place, rendezvous: &str, seat: Seat, limit: Duration) -> Result<Company> {
     let (until, mut pause) = (Instant::now() + limit, PAUSES.0);
     loop {
-        let why = match knock(place, rendezvous, &seat, until).and_then(|caller| hear_answer(place, caller, Instant::now() + limit + GRACE))
+        let why = match knock(place, rendezvous, &seat, until)
+            .and_then(|caller| hear_answer(place, caller, Instant::now() + limit + GRACE))
         {
-            Ok((root, Answer::Welcome { token, seats })) => return Ok(Company { token, seats, root: Some(root) }),
+            Ok((root, Answer::Welcome { token, seats })) => {
+                return Ok(Company { token, seats, root: Some(root) });
+            }
             Ok((_, Answer::Refused { code, what })) => {
-                return Err(Error::Peer { speaker: None, code, what: format!("rank 0 failed: {}", one_line(&what)) });
+                return Err(Error::Peer {
+                    speaker: None,
+                    code,
+                    what: format!("rank 0 failed: {}", one_line(&what)),
+                });
             }
             Err(why) => why,
         };
         if Instant::now() + pause > until {
-            return Err(CALL.error(format!("rank 0 is not at {rendezvous} after {} s: {why}", limit.as_secs_f64())));
+            return Err(CALL.error(format!(
+                "rank 0 is not at {rendezvous} after {} s: {why}",
+                limit.as_secs_f64()
+            )));
         }
         std::thread::sleep(pause);
         pause = (pause * 2).min(PAUSES.1);
@@ -277,7 +341,8 @@ fn knock(place: Place, rendezvous: &str, seat: &Seat, until: Instant) -> Result<
         };
         let mut seat = seat.clone();
         seat.addresses.extend(socket.local_addr().map(|address| address.ip()));
-        let hello = Hello { build: BUILD.into(), rank: place.rank, world_size: place.world_size, seat };
+        let hello =
+            Hello { build: BUILD.into(), rank: place.rank, world_size: place.world_size, seat };
         let said = say(&socket, &hello).and_then(|()| Caller::new(socket, address));
         return said.map_err(|error| error.to_string());
     }
@@ -290,7 +355,11 @@ pub fn patience(until: Instant) -> Duration {
 }
 
 /// What rank 0 says, and the address at which it said it.
-fn hear_answer(place: Place, mut caller: Caller, until: Instant) -> Result<(IpAddr, Answer), String> {
+fn hear_answer(
+    place: Place,
+    mut caller: Caller,
+    until: Instant,
+) -> Result<(IpAddr, Answer), String> {
     let longest = SHORT_BYTES * place.world_size;
     loop {
         match caller.hear(longest) {
@@ -301,7 +370,9 @@ fn hear_answer(place: Place, mut caller: Caller, until: Instant) -> Result<(IpAd
             Heard::Stranger(why) => return Err(why),
             Heard::Nothing => (),
         }
-        if !wait_until(until, [caller.socket.as_fd()].into_iter()).map_err(|error| error.to_string())? {
+        if !wait_until(until, [caller.socket.as_fd()].into_iter())
+            .map_err(|error| error.to_string())?
+        {
             return Err("it does not answer".into());
         }
     }

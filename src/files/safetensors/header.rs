@@ -1,7 +1,8 @@
 //! The header of a safetensors file: JSON that names the tensors and says where each lies.
 //!
-//! A header comes from outside and may lie in every number, so each is checked before it is believed and none decides how
-//! much memory is taken: the caps below bound a hostile header at a few tens of megabytes.
+//! A header comes from outside and may lie in every number, so each is checked before it is
+//! believed and none decides how much memory is taken: the caps below bound a hostile header at a
+//! few tens of megabytes.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -62,31 +63,46 @@ pub(super) struct Header {
 /// Refuses a header that costs more memory than any real one needs.
 pub(super) fn check_length(bytes: u64) -> Result<(), String> {
     if bytes > MAX_HEADER_BYTES {
-        return Err(format!("header of {bytes} bytes is longer than the {MAX_HEADER_BYTES} allowed"));
+        return Err(format!(
+            "header of {bytes} bytes is longer than the {MAX_HEADER_BYTES} allowed"
+        ));
     }
     Ok(())
 }
 
 /// Reads and checks a header over `data_bytes` of tensor data; the error is a reason on one line.
 pub(super) fn parse(text: &[u8], data_bytes: u64) -> Result<Header, String> {
-    let text = std::str::from_utf8(text).map_err(|e| format!("header is not UTF-8 from byte {} on", e.valid_up_to()))?;
+    let text = std::str::from_utf8(text)
+        .map_err(|e| format!("header is not UTF-8 from byte {} on", e.valid_up_to()))?;
     if !text.starts_with('{') {
         return Err("header does not begin with `{`".into());
     }
-    let raw: RawHeader = serde_json::from_str(text).map_err(|e| shortened(&format!("header is malformed: {e}")))?;
-    let mut tensors = raw.tensors.into_iter().map(|(name, entry)| entry.checked(name)).collect::<Result<Vec<_>, String>>()?;
+    let raw: RawHeader =
+        serde_json::from_str(text).map_err(|e| shortened(&format!("header is malformed: {e}")))?;
+    let mut tensors = raw
+        .tensors
+        .into_iter()
+        .map(|(name, entry)| entry.checked(name))
+        .collect::<Result<Vec<_>, String>>()?;
     tensors.sort_by_key(|tensor| tensor.offset);
     check_cover(&tensors, data_bytes)?;
     Ok(Header { tensors, metadata: raw.metadata.unwrap_or_default().0 })
 }
 
-/// Tensors lie back to back from byte 0 to the end of the file: nothing overlaps and nothing hides between them.
+/// Tensors lie back to back from byte 0 to the end of the file: nothing overlaps and nothing hides
+/// between them.
 fn check_cover(tensors: &[TensorInfo], data_bytes: u64) -> Result<(), String> {
     let mut end = 0;
     for TensorInfo { name, offset, bytes, .. } in tensors {
         if *offset != end {
-            let what = if *offset < end { "overlaps the tensor before it" } else { "leaves a hole before it" };
-            return Err(format!("tensor `{name}` {what}: begins at byte {offset} of the data, expected {end}"));
+            let what = if *offset < end {
+                "overlaps the tensor before it"
+            } else {
+                "leaves a hole before it"
+            };
+            return Err(format!(
+                "tensor `{name}` {what}: begins at byte {offset} of the data, expected {end}"
+            ));
         }
         // `checked` has seen that `offset + bytes` is the entry's own end.
         end = offset + bytes;
@@ -129,18 +145,29 @@ struct Entry {
 impl Entry {
     fn checked(self, name: String) -> Result<TensorInfo, String> {
         if let Some(axis) = self.shape.0.iter().find(|axis| **axis < 1) {
-            return Err(format!("tensor `{name}` {:?} has an axis of {axis}, expected at least 1; leave empty tensors out", self.shape.0));
+            return Err(format!(
+                "tensor `{name}` {:?} has an axis of {axis}, expected at least 1; leave empty tensors out",
+                self.shape.0
+            ));
         }
         let known = DTYPES.iter().find(|(word, _)| *word == self.dtype);
         let Some((_, kind)) = known else {
             let words = DTYPES.map(|(word, _)| word).join(" ");
-            return Err(shortened(&format!("tensor `{name}` has dtype `{}`; expected one of {words}", self.dtype)));
+            return Err(shortened(&format!(
+                "tensor `{name}` has dtype `{}`; expected one of {words}",
+                self.dtype
+            )));
         };
         let [begin, end] = self.data_offsets;
-        let bytes = self.bytes(*kind).ok_or_else(|| format!("tensor `{name}` of shape {:?} is larger than any file", self.shape.0))?;
+        let bytes = self.bytes(*kind).ok_or_else(|| {
+            format!("tensor `{name}` of shape {:?} is larger than any file", self.shape.0)
+        })?;
         if begin.checked_add(bytes) != Some(end) {
             let shape = &self.shape.0;
-            return Err(format!("tensor `{name}` {} {shape:?} takes {bytes} bytes, its offsets say {begin} to {end}", self.dtype));
+            return Err(format!(
+                "tensor `{name}` {} {shape:?} takes {bytes} bytes, its offsets say {begin} to {end}",
+                self.dtype
+            ));
         }
         Ok(TensorInfo { name, kind: *kind, shape: self.shape.0, offset: begin, bytes })
     }
@@ -148,7 +175,12 @@ impl Entry {
     /// Size of the tensor; none if it does not fit 63 bits, as every size of a file does.
     fn bytes(&self, kind: Kind) -> Option<u64> {
         let element = i64::try_from(kind.elt_size_in_bytes()).ok()?;
-        self.shape.0.iter().try_fold(element, |product, axis| product.checked_mul(*axis))?.try_into().ok()
+        self.shape
+            .0
+            .iter()
+            .try_fold(element, |product, axis| product.checked_mul(*axis))?
+            .try_into()
+            .ok()
     }
 }
 
@@ -170,7 +202,9 @@ impl<'de> Deserialize<'de> for Axes {
                 let mut axes = Vec::new();
                 while let Some(axis) = seq.next_element::<i64>()? {
                     if axes.len() == MAX_AXES {
-                        return Err(A::Error::custom(format!("a shape has more than {MAX_AXES} axes")));
+                        return Err(A::Error::custom(format!(
+                            "a shape has more than {MAX_AXES} axes"
+                        )));
                     }
                     axes.push(axis);
                 }
@@ -209,7 +243,9 @@ impl<'de> Deserialize<'de> for RawHeader {
                         }
                     } else {
                         check_name(&name).map_err(A::Error::custom)?;
-                        let entry = map.next_value().map_err(|error| A::Error::custom(format!("tensor `{name}`: {error}")))?;
+                        let entry = map.next_value().map_err(|error| {
+                            A::Error::custom(format!("tensor `{name}`: {error}"))
+                        })?;
                         insert_once(&mut raw.tensors, name, entry, "tensor")?;
                     }
                 }
@@ -247,7 +283,12 @@ impl<'de> Deserialize<'de> for Metadata {
     }
 }
 
-fn insert_once<T, E: de::Error>(entries: &mut BTreeMap<String, T>, name: String, value: T, what: &str) -> Result<(), E> {
+fn insert_once<T, E: de::Error>(
+    entries: &mut BTreeMap<String, T>,
+    name: String,
+    value: T,
+    what: &str,
+) -> Result<(), E> {
     if entries.contains_key(&name) {
         return Err(E::custom(format!("duplicate {what} `{name}`")));
     }
@@ -276,7 +317,10 @@ mod tests {
         let text = format!(r#"{{"a":{{"{}\n":1}}}}"#, "x".repeat(1 << 20));
         let reason = parse(text.as_bytes(), 0).expect_err("an unknown field");
         assert!(reason.chars().count() <= MAX_REASON_CHARS + 1, "{}", reason.len());
-        assert!(reason.starts_with("header is malformed: tensor `a`: unknown field `xxx"), "{reason}");
+        assert!(
+            reason.starts_with("header is malformed: tensor `a`: unknown field `xxx"),
+            "{reason}"
+        );
     }
 
     #[test]

@@ -1,8 +1,9 @@
-//! Our own strict reader and writer of the safetensors format: names and shapes in JSON, then plain little-endian data.
+//! Our own strict reader and writer of the safetensors format: names and shapes in JSON, then plain
+//! little-endian data.
 //!
-//! The format's own crate takes duplicate names, path-like names, unknown fields and headers that cost gigabytes; this
-//! reader refuses them. It reads by position and never maps a file, so that a file cut while in use is an error and not
-//! a SIGBUS.
+//! The format's own crate takes duplicate names, path-like names, unknown fields and headers that
+//! cost gigabytes; this reader refuses them. It reads by position and never maps a file, so that a
+//! file cut while in use is an error and not a SIGBUS.
 //!
 //! Source: <https://github.com/huggingface/safetensors>, section "Format" of its README.
 
@@ -32,7 +33,8 @@ compile_error!("the format is little-endian and tensors are read as they lie in 
 
 /// Length of the field that says how long the header is.
 const PREFIX: u64 = 8;
-/// Largest piece that is asked of memory at all (1 TiB): some systems promise any amount and kill when it is used.
+/// Largest piece that is asked of memory at all (1 TiB): some systems promise any amount and kill
+/// when it is used.
 const MAX_READ_BYTES: u64 = 1 << 40;
 /// What is read at once to be looked at: it fits into a core's second cache.
 const CACHED_BYTES: usize = 256 << 10;
@@ -55,8 +57,8 @@ impl SafeTensors {
     /// Opens a regular file and checks its header, not its data.
     ///
     /// # Errors
-    /// [`Error::Data`] with the reason if the file is missing, a pickle, not a regular file, or lies anywhere in its header;
-    /// [`Error::Storage`] if it cannot be read.
+    /// [`Error::Data`] with the reason if the file is missing, a pickle, not a regular file, or
+    /// lies anywhere in its header; [`Error::Storage`] if it cannot be read.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let (source, file_bytes) = Source::open(path)?;
@@ -66,7 +68,8 @@ impl SafeTensors {
     /// The same without a descriptor between reads, each of which opens the file again.
     ///
     /// # Errors
-    /// As [`open`](Self::open). A later read is an [`Error::Data`] if another file stands at the path then.
+    /// As [`open`](Self::open). A later read is an [`Error::Data`] if another file stands at the
+    /// path then.
     pub fn open_on_demand(path: impl AsRef<Path>) -> Result<Self> {
         let file = SafeTensors::open(path)?;
         let source = file.source.on_demand(&file.path)?;
@@ -80,10 +83,19 @@ impl SafeTensors {
 
     fn from_source(path: PathBuf, source: Source, file_bytes: u64) -> Result<Self> {
         let by_name = BTreeMap::new();
-        let mut file = SafeTensors { path, source, file_bytes, data_start: 0, tensors: Vec::new(), by_name, metadata: BTreeMap::new() };
+        let mut file = SafeTensors {
+            path,
+            source,
+            file_bytes,
+            data_start: 0,
+            tensors: Vec::new(),
+            by_name,
+            metadata: BTreeMap::new(),
+        };
         let (header, data_start) = file.header().map_err(|error| file.called_what_it_is(error))?;
         file.data_start = data_start;
-        file.by_name = header.tensors.iter().enumerate().map(|(i, tensor)| (tensor.name.clone(), i)).collect();
+        file.by_name =
+            header.tensors.iter().enumerate().map(|(i, tensor)| (tensor.name.clone(), i)).collect();
         file.tensors = header.tensors;
         file.metadata = header.metadata;
         Ok(file)
@@ -94,14 +106,17 @@ impl SafeTensors {
         let file_bytes = self.file_bytes;
         let mut prefix = [0; PREFIX as usize];
         let Some(after_prefix) = file_bytes.checked_sub(PREFIX) else {
-            return Err(self.refused(format!("is {file_bytes} bytes long, too short for a safetensors file")));
+            return Err(self
+                .refused(format!("is {file_bytes} bytes long, too short for a safetensors file")));
         };
         let opened = self.opened()?;
         self.read_at(&opened, &mut prefix, 0)?;
         let header_bytes = u64::from_le_bytes(prefix);
         header::check_length(header_bytes).map_err(|what| self.refused(what))?;
         let Some(data_bytes) = after_prefix.checked_sub(header_bytes) else {
-            return Err(self.refused(format!("header of {header_bytes} bytes does not fit the file's {file_bytes} bytes")));
+            return Err(self.refused(format!(
+                "header of {header_bytes} bytes does not fit the file's {file_bytes} bytes"
+            )));
         };
         let mut text = vec![0; header_bytes as usize];
         self.read_at(&opened, &mut text, PREFIX)?;
@@ -109,7 +124,8 @@ impl SafeTensors {
         Ok((header, PREFIX + header_bytes))
     }
 
-    /// The reason why a file has no sound header, or a better one where its first bytes are those of something else.
+    /// The reason why a file has no sound header, or a better one where its first bytes are those
+    /// of something else.
     fn called_what_it_is(&self, reason: Error) -> Error {
         let mut head = vec![0; HEAD_BYTES.min(self.file_bytes as usize)];
         let read = self.opened().and_then(|opened| self.read_at(&opened, &mut head, 0));
@@ -141,7 +157,8 @@ impl SafeTensors {
     /// [`Error::Data`] with the names that exist.
     pub fn info(&self, name: &str) -> Result<&TensorInfo> {
         self.by_name.get(name).map(|&index| &self.tensors[index]).ok_or_else(|| {
-            let names: Vec<&str> = self.tensors.iter().map(|tensor| tensor.name.as_str()).take(20).collect();
+            let names: Vec<&str> =
+                self.tensors.iter().map(|tensor| tensor.name.as_str()).take(20).collect();
             let more = if names.len() < self.tensors.len() { ", …" } else { "" };
             self.refused(format!("holds no tensor `{name}`; it has {}{more}", names.join(", ")))
         })
@@ -150,8 +167,8 @@ impl SafeTensors {
     /// One whole tensor, on the CPU.
     ///
     /// # Errors
-    /// [`Error::Data`] if there is no such tensor or the file was cut since it was opened; [`Error::Storage`] if it cannot be
-    /// read.
+    /// [`Error::Data`] if there is no such tensor or the file was cut since it was opened;
+    /// [`Error::Storage`] if it cannot be read.
     pub fn read(&self, name: &str) -> Result<Tensor> {
         let info = self.info(name)?;
         let mut tensor = self.room(&info.shape, info.kind)?;
@@ -159,7 +176,8 @@ impl SafeTensors {
         Ok(tensor)
     }
 
-    /// Rows of one tensor along its first axis, in the order asked for; adjacent ones are read together.
+    /// Rows of one tensor along its first axis, in the order asked for; adjacent ones are read
+    /// together.
     ///
     /// # Shapes
     /// `rows` of a tensor `[N, …]` give `[rows.len(), …]`.
@@ -174,9 +192,15 @@ impl SafeTensors {
         Ok(tensor)
     }
 
-    /// Fills `data` with the bytes of `rows`, exactly. `look` sees them all, piece by piece, while they are in a cache: a second
-    /// pass over memory would take as long as the read.
-    pub(crate) fn read_rows_into(&self, info: &TensorInfo, rows: &[u64], data: &mut [u8], mut look: impl FnMut(&[u8])) -> Result<()> {
+    /// Fills `data` with the bytes of `rows`, exactly. `look` sees them all, piece by piece, while
+    /// they are in a cache: a second pass over memory would take as long as the read.
+    pub(crate) fn read_rows_into(
+        &self,
+        info: &TensorInfo,
+        rows: &[u64],
+        data: &mut [u8],
+        mut look: impl FnMut(&[u8]),
+    ) -> Result<()> {
         let (opened, row_bytes) = (self.opened()?, row_bytes(info));
         let mut rest = data;
         for run in rows.chunk_by(|a, b| a + 1 == *b) {
@@ -202,12 +226,21 @@ impl SafeTensors {
     /// A tensor to be filled from the file, as far as the machine has room for it.
     pub(crate) fn room(&self, shape: &[i64], kind: Kind) -> Result<Tensor> {
         let bytes = shape.iter().product::<i64>() as u64 * kind.elt_size_in_bytes() as u64;
-        let tensor = (bytes <= MAX_READ_BYTES).then(|| Tensor::f_empty(shape, (kind, Device::Cpu)).ok());
+        let tensor =
+            (bytes <= MAX_READ_BYTES).then(|| Tensor::f_empty(shape, (kind, Device::Cpu)).ok());
         tensor.flatten().ok_or_else(|| self.too_large(bytes))
     }
 
-    /// Fills `data` from the tensor's byte `start` on, as [`read_rows_into`](Self::read_rows_into) does.
-    fn read_data(&self, opened: &Opened<'_>, info: &TensorInfo, start: u64, data: &mut [u8], look: &mut impl FnMut(&[u8])) -> Result<()> {
+    /// Fills `data` from the tensor's byte `start` on, as [`read_rows_into`](Self::read_rows_into)
+    /// does.
+    fn read_data(
+        &self,
+        opened: &Opened<'_>,
+        info: &TensorInfo,
+        start: u64,
+        data: &mut [u8],
+        look: &mut impl FnMut(&[u8]),
+    ) -> Result<()> {
         let starts = (self.data_start + info.offset + start..).step_by(CACHED_BYTES);
         for (piece, start) in data.chunks_mut(CACHED_BYTES).zip(starts) {
             self.read_at(opened, piece, start)?;
@@ -215,14 +248,18 @@ impl SafeTensors {
         }
         // Any other byte in a boolean is undefined behaviour inside of libtorch.
         if info.kind == Kind::Bool && data.iter().any(|&byte| byte > 1) {
-            return Err(self.refused(format!("tensor `{}` is BOOL and holds bytes other than 0 and 1", info.name)));
+            return Err(self.refused(format!(
+                "tensor `{}` is BOOL and holds bytes other than 0 and 1",
+                info.name
+            )));
         }
         Ok(())
     }
 
     /// Reads the file from its first to its last byte, `piece` by piece.
     pub(crate) fn for_each_piece(&self, mut piece: impl FnMut(&[u8])) -> Result<()> {
-        let (opened, mut buffer) = (self.opened()?, vec![0; PIECE_BYTES.min(self.file_bytes) as usize]);
+        let (opened, mut buffer) =
+            (self.opened()?, vec![0; PIECE_BYTES.min(self.file_bytes) as usize]);
         for start in (0..self.file_bytes).step_by(PIECE_BYTES as usize) {
             let length = PIECE_BYTES.min(self.file_bytes - start) as usize;
             self.read_at(&opened, &mut buffer[..length], start)?;
@@ -237,9 +274,10 @@ impl SafeTensors {
 
     fn read_at(&self, opened: &Opened<'_>, buffer: &mut [u8], start: u64) -> Result<()> {
         opened.read_at(buffer, start).map_err(|e| match e.kind() {
-            io::ErrorKind::UnexpectedEof => {
-                self.refused(format!("was {} bytes long when it was opened and has been cut since", self.file_bytes))
-            }
+            io::ErrorKind::UnexpectedEof => self.refused(format!(
+                "was {} bytes long when it was opened and has been cut since",
+                self.file_bytes
+            )),
             _ => Error::storage(&self.path, "read")(e),
         })
     }
@@ -270,28 +308,37 @@ mod tests {
 
     use super::*;
 
-    /// Written by Python: `safetensors.torch.save({"t": torch.tensor([[1, 2], [3, 4]], dtype=torch.int16)}, {"by": "python"})`.
+    /// Written by Python: `safetensors.torch.save({"t": torch.tensor([[1, 2], [3, 4]],
+    /// dtype=torch.int16)}, {"by": "python"})`.
     const FROM_PYTHON: &[u8] = b"X\x00\x00\x00\x00\x00\x00\x00{\"__metadata__\":{\"by\":\"python\"},\"t\":{\"dtype\":\"I16\",\"shape\":[2,2],\"data_offsets\":[0,8]}} \x01\x00\x02\x00\x03\x00\x04\x00";
 
     fn saved(tensors: &[(&str, &Tensor)]) -> (tempfile::TempDir, PathBuf) {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let path = folder.path().join("saved.safetensors");
         let mut file = File::create(&path).expect("a new file");
-        write(&mut file, tensors, &BTreeMap::from([("k".into(), "v".into())])).expect("a sound file");
+        write(&mut file, tensors, &BTreeMap::from([("k".into(), "v".into())]))
+            .expect("a sound file");
         (folder, path)
     }
 
     #[test]
     fn a_file_of_the_python_package_is_read() {
-        let file = SafeTensors::from_static("python.safetensors", FROM_PYTHON).expect("a sound file");
+        let file =
+            SafeTensors::from_static("python.safetensors", FROM_PYTHON).expect("a sound file");
         assert_eq!(file.metadata()["by"], "python");
-        assert!(file.read("t").expect("its tensor").equal(&Tensor::from_slice(&[1i16, 2, 3, 4]).view([2, 2])));
+        assert!(
+            file.read("t")
+                .expect("its tensor")
+                .equal(&Tensor::from_slice(&[1i16, 2, 3, 4]).view([2, 2]))
+        );
     }
 
     #[test]
     fn every_kind_is_read_back_as_it_was_written() {
         let values = Tensor::from_slice(&[0.0, 1.0, 2.0, 3.5, -1.0, 100.0]).view([3, 2]);
-        let kinds = ["Bool", "Uint8", "Int8", "Int16", "Int", "Int64", "Half", "BFloat16", "Float", "Double"];
+        let kinds = [
+            "Bool", "Uint8", "Int8", "Int16", "Int", "Int64", "Half", "BFloat16", "Float", "Double",
+        ];
         let each = [
             Kind::Bool,
             Kind::Uint8,
@@ -330,21 +377,28 @@ mod tests {
         let file = SafeTensors::open(&path).expect("own file");
         for rows in [&[3u64][..], &[2, 3, 4], &[9, 0, 1, 1, 5], &[7, 6, 5]] {
             let index = Tensor::from_slice(&rows.iter().map(|&row| row as i64).collect::<Vec<_>>());
-            assert!(file.read_rows("table", rows).expect("its rows").equal(&table.index_select(0, &index)), "{rows:?}");
+            assert!(
+                file.read_rows("table", rows)
+                    .expect("its rows")
+                    .equal(&table.index_select(0, &index)),
+                "{rows:?}"
+            );
         }
     }
 
     #[test]
     #[should_panic(expected = "row 10 of `table` [10, 1]")]
     fn a_row_beyond_the_last_is_a_bug() {
-        let (_folder, path) = saved(&[("table", &Tensor::zeros([10, 1], (Kind::Float, Device::Cpu)))]);
+        let (_folder, path) =
+            saved(&[("table", &Tensor::zeros([10, 1], (Kind::Float, Device::Cpu)))]);
         let _ = SafeTensors::open(&path).expect("own file").read_rows("table", &[9, 10]);
     }
 
     #[test]
     fn a_missing_tensor_is_told_with_those_that_exist() {
         let (_folder, path) = saved(&[("a", &Tensor::from(1u8)), ("b", &Tensor::from(1u8))]);
-        let error = SafeTensors::open(&path).expect("own file").read("c").expect_err("no such tensor");
+        let error =
+            SafeTensors::open(&path).expect("own file").read("c").expect_err("no such tensor");
         assert!(error.to_string().ends_with("holds no tensor `c`; it has a, b"), "{error}");
     }
 }

@@ -45,7 +45,10 @@ impl Source {
         // Asked before opening: to open a FIFO blocks, and to open a device may do anything.
         let found = fs::metadata(path).map_err(|e| open_error(path, e))?;
         if !found.is_file() {
-            return Err(Error::data(path, if found.is_dir() { "is a folder, not a file" } else { "is not a regular file" }));
+            return Err(Error::data(
+                path,
+                if found.is_dir() { "is a folder, not a file" } else { "is not a regular file" },
+            ));
         }
         let file = File::open(path).map_err(|e| open_error(path, e))?;
         let bytes = file.metadata().map_err(Error::storage(path, "inspect"))?.len();
@@ -78,14 +81,26 @@ impl Source {
 
 impl Identity {
     fn of(file: &Metadata) -> Self {
-        Identity { device: file.dev(), inode: file.ino(), bytes: file.len(), modified: (file.mtime(), file.mtime_nsec()) }
+        Identity {
+            device: file.dev(),
+            inode: file.ino(),
+            bytes: file.len(),
+            modified: (file.mtime(), file.mtime_nsec()),
+        }
     }
 
     fn reopened(self, path: &Path) -> Result<File> {
-        let replaced = |what: &str| Error::data(path, format!("was replaced while the run used it: {what}; put it back, or start again"));
+        let replaced = |what: &str| {
+            Error::data(
+                path,
+                format!("was replaced while the run used it: {what}; put it back, or start again"),
+            )
+        };
         // Asked before opening: what stands there now may be a FIFO, which blocks.
         let found = match fs::metadata(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(replaced("it is not there any more")),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(replaced("it is not there any more"));
+            }
             found => found.map_err(Error::storage(path, "inspect"))?,
         };
         if !found.is_file() {
@@ -95,8 +110,12 @@ impl Identity {
         let now = Identity::of(&file.metadata().map_err(Error::storage(path, "inspect"))?);
         match now {
             now if now == self => Ok(file),
-            now if (now.device, now.inode) != (self.device, self.inode) => Err(replaced("another file stands in its place")),
-            now if now.bytes != self.bytes => Err(replaced(&format!("it had {} bytes and has {} now", self.bytes, now.bytes))),
+            now if (now.device, now.inode) != (self.device, self.inode) => {
+                Err(replaced("another file stands in its place"))
+            }
+            now if now.bytes != self.bytes => {
+                Err(replaced(&format!("it had {} bytes and has {} now", self.bytes, now.bytes)))
+            }
             _ => Err(replaced("it was written to")),
         }
     }
@@ -122,20 +141,28 @@ impl Opened<'_> {
 /// [`Error::Data`] with the way to convert the file.
 pub fn refuse_pickle(path: &Path) -> Result<()> {
     if is_pickle(path) {
-        let what = format!("is a pickle, which can run code when it is opened and is never read; convert it once: {CONVERT}");
+        let what = format!(
+            "is a pickle, which can run code when it is opened and is never read; convert it once: {CONVERT}"
+        );
         return Err(Error::data(path, what));
     }
     Ok(())
 }
 
-/// Refuses weights and checkpoints that are pickles: such a file, or a folder that holds such files and no safetensors.
+/// Refuses weights and checkpoints that are pickles: such a file, or a folder that holds such files
+/// and no safetensors.
 ///
 /// # Errors
 /// [`Error::CheckpointMismatch`] with the way to convert them.
 pub fn refuse_pickled_weights(path: &Path) -> Result<()> {
-    let inside: Vec<PathBuf> = fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+    let inside: Vec<PathBuf> =
+        fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
     let is_safe = |path: &PathBuf| path.extension().is_some_and(|ending| ending == "safetensors");
-    let found = if is_pickle(path) { Some(path) } else { inside.iter().find(|path| is_pickle(path)).map(PathBuf::as_path) };
+    let found = if is_pickle(path) {
+        Some(path)
+    } else {
+        inside.iter().find(|path| is_pickle(path)).map(PathBuf::as_path)
+    };
     match found {
         Some(pickle) if !inside.iter().any(is_safe) => {
             let what = format!(
@@ -153,7 +180,8 @@ fn is_pickle(path: &Path) -> bool {
     ending.is_some_and(|ending| PICKLES.contains(&ending.as_str()))
 }
 
-/// For `map_err` where data are opened: what is missing is the data's fault, all else the storage's.
+/// For `map_err` where data are opened: what is missing is the data's fault, all else the
+/// storage's.
 pub(crate) fn open_error(path: &Path, error: io::Error) -> Error {
     match error.kind() {
         io::ErrorKind::NotFound => Error::data(path, "does not exist"),
@@ -195,7 +223,12 @@ mod tests {
         let refused = |source: &Source, what: &str| {
             let error = read(source, &path).expect_err("another file");
             assert_eq!(error.exit_code(), 40);
-            assert!(error.to_string().contains(&format!("a: was replaced while the run used it: {what}")), "{error}");
+            assert!(
+                error
+                    .to_string()
+                    .contains(&format!("a: was replaced while the run used it: {what}")),
+                "{error}"
+            );
         };
         let source = begun();
         fs::write(&other, "null").and_then(|()| fs::rename(&other, &path)).expect("a rename");
@@ -204,8 +237,13 @@ mod tests {
         fs::write(&path, "zero and more").expect("a longer file");
         refused(&source, "it had 4 bytes and has 13 now");
         let source = begun();
-        let later = fs::metadata(&path).and_then(|found| found.modified()).expect("a time") + std::time::Duration::from_nanos(1000);
-        File::options().write(true).open(&path).and_then(|file| file.set_modified(later)).expect("another time");
+        let later = fs::metadata(&path).and_then(|found| found.modified()).expect("a time")
+            + std::time::Duration::from_nanos(1000);
+        File::options()
+            .write(true)
+            .open(&path)
+            .and_then(|file| file.set_modified(later))
+            .expect("another time");
         refused(&source, "it was written to");
         let source = begun();
         fs::remove_file(&path).expect("no file");
@@ -224,10 +262,14 @@ mod tests {
         let error = refuse_pickled_weights(path).expect_err("a pickle alone");
         assert_eq!(error.exit_code(), 51);
         assert!(
-            error.to_string().contains("model.bin: is a pickle") && error.to_string().contains("safetensors.torch.save_file"),
+            error.to_string().contains("model.bin: is a pickle")
+                && error.to_string().contains("safetensors.torch.save_file"),
             "{error}"
         );
-        assert_eq!(refuse_pickled_weights(&path.join("model.PT")).expect_err("by its name").exit_code(), 51);
+        assert_eq!(
+            refuse_pickled_weights(&path.join("model.PT")).expect_err("by its name").exit_code(),
+            51
+        );
         fs::write(path.join("model.safetensors"), "").expect("a file");
         refuse_pickled_weights(path).expect("there is something to read");
     }

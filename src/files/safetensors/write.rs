@@ -1,4 +1,5 @@
-//! Writing a safetensors file: equal tensors give equal bytes, and only what the reader takes is written.
+//! Writing a safetensors file: equal tensors give equal bytes, and only what the reader takes is
+//! written.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -16,8 +17,8 @@ pub struct Planned<'n> {
     pub shape: Vec<i64>,
 }
 
-/// A file being written: its header stands, its tensors follow one at a time. The bytes depend on names, order, values and
-/// metadata only.
+/// A file being written: its header stands, its tensors follow one at a time. The bytes depend on
+/// names, order, values and metadata only.
 pub struct Writer<W> {
     file: W,
     missing_bytes: u64,
@@ -27,10 +28,15 @@ impl<W: Write> Writer<W> {
     /// Writes the header of a file that will hold these tensors in this order.
     ///
     /// # Errors
-    /// What `file` refuses; [`io::ErrorKind::InvalidInput`], before the first byte, for names, kinds or shapes that
-    /// [`SafeTensors::open`](super::SafeTensors::open) would refuse.
-    pub fn begin(mut file: W, planned: &[Planned<'_>], metadata: &BTreeMap<String, String>) -> io::Result<Self> {
-        let (header, missing_bytes) = header_of(planned, metadata).map_err(|what| io::Error::new(io::ErrorKind::InvalidInput, what))?;
+    /// What `file` refuses; [`io::ErrorKind::InvalidInput`], before the first byte, for names,
+    /// kinds or shapes that [`SafeTensors::open`](super::SafeTensors::open) would refuse.
+    pub fn begin(
+        mut file: W,
+        planned: &[Planned<'_>],
+        metadata: &BTreeMap<String, String>,
+    ) -> io::Result<Self> {
+        let (header, missing_bytes) = header_of(planned, metadata)
+            .map_err(|what| io::Error::new(io::ErrorKind::InvalidInput, what))?;
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(header.as_bytes())?;
         Ok(Writer { file, missing_bytes })
@@ -43,7 +49,8 @@ impl<W: Write> Writer<W> {
     pub fn tensor(&mut self, tensor: &Tensor) -> io::Result<()> {
         let tensor = tensor.to_device(Device::Cpu).contiguous();
         let bytes = bytes(&tensor);
-        self.missing_bytes = self.missing_bytes.checked_sub(bytes.len() as u64).expect("no more than was planned");
+        self.missing_bytes =
+            self.missing_bytes.checked_sub(bytes.len() as u64).expect("no more than was planned");
         self.file.write_all(bytes)
     }
 
@@ -61,8 +68,15 @@ impl<W: Write> Writer<W> {
 ///
 /// # Errors
 /// As [`Writer::begin`].
-pub fn write(file: &mut impl Write, tensors: &[(&str, &Tensor)], metadata: &BTreeMap<String, String>) -> io::Result<()> {
-    let planned: Vec<_> = tensors.iter().map(|(name, tensor)| Planned { name, kind: tensor.kind(), shape: tensor.size() }).collect();
+pub fn write(
+    file: &mut impl Write,
+    tensors: &[(&str, &Tensor)],
+    metadata: &BTreeMap<String, String>,
+) -> io::Result<()> {
+    let planned: Vec<_> = tensors
+        .iter()
+        .map(|(name, tensor)| Planned { name, kind: tensor.kind(), shape: tensor.size() })
+        .collect();
     let mut writer = Writer::begin(file, &planned, metadata)?;
     tensors.iter().try_for_each(|(_, tensor)| writer.tensor(tensor))?;
     writer.finish();
@@ -70,20 +84,30 @@ pub fn write(file: &mut impl Write, tensors: &[(&str, &Tensor)], metadata: &BTre
 }
 
 /// The header's text and the size of the data behind it.
-fn header_of(tensors: &[Planned<'_>], metadata: &BTreeMap<String, String>) -> Result<(String, u64), String> {
+fn header_of(
+    tensors: &[Planned<'_>],
+    metadata: &BTreeMap<String, String>,
+) -> Result<(String, u64), String> {
     let mut entries = Vec::with_capacity(tensors.len() + 1);
     if !metadata.is_empty() {
-        let texts: Vec<String> = metadata.iter().map(|(key, text)| format!("{}:{}", quoted(key), quoted(text))).collect();
+        let texts: Vec<String> = metadata
+            .iter()
+            .map(|(key, text)| format!("{}:{}", quoted(key), quoted(text)))
+            .collect();
         entries.push(format!("{}:{{{}}}", quoted(METADATA), texts.join(",")));
     }
     let mut end = 0;
     for Planned { name, kind, shape } in tensors {
-        let dtype = dtype_of(*kind).ok_or_else(|| format!("tensor `{name}` is {kind:?}, which the format cannot hold"))?;
+        let dtype = dtype_of(*kind)
+            .ok_or_else(|| format!("tensor `{name}` is {kind:?}, which the format cannot hold"))?;
         let begin = end;
         end += shape.iter().product::<i64>() as u64 * kind.elt_size_in_bytes() as u64;
         let shape: Vec<String> = shape.iter().map(ToString::to_string).collect();
         let shape = shape.join(",");
-        entries.push(format!(r#"{}:{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{begin},{end}]}}"#, quoted(name)));
+        entries.push(format!(
+            r#"{}:{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{begin},{end}]}}"#,
+            quoted(name)
+        ));
     }
     let mut text = format!("{{{}}}", entries.join(","));
     // The format asks for data aligned to 8 bytes; the length field takes 8 itself.
@@ -104,7 +128,8 @@ mod tests {
     #[test]
     fn the_bytes_of_a_file_are_these_and_no_others() {
         let (a, b) = (Tensor::from_slice(&[1i16, -2]), Tensor::from_slice(&[1.5f32]));
-        let metadata = BTreeMap::from([("step".into(), "7".into()), ("by \"us\"".into(), "µ\n".into())]);
+        let metadata =
+            BTreeMap::from([("step".into(), "7".into()), ("by \"us\"".into(), "µ\n".into())]);
         let mut file = Vec::new();
         write(&mut file, &[("b", &b), ("a", &a)], &metadata).expect("a sound file");
         let header = concat!(
@@ -112,7 +137,12 @@ mod tests {
             r#""b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"I16","shape":[2],"data_offsets":[4,8]}}"#,
             "      "
         );
-        let expected = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &[0, 0, 0xc0, 0x3f, 1, 0, 0xfe, 0xff]].concat();
+        let expected = [
+            &(header.len() as u64).to_le_bytes(),
+            header.as_bytes(),
+            &[0, 0, 0xc0, 0x3f, 1, 0, 0xfe, 0xff],
+        ]
+        .concat();
         assert_eq!(String::from_utf8_lossy(&file), String::from_utf8_lossy(&expected));
         assert_eq!(file, expected);
     }
@@ -131,7 +161,10 @@ mod tests {
         assert!(refused(&[("../a", &sound)]).contains("illegal tensor name `../a`"));
         assert!(refused(&[("a", &sound), ("a", &sound)]).contains("duplicate tensor `a`"));
         assert!(refused(&[("a", &empty)]).contains("an axis of 0, expected at least 1"));
-        assert_eq!(refused(&[("a", &complex)]), "tensor `a` is ComplexFloat, which the format cannot hold");
+        assert_eq!(
+            refused(&[("a", &complex)]),
+            "tensor `a` is ComplexFloat, which the format cannot hold"
+        );
     }
 
     #[test]
@@ -139,7 +172,12 @@ mod tests {
         let table = Tensor::from_slice(&[1i64, 2, 3, 4]).view([2, 2]);
         let (mut of_view, mut of_copy) = (Vec::new(), Vec::new());
         write(&mut of_view, &[("t", &table.tr())], &BTreeMap::new()).expect("a view");
-        write(&mut of_copy, &[("t", &Tensor::from_slice(&[1i64, 3, 2, 4]).view([2, 2]))], &BTreeMap::new()).expect("a copy");
+        write(
+            &mut of_copy,
+            &[("t", &Tensor::from_slice(&[1i64, 3, 2, 4]).view([2, 2]))],
+            &BTreeMap::new(),
+        )
+        .expect("a copy");
         assert_eq!(of_view, of_copy);
     }
 }

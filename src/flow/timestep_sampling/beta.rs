@@ -21,6 +21,8 @@ impl Distribution for Beta {
     }
 
     fn quantile(&self, p: f64) -> f64 {
-        BetaDistribution::new(self.alpha, self.beta).expect("settings keep both above zero").inverse_cdf(p)
+        BetaDistribution::new(self.alpha, self.beta)
+            .expect("settings keep both above zero")
+            .inverse_cdf(p)
     }
 }

@@ -1,4 +1,5 @@
-//! The third function of the reference's `time_shift_utils`: one draw of timesteps, nothing shifted.
+//! The third function of the reference's `time_shift_utils`: one draw of timesteps, nothing
+//! shifted.
 
 use tch::Tensor;
 
@@ -6,7 +7,8 @@ use super::{mode_map, uniform};
 use crate::rng::Draws;
 use crate::settings::Choice;
 
-/// The distribution that [`compute_density_for_timestep_sampling`] draws from, under the reference's names.
+/// The distribution that [`compute_density_for_timestep_sampling`] draws from, under the
+/// reference's names.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WeightingScheme {
     #[default]
@@ -16,8 +18,11 @@ pub enum WeightingScheme {
 }
 
 impl Choice for WeightingScheme {
-    const ALL: &'static [(&'static str, Self)] =
-        &[("uniform", WeightingScheme::Uniform), ("logit_normal", WeightingScheme::LogitNormal), ("mode", WeightingScheme::Mode)];
+    const ALL: &'static [(&'static str, Self)] = &[
+        ("uniform", WeightingScheme::Uniform),
+        ("logit_normal", WeightingScheme::LogitNormal),
+        ("mode", WeightingScheme::Mode),
+    ];
 }
 
 /// Arguments of [`compute_density_for_timestep_sampling`] with the reference's defaults.
@@ -34,15 +39,26 @@ pub struct Density {
 
 impl Default for Density {
     fn default() -> Self {
-        Density { weighting_scheme: WeightingScheme::default(), logit_mean: 0.0, logit_std: 1.0, mode_scale: 1.29 }
+        Density {
+            weighting_scheme: WeightingScheme::default(),
+            logit_mean: 0.0,
+            logit_std: 1.0,
+            mode_scale: 1.29,
+        }
     }
 }
 
 /// One draw of timesteps, `[batch]` f32 in `[0, 1]`; `mode` is not clamped.
-pub fn compute_density_for_timestep_sampling(density: Density, batch: i64, draws: &Draws<'_>) -> Tensor {
+pub fn compute_density_for_timestep_sampling(
+    density: Density,
+    batch: i64,
+    draws: &Draws<'_>,
+) -> Tensor {
     match density.weighting_scheme {
         WeightingScheme::Uniform => uniform(draws, batch),
-        WeightingScheme::LogitNormal => draws.normal(density.logit_mean, density.logit_std, &[batch]).sigmoid(),
+        WeightingScheme::LogitNormal => {
+            draws.normal(density.logit_mean, density.logit_std, &[batch]).sigmoid()
+        }
         WeightingScheme::Mode => mode_map(&uniform(draws, batch), density.mode_scale),
     }
 }

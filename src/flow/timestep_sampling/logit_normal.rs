@@ -20,7 +20,11 @@ impl Distribution for LogitNormal {
 
     fn quantile(&self, p: f64) -> f64 {
         // Without a spread every draw is the mean, also where the normal reaches infinity.
-        let normal = if self.std == 0.0 { self.mean } else { self.mean + self.std * Normal::standard().inverse_cdf(p) };
+        let normal = if self.std == 0.0 {
+            self.mean
+        } else {
+            self.mean + self.std * Normal::standard().inverse_cdf(p)
+        };
         1.0 / (1.0 + (-normal).exp())
     }
 }

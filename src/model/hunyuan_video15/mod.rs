@@ -1,11 +1,13 @@
 //! HunyuanVideo 1.5: joint blocks over the video and three conditions, two texts and an image.
 //!
-//! Inputs: `hidden_states` `[B, C, F, H, W]`, where the model has more channels than it predicts `condition_latents`
-//! `[B, in_channels - C, F, H, W]`; `timestep` `[B]` in `[0, 1000]`; a language model's text `encoder_hidden_states`
-//! `[B, L, text_embed_dim]`, a glyph encoder's `encoder_hidden_states_2` `[B, L2, text_embed_2_dim]`, both with an
-//! `encoder_attention_mask`; `image_embeds` `[B, L3, image_embed_dim]`, zeros where there is no image.
+//! Inputs: `hidden_states` `[B, C, F, H, W]`, where the model has more channels than it predicts
+//! `condition_latents` `[B, in_channels - C, F, H, W]`; `timestep` `[B]` in `[0, 1000]`; a language
+//! model's text `encoder_hidden_states` `[B, L, text_embed_dim]`, a glyph encoder's
+//! `encoder_hidden_states_2` `[B, L2, text_embed_2_dim]`, both with an `encoder_attention_mask`;
+//! `image_embeds` `[B, L3, image_embed_dim]`, zeros where there is no image.
 //!
-//! Source: diffusers 0.42.1, `HunyuanVideo15Transformer3DModel`, whose field and parameter names these are.
+//! Source: diffusers 0.42.1, `HunyuanVideo15Transformer3DModel`, whose field and parameter names
+//! these are.
 
 mod settings;
 mod stages;
@@ -54,8 +56,11 @@ impl HunyuanVideo15 {
     fn check_channels(&self) -> Result<()> {
         let latents = self.latent_channels();
         if self.is_conditioned() && self.in_channels != 2 * latents + 1 {
-            let what =
-                format!("is {}; {latents} latent channels need {latents}, or with condition latents {}", self.in_channels, 2 * latents + 1);
+            let what = format!(
+                "is {}; {latents} latent channels need {latents}, or with condition latents {}",
+                self.in_channels,
+                2 * latents + 1
+            );
             return Err(Error::config("model.hunyuan_video15.in_channels", what));
         }
         Ok(())
@@ -64,12 +69,17 @@ impl HunyuanVideo15 {
     /// The latents' channels, once patches are seen to cover them.
     fn check_grid(&self, latents: &[i64]) -> Result<i64> {
         let &[channels, frames, height, width] = latents else {
-            return Err(Error::config("model.hunyuan_video15", format!("takes latents [C, F, H, W], the data have {latents:?}")));
+            return Err(Error::config(
+                "model.hunyuan_video15",
+                format!("takes latents [C, F, H, W], the data have {latents:?}"),
+            ));
         };
         let sides = [("patch_size_t", frames), ("patch_size", height), ("patch_size", width)];
         match sides.into_iter().zip(self.patch()).find(|((_, side), patch)| side % patch != 0) {
             Some(((field, _), patch)) => {
-                let what = format!("{patch} does not divide the data's latents of {frames} x {height} x {width}");
+                let what = format!(
+                    "{patch} does not divide the data's latents of {frames} x {height} x {width}"
+                );
                 Err(Error::config(format!("model.hunyuan_video15.{field}"), what))
             }
             None => Ok(channels),
@@ -83,14 +93,29 @@ impl Architecture for HunyuanVideo15 {
     }
 
     fn stages(&self) -> Result<Vec<Box<dyn Stage>>> {
-        check_axes("model.hunyuan_video15.rope_axes_dim", &self.rope_axes_dim, self.attention_head_dim)?;
+        check_axes(
+            "model.hunyuan_video15.rope_axes_dim",
+            &self.rope_axes_dim,
+            self.attention_head_dim,
+        )?;
         self.check_channels()?;
         let (width, hidden) = (self.width(), (self.width() as f64 * self.mlp_ratio) as i64);
         if hidden == 0 {
-            return Err(Error::config("model.hunyuan_video15.mlp_ratio", format!("{} of {width} leaves nothing", self.mlp_ratio)));
+            return Err(Error::config(
+                "model.hunyuan_video15.mlp_ratio",
+                format!("{} of {width} leaves nothing", self.mlp_ratio),
+            ));
         }
-        let refiner = TokenRefiner::new(self.text_embed_dim, width, self.num_attention_heads, self.num_refiner_layers);
-        let block = |index| Box::new(JointStage::new(index, &BLOCK_NAMES, width, hidden, self.heads())) as Box<dyn Stage>;
+        let refiner = TokenRefiner::new(
+            self.text_embed_dim,
+            width,
+            self.num_attention_heads,
+            self.num_refiner_layers,
+        );
+        let block = |index| {
+            Box::new(JointStage::new(index, &BLOCK_NAMES, width, hidden, self.heads()))
+                as Box<dyn Stage>
+        };
         let mut stages: Vec<Box<dyn Stage>> = vec![Box::new(refiner), Box::new(Embed::new(self))];
         stages.extend((0..self.num_layers).map(block));
         stages.push(Box::new(Head::new(self)));
@@ -102,7 +127,8 @@ impl Architecture for HunyuanVideo15 {
     }
 
     fn inputs(&self) -> Vec<&'static str> {
-        let mut inputs = vec!["hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask"];
+        let mut inputs =
+            vec!["hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask"];
         inputs.extend(["encoder_hidden_states_2", "encoder_attention_mask_2", "image_embeds"]);
         inputs.extend(self.is_conditioned().then_some("condition_latents"));
         inputs
@@ -122,14 +148,33 @@ impl Architecture for HunyuanVideo15 {
             expect_equal(&format!("model.hunyuan_video15.{field}"), value, found, of)
         };
         expect("out_channels", self.latent_channels(), Some(channels), "latents have")?;
-        expect("text_embed_dim", self.text_embed_dim, shapes.last("text_embeddings"), "text_embeddings have")?;
-        expect("text_embed_2_dim", self.text_embed_2_dim, shapes.last("text_embeddings_2"), "text_embeddings_2 have")?;
-        expect("image_embed_dim", self.image_embed_dim, shapes.last("image_embeds"), "image_embeds have")
+        expect(
+            "text_embed_dim",
+            self.text_embed_dim,
+            shapes.last("text_embeddings"),
+            "text_embeddings have",
+        )?;
+        expect(
+            "text_embed_2_dim",
+            self.text_embed_2_dim,
+            shapes.last("text_embeddings_2"),
+            "text_embeddings_2 have",
+        )?;
+        expect(
+            "image_embed_dim",
+            self.image_embed_dim,
+            shapes.last("image_embeds"),
+            "image_embeds have",
+        )
     }
 }
 
-const BLOCK_NAMES: BlockNames =
-    BlockNames { image_modulation: "norm1.linear", text_modulation: "norm1_context.linear", image_feed: "ff", text_feed: "ff_context" };
+const BLOCK_NAMES: BlockNames = BlockNames {
+    image_modulation: "norm1.linear",
+    text_modulation: "norm1_context.linear",
+    image_feed: "ff",
+    text_feed: "ff_context",
+};
 
 #[cfg(test)]
 mod tests {
@@ -159,14 +204,20 @@ mod tests {
         }
     }
 
-    /// Three samples; only those that `images` names have an image, and the second sample's texts are padded.
+    /// Three samples; only those that `images` names have an image, and the second sample's texts
+    /// are padded.
     fn inputs(images: [f64; 3]) -> Activations {
-        let normal = |name: &str, size: &[i64]| Key::new(8, Purpose::Test).named(name).seeded(|| Tensor::randn(size, FLOAT));
+        let normal = |name: &str, size: &[i64]| {
+            Key::new(8, Purpose::Test).named(name).seeded(|| Tensor::randn(size, FLOAT))
+        };
         let images = Tensor::from_slice(&images).to_kind(Kind::Float);
         let padded = Tensor::from_slice2(&[[1f32, 1.0, 1.0], [1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]);
         Activations::new()
             .with_constant("hidden_states", normal("latents", &[3, 2, 2, 4, 6]))
-            .with_constant("condition_latents", normal("known", &[3, 3, 2, 4, 6]) * images.view([3, 1, 1, 1, 1]))
+            .with_constant(
+                "condition_latents",
+                normal("known", &[3, 3, 2, 4, 6]) * images.view([3, 1, 1, 1, 1]),
+            )
             .with_constant("timestep", Tensor::from_slice(&[20f32, 500.0, 990.0]))
             .with_constant("encoder_hidden_states", normal("text", &[3, 3, 6]))
             .with_constant("encoder_attention_mask", padded.shallow_clone())
@@ -191,13 +242,27 @@ mod tests {
 
     #[test]
     fn published_configurations_have_diffusers_number_of_parameters() {
-        let text_to_video = HunyuanVideo15 { target_size: 960, task_type: Task::TextToVideo, ..HunyuanVideo15::default() };
+        let text_to_video = HunyuanVideo15 {
+            target_size: 960,
+            task_type: Task::TextToVideo,
+            ..HunyuanVideo15::default()
+        };
         let distilled = HunyuanVideo15 { use_meanflow: true, ..HunyuanVideo15::default() };
         // Counted in diffusers 0.42.1 on the meta device: parameters and tensors.
-        for (model, count, tensors) in [(text_to_video, 8_326_608_160, 1801), (distilled, 8_331_330_848, 1805)] {
+        for (model, count, tensors) in
+            [(text_to_video, 8_326_608_160, 1801), (distilled, 8_331_330_848, 1805)]
+        {
             let stages = model.stages().unwrap();
-            assert_eq!(stages.iter().map(|stage| stage.params().numel()).sum::<i64>(), count, "{model:?}");
-            assert_eq!(stages.iter().map(|stage| stage.params().infos().len()).sum::<usize>(), tensors, "{model:?}");
+            assert_eq!(
+                stages.iter().map(|stage| stage.params().numel()).sum::<i64>(),
+                count,
+                "{model:?}"
+            );
+            assert_eq!(
+                stages.iter().map(|stage| stage.params().infos().len()).sum::<usize>(),
+                tensors,
+                "{model:?}"
+            );
         }
     }
 
@@ -221,26 +286,46 @@ mod tests {
             let of = of.iter().map(|(key, shape)| (key.to_string(), shape.to_vec())).collect();
             model.check_data(&SampleShapes { latents, of }).map_err(|error| error.to_string())
         };
-        let keys: [(&str, &[i64]); 3] = [("text_embeddings", &[9, 6]), ("text_embeddings_2", &[5, 4]), ("image_embeds", &[7, 3])];
+        let keys: [(&str, &[i64]); 3] = [
+            ("text_embeddings", &[9, 6]),
+            ("text_embeddings_2", &[5, 4]),
+            ("image_embeds", &[7, 3]),
+        ];
         assert_eq!(check(&tiny(), &[2, 3, 4, 6], &keys), Ok(()));
-        assert_eq!(check(&HunyuanVideo15 { in_channels: 2, ..tiny() }, &[2, 3, 4, 6], &keys), Ok(()));
+        assert_eq!(
+            check(&HunyuanVideo15 { in_channels: 2, ..tiny() }, &[2, 3, 4, 6], &keys),
+            Ok(())
+        );
         let refused = [
-            (check(&tiny(), &[2, 4, 6], &[]), "takes latents [C, F, H, W], the data have [2, 4, 6]"),
+            (
+                check(&tiny(), &[2, 4, 6], &[]),
+                "takes latents [C, F, H, W], the data have [2, 4, 6]",
+            ),
             (check(&tiny(), &[2, 3, 4, 5], &[]), "patch_size: 2 does not divide"),
-            (check(&HunyuanVideo15 { patch_size_t: 2, ..tiny() }, &[2, 3, 4, 6], &[]), "patch_size_t: 2 does not divide"),
+            (
+                check(&HunyuanVideo15 { patch_size_t: 2, ..tiny() }, &[2, 3, 4, 6], &[]),
+                "patch_size_t: 2 does not divide",
+            ),
             (check(&tiny(), &[3, 3, 4, 6], &[]), "out_channels"),
             (check(&tiny(), &[2, 3, 4, 6], &[("text_embeddings", &[9, 5])]), "text_embed_dim"),
             (check(&tiny(), &[2, 3, 4, 6], &[("text_embeddings_2", &[9, 5])]), "text_embed_2_dim"),
             (check(&tiny(), &[2, 3, 4, 6], &[("image_embeds", &[9, 5])]), "image_embed_dim"),
         ];
         for (checked, expected) in refused {
-            assert!(checked.as_ref().is_err_and(|message| message.contains(expected)), "{expected}: {checked:?}");
+            assert!(
+                checked.as_ref().is_err_and(|message| message.contains(expected)),
+                "{expected}: {checked:?}"
+            );
         }
     }
 
     #[test]
     fn a_sample_does_not_see_whether_others_have_an_image() {
-        let (mixed, all, none) = (predict(inputs([1.0, 0.0, 1.0])), predict(inputs([1.0; 3])), predict(inputs([0.0; 3])));
+        let (mixed, all, none) = (
+            predict(inputs([1.0, 0.0, 1.0])),
+            predict(inputs([1.0; 3])),
+            predict(inputs([0.0; 3])),
+        );
         assert_eq!(mixed.size(), [3, 2, 2, 4, 6]);
         for (sample, uniform, other) in [(0, &all, &none), (1, &none, &all), (2, &all, &none)] {
             // f32 rounding of products blocked another way.
@@ -252,7 +337,8 @@ mod tests {
     #[test]
     fn padding_is_never_seen_and_an_empty_text_gives_numbers() {
         let changed = |text: f64, mask: f64| {
-            let padded = Tensor::from_slice2(&[[0f32, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0, 0.0]]).unsqueeze(-1);
+            let padded = Tensor::from_slice2(&[[0f32, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+                .unsqueeze(-1);
             let before = inputs([1.0; 3]);
             let with = |name: &'static str| before.get(name) + &padded * text;
             let masked = |name: &'static str| before.get(name) * mask;

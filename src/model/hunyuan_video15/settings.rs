@@ -11,7 +11,8 @@ pub enum Task {
 }
 
 impl Choice for Task {
-    const ALL: &'static [(&'static str, Self)] = &[("t2v", Task::TextToVideo), ("i2v", Task::ImageToVideo)];
+    const ALL: &'static [(&'static str, Self)] =
+        &[("t2v", Task::TextToVideo), ("i2v", Task::ImageToVideo)];
 }
 
 /// Normalization of queries and keys.
@@ -81,27 +82,91 @@ impl Settings for HunyuanVideo15 {
             1..=65_536,
             "The latents' channels; with condition latents twice as many and one.",
         );
-        keys.integer("out_channels", &mut self.out_channels, 0..=65_536, "The latents' channels; 0 is in_channels.");
+        keys.integer(
+            "out_channels",
+            &mut self.out_channels,
+            0..=65_536,
+            "The latents' channels; 0 is in_channels.",
+        );
         keys.integer(
             "num_attention_heads",
             &mut self.num_attention_heads,
             1..=1024,
             "Attention heads; times their width it is the model's.",
         );
-        keys.integer("attention_head_dim", &mut self.attention_head_dim, 2..=65_536, "Width of a head; the sum of rope_axes_dim.");
-        keys.integer("num_layers", &mut self.num_layers, 0..=256, "Blocks, each a stage of its own.");
-        keys.integer("num_refiner_layers", &mut self.num_refiner_layers, 0..=256, "Blocks of the token refiner, together one stage.");
-        keys.number("mlp_ratio", &mut self.mlp_ratio, above_up_to(0.0, 64.0), "Hidden width of the feed-forward parts in model widths.");
-        keys.integer("patch_size", &mut self.patch_size, 1..=64, "Side of a patch; divides height and width.");
-        keys.integer("patch_size_t", &mut self.patch_size_t, 1..=64, "Frames of a patch; divides the latents' frames.");
+        keys.integer(
+            "attention_head_dim",
+            &mut self.attention_head_dim,
+            2..=65_536,
+            "Width of a head; the sum of rope_axes_dim.",
+        );
+        keys.integer(
+            "num_layers",
+            &mut self.num_layers,
+            0..=256,
+            "Blocks, each a stage of its own.",
+        );
+        keys.integer(
+            "num_refiner_layers",
+            &mut self.num_refiner_layers,
+            0..=256,
+            "Blocks of the token refiner, together one stage.",
+        );
+        keys.number(
+            "mlp_ratio",
+            &mut self.mlp_ratio,
+            above_up_to(0.0, 64.0),
+            "Hidden width of the feed-forward parts in model widths.",
+        );
+        keys.integer(
+            "patch_size",
+            &mut self.patch_size,
+            1..=64,
+            "Side of a patch; divides height and width.",
+        );
+        keys.integer(
+            "patch_size_t",
+            &mut self.patch_size_t,
+            1..=64,
+            "Frames of a patch; divides the latents' frames.",
+        );
         keys.choice("qk_norm", &mut self.qk_norm, "Normalization of queries and keys.");
-        keys.integer("text_embed_dim", &mut self.text_embed_dim, 1..=65_536, "Last axis of `text_embeddings`.");
-        keys.integer("text_embed_2_dim", &mut self.text_embed_2_dim, 1..=65_536, "Last axis of `text_embeddings_2`.");
-        keys.integer("image_embed_dim", &mut self.image_embed_dim, 1..=65_536, "Last axis of `image_embeds`.");
+        keys.integer(
+            "text_embed_dim",
+            &mut self.text_embed_dim,
+            1..=65_536,
+            "Last axis of `text_embeddings`.",
+        );
+        keys.integer(
+            "text_embed_2_dim",
+            &mut self.text_embed_2_dim,
+            1..=65_536,
+            "Last axis of `text_embeddings_2`.",
+        );
+        keys.integer(
+            "image_embed_dim",
+            &mut self.image_embed_dim,
+            1..=65_536,
+            "Last axis of `image_embeds`.",
+        );
         keys.number("rope_theta", &mut self.rope_theta, 1.0.., "Base of the rotary frequencies.");
-        keys.integers("rope_axes_dim", &mut self.rope_axes_dim, 0..=65_536, "Features of a head turned by frame, row and column; even.");
-        keys.integer("target_size", &mut self.target_size, 1.., "Pixels that a checkpoint was made for; kept, no number depends on it.");
-        keys.choice("task_type", &mut self.task_type, "Task that a checkpoint was made for; kept, no number depends on it.");
+        keys.integers(
+            "rope_axes_dim",
+            &mut self.rope_axes_dim,
+            0..=65_536,
+            "Features of a head turned by frame, row and column; even.",
+        );
+        keys.integer(
+            "target_size",
+            &mut self.target_size,
+            1..,
+            "Pixels that a checkpoint was made for; kept, no number depends on it.",
+        );
+        keys.choice(
+            "task_type",
+            &mut self.task_type,
+            "Task that a checkpoint was made for; kept, no number depends on it.",
+        );
         let doc = "Whether the parameters for a second timestep exist; kept, and as in the reference no training tells one.";
         keys.flag("use_meanflow", &mut self.use_meanflow, doc);
     }

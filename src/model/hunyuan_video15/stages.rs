@@ -9,7 +9,9 @@ use crate::nn::embed::ScalarEmbedding;
 use crate::nn::norm::LayerNorm;
 use crate::nn::patches::{self, FeatureOrder, Patch, PatchEmbedding};
 use crate::nn::rope::{self, Axis};
-use crate::nn::{Activations, Builder, Init, Linear, Mlp, Nonlinearity, Param, ParamSet, PerShape, Stage, Views};
+use crate::nn::{
+    Activations, Builder, Init, Linear, Mlp, Nonlinearity, Param, ParamSet, PerShape, Stage, Views,
+};
 
 /// Of the layer normalizations around the projections of glyphs and image: PyTorch's default.
 const PROJECTION_EPSILON: f64 = 1e-5;
@@ -18,7 +20,8 @@ const FREQUENCIES: i64 = 256;
 /// Hidden width of the glyphs' projection.
 const GLYPH_WIDTH: i64 = 2048;
 
-/// Latents, glyphs and image to tokens, timestep to a vector; all conditions to one sequence behind the refined text.
+/// Latents, glyphs and image to tokens, timestep to a vector; all conditions to one sequence behind
+/// the refined text.
 pub(super) struct Embed {
     params: ParamSet,
     patch: Patch,
@@ -39,17 +42,35 @@ impl Embed {
         let mut params = ParamSet::new("embed");
         let mut builder = Builder::new(&mut params, "");
         let width = model.width();
-        let video = PatchEmbedding::new(&mut builder.at("x_embedder.proj"), model.in_channels, width, model.patch());
-        let image = ImageProjection::new(&mut builder.at("image_embedder"), model.image_embed_dim, width);
-        let glyphs = GlyphProjection::new(&mut builder.at("context_embedder_2"), model.text_embed_2_dim, width);
-        let mut scalar = |name: &str| ScalarEmbedding::new(&mut builder.at("time_embed").at(name), FREQUENCIES, width, true);
+        let video = PatchEmbedding::new(
+            &mut builder.at("x_embedder.proj"),
+            model.in_channels,
+            width,
+            model.patch(),
+        );
+        let image =
+            ImageProjection::new(&mut builder.at("image_embedder"), model.image_embed_dim, width);
+        let glyphs = GlyphProjection::new(
+            &mut builder.at("context_embedder_2"),
+            model.text_embed_2_dim,
+            width,
+        );
+        let mut scalar = |name: &str| {
+            ScalarEmbedding::new(&mut builder.at("time_embed").at(name), FREQUENCIES, width, true)
+        };
         let timestep = scalar("timestep_embedder");
         if model.use_meanflow {
-            // Never read: the reference passes no second timestep, and then diffusers leaves its embedding out.
+            // Never read: the reference passes no second timestep, and then diffusers leaves its
+            // embedding out.
             scalar("timestep_embedder_r");
         }
-        let types = builder.at("cond_type_embed").param("weight", &[3, width], Init::Normal { std: 1.0 });
-        let axes = model.rope_axes_dim.map(|width| Axis { width, theta: model.rope_theta, kind: Kind::Float });
+        let types =
+            builder.at("cond_type_embed").param("weight", &[3, width], Init::Normal { std: 1.0 });
+        let axes = model.rope_axes_dim.map(|width| Axis {
+            width,
+            theta: model.rope_theta,
+            kind: Kind::Float,
+        });
         Embed {
             params,
             patch: model.patch(),
@@ -67,26 +88,35 @@ impl Embed {
     fn rope(&self, latents: &Tensor) -> Tensor {
         let sizes = patches::grid(latents, self.patch);
         self.ropes.get(sizes, || {
-            let [frames, rows, columns] = [0, 1, 2].map(|axis| self.axes[axis].angles_to(sizes[axis], latents.device()));
+            let [frames, rows, columns] =
+                [0, 1, 2].map(|axis| self.axes[axis].angles_to(sizes[axis], latents.device()));
             rope::table(&rope::grid_angles(&frames, &rows, &columns))
         })
     }
 
-    /// Image, glyphs and text as one sequence `[B, L3 + L2 + L, D]`, and which of its tokens count, `[B, L3 + L2 + L]`.
+    /// Image, glyphs and text as one sequence `[B, L3 + L2 + L, D]`, and which of its tokens count,
+    /// `[B, L3 + L2 + L]`.
     ///
-    /// diffusers moves each sample's padding behind its valid tokens and puts zeros there. Conditions have no places, and
-    /// padding is never seen by a token that counts, so that neither outputs nor gradients depend on either.
+    /// diffusers moves each sample's padding behind its valid tokens and puts zeros there.
+    /// Conditions have no places, and padding is never seen by a token that counts, so that neither
+    /// outputs nor gradients depend on either.
     fn conditions(&self, params: &Views, input: &Activations) -> (Tensor, Tensor) {
         let embeds = input.get("image_embeds");
         let types = &params[self.types];
         let text = input.get("text") + types.get(0);
-        let glyphs = self.glyphs.forward(params, input.get("encoder_hidden_states_2")) + types.get(1);
+        let glyphs =
+            self.glyphs.forward(params, input.get("encoder_hidden_states_2")) + types.get(1);
         let image = self.image.forward(params, embeds) + types.get(2);
         // As diffusers decides for a whole batch: an image of zeros is none.
-        let has_image = embeds.ne(0).flatten(1, 2).any_dim(1, true).expand([-1, embeds.size()[1]], false);
-        let masks = ["encoder_attention_mask_2", "encoder_attention_mask"].map(|name| input.get(name).to_kind(Kind::Bool));
+        let has_image =
+            embeds.ne(0).flatten(1, 2).any_dim(1, true).expand([-1, embeds.size()[1]], false);
+        let masks = ["encoder_attention_mask_2", "encoder_attention_mask"]
+            .map(|name| input.get(name).to_kind(Kind::Bool));
         let [glyph_mask, text_mask] = masks;
-        (Tensor::cat(&[image, glyphs, text], 1), Tensor::cat(&[has_image, glyph_mask, text_mask], 1))
+        (
+            Tensor::cat(&[image, glyphs, text], 1),
+            Tensor::cat(&[has_image, glyph_mask, text_mask], 1),
+        )
     }
 }
 
@@ -97,15 +127,23 @@ impl Stage for Embed {
 
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
         let latents = input.get("hidden_states");
-        let whole = if self.is_conditioned { Tensor::cat(&[latents, input.get("condition_latents")], 1) } else { latents.shallow_clone() };
+        let whole = if self.is_conditioned {
+            Tensor::cat(&[latents, input.get("condition_latents")], 1)
+        } else {
+            latents.shallow_clone()
+        };
         let video = self.video.forward(params, &whole);
         let (conditions, counted) = self.conditions(params, input);
-        // diffusers masks the padding's own rows as well; what they hold is never seen, so that masking it as keys is exact.
+        // diffusers masks the padding's own rows as well; what they hold is never seen, so that
+        // masking it as keys is exact.
         let mask = joint_mask(&counted, video.size()[1]);
         Activations::new()
             .with("image", video)
             .with("text", conditions)
-            .with("conditioning", self.timestep.forward(params, input.get("timestep"), latents.kind()))
+            .with(
+                "conditioning",
+                self.timestep.forward(params, input.get("timestep"), latents.kind()),
+            )
             .with_constant("image_rope", self.rope(latents))
             .with_constant("mask", mask)
     }
@@ -120,8 +158,11 @@ struct GlyphProjection {
 impl GlyphProjection {
     fn new(builder: &mut Builder<'_>, inputs: i64, width: i64) -> Self {
         let norm = LayerNorm::new(&mut builder.at("norm"), inputs, PROJECTION_EPSILON);
-        let mut linear = |name: &str, inputs, outputs| Linear::pytorch(&mut builder.at(name), inputs, outputs, true);
-        let [first, second] = [linear("linear_1", inputs, GLYPH_WIDTH), linear("linear_2", GLYPH_WIDTH, GLYPH_WIDTH)];
+        let mut linear = |name: &str, inputs, outputs| {
+            Linear::pytorch(&mut builder.at(name), inputs, outputs, true)
+        };
+        let [first, second] =
+            [linear("linear_1", inputs, GLYPH_WIDTH), linear("linear_2", GLYPH_WIDTH, GLYPH_WIDTH)];
         GlyphProjection { norm, linears: [first, second, linear("linear_3", GLYPH_WIDTH, width)] }
     }
 
@@ -144,11 +185,16 @@ impl ImageProjection {
     fn new(builder: &mut Builder<'_>, inputs: i64, width: i64) -> Self {
         let norm_input = LayerNorm::new(&mut builder.at("norm_in"), inputs, PROJECTION_EPSILON);
         let mlp = Mlp::of_two_linears(builder, [inputs, inputs, width], Nonlinearity::Gelu, true);
-        ImageProjection { norm_input, mlp, norm_output: LayerNorm::new(&mut builder.at("norm_out"), width, PROJECTION_EPSILON) }
+        ImageProjection {
+            norm_input,
+            mlp,
+            norm_output: LayerNorm::new(&mut builder.at("norm_out"), width, PROJECTION_EPSILON),
+        }
     }
 
     fn forward(&self, params: &Views, image: &Tensor) -> Tensor {
-        self.norm_output.forward(params, &self.mlp.forward(params, &self.norm_input.forward(params, image)))
+        self.norm_output
+            .forward(params, &self.mlp.forward(params, &self.norm_input.forward(params, image)))
     }
 }
 
@@ -161,7 +207,10 @@ pub(super) struct Head {
 impl Head {
     pub fn new(model: &HunyuanVideo15) -> Self {
         let features = model.latent_channels() * model.patch().iter().product::<i64>();
-        Head { tokens: joint::Head::new(model.width(), features, true, EPSILON), patch: model.patch() }
+        Head {
+            tokens: joint::Head::new(model.width(), features, true, EPSILON),
+            patch: model.patch(),
+        }
     }
 }
 
@@ -173,7 +222,8 @@ impl Stage for Head {
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
         let tokens = self.tokens.forward(params, input);
         let grid = patches::grid(input.get("hidden_states"), self.patch);
-        let latents = patches::join(tokens.get("prediction"), self.patch, grid, FeatureOrder::ChannelFirst);
+        let latents =
+            patches::join(tokens.get("prediction"), self.patch, grid, FeatureOrder::ChannelFirst);
         Activations::new().with("prediction", latents)
     }
 }

@@ -1,4 +1,5 @@
-//! The stage that reads a language model's text before HunyuanVideo's blocks do: a small transformer over text alone.
+//! The stage that reads a language model's text before HunyuanVideo's blocks do: a small
+//! transformer over text alone.
 //!
 //! Source: diffusers 0.42.1, `HunyuanVideo15TokenRefiner`, whose parameter names these are.
 
@@ -14,10 +15,12 @@ use crate::nn::{Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, Stage
 const EPSILON: f64 = 1e-6;
 /// Width of the timestep's sinusoidal embedding.
 const FREQUENCIES: i64 = 256;
-/// Hidden width of the feed-forward parts as a multiple of the model's, whatever its own blocks have.
+/// Hidden width of the feed-forward parts as a multiple of the model's, whatever its own blocks
+/// have.
 const MLP_RATIO: i64 = 4;
 
-/// `encoder_hidden_states` `[B, L, inputs]`, `encoder_attention_mask` `[B, L]` and `timestep` `[B]` to `text` `[B, L, D]`.
+/// `encoder_hidden_states` `[B, L, inputs]`, `encoder_attention_mask` `[B, L]` and `timestep` `[B]`
+/// to `text` `[B, L, D]`.
 pub(super) struct TokenRefiner {
     params: ParamSet,
     timestep: ScalarEmbedding,
@@ -31,12 +34,23 @@ impl TokenRefiner {
     pub fn new(inputs: i64, width: i64, num_heads: i64, num_blocks: i64) -> Self {
         let mut params = ParamSet::new("context_embedder");
         let mut builder = Builder::new(&mut params, "context_embedder");
-        let timestep = ScalarEmbedding::new(&mut builder.at("time_text_embed.timestep_embedder"), FREQUENCIES, width, true);
-        let pooled =
-            Mlp::of_two_linears(&mut builder.at("time_text_embed.text_embedder"), [inputs, width, width], Nonlinearity::Silu, true);
+        let timestep = ScalarEmbedding::new(
+            &mut builder.at("time_text_embed.timestep_embedder"),
+            FREQUENCIES,
+            width,
+            true,
+        );
+        let pooled = Mlp::of_two_linears(
+            &mut builder.at("time_text_embed.text_embedder"),
+            [inputs, width, width],
+            Nonlinearity::Silu,
+            true,
+        );
         let input = Linear::pytorch(&mut builder.at("proj_in"), inputs, width, true);
         let mut blocks = builder.at("token_refiner.refiner_blocks");
-        let blocks = (0..num_blocks).map(|index| Block::new(&mut blocks.at(&index.to_string()), width, num_heads)).collect();
+        let blocks = (0..num_blocks)
+            .map(|index| Block::new(&mut blocks.at(&index.to_string()), width, num_heads))
+            .collect();
         TokenRefiner { params, timestep, pooled, input, blocks }
     }
 }
@@ -47,13 +61,17 @@ impl Stage for TokenRefiner {
     }
 
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
-        let (text, mask) = (input.get("encoder_hidden_states"), input.get("encoder_attention_mask"));
+        let (text, mask) =
+            (input.get("encoder_hidden_states"), input.get("encoder_attention_mask"));
         let timestep = self.timestep.forward(params, input.get("timestep"), text.kind());
         let conditioning = timestep + self.pooled.forward(params, &masked_average(text, mask));
-        // Keys alone are masked: what padding makes of itself reaches neither a valid token nor the loss.
+        // Keys alone are masked: what padding makes of itself reaches neither a valid token nor the
+        // loss.
         let seen = mask.to_kind(Kind::Bool).unsqueeze(1).unsqueeze(1);
-        let refine = |text: Tensor, block: &Block| block.forward(params, &text, &conditioning, &seen);
-        Activations::new().with("text", self.blocks.iter().fold(self.input.forward(params, text), refine))
+        let refine =
+            |text: Tensor, block: &Block| block.forward(params, &text, &conditioning, &seen);
+        Activations::new()
+            .with("text", self.blocks.iter().fold(self.input.forward(params, text), refine))
     }
 }
 
@@ -65,7 +83,8 @@ fn masked_average(text: &Tensor, mask: &Tensor) -> Tensor {
     let weights = mask.to_kind(Kind::Float).unsqueeze(-1);
     let sum = |x: &Tensor| x.sum_dim_intlist([1i64].as_slice(), false, None::<Kind>);
     // An empty text has no mean; the smallest divisor leaves every other sum as it is.
-    (sum(&(text * &weights)) / sum(&weights).clamp_min(f64::from(f32::MIN_POSITIVE))).to_kind(text.kind())
+    (sum(&(text * &weights)) / sum(&weights).clamp_min(f64::from(f32::MIN_POSITIVE)))
+        .to_kind(text.kind())
 }
 
 /// Attention and feed-forward, each behind a normalization and before a gate.
@@ -83,25 +102,48 @@ struct Block {
 
 impl Block {
     fn new(builder: &mut Builder<'_>, width: i64, num_heads: i64) -> Self {
-        let mut linear = |name: &str, outputs| Linear::pytorch(&mut builder.at(name), width, outputs, true);
-        let [query, key, value, output] = ["to_q", "to_k", "to_v", "to_out.0"].map(|name| linear(&format!("attn.{name}"), width));
+        let mut linear =
+            |name: &str, outputs| Linear::pytorch(&mut builder.at(name), width, outputs, true);
+        let [query, key, value, output] =
+            ["to_q", "to_k", "to_v", "to_out.0"].map(|name| linear(&format!("attn.{name}"), width));
         let gates = Modulation::new(linear("norm_out.linear", 2 * width));
-        let [norm_attention, norm_feed] = ["norm1", "norm2"].map(|name| LayerNorm::new(&mut builder.at(name), width, EPSILON));
-        let feed = Mlp::feed_forward(&mut builder.at("ff"), [width, MLP_RATIO * width, width], Nonlinearity::Silu);
+        let [norm_attention, norm_feed] =
+            ["norm1", "norm2"].map(|name| LayerNorm::new(&mut builder.at(name), width, EPSILON));
+        let feed = Mlp::feed_forward(
+            &mut builder.at("ff"),
+            [width, MLP_RATIO * width, width],
+            Nonlinearity::Silu,
+        );
         Block { norm_attention, query, key, value, output, norm_feed, feed, gates, num_heads }
     }
 
     /// # Shapes
-    /// `text`: `[B, L, D]`; `conditioning`: `[B, D]`; `seen`: `[B, 1, 1, L]` boolean. Returns the shape of `text`.
-    fn forward(&self, params: &Views, text: &Tensor, conditioning: &Tensor, seen: &Tensor) -> Tensor {
+    /// `text`: `[B, L, D]`; `conditioning`: `[B, D]`; `seen`: `[B, 1, 1, L]` boolean. Returns the
+    /// shape of `text`.
+    fn forward(
+        &self,
+        params: &Views,
+        text: &Tensor,
+        conditioning: &Tensor,
+        seen: &Tensor,
+    ) -> Tensor {
         let [gate_attention, gate_feed] = self.gates.forward(params, conditioning);
-        let text = gated(text, &gate_attention, &self.attention(params, &self.norm_attention.forward(params, text), seen));
+        let text = gated(
+            text,
+            &gate_attention,
+            &self.attention(params, &self.norm_attention.forward(params, text), seen),
+        );
         gated(&text, &gate_feed, &self.feed.forward(params, &self.norm_feed.forward(params, &text)))
     }
 
     fn attention(&self, params: &Views, text: &Tensor, seen: &Tensor) -> Tensor {
         let (batch, tokens, _) = text.size3().expect("[B, L, D]");
-        let heads = |linear: &Linear| linear.forward(params, text).view([batch, tokens, self.num_heads, -1]);
-        self.output.forward(params, &attend(&heads(&self.query), &heads(&self.key), &heads(&self.value), Some(seen)))
+        let heads = |linear: &Linear| {
+            linear.forward(params, text).view([batch, tokens, self.num_heads, -1])
+        };
+        self.output.forward(
+            params,
+            &attend(&heads(&self.query), &heads(&self.key), &heads(&self.value), Some(seen)),
+        )
     }
 }

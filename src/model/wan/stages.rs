@@ -8,7 +8,8 @@
 //! | `conditioning` | `[B, 1, D]` | what it adds to the head's |
 //! | `rope` | `[L, 1, E/2]` complex f32 | constant; table of [`rope`] |
 //!
-//! In bfloat16 the timestep's vector, normalization, modulation and gates are computed in f32, as diffusers computes them.
+//! In bfloat16 the timestep's vector, normalization, modulation and gates are computed in f32, as
+//! diffusers computes them.
 
 use tch::{Device, Kind, Tensor};
 
@@ -19,7 +20,10 @@ use crate::nn::norm::{LayerNorm, layer_norm};
 use crate::nn::patches::{self, FeatureOrder, Patch, PatchEmbedding};
 use crate::nn::rope::{self, Axis};
 use crate::nn::wide_attention::WideAttention;
-use crate::nn::{Activations, Builder, Init, Linear, Mlp, Nonlinearity, Param, ParamSet, PerShape, Stage, Views, by_hand};
+use crate::nn::{
+    Activations, Builder, Init, Linear, Mlp, Nonlinearity, Param, ParamSet, PerShape, Stage, Views,
+    by_hand,
+};
 
 /// Of the image embedding's normalizations, PyTorch's default.
 const IMAGE_EPSILON: f64 = 1e-5;
@@ -34,15 +38,23 @@ struct ImageEmbedding {
 
 impl ImageEmbedding {
     fn new(builder: &mut Builder<'_>, inputs: i64, width: i64, places: Option<i64>) -> Self {
-        let places = places.map(|tokens| builder.param("pos_embed", &[1, tokens, inputs], Init::Zeros));
+        let places =
+            places.map(|tokens| builder.param("pos_embed", &[1, tokens, inputs], Init::Zeros));
         let norm = LayerNorm::new(&mut builder.precise_at("norm1"), inputs, IMAGE_EPSILON);
-        let feed = Mlp::feed_forward(&mut builder.at("ff"), [inputs, inputs, width], Nonlinearity::Gelu);
-        ImageEmbedding { places, norm, feed, output_norm: LayerNorm::new(&mut builder.precise_at("norm2"), width, IMAGE_EPSILON) }
+        let feed =
+            Mlp::feed_forward(&mut builder.at("ff"), [inputs, inputs, width], Nonlinearity::Gelu);
+        ImageEmbedding {
+            places,
+            norm,
+            feed,
+            output_norm: LayerNorm::new(&mut builder.precise_at("norm2"), width, IMAGE_EPSILON),
+        }
     }
 
     /// `[B, Li, image_dim]` to `[B, Li, D]`.
     fn forward(&self, params: &Views, image: &Tensor) -> Tensor {
-        let image = self.places.map_or_else(|| image.shallow_clone(), |places| image + &params[places]);
+        let image =
+            self.places.map_or_else(|| image.shallow_clone(), |places| image + &params[places]);
         let ready = self.norm.forward_f32(params, &image);
         self.output_norm.forward_f32(params, &self.feed.forward(params, &ready))
     }
@@ -68,34 +80,70 @@ impl Embed {
         let mut params = ParamSet::new("embed");
         let mut builder = Builder::new(&mut params, "");
         let (width, patch) = (model.width(), model.patch_size);
-        let patches = PatchEmbedding::new(&mut builder.at("patch_embedding"), model.in_channels, width, patch);
+        let patches = PatchEmbedding::new(
+            &mut builder.at("patch_embedding"),
+            model.in_channels,
+            width,
+            patch,
+        );
         let mut builder = builder.at("condition_embedder");
-        let timestep = ScalarEmbedding::new(&mut builder.precise_at("time_embedder"), model.freq_dim, width, true);
+        let timestep = ScalarEmbedding::new(
+            &mut builder.precise_at("time_embedder"),
+            model.freq_dim,
+            width,
+            true,
+        );
         let modulation = Linear::pytorch(&mut builder.at("time_proj"), width, 6 * width, true);
         let widths = [model.text_dim, width, width];
-        let text = Mlp::of_two_linears(&mut builder.at("text_embedder"), widths, Nonlinearity::GeluTanh, true);
+        let text = Mlp::of_two_linears(
+            &mut builder.at("text_embedder"),
+            widths,
+            Nonlinearity::GeluTanh,
+            true,
+        );
         let places = model.pos_embed_seq_len;
-        let image = model.image_dim.map(|inputs| ImageEmbedding::new(&mut builder.at("image_embedder"), inputs, width, places));
+        let image = model.image_dim.map(|inputs| {
+            ImageEmbedding::new(&mut builder.at("image_embedder"), inputs, width, places)
+        });
         let (is_conditioned, axes) = (model.is_conditioned(), model.axes());
-        Embed { params, patch, is_conditioned, patches, timestep, modulation, text, image, axes, ropes: PerShape::new() }
+        Embed {
+            params,
+            patch,
+            is_conditioned,
+            patches,
+            timestep,
+            modulation,
+            text,
+            image,
+            axes,
+            ropes: PerShape::new(),
+        }
     }
 
     fn latents(&self, input: &Activations) -> Tensor {
         let noisy = input.get("hidden_states");
-        if self.is_conditioned { Tensor::cat(&[noisy, input.get("condition_latents")], 1) } else { noisy.shallow_clone() }
+        if self.is_conditioned {
+            Tensor::cat(&[noisy, input.get("condition_latents")], 1)
+        } else {
+            noisy.shallow_clone()
+        }
     }
 
     fn conditions(&self, params: &Views, input: &Activations) -> Tensor {
         let text = self.text.forward(params, input.get("encoder_hidden_states"));
         match &self.image {
-            Some(image) => Tensor::cat(&[image.forward(params, input.get("encoder_hidden_states_image")), text], 1),
+            Some(image) => Tensor::cat(
+                &[image.forward(params, input.get("encoder_hidden_states_image")), text],
+                1,
+            ),
             None => text,
         }
     }
 
     fn rope(&self, sizes: [i64; 3], device: Device) -> Tensor {
         self.ropes.get(sizes, || {
-            let [frames, rows, columns] = [0, 1, 2].map(|axis| self.axes[axis].angles_to(sizes[axis], device));
+            let [frames, rows, columns] =
+                [0, 1, 2].map(|axis| self.axes[axis].angles_to(sizes[axis], device));
             rope::table(&rope::grid_angles(&frames, &rows, &columns))
         })
     }
@@ -109,7 +157,10 @@ impl Stage for Embed {
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
         let latents = self.latents(input);
         let rope = self.rope(patches::grid(&latents, self.patch), latents.device());
-        let conditioning = self.timestep.forward(params, input.get("timestep"), Kind::Float).to_kind(latents.kind());
+        let conditioning = self
+            .timestep
+            .forward(params, input.get("timestep"), Kind::Float)
+            .to_kind(latents.kind());
         let modulation = self.modulation.forward(params, &conditioning.silu());
         Activations::new()
             .with("hidden", self.patches.forward(params, &latents))
@@ -139,10 +190,25 @@ impl Block {
         let width = model.width();
         let table = modulation_table(&mut builder, 6, width);
         let self_attention = WideAttention::new(&mut builder.at("attn1"), model.heads(), false);
-        let cross_norm = model.cross_attn_norm.then(|| LayerNorm::new(&mut builder.precise_at("norm2"), width, model.eps));
-        let cross_attention = WideAttention::new(&mut builder.at("attn2"), model.heads(), model.image_dim.is_some());
-        let feed = Mlp::feed_forward(&mut builder.at("ffn"), [width, model.ffn_dim, width], Nonlinearity::GeluTanh);
-        Block { params, table, self_attention, cross_norm, cross_attention, feed, epsilon: model.eps }
+        let cross_norm = model
+            .cross_attn_norm
+            .then(|| LayerNorm::new(&mut builder.precise_at("norm2"), width, model.eps));
+        let cross_attention =
+            WideAttention::new(&mut builder.at("attn2"), model.heads(), model.image_dim.is_some());
+        let feed = Mlp::feed_forward(
+            &mut builder.at("ffn"),
+            [width, model.ffn_dim, width],
+            Nonlinearity::GeluTanh,
+        );
+        Block {
+            params,
+            table,
+            self_attention,
+            cross_norm,
+            cross_attention,
+            feed,
+            epsilon: model.eps,
+        }
     }
 }
 
@@ -154,16 +220,23 @@ impl Stage for Block {
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
         let hidden = input.get("hidden");
         let modulation = input.get("modulation");
-        let [shift, scale, gate, feed_shift, feed_scale, feed_gate] = modulate(&params[self.table], modulation);
+        let [shift, scale, gate, feed_shift, feed_scale, feed_gate] =
+            modulate(&params[self.table], modulation);
         let ready = normalized(hidden, &shift, &scale, self.epsilon);
-        let hidden = gated(hidden, &gate, &self.self_attention.over_itself(params, &ready, input.get("rope")));
+        let hidden = gated(
+            hidden,
+            &gate,
+            &self.self_attention.over_itself(params, &ready, input.get("rope")),
+        );
         let ready = match &self.cross_norm {
             Some(norm) => norm.forward_f32(params, &hidden),
             None => hidden.shallow_clone(),
         };
         let (text, image) = text_and_image(input);
-        let hidden = &hidden + self.cross_attention.over_conditions(params, &ready, &text, image.as_ref());
-        let fed = self.feed.forward(params, &normalized(&hidden, &feed_shift, &feed_scale, self.epsilon));
+        let hidden =
+            &hidden + self.cross_attention.over_conditions(params, &ready, &text, image.as_ref());
+        let fed =
+            self.feed.forward(params, &normalized(&hidden, &feed_shift, &feed_scale, self.epsilon));
         let output = Activations::new().with("hidden", gated(&hidden, &feed_gate, &fed));
         ["conditions", "modulation", "conditioning"]
             .into_iter()
@@ -173,37 +246,50 @@ impl Stage for Block {
 
 /// Tokens of the text, and of the images if there are any.
 ///
-/// They stay parts of one tensor, as in diffusers: libtorch rounds the product of such a part before it adds the bias, which
-/// in bfloat16 shows.
+/// They stay parts of one tensor, as in diffusers: libtorch rounds the product of such a part
+/// before it adds the bias, which in bfloat16 shows.
 fn text_and_image(input: &Activations) -> (Tensor, Option<Tensor>) {
     let conditions = input.get("conditions");
     let (all, text) = (conditions.size()[1], input.get("encoder_hidden_states").size()[1]);
-    (conditions.narrow(1, all - text, text), (all > text).then(|| conditions.narrow(1, 0, all - text)))
+    (
+        conditions.narrow(1, all - text, text),
+        (all > text).then(|| conditions.narrow(1, 0, all - text)),
+    )
 }
 
 /// `scale_shift_table` `[1, parts, width]`, to which the timestep's vector is added.
 fn modulation_table(builder: &mut Builder<'_>, parts: i64, width: i64) -> Param {
-    builder.precise_param("scale_shift_table", &[1, parts, width], Init::Normal { std: (width as f64).sqrt().recip() })
+    builder.precise_param(
+        "scale_shift_table",
+        &[1, parts, width],
+        Init::Normal { std: (width as f64).sqrt().recip() },
+    )
 }
 
-/// A table and what the timestep adds to it, `[B, PARTS or 1, D]`, as `PARTS` tensors `[B, 1, D]` f32.
+/// A table and what the timestep adds to it, `[B, PARTS or 1, D]`, as `PARTS` tensors `[B, 1, D]`
+/// f32.
 fn modulate<const PARTS: usize>(table: &Tensor, timestep: &Tensor) -> [Tensor; PARTS] {
-    (table + timestep.to_kind(Kind::Float)).chunk(PARTS as i64, 1).try_into().expect("as many chunks as parts")
+    (table + timestep.to_kind(Kind::Float))
+        .chunk(PARTS as i64, 1)
+        .try_into()
+        .expect("as many chunks as parts")
 }
 
 /// Tokens normalized and modulated in f32.
 ///
-/// Product and sum are rounded one after the other, as in diffusers: with a fused one, some numbers would round to another
-/// bfloat16.
+/// Product and sum are rounded one after the other, as in diffusers: with a fused one, some numbers
+/// would round to another bfloat16.
 fn normalized(hidden: &Tensor, shift: &Tensor, scale: &Tensor, epsilon: f64) -> Tensor {
     let factor = scale + 1.0;
-    by_hand::affine_norm(hidden, &factor, shift, epsilon)
-        .unwrap_or_else(|| (layer_norm(&hidden.to_kind(Kind::Float), epsilon) * factor + shift).to_kind(hidden.kind()))
+    by_hand::affine_norm(hidden, &factor, shift, epsilon).unwrap_or_else(|| {
+        (layer_norm(&hidden.to_kind(Kind::Float), epsilon) * factor + shift).to_kind(hidden.kind())
+    })
 }
 
 /// `hidden + gate · change` in f32, rounded as in [`normalized`].
 fn gated(hidden: &Tensor, gate: &Tensor, change: &Tensor) -> Tensor {
-    by_hand::gated(hidden, gate, change).unwrap_or_else(|| (hidden.to_kind(Kind::Float) + change * gate).to_kind(hidden.kind()))
+    by_hand::gated(hidden, gate, change)
+        .unwrap_or_else(|| (hidden.to_kind(Kind::Float) + change * gate).to_kind(hidden.kind()))
 }
 
 /// Tokens to the predicted latents.
@@ -234,8 +320,11 @@ impl Stage for Head {
 
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
         let [shift, scale] = modulate(&params[self.table], input.get("conditioning"));
-        let tokens = self.output.forward(params, &normalized(input.get("hidden"), &shift, &scale, self.epsilon));
+        let tokens = self
+            .output
+            .forward(params, &normalized(input.get("hidden"), &shift, &scale, self.epsilon));
         let grid = patches::grid(input.get("hidden_states"), self.patch);
-        Activations::new().with("prediction", patches::join(&tokens, self.patch, grid, FeatureOrder::ChannelLast))
+        Activations::new()
+            .with("prediction", patches::join(&tokens, self.patch, grid, FeatureOrder::ChannelLast))
     }
 }

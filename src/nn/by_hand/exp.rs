@@ -20,7 +20,9 @@ pub(super) fn exp(x: f32) -> f32 {
     let whole = shifted - ROUND;
     let r = whole.mul_add(-LN_2_LOW, whole.mul_add(-LN_2_HIGH, x));
     let tail = 1.0 / 720.0;
-    let sum = [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0].into_iter().fold(tail, |sum: f32, factor| sum.mul_add(r, factor));
+    let sum = [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0]
+        .into_iter()
+        .fold(tail, |sum: f32, factor| sum.mul_add(r, factor));
     // The lowest bits of the shifted number are the whole one.
     sum * f32::from_bits((shifted.to_bits() << 23).wrapping_add(1f32.to_bits()))
 }

@@ -12,8 +12,8 @@ use crate::tensor::{Element, elements, elements_mut};
 const SCALE: f32 = 1.595_769;
 const CUBE: f32 = 0.044_715;
 
-/// `x · (1 + tanh(sqrt(2/π) · (x + 0.044715 · x³))) / 2`; libtorch's operator takes most of its time for the tanh, and again in
-/// its gradient.
+/// `x · (1 + tanh(sqrt(2/π) · (x + 0.044715 · x³))) / 2`; libtorch's operator takes most of its
+/// time for the tanh, and again in its gradient.
 ///
 /// # Shapes
 /// Any.
@@ -38,7 +38,11 @@ fn of<T: Element>(x: &Tensor) -> Tensor {
     };
     by_hand(&[x], forward, |x, grad_output| {
         let mut gradient = x.empty_like();
-        gradients(elements::<T>(&x), elements(&grad_output.contiguous()), elements_mut(&mut gradient));
+        gradients(
+            elements::<T>(&x),
+            elements(&grad_output.contiguous()),
+            elements_mut(&mut gradient),
+        );
         vec![gradient]
     })
 }
@@ -93,6 +97,10 @@ mod tests {
         tch::set_num_threads(1);
         let x = Tensor::from_slice(&[-1e30f32, -100.0, 100.0, 1e30]);
         assert_eq!(elements::<f32>(&gelu_tanh(&x))[2..], [100.0, 1e30]);
-        assert!(elements::<f32>(&gelu_tanh(&x))[..2].iter().all(|y| y.abs() < 1e-6), "{:?}", elements::<f32>(&gelu_tanh(&x)));
+        assert!(
+            elements::<f32>(&gelu_tanh(&x))[..2].iter().all(|y| y.abs() < 1e-6),
+            "{:?}",
+            elements::<f32>(&gelu_tanh(&x))
+        );
     }
 }

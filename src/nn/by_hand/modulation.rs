@@ -1,7 +1,8 @@
 //! Modulated layer normalization, and the gated sum behind it.
 //!
-//! Between the kinds of the tokens and of the modulation lies what families differ in: every intermediate number has the
-//! modulation's. With one in bfloat16 each step is rounded, as diffusers rounds FLUX's; with one in f32 the result alone, as Wan's.
+//! Between the kinds of the tokens and of the modulation lies what families differ in: every
+//! intermediate number has the modulation's. With one in bfloat16 each step is rounded, as
+//! diffusers rounds FLUX's; with one in f32 the result alone, as Wan's.
 
 use half::bf16;
 use tch::{Kind, Tensor};
@@ -14,14 +15,17 @@ use crate::tensor::{Element, elements, elements_mut};
 /// `n · factor + shift`, with n of mean 0 and variance 1 over the last axis.
 ///
 /// # Shapes
-/// `x`: `[B, L, D]`; `factor`, `shift`: `[B, 1, D]`, or `[D]` for all samples. Returns the shape and kind of `x`, none where
-/// libtorch's operators are to do it.
+/// `x`: `[B, L, D]`; `factor`, `shift`: `[B, 1, D]`, or `[D]` for all samples. Returns the shape
+/// and kind of `x`, none where libtorch's operators are to do it.
 ///
 /// Source: Ba et al. 2016, arXiv:1607.06450, section 3.
 pub fn affine_norm(x: &Tensor, factor: &Tensor, shift: &Tensor, epsilon: f64) -> Option<Tensor> {
-    let fit = fits_rows(x, factor) && factor.size() == shift.size() && factor.kind() == shift.kind();
+    let fit =
+        fits_rows(x, factor) && factor.size() == shift.size() && factor.kind() == shift.kind();
     fit.then(|| match (x.kind(), factor.kind()) {
-        (Kind::BFloat16, Kind::BFloat16) => normalized::<bf16, bf16>(x, factor, shift, epsilon as f32),
+        (Kind::BFloat16, Kind::BFloat16) => {
+            normalized::<bf16, bf16>(x, factor, shift, epsilon as f32)
+        }
         (Kind::BFloat16, _) => normalized::<bf16, f32>(x, factor, shift, epsilon as f32),
         _ => normalized::<f32, f32>(x, factor, shift, epsilon as f32),
     })
@@ -30,7 +34,8 @@ pub fn affine_norm(x: &Tensor, factor: &Tensor, shift: &Tensor, epsilon: f64) ->
 /// `x + gate · change`.
 ///
 /// # Shapes
-/// `x`, `change`: `[B, L, D]`; `gate`: `[B, 1, D]`. Returns the shape and kind of `x`, none where libtorch's operators are to do it.
+/// `x`, `change`: `[B, L, D]`; `gate`: `[B, 1, D]`. Returns the shape and kind of `x`, none where
+/// libtorch's operators are to do it.
 pub fn gated(x: &Tensor, gate: &Tensor, change: &Tensor) -> Option<Tensor> {
     let fit = fits_rows(x, gate) && x.size() == change.size() && x.kind() == change.kind();
     fit.then(|| match (x.kind(), gate.kind()) {
@@ -40,7 +45,8 @@ pub fn gated(x: &Tensor, gate: &Tensor, change: &Tensor) -> Option<Tensor> {
     })
 }
 
-/// Whether these kinds fit, the rows vectors, and whether each sample, or all together, have a row of the modulation.
+/// Whether these kinds fit, the rows vectors, and whether each sample, or all together, have a row
+/// of the modulation.
 fn fits_rows(x: &Tensor, modulation: &Tensor) -> bool {
     let Ok((batch, _, width)) = x.size3() else { return false };
     let rows = [vec![batch, 1, width], vec![width]].contains(&modulation.size());
@@ -53,13 +59,23 @@ fn width(x: &Tensor) -> usize {
     *x.size().last().expect("[B, L, D]") as usize / LANES
 }
 
-fn normalized<T: Element, M: Element>(x: &Tensor, factor: &Tensor, shift: &Tensor, epsilon: f32) -> Tensor {
+fn normalized<T: Element, M: Element>(
+    x: &Tensor,
+    factor: &Tensor,
+    shift: &Tensor,
+    epsilon: f32,
+) -> Tensor {
     let (width, shape) = (width(x), factor.size());
     let forward = || {
         let [x, factor, shift] = [x, factor, shift].map(|tensor| tensor.detach().contiguous());
         let mut output = x.empty_like();
         let modulation = [&factor, &shift].map(|tensor| vectors(elements::<M>(tensor)));
-        let moments = normalize(vectors(elements::<T>(&x)), modulation, (width, epsilon), vectors_mut(elements_mut(&mut output)));
+        let moments = normalize(
+            vectors(elements::<T>(&x)),
+            modulation,
+            (width, epsilon),
+            vectors_mut(elements_mut(&mut output)),
+        );
         (output, (x, factor, moments))
     };
     by_hand(&[x, factor, shift], forward, move |(x, factor, moments), grad_output| {
@@ -84,7 +100,12 @@ fn summed<T: Element, M: Element>(x: &Tensor, gate: &Tensor, change: &Tensor) ->
     by_hand(&[x, gate, change], forward, move |(gate, change), grad_output| {
         let (mut grad_change, grad_output) = (change.empty_like(), grad_output.contiguous());
         let read = [&change, &grad_output].map(|tensor| vectors(elements::<T>(tensor)));
-        let sum = add_backward(read, vectors(elements::<M>(&gate)), width, vectors_mut(elements_mut(&mut grad_change)));
+        let sum = add_backward(
+            read,
+            vectors(elements::<M>(&gate)),
+            width,
+            vectors_mut(elements_mut(&mut grad_change)),
+        );
         vec![grad_output, summed_tensor::<M>(&sum, &shape), grad_change]
     })
 }
@@ -140,7 +161,8 @@ vectorized! {
 
 vectorized! {
     /// Gradient of `x`, into its place, and of factor and shift. With g the gradient of n it is
-    /// inverse · (g − mean(g) − n · mean(g · n)); theirs are the sums of grad_output · n and of grad_output.
+    /// inverse · (g − mean(g) − n · mean(g · n)); theirs are the sums of grad_output · n and of
+    /// grad_output.
     fn normalize_backward<T: Element, M: Element>(
         [x, grad_output]: [&[[T; LANES]]; 2],
         factor: &[[M; LANES]],
@@ -236,17 +258,29 @@ mod tests {
     use super::*;
 
     /// Kinds of tokens and modulation, and how far one rounding of each lets numbers be off.
-    const KINDS: [(Kind, Kind, f64); 3] =
-        [(Kind::Float, Kind::Float, 2e-6), (Kind::BFloat16, Kind::Float, 6e-3), (Kind::BFloat16, Kind::BFloat16, 1.2e-2)];
+    const KINDS: [(Kind, Kind, f64); 3] = [
+        (Kind::Float, Kind::Float, 2e-6),
+        (Kind::BFloat16, Kind::Float, 6e-3),
+        (Kind::BFloat16, Kind::BFloat16, 1.2e-2),
+    ];
 
     #[test]
     fn a_modulated_norm_is_libtorchs() {
         for (kind, of_modulation, tolerance) in KINDS {
             for shape in [vec![2, 1, 48], vec![48]] {
-                let inputs = [draw(&[2, 70, 48], kind, 1) * 3.0 + 1.0, draw(&shape, of_modulation, 2), draw(&shape, of_modulation, 3)];
-                let by_hand = |inputs: &[Tensor]| affine_norm(&inputs[0], &inputs[1], &inputs[2], 1e-6).expect("it fits");
-                let plain =
-                    |inputs: &[Tensor]| inputs[0].layer_norm([48], None::<&Tensor>, None::<&Tensor>, 1e-6, false) * &inputs[1] + &inputs[2];
+                let inputs = [
+                    draw(&[2, 70, 48], kind, 1) * 3.0 + 1.0,
+                    draw(&shape, of_modulation, 2),
+                    draw(&shape, of_modulation, 3),
+                ];
+                let by_hand = |inputs: &[Tensor]| {
+                    affine_norm(&inputs[0], &inputs[1], &inputs[2], 1e-6).expect("it fits")
+                };
+                let plain = |inputs: &[Tensor]| {
+                    inputs[0].layer_norm([48], None::<&Tensor>, None::<&Tensor>, 1e-6, false)
+                        * &inputs[1]
+                        + &inputs[2]
+                };
                 agree(&inputs, tolerance, by_hand, plain);
             }
         }
@@ -255,8 +289,13 @@ mod tests {
     #[test]
     fn a_gated_sum_is_libtorchs() {
         for (kind, of_gate, tolerance) in KINDS {
-            let inputs = [draw(&[2, 70, 48], kind, 1), draw(&[2, 1, 48], of_gate, 2), draw(&[2, 70, 48], kind, 3)];
-            let by_hand = |inputs: &[Tensor]| gated(&inputs[0], &inputs[1], &inputs[2]).expect("it fits");
+            let inputs = [
+                draw(&[2, 70, 48], kind, 1),
+                draw(&[2, 1, 48], of_gate, 2),
+                draw(&[2, 70, 48], kind, 3),
+            ];
+            let by_hand =
+                |inputs: &[Tensor]| gated(&inputs[0], &inputs[1], &inputs[2]).expect("it fits");
             agree(&inputs, tolerance, by_hand, |inputs| &inputs[0] + &inputs[1] * &inputs[2]);
         }
     }
@@ -264,16 +303,22 @@ mod tests {
     #[test]
     fn each_step_is_rounded_to_the_modulations_kind() {
         tch::set_num_threads(1);
-        let (x, change) = (draw(&[2, 70, 48], Kind::BFloat16, 1), draw(&[2, 70, 48], Kind::BFloat16, 2));
+        let (x, change) =
+            (draw(&[2, 70, 48], Kind::BFloat16, 1), draw(&[2, 70, 48], Kind::BFloat16, 2));
         for kind in [Kind::BFloat16, Kind::Float] {
             let (factor, shift) = (draw(&[2, 1, 48], kind, 3), draw(&[2, 1, 48], kind, 4));
             let wide = |tensor: &Tensor| tensor.to_kind(kind);
-            let normalized = wide(&x).layer_norm([48], None::<&Tensor>, None::<&Tensor>, 1e-6, false) * &factor + &shift;
+            let normalized =
+                wide(&x).layer_norm([48], None::<&Tensor>, None::<&Tensor>, 1e-6, false) * &factor
+                    + &shift;
             let sum = (wide(&x) + &factor * &change).to_kind(Kind::BFloat16);
             assert!(gated(&x, &factor, &change).expect("it fits").equal(&sum), "{kind:?}");
             let found = affine_norm(&x, &factor, &shift, 1e-6).expect("it fits");
             // Moments summed in another order may round a number in a thousand to its neighbour.
-            let different = found.ne_tensor(&normalized.to_kind(Kind::BFloat16)).sum(Kind::Int64).int64_value(&[]);
+            let different = found
+                .ne_tensor(&normalized.to_kind(Kind::BFloat16))
+                .sum(Kind::Int64)
+                .int64_value(&[]);
             assert!(different <= 6, "{different} of 6720 numbers differ, {kind:?}");
         }
     }

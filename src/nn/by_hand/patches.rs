@@ -1,6 +1,7 @@
 //! Latents cut into patches and back: every number moves once.
 //!
-//! libtorch copies a permuted view in runs as short as a patch is wide, and spends more on finding each run than on its numbers.
+//! libtorch copies a permuted view in runs as short as a patch is wide, and spends more on finding
+//! each run than on its numbers.
 
 use std::ops::Range;
 
@@ -12,33 +13,51 @@ use crate::autograd::by_hand;
 use crate::nn::patches::{FeatureOrder, Patch, grid};
 use crate::tensor::{Element, elements, elements_mut};
 
-/// Tokens `[B, L, C · pt · ph · pw]` of latents `[B, C, F, H, W]`, channel first; none where libtorch's operators are to cut
-/// them.
+/// Tokens `[B, L, C · pt · ph · pw]` of latents `[B, C, F, H, W]`, channel first; none where
+/// libtorch's operators are to cut them.
 pub fn cut(latents: &Tensor, patch: Patch) -> Option<Tensor> {
     let of_kind = match latents.kind() {
         Kind::BFloat16 => cut_of::<bf16>,
         _ => cut_of::<f32>,
     };
-    let places = || Places::new(latents.size()[0], latents.size()[1], grid(latents, patch), patch, FeatureOrder::ChannelFirst);
+    let places = || {
+        Places::new(
+            latents.size()[0],
+            latents.size()[1],
+            grid(latents, patch),
+            patch,
+            FeatureOrder::ChannelFirst,
+        )
+    };
     fits(latents).then(|| of_kind(latents, places()))
 }
 
-/// Latents `[B, C, F, H, W]` of tokens on a `grid`; none where libtorch's operators are to join them.
+/// Latents `[B, C, F, H, W]` of tokens on a `grid`; none where libtorch's operators are to join
+/// them.
 pub fn join(tokens: &Tensor, patch: Patch, grid: [i64; 3], order: FeatureOrder) -> Option<Tensor> {
     let of_kind = match tokens.kind() {
         Kind::BFloat16 => join_of::<bf16>,
         _ => join_of::<f32>,
     };
     let channels = || tokens.size()[2] / patch.iter().product::<i64>();
-    fits(tokens).then(|| of_kind(tokens, Places::new(tokens.size()[0], channels(), grid, patch, order)))
+    fits(tokens)
+        .then(|| of_kind(tokens, Places::new(tokens.size()[0], channels(), grid, patch, order)))
 }
 
 fn cut_of<T: Element>(latents: &Tensor, places: Places) -> Tensor {
-    by_hand(&[latents], || (places.cut::<T>(latents), ()), move |(), grad_output| vec![places.join::<T>(grad_output)])
+    by_hand(
+        &[latents],
+        || (places.cut::<T>(latents), ()),
+        move |(), grad_output| vec![places.join::<T>(grad_output)],
+    )
 }
 
 fn join_of<T: Element>(tokens: &Tensor, places: Places) -> Tensor {
-    by_hand(&[tokens], || (places.join::<T>(tokens), ()), move |(), grad_output| vec![places.cut::<T>(grad_output)])
+    by_hand(
+        &[tokens],
+        || (places.join::<T>(tokens), ()),
+        move |(), grad_output| vec![places.cut::<T>(grad_output)],
+    )
 }
 
 /// Where each number stands in latents and in tokens.
@@ -74,7 +93,9 @@ impl Places {
         let tokens = [self.batch, self.grid.iter().product(), self.features()];
         let mut cut = Tensor::empty(tokens.map(|size| size as i64), (T::KIND, latents.device()));
         let (from, into): (&[T], &mut [T]) = (elements(&latents), elements_mut(&mut cut));
-        self.rows(|in_latents, in_tokens, feature| self.spread(&from[in_latents], &mut into[in_tokens], feature));
+        self.rows(|in_latents, in_tokens, feature| {
+            self.spread(&from[in_latents], &mut into[in_tokens], feature)
+        });
         cut
     }
 
@@ -84,38 +105,51 @@ impl Places {
         let latents = [self.batch, self.channels, frames * pt, rows * ph, columns * pw];
         let mut joined = Tensor::empty(latents.map(|size| size as i64), (T::KIND, tokens.device()));
         let (from, into): (&[T], &mut [T]) = (elements(&tokens), elements_mut(&mut joined));
-        self.rows(|in_latents, in_tokens, feature| self.collect(&from[in_tokens], &mut into[in_latents], feature));
+        self.rows(|in_latents, in_tokens, feature| {
+            self.collect(&from[in_tokens], &mut into[in_latents], feature)
+        });
         joined
     }
 
-    /// Visits rows of latents: where they lie, in which tokens, and the first feature there. A row of tokens, which fits into a
-    /// cache, comes as a whole.
+    /// Visits rows of latents: where they lie, in which tokens, and the first feature there. A row
+    /// of tokens, which fits into a cache, comes as a whole.
     #[inline(always)]
     fn rows(&self, mut visit: impl FnMut(Range<usize>, Range<usize>, usize)) {
         let ([frames, rows, columns], [pt, ph, pw]) = (self.grid, self.patch);
         let [to_channel, to_frame, to_row, _] = self.strides;
         let (height, width, row_features) = (rows * ph, columns * pw, columns * self.features());
         for (row_of_tokens, channel) in pairs(self.batch * frames * rows, self.channels) {
-            let (sample, frame, row) = (row_of_tokens / rows / frames, row_of_tokens / rows % frames, row_of_tokens % rows);
+            let (sample, frame, row) = (
+                row_of_tokens / rows / frames,
+                row_of_tokens / rows % frames,
+                row_of_tokens % rows,
+            );
             for (dt, dh) in pairs(pt, ph) {
                 let plane = (sample * self.channels + channel) * frames * pt + frame * pt + dt;
-                let (in_latents, in_tokens) = ((plane * height + row * ph + dh) * width, row_of_tokens * row_features);
+                let (in_latents, in_tokens) =
+                    ((plane * height + row * ph + dh) * width, row_of_tokens * row_features);
                 let feature = channel * to_channel + dt * to_frame + dh * to_row;
                 visit(in_latents..in_latents + width, in_tokens..in_tokens + row_features, feature);
             }
         }
     }
 
-    /// A row of latents to its tokens, a run of neighbouring columns to each. Two that stay neighbours, as in nearly all models,
-    /// move as one.
+    /// A row of latents to its tokens, a run of neighbouring columns to each. Two that stay
+    /// neighbours, as in nearly all models, move as one.
     #[inline(always)]
     fn spread<T: Copy>(&self, row: &[T], tokens: &mut [T], feature: usize) {
         let ([.., pw], [.., stride]) = (self.patch, self.strides);
         let tokens = tokens.chunks_exact_mut(self.features()).map(|token| &mut token[feature..]);
         match (pw, stride) {
-            (2, 1) => tokens.zip(row.as_chunks::<2>().0).for_each(|(token, run)| token[..2].copy_from_slice(run)),
+            (2, 1) => tokens
+                .zip(row.as_chunks::<2>().0)
+                .for_each(|(token, run)| token[..2].copy_from_slice(run)),
             _ => tokens.zip(row.chunks_exact(pw)).for_each(|(token, run)| {
-                token.iter_mut().step_by(stride).zip(run).for_each(|(feature, number)| *feature = *number);
+                token
+                    .iter_mut()
+                    .step_by(stride)
+                    .zip(run)
+                    .for_each(|(feature, number)| *feature = *number);
             }),
         }
     }
@@ -126,9 +160,13 @@ impl Places {
         let ([.., pw], [.., stride]) = (self.patch, self.strides);
         let tokens = tokens.chunks_exact(self.features()).map(|token| &token[feature..]);
         match (pw, stride) {
-            (2, 1) => tokens.zip(row.as_chunks_mut::<2>().0).for_each(|(token, run)| run.copy_from_slice(&token[..2])),
+            (2, 1) => tokens
+                .zip(row.as_chunks_mut::<2>().0)
+                .for_each(|(token, run)| run.copy_from_slice(&token[..2])),
             _ => tokens.zip(row.chunks_exact_mut(pw)).for_each(|(token, run)| {
-                run.iter_mut().zip(token.iter().step_by(stride)).for_each(|(number, feature)| *number = *feature);
+                run.iter_mut()
+                    .zip(token.iter().step_by(stride))
+                    .for_each(|(number, feature)| *number = *feature);
             }),
         }
     }
@@ -149,11 +187,18 @@ mod tests {
     fn check(patch: Patch, kind: Kind, tolerance: f64) {
         let [frames, rows, columns] = std::array::from_fn(|axis| GRID[axis] * patch[axis]);
         let latents = draw(&[2, 5, frames, rows, columns], kind, 0);
-        agree(&[latents], tolerance, |inputs| cut(&inputs[0], patch).unwrap(), |inputs| patches::cut(&inputs[0], patch));
+        agree(
+            &[latents],
+            tolerance,
+            |inputs| cut(&inputs[0], patch).unwrap(),
+            |inputs| patches::cut(&inputs[0], patch),
+        );
         let tokens = draw(&[2, GRID.iter().product(), 5 * patch.iter().product::<i64>()], kind, 1);
         for order in [FeatureOrder::ChannelFirst, FeatureOrder::ChannelLast] {
             let by_hand = |inputs: &[Tensor]| join(&inputs[0], patch, GRID, order).unwrap();
-            agree(&[tokens.shallow_clone()], tolerance, by_hand, |inputs| patches::join(&inputs[0], patch, GRID, order));
+            agree(&[tokens.shallow_clone()], tolerance, by_hand, |inputs| {
+                patches::join(&inputs[0], patch, GRID, order)
+            });
         }
     }
 

@@ -11,8 +11,14 @@ use crate::tensor::{Element, elements, elements_mut};
 /// `x / sqrt(mean(x²) + epsilon) · weight`, rounded once, or before the scale as well.
 ///
 /// # Shapes
-/// `x`: `[…, D]`; `weight`: `[D]`. Returns the shape and kind of `x`, none where libtorch's operators are to do it.
-pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64, rounds_before_scale: bool) -> Option<Tensor> {
+/// `x`: `[…, D]`; `weight`: `[D]`. Returns the shape and kind of `x`, none where libtorch's
+/// operators are to do it.
+pub fn rms_norm(
+    x: &Tensor,
+    weight: &Tensor,
+    epsilon: f64,
+    rounds_before_scale: bool,
+) -> Option<Tensor> {
     let width = weight.numel();
     if !fits(x) || weight.kind() != x.kind() || !width.is_multiple_of(LANES) {
         return None;
@@ -35,13 +41,23 @@ fn of<T: Element>(x: &Tensor, weight: &Tensor, settings: Settings) -> Tensor {
     let forward = || {
         let (x, weight) = (x.detach().contiguous(), weight.detach().contiguous());
         let mut output = x.empty_like();
-        values::<T>(vectors(elements(&x)), vectors(elements(&weight)), settings, vectors_mut(elements_mut(&mut output)));
+        values::<T>(
+            vectors(elements(&x)),
+            vectors(elements(&weight)),
+            settings,
+            vectors_mut(elements_mut(&mut output)),
+        );
         (output, (x, weight))
     };
     by_hand(&[x, weight], forward, move |(x, weight), grad_output| {
         let (mut grad_x, grad_output) = (x.empty_like(), grad_output.contiguous());
         let read = [&x, &grad_output].map(|tensor| vectors(elements::<T>(tensor)));
-        let grad_weight = gradients(read, vectors(elements(&weight)), settings, vectors_mut(elements_mut(&mut grad_x)));
+        let grad_weight = gradients(
+            read,
+            vectors(elements(&weight)),
+            settings,
+            vectors_mut(elements_mut(&mut grad_x)),
+        );
         vec![grad_x, Tensor::from_slice(&grad_weight).to_kind(T::KIND)]
     })
 }
@@ -74,8 +90,8 @@ fn inverse<T: Element>(x: &[[T; LANES]], epsilon: f32) -> f32 {
 }
 
 vectorized! {
-    /// Gradient of `x`, into its place, and of the weight. With n = x · inverse and g the gradient of n they are
-    /// inverse · (g − n · mean(g · n)) and the sum of grad_output · n.
+    /// Gradient of `x`, into its place, and of the weight. With n = x · inverse and g the gradient
+    /// of n they are inverse · (g − n · mean(g · n)) and the sum of grad_output · n.
     fn gradients<T: Element>(
         [x, grad_output]: [&[[T; LANES]]; 2],
         weight: &[[T; LANES]],
@@ -118,7 +134,9 @@ mod tests {
                 let (x, weight) = (draw(&[2, rows, width], kind, 1) * 3.0, draw(&[width], kind, 2));
                 let plain = |inputs: &[Tensor]| inputs[0].rms_norm([width], Some(&inputs[1]), 1e-6);
                 for before in [false, true] {
-                    let by_hand = |inputs: &[Tensor]| rms_norm(&inputs[0], &inputs[1], 1e-6, before).expect("it fits");
+                    let by_hand = |inputs: &[Tensor]| {
+                        rms_norm(&inputs[0], &inputs[1], 1e-6, before).expect("it fits")
+                    };
                     agree(&[x.shallow_clone(), weight.shallow_clone()], tolerance, by_hand, plain);
                 }
             }

@@ -10,8 +10,8 @@ use crate::tensor::{Element, elements, elements_mut};
 /// Each pair turned by its angle; computed in f32, rounded once. The gradient is turned back.
 ///
 /// # Shapes
-/// `x`: `[B, L, N, E]`; `table`: `[L, 1, E/2]` of complex f32. Returns the shape and kind of `x`, none where libtorch's operators
-/// are to do it.
+/// `x`: `[B, L, N, E]`; `table`: `[L, 1, E/2]` of complex f32. Returns the shape and kind of `x`,
+/// none where libtorch's operators are to do it.
 pub fn rotate(x: &Tensor, table: &Tensor) -> Option<Tensor> {
     if !fits(x) {
         return None;
@@ -26,14 +26,22 @@ fn of<T: Element>(x: &Tensor, table: &Tensor) -> Tensor {
     let (_, _, heads, width) = x.size4().expect("[B, L, N, E]");
     let turned = move |x: &Tensor, table: &Tensor, direction: f32| {
         let mut output = x.empty_like();
-        turn::<T>(elements(x), elements(table), (heads as usize, width as usize), direction, elements_mut(&mut output));
+        turn::<T>(
+            elements(x),
+            elements(table),
+            (heads as usize, width as usize),
+            direction,
+            elements_mut(&mut output),
+        );
         output
     };
     let forward = || {
         let table = table.view_as_real().contiguous();
         (turned(&x.detach().contiguous(), &table, 1.0), table)
     };
-    by_hand(&[x], forward, move |table, grad_output| vec![turned(&grad_output.contiguous(), &table, -1.0)])
+    by_hand(&[x], forward, move |table, grad_output| {
+        vec![turned(&grad_output.contiguous(), &table, -1.0)]
+    })
 }
 
 vectorized! {
@@ -66,7 +74,12 @@ mod tests {
                     let pairs = inputs[0].reshape([2, 5, 3, width / 2, 2]).view_as_complex();
                     (pairs * &table).view_as_real().flatten(3, 4)
                 };
-                agree(&[draw(&[2, 5, 3, width], kind, 1)], tolerance, |inputs| rotate(&inputs[0], &table).expect("it fits"), plain);
+                agree(
+                    &[draw(&[2, 5, 3, width], kind, 1)],
+                    tolerance,
+                    |inputs| rotate(&inputs[0], &table).expect("it fits"),
+                    plain,
+                );
             }
         }
     }

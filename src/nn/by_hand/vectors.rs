@@ -2,7 +2,8 @@
 
 /// Numbers of a vector.
 pub const LANES: usize = 16;
-/// Rows that are summed in f32 before they go to a sum in f64: many small numbers are not lost against a large one.
+/// Rows that are summed in f32 before they go to a sum in f64: many small numbers are not lost
+/// against a large one.
 const ROWS: usize = 32;
 
 /// Rows of whole vectors, one after the other.

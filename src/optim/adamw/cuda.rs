@@ -1,4 +1,5 @@
-//! The update on a GPU: one kernel, one pass over memory, compiled when a run starts and compared with the plain operators.
+//! The update on a GPU: one kernel, one pass over memory, compiled when a run starts and compared
+//! with the plain operators.
 
 use std::ops::Range;
 
@@ -19,8 +20,9 @@ static KERNEL: Source = Source {
 /// How many places the kernel's `Bounds` has: two for each decayed run.
 const MOST_BOUNDS: usize = 256;
 
-/// How far the kernel may be from libtorch's operators on the same GPU, relative to one plus a value's size: some ten roundings.
-/// Their compiler fuses products and sums where it likes to, so that no bits can be asked for.
+/// How far the kernel may be from libtorch's operators on the same GPU, relative to one plus a
+/// value's size: some ten roundings. Their compiler fuses products and sums where it likes to, so
+/// that no bits can be asked for.
 const TOLERANCE: f64 = 1e-6;
 
 /// Of the gradient, where the kernel is tried.
@@ -35,49 +37,76 @@ pub struct OnGpu {
 }
 
 impl OnGpu {
-    /// Compiles the kernel for `device` and sees that it computes what the plain operators do. `Device::Cpu` in place of a GPU
-    /// is for a stand-in of the driver that works on the host's memory.
+    /// Compiles the kernel for `device` and sees that it computes what the plain operators do.
+    /// `Device::Cpu` in place of a GPU is for a stand-in of the driver that works on the host's
+    /// memory.
     ///
     /// # Errors
-    /// [`Error::Environment`] if there is no compiler, if it or the driver refuses, and for other numbers. The plain operators
-    /// are no silent substitute: they round differently, so that ranks would part, and a GPU or a compiler that computes
-    /// wrongly is not to be trusted with a run.
+    /// [`Error::Environment`] if there is no compiler, if it or the driver refuses, and for other
+    /// numbers. The plain operators are no silent substitute: they round differently, so that ranks
+    /// would part, and a GPU or a compiler that computes wrongly is not to be trusted with a run.
     pub fn ready(adamw: &AdamW, device: Device) -> Result<Self> {
         let refused = |what| Error::environment(format!("AdamW's kernel on {device:?}: {what}"));
-        let update = OnGpu { adamw: adamw.clone(), kernel: Elementwise::build(&KERNEL, device).map_err(refused)? };
+        let update = OnGpu {
+            adamw: adamw.clone(),
+            kernel: Elementwise::build(&KERNEL, device).map_err(refused)?,
+        };
         update.check(device).map_err(refused)?;
         tracing::info!("AdamW's kernel on {device:?} computes what libtorch's operators compute");
         Ok(update)
     }
 
-    /// Compares one update with the plain operators', on a slice that reaches every branch of the kernel.
+    /// Compares one update with the plain operators', on a slice that reaches every branch of the
+    /// kernel.
     fn check(&self, device: Device) -> Outcome<()> {
         let mut found = sample(device);
         self.launch(found.slice(), self.adamw.factors(FACTOR, 0.01, 3))?;
         let mut expected = sample(device);
         plain::update(expected.slice(), self.adamw.factors(FACTOR, 0.01, 3));
-        let both = found.state.iter().chain([&found.params]).zip(expected.state.iter().chain([&expected.params]));
+        let both = found
+            .state
+            .iter()
+            .chain([&found.params])
+            .zip(expected.state.iter().chain([&expected.params]));
         let mut named = ["exp_avg", "exp_avg_sq", "parameters"].into_iter().zip(both);
         named.try_for_each(|(name, (found, expected))| compare(name, found, expected))?;
         let is_copy = found.computed.equal(&found.params.to_kind(Kind::BFloat16));
-        if is_copy { Ok(()) } else { Err("the parameters in bfloat16 are not those in float32, rounded".into()) }
+        if is_copy {
+            Ok(())
+        } else {
+            Err("the parameters in bfloat16 are not those in float32, rounded".into())
+        }
     }
 
     fn launch(&self, slice: Slice<'_>, factors: Factors) -> Outcome<()> {
         let Slice { params, gradient, state, computed, decayed, .. } = slice;
-        let [exp_avg, exp_avg_sq] = state else { panic!("AdamW keeps two tensors a slice, found {}", state.len()) };
+        let [exp_avg, exp_avg_sq] = state else {
+            panic!("AdamW keeps two tensors a slice, found {}", state.len())
+        };
         let gradient = gradient.contiguous();
-        let Factors { gradient: factor, decay, beta1, beta2, root_correction, eps, move_by } = factors;
+        let Factors { gradient: factor, decay, beta1, beta2, root_correction, eps, move_by } =
+            factors;
         let [factor, decay, fresh1, beta2, fresh2, root_correction, eps, move_by] =
-            [factor, decay, 1.0 - beta1, beta2, 1.0 - beta2, root_correction, eps, move_by].map(|number| number as f32);
+            [factor, decay, 1.0 - beta1, beta2, 1.0 - beta2, root_correction, eps, move_by]
+                .map(|number| number as f32);
         // The kernel's `Rule`.
         let rule = [factor, decay, fresh1, beta2, fresh2, 1.0 / root_correction, eps, move_by];
-        let tensors = [Some(&*params), Some(&gradient), Some(exp_avg), Some(exp_avg_sq), computed.as_deref()];
+        let tensors =
+            [Some(&*params), Some(&gradient), Some(exp_avg), Some(exp_avg_sq), computed.as_deref()];
         for Part { elements, bounds, num_bounds } in parts(params.numel() as i64, decayed) {
             let length = elements.end - elements.start;
-            let part = tensors.map(|tensor| tensor.map(|tensor| tensor.narrow(0, elements.start, length)));
+            let part =
+                tensors.map(|tensor| tensor.map(|tensor| tensor.narrow(0, elements.start, length)));
             let part: Vec<Option<&Tensor>> = part.iter().map(Option::as_ref).collect();
-            self.kernel.run(length, &part, &[Argument::Integers(&bounds), Argument::Integers(&[num_bounds]), Argument::Numbers(&rule)])?;
+            self.kernel.run(
+                length,
+                &part,
+                &[
+                    Argument::Integers(&bounds),
+                    Argument::Integers(&[num_bounds]),
+                    Argument::Numbers(&rule),
+                ],
+            )?;
         }
         Ok(())
     }
@@ -91,7 +120,8 @@ struct Sample {
     computed: Tensor,
 }
 
-/// Numbers of both signs and of many sizes, without touching a generator; four at a time, and some left over.
+/// Numbers of both signs and of many sizes, without touching a generator; four at a time, and some
+/// left over.
 fn sample(device: Device) -> Sample {
     let wave = |pace: f64| (Tensor::arange(1003, (Kind::Float, device)) * pace).sin();
     Sample {
@@ -106,13 +136,21 @@ impl Sample {
     fn slice(&mut self) -> Slice<'_> {
         let Sample { params, gradient, state, computed } = self;
         // Runs that meet, and that begin and end among four.
-        Slice { params, gradient, gradient_factor: FACTOR, state, computed: Some(computed), decayed: &[(2, 3), (5, 400), (701, 1)] }
+        Slice {
+            params,
+            gradient,
+            gradient_factor: FACTOR,
+            state,
+            computed: Some(computed),
+            decayed: &[(2, 3), (5, 400), (701, 1)],
+        }
     }
 }
 
 impl Update for OnGpu {
     /// # Panics
-    /// Where the driver refuses, as libtorch's own operators do: mostly for what was queued earlier.
+    /// Where the driver refuses, as libtorch's own operators do: mostly for what was queued
+    /// earlier.
     fn update(&self, slice: Slice<'_>, lr: f64, step: u64) {
         let factors = self.adamw.factors(slice.gradient_factor, lr, step);
         self.launch(slice, factors).unwrap_or_else(|what| panic!("AdamW's kernel: {what}"));
@@ -128,9 +166,11 @@ struct Part {
     num_bounds: i64,
 }
 
-/// A slice is one part, unless it has more runs than a launch takes: 128 weight matrices with something between them.
+/// A slice is one part, unless it has more runs than a launch takes: 128 weight matrices with
+/// something between them.
 fn parts(length: i64, decayed: &[(i64, i64)]) -> Vec<Part> {
-    let chunks: Vec<&[(i64, i64)]> = if decayed.is_empty() { vec![&[]] } else { decayed.chunks(MOST_BOUNDS / 2).collect() };
+    let chunks: Vec<&[(i64, i64)]> =
+        if decayed.is_empty() { vec![&[]] } else { decayed.chunks(MOST_BOUNDS / 2).collect() };
     // Each part ends where the first run of the next begins.
     let ends: Vec<i64> = chunks.iter().skip(1).map(|runs| runs[0].0).chain([length]).collect();
     let mut start = 0;
@@ -169,7 +209,10 @@ mod tests {
     fn a_slice_is_one_part_with_the_bounds_of_its_runs() {
         let parts = parts(100, &[(2, 3), (5, 10)]);
         assert_eq!(parts.len(), 1);
-        assert_eq!((parts[0].elements.clone(), parts[0].num_bounds, &parts[0].bounds[..5]), (0..100, 4, &[2, 5, 5, 15, 0][..]));
+        assert_eq!(
+            (parts[0].elements.clone(), parts[0].num_bounds, &parts[0].bounds[..5]),
+            (0..100, 4, &[2, 5, 5, 15, 0][..])
+        );
     }
 
     #[test]
@@ -191,10 +234,19 @@ mod tests {
     #[test]
     fn numbers_that_are_off_or_none_are_named() {
         let expected = Tensor::from_slice(&[1.0f32, 2.0, 3.0]);
-        assert_eq!(compare("parameters", &Tensor::from_slice(&[1.0f32, 2.000_001, 3.0]), &expected), Ok(()));
+        assert_eq!(
+            compare("parameters", &Tensor::from_slice(&[1.0f32, 2.000_001, 3.0]), &expected),
+            Ok(())
+        );
         for (wrong, word) in [(2.000_01f32, "2.00001"), (f32::NAN, "NaN")] {
-            let what = compare("parameters", &Tensor::from_slice(&[1.0f32, wrong, 3.0]), &expected).expect_err("it is off");
-            assert!(what.starts_with("parameters differ") && what.contains("element 1 is ") && what.contains(&word[..3]), "{what}");
+            let what = compare("parameters", &Tensor::from_slice(&[1.0f32, wrong, 3.0]), &expected)
+                .expect_err("it is off");
+            assert!(
+                what.starts_with("parameters differ")
+                    && what.contains("element 1 is ")
+                    && what.contains(&word[..3]),
+                "{what}"
+            );
         }
     }
 }

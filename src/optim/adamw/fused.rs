@@ -1,7 +1,7 @@
 //! The update in a single pass over a CPU's memory, in the vectors that the processor has.
 //!
-//! An element's four numbers are read once and three of them written once, with the copy in bfloat16: 28 to 30 bytes, where
-//! the operators move 130.
+//! An element's four numbers are read once and three of them written once, with the copy in
+//! bfloat16: 28 to 30 bytes, where the operators move 130.
 
 use std::ops::Range;
 use std::thread;
@@ -13,7 +13,8 @@ use super::Factors;
 use crate::optim::Slice;
 use crate::tensor::{Element, elements, elements_mut};
 
-/// Elements for which a further thread is worth its start, which takes as long as some ten thousand elements.
+/// Elements for which a further thread is worth its start, which takes as long as some ten thousand
+/// elements.
 pub(super) const SHARE: usize = 1 << 18;
 
 /// One part of a slice, whose parameters all decay or all do not.
@@ -30,7 +31,9 @@ struct Run<'a> {
 /// Rounds as the operators do, but for the root, which is exact here, and for its correction.
 pub(super) fn update(slice: Slice<'_>, factors: Factors) {
     let Slice { params, gradient, state, computed, decayed, .. } = slice;
-    let [exp_avg, exp_avg_sq] = state else { panic!("AdamW keeps two tensors a slice, found {}", state.len()) };
+    let [exp_avg, exp_avg_sq] = state else {
+        panic!("AdamW keeps two tensors a slice, found {}", state.len())
+    };
     let gradient = gradient.contiguous();
     let rest = Run {
         params: elements_mut(params),
@@ -58,7 +61,9 @@ impl<'a> Run<'a> {
     fn split(self, decayed: &[(i64, i64)], share: usize) -> impl Iterator<Item = Vec<Run<'a>>> {
         let mut rest = self;
         let pieces = pieces(rest.params.len(), decayed, share);
-        pieces.into_iter().map(move |pieces| pieces.into_iter().map(|(range, decays)| rest.take(range.len(), decays)).collect())
+        pieces.into_iter().map(move |pieces| {
+            pieces.into_iter().map(|(range, decays)| rest.take(range.len(), decays)).collect()
+        })
     }
 
     /// Takes the first elements off.
@@ -69,7 +74,10 @@ impl<'a> Run<'a> {
             gradient: self.gradient.split_off(..length).expect("as long as the parameters"),
             exp_avg: self.exp_avg.split_off_mut(..length).expect("as long as the parameters"),
             exp_avg_sq: self.exp_avg_sq.split_off_mut(..length).expect("as long as the parameters"),
-            computed: self.computed.split_off_mut(..copied).expect("as long as the parameters, or empty"),
+            computed: self
+                .computed
+                .split_off_mut(..copied)
+                .expect("as long as the parameters, or empty"),
             decays,
         }
     }
@@ -78,13 +86,16 @@ impl<'a> Run<'a> {
 #[multiversion(targets = "simd")]
 fn update_run<'a>(run: Run<'a>, factors: Factors) {
     let Run { params, gradient, exp_avg, exp_avg_sq, computed, decays } = run;
-    let [gradient_factor, beta2, eps, move_by] = [factors.gradient, factors.beta2, factors.eps, factors.move_by].map(|f| f as f32);
+    let [gradient_factor, beta2, eps, move_by] =
+        [factors.gradient, factors.beta2, factors.eps, factors.move_by].map(|f| f as f32);
     let [fresh1, fresh2] = [1.0 - factors.beta1, 1.0 - factors.beta2].map(|f| f as f32);
     let decay = if decays { factors.decay as f32 } else { 1.0 };
-    // Instead of a division of each element: another rounding, within what the operators differ by among themselves.
+    // Instead of a division of each element: another rounding, within what the operators differ by
+    // among themselves.
     let correction = 1.0 / factors.root_correction as f32;
     let length = params.len();
-    let (gradient, exp_avg, exp_avg_sq) = (&gradient[..length], &mut exp_avg[..length], &mut exp_avg_sq[..length]);
+    let (gradient, exp_avg, exp_avg_sq) =
+        (&gradient[..length], &mut exp_avg[..length], &mut exp_avg_sq[..length]);
     for index in 0..length {
         let gradient = gradient[index] * gradient_factor;
         let mean = fresh1.mul_add(gradient - exp_avg[index], exp_avg[index]);
@@ -102,17 +113,27 @@ fn update_run<'a>(run: Run<'a>, factors: Factors) {
 
 /// Ranges of `0..length` with whether they decay, in shares.
 fn pieces(length: usize, decayed: &[(i64, i64)], share: usize) -> Vec<Vec<(Range<usize>, bool)>> {
-    let decayed: Vec<Range<usize>> = decayed.iter().map(|&(offset, length)| offset as usize..(offset + length) as usize).collect();
-    let mut cuts: Vec<usize> =
-        decayed.iter().flat_map(|run| [run.start, run.end]).chain((0..length).step_by(BLOCK)).chain([length]).collect();
+    let decayed: Vec<Range<usize>> = decayed
+        .iter()
+        .map(|&(offset, length)| offset as usize..(offset + length) as usize)
+        .collect();
+    let mut cuts: Vec<usize> = decayed
+        .iter()
+        .flat_map(|run| [run.start, run.end])
+        .chain((0..length).step_by(BLOCK))
+        .chain([length])
+        .collect();
     cuts.sort_unstable();
     cuts.dedup();
     let ranges = cuts.windows(2).map(|cut| cut[0]..cut[1]);
-    let with_decay = ranges.map(|range| (range.clone(), decayed.iter().any(|run| run.contains(&range.start))));
+    let with_decay =
+        ranges.map(|range| (range.clone(), decayed.iter().any(|run| run.contains(&range.start))));
     let mut shares: Vec<Vec<(Range<usize>, bool)>> = Vec::new();
     for (range, decays) in with_decay {
         match shares.last_mut() {
-            Some(last) if last.first().is_some_and(|first| range.start - first.0.start < share) => last.push((range, decays)),
+            Some(last) if last.first().is_some_and(|first| range.start - first.0.start < share) => {
+                last.push((range, decays))
+            }
             _ => shares.push(vec![(range, decays)]),
         }
     }
@@ -134,12 +155,19 @@ mod tests {
             let mut end = 0;
             for (range, decays) in pieces.iter().flatten() {
                 assert_eq!(range.start, end);
-                let within = |at: usize| decayed.iter().any(|(offset, length)| (*offset..offset + length).contains(&(at as i64)));
+                let within = |at: usize| {
+                    decayed
+                        .iter()
+                        .any(|(offset, length)| (*offset..offset + length).contains(&(at as i64)))
+                };
                 assert!(range.clone().all(|at| within(at) == *decays));
                 end = range.end;
             }
             assert_eq!(end, length as usize);
-            let lengths: Vec<usize> = pieces.iter().map(|pieces| pieces.iter().map(|(range, _)| range.len()).sum()).collect();
+            let lengths: Vec<usize> = pieces
+                .iter()
+                .map(|pieces| pieces.iter().map(|(range, _)| range.len()).sum())
+                .collect();
             assert!(lengths.iter().all(|length| *length < share + BLOCK), "{lengths:?}");
         }
     }

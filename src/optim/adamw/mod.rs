@@ -1,5 +1,5 @@
-//! Adam with decoupled weight decay, in a single pass over memory: by the vectors of a CPU, or by a kernel of our own on a GPU.
-//! Both are compared with libtorch's operators.
+//! Adam with decoupled weight decay, in a single pass over memory: by the vectors of a CPU, or by a
+//! kernel of our own on a GPU. Both are compared with libtorch's operators.
 
 mod cuda;
 mod fused;
@@ -13,8 +13,8 @@ use super::{Optimizer, Slice, Update};
 use crate::error::Result;
 use crate::settings::{Keys, Settings};
 
-/// Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; rounding follows `torch.optim.AdamW`, except that decay
-/// leaves parameters of one axis (biases, norms) alone.
+/// Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; rounding follows
+/// `torch.optim.AdamW`, except that decay leaves parameters of one axis (biases, norms) alone.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdamW {
     lr: f64,
@@ -39,7 +39,12 @@ impl Settings for AdamW {
             "Peak learning rate, scaled by the schedule; 1e-4 trains from scratch, 1e-5 fine-tunes.",
         );
         keys.number("beta1", &mut self.beta1, 0.0..1.0, "Decay of the gradient's running mean.");
-        keys.number("beta2", &mut self.beta2, 0.0..1.0, "Decay of the squared gradient's running mean; 0.99 forgets spikes sooner.");
+        keys.number(
+            "beta2",
+            &mut self.beta2,
+            0.0..1.0,
+            "Decay of the squared gradient's running mean; 0.99 forgets spikes sooner.",
+        );
         keys.number("eps", &mut self.eps, 0.0..=1.0, "Added to the root of the second moment.");
         keys.number(
             "weight_decay",
@@ -91,7 +96,8 @@ struct Factors {
     /// Square root of the second moment's bias correction.
     root_correction: f64,
     eps: f64,
-    /// Of the quotient that is added to a parameter: minus the learning rate over the first moment's bias correction.
+    /// Of the quotient that is added to a parameter: minus the learning rate over the first
+    /// moment's bias correction.
     move_by: f64,
 }
 
@@ -117,7 +123,12 @@ mod tests {
     use super::*;
     use crate::rng::{Key, Purpose};
 
-    fn slice<'a>(params: &'a mut Tensor, gradient: &'a Tensor, state: &'a mut [Tensor], decayed: &'a [(i64, i64)]) -> Slice<'a> {
+    fn slice<'a>(
+        params: &'a mut Tensor,
+        gradient: &'a Tensor,
+        state: &'a mut [Tensor],
+        decayed: &'a [(i64, i64)],
+    ) -> Slice<'a> {
         Slice { params, gradient, gradient_factor: 1.0, state, computed: None, decayed }
     }
 
@@ -129,7 +140,10 @@ mod tests {
         let mut state = [params.zeros_like(), params.zeros_like()];
         OnCpu { adamw }.update(slice(&mut params, &gradient, &mut state, &[]), 0.1, 1);
         let moved = Vec::<f32>::try_from(params).expect("f32");
-        assert!((moved[0] - 0.9).abs() < 1e-6 && (moved[1] - 1.1).abs() < 1e-6 && moved[2] == 1.0, "{moved:?}");
+        assert!(
+            (moved[0] - 0.9).abs() < 1e-6 && (moved[1] - 1.1).abs() < 1e-6 && moved[2] == 1.0,
+            "{moved:?}"
+        );
     }
 
     #[test]
@@ -149,7 +163,11 @@ mod tests {
 
     #[test]
     fn the_single_pass_gives_what_the_operators_give() {
-        let draw = |scope| Key::new(7, Purpose::Test).scope(scope).seeded(|| Tensor::randn([MANY], (Kind::Float, Device::Cpu)));
+        let draw = |scope| {
+            Key::new(7, Purpose::Test)
+                .scope(scope)
+                .seeded(|| Tensor::randn([MANY], (Kind::Float, Device::Cpu)))
+        };
         let (begin, adamw) = (draw(0), AdamW::default());
         let decayed = [(0, 10), (1000, MANY - 1500)];
         let after = |update: fn(Slice<'_>, Factors)| {
@@ -173,9 +191,16 @@ mod tests {
         };
         let (fused, plain) = (after(fused::update), after(plain::update));
         for (fused, plain) in fused.iter().zip(&plain).take(3) {
-            assert!(fused.allclose(plain, ROUNDING, ROUNDING, false), "{}", (fused - plain).abs().max());
+            assert!(
+                fused.allclose(plain, ROUNDING, ROUNDING, false),
+                "{}",
+                (fused - plain).abs().max()
+            );
         }
-        assert!(fused[3].equal(&fused[0].to_kind(Kind::BFloat16)), "the copy is rounded as libtorch rounds it");
+        assert!(
+            fused[3].equal(&fused[0].to_kind(Kind::BFloat16)),
+            "the copy is rounded as libtorch rounds it"
+        );
         assert!((&fused[0] - &begin).abs().min().double_value(&[]) > 0.0, "every parameter moved");
     }
 }

@@ -32,7 +32,8 @@ registry! {
     }
 }
 
-/// The warning of a schedule that never reaches its peak within `max_steps`, because its warm-up is too long for them.
+/// The warning of a schedule that never reaches its peak within `max_steps`, because its warm-up is
+/// too long for them.
 pub fn warning(schedule: &LrScheduleChoice, max_steps: u64) -> Option<String> {
     let steps = schedule.warmup_steps();
     let reached = steps == 0 || schedule.factor(steps.min(max_steps), max_steps) >= 1.0;
@@ -51,12 +52,18 @@ struct RiseAndFall {
 impl Settings for RiseAndFall {
     fn visit(&mut self, keys: &mut Keys<'_>) {
         visit_warmup(keys, &mut self.warmup_steps);
-        keys.number("min_factor", &mut self.min_factor, 0.0..=1.0, "Share of the peak that is left at the last step.");
+        keys.number(
+            "min_factor",
+            &mut self.min_factor,
+            0.0..=1.0,
+            "Share of the peak that is left at the last step.",
+        );
     }
 }
 
 impl RiseAndFall {
-    /// Factor at `step`, where `remaining` maps the fall's progress in `[0, 1]` to what is left above the floor, 1 to 0.
+    /// Factor at `step`, where `remaining` maps the fall's progress in `[0, 1]` to what is left
+    /// above the floor, 1 to 0.
     fn factor(&self, step: u64, max_steps: u64, remaining: impl Fn(f64) -> f64) -> f64 {
         warmup(step, self.warmup_steps).unwrap_or_else(|| {
             // The first step after the warm-up stands at the peak, also without a warm-up.
@@ -77,7 +84,11 @@ fn warmup(step: u64, steps: u64) -> Option<f64> {
 
 /// How far `step` is between `from` and `to`, within `[0, 1]`.
 fn progress(step: u64, from: u64, to: u64) -> f64 {
-    if to <= from { 1.0 } else { (step.saturating_sub(from) as f64 / (to - from) as f64).clamp(0.0, 1.0) }
+    if to <= from {
+        1.0
+    } else {
+        (step.saturating_sub(from) as f64 / (to - from) as f64).clamp(0.0, 1.0)
+    }
 }
 
 #[cfg(test)]
@@ -89,7 +100,10 @@ mod tests {
         for name in LrScheduleChoice::NAMES {
             let schedule = LrScheduleChoice::named(name).expect("a registered name");
             let factors: Vec<f64> = (1..=200).map(|step| schedule.factor(step, 200)).collect();
-            assert!(factors.iter().all(|factor| (0.0..=1.0).contains(factor)), "{name}: {factors:?}");
+            assert!(
+                factors.iter().all(|factor| (0.0..=1.0).contains(factor)),
+                "{name}: {factors:?}"
+            );
             assert!(factors.contains(&1.0), "{name} reaches its peak");
         }
     }
@@ -110,7 +124,9 @@ mod tests {
         for name in LrScheduleChoice::NAMES {
             assert_eq!(warned(name, 0, 100), None, "{name}");
             assert_eq!(warned(name, 80, 100), None, "{name}");
-            let expected = format!("lr_scheduler.{name}.warmup_steps = 200: the learning rate never reaches its peak in max_steps = 100");
+            let expected = format!(
+                "lr_scheduler.{name}.warmup_steps = 200: the learning rate never reaches its peak in max_steps = 100"
+            );
             assert_eq!(warned(name, 200, 100), Some(expected));
         }
         assert_eq!(warned("cosine", 100, 100), None, "the last step stands at the peak");

@@ -20,8 +20,18 @@ impl Default for WarmupStableDecay {
 impl Settings for WarmupStableDecay {
     fn visit(&mut self, keys: &mut Keys<'_>) {
         visit_warmup(keys, &mut self.warmup_steps);
-        keys.number("decay_share", &mut self.decay_share, 0.0..=1.0, "Share of the run, at its end, that falls to the floor.");
-        keys.number("min_factor", &mut self.min_factor, 0.0..=1.0, "Share of the peak that is left at the last step.");
+        keys.number(
+            "decay_share",
+            &mut self.decay_share,
+            0.0..=1.0,
+            "Share of the run, at its end, that falls to the floor.",
+        );
+        keys.number(
+            "min_factor",
+            &mut self.min_factor,
+            0.0..=1.0,
+            "Share of the peak that is left at the last step.",
+        );
     }
 }
 
@@ -30,7 +40,8 @@ impl LrSchedule for WarmupStableDecay {
         self.warmup_steps
     }
 
-    /// The lower one of the rise and the fall: continuous also where the warm-up reaches into the decay.
+    /// The lower one of the rise and the fall: continuous also where the warm-up reaches into the
+    /// decay.
     fn factor(&self, step: u64, max_steps: u64) -> f64 {
         let decay_begins = max_steps - (max_steps as f64 * self.decay_share) as u64;
         let rise = warmup(step, self.warmup_steps).unwrap_or(1.0);
@@ -50,12 +61,18 @@ mod tests {
 
     #[test]
     fn a_warm_up_that_reaches_into_the_decay_leaves_no_leap() {
-        for (warmup_steps, decay_share) in [(100, 0.2), (200, 0.2), (90, 0.2), (80, 0.2), (50, 1.0), (100, 1.0), (1, 0.0)] {
+        for (warmup_steps, decay_share) in
+            [(100, 0.2), (200, 0.2), (90, 0.2), (80, 0.2), (50, 1.0), (100, 1.0), (1, 0.0)]
+        {
             let factors = factors(warmup_steps, decay_share, 100);
             // The steeper one of the two straight lines.
             let slope = (1.0 / warmup_steps as f64).max(1.0 / (100.0 * decay_share).max(1.0));
-            let steepest = factors.windows(2).map(|pair| (pair[1] - pair[0]).abs()).fold(0.0, f64::max);
-            assert!(steepest <= slope + 1e-12, "warm-up {warmup_steps}, decay {decay_share}: {steepest} in one step, at most {slope}");
+            let steepest =
+                factors.windows(2).map(|pair| (pair[1] - pair[0]).abs()).fold(0.0, f64::max);
+            assert!(
+                steepest <= slope + 1e-12,
+                "warm-up {warmup_steps}, decay {decay_share}: {steepest} in one step, at most {slope}"
+            );
         }
         let factors = factors(100, 0.2, 100);
         assert_eq!((factors[79], factors[80], factors[99]), (0.8, 0.81, 0.0));

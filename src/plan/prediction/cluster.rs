@@ -32,7 +32,8 @@ pub(super) struct Constants {
     pub workers: usize,
     /// Bytes that a worker's elementwise passes read and write a second.
     pub memory: f64,
-    /// Bytes that a worker's optimizer reads and writes a second, each tensor counted once a reading and once a writing.
+    /// Bytes that a worker's optimizer reads and writes a second, each tensor counted once a
+    /// reading and once a writing.
     pub update: f64,
     /// Seconds that an operator takes to be started.
     launch: f64,
@@ -63,22 +64,32 @@ struct Clusters {
 }
 
 impl Cluster {
-    /// The cluster of that name among those of `file`, name and text of a file like `clusters.toml`; among the known ones
-    /// without it.
+    /// The cluster of that name among those of `file`, name and text of a file like
+    /// `clusters.toml`; among the known ones without it.
     ///
     /// # Errors
-    /// [`Error::Config`] for a file that is not as it must be, and for a name that is not in it, with those that are.
+    /// [`Error::Config`] for a file that is not as it must be, and for a name that is not in it,
+    /// with those that are.
     pub fn named(name: &str, file: Option<(&str, &str)>) -> Result<Self> {
         let (source, text) = file.unwrap_or((KNOWN_NAME, KNOWN));
-        let broken =
-            |error: toml::de::Error| Error::config("--clusters", format!("{source}: {}", error.to_string().trim().replace('\n', " ")));
+        let broken = |error: toml::de::Error| {
+            Error::config(
+                "--clusters",
+                format!("{source}: {}", error.to_string().trim().replace('\n', " ")),
+            )
+        };
         let mut clusters: Clusters = toml::from_str(text).map_err(broken)?;
         let names = clusters.cluster.keys().cloned().collect::<Vec<_>>().join(", ");
-        let unknown = || Error::config("--cluster", format!("unknown cluster `{name}`; {source} has {names}"));
+        let unknown = || {
+            Error::config("--cluster", format!("unknown cluster `{name}`; {source} has {names}"))
+        };
         let constants = clusters.cluster.remove(name).ok_or_else(unknown)?;
         let cluster = Cluster { name: name.into(), constants, nccl: clusters.nccl };
         match cluster.numbers().into_iter().find(|number| !(number.is_finite() && *number > 0.0)) {
-            Some(number) => Err(Error::config("--clusters", format!("{source}: {number} in `{name}` must be a number above zero"))),
+            Some(number) => Err(Error::config(
+                "--clusters",
+                format!("{source}: {number} in `{name}` must be a number above zero"),
+            )),
             None => Ok(cluster),
         }
     }
@@ -95,18 +106,24 @@ impl Cluster {
     }
 
     fn numbers(&self) -> Vec<f64> {
-        let Constants { workers, memory, update, launch, message, float32, bfloat16, links, .. } = &self.constants;
-        let rates = [float32, bfloat16].into_iter().flat_map(|rates| [rates.peak, rates.products, rates.attention]);
+        let Constants {
+            workers, memory, update, launch, message, float32, bfloat16, links, ..
+        } = &self.constants;
+        let rates = [float32, bfloat16]
+            .into_iter()
+            .flat_map(|rates| [rates.peak, rates.products, rates.attention]);
         let own = [*workers as f64, *memory, *update, *launch, *message].into_iter().chain(rates);
         own.chain(links.numbers()).chain(self.nccl.numbers()).collect()
     }
 
-    /// Whether operations travel on a stream beside the computation, and operators are started ahead of it.
+    /// Whether operations travel on a stream beside the computation, and operators are started
+    /// ahead of it.
     pub fn is_asynchronous(&self) -> bool {
         matches!(self.constants.links, Links::Nccl { .. })
     }
 
-    /// Refuses a number of ranks that leaves a GPU of a node without one, beside nodes that are full.
+    /// Refuses a number of ranks that leaves a GPU of a node without one, beside nodes that are
+    /// full.
     ///
     /// # Errors
     /// [`Error::Config`] naming the numbers around it that do not.
@@ -116,20 +133,35 @@ impl Cluster {
             return Ok(());
         }
         let below = ranks / workers * workers;
-        let what = format!("{ranks} ranks fill no nodes of {workers} on {}; nearest: {below} or {}", self.name, below + workers);
+        let what = format!(
+            "{ranks} ranks fill no nodes of {workers} on {}; nearest: {below} or {}",
+            self.name,
+            below + workers
+        );
         Err(Error::config("--world", what))
     }
 
-    /// Workers that one of `ranks` has for `threads` threads: a GPU, or cores, which more ranks than cores must share.
+    /// Workers that one of `ranks` has for `threads` threads: a GPU, or cores, which more ranks
+    /// than cores must share.
     pub(super) fn workers_of_a_rank(&self, ranks: usize, threads: usize) -> f64 {
         match self.constants.links {
             Links::Nccl { .. } => 1.0,
-            Links::Memory { .. } => (self.constants.workers as f64 / ranks as f64).min(threads as f64),
+            Links::Memory { .. } => {
+                (self.constants.workers as f64 / ranks as f64).min(threads as f64)
+            }
         }
     }
 
-    /// Seconds of one worker at a stage's products, attention, passes over memory and starts of operators.
-    fn seconds(&self, kind: Kind, product_flop: f64, attention_flop: f64, bytes: f64, operators: f64) -> f64 {
+    /// Seconds of one worker at a stage's products, attention, passes over memory and starts of
+    /// operators.
+    fn seconds(
+        &self,
+        kind: Kind,
+        product_flop: f64,
+        attention_flop: f64,
+        bytes: f64,
+        operators: f64,
+    ) -> f64 {
         let Constants { memory, launch, float32, bfloat16, .. } = &self.constants;
         let rates = if kind == Kind::Float { float32 } else { bfloat16 };
         let products = product_flop / (rates.peak * rates.products);
@@ -138,20 +170,27 @@ impl Cluster {
         if self.is_asynchronous() { computed.max(started) } else { computed + started }
     }
 
-    /// Seconds of a stage's forward: what it leaves is written once and read once more, by the next operator.
+    /// Seconds of a stage's forward: what it leaves is written once and read once more, by the next
+    /// operator.
     pub(super) fn forward_seconds(&self, stage: &StageWork, kind: Kind) -> f64 {
         let bytes = 2.0 * stage.kept_bytes + stage.parameter_bytes(kind);
         self.seconds(kind, stage.product_flop, stage.attention_flop, bytes, stage.operators)
     }
 
-    /// Seconds of a stage's backward: two products for each of the forward's, five of attention's for two; what was left is read
-    /// beside a gradient that is written and read. Parameters' gradients are written, and read and written once more to be
-    /// joined.
+    /// Seconds of a stage's backward: two products for each of the forward's, five of attention's
+    /// for two; what was left is read beside a gradient that is written and read. Parameters'
+    /// gradients are written, and read and written once more to be joined.
     ///
     /// Source: Dao 2023, arXiv:2307.08691, for attention.
     pub(super) fn backward_seconds(&self, stage: &StageWork, kind: Kind) -> f64 {
         let bytes = 3.0 * stage.kept_bytes + 4.0 * stage.parameter_bytes(kind);
-        self.seconds(kind, 2.0 * stage.product_flop, 2.5 * stage.attention_flop, bytes, 2.0 * stage.operators)
+        self.seconds(
+            kind,
+            2.0 * stage.product_flop,
+            2.5 * stage.attention_flop,
+            bytes,
+            2.0 * stage.operators,
+        )
     }
 }
 
@@ -169,7 +208,10 @@ mod tests {
                     assert!(source.trim().len() > 3, "{line}");
                 }
                 None if line.starts_with('[') || line.is_empty() => explained = false,
-                None => assert!(explained || ["about", "workers"].iter().any(|name| line.starts_with(name)), "without a source: {line}"),
+                None => assert!(
+                    explained || ["about", "workers"].iter().any(|name| line.starts_with(name)),
+                    "without a source: {line}"
+                ),
             }
         }
     }
@@ -177,16 +219,24 @@ mod tests {
     #[test]
     fn an_unknown_cluster_is_refused_with_the_known_ones() {
         let text = Cluster::named("h1000", None).expect_err("unknown").to_string();
-        assert!(text.contains("unknown cluster `h1000`") && text.contains("a100, cpu2, h100, h200"), "{text}");
+        assert!(
+            text.contains("unknown cluster `h1000`") && text.contains("a100, cpu2, h100, h200"),
+            "{text}"
+        );
     }
 
     #[test]
     fn a_file_that_is_not_as_it_must_be_is_refused_by_its_name() {
-        let refused = |text: &str| Cluster::named("h100", Some(("mine.toml", text))).expect_err("wrong").to_string();
+        let refused = |text: &str| {
+            Cluster::named("h100", Some(("mine.toml", text))).expect_err("wrong").to_string()
+        };
         assert!(refused("nccl = 3").contains("mine.toml"));
         assert!(refused(&KNOWN.replace("launch", "lunch")).contains("unknown field `lunch`"));
         let negative = refused(&KNOWN.replace("peak = 67e12", "peak = -67e12"));
-        assert!(negative.contains("-67000000000000 in `h100` must be a number above zero"), "{negative}");
+        assert!(
+            negative.contains("-67000000000000 in `h100` must be a number above zero"),
+            "{negative}"
+        );
     }
 
     #[test]
@@ -199,7 +249,10 @@ mod tests {
 
     #[test]
     fn ranks_share_cores_and_never_a_gpu() {
-        let (cpus, gpus) = (Cluster::named("cpu2", None).expect("known"), Cluster::named("h100", None).expect("known"));
+        let (cpus, gpus) = (
+            Cluster::named("cpu2", None).expect("known"),
+            Cluster::named("h100", None).expect("known"),
+        );
         assert_eq!([1, 2, 4].map(|ranks| cpus.workers_of_a_rank(ranks, 1)), [1.0, 1.0, 0.5]);
         assert_eq!(cpus.workers_of_a_rank(1, 2), 2.0);
         assert_eq!(gpus.workers_of_a_rank(64, 1), 1.0);

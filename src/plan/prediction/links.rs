@@ -1,6 +1,8 @@
-//! Seconds that a collective takes: a latency for each hop or message, and bytes by bandwidth (the alpha-beta model).
+//! Seconds that a collective takes: a latency for each hop or message, and bytes by bandwidth (the
+//! alpha-beta model).
 //!
-//! Source: Thakur, Rabenseifner & Gropp 2005, "Optimization of Collective Communication Operations in MPICH".
+//! Source: Thakur, Rabenseifner & Gropp 2005, "Optimization of Collective Communication Operations
+//! in MPICH".
 
 use serde::Deserialize;
 
@@ -8,9 +10,11 @@ use serde::Deserialize;
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub(super) enum Links {
-    /// NCCL between GPUs: bytes a second that a GPU sends along rings within its node, and out of it.
+    /// NCCL between GPUs: bytes a second that a GPU sends along rings within its node, and out of
+    /// it.
     Nccl { within: f64, across: f64 },
-    /// `collective/exchange` between ranks of one machine: bytes a second that a core copies or sums, piece by piece.
+    /// `collective/exchange` between ranks of one machine: bytes a second that a core copies or
+    /// sums, piece by piece.
     Memory { pass: f64 },
 }
 
@@ -62,14 +66,23 @@ impl Links {
 impl Nccl {
     pub fn numbers(&self) -> impl Iterator<Item = f64> {
         let all = self.ring.iter().chain(&self.tree);
-        all.flat_map(|protocol| [protocol.begin, protocol.within, protocol.across, protocol.bandwidth])
+        all.flat_map(|protocol| {
+            [protocol.begin, protocol.within, protocol.across, protocol.bandwidth]
+        })
     }
 
-    /// Seconds of an operation on `bytes` of the larger tensor by the fastest algorithm: a ring, which passes every byte on from
-    /// rank to rank, or for an all-reduce a tree, whose latency grows with the logarithm of the nodes.
+    /// Seconds of an operation on `bytes` of the larger tensor by the fastest algorithm: a ring,
+    /// which passes every byte on from rank to rank, or for an all-reduce a tree, whose latency
+    /// grows with the logarithm of the nodes.
     ///
     /// Source: NVIDIA/nccl 2.30.7, src/graph/tuning.cc, `ncclTopoTuneModel`.
-    pub fn seconds(&self, operation: Operation, bytes: f64, group: Group, (within, across): (f64, f64)) -> f64 {
+    pub fn seconds(
+        &self,
+        operation: Operation,
+        bytes: f64,
+        group: Group,
+        (within, across): (f64, f64),
+    ) -> f64 {
         let Group { ranks, nodes } = group;
         if ranks < 2 {
             return 0.0;
@@ -81,11 +94,14 @@ impl Nccl {
         let rounds = if operation == Operation::AllReduce { 2.0 } else { 1.0 };
         let ring = |protocol: &Protocol| {
             let (hops, hops_across) = (rounds * (ranks as f64 - 1.0), rounds * (nodes - 1.0));
-            let latency = protocol.begin + (hops - hops_across) * protocol.within + hops_across * protocol.across;
+            let latency = protocol.begin
+                + (hops - hops_across) * protocol.within
+                + hops_across * protocol.across;
             latency + hops / ranks as f64 * bytes / (bandwidth * protocol.bandwidth)
         };
         let tree = |protocol: &Protocol| {
-            let latency = protocol.begin + 2.0 * ((ranks_of_node - 1.0) * protocol.within + nodes.log2() * protocol.across);
+            let latency = protocol.begin
+                + 2.0 * ((ranks_of_node - 1.0) * protocol.within + nodes.log2() * protocol.across);
             latency + 2.0 * bytes / (bandwidth * protocol.bandwidth)
         };
         let trees: &[Protocol] = if operation == Operation::AllReduce { &self.tree } else { &[] };
@@ -93,12 +109,18 @@ impl Nccl {
     }
 }
 
-/// Seconds of an operation through memory on `bytes` of the larger tensor, for ranks that each have a whole core: a rank copies its
-/// pieces of the others' shards to where they see them, adds theirs to its own shard, lays the sum out, and copies
-/// the others' from there.
+/// Seconds of an operation through memory on `bytes` of the larger tensor, for ranks that each have
+/// a whole core: a rank copies its pieces of the others' shards to where they see them, adds theirs
+/// to its own shard, lays the sum out, and copies the others' from there.
 ///
 /// Source: `collective/exchange/part.rs`.
-pub(super) fn memory_seconds(operation: Operation, bytes: f64, ranks: usize, pass: f64, message: f64) -> f64 {
+pub(super) fn memory_seconds(
+    operation: Operation,
+    bytes: f64,
+    ranks: usize,
+    pass: f64,
+    message: f64,
+) -> f64 {
     if ranks < 2 {
         return 0.0;
     }
@@ -118,7 +140,8 @@ pub(super) fn memory_seconds(operation: Operation, bytes: f64, ranks: usize, pas
 mod tests {
     use super::*;
 
-    const ALL: [Operation; 3] = [Operation::AllReduce, Operation::ReduceScatter, Operation::AllGather];
+    const ALL: [Operation; 3] =
+        [Operation::AllReduce, Operation::ReduceScatter, Operation::AllGather];
 
     fn protocol(begin: f64, within: f64, across: f64, bandwidth: f64) -> Protocol {
         Protocol { begin, within, across, bandwidth }
@@ -143,15 +166,22 @@ mod tests {
     #[test]
     fn with_endless_bandwidth_only_hops_take_time() {
         let group = Group { ranks: 16, nodes: 4 };
-        let seconds = |operation| nccl(1.0).seconds(operation, 1e9, group, (f64::INFINITY, f64::INFINITY));
-        // A ring: 15 hops, 3 of them between nodes at 4; a tree: up and down 3 hops within a node and 2 levels of nodes.
+        let seconds =
+            |operation| nccl(1.0).seconds(operation, 1e9, group, (f64::INFINITY, f64::INFINITY));
+        // A ring: 15 hops, 3 of them between nodes at 4; a tree: up and down 3 hops within a node
+        // and 2 levels of nodes.
         assert_eq!(seconds(Operation::ReduceScatter), 12.0 + 12.0);
         assert_eq!(seconds(Operation::AllReduce), 2.0 * (3.0 + 2.0 * 4.0));
     }
 
     #[test]
     fn alone_there_is_nothing_to_send() {
-        assert!(ALL.iter().all(|operation| nccl(1.0).seconds(*operation, 1e9, one_node(1), (1.0, 1.0)) == 0.0));
+        assert!(ALL.iter().all(|operation| nccl(1.0).seconds(
+            *operation,
+            1e9,
+            one_node(1),
+            (1.0, 1.0)
+        ) == 0.0));
         assert!(ALL.iter().all(|operation| memory_seconds(*operation, 1e9, 1, 1.0, 1.0) == 0.0));
     }
 
@@ -169,14 +199,19 @@ mod tests {
             let seconds = |ranks| nccl(1e-6).seconds(operation, 1e8, group(ranks), (3e11, 4e10));
             let all = (0..13).map(|power| seconds(1 << power)).collect::<Vec<_>>();
             assert!(all.is_sorted(), "{operation:?}: {all:?}");
-            let through_memory = (1..64).map(|ranks| memory_seconds(operation, 1e8, ranks, 1e9, 1e-6)).collect::<Vec<_>>();
+            let through_memory = (1..64)
+                .map(|ranks| memory_seconds(operation, 1e8, ranks, 1e9, 1e-6))
+                .collect::<Vec<_>>();
             assert!(through_memory.is_sorted(), "{operation:?}: {through_memory:?}");
         }
     }
 
     #[test]
     fn the_protocol_with_the_least_time_is_taken() {
-        let both = Nccl { ring: vec![protocol(0.0, 10.0, 10.0, 1.0), protocol(0.0, 1.0, 1.0, 0.5)], tree: vec![] };
+        let both = Nccl {
+            ring: vec![protocol(0.0, 10.0, 10.0, 1.0), protocol(0.0, 1.0, 1.0, 0.5)],
+            tree: vec![],
+        };
         let gather = |bytes| both.seconds(Operation::AllGather, bytes, one_node(2), (1.0, 1.0));
         assert_eq!([gather(2.0), gather(2000.0)], [1.0 + 2.0, 10.0 + 1000.0]);
     }

@@ -1,7 +1,9 @@
-//! How long a step would take on a cluster, and how much of its communication hides behind computation.
+//! How long a step would take on a cluster, and how much of its communication hides behind
+//! computation.
 //!
-//! What a stage computes takes the time that `cluster.rs` says, what ranks send one another the time that `links.rs` says;
-//! `rank.rs` walks through a step with both. Knows nothing of congestion, of ranks that are late, of data and of checkpoints.
+//! What a stage computes takes the time that `cluster.rs` says, what ranks send one another the
+//! time that `links.rs` says; `rank.rs` walks through a step with both. Knows nothing of
+//! congestion, of ranks that are late, of data and of checkpoints.
 
 mod cluster;
 mod links;
@@ -48,7 +50,8 @@ pub struct Workload {
     pub num_threads: usize,
 }
 
-/// Where the time of a step goes. It is the sum of what is computed, the optimizer, and communication that nothing hides.
+/// Where the time of a step goes. It is the sum of what is computed, the optimizer, and
+/// communication that nothing hides.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Prediction {
     pub step_seconds: f64,
@@ -69,13 +72,16 @@ impl Workload {
 mod tests {
     use super::*;
 
-    const SHARDINGS: [Sharding; 4] = [Sharding::None, Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters];
+    const SHARDINGS: [Sharding; 4] =
+        [Sharding::None, Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters];
     const GROUPS: [ShardingGroup; 2] = [ShardingGroup::World, ShardingGroup::Node];
 
-    /// Nodes of 8 workers that do 1 operation a second and everything else in no time, linked as told.
+    /// Nodes of 8 workers that do 1 operation a second and everything else in no time, linked as
+    /// told.
     fn cluster(links: &str, hop: f64) -> Cluster {
         let rates = "peak = 1.0\nproducts = 1.0\nattention = 1.0";
-        let protocol = format!("begin = 1e-30\nwithin = {hop:e}\nacross = {hop:e}\nbandwidth = 1.0");
+        let protocol =
+            format!("begin = 1e-30\nwithin = {hop:e}\nacross = {hop:e}\nbandwidth = 1.0");
         let text = format!(
             "[[nccl.ring]]\n{protocol}\n[[nccl.tree]]\n{protocol}\n[cluster.test]\nabout = \"\"\nworkers = 8\nmemory = 1e30\n\
              update = 28.0\nlaunch = 1e-30\nmessage = 1e-30\nfloat32 = {{ {rates} }}\nbfloat16 = {{ {rates} }}\nlinks = {links}\n",
@@ -90,21 +96,34 @@ mod tests {
 
     /// Four stages of 64 parameters, 10 s forward and 20 s backward each.
     fn workload(sharding: Sharding) -> Workload {
-        let stage = StageWork { parameters: 64, product_flop: 10.0, attention_flop: 0.0, kept_bytes: 0.0, operators: 1.0 };
+        let stage = StageWork {
+            parameters: 64,
+            product_flop: 10.0,
+            attention_flop: 0.0,
+            kept_bytes: 0.0,
+            operators: 1.0,
+        };
         Workload {
             stages: vec![stage; 4],
             kind: Kind::Float,
             micro_batches: 1,
             sharding,
             sharding_group: ShardingGroup::World,
-            recompute: if sharding == Sharding::Parameters { Recompute::Always } else { Recompute::Never },
+            recompute: if sharding == Sharding::Parameters {
+                Recompute::Always
+            } else {
+                Recompute::Never
+            },
             reduce_dtype: ReduceDtype::Float32,
             num_threads: 1,
         }
     }
 
     fn assert_near(found: f64, expected: f64) {
-        assert!((found - expected).abs() < 1e-6 * expected.abs().max(1.0), "{found}, expected {expected}");
+        assert!(
+            (found - expected).abs() < 1e-6 * expected.abs().max(1.0),
+            "{found}, expected {expected}"
+        );
     }
 
     /// Bandwidth at which the gradient of a stage takes so long around a ring of 8.
@@ -116,7 +135,8 @@ mod tests {
     fn one_rank_computes_updates_and_exposes_nothing_under_every_sharding() {
         for sharding in SHARDINGS {
             let Prediction { step_seconds, compute_seconds, optimizer_seconds, spent } =
-                Workload { recompute: Recompute::Never, ..workload(sharding) }.predict(&gpus(1.0, 1.0), 1);
+                Workload { recompute: Recompute::Never, ..workload(sharding) }
+                    .predict(&gpus(1.0, 1.0), 1);
             assert_eq!(spent, Spent::default());
             assert_near(compute_seconds, 4.0 * 30.0);
             assert_near(optimizer_seconds, 4.0 * 64.0);
@@ -126,23 +146,27 @@ mod tests {
 
     #[test]
     fn gradients_hide_behind_the_next_backward_and_the_first_stages_hides_behind_nothing() {
-        let Spent { communication_seconds, exposed_seconds } = workload(Sharding::None).predict(&gpus(all_reduced_in(5.0), 1.0), 8).spent;
+        let Spent { communication_seconds, exposed_seconds } =
+            workload(Sharding::None).predict(&gpus(all_reduced_in(5.0), 1.0), 8).spent;
         assert_near(communication_seconds, 4.0 * 5.0);
         assert_near(exposed_seconds, 5.0);
     }
 
     #[test]
     fn links_that_are_slower_than_the_backward_are_busy_from_its_first_stage_to_the_end() {
-        let Spent { communication_seconds, exposed_seconds } = workload(Sharding::None).predict(&gpus(all_reduced_in(50.0), 1.0), 8).spent;
+        let Spent { communication_seconds, exposed_seconds } =
+            workload(Sharding::None).predict(&gpus(all_reduced_in(50.0), 1.0), 8).spent;
         assert_near(communication_seconds, 4.0 * 50.0);
         assert_near(exposed_seconds, 4.0 * 50.0 - 3.0 * 20.0);
     }
 
     #[test]
-    fn what_is_gathered_hides_behind_the_stage_before_and_parameters_are_published_behind_nothing() {
+    fn what_is_gathered_hides_behind_the_stage_before_and_parameters_are_published_behind_nothing()
+    {
         // Half of an all-reduce each.
         let links = gpus(all_reduced_in(10.0), 1.0);
-        // 8 gathers, of which the first of each direction is waited for; 4 gradients, of which the last one is.
+        // 8 gathers, of which the first of each direction is waited for; 4 gradients, of which the
+        // last one is.
         let parameters = workload(Sharding::Parameters).predict(&links, 8).spent;
         assert_near(parameters.communication_seconds, (8.0 + 4.0) * 5.0);
         assert_near(parameters.exposed_seconds, 2.0 * 5.0 + 5.0);
@@ -153,7 +177,11 @@ mod tests {
 
     #[test]
     fn recomputation_adds_a_forward_of_the_stages_that_it_drops() {
-        let compute = |recompute| Workload { recompute, ..workload(Sharding::None) }.predict(&gpus(1.0, 1.0), 1).compute_seconds;
+        let compute = |recompute| {
+            Workload { recompute, ..workload(Sharding::None) }
+                .predict(&gpus(1.0, 1.0), 1)
+                .compute_seconds
+        };
         assert_near(compute(Recompute::Always) - compute(Recompute::Never), 4.0 * 10.0);
         assert_near(compute(Recompute::Every(2)) - compute(Recompute::Never), 2.0 * 10.0);
     }
@@ -161,18 +189,30 @@ mod tests {
     #[test]
     fn sums_of_micro_batches_travel_once_unless_nobody_may_hold_them() {
         let links = gpus(all_reduced_in(10.0), 1.0);
-        let communication =
-            |sharding, micro_batches| Workload { micro_batches, ..workload(sharding) }.predict(&links, 8).spent.communication_seconds;
+        let communication = |sharding, micro_batches| {
+            Workload { micro_batches, ..workload(sharding) }
+                .predict(&links, 8)
+                .spent
+                .communication_seconds
+        };
         for sharding in [Sharding::None, Sharding::Optimizer] {
             assert_near(communication(sharding, 3), communication(sharding, 1));
         }
-        assert_near(communication(Sharding::Gradients, 3) - communication(Sharding::Gradients, 1), 2.0 * 4.0 * 5.0);
-        assert_near(communication(Sharding::Parameters, 3), 3.0 * communication(Sharding::Parameters, 1));
+        assert_near(
+            communication(Sharding::Gradients, 3) - communication(Sharding::Gradients, 1),
+            2.0 * 4.0 * 5.0,
+        );
+        assert_near(
+            communication(Sharding::Parameters, 3),
+            3.0 * communication(Sharding::Parameters, 1),
+        );
     }
 
     #[test]
     fn endless_links_expose_nothing() {
-        for (sharding, sharding_group) in SHARDINGS.into_iter().flat_map(|sharding| GROUPS.map(|group| (sharding, group))) {
+        for (sharding, sharding_group) in
+            SHARDINGS.into_iter().flat_map(|sharding| GROUPS.map(|group| (sharding, group)))
+        {
             let work = Workload { sharding_group, ..workload(sharding) };
             assert_near(work.predict(&gpus(1e30, 1e30), 4096).spent.exposed_seconds, 0.0);
         }
@@ -180,12 +220,19 @@ mod tests {
 
     #[test]
     fn a_stream_of_its_own_is_never_slower_than_taking_turns() {
-        for (sharding, sharding_group) in SHARDINGS.into_iter().flat_map(|sharding| GROUPS.map(|group| (sharding, group))) {
+        for (sharding, sharding_group) in
+            SHARDINGS.into_iter().flat_map(|sharding| GROUPS.map(|group| (sharding, group)))
+        {
             for bandwidth in [0.1, 10.0, 1000.0] {
                 let work = Workload { sharding_group, micro_batches: 2, ..workload(sharding) };
-                let Prediction { step_seconds, compute_seconds, optimizer_seconds, spent } = work.predict(&gpus(bandwidth, bandwidth), 64);
+                let Prediction { step_seconds, compute_seconds, optimizer_seconds, spent } =
+                    work.predict(&gpus(bandwidth, bandwidth), 64);
                 assert!(spent.exposed_seconds <= spent.communication_seconds * (1.0 + 1e-9));
-                assert!(step_seconds <= (compute_seconds + optimizer_seconds + spent.communication_seconds) * (1.0 + 1e-9));
+                assert!(
+                    step_seconds
+                        <= (compute_seconds + optimizer_seconds + spent.communication_seconds)
+                            * (1.0 + 1e-9)
+                );
             }
         }
     }
@@ -194,15 +241,25 @@ mod tests {
     fn more_ranks_and_slower_links_never_communicate_or_expose_less() {
         for sharding in SHARDINGS {
             let spent = |ranks, bandwidth, hop: f64| {
-                let links = format!("{{ nccl = {{ within = {bandwidth:e}, across = {:e} }} }}", bandwidth / 8.0);
+                let links = format!(
+                    "{{ nccl = {{ within = {bandwidth:e}, across = {:e} }} }}",
+                    bandwidth / 8.0
+                );
                 workload(sharding).predict(&cluster(&links, hop), ranks).spent
             };
             let sizes = (0..13).map(|power| spent(1 << power, 20.0, 0.01)).collect::<Vec<_>>();
-            let links = [100.0, 30.0, 10.0, 3.0, 1.0].map(|bandwidth| spent(64, bandwidth, 0.01)).to_vec();
+            let links =
+                [100.0, 30.0, 10.0, 3.0, 1.0].map(|bandwidth| spent(64, bandwidth, 0.01)).to_vec();
             let hops = [0.001, 0.01, 0.1].map(|hop| spent(64, 20.0, hop)).to_vec();
             for series in [sizes, links, hops] {
-                assert!(series.is_sorted_by_key(|spent| spent.communication_seconds), "{sharding:?}: {series:?}");
-                assert!(series.is_sorted_by(|a, b| a.exposed_seconds <= b.exposed_seconds + 1e-9), "{sharding:?}: {series:?}");
+                assert!(
+                    series.is_sorted_by_key(|spent| spent.communication_seconds),
+                    "{sharding:?}: {series:?}"
+                );
+                assert!(
+                    series.is_sorted_by(|a, b| a.exposed_seconds <= b.exposed_seconds + 1e-9),
+                    "{sharding:?}: {series:?}"
+                );
             }
         }
     }
@@ -210,8 +267,12 @@ mod tests {
     #[test]
     fn shards_within_a_node_leave_it_only_as_gradients() {
         let links = gpus(1000.0, 1.0);
-        let communication =
-            |sharding_group| Workload { sharding_group, ..workload(Sharding::Parameters) }.predict(&links, 64).spent.communication_seconds;
+        let communication = |sharding_group| {
+            Workload { sharding_group, ..workload(Sharding::Parameters) }
+                .predict(&links, 64)
+                .spent
+                .communication_seconds
+        };
         // A shard of each gradient over 8 nodes by cards of 1 B/s; all else as on one node.
         let across = 4.0 * 14.0 / 8.0 * (64.0 * 4.0 / 8.0);
         let within = workload(Sharding::Parameters).predict(&links, 8).spent.communication_seconds;

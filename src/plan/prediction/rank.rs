@@ -1,8 +1,8 @@
 //! A step of one of equal ranks, on a clock instead of a device.
 //!
-//! It is walked through as `tape.rs`, `ahead.rs`, `reducer.rs` and `replica.rs` walk through it. NCCL's operations travel one
-//! after the other on one stream beside the computation and begin once the computation before their call is done; over MPI
-//! nothing travels until somebody waits.
+//! It is walked through as `tape.rs`, `ahead.rs`, `reducer.rs` and `replica.rs` walk through it.
+//! NCCL's operations travel one after the other on one stream beside the computation and begin once
+//! the computation before their call is done; over MPI nothing travels until somebody waits.
 
 use std::collections::VecDeque;
 
@@ -28,7 +28,8 @@ pub(super) struct Rank<'w> {
     /// A core's share that this rank has for what it sends; 1 where something else sends.
     sender: f64,
     under_way: VecDeque<UnderWay>,
-    /// Seconds since the step began at which the computation so far is over, and the operations so far.
+    /// Seconds since the step began at which the computation so far is over, and the operations so
+    /// far.
     compute_end: f64,
     links_end: f64,
     spent: Spent,
@@ -42,17 +43,35 @@ struct UnderWay {
 
 impl<'w> Rank<'w> {
     pub fn new(work: &'w Workload, cluster: &'w Cluster, ranks: usize) -> Self {
-        let on_node = if cluster.is_asynchronous() { ranks.min(cluster.constants.workers) } else { ranks };
+        let on_node =
+            if cluster.is_asynchronous() { ranks.min(cluster.constants.workers) } else { ranks };
         let nodes = ranks.div_ceil(on_node);
         let (world, alone) = (Group { ranks, nodes }, Group { ranks: 1, nodes: 1 });
         let (shards, replicas) = match (work.sharding, work.sharding_group) {
             (Sharding::None, _) => (alone, world),
             (_, ShardingGroup::World) => (world, alone),
-            (_, ShardingGroup::Node) => (Group { ranks: on_node, nodes: 1 }, Group { ranks: nodes, nodes }),
+            (_, ShardingGroup::Node) => {
+                (Group { ranks: on_node, nodes: 1 }, Group { ranks: nodes, nodes })
+            }
         };
-        let (workers, sender) = (cluster.workers_of_a_rank(ranks, work.num_threads), cluster.workers_of_a_rank(ranks, 1));
+        let (workers, sender) = (
+            cluster.workers_of_a_rank(ranks, work.num_threads),
+            cluster.workers_of_a_rank(ranks, 1),
+        );
         let (under_way, spent) = Default::default();
-        Rank { work, cluster, world, shards, replicas, workers, sender, under_way, compute_end: 0.0, links_end: 0.0, spent }
+        Rank {
+            work,
+            cluster,
+            world,
+            shards,
+            replicas,
+            workers,
+            sender,
+            under_way,
+            compute_end: 0.0,
+            links_end: 0.0,
+            spent,
+        }
     }
 
     pub fn step(mut self) -> Prediction {
@@ -71,11 +90,21 @@ impl<'w> Rank<'w> {
         self.compute(optimizer_seconds);
         self.publish();
         let (step_seconds, spent) = (self.compute_end, self.spent);
-        Prediction { step_seconds, compute_seconds: step_seconds - optimizer_seconds - spent.exposed_seconds, optimizer_seconds, spent }
+        Prediction {
+            step_seconds,
+            compute_seconds: step_seconds - optimizer_seconds - spent.exposed_seconds,
+            optimizer_seconds,
+            spent,
+        }
     }
 
-    /// Every stage's leaves are gathered while the stage before it computes, where they are held in shards.
-    fn one_ahead(&mut self, mut order: impl Iterator<Item = usize>, mut each: impl FnMut(&mut Self, usize)) {
+    /// Every stage's leaves are gathered while the stage before it computes, where they are held in
+    /// shards.
+    fn one_ahead(
+        &mut self,
+        mut order: impl Iterator<Item = usize>,
+        mut each: impl FnMut(&mut Self, usize),
+    ) {
         let mut next = order.next().map(|stage| (stage, self.gather(stage)));
         while let Some((stage, arrival)) = next {
             next = order.next().map(|stage| (stage, self.gather(stage)));
@@ -125,7 +154,8 @@ impl<'w> Rank<'w> {
     /// As `Replica::publish`: all stages are sent before the first is waited for.
     fn publish(&mut self) {
         if self.is_cut() && self.work.sharding != Sharding::Parameters {
-            let works: Vec<f64> = (0..self.work.stages.len()).map(|stage| self.send_leaves(stage)).collect();
+            let works: Vec<f64> =
+                (0..self.work.stages.len()).map(|stage| self.send_leaves(stage)).collect();
             works.into_iter().for_each(|arrival| self.wait(arrival));
         }
     }
@@ -136,7 +166,11 @@ impl<'w> Rank<'w> {
     }
 
     fn send_leaves(&mut self, stage: usize) -> f64 {
-        self.send(Operation::AllGather, self.work.stages[stage].parameter_bytes(self.work.kind), self.shards)
+        self.send(
+            Operation::AllGather,
+            self.work.stages[stage].parameter_bytes(self.work.kind),
+            self.shards,
+        )
     }
 
     fn is_cut(&self) -> bool {
@@ -151,12 +185,20 @@ impl<'w> Rank<'w> {
         self.cluster.forward_seconds(&self.work.stages[stage], self.work.kind) / self.workers
     }
 
-    /// Parameter, gradient and AdamW's two moments are read, all but the gradient written, and the compute kind where it is
-    /// another one.
+    /// Parameter, gradient and AdamW's two moments are read, all but the gradient written, and the
+    /// compute kind where it is another one.
     fn optimizer_seconds(&self) -> f64 {
-        let copy = if self.work.kind == Kind::Float { 0 } else { self.work.kind.elt_size_in_bytes() };
-        let owned: u64 = self.work.stages.iter().map(|stage| stage.parameters.div_ceil(self.shards.ranks as u64)).sum();
-        (owned * (4 * 4 + 3 * 4 + copy as u64)) as f64 / self.cluster.constants.update / self.workers
+        let copy =
+            if self.work.kind == Kind::Float { 0 } else { self.work.kind.elt_size_in_bytes() };
+        let owned: u64 = self
+            .work
+            .stages
+            .iter()
+            .map(|stage| stage.parameters.div_ceil(self.shards.ranks as u64))
+            .sum();
+        (owned * (4 * 4 + 3 * 4 + copy as u64)) as f64
+            / self.cluster.constants.update
+            / self.workers
     }
 
     fn compute(&mut self, seconds: f64) {
@@ -174,7 +216,15 @@ impl<'w> Rank<'w> {
             }
             // When it is waited for changes no sum.
             Links::Memory { pass } => {
-                self.block(memory_seconds(operation, bytes, group.ranks, pass, self.cluster.constants.message) / self.sender);
+                self.block(
+                    memory_seconds(
+                        operation,
+                        bytes,
+                        group.ranks,
+                        pass,
+                        self.cluster.constants.message,
+                    ) / self.sender,
+                );
                 self.compute_end
             }
         }
@@ -188,7 +238,8 @@ impl<'w> Rank<'w> {
 
     /// Communication during which nothing computes.
     fn block(&mut self, seconds: f64) {
-        self.spent = self.spent + Spent { communication_seconds: seconds, exposed_seconds: seconds };
+        self.spent =
+            self.spent + Spent { communication_seconds: seconds, exposed_seconds: seconds };
         self.compute_end += seconds;
     }
 }

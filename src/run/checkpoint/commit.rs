@@ -27,7 +27,10 @@ fn unwanted(run: &Path, step: u64) -> PathBuf {
 pub fn prepare(run: &Path, step: u64) -> Result<()> {
     let (target, staged) = (run.join(folder_name(step)), staged(run, step));
     if target.exists() {
-        let exists = io::Error::new(io::ErrorKind::AlreadyExists, "a committed checkpoint is never written over");
+        let exists = io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            "a committed checkpoint is never written over",
+        );
         return Err(Error::Storage { path: target, operation: "create", source: exists });
     }
     Disk::new(step, Phase::Write).create_folder(&staged)
@@ -44,21 +47,25 @@ pub fn commit(run: &Path, manifest: &Manifest, mut parts: Vec<Part>) -> Result<(
     let text = Manifest { parts, ..manifest.clone() }.sealed();
     let path = staged.join(MANIFEST);
     let mut output = disk.create(&path, text.len() as u64)?;
-    output.write_all(text.as_bytes()).map_err(|error| storage(&path, "write", text.len() as u64, error))?;
+    output
+        .write_all(text.as_bytes())
+        .map_err(|error| storage(&path, "write", text.len() as u64, error))?;
     output.sync()?;
     disk.sync_folder(&staged)?;
     disk.rename(&staged, &target)?;
     disk.sync_folder(run)
 }
 
-/// Deletes the checkpoints that the settings do not keep, oldest first, once that of `step` is safe. Each goes by one rename
-/// before its files do, so that whoever reads meanwhile finds a whole checkpoint or none.
+/// Deletes the checkpoints that the settings do not keep, oldest first, once that of `step` is
+/// safe. Each goes by one rename before its files do, so that whoever reads meanwhile finds a whole
+/// checkpoint or none.
 ///
 /// # Errors
 /// [`Error::Storage`].
 pub fn prune(run: &Path, step: u64, settings: &CheckpointSettings) -> Result<()> {
     let disk = Disk::new(step, Phase::Prune);
-    let kept_for_ever = |step: u64| settings.keep_every.is_some_and(|every| step.is_multiple_of(every));
+    let kept_for_ever =
+        |step: u64| settings.keep_every.is_some_and(|every| step.is_multiple_of(every));
     let mut old = list(run)?;
     old.truncate(old.len().saturating_sub(settings.keep_last as usize));
     for (step, path) in old.into_iter().filter(|(step, _)| !kept_for_ever(*step)) {
@@ -69,7 +76,8 @@ pub fn prune(run: &Path, step: u64, settings: &CheckpointSettings) -> Result<()>
     Ok(())
 }
 
-/// Removes what a save or a deletion left that did not come to its end. Only for a run folder that nobody else writes to.
+/// Removes what a save or a deletion left that did not come to its end. Only for a run folder that
+/// nobody else writes to.
 ///
 /// # Errors
 /// [`Error::Storage`].

@@ -1,5 +1,5 @@
-//! The calls by which a checkpoint reaches the disk, all in one place: each may fail, and each failure is told in the system's
-//! own words. Faults that were ordered strike here.
+//! The calls by which a checkpoint reaches the disk, all in one place: each may fail, and each
+//! failure is told in the system's own words. Faults that were ordered strike here.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -37,28 +37,41 @@ impl Disk {
     }
 
     pub fn create_folder(self, path: &Path) -> Result<()> {
-        self.before(Call::CreateFolder, path).and_then(|()| fs::create_dir(path)).map_err(Error::storage(path, "create"))
+        self.before(Call::CreateFolder, path)
+            .and_then(|()| fs::create_dir(path))
+            .map_err(Error::storage(path, "create"))
     }
 
     /// A new file with room for `bytes`, asked for before the first byte is written.
     pub fn create(self, path: &Path, bytes: u64) -> Result<Output<'_>> {
-        let created = self.before(Call::Create, path).and_then(|()| File::create_new(path)).map_err(Error::storage(path, "create"))?;
-        reserve(&created, bytes).map_err(|error| storage(path, "reserve room for", bytes, error))?;
+        let created = self
+            .before(Call::Create, path)
+            .and_then(|()| File::create_new(path))
+            .map_err(Error::storage(path, "create"))?;
+        reserve(&created, bytes)
+            .map_err(|error| storage(path, "reserve room for", bytes, error))?;
         Ok(Output { disk: self, file: created, path, bytes })
     }
 
     pub fn sync_folder(self, path: &Path) -> Result<()> {
-        let synced = self.before(Call::SyncFolder, path).and_then(|()| File::open(path)).and_then(|folder| folder.sync_all());
+        let synced = self
+            .before(Call::SyncFolder, path)
+            .and_then(|()| File::open(path))
+            .and_then(|folder| folder.sync_all());
         synced.map_err(Error::storage(path, "sync"))
     }
 
     pub fn rename(self, from: &Path, to: &Path) -> Result<()> {
-        self.before(Call::Rename, to).and_then(|()| fs::rename(from, to)).map_err(Error::storage(to, "rename to"))
+        self.before(Call::Rename, to)
+            .and_then(|()| fs::rename(from, to))
+            .map_err(Error::storage(to, "rename to"))
     }
 
     /// A folder with all that it holds.
     pub fn delete(self, path: &Path) -> Result<()> {
-        self.before(Call::Delete, path).and_then(|()| fs::remove_dir_all(path)).map_err(Error::storage(path, "delete"))
+        self.before(Call::Delete, path)
+            .and_then(|()| fs::remove_dir_all(path))
+            .map_err(Error::storage(path, "delete"))
     }
 
     fn before(self, call: Call, path: &Path) -> io::Result<()> {
@@ -77,8 +90,8 @@ impl Disk {
     }
 }
 
-/// A file being written. Every write and the sync at its end may fail as the disk does; a short write is gone on with by the
-/// caller's `write_all`.
+/// A file being written. Every write and the sync at its end may fail as the disk does; a short
+/// write is gone on with by the caller's `write_all`.
 pub struct Output<'p> {
     disk: Disk,
     file: File,
@@ -105,7 +118,8 @@ impl Write for Output<'_> {
     }
 }
 
-/// Asks for the room itself and leaves the length alone, so that a file which was cut short looks cut short.
+/// Asks for the room itself and leaves the length alone, so that a file which was cut short looks
+/// cut short.
 fn reserve(file: &File, bytes: u64) -> io::Result<()> {
     loop {
         return match fallocate(file, FallocateFlags::KEEP_SIZE, 0, bytes.max(1)) {
@@ -119,9 +133,15 @@ fn reserve(file: &File, bytes: u64) -> io::Result<()> {
 
 /// What the system said, with what was needed and what is there where room is what is missing.
 pub fn storage(path: &Path, operation: &'static str, needed: u64, error: io::Error) -> Error {
-    let full = matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge);
+    let full = matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
+    );
     let told = match free_bytes(path) {
-        Some(free) if full => io::Error::new(error.kind(), format!("{error}; it needs {needed} bytes, the disk has {free} free")),
+        Some(free) if full => io::Error::new(
+            error.kind(),
+            format!("{error}; it needs {needed} bytes, the disk has {free} free"),
+        ),
         _ => error,
     };
     Error::storage(path, operation)(told)
@@ -160,7 +180,10 @@ pub mod tests {
     }
 
     /// Acts with a disk that takes so many calls and no more. Returns what it took.
-    pub fn on_a_disk_that_fails_after<T>(calls: usize, act: impl FnOnce() -> T) -> (T, Vec<(Call, PathBuf)>) {
+    pub fn on_a_disk_that_fails_after<T>(
+        calls: usize,
+        act: impl FnOnce() -> T,
+    ) -> (T, Vec<(Call, PathBuf)>) {
         JOURNAL.set(Some(Journal { calls: Vec::new(), fails_after: calls }));
         let outcome = act();
         let journal = JOURNAL.take().expect("it was set above");
@@ -190,7 +213,10 @@ pub mod tests {
         let output = Disk::new(1, Phase::Write).create(&path, 1 << 16).expect("room");
         assert_eq!(output.file.metadata().expect("a file").len(), 0);
         // More than any disk has.
-        let error = Disk::new(1, Phase::Write).create(&folder.path().join("giant"), 1 << 60).map(drop).expect_err("no room");
+        let error = Disk::new(1, Phase::Write)
+            .create(&folder.path().join("giant"), 1 << 60)
+            .map(drop)
+            .expect_err("no room");
         assert_eq!(error.exit_code(), 30);
     }
 }

@@ -15,8 +15,9 @@ use crate::run::changes::{self, Values};
 use crate::run::optimizer_state::OptimizerState;
 use crate::run::pretrained;
 
-/// Loads a verified checkpoint into a model of the same parameters, however it and the checkpoint are shared. Names, shapes
-/// and kinds are compared before anything is changed; then a stage at a time is read, and each rank keeps what it holds.
+/// Loads a verified checkpoint into a model of the same parameters, however it and the checkpoint
+/// are shared. Names, shapes and kinds are compared before anything is changed; then a stage at a
+/// time is read, and each rank keeps what it holds.
 ///
 /// # Errors
 /// [`Error::CheckpointMismatch`] if it belongs to another run or model, listing every key at fault.
@@ -32,12 +33,15 @@ pub fn load(
     let manifest = verify::manifest(folder)?;
     let other_data = manifest.check_same_run(folder, config, configured, allow_data_change)?;
     let parts = open_parts(folder, &manifest, "")?;
-    let prefixes: Vec<String> = optimizer.state_names().iter().map(|name| format!("{name}.")).collect();
+    let prefixes: Vec<String> =
+        optimizer.state_names().iter().map(|name| format!("{name}.")).collect();
     check_keys(folder, &parts, &replica.stages, &prefixes)?;
     set_parameters(&parts, replica)?;
     for (index, stage) in replica.stages.iter().enumerate() {
         for (name, prefix) in prefixes.iter().enumerate() {
-            let read = pretrained::flat(stage.params(), |parameter| parts.read(&format!("{prefix}{parameter}")))?;
+            let read = pretrained::flat(stage.params(), |parameter| {
+                parts.read(&format!("{prefix}{parameter}"))
+            })?;
             state.set(index, name, &read, &replica.buckets[index]);
         }
     }
@@ -75,10 +79,15 @@ fn set_parameters(parts: &Shards, replica: &mut Replica<'_>) -> Result<()> {
 ///
 /// # Errors
 /// As [`load`].
-pub fn open_parameters(folder: &Path, config: &RunConfig, stages: &[Box<dyn Stage>]) -> Result<Shards> {
+pub fn open_parameters(
+    folder: &Path,
+    config: &RunConfig,
+    stages: &[Box<dyn Stage>],
+) -> Result<Shards> {
     let manifest = verify::manifest(folder)?;
     // Version 2 has no record: there the run's own configuration has to be believed.
-    let other = manifest.config.as_ref().and_then(|record| changes::other_architecture(record, config));
+    let other =
+        manifest.config.as_ref().and_then(|record| changes::other_architecture(record, config));
     other.map_or(Ok(()), |what| Err(Error::checkpoint_mismatch(folder, what)))?;
     let parts = open_parts(folder, &manifest, "model-")?;
     check_keys(folder, &parts, stages, &[])?;
@@ -87,14 +96,25 @@ pub fn open_parameters(folder: &Path, config: &RunConfig, stages: &[Box<dyn Stag
 
 /// The parts whose names begin with `kind`.
 fn open_parts(folder: &Path, manifest: &Manifest, kind: &str) -> Result<Shards> {
-    let wanted = manifest.parts.iter().map(|part| part.file.clone()).filter(|file| file.starts_with(kind));
-    Shards::open(folder, wanted).map_err(|error| Error::checkpoint_mismatch(folder, error.to_string()))
+    let wanted =
+        manifest.parts.iter().map(|part| part.file.clone()).filter(|file| file.starts_with(kind));
+    Shards::open(folder, wanted)
+        .map_err(|error| Error::checkpoint_mismatch(folder, error.to_string()))
 }
 
 /// Compares names, shapes and kinds with what the model and each optimizer tensor expect.
-fn check_keys(folder: &Path, parts: &Shards, stages: &[Box<dyn Stage>], prefixes: &[String]) -> Result<()> {
+fn check_keys(
+    folder: &Path,
+    parts: &Shards,
+    stages: &[Box<dyn Stage>],
+    prefixes: &[String],
+) -> Result<()> {
     let prefixes = || std::iter::once("").chain(prefixes.iter().map(String::as_str));
     let infos = stages.iter().flat_map(|stage| stage.params().infos());
-    let expected = infos.flat_map(|info| prefixes().map(|prefix| (format!("{prefix}{}", info.name), info.shape.as_slice())));
-    parts.check(&expected.collect(), &[Kind::Float], &[]).map_err(|what| Error::checkpoint_mismatch(folder, what))
+    let expected = infos.flat_map(|info| {
+        prefixes().map(|prefix| (format!("{prefix}{}", info.name), info.shape.as_slice()))
+    });
+    parts
+        .check(&expected.collect(), &[Kind::Float], &[])
+        .map_err(|what| Error::checkpoint_mismatch(folder, what))
 }

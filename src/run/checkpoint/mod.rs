@@ -1,14 +1,18 @@
-//! Checkpoints: parts that every rank writes, a manifest that makes them one, and a rename that makes them real.
+//! Checkpoints: parts that every rank writes, a manifest that makes them one, and a rename that
+//! makes them real.
 //!
-//! Where ranks share the state, each stage is joined for the rank that writes it, so that the same bytes result.
+//! Where ranks share the state, each stage is joined for the rank that writes it, so that the same
+//! bytes result.
 //!
-//! A checkpoint is valid if its manifest is as it was written and every part has the size and hash it says. Parts hold
-//! parameters by name, not ranks, so that any world size loads what any other saved, and equal state gives equal bytes:
-//! nothing in a checkpoint tells the time, the machine or the number of ranks.
+//! A checkpoint is valid if its manifest is as it was written and every part has the size and hash
+//! it says. Parts hold parameters by name, not ranks, so that any world size loads what any other
+//! saved, and equal state gives equal bytes: nothing in a checkpoint tells the time, the machine or
+//! the number of ranks.
 //!
-//! Order of a save: state copied; parts written, hashed and synced in a hidden folder; all ranks agree; manifest, synced;
-//! folder, synced; renamed; parent, synced; only then it is said to be saved and older ones go. A crash or a power cut
-//! before the rename leaves the checkpoint before. All after the copy happens beside the steps.
+//! Order of a save: state copied; parts written, hashed and synced in a hidden folder; all ranks
+//! agree; manifest, synced; folder, synced; renamed; parent, synced; only then it is said to be
+//! saved and older ones go. A crash or a power cut before the rename leaves the checkpoint before.
+//! All after the copy happens beside the steps.
 
 mod commit;
 mod disk;
@@ -65,7 +69,8 @@ pub struct Manifest {
     /// Of the dataset, see [`Dataset::fingerprint`](crate::data::Dataset::fingerprint).
     pub data: String,
     parts: Vec<Part>,
-    /// Of this manifest's text with nothing in this place, so that a flipped bit in a number is noticed.
+    /// Of this manifest's text with nothing in this place, so that a flipped bit in a number is
+    /// noticed.
     sha256: String,
 }
 
@@ -110,9 +115,16 @@ impl Manifest {
         serde_json::to_string_pretty(self).expect("a manifest is JSON") + "\n"
     }
 
-    /// Refuses to go on where the same step would see other samples or other draws, or the same parameters would be another function.
-    /// Other data may be wanted: with `allow_data_change` they are something to say.
-    fn check_same_run(&self, path: &Path, config: &RunConfig, configured: &Manifest, allow_data_change: bool) -> Result<Option<String>> {
+    /// Refuses to go on where the same step would see other samples or other draws, or the same
+    /// parameters would be another function. Other data may be wanted: with `allow_data_change`
+    /// they are something to say.
+    fn check_same_run(
+        &self,
+        path: &Path,
+        config: &RunConfig,
+        configured: &Manifest,
+        allow_data_change: bool,
+    ) -> Result<Option<String>> {
         let Some(record) = &self.config else {
             let what = format!(
                 "is of version {}, which records no configuration, so that it is not certain to go on as it was; \
@@ -121,18 +133,27 @@ impl Manifest {
             );
             return Err(Error::checkpoint_mismatch(path, what));
         };
-        let pair =
-            |name: &str, saved: String, now: String| (saved != now).then(|| format!("{name} is {now}, the checkpoint's was {saved}"));
+        let pair = |name: &str, saved: String, now: String| {
+            (saved != now).then(|| format!("{name} is {now}, the checkpoint's was {saved}"))
+        };
         let data = pair("data fingerprint", self.data.clone(), configured.data.clone());
         let (allowed, data) = if allow_data_change { (data, None) } else { (None, data) };
         let differing = [
             pair("seed", self.seed.to_string(), configured.seed.to_string()),
-            pair("global batch", self.global_batch_size.to_string(), configured.global_batch_size.to_string()),
+            pair(
+                "global batch",
+                self.global_batch_size.to_string(),
+                configured.global_batch_size.to_string(),
+            ),
             data.map(|text| format!("{text} (--allow-data-change goes on with other data)")),
             changes::other_architecture(record, config),
         ];
         let texts: Vec<String> = differing.into_iter().flatten().collect();
-        if texts.is_empty() { Ok(allowed) } else { Err(Error::checkpoint_mismatch(path, texts.join("; "))) }
+        if texts.is_empty() {
+            Ok(allowed)
+        } else {
+            Err(Error::checkpoint_mismatch(path, texts.join("; ")))
+        }
     }
 }
 
@@ -154,8 +175,12 @@ pub fn is_checkpoint(folder: &Path) -> bool {
 /// Committed checkpoints of a run by step, ascending; whether they verify is another question.
 pub fn list(run: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let entries = fs::read_dir(run).map_err(Error::storage(run, "list"))?;
-    let step_of = |path: &Path| path.file_name()?.to_str()?.strip_prefix("step-")?.parse::<u64>().ok();
-    let mut found: Vec<_> = entries.flatten().filter_map(|entry| Some((step_of(&entry.path())?, entry.path()))).collect();
+    let step_of =
+        |path: &Path| path.file_name()?.to_str()?.strip_prefix("step-")?.parse::<u64>().ok();
+    let mut found: Vec<_> = entries
+        .flatten()
+        .filter_map(|entry| Some((step_of(&entry.path())?, entry.path())))
+        .collect();
     found.sort();
     Ok(found)
 }

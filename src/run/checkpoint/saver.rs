@@ -1,8 +1,9 @@
 //! Saving beside the steps: they stop while the state is copied, and no longer.
 //!
-//! Threads write; only the run's own thread speaks with other ranks. A save goes through two stages, each of which is over on
-//! all ranks before the next begins: every rank writes its parts; rank 0 commits them and deletes what is old. Whether its
-//! own part is over is all that a rank tells the others at each step.
+//! Threads write; only the run's own thread speaks with other ranks. A save goes through two
+//! stages, each of which is over on all ranks before the next begins: every rank writes its parts;
+//! rank 0 commits them and deletes what is old. Whether its own part is over is all that a rank
+//! tells the others at each step.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -56,8 +57,8 @@ impl Saver {
     /// Copies the state and begins to write it, after an earlier save has come to its end.
     ///
     /// # Errors
-    /// [`Error::Storage`] on a rank that could not write, [`Error::Peer`] on the others, unless the settings go on; the
-    /// checkpoint before stays.
+    /// [`Error::Storage`] on a rank that could not write, [`Error::Peer`] on the others, unless the
+    /// settings go on; the checkpoint before stays.
     ///
     /// # Ordering
     /// Every rank calls it.
@@ -67,7 +68,8 @@ impl Saver {
         let began = Instant::now();
         let (manifest, run) = (saved.manifest.clone(), self.run.clone());
         let step = manifest.step;
-        if let Err(error) = on_rank_zero(collective, || prepare(&run, step).map(|()| String::new())) {
+        if let Err(error) = on_rank_zero(collective, || prepare(&run, step).map(|()| String::new()))
+        {
             return self.give_up(step, error, collective);
         }
         let copies = saved.copy(collective)?;
@@ -81,15 +83,19 @@ impl Saver {
         self.in_flight.as_ref().map_or(0, |save| if save.stage.is_over() { READY } else { 0 })
     }
 
-    /// Goes on with a save if every rank can, by what each told of its [`progress`](Self::progress). Returns the checkpoint
-    /// that was committed.
+    /// Goes on with a save if every rank can, by what each told of its
+    /// [`progress`](Self::progress). Returns the checkpoint that was committed.
     ///
     /// # Errors
     /// As [`begin`](Self::begin).
     ///
     /// # Ordering
     /// Every rank calls it with the same states.
-    pub fn advance(&mut self, states: &[u8], collective: &dyn Collective) -> Result<Option<PathBuf>> {
+    pub fn advance(
+        &mut self,
+        states: &[u8],
+        collective: &dyn Collective,
+    ) -> Result<Option<PathBuf>> {
         if self.in_flight.is_none() || states.iter().any(|&state| state != READY) {
             return Ok(None);
         }
@@ -99,7 +105,8 @@ impl Saver {
     /// Waits for a save in flight. A run ends by it.
     ///
     /// # Errors
-    /// As [`begin`](Self::begin), also where the settings go on: if the newest save that was tried gave no checkpoint.
+    /// As [`begin`](Self::begin), also where the settings go on: if the newest save that was tried
+    /// gave no checkpoint.
     ///
     /// # Ordering
     /// Every rank calls it.
@@ -118,13 +125,17 @@ impl Saver {
 
     /// Ends the present stage of the save in flight, waiting where it must, and begins the next.
     fn move_on(&mut self, collective: &dyn Collective) -> Result<Option<PathBuf>> {
-        let Some(Save { manifest, stage, began, copying }) = self.in_flight.take() else { return Ok(None) };
+        let Some(Save { manifest, stage, began, copying }) = self.in_flight.take() else {
+            return Ok(None);
+        };
         let step = manifest.step;
         let moved = match stage {
-            Stage::Writing(writing) => self.begin_commit(&manifest, writing, collective).map(|stage| {
-                self.in_flight = Some(Save { manifest, stage, began, copying });
-                None
-            }),
+            Stage::Writing(writing) => {
+                self.begin_commit(&manifest, writing, collective).map(|stage| {
+                    self.in_flight = Some(Save { manifest, stage, began, copying });
+                    None
+                })
+            }
             Stage::Committing(committing) => agree(committing.join(), collective).map(|troubles| {
                 let path = self.committed(step, &troubles.concat());
                 pulse::saved(began.elapsed());
@@ -139,18 +150,28 @@ impl Saver {
         moved.or_else(|error| self.give_up(step, error, collective).map(|()| None))
     }
 
-    fn begin_commit(&self, manifest: &Manifest, writing: Beside<Vec<Part>>, collective: &dyn Collective) -> Result<Stage> {
-        let parts = writing.join().map(|parts| serde_json::to_string(&parts).expect("parts are JSON"));
+    fn begin_commit(
+        &self,
+        manifest: &Manifest,
+        writing: Beside<Vec<Part>>,
+        collective: &dyn Collective,
+    ) -> Result<Stage> {
+        let parts =
+            writing.join().map(|parts| serde_json::to_string(&parts).expect("parts are JSON"));
         let texts = agree(parts, collective)?;
         let mut committing = Beside::Over(Ok(String::new()));
         let begin = || {
-            let of_rank = |text: &String| serde_json::from_str::<Vec<Part>>(text).expect("ranks send what they wrote");
+            let of_rank = |text: &String| {
+                serde_json::from_str::<Vec<Part>>(text).expect("ranks send what they wrote")
+            };
             let (parts, manifest) = (texts.iter().flat_map(of_rank).collect(), manifest.clone());
             let (run, settings) = (self.run.clone(), self.settings.clone());
             committing = Beside::begin("commit", move || {
                 commit(&run, &manifest, parts)?;
                 // The checkpoint stands whatever becomes of the old ones.
-                Ok(prune(&run, manifest.step, &settings).err().map_or_else(String::new, |error| error.to_string()))
+                Ok(prune(&run, manifest.step, &settings)
+                    .err()
+                    .map_or_else(String::new, |error| error.to_string()))
             });
             Ok(String::new())
         };
@@ -168,7 +189,8 @@ impl Saver {
         path
     }
 
-    /// Removes what was written of a save that failed, and goes on if the settings say so. Every rank comes here or none.
+    /// Removes what was written of a save that failed, and goes on if the settings say so. Every
+    /// rank comes here or none.
     fn give_up(&mut self, step: u64, error: Error, collective: &dyn Collective) -> Result<()> {
         if error.exit_code() != STORAGE {
             return Err(error);
@@ -178,7 +200,9 @@ impl Saver {
             // Nobody mistakes it for a checkpoint, and the next start removes what stays.
             let _ = fs::remove_dir_all(staged(&self.run, step));
             if goes_on {
-                tracing::warn!("step {step} was not saved: {error}; training goes on, the next save tries again");
+                tracing::warn!(
+                    "step {step} was not saved: {error}; training goes on, the next save tries again"
+                );
             }
             Ok(String::new())
         })?;
@@ -229,7 +253,9 @@ impl<T: Send + 'static> Beside<T> {
 
     fn join(self) -> Result<T> {
         match self {
-            Beside::Running(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            Beside::Running(thread) => {
+                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            }
             Beside::Over(outcome) => outcome,
         }
     }

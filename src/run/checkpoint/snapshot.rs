@@ -1,6 +1,8 @@
-//! What a checkpoint holds, as it was at one moment: joined stage by stage, kept in host memory by the rank that writes it.
+//! What a checkpoint holds, as it was at one moment: joined stage by stage, kept in host memory by
+//! the rank that writes it.
 //!
-//! Files hold consecutive stages; which ones depends on the model alone. Each goes to the rank that has least to keep so far.
+//! Files hold consecutive stages; which ones depends on the model alone. Each goes to the rank that
+//! has least to keep so far.
 
 use std::collections::BTreeMap;
 use std::io::{BufWriter, IntoInnerError};
@@ -22,7 +24,8 @@ use crate::run::optimizer_state::OptimizerState;
 
 /// A model is cut into about so many parts, so that the ranks of a node can write side by side.
 const NUM_PARTS: u64 = 8;
-/// The least and the most bytes of parameters that a part is cut for; a stage with more has a part for itself.
+/// The least and the most bytes of parameters that a part is cut for; a stage with more has a part
+/// for itself.
 const PART_BYTES: RangeInclusive<u64> = 32 << 20..=1 << 30;
 /// Everything is saved in f32.
 const ELEMENT_BYTES: u64 = 4;
@@ -68,7 +71,8 @@ impl Saved<'_> {
     /// # Ordering
     /// Every rank calls it: each stage is joined for the rank that keeps it.
     pub fn copy(&self, collective: &dyn Collective) -> Result<Vec<PartCopy>> {
-        let sizes: Vec<u64> = self.replica.stages.iter().map(|stage| stage.params().numel() as u64).collect();
+        let sizes: Vec<u64> =
+            self.replica.stages.iter().map(|stage| stage.params().numel() as u64).collect();
         let names = self.optimizer.state_names();
         let prefixes: Vec<String> = names.iter().map(|name| format!("{name}.")).collect();
         let ranges = part_ranges(&sizes);
@@ -77,10 +81,12 @@ impl Saved<'_> {
         for (index, range) in ranges.iter().enumerate() {
             let begin = |content: Content, prefixes: &[String]| {
                 let mine = writers[index][content as usize] == collective.rank();
-                let (name, planned) = (content.file_name(index, ranges.len()), self.planned(range, prefixes));
+                let (name, planned) =
+                    (content.file_name(index, ranges.len()), self.planned(range, prefixes));
                 mine.then(|| PartCopy { name, planned, flats: Vec::new() })
             };
-            let (mut moments, mut model) = (begin(Content::Optimizer, &prefixes), begin(Content::Model, &[String::new()]));
+            let (mut moments, mut model) =
+                (begin(Content::Optimizer, &prefixes), begin(Content::Model, &[String::new()]));
             for stage in range.clone() {
                 pulse::still_at_work();
                 keep(&mut model, &self.replica.parameters(stage)?);
@@ -97,13 +103,20 @@ impl Saved<'_> {
     fn planned(&self, range: &Range<usize>, prefixes: &[String]) -> Vec<(String, Vec<i64>)> {
         let named = |stage: usize, prefix: &String| {
             let infos = self.replica.stages[stage].params().infos();
-            infos.iter().map(|info| (format!("{prefix}{}", info.name), info.shape.clone())).collect::<Vec<_>>()
+            infos
+                .iter()
+                .map(|info| (format!("{prefix}{}", info.name), info.shape.clone()))
+                .collect::<Vec<_>>()
         };
-        range.clone().flat_map(|stage| prefixes.iter().flat_map(move |prefix| named(stage, prefix))).collect()
+        range
+            .clone()
+            .flat_map(|stage| prefixes.iter().flat_map(move |prefix| named(stage, prefix)))
+            .collect()
     }
 }
 
-/// Copies a stage's tensor `[P]`, in any case: what is joined may be the very storage that the optimizer updates.
+/// Copies a stage's tensor `[P]`, in any case: what is joined may be the very storage that the
+/// optimizer updates.
 fn keep(part: &mut Option<PartCopy>, flat: &Tensor) {
     if let Some(part) = part {
         let mut copy = Tensor::empty(flat.size(), (Kind::Float, Device::Cpu));
@@ -119,11 +132,21 @@ impl PartCopy {
     /// [`Error::Storage`](crate::error::Error::Storage).
     pub fn write(self, folder: &Path, disk: Disk) -> Result<Part> {
         let path = folder.join(&self.name);
-        let bytes = self.planned.iter().map(|(_, shape)| shape.iter().product::<i64>() as u64 * ELEMENT_BYTES).sum();
+        let bytes = self
+            .planned
+            .iter()
+            .map(|(_, shape)| shape.iter().product::<i64>() as u64 * ELEMENT_BYTES)
+            .sum();
         let output = disk.create(&path, bytes)?;
-        let tensors: Vec<_> = self.planned.iter().map(|(name, shape)| Planned { name, kind: Kind::Float, shape: shape.clone() }).collect();
+        let tensors: Vec<_> = self
+            .planned
+            .iter()
+            .map(|(name, shape)| Planned { name, kind: Kind::Float, shape: shape.clone() })
+            .collect();
         let told = |error| storage(&path, "write", bytes, error);
-        let mut writer = Writer::begin(HashingWriter::new(BufWriter::new(output)), &tensors, &BTreeMap::new()).map_err(told)?;
+        let mut writer =
+            Writer::begin(HashingWriter::new(BufWriter::new(output)), &tensors, &BTreeMap::new())
+                .map_err(told)?;
         for flat in self.flats {
             writer.tensor(&flat).map_err(told)?;
         }
@@ -153,7 +176,12 @@ fn part_ranges(sizes: &[u64]) -> Vec<Range<usize>> {
 }
 
 /// Who keeps and writes each part's files, one a [`Content`]; and how many bytes each rank keeps.
-fn writers(sizes: &[u64], ranges: &[Range<usize>], optimizer_tensors: u64, world_size: usize) -> (Vec<[usize; 2]>, Vec<u64>) {
+fn writers(
+    sizes: &[u64],
+    ranges: &[Range<usize>],
+    optimizer_tensors: u64,
+    world_size: usize,
+) -> (Vec<[usize; 2]>, Vec<u64>) {
     let mut kept = vec![0; world_size];
     let mut give = |bytes: u64| {
         let rank = (0..world_size).min_by_key(|&rank| kept[rank]).expect("a world has ranks");
@@ -162,14 +190,23 @@ fn writers(sizes: &[u64], ranges: &[Range<usize>], optimizer_tensors: u64, world
     };
     let bytes = |range: &Range<usize>| ELEMENT_BYTES * sizes[range.clone()].iter().sum::<u64>();
     // What is largest first, so that the rest can make up for it.
-    let optimizer: Vec<usize> = ranges.iter().map(|range| give(optimizer_tensors * bytes(range))).collect();
-    let writers = optimizer.into_iter().zip(ranges).map(|(optimizer, range)| [optimizer, give(bytes(range))]).collect();
+    let optimizer: Vec<usize> =
+        ranges.iter().map(|range| give(optimizer_tensors * bytes(range))).collect();
+    let writers = optimizer
+        .into_iter()
+        .zip(ranges)
+        .map(|(optimizer, range)| [optimizer, give(bytes(range))])
+        .collect();
     (writers, kept)
 }
 
 /// Host memory that a save takes on the rank that keeps most, by the stages' numbers of parameters.
 pub fn copied_bytes(sizes: &[u64], optimizer_tensors: u64, world_size: usize) -> u64 {
-    writers(sizes, &part_ranges(sizes), optimizer_tensors, world_size).1.into_iter().max().unwrap_or(0)
+    writers(sizes, &part_ranges(sizes), optimizer_tensors, world_size)
+        .1
+        .into_iter()
+        .max()
+        .unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -21,10 +21,15 @@ use crate::run::folder::RunFolder;
 use crate::run::optimizer_state::OptimizerState;
 use crate::run::resume::Resume;
 
-const SHARDINGS: [Sharding; 4] = [Sharding::None, Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters];
+const SHARDINGS: [Sharding; 4] =
+    [Sharding::None, Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters];
 
 fn manifest() -> Manifest {
-    Manifest { step: 7, lr: Some(0.1), ..Manifest::new(&RunConfig::default(), 8, "these data".into()) }
+    Manifest {
+        step: 7,
+        lr: Some(0.1),
+        ..Manifest::new(&RunConfig::default(), 8, "these data".into())
+    }
 }
 
 fn optimizer() -> OptimizerChoice {
@@ -39,15 +44,22 @@ fn empty(world: &dyn Collective, sharding: Sharding) -> (Replica<'_>, OptimizerS
     empty_of(&small(), world, sharding)
 }
 
-fn empty_of<'c>(model: &Dit, world: &'c dyn Collective, sharding: Sharding) -> (Replica<'c>, OptimizerState) {
+fn empty_of<'c>(
+    model: &Dit,
+    world: &'c dyn Collective,
+    sharding: Sharding,
+) -> (Replica<'c>, OptimizerState) {
     let stages = model.stages().expect("sound");
     let sharing = Sharing::new(world, sharding, ShardingGroup::World, 1).expect("sound");
-    let replica = Replica::shared(stages, Kind::BFloat16, (Device::Cpu, Device::Cpu), None, sharing);
-    let state = OptimizerState::fresh(&replica, &*optimizer(), (Device::Cpu, Device::Cpu)).expect("a CPU");
+    let replica =
+        Replica::shared(stages, Kind::BFloat16, (Device::Cpu, Device::Cpu), None, sharing);
+    let state =
+        OptimizerState::fresh(&replica, &*optimizer(), (Device::Cpu, Device::Cpu)).expect("a CPU");
     (replica, state)
 }
 
-/// What a stage's parameters (0) and optimizer tensors (1, 2) are after seven steps that nobody took.
+/// What a stage's parameters (0) and optimizer tensors (1, 2) are after seven steps that nobody
+/// took.
 fn number(stage: usize, tensor: u64, numel: i64) -> Tensor {
     let key = Key::new(5, Purpose::Test).step(tensor).scope(stage as u64);
     key.seeded(|| Tensor::randn([numel], (Kind::Float, Device::Cpu)))
@@ -58,11 +70,18 @@ fn save_on(model: &Dit, world: &dyn Collective, sharding: Sharding, output: &str
     for (stage, bucket) in replica.buckets.iter_mut().enumerate() {
         let numel = replica.stages[stage].params().numel();
         bucket.set(&number(stage, 0, numel));
-        (0..2).for_each(|name| state.set(stage, name, &number(stage, 1 + name as u64, numel), bucket));
+        (0..2).for_each(|name| {
+            state.set(stage, name, &number(stage, 1 + name as u64, numel), bucket)
+        });
     }
-    let folder =
-        RunFolder::open(&RunConfig { output_dir: output.into(), ..RunConfig::default() }, &Resume::Never, world).expect("a fresh folder");
-    let saved = Saved { manifest: &manifest(), replica: &replica, optimizer: &*optimizer(), state: &state };
+    let folder = RunFolder::open(
+        &RunConfig { output_dir: output.into(), ..RunConfig::default() },
+        &Resume::Never,
+        world,
+    )
+    .expect("a fresh folder");
+    let saved =
+        Saved { manifest: &manifest(), replica: &replica, optimizer: &*optimizer(), state: &state };
     let mut saver = Saver::new(folder.path().into(), CheckpointSettings::default());
     saver.begin(&saved, world).and_then(|()| saver.finish(world)).expect("no rank fails");
     folder.path().join(folder_name(7))
@@ -70,19 +89,37 @@ fn save_on(model: &Dit, world: &dyn Collective, sharding: Sharding, output: &str
 
 fn check_on(model: &Dit, world: &dyn Collective, sharding: Sharding, folder: &Path) {
     let (mut replica, mut state) = empty_of(model, world, sharding);
-    let loaded = load(folder, &RunConfig::default(), &manifest(), false, &mut replica, &*optimizer(), &mut state).expect("a checkpoint");
+    let loaded = load(
+        folder,
+        &RunConfig::default(),
+        &manifest(),
+        false,
+        &mut replica,
+        &*optimizer(),
+        &mut state,
+    )
+    .expect("a checkpoint");
     assert_eq!(loaded, manifest());
     for stage in 0..replica.stages.len() {
         let numel = replica.stages[stage].params().numel();
-        assert!(replica.parameters(stage).expect("no rank fails").equal(&number(stage, 0, numel)), "{sharding:?} stage {stage}");
+        assert!(
+            replica.parameters(stage).expect("no rank fails").equal(&number(stage, 0, numel)),
+            "{sharding:?} stage {stage}"
+        );
         for name in 0..2 {
             let whole = state.whole(stage, name, &replica).expect("no rank fails");
-            assert!(whole.equal(&number(stage, 1 + name as u64, numel)), "{sharding:?} stage {stage}, optimizer tensor {name}");
+            assert!(
+                whole.equal(&number(stage, 1 + name as u64, numel)),
+                "{sharding:?} stage {stage}, optimizer tensor {name}"
+            );
         }
     }
 }
 
-fn in_threads<T: Send + 'static>(ranks: usize, body: impl Fn(&Threads) -> T + Clone + Send + 'static) -> T {
+fn in_threads<T: Send + 'static>(
+    ranks: usize,
+    body: impl Fn(&Threads) -> T + Clone + Send + 'static,
+) -> T {
     let join = |rank: Threads| {
         let body = body.clone();
         thread::spawn(move || body(&rank))
@@ -105,7 +142,9 @@ fn d12_a_checkpoint_of_any_sharding_and_world_size_loads_into_any_other() {
             .map(|part| fs::read(folder.join(&part.file)).expect("a part"))
             .collect();
         bytes.push(files);
-        for (ranks, sharding) in (1..=4).flat_map(|ranks| SHARDINGS.map(|sharding| (ranks, sharding))) {
+        for (ranks, sharding) in
+            (1..=4).flat_map(|ranks| SHARDINGS.map(|sharding| (ranks, sharding)))
+        {
             let folder = folder.clone();
             in_threads(ranks, move |world| check_on(&small(), world, sharding, &folder));
         }
@@ -120,8 +159,15 @@ fn a_model_of_several_parts_comes_back_whole() {
     let root = tempfile::tempdir().expect("a folder");
     let (output, model) = (root.path().join("run").display().to_string(), large.clone());
     let folder = in_threads(2, move |world| save_on(&model, world, Sharding::Optimizer, &output));
-    let files: Vec<String> = verify(&folder).expect("a committed checkpoint").parts.into_iter().map(|part| part.file).collect();
-    let named = |word: &'static str| (1..=3).map(move |part| format!("{word}-0000{part}-of-00003.safetensors"));
+    let files: Vec<String> = verify(&folder)
+        .expect("a committed checkpoint")
+        .parts
+        .into_iter()
+        .map(|part| part.file)
+        .collect();
+    let named = |word: &'static str| {
+        (1..=3).map(move |part| format!("{word}-0000{part}-of-00003.safetensors"))
+    };
     assert_eq!(files, named("model").chain(named("optimizer")).collect::<Vec<_>>());
     in_threads(3, move |world| check_on(&large, world, Sharding::Parameters, &folder));
 }
@@ -138,7 +184,9 @@ fn fill(replica: &mut Replica<'_>, state: &mut OptimizerState, step: u64) {
     for (stage, bucket) in replica.buckets.iter_mut().enumerate() {
         let numel = replica.stages[stage].params().numel();
         bucket.set(&(number(stage, 0, numel) + step as f64));
-        (0..2).for_each(|name| state.set(stage, name, &(number(stage, 1 + name as u64, numel) + step as f64), bucket));
+        (0..2).for_each(|name| {
+            state.set(stage, name, &(number(stage, 1 + name as u64, numel) + step as f64), bucket)
+        });
     }
 }
 
@@ -151,10 +199,14 @@ fn save_here(run: &Path, step: u64) -> Result<()> {
     commit::commit(run, &Manifest { step, ..manifest() }, parts)
 }
 
-/// What a power cut leaves after these calls: nothing of a file that was not synced, no entry of a folder that was not.
+/// What a power cut leaves after these calls: nothing of a file that was not synced, no entry of a
+/// folder that was not.
 fn cut_power(run: &Path, calls: &[(Call, PathBuf)]) {
-    let done = |call: Call, path: &Path| calls.iter().any(|(made, at)| (*made, at.as_path()) == (call, path));
-    let renamed = calls.iter().find(|(call, _)| *call == Call::Rename).map(|(_, target)| target.clone());
+    let done = |call: Call, path: &Path| {
+        calls.iter().any(|(made, at)| (*made, at.as_path()) == (call, path))
+    };
+    let renamed =
+        calls.iter().find(|(call, _)| *call == Call::Rename).map(|(_, target)| target.clone());
     for (_, path) in calls.iter().filter(|(call, _)| *call == Call::Create) {
         let folder = path.parent().expect("a file in a folder");
         let now = renamed.as_deref().unwrap_or(folder).join(path.file_name().expect("a file"));
@@ -171,7 +223,10 @@ fn cut_power(run: &Path, calls: &[(Call, PathBuf)]) {
 
 fn sound_steps(run: &Path) -> Vec<u64> {
     let found = list(run).expect("a run folder");
-    found.into_iter().map(|(step, path)| verify(&path).map(|_| step).expect("what is listed is whole")).collect()
+    found
+        .into_iter()
+        .map(|(step, path)| verify(&path).map(|_| step).expect("what is listed is whole"))
+        .collect()
 }
 
 #[test]
@@ -191,15 +246,25 @@ fn d2_d4_whichever_call_of_a_save_fails_the_newest_checkpoint_is_one_that_was_co
                 Ok(()) => assert_eq!(newest, 10, "what was said to be saved outlives a power cut"),
                 Err(error) => {
                     assert_eq!(error.exit_code(), 30);
-                    assert!(error.to_string().contains("Input/output error (os error 5)"), "{error}");
+                    assert!(
+                        error.to_string().contains("Input/output error (os error 5)"),
+                        "{error}"
+                    );
                 }
             }
             clear_leftovers(run).expect("a sound disk");
-            assert_eq!(fs::read_dir(run).expect("a run folder").count(), sound_steps(run).len(), "no leftovers");
+            assert_eq!(
+                fs::read_dir(run).expect("a run folder").count(),
+                sound_steps(run).len(),
+                "no leftovers"
+            );
             saved = made.len() < calls;
         }
         if saved {
-            assert!(calls > 10, "a save is folders, files, writes, syncs and a rename: {calls} calls");
+            assert!(
+                calls > 10,
+                "a save is folders, files, writes, syncs and a rename: {calls} calls"
+            );
             return;
         }
     }
@@ -207,16 +272,22 @@ fn d2_d4_whichever_call_of_a_save_fails_the_newest_checkpoint_is_one_that_was_co
 
 #[test]
 fn whichever_call_of_a_deletion_fails_what_is_listed_is_whole() {
-    let settings = CheckpointSettings { keep_last: 1, keep_every: Some(4), ..CheckpointSettings::default() };
+    let settings =
+        CheckpointSettings { keep_last: 1, keep_every: Some(4), ..CheckpointSettings::default() };
     for calls in 0.. {
         let root = tempfile::tempdir().expect("a folder");
         let run = root.path();
         (2..=5).for_each(|step| save_here(run, step).expect("a sound disk"));
-        let (outcome, made) = on_a_disk_that_fails_after(calls, || commit::prune(run, 5, &settings));
+        let (outcome, made) =
+            on_a_disk_that_fails_after(calls, || commit::prune(run, 5, &settings));
         assert_eq!(sound_steps(run)[..].iter().rev().take(2).copied().collect::<Vec<_>>(), [5, 4]);
         clear_leftovers(run).expect("a sound disk");
         if outcome.is_ok() {
-            assert_eq!((sound_steps(run), made.len()), (vec![4, 5], 4), "a rename and a deletion for each of two");
+            assert_eq!(
+                (sound_steps(run), made.len()),
+                (vec![4, 5], 4),
+                "a rename and a deletion for each of two"
+            );
             return;
         }
     }
@@ -231,7 +302,8 @@ fn d15_whoever_reads_while_checkpoints_come_and_go_finds_whole_ones() {
     let (is_over, has_read, its_run) = (Arc::clone(&over), Arc::clone(&read), run.clone());
     let reader = thread::spawn(move || {
         while !is_over.load(Ordering::Relaxed) {
-            let (_, newest) = list(&its_run).expect("a run folder").pop().expect("there is always one");
+            let (_, newest) =
+                list(&its_run).expect("a run folder").pop().expect("there is always one");
             match verify(&newest) {
                 Ok(_) => drop(has_read.fetch_add(1, Ordering::Relaxed)),
                 Err(unfit) => assert!(!newest.exists(), "{unfit:?} of a checkpoint that stands"),
@@ -240,8 +312,12 @@ fn d15_whoever_reads_while_checkpoints_come_and_go_finds_whole_ones() {
     });
     let settings = CheckpointSettings { keep_last: 1, ..CheckpointSettings::default() };
     // On a busy machine the reader may come late.
-    for step in (2..).take_while(|step| *step < 40 || (read.load(Ordering::Relaxed) < 10 && !reader.is_finished())) {
-        save_here(&run, step).and_then(|()| commit::prune(&run, step, &settings)).expect("a sound disk");
+    for step in (2..).take_while(|step| {
+        *step < 40 || (read.load(Ordering::Relaxed) < 10 && !reader.is_finished())
+    }) {
+        save_here(&run, step)
+            .and_then(|()| commit::prune(&run, step, &settings))
+            .expect("a sound disk");
     }
     over.store(true, Ordering::Relaxed);
     reader.join().expect("no half checkpoint");
@@ -257,21 +333,34 @@ fn a_copy_shares_nothing_with_what_goes_on_training() {
             let (mut replica, mut state) = empty(world, sharding);
             fill(&mut replica, &mut state, 5);
             let manifest = Manifest { step: 5, ..manifest() };
-            let copies = Saved { manifest: &manifest, replica: &replica, optimizer: &*optimizer(), state: &state }.copy(world);
+            let copies = Saved {
+                manifest: &manifest,
+                replica: &replica,
+                optimizer: &*optimizer(),
+                state: &state,
+            }
+            .copy(world);
             // Training goes on before anything is written.
             fill(&mut replica, &mut state, 6);
             let rank = world.rank().to_string();
             fs::create_dir(run.join(&rank)).expect("a folder");
             for copy in copies.expect("no rank fails") {
-                let part = copy.write(&run.join(&rank), Disk::new(5, Phase::Write)).expect("a sound disk");
-                let [now, expected] = [run.join(&rank), run.join(folder_name(5))].map(|folder| fs::read(folder.join(&part.file)));
-                assert!(now.expect("a part") == expected.expect("a part"), "{sharding:?} {}", part.file);
+                let part =
+                    copy.write(&run.join(&rank), Disk::new(5, Phase::Write)).expect("a sound disk");
+                let [now, expected] = [run.join(&rank), run.join(folder_name(5))]
+                    .map(|folder| fs::read(folder.join(&part.file)));
+                assert!(
+                    now.expect("a part") == expected.expect("a part"),
+                    "{sharding:?} {}",
+                    part.file
+                );
             }
         });
     }
 }
 
-/// What two ranks get of each of two saves and of the end, where the second rank cannot write the first one.
+/// What two ranks get of each of two saves and of the end, where the second rank cannot write the
+/// first one.
 fn with_a_rank_that_cannot_write(on_failure: OnFailure) -> (Vec<u64>, Vec<[String; 3]>) {
     let root = tempfile::tempdir().expect("a folder");
     let run = root.path().join("run");
@@ -282,14 +371,28 @@ fn with_a_rank_that_cannot_write(on_failure: OnFailure) -> (Vec<u64>, Vec<[Strin
             // Another path to the same folder, which leads nowhere at first.
             let elsewhere = run.with_file_name("elsewhere");
             let own = if world.rank() == 1 { &elsewhere } else { &run };
-            let settings = CheckpointSettings { on_failure, asynchronous: false, ..CheckpointSettings::default() };
+            let settings = CheckpointSettings {
+                on_failure,
+                asynchronous: false,
+                ..CheckpointSettings::default()
+            };
             let mut saver = Saver::new(own.clone(), settings);
             let (mut replica, mut state) = empty(&world, Sharding::Optimizer);
             fill(&mut replica, &mut state, 5);
-            let told = |outcome: Result<()>| outcome.map_or_else(|error| error.to_string(), |()| "fine".into());
+            let told = |outcome: Result<()>| {
+                outcome.map_or_else(|error| error.to_string(), |()| "fine".into())
+            };
             let mut save = |step| {
                 let manifest = Manifest { step, ..manifest() };
-                told(saver.begin(&Saved { manifest: &manifest, replica: &replica, optimizer: &*optimizer(), state: &state }, &world))
+                told(saver.begin(
+                    &Saved {
+                        manifest: &manifest,
+                        replica: &replica,
+                        optimizer: &*optimizer(),
+                        state: &state,
+                    },
+                    &world,
+                ))
             };
             let first = save(5);
             if world.rank() == 1 {
@@ -309,8 +412,15 @@ fn d5_one_rank_that_cannot_write_keeps_all_from_committing_and_all_know_why() {
     let (steps, outcomes) = with_a_rank_that_cannot_write(OnFailure::Stop);
     assert_eq!(steps, [10], "nothing of step 5");
     let cause = "elsewhere/.step-00000005.tmp/model-00001-of-00001.safetensors: No such file or directory (os error 2)";
-    assert!(outcomes[1][0].starts_with("cannot create ") && outcomes[1][0].ends_with(cause), "{outcomes:?}");
-    assert!(outcomes[0][0].starts_with("rank 1 failed: cannot create ") && outcomes[0][0].ends_with(cause), "{outcomes:?}");
+    assert!(
+        outcomes[1][0].starts_with("cannot create ") && outcomes[1][0].ends_with(cause),
+        "{outcomes:?}"
+    );
+    assert!(
+        outcomes[0][0].starts_with("rank 1 failed: cannot create ")
+            && outcomes[0][0].ends_with(cause),
+        "{outcomes:?}"
+    );
 }
 
 #[test]
@@ -323,7 +433,8 @@ fn where_a_run_goes_on_the_next_save_tries_again() {
 
 #[test]
 fn the_last_save_of_a_run_is_never_given_up_in_silence() {
-    let settings = CheckpointSettings { on_failure: OnFailure::Continue, ..CheckpointSettings::default() };
+    let settings =
+        CheckpointSettings { on_failure: OnFailure::Continue, ..CheckpointSettings::default() };
     let root = tempfile::tempdir().expect("a folder");
     let mut saver = Saver::new(root.path().join("missing"), settings);
     with_state(5, |saved| saver.begin(saved, &Solo)).expect("the run goes on");
@@ -334,14 +445,23 @@ fn the_last_save_of_a_run_is_never_given_up_in_silence() {
 fn one_save_is_in_flight_at_a_time_and_moves_on_with_the_steps() {
     let root = tempfile::tempdir().expect("a folder");
     let run = root.path();
-    let mut saver = Saver::new(run.into(), CheckpointSettings { keep_last: 1, ..CheckpointSettings::default() });
+    let mut saver = Saver::new(
+        run.into(),
+        CheckpointSettings { keep_last: 1, ..CheckpointSettings::default() },
+    );
     assert_eq!(saver.advance(&[0], &Solo).expect("alone"), None);
     for step in [5, 6] {
         with_state(step, |saved| saver.begin(saved, &Solo)).expect("a sound disk");
-        assert_eq!(sound_steps(run), if step == 5 { vec![] } else { vec![5] }, "an earlier save comes to its end first");
+        assert_eq!(
+            sound_steps(run),
+            if step == 5 { vec![] } else { vec![5] },
+            "an earlier save comes to its end first"
+        );
     }
     assert_eq!(saver.advance(&[1, 0], &Solo).expect("alone"), None, "another rank is not done");
-    let committed = std::iter::repeat_with(|| saver.advance(&[saver.progress()], &Solo).expect("a sound disk")).find_map(|path| path);
+    let committed =
+        std::iter::repeat_with(|| saver.advance(&[saver.progress()], &Solo).expect("a sound disk"))
+            .find_map(|path| path);
     assert_eq!(committed, Some(run.join(folder_name(6))));
     assert_eq!((sound_steps(run), saver.progress()), (vec![6], 0));
 }

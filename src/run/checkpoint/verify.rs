@@ -20,7 +20,8 @@ const MAX_MANIFEST_BYTES: u64 = 4 << 20;
 pub enum Unfit {
     /// It is not what was written; one before it may be.
     Corrupt { file: String, what: String },
-    /// Nothing is wrong with it that another checkpoint would mend: another program's, or a disk that cannot be read.
+    /// Nothing is wrong with it that another checkpoint would mend: another program's, or a disk
+    /// that cannot be read.
     Other(Error),
 }
 
@@ -68,8 +69,10 @@ pub fn manifest(folder: &Path) -> Result<Manifest> {
 fn read(folder: &Path) -> Result<Manifest, Unfit> {
     let broken = |what: String| Unfit::corrupt(MANIFEST, what);
     let path = folder.join(MANIFEST);
-    let text = read_whole(&path, MAX_MANIFEST_BYTES).map_err(|error| unreadable(&path, MANIFEST, error))?;
-    let said: Version = serde_json::from_slice(&text).map_err(|error| broken(format!("is no manifest: {}", no_json(&text, &error))))?;
+    let text = read_whole(&path, MAX_MANIFEST_BYTES)
+        .map_err(|error| unreadable(&path, MANIFEST, error))?;
+    let said: Version = serde_json::from_slice(&text)
+        .map_err(|error| broken(format!("is no manifest: {}", no_json(&text, &error))))?;
     if said.format != FORMAT || !(VERSION_WITHOUT_RECORD..=VERSION).contains(&said.version) {
         let what = format!(
             "is {:?} version {}, this program reads {FORMAT:?} version {VERSION}, and the parameters of version {VERSION_WITHOUT_RECORD}",
@@ -77,7 +80,8 @@ fn read(folder: &Path) -> Result<Manifest, Unfit> {
         );
         return Err(Unfit::Other(Error::checkpoint_mismatch(path, what)));
     }
-    let manifest: Manifest = serde_json::from_slice(&text).map_err(|error| broken(format!("is no manifest: {error}")))?;
+    let manifest: Manifest = serde_json::from_slice(&text)
+        .map_err(|error| broken(format!("is no manifest: {error}")))?;
     if manifest.sha256 != manifest.digest() {
         return Err(broken("sha256 differs".into()));
     }
@@ -86,7 +90,8 @@ fn read(folder: &Path) -> Result<Manifest, Unfit> {
 
 fn verify_part(folder: &Path, part: &Part) -> Result<(), Unfit> {
     let (path, broken) = (folder.join(&part.file), |what: String| Unfit::corrupt(&part.file, what));
-    if !matches!(Path::new(&part.file).components().collect::<Vec<_>>()[..], [Component::Normal(_)]) {
+    if !matches!(Path::new(&part.file).components().collect::<Vec<_>>()[..], [Component::Normal(_)])
+    {
         return Err(broken("leaves the checkpoint's folder".into()));
     }
     let unreadable = |error| unreadable(&path, &part.file, error);
@@ -100,7 +105,8 @@ fn verify_part(folder: &Path, part: &Part) -> Result<(), Unfit> {
         return Err(broken(format!("has {bytes} of {} bytes{instead}", part.bytes)));
     }
     let mut hashing = HashingWriter::new(io::sink());
-    let read = File::open(&path).and_then(|file| io::copy(&mut Listening(file.take(bytes)), &mut hashing));
+    let read =
+        File::open(&path).and_then(|file| io::copy(&mut Listening(file.take(bytes)), &mut hashing));
     requests::go_on().map_err(Unfit::Other)?;
     read.map_err(unreadable)?;
     let (_, sha256, _) = hashing.finish();
@@ -132,14 +138,22 @@ pub fn read_whole(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
     }
     let mut bytes = Vec::new();
     File::open(path)?.take(max_bytes + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > max_bytes { refused(format!("is longer than the {max_bytes} bytes allowed")) } else { Ok(bytes) }
+    if bytes.len() as u64 > max_bytes {
+        refused(format!("is longer than the {max_bytes} bytes allowed"))
+    } else {
+        Ok(bytes)
+    }
 }
 
 /// What is missing or lies on a bad sector is lost; what may not be read now may be read later.
 fn unreadable(path: &Path, file: &str, error: io::Error) -> Unfit {
     let lost = matches!(error.kind(), ErrorKind::NotFound | ErrorKind::InvalidData)
         || error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error());
-    if lost { Unfit::corrupt(file, format!("cannot be read: {error}")) } else { Unfit::Other(Error::storage(path, "read")(error)) }
+    if lost {
+        Unfit::corrupt(file, format!("cannot be read: {error}"))
+    } else {
+        Unfit::Other(Error::storage(path, "read")(error))
+    }
 }
 
 #[cfg(test)]
@@ -162,19 +176,36 @@ mod tests {
     fn a_part_that_is_no_file_of_the_folder_is_refused_unopened() {
         let folder = tempfile::tempdir().expect("a folder");
         for name in ["../a.safetensors", "..", ".", "/", "/etc/passwd", ""] {
-            assert!(refusal(folder.path(), &part(name, 4096)).ends_with("leaves the checkpoint's folder"), "{name:?}");
+            assert!(
+                refusal(folder.path(), &part(name, 4096))
+                    .ends_with("leaves the checkpoint's folder"),
+                "{name:?}"
+            );
         }
-        assert!(Command::new("mkfifo").arg(folder.path().join("fifo")).status().expect("mkfifo").success());
+        assert!(
+            Command::new("mkfifo")
+                .arg(folder.path().join("fifo"))
+                .status()
+                .expect("mkfifo")
+                .success()
+        );
         symlink("/dev/zero", folder.path().join("endless")).expect("a link");
         for name in ["fifo", "endless"] {
-            assert!(refusal(folder.path(), &part(name, 0)).ends_with("is not a regular file"), "{name}");
+            assert!(
+                refusal(folder.path(), &part(name, 0)).ends_with("is not a regular file"),
+                "{name}"
+            );
         }
     }
 
     #[test]
     fn a_part_that_is_a_pointer_is_called_one() {
         let folder = tempfile::tempdir().expect("a folder");
-        fs::write(folder.path().join("a.safetensors"), "version https://git-lfs.github.com/spec/v1\n").expect("a file");
+        fs::write(
+            folder.path().join("a.safetensors"),
+            "version https://git-lfs.github.com/spec/v1\n",
+        )
+        .expect("a file");
         let said = refusal(folder.path(), &part("a.safetensors", 4096));
         assert!(said.contains("has 43 of 4096 bytes: is a Git LFS pointer"), "{said}");
     }
@@ -182,12 +213,18 @@ mod tests {
     #[test]
     fn a_manifest_that_is_no_file_or_too_long_is_refused_unread() {
         let folder = tempfile::tempdir().expect("a folder");
-        let (path, refusal) = (folder.path().join(MANIFEST), || manifest(folder.path()).expect_err("no manifest").to_string());
+        let (path, refusal) = (folder.path().join(MANIFEST), || {
+            manifest(folder.path()).expect_err("no manifest").to_string()
+        });
         symlink("/dev/zero", &path).expect("a link");
         assert!(refusal().ends_with("cannot be read: is not a regular file"), "{}", refusal());
         fs::remove_file(&path).expect("a link");
         File::create(&path).and_then(|file| file.set_len(MAX_MANIFEST_BYTES + 1)).expect("a file");
-        assert!(refusal().ends_with("cannot be read: is longer than the 4194304 bytes allowed"), "{}", refusal());
+        assert!(
+            refusal().ends_with("cannot be read: is longer than the 4194304 bytes allowed"),
+            "{}",
+            refusal()
+        );
     }
 
     #[test]
@@ -197,11 +234,20 @@ mod tests {
         let now = Manifest::new(&config, 8, "data".into());
         let old = Manifest { version: 2, config: None, lr: None, ..now.clone() };
         let text = old.sealed();
-        assert!(!text.contains("config") && !text.contains("lr"), "the text that version 2 wrote: {text}");
+        assert!(
+            !text.contains("config") && !text.contains("lr"),
+            "the text that version 2 wrote: {text}"
+        );
         std::fs::write(folder.path().join(MANIFEST), text).expect("a file");
         let read = verify(folder.path()).expect("sound");
-        let error = read.check_same_run(folder.path(), &config, &now, true).expect_err("never guessed").to_string();
+        let error = read
+            .check_same_run(folder.path(), &config, &now, true)
+            .expect_err("never guessed")
+            .to_string();
         assert!(error.contains("is of version 2, which records no configuration"), "{error}");
-        assert_eq!(now.check_same_run(folder.path(), &config, &now, false).expect("the same run"), None);
+        assert_eq!(
+            now.check_same_run(folder.path(), &config, &now, false).expect("the same run"),
+            None
+        );
     }
 }

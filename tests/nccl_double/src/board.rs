@@ -1,5 +1,5 @@
-//! Where the ranks of one communicator meet: a folder that the unique id names, with a board of one slot a rank in shared
-//! memory and a file for each operation and rank until everyone has read it.
+//! Where the ranks of one communicator meet: a folder that the unique id names, with a board of one
+//! slot a rank in shared memory and a file for each operation and rank until everyone has read it.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Error, Write};
@@ -42,7 +42,8 @@ pub struct Slot {
     pub waits: AtomicU64,
 }
 
-/// The board of one communicator as one rank holds it. Never unmapped: slots are left at the process's end.
+/// The board of one communicator as one rank holds it. Never unmapped: slots are left at the
+/// process's end.
 pub struct Board {
     pub folder: PathBuf,
     pub rank: usize,
@@ -60,7 +61,9 @@ pub fn new_folder() -> PathBuf {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
     let number = MADE.fetch_add(1, Ordering::Relaxed);
     let folder = parent.join(format!("{PREFIX}{}-{number}-{now:x}", std::process::id()));
-    let made = fs::create_dir(&folder).and_then(|()| File::create(folder.join("board"))?.set_len((MOST_RANKS * size_of::<Slot>()) as u64));
+    let made = fs::create_dir(&folder).and_then(|()| {
+        File::create(folder.join("board"))?.set_len((MOST_RANKS * size_of::<Slot>()) as u64)
+    });
     made.unwrap_or_else(|error| fail(format!("cannot make {}: {error}", folder.display())));
     folder
 }
@@ -72,15 +75,23 @@ fn default_parent() -> PathBuf {
     let mut space: libc::statvfs = unsafe { std::mem::zeroed() };
     // SAFETY: a path that ends in a zero, and a place for the answer.
     let known = unsafe { libc::statvfs(c"/dev/shm".as_ptr(), &mut space) } == 0;
-    if known && space.f_bavail * space.f_frsize >= ENOUGH { "/dev/shm".into() } else { std::env::temp_dir() }
+    if known && space.f_bavail * space.f_frsize >= ENOUGH {
+        "/dev/shm".into()
+    } else {
+        std::env::temp_dir()
+    }
 }
 
 /// Removes the folders of communicators of which nobody lives.
 fn sweep(parent: &Path) {
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
         let name = entry.file_name();
-        let maker = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.split('-').next()?.parse::<u32>().ok());
-        if maker.is_some_and(|maker| !lives(maker)) && members(&entry.path()).into_iter().all(|member| !lives(member)) {
+        let maker = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(PREFIX)?.split('-').next()?.parse::<u32>().ok());
+        if maker.is_some_and(|maker| !lives(maker))
+            && members(&entry.path()).into_iter().all(|member| !lives(member))
+        {
             // Another process may be sweeping too.
             let _ = fs::remove_dir_all(entry.path());
         }
@@ -90,7 +101,13 @@ fn sweep(parent: &Path) {
 fn members(folder: &Path) -> Vec<u32> {
     let bytes = fs::read(folder.join("board")).unwrap_or_default();
     let first = |slot: &[u8]| u32::from_le_bytes([slot[0], slot[1], slot[2], slot[3]]);
-    bytes.as_chunks::<{ size_of::<Slot>() }>().0.iter().map(|slot| first(slot)).filter(|process| *process != 0).collect()
+    bytes
+        .as_chunks::<{ size_of::<Slot>() }>()
+        .0
+        .iter()
+        .map(|slot| first(slot))
+        .filter(|process| *process != 0)
+        .collect()
 }
 
 /// Whether a process of this number is there and has not ended.
@@ -109,14 +126,24 @@ impl Board {
     pub fn join(folder: PathBuf, rank: usize, num_ranks: usize, device: u32) -> Self {
         let slots = map(&folder.join("board"));
         let own = &slots[rank];
-        if own.process.compare_exchange(0, std::process::id(), Ordering::AcqRel, Ordering::Acquire).is_err() {
-            fail(format!("rank {rank} of a communicator of {num_ranks} is taken by another process"));
+        if own
+            .process
+            .compare_exchange(0, std::process::id(), Ordering::AcqRel, Ordering::Acquire)
+            .is_err()
+        {
+            fail(format!(
+                "rank {rank} of a communicator of {num_ranks} is taken by another process"
+            ));
         }
         own.num_ranks.store(num_ranks as u32, Ordering::Relaxed);
         own.device.store(device, Ordering::Relaxed);
         own.state.store(JOINED, Ordering::Release);
         let board = Board { folder: folder.clone(), rank, slots: &slots[..num_ranks] };
-        OWN.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push((own, folder, board.slots));
+        OWN.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push((
+            own,
+            folder,
+            board.slots,
+        ));
         board
     }
 
@@ -138,9 +165,11 @@ impl Board {
         self.folder.join(format!("{operation}-of-{rank}"))
     }
 
-    /// Removes this rank's files that everyone has read, of those from `first` on; returns the first that stays.
+    /// Removes this rank's files that everyone has read, of those from `first` on; returns the
+    /// first that stays.
     pub fn prune(&self, first: u64) -> u64 {
-        let finished = self.slots.iter().map(|slot| slot.finished.load(Ordering::Acquire)).min().unwrap_or(0);
+        let finished =
+            self.slots.iter().map(|slot| slot.finished.load(Ordering::Acquire)).min().unwrap_or(0);
         for operation in first..finished {
             let _ = fs::remove_file(self.file(self.rank, operation));
         }
@@ -173,21 +202,29 @@ pub fn leave_all(state: u32) {
 fn map(path: &Path) -> &'static [Slot] {
     let length = MOST_RANKS * size_of::<Slot>();
     let file = OpenOptions::new().read(true).write(true).open(path);
-    let file = file.unwrap_or_else(|error| fail(format!("unknown or outdated unique id: cannot open {}: {error}", path.display())));
+    let file = file.unwrap_or_else(|error| {
+        fail(format!("unknown or outdated unique id: cannot open {}: {error}", path.display()))
+    });
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     // SAFETY: a new mapping of a file of this length; the kernel chooses its place.
-    let start = unsafe { libc::mmap(std::ptr::null_mut(), length, protection, libc::MAP_SHARED, file.as_raw_fd(), 0) };
+    let start = unsafe {
+        libc::mmap(std::ptr::null_mut(), length, protection, libc::MAP_SHARED, file.as_raw_fd(), 0)
+    };
     if start == libc::MAP_FAILED {
         fail(format!("cannot map {}: {}", path.display(), Error::last_os_error()));
     }
-    // SAFETY: the mapping is page-aligned, as long as the slots, of atomics only, and never unmapped.
+    // SAFETY: the mapping is page-aligned, as long as the slots, of atomics only, and never
+    // unmapped.
     unsafe { std::slice::from_raw_parts(start.cast(), MOST_RANKS) }
 }
 
-/// Writes bytes and then memory of the program into a new file; false if some of the memory is not mapped.
+/// Writes bytes and then memory of the program into a new file; false if some of the memory is not
+/// mapped.
 pub fn write_file(path: &Path, head: &[u8], payload: crate::memory::Span) -> bool {
-    let mut file = File::create(path).unwrap_or_else(|error| fail(format!("cannot write {}: {error}", path.display())));
-    file.write_all(head).unwrap_or_else(|error| fail(format!("cannot write {}: {error}", path.display())));
+    let mut file = File::create(path)
+        .unwrap_or_else(|error| fail(format!("cannot write {}: {error}", path.display())));
+    file.write_all(head)
+        .unwrap_or_else(|error| fail(format!("cannot write {}: {error}", path.display())));
     let mut written = 0;
     while written < payload.length {
         let from = (payload.start + written) as *const libc::c_void;

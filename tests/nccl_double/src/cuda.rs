@@ -1,4 +1,5 @@
-//! The CUDA driver's functions. The compute stream, handle null, is the program itself: what it is given is done at once.
+//! The CUDA driver's functions. The compute stream, handle null, is the program itself: what it is
+//! given is done at once.
 
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
@@ -100,7 +101,11 @@ pub unsafe extern "C" fn cuDeviceGet(device: *mut c_int, ordinal: c_int) -> CuRe
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceGetName(name: *mut c_char, length: c_int, device: c_int) -> CuResult {
+pub unsafe extern "C" fn cuDeviceGetName(
+    name: *mut c_char,
+    length: c_int,
+    device: c_int,
+) -> CuResult {
     if !is_device(device) {
         return INVALID_DEVICE;
     }
@@ -124,7 +129,11 @@ pub unsafe extern "C" fn cuDeviceGetUuid_v2(uuid: *mut [u8; 16], device: c_int) 
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_uint, device: c_int) -> CuResult {
+pub unsafe extern "C" fn cuDeviceGetAttribute(
+    value: *mut c_int,
+    attribute: c_uint,
+    device: c_int,
+) -> CuResult {
     const PROCESSORS: c_uint = 16;
     const MAJOR: c_uint = 75;
     const MINOR: c_uint = 76;
@@ -144,7 +153,10 @@ pub unsafe extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_ui
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(context: *mut *mut c_void, device: c_int) -> CuResult {
+pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(
+    context: *mut *mut c_void,
+    device: c_int,
+) -> CuResult {
     initialized(|| {
         if !is_device(device) {
             return INVALID_DEVICE;
@@ -178,7 +190,9 @@ pub unsafe extern "C" fn cuStreamCreate(stream: *mut *mut c_void, flags: c_uint)
         return INVALID_CONTEXT;
     }
     if flags != NON_BLOCKING {
-        fail(format!("cuStreamCreate: with flags {flags} the stream takes turns with the compute stream; 1 (non-blocking) is expected"));
+        fail(format!(
+            "cuStreamCreate: with flags {flags} the stream takes turns with the compute stream; 1 (non-blocking) is expected"
+        ));
     }
     let handle = world().streams.add(Stream::default());
     unsafe { stream.write(handle as *mut c_void) };
@@ -215,7 +229,11 @@ pub extern "C" fn cuStreamQuery(stream: *mut c_void) -> CuResult {
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuStreamWaitEvent(stream: *mut c_void, event: *mut c_void, flags: c_uint) -> CuResult {
+pub extern "C" fn cuStreamWaitEvent(
+    stream: *mut c_void,
+    event: *mut c_void,
+    flags: c_uint,
+) -> CuResult {
     const NAME: &str = "cuStreamWaitEvent";
     if flags != 0 {
         return INVALID_VALUE;
@@ -252,7 +270,9 @@ pub unsafe extern "C" fn cuEventCreate(event: *mut *mut c_void, flags: c_uint) -
         return INVALID_CONTEXT;
     }
     if flags & !DISABLE_TIMING != 0 {
-        fail(format!("cuEventCreate: flags {flags} are neither 0 nor 2 (no timing); an event of other flags may block the host"));
+        fail(format!(
+            "cuEventCreate: flags {flags} are neither 0 nor 2 (no timing); an event of other flags may block the host"
+        ));
     }
     let handle = world().events.add(Event { timed: flags & DISABLE_TIMING == 0, mark: None });
     unsafe { event.write(handle as *mut c_void) };
@@ -275,13 +295,19 @@ pub extern "C" fn cuEventRecord(event: *mut c_void, stream: *mut c_void) -> CuRe
 pub extern "C" fn cuEventQuery(event: *mut c_void) -> CuResult {
     let mut world = world();
     // CUDA answers so for an event that was never recorded.
-    let Some(mark) = world.events.get(event as usize, "cuEventQuery").mark.clone() else { return SUCCESS };
+    let Some(mark) = world.events.get(event as usize, "cuEventQuery").mark.clone() else {
+        return SUCCESS;
+    };
     world.advance(mark.stream, mark.position);
     if mark.passed().is_some() { SUCCESS } else { NOT_READY }
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventElapsedTime(milliseconds: *mut f32, start: *mut c_void, end: *mut c_void) -> CuResult {
+pub unsafe extern "C" fn cuEventElapsedTime(
+    milliseconds: *mut f32,
+    start: *mut c_void,
+    end: *mut c_void,
+) -> CuResult {
     let mut world = world();
     let mut times = [0; 2];
     for (time, event) in times.iter_mut().zip([start, end]) {
@@ -296,7 +322,11 @@ pub unsafe extern "C" fn cuEventElapsedTime(milliseconds: *mut f32, start: *mut 
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventElapsedTime_v2(milliseconds: *mut f32, start: *mut c_void, end: *mut c_void) -> CuResult {
+pub unsafe extern "C" fn cuEventElapsedTime_v2(
+    milliseconds: *mut f32,
+    start: *mut c_void,
+    end: *mut c_void,
+) -> CuResult {
     unsafe { cuEventElapsedTime(milliseconds, start, end) }
 }
 
@@ -307,7 +337,10 @@ pub extern "C" fn cuEventDestroy_v2(event: *mut c_void) -> CuResult {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuModuleLoadData(module: *mut *mut c_void, image: *const c_void) -> CuResult {
+pub unsafe extern "C" fn cuModuleLoadData(
+    module: *mut *mut c_void,
+    image: *const c_void,
+) -> CuResult {
     let Some(device) = current_device() else { return INVALID_CONTEXT };
     let Some(read) = (unsafe { Module::read(image) }) else { return INVALID_IMAGE };
     if !read.runs_on(switches().architecture) {
@@ -322,13 +355,22 @@ pub unsafe extern "C" fn cuModuleLoadData(module: *mut *mut c_void, image: *cons
 pub extern "C" fn cuModuleUnload(module: *mut c_void) -> CuResult {
     let (mut world, module) = (world(), module as usize);
     world.modules.remove(module, "cuModuleUnload");
-    let gone: Vec<usize> = world.functions.iter().filter(|(_, function)| function.module == module).map(|(handle, _)| handle).collect();
+    let gone: Vec<usize> = world
+        .functions
+        .iter()
+        .filter(|(_, function)| function.module == module)
+        .map(|(handle, _)| handle)
+        .collect();
     gone.into_iter().for_each(|function| drop(world.functions.remove(function, "cuModuleUnload")));
     SUCCESS
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuModuleGetFunction(function: *mut *mut c_void, module: *mut c_void, name: *const c_char) -> CuResult {
+pub unsafe extern "C" fn cuModuleGetFunction(
+    function: *mut *mut c_void,
+    module: *mut c_void,
+    name: *const c_char,
+) -> CuResult {
     let name = unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned();
     let (mut world, module) = (world(), module as usize);
     let (_, loaded) = world.modules.get(module, "cuModuleGetFunction");
@@ -339,11 +381,17 @@ pub unsafe extern "C" fn cuModuleGetFunction(function: *mut *mut c_void, module:
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuFuncGetParamInfo(function: *mut c_void, number: usize, offset: *mut usize, size: *mut usize) -> CuResult {
+pub unsafe extern "C" fn cuFuncGetParamInfo(
+    function: *mut c_void,
+    number: usize,
+    offset: *mut usize,
+    size: *mut usize,
+) -> CuResult {
     let mut world = world();
     let parameters = &world.functions.get(function as usize, "cuFuncGetParamInfo").parameters;
     let Some(found) = parameters.get(number) else { return INVALID_VALUE };
-    // Parameters of up to eight bytes are aligned to their size, larger ones hold nothing larger than eight bytes.
+    // Parameters of up to eight bytes are aligned to their size, larger ones hold nothing larger
+    // than eight bytes.
     let place = |end: usize, size: &usize| end.next_multiple_of((*size).min(8)) + size;
     unsafe { offset.write(parameters[..=number].iter().fold(0, place) - found) };
     unsafe { size.write(*found) };
@@ -367,30 +415,42 @@ pub unsafe extern "C" fn cuLaunchKernel(
 ) -> CuResult {
     const NAME: &str = "cuLaunchKernel";
     let mut world_now = world();
-    let Function { module, name, parameters } = world_now.functions.get(function as usize, NAME).clone();
+    let Function { module, name, parameters } =
+        world_now.functions.get(function as usize, NAME).clone();
     let (device, _) = world_now.modules.get(module, NAME);
     if current_device() != Some(*device) {
-        fail(format!("{NAME}: {name} was loaded for GPU {device}, and {:?} is current", current_device()));
+        fail(format!(
+            "{NAME}: {name} was loaded for GPU {device}, and {:?} is current",
+            current_device()
+        ));
     }
     drop(world_now);
     if compute_or(stream) != 0 {
-        fail(format!("{NAME}: {name} runs beside the compute stream, where libtorch's memory may change hands meanwhile"));
+        fail(format!(
+            "{NAME}: {name} runs beside the compute stream, where libtorch's memory may change hands meanwhile"
+        ));
     }
-    if [blocks_y, blocks_z, threads_y, threads_z] != [1; 4] || shared_bytes != 0 || !extra.is_null() {
-        fail(format!("{NAME}: {name} with more than one axis, shared memory or extra arguments is not known here"));
+    if [blocks_y, blocks_z, threads_y, threads_z] != [1; 4] || shared_bytes != 0 || !extra.is_null()
+    {
+        fail(format!(
+            "{NAME}: {name} with more than one axis, shared memory or extra arguments is not known here"
+        ));
     }
     if !(1..1 << 31).contains(&blocks_x) || !(1..=1024).contains(&threads_x) {
         return INVALID_VALUE;
     }
     let addresses = unsafe { std::slice::from_raw_parts(arguments, parameters.len()) };
-    let mut copies: Vec<Vec<u64>> = parameters.iter().map(|size| vec![0; size.div_ceil(8)]).collect();
+    let mut copies: Vec<Vec<u64>> =
+        parameters.iter().map(|size| vec![0; size.div_ceil(8)]).collect();
     for ((number, size), copy) in parameters.iter().enumerate().zip(&mut copies) {
-        let bytes = unsafe { std::slice::from_raw_parts_mut(copy.as_mut_ptr().cast::<u8>(), *size) };
+        let bytes =
+            unsafe { std::slice::from_raw_parts_mut(copy.as_mut_ptr().cast::<u8>(), *size) };
         if !crate::memory::read(addresses[number] as usize, bytes) {
             fail(format!("{NAME}: argument {number} of {name} is not readable for {size} bytes"));
         }
     }
-    let mut addresses: Vec<*mut c_void> = copies.iter_mut().map(|copy| copy.as_mut_ptr().cast()).collect();
+    let mut addresses: Vec<*mut c_void> =
+        copies.iter_mut().map(|copy| copy.as_mut_ptr().cast()).collect();
     unsafe { on_host(&name)(blocks_x, threads_x, addresses.as_mut_ptr()) };
     SUCCESS
 }
@@ -418,7 +478,10 @@ fn describe(error: CuResult) -> Option<(&'static CStr, &'static CStr)> {
         INVALID_DEVICE => Some((c"CUDA_ERROR_INVALID_DEVICE", c"invalid device ordinal")),
         INVALID_IMAGE => Some((c"CUDA_ERROR_INVALID_IMAGE", c"device kernel image is invalid")),
         INVALID_CONTEXT => Some((c"CUDA_ERROR_INVALID_CONTEXT", c"invalid device context")),
-        NO_BINARY_FOR_GPU => Some((c"CUDA_ERROR_NO_BINARY_FOR_GPU", c"no kernel image is available for execution on the device")),
+        NO_BINARY_FOR_GPU => Some((
+            c"CUDA_ERROR_NO_BINARY_FOR_GPU",
+            c"no kernel image is available for execution on the device",
+        )),
         INVALID_HANDLE => Some((c"CUDA_ERROR_INVALID_HANDLE", c"invalid resource handle")),
         NOT_FOUND => Some((c"CUDA_ERROR_NOT_FOUND", c"named symbol not found")),
         NOT_READY => Some((c"CUDA_ERROR_NOT_READY", c"device not ready")),

@@ -66,8 +66,8 @@ impl Reduction {
     }
 }
 
-/// Reduces the ranks' blocks into the first by the pairwise tree, `(0+1)+(2+3)` for four, rounded after each addition: the
-/// order of fm-dist's other backends.
+/// Reduces the ranks' blocks into the first by the pairwise tree, `(0+1)+(2+3)` for four, rounded
+/// after each addition: the order of fm-dist's other backends.
 pub fn reduce(blocks: &mut [Vec<u8>], element: Element, reduction: Reduction) {
     let mut step = 1;
     while step < blocks.len() {
@@ -81,12 +81,21 @@ pub fn reduce(blocks: &mut [Vec<u8>], element: Element, reduction: Reduction) {
 
 fn join(left: &mut [u8], right: &[u8], element: Element, reduction: Reduction) {
     match element {
-        Element::I64 => {
-            each(left, right, |a, b| pick(i64::from_le_bytes(a), i64::from_le_bytes(b), reduction, i64::wrapping_add).to_le_bytes())
+        Element::I64 => each(left, right, |a, b| {
+            pick(i64::from_le_bytes(a), i64::from_le_bytes(b), reduction, i64::wrapping_add)
+                .to_le_bytes()
+        }),
+        Element::F32 => each(left, right, |a, b| {
+            pick(f32::from_le_bytes(a), f32::from_le_bytes(b), reduction, |a, b| a + b)
+                .to_le_bytes()
+        }),
+        Element::F64 => each(left, right, |a, b| {
+            pick(f64::from_le_bytes(a), f64::from_le_bytes(b), reduction, |a, b| a + b)
+                .to_le_bytes()
+        }),
+        Element::Bf16 => {
+            each(left, right, |a, b| narrow(pick(widen(a), widen(b), reduction, |a, b| a + b)))
         }
-        Element::F32 => each(left, right, |a, b| pick(f32::from_le_bytes(a), f32::from_le_bytes(b), reduction, |a, b| a + b).to_le_bytes()),
-        Element::F64 => each(left, right, |a, b| pick(f64::from_le_bytes(a), f64::from_le_bytes(b), reduction, |a, b| a + b).to_le_bytes()),
-        Element::Bf16 => each(left, right, |a, b| narrow(pick(widen(a), widen(b), reduction, |a, b| a + b))),
     }
 }
 
@@ -135,7 +144,11 @@ fn narrow(value: f32) -> [u8; 2] {
 mod tests {
     use super::*;
 
-    fn reduced<const N: usize>(ranks: &[[u8; N]], element: Element, reduction: Reduction) -> [u8; N] {
+    fn reduced<const N: usize>(
+        ranks: &[[u8; N]],
+        element: Element,
+        reduction: Reduction,
+    ) -> [u8; N] {
         let mut blocks: Vec<Vec<u8>> = ranks.iter().map(|bytes| bytes.to_vec()).collect();
         reduce(&mut blocks, element, reduction);
         blocks[0][..].try_into().unwrap()
@@ -157,7 +170,10 @@ mod tests {
         let [one, half, and_a_half] = [0x3f80_u16, 0x3b80, 0x3c40].map(u16::to_le_bytes);
         assert_eq!(reduced(&[one, half], Element::Bf16, Reduction::Sum), one);
         assert_eq!(reduced(&[one, half, half], Element::Bf16, Reduction::Sum), one);
-        assert_eq!(reduced(&[one, and_a_half], Element::Bf16, Reduction::Sum), 0x3f82_u16.to_le_bytes());
+        assert_eq!(
+            reduced(&[one, and_a_half], Element::Bf16, Reduction::Sum),
+            0x3f82_u16.to_le_bytes()
+        );
         assert!(widen(narrow(f32::NAN)).is_nan());
         assert_eq!(widen(narrow(f32::MAX)), f32::INFINITY);
     }
@@ -165,10 +181,16 @@ mod tests {
     #[test]
     fn integers_and_doubles_keep_all_their_bits() {
         let integers = [i64::MAX - 5, 3, -7].map(i64::to_le_bytes);
-        assert_eq!(i64::from_le_bytes(reduced(&integers, Element::I64, Reduction::Sum)), i64::MAX - 9);
+        assert_eq!(
+            i64::from_le_bytes(reduced(&integers, Element::I64, Reduction::Sum)),
+            i64::MAX - 9
+        );
         assert_eq!(i64::from_le_bytes(reduced(&integers, Element::I64, Reduction::Min)), -7);
         let doubles = [1.0_f64, 1e-16 * 3.0, 7.5].map(f64::to_le_bytes);
-        assert_eq!(f64::from_le_bytes(reduced(&doubles, Element::F64, Reduction::Sum)), (1.0 + 1e-16 * 3.0) + 7.5);
+        assert_eq!(
+            f64::from_le_bytes(reduced(&doubles, Element::F64, Reduction::Sum)),
+            (1.0 + 1e-16 * 3.0) + 7.5
+        );
         assert_eq!(f64::from_le_bytes(reduced(&doubles, Element::F64, Reduction::Max)), 7.5);
     }
 }

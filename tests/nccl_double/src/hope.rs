@@ -36,28 +36,48 @@ impl World {
     /// Ends the process if the operation that the host waits for can never be done.
     pub fn check_hope(&self, stream: usize, patience: &Patience) {
         let Some(operation) = self.awaited(stream) else { return };
-        let (handle, number, what) = (operation.call.communicator, operation.number, operation.describe());
+        let (handle, number, what) =
+            (operation.call.communicator, operation.number, operation.describe());
         let Some(communicator) = self.communicators.peek(handle) else { return };
         let Some(board) = &communicator.board else { return };
         board.own().waits.store(number + 1, Ordering::Release);
         let missing: Vec<(usize, u32, u32)> = (0..board.slots().len())
             .filter(|rank| board.slots()[*rank].posted.load(Ordering::Acquire) <= number)
-            .map(|rank| (rank, board.slots()[rank].state.load(Ordering::Acquire), board.slots()[rank].process.load(Ordering::Acquire)))
+            .map(|rank| {
+                (
+                    rank,
+                    board.slots()[rank].state.load(Ordering::Acquire),
+                    board.slots()[rank].process.load(Ordering::Acquire),
+                )
+            })
             .collect();
         for (rank, state, process) in &missing {
             match *state {
                 // Read again: it may have posted and then left since.
-                board::FINALIZING | board::LEFT if board.slots()[*rank].posted.load(Ordering::Acquire) <= number => {
-                    fail(format!("ranks differ in the number of operations: rank {rank} ended the communicator before {what}"))
+                board::FINALIZING | board::LEFT
+                    if board.slots()[*rank].posted.load(Ordering::Acquire) <= number =>
+                {
+                    fail(format!(
+                        "ranks differ in the number of operations: rank {rank} ended the communicator before {what}"
+                    ))
                 }
-                board::FAILED => fail(format!("{what} waits for rank {rank}, which has broken a rule")),
+                board::FAILED => {
+                    fail(format!("{what} waits for rank {rank}, which has broken a rule"))
+                }
                 _ => self.check_deadlock(handle, *rank, *process, &what),
             }
         }
         if patience.is_over() {
-            let missing: Vec<String> = missing.iter().map(|(rank, state, process)| describe_missing(*rank, *state, *process)).collect();
+            let missing: Vec<String> = missing
+                .iter()
+                .map(|(rank, state, process)| describe_missing(*rank, *state, *process))
+                .collect();
             let seconds = switches().patience.as_secs_f64();
-            let reason = if missing.is_empty() { "though every rank started it".into() } else { format!("for {}", missing.join(" and ")) };
+            let reason = if missing.is_empty() {
+                "though every rank started it".into()
+            } else {
+                format!("for {}", missing.join(" and "))
+            };
             fail(format!("{what} has waited {seconds} s {reason}"));
         }
     }
@@ -65,19 +85,29 @@ impl World {
     /// A rank that we wait for, and which waits for us in another communicator.
     fn check_deadlock(&self, own: usize, rank: usize, process: u32, what: &str) {
         let others = self.communicators.iter().filter(|(handle, _)| *handle != own);
-        for (handle, board) in others.filter_map(|(handle, other)| Some((handle, other.board.as_ref()?))) {
+        for (handle, board) in
+            others.filter_map(|(handle, other)| Some((handle, other.board.as_ref()?)))
+        {
             let ours = board.own().posted.load(Ordering::Acquire);
-            let theirs = board.slots().iter().find(|slot| slot.process.load(Ordering::Acquire) == process);
-            if process != std::process::id() && theirs.is_some_and(|slot| slot.waits.load(Ordering::Acquire) > ours) {
-                let (own, other) = (self.communicators.title(own), self.communicators.title(handle));
-                fail(format!("ranks differ in communicator: this rank waits for {what} of {own}, rank {rank} for one of {other}"));
+            let theirs =
+                board.slots().iter().find(|slot| slot.process.load(Ordering::Acquire) == process);
+            if process != std::process::id()
+                && theirs.is_some_and(|slot| slot.waits.load(Ordering::Acquire) > ours)
+            {
+                let (own, other) =
+                    (self.communicators.title(own), self.communicators.title(handle));
+                fail(format!(
+                    "ranks differ in communicator: this rank waits for {what} of {own}, rank {rank} for one of {other}"
+                ));
             }
         }
     }
 
     /// The host waits no more.
     pub fn stop_waiting(&self) {
-        for board in self.communicators.iter().filter_map(|(_, communicator)| communicator.board.as_ref()) {
+        for board in
+            self.communicators.iter().filter_map(|(_, communicator)| communicator.board.as_ref())
+        {
             board.own().waits.store(0, Ordering::Release);
         }
     }

@@ -15,10 +15,17 @@ unsafe extern "C" {
 pub fn watch() {
     static ONCE: Once = Once::new();
     // SAFETY: the function lives as long as the library, which nobody unloads.
-    ONCE.call_once(|| assert_eq!(unsafe { on_exit(at_exit, std::ptr::null_mut()) }, 0, "no room for an exit function"));
+    ONCE.call_once(|| {
+        assert_eq!(
+            unsafe { on_exit(at_exit, std::ptr::null_mut()) },
+            0,
+            "no room for an exit function"
+        )
+    });
 }
 
-/// A process that ends with a failure, be it by an abort, leaves everything as it was: nothing is said then.
+/// A process that ends with a failure, be it by an abort, leaves everything as it was: nothing is
+/// said then.
 extern "C" fn at_exit(status: c_int, _: *mut c_void) {
     if status == 0
         && let Some(world) = try_world()
@@ -34,9 +41,16 @@ fn first_leak(world: &World) -> Option<String> {
         return Some("a group is open".into());
     }
     let unobserved = world.unobserved(None);
-    let communicator = || world.communicators.iter().next().map(|(handle, _)| world.communicators.title(handle));
+    let communicator =
+        || world.communicators.iter().next().map(|(handle, _)| world.communicators.title(handle));
     let event = || world.events.iter().next().map(|(handle, _)| world.events.title(handle));
     let stream = || world.streams.iter().next().map(|(handle, _)| world.streams.title(handle));
     let module = || world.modules.iter().next().map(|(handle, _)| world.modules.title(handle));
-    unobserved.or_else(|| communicator().or_else(event).or_else(stream).or_else(module).map(|title| format!("{title} was not destroyed")))
+    unobserved.or_else(|| {
+        communicator()
+            .or_else(event)
+            .or_else(stream)
+            .or_else(module)
+            .map(|title| format!("{title} was not destroyed"))
+    })
 }

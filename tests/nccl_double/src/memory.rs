@@ -1,4 +1,5 @@
-//! Reads and writes of memory that the program under test may have freed: the kernel does them and refuses what is not mapped.
+//! Reads and writes of memory that the program under test may have freed: the kernel does them and
+//! refuses what is not mapped.
 
 use std::io::Error;
 
@@ -7,7 +8,8 @@ use crate::failure::fail;
 /// Bytes that go through one system call; they pass through a cache.
 pub const BLOCK: usize = 256 << 10;
 
-/// What an output holds from its operation's start until its end: a NaN of every float kind, and −1.
+/// What an output holds from its operation's start until its end: a NaN of every float kind, and
+/// −1.
 pub const POISON: u8 = 0xff;
 
 /// A stretch of this process's memory.
@@ -32,7 +34,10 @@ impl Span {
 
     /// The parts before and after `hole`, which lies inside.
     pub fn around(self, hole: Span) -> [Span; 2] {
-        [Span::new(self.start, hole.start - self.start), Span::new(hole.end(), self.end() - hole.end())]
+        [
+            Span::new(self.start, hole.start - self.start),
+            Span::new(hole.end(), self.end() - hole.end()),
+        ]
     }
 }
 

@@ -1,5 +1,6 @@
-//! Kernels: machine code as NVRTC makes it is read as far as the driver's answers and the strictness need it. It is not run:
-//! a program for CPUs, made from the same text, runs in its place.
+//! Kernels: machine code as NVRTC makes it is read as far as the driver's answers and the
+//! strictness need it. It is not run: a program for CPUs, made from the same text, runs in its
+//! place.
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_uint, c_void};
@@ -15,7 +16,8 @@ const SECTION: usize = 64;
 const SIZED: u8 = 4;
 const PARAMETER: u8 = 0x17;
 
-/// A function as `<name>_on_host` of the library that the switch names: blocks, threads of each, addresses of the arguments.
+/// A function as `<name>_on_host` of the library that the switch names: blocks, threads of each,
+/// addresses of the arguments.
 pub type OnHost = unsafe extern "C" fn(c_uint, c_uint, *mut *mut c_void);
 
 /// Code for one architecture.
@@ -47,17 +49,27 @@ impl Module {
             return None;
         }
         let (sections, count) = (u64_at(header, 40) as usize, usize::from(u16_at(header, 60)));
-        let ends = |image: &[u8]| (0..count).map(|number| Section::at(image, sections, number)).map(|section| section.end()).max();
-        // SAFETY: as above; the table of sections comes after the header, and says where each section lies.
+        let ends = |image: &[u8]| {
+            (0..count)
+                .map(|number| Section::at(image, sections, number))
+                .map(|section| section.end())
+                .max()
+        };
+        // SAFETY: as above; the table of sections comes after the header, and says where each
+        // section lies.
         let table = unsafe { std::slice::from_raw_parts(start, sections + count * SECTION) };
         // SAFETY: as above.
         let whole = unsafe { std::slice::from_raw_parts(start, ends(table)?.max(table.len())) };
         let names = Section::at(whole, sections, usize::from(u16_at(header, 62)));
         let mut kernels = BTreeMap::new();
         for section in (0..count).map(|number| Section::at(whole, sections, number)) {
-            let name = CStr::from_bytes_until_nul(&whole[names.offset + section.name..]).ok()?.to_str().ok()?;
+            let name = CStr::from_bytes_until_nul(&whole[names.offset + section.name..])
+                .ok()?
+                .to_str()
+                .ok()?;
             if let Some(kernel) = name.strip_prefix(".nv.info.") {
-                kernels.insert(kernel.to_string(), parameters(&whole[section.offset..section.end()]));
+                kernels
+                    .insert(kernel.to_string(), parameters(&whole[section.offset..section.end()]));
             }
         }
         Some(Module { architecture: u32_at(header, 48) >> 8 & 0xff, kernels })
@@ -96,7 +108,8 @@ fn parameters(mut attributes: &[u8]) -> Vec<usize> {
     while let [form, attribute, rest @ ..] = attributes {
         let length = if *form == SIZED { usize::from(u16_at(rest, 0)) } else { 0 };
         if (*form, *attribute) == (SIZED, PARAMETER) {
-            // An index, the parameter's number, its offset, and its size above 18 bits of other things.
+            // An index, the parameter's number, its offset, and its size above 18 bits of other
+            // things.
             sizes.insert(u16_at(rest, 6), (u32_at(rest, 10) >> 18) as usize);
         }
         attributes = &rest[2 + length..];
@@ -119,9 +132,12 @@ fn u64_at(bytes: &[u8], offset: usize) -> u64 {
 /// What runs in the place of a kernel.
 pub fn on_host(kernel: &str) -> OnHost {
     let Some(library) = &switches().kernels else {
-        fail(format!("cuLaunchKernel: {kernel} cannot run here: NCCL_DOUBLE_KERNELS names no library to run instead"))
+        fail(format!(
+            "cuLaunchKernel: {kernel} cannot run here: NCCL_DOUBLE_KERNELS names no library to run instead"
+        ))
     };
-    let path = CString::new(library.as_os_str().as_encoded_bytes()).expect("an environment variable");
+    let path =
+        CString::new(library.as_os_str().as_encoded_bytes()).expect("an environment variable");
     // SAFETY: both texts end with a zero; the library stays open.
     let function = unsafe {
         let handle = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);

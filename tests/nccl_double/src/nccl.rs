@@ -1,4 +1,5 @@
-//! NCCL's functions, of version 2.29.7. Longer than most files, because each must be here with its whole C signature.
+//! NCCL's functions, of version 2.29.7. Longer than most files, because each must be here with its
+//! whole C signature.
 
 use std::cell::RefCell;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
@@ -94,9 +95,12 @@ thread_local! {
 pub extern "C" fn ncclGetLastError(communicator: *mut c_void) -> *const c_char {
     let mut world = world();
     // NCCL takes null for the process's last error.
-    let phase = (!communicator.is_null()).then(|| world.communicators.get(communicator as usize, "ncclGetLastError").phase);
+    let phase = (!communicator.is_null())
+        .then(|| world.communicators.get(communicator as usize, "ncclGetLastError").phase);
     let text = match phase {
-        Some(Phase::Broken(INVALID_USAGE)) => "Duplicate GPU detected: two ranks of the communicator have the same device",
+        Some(Phase::Broken(INVALID_USAGE)) => {
+            "Duplicate GPU detected: two ranks of the communicator have the same device"
+        }
         Some(Phase::Broken(_)) => "the double reports the error that a switch asks for",
         _ => "",
     };
@@ -117,18 +121,25 @@ pub unsafe extern "C" fn ncclCommInitRankConfig(
     const NAME: &str = "ncclCommInitRankConfig";
     crate::leaks::watch();
     let config = unsafe { config.as_ref() };
-    check_config(config.unwrap_or_else(|| fail(format!("{NAME}: without a configuration the communicator blocks the host"))));
-    let (Ok(rank), Ok(num_ranks)) = (usize::try_from(rank), usize::try_from(num_ranks)) else { return INVALID_ARGUMENT };
+    check_config(config.unwrap_or_else(|| {
+        fail(format!("{NAME}: without a configuration the communicator blocks the host"))
+    }));
+    let (Ok(rank), Ok(num_ranks)) = (usize::try_from(rank), usize::try_from(num_ranks)) else {
+        return INVALID_ARGUMENT;
+    };
     if rank >= num_ranks || num_ranks > board::MOST_RANKS {
         return INVALID_ARGUMENT;
     }
-    let Some(device) = cuda::current_device() else { fail(format!("{NAME}: this thread has no current context, so no GPU is meant")) };
+    let Some(device) = cuda::current_device() else {
+        fail(format!("{NAME}: this thread has no current context, so no GPU is meant"))
+    };
     set_rank(rank);
     let mut hasher = DefaultHasher::new();
     id.0.hash(&mut hasher);
     let hash = hasher.finish();
     let stuck = switches().stuck_init == crate::failure::rank();
-    let board = (!stuck).then(|| Board::join(folder_of(&id), rank, num_ranks, cuda::identity(device) as u32));
+    let board = (!stuck)
+        .then(|| Board::join(folder_of(&id), rank, num_ranks, cuda::identity(device) as u32));
     let phase = if stuck { Phase::Stuck } else { Phase::Joining };
     let mut world = world();
     world.started.push((hash, 0));
@@ -140,20 +151,34 @@ pub unsafe extern "C" fn ncclCommInitRankConfig(
 fn check_config(config: &Config) {
     const NAME: &str = "ncclCommInitRankConfig";
     if config.magic != MAGIC || config.size < size_of::<Config>() || config.size > 256 {
-        fail(format!("{NAME}: the configuration was not initialized: size {}, magic {:#x}", config.size, config.magic));
+        fail(format!(
+            "{NAME}: the configuration was not initialized: size {}, magic {:#x}",
+            config.size, config.magic
+        ));
     }
     if config.version != VERSION as c_uint {
-        fail(format!("{NAME}: the configuration is one of version {}, the library {VERSION}", config.version));
+        fail(format!(
+            "{NAME}: the configuration is one of version {}, the library {VERSION}",
+            config.version
+        ));
     }
     if config.blocking != 0 {
-        fail(format!("{NAME}: with blocking = {} the communicator blocks the host, 0 is expected", config.blocking));
+        fail(format!(
+            "{NAME}: with blocking = {} the communicator blocks the host, 0 is expected",
+            config.blocking
+        ));
     }
     let positive = [("minCTAs", config.min_ctas), ("maxCTAs", config.max_ctas)];
-    if let Some((name, value)) = positive.iter().find(|(_, value)| *value != UNDEFINED && *value <= 0) {
+    if let Some((name, value)) =
+        positive.iter().find(|(_, value)| *value != UNDEFINED && *value <= 0)
+    {
         fail(format!("{NAME}: {name} = {value} is neither positive nor undefined"));
     }
     if config.cga_cluster_size != UNDEFINED && !(0..=8).contains(&config.cga_cluster_size) {
-        fail(format!("{NAME}: cgaClusterSize = {} is neither 0 to 8 nor undefined", config.cga_cluster_size));
+        fail(format!(
+            "{NAME}: cgaClusterSize = {} is neither 0 to 8 nor undefined",
+            config.cga_cluster_size
+        ));
     }
 }
 
@@ -166,7 +191,10 @@ fn folder_of(id: &UniqueId) -> PathBuf {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn ncclCommGetAsyncError(communicator: *mut c_void, error: *mut NcclResult) -> NcclResult {
+pub unsafe extern "C" fn ncclCommGetAsyncError(
+    communicator: *mut c_void,
+    error: *mut NcclResult,
+) -> NcclResult {
     let answer = world().poll(communicator as usize);
     unsafe { error.write(answer) };
     SUCCESS
@@ -217,9 +245,15 @@ impl World {
         let communicator = self.communicators.get(handle, function);
         match communicator.phase {
             Phase::Ready => {}
-            Phase::Finalizing | Phase::Finalized => fail(format!("{function}: {title} is used after it was finalized")),
-            Phase::Broken(error) => fail(format!("{function}: {title} is used after its error {error}; only an abort may follow")),
-            _ => fail(format!("{function}: {title} is used while ncclInProgress; poll ncclCommGetAsyncError until it is not")),
+            Phase::Finalizing | Phase::Finalized => {
+                fail(format!("{function}: {title} is used after it was finalized"))
+            }
+            Phase::Broken(error) => fail(format!(
+                "{function}: {title} is used after its error {error}; only an abort may follow"
+            )),
+            _ => fail(format!(
+                "{function}: {title} is used while ncclInProgress; poll ncclCommGetAsyncError until it is not"
+            )),
         }
         communicator
     }
@@ -229,19 +263,26 @@ impl World {
 fn joined(communicator: &Communicator) -> Phase {
     let Some(board) = &communicator.board else { return Phase::Stuck };
     for (rank, slot) in board.slots().iter().enumerate() {
-        let (state, theirs) = (slot.state.load(Ordering::Acquire), slot.num_ranks.load(Ordering::Relaxed) as usize);
+        let (state, theirs) =
+            (slot.state.load(Ordering::Acquire), slot.num_ranks.load(Ordering::Relaxed) as usize);
         if state == board::FAILED {
-            fail(format!("ncclCommGetAsyncError: rank {rank}, which was to join, has broken a rule"));
+            fail(format!(
+                "ncclCommGetAsyncError: rank {rank}, which was to join, has broken a rule"
+            ));
         }
         if state >= board::JOINED && theirs != communicator.num_ranks {
-            fail(format!("ranks differ in the size of a communicator: this rank says {}, rank {rank} {theirs}", communicator.num_ranks));
+            fail(format!(
+                "ranks differ in the size of a communicator: this rank says {}, rank {rank} {theirs}",
+                communicator.num_ranks
+            ));
         }
     }
     if !board.all(board::JOINED) {
         return Phase::Joining;
     }
     let device = |rank: usize| board.slots()[rank].device.load(Ordering::Relaxed);
-    let is_twice = (0..communicator.num_ranks).any(|rank| rank != communicator.rank && device(rank) == device(communicator.rank));
+    let is_twice = (0..communicator.num_ranks)
+        .any(|rank| rank != communicator.rank && device(rank) == device(communicator.rank));
     if is_twice { Phase::Broken(INVALID_USAGE) } else { Phase::Ready }
 }
 
@@ -258,10 +299,13 @@ pub extern "C" fn ncclCommFinalize(communicator: *mut c_void) -> NcclResult {
 pub extern "C" fn ncclCommDestroy(communicator: *mut c_void) -> NcclResult {
     const NAME: &str = "ncclCommDestroy";
     let (mut world, handle) = (world(), communicator as usize);
-    let (title, phase) = (world.communicators.title(handle), world.communicators.get(handle, NAME).phase);
+    let (title, phase) =
+        (world.communicators.title(handle), world.communicators.get(handle, NAME).phase);
     match phase {
         Phase::Finalized => {}
-        Phase::Finalizing => fail(format!("{NAME}: {title} is being finalized; poll ncclCommGetAsyncError until it is not in progress")),
+        Phase::Finalizing => fail(format!(
+            "{NAME}: {title} is being finalized; poll ncclCommGetAsyncError until it is not in progress"
+        )),
         _ => fail(format!("{NAME}: {title} was not finalized before, so the call blocks the host")),
     }
     if let Some(board) = world.communicators.remove(handle, NAME).board {
@@ -298,15 +342,25 @@ pub unsafe extern "C" fn ncclCommCount(communicator: *mut c_void, count: *mut c_
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn ncclCommUserRank(communicator: *mut c_void, rank: *mut c_int) -> NcclResult {
+pub unsafe extern "C" fn ncclCommUserRank(
+    communicator: *mut c_void,
+    rank: *mut c_int,
+) -> NcclResult {
     let own = world().ready(communicator as usize, "ncclCommUserRank").rank;
     unsafe { rank.write(own as c_int) };
     SUCCESS
 }
 
 fn check_no_group(world: &World, function: &str, communicator: usize) {
-    if world.groups.values().any(|group| group.calls.iter().any(|call| call.communicator == communicator)) {
-        fail(format!("{function}: a group with calls of {} is still open", world.communicators.title(communicator)));
+    if world
+        .groups
+        .values()
+        .any(|group| group.calls.iter().any(|call| call.communicator == communicator))
+    {
+        fail(format!(
+            "{function}: a group with calls of {} is still open",
+            world.communicators.title(communicator)
+        ));
     }
 }
 
@@ -319,7 +373,9 @@ pub extern "C" fn ncclGroupStart() -> NcclResult {
 #[unsafe(no_mangle)]
 pub extern "C" fn ncclGroupEnd() -> NcclResult {
     let mut world = world();
-    let Some(group) = world.groups.get_mut(&thread()) else { fail("ncclGroupEnd: no group is open on this thread") };
+    let Some(group) = world.groups.get_mut(&thread()) else {
+        fail("ncclGroupEnd: no group is open on this thread")
+    };
     group.depth -= 1;
     if group.depth > 0 {
         return SUCCESS;
@@ -339,7 +395,9 @@ fn issue(call: Call) -> NcclResult {
         fail(format!("{name}: there is no root {root} among {num_ranks} ranks"));
     }
     if call.stream <= 1 {
-        fail(format!("{name}: it was given the compute stream, where it hides behind no computation"));
+        fail(format!(
+            "{name}: it was given the compute stream, where it hides behind no computation"
+        ));
     }
     if !world.is_fresh(call.stream, name) {
         let title = world.streams.title(call.stream);
@@ -360,11 +418,13 @@ fn issue(call: Call) -> NcclResult {
 }
 
 fn element(number: c_uint, function: &str) -> Element {
-    Element::of(number).unwrap_or_else(|| fail(format!("{function}: the double carries no type {number}")))
+    Element::of(number)
+        .unwrap_or_else(|| fail(format!("{function}: the double carries no type {number}")))
 }
 
 fn reduction(number: c_uint, function: &str) -> Reduction {
-    Reduction::of(number).unwrap_or_else(|| fail(format!("{function}: the double has no reduction {number}")))
+    Reduction::of(number)
+        .unwrap_or_else(|| fail(format!("{function}: the double has no reduction {number}")))
 }
 
 #[unsafe(no_mangle)]
@@ -377,7 +437,8 @@ pub extern "C" fn ncclAllReduce(
     communicator: *mut c_void,
     stream: *mut c_void,
 ) -> NcclResult {
-    let (element, collective) = (element(kind, "all_reduce"), Collective::AllReduce(reduction(op, "all_reduce")));
+    let (element, collective) =
+        (element(kind, "all_reduce"), Collective::AllReduce(reduction(op, "all_reduce")));
     issue(call(collective, element, count, send, receive, communicator, stream))
 }
 
@@ -391,7 +452,10 @@ pub extern "C" fn ncclReduceScatter(
     communicator: *mut c_void,
     stream: *mut c_void,
 ) -> NcclResult {
-    let (element, collective) = (element(kind, "reduce_scatter"), Collective::ReduceScatter(reduction(op, "reduce_scatter")));
+    let (element, collective) = (
+        element(kind, "reduce_scatter"),
+        Collective::ReduceScatter(reduction(op, "reduce_scatter")),
+    );
     issue(call(collective, element, count, send, receive, communicator, stream))
 }
 
@@ -404,7 +468,15 @@ pub extern "C" fn ncclAllGather(
     communicator: *mut c_void,
     stream: *mut c_void,
 ) -> NcclResult {
-    issue(call(Collective::AllGather, element(kind, "all_gather"), count, send, receive, communicator, stream))
+    issue(call(
+        Collective::AllGather,
+        element(kind, "all_gather"),
+        count,
+        send,
+        receive,
+        communicator,
+        stream,
+    ))
 }
 
 #[unsafe(no_mangle)]
@@ -417,8 +489,17 @@ pub extern "C" fn ncclBroadcast(
     communicator: *mut c_void,
     stream: *mut c_void,
 ) -> NcclResult {
-    let root = usize::try_from(root).unwrap_or_else(|_| fail(format!("broadcast: there is no root {root}")));
-    issue(call(Collective::Broadcast { root }, element(kind, "broadcast"), count, send, receive, communicator, stream))
+    let root = usize::try_from(root)
+        .unwrap_or_else(|_| fail(format!("broadcast: there is no root {root}")));
+    issue(call(
+        Collective::Broadcast { root },
+        element(kind, "broadcast"),
+        count,
+        send,
+        receive,
+        communicator,
+        stream,
+    ))
 }
 
 fn call(
@@ -431,7 +512,15 @@ fn call(
     stream: *mut c_void,
 ) -> Call {
     let (send, receive) = (send as usize, receive as usize);
-    Call { collective, element, count, send, receive, communicator: communicator as usize, stream: stream as usize }
+    Call {
+        collective,
+        element,
+        count,
+        send,
+        receive,
+        communicator: communicator as usize,
+        stream: stream as usize,
+    }
 }
 
 /// Functions of NCCL that fm-dist has no need of.

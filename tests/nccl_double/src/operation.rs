@@ -1,4 +1,5 @@
-//! One collective: what every rank must agree on, what its memory must look like meanwhile, and its result.
+//! One collective: what every rank must agree on, what its memory must look like meanwhile, and its
+//! result.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -51,7 +52,9 @@ impl Call {
                 format!("{} {} of {count} {element}", self.name(), reduction.name())
             }
             Collective::AllGather => format!("all_gather of {count} {element}"),
-            Collective::Broadcast { root } => format!("broadcast from rank {root} of {count} {element}"),
+            Collective::Broadcast { root } => {
+                format!("broadcast from rank {root} of {count} {element}")
+            }
         }
     }
 
@@ -79,7 +82,8 @@ pub struct Operation {
     receive: Span,
     /// What must stay as it was sent; the rest of both spans holds poison.
     kept: Vec<Span>,
-    /// Operations that this process had started on each of its communicators, by the hash of their ids.
+    /// Operations that this process had started on each of its communicators, by the hash of their
+    /// ids.
     order: Vec<(u64, u64)>,
     /// Ranks whose file agrees with ours.
     agreed: Vec<bool>,
@@ -91,8 +95,16 @@ pub struct Operation {
 }
 
 impl Operation {
-    /// Checks a call of this rank by itself. `group` says where it stands among the calls that were launched together.
-    pub fn new(call: Call, number: u64, board: &Board, group: (usize, usize), order: Vec<(u64, u64)>, extra_delay: u64) -> Self {
+    /// Checks a call of this rank by itself. `group` says where it stands among the calls that were
+    /// launched together.
+    pub fn new(
+        call: Call,
+        number: u64,
+        board: &Board,
+        group: (usize, usize),
+        order: Vec<(u64, u64)>,
+        extra_delay: u64,
+    ) -> Self {
         let num_ranks = board.slots().len();
         let mut text = call.text();
         if group.1 > 1 {
@@ -101,7 +113,19 @@ impl Operation {
         let (send, receive) = call.spans(board.rank, num_ranks);
         let kept = kept(&call, board.rank, send, receive);
         let agreed = vec![false; num_ranks];
-        Operation { call, number, text, send, receive, kept, order, agreed, posted_at: 0, extra_delay, stuck: false }
+        Operation {
+            call,
+            number,
+            text,
+            send,
+            receive,
+            kept,
+            order,
+            agreed,
+            posted_at: 0,
+            extra_delay,
+            stuck: false,
+        }
     }
 
     pub fn describe(&self) -> String {
@@ -110,7 +134,9 @@ impl Operation {
 
     /// Whether two operations under way may not overlap as they do.
     pub fn collides_with(&self, other: &Operation) -> bool {
-        self.receive.overlaps(other.receive) || self.receive.overlaps(other.send) || self.send.overlaps(other.receive)
+        self.receive.overlaps(other.receive)
+            || self.receive.overlaps(other.send)
+            || self.send.overlaps(other.receive)
     }
 
     /// Lets the other ranks have this rank's part, and spoils what the operation will write.
@@ -120,7 +146,12 @@ impl Operation {
         head.extend((self.text.len() as u64).to_le_bytes());
         head.extend(self.text.as_bytes());
         head.extend((self.order.len() as u64).to_le_bytes());
-        head.extend(self.order.iter().flat_map(|(id, count)| [id.to_le_bytes(), count.to_le_bytes()]).flatten());
+        head.extend(
+            self.order
+                .iter()
+                .flat_map(|(id, count)| [id.to_le_bytes(), count.to_le_bytes()])
+                .flatten(),
+        );
         if head.len() > HEAD {
             fail("too many communicators for the double");
         }
@@ -130,7 +161,10 @@ impl Operation {
         }
         for span in self.spoiled() {
             if !memory::poison(span) {
-                fail(format!("{}: its output is not writable memory of this process", self.describe()));
+                fail(format!(
+                    "{}: its output is not writable memory of this process",
+                    self.describe()
+                ));
             }
         }
         board.own().posted.store(self.number + 1, Ordering::Release);
@@ -139,29 +173,38 @@ impl Operation {
     fn spoiled(&self) -> Vec<Span> {
         let inside = self.kept.iter().find(|kept| kept.overlaps(self.receive));
         match inside {
-            Some(kept) if kept.start <= self.receive.start && kept.end() >= self.receive.end() => Vec::new(),
+            Some(kept) if kept.start <= self.receive.start && kept.end() >= self.receive.end() => {
+                Vec::new()
+            }
             Some(kept) => self.receive.around(*kept).into(),
             None => vec![self.receive],
         }
     }
 
-    /// Takes note of what the other ranks have posted; when everyone has, the time at which data are there, if `started` is
-    /// when the stream had come so far.
+    /// Takes note of what the other ranks have posted; when everyone has, the time at which data
+    /// are there, if `started` is when the stream had come so far.
     pub fn arrival(&mut self, board: &Board, started: u64) -> Option<u64> {
         for rank in 0..self.agreed.len() {
-            if !self.agreed[rank] && board.slots()[rank].posted.load(Ordering::Acquire) > self.number {
+            if !self.agreed[rank]
+                && board.slots()[rank].posted.load(Ordering::Acquire) > self.number
+            {
                 self.compare(board, rank);
                 self.agreed[rank] = true;
             }
         }
         let all = !self.stuck && self.agreed.iter().all(|agreed| *agreed);
-        all.then(|| self.posted_at.max(started) + crate::switches::switches().delay.as_nanos() as u64 + self.extra_delay)
+        all.then(|| {
+            self.posted_at.max(started)
+                + crate::switches::switches().delay.as_nanos() as u64
+                + self.extra_delay
+        })
     }
 
     fn compare(&mut self, board: &Board, rank: usize) {
         let file = open(board, rank, self.number);
         let mut head = vec![0; HEAD];
-        file.read_exact_at(&mut head, 0).unwrap_or_else(|error| fail(format!("cannot read what rank {rank} posted: {error}")));
+        file.read_exact_at(&mut head, 0)
+            .unwrap_or_else(|error| fail(format!("cannot read what rank {rank} posted: {error}")));
         let mut rest = &head[..];
         self.posted_at = self.posted_at.max(take(&mut rest));
         let length = take(&mut rest) as usize;
@@ -169,7 +212,10 @@ impl Operation {
         let theirs = String::from_utf8_lossy(text);
         if theirs != self.text {
             let number = self.number;
-            fail(format!("ranks differ in operation {number} of a communicator: this is {}, rank {rank} calls {theirs}", self.text));
+            fail(format!(
+                "ranks differ in operation {number} of a communicator: this is {}, rank {rank} calls {theirs}",
+                self.text
+            ));
         }
         for _ in 0..take(&mut rest) {
             let (id, theirs) = (take(&mut rest), take(&mut rest));
@@ -204,7 +250,9 @@ impl Operation {
                     reduce(&mut parts, self.call.element, reduction);
                     write(&parts[0], offset);
                 }
-                Collective::AllGather => (0..num_ranks).for_each(|rank| write(&part(rank, 0), rank * one + offset)),
+                Collective::AllGather => {
+                    (0..num_ranks).for_each(|rank| write(&part(rank, 0), rank * one + offset))
+                }
                 Collective::Broadcast { root } => write(&part(root, 0), offset),
             }
         }
@@ -239,8 +287,8 @@ impl Operation {
     }
 }
 
-/// The parts of the input that the operation leaves alone. Where input and output overlap they must do so as NCCL's
-/// in-place operations have it.
+/// The parts of the input that the operation leaves alone. Where input and output overlap they must
+/// do so as NCCL's in-place operations have it.
 fn kept(call: &Call, rank: usize, send: Span, receive: Span) -> Vec<Span> {
     if !send.overlaps(receive) {
         return vec![send];
@@ -249,15 +297,21 @@ fn kept(call: &Call, rank: usize, send: Span, receive: Span) -> Vec<Span> {
     match call.collective {
         Collective::AllReduce(_) if send == receive => Vec::new(),
         Collective::Broadcast { .. } if send == receive => vec![send],
-        Collective::ReduceScatter(_) if receive.start == send.start + rank * one => send.around(receive).into(),
+        Collective::ReduceScatter(_) if receive.start == send.start + rank * one => {
+            send.around(receive).into()
+        }
         Collective::AllGather if send.start == receive.start + rank * one => vec![send],
-        _ => fail(format!("{}: input and output overlap, and not as NCCL's in-place operation has it", call.text())),
+        _ => fail(format!(
+            "{}: input and output overlap, and not as NCCL's in-place operation has it",
+            call.text()
+        )),
     }
 }
 
 fn open(board: &Board, rank: usize, number: u64) -> File {
     let path = board.file(rank, number);
-    File::open(&path).unwrap_or_else(|error| fail(format!("cannot read {}: {error}", path.display())))
+    File::open(&path)
+        .unwrap_or_else(|error| fail(format!("cannot read {}: {error}", path.display())))
 }
 
 fn read_at(file: &File, offset: usize, length: usize) -> Vec<u8> {
@@ -268,7 +322,8 @@ fn read_at(file: &File, offset: usize, length: usize) -> Vec<u8> {
 }
 
 fn take(rest: &mut &[u8]) -> u64 {
-    let (number, tail) = rest.split_first_chunk::<8>().unwrap_or_else(|| fail("what a rank posted is cut off"));
+    let (number, tail) =
+        rest.split_first_chunk::<8>().unwrap_or_else(|| fail("what a rank posted is cut off"));
     *rest = tail;
     u64::from_le_bytes(*number)
 }

@@ -1,4 +1,5 @@
-//! What a test may ask of the double, by environment variables (the table stands in the crate's head).
+//! What a test may ask of the double, by environment variables (the table stands in the crate's
+//! head).
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -44,11 +45,18 @@ pub struct Switches {
 /// The switches of this process, read once.
 pub fn switches() -> &'static Switches {
     static SWITCHES: OnceLock<Switches> = OnceLock::new();
-    SWITCHES.get_or_init(|| read(std::env::vars().filter(|(name, _)| name.starts_with("NCCL_DOUBLE_")).collect()))
+    SWITCHES.get_or_init(|| {
+        read(std::env::vars().filter(|(name, _)| name.starts_with("NCCL_DOUBLE_")).collect())
+    })
 }
 
 fn read(variables: Vec<(String, String)>) -> Switches {
-    let mut switches = Switches { num_gpus: 8, patience: Duration::from_secs(60), architecture: 90, ..Switches::default() };
+    let mut switches = Switches {
+        num_gpus: 8,
+        patience: Duration::from_secs(60),
+        architecture: 90,
+        ..Switches::default()
+    };
     for (name, value) in variables {
         match name.as_str() {
             "NCCL_DOUBLE_DELAY_MS" => switches.delay = Duration::from_millis(parse(&name, &value)),
@@ -60,7 +68,9 @@ fn read(variables: Vec<(String, String)>) -> Switches {
             "NCCL_DOUBLE_ABORT_HANGS" => switches.abort_hangs = parse::<u8>(&name, &value) != 0,
             "NCCL_DOUBLE_GPUS" => switches.num_gpus = parse(&name, &value),
             "NCCL_DOUBLE_SAME_GPU" => switches.same_gpu = parse::<u8>(&name, &value) != 0,
-            "NCCL_DOUBLE_PATIENCE_MS" => switches.patience = Duration::from_millis(parse(&name, &value)),
+            "NCCL_DOUBLE_PATIENCE_MS" => {
+                switches.patience = Duration::from_millis(parse(&name, &value))
+            }
             "NCCL_DOUBLE_FOLDER" => switches.folder = Some(value.into()),
             "NCCL_DOUBLE_KERNELS" => switches.kernels = Some(value.into()),
             "NCCL_DOUBLE_ARCHITECTURE" => switches.architecture = parse(&name, &value),

@@ -62,7 +62,9 @@ impl<T> Table<T> {
     }
 
     fn label(&self, handle: usize, function: &str) -> impl Fn() -> String + use<T> {
-        let was_made = handle >> 32 == self.tag && handle & 15 == 0 && (1..=self.made).contains(&((handle & 0xffff_ffff) >> 4));
+        let was_made = handle >> 32 == self.tag
+            && handle & 15 == 0
+            && (1..=self.made).contains(&((handle & 0xffff_ffff) >> 4));
         let (title, name, function) = (self.title(handle), self.name, function.to_string());
         move || match was_made {
             true => format!("{function}: {title} is used after its end"),

@@ -1,7 +1,9 @@
-//! All that this process has made: streams with their recorded work, events that mark places in it, communicators.
+//! All that this process has made: streams with their recorded work, events that mark places in it,
+//! communicators.
 //!
-//! Nothing runs by itself. Work advances when the program looks: a query advances what can be, a wait of the compute stream
-//! blocks until it is done, because a CPU's "compute stream" is the program itself.
+//! Nothing runs by itself. Work advances when the program looks: a query advances what can be, a
+//! wait of the compute stream blocks until it is done, because a CPU's "compute stream" is the
+//! program itself.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -96,8 +98,24 @@ pub struct Communicator {
 }
 
 impl Communicator {
-    pub fn new(board: Option<Board>, rank: usize, num_ranks: usize, hash: u64, phase: Phase) -> Self {
-        Communicator { board, rank, num_ranks, hash, phase, late_error: None, next: 0, pending: 0, pruned: 0 }
+    pub fn new(
+        board: Option<Board>,
+        rank: usize,
+        num_ranks: usize,
+        hash: u64,
+        phase: Phase,
+    ) -> Self {
+        Communicator {
+            board,
+            rank,
+            num_ranks,
+            hash,
+            phase,
+            late_error: None,
+            next: 0,
+            pending: 0,
+            pruned: 0,
+        }
     }
 }
 
@@ -152,16 +170,21 @@ pub fn try_world() -> Option<MutexGuard<'static, World>> {
 }
 
 impl World {
-    /// The events of `stream` must not be touched while a launch on it is in progress, nor inside of a group that uses it.
+    /// The events of `stream` must not be touched while a launch on it is in progress, nor inside
+    /// of a group that uses it.
     pub fn check_settled(&mut self, stream: usize, function: &str) {
         let title = self.streams.title(stream);
         if self.groups.values().any(|group| group.calls.iter().any(|call| call.stream == stream)) {
             fail(format!("{function}: a group with calls on {title} is still open"));
         }
         for communicator in std::mem::take(&mut self.streams.get(stream, function).launched) {
-            if let Some(Phase::Launching { .. } | Phase::Stuck) = self.communicators.find(communicator).map(|found| found.phase) {
+            if let Some(Phase::Launching { .. } | Phase::Stuck) =
+                self.communicators.find(communicator).map(|found| found.phase)
+            {
                 let name = self.communicators.title(communicator);
-                fail(format!("{function}: the last launch on {title} is in progress; poll {name} until it is not"));
+                fail(format!(
+                    "{function}: the last launch on {title} is in progress; poll {name} until it is not"
+                ));
             }
         }
     }
@@ -172,11 +195,23 @@ impl World {
         if stream == 0 {
             self.compute_records += 1;
             let compute_record = self.compute_records;
-            return Arc::new(Mark { stream, position: 0, recorded_at: now, passed_at: AtomicU64::new(now), compute_record });
+            return Arc::new(Mark {
+                stream,
+                position: 0,
+                recorded_at: now,
+                passed_at: AtomicU64::new(now),
+                compute_record,
+            });
         }
         let stream_of = self.streams.get(stream, function);
         let position = stream_of.given;
-        let mark = Arc::new(Mark { stream, position, recorded_at: now, passed_at: AtomicU64::new(0), compute_record: 0 });
+        let mark = Arc::new(Mark {
+            stream,
+            position,
+            recorded_at: now,
+            passed_at: AtomicU64::new(0),
+            compute_record: 0,
+        });
         stream_of.give(Item::Record(mark.clone()));
         mark
     }
@@ -210,18 +245,26 @@ impl World {
 
     fn start(&mut self, call: Call, group: (usize, usize)) {
         let order = self.started.clone();
-        let here = crate::failure::rank().map(|rank| crate::switches::Place { rank, operation: self.operations });
+        let here = crate::failure::rank()
+            .map(|rank| crate::switches::Place { rank, operation: self.operations });
         self.operations += 1;
         let communicator = self.communicators.get(call.communicator, call.name());
         let (number, hash) = (communicator.next, communicator.hash);
-        let Some(board) = &communicator.board else { fail(format!("{}: the communicator never came to be", call.name())) };
-        let mut operation = Operation::new(call, number, board, group, order, extra_delay(call.stream, number));
+        let Some(board) = &communicator.board else {
+            fail(format!("{}: the communicator never came to be", call.name()))
+        };
+        let mut operation =
+            Operation::new(call, number, board, group, order, extra_delay(call.stream, number));
         for (_, stream) in self.streams.iter() {
             for item in &stream.queue {
                 if let Item::Operation(other) = item
                     && other.collides_with(&operation)
                 {
-                    fail(format!("{} uses memory that {} still uses", operation.describe(), other.describe()));
+                    fail(format!(
+                        "{} uses memory that {} still uses",
+                        operation.describe(),
+                        other.describe()
+                    ));
                 }
             }
         }
@@ -239,7 +282,8 @@ impl World {
         } else if asked(switches().late_error) {
             communicator.late_error = Some(crate::nccl::REMOTE_ERROR);
         }
-        operation.stuck = communicator.late_error.is_some() || matches!(communicator.phase, Phase::Stuck | Phase::Broken(_));
+        operation.stuck = communicator.late_error.is_some()
+            || matches!(communicator.phase, Phase::Stuck | Phase::Broken(_));
         if !operation.stuck {
             operation.post(board);
         }
@@ -251,7 +295,8 @@ impl World {
         stream.give(Item::Operation(Box::new(operation)));
     }
 
-    /// Whether a launch on the stream comes after an event of the compute stream that no earlier launch has used up.
+    /// Whether a launch on the stream comes after an event of the compute stream that no earlier
+    /// launch has used up.
     pub fn is_fresh(&mut self, stream: usize, function: &str) -> bool {
         self.streams.get(stream, function).fresh
     }
@@ -291,7 +336,9 @@ impl World {
 
     fn run(&mut self, operation: &mut Operation, started: u64) -> Option<u64> {
         // The operations of an aborted communicator are nobody's any more.
-        let Some(communicator) = self.communicators.find(operation.call.communicator) else { return Some(started) };
+        let Some(communicator) = self.communicators.find(operation.call.communicator) else {
+            return Some(started);
+        };
         let board = communicator.board.as_ref()?;
         let arrival = operation.arrival(board, started)?;
         if clock::now() < arrival {
@@ -303,7 +350,8 @@ impl World {
         Some(arrival)
     }
 
-    /// Advances every stream as far as it goes; tells whether a communicator has no operation under way then.
+    /// Advances every stream as far as it goes; tells whether a communicator has no operation under
+    /// way then.
     pub fn is_idle(&mut self, communicator: usize) -> bool {
         let streams: Vec<usize> = self.streams.iter().map(|(handle, _)| handle).collect();
         streams.into_iter().for_each(|stream| self.advance(stream, u64::MAX));
@@ -314,7 +362,11 @@ impl World {
     pub fn observe(&mut self, mark: &Mark) {
         let Some(stream) = self.streams.find(mark.stream) else { return };
         stream.unobserved = stream.unobserved.split_off(&mark.position);
-        let seen: Vec<_> = stream.waits.extract_if(.., |(position, _)| *position < mark.position).map(|(_, mark)| mark).collect();
+        let seen: Vec<_> = stream
+            .waits
+            .extract_if(.., |(position, _)| *position < mark.position)
+            .map(|(_, mark)| mark)
+            .collect();
         seen.iter().for_each(|mark| self.observe(mark));
     }
 
@@ -339,10 +391,15 @@ impl World {
 
     /// The first operation of any stream, or of one, that the compute stream never waited for.
     pub fn unobserved(&self, only: Option<usize>) -> Option<String> {
-        self.streams.iter().filter(|(handle, _)| only.is_none_or(|only| only == *handle)).find_map(|(handle, stream)| {
-            let (_, operation) = stream.unobserved.values().next()?;
-            Some(format!("{operation} on {} was never waited for by the compute stream", self.streams.title(handle)))
-        })
+        self.streams.iter().filter(|(handle, _)| only.is_none_or(|only| only == *handle)).find_map(
+            |(handle, stream)| {
+                let (_, operation) = stream.unobserved.values().next()?;
+                Some(format!(
+                    "{operation} on {} was never waited for by the compute stream",
+                    self.streams.title(handle)
+                ))
+            },
+        )
     }
 }
 
@@ -366,7 +423,8 @@ fn extra_delay(stream: usize, number: u64) -> u64 {
     let Some(seed) = switches().shuffle else { return 0 };
     let most = (2 * switches().delay).max(Duration::from_millis(10)).as_nanos() as u64;
     // The finalizer of SplitMix64.
-    let mut mixed = seed ^ (stream as u64).rotate_left(32) ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mut mixed =
+        seed ^ (stream as u64).rotate_left(32) ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     (mixed ^ (mixed >> 31)) % most

@@ -1,8 +1,9 @@
 //! Scaled dot-product attention of all heads, a block of queries at a time.
 //!
-//! The scores of a block are held in f32 and never leave the cache; the gradient computes them once more from what a softmax
-//! was divided by, as FlashAttention does. Keys are not cut: a block's scores of 32,768 keys are 8 MiB. In bfloat16 weights and
-//! slopes are rounded where libtorch's operator rounds them, so that its numbers are met.
+//! The scores of a block are held in f32 and never leave the cache; the gradient computes them once
+//! more from what a softmax was divided by, as FlashAttention does. Keys are not cut: a block's
+//! scores of 32,768 keys are 8 MiB. In bfloat16 weights and slopes are rounded where libtorch's
+//! operator rounds them, so that its numbers are met.
 //!
 //! Source: Dao 2023, arXiv:2307.08691, section 3.1.
 
@@ -15,7 +16,9 @@ use tch::{Kind, Tensor};
 
 use self::scores::{Table, exponentials, slope};
 use super::fits;
-use super::product::{self, Destination, Left, Number, Onto, Panels, Rows, Scale, Strips, multiply};
+use super::product::{
+    self, Destination, Left, Number, Onto, Panels, Rows, Scale, Strips, multiply,
+};
 use crate::autograd::by_hand;
 use crate::tensor::{Element, elements, elements_mut};
 
@@ -23,9 +26,11 @@ use crate::tensor::{Element, elements, elements_mut};
 const BLOCK: usize = 64;
 
 /// # Shapes
-/// `query`: `[B, L, N, E]`; `key`, `value`: `[B, K, N, E]`. Returns `[B, L, N · E]`, none where libtorch's own is faster.
+/// `query`: `[B, L, N, E]`; `key`, `value`: `[B, K, N, E]`. Returns `[B, L, N · E]`, none where
+/// libtorch's own is faster.
 pub fn attend(query: &Tensor, key: &Tensor, value: &Tensor) -> Option<Tensor> {
-    let fit = [query, key, value].into_iter().all(|tensor| fits(tensor) && tensor.kind() == query.kind());
+    let fit =
+        [query, key, value].into_iter().all(|tensor| fits(tensor) && tensor.kind() == query.kind());
     // Of bfloat16 two are multiplied at once.
     if !fit || !product::is_ours() || query.size()[3] % 2 > 0 {
         return None;
@@ -44,7 +49,8 @@ fn of<T: Number>(query: &Tensor, key: &Tensor, value: &Tensor) -> Tensor {
     let forward = || {
         let [query, key, value] = [query, key, value].map(|tensor| tensor.detach().contiguous());
         let (mut output, sizes) = (query.empty_like(), Sizes::of(&query, &key));
-        let logs = values::<T>(sizes, [&query, &key, &value].map(elements), elements_mut(&mut output));
+        let logs =
+            values::<T>(sizes, [&query, &key, &value].map(elements), elements_mut(&mut output));
         let kept = output.detach();
         (output.flatten(2, 3), Saved { sizes, query, key, value, output: kept, logs })
     };
@@ -81,7 +87,8 @@ struct Sizes {
 impl Sizes {
     fn of(query: &Tensor, key: &Tensor) -> Self {
         let (batch, queries, heads, width) = query.size4().expect("[B, L, N, E]");
-        let [batch, queries, keys, heads, width] = [batch, queries, key.size()[1], heads, width].map(|size| size as usize);
+        let [batch, queries, keys, heads, width] =
+            [batch, queries, key.size()[1], heads, width].map(|size| size as usize);
         Sizes { batch, queries, keys, heads, width }
     }
 
@@ -96,7 +103,9 @@ impl Sizes {
 
     /// Every head of every sample.
     fn each(self) -> impl Iterator<Item = Head> {
-        (0..self.batch).flat_map(move |sample| (0..self.heads).map(move |head| Head { sample, head, sizes: self }))
+        (0..self.batch).flat_map(move |sample| {
+            (0..self.heads).map(move |head| Head { sample, head, sizes: self })
+        })
     }
 
     /// Every block of queries.
@@ -125,16 +134,31 @@ impl Head {
 
     /// The features of all keys.
     fn keys<'e, T>(&self, all: &'e [T]) -> Rows<'e, T> {
-        Rows::new(&all[self.place(0, self.sizes.keys)..], self.sizes.keys, self.sizes.width, self.sizes.stride())
+        Rows::new(
+            &all[self.place(0, self.sizes.keys)..],
+            self.sizes.keys,
+            self.sizes.width,
+            self.sizes.stride(),
+        )
     }
 
     /// The features of some queries.
     fn queries<'e, T>(&self, all: &'e [T], block: &Range<usize>) -> Rows<'e, T> {
-        Rows::new(&all[self.place(block.start, self.sizes.queries)..], block.len(), self.sizes.width, self.sizes.stride())
+        Rows::new(
+            &all[self.place(block.start, self.sizes.queries)..],
+            block.len(),
+            self.sizes.width,
+            self.sizes.stride(),
+        )
     }
 
     /// A product that goes to some queries.
-    fn for_queries<'o, T>(&self, all: &'o mut [T], block: &Range<usize>, scale: Scale<'o>) -> Destination<'o, T> {
+    fn for_queries<'o, T>(
+        &self,
+        all: &'o mut [T],
+        block: &Range<usize>,
+        scale: Scale<'o>,
+    ) -> Destination<'o, T> {
         let elements = &mut all[self.place(block.start, self.sizes.queries)..];
         Destination { elements, stride: self.sizes.stride(), scale, onto: Onto::Nothing }
     }
@@ -152,13 +176,18 @@ impl Head {
 fn values<T: Number>(sizes: Sizes, [query, key, value]: [&[T]; 3], into: &mut [T]) -> Vec<f32> {
     let mut logs = vec![0f32; sizes.batch * sizes.heads * sizes.queries];
     let (mut by_key, mut by_value) = (Panels::new(), Panels::new());
-    let (mut scores, mut weights, mut shares) = (Table::<f32>::new(sizes.keys), Table::<T>::new(sizes.keys), [0f32; BLOCK]);
+    let (mut scores, mut weights, mut shares) =
+        (Table::<f32>::new(sizes.keys), Table::<T>::new(sizes.keys), [0f32; BLOCK]);
     for head in sizes.each() {
         by_key.transposed(head.keys(key));
         by_value.straight(head.keys(value));
         for block in sizes.blocks() {
             let queries = block.len();
-            multiply(Left::Rows(head.queries(query, &block)), &by_key, &mut scores.filled(sizes.scale()));
+            multiply(
+                Left::Rows(head.queries(query, &block)),
+                &by_key,
+                &mut scores.filled(sizes.scale()),
+            );
             let logs = &mut logs[head.number() * sizes.queries..][block.clone()];
             exponentials(&scores, &mut weights, logs, &mut shares);
             let scale = Scale::Rows(&shares[..queries]);
@@ -168,15 +197,21 @@ fn values<T: Number>(sizes: Sizes, [query, key, value]: [&[T]; 3], into: &mut [T
     logs
 }
 
-/// Gradients of query, key and value, into their places. With P the weights and D = Σ grad · output of a query, the gradient
-/// of the scores is P ∘ (grad · valueᵀ − D).
-fn gradients<T: Number>(sizes: Sizes, [query, key, value, output, grad_output]: [&[T]; 5], logs: &[f32], into: [&mut [T]; 3]) {
+/// Gradients of query, key and value, into their places. With P the weights and D = Σ grad · output
+/// of a query, the gradient of the scores is P ∘ (grad · valueᵀ − D).
+fn gradients<T: Number>(
+    sizes: Sizes,
+    [query, key, value, output, grad_output]: [&[T]; 5],
+    logs: &[f32],
+    into: [&mut [T]; 3],
+) {
     let [into_query, into_key, into_value] = into;
     let [mut by_key, mut by_value, mut keys, mut right] = [const { Panels::new() }; 4];
     let mut left = Strips::default();
     let (mut scores, mut changes) = (Table::<f32>::new(sizes.keys), Table::<f32>::new(sizes.keys));
     let (mut weights, mut slopes) = (Table::<T>::new(sizes.keys), Table::<T>::new(sizes.keys));
-    let (mut grad_key, mut grad_value) = (vec![0f32; sizes.keys * sizes.width], vec![0f32; sizes.keys * sizes.width]);
+    let (mut grad_key, mut grad_value) =
+        (vec![0f32; sizes.keys * sizes.width], vec![0f32; sizes.keys * sizes.width]);
     let scale = sizes.scale();
     for head in sizes.each() {
         by_key.transposed(head.keys(key));
@@ -186,7 +221,8 @@ fn gradients<T: Number>(sizes: Sizes, [query, key, value, output, grad_output]: 
         grad_value.fill(0.0);
         for block in sizes.blocks() {
             let queries = block.len();
-            let [query, output, grad] = [query, output, grad_output].map(|all| head.queries(all, &block));
+            let [query, output, grad] =
+                [query, output, grad_output].map(|all| head.queries(all, &block));
             multiply(Left::Rows(query), &by_key, &mut scores.filled(scale));
             multiply(Left::Rows(grad), &by_value, &mut changes.filled(1.0));
             let logs = &logs[head.number() * sizes.queries..][block.clone()];
@@ -195,11 +231,19 @@ fn gradients<T: Number>(sizes: Sizes, [query, key, value, output, grad_output]: 
                 left.transposed(table.columns(queries));
                 right.straight(rows);
                 let (scale, onto) = (Scale::All(scale), Onto::Itself);
-                multiply::<T, f32>(Left::Strips(&left), &right, &mut Destination { elements: sums, stride: sizes.width, scale, onto });
+                multiply::<T, f32>(
+                    Left::Strips(&left),
+                    &right,
+                    &mut Destination { elements: sums, stride: sizes.width, scale, onto },
+                );
             };
             sum(&weights, grad, 1.0, &mut grad_value);
             sum(&slopes, query, scale, &mut grad_key);
-            multiply(slopes.left(queries), &keys, &mut head.for_queries(into_query, &block, Scale::All(scale)));
+            multiply(
+                slopes.left(queries),
+                &keys,
+                &mut head.for_queries(into_query, &block, Scale::All(scale)),
+            );
         }
         head.write_keys(&grad_key, into_key);
         head.write_keys(&grad_value, into_value);
@@ -218,11 +262,17 @@ mod tests {
         }
         for (kind, tolerance) in [(Kind::Float, 2e-6), (Kind::BFloat16, 1e-2)] {
             for (queries, keys) in [(150, 150), (3, 70), (65, 2)] {
-                let inputs = [draw(&[2, queries, 3, 16], kind, 1), draw(&[2, keys, 3, 16], kind, 2), draw(&[2, keys, 3, 16], kind, 3)];
+                let inputs = [
+                    draw(&[2, queries, 3, 16], kind, 1),
+                    draw(&[2, keys, 3, 16], kind, 2),
+                    draw(&[2, keys, 3, 16], kind, 3),
+                ];
                 let by_hand = |inputs: &[Tensor]| of_kind(&inputs[0], &inputs[1], &inputs[2]);
                 let plain = |inputs: &[Tensor]| {
-                    let [query, key, value] = [0, 1, 2].map(|place: usize| inputs[place].transpose(1, 2));
-                    let weights = (query.matmul(&key.transpose(2, 3)) / 4.0).softmax(-1, Kind::Double);
+                    let [query, key, value] =
+                        [0, 1, 2].map(|place: usize| inputs[place].transpose(1, 2));
+                    let weights =
+                        (query.matmul(&key.transpose(2, 3)) / 4.0).softmax(-1, Kind::Double);
                     weights.matmul(&value).transpose(1, 2).flatten(2, 3)
                 };
                 agree(&inputs, tolerance, by_hand, plain);

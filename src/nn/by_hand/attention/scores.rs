@@ -1,11 +1,13 @@
-//! What is between an attention's products: a block's scores, their exponentials and their gradients.
+//! What is between an attention's products: a block's scores, their exponentials and their
+//! gradients.
 
 use super::BLOCK;
 use crate::nn::by_hand::exp::exp;
 use crate::nn::by_hand::product::{Destination, Left, Number, Onto, Rows, Scale};
 use crate::nn::by_hand::vectors::LANES;
 
-/// A number for each query of a block and each key, in rows of whole units with zeros at their ends.
+/// A number for each query of a block and each key, in rows of whole units with zeros at their
+/// ends.
 pub struct Table<T> {
     numbers: Vec<T>,
     stride: usize,
@@ -38,13 +40,18 @@ impl<T: Number> Table<T> {
 
     /// A product that goes there.
     pub fn filled(&mut self, scale: f32) -> Destination<'_, T> {
-        Destination { elements: &mut self.numbers, stride: self.stride, scale: Scale::All(scale), onto: Onto::Nothing }
+        Destination {
+            elements: &mut self.numbers,
+            stride: self.stride,
+            scale: Scale::All(scale),
+            onto: Onto::Nothing,
+        }
     }
 }
 
 vectorized! {
-    /// Exponentials of the scores' distances from a query's largest, rounded, to be divided by the exact sum: the logarithm of that
-    /// sum and what to multiply by.
+    /// Exponentials of the scores' distances from a query's largest, rounded, to be divided by the
+    /// exact sum: the logarithm of that sum and what to multiply by.
     pub fn exponentials<T: Number>(scores: &Table<f32>, weights: &mut Table<T>, logs: &mut [f32], shares: &mut [f32; BLOCK]) {
         for (((scores, weights), log), share) in scores.rows().zip(weights.rows_mut()).zip(logs).zip(shares) {
             let largest = largest(scores);
@@ -59,12 +66,16 @@ fn largest(scores: &[f32]) -> f32 {
     let mut found = [f32::NEG_INFINITY; LANES];
     let (vectors, rest) = scores.as_chunks::<LANES>();
     for vector in vectors {
-        found.iter_mut().zip(vector).for_each(|(found, score)| *found = if score > found { *score } else { *found });
+        found
+            .iter_mut()
+            .zip(vector)
+            .for_each(|(found, score)| *found = if score > found { *score } else { *found });
     }
     found.iter().chain(rest).fold(f32::NEG_INFINITY, |found, score| found.max(*score))
 }
 
-/// Writes the exponentials of the distances from the largest, returns their sum before they are rounded.
+/// Writes the exponentials of the distances from the largest, returns their sum before they are
+/// rounded.
 #[inline(always)]
 fn powers<T: Number>(scores: &[f32], largest: f32, weights: &mut [T]) -> f32 {
     let mut sums = [0f32; LANES];
@@ -110,19 +121,28 @@ fn dot<T: Number>(a: &[T], b: &[T]) -> f32 {
 
 /// One query's.
 #[inline(always)]
-fn slope_row<T: Number>([scores, changes]: [&[f32]; 2], log: f32, change: f32, [weights, slopes]: [&mut [T]; 2]) {
+fn slope_row<T: Number>(
+    [scores, changes]: [&[f32]; 2],
+    log: f32,
+    change: f32,
+    [weights, slopes]: [&mut [T]; 2],
+) {
     let (score_vectors, scores) = scores.as_chunks::<LANES>();
     let (change_vectors, changes) = changes.as_chunks::<LANES>();
     let (weight_vectors, weights) = weights.as_chunks_mut::<LANES>();
     let (slope_vectors, slopes) = slopes.as_chunks_mut::<LANES>();
     let of = |scores: &[f32], changes: &[f32], weights: &mut [T], slopes: &mut [T]| {
-        for (((weight, slope), score), own) in weights.iter_mut().zip(slopes).zip(scores).zip(changes) {
+        for (((weight, slope), score), own) in
+            weights.iter_mut().zip(slopes).zip(scores).zip(changes)
+        {
             let exact = exp(*score - log);
             *weight = T::rounded(exact);
             *slope = T::rounded(exact * (*own - change));
         }
     };
-    for (((weights, slopes), scores), changes) in weight_vectors.iter_mut().zip(slope_vectors).zip(score_vectors).zip(change_vectors) {
+    for (((weights, slopes), scores), changes) in
+        weight_vectors.iter_mut().zip(slope_vectors).zip(score_vectors).zip(change_vectors)
+    {
         of(scores, changes, weights, slopes);
     }
     of(scores, changes, weights, slopes);

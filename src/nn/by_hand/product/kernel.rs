@@ -1,13 +1,15 @@
 //! Products by AVX-512, a tile at a time.
 //!
-//! The sums of a tile stay in registers over the whole depth, in f32. So a number of the product depends on its row and its column
-//! alone, not on how many there are. The bfloat16 instructions take numbers below f32's normal range for zero.
+//! The sums of a tile stay in registers over the whole depth, in f32. So a number of the product
+//! depends on its row and its column alone, not on how many there are. The bfloat16 instructions
+//! take numbers below f32's normal range for zero.
 
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{
-    __m256bh, __m256i, __m512, __m512bh, __mmask16, _mm256_mask_storeu_epi16, _mm256_maskz_loadu_epi16, _mm512_add_ps, _mm512_castsi512_ps,
-    _mm512_cvtepu16_epi32, _mm512_cvtneps_pbh, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps,
+    __m256bh, __m256i, __m512, __m512bh, __mmask16, _mm256_mask_storeu_epi16,
+    _mm256_maskz_loadu_epi16, _mm512_add_ps, _mm512_castsi512_ps, _mm512_cvtepu16_epi32,
+    _mm512_cvtneps_pbh, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps,
     _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32,
 };
 use std::mem::transmute;
@@ -77,7 +79,8 @@ impl Number for bf16 {
     #[target_feature(enable = "avx512f,avx512bf16")]
     unsafe fn multiply_add(sum: __m512, left: __m512, right: __m512) -> __m512 {
         // SAFETY: the same 512 bits by another name.
-        let [left, right] = unsafe { [transmute::<__m512, __m512bh>(left), transmute::<__m512, __m512bh>(right)] };
+        let [left, right] =
+            unsafe { [transmute::<__m512, __m512bh>(left), transmute::<__m512, __m512bh>(right)] };
         _mm512_dpbf16_ps(sum, left, right)
     }
 
@@ -93,11 +96,18 @@ impl Number for bf16 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     unsafe fn store(place: *mut bf16, lanes: __mmask16, numbers: __m512) {
         // SAFETY: the same 256 bits by another name; the caller's.
-        unsafe { _mm256_mask_storeu_epi16(place.cast(), lanes, transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(numbers))) }
+        unsafe {
+            _mm256_mask_storeu_epi16(
+                place.cast(),
+                lanes,
+                transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(numbers)),
+            )
+        }
     }
 }
 
-/// Where a product goes: row by row, `stride` numbers from the begin of one to the begin of the next.
+/// Where a product goes: row by row, `stride` numbers from the begin of one to the begin of the
+/// next.
 pub struct Destination<'o, O> {
     pub elements: &'o mut [O],
     pub stride: usize,
@@ -126,23 +136,41 @@ pub enum Onto<'o, O> {
 /// `scale · left · right`, onto something if told.
 ///
 /// # Panics
-/// If the sizes do not fit each other, or the processor lacks the instructions (a bug in the caller).
-pub fn multiply<T: Number, O: Number>(left: Left<'_, T>, right: &Panels, into: &mut Destination<'_, O>) {
+/// If the sizes do not fit each other, or the processor lacks the instructions (a bug in the
+/// caller).
+pub fn multiply<T: Number, O: Number>(
+    left: Left<'_, T>,
+    right: &Panels,
+    into: &mut Destination<'_, O>,
+) {
     let (rows, columns) = (left.rows(), right.columns());
-    assert!(runs_here() && left.depth() == right.depth(), "depths of {} and {} units", left.depth(), right.depth());
-    assert!((rows - 1) * into.stride + columns <= into.elements.len(), "{rows} rows of {columns} numbers");
+    assert!(
+        runs_here() && left.depth() == right.depth(),
+        "depths of {} and {} units",
+        left.depth(),
+        right.depth()
+    );
+    assert!(
+        (rows - 1) * into.stride + columns <= into.elements.len(),
+        "{rows} rows of {columns} numbers"
+    );
     if let Scale::Rows(scales) = into.scale {
         assert_eq!(scales.len(), rows);
     }
     if let Onto::Bias(bias) = into.onto {
         assert_eq!(bias.len(), columns);
     }
-    // SAFETY: the processor has the instructions; the operands are of one depth, and the product fits where it goes.
+    // SAFETY: the processor has the instructions; the operands are of one depth, and the product
+    // fits where it goes.
     unsafe { tiles(left, right, into) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn tiles<T: Number, O: Number>(left: Left<'_, T>, right: &Panels, into: &mut Destination<'_, O>) {
+unsafe fn tiles<T: Number, O: Number>(
+    left: Left<'_, T>,
+    right: &Panels,
+    into: &mut Destination<'_, O>,
+) {
     let (rows, columns) = (left.rows(), right.columns());
     for (first_column, panel) in right.each() {
         let lanes = lanes(columns - first_column);
@@ -165,16 +193,23 @@ fn lanes(columns: usize) -> [__mmask16; VECTORS] {
 }
 
 /// # Safety
-/// The processor has the instructions; at each of the places lie `depth` units, each `step` behind the one before it, at `panel`
-/// `depth` rows of [`COLUMNS`] units.
+/// The processor has the instructions; at each of the places lie `depth` units, each `step` behind
+/// the one before it, at `panel` `depth` rows of [`COLUMNS`] units.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn tile<T: Number>(depth: usize, places: [*const u32; ROWS], step: usize, panel: *const u32) -> [[__m512; VECTORS]; ROWS] {
+unsafe fn tile<T: Number>(
+    depth: usize,
+    places: [*const u32; ROWS],
+    step: usize,
+    panel: *const u32,
+) -> [[__m512; VECTORS]; ROWS] {
     let mut sums = [[_mm512_setzero_ps(); VECTORS]; ROWS];
     for unit in 0..depth {
         // SAFETY: the caller's.
         unsafe {
-            let right: [__m512; VECTORS] = std::array::from_fn(|vector| _mm512_loadu_ps(panel.add(unit * COLUMNS + vector * LANES).cast()));
+            let right: [__m512; VECTORS] = std::array::from_fn(|vector| {
+                _mm512_loadu_ps(panel.add(unit * COLUMNS + vector * LANES).cast())
+            });
             for (sums, place) in sums.iter_mut().zip(places) {
                 let left = _mm512_set1_ps(f32::from_bits(place.add(unit * step).read_unaligned()));
                 for (sum, right) in sums.iter_mut().zip(right) {
@@ -190,7 +225,13 @@ unsafe fn tile<T: Number>(depth: usize, places: [*const u32; ROWS], step: usize,
 /// The processor has the instructions; the lanes from `column` of `row` on are of the product's.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn put<O: Number>(into: &mut Destination<'_, O>, row: usize, column: usize, lanes: [__mmask16; VECTORS], sums: [__m512; VECTORS]) {
+unsafe fn put<O: Number>(
+    into: &mut Destination<'_, O>,
+    row: usize,
+    column: usize,
+    lanes: [__mmask16; VECTORS],
+    sums: [__m512; VECTORS],
+) {
     let scale = _mm512_set1_ps(match into.scale {
         Scale::All(scale) => scale,
         Scale::Rows(scales) => scales[row],
@@ -203,7 +244,9 @@ unsafe fn put<O: Number>(into: &mut Destination<'_, O>, row: usize, column: usiz
             let scaled = _mm512_mul_ps(sum, scale);
             let sum = match into.onto {
                 Onto::Nothing => scaled,
-                Onto::Bias(bias) => _mm512_add_ps(scaled, O::load(bias.as_ptr().wrapping_add(column), lanes)),
+                Onto::Bias(bias) => {
+                    _mm512_add_ps(scaled, O::load(bias.as_ptr().wrapping_add(column), lanes))
+                }
                 Onto::Itself => _mm512_add_ps(scaled, O::load(place, lanes)),
             };
             O::store(place, lanes, sum);

@@ -1,7 +1,8 @@
 //! How the operands of a product lie in memory, and how they are laid out for it.
 //!
-//! A *unit* is what one lane of a multiplication takes: one f32, or two bfloat16 that are neighbours along the depth, the first
-//! in the lower half. Both are 32 bits, so that all that lies in units is the same for both kinds.
+//! A *unit* is what one lane of a multiplication takes: one f32, or two bfloat16 that are
+//! neighbours along the depth, the first in the lower half. Both are 32 bits, so that all that lies
+//! in units is the same for both kinds.
 
 use half::bf16;
 
@@ -36,7 +37,9 @@ impl Factor for bf16 {
 
     #[inline(always)]
     fn units([row, next]: [[bf16; COLUMNS]; 2]) -> [u32; COLUMNS] {
-        std::array::from_fn(|column| u32::from(row[column].to_bits()) | u32::from(next[column].to_bits()) << 16)
+        std::array::from_fn(|column| {
+            u32::from(row[column].to_bits()) | u32::from(next[column].to_bits()) << 16
+        })
     }
 }
 
@@ -53,7 +56,10 @@ impl<'e, T> Rows<'e, T> {
     /// # Panics
     /// If the elements end before the last row does (a bug in the caller).
     pub fn new(elements: &'e [T], rows: usize, columns: usize, stride: usize) -> Self {
-        assert!(rows > 0 && (rows - 1) * stride + columns <= elements.len(), "{rows} rows of {columns}, {stride} apart");
+        assert!(
+            rows > 0 && (rows - 1) * stride + columns <= elements.len(),
+            "{rows} rows of {columns}, {stride} apart"
+        );
         Rows { elements, stride, rows, columns }
     }
 
@@ -92,7 +98,8 @@ impl<'e, T> Rows<'e, T> {
     }
 }
 
-/// A right operand in panels of [`COLUMNS`] columns: a panel's units lie row by row, zeros where the operand ends.
+/// A right operand in panels of [`COLUMNS`] columns: a panel's units lie row by row, zeros where
+/// the operand ends.
 pub struct Panels {
     units: Vec<u32>,
     depth: usize,
@@ -129,12 +136,14 @@ impl Panels {
 
     /// Each panel with its first column.
     pub fn each(&self) -> impl Iterator<Item = (usize, &[u32])> {
-        (0..self.columns).step_by(COLUMNS).zip(self.units.chunks_exact((COLUMNS * self.depth).max(1)))
+        (0..self.columns)
+            .step_by(COLUMNS)
+            .zip(self.units.chunks_exact((COLUMNS * self.depth).max(1)))
     }
 }
 
-/// The transpose of a matrix as left operand, in strips of [`ROWS`] rows: a strip's units lie column by column, zeros where
-/// the operand ends.
+/// The transpose of a matrix as left operand, in strips of [`ROWS`] rows: a strip's units lie
+/// column by column, zeros where the operand ends.
 #[derive(Default)]
 pub struct Strips {
     units: Vec<u32>,
@@ -185,19 +194,29 @@ impl<T: Factor> Left<'_, T> {
     pub fn depth(&self) -> usize {
         match self {
             Left::Rows(rows) => {
-                assert!(rows.columns.is_multiple_of(T::IN_UNIT), "rows of {} in units of {}", rows.columns, T::IN_UNIT);
+                assert!(
+                    rows.columns.is_multiple_of(T::IN_UNIT),
+                    "rows of {} in units of {}",
+                    rows.columns,
+                    T::IN_UNIT
+                );
                 rows.columns / T::IN_UNIT
             }
             Left::Strips(strips) => strips.depth,
         }
     }
 
-    /// Where the units of a strip's rows begin, of the last one once more for rows that are none; and how many units one lies
-    /// behind the other.
+    /// Where the units of a strip's rows begin, of the last one once more for rows that are none;
+    /// and how many units one lies behind the other.
     #[inline(always)]
     pub fn strip(&self, first: usize) -> ([*const u32; ROWS], usize) {
         match self {
-            Left::Rows(rows) => (std::array::from_fn(|row| rows.row((first + row).min(rows.rows - 1)).as_ptr().cast()), 1),
+            Left::Rows(rows) => (
+                std::array::from_fn(|row| {
+                    rows.row((first + row).min(rows.rows - 1)).as_ptr().cast()
+                }),
+                1,
+            ),
             Left::Strips(strips) => {
                 let strip = &strips.units[first * strips.depth..][..ROWS * strips.depth];
                 (std::array::from_fn(|row| strip[row..].as_ptr()), ROWS)

@@ -109,7 +109,8 @@ breaks! {
     };
 }
 
-/// An all-reduce that is the arguments' on every rank: count, type, reduction, and how many more come in one group with it.
+/// An all-reduce that is the arguments' on every rank: count, type, reduction, and how many more
+/// come in one group with it.
 fn two_ways(arguments: fn(usize) -> (usize, u32, u32, usize)) {
     let rank = Rank::start();
     let (count, kind, op, more) = arguments(rank.rank);
@@ -260,7 +261,9 @@ impl Pages {
     fn new() -> Self {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         // SAFETY: a new mapping at a place that the kernel chooses.
-        let start = unsafe { libc::mmap(null_mut(), 4096, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+        let start = unsafe {
+            libc::mmap(null_mut(), 4096, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
+        };
         assert_ne!(start, libc::MAP_FAILED);
         Pages { start }
     }

@@ -1,4 +1,5 @@
-//! Modules and launches: what is read of machine code, and what a function for CPUs gets in its place.
+//! Modules and launches: what is read of machine code, and what a function for CPUs gets in its
+//! place.
 
 use std::ffi::{CStr, c_void};
 use std::process::Command;
@@ -12,7 +13,8 @@ const INVALID_IMAGE: u32 = 200;
 const NO_BINARY_FOR_GPU: u32 = 209;
 const NOT_FOUND: u32 = 500;
 
-/// An image of one kernel, `add`, that takes a pointer, a long and a struct of 12 bytes: no code, but what is read of it.
+/// An image of one kernel, `add`, that takes a pointer, a long and a struct of 12 bytes: no code,
+/// but what is read of it.
 fn image(architecture: u8) -> Vec<u8> {
     let names = b"\0.nv.info.add\0.shstrtab\0";
     let mut info = vec![3, 0x1b, 0xff, 0];
@@ -24,14 +26,17 @@ fn image(architecture: u8) -> Vec<u8> {
     }
     let (info_at, names_at) = (64, 64 + info.len());
     let table = (names_at + names.len()).next_multiple_of(8);
-    let mut image = [b"\x7fELF\x02\x01\x01\x41\x08\0\0\0\0\0\0\0\x02\0\xbe\0".as_slice(), &[0; 44]].concat();
+    let mut image =
+        [b"\x7fELF\x02\x01\x01\x41\x08\0\0\0\0\0\0\0\x02\0\xbe\0".as_slice(), &[0; 44]].concat();
     image[40..48].copy_from_slice(&(table as u64).to_le_bytes());
     image[49] = architecture;
     image[58..64].copy_from_slice(&[64, 0, 3, 0, 2, 0]);
     image.extend(&info);
     image.extend(names);
     image.resize(table + 3 * 64, 0);
-    for (number, name, offset, size) in [(1, 1u32, info_at, info.len()), (2, 14, names_at, names.len())] {
+    for (number, name, offset, size) in
+        [(1, 1u32, info_at, info.len()), (2, 14, names_at, names.len())]
+    {
         let entry = table + number * 64;
         image[entry..entry + 4].copy_from_slice(&name.to_le_bytes());
         image[entry + 4] = 3;
@@ -58,9 +63,29 @@ pub fn kernel() -> (*mut c_void, *mut c_void) {
 }
 
 /// Launches on one axis with a number for each parameter.
-pub fn run(function: *mut c_void, blocks: u32, threads: u32, stream: *mut c_void, arguments: [*mut c_void; 3]) -> u32 {
+pub fn run(
+    function: *mut c_void,
+    blocks: u32,
+    threads: u32,
+    stream: *mut c_void,
+    arguments: [*mut c_void; 3],
+) -> u32 {
     let mut arguments = arguments;
-    unsafe { cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, arguments.as_mut_ptr(), null_mut()) }
+    unsafe {
+        cuLaunchKernel(
+            function,
+            blocks,
+            1,
+            1,
+            threads,
+            1,
+            1,
+            0,
+            stream,
+            arguments.as_mut_ptr(),
+            null_mut(),
+        )
+    }
 }
 
 #[test]
@@ -70,10 +95,18 @@ fn machine_code_is_read_and_a_function_for_cpus_runs_in_its_place() {
     let text = "extern \"C\" void add_on_host(unsigned blocks, unsigned threads, void **arguments) {\n\
                 *(float *)*(long **)arguments[0] += *(long *)arguments[1] + ((float *)arguments[2])[2] + 100 * blocks + 1000 * threads; }";
     std::fs::write(folder.join("add.cpp"), text).unwrap();
-    let made = Command::new("g++").args(["-shared", "-fPIC", "-o", "add.so", "add.cpp"]).current_dir(&folder).status().unwrap();
+    let made = Command::new("g++")
+        .args(["-shared", "-fPIC", "-o", "add.so", "add.cpp"])
+        .current_dir(&folder)
+        .status()
+        .unwrap();
     assert!(made.success());
     let library = folder.join("add.so");
-    expect_success(&launch(1, "tests::kernels::program", &[("NCCL_DOUBLE_KERNELS", library.to_str().unwrap())]));
+    expect_success(&launch(
+        1,
+        "tests::kernels::program",
+        &[("NCCL_DOUBLE_KERNELS", library.to_str().unwrap())],
+    ));
     std::fs::remove_dir_all(folder).unwrap();
 }
 

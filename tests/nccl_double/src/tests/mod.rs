@@ -1,4 +1,5 @@
-//! The double's own contract: a sound program passes at every number of ranks, and every rule shows that it fires.
+//! The double's own contract: a sound program passes at every number of ranks, and every rule shows
+//! that it fires.
 
 mod broken;
 mod kernels;

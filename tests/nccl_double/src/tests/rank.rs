@@ -1,4 +1,5 @@
-//! Programs of several processes: a test starts this binary once a rank, each rank runs an ignored test of it.
+//! Programs of several processes: a test starts this binary once a rank, each rank runs an ignored
+//! test of it.
 
 use std::ffi::c_void;
 use std::process::{Child, Command, Stdio};
@@ -27,31 +28,48 @@ pub fn launch(num_ranks: usize, program: &str, switches: &[(&str, &str)]) -> Vec
     let ids: Vec<String> = (0..MOST_COMMUNICATORS).map(|_| id_text(&new_id())).collect();
     let start = |rank: usize| {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", program, "--ignored", "--nocapture", "--test-threads=1"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .args(["--exact", program, "--ignored", "--nocapture", "--test-threads=1"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         command.env("DOUBLE_TEST_IDS", ids.join(",")).env("DOUBLE_TEST_RANK", rank.to_string());
-        command.env("DOUBLE_TEST_RANKS", num_ranks.to_string()).env("NCCL_DOUBLE_PATIENCE_MS", "20000");
+        command
+            .env("DOUBLE_TEST_RANKS", num_ranks.to_string())
+            .env("NCCL_DOUBLE_PATIENCE_MS", "20000");
         command.envs(switches.iter().copied()).spawn().unwrap()
     };
     let children: Vec<Child> = (0..num_ranks).map(start).collect();
     let end = |child: Child| {
         let output = child.wait_with_output().unwrap();
-        let [printed, told] = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes));
+        let [printed, told] =
+            [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes));
         End { code: output.status.code(), output: format!("{printed}\n{told}") }
     };
     let ends = children.into_iter().map(end).collect();
-    // Programs that make fewer communicators, or end badly, leave folders that would stay as long as this process lives.
+    // Programs that make fewer communicators, or end badly, leave folders that would stay as long
+    // as this process lives.
     ids.iter().for_each(|folder| drop(std::fs::remove_dir_all(folder)));
     ends
 }
 
 pub fn expect_success(ends: &[End]) {
-    assert!(ends.iter().all(|end| end.code == Some(0) && end.output.contains("1 passed")), "{ends:#?}");
+    assert!(
+        ends.iter().all(|end| end.code == Some(0) && end.output.contains("1 passed")),
+        "{ends:#?}"
+    );
 }
 
 /// Some rank must say the sentence and end with the code of a broken rule.
 pub fn expect_broken(ends: &[End], sentence: &str) {
-    let says = |end: &End| end.output.lines().any(|line| line.starts_with("nccl double: rank ") && line.contains(sentence));
-    assert!(ends.iter().any(|end| end.code == Some(97) && says(end)), "no rank says {sentence:?}: {ends:#?}");
+    let says = |end: &End| {
+        end.output
+            .lines()
+            .any(|line| line.starts_with("nccl double: rank ") && line.contains(sentence))
+    };
+    assert!(
+        ends.iter().any(|end| end.code == Some(97) && says(end)),
+        "no rank says {sentence:?}: {ends:#?}"
+    );
 }
 
 pub fn new_id() -> UniqueId {
@@ -116,7 +134,9 @@ impl Rank {
     pub fn communicator(&self, number: usize) -> *mut c_void {
         let mut communicator = null_mut();
         let (ranks, rank) = (self.ranks as i32, self.rank as i32);
-        let result = unsafe { ncclCommInitRankConfig(&mut communicator, ranks, self.id(number), rank, &mut config(0)) };
+        let result = unsafe {
+            ncclCommInitRankConfig(&mut communicator, ranks, self.id(number), rank, &mut config(0))
+        };
         assert_eq!(result, IN_PROGRESS);
         assert_eq!(settle(communicator), 0);
         communicator

@@ -33,7 +33,11 @@ fn a_sound_program_passes_at_one_to_four_ranks() {
 #[test]
 fn a_sound_program_passes_with_delays_and_shuffled_streams() {
     for seed in ["1", "2", "3"] {
-        expect_success(&launch(3, "tests::sound::all_operations", &[("NCCL_DOUBLE_SHUFFLE", seed), ("NCCL_DOUBLE_DELAY_MS", "2")]));
+        expect_success(&launch(
+            3,
+            "tests::sound::all_operations",
+            &[("NCCL_DOUBLE_SHUFFLE", seed), ("NCCL_DOUBLE_DELAY_MS", "2")],
+        ));
     }
 }
 
@@ -67,13 +71,23 @@ fn in_groups(rank: &Rank) {
     let (own, ranks) = (rank.rank, rank.ranks);
     let one = COUNT / ranks;
     let sent = values(own);
-    let (mut reduced, mut part, mut all) = (vec![0.0; COUNT], vec![0.0; one], vec![0.0; COUNT * ranks]);
+    let (mut reduced, mut part, mut all) =
+        (vec![0.0; COUNT], vec![0.0; one], vec![0.0; COUNT * ranks]);
     let from = sent.as_ptr().cast::<c_void>();
     rank.computed();
     ncclGroupStart();
-    assert_eq!(ncclAllReduce(from, reduced.as_mut_ptr().cast(), COUNT, F32, SUM, rank.world, rank.stream), 0);
-    assert_eq!(ncclReduceScatter(from, part.as_mut_ptr().cast(), one, F32, SUM, rank.world, rank.stream), 0);
-    assert_eq!(ncclAllGather(from, all.as_mut_ptr().cast(), COUNT, F32, rank.world, rank.stream), 0);
+    assert_eq!(
+        ncclAllReduce(from, reduced.as_mut_ptr().cast(), COUNT, F32, SUM, rank.world, rank.stream),
+        0
+    );
+    assert_eq!(
+        ncclReduceScatter(from, part.as_mut_ptr().cast(), one, F32, SUM, rank.world, rank.stream),
+        0
+    );
+    assert_eq!(
+        ncclAllGather(from, all.as_mut_ptr().cast(), COUNT, F32, rank.world, rank.stream),
+        0
+    );
     assert_eq!(ncclGroupEnd(), IN_PROGRESS);
     assert_eq!(settle(rank.world), 0);
     wait(rank.end_of_stream());
@@ -149,7 +163,11 @@ fn an_early_reader() {
 fn nothing_is_left_in_the_folder() {
     let folder = std::env::temp_dir().join(format!("nccl-double-test-{}", std::process::id()));
     std::fs::create_dir(&folder).unwrap();
-    let ends = launch(2, "tests::sound::a_maker_of_ids", &[("NCCL_DOUBLE_FOLDER", folder.to_str().unwrap())]);
+    let ends = launch(
+        2,
+        "tests::sound::a_maker_of_ids",
+        &[("NCCL_DOUBLE_FOLDER", folder.to_str().unwrap())],
+    );
     expect_success(&ends);
     assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0);
     std::fs::remove_dir(&folder).unwrap();
@@ -160,7 +178,10 @@ fn nothing_is_left_in_the_folder() {
 fn a_maker_of_ids() {
     let mut rank = Rank::without_communicator();
     let mut single = std::ptr::null_mut();
-    assert_eq!(unsafe { ncclCommInitRankConfig(&mut single, 1, new_id(), 0, &mut config(0)) }, IN_PROGRESS);
+    assert_eq!(
+        unsafe { ncclCommInitRankConfig(&mut single, 1, new_id(), 0, &mut config(0)) },
+        IN_PROGRESS
+    );
     assert_eq!(settle(single), 0);
     rank.world = single;
     wait(rank.start_all_reduce(&mut values(0)));

@@ -13,7 +13,11 @@ const REMOTE_ERROR: u32 = 6;
 
 #[test]
 fn a_delayed_operation_is_not_ready_at_once_and_its_events_tell_the_delay() {
-    expect_success(&launch(2, "tests::switched::a_delayed_operation", &[("NCCL_DOUBLE_DELAY_MS", "50")]));
+    expect_success(&launch(
+        2,
+        "tests::switched::a_delayed_operation",
+        &[("NCCL_DOUBLE_DELAY_MS", "50")],
+    ));
 }
 
 #[test]
@@ -39,7 +43,11 @@ fn a_delayed_operation() {
 
 #[test]
 fn queries_alone_bring_an_operation_to_its_end() {
-    expect_success(&launch(2, "tests::switched::an_operation_that_is_queried", &[("NCCL_DOUBLE_DELAY_MS", "5")]));
+    expect_success(&launch(
+        2,
+        "tests::switched::an_operation_that_is_queried",
+        &[("NCCL_DOUBLE_DELAY_MS", "5")],
+    ));
 }
 
 #[test]
@@ -61,7 +69,11 @@ fn an_operation_that_is_queried() {
 fn the_shuffle_changes_which_stream_ends_first() {
     let firsts: Vec<bool> = (0..20)
         .map(|seed| {
-            let ends = launch(1, "tests::switched::two_streams", &[("NCCL_DOUBLE_SHUFFLE", &format!("{seed}"))]);
+            let ends = launch(
+                1,
+                "tests::switched::two_streams",
+                &[("NCCL_DOUBLE_SHUFFLE", &format!("{seed}"))],
+            );
             expect_success(&ends);
             ends[0].output.contains("the second stream ends first")
         })
@@ -101,7 +113,11 @@ fn outcome(communicator: *mut std::ffi::c_void) -> Option<u32> {
 
 #[test]
 fn a_rank_that_never_joins_keeps_all_in_progress() {
-    expect_success(&launch(2, "tests::switched::a_communicator_in_progress_for_ever", &[("NCCL_DOUBLE_STUCK_INIT", "1")]));
+    expect_success(&launch(
+        2,
+        "tests::switched::a_communicator_in_progress_for_ever",
+        &[("NCCL_DOUBLE_STUCK_INIT", "1")],
+    ));
 }
 
 #[test]
@@ -118,22 +134,34 @@ fn a_communicator_in_progress_for_ever() {
 
 #[test]
 fn an_operation_can_be_in_progress_for_ever_on_one_rank() {
-    let ends = launch(2, "tests::switched::the_second_launch_of_rank_1", &[("NCCL_DOUBLE_STUCK_OPERATION", "1:1")]);
+    let ends = launch(
+        2,
+        "tests::switched::the_second_launch_of_rank_1",
+        &[("NCCL_DOUBLE_STUCK_OPERATION", "1:1")],
+    );
     assert!(ends[1].output.contains("in progress for ever"), "{ends:#?}");
     expect_success(&ends);
 }
 
 #[test]
 fn the_launch_of_an_operation_can_report_an_error_on_one_rank() {
-    let ends = launch(2, "tests::switched::the_second_launch_of_rank_1", &[("NCCL_DOUBLE_ERROR", "1:1")]);
+    let ends =
+        launch(2, "tests::switched::the_second_launch_of_rank_1", &[("NCCL_DOUBLE_ERROR", "1:1")]);
     assert!(ends[1].output.contains(&format!("the launch ended in {SYSTEM_ERROR}")), "{ends:#?}");
     expect_success(&ends);
 }
 
 #[test]
 fn an_error_can_come_after_a_launch_that_succeeded() {
-    let ends = launch(2, "tests::switched::the_second_launch_of_rank_1", &[("NCCL_DOUBLE_LATE_ERROR", "1:1")]);
-    assert!(ends[1].output.contains(&format!("the launch ended in 0, the next poll in {REMOTE_ERROR}")), "{ends:#?}");
+    let ends = launch(
+        2,
+        "tests::switched::the_second_launch_of_rank_1",
+        &[("NCCL_DOUBLE_LATE_ERROR", "1:1")],
+    );
+    assert!(
+        ends[1].output.contains(&format!("the launch ended in 0, the next poll in {REMOTE_ERROR}")),
+        "{ends:#?}"
+    );
     expect_success(&ends);
 }
 
@@ -148,7 +176,9 @@ fn the_second_launch_of_rank_1() {
     if rank.rank == 1 {
         match outcome(rank.world) {
             None => println!("in progress for ever"),
-            Some(error) => println!("the launch ended in {error}, the next poll in {}", poll(rank.world)),
+            Some(error) => {
+                println!("the launch ended in {error}, the next poll in {}", poll(rank.world))
+            }
         }
     }
     // What was launched and lost is forgotten with the communicator.
@@ -158,8 +188,12 @@ fn the_second_launch_of_rank_1() {
 
 #[test]
 fn a_communicator_with_an_error_can_only_be_aborted() {
-    let ends = launch(1, "tests::switched::a_launch_after_an_error", &[("NCCL_DOUBLE_ERROR", "0:0")]);
-    expect_broken(&ends, "all_reduce: communicator 1 is used after its error 2; only an abort may follow");
+    let ends =
+        launch(1, "tests::switched::a_launch_after_an_error", &[("NCCL_DOUBLE_ERROR", "0:0")]);
+    expect_broken(
+        &ends,
+        "all_reduce: communicator 1 is used after its error 2; only an abort may follow",
+    );
 }
 
 #[test]
@@ -174,7 +208,11 @@ fn a_launch_after_an_error() {
 
 #[test]
 fn an_abort_can_hang() {
-    let ends = launch(1, "tests::switched::an_abort_beside_the_main_thread", &[("NCCL_DOUBLE_ABORT_HANGS", "1")]);
+    let ends = launch(
+        1,
+        "tests::switched::an_abort_beside_the_main_thread",
+        &[("NCCL_DOUBLE_ABORT_HANGS", "1")],
+    );
     assert_eq!(ends[0].code, Some(22), "{ends:#?}");
     expect_success(&launch(1, "tests::switched::an_abort_beside_the_main_thread", &[]));
 }
@@ -209,7 +247,10 @@ fn three_gpus() {
     assert_eq!(unsafe { cuDeviceGetCount(&mut count) }, 3_u32, "not initialized");
     assert_eq!(cuInit(0), 0);
     assert_eq!(unsafe { cuDeviceGetCount(&mut count) }, 0);
-    assert_eq!((count, unsafe { cuDeviceGet(&mut device, 2) }, unsafe { cuDeviceGet(&mut device, 3) }), (3, 0, 101));
+    assert_eq!(
+        (count, unsafe { cuDeviceGet(&mut device, 2) }, unsafe { cuDeviceGet(&mut device, 3) }),
+        (3, 0, 101)
+    );
     assert_eq!((unsafe { ncclGetVersion(&mut version) }, version), (0, 22_907));
     let mut uuids = [[0; 16]; 3];
     for (device, uuid) in uuids.iter_mut().enumerate() {
@@ -232,7 +273,11 @@ fn no_gpu() {
 
 #[test]
 fn ranks_on_one_gpu_get_no_communicator() {
-    expect_success(&launch(2, "tests::switched::one_gpu_for_two", &[("NCCL_DOUBLE_SAME_GPU", "1")]));
+    expect_success(&launch(
+        2,
+        "tests::switched::one_gpu_for_two",
+        &[("NCCL_DOUBLE_SAME_GPU", "1")],
+    ));
 }
 
 #[test]
@@ -240,7 +285,9 @@ fn ranks_on_one_gpu_get_no_communicator() {
 fn one_gpu_for_two() {
     let rank = Rank::without_communicator();
     let mut communicator = null_mut();
-    unsafe { ncclCommInitRankConfig(&mut communicator, 2, rank.id(0), rank.rank as i32, &mut config(0)) };
+    unsafe {
+        ncclCommInitRankConfig(&mut communicator, 2, rank.id(0), rank.rank as i32, &mut config(0))
+    };
     assert_eq!(settle(communicator), INVALID_USAGE);
     let text = unsafe { std::ffi::CStr::from_ptr(ncclGetLastError(communicator)) };
     assert!(text.to_str().unwrap().starts_with("Duplicate GPU detected"), "{text:?}");
@@ -250,8 +297,12 @@ fn one_gpu_for_two() {
 
 #[test]
 fn patience_with_a_rank_that_is_gone_ends() {
-    let ends = launch(2, "tests::switched::a_rank_that_is_gone", &[("NCCL_DOUBLE_PATIENCE_MS", "300")]);
-    expect_broken(&ends, "operation 0 (all_reduce sum of 4 f32) has waited 0.3 s for rank 1 (its process is gone)");
+    let ends =
+        launch(2, "tests::switched::a_rank_that_is_gone", &[("NCCL_DOUBLE_PATIENCE_MS", "300")]);
+    expect_broken(
+        &ends,
+        "operation 0 (all_reduce sum of 4 f32) has waited 0.3 s for rank 1 (its process is gone)",
+    );
 }
 
 #[test]
@@ -266,6 +317,12 @@ fn a_rank_that_is_gone() {
 
 #[test]
 fn a_switch_that_is_misspelled_is_refused() {
-    expect_broken(&launch(1, "tests::switched::no_gpu", &[("NCCL_DOUBLE_DELAY", "3")]), "there is no switch NCCL_DOUBLE_DELAY");
-    expect_broken(&launch(1, "tests::switched::no_gpu", &[("NCCL_DOUBLE_ERROR", "3")]), "NCCL_DOUBLE_ERROR=\"3\" cannot be read");
+    expect_broken(
+        &launch(1, "tests::switched::no_gpu", &[("NCCL_DOUBLE_DELAY", "3")]),
+        "there is no switch NCCL_DOUBLE_DELAY",
+    );
+    expect_broken(
+        &launch(1, "tests::switched::no_gpu", &[("NCCL_DOUBLE_ERROR", "3")]),
+        "NCCL_DOUBLE_ERROR=\"3\" cannot be read",
+    );
 }
