@@ -269,7 +269,7 @@ fn the_picture_of_the_house_is_that_of_its_imports() {
         assert!(
             page == current,
             "rooms or their imports changed; draw the picture in {} anew: \
-             FM_DIST_DRAW=1 cargo test the_picture_of_the_house",
+             FM_DIST_DRAW=1 cargo test --test tests the_picture_of_the_house",
             path.display()
         );
     }

@@ -44,6 +44,8 @@ mod nccl;
 /// What parity tests share: the real packages as oracle, and how close is close. Nothing is
 /// promised there.
 mod oracle;
+/// Pages say what is: their links lead somewhere, and what they list is what the code has.
+mod pages;
 /// Every model with every adapter trains or is refused with a hint that works, and so do the edges
 /// of a model's settings.
 mod pairs;
