@@ -63,6 +63,9 @@ def main() -> None:
     paths = sorted(path for path in arguments.pictures.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
         parser.error(f"{arguments.pictures} holds no {', '.join(SUFFIXES)}")
+    without = [path.name for path in paths if not path.with_suffix(".txt").is_file()]
+    if without:
+        parser.error(f"{len(without)} of {len(paths)} pictures have no caption in a .txt beside them, the first is {without[0]}")
     captions = [path.with_suffix(".txt").read_text().strip() for path in paths]
     pipe = FluxPipeline.from_pretrained(arguments.pipeline, transformer=None, torch_dtype=torch.bfloat16).to(arguments.device)
 

@@ -15,6 +15,8 @@ mod configs;
 mod cuda;
 /// Nothing is computed in vain: what would end a command is said at its start.
 mod early;
+/// Pictures that `configs/encode_flux1.py` encodes are a dataset that trains.
+mod encoded;
 /// The number of ranks, the cut into micro-batches and recomputation do not change a run.
 mod equivalence;
 /// A run becomes a diffusers folder and a diffusers folder a run.
