@@ -33,8 +33,8 @@ const ONLY_IN: &[(&str, &[&str])] = &[
         &[
             "autograd/",
             "collective/mpi/",
-            "collective/nccl",
-            "collective/exchange/stretch.rs",
+            "collective/nccl/",
+            "collective/exchange/span.rs",
             "cuda/",
             "libtorch.rs",
             "nn/by_hand/product/",
