@@ -208,7 +208,7 @@ fn met_by_all(tasks: usize, what: String) -> Error {
     let error = Error::environment(what);
     let rank = launched_rank().unwrap_or(0);
     pulse::take_place(rank, tasks);
-    if rank == 0 {
+    if pulse::is_root(rank) {
         error
     } else {
         Error::Peer { speaker: Some(0), code: error.exit_code(), what: error.to_string() }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tch::Device;
 
-use crate::assembly::{build_pipeline, empty_replica, fresh_replica, home, share_of};
+use crate::assembly::{build_pipeline, devices, empty_replica, fresh_replica, share_of};
 use crate::collective::Collective;
 use crate::collective::agreement::{agree, agreed};
 use crate::config::RunConfig;
@@ -69,8 +69,7 @@ impl<'c> Trainer<'c> {
         if let (None, Some(weights)) = (folder.resumed_from(), config.model.pretrained()) {
             tracing::info!("weights from {}", weights.display());
         }
-        let fresh =
-            OptimizerState::fresh(&replica, &*config.optimizer, (device, home(config, device)));
+        let fresh = OptimizerState::fresh(&replica, &*config.optimizer, devices(config, device));
         let mut optimizer_state = agreed(fresh, collective)?;
         let mut manifest = Manifest::new(config, global_batch as u64, dataset.fingerprint());
         if let Some(path) = folder.resumed_from() {

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use crate::collective::{self, Collective, broadcast_text};
 use crate::error::{Error, Result};
 use crate::failure;
+use crate::median::{Middle, median};
 use crate::pulse::{self, Pulse};
 use beats::{Line, Meeting, Roll};
 use settings::Pace;
@@ -81,7 +82,7 @@ impl Watchdog {
             // A port that nobody needs stays closed.
             return Ok(());
         }
-        if rank == 0 {
+        if pulse::is_root(rank) {
             let (hub, mut meeting) =
                 Line::hub(world_size, RandomState::new().hash_one(std::process::id()))?;
             // Before the others know of it: one that never comes is missed by name.
@@ -151,9 +152,7 @@ impl Steps {
 
     /// In seconds; zero before the first was seen.
     fn median(&self) -> f64 {
-        let mut sorted: Vec<f64> = self.seconds.iter().copied().collect();
-        sorted.sort_by(f64::total_cmp);
-        sorted.get(sorted.len() / 2).copied().unwrap_or_default()
+        median(self.seconds.iter().copied(), Middle::Upper).unwrap_or_default()
     }
 }
 

@@ -26,6 +26,7 @@ use super::ledger::{Ledger, Signature};
 use super::{Collective, Issued, ReduceOp, Sliced, Spent, Work, gather_texts, local_rank};
 use crate::cuda::driver;
 use crate::error::{Error, Result};
+use crate::pulse;
 use comm::{ID_BYTES, NcclComm};
 use gpu_claim::GpuClaim;
 use traffic::{Side, Traffic};
@@ -111,7 +112,8 @@ impl Nccl {
         let (rank, world_size) = (control.rank(), control.world_size());
         let place = format!("rank {rank}/{world_size}");
         let failed = |what| call("connect").error(format!("{place}: {what}"));
-        let own = if rank == 0 { comm::new_id().map_err(failed)? } else { [0; ID_BYTES] };
+        let own =
+            if pulse::is_root(rank) { comm::new_id().map_err(failed)? } else { [0; ID_BYTES] };
         let id = broadcast_id(&*control, own)?;
         let communicator =
             NcclComm::join(id, rank, world_size, limits.init, limits.abort).map_err(failed)?;

@@ -14,7 +14,7 @@ use crate::collective::{Collective, Solo, Threads};
 use crate::config::{CheckpointSettings, OnFailure, RunConfig};
 use crate::model::{Architecture, Dit};
 use crate::optim::OptimizerChoice;
-use crate::parallel::{Replica, Sharding, ShardingGroup, Sharing};
+use crate::parallel::{Devices, Replica, Sharding, ShardingGroup, Sharing};
 use crate::phase::Phase;
 use crate::rng::{Key, Purpose};
 use crate::run::folder::RunFolder;
@@ -51,10 +51,9 @@ fn empty_of<'c>(
 ) -> (Replica<'c>, OptimizerState) {
     let stages = model.stages().expect("sound");
     let sharing = Sharing::new(world, sharding, ShardingGroup::World, 1).expect("sound");
-    let replica =
-        Replica::shared(stages, Kind::BFloat16, (Device::Cpu, Device::Cpu), None, sharing);
+    let replica = Replica::shared(stages, Kind::BFloat16, Devices::one(Device::Cpu), None, sharing);
     let state =
-        OptimizerState::fresh(&replica, &*optimizer(), (Device::Cpu, Device::Cpu)).expect("a CPU");
+        OptimizerState::fresh(&replica, &*optimizer(), Devices::one(Device::Cpu)).expect("a CPU");
     (replica, state)
 }
 
