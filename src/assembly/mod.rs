@@ -1,7 +1,7 @@
 //! From the configuration to what computes: a rank's device and communicator, its part of a batch,
 //! its replica, its pipeline.
 
-pub mod place;
+pub mod device;
 
 use tch::Device;
 
