@@ -6,7 +6,7 @@ use std::thread;
 
 use fm_dist::collective::{Collective, Threads};
 use fm_dist::model::{Architecture, Dit};
-use fm_dist::nn::{Activations, Builder, Init, Param, ParamSet, Stage, Views};
+use fm_dist::nn::{Activations, Builder, Init, Param, ParamSet, Rows, Stage, Views};
 use fm_dist::parallel::{
     Devices, Recompute, ReduceDtype, Reducer, Replica, Sharding, ShardingGroup, Sharing, Summation,
     divergence,
@@ -171,7 +171,7 @@ struct Door {
 impl Door {
     fn new(is_open: bool) -> Self {
         let mut params = ParamSet::new("door");
-        let scale = Builder::new(&mut params, "door").param("scale", &[1], Init::Ones);
+        let scale = Builder::new(&mut params, "door", Rows::Image).param("scale", &[1], Init::Ones);
         Door { params, scale, is_open }
     }
 }

@@ -197,7 +197,7 @@ impl Export<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nn::Init;
+    use crate::nn::{Init, Rows};
 
     #[test]
     fn shards_are_as_full_as_they_may_be_and_a_giant_stands_alone() {
@@ -206,6 +206,7 @@ mod tests {
             shape: vec![numel],
             init: Init::Zeros,
             precise: false,
+            rows: Rows::One,
         };
         let infos = [3, 4, 20, 1, 9].map(info);
         let planned: Vec<Planned<'_>> =

@@ -207,13 +207,13 @@ impl Gathering {
 mod tests {
     use super::*;
     use crate::collective::Threads;
-    use crate::nn::{Builder, Init};
+    use crate::nn::{Builder, Init, Rows};
     use crate::parallel::{Sharding, ShardingGroup};
     use crate::rng::Purpose;
 
     fn params() -> ParamSet {
         let mut params = ParamSet::new("stage");
-        let mut builder = Builder::new(&mut params, "stage");
+        let mut builder = Builder::new(&mut params, "stage", Rows::Image);
         builder.param("weight", &[7, 11], Init::Normal { std: 1.0 });
         builder.param("bias", &[11], Init::Normal { std: 1.0 });
         builder.precise_param("table", &[5], Init::Normal { std: 1.0 });
