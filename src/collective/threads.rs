@@ -85,7 +85,7 @@ impl Threads {
         finish: impl FnOnce(Vec<Vec<Tensor>>) + 'static,
     ) -> Work {
         let issued =
-            self.ledger.enter(signature(Signature::of(call.operation, tensors.iter().copied())));
+            self.ledger.enter(signature(Signature::new(call.operation, tensors.iter().copied())));
         let number = issued.count;
         // Copies, because the caller's tensors receive the result while slower ranks still read
         // these.
@@ -288,7 +288,7 @@ impl Collective for Threads {
     }
 
     fn split(&self, color: usize) -> Result<Box<dyn Collective>> {
-        let number = self.ledger.enter(Signature::of("split", [])).count;
+        let number = self.ledger.enter(Signature::new("split", [])).count;
         let colors = Tensor::zeros([self.world_size as i64], (Kind::Int64, Device::Cpu));
         let own = Tensor::from_slice(&[color as i64]);
         self.all_gather(vec![Sliced { owned: own, full: colors.shallow_clone() }])?.wait()?;

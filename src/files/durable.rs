@@ -57,7 +57,7 @@ pub(crate) struct FirstFailure {
 }
 
 impl FirstFailure {
-    pub fn of(&mut self, result: io::Result<()>) -> Option<io::Error> {
+    pub fn first(&mut self, result: io::Result<()>) -> Option<io::Error> {
         let first = result.err().filter(|_| !self.seen);
         self.seen |= first.is_some();
         first
@@ -109,7 +109,7 @@ mod tests {
     fn a_full_disk_is_told_once() {
         let mut file = LineFile::open(Path::new("/dev/full")).unwrap();
         let mut failure = FirstFailure::default();
-        let told: Vec<bool> = (0..3).map(|_| failure.of(file.append("x")).is_some()).collect();
+        let told: Vec<bool> = (0..3).map(|_| failure.first(file.append("x")).is_some()).collect();
         assert_eq!(told, [true, false, false]);
     }
 

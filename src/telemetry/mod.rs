@@ -220,7 +220,7 @@ struct Lines {
 
 impl<S: Subscriber> Layer<S> for Lines {
     fn on_event(&self, event: &Event<'_>, _context: Context<'_, S>) {
-        let record = Record::of(event);
+        let record = Record::from_event(event);
         let unprinted = self.print(&record);
         let unwritten = self.keep(&record);
         // Each outlet's trouble is told through the other; the events themselves must not log (they
@@ -248,7 +248,7 @@ impl Lines {
 
     fn keep(&self, record: &Record) -> Option<io::Error> {
         let (file, failure) = &mut *lock(&self.file);
-        failure.of(file.as_mut()?.append(&record.json()))
+        failure.first(file.as_mut()?.append(&record.json()))
     }
 }
 

@@ -112,7 +112,7 @@ struct Stillness {
 }
 
 impl Stillness {
-    fn of(now: Pulse) -> Self {
+    fn since(now: Pulse) -> Self {
         Stillness { seen: now, still: Duration::ZERO, looked: Instant::now() }
     }
 
@@ -157,7 +157,7 @@ impl Steps {
 }
 
 fn watch(shared: &Shared) {
-    let (mut stillness, mut steps) = (Stillness::of(pulse::now()), Steps::default());
+    let (mut stillness, mut steps) = (Stillness::since(pulse::now()), Steps::default());
     loop {
         let settings = lock(&shared.settings).clone();
         let interval = settings.beat_interval();
@@ -228,7 +228,7 @@ mod tests {
     #[test]
     fn a_process_that_was_stopped_has_not_stood_still() {
         let interval = Duration::from_millis(10);
-        let mut stillness = Stillness::of(at(1, 0.0));
+        let mut stillness = Stillness::since(at(1, 0.0));
         let after_a_stop = stillness.look(at(1, 1000.0), interval);
         assert!(after_a_stop <= 3 * interval, "{after_a_stop:?}");
     }
@@ -236,7 +236,7 @@ mod tests {
     #[test]
     fn a_pulse_that_moves_begins_anew() {
         let interval = Duration::from_millis(10);
-        let mut stillness = Stillness::of(at(1, 0.0));
+        let mut stillness = Stillness::since(at(1, 0.0));
         stillness.still = Duration::from_secs(100);
         assert!(stillness.look(at(2, 0.0), interval) <= interval);
     }

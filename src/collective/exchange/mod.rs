@@ -243,7 +243,7 @@ impl<L: Transport> Collective for Communicator<L> {
             ))
         };
         let plans = buffers.iter().map(plan).collect::<Result<_>>()?;
-        Ok(self.issue(call, Signature::of("all_reduce", &buffers).by(op), plans, buffers))
+        Ok(self.issue(call, Signature::new("all_reduce", &buffers).by(op), plans, buffers))
     }
 
     fn reduce_scatter(&self, tensors: Vec<Sliced>, op: ReduceOp) -> Result<Work> {
@@ -253,7 +253,7 @@ impl<L: Transport> Collective for Communicator<L> {
             .map(|sliced| self.plan(call, Pattern::Owned(op), sliced))
             .collect::<Result<_>>()?;
         let signature =
-            Signature::of("reduce_scatter", tensors.iter().map(|sliced| &sliced.full)).by(op);
+            Signature::new("reduce_scatter", tensors.iter().map(|sliced| &sliced.full)).by(op);
         Ok(self.issue(call, signature, plans, flat(tensors)))
     }
 
@@ -263,7 +263,7 @@ impl<L: Transport> Collective for Communicator<L> {
             .iter()
             .map(|sliced| self.plan(call, Pattern::Gathered, sliced))
             .collect::<Result<_>>()?;
-        let signature = Signature::of("all_gather", tensors.iter().map(|sliced| &sliced.full));
+        let signature = Signature::new("all_gather", tensors.iter().map(|sliced| &sliced.full));
         Ok(self.issue(call, signature, plans, flat(tensors)))
     }
 
@@ -276,7 +276,7 @@ impl<L: Transport> Collective for Communicator<L> {
             vec![TensorPlan::whole(membership, self.piece_bytes(), Pattern::From(root), &buffer)];
         Ok(self.issue(
             call,
-            Signature::of("broadcast", [&buffer]).rooted_at(root),
+            Signature::new("broadcast", [&buffer]).rooted_at(root),
             plans,
             vec![buffer],
         ))
@@ -285,13 +285,13 @@ impl<L: Transport> Collective for Communicator<L> {
     fn barrier(&self) -> Result<()> {
         let call = Self::call("barrier");
         self.queue.borrow_mut().drain(call)?;
-        self.transport.meet(call, self.ledger.enter(Signature::of("barrier", [])))
+        self.transport.meet(call, self.ledger.enter(Signature::new("barrier", [])))
     }
 
     fn split(&self, color: usize) -> Result<Box<dyn Collective>> {
         let call = Self::call("split");
         self.queue.borrow_mut().drain(call)?;
-        self.ledger.enter(Signature::of("split", []));
+        self.ledger.enter(Signature::new("split", []));
         let transport = L::split(self, call, color)?;
         Ok(Box::new(Communicator { queue: self.queue.clone(), ..Communicator::new(transport) }))
     }

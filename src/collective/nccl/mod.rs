@@ -171,7 +171,7 @@ impl Collective for Nccl {
     fn all_reduce(&self, buffers: Vec<Tensor>, op: ReduceOp) -> Result<Work> {
         let call = call("all_reduce");
         buffers.iter().try_for_each(|buffer| call.check_buffer(buffer))?;
-        self.ledger.enter(Signature::of(call.operation, &buffers).by(op));
+        self.ledger.enter(Signature::new(call.operation, &buffers).by(op));
         let (here, elsewhere): (Vec<_>, Vec<_>) =
             buffers.into_iter().partition(|buffer| self.is_here(buffer));
         let elsewhere = unless_empty(elsewhere, |buffers| self.control.all_reduce(buffers, op))?;
@@ -190,8 +190,9 @@ impl Collective for Nccl {
     fn reduce_scatter(&self, tensors: Vec<Sliced>, op: ReduceOp) -> Result<Work> {
         let call = call("reduce_scatter");
         tensors.iter().try_for_each(|sliced| call.check_slices(sliced, self.world_size()))?;
-        self.ledger
-            .enter(Signature::of(call.operation, tensors.iter().map(|sliced| &sliced.full)).by(op));
+        self.ledger.enter(
+            Signature::new(call.operation, tensors.iter().map(|sliced| &sliced.full)).by(op),
+        );
         let (mut here, elsewhere): (Vec<_>, Vec<_>) =
             tensors.into_iter().partition(|sliced| self.is_here(&sliced.full));
         let elsewhere =
@@ -226,7 +227,8 @@ impl Collective for Nccl {
     fn all_gather(&self, tensors: Vec<Sliced>) -> Result<Work> {
         let call = call("all_gather");
         tensors.iter().try_for_each(|sliced| call.check_slices(sliced, self.world_size()))?;
-        self.ledger.enter(Signature::of(call.operation, tensors.iter().map(|sliced| &sliced.full)));
+        self.ledger
+            .enter(Signature::new(call.operation, tensors.iter().map(|sliced| &sliced.full)));
         let (mut here, elsewhere): (Vec<_>, Vec<_>) =
             tensors.into_iter().partition(|sliced| self.is_here(&sliced.full));
         let elsewhere = unless_empty(elsewhere, |tensors| self.control.all_gather(tensors))?;
@@ -251,7 +253,7 @@ impl Collective for Nccl {
         let call = call("broadcast");
         call.check_buffer(&buffer)?;
         call.check_root(root, self.world_size())?;
-        self.ledger.enter(Signature::of(call.operation, [&buffer]).rooted_at(root));
+        self.ledger.enter(Signature::new(call.operation, [&buffer]).rooted_at(root));
         if !self.is_here(&buffer) {
             return self.control.broadcast(buffer, root);
         }
@@ -265,7 +267,7 @@ impl Collective for Nccl {
 
     fn barrier(&self) -> Result<()> {
         self.traffic.look(call("barrier"))?;
-        self.ledger.enter(Signature::of("barrier", []));
+        self.ledger.enter(Signature::new("barrier", []));
         self.control.barrier()
     }
 
@@ -273,7 +275,7 @@ impl Collective for Nccl {
     /// colors, and shares their fate.
     fn split(&self, color: usize) -> Result<Box<dyn Collective>> {
         self.traffic.look(call("split"))?;
-        self.ledger.enter(Signature::of("split", []));
+        self.ledger.enter(Signature::new("split", []));
         let part = self.control.split(color)?;
         Ok(Box::new(Nccl::join(part, self.side.clone(), self.device, self.limits)?))
     }
