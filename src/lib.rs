@@ -22,7 +22,7 @@
 //! | 2, science | [`adapter`] above [`flow`] · [`model`] · [`optim`] |
 //! | 2, machinery | [`parallel`] · [`watchdog`] |
 //! | 1 | [`report`] above [`collective`] · [`data`] · [`nn`] · [`telemetry`] |
-//! | 0, each above those after it | [`files`] · [`failure`] · [`fault`], `registry` · [`cuda`], [`pulse`], [`settings`] · [`autograd`], [`error`], [`libtorch`], [`phase`], [`rng`], [`tensor`] |
+//! | 0, each above those after it | [`files`] · [`failure`] · [`fault`], `registry` · [`cuda`], [`pulse`], [`settings`] · [`autograd`], [`error`], [`libtorch`], `median`, [`phase`], [`rng`], [`tensor`] |
 //!
 //! # Letters in shapes
 //! `B` batch · `C` latent channels · `F` frames · `H`, `W` latent height and width · `L` tokens ·
@@ -51,6 +51,7 @@ pub mod fault;
 pub mod files;
 pub mod flow;
 pub mod libtorch;
+mod median;
 pub mod model;
 pub mod nn;
 pub mod optim;

@@ -68,6 +68,11 @@ pub fn place() -> (usize, usize) {
     (RANK.load(Relaxed), WORLD_SIZE.load(Relaxed))
 }
 
+/// True for the rank that speaks and writes for the whole run.
+pub fn is_root(rank: usize) -> bool {
+    rank == 0
+}
+
 /// Begins step `step`, counted from 1.
 pub fn begin_step(step: u64) {
     // Only the first one finds the zero; what is there already stays.

@@ -2,7 +2,7 @@
 //! the mathematics.
 
 use fm_dist::model::{Architecture, Dit};
-use fm_dist::nn::{Activations, Builder, Init, Linear, ParamSet, Stage, Views};
+use fm_dist::nn::{Activations, Builder, Init, Linear, ParamSet, Rows, Stage, Views};
 use fm_dist::parallel::{Bucket, Recompute, Replica};
 use fm_dist::rng::{Key, Purpose};
 use tch::{Device, Kind, Tensor};
@@ -203,7 +203,7 @@ struct Idle {
 impl Idle {
     fn new() -> Self {
         let mut params = ParamSet::new("idle");
-        let mut builder = Builder::new(&mut params, "idle");
+        let mut builder = Builder::new(&mut params, "idle", Rows::Image);
         let used = Linear::new(&mut builder.at("used"), 4, 4, Init::Normal { std: 1.0 });
         builder.param("unreached", &[3], Init::Ones);
         Idle { params, used }

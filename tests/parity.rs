@@ -20,6 +20,7 @@ use fm_dist::flow::{FlowMatchingPipeline, Statistics, StepOptions, bsmntw_table}
 use fm_dist::model::Dtype;
 use fm_dist::nn::Activations;
 use fm_dist::optim::{AdamW, Optimizer, Slice, clip};
+use fm_dist::parallel::global_norm;
 use fm_dist::rng::{Key, Purpose, Stream};
 use fm_dist::run::Resume;
 use fm_dist::settings::Choice;
@@ -358,7 +359,7 @@ fn check_clipping(case: &Value, folder: &Path) {
         names.into_iter().map(|name| file.read(name).unwrap()).collect::<Vec<_>>()
     };
     let gradients = named("gradient.");
-    let norm = clip::global_norm(gradients.iter());
+    let norm = global_norm(gradients.iter());
     assert_close(&norm, &file.read("total_norm").unwrap(), 1e-6, &format!("{case}: norm"));
     let coefficient = clip::coefficient(norm.double_value(&[]), case["max_norm"].as_f64().unwrap());
     for (gradient, clipped) in gradients.iter().zip(named("clipped.")) {

@@ -6,9 +6,9 @@ use std::thread;
 
 use fm_dist::collective::{Collective, Threads};
 use fm_dist::model::{Architecture, Dit};
-use fm_dist::nn::{Activations, Builder, Init, Param, ParamSet, Stage, Views};
+use fm_dist::nn::{Activations, Builder, Init, Param, ParamSet, Rows, Stage, Views};
 use fm_dist::parallel::{
-    Recompute, ReduceDtype, Reducer, Replica, Sharding, ShardingGroup, Sharing, Summation,
+    Devices, Recompute, ReduceDtype, Reducer, Replica, Sharding, ShardingGroup, Sharing, Summation,
     divergence,
 };
 use fm_dist::rng::{Key, Purpose};
@@ -171,7 +171,7 @@ struct Door {
 impl Door {
     fn new(is_open: bool) -> Self {
         let mut params = ParamSet::new("door");
-        let scale = Builder::new(&mut params, "door").param("scale", &[1], Init::Ones);
+        let scale = Builder::new(&mut params, "door", Rows::Image).param("scale", &[1], Init::Ones);
         Door { params, scale, is_open }
     }
 }
@@ -241,7 +241,7 @@ fn on_rank(world: &dyn Collective, shape: Shape) -> Vec<Option<Tensor>> {
     let sharing = Sharing::within_nodes(world, shape.sharding, shape.node_of_rank, 1).unwrap();
     let stages = stages(shape.behind_a_door != Some(world.rank()));
     let mut replica =
-        Replica::shared(stages, Kind::Float, (Device::Cpu, Device::Cpu), Some(KEY), sharing);
+        Replica::shared(stages, Kind::Float, Devices::one(Device::Cpu), Some(KEY), sharing);
     for bucket in &mut replica.buckets {
         // Away from zero, so that no gradient vanishes by construction; alike on every rank.
         bucket.update(|master| drop(master.g_add_scalar_(0.01)));
@@ -419,7 +419,7 @@ fn with_a_change(
             let stages =
                 Dit { width: 8, depth: 1, num_heads: 2, ..Dit::default() }.stages().expect("sound");
             let sharing = Sharing::new(&rank, sharding, ShardingGroup::World, 1).expect("sound");
-            let (key, devices) = (Key::new(1, Purpose::Test), (Device::Cpu, Device::Cpu));
+            let (key, devices) = (Key::new(1, Purpose::Test), Devices::one(Device::Cpu));
             let mut replica = Replica::shared(stages, Kind::BFloat16, devices, Some(key), sharing);
             if change_on == Some(rank.rank()) {
                 replica.buckets[1].update(|master| drop(master.narrow(0, 3, 1).fill_(0.123)));
@@ -456,7 +456,7 @@ fn among_nodes_the_rank_is_named_by_its_number_in_the_world() {
                 Dit { width: 8, depth: 1, num_heads: 2, ..Dit::default() }.stages().expect("sound");
             let sharing = Sharing::within_nodes(&world, Sharding::Gradients, &[0, 0, 1, 1], 1)
                 .expect("sound");
-            let (key, devices) = (Key::new(1, Purpose::Test), (Device::Cpu, Device::Cpu));
+            let (key, devices) = (Key::new(1, Purpose::Test), Devices::one(Device::Cpu));
             let mut replica = Replica::shared(stages, Kind::Float, devices, Some(key), sharing);
             if world.rank() == 3 {
                 replica.buckets[1].update(|master| drop(master.narrow(0, 3, 1).fill_(0.123)));

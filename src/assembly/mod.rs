@@ -1,7 +1,7 @@
 //! From the configuration to what computes: a rank's device and communicator, its part of a batch,
 //! its replica, its pipeline.
 
-pub mod place;
+pub mod device;
 
 use tch::Device;
 
@@ -10,7 +10,7 @@ use crate::config::RunConfig;
 use crate::data::Share;
 use crate::error::Result;
 use crate::flow::FlowMatchingPipeline;
-use crate::parallel::{Replica, Sharing};
+use crate::parallel::{Devices, Replica, Sharing};
 use crate::rng::{Key, Purpose};
 use crate::run::pretrained;
 
@@ -25,9 +25,10 @@ pub fn share_of(config: &RunConfig, collective: &dyn Collective) -> Result<Share
     })
 }
 
-/// Where the optimizer's state lies between steps.
-pub fn home(config: &RunConfig, device: Device) -> Device {
-    if config.parallel.offload.optimizer() { Device::Cpu } else { device }
+/// The devices of a rank that computes on `device`.
+pub fn devices(config: &RunConfig, device: Device) -> Devices {
+    let offloads = config.parallel.offload.optimizer();
+    Devices { compute: device, home: if offloads { Device::Cpu } else { device } }
 }
 
 /// The configured model with all parameters zero, to be filled from a checkpoint.
@@ -65,7 +66,7 @@ fn replica<'c>(
     key: Option<Key>,
 ) -> Result<Replica<'c>> {
     let (stages, kind) = (config.model.family.stages()?, config.model.dtype.kind());
-    Ok(Replica::shared(stages, kind, (device, home(config, device)), key, sharing))
+    Ok(Replica::shared(stages, kind, devices(config, device), key, sharing))
 }
 
 pub fn build_pipeline(config: &RunConfig, device: Device) -> FlowMatchingPipeline {

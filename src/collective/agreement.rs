@@ -5,6 +5,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::collective::{Collective, gather_texts};
 use crate::error::{Error, Result};
+use crate::pulse;
 
 /// How a rank fared, as the others see it.
 #[derive(Deserialize, Serialize)]
@@ -56,7 +57,7 @@ pub fn on_rank_zero(
     collective: &dyn Collective,
     act: impl FnOnce() -> Result<String>,
 ) -> Result<String> {
-    let own = if collective.rank() == 0 { act() } else { Ok(String::new()) };
+    let own = if pulse::is_root(collective.rank()) { act() } else { Ok(String::new()) };
     Ok(agree(own, collective)?.swap_remove(0))
 }
 
@@ -80,7 +81,7 @@ pub fn tensor_of_rank_zero(
     size: i64,
     make: impl FnOnce() -> Result<Tensor>,
 ) -> Result<Tensor> {
-    let own = if collective.rank() == 0 {
+    let own = if pulse::is_root(collective.rank()) {
         make()
     } else {
         Ok(Tensor::empty([size], (Kind::Float, Device::Cpu)))

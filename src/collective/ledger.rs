@@ -27,7 +27,7 @@ pub struct Signature {
 
 impl Signature {
     /// An operation on these tensors; of slices, the whole ones.
-    pub(super) fn of<'t>(
+    pub(super) fn new<'t>(
         operation: &'static str,
         tensors: impl IntoIterator<Item = &'t Tensor>,
     ) -> Self {
@@ -133,14 +133,14 @@ mod tests {
     fn an_operation_is_named_with_its_number() {
         let ledger = Ledger::default();
         assert_eq!(ledger.issued().to_string(), "no operation");
-        let sum = ledger.enter(Signature::of("all_reduce", [&floats(4096)]).by(ReduceOp::Sum));
+        let sum = ledger.enter(Signature::new("all_reduce", [&floats(4096)]).by(ReduceOp::Sum));
         assert_eq!(sum.to_string(), "all_reduce#1 (Sum of 4096 Float)");
         assert_eq!(
-            ledger.enter(Signature::of("broadcast", [&floats(3)]).rooted_at(2)).to_string(),
+            ledger.enter(Signature::new("broadcast", [&floats(3)]).rooted_at(2)).to_string(),
             "broadcast#2 (3 Float from rank 2)"
         );
-        assert_eq!(ledger.enter(Signature::of("barrier", [])).to_string(), "barrier#3");
-        let both = ledger.enter(Signature::of("all_gather", [&floats(3), &floats(4)]));
+        assert_eq!(ledger.enter(Signature::new("barrier", [])).to_string(), "barrier#3");
+        let both = ledger.enter(Signature::new("all_gather", [&floats(3), &floats(4)]));
         assert_eq!(both.to_string(), "all_gather#4 (2 tensors, 7 elements, the first Float)");
         assert_eq!(ledger.issued(), both);
     }
@@ -154,16 +154,16 @@ mod tests {
             }
             ledger.issued().digest
         };
-        let sum = Signature::of("all_reduce", [&floats(3), &floats(4)]).by(ReduceOp::Sum);
+        let sum = Signature::new("all_reduce", [&floats(3), &floats(4)]).by(ReduceOp::Sum);
         let others = [
-            Signature::of("all_reduce", [&floats(4), &floats(3)]).by(ReduceOp::Sum),
-            Signature::of("all_reduce", [&floats(3), &floats(4)]).by(ReduceOp::Max),
-            Signature::of("all_reduce", [&floats(3), &floats(4).to_kind(Kind::Double)])
+            Signature::new("all_reduce", [&floats(4), &floats(3)]).by(ReduceOp::Sum),
+            Signature::new("all_reduce", [&floats(3), &floats(4)]).by(ReduceOp::Max),
+            Signature::new("all_reduce", [&floats(3), &floats(4).to_kind(Kind::Double)])
                 .by(ReduceOp::Sum),
-            Signature::of("all_gather", [&floats(3), &floats(4)]),
-            Signature::of("broadcast", [&floats(7)]).rooted_at(0),
-            Signature::of("broadcast", [&floats(7)]).rooted_at(1),
-            Signature::of("barrier", []),
+            Signature::new("all_gather", [&floats(3), &floats(4)]),
+            Signature::new("broadcast", [&floats(7)]).rooted_at(0),
+            Signature::new("broadcast", [&floats(7)]).rooted_at(1),
+            Signature::new("barrier", []),
         ];
         for (index, other) in others.iter().enumerate() {
             assert_ne!(digest(&[sum]), digest(&[*other]), "{other:?}");

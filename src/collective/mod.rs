@@ -31,7 +31,7 @@ pub use meter::{Meter, Spent};
 pub use mpi::{Mpi, library_version as mpi_library_version};
 pub use nccl::{Limits, Nccl, library_version as nccl_library_version};
 pub use placement::{Launch, Placement};
-use placement::{Meeting, meeting_among, placement_among};
+use placement::{TcpPlacement, placement_among, tcp_placement_among};
 pub use solo::Solo;
 pub use tcp::Tcp;
 pub use texts::{broadcast_text, gather_texts, local_rank, nodes, spans};
@@ -169,12 +169,12 @@ pub fn connect(launch: Launch, patience: Duration) -> Result<Box<dyn Collective>
             Placement::Alone => connect_mpi(None),
             Placement::Launched { size } => connect_mpi(size),
         },
-        Launch::Tcp => connect_tcp(&meeting_among(variable)?, patience),
+        Launch::Tcp => connect_tcp(&tcp_placement_among(variable)?, patience),
     }
 }
 
-fn connect_tcp(meeting: &Meeting, patience: Duration) -> Result<Box<dyn Collective>> {
-    let Meeting { rank, world_size, rendezvous } = meeting;
+fn connect_tcp(placement: &TcpPlacement, patience: Duration) -> Result<Box<dyn Collective>> {
+    let TcpPlacement { rank, world_size, rendezvous } = placement;
     pulse::take_place(*rank, *world_size);
     // Rank 0 says why it refuses before the others hear of it, and end.
     let refusing = |error: &Error| {
@@ -208,7 +208,7 @@ fn met_by_all(tasks: usize, what: String) -> Error {
     let error = Error::environment(what);
     let rank = launched_rank().unwrap_or(0);
     pulse::take_place(rank, tasks);
-    if rank == 0 {
+    if pulse::is_root(rank) {
         error
     } else {
         Error::Peer { speaker: Some(0), code: error.exit_code(), what: error.to_string() }

@@ -41,7 +41,7 @@ pub enum Placement {
 
 /// Where a process meets the others over TCP.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Meeting {
+pub(super) struct TcpPlacement {
     pub rank: usize,
     pub world_size: usize,
     /// `host:port` of rank 0.
@@ -113,7 +113,9 @@ pub(super) fn lacks_a_pmi(variable: impl Fn(&str) -> Option<String>) -> bool {
 ///
 /// # Errors
 /// [`Error::Environment`] that names what is missing.
-pub(super) fn meeting_among(variable: impl Fn(&str) -> Option<String>) -> Result<Meeting> {
+pub(super) fn tcp_placement_among(
+    variable: impl Fn(&str) -> Option<String>,
+) -> Result<TcpPlacement> {
     let is_slurm = is_slurm_task(&variable);
     let asked = |own: &'static str, of_slurm: &[&'static str]| {
         let names: Vec<&str> =
@@ -142,7 +144,7 @@ pub(super) fn meeting_among(variable: impl Fn(&str) -> Option<String>) -> Result
             ));
         }
     };
-    Ok(Meeting { rank, world_size, rendezvous })
+    Ok(TcpPlacement { rank, world_size, rendezvous })
 }
 
 fn checked(rendezvous: String) -> Result<String> {
@@ -281,8 +283,8 @@ mod tests {
         assert!(error.to_string().contains("PMI_SIZE=\"many\""), "{error}");
     }
 
-    fn meeting(variables: &[(&str, &str)]) -> Result<Meeting> {
-        meeting_among(|name| {
+    fn tcp_placement(variables: &[(&str, &str)]) -> Result<TcpPlacement> {
+        tcp_placement_among(|name| {
             variables.iter().find(|(known, _)| *known == name).map(|(_, value)| value.to_string())
         })
     }
@@ -298,13 +300,17 @@ mod tests {
 
     #[test]
     fn srun_says_all_that_ranks_need_to_meet() {
-        let found = meeting(&STEP).unwrap();
+        let found = tcp_placement(&STEP).unwrap();
         assert_eq!(
             found,
-            Meeting { rank: 3, world_size: 4, rendezvous: format!("n01:{}", slurm::port(4711, 2)) }
+            TcpPlacement {
+                rank: 3,
+                world_size: 4,
+                rendezvous: format!("n01:{}", slurm::port(4711, 2))
+            }
         );
         let on_a_part = [&STEP[..], &[("SLURM_STEP_NODELIST", "n[03-04]")]].concat();
-        assert!(meeting(&on_a_part).unwrap().rendezvous.starts_with("n03:"));
+        assert!(tcp_placement(&on_a_part).unwrap().rendezvous.starts_with("n03:"));
     }
 
     #[test]
@@ -314,9 +320,9 @@ mod tests {
             ("FM_DIST_WORLD_SIZE", "2"),
             ("FM_DIST_RENDEZVOUS", "[::1]:29500"),
         ];
-        let expected = Meeting { rank: 0, world_size: 2, rendezvous: "[::1]:29500".into() };
-        assert_eq!(meeting(&own).unwrap(), expected);
-        assert_eq!(meeting(&[&STEP[..], &own].concat()).unwrap(), expected);
+        let expected = TcpPlacement { rank: 0, world_size: 2, rendezvous: "[::1]:29500".into() };
+        assert_eq!(tcp_placement(&own).unwrap(), expected);
+        assert_eq!(tcp_placement(&[&STEP[..], &own].concat()).unwrap(), expected);
     }
 
     #[test]
@@ -349,7 +355,7 @@ mod tests {
             (with("FM_DIST_RENDEZVOUS", ":29500"), "no host:port"),
         ];
         for (variables, words) in cases {
-            let error = meeting(&variables).unwrap_err();
+            let error = tcp_placement(&variables).unwrap_err();
             assert_eq!(error.exit_code(), 52);
             assert!(error.to_string().contains(words), "{error}");
         }

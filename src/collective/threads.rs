@@ -1,7 +1,7 @@
 //! A world inside one process, a thread a rank: for tests, and for a debugger that wants to see
 //! every rank.
 //!
-//! Ranks post copies of their tensors on one board and each computes its result from all of them,
+//! Ranks post copies of their tensors on one rendezvous and each computes its result from all of them,
 //! as the pairwise tree says. What would hang under MPI is an error here: ranks that disagree about
 //! an operation, and a rank that is gone.
 
@@ -21,19 +21,19 @@ use crate::error::{Error, Result};
 pub struct Threads {
     rank: usize,
     world_size: usize,
-    board: Arc<Board>,
+    rendezvous: Arc<Rendezvous>,
     /// Operations are matched by their number in it.
     ledger: Ledger,
     meter: Meter,
 }
 
-struct Board {
+struct Rendezvous {
     state: Mutex<State>,
     bell: Condvar,
 }
 
 struct State {
-    rounds: BTreeMap<u64, Round>,
+    operations: BTreeMap<u64, PostedOperation>,
     /// Whether each rank still holds its handle.
     present: Vec<bool>,
     /// Worlds split off, by operation and color, until their last rank has joined.
@@ -41,7 +41,7 @@ struct State {
 }
 
 /// One operation: what each rank has posted for it.
-struct Round {
+struct PostedOperation {
     posts: Vec<Option<Post>>,
     taken: usize,
 }
@@ -61,15 +61,15 @@ impl Threads {
     /// The handles of a world of `world_size` ranks, in rank order.
     pub fn world(world_size: usize) -> Vec<Threads> {
         let state = State {
-            rounds: BTreeMap::new(),
+            operations: BTreeMap::new(),
             present: vec![true; world_size],
             worlds: BTreeMap::new(),
         };
-        let board = Arc::new(Board { state: Mutex::new(state), bell: Condvar::new() });
+        let rendezvous = Arc::new(Rendezvous { state: Mutex::new(state), bell: Condvar::new() });
         let handle = |rank| Threads {
             rank,
             world_size,
-            board: board.clone(),
+            rendezvous: rendezvous.clone(),
             ledger: Ledger::default(),
             meter: Meter::default(),
         };
@@ -85,7 +85,7 @@ impl Threads {
         finish: impl FnOnce(Vec<Vec<Tensor>>) + 'static,
     ) -> Work {
         let issued =
-            self.ledger.enter(signature(Signature::of(call.operation, tensors.iter().copied())));
+            self.ledger.enter(signature(Signature::new(call.operation, tensors.iter().copied())));
         let number = issued.count;
         // Copies, because the caller's tensors receive the result while slower ranks still read
         // these.
@@ -95,14 +95,15 @@ impl Threads {
                 tensors.iter().map(|tensor| tensor.copy().flatten(0, -1)).collect()
             }),
         };
-        let mut state = self.board.lock();
-        let round = state.rounds.entry(number).or_insert_with(|| Round::of(self.world_size));
-        round.posts[self.rank] = Some(post);
+        let mut state = self.rendezvous.lock();
+        let operation =
+            state.operations.entry(number).or_insert_with(|| PostedOperation::new(self.world_size));
+        operation.posts[self.rank] = Some(post);
         drop(state);
-        self.board.bell.notify_all();
-        let (board, meter) = (self.board.clone(), self.meter.clone());
+        self.rendezvous.bell.notify_all();
+        let (rendezvous, meter) = (self.rendezvous.clone(), self.meter.clone());
         Work::new(move || {
-            let all = meter.exposed(|| board.take(number, call))?;
+            let all = meter.exposed(|| rendezvous.take(number, call))?;
             no_grad(|| finish(all));
             Ok(())
         })
@@ -111,12 +112,12 @@ impl Threads {
 
 impl Drop for Threads {
     fn drop(&mut self) {
-        self.board.lock().present[self.rank] = false;
-        self.board.bell.notify_all();
+        self.rendezvous.lock().present[self.rank] = false;
+        self.rendezvous.bell.notify_all();
     }
 }
 
-impl Board {
+impl Rendezvous {
     fn lock(&self) -> MutexGuard<'_, State> {
         // Nothing panics while it holds the lock, so a poisoned state is whole.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -127,20 +128,21 @@ impl Board {
     fn take(&self, number: u64, call: Call) -> Result<Vec<Vec<Tensor>>> {
         let mut state = self.lock();
         loop {
-            let State { rounds, present, .. } = &mut *state;
-            let round =
-                rounds.get_mut(&number).expect("a round stays until every rank has taken it");
-            if let Some(mismatch) = round.mismatch() {
+            let State { operations, present, .. } = &mut *state;
+            let operation = operations
+                .get_mut(&number)
+                .expect("a operation stays until every rank has taken it");
+            if let Some(mismatch) = operation.mismatch() {
                 return Err(mismatch);
             }
-            if let Some(all) = round.all() {
-                round.taken += 1;
-                if round.taken == round.posts.len() {
-                    rounds.remove(&number);
+            if let Some(all) = operation.all() {
+                operation.taken += 1;
+                if operation.taken == operation.posts.len() {
+                    operations.remove(&number);
                 }
                 return Ok(all);
             }
-            if let Some(gone) = round
+            if let Some(gone) = operation
                 .posts
                 .iter()
                 .zip(present)
@@ -155,9 +157,9 @@ impl Board {
     }
 }
 
-impl Round {
-    fn of(world_size: usize) -> Self {
-        Round { posts: (0..world_size).map(|_| None).collect(), taken: 0 }
+impl PostedOperation {
+    fn new(world_size: usize) -> Self {
+        PostedOperation { posts: (0..world_size).map(|_| None).collect(), taken: 0 }
     }
 
     fn all(&self) -> Option<Vec<Vec<Tensor>>> {
@@ -286,14 +288,14 @@ impl Collective for Threads {
     }
 
     fn split(&self, color: usize) -> Result<Box<dyn Collective>> {
-        let number = self.ledger.enter(Signature::of("split", [])).count;
+        let number = self.ledger.enter(Signature::new("split", [])).count;
         let colors = Tensor::zeros([self.world_size as i64], (Kind::Int64, Device::Cpu));
         let own = Tensor::from_slice(&[color as i64]);
         self.all_gather(vec![Sliced { owned: own, full: colors.shallow_clone() }])?.wait()?;
         let colors = Vec::<i64>::try_from(colors).expect("integers");
         let same = |colors: &[i64]| colors.iter().filter(|other| **other == color as i64).count();
         let (size, earlier) = (same(&colors), same(&colors[..self.rank]));
-        let mut state = self.board.lock();
+        let mut state = self.rendezvous.lock();
         let world = state.worlds.entry((number, color)).or_insert_with(|| Threads::world(size));
         let place = world
             .iter()

@@ -1,7 +1,7 @@
 //! `fm-dist export`: a checkpoint's parameters as a diffusers transformer folder.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
@@ -9,6 +9,7 @@ use serde_json::json;
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::files::disk::{Disk, Output};
 use crate::files::outputs::{Named, check_new_folder};
 use crate::files::safetensors::{self, Shards};
 use crate::model::{self, Dtype};
@@ -66,7 +67,7 @@ pub fn export(request: &ExportRequest) -> Result<()> {
         shards: cut(&tensors, request.max_shard_bytes),
     };
     export.write(&description)?;
-    fs::rename(&export.staged, &request.out).map_err(Error::storage(&request.out, "rename to"))
+    Disk::PLAIN.rename(&export.staged, &request.out)
 }
 
 /// A parameter and the kind in which it is written.
@@ -141,9 +142,7 @@ impl Export<'_> {
         if self.shards.len() > 1 {
             self.write_text(&format!("{STEM}.safetensors.index.json"), &self.index())?;
         }
-        File::open(&self.staged)
-            .and_then(|folder| folder.sync_all())
-            .map_err(Error::storage(&self.staged, "sync"))
+        Disk::PLAIN.sync_folder(&self.staged)
     }
 
     fn shard_name(&self, index: usize) -> String {
@@ -189,21 +188,16 @@ impl Export<'_> {
     fn write_file(
         &self,
         name: &str,
-        fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
+        fill: impl FnOnce(&mut BufWriter<Output<'_>>) -> io::Result<()>,
     ) -> Result<()> {
-        let path = self.staged.join(name);
-        let file = File::create_new(&path).map_err(Error::storage(&path, "create"))?;
-        let mut buffered = BufWriter::new(file);
-        let filled = fill(&mut buffered)
-            .and_then(|()| buffered.into_inner().map_err(io::IntoInnerError::into_error));
-        filled.and_then(|file| file.sync_all()).map_err(Error::storage(&path, "write"))
+        Disk::PLAIN.write_file(&self.staged.join(name), None, fill)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nn::Init;
+    use crate::nn::{Init, Rows};
 
     #[test]
     fn shards_are_as_full_as_they_may_be_and_a_giant_stands_alone() {
@@ -212,6 +206,7 @@ mod tests {
             shape: vec![numel],
             init: Init::Zeros,
             precise: false,
+            rows: Rows::One,
         };
         let infos = [3, 4, 20, 1, 9].map(info);
         let planned: Vec<Planned<'_>> =

@@ -66,7 +66,7 @@ struct Failure {
 /// [`Error::Storage`](crate::error::Error::Storage).
 pub fn list_runs(config: &RunConfig, format: ListingFormat) -> Result<String> {
     let output_dir = OutputDir::new(&config.output_dir)?;
-    let runs = output_dir.runs()?.iter().map(Entry::of).collect();
+    let runs = output_dir.runs()?.iter().map(Entry::from_run).collect();
     let latest = newest_run(&output_dir)?.map(|(run, _)| run.path);
     let listing = Listing { output_dir: &config.output_dir, latest, runs };
     Ok(match format {
@@ -79,7 +79,7 @@ pub fn list_runs(config: &RunConfig, format: ListingFormat) -> Result<String> {
 }
 
 impl Entry {
-    fn of(run: &Run) -> Self {
+    fn from_run(run: &Run) -> Self {
         let (step, checkpoint) = run.newest.clone().unzip();
         let max_steps = config_of(&run.path).ok().map(|config| config.max_steps);
         let failure = resume_log::newest_failure(&run.path);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Tensor};
 
-use crate::assembly::place::device;
+use crate::assembly::device::device;
 use crate::assembly::{build_pipeline, empty_replica, fresh_replica};
 use crate::collective::Solo;
 use crate::config::RunConfig;

@@ -103,7 +103,7 @@ impl Loader {
     fn measure(&mut self, batch: &Batch) {
         if let (Some(left), Some(latents)) = (self.unmeasured.checked_sub(1), batch.latents()) {
             self.unmeasured = left;
-            self.first_latents = self.first_latents.merge(Moments::of(latents));
+            self.first_latents = self.first_latents.merge(Moments::from_tensor(latents));
         }
     }
 

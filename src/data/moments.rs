@@ -13,7 +13,7 @@ pub struct Moments {
 
 impl Moments {
     /// Of all elements, whatever their kind.
-    pub fn of(tensor: &Tensor) -> Self {
+    pub fn from_tensor(tensor: &Tensor) -> Self {
         let wide = tensor.to_kind(Kind::Double);
         Moments {
             count: wide.numel() as f64,
@@ -44,8 +44,8 @@ mod tests {
     #[test]
     fn parts_together_have_the_deviation_of_the_whole() {
         let numbers = Tensor::from_slice(&[1f32, 2.0, 4.0, 9.0]);
-        let [first, rest] =
-            [(0, 1), (1, 3)].map(|(start, length)| Moments::of(&numbers.narrow(0, start, length)));
+        let [first, rest] = [(0, 1), (1, 3)]
+            .map(|(start, length)| Moments::from_tensor(&numbers.narrow(0, start, length)));
         let deviation = first.merge(rest).standard_deviation().expect("four numbers");
         assert!((deviation - 9.5f64.sqrt()).abs() < 1e-12, "{deviation}");
         assert_eq!(

@@ -5,6 +5,7 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use crate::error::{Error, Result};
+use crate::files::disk::Disk;
 
 /// A file that grows by whole lines, whatever the disk does.
 pub(crate) struct LineFile {
@@ -56,7 +57,7 @@ pub(crate) struct FirstFailure {
 }
 
 impl FirstFailure {
-    pub fn of(&mut self, result: io::Result<()>) -> Option<io::Error> {
+    pub fn first(&mut self, result: io::Result<()>) -> Option<io::Error> {
         let first = result.err().filter(|_| !self.seen);
         self.seen |= first.is_some();
         first
@@ -80,16 +81,15 @@ pub fn replace_file(
     let mut name = path.file_name().unwrap_or_default().to_os_string();
     name.push(".tmp");
     let beside = path.with_file_name(name);
-    let folder =
-        path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let steps = || {
-        let mut out = io::BufWriter::new(File::create(&beside)?);
-        write(&mut out)?;
-        out.into_inner()?.sync_all()?;
-        fs::rename(&beside, path)?;
-        File::open(folder)?.sync_all()
-    };
-    steps().map_err(Error::storage(path, "write"))
+    // Left by a process that was killed.
+    let _ = fs::remove_file(&beside);
+    Disk::PLAIN.write_file(&beside, None, |file| write(file))?;
+    Disk::PLAIN.rename(&beside, path)?;
+    Disk::PLAIN.sync_folder(folder_of(path))
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 #[cfg(test)]
@@ -109,7 +109,7 @@ mod tests {
     fn a_full_disk_is_told_once() {
         let mut file = LineFile::open(Path::new("/dev/full")).unwrap();
         let mut failure = FirstFailure::default();
-        let told: Vec<bool> = (0..3).map(|_| failure.of(file.append("x")).is_some()).collect();
+        let told: Vec<bool> = (0..3).map(|_| failure.first(file.append("x")).is_some()).collect();
         assert_eq!(told, [true, false, false]);
     }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use super::adapter::ModelAdapter;
-use super::loss_mask::{LOSS_MASK, axes_of_mask};
+use super::loss::{LOSS_MASK, axes_of_mask};
 use super::settings::{CfgDropout, CfgDropoutValue, FlowMatchingSettings};
 use crate::data::{Batch, EMPTY};
 

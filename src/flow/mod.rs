@@ -10,8 +10,6 @@ pub mod adapter;
 mod batch_keys;
 mod guidance;
 mod loss;
-mod loss_mask;
-mod loss_weight;
 mod noise_levels;
 mod pipeline;
 pub mod report;
@@ -26,9 +24,9 @@ pub mod timestep_sampling;
 pub use adapter::{FlowMatchingContext, ModelAdapter, TaskType};
 pub use batch_keys::{BatchKey, DataShapes, Note, Role, Shapes, check_keys, with_sample_axis};
 pub use guidance::{Guidance, Guide};
-pub use loss::{EXPLODED, Kept, LossValues, check_loss, is_sound};
-pub use loss_mask::{LOSS_MASK, axes_of_mask};
-pub use loss_weight::bsmntw_table;
+pub use loss::{
+    EXPLODED, Kept, LOSS_MASK, LossValues, axes_of_mask, bsmntw_table, check_loss, is_sound,
+};
 pub use noise_levels::{NoiseLevels, Shift};
 pub use pipeline::{FlowMatchingPipeline, StepOptions, StepOutput, latents_of};
 pub use sampling_settings::SamplingSettings;

@@ -4,9 +4,9 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use super::adapter::{FlowMatchingContext, ModelAdapter, TaskType, dropped};
 use super::batch_keys::{LATENTS, dropped_keys, with_sample_axis};
+use super::loss::LossWeight;
 use super::loss::{Kept, LossValues, check_loss};
-use super::loss_mask::{LOSS_MASK, loss_mask};
-use super::loss_weight::LossWeight;
+use super::loss::{LOSS_MASK, loss_mask};
 use super::schedule::LinearInterpolationSchedule;
 use super::settings::{CfgDropout, FlowMatchingSettings, TaskScope};
 use super::statistics::{Observed, Statistics};
@@ -309,7 +309,8 @@ impl FlowMatchingPipeline {
         own_mask: Option<&Tensor>,
     ) -> Result<LossValues> {
         let unweighted_loss = self.adapter.compute_loss(model_pred, target);
-        let loss_weight = broadcast_to_rank(&self.loss_weight.of(sigma), unweighted_loss.dim());
+        let loss_weight =
+            broadcast_to_rank(&self.loss_weight.weights(sigma), unweighted_loss.dim());
         let is_weighted = !matches!(self.loss_weight, LossWeight::One);
         let weighted_loss = if is_weighted {
             &unweighted_loss * &loss_weight

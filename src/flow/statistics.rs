@@ -21,7 +21,7 @@ pub struct Moments {
 impl Moments {
     /// # Panics
     /// If there are no values (a bug in the caller).
-    fn of(values: &[f32]) -> Self {
+    fn from_values(values: &[f32]) -> Self {
         assert!(!values.is_empty(), "moments of at least one value");
         let values = values.iter().map(|&value| f64::from(value));
         let count = values.len() as f64;
@@ -180,9 +180,9 @@ impl Statistics {
         let scalars = &mut scalars.iter().map(|&number| f64::from(number));
         // Fields are evaluated in this order, in which `measure` wrote the scalars.
         Statistics {
-            sigma: Moments::of(sigma),
-            timesteps: Moments::of(column(1)),
-            weight: Moments::of(column(2)),
+            sigma: Moments::from_values(sigma),
+            timesteps: Moments::from_values(column(1)),
+            weight: Moments::from_values(column(2)),
             latents: Range::read(scalars),
             noise: Range::read(scalars),
             noisy_latents: Range::read(scalars),
@@ -264,8 +264,8 @@ mod tests {
     #[test]
     fn merged_moments_are_those_of_all_values() {
         let (a, b) = ([0.1f32, 0.7, 0.4], [0.9f32, 0.2]);
-        let merged = Moments::of(&a).merge(Moments::of(&b));
-        let all = Moments::of(&[0.1, 0.7, 0.4, 0.9, 0.2]);
+        let merged = Moments::from_values(&a).merge(Moments::from_values(&b));
+        let all = Moments::from_values(&[0.1, 0.7, 0.4, 0.9, 0.2]);
         // f64 rounding of a few sums of numbers below 1.
         assert!((merged.mean - all.mean).abs() < 1e-15 && (merged.std() - all.std()).abs() < 1e-15);
         // The numbers are rounded to f32 before.

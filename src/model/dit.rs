@@ -16,7 +16,7 @@ use crate::nn::embed::{ScalarEmbedding, grid_positions};
 use crate::nn::modulation::{Modulation, gated, modulated_norm};
 use crate::nn::patches::{cut_images, join_images};
 use crate::nn::{
-    Activations, Builder, Init, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Stage, Views,
+    Activations, Builder, Init, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Rows, Stage, Views,
 };
 use crate::settings::{Keys, Settings};
 
@@ -154,7 +154,7 @@ struct Embed {
 impl Embed {
     fn new(model: &Dit) -> Self {
         let mut params = ParamSet::new("embed");
-        let mut builder = Builder::new(&mut params, "");
+        let mut builder = Builder::new(&mut params, "", Rows::Image);
         let features = model.in_channels * model.patch_size * model.patch_size;
         let xavier = Init::Xavier { fan_in: features, fan_out: model.width };
         let patches =
@@ -163,7 +163,7 @@ impl Embed {
         // A one-hot prompt makes this a table of class embeddings, which DiT begins at
         // normal(0.02).
         let condition = Linear::without_bias(
-            &mut builder.at("y_embedder"),
+            &mut builder.at("y_embedder").over(Rows::One),
             model.condition_width,
             model.width,
             Init::Normal { std: 0.02 },
@@ -218,7 +218,7 @@ impl Block {
     fn new(model: &Dit, index: i64) -> Self {
         let name = format!("blocks.{index}");
         let mut params = ParamSet::new(&name);
-        let mut builder = Builder::new(&mut params, &name);
+        let mut builder = Builder::new(&mut params, &name, Rows::Image);
         let hidden = model.mlp_ratio * model.width;
         let xavier = Init::Xavier { fan_in: model.width, fan_out: hidden };
         let attention = SelfAttention::new(&mut builder.at("attn"), model.width, model.num_heads);
@@ -226,7 +226,7 @@ impl Block {
         let output = Linear::new(&mut builder.at("mlp.fc2"), hidden, model.width, xavier);
         let mlp = Mlp { input, output, nonlinearity: Nonlinearity::GeluTanh };
         let modulation = Linear::new(
-            &mut builder.at("adaLN_modulation.1"),
+            &mut builder.at("adaLN_modulation.1").over(Rows::One),
             model.width,
             6 * model.width,
             Init::Zeros,
@@ -266,11 +266,11 @@ struct Head {
 impl Head {
     fn new(model: &Dit) -> Self {
         let mut params = ParamSet::new("final_layer");
-        let mut builder = Builder::new(&mut params, "final_layer");
+        let mut builder = Builder::new(&mut params, "final_layer", Rows::Image);
         let features = model.in_channels * model.patch_size * model.patch_size;
         let linear = Linear::new(&mut builder.at("linear"), model.width, features, Init::Zeros);
         let modulation = Linear::new(
-            &mut builder.at("adaLN_modulation.1"),
+            &mut builder.at("adaLN_modulation.1").over(Rows::One),
             model.width,
             2 * model.width,
             Init::Zeros,

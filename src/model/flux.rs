@@ -19,7 +19,7 @@ use crate::nn::modulation::{Modulation, gated, modulated_norm};
 use crate::nn::norm::Rounding;
 use crate::nn::rope::{self, Axis};
 use crate::nn::{
-    Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Stage, Views,
+    Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Rows, Stage, Views,
 };
 use crate::settings::{Keys, Settings};
 
@@ -252,7 +252,7 @@ struct Embed {
 impl Embed {
     fn new(model: &Flux) -> Self {
         let mut params = ParamSet::new("embed");
-        let mut builder = Builder::new(&mut params, "");
+        let mut builder = Builder::new(&mut params, "", Rows::Image);
         let width = model.width();
         let mut scalar = |name: &str| {
             ScalarEmbedding::new(
@@ -266,13 +266,13 @@ impl Embed {
         let guidance = model.guidance_embeds.then(|| scalar("guidance_embedder"));
         let widths = [model.pooled_projection_dim, width, width];
         let pooled = Mlp::of_two_linears(
-            &mut builder.at("time_text_embed.text_embedder"),
+            &mut builder.at("time_text_embed.text_embedder").over(Rows::One),
             widths,
             Nonlinearity::Silu,
             true,
         );
         let text = Linear::pytorch(
-            &mut builder.at("context_embedder"),
+            &mut builder.at("context_embedder").over(Rows::Text),
             model.joint_attention_dim,
             width,
             true,
@@ -344,10 +344,11 @@ impl SingleBlock {
     fn new(model: &Flux, index: i64) -> Self {
         let name = format!("single_transformer_blocks.{index}");
         let mut params = ParamSet::new(&name);
-        let mut builder = Builder::new(&mut params, &name);
+        let mut builder = Builder::new(&mut params, &name, Rows::Joint);
+        builder.attends(Rows::Joint, Rows::Joint, model.width());
         let (width, hidden) = (model.width(), 4 * model.width());
         let modulation = Modulation::new(Linear::pytorch(
-            &mut builder.at("norm.linear"),
+            &mut builder.at("norm.linear").over(Rows::One),
             width,
             3 * width,
             true,

@@ -24,7 +24,7 @@ use crate::nn::modulation::{gated, modulated_norm, parts};
 use crate::nn::norm::{RmsNorm, Rounding};
 use crate::nn::rope::{self, Axis};
 use crate::nn::{
-    Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Stage, Views,
+    Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Rows, Stage, Views,
 };
 use crate::settings::{Keys, Settings};
 
@@ -243,7 +243,7 @@ struct Embed {
 impl Embed {
     fn new(model: &Flux2) -> Self {
         let mut params = ParamSet::new("embed");
-        let mut builder = Builder::new(&mut params, "");
+        let mut builder = Builder::new(&mut params, "", Rows::Image);
         let (width, frequencies) = (model.width(), model.timestep_guidance_channels);
         let mut scalar = |name: &str| {
             ScalarEmbedding::new(
@@ -255,14 +255,17 @@ impl Embed {
         };
         let timestep = scalar("timestep_embedder");
         let guidance = model.guidance_embeds.then(|| scalar("guidance_embedder"));
-        let mut linear = |name: &str, inputs, outputs| {
-            Linear::pytorch(&mut builder.at(name), inputs, outputs, false)
+        let mut linear = |name: &str, rows, inputs, outputs| {
+            Linear::pytorch(&mut builder.at(name).over(rows), inputs, outputs, false)
         };
-        let image_modulation = linear("double_stream_modulation_img.linear", width, 6 * width);
-        let text_modulation = linear("double_stream_modulation_txt.linear", width, 6 * width);
-        let single_modulation = linear("single_stream_modulation.linear", width, 3 * width);
-        let image = linear("x_embedder", model.in_channels, width);
-        let text = linear("context_embedder", model.joint_attention_dim, width);
+        let image_modulation =
+            linear("double_stream_modulation_img.linear", Rows::One, width, 6 * width);
+        let text_modulation =
+            linear("double_stream_modulation_txt.linear", Rows::One, width, 6 * width);
+        let single_modulation =
+            linear("single_stream_modulation.linear", Rows::One, width, 3 * width);
+        let image = linear("x_embedder", Rows::Image, model.in_channels, width);
+        let text = linear("context_embedder", Rows::Text, model.joint_attention_dim, width);
         let axes = model.axes_dims_rope.map(|width| Axis {
             width,
             theta: model.rope_theta as f64,
@@ -349,7 +352,7 @@ impl DoubleBlock {
     fn new(model: &Flux2, index: i64) -> Self {
         let name = format!("transformer_blocks.{index}");
         let mut params = ParamSet::new(&name);
-        let mut builder = Builder::new(&mut params, &name);
+        let mut builder = Builder::new(&mut params, &name, Rows::Image);
         let (width, hidden, epsilon) = (model.width(), model.hidden(), model.eps);
         let heads = Heads {
             num_heads: model.num_attention_heads,
@@ -359,11 +362,12 @@ impl DoubleBlock {
             rounding: Rounding::Once,
         };
         let attention = JointAttention::new(&mut builder.at("attn"), width, heads);
-        let mut feed = |name: &str| Mlp::gated(&mut builder.at(name), [width, hidden, width]);
+        let mut feed =
+            |name: &str, rows| Mlp::gated(&mut builder.at(name).over(rows), [width, hidden, width]);
         let block = JointBlock {
             attention,
-            image_feed: feed("ff"),
-            text_feed: feed("ff_context"),
+            image_feed: feed("ff", Rows::Image),
+            text_feed: feed("ff_context", Rows::Text),
             epsilon,
         };
         DoubleBlock { params, block }
@@ -405,7 +409,8 @@ impl SingleBlock {
     fn new(model: &Flux2, index: i64) -> Self {
         let name = format!("single_transformer_blocks.{index}");
         let mut params = ParamSet::new(&name);
-        let mut builder = Builder::new(&mut params, &format!("{name}.attn"));
+        let mut builder = Builder::new(&mut params, &format!("{name}.attn"), Rows::Joint);
+        builder.attends(Rows::Joint, Rows::Joint, model.width());
         let (width, hidden, epsilon) = (model.width(), model.hidden(), model.eps);
         let widths = [3 * width, 2 * hidden];
         let input =

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::nn::attention::{Heads, Stream};
 use crate::nn::joint_block::{BlockNames, ModulatedJointBlock};
 use crate::nn::modulation::ModulatedProjection;
-use crate::nn::{Activations, Builder, ParamSet, Stage, Views};
+use crate::nn::{Activations, Builder, ParamSet, Rows, Stage, Views};
 
 /// One block over both streams.
 pub(super) struct JointStage {
@@ -31,7 +31,7 @@ impl JointStage {
         let name = format!("transformer_blocks.{index}");
         let mut params = ParamSet::new(&name);
         let block = ModulatedJointBlock::new(
-            &mut Builder::new(&mut params, &name),
+            &mut Builder::new(&mut params, &name, Rows::Image),
             names,
             width,
             hidden,
@@ -68,7 +68,7 @@ impl Head {
     pub fn new(width: i64, features: i64, with_bias: bool, epsilon: f64) -> Self {
         let mut params = ParamSet::new("head");
         let output = ModulatedProjection::new(
-            &mut Builder::new(&mut params, ""),
+            &mut Builder::new(&mut params, "", Rows::Image),
             width,
             features,
             with_bias,

@@ -17,7 +17,7 @@ use crate::nn::embed::ScalarEmbedding;
 use crate::nn::joint_block::BlockNames;
 use crate::nn::norm::{RmsNorm, Rounding};
 use crate::nn::rope::{self, Axis};
-use crate::nn::{Activations, Builder, Linear, ParamSet, PerShape, Stage, Views};
+use crate::nn::{Activations, Builder, Linear, ParamSet, PerShape, Rows, Stage, Views};
 use crate::settings::{Keys, Settings};
 
 /// Of every normalization.
@@ -247,7 +247,7 @@ struct Embed {
 impl Embed {
     fn new(model: &QwenImage) -> Self {
         let mut params = ParamSet::new("embed");
-        let mut builder = Builder::new(&mut params, "");
+        let mut builder = Builder::new(&mut params, "", Rows::Image);
         let (width, text_width) = (model.width(), model.joint_attention_dim);
         let timestep = ScalarEmbedding::new(
             &mut builder.at("time_text_embed.timestep_embedder"),
@@ -256,10 +256,15 @@ impl Embed {
             true,
         )
         .scaled(1000.0);
-        let text_norm =
-            RmsNorm::new(&mut builder.at("txt_norm"), text_width, EPSILON, Rounding::BeforeScale);
+        let text_norm = RmsNorm::new(
+            &mut builder.at("txt_norm").over(Rows::Text),
+            text_width,
+            EPSILON,
+            Rounding::BeforeScale,
+        );
         let image = Linear::pytorch(&mut builder.at("img_in"), model.in_channels, width, true);
-        let text = Linear::pytorch(&mut builder.at("txt_in"), text_width, width, true);
+        let text =
+            Linear::pytorch(&mut builder.at("txt_in").over(Rows::Text), text_width, width, true);
         let axes =
             model.axes_dims_rope.map(|width| Axis { width, theta: THETA, kind: Kind::Float });
         Embed { params, image, text_norm, text, timestep, axes, ropes: PerShape::new() }

@@ -3,7 +3,7 @@
 use tch::Tensor;
 
 use super::norm::{RmsNorm, Rounding};
-use super::{Builder, Init, Linear, Views, by_hand, rope};
+use super::{Builder, Init, Linear, Rows, Views, by_hand, rope};
 
 /// Scaled dot-product attention of every head.
 ///
@@ -115,11 +115,14 @@ pub struct JointAttention {
 
 impl JointAttention {
     pub fn new(builder: &mut Builder<'_>, width: i64, heads: Heads) -> Self {
-        let image = Projections::named(builder, &OWN, width, heads);
-        let text = Projections::named(builder, &ADDED, width, heads);
-        let mut output = |name: &str| {
+        let mut image_builder = builder.at("").over(Rows::Image);
+        let image = Projections::named(&mut image_builder, &OWN, width, heads);
+        let mut text_builder = builder.at("").over(Rows::Text);
+        let text = Projections::named(&mut text_builder, &ADDED, width, heads);
+        builder.attends(Rows::Joint, Rows::Joint, heads.num_heads * heads.width);
+        let mut output = |name: &str, rows| {
             Linear::pytorch(
-                &mut builder.at(name),
+                &mut builder.at(name).over(rows),
                 heads.num_heads * heads.width,
                 width,
                 heads.with_bias,
@@ -128,8 +131,8 @@ impl JointAttention {
         JointAttention {
             image,
             text,
-            image_output: output("to_out.0"),
-            text_output: output("to_add_out"),
+            image_output: output("to_out.0", Rows::Image),
+            text_output: output("to_add_out", Rows::Text),
         }
     }
 
@@ -175,6 +178,7 @@ pub struct SelfAttention {
 impl SelfAttention {
     pub fn new(builder: &mut Builder<'_>, width: i64, num_heads: i64) -> Self {
         let init = |outputs| Init::Xavier { fan_in: width, fan_out: outputs };
+        builder.attends(Rows::Image, Rows::Image, width);
         SelfAttention {
             qkv: Linear::new(&mut builder.at("qkv"), width, 3 * width, init(3 * width)),
             proj: Linear::new(&mut builder.at("proj"), width, width, init(width)),

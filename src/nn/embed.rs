@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Builder, Init, Linear, Mlp, Nonlinearity, Views};
+use super::{Builder, Init, Linear, Mlp, Nonlinearity, Rows, Views};
 
 /// Cosines and sines of `positions` at geometrically falling frequencies.
 ///
@@ -52,8 +52,8 @@ impl ScalarEmbedding {
     /// `mlp.0` and `mlp.2`, begun as DiT begins them.
     pub fn dit(builder: &mut Builder<'_>, width: i64) -> Self {
         let (init, frequencies) = (Init::Normal { std: 0.02 }, 256);
-        let input = Linear::new(&mut builder.at("mlp.0"), frequencies, width, init);
-        let output = Linear::new(&mut builder.at("mlp.2"), width, width, init);
+        let input = Linear::new(&mut builder.at("mlp.0").over(Rows::One), frequencies, width, init);
+        let output = Linear::new(&mut builder.at("mlp.2").over(Rows::One), width, width, init);
         ScalarEmbedding {
             frequencies,
             scale: 1.0,
@@ -64,7 +64,7 @@ impl ScalarEmbedding {
     /// `linear_1` and `linear_2`, as diffusers' models have them.
     pub fn new(builder: &mut Builder<'_>, frequencies: i64, width: i64, with_bias: bool) -> Self {
         let mlp = Mlp::of_two_linears(
-            builder,
+            &mut builder.at("").over(Rows::One),
             [frequencies, width, width],
             Nonlinearity::Silu,
             with_bias,

@@ -7,7 +7,7 @@ use tch::Tensor;
 
 use super::attention::{Heads, JointAttention, Stream};
 use super::modulation::{Modulation, gated, modulated_norm};
-use super::{Builder, Linear, Mlp, Nonlinearity, Views};
+use super::{Builder, Linear, Mlp, Nonlinearity, Rows, Views};
 
 /// Shift, scale and gate of the attention, then those of the feed-forward part; `[B, 1, D]` each.
 pub type BlockModulation = [Tensor; 6];
@@ -85,15 +85,22 @@ impl ModulatedJointBlock {
         heads: Heads,
     ) -> Self {
         let mut modulation = |name: &str| {
-            Modulation::new(Linear::pytorch(&mut builder.at(name), width, 6 * width, true))
+            Modulation::new(Linear::pytorch(
+                &mut builder.at(name).over(Rows::One),
+                width,
+                6 * width,
+                true,
+            ))
         };
         let (image_modulation, text_modulation) =
             (modulation(names.image_modulation), modulation(names.text_modulation));
         let attention = JointAttention::new(&mut builder.at("attn"), width, heads);
-        let mut feed = |name: &str| {
-            Mlp::feed_forward(&mut builder.at(name), [width, hidden, width], Nonlinearity::GeluTanh)
+        let mut feed = |name: &str, rows| {
+            let widths = [width, hidden, width];
+            Mlp::feed_forward(&mut builder.at(name).over(rows), widths, Nonlinearity::GeluTanh)
         };
-        let (image_feed, text_feed) = (feed(names.image_feed), feed(names.text_feed));
+        let (image_feed, text_feed) =
+            (feed(names.image_feed, Rows::Image), feed(names.text_feed, Rows::Text));
         let block = JointBlock { attention, image_feed, text_feed, epsilon: heads.epsilon };
         ModulatedJointBlock { block, image_modulation, text_modulation }
     }

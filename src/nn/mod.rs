@@ -20,7 +20,7 @@ pub mod wide_attention;
 pub use activations::Activations;
 pub use linear::Linear;
 pub use mlp::{Mlp, Nonlinearity};
-pub use params::{Builder, Init, Param, ParamInfo, ParamSet, Views};
+pub use params::{AttentionInfo, Builder, Init, Param, ParamInfo, ParamSet, Rows, Views};
 pub use per_shape::PerShape;
 pub use settings::{AttentionKernels, ComputeSettings};
 

@@ -5,7 +5,7 @@
 use tch::{Kind, Tensor};
 
 use super::norm::layer_norm;
-use super::{Builder, Linear, Views, by_hand};
+use super::{Builder, Linear, Rows, Views, by_hand};
 
 /// Maps a conditioning vector to several vectors of the model's width.
 #[derive(Clone, Copy, Debug)]
@@ -83,7 +83,7 @@ impl ModulatedProjection {
         epsilon: f64,
     ) -> Self {
         let modulation = Modulation::new(Linear::pytorch(
-            &mut builder.at("norm_out.linear"),
+            &mut builder.at("norm_out.linear").over(Rows::One),
             width,
             2 * width,
             with_bias,

@@ -26,6 +26,28 @@ pub enum Init {
     },
 }
 
+/// The rows that one sample sends through a matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    /// One row: timesteps, guidance, pooled conditions, modulation.
+    One,
+    /// One row a token of the latents.
+    Image,
+    /// One row a token of the conditions; those of conditioning images count as text.
+    Text,
+    /// One row a token of both.
+    Joint,
+}
+
+/// One attention of a stage: what estimates of work and memory need to know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttentionInfo {
+    pub queries: Rows,
+    pub keys: Rows,
+    /// Width of all heads together.
+    pub width: i64,
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct ParamInfo {
     /// Full name, e.g. `blocks.0.attn.qkv.weight`.
@@ -34,6 +56,8 @@ pub struct ParamInfo {
     pub init: Init,
     /// Stays f32 whatever the kind of the model's computation.
     pub precise: bool,
+    /// The rows that it is applied to.
+    pub rows: Rows,
 }
 
 impl ParamInfo {
@@ -58,6 +82,7 @@ pub struct Param(usize);
 pub struct ParamSet {
     stage: String,
     infos: Vec<ParamInfo>,
+    attentions: Vec<AttentionInfo>,
     /// Place of each [`Param`] among the infos.
     places: Vec<usize>,
 }
@@ -65,7 +90,7 @@ pub struct ParamSet {
 impl ParamSet {
     /// An empty set for the stage of that name (as messages show it).
     pub fn new(stage: &str) -> Self {
-        ParamSet { stage: stage.into(), infos: Vec::new(), places: Vec::new() }
+        ParamSet { stage: stage.into(), ..Default::default() }
     }
 
     pub fn stage(&self) -> &str {
@@ -74,6 +99,11 @@ impl ParamSet {
 
     pub fn infos(&self) -> &[ParamInfo] {
         &self.infos
+    }
+
+    /// The stage's attentions, in the order of the forward pass.
+    pub fn attentions(&self) -> &[AttentionInfo] {
+        &self.attentions
     }
 
     /// Elements of the flat buffer.
@@ -190,18 +220,36 @@ pub struct Builder<'a> {
     set: &'a mut ParamSet,
     prefix: String,
     precise: bool,
+    rows: Rows,
 }
 
 impl<'a> Builder<'a> {
-    /// All names begin with `prefix`.
-    pub fn new(set: &'a mut ParamSet, prefix: &str) -> Self {
-        Builder { set, prefix: prefix.into(), precise: false }
+    /// All names begin with `prefix`; matrices are applied to `rows` unless
+    /// [`over`](Self::over) says otherwise.
+    pub fn new(set: &'a mut ParamSet, prefix: &str, rows: Rows) -> Self {
+        Builder { set, prefix: prefix.into(), precise: false, rows }
     }
 
-    /// The builder for a part of this one: `blocks.0` at `attn` is `blocks.0.attn`.
+    /// The builder for matrices that are applied to `rows`.
+    pub fn over(self, rows: Rows) -> Self {
+        Builder { rows, ..self }
+    }
+
+    /// The rows that matrices are applied to.
+    pub fn rows(&self) -> Rows {
+        self.rows
+    }
+
+    /// Registers an attention of the stage.
+    pub fn attends(&mut self, queries: Rows, keys: Rows, width: i64) {
+        self.set.attentions.push(AttentionInfo { queries, keys, width });
+    }
+
+    /// The builder for a part of this one: `blocks.0` at `attn` is `blocks.0.attn`; at `""` it is
+    /// the same part.
     pub fn at(&mut self, part: &str) -> Builder<'_> {
         let prefix = self.join(part);
-        Builder { set: self.set, prefix, precise: self.precise }
+        Builder { set: self.set, prefix, precise: self.precise, rows: self.rows }
     }
 
     /// The builder for a part whose parameters stay f32 whatever the kind of the computation.
@@ -211,13 +259,18 @@ impl<'a> Builder<'a> {
 
     /// A parameter that stays f32 whatever the kind of the computation.
     pub fn precise_param(&mut self, name: &str, shape: &[i64], init: Init) -> Param {
-        Builder { set: self.set, prefix: self.prefix.clone(), precise: true }
-            .param(name, shape, init)
+        let prefix = self.prefix.clone();
+        Builder { set: self.set, prefix, precise: true, rows: self.rows }.param(name, shape, init)
     }
 
     pub fn param(&mut self, name: &str, shape: &[i64], init: Init) -> Param {
-        let info =
-            ParamInfo { name: self.join(name), shape: shape.to_vec(), init, precise: self.precise };
+        let info = ParamInfo {
+            name: self.join(name),
+            shape: shape.to_vec(),
+            init,
+            precise: self.precise,
+            rows: self.rows,
+        };
         let ParamSet { infos, places, .. } = &mut *self.set;
         let place = if info.precise {
             infos.iter().filter(|info| info.precise).count()
@@ -231,7 +284,11 @@ impl<'a> Builder<'a> {
     }
 
     fn join(&self, name: &str) -> String {
-        if self.prefix.is_empty() { name.into() } else { format!("{}.{name}", self.prefix) }
+        match (self.prefix.as_str(), name) {
+            ("", name) => name.into(),
+            (prefix, "") => prefix.into(),
+            (prefix, name) => format!("{prefix}.{name}"),
+        }
     }
 }
 
@@ -244,7 +301,7 @@ mod tests {
 
     fn set(names: &[&str]) -> ParamSet {
         let mut set = ParamSet::new("block");
-        let mut builder = Builder::new(&mut set, "block");
+        let mut builder = Builder::new(&mut set, "block", Rows::Image);
         for name in names {
             builder.at("part").param(name, &[2, 3], Init::Normal { std: 1.0 });
         }
@@ -263,7 +320,7 @@ mod tests {
     #[test]
     fn precise_parameters_lie_first_and_keep_their_handles() {
         let mut set = ParamSet::new("block");
-        let mut builder = Builder::new(&mut set, "block");
+        let mut builder = Builder::new(&mut set, "block", Rows::Image);
         let plain = builder.param("plain", &[4], Init::Zeros);
         let table = builder.precise_at("table").param("weight", &[2], Init::Zeros);
         let last = builder.param("last", &[3], Init::Zeros);

@@ -115,7 +115,7 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
-    use crate::nn::ParamSet;
+    use crate::nn::{ParamSet, Rows};
     use crate::rng::{Key, Purpose};
 
     const PATCH: Patch = [2, 1, 3];
@@ -155,7 +155,8 @@ mod tests {
     #[test]
     fn a_patch_embedding_is_a_convolution_with_stride_as_its_kernel() {
         let mut set = ParamSet::new("embed");
-        let embedding = PatchEmbedding::new(&mut Builder::new(&mut set, "proj"), 3, 8, PATCH);
+        let embedding =
+            PatchEmbedding::new(&mut Builder::new(&mut set, "proj", Rows::Image), 3, 8, PATCH);
         let flat = Tensor::zeros([set.numel()], (Kind::Double, Device::Cpu));
         set.initialize(&flat, Key::new(11, Purpose::Initialization));
         let (params, latents) = (set.split(&flat), latents().to_kind(Kind::Double) / 720.0);

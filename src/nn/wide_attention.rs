@@ -8,7 +8,7 @@ use tch::Tensor;
 
 use super::attention::{Heads, attend};
 use super::norm::RmsNorm;
-use super::{Builder, Linear, Views, rope};
+use super::{Builder, Linear, Rows, Views, rope};
 
 /// Where keys and values come from.
 #[derive(Clone, Copy, Debug)]
@@ -52,15 +52,19 @@ pub struct WideAttention {
 }
 
 impl WideAttention {
-    /// `added`: whether there are products for an image's tokens.
-    pub fn new(builder: &mut Builder<'_>, heads: Heads, added: bool) -> Self {
+    /// Queries are the builder's rows. `keys`: the rows attended to. `added`: true for products of
+    /// its own for an image's tokens.
+    pub fn new(builder: &mut Builder<'_>, heads: Heads, keys: Rows, added: bool) -> Self {
         let width = heads.num_heads * heads.width;
         let query = Linear::pytorch(&mut builder.at("to_q"), width, width, heads.with_bias);
         let norm_query =
             RmsNorm::new(&mut builder.at("norm_q"), width, heads.epsilon, heads.rounding);
-        let source = Source::new(builder, ["to_k", "to_v", "norm_k"], heads);
-        let added = added
-            .then(|| Source::new(builder, ["add_k_proj", "add_v_proj", "norm_added_k"], heads));
+        builder.attends(builder.rows(), keys, width);
+        let mut keys_builder = builder.at("").over(keys);
+        let source = Source::new(&mut keys_builder, ["to_k", "to_v", "norm_k"], heads);
+        let added = added.then(|| {
+            Source::new(&mut keys_builder, ["add_k_proj", "add_v_proj", "norm_added_k"], heads)
+        });
         let output = Linear::pytorch(&mut builder.at("to_out.0"), width, width, heads.with_bias);
         WideAttention { query, norm_query, source, added, output, num_heads: heads.num_heads }
     }

@@ -5,9 +5,9 @@ use tch::{Device, Kind, Tensor};
 use crate::collective::{Collective, Sliced, Work};
 use crate::error::Result;
 use crate::nn::{ParamSet, Views};
-use crate::parallel::Sharing;
 use crate::parallel::layout::{Layout, runs_within};
 use crate::parallel::piece::{Piece, Shard};
+use crate::parallel::{Devices, Sharing};
 use crate::rng::Key;
 
 /// A stage's parameters: f32 master values, and the same in the compute kind.
@@ -36,12 +36,11 @@ pub struct Gathering {
 }
 
 impl Bucket {
-    /// Parameters begun from `key`, zeros without one. `devices`: where they compute, and where
-    /// master values lie that have a storage of their own.
+    /// Parameters begun from `key`, zeros without one.
     pub fn new(
         params: &ParamSet,
         kind: Kind,
-        devices: (Device, Device),
+        devices: Devices,
         key: Option<Key>,
         sharing: &Sharing<'_>,
     ) -> Self {
@@ -208,13 +207,13 @@ impl Gathering {
 mod tests {
     use super::*;
     use crate::collective::Threads;
-    use crate::nn::{Builder, Init};
+    use crate::nn::{Builder, Init, Rows};
     use crate::parallel::{Sharding, ShardingGroup};
     use crate::rng::Purpose;
 
     fn params() -> ParamSet {
         let mut params = ParamSet::new("stage");
-        let mut builder = Builder::new(&mut params, "stage");
+        let mut builder = Builder::new(&mut params, "stage", Rows::Image);
         builder.param("weight", &[7, 11], Init::Normal { std: 1.0 });
         builder.param("bias", &[11], Init::Normal { std: 1.0 });
         builder.precise_param("table", &[5], Init::Normal { std: 1.0 });
@@ -224,7 +223,7 @@ mod tests {
     const KEY: Key = Key { seed: 3, purpose: Purpose::Test, step: 0, micro_batch: 0, scope: 0 };
 
     fn alone(kind: Kind) -> Bucket {
-        Bucket::new(&params(), kind, (Device::Cpu, Device::Cpu), Some(KEY), &Sharing::alone())
+        Bucket::new(&params(), kind, Devices::one(Device::Cpu), Some(KEY), &Sharing::alone())
     }
 
     /// What `look` finds on each rank of three that share a bucket.
@@ -238,7 +237,7 @@ mod tests {
                 let sharing =
                     Sharing::new(&world, sharding, ShardingGroup::World, 1).expect("sound");
                 look(
-                    Bucket::new(&params(), kind, (Device::Cpu, Device::Cpu), Some(KEY), &sharing),
+                    Bucket::new(&params(), kind, Devices::one(Device::Cpu), Some(KEY), &sharing),
                     &sharing,
                 )
             })

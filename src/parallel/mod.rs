@@ -16,6 +16,7 @@ mod backward;
 mod bucket;
 pub mod divergence;
 mod layout;
+mod norms;
 mod piece;
 pub(crate) mod reducer;
 mod replica;
@@ -26,9 +27,10 @@ mod tape;
 pub use accumulator::Summation;
 pub use bucket::Bucket;
 pub use layout::Layout;
+pub use norms::global_norm;
 pub use piece::{Piece, Shard};
 pub use reducer::Reducer;
-pub use replica::Replica;
+pub use replica::{Devices, Replica};
 pub use settings::{
     Backend, DeviceChoice, Offload, ParallelSettings, Recompute, ReduceDtype, SeedScope, Sharding,
     ShardingGroup,

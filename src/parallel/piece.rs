@@ -4,8 +4,8 @@ use tch::{Device, Kind, Tensor};
 
 use crate::collective::{Collective, Sliced};
 use crate::error::Result;
-use crate::parallel::Sharding;
 use crate::parallel::layout::Layout;
+use crate::parallel::{Devices, Sharding};
 
 /// Consecutive parameters of one compute kind.
 #[derive(Debug)]
@@ -36,30 +36,29 @@ pub struct Shard<'b> {
 }
 
 impl Piece {
-    /// Zeros. `devices`: where they compute, and where master values lie that have a storage of
-    /// their own.
+    /// Zeros.
     pub(super) fn new(
         layout: Layout,
         offset: i64,
         kind: Kind,
         sharding: Sharding,
         decayed: Vec<(i64, i64)>,
-        (device, home): (Device, Device),
+        devices: Devices,
     ) -> Self {
         let zeros =
             |length: i64, kind: Kind, device: Device| Tensor::zeros([length], (kind, device));
         let owned = layout.owned();
         let length = owned.end - owned.start;
         let keeps_all = sharding != Sharding::Parameters || layout.is_whole();
-        let full = keeps_all.then(|| zeros(layout.padded, kind, device));
+        let full = keeps_all.then(|| zeros(layout.padded, kind, devices.compute));
         let computed = full.as_ref().map_or_else(
-            || zeros(length, kind, device),
+            || zeros(length, kind, devices.compute),
             |full| full.narrow(0, owned.start, length),
         );
         let master = if kind == Kind::Float {
             computed.shallow_clone()
         } else {
-            zeros(length, Kind::Float, home)
+            zeros(length, Kind::Float, devices.home)
         };
         Piece { layout, offset, master, computed, full, decayed }
     }

@@ -95,7 +95,7 @@ impl<'r> Reducer<'r> {
         let gradients: Vec<Tensor> = pieces
             .iter()
             .zip(gradients)
-            .map(|(piece, gradient)| gradient.to_kind(self.dtype.of(piece.kind())))
+            .map(|(piece, gradient)| gradient.to_kind(self.dtype.kind(piece.kind())))
             .collect();
         let (mut owned, mut whole, mut cut) = (Vec::new(), Vec::new(), Vec::new());
         for (piece, full) in pieces.iter().zip(gradients) {
@@ -143,7 +143,7 @@ impl Sharding {
 
 impl ReduceDtype {
     /// Kind in which gradients of parameters of `kind` travel: precise ones always in f32.
-    pub(crate) fn of(self, kind: Kind) -> Kind {
+    pub(crate) fn kind(self, kind: Kind) -> Kind {
         match self {
             ReduceDtype::BFloat16 if kind != Kind::Float => Kind::BFloat16,
             _ => Kind::Float,

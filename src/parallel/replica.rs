@@ -9,6 +9,23 @@ use crate::parallel::tape::run;
 use crate::parallel::{Bucket, Recompute, Sharing, Tape};
 use crate::rng::Key;
 
+/// The devices of one rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Devices {
+    /// Computes; holds what is computed with.
+    pub compute: Device,
+    /// Holds, between steps, the optimizer's state and the master weights that do not share
+    /// storage with the compute copy.
+    pub home: Device,
+}
+
+impl Devices {
+    /// One device for both.
+    pub fn one(device: Device) -> Self {
+        Devices { compute: device, home: device }
+    }
+}
+
 /// Stages with a bucket each, shared with other ranks or not.
 pub struct Replica<'c> {
     pub stages: Vec<Box<dyn Stage>>,
@@ -25,17 +42,16 @@ impl Replica<'static> {
         device: Device,
         key: Option<Key>,
     ) -> Self {
-        Replica::shared(stages, kind, (device, device), key, Sharing::alone())
+        Replica::shared(stages, kind, Devices::one(device), key, Sharing::alone())
     }
 }
 
 impl<'c> Replica<'c> {
-    /// This rank's part of a shared model, equal on every rank for the same `key`. `devices`: where
-    /// it computes, and where master values lie that have a storage of their own.
+    /// This rank's part of a shared model, equal on every rank for the same `key`.
     pub fn shared(
         stages: Vec<Box<dyn Stage>>,
         kind: Kind,
-        devices: (Device, Device),
+        devices: Devices,
         key: Option<Key>,
         sharing: Sharing<'c>,
     ) -> Self {

@@ -15,27 +15,27 @@ use crate::parallel::{Sharding, ShardingGroup};
 pub struct Sharing<'c> {
     pub sharding: Sharding,
     cut: Cut,
-    shards: Part<'c>,
-    replicas: Part<'c>,
+    shards: RankGroup<'c>,
+    replicas: RankGroup<'c>,
     /// Rank at each place in the order of the flat buffers.
     ranks: Vec<usize>,
 }
 
 /// A group of ranks: the whole world, this rank alone, or a world split off.
-enum Part<'c> {
+enum RankGroup<'c> {
     World(&'c dyn Collective),
     Alone(Solo),
     Split(Box<dyn Collective>),
 }
 
-impl<'c> Deref for Part<'c> {
+impl<'c> Deref for RankGroup<'c> {
     type Target = dyn Collective + 'c;
 
     fn deref(&self) -> &(dyn Collective + 'c) {
         match self {
-            Part::World(world) => *world,
-            Part::Alone(solo) => solo,
-            Part::Split(part) => &**part,
+            RankGroup::World(world) => *world,
+            RankGroup::Alone(solo) => solo,
+            RankGroup::Split(group) => &**group,
         }
     }
 }
@@ -43,7 +43,7 @@ impl<'c> Deref for Part<'c> {
 impl Sharing<'static> {
     /// One rank that holds everything.
     pub fn alone() -> Self {
-        let (shards, replicas) = (Part::Alone(Solo), Part::Alone(Solo));
+        let (shards, replicas) = (RankGroup::Alone(Solo), RankGroup::Alone(Solo));
         Sharing { sharding: Sharding::None, cut: Cut::WHOLE, shards, replicas, ranks: vec![0] }
     }
 }
@@ -99,10 +99,13 @@ impl<'c> Sharing<'c> {
         };
         let num_replicas = world_size / num_shards;
         let (shards, replicas) = match (num_shards, num_replicas) {
-            (1, 1) => (Part::Alone(Solo), Part::Alone(Solo)),
-            (1, _) => (Part::Alone(Solo), Part::World(world)),
-            (_, 1) => (Part::World(world), Part::Alone(Solo)),
-            _ => (Part::Split(world.split(node_of_rank[rank])?), Part::Split(world.split(shard)?)),
+            (1, 1) => (RankGroup::Alone(Solo), RankGroup::Alone(Solo)),
+            (1, _) => (RankGroup::Alone(Solo), RankGroup::World(world)),
+            (_, 1) => (RankGroup::World(world), RankGroup::Alone(Solo)),
+            _ => (
+                RankGroup::Split(world.split(node_of_rank[rank])?),
+                RankGroup::Split(world.split(shard)?),
+            ),
         };
         let cut = Cut { num_shards, shard, num_replicas, replica: replicas.rank(), grains };
         Ok(Sharing { sharding, cut, shards, replicas, ranks: ranks_in_place(world, cut)? })
@@ -132,8 +135,8 @@ impl<'c> Sharing<'c> {
     pub fn spent(&self) -> Spent {
         let split = [&self.shards, &self.replicas]
             .into_iter()
-            .filter(|part| matches!(part, Part::Split(_)));
-        split.map(|part| part.spent()).fold(Spent::default(), Add::add)
+            .filter(|group| matches!(group, RankGroup::Split(_)));
+        split.map(|group| group.spent()).fold(Spent::default(), Add::add)
     }
 }
 

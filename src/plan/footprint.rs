@@ -5,13 +5,25 @@ use tch::Kind;
 
 use crate::error::Result;
 use crate::model::Architecture;
-use crate::nn::{ParamInfo, ParamSet};
+use crate::nn::{ParamInfo, ParamSet, Rows};
 
 /// Tokens of one sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tokens {
     pub image: i64,
     pub text: i64,
+}
+
+impl Tokens {
+    /// The number of rows that one sample sends through a matrix.
+    pub(super) fn rows(self, rows: Rows) -> i64 {
+        match rows {
+            Rows::One => 1,
+            Rows::Image => self.image,
+            Rows::Text => self.text,
+            Rows::Joint => self.image + self.text,
+        }
+    }
 }
 
 /// Bytes that one micro-batch leaves for its backward.
@@ -63,41 +75,7 @@ pub(super) fn graph_elements(params: &ParamSet, tokens: Tokens, samples: i64) ->
     let matrices = params.infos().iter().filter(|info| info.shape.len() > 1);
     let elements = |info: &ParamInfo| {
         let (outputs, inputs) = (info.shape[0], info.numel() / info.shape[0]);
-        (samples * rows(&info.name, tokens) * (inputs + outputs)) as f64
+        (samples * tokens.rows(info.rows) * (inputs + outputs)) as f64
     };
     matrices.map(elements).sum::<f64>()
-}
-
-/// How many rows a sample sends through a matrix of that name, in any of the families.
-pub(super) fn rows(name: &str, tokens: Tokens) -> i64 {
-    let has = |parts: &[&str]| parts.iter().any(|part| name.contains(part));
-    match () {
-        () if has(&[
-            "norm",
-            "mod",
-            "time",
-            "guidance",
-            "t_embedder",
-            "y_embedder",
-            "table",
-            "cond_type",
-        ]) =>
-        {
-            1
-        }
-        () if has(&[
-            "add_",
-            "context",
-            "txt",
-            "text",
-            "attn2.to_k",
-            "attn2.to_v",
-            "image_embedder",
-        ]) =>
-        {
-            tokens.text
-        }
-        () if name.starts_with("single_transformer_blocks") => tokens.image + tokens.text,
-        () => tokens.image,
-    }
 }

@@ -31,26 +31,37 @@ pub fn scaling(
         (config.data.micro_batch_size_per_gpu, config.micro_batches(world_sizes[0])?);
     let work = workload(config, tokens, micro_batches)?;
     let alone = work.predict(cluster, 1);
-    let head = [
-        "global batch",
-        "step s",
-        "compute",
-        "optimizer",
-        "communication",
-        "exposed",
-        "efficiency",
-        "samples/s",
-    ];
     let mut lines = vec![
         (format!("predicted for {}", cluster.name), cluster.about().into()),
-        ("  ranks".into(), in_columns(head.map(String::from))),
+        ("  ranks".into(), in_columns(COLUMNS.map(String::from))),
     ];
     for &ranks in world_sizes {
-        lines.push((
-            format!("  {ranks}"),
-            in_columns(row(work.predict(cluster, ranks), alone, ranks * micro_batches * samples)),
-        ));
+        let predicted = row(work.predict(cluster, ranks), alone, ranks * micro_batches * samples);
+        lines.push((format!("  {ranks}"), in_columns(predicted)));
     }
+    lines.extend(explanations(config, micro_batches, request));
+    Ok(lines)
+}
+
+const COLUMNS: [&str; 8] = [
+    "global batch",
+    "step s",
+    "compute",
+    "optimizer",
+    "communication",
+    "exposed",
+    "efficiency",
+    "samples/s",
+];
+
+/// Lines below the table: the terms of the prediction, and what is left out of it.
+fn explanations(
+    config: &RunConfig,
+    micro_batches: usize,
+    request: &ScalingRequest,
+) -> [(String, String); 4] {
+    let ScalingRequest { cluster, world_sizes } = request;
+    let samples = config.data.micro_batch_size_per_gpu;
     let batch = match config.train.global_batch_size {
         Some(global) => format!(
             "; train.global_batch_size = {global} holds at {} ranks and grows with them",
@@ -58,29 +69,32 @@ pub fn scaling(
         ),
         None => String::new(),
     };
-    lines.push((
-        "  weak scaling".into(),
-        format!("{micro_batches} micro-batches of {samples} samples a rank at every number of ranks{batch}"),
-    ));
-    lines.push((
-        "  seconds".into(),
-        "step = compute + optimizer + exposed communication; efficiency: a step of 1 rank, which holds all optimizer state, over it".into(),
-    ));
     let offload = if config.parallel.offload == Offload::None { "" } else { ", offloading" };
     let measured = if cluster.is_asynchronous() {
         "no GPU has been measured against it"
     } else {
         "tests/bench/scaling.sh measures steps beside it"
     };
-    lines.push((
-        "  not known".into(),
-        format!("congestion, stragglers, data, checkpoints{offload} are not in it; {measured}"),
-    ));
-    lines.push((
-        "  constants".into(),
-        format!("with their sources in {KNOWN_NAME}; --clusters takes others"),
-    ));
-    Ok(lines)
+    let line = |name: &str, text: String| (format!("  {name}"), text);
+    [
+        line(
+            "weak scaling",
+            format!(
+                "{micro_batches} micro-batches of {samples} samples a rank at every number of ranks{batch}"
+            ),
+        ),
+        line(
+            "seconds",
+            "step = compute + optimizer + exposed communication; \
+             efficiency: a step of 1 rank, which holds all optimizer state, over it"
+                .into(),
+        ),
+        line(
+            "not known",
+            format!("congestion, stragglers, data, checkpoints{offload} are not in it; {measured}"),
+        ),
+        line("constants", format!("with their sources in {KNOWN_NAME}; --clusters takes others")),
+    ]
 }
 
 fn workload(config: &RunConfig, tokens: Tokens, micro_batches: usize) -> Result<Workload> {

@@ -4,9 +4,9 @@ use tch::Kind;
 
 use crate::error::Result;
 use crate::model::Architecture;
-use crate::nn::{ParamInfo, ParamSet};
+use crate::nn::{AttentionInfo, ParamInfo, ParamSet};
 use crate::plan::Tokens;
-use crate::plan::footprint::{beside_matrices, graph_elements, rows};
+use crate::plan::footprint::{beside_matrices, graph_elements};
 
 /// Operators that do something, for each product: norms, modulations, rotations, gates and copies
 /// stand between them. Counted in FLUX's double block in bfloat16, 33 for 7 products a stream.
@@ -41,15 +41,15 @@ pub fn forward_work(
     let of_stage = |params: &ParamSet| {
         let matrices = || params.infos().iter().filter(|info| info.shape.len() > 1);
         let product =
-            |info: &ParamInfo| 2.0 * (samples * rows(&info.name, tokens) * info.numel()) as f64;
-        let attention = |info: &ParamInfo| {
-            let (queries, keys) = attended(&info.name, tokens)?;
-            Some(4.0 * (samples * queries * keys * model.width()) as f64)
+            |info: &ParamInfo| 2.0 * (samples * tokens.rows(info.rows) * info.numel()) as f64;
+        let attention = |info: &AttentionInfo| {
+            let (queries, keys) = (tokens.rows(info.queries), tokens.rows(info.keys));
+            4.0 * (samples * queries * keys * info.width) as f64
         };
         ForwardWork {
             parameters: params.numel() as u64,
             product_flop: matrices().map(product).sum(),
-            attention_flop: matrices().filter_map(attention).sum(),
+            attention_flop: params.attentions().iter().map(attention).sum(),
             kept_bytes: graph_elements(params, tokens, samples) * bytes,
             operators: OPERATORS_PER_PRODUCT * matrices().count() as f64,
         }
@@ -57,26 +57,12 @@ pub fn forward_work(
     Ok(model.stages()?.iter().map(|stage| of_stage(stage.params())).collect())
 }
 
-/// Queries and keys of the attention whose queries a matrix of that name makes, in any of the
-/// families.
-fn attended(name: &str, tokens: Tokens) -> Option<(i64, i64)> {
-    let Tokens { image, text } = tokens;
-    let ends = |parts: &[&str]| parts.iter().any(|part| name.ends_with(part));
-    if !ends(&["to_q.weight", "qkv.weight", "to_qkv_mlp_proj.weight"]) {
-        return None;
-    }
-    Some(match () {
-        () if name.contains("attn2") => (image, text),
-        () if name.contains("refiner") => (text, text),
-        () if name.contains("transformer_blocks") => (image + text, image + text),
-        () => (image, image),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Dit, Flux, Flux2, HunyuanVideo15, QwenImage, Wan};
+    use crate::model::{Dit, Flux, Flux2, HunyuanVideo15, Model, QwenImage, Wan};
+    use crate::nn::Rows;
+    use crate::settings::Family;
 
     fn total(model: &dyn Architecture, tokens: Tokens) -> (f64, f64) {
         let work = forward_work(model, tokens, 1, Kind::BFloat16).expect("published");
@@ -112,6 +98,31 @@ mod tests {
             joint(54.0, 2048.0) + 2.0 * of(100.0, 100.0, 2048.0)
         );
         assert_eq!(total(&Dit::default(), tokens).1, 4.0 * of(1000.0, 1000.0, 128.0));
+    }
+
+    /// A matrix over each family's text; the demo's condition is one vector a sample.
+    const TEXT: [(&str, &str, Rows); 6] = [
+        ("dit", "y_embedder.weight", Rows::One),
+        ("flux", "context_embedder.weight", Rows::Text),
+        ("flux2", "context_embedder.weight", Rows::Text),
+        ("qwen_image", "txt_in.weight", Rows::Text),
+        ("wan", "condition_embedder.text_embedder.linear_1.weight", Rows::Text),
+        ("hunyuan_video15", "context_embedder.proj_in.weight", Rows::Text),
+    ];
+
+    #[test]
+    fn every_family_says_which_rows_its_text_has_and_where_it_attends() {
+        for name in Model::NAMES {
+            let model = Model::named(name).expect("a registered name");
+            let stages = model.stages().expect("defaults are sound");
+            let attentions = stages.iter().map(|stage| stage.params().attentions().len());
+            assert!(attentions.sum::<usize>() > 0, "{name} attends nowhere");
+            let (_, text, rows) =
+                TEXT.iter().find(|(family, _, _)| family == name).expect("a line for each family");
+            let mut infos = stages.iter().flat_map(|stage| stage.params().infos());
+            let info = infos.find(|info| info.name == *text).expect("a parameter of the family");
+            assert_eq!(info.rows, *rows, "{name}");
+        }
     }
 
     #[test]

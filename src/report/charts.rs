@@ -63,7 +63,7 @@ impl Picture for Chart {
     fn paint<B: DrawingBackend>(&self, canvas: &mut Canvas<'_, B>) {
         let shown = self.shown();
         let curves: Vec<Curve> =
-            shown.iter().map(|points| Curve::of(points, canvas.width)).collect();
+            shown.iter().map(|points| Curve::thinned(points, canvas.width)).collect();
         let all = || curves.iter().flat_map(|curve| curve.raw.iter());
         let values = || all().map(|point| point.1);
         let frame = Frame::new(canvas, Axis::exact(all().map(|point| point.0), 7), |wanted| {
@@ -100,7 +100,7 @@ struct Curve {
 }
 
 impl Curve {
-    fn of(points: &[(f64, f64)], width: f64) -> Self {
+    fn thinned(points: &[(f64, f64)], width: f64) -> Self {
         let window = ((points.len() as f64 * SMOOTHED_SHARE) as usize).max(5);
         // A mean of the mean has no kinks where a single outlier enters and leaves the window.
         let smooth = is_noisy(points)

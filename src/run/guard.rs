@@ -8,6 +8,8 @@ use std::collections::VecDeque;
 
 use serde::{Deserialize, Serialize};
 
+use crate::median::{Middle, median};
+
 /// Losses that the next one is measured against.
 const WINDOW: usize = 128;
 /// Fewer say nothing of what is usual.
@@ -45,7 +47,7 @@ impl Guard {
             return None;
         }
         let usual = self.median();
-        let mad = median(self.losses.iter().map(|other| (other - usual).abs()));
+        let mad = upper_median(self.losses.iter().map(|other| (other - usual).abs()));
         let deviation =
             (DEVIATIONS_PER_MAD * mad).max(LEAST_DEVIATION * usual.abs()).max(f64::MIN_POSITIVE);
         Some((loss - usual) / deviation)
@@ -53,7 +55,7 @@ impl Guard {
 
     /// Of the losses before.
     pub fn median(&self) -> f64 {
-        median(self.losses.iter().copied())
+        upper_median(self.losses.iter().copied())
     }
 
     /// A step of this loss was applied.
@@ -93,10 +95,8 @@ impl Guard {
 }
 
 /// The upper one of an even number; 0 of none.
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut sorted: Vec<f64> = values.collect();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or_default()
+fn upper_median(values: impl Iterator<Item = f64>) -> f64 {
+    median(values, Middle::Upper).unwrap_or_default()
 }
 
 #[cfg(test)]

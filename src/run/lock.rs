@@ -72,7 +72,7 @@ impl RunLock {
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
                 Err(error) => return Err(Error::storage(&path, "create")(error)),
             }
-            let Some(found) = Found::at(&path)? else { continue };
+            let Some(found) = Found::read(&path)? else { continue };
             match found.why_stale(&holder) {
                 None => return Ok(Err(found)),
                 Some(why) => {
@@ -119,7 +119,7 @@ impl Drop for RunLock {
             let _ = heart.join();
         }
         // Another's lock is not this one's to remove.
-        if Found::at(&self.path)
+        if Found::read(&self.path)
             .ok()
             .flatten()
             .is_some_and(|found| found.holder.as_ref() == Some(&self.holder))
@@ -163,7 +163,7 @@ struct Found {
 
 impl Found {
     /// None if it is gone by now.
-    fn at(path: &Path) -> Result<Option<Self>> {
+    fn read(path: &Path) -> Result<Option<Self>> {
         let there = |result: io::Result<_>| match result {
             Ok(found) => Ok(Some(found)),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
@@ -366,7 +366,7 @@ mod tests {
             .unwrap()
             .set_modified(SystemTime::now() - hour)
             .unwrap();
-        let age = Found::at(&path).unwrap().unwrap().age;
+        let age = Found::read(&path).unwrap().unwrap().age;
         assert!(age > hour / 2 && age < 2 * hour, "{age:?}");
         let (_held, said) = RunLock::take(run.path()).unwrap();
         assert!(said.unwrap().contains("from a run that is just starting: not touched for 3"));

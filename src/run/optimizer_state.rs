@@ -1,10 +1,10 @@
 //! The optimizer's tensors: this rank's shards of them, by stage and piece.
 
-use tch::{Device, Tensor, no_grad};
+use tch::{Tensor, no_grad};
 
 use crate::error::Result;
 use crate::optim::{Optimizer, Slice, Update};
-use crate::parallel::{Bucket, Replica, Shard};
+use crate::parallel::{Bucket, Devices, Replica, Shard};
 
 /// What one step does to every parameter.
 #[derive(Clone, Copy)]
@@ -24,18 +24,17 @@ pub struct OptimizerState {
 }
 
 impl OptimizerState {
-    /// Zeros at the second device, home, as before the first step. Updates happen on the first,
-    /// where gradients are.
+    /// Zeros, as before the first step.
     ///
     /// # Errors
     /// If the device cannot carry the optimizer out.
     pub fn fresh(
         replica: &Replica<'_>,
         optimizer: &dyn Optimizer,
-        (device, home): (Device, Device),
+        devices: Devices,
     ) -> Result<Self> {
         let of_piece = |master: &Tensor| {
-            let zeros = || Tensor::zeros(master.size(), (master.kind(), home));
+            let zeros = || Tensor::zeros(master.size(), (master.kind(), devices.home));
             optimizer.state_names().iter().map(|_| zeros()).collect()
         };
         let of_bucket = |bucket: &Bucket| {
@@ -43,7 +42,7 @@ impl OptimizerState {
         };
         Ok(OptimizerState {
             stages: replica.buckets.iter().map(of_bucket).collect(),
-            rule: optimizer.on(device)?,
+            rule: optimizer.on(devices.compute)?,
         })
     }
 

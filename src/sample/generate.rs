@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
-use crate::assembly::place::device;
+use crate::assembly::device::device;
 use crate::assembly::{build_pipeline, empty_replica};
 use crate::collective::Solo;
 use crate::config::RunConfig;

@@ -50,7 +50,7 @@ impl Console {
     fn write(&self, text: &str) -> Option<io::Error> {
         let mut out = lock(&self.out);
         let result = out.writer.write_all(text.as_bytes()).and_then(|()| out.writer.flush());
-        out.failure.of(result)
+        out.failure.first(result)
     }
 
     /// Starts the bar under the lines.

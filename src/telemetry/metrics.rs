@@ -36,7 +36,7 @@ impl MetricsFile {
     }
 
     /// Takes metrics and writes none.
-    pub(super) fn silent() -> Self {
+    pub fn silent() -> Self {
         MetricsFile { file: None, path: PathBuf::new(), failure: FirstFailure::default() }
     }
 
@@ -62,7 +62,7 @@ impl MetricsFile {
     }
 
     fn warn_of(&mut self, result: io::Result<()>) {
-        if let Some(error) = self.failure.of(result) {
+        if let Some(error) = self.failure.first(result) {
             tracing::warn!(
                 "cannot write {}: {error}; training goes on, metrics are lost",
                 self.path.display()
@@ -220,7 +220,7 @@ mod tests {
         };
         file.append(&json!({ "step": 1 }));
         assert!(
-            file.failure.of(Err(io::Error::other("again"))).is_none(),
+            file.failure.first(Err(io::Error::other("again"))).is_none(),
             "the first failure was seen and warned of"
         );
     }

@@ -24,6 +24,7 @@ use tracing_subscriber::layer::{Context, SubscriberExt};
 
 use crate::error::Result;
 use crate::files::durable::{FirstFailure, LineFile};
+use crate::pulse;
 use crate::settings::{Choice, Keys, Settings};
 use console::{Console, lock};
 pub use meters::{Stopwatch, Throughput, duration_text, peak_resident_bytes};
@@ -184,7 +185,7 @@ impl Telemetry {
 
     /// Whether this rank writes what a run has once: metrics, pictures, the report.
     pub fn speaks_for_the_run(&self) -> bool {
-        self.rank == 0
+        pulse::is_root(self.rank)
     }
 
     /// Shows the way from step `start` to `total_steps`; only rank 0 does.
@@ -219,7 +220,7 @@ struct Lines {
 
 impl<S: Subscriber> Layer<S> for Lines {
     fn on_event(&self, event: &Event<'_>, _context: Context<'_, S>) {
-        let record = Record::of(event);
+        let record = Record::from_event(event);
         let unprinted = self.print(&record);
         let unwritten = self.keep(&record);
         // Each outlet's trouble is told through the other; the events themselves must not log (they
@@ -239,14 +240,15 @@ impl<S: Subscriber> Layer<S> for Lines {
 
 impl Lines {
     fn print(&self, record: &Record) -> Option<io::Error> {
-        let prefix = if self.rank == 0 { String::new() } else { format!("[rank {}]", self.rank) };
-        let shown = self.rank == 0 || record.level <= tracing::Level::WARN;
+        let speaks = pulse::is_root(self.rank);
+        let prefix = if speaks { String::new() } else { format!("[rank {}]", self.rank) };
+        let shown = speaks || record.level <= tracing::Level::WARN;
         shown.then(|| self.console.print(&record.text(&prefix, self.console.is_terminal)))?
     }
 
     fn keep(&self, record: &Record) -> Option<io::Error> {
         let (file, failure) = &mut *lock(&self.file);
-        failure.of(file.as_mut()?.append(&record.json()))
+        failure.first(file.as_mut()?.append(&record.json()))
     }
 }
 

@@ -30,7 +30,7 @@ impl Record {
         Record { time, level, message, fields: Vec::new() }
     }
 
-    pub fn of(event: &Event<'_>) -> Self {
+    pub fn from_event(event: &Event<'_>) -> Self {
         let mut record = Record::new(*event.metadata().level(), String::new());
         event.record(&mut record);
         record

@@ -48,7 +48,7 @@ mod tests {
                 scale * (rank.rank() as f64 * 2.0 - 1.0),
                 (Kind::Float, Device::Cpu),
             );
-            warning(Moments::of(&latents), &rank).expect("ranks that live")
+            warning(Moments::from_tensor(&latents), &rank).expect("ranks that live")
         };
         for (scale, expected) in [(1.0, None), (12.1, Some("12.100")), (0.18, Some("0.180"))] {
             let threads: Vec<_> = Threads::world(2)

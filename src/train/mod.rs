@@ -18,7 +18,7 @@ pub use handshake::{begin, share_config};
 use std::path::PathBuf;
 use std::time::Instant;
 
-use crate::assembly::place::Place;
+use crate::assembly::device::RankDevice;
 use crate::collective::Collective;
 use crate::collective::agreement::known_to_all;
 use crate::config::RunConfig;
@@ -77,16 +77,16 @@ pub fn train(
             world,
         ));
     }
-    let place = Place::take(config, world)?;
-    let outcome = train_at(&place, config, options, place.collective(world));
+    let device = RankDevice::open(config, world)?;
+    let outcome = train_on(&device, config, options, device.collective(world));
     if outcome.is_err() {
-        place.abandon();
+        device.leak();
     }
     outcome
 }
 
-fn train_at(
-    place: &Place,
+fn train_on(
+    device: &RankDevice,
     config: &RunConfig,
     options: &TrainOptions,
     collective: &dyn Collective,
@@ -116,7 +116,7 @@ fn train_at(
     }
     let listens = telemetry.speaks_for_the_run().then(|| folder.path().to_path_buf());
     let requests = Requests::new(options.stop.clone(), options.stop_at, listens);
-    let mut trainer = Trainer::new(config, options, collective, place.device, &telemetry, folder)?;
+    let mut trainer = Trainer::new(config, options, collective, device.device, &telemetry, folder)?;
     let ending = trainer.run(&requests, &telemetry)?;
     if ending == Ending::Done {
         pulse::enter(Phase::Report);

@@ -4,17 +4,17 @@ use std::sync::Arc;
 
 use tch::Device;
 
-use crate::assembly::{build_pipeline, empty_replica, fresh_replica, home, share_of};
+use crate::assembly::{build_pipeline, devices, empty_replica, fresh_replica, share_of};
 use crate::collective::Collective;
-use crate::collective::agreement::{agree, agreed};
+use crate::collective::agreement::agreed;
 use crate::config::RunConfig;
-use crate::data::{Dataset, Order};
+use crate::data::{Dataset, Order, Share};
 use crate::error::Result;
 use crate::flow::Note;
 use crate::libtorch;
 use crate::nn::AttentionKernels;
 use crate::parallel::divergence;
-use crate::parallel::{Sharding, Sharing};
+use crate::parallel::{Replica, Sharding, Sharing};
 use crate::phase::Phase;
 use crate::plan::check_data;
 use crate::run::changes;
@@ -22,7 +22,7 @@ use crate::run::checkpoint::{self, Manifest, Saver};
 use crate::run::folder::RunFolder;
 use crate::run::optimizer_state::OptimizerState;
 use crate::settings::Choice;
-use crate::telemetry::Telemetry;
+use crate::telemetry::{MetricsFile, Telemetry};
 use crate::train::TrainOptions;
 use crate::train::inject;
 use crate::train::stragglers::Stragglers;
@@ -45,85 +45,61 @@ impl<'c> Trainer<'c> {
         folder: RunFolder,
     ) -> Result<Self> {
         let share = share_of(config, collective)?;
-        let global_batch = share.global_batch();
         let dataset = Arc::new(Dataset::named(&config.data.path)?.on_bad(config.data.on_bad));
         let notes = check_data(config, &dataset)?;
-        let order = Order::new(dataset.groups(), global_batch, config.seed)?;
-        tch::set_num_threads(config.parallel.num_threads);
-        // Where gradients are sharded memory is short, and what is kept fits no other use: 13 %
-        // more were measured.
-        if !config.parallel.sharding.scatters_each_micro_batch() {
-            libtorch::keep_freed_memory();
-        }
-        let parallel = &config.parallel;
-        let sharing = Sharing::new(
-            collective,
-            parallel.sharding,
-            parallel.sharding_group,
-            parallel.grains(share.micro_batches),
-        )?;
-        let mut replica = match folder.resumed_from() {
-            Some(_) => empty_replica(config, device, sharing)?,
-            None => fresh_replica(config, device, sharing, collective)?,
-        };
-        if let (None, Some(weights)) = (folder.resumed_from(), config.model.pretrained()) {
-            tracing::info!("weights from {}", weights.display());
-        }
-        let fresh =
-            OptimizerState::fresh(&replica, &*config.optimizer, (device, home(config, device)));
-        let mut optimizer_state = agreed(fresh, collective)?;
-        let mut manifest = Manifest::new(config, global_batch as u64, dataset.fingerprint());
-        if let Some(path) = folder.resumed_from() {
-            let allowed = options.allow_data_change;
-            let loaded = checkpoint::load(
-                path,
-                config,
-                &manifest,
-                allowed,
-                &mut replica,
-                &*config.optimizer,
-                &mut optimizer_state,
-            );
-            let outcome = loaded.map(|loaded| manifest = loaded);
-            agree(outcome.map(|()| String::new()), collective)?;
-            folder.note_start(manifest.step, config.max_steps, collective)?;
-            tracing::info!("resumed from {} at step {}", path.display(), manifest.step);
-        }
-        inject::parameters(Phase::Open, &mut replica);
-        divergence::check(&replica, collective.rank())?;
-        folder.keep_config(config, collective)?;
-        if let (Some(what), true) = (jump_of_lr(config, &manifest), telemetry.speaks_for_the_run())
-        {
-            tracing::warn!("{what}");
-        }
-        let metrics = telemetry.metrics_after(manifest.step)?;
-        let pipeline = build_pipeline(config, device);
-        let saver = Saver::new(folder.path().into(), config.checkpoint.clone());
-        let trainer = Trainer {
+        tune_process(config);
+        let replica = replica(config, &folder, share, collective, device)?;
+        let fresh = OptimizerState::fresh(&replica, &*config.optimizer, devices(config, device));
+        let mut trainer = Trainer {
             config,
             collective,
             debug: options.debug,
-            folder,
-            dataset,
-            order,
-            pipeline,
+            order: Order::new(dataset.groups(), share.global_batch(), config.seed)?,
+            pipeline: build_pipeline(config, device),
             device,
+            optimizer_state: agreed(fresh, collective)?,
             replica,
-            optimizer_state,
-            manifest,
-            metrics,
+            manifest: Manifest::new(config, share.global_batch() as u64, dataset.fingerprint()),
+            dataset,
+            metrics: MetricsFile::silent(),
             share,
             stragglers: Stragglers::default(),
-            saver,
+            saver: Saver::new(folder.path().into(), config.checkpoint.clone()),
+            folder,
         };
-        trainer.announce(global_batch);
+        trainer.resume(options.allow_data_change)?;
+        inject::parameters(Phase::Open, &mut trainer.replica);
+        divergence::check(&trainer.replica, collective.rank())?;
+        trainer.folder.keep_config(config, collective)?;
+        trainer.metrics = telemetry.metrics_after(trainer.manifest.step)?;
+        trainer.announce();
         if telemetry.speaks_for_the_run() {
             notes.iter().for_each(tell);
+            jump_of_lr(config, &trainer.manifest).iter().for_each(|what| tracing::warn!("{what}"));
         }
         Ok(trainer)
     }
 
-    fn announce(&self, global_batch: usize) {
+    /// Loads the checkpoint that the run folder goes on from, if any.
+    fn resume(&mut self, allow_data_change: bool) -> Result<()> {
+        let Some(path) = self.folder.resumed_from() else { return Ok(()) };
+        let loaded = checkpoint::load(
+            path,
+            self.config,
+            &self.manifest,
+            allow_data_change,
+            &mut self.replica,
+            &*self.config.optimizer,
+            &mut self.optimizer_state,
+        );
+        self.manifest = agreed(loaded, self.collective)?;
+        let step = self.manifest.step;
+        self.folder.note_start(step, self.config.max_steps, self.collective)?;
+        tracing::info!("resumed from {} at step {step}", path.display());
+        Ok(())
+    }
+
+    fn announce(&self) {
         let (parameters, stages) = (self.replica.num_parameters(), self.replica.stages.len());
         tracing::info!(
             "model {parameters} parameters in {stages} stages, {:?}",
@@ -137,7 +113,8 @@ impl<'c> Trainer<'c> {
             self.order.batches_per_epoch(),
         );
         tracing::info!(
-            "global batch {global_batch} = {} samples x {} ranks x {} micro-batches; {} threads a rank",
+            "global batch {} = {} samples x {} ranks x {} micro-batches; {} threads a rank",
+            self.share.global_batch(),
             self.config.data.micro_batch_size_per_gpu,
             self.share.world_size,
             self.share.micro_batches,
@@ -169,6 +146,41 @@ impl<'c> Trainer<'c> {
             tracing::info!("deterministic: one order of sums for any number of ranks");
         }
     }
+}
+
+/// Settings of libtorch and of the allocator, which are the whole process's.
+fn tune_process(config: &RunConfig) {
+    tch::set_num_threads(config.parallel.num_threads);
+    // Where gradients are sharded memory is short, and what is kept fits no other use: 13 % more
+    // were measured.
+    if !config.parallel.sharding.scatters_each_micro_batch() {
+        libtorch::keep_freed_memory();
+    }
+}
+
+/// The model before the first step, or with zeros where a checkpoint is loaded next.
+fn replica<'c>(
+    config: &RunConfig,
+    folder: &RunFolder,
+    share: Share,
+    collective: &'c dyn Collective,
+    device: Device,
+) -> Result<Replica<'c>> {
+    let parallel = &config.parallel;
+    let sharing = Sharing::new(
+        collective,
+        parallel.sharding,
+        parallel.sharding_group,
+        parallel.grains(share.micro_batches),
+    )?;
+    if folder.resumed_from().is_some() {
+        return empty_replica(config, device, sharing);
+    }
+    let replica = fresh_replica(config, device, sharing, collective)?;
+    if let Some(weights) = config.model.pretrained() {
+        tracing::info!("weights from {}", weights.display());
+    }
+    Ok(replica)
 }
 
 fn tell(note: &Note) {

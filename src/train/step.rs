@@ -12,7 +12,7 @@ use crate::flow::{
     FlowMatchingPipeline, Statistics, StepOptions, StepOutput, Strata, TaskType, is_sound,
 };
 use crate::optim::clip;
-use crate::parallel::{Layout, Reducer, Replica, SeedScope};
+use crate::parallel::{Reducer, Replica, SeedScope};
 use crate::phase::Phase;
 use crate::pulse;
 use crate::rng::{Key, Purpose, Stream};
@@ -24,6 +24,9 @@ use crate::telemetry::Stopwatch;
 use crate::train::diagnose::{Finding, diagnose};
 use crate::train::inject;
 use crate::train::step_report::{self, OWN_PHASES, Own, Tally};
+
+/// A configuration without micro-batches is refused.
+const MICRO_BATCHES: &str = "a step has micro-batches";
 
 /// What a step needs besides the model and its state.
 pub struct Stepper<'a> {
@@ -62,10 +65,22 @@ pub struct Update {
     pub spent: Spent,
 }
 
-/// What all ranks know of a step before it reaches the parameters: the same numbers on each.
+/// The micro-batches of a step, forward and backward, with their gradients reduced.
+struct Passed {
+    /// This rank's shard of the sum of all gradients, by stage and piece.
+    gradients: Vec<Vec<Tensor>>,
+    /// Statistics of each micro-batch, as a row.
+    rows: Vec<Tensor>,
+    /// Kept for the case that the step must be repeated to see what went wrong.
+    batches: Vec<Batch>,
+    sampling_method: &'static str,
+    task_type: TaskType,
+}
+
+/// The same numbers on all ranks, before the step reaches the parameters.
 struct Seen {
     statistics: Statistics,
-    /// Of the mean loss over what the masks keep.
+    /// Norm of the gradient of the mean loss over what the masks keep.
     grad_norm: f64,
     tallies: Vec<Tally>,
 }
@@ -92,74 +107,25 @@ impl Stepper<'_> {
         guard: &mut Guard,
     ) -> Result<Update> {
         let mut watch = Stopwatch::start();
-        // What was spent since the last step, e.g. on a checkpoint, is not this one's.
+        // Seconds spent since the last step, e.g. on a checkpoint, are not this step's.
         self.spent(replica);
-        let parallel = &self.config.parallel;
-        let mut reducer = Reducer::new(
-            &replica.sharing,
-            &replica.buckets,
-            parallel.reduce_dtype,
-            parallel.summation(),
-        );
-        let (mut rows, mut batches, mut last) = (Vec::new(), Vec::new(), None);
-        for micro_batch in 0..self.share.micro_batches {
-            pulse::enter(Phase::Data);
-            let batch = loader.next_batch()?;
-            watch.lap("data");
-            let is_last = micro_batch + 1 == self.share.micro_batches;
-            let add = &mut |stage, gradients| reducer.add(stage, gradients, is_last);
-            let output =
-                self.forward_backward(step, micro_batch, &batch, replica, add, &mut watch)?;
-            rows.push(
-                output
-                    .statistics
-                    .as_ref()
-                    .expect("metrics are collected each step")
-                    .shallow_clone(),
-            );
-            last = Some((output.sampling_method, output.task_type, batch.data_type.word()));
-            // Kept for the case that the step must be repeated to see what went wrong.
-            batches.push(batch);
-        }
-        pulse::enter(Phase::Reduce);
-        inject::collectives(self.collective)?;
-        let gradients = reducer.finish()?;
-        let norms = self.norms_of_grains(&gradients, replica);
-        let seconds = OWN_PHASES.map(|phase| watch.seconds(phase));
-        let bad_samples = batches.iter().map(|batch| batch.bad_samples).sum();
-        let request = self.requests.heard();
-        let issued = self.collective.issued();
-        let own = Own {
-            statistics: &rows,
-            norms: &norms,
-            request,
-            seconds,
-            saving: self.saver.progress(),
-            bad_samples,
-            issued,
-        };
-        let tallies = step_report::exchange(&own, self.collective)?;
-        step_report::check_in_step(&tallies, &issued, self.collective)?;
-        let statistics = self.merged(&tallies);
-        let grad_norm = statistics.gradient_scale() * self.grad_norm(&tallies, replica);
-        let seen = Seen { statistics, grad_norm, tallies };
+        let passed = self.micro_batches(step, loader, replica, &mut watch)?;
+        let seen = self.exchange(&passed, replica, &watch)?;
         watch.lap("reduce");
         let update_number = guard.update_number(step);
         let lr = self.config.optimizer.lr()
             * self.config.lr_scheduler.factor(update_number, self.config.max_steps);
         let (mut skipped, mut warning) = (None, None);
-        match self.objection(step, &seen, &batches, replica, guard)? {
+        match self.objection(step, &seen, &passed.batches, replica, guard)? {
             Objection::Skip(why) => skipped = Some(self.skip(step, why, guard)?),
             objection => {
                 pulse::enter(Phase::Optimizer);
-                self.update(update_number, lr, &gradients, &seen, replica, state)?;
+                self.update(update_number, lr, &passed.gradients, &seen, replica, state)?;
                 guard.applied(seen.statistics.loss);
                 warning = if let Objection::Warn(why) = objection { Some(why) } else { None };
             }
         }
         watch.lap("optimizer");
-        let (sampling_method, task_type, data_type) = last.expect("a step has micro-batches");
-        let (phases, spent) = (watch.take(), self.spent(replica));
         let Seen { statistics, grad_norm, tallies } = seen;
         Ok(Update {
             statistics,
@@ -168,12 +134,63 @@ impl Stepper<'_> {
             skipped,
             warning,
             tallies,
-            sampling_method,
-            task_type,
-            data_type,
-            phases,
-            spent,
+            sampling_method: passed.sampling_method,
+            task_type: passed.task_type,
+            data_type: passed.batches.last().expect(MICRO_BATCHES).data_type.word(),
+            phases: watch.take(),
+            spent: self.spent(replica),
         })
+    }
+
+    /// Each micro-batch forward and backward; a stage's gradients travel while the stage before it
+    /// computes.
+    fn micro_batches(
+        &self,
+        step: u64,
+        loader: &mut Loader,
+        replica: &Replica<'_>,
+        watch: &mut Stopwatch,
+    ) -> Result<Passed> {
+        let parallel = &self.config.parallel;
+        let (dtype, summation) = (parallel.reduce_dtype, parallel.summation());
+        let mut reducer = Reducer::new(&replica.sharing, &replica.buckets, dtype, summation);
+        let (mut rows, mut batches, mut last) = (Vec::new(), Vec::new(), None);
+        for micro_batch in 0..self.share.micro_batches {
+            pulse::enter(Phase::Data);
+            let batch = loader.next_batch()?;
+            watch.lap("data");
+            let is_last = micro_batch + 1 == self.share.micro_batches;
+            let add = &mut |stage, gradients| reducer.add(stage, gradients, is_last);
+            let output = self.forward_backward(step, micro_batch, &batch, replica, add, watch)?;
+            rows.push(output.statistics.expect("metrics are collected each step"));
+            last = Some((output.sampling_method, output.task_type));
+            batches.push(batch);
+        }
+        pulse::enter(Phase::Reduce);
+        inject::collectives(self.collective)?;
+        let (sampling_method, task_type) = last.expect(MICRO_BATCHES);
+        Ok(Passed { gradients: reducer.finish()?, rows, batches, sampling_method, task_type })
+    }
+
+    /// The step's one small collective.
+    fn exchange(&self, passed: &Passed, replica: &Replica<'_>, watch: &Stopwatch) -> Result<Seen> {
+        let grains = self.config.parallel.grains(self.share.micro_batches);
+        let issued = self.collective.issued();
+        let own = Own {
+            statistics: &passed.rows,
+            norms: &replica.norms_of_grains(&passed.gradients, grains),
+            request: self.requests.heard(),
+            seconds: OWN_PHASES.map(|phase| watch.seconds(phase)),
+            saving: self.saver.progress(),
+            bad_samples: passed.batches.iter().map(|batch| batch.bad_samples).sum(),
+            issued,
+        };
+        let tallies = step_report::exchange(&own, self.collective)?;
+        step_report::check_in_step(&tallies, &issued, self.collective)?;
+        let statistics = self.merged(&tallies);
+        let norms: Vec<&[f32]> = tallies.iter().map(|tally| &tally.norms[..]).collect();
+        let grad_norm = statistics.gradient_scale() * replica.grad_norm(&norms);
+        Ok(Seen { statistics, grad_norm, tallies })
     }
 
     fn spent(&self, replica: &Replica<'_>) -> Spent {
@@ -249,26 +266,6 @@ impl Stepper<'_> {
         Strata { positions: shuffled[first..first + size].to_vec(), total: total as u64 }
     }
 
-    /// Norm of each grain that this rank measures, over all stages, f32 scalars.
-    fn norms_of_grains(&self, gradients: &[Vec<Tensor>], replica: &Replica<'_>) -> Vec<Tensor> {
-        let layouts =
-            replica.buckets.iter().map(|bucket| bucket.pieces().iter().map(|piece| piece.layout()));
-        let of_piece = |(layout, gradient): (Layout, &Tensor)| {
-            layout
-                .grains()
-                .map(|grain| gradient.narrow(0, grain.start, grain.end - grain.start))
-                .collect::<Vec<_>>()
-        };
-        let grains: Vec<Vec<Tensor>> = layouts
-            .zip(gradients)
-            .flat_map(|(layouts, pieces)| layouts.zip(pieces).map(of_piece))
-            .collect();
-        let nth = |grain: usize| grains.iter().map(move |grains| &grains[grain]);
-        (0..self.config.parallel.grains(self.share.micro_batches))
-            .map(|grain| clip::global_norm(nth(grain)))
-            .collect()
-    }
-
     /// All ranks' statistics in the order of the global batch, so that the sums do not depend on
     /// how many ranks shared it.
     fn merged(&self, tallies: &[Tally]) -> Statistics {
@@ -276,20 +273,7 @@ impl Stepper<'_> {
             .share
             .places()
             .map(|(rank, micro_batch)| tallies[rank].statistics[micro_batch].clone());
-        in_order
-            .reduce(|merged, statistics| merged.merge(&statistics))
-            .expect("a step has micro-batches")
-    }
-
-    fn grad_norm(&self, tallies: &[Tally], replica: &Replica<'_>) -> f64 {
-        let norms: Vec<&[f32]> = tallies.iter().map(|tally| &tally.norms[..]).collect();
-        let squares: f64 = replica
-            .sharing
-            .in_order(&norms)
-            .flat_map(|norms| norms.iter())
-            .map(|norm| f64::from(*norm).powi(2))
-            .sum();
-        squares.sqrt()
+        in_order.reduce(|merged, statistics| merged.merge(&statistics)).expect(MICRO_BATCHES)
     }
 
     /// What speaks against the step.

@@ -1,5 +1,6 @@
 //! Ranks that hold the others up, by phase.
 
+use crate::median::{Middle, median};
 use crate::train::step_report::{OWN_PHASES, Tally};
 
 /// Steps over which a rank's seconds are judged, by their median: one slow step is nobody's fault.
@@ -26,14 +27,14 @@ impl Stragglers {
         }
         let steps = std::mem::take(&mut self.steps);
         let seconds =
-            |rank: usize, phase: usize| median(steps.iter().map(|step| step[rank][phase]));
+            |rank: usize, phase: usize| lower_median(steps.iter().map(|step| step[rank][phase]));
         let total =
             |rank: usize| (0..OWN_PHASES.len()).map(|phase| seconds(rank, phase)).sum::<f64>();
-        let step = median((0..tallies.len()).map(total));
+        let step = lower_median((0..tallies.len()).map(total));
         let mut lines = Vec::new();
         for (phase, word) in OWN_PHASES.iter().enumerate() {
             let of_ranks: Vec<f64> = (0..tallies.len()).map(|rank| seconds(rank, phase)).collect();
-            let usual = median(of_ranks.iter().copied());
+            let usual = lower_median(of_ranks.iter().copied());
             let slow = |own: f64| {
                 own > ratio * usual && own - usual > LEAST_SECONDS.max(LEAST_SHARE * step)
             };
@@ -47,10 +48,8 @@ impl Stragglers {
 }
 
 /// The lower one of an even number, so that of two ranks the faster is the measure.
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut sorted: Vec<f64> = values.collect();
-    sorted.sort_by(f64::total_cmp);
-    sorted[(sorted.len() - 1) / 2]
+fn lower_median(values: impl Iterator<Item = f64>) -> f64 {
+    median(values, Middle::Lower).unwrap_or_default()
 }
 
 #[cfg(test)]

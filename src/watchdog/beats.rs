@@ -118,14 +118,14 @@ struct Answer {
 }
 
 impl Moment {
-    fn of(pulse: &Pulse, reading: Option<String>) -> Self {
+    fn new(pulse: &Pulse, reading: Option<String>) -> Self {
         let Pulse { step, phase, collectives, age } = *pulse;
         Moment { step, phase: phase as u8, collectives, age: age.as_millis() as u64, reading }
     }
 
     /// This process's own.
     fn own(now: &Pulse) -> Self {
-        Moment::of(now, reading(now))
+        Moment::new(now, reading(now))
     }
 
     /// `None` for a phase that this program does not know.
@@ -270,7 +270,7 @@ impl Hub {
         let front = behind.split_off(behind.len().saturating_sub(1));
         let named = behind.into_iter().take(NAMED).chain(front);
         let entry = |standing: &Standing| {
-            let moment = Moment::of(&standing.pulse, standing.reading.clone());
+            let moment = Moment::new(&standing.pulse, standing.reading.clone());
             (standing.rank, standing.host.clone(), moment, standing.silence.as_millis() as u64)
         };
         Answer {

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use crate::collective::{self, Collective, broadcast_text};
 use crate::error::{Error, Result};
 use crate::failure;
+use crate::median::{Middle, median};
 use crate::pulse::{self, Pulse};
 use beats::{Line, Meeting, Roll};
 use settings::Pace;
@@ -81,7 +82,7 @@ impl Watchdog {
             // A port that nobody needs stays closed.
             return Ok(());
         }
-        if rank == 0 {
+        if pulse::is_root(rank) {
             let (hub, mut meeting) =
                 Line::hub(world_size, RandomState::new().hash_one(std::process::id()))?;
             // Before the others know of it: one that never comes is missed by name.
@@ -111,7 +112,7 @@ struct Stillness {
 }
 
 impl Stillness {
-    fn of(now: Pulse) -> Self {
+    fn since(now: Pulse) -> Self {
         Stillness { seen: now, still: Duration::ZERO, looked: Instant::now() }
     }
 
@@ -151,14 +152,12 @@ impl Steps {
 
     /// In seconds; zero before the first was seen.
     fn median(&self) -> f64 {
-        let mut sorted: Vec<f64> = self.seconds.iter().copied().collect();
-        sorted.sort_by(f64::total_cmp);
-        sorted.get(sorted.len() / 2).copied().unwrap_or_default()
+        median(self.seconds.iter().copied(), Middle::Upper).unwrap_or_default()
     }
 }
 
 fn watch(shared: &Shared) {
-    let (mut stillness, mut steps) = (Stillness::of(pulse::now()), Steps::default());
+    let (mut stillness, mut steps) = (Stillness::since(pulse::now()), Steps::default());
     loop {
         let settings = lock(&shared.settings).clone();
         let interval = settings.beat_interval();
@@ -229,7 +228,7 @@ mod tests {
     #[test]
     fn a_process_that_was_stopped_has_not_stood_still() {
         let interval = Duration::from_millis(10);
-        let mut stillness = Stillness::of(at(1, 0.0));
+        let mut stillness = Stillness::since(at(1, 0.0));
         let after_a_stop = stillness.look(at(1, 1000.0), interval);
         assert!(after_a_stop <= 3 * interval, "{after_a_stop:?}");
     }
@@ -237,7 +236,7 @@ mod tests {
     #[test]
     fn a_pulse_that_moves_begins_anew() {
         let interval = Duration::from_millis(10);
-        let mut stillness = Stillness::of(at(1, 0.0));
+        let mut stillness = Stillness::since(at(1, 0.0));
         stillness.still = Duration::from_secs(100);
         assert!(stillness.look(at(2, 0.0), interval) <= interval);
     }

@@ -1,20 +1,20 @@
 //! The collectives as messages from rank to rank: one algorithm, whatever carries the messages.
 //!
-//! `exchange/part.rs` says what becomes of a tensor, `exchange/operation.rs` walks through an
-//! operation's pieces, `exchange/queue.rs` keeps operations in order, `exchange/board.rs` places
-//! pieces in memory that ranks share, and `exchange/stretch.rs` has the addresses. A backend brings
-//! a [`Link`] and its [`Wire`]: what a communicator is, and how bytes travel.
+//! `exchange/tensor_plan.rs` says what becomes of a tensor, `exchange/rounds.rs` walks through an
+//! operation's pieces, `exchange/queue.rs` keeps operations in order, `exchange/shared_buffer.rs` places
+//! pieces in memory that ranks share, and `exchange/span.rs` has the addresses. A backend brings
+//! a [`Transport`] and its [`Channel`]: what a communicator is, and how bytes travel.
 //!
 //! Nothing travels until somebody waits: neither MPI nor a socket moves data by itself. So
 //! communication hides behind no computation here, and a thread that made it would gain nothing: it
 //! takes from the computation the core that it would have had (with two ranks on two cores, half of
 //! it). Works that are let go are carried out by the next wait.
 
-mod board;
-mod operation;
-mod part;
 mod queue;
-mod stretch;
+mod rounds;
+mod shared_buffer;
+mod span;
+mod tensor_plan;
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -25,21 +25,21 @@ use super::call::Call;
 use super::ledger::{Ledger, Signature};
 use super::{Collective, Issued, Meter, ReduceOp, Sliced, Spent, Work};
 use crate::error::{Error, Result};
-pub use board::{Board, SLOTS};
-use operation::Operation;
-pub use part::{LINE_BYTES, PIECE_BYTES};
-use part::{Part, Pattern, piece_bytes};
 use queue::Queue;
-pub use stretch::Stretch;
+use rounds::Rounds;
+pub use shared_buffer::{SLOTS, SharedBuffer};
+pub use span::Span;
+pub use tensor_plan::{LINE_BYTES, PIECE_BYTES};
+use tensor_plan::{Pattern, TensorPlan, piece_bytes};
 
 /// This rank among those of a communicator.
 #[derive(Clone, Copy)]
-pub struct Place {
+pub struct Membership {
     pub rank: usize,
     pub world_size: usize,
 }
 
-impl Place {
+impl Membership {
     pub fn peers(self) -> impl Iterator<Item = usize> {
         (1..self.world_size).map(move |distance| (self.rank + distance) % self.world_size)
     }
@@ -49,21 +49,21 @@ impl Place {
 /// in which they left, and are received in that order; ranks count as the operation's communicator
 /// counts them.
 ///
-/// Whoever calls it keeps the memory of a stretch until the message was waited for, and neither
+/// Whoever calls it keeps the memory of a span until the message was waited for, and neither
 /// writes what is sent nor touches what is received before.
 ///
 /// # Errors
 /// [`Error::Desync`] for a message of another operation, [`Error::Peer`] if a peer said that it
 /// failed, [`Error::Collective`] for everything else.
-pub trait Wire {
+pub trait Channel {
     /// Messages that were started.
     type Messages: Default;
 
-    /// Starts to send; the stretch is not empty.
-    fn send(&self, messages: &mut Self::Messages, stretch: Stretch, peer: usize) -> Result<()>;
+    /// Starts to send; the span is not empty.
+    fn send(&self, messages: &mut Self::Messages, span: Span, peer: usize) -> Result<()>;
 
-    /// Starts to receive; the stretch is not empty.
-    fn receive(&self, messages: &mut Self::Messages, stretch: Stretch, peer: usize) -> Result<()>;
+    /// Starts to receive; the span is not empty.
+    fn receive(&self, messages: &mut Self::Messages, span: Span, peer: usize) -> Result<()>;
 
     /// Starts to tell a peer that something is done: what was written to shared memory before is
     /// seen by who hears of it.
@@ -77,82 +77,87 @@ pub trait Wire {
 }
 
 /// A communicator as its backend knows it.
-pub trait Link: Sized + 'static {
-    type Wire: Wire + 'static;
+pub trait Transport: Sized + 'static {
+    type Channel: Channel + 'static;
 
     const BACKEND: &'static str;
 
-    fn place(&self) -> Place;
+    fn membership(&self) -> Membership;
 
     /// Memory that its ranks share, if they do.
-    fn board(&self) -> Option<&Rc<Board>>;
+    fn shared_buffer(&self) -> Option<&Rc<SharedBuffer>>;
 
     /// What carries the operation that left the ledger in this state.
-    fn wire(&self, call: Call, issued: Issued) -> Self::Wire;
+    fn channel(&self, call: Call, issued: Issued) -> Self::Channel;
 
     /// Returns once every rank is here. Nothing is under way.
     fn meet(&self, call: Call, issued: Issued) -> Result<()>;
 
-    /// The part of `ranks` with this color. Nothing is under way.
-    fn part(ranks: &Ranks<Self>, call: Call, color: usize) -> Result<Self>;
+    /// The communicator of the ranks with this color. Nothing is under way.
+    fn split(whole: &Communicator<Self>, call: Call, color: usize) -> Result<Self>;
 }
 
 /// Messages under way that are waited for together, and what is done when all have arrived.
-pub struct Flight<W: Wire> {
+pub struct Pending<W: Channel> {
     messages: W::Messages,
     /// What is copied, from and to.
-    copies: Vec<(Stretch, Stretch)>,
+    copies: Vec<(Span, Span)>,
 }
 
-impl<W: Wire> Default for Flight<W> {
+impl<W: Channel> Default for Pending<W> {
     fn default() -> Self {
-        Flight { messages: W::Messages::default(), copies: Vec::new() }
+        Pending { messages: W::Messages::default(), copies: Vec::new() }
     }
 }
 
-impl<W: Wire> Flight<W> {
+impl<W: Channel> Pending<W> {
     /// Of nothing no message is made.
-    fn send(&mut self, wire: &W, stretch: Stretch, peer: usize) -> Result<()> {
-        if stretch.elements == 0 { Ok(()) } else { wire.send(&mut self.messages, stretch, peer) }
+    fn send(&mut self, channel: &W, span: Span, peer: usize) -> Result<()> {
+        if span.elements == 0 { Ok(()) } else { channel.send(&mut self.messages, span, peer) }
     }
 
     /// Of nothing no message is made.
-    fn receive(&mut self, wire: &W, stretch: Stretch, peer: usize) -> Result<()> {
-        if stretch.elements == 0 { Ok(()) } else { wire.receive(&mut self.messages, stretch, peer) }
+    fn receive(&mut self, channel: &W, span: Span, peer: usize) -> Result<()> {
+        if span.elements == 0 { Ok(()) } else { channel.receive(&mut self.messages, span, peer) }
     }
 
-    fn tell(&mut self, wire: &W, peer: usize) -> Result<()> {
-        wire.tell(&mut self.messages, peer)
+    fn tell(&mut self, channel: &W, peer: usize) -> Result<()> {
+        channel.tell(&mut self.messages, peer)
     }
 
-    fn hear(&mut self, wire: &W, peer: usize) -> Result<()> {
-        wire.hear(&mut self.messages, peer)
+    fn hear(&mut self, channel: &W, peer: usize) -> Result<()> {
+        channel.hear(&mut self.messages, peer)
     }
 
     /// Once everything has arrived, `from` is copied to `to`.
-    fn then_copy(&mut self, from: Stretch, to: Stretch) {
+    fn then_copy(&mut self, from: Span, to: Span) {
         self.copies.push((from, to));
     }
 
-    fn wait(&mut self, wire: &W) -> Result<()> {
-        wire.wait(&mut self.messages)?;
+    fn wait(&mut self, channel: &W) -> Result<()> {
+        channel.wait(&mut self.messages)?;
         self.copies.drain(..).for_each(|(from, to)| to.stream_from(from));
         Ok(())
     }
 }
 
 /// This process as a rank of a communicator. It stays on its thread, as its queue does.
-pub struct Ranks<L: Link> {
-    pub(super) link: L,
-    queue: Rc<RefCell<Queue<L::Wire>>>,
+pub struct Communicator<L: Transport> {
+    pub(super) transport: L,
+    queue: Rc<RefCell<Queue<L::Channel>>>,
     ledger: Ledger,
     meter: Meter,
 }
 
-impl<L: Link> Ranks<L> {
+impl<L: Transport> Communicator<L> {
     /// A world of its own.
-    pub(super) fn of(link: L) -> Self {
-        Ranks { link, queue: Rc::default(), ledger: Ledger::default(), meter: Meter::default() }
+    pub(super) fn new(transport: L) -> Self {
+        Communicator {
+            transport,
+            queue: Rc::default(),
+            ledger: Ledger::default(),
+            meter: Meter::default(),
+        }
     }
 
     fn call(operation: &'static str) -> Call {
@@ -164,12 +169,17 @@ impl<L: Link> Ranks<L> {
         &self,
         call: Call,
         signature: Signature,
-        parts: Vec<Part>,
+        plans: Vec<TensorPlan>,
         tensors: Vec<Tensor>,
     ) -> Work {
-        let wire = self.link.wire(call, self.ledger.enter(signature));
-        let operation =
-            Operation::new(self.link.place(), self.link.board().cloned(), wire, parts, tensors);
+        let channel = self.transport.channel(call, self.ledger.enter(signature));
+        let operation = Rounds::new(
+            self.transport.membership(),
+            self.transport.shared_buffer().cloned(),
+            channel,
+            plans,
+            tensors,
+        );
         let number = self.queue.borrow_mut().push(operation);
         let (queue, meter) = (self.queue.clone(), self.meter.clone());
         Work::new(move || meter.exposed(|| queue.borrow_mut().finish(call, number)))
@@ -177,18 +187,25 @@ impl<L: Link> Ranks<L> {
 
     /// Bytes of a piece on the way between these ranks.
     fn piece_bytes(&self) -> usize {
-        self.link
-            .board()
-            .map_or_else(|| piece_bytes(self.link.place().world_size), |board| board.piece_bytes)
+        self.transport.shared_buffer().map_or_else(
+            || piece_bytes(self.transport.membership().world_size),
+            |shared_buffer| shared_buffer.piece_bytes,
+        )
     }
 
-    fn part(&self, call: Call, pattern: Pattern, sliced: &Sliced) -> Result<Part> {
+    fn plan(&self, call: Call, pattern: Pattern, sliced: &Sliced) -> Result<TensorPlan> {
         call.check_slices(sliced, self.world_size())?;
         check_device(call, &sliced.full)?;
-        Part::sliced(self.link.place(), self.piece_bytes(), pattern, &sliced.owned, &sliced.full)
-            .ok_or_else(|| {
-                call.error("owned is a view of full at another place than this rank's slice")
-            })
+        TensorPlan::sliced(
+            self.transport.membership(),
+            self.piece_bytes(),
+            pattern,
+            &sliced.owned,
+            &sliced.full,
+        )
+        .ok_or_else(|| {
+            call.error("owned is a view of full at another membership than this rank's slice")
+        })
     }
 }
 
@@ -204,62 +221,63 @@ fn flat(tensors: Vec<Sliced>) -> Vec<Tensor> {
     tensors.into_iter().flat_map(|sliced| [sliced.owned, sliced.full]).collect()
 }
 
-impl<L: Link> Collective for Ranks<L> {
+impl<L: Transport> Collective for Communicator<L> {
     fn rank(&self) -> usize {
-        self.link.place().rank
+        self.transport.membership().rank
     }
 
     fn world_size(&self) -> usize {
-        self.link.place().world_size
+        self.transport.membership().world_size
     }
 
     fn all_reduce(&self, buffers: Vec<Tensor>, op: ReduceOp) -> Result<Work> {
-        let (call, place) = (Self::call("all_reduce"), self.link.place());
-        let part = |buffer: &Tensor| {
+        let (call, membership) = (Self::call("all_reduce"), self.transport.membership());
+        let plan = |buffer: &Tensor| {
             call.check_buffer(buffer)?;
             check_device(call, buffer)?;
-            Ok(Part::whole(
-                place,
+            Ok(TensorPlan::whole(
+                membership,
                 self.piece_bytes(),
-                Pattern::all_reduce(op, buffer, place.world_size),
+                Pattern::all_reduce(op, buffer, membership.world_size),
                 buffer,
             ))
         };
-        let parts = buffers.iter().map(part).collect::<Result<_>>()?;
-        Ok(self.issue(call, Signature::of("all_reduce", &buffers).by(op), parts, buffers))
+        let plans = buffers.iter().map(plan).collect::<Result<_>>()?;
+        Ok(self.issue(call, Signature::new("all_reduce", &buffers).by(op), plans, buffers))
     }
 
     fn reduce_scatter(&self, tensors: Vec<Sliced>, op: ReduceOp) -> Result<Work> {
         let call = Self::call("reduce_scatter");
-        let parts = tensors
+        let plans = tensors
             .iter()
-            .map(|sliced| self.part(call, Pattern::Owned(op), sliced))
+            .map(|sliced| self.plan(call, Pattern::Owned(op), sliced))
             .collect::<Result<_>>()?;
         let signature =
-            Signature::of("reduce_scatter", tensors.iter().map(|sliced| &sliced.full)).by(op);
-        Ok(self.issue(call, signature, parts, flat(tensors)))
+            Signature::new("reduce_scatter", tensors.iter().map(|sliced| &sliced.full)).by(op);
+        Ok(self.issue(call, signature, plans, flat(tensors)))
     }
 
     fn all_gather(&self, tensors: Vec<Sliced>) -> Result<Work> {
         let call = Self::call("all_gather");
-        let parts = tensors
+        let plans = tensors
             .iter()
-            .map(|sliced| self.part(call, Pattern::Gathered, sliced))
+            .map(|sliced| self.plan(call, Pattern::Gathered, sliced))
             .collect::<Result<_>>()?;
-        let signature = Signature::of("all_gather", tensors.iter().map(|sliced| &sliced.full));
-        Ok(self.issue(call, signature, parts, flat(tensors)))
+        let signature = Signature::new("all_gather", tensors.iter().map(|sliced| &sliced.full));
+        Ok(self.issue(call, signature, plans, flat(tensors)))
     }
 
     fn broadcast(&self, buffer: Tensor, root: usize) -> Result<Work> {
-        let (call, place) = (Self::call("broadcast"), self.link.place());
+        let (call, membership) = (Self::call("broadcast"), self.transport.membership());
         call.check_buffer(&buffer)?;
-        call.check_root(root, place.world_size)?;
+        call.check_root(root, membership.world_size)?;
         check_device(call, &buffer)?;
-        let parts = vec![Part::whole(place, self.piece_bytes(), Pattern::From(root), &buffer)];
+        let plans =
+            vec![TensorPlan::whole(membership, self.piece_bytes(), Pattern::From(root), &buffer)];
         Ok(self.issue(
             call,
-            Signature::of("broadcast", [&buffer]).rooted_at(root),
-            parts,
+            Signature::new("broadcast", [&buffer]).rooted_at(root),
+            plans,
             vec![buffer],
         ))
     }
@@ -267,15 +285,15 @@ impl<L: Link> Collective for Ranks<L> {
     fn barrier(&self) -> Result<()> {
         let call = Self::call("barrier");
         self.queue.borrow_mut().drain(call)?;
-        self.link.meet(call, self.ledger.enter(Signature::of("barrier", [])))
+        self.transport.meet(call, self.ledger.enter(Signature::new("barrier", [])))
     }
 
     fn split(&self, color: usize) -> Result<Box<dyn Collective>> {
         let call = Self::call("split");
         self.queue.borrow_mut().drain(call)?;
-        self.ledger.enter(Signature::of("split", []));
-        let link = L::part(self, call, color)?;
-        Ok(Box::new(Ranks { queue: self.queue.clone(), ..Ranks::of(link) }))
+        self.ledger.enter(Signature::new("split", []));
+        let transport = L::split(self, call, color)?;
+        Ok(Box::new(Communicator { queue: self.queue.clone(), ..Communicator::new(transport) }))
     }
 
     fn carries(&self, device: Device) -> bool {

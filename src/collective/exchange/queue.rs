@@ -6,8 +6,8 @@ use std::mem::ManuallyDrop;
 use tch::Tensor;
 
 use super::super::call::Call;
-use super::Wire;
-use super::operation::Operation;
+use super::Channel;
+use super::rounds::Rounds;
 use crate::error::Result;
 
 /// The operations of a world and of all that were split off from it, in program order. Waiting for
@@ -17,7 +17,7 @@ use crate::error::Result;
 /// One queue for all of them: with one each, two ranks that wait for two worlds in different orders
 /// would wait for ever.
 pub struct Queue<W> {
-    waiting: VecDeque<Operation<W>>,
+    waiting: VecDeque<Rounds<W>>,
     issued: u64,
     finished: u64,
     /// Kept from one operation to the next.
@@ -32,10 +32,10 @@ impl<W> Default for Queue<W> {
     }
 }
 
-impl<W: Wire> Queue<W> {
+impl<W: Channel> Queue<W> {
     /// Returns the operation's number in this queue, which differs between ranks of different
     /// worlds.
-    pub fn push(&mut self, operation: Operation<W>) -> u64 {
+    pub fn push(&mut self, operation: Rounds<W>) -> u64 {
         self.waiting.push_back(operation);
         self.issued += 1;
         self.issued
@@ -61,8 +61,8 @@ impl<W: Wire> Queue<W> {
         self.finish(call, self.issued)
     }
 
-    /// After a failure the wire may still read and write the memory: it is never given back.
-    fn carry_out(&mut self, operation: Operation<W>) -> Result<()> {
+    /// After a failure the channel may still read and write the memory: it is never given back.
+    fn carry_out(&mut self, operation: Rounds<W>) -> Result<()> {
         let operation = ManuallyDrop::new(operation);
         let mut scratch = ManuallyDrop::new(self.scratch.take());
         let outcome = operation.run(&mut scratch);

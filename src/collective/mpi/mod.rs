@@ -1,7 +1,7 @@
 //! MPI ranks, over rsmpi's raw layer: its safe one borrows buffers by lifetime, which an owned
 //! [`Work`](super::Work) cannot.
 //!
-//! The algorithm is that of [`exchange`](super::exchange). `mpi/wire.rs` has the messages,
+//! The algorithm is that of [`exchange`](super::exchange). `mpi/channel.rs` has the messages,
 //! `mpi/shared.rs` the memory that ranks of one machine share.
 //!
 //! Two habits of rsmpi are avoided. Its `Universe` finalizes MPI when dropped, which turns an early
@@ -11,9 +11,9 @@
 
 #![allow(unsafe_code)]
 
+mod channel;
 mod shared;
 mod traps;
-mod wire;
 
 use std::ffi::c_int;
 use std::io::Write;
@@ -27,23 +27,23 @@ use signal_hook::low_level::exit;
 
 use super::Issued;
 use super::call::Call;
-use super::exchange::{Board, Link, Place, Ranks};
+use super::exchange::{Communicator, Membership, SharedBuffer, Transport};
 use crate::error::{Error, Result};
-use wire::{Channel, check, text};
+use channel::{MpiChannel, check, text};
 
 /// How long `MPI_Abort` may take before the process ends without it.
 const ABORT_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Ranks that MPI connects. Thread level "serialized" allows no two calls at once (the exception is
+/// Communicator that MPI connects. Thread level "serialized" allows no two calls at once (the exception is
 /// [`abort`](super::abort)).
-pub type Mpi = Ranks<Communicator>;
+pub type Mpi = Communicator<MpiTransport>;
 
 /// A communicator of MPI.
-pub struct Communicator {
+pub struct MpiTransport {
     raw: ffi::MPI_Comm,
-    place: Place,
+    membership: Membership,
     /// Where the ranks are on one machine.
-    board: Option<Rc<Board>>,
+    shared_buffer: Option<Rc<SharedBuffer>>,
 }
 
 fn call(operation: &'static str) -> Call {
@@ -71,43 +71,47 @@ impl Mpi {
             ffi::MPI_Comm_set_errhandler(ffi::RSMPI_COMM_WORLD, ffi::RSMPI_ERRORS_RETURN)
         })?;
         // SAFETY: a constant of the library.
-        Ok(Mpi::of(Communicator::of(unsafe { ffi::RSMPI_COMM_WORLD })?))
+        Ok(Mpi::new(MpiTransport::from_raw(unsafe { ffi::RSMPI_COMM_WORLD })?))
     }
 
     /// The same ranks without shared memory, as if each were on a machine of its own: for tests,
     /// and to compare.
     pub fn by_messages(mut self) -> Self {
-        self.link.board = None;
+        self.transport.shared_buffer = None;
         self
     }
 }
 
-impl Communicator {
-    fn of(raw: ffi::MPI_Comm) -> Result<Self> {
+impl MpiTransport {
+    fn from_raw(raw: ffi::MPI_Comm) -> Result<Self> {
         let (mut rank, mut size) = (0, 0);
         // SAFETY: the communicator is valid, and both results have a place.
         check(call("initialize"), unsafe { ffi::MPI_Comm_rank(raw, &mut rank) })?;
         check(call("initialize"), unsafe { ffi::MPI_Comm_size(raw, &mut size) })?;
-        let place = Place { rank: rank as usize, world_size: size as usize };
-        Ok(Communicator { raw, place, board: shared::board(raw, place)?.map(Rc::new) })
+        let membership = Membership { rank: rank as usize, world_size: size as usize };
+        Ok(MpiTransport {
+            raw,
+            membership,
+            shared_buffer: shared::shared_buffer(raw, membership)?.map(Rc::new),
+        })
     }
 }
 
-impl Link for Communicator {
-    type Wire = Channel;
+impl Transport for MpiTransport {
+    type Channel = MpiChannel;
 
     const BACKEND: &'static str = "mpi";
 
-    fn place(&self) -> Place {
-        self.place
+    fn membership(&self) -> Membership {
+        self.membership
     }
 
-    fn board(&self) -> Option<&Rc<Board>> {
-        self.board.as_ref()
+    fn shared_buffer(&self) -> Option<&Rc<SharedBuffer>> {
+        self.shared_buffer.as_ref()
     }
 
-    fn wire(&self, call: Call, issued: Issued) -> Channel {
-        Channel { communicator: self.raw, rank: self.place.rank, call, issued }
+    fn channel(&self, call: Call, issued: Issued) -> MpiChannel {
+        MpiChannel { communicator: self.raw, rank: self.membership.rank, call, issued }
     }
 
     fn meet(&self, call: Call, _issued: Issued) -> Result<()> {
@@ -115,14 +119,16 @@ impl Link for Communicator {
         check(call, unsafe { ffi::MPI_Barrier(self.raw) })
     }
 
-    fn part(ranks: &Ranks<Self>, call: Call, color: usize) -> Result<Self> {
-        let (whole, place) = (ranks.link.raw, ranks.link.place);
+    fn split(whole: &Communicator<Self>, call: Call, color: usize) -> Result<Self> {
+        let (raw, membership) = (whole.transport.raw, whole.transport.membership);
         let color = c_int::try_from(color).map_err(|_| call.error(format!("no color {color}")))?;
         // SAFETY: a constant of the library.
         let mut part = unsafe { ffi::RSMPI_COMM_NULL };
         // SAFETY: the communicator is valid, and the result has a place.
-        check(call, unsafe { ffi::MPI_Comm_split(whole, color, place.rank as c_int, &mut part) })?;
-        Communicator::of(part)
+        check(call, unsafe {
+            ffi::MPI_Comm_split(raw, color, membership.rank as c_int, &mut part)
+        })?;
+        MpiTransport::from_raw(part)
     }
 }
 

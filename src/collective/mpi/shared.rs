@@ -1,4 +1,4 @@
-//! The memory behind a [`Board`], as MPI gives it to the ranks of one machine.
+//! The memory behind a [`SharedBuffer`], as MPI gives it to the ranks of one machine.
 
 #![allow(unsafe_code)]
 
@@ -6,30 +6,33 @@ use std::ffi::{c_int, c_void};
 use std::ptr::null_mut;
 
 use super::super::call::Call;
-use super::super::exchange::{Board, LINE_BYTES, PIECE_BYTES, Place, SLOTS};
-use super::wire::check;
+use super::super::exchange::{LINE_BYTES, Membership, PIECE_BYTES, SLOTS, SharedBuffer};
+use super::channel::check;
 use crate::error::Result;
 use mpi::ffi;
 
 /// Memory of one rank's slots; with many ranks, pieces become smaller instead.
 const AREA_BYTES: usize = 4 << 20;
 
-/// A board for the ranks of a communicator; none where they are not on one machine. Every rank
+/// A shared_buffer for the ranks of a communicator; none where they are not on one machine. Every rank
 /// calls it.
-pub fn board(communicator: ffi::MPI_Comm, place: Place) -> Result<Option<Board>> {
+pub fn shared_buffer(
+    communicator: ffi::MPI_Comm,
+    membership: Membership,
+) -> Result<Option<SharedBuffer>> {
     let call = Call { backend: "mpi", operation: "share memory" };
-    if !is_one_machine(communicator, place, call)? {
+    if !is_one_machine(communicator, membership, call)? {
         return Ok(None);
     }
-    let slots = SLOTS * (place.world_size + 1);
+    let slots = SLOTS * (membership.world_size + 1);
     let piece_bytes = (AREA_BYTES / slots / LINE_BYTES * LINE_BYTES).clamp(LINE_BYTES, PIECE_BYTES);
     let window = allocate(communicator, call, slots * piece_bytes)?;
     let areas =
-        (0..place.world_size).map(|rank| area(window, call, rank)).collect::<Result<_>>()?;
-    Ok(Some(Board::over(place, piece_bytes, areas)))
+        (0..membership.world_size).map(|rank| area(window, call, rank)).collect::<Result<_>>()?;
+    Ok(Some(SharedBuffer::over(membership, piece_bytes, areas)))
 }
 
-fn is_one_machine(communicator: ffi::MPI_Comm, place: Place, call: Call) -> Result<bool> {
+fn is_one_machine(communicator: ffi::MPI_Comm, membership: Membership, call: Call) -> Result<bool> {
     // SAFETY: constants of the library; every rank of the valid communicator comes here, and the
     // results have a place.
     let size = unsafe {
@@ -48,7 +51,7 @@ fn is_one_machine(communicator: ffi::MPI_Comm, place: Place, call: Call) -> Resu
     };
     // The same on every rank only once all agree: a rank alone on its machine says no for all of
     // them.
-    let (own, mut all): (c_int, c_int) = ((size as usize == place.world_size).into(), 0);
+    let (own, mut all): (c_int, c_int) = ((size as usize == membership.world_size).into(), 0);
     // SAFETY: both are one C int, and every rank comes here.
     let reduced = unsafe {
         let (from, to) = ((&raw const own).cast(), (&raw mut all).cast());

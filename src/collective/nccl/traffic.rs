@@ -16,7 +16,7 @@ use std::time::Instant;
 use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclResult_t};
 use tch::Tensor;
 
-use super::communicator::{Communicator, poll};
+use super::comm::{NcclComm, poll};
 use super::{Call, Limits, Transfer};
 use crate::collective::{Meter, Spent, Work};
 use crate::cuda::Outcome;
@@ -32,8 +32,8 @@ pub(super) struct Side {
 
 /// One communicator's traffic. Its fields are given back in this order.
 pub(super) struct Traffic {
-    communicator: Communicator,
-    under_way: RefCell<VecDeque<UnderWay>>,
+    communicator: NcclComm,
+    under_way: RefCell<VecDeque<Issue>>,
     /// Marks in the compute stream before and after it waited.
     stalls: RefCell<VecDeque<(Event, Event)>>,
     side: Rc<Side>,
@@ -50,7 +50,7 @@ pub(super) struct Traffic {
 }
 
 /// An operation in the side stream.
-struct UnderWay {
+struct Issue {
     /// As a message names it.
     name: String,
     issued: Instant,
@@ -68,8 +68,8 @@ impl Side {
 }
 
 impl Traffic {
-    pub fn of(
-        communicator: Communicator,
+    pub fn new(
+        communicator: NcclComm,
         side: Rc<Side>,
         limits: Limits,
         place: String,
@@ -109,17 +109,17 @@ impl Traffic {
         let number = self.count.replace(self.count.get() + 1);
         let name = format!("{} of {bytes} bytes (operation {number} of its world)", call.operation);
         let marks = self.enqueue(&transfers, start);
-        let flight =
-            Flight { call, name: name.clone(), tensors, traffic: self.clone(), is_over: false };
+        let pending =
+            Pending { call, name: name.clone(), tensors, traffic: self.clone(), is_over: false };
         let (began, ended) = marks.map_err(|what| self.fail(call, format!("{name}: {what}")))?;
         let ended = Rc::new(ended);
-        self.under_way.borrow_mut().push_back(UnderWay {
+        self.under_way.borrow_mut().push_back(Issue {
             name,
             issued: Instant::now(),
             began,
             ended: ended.clone(),
         });
-        Ok(Work::new(move || flight.wait(&ended)))
+        Ok(Work::new(move || pending.wait(&ended)))
     }
 
     /// The marks where data begin to travel and where they have arrived.
@@ -209,7 +209,7 @@ impl Traffic {
             ended.is_past()
         };
         if !poll(self.limits.operation, is_past)? {
-            return Err(self.under_way.borrow().front().map(UnderWay::overdue).unwrap_or_default());
+            return Err(self.under_way.borrow().front().map(Issue::overdue).unwrap_or_default());
         }
         self.meter.add(Spent {
             communication_seconds: 0.0,
@@ -245,7 +245,7 @@ impl Traffic {
     }
 }
 
-impl UnderWay {
+impl Issue {
     fn overdue(&self) -> String {
         format!(
             "{} is not over after {:.1} s: a peer is dead, or in another operation",
@@ -256,7 +256,7 @@ impl UnderWay {
 }
 
 /// An operation that is to be waited for, and the tensors that NCCL reads and writes for it.
-struct Flight {
+struct Pending {
     call: Call,
     name: String,
     tensors: Vec<Tensor>,
@@ -265,7 +265,7 @@ struct Flight {
     is_over: bool,
 }
 
-impl Flight {
+impl Pending {
     /// Returns once the compute stream is ordered behind the operation. Then the tensors' memory
     /// may be used anew: libtorch gives it to what the compute stream does later.
     fn wait(mut self, ended: &Event) -> Result<()> {
@@ -280,7 +280,7 @@ impl Flight {
     }
 }
 
-impl Drop for Flight {
+impl Drop for Pending {
     /// On an error path NCCL may still write to the tensors: their memory is never given back.
     fn drop(&mut self) {
         if !self.is_over {

@@ -12,13 +12,13 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use super::super::call::Call;
-use super::super::exchange::{Stretch, disagreement};
+use super::super::exchange::{Span, disagreement};
+use super::connection::{Connection, unless_ending};
 use super::frame::{self, Frame, HEADER_BYTES};
-use super::line::{Line, unless_ending};
 use crate::error::{Error, Result, one_line};
 
 /// What the frames of one operation have in common.
-pub struct Label {
+pub struct Envelope {
     pub call: Call,
     /// This rank's number in the operation's communicator.
     pub rank: usize,
@@ -41,7 +41,7 @@ pub struct Mesh {
 }
 
 struct Peer {
-    line: Arc<Line>,
+    connection: Arc<Connection>,
     outgoing: VecDeque<Outgoing>,
     sent: u64,
     due: VecDeque<Due>,
@@ -58,30 +58,30 @@ struct Peer {
 
 struct Outgoing {
     header: [u8; HEADER_BYTES],
-    body: Stretch,
+    body: Span,
     written: usize,
 }
 
 struct Due {
-    label: Rc<Label>,
+    envelope: Rc<Envelope>,
     /// The peer's number in the operation's communicator.
     peer: usize,
-    body: Stretch,
+    body: Span,
 }
 
 impl Mesh {
-    /// The lines to all others.
-    pub fn of(world_size: usize, lines: Vec<Line>) -> Self {
+    /// The connections to all others.
+    pub fn new(world_size: usize, connections: Vec<Connection>) -> Self {
         let mut peers: Vec<Option<Peer>> = (0..world_size).map(|_| None).collect();
-        for line in lines {
-            let rank = line.rank;
-            peers[rank] = Some(Peer::at(line));
+        for connection in connections {
+            let rank = connection.rank;
+            peers[rank] = Some(Peer::new(connection));
         }
         Mesh { peers, is_broken: false }
     }
 
-    pub fn lines(&self) -> impl Iterator<Item = Arc<Line>> {
-        self.peers.iter().flatten().map(|peer| peer.line.clone())
+    pub fn connections(&self) -> impl Iterator<Item = Arc<Connection>> {
+        self.peers.iter().flatten().map(|peer| peer.connection.clone())
     }
 
     fn peer(&mut self, rank: usize) -> &mut Peer {
@@ -89,8 +89,8 @@ impl Mesh {
     }
 
     /// Starts to send to a rank of the world.
-    pub fn send(&mut self, messages: &mut Messages, label: &Label, body: Stretch, to: usize) {
-        let header = frame::piece(body.bytes() as u64, label.tag, &label.name);
+    pub fn send(&mut self, messages: &mut Messages, envelope: &Envelope, body: Span, to: usize) {
+        let header = frame::piece(body.bytes() as u64, envelope.tag, &envelope.name);
         let peer = self.peer(to);
         peer.outgoing.push_back(Outgoing { header, body, written: 0 });
         messages.sent.push((to, peer.sent + peer.outgoing.len() as u64));
@@ -101,12 +101,12 @@ impl Mesh {
     pub fn receive(
         &mut self,
         messages: &mut Messages,
-        label: &Rc<Label>,
-        body: Stretch,
+        envelope: &Rc<Envelope>,
+        body: Span,
         (from, number): (usize, usize),
     ) {
         let peer = self.peer(from);
-        peer.due.push_back(Due { label: label.clone(), peer: number, body });
+        peer.due.push_back(Due { envelope: envelope.clone(), peer: number, body });
         messages.received.push((from, peer.received + peer.due.len() as u64));
     }
 
@@ -145,7 +145,7 @@ impl Mesh {
         let events: Vec<PollFlags> = {
             let peers = open.iter().filter_map(|rank| self.peers[*rank].as_ref());
             let mut sockets: Vec<PollFd<'_>> =
-                peers.map(|peer| PollFd::new(&peer.line.socket, peer.interest())).collect();
+                peers.map(|peer| PollFd::new(&peer.connection.socket, peer.interest())).collect();
             match poll(&mut sockets, None) {
                 // A signal: nothing is known of the sockets.
                 Err(Errno::INTR) => return Ok(()),
@@ -173,15 +173,15 @@ impl Drop for Mesh {
     /// Who waits for this rank sees its connection closed; for all others it has just left.
     fn drop(&mut self) {
         if !self.is_broken {
-            self.lines().for_each(|line| line.say(&Frame::Goodbye));
+            self.connections().for_each(|connection| connection.say(&Frame::Goodbye));
         }
     }
 }
 
 impl Peer {
-    fn at(line: Line) -> Self {
+    fn new(connection: Connection) -> Self {
         Peer {
-            line: Arc::new(line),
+            connection: Arc::new(connection),
             outgoing: VecDeque::new(),
             sent: 0,
             due: VecDeque::new(),
@@ -215,7 +215,7 @@ impl Peer {
     fn check(&self, call: Call) -> Result<()> {
         let is_wanted = !self.has_left || !self.due.is_empty() || !self.outgoing.is_empty();
         if is_wanted && (self.is_closed || (self.is_deaf && self.awaits_its_turn())) {
-            return Err(call.error(format!("{} closed its connection", self.line.peer())));
+            return Err(call.error(format!("{} closed its connection", self.connection.peer())));
         }
         Ok(())
     }
@@ -227,7 +227,8 @@ impl Peer {
         {
             let (header, body) =
                 (first.written.min(HEADER_BYTES), first.written.saturating_sub(HEADER_BYTES));
-            match first.body.read(body, |body| self.line.write(&first.header[header..], body)) {
+            match first.body.read(body, |body| self.connection.write(&first.header[header..], body))
+            {
                 Ok(written) => first.written += written,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
@@ -245,7 +246,7 @@ impl Peer {
     fn read(&mut self, call: Call) -> Result<()> {
         loop {
             if self.arrived.0 < HEADER_BYTES {
-                let result = (&self.line.socket).read(&mut self.header[self.arrived.0..]);
+                let result = (&self.connection.socket).read(&mut self.header[self.arrived.0..]);
                 match self.count(result) {
                     Some(bytes) => self.arrived.0 += bytes,
                     None => return Ok(()),
@@ -254,7 +255,8 @@ impl Peer {
             }
             let Some(body) = self.expected(call)? else { return Ok(()) };
             while self.arrived.1 < body.bytes() {
-                let result = body.write(self.arrived.1, |rest| (&self.line.socket).read(rest));
+                let result =
+                    body.write(self.arrived.1, |rest| (&self.connection.socket).read(rest));
                 match self.count(result) {
                     Some(bytes) => self.arrived.1 += bytes,
                     None => return Ok(()),
@@ -282,8 +284,8 @@ impl Peer {
     }
 
     /// Where the bytes behind the header belong; `None` if there are none or they must wait.
-    fn expected(&mut self, call: Call) -> Result<Option<Stretch>> {
-        let peer = self.line.peer();
+    fn expected(&mut self, call: Call) -> Result<Option<Span>> {
+        let peer = self.connection.peer();
         let lost = || call.error(format!("{peer} sent what is no frame"));
         let (length, tag, name) = match Frame::decode(&self.header).ok_or_else(lost)? {
             Frame::Piece { length, tag, name } => (length, tag, name),
@@ -299,12 +301,12 @@ impl Peer {
                 });
             }
         };
-        let Some(Due { label, peer: number, body }) = self.due.front() else { return Ok(None) };
-        if tag != label.tag {
-            return Err(disagreement(*number, &one_line(&name), label.rank, &label.name));
+        let Some(Due { envelope, peer: number, body }) = self.due.front() else { return Ok(None) };
+        if tag != envelope.tag {
+            return Err(disagreement(*number, &one_line(&name), envelope.rank, &envelope.name));
         }
         if length != body.bytes() as u64 {
-            let (bytes, name) = (body.bytes(), &label.name);
+            let (bytes, name) = (body.bytes(), &envelope.name);
             return Err(
                 call.error(format!("{peer} announced {length} bytes in {name}, {bytes} are due"))
             );

@@ -1,21 +1,22 @@
-//! Ranks that TCP connects, for clusters whose MPI cannot be started: nobody but the network is
+//! Communicator that TCP connects, for clusters whose MPI cannot be started: nobody but the network is
 //! needed.
 //!
 //! The algorithm is that of [`exchange`](super::exchange), with the same sums in the same order.
-//! `tcp/rendezvous.rs` brings the ranks together, `tcp/greeting.rs` connects each pair,
-//! `tcp/record.rs` has what they say until then; afterwards `tcp/frame.rs` is what they say,
-//! `tcp/mesh.rs` serves the connections, `tcp/line.rs` one of them.
+//! `tcp/rendezvous.rs` brings the ranks together, `tcp/mesh_setup.rs` connects each pair,
+//! `tcp/setup_message.rs` has what they say until then; afterwards `tcp/frame.rs` is what they say,
+//! `tcp/mesh.rs` serves the connections, `tcp/connection.rs` one of them.
 //!
 //! The network is trusted as MPI's is: nothing is encrypted. What connects by mistake, a port
-//! scanner or another job, is recognized and ignored. Ranks of one machine go over its loopback;
+//! scanner or another job, is recognized and ignored. Communicator of one machine go over its loopback;
 //! memory is not shared.
 
+mod connection;
 mod frame;
-mod greeting;
-mod line;
 mod mesh;
-mod record;
+mod mesh_setup;
 mod rendezvous;
+mod roster;
+mod setup_message;
 
 use std::cell::RefCell;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -25,19 +26,19 @@ use std::time::Duration;
 use tch::{Device, Kind, Tensor};
 
 use super::call::Call;
-use super::exchange::{Board, Link, Place, Ranks, Stretch, Wire};
+use super::exchange::{Channel, Communicator, Membership, SharedBuffer, Span, Transport};
 use super::{Collective, Issued, Sliced};
 use crate::error::{Error, Result};
-pub(super) use line::{last_words, let_go, wait_for_end};
-use mesh::{Label, Mesh, Messages};
+pub(super) use connection::{last_words, let_go, wait_for_end};
+use mesh::{Envelope, Mesh, Messages};
 
-/// Ranks that TCP connects.
-pub type Tcp = Ranks<Group>;
+/// Communicator that TCP connects.
+pub type Tcp = Communicator<TcpTransport>;
 
 /// Some ranks of the world.
-pub struct Group {
+pub struct TcpTransport {
     mesh: Rc<RefCell<Mesh>>,
-    place: Place,
+    membership: Membership,
     /// Each one's rank in the world.
     members: Rc<[usize]>,
     /// Differs between the groups of a rank.
@@ -74,7 +75,7 @@ impl Tcp {
         refusing: &dyn Fn(&Error),
     ) -> Result<Self> {
         let world = Tcp::meet(rank, world_size, rendezvous, limit, refusing)?;
-        line::hold(world.link.mesh.borrow().lines());
+        connection::hold(world.transport.mesh.borrow().connections());
         Ok(world)
     }
 
@@ -86,56 +87,64 @@ impl Tcp {
         refusing: &dyn Fn(&Error),
     ) -> Result<Self> {
         assert!(rank < world_size, "no rank {rank} among {world_size}");
-        let place = Place { rank, world_size };
-        let mesh = Rc::new(RefCell::new(Mesh::of(
+        let membership = Membership { rank, world_size };
+        let mesh = Rc::new(RefCell::new(Mesh::new(
             world_size,
-            rendezvous::meet(place, rendezvous, limit, refusing)?,
+            rendezvous::meet(membership, rendezvous, limit, refusing)?,
         )));
-        Ok(Ranks::of(Group { mesh, place, members: (0..world_size).collect(), id: 0 }))
+        Ok(Communicator::new(TcpTransport {
+            mesh,
+            membership,
+            members: (0..world_size).collect(),
+            id: 0,
+        }))
     }
 }
 
-impl Link for Group {
-    type Wire = Strand;
+impl Transport for TcpTransport {
+    type Channel = TcpChannel;
 
     const BACKEND: &'static str = "tcp";
 
-    fn place(&self) -> Place {
-        self.place
+    fn membership(&self) -> Membership {
+        self.membership
     }
 
-    fn board(&self) -> Option<&Rc<Board>> {
+    fn shared_buffer(&self) -> Option<&Rc<SharedBuffer>> {
         None
     }
 
-    fn wire(&self, call: Call, issued: Issued) -> Strand {
+    fn channel(&self, call: Call, issued: Issued) -> TcpChannel {
         let tag = hash((self.id, issued.digest));
-        let label = Rc::new(Label { call, rank: self.place.rank, tag, name: issued.to_string() });
-        Strand { mesh: self.mesh.clone(), members: self.members.clone(), label }
+        let envelope =
+            Rc::new(Envelope { call, rank: self.membership.rank, tag, name: issued.to_string() });
+        TcpChannel { mesh: self.mesh.clone(), members: self.members.clone(), envelope }
     }
 
     fn meet(&self, call: Call, issued: Issued) -> Result<()> {
-        let (wire, mut messages) = (self.wire(call, issued), Messages::default());
-        self.place.peers().try_for_each(|peer| wire.hear(&mut messages, peer))?;
-        self.place.peers().try_for_each(|peer| wire.tell(&mut messages, peer))?;
-        wire.wait(&mut messages)
+        let (channel, mut messages) = (self.channel(call, issued), Messages::default());
+        self.membership.peers().try_for_each(|peer| channel.hear(&mut messages, peer))?;
+        self.membership.peers().try_for_each(|peer| channel.tell(&mut messages, peer))?;
+        channel.wait(&mut messages)
     }
 
-    fn part(ranks: &Ranks<Self>, _call: Call, color: usize) -> Result<Self> {
-        let Group { mesh, place, members, id } = &ranks.link;
-        let colors = Tensor::zeros([place.world_size as i64], (Kind::Int64, Device::Cpu));
+    fn split(whole: &Communicator<Self>, _call: Call, color: usize) -> Result<Self> {
+        let TcpTransport { mesh, membership, members, id } = &whole.transport;
+        let colors = Tensor::zeros([membership.world_size as i64], (Kind::Int64, Device::Cpu));
         let own = Tensor::from_slice(&[color as i64]);
-        ranks.all_gather(vec![Sliced { owned: own, full: colors.shallow_clone() }])?.wait()?;
+        whole.all_gather(vec![Sliced { owned: own, full: colors.shallow_clone() }])?.wait()?;
         let colors = Vec::<i64>::try_from(colors).expect("integers");
         let same: Vec<usize> =
-            (0..place.world_size).filter(|rank| colors[*rank] == color as i64).collect();
-        let rank =
-            same.iter().position(|rank| *rank == place.rank).expect("this rank has its own color");
-        Ok(Group {
+            (0..membership.world_size).filter(|rank| colors[*rank] == color as i64).collect();
+        let rank = same
+            .iter()
+            .position(|rank| *rank == membership.rank)
+            .expect("this rank has its own color");
+        Ok(TcpTransport {
             mesh: mesh.clone(),
-            place: Place { rank, world_size: same.len() },
+            membership: Membership { rank, world_size: same.len() },
             members: same.iter().map(|rank| members[*rank]).collect(),
-            id: hash((id, ranks.issued().count, color)),
+            id: hash((id, whole.issued().count, color)),
         })
     }
 }
@@ -147,34 +156,34 @@ fn hash(what: impl Hash) -> u64 {
 }
 
 /// What carries one operation's messages.
-pub struct Strand {
+pub struct TcpChannel {
     mesh: Rc<RefCell<Mesh>>,
     members: Rc<[usize]>,
-    label: Rc<Label>,
+    envelope: Rc<Envelope>,
 }
 
-impl Wire for Strand {
+impl Channel for TcpChannel {
     type Messages = Messages;
 
-    fn send(&self, messages: &mut Messages, stretch: Stretch, peer: usize) -> Result<()> {
-        self.mesh.borrow_mut().send(messages, &self.label, stretch, self.members[peer]);
+    fn send(&self, messages: &mut Messages, span: Span, peer: usize) -> Result<()> {
+        self.mesh.borrow_mut().send(messages, &self.envelope, span, self.members[peer]);
         Ok(())
     }
 
-    fn receive(&self, messages: &mut Messages, stretch: Stretch, peer: usize) -> Result<()> {
-        self.mesh.borrow_mut().receive(messages, &self.label, stretch, (self.members[peer], peer));
+    fn receive(&self, messages: &mut Messages, span: Span, peer: usize) -> Result<()> {
+        self.mesh.borrow_mut().receive(messages, &self.envelope, span, (self.members[peer], peer));
         Ok(())
     }
 
     fn tell(&self, messages: &mut Messages, peer: usize) -> Result<()> {
-        self.send(messages, Stretch::nothing(), peer)
+        self.send(messages, Span::nothing(), peer)
     }
 
     fn hear(&self, messages: &mut Messages, peer: usize) -> Result<()> {
-        self.receive(messages, Stretch::nothing(), peer)
+        self.receive(messages, Span::nothing(), peer)
     }
 
     fn wait(&self, messages: &mut Messages) -> Result<()> {
-        self.mesh.borrow_mut().wait(messages, self.label.call)
+        self.mesh.borrow_mut().wait(messages, self.envelope.call)
     }
 }

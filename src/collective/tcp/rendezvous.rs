@@ -8,20 +8,16 @@ use std::time::{Duration, Instant};
 use rustix::rand::{GetRandomFlags, getrandom};
 use serde::{Deserialize, Serialize};
 
-use super::super::call::Call;
-use super::super::exchange::Place;
-use super::greeting;
-use super::line::Line;
-use super::record::{Caller, Heard, SHORT_BYTES, say, wait_until};
+use super::super::exchange::Membership;
+use super::connection::Connection;
+use super::mesh_setup;
+use super::roster::{CALL, Endpoint, Roster, ignore, patience};
+use super::setup_message::{Incoming, Received, SHORT_BYTES, say, wait_until};
 use crate::error::{Error, Result, one_line};
-
-pub const CALL: Call = Call { backend: "tcp", operation: "connect" };
 
 /// Records of different builds need not fit together, and digests of operations do not.
 const BUILD: &str = env!("CARGO_PKG_VERSION");
 
-/// Longest attempt at one address.
-pub const ATTEMPT: Duration = Duration::from_secs(3);
 /// Between attempts, at first and at last.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// Rank 0 gives up by its own clock, which began later than this rank's connection at the latest;
@@ -31,30 +27,22 @@ const GRACE: Duration = Duration::from_secs(5);
 /// Strangers that may stay for a while in silence; the oldest goes when there are more.
 const SILENT_STRANGERS: usize = 64;
 
-/// Where a rank can be reached.
-#[derive(Clone, Debug, Deserialize, Serialize)]
-pub struct Seat {
-    pub host: String,
-    pub addresses: Vec<IpAddr>,
-    pub port: u16,
-}
-
 /// What a rank tells rank 0.
 #[derive(Deserialize, Serialize)]
-struct Hello {
+struct Register {
     build: String,
     rank: usize,
     world_size: usize,
-    seat: Seat,
+    endpoint: Endpoint,
 }
 
 /// What rank 0 tells a rank.
 #[derive(Deserialize, Serialize)]
-enum Answer {
+enum Reply {
     Welcome {
         /// Known to the ranks of this world only.
         token: String,
-        seats: Vec<Seat>,
+        endpoints: Vec<Endpoint>,
     },
     Refused {
         code: i32,
@@ -62,37 +50,29 @@ enum Answer {
     },
 }
 
-/// All ranks' seats, as this rank knows them.
-pub struct Company {
-    pub token: String,
-    pub seats: Vec<Seat>,
-    /// Where this rank has reached rank 0.
-    pub root: Option<IpAddr>,
-}
-
 /// A connection with every other rank; every rank calls it, and each step of it ends within
 /// `limit`. `refusing`: called on rank 0 with the reason before it turns the others away.
 pub fn meet(
-    place: Place,
+    membership: Membership,
     rendezvous: &str,
     limit: Duration,
     refusing: &dyn Fn(&Error),
-) -> Result<Vec<Line>> {
+) -> Result<Vec<Connection>> {
     let door = listen(None).map_err(|error| CALL.error(format!("cannot listen: {error}")))?;
     let port = door
         .local_addr()
         .map_err(|error| CALL.error(format!("no port to listen at: {error}")))?
         .port();
-    let seat = Seat {
+    let endpoint = Endpoint {
         host: gethostname::gethostname().to_string_lossy().into_owned(),
         addresses: Vec::new(),
         port,
     };
-    let company = match place.rank {
-        0 => receive(place, rendezvous, seat, limit, refusing)?,
-        _ => register(place, rendezvous, seat, limit)?,
+    let roster = match membership.rank {
+        0 => receive(membership, rendezvous, endpoint, limit, refusing)?,
+        _ => register(membership, rendezvous, endpoint, limit)?,
     };
-    greeting::greet_all(place, &company, &door, limit)
+    mesh_setup::connect_all(membership, &roster, &door, limit)
 }
 
 /// Listens at this address, or at a port of the system's choice. At all addresses of the machine:
@@ -108,36 +88,37 @@ fn listen(at: Option<SocketAddr>) -> io::Result<TcpListener> {
     Ok(door)
 }
 
-/// Rank 0's desk.
-struct Desk {
-    place: Place,
+/// Rank 0's coordinator.
+struct Coordinator {
+    membership: Membership,
     door: TcpListener,
     /// Who has come, by rank; rank 0 has no connection.
-    guests: Vec<Option<(Seat, Option<Caller>)>>,
-    callers: Vec<Caller>,
+    registered: Vec<Option<(Endpoint, Option<Incoming>)>>,
+    incoming: Vec<Incoming>,
 }
 
 /// Rank 0's part: waits for all ranks, and answers them.
 fn receive(
-    place: Place,
+    membership: Membership,
     rendezvous: &str,
-    seat: Seat,
+    endpoint: Endpoint,
     limit: Duration,
     refusing: &dyn Fn(&Error),
-) -> Result<Company> {
+) -> Result<Roster> {
     let until = Instant::now() + limit;
-    let mut desk = Desk {
-        place,
+    let mut coordinator = Coordinator {
+        membership,
         door: open(rendezvous, until)?,
-        guests: (0..place.world_size).map(|_| None).collect(),
-        callers: Vec::new(),
+        registered: (0..membership.world_size).map(|_| None).collect(),
+        incoming: Vec::new(),
     };
-    desk.guests[0] = Some((seat, None));
-    match desk.fill(until, limit) {
-        Ok(()) => desk.welcome(),
+    coordinator.registered[0] = Some((endpoint, None));
+    match coordinator.fill(until, limit) {
+        Ok(()) => coordinator.welcome(),
         Err(error) => {
             refusing(&error);
-            desk.answer(&Answer::Refused { code: error.exit_code(), what: error.to_string() });
+            coordinator
+                .answer(&Reply::Refused { code: error.exit_code(), what: error.to_string() });
             Err(error)
         }
     }
@@ -171,92 +152,94 @@ fn resolve(rendezvous: &str) -> io::Result<Vec<SocketAddr>> {
     }
 }
 
-impl Desk {
+impl Coordinator {
     fn fill(&mut self, until: Instant, limit: Duration) -> Result<()> {
-        while self.guests.iter().any(Option::is_none) {
-            let seated = self.guests.iter().flatten().filter_map(|(_, guest)| guest.as_ref());
+        while self.registered.iter().any(Option::is_none) {
+            let seated =
+                self.registered.iter().flatten().filter_map(|(_, connection)| connection.as_ref());
             let sockets = seated
-                .chain(&self.callers)
-                .map(|caller| caller.socket.as_fd())
+                .chain(&self.incoming)
+                .map(|incoming| incoming.socket.as_fd())
                 .chain([self.door.as_fd()]);
             if !wait_until(until, sockets).map_err(|error| CALL.error(error.to_string()))? {
                 return Err(self.incomplete(limit));
             }
-            self.part_with_the_gone();
-            self.callers.extend(
-                Caller::all_at(&self.door)
+            self.forget_disconnected();
+            self.incoming.extend(
+                Incoming::all_at(&self.door)
                     .map_err(|error| CALL.error(format!("cannot let a rank in: {error}")))?,
             );
-            self.listen_to_callers()?;
+            self.read_registrations()?;
         }
         Ok(())
     }
 
     /// A rank that went away again may come again.
-    fn part_with_the_gone(&mut self) {
-        for (rank, guest) in self.guests.iter_mut().enumerate() {
-            if let Some((seat, Some(_))) = guest
-                .take_if(|(_, caller)| caller.as_ref().is_some_and(|caller| !caller.is_silent()))
-            {
-                tracing::warn!("rank {rank} of host {} went away again", one_line(&seat.host));
+    fn forget_disconnected(&mut self) {
+        for (rank, connection) in self.registered.iter_mut().enumerate() {
+            if let Some((endpoint, Some(_))) = connection.take_if(|(_, incoming)| {
+                incoming.as_ref().is_some_and(|incoming| !incoming.is_silent())
+            }) {
+                tracing::warn!("rank {rank} of host {} went away again", one_line(&endpoint.host));
             }
         }
     }
 
-    fn listen_to_callers(&mut self) -> Result<()> {
-        for mut caller in std::mem::take(&mut self.callers) {
-            match caller.hear::<Hello>(SHORT_BYTES) {
-                Heard::Nothing => self.callers.push(caller),
-                Heard::Record(hello) => self.admit(caller, hello)?,
-                Heard::Stranger(why) => ignore(&caller, &why),
+    fn read_registrations(&mut self) -> Result<()> {
+        for mut incoming in std::mem::take(&mut self.incoming) {
+            match incoming.hear::<Register>(SHORT_BYTES) {
+                Received::Partial => self.incoming.push(incoming),
+                Received::Message(hello) => self.admit(incoming, hello)?,
+                Received::Stranger(why) => ignore(&incoming, &why),
             }
         }
-        let too_many = self.callers.len().saturating_sub(self.place.world_size + SILENT_STRANGERS);
-        self.callers
+        let too_many =
+            self.incoming.len().saturating_sub(self.membership.world_size + SILENT_STRANGERS);
+        self.incoming
             .drain(..too_many)
-            .for_each(|caller| ignore(&caller, "it says nothing, and others want to come in"));
+            .for_each(|incoming| ignore(&incoming, "it says nothing, and others want to come in"));
         Ok(())
     }
 
     fn admit(
         &mut self,
-        caller: Caller,
-        Hello { build, rank, world_size, mut seat }: Hello,
+        incoming: Incoming,
+        Register { build, rank, world_size, mut endpoint }: Register,
     ) -> Result<()> {
         if build != BUILD {
-            ignore(&caller, &format!("it is of version {}, not {BUILD}", one_line(&build)));
+            ignore(&incoming, &format!("it is of version {}, not {BUILD}", one_line(&build)));
             return Ok(());
         }
-        let (host, expected) = (one_line(&seat.host), self.place.world_size);
+        let (host, expected) = (one_line(&endpoint.host), self.membership.world_size);
         if world_size != expected || rank >= expected {
             let what = format!(
                 "a process of host {host} is rank {rank} of {world_size}, rank 0 is one of {expected}"
             );
-            self.callers.push(caller);
+            self.incoming.push(incoming);
             return Err(Error::environment(what));
         }
-        if let Some((other, _)) = &self.guests[rank] {
+        if let Some((other, _)) = &self.registered[rank] {
             let what = format!(
                 "two processes are rank {rank}, one of host {} and one of host {host}: does each have a SLURM_PROCID or FM_DIST_RANK of its own?",
                 one_line(&other.host)
             );
-            self.callers.push(caller);
+            self.incoming.push(incoming);
             return Err(Error::environment(what));
         }
-        seat.addresses.push(caller.address.ip());
-        self.guests[rank] = Some((seat, Some(caller)));
+        endpoint.addresses.push(incoming.address.ip());
+        self.registered[rank] = Some((endpoint, Some(incoming)));
         Ok(())
     }
 
     fn incomplete(&self, limit: Duration) -> Error {
         let ranks = |is_here: bool| {
-            let ranks =
-                (0..self.guests.len()).filter(|rank| self.guests[*rank].is_some() == is_here);
+            let ranks = (0..self.registered.len())
+                .filter(|rank| self.registered[*rank].is_some() == is_here);
             ranks.map(|rank| rank.to_string()).collect::<Vec<_>>().join(" ")
         };
-        let silent = match self.callers.len() {
+        let silent = match self.incoming.len() {
             0 => String::new(),
-            callers => format!("; {callers} connections said nothing"),
+            incoming => format!("; {incoming} connections said nothing"),
         };
         let (arrived, missing) = (ranks(true), ranks(false));
         CALL.error(format!(
@@ -265,29 +248,27 @@ impl Desk {
         ))
     }
 
-    fn welcome(mut self) -> Result<Company> {
-        self.callers
+    fn welcome(mut self) -> Result<Roster> {
+        self.incoming
             .drain(..)
-            .for_each(|caller| ignore(&caller, "it says nothing, and all ranks are here"));
-        let seats: Vec<Seat> = self.guests.iter().flatten().map(|(seat, _)| seat.clone()).collect();
+            .for_each(|incoming| ignore(&incoming, "it says nothing, and all ranks are here"));
+        let endpoints: Vec<Endpoint> =
+            self.registered.iter().flatten().map(|(endpoint, _)| endpoint.clone()).collect();
         let token = random_token()?;
-        self.answer(&Answer::Welcome { token: token.clone(), seats: seats.clone() });
-        Ok(Company { token, seats, root: None })
+        self.answer(&Reply::Welcome { token: token.clone(), endpoints: endpoints.clone() });
+        Ok(Roster { token, endpoints, root: None })
     }
 
     /// Says the same to all; who does not hear it any more is missed soon enough.
-    fn answer(&self, answer: &Answer) {
-        let seated = self.guests.iter().flatten().filter_map(|(_, guest)| guest.as_ref());
-        for caller in seated.chain(&self.callers) {
-            if let Err(error) = say(&caller.socket, answer) {
-                tracing::warn!("{} cannot be answered: {error}", caller.address);
+    fn answer(&self, answer: &Reply) {
+        let seated =
+            self.registered.iter().flatten().filter_map(|(_, connection)| connection.as_ref());
+        for incoming in seated.chain(&self.incoming) {
+            if let Err(error) = say(&incoming.socket, answer) {
+                tracing::warn!("{} cannot be answered: {error}", incoming.address);
             }
         }
     }
-}
-
-pub fn ignore(caller: &Caller, why: &str) {
-    tracing::warn!("ignored a connection from {}: {why}", caller.address);
 }
 
 fn random_token() -> Result<String> {
@@ -298,16 +279,21 @@ fn random_token() -> Result<String> {
 }
 
 /// Every other rank's part: finds rank 0, which may start later, and waits for its answer.
-fn register(place: Place, rendezvous: &str, seat: Seat, limit: Duration) -> Result<Company> {
+fn register(
+    membership: Membership,
+    rendezvous: &str,
+    endpoint: Endpoint,
+    limit: Duration,
+) -> Result<Roster> {
     let (until, mut pause) = (Instant::now() + limit, PAUSES.0);
     loop {
-        let why = match knock(place, rendezvous, &seat, until)
-            .and_then(|caller| hear_answer(place, caller, Instant::now() + limit + GRACE))
+        let why = match register_once(membership, rendezvous, &endpoint, until)
+            .and_then(|incoming| read_reply(membership, incoming, Instant::now() + limit + GRACE))
         {
-            Ok((root, Answer::Welcome { token, seats })) => {
-                return Ok(Company { token, seats, root: Some(root) });
+            Ok((root, Reply::Welcome { token, endpoints })) => {
+                return Ok(Roster { token, endpoints, root: Some(root) });
             }
-            Ok((_, Answer::Refused { code, what })) => {
+            Ok((_, Reply::Refused { code, what })) => {
                 return Err(Error::Peer {
                     speaker: None,
                     code,
@@ -328,7 +314,12 @@ fn register(place: Place, rendezvous: &str, seat: Seat, limit: Duration) -> Resu
 }
 
 /// Tells rank 0 of this rank.
-fn knock(place: Place, rendezvous: &str, seat: &Seat, until: Instant) -> Result<Caller, String> {
+fn register_once(
+    membership: Membership,
+    rendezvous: &str,
+    endpoint: &Endpoint,
+    until: Instant,
+) -> Result<Incoming, String> {
     let addresses = resolve(rendezvous).map_err(|error| error.to_string())?;
     let mut why = String::new();
     for address in addresses {
@@ -339,38 +330,39 @@ fn knock(place: Place, rendezvous: &str, seat: &Seat, until: Instant) -> Result<
                 continue;
             }
         };
-        let mut seat = seat.clone();
-        seat.addresses.extend(socket.local_addr().map(|address| address.ip()));
-        let hello =
-            Hello { build: BUILD.into(), rank: place.rank, world_size: place.world_size, seat };
-        let said = say(&socket, &hello).and_then(|()| Caller::new(socket, address));
+        let mut endpoint = endpoint.clone();
+        endpoint.addresses.extend(socket.local_addr().map(|address| address.ip()));
+        let hello = Register {
+            build: BUILD.into(),
+            rank: membership.rank,
+            world_size: membership.world_size,
+            endpoint,
+        };
+        let said = say(&socket, &hello).and_then(|()| Incoming::new(socket, address));
         return said.map_err(|error| error.to_string());
     }
     Err(why)
 }
 
-/// For one attempt to connect.
-pub fn patience(until: Instant) -> Duration {
-    until.saturating_duration_since(Instant::now()).clamp(Duration::from_millis(1), ATTEMPT)
-}
-
 /// What rank 0 says, and the address at which it said it.
-fn hear_answer(
-    place: Place,
-    mut caller: Caller,
+fn read_reply(
+    membership: Membership,
+    mut incoming: Incoming,
     until: Instant,
-) -> Result<(IpAddr, Answer), String> {
-    let longest = SHORT_BYTES * place.world_size;
+) -> Result<(IpAddr, Reply), String> {
+    let longest = SHORT_BYTES * membership.world_size;
     loop {
-        match caller.hear(longest) {
-            Heard::Record(Answer::Welcome { seats, .. }) if seats.len() != place.world_size => {
-                return Err(format!("it knows of {} ranks", seats.len()));
+        match incoming.hear(longest) {
+            Received::Message(Reply::Welcome { endpoints, .. })
+                if endpoints.len() != membership.world_size =>
+            {
+                return Err(format!("it knows of {} ranks", endpoints.len()));
             }
-            Heard::Record(answer) => return Ok((caller.address.ip(), answer)),
-            Heard::Stranger(why) => return Err(why),
-            Heard::Nothing => (),
+            Received::Message(answer) => return Ok((incoming.address.ip(), answer)),
+            Received::Stranger(why) => return Err(why),
+            Received::Partial => (),
         }
-        if !wait_until(until, [caller.socket.as_fd()].into_iter())
+        if !wait_until(until, [incoming.socket.as_fd()].into_iter())
             .map_err(|error| error.to_string())?
         {
             return Err("it does not answer".into());

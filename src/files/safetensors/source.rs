@@ -60,7 +60,7 @@ impl Source {
         match self {
             Source::File(file) => {
                 let found = file.metadata().map_err(Error::storage(path, "inspect"))?;
-                Ok(Source::OnDemand(Identity::of(&found)))
+                Ok(Source::OnDemand(Identity::from_metadata(&found)))
             }
             other => Ok(other),
         }
@@ -80,7 +80,7 @@ impl Source {
 }
 
 impl Identity {
-    fn of(file: &Metadata) -> Self {
+    fn from_metadata(file: &Metadata) -> Self {
         Identity {
             device: file.dev(),
             inode: file.ino(),
@@ -107,7 +107,8 @@ impl Identity {
             return Err(replaced("it is not a regular file any more"));
         }
         let file = File::open(path).map_err(Error::storage(path, "open"))?;
-        let now = Identity::of(&file.metadata().map_err(Error::storage(path, "inspect"))?);
+        let now =
+            Identity::from_metadata(&file.metadata().map_err(Error::storage(path, "inspect"))?);
         match now {
             now if now == self => Ok(file),
             now if (now.device, now.inode) != (self.device, self.inode) => {

@@ -10,7 +10,8 @@ use crate::nn::norm::LayerNorm;
 use crate::nn::patches::{self, FeatureOrder, Patch, PatchEmbedding};
 use crate::nn::rope::{self, Axis};
 use crate::nn::{
-    Activations, Builder, Init, Linear, Mlp, Nonlinearity, Param, ParamSet, PerShape, Stage, Views,
+    Activations, Builder, Init, Linear, Mlp, Nonlinearity, Param, ParamSet, PerShape, Rows, Stage,
+    Views,
 };
 
 /// Of the layer normalizations around the projections of glyphs and image: PyTorch's default.
@@ -40,7 +41,7 @@ pub(super) struct Embed {
 impl Embed {
     pub fn new(model: &HunyuanVideo15) -> Self {
         let mut params = ParamSet::new("embed");
-        let mut builder = Builder::new(&mut params, "");
+        let mut builder = Builder::new(&mut params, "", Rows::Image);
         let width = model.width();
         let video = PatchEmbedding::new(
             &mut builder.at("x_embedder.proj"),
@@ -48,10 +49,10 @@ impl Embed {
             width,
             model.patch(),
         );
-        let image =
-            ImageProjection::new(&mut builder.at("image_embedder"), model.image_embed_dim, width);
+        let mut features = builder.at("image_embedder").over(Rows::Text);
+        let image = ImageProjection::new(&mut features, model.image_embed_dim, width);
         let glyphs = GlyphProjection::new(
-            &mut builder.at("context_embedder_2"),
+            &mut builder.at("context_embedder_2").over(Rows::Text),
             model.text_embed_2_dim,
             width,
         );
@@ -64,8 +65,8 @@ impl Embed {
             // embedding out.
             scalar("timestep_embedder_r");
         }
-        let types =
-            builder.at("cond_type_embed").param("weight", &[3, width], Init::Normal { std: 1.0 });
+        let mut types = builder.at("cond_type_embed").over(Rows::One);
+        let types = types.param("weight", &[3, width], Init::Normal { std: 1.0 });
         let axes = model.rope_axes_dim.map(|width| Axis {
             width,
             theta: model.rope_theta,

@@ -9,7 +9,7 @@ use crate::nn::attention::attend;
 use crate::nn::embed::ScalarEmbedding;
 use crate::nn::modulation::{Modulation, gated};
 use crate::nn::norm::LayerNorm;
-use crate::nn::{Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, Stage, Views};
+use crate::nn::{Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, Rows, Stage, Views};
 
 /// Of the layer normalizations.
 const EPSILON: f64 = 1e-6;
@@ -33,7 +33,7 @@ impl TokenRefiner {
     /// `inputs`: features of the text; `width`: of the model, in `num_heads` heads.
     pub fn new(inputs: i64, width: i64, num_heads: i64, num_blocks: i64) -> Self {
         let mut params = ParamSet::new("context_embedder");
-        let mut builder = Builder::new(&mut params, "context_embedder");
+        let mut builder = Builder::new(&mut params, "context_embedder", Rows::Text);
         let timestep = ScalarEmbedding::new(
             &mut builder.at("time_text_embed.timestep_embedder"),
             FREQUENCIES,
@@ -41,7 +41,7 @@ impl TokenRefiner {
             true,
         );
         let pooled = Mlp::of_two_linears(
-            &mut builder.at("time_text_embed.text_embedder"),
+            &mut builder.at("time_text_embed.text_embedder").over(Rows::One),
             [inputs, width, width],
             Nonlinearity::Silu,
             true,
@@ -102,11 +102,13 @@ struct Block {
 
 impl Block {
     fn new(builder: &mut Builder<'_>, width: i64, num_heads: i64) -> Self {
-        let mut linear =
-            |name: &str, outputs| Linear::pytorch(&mut builder.at(name), width, outputs, true);
-        let [query, key, value, output] =
-            ["to_q", "to_k", "to_v", "to_out.0"].map(|name| linear(&format!("attn.{name}"), width));
-        let gates = Modulation::new(linear("norm_out.linear", 2 * width));
+        builder.attends(Rows::Text, Rows::Text, width);
+        let mut linear = |name: &str, rows, outputs| {
+            Linear::pytorch(&mut builder.at(name).over(rows), width, outputs, true)
+        };
+        let [query, key, value, output] = ["to_q", "to_k", "to_v", "to_out.0"]
+            .map(|name| linear(&format!("attn.{name}"), Rows::Text, width));
+        let gates = Modulation::new(linear("norm_out.linear", Rows::One, 2 * width));
         let [norm_attention, norm_feed] =
             ["norm1", "norm2"].map(|name| LayerNorm::new(&mut builder.at(name), width, EPSILON));
         let feed = Mlp::feed_forward(

@@ -21,8 +21,8 @@ use crate::nn::patches::{self, FeatureOrder, Patch, PatchEmbedding};
 use crate::nn::rope::{self, Axis};
 use crate::nn::wide_attention::WideAttention;
 use crate::nn::{
-    Activations, Builder, Init, Linear, Mlp, Nonlinearity, Param, ParamSet, PerShape, Stage, Views,
-    by_hand,
+    Activations, Builder, Init, Linear, Mlp, Nonlinearity, Param, ParamSet, PerShape, Rows, Stage,
+    Views, by_hand,
 };
 
 /// Of the image embedding's normalizations, PyTorch's default.
@@ -78,7 +78,7 @@ pub(super) struct Embed {
 impl Embed {
     pub fn new(model: &Wan) -> Self {
         let mut params = ParamSet::new("embed");
-        let mut builder = Builder::new(&mut params, "");
+        let mut builder = Builder::new(&mut params, "", Rows::Image);
         let (width, patch) = (model.width(), model.patch_size);
         let patches = PatchEmbedding::new(
             &mut builder.at("patch_embedding"),
@@ -93,17 +93,19 @@ impl Embed {
             width,
             true,
         );
-        let modulation = Linear::pytorch(&mut builder.at("time_proj"), width, 6 * width, true);
+        let mut time = builder.at("time_proj").over(Rows::One);
+        let modulation = Linear::pytorch(&mut time, width, 6 * width, true);
         let widths = [model.text_dim, width, width];
         let text = Mlp::of_two_linears(
-            &mut builder.at("text_embedder"),
+            &mut builder.at("text_embedder").over(Rows::Text),
             widths,
             Nonlinearity::GeluTanh,
             true,
         );
         let places = model.pos_embed_seq_len;
         let image = model.image_dim.map(|inputs| {
-            ImageEmbedding::new(&mut builder.at("image_embedder"), inputs, width, places)
+            let mut builder = builder.at("image_embedder").over(Rows::Text);
+            ImageEmbedding::new(&mut builder, inputs, width, places)
         });
         let (is_conditioned, axes) = (model.is_conditioned(), model.axes());
         Embed {
@@ -186,15 +188,20 @@ impl Block {
     pub fn new(model: &Wan, index: i64) -> Self {
         let name = format!("blocks.{index}");
         let mut params = ParamSet::new(&name);
-        let mut builder = Builder::new(&mut params, &name);
+        let mut builder = Builder::new(&mut params, &name, Rows::Image);
         let width = model.width();
         let table = modulation_table(&mut builder, 6, width);
-        let self_attention = WideAttention::new(&mut builder.at("attn1"), model.heads(), false);
+        let self_attention =
+            WideAttention::new(&mut builder.at("attn1"), model.heads(), Rows::Image, false);
         let cross_norm = model
             .cross_attn_norm
             .then(|| LayerNorm::new(&mut builder.precise_at("norm2"), width, model.eps));
-        let cross_attention =
-            WideAttention::new(&mut builder.at("attn2"), model.heads(), model.image_dim.is_some());
+        let cross_attention = WideAttention::new(
+            &mut builder.at("attn2"),
+            model.heads(),
+            Rows::Text,
+            model.image_dim.is_some(),
+        );
         let feed = Mlp::feed_forward(
             &mut builder.at("ffn"),
             [width, model.ffn_dim, width],
@@ -259,7 +266,7 @@ fn text_and_image(input: &Activations) -> (Tensor, Option<Tensor>) {
 
 /// `scale_shift_table` `[1, parts, width]`, to which the timestep's vector is added.
 fn modulation_table(builder: &mut Builder<'_>, parts: i64, width: i64) -> Param {
-    builder.precise_param(
+    builder.at("").over(Rows::One).precise_param(
         "scale_shift_table",
         &[1, parts, width],
         Init::Normal { std: (width as f64).sqrt().recip() },
@@ -304,7 +311,7 @@ pub(super) struct Head {
 impl Head {
     pub fn new(model: &Wan) -> Self {
         let mut params = ParamSet::new("head");
-        let mut builder = Builder::new(&mut params, "");
+        let mut builder = Builder::new(&mut params, "", Rows::Image);
         let patch = model.patch_size;
         let table = modulation_table(&mut builder, 2, model.width());
         let features = model.latent_channels() * patch.iter().product::<i64>();

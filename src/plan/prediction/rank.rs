@@ -178,7 +178,7 @@ impl<'w> Rank<'w> {
     }
 
     fn gradient_bytes(&self, stage: usize) -> f64 {
-        self.work.stages[stage].parameter_bytes(self.work.reduce_dtype.of(self.work.kind))
+        self.work.stages[stage].parameter_bytes(self.work.reduce_dtype.kind(self.work.kind))
     }
 
     fn forward_seconds(&self, stage: usize) -> f64 {

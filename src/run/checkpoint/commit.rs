@@ -4,10 +4,10 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use super::disk::{Disk, storage};
-use super::{MANIFEST, Manifest, Part, folder_name, list};
+use super::{MANIFEST, Manifest, SavedFile, folder_name, list};
 use crate::config::CheckpointSettings;
 use crate::error::{Error, Result};
+use crate::files::disk::Disk;
 use crate::phase::Phase;
 
 /// Where the parts of a checkpoint are written: hidden from whoever looks for checkpoints.
@@ -33,24 +33,21 @@ pub fn prepare(run: &Path, step: u64) -> Result<()> {
         );
         return Err(Error::Storage { path: target, operation: "create", source: exists });
     }
-    Disk::new(step, Phase::Write).create_folder(&staged)
+    Disk::saving(step, Phase::Write).create_folder(&staged)
 }
 
 /// Makes the parts in the staged folder the run's checkpoint of `manifest.step`.
 ///
 /// # Errors
 /// [`Error::Storage`]; until the rename nobody sees anything of it.
-pub fn commit(run: &Path, manifest: &Manifest, mut parts: Vec<Part>) -> Result<()> {
-    let (step, disk) = (manifest.step, Disk::new(manifest.step, Phase::Commit));
+pub fn commit(run: &Path, manifest: &Manifest, mut parts: Vec<SavedFile>) -> Result<()> {
+    let (step, disk) = (manifest.step, Disk::saving(manifest.step, Phase::Commit));
     let (staged, target) = (staged(run, step), run.join(folder_name(step)));
     parts.sort_by(|a, b| a.file.cmp(&b.file));
     let text = Manifest { parts, ..manifest.clone() }.sealed();
     let path = staged.join(MANIFEST);
-    let mut output = disk.create(&path, text.len() as u64)?;
-    output
-        .write_all(text.as_bytes())
-        .map_err(|error| storage(&path, "write", text.len() as u64, error))?;
-    output.sync()?;
+    let bytes = Some(text.len() as u64);
+    disk.write_file(&path, bytes, |file| file.write_all(text.as_bytes()))?;
     disk.sync_folder(&staged)?;
     disk.rename(&staged, &target)?;
     disk.sync_folder(run)
@@ -63,7 +60,7 @@ pub fn commit(run: &Path, manifest: &Manifest, mut parts: Vec<Part>) -> Result<(
 /// # Errors
 /// [`Error::Storage`].
 pub fn prune(run: &Path, step: u64, settings: &CheckpointSettings) -> Result<()> {
-    let disk = Disk::new(step, Phase::Prune);
+    let disk = Disk::saving(step, Phase::Prune);
     let kept_for_ever =
         |step: u64| settings.keep_every.is_some_and(|every| step.is_multiple_of(every));
     let mut old = list(run)?;

@@ -15,7 +15,6 @@
 //! All after the copy happens beside the steps.
 
 mod commit;
-mod disk;
 mod load;
 mod saver;
 mod snapshot;
@@ -68,7 +67,7 @@ pub struct Manifest {
     config: Option<Values>,
     /// Of the dataset, see [`Dataset::fingerprint`](crate::data::Dataset::fingerprint).
     pub data: String,
-    parts: Vec<Part>,
+    parts: Vec<SavedFile>,
     /// Of this manifest's text with nothing in this place, so that a flipped bit in a number is
     /// noticed.
     sha256: String,
@@ -76,7 +75,7 @@ pub struct Manifest {
 
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
-pub struct Part {
+pub struct SavedFile {
     file: String,
     bytes: u64,
     sha256: String,

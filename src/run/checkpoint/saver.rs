@@ -1,7 +1,7 @@
 //! Saving beside the steps: they stop while the state is copied, and no longer.
 //!
 //! Threads write; only the run's own thread speaks with other ranks. A save goes through two
-//! stages, each of which is over on all ranks before the next begins: every rank writes its parts;
+//! phases, each of which is over on all ranks before the next begins: every rank writes its parts;
 //! rank 0 commits them and deletes what is old. Whether its own part is over is all that a rank
 //! tells the others at each step.
 
@@ -11,18 +11,18 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::commit::{commit, prepare, prune, staged};
-use super::disk::Disk;
-use super::snapshot::{PartCopy, Saved};
-use super::{Manifest, Part, folder_name};
+use super::snapshot::{FileCopy, Saved};
+use super::{Manifest, SavedFile, folder_name};
 use crate::collective::Collective;
 use crate::collective::agreement::{agree, on_rank_zero};
 use crate::config::{CheckpointSettings, OnFailure};
 use crate::error::{Error, Result, STORAGE};
+use crate::files::disk::Disk;
 use crate::libtorch;
 use crate::phase::Phase;
 use crate::pulse;
 
-/// What a rank has to say of a save in flight once its part of the present stage is over.
+/// What a rank has to say of a save in flight once its part of the present phase is over.
 const READY: u8 = 1;
 
 /// Saves a run's checkpoints, one at a time.
@@ -36,15 +36,15 @@ pub struct Saver {
 
 struct Save {
     manifest: Manifest,
-    stage: Stage,
+    phase: SavePhase,
     began: Instant,
     /// While the steps stood still for the copy.
     copying: Duration,
 }
 
-enum Stage {
+enum SavePhase {
     /// Every rank its parts.
-    Writing(Beside<Vec<Part>>),
+    Writing(Beside<Vec<SavedFile>>),
     /// Rank 0 all of them; what could not be deleted after it.
     Committing(Beside<String>),
 }
@@ -73,14 +73,14 @@ impl Saver {
             return self.give_up(step, error, collective);
         }
         let copies = saved.copy(collective)?;
-        let stage = Stage::Writing(Beside::begin("write", move || write(copies, &run, step)));
-        self.in_flight = Some(Save { manifest, stage, began, copying: began.elapsed() });
+        let phase = SavePhase::Writing(Beside::begin("write", move || write(copies, &run, step)));
+        self.in_flight = Some(Save { manifest, phase, began, copying: began.elapsed() });
         if self.settings.asynchronous { Ok(()) } else { self.wait(collective) }
     }
 
     /// What this rank tells the others at each step.
     pub fn progress(&self) -> u8 {
-        self.in_flight.as_ref().map_or(0, |save| if save.stage.is_over() { READY } else { 0 })
+        self.in_flight.as_ref().map_or(0, |save| if save.phase.is_over() { READY } else { 0 })
     }
 
     /// Goes on with a save if every rank can, by what each told of its
@@ -123,29 +123,31 @@ impl Saver {
         Ok(())
     }
 
-    /// Ends the present stage of the save in flight, waiting where it must, and begins the next.
+    /// Ends the present phase of the save in flight, waiting where it must, and begins the next.
     fn move_on(&mut self, collective: &dyn Collective) -> Result<Option<PathBuf>> {
-        let Some(Save { manifest, stage, began, copying }) = self.in_flight.take() else {
+        let Some(Save { manifest, phase, began, copying }) = self.in_flight.take() else {
             return Ok(None);
         };
         let step = manifest.step;
-        let moved = match stage {
-            Stage::Writing(writing) => {
-                self.begin_commit(&manifest, writing, collective).map(|stage| {
-                    self.in_flight = Some(Save { manifest, stage, began, copying });
+        let moved = match phase {
+            SavePhase::Writing(writing) => {
+                self.begin_commit(&manifest, writing, collective).map(|phase| {
+                    self.in_flight = Some(Save { manifest, phase, began, copying });
                     None
                 })
             }
-            Stage::Committing(committing) => agree(committing.join(), collective).map(|troubles| {
-                let path = self.committed(step, &troubles.concat());
-                pulse::saved(began.elapsed());
-                tracing::debug!(
-                    "step {step}: {:.3} s for the copy, {:.3} s until it was safe",
-                    copying.as_secs_f64(),
-                    began.elapsed().as_secs_f64()
-                );
-                Some(path)
-            }),
+            SavePhase::Committing(committing) => {
+                agree(committing.join(), collective).map(|troubles| {
+                    let path = self.committed(step, &troubles.concat());
+                    pulse::saved(began.elapsed());
+                    tracing::debug!(
+                        "step {step}: {:.3} s for the copy, {:.3} s until it was safe",
+                        copying.as_secs_f64(),
+                        began.elapsed().as_secs_f64()
+                    );
+                    Some(path)
+                })
+            }
         };
         moved.or_else(|error| self.give_up(step, error, collective).map(|()| None))
     }
@@ -153,16 +155,16 @@ impl Saver {
     fn begin_commit(
         &self,
         manifest: &Manifest,
-        writing: Beside<Vec<Part>>,
+        writing: Beside<Vec<SavedFile>>,
         collective: &dyn Collective,
-    ) -> Result<Stage> {
+    ) -> Result<SavePhase> {
         let parts =
             writing.join().map(|parts| serde_json::to_string(&parts).expect("parts are JSON"));
         let texts = agree(parts, collective)?;
         let mut committing = Beside::Over(Ok(String::new()));
         let begin = || {
             let of_rank = |text: &String| {
-                serde_json::from_str::<Vec<Part>>(text).expect("ranks send what they wrote")
+                serde_json::from_str::<Vec<SavedFile>>(text).expect("ranks send what they wrote")
             };
             let (parts, manifest) = (texts.iter().flat_map(of_rank).collect(), manifest.clone());
             let (run, settings) = (self.run.clone(), self.settings.clone());
@@ -176,7 +178,7 @@ impl Saver {
             Ok(String::new())
         };
         on_rank_zero(collective, begin)?;
-        Ok(Stage::Committing(committing))
+        Ok(SavePhase::Committing(committing))
     }
 
     fn committed(&mut self, step: u64, trouble: &str) -> PathBuf {
@@ -214,18 +216,18 @@ impl Saver {
     }
 }
 
-fn write(copies: Vec<PartCopy>, run: &Path, step: u64) -> Result<Vec<Part>> {
-    let (folder, disk) = (staged(run, step), Disk::new(step, Phase::Write));
+fn write(copies: Vec<FileCopy>, run: &Path, step: u64) -> Result<Vec<SavedFile>> {
+    let (folder, disk) = (staged(run, step), Disk::saving(step, Phase::Write));
     let parts = copies.into_iter().map(|copy| copy.write(&folder, disk)).collect::<Result<_>>()?;
     disk.sync_folder(&folder)?;
     Ok(parts)
 }
 
-impl Stage {
+impl SavePhase {
     fn is_over(&self) -> bool {
         match self {
-            Stage::Writing(writing) => writing.is_over(),
-            Stage::Committing(committing) => committing.is_over(),
+            SavePhase::Writing(writing) => writing.is_over(),
+            SavePhase::Committing(committing) => committing.is_over(),
         }
     }
 }

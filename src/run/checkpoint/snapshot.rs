@@ -5,16 +5,15 @@
 //! has least to keep so far.
 
 use std::collections::BTreeMap;
-use std::io::{BufWriter, IntoInnerError};
 use std::ops::{Range, RangeInclusive};
 use std::path::Path;
 
 use tch::{Device, Kind, Tensor, no_grad};
 
-use super::disk::{Disk, storage};
-use super::{Manifest, Part};
+use super::{Manifest, SavedFile};
 use crate::collective::Collective;
 use crate::error::Result;
+use crate::files::disk::Disk;
 use crate::files::safetensors::{Planned, Writer};
 use crate::files::sha256::HashingWriter;
 use crate::optim::Optimizer;
@@ -57,7 +56,7 @@ impl Content {
 }
 
 /// A file of a checkpoint before it is written.
-pub struct PartCopy {
+pub struct FileCopy {
     name: String,
     /// Names and shapes of its tensors.
     planned: Vec<(String, Vec<i64>)>,
@@ -70,7 +69,7 @@ impl Saved<'_> {
     ///
     /// # Ordering
     /// Every rank calls it: each stage is joined for the rank that keeps it.
-    pub fn copy(&self, collective: &dyn Collective) -> Result<Vec<PartCopy>> {
+    pub fn copy(&self, collective: &dyn Collective) -> Result<Vec<FileCopy>> {
         let sizes: Vec<u64> =
             self.replica.stages.iter().map(|stage| stage.params().numel() as u64).collect();
         let names = self.optimizer.state_names();
@@ -83,7 +82,7 @@ impl Saved<'_> {
                 let mine = writers[index][content as usize] == collective.rank();
                 let (name, planned) =
                     (content.file_name(index, ranges.len()), self.planned(range, prefixes));
-                mine.then(|| PartCopy { name, planned, flats: Vec::new() })
+                mine.then(|| FileCopy { name, planned, flats: Vec::new() })
             };
             let (mut moments, mut model) =
                 (begin(Content::Optimizer, &prefixes), begin(Content::Model, &[String::new()]));
@@ -117,7 +116,7 @@ impl Saved<'_> {
 
 /// Copies a stage's tensor `[P]`, in any case: what is joined may be the very storage that the
 /// optimizer updates.
-fn keep(part: &mut Option<PartCopy>, flat: &Tensor) {
+fn keep(part: &mut Option<FileCopy>, flat: &Tensor) {
     if let Some(part) = part {
         let mut copy = Tensor::empty(flat.size(), (Kind::Float, Device::Cpu));
         no_grad(|| copy.copy_(flat));
@@ -125,34 +124,33 @@ fn keep(part: &mut Option<PartCopy>, flat: &Tensor) {
     }
 }
 
-impl PartCopy {
+impl FileCopy {
     /// Writes the part and brings it to the disk; the memory goes as the file grows.
     ///
     /// # Errors
     /// [`Error::Storage`](crate::error::Error::Storage).
-    pub fn write(self, folder: &Path, disk: Disk) -> Result<Part> {
+    pub fn write(self, folder: &Path, disk: Disk) -> Result<SavedFile> {
         let path = folder.join(&self.name);
         let bytes = self
             .planned
             .iter()
             .map(|(_, shape)| shape.iter().product::<i64>() as u64 * ELEMENT_BYTES)
             .sum();
-        let output = disk.create(&path, bytes)?;
         let tensors: Vec<_> = self
             .planned
             .iter()
             .map(|(name, shape)| Planned { name, kind: Kind::Float, shape: shape.clone() })
             .collect();
-        let told = |error| storage(&path, "write", bytes, error);
-        let mut writer =
-            Writer::begin(HashingWriter::new(BufWriter::new(output)), &tensors, &BTreeMap::new())
-                .map_err(told)?;
-        for flat in self.flats {
-            writer.tensor(&flat).map_err(told)?;
-        }
-        let (buffered, sha256, bytes) = writer.finish().finish();
-        buffered.into_inner().map_err(IntoInnerError::into_error).map_err(told)?.sync()?;
-        Ok(Part { file: self.name, bytes, sha256 })
+        let (mut sha256, mut written) = (String::new(), 0);
+        disk.write_file(&path, Some(bytes), |file| {
+            let mut writer = Writer::begin(HashingWriter::new(file), &tensors, &BTreeMap::new())?;
+            for flat in self.flats {
+                writer.tensor(&flat)?;
+            }
+            (_, sha256, written) = writer.finish().finish();
+            Ok(())
+        })?;
+        Ok(SavedFile { file: self.name, bytes: written, sha256 })
     }
 }
 

@@ -7,14 +7,14 @@ use std::thread;
 
 use tch::{Device, Kind, Tensor};
 
-use super::disk::tests::on_a_disk_that_fails_after;
-use super::disk::{Call, Disk};
 use super::*;
 use crate::collective::{Collective, Solo, Threads};
 use crate::config::{CheckpointSettings, OnFailure, RunConfig};
+use crate::files::disk::tests::on_a_disk_that_fails_after;
+use crate::files::disk::{Disk, FileOperation};
 use crate::model::{Architecture, Dit};
 use crate::optim::OptimizerChoice;
-use crate::parallel::{Replica, Sharding, ShardingGroup, Sharing};
+use crate::parallel::{Devices, Replica, Sharding, ShardingGroup, Sharing};
 use crate::phase::Phase;
 use crate::rng::{Key, Purpose};
 use crate::run::folder::RunFolder;
@@ -51,10 +51,9 @@ fn empty_of<'c>(
 ) -> (Replica<'c>, OptimizerState) {
     let stages = model.stages().expect("sound");
     let sharing = Sharing::new(world, sharding, ShardingGroup::World, 1).expect("sound");
-    let replica =
-        Replica::shared(stages, Kind::BFloat16, (Device::Cpu, Device::Cpu), None, sharing);
+    let replica = Replica::shared(stages, Kind::BFloat16, Devices::one(Device::Cpu), None, sharing);
     let state =
-        OptimizerState::fresh(&replica, &*optimizer(), (Device::Cpu, Device::Cpu)).expect("a CPU");
+        OptimizerState::fresh(&replica, &*optimizer(), Devices::one(Device::Cpu)).expect("a CPU");
     (replica, state)
 }
 
@@ -194,29 +193,31 @@ fn fill(replica: &mut Replica<'_>, state: &mut OptimizerState, step: u64) {
 fn save_here(run: &Path, step: u64) -> Result<()> {
     let copies = with_state(step, |saved| saved.copy(&Solo)).expect("alone");
     commit::prepare(run, step)?;
-    let (staged, disk) = (commit::staged(run, step), Disk::new(step, Phase::Write));
+    let (staged, disk) = (commit::staged(run, step), Disk::saving(step, Phase::Write));
     let parts = copies.into_iter().map(|copy| copy.write(&staged, disk)).collect::<Result<_>>()?;
     commit::commit(run, &Manifest { step, ..manifest() }, parts)
 }
 
 /// What a power cut leaves after these calls: nothing of a file that was not synced, no entry of a
 /// folder that was not.
-fn cut_power(run: &Path, calls: &[(Call, PathBuf)]) {
-    let done = |call: Call, path: &Path| {
-        calls.iter().any(|(made, at)| (*made, at.as_path()) == (call, path))
+fn cut_power(run: &Path, calls: &[(FileOperation, PathBuf)]) {
+    let done = |operation: FileOperation, path: &Path| {
+        calls.iter().any(|(made, at)| (*made, at.as_path()) == (operation, path))
     };
-    let renamed =
-        calls.iter().find(|(call, _)| *call == Call::Rename).map(|(_, target)| target.clone());
-    for (_, path) in calls.iter().filter(|(call, _)| *call == Call::Create) {
+    let renamed = calls
+        .iter()
+        .find(|(call, _)| *call == FileOperation::Rename)
+        .map(|(_, target)| target.clone());
+    for (_, path) in calls.iter().filter(|(call, _)| *call == FileOperation::Create) {
         let folder = path.parent().expect("a file in a folder");
         let now = renamed.as_deref().unwrap_or(folder).join(path.file_name().expect("a file"));
-        if !done(Call::SyncFolder, folder) {
+        if !done(FileOperation::SyncFolder, folder) {
             fs::remove_file(now).expect("it was created");
-        } else if !done(Call::Sync, path) {
+        } else if !done(FileOperation::Sync, path) {
             File::create(now).expect("an empty file");
         }
     }
-    if let Some(target) = renamed.filter(|_| !done(Call::SyncFolder, run)) {
+    if let Some(target) = renamed.filter(|_| !done(FileOperation::SyncFolder, run)) {
         fs::rename(target, run.join(".step-00000010.tmp")).expect("the rename is undone");
     }
 }
@@ -345,8 +346,9 @@ fn a_copy_shares_nothing_with_what_goes_on_training() {
             let rank = world.rank().to_string();
             fs::create_dir(run.join(&rank)).expect("a folder");
             for copy in copies.expect("no rank fails") {
-                let part =
-                    copy.write(&run.join(&rank), Disk::new(5, Phase::Write)).expect("a sound disk");
+                let part = copy
+                    .write(&run.join(&rank), Disk::saving(5, Phase::Write))
+                    .expect("a sound disk");
                 let [now, expected] = [run.join(&rank), run.join(folder_name(5))]
                     .map(|folder| fs::read(folder.join(&part.file)));
                 assert!(

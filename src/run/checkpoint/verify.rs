@@ -6,7 +6,7 @@ use std::path::{Component, Path};
 
 use serde::Deserialize;
 
-use super::{FORMAT, MANIFEST, Manifest, Part, VERSION, VERSION_WITHOUT_RECORD};
+use super::{FORMAT, MANIFEST, Manifest, SavedFile, VERSION, VERSION_WITHOUT_RECORD};
 use crate::error::{Error, Result, one_line, shortened};
 use crate::files::contents::{Format, HEAD_BYTES, no_json, recognized};
 use crate::files::sha256::HashingWriter;
@@ -88,7 +88,7 @@ fn read(folder: &Path) -> Result<Manifest, Unfit> {
     Ok(manifest)
 }
 
-fn verify_part(folder: &Path, part: &Part) -> Result<(), Unfit> {
+fn verify_part(folder: &Path, part: &SavedFile) -> Result<(), Unfit> {
     let (path, broken) = (folder.join(&part.file), |what: String| Unfit::corrupt(&part.file, what));
     if !matches!(Path::new(&part.file).components().collect::<Vec<_>>()[..], [Component::Normal(_)])
     {
@@ -164,11 +164,11 @@ mod tests {
     use super::*;
     use crate::config::RunConfig;
 
-    fn part(file: &str, bytes: u64) -> Part {
-        Part { file: file.into(), bytes, sha256: "0".repeat(64) }
+    fn part(file: &str, bytes: u64) -> SavedFile {
+        SavedFile { file: file.into(), bytes, sha256: "0".repeat(64) }
     }
 
-    fn refusal(folder: &Path, part: &Part) -> String {
+    fn refusal(folder: &Path, part: &SavedFile) -> String {
         verify_part(folder, part).expect_err("a hostile part").into_error(folder).to_string()
     }
 

@@ -1,5 +1,5 @@
 //! A contract double of NCCL and of the CUDA driver: the C interface of what fm-dist calls of them,
-//! on host memory, between processes of one machine. It lets the real `src/collective/nccl.rs` run
+//! on host memory, between processes of one machine. It lets the real `src/collective/nccl/mod.rs` run
 //! where no GPU is, and it is strict where the real libraries are lax: what there is a race, a hang
 //! or a leak on some day is here one line and exit code 97, on every day.
 //!

@@ -3,11 +3,11 @@
 //!
 //! An empty message still goes from rank to rank for each piece: it says that the piece is there,
 //! keeps the order, carries the tag by which ranks notice that they disagree, and takes whatever
-//! the wire has to say of a dead peer.
+//! the channel has to say of a dead peer.
 
 use std::ffi::c_void;
 
-use super::{Place, Stretch};
+use super::{Membership, Span};
 
 /// Rounds after which a slot is written anew. When a rank begins a round it has received, and so
 /// every peer has used, all pieces up to this many rounds before.
@@ -15,36 +15,36 @@ pub const SLOTS: usize = 4;
 
 /// Slots of all ranks: of each rank [`SLOTS`] for each peer's pieces, and as many for what it hands
 /// to all.
-pub struct Board {
-    place: Place,
+pub struct SharedBuffer {
+    membership: Membership,
     /// Bytes of a slot.
     pub piece_bytes: usize,
     /// Where each rank's slots begin.
     areas: Vec<*mut c_void>,
 }
 
-impl Board {
+impl SharedBuffer {
     /// Of memory that every rank sees: at each address of `areas` are `SLOTS * (world_size + 1)`
     /// pieces of room.
-    pub fn over(place: Place, piece_bytes: usize, areas: Vec<*mut c_void>) -> Self {
-        Board { place, piece_bytes, areas }
+    pub fn over(membership: Membership, piece_bytes: usize, areas: Vec<*mut c_void>) -> Self {
+        SharedBuffer { membership, piece_bytes, areas }
     }
 
     /// Where rank `from` puts its piece of a round for rank `to`; for a piece of this size and
     /// kind.
-    pub fn between(&self, from: usize, to: usize, round: usize, piece: Stretch) -> Stretch {
+    pub fn between(&self, from: usize, to: usize, round: usize, piece: Span) -> Span {
         self.slot(from, to, round, piece)
     }
 
     /// Where rank `from` puts what it hands to all.
-    pub fn for_all(&self, from: usize, round: usize, piece: Stretch) -> Stretch {
-        self.slot(from, self.place.world_size, round, piece)
+    pub fn for_all(&self, from: usize, round: usize, piece: Span) -> Span {
+        self.slot(from, self.membership.world_size, round, piece)
     }
 
-    fn slot(&self, of: usize, column: usize, round: usize, piece: Stretch) -> Stretch {
+    fn slot(&self, of: usize, column: usize, round: usize, piece: Span) -> Span {
         debug_assert!(piece.bytes() <= self.piece_bytes);
         let slot = column * SLOTS + round % SLOTS;
-        Stretch::at(
+        Span::from_address(
             self.areas[of].wrapping_byte_add(slot * self.piece_bytes),
             piece.elements,
             piece.kind,

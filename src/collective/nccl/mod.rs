@@ -4,14 +4,14 @@
 //! Operations run on a stream beside the one in which libtorch computes. Nothing in here blocks the
 //! host: what NCCL takes its time for is polled, with a limit, and [`Work::wait`] only orders the
 //! compute stream behind the operation. `cuda/driver.rs` has the CUDA driver's streams and events,
-//! `nccl/communicator.rs` NCCL's own, `nccl/traffic.rs` what is under way, and `nccl/seats.rs` the
+//! `nccl/comm.rs` NCCL's own, `nccl/traffic.rs` what is under way, and `nccl/gpu_claim.rs` the
 //! rule of one GPU a rank. Both libraries are opened at run time, so that one binary serves all
 //! machines.
 
 #![allow(unsafe_code)]
 
-mod communicator;
-mod seats;
+mod comm;
+mod gpu_claim;
 mod traffic;
 
 use std::ffi::c_void;
@@ -26,8 +26,9 @@ use super::ledger::{Ledger, Signature};
 use super::{Collective, Issued, ReduceOp, Sliced, Spent, Work, gather_texts, local_rank};
 use crate::cuda::driver;
 use crate::error::{Error, Result};
-use communicator::{Communicator, ID_BYTES};
-use seats::Seat;
+use crate::pulse;
+use comm::{ID_BYTES, NcclComm};
+use gpu_claim::GpuClaim;
 use traffic::{Side, Traffic};
 
 /// How long NCCL may take before it is given up. A peer that is dead is noticed by nothing else.
@@ -76,7 +77,7 @@ fn call(operation: &'static str) -> Call {
 /// # Errors
 /// [`Error::Environment`] if none is.
 pub fn library_version() -> Result<String> {
-    communicator::version().map_err(Error::environment)
+    comm::version().map_err(Error::environment)
 }
 
 impl Nccl {
@@ -97,7 +98,7 @@ impl Nccl {
                 "rank {rank} is number {ordinal} of its host and was given {device:?}, not GPU {ordinal}"
             )));
         }
-        take_seat(&*control, ordinal)?;
+        claim_gpu(&*control, ordinal)?;
         let side = Rc::new(Side::open(ordinal).map_err(Error::environment)?);
         Nccl::join(control, side, device, limits)
     }
@@ -111,12 +112,13 @@ impl Nccl {
         let (rank, world_size) = (control.rank(), control.world_size());
         let place = format!("rank {rank}/{world_size}");
         let failed = |what| call("connect").error(format!("{place}: {what}"));
-        let own = if rank == 0 { communicator::new_id().map_err(failed)? } else { [0; ID_BYTES] };
+        let own =
+            if pulse::is_root(rank) { comm::new_id().map_err(failed)? } else { [0; ID_BYTES] };
         let id = broadcast_id(&*control, own)?;
         let communicator =
-            Communicator::join(id, rank, world_size, limits.init, limits.abort).map_err(failed)?;
+            NcclComm::join(id, rank, world_size, limits.init, limits.abort).map_err(failed)?;
         let traffic =
-            Rc::new(Traffic::of(communicator, side.clone(), limits, place, device == Device::Cpu));
+            Rc::new(Traffic::new(communicator, side.clone(), limits, place, device == Device::Cpu));
         Ok(Nccl { traffic, side, control, device, limits, ledger: Ledger::default() })
     }
 
@@ -127,7 +129,7 @@ impl Nccl {
 }
 
 /// Tells the others which GPU this rank takes, and compares.
-fn take_seat(control: &dyn Collective, ordinal: usize) -> Result<()> {
+fn claim_gpu(control: &dyn Collective, ordinal: usize) -> Result<()> {
     let num_gpus = driver::start().map_err(Error::environment)?;
     let gpu = if ordinal < num_gpus {
         Some(driver::uuid(ordinal).map_err(Error::environment)?)
@@ -135,14 +137,14 @@ fn take_seat(control: &dyn Collective, ordinal: usize) -> Result<()> {
         None
     };
     let host = gethostname::gethostname().to_string_lossy().into_owned();
-    let seat = Seat { host, num_gpus, gpu, nccl: library_version()? };
-    let text = serde_json::to_string(&seat).expect("texts and numbers become JSON");
-    let broken = |error| call("connect").error(format!("a rank's seat cannot be read: {error}"));
-    let seats = gather_texts(control, &text)?
+    let claim = GpuClaim { host, num_gpus, gpu, nccl: library_version()? };
+    let text = serde_json::to_string(&claim).expect("texts and numbers become JSON");
+    let broken = |error| call("connect").error(format!("a rank's claim cannot be read: {error}"));
+    let claims = gather_texts(control, &text)?
         .iter()
         .map(|text| serde_json::from_str(text))
-        .collect::<serde_json::Result<Vec<Seat>>>();
-    seats::check(&seats.map_err(broken)?)
+        .collect::<serde_json::Result<Vec<GpuClaim>>>();
+    gpu_claim::check(&claims.map_err(broken)?)
 }
 
 /// The id of rank 0, on every rank.
@@ -169,7 +171,7 @@ impl Collective for Nccl {
     fn all_reduce(&self, buffers: Vec<Tensor>, op: ReduceOp) -> Result<Work> {
         let call = call("all_reduce");
         buffers.iter().try_for_each(|buffer| call.check_buffer(buffer))?;
-        self.ledger.enter(Signature::of(call.operation, &buffers).by(op));
+        self.ledger.enter(Signature::new(call.operation, &buffers).by(op));
         let (here, elsewhere): (Vec<_>, Vec<_>) =
             buffers.into_iter().partition(|buffer| self.is_here(buffer));
         let elsewhere = unless_empty(elsewhere, |buffers| self.control.all_reduce(buffers, op))?;
@@ -188,8 +190,9 @@ impl Collective for Nccl {
     fn reduce_scatter(&self, tensors: Vec<Sliced>, op: ReduceOp) -> Result<Work> {
         let call = call("reduce_scatter");
         tensors.iter().try_for_each(|sliced| call.check_slices(sliced, self.world_size()))?;
-        self.ledger
-            .enter(Signature::of(call.operation, tensors.iter().map(|sliced| &sliced.full)).by(op));
+        self.ledger.enter(
+            Signature::new(call.operation, tensors.iter().map(|sliced| &sliced.full)).by(op),
+        );
         let (mut here, elsewhere): (Vec<_>, Vec<_>) =
             tensors.into_iter().partition(|sliced| self.is_here(&sliced.full));
         let elsewhere =
@@ -224,7 +227,8 @@ impl Collective for Nccl {
     fn all_gather(&self, tensors: Vec<Sliced>) -> Result<Work> {
         let call = call("all_gather");
         tensors.iter().try_for_each(|sliced| call.check_slices(sliced, self.world_size()))?;
-        self.ledger.enter(Signature::of(call.operation, tensors.iter().map(|sliced| &sliced.full)));
+        self.ledger
+            .enter(Signature::new(call.operation, tensors.iter().map(|sliced| &sliced.full)));
         let (mut here, elsewhere): (Vec<_>, Vec<_>) =
             tensors.into_iter().partition(|sliced| self.is_here(&sliced.full));
         let elsewhere = unless_empty(elsewhere, |tensors| self.control.all_gather(tensors))?;
@@ -249,7 +253,7 @@ impl Collective for Nccl {
         let call = call("broadcast");
         call.check_buffer(&buffer)?;
         call.check_root(root, self.world_size())?;
-        self.ledger.enter(Signature::of(call.operation, [&buffer]).rooted_at(root));
+        self.ledger.enter(Signature::new(call.operation, [&buffer]).rooted_at(root));
         if !self.is_here(&buffer) {
             return self.control.broadcast(buffer, root);
         }
@@ -263,7 +267,7 @@ impl Collective for Nccl {
 
     fn barrier(&self) -> Result<()> {
         self.traffic.look(call("barrier"))?;
-        self.ledger.enter(Signature::of("barrier", []));
+        self.ledger.enter(Signature::new("barrier", []));
         self.control.barrier()
     }
 
@@ -271,7 +275,7 @@ impl Collective for Nccl {
     /// colors, and shares their fate.
     fn split(&self, color: usize) -> Result<Box<dyn Collective>> {
         self.traffic.look(call("split"))?;
-        self.ledger.enter(Signature::of("split", []));
+        self.ledger.enter(Signature::new("split", []));
         let part = self.control.split(color)?;
         Ok(Box::new(Nccl::join(part, self.side.clone(), self.device, self.limits)?))
     }

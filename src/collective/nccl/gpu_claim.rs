@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 
 /// What one rank found on its machine, as the others are told.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct Seat {
+pub(super) struct GpuClaim {
     pub host: String,
     /// How many GPUs the driver shows to this rank.
     pub num_gpus: usize,
@@ -18,18 +18,18 @@ pub(super) struct Seat {
     pub nccl: String,
 }
 
-/// Checks the seats of all ranks, in rank order: every rank comes to the same verdict.
+/// Checks the claims of all ranks, in rank order: every rank comes to the same verdict.
 ///
 /// # Errors
 /// [`Error::Environment`] for a host with fewer GPUs than ranks, a GPU that two ranks took, and a
 /// mix of NCCL versions.
-pub(super) fn check(seats: &[Seat]) -> Result<()> {
+pub(super) fn check(claims: &[GpuClaim]) -> Result<()> {
     let mut hosts = BTreeMap::<&str, Vec<usize>>::new();
-    for (rank, seat) in seats.iter().enumerate() {
-        hosts.entry(&seat.host).or_default().push(rank);
+    for (rank, claim) in claims.iter().enumerate() {
+        hosts.entry(&claim.host).or_default().push(rank);
     }
     for (host, ranks) in hosts {
-        let fewest = ranks.iter().map(|rank| seats[*rank].num_gpus).min().unwrap_or(0);
+        let fewest = ranks.iter().map(|rank| claims[*rank].num_gpus).min().unwrap_or(0);
         if fewest < ranks.len() {
             return Err(Error::environment(format!(
                 "{} ranks run on host {host} (ranks {ranks:?}) and its driver shows {fewest} GPUs: start one rank a GPU and show \
@@ -38,16 +38,16 @@ pub(super) fn check(seats: &[Seat]) -> Result<()> {
             )));
         }
     }
-    for (rank, seat) in seats.iter().enumerate() {
-        let same = |other: &Seat| (&other.host, &other.gpu) == (&seat.host, &seat.gpu);
-        if let Some(other) = seats[..rank].iter().position(same) {
-            let (host, gpu) = (&seat.host, seat.gpu.as_deref().unwrap_or("?"));
+    for (rank, claim) in claims.iter().enumerate() {
+        let same = |other: &GpuClaim| (&other.host, &other.gpu) == (&claim.host, &claim.gpu);
+        if let Some(other) = claims[..rank].iter().position(same) {
+            let (host, gpu) = (&claim.host, claim.gpu.as_deref().unwrap_or("?"));
             return Err(Error::environment(format!(
                 "ranks {other} and {rank} both took GPU {gpu} of host {host}: is CUDA_VISIBLE_DEVICES set differently for them?"
             )));
         }
-        if seat.nccl != seats[0].nccl {
-            let (first, host, other) = (&seats[0].nccl, &seat.host, &seat.nccl);
+        if claim.nccl != claims[0].nccl {
+            let (first, host, other) = (&claims[0].nccl, &claim.host, &claim.nccl);
             return Err(Error::environment(format!(
                 "rank 0 has NCCL {first}, rank {rank} on host {host} {other}: install one version"
             )));
@@ -61,30 +61,30 @@ mod tests {
     use super::*;
 
     /// Seats from (host, number of GPUs, GPU).
-    fn seats(found: &[(&str, usize, &str)]) -> Vec<Seat> {
-        let seat = |&(host, num_gpus, gpu): &(&str, usize, &str)| {
+    fn claims(found: &[(&str, usize, &str)]) -> Vec<GpuClaim> {
+        let claim = |&(host, num_gpus, gpu): &(&str, usize, &str)| {
             let gpu = (!gpu.is_empty()).then(|| gpu.to_string());
-            Seat { host: host.into(), num_gpus, gpu, nccl: "2.29.7".into() }
+            GpuClaim { host: host.into(), num_gpus, gpu, nccl: "2.29.7".into() }
         };
-        found.iter().map(seat).collect()
+        found.iter().map(claim).collect()
     }
 
-    fn refusal(seats: &[Seat]) -> String {
-        let error = check(seats).expect_err("must be refused");
+    fn refusal(claims: &[GpuClaim]) -> String {
+        let error = check(claims).expect_err("must be refused");
         assert_eq!(error.exit_code(), 52);
         error.to_string()
     }
 
     #[test]
     fn one_gpu_a_rank_is_what_is_wanted() {
-        check(&seats(&[("n1", 2, "a"), ("n1", 2, "b"), ("n2", 8, "a"), ("n2", 8, "b")]))
+        check(&claims(&[("n1", 2, "a"), ("n1", 2, "b"), ("n2", 8, "a"), ("n2", 8, "b")]))
             .expect("GPUs have numbers of their own host");
     }
 
     #[test]
     fn a_host_with_fewer_gpus_than_ranks_is_named_with_them() {
         let text =
-            refusal(&seats(&[("n1", 2, "a"), ("n2", 1, "c"), ("n1", 2, "b"), ("n2", 1, "")]));
+            refusal(&claims(&[("n1", 2, "a"), ("n2", 1, "c"), ("n1", 2, "b"), ("n2", 1, "")]));
         assert!(
             text.starts_with("2 ranks run on host n2 (ranks [1, 3]) and its driver shows 1 GPUs"),
             "{text}"
@@ -93,13 +93,13 @@ mod tests {
 
     #[test]
     fn two_ranks_on_one_gpu_are_both_named() {
-        let text = refusal(&seats(&[("n1", 3, "a"), ("n1", 3, "b"), ("n1", 3, "a")]));
+        let text = refusal(&claims(&[("n1", 3, "a"), ("n1", 3, "b"), ("n1", 3, "a")]));
         assert!(text.starts_with("ranks 0 and 2 both took GPU a of host n1"), "{text}");
     }
 
     #[test]
     fn a_mix_of_versions_is_refused() {
-        let mut mixed = seats(&[("n1", 1, "a"), ("n2", 1, "b")]);
+        let mut mixed = claims(&[("n1", 1, "a"), ("n2", 1, "b")]);
         mixed[1].nccl = "2.27.3".into();
         assert_eq!(
             refusal(&mixed),

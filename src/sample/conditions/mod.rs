@@ -1,5 +1,7 @@
 //! What samples are generated from: the dataset's named conditions, or a file of conditions.
 
+mod file;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -10,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::files::safetensors::SafeTensors;
 use crate::flow::{DataShapes, FlowMatchingSettings, ModelAdapter, Shapes, TaskType, check_keys};
 use crate::model::{Architecture, SampleShapes};
+use file::{data_type_of, first_shape, same_rows, shape_of, task_type_of};
 
 /// Prefix of the keys that hold what classifier-free guidance leads away from.
 const NEGATIVE: &str = "negative.";
@@ -279,102 +282,6 @@ fn without_training() -> FlowMatchingSettings {
         cfg_dropout_prob: 0.0,
         ..FlowMatchingSettings::default()
     }
-}
-
-/// Shape of one sample of the first resolution group.
-fn first_shape(dataset: &Dataset) -> &[i64] {
-    dataset.latent_shape(&dataset.groups()[0].name).expect("a group of the dataset has latents")
-}
-
-/// The number of rows that every tensor has.
-fn same_rows(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<i64> {
-    let mut known: Option<(&str, i64)> = None;
-    for (key, tensor) in tensors {
-        let unfit = |what: String| {
-            Err(Error::data(
-                path,
-                format!("`{key}` has shape {:?}; expected {what}", tensor.size()),
-            ))
-        };
-        match (tensor.size().first(), known) {
-            (None | Some(0), _) => return unfit("[N, …] with a row for each sample".into()),
-            (Some(&rows), None) => known = Some((key, rows)),
-            (Some(&rows), Some((other, expected))) if rows != expected => {
-                return unfit(format!("{expected} rows as in `{other}`"));
-            }
-            _ => {}
-        }
-    }
-    known.map(|(_, rows)| rows).ok_or_else(|| {
-        Error::data(path, "holds no tensors; expected conditions [N, …] under the adapter's keys")
-    })
-}
-
-/// From the noise, the command line or the dataset, whichever says it first.
-fn shape_of(
-    path: &Path,
-    noise: Option<&Tensor>,
-    told: Option<&[i64]>,
-    dataset: &str,
-) -> Result<Vec<i64>> {
-    let Some(noise) = noise else {
-        let unknown = |error: Error| {
-            let what = format!(
-                "{} holds no `{NOISE}`, and the run's dataset cannot tell the latents' shape ({error}); give it",
-                path.display()
-            );
-            Error::config("--shape", what)
-        };
-        return told.map_or_else(
-            || Ok(first_shape(&Dataset::named(dataset).map_err(unknown)?).to_vec()),
-            |told| Ok(told.to_vec()),
-        );
-    };
-    let found = noise.size()[1..].to_vec();
-    if !matches!(found.len(), 3 | 4) {
-        return Err(Error::data(
-            path,
-            format!(
-                "`{NOISE}` has shape {:?}; expected [N, C, H, W] or [N, C, F, H, W]",
-                noise.size()
-            ),
-        ));
-    }
-    match told {
-        Some(told) if told != found => Err(Error::config(
-            "--shape",
-            format!("is {told:?}, but `{NOISE}` in {} has samples of {found:?}", path.display()),
-        )),
-        _ => Ok(found),
-    }
-}
-
-/// What the shape says, and the metadata where they say it.
-fn data_type_of(file: &SafeTensors, shape: &[i64]) -> Result<DataType> {
-    let follows = if shape.len() == 3 { DataType::Image } else { DataType::Video };
-    match file.metadata().get("data_type") {
-        Some(word) if word != follows.word() => {
-            let what = format!(
-                "data_type in the metadata is {word:?}, but samples of shape {shape:?} are {:?}",
-                follows.word()
-            );
-            Err(Error::data(file.path(), what))
-        }
-        _ => Ok(follows),
-    }
-}
-
-fn task_type_of(file: &SafeTensors) -> Result<TaskType> {
-    let word =
-        file.metadata().get("task_type").map_or(TaskType::TextToVideo.word(), String::as_str);
-    let known = [TaskType::TextToVideo, TaskType::ImageToVideo];
-    let unknown = || {
-        Error::data(
-            file.path(),
-            format!("task_type in the metadata is {word:?}, expected \"t2v\" or \"i2v\""),
-        )
-    };
-    known.into_iter().find(|task_type| task_type.word() == word).ok_or_else(unknown)
 }
 
 #[cfg(test)]

@@ -25,12 +25,12 @@ const LAST_WORDS_PATIENCE: Duration = Duration::from_millis(500);
 const ATTEMPTS: usize = 10_000;
 
 /// The connections of the world that this process lives and dies with.
-static LINES: Mutex<Vec<Arc<Line>>> = Mutex::new(Vec::new());
+static CONNECTIONS: Mutex<Vec<Arc<Connection>>> = Mutex::new(Vec::new());
 
 /// Whether the last words are being said.
 static IS_ENDING: AtomicBool = AtomicBool::new(false);
 
-pub struct Line {
+pub struct Connection {
     /// The peer: its rank in the world, and where it runs.
     pub rank: usize,
     pub host: String,
@@ -39,7 +39,7 @@ pub struct Line {
     is_within_frame: Mutex<bool>,
 }
 
-impl Line {
+impl Connection {
     pub fn new(rank: usize, host: String, socket: TcpStream) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         socket.set_nodelay(true)?;
@@ -47,7 +47,7 @@ impl Line {
         sockopt::set_tcp_keepidle(&socket, SILENCE)?;
         sockopt::set_tcp_keepintvl(&socket, QUESTIONS.0)?;
         sockopt::set_tcp_keepcnt(&socket, QUESTIONS.1)?;
-        Ok(Line { rank, host, socket, is_within_frame: Mutex::new(false) })
+        Ok(Connection { rank, host, socket, is_within_frame: Mutex::new(false) })
     }
 
     /// `rank 2 (host n3)`.
@@ -86,46 +86,46 @@ impl Line {
 
 /// From now on these connections stay open until [`let_go`] or the end of the process, which
 /// [`last_words`] announces.
-pub fn hold(lines: impl Iterator<Item = Arc<Line>>) {
-    LINES.lock().unwrap_or_else(PoisonError::into_inner).extend(lines);
+pub fn hold(connections: impl Iterator<Item = Arc<Connection>>) {
+    CONNECTIONS.lock().unwrap_or_else(PoisonError::into_inner).extend(connections);
 }
 
 /// The connections of the world end in good order.
 pub fn let_go() {
-    LINES.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    CONNECTIONS.lock().unwrap_or_else(PoisonError::into_inner).clear();
 }
 
 /// Tells all peers that this process ends the world with exit code `code`, and waits a moment for
 /// them to hear it. From any thread, whatever the others do; nothing is promised.
 pub fn last_words(code: i32) {
-    let lines = match LINES.try_lock() {
-        Ok(lines) => lines.clone(),
+    let connections = match CONNECTIONS.try_lock() {
+        Ok(connections) => connections.clone(),
         Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner().clone(),
         Err(TryLockError::WouldBlock) => return,
     };
     IS_ENDING.store(true, Ordering::SeqCst);
-    for line in &lines {
-        line.say(&Frame::Failed { code });
-        let _ = line.socket.shutdown(Shutdown::Write);
+    for connection in &connections {
+        connection.say(&Frame::Failed { code });
+        let _ = connection.socket.shutdown(Shutdown::Write);
     }
-    outlast(lines);
+    outlast(connections);
 }
 
 /// Waits until the peer `rank` of the world has closed its connection, for `limit` at most; `None`
 /// without such a connection. Returns `true` if it said its last words before. Nobody else reads
 /// the connection any more.
 pub fn wait_for_end(rank: usize, limit: Duration) -> Option<bool> {
-    let line = LINES
+    let connection = CONNECTIONS
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
         .iter()
-        .find(|line| line.rank == rank)
+        .find(|connection| connection.rank == rank)
         .cloned()?;
     let (began, mut unread, mut last) = (Instant::now(), vec![0; 1 << 16], Vec::new());
     while began.elapsed() < limit {
         let rest = Timespec::try_from(limit.saturating_sub(began.elapsed())).ok();
-        let _ = poll(&mut [PollFd::new(&line.socket, PollFlags::IN)], rest.as_ref());
-        match (&line.socket).read(&mut unread) {
+        let _ = poll(&mut [PollFd::new(&connection.socket, PollFlags::IN)], rest.as_ref());
+        match (&connection.socket).read(&mut unread) {
             Ok(0) => return Some(is_last_word(&last)),
             Ok(bytes) => {
                 last.extend_from_slice(&unread[..bytes]);
@@ -161,19 +161,21 @@ pub fn unless_ending<T>(error: T) -> T {
 
 /// Reads whatever comes until the peers have closed: a socket that is closed with data unread takes
 /// back what it has not delivered.
-fn outlast(mut lines: Vec<Arc<Line>>) {
+fn outlast(mut connections: Vec<Arc<Connection>>) {
     let began = Instant::now();
     let mut unread = vec![0; 1 << 16];
-    while !lines.is_empty() && began.elapsed() < LAST_WORDS_PATIENCE {
+    while !connections.is_empty() && began.elapsed() < LAST_WORDS_PATIENCE {
         let rest = LAST_WORDS_PATIENCE.saturating_sub(began.elapsed());
-        let mut sockets: Vec<PollFd<'_>> =
-            lines.iter().map(|line| PollFd::new(&line.socket, PollFlags::IN)).collect();
+        let mut sockets: Vec<PollFd<'_>> = connections
+            .iter()
+            .map(|connection| PollFd::new(&connection.socket, PollFlags::IN))
+            .collect();
         let _ = poll(&mut sockets, Timespec::try_from(rest).ok().as_ref());
-        let is_open = |line: &Arc<Line>| match (&line.socket).read(&mut unread) {
+        let is_open = |connection: &Arc<Connection>| match (&connection.socket).read(&mut unread) {
             Ok(bytes) => bytes > 0,
             Err(error) => error.kind() == io::ErrorKind::WouldBlock,
         };
         drop(sockets);
-        lines.retain(is_open);
+        connections.retain(is_open);
     }
 }

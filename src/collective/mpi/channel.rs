@@ -11,11 +11,11 @@ use mpi::ffi;
 
 use super::super::Issued;
 use super::super::call::Call;
-use super::super::exchange::{Stretch, Wire};
+use super::super::exchange::{Channel, Span};
 use crate::error::{Error, Result};
 
 /// What the messages of one operation have in common.
-pub struct Channel {
+pub struct MpiChannel {
     pub communicator: ffi::MPI_Comm,
     pub rank: usize,
     pub call: Call,
@@ -30,15 +30,15 @@ pub struct Messages {
     due: Vec<Option<(usize, usize)>>,
 }
 
-impl Wire for Channel {
+impl Channel for MpiChannel {
     type Messages = Messages;
 
-    fn send(&self, messages: &mut Messages, stretch: Stretch, peer: usize) -> Result<()> {
-        // SAFETY: the stretch is memory of a tensor that is kept, and nobody writes it before the
+    fn send(&self, messages: &mut Messages, span: Span, peer: usize) -> Result<()> {
+        // SAFETY: the span is memory of a tensor that is kept, and nobody writes it before the
         // message was waited for.
-        self.start(messages, stretch.bytes(), None, |count, request| unsafe {
+        self.start(messages, span.bytes(), None, |count, request| unsafe {
             ffi::MPI_Isend(
-                stretch.address(),
+                span.address(),
                 count,
                 ffi::RSMPI_UINT8_T,
                 peer as c_int,
@@ -50,12 +50,12 @@ impl Wire for Channel {
     }
 
     /// Any tag will do: messages of one peer arrive in order, so another tag is another operation.
-    fn receive(&self, messages: &mut Messages, stretch: Stretch, peer: usize) -> Result<()> {
-        let bytes = stretch.bytes();
+    fn receive(&self, messages: &mut Messages, span: Span, peer: usize) -> Result<()> {
+        let bytes = span.bytes();
         // SAFETY: as in `send`; nobody reads it either.
         self.start(messages, bytes, Some((peer, bytes)), |count, request| unsafe {
             ffi::MPI_Irecv(
-                stretch.address(),
+                span.address(),
                 count,
                 ffi::RSMPI_UINT8_T,
                 peer as c_int,
@@ -131,7 +131,7 @@ impl Wire for Channel {
     }
 }
 
-impl Channel {
+impl MpiChannel {
     /// Differs between operations, so that a peer at another one is recognized; MPI grants 15 bits.
     fn tag(&self) -> c_int {
         (self.issued.digest & 0x7fff) as c_int

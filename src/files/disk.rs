@@ -1,8 +1,8 @@
-//! The calls by which a checkpoint reaches the disk, all in one place: each may fail, and each
-//! failure is told in the system's own words. Faults that were ordered strike here.
+//! The only writer of whole files: each call may fail, and each failure is reported in the system's
+//! own words. Faults that were ordered for a checkpoint strike here.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, BufWriter, IntoInnerError, Write};
 use std::path::Path;
 
 use rustix::fs::{FallocateFlags, fallocate, statvfs};
@@ -12,9 +12,9 @@ use crate::error::{Error, Result};
 use crate::fault;
 use crate::phase::Phase;
 
-/// What is done to the disk.
+/// A call to the file system.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Call {
+pub enum FileOperation {
     CreateFolder,
     Create,
     Write,
@@ -24,69 +24,93 @@ pub enum Call {
     Delete,
 }
 
-/// The disk, for the work of one phase on the checkpoint of one step.
+/// The disk, as one writer sees it.
 #[derive(Clone, Copy, Debug)]
 pub struct Disk {
-    step: u64,
-    phase: Phase,
+    /// Step and phase of the checkpoint that is being saved: ordered faults are aimed at them.
+    saving: Option<(u64, Phase)>,
 }
 
 impl Disk {
-    pub fn new(step: u64, phase: Phase) -> Self {
-        Disk { step, phase }
+    /// For files that belong to no checkpoint.
+    pub const PLAIN: Disk = Disk { saving: None };
+
+    /// For the work of one phase on the checkpoint of one step.
+    pub fn saving(step: u64, phase: Phase) -> Self {
+        Disk { saving: Some((step, phase)) }
+    }
+
+    /// Writes a new file by `fill` and brings it to the disk. `bytes`: its size, where it is known;
+    /// room for it is reserved before the first byte is written.
+    ///
+    /// # Errors
+    /// [`Error::Storage`], also where the file exists.
+    pub fn write_file(
+        self,
+        path: &Path,
+        bytes: Option<u64>,
+        fill: impl FnOnce(&mut BufWriter<Output<'_>>) -> io::Result<()>,
+    ) -> Result<()> {
+        let mut buffered = BufWriter::new(self.create(path, bytes)?);
+        let filled = fill(&mut buffered)
+            .and_then(|()| buffered.into_inner().map_err(IntoInnerError::into_error));
+        filled.map_err(|error| storage(path, "write", bytes, error))?.sync()
     }
 
     pub fn create_folder(self, path: &Path) -> Result<()> {
-        self.before(Call::CreateFolder, path)
+        self.before(FileOperation::CreateFolder, path)
             .and_then(|()| fs::create_dir(path))
             .map_err(Error::storage(path, "create"))
     }
 
-    /// A new file with room for `bytes`, asked for before the first byte is written.
-    pub fn create(self, path: &Path, bytes: u64) -> Result<Output<'_>> {
+    /// Creates a file to write and to sync; see [`write_file`](Self::write_file).
+    fn create(self, path: &Path, bytes: Option<u64>) -> Result<Output<'_>> {
         let created = self
-            .before(Call::Create, path)
+            .before(FileOperation::Create, path)
             .and_then(|()| File::create_new(path))
             .map_err(Error::storage(path, "create"))?;
-        reserve(&created, bytes)
-            .map_err(|error| storage(path, "reserve room for", bytes, error))?;
+        if let Some(bytes) = bytes {
+            reserve(&created, bytes)
+                .map_err(|error| storage(path, "reserve room for", Some(bytes), error))?;
+        }
         Ok(Output { disk: self, file: created, path, bytes })
     }
 
     pub fn sync_folder(self, path: &Path) -> Result<()> {
         let synced = self
-            .before(Call::SyncFolder, path)
+            .before(FileOperation::SyncFolder, path)
             .and_then(|()| File::open(path))
             .and_then(|folder| folder.sync_all());
         synced.map_err(Error::storage(path, "sync"))
     }
 
     pub fn rename(self, from: &Path, to: &Path) -> Result<()> {
-        self.before(Call::Rename, to)
+        self.before(FileOperation::Rename, to)
             .and_then(|()| fs::rename(from, to))
             .map_err(Error::storage(to, "rename to"))
     }
 
-    /// A folder with all that it holds.
+    /// Deletes a folder with all that it holds.
     pub fn delete(self, path: &Path) -> Result<()> {
-        self.before(Call::Delete, path)
+        self.before(FileOperation::Delete, path)
             .and_then(|()| fs::remove_dir_all(path))
             .map_err(Error::storage(path, "delete"))
     }
 
-    fn before(self, call: Call, path: &Path) -> io::Result<()> {
+    fn before(self, operation: FileOperation, path: &Path) -> io::Result<()> {
         #[cfg(test)]
-        tests::note(call, path)?;
-        let phase = match (call, self.phase) {
-            (Call::Sync, Phase::Write) => Phase::Sync,
+        tests::note(operation, path)?;
+        tracing::trace!("{operation:?} {}", path.display());
+        let Some((step, phase)) = self.saving else { return Ok(()) };
+        let phase = match (operation, phase) {
+            (FileOperation::Sync, Phase::Write) => Phase::Sync,
             (_, phase) => phase,
         };
         // A process that dies leaves more to clean up once something is there.
-        if !matches!(call, Call::CreateFolder | Call::Create) {
-            fault::strike_at(phase, self.step);
+        if !matches!(operation, FileOperation::CreateFolder | FileOperation::Create) {
+            fault::strike_at(phase, step);
         }
-        tracing::trace!("{call:?} {}", path.display());
-        fault::io(phase, self.step)
+        fault::io(phase, step)
     }
 }
 
@@ -96,20 +120,21 @@ pub struct Output<'p> {
     disk: Disk,
     file: File,
     path: &'p Path,
-    bytes: u64,
+    bytes: Option<u64>,
 }
 
 impl Output<'_> {
     /// Brings all that was written to the disk. Closing the file has nothing left to report then.
     pub fn sync(self) -> Result<()> {
-        let synced = self.disk.before(Call::Sync, self.path).and_then(|()| self.file.sync_all());
+        let synced =
+            self.disk.before(FileOperation::Sync, self.path).and_then(|()| self.file.sync_all());
         synced.map_err(|error| storage(self.path, "sync", self.bytes, error))
     }
 }
 
 impl Write for Output<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.disk.before(Call::Write, self.path)?;
+        self.disk.before(FileOperation::Write, self.path)?;
         self.file.write(bytes)
     }
 
@@ -131,20 +156,25 @@ fn reserve(file: &File, bytes: u64) -> io::Result<()> {
     }
 }
 
-/// What the system said, with what was needed and what is there where room is what is missing.
-pub fn storage(path: &Path, operation: &'static str, needed: u64, error: io::Error) -> Error {
+/// The system's own words, followed by the bytes needed and the bytes free where the disk is full.
+pub fn storage(
+    path: &Path,
+    operation: &'static str,
+    needed: Option<u64>,
+    error: io::Error,
+) -> Error {
     let full = matches!(
         error.kind(),
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
     );
-    let told = match free_bytes(path) {
-        Some(free) if full => io::Error::new(
+    let explained = match (free_bytes(path), needed) {
+        (Some(free), Some(needed)) if full => io::Error::new(
             error.kind(),
             format!("{error}; it needs {needed} bytes, the disk has {free} free"),
         ),
         _ => error,
     };
-    Error::storage(path, operation)(told)
+    Error::storage(path, operation)(explained)
 }
 
 fn free_bytes(path: &Path) -> Option<u64> {
@@ -162,19 +192,19 @@ pub mod tests {
     /// What this thread did to the disk, and after how many calls the disk fails for good.
     #[derive(Default)]
     struct Journal {
-        calls: Vec<(Call, PathBuf)>,
+        calls: Vec<(FileOperation, PathBuf)>,
         fails_after: usize,
     }
 
     thread_local!(static JOURNAL: RefCell<Option<Journal>> = const { RefCell::new(None) });
 
-    pub fn note(call: Call, path: &Path) -> io::Result<()> {
+    pub fn note(operation: FileOperation, path: &Path) -> io::Result<()> {
         JOURNAL.with_borrow_mut(|journal| {
             let Some(journal) = journal else { return Ok(()) };
             if journal.calls.len() == journal.fails_after {
                 return Err(Errno::IO.into());
             }
-            journal.calls.push((call, path.into()));
+            journal.calls.push((operation, path.into()));
             Ok(())
         })
     }
@@ -183,7 +213,7 @@ pub mod tests {
     pub fn on_a_disk_that_fails_after<T>(
         calls: usize,
         act: impl FnOnce() -> T,
-    ) -> (T, Vec<(Call, PathBuf)>) {
+    ) -> (T, Vec<(FileOperation, PathBuf)>) {
         JOURNAL.set(Some(Journal { calls: Vec::new(), fails_after: calls }));
         let outcome = act();
         let journal = JOURNAL.take().expect("it was set above");
@@ -192,17 +222,18 @@ pub mod tests {
 
     #[test]
     fn a_disk_without_room_is_told_with_numbers() {
-        let text = storage(Path::new("/tmp/part"), "write", 4096, Errno::NOSPC.into()).to_string();
+        let text =
+            storage(Path::new("/tmp/part"), "write", Some(4096), Errno::NOSPC.into()).to_string();
         assert!(
             text.starts_with("cannot write /tmp/part: No space left on device (os error 28); it needs 4096 bytes, the disk has "),
             "{text}"
         );
         assert!(
-            storage(Path::new("/tmp/part"), "write", 1, Errno::DQUOT.into())
+            storage(Path::new("/tmp/part"), "write", Some(1), Errno::DQUOT.into())
                 .to_string()
                 .contains("quota exceeded (os error 122); it needs")
         );
-        let text = storage(Path::new("/tmp/part"), "sync", 1, Errno::IO.into()).to_string();
+        let text = storage(Path::new("/tmp/part"), "sync", Some(1), Errno::IO.into()).to_string();
         assert_eq!(text, "cannot sync /tmp/part: Input/output error (os error 5)");
     }
 
@@ -210,11 +241,11 @@ pub mod tests {
     fn room_is_asked_for_without_changing_the_length() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("part");
-        let output = Disk::new(1, Phase::Write).create(&path, 1 << 16).expect("room");
+        let output = Disk::saving(1, Phase::Write).create(&path, Some(1 << 16)).expect("room");
         assert_eq!(output.file.metadata().expect("a file").len(), 0);
         // More than any disk has.
-        let error = Disk::new(1, Phase::Write)
-            .create(&folder.path().join("giant"), 1 << 60)
+        let error = Disk::saving(1, Phase::Write)
+            .create(&folder.path().join("giant"), Some(1 << 60))
             .map(drop)
             .expect_err("no room");
         assert_eq!(error.exit_code(), 30);

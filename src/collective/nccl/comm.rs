@@ -31,7 +31,7 @@ const EAGER_LOOKS: u32 = 100;
 const PAUSE: Duration = Duration::from_micros(200);
 
 /// A communicator in NCCL's hands; null once it is aborted.
-pub(super) struct Communicator {
+pub(super) struct NcclComm {
     raw: Cell<sys::ncclComm_t>,
     /// How long to wait for NCCL to let it go.
     patience: Duration,
@@ -57,7 +57,7 @@ pub(super) fn new_id() -> Outcome<[u8; ID_BYTES]> {
     Ok(id.internal.map(|byte| byte as u8))
 }
 
-impl Communicator {
+impl NcclComm {
     /// Rank `rank` among the `world_size` that know `id`, on this thread's current device. Every
     /// rank comes here.
     pub fn join(
@@ -80,7 +80,7 @@ impl Communicator {
                 &mut config,
             )
         };
-        let communicator = Communicator { raw: Cell::new(raw), patience };
+        let communicator = NcclComm { raw: Cell::new(raw), patience };
         let joined =
             check("ncclCommInitRankConfig", code).and_then(|()| communicator.settle(limit));
         joined
@@ -191,7 +191,7 @@ impl Communicator {
     }
 }
 
-impl Drop for Communicator {
+impl Drop for NcclComm {
     /// On an early way out the peers may never take leave: after a while the communicator is
     /// aborted instead.
     fn drop(&mut self) {

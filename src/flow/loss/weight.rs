@@ -2,8 +2,8 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::settings::{FlowMatchingSettings, LossWeightingScheme};
-use super::time_shift::{WeightShift, get_flow_match_loss_weight};
+use super::super::settings::{FlowMatchingSettings, LossWeightingScheme};
+use super::super::time_shift::{WeightShift, get_flow_match_loss_weight};
 
 /// The weighting of a run, with its table where the scheme has one.
 #[derive(Debug)]
@@ -35,7 +35,7 @@ impl LossWeight {
     }
 
     /// `sigma`: `[B]` f32. Returns `[B]` f32.
-    pub fn of(&self, sigma: &Tensor) -> Tensor {
+    pub fn weights(&self, sigma: &Tensor) -> Tensor {
         match self {
             LossWeight::One => sigma.ones_like(),
             LossWeight::Linear { shift } => get_flow_match_loss_weight(sigma, *shift),
@@ -89,7 +89,7 @@ mod tests {
     #[test]
     fn the_table_is_read_at_the_truncated_timestep() {
         let weight = LossWeight::Bsmntw { table: bsmntw_table(10) };
-        let read = Vec::<f32>::try_from(weight.of(&Tensor::from_slice(&[0.59f32, 1.0, 0.0])))
+        let read = Vec::<f32>::try_from(weight.weights(&Tensor::from_slice(&[0.59f32, 1.0, 0.0])))
             .expect("f32");
         let table = Vec::<f32>::try_from(bsmntw_table(10)).expect("f32");
         assert_eq!(read, [table[5], table[9], table[0]]);

@@ -1,7 +1,7 @@
 //! Addresses inside of tensors.
 //!
-//! Whoever makes a [`Stretch`] keeps its tensor until no message and no sum uses it any more: the
-//! [`Operation`](super::operation::Operation) that owns both.
+//! Whoever makes a [`Span`] keeps its tensor until no message and no sum uses it any more: the
+//! [`Rounds`](super::operation::Rounds) that owns both.
 
 #![allow(unsafe_code)]
 
@@ -11,38 +11,38 @@ use tch::{Device, Kind, Tensor};
 
 /// Contiguous elements inside of a tensor.
 #[derive(Clone, Copy)]
-pub struct Stretch {
+pub struct Span {
     address: *mut c_void,
     pub elements: usize,
     pub kind: Kind,
 }
 
-impl Stretch {
-    pub fn of(tensor: &Tensor) -> Self {
-        Stretch { address: tensor.data_ptr(), elements: tensor.numel(), kind: tensor.kind() }
+impl Span {
+    pub fn of_tensor(tensor: &Tensor) -> Self {
+        Span { address: tensor.data_ptr(), elements: tensor.numel(), kind: tensor.kind() }
     }
 
-    /// Room for `elements` of `kind` in a tensor of bytes.
+    /// Scratch for `elements` of `kind` in a tensor of bytes.
     pub fn within(memory: &Tensor, first_byte: usize, elements: usize, kind: Kind) -> Self {
         debug_assert!(first_byte + elements * kind.elt_size_in_bytes() <= memory.numel());
-        Stretch { address: memory.data_ptr().wrapping_byte_add(first_byte), elements, kind }
+        Span { address: memory.data_ptr().wrapping_byte_add(first_byte), elements, kind }
     }
 
     /// For a message that only says that it was sent.
     pub fn nothing() -> Self {
-        Stretch { address: std::ptr::null_mut(), elements: 0, kind: Kind::Uint8 }
+        Span { address: std::ptr::null_mut(), elements: 0, kind: Kind::Uint8 }
     }
 
     /// `elements` at an address.
-    pub fn at(address: *mut c_void, elements: usize, kind: Kind) -> Self {
-        Stretch { address, elements, kind }
+    pub fn from_address(address: *mut c_void, elements: usize, kind: Kind) -> Self {
+        Span { address, elements, kind }
     }
 
     /// At most `length` elements from `start` on; none behind the end.
     pub fn part(self, start: usize, length: usize) -> Self {
         let start = start.min(self.elements);
         let address = self.address.wrapping_byte_add(start * self.kind.elt_size_in_bytes());
-        Stretch { address, elements: length.min(self.elements - start), kind: self.kind }
+        Span { address, elements: length.min(self.elements - start), kind: self.kind }
     }
 
     pub fn address(self) -> *mut c_void {
@@ -59,12 +59,12 @@ impl Stretch {
     }
 
     pub fn overlaps(self, other: Self) -> bool {
-        let end = |stretch: Stretch| stretch.address.wrapping_byte_add(stretch.bytes());
+        let end = |span: Span| span.address.wrapping_byte_add(span.bytes());
         self.address < end(other) && other.address < end(self)
     }
 
     /// Copies as many elements from elsewhere.
-    pub fn copy_from(self, from: Stretch) {
+    pub fn copy_from(self, from: Span) {
         self.check_apart(from);
         // SAFETY: both are memory of tensors that are kept, of equal size, and do not overlap.
         unsafe {
@@ -81,21 +81,21 @@ impl Stretch {
     /// What one core has written into its cache another one gets from there. Where the two share
     /// none, a line takes 170 ns, and the pieces of an all-reduce four times as long as by way of
     /// the memory; where they share one, both ways are equal.
-    pub fn stream_from(self, from: Stretch) {
+    pub fn stream_from(self, from: Span) {
         self.check_apart(from);
-        // SAFETY: both are memory of tensors or of the board that is kept, of equal size, and do
+        // SAFETY: both are memory of tensors or of the shared_buffer that is kept, of equal size, and do
         // not overlap.
         unsafe { stream(from.address.cast(), self.address.cast(), from.bytes()) };
     }
 
-    fn check_apart(self, other: Stretch) {
+    fn check_apart(self, other: Span) {
         assert!(self.bytes() == other.bytes() && !self.overlaps(other), "apart and of equal size");
     }
 
     /// The elements as a tensor, to add with.
     pub fn tensor(self) -> Tensor {
         // SAFETY: the elements lie inside of a tensor of this kind, or of bytes, that is kept for
-        // as long as the stretch.
+        // as long as the span.
         unsafe {
             Tensor::from_blob(
                 self.address.cast(),
@@ -154,11 +154,11 @@ unsafe fn stream(from: *const u8, to: *mut u8, bytes: usize) {
                 to.add(before + line * LINE_BYTES).cast::<__m128i>(),
             );
             let vectors: [__m128i; VECTORS] =
-                std::array::from_fn(|place| _mm_loadu_si128(from.add(place)));
+                std::array::from_fn(|membership| _mm_loadu_si128(from.add(membership)));
             vectors
                 .into_iter()
                 .enumerate()
-                .for_each(|(place, vector)| _mm_stream_si128(to.add(place), vector));
+                .for_each(|(membership, vector)| _mm_stream_si128(to.add(membership), vector));
         }
         std::ptr::copy_nonoverlapping(from.add(behind), to.add(behind), bytes - behind);
         // What comes after, the message that says that the piece is there, is not seen before the
@@ -183,8 +183,8 @@ mod tests {
     fn what_streams_arrives_wherever_lines_begin() {
         let from = Tensor::arange(400, (Kind::Uint8, Device::Cpu));
         for (first, length) in [(0, 400), (1, 399), (63, 2), (17, 0), (5, 300)] {
-            let (to, source) = (from.zeros_like(), Stretch::of(&from).part(first, length));
-            Stretch::of(&to).part(first, length).stream_from(source);
+            let (to, source) = (from.zeros_like(), Span::of_tensor(&from).part(first, length));
+            Span::of_tensor(&to).part(first, length).stream_from(source);
             let (first, length) = (first as i64, length as i64);
             assert!(
                 to.narrow(0, first, length).equal(&from.narrow(0, first, length)),

@@ -1,5 +1,13 @@
 //! A step's loss: its values, its bound, its means under masks.
 
+mod mask;
+mod weight;
+
+pub(super) use mask::loss_mask;
+pub use mask::{LOSS_MASK, axes_of_mask};
+pub(super) use weight::LossWeight;
+pub use weight::bsmntw_table;
+
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
@@ -37,7 +45,7 @@ impl LossValues {
     /// Mean over each sample's elements, `[B]` f32, of the unweighted loss times the masks'
     /// weights.
     pub fn sample_losses(&self) -> Tensor {
-        sample_means(&self.kept.of(&self.unweighted_loss))
+        sample_means(&self.kept.masked(&self.unweighted_loss))
     }
 
     /// Adds a scalar loss that knows no elements. The mean over several batches weighs it by the
@@ -81,14 +89,14 @@ impl Kept {
     }
 
     /// A loss of each element times the masks' weights.
-    fn of(&self, loss: &Tensor) -> Tensor {
+    fn masked(&self, loss: &Tensor) -> Tensor {
         self.weights.as_ref().map_or_else(|| loss.shallow_clone(), |weights| loss * weights)
     }
 
     /// The mean of a loss over the elements that are kept, and that mean times their share, both
     /// scalars.
     pub(super) fn mean_and_objective(&self, loss: &Tensor) -> (Tensor, Tensor) {
-        let objective = self.of(loss).mean(Kind::Float);
+        let objective = self.masked(loss).mean(Kind::Float);
         match self.share() {
             // Where nothing is kept the objective is 0, and so is the mean.
             Some(share) => (&objective / share.clamp_min(f64::from(f32::MIN_POSITIVE)), objective),

@@ -11,18 +11,18 @@ use crate::parallel::{Backend, DeviceChoice};
 
 /// A rank's device, with NCCL on top of the launcher's world where that cannot carry the device's
 /// tensors.
-pub struct Place {
+pub struct RankDevice {
     pub device: Device,
     nccl: Option<Nccl>,
 }
 
-impl Place {
+impl RankDevice {
     /// # Errors
     /// [`Error::Environment`] if there is no GPU for this rank, or a library is missing.
     ///
     /// # Ordering
     /// Every rank of `world` calls it.
-    pub fn take(config: &RunConfig, world: &dyn Collective) -> Result<Self> {
+    pub fn open(config: &RunConfig, world: &dyn Collective) -> Result<Self> {
         let device = device(config, world)?;
         let by_nccl = match config.parallel.backend {
             Backend::Auto => !world.carries(device),
@@ -36,7 +36,7 @@ impl Place {
             ..usual
         };
         let nccl = by_nccl.then(|| Nccl::connect(world, device, limits)).transpose()?;
-        Ok(Place { device, nccl })
+        Ok(RankDevice { device, nccl })
     }
 
     /// What carries tensors of the device.
@@ -44,9 +44,8 @@ impl Place {
         self.nccl.as_ref().map_or(world, |nccl| nccl)
     }
 
-    /// After an error nobody takes leave: the peers are elsewhere, and waiting for them would only
-    /// delay the message.
-    pub fn abandon(self) {
+    /// Leaks the communicator after an error: destroying it would wait for peers that are gone.
+    pub fn leak(self) {
         std::mem::forget(self.nccl);
     }
 }
@@ -55,7 +54,7 @@ impl Place {
 /// configured kernels.
 ///
 /// # Errors
-/// As [`Place::take`].
+/// As [`RankDevice::open`].
 ///
 /// # Ordering
 /// Every rank of `world` calls it.

@@ -1,5 +1,5 @@
 //! What ranks say before they are connected: records of JSON behind a mark and a length. Anybody
-//! may knock, so that nothing is believed, waited for or stored beyond what a rank would say.
+//! may register_once, so that nothing is believed, waited for or stored beyond what a rank would say.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -34,38 +34,38 @@ pub fn say(mut socket: &TcpStream, record: &impl Serialize) -> io::Result<()> {
 }
 
 /// Who has connected, and as much of a record as it has said.
-pub struct Caller {
+pub struct Incoming {
     pub socket: TcpStream,
     pub address: SocketAddr,
     said: Vec<u8>,
 }
 
-pub enum Heard<T> {
+pub enum Received<T> {
     /// Not all of it yet.
-    Nothing,
-    Record(T),
+    Partial,
+    Message(T),
     /// No rank of ours says this; why.
     Stranger(String),
 }
 
-impl Caller {
+impl Incoming {
     pub fn new(socket: TcpStream, address: SocketAddr) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
-        Ok(Caller { socket, address, said: Vec::new() })
+        Ok(Incoming { socket, address, said: Vec::new() })
     }
 
     /// Who has knocked since the last call.
     pub fn all_at(door: &TcpListener) -> io::Result<Vec<Self>> {
-        let mut callers = Vec::new();
+        let mut incoming = Vec::new();
         loop {
             match door.accept() {
-                Ok((socket, address)) => callers.push(Caller::new(socket, address)?),
+                Ok((socket, address)) => incoming.push(Incoming::new(socket, address)?),
                 Err(error) => match Errno::from_io_error(&error) {
-                    Some(Errno::AGAIN) => return Ok(callers),
+                    Some(Errno::AGAIN) => return Ok(incoming),
                     None | Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
                         return Err(error);
                     }
-                    // Of one caller: it went away again before it was let in, or the network lost
+                    // Of one incoming: it went away again before it was let in, or the network lost
                     // it.
                     Some(_) => (),
                 },
@@ -74,27 +74,29 @@ impl Caller {
     }
 
     /// The record, of at most `limit` bytes, and nothing behind it.
-    pub fn hear<T: DeserializeOwned>(&mut self, limit: usize) -> Heard<T> {
+    pub fn hear<T: DeserializeOwned>(&mut self, limit: usize) -> Received<T> {
         let mut chunk = [0; SHORT_BYTES];
         loop {
             let due = match self.due(limit) {
                 Ok(due) => due,
-                Err(why) => return Heard::Stranger(why),
+                Err(why) => return Received::Stranger(why),
             };
             let missing = due - self.said.len();
             if missing == 0 {
                 let text = &self.said[MARK.len() + LENGTH_BYTES..];
                 return serde_json::from_slice(text).map_or_else(
-                    |error| Heard::Stranger(one_line(&error.to_string())),
-                    Heard::Record,
+                    |error| Received::Stranger(one_line(&error.to_string())),
+                    Received::Message,
                 );
             }
             match self.socket.read(&mut chunk[..missing.min(SHORT_BYTES)]) {
-                Ok(0) => return Heard::Stranger("it closed its connection".into()),
+                Ok(0) => return Received::Stranger("it closed its connection".into()),
                 Ok(bytes) => self.said.extend(&chunk[..bytes]),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Heard::Nothing,
-                Err(error) => return Heard::Stranger(error.to_string()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Received::Partial;
+                }
+                Err(error) => return Received::Stranger(error.to_string()),
             }
         }
     }

@@ -5,7 +5,7 @@
 use tch::Tensor;
 
 use super::super::ReduceOp;
-use super::{Board, Flight, Place, Stretch, Wire};
+use super::{Channel, Membership, Pending, SharedBuffer, Span};
 use crate::error::Result;
 
 /// Largest piece. Over shared memory 128 KiB was the fastest for 256 MB between two ranks, by a few
@@ -39,17 +39,20 @@ fn tree(
     world_size: usize,
     root: usize,
 ) -> (Option<usize>, impl Iterator<Item = usize>) {
-    let place = (rank + world_size - root) % world_size;
-    // The root sends to places 1, 2, 4, …; every other place hears from itself without its lowest
+    let position = (rank + world_size - root) % world_size;
+    // The root sends to positions 1, 2, 4, …; every other position hears from itself without its lowest
     // bit.
-    let lowest =
-        if place == 0 { world_size.next_power_of_two() } else { place & place.wrapping_neg() };
-    let rank_at = move |place: usize| (place + root) % world_size;
+    let lowest = if position == 0 {
+        world_size.next_power_of_two()
+    } else {
+        position & position.wrapping_neg()
+    };
+    let rank_at = move |position: usize| (position + root) % world_size;
     let children = (0..lowest.trailing_zeros())
         .rev()
-        .map(move |bit| place + (1 << bit))
+        .map(move |bit| position + (1 << bit))
         .filter(move |child| *child < world_size);
-    ((place > 0).then(|| rank_at(place - lowest)), children.map(rank_at))
+    ((position > 0).then(|| rank_at(position - lowest)), children.map(rank_at))
 }
 
 /// What becomes of a tensor.
@@ -80,69 +83,82 @@ impl Pattern {
 }
 
 /// One tensor of an operation.
-pub struct Part {
+pub struct TensorPlan {
     pattern: Pattern,
-    full: Stretch,
+    full: Span,
     /// Elements of a slice; slices at the end may have fewer.
     slice: usize,
     /// Where this rank's slice comes from or ends up, in `full` or not.
-    owned: Stretch,
+    owned: Span,
     /// Elements of a piece.
     step: usize,
 }
 
 /// How the pieces of one round come from the peers and go to them.
-pub struct Road<'r, W> {
-    pub place: Place,
-    pub wire: &'r W,
-    pub board: Option<&'r Board>,
-    pub room: Room<'r>,
-    pub round: usize,
+pub struct Round<'r, W> {
+    pub membership: Membership,
+    pub channel: &'r W,
+    pub shared_buffer: Option<&'r SharedBuffer>,
+    pub scratch: Scratch<'r>,
+    pub number: usize,
 }
 
-impl<W> Road<'_, W> {
-    /// Whether pieces of this pattern travel over the board. A broadcast has its tree, and small
+impl<W> Round<'_, W> {
+    /// Whether pieces of this pattern travel over the shared buffer. A broadcast has its tree, and small
     /// tensors one trip.
-    fn board(&self, pattern: Pattern) -> Option<&Board> {
-        self.board.filter(|_| {
+    fn shared_buffer(&self, pattern: Pattern) -> Option<&SharedBuffer> {
+        self.shared_buffer.filter(|_| {
             matches!(pattern, Pattern::Owned(_) | Pattern::Shared(_) | Pattern::Gathered)
         })
     }
 
     /// Where the piece of `peer` that will be added to `mine` arrives.
-    fn piece_of(&self, pattern: Pattern, peer: usize, mine: Stretch) -> Stretch {
-        match self.board(pattern) {
-            Some(board) => board.between(peer, self.place.rank, self.round, mine),
-            None => self.room.of_peer(peer, mine),
+    fn piece_of(&self, pattern: Pattern, peer: usize, mine: Span) -> Span {
+        match self.shared_buffer(pattern) {
+            Some(shared_buffer) => {
+                shared_buffer.between(peer, self.membership.rank, self.number, mine)
+            }
+            None => self.scratch.of_peer(peer, mine),
         }
     }
 }
 
-impl Part {
+impl TensorPlan {
     /// A tensor of which every rank gets all.
-    pub fn whole(place: Place, piece_bytes: usize, pattern: Pattern, tensor: &Tensor) -> Self {
-        let full = Stretch::of(tensor);
+    pub fn whole(
+        membership: Membership,
+        piece_bytes: usize,
+        pattern: Pattern,
+        tensor: &Tensor,
+    ) -> Self {
+        let full = Span::of_tensor(tensor);
         let slice = match pattern {
             Pattern::Everywhere(_) | Pattern::From(_) => full.elements,
-            _ => full.elements.div_ceil(place.world_size).next_multiple_of(SLICE_ELEMENTS),
+            _ => full.elements.div_ceil(membership.world_size).next_multiple_of(SLICE_ELEMENTS),
         };
         let owned =
-            if slice == full.elements { full } else { full.part(place.rank * slice, slice) };
-        Part { pattern, full, slice, owned, step: piece_bytes / full.kind.elt_size_in_bytes() }
+            if slice == full.elements { full } else { full.part(membership.rank * slice, slice) };
+        TensorPlan {
+            pattern,
+            full,
+            slice,
+            owned,
+            step: piece_bytes / full.kind.elt_size_in_bytes(),
+        }
     }
 
     /// Slices of equal size. `None` if `owned` is a view of `full` at another place than its own.
     pub fn sliced(
-        place: Place,
+        membership: Membership,
         piece_bytes: usize,
         pattern: Pattern,
         owned: &Tensor,
         full: &Tensor,
     ) -> Option<Self> {
-        let (owned, full) = (Stretch::of(owned), Stretch::of(full));
+        let (owned, full) = (Span::of_tensor(owned), Span::of_tensor(full));
         let slice = owned.elements;
-        let sound = owned.is(full.part(place.rank * slice, slice)) || !owned.overlaps(full);
-        sound.then(|| Part {
+        let sound = owned.is(full.part(membership.rank * slice, slice)) || !owned.overlaps(full);
+        sound.then(|| TensorPlan {
             pattern,
             full,
             slice,
@@ -152,9 +168,9 @@ impl Part {
     }
 
     /// Bytes of a piece that a peer sends to be reduced, where it needs a place of this rank's.
-    pub fn scratch_bytes(&self, has_board: bool) -> usize {
+    pub fn scratch_bytes(&self, has_shared_buffer: bool) -> usize {
         match self.pattern {
-            Pattern::Owned(_) | Pattern::Shared(_) if has_board => 0,
+            Pattern::Owned(_) | Pattern::Shared(_) if has_shared_buffer => 0,
             Pattern::Everywhere(_) | Pattern::Owned(_) | Pattern::Shared(_) => {
                 self.full.part(0, self.slice.min(self.step)).bytes()
             }
@@ -168,7 +184,7 @@ impl Part {
     }
 
     /// What rank `owner` owns of the round that begins at element `start` of each slice.
-    fn piece(&self, owner: usize, start: usize) -> Stretch {
+    fn piece(&self, owner: usize, start: usize) -> Span {
         match self.pattern {
             Pattern::Everywhere(_) | Pattern::From(_) => self.full.part(start, self.step),
             _ => self.full.part(owner * self.slice, self.slice).part(start, self.step),
@@ -176,52 +192,59 @@ impl Part {
     }
 
     /// Starts what this rank's piece needs of the peers, and they of this rank.
-    pub fn collect<W: Wire>(&self, road: &Road<'_, W>, start: usize) -> Result<Flight<W>> {
-        let (place, wire, mut flight) = (road.place, road.wire, Flight::default());
-        match (self.pattern, road.board(self.pattern)) {
-            (pattern, Some(board)) => {
-                place.peers().try_for_each(|peer| flight.hear(wire, peer))?;
-                for peer in place.peers() {
+    pub fn collect<W: Channel>(&self, round: &Round<'_, W>, start: usize) -> Result<Pending<W>> {
+        let (membership, channel, mut pending) =
+            (round.membership, round.channel, Pending::default());
+        match (self.pattern, round.shared_buffer(self.pattern)) {
+            (pattern, Some(shared_buffer)) => {
+                membership.peers().try_for_each(|peer| pending.hear(channel, peer))?;
+                for peer in membership.peers() {
                     let piece = self.piece(peer, start);
                     if !matches!(pattern, Pattern::Gathered) {
-                        board.between(place.rank, peer, road.round, piece).stream_from(piece);
+                        shared_buffer
+                            .between(membership.rank, peer, round.number, piece)
+                            .stream_from(piece);
                     }
-                    flight.tell(wire, peer)?;
+                    pending.tell(channel, peer)?;
                 }
             }
             (Pattern::Everywhere(_) | Pattern::Owned(_) | Pattern::Shared(_), None) => {
-                let mine = self.piece(place.rank, start);
-                place.peers().try_for_each(|peer| {
-                    flight.receive(wire, road.room.of_peer(peer, mine), peer)
+                let mine = self.piece(membership.rank, start);
+                membership.peers().try_for_each(|peer| {
+                    pending.receive(channel, round.scratch.of_peer(peer, mine), peer)
                 })?;
-                place
+                membership
                     .peers()
-                    .try_for_each(|peer| flight.send(wire, self.piece(peer, start), peer))?;
+                    .try_for_each(|peer| pending.send(channel, self.piece(peer, start), peer))?;
             }
             (Pattern::From(root), None) => {
-                let parent = tree(place.rank, place.world_size, root).0;
-                parent
-                    .into_iter()
-                    .try_for_each(|parent| flight.receive(wire, self.piece(root, start), parent))?;
+                let parent = tree(membership.rank, membership.world_size, root).0;
+                parent.into_iter().try_for_each(|parent| {
+                    pending.receive(channel, self.piece(root, start), parent)
+                })?;
             }
             (Pattern::Gathered, None) => (),
         }
-        Ok(flight)
+        Ok(pending)
     }
 
     /// Makes this rank's piece what it must become, once what it needs is here.
-    pub fn settle<W>(&self, road: &Road<'_, W>, start: usize) {
-        let (place, mine) = (road.place, self.piece(road.place.rank, start));
+    pub fn settle<W>(&self, round: &Round<'_, W>, start: usize) {
+        let (membership, mine) = (round.membership, self.piece(round.membership.rank, start));
         if mine.elements == 0 {
             return;
         }
         match self.pattern {
             Pattern::Everywhere(op) | Pattern::Owned(op) | Pattern::Shared(op) => {
                 let brought = |rank| {
-                    if rank == place.rank { mine } else { road.piece_of(self.pattern, rank, mine) }
+                    if rank == membership.rank {
+                        mine
+                    } else {
+                        round.piece_of(self.pattern, rank, mine)
+                    }
                 };
                 let all: Vec<Tensor> =
-                    (0..place.world_size).map(|rank| brought(rank).tensor()).collect();
+                    (0..membership.world_size).map(|rank| brought(rank).tensor()).collect();
                 reduce(all, op, self.owned.part(start, self.step).tensor());
             }
             Pattern::Gathered if !self.owned.part(start, self.step).is(mine) => {
@@ -232,35 +255,36 @@ impl Part {
     }
 
     /// Starts to hand settled pieces on.
-    pub fn share<W: Wire>(&self, road: &Road<'_, W>, start: usize) -> Result<Flight<W>> {
-        let (place, wire, mut flight) = (road.place, road.wire, Flight::default());
-        let mine = self.piece(place.rank, start);
-        match (self.pattern, road.board(self.pattern)) {
-            (pattern, Some(board)) => {
-                place.peers().try_for_each(|peer| flight.hear(wire, peer))?;
+    pub fn share<W: Channel>(&self, round: &Round<'_, W>, start: usize) -> Result<Pending<W>> {
+        let (membership, channel, mut pending) =
+            (round.membership, round.channel, Pending::default());
+        let mine = self.piece(membership.rank, start);
+        match (self.pattern, round.shared_buffer(self.pattern)) {
+            (pattern, Some(shared_buffer)) => {
+                membership.peers().try_for_each(|peer| pending.hear(channel, peer))?;
                 if !matches!(pattern, Pattern::Owned(_)) {
-                    board.for_all(place.rank, road.round, mine).stream_from(mine);
-                    for peer in place.peers() {
+                    shared_buffer.for_all(membership.rank, round.number, mine).stream_from(mine);
+                    for peer in membership.peers() {
                         let piece = self.piece(peer, start);
-                        flight.then_copy(board.for_all(peer, road.round, piece), piece);
+                        pending.then_copy(shared_buffer.for_all(peer, round.number, piece), piece);
                     }
                 }
-                place.peers().try_for_each(|peer| flight.tell(wire, peer))?;
+                membership.peers().try_for_each(|peer| pending.tell(channel, peer))?;
             }
             (Pattern::Shared(_) | Pattern::Gathered, None) => {
-                place
+                membership
                     .peers()
-                    .try_for_each(|peer| flight.receive(wire, self.piece(peer, start), peer))?;
-                place.peers().try_for_each(|peer| flight.send(wire, mine, peer))?;
+                    .try_for_each(|peer| pending.receive(channel, self.piece(peer, start), peer))?;
+                membership.peers().try_for_each(|peer| pending.send(channel, mine, peer))?;
             }
             (Pattern::From(root), None) => {
-                tree(place.rank, place.world_size, root)
+                tree(membership.rank, membership.world_size, root)
                     .1
-                    .try_for_each(|child| flight.send(wire, mine, child))?;
+                    .try_for_each(|child| pending.send(channel, mine, child))?;
             }
             (Pattern::Everywhere(_) | Pattern::Owned(_), None) => (),
         }
-        Ok(flight)
+        Ok(pending)
     }
 }
 
@@ -289,19 +313,19 @@ fn reduce(mut all: Vec<Tensor>, op: ReduceOp, mut result: Tensor) {
 }
 
 /// Scratch memory for the pieces of one round.
-pub struct Room<'s> {
-    pub scratch: &'s Tensor,
+pub struct Scratch<'s> {
+    pub memory: &'s Tensor,
     pub slot: usize,
     /// Bytes for each rank, of all slots the same.
     pub bytes: usize,
     pub world_size: usize,
 }
 
-impl Room<'_> {
+impl Scratch<'_> {
     /// Where the piece of `peer` that will be added to `mine` arrives.
-    fn of_peer(&self, peer: usize, mine: Stretch) -> Stretch {
-        Stretch::within(
-            self.scratch,
+    fn of_peer(&self, peer: usize, mine: Span) -> Span {
+        Span::within(
+            self.memory,
             (self.slot * self.world_size + peer) * self.bytes,
             mine.elements,
             mine.kind,

@@ -53,7 +53,7 @@ pub fn axes_of_mask(mask: &[i64], latents: &[i64]) -> Result<Vec<i64>, String> {
 /// # Errors
 /// [`Error::Data`] if the batch has no mask, its axes are not the loss', or a weight is negative or
 /// not finite.
-pub(super) fn loss_mask(batch: &Batch, loss: &[i64], device: Device) -> Result<Tensor> {
+pub fn loss_mask(batch: &Batch, loss: &[i64], device: Device) -> Result<Tensor> {
     let missing = || {
         Error::data("batch", format!("apply_loss_mask is set and the batch has no `{LOSS_MASK}`"))
     };
