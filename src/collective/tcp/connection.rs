@@ -135,10 +135,7 @@ pub fn wait_for_end(rank: usize, limit: Duration) -> Option<bool> {
                 if matches!(
                     error.kind(),
                     io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-                ) =>
-            {
-                ()
-            }
+                ) => {}
             Err(_) => return Some(is_last_word(&last)),
         }
     }
