@@ -27,8 +27,8 @@ fn encoded_pictures_have_the_latents_of_diffusers_and_train() {
     assert_eq!(dataset.num_samples(), 5);
     let names = dataset.conditions().unwrap().expect("captions to generate from").names;
     assert_eq!(names, ["a cat", "a cat!", "a cat!!", "a cat!!!"]);
-    let expected = SafeTensors::open(&root.path().join("expected.safetensors")).unwrap();
-    let found = SafeTensors::open(&data.join("samples.safetensors")).unwrap();
+    let expected = SafeTensors::open(root.path().join("expected.safetensors")).unwrap();
+    let found = SafeTensors::open(data.join("samples.safetensors")).unwrap();
     let [found, expected] = [&found, &expected].map(|file| file.read("image_latents").unwrap());
     assert_close(&found, &expected, LOSS, "latents");
 
