@@ -1,8 +1,8 @@
 //! What only a GPU can show, on all GPUs of this machine: `launch/test-gpu.sh` runs these tests and
 //! prints a table.
 //!
-//! Worlds run as children: a test starts `mpirun` with this very binary and the name of an ignored
-//! test, or with the program.
+//! Worlds run as children: a test starts `mpirun` with this very binary as one of its programs, or
+//! with fm-dist.
 
 use std::fs;
 use std::path::Path;
@@ -18,14 +18,13 @@ use fm_dist::error::Result;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
-use crate::collectives::{
-    Outcome, brought, contract, end_with, expected, join_the_world, run, world_of,
-};
-use crate::kernels::gives_the_bits_of_a_cpu;
+use crate::contract::{brought, contract, expected};
+use crate::mpi::kernels::gives_the_bits_of_a_cpu;
 use crate::runs::{column, finish, mpirun, program, with_sets};
+use crate::worlds::{Outcome, end_with, join_the_world, run, world_of};
 
 /// Kernels of GPUs add in other orders than those of CPUs: their rounding, grown over fifty steps
-/// of training. Two CPUs are granted 2e-3 over thirty (`tests/golden.rs`).
+/// of training. Two CPUs are granted 2e-3 over thirty (`tests/threads/golden.rs`).
 const OTHER_DEVICE: f64 = 1e-2;
 
 /// How far the memory of a run may be from what `fm-dist check` says: its promise, and what
@@ -160,9 +159,9 @@ impl Collective for ByGpu {
     }
 }
 
-/// An ignored test of this file, on as many GPUs.
-fn on_gpus(ranks: usize, test: &str, said: &str) {
-    let Outcome { code, output, .. } = run(world_of(ranks), test);
+/// A program of this file, on as many GPUs.
+fn on_gpus(ranks: usize, program: &str, said: &str) {
+    let Outcome { code, output, .. } = run(world_of(ranks), program);
     assert_eq!(code, Some(0), "{output}");
     for rank in 0..ranks {
         assert!(output.contains(&format!("rank {rank} of {ranks} {said}")), "{output}");
@@ -183,9 +182,7 @@ fn worlds_of_any_number_of_gpus_keep_the_contract() {
     }
 }
 
-#[test]
-#[ignore = "started by mpirun from another test"]
-fn rank_of_the_contract() {
+pub fn rank_of_the_contract() {
     let world = ByGpu::join();
     let kept =
         contract(&world.1).and_then(|()| halves(&world.1)).and_then(|()| slices_in_place(&world.1));
@@ -229,9 +226,7 @@ fn what_is_computed_before_and_after_a_collective_keeps_its_place() {
     }
 }
 
-#[test]
-#[ignore = "started by mpirun from another test"]
-fn rank_that_computes_around_collectives() {
+pub fn rank_that_computes_around_collectives() {
     let world = ByGpu::join();
     (0..30)
         .try_for_each(|turn| computes_around(&world.1, turn))

@@ -7,17 +7,24 @@
 //! behind. Nothing is tried twice. Cases that start processes take turns, so that their bounds hold
 //! on two cores.
 
+/// A: configurations and launches that cannot work. B: data that cannot be trained on.
 mod launching;
+/// E: numbers that are not finite, losses that stand out, ranks that drift apart.
 mod numbers;
+/// C: processes that die, stop, hang, are slow or are asked to stop.
 mod processes;
+/// No row of the matrix and no exit code goes untested.
 mod rows;
+/// What was committed is never lost, whatever the disk does.
+mod storage;
+/// D: disks that fill up, fail, or hold what they should not. F: what the end of a run leaves.
 mod storing;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -320,6 +327,37 @@ fn end_all(mark: &str) {
         // It may be gone by now.
         let _ = Command::new("kill").args(["-s", "KILL", &pid]).status();
     }
+}
+
+/// A command in a namespace where `folder` is a disk of `bytes`, and what a shell does afterwards
+/// while that disk is there. Root may make one, and so may others where the system lets them.
+pub fn on_a_small_disk(
+    bytes: usize,
+    folder: &Path,
+    command: &Command,
+    afterwards: &str,
+) -> Command {
+    fs::create_dir(folder).unwrap();
+    let script = format!(
+        "mount -t tmpfs -o size={bytes} tmpfs \"$1\" || exit {NO_DISK}; shift; \"$@\"; code=$?; {afterwards}; exit $code"
+    );
+    let mut unshared = Command::new("unshare");
+    unshared.args(["--map-root-user", "--mount", "sh", "-c", &script, "sh"]).arg(folder);
+    unshared.arg(command.get_program()).args(command.get_args());
+    unshared.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    unshared
+}
+
+/// The exit code where no small disk could be mounted.
+const NO_DISK: i32 = 99;
+
+/// # Panics
+/// If the system let no small disk be made.
+pub fn assert_had_disk(code: i32, errors: &str) {
+    assert!(
+        code != NO_DISK && !errors.starts_with("unshare:"),
+        "this test needs a mount namespace: run it as root, or allow user namespaces\n{errors}"
+    );
 }
 
 /// Sends a signal to a process, or to a group where its number has a minus.

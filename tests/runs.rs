@@ -42,13 +42,9 @@ pub fn train_in_threads(
     resume: &Resume,
     ranks: usize,
 ) -> Result<PathBuf, Error> {
-    let start = |world: Threads| {
-        let (config, options) =
-            (config.clone(), TrainOptions { resume: resume.clone(), ..TrainOptions::default() });
-        thread::spawn(move || train(&config, &options, &world).map(|(folder, _)| folder))
-    };
-    let threads: Vec<_> = Threads::world(ranks).into_iter().map(start).collect();
-    let mut folders: Vec<_> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
+    let options = || TrainOptions { resume: resume.clone(), ..TrainOptions::default() };
+    let mut folders =
+        Threads::run(ranks, |world| train(config, &options(), world).map(|(folder, _)| folder));
     folders.swap_remove(0)
 }
 

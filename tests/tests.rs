@@ -1,74 +1,132 @@
-//! One file a promise; a new promise is a new file and a line here.
+//! One file a promise; a new promise is a new file and a line here. The first word of a test's path
+//! is its tier, by what it needs:
+//!
+//! | tier | command | needs | takes |
+//! |---|---|---|---|
+//! | unit tests in src/ | `cargo test --lib` | `launch/setup.sh` | TIME_LIB |
+//! | `fast`: starts no process | `cargo test --test tests fast::` | the same | TIME_FAST |
+//! | `threads`: trains; ranks are threads | `cargo test --test tests threads::` | the same | TIME_THREADS |
+//! | `program`: starts the program | `cargo test --test tests program::` | the same | TIME_PROGRAM |
+//! | `mpi`: ranks are processes | `cargo test --test tests mpi::` | the same | TIME_MPI |
+//! | `faults`: runs are broken on order | `cargo test --test tests faults::` | root, or user namespaces | TIME_FAULTS |
+//! | `oracle`: beside PyTorch | `cargo test --test tests oracle::` | `launch/setup.sh --oracle` | TIME_ORACLE |
+//! | `cuda`: ignored elsewhere | `launch/test-gpu.sh` | a GPU | |
+//!
+//! Seconds are those of 2 cores, after the build.
 
 #![allow(clippy::unwrap_used)]
 
-/// Messages and exit codes, as a user meets them.
-mod cli;
-/// What several of these measure by: processor time. Nothing is promised there.
-#[path = "fuzz/clock.rs"]
-mod clock;
-/// Every backend of the collectives keeps one contract, and a rank that fails ends its world.
-mod collectives;
-/// Every file in configs/ is valid, and what the program prints is the documented listing.
-mod configs;
+/// What starts no process: seconds for all of it.
+mod fast {
+    /// A world of one and worlds of threads keep the contract of the collectives, and a rank that
+    /// fails ends its world.
+    mod collectives;
+    /// Every file in configs/ is valid, and published models have diffusers' number of parameters.
+    mod configs;
+    /// Rooms use lower floors only, and some words stand in one file only.
+    mod floors;
+    /// Stage-wise backward equals plain autograd, bit for bit.
+    mod gradients;
+    /// Each lie in the header of a safetensors file is refused, quickly.
+    pub mod hostile;
+    /// Pages say what is: their links lead somewhere, and what they list is what the code has.
+    mod pages;
+    /// Every model with every adapter trains or is refused with a hint that works, and so do the
+    /// edges of a model's settings.
+    mod pairs;
+    /// Flow matching does what it says, also where it goes beyond the reference.
+    mod science;
+    /// What SECURITY.md promises is tested.
+    mod security;
+    /// Ranks meet over TCP without a launcher's help, and strangers, absent and dying ranks are
+    /// noticed.
+    pub mod tcp;
+}
+
+/// Whole training runs, whose ranks are threads of this process.
+mod threads {
+    /// The number of ranks, the cut into micro-batches and recomputation do not change a run.
+    pub mod equivalence;
+    /// Known loss curves, as text.
+    mod golden;
+    /// A loss under masks is that of one big batch, whatever the split; a sample is trained on its
+    /// own conditions and task.
+    mod masks;
+    /// A resumed run is the unbroken run.
+    pub mod resume;
+    /// Who holds what changes no number.
+    pub mod sharding;
+    /// Every family trains, on ranks that stay equal, and resumes exactly.
+    pub mod training;
+}
+
+/// The program as a user starts it, alone or under `mpirun`.
+mod program {
+    /// Messages and exit codes, as a user meets them.
+    mod cli;
+    /// Nothing is computed in vain: what would end a command is said at its start.
+    mod early;
+    /// What the program prints is the documented listing of all settings.
+    mod listing;
+    /// A run that was killed goes on as the unbroken run.
+    mod resume;
+}
+
+/// Worlds whose ranks are processes.
+mod mpi {
+    /// Real MPI keeps the contract of the collectives, and a rank that fails ends its world.
+    pub mod collectives;
+    /// Our own GPU kernels compile, have the bits of a CPU, and are refused where they compute
+    /// anything else.
+    pub mod kernels;
+    /// Ranks take the memory that `fm-dist check` says.
+    mod memory;
+    /// NCCL keeps the contract of the collectives; the real library answers.
+    pub mod nccl;
+    /// Worlds of NCCL that fail give up in time.
+    pub mod nccl_faults;
+    /// Programs under `mpirun` shard as threads do.
+    mod sharding;
+    /// Processes keep the contract over TCP and end together.
+    pub mod tcp;
+}
+
+/// Every way in which a run can break ends as it must; what was committed is never lost.
+mod faults;
+
+/// The numbers of the real packages in Python.
+mod oracle {
+    /// Pictures that `configs/encode_flux1.py` encodes are a dataset that trains.
+    mod encoded;
+    /// A run becomes a diffusers folder and a diffusers folder a run.
+    mod exported;
+    /// Each model family computes what diffusers' class of it computes.
+    mod families;
+    /// The oracle's Python, and how close is close. Nothing is promised there.
+    mod packages;
+    /// The real NeMo AutoModel and PyTorch compute the same numbers.
+    mod parity;
+    /// The command that the refusal of a pickle prints converts it.
+    mod pickles;
+    /// Samples are those of diffusers' pipelines, and their conditions are read strictly.
+    mod sampling;
+}
+
 /// What only a GPU can show; `launch/test-gpu.sh` runs it.
 mod cuda;
-/// Nothing is computed in vain: what would end a command is said at its start.
-mod early;
-/// Pictures that `configs/encode_flux1.py` encodes are a dataset that trains.
-mod encoded;
-/// The number of ranks, the cut into micro-batches and recomputation do not change a run.
-mod equivalence;
-/// A run becomes a diffusers folder and a diffusers folder a run.
-mod exported;
-/// Each model family computes what diffusers' class of it computes.
-mod families;
-/// Every way in which a run can break ends as it must.
-mod faults;
-/// Rooms use lower floors only, and some words stand in one file only.
-mod floors;
-/// Known loss curves, as text.
-mod golden;
-/// Stage-wise backward equals plain autograd, bit for bit.
-mod gradients;
-/// Each lie in the header of a safetensors file is refused, quickly.
-mod hostile;
-/// Our own GPU kernels compile, have the bits of a CPU, and are refused where they compute anything
-/// else.
-mod kernels;
-/// A loss under masks is that of one big batch, whatever the split; a sample is trained on its own
-/// conditions and task.
-mod masks;
-/// Ranks take the memory that `fm-dist check` says.
-mod memory;
-/// NCCL keeps the contract of the collectives and gives up in time; the real library answers.
-mod nccl;
-/// What parity tests share: the real packages as oracle, and how close is close. Nothing is
-/// promised there.
-mod oracle;
-/// Pages say what is: their links lead somewhere, and what they list is what the code has.
-mod pages;
-/// Every model with every adapter trains or is refused with a hint that works, and so do the edges
-/// of a model's settings.
-mod pairs;
-/// The real NeMo AutoModel and PyTorch compute the same numbers.
-mod parity;
-/// A resumed run is the unbroken run.
-mod resume;
-/// What several of these share: small training runs. Nothing is promised there.
+
+// What several of these share. Nothing is promised there.
+
+/// Processor time, to measure by.
+#[path = "fuzz/clock.rs"]
+mod clock;
+/// The contract of the collectives, which every backend is put through.
+mod contract;
+/// The double of NCCL and of the CUDA driver.
+mod double;
+/// Programs that tests start as processes of their own.
+mod programs;
+/// Small training runs.
 mod runs;
-/// Samples are those of diffusers' pipelines, and their conditions are read strictly.
-mod sampling;
-/// Flow matching does what it says, also where it goes beyond the reference.
-mod science;
-/// What SECURITY.md promises is tested.
-mod security;
-/// Who holds what changes no number.
-mod sharding;
-/// What was committed is never lost, whatever the disk does.
-mod storage;
-/// Ranks meet over TCP without a launcher's help, and strangers, absent and dying ranks are
-/// noticed.
-mod tcp;
-/// Every family trains, on ranks that stay equal, and resumes exactly.
-mod training;
+/// Worlds of processes.
+mod worlds;

@@ -227,10 +227,9 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+    use crate::adapter::inputs::tests::prepared;
     use crate::data::{Batch, DataType};
-    use crate::flow::{
-        CfgDropoutValue, FlowMatchingPipeline, FlowMatchingSettings, StepOptions, TaskScope,
-    };
+    use crate::flow::{FlowMatchingPipeline, FlowMatchingSettings, StepOptions, TaskScope};
     use crate::rng::{Key, Purpose, Stream};
 
     const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
@@ -269,22 +268,7 @@ mod tests {
 
     fn inputs(adapter: &Hunyuan, batch: &Batch, image_to_video: &[bool]) -> Result<Activations> {
         let latents = batch.get("video_latents").unwrap();
-        let (stream, sigma) = (stream(), Tensor::full([SIZE], 0.5, FLOAT));
-        adapter.prepare_inputs(&FlowMatchingContext {
-            noisy_latents: latents,
-            latents,
-            timesteps: &(&sigma * 1000.0),
-            sigma: &sigma,
-            image_to_video: &Tensor::from_slice(image_to_video),
-            data_type: batch.data_type,
-            device: Device::Cpu,
-            dtype: Kind::Float,
-            batch,
-            cfg_dropout_prob: 0.0,
-            cfg_dropout_value: CfgDropoutValue::Zeros,
-            guidance_scale: None,
-            draws: &stream.open(),
-        })
+        prepared(adapter, batch, latents, &[0.5; SIZE as usize], image_to_video)
     }
 
     #[test]

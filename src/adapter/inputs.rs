@@ -177,3 +177,38 @@ pub(super) fn guidance(context: &FlowMatchingContext<'_>, own: f64) -> Tensor {
     let scale = context.guidance_scale.unwrap_or(own);
     Tensor::full([context.noisy_latents.size()[0]], scale, (Kind::Float, context.device))
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::data::Batch;
+    use crate::flow::{CfgDropoutValue, ModelAdapter};
+    use crate::rng::Stream;
+
+    /// Inputs that `adapter` prepares of `batch` where nothing is dropped: `latents` `[B, C, F, H,
+    /// W]` stand for the noisy ones too, at `sigma` `[B]`.
+    pub fn prepared(
+        adapter: &dyn ModelAdapter,
+        batch: &Batch,
+        latents: &Tensor,
+        sigma: &[f32],
+        image_to_video: &[bool],
+    ) -> Result<Activations> {
+        let sigma = Tensor::from_slice(sigma);
+        adapter.prepare_inputs(&FlowMatchingContext {
+            noisy_latents: latents,
+            latents,
+            timesteps: &(&sigma * 1000.0),
+            sigma: &sigma,
+            image_to_video: &Tensor::from_slice(image_to_video),
+            data_type: batch.data_type,
+            device: latents.device(),
+            dtype: latents.kind(),
+            batch,
+            cfg_dropout_prob: 0.0,
+            cfg_dropout_value: CfgDropoutValue::default(),
+            guidance_scale: None,
+            draws: &Stream::TorchSeed(0).open(),
+        })
+    }
+}

@@ -161,9 +161,8 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
+    use crate::adapter::inputs::tests::prepared as inputs_of;
     use crate::data::{Batch, DataType};
-    use crate::flow::CfgDropoutValue;
-    use crate::rng::Stream;
 
     const CONDITIONED: Simple =
         Simple { image_conditioning: true, timestep_dtype: TimestepDtype::Compute };
@@ -176,25 +175,8 @@ mod tests {
         let tensors = sizes.iter().map(|(key, size)| (key.to_string(), tensor(size))).collect();
         let batch =
             Batch { tensors, data_type: DataType::Video, sample_ids: Vec::new(), bad_samples: 0 };
-        let (latents, sigma) = (
-            Tensor::zeros([2, 4, 3, 2, 6], (Kind::BFloat16, Device::Cpu)),
-            Tensor::from_slice(&[0.25f32, 0.5]),
-        );
-        adapter.prepare_inputs(&FlowMatchingContext {
-            noisy_latents: &latents,
-            latents: &latents,
-            timesteps: &(&sigma * 1000.0),
-            sigma: &sigma,
-            image_to_video: &Tensor::from_slice(&[false, false]),
-            data_type: DataType::Video,
-            device: Device::Cpu,
-            dtype: Kind::BFloat16,
-            batch: &batch,
-            cfg_dropout_prob: 0.0,
-            cfg_dropout_value: CfgDropoutValue::default(),
-            guidance_scale: None,
-            draws: &Stream::TorchSeed(0).open(),
-        })
+        let latents = Tensor::zeros([2, 4, 3, 2, 6], (Kind::BFloat16, Device::Cpu));
+        inputs_of(adapter, &batch, &latents, &[0.25, 0.5], &[false, false])
     }
 
     #[test]

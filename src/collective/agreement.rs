@@ -109,19 +109,15 @@ mod tests {
     use crate::collective::Threads;
 
     /// The errors of two ranks of which those in `failing` fail.
-    fn errors_of(failing: &'static [usize]) -> Vec<Error> {
-        let join = |rank: Threads| {
-            std::thread::spawn(move || {
-                let own = if failing.contains(&rank.rank()) {
-                    Err(Error::data("x", "broken"))
-                } else {
-                    Ok("fine".into())
-                };
-                agree(own, &rank).expect_err("one rank failed")
-            })
-        };
-        let threads: Vec<_> = Threads::world(2).into_iter().map(join).collect();
-        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+    fn errors_of(failing: &[usize]) -> Vec<Error> {
+        Threads::run(2, |rank| {
+            let own = if failing.contains(&rank.rank()) {
+                Err(Error::data("x", "broken"))
+            } else {
+                Ok("fine".into())
+            };
+            agree(own, rank).expect_err("one rank failed")
+        })
     }
 
     #[test]

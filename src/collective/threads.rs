@@ -5,8 +5,11 @@
 //! as the pairwise tree says. What would hang under MPI is an error here: ranks that disagree about
 //! an operation, and a rank that is gone.
 
+use std::any::Any;
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 
 use tch::{Device, Kind, Tensor, no_grad};
 
@@ -53,6 +56,18 @@ struct Post {
     tensors: Vec<Tensor>,
 }
 
+/// Nothing panics while it holds one of the locks of this file, so a poisoned state is whole.
+fn lock<S>(state: &Mutex<S>) -> MutexGuard<'_, S> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The text of a panic.
+fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    text.unwrap_or("without a message").to_string()
+}
+
 fn call(operation: &'static str) -> Call {
     Call { backend: "threads", operation }
 }
@@ -74,6 +89,38 @@ impl Threads {
             meter: Meter::default(),
         };
         (0..world_size).map(handle).collect()
+    }
+
+    /// Calls `body` once a rank, each on a thread of its own, and returns what they gave, in rank
+    /// order.
+    ///
+    /// A rank whose body is over leaves the world, so that the others' collectives fail instead of
+    /// waiting for it.
+    ///
+    /// # Panics
+    /// If a rank panics, once all ranks are over: with the number and the message of each that
+    /// panicked, the first one first.
+    pub fn run<T: Send>(world_size: usize, body: impl Fn(&Threads) -> T + Sync) -> Vec<T> {
+        let panics = Mutex::new(Vec::new());
+        let on_rank = |world: Threads| {
+            let result = catch_unwind(AssertUnwindSafe(|| body(&world)));
+            // Written down before the world is left: what the others meet then is no cause.
+            result.map_err(|panic| lock(&panics).push((world.rank, message(&*panic)))).ok()
+        };
+        let results: Vec<Option<T>> = thread::scope(|scope| {
+            let spawn = |world: Threads| {
+                let thread = thread::Builder::new().name(format!("rank {}", world.rank));
+                thread.spawn_scoped(scope, || on_rank(world)).expect("a thread for each rank")
+            };
+            let ranks: Vec<_> = Threads::world(world_size).into_iter().map(spawn).collect();
+            ranks.into_iter().map(|rank| rank.join().expect("panics are caught")).collect()
+        });
+        let causes: Vec<String> = lock(&panics)
+            .iter()
+            .map(|(rank, what)| format!("rank {rank} panicked: {what}"))
+            .collect();
+        assert!(causes.is_empty(), "{}", causes.join("\n"));
+        results.into_iter().flatten().collect()
     }
 
     /// Posts tensors; once all ranks have posted, `finish` gets theirs in rank order.
@@ -119,8 +166,7 @@ impl Drop for Threads {
 
 impl Rendezvous {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Nothing panics while it holds the lock, so a poisoned state is whole.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Waits until every rank has posted operation `number`, or until it is sure that one never

@@ -227,23 +227,18 @@ mod tests {
     }
 
     /// What `look` finds on each rank of three that share a bucket.
-    fn on_three<T: Send + 'static>(
+    fn on_three<T: Send>(
         sharding: Sharding,
         kind: Kind,
         look: fn(Bucket, &Sharing<'_>) -> T,
     ) -> Vec<T> {
-        let join = |world: Threads| {
-            std::thread::spawn(move || {
-                let sharing =
-                    Sharing::new(&world, sharding, ShardingGroup::World, 1).expect("sound");
-                look(
-                    Bucket::new(&params(), kind, Devices::one(Device::Cpu), Some(KEY), &sharing),
-                    &sharing,
-                )
-            })
-        };
-        let threads: Vec<_> = Threads::world(3).into_iter().map(join).collect();
-        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+        Threads::run(3, |world| {
+            let sharing = Sharing::new(world, sharding, ShardingGroup::World, 1).expect("sound");
+            look(
+                Bucket::new(&params(), kind, Devices::one(Device::Cpu), Some(KEY), &sharing),
+                &sharing,
+            )
+        })
     }
 
     const SHARDINGS: [Sharding; 4] =

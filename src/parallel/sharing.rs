@@ -156,21 +156,14 @@ mod tests {
     use crate::collective::Threads;
 
     /// Cut and order of the ranks, as each rank of a world of threads sees them.
-    fn shared(
-        sharding: Sharding,
-        node_of_rank: &'static [usize],
-    ) -> Vec<Result<(Cut, Vec<usize>)>> {
-        let join = |world: Threads| {
-            std::thread::spawn(move || {
-                let sharing = Sharing::within_nodes(&world, sharding, node_of_rank, 1)?;
-                Ok((sharing.cut(), sharing.ranks))
-            })
-        };
-        let threads: Vec<_> = Threads::world(node_of_rank.len()).into_iter().map(join).collect();
-        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+    fn shared(sharding: Sharding, node_of_rank: &[usize]) -> Vec<Result<(Cut, Vec<usize>)>> {
+        Threads::run(node_of_rank.len(), |world| {
+            let sharing = Sharing::within_nodes(world, sharding, node_of_rank, 1)?;
+            Ok((sharing.cut(), sharing.ranks))
+        })
     }
 
-    fn places(sharding: Sharding, node_of_rank: &'static [usize]) -> Vec<(usize, usize)> {
+    fn places(sharding: Sharding, node_of_rank: &[usize]) -> Vec<(usize, usize)> {
         shared(sharding, node_of_rank)
             .into_iter()
             .map(|of| of.expect("sound").0)

@@ -42,21 +42,16 @@ mod tests {
     #[test]
     fn all_ranks_latents_are_judged_together() {
         // Each rank's own latents do not spread at all.
-        let of = |rank: Threads, scale: f64| {
+        let of = |rank: &Threads, scale: f64| {
             let latents = Tensor::full(
                 [4],
                 scale * (rank.rank() as f64 * 2.0 - 1.0),
                 (Kind::Float, Device::Cpu),
             );
-            warning(Moments::from_tensor(&latents), &rank).expect("ranks that live")
+            warning(Moments::from_tensor(&latents), rank).expect("ranks that live")
         };
         for (scale, expected) in [(1.0, None), (12.1, Some("12.100")), (0.18, Some("0.180"))] {
-            let threads: Vec<_> = Threads::world(2)
-                .into_iter()
-                .map(|rank| std::thread::spawn(move || of(rank, scale)))
-                .collect();
-            for thread in threads {
-                let told = thread.join().expect("no panic");
+            for told in Threads::run(2, |rank| of(rank, scale)) {
                 assert_eq!(told.is_some(), expected.is_some(), "{told:?}");
                 assert!(
                     told.iter()

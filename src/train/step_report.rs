@@ -134,7 +134,7 @@ mod tests {
     use super::*;
     use crate::collective::{Solo, Threads};
 
-    fn told_by(world: Threads, num_norms: usize) -> Result<Vec<Tally>> {
+    fn told_by(world: &Threads, num_norms: usize) -> Result<Vec<Tally>> {
         let number = world.rank() as f64;
         let row = Tensor::full([Statistics::width(3) as i64], number, (Kind::Float, Device::Cpu));
         let norm = Tensor::from(number as f32 + 0.5);
@@ -147,19 +147,12 @@ mod tests {
             bad_samples: 3,
             issued: Issued { count: 7, digest: (1 << 40) + world.rank() as u64, last: None },
         };
-        exchange(&own, &world)
+        exchange(&own, world)
     }
 
     #[test]
     fn every_rank_reads_what_each_said() {
-        let threads: Vec<_> = Threads::world(2)
-            .into_iter()
-            .map(|world| std::thread::spawn(move || told_by(world, 1)))
-            .collect();
-        for tallies in threads
-            .into_iter()
-            .map(|thread| thread.join().expect("no panic").expect("both ranks are here"))
-        {
+        for tallies in Threads::run(2, |world| told_by(world, 1).expect("both ranks are here")) {
             assert_eq!(tallies.iter().map(|tally| tally.norms[0]).collect::<Vec<_>>(), [0.5, 1.5]);
             assert_eq!(tallies[1].seconds, [0.0, 0.0, 3.0]);
             assert_eq!([tallies[0].issued, tallies[1].issued], [(7, 0), (7, 1)]);
@@ -178,12 +171,7 @@ mod tests {
 
     #[test]
     fn e12_ranks_that_tell_different_things_are_out_of_step() {
-        let tell = |world: Threads| {
-            let num_norms = 1 + world.rank();
-            std::thread::spawn(move || told_by(world, num_norms))
-        };
-        let threads: Vec<_> = Threads::world(2).into_iter().map(tell).collect();
-        let outcomes = threads.into_iter().map(|thread| thread.join().expect("no panic"));
+        let outcomes = Threads::run(2, |world| told_by(world, 1 + world.rank()));
         assert!(outcomes.into_iter().all(|outcome| matches!(outcome, Err(Error::Desync { .. }))));
     }
 }

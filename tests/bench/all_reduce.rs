@@ -5,7 +5,6 @@
 //! `fm-dist train --launch`. Without any of these, as `cargo bench` starts it, without a launcher,
 //! two threads of this process are the ranks.
 
-use std::thread;
 use std::time::{Duration, Instant};
 
 use fm_dist::collective::{self, Collective, Launch, ReduceOp, Threads};
@@ -31,14 +30,10 @@ fn main() {
 
 fn between_threads() {
     let (bytes, repeats) = BETWEEN_THREADS;
-    let rank = move |rank: Threads| {
+    let seconds = Threads::run(2, |rank| {
         tch::set_num_threads(1);
-        measured(&rank, repeats, 1, all_reduce(&rank, bytes))
-    };
-    let ranks: Vec<_> =
-        Threads::world(2).into_iter().map(|each| thread::spawn(move || rank(each))).collect();
-    let seconds: Vec<Vec<f64>> =
-        ranks.into_iter().map(|rank| rank.join().expect("sound peers")).collect();
+        measured(rank, repeats, 1, all_reduce(rank, bytes))
+    });
     println!(
         "seconds of an all-reduce of {bytes} bytes between 2 threads; tests/bench/all_reduce.sh measures processes"
     );

@@ -1,12 +1,13 @@
 //! D: disks that fill up, fail, or hold what they should not. F: what the end of a run leaves.
 
 use std::fs;
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use tempfile::TempDir;
 
-use super::{BESIDE, Case, SOON, START, STEPS, Started, turn, unbroken};
+use super::{
+    BESIDE, Case, SOON, START, STEPS, Started, assert_had_disk, on_a_small_disk, turn, unbroken,
+};
 use crate::runs::{checkpoint, column};
 
 #[test]
@@ -67,37 +68,18 @@ fn d3_a_limit_on_the_size_of_files_is_told_like_a_full_disk() {
     assert!(ended.errors.contains("File too large"), "{}", ended.errors);
 }
 
-/// A file system of one megabyte, for root.
-struct SmallDisk(PathBuf);
-
-impl SmallDisk {
-    fn mount(at: PathBuf) -> Option<Self> {
-        fs::create_dir(&at).unwrap();
-        let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"]).arg(&at).stderr(Stdio::null());
-        mount.status().is_ok_and(|status| status.success()).then_some(SmallDisk(at))
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
-}
-
 #[test]
 fn d3_a_full_disk_is_told_with_path_and_sizes() {
+    let _turn = turn();
     let root = TempDir::new().unwrap();
-    let Some(disk) = SmallDisk::mount(root.path().join("run")) else {
-        eprintln!("SKIPPED: mounting a small file system needs root");
-        return;
-    };
-    let path = format!("{}/.step-", disk.0.display());
+    let disk = root.path().join("run");
+    let path = format!("{}/.step-", disk.display());
     let says = ["error STORAGE", "No space left on device", &path, "it needs ", " free", "exit 30"];
-    let ended = Case { code: 30, says: &says, never: &[], ..Case::default() }.run_in(root);
-    // Before the folder that it is mounted in goes.
-    drop(disk);
-    drop(ended);
+    let case = Case { code: 30, says: &says, never: &[], ..Case::default() };
+    let command = on_a_small_disk(1 << 20, &disk, &case.command(&root), ":");
+    let (ended, code) = Started::new(command).end(root, START);
+    assert_had_disk(code, &ended.errors);
+    case.judge(&ended, code);
 }
 
 #[test]

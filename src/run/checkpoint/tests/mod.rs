@@ -117,25 +117,14 @@ fn check_on(model: &Dit, world: &dyn Collective, sharding: Sharding, folder: &Pa
     }
 }
 
-fn in_threads<T: Send + 'static>(
-    ranks: usize,
-    body: impl Fn(&Threads) -> T + Clone + Send + 'static,
-) -> T {
-    let join = |rank: Threads| {
-        let body = body.clone();
-        thread::spawn(move || body(&rank))
-    };
-    let threads: Vec<_> = Threads::world(ranks).into_iter().map(join).collect();
-    threads.into_iter().map(|thread| thread.join().expect("no panic")).next().expect("a rank")
-}
-
 #[test]
 fn d12_a_checkpoint_of_any_sharding_and_world_size_loads_into_any_other() {
     let root = tempfile::tempdir().expect("a folder");
     let mut bytes = Vec::new();
     for (ranks, sharding) in (1..=4).flat_map(|ranks| SHARDINGS.map(|sharding| (ranks, sharding))) {
         let output = root.path().join(format!("{ranks}-{}", sharding as u8)).display().to_string();
-        let folder = in_threads(ranks, move |world| save_on(&small(), world, sharding, &output));
+        let folder =
+            Threads::run(ranks, |world| save_on(&small(), world, sharding, &output)).swap_remove(0);
         let files: Vec<Vec<u8>> = verify(&folder)
             .expect("a committed checkpoint")
             .parts
@@ -146,8 +135,7 @@ fn d12_a_checkpoint_of_any_sharding_and_world_size_loads_into_any_other() {
         for (ranks, sharding) in
             (1..=4).flat_map(|ranks| SHARDINGS.map(|sharding| (ranks, sharding)))
         {
-            let folder = folder.clone();
-            in_threads(ranks, move |world| check_on(&small(), world, sharding, &folder));
+            Threads::run(ranks, |world| check_on(&small(), world, sharding, &folder));
         }
     }
     assert!(bytes.iter().all(|files| *files == bytes[0]), "equal state gives equal bytes");
@@ -158,8 +146,9 @@ fn a_model_of_several_parts_comes_back_whole() {
     // A block is 19 MB in f32: two are more than a part takes.
     let large = Dit { width: 512, depth: 3, num_heads: 8, ..Dit::default() };
     let root = tempfile::tempdir().expect("a folder");
-    let (output, model) = (root.path().join("run").display().to_string(), large.clone());
-    let folder = in_threads(2, move |world| save_on(&model, world, Sharding::Optimizer, &output));
+    let output = root.path().join("run").display().to_string();
+    let folder = Threads::run(2, |world| save_on(&large, world, Sharding::Optimizer, &output))
+        .swap_remove(0);
     let files: Vec<String> = verify(&folder)
         .expect("a committed checkpoint")
         .parts
@@ -170,7 +159,7 @@ fn a_model_of_several_parts_comes_back_whole() {
         (1..=3).map(move |part| format!("{word}-0000{part}-of-00003.safetensors"))
     };
     assert_eq!(files, named("model").chain(named("optimizer")).collect::<Vec<_>>());
-    in_threads(3, move |world| check_on(&large, world, Sharding::Parameters, &folder));
+    Threads::run(3, |world| check_on(&large, world, Sharding::Parameters, &folder));
 }
 
 /// A state of `step`, which decides all its numbers, on one rank.
@@ -244,7 +233,7 @@ fn a_copy_shares_nothing_with_what_goes_on_training() {
         let root = tempfile::tempdir().expect("a folder");
         let run = root.path().to_path_buf();
         save_here(&run, 5).expect("a sound disk");
-        in_threads(2, move |world| {
+        Threads::run(2, |world| {
             let (mut replica, mut state) = empty(world, sharding);
             fill(&mut replica, &mut state, 5);
             let manifest = Manifest { step: 5, ..manifest() };
@@ -281,45 +270,30 @@ fn with_a_rank_that_cannot_write(on_failure: OnFailure) -> (Vec<u64>, Vec<[Strin
     let root = tempfile::tempdir().expect("a folder");
     let run = root.path().join("run");
     fs::create_dir(&run).expect("a folder");
-    let of_rank = |world: Threads| {
-        let run = run.clone();
-        thread::spawn(move || {
-            // Another path to the same folder, which leads nowhere at first.
-            let elsewhere = run.with_file_name("elsewhere");
-            let own = if world.rank() == 1 { &elsewhere } else { &run };
-            let settings = CheckpointSettings {
-                on_failure,
-                asynchronous: false,
-                ..CheckpointSettings::default()
-            };
-            let mut saver = Saver::new(own.clone(), settings);
-            let (mut replica, mut state) = empty(&world, Sharding::Optimizer);
-            fill(&mut replica, &mut state, 5);
-            let told = |outcome: Result<()>| {
-                outcome.map_or_else(|error| error.to_string(), |()| "fine".into())
-            };
-            let mut save = |step| {
-                let manifest = Manifest { step, ..manifest() };
-                told(saver.begin(
-                    &Saved {
-                        manifest: &manifest,
-                        replica: &replica,
-                        optimizer: &*optimizer(),
-                        state: &state,
-                    },
-                    &world,
-                ))
-            };
-            let first = save(5);
-            if world.rank() == 1 {
-                std::os::unix::fs::symlink(&run, &elsewhere).expect("a link");
-            }
-            world.barrier().expect("both are here");
-            [first, save(10), told(saver.finish(&world))]
-        })
-    };
-    let threads: Vec<_> = Threads::world(2).into_iter().map(of_rank).collect();
-    let outcomes = threads.into_iter().map(|thread| thread.join().expect("no panic")).collect();
+    let outcomes = Threads::run(2, |world| {
+        // Another path to the same folder, which leads nowhere at first.
+        let elsewhere = run.with_file_name("elsewhere");
+        let own = if world.rank() == 1 { &elsewhere } else { &run };
+        let settings =
+            CheckpointSettings { on_failure, asynchronous: false, ..CheckpointSettings::default() };
+        let mut saver = Saver::new(own.clone(), settings);
+        let (mut replica, mut state) = empty(world, Sharding::Optimizer);
+        fill(&mut replica, &mut state, 5);
+        let told = |outcome: Result<()>| {
+            outcome.map_or_else(|error| error.to_string(), |()| "fine".into())
+        };
+        let mut save = |step| {
+            let manifest = Manifest { step, ..manifest() };
+            let (replica, optimizer, state) = (&replica, &*optimizer(), &state);
+            told(saver.begin(&Saved { manifest: &manifest, replica, optimizer, state }, world))
+        };
+        let first = save(5);
+        if world.rank() == 1 {
+            std::os::unix::fs::symlink(&run, &elsewhere).expect("a link");
+        }
+        world.barrier().expect("both are here");
+        [first, save(10), told(saver.finish(world))]
+    });
     (sound_steps(&run), outcomes)
 }
 

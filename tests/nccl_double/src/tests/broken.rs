@@ -4,34 +4,34 @@ use std::ffi::c_void;
 use std::ptr::null_mut;
 
 use super::kernels::{kernel, run};
+use super::programs::Program;
 use super::rank::*;
 use crate::cuda::*;
 use crate::nccl::*;
 
-/// A test that `$program`, run once a rank, ends with `$sentence`.
+/// A test that `$program`, run once a rank, ends with `$sentence`; `$PROGRAMS` lists the programs.
 macro_rules! breaks {
-    ($($name:ident, $ranks:expr, $sentence:expr, $program:expr;)*) => { $(
-        mod $name {
-            use super::*;
+    ($PROGRAMS:ident: $($name:ident, $ranks:expr, $sentence:expr, $program:expr;)*) => {
+        $(
+            mod $name {
+                use super::*;
 
-            #[test]
-            fn is_told() {
-                let program = concat!("tests::broken::", stringify!($name), "::program");
-                expect_broken(&launch($ranks, program, &[]), $sentence);
-            }
+                pub const PROGRAM: Program =
+                    (concat!("broken::", stringify!($name)), $program);
 
-            #[test]
-            #[ignore = "started by another test"]
-            fn program() {
-                let program: fn() = $program;
-                program();
+                #[test]
+                fn is_told() {
+                    expect_broken(&launch($ranks, PROGRAM.0, &[]), $sentence);
+                }
             }
-        }
-    )* };
+        )*
+
+        pub const $PROGRAMS: &[Program] = &[$($name::PROGRAM),*];
+    };
 }
 
 // What ranks must agree on.
-breaks! {
+breaks! { DISAGREE:
     ranks_that_differ_in_operation, 2, "ranks differ in operation 0 of a communicator: this is", || {
         let rank = Rank::start();
         let mut buffer = [1.0_f32; 8];
@@ -127,7 +127,7 @@ fn two_ways(arguments: fn(usize) -> (usize, u32, u32, usize)) {
 }
 
 // Memory, and the events that guard it.
-breaks! {
+breaks! { MISUSE_MEMORY:
     a_launch_that_waits_for_nothing, 1, "stream 1 has not waited for an event of the compute stream since its last launch", || {
         let rank = Rank::start();
         rank.all_reduce(&mut [1.0; 4]);
@@ -277,7 +277,7 @@ impl Drop for Pages {
 }
 
 // Calls that block, and calls before a poll.
-breaks! {
+breaks! { BLOCK:
     a_blocking_communicator, 1, "with blocking = 1 the communicator blocks the host", || init_with(config(1));
 
     a_communicator_of_the_default_configuration, 1, "with blocking = -2147483648 the communicator blocks the host", || init_with(config(i32::MIN));
@@ -364,7 +364,7 @@ fn init_with(mut config: Config) {
 }
 
 // What must end, and must not be used afterwards.
-breaks! {
+breaks! { OUTLIVE:
     an_operation_that_nobody_waits_for, 2, "operation 0 (all_reduce sum of 4 f32) on stream 1 was never waited for by the compute stream", || {
         let rank = Rank::start();
         let (mut first, mut second) = ([1.0; 4], [1.0; 4]);
@@ -463,7 +463,7 @@ breaks! {
 }
 
 // Kernels.
-breaks! {
+breaks! { LAUNCH_WRONGLY:
     a_kernel_beside_the_compute_stream, 1, "cuLaunchKernel: add runs beside the compute stream", || {
         let rank = Rank::start();
         run(kernel().1, 1, 32, rank.stream, [null_mut(); 3]);

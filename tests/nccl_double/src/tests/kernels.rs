@@ -104,15 +104,13 @@ fn machine_code_is_read_and_a_function_for_cpus_runs_in_its_place() {
     let library = folder.join("add.so");
     expect_success(&launch(
         1,
-        "tests::kernels::program",
+        "kernels::program",
         &[("NCCL_DOUBLE_KERNELS", library.to_str().unwrap())],
     ));
     std::fs::remove_dir_all(folder).unwrap();
 }
 
-#[test]
-#[ignore = "started by another test"]
-fn program() {
+pub fn program() {
     let rank = Rank::start();
     assert_eq!(load(&[0; 64]).0, INVALID_IMAGE);
     assert_eq!(load(&image(100)).0, NO_BINARY_FOR_GPU, "this GPU is of architecture 90");

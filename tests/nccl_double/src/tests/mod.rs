@@ -3,6 +3,7 @@
 
 mod broken;
 mod kernels;
+mod programs;
 mod rank;
 mod sound;
 mod switched;

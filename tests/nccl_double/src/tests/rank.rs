@@ -1,11 +1,12 @@
-//! Programs of several processes: a test starts this binary once a rank, each rank runs an ignored
-//! test of it.
+//! Programs of several processes: a test starts this binary once a rank, as one of the
+//! [`programs`].
 
 use std::ffi::c_void;
 use std::process::{Child, Command, Stdio};
 use std::ptr::{null_mut, without_provenance_mut};
 use std::time::{Duration, Instant};
 
+use super::programs;
 use crate::cuda::*;
 use crate::nccl::*;
 
@@ -23,15 +24,12 @@ pub struct End {
     pub output: String,
 }
 
-/// Runs the ignored test `program` once a rank.
+/// Runs `program` of [`programs`] once a rank.
 pub fn launch(num_ranks: usize, program: &str, switches: &[(&str, &str)]) -> Vec<End> {
     let ids: Vec<String> = (0..MOST_COMMUNICATORS).map(|_| id_text(&new_id())).collect();
     let start = |rank: usize| {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command
-            .args(["--exact", program, "--ignored", "--nocapture", "--test-threads=1"])
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+        command.args(programs::arguments(program)).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.env("DOUBLE_TEST_IDS", ids.join(",")).env("DOUBLE_TEST_RANK", rank.to_string());
         command
             .env("DOUBLE_TEST_RANKS", num_ranks.to_string())

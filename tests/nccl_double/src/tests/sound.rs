@@ -26,7 +26,7 @@ fn summed(ranks: usize) -> Vec<f32> {
 #[test]
 fn a_sound_program_passes_at_one_to_four_ranks() {
     for ranks in 1..=4 {
-        expect_success(&launch(ranks, "tests::sound::all_operations", &[]));
+        expect_success(&launch(ranks, "sound::all_operations", &[]));
     }
 }
 
@@ -35,15 +35,13 @@ fn a_sound_program_passes_with_delays_and_shuffled_streams() {
     for seed in ["1", "2", "3"] {
         expect_success(&launch(
             3,
-            "tests::sound::all_operations",
+            "sound::all_operations",
             &[("NCCL_DOUBLE_SHUFFLE", seed), ("NCCL_DOUBLE_DELAY_MS", "2")],
         ));
     }
 }
 
-#[test]
-#[ignore = "started by another test"]
-fn all_operations() {
+pub fn all_operations() {
     let rank = Rank::start();
     let (own, ranks) = (rank.rank, rank.ranks);
     let mut both = (0, 0);
@@ -128,12 +126,10 @@ fn from_each_root(rank: &Rank) {
 
 #[test]
 fn two_hundred_megabytes_arrive() {
-    expect_success(&launch(2, "tests::sound::a_large_buffer", &[]));
+    expect_success(&launch(2, "sound::a_large_buffer", &[]));
 }
 
-#[test]
-#[ignore = "started by another test"]
-fn a_large_buffer() {
+pub fn a_large_buffer() {
     let rank = Rank::start();
     let count = 50 << 20;
     let mut large: Vec<f32> = (0..count).map(|place| (place % 1009) as f32).collect();
@@ -144,12 +140,10 @@ fn a_large_buffer() {
 
 #[test]
 fn an_output_holds_no_number_before_the_compute_stream_has_waited() {
-    expect_success(&launch(2, "tests::sound::an_early_reader", &[]));
+    expect_success(&launch(2, "sound::an_early_reader", &[]));
 }
 
-#[test]
-#[ignore = "started by another test"]
-fn an_early_reader() {
+pub fn an_early_reader() {
     let rank = Rank::start();
     let mut buffer = values(rank.rank);
     let end = rank.start_all_reduce(&mut buffer);
@@ -163,19 +157,14 @@ fn an_early_reader() {
 fn nothing_is_left_in_the_folder() {
     let folder = std::env::temp_dir().join(format!("nccl-double-test-{}", std::process::id()));
     std::fs::create_dir(&folder).unwrap();
-    let ends = launch(
-        2,
-        "tests::sound::a_maker_of_ids",
-        &[("NCCL_DOUBLE_FOLDER", folder.to_str().unwrap())],
-    );
+    let ends =
+        launch(2, "sound::a_maker_of_ids", &[("NCCL_DOUBLE_FOLDER", folder.to_str().unwrap())]);
     expect_success(&ends);
     assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0);
     std::fs::remove_dir(&folder).unwrap();
 }
 
-#[test]
-#[ignore = "started by another test"]
-fn a_maker_of_ids() {
+pub fn a_maker_of_ids() {
     let mut rank = Rank::without_communicator();
     let mut single = std::ptr::null_mut();
     assert_eq!(

@@ -13,16 +13,10 @@ const REMOTE_ERROR: u32 = 6;
 
 #[test]
 fn a_delayed_operation_is_not_ready_at_once_and_its_events_tell_the_delay() {
-    expect_success(&launch(
-        2,
-        "tests::switched::a_delayed_operation",
-        &[("NCCL_DOUBLE_DELAY_MS", "50")],
-    ));
+    expect_success(&launch(2, "switched::a_delayed_operation", &[("NCCL_DOUBLE_DELAY_MS", "50")]));
 }
 
-#[test]
-#[ignore = "started by another test"]
-fn a_delayed_operation() {
+pub fn a_delayed_operation() {
     let rank = Rank::start();
     let (begin, began) = (new_event(), Instant::now());
     cuEventRecord(begin, null_mut());
@@ -45,14 +39,12 @@ fn a_delayed_operation() {
 fn queries_alone_bring_an_operation_to_its_end() {
     expect_success(&launch(
         2,
-        "tests::switched::an_operation_that_is_queried",
+        "switched::an_operation_that_is_queried",
         &[("NCCL_DOUBLE_DELAY_MS", "5")],
     ));
 }
 
-#[test]
-#[ignore = "started by another test"]
-fn an_operation_that_is_queried() {
+pub fn an_operation_that_is_queried() {
     let rank = Rank::start();
     let mut buffer = [1.0; 4];
     let end = rank.start_all_reduce(&mut buffer);
@@ -69,11 +61,8 @@ fn an_operation_that_is_queried() {
 fn the_shuffle_changes_which_stream_ends_first() {
     let firsts: Vec<bool> = (0..20)
         .map(|seed| {
-            let ends = launch(
-                1,
-                "tests::switched::two_streams",
-                &[("NCCL_DOUBLE_SHUFFLE", &format!("{seed}"))],
-            );
+            let ends =
+                launch(1, "switched::two_streams", &[("NCCL_DOUBLE_SHUFFLE", &format!("{seed}"))]);
             expect_success(&ends);
             ends[0].output.contains("the second stream ends first")
         })
@@ -81,9 +70,7 @@ fn the_shuffle_changes_which_stream_ends_first() {
     assert!(firsts.contains(&true) && firsts.contains(&false), "{firsts:?}");
 }
 
-#[test]
-#[ignore = "started by another test"]
-fn two_streams() {
+pub fn two_streams() {
     let one = Rank::start();
     let two = Rank { stream: new_stream(), world: one.communicator(1), ..one };
     let (mut a, mut b) = ([1.0; 4], [1.0; 4]);
@@ -115,14 +102,12 @@ fn outcome(communicator: *mut std::ffi::c_void) -> Option<u32> {
 fn a_rank_that_never_joins_keeps_all_in_progress() {
     expect_success(&launch(
         2,
-        "tests::switched::a_communicator_in_progress_for_ever",
+        "switched::a_communicator_in_progress_for_ever",
         &[("NCCL_DOUBLE_STUCK_INIT", "1")],
     ));
 }
 
-#[test]
-#[ignore = "started by another test"]
-fn a_communicator_in_progress_for_ever() {
+pub fn a_communicator_in_progress_for_ever() {
     let rank = Rank::without_communicator();
     let mut communicator = null_mut();
     let (ranks, own) = (rank.ranks as i32, rank.rank as i32);
@@ -136,7 +121,7 @@ fn a_communicator_in_progress_for_ever() {
 fn an_operation_can_be_in_progress_for_ever_on_one_rank() {
     let ends = launch(
         2,
-        "tests::switched::the_second_launch_of_rank_1",
+        "switched::the_second_launch_of_rank_1",
         &[("NCCL_DOUBLE_STUCK_OPERATION", "1:1")],
     );
     assert!(ends[1].output.contains("in progress for ever"), "{ends:#?}");
@@ -145,19 +130,15 @@ fn an_operation_can_be_in_progress_for_ever_on_one_rank() {
 
 #[test]
 fn the_launch_of_an_operation_can_report_an_error_on_one_rank() {
-    let ends =
-        launch(2, "tests::switched::the_second_launch_of_rank_1", &[("NCCL_DOUBLE_ERROR", "1:1")]);
+    let ends = launch(2, "switched::the_second_launch_of_rank_1", &[("NCCL_DOUBLE_ERROR", "1:1")]);
     assert!(ends[1].output.contains(&format!("the launch ended in {SYSTEM_ERROR}")), "{ends:#?}");
     expect_success(&ends);
 }
 
 #[test]
 fn an_error_can_come_after_a_launch_that_succeeded() {
-    let ends = launch(
-        2,
-        "tests::switched::the_second_launch_of_rank_1",
-        &[("NCCL_DOUBLE_LATE_ERROR", "1:1")],
-    );
+    let ends =
+        launch(2, "switched::the_second_launch_of_rank_1", &[("NCCL_DOUBLE_LATE_ERROR", "1:1")]);
     assert!(
         ends[1].output.contains(&format!("the launch ended in 0, the next poll in {REMOTE_ERROR}")),
         "{ends:#?}"
@@ -165,9 +146,7 @@ fn an_error_can_come_after_a_launch_that_succeeded() {
     expect_success(&ends);
 }
 
-#[test]
-#[ignore = "started by another test"]
-fn the_second_launch_of_rank_1() {
+pub fn the_second_launch_of_rank_1() {
     let rank = Rank::start();
     let mut buffer = [1.0; 4];
     wait(rank.start_all_reduce(&mut buffer));
@@ -188,17 +167,14 @@ fn the_second_launch_of_rank_1() {
 
 #[test]
 fn a_communicator_with_an_error_can_only_be_aborted() {
-    let ends =
-        launch(1, "tests::switched::a_launch_after_an_error", &[("NCCL_DOUBLE_ERROR", "0:0")]);
+    let ends = launch(1, "switched::a_launch_after_an_error", &[("NCCL_DOUBLE_ERROR", "0:0")]);
     expect_broken(
         &ends,
         "all_reduce: communicator 1 is used after its error 2; only an abort may follow",
     );
 }
 
-#[test]
-#[ignore = "started by another test"]
-fn a_launch_after_an_error() {
+pub fn a_launch_after_an_error() {
     let rank = Rank::start();
     rank.computed();
     rank.all_reduce(&mut [1.0; 4]);
@@ -208,18 +184,13 @@ fn a_launch_after_an_error() {
 
 #[test]
 fn an_abort_can_hang() {
-    let ends = launch(
-        1,
-        "tests::switched::an_abort_beside_the_main_thread",
-        &[("NCCL_DOUBLE_ABORT_HANGS", "1")],
-    );
+    let ends =
+        launch(1, "switched::an_abort_beside_the_main_thread", &[("NCCL_DOUBLE_ABORT_HANGS", "1")]);
     assert_eq!(ends[0].code, Some(22), "{ends:#?}");
-    expect_success(&launch(1, "tests::switched::an_abort_beside_the_main_thread", &[]));
+    expect_success(&launch(1, "switched::an_abort_beside_the_main_thread", &[]));
 }
 
-#[test]
-#[ignore = "started by another test"]
-fn an_abort_beside_the_main_thread() {
+pub fn an_abort_beside_the_main_thread() {
     let rank = Rank::start();
     let world = rank.world as usize;
     let (done, ended) = std::sync::mpsc::channel();
@@ -237,12 +208,10 @@ fn an_abort_beside_the_main_thread() {
 
 #[test]
 fn there_are_as_many_gpus_as_asked_for() {
-    expect_success(&launch(1, "tests::switched::three_gpus", &[("NCCL_DOUBLE_GPUS", "3")]));
+    expect_success(&launch(1, "switched::three_gpus", &[("NCCL_DOUBLE_GPUS", "3")]));
 }
 
-#[test]
-#[ignore = "started by another test"]
-fn three_gpus() {
+pub fn three_gpus() {
     let (mut count, mut device, mut version) = (0, 0, 0);
     assert_eq!(unsafe { cuDeviceGetCount(&mut count) }, 3_u32, "not initialized");
     assert_eq!(cuInit(0), 0);
@@ -262,27 +231,19 @@ fn three_gpus() {
 
 #[test]
 fn without_a_gpu_cuda_does_not_start() {
-    expect_success(&launch(1, "tests::switched::no_gpu", &[("NCCL_DOUBLE_GPUS", "0")]));
+    expect_success(&launch(1, "switched::no_gpu", &[("NCCL_DOUBLE_GPUS", "0")]));
 }
 
-#[test]
-#[ignore = "started by another test"]
-fn no_gpu() {
+pub fn no_gpu() {
     assert_eq!(cuInit(0), 100);
 }
 
 #[test]
 fn ranks_on_one_gpu_get_no_communicator() {
-    expect_success(&launch(
-        2,
-        "tests::switched::one_gpu_for_two",
-        &[("NCCL_DOUBLE_SAME_GPU", "1")],
-    ));
+    expect_success(&launch(2, "switched::one_gpu_for_two", &[("NCCL_DOUBLE_SAME_GPU", "1")]));
 }
 
-#[test]
-#[ignore = "started by another test"]
-fn one_gpu_for_two() {
+pub fn one_gpu_for_two() {
     let rank = Rank::without_communicator();
     let mut communicator = null_mut();
     unsafe {
@@ -297,17 +258,14 @@ fn one_gpu_for_two() {
 
 #[test]
 fn patience_with_a_rank_that_is_gone_ends() {
-    let ends =
-        launch(2, "tests::switched::a_rank_that_is_gone", &[("NCCL_DOUBLE_PATIENCE_MS", "300")]);
+    let ends = launch(2, "switched::a_rank_that_is_gone", &[("NCCL_DOUBLE_PATIENCE_MS", "300")]);
     expect_broken(
         &ends,
         "operation 0 (all_reduce sum of 4 f32) has waited 0.3 s for rank 1 (its process is gone)",
     );
 }
 
-#[test]
-#[ignore = "started by another test"]
-fn a_rank_that_is_gone() {
+pub fn a_rank_that_is_gone() {
     let rank = Rank::start();
     if rank.rank == 1 {
         std::process::abort();
@@ -318,11 +276,11 @@ fn a_rank_that_is_gone() {
 #[test]
 fn a_switch_that_is_misspelled_is_refused() {
     expect_broken(
-        &launch(1, "tests::switched::no_gpu", &[("NCCL_DOUBLE_DELAY", "3")]),
+        &launch(1, "switched::no_gpu", &[("NCCL_DOUBLE_DELAY", "3")]),
         "there is no switch NCCL_DOUBLE_DELAY",
     );
     expect_broken(
-        &launch(1, "tests::switched::no_gpu", &[("NCCL_DOUBLE_ERROR", "3")]),
+        &launch(1, "switched::no_gpu", &[("NCCL_DOUBLE_ERROR", "3")]),
         "NCCL_DOUBLE_ERROR=\"3\" cannot be read",
     );
 }

@@ -11,7 +11,7 @@ use fm_dist::error::Error;
 use fm_dist::plan::{CheckRequest, check};
 use tempfile::TempDir;
 
-use crate::training::{FLUX, FLUX2, HUNYUAN_VIDEO15, QWEN_IMAGE, Tiny, WAN};
+use crate::threads::training::{FLUX, FLUX2, HUNYUAN_VIDEO15, QWEN_IMAGE, Tiny, WAN};
 
 const DIT: Tiny = Tiny {
     model: "[model.dit]\nin_channels = 4\ncondition_width = 12\npatch_size = 2\nwidth = 16\ndepth = 1\nnum_heads = 2\n",

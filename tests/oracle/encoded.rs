@@ -6,7 +6,7 @@ use fm_dist::files::safetensors::SafeTensors;
 use fm_dist::run::Resume;
 use tempfile::TempDir;
 
-use crate::oracle::{LOSS, assert_close, oracle};
+use super::packages::{LOSS, assert_close, oracle};
 use crate::runs::{column, train_in_threads};
 
 /// A FLUX.1 for the widths of the made-up encoders in tests/oracle/encoded.py.

@@ -2,7 +2,6 @@
 //! does.
 
 use std::path::{Path, PathBuf};
-use std::thread;
 
 use fm_dist::collective::{Collective, Threads};
 use fm_dist::model::{Architecture, Dit};
@@ -16,12 +15,12 @@ use fm_dist::run::Resume;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
-use crate::equivalence::assert_same_curve;
-use crate::runs::{checkpoint, finish, mpirun, tiny, train_in_threads, with_sets};
-use crate::training::WAN;
+use super::equivalence::assert_same_curve;
+use super::training::WAN;
+use crate::runs::{checkpoint, tiny, train_in_threads};
 
 /// Each sharding as its settings.
-const SHARDINGS: [(&str, &[&str]); 4] = [
+pub const SHARDINGS: [(&str, &[&str]); 4] = [
     ("none", &[]),
     ("optimizer", &["parallel.sharding=optimizer"]),
     ("gradients", &["parallel.sharding=gradients"]),
@@ -39,7 +38,12 @@ fn train(root: &Path, name: &str, ranks: usize, overrides: &[&str]) -> PathBuf {
 }
 
 /// One run of each sharding on so many ranks with so many micro-batches each.
-fn train_each(root: &Path, ranks: usize, micro_batches: usize, overrides: &[&str]) -> [PathBuf; 4] {
+pub fn train_each(
+    root: &Path,
+    ranks: usize,
+    micro_batches: usize,
+    overrides: &[&str],
+) -> [PathBuf; 4] {
     let batch = format!("train.global_batch_size={}", 8 * ranks * micro_batches);
     SHARDINGS.map(|(word, settings)| {
         train(
@@ -111,36 +115,6 @@ fn gradients_that_travel_in_bfloat16_train_as_well() {
         "{} and {}",
         last(&none),
         last(&precise)
-    );
-}
-
-#[test]
-fn programs_under_mpirun_shard_as_threads_do() {
-    let root = TempDir::new().unwrap();
-    for ranks in [2, 4] {
-        let batch = format!("train.global_batch_size={}", 8 * ranks);
-        let [expected, ..] = train_each(root.path(), ranks, 1, &[]).map(|run| checkpoint(&run, 10));
-        for (word, settings) in SHARDINGS {
-            let folder = root.path().join(format!("mpi-{ranks}-{word}"));
-            let output = format!("output_dir={}", folder.display());
-            let overrides = [&["max_steps=10", batch.as_str(), output.as_str()], settings].concat();
-            let (code, _, errors) = finish(mpirun(ranks, &with_sets(&["train"], &overrides)));
-            assert_eq!(code, 0, "{errors}");
-            assert!(checkpoint(&folder, 10) == expected, "{word} on {ranks} ranks");
-        }
-    }
-}
-
-#[test]
-fn sharding_for_one_rank_says_that_it_has_no_effect() {
-    let root = TempDir::new().unwrap();
-    let output = format!("output_dir={}", root.path().join("alone").display());
-    let arguments = with_sets(&["train"], &["max_steps=1", "parallel.sharding=optimizer", &output]);
-    let (code, _, errors) = finish(crate::runs::program(&arguments));
-    assert_eq!(code, 0, "{errors}");
-    assert!(
-        errors.contains("sharding = \"optimizer\" has no effect: no other rank to share with"),
-        "{errors}"
     );
 }
 
@@ -223,9 +197,7 @@ fn inputs(rank: usize) -> Activations {
 /// Two micro-batches on each of four ranks; the summed gradient of each stage, whole, as rank 0
 /// sees it.
 fn summed(shape: Shape) -> Vec<Option<Tensor>> {
-    let join = |world: Threads| thread::spawn(move || on_rank(&world, shape));
-    let threads: Vec<_> = Threads::world(shape.node_of_rank.len()).into_iter().map(join).collect();
-    let mut gradients: Vec<_> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
+    let mut gradients = Threads::run(shape.node_of_rank.len(), |world| on_rank(world, shape));
     let first = gradients.remove(0);
     let equal = |other: &Vec<Option<Tensor>>| {
         first
@@ -414,21 +386,17 @@ fn with_a_change(
     sharding: Sharding,
     change_on: Option<usize>,
 ) -> Vec<Result<(), fm_dist::error::Error>> {
-    let join = |rank: Threads| {
-        thread::spawn(move || {
-            let stages =
-                Dit { width: 8, depth: 1, num_heads: 2, ..Dit::default() }.stages().expect("sound");
-            let sharing = Sharing::new(&rank, sharding, ShardingGroup::World, 1).expect("sound");
-            let (key, devices) = (Key::new(1, Purpose::Test), Devices::one(Device::Cpu));
-            let mut replica = Replica::shared(stages, Kind::BFloat16, devices, Some(key), sharing);
-            if change_on == Some(rank.rank()) {
-                replica.buckets[1].update(|master| drop(master.narrow(0, 3, 1).fill_(0.123)));
-            }
-            divergence::check(&replica, rank.rank())
-        })
-    };
-    let threads: Vec<_> = Threads::world(3).into_iter().map(join).collect();
-    threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+    Threads::run(3, |rank| {
+        let stages =
+            Dit { width: 8, depth: 1, num_heads: 2, ..Dit::default() }.stages().expect("sound");
+        let sharing = Sharing::new(rank, sharding, ShardingGroup::World, 1).expect("sound");
+        let (key, devices) = (Key::new(1, Purpose::Test), Devices::one(Device::Cpu));
+        let mut replica = Replica::shared(stages, Kind::BFloat16, devices, Some(key), sharing);
+        if change_on == Some(rank.rank()) {
+            replica.buckets[1].update(|master| drop(master.narrow(0, 3, 1).fill_(0.123)));
+        }
+        divergence::check(&replica, rank.rank())
+    })
 }
 
 #[test]
@@ -450,23 +418,18 @@ fn one_parameter_on_one_rank_is_noticed_by_all() {
 
 #[test]
 fn among_nodes_the_rank_is_named_by_its_number_in_the_world() {
-    let join = |world: Threads| {
-        thread::spawn(move || {
-            let stages =
-                Dit { width: 8, depth: 1, num_heads: 2, ..Dit::default() }.stages().expect("sound");
-            let sharing = Sharing::within_nodes(&world, Sharding::Gradients, &[0, 0, 1, 1], 1)
-                .expect("sound");
-            let (key, devices) = (Key::new(1, Purpose::Test), Devices::one(Device::Cpu));
-            let mut replica = Replica::shared(stages, Kind::Float, devices, Some(key), sharing);
-            if world.rank() == 3 {
-                replica.buckets[1].update(|master| drop(master.narrow(0, 3, 1).fill_(0.123)));
-            }
-            divergence::check(&replica, world.rank())
-        })
-    };
-    let threads: Vec<_> = Threads::world(4).into_iter().map(join).collect();
-    let outcomes: Vec<_> =
-        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect();
+    let outcomes = Threads::run(4, |world| {
+        let stages =
+            Dit { width: 8, depth: 1, num_heads: 2, ..Dit::default() }.stages().expect("sound");
+        let sharing =
+            Sharing::within_nodes(world, Sharding::Gradients, &[0, 0, 1, 1], 1).expect("sound");
+        let (key, devices) = (Key::new(1, Purpose::Test), Devices::one(Device::Cpu));
+        let mut replica = Replica::shared(stages, Kind::Float, devices, Some(key), sharing);
+        if world.rank() == 3 {
+            replica.buckets[1].update(|master| drop(master.narrow(0, 3, 1).fill_(0.123)));
+        }
+        divergence::check(&replica, world.rank())
+    });
     for rank in [1, 3] {
         let text = outcomes[rank].as_ref().expect_err("they hold one shard").to_string();
         assert!(text.contains("rank 3 holds other parameters than the rest"), "{text}");

@@ -16,10 +16,10 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
-use crate::exported::exported;
-use crate::oracle::{assert_close, entries, fresh_seed, oracle};
+use super::exported::exported;
+use super::packages::{assert_close, entries, fresh_seed, oracle};
 use crate::runs::{finish, program, tiny, train_in_threads};
-use crate::training::{FLUX, FLUX2, HUNYUAN_VIDEO15, QWEN_IMAGE, Tiny, WAN};
+use crate::threads::training::{FLUX, FLUX2, HUNYUAN_VIDEO15, QWEN_IMAGE, Tiny, WAN};
 
 const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
 /// A few roundings to f32 on their side.

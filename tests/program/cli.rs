@@ -417,7 +417,7 @@ fn what_cannot_be_predicted_is_refused_with_what_can() {
 fn a_file_of_clusters_takes_the_place_of_those_that_are_built_in() {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("mine.toml");
-    let known = include_str!("../src/plan/prediction/clusters.toml");
+    let known = include_str!("../../src/plan/prediction/clusters.toml");
     let step = |text: &str| {
         fs::write(&file, text).unwrap();
         let arguments =

@@ -11,9 +11,9 @@ use fm_dist::run::Resume;
 use tch::{Kind, Tensor};
 use tempfile::TempDir;
 
-use crate::oracle::{GRADIENT, LOSS, assert_close, fresh_seed, oracle};
+use super::packages::{GRADIENT, LOSS, assert_close, fresh_seed, oracle};
 use crate::runs::{finish, program, train_in_threads};
-use crate::training::{FLUX, FLUX2, HUNYUAN_VIDEO15, QWEN_IMAGE, Tiny, WAN};
+use crate::threads::training::{FLUX, FLUX2, HUNYUAN_VIDEO15, QWEN_IMAGE, Tiny, WAN};
 
 /// A family trained for two steps under `root`, and exported in shards of a few tensors.
 pub fn exported(family: &Tiny, root: &Path) -> (PathBuf, PathBuf) {

@@ -5,7 +5,6 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::SystemTime;
 
 use fm_dist::config::RunConfig;
@@ -14,6 +13,7 @@ use fm_dist::run::Resume;
 use fm_dist::train::{TrainOptions, train};
 use tempfile::TempDir;
 
+use super::{assert_had_disk, on_a_small_disk};
 use crate::runs::{checkpoint, finish, program, tiny, train_in_threads, with_sets};
 
 /// Six steps, two checkpoints: at step 5 and at the last.
@@ -392,25 +392,13 @@ fn d3_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before() {
     let control = trained(&root);
     let bytes: usize = checkpoint(&control, 5).values().map(Vec::len).sum();
     let (small, kept) = (root.path().join("small"), root.path().join("kept"));
-    fs::create_dir(&small).unwrap();
+    let output = format!("output_dir={}", small.join("run").display());
+    let sets = ["max_steps=6", "checkpoint.every_n_steps=5", &output];
+    let keep = format!("cp -r {} {}", small.join("run").display(), kept.display());
     // Logs and metrics are told in warnings, if at all.
-    let script = "mount -t tmpfs -o size=\"$1\" tmpfs \"$2\" || exit 99; kept=$3; small=$2; shift 3; \"$@\"; code=$?; cp -r \"$small/run\" \"$kept\"; exit $code";
-    let (size, output) =
-        ((bytes * 3 / 2).to_string(), format!("output_dir={}", small.join("run").display()));
-    let mut command = Command::new("unshare");
-    command
-        .args(["-rm", "sh", "-c", script, "sh", &size])
-        .arg(&small)
-        .arg(&kept)
-        .arg(env!("CARGO_BIN_EXE_fm-dist"));
-    command.args(with_sets(&["train"], &["max_steps=6", "checkpoint.every_n_steps=5", &output]));
-    let (code, _, errors) = finish(command);
-    if code == 99 || errors.starts_with("unshare:") {
-        eprintln!(
-            "SKIPPED a_full_disk_ends_the_run_and_leaves_the_checkpoint_before: no mount namespaces here: {errors}"
-        );
-        return;
-    }
+    let trains = program(&with_sets(&["train"], &sets));
+    let (code, _, errors) = finish(on_a_small_disk(bytes * 3 / 2, &small, &trains, &keep));
+    assert_had_disk(code, &errors);
     assert_eq!(code, 30, "{errors}");
     let said = errors
         .lines()

@@ -28,7 +28,7 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
-use crate::oracle::{
+use super::packages::{
     BFLOAT16, GRADIENT, LOSS, assert_close, assert_within_one_ulp, entries, fresh_seed, oracle,
 };
 use crate::runs::{finish, program, tiny, train_in_threads};

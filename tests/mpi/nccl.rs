@@ -1,95 +1,32 @@
 //! NCCL keeps the contract of the collectives and gives up in time; the real library answers.
 //!
-//! Without a GPU the backend runs against a double of NCCL and of the CUDA driver
-//! (`tests/nccl_double`, built here), which moves the host's memory between the ranks of `mpirun`
-//! and ends a rank with code 97 for each rule of both libraries that is broken. Both are opened by
-//! name, so each check runs in a child that finds the right libraries first.
+//! Without a GPU the backend runs against a double of NCCL and of the CUDA driver, which moves the
+//! host's memory between the ranks of `mpirun` and ends a rank with code 97 for each rule of both
+//! libraries that is broken.
 
-use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
-use std::sync::OnceLock;
-use std::time::Duration;
 
 use fm_dist::collective::{
     self, Collective, Limits, Nccl, ReduceOp, Solo, Work, nccl_library_version,
 };
-use fm_dist::error::{Error, Result};
+use fm_dist::error::Result;
 use tch::{Device, Kind, Tensor};
 
-use crate::collectives::{
-    FAILS_NOW, Outcome, brought, contract, end_with, expected, join_the_world, run, sliced,
-    world_of,
-};
+use crate::contract::{brought, contract, expected, sliced};
+use crate::double::{double, project, with_libraries};
 use crate::runs::{checkpoint, column, finish, mpirun, with_sets};
-
-/// Short enough to wait for in a test, long enough for a busy machine to join a world.
-const SHORT: Limits = Limits {
-    init: Duration::from_secs(5),
-    operation: Duration::from_secs(3),
-    abort: Duration::from_secs(1),
-};
-
-/// From the start of a world that fails to its end: joining it, the longest limit, the abort, and a
-/// busy machine.
-const IN_TIME: Duration = Duration::from_secs(30);
-
-/// A command that finds the libraries of this folder before all others, and before those of an
-/// earlier call.
-pub(crate) fn with_libraries(mut command: Command, folder: &Path) -> Command {
-    const NAME: &str = "LD_LIBRARY_PATH";
-    let given = command
-        .get_envs()
-        .find_map(|(name, folders)| folders.filter(|_| name == NAME))
-        .map(OsString::from);
-    let mut folders = folder.as_os_str().to_os_string();
-    if let Some(others) = given.or_else(|| std::env::var_os(NAME)) {
-        folders.push(":");
-        folders.push(others);
-    }
-    command.env(NAME, folders);
-    command
-}
-
-pub(crate) fn project(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
-}
-
-/// The folder of the double under the names of both libraries, built once.
-pub(crate) fn double() -> &'static Path {
-    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
-    FOLDER.get_or_init(|| {
-        let target = project("target/nccl_double");
-        let mut build = Command::new(env!("CARGO"));
-        build
-            .args(["build", "--quiet", "--manifest-path"])
-            .arg(project("tests/nccl_double/Cargo.toml"));
-        assert!(
-            build.arg("--target-dir").arg(&target).status().expect("cargo runs").success(),
-            "the double cannot be built"
-        );
-        let folder = target.join("lib");
-        std::fs::create_dir_all(&folder).unwrap();
-        for name in ["libcuda.so", "libnccl.so"] {
-            // Another test run may be at it too: a new link takes the place of the old one in one
-            // step.
-            let fresh = folder.join(format!("{name}.{}", std::process::id()));
-            std::os::unix::fs::symlink(target.join("debug/libnccl_double.so"), &fresh).unwrap();
-            std::fs::rename(fresh, folder.join(name)).unwrap();
-        }
-        folder
-    })
-}
+use crate::worlds::{Outcome, end_with, join_the_world, run, world_of};
 
 /// A world of ranks that find the double, told by its switches what to do.
-fn doubled(ranks: usize, switches: &[(&str, &str)], test: &str) -> Outcome {
+pub fn doubled(ranks: usize, switches: &[(&str, &str)], program: &str) -> Outcome {
     let mut command = with_libraries(world_of(ranks), double());
     command.envs(switches.iter().copied());
-    run(command, test)
+    run(command, program)
 }
 
 /// The world of `mpirun`, and NCCL on top of it. Warnings of the library are printed.
-fn join_by_nccl(limits: Limits) -> (Box<dyn Collective>, Nccl) {
+pub fn join_by_nccl(limits: Limits) -> (Box<dyn Collective>, Nccl) {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_max_level(tracing::Level::WARN)
@@ -103,7 +40,7 @@ fn join_by_nccl(limits: Limits) -> (Box<dyn Collective>, Nccl) {
 }
 
 /// Takes leave of NCCL, then of MPI: the double looks at what is left when the process ends.
-fn leave((control, nccl): (Box<dyn Collective>, Nccl)) {
+pub fn leave((control, nccl): (Box<dyn Collective>, Nccl)) {
     drop(nccl);
     collective::finish(control).unwrap_or_else(|error| end_with(&error));
 }
@@ -129,20 +66,18 @@ fn the_nccl_of_the_wheel_is_opened_and_answers() {
         folder.display()
     );
     let command = with_libraries(Command::new(std::env::current_exe().unwrap()), &folder);
-    let Outcome { code, output, .. } = run(command, "nccl::process_with_the_real_nccl");
+    let Outcome { code, output, .. } = run(command, "mpi::nccl::process_with_the_real_nccl");
     assert_eq!(code, Some(0), "{output}");
     assert!(output.contains("the real NCCL answers"), "{output}");
 }
 
-#[test]
-#[ignore = "started by another test, with the real NCCL"]
 #[allow(unsafe_code)]
-fn process_with_the_real_nccl() {
+pub fn process_with_the_real_nccl() {
     use cudarc::nccl::{result, sys};
     let version = nccl_library_version().unwrap();
     let pinned = format!("nvidia-nccl-cu13=={version} ");
     assert!(
-        include_str!("../launch/requirements/cuda.txt").contains(&pinned),
+        include_str!("../../launch/requirements/cuda.txt").contains(&pinned),
         "{version} is not the version that is pinned"
     );
     let ids = [result::get_uniqueid(), result::get_uniqueid()]
@@ -161,7 +96,7 @@ fn process_with_the_real_nccl() {
 #[test]
 fn a_machine_without_the_libraries_is_told_what_was_looked_for() {
     let has_driver = Path::new("/proc/driver/nvidia/version").exists();
-    match Nccl::connect(&Solo, Device::Cpu, SHORT) {
+    match Nccl::connect(&Solo, Device::Cpu, Limits::default()) {
         Ok(world) => assert!(has_driver, "a world of {} without a driver", world.world_size()),
         Err(error) => {
             assert_eq!(error.exit_code(), 52);
@@ -190,7 +125,8 @@ fn a_machine_without_the_libraries_is_told_what_was_looked_for() {
 
 #[test]
 fn a_rank_keeps_to_the_gpu_of_its_place() {
-    let error = Nccl::connect(&Solo, Device::Cuda(3), SHORT).err().expect("rank 0 has GPU 0");
+    let error =
+        Nccl::connect(&Solo, Device::Cuda(3), Limits::default()).err().expect("rank 0 has GPU 0");
     assert_eq!(error.exit_code(), 52);
     assert_eq!(
         error.to_string(),
@@ -201,7 +137,11 @@ fn a_rank_keeps_to_the_gpu_of_its_place() {
 #[test]
 fn worlds_of_nccl_keep_the_contract() {
     for ranks in [1, 2, 4] {
-        succeeds(&doubled(ranks, &[], "nccl::rank_of_the_contract"), ranks, "kept the contract");
+        succeeds(
+            &doubled(ranks, &[], "mpi::nccl::rank_of_the_contract"),
+            ranks,
+            "kept the contract",
+        );
     }
 }
 
@@ -209,13 +149,11 @@ fn worlds_of_nccl_keep_the_contract() {
 fn the_contract_holds_however_slow_and_disordered_the_streams_are() {
     for seed in ["1", "2"] {
         let switches = [("NCCL_DOUBLE_DELAY_MS", "1"), ("NCCL_DOUBLE_SHUFFLE", seed)];
-        succeeds(&doubled(2, &switches, "nccl::rank_of_many_works"), 2, "saw all works end");
+        succeeds(&doubled(2, &switches, "mpi::nccl::rank_of_many_works"), 2, "saw all works end");
     }
 }
 
-#[test]
-#[ignore = "started by mpirun from another test"]
-fn rank_of_the_contract() {
+pub fn rank_of_the_contract() {
     let world = join_by_nccl(Limits::default());
     let nccl = &world.1;
     contract(nccl)
@@ -339,9 +277,7 @@ fn contract_of_places(part: &dyn Collective, ranks: &[usize], rank: usize) -> Re
     part.barrier()
 }
 
-#[test]
-#[ignore = "started by mpirun from another test"]
-fn rank_of_many_works() {
+pub fn rank_of_many_works() {
     let world = join_by_nccl(Limits::default());
     many_works(&world.1).unwrap_or_else(|error| end_with(&error));
     println!("rank {} of {} saw all works end", world.1.rank(), world.1.world_size());
@@ -373,198 +309,4 @@ fn many_works(world: &dyn Collective) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// A world of two that fails as its switches say ends in time, with this code, and tells why.
-fn fails(switches: &[(&str, &str)], test: &str, code: i32, words: &[&str]) {
-    fails_among(2, switches, test, code, words);
-}
-
-fn fails_among(ranks: usize, switches: &[(&str, &str)], test: &str, code: i32, words: &[&str]) {
-    let Outcome { code: found, output, survived } = doubled(ranks, switches, test);
-    assert_eq!(found, Some(code), "{output}");
-    assert!(words.iter().all(|word| output.contains(word)), "{output}");
-    assert!(!output.contains("ended well"), "{output}");
-    let survived = survived.expect("the ranks said that they fail");
-    assert!(survived < IN_TIME, "the world lived on for {survived:?}");
-}
-
-#[test]
-#[ignore = "started by mpirun from another test"]
-fn rank_of_a_world_that_fails() {
-    println!("{FAILS_NOW}");
-    let world = join_by_nccl(SHORT);
-    let error = (0..5).find_map(|_| sum_once(&world.1).err());
-    let Some(error) = error else {
-        // What failed on one rank only must end this one too.
-        world.0.barrier().unwrap_or_else(|error| end_with(&error));
-        println!("rank {} ended well", world.1.rank());
-        return leave(world);
-    };
-    stays_given_up(&world.1);
-    end_with(&error)
-}
-
-fn sum_once(world: &dyn Collective) -> Result<()> {
-    world.all_reduce(vec![brought(world.rank(), 1000, Kind::Float)], ReduceOp::Sum)?.wait()
-}
-
-/// After an error every call says so at once.
-fn stays_given_up(world: &dyn Collective) {
-    let buffer = || brought(0, 2, Kind::Float);
-    let whole = || brought(0, 2 * world.world_size() as i64, Kind::Float);
-    let refusals: [Result<()>; 6] = [
-        world.all_reduce(vec![buffer()], ReduceOp::Sum).map(drop),
-        world.reduce_scatter(vec![sliced(&buffer(), &whole())], ReduceOp::Sum).map(drop),
-        world.all_gather(vec![sliced(&buffer(), &whole())]).map(drop),
-        world.broadcast(buffer(), 0).map(drop),
-        world.barrier(),
-        world.split(0).map(drop),
-    ];
-    for refusal in refusals {
-        let error = refusal.expect_err("the communicator is given up");
-        assert!(matches!(error, Error::Collective { backend: "nccl", .. }), "{error}");
-        assert!(error.to_string().contains("given up after an earlier error"), "{error}");
-    }
-    world.spent();
-}
-
-#[test]
-fn an_error_that_one_rank_alone_is_told_ends_the_world() {
-    let words = [
-        "nccl all_reduce: rank 1/2: asynchronous error: remote process exited",
-        "; under way for 0.",
-        " s: all_reduce of 4000 bytes (operation 2 of its world)",
-    ];
-    fails(&[("NCCL_DOUBLE_LATE_ERROR", "1:2")], "nccl::rank_of_a_world_that_fails", 22, &words);
-}
-
-#[test]
-fn a_launch_that_fails_ends_the_world() {
-    let words = [
-        "nccl all_reduce: rank 0/2: all_reduce of 4000 bytes (operation 1 of its world): ",
-        "unhandled system error",
-    ];
-    fails(&[("NCCL_DOUBLE_ERROR", "0:1")], "nccl::rank_of_a_world_that_fails", 22, &words);
-}
-
-#[test]
-fn peers_that_never_come_together_are_given_up() {
-    let words = ["nccl connect: rank ", "NCCL is still in progress after 5.0 s"];
-    fails(&[("NCCL_DOUBLE_STUCK_INIT", "1")], "nccl::rank_of_a_world_that_fails", 22, &words);
-}
-
-#[test]
-fn an_operation_that_never_starts_is_given_up() {
-    let words = [
-        "nccl all_reduce: rank 0/1: all_reduce of 4000 bytes (operation 1 of its world): NCCL is still in progress after 3.0 s",
-    ];
-    fails_among(
-        1,
-        &[("NCCL_DOUBLE_STUCK_OPERATION", "0:1")],
-        "nccl::rank_of_a_world_that_fails",
-        22,
-        &words,
-    );
-}
-
-#[test]
-fn c16_an_abort_that_hangs_is_left_behind() {
-    let switches = [("NCCL_DOUBLE_LATE_ERROR", "0:0"), ("NCCL_DOUBLE_ABORT_HANGS", "1")];
-    let words = [
-        "nccl all_reduce: rank 0/2: ",
-        "WARN",
-        "ncclCommAbort has not returned after 1.0 s and is left behind",
-    ];
-    fails(&switches, "nccl::rank_of_a_world_that_fails", 22, &words);
-}
-
-#[test]
-fn a_machine_whose_driver_finds_no_gpu_is_refused() {
-    let words = ["cuInit: no CUDA-capable device is detected (CUDA_ERROR_NO_DEVICE, code 100)"];
-    fails(&[("NCCL_DOUBLE_GPUS", "0")], "nccl::rank_of_a_world_that_fails", 52, &words);
-}
-
-#[test]
-fn a11_fewer_gpus_than_ranks_are_refused() {
-    let words = ["2 ranks run on host ", "(ranks [0, 1]) and its driver shows 1 GPUs"];
-    fails(&[("NCCL_DOUBLE_GPUS", "1")], "nccl::rank_of_a_world_that_fails", 52, &words);
-}
-
-#[test]
-fn a11_two_ranks_on_one_gpu_are_refused() {
-    fails(
-        &[("NCCL_DOUBLE_SAME_GPU", "1")],
-        "nccl::rank_of_a_world_that_fails",
-        52,
-        &["ranks 0 and 1 both took GPU "],
-    );
-}
-
-#[test]
-fn a_peer_that_never_comes_is_noticed_at_the_wait() {
-    let words = [
-        "nccl all_reduce: rank 0/2: all_reduce of 4000 bytes (operation 0 of its world)",
-        "is not over after 3.",
-    ];
-    fails(&[], "nccl::rank_whose_peer_never_comes", 22, &words);
-}
-
-#[test]
-#[ignore = "started by mpirun from another test"]
-fn rank_whose_peer_never_comes() {
-    alone(|world| sum_once(world).expect_err("the peer never comes"));
-}
-
-#[test]
-fn a_work_that_nobody_waits_for_is_noticed_by_later_calls() {
-    let words = [
-        "nccl all_reduce: rank 0/2: all_reduce of 4000 bytes (operation 0 of its world) is not over after 3.",
-    ];
-    fails(&[], "nccl::rank_that_does_not_wait", 22, &words);
-}
-
-#[test]
-#[ignore = "started by mpirun from another test"]
-fn rank_that_does_not_wait() {
-    alone(|world| {
-        let _under_way = world
-            .all_reduce(vec![brought(0, 1000, Kind::Float)], ReduceOp::Sum)
-            .expect("a sound call");
-        let nothing = || world.all_reduce(Vec::new(), ReduceOp::Sum).map(drop);
-        std::iter::repeat_with(nothing).find_map(Result::err).expect("it goes on until an error")
-    });
-}
-
-#[test]
-fn a_rank_that_leaves_early_does_not_wait_for_its_peers() {
-    let words = [
-        "step 7: the loss is not finite",
-        "NCCL could not take leave of its peers: NCCL is still in progress after 1.0 s",
-    ];
-    fails(&[], "nccl::rank_that_leaves_early", 41, &words);
-}
-
-#[test]
-#[ignore = "started by mpirun from another test"]
-fn rank_that_leaves_early() {
-    let (_control, nccl) =
-        join_by_nccl(Limits { abort: Duration::from_secs(1), ..Limits::default() });
-    println!("{FAILS_NOW}");
-    if nccl.rank() == 0 {
-        let waited = sum_once(&nccl);
-        println!("rank 0 ended well: {waited:?}");
-    }
-    drop(nccl);
-    end_with(&Error::NotFinite { step: 7, what: "the loss is not finite".into() });
-}
-
-/// Rank 0 fails as `fails` does while rank 1 does nothing at all.
-fn alone(fails: fn(&dyn Collective) -> Error) {
-    let world = join_by_nccl(SHORT);
-    println!("{FAILS_NOW}");
-    if world.1.rank() == 1 {
-        std::thread::park();
-    }
-    end_with(&fails(&world.1))
 }

@@ -9,7 +9,6 @@ use fm_dist::plan::{CheckRequest, check};
 use serde_json::Value;
 
 use crate::clock::processor_time;
-use crate::runs::{finish, program};
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).into()
@@ -34,19 +33,6 @@ fn every_shipped_configuration_is_valid_and_opens_with_its_launch_line() {
             );
         }
     }
-}
-
-#[test]
-fn the_printed_configuration_is_the_documented_one() {
-    let golden = root().join("tests/golden/config.toml");
-    let (code, printed, errors) = finish(program(&["config"]));
-    assert_eq!(code, 0, "{errors}");
-    let documented = fs::read_to_string(&golden).unwrap_or_default();
-    assert!(
-        printed == documented,
-        "the listing changed; if it should, write it anew: fm-dist config > {}",
-        golden.display()
-    );
 }
 
 #[test]

@@ -18,10 +18,10 @@ use fm_dist::rng::{Key, Purpose};
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
-use crate::collectives::{Outcome, run};
-use crate::nccl::{double, project, with_libraries};
+use crate::double::{double, project, with_libraries};
+use crate::worlds::{Outcome, run};
 
-const KERNEL: &str = include_str!("../src/optim/adamw/kernel.cu");
+const KERNEL: &str = include_str!("../../src/optim/adamw/kernel.cu");
 
 /// Of A100, of H100 and H200, of B200.
 const ARCHITECTURES: [u8; 3] = [80, 90, 100];
@@ -51,15 +51,15 @@ fn on_host(folder: &Path, kernel: &str) -> PathBuf {
     library
 }
 
-/// An ignored test of this file in a child with the double, which runs `kernel` in the place of
+/// A program of this file in a child with the double, which runs `kernel` in the place of
 /// what is compiled.
-fn doubled(test: &str, kernel: &str, switches: &[(&str, &str)]) -> Outcome {
+fn doubled(program: &str, kernel: &str, switches: &[(&str, &str)]) -> Outcome {
     let folder = TempDir::new().unwrap();
     let mut command = with_libraries(Command::new(std::env::current_exe().unwrap()), double());
     command
         .env("NCCL_DOUBLE_KERNELS", on_host(folder.path(), kernel))
         .envs(switches.iter().copied());
-    run(command, test)
+    run(command, program)
 }
 
 #[test]
@@ -67,8 +67,8 @@ fn the_compiler_of_the_wheel_makes_machine_code_for_each_architecture() {
     let version = nvrtc::version().expect("launch/setup.sh brings NVRTC");
     let pinned = format!("nvidia-cuda-nvrtc=={version}.");
     for list in [
-        include_str!("../launch/requirements/cuda.txt"),
-        include_str!("../launch/requirements/libtorch.txt"),
+        include_str!("../../launch/requirements/cuda.txt"),
+        include_str!("../../launch/requirements/libtorch.txt"),
     ] {
         assert!(list.contains(&pinned), "{version} is not the version that is pinned");
     }
@@ -147,7 +147,8 @@ fn a_mistake_in_a_kernel_is_told_in_the_compilers_own_words() {
 
 #[test]
 fn the_kernel_has_the_bits_of_a_cpu() {
-    let Outcome { code, output, .. } = doubled("kernels::process_with_the_kernel", KERNEL, &[]);
+    let Outcome { code, output, .. } =
+        doubled("mpi::kernels::process_with_the_kernel", KERNEL, &[]);
     assert_eq!(code, Some(0), "{output}");
     assert!(output.contains("the kernel has the bits"), "{output}");
 }
@@ -180,9 +181,7 @@ impl Within {
     }
 }
 
-#[test]
-#[ignore = "started by another test, with the double"]
-fn process_with_the_kernel() {
+pub fn process_with_the_kernel() {
     gives_the_bits_of_a_cpu(Device::Cpu);
     println!("the kernel has the bits");
 }
@@ -260,9 +259,7 @@ fn three_steps(
 }
 
 /// What `OnGpu::ready` says of a world of wrong kernels and missing libraries.
-#[test]
-#[ignore = "started by another test, with the double"]
-fn process_that_is_refused() {
+pub fn process_that_is_refused() {
     let error = OnGpu::ready(&AdamW::default(), Device::Cpu).err().expect("this kernel is wrong");
     println!("exit code {}: {error}", error.exit_code());
 }
@@ -281,7 +278,7 @@ fn a_kernel_that_computes_something_else_is_refused() {
     for (right, mutant, words) in wrong {
         assert!(KERNEL.contains(right), "{right}");
         let Outcome { code, output, .. } =
-            doubled("kernels::process_that_is_refused", &KERNEL.replace(right, mutant), &[]);
+            doubled("mpi::kernels::process_that_is_refused", &KERNEL.replace(right, mutant), &[]);
         assert_eq!(code, Some(0), "{output}");
         assert!(
             output.contains("exit code 52: AdamW's kernel on Cpu: ") && output.contains(words),
@@ -292,8 +289,11 @@ fn a_kernel_that_computes_something_else_is_refused() {
 
 #[test]
 fn a_gpu_that_the_compiler_does_not_know_is_refused() {
-    let Outcome { output, .. } =
-        doubled("kernels::process_that_is_refused", KERNEL, &[("NCCL_DOUBLE_ARCHITECTURE", "20")]);
+    let Outcome { output, .. } = doubled(
+        "mpi::kernels::process_that_is_refused",
+        KERNEL,
+        &[("NCCL_DOUBLE_ARCHITECTURE", "20")],
+    );
     assert!(output.contains("exit code 52: AdamW's kernel on Cpu: NVRTC 13.0 does not compile adamw/kernel.cu for sm_20: "), "{output}");
 }
 
@@ -305,7 +305,7 @@ fn a_machine_without_nvrtc_is_told_what_was_looked_for() {
     }
     let command = with_libraries(Command::new(std::env::current_exe().unwrap()), double());
     let Outcome { output, .. } =
-        run(with_libraries(command, folder.path()), "kernels::process_that_is_refused");
+        run(with_libraries(command, folder.path()), "mpi::kernels::process_that_is_refused");
     assert!(
         output.contains(
             "exit code 52: AdamW's kernel on Cpu: NVRTC is not found: looked for libnvrtc.so in"

@@ -7,18 +7,17 @@
 use std::fs::{self, File};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use fm_dist::data::OnBad;
 use fm_dist::data::dataset::Dataset;
 use fm_dist::error::Error;
 use fm_dist::files::safetensors::SafeTensors;
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde_json::json;
 use tempfile::TempDir;
 
 use crate::clock::processor_time;
-use crate::oracle::oracle;
 
 /// A hostile file may cost no more of a processor than this. The worst take 0.4 s in a debug build.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -26,7 +25,7 @@ const SOUND: &str = r#"{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}"#;
 
 /// The one line with which `attempt` is refused as bad data.
 #[track_caller]
-fn refusal<T>(attempt: impl FnOnce() -> Result<T, Error>) -> String {
+pub fn refusal<T>(attempt: impl FnOnce() -> Result<T, Error>) -> String {
     let before = processor_time();
     let Err(error) = attempt() else { panic!("a hostile file was taken") };
     let took = processor_time() - before;
@@ -415,59 +414,6 @@ fn a_boolean_that_is_neither_true_nor_false_is_refused() {
 
 // What is not a file of data at all.
 
-/// Runs the command that a refusal prints, with the oracle's Python.
-fn convert(refusal: &str, from: &Path, to: &Path) -> SafeTensors {
-    let command = refusal.split_once("convert it once: ").expect("a command").1;
-    let command = command
-        .replace("IN.pt", from.to_str().unwrap())
-        .replace("OUT.safetensors", to.to_str().unwrap());
-    let python = Path::new(env!("CARGO_MANIFEST_DIR")).join(".deps/oracle/bin");
-    let path = format!("{}:{}", python.display(), std::env::var("PATH").unwrap());
-    let output = Command::new("sh").args(["-c", &command]).env("PATH", path).output().unwrap();
-    assert!(output.status.success(), "{command}:\n{}", String::from_utf8_lossy(&output.stderr));
-    SafeTensors::open(to).unwrap()
-}
-
-#[test]
-fn d14_the_command_that_is_printed_converts_what_torch_save_wrote() {
-    let folder = tempfile::tempdir().unwrap();
-    oracle("pickles.py", &[folder.path().to_str().unwrap()]);
-    for name in ["cache.pt", "cache.meta", "legacy.pt", "bare.pt"] {
-        let from = folder.path().join(name);
-        let text = refusal(|| SafeTensors::open(&from));
-        assert!(text.contains("is a pickle") && text.contains("which can run code"), "{text}");
-        let file = convert(&text, &from, &folder.path().join("out.safetensors"));
-        let numbers = |name: &str| {
-            Vec::<f32>::try_from(file.read(name).unwrap().flatten(0, -1).to_kind(tch::Kind::Float))
-                .unwrap()
-        };
-        let mut names: Vec<&str> = file.tensors().iter().map(|info| info.name.as_str()).collect();
-        names.sort_unstable();
-        if name == "bare.pt" {
-            assert_eq!(
-                (names, numbers("tensor")),
-                (vec!["tensor"], vec![0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
-            );
-            continue;
-        }
-        let expected = [
-            "by_place.first_second",
-            "by_place.list.0",
-            "by_place.list.2.0",
-            "latent",
-            "learned",
-            "turned",
-            "view",
-        ];
-        assert_eq!(names, expected);
-        assert_eq!(
-            (numbers("turned"), numbers("view")),
-            (vec![0.0, 3.0, 1.0, 4.0, 2.0, 5.0], vec![2.0, 3.0])
-        );
-        assert_eq!((numbers("by_place.list.2.0"), numbers("learned")), (vec![2.0], vec![1.0, 1.0]));
-    }
-}
-
 #[test]
 fn what_a_download_leaves_in_place_of_a_file_is_called_what_it_is() {
     for (contents, what) in [
@@ -549,7 +495,7 @@ fn a_device_is_refused_unopened() {
 fn b5_a_fifo_is_refused_without_waiting_for_a_writer() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("fifo.safetensors");
-    assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
+    mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
     assert!(refusal(|| SafeTensors::open(&path)).ends_with("is not a regular file"));
 }
 

@@ -12,11 +12,11 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
-use crate::oracle::{
+use super::packages::{
     BFLOAT16, GRADIENT, LOSS, assert_close, assert_within_one_ulp, entries, fresh_seed, oracle,
     relative_difference,
 };
-use crate::training::{FLUX, FLUX2, HUNYUAN_VIDEO15, QWEN_IMAGE, Tiny, WAN};
+use crate::threads::training::{FLUX, FLUX2, HUNYUAN_VIDEO15, QWEN_IMAGE, Tiny, WAN};
 
 /// What rounding leaves of a gradient that is zero, as a share of the whole gradient; bfloat16's
 /// last bit is 4e-3 of a number.

@@ -13,8 +13,8 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
+use super::training::{FLUX, HUNYUAN_VIDEO15, QWEN_IMAGE, SAMPLES, Tiny, WAN};
 use crate::runs::{checkpoint, column, train_in_threads};
-use crate::training::{FLUX, HUNYUAN_VIDEO15, QWEN_IMAGE, SAMPLES, Tiny, WAN};
 
 const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
 /// Sums of f32 numbers in another order, relative.

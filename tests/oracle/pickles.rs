@@ -1,0 +1,62 @@
+//! The command that the refusal of a pickle prints converts what `torch.save` writes.
+
+use std::path::Path;
+use std::process::Command;
+
+use fm_dist::files::safetensors::SafeTensors;
+
+use super::packages::oracle;
+use crate::fast::hostile::refusal;
+
+/// Runs the command that a refusal prints, with the oracle's Python.
+fn convert(refusal: &str, from: &Path, to: &Path) -> SafeTensors {
+    let command = refusal.split_once("convert it once: ").expect("a command").1;
+    let command = command
+        .replace("IN.pt", from.to_str().unwrap())
+        .replace("OUT.safetensors", to.to_str().unwrap());
+    let python = Path::new(env!("CARGO_MANIFEST_DIR")).join(".deps/oracle/bin");
+    let path = format!("{}:{}", python.display(), std::env::var("PATH").unwrap());
+    let output = Command::new("sh").args(["-c", &command]).env("PATH", path).output().unwrap();
+    assert!(output.status.success(), "{command}:\n{}", String::from_utf8_lossy(&output.stderr));
+    SafeTensors::open(to).unwrap()
+}
+
+#[test]
+fn d14_the_command_that_is_printed_converts_what_torch_save_wrote() {
+    let folder = tempfile::tempdir().unwrap();
+    oracle("pickles.py", &[folder.path().to_str().unwrap()]);
+    for name in ["cache.pt", "cache.meta", "legacy.pt", "bare.pt"] {
+        let from = folder.path().join(name);
+        let text = refusal(|| SafeTensors::open(&from));
+        assert!(text.contains("is a pickle") && text.contains("which can run code"), "{text}");
+        let file = convert(&text, &from, &folder.path().join("out.safetensors"));
+        let numbers = |name: &str| {
+            Vec::<f32>::try_from(file.read(name).unwrap().flatten(0, -1).to_kind(tch::Kind::Float))
+                .unwrap()
+        };
+        let mut names: Vec<&str> = file.tensors().iter().map(|info| info.name.as_str()).collect();
+        names.sort_unstable();
+        if name == "bare.pt" {
+            assert_eq!(
+                (names, numbers("tensor")),
+                (vec!["tensor"], vec![0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+            );
+            continue;
+        }
+        let expected = [
+            "by_place.first_second",
+            "by_place.list.0",
+            "by_place.list.2.0",
+            "latent",
+            "learned",
+            "turned",
+            "view",
+        ];
+        assert_eq!(names, expected);
+        assert_eq!(
+            (numbers("turned"), numbers("view")),
+            (vec![0.0, 3.0, 1.0, 4.0, 2.0, 5.0], vec![2.0, 3.0])
+        );
+        assert_eq!((numbers("by_place.list.2.0"), numbers("learned")), (vec![2.0], vec![1.0, 1.0]));
+    }
+}
