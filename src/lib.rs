@@ -7,8 +7,8 @@
 //! timestep; they meet in [`train`].
 //!
 //! # Floors
-//! A room uses its own files and rooms on lower floors, nothing else; `tests/floors.rs` enforces
-//! it.
+//! A room uses its own files and rooms on lower floors, nothing else; `tests/fast/floors.rs`
+//! enforces it.
 //!
 //! | floor | rooms |
 //! |---|---|

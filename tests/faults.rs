@@ -339,7 +339,8 @@ pub fn on_a_small_disk(
 ) -> Command {
     fs::create_dir(folder).unwrap();
     let script = format!(
-        "mount -t tmpfs -o size={bytes} tmpfs \"$1\" || exit {NO_DISK}; shift; \"$@\"; code=$?; {afterwards}; exit $code"
+        "mount -t tmpfs -o size={bytes} tmpfs \"$1\" || exit {NO_DISK}
+         shift; \"$@\"; code=$?; {afterwards}; exit $code"
     );
     let mut unshared = Command::new("unshare");
     unshared.args(["--map-root-user", "--mount", "sh", "-c", &script, "sh"]).arg(folder);

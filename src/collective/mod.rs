@@ -1,7 +1,7 @@
 //! How ranks exchange tensors: one trait, one file a backend.
 //!
 //! Every rank issues the same operations in the same order on equal shapes; that is the caller's
-//! duty and the contract which `tests/collectives.rs` puts each backend through.
+//! duty and the contract which `tests/contract.rs` puts each backend through.
 
 pub mod agreement;
 mod call;

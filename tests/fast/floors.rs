@@ -255,7 +255,7 @@ fn picture() -> String {
 
 /// Where src/README.md holds the picture.
 const MARKERS: [&str; 2] =
-    ["<!-- house: drawn by tests/floors.rs -->\n", "<!-- end of house -->\n"];
+    ["<!-- house: drawn by tests/fast/floors.rs -->\n", "<!-- end of house -->\n"];
 
 #[test]
 fn the_picture_of_the_house_is_that_of_its_imports() {
