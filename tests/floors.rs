@@ -37,7 +37,6 @@ const ONLY_IN: &[(&str, &[&str])] = &[
             "collective/exchange/span.rs",
             "cuda/",
             "libtorch.rs",
-            "nn/by_hand/product/",
             "tensor.rs",
         ],
     ),

@@ -1,5 +1,4 @@
-//! Operations that a CPU does in one pass over memory, and products by its widest instructions,
-//! with gradients [by hand](crate::autograd).
+//! Operations that a CPU does in one pass over memory, with gradients [by hand](crate::autograd).
 //!
 //! libtorch does the same by a chain of operators, each of which reads and writes everything once,
 //! forward and backward. Here that chain stays for what `fits` does not take: other devices, other
@@ -18,16 +17,10 @@ macro_rules! vectorized {
     };
 }
 
-#[cfg(target_arch = "x86_64")]
-mod attention;
-#[cfg(not(target_arch = "x86_64"))]
-mod elsewhere;
 mod exp;
 mod gelu;
 mod modulation;
 pub(super) mod patches;
-#[cfg(target_arch = "x86_64")]
-mod product;
 mod rms_norm;
 mod rotation;
 mod vectors;
@@ -36,11 +29,6 @@ pub use gelu::gelu_tanh;
 pub use modulation::{affine_norm, gated};
 pub use rms_norm::rms_norm;
 pub use rotation::rotate;
-
-#[cfg(not(target_arch = "x86_64"))]
-pub use elsewhere::{attend, linear};
-#[cfg(target_arch = "x86_64")]
-pub use {attention::attend, product::linear};
 
 use tch::{Device, Kind, Tensor};
 
