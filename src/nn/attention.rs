@@ -2,8 +2,9 @@
 
 use tch::Tensor;
 
-use super::norm::{RmsNorm, Rounding};
+use super::norm::RmsNorm;
 use super::{Builder, Init, Linear, Views, rope};
+use crate::ops::Rounding;
 
 /// Scaled dot-product attention of every head.
 ///
