@@ -1,9 +1,18 @@
 //! Optimizers over flat slices, gradient clipping, learning-rate schedules. Nothing here knows a
 //! rank.
+//!
+//! An optimizer is a folder: `mod.rs` has its settings and factors, `plain.rs` the update by
+//! libtorch's operators, `cpu.rs` and `cuda.rs` with `kernel.cu` the single passes. A pass brings
+//! only what it computes with an element: `runs` cuts a slice on a CPU for vectors and threads,
+//! `launches` one on a GPU for its kernel, and `trial` compares a kernel with `plain.rs` when a run
+//! starts.
 
 pub mod adamw;
 pub mod clip;
+mod launches;
 pub mod lr;
+mod runs;
+mod trial;
 
 pub use adamw::AdamW;
 
