@@ -13,6 +13,7 @@ use crate::error::Result;
 use crate::flow::Note;
 use crate::libtorch;
 use crate::nn::AttentionKernels;
+use crate::ops;
 use crate::parallel::divergence;
 use crate::parallel::{Sharding, Sharing};
 use crate::phase::Phase;
@@ -49,7 +50,6 @@ impl<'c> Trainer<'c> {
         let dataset = Arc::new(Dataset::named(&config.data.path)?.on_bad(config.data.on_bad));
         let notes = check_data(config, &dataset)?;
         let order = Order::new(dataset.groups(), global_batch, config.seed)?;
-        tch::set_num_threads(config.parallel.num_threads);
         // Where gradients are sharded memory is short, and what is kept fits no other use: 13 %
         // more were measured.
         if !config.parallel.sharding.scatters_each_micro_batch() {
@@ -143,6 +143,7 @@ impl<'c> Trainer<'c> {
             self.share.micro_batches,
             self.config.parallel.num_threads,
         );
+        tracing::info!("{}", ops::way(self.device));
         if let (Device::Cuda(_), AttentionKernels::Auto) =
             (self.device, self.config.compute.attention)
         {
