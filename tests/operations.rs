@@ -23,7 +23,7 @@ fn single_passes_and_libtorchs_operators_train_alike_and_the_log_tells_which() {
     let root = TempDir::new().unwrap();
     let (fused, plain) = (root.path().join("fused"), root.path().join("plain"));
     let text = log(&fused, &[]);
-    assert!(text.contains("operations in a single pass each"), "{text}");
+    assert!(text.contains("operations in a single pass over memory each"), "{text}");
     assert!(text.contains(" operations, each in a single pass"), "{text}");
     let text = log(&plain, &["compute.kernels=plain"]);
     assert!(
@@ -42,7 +42,8 @@ fn single_passes_and_libtorchs_operators_train_alike_and_the_log_tells_which() {
 fn more_threads_than_one_take_libtorchs_operators_and_the_log_tells_why() {
     let root = TempDir::new().unwrap();
     let text = log(&root.path().join("run"), &["parallel.num_threads=2"]);
-    let why = "operations by libtorch's operators: parallel.num_threads = 2, among which they";
+    let why =
+        "operations by libtorch's operators: they divide their work among parallel.num_threads = 2";
     assert!(text.contains(why), "{text}");
 }
 

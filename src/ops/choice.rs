@@ -67,9 +67,9 @@ fn allowed(threads: i32, device: Device) -> Result<Pass, String> {
     let pass = Pass::on(device);
     match (threads, pass) {
         (PLAIN, _) => Err("compute.kernels = \"plain\"".into()),
-        // They run on the calling thread alone.
+        // A single pass runs on the calling thread alone.
         (2.., Some(Pass::Cpu)) => Err(format!(
-            "parallel.num_threads = {threads}, among which they divide their work; single passes use one thread"
+            "they divide their work among parallel.num_threads = {threads}, a single pass does not"
         )),
         (_, Some(pass)) => Ok(pass),
         (_, None) => Err(format!("there is no single pass for {device:?}")),
@@ -79,7 +79,7 @@ fn allowed(threads: i32, device: Device) -> Result<Pass, String> {
 /// Says for the log how operations are computed on `device`.
 pub fn way(device: Device) -> String {
     match allowed(threads(), device) {
-        Ok(pass) => format!("operations in a single pass each, by {pass:?} loops"),
+        Ok(Pass::Cpu) => "operations in a single pass over memory each, on one thread".into(),
         Err(why) => format!("operations by libtorch's operators: {why}"),
     }
 }
@@ -143,7 +143,7 @@ mod tests {
         for (threads, device, words) in [
             (PLAIN, Device::Cpu, "compute.kernels = \"plain\""),
             (PLAIN, Device::Cuda(0), "compute.kernels = \"plain\""),
-            (4, Device::Cpu, "parallel.num_threads = 4, among which"),
+            (4, Device::Cpu, "they divide their work among parallel.num_threads = 4, a single"),
             (4, Device::Cuda(1), "there is no single pass for Cuda(1)"),
             (1, Device::Cuda(1), "there is no single pass for Cuda(1)"),
         ] {

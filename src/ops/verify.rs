@@ -122,7 +122,8 @@ fn compare(found: &Tensor, expected: &Tensor, tolerance: f64) -> Result<(), Stri
         return Ok(());
     }
     Err(format!(
-        "is off by {error:.1e} of its largest number from libtorch's operators, {tolerance:.1e} is allowed"
+        "is off by {error:.1e} of its largest number from libtorch's operators, \
+         {tolerance:.1e} is allowed"
     ))
 }
 
@@ -138,7 +139,8 @@ fn compare_rounding(found: &Tensor, plain: &Tensor) -> Result<(), String> {
     }
     let all = found.numel();
     Err(format!(
-        "rounds otherwise than libtorch's operators: {different} of {all} numbers differ, {allowed} may"
+        "rounds otherwise than libtorch's operators: {different} of {all} numbers differ, \
+         {allowed} may"
     ))
 }
 
