@@ -10,15 +10,16 @@
 //! |---|---|
 //! | `mod.rs` | meaning, shapes, source; the implementation of [`Operation`] |
 //! | `plain.rs` | the operation by libtorch's operators, on any device: what every pass must give |
-//! | `cpu.rs` | the single pass over a CPU's memory, by [`lanes`], with its gradient |
+//! | `cpu.rs` | the single pass over a CPU's memory, by `lanes`, with its gradient |
 //!
 //! A GPU's pass belongs beside them: the variant of [`Pass`] that it adds makes the compiler name
 //! every operation that does not answer for it yet. `cpu.rs` is then what its bits are compared
 //! with.
 //!
 //! # To add an operation
-//! 1. Make its folder. Its type is `Copy`; settings (epsilon, [`Rounding`]) are its fields.
-//! 2. Declare the folder below and add its type to the list in [`operations!`].
+//! 1. Make its folder and declare it below. Its type is `Copy`; settings (epsilon, [`Rounding`])
+//!    are its fields.
+//! 2. Add one line to the list in `operations!`.
 //! 3. Let [`Operation::cases`] reach every branch: both kinds, each setting, a few shapes.
 //!
 //! [`verify`] then compares it with `plain.rs`, forward and backward: in the tests, when a run
@@ -38,12 +39,7 @@ mod rounding;
 mod verify;
 
 pub use choice::{Kernels, choose, fallbacks, way};
-pub use gated_residual::GatedResidual;
-pub use gelu_tanh::GeluTanh;
-pub use modulated_norm::ModulatedNorm;
-pub use patches::{Cut, FeatureOrder, Join, Patch, grid};
-pub use rms_norm::RmsNorm;
-pub use rotation::Rotation;
+pub use patches::{FeatureOrder, Patch, grid};
 pub use rounding::{Rounding, at_least_float};
 pub use verify::{Case, drawn, verify};
 
@@ -51,9 +47,11 @@ use tch::{Device, Kind, Tensor};
 
 use autograd::custom_gradient;
 
-/// Lists the operations for [`verify`], one a line.
+/// Lists the operations, one a line, for [`verify`] and for the rooms above.
 macro_rules! operations {
-    ($($operation:ident,)+) => {
+    ($($folder:ident::$operation:ident,)+) => {
+        $(pub use $folder::$operation;)+
+
         /// Verifies every operation by `pass` on `device`; returns the number of cases.
         fn verify_each(pass: Pass, device: Device) -> Result<usize, String> {
             let mut cases = 0;
@@ -70,13 +68,13 @@ macro_rules! operations {
 }
 
 operations! {
-    Cut,
-    GatedResidual,
-    GeluTanh,
-    Join,
-    ModulatedNorm,
-    RmsNorm,
-    Rotation,
+    gated_residual::GatedResidual,
+    gelu_tanh::GeluTanh,
+    modulated_norm::ModulatedNorm,
+    patches::Cut,
+    patches::Join,
+    rms_norm::RmsNorm,
+    rotation::Rotation,
 }
 
 /// A device that has single passes.
