@@ -46,7 +46,7 @@ pub fn for_each_run<const S: usize>(slice: Slice<'_>, update: impl Fn(Run<'_, S>
     let rest = Run {
         params: elements_mut(params),
         gradient: elements(&gradient),
-        state: state.each_mut().map(|state| elements_mut(state)),
+        state: state.each_mut().map(elements_mut),
         computed: computed.map_or(&mut [], elements_mut),
         decays: false,
     };
