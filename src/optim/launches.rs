@@ -23,7 +23,7 @@ struct Launch {
 /// slice, behind all that libtorch has queued. `rule`: the same numbers for every element.
 ///
 /// # Errors
-/// What the driver refuses, also for what was queued earlier.
+/// The driver's refusal, perhaps of something that was queued earlier.
 pub fn launch(kernel: &Elementwise, slice: Slice<'_>, rule: &[f32]) -> Outcome<()> {
     let Slice { params, gradient, state, computed, decayed, .. } = slice;
     let gradient = gradient.contiguous();

@@ -27,7 +27,7 @@ pub struct Slice<'a> {
     pub params: &'a mut Tensor,
     /// `[P]` f32.
     pub gradient: &'a Tensor,
-    /// What the gradient is multiplied with first: the clipping's coefficient, 1 for none.
+    /// Factor by which the gradient is multiplied first: the clipping's coefficient, 1 for none.
     pub gradient_factor: f64,
     /// The optimizer's tensors in the order of [`Optimizer::state_names`], each `[P]` f32, changed
     /// in place.

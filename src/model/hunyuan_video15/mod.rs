@@ -22,8 +22,7 @@ use crate::error::{Error, Result};
 use crate::nn::Stage;
 use crate::nn::attention::Heads;
 use crate::nn::joint_block::BlockNames;
-use crate::ops::Patch;
-use crate::ops::Rounding;
+use crate::ops::{Patch, Rounding};
 
 /// Of every normalization of the blocks and behind them.
 const EPSILON: f64 = 1e-6;

@@ -26,7 +26,7 @@ pub struct OnGpu {
 }
 
 impl OnGpu {
-    /// Compiles the kernel for `device` and sees that it computes what the plain operators do.
+    /// Compiles the kernel for `device` and checks that it computes what the plain operators do.
     /// `Device::Cpu` in place of a GPU is for a stand-in of the driver that works on the host's
     /// memory.
     ///
@@ -72,7 +72,7 @@ impl OnGpu {
 
 impl Update for OnGpu {
     /// # Panics
-    /// Where the driver refuses, as libtorch's own operators do: mostly for what was queued
+    /// If the driver refuses, as libtorch's own operators do: mostly for something that was queued
     /// earlier.
     fn update(&self, slice: Slice<'_>, lr: f64, step: u64) {
         let factors = self.adamw.factors(slice.gradient_factor, lr, step);

@@ -84,19 +84,19 @@ impl Update for OnCpu {
     }
 }
 
-/// What one update multiplies with: the same for every element, in f64 until an operator rounds it.
+/// Factors of one update: the same for every element, in f64 until an operator rounds them.
 #[derive(Clone, Copy, Debug)]
 struct Factors {
-    /// Of the gradient.
+    /// Factor of the gradient.
     gradient: f64,
-    /// Of a parameter that decays.
+    /// Factor of a parameter that decays.
     decay: f64,
     beta1: f64,
     beta2: f64,
     /// Square root of the second moment's bias correction.
     root_correction: f64,
     eps: f64,
-    /// Of the quotient that is added to a parameter: minus the learning rate over the first
+    /// Factor of the quotient that is added to a parameter: minus the learning rate over the first
     /// moment's bias correction.
     move_by: f64,
 }
