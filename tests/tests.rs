@@ -43,6 +43,8 @@ mod masks;
 mod memory;
 /// NCCL keeps the contract of the collectives and gives up in time; the real library answers.
 mod nccl;
+/// Single passes and libtorch's operators train alike, and a run's log tells which it took.
+mod operations;
 /// What parity tests share: the real packages as oracle, and how close is close. Nothing is
 /// promised there.
 mod oracle;

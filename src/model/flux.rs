@@ -16,11 +16,11 @@ use crate::nn::attention::{Heads, Projections, attend};
 use crate::nn::embed::ScalarEmbedding;
 use crate::nn::joint_block::BlockNames;
 use crate::nn::modulation::{Modulation, gated, modulated_norm};
-use crate::nn::norm::Rounding;
 use crate::nn::rope::{self, Axis};
 use crate::nn::{
     Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Rows, Stage, Views,
 };
+use crate::ops::Rounding;
 use crate::settings::{Keys, Settings};
 
 /// Of every normalization.

@@ -21,11 +21,12 @@ use crate::nn::attention::{Heads, JointAttention, attend};
 use crate::nn::embed::ScalarEmbedding;
 use crate::nn::joint_block::JointBlock;
 use crate::nn::modulation::{gated, modulated_norm, parts};
-use crate::nn::norm::{RmsNorm, Rounding};
+use crate::nn::norm::RmsNorm;
 use crate::nn::rope::{self, Axis};
 use crate::nn::{
     Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Rows, Stage, Views,
 };
+use crate::ops::Rounding;
 use crate::settings::{Keys, Settings};
 
 /// What all blocks need and none changes.

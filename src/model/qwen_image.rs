@@ -15,9 +15,10 @@ use crate::model::{Architecture, SampleShapes, expect_equal, expect_image};
 use crate::nn::attention::Heads;
 use crate::nn::embed::ScalarEmbedding;
 use crate::nn::joint_block::BlockNames;
-use crate::nn::norm::{RmsNorm, Rounding};
+use crate::nn::norm::RmsNorm;
 use crate::nn::rope::{self, Axis};
 use crate::nn::{Activations, Builder, Linear, ParamSet, PerShape, Rows, Stage, Views};
+use crate::ops::Rounding;
 use crate::settings::{Keys, Settings};
 
 /// Of every normalization.
@@ -167,7 +168,7 @@ impl Architecture for QwenImage {
             width: self.attention_head_dim,
             with_bias: true,
             epsilon: EPSILON,
-            rounding: Rounding::BeforeScale,
+            rounding: Rounding::EachStep,
         };
         let width = self.width();
         let block = |index| {
@@ -260,7 +261,7 @@ impl Embed {
             &mut builder.at("txt_norm").over(Rows::Text),
             text_width,
             EPSILON,
-            Rounding::BeforeScale,
+            Rounding::EachStep,
         );
         let image = Linear::pytorch(&mut builder.at("img_in"), model.in_channels, width, true);
         let text =

@@ -1,11 +1,13 @@
 //! `[compute]`: the kernels by which models compute.
 
 use crate::libtorch;
+use crate::ops::{self, Kernels};
 use crate::settings::{Choice, Keys, Settings};
 
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ComputeSettings {
     pub attention: AttentionKernels,
+    pub kernels: Kernels,
 }
 
 /// Kernels of attention among which libtorch chooses on a GPU.
@@ -29,13 +31,19 @@ impl Settings for ComputeSettings {
     fn visit(&mut self, keys: &mut Keys<'_>) {
         let attention = "Attention on GPUs; `auto`: libtorch's choice without cuDNN's kernels, `cudnn`: with them.";
         keys.choice("attention", &mut self.attention, attention);
+        let kernels = "Operations between products; `fused`: one pass over memory where there is one, `plain`: libtorch's operators.";
+        keys.choice("kernels", &mut self.kernels, kernels);
     }
 }
 
 impl ComputeSettings {
-    /// Sets libtorch's own switches, for the whole process; to be called before the first
-    /// attention.
+    /// Sets libtorch's own switches and chooses between single passes and libtorch's operators, for
+    /// the whole process.
+    ///
+    /// # Ordering
+    /// To be called before the first operation and after libtorch's number of threads was set.
     pub fn apply(&self) {
         libtorch::allow_cudnn_attention(self.attention == AttentionKernels::Cudnn);
+        ops::choose(self.kernels);
     }
 }

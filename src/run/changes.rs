@@ -214,6 +214,7 @@ mod tests {
         assert_eq!(recorded(&config(&elsewhere)), recorded(&config(&[])));
         for other in [
             "model.dtype=bfloat16",
+            "compute.kernels=plain",
             "parallel.seed_scope=rank",
             "optimizer.adamw.lr=1.0",
             "model.dit.num_heads=2",

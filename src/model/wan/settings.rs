@@ -1,6 +1,6 @@
 //! The fields of a `WanTransformer3DModel`'s `config.json`, with the class's defaults.
 
-use crate::nn::patches::Patch;
+use crate::ops::Patch;
 use crate::settings::{Choice, Keys, Settings};
 
 /// Normalization of queries and keys; the class has no other.

@@ -1,8 +1,8 @@
 //! Adam with decoupled weight decay, in a single pass over memory: by the vectors of a CPU, or by a
 //! kernel of our own on a GPU. Both are compared with libtorch's operators.
 
+mod cpu;
 mod cuda;
-mod fused;
 mod plain;
 
 use tch::Device;
@@ -80,23 +80,23 @@ struct OnCpu {
 impl Update for OnCpu {
     fn update(&self, slice: Slice<'_>, lr: f64, step: u64) {
         let factors = self.adamw.factors(slice.gradient_factor, lr, step);
-        fused::update(slice, factors);
+        cpu::update(slice, factors);
     }
 }
 
-/// What one update multiplies with: the same for every element, in f64 until an operator rounds it.
+/// Factors of one update: the same for every element, in f64 until an operator rounds them.
 #[derive(Clone, Copy, Debug)]
 struct Factors {
-    /// Of the gradient.
+    /// Factor of the gradient.
     gradient: f64,
-    /// Of a parameter that decays.
+    /// Factor of a parameter that decays.
     decay: f64,
     beta1: f64,
     beta2: f64,
     /// Square root of the second moment's bias correction.
     root_correction: f64,
     eps: f64,
-    /// Of the quotient that is added to a parameter: minus the learning rate over the first
+    /// Factor of the quotient that is added to a parameter: minus the learning rate over the first
     /// moment's bias correction.
     move_by: f64,
 }
@@ -121,6 +121,7 @@ mod tests {
     use tch::{Kind, Tensor};
 
     use super::*;
+    use crate::optim::runs;
     use crate::rng::{Key, Purpose};
 
     fn slice<'a>(
@@ -157,7 +158,7 @@ mod tests {
     }
 
     /// Elements that are no multiple of a vector, and more than one thread's share.
-    const MANY: i64 = 3 * fused::SHARE as i64 + 37;
+    const MANY: i64 = 3 * runs::SHARE as i64 + 37;
     /// The plain operators take roots by a library that may be off by one unit in the last place.
     const ROUNDING: f64 = 3e-7;
 
@@ -189,18 +190,18 @@ mod tests {
             let [exp_avg, exp_avg_sq] = state;
             [params, exp_avg, exp_avg_sq, computed]
         };
-        let (fused, plain) = (after(fused::update), after(plain::update));
-        for (fused, plain) in fused.iter().zip(&plain).take(3) {
+        let (single, plain) = (after(cpu::update), after(plain::update));
+        for (single, plain) in single.iter().zip(&plain).take(3) {
             assert!(
-                fused.allclose(plain, ROUNDING, ROUNDING, false),
+                single.allclose(plain, ROUNDING, ROUNDING, false),
                 "{}",
-                (fused - plain).abs().max()
+                (single - plain).abs().max()
             );
         }
         assert!(
-            fused[3].equal(&fused[0].to_kind(Kind::BFloat16)),
+            single[3].equal(&single[0].to_kind(Kind::BFloat16)),
             "the copy is rounded as libtorch rounds it"
         );
-        assert!((&fused[0] - &begin).abs().min().double_value(&[]) > 0.0, "every parameter moved");
+        assert!((&single[0] - &begin).abs().min().double_value(&[]) > 0.0, "every parameter moved");
     }
 }

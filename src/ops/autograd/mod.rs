@@ -1,8 +1,11 @@
-//! What the bindings leave out of libtorch's autograd: an operation that brings its own gradient.
+//! An operation that brings its own gradient, which the bindings leave out of libtorch's autograd.
 //!
 //! libtorch's graph stays the only one. An operation here is a node of it like any other, whose
 //! backward is a Rust closure. It pays where one pass over memory does what takes libtorch's
 //! operators many.
+//!
+//! libtorch runs the nodes of a GPU's tensors on a thread of its own for that GPU, so a closure and
+//! what it saved must be `Send`.
 
 use std::ffi::c_void;
 use std::mem;
@@ -11,8 +14,9 @@ use std::slice;
 use tch::{Tensor, no_grad};
 use torch_sys::C_tensor;
 
-/// Gradients of the inputs, an undefined tensor where there is none, from that of the output.
-type Backward = Box<dyn FnOnce(&Tensor) -> Vec<Tensor>>;
+/// Computes the gradients of the inputs, an undefined tensor where there is none, from the
+/// output's.
+type Backward = Box<dyn FnOnce(&Tensor) -> Vec<Tensor> + Send>;
 
 #[allow(unsafe_code)]
 mod ffi {
@@ -20,7 +24,7 @@ mod ffi {
 
     unsafe extern "C" {
         pub fn fm_dist_is_recorded(inputs: *const *const C_tensor, num_inputs: usize) -> bool;
-        pub fn fm_dist_by_hand(
+        pub fn fm_dist_custom_gradient(
             inputs: *const *const C_tensor,
             num_inputs: usize,
             output: *mut C_tensor,
@@ -36,17 +40,18 @@ mod ffi {
     }
 }
 
-/// An operation whose gradient is written by hand.
+/// Computes an operation whose gradient is a closure.
 ///
 /// `forward` computes the output, without a graph, as a tensor of its own storage, and what the
 /// gradient needs besides the output's: saved inputs, detached, so that they hold no graph that
 /// holds them. `backward(saved, grad_output)` gives one gradient for each of `inputs`, of its shape
-/// and kind; [`Tensor::new`] where none is needed. It is called at most once, on the thread that
-/// runs the backward pass.
-pub fn by_hand<S: 'static>(
+/// and kind; [`Tensor::new`] where none is needed. It is called at most once, on the thread on
+/// which libtorch runs the node: the caller of the backward pass for an output on the CPU, another
+/// one for an output on a GPU.
+pub fn custom_gradient<S: Send + 'static>(
     inputs: &[&Tensor],
     forward: impl FnOnce() -> (Tensor, S),
-    backward: impl FnOnce(S, &Tensor) -> Vec<Tensor> + 'static,
+    backward: impl FnOnce(S, &Tensor) -> Vec<Tensor> + Send + 'static,
 ) -> Tensor {
     let (mut output, saved) = no_grad(forward);
     if is_recorded(inputs) {
@@ -61,7 +66,7 @@ pub fn by_hand<S: 'static>(
     output
 }
 
-/// Whether the graph grows by an operation on these inputs.
+/// True if the graph grows by an operation on these inputs.
 #[allow(unsafe_code)]
 fn is_recorded(inputs: &[&Tensor]) -> bool {
     let pointers: Vec<*const C_tensor> = inputs.iter().map(|tensor| tensor.as_ptr()).collect();
@@ -76,7 +81,7 @@ fn record(inputs: &[&Tensor], output: &mut Tensor, backward: Backward) {
     // SAFETY: the pointers are those of living tensors. The node owns the closure: it gives it back
     // once, to `call` or to `release`, which are made for it.
     unsafe {
-        ffi::fm_dist_by_hand(
+        ffi::fm_dist_custom_gradient(
             pointers.as_ptr(),
             pointers.len(),
             output.as_mut_ptr(),
@@ -120,7 +125,8 @@ unsafe extern "C" fn release(closure: *mut c_void) {
 
 #[cfg(test)]
 mod tests {
-    use std::rc::Rc;
+    use std::sync::Arc;
+    use std::thread;
 
     use tch::{Device, Kind};
 
@@ -128,7 +134,7 @@ mod tests {
 
     /// `x³`.
     fn cube(x: &Tensor) -> Tensor {
-        by_hand(
+        custom_gradient(
             &[x],
             || (x * x * x, x.detach()),
             |x, grad_output| vec![grad_output * (&x * &x * 3.0)],
@@ -145,30 +151,46 @@ mod tests {
 
     #[test]
     fn without_a_graph_nothing_is_saved() {
-        let saved = Rc::new(());
-        let of = |x: &Tensor| {
-            let kept = Rc::clone(&saved);
-            by_hand(&[x], move || (x * 2.0, kept), |_, grad_output| vec![grad_output * 2.0])
+        let saved = Arc::new(());
+        let doubled = |x: &Tensor| {
+            let kept = Arc::clone(&saved);
+            custom_gradient(&[x], move || (x * 2.0, kept), |_, grad_output| vec![grad_output * 2.0])
         };
         let x = Tensor::ones([2], (Kind::Float, Device::Cpu));
-        let output = of(&x);
-        assert!(!output.requires_grad() && Rc::strong_count(&saved) == 1);
+        let output = doubled(&x);
+        assert!(!output.requires_grad() && Arc::strong_count(&saved) == 1);
         let tracked = x.set_requires_grad(true);
-        assert!(!no_grad(|| of(&tracked)).requires_grad() && Rc::strong_count(&saved) == 1);
-        let output = of(&tracked);
-        assert!(output.requires_grad() && Rc::strong_count(&saved) == 2);
+        assert!(!no_grad(|| doubled(&tracked)).requires_grad() && Arc::strong_count(&saved) == 1);
+        let output = doubled(&tracked);
+        assert!(output.requires_grad() && Arc::strong_count(&saved) == 2);
         drop(output);
-        assert_eq!(Rc::strong_count(&saved), 1, "a graph that is dropped drops what was saved");
+        assert_eq!(Arc::strong_count(&saved), 1, "a graph that is dropped drops what was saved");
     }
 
     #[test]
     fn what_was_saved_goes_with_the_backward_pass() {
-        let saved = Rc::new(());
-        let kept = Rc::clone(&saved);
+        let saved = Arc::new(());
+        let kept = Arc::clone(&saved);
         let x = Tensor::ones([2], (Kind::Float, Device::Cpu)).set_requires_grad(true);
-        let output =
-            by_hand(&[&x], || (&x * 2.0, kept), |_kept, grad_output| vec![grad_output * 2.0]);
+        let output = custom_gradient(
+            &[&x],
+            || (&x * 2.0, kept),
+            |_kept, grad_output| vec![grad_output * 2.0],
+        );
         let _ = Tensor::run_backward(&[output.sum(Kind::Float)], &[&x], false, false);
-        assert_eq!(Rc::strong_count(&saved), 1);
+        assert_eq!(Arc::strong_count(&saved), 1);
+    }
+
+    #[test]
+    fn a_backward_pass_may_run_on_another_thread() {
+        let x = Tensor::from_slice(&[1f32, -2.0]).set_requires_grad(true);
+        let loss = cube(&x).sum(Kind::Float);
+        let here = thread::current().id();
+        let other = thread::spawn(move || {
+            let gradients = Tensor::run_backward(&[loss], &[&x], false, false);
+            (thread::current().id(), Vec::<f32>::try_from(&gradients[0]).expect("f32"))
+        });
+        let (there, gradient) = other.join().expect("a sound backward pass");
+        assert!(there != here && gradient == [3.0, 12.0], "{gradient:?}");
     }
 }

@@ -1,51 +1,43 @@
-//! Rows of numbers in vectors, so that loops over them have no ends to be treated apart.
+//! Sums over many rows that lose nothing.
 
-/// Numbers of a vector.
-pub const LANES: usize = 16;
+use super::{LANES, Vector};
+
 /// Rows that are summed in f32 before they go to a sum in f64: many small numbers are not lost
 /// against a large one.
 const ROWS: usize = 32;
 
-/// Rows of whole vectors, one after the other.
-pub fn vectors<T>(elements: &[T]) -> &[[T; LANES]] {
-    elements.as_chunks().0
-}
-
-pub fn vectors_mut<T>(elements: &mut [T]) -> &mut [[T; LANES]] {
-    elements.as_chunks_mut().0
-}
-
-/// Sums over rows, by column.
+/// Sums over rows, one for each column.
 pub struct Sums {
     total: Vec<f64>,
-    of_block: Vec<[f32; LANES]>,
+    block: Vec<Vector<f32>>,
     rows: usize,
 }
 
 impl Sums {
-    /// `width`: vectors of a row.
+    /// Zeros for rows of `width` vectors.
     pub fn new(width: usize) -> Self {
-        Sums { total: vec![0.0; width * LANES], of_block: vec![[0.0; LANES]; width], rows: 0 }
+        Sums { total: vec![0.0; width * LANES], block: vec![[0.0; LANES]; width], rows: 0 }
     }
 
-    /// Where the next row is to be added.
+    /// Returns the sums to which the next row is to be added.
     #[inline(always)]
-    pub fn row(&mut self) -> &mut [[f32; LANES]] {
+    pub fn row(&mut self) -> &mut [Vector<f32>] {
         if self.rows == ROWS {
             self.settle();
         }
         self.rows += 1;
-        &mut self.of_block
+        &mut self.block
     }
 
     #[inline(always)]
     fn settle(&mut self) {
         self.rows = 0;
-        for (total, sum) in self.total.iter_mut().zip(self.of_block.as_flattened_mut()) {
+        for (total, sum) in self.total.iter_mut().zip(self.block.as_flattened_mut()) {
             *total += f64::from(std::mem::take(sum));
         }
     }
 
+    /// Returns the sum of each column over all rows.
     pub fn taken(mut self) -> Vec<f64> {
         self.settle();
         self.total

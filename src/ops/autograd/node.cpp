@@ -15,15 +15,15 @@ using Backward = void (*)(void *closure, const at::Tensor *const *received, size
 // Drops a closure that was not called.
 using Release = void (*)(void *closure);
 
-class ByHand : public torch::autograd::Node {
+class CustomGradient : public torch::autograd::Node {
 public:
-    ByHand(size_t num_given, void *closure, Backward backward, Release release)
+    CustomGradient(size_t num_given, void *closure, Backward backward, Release release)
         : num_given_(num_given), closure_(closure), backward_(backward), release_(release) {}
 
-    ~ByHand() override { drop(); }
+    ~CustomGradient() override { drop(); }
 
     torch::autograd::variable_list apply(torch::autograd::variable_list &&received) override {
-        TORCH_CHECK(closure_ != nullptr, "a gradient by hand is asked for a second time");
+        TORCH_CHECK(closure_ != nullptr, "a custom gradient is asked for a second time");
         std::vector<const at::Tensor *> places;
         for (const auto &gradient : received) places.push_back(&gradient);
         std::vector<at::Tensor *> given(num_given_, nullptr);
@@ -35,7 +35,7 @@ public:
 
     void release_variables() override { drop(); }
 
-    std::string name() const override { return "ByHand"; }
+    std::string name() const override { return "CustomGradient"; }
 
 private:
     void drop() {
@@ -50,7 +50,7 @@ private:
 
 } // namespace
 
-// Whether the graph grows by an operation on these inputs.
+// True if the graph grows by an operation on these inputs.
 extern "C" bool fm_dist_is_recorded(const at::Tensor *const *inputs, size_t num_inputs) noexcept {
     if (!at::GradMode::is_enabled()) return false;
     for (size_t index = 0; index < num_inputs; ++index) {
@@ -60,11 +60,11 @@ extern "C" bool fm_dist_is_recorded(const at::Tensor *const *inputs, size_t num_
 }
 
 // Makes the output the result of an operation on the inputs, whose gradient the closure computes.
-extern "C" void fm_dist_by_hand(
+extern "C" void fm_dist_custom_gradient(
     const at::Tensor *const *inputs, size_t num_inputs, at::Tensor *output, void *closure, Backward backward, Release release) noexcept {
     std::vector<at::Tensor> variables;
     for (size_t index = 0; index < num_inputs; ++index) variables.push_back(*inputs[index]);
-    c10::intrusive_ptr<torch::autograd::Node> node = c10::make_intrusive<ByHand>(num_inputs, closure, backward, release);
+    c10::intrusive_ptr<torch::autograd::Node> node = c10::make_intrusive<CustomGradient>(num_inputs, closure, backward, release);
     node->set_next_edges(torch::autograd::collect_next_edges(variables));
     torch::autograd::set_history(*output, node);
 }

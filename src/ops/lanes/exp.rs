@@ -14,7 +14,7 @@ const ROUND: f32 = 12_582_912.0;
 ///
 /// The power of two is taken off, a Taylor polynomial of degree 6 does the rest, |r| ≤ ln 2 / 2.
 #[inline(always)]
-pub(super) fn exp(x: f32) -> f32 {
+pub fn exp(x: f32) -> f32 {
     let x = x.clamp(-LARGEST, LARGEST);
     let shifted = x.mul_add(LOG2_E, ROUND);
     let whole = shifted - ROUND;
