@@ -19,6 +19,8 @@ use crate::settings::{parsed, settings};
 
 settings! {
     /// `[debug]`: for tests of fm-dist itself.
+    // The brackets of the fault's grammar are no link.
+    #[allow(rustdoc::broken_intra_doc_links)]
     pub struct DebugSettings {
         /// A fault made on purpose, for tests: "kind@rank:step:phase[:argument]".
         pub inject_fault: Option<Fault> = None;

@@ -141,7 +141,7 @@ pub fn table(text: &str) -> Option<toml::Table> {
     if text.len() <= MAX_BYTES { toml::from_str(text).ok() } else { None }
 }
 
-/// The settings as a JSON object; what is unset is `null`.
+/// Settings without tables as a JSON object; keys that are unset are `null`.
 pub fn write_json(settings: &mut dyn Settings) -> serde_json::Map<String, serde_json::Value> {
     let values: toml::Table = toml::from_str(&write(settings)).expect("a listing is TOML");
     let value = |key: &String| {

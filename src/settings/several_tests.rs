@@ -71,7 +71,7 @@ fn tuning(text: &str, overrides: &[&str]) -> Tuning {
 }
 
 const DEFAULTS: &str = r#"# Parts of the names of the layers that are tuned.
-targets = ["q", "a \"b\""]
+targets = ["q", 'a "b"']
 # Learning rates.
 rates = [0.0001, 2.0]
 # Steps.

@@ -35,7 +35,7 @@ fn is_near(found: &str, name: &str) -> bool {
         || begins(name, found)
 }
 
-/// A TOML basic string.
+/// The text as TOML has it, in quotes.
 pub(super) fn quoted(text: &str) -> String {
     toml::Value::String(text.into()).to_string()
 }

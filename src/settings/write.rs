@@ -4,7 +4,6 @@ use super::keys::{Field, Key, Keys, Members, Settings, Tables};
 use super::words::joined;
 
 /// The tables of a listing.
-#[derive(Default)]
 pub(super) struct Listing {
     sections: Vec<Section>,
 }
