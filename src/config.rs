@@ -108,6 +108,8 @@ settings! {
         /// What a save that fails does to the run; the last save of a run always stops it.
         pub on_failure: OnFailure = OnFailure::Stop;
         /// Newest checkpoints that are kept; older ones go after a newer one is safe.
+        ///
+        /// Two, so that a run can go on where the newest one turns out to be damaged.
         pub keep_last: u64 = 2, in 1..;
         /// Checkpoints whose step is a multiple of this are kept for ever.
         pub keep_every: Option<u64> = None, in 1..;

@@ -24,6 +24,8 @@ const POOLED_KEYS: [&str; 2] = ["pooled_prompt_embeds", "clip_pooled"];
 const POOLED_WIDTH: i64 = 768;
 
 settings! {
+    /// `[flow_matching.adapter]` of `adapter_type = "flux"`; defaults are the reference's.
+    ///
     /// Source: NeMo AutoModel 0.5.0, `FluxAdapter`.
     pub struct Flux {
         /// Guidance scale that the model is told in training.

@@ -15,6 +15,8 @@ use crate::settings::settings;
 const NAME: &str = "flux2";
 
 settings! {
+    /// `[flow_matching.adapter]` of `adapter_type = "flux2"`; defaults are the reference's.
+    ///
     /// Source: NeMo AutoModel 0.5.0, `Flux2Adapter`.
     pub struct Flux2 {
         /// Guidance scale that the model is told in training.

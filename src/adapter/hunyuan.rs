@@ -15,6 +15,8 @@ use crate::tensor::broadcast_to_rank;
 const NAME: &str = "hunyuan";
 
 settings! {
+    /// `[flow_matching.adapter]` of `adapter_type = "hunyuan"`; defaults are the reference's.
+    ///
     /// Source: NeMo AutoModel 0.5.0, `HunyuanAdapter`.
     pub struct Hunyuan {
         /// Tokens and features of the zeros that stand for `image_embeds` where the batch has none;

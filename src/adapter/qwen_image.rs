@@ -16,6 +16,8 @@ use crate::settings::settings;
 const NAME: &str = "qwen_image";
 
 settings! {
+    /// `[flow_matching.adapter]` of `adapter_type = "qwen_image"`; defaults are the reference's.
+    ///
     /// Source: NeMo AutoModel 0.5.0, `QwenImageAdapter`.
     pub struct QwenImage {
         /// Guidance scale that the model is told in training.

@@ -19,6 +19,8 @@ const IMAGE_INPUTS: [&str; 2] = ["condition_latents", "encoder_hidden_states_ima
 const NAME: &str = "simple";
 
 settings! {
+    /// `[flow_matching.adapter]` of `adapter_type = "simple"`; defaults are the reference's.
+    ///
     /// Source: NeMo AutoModel 0.5.0, `SimpleAdapter`; conditioning on images is our own.
     pub struct Simple {
         /// Whether the model is given the batch's `condition_latents`, and `image_embeds` if there

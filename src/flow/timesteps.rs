@@ -94,7 +94,7 @@ impl Drawing<'_> {
         (self.settings.timestep_sampling.distribution)(&self.settings.distribution)
     }
 
-    /// `[batch]` f32.
+    /// Sigma by `distribution`, `[batch]` f32.
     fn sigma(&self, distribution: &dyn Distribution) -> Tensor {
         let truncated = self.settings.sigma_window == SigmaWindow::Truncate;
         let u = if truncated || self.strata.is_some() {

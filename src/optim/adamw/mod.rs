@@ -14,7 +14,8 @@ use crate::error::Result;
 use crate::settings::settings;
 
 settings! {
-    /// `[optimizer.adamw]`: Adam with decoupled weight decay.
+    /// `[optimizer.adamw]`: Adam with decoupled weight decay. Defaults are those of
+    /// `torch.optim.AdamW`, except the learning rate.
     ///
     /// Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; rounding follows
     /// `torch.optim.AdamW`, except that decay leaves parameters of one axis (biases, norms) alone.
