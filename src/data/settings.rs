@@ -35,13 +35,11 @@ mod tests {
 
     #[test]
     fn settings_read_back_and_keep_their_bounds() {
-        let mut settings = DataSettings {
-            path: "data/shapes".into(),
-            micro_batch_size_per_gpu: 3,
-            prefetch: 5,
-            on_bad: OnBad::Skip,
-            bad_share: 0.5,
-        };
+        let mut settings = DataSettings::default();
+        let others = "path = 'data/shapes'\nmicro_batch_size_per_gpu = 3\nprefetch = 5\n\
+                      on_bad = 'skip'\nbad_share = 0.5\n";
+        read(&mut settings, "test", others, &[]).expect("in range");
+        assert_eq!((settings.on_bad, settings.bad_share), (OnBad::Skip, 0.5));
         let text = write(&mut settings);
         let mut back = DataSettings::default();
         read(&mut back, "test", &text, &[]).expect("own text is valid");

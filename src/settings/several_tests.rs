@@ -222,6 +222,10 @@ fn another_kind_in_place_of_several_is_refused() {
         ]
     );
     assert_eq!(
+        problems("share = 1\n[[folders]]\n[[folders]]\n", &[]),
+        ["share (line 1): unknown key; did you mean folders.share?"]
+    );
+    assert_eq!(
         problems("folders = [1, {}]", &[]),
         ["folders[0] (line 1): expected a table, [folders[0]], found the integer 1"]
     );

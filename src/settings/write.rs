@@ -1,5 +1,7 @@
 //! Writing: the annotated listing, one comment line a key.
 
+use std::collections::BTreeSet;
+
 use super::keys::{Field, Key, Keys, Members, Settings, Tables};
 use super::words::joined;
 
@@ -36,12 +38,14 @@ impl Listing {
         self.sections.iter().map(Section::text).collect::<Vec<_>>().join("\n")
     }
 
-    /// Every key as a dotted path.
+    /// Every key as a dotted path; keys of an array's tables once.
     pub fn paths(&self) -> Vec<String> {
         let paths = |section: &Section| {
             section.keys.iter().map(|(name, _)| joined(&section.path, name)).collect::<Vec<_>>()
         };
-        self.sections.iter().flat_map(paths).collect()
+        let mut seen = BTreeSet::new();
+        let all = self.sections.iter().flat_map(paths);
+        all.filter(|path| seen.insert(path.clone())).collect()
     }
 }
 
