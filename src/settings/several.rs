@@ -83,9 +83,8 @@ impl<T: Scalar> Value for GlobMap<T> {
                 Content::Table(_) => Err("found a table; put a pattern with dots in quotes".into()),
                 _ => T::read(&node.content, limits),
             };
-            let within = || format!(".{}", quoted(pattern));
             read.map(|value| (pattern.clone(), value)).map_err(|what| Misfit {
-                within: within(),
+                within: format!(".{}", quoted(pattern)),
                 place: node.place.clone(),
                 what,
             })
