@@ -2,37 +2,29 @@
 
 use crate::libtorch;
 use crate::ops::{self, Kernels};
-use crate::settings::{Choice, Keys, Settings};
+use crate::settings::{choice, settings};
 
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct ComputeSettings {
-    pub attention: AttentionKernels,
-    pub kernels: Kernels,
+settings! {
+    /// `[compute]`: the kernels by which models compute.
+    pub struct ComputeSettings {
+        /// Attention on GPUs; `auto`: libtorch's choice without cuDNN's kernels, `cudnn`: with
+        /// them.
+        pub attention: AttentionKernels = AttentionKernels::Auto;
+        /// Operations between products; `fused`: one pass over memory where there is one, `plain`:
+        /// libtorch's operators.
+        pub kernels: Kernels = Kernels::Fused;
+    }
 }
 
-/// Kernels of attention among which libtorch chooses on a GPU.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum AttentionKernels {
-    /// All but cuDNN's: on an H200 their backward pass,
-    /// `cudnn_generated_fort_native_sdpa_sm90_flash_bprop` of cuDNN 9.19, ended the first step of
-    /// FLUX in bfloat16 by an illegal memory access.
-    #[default]
-    Auto,
-    /// cuDNN's, too, which libtorch then prefers to the others.
-    Cudnn,
-}
-
-impl Choice for AttentionKernels {
-    const ALL: &'static [(&'static str, Self)] =
-        &[("auto", AttentionKernels::Auto), ("cudnn", AttentionKernels::Cudnn)];
-}
-
-impl Settings for ComputeSettings {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        let attention = "Attention on GPUs; `auto`: libtorch's choice without cuDNN's kernels, `cudnn`: with them.";
-        keys.choice("attention", &mut self.attention, attention);
-        let kernels = "Operations between products; `fused`: one pass over memory where there is one, `plain`: libtorch's operators.";
-        keys.choice("kernels", &mut self.kernels, kernels);
+choice! {
+    /// Kernels of attention among which libtorch chooses on a GPU.
+    pub enum AttentionKernels {
+        /// All but cuDNN's: on an H200 their backward pass,
+        /// `cudnn_generated_fort_native_sdpa_sm90_flash_bprop` of cuDNN 9.19, ended the first step
+        /// of FLUX in bfloat16 by an illegal memory access.
+        "auto" => Auto,
+        /// cuDNN's, too, which libtorch then prefers to the others.
+        "cudnn" => Cudnn,
     }
 }
 

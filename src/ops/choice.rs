@@ -7,21 +7,16 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use tch::Device;
 
 use super::{Misfit, Pass};
-use crate::settings::Choice;
+use crate::settings::choice;
 
-/// `[compute] kernels`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Kernels {
-    /// A single pass wherever one exists and takes the inputs.
-    #[default]
-    Fused,
-    /// libtorch's operators throughout.
-    Plain,
-}
-
-impl Choice for Kernels {
-    const ALL: &'static [(&'static str, Self)] =
-        &[("fused", Kernels::Fused), ("plain", Kernels::Plain)];
+choice! {
+    /// `[compute] kernels`.
+    pub enum Kernels {
+        /// A single pass wherever one exists and takes the inputs.
+        "fused" => Fused,
+        /// libtorch's operators throughout.
+        "plain" => Plain,
+    }
 }
 
 /// Conditions under which a process computes its operations.
@@ -67,7 +62,7 @@ pub fn pass_on(device: Device) -> Option<Pass> {
 }
 
 fn decision() -> Decision {
-    *held(&DECISION).get_or_insert_with(|| Decision::now(Kernels::default()))
+    *held(&DECISION).get_or_insert_with(|| Decision::now(Kernels::Fused))
 }
 
 /// A panic of another thread leaves no broken state behind.

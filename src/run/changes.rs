@@ -57,7 +57,8 @@ pub fn flattened(text: &str) -> Values {
 
 fn flatten(path: &str, table: &Table, values: &mut Values) {
     for (name, value) in table {
-        let path = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
+        let name = settings::key_text(name);
+        let path = if path.is_empty() { name } else { format!("{path}.{name}") };
         match value {
             Value::Table(table) => flatten(&path, table, values),
             other => drop(values.insert(path, other.to_string())),

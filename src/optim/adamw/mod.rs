@@ -11,47 +11,25 @@ pub use cuda::OnGpu;
 
 use super::{Optimizer, Slice, Update};
 use crate::error::Result;
-use crate::settings::{Keys, Settings};
+use crate::settings::settings;
 
-/// Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; rounding follows
-/// `torch.optim.AdamW`, except that decay leaves parameters of one axis (biases, norms) alone.
-#[derive(Clone, Debug, PartialEq)]
-pub struct AdamW {
-    lr: f64,
-    beta1: f64,
-    beta2: f64,
-    eps: f64,
-    weight_decay: f64,
-}
-
-impl Default for AdamW {
-    fn default() -> Self {
-        AdamW { lr: 1e-4, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 }
-    }
-}
-
-impl Settings for AdamW {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.number(
-            "lr",
-            &mut self.lr,
-            0.0..=10.0,
-            "Peak learning rate, scaled by the schedule; 1e-4 trains from scratch, 1e-5 fine-tunes.",
-        );
-        keys.number("beta1", &mut self.beta1, 0.0..1.0, "Decay of the gradient's running mean.");
-        keys.number(
-            "beta2",
-            &mut self.beta2,
-            0.0..1.0,
-            "Decay of the squared gradient's running mean; 0.99 forgets spikes sooner.",
-        );
-        keys.number("eps", &mut self.eps, 0.0..=1.0, "Added to the root of the second moment.");
-        keys.number(
-            "weight_decay",
-            &mut self.weight_decay,
-            0.0..=10.0,
-            "Share of a weight matrix taken off each step, times the learning rate.",
-        );
+settings! {
+    /// `[optimizer.adamw]`: Adam with decoupled weight decay. Defaults are those of
+    /// `torch.optim.AdamW`, except the learning rate.
+    ///
+    /// Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; rounding follows
+    /// `torch.optim.AdamW`, except that decay leaves parameters of one axis (biases, norms) alone.
+    pub struct AdamW {
+        /// Peak learning rate, scaled by the schedule; 1e-4 trains from scratch, 1e-5 fine-tunes.
+        lr: f64 = 1e-4, in 0.0..=10.0;
+        /// Decay of the gradient's running mean.
+        beta1: f64 = 0.9, in 0.0..1.0;
+        /// Decay of the squared gradient's running mean; 0.99 forgets spikes sooner.
+        beta2: f64 = 0.999, in 0.0..1.0;
+        /// Added to the root of the second moment.
+        eps: f64 = 1e-8, in 0.0..=1.0;
+        /// Share of a weight matrix taken off each step, times the learning rate.
+        weight_decay: f64 = 0.01, in 0.0..=10.0;
     }
 }
 
