@@ -72,18 +72,6 @@ pub fn cpu_capability() -> &'static str {
     std::env::consts::ARCH
 }
 
-/// Whether its library of matrix products, MKL, has its best kernels for this processor: it has
-/// them for Intel's alone.
-#[cfg(target_arch = "x86_64")]
-pub fn knows_this_cpu() -> bool {
-    static KNOWS: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
-    *KNOWS.get_or_init(|| {
-        raw_cpuid::CpuId::new()
-            .get_vendor_info()
-            .is_some_and(|vendor| vendor.as_str() == "GenuineIntel")
-    })
-}
-
 /// Allows or forbids cuDNN's kernels of attention in this process, from the next attention on.
 pub fn allow_cudnn_attention(allowed: bool) {
     ffi::fm_dist_allow_cudnn_attention(allowed);

@@ -29,6 +29,8 @@ mod fast {
     mod gradients;
     /// Each lie in the header of a safetensors file is refused, quickly.
     pub mod hostile;
+    /// So is each lie in data, in what is no file of data, and in a dataset.
+    mod hostile_data;
     /// Pages say what is: their links lead somewhere, and what they list is what the code has.
     mod pages;
     /// Every model with every adapter trains or is refused with a hint that works, and so do the
@@ -68,6 +70,10 @@ mod program {
     mod early;
     /// What the program prints is the documented listing of all settings.
     mod listing;
+    /// Single passes and libtorch's operators train alike, and a run's log tells which it took.
+    mod operations;
+    /// Runs are planned without being started, and steps predicted on clusters.
+    mod plans;
     /// A run that was killed goes on as the unbroken run.
     mod resume;
 }
@@ -102,6 +108,8 @@ mod oracle {
     mod exported;
     /// Each model family computes what diffusers' class of it computes.
     mod families;
+    /// AdamW and the clipping of gradients are PyTorch's.
+    mod optimizer;
     /// The oracle's Python, and how close is close. Nothing is promised there.
     mod packages;
     /// The real NeMo AutoModel and PyTorch compute the same numbers.
