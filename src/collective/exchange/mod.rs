@@ -204,7 +204,7 @@ impl<L: Transport> Communicator<L> {
             &sliced.full,
         )
         .ok_or_else(|| {
-            call.error("owned is a view of full at another membership than this rank's slice")
+            call.error("owned is a view of full at another place than this rank's slice")
         })
     }
 }
