@@ -1,22 +1,23 @@
-//! One file a promise; a new promise is a new file and a line here. The first word of a test's path
-//! is its tier, by what it needs:
+//! One file a promise; a new promise is a new file in the folder of its tier and a line here.
 //!
-//! | tier | command | needs | takes |
+//! A test's tier is the first word of its path, so that `cargo test --test tests fast::` runs one
+//! tier. `cargo test --lib` is quicker than all of them: the unit tests in src/, 429 in 6 s.
+//!
+//! | tier | tests | needs beside `launch/setup.sh` | seconds |
 //! |---|---|---|---|
-//! | unit tests in src/ | `cargo test --lib` | `launch/setup.sh` | TIME_LIB |
-//! | `fast`: starts no process | `cargo test --test tests fast::` | the same | TIME_FAST |
-//! | `threads`: trains; ranks are threads | `cargo test --test tests threads::` | the same | TIME_THREADS |
-//! | `program`: starts the program | `cargo test --test tests program::` | the same | TIME_PROGRAM |
-//! | `mpi`: ranks are processes | `cargo test --test tests mpi::` | the same | TIME_MPI |
-//! | `faults`: runs are broken on order | `cargo test --test tests faults::` | root, or user namespaces | TIME_FAULTS |
-//! | `oracle`: beside PyTorch | `cargo test --test tests oracle::` | `launch/setup.sh --oracle` | TIME_ORACLE |
-//! | `cuda`: ignored elsewhere | `launch/test-gpu.sh` | a GPU | |
+//! | `fast::` starts no process | FAST_N | | FAST_S |
+//! | `program::` starts the program | PROGRAM_N | | PROGRAM_S |
+//! | `threads::` trains; ranks are threads | THREADS_N | | THREADS_S |
+//! | `mpi::` ranks are processes | MPI_N | | MPI_S |
+//! | `faults::` runs break on order | FAULTS_N | root, or user namespaces | FAULTS_S |
+//! | `oracle::` beside PyTorch and diffusers | ORACLE_N | `launch/setup.sh --oracle` | ORACLE_S |
+//! | `cuda::` ignored without `launch/test-gpu.sh` | 6 | a GPU | |
 //!
-//! Seconds are those of 2 cores, after the build.
+//! Seconds are those of 2 cores that other programs used too, after the build.
 
 #![allow(clippy::unwrap_used)]
 
-/// What starts no process: seconds for all of it.
+/// What starts no process.
 mod fast {
     /// A world of one and worlds of threads keep the contract of the collectives, and a rank that
     /// fails ends its world.
@@ -90,7 +91,7 @@ mod mpi {
     /// NCCL keeps the contract of the collectives; the real library answers.
     pub mod nccl;
     /// Worlds of NCCL that fail give up in time.
-    pub mod nccl_faults;
+    pub mod nccl_failures;
     /// Programs under `mpirun` shard as threads do.
     mod sharding;
     /// Processes keep the contract over TCP and end together.

@@ -83,7 +83,7 @@ fn an_error_that_one_rank_alone_is_told_ends_the_world() {
     ];
     fails(
         &[("NCCL_DOUBLE_LATE_ERROR", "1:2")],
-        "mpi::nccl_faults::rank_of_a_world_that_fails",
+        "mpi::nccl_failures::rank_of_a_world_that_fails",
         22,
         &words,
     );
@@ -97,7 +97,7 @@ fn a_launch_that_fails_ends_the_world() {
     ];
     fails(
         &[("NCCL_DOUBLE_ERROR", "0:1")],
-        "mpi::nccl_faults::rank_of_a_world_that_fails",
+        "mpi::nccl_failures::rank_of_a_world_that_fails",
         22,
         &words,
     );
@@ -108,7 +108,7 @@ fn peers_that_never_come_together_are_given_up() {
     let words = ["nccl connect: rank ", "NCCL is still in progress after 5.0 s"];
     fails(
         &[("NCCL_DOUBLE_STUCK_INIT", "1")],
-        "mpi::nccl_faults::rank_of_a_world_that_fails",
+        "mpi::nccl_failures::rank_of_a_world_that_fails",
         22,
         &words,
     );
@@ -122,7 +122,7 @@ fn an_operation_that_never_starts_is_given_up() {
     fails_among(
         1,
         &[("NCCL_DOUBLE_STUCK_OPERATION", "0:1")],
-        "mpi::nccl_faults::rank_of_a_world_that_fails",
+        "mpi::nccl_failures::rank_of_a_world_that_fails",
         22,
         &words,
     );
@@ -136,26 +136,36 @@ fn c16_an_abort_that_hangs_is_left_behind() {
         "WARN",
         "ncclCommAbort has not returned after 1.0 s and is left behind",
     ];
-    fails(&switches, "mpi::nccl_faults::rank_of_a_world_that_fails", 22, &words);
+    fails(&switches, "mpi::nccl_failures::rank_of_a_world_that_fails", 22, &words);
 }
 
 #[test]
 fn a_machine_whose_driver_finds_no_gpu_is_refused() {
     let words = ["cuInit: no CUDA-capable device is detected (CUDA_ERROR_NO_DEVICE, code 100)"];
-    fails(&[("NCCL_DOUBLE_GPUS", "0")], "mpi::nccl_faults::rank_of_a_world_that_fails", 52, &words);
+    fails(
+        &[("NCCL_DOUBLE_GPUS", "0")],
+        "mpi::nccl_failures::rank_of_a_world_that_fails",
+        52,
+        &words,
+    );
 }
 
 #[test]
 fn a11_fewer_gpus_than_ranks_are_refused() {
     let words = ["2 ranks run on host ", "(ranks [0, 1]) and its driver shows 1 GPUs"];
-    fails(&[("NCCL_DOUBLE_GPUS", "1")], "mpi::nccl_faults::rank_of_a_world_that_fails", 52, &words);
+    fails(
+        &[("NCCL_DOUBLE_GPUS", "1")],
+        "mpi::nccl_failures::rank_of_a_world_that_fails",
+        52,
+        &words,
+    );
 }
 
 #[test]
 fn a11_two_ranks_on_one_gpu_are_refused() {
     fails(
         &[("NCCL_DOUBLE_SAME_GPU", "1")],
-        "mpi::nccl_faults::rank_of_a_world_that_fails",
+        "mpi::nccl_failures::rank_of_a_world_that_fails",
         52,
         &["ranks 0 and 1 both took GPU "],
     );
@@ -167,7 +177,7 @@ fn a_peer_that_never_comes_is_noticed_at_the_wait() {
         "nccl all_reduce: rank 0/2: all_reduce of 4000 bytes (operation 0 of its world)",
         "is not over after 3.",
     ];
-    fails(&[], "mpi::nccl_faults::rank_whose_peer_never_comes", 22, &words);
+    fails(&[], "mpi::nccl_failures::rank_whose_peer_never_comes", 22, &words);
 }
 
 pub fn rank_whose_peer_never_comes() {
@@ -179,7 +189,7 @@ fn a_work_that_nobody_waits_for_is_noticed_by_later_calls() {
     let words = [
         "nccl all_reduce: rank 0/2: all_reduce of 4000 bytes (operation 0 of its world) is not over after 3.",
     ];
-    fails(&[], "mpi::nccl_faults::rank_that_does_not_wait", 22, &words);
+    fails(&[], "mpi::nccl_failures::rank_that_does_not_wait", 22, &words);
 }
 
 pub fn rank_that_does_not_wait() {
@@ -198,7 +208,7 @@ fn a_rank_that_leaves_early_does_not_wait_for_its_peers() {
         "step 7: the loss is not finite",
         "NCCL could not take leave of its peers: NCCL is still in progress after 1.0 s",
     ];
-    fails(&[], "mpi::nccl_faults::rank_that_leaves_early", 41, &words);
+    fails(&[], "mpi::nccl_failures::rank_that_leaves_early", 41, &words);
 }
 
 pub fn rank_that_leaves_early() {
