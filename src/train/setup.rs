@@ -1,4 +1,4 @@
-//! How a run comes together: data, model, optimizer, and the checkpoint that it goes on from.
+//! Assembles a run: data, model, optimizer, and the checkpoint to resume from.
 
 use std::sync::Arc;
 
@@ -29,10 +29,11 @@ use crate::train::stragglers::Stragglers;
 use crate::train::trainer::Trainer;
 
 impl<'c> Trainer<'c> {
-    /// At the first step, or behind the checkpoint that the run folder goes on from.
+    /// Returns a trainer at the first step, or after the checkpoint that the run folder resumes
+    /// from.
     ///
     /// # Errors
-    /// Whatever the data, the model, the checkpoint or a collective returns.
+    /// Errors of the data, the model, the checkpoint and the collectives.
     ///
     /// # Ordering
     /// Every rank calls it.
@@ -80,7 +81,7 @@ impl<'c> Trainer<'c> {
         Ok(trainer)
     }
 
-    /// Loads the checkpoint that the run folder goes on from, if any.
+    /// Loads the checkpoint that the run folder resumes from, if any.
     fn resume(&mut self, allow_data_change: bool) -> Result<()> {
         let Some(path) = self.folder.resumed_from() else { return Ok(()) };
         let loaded = checkpoint::load(
@@ -148,17 +149,17 @@ impl<'c> Trainer<'c> {
     }
 }
 
-/// Settings of libtorch and of the allocator, which are the whole process's.
+/// Applies settings of libtorch and the allocator that affect the whole process.
 fn tune_process(config: &RunConfig) {
     tch::set_num_threads(config.parallel.num_threads);
-    // Where gradients are sharded memory is short, and what is kept fits no other use: 13 % more
-    // were measured.
+    // Sharded gradients are used when memory is short, and freed blocks that malloc keeps fit no
+    // other use: they took 13 % more memory in a measurement.
     if !config.parallel.sharding.scatters_each_micro_batch() {
         libtorch::keep_freed_memory();
     }
 }
 
-/// The model before the first step, or with zeros where a checkpoint is loaded next.
+/// Returns the initial model, or zeros if a checkpoint is loaded next.
 fn replica<'c>(
     config: &RunConfig,
     folder: &RunFolder,
@@ -190,7 +191,7 @@ fn tell(note: &Note) {
     }
 }
 
-/// The warning of a learning rate that does not go on as the checkpoint's run had led it.
+/// Returns a warning if the learning rate does not continue the schedule of the checkpoint's run.
 fn jump_of_lr(config: &RunConfig, manifest: &Manifest) -> Option<String> {
     changes::jump_of_lr(
         config,
