@@ -1,8 +1,7 @@
-//! What fm-dist finds on this machine, an item a line, each missing one with the command that mends
-//! it.
+//! `fm-dist doctor`: reports the state of this machine, one item on each line, with the command
+//! that repairs a missing one.
 //!
-//! Nothing is loaded or initialized for the report: libraries are looked for where the loaders
-//! would look.
+//! The report loads and initializes nothing: libraries are searched where the loaders would search.
 
 use std::fmt;
 use std::fs;
@@ -13,7 +12,7 @@ use std::thread::available_parallelism;
 use crate::collective;
 use crate::libtorch;
 
-/// Linux driver branch that CUDA 13 needs at least. Source: NVIDIA, CUDA 13.0 release notes, table
+/// Oldest Linux driver branch that CUDA 13 supports. Source: NVIDIA, CUDA 13.0 release notes, table
 /// 3.
 const CUDA_13_DRIVER: u32 = 580;
 
@@ -28,7 +27,7 @@ enum Verdict {
     Ok,
     /// Training on the CPU needs it.
     Missing,
-    /// Worth knowing; what only GPUs need is a note when it is not there.
+    /// Information; a missing item that only GPUs need is a note.
     Note,
 }
 
@@ -57,7 +56,7 @@ impl fmt::Display for Item {
     }
 }
 
-/// The report, and whether all that training on the CPU needs is there.
+/// Returns the report, and true if everything that training on the CPU needs is present.
 pub fn report() -> (String, bool) {
     let library = libtorch::library();
     let items = [
@@ -96,8 +95,8 @@ fn mpirun_item(version: Option<Vec<u8>>) -> Item {
     Item::ok("mpirun", version.lines().next().unwrap_or("unknown"))
 }
 
-/// cudarc opens these by a name without a version, found in the wheel's folder (this binary's
-/// rpath) or in the linker's cache.
+/// Describes a library of the wheel. cudarc opens it by a name without a version, found in the
+/// wheel's folder (this binary's rpath) or in the linker's cache.
 fn wheel_item(name: &'static str, file: &str, library: Option<&Path>) -> Item {
     let wheel = library
         .and_then(|library| libtorch::beside(library, &format!("../nvidia/{file}")))
@@ -109,7 +108,7 @@ fn wheel_item(name: &'static str, file: &str, library: Option<&Path>) -> Item {
     }
 }
 
-/// Path of a library that the linker's cache knows by exactly this name.
+/// Returns the path of a library that is in the linker's cache under exactly this name.
 fn cached_library(name: &str) -> Option<String> {
     let cache = fs::read("/etc/ld.so.cache").ok()?;
     let mut texts =
