@@ -1,4 +1,4 @@
-//! Where a rank computes, and what carries its tensors to the others.
+//! A rank's device, and the communicator that carries the device's tensors.
 
 use tch::{Cuda, Device};
 
@@ -9,7 +9,7 @@ use crate::cuda;
 use crate::error::{Error, Result};
 use crate::parallel::{Backend, DeviceChoice};
 
-/// A rank's device, with NCCL on top of the launcher's world where that cannot carry the device's
+/// A rank's device, with an NCCL communicator if the launcher's world cannot carry the device's
 /// tensors.
 pub struct RankDevice {
     pub device: Device,
@@ -39,7 +39,7 @@ impl RankDevice {
         Ok(RankDevice { device, nccl })
     }
 
-    /// What carries tensors of the device.
+    /// Returns the communicator for tensors of the device.
     pub fn collective<'p>(&'p self, world: &'p dyn Collective) -> &'p dyn Collective {
         self.nccl.as_ref().map_or(world, |nccl| nccl)
     }
@@ -50,7 +50,7 @@ impl RankDevice {
     }
 }
 
-/// The GPU of this rank's number within its node, or the CPU. From here on libtorch computes by the
+/// Returns the GPU with this rank's index in its node, or the CPU, and makes libtorch use the
 /// configured kernels.
 ///
 /// # Errors

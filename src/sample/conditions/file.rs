@@ -1,4 +1,4 @@
-//! The questions that a file of conditions answers: rows, shape, kind of data, task.
+//! Reads rows, shape, type of data and task from a file of conditions.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,12 +11,12 @@ use crate::error::{Error, Result};
 use crate::files::safetensors::SafeTensors;
 use crate::flow::TaskType;
 
-/// Shape of one sample of the first resolution group.
+/// Returns the shape of one sample of the first resolution group.
 pub(super) fn first_shape(dataset: &Dataset) -> &[i64] {
     dataset.latent_shape(&dataset.groups()[0].name).expect("a group of the dataset has latents")
 }
 
-/// The number of rows that every tensor has.
+/// Returns the number of rows, which all tensors must share.
 pub(super) fn same_rows(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<i64> {
     let mut known: Option<(&str, i64)> = None;
     for (key, tensor) in tensors {
@@ -40,8 +40,8 @@ pub(super) fn same_rows(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Resu
     })
 }
 
-/// The shape of one sample `[C, (F,) H, W]`: that of the noise, else the one `told` on the command
-/// line, else the dataset's.
+/// Returns the shape of one sample `[C, (F,) H, W]`: that of the noise, else `told` from the
+/// command line, else the dataset's.
 pub(super) fn shape_of(
     path: &Path,
     noise: Option<&Tensor>,
@@ -80,7 +80,7 @@ pub(super) fn shape_of(
     }
 }
 
-/// The kind of data, which follows from the shape; metadata may repeat it.
+/// Returns the type of data, which follows from the shape; metadata may repeat it.
 pub(super) fn data_type_of(file: &SafeTensors, shape: &[i64]) -> Result<DataType> {
     let follows = if shape.len() == 3 { DataType::Image } else { DataType::Video };
     match file.metadata().get("data_type") {
@@ -95,7 +95,7 @@ pub(super) fn data_type_of(file: &SafeTensors, shape: &[i64]) -> Result<DataType
     }
 }
 
-/// The task in the metadata; text-to-video without it.
+/// Returns the task in the metadata; text-to-video without it.
 pub(super) fn task_type_of(file: &SafeTensors) -> Result<TaskType> {
     let word =
         file.metadata().get("task_type").map_or(TaskType::TextToVideo.word(), String::as_str);
