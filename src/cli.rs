@@ -1,4 +1,4 @@
-//! Typed text to a command, and what each command calls.
+//! Parses the command line and calls the commands.
 
 mod values;
 
@@ -25,10 +25,10 @@ use crate::train::{self, Ending, TrainOptions};
 use crate::watchdog::Watchdog;
 use values::{Shape, WorldSizes, parse_dtype, parse_moment, parse_scale, parse_shape, parse_world};
 
-/// Trains diffusion transformers by flow matching, one process a GPU.
+/// Trains diffusion transformers by flow matching, one process for each GPU.
 ///
-/// `mpirun -n 8 fm-dist`, or plain `fm-dist` for one process. Without a file the embedded default
-/// configuration runs, which learns to draw handwritten digits in about two minutes.
+/// `mpirun -n 8 fm-dist`, or plain `fm-dist` for one process. Without a file it runs the embedded
+/// default configuration, which learns to draw handwritten digits in about two minutes.
 #[derive(Debug, Parser)]
 #[command(version, args_conflicts_with_subcommands = true, help_expected = true)]
 pub struct Cli {
@@ -48,22 +48,22 @@ enum Command {
     Export(ExportArgs),
     /// Run one flow-matching step and write every number of it
     Step(StepArgs),
-    /// Say what a configuration would do, without doing it
+    /// Show the plan of a configuration without running it
     Check(CheckArgs),
     /// List the runs of an output_dir, their newest checkpoints, and which of them are finished
     Runs(RunsArgs),
-    /// Say what this machine has and what is missing
+    /// Show which requirements this machine meets and which it lacks
     Doctor,
-    /// Print the resolved configuration, one comment line a key
+    /// Print the resolved configuration, with one comment line for each key
     Config(ConfigArgs),
 }
 
 #[derive(Args, Debug)]
 struct ConfigArgs {
-    /// Configuration file (TOML); the embedded digits without one
+    /// Configuration file (TOML); the embedded digits if unset
     #[arg(short, long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Overrides one key; may be given again
+    /// Override one key; repeatable
     #[arg(long = "set", value_name = "KEY.PATH=VALUE")]
     overrides: Vec<String>,
 }
@@ -72,22 +72,23 @@ struct ConfigArgs {
 struct TrainArgs {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Begin anew (never), go on from the newest checkpoint that verifies (latest), do so if there
-    /// is any and else begin anew (auto), or go on from this run or checkpoint folder
+    /// Start a new run (never), resume from the newest checkpoint that verifies (latest), resume if
+    /// there is one and start a new run otherwise (auto), or resume from this run or checkpoint
+    /// folder
     #[arg(long, value_name = "never|latest|auto|DIR", default_value = "never")]
     resume: Resume,
-    /// What connects the processes: MPI under a launcher (auto), MPI (mpi), or TCP where no MPI can
-    /// be started (tcp). No key of the configuration, because the world must exist before rank 0's
-    /// configuration can travel
+    /// Connection of the processes: MPI under a launcher (auto), MPI (mpi), or TCP where MPI cannot
+    /// start (tcp). Not a key of the configuration, because the world must exist before rank 0 can
+    /// send its configuration
     #[arg(long, value_name = "auto|mpi|tcp", default_value = "auto")]
     launch: Launch,
-    /// Go on from a checkpoint though the data are others than those it was trained on
+    /// Resume from a checkpoint even if the data differ from those it was trained on
     #[arg(long)]
     allow_data_change: bool,
-    /// One process, detailed logs each step, every stage searched for non-finite values
+    /// One process, detailed logs at each step, and a search of every stage for non-finite values
     #[arg(long)]
     debug: bool,
-    /// Save and stop after this time, e.g. 55m, with exit code 10; `--resume latest` goes on
+    /// Save and stop after this time, e.g. 55m, with exit code 10; `--resume latest` continues
     #[arg(long, value_name = "TIME", value_parser = parse_moment)]
     stop_after: Option<Instant>,
 }
@@ -109,32 +110,33 @@ struct SampleArgs {
     /// Run folder, or one of its checkpoints
     #[arg(long, value_name = "DIR")]
     run: PathBuf,
-    /// File to write: .png for a labelled grid, .safetensors for the numbers; may be given again
+    /// File to write: .png for a labelled grid, .safetensors for the numbers; repeatable
     #[arg(long, value_name = "FILE", required = true)]
     out: Vec<PathBuf>,
     /// Conditions to generate from instead of the dataset's: tensors [N, …] under the adapter's
-    /// keys, perhaps `negative.` ones and the `noise` to start from; `data_type` and `task_type` in
+    /// keys, optionally `negative.` ones and the initial `noise`; `data_type` and `task_type` in
     /// the metadata
     #[arg(long, value_name = "FILE.safetensors")]
     conditions: Option<PathBuf>,
-    /// Shape of one sample's latents where no `noise` has it; that of the dataset's first
-    /// resolution group without it
+    /// Shape of one sample's latents without a given `noise`; that of the dataset's first
+    /// resolution group if unset
     #[arg(long, value_name = "C,[F,]H,W", value_parser = parse_shape)]
     shape: Option<Shape>,
     /// Euler steps from noise to data
     #[arg(long, value_parser = clap::value_parser!(i64).range(1..))]
     steps: Option<i64>,
-    /// Classifier-free guidance (1 is none), or what a model that embeds its guidance is fed; 0 is
-    /// the family's own
+    /// Scale of classifier-free guidance (1 disables it), or the guidance input of a model that
+    /// embeds it; 0 selects the family's own
     #[arg(long, value_parser = parse_scale)]
     guidance: Option<f64>,
-    /// Classifier-free guidance away from negative conditions, on top of an embedded one
+    /// Scale of classifier-free guidance from negative conditions, in addition to an embedded
+    /// guidance
     #[arg(long, value_parser = parse_scale)]
     true_cfg_scale: Option<f64>,
-    /// Constant shift of the noise levels; 0 is the family's own way
+    /// Constant shift of the noise levels; 0 selects the family's own rule
     #[arg(long, value_parser = parse_scale)]
     shift: Option<f64>,
-    /// Samples for each condition; one of a file's unless this is given
+    /// Number of samples for each condition; one for each condition of a file if unset
     #[arg(long, value_parser = clap::value_parser!(i64).range(1..))]
     per_condition: Option<i64>,
     /// Seed of the noise
@@ -147,13 +149,13 @@ struct ExportArgs {
     /// Run folder, or one of its checkpoints
     #[arg(long, value_name = "DIR")]
     run: PathBuf,
-    /// Folder to make; `from_pretrained` reads it
+    /// Folder to create, in the format of `from_pretrained`
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Largest file of tensors
+    /// Maximum size of a file of tensors
     #[arg(long, value_name = "SIZE", default_value = "10GB")]
     max_shard_size: ByteSize,
-    /// Kind of the tensors, float32 or bfloat16; the run's own without it
+    /// Kind of the tensors, float32 or bfloat16; the run's own if unset
     #[arg(long, value_name = "KIND", value_parser = parse_dtype)]
     dtype: Option<Dtype>,
 }
@@ -162,19 +164,19 @@ struct ExportArgs {
 struct StepArgs {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Batch under the reference's keys, `data_type` in the metadata
+    /// Batch under the reference's keys, with `data_type` in the metadata
     #[arg(long, value_name = "B.safetensors")]
     batch: PathBuf,
-    /// Where the numbers go
+    /// File to write
     #[arg(long, value_name = "OUT.safetensors")]
     dump: PathBuf,
-    /// Parameters of this run or checkpoint folder instead of those that a run begins with
+    /// Run or checkpoint folder with the parameters; the initial parameters of a run if unset
     #[arg(long, value_name = "DIR")]
     weights: Option<PathBuf>,
-    /// What `torch.manual_seed` gets on the other side; the configured seed without it
+    /// Seed given to `torch.manual_seed` in the other implementation; the configured seed if unset
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     torch_seed: Option<i64>,
-    /// Also gradients of the average weighted loss, as `grad.<parameter>`
+    /// Also write the gradients of the average weighted loss, as `grad.<parameter>`
     #[arg(long)]
     grads: bool,
 }
@@ -183,25 +185,24 @@ struct StepArgs {
 struct CheckArgs {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Number of ranks to plan for; with --cluster also the powers of two from one to another, as
-    /// in 8..4096
+    /// Number of ranks to plan for; with --cluster also a range of powers of two, as in 8..4096
     #[arg(long, value_name = "N|FROM..TO", default_value = "1", value_parser = parse_world)]
     world: WorldSizes,
-    /// Also predict a step and its communication on this cluster, with as many micro-batches a rank
-    /// at each number of ranks
+    /// Also predict the time of a step and its communication on this cluster, with the same number
+    /// of micro-batches for each rank at every number of ranks
     #[arg(long, value_name = "NAME")]
     cluster: Option<String>,
-    /// Constants of clusters instead of those that are built in
+    /// Constants of clusters to use instead of the built-in ones
     #[arg(long, value_name = "FILE.toml", requires = "cluster")]
     clusters: Option<PathBuf>,
-    /// Latents to plan for without opening the data
+    /// Shape of latents to plan for without opening the data
     #[arg(long, value_name = "C,[F,]H,W", value_parser = parse_shape, conflicts_with = "verify_data")]
     latents: Option<Shape>,
-    /// Tokens of a prompt, with --latents
+    /// Number of tokens of a prompt, with --latents
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(i64).range(0..))]
     text_tokens: i64,
-    /// Also read all data, compare them with the hashes in dataset.json and look for numbers that
-    /// are not finite
+    /// Also read all data, compare them with the hashes in dataset.json, and search them for
+    /// numbers that are not finite
     #[arg(long)]
     verify_data: bool,
 }
@@ -220,7 +221,7 @@ impl ConfigArgs {
 }
 
 impl Cli {
-    /// Does what was typed. Returns the exit code of a command that has something to say by it.
+    /// Runs the parsed command. Returns its exit code.
     pub fn run(self) -> Result<i32> {
         match self.command.unwrap_or(Command::Train(self.train)) {
             Command::Train(args) => run_training(&args),
@@ -319,7 +320,7 @@ fn cluster_named(name: &str, file: Option<&Path>) -> Result<Cluster> {
     Cluster::named(name, Some((&path.display().to_string(), &read_text(path, "--clusters")?)))
 }
 
-/// A TOML file that the `flag` names.
+/// Reads a TOML file that `flag` names.
 fn read_text(path: &Path, flag: &str) -> Result<String> {
     let refused = |what: String| Error::config(flag, format!("{} {what}", path.display()));
     if path.is_dir() {
@@ -335,7 +336,8 @@ fn read_text(path: &Path, flag: &str) -> Result<String> {
 
 fn run_training(args: &TrainArgs) -> Result<i32> {
     let stop = StopFlag::on_signals()?;
-    // Read by every rank: what guards the start must hold before the ranks can talk to one another.
+    // Read by every rank: settings that protect the start-up must apply before ranks can
+    // communicate.
     let config = args.config.read();
     let known = config.as_ref().ok();
     known.and_then(|config| config.debug.inject_fault.clone()).into_iter().for_each(fault::arm);
@@ -355,7 +357,7 @@ fn run_training(args: &TrainArgs) -> Result<i32> {
     };
     let config = match train::share_config(config, &options, world.as_ref()) {
         Ok(config) => config,
-        // Every rank knows of it, so that all can leave in good order.
+        // Every rank has the error, so that all can finish in good order.
         Err(error) => return collective::finish_with(error, world),
     };
     watchdog.follow(config.watchdog.clone());
@@ -364,7 +366,7 @@ fn run_training(args: &TrainArgs) -> Result<i32> {
     Ok(if ending == Ending::Stopped { STOPPED } else { 0 })
 }
 
-/// Writes to standard output; a reader that has gone away is no error.
+/// Writes to standard output; a reader that has closed the pipe is no error.
 fn say(text: &str) -> Result<i32> {
     use std::io::Write;
     match std::io::stdout().lock().write_all(text.as_bytes()) {
