@@ -1,5 +1,5 @@
-//! Checks before the first step that all ranks have one program, one watchdog and one
-//! configuration.
+//! Connects the ranks' watchdogs before the first step, and checks that all ranks have one program
+//! and one configuration.
 
 use std::fs::File;
 use std::io;
@@ -30,8 +30,8 @@ struct Program {
     cpu_capability: String,
 }
 
-/// Compares the ranks' programs and registers their hosts with the watchdog, which can name them
-/// from then on. Returns a warning if processors differ, since the last bits of CPU results may
+/// Connects the ranks' watchdogs, which can name a failing rank from then on, and compares the
+/// ranks' programs. Returns a warning if processors differ, since the last bits of CPU results may
 /// then differ too.
 ///
 /// # Errors

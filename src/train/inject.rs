@@ -44,7 +44,7 @@ pub fn gradients(stage: usize, gradients: Vec<Tensor>) -> Vec<Tensor> {
     gradients
 }
 
-/// Flips the lowest bit of one of a stage's parameters.
+/// Adds 1 to the bit pattern of one of a stage's parameters.
 pub fn parameters(phase: Phase, replica: &mut Replica<'_>) {
     let Some(stage) = fault::argument(Fault::BitFlip, phase, 0.0) else { return };
     replica.buckets[stage as usize]

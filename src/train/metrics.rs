@@ -123,7 +123,8 @@ impl StepMetrics {
         }
     }
 
-    /// Formats loss, throughput and the like for the end of the summary line.
+    /// Formats gradient norm, learning rate, step time and throughput for the end of the summary
+    /// line.
     pub fn pace(&self) -> String {
         let throughput = self
             .samples_per_second

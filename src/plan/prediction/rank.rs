@@ -28,9 +28,9 @@ pub(super) struct Rank<'w> {
     /// Share of a core that this rank has for sending; 1 if another device sends.
     sender: f64,
     under_way: VecDeque<UnderWay>,
-    /// Seconds since the start of the step at which the computation issued so far ends; the next
-    /// field is the same for the collectives.
+    /// Seconds from the start of the step to the end of the computation issued so far.
     compute_end: f64,
+    /// Seconds from the start of the step to the end of the collectives issued so far.
     links_end: f64,
     spent: Spent,
 }

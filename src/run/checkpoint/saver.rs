@@ -2,8 +2,8 @@
 //!
 //! Background threads write; only the run's main thread communicates with other ranks. A save has
 //! two phases, and each must finish on all ranks before the next starts: first every rank writes
-//! its files, then rank 0 commits them and deletes old checkpoints. At each step a rank tells the
-//! others only if its own work of the present phase is finished.
+//! its files, then rank 0 commits them and deletes old checkpoints. At each step a rank sends the
+//! others one number: `READY` once its own work of the present phase is finished, else 0.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use crate::libtorch;
 use crate::phase::Phase;
 use crate::pulse;
 
-/// A rank's report about a save in flight when its work of the present phase is finished.
+/// The progress of a rank whose work of the present phase is finished; 0 before that.
 const READY: u8 = 1;
 
 /// Saves a run's checkpoints, one at a time.
