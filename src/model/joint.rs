@@ -4,9 +4,9 @@
 //! |---|---|---|
 //! | `image` | `[B, Li, D]` | tokens of the latents |
 //! | `text` | `[B, Lt, D]` | tokens of the conditions |
-//! | `joint` | `[B, Lt + Li, D]` | text and image as one sequence; single blocks return it instead of the two |
+//! | `joint` | `[B, Lt + Li, D]` | both as one sequence, from a single block |
 //! | `conditioning` | `[B, D]` | the vector that modulates: timestep, guidance, pooled text |
-//! | `image_rope`, `text_rope` | `[L, 1, E/2]` complex f32 | constant; tables of [`rope`](crate::nn::rope), if tokens have positions |
+//! | `image_rope`, `text_rope` | `[L, 1, E/2]` complex f32 | constant; tables of [`rope`](crate::nn::rope), optional |
 //! | `rope` | `[Lt + Li, 1, E/2]` complex f32 | constant; both as one, for single blocks |
 //! | `mask` | `[B, 1, 1, Lt + Li]` boolean | constant; true for valid keys, if some are padding |
 

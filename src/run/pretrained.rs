@@ -45,7 +45,7 @@ pub fn load_pretrained(
 }
 
 fn open(folder: &Path, family: &Model, replica: &Replica<'_>) -> Result<Shards> {
-    let shards = Shards::of_stem(folder, STEM)?;
+    let shards = Shards::open_stem(folder, STEM)?;
     let expected = replica.infos().map(|info| (info.name.clone(), info.shape.as_slice())).collect();
     let kinds = [Kind::Float, Kind::BFloat16, Kind::Half];
     shards

@@ -96,7 +96,7 @@ pub fn sample(request: &SampleRequest) -> Result<()> {
 /// [`Error::Data`] or [`Error::Config`] naming the file, the key and what was expected.
 pub fn check_conditions(config: &RunConfig, dataset: &Dataset) -> Result<()> {
     let Some(conditions) = dataset.conditions()? else { return Ok(()) };
-    let origin = Origin::of_dataset(dataset, conditions, None);
+    let origin = Origin::from_dataset(dataset, conditions, None);
     if origin.is_of_pictures() {
         Plan::new(config, &origin, Device::Cpu)?.rehearse()
     } else {
@@ -153,9 +153,9 @@ fn origin_of(request: &SampleRequest, config: &RunConfig) -> Result<Origin> {
         let conditions = dataset.conditions()?.ok_or_else(|| {
             Error::data(dataset.path(), "names no conditions to generate from; give some with --conditions FILE.safetensors")
         })?;
-        return Ok(Origin::of_dataset(&dataset, conditions, shape));
+        return Ok(Origin::from_dataset(&dataset, conditions, shape));
     };
-    let origin = Origin::of_file(path, shape, &config.data.path)?;
+    let origin = Origin::from_file(path, shape, &config.data.path)?;
     if origin.has_noise() && config.sampling.per_condition != 1 {
         let what = format!(
             "{} would be equal: {} holds the `noise` to start from",

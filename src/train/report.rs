@@ -103,7 +103,7 @@ fn drawn_samples(
     go_on: &dyn Fn() -> Result<()>,
 ) -> Result<Option<Picture>> {
     let Some(conditions) = dataset.conditions()? else { return Ok(None) };
-    let origin = Origin::of_dataset(dataset, conditions, None);
+    let origin = Origin::from_dataset(dataset, conditions, None);
     if !origin.is_of_pictures() {
         let shape = &origin.shape;
         tracing::info!(

@@ -53,7 +53,7 @@ impl Shards {
     /// # Errors
     /// [`Error::Data`] if there is neither, naming the files found instead, or if the index is
     /// malformed; errors of [`SafeTensors::open`].
-    pub fn of_stem(folder: &Path, stem: &str) -> Result<Self> {
+    pub fn open_stem(folder: &Path, stem: &str) -> Result<Self> {
         let (single, index) =
             (format!("{stem}.safetensors"), format!("{stem}.safetensors.index.json"));
         if folder.join(&index).exists() {
@@ -317,7 +317,7 @@ mod tests {
         let path = |name: &str| folder.path().join(name);
         saved(&path("model.safetensors"), "w", 1.0);
         let read = || {
-            Shards::of_stem(folder.path(), "model")
+            Shards::open_stem(folder.path(), "model")
                 .and_then(|shards| shards.read("w"))
                 .expect("a sound folder")
         };
@@ -335,7 +335,7 @@ mod tests {
     fn weights_under_another_name_are_told_with_what_to_do() {
         let folder = tempfile::tempdir().expect("a folder");
         let refusal =
-            || Shards::of_stem(folder.path(), "model").expect_err("no such weights").to_string();
+            || Shards::open_stem(folder.path(), "model").expect_err("no such weights").to_string();
         let put = |name: &str| fs::write(folder.path().join(name), "").expect("a file");
         let take = |name: &str| fs::remove_file(folder.path().join(name)).expect("it was there");
         assert!(refusal().ends_with("holds neither model.safetensors nor model.safetensors.index.json; it holds no safetensors"));
@@ -408,7 +408,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("model.safetensors.index.json");
         let refusal =
-            || Shards::of_stem(folder.path(), "model").expect_err("a hostile index").to_string();
+            || Shards::open_stem(folder.path(), "model").expect_err("a hostile index").to_string();
         for name in ["../model.safetensors", "/etc/passwd", "..", "a/b.safetensors"] {
             fs::write(&path, serde_json::json!({"weight_map": {"w": name}}).to_string())
                 .expect("a file");

@@ -42,7 +42,7 @@ pub struct Origin {
 
 impl Origin {
     /// Takes the dataset's conditions, in the given shape or that of its first resolution group.
-    pub fn of_dataset(dataset: &Dataset, conditions: Conditions, shape: Option<&[i64]>) -> Self {
+    pub fn from_dataset(dataset: &Dataset, conditions: Conditions, shape: Option<&[i64]>) -> Self {
         Origin {
             path: dataset.path().into(),
             names: conditions.names,
@@ -62,7 +62,7 @@ impl Origin {
     /// # Errors
     /// [`Error::Data`] naming the file, the key and what was expected; [`Error::Config`] if the
     /// shape is unknown.
-    pub fn of_file(path: &Path, shape: Option<&[i64]>, dataset: &str) -> Result<Self> {
+    pub fn from_file(path: &Path, shape: Option<&[i64]>, dataset: &str) -> Result<Self> {
         let file = SafeTensors::open(path)?;
         let mut tensors = BTreeMap::new();
         for info in file.tensors() {
@@ -303,7 +303,7 @@ mod tests {
             metadata.iter().map(|(key, word)| (key.to_string(), word.to_string())).collect();
         write(&mut File::create(&path).expect("a new file"), tensors, &metadata)
             .expect("a sound file");
-        Origin::of_file(&path, None, "/no/such/dataset")
+        Origin::from_file(&path, None, "/no/such/dataset")
     }
 
     /// Returns rows that are each filled with their own number, counted from `first`.
