@@ -78,7 +78,7 @@ impl RunLock {
             match found.why_stale(&holder) {
                 None => return Ok(Err(found)),
                 Some(why) => {
-                    if take_away(&path, &found)?.is_none() {
+                    if remove_stale(&path, &found)?.is_none() {
                         return Ok(Err(found));
                     }
                     said = Some(format!(
@@ -212,7 +212,7 @@ fn now_at(path: &Path) -> Result<SystemTime> {
 }
 
 /// Removes a stale lock; `None` if another lock has replaced it meanwhile, which is kept.
-fn take_away(path: &Path, stale: &Found) -> Result<Option<()>> {
+fn remove_stale(path: &Path, stale: &Found) -> Result<Option<()>> {
     let aside =
         path.with_file_name(format!(".{FILE}.stale.{}.{}", pulse::host(), std::process::id()));
     match fs::rename(path, &aside) {
@@ -354,7 +354,7 @@ mod tests {
         let path = run.path().join(FILE);
         fs::write(&path, "another's, quicker").unwrap();
         let stale = Found { text: "of the dead".into(), holder: None, age: STALE };
-        assert_eq!(take_away(&path, &stale).unwrap(), None);
+        assert_eq!(remove_stale(&path, &stale).unwrap(), None);
         assert_eq!(fs::read_to_string(&path).unwrap(), "another's, quicker");
     }
 

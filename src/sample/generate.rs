@@ -69,7 +69,7 @@ pub struct Samples {
 pub fn sample(request: &SampleRequest) -> Result<()> {
     check_outputs(request)?;
     let (run, folder) = locate(&request.run)?;
-    let config = with_wishes(folder::config_of(&run)?, request);
+    let config = with_options(folder::config_of(&run)?, request);
     let origin = origin_of(request, &config)?;
     if !origin.is_of_pictures()
         && request.out.iter().any(|path| format_of(path) == Some(Format::Picture))
@@ -134,7 +134,7 @@ fn check_outputs(request: &SampleRequest) -> Result<()> {
 }
 
 /// Returns the run's configuration with the options of this call.
-fn with_wishes(mut config: RunConfig, request: &SampleRequest) -> RunConfig {
+fn with_options(mut config: RunConfig, request: &SampleRequest) -> RunConfig {
     let sampling = &mut config.sampling;
     sampling.num_steps = request.num_steps.unwrap_or(sampling.num_steps);
     sampling.guidance_scale = request.guidance_scale.unwrap_or(sampling.guidance_scale);

@@ -182,13 +182,13 @@ impl Telemetry {
     }
 
     /// True if this rank writes the files that a run has once: metrics, pictures, the report.
-    pub fn speaks_for_the_run(&self) -> bool {
+    pub fn writes_run_files(&self) -> bool {
         pulse::is_root(self.rank)
     }
 
     /// Shows the progress from step `start` to `total_steps`, on rank 0 only.
     pub fn progress(&self, total_steps: u64, start: u64) -> Progress {
-        match (self.speaks_for_the_run(), self.has_bar) {
+        match (self.writes_run_files(), self.has_bar) {
             (false, _) => Progress::nothing(total_steps, start),
             (true, true) => Progress::bar(&self.console, total_steps, start),
             (true, false) => Progress::lines(total_steps, start),
@@ -201,7 +201,7 @@ impl Telemetry {
     /// # Errors
     /// As [`MetricsFile::resume_after`].
     pub fn metrics_after(&self, step: u64) -> Result<MetricsFile> {
-        match self.speaks_for_the_run() {
+        match self.writes_run_files() {
             true => MetricsFile::resume_after(&self.run_folder.join("metrics.jsonl"), step),
             false => Ok(MetricsFile::silent()),
         }

@@ -113,7 +113,7 @@ fn unnormalised(batch: &Batch) -> String {
     let latents = latents_of(batch)
         .ok()
         .map(|latents| latents.to_kind(Kind::Float).std(false).double_value(&[]));
-    latents.and_then(latents::told).map_or_else(String::new, |question| format!("; {question}"))
+    latents.and_then(latents::question).map_or_else(String::new, |question| format!("; {question}"))
 }
 
 /// `samples 12, 31 at sigma 0.4711, 0.9`.

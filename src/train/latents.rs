@@ -22,11 +22,11 @@ pub fn warning(own: Moments, collective: &dyn Collective) -> Result<Option<Strin
     };
     let all =
         gather_texts(collective, &text)?.iter().map(read).fold(Moments::default(), Moments::merge);
-    Ok(all.standard_deviation().and_then(told))
+    Ok(all.standard_deviation().and_then(question))
 }
 
 /// Returns a warning that latents may not be normalised, if their standard deviation is unusual.
-pub fn told(deviation: f64) -> Option<String> {
+pub fn question(deviation: f64) -> Option<String> {
     let what = "are they normalised (scaling and shift factor of the VAE)?";
     (!USUAL.contains(&deviation)).then(|| {
         format!("latents have standard deviation {deviation:.3}, about 1 was expected; {what}")

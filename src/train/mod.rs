@@ -97,7 +97,7 @@ fn train_on(
     telemetry.cover_all_threads();
     failure::keep_in(folder.path());
     let done = folder.nothing_to_do(config.max_steps);
-    if telemetry.speaks_for_the_run() {
+    if telemetry.writes_run_files() {
         let fault = fault::ordered()
             .map(|order| format!("debug.inject_fault = \"{order}\": this run breaks on purpose"));
         let schedule =
@@ -114,7 +114,7 @@ fn train_on(
         tracing::info!("{what}");
         return Ok((folder.path().into(), Ending::Done));
     }
-    let listens = telemetry.speaks_for_the_run().then(|| folder.path().to_path_buf());
+    let listens = telemetry.writes_run_files().then(|| folder.path().to_path_buf());
     let requests = Requests::new(options.stop.clone(), options.stop_at, listens);
     let mut trainer = Trainer::new(config, options, collective, device.device, &telemetry, folder)?;
     let ending = trainer.run(&requests, &telemetry)?;

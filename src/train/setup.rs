@@ -74,7 +74,7 @@ impl<'c> Trainer<'c> {
         trainer.folder.keep_config(config, collective)?;
         trainer.metrics = telemetry.metrics_after(trainer.manifest.step)?;
         trainer.announce();
-        if telemetry.speaks_for_the_run() {
+        if telemetry.writes_run_files() {
             notes.iter().for_each(tell);
             jump_of_lr(config, &trainer.manifest).iter().for_each(|what| tracing::warn!("{what}"));
         }

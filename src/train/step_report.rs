@@ -134,7 +134,7 @@ mod tests {
     use super::*;
     use crate::collective::{Solo, Threads};
 
-    fn told_by(world: Threads, num_norms: usize) -> Result<Vec<Tally>> {
+    fn exchanged_by(world: Threads, num_norms: usize) -> Result<Vec<Tally>> {
         let number = world.rank() as f64;
         let row = Tensor::full([Statistics::width(3) as i64], number, (Kind::Float, Device::Cpu));
         let norm = Tensor::from(number as f32 + 0.5);
@@ -154,7 +154,7 @@ mod tests {
     fn every_rank_reads_what_each_said() {
         let threads: Vec<_> = Threads::world(2)
             .into_iter()
-            .map(|world| std::thread::spawn(move || told_by(world, 1)))
+            .map(|world| std::thread::spawn(move || exchanged_by(world, 1)))
             .collect();
         for tallies in threads
             .into_iter()
@@ -180,7 +180,7 @@ mod tests {
     fn e12_ranks_that_tell_different_things_are_out_of_step() {
         let tell = |world: Threads| {
             let num_norms = 1 + world.rank();
-            std::thread::spawn(move || told_by(world, num_norms))
+            std::thread::spawn(move || exchanged_by(world, num_norms))
         };
         let threads: Vec<_> = Threads::world(2).into_iter().map(tell).collect();
         let outcomes = threads.into_iter().map(|thread| thread.join().expect("no panic"));

@@ -133,7 +133,7 @@ impl<'c> Trainer<'c> {
             let warning = latents::warning(loader.first_latents(), self.collective)?;
             warning
                 .iter()
-                .filter(|_| telemetry.speaks_for_the_run())
+                .filter(|_| telemetry.writes_run_files())
                 .for_each(|what| tracing::warn!("step 1: {what}"));
         }
         let update = update.map_err(|error| self.refused(error))?;
@@ -222,7 +222,7 @@ impl<'c> Trainer<'c> {
         });
         let warned =
             update.warning.iter().map(|what| format!("step {}: {what}", self.manifest.step));
-        if telemetry.speaks_for_the_run() {
+        if telemetry.writes_run_files() {
             skipped
                 .chain(warned)
                 .chain(bad)

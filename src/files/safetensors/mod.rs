@@ -93,7 +93,7 @@ impl SafeTensors {
             by_name,
             metadata: BTreeMap::new(),
         };
-        let (header, data_start) = file.header().map_err(|error| file.called_what_it_is(error))?;
+        let (header, data_start) = file.header().map_err(|error| file.explained(error))?;
         file.data_start = data_start;
         file.by_name =
             header.tensors.iter().enumerate().map(|(i, tensor)| (tensor.name.clone(), i)).collect();
@@ -127,7 +127,7 @@ impl SafeTensors {
 
     /// Returns the reason why a file has no sound header; a better one if its first bytes are those
     /// of another format.
-    fn called_what_it_is(&self, reason: Error) -> Error {
+    fn explained(&self, reason: Error) -> Error {
         let mut head = vec![0; HEAD_BYTES.min(self.file_bytes as usize)];
         let read = self.opened().and_then(|opened| self.read_at(&opened, &mut head, 0));
         let recognized = read.ok().and_then(|()| recognized(&head, Format::SafeTensors));

@@ -101,7 +101,7 @@ fn verify_part(folder: &Path, part: &SavedFile) -> Result<(), Unfit> {
     }
     let bytes = found.len();
     if bytes != part.bytes {
-        let instead = called_what_it_is(&path).map(|what| format!(": {what}")).unwrap_or_default();
+        let instead = foreign_format(&path).map(|what| format!(": {what}")).unwrap_or_default();
         return Err(broken(format!("has {bytes} of {} bytes{instead}", part.bytes)));
     }
     let mut hashing = HashingWriter::new(io::sink());
@@ -114,7 +114,7 @@ fn verify_part(folder: &Path, part: &SavedFile) -> Result<(), Unfit> {
 }
 
 /// Names the kind of file found in place of a safetensors file, such as a Git LFS pointer.
-fn called_what_it_is(path: &Path) -> Option<String> {
+fn foreign_format(path: &Path) -> Option<String> {
     let mut head = Vec::new();
     File::open(path).and_then(|file| file.take(HEAD_BYTES as u64).read_to_end(&mut head)).ok()?;
     recognized(&head, Format::SafeTensors)

@@ -40,12 +40,12 @@ pub(super) fn same_rows(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Resu
     })
 }
 
-/// Returns the shape of one sample `[C, (F,) H, W]`: that of the noise, else `told` from the
+/// Returns the shape of one sample `[C, (F,) H, W]`: that of the noise, else `requested` from the
 /// command line, else the dataset's.
 pub(super) fn shape_of(
     path: &Path,
     noise: Option<&Tensor>,
-    told: Option<&[i64]>,
+    requested: Option<&[i64]>,
     dataset: &str,
 ) -> Result<Vec<i64>> {
     let Some(noise) = noise else {
@@ -56,9 +56,9 @@ pub(super) fn shape_of(
             );
             Error::config("--shape", what)
         };
-        return told.map_or_else(
+        return requested.map_or_else(
             || Ok(first_shape(&Dataset::named(dataset).map_err(unknown)?).to_vec()),
-            |told| Ok(told.to_vec()),
+            |requested| Ok(requested.to_vec()),
         );
     };
     let found = noise.size()[1..].to_vec();
@@ -71,10 +71,13 @@ pub(super) fn shape_of(
             ),
         ));
     }
-    match told {
-        Some(told) if told != found => Err(Error::config(
+    match requested {
+        Some(requested) if requested != found => Err(Error::config(
             "--shape",
-            format!("is {told:?}, but `{NOISE}` in {} has samples of {found:?}", path.display()),
+            format!(
+                "is {requested:?}, but `{NOISE}` in {} has samples of {found:?}",
+                path.display()
+            ),
         )),
         _ => Ok(found),
     }
