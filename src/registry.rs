@@ -1,8 +1,8 @@
-//! A family of interchangeable parts is a list; a name in the configuration picks one.
+//! Families of interchangeable implementations; a name in the configuration selects one.
 
-/// Declares a family: `name => Variant(Settings)` a line, behind one trait.
+/// Declares a family behind one trait, with one line `name => Variant(Settings)` for each member.
 ///
-/// The enum derefs to the trait, implements [`Family`](crate::settings::Family), and its default is
+/// The enum derefs to the trait, implements [`Family`](crate::settings::Family), and defaults to
 /// the first member.
 macro_rules! registry {
     ($(#[$doc:meta])* pub enum $family:ident: $part:ident { $first:literal => $First:ident($first_type:ty), $($name:literal => $Variant:ident($type:ty),)* }) => {

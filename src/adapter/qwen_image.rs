@@ -126,5 +126,5 @@ impl ModelAdapter for QwenImage {
 /// The samples whose text is dropped, `[B]` boolean on the host: all or none by one coin, or each
 /// by its own where draws are keyed by sample. The coin is tossed whatever the probability.
 fn drop(context: &FlowMatchingContext<'_>) -> Tensor {
-    context.draws.host_coin(context.cfg_dropout_prob).of_each(context.noisy_latents.size()[0])
+    context.draws.host_coin(context.cfg_dropout_prob).per_sample(context.noisy_latents.size()[0])
 }
