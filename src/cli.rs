@@ -358,7 +358,7 @@ fn run_training(args: &TrainArgs) -> Result<i32> {
         // Every rank knows of it, so that all can leave in good order.
         Err(error) => return collective::finish_with(error, world),
     };
-    watchdog.follow(config.watchdog.clone());
+    watchdog.configure(config.watchdog.clone());
     let (_, ending) = train::train(&config, &options, world.as_ref())?;
     collective::finish(world)?;
     Ok(if ending == Ending::Stopped { STOPPED } else { 0 })

@@ -30,7 +30,7 @@ pub struct Roster {
     pub root: Option<IpAddr>,
 }
 
-/// Closes a connection that no rank of this world made, and logs why.
+/// Closes a connection that no rank of this world made, and logs the reason.
 pub fn ignore(incoming: &Incoming, why: &str) {
     tracing::warn!("ignored a connection from {}: {why}", incoming.address);
 }
