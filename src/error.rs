@@ -47,6 +47,7 @@ impl fmt::Display for ConfigProblem {
     }
 }
 
+/// An error with a cause outside the program.
 #[derive(Debug)]
 pub enum Error {
     /// The configuration is invalid; lists all its problems at once.

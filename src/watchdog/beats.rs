@@ -227,6 +227,7 @@ fn send(socket: &UdpSocket, message: &impl Serialize, to: SocketAddr) {
     let _ = socket.send_to(&bytes, to);
 }
 
+/// Rank 0's side.
 pub struct Hub {
     socket: UdpSocket,
     token: u64,
@@ -282,6 +283,7 @@ impl Hub {
     }
 }
 
+/// Any other rank's side.
 pub struct Spoke {
     socket: UdpSocket,
     token: u64,

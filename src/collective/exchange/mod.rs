@@ -33,8 +33,8 @@
 //!
 //! Bytes are transferred only while a rank waits: neither MPI nor a socket makes progress by
 //! itself. So no computation hides communication here, and a progress thread would gain nothing: it
-//! would take from the computation the core that the transfer needs (half of it, with two ranks on
-//! two cores). A work that is dropped without a wait is carried out by the next wait.
+//! would compete with the computation for the same cores (with two ranks on two cores it took half
+//! of them). A work that is dropped without a wait is carried out by the next wait.
 
 mod queue;
 mod rounds;

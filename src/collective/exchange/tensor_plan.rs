@@ -116,7 +116,7 @@ impl<C> Round<'_, C> {
         })
     }
 
-    /// The span in which `peer`'s piece that is reduced with `mine` arrives.
+    /// The memory in which `peer`'s contribution to `mine` arrives.
     fn contribution(&self, pattern: Pattern, peer: usize, mine: Span) -> Span {
         match self.shared_buffer(pattern) {
             Some(shared_buffer) => {
@@ -338,7 +338,7 @@ pub struct Scratch<'s> {
 }
 
 impl Scratch<'_> {
-    /// The span in which `peer`'s piece that is reduced with `mine` arrives.
+    /// The memory in which `peer`'s contribution to `mine` arrives.
     fn peer_piece(&self, peer: usize, mine: Span) -> Span {
         Span::from_bytes(
             self.memory,

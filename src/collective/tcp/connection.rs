@@ -31,6 +31,7 @@ static CONNECTIONS: Mutex<Vec<Arc<Connection>>> = Mutex::new(Vec::new());
 /// True while the failure of this process is being announced.
 static IS_EXITING: AtomicBool = AtomicBool::new(false);
 
+/// The socket to one peer.
 pub struct Connection {
     /// The peer's rank in the world.
     pub rank: usize,
@@ -136,10 +137,7 @@ pub fn wait_for_end(rank: usize, limit: Duration) -> Option<bool> {
                 if matches!(
                     error.kind(),
                     io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-                ) =>
-            {
-                ()
-            }
+                ) => {}
             Err(_) => return Some(announces_failure(&last)),
         }
     }

@@ -14,6 +14,7 @@ const PIECE: u32 = 0;
 const GOODBYE: u32 = 1;
 const FAILED: u32 = 2;
 
+/// The header of a frame.
 #[derive(Debug, PartialEq)]
 pub enum Frame {
     /// A header that `length` bytes of the operation with this tag and name follow.

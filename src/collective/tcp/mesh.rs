@@ -41,6 +41,7 @@ pub struct Mesh {
     is_broken: bool,
 }
 
+/// The connection to one peer, with its queues of frames.
 struct Peer {
     connection: Arc<Connection>,
     outgoing: VecDeque<Outgoing>,
@@ -58,12 +59,14 @@ struct Peer {
     is_write_broken: bool,
 }
 
+/// A frame to send.
 struct Outgoing {
     header: [u8; HEADER_BYTES],
     body: Span,
     written: usize,
 }
 
+/// A frame to receive.
 struct Due {
     envelope: Rc<Envelope>,
     /// The peer's rank in the operation's communicator.

@@ -17,6 +17,7 @@ use crate::error::{Error, Result, one_line};
 /// Pause before a rank that no address reached is dialled again.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// Record with which two ranks recognize each other on a new connection.
 #[derive(Deserialize, Serialize)]
 struct Hello {
     token: String,
@@ -35,6 +36,7 @@ struct Dial {
     why: String,
 }
 
+/// The connections of this rank that are complete, and those that are being made.
 struct MeshSetup<'c> {
     membership: Membership,
     roster: &'c Roster,

@@ -40,6 +40,7 @@ pub struct Incoming {
     bytes: Vec<u8>,
 }
 
+/// Result of reading a record.
 pub enum Received<T> {
     /// The record is not complete yet.
     Partial,
