@@ -51,8 +51,8 @@ static CAUSE: OnceLock<i32> = OnceLock::new();
 /// Set once the message of the first failure has been printed.
 static PRINTED: (Mutex<bool>, Condvar) = (Mutex::new(false), Condvar::new());
 
-/// Milliseconds to wait for the speaker, see [`set_patience`].
-static PATIENCE: AtomicU64 = AtomicU64::new(60_000);
+/// Milliseconds to wait for the speaker, see [`set_timeout`].
+static TIMEOUT: AtomicU64 = AtomicU64::new(60_000);
 
 /// On rank 0: the rank that it has appointed.
 static SPEAKER: Mutex<Option<usize>> = Mutex::new(None);
@@ -73,13 +73,13 @@ pub fn set_folder(folder: &Path) {
 
 /// Sets the time that the speaker may take to print the reason and to end the world, before another
 /// rank does both.
-pub fn set_patience(limit: Duration) {
-    PATIENCE.store(limit.as_millis() as u64, Ordering::Relaxed);
+pub fn set_timeout(limit: Duration) {
+    TIMEOUT.store(limit.as_millis() as u64, Ordering::Relaxed);
 }
 
-/// See [`set_patience`].
-pub fn patience() -> Duration {
-    Duration::from_millis(PATIENCE.load(Ordering::Relaxed))
+/// See [`set_timeout`].
+pub fn timeout() -> Duration {
+    Duration::from_millis(TIMEOUT.load(Ordering::Relaxed))
 }
 
 /// Sets the function by which this rank asks for the speaker before it prints, so that only one of
@@ -171,7 +171,7 @@ fn wait_for_turn(rank: usize) {
 fn print(code: i32, name: &str, what: &str) {
     let start = Instant::now();
     fault::strike(Phase::Finalize);
-    if pulse::world_size() > 1 && start.elapsed() > patience() {
+    if pulse::world_size() > 1 && start.elapsed() > timeout() {
         // This process was suspended until now, and another rank has reported in its place.
         return;
     }
@@ -191,11 +191,11 @@ fn print(code: i32, name: &str, what: &str) {
     PRINTED.1.notify_all();
 }
 
-/// A second failing thread waits until the first has printed its message, but at most [`patience`]:
+/// A second failing thread waits until the first has printed its message, but at most [`timeout`]:
 /// stderr may be a full pipe.
 fn wait_until_printed() {
     let printed = PRINTED.0.lock().unwrap_or_else(PoisonError::into_inner);
-    drop(PRINTED.1.wait_timeout_while(printed, patience(), |printed| !*printed));
+    drop(PRINTED.1.wait_timeout_while(printed, timeout(), |printed| !*printed));
 }
 
 /// Best effort: a full disk must not suppress the message.

@@ -2,7 +2,7 @@
 //!
 //! Launchers kill all processes as soon as one of them exits with an error. So a rank that is not
 //! the speaker (see [`failure`]) waits to be killed, which the speaker causes after it has printed.
-//! A rank whose speaker does not end the world within [`failure::patience`] speaks in its place.
+//! A rank whose speaker does not end the world within [`failure::timeout`] speaks in its place.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -64,7 +64,7 @@ pub fn follow(speaker: Option<usize>, code: i32, what: &str) -> ! {
         && failure::record_cause(code)
         && !wait_for_speaker(speaker)
     {
-        let limit = failure::patience().as_secs_f64();
+        let limit = failure::timeout().as_secs_f64();
         failure::report_instead_of(
             speaker,
             code,
@@ -82,7 +82,7 @@ fn wait_for_speaker(speaker: usize) -> bool {
     if HAS_LEFT.load(Ordering::SeqCst) {
         return true;
     }
-    let limit = failure::patience();
+    let limit = failure::timeout();
     if let Some(has_spoken) = tcp::wait_for_end(speaker, limit) {
         return has_spoken;
     }

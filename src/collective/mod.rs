@@ -156,13 +156,13 @@ pub fn job() -> Option<String> {
 }
 
 /// Connects this process to the world that the launcher started; without a launcher, returns a
-/// world of one that never touches MPI. `patience` is how long ranks wait for each other over TCP,
+/// world of one that never touches MPI. `timeout` is how long ranks wait for each other over TCP,
 /// because the nodes of a large job start minutes apart.
 ///
 /// # Errors
 /// [`Error::Environment`] if the launcher started several tasks but each finds itself alone, or if
 /// the variables that `launch` needs are missing; [`Error::Collective`] if not all ranks arrive.
-pub fn connect(launch: Launch, patience: Duration) -> Result<Box<dyn Collective>> {
+pub fn connect(launch: Launch, timeout: Duration) -> Result<Box<dyn Collective>> {
     match launch {
         Launch::Auto => match placement()? {
             Placement::Alone => Ok(Box::new(Solo)),
@@ -172,18 +172,18 @@ pub fn connect(launch: Launch, patience: Duration) -> Result<Box<dyn Collective>
             Placement::Alone => connect_mpi(None),
             Placement::Launched { size } => connect_mpi(size),
         },
-        Launch::Tcp => connect_tcp(&tcp_placement_among(variable)?, patience),
+        Launch::Tcp => connect_tcp(&tcp_placement_among(variable)?, timeout),
     }
 }
 
-fn connect_tcp(placement: &TcpPlacement, patience: Duration) -> Result<Box<dyn Collective>> {
+fn connect_tcp(placement: &TcpPlacement, timeout: Duration) -> Result<Box<dyn Collective>> {
     let TcpPlacement { rank, world_size, rendezvous } = placement;
     pulse::set_rank(*rank, *world_size);
     // Rank 0 prints its reason before the others receive the refusal and exit.
     let on_refusal = |error: &Error| {
         failure::report(error.exit_code(), error.name(), &error.to_string());
     };
-    Ok(Box::new(Tcp::connect_for_life(*rank, *world_size, rendezvous, patience, &on_refusal)?))
+    Ok(Box::new(Tcp::connect_for_life(*rank, *world_size, rendezvous, timeout, &on_refusal)?))
 }
 
 fn connect_mpi(size: Option<usize>) -> Result<Box<dyn Collective>> {

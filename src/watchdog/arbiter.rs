@@ -18,7 +18,7 @@ use crate::pulse;
 
 /// Time for which a rank asks, and the interval between two requests: a datagram may be lost, and a
 /// busy machine wakes a thread late.
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 const INTERVAL: Duration = Duration::from_millis(250);
 
 /// A rank asks to become the speaker, perhaps in place of one that is.
@@ -80,7 +80,7 @@ fn ask(arbiters: &[SocketAddr], request: &Request) -> Option<usize> {
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).ok()?;
     socket.set_read_timeout(Some(INTERVAL)).ok()?;
     let began = Instant::now();
-    while began.elapsed() < PATIENCE {
+    while began.elapsed() < TIMEOUT {
         arbiters.iter().for_each(|arbiter| send(&socket, request, *arbiter));
         if let Some((reply, _)) =
             receive::<Reply>(&socket).filter(|(reply, _)| reply.token == request.token)

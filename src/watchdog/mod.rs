@@ -56,7 +56,7 @@ impl Watchdog {
     /// # Errors
     /// [`Error::Environment`] if no thread can be started.
     pub fn start(settings: WatchdogSettings) -> Result<Self> {
-        failure::set_patience(Duration::from_secs_f64(settings.finalize_seconds));
+        failure::set_timeout(Duration::from_secs_f64(settings.finalize_seconds));
         let shared =
             Arc::new(Shared { settings: Mutex::new(settings), heartbeat: Mutex::default() });
         let watched = shared.clone();
@@ -67,7 +67,7 @@ impl Watchdog {
 
     /// Replaces the settings.
     pub fn configure(&self, settings: WatchdogSettings) {
-        failure::set_patience(Duration::from_secs_f64(settings.finalize_seconds));
+        failure::set_timeout(Duration::from_secs_f64(settings.finalize_seconds));
         *lock(&self.shared.settings) = settings;
     }
 

@@ -32,7 +32,7 @@ use crate::error::{Error, Result};
 use channel::{MpiChannel, check, text};
 
 /// Time that `MPI_Abort` may take before the process exits without it.
-const ABORT_PATIENCE: Duration = Duration::from_secs(5);
+const ABORT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A communicator over MPI. Thread level "serialized" allows no two calls at once (the exception is
 /// [`abort`](super::abort)).
@@ -137,7 +137,7 @@ pub(super) fn abort(code: i32) -> ! {
     static CALLED: AtomicBool = AtomicBool::new(false);
     if CALLED.swap(true, Ordering::SeqCst) {
         // Another thread is ending the process; two threads inside `MPI_Abort` may crash it.
-        std::thread::sleep(2 * ABORT_PATIENCE);
+        std::thread::sleep(2 * ABORT_TIMEOUT);
         exit(code);
     }
     if !is_running() {
@@ -145,7 +145,7 @@ pub(super) fn abort(code: i32) -> ! {
     }
     traps::set(code);
     let fallback = move || {
-        std::thread::sleep(ABORT_PATIENCE);
+        std::thread::sleep(ABORT_TIMEOUT);
         exit(code);
     };
     let armed = std::thread::Builder::new().name("abort".into()).spawn(fallback);

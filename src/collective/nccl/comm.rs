@@ -34,7 +34,7 @@ const PAUSE: Duration = Duration::from_micros(200);
 pub(super) struct NcclComm {
     raw: Cell<sys::ncclComm_t>,
     /// Time that NCCL may take to finalize or abort it.
-    patience: Duration,
+    teardown_timeout: Duration,
 }
 
 /// Checks that NCCL is installed and returns its version, e.g. `2.29.7`.
@@ -65,7 +65,7 @@ impl NcclComm {
         rank: usize,
         world_size: usize,
         limit: Duration,
-        patience: Duration,
+        teardown_timeout: Duration,
     ) -> Outcome<Self> {
         let id = sys::ncclUniqueId { internal: id.map(|byte| byte as _) };
         let (mut raw, mut config) = (null_mut(), nonblocking_config());
@@ -80,7 +80,7 @@ impl NcclComm {
                 &mut config,
             )
         };
-        let communicator = NcclComm { raw: Cell::new(raw), patience };
+        let communicator = NcclComm { raw: Cell::new(raw), teardown_timeout };
         let joined = check("ncclCommInitRankConfig", code)
             .and_then(|()| communicator.wait_until_accepted(limit));
         joined
@@ -166,11 +166,11 @@ impl NcclComm {
             // After the time limit the receiver is gone.
             let _ = sender.send(code);
         };
-        let seconds = self.patience.as_secs_f64();
+        let seconds = self.teardown_timeout.as_secs_f64();
         match thread::Builder::new()
             .name("nccl abort".into())
             .spawn(abort)
-            .map(|_| done.recv_timeout(self.patience))
+            .map(|_| done.recv_timeout(self.teardown_timeout))
         {
             Ok(Ok(code)) => {
                 check("ncclCommAbort", code).unwrap_or_else(|what| tracing::warn!("{what}"))
@@ -186,7 +186,7 @@ impl NcclComm {
     fn finalize(&self) -> Outcome<()> {
         // SAFETY: the communicator is joined, and nothing is started on it any more.
         check("ncclCommFinalize", unsafe { sys::ncclCommFinalize(self.raw.get()) })?;
-        self.wait_until_accepted(self.patience)?;
+        self.wait_until_accepted(self.teardown_timeout)?;
         // SAFETY: the communicator is finalized, and its handle is cleared here.
         check("ncclCommDestroy", unsafe { sys::ncclCommDestroy(self.raw.replace(null_mut())) })
     }

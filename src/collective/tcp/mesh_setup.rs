@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::super::exchange::Membership;
 use super::connection::Connection;
-use super::roster::{CALL, Roster, ignore, patience};
+use super::roster::{CALL, Roster, attempt_timeout, ignore};
 use super::setup_message::{Incoming, Received, SHORT_BYTES, send_record, wait_until};
 use crate::error::{Error, Result, one_line};
 
@@ -122,7 +122,7 @@ impl MeshSetup<'_> {
             }
             while let (None, Some(address)) = (&dial.incoming, dial.addresses.pop_front()) {
                 let hello = Hello { token: roster.token.clone(), from: own, to: dial.to };
-                let connected = TcpStream::connect_timeout(&address, patience(until));
+                let connected = TcpStream::connect_timeout(&address, attempt_timeout(until));
                 let greeted = connected.and_then(|socket| {
                     send_record(&socket, &hello).and_then(|()| Incoming::new(socket, address))
                 });

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::super::exchange::Membership;
 use super::connection::Connection;
 use super::mesh_setup;
-use super::roster::{CALL, Endpoint, Roster, ignore, patience};
+use super::roster::{CALL, Endpoint, Roster, attempt_timeout, ignore};
 use super::setup_message::{Incoming, Received, SHORT_BYTES, send_record, wait_until};
 use crate::error::{Error, Result, one_line};
 
@@ -327,7 +327,7 @@ fn register_once(
     let addresses = resolve(rendezvous).map_err(|error| error.to_string())?;
     let mut why = String::new();
     for address in addresses {
-        let socket = match TcpStream::connect_timeout(&address, patience(until)) {
+        let socket = match TcpStream::connect_timeout(&address, attempt_timeout(until)) {
             Ok(socket) => socket,
             Err(error) => {
                 why = error.to_string();

@@ -35,7 +35,7 @@ pub fn ignore(incoming: &Incoming, why: &str) {
     tracing::warn!("ignored a connection from {}: {why}", incoming.address);
 }
 
-/// The timeout of one attempt to connect.
-pub fn patience(until: Instant) -> Duration {
+/// Returns the timeout of one attempt to connect, by the deadline `until`.
+pub fn attempt_timeout(until: Instant) -> Duration {
     until.saturating_duration_since(Instant::now()).clamp(Duration::from_millis(1), ATTEMPT)
 }

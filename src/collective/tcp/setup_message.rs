@@ -21,14 +21,14 @@ const LENGTH_BYTES: usize = 4;
 pub const SHORT_BYTES: usize = 4096;
 
 /// Timeout of sending a record: far longer than a peer that reads needs.
-const SENDING_PATIENCE: Duration = Duration::from_secs(10);
+const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Sends a record. The socket blocks during the call and is non-blocking afterwards.
 pub fn send_record(mut socket: &TcpStream, record: &impl Serialize) -> io::Result<()> {
     let text = serde_json::to_vec(record)?;
     let length = u32::try_from(text.len()).map_err(io::Error::other)?;
     socket.set_nonblocking(false)?;
-    socket.set_write_timeout(Some(SENDING_PATIENCE))?;
+    socket.set_write_timeout(Some(SEND_TIMEOUT))?;
     socket.write_all(&[&MARK[..], &length.to_le_bytes(), &text].concat())?;
     socket.set_nonblocking(true)
 }
