@@ -229,7 +229,9 @@ impl<T: Transport> Communicator<T> {
             &sliced.owned,
             &sliced.full,
         )
-        .ok_or_else(|| call.error("owned is a view of full, but not of this rank's slice"))
+        .ok_or_else(|| {
+            call.error("owned is a view of full at another place than this rank's slice")
+        })
     }
 }
 
