@@ -12,7 +12,7 @@ use crate::nn::ComputeSettings;
 use crate::optim::OptimizerChoice;
 use crate::optim::lr::LrScheduleChoice;
 use crate::parallel::ParallelSettings;
-use crate::settings::{self, Choice, Habit, Keys, Settings};
+use crate::settings::{self, choice, settings};
 use crate::telemetry::LogSettings;
 use crate::watchdog::WatchdogSettings;
 
@@ -25,287 +25,132 @@ const MOST_SAMPLES: usize = 1 << 40;
 /// Name of [`DEFAULT`] in messages.
 pub const DEFAULT_NAME: &str = "configs/digits.toml (embedded)";
 
-/// `[flow_matching]` with its adapter, which lives one room further up.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct FlowSettings {
-    pub flow: FlowMatchingSettings,
-    pub adapter: AdapterChoice,
-}
-
-impl Settings for FlowSettings {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        self.flow.visit(keys);
-        keys.named_family(
-            "adapter_type",
-            "adapter",
-            &mut self.adapter,
-            "Which model family's inputs are prepared.",
-        );
+settings! {
+    /// `[flow_matching]` with its adapter, which lives one room further up.
+    pub struct FlowSettings {
+        /// The reference's parameters and fm-dist's own, in the same table.
+        pub flow: FlowMatchingSettings, as flat;
+        /// Which model family's inputs are prepared.
+        pub adapter: AdapterChoice, as named_family;
     }
 }
 
-/// `[train]`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TrainSettings {
-    pub global_batch_size: Option<usize>,
-    pub gradient_accumulation_steps: Option<usize>,
-    pub max_grad_norm: f64,
-    pub check_loss: bool,
-    pub on_non_finite: OnNonFinite,
-    pub on_loss_spike: OnLossSpike,
-    pub loss_spike_height: f64,
-    pub skip_budget: u64,
-}
-
-/// What becomes of a step that has a loss or gradient which is no finite number, or a loss above
-/// the bound.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OnNonFinite {
-    #[default]
-    Stop,
-    Skip,
-}
-
-impl Choice for OnNonFinite {
-    const ALL: &'static [(&'static str, Self)] =
-        &[("stop", OnNonFinite::Stop), ("skip", OnNonFinite::Skip)];
-}
-
-/// What becomes of a step whose loss stands out from those before it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OnLossSpike {
-    Ignore,
-    #[default]
-    Warn,
-    Skip,
-    Stop,
-}
-
-impl Choice for OnLossSpike {
-    const ALL: &'static [(&'static str, Self)] = &[
-        ("ignore", OnLossSpike::Ignore),
-        ("warn", OnLossSpike::Warn),
-        ("skip", OnLossSpike::Skip),
-        ("stop", OnLossSpike::Stop),
-    ];
-}
-
-impl Default for TrainSettings {
-    fn default() -> Self {
-        TrainSettings {
-            global_batch_size: None,
-            gradient_accumulation_steps: None,
-            max_grad_norm: 1.0,
-            check_loss: true,
-            on_non_finite: OnNonFinite::default(),
-            on_loss_spike: OnLossSpike::default(),
-            loss_spike_height: 10.0,
-            skip_budget: 5,
-        }
+settings! {
+    /// `[train]`: one optimizer step.
+    pub struct TrainSettings {
+        /// Samples of one optimizer step over all ranks; unset: micro-batch x ranks x accumulation.
+        pub global_batch_size: Option<usize> = None, in 1..=MOST_SAMPLES as i64;
+        /// Micro-batches of each rank in a step; follows from global_batch_size where that is set,
+        /// 1 otherwise.
+        pub gradient_accumulation_steps: Option<usize> = None, in 1..;
+        /// Gradients are scaled down to this global norm; 0: never.
+        pub max_grad_norm: f64 = 1.0, in 0.0..;
+        /// Refuse the update when any rank's loss is not a number or above 100.
+        pub check_loss: bool = true;
+        /// When a loss is refused, or the gradient is not finite on all ranks.
+        pub on_non_finite: OnNonFinite = OnNonFinite::Stop;
+        /// When the loss stands out from those of the last 128 steps.
+        pub on_loss_spike: OnLossSpike = OnLossSpike::Warn;
+        /// Robust standard deviations (from median and median absolute deviation) above which a
+        /// loss stands out.
+        pub loss_spike_height: f64 = 10.0, in 1.0..;
+        /// Skipped steps among the last 100 that a run bears; one more stops it.
+        pub skip_budget: u64 = 5, in 0..;
     }
 }
 
-impl Settings for TrainSettings {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        let accumulation = "Micro-batches of each rank in a step; follows from global_batch_size where that is set, 1 otherwise.";
-        keys.optional_integer(
-            "global_batch_size",
-            &mut self.global_batch_size,
-            1..=MOST_SAMPLES as i64,
-            "Samples of one optimizer step over all ranks; unset: micro-batch x ranks x accumulation.",
-        );
-        keys.optional_integer(
-            "gradient_accumulation_steps",
-            &mut self.gradient_accumulation_steps,
-            1..,
-            accumulation,
-        );
-        keys.number(
-            "max_grad_norm",
-            &mut self.max_grad_norm,
-            0.0..,
-            "Gradients are scaled down to this global norm; 0: never.",
-        );
-        keys.flag(
-            "check_loss",
-            &mut self.check_loss,
-            "Refuse the update when any rank's loss is not a number or above 100.",
-        );
-        keys.choice(
-            "on_non_finite",
-            &mut self.on_non_finite,
-            "When a loss is refused, or the gradient is not finite on all ranks.",
-        );
-        keys.choice(
-            "on_loss_spike",
-            &mut self.on_loss_spike,
-            "When the loss stands out from those of the last 128 steps.",
-        );
-        let height = "Robust standard deviations (from median and median absolute deviation) above which a loss stands out.";
-        keys.number("loss_spike_height", &mut self.loss_spike_height, 1.0.., height);
-        keys.integer(
-            "skip_budget",
-            &mut self.skip_budget,
-            0..,
-            "Skipped steps among the last 100 that a run bears; one more stops it.",
-        );
+choice! {
+    /// Treatment of a step with a loss or gradient that is not finite, or a loss above the bound.
+    pub enum OnNonFinite {
+        /// The run ends.
+        "stop" => Stop,
+        /// The step changes no parameter, and the run goes on.
+        "skip" => Skip,
     }
 }
 
-/// What a save that fails does to the run.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OnFailure {
-    #[default]
-    Stop,
-    /// The run goes on with a warning, and the next save tries again. The last save of a run stops
-    /// in any case.
-    Continue,
-}
-
-impl Choice for OnFailure {
-    const ALL: &'static [(&'static str, Self)] =
-        &[("stop", OnFailure::Stop), ("continue", OnFailure::Continue)];
-}
-
-/// `[checkpoint]`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct CheckpointSettings {
-    pub every_n_steps: u64,
-    pub save_last: bool,
-    pub asynchronous: bool,
-    pub on_failure: OnFailure,
-    pub keep_last: u64,
-    pub keep_every: Option<u64>,
-}
-
-impl Default for CheckpointSettings {
-    fn default() -> Self {
-        CheckpointSettings {
-            every_n_steps: 100,
-            save_last: true,
-            asynchronous: true,
-            on_failure: OnFailure::Stop,
-            keep_last: 2,
-            keep_every: None,
-        }
+choice! {
+    /// Treatment of a step whose loss stands out from those before it.
+    pub enum OnLossSpike {
+        /// Nothing is done.
+        "ignore" => Ignore,
+        /// The log has a warning.
+        "warn" => Warn,
+        /// The step changes no parameter, and the run goes on.
+        "skip" => Skip,
+        /// The run ends.
+        "stop" => Stop,
     }
 }
 
-impl Settings for CheckpointSettings {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.integer(
-            "every_n_steps",
-            &mut self.every_n_steps,
-            1..,
-            "Steps between checkpoints; the last step has one, too.",
-        );
-        let save_last = "Save at the last step; false: only where every_n_steps says, and a resume does the steps behind it again.";
-        keys.flag("save_last", &mut self.save_last, save_last);
-        let asynchronous = "Write beside the steps, which stop for a copy in host memory only; false: wait for the disk at each save.";
-        keys.flag("asynchronous", &mut self.asynchronous, asynchronous);
-        keys.choice(
-            "on_failure",
-            &mut self.on_failure,
-            "What a save that fails does to the run; the last save of a run always stops it.",
-        );
-        keys.integer(
-            "keep_last",
-            &mut self.keep_last,
-            1..,
-            "Newest checkpoints that are kept; older ones go after a newer one is safe.",
-        );
-        let keep_every = "Checkpoints whose step is a multiple of this are kept for ever.";
-        keys.optional_integer("keep_every", &mut self.keep_every, 1.., keep_every);
+choice! {
+    /// Effect of a save that fails on the run.
+    pub enum OnFailure {
+        /// The run ends.
+        "stop" => Stop,
+        /// The run goes on with a warning, and the next save tries again. The last save of a run
+        /// stops it in any case.
+        "continue" => Continue,
     }
 }
 
-/// Everything a run is made of.
-#[derive(Clone, Debug, PartialEq)]
-pub struct RunConfig {
-    pub seed: u64,
-    pub max_steps: u64,
-    pub output_dir: String,
-    pub model: ModelSettings,
-    pub flow_matching: FlowSettings,
-    pub data: DataSettings,
-    pub train: TrainSettings,
-    pub optimizer: OptimizerChoice,
-    pub lr_scheduler: LrScheduleChoice,
-    pub parallel: ParallelSettings,
-    pub compute: ComputeSettings,
-    pub checkpoint: CheckpointSettings,
-    pub watchdog: WatchdogSettings,
-    pub sampling: SamplingSettings,
-    pub log: LogSettings,
-    pub debug: DebugSettings,
-}
-
-impl Default for RunConfig {
-    fn default() -> Self {
-        RunConfig {
-            seed: 42,
-            max_steps: 1000,
-            output_dir: "runs/fm-dist".into(),
-            model: ModelSettings::default(),
-            flow_matching: FlowSettings::default(),
-            data: DataSettings::default(),
-            train: TrainSettings::default(),
-            optimizer: OptimizerChoice::default(),
-            lr_scheduler: LrScheduleChoice::default(),
-            parallel: ParallelSettings::default(),
-            compute: ComputeSettings::default(),
-            checkpoint: CheckpointSettings::default(),
-            watchdog: WatchdogSettings::default(),
-            sampling: SamplingSettings::default(),
-            log: LogSettings::default(),
-            debug: DebugSettings::default(),
-        }
+settings! {
+    /// `[checkpoint]`: checkpoints, how often and how many.
+    pub struct CheckpointSettings {
+        /// Steps between checkpoints; the last step has one, too.
+        pub every_n_steps: u64 = 100, in 1..;
+        /// Save at the last step; false: only where every_n_steps says, and a resume does the steps
+        /// behind it again.
+        pub save_last: bool = true;
+        /// Write beside the steps, which stop for a copy in host memory only; false: wait for the
+        /// disk at each save.
+        pub asynchronous: bool = true;
+        /// What a save that fails does to the run; the last save of a run always stops it.
+        pub on_failure: OnFailure = OnFailure::Stop;
+        /// Newest checkpoints that are kept; older ones go after a newer one is safe.
+        ///
+        /// Two, so that a run can go on where the newest one turns out to be damaged.
+        pub keep_last: u64 = 2, in 1..;
+        /// Checkpoints whose step is a multiple of this are kept for ever.
+        pub keep_every: Option<u64> = None, in 1..;
     }
 }
 
-impl Settings for RunConfig {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.integer("seed", &mut self.seed, 0.., "Everything random follows from this number.");
-        keys.integer(
-            "max_steps",
-            &mut self.max_steps,
-            1..,
-            "Optimizer steps of the whole run, resumed or not.",
-        );
-        keys.text(
-            "output_dir",
-            &mut self.output_dir,
-            "Run folder; where it holds a run already, a new one gets a number behind its name.",
-        );
-        keys.table("model", &mut self.model, "What is trained.");
-        keys.table("flow_matching", &mut self.flow_matching, "Timesteps, noise and loss.");
-        keys.table("data", &mut self.data, "What it is trained on.");
-        keys.table("train", &mut self.train, "An optimizer step.");
-        keys.family("optimizer", &mut self.optimizer, "The update rule.");
-        keys.family(
-            "lr_scheduler",
-            &mut self.lr_scheduler,
-            "Learning rate over the run, as a share of the optimizer's lr.",
-        );
-        keys.table("parallel", &mut self.parallel, "How ranks share the work.");
-        keys.table("compute", &mut self.compute, "By which kernels.");
-        keys.table("checkpoint", &mut self.checkpoint, "What survives a crash.");
-        keys.table(
-            "watchdog",
-            &mut self.watchdog,
-            "What is done about ranks that stand still, fall behind or drift apart.",
-        );
-        keys.table(
-            "sampling",
-            &mut self.sampling,
-            "Generated samples: `fm-dist sample`, and the report at the end of a run.",
-        );
-        keys.table("log", &mut self.log, "What is said meanwhile.");
-        keys.table("debug", &mut self.debug, "For those who test fm-dist itself.");
-    }
-
-    fn habits(&self) -> &'static [Habit] {
-        habits::HABITS
+settings! {
+    /// Everything a run is made of.
+    pub struct RunConfig {
+        /// Everything random follows from this number.
+        pub seed: u64 = 42, in 0..;
+        /// Optimizer steps of the whole run, resumed or not.
+        pub max_steps: u64 = 1000, in 1..;
+        /// Run folder; where it holds a run already, a new one gets a number behind its name.
+        pub output_dir: String = "runs/fm-dist".into();
+        /// What is trained.
+        pub model: ModelSettings, as table;
+        /// Timesteps, noise and loss.
+        pub flow_matching: FlowSettings, as table;
+        /// What it is trained on.
+        pub data: DataSettings, as table;
+        /// An optimizer step.
+        pub train: TrainSettings, as table;
+        /// The update rule.
+        pub optimizer: OptimizerChoice, as family;
+        /// Learning rate over the run, as a share of the optimizer's lr.
+        pub lr_scheduler: LrScheduleChoice, as family;
+        /// How ranks share the work.
+        pub parallel: ParallelSettings, as table;
+        /// By which kernels.
+        pub compute: ComputeSettings, as table;
+        /// What survives a crash.
+        pub checkpoint: CheckpointSettings, as table;
+        /// What is done about ranks that stand still, fall behind or drift apart.
+        pub watchdog: WatchdogSettings, as table;
+        /// Generated samples: `fm-dist sample`, and the report at the end of a run.
+        pub sampling: SamplingSettings, as table;
+        /// What is said meanwhile.
+        pub log: LogSettings, as table;
+        /// For those who test fm-dist itself.
+        pub debug: DebugSettings, as table;
     }
 }
 
@@ -316,7 +161,7 @@ impl RunConfig {
     /// [`Error::Config`] with every problem.
     pub fn read(source_name: &str, text: &str, overrides: &[String]) -> Result<Self> {
         let mut config = RunConfig::default();
-        settings::read(&mut config, source_name, text, overrides)?;
+        settings::read_with_habits(&mut config, habits::HABITS, source_name, text, overrides)?;
         config.model.resolve()?;
         let problems = config.problems();
         if problems.is_empty() {

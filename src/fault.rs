@@ -16,20 +16,18 @@ use rustix::process::{Signal, getpid, kill_process};
 use crate::error::{Error, Result};
 use crate::phase::Phase;
 use crate::pulse;
-use crate::settings::{Keys, Settings};
+use crate::settings::{parsed, settings};
 
-/// `[debug]`.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct DebugSettings {
-    pub inject_fault: Option<Fault>,
-}
-
-impl Settings for DebugSettings {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        let doc = "A fault made on purpose, for tests: \"kind@rank:step:phase[:argument]\".";
-        keys.optional_parsed("inject_fault", &mut self.inject_fault, doc);
+settings! {
+    /// `[debug]`: for tests of fm-dist itself.
+    // The brackets of the fault's grammar are no link.
+    #[allow(rustdoc::broken_intra_doc_links)]
+    pub struct DebugSettings {
+        /// A fault made on purpose, for tests: "kind@rank:step:phase[:argument]".
+        pub inject_fault: Option<Fault> = None;
     }
 }
+parsed!(Fault);
 
 /// The way in which a process breaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -21,8 +21,8 @@
 //! | 3 | [`config`]: the configuration, one field for each room |
 //! | 2, science | [`adapter`] above [`flow`] · [`model`] · [`optim`] |
 //! | 2, machinery | [`parallel`] · [`watchdog`] |
-//! | 1 | [`report`] above [`collective`] · [`data`] · [`nn`] · [`telemetry`] |
-//! | 0, each above those after it | [`files`] · [`failure`] · [`fault`], `registry` · [`cuda`], [`pulse`], [`settings`] · [`autograd`], [`error`], [`libtorch`], `median`, [`phase`], [`rng`], [`tensor`] |
+//! | 1 | [`report`] above [`collective`] · [`data`] · [`nn`] above [`ops`] · [`telemetry`] |
+//! | 0, each above those after it | [`files`] · [`failure`] · [`fault`], `registry` · [`cuda`], [`pulse`], [`settings`] · [`error`], [`libtorch`], `median`, [`phase`], [`rng`], [`tensor`] |
 //!
 //! # Letters in shapes
 //! `B` batch · `C` latent channels · `F` frames · `H`, `W` latent height and width · `L` tokens ·
@@ -38,7 +38,6 @@
 
 pub mod adapter;
 pub mod assembly;
-pub mod autograd;
 pub mod cli;
 pub mod collective;
 pub mod commands;
@@ -54,6 +53,7 @@ pub mod libtorch;
 mod median;
 pub mod model;
 pub mod nn;
+pub mod ops;
 pub mod optim;
 pub mod parallel;
 pub mod phase;

@@ -72,18 +72,6 @@ pub fn cpu_capability() -> &'static str {
     std::env::consts::ARCH
 }
 
-/// True if MKL, libtorch's library of matrix products, has its best kernels for this CPU: it has
-/// them for Intel's only.
-#[cfg(target_arch = "x86_64")]
-pub fn knows_this_cpu() -> bool {
-    static KNOWS: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
-    *KNOWS.get_or_init(|| {
-        raw_cpuid::CpuId::new()
-            .get_vendor_info()
-            .is_some_and(|vendor| vendor.as_str() == "GenuineIntel")
-    })
-}
-
 /// Allows or forbids cuDNN's attention kernels in this process, from the next call of attention on.
 pub fn allow_cudnn_attention(allowed: bool) {
     ffi::fm_dist_allow_cudnn_attention(allowed);

@@ -4,9 +4,37 @@
 ///
 /// The enum derefs to the trait, implements [`Family`](crate::settings::Family), and defaults to
 /// the first member.
+///
+/// Members without settings of their own are chosen by a word: `name => Variant = value` a line.
+/// The enum then derefs to the value and is a [`Choice`](crate::settings::Choice).
 macro_rules! registry {
-    ($(#[$doc:meta])* pub enum $family:ident: $part:ident { $first:literal => $First:ident($first_type:ty), $($name:literal => $Variant:ident($type:ty),)* }) => {
-        $(#[$doc])*
+    (
+        $(#[$attribute:meta])*
+        pub enum $choice:ident: $part:ident by word {
+            $( $(#[$meaning:meta])+ $name:literal => $Variant:ident = $value:expr, )+
+        }
+    ) => {
+        $crate::settings::choice! {
+            $(#[$attribute])*
+            pub enum $choice { $( $(#[$meaning])+ $name => $Variant, )+ }
+        }
+
+        impl ::std::ops::Deref for $choice {
+            type Target = $part;
+            fn deref(&self) -> &$part {
+                match self { $(Self::$Variant => const { &$value },)+ }
+            }
+        }
+    };
+
+    (
+        $(#[$attribute:meta])*
+        pub enum $family:ident: $part:ident {
+            $first:literal => $First:ident($first_type:ty),
+            $( $name:literal => $Variant:ident($type:ty), )*
+        }
+    ) => {
+        $(#[$attribute])*
         #[derive(Clone, Debug, PartialEq)]
         pub enum $family { $First($first_type), $($Variant($type),)* }
 

@@ -441,7 +441,7 @@ fn a_file_of_clusters_takes_the_place_of_those_that_are_built_in() {
 fn the_doctor_finds_what_training_needs() {
     let (code, text, errors) = finish(program(&["doctor"]));
     assert_eq!(code, 0, "{errors}");
-    for part in ["libtorch", "2.13.0", "MPI", "NCCL", "CUDA driver", "cores"] {
+    for part in ["libtorch", "2.13.0", "MPI", "NCCL", "CUDA driver", "cores", "operations"] {
         assert!(text.contains(part), "{part:?} is not in\n{text}");
     }
 }

@@ -131,6 +131,6 @@ fn each_familys_configuration_describes_the_published_model() {
     ] {
         let text = fs::read_to_string(root().join(format!("configs/{file}.toml"))).unwrap();
         let config = RunConfig::read(file, &text, &[]).unwrap();
-        assert_eq!(config.model.family, model::read_folder(&published(folder)).unwrap(), "{file}");
+        assert_eq!(*config.model.family, model::read_folder(&published(folder)).unwrap(), "{file}");
     }
 }

@@ -1,15 +1,18 @@
 //! The shape of the house: rooms use lower floors only, and some words stand in one file only.
+//! src/README.md draws the rooms from their imports.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The order of this list is the order of the house. Rooms on one floor do not use each other.
 const FLOORS: &[&[&str]] = &[
-    &["autograd", "error", "libtorch", "median", "phase", "rng", "tensor"],
+    &["error", "libtorch", "median", "phase", "rng", "tensor"],
     &["cuda", "pulse", "settings"],
     &["fault", "registry"],
     &["failure"],
     &["files"],
+    &["ops"],
     &["collective", "data", "nn", "telemetry"],
     &["report"],
     &["flow", "model", "optim", "parallel", "watchdog"],
@@ -23,22 +26,25 @@ const FLOORS: &[&[&str]] = &[
     &["cli"],
 ];
 
+/// The first floor above the ground. Every room may use the ground, so that the picture leaves it
+/// out.
+const FIRST_ABOVE_GROUND: &str = "collective";
+
 /// What may be written only in the places beside it (prefixes of paths under src/).
 const ONLY_IN: &[(&str, &[&str])] = &[
-    ("run_backward(", &["parallel/backward.rs"]),
+    ("run_backward(", &["ops/verify.rs", "parallel/backward.rs"]),
     ("env::var", &["collective/mod.rs"]),
     ("rank == 0", &["pulse.rs"]),
     ("rank() == 0", &[]),
     (
         "unsafe ",
         &[
-            "autograd/",
             "collective/mpi/",
             "collective/nccl/",
             "collective/exchange/span.rs",
             "cuda/",
             "libtorch.rs",
-            "nn/by_hand/product/",
+            "ops/autograd/",
             "tensor.rs",
         ],
     ),
@@ -146,4 +152,126 @@ fn files_stay_short_enough_to_read() {
     };
     let long: Vec<String> = sources().iter().filter_map(too_long).collect();
     assert!(long.is_empty(), "{}", long.join("\n"));
+}
+
+/// Rooms from the roof down.
+fn rooms_from_the_roof() -> Vec<&'static str> {
+    FLOORS.iter().rev().flat_map(|rooms| rooms.iter().copied()).collect()
+}
+
+fn is_ground(room: &str) -> bool {
+    floor_of(room) < floor_of(FIRST_ABOVE_GROUND)
+}
+
+/// Rooms that the program text of `room` imports, without comments and tests.
+fn imports_of(room: &str, sources: &[Source]) -> BTreeSet<&'static str> {
+    let programs = sources
+        .iter()
+        .filter(|source| source.room == room && !source.path.ends_with("tests.rs"))
+        .map(|source| source.text.split("mod tests {").next().unwrap());
+    let named: BTreeSet<String> = programs
+        .flat_map(str::lines)
+        .filter(|line| !line.trim_start().starts_with("//"))
+        .flat_map(rooms_named)
+        .collect();
+    rooms_from_the_roof()
+        .into_iter()
+        .filter(|other| *other != room && named.contains(*other))
+        .collect()
+}
+
+/// Rooms that `room` uses, also through others.
+fn reached_from(room: &str, sources: &[Source]) -> BTreeSet<&'static str> {
+    let mut reached = imports_of(room, sources);
+    loop {
+        let further: BTreeSet<_> =
+            reached.iter().flat_map(|other| imports_of(other, sources)).collect();
+        if further.is_subset(&reached) {
+            return reached;
+        }
+        reached.extend(further);
+    }
+}
+
+/// Rooms above the ground that `room` imports, without those that another of them uses anyway.
+fn arrows_of(room: &str, sources: &[Source]) -> Vec<&'static str> {
+    let direct: Vec<&str> =
+        imports_of(room, sources).into_iter().filter(|other| !is_ground(other)).collect();
+    let implied: BTreeSet<&str> =
+        direct.iter().flat_map(|other| reached_from(other, sources)).collect();
+    rooms_from_the_roof()
+        .into_iter()
+        .filter(|other| direct.contains(other) && !implied.contains(other))
+        .collect()
+}
+
+/// The first sentence of a room's `//!` lines.
+fn purpose_of(room: &str, sources: &[Source]) -> String {
+    let head = |source: &&Source| {
+        source.path == Path::new(room).join("mod.rs")
+            || source.path == Path::new(room).with_extension("rs")
+    };
+    let source = sources.iter().find(head).unwrap_or_else(|| panic!("no file opens `{room}`"));
+    let paragraph: Vec<&str> = source
+        .text
+        .lines()
+        .map_while(|line| line.strip_prefix("//!"))
+        .map(str::trim)
+        .take_while(|line| !line.is_empty())
+        .collect();
+    let text = paragraph.join(" ");
+    text.split_once(". ").map_or(text.trim_end_matches('.'), |(first, _)| first).to_string()
+}
+
+/// The arrows for GitHub to draw, and a table that a terminal shows as well.
+fn picture() -> String {
+    let sources = sources();
+    let rooms = rooms_from_the_roof();
+    let arrows = |room: &&str| {
+        let used = arrows_of(room, &sources).join(" & ");
+        (!used.is_empty()).then(|| format!("    {room} --> {used}\n"))
+    };
+    let drawn: String = rooms.iter().filter_map(arrows).collect();
+    let row = |room: &str| {
+        let imported = imports_of(room, &sources);
+        let used: Vec<&str> = rooms_from_the_roof()
+            .into_iter()
+            .filter(|other| imported.contains(other) && is_ground(other) == is_ground(room))
+            .collect();
+        format!("| `{room}` | {} | {} |\n", purpose_of(room, &sources), used.join(" "))
+    };
+    let rows = |ground: bool| -> String {
+        rooms.iter().filter(|room| is_ground(room) == ground).map(|room| row(room)).collect()
+    };
+    let head = "|---|---|---|\n";
+    format!(
+        "```mermaid\nflowchart TD\n{drawn}```\n\n\
+         | room | purpose | uses, besides the ground |\n{head}{}\n\
+         | ground | purpose | uses |\n{head}{}",
+        rows(false),
+        rows(true)
+    )
+}
+
+/// Where src/README.md holds the picture.
+const MARKERS: [&str; 2] =
+    ["<!-- house: drawn by tests/floors.rs -->\n", "<!-- end of house -->\n"];
+
+#[test]
+fn the_picture_of_the_house_is_that_of_its_imports() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/README.md");
+    let page = fs::read_to_string(&path).unwrap();
+    let (before, rest) = page.split_once(MARKERS[0]).expect("the picture's first marker");
+    let (_, after) = rest.split_once(MARKERS[1]).expect("the picture's last marker");
+    let current = format!("{before}{}{}{}{after}", MARKERS[0], picture(), MARKERS[1]);
+    if std::env::var_os("FM_DIST_DRAW").is_some() {
+        fs::write(&path, &current).unwrap();
+    } else {
+        assert!(
+            page == current,
+            "rooms or their imports changed; draw the picture in {} anew: \
+             FM_DIST_DRAW=1 cargo test --test tests the_picture_of_the_house",
+            path.display()
+        );
+    }
 }

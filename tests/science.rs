@@ -178,7 +178,7 @@ fn an_unknown_adapter_names_the_available_ones() {
 
 #[test]
 fn the_logs_have_every_field_of_the_reference() {
-    let pipeline = pipeline(|settings| settings.mix_uniform_ratio = 0.0);
+    let pipeline = pipeline(|settings| settings.distribution.mix_uniform_ratio = 0.0);
     let output = step(&pipeline, &batch(4)).unwrap();
     let statistics =
         Statistics::from_row(&Vec::<f32>::try_from(output.statistics.unwrap()).unwrap());

@@ -196,12 +196,14 @@ fn connected(address: &str) -> TcpStream {
 
 /// A record as ranks send them before they are connected.
 fn record(text: &str) -> Vec<u8> {
-    [&b"fm-tcp\x00\x01"[..], &(text.len() as u32).to_le_bytes(), text.as_bytes()].concat()
+    [&b"fm-tcp\x00\x02"[..], &(text.len() as u32).to_le_bytes(), text.as_bytes()].concat()
 }
 
-fn hello(build: &str, rank: usize) -> Vec<u8> {
-    let seat = json!({"host": "by hand", "addresses": [], "port": 1});
-    record(&json!({"build": build, "rank": rank, "world_size": 2, "seat": seat}).to_string())
+fn register(build: &str, rank: usize) -> Vec<u8> {
+    let endpoint = json!({"host": "by hand", "addresses": [], "port": 1});
+    record(
+        &json!({"build": build, "rank": rank, "world_size": 2, "endpoint": endpoint}).to_string(),
+    )
 }
 
 fn read_record(mut socket: &TcpStream) -> Value {
@@ -233,10 +235,10 @@ fn strangers_at_the_rendezvous_neither_stop_nor_delay_it() {
         record("[1, 2"),
         record(&"[".repeat(4000)),
         record("{\"build\": \"\\u001b[31m\"}"),
-        hello("0.0.0", 1),
+        register("0.0.0", 1),
     ];
     let silent = [connected(&address), connected(&address)];
-    (&silent[1]).write_all(&hello(env!("CARGO_PKG_VERSION"), 1)[..20]).unwrap();
+    (&silent[1]).write_all(&register(env!("CARGO_PKG_VERSION"), 1)[..20]).unwrap();
     for words in strangers {
         let mut stranger = connected(&address);
         // It may be shown out before it has said all.
@@ -254,13 +256,13 @@ fn strangers_at_the_rendezvous_neither_stop_nor_delay_it() {
 /// Rank 1 of 2 made by hand: the other's door and the token of the world.
 fn registered_by_hand(address: &str) -> (String, String) {
     let mut socket = connected(address);
-    socket.write_all(&hello(env!("CARGO_PKG_VERSION"), 1)).unwrap();
+    socket.write_all(&register(env!("CARGO_PKG_VERSION"), 1)).unwrap();
     let welcome = read_record(&socket)["Welcome"].take();
-    let door = format!("127.0.0.1:{}", welcome["seats"][0]["port"]);
+    let door = format!("127.0.0.1:{}", welcome["endpoints"][0]["port"]);
     (door, welcome["token"].as_str().unwrap().to_string())
 }
 
-fn greeting(token: &str, from: usize, to: usize) -> Vec<u8> {
+fn hello(token: &str, from: usize, to: usize) -> Vec<u8> {
     record(&json!({"token": token, "from": from, "to": to}).to_string())
 }
 
@@ -268,7 +270,7 @@ fn greeting(token: &str, from: usize, to: usize) -> Vec<u8> {
 fn rank_by_hand(address: &str) -> TcpStream {
     let (door, token) = registered_by_hand(address);
     let mut socket = connected(&door);
-    socket.write_all(&greeting(&token, 1, 0)).unwrap();
+    socket.write_all(&hello(&token, 1, 0)).unwrap();
     assert_eq!(read_record(&socket), json!({"token": token, "from": 0, "to": 1}));
     socket
 }
@@ -281,16 +283,16 @@ fn strangers_at_a_ranks_own_door_are_shown_out() {
     let _silent = connected(&door);
     for words in [
         b"garbage".to_vec(),
-        greeting("0".repeat(32).as_str(), 1, 0),
-        greeting(&token, 1, 1),
-        greeting(&token, 7, 0),
+        hello("0".repeat(32).as_str(), 1, 0),
+        hello(&token, 1, 1),
+        hello(&token, 7, 0),
     ] {
         let mut stranger = connected(&door);
         stranger.write_all(&words).unwrap();
         assert!(is_closed(stranger), "{}", String::from_utf8_lossy(&words));
     }
     let mut right = connected(&door);
-    right.write_all(&greeting(&token, 1, 0)).unwrap();
+    right.write_all(&hello(&token, 1, 0)).unwrap();
     zero.join().unwrap().unwrap();
 }
 

@@ -15,6 +15,8 @@ mod configs;
 mod cuda;
 /// Nothing is computed in vain: what would end a command is said at its start.
 mod early;
+/// Pictures that `configs/encode_flux1.py` encodes are a dataset that trains.
+mod encoded;
 /// The number of ranks, the cut into micro-batches and recomputation do not change a run.
 mod equivalence;
 /// A run becomes a diffusers folder and a diffusers folder a run.
@@ -41,9 +43,13 @@ mod masks;
 mod memory;
 /// NCCL keeps the contract of the collectives and gives up in time; the real library answers.
 mod nccl;
+/// Single passes and libtorch's operators train alike, and a run's log tells which it took.
+mod operations;
 /// What parity tests share: the real packages as oracle, and how close is close. Nothing is
 /// promised there.
 mod oracle;
+/// Pages say what is: their links lead somewhere, and what they list is what the code has.
+mod pages;
 /// Every model with every adapter trains or is refused with a hint that works, and so do the edges
 /// of a model's settings.
 mod pairs;

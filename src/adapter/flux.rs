@@ -13,7 +13,7 @@ use crate::flow::{
     Shift,
 };
 use crate::nn::Activations;
-use crate::settings::{Keys, Settings};
+use crate::settings::settings;
 
 const NAME: &str = "flux";
 
@@ -23,42 +23,20 @@ const POOLED_KEYS: [&str; 2] = ["pooled_prompt_embeds", "clip_pooled"];
 /// Width of the zeros that stand for pooled text where the batch has none: CLIP-L's.
 const POOLED_WIDTH: i64 = 768;
 
-/// Source: NeMo AutoModel 0.5.0, `FluxAdapter`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Flux {
-    pub guidance_scale: f64,
-    pub use_guidance_embeds: bool,
-    pub use_text_mask: bool,
-    pub timestep_dtype: TimestepDtype,
-}
-
-impl Default for Flux {
-    fn default() -> Self {
-        Flux {
-            guidance_scale: 3.5,
-            use_guidance_embeds: true,
-            use_text_mask: false,
-            timestep_dtype: TimestepDtype::default(),
-        }
-    }
-}
-
-impl Settings for Flux {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.number(
-            "guidance_scale",
-            &mut self.guidance_scale,
-            0.0..=1000.0,
-            "Guidance scale that the model is told in training.",
-        );
-        let doc = "The reference's flag, which changes nothing, as there: models that embed the guidance scale need it, others take none.";
-        keys.flag("use_guidance_embeds", &mut self.use_guidance_embeds, doc);
-        keys.flag(
-            "use_text_mask",
-            &mut self.use_text_mask,
-            "Whether attention leaves out the padding that the batch's `text_mask` marks.",
-        );
-        self.timestep_dtype.visit(keys);
+settings! {
+    /// `[flow_matching.adapter]` of `adapter_type = "flux"`; defaults are the reference's.
+    ///
+    /// Source: NeMo AutoModel 0.5.0, `FluxAdapter`.
+    pub struct Flux {
+        /// Guidance scale that the model is told in training.
+        pub guidance_scale: f64 = 3.5, in 0.0..=1000.0;
+        /// The reference's flag, which changes nothing, as there: models that embed the guidance
+        /// scale need it, others take none.
+        pub use_guidance_embeds: bool = true;
+        /// Whether attention leaves out the padding that the batch's `text_mask` marks.
+        pub use_text_mask: bool = false;
+        /// Kind in which the model is told the timestep: the model's, or exactly.
+        pub timestep_dtype: TimestepDtype = TimestepDtype::Compute;
     }
 }
 

@@ -10,39 +10,21 @@ use crate::flow::{
 };
 use crate::nn::Activations;
 use crate::nn::patches::{cut_images, join_images};
-use crate::settings::{Keys, Settings};
+use crate::settings::settings;
 
 const NAME: &str = "flux2";
 
-/// Source: NeMo AutoModel 0.5.0, `Flux2Adapter`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Flux2 {
-    pub guidance_scale: f64,
-    pub use_guidance_embeds: bool,
-    pub timestep_dtype: TimestepDtype,
-}
-
-impl Default for Flux2 {
-    fn default() -> Self {
-        Flux2 {
-            guidance_scale: 3.5,
-            use_guidance_embeds: true,
-            timestep_dtype: TimestepDtype::default(),
-        }
-    }
-}
-
-impl Settings for Flux2 {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.number(
-            "guidance_scale",
-            &mut self.guidance_scale,
-            0.0..=1000.0,
-            "Guidance scale that the model is told in training.",
-        );
-        let doc = "Whether the guidance scale is passed; only models that embed it take it.";
-        keys.flag("use_guidance_embeds", &mut self.use_guidance_embeds, doc);
-        self.timestep_dtype.visit(keys);
+settings! {
+    /// `[flow_matching.adapter]` of `adapter_type = "flux2"`; defaults are the reference's.
+    ///
+    /// Source: NeMo AutoModel 0.5.0, `Flux2Adapter`.
+    pub struct Flux2 {
+        /// Guidance scale that the model is told in training.
+        pub guidance_scale: f64 = 3.5, in 0.0..=1000.0;
+        /// Whether the guidance scale is passed; only models that embed it take it.
+        pub use_guidance_embeds: bool = true;
+        /// Kind in which the model is told the timestep: the model's, or exactly.
+        pub timestep_dtype: TimestepDtype = TimestepDtype::Compute;
     }
 }
 

@@ -9,45 +9,30 @@ use crate::error::{Error, Result};
 use crate::flow::{BatchKey, FlowMatchingContext, ModelAdapter, Role};
 use crate::model::{HunyuanVideo15, Model};
 use crate::nn::Activations;
-use crate::settings::{Family, Keys, Settings};
+use crate::settings::{Family, settings};
 use crate::tensor::broadcast_to_rank;
 
 const NAME: &str = "hunyuan";
 
-/// Source: NeMo AutoModel 0.5.0, `HunyuanAdapter`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Hunyuan {
-    /// Tokens and features.
-    pub default_image_embed_shape: [i64; 2],
-    pub use_condition_latents: bool,
-    pub exact_text_lengths: bool,
-    pub exclude_condition_frame: bool,
-    pub timestep_dtype: TimestepDtype,
-}
-
-impl Default for Hunyuan {
-    fn default() -> Self {
-        Hunyuan {
-            default_image_embed_shape: [729, 1152],
-            use_condition_latents: true,
-            exact_text_lengths: false,
-            exclude_condition_frame: false,
-            timestep_dtype: TimestepDtype::default(),
-        }
-    }
-}
-
-impl Settings for Hunyuan {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        let doc = "Tokens and features of the zeros that stand for `image_embeds` where the batch has none; features as the model's.";
-        keys.integers("default_image_embed_shape", &mut self.default_image_embed_shape, 1.., doc);
-        let doc = "Whether the model is given the known first frame of image-to-video samples, and which frame is known.";
-        keys.flag("use_condition_latents", &mut self.use_condition_latents, doc);
-        let doc = "Whether valid text tokens are counted exactly; false sums masks in the model's kind, and bfloat16 counts 257 as 256.";
-        keys.flag("exact_text_lengths", &mut self.exact_text_lengths, doc);
-        let doc = "Whether the mean loss leaves out the first latent frame of image-to-video samples, which the model is given.";
-        keys.flag("exclude_condition_frame", &mut self.exclude_condition_frame, doc);
-        self.timestep_dtype.visit(keys);
+settings! {
+    /// `[flow_matching.adapter]` of `adapter_type = "hunyuan"`; defaults are the reference's.
+    ///
+    /// Source: NeMo AutoModel 0.5.0, `HunyuanAdapter`.
+    pub struct Hunyuan {
+        /// Tokens and features of the zeros that stand for `image_embeds` where the batch has none;
+        /// features as the model's.
+        pub default_image_embed_shape: [i64; 2] = [729, 1152], in 1..;
+        /// Whether the model is given the known first frame of image-to-video samples, and which
+        /// frame is known.
+        pub use_condition_latents: bool = true;
+        /// Whether valid text tokens are counted exactly; false sums masks in the model's kind, and
+        /// bfloat16 counts 257 as 256.
+        pub exact_text_lengths: bool = false;
+        /// Whether the mean loss leaves out the first latent frame of image-to-video samples, which
+        /// the model is given.
+        pub exclude_condition_frame: bool = false;
+        /// Kind in which the model is told the timestep: the model's, or exactly.
+        pub timestep_dtype: TimestepDtype = TimestepDtype::Compute;
     }
 }
 

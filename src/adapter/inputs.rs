@@ -6,31 +6,19 @@ use crate::error::{Error, Result};
 use crate::flow::{BatchKey, FlowMatchingContext, Role};
 use crate::nn::Activations;
 use crate::nn::patches::{cut_images, join_images};
-use crate::settings::{Choice, Keys};
+use crate::settings::choice;
 
-/// The kind in which the model is told the timestep.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum TimestepDtype {
-    /// The compute kind, the reference's way: bfloat16 moves timesteps by up to 2 of 1000.
-    #[default]
-    Compute,
-    Float32,
-}
-
-impl Choice for TimestepDtype {
-    const ALL: &'static [(&'static str, Self)] =
-        &[("compute", TimestepDtype::Compute), ("float32", TimestepDtype::Float32)];
+choice! {
+    /// Kind in which the model gets the timestep.
+    pub enum TimestepDtype {
+        /// The compute kind, the reference's way: bfloat16 moves timesteps by up to 2 of 1000.
+        "compute" => Compute,
+        /// float32, exactly.
+        "float32" => Float32,
+    }
 }
 
 impl TimestepDtype {
-    pub fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.choice(
-            "timestep_dtype",
-            self,
-            "Kind in which the model is told the timestep: the model's, or exactly.",
-        );
-    }
-
     /// Timesteps `[B]` in `[0, 1]`. The compute kind divides by 1000 as the reference does,
     /// whatever the number of training timesteps.
     pub fn of_one(self, context: &FlowMatchingContext<'_>) -> Tensor {

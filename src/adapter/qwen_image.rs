@@ -11,47 +11,24 @@ use crate::flow::{
     BatchKey, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Shift,
 };
 use crate::nn::Activations;
-use crate::settings::{Keys, Settings};
+use crate::settings::settings;
 
 const NAME: &str = "qwen_image";
 
-/// Source: NeMo AutoModel 0.5.0, `QwenImageAdapter`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct QwenImage {
-    pub guidance_scale: f64,
-    pub use_guidance_embeds: bool,
-    pub use_text_mask: bool,
-    pub timestep_dtype: TimestepDtype,
-}
-
-impl Default for QwenImage {
-    fn default() -> Self {
-        let timestep_dtype = TimestepDtype::default();
-        QwenImage {
-            guidance_scale: 3.5,
-            use_guidance_embeds: false,
-            use_text_mask: false,
-            timestep_dtype,
-        }
-    }
-}
-
-impl Settings for QwenImage {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.number(
-            "guidance_scale",
-            &mut self.guidance_scale,
-            0.0..=1000.0,
-            "Guidance scale that the model is told in training.",
-        );
-        let doc = "Whether the guidance scale is passed; only models that embed it take it, no published one does.";
-        keys.flag("use_guidance_embeds", &mut self.use_guidance_embeds, doc);
-        keys.flag(
-            "use_text_mask",
-            &mut self.use_text_mask,
-            "Whether attention leaves out the padding that the batch's `text_mask` marks.",
-        );
-        self.timestep_dtype.visit(keys);
+settings! {
+    /// `[flow_matching.adapter]` of `adapter_type = "qwen_image"`; defaults are the reference's.
+    ///
+    /// Source: NeMo AutoModel 0.5.0, `QwenImageAdapter`.
+    pub struct QwenImage {
+        /// Guidance scale that the model is told in training.
+        pub guidance_scale: f64 = 3.5, in 0.0..=1000.0;
+        /// Whether the guidance scale is passed; only models that embed it take it, no published
+        /// one does.
+        pub use_guidance_embeds: bool = false;
+        /// Whether attention leaves out the padding that the batch's `text_mask` marks.
+        pub use_text_mask: bool = false;
+        /// Kind in which the model is told the timestep: the model's, or exactly.
+        pub timestep_dtype: TimestepDtype = TimestepDtype::Compute;
     }
 }
 

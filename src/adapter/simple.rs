@@ -11,25 +11,23 @@ use crate::flow::{
 };
 use crate::model::Model;
 use crate::nn::Activations;
-use crate::settings::{Family, Keys, Settings};
+use crate::settings::{Family, settings};
 
 /// Inputs that `image_conditioning` adds.
 const IMAGE_INPUTS: [&str; 2] = ["condition_latents", "encoder_hidden_states_image"];
 
 const NAME: &str = "simple";
 
-/// Source: NeMo AutoModel 0.5.0, `SimpleAdapter`; conditioning on images is our own.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Simple {
-    pub image_conditioning: bool,
-    pub timestep_dtype: TimestepDtype,
-}
-
-impl Settings for Simple {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        let doc = "Whether the model is given the batch's `condition_latents`, and `image_embeds` if there are any (Wan I2V).";
-        keys.flag("image_conditioning", &mut self.image_conditioning, doc);
-        self.timestep_dtype.visit(keys);
+settings! {
+    /// `[flow_matching.adapter]` of `adapter_type = "simple"`; defaults are the reference's.
+    ///
+    /// Source: NeMo AutoModel 0.5.0, `SimpleAdapter`; conditioning on images is our own.
+    pub struct Simple {
+        /// Whether the model is given the batch's `condition_latents`, and `image_embeds` if there
+        /// are any (Wan I2V).
+        pub image_conditioning: bool = false;
+        /// Kind in which the model is told the timestep: the model's, or exactly.
+        pub timestep_dtype: TimestepDtype = TimestepDtype::Compute;
     }
 }
 
@@ -191,7 +189,7 @@ mod tests {
             dtype: Kind::BFloat16,
             batch: &batch,
             cfg_dropout_prob: 0.0,
-            cfg_dropout_value: CfgDropoutValue::default(),
+            cfg_dropout_value: CfgDropoutValue::Zeros,
             guidance_scale: None,
             draws: &Stream::TorchSeed(0).open(),
         })

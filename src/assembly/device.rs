@@ -7,6 +7,7 @@ use crate::collective::{Collective, Limits, Nccl, local_rank};
 use crate::config::RunConfig;
 use crate::cuda;
 use crate::error::{Error, Result};
+use crate::ops;
 use crate::parallel::{Backend, DeviceChoice};
 
 /// A rank's device, with NCCL on top of the launcher's world where that cannot carry the device's
@@ -50,14 +51,15 @@ impl RankDevice {
     }
 }
 
-/// The GPU of this rank's number within its node, or the CPU. From here on libtorch computes by the
-/// configured kernels.
+/// The GPU of this rank's number within its node, or the CPU. From here on operations are computed
+/// by the configured kernels.
 ///
 /// # Errors
-/// As [`RankDevice::open`].
+/// As [`RankDevice::open`]; [`Error::Environment`] if a single pass on the GPU computes anything
+/// but what libtorch's operators compute.
 ///
 /// # Ordering
-/// Every rank of `world` calls it.
+/// Every rank of `world` calls it, after it has set libtorch's number of threads.
 pub fn device(config: &RunConfig, world: &dyn Collective) -> Result<Device> {
     config.compute.apply();
     match config.parallel.device {
@@ -75,7 +77,9 @@ fn gpu(number: usize) -> Result<Device> {
             "rank {number} of host {host} needs a GPU of its own, and libtorch finds {count}"
         )));
     }
-    Ok(Device::Cuda(number))
+    let device = Device::Cuda(number);
+    ops::verify(device).map_err(Error::environment)?;
+    Ok(device)
 }
 
 #[cfg(test)]

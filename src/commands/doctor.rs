@@ -1,8 +1,8 @@
 //! What fm-dist finds on this machine, an item a line, each missing one with the command that mends
 //! it.
 //!
-//! Nothing is loaded or initialized for the report: libraries are looked for where the loaders
-//! would look.
+//! Libraries are looked for where the loaders would look, and nothing is loaded or initialized for
+//! the report; but operations are tried on the CPU.
 
 use std::fmt;
 use std::fs;
@@ -10,8 +10,11 @@ use std::path::Path;
 use std::process::Command;
 use std::thread::available_parallelism;
 
+use tch::Device;
+
 use crate::collective;
 use crate::libtorch;
+use crate::ops;
 
 /// Linux driver branch that CUDA 13 needs at least. Source: NVIDIA, CUDA 13.0 release notes, table
 /// 3.
@@ -28,6 +31,8 @@ enum Verdict {
     Ok,
     /// Training on the CPU needs it.
     Missing,
+    /// It is there and computes something else.
+    Wrong,
     /// Worth knowing; what only GPUs need is a note when it is not there.
     Note,
 }
@@ -51,6 +56,7 @@ impl fmt::Display for Item {
         let verdict = match self.verdict {
             Verdict::Ok => "ok",
             Verdict::Missing => "missing",
+            Verdict::Wrong => "wrong",
             Verdict::Note => "note",
         };
         write!(f, "{verdict:<7}  {:<11}  {}", self.name, self.text)
@@ -72,8 +78,10 @@ pub fn report() -> (String, bool) {
         driver_item(fs::read_to_string("/proc/driver/nvidia/version").ok()),
         devices_item(Path::new("/proc/driver/nvidia/gpus")),
         cpu_item(),
+        operations_item(ops::verify(Device::Cpu)),
     ];
-    let complete = !items.iter().any(|item| matches!(item.verdict, Verdict::Missing));
+    let complete =
+        !items.iter().any(|item| matches!(item.verdict, Verdict::Missing | Verdict::Wrong));
     (items.map(|item| format!("{item}\n")).concat(), complete)
 }
 
@@ -171,6 +179,21 @@ fn cpu_item() -> Item {
     )
 }
 
+/// Single passes beside libtorch's operators, on this CPU.
+fn operations_item(verified: Result<usize, String>) -> Item {
+    match verified {
+        Ok(cases) => Item::ok(
+            "operations",
+            format!("compute what libtorch computes, {cases} cases on the CPU"),
+        ),
+        Err(what) => Item {
+            verdict: Verdict::Wrong,
+            name: "operations",
+            text: format!("{what}; train with compute.kernels = \"plain\", and report it"),
+        },
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -178,8 +201,12 @@ mod tests {
     #[test]
     fn the_report_has_an_aligned_line_for_each_item() {
         let (text, complete) = report();
-        assert_eq!(complete, !text.lines().any(|line| line.starts_with("missing")), "{text}");
-        assert_eq!(text.lines().count(), 9, "{text}");
+        assert_eq!(
+            complete,
+            !text.lines().any(|line| line.starts_with("missing") || line.starts_with("wrong")),
+            "{text}"
+        );
+        assert_eq!(text.lines().count(), 10, "{text}");
         for (line, name) in text.lines().zip([
             "fm-dist",
             "libtorch",
@@ -190,6 +217,7 @@ mod tests {
             "CUDA driver",
             "GPUs",
             "CPU",
+            "operations",
         ]) {
             assert_eq!(line.find(name), Some(9), "{text}");
         }
@@ -203,6 +231,17 @@ mod tests {
         );
         assert!(
             matches!(mpirun_item(None), Item { verdict: Verdict::Missing, text, .. } if text.contains("openmpi-bin"))
+        );
+    }
+
+    #[test]
+    fn an_operation_that_is_wrong_spoils_the_report() {
+        let item = operations_item(Err("rms_norm of [3]: off".into()));
+        assert!(matches!(item.verdict, Verdict::Wrong));
+        let line = item.to_string();
+        assert!(
+            line.starts_with("wrong    operations   rms_norm of [3]: off; train with"),
+            "{line}"
         );
     }
 

@@ -1,63 +1,30 @@
 //! `[data]`: which samples, how many at a time.
 
-use crate::settings::{Choice, Keys, Settings};
+use crate::settings::{choice, settings};
 
-#[derive(Clone, Debug, PartialEq)]
-pub struct DataSettings {
-    pub path: String,
-    pub micro_batch_size_per_gpu: usize,
-    pub prefetch: usize,
-    pub on_bad: OnBad,
-    pub bad_share: f64,
-}
-
-/// What becomes of a sample that holds a number which is not finite.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OnBad {
-    #[default]
-    Stop,
-    /// Its next sound neighbour takes its place, the same one at every world size.
-    Skip,
-}
-
-impl Choice for OnBad {
-    const ALL: &'static [(&'static str, Self)] = &[("stop", OnBad::Stop), ("skip", OnBad::Skip)];
-}
-
-impl Default for DataSettings {
-    fn default() -> Self {
-        DataSettings {
-            path: "embedded:digits".into(),
-            micro_batch_size_per_gpu: 64,
-            prefetch: 2,
-            on_bad: OnBad::default(),
-            bad_share: 0.001,
-        }
+settings! {
+    /// `[data]`: the dataset, and how many samples at a time.
+    pub struct DataSettings {
+        /// Folder with dataset.json, or `embedded:digits` for the handwritten digits in the binary.
+        pub path: String = "embedded:digits".into();
+        /// Samples in one forward and backward pass of one rank; what fits into memory.
+        pub micro_batch_size_per_gpu: usize = 64, in 1..=1 << 20;
+        /// Batches read ahead, each by a thread; 2 hide a read behind a step.
+        pub prefetch: usize = 2, in 1..=64;
+        /// When a sample holds NaN or infinity; `skip`: its next sound neighbour takes its place.
+        pub on_bad: OnBad = OnBad::Stop;
+        /// Share of an epoch's samples that may be skipped; more stops the run.
+        pub bad_share: f64 = 0.001, in 0.0..=1.0;
     }
 }
 
-impl Settings for DataSettings {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.text("path", &mut self.path, "Folder with dataset.json, or `embedded:digits` for the handwritten digits in the binary.");
-        keys.integer(
-            "micro_batch_size_per_gpu",
-            &mut self.micro_batch_size_per_gpu,
-            1..=1 << 20,
-            "Samples in one forward and backward pass of one rank; what fits into memory.",
-        );
-        keys.integer(
-            "prefetch",
-            &mut self.prefetch,
-            1..=64,
-            "Batches read ahead, each by a thread; 2 hide a read behind a step.",
-        );
-        keys.choice("on_bad", &mut self.on_bad, "When a sample holds NaN or infinity; `skip`: its next sound neighbour takes its place.");
-        keys.number(
-            "bad_share",
-            &mut self.bad_share,
-            0.0..=1.0,
-            "Share of an epoch's samples that may be skipped; more stops the run.",
-        );
+choice! {
+    /// Treatment of a sample that holds a number which is not finite.
+    pub enum OnBad {
+        /// The run ends.
+        "stop" => Stop,
+        /// Its next sound neighbour takes its place, the same one at every world size.
+        "skip" => Skip,
     }
 }
 
@@ -68,13 +35,11 @@ mod tests {
 
     #[test]
     fn settings_read_back_and_keep_their_bounds() {
-        let mut settings = DataSettings {
-            path: "data/shapes".into(),
-            micro_batch_size_per_gpu: 3,
-            prefetch: 5,
-            on_bad: OnBad::Skip,
-            bad_share: 0.5,
-        };
+        let mut settings = DataSettings::default();
+        let others = "path = 'data/shapes'\nmicro_batch_size_per_gpu = 3\nprefetch = 5\n\
+                      on_bad = 'skip'\nbad_share = 0.5\n";
+        read(&mut settings, "test", others, &[]).expect("in range");
+        assert_eq!((settings.on_bad, settings.bad_share), (OnBad::Skip, 0.5));
         let text = write(&mut settings);
         let mut back = DataSettings::default();
         read(&mut back, "test", &text, &[]).expect("own text is valid");

@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::sampling_settings::SamplingSettings;
+use super::settings::SamplingSettings;
 use crate::error::{Error, Result};
 
 /// What a family's models understand by a guidance scale.

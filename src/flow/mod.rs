@@ -13,13 +13,13 @@ mod loss;
 mod noise_levels;
 mod pipeline;
 pub mod report;
-mod sampling_settings;
 mod schedule;
 mod settings;
 pub mod solver;
 mod statistics;
 pub mod time_shift;
 pub mod timestep_sampling;
+mod timesteps;
 
 pub use adapter::{FlowMatchingContext, ModelAdapter, TaskType};
 pub use batch_keys::{BatchKey, DataShapes, Note, Role, Shapes, check_keys, with_sample_axis};
@@ -29,21 +29,11 @@ pub use loss::{
 };
 pub use noise_levels::{NoiseLevels, Shift};
 pub use pipeline::{FlowMatchingPipeline, StepOptions, StepOutput, latents_of};
-pub use sampling_settings::SamplingSettings;
 pub use schedule::LinearInterpolationSchedule;
 pub use settings::{
-    CfgDropout, CfgDropoutValue, FlowMatchingSettings, LossWeightingScheme, SigmaWindow, TaskScope,
+    CfgDropout, CfgDropoutValue, FlowMatchingSettings, LossWeightingScheme, SamplingSettings,
+    SigmaWindow, TaskScope,
 };
 pub use statistics::{Moments, SIGMA_BINS, Statistics};
-pub use timestep_sampling::{Strata, TimestepSampling};
-
-crate::settings::parsed_from_words!(
-    CfgDropout,
-    CfgDropoutValue,
-    LossWeightingScheme,
-    SigmaWindow,
-    TaskScope,
-    TimestepSampling,
-    time_shift::ShiftType,
-    timestep_sampling::WeightingScheme,
-);
+pub use timestep_sampling::TimestepSampling;
+pub use timesteps::{SampledTimesteps, Strata, sample_timesteps};

@@ -10,7 +10,7 @@ use super::loss::{LOSS_MASK, loss_mask};
 use super::schedule::LinearInterpolationSchedule;
 use super::settings::{CfgDropout, FlowMatchingSettings, TaskScope};
 use super::statistics::{Observed, Statistics};
-use super::timestep_sampling::{SampledTimesteps, Strata, sample_timesteps};
+use super::timesteps::{SampledTimesteps, Strata, sample_timesteps};
 use crate::data::{Batch, DataType};
 use crate::error::{Error, Result};
 use crate::nn::Activations;

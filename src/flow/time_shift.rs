@@ -3,7 +3,7 @@
 
 use tch::Tensor;
 
-use crate::settings::Choice;
+use crate::settings::choice;
 
 /// `shift / (shift + (1/u − 1))`: more weight to high sigma the larger the shift; 1 leaves `u`
 /// alone.
@@ -23,23 +23,18 @@ pub fn unshifted(sigma: f64, shift: f64) -> f64 {
     sigma / (sigma + shift * (1.0 - sigma))
 }
 
-/// The law by which [`time_shift`] finds its shift, under the reference's names.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum ShiftType {
-    #[default]
-    Constant,
-    /// `exp` of a line through (0, `base_shift`) and (4096, `max_shift`) tokens, not clamped.
-    Linear,
-    /// `max(1, 3·sqrt(tokens / 128²))`.
-    Sqrt,
-}
-
-impl Choice for ShiftType {
-    const ALL: &'static [(&'static str, Self)] = &[
-        ("constant", ShiftType::Constant),
-        ("linear", ShiftType::Linear),
-        ("sqrt", ShiftType::Sqrt),
-    ];
+choice! {
+    /// The law by which [`time_shift`] finds its shift, under the reference's names.
+    #[derive(Default)]
+    pub enum ShiftType {
+        /// [`TimeShift::constant`], whatever the number of tokens.
+        #[default]
+        "constant" => Constant,
+        /// `exp` of a line through (0, `base_shift`) and (4096, `max_shift`) tokens, not clamped.
+        "linear" => Linear,
+        /// `max(1, 3·sqrt(tokens / 128²))`.
+        "sqrt" => Sqrt,
+    }
 }
 
 /// Arguments of [`time_shift`] with the reference's defaults.

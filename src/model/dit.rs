@@ -18,75 +18,28 @@ use crate::nn::patches::{cut_images, join_images};
 use crate::nn::{
     Activations, Builder, Init, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Rows, Stage, Views,
 };
-use crate::settings::{Keys, Settings};
+use crate::settings::settings;
 
 /// DiT's epsilon of the layer normalizations.
 const EPSILON: f64 = 1e-6;
 
-#[derive(Clone, Debug, PartialEq)]
-pub struct Dit {
-    pub in_channels: i64,
-    pub condition_width: i64,
-    pub patch_size: i64,
-    pub width: i64,
-    pub depth: i64,
-    pub num_heads: i64,
-    pub mlp_ratio: i64,
-}
-
-impl Default for Dit {
-    fn default() -> Self {
-        Dit {
-            in_channels: 1,
-            condition_width: 10,
-            patch_size: 2,
-            width: 128,
-            depth: 4,
-            num_heads: 4,
-            mlp_ratio: 4,
-        }
-    }
-}
-
-impl Settings for Dit {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.integer(
-            "in_channels",
-            &mut self.in_channels,
-            1..=4096,
-            "Channels of the latents; must equal the data's.",
-        );
-        keys.integer(
-            "condition_width",
-            &mut self.condition_width,
-            1..=65_536,
-            "Last axis of `text_embeddings`; must equal the data's.",
-        );
-        keys.integer(
-            "patch_size",
-            &mut self.patch_size,
-            1..=64,
-            "Side of the square patch that becomes one token; divides height and width.",
-        );
-        keys.integer(
-            "width",
-            &mut self.width,
-            4..=65_536,
-            "Model width D; a multiple of 4 and of num_heads.",
-        );
-        keys.integer(
-            "depth",
-            &mut self.depth,
-            1..=1024,
-            "Number of transformer blocks, each a stage of its own.",
-        );
-        keys.integer("num_heads", &mut self.num_heads, 1..=1024, "Attention heads.");
-        keys.integer(
-            "mlp_ratio",
-            &mut self.mlp_ratio,
-            1..=64,
-            "Hidden width of the feed-forward part as a multiple of `width`.",
-        );
+settings! {
+    /// `[model.dit]`.
+    pub struct Dit {
+        /// Channels of the latents; must equal the data's.
+        pub in_channels: i64 = 1, in 1..=4096;
+        /// Last axis of `text_embeddings`; must equal the data's.
+        pub condition_width: i64 = 10, in 1..=65_536;
+        /// Side of the square patch that becomes one token; divides height and width.
+        pub patch_size: i64 = 2, in 1..=64;
+        /// Model width D; a multiple of 4 and of num_heads.
+        pub width: i64 = 128, in 4..=65_536;
+        /// Number of transformer blocks, each a stage of its own.
+        pub depth: i64 = 4, in 1..=1024;
+        /// Attention heads.
+        pub num_heads: i64 = 4, in 1..=1024;
+        /// Hidden width of the feed-forward part as a multiple of `width`.
+        pub mlp_ratio: i64 = 4, in 1..=64;
     }
 }
 

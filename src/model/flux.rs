@@ -16,12 +16,12 @@ use crate::nn::attention::{Heads, Projections, attend};
 use crate::nn::embed::ScalarEmbedding;
 use crate::nn::joint_block::BlockNames;
 use crate::nn::modulation::{Modulation, gated, modulated_norm};
-use crate::nn::norm::Rounding;
 use crate::nn::rope::{self, Axis};
 use crate::nn::{
     Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Rows, Stage, Views,
 };
-use crate::settings::{Keys, Settings};
+use crate::ops::Rounding;
+use crate::settings::settings;
 
 /// Of every normalization.
 const EPSILON: f64 = 1e-6;
@@ -32,106 +32,31 @@ const POOLED_WIDTH: i64 = 768;
 /// Base of the rotary frequencies.
 const THETA: f64 = 10_000.0;
 
-#[derive(Clone, Debug, PartialEq)]
-pub struct Flux {
-    pub patch_size: i64,
-    pub in_channels: i64,
-    pub out_channels: i64,
-    pub num_layers: i64,
-    pub num_single_layers: i64,
-    pub attention_head_dim: i64,
-    pub num_attention_heads: i64,
-    pub joint_attention_dim: i64,
-    pub pooled_projection_dim: i64,
-    pub guidance_embeds: bool,
-    pub axes_dims_rope: [i64; 3],
-}
-
-impl Default for Flux {
-    fn default() -> Self {
-        Flux {
-            patch_size: 1,
-            in_channels: 64,
-            out_channels: 0,
-            num_layers: 19,
-            num_single_layers: 38,
-            attention_head_dim: 128,
-            num_attention_heads: 24,
-            joint_attention_dim: 4096,
-            pooled_projection_dim: 768,
-            guidance_embeds: false,
-            axes_dims_rope: [16, 56, 56],
-        }
-    }
-}
-
-impl Settings for Flux {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.integer(
-            "patch_size",
-            &mut self.patch_size,
-            1..=1,
-            "Published models have 1: the adapter has cut the patches already.",
-        );
-        keys.integer(
-            "in_channels",
-            &mut self.in_channels,
-            4..=65_536,
-            "Features of a latent token; four times the latents' channels.",
-        );
-        keys.integer(
-            "out_channels",
-            &mut self.out_channels,
-            0..=65_536,
-            "Features of a predicted token; 0 is in_channels.",
-        );
-        keys.integer(
-            "num_layers",
-            &mut self.num_layers,
-            0..=256,
-            "Double blocks, each a stage of its own.",
-        );
-        keys.integer(
-            "num_single_layers",
-            &mut self.num_single_layers,
-            0..=256,
-            "Single blocks, each a stage of its own.",
-        );
-        keys.integer(
-            "attention_head_dim",
-            &mut self.attention_head_dim,
-            2..=65_536,
-            "Width of a head; the sum of axes_dims_rope.",
-        );
-        keys.integer(
-            "num_attention_heads",
-            &mut self.num_attention_heads,
-            1..=1024,
-            "Attention heads; times their width it is the model's.",
-        );
-        keys.integer(
-            "joint_attention_dim",
-            &mut self.joint_attention_dim,
-            1..=65_536,
-            "Last axis of `text_embeddings`.",
-        );
-        keys.integer(
-            "pooled_projection_dim",
-            &mut self.pooled_projection_dim,
-            1..=65_536,
-            "Last axis of `pooled_prompt_embeds`.",
-        );
-        keys.flag(
-            "guidance_embeds",
-            &mut self.guidance_embeds,
-            "Whether the guidance scale is embedded (dev) or not (schnell).",
-        );
-        keys.integers(
-            "axes_dims_rope",
-            &mut self.axes_dims_rope,
-            0..=65_536,
-            "Features of a head turned by index, row and column; even.",
-        );
+settings! {
+    /// `[model.flux]`: the fields of the class's `config.json`, with the class's defaults.
+    pub struct Flux {
+        /// Published models have 1: the adapter has cut the patches already.
+        pub patch_size: i64 = 1, in 1..=1;
+        /// Features of a latent token; four times the latents' channels.
+        pub in_channels: i64 = 64, in 4..=65_536;
+        /// Features of a predicted token; 0 is in_channels.
+        pub out_channels: i64 = 0, in 0..=65_536;
+        /// Double blocks, each a stage of its own.
+        pub num_layers: i64 = 19, in 0..=256;
+        /// Single blocks, each a stage of its own.
+        pub num_single_layers: i64 = 38, in 0..=256;
+        /// Width of a head; the sum of axes_dims_rope.
+        pub attention_head_dim: i64 = 128, in 2..=65_536;
+        /// Attention heads; times their width it is the model's.
+        pub num_attention_heads: i64 = 24, in 1..=1024;
+        /// Last axis of `text_embeddings`.
+        pub joint_attention_dim: i64 = 4096, in 1..=65_536;
+        /// Last axis of `pooled_prompt_embeds`.
+        pub pooled_projection_dim: i64 = 768, in 1..=65_536;
+        /// Whether the guidance scale is embedded (dev) or not (schnell).
+        pub guidance_embeds: bool = false;
+        /// Features of a head turned by index, row and column; even.
+        pub axes_dims_rope: [i64; 3] = [16, 56, 56], in 0..=65_536;
     }
 }
 

@@ -21,129 +21,50 @@ use crate::nn::attention::{Heads, JointAttention, attend};
 use crate::nn::embed::ScalarEmbedding;
 use crate::nn::joint_block::JointBlock;
 use crate::nn::modulation::{gated, modulated_norm, parts};
-use crate::nn::norm::{RmsNorm, Rounding};
+use crate::nn::norm::RmsNorm;
 use crate::nn::rope::{self, Axis};
 use crate::nn::{
     Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, PerShape, Rows, Stage, Views,
 };
-use crate::settings::{Keys, Settings};
+use crate::ops::Rounding;
+use crate::settings::settings;
 
 /// What all blocks need and none changes.
 const OF_DOUBLE_BLOCKS: [&str; 4] =
     ["conditioning", "image_modulation", "text_modulation", "single_modulation"];
 const OF_SINGLE_BLOCKS: [&str; 2] = ["conditioning", "single_modulation"];
 
-#[derive(Clone, Debug, PartialEq)]
-pub struct Flux2 {
-    pub patch_size: i64,
-    pub in_channels: i64,
-    pub out_channels: i64,
-    pub num_layers: i64,
-    pub num_single_layers: i64,
-    pub attention_head_dim: i64,
-    pub num_attention_heads: i64,
-    pub joint_attention_dim: i64,
-    pub timestep_guidance_channels: i64,
-    pub mlp_ratio: f64,
-    pub axes_dims_rope: [i64; 4],
-    pub rope_theta: i64,
-    pub eps: f64,
-    pub guidance_embeds: bool,
-}
-
-impl Default for Flux2 {
-    fn default() -> Self {
-        Flux2 {
-            patch_size: 1,
-            in_channels: 128,
-            out_channels: 0,
-            num_layers: 8,
-            num_single_layers: 48,
-            attention_head_dim: 128,
-            num_attention_heads: 48,
-            joint_attention_dim: 15_360,
-            timestep_guidance_channels: 256,
-            mlp_ratio: 3.0,
-            axes_dims_rope: [32; 4],
-            rope_theta: 2000,
-            eps: 1e-6,
-            guidance_embeds: true,
-        }
-    }
-}
-
-impl Settings for Flux2 {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.integer(
-            "patch_size",
-            &mut self.patch_size,
-            1..=1,
-            "Published models have 1: the latents come in patches already.",
-        );
-        keys.integer(
-            "in_channels",
-            &mut self.in_channels,
-            1..=65_536,
-            "Features of a latent token; the channels of patchified latents.",
-        );
-        keys.integer(
-            "out_channels",
-            &mut self.out_channels,
-            0..=65_536,
-            "Features of a predicted token; 0 is in_channels.",
-        );
-        keys.integer(
-            "num_layers",
-            &mut self.num_layers,
-            0..=256,
-            "Double blocks, each a stage of its own.",
-        );
-        keys.integer(
-            "num_single_layers",
-            &mut self.num_single_layers,
-            0..=256,
-            "Single blocks, each a stage of its own.",
-        );
-        keys.integer(
-            "attention_head_dim",
-            &mut self.attention_head_dim,
-            2..=65_536,
-            "Width of a head; the sum of axes_dims_rope.",
-        );
-        keys.integer(
-            "num_attention_heads",
-            &mut self.num_attention_heads,
-            1..=1024,
-            "Attention heads; times their width it is the model's.",
-        );
-        keys.integer(
-            "joint_attention_dim",
-            &mut self.joint_attention_dim,
-            1..=65_536,
-            "Last axis of `text_embeddings`.",
-        );
-        let doc = "Width of the sinusoidal embeddings of timestep and guidance; even.";
-        keys.integer(
-            "timestep_guidance_channels",
-            &mut self.timestep_guidance_channels,
-            2..=65_536,
-            doc,
-        );
-        keys.number(
-            "mlp_ratio",
-            &mut self.mlp_ratio,
-            0.5..=64.0,
-            "Hidden width of the feed-forward parts as a multiple of the model's.",
-        );
-        let doc = "Features of a head turned by index, row, column and place in the text; even.";
-        keys.integers("axes_dims_rope", &mut self.axes_dims_rope, 0..=65_536, doc);
-        keys.integer("rope_theta", &mut self.rope_theta, 1.., "Base of the rotary frequencies.");
-        keys.number("eps", &mut self.eps, 0.0..=1.0, "Epsilon of every normalization.");
-        keys.flag(
-            "guidance_embeds",
-            &mut self.guidance_embeds,
-            "Whether the guidance scale is embedded (dev) or not (klein).",
-        );
+settings! {
+    /// `[model.flux2]`: the fields of the class's `config.json`, with the class's defaults.
+    pub struct Flux2 {
+        /// Published models have 1: the latents come in patches already.
+        pub patch_size: i64 = 1, in 1..=1;
+        /// Features of a latent token; the channels of patchified latents.
+        pub in_channels: i64 = 128, in 1..=65_536;
+        /// Features of a predicted token; 0 is in_channels.
+        pub out_channels: i64 = 0, in 0..=65_536;
+        /// Double blocks, each a stage of its own.
+        pub num_layers: i64 = 8, in 0..=256;
+        /// Single blocks, each a stage of its own.
+        pub num_single_layers: i64 = 48, in 0..=256;
+        /// Width of a head; the sum of axes_dims_rope.
+        pub attention_head_dim: i64 = 128, in 2..=65_536;
+        /// Attention heads; times their width it is the model's.
+        pub num_attention_heads: i64 = 48, in 1..=1024;
+        /// Last axis of `text_embeddings`.
+        pub joint_attention_dim: i64 = 15_360, in 1..=65_536;
+        /// Width of the sinusoidal embeddings of timestep and guidance; even.
+        pub timestep_guidance_channels: i64 = 256, in 2..=65_536;
+        /// Hidden width of the feed-forward parts as a multiple of the model's.
+        pub mlp_ratio: f64 = 3.0, in 0.5..=64.0;
+        /// Features of a head turned by index, row, column and place in the text; even.
+        pub axes_dims_rope: [i64; 4] = [32; 4], in 0..=65_536;
+        /// Base of the rotary frequencies.
+        pub rope_theta: i64 = 2000, in 1..;
+        /// Epsilon of every normalization.
+        pub eps: f64 = 1e-6, in 0.0..=1.0;
+        /// Whether the guidance scale is embedded (dev) or not (klein).
+        pub guidance_embeds: bool = true;
     }
 }
 

@@ -15,10 +15,11 @@ use crate::model::{Architecture, SampleShapes, expect_equal, expect_image};
 use crate::nn::attention::Heads;
 use crate::nn::embed::ScalarEmbedding;
 use crate::nn::joint_block::BlockNames;
-use crate::nn::norm::{RmsNorm, Rounding};
+use crate::nn::norm::RmsNorm;
 use crate::nn::rope::{self, Axis};
 use crate::nn::{Activations, Builder, Linear, ParamSet, PerShape, Rows, Stage, Views};
-use crate::settings::{Keys, Settings};
+use crate::ops::Rounding;
+use crate::settings::settings;
 
 /// Of every normalization.
 const EPSILON: f64 = 1e-6;
@@ -27,105 +28,34 @@ const FREQUENCIES: i64 = 256;
 /// Base of the rotary frequencies.
 const THETA: f64 = 10_000.0;
 
-#[derive(Clone, Debug, PartialEq)]
-pub struct QwenImage {
-    pub patch_size: i64,
-    pub in_channels: i64,
-    pub out_channels: i64,
-    pub num_layers: i64,
-    pub attention_head_dim: i64,
-    pub num_attention_heads: i64,
-    pub joint_attention_dim: i64,
-    pub guidance_embeds: bool,
-    pub axes_dims_rope: [i64; 3],
-    pub zero_cond_t: bool,
-    pub use_additional_t_cond: bool,
-    pub use_layer3d_rope: bool,
-}
-
-impl Default for QwenImage {
-    fn default() -> Self {
-        QwenImage {
-            patch_size: 2,
-            in_channels: 64,
-            out_channels: 16,
-            num_layers: 60,
-            attention_head_dim: 128,
-            num_attention_heads: 24,
-            joint_attention_dim: 3584,
-            guidance_embeds: false,
-            axes_dims_rope: [16, 56, 56],
-            zero_cond_t: false,
-            use_additional_t_cond: false,
-            use_layer3d_rope: false,
-        }
-    }
-}
-
-impl Settings for QwenImage {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.integer(
-            "patch_size",
-            &mut self.patch_size,
-            2..=2,
-            "Side of the patch that a token is predicted as: the adapter's 2.",
-        );
-        keys.integer(
-            "in_channels",
-            &mut self.in_channels,
-            4..=65_536,
-            "Features of a latent token; four times the latents' channels.",
-        );
-        keys.integer(
-            "out_channels",
-            &mut self.out_channels,
-            0..=65_536,
-            "Channels of the predicted latents; 0 is in_channels.",
-        );
-        keys.integer(
-            "num_layers",
-            &mut self.num_layers,
-            0..=256,
-            "Blocks, each a stage of its own.",
-        );
-        keys.integer(
-            "attention_head_dim",
-            &mut self.attention_head_dim,
-            2..=65_536,
-            "Width of a head; the sum of axes_dims_rope.",
-        );
-        keys.integer(
-            "num_attention_heads",
-            &mut self.num_attention_heads,
-            1..=1024,
-            "Attention heads; times their width it is the model's.",
-        );
-        keys.integer(
-            "joint_attention_dim",
-            &mut self.joint_attention_dim,
-            1..=65_536,
-            "Last axis of `text_embeddings`.",
-        );
-        keys.flag(
-            "guidance_embeds",
-            &mut self.guidance_embeds,
-            "Only false: diffusers has no embedder for the guidance scale.",
-        );
-        keys.integers(
-            "axes_dims_rope",
-            &mut self.axes_dims_rope,
-            0..=65_536,
-            "Features of a head turned by frame, row and column; even.",
-        );
-        let doc = "Whether images to edit are modulated as at timestep 0; without such images it changes nothing.";
-        keys.flag("zero_cond_t", &mut self.zero_cond_t, doc);
-        let doc = "Only false: whether a further condition is added to the timestep, as for layered images.";
-        keys.flag("use_additional_t_cond", &mut self.use_additional_t_cond, doc);
-        keys.flag(
-            "use_layer3d_rope",
-            &mut self.use_layer3d_rope,
-            "Only false: whether places count the layers of an image.",
-        );
+settings! {
+    /// `[model.qwen_image]`: the fields of the class's `config.json`, with the class's defaults.
+    pub struct QwenImage {
+        /// Side of the patch that a token is predicted as: the adapter's 2.
+        pub patch_size: i64 = 2, in 2..=2;
+        /// Features of a latent token; four times the latents' channels.
+        pub in_channels: i64 = 64, in 4..=65_536;
+        /// Channels of the predicted latents; 0 is in_channels.
+        pub out_channels: i64 = 16, in 0..=65_536;
+        /// Blocks, each a stage of its own.
+        pub num_layers: i64 = 60, in 0..=256;
+        /// Width of a head; the sum of axes_dims_rope.
+        pub attention_head_dim: i64 = 128, in 2..=65_536;
+        /// Attention heads; times their width it is the model's.
+        pub num_attention_heads: i64 = 24, in 1..=1024;
+        /// Last axis of `text_embeddings`.
+        pub joint_attention_dim: i64 = 3584, in 1..=65_536;
+        /// Only false: diffusers has no embedder for the guidance scale.
+        pub guidance_embeds: bool = false;
+        /// Features of a head turned by frame, row and column; even.
+        pub axes_dims_rope: [i64; 3] = [16, 56, 56], in 0..=65_536;
+        /// Whether images to edit are modulated as at timestep 0; without such images it changes
+        /// nothing.
+        pub zero_cond_t: bool = false;
+        /// Only false: whether a further condition is added to the timestep, as for layered images.
+        pub use_additional_t_cond: bool = false;
+        /// Only false: whether places count the layers of an image.
+        pub use_layer3d_rope: bool = false;
     }
 }
 
@@ -167,7 +97,7 @@ impl Architecture for QwenImage {
             width: self.attention_head_dim,
             with_bias: true,
             epsilon: EPSILON,
-            rounding: Rounding::BeforeScale,
+            rounding: Rounding::EachStep,
         };
         let width = self.width();
         let block = |index| {
@@ -260,7 +190,7 @@ impl Embed {
             &mut builder.at("txt_norm").over(Rows::Text),
             text_width,
             EPSILON,
-            Rounding::BeforeScale,
+            Rounding::EachStep,
         );
         let image = Linear::pytorch(&mut builder.at("img_in"), model.in_channels, width, true);
         let text =

@@ -6,19 +6,16 @@ use tch::Kind;
 
 use crate::error::{Error, Result};
 use crate::model::{Model, diffusers};
-use crate::settings::{Choice, Family, Keys, Settings};
+use crate::settings::{Family, Named, choice, settings};
 
-/// Kind of the model's computation; master weights and optimizer state are f32 whatever this is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Dtype {
-    #[default]
-    Float32,
-    Bfloat16,
-}
-
-impl Choice for Dtype {
-    const ALL: &'static [(&'static str, Self)] =
-        &[("float32", Dtype::Float32), ("bfloat16", Dtype::Bfloat16)];
+choice! {
+    /// Kind of the model's computation; master weights and optimizer state are f32 in any case.
+    pub enum Dtype {
+        /// 32 bits.
+        "float32" => Float32,
+        /// 16 bits with the exponent of 32.
+        "bfloat16" => Bfloat16,
+    }
 }
 
 impl Dtype {
@@ -30,45 +27,28 @@ impl Dtype {
     }
 }
 
-/// What the parameters of a model with a `path` begin as.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Beginning {
-    #[default]
-    Pretrained,
-    Random,
+choice! {
+    /// First values of the parameters of a model with a `path`.
+    pub enum Beginning {
+        /// The weights in the folder.
+        "pretrained" => Pretrained,
+        /// The family's own initialization.
+        "random" => Random,
+    }
 }
 
-impl Choice for Beginning {
-    const ALL: &'static [(&'static str, Self)] =
-        &[("pretrained", Beginning::Pretrained), ("random", Beginning::Random)];
-}
-
-/// `[model]`.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct ModelSettings {
-    pub path: Option<String>,
-    pub init: Beginning,
-    pub dtype: Dtype,
-    pub family: Model,
-    /// Whether the family is settled: a table names it, or it has been resolved.
-    named: bool,
-}
-
-impl Settings for ModelSettings {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        let doc = "Folder of a diffusers transformer, config.json and safetensors; instead of the table with the architecture.";
-        keys.optional_text("path", &mut self.path, doc);
-        keys.choice(
-            "init",
-            &mut self.init,
-            "What the parameters of a model with a `path` begin as; without one they are random.",
-        );
-        keys.choice(
-            "dtype",
-            &mut self.dtype,
-            "Kind of the computation; master weights and optimizer state stay float32.",
-        );
-        self.named |= keys.member(&mut self.family, "The architecture.");
+settings! {
+    /// `[model]`: the architecture, from a folder or from a table, and its kind.
+    pub struct ModelSettings {
+        /// Folder of a diffusers transformer, config.json and safetensors; instead of the table
+        /// with the architecture.
+        pub path: Option<String> = None;
+        /// What the parameters of a model with a `path` begin as; without one they are random.
+        pub init: Beginning = Beginning::Pretrained;
+        /// Kind of the computation; master weights and optimizer state stay float32.
+        pub dtype: Dtype = Dtype::Float32;
+        /// The architecture.
+        pub family: Named<Model>, as member;
     }
 }
 
@@ -81,9 +61,9 @@ impl ModelSettings {
     /// describe different models.
     pub fn resolve(&mut self) -> Result<()> {
         if let Some(path) = self.path.as_deref().map(Path::new) {
-            if !self.named {
-                self.family = diffusers::read_folder(path)?;
-            } else if path.exists() && diffusers::read_folder(path)? != self.family {
+            if !self.family.is_named {
+                *self.family = diffusers::read_folder(path)?;
+            } else if path.exists() && diffusers::read_folder(path)? != *self.family {
                 let what = format!(
                     "is another model than the one in {}; leave the table out, or the path",
                     path.display()
@@ -91,7 +71,7 @@ impl ModelSettings {
                 return Err(Error::config(format!("model.{}", self.family.name()), what));
             }
         }
-        self.named = true;
+        self.family.is_named = true;
         Ok(())
     }
 

@@ -2,8 +2,9 @@
 
 use tch::Tensor;
 
-use super::norm::{RmsNorm, Rounding};
-use super::{Builder, Init, Linear, Rows, Views, by_hand, rope};
+use super::norm::RmsNorm;
+use super::{Builder, Init, Linear, Rows, Views, rope};
+use crate::ops::Rounding;
 
 /// Scaled dot-product attention of every head.
 ///
@@ -11,11 +12,6 @@ use super::{Builder, Init, Linear, Rows, Views, by_hand, rope};
 /// `query`: `[B, L, N, E]`; `key`, `value`: `[B, K, N, E]`; `mask`: boolean, broadcastable to `[B,
 /// N, L, K]`, true where a key is seen. Returns `[B, L, N · E]`.
 pub fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: Option<&Tensor>) -> Tensor {
-    if mask.is_none()
-        && let Some(attended) = by_hand::attend(query, key, value)
-    {
-        return attended;
-    }
     let (query, key, value) = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2));
     Tensor::scaled_dot_product_attention(&query, &key, &value, mask, 0.0, false, None, false)
         .transpose(1, 2)

@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::{Builder, Init, Param, Views, by_hand};
+use super::{Builder, Init, Param, Views};
 
 /// `x · weightᵀ + bias`.
 #[derive(Clone, Copy, Debug)]
@@ -32,6 +32,6 @@ impl Linear {
     /// # Shapes
     /// `x`: `[…, inputs]`. Returns `[…, outputs]`.
     pub fn forward(&self, params: &Views, x: &Tensor) -> Tensor {
-        by_hand::linear(x, &params[self.weight], self.bias.map(|bias| &params[bias]))
+        x.linear(&params[self.weight], self.bias.map(|bias| &params[bias]))
     }
 }

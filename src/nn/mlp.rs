@@ -2,7 +2,8 @@
 
 use tch::Tensor;
 
-use super::{Builder, Linear, Views, by_hand};
+use super::{Builder, Linear, Views};
+use crate::ops::{GeluTanh, apply};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Nonlinearity {
@@ -21,7 +22,7 @@ impl Nonlinearity {
         match self {
             Nonlinearity::Silu => x.silu(),
             Nonlinearity::Gelu => x.gelu("none"),
-            Nonlinearity::GeluTanh => by_hand::gelu_tanh(x),
+            Nonlinearity::GeluTanh => apply(GeluTanh, [x]),
             Nonlinearity::SiluGate => {
                 let halves = x.chunk(2, -1);
                 halves[0].silu() * &halves[1]

@@ -3,7 +3,6 @@
 
 mod activations;
 pub mod attention;
-pub mod by_hand;
 pub mod embed;
 pub mod joint_block;
 mod linear;

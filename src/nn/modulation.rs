@@ -2,10 +2,10 @@
 //!
 //! Source: Peebles & Xie 2023, arXiv:2212.09748, section 3.2.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
-use super::norm::layer_norm;
-use super::{Builder, Linear, Rows, Views, by_hand};
+use super::{Builder, Linear, Rows, Views};
+use crate::ops::{GatedResidual, ModulatedNorm, Rounding, apply};
 
 /// Maps a conditioning vector to several vectors of the model's width.
 #[derive(Clone, Copy, Debug)]
@@ -39,29 +39,31 @@ pub fn parts<const PARTS: usize>(all: &Tensor) -> [Tensor; PARTS] {
     all.unsqueeze(1).chunk(PARTS as i64, -1).try_into().expect("as many chunks as parts")
 }
 
-/// `x + gate · change`.
+/// `x + gate · change`, rounded after each step.
 ///
 /// # Shapes
 /// `x`, `change`: `[B, L, D]`; `gate`: `[B, 1, D]`.
 pub fn gated(x: &Tensor, gate: &Tensor, change: &Tensor) -> Tensor {
-    by_hand::gated(x, gate, change).unwrap_or_else(|| add_product(x, gate, change))
+    apply(GatedResidual { rounding: Rounding::EachStep }, [x, gate, change])
 }
 
-/// [`layer_norm`] `· (1 + scale) + shift`.
+/// Layer normalization `· (1 + scale) + shift`, rounded after each step.
 ///
 /// # Shapes
 /// `x`: `[B, L, D]`; `shift`, `scale`: `[B, 1, D]`.
 pub fn modulated_norm(x: &Tensor, shift: &Tensor, scale: &Tensor, epsilon: f64) -> Tensor {
-    let factor = scale + 1.0;
-    by_hand::affine_norm(x, &factor, shift, epsilon)
-        .unwrap_or_else(|| add_product(shift, &layer_norm(x, epsilon), &factor))
+    let norm = ModulatedNorm { epsilon, rounding: Rounding::EachStep };
+    apply(norm, [x, &(scale + 1.0), shift])
 }
 
-/// `sum + a · b`: in one pass in f32; in bfloat16 rounded after the product as well, as diffusers
-/// does, because with 8 bits the sum of so small differences over many blocks shows in the
-/// gradients (up to a tenth of a small one).
-fn add_product(sum: &Tensor, a: &Tensor, b: &Tensor) -> Tensor {
-    if sum.kind() == Kind::Float { sum.addcmul(a, b) } else { a * b + sum }
+/// As [`gated`], computed in f32 and rounded once, with a gate in f32.
+pub fn gated_f32(x: &Tensor, gate: &Tensor, change: &Tensor) -> Tensor {
+    apply(GatedResidual { rounding: Rounding::Once }, [x, gate, change])
+}
+
+/// As [`modulated_norm`], computed in f32 and rounded once, with a modulation in f32.
+pub fn modulated_norm_f32(x: &Tensor, shift: &Tensor, scale: &Tensor, epsilon: f64) -> Tensor {
+    apply(ModulatedNorm { epsilon, rounding: Rounding::Once }, [x, &(scale + 1.0), shift])
 }
 
 /// The last layer of most families: modulated normalization, then an affine map to the output's

@@ -1,17 +1,9 @@
 //! Normalization.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
-use super::{Builder, Init, Param, Views, by_hand};
-
-/// Layer normalization over the last axis without learned scale and shift; modulation supplies
-/// both.
-///
-/// # Shapes
-/// `x`: `[…, D]`. Returns the same.
-pub fn layer_norm(x: &Tensor, epsilon: f64) -> Tensor {
-    x.layer_norm([width(x)], None::<&Tensor>, None::<&Tensor>, epsilon, false)
-}
+use super::{Builder, Init, Param, Views};
+use crate::ops::{self, ModulatedNorm, Rounding, apply, at_least_float};
 
 /// Layer normalization over the last axis with a learned scale and shift.
 #[derive(Clone, Copy, Debug)]
@@ -40,14 +32,14 @@ impl LayerNorm {
     }
 
     /// As [`forward`](Self::forward), computed in f32 and rounded to the kind of `x`.
+    ///
+    /// # Shapes
+    /// `x`: `[B, L, D]`. Returns the same.
     pub fn forward_f32(&self, params: &Views, x: &Tensor) -> Tensor {
-        let (weight, bias) =
-            (params[self.weight].to_kind(Kind::Float), params[self.bias].to_kind(Kind::Float));
-        by_hand::affine_norm(x, &weight, &bias, self.epsilon).unwrap_or_else(|| {
-            x.to_kind(Kind::Float)
-                .layer_norm([width(x)], Some(weight), Some(bias), self.epsilon, false)
-                .to_kind(x.kind())
-        })
+        let kind = at_least_float(x.kind());
+        let [weight, bias] = [self.weight, self.bias].map(|param| params[param].to_kind(kind));
+        let norm = ModulatedNorm { epsilon: self.epsilon, rounding: Rounding::Once };
+        apply(norm, [x, &weight, &bias])
     }
 }
 
@@ -61,16 +53,6 @@ pub struct RmsNorm {
     rounding: Rounding,
 }
 
-/// When a root-mean-square normalization in bfloat16 rounds; there are two in use, PyTorch's and
-/// diffusers' own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rounding {
-    /// Behind the learned scale.
-    Once,
-    /// Before it as well.
-    BeforeScale,
-}
-
 impl RmsNorm {
     pub fn new(builder: &mut Builder<'_>, width: i64, epsilon: f64, rounding: Rounding) -> Self {
         RmsNorm { weight: builder.param("weight", &[width], Init::Ones), epsilon, rounding }
@@ -79,16 +61,8 @@ impl RmsNorm {
     /// # Shapes
     /// `x`: `[…, D]`. Returns the same.
     pub fn forward(&self, params: &Views, x: &Tensor) -> Tensor {
-        let weight = &params[self.weight];
-        if let Some(normalized) =
-            by_hand::rms_norm(x, weight, self.epsilon, self.rounding == Rounding::BeforeScale)
-        {
-            return normalized;
-        }
-        match self.rounding {
-            Rounding::Once => x.rms_norm([width(x)], Some(weight), self.epsilon),
-            Rounding::BeforeScale => x.rms_norm([width(x)], None::<&Tensor>, self.epsilon) * weight,
-        }
+        let norm = ops::RmsNorm { epsilon: self.epsilon, rounding: self.rounding };
+        apply(norm, [x, &params[self.weight]])
     }
 }
 

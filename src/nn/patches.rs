@@ -2,69 +2,17 @@
 
 use tch::Tensor;
 
-use super::{Builder, Init, Param, Views, by_hand};
+use super::{Builder, Init, Param, Views};
+use crate::ops::{Cut, FeatureOrder, Join, Patch, apply};
 
-/// Frames, rows and columns of a patch.
-pub type Patch = [i64; 3];
-
-/// Order of the features of a predicted patch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FeatureOrder {
-    /// Channel, frame, row, column.
-    ChannelFirst,
-    /// Frame, row, column, channel.
-    ChannelLast,
-}
-
-/// Tokens along frames, rows and columns of latents `[B, C, F, H, W]`.
-pub fn grid(latents: &Tensor, patch: Patch) -> [i64; 3] {
-    let (_, _, frames, height, width) = latents.size5().expect("[B, C, F, H, W]");
-    [frames / patch[0], height / patch[1], width / patch[2]]
-}
-
-/// Latents cut into patches.
-///
-/// # Shapes
-/// `latents`: `[B, C, F, H, W]`, of which `patch` divides the last three. Returns `[B, L, C · pt ·
-/// ph · pw]`, tokens in the order frame, row, column, features in the order channel, frame, row,
-/// column.
+/// Latents cut into patches: [`Cut`].
 pub fn cut(latents: &Tensor, patch: Patch) -> Tensor {
-    by_hand::patches::cut(latents, patch).unwrap_or_else(|| cut_by_view(latents, patch))
+    apply(Cut { patch }, [latents])
 }
 
-fn cut_by_view(latents: &Tensor, patch: Patch) -> Tensor {
-    let (batch, channels) = (latents.size()[0], latents.size()[1]);
-    let ([frames, rows, columns], [pt, ph, pw]) = (grid(latents, patch), patch);
-    let blocks = latents.reshape([batch, channels, frames, pt, rows, ph, columns, pw]);
-    blocks.permute([0, 2, 4, 6, 1, 3, 5, 7]).reshape([
-        batch,
-        frames * rows * columns,
-        channels * pt * ph * pw,
-    ])
-}
-
-/// Tokens `[B, L, C · pt · ph · pw]` on a `grid` as latents `[B, C, F, H, W]`: the inverse of
-/// [`cut`] for features with the channel first.
+/// Tokens on a `grid` as latents: [`Join`].
 pub fn join(tokens: &Tensor, patch: Patch, grid: [i64; 3], order: FeatureOrder) -> Tensor {
-    by_hand::patches::join(tokens, patch, grid, order)
-        .unwrap_or_else(|| join_by_view(tokens, patch, grid, order))
-}
-
-fn join_by_view(tokens: &Tensor, patch: Patch, grid: [i64; 3], order: FeatureOrder) -> Tensor {
-    let (batch, _, features) = tokens.size3().expect("[B, L, C · pt · ph · pw]");
-    let ([frames, rows, columns], [pt, ph, pw]) = (grid, patch);
-    let channels = features / (pt * ph * pw);
-    let blocks = match order {
-        FeatureOrder::ChannelFirst => {
-            let cut = tokens.reshape([batch, frames, rows, columns, channels, pt, ph, pw]);
-            cut.permute([0, 4, 1, 5, 2, 6, 3, 7])
-        }
-        FeatureOrder::ChannelLast => {
-            let cut = tokens.reshape([batch, frames, rows, columns, pt, ph, pw, channels]);
-            cut.permute([0, 7, 1, 4, 2, 5, 3, 6])
-        }
-    };
-    blocks.reshape([batch, channels, frames * pt, rows * ph, columns * pw])
+    apply(Join { patch, grid, order }, [tokens])
 }
 
 /// Images cut into square patches of `side`: as [`cut`].
@@ -116,6 +64,7 @@ mod tests {
 
     use super::*;
     use crate::nn::{ParamSet, Rows};
+    use crate::ops::grid;
     use crate::rng::{Key, Purpose};
 
     const PATCH: Patch = [2, 1, 3];

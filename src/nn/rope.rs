@@ -8,7 +8,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::by_hand;
+use crate::ops::{Rotation, apply};
 
 /// One axis of the places: width of the features it turns, and the kind its angles are computed in
 /// before they are rounded to f32.
@@ -61,13 +61,7 @@ pub fn table(angles: &Tensor) -> Tensor {
 /// # Shapes
 /// `x`: `[B, L, N, E]`; `table`: `[L, 1, E/2]`. Returns the shape and kind of `x`; computed in f32.
 pub fn rotate(x: &Tensor, table: &Tensor) -> Tensor {
-    if let Some(turned) = by_hand::rotate(x, table) {
-        return turned;
-    }
-    let (batch, tokens, heads, width) = x.size4().expect("[B, L, N, E]");
-    let pairs =
-        x.to_kind(Kind::Float).reshape([batch, tokens, heads, width / 2, 2]).view_as_complex();
-    (pairs * table).view_as_real().flatten(3, 4).to_kind(x.kind())
+    apply(Rotation, [x, table])
 }
 
 #[cfg(test)]

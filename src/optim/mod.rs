@@ -1,9 +1,18 @@
 //! Optimizers over flat slices, gradient clipping, learning-rate schedules. Nothing here knows a
 //! rank.
+//!
+//! An optimizer is a folder: `mod.rs` has its settings and factors, `plain.rs` the update by
+//! libtorch's operators, `cpu.rs` and `cuda.rs` with `kernel.cu` the single passes. A pass brings
+//! only what it computes with an element: `runs` cuts a slice on a CPU for vectors and threads,
+//! `launches` one on a GPU for its kernel, and `trial` compares a kernel with `plain.rs` when a run
+//! starts.
 
 pub mod adamw;
 pub mod clip;
+mod launches;
 pub mod lr;
+mod runs;
+mod trial;
 
 pub use adamw::AdamW;
 
@@ -18,7 +27,7 @@ pub struct Slice<'a> {
     pub params: &'a mut Tensor,
     /// `[P]` f32.
     pub gradient: &'a Tensor,
-    /// What the gradient is multiplied with first: the clipping's coefficient, 1 for none.
+    /// Factor by which the gradient is multiplied first: the clipping's coefficient, 1 for none.
     pub gradient_factor: f64,
     /// The optimizer's tensors in the order of [`Optimizer::state_names`], each `[P]` f32, changed
     /// in place.

@@ -1,9 +1,9 @@
-//! One stage's vector-Jacobian product. The only call of `run_backward` in the crate.
+//! One stage's vector-Jacobian product. The only call of `run_backward` in training.
 
 use tch::{Device, Kind, Tensor};
 
-use crate::autograd::by_hand;
 use crate::nn::Activations;
+use crate::ops::autograd::custom_gradient;
 
 /// Returns the gradient of a scalar `loss` with respect to each flowing tensor of `output`. The
 /// loss must not depend on any other tensor that requires a gradient.
@@ -46,5 +46,5 @@ pub fn stage_backward(
 /// twice. The scalar is on the CPU, so that its backward runs on this thread.
 fn root(value: &Tensor, gradient: &Tensor) -> Tensor {
     let number = || (Tensor::zeros([], (Kind::Float, Device::Cpu)), gradient.shallow_clone());
-    by_hand(&[value], number, |gradient, _| vec![gradient])
+    custom_gradient(&[value], number, |gradient, _| vec![gradient])
 }

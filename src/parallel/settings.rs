@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::parallel::Summation;
-use crate::settings::{Choice, Keys, Settings};
+use crate::settings::{choice, parsed, settings};
 
 /// What happens to a stage's graph between forward and backward.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -61,71 +61,56 @@ impl FromStr for Recompute {
     }
 }
 
-/// Who holds what of the training state (ZeRO 0–3; never called "stage" here).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Sharding {
-    /// Every rank holds everything; gradients are all-reduced.
-    #[default]
-    None,
-    /// Each rank holds its slice of the optimizer's state.
-    Optimizer,
-    /// And of the gradients.
-    Gradients,
-    /// And of the parameters.
-    Parameters,
+parsed!(Recompute);
+
+choice! {
+    /// Parts of the training state that ranks divide (ZeRO 0–3; never called "stage" here).
+    pub enum Sharding {
+        /// Every rank holds everything; gradients are all-reduced.
+        "none" => None,
+        /// Each rank holds its slice of the optimizer's state.
+        "optimizer" => Optimizer,
+        /// Also of the gradients.
+        "gradients" => Gradients,
+        /// Also of the parameters.
+        "parameters" => Parameters,
+    }
 }
 
-impl Choice for Sharding {
-    const ALL: &'static [(&'static str, Self)] = &[
-        ("none", Sharding::None),
-        ("optimizer", Sharding::Optimizer),
-        ("gradients", Sharding::Gradients),
-        ("parameters", Sharding::Parameters),
-    ];
+choice! {
+    /// Ranks that hold one copy of the state together.
+    pub enum ShardingGroup {
+        /// All of them: the least memory.
+        "world" => World,
+        /// Those of one node; each node repeats it: what is gathered never leaves a node, gradients
+        /// cross as shards.
+        "node" => Node,
+    }
 }
 
-/// Which ranks hold one copy of the state together.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum ShardingGroup {
-    /// All of them: the least memory.
-    #[default]
-    World,
-    /// Those of one node; each node repeats it: what is gathered never leaves a node, gradients
-    /// cross as shards.
-    Node,
+choice! {
+    /// The kind in which gradients travel between ranks.
+    pub enum ReduceDtype {
+        /// As they are computed and summed.
+        "float32" => Float32,
+        /// Gradients of parameters that compute in bfloat16; each sum is rounded.
+        "bfloat16" => BFloat16,
+    }
 }
 
-impl Choice for ShardingGroup {
-    const ALL: &'static [(&'static str, Self)] =
-        &[("world", ShardingGroup::World), ("node", ShardingGroup::Node)];
-}
-
-/// The kind in which gradients travel between ranks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum ReduceDtype {
-    #[default]
-    Float32,
-    /// Of parameters that compute in bfloat16; each sum is rounded.
-    BFloat16,
-}
-
-impl Choice for ReduceDtype {
-    const ALL: &'static [(&'static str, Self)] =
-        &[("float32", ReduceDtype::Float32), ("bfloat16", ReduceDtype::BFloat16)];
-}
-
-/// What lies in host memory while the device does not need it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Offload {
-    #[default]
-    None,
-    /// Stage boundaries between forward and backward.
-    Activations,
-    /// The optimizer's state, and master values where they are not what is computed with, between
-    /// steps.
-    Optimizer,
-    /// Both.
-    All,
+choice! {
+    /// State that lies in host memory while the device does not need it.
+    pub enum Offload {
+        /// Everything stays on the device.
+        "none" => None,
+        /// Stage boundaries between forward and backward.
+        "activations" => Activations,
+        /// The optimizer's state, and master values where they are not what is computed with,
+        /// between steps.
+        "optimizer" => Optimizer,
+        /// Both.
+        "all" => All,
+    }
 }
 
 impl Offload {
@@ -138,89 +123,68 @@ impl Offload {
     }
 }
 
-impl Choice for Offload {
-    const ALL: &'static [(&'static str, Self)] = &[
-        ("none", Offload::None),
-        ("activations", Offload::Activations),
-        ("optimizer", Offload::Optimizer),
-        ("all", Offload::All),
-    ];
+choice! {
+    /// The device of a rank.
+    pub enum DeviceChoice {
+        /// The processor, with `num_threads` threads.
+        "cpu" => Cpu,
+        /// The GPU of the rank's number within its node.
+        "cuda" => Cuda,
+    }
 }
 
-/// Where a rank computes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum DeviceChoice {
-    #[default]
-    Cpu,
-    /// The GPU of the rank's number within its node.
-    Cuda,
+choice! {
+    /// The library that carries tensors between ranks.
+    pub enum Backend {
+        /// NCCL between GPUs, MPI between CPUs.
+        "auto" => Auto,
+        /// MPI; on CPUs only.
+        "mpi" => Mpi,
+        /// NCCL.
+        "nccl" => Nccl,
+    }
 }
 
-impl Choice for DeviceChoice {
-    const ALL: &'static [(&'static str, Self)] =
-        &[("cpu", DeviceChoice::Cpu), ("cuda", DeviceChoice::Cuda)];
+choice! {
+    /// The stream of randomness that a sample's draws come from.
+    pub enum SeedScope {
+        /// Each rank its own stream, as the reference does it, hashed so that no two ranks or steps
+        /// share one.
+        "rank" => Rank,
+        /// Each sample its own stream: 1 rank and N ranks see the same draws for the same global
+        /// batch.
+        "sample" => Sample,
+    }
 }
 
-/// What carries tensors between ranks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Backend {
-    /// NCCL between GPUs, MPI between CPUs.
-    #[default]
-    Auto,
-    Mpi,
-    Nccl,
-}
-
-impl Choice for Backend {
-    const ALL: &'static [(&'static str, Self)] =
-        &[("auto", Backend::Auto), ("mpi", Backend::Mpi), ("nccl", Backend::Nccl)];
-}
-
-/// Whose stream of randomness a sample's draws come from.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum SeedScope {
-    /// Each rank its own stream, as the reference does it, hashed so that no two ranks or steps
-    /// share one.
-    #[default]
-    Rank,
-    /// Each sample its own stream: 1 rank and N ranks see the same draws for the same global batch.
-    Sample,
-}
-
-impl Choice for SeedScope {
-    const ALL: &'static [(&'static str, Self)] =
-        &[("rank", SeedScope::Rank), ("sample", SeedScope::Sample)];
-}
-
-/// `[parallel]`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ParallelSettings {
-    pub device: DeviceChoice,
-    pub backend: Backend,
-    pub sharding: Sharding,
-    pub sharding_group: ShardingGroup,
-    pub recompute: Recompute,
-    pub offload: Offload,
-    pub reduce_dtype: ReduceDtype,
-    pub deterministic: bool,
-    pub seed_scope: SeedScope,
-    pub num_threads: i32,
-}
-
-impl Default for ParallelSettings {
-    fn default() -> Self {
-        ParallelSettings {
-            device: DeviceChoice::default(),
-            backend: Backend::default(),
-            sharding: Sharding::default(),
-            sharding_group: ShardingGroup::default(),
-            recompute: Recompute::default(),
-            offload: Offload::default(),
-            reduce_dtype: ReduceDtype::default(),
-            deterministic: false,
-            seed_scope: SeedScope::default(),
-            num_threads: 1,
-        }
+settings! {
+    /// `[parallel]`: the work of each rank.
+    pub struct ParallelSettings {
+        /// Where each rank computes.
+        pub device: DeviceChoice = DeviceChoice::Cpu;
+        /// What carries tensors between ranks; `auto`: NCCL between GPUs, MPI between CPUs.
+        pub backend: Backend = Backend::Auto;
+        /// What the ranks divide among themselves instead of each holding all of it; each word
+        /// includes those before it.
+        pub sharding: Sharding = Sharding::None;
+        /// Who divides: all ranks, or those of each node, the nodes repeating one another.
+        pub sharding_group: ShardingGroup = ShardingGroup::World;
+        /// Which stages' activations are computed again in the backward pass to save memory. One
+        /// of: never, always, every_2, every_3, ….
+        pub recompute: Recompute = Recompute::default();
+        /// What waits in host memory while the GPU does not need it.
+        pub offload: Offload = Offload::None;
+        /// Kind in which gradients of bfloat16 parameters are summed over the ranks.
+        pub reduce_dtype: ReduceDtype = ReduceDtype::Float32;
+        /// Sum everything in one order whatever the number of ranks: weights are bit-equal at 1, 2,
+        /// 4, … ranks for one global batch (CPU).
+        pub deterministic: bool = false;
+        /// Whose stream noise and timesteps come from; `sample` makes the draws independent of the
+        /// number of ranks.
+        pub seed_scope: SeedScope = SeedScope::Rank;
+        /// Compute threads of each rank on the CPU; ranks times threads should not exceed the
+        /// cores.
+        pub num_threads: i32 = 1, in 1..=1024;
     }
 }
 
@@ -290,58 +254,6 @@ impl ParallelSettings {
             );
         }
         problems
-    }
-}
-
-impl Settings for ParallelSettings {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.choice("device", &mut self.device, "Where each rank computes.");
-        keys.choice(
-            "backend",
-            &mut self.backend,
-            "What carries tensors between ranks; `auto`: NCCL between GPUs, MPI between CPUs.",
-        );
-        keys.choice(
-            "sharding",
-            &mut self.sharding,
-            "What the ranks divide among themselves instead of each holding all of it; each word includes those before it.",
-        );
-        keys.choice(
-            "sharding_group",
-            &mut self.sharding_group,
-            "Who divides: all ranks, or those of each node, the nodes repeating one another.",
-        );
-        keys.parsed(
-            "recompute",
-            &mut self.recompute,
-            "Which stages' activations are computed again in the backward pass to save memory. One of: never, always, every_2, every_3, ….",
-        );
-        keys.choice(
-            "offload",
-            &mut self.offload,
-            "What waits in host memory while the GPU does not need it.",
-        );
-        keys.choice(
-            "reduce_dtype",
-            &mut self.reduce_dtype,
-            "Kind in which gradients of bfloat16 parameters are summed over the ranks.",
-        );
-        keys.flag(
-            "deterministic",
-            &mut self.deterministic,
-            "Sum everything in one order whatever the number of ranks: weights are bit-equal at 1, 2, 4, … ranks for one global batch (CPU).",
-        );
-        keys.choice(
-            "seed_scope",
-            &mut self.seed_scope,
-            "Whose stream noise and timesteps come from; `sample` makes the draws independent of the number of ranks.",
-        );
-        keys.integer(
-            "num_threads",
-            &mut self.num_threads,
-            1..=1024,
-            "Compute threads of each rank on the CPU; ranks times threads should not exceed the cores.",
-        );
     }
 }
 

@@ -97,7 +97,7 @@ impl Plan {
                 tokens.image
             ),
         );
-        let estimate = footprint(&*config.model.family, tokens, samples as i64, dtype.kind())?;
+        let estimate = footprint(&**config.model.family, tokens, samples as i64, dtype.kind())?;
         let (kept, again) = (shown(estimate.kept), shown(estimate.recomputed));
         self.line(
             "activations, estimated",

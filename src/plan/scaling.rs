@@ -107,7 +107,7 @@ fn workload(config: &RunConfig, tokens: Tokens, micro_batches: usize) -> Result<
         operators: work.operators,
     };
     let work = forward_work(
-        &*config.model.family,
+        &**config.model.family,
         tokens,
         config.data.micro_batch_size_per_gpu as i64,
         kind,

@@ -57,7 +57,8 @@ pub fn flattened(text: &str) -> Values {
 
 fn flatten(path: &str, table: &Table, values: &mut Values) {
     for (name, value) in table {
-        let path = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
+        let name = settings::key_text(name);
+        let path = if path.is_empty() { name } else { format!("{path}.{name}") };
         match value {
             Value::Table(table) => flatten(&path, table, values),
             other => drop(values.insert(path, other.to_string())),
@@ -214,6 +215,7 @@ mod tests {
         assert_eq!(recorded(&config(&elsewhere)), recorded(&config(&[])));
         for other in [
             "model.dtype=bfloat16",
+            "compute.kernels=plain",
             "parallel.seed_scope=rank",
             "optimizer.adamw.lr=1.0",
             "model.dit.num_heads=2",

@@ -183,7 +183,7 @@ impl<'a> Plan<'a> {
     pub fn new(config: &'a RunConfig, origin: &'a Origin, device: Device) -> Result<Self> {
         let pipeline = build_pipeline(config, device);
         let (adapter, sampling) = (pipeline.adapter(), &config.sampling);
-        origin.check(&*config.model.family, adapter)?;
+        origin.check(&**config.model.family, adapter)?;
         let guidance = adapter.guidance(config.model.family.embeds_guidance());
         let guide = Guide::new(guidance, sampling, origin.has_negative())?;
         let own = adapter.noise_levels(&origin.shape, pipeline.settings(), guidance);
@@ -317,7 +317,7 @@ impl<'a> Plan<'a> {
             dtype,
             batch,
             cfg_dropout_prob: 0.0,
-            cfg_dropout_value: CfgDropoutValue::default(),
+            cfg_dropout_value: CfgDropoutValue::Zeros,
             guidance_scale: self.guide.embedded,
             draws: &stream.open(),
         };

@@ -1,350 +1,241 @@
-//! What a settings struct shows its keys to: each method is one kind of value, read strictly or
-//! written with its meaning.
+//! A table's keys as its settings show them, one by one, to whoever reads or writes them.
 
-use std::fmt::Display;
-use std::ops::{Bound, RangeBounds};
-use std::str::FromStr;
+use std::ops::{Deref, DerefMut, RangeBounds};
 
-use super::tree::{Leaf, Node};
-use super::{Choice, Family, Settings, read, write};
-use crate::error::ConfigProblem;
+use super::limits::Limits;
+use super::tree::Node;
+use super::value::{Misfit, Value};
+use super::words::{not_among, quoted};
 
-/// What a settings struct shows its keys to: a reader or a writer, at one table of the document.
-pub struct Keys<'a> {
-    pub(super) mode: Mode<'a>,
-    pub(super) path: String,
+/// A struct whose fields come from a table of the configuration. Made by `settings!`; `Default`
+/// gives the documented defaults.
+pub trait Settings {
+    /// Shows every key of the table to `keys`, in the order of the listing.
+    fn visit(&mut self, keys: &mut dyn Keys);
 }
 
-pub(super) enum Mode<'a> {
-    Read { reader: &'a mut read::Reader, table: Option<&'a Node>, known: Vec<String> },
-    Write(&'a mut write::Writer),
+/// Interchangeable parts of which the configuration names one: `[optimizer.adamw]`. Made by
+/// `registry!`.
+pub trait Family: Sized {
+    /// Every name, in the order of the listing.
+    const NAMES: &'static [&'static str];
+    /// The member of that name with default settings.
+    fn named(name: &str) -> Option<Self>;
+    /// The name of this member.
+    fn name(&self) -> &'static str;
+    /// The settings of this member.
+    fn settings(&mut self) -> &mut dyn Settings;
 }
 
-impl Keys<'_> {
-    /// An integer in `range`.
-    pub fn integer<T>(&mut self, name: &str, field: &mut T, range: impl RangeBounds<i64>, doc: &str)
-    where
-        T: Copy + TryInto<i64> + TryFrom<i64> + Display,
-    {
-        let shown = field.to_string();
-        self.leaf(name, doc, Some(shown), |leaf| {
-            let Leaf::Integer(value) = leaf else { return Err(leaf.not_a("an integer")) };
-            let fits = range.contains(value).then(|| T::try_from(*value).ok()).flatten();
-            *field = fits.ok_or_else(|| out_of_range(value, &range, i64::to_string))?;
-            Ok(())
-        });
+/// A key's name, and its meaning for the listing.
+#[derive(Clone, Copy, Debug)]
+pub struct Key<'k> {
+    pub(crate) name: &'k str,
+    pub(crate) meaning: &'k str,
+}
+
+/// What settings show their keys to: a reader or a writer, at one table of the document. Each
+/// method is one way in which a field stands in the document.
+pub trait Keys {
+    /// `name = value`.
+    fn value(&mut self, key: Key<'_>, field: &mut dyn Field);
+
+    /// A table: `[name]`.
+    fn table(&mut self, key: Key<'_>, settings: &mut dyn Settings);
+
+    /// An array of tables: `[[name]]`, none or several.
+    fn tables(&mut self, key: Key<'_>, tables: &mut dyn Tables);
+
+    /// A table that holds nothing but the table of one member: `[name.adamw]`.
+    fn family(&mut self, key: Key<'_>, family: &mut dyn Members);
+
+    /// The table of one member in this table: `[dit]`, whatever the field is called.
+    fn member(&mut self, key: Key<'_>, family: &mut dyn Members);
+}
+
+impl dyn Keys + '_ {
+    /// Keys in this very table, whatever the field is called.
+    pub fn flat(&mut self, _: Key<'_>, settings: &mut dyn Settings) {
+        settings.visit(self);
     }
 
-    /// An integer that may be left out.
-    pub fn optional_integer<T>(
-        &mut self,
-        name: &str,
-        field: &mut Option<T>,
-        range: impl RangeBounds<i64>,
-        doc: &str,
-    ) where
-        T: Copy + TryFrom<i64> + Display,
-    {
-        let shown = field.map(|value| value.to_string());
-        self.leaf(name, doc, shown, |leaf| {
-            let Leaf::Integer(found) = leaf else { return Err(leaf.not_a("an integer")) };
-            let fits = range.contains(found).then(|| T::try_from(*found).ok()).flatten();
-            *field = Some(fits.ok_or_else(|| out_of_range(found, &range, i64::to_string))?);
-            Ok(())
-        });
+    /// A member named by the key `name_type`, with its settings in the table `name`.
+    pub fn named_family(&mut self, key: Key<'_>, family: &mut dyn Members) {
+        let name_key = format!("{}_type", key.name);
+        let meaning = format!("Arguments of the `{name_key}` chosen above.");
+        self.value(Key { name: &name_key, ..key }, &mut MemberName(&mut *family));
+        self.table(Key { meaning: &meaning, ..key }, family.settings());
+    }
+}
+
+/// A field of settings as the value of a key.
+pub trait Field {
+    /// Sets the field to what the document has.
+    ///
+    /// # Errors
+    /// Every part of it that does not fit; the field stays as it was.
+    fn read(&mut self, found: &Node) -> Result<(), Vec<Misfit>>;
+
+    /// The value as TOML on one line; none while it is unset.
+    fn shown(&self) -> Option<String>;
+
+    /// Every value, where there are a few only.
+    fn words(&self) -> Vec<&'static str>;
+}
+
+/// A field of any [`Value`] and the range that it must lie in.
+pub(crate) struct Limited<'f, T: Value> {
+    field: &'f mut T,
+    limits: Limits<T::Limit>,
+}
+
+/// The field without a range.
+pub(crate) fn unlimited<T: Value>(field: &mut T) -> Limited<'_, T> {
+    Limited { field, limits: Limits::none() }
+}
+
+/// The field, every number of which must lie in `range`.
+pub(crate) fn within<T: Value>(field: &mut T, range: impl RangeBounds<T::Limit>) -> Limited<'_, T> {
+    Limited { field, limits: Limits::of(range) }
+}
+
+impl<T: Value> Field for Limited<'_, T> {
+    fn read(&mut self, found: &Node) -> Result<(), Vec<Misfit>> {
+        *self.field = T::read(found, &self.limits)?;
+        Ok(())
     }
 
-    /// `N` integers in `range`, as an array.
-    pub fn integers<const N: usize>(
-        &mut self,
-        name: &str,
-        field: &mut [i64; N],
-        range: impl RangeBounds<i64>,
-        doc: &str,
-    ) {
-        let shown = format!("{field:?}");
-        self.leaf(name, doc, Some(shown), |leaf| {
-            let Leaf::Integers(found) = leaf else {
-                return Err(leaf.not_a(&format!("an array of {N} integers")));
-            };
-            if let Some(outside) = found.iter().find(|value| !range.contains(value)) {
-                return Err(out_of_range(outside, &range, i64::to_string));
-            }
-            *field = found
-                .as_slice()
-                .try_into()
-                .map_err(|_| format!("expected {N} integers, found {}", found.len()))?;
-            Ok(())
-        });
+    fn shown(&self) -> Option<String> {
+        self.field.shown()
     }
 
-    /// A finite number in `range`; an integer is taken as well.
-    pub fn number(&mut self, name: &str, field: &mut f64, range: impl RangeBounds<f64>, doc: &str) {
-        let shown = format!("{field:?}");
-        self.leaf(name, doc, Some(shown), |leaf| {
-            let value = match leaf {
-                Leaf::Float(value) => *value,
-                Leaf::Integer(value) => *value as f64,
-                _ => return Err(leaf.not_a("a number")),
-            };
-            if !value.is_finite() {
-                return Err(format!("{value} is not a finite number"));
-            }
-            if !range.contains(&value) {
-                return Err(out_of_range(&value, &range, shown_number));
-            }
-            *field = value;
-            Ok(())
-        });
+    fn words(&self) -> Vec<&'static str> {
+        T::words()
+    }
+}
+
+/// A [`Family`] without its type.
+pub trait Members {
+    /// [`Family::NAMES`].
+    fn names(&self) -> &'static [&'static str];
+
+    /// The name of the chosen member.
+    fn chosen(&self) -> &'static str;
+
+    /// Chooses the member that the document names, which is one of [`Members::names`]. The settings
+    /// of the one that is chosen already are kept, so that files and overrides add up.
+    fn choose(&mut self, name: &str);
+
+    /// The settings of the chosen member.
+    fn settings(&mut self) -> &mut dyn Settings;
+}
+
+impl<F: Family> Members for F {
+    fn names(&self) -> &'static [&'static str] {
+        F::NAMES
     }
 
-    pub fn flag(&mut self, name: &str, field: &mut bool, doc: &str) {
-        let shown = field.to_string();
-        self.leaf(name, doc, Some(shown), |leaf| {
-            let Leaf::Boolean(value) = leaf else { return Err(leaf.not_a("true or false")) };
-            *field = *value;
-            Ok(())
-        });
+    fn chosen(&self) -> &'static str {
+        self.name()
     }
 
-    pub fn text(&mut self, name: &str, field: &mut String, doc: &str) {
-        let shown = write::quoted(field);
-        self.leaf(name, doc, Some(shown), |leaf| {
-            let Leaf::Text(value) = leaf else { return Err(leaf.not_a("a text in quotes")) };
-            *field = value.clone();
-            Ok(())
-        });
-    }
-
-    /// A text that may be left out.
-    pub fn optional_text(&mut self, name: &str, field: &mut Option<String>, doc: &str) {
-        let shown = field.as_deref().map(write::quoted);
-        self.leaf(name, doc, shown, |leaf| {
-            let Leaf::Text(value) = leaf else { return Err(leaf.not_a("a text in quotes")) };
-            *field = Some(value.clone());
-            Ok(())
-        });
-    }
-
-    /// A text with a grammar of its own, whose error says what is expected.
-    pub fn parsed<T: FromStr<Err = String> + Display>(
-        &mut self,
-        name: &str,
-        field: &mut T,
-        doc: &str,
-    ) {
-        let shown = write::quoted(&field.to_string());
-        self.leaf(name, doc, Some(shown), |leaf| {
-            let Leaf::Text(found) = leaf else { return Err(leaf.not_a("a text in quotes")) };
-            *field = found.parse()?;
-            Ok(())
-        });
-    }
-
-    /// As [`Keys::parsed`]; may be left out.
-    pub fn optional_parsed<T: FromStr<Err = String> + Display>(
-        &mut self,
-        name: &str,
-        field: &mut Option<T>,
-        doc: &str,
-    ) {
-        let shown = field.as_ref().map(|value| write::quoted(&value.to_string()));
-        self.leaf(name, doc, shown, |leaf| {
-            let Leaf::Text(found) = leaf else { return Err(leaf.not_a("a text in quotes")) };
-            *field = Some(found.parse()?);
-            Ok(())
-        });
-    }
-
-    /// One word of a [`Choice`].
-    pub fn choice<T: Choice>(&mut self, name: &str, field: &mut T, doc: &str) {
-        let words: Vec<&str> = T::ALL.iter().map(|(word, _)| *word).collect();
-        let doc = format!("{doc} One of: {}.", words.join(", "));
-        let shown = write::quoted(field.word());
-        self.leaf(name, &doc, Some(shown), |leaf| {
-            let Leaf::Text(found) = leaf else {
-                return Err(leaf.not_a(&format!("one of {}", words.join(", "))));
-            };
-            *field = T::parse(found)?;
-            Ok(())
-        });
-    }
-
-    /// A nested table.
-    pub fn table(&mut self, name: &str, settings: &mut dyn Settings, doc: &str) {
-        let path = self.join(name);
-        match &mut self.mode {
-            Mode::Write(writer) => {
-                writer.section(&path, doc);
-                settings.visit(&mut Keys { mode: Mode::Write(writer), path });
-            }
-            Mode::Read { reader, table, known } => {
-                known.push(name.into());
-                reader.nested(settings, table.and_then(|node| node.get(name)), path);
-            }
+    fn choose(&mut self, name: &str) {
+        if self.name() != name {
+            *self = F::named(name).expect("one of the family's names");
         }
     }
 
-    /// A table that holds nothing but one member of a family: `[optimizer.adamw]`.
-    pub fn family<F: Family>(&mut self, name: &str, family: &mut F, doc: &str) {
-        let path = self.join(name);
-        match &mut self.mode {
-            Mode::Write(writer) => {
-                Keys { mode: Mode::Write(writer), path }.member(family, doc);
-            }
-            Mode::Read { reader, table, known } => {
-                known.push(name.into());
-                reader.nested(
-                    &mut OnlyMember { family, doc },
-                    table.and_then(|node| node.get(name)),
-                    path,
-                );
-            }
+    fn settings(&mut self) -> &mut dyn Settings {
+        Family::settings(self)
+    }
+}
+
+/// The name of a family's member as the value of a key.
+struct MemberName<'f>(&'f mut dyn Members);
+
+impl Field for MemberName<'_> {
+    fn read(&mut self, found: &Node) -> Result<(), Vec<Misfit>> {
+        let names = self.0.names();
+        let refused = |what| Misfit::whole(found, what);
+        let name = found.content.text(&format!("one of {}", names.join(", "))).map_err(refused)?;
+        if !names.contains(&name) {
+            return Err(refused(not_among("value", name, names)));
         }
+        self.0.choose(name);
+        Ok(())
     }
 
-    /// One member of a family as a table of its own name inside this one: `[model.dit]`. Returns
-    /// true where a document that is read names a member.
-    pub fn member<F: Family>(&mut self, family: &mut F, doc: &str) -> bool {
-        match &mut self.mode {
-            Mode::Write(writer) => {
-                let path = if self.path.is_empty() {
-                    family.name().into()
-                } else {
-                    format!("{}.{}", self.path, family.name())
-                };
-                writer.section(&path, &format!("{doc} One of: {}.", F::NAMES.join(", ")));
-                family.settings().visit(&mut Keys { mode: Mode::Write(writer), path });
-                false
-            }
-            Mode::Read { reader, table, known } => {
-                known.extend(F::NAMES.iter().map(ToString::to_string));
-                table.is_some_and(|table| reader.member(family, table, &self.path))
-            }
-        }
+    fn shown(&self) -> Option<String> {
+        Some(quoted(self.0.chosen()))
     }
 
-    /// A family whose member is named by one key and whose settings are another table:
-    /// `adapter_type` and `adapter`.
-    pub fn named_family<F: Family>(
-        &mut self,
-        name_key: &str,
-        table: &str,
-        family: &mut F,
-        doc: &str,
-    ) {
-        let shown = write::quoted(family.name());
-        let full_doc = format!("{doc} One of: {}.", F::NAMES.join(", "));
-        self.leaf(name_key, &full_doc, Some(shown), |leaf| {
-            let Leaf::Text(found) = leaf else {
-                return Err(leaf.not_a(&format!("one of {}", F::NAMES.join(", "))));
-            };
-            *family = F::named(found).ok_or_else(|| not_among("value", found, F::NAMES))?;
-            Ok(())
-        });
-        self.table(
-            table,
-            family.settings(),
-            &format!("Arguments of the `{name_key}` chosen above."),
-        );
-    }
-
-    fn leaf(
-        &mut self,
-        name: &str,
-        doc: &str,
-        shown: Option<String>,
-        read: impl FnOnce(&Leaf) -> Result<(), String>,
-    ) {
-        let path = self.join(name);
-        match &mut self.mode {
-            Mode::Write(writer) => writer.line(&self.path, name, shown, doc),
-            Mode::Read { reader, table, known } => {
-                known.push(name.into());
-                if let Some(node) = table.and_then(|table| table.get(name)) {
-                    reader.leaf(node, path, read);
-                }
-            }
-        }
-    }
-
-    fn join(&self, name: &str) -> String {
-        if self.path.is_empty() { name.into() } else { format!("{}.{name}", self.path) }
+    fn words(&self) -> Vec<&'static str> {
+        self.0.names().to_vec()
     }
 }
 
-/// The table of a family that has no keys beside its member.
-struct OnlyMember<'f, F> {
-    family: &'f mut F,
-    doc: &'f str,
+/// The tables of an array.
+pub trait Tables {
+    /// Makes them `count` tables of defaults.
+    fn reset(&mut self, count: usize);
+
+    fn all(&mut self) -> Vec<&mut dyn Settings>;
+
+    /// A table of defaults, for the listing of an empty array.
+    fn example(&self) -> Box<dyn Settings>;
 }
 
-impl<F: Family> Settings for OnlyMember<'_, F> {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.member(self.family, self.doc);
+impl<T: Settings + Default + 'static> Tables for Vec<T> {
+    fn reset(&mut self, count: usize) {
+        *self = (0..count).map(|_| T::default()).collect();
+    }
+
+    fn all(&mut self) -> Vec<&mut dyn Settings> {
+        self.iter_mut().map(|table| table as &mut dyn Settings).collect()
+    }
+
+    fn example(&self) -> Box<dyn Settings> {
+        Box::new(T::default())
     }
 }
 
-/// "unknown value `x`; did you mean `y`?", or the list of valid ones when nothing is near.
-pub(super) fn not_among(what: &str, found: &str, valid: &[&str]) -> String {
-    match nearest(found, valid.iter().copied()) {
-        Some(near) => format!("unknown {what} `{found}`; did you mean `{near}`?"),
-        None => format!("unknown {what} `{found}`; expected one of {}", valid.join(", ")),
+/// A family's member, and whether a document names it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Named<F> {
+    member: F,
+    /// True once a document has named the member; before, it is the default one.
+    pub is_named: bool,
+}
+
+impl<F> Deref for Named<F> {
+    type Target = F;
+
+    fn deref(&self) -> &F {
+        &self.member
     }
 }
 
-/// The valid name most like `found`: a few letters differ, or one of the two begins with the other.
-pub(super) fn nearest<'n>(found: &str, valid: impl Iterator<Item = &'n str>) -> Option<&'n str> {
-    let scored = valid
-        .filter(|name| is_near(found, name))
-        .map(|name| (strsim::jaro_winkler(found, name), name));
-    scored.max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, name)| name)
+impl<F> DerefMut for Named<F> {
+    fn deref_mut(&mut self) -> &mut F {
+        &mut self.member
+    }
 }
 
-/// Shortest name that is recognized as the beginning of another one.
-const SHORTEST_BEGINNING: usize = 3;
+impl<F: Family> Members for Named<F> {
+    fn names(&self) -> &'static [&'static str] {
+        F::NAMES
+    }
 
-/// One letter in five may differ: transposed and missing letters do, other words do not.
-fn is_near(found: &str, name: &str) -> bool {
-    let begins =
-        |long: &str, short: &str| short.len() >= SHORTEST_BEGINNING && long.starts_with(short);
-    strsim::osa_distance(found, name) <= found.chars().count().div_ceil(5)
-        || begins(found, name)
-        || begins(name, found)
-}
+    fn chosen(&self) -> &'static str {
+        self.member.name()
+    }
 
-/// Bounds of a number that must be above `low`.
-pub fn above(low: f64) -> (Bound<f64>, Bound<f64>) {
-    (Bound::Excluded(low), Bound::Unbounded)
-}
+    fn choose(&mut self, name: &str) {
+        self.member.choose(name);
+        self.is_named = true;
+    }
 
-/// Bounds of a number that must be above `low` and at most `high`.
-pub fn above_up_to(low: f64, high: f64) -> (Bound<f64>, Bound<f64>) {
-    (Bound::Excluded(low), Bound::Included(high))
-}
-
-/// `0.5`, `-1` and `1e-300`: the shortest of the ways to write a number.
-fn shown_number(value: &f64) -> String {
-    let [plain, scientific] = [format!("{value}"), format!("{value:e}")];
-    if plain.len() <= scientific.len() + 3 { plain } else { scientific }
-}
-
-fn out_of_range<T>(value: &T, range: &impl RangeBounds<T>, shown: impl Fn(&T) -> String) -> String {
-    let low = match range.start_bound() {
-        Bound::Included(low) => format!("at least {}", shown(low)),
-        Bound::Excluded(low) => format!("above {}", shown(low)),
-        Bound::Unbounded => String::new(),
-    };
-    let high = match range.end_bound() {
-        Bound::Included(high) => format!("at most {}", shown(high)),
-        Bound::Excluded(high) => format!("below {}", shown(high)),
-        Bound::Unbounded => String::new(),
-    };
-    let both =
-        [low, high].into_iter().filter(|bound| !bound.is_empty()).collect::<Vec<_>>().join(" and ");
-    format!("{} is out of range; must be {both}", shown(value))
-}
-
-pub(super) fn problem(key: &str, place: &str, what: String) -> ConfigProblem {
-    ConfigProblem { key: key.into(), place: place.into(), what }
+    fn settings(&mut self) -> &mut dyn Settings {
+        Family::settings(&mut self.member)
+    }
 }

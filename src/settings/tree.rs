@@ -3,70 +3,95 @@
 
 use std::ops::Range;
 
+use toml::Spanned;
 use toml::de::{DeInteger, DeTable, DeValue};
 
-use super::keys::problem;
+use super::words::{problem, quoted};
 use crate::error::ConfigProblem;
 
-/// A value that is not a table.
+/// What stands behind a key.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Leaf {
+pub enum Content {
     Integer(i64),
     Float(f64),
     Boolean(bool),
     Text(String),
-    /// An array of nothing but integers.
-    Integers(Vec<i64>),
-    /// An integer beyond 64 bits, another array, a date: no key takes one.
+    /// An integer beyond 64 bits, a date, a JSON object: no key takes one.
     Other(String),
-}
-
-impl Leaf {
-    /// "expected an integer, found a text".
-    pub(super) fn not_a(&self, expected: &str) -> String {
-        let found = match self {
-            Leaf::Integer(value) => format!("the integer {value}"),
-            Leaf::Float(value) => format!("the number {value:?}"),
-            Leaf::Boolean(value) => format!("{value}"),
-            Leaf::Text(value) => format!("the text \"{value}\""),
-            Leaf::Integers(values) => format!("the array {values:?}"),
-            Leaf::Other(what) => what.clone(),
-        };
-        format!("expected {expected}, found {found}")
-    }
-}
-
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Node {
-    /// `line 12` or `--set`.
-    pub place: String,
-    pub value: Value,
-}
-
-#[derive(Clone, Debug, PartialEq)]
-pub(super) enum Value {
-    Leaf(Leaf),
+    List(Vec<Node>),
     /// In the order of the text.
     Table(Vec<(String, Node)>),
 }
 
-impl Node {
-    pub fn get(&self, name: &str) -> Option<&Node> {
-        self.entries().iter().find(|(key, _)| key == name).map(|(_, node)| node)
+impl Content {
+    /// "expected an integer, found the text "x"".
+    pub fn not_a(&self, expected: &str) -> String {
+        let found = match self {
+            Content::Integer(value) => format!("the integer {value}"),
+            Content::Float(value) => format!("the number {value:?}"),
+            Content::Boolean(value) => format!("{value}"),
+            Content::Text(value) => format!("the text \"{value}\""),
+            Content::Other(what) => what.clone(),
+            Content::List(_) => match self.integers() {
+                Some(values) => format!("the array {values:?}"),
+                None => "an array".into(),
+            },
+            Content::Table(_) => return "expected a value, found a table".into(),
+        };
+        format!("expected {expected}, found {found}")
     }
 
-    /// Entries of a table; none for a leaf.
-    pub fn entries(&self) -> &[(String, Node)] {
-        match &self.value {
-            Value::Table(entries) => entries,
-            Value::Leaf(_) => &[],
+    /// The text that it is.
+    ///
+    /// # Errors
+    /// As [`Content::not_a`].
+    pub fn text(&self, expected: &str) -> Result<&str, String> {
+        match self {
+            Content::Text(text) => Ok(text),
+            _ => Err(self.not_a(expected)),
         }
     }
 
-    /// Lays `over` on top of this node: tables are merged, leaves replaced.
+    /// The items of an array of nothing but integers.
+    pub(super) fn integers(&self) -> Option<Vec<i64>> {
+        let Content::List(items) = self else { return None };
+        let integer = |item: &Node| match item.content {
+            Content::Integer(value) => Some(value),
+            _ => None,
+        };
+        items.iter().map(integer).collect()
+    }
+
+    pub(super) fn is_table(&self) -> bool {
+        matches!(self, Content::Table(_))
+    }
+}
+
+/// A key's content and where it was written.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Node {
+    /// `line 12` or `--set`; empty in a JSON object.
+    pub(super) place: String,
+    pub(super) content: Content,
+}
+
+impl Node {
+    pub(super) fn get(&self, name: &str) -> Option<&Node> {
+        self.entries().iter().find(|(key, _)| key == name).map(|(_, node)| node)
+    }
+
+    /// Entries of a table; none of anything else.
+    pub(super) fn entries(&self) -> &[(String, Node)] {
+        match &self.content {
+            Content::Table(entries) => entries,
+            _ => &[],
+        }
+    }
+
+    /// Lays `over` on top of this node: tables are merged, all else is replaced.
     fn merge(&mut self, over: Node) {
-        match (&mut self.value, over.value) {
-            (Value::Table(entries), Value::Table(new)) => {
+        match (&mut self.content, over.content) {
+            (Content::Table(entries), Content::Table(new)) => {
                 for (name, node) in new {
                     match entries.iter_mut().find(|(key, _)| *key == name) {
                         Some((_, old)) => old.merge(node),
@@ -74,15 +99,15 @@ impl Node {
                     }
                 }
             }
-            (value, new) => {
-                *value = new;
+            (content, new) => {
+                *content = new;
                 self.place = over.place;
             }
         }
     }
 }
 
-/// Every table and leaf of `text`, and every syntax error in it.
+/// The document that `text` is, and every syntax error in it.
 pub(super) fn parse(text: &str) -> (Node, Vec<ConfigProblem>) {
     let (table, errors) = DeTable::parse_recoverable(text);
     let line = |span: Range<usize>| {
@@ -96,18 +121,18 @@ pub(super) fn parse(text: &str) -> (Node, Vec<ConfigProblem>) {
             .filter(|piece| !piece.is_empty() && piece.len() < 60);
         problem(quoted.unwrap_or("syntax").trim(), &place, error.message().replace('\n', "; "))
     };
-    let node = Node { place: String::new(), value: table_value(table.get_ref(), &line) };
+    let node = Node { place: String::new(), content: table_content(table.get_ref(), &line) };
     (node, errors.iter().map(as_problem).collect())
 }
 
-fn table_value(table: &DeTable<'_>, line: &dyn Fn(Range<usize>) -> String) -> Value {
+fn table_content(table: &DeTable<'_>, line: &dyn Fn(Range<usize>) -> String) -> Content {
     let mut entries: Vec<_> = table.iter().collect();
     entries.sort_by_key(|(key, _)| key.span().start);
-    let node = |value: &toml::Spanned<DeValue<'_>>, place| Node {
+    let node = |value: &Spanned<DeValue<'_>>, place| Node {
         place,
-        value: node_value(value.get_ref(), line),
+        content: content(value.get_ref(), line),
     };
-    Value::Table(
+    Content::Table(
         entries
             .into_iter()
             .map(|(key, value)| (key.get_ref().to_string(), node(value, line(key.span()))))
@@ -115,28 +140,25 @@ fn table_value(table: &DeTable<'_>, line: &dyn Fn(Range<usize>) -> String) -> Va
     )
 }
 
-fn node_value(value: &DeValue<'_>, line: &dyn Fn(Range<usize>) -> String) -> Value {
-    Value::Leaf(match value {
-        DeValue::Table(table) => return table_value(table, line),
-        DeValue::String(text) => Leaf::Text(text.to_string()),
-        DeValue::Boolean(value) => Leaf::Boolean(*value),
+fn content(value: &DeValue<'_>, line: &dyn Fn(Range<usize>) -> String) -> Content {
+    match value {
+        DeValue::Table(table) => table_content(table, line),
+        DeValue::String(text) => Content::Text(text.to_string()),
+        DeValue::Boolean(value) => Content::Boolean(*value),
         DeValue::Integer(integer) => match small(integer) {
-            Some(value) => Leaf::Integer(value),
-            None => Leaf::Other(format!("{integer}, which is beyond 64 bits")),
+            Some(value) => Content::Integer(value),
+            None => Content::Other(format!("{integer}, which is beyond 64 bits")),
         },
-        DeValue::Float(float) => Leaf::Float(float.as_str().parse().unwrap_or(f64::NAN)),
-        DeValue::Datetime(_) => Leaf::Other("a date".into()),
+        DeValue::Float(float) => Content::Float(float.as_str().parse().unwrap_or(f64::NAN)),
+        DeValue::Datetime(_) => Content::Other("a date".into()),
         DeValue::Array(items) => {
-            let integer = |item: &toml::Spanned<DeValue<'_>>| {
-                if let DeValue::Integer(found) = item.get_ref() { small(found) } else { None }
+            let node = |item: &Spanned<DeValue<'_>>| Node {
+                place: line(item.span()),
+                content: content(item.get_ref(), line),
             };
-            items
-                .iter()
-                .map(integer)
-                .collect::<Option<_>>()
-                .map_or_else(|| Leaf::Other("an array".into()), Leaf::Integers)
+            Content::List(items.iter().map(node).collect())
         }
-    })
+    }
 }
 
 fn small(integer: &DeInteger<'_>) -> Option<i64> {
@@ -145,25 +167,24 @@ fn small(integer: &DeInteger<'_>) -> Option<i64> {
 
 /// A JSON object as a tree. A `null` is as good as a key that is not there.
 pub(super) fn of_json(object: &serde_json::Map<String, serde_json::Value>) -> Node {
-    use serde_json::Value as Json;
-    let leaf = |value: &Json| match value {
-        Json::Bool(value) => Leaf::Boolean(*value),
-        Json::String(text) => Leaf::Text(text.clone()),
-        Json::Number(number) => match (number.as_i64(), number.as_f64()) {
-            (Some(value), _) => Leaf::Integer(value),
-            (None, value) => Leaf::Float(value.unwrap_or(f64::NAN)),
-        },
-        Json::Array(items) => match items.iter().map(Json::as_i64).collect() {
-            Some(integers) => Leaf::Integers(integers),
-            None => Leaf::Other("an array".into()),
-        },
-        Json::Object(_) | Json::Null => Leaf::Other("an object".into()),
-    };
     let present = object.iter().filter(|(_, value)| !value.is_null());
-    let entries = present.map(|(name, value)| {
-        (name.clone(), Node { place: String::new(), value: Value::Leaf(leaf(value)) })
-    });
-    Node { place: String::new(), value: Value::Table(entries.collect()) }
+    let entries = present.map(|(name, value)| (name.clone(), json_node(value)));
+    Node { place: String::new(), content: Content::Table(entries.collect()) }
+}
+
+fn json_node(value: &serde_json::Value) -> Node {
+    use serde_json::Value as Json;
+    let content = match value {
+        Json::Bool(value) => Content::Boolean(*value),
+        Json::String(text) => Content::Text(text.clone()),
+        Json::Number(number) => match (number.as_i64(), number.as_f64()) {
+            (Some(value), _) => Content::Integer(value),
+            (None, value) => Content::Float(value.unwrap_or(f64::NAN)),
+        },
+        Json::Array(items) => Content::List(items.iter().map(json_node).collect()),
+        Json::Object(_) | Json::Null => Content::Other("an object".into()),
+    };
+    Node { place: String::new(), content }
 }
 
 /// Lays each `key.path=value` over the tree, in order. A value that is no TOML is taken as text, so
@@ -180,7 +201,7 @@ pub(super) fn with_overrides(
         };
         let (mut node, errors) = parse(text);
         if !errors.is_empty() {
-            let quoted = format!("{path} = {}", super::write::quoted(value.trim()));
+            let quoted = format!("{path} = {}", quoted(value.trim()));
             let (as_text, errors) = parse(&quoted);
             if let Some(first) = errors.into_iter().next() {
                 problems.push(ConfigProblem {
@@ -200,7 +221,9 @@ pub(super) fn with_overrides(
 
 fn mark_as_override(node: &mut Node) {
     node.place = "--set".into();
-    if let Value::Table(entries) = &mut node.value {
-        entries.iter_mut().for_each(|(_, node)| mark_as_override(node));
+    match &mut node.content {
+        Content::Table(entries) => entries.iter_mut().for_each(|(_, node)| mark_as_override(node)),
+        Content::List(items) => items.iter_mut().for_each(mark_as_override),
+        _ => (),
     }
 }

@@ -25,47 +25,38 @@ use tracing_subscriber::layer::{Context, SubscriberExt};
 use crate::error::Result;
 use crate::files::durable::{FirstFailure, LineFile};
 use crate::pulse;
-use crate::settings::{Choice, Keys, Settings};
+use crate::settings::{choice, settings};
 use console::{Console, lock};
 pub use meters::{Stopwatch, Throughput, duration_text, peak_resident_bytes};
 pub use metrics::MetricsFile;
 pub use progress::Progress;
 use record::Record;
 
-/// How much is told; the `[log]` table.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct LogSettings {
-    pub level: Level,
-    pub progress: ProgressStyle,
-}
-
-impl Settings for LogSettings {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.choice("level", &mut self.level, "Least important events that are shown and kept.");
-        let doc = "Progress bar on standard error: on a terminal only, also into a pipe (mpirun), or never; lines where there is no bar.";
-        keys.choice("progress", &mut self.progress, doc);
+settings! {
+    /// `[log]`: log lines and progress.
+    pub struct LogSettings {
+        /// Least important events that are shown and kept.
+        pub level: Level = Level::Info;
+        /// Progress bar on standard error: on a terminal only, also into a pipe (mpirun), or never;
+        /// lines where there is no bar.
+        pub progress: ProgressStyle = ProgressStyle::Auto;
     }
 }
 
-/// Least important events that are told.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub enum Level {
-    Error,
-    Warn,
-    #[default]
-    Info,
-    Debug,
-    Trace,
-}
-
-impl Choice for Level {
-    const ALL: &'static [(&'static str, Self)] = &[
-        ("error", Level::Error),
-        ("warn", Level::Warn),
-        ("info", Level::Info),
-        ("debug", Level::Debug),
-        ("trace", Level::Trace),
-    ];
+choice! {
+    /// Least important events that are shown and kept.
+    pub enum Level {
+        /// Errors only.
+        "error" => Error,
+        /// Also warnings.
+        "warn" => Warn,
+        /// Also the course of the run.
+        "info" => Info,
+        /// Also details for those who look for a mistake.
+        "debug" => Debug,
+        /// Everything.
+        "trace" => Trace,
+    }
 }
 
 impl From<Level> for LevelFilter {
@@ -80,21 +71,16 @@ impl From<Level> for LevelFilter {
     }
 }
 
-/// Where the progress of a run is a bar instead of lines.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub enum ProgressStyle {
-    #[default]
-    Auto,
-    Always,
-    Never,
-}
-
-impl Choice for ProgressStyle {
-    const ALL: &'static [(&'static str, Self)] = &[
-        ("auto", ProgressStyle::Auto),
-        ("always", ProgressStyle::Always),
-        ("never", ProgressStyle::Never),
-    ];
+choice! {
+    /// Outputs where the progress of a run is a bar instead of lines.
+    pub enum ProgressStyle {
+        /// On a terminal only.
+        "auto" => Auto,
+        /// Also into a pipe, as under mpirun.
+        "always" => Always,
+        /// Lines instead.
+        "never" => Never,
+    }
 }
 
 /// One rank's voice. The thread that started it logs through it for as long as it lives.

@@ -16,8 +16,8 @@ pub struct Progress {
     pub peak_memory_bytes: Option<u64>,
 }
 
-/// A step's numbers over all ranks, as the README documents them. Words, seconds and memory are
-/// rank 0's.
+/// A step's numbers over all ranks, as configs/README.md documents them. Words, seconds and memory
+/// are rank 0's.
 #[derive(Debug, Serialize)]
 pub struct StepMetrics {
     step: u64,

@@ -25,6 +25,7 @@ use crate::config::RunConfig;
 use crate::error::{Error, Result};
 use crate::failure;
 use crate::fault;
+use crate::ops;
 use crate::optim::lr;
 use crate::phase::Phase;
 use crate::pulse;
@@ -77,6 +78,7 @@ pub fn train(
             world,
         ));
     }
+    tch::set_num_threads(config.parallel.num_threads);
     let device = RankDevice::open(config, world)?;
     let outcome = train_on(&device, config, options, device.collective(world));
     if outcome.is_err() {
@@ -129,6 +131,9 @@ fn train_on(
             collective,
             &requests,
         )?;
+    }
+    if let Some(fallbacks) = ops::fallbacks() {
+        tracing::info!("{fallbacks}");
     }
     tracing::info!("run folder {}", trainer.folder.path().display());
     Ok((trainer.folder.path().into(), ending))

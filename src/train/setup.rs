@@ -13,6 +13,7 @@ use crate::error::Result;
 use crate::flow::Note;
 use crate::libtorch;
 use crate::nn::AttentionKernels;
+use crate::ops;
 use crate::parallel::divergence;
 use crate::parallel::{Replica, Sharding, Sharing};
 use crate::phase::Phase;
@@ -47,7 +48,7 @@ impl<'c> Trainer<'c> {
         let share = share_of(config, collective)?;
         let dataset = Arc::new(Dataset::named(&config.data.path)?.on_bad(config.data.on_bad));
         let notes = check_data(config, &dataset)?;
-        tune_process(config);
+        tune_allocator(config);
         let replica = replica(config, &folder, share, collective, device)?;
         let fresh = OptimizerState::fresh(&replica, &*config.optimizer, devices(config, device));
         let mut trainer = Trainer {
@@ -120,6 +121,7 @@ impl<'c> Trainer<'c> {
             self.share.micro_batches,
             self.config.parallel.num_threads,
         );
+        tracing::info!("{}", ops::way(self.device));
         if let (Device::Cuda(_), AttentionKernels::Auto) =
             (self.device, self.config.compute.attention)
         {
@@ -148,9 +150,8 @@ impl<'c> Trainer<'c> {
     }
 }
 
-/// Settings of libtorch and of the allocator, which are the whole process's.
-fn tune_process(config: &RunConfig) {
-    tch::set_num_threads(config.parallel.num_threads);
+/// Sets libtorch's allocator, which is the whole process's.
+fn tune_allocator(config: &RunConfig) {
     // Where gradients are sharded memory is short, and what is kept fits no other use: 13 % more
     // were measured.
     if !config.parallel.sharding.scatters_each_micro_batch() {

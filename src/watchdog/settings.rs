@@ -4,84 +4,36 @@ use std::time::Duration;
 
 use crate::phase::Phase;
 use crate::pulse::Pulse;
-use crate::settings::{Keys, Settings};
+use crate::settings::settings;
 
-/// `[watchdog]`. Seconds without any movement on any rank after which the run is ended.
-#[derive(Clone, Debug, PartialEq)]
-pub struct WatchdogSettings {
-    pub enabled: bool,
-    pub init_seconds: f64,
-    pub first_step_seconds: f64,
-    pub step_seconds: f64,
-    pub step_medians: f64,
-    pub save_seconds: f64,
-    pub save_multiple: f64,
-    pub report_seconds: f64,
-    pub finalize_seconds: f64,
-    pub straggler_ratio: f64,
-    pub compare_every_n_steps: u64,
-}
-
-impl Default for WatchdogSettings {
-    fn default() -> Self {
-        WatchdogSettings {
-            enabled: true,
-            init_seconds: 300.0,
-            first_step_seconds: 300.0,
-            step_seconds: 60.0,
-            step_medians: 10.0,
-            save_seconds: 600.0,
-            save_multiple: 10.0,
-            report_seconds: 600.0,
-            finalize_seconds: 60.0,
-            straggler_ratio: 1.5,
-            compare_every_n_steps: 1000,
-        }
-    }
-}
-
-impl Settings for WatchdogSettings {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.flag(
-            "enabled",
-            &mut self.enabled,
-            "End the run when no rank moves for longer than its phase may take.",
-        );
-        let mut seconds =
-            |name: &str, field: &mut f64, doc: &str| keys.number(name, field, 0.1..=1e6, doc);
-        seconds(
-            "init_seconds",
-            &mut self.init_seconds,
-            "Launch, joining the world, opening data, loading parameters.",
-        );
-        seconds(
-            "first_step_seconds",
-            &mut self.first_step_seconds,
-            "The first step of a start, which warms everything up.",
-        );
-        seconds(
-            "step_seconds",
-            &mut self.step_seconds,
-            "Every other step; the next key raises it where steps are long.",
-        );
-        seconds(
-            "step_medians",
-            &mut self.step_medians,
-            "A step may stand still for this many times the median of the last 50.",
-        );
-        let save = "Comparing parameters, copying, writing and committing a checkpoint; the next key raises it where saves are long.";
-        seconds("save_seconds", &mut self.save_seconds, save);
-        seconds(
-            "save_multiple",
-            &mut self.save_multiple,
-            "A save may stand still for this many times what the last one took in all.",
-        );
-        seconds("report_seconds", &mut self.report_seconds, "Samples and report at the end.");
-        seconds("finalize_seconds", &mut self.finalize_seconds, "Taking leave of the other ranks.");
-        let ratio = "A rank whose phase takes this many times the median rank's over 20 steps is reported as a straggler.";
-        keys.number("straggler_ratio", &mut self.straggler_ratio, 1.1.., ratio);
-        let compare = "Steps between comparisons of the parameters that several ranks hold; 0: at saves only, which always compare.";
-        keys.integer("compare_every_n_steps", &mut self.compare_every_n_steps, 0.., compare);
+settings! {
+    /// `[watchdog]`. Seconds without any movement on any rank after which the run is ended.
+    pub struct WatchdogSettings {
+        /// End the run when no rank moves for longer than its phase may take.
+        pub enabled: bool = true;
+        /// Launch, joining the world, opening data, loading parameters.
+        pub init_seconds: f64 = 300.0, in 0.1..=1e6;
+        /// The first step of a start, which warms everything up.
+        pub first_step_seconds: f64 = 300.0, in 0.1..=1e6;
+        /// Every other step; the next key raises it where steps are long.
+        pub step_seconds: f64 = 60.0, in 0.1..=1e6;
+        /// A step may stand still for this many times the median of the last 50.
+        pub step_medians: f64 = 10.0, in 0.1..=1e6;
+        /// Comparing parameters, copying, writing and committing a checkpoint; the next key raises
+        /// it where saves are long.
+        pub save_seconds: f64 = 600.0, in 0.1..=1e6;
+        /// A save may stand still for this many times what the last one took in all.
+        pub save_multiple: f64 = 10.0, in 0.1..=1e6;
+        /// Samples and report at the end.
+        pub report_seconds: f64 = 600.0, in 0.1..=1e6;
+        /// Taking leave of the other ranks.
+        pub finalize_seconds: f64 = 60.0, in 0.1..=1e6;
+        /// A rank whose phase takes this many times the median rank's over 20 steps is reported as
+        /// a straggler.
+        pub straggler_ratio: f64 = 1.5, in 1.1..;
+        /// Steps between comparisons of the parameters that several ranks hold; 0: at saves only,
+        /// which always compare.
+        pub compare_every_n_steps: u64 = 1000, in 0..;
     }
 }
 

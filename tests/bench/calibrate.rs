@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use fm_dist::collective::{self, Collective, Launch, ReduceOp};
 use fm_dist::libtorch;
 use fm_dist::nn::attention::attend;
-use fm_dist::nn::by_hand;
 use fm_dist::optim::{AdamW, Optimizer, Slice};
 use tch::{Device, Kind, Tensor};
 
@@ -52,7 +51,7 @@ impl Bench<'_> {
         let [rows, inputs, outputs] = PRODUCT;
         let (x, weight) = (random(&[rows, inputs], kind), random(&[outputs, inputs], kind));
         (2 * rows * inputs * outputs) as f64
-            / self.seconds(|| drop(black_box(by_hand::linear(&x, &weight, None))))
+            / self.seconds(|| drop(black_box(x.linear(&weight, None::<&Tensor>))))
     }
 
     fn attention_rate(&self, kind: Kind) -> f64 {

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 /// Rows by letter: how many each has.
 const ROWS: [(char, usize); 6] = [('a', 12), ('b', 13), ('c', 17), ('d', 18), ('e', 12), ('f', 5)];
 
-/// What a process may end with besides 0, see the README; 137 for all that end by a signal. A rank
-/// never ends with a code that says that another failed: it takes over that one's.
+/// What a process may end with besides 0, see launch/README.md; 137 for all that end by a signal. A
+/// rank never ends with a code that says that another failed: it takes over that one's.
 const CODES: [i32; 18] = [2, 10, 21, 22, 23, 30, 40, 41, 42, 43, 44, 50, 51, 52, 53, 70, 130, 137];
 
 fn files(folder: &Path, found: &mut Vec<PathBuf>) {

@@ -14,7 +14,7 @@ use serde::de::DeserializeOwned;
 use crate::error::one_line;
 
 /// Changes when the format of records or frames changes.
-const MARK: [u8; 8] = *b"fm-tcp\x00\x01";
+const MARK: [u8; 8] = *b"fm-tcp\x00\x02";
 const LENGTH_BYTES: usize = 4;
 
 /// Longest record that a rank sends about itself.

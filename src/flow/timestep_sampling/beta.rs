@@ -3,9 +3,19 @@
 use statrs::distribution::{Beta as BetaDistribution, ContinuousCDF};
 use tch::Tensor;
 
-use super::Distribution;
+use super::{Distribution, Sampling};
 use crate::rng::Draws;
 
+pub(super) const SAMPLING: Sampling = Sampling {
+    distribution: |parameters| {
+        Box::new(Beta { alpha: parameters.beta_alpha, beta: parameters.beta_beta })
+    },
+    is_shifted: false,
+    is_mixed: false,
+};
+
+/// A Beta distribution.
+///
 /// Source: NeMo AutoModel 0.6.0, which added it for Qwen-Image-Edit.
 #[derive(Clone, Copy, Debug)]
 pub struct Beta {

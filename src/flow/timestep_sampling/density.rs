@@ -5,24 +5,21 @@ use tch::Tensor;
 
 use super::{mode_map, uniform};
 use crate::rng::Draws;
-use crate::settings::Choice;
+use crate::settings::choice;
 
-/// The distribution that [`compute_density_for_timestep_sampling`] draws from, under the
-/// reference's names.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum WeightingScheme {
-    #[default]
-    Uniform,
-    LogitNormal,
-    Mode,
-}
-
-impl Choice for WeightingScheme {
-    const ALL: &'static [(&'static str, Self)] = &[
-        ("uniform", WeightingScheme::Uniform),
-        ("logit_normal", WeightingScheme::LogitNormal),
-        ("mode", WeightingScheme::Mode),
-    ];
+choice! {
+    /// The distribution that [`compute_density_for_timestep_sampling`] draws from, under the
+    /// reference's names.
+    #[derive(Default)]
+    pub enum WeightingScheme {
+        /// Every timestep alike.
+        #[default]
+        "uniform" => Uniform,
+        /// The logistic function of a normal.
+        "logit_normal" => LogitNormal,
+        /// The density of [`mode_map`].
+        "mode" => Mode,
+    }
 }
 
 /// Arguments of [`compute_density_for_timestep_sampling`] with the reference's defaults.

@@ -3,9 +3,23 @@
 use statrs::distribution::{ContinuousCDF, Normal};
 use tch::Tensor;
 
-use super::Distribution;
+use super::{Distribution, Sampling};
 use crate::rng::Draws;
 
+pub(super) const SAMPLING: Sampling = Sampling {
+    distribution: |parameters| {
+        Box::new(LogitNormal { mean: parameters.logit_mean, std: parameters.logit_std })
+    },
+    is_shifted: true,
+    is_mixed: true,
+};
+
+/// The standard one, whatever the parameters are.
+pub(super) const STANDARD: Sampling =
+    Sampling { distribution: |_| Box::new(LogitNormal { mean: 0.0, std: 1.0 }), ..SAMPLING };
+
+/// The logistic function of a normal.
+///
 /// Source: Esser et al. 2024, arXiv:2403.03206, section 3.1.
 #[derive(Clone, Copy, Debug)]
 pub struct LogitNormal {

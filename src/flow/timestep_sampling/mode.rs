@@ -4,12 +4,17 @@ use std::f64::consts::FRAC_PI_2;
 
 use tch::Tensor;
 
-use super::{Distribution, uniform};
+use super::{Distribution, Sampling, uniform};
 use crate::rng::Draws;
 
 /// The scale of the reference's pipeline.
 const SCALE: f64 = 1.29;
 
+pub(super) const SAMPLING: Sampling =
+    Sampling { distribution: |_| Box::new(Mode), is_shifted: true, is_mixed: true };
+
+/// A uniform number mapped by [`mode_map`].
+///
 /// Source: Esser et al. 2024, arXiv:2403.03206, section 3.1 (mode sampling with heavy tails).
 #[derive(Clone, Copy, Debug)]
 pub struct Mode;

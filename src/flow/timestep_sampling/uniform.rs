@@ -2,9 +2,14 @@
 
 use tch::Tensor;
 
-use super::Distribution;
+use super::{Distribution, Sampling};
 use crate::rng::Draws;
 
+/// Uniform numbers need no mixing with uniform numbers.
+pub(super) const SAMPLING: Sampling =
+    Sampling { distribution: |_| Box::new(Uniform), is_shifted: true, is_mixed: false };
+
+/// The uniform distribution.
 #[derive(Clone, Copy, Debug)]
 pub struct Uniform;
 

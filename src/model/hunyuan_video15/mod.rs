@@ -22,8 +22,7 @@ use crate::error::{Error, Result};
 use crate::nn::Stage;
 use crate::nn::attention::Heads;
 use crate::nn::joint_block::BlockNames;
-use crate::nn::norm::Rounding;
-use crate::nn::patches::Patch;
+use crate::ops::{Patch, Rounding};
 
 /// Of every normalization of the blocks and behind them.
 const EPSILON: f64 = 1e-6;
@@ -35,7 +34,7 @@ impl HunyuanVideo15 {
             width: self.attention_head_dim,
             with_bias: true,
             epsilon: EPSILON,
-            rounding: Rounding::BeforeScale,
+            rounding: Rounding::EachStep,
         }
     }
 

@@ -7,12 +7,13 @@ use crate::model::Architecture;
 use crate::model::joint::{self, joint_mask};
 use crate::nn::embed::ScalarEmbedding;
 use crate::nn::norm::LayerNorm;
-use crate::nn::patches::{self, FeatureOrder, Patch, PatchEmbedding};
+use crate::nn::patches::{self, PatchEmbedding};
 use crate::nn::rope::{self, Axis};
 use crate::nn::{
     Activations, Builder, Init, Linear, Mlp, Nonlinearity, Param, ParamSet, PerShape, Rows, Stage,
     Views,
 };
+use crate::ops::{FeatureOrder, Patch, grid};
 
 /// Of the layer normalizations around the projections of glyphs and image: PyTorch's default.
 const PROJECTION_EPSILON: f64 = 1e-5;
@@ -87,7 +88,7 @@ impl Embed {
     }
 
     fn rope(&self, latents: &Tensor) -> Tensor {
-        let sizes = patches::grid(latents, self.patch);
+        let sizes = grid(latents, self.patch);
         self.ropes.get(sizes, || {
             let [frames, rows, columns] =
                 [0, 1, 2].map(|axis| self.axes[axis].angles_to(sizes[axis], latents.device()));
@@ -222,7 +223,7 @@ impl Stage for Head {
 
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
         let tokens = self.tokens.forward(params, input);
-        let grid = patches::grid(input.get("hidden_states"), self.patch);
+        let grid = grid(input.get("hidden_states"), self.patch);
         let latents =
             patches::join(tokens.get("prediction"), self.patch, grid, FeatureOrder::ChannelFirst);
         Activations::new().with("prediction", latents)

@@ -21,8 +21,8 @@ use super::{Architecture, SampleShapes, expect_equal, expect_even};
 use crate::error::{Error, Result};
 use crate::nn::Stage;
 use crate::nn::attention::Heads;
-use crate::nn::norm::Rounding;
 use crate::nn::rope::Axis;
+use crate::ops::Rounding;
 
 /// Base of the rotary frequencies.
 const THETA: f64 = 10_000.0;

@@ -16,14 +16,16 @@ use tch::{Device, Kind, Tensor};
 use super::Wan;
 use crate::model::Architecture;
 use crate::nn::embed::ScalarEmbedding;
-use crate::nn::norm::{LayerNorm, layer_norm};
-use crate::nn::patches::{self, FeatureOrder, Patch, PatchEmbedding};
+use crate::nn::modulation::{gated_f32, modulated_norm_f32};
+use crate::nn::norm::LayerNorm;
+use crate::nn::patches::{self, PatchEmbedding};
 use crate::nn::rope::{self, Axis};
 use crate::nn::wide_attention::WideAttention;
 use crate::nn::{
     Activations, Builder, Init, Linear, Mlp, Nonlinearity, Param, ParamSet, PerShape, Rows, Stage,
-    Views, by_hand,
+    Views,
 };
+use crate::ops::{FeatureOrder, Patch, grid};
 
 /// Of the image embedding's normalizations, PyTorch's default.
 const IMAGE_EPSILON: f64 = 1e-5;
@@ -158,7 +160,7 @@ impl Stage for Embed {
 
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
         let latents = self.latents(input);
-        let rope = self.rope(patches::grid(&latents, self.patch), latents.device());
+        let rope = self.rope(grid(&latents, self.patch), latents.device());
         let conditioning = self
             .timestep
             .forward(params, input.get("timestep"), Kind::Float)
@@ -229,8 +231,8 @@ impl Stage for Block {
         let modulation = input.get("modulation");
         let [shift, scale, gate, feed_shift, feed_scale, feed_gate] =
             modulate(&params[self.table], modulation);
-        let ready = normalized(hidden, &shift, &scale, self.epsilon);
-        let hidden = gated(
+        let ready = modulated_norm_f32(hidden, &shift, &scale, self.epsilon);
+        let hidden = gated_f32(
             hidden,
             &gate,
             &self.self_attention.over_itself(params, &ready, input.get("rope")),
@@ -242,9 +244,10 @@ impl Stage for Block {
         let (text, image) = text_and_image(input);
         let hidden =
             &hidden + self.cross_attention.over_conditions(params, &ready, &text, image.as_ref());
-        let fed =
-            self.feed.forward(params, &normalized(&hidden, &feed_shift, &feed_scale, self.epsilon));
-        let output = Activations::new().with("hidden", gated(&hidden, &feed_gate, &fed));
+        let fed = self
+            .feed
+            .forward(params, &modulated_norm_f32(&hidden, &feed_shift, &feed_scale, self.epsilon));
+        let output = Activations::new().with("hidden", gated_f32(&hidden, &feed_gate, &fed));
         ["conditions", "modulation", "conditioning"]
             .into_iter()
             .fold(output, |output, name| output.with(name, input.get(name).shallow_clone()))
@@ -282,23 +285,6 @@ fn modulate<const PARTS: usize>(table: &Tensor, timestep: &Tensor) -> [Tensor; P
         .expect("as many chunks as parts")
 }
 
-/// Tokens normalized and modulated in f32.
-///
-/// Product and sum are rounded one after the other, as in diffusers: with a fused one, some numbers
-/// would round to another bfloat16.
-fn normalized(hidden: &Tensor, shift: &Tensor, scale: &Tensor, epsilon: f64) -> Tensor {
-    let factor = scale + 1.0;
-    by_hand::affine_norm(hidden, &factor, shift, epsilon).unwrap_or_else(|| {
-        (layer_norm(&hidden.to_kind(Kind::Float), epsilon) * factor + shift).to_kind(hidden.kind())
-    })
-}
-
-/// `hidden + gate · change` in f32, rounded as in [`normalized`].
-fn gated(hidden: &Tensor, gate: &Tensor, change: &Tensor) -> Tensor {
-    by_hand::gated(hidden, gate, change)
-        .unwrap_or_else(|| (hidden.to_kind(Kind::Float) + change * gate).to_kind(hidden.kind()))
-}
-
 /// Tokens to the predicted latents.
 pub(super) struct Head {
     params: ParamSet,
@@ -327,10 +313,11 @@ impl Stage for Head {
 
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
         let [shift, scale] = modulate(&params[self.table], input.get("conditioning"));
-        let tokens = self
-            .output
-            .forward(params, &normalized(input.get("hidden"), &shift, &scale, self.epsilon));
-        let grid = patches::grid(input.get("hidden_states"), self.patch);
+        let tokens = self.output.forward(
+            params,
+            &modulated_norm_f32(input.get("hidden"), &shift, &scale, self.epsilon),
+        );
+        let grid = grid(input.get("hidden_states"), self.patch);
         Activations::new()
             .with("prediction", patches::join(&tokens, self.patch, grid, FeatureOrder::ChannelLast))
     }

@@ -1,7 +1,7 @@
 // One AdamW update of a flat slice in one pass over memory, four elements a thread at a time.
 //
 // NVRTC compiles this text when a run starts, with --fmad=false: a product is rounded before it is added unless fmaf says
-// otherwise, and every operation is rounded as IEEE 754 says. They are those of fused.rs in the same order, so that the bits
+// otherwise, and every operation is rounded as IEEE 754 says. They are those of cpu.rs in the same order, so that the bits
 // are, too. The text is C++ where __global__ and its like are defined to nothing: a test runs it on a CPU.
 
 // Elements at which weight decay begins and ends, in turns and in order, as far as one launch takes them: 2 KiB of arguments,

@@ -1,8 +1,8 @@
 //! Adam with decoupled weight decay, in a single pass over memory: by the vectors of a CPU, or by a
 //! kernel of our own on a GPU. Both are compared with libtorch's operators.
 
+mod cpu;
 mod cuda;
-mod fused;
 mod plain;
 
 use tch::Device;
@@ -11,47 +11,25 @@ pub use cuda::OnGpu;
 
 use super::{Optimizer, Slice, Update};
 use crate::error::Result;
-use crate::settings::{Keys, Settings};
+use crate::settings::settings;
 
-/// Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; rounding follows
-/// `torch.optim.AdamW`, except that decay leaves parameters of one axis (biases, norms) alone.
-#[derive(Clone, Debug, PartialEq)]
-pub struct AdamW {
-    lr: f64,
-    beta1: f64,
-    beta2: f64,
-    eps: f64,
-    weight_decay: f64,
-}
-
-impl Default for AdamW {
-    fn default() -> Self {
-        AdamW { lr: 1e-4, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 }
-    }
-}
-
-impl Settings for AdamW {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        keys.number(
-            "lr",
-            &mut self.lr,
-            0.0..=10.0,
-            "Peak learning rate, scaled by the schedule; 1e-4 trains from scratch, 1e-5 fine-tunes.",
-        );
-        keys.number("beta1", &mut self.beta1, 0.0..1.0, "Decay of the gradient's running mean.");
-        keys.number(
-            "beta2",
-            &mut self.beta2,
-            0.0..1.0,
-            "Decay of the squared gradient's running mean; 0.99 forgets spikes sooner.",
-        );
-        keys.number("eps", &mut self.eps, 0.0..=1.0, "Added to the root of the second moment.");
-        keys.number(
-            "weight_decay",
-            &mut self.weight_decay,
-            0.0..=10.0,
-            "Share of a weight matrix taken off each step, times the learning rate.",
-        );
+settings! {
+    /// `[optimizer.adamw]`: Adam with decoupled weight decay. Defaults are those of
+    /// `torch.optim.AdamW`, except the learning rate.
+    ///
+    /// Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; rounding follows
+    /// `torch.optim.AdamW`, except that decay leaves parameters of one axis (biases, norms) alone.
+    pub struct AdamW {
+        /// Peak learning rate, scaled by the schedule; 1e-4 trains from scratch, 1e-5 fine-tunes.
+        lr: f64 = 1e-4, in 0.0..=10.0;
+        /// Decay of the gradient's running mean.
+        beta1: f64 = 0.9, in 0.0..1.0;
+        /// Decay of the squared gradient's running mean; 0.99 forgets spikes sooner.
+        beta2: f64 = 0.999, in 0.0..1.0;
+        /// Added to the root of the second moment.
+        eps: f64 = 1e-8, in 0.0..=1.0;
+        /// Share of a weight matrix taken off each step, times the learning rate.
+        weight_decay: f64 = 0.01, in 0.0..=10.0;
     }
 }
 
@@ -80,23 +58,23 @@ struct OnCpu {
 impl Update for OnCpu {
     fn update(&self, slice: Slice<'_>, lr: f64, step: u64) {
         let factors = self.adamw.factors(slice.gradient_factor, lr, step);
-        fused::update(slice, factors);
+        cpu::update(slice, factors);
     }
 }
 
-/// What one update multiplies with: the same for every element, in f64 until an operator rounds it.
+/// Factors of one update: the same for every element, in f64 until an operator rounds them.
 #[derive(Clone, Copy, Debug)]
 struct Factors {
-    /// Of the gradient.
+    /// Factor of the gradient.
     gradient: f64,
-    /// Of a parameter that decays.
+    /// Factor of a parameter that decays.
     decay: f64,
     beta1: f64,
     beta2: f64,
     /// Square root of the second moment's bias correction.
     root_correction: f64,
     eps: f64,
-    /// Of the quotient that is added to a parameter: minus the learning rate over the first
+    /// Factor of the quotient that is added to a parameter: minus the learning rate over the first
     /// moment's bias correction.
     move_by: f64,
 }
@@ -121,6 +99,7 @@ mod tests {
     use tch::{Kind, Tensor};
 
     use super::*;
+    use crate::optim::runs;
     use crate::rng::{Key, Purpose};
 
     fn slice<'a>(
@@ -157,7 +136,7 @@ mod tests {
     }
 
     /// Elements that are no multiple of a vector, and more than one thread's share.
-    const MANY: i64 = 3 * fused::SHARE as i64 + 37;
+    const MANY: i64 = 3 * runs::SHARE as i64 + 37;
     /// The plain operators take roots by a library that may be off by one unit in the last place.
     const ROUNDING: f64 = 3e-7;
 
@@ -189,18 +168,18 @@ mod tests {
             let [exp_avg, exp_avg_sq] = state;
             [params, exp_avg, exp_avg_sq, computed]
         };
-        let (fused, plain) = (after(fused::update), after(plain::update));
-        for (fused, plain) in fused.iter().zip(&plain).take(3) {
+        let (single, plain) = (after(cpu::update), after(plain::update));
+        for (single, plain) in single.iter().zip(&plain).take(3) {
             assert!(
-                fused.allclose(plain, ROUNDING, ROUNDING, false),
+                single.allclose(plain, ROUNDING, ROUNDING, false),
                 "{}",
-                (fused - plain).abs().max()
+                (single - plain).abs().max()
             );
         }
         assert!(
-            fused[3].equal(&fused[0].to_kind(Kind::BFloat16)),
+            single[3].equal(&single[0].to_kind(Kind::BFloat16)),
             "the copy is rounded as libtorch rounds it"
         );
-        assert!((&fused[0] - &begin).abs().min().double_value(&[]) > 0.0, "every parameter moved");
+        assert!((&single[0] - &begin).abs().min().double_value(&[]) > 0.0, "every parameter moved");
     }
 }

@@ -1,16 +1,13 @@
 //! The peak, after a warm-up.
 
-use super::{LrSchedule, visit_warmup, warmup};
-use crate::settings::{Keys, Settings};
+use super::{LrSchedule, warmup};
+use crate::settings::settings;
 
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Constant {
-    warmup_steps: u64,
-}
-
-impl Settings for Constant {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        visit_warmup(keys, &mut self.warmup_steps);
+settings! {
+    /// `[lr_scheduler.constant]`.
+    pub struct Constant {
+        /// Steps of linear rise to the peak.
+        warmup_steps: u64 = 0, in 0..;
     }
 }
 

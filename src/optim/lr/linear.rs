@@ -1,23 +1,22 @@
 //! A straight line from the peak to the floor, after a warm-up.
 
 use super::{LrSchedule, RiseAndFall};
-use crate::settings::{Keys, Settings};
+use crate::settings::settings;
 
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Linear(RiseAndFall);
-
-impl Settings for Linear {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        self.0.visit(keys);
+settings! {
+    /// `[lr_scheduler.linear]`.
+    pub struct Linear {
+        /// The rise and the floor.
+        shape: RiseAndFall, as flat;
     }
 }
 
 impl LrSchedule for Linear {
     fn warmup_steps(&self) -> u64 {
-        self.0.warmup_steps
+        self.shape.warmup_steps
     }
 
     fn factor(&self, step: u64, max_steps: u64) -> f64 {
-        self.0.factor(step, max_steps, |progress| 1.0 - progress)
+        self.shape.factor(step, max_steps, |progress| 1.0 - progress)
     }
 }

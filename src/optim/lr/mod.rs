@@ -11,7 +11,7 @@ pub use linear::Linear;
 pub use wsd::WarmupStableDecay;
 
 use crate::registry::registry;
-use crate::settings::{Family, Keys, Settings};
+use crate::settings::{Family, settings};
 
 /// A schedule scales the optimizer's peak learning rate.
 pub trait LrSchedule {
@@ -42,22 +42,13 @@ pub fn warning(schedule: &LrScheduleChoice, max_steps: u64) -> Option<String> {
         .then(|| format!("lr_scheduler.{name}.warmup_steps = {steps}: the learning rate never reaches its peak in max_steps = {max_steps}"))
 }
 
-/// What the decaying schedules share: a rise, then a fall whose shape is theirs.
-#[derive(Clone, Debug, Default, PartialEq)]
-struct RiseAndFall {
-    warmup_steps: u64,
-    min_factor: f64,
-}
-
-impl Settings for RiseAndFall {
-    fn visit(&mut self, keys: &mut Keys<'_>) {
-        visit_warmup(keys, &mut self.warmup_steps);
-        keys.number(
-            "min_factor",
-            &mut self.min_factor,
-            0.0..=1.0,
-            "Share of the peak that is left at the last step.",
-        );
+settings! {
+    /// A rise, then a fall to a floor: what schedules share that decay from their first step on.
+    struct RiseAndFall {
+        /// Steps of linear rise to the peak.
+        warmup_steps: u64 = 0, in 0..;
+        /// Share of the peak that is left at the last step.
+        min_factor: f64 = 0.0, in 0.0..=1.0;
     }
 }
 
@@ -71,10 +62,6 @@ impl RiseAndFall {
             self.min_factor + (1.0 - self.min_factor) * remaining(progress)
         })
     }
-}
-
-fn visit_warmup(keys: &mut Keys<'_>, warmup_steps: &mut u64) {
-    keys.integer("warmup_steps", warmup_steps, 0.., "Steps of linear rise to the peak.");
 }
 
 /// Linear rise from 1/`steps` to 1 over the first `steps` steps, then none.

@@ -1,0 +1,40 @@
+//! `fm-dist export`.
+
+use std::path::PathBuf;
+
+use bytesize::ByteSize;
+use clap::Args;
+
+use super::values::parse_dtype;
+use crate::commands::{self, ExportRequest};
+use crate::error::Result;
+use crate::model::Dtype;
+
+#[derive(Args, Debug)]
+pub struct ExportArgs {
+    /// Run folder, or one of its checkpoints
+    #[arg(long, value_name = "DIR")]
+    run: PathBuf,
+    /// Folder to make; `from_pretrained` reads it
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Largest file of tensors
+    #[arg(long, value_name = "SIZE", default_value = "10GB")]
+    max_shard_size: ByteSize,
+    /// Kind of the tensors, float32 or bfloat16; the run's own without it
+    #[arg(long, value_name = "KIND", value_parser = parse_dtype)]
+    dtype: Option<Dtype>,
+}
+
+impl ExportArgs {
+    /// Does what was typed; returns the exit code.
+    pub fn run(self) -> Result<i32> {
+        let request = ExportRequest {
+            run: self.run,
+            out: self.out,
+            max_shard_bytes: self.max_shard_size.as_u64(),
+            dtype: self.dtype,
+        };
+        commands::export(&request).map(|()| 0)
+    }
+}

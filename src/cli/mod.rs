@@ -1,0 +1,75 @@
+//! Typed text to a command, and what each command calls.
+//!
+//! A command is a file here, with its arguments and what it does with them, and a line of
+//! `commands!`.
+
+mod check;
+mod config;
+mod doctor;
+mod export;
+mod files;
+mod runs;
+mod sample;
+mod step;
+mod train;
+mod values;
+
+use clap::{Parser, Subcommand};
+
+use crate::error::Result;
+
+/// Trains diffusion transformers by flow matching, one process a GPU.
+///
+/// `mpirun -n 8 fm-dist`, or plain `fm-dist` for one process. Without a file the embedded default
+/// configuration runs, which learns to draw handwritten digits in about two minutes.
+#[derive(Debug, Parser)]
+#[command(version, args_conflicts_with_subcommands = true, help_expected = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    train: train::TrainArgs,
+}
+
+/// Declares the commands: a line of help, then name and arguments, which run themselves.
+macro_rules! commands {
+    ($( $(#[doc = $help:literal])+ $name:ident($arguments:ty), )+) => {
+        #[derive(Debug, Subcommand)]
+        enum Command { $( $(#[doc = $help])+ $name($arguments), )+ }
+
+        impl Command {
+            fn run(self) -> Result<i32> {
+                match self { $( Command::$name(arguments) => arguments.run(), )+ }
+            }
+        }
+    };
+}
+
+commands! {
+    /// Train; the command when none is given
+    Train(train::TrainArgs),
+    /// Generate samples of a trained run
+    Sample(sample::SampleArgs),
+    /// Write a run's parameters as a diffusers transformer folder
+    Export(export::ExportArgs),
+    /// Run one flow-matching step and write every number of it
+    Step(step::StepArgs),
+    /// Say what a configuration would do, without doing it
+    Check(check::CheckArgs),
+    /// List the runs of an output_dir, their newest checkpoints, and which of them are finished
+    Runs(runs::RunsArgs),
+    /// Say what this machine has and what is missing
+    Doctor(doctor::DoctorArgs),
+    /// Print the resolved configuration, one comment line a key
+    Config(config::ConfigArgs),
+}
+
+impl Cli {
+    /// Does what was typed. Returns the exit code of a command that has something to say by it.
+    ///
+    /// # Errors
+    /// The command's own.
+    pub fn run(self) -> Result<i32> {
+        self.command.unwrap_or(Command::Train(self.train)).run()
+    }
+}

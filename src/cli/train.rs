@@ -1,0 +1,75 @@
+//! `fm-dist train`.
+
+use std::time::Instant;
+
+use clap::Args;
+
+use super::config::ConfigArgs;
+use super::values::parse_moment;
+use crate::collective::{self, Launch};
+use crate::error::{Result, STOPPED};
+use crate::fault;
+use crate::phase::Phase;
+use crate::pulse;
+use crate::run::{Resume, StopFlag};
+use crate::train::{self, Ending, TrainOptions};
+use crate::watchdog::Watchdog;
+
+#[derive(Args, Debug)]
+pub struct TrainArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Begin anew (never), go on from the newest checkpoint that verifies (latest), do so if there
+    /// is any and else begin anew (auto), or go on from this run or checkpoint folder
+    #[arg(long, value_name = "never|latest|auto|DIR", default_value = "never")]
+    resume: Resume,
+    /// What connects the processes: MPI under a launcher (auto), MPI (mpi), or TCP where no MPI can
+    /// be started (tcp). No key of the configuration, because the world must exist before rank 0's
+    /// configuration can travel
+    #[arg(long, value_name = "auto|mpi|tcp", default_value = "auto")]
+    launch: Launch,
+    /// Go on from a checkpoint though the data are others than those it was trained on
+    #[arg(long)]
+    allow_data_change: bool,
+    /// One process, detailed logs each step, every stage searched for non-finite values
+    #[arg(long)]
+    debug: bool,
+    /// Save and stop after this time, e.g. 55m, with exit code 10; `--resume latest` goes on
+    #[arg(long, value_name = "TIME", value_parser = parse_moment)]
+    stop_after: Option<Instant>,
+}
+
+impl TrainArgs {
+    /// Does what was typed; returns the exit code.
+    pub fn run(self) -> Result<i32> {
+        let stop = StopFlag::on_signals()?;
+        // Read by every rank: what guards the start must hold before the ranks can talk to one
+        // another.
+        let config = self.config.read();
+        let known = config.as_ref().ok();
+        known.and_then(|config| config.debug.inject_fault.clone()).into_iter().for_each(fault::arm);
+        let limits = known.map(|config| config.watchdog.clone()).unwrap_or_default();
+        let patience = limits.meeting_patience();
+        let watchdog = Watchdog::start(limits)?;
+        pulse::enter(Phase::Connect);
+        let world = collective::connect(self.launch, patience)?;
+        let warning = train::begin(&watchdog, world.as_ref())?;
+        let options = TrainOptions {
+            resume: self.resume,
+            debug: self.debug,
+            allow_data_change: self.allow_data_change,
+            stop,
+            stop_at: self.stop_after,
+            warning,
+        };
+        let config = match train::share_config(config, &options, world.as_ref()) {
+            Ok(config) => config,
+            // Every rank knows of it, so that all can leave in good order.
+            Err(error) => return collective::finish_with(error, world),
+        };
+        watchdog.configure(config.watchdog.clone());
+        let (_, ending) = train::train(&config, &options, world.as_ref())?;
+        collective::finish(world)?;
+        Ok(if ending == Ending::Stopped { STOPPED } else { 0 })
+    }
+}

@@ -1,0 +1,190 @@
+//! The choice of a process between single passes and libtorch's operators, and a count of the
+//! operations that fell back.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tch::Device;
+
+use super::{Misfit, Pass};
+use crate::settings::choice;
+
+choice! {
+    /// `[compute] kernels`.
+    pub enum Kernels {
+        /// A single pass wherever one exists and takes the inputs.
+        "fused" => Fused,
+        /// libtorch's operators throughout.
+        "plain" => Plain,
+    }
+}
+
+/// Conditions under which a process computes its operations.
+#[derive(Clone, Copy)]
+struct Decision {
+    kernels: Kernels,
+    /// Threads among which libtorch's operators divide their work.
+    threads: i32,
+}
+
+/// Unset before the first operation.
+static DECISION: Mutex<Option<Decision>> = Mutex::new(None);
+
+/// Operations of the process.
+static COUNTS: Mutex<Counts> = Mutex::new(Counts { taken: 0, fallen_back: BTreeMap::new() });
+
+struct Counts {
+    /// Operations that a single pass took.
+    taken: u64,
+    fallen_back: BTreeMap<Fallback, u64>,
+}
+
+/// An operation that libtorch's operators took in the place of a single pass.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Fallback {
+    operation: &'static str,
+    reason: Misfit,
+}
+
+/// Chooses for the whole process how operations are computed from now on.
+///
+/// # Ordering
+/// To be called before the first operation and after libtorch's number of threads was set: it is
+/// read here, and not with each operation. A program that never calls it has
+/// [`Kernels::Fused`].
+pub fn choose(kernels: Kernels) {
+    *held(&DECISION) = Some(Decision::now(kernels));
+}
+
+/// The single passes that the process takes on `device`.
+pub fn pass_on(device: Device) -> Option<Pass> {
+    decision().pass_on(device).ok()
+}
+
+fn decision() -> Decision {
+    *held(&DECISION).get_or_insert_with(|| Decision::now(Kernels::Fused))
+}
+
+/// A panic of another thread leaves no broken state behind.
+fn held<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Decision {
+    fn now(kernels: Kernels) -> Self {
+        Decision { kernels, threads: tch::get_num_threads() }
+    }
+
+    /// The single passes of `device`, or the reason for taking none.
+    fn pass_on(self, device: Device) -> Result<Pass, String> {
+        match (self.kernels, Pass::on(device)) {
+            (Kernels::Plain, _) => Err("compute.kernels = \"plain\"".into()),
+            (Kernels::Fused, None) => Err(format!("there is no single pass for {device:?}")),
+            // A single pass runs on the calling thread alone.
+            (Kernels::Fused, Some(Pass::Cpu)) if self.threads > 1 => Err(format!(
+                "they divide their work among parallel.num_threads = {}, a single pass does not",
+                self.threads
+            )),
+            (Kernels::Fused, Some(pass)) => Ok(pass),
+        }
+    }
+}
+
+/// Says for the log how operations are computed on `device`.
+pub fn way(device: Device) -> String {
+    match decision().pass_on(device) {
+        Ok(Pass::Cpu) => "operations in a single pass over memory each, on one thread".into(),
+        Err(why) => format!("operations by libtorch's operators: {why}"),
+    }
+}
+
+/// Counts an operation that a single pass took, or did not for a reason.
+pub fn count(operation: &'static str, misfit: Option<Misfit>) {
+    let mut counts = held(&COUNTS);
+    match misfit {
+        None => counts.taken += 1,
+        Some(reason) => *counts.fallen_back.entry(Fallback { operation, reason }).or_default() += 1,
+    }
+}
+
+/// Says for the log how many operations of this process fell back to libtorch's operators, and why;
+/// none if single passes were not taken at all, which [`way`] says.
+pub fn fallbacks() -> Option<String> {
+    held(&COUNTS).told()
+}
+
+impl Counts {
+    fn told(&self) -> Option<String> {
+        let fallen: u64 = self.fallen_back.values().sum();
+        let all = self.taken + fallen;
+        if fallen == 0 {
+            return (all > 0).then(|| format!("{all} operations, each in a single pass"));
+        }
+        let told = |(fallback, count): (&Fallback, &u64)| {
+            format!("{} {count} ({})", fallback.operation, fallback.reason.words())
+        };
+        let told: Vec<String> = self.fallen_back.iter().map(told).collect();
+        let told = told.join(", ");
+        Some(format!("{fallen} of {all} operations fell back to libtorch's operators: {told}"))
+    }
+}
+
+impl Misfit {
+    fn words(self) -> &'static str {
+        match self {
+            Misfit::Kind => "a kind that its single pass does not know",
+            Misfit::Shape => "a shape that its single pass does not know",
+            Misfit::Empty => "no numbers",
+            Misfit::Devices => "inputs on several devices",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use Kernels::{Fused, Plain};
+
+    #[test]
+    fn a_cpu_with_one_thread_takes_single_passes() {
+        let decision = Decision { kernels: Fused, threads: 1 };
+        assert_eq!(decision.pass_on(Device::Cpu), Ok(Pass::Cpu));
+    }
+
+    #[test]
+    fn what_is_not_taken_has_its_reason() {
+        for (kernels, threads, device, words) in [
+            (Plain, 1, Device::Cpu, "compute.kernels = \"plain\""),
+            (Plain, 4, Device::Cuda(0), "compute.kernels = \"plain\""),
+            (Fused, 4, Device::Cpu, "they divide their work among parallel.num_threads = 4,"),
+            (Fused, 4, Device::Cuda(1), "there is no single pass for Cuda(1)"),
+            (Fused, 1, Device::Cuda(1), "there is no single pass for Cuda(1)"),
+        ] {
+            let why = Decision { kernels, threads }.pass_on(device).expect_err("plain operators");
+            assert!(why.starts_with(words), "{kernels:?} {threads} {device:?}: {why}");
+        }
+    }
+
+    #[test]
+    fn what_fell_back_is_told_by_operation_and_reason() {
+        let told = |taken, fallen: &[(&'static str, Misfit, u64)]| {
+            let fallen_back = fallen
+                .iter()
+                .map(|&(operation, reason, count)| (Fallback { operation, reason }, count))
+                .collect();
+            Counts { taken, fallen_back }.told()
+        };
+        assert_eq!(told(0, &[]), None);
+        assert_eq!(told(12, &[]).as_deref(), Some("12 operations, each in a single pass"));
+        let fallen = [("rms_norm", Misfit::Shape, 3), ("gelu_tanh", Misfit::Kind, 1)];
+        assert_eq!(
+            told(12, &fallen).as_deref(),
+            Some(
+                "4 of 16 operations fell back to libtorch's operators: \
+                 gelu_tanh 1 (a kind that its single pass does not know), \
+                 rms_norm 3 (a shape that its single pass does not know)"
+            )
+        );
+    }
+}

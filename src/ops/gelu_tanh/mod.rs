@@ -1,0 +1,61 @@
+//! GELU's approximation by tanh.
+//!
+//! libtorch's operator takes most of its time for the tanh, and again in its gradient.
+
+mod cpu;
+mod plain;
+
+use tch::{Kind, Tensor};
+
+use super::{Case, Misfit, Operation, Pass, drawn};
+
+/// `x · (1 + tanh(sqrt(2/π) · (x + 0.044715 · x³))) / 2`.
+///
+/// # Shapes
+/// `x`: any. Returns the same.
+///
+/// Source: Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2.
+#[derive(Clone, Copy, Debug)]
+pub struct GeluTanh;
+
+impl Operation<1> for GeluTanh {
+    const NAME: &'static str = "gelu_tanh";
+    /// `x`.
+    type Saved = Tensor;
+
+    fn plain(&self, [x]: [&Tensor; 1]) -> Tensor {
+        plain::gelu_tanh(x)
+    }
+
+    fn takes(&self, pass: Pass, _inputs: [&Tensor; 1]) -> Result<(), Misfit> {
+        match pass {
+            Pass::Cpu => Ok(()),
+        }
+    }
+
+    fn forward(&self, pass: Pass, [x]: [Tensor; 1]) -> (Tensor, Tensor) {
+        let output = match pass {
+            Pass::Cpu => cpu::forward(&x),
+        };
+        (output, x)
+    }
+
+    fn backward(&self, pass: Pass, x: Tensor, grad_output: Tensor) -> [Tensor; 1] {
+        match pass {
+            Pass::Cpu => [cpu::backward(&x, &grad_output)],
+        }
+    }
+
+    fn cases() -> Vec<Case<Self, 1>> {
+        let case = |kind, tolerance, shape: &[i64]| {
+            let inputs = [drawn(shape, kind, 1) * 4.0];
+            Case { operation: GeluTanh, inputs, tolerance }
+        };
+        [(Kind::Float, 3e-7), (Kind::BFloat16, 4e-3)]
+            .into_iter()
+            .flat_map(|(kind, tolerance)| {
+                [case(kind, tolerance, &[3, 101]), case(kind, tolerance, &[2, 5, 64])]
+            })
+            .collect()
+    }
+}

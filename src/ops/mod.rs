@@ -1,0 +1,170 @@
+//! Operations that a device does in one pass over memory, with gradients of their own.
+//!
+//! libtorch does the same by a chain of operators, each of which reads and writes everything once,
+//! forward and backward. Models and their parts call [`apply`] and know nothing of devices;
+//! [`apply`] is the only place that chooses, and the only one with a fallback.
+//!
+//! # One folder an operation
+//!
+//! | file | holds |
+//! |---|---|
+//! | `mod.rs` | meaning, shapes, source; the implementation of [`Operation`] |
+//! | `plain.rs` | the operation by libtorch's operators, on any device: what every pass must give |
+//! | `cpu.rs` | the single pass over a CPU's memory, by `lanes`, with its gradient |
+//!
+//! A GPU's pass belongs beside them: the variant of [`Pass`] that it adds makes the compiler name
+//! every operation that does not answer for it yet. `cpu.rs` is then what its bits are compared
+//! with.
+//!
+//! # To add an operation
+//! 1. Make its folder and declare it below. Its type is `Copy`; settings (epsilon, [`Rounding`])
+//!    are its fields.
+//! 2. Add one line to the list in `operations!`.
+//! 3. Let [`Operation::cases`] reach every branch: both kinds, each setting, a few shapes.
+//!
+//! [`verify`] then compares it with `plain.rs`, forward and backward: in the tests, when a run
+//! starts on a GPU, and in `fm-dist doctor`.
+
+pub mod autograd;
+mod choice;
+mod gated_residual;
+mod gelu_tanh;
+mod lanes;
+mod modulated_norm;
+mod modulation;
+mod patches;
+mod rms_norm;
+mod rotation;
+mod rounding;
+mod verify;
+
+pub use choice::{Kernels, choose, fallbacks, way};
+pub use patches::{FeatureOrder, Patch, grid};
+pub use rounding::{Rounding, at_least_float};
+pub use verify::{Case, drawn, verify};
+
+use tch::{Device, Kind, Tensor};
+
+use autograd::custom_gradient;
+
+/// Lists the operations, one a line, for [`verify`] and for the rooms above.
+macro_rules! operations {
+    ($($folder:ident::$operation:ident,)+) => {
+        $(pub use $folder::$operation;)+
+
+        /// Verifies every operation by `pass` on `device`; returns the number of cases.
+        fn verify_each(pass: Pass, device: Device) -> Result<usize, String> {
+            let mut cases = 0;
+            $(cases += verify::verify_one(pass, device, &$operation::cases())?;)+
+            Ok(cases)
+        }
+
+        /// Paths of the operations' types.
+        #[cfg(test)]
+        fn listed() -> Vec<&'static str> {
+            vec![$(std::any::type_name::<$operation>()),+]
+        }
+    };
+}
+
+operations! {
+    gated_residual::GatedResidual,
+    gelu_tanh::GeluTanh,
+    modulated_norm::ModulatedNorm,
+    patches::Cut,
+    patches::Join,
+    rms_norm::RmsNorm,
+    rotation::Rotation,
+}
+
+/// A device that has single passes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// Loops over vectors, on the thread that calls.
+    Cpu,
+}
+
+impl Pass {
+    /// The passes of `device`, if there are any.
+    fn on(device: Device) -> Option<Self> {
+        (device == Device::Cpu).then_some(Pass::Cpu)
+    }
+}
+
+/// Reason for which a single pass does not take its inputs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Misfit {
+    Kind,
+    Shape,
+    Empty,
+    Devices,
+}
+
+/// An operation on `N` tensors: its meaning, and the devices that do it in one pass.
+pub trait Operation<const N: usize>: Copy + Send + 'static {
+    /// Name in messages.
+    const NAME: &'static str;
+
+    /// Values that the gradient needs. They are the same for all passes: detached tensors.
+    type Saved: Send + 'static;
+
+    /// Computes the operation by libtorch's operators, on any device and for any floating kind,
+    /// differentiably. In f64 it is the truth that passes are compared with.
+    fn plain(&self, inputs: [&Tensor; N]) -> Tensor;
+
+    /// Checks that `pass` knows these kinds and shapes. All inputs are on its device, and the first
+    /// is not empty and of float32 or bfloat16.
+    ///
+    /// # Errors
+    /// The first reason for which it does not.
+    fn takes(&self, pass: Pass, inputs: [&Tensor; N]) -> Result<(), Misfit>;
+
+    /// Computes the output, and what [`backward`](Self::backward) needs besides its gradient.
+    /// `inputs` are detached and contiguous, and were taken.
+    fn forward(&self, pass: Pass, inputs: [Tensor; N]) -> (Tensor, Self::Saved);
+
+    /// Computes the gradient of each input, of its shape and kind; [`Tensor::new`] for a constant.
+    /// `grad_output` is contiguous.
+    fn backward(&self, pass: Pass, saved: Self::Saved, grad_output: Tensor) -> [Tensor; N];
+
+    /// Drawn inputs for [`verify`].
+    fn cases() -> Vec<Case<Self, N>>;
+}
+
+/// Computes `operation` in a single pass where one exists for the inputs' device, takes them, and
+/// [`choose`] allows it; by libtorch's operators otherwise, which is counted.
+pub fn apply<O: Operation<N>, const N: usize>(operation: O, inputs: [&Tensor; N]) -> Tensor {
+    let Some(pass) = choice::pass_on(inputs[0].device()) else { return operation.plain(inputs) };
+    let misfit = fits(inputs).and_then(|()| operation.takes(pass, inputs)).err();
+    choice::count(O::NAME, misfit);
+    match misfit {
+        Some(_) => operation.plain(inputs),
+        None => single_pass(operation, pass, inputs),
+    }
+}
+
+/// Checks what holds for every operation.
+fn fits<const N: usize>(inputs: [&Tensor; N]) -> Result<(), Misfit> {
+    let first = inputs[0];
+    if inputs.iter().any(|input| input.device() != first.device()) {
+        Err(Misfit::Devices)
+    } else if !matches!(first.kind(), Kind::Float | Kind::BFloat16) {
+        Err(Misfit::Kind)
+    } else if first.numel() == 0 {
+        Err(Misfit::Empty)
+    } else {
+        Ok(())
+    }
+}
+
+fn single_pass<O: Operation<N>, const N: usize>(
+    operation: O,
+    pass: Pass,
+    inputs: [&Tensor; N],
+) -> Tensor {
+    custom_gradient(
+        &inputs,
+        || operation.forward(pass, inputs.map(|input| input.detach().contiguous())),
+        move |saved, grad_output| operation.backward(pass, saved, grad_output.contiguous()).into(),
+    )
+}

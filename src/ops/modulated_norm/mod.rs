@@ -1,0 +1,78 @@
+//! Layer normalization with a modulation in the place of a learned scale and shift.
+
+mod cpu;
+mod plain;
+
+use tch::Tensor;
+
+use super::{Case, Misfit, Operation, Pass, Rounding, drawn, modulation};
+
+/// `n · factor + shift`, with n of mean 0 and variance 1 over the last axis of `x`.
+///
+/// FLUX rounds after each step, in the kind of `x`; Wan has a modulation in f32 and rounds once.
+///
+/// # Shapes
+/// `x`: `[B, L, D]`; `factor`, `shift`: `[B, 1, D]`, or `[D]` for all samples. Returns the shape
+/// and kind of `x`.
+///
+/// Source: Ba et al. 2016, arXiv:1607.06450, section 3; modulated: Peebles & Xie 2023,
+/// arXiv:2212.09748, section 3.2.
+#[derive(Clone, Copy, Debug)]
+pub struct ModulatedNorm {
+    pub epsilon: f64,
+    pub rounding: Rounding,
+}
+
+/// Tensors that the gradient needs.
+pub struct Saved {
+    x: Tensor,
+    factor: Tensor,
+    /// `[B · L, 2]` f32: mean of a row, and one over the root of its variance and epsilon.
+    moments: Tensor,
+}
+
+impl Operation<3> for ModulatedNorm {
+    const NAME: &'static str = "modulated_norm";
+    type Saved = Saved;
+
+    fn plain(&self, [x, factor, shift]: [&Tensor; 3]) -> Tensor {
+        plain::modulated_norm(*self, x, factor, shift)
+    }
+
+    fn takes(&self, pass: Pass, [x, factor, shift]: [&Tensor; 3]) -> Result<(), Misfit> {
+        let Pass::Cpu = pass;
+        modulation::takes(self.rounding, x, factor)?;
+        modulation::takes(self.rounding, x, shift)?;
+        if factor.size() == shift.size() { Ok(()) } else { Err(Misfit::Shape) }
+    }
+
+    fn forward(&self, pass: Pass, [x, factor, shift]: [Tensor; 3]) -> (Tensor, Saved) {
+        let cpu::Normalized { output, moments } = match pass {
+            Pass::Cpu => cpu::forward(*self, &x, &factor, &shift),
+        };
+        (output, Saved { x, factor, moments })
+    }
+
+    fn backward(&self, pass: Pass, saved: Saved, grad_output: Tensor) -> [Tensor; 3] {
+        match pass {
+            Pass::Cpu => cpu::backward(&saved, &grad_output),
+        }
+    }
+
+    fn cases() -> Vec<Case<Self, 3>> {
+        let mut cases = Vec::new();
+        for trial in modulation::Trial::ALL {
+            let of_modulation = trial.modulation_kind();
+            for shape in [vec![2, 1, 48], vec![48]] {
+                let inputs = [
+                    drawn(&[2, 70, 48], trial.kind, 1) * 3.0 + 1.0,
+                    drawn(&shape, of_modulation, 2),
+                    drawn(&shape, of_modulation, 3),
+                ];
+                let operation = ModulatedNorm { epsilon: 1e-6, rounding: trial.rounding };
+                cases.push(Case { operation, inputs, tolerance: trial.tolerance });
+            }
+        }
+        cases
+    }
+}

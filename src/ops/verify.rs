@@ -1,0 +1,241 @@
+//! Comparison of every single pass with libtorch's operators.
+
+use tch::{Device, Kind, Tensor};
+
+use super::{Operation, Pass, fits, single_pass};
+use crate::rng::{Key, Purpose};
+
+/// An operation with inputs to try it on.
+pub struct Case<O, const N: usize> {
+    pub operation: O,
+    pub inputs: [Tensor; N],
+    /// Largest allowed error of an output or gradient, relative to its largest number: a few
+    /// roundings of the inputs' kind.
+    pub tolerance: f64,
+}
+
+/// One of so many numbers may round to its neighbour in bfloat16, where a pass and libtorch's
+/// operators sum in another order.
+const NUMBERS_A_NEIGHBOUR: usize = 500;
+/// Share of the largest number below which roundings are not compared: where a small number is the
+/// difference of large ones, libtorch's operators have lost digits that a pass may keep.
+const SMALL: f64 = 0.01;
+
+/// Verifies every operation that has a single pass on `device` against libtorch's operators:
+/// output and gradients against those in f64, outputs in bfloat16 against those in bfloat16, so
+/// that roundings are where they belong. Returns the number of cases, 0 for a device without
+/// single passes.
+///
+/// # Errors
+/// The first operation that differs, with the number by which it does.
+pub fn verify(device: Device) -> Result<usize, String> {
+    Pass::on(device).map_or(Ok(0), |pass| super::verify_each(pass, device))
+}
+
+/// Draws normal numbers of a kind for [`Operation::cases`].
+pub fn drawn(shape: &[i64], kind: Kind, scope: u64) -> Tensor {
+    let draw = || Tensor::randn(shape, (Kind::Float, Device::Cpu));
+    Key::new(11, Purpose::Test).scope(scope).seeded(draw).to_kind(kind)
+}
+
+/// Verifies one operation; returns the number of cases.
+pub fn verify_one<O: Operation<N>, const N: usize>(
+    pass: Pass,
+    device: Device,
+    cases: &[Case<O, N>],
+) -> Result<usize, String> {
+    for case in cases {
+        let inputs = case.inputs.each_ref().map(|input| input.to_device(device));
+        verify_case(pass, case, &inputs).map_err(|what| {
+            let shapes = inputs.each_ref().map(|input| (input.size(), input.kind()));
+            format!("{} of {shapes:?} on {device:?}: {what}", O::NAME)
+        })?;
+    }
+    Ok(cases.len())
+}
+
+fn verify_case<O: Operation<N>, const N: usize>(
+    pass: Pass,
+    case: &Case<O, N>,
+    inputs: &[Tensor; N],
+) -> Result<(), String> {
+    let operation = case.operation;
+    fits(inputs.each_ref())
+        .and_then(|()| operation.takes(pass, inputs.each_ref()))
+        .map_err(|misfit| format!("the single pass does not take it: {misfit:?}"))?;
+    let found = differentiated(inputs, |inputs| single_pass(operation, pass, inputs));
+    let exact = inputs.each_ref().map(in_double);
+    let expected = differentiated(&exact, |inputs| operation.plain(inputs));
+    let names = std::iter::once("the output".to_string())
+        .chain((0..).map(|number| format!("the gradient of input {number}")));
+    for (name, (found, expected)) in names.zip(found.iter().zip(&expected)) {
+        compare(found, expected, case.tolerance).map_err(|what| format!("{name} {what}"))?;
+    }
+    if inputs[0].kind() == Kind::BFloat16 {
+        compare_rounding(&found[0], &operation.plain(inputs.each_ref()))?;
+    }
+    Ok(())
+}
+
+/// Numbers in f64; complex ones, which are constants, as they are.
+fn in_double(input: &Tensor) -> Tensor {
+    if is_constant(input) { input.shallow_clone() } else { input.to_kind(Kind::Double) }
+}
+
+fn is_constant(input: &Tensor) -> bool {
+    matches!(input.kind(), Kind::ComplexFloat | Kind::ComplexDouble)
+}
+
+/// The output of an operation, then the gradient of each input that is no constant, for a drawn
+/// gradient of the output.
+fn differentiated<const N: usize>(
+    inputs: &[Tensor; N],
+    operation: impl Fn([&Tensor; N]) -> Tensor,
+) -> Vec<Tensor> {
+    let leaves =
+        inputs.each_ref().map(|input| input.detach().set_requires_grad(!is_constant(input)));
+    let output = operation(leaves.each_ref());
+    // Numbers that are the same in every kind.
+    let grad_output =
+        drawn(&output.size(), Kind::BFloat16, 99).to_kind(output.kind()).to_device(output.device());
+    let trained: Vec<&Tensor> = leaves.iter().filter(|leaf| leaf.requires_grad()).collect();
+    let gradients = output_gradients(&output, &grad_output, &trained);
+    [output.detach()].into_iter().chain(gradients).collect()
+}
+
+/// Gradients of `inputs` for one of `output`. The bindings begin every backward pass with a
+/// gradient of ones, so that the sum of a product is what it begins at.
+fn output_gradients(output: &Tensor, grad_output: &Tensor, inputs: &[&Tensor]) -> Vec<Tensor> {
+    Tensor::run_backward(&[output * grad_output], inputs, false, false)
+}
+
+/// Compares numbers with those in f64.
+fn compare(found: &Tensor, expected: &Tensor, tolerance: f64) -> Result<(), String> {
+    if found.size() != expected.size() {
+        return Err(format!("has shape {:?} and not {:?}", found.size(), expected.size()));
+    }
+    let largest = |tensor: Tensor| tensor.abs().max().double_value(&[]);
+    let scale = largest(expected.shallow_clone()).max(f64::MIN_POSITIVE);
+    let error = largest(found.to_kind(Kind::Double) - expected) / scale;
+    // A NaN is not below anything.
+    if error <= tolerance {
+        return Ok(());
+    }
+    Err(format!(
+        "is off by {error:.1e} of its largest number from libtorch's operators, \
+         {tolerance:.1e} is allowed"
+    ))
+}
+
+/// Compares an output in bfloat16 with libtorch's operators number by number.
+fn compare_rounding(found: &Tensor, plain: &Tensor) -> Result<(), String> {
+    let size = plain.abs();
+    let counts = size.ge_tensor(&(size.max() * SMALL));
+    let different = found.ne_tensor(plain).logical_and(&counts);
+    let different = different.sum(Kind::Int64).int64_value(&[]) as usize;
+    let allowed = found.numel() / NUMBERS_A_NEIGHBOUR + 1;
+    if different <= allowed {
+        return Ok(());
+    }
+    let all = found.numel();
+    Err(format!(
+        "rounds otherwise than libtorch's operators: {different} of {all} numbers differ, \
+         {allowed} may"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use super::*;
+    use crate::ops::{GeluTanh, Misfit};
+
+    #[test]
+    fn every_single_pass_of_a_cpu_is_libtorchs_operation() {
+        assert!(verify(Device::Cpu).expect("sound passes") >= 30);
+    }
+
+    #[test]
+    fn a_device_without_single_passes_has_none_to_verify() {
+        assert_eq!(verify(Device::Cuda(0)), Ok(0));
+    }
+
+    #[test]
+    fn every_folder_of_an_operation_is_verified() {
+        let folders = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/ops");
+        let listed = super::super::listed();
+        let mut found = 0;
+        for entry in fs::read_dir(folders).expect("the sources").map(|entry| entry.expect("one")) {
+            if !entry.path().join("plain.rs").exists() {
+                continue;
+            }
+            let module = format!("::ops::{}::", entry.file_name().to_string_lossy());
+            assert!(listed.iter().any(|path| path.contains(&module)), "{module} is not listed");
+            found += 1;
+        }
+        assert!(found >= 6, "{found}");
+    }
+
+    /// GELU with one thing wrong.
+    #[derive(Clone, Copy)]
+    enum Broken {
+        Output,
+        Gradient,
+        NaN,
+        Rounding,
+        Refusal,
+    }
+
+    impl Operation<1> for Broken {
+        const NAME: &'static str = "broken_gelu";
+        type Saved = Tensor;
+
+        fn plain(&self, inputs: [&Tensor; 1]) -> Tensor {
+            GeluTanh.plain(inputs)
+        }
+
+        fn takes(&self, _pass: Pass, _inputs: [&Tensor; 1]) -> Result<(), Misfit> {
+            if matches!(self, Broken::Refusal) { Err(Misfit::Shape) } else { Ok(()) }
+        }
+
+        fn forward(&self, pass: Pass, inputs: [Tensor; 1]) -> (Tensor, Self::Saved) {
+            let (output, saved) = GeluTanh.forward(pass, inputs);
+            let output = match self {
+                Broken::Output => output * 1.1,
+                Broken::NaN => output * f64::NAN,
+                // A bit more than half of bfloat16's last one.
+                Broken::Rounding => output * (1.0 + 1.0 / 256.0),
+                Broken::Gradient | Broken::Refusal => output,
+            };
+            (output, saved)
+        }
+
+        fn backward(&self, pass: Pass, saved: Tensor, grad_output: Tensor) -> [Tensor; 1] {
+            let [gradient] = GeluTanh.backward(pass, saved, grad_output);
+            [if matches!(self, Broken::Gradient) { -gradient } else { gradient }]
+        }
+
+        fn cases() -> Vec<Case<Self, 1>> {
+            Vec::new()
+        }
+    }
+
+    #[test]
+    fn an_operation_that_is_wrong_is_named() {
+        for (operation, words) in [
+            (Broken::Output, "the output is off by "),
+            (Broken::NaN, "the output is off by NaN"),
+            (Broken::Gradient, "the gradient of input 0 is off by "),
+            (Broken::Rounding, "rounds otherwise than libtorch's operators: "),
+            (Broken::Refusal, "the single pass does not take it: Shape"),
+        ] {
+            let inputs = [drawn(&[3, 101], Kind::BFloat16, 1)];
+            let case = Case { operation, inputs, tolerance: 2e-2 };
+            let what = verify_one(Pass::Cpu, Device::Cpu, &[case]).expect_err("it is wrong");
+            assert!(what.starts_with("broken_gelu of [([3, 101], BFloat16)] on Cpu: "), "{what}");
+            assert!(what.contains(words), "{what}");
+        }
+    }
+}
