@@ -49,10 +49,10 @@ impl TrainArgs {
         let known = config.as_ref().ok();
         known.and_then(|config| config.debug.inject_fault.clone()).into_iter().for_each(fault::arm);
         let limits = known.map(|config| config.watchdog.clone()).unwrap_or_default();
-        let patience = limits.meeting_patience();
+        let timeout = limits.connect_timeout();
         let watchdog = Watchdog::start(limits)?;
         pulse::enter(Phase::Connect);
-        let world = collective::connect(self.launch, patience)?;
+        let world = collective::connect(self.launch, timeout)?;
         let warning = train::begin(&watchdog, world.as_ref())?;
         let options = TrainOptions {
             resume: self.resume,
