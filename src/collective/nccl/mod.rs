@@ -180,7 +180,8 @@ impl Collective for Nccl {
         let on_device =
             self.traffic.issue(call, on_device, transfers, |one, communicator, stream| {
                 let Transfer { from, to, count, kind, .. } = *one;
-                // SAFETY: in place on a tensor that the work owns, of `count` elements of this kind.
+                // SAFETY: in place on a tensor that the work owns, of `count` elements of this
+                // kind.
                 unsafe {
                     sys::ncclAllReduce(from, to, count, kind, reduction(op), communicator, stream)
                 }
