@@ -103,5 +103,5 @@ impl ModelAdapter for QwenImage {
 /// Marks the samples whose text is dropped, `[B]` boolean on the host: all or none by one draw, or
 /// each by its own if draws are keyed by sample. It draws whatever the probability is.
 fn drop(context: &FlowMatchingContext<'_>) -> Tensor {
-    context.draws.host_coin(context.cfg_dropout_prob).of_each(context.noisy_latents.size()[0])
+    context.draws.host_coin(context.cfg_dropout_prob).per_sample(context.noisy_latents.size()[0])
 }

@@ -32,8 +32,8 @@ impl RankDevice {
         };
         let (watchdog, usual) = (&config.watchdog, Limits::default());
         let limits = Limits {
-            init: watchdog.meeting_patience(),
-            operation: watchdog.operation_patience(),
+            init: watchdog.connect_timeout(),
+            operation: watchdog.operation_timeout(),
             ..usual
         };
         let nccl = by_nccl.then(|| Nccl::connect(world, device, limits)).transpose()?;

@@ -50,10 +50,10 @@ impl TrainArgs {
         let known = config.as_ref().ok();
         known.and_then(|config| config.debug.inject_fault.clone()).into_iter().for_each(fault::arm);
         let limits = known.map(|config| config.watchdog.clone()).unwrap_or_default();
-        let patience = limits.meeting_patience();
+        let timeout = limits.connect_timeout();
         let watchdog = Watchdog::start(limits)?;
         pulse::enter(Phase::Connect);
-        let world = collective::connect(self.launch, patience)?;
+        let world = collective::connect(self.launch, timeout)?;
         let warning = train::begin(&watchdog, world.as_ref())?;
         let options = TrainOptions {
             resume: self.resume,
@@ -68,7 +68,7 @@ impl TrainArgs {
             // Every rank has the error, so that all can finish in good order.
             Err(error) => return collective::finish_with(error, world),
         };
-        watchdog.follow(config.watchdog.clone());
+        watchdog.configure(config.watchdog.clone());
         let (_, ending) = train::train(&config, &options, world.as_ref())?;
         collective::finish(world)?;
         Ok(if ending == Ending::Stopped { STOPPED } else { 0 })

@@ -108,7 +108,7 @@ fn mpirun_item(version: Option<Vec<u8>>) -> Item {
 /// wheel's folder (this binary's rpath) or in the linker's cache.
 fn wheel_item(name: &'static str, file: &str, library: Option<&Path>) -> Item {
     let wheel = library
-        .and_then(|library| libtorch::beside(library, &format!("../nvidia/{file}")))
+        .and_then(|library| libtorch::torch_file(library, &format!("../nvidia/{file}")))
         .filter(|library| library.exists());
     let cached = || cached_library(Path::new(file).file_name()?.to_str()?);
     match wheel.map(|library| library.display().to_string()).or_else(cached) {

@@ -235,7 +235,7 @@ impl FlowMatchingPipeline {
             Toss::Same(true) => TaskType::ImageToVideo,
             Toss::Each(_) => TaskType::Mixed,
         };
-        (task_type, toss.of_each(samples).to_device(self.device))
+        (task_type, toss.per_sample(samples).to_device(self.device))
     }
 
     /// Returns the noise levels of a batch, on the pipeline's device.

@@ -41,7 +41,7 @@ struct Program {
 /// Every rank calls it before any other collective.
 pub fn begin(watchdog: &Watchdog, world: &dyn Collective) -> Result<Option<String>> {
     pulse::enter(Phase::Bootstrap);
-    watchdog.meet(world)?;
+    watchdog.connect(world)?;
     let text = serde_json::to_string(&Program::own()?).expect("texts are JSON");
     let read =
         |text: &String| serde_json::from_str::<Program>(text).expect("ranks send what they are");

@@ -97,7 +97,7 @@ fn train_on(
     let telemetry =
         telemetry::start(&config.log, collective.rank(), collective.world_size(), folder.path());
     telemetry.cover_all_threads();
-    failure::keep_in(folder.path());
+    failure::set_folder(folder.path());
     let done = folder.nothing_to_do(config.max_steps);
     if telemetry.writes_run_files() {
         let fault = fault::ordered()
