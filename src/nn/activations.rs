@@ -1,4 +1,4 @@
-//! What crosses a stage boundary.
+//! The tensors that cross a stage boundary.
 
 use tch::{Device, Tensor};
 

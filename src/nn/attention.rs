@@ -42,9 +42,9 @@ const ADDED: Names = Names {
 pub struct Heads {
     pub num_heads: i64,
     pub width: i64,
-    /// Whether the products have a bias.
+    /// True if the products have a bias.
     pub with_bias: bool,
-    /// Of the normalization of queries and keys.
+    /// Epsilon of the normalization of queries and keys.
     pub epsilon: f64,
     pub rounding: Rounding,
 }

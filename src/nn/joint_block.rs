@@ -18,7 +18,7 @@ pub struct JointBlock {
     pub attention: JointAttention,
     pub image_feed: Mlp,
     pub text_feed: Mlp,
-    /// Of the layer normalizations.
+    /// Epsilon of the layer normalizations.
     pub epsilon: f64,
 }
 

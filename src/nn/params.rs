@@ -65,7 +65,7 @@ impl ParamInfo {
         self.shape.iter().product()
     }
 
-    /// Whether weight decay applies: to matrices and kernels, not to biases, norms and tables of
+    /// True if weight decay applies: to matrices and kernels, not to biases, norms and tables of
     /// one axis.
     pub fn decays(&self) -> bool {
         self.shape.len() > 1
