@@ -38,8 +38,8 @@ impl Source {
     }
 }
 
-/// Attention of tokens over themselves, over text, or over text and images, each with a softmax of
-/// its own.
+/// Attention of tokens over themselves, over text, or over text and images; text and images each
+/// have a softmax of their own.
 #[derive(Clone, Copy, Debug)]
 pub struct WideAttention {
     query: Linear,
