@@ -1,8 +1,8 @@
-//! Compiles what the bindings leave out of libtorch, the node that `src/ops/autograd` adds to its graph
-//! and what `src/libtorch.rs` switches and catches, and tells the linker where libtorch, NCCL and
-//! NVRTC lie, so that the binary starts without LD_LIBRARY_PATH.
+//! Compiles the C++ that the bindings lack: the autograd node of `src/ops/autograd`, and the switches
+//! and exception boundary of `src/libtorch`. Sets the rpaths of libtorch, NCCL and NVRTC, so that the
+//! binary starts without LD_LIBRARY_PATH.
 
-const SOURCES: [&str; 2] = ["src/ops/autograd/node.cpp", "src/libtorch.cpp"];
+const SOURCES: [&str; 2] = ["src/ops/autograd/node.cpp", "src/libtorch/shim.cpp"];
 
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");

@@ -1,38 +1,38 @@
-//! What can go wrong in the world outside, each with the exit code that tells a batch script
-//! whether to try again.
+//! Errors with a cause outside the program, each with the exit code that tells a batch script
+//! whether to retry.
 //!
-//! A message says what was found, what was expected, and what to do, in one line. Mistakes of the
-//! program itself panic instead (exit code [`BUG`]): tensor arithmetic is written with plain
-//! operators.
+//! A message is one line: the problem that was found, the expectation, and the way to fix it. Bugs
+//! of the program itself panic instead (exit code [`BUG`]), so tensor arithmetic is written with
+//! plain operators.
 
 mod library;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use library::descriptors_wanted;
+use library::describe_file_limit;
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Exit code of a panic: an invariant of the program is broken.
 pub const BUG: i32 = 70;
-/// Exit code of a run that was asked to stop: what it had trained is saved.
+/// Exit code of a run that was asked to stop and has saved its state.
 pub const STOPPED: i32 = 10;
 /// Exit code of a command line that does not parse (clap's own).
 pub const USAGE: i32 = 2;
-/// Exit code of [`Error::Collective`], and of a rank that is not heard of.
+/// Exit code of [`Error::Collective`], and of a rank whose heartbeat stopped.
 pub const COMM: i32 = 22;
-/// Exit code of [`Error::Storage`], and of a rank whose peer met it.
+/// Exit code of [`Error::Storage`], on the rank that met it and on its peers.
 pub const STORAGE: i32 = 30;
-/// Exit code of [`Error::NotFinite`], and of a rank whose peer met it.
+/// Exit code of [`Error::NotFinite`], on the rank that met it and on its peers.
 pub const NUMERIC: i32 = 41;
 
-/// One mistake in a configuration, with the place where it stands.
+/// One problem in a configuration, with its location.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ConfigProblem {
     /// Dotted path of the key, e.g. `optimizer.adamw.lr`.
     pub key: String,
-    /// Where it was written: `line 12` or `--set`; empty for a value that was never written.
+    /// Location of the value: `line 12` or `--set`; empty for a default.
     pub place: String,
     pub what: String,
 }
@@ -47,9 +47,10 @@ impl fmt::Display for ConfigProblem {
     }
 }
 
+/// An error with a cause outside the program.
 #[derive(Debug)]
 pub enum Error {
-    /// The configuration cannot be honoured; all its problems at once.
+    /// The configuration is invalid; lists all its problems at once.
     Config { source_name: String, problems: Vec<ConfigProblem> },
     /// Training data are missing, malformed or unusable.
     Data { path: PathBuf, what: String },
@@ -57,37 +58,39 @@ pub enum Error {
     Storage { path: PathBuf, operation: &'static str, source: std::io::Error },
     /// A checkpoint does not fit this program or configuration.
     CheckpointMismatch { path: PathBuf, what: String },
-    /// A resume was demanded and no checkpoint can be used.
+    /// A resume was requested and there is no usable checkpoint.
     NoCheckpoint { path: PathBuf, what: String },
-    /// Several starts in a row went on from one checkpoint, and none saved a newer one.
+    /// Several starts in a row resumed from one checkpoint, and none saved a newer one.
     NoProgress { path: PathBuf, what: String },
     /// A collective failed, on this rank or another.
     Collective { backend: &'static str, operation: &'static str, what: String },
-    /// Ranks are at different operations, or hold different numbers where all must hold the same.
+    /// Ranks are at different operations, or hold different values of a number that must be equal
+    /// on all.
     Desync { what: String },
     /// A number that must be finite is not, or the loss exploded.
     NotFinite { step: u64, what: String },
-    /// Another rank failed first, with exit code `code`, and says why: `speaker`, or `None` where
-    /// it has said so already.
+    /// Another rank failed first, with exit code `code`. `speaker` is the rank that prints the
+    /// reason; `None` if it has been printed already.
     Peer { speaker: Option<usize>, code: i32, what: String },
-    /// This process was asked to stop where there was nothing to save.
+    /// This process was asked to stop when there was nothing to save.
     Stopped { what: String },
-    /// A GPU, or a library that works on it, failed: another one may not.
+    /// A GPU, or a library that uses it, failed. A retry on another GPU may succeed.
     Device { what: String },
-    /// There is less memory than the run takes.
+    /// The run needs more memory than there is.
     OutOfMemory { what: String },
-    /// Launcher, libraries or devices are not as needed.
+    /// Launcher, libraries or devices do not meet the requirements.
     Environment { what: String },
 }
 
 impl Error {
-    /// A problem with one key that only the whole configuration shows.
+    /// A problem with one key that is found only by checking the configuration as a whole.
     pub fn config(key: impl Into<String>, what: impl Into<String>) -> Self {
         let problem = ConfigProblem { key: key.into(), place: String::new(), what: what.into() };
         Error::Config { source_name: "configuration".into(), problems: vec![problem] }
     }
 
-    /// The same with lines that may explain it behind what a configuration's problem says.
+    /// Appends explanatory lines to the last problem of a configuration error; returns any other
+    /// error unchanged.
     pub fn followed_by(self, lines: &[impl fmt::Display]) -> Self {
         let Error::Config { source_name, mut problems } = self else { return self };
         if let Some(last) = problems.last_mut() {
@@ -101,13 +104,14 @@ impl Error {
     }
 
     /// For `map_err`: `fs::read(path).map_err(Error::storage(path, "read"))`. Too many open files
-    /// are a limit of the process, which another try would meet again: an [`Error::Environment`].
+    /// become [`Error::Environment`] instead: the limit belongs to the process, and a retry would
+    /// hit it again.
     pub fn storage(
         path: impl AsRef<Path>,
         operation: &'static str,
     ) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.as_ref().to_path_buf();
-        move |source| match descriptors_wanted(&source) {
+        move |source| match describe_file_limit(&source) {
             Some(what) => {
                 Error::environment(format!("cannot {operation} {}: {what}", path.display()))
             }
@@ -123,7 +127,7 @@ impl Error {
         Error::Environment { what: what.into() }
     }
 
-    /// Short upper-case name that stands in the message and in the log.
+    /// Short upper-case name, for messages and the log.
     pub fn name(&self) -> &'static str {
         match self {
             Error::Config { .. } => "CONFIG",
@@ -143,8 +147,8 @@ impl Error {
         }
     }
 
-    /// Process exit code, a peer's being that of its cause: below 40 a retry may help, from 40 on
-    /// it will not.
+    /// Exit code of the process; [`Error::Peer`] has the code of its cause. A retry may help with
+    /// codes below 40, and does not from 40 on.
     pub fn exit_code(&self) -> i32 {
         match self {
             Error::Peer { code, .. } => *code,
@@ -167,14 +171,14 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&shortened(one_line(&Whole(self).to_string())))
+        f.write_str(&shortened(one_line(&FullMessage(self).to_string())))
     }
 }
 
-/// The message as long as what it quotes, which may be a hostile file's megabytes.
-struct Whole<'e>(&'e Error);
+/// The message in full length. It may quote megabytes of a hostile file.
+struct FullMessage<'e>(&'e Error);
 
-impl fmt::Display for Whole<'_> {
+impl fmt::Display for FullMessage<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             Error::Config { source_name, problems } => {
@@ -212,18 +216,19 @@ impl std::error::Error for Error {
     }
 }
 
-/// Text that is safe on one line of a log: control characters of file names and peers are escaped.
+/// Escapes control characters, which file names and peers may contain, so that the text stays on
+/// one line of a log.
 pub fn one_line(text: &str) -> String {
     text.chars()
         .flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] })
         .collect()
 }
 
-/// Bytes of a message that are shown: with the place and the code it stays below the 4096 that a
-/// pipe takes in one piece.
+/// Longest message in bytes: with location and exit code it stays below 4096, which a pipe takes in
+/// one write.
 const MOST_BYTES: usize = 3500;
 
-/// As much of a text as a line of a log has room for.
+/// Truncates a text to the length of a log message.
 pub fn shortened(mut text: String) -> String {
     if text.len() > MOST_BYTES {
         let end =

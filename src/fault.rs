@@ -1,8 +1,9 @@
-//! Faults made on purpose: one rank or every one, one moment, one way to break. How a run meets
-//! each of them is what `tests/faults.rs` shows.
+//! Injected faults: on one rank or on all, at one moment, in one way. `tests/faults.rs` tests how a
+//! run handles each of them.
 //!
-//! A fault is ordered by `[debug] inject_fault`, and says so on standard error when it strikes, so
-//! that a test knows that it did. Without an order a check is one load of a pointer.
+//! A fault is configured by `[debug] inject_fault`. When it strikes it is announced on standard
+//! error, so that a test knows that it did. Without a configured fault a check is one load of a
+//! pointer.
 
 use std::fmt;
 use std::io::{self, Write};
@@ -28,7 +29,7 @@ settings! {
 }
 parsed!(Fault);
 
-/// A way to break.
+/// The way in which a process breaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// SIGKILL.
@@ -39,38 +40,41 @@ pub enum Kind {
     Abort,
     /// SIGSTOP.
     Stop,
-    /// Ends the process with the argument as its code, 3 without one.
+    /// The process exits with the argument as its code, by default 3.
     Exit,
     Panic,
-    /// A GPU fails as libtorch says it, and memory runs out as libtorch says it of a host.
+    /// A panic with libtorch's text of a failing GPU (`Device`), or a real allocation of libtorch
+    /// that cannot succeed (`Memory`).
     Device,
     Memory,
-    /// Computes for ever.
+    /// Computes forever.
     Spin,
-    /// Waits for the argument's seconds.
+    /// Sleeps for the argument's seconds, by default 1.
     Sleep,
     /// An error is returned.
     Error,
-    /// SIGUSR1, SIGUSR2, SIGTERM and SIGINT to this process, as a person or Slurm sends them.
+    /// SIGUSR1, SIGUSR2, SIGTERM and SIGINT to this process, as a user or Slurm would send them.
     Usr1,
     Usr2,
     Term,
     Int,
-    /// The rank's loss becomes NaN; with an argument only the first time that the step is computed.
+    /// The rank's loss becomes NaN; with an argument, only the first time that the step is
+    /// computed.
     NanLoss,
-    /// The rank's loss is multiplied by the argument, 50 without one.
+    /// The rank's loss is multiplied by the argument, by default 50.
     Spike,
-    /// One element of a gradient becomes NaN: in the stage whose number is the argument, 0 without
-    /// one.
+    /// One element of a gradient becomes NaN, in the stage whose index is the argument, by default
+    /// 0.
     NanGrad,
-    /// One parameter changes by its lowest bit: in the stage whose number is the argument, 0
-    /// without one.
+    /// The lowest bit of one parameter flips, in the stage whose index is the argument, by default
+    /// 0.
     BitFlip,
     /// The rank issues a collective that the others do not.
     ExtraCollective,
-    /// The rank says that it is another build.
+    /// The rank reports a program different from the others'.
     OtherBuild,
-    /// The disk is full, fails, is over quota, cannot be written, may not be written.
+    /// Storage errors: disk full, I/O error, quota exceeded, read-only file system, permission
+    /// denied.
     Enospc,
     Eio,
     Edquot,
@@ -107,11 +111,11 @@ const WORDS: &[(&str, Kind)] = &[
     ("eacces", Kind::Eacces),
 ];
 
-/// An order: which rank breaks, when and how.
+/// A configured fault: its kind, rank, moment and argument.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Fault {
     kind: Kind,
-    /// Every rank, if none is named.
+    /// `None` for every rank.
     rank: Option<usize>,
     /// First and last step; 0 is before the first.
     steps: (u64, u64),
@@ -142,7 +146,7 @@ impl FromStr for Fault {
             } else {
                 Some(rank.parse().map_err(|_| unreadable())?)
             },
-            steps: steps_of(steps).ok_or_else(unreadable)?,
+            steps: parse_steps(steps).ok_or_else(unreadable)?,
             phase: Phase::named(phase).ok_or_else(|| {
                 format!(
                     "no phase {phase:?}; one of: {}",
@@ -154,8 +158,8 @@ impl FromStr for Fault {
     }
 }
 
-/// `7`, `3-9` or `every`.
-fn steps_of(text: &str) -> Option<(u64, u64)> {
+/// Parses `7`, `3-9` or `every` to the first and last step.
+fn parse_steps(text: &str) -> Option<(u64, u64)> {
     if text == "every" {
         return Some((0, u64::MAX));
     }
@@ -180,40 +184,40 @@ impl fmt::Display for Fault {
 
 static ORDER: OnceLock<Fault> = OnceLock::new();
 
-/// Arms an order for this process, to strike where a phase begins, among other places; the first
-/// one stands.
+/// Arms a fault for this process. It may strike at the start of any phase and wherever the code
+/// checks for it. The first call counts.
 pub fn arm(order: Fault) {
     ORDER.get_or_init(|| order);
     pulse::on_enter(strike);
 }
 
-/// Whether a fault was ordered for some moment of this process.
+/// Returns the fault that is armed in this process.
 pub fn ordered() -> Option<&'static Fault> {
     ORDER.get()
 }
 
-/// The order, if this rank, step and phase are its moment; says so.
+/// Returns the fault if it is of one of these kinds and due on this rank, in this step and phase;
+/// announces it.
 fn due(phase: Phase, step: u64, kinds: &[Kind]) -> Option<&'static Fault> {
     let order = ORDER.get()?;
     let now = order.phase == phase
-        && order.rank.is_none_or(|rank| rank == pulse::place().0)
+        && order.rank.is_none_or(|rank| rank == pulse::rank())
         && (order.steps.0..=order.steps.1).contains(&step);
     let struck = now && kinds.contains(&order.kind);
     if struck {
-        // Whoever closed the pipe needs no proof.
+        // A closed pipe is ignored: only tests read the line.
         let _ = io::stderr()
             .write_all(format!("fm-dist: fault {order} strikes at step {step}\n").as_bytes());
     }
     struck.then_some(order)
 }
 
-/// Breaks this process if that was ordered for now.
+/// Breaks this process if a fault is due now.
 pub fn strike(phase: Phase) {
     strike_at(phase, pulse::now().step);
 }
 
-/// As [`strike`], for a thread beside the run's own, whose work belongs to `step` whatever step is
-/// under way.
+/// Does as [`strike`] on another thread than the run's own, whose work belongs to `step`.
 pub fn strike_at(phase: Phase, step: u64) {
     use Kind::*;
     let kinds =
@@ -221,7 +225,7 @@ pub fn strike_at(phase: Phase, step: u64) {
     let Some(order) = due(phase, step, &kinds) else { return };
     match order.kind {
         Kill => signal(Signal::KILL),
-        // The first one only takes off the handler that watches for stack overflows.
+        // The first signal only removes the handler that detects stack overflows.
         Segv => (0..2).for_each(|_| signal(Signal::SEGV)),
         Abort => signal(Signal::ABORT),
         Stop => signal(Signal::STOP),
@@ -232,7 +236,7 @@ pub fn strike_at(phase: Phase, step: u64) {
         Exit => signal_hook::low_level::exit(order.argument.unwrap_or(3.0) as i32),
         Panic => panic!("a fault was ordered"),
         Device => panic!("called `Result::unwrap()` on an `Err` value: Torch({ILLEGAL_ACCESS:?})"),
-        // An exbibyte, which no host has.
+        // 2^58 floats are an exbibyte, which no host has.
         Memory => drop(tch::Tensor::empty([1 << 58], (tch::Kind::Float, tch::Device::Cpu))),
         Sleep => std::thread::sleep(Duration::from_secs_f64(order.argument.unwrap_or(1.0))),
         _ => loop {
@@ -251,7 +255,7 @@ fn signal(signal: Signal) {
     kill_process(getpid(), signal).expect("a process may signal itself");
 }
 
-/// What the operating system would say, if it was ordered to fail in work that belongs to `step`.
+/// Returns the error of the operating system that a fault injects into storage work of `step`.
 pub fn io(phase: Phase, step: u64) -> io::Result<()> {
     use rustix::io::Errno;
     let kinds = [
@@ -267,8 +271,10 @@ pub fn io(phase: Phase, step: u64) -> io::Result<()> {
     Err((*errno).into())
 }
 
+/// Returns an injected error if one is due now.
+///
 /// # Errors
-/// [`Error::Environment`] if an error was ordered for now.
+/// [`Error::Environment`] if a fault of kind `error` is due.
 pub fn error(phase: Phase) -> Result<()> {
     match due(phase, pulse::now().step, &[Kind::Error]) {
         Some(order) => Err(Error::environment(format!("fault {order} was ordered"))),
@@ -276,9 +282,9 @@ pub fn error(phase: Phase) -> Result<()> {
     }
 }
 
-/// The argument of an order of this kind, if it is for now; `otherwise` where it has none.
-pub fn argument(kind: Kind, phase: Phase, otherwise: f64) -> Option<f64> {
-    due(phase, pulse::now().step, &[kind]).map(|order| order.argument.unwrap_or(otherwise))
+/// Returns the argument of a fault of this kind if one is due now; `default` if it has no argument.
+pub fn argument(kind: Kind, phase: Phase, default: f64) -> Option<f64> {
+    due(phase, pulse::now().step, &[kind]).map(|order| order.argument.unwrap_or(default))
 }
 
 #[cfg(test)]

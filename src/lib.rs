@@ -1,24 +1,24 @@
 //! fm-dist: flow-matching training of diffusion transformers on many GPUs.
 //!
-//! A model is a list of stages; what crosses a stage boundary is a small set of named tensors. The
+//! A model is a list of stages; a small set of named tensors crosses each stage boundary. The
 //! machinery runs the stages forward, cuts the graph at every boundary, then runs backward stage by
-//! stage, and each finished stage hands its gradient to a reducer whose collective travels while
-//! the stage before it computes. The science never sees a rank, the machinery never sees a
-//! timestep; they meet in [`train`].
+//! stage. Each finished stage passes its gradient to a reducer, whose collective is under way while
+//! the previous stage computes. The science never sees a rank, the machinery never sees a timestep;
+//! they meet in [`train`].
 //!
 //! # Floors
-//! A room uses its own files and rooms on lower floors, nothing else; `tests/fast/floors.rs`
-//! enforces it.
+//! A room (a module of this list) uses its own files and rooms on lower floors, nothing else;
+//! `tests/fast/floors.rs` enforces it.
 //!
 //! | floor | rooms |
 //! |---|---|
-//! | 9 | [`cli`]: typed text to a command |
-//! | 8 | [`train`]: the loop · [`commands`]: those that do not train |
-//! | 7 | [`plan`]: what a run would need and take |
-//! | 6 | [`sample`]: from noise to data |
-//! | 5 | [`assembly`]: from the configuration to what computes |
-//! | 4 | [`run`]: a run on the disk |
-//! | 3 | [`config`]: one field a room |
+//! | 9 | [`cli`]: the command line |
+//! | 8 | [`train`]: the training loop · [`commands`]: the commands that do not train |
+//! | 7 | [`plan`]: memory and time that a run would need |
+//! | 6 | [`sample`]: generation, from noise to data |
+//! | 5 | [`assembly`]: builds model, optimizer and pipeline from the configuration |
+//! | 4 | [`run`]: the run folder and its checkpoints |
+//! | 3 | [`config`]: the configuration, one field for each room |
 //! | 2, science | [`adapter`] above [`flow`] · [`model`] · [`optim`] |
 //! | 2, machinery | [`parallel`] · [`watchdog`] |
 //! | 1 | [`report`] above [`collective`] · [`data`] · [`nn`] above [`ops`] · [`telemetry`] |
@@ -29,8 +29,8 @@
 //! `D` model width · `N` heads · `E` head width · `P` flat elements.
 //!
 //! # Words
-//! *The reference* is NVIDIA NeMo AutoModel 0.5.0, `components/flow_matching`: its numbers are
-//! repeated, given the same draws.
+//! *The reference* is NVIDIA NeMo AutoModel 0.5.0, `components/flow_matching`. Given the same
+//! draws, fm-dist reproduces its numbers.
 //!
 //! # Time
 //! sigma = 0 is data, sigma = 1 is noise; x = (1 − sigma)·latents + sigma·noise; the model predicts

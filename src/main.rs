@@ -1,4 +1,5 @@
-//! Arguments to a command, its outcome to an exit code. Whatever ends one rank ends the world.
+//! The program: runs the command of the command line and exits with its code. An error on one rank
+//! ends all ranks.
 
 use std::panic::PanicHookInfo;
 
@@ -20,25 +21,26 @@ fn main() {
     }
 }
 
-/// Says why, then ends this process and every other rank.
+/// Prints the reason, then ends this process and every other rank.
 fn end(error: &Error) -> ! {
     collective::end(error.exit_code(), error.name(), &error.to_string())
 }
 
-/// A panic is a mistake of the program, unless it quotes a library that the world outside failed.
+/// Ends the process after a panic. A panic is a bug unless it quotes a library error with an
+/// external cause.
 fn end_after(panic: &PanicHookInfo<'_>) -> ! {
     let text = panic.payload_as_str().unwrap_or("without a text");
-    if let Some(error) = Error::of_library(text) {
+    if let Some(error) = Error::from_library(text) {
         end(&error);
     }
-    // Without the C++ stack that libtorch puts behind its messages.
+    // Drops the C++ stack that libtorch appends to its messages.
     let first_line = text.lines().next().unwrap_or(text).split("\\n").next().unwrap_or(text);
-    let place = panic.location().map(ToString::to_string).unwrap_or_default();
-    collective::end(BUG, "BUG", &format!("panicked at {place}: {first_line}"))
+    let location = panic.location().map(ToString::to_string).unwrap_or_default();
+    collective::end(BUG, "BUG", &format!("panicked at {location}: {first_line}"))
 }
 
-/// Help and version, or what is wrong with the command line: every process of a launch has the same
-/// one, so that the first rank shows it.
+/// Prints the help, the version, or the mistake in the command line, and exits. Every process of a
+/// launch has the same command line, so only the first rank prints.
 fn end_before_start(shown: &clap::Error) -> ! {
     let code = if shown.use_stderr() { USAGE } else { 0 };
     match collective::launched_rank() {

@@ -1,13 +1,13 @@
-//! The median, which one outlier does not move.
+//! The median, which is robust against an outlier.
 
-/// The value taken where two stand in the middle.
+/// The value to take if the number of values is even.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Middle {
     Lower,
     Upper,
 }
 
-/// The median of `values`, which is always one of them; `None` of no values.
+/// Returns the median of `values`, which is always one of them; `None` without values.
 pub fn median(values: impl IntoIterator<Item = f64>, middle: Middle) -> Option<f64> {
     let mut sorted: Vec<f64> = values.into_iter().collect();
     sorted.sort_by(f64::total_cmp);

@@ -1,12 +1,12 @@
-//! The phases of a run: the words by which messages, failure files, the watchdog and ordered faults
-//! say where a rank stands.
+//! The phases of a run, with the words for them in messages, failure files, the watchdog and
+//! injected faults.
 
-/// A rank's occupation, in the order of a run.
+/// A rank's activity, in the order of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Phase {
     Launch,
-    /// Joining the launcher's world.
+    /// Connecting to the launcher's world.
     Connect,
     /// Agreeing on one configuration, one program and one watchdog.
     Bootstrap,
@@ -21,17 +21,17 @@ pub enum Phase {
     /// Waiting for the other ranks' gradients and statistics.
     Reduce,
     Optimizer,
-    /// Repeating a step's forward and backward to find what was not finite.
+    /// Repeating a step's forward and backward to find the tensor that was not finite.
     Diagnose,
-    /// Comparing parameters among ranks.
+    /// Comparing parameters between ranks.
     Compare,
-    /// Copying what a checkpoint holds.
+    /// Copying the tensors of a checkpoint.
     Snapshot,
-    /// Writing the copy, beside the steps.
+    /// Writing the copy while steps go on.
     Write,
-    /// Bringing what was written to the disk.
+    /// Fsyncing the files that were written.
     Sync,
-    /// Making a checkpoint real.
+    /// Publishing a checkpoint by renaming it.
     Commit,
     /// Deleting old checkpoints.
     Prune,
@@ -66,7 +66,7 @@ impl Phase {
         ("finalize", Phase::Finalize),
     ];
 
-    /// The word that stands in messages and orders of faults.
+    /// The phase's word in messages and in the configuration of faults.
     pub fn word(self) -> &'static str {
         Self::ALL[self as usize].0
     }
@@ -75,7 +75,7 @@ impl Phase {
         Self::ALL.iter().find(|(name, _)| *name == word).map(|(_, phase)| *phase)
     }
 
-    /// The phase of that number, as in `phase as u8`.
+    /// The phase whose discriminant (`phase as u8`) is `number`.
     pub fn numbered(number: u8) -> Option<Self> {
         Self::ALL.get(usize::from(number)).map(|(_, phase)| *phase)
     }

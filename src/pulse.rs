@@ -1,10 +1,9 @@
-//! Where this process stands: its rank, the step, the phase, how many collectives the step has
-//! begun.
+//! The state of this process for messages: its rank, the step, the phase, and the number of
+//! collectives that the step has started.
 //!
-//! Whoever does the work writes it down here, outside of any collective; whoever must say where the
-//! work stopped reads it: messages, failure files, the watchdog. One process is one rank, so it is
-//! kept once for the process: in a world of threads, which is for tests, it is that of whichever
-//! thread wrote last.
+//! The thread that does the work records its progress here, outside of any collective; messages,
+//! failure files and the watchdog read it. One process is one rank, so the state is global. In a
+//! world of threads, which is for tests, it is that of the thread that wrote last.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -14,13 +13,13 @@ use std::time::{Duration, Instant};
 
 use crate::phase::Phase;
 
-/// A moment of a run.
+/// The state at one moment.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Pulse {
     /// The step under way, counted from 1; 0 before the first.
     pub step: u64,
     pub phase: Phase,
-    /// Collectives that the step has begun.
+    /// Collectives that the step has started.
     pub collectives: u64,
     /// Time since any of these last changed.
     pub age: Duration,
@@ -44,10 +43,10 @@ static COLLECTIVES: AtomicU64 = AtomicU64::new(0);
 /// Milliseconds from the first call of [`began`] to the last change.
 static MOVED: AtomicU64 = AtomicU64::new(0);
 
-/// Told of each phase that begins.
+/// Called at the start of each phase.
 static LISTENER: OnceLock<fn(Phase)> = OnceLock::new();
 
-/// When this process began to keep its pulse.
+/// The moment from which this process counts its milliseconds.
 fn began() -> Instant {
     static BEGAN: OnceLock<Instant> = OnceLock::new();
     *BEGAN.get_or_init(Instant::now)
@@ -57,52 +56,57 @@ fn moved() {
     MOVED.store(began().elapsed().as_millis() as u64, Relaxed);
 }
 
-/// This process is `rank` of `world_size`.
-pub fn take_place(rank: usize, world_size: usize) {
+/// Sets the rank of this process and the number of ranks.
+pub fn set_rank(rank: usize, world_size: usize) {
     RANK.store(rank, Relaxed);
     WORLD_SIZE.store(world_size, Relaxed);
 }
 
-/// Rank and number of ranks; 0 of 1 until that is known.
-pub fn place() -> (usize, usize) {
-    (RANK.load(Relaxed), WORLD_SIZE.load(Relaxed))
+/// Rank of this process; 0 until it is known.
+pub fn rank() -> usize {
+    RANK.load(Relaxed)
 }
 
-/// True for the rank that speaks and writes for the whole run.
+/// Number of ranks; 1 until it is known.
+pub fn world_size() -> usize {
+    WORLD_SIZE.load(Relaxed)
+}
+
+/// True for the rank that prints and writes for the whole run.
 pub fn is_root(rank: usize) -> bool {
     rank == 0
 }
 
-/// Begins step `step`, counted from 1.
+/// Starts step `step`, counted from 1.
 pub fn begin_step(step: u64) {
-    // Only the first one finds the zero; what is there already stays.
+    // Only the first call finds zero; later ones leave the value.
     let _ = FIRST_STEP.compare_exchange(0, step, Relaxed, Relaxed);
     STEP.store(step, Relaxed);
     COLLECTIVES.store(0, Relaxed);
     moved();
 }
 
-/// The step that this start of the run began with; 0 before it.
+/// The first step that this process ran; 0 before it.
 pub fn first_step() -> u64 {
     FIRST_STEP.load(Relaxed)
 }
 
-/// A save is over that took so long, from its copy to its commit.
+/// Records the duration of a save, from its copy to its commit.
 pub fn saved(took: Duration) {
     LAST_SAVE.store(took.as_millis() as u64, Relaxed);
 }
 
-/// How long the last save of this start took; zero before it.
+/// Duration of the last save of this process; zero before it.
 pub fn last_save() -> Duration {
     Duration::from_millis(LAST_SAVE.load(Relaxed))
 }
 
-/// Calls `listener` at each phase that begins from now on; the first one that is given stays.
+/// Registers a function to be called at the start of each phase. The first registration counts.
 pub fn on_enter(listener: fn(Phase)) {
     LISTENER.get_or_init(|| listener);
 }
 
-/// Begins a phase of the run's own thread, and tells the listener.
+/// Starts a phase of the run's own thread, and calls the listener.
 pub fn enter(phase: Phase) {
     PHASE.store(phase as u8, Relaxed);
     moved();
@@ -111,20 +115,20 @@ pub fn enter(phase: Phase) {
     }
 }
 
-/// Begins a collective.
+/// Counts a collective that starts.
 pub fn begin_collective() {
     COLLECTIVES.fetch_add(1, Relaxed);
     moved();
 }
 
-/// A long phase goes on, e.g. to the next stage of a model: says that it has not stopped.
+/// Records progress within a long phase, e.g. from one stage of a model to the next.
 pub fn still_at_work() {
     moved();
 }
 
 static READING: Mutex<Option<PathBuf>> = Mutex::new(None);
 
-/// Data are read from this file, on whatever thread.
+/// Records the file that data are being read from, on any thread.
 pub fn read_from(path: &Path) {
     *READING.lock().unwrap_or_else(PoisonError::into_inner) = Some(path.into());
 }
@@ -138,7 +142,7 @@ pub fn reading() -> Option<String> {
         .map(|path| path.display().to_string())
 }
 
-/// Where this process stands now.
+/// Returns the state of this process now.
 pub fn now() -> Pulse {
     let moved = Duration::from_millis(MOVED.load(Relaxed));
     Pulse {
@@ -154,10 +158,10 @@ pub fn host() -> String {
     gethostname::gethostname().to_string_lossy().into_owned()
 }
 
-/// This process for a message: `rank 3/8 host n12 step 1207 phase reduce#7`; without the step
-/// before the first.
+/// This process in a message: `rank 3/8 host n12 step 1207 phase reduce#7`; without the step before
+/// the first.
 pub fn whereabouts() -> String {
-    let ((rank, world_size), host, now) = (place(), host(), now());
+    let (rank, world_size, host, now) = (rank(), world_size(), host(), now());
     let step = if now.step > 0 { format!(" {now}") } else { String::new() };
     format!("rank {rank}/{world_size} host {host}{step}")
 }

@@ -1,8 +1,8 @@
-//! A family of interchangeable parts is a list; a name in the configuration picks one.
+//! Families of interchangeable implementations; a name in the configuration selects one.
 
-/// Declares a family: `name => Variant(Settings)` a line, behind one trait.
+/// Declares a family behind one trait, with one line `name => Variant(Settings)` for each member.
 ///
-/// The enum derefs to the trait, implements [`Family`](crate::settings::Family), and its default is
+/// The enum derefs to the trait, implements [`Family`](crate::settings::Family), and defaults to
 /// the first member.
 ///
 /// Members without settings of their own are chosen by a word: `name => Variant = value` a line.

@@ -1,20 +1,20 @@
-//! Randomness without state: what is drawn follows from what it is drawn for.
+//! Stateless randomness: numbers are a function of what they are drawn for.
 //!
-//! A [`Key`] names a use (seed, purpose, step, …) and hashes to the 64-bit seed of libtorch's own
-//! generator, so that a draw equals what PyTorch draws after `torch.manual_seed(hash)` and a resume
-//! has nothing to restore. A [`Stream`] says where a batch's draws come from: one generator for the
-//! whole batch, or one for each sample.
+//! A [`Key`] names one use (seed, purpose, step, …) and hashes to the 64-bit seed of libtorch's own
+//! generator. A draw therefore equals what PyTorch draws after `torch.manual_seed(hash)`, and a
+//! resume has no generator state to restore. A [`Stream`] selects the generators of a batch: one
+//! for the whole batch, or one for each sample.
 
 use std::cell::Cell;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tch::{Device, Kind, Tensor};
 
-/// libtorch's CPU generator is global to the process: whoever seeds it holds this lock until the
+/// libtorch's CPU generator is global to the process: code that seeds it holds this lock until its
 /// draws are done.
 static GENERATOR: Mutex<()> = Mutex::new(());
 
-/// What a number is drawn for; part of every key, so that no two uses share a stream.
+/// The use of a random number. It is part of every key, so no two uses share a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
     Initialization = 1,
@@ -25,15 +25,15 @@ pub enum Purpose {
     Test = 6,
 }
 
-/// Names one use of randomness; equal keys give equal numbers, on any rank and in any process.
+/// Identifies one use of randomness. Equal keys give equal numbers, on any rank and in any process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Key {
     pub seed: u64,
     pub purpose: Purpose,
-    /// Optimizer step, epoch, or whatever counts in this purpose.
+    /// Optimizer step, epoch, or another count that the purpose defines.
     pub step: u64,
     pub micro_batch: u64,
-    /// Rank, sample id or hash of a name: whose stream it is.
+    /// Owner of the stream: a rank, a sample id or the hash of a name.
     pub scope: u64,
 }
 
@@ -54,7 +54,7 @@ impl Key {
         Key { scope, ..self }
     }
 
-    /// Scope by name, e.g. of a parameter (FNV-1a, 64 bit).
+    /// Sets the scope to the hash of a name, e.g. of a parameter (FNV-1a, 64 bit).
     pub fn named(self, name: &str) -> Self {
         let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325, |h: u64, b| {
             (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
@@ -62,15 +62,16 @@ impl Key {
         self.scope(hash)
     }
 
-    /// 64 well-mixed bits. Source: SplitMix64's finalizer (Steele et al. 2014), chained over the
-    /// fields.
+    /// Returns 64 well-mixed bits. Source: SplitMix64's finalizer (Steele et al. 2014), chained
+    /// over the fields.
     pub fn hash(&self) -> u64 {
         [self.purpose as u64, self.step, self.micro_batch, self.scope]
             .iter()
             .fold(mix(self.seed), |h, &part| mix(h ^ mix(part)))
     }
 
-    /// Runs `draw` while libtorch's generator is seeded with this key and nobody else may touch it.
+    /// Runs `draw` after seeding libtorch's generator with this key, while no other thread can use
+    /// the generator.
     pub fn seeded<T>(&self, draw: impl FnOnce() -> T) -> T {
         let _held = hold_generator();
         // libtorch reads the bits of the i64 as u64.
@@ -78,13 +79,15 @@ impl Key {
         draw()
     }
 
-    /// Uniform integer below `bound`, the `index`-th of this key. Host only, no tensor.
+    /// Returns draw number `index` of this key as a uniform integer below `bound`. Host only, no
+    /// tensor.
     pub fn below(&self, index: u64, bound: u64) -> u64 {
-        // 64x64 -> 128 bit multiply maps the hash onto the range; the bias is below bound / 2^64.
+        // The 64x64 -> 128 bit multiplication maps the hash onto the range; the bias is below bound
+        // / 2^64.
         ((u128::from(mix(self.hash() ^ mix(index))) * u128::from(bound)) >> 64) as u64
     }
 
-    /// The numbers below `count` in random order (Fisher–Yates). Host only.
+    /// Returns the numbers below `count` in random order (Fisher–Yates). Host only.
     pub fn permutation(&self, count: u64) -> Vec<u64> {
         let mut order: Vec<u64> = (0..count).collect();
         for last in (1..order.len()).rev() {
@@ -93,7 +96,8 @@ impl Key {
         order
     }
 
-    /// Uniform number in `[0, 1)` with 53 random bits. Host only.
+    /// Returns draw number `index` of this key as a uniform number in `[0, 1)` with 53 random bits.
+    /// Host only.
     pub fn unit(&self, index: u64) -> f64 {
         (mix(self.hash() ^ mix(index)) >> 11) as f64 / (1u64 << 53) as f64
     }
@@ -107,25 +111,24 @@ fn mix(value: u64) -> u64 {
 }
 
 fn hold_generator() -> MutexGuard<'static, ()> {
-    // A panic while drawing leaves no broken state behind: the next holder seeds anew.
+    // A panic during a draw leaves no broken state: the next holder seeds the generator anew.
     GENERATOR.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Where the draws of one batch come from.
+/// The source of the draws of one batch.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Stream {
-    /// libtorch's generator after `manual_seed` with just this number, to lay draws beside
-    /// PyTorch's.
+    /// libtorch's generator after `manual_seed` with this number, to compare draws with PyTorch's.
     TorchSeed(i64),
     /// One stream for the whole batch.
     Batch(Key),
-    /// Row `i` from the stream of key `i`, so that a sample's draws do not depend on its
-    /// neighbours.
+    /// Row `i` is drawn from the stream of key `i`, so a sample's draws do not depend on the other
+    /// samples of its batch.
     PerSample(Vec<Key>),
 }
 
 impl Stream {
-    /// Seeds libtorch's generator and keeps it to the caller until the returned draws are dropped.
+    /// Seeds libtorch's generator, and locks it until the returned draws are dropped.
     pub fn open(&self) -> Draws<'_> {
         let held = hold_generator();
         match self {
@@ -138,18 +141,18 @@ impl Stream {
     }
 }
 
-/// Outcome of a coin.
+/// Outcome of a coin toss.
 #[derive(Debug)]
 pub enum Toss {
-    /// For the whole batch.
+    /// One outcome for the whole batch.
     Same(bool),
-    /// Boolean `[B]` on the CPU.
+    /// One outcome for each sample, boolean `[B]` on the CPU.
     Each(Tensor),
 }
 
 impl Toss {
-    /// The outcome of each of `batch` samples, `[batch]` boolean on the CPU.
-    pub fn of_each(self, batch: i64) -> Tensor {
+    /// The outcome for each of `batch` samples, boolean `[batch]` on the CPU.
+    pub fn per_sample(self, batch: i64) -> Tensor {
         match self {
             Toss::Same(outcome) => {
                 Tensor::full([batch], i64::from(outcome), (Kind::Bool, Device::Cpu))
@@ -161,8 +164,8 @@ impl Toss {
 
 /// An opened [`Stream`]: tensor draws whose axis 0 is the batch.
 ///
-/// Each method is one draw; on one stream for the batch it equals PyTorch's call of the same name
-/// on the global CPU generator. Draws are made on the CPU and moved, so that every device sees the
+/// Each method is one draw. With one stream for the batch it equals PyTorch's call of the same name
+/// on the global CPU generator. Draws are made on the CPU and then moved, so every device gets the
 /// same numbers.
 #[derive(Debug)]
 pub struct Draws<'a> {
@@ -191,8 +194,8 @@ impl Draws<'_> {
         })
     }
 
-    /// A toss with the given probability of true: one coin for the whole batch in a batch stream
-    /// (the reference's quirk), one for each sample in per-sample streams.
+    /// Tosses a coin with the given probability of `true`: one for the whole batch in a batch
+    /// stream (the reference's quirk), one for each sample in per-sample streams.
     pub fn coin(&self, probability: f64, batch: i64) -> Toss {
         match self.stream {
             Stream::PerSample(_) => Toss::Each(self.uniform(&[batch]).lt(probability)),
@@ -200,17 +203,17 @@ impl Draws<'_> {
         }
     }
 
-    /// A toss that leaves libtorch's generator alone, as the reference's host draws do: one coin
-    /// for the whole batch in a batch stream, one for each sample in per-sample streams.
+    /// Tosses a coin without libtorch's generator, as the reference's host draws do: one for the
+    /// whole batch in a batch stream, one for each sample in per-sample streams.
     pub fn host_coin(&self, probability: f64) -> Toss {
-        let lands = |key: &Key| key.unit(u64::MAX) < probability;
+        let is_heads = |key: &Key| key.unit(u64::MAX) < probability;
         match self.stream {
             Stream::TorchSeed(seed) => {
-                Toss::Same(lands(&Key::new(*seed as u64, Purpose::FlowMatching)))
+                Toss::Same(is_heads(&Key::new(*seed as u64, Purpose::FlowMatching)))
             }
-            Stream::Batch(key) => Toss::Same(lands(key)),
+            Stream::Batch(key) => Toss::Same(is_heads(key)),
             Stream::PerSample(keys) => {
-                Toss::Each(Tensor::from_slice(&keys.iter().map(lands).collect::<Vec<_>>()))
+                Toss::Each(Tensor::from_slice(&keys.iter().map(is_heads).collect::<Vec<_>>()))
             }
         }
     }
@@ -270,13 +273,13 @@ mod tests {
         let keys: Vec<Key> = (0..2000).map(|id| Key::new(2, Purpose::Test).scope(id)).collect();
         let tossed = |keys: &[Key]| {
             let stream = Stream::PerSample(keys.to_vec());
-            let tosses = stream.open().host_coin(0.25).of_each(keys.len() as i64);
+            let tosses = stream.open().host_coin(0.25).per_sample(keys.len() as i64);
             Vec::<bool>::try_from(tosses).expect("one boolean a sample")
         };
         let together = tossed(&keys);
         let apart: Vec<bool> = keys.chunks(3).flat_map(tossed).collect();
         assert_eq!(together, apart);
-        // Binomial(2000, 0.25): standard deviation 19.4; four of them.
+        // Binomial(2000, 0.25) has a standard deviation of 19.4; the range is four of them.
         let heads = together.iter().filter(|heads| **heads).count();
         assert!((422..=578).contains(&heads), "{heads}");
     }

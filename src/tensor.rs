@@ -1,34 +1,33 @@
-//! The few tensor operations that the bindings leave out.
+//! Tensor operations that the bindings leave out.
 
 use half::bf16;
 use tch::{Kind, Tensor};
 
-/// `sigma` or another per-sample vector as `[B, 1, …, 1]`, ready to broadcast over a tensor of
-/// `rank` axes.
+/// Reshapes `sigma` or another per-sample vector to broadcast over a tensor of `rank` axes.
 ///
 /// # Shapes
-/// `per_sample`: `[B]`. Returns `[B, 1, …]` with `rank` axes.
+/// `per_sample`: `[B]`. Returns `[B, 1, …, 1]` with `rank` axes.
 pub fn broadcast_to_rank(per_sample: &Tensor, rank: usize) -> Tensor {
     let mut shape = vec![1; rank];
     shape[0] = -1;
     per_sample.view(shape.as_slice())
 }
 
-/// A contiguous CPU tensor's bytes, without a copy.
+/// Borrows the bytes of a contiguous CPU tensor, without a copy.
 ///
 /// # Panics
 /// If the tensor is not contiguous on the CPU (a bug in the caller).
 #[allow(unsafe_code)]
 pub fn bytes(tensor: &Tensor) -> &[u8] {
     let Some(length) = length(tensor) else { return &[] };
-    // SAFETY: the storage of a contiguous CPU tensor holds `length` bytes from `data_ptr` on, lives
-    // as long as the borrowed tensor, and nobody writes to it meanwhile: fm-dist mutates tensors
-    // only through the thread that borrows them here.
+    // SAFETY: the storage of a contiguous CPU tensor holds `length` bytes from `data_ptr` on and
+    // lives as long as the borrowed tensor. It is not written meanwhile: fm-dist mutates tensors
+    // only on the thread that borrows them here.
     unsafe { std::slice::from_raw_parts(tensor.data_ptr() as *const u8, length) }
 }
 
-/// As [`bytes`], to be written. Graphs that saved the tensor do not notice, so it is for what no
-/// graph holds.
+/// Does as [`bytes`] for writing. Autograd graphs that saved the tensor do not notice the change,
+/// so no graph may hold it.
 #[allow(unsafe_code)]
 pub fn bytes_mut(tensor: &mut Tensor) -> &mut [u8] {
     let Some(length) = length(tensor) else { return &mut [] };
@@ -36,7 +35,7 @@ pub fn bytes_mut(tensor: &mut Tensor) -> &mut [u8] {
     unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr() as *mut u8, length) }
 }
 
-/// Bytes of a contiguous CPU tensor, if it has any.
+/// Bytes of a contiguous CPU tensor; `None` if it is empty.
 fn length(tensor: &Tensor) -> Option<usize> {
     assert!(
         tensor.device() == tch::Device::Cpu && tensor.is_contiguous(),
@@ -45,13 +44,13 @@ fn length(tensor: &Tensor) -> Option<usize> {
     Some(tensor.numel() * tensor.kind().elt_size_in_bytes()).filter(|length| *length > 0)
 }
 
-/// A kind that loops over elements compute with, in f32.
+/// An element type that loops compute with, in f32.
 pub trait Element: bytemuck::Pod + Send + Sync {
     const KIND: Kind;
 
     fn widened(self) -> f32;
 
-    /// The nearest of the kind, ties to even, as libtorch rounds.
+    /// Rounds to the nearest value of the type, ties to even, as libtorch does.
     fn rounded(number: f32) -> Self;
 }
 
@@ -77,7 +76,7 @@ impl Element for bf16 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 
-    /// Without a branch, so that loops become vectors.
+    /// Written without a branch, so that the compiler vectorizes loops.
     #[inline(always)]
     fn rounded(number: f32) -> Self {
         let bits = number.to_bits();
@@ -86,7 +85,7 @@ impl Element for bf16 {
     }
 }
 
-/// A contiguous CPU tensor's elements.
+/// Borrows the elements of a contiguous CPU tensor.
 ///
 /// # Panics
 /// If the tensor is of another kind, or as for [`bytes`] (a bug in the caller).
@@ -95,7 +94,7 @@ pub fn elements<T: Element>(tensor: &Tensor) -> &[T] {
     bytemuck::cast_slice(bytes(tensor))
 }
 
-/// As [`elements`], to be written as with [`bytes_mut`].
+/// Does as [`elements`] for writing; see [`bytes_mut`].
 pub fn elements_mut<T: Element>(tensor: &mut Tensor) -> &mut [T] {
     assert_eq!(tensor.kind(), T::KIND);
     bytemuck::cast_slice_mut(bytes_mut(tensor))

@@ -1,4 +1,4 @@
-//! Does an adapter, set as it is, prepare what a model takes?
+//! Checks that an adapter with its settings prepares the inputs that a model takes.
 
 use super::AdapterChoice;
 use crate::model::Model;
@@ -11,7 +11,7 @@ pub struct Need {
     pub key: &'static str,
     /// The value as TOML.
     pub value: String,
-    /// The reason, as a sentence without its end.
+    /// The reason, as a sentence without its full stop.
     pub why: String,
 }
 
@@ -22,8 +22,8 @@ impl Need {
 }
 
 impl AdapterChoice {
-    /// Keys and lines that say why the adapter does not fit `model`, and what to set so that it
-    /// does.
+    /// Returns keys and lines that explain why the adapter does not fit `model`, and which values
+    /// would.
     pub fn misfits(&self, model: &Model) -> Vec<(String, String)> {
         if self.name() != model.adapter() {
             return vec![("flow_matching.adapter_type".into(), self.other_than(model))];

@@ -1,4 +1,4 @@
-//! FLUX.1: latents in tokens of 2 x 2 pixels, text, pooled text, guidance.
+//! FLUX.1: latents as tokens of 2 x 2 pixels, text, pooled text, guidance.
 
 use tch::{Device, Kind, Tensor};
 
@@ -17,10 +17,10 @@ use crate::settings::settings;
 
 const NAME: &str = "flux";
 
-/// Either holds the pooled text.
+/// Alternative keys of the pooled text.
 const POOLED_KEYS: [&str; 2] = ["pooled_prompt_embeds", "clip_pooled"];
 
-/// Width of the zeros that stand for pooled text where the batch has none: CLIP-L's.
+/// Width of the zeros that replace missing pooled text: CLIP-L's.
 const POOLED_WIDTH: i64 = 768;
 
 settings! {
@@ -100,7 +100,7 @@ impl ModelAdapter for Flux {
                 context.dropped("text_embeddings", &text, &drop)?,
             )
             .with_constant("pooled_projections", pooled(context, &drop)?)
-            .with_constant("timestep", self.timestep_dtype.of_one(context))
+            .with_constant("timestep", self.timestep_dtype.unit_timesteps(context))
             .with_constant("guidance", guidance(context, self.guidance_scale))
             .with_constant("grid", grid);
         Ok(mask.into_iter().fold(inputs, |inputs, mask| inputs.with_constant("text_mask", mask)))
@@ -110,7 +110,7 @@ impl ModelAdapter for Flux {
         unpacked(output)
     }
 
-    /// Shifted further for more tokens where guidance is embedded (dev), not at all where it is not
+    /// Shifts further for more tokens if guidance is embedded (dev), and not at all otherwise
     /// (schnell).
     fn noise_levels(
         &self,
@@ -128,8 +128,8 @@ impl ModelAdapter for Flux {
     }
 }
 
-/// Which samples' conditions are dropped, `[B]` boolean on the host, each by its own draw; no draw
-/// where none can be.
+/// Marks the samples whose conditions are dropped, `[B]` boolean on the host, each by its own draw;
+/// draws nothing if none can be dropped.
 fn drop(context: &FlowMatchingContext<'_>) -> Tensor {
     let samples = context.noisy_latents.size()[0];
     match context.cfg_dropout_prob {
@@ -138,7 +138,7 @@ fn drop(context: &FlowMatchingContext<'_>) -> Tensor {
     }
 }
 
-/// Pooled text `[B, P]`, zeros where the batch has none.
+/// Returns pooled text `[B, P]`, zeros if the batch has none.
 fn pooled(context: &FlowMatchingContext<'_>, drop: &Tensor) -> Result<Tensor> {
     match POOLED_KEYS.into_iter().find(|key| context.batch.get(key).is_some()) {
         Some(key) => context.dropped(key, &batched(context, key, NAME, 2)?, drop),

@@ -1,4 +1,4 @@
-//! FLUX.2: latents that come in patches already, a token a pixel, text, guidance.
+//! FLUX.2: latents that are already patched, one token for each pixel, text, guidance.
 
 use tch::{Kind, Tensor};
 
@@ -67,7 +67,7 @@ impl ModelAdapter for Flux2 {
         let inputs = Activations::new()
             .with_constant("hidden_states", cut_images(context.noisy_latents, 1))
             .with_constant("encoder_hidden_states", text(context)?)
-            .with_constant("timestep", self.timestep_dtype.of_one(context))
+            .with_constant("timestep", self.timestep_dtype.unit_timesteps(context))
             .with_constant("grid", Tensor::from_slice(&[1, height, width]));
         if self.use_guidance_embeds {
             Ok(inputs.with_constant("guidance", guidance(context, self.guidance_scale)))
@@ -81,7 +81,7 @@ impl ModelAdapter for Flux2 {
         join_images(output.get("prediction"), 1, grid[1], grid[2])
     }
 
-    /// Shifted by what its makers found for the number of tokens and steps.
+    /// Shifts by FLUX.2's fit over the number of tokens and steps.
     fn noise_levels(
         &self,
         latents: &[i64],
@@ -100,7 +100,7 @@ impl ModelAdapter for Flux2 {
     }
 }
 
-/// Text, of which each sample's is dropped by itself.
+/// Returns the text, dropped for each sample by its own draw.
 fn text(context: &FlowMatchingContext<'_>) -> Result<Tensor> {
     let text = text_embeddings(context, NAME)?;
     if context.cfg_dropout_prob <= 0.0 {

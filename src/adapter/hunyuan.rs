@@ -1,4 +1,4 @@
-//! HunyuanVideo 1.5: noisy video with what is known of it, two texts with their masks, an image's
+//! HunyuanVideo 1.5: noisy video with its known frames, two texts with their masks, an image
 //! embedding.
 
 use tch::{Device, Kind, Tensor};
@@ -97,8 +97,8 @@ impl ModelAdapter for Hunyuan {
 
     /// `hidden_states` as the noisy latents `[B, C, F, H, W]`, `condition_latents` `[B, C + 1, F,
     /// H, W]`, `timestep` `[B]` on the scale of the training timesteps, both texts `[B, L, D]` and
-    /// their masks `[B, L]` up to the longest valid one, `image_embeds` `[B, L3, D]`, zeros where a
-    /// sample has none; `counted_frames` `[B, 1, F, 1, 1]` if a frame is left out.
+    /// their masks `[B, L]` up to the longest valid one, `image_embeds` `[B, L3, D]`, zeros for a
+    /// sample without an image; `counted_frames` `[B, 1, F, 1, 1]` if a frame is left out.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
         if context.noisy_latents.dim() != 5 {
             let what = format!(
@@ -113,7 +113,7 @@ impl ModelAdapter for Hunyuan {
         let (glyphs, glyph_mask) = self.trimmed(context, glyphs, "text_mask_2")?;
         let mut inputs = Activations::new()
             .with_constant("hidden_states", context.noisy_latents.shallow_clone())
-            .with_constant("timestep", self.timestep_dtype.of_a_thousand(context))
+            .with_constant("timestep", self.timestep_dtype.training_timesteps(context))
             .with_constant("encoder_hidden_states", text)
             .with_constant("encoder_attention_mask", text_mask)
             .with_constant("encoder_hidden_states_2", glyphs)
@@ -138,12 +138,12 @@ impl ModelAdapter for Hunyuan {
 }
 
 impl Hunyuan {
-    /// A text `[B, L, D]` and its mask without the padding that all samples have at their end;
-    /// padding before a text stays, and is masked.
+    /// Returns a text `[B, L, D]` and its mask without the padding that all samples have at their
+    /// end; padding before a text stays and is masked.
     ///
     /// # Errors
-    /// [`Error::Data`] if the batch has no such mask or it does not fit; no model of the family can
-    /// do without, nor the reference.
+    /// [`Error::Data`] if the batch has no such mask or it does not fit; all models of the family
+    /// require it, and so does the reference.
     fn trimmed(
         &self,
         context: &FlowMatchingContext<'_>,
@@ -152,14 +152,14 @@ impl Hunyuan {
     ) -> Result<(Tensor, Tensor)> {
         let mask = token_mask(context, mask_key, &text, NAME)?;
         let tokens = text.size()[1];
-        // Read from the batch as the loader gave it, on the host: no device is waited for.
+        // Read from the loader's batch on the host, which avoids a device synchronization.
         let stored = context.batch.get(mask_key).expect("just found");
         let length = self.longest(stored, context.dtype).clamp(1, tokens.max(1)).min(tokens);
         Ok((text.narrow(1, 0, length), mask.narrow(1, 0, length)))
     }
 
-    /// Number of tokens up to the last valid one of any sample; of right-padded texts, the valid
-    /// tokens of the longest.
+    /// Returns the number of tokens up to the last valid one of any sample; for right-padded texts,
+    /// the valid tokens of the longest.
     fn longest(&self, mask: &Tensor, dtype: Kind) -> i64 {
         let tokens = mask.size().last().copied().unwrap_or_default();
         if mask.numel() == 0 {
@@ -172,8 +172,8 @@ impl Hunyuan {
         counted.double_value(&[]) as i64
     }
 
-    /// The batch's image embeddings for its image-to-video samples, zeros for the others, which
-    /// models take for none.
+    /// Returns the batch's image embeddings for its image-to-video samples, and zeros for the
+    /// others, which models take for no image.
     fn image_embeds(&self, context: &FlowMatchingContext<'_>) -> Result<Tensor> {
         if context.batch.get("image_embeds").is_none() {
             let [tokens, features] = self.default_image_embed_shape;
@@ -185,11 +185,12 @@ impl Hunyuan {
     }
 }
 
-/// What is known of the clean latents, and where: the first frame of image-to-video samples.
+/// Returns the known part of the clean latents with a mask of it: the first frame of image-to-video
+/// samples.
 ///
 /// # Shapes
-/// Returns `[B, C + 1, F, H, W]` in the compute kind: the known latents, then 1 where they are
-/// known; zeros elsewhere.
+/// Returns `[B, C + 1, F, H, W]` in the compute kind: the known latents, then a channel of 1 where
+/// they are known; zeros elsewhere.
 fn condition_latents(context: &FlowMatchingContext<'_>) -> Tensor {
     let first = context.latents.narrow(2, 0, 1);
     let known = Tensor::cat(&[&first, &first.narrow(1, 0, 1).ones_like()], 1);
@@ -199,7 +200,7 @@ fn condition_latents(context: &FlowMatchingContext<'_>) -> Tensor {
     known.constant_pad_nd([0i64, 0, 0, 0, 0, later])
 }
 
-/// `[B, 1, F, 1, 1]` boolean: every frame but the known ones.
+/// Returns `[B, 1, F, 1, 1]` boolean: every frame but the known ones.
 fn counted_frames(context: &FlowMatchingContext<'_>) -> Tensor {
     let frames = context.latents.size()[2];
     let first =
@@ -259,8 +260,9 @@ mod tests {
     #[test]
     fn a_sample_of_a_mixed_batch_is_what_it_is_in_a_batch_of_its_task() {
         let tasks = [true, false, false, true, true, false, true, false];
-        let of = |tasks: &[bool; SIZE as usize]| inputs(&adapter(), &batch(), tasks).unwrap();
-        let (mixed, all, none) = (of(&tasks), of(&[true; 8]), of(&[false; 8]));
+        let inputs_of =
+            |tasks: &[bool; SIZE as usize]| inputs(&adapter(), &batch(), tasks).unwrap();
+        let (mixed, all, none) = (inputs_of(&tasks), inputs_of(&[true; 8]), inputs_of(&[false; 8]));
         for name in mixed.names() {
             for (sample, image_to_video) in tasks.iter().enumerate() {
                 let uniform = if *image_to_video { &all } else { &none };

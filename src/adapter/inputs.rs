@@ -1,4 +1,4 @@
-//! What several adapters make of a batch in the same way.
+//! Preparation of inputs that several adapters share.
 
 use tch::{Kind, Tensor};
 
@@ -19,17 +19,17 @@ choice! {
 }
 
 impl TimestepDtype {
-    /// Timesteps `[B]` in `[0, 1]`. The compute kind divides by 1000 as the reference does,
+    /// Returns timesteps `[B]` in `[0, 1]`. The compute kind divides by 1000 as the reference does,
     /// whatever the number of training timesteps.
-    pub fn of_one(self, context: &FlowMatchingContext<'_>) -> Tensor {
+    pub fn unit_timesteps(self, context: &FlowMatchingContext<'_>) -> Tensor {
         match self {
             TimestepDtype::Compute => context.timesteps.to_kind(context.dtype) / 1000.0,
             TimestepDtype::Float32 => context.sigma.shallow_clone(),
         }
     }
 
-    /// Timesteps `[B]` on the scale of the training timesteps.
-    pub fn of_a_thousand(self, context: &FlowMatchingContext<'_>) -> Tensor {
+    /// Returns timesteps `[B]` on the scale of the training timesteps.
+    pub fn training_timesteps(self, context: &FlowMatchingContext<'_>) -> Tensor {
         match self {
             TimestepDtype::Compute => context.timesteps.to_kind(context.dtype),
             TimestepDtype::Float32 => context.timesteps.shallow_clone(),
@@ -37,23 +37,23 @@ impl TimestepDtype {
     }
 }
 
-/// The text that every family reads.
+/// Returns the key of the text, which every family reads.
 pub(super) fn text_key() -> BatchKey {
     BatchKey::required(Role::Condition, &["text_embeddings"], &[&["L", "D"]])
 }
 
-/// The mask of its tokens.
+/// Returns the key of the text's token mask.
 pub(super) fn text_mask_key() -> BatchKey {
     BatchKey::required(Role::TokenMask, &["text_mask"], &[&["L"]])
 }
 
-/// `text_embeddings` `[B, L, D]` in the compute kind.
+/// Returns `text_embeddings` `[B, L, D]` in the compute kind.
 pub(super) fn text_embeddings(context: &FlowMatchingContext<'_>, adapter: &str) -> Result<Tensor> {
     batched(context, "text_embeddings", adapter, 3)
 }
 
-/// A condition of the batch in the compute kind, with `rank` axes, the first of them the latents'
-/// samples.
+/// Returns a condition of the batch in the compute kind, with `rank` axes, the first of which
+/// matches the latents' samples.
 pub(super) fn batched(
     context: &FlowMatchingContext<'_>,
     key: &str,
@@ -72,11 +72,11 @@ pub(super) fn batched(
     Ok(found.to_kind(context.dtype))
 }
 
-/// The mask `[B, L]` of the tokens of `text` `[B, L, D]` in the compute kind: 1 where a token
-/// counts, 0 where it is padding.
+/// Returns the mask `[B, L]` of the tokens of `text` `[B, L, D]` in the compute kind: 1 for a valid
+/// token, 0 for padding.
 ///
 /// # Errors
-/// [`Error::Data`] if the batch lacks it, it does not cover the text, or it holds other numbers, as
+/// [`Error::Data`] if the batch lacks it, it does not cover the text, or it has other numbers, as
 /// additive masks do.
 pub(super) fn token_mask(
     context: &FlowMatchingContext<'_>,
@@ -94,7 +94,7 @@ pub(super) fn token_mask(
         );
         return Err(Error::data("batch", what));
     }
-    // Read as the loader gave it, on the host: no device is waited for.
+    // Read from the loader's batch on the host, which avoids a device synchronization.
     let stored = context.batch.get(key).expect("just found").reshape([mask.size()[0], -1]);
     let other = stored.ne(0).logical_and(&stored.ne(1)).to_kind(Kind::Int64);
     if other.any().int64_value(&[]) == 0 {
@@ -110,8 +110,8 @@ pub(super) fn token_mask(
     Err(Error::data("batch", what))
 }
 
-/// `text_mask` `[B, L]` of `text` `[B, L, D]`, for samples whose text is dropped as `drop` `[B]`
-/// says.
+/// Returns `text_mask` `[B, L]` of `text` `[B, L, D]`; `drop` `[B]` marks the samples whose text is
+/// dropped.
 pub(super) fn text_mask(
     context: &FlowMatchingContext<'_>,
     text: &Tensor,
@@ -121,11 +121,11 @@ pub(super) fn text_mask(
     context.dropped_mask("text_mask", &token_mask(context, "text_mask", text, adapter)?, drop)
 }
 
-/// Noisy images `[B, C, H, W]` as tokens of 2 x 2 pixels `[B, H/2 · W/2, 4·C]`, and their `grid`,
-/// `[3]` int64 on the host.
+/// Returns noisy images `[B, C, H, W]` as tokens of 2 x 2 pixels `[B, H/2 · W/2, 4·C]`, and their
+/// `grid`, `[3]` int64 on the host.
 ///
 /// # Errors
-/// [`Error::Data`] if they are no images or have odd sides.
+/// [`Error::Data`] if they are not images or have odd sides.
 pub(super) fn packed(context: &FlowMatchingContext<'_>, adapter: &str) -> Result<(Tensor, Tensor)> {
     let [height, width] = sides(context, adapter)?;
     if height % 2 != 0 || width % 2 != 0 {
@@ -139,10 +139,10 @@ pub(super) fn packed(context: &FlowMatchingContext<'_>, adapter: &str) -> Result
     Ok((cut_images(context.noisy_latents, 2), Tensor::from_slice(&[1, height / 2, width / 2])))
 }
 
-/// Height and width of images.
+/// Returns height and width of images.
 ///
 /// # Errors
-/// [`Error::Data`] if the latents are no images.
+/// [`Error::Data`] if the latents are not images.
 pub(super) fn sides(context: &FlowMatchingContext<'_>, adapter: &str) -> Result<[i64; 2]> {
     match context.noisy_latents.size().as_slice() {
         &[_, _, height, width] => Ok([height, width]),
@@ -153,13 +153,13 @@ pub(super) fn sides(context: &FlowMatchingContext<'_>, adapter: &str) -> Result<
     }
 }
 
-/// Predicted tokens of 2 x 2 pixels as images again.
+/// Converts predicted tokens of 2 x 2 pixels back to images.
 pub(super) fn unpacked(output: &Activations) -> Tensor {
     let grid = Vec::<i64>::try_from(output.get("grid")).expect("grid: integers");
     join_images(output.get("prediction"), 2, 2 * grid[1], 2 * grid[2])
 }
 
-/// The guidance scale that each sample's model is told, `[B]` f32: `own` in training, the context's
+/// Returns each sample's guidance scale for the model, `[B]` f32: `own` in training, the context's
 /// in generation.
 pub(super) fn guidance(context: &FlowMatchingContext<'_>, own: f64) -> Tensor {
     let scale = context.guidance_scale.unwrap_or(own);

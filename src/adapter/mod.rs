@@ -1,4 +1,5 @@
-//! One adapter a model family: batch to model inputs, model outputs to prediction.
+//! One adapter for each model family: converts batches to model inputs, and model outputs to
+//! predictions.
 
 mod fit;
 mod flux;
@@ -24,12 +25,12 @@ use crate::model::Model;
 use crate::registry::registry;
 use crate::settings::{self, Family};
 
-/// An adapter's settings, which build it.
+/// An adapter's settings, from which it is built.
 pub trait AdapterSettings {
     fn build(&self) -> Box<dyn ModelAdapter>;
 
-    /// Settings that must have another value for `model`, which is of a family that the adapter is
-    /// made for.
+    /// Returns settings that must have another value for `model`, which is of a family that the
+    /// adapter supports.
     fn needs(&self, _model: &Model) -> Vec<Need> {
         Vec::new()
     }
@@ -47,14 +48,14 @@ registry! {
     }
 }
 
-/// Arguments of an adapter by name, as in `[flow_matching.adapter]`; those that are left out have
-/// their defaults.
+/// Arguments of an adapter by name, as in `[flow_matching.adapter]`; missing ones have their
+/// defaults.
 pub type Arguments = serde_json::Map<String, serde_json::Value>;
 
-/// The adapter of that name with these arguments.
+/// Builds the adapter of this name with these arguments.
 ///
 /// # Errors
-/// [`Error::Config`] naming the available adapters, or every argument that is unknown or unfit.
+/// [`Error::Config`] naming the available adapters, or every argument that is unknown or invalid.
 pub fn create_adapter(adapter_type: &str, arguments: &Arguments) -> Result<Box<dyn ModelAdapter>> {
     let unknown = || {
         Error::config(
@@ -71,7 +72,7 @@ pub fn create_adapter(adapter_type: &str, arguments: &Arguments) -> Result<Box<d
     Ok(choice.build())
 }
 
-/// A pipeline with the adapter of that name.
+/// Builds a pipeline with the adapter of this name.
 ///
 /// # Errors
 /// As [`create_adapter`].

@@ -1,4 +1,4 @@
-//! Qwen-Image: latents in tokens of 2 x 2 pixels, text.
+//! Qwen-Image: latents as tokens of 2 x 2 pixels, text.
 
 use tch::Tensor;
 
@@ -72,7 +72,7 @@ impl ModelAdapter for QwenImage {
         let inputs = Activations::new()
             .with_constant("hidden_states", tokens)
             .with_constant("encoder_hidden_states", text)
-            .with_constant("timestep", self.timestep_dtype.of_one(context))
+            .with_constant("timestep", self.timestep_dtype.unit_timesteps(context))
             .with_constant("grid", grid);
         let further = [("guidance", guidance), ("text_mask", mask)].into_iter();
         Ok(further
@@ -84,7 +84,7 @@ impl ModelAdapter for QwenImage {
         unpacked(output)
     }
 
-    /// Shifted further for more tokens; the last level before data is 0.02.
+    /// Shifts further for more tokens; the last level before data is 0.02.
     fn noise_levels(
         &self,
         latents: &[i64],
@@ -100,8 +100,8 @@ impl ModelAdapter for QwenImage {
     }
 }
 
-/// The samples whose text is dropped, `[B]` boolean on the host: all or none by one coin, or each
-/// by its own where draws are keyed by sample. The coin is tossed whatever the probability.
+/// Marks the samples whose text is dropped, `[B]` boolean on the host: all or none by one draw, or
+/// each by its own if draws are keyed by sample. It draws whatever the probability is.
 fn drop(context: &FlowMatchingContext<'_>) -> Tensor {
-    context.draws.host_coin(context.cfg_dropout_prob).of_each(context.noisy_latents.size()[0])
+    context.draws.host_coin(context.cfg_dropout_prob).per_sample(context.noisy_latents.size()[0])
 }

@@ -1,4 +1,4 @@
-//! Latents, timestep and text as they are: Wan, and every model that takes these three.
+//! Latents, timestep and text without conversion: for Wan, and every model that takes these three.
 
 use tch::Tensor;
 
@@ -56,7 +56,7 @@ impl ModelAdapter for Simple {
         NAME
     }
 
-    /// Only the text is a condition: the image stays known where guidance leaves the prompt out.
+    /// Only the text is a condition: the image stays known when guidance drops the prompt.
     fn keys(&self) -> Vec<BatchKey> {
         let latents = BatchKey::required(
             Role::Fixed,
@@ -91,7 +91,7 @@ impl ModelAdapter for Simple {
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
         let inputs = Activations::new()
             .with_constant("hidden_states", context.noisy_latents.shallow_clone())
-            .with_constant("timestep", self.timestep_dtype.of_a_thousand(context))
+            .with_constant("timestep", self.timestep_dtype.training_timesteps(context))
             .with_constant("encoder_hidden_states", text_embeddings(context, NAME)?);
         if !self.image_conditioning {
             return Ok(inputs);
@@ -107,8 +107,8 @@ impl ModelAdapter for Simple {
         output.get("prediction").shallow_clone()
     }
 
-    /// Videos as Wan's pipeline generates them, down to the smallest timestep that training knows;
-    /// images evenly.
+    /// Returns for videos the levels of Wan's pipeline, down to the smallest timestep of training;
+    /// for images even levels.
     fn noise_levels(
         &self,
         latents: &[i64],
@@ -122,7 +122,7 @@ impl ModelAdapter for Simple {
     }
 }
 
-/// `condition_latents` `[B, Cc, F, H, W]` in the compute kind.
+/// Returns `condition_latents` `[B, Cc, F, H, W]` in the compute kind.
 fn condition_latents(context: &FlowMatchingContext<'_>) -> Result<Tensor> {
     let latents = context.noisy_latents.size();
     let condition = batched(context, "condition_latents", NAME, latents.len())?;
@@ -136,8 +136,8 @@ fn condition_latents(context: &FlowMatchingContext<'_>) -> Result<Tensor> {
     Ok(condition)
 }
 
-/// `image_embeds` `[B, Li, Di]` in the compute kind; several images of a sample may also stand in
-/// rows of their own, one after another.
+/// Returns `image_embeds` `[B, Li, Di]` in the compute kind; several images of a sample may also be
+/// given as consecutive rows.
 fn image_embeds(context: &FlowMatchingContext<'_>) -> Result<Option<Tensor>> {
     let Some(found) = context.batch.get("image_embeds") else { return Ok(None) };
     let (size, samples) = (found.size(), context.noisy_latents.size()[0]);
@@ -165,7 +165,8 @@ mod tests {
     const CONDITIONED: Simple =
         Simple { image_conditioning: true, timestep_dtype: TimestepDtype::Compute };
 
-    /// What `adapter` makes of two noisy videos of 4 channels and 3 x 2 x 6, in bfloat16.
+    /// Returns the inputs that `adapter` prepares from two noisy videos of 4 channels and 3 x 2 x
+    /// 6, in bfloat16.
     fn prepared(adapter: &Simple, sizes: &[(&str, &[i64])]) -> Result<Activations> {
         let tensor = |size: &[i64]| {
             Tensor::arange(size.iter().product::<i64>(), (Kind::Float, Device::Cpu)).reshape(size)

@@ -1,4 +1,4 @@
-//! Where a rank computes, and what carries its tensors to the others.
+//! A rank's device, and the communicator that carries the device's tensors.
 
 use tch::{Cuda, Device};
 
@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::ops;
 use crate::parallel::{Backend, DeviceChoice};
 
-/// A rank's device, with NCCL on top of the launcher's world where that cannot carry the device's
+/// A rank's device, with an NCCL communicator if the launcher's world cannot carry the device's
 /// tensors.
 pub struct RankDevice {
     pub device: Device,
@@ -32,15 +32,15 @@ impl RankDevice {
         };
         let (watchdog, usual) = (&config.watchdog, Limits::default());
         let limits = Limits {
-            init: watchdog.meeting_patience(),
-            operation: watchdog.operation_patience(),
+            init: watchdog.connect_timeout(),
+            operation: watchdog.operation_timeout(),
             ..usual
         };
         let nccl = by_nccl.then(|| Nccl::connect(world, device, limits)).transpose()?;
         Ok(RankDevice { device, nccl })
     }
 
-    /// What carries tensors of the device.
+    /// Returns the communicator for tensors of the device.
     pub fn collective<'p>(&'p self, world: &'p dyn Collective) -> &'p dyn Collective {
         self.nccl.as_ref().map_or(world, |nccl| nccl)
     }
@@ -51,8 +51,8 @@ impl RankDevice {
     }
 }
 
-/// The GPU of this rank's number within its node, or the CPU. From here on operations are computed
-/// by the configured kernels.
+/// Returns the GPU with this rank's index in its node, or the CPU, and makes operations use the
+/// configured kernels.
 ///
 /// # Errors
 /// As [`RankDevice::open`]; [`Error::Environment`] if a single pass on the GPU computes anything

@@ -1,5 +1,5 @@
-//! From the configuration to what computes: a rank's device and communicator, its part of a batch,
-//! its replica, its pipeline.
+//! Builds the computing parts from the configuration: a rank's device and communicator, its share
+//! of a batch, its replica, its pipeline.
 
 pub mod device;
 
@@ -14,7 +14,7 @@ use crate::parallel::{Devices, Replica, Sharing};
 use crate::rng::{Key, Purpose};
 use crate::run::pretrained;
 
-/// This rank's part of the global batch.
+/// Returns this rank's share of the global batch.
 pub fn share_of(config: &RunConfig, collective: &dyn Collective) -> Result<Share> {
     Ok(Share {
         rank: collective.rank(),
@@ -25,13 +25,13 @@ pub fn share_of(config: &RunConfig, collective: &dyn Collective) -> Result<Share
     })
 }
 
-/// The devices of a rank that computes on `device`.
+/// Returns the devices of a rank that computes on `device`.
 pub fn devices(config: &RunConfig, device: Device) -> Devices {
     let offloads = config.parallel.offload.optimizer();
     Devices { compute: device, home: if offloads { Device::Cpu } else { device } }
 }
 
-/// The configured model with all parameters zero, to be filled from a checkpoint.
+/// Builds the configured model with all parameters zero, to be filled from a checkpoint.
 pub fn empty_replica<'c>(
     config: &RunConfig,
     device: Device,
@@ -40,8 +40,8 @@ pub fn empty_replica<'c>(
     replica(config, device, sharing, None)
 }
 
-/// The configured model as a run begins with it: pretrained, or with parameters that follow from
-/// the seed alone.
+/// Builds the configured model with its initial parameters: pretrained, or following from the seed
+/// alone.
 ///
 /// # Ordering
 /// Every rank calls it.

@@ -15,25 +15,24 @@ use crate::plan::{self, CheckRequest, Cluster, ScalingRequest};
 pub struct CheckArgs {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Number of ranks to plan for; with --cluster also the powers of two from one to another, as
-    /// in 8..4096
+    /// Number of ranks to plan for; with --cluster also a range of powers of two, as in 8..4096
     #[arg(long, value_name = "N|FROM..TO", default_value = "1", value_parser = parse_world)]
     world: WorldSizes,
-    /// Also predict a step and its communication on this cluster, with as many micro-batches a rank
-    /// at each number of ranks
+    /// Also predict the time of a step and its communication on this cluster, with the same number
+    /// of micro-batches for each rank at every number of ranks
     #[arg(long, value_name = "NAME")]
     cluster: Option<String>,
-    /// Constants of clusters instead of those that are built in
+    /// Constants of clusters to use instead of the built-in ones
     #[arg(long, value_name = "FILE.toml", requires = "cluster")]
     clusters: Option<PathBuf>,
-    /// Latents to plan for without opening the data
+    /// Shape of latents to plan for without opening the data
     #[arg(long, value_name = "C,[F,]H,W", value_parser = parse_shape, conflicts_with = "verify_data")]
     latents: Option<Shape>,
-    /// Tokens of a prompt, with --latents
+    /// Number of tokens of a prompt, with --latents
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(i64).range(0..))]
     text_tokens: i64,
-    /// Also read all data, compare them with the hashes in dataset.json and look for numbers that
-    /// are not finite
+    /// Also read all data, compare them with the hashes in dataset.json, and search them for
+    /// numbers that are not finite
     #[arg(long)]
     verify_data: bool,
 }

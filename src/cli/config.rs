@@ -10,10 +10,10 @@ use crate::error::Result;
 
 #[derive(Args, Debug)]
 pub struct ConfigArgs {
-    /// Configuration file (TOML); the embedded digits without one
+    /// Configuration file (TOML); the embedded digits if unset
     #[arg(short, long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Overrides one key; may be given again
+    /// Override one key; repeatable
     #[arg(long = "set", value_name = "KEY.PATH=VALUE")]
     overrides: Vec<String>,
 }

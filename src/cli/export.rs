@@ -15,13 +15,13 @@ pub struct ExportArgs {
     /// Run folder, or one of its checkpoints
     #[arg(long, value_name = "DIR")]
     run: PathBuf,
-    /// Folder to make; `from_pretrained` reads it
+    /// Folder to create, in the format of `from_pretrained`
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Largest file of tensors
+    /// Maximum size of a file of tensors
     #[arg(long, value_name = "SIZE", default_value = "10GB")]
     max_shard_size: ByteSize,
-    /// Kind of the tensors, float32 or bfloat16; the run's own without it
+    /// Kind of the tensors, float32 or bfloat16; the run's own if unset
     #[arg(long, value_name = "KIND", value_parser = parse_dtype)]
     dtype: Option<Dtype>,
 }

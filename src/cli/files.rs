@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::error::{Error, Result};
 use crate::files::contents::{Format, HEAD_BYTES, recognized};
 
-/// A TOML file that the `flag` names.
+/// Reads a TOML file that `flag` names.
 pub fn read_text(path: &Path, flag: &str) -> Result<String> {
     let refused = |what: String| Error::config(flag, format!("{} {what}", path.display()));
     if path.is_dir() {
@@ -20,7 +20,7 @@ pub fn read_text(path: &Path, flag: &str) -> Result<String> {
     }
 }
 
-/// Writes to standard output; a reader that has gone away is no error.
+/// Writes to standard output; a reader that has closed the pipe is no error.
 pub fn say(text: &str) -> Result<i32> {
     match io::stdout().lock().write_all(text.as_bytes()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {

@@ -1,4 +1,4 @@
-//! Typed text to a command, and what each command calls.
+//! Parses the command line and calls the commands.
 //!
 //! A command is a file here, with its arguments and what it does with them, and a line of
 //! `commands!`.
@@ -18,10 +18,10 @@ use clap::{Parser, Subcommand};
 
 use crate::error::Result;
 
-/// Trains diffusion transformers by flow matching, one process a GPU.
+/// Trains diffusion transformers by flow matching, one process for each GPU.
 ///
-/// `mpirun -n 8 fm-dist`, or plain `fm-dist` for one process. Without a file the embedded default
-/// configuration runs, which learns to draw handwritten digits in about two minutes.
+/// `mpirun -n 8 fm-dist`, or plain `fm-dist` for one process. Without a file it runs the embedded
+/// default configuration, which learns to draw handwritten digits in about two minutes.
 #[derive(Debug, Parser)]
 #[command(version, args_conflicts_with_subcommands = true, help_expected = true)]
 pub struct Cli {
@@ -54,21 +54,20 @@ commands! {
     Export(export::ExportArgs),
     /// Run one flow-matching step and write every number of it
     Step(step::StepArgs),
-    /// Say what a configuration would do, without doing it
+    /// Show the plan of a configuration without running it
     Check(check::CheckArgs),
     /// List the runs of an output_dir, their newest checkpoints, and which of them are finished
     Runs(runs::RunsArgs),
-    /// Say what this machine has and what is missing
+    /// Show which requirements this machine meets and which it lacks
     Doctor(doctor::DoctorArgs),
-    /// Print the resolved configuration, one comment line a key
+    /// Print the resolved configuration, with one comment line for each key
     Config(config::ConfigArgs),
 }
 
 impl Cli {
-    /// Does what was typed. Returns the exit code of a command that has something to say by it.
+    /// Runs the parsed command. Returns its exit code.
     ///
-    /// # Errors
-    /// The command's own.
+    /// # Errors The command's own.
     pub fn run(self) -> Result<i32> {
         self.command.unwrap_or(Command::Train(self.train)).run()
     }

@@ -13,32 +13,33 @@ pub struct SampleArgs {
     /// Run folder, or one of its checkpoints
     #[arg(long, value_name = "DIR")]
     run: PathBuf,
-    /// File to write: .png for a labelled grid, .safetensors for the numbers; may be given again
+    /// File to write: .png for a labelled grid, .safetensors for the numbers; repeatable
     #[arg(long, value_name = "FILE", required = true)]
     out: Vec<PathBuf>,
     /// Conditions to generate from instead of the dataset's: tensors [N, …] under the adapter's
-    /// keys, perhaps `negative.` ones and the `noise` to start from; `data_type` and `task_type` in
+    /// keys, optionally `negative.` ones and the initial `noise`; `data_type` and `task_type` in
     /// the metadata
     #[arg(long, value_name = "FILE.safetensors")]
     conditions: Option<PathBuf>,
-    /// Shape of one sample's latents where no `noise` has it; that of the dataset's first
-    /// resolution group without it
+    /// Shape of one sample's latents without a given `noise`; that of the dataset's first
+    /// resolution group if unset
     #[arg(long, value_name = "C,[F,]H,W", value_parser = parse_shape)]
     shape: Option<Shape>,
     /// Euler steps from noise to data
     #[arg(long, value_parser = clap::value_parser!(i64).range(1..))]
     steps: Option<i64>,
-    /// Classifier-free guidance (1 is none), or what a model that embeds its guidance is fed; 0 is
-    /// the family's own
+    /// Scale of classifier-free guidance (1 disables it), or the guidance input of a model that
+    /// embeds it; 0 selects the family's own
     #[arg(long, value_parser = parse_scale)]
     guidance: Option<f64>,
-    /// Classifier-free guidance away from negative conditions, on top of an embedded one
+    /// Scale of classifier-free guidance from negative conditions, in addition to an embedded
+    /// guidance
     #[arg(long, value_parser = parse_scale)]
     true_cfg_scale: Option<f64>,
-    /// Constant shift of the noise levels; 0 is the family's own way
+    /// Constant shift of the noise levels; 0 selects the family's own rule
     #[arg(long, value_parser = parse_scale)]
     shift: Option<f64>,
-    /// Samples for each condition; one of a file's unless this is given
+    /// Number of samples for each condition; one for each condition of a file if unset
     #[arg(long, value_parser = clap::value_parser!(i64).range(1..))]
     per_condition: Option<i64>,
     /// Seed of the noise

@@ -12,19 +12,19 @@ use crate::error::Result;
 pub struct StepArgs {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Batch under the reference's keys, `data_type` in the metadata
+    /// Batch under the reference's keys, with `data_type` in the metadata
     #[arg(long, value_name = "B.safetensors")]
     batch: PathBuf,
-    /// Where the numbers go
+    /// File to write
     #[arg(long, value_name = "OUT.safetensors")]
     dump: PathBuf,
-    /// Parameters of this run or checkpoint folder instead of those that a run begins with
+    /// Run or checkpoint folder with the parameters; the initial parameters of a run if unset
     #[arg(long, value_name = "DIR")]
     weights: Option<PathBuf>,
-    /// What `torch.manual_seed` gets on the other side; the configured seed without it
+    /// Seed given to `torch.manual_seed` in the other implementation; the configured seed if unset
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     torch_seed: Option<i64>,
-    /// Also gradients of the average weighted loss, as `grad.<parameter>`
+    /// Also write the gradients of the average weighted loss, as `grad.<parameter>`
     #[arg(long)]
     grads: bool,
 }

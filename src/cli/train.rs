@@ -19,22 +19,23 @@ use crate::watchdog::Watchdog;
 pub struct TrainArgs {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Begin anew (never), go on from the newest checkpoint that verifies (latest), do so if there
-    /// is any and else begin anew (auto), or go on from this run or checkpoint folder
+    /// Start a new run (never), resume from the newest checkpoint that verifies (latest), resume if
+    /// there is one and start a new run otherwise (auto), or resume from this run or checkpoint
+    /// folder
     #[arg(long, value_name = "never|latest|auto|DIR", default_value = "never")]
     resume: Resume,
-    /// What connects the processes: MPI under a launcher (auto), MPI (mpi), or TCP where no MPI can
-    /// be started (tcp). No key of the configuration, because the world must exist before rank 0's
-    /// configuration can travel
+    /// Connection of the processes: MPI under a launcher (auto), MPI (mpi), or TCP where MPI cannot
+    /// start (tcp). Not a key of the configuration, because the world must exist before rank 0 can
+    /// send its configuration
     #[arg(long, value_name = "auto|mpi|tcp", default_value = "auto")]
     launch: Launch,
-    /// Go on from a checkpoint though the data are others than those it was trained on
+    /// Resume from a checkpoint even if the data differ from those it was trained on
     #[arg(long)]
     allow_data_change: bool,
-    /// One process, detailed logs each step, every stage searched for non-finite values
+    /// One process, detailed logs at each step, and a search of every stage for non-finite values
     #[arg(long)]
     debug: bool,
-    /// Save and stop after this time, e.g. 55m, with exit code 10; `--resume latest` goes on
+    /// Save and stop after this time, e.g. 55m, with exit code 10; `--resume latest` continues
     #[arg(long, value_name = "TIME", value_parser = parse_moment)]
     stop_after: Option<Instant>,
 }
@@ -43,16 +44,16 @@ impl TrainArgs {
     /// Does what was typed; returns the exit code.
     pub fn run(self) -> Result<i32> {
         let stop = StopFlag::on_signals()?;
-        // Read by every rank: what guards the start must hold before the ranks can talk to one
-        // another.
+        // Read by every rank: settings that protect the start-up must apply before ranks can
+        // communicate.
         let config = self.config.read();
         let known = config.as_ref().ok();
         known.and_then(|config| config.debug.inject_fault.clone()).into_iter().for_each(fault::arm);
         let limits = known.map(|config| config.watchdog.clone()).unwrap_or_default();
-        let patience = limits.meeting_patience();
+        let timeout = limits.connect_timeout();
         let watchdog = Watchdog::start(limits)?;
         pulse::enter(Phase::Connect);
-        let world = collective::connect(self.launch, patience)?;
+        let world = collective::connect(self.launch, timeout)?;
         let warning = train::begin(&watchdog, world.as_ref())?;
         let options = TrainOptions {
             resume: self.resume,
@@ -64,10 +65,10 @@ impl TrainArgs {
         };
         let config = match train::share_config(config, &options, world.as_ref()) {
             Ok(config) => config,
-            // Every rank knows of it, so that all can leave in good order.
+            // Every rank has the error, so that all can finish in good order.
             Err(error) => return collective::finish_with(error, world),
         };
-        watchdog.follow(config.watchdog.clone());
+        watchdog.configure(config.watchdog.clone());
         let (_, ending) = train::train(&config, &options, world.as_ref())?;
         collective::finish(world)?;
         Ok(if ending == Ending::Stopped { STOPPED } else { 0 })

@@ -1,12 +1,11 @@
-//! Values of arguments, read from what was typed.
+//! Parses the values of arguments.
 
 use std::time::Instant;
 
 use crate::model::Dtype;
 use crate::settings::Choice;
 
-/// Sizes of the axes, a type of its own because clap takes a bare `Vec` for an argument given
-/// several times.
+/// Sizes of axes; a type of its own, because clap takes a bare `Vec` for a repeated argument.
 #[derive(Clone, Debug)]
 pub struct Shape(pub Vec<i64>);
 
@@ -43,7 +42,7 @@ pub fn parse_world(text: &str) -> Result<WorldSizes, String> {
     Ok(WorldSizes((from.ilog2()..=to.ilog2()).map(|power| 1 << power).collect()))
 }
 
-/// The moment that lies so far ahead.
+/// Returns the moment after this duration from now.
 pub fn parse_moment(text: &str) -> Result<Instant, String> {
     let time = humantime::parse_duration(text)
         .map_err(|error| format!("{error}; expected a time like 55m or 1h 30m"))?;

@@ -1,4 +1,4 @@
-//! What one rank could not do, no rank pretends to have done.
+//! Agreement on success: if one rank failed, every rank learns of it before any goes on.
 
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -7,18 +7,18 @@ use crate::collective::{Collective, gather_texts};
 use crate::error::{Error, Result};
 use crate::pulse;
 
-/// How a rank fared, as the others see it.
+/// The result of one rank, as it is sent to the others.
 #[derive(Deserialize, Serialize)]
 enum Outcome {
     Done(String),
     Failed { code: i32, what: String },
 }
 
-/// Every rank's text in rank order, if all succeeded.
+/// Returns every rank's text in rank order if all ranks succeeded.
 ///
 /// # Errors
-/// The first rank that failed gets its own error, to say it; every other rank [`Error::Peer`] with
-/// that one's code, whether it failed as well or not.
+/// The first rank that failed gets its own error, to print it. Every other rank, also one that
+/// failed too, gets [`Error::Peer`] with that rank's exit code.
 pub fn agree(own: Result<String>, collective: &dyn Collective) -> Result<Vec<String>> {
     let outcome = match &own {
         Ok(text) => Outcome::Done(text.clone()),
@@ -49,7 +49,8 @@ pub fn agree(own: Result<String>, collective: &dyn Collective) -> Result<Vec<Str
     Ok(texts)
 }
 
-/// What only rank 0 does, e.g. writing what a run has once: its text, on every rank.
+/// Runs `act` on rank 0 only, e.g. to write a file that a run has once, and returns its text on
+/// every rank.
 ///
 /// # Errors
 /// As [`agree`].
@@ -61,7 +62,7 @@ pub fn on_rank_zero(
     Ok(agree(own, collective)?.swap_remove(0))
 }
 
-/// What this rank has, if every rank has its own.
+/// Returns this rank's value if every rank succeeded.
 ///
 /// # Errors
 /// As [`agree`].
@@ -72,7 +73,8 @@ pub fn agreed<T>(own: Result<T>, collective: &dyn Collective) -> Result<T> {
     }
 }
 
-/// A tensor that only rank 0 makes, e.g. reads, on every rank. `[size]` f32 on the CPU.
+/// Makes a tensor on rank 0 only, e.g. by reading a file, and returns it on every rank. `[size]`
+/// f32 on the CPU.
 ///
 /// # Errors
 /// As [`agree`].
@@ -91,7 +93,8 @@ pub fn tensor_of_rank_zero(
     Ok(tensor)
 }
 
-/// An error that every rank met alike, said by `speaker` alone.
+/// Turns an error that every rank found alike into one that only rank `speaker` prints; the others
+/// get [`Error::Peer`].
 pub fn known_to_all(error: Error, speaker: usize, collective: &dyn Collective) -> Error {
     if collective.rank() == speaker {
         return error;
@@ -108,7 +111,7 @@ mod tests {
     use super::*;
     use crate::collective::Threads;
 
-    /// The errors of two ranks of which those in `failing` fail.
+    /// The errors of two ranks; those listed in `failing` fail.
     fn errors_of(failing: &[usize]) -> Vec<Error> {
         Threads::run(2, |rank| {
             let own = if failing.contains(&rank.rank()) {

@@ -1,12 +1,12 @@
-//! What every backend demands of an operation's arguments, so that the same mistake has the same
-//! message everywhere.
+//! Checks of an operation's arguments, shared by all backends so that the same mistake gets the
+//! same message everywhere.
 
 use tch::{Kind, Tensor};
 
 use super::Sliced;
 use crate::error::{Error, Result};
 
-/// One operation of one backend, as an error names it.
+/// One operation of one backend, as error messages name it.
 #[derive(Clone, Copy)]
 pub struct Call {
     pub backend: &'static str,
@@ -18,7 +18,7 @@ impl Call {
         Error::Collective { backend: self.backend, operation: self.operation, what: what.into() }
     }
 
-    /// Refuses kinds that not every backend can carry, and tensors with holes.
+    /// Refuses kinds that not every backend can carry, and tensors that are not contiguous.
     pub fn check_buffer(self, buffer: &Tensor) -> Result<()> {
         let kind = buffer.kind();
         if !matches!(kind, Kind::Float | Kind::Double | Kind::BFloat16 | Kind::Int64) {
@@ -34,7 +34,7 @@ impl Call {
         Ok(())
     }
 
-    /// `full` must hold one `owned` for each rank.
+    /// Checks that `full` holds exactly one `owned` for each rank, of the same kind and device.
     pub fn check_slices(self, Sliced { owned, full }: &Sliced, world_size: usize) -> Result<()> {
         self.check_buffer(owned)?;
         self.check_buffer(full)?;

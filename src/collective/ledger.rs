@@ -1,4 +1,4 @@
-//! Which operations a rank has called for: by comparing, ranks see that they are in step.
+//! The operations that a rank has issued: ranks compare them to check that they are in step.
 
 use std::cell::Cell;
 use std::fmt;
@@ -9,24 +9,24 @@ use tch::{Kind, Tensor};
 use super::ReduceOp;
 use crate::pulse;
 
-/// What must be equal on all ranks about one operation. Shapes do not matter, only kinds and
-/// numbers of elements.
+/// The properties of one operation that must be equal on all ranks. Shapes do not matter, only
+/// kinds and numbers of elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Signature {
     operation: &'static str,
     op: Option<ReduceOp>,
     root: Option<usize>,
     tensors: usize,
-    /// Of all tensors together.
+    /// Elements of all tensors together.
     elements: usize,
-    /// Of the first tensor.
+    /// Kind of the first tensor; `None` without tensors.
     kind: Option<Kind>,
-    /// Kind and elements of each tensor, hashed.
+    /// Hash over the kind and the number of elements of each tensor.
     forms: u64,
 }
 
 impl Signature {
-    /// An operation on these tensors; of slices, the whole ones.
+    /// The signature of an operation on `tensors`; for sliced tensors pass the full ones.
     pub(super) fn new<'t>(
         operation: &'static str,
         tensors: impl IntoIterator<Item = &'t Tensor>,
@@ -52,7 +52,7 @@ impl Signature {
         signature
     }
 
-    pub(super) fn by(self, op: ReduceOp) -> Self {
+    pub(super) fn reduced_by(self, op: ReduceOp) -> Self {
         Signature { op: Some(op), ..self }
     }
 
@@ -62,7 +62,7 @@ impl Signature {
 }
 
 impl fmt::Display for Signature {
-    /// `Sum of 4096 Float`; nothing for an operation without tensors.
+    /// Writes `Sum of 4096 Float`; nothing for an operation without tensors.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Some(kind) = self.kind else { return Ok(()) };
         if let Some(op) = self.op {
@@ -78,18 +78,18 @@ impl fmt::Display for Signature {
     }
 }
 
-/// How many operations a rank has called for on one communicator, and which: equal on all ranks
-/// that are in step.
+/// The number of operations that a rank has issued on one communicator, and a digest of them. Equal
+/// on all ranks that are in step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Issued {
     pub count: u64,
-    /// Of the signatures of all of them in their order. Ranks of one build compute equal digests.
+    /// Hash over all signatures in order. Ranks of one build compute equal digests.
     pub digest: u64,
     pub last: Option<Signature>,
 }
 
 impl fmt::Display for Issued {
-    /// The last operation: `all_reduce#8 (Sum of 4096 Float)`.
+    /// Writes the last operation: `all_reduce#8 (Sum of 4096 Float)`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Some(last) = self.last else { return f.write_str("no operation") };
         write!(f, "{}#{}", last.operation, self.count)?;
@@ -97,12 +97,12 @@ impl fmt::Display for Issued {
     }
 }
 
-/// Counts the operations of one communicator, in the order of their calls.
+/// Counts the operations of one communicator in the order of their calls.
 #[derive(Debug, Default)]
 pub(super) struct Ledger(Cell<Issued>);
 
 impl Ledger {
-    /// Enters an operation; returns the state that it leaves, by which it is known.
+    /// Records an operation. The returned state includes it and identifies it.
     pub fn enter(&self, signature: Signature) -> Issued {
         let before = self.0.get();
         let mut digest = DefaultHasher::new();
@@ -133,7 +133,8 @@ mod tests {
     fn an_operation_is_named_with_its_number() {
         let ledger = Ledger::default();
         assert_eq!(ledger.issued().to_string(), "no operation");
-        let sum = ledger.enter(Signature::new("all_reduce", [&floats(4096)]).by(ReduceOp::Sum));
+        let sum =
+            ledger.enter(Signature::new("all_reduce", [&floats(4096)]).reduced_by(ReduceOp::Sum));
         assert_eq!(sum.to_string(), "all_reduce#1 (Sum of 4096 Float)");
         assert_eq!(
             ledger.enter(Signature::new("broadcast", [&floats(3)]).rooted_at(2)).to_string(),
@@ -154,12 +155,12 @@ mod tests {
             }
             ledger.issued().digest
         };
-        let sum = Signature::new("all_reduce", [&floats(3), &floats(4)]).by(ReduceOp::Sum);
+        let sum = Signature::new("all_reduce", [&floats(3), &floats(4)]).reduced_by(ReduceOp::Sum);
         let others = [
-            Signature::new("all_reduce", [&floats(4), &floats(3)]).by(ReduceOp::Sum),
-            Signature::new("all_reduce", [&floats(3), &floats(4)]).by(ReduceOp::Max),
+            Signature::new("all_reduce", [&floats(4), &floats(3)]).reduced_by(ReduceOp::Sum),
+            Signature::new("all_reduce", [&floats(3), &floats(4)]).reduced_by(ReduceOp::Max),
             Signature::new("all_reduce", [&floats(3), &floats(4).to_kind(Kind::Double)])
-                .by(ReduceOp::Sum),
+                .reduced_by(ReduceOp::Sum),
             Signature::new("all_gather", [&floats(3), &floats(4)]),
             Signature::new("broadcast", [&floats(7)]).rooted_at(0),
             Signature::new("broadcast", [&floats(7)]).rooted_at(1),

@@ -1,15 +1,15 @@
-//! Seconds that collectives take.
+//! Time spent in collectives.
 
 use std::ops::Add;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-/// Where the time of collectives went.
+/// Seconds spent in collectives.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Spent {
-    /// Data on their way.
+    /// Seconds during which data were being transferred.
     pub communication_seconds: f64,
-    /// Of these, computation waiting for them.
+    /// The part of `communication_seconds` during which computation waited.
     pub exposed_seconds: f64,
 }
 
@@ -24,12 +24,12 @@ impl Add for Spent {
     }
 }
 
-/// Adds up what the works of one communicator took; its clones share one sum.
+/// Sums the time of one communicator's works. Clones share one sum.
 #[derive(Clone, Debug, Default)]
 pub struct Meter(Arc<Mutex<Spent>>);
 
 impl Meter {
-    /// Counts what `wait` takes as communication that nothing hid.
+    /// Runs `wait` and counts its duration as communication that no computation hid.
     pub fn exposed<T>(&self, wait: impl FnOnce() -> T) -> T {
         let began = Instant::now();
         let result = wait();
@@ -43,7 +43,7 @@ impl Meter {
         *sum = *sum + more;
     }
 
-    /// The sum since the last call.
+    /// Returns the sum since the last call.
     pub fn take(&self) -> Spent {
         std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }

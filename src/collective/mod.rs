@@ -1,7 +1,8 @@
-//! How ranks exchange tensors: one trait, one file a backend.
+//! Collectives between ranks: one trait, and one implementation per backend (MPI, NCCL, TCP,
+//! threads of one process, a single rank).
 //!
-//! Every rank issues the same operations in the same order on equal shapes; that is the caller's
-//! duty and the contract which `tests/contract.rs` puts each backend through.
+//! Every rank must issue the same operations in the same order on tensors of equal shape. That is
+//! the caller's duty; `tests/contract.rs` runs every backend through this contract.
 
 pub mod agreement;
 mod call;
@@ -37,7 +38,7 @@ pub use tcp::Tcp;
 pub use texts::{broadcast_text, gather_texts, local_rank, nodes, spans};
 pub use threads::Threads;
 
-/// How the ranks' elements become one. Backends differ in what becomes of a NaN in `Min` and `Max`.
+/// Reduction operators. Backends differ in how `Min` and `Max` treat a NaN.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ReduceOp {
     /// Rounded to the tensors' kind after each addition.
@@ -46,62 +47,63 @@ pub enum ReduceOp {
     Max,
 }
 
-/// A tensor that ranks hold slices of: the slice of this one, and the whole, slice after slice in
-/// rank order. `owned` may be a view of `full`.
+/// A tensor of which every rank holds one slice. `full` is the concatenation of all ranks' slices
+/// in rank order; `owned` is this rank's slice and may be a view of `full`.
 #[derive(Debug)]
 pub struct Sliced {
     pub owned: Tensor,
     pub full: Tensor,
 }
 
-/// What ranks do together. Tensors are contiguous, f32, f64, bf16 or i64, on the backend's device,
-/// of equal shape on every rank. An operation takes several tensors where several go together: they
-/// travel as one.
+/// The collectives of one communicator. Tensors are contiguous, of kind f32, f64, bf16 or i64, on a
+/// device of the backend, and of equal shape on every rank. Operations that take several tensors
+/// transfer them as one.
 ///
 /// # Errors
-/// [`Error::Collective`] for a tensor that the backend cannot carry, at the call; for peers that
-/// fail, mostly at the wait. [`Error::Desync`] where ranks are found at different operations.
+/// [`Error::Collective`] at the call for a tensor that the backend cannot carry; mostly at the wait
+/// for a peer that failed. [`Error::Desync`] if the ranks turn out to be at different operations.
 ///
 /// # Ordering
 /// Operations of one communicator start in program order. Results are bitwise equal on all ranks
-/// and from run to run at the same world size. On a CPU every backend sums in one order, the
+/// and from run to run at the same world size. On a CPU every backend sums in the same order, a
 /// pairwise tree over the ranks: `(0+1)+(2+3)` for four.
 pub trait Collective {
     fn rank(&self) -> usize;
     fn world_size(&self) -> usize;
 
-    /// Reduces each buffer in place on every rank. The work owns the tensors until it is waited
-    /// for.
+    /// Reduces each buffer in place on every rank. The returned work owns the tensors until it is
+    /// waited for.
     fn all_reduce(&self, buffers: Vec<Tensor>, op: ReduceOp) -> Result<Work>;
 
-    /// Reduces each `full` and leaves this rank's slice in `owned`. The rest of `full` may be
-    /// written over.
+    /// Reduces each `full` and leaves this rank's slice of the result in `owned`. The other slices
+    /// of `full` may be overwritten.
     fn reduce_scatter(&self, tensors: Vec<Sliced>, op: ReduceOp) -> Result<Work>;
 
-    /// Joins every rank's `owned` in rank order in `full`.
+    /// Concatenates every rank's `owned` in rank order in `full`.
     fn all_gather(&self, tensors: Vec<Sliced>) -> Result<Work>;
 
-    /// Copies `buffer` of rank `root` into `buffer` of every rank.
+    /// Copies rank `root`'s `buffer` into `buffer` on every rank.
     fn broadcast(&self, buffer: Tensor, root: usize) -> Result<Work>;
 
-    /// Returns once every rank has called it.
+    /// Blocks until every rank has called it.
     fn barrier(&self) -> Result<()>;
 
-    /// The ranks that give the same `color` as a world of their own, in the order of their ranks in
-    /// this one.
+    /// Splits the communicator: the ranks that pass the same `color` form a communicator of their
+    /// own, ranked in the order of their ranks in this one.
     ///
     /// # Ordering
     /// Every rank calls it, with no work under way.
     fn split(&self, color: usize) -> Result<Box<dyn Collective>>;
 
-    /// Whether it carries tensors of this device.
+    /// True if this backend can carry tensors of `device`.
     fn carries(&self, device: Device) -> bool;
 
-    /// Seconds since the last call that collectives were under way, and that computation stood
-    /// still for them.
+    /// Returns the seconds since the last call during which collectives were under way, and the
+    /// part of them during which computation waited.
     fn spent(&self) -> Spent;
 
-    /// What was called for on this communicator so far: equal on all ranks that are in step.
+    /// Returns a summary of the operations issued on this communicator so far. It is equal on all
+    /// ranks that are in step.
     fn issued(&self) -> Issued;
 }
 
@@ -112,12 +114,12 @@ pub struct Work {
 }
 
 impl Work {
-    /// A collective that `finish` completes.
+    /// Wraps a collective that `finish` completes.
     pub fn new(finish: impl FnOnce() -> Result<()> + 'static) -> Self {
         Work { finish: Box::new(finish) }
     }
 
-    /// A collective that is complete already.
+    /// Returns a collective that is already complete.
     pub fn done() -> Self {
         Work::new(|| Ok(()))
     }
@@ -128,11 +130,11 @@ impl Work {
     }
 }
 
-/// Where this process was put. With [`connect`], the only reader of environment variables in the
-/// crate.
+/// Reads from the launcher's environment variables how this process was started. Only this
+/// function, [`launched_rank`], [`job`] and [`connect`] read environment variables in this crate.
 ///
 /// # Errors
-/// [`Error::Environment`] if a launcher's variable holds no number.
+/// [`Error::Environment`] if a launcher's variable does not hold a number.
 pub fn placement() -> Result<Placement> {
     placement_among(variable)
 }
@@ -141,25 +143,26 @@ fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 
-/// The rank that a launcher gave this process, for what must be said before the ranks can meet;
-/// `None` without a launcher.
+/// Returns the rank that a launcher gave this process, for messages printed before the ranks are
+/// connected; `None` without a launcher.
 pub fn launched_rank() -> Option<usize> {
     placement::rank_among(variable)
 }
 
-/// The batch job that this process is part of; the same one when it is started again.
+/// Returns the id of the Slurm job that this process belongs to. It stays the same when Slurm
+/// requeues the job.
 pub fn job() -> Option<String> {
     variable("SLURM_JOB_ID")
 }
 
-/// Joins the world that the launcher made; without a launcher, a world of one that never touches
-/// MPI. `patience`: how long ranks wait for each other over TCP, since the nodes of a large job
-/// start minutes apart.
+/// Connects this process to the world that the launcher started; without a launcher, returns a
+/// world of one that never touches MPI. `timeout` is how long ranks wait for each other over TCP,
+/// because the nodes of a large job start minutes apart.
 ///
 /// # Errors
-/// [`Error::Environment`] if the launcher started several tasks of which each finds itself alone,
-/// or does not say what `launch` needs; [`Error::Collective`] if ranks do not come.
-pub fn connect(launch: Launch, patience: Duration) -> Result<Box<dyn Collective>> {
+/// [`Error::Environment`] if the launcher started several tasks but each finds itself alone, or if
+/// the variables that `launch` needs are missing; [`Error::Collective`] if not all ranks arrive.
+pub fn connect(launch: Launch, timeout: Duration) -> Result<Box<dyn Collective>> {
     match launch {
         Launch::Auto => match placement()? {
             Placement::Alone => Ok(Box::new(Solo)),
@@ -169,18 +172,18 @@ pub fn connect(launch: Launch, patience: Duration) -> Result<Box<dyn Collective>
             Placement::Alone => connect_mpi(None),
             Placement::Launched { size } => connect_mpi(size),
         },
-        Launch::Tcp => connect_tcp(&tcp_placement_among(variable)?, patience),
+        Launch::Tcp => connect_tcp(&tcp_placement_among(variable)?, timeout),
     }
 }
 
-fn connect_tcp(placement: &TcpPlacement, patience: Duration) -> Result<Box<dyn Collective>> {
+fn connect_tcp(placement: &TcpPlacement, timeout: Duration) -> Result<Box<dyn Collective>> {
     let TcpPlacement { rank, world_size, rendezvous } = placement;
-    pulse::take_place(*rank, *world_size);
-    // Rank 0 says why it refuses before the others hear of it, and end.
-    let refusing = |error: &Error| {
-        failure::tell(error.exit_code(), error.name(), &error.to_string());
+    pulse::set_rank(*rank, *world_size);
+    // Rank 0 prints its reason before the others receive the refusal and exit.
+    let on_refusal = |error: &Error| {
+        failure::report(error.exit_code(), error.name(), &error.to_string());
     };
-    Ok(Box::new(Tcp::connect_for_life(*rank, *world_size, rendezvous, patience, &refusing)?))
+    Ok(Box::new(Tcp::connect_for_life(*rank, *world_size, rendezvous, timeout, &on_refusal)?))
 }
 
 fn connect_mpi(size: Option<usize>) -> Result<Box<dyn Collective>> {
@@ -194,20 +197,20 @@ fn connect_mpi(size: Option<usize>) -> Result<Box<dyn Collective>> {
         return Err(met_by_all(tasks, what));
     }
     let mpi = Mpi::connect()?;
-    pulse::take_place(mpi.rank(), mpi.world_size());
+    pulse::set_rank(mpi.rank(), mpi.world_size());
     if tasks > 1 && mpi.world_size() == 1 {
-        // Each would train alone and all would write to one run folder.
+        // Otherwise each task would train alone and all of them would write to one run folder.
         return Err(met_by_all(tasks, format!("launcher says {tasks} tasks, MPI says 1: {hint}")));
     }
     Ok(Box::new(mpi))
 }
 
-/// An error that each of `tasks` processes meets alike before they can agree: the launcher's rank 0
-/// says it.
+/// An error that each of `tasks` processes finds independently, before they are connected. Only the
+/// launcher's rank 0 prints it; the others return [`Error::Peer`].
 fn met_by_all(tasks: usize, what: String) -> Error {
     let error = Error::environment(what);
     let rank = launched_rank().unwrap_or(0);
-    pulse::take_place(rank, tasks);
+    pulse::set_rank(rank, tasks);
     if pulse::is_root(rank) {
         error
     } else {

@@ -1,19 +1,19 @@
-//! Where a launcher has put this process, from the variables that it set.
+//! How a launcher started this process, read from the variables that the launcher set.
 
 use std::str::FromStr;
 
 use super::slurm;
 use crate::error::{Error, Result};
 
-/// What connects the ranks of a world.
+/// The transport that connects the ranks of a world at start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Launch {
-    /// MPI where a launcher has started this process, and nothing where none has.
+    /// MPI if a known launcher started this process, otherwise a world of one.
     #[default]
     Auto,
-    /// MPI, also under a launcher that is not known here.
+    /// MPI, also under a launcher that this module does not know.
     Mpi,
-    /// TCP, for clusters whose MPI cannot be started.
+    /// TCP, for clusters on which MPI cannot be started.
     Tcp,
 }
 
@@ -30,16 +30,16 @@ impl FromStr for Launch {
     }
 }
 
-/// Whether a launcher started this process, and among how many.
+/// Result of looking for a launcher.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Placement {
     /// No launcher: a world of one that needs no MPI.
     Alone,
-    /// `size` is the launcher's number of tasks; a launcher may give a rank and no size.
+    /// `size` is the launcher's number of tasks; `None` if the launcher sets a rank but no size.
     Launched { size: Option<usize> },
 }
 
-/// Where a process meets the others over TCP.
+/// This process's rank, and the address at which the ranks meet over TCP.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct TcpPlacement {
     pub rank: usize,
@@ -48,17 +48,19 @@ pub(super) struct TcpPlacement {
     pub rendezvous: String,
 }
 
+/// Looks for a launcher in the variables that `variable` returns.
+///
 /// # Errors
-/// [`Error::Environment`] if a launcher's variable holds no number.
+/// [`Error::Environment`] if a launcher's variable does not hold a number.
 pub(super) fn placement_among(variable: impl Fn(&str) -> Option<String>) -> Result<Placement> {
     let launched = launched_among(&variable)?;
-    // The only task of a step needs nobody, and MPI would not start without a PMI.
+    // The only task of a step has no peers, and MPI would not start without a PMI.
     let is_alone = launched == Placement::Launched { size: Some(1) } && lacks_a_pmi(&variable);
     Ok(if is_alone { Placement::Alone } else { launched })
 }
 
 fn launched_among(variable: impl Fn(&str) -> Option<String>) -> Result<Placement> {
-    // mpirun inside of a Slurm job inherits Slurm's variables, so the nearer launcher is asked
+    // mpirun inside a Slurm job inherits Slurm's variables, so the innermost launcher is looked up
     // first.
     let mut names = vec!["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"];
     if is_slurm_task(&variable) {
@@ -71,8 +73,8 @@ fn launched_among(variable: impl Fn(&str) -> Option<String>) -> Result<Placement
     }
 }
 
-/// The rank that a launcher gave this process, the nearest one's before others'; none that is no
-/// number.
+/// Returns the rank that the innermost launcher gave this process. Values that are not numbers are
+/// skipped.
 pub(super) fn rank_among(variable: impl Fn(&str) -> Option<String>) -> Option<usize> {
     let mut names =
         vec!["FM_DIST_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PALS_RANKID"];
@@ -82,7 +84,7 @@ pub(super) fn rank_among(variable: impl Fn(&str) -> Option<String>) -> Option<us
     names.iter().find_map(|name| variable(name)?.parse().ok())
 }
 
-/// The first of these variables that is set.
+/// Returns the value of the first of these variables that is set.
 fn number(variable: impl Fn(&str) -> Option<String>, names: &[&str]) -> Result<Option<u64>> {
     let Some((name, text)) = names.iter().find_map(|name| Some((name, variable(name)?))) else {
         return Ok(None);
@@ -93,33 +95,33 @@ fn number(variable: impl Fn(&str) -> Option<String>, names: &[&str]) -> Result<O
     Ok(Some(number))
 }
 
-/// Whether srun started this process: a batch script and an interactive shell have a SLURM_PROCID
-/// and SLURM_NTASKS too, but no step number, or one that Slurm reserves (from 0xfffffff0 on).
+/// True if srun started this process. A batch script and an interactive shell have SLURM_PROCID and
+/// SLURM_NTASKS too, but no step id, or one that Slurm reserves (from 0xfffffff0 on).
 fn is_slurm_task(variable: impl Fn(&str) -> Option<String>) -> bool {
     let step = variable("SLURM_STEP_ID").and_then(|id| id.parse::<u32>().ok());
     variable("SLURM_PROCID").is_some() && step.is_some_and(|id| id < 0xffff_fff0)
 }
 
-/// Whether srun started this task and gave it no way to find the others: Open MPI then ends it from
-/// within its initialization, with code 1 and a page of text, and other builds let each task be
-/// alone.
+/// True if srun started this task without a PMI through which it could find its peers. Open MPI
+/// would then exit from its initialization with code 1 and a page of text, and other builds would
+/// make each task a world of one.
 pub(super) fn lacks_a_pmi(variable: impl Fn(&str) -> Option<String>) -> bool {
     let ways = ["OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PALS_RANKID"];
     is_slurm_task(&variable) && ways.iter().all(|name| variable(name).is_none())
 }
 
-/// The meeting that `--launch tcp` finds in `FM_DIST_RANK`, `FM_DIST_WORLD_SIZE` and
-/// `FM_DIST_RENDEZVOUS`, each of them before what srun says of its step.
+/// Returns rank, world size and rendezvous for `--launch tcp`: `FM_DIST_RANK`, `FM_DIST_WORLD_SIZE`
+/// and `FM_DIST_RENDEZVOUS` if set, otherwise from srun's variables of the step.
 ///
 /// # Errors
-/// [`Error::Environment`] that names what is missing.
+/// [`Error::Environment`] that names the missing variable.
 pub(super) fn tcp_placement_among(
     variable: impl Fn(&str) -> Option<String>,
 ) -> Result<TcpPlacement> {
     let is_slurm = is_slurm_task(&variable);
-    let asked = |own: &'static str, of_slurm: &[&'static str]| {
+    let required = |own: &'static str, slurm_names: &[&'static str]| {
         let names: Vec<&str> =
-            [own].into_iter().chain(of_slurm.iter().copied().filter(|_| is_slurm)).collect();
+            [own].into_iter().chain(slurm_names.iter().copied().filter(|_| is_slurm)).collect();
         let missing = || {
             Error::environment(format!(
                 "--launch tcp: start it with srun, or set {own} for each process"
@@ -127,17 +129,17 @@ pub(super) fn tcp_placement_among(
         };
         number(&variable, &names)?.ok_or_else(missing)
     };
-    let rank = asked("FM_DIST_RANK", &["SLURM_PROCID"])? as usize;
+    let rank = required("FM_DIST_RANK", &["SLURM_PROCID"])? as usize;
     let world_size =
-        asked("FM_DIST_WORLD_SIZE", &["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"])? as usize;
+        required("FM_DIST_WORLD_SIZE", &["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"])? as usize;
     if rank >= world_size {
         return Err(Error::environment(format!(
             "--launch tcp: there is no rank {rank} among {world_size}; ranks count from 0"
         )));
     }
     let rendezvous = match variable("FM_DIST_RENDEZVOUS") {
-        Some(rendezvous) => checked(rendezvous)?,
-        None if is_slurm => of_step(&variable)?,
+        Some(rendezvous) => checked_rendezvous(rendezvous)?,
+        None if is_slurm => step_rendezvous(&variable)?,
         None => {
             return Err(Error::environment(
                 "--launch tcp: set FM_DIST_RENDEZVOUS=host:port, where rank 0 can be reached",
@@ -147,7 +149,7 @@ pub(super) fn tcp_placement_among(
     Ok(TcpPlacement { rank, world_size, rendezvous })
 }
 
-fn checked(rendezvous: String) -> Result<String> {
+fn checked_rendezvous(rendezvous: String) -> Result<String> {
     let parts = rendezvous.rsplit_once(':').map(|(host, port)| (host, port.parse::<u16>()));
     match parts {
         Some((host, Ok(1..))) if !host.is_empty() => Ok(rendezvous),
@@ -157,8 +159,9 @@ fn checked(rendezvous: String) -> Result<String> {
     }
 }
 
-/// Rank 0 runs on the step's first host, unless told otherwise; the port follows from job and step.
-fn of_step(variable: impl Fn(&str) -> Option<String>) -> Result<String> {
+/// Returns the rendezvous of a Slurm step: rank 0 runs on the step's first host unless the user
+/// placed it elsewhere, and the port follows from the ids of job and step.
+fn step_rendezvous(variable: impl Fn(&str) -> Option<String>) -> Result<String> {
     let instead = "or set FM_DIST_RENDEZVOUS=host:port";
     let lists = ["SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"];
     let list = lists.iter().find_map(|name| variable(name));
@@ -172,14 +175,14 @@ fn of_step(variable: impl Fn(&str) -> Option<String>) -> Result<String> {
     let host = host.ok_or_else(|| {
         Error::environment(format!("--launch tcp: {list:?} is no list of hosts; {instead}"))
     })?;
-    let asked = |name: &'static str| {
+    let required = |name: &'static str| {
         number(&variable, &[name])?.ok_or_else(|| {
             Error::environment(format!(
                 "--launch tcp: no {name} to make a port of; use srun, {instead}"
             ))
         })
     };
-    Ok(format!("{host}:{}", slurm::port(asked("SLURM_JOB_ID")?, asked("SLURM_STEP_ID")?)))
+    Ok(format!("{host}:{}", slurm::port(required("SLURM_JOB_ID")?, required("SLURM_STEP_ID")?)))
 }
 
 #[cfg(test)]
@@ -335,7 +338,7 @@ mod tests {
         let without = |name: &str| {
             STEP.iter().copied().filter(|(known, _)| *known != name).collect::<Vec<_>>()
         };
-        let with = |name, value| {
+        let replaced = |name, value| {
             own.iter()
                 .map(|&(known, old)| (known, if known == name { value } else { old }))
                 .collect::<Vec<_>>()
@@ -344,15 +347,15 @@ mod tests {
             (vec![], "start it with srun, or set FM_DIST_RANK"),
             (own[..1].to_vec(), "set FM_DIST_WORLD_SIZE"),
             (own[..2].to_vec(), "set FM_DIST_RENDEZVOUS=host:port"),
-            // A batch script is no step, whatever it inherits.
+            // A batch script is not a step, whatever variables it inherits.
             (without("SLURM_STEP_ID"), "start it with srun"),
             (without("SLURM_JOB_ID"), "no SLURM_JOB_ID to make a port of"),
             (without("SLURM_JOB_NODELIST"), "no SLURM_STEP_NODELIST, no SLURM_JOB_NODELIST"),
-            (with("FM_DIST_RANK", "2"), "no rank 2 among 2"),
-            (with("FM_DIST_RANK", "-1"), "FM_DIST_RANK=\"-1\" is no number"),
-            (with("FM_DIST_RENDEZVOUS", "n1"), "no host:port"),
-            (with("FM_DIST_RENDEZVOUS", "n1:0"), "no host:port"),
-            (with("FM_DIST_RENDEZVOUS", ":29500"), "no host:port"),
+            (replaced("FM_DIST_RANK", "2"), "no rank 2 among 2"),
+            (replaced("FM_DIST_RANK", "-1"), "FM_DIST_RANK=\"-1\" is no number"),
+            (replaced("FM_DIST_RENDEZVOUS", "n1"), "no host:port"),
+            (replaced("FM_DIST_RENDEZVOUS", "n1:0"), "no host:port"),
+            (replaced("FM_DIST_RENDEZVOUS", ":29500"), "no host:port"),
         ];
         for (variables, words) in cases {
             let error = tcp_placement(&variables).unwrap_err();

@@ -1,14 +1,15 @@
-//! What Slurm's variables say about a job step.
+//! Slurm's host lists, and a port derived from a job step.
 
-/// Most hosts that a list is expanded to; a list that names more is no list of hosts.
+/// Most hosts that a list is expanded to; a list that names more is treated as invalid.
 const MOST_HOSTS: usize = 1 << 16;
 
-/// Ports between those of services and those that systems give to any connection, from 32768 on.
+/// First port and number of ports to choose from: above the ports of services and below the
+/// ephemeral ports, which start at 32768.
 const FIRST_PORT: u64 = 20_000;
 const PORTS: u64 = 12_000;
 
-/// The hosts of a list like `n[01-04,7],m3`, in its order, as `scontrol show hostnames` has them.
-/// `None` for what is no list.
+/// Expands a host list like `n[01-04,7],m3` in its order, as `scontrol show hostnames` does. `None`
+/// if the text is not a host list.
 pub fn hosts(list: &str) -> Option<Vec<String>> {
     let mut all = Vec::new();
     for entry in entries(list)? {
@@ -20,49 +21,49 @@ pub fn hosts(list: &str) -> Option<Vec<String>> {
     Some(all)
 }
 
-/// Cut at the commas outside of brackets.
+/// Splits a list at the commas outside brackets.
 fn entries(list: &str) -> Option<Vec<&str>> {
-    let (mut entries, mut begin, mut is_inside) = (Vec::new(), 0, false);
-    for (place, sign) in list.char_indices() {
-        match (sign, is_inside) {
+    let (mut entries, mut start, mut is_inside) = (Vec::new(), 0, false);
+    for (index, character) in list.char_indices() {
+        match (character, is_inside) {
             ('[', false) => is_inside = true,
             (']', true) => is_inside = false,
             ('[' | ']', _) => return None,
             (',', false) => {
-                entries.push(&list[begin..place]);
-                begin = place + 1;
+                entries.push(&list[start..index]);
+                start = index + 1;
             }
             _ => (),
         }
     }
-    entries.push(&list[begin..]);
+    entries.push(&list[start..]);
     (!is_inside && entries.iter().all(|entry| !entry.is_empty())).then_some(entries)
 }
 
-/// The hosts of one entry; of several brackets, the last one counts the fastest.
+/// Expands one entry to its hosts; with several brackets the last one varies fastest.
 fn expand(entry: &str) -> Option<Vec<String>> {
     let Some((before, rest)) = entry.split_once('[') else { return Some(vec![entry.into()]) };
-    let (ranges, behind) = rest.split_once(']')?;
-    let (mut numbers, behind) = (Vec::new(), expand_rest(behind)?);
+    let (ranges, suffix) = rest.split_once(']')?;
+    let (mut numbers, suffix) = (Vec::new(), expand_rest(suffix)?);
     for range in ranges.split(',') {
         numbers.extend(expand_range(range)?);
-        if numbers.len().saturating_mul(behind.len()) > MOST_HOSTS {
+        if numbers.len().saturating_mul(suffix.len()) > MOST_HOSTS {
             return None;
         }
     }
     Some(
         numbers
             .iter()
-            .flat_map(|number| behind.iter().map(move |behind| format!("{before}{number}{behind}")))
+            .flat_map(|number| suffix.iter().map(move |suffix| format!("{before}{number}{suffix}")))
             .collect(),
     )
 }
 
-fn expand_rest(behind: &str) -> Option<Vec<String>> {
-    if behind.is_empty() { Some(vec![String::new()]) } else { expand(behind) }
+fn expand_rest(suffix: &str) -> Option<Vec<String>> {
+    if suffix.is_empty() { Some(vec![String::new()]) } else { expand(suffix) }
 }
 
-/// The numbers of `7` or `01-04`, as wide as the first of them.
+/// Expands `7` or `01-04` to its numbers, zero-padded to the width of the first one.
 fn expand_range(range: &str) -> Option<Vec<String>> {
     let (first, last) = range.split_once('-').unwrap_or((range, range));
     let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
@@ -76,8 +77,8 @@ fn expand_range(range: &str) -> Option<Vec<String>> {
     })
 }
 
-/// The port at which rank 0 of a job's step listens, from 20000 to 31999: the same for all ranks,
-/// and for another step another one in all likelihood.
+/// Returns the port at which rank 0 of a job step listens, from 20000 to 31999: the same for all
+/// ranks of a step, and most likely another one for another step.
 pub fn port(job: u64, step: u64) -> u16 {
     let mixed = job.wrapping_mul(31).wrapping_add(step);
     (FIRST_PORT + mixed % PORTS) as u16

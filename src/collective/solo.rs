@@ -1,4 +1,5 @@
-//! A world of one: nothing to wait for, so that no caller asks how many ranks there are.
+//! A world of one rank. Every collective completes at once, so no caller has to check the world
+//! size.
 
 use tch::{Device, Tensor, no_grad};
 
@@ -6,7 +7,7 @@ use super::call::Call;
 use super::{Collective, Issued, ReduceOp, Sliced, Spent, Work};
 use crate::error::Result;
 
-/// The only rank of its world; needs no launcher and no MPI.
+/// The only rank of its world; needs neither a launcher nor MPI.
 #[derive(Debug, Default)]
 pub struct Solo;
 
@@ -67,7 +68,7 @@ impl Collective for Solo {
         Spent::default()
     }
 
-    /// Nothing is counted: there is nobody to compare with.
+    /// Nothing is counted: there is no peer to compare with.
     fn issued(&self) -> Issued {
         Issued::default()
     }

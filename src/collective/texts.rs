@@ -1,4 +1,4 @@
-//! Texts between ranks, on top of the tensor operations: every backend has them.
+//! Texts between ranks, built from the tensor operations so that every backend has them.
 
 use tch::{Device, Kind, Tensor};
 
@@ -6,7 +6,7 @@ use super::call::Call;
 use super::{Collective, Sliced};
 use crate::error::Result;
 
-/// The text of rank `root`, on every rank.
+/// Returns the text of rank `root` on every rank.
 pub fn broadcast_text(collective: &dyn Collective, text: &str, root: usize) -> Result<String> {
     let length = Tensor::from_slice(&[text.len() as i64]);
     collective.broadcast(length.shallow_clone(), root)?.wait()?;
@@ -17,7 +17,7 @@ pub fn broadcast_text(collective: &dyn Collective, text: &str, root: usize) -> R
     narrowed("broadcast_text", &bytes)
 }
 
-/// Every rank's text in rank order, on every rank.
+/// Returns every rank's text, in rank order, on every rank.
 pub fn gather_texts(collective: &dyn Collective, text: &str) -> Result<Vec<String>> {
     let world_size = collective.world_size();
     let lengths = Tensor::zeros([world_size as i64], (Kind::Int64, Device::Cpu));
@@ -36,7 +36,8 @@ pub fn gather_texts(collective: &dyn Collective, text: &str) -> Result<Vec<Strin
     (0..world_size as i64).map(row).collect()
 }
 
-/// The node of each rank: nodes count from 0 in the order of their first ranks.
+/// Returns the node index of each rank. Nodes are counted from 0 in the order of their lowest
+/// ranks.
 pub fn nodes(collective: &dyn Collective) -> Result<Vec<usize>> {
     let hosts = gather_texts(collective, &gethostname::gethostname().to_string_lossy())?;
     let mut known: Vec<&String> = Vec::new();
@@ -49,13 +50,14 @@ pub fn nodes(collective: &dyn Collective) -> Result<Vec<usize>> {
     Ok(hosts.iter().map(number).collect())
 }
 
-/// How many lower ranks run on this rank's node: the number of the device that it should take.
+/// Returns how many lower ranks run on this rank's node: the index of the device that this rank
+/// should use.
 pub fn local_rank(collective: &dyn Collective) -> Result<usize> {
     let (nodes, rank) = (nodes(collective)?, collective.rank());
     Ok(nodes[..rank].iter().filter(|node| **node == nodes[rank]).count())
 }
 
-/// One integer a byte: texts are short, and integers are a kind that every backend carries.
+/// Widens each byte to an i64: texts are short, and every backend carries i64.
 fn widened(text: &str) -> Vec<i64> {
     text.bytes().map(i64::from).collect()
 }
@@ -70,7 +72,7 @@ fn narrowed(operation: &'static str, bytes: &Tensor) -> Result<String> {
     String::from_utf8(bytes).map_err(broken)
 }
 
-/// Ranks in a message: `0-2 4 6-7`.
+/// Formats ranks for a message: `0-2 4 6-7`.
 pub fn spans(ranks: &[usize]) -> String {
     let mut texts: Vec<String> = Vec::new();
     let mut rest = ranks;

@@ -1,9 +1,9 @@
-//! A world inside one process, a thread a rank: for tests, and for a debugger that wants to see
-//! every rank.
+//! A world inside one process with one thread per rank: for tests, and for debugging all ranks in
+//! one debugger.
 //!
-//! Ranks post copies of their tensors on one rendezvous and each computes its result from all of them,
-//! as the pairwise tree says. What would hang under MPI is an error here: ranks that disagree about
-//! an operation, and a rank that is gone.
+//! Ranks post copies of their tensors at a shared rendezvous, and each rank computes its result
+//! from all of them in the order of the pairwise tree. Mistakes that would hang under MPI are
+//! errors here: ranks that issue different operations, and a rank that has exited.
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -19,44 +19,45 @@ use super::ledger::{Ledger, Signature};
 use super::{Collective, Issued, Meter, ReduceOp, Sliced, Spent, Work};
 use crate::error::{Error, Result};
 
-/// One rank of a world of threads; move it to its thread. Dropping it tells the others that the
-/// rank is gone.
+/// The handle of one rank; move it to the rank's thread. Dropping it makes operations that wait for
+/// this rank fail on the others.
 pub struct Threads {
     rank: usize,
     world_size: usize,
     rendezvous: Arc<Rendezvous>,
-    /// Operations are matched by their number in it.
+    /// Its count matches this rank's operations with those of the others.
     ledger: Ledger,
     meter: Meter,
 }
 
 struct Rendezvous {
     state: Mutex<State>,
-    bell: Condvar,
+    changed: Condvar,
 }
 
 struct State {
     operations: BTreeMap<u64, PostedOperation>,
-    /// Whether each rank still holds its handle.
+    /// True for each rank that still holds its handle.
     present: Vec<bool>,
-    /// Worlds split off, by operation and color, until their last rank has joined.
+    /// Communicators being split off, by operation number and color: the handles that no rank has
+    /// taken yet.
     worlds: BTreeMap<(u64, usize), Vec<Threads>>,
 }
 
-/// One operation: what each rank has posted for it.
+/// One operation: the posts of the ranks, and how many ranks have taken the result.
 struct PostedOperation {
     posts: Vec<Option<Post>>,
     taken: usize,
 }
 
 struct Post {
-    /// Must be equal on all ranks, and says what was not.
+    /// Must be equal on all ranks; names the operation if it is not.
     issued: Issued,
-    /// Flat, because shapes may differ.
+    /// Flattened, because shapes may differ between ranks.
     tensors: Vec<Tensor>,
 }
 
-/// Nothing panics while it holds one of the locks of this file, so a poisoned state is whole.
+/// No code panics while it holds one of the locks of this file, so a poisoned state is consistent.
 fn lock<S>(state: &Mutex<S>) -> MutexGuard<'_, S> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -73,14 +74,14 @@ fn call(operation: &'static str) -> Call {
 }
 
 impl Threads {
-    /// The handles of a world of `world_size` ranks, in rank order.
+    /// Returns the handles of a world of `world_size` ranks, in rank order.
     pub fn world(world_size: usize) -> Vec<Threads> {
         let state = State {
             operations: BTreeMap::new(),
             present: vec![true; world_size],
             worlds: BTreeMap::new(),
         };
-        let rendezvous = Arc::new(Rendezvous { state: Mutex::new(state), bell: Condvar::new() });
+        let rendezvous = Arc::new(Rendezvous { state: Mutex::new(state), changed: Condvar::new() });
         let handle = |rank| Threads {
             rank,
             world_size,
@@ -91,20 +92,20 @@ impl Threads {
         (0..world_size).map(handle).collect()
     }
 
-    /// Calls `body` once a rank, each on a thread of its own, and returns what they gave, in rank
-    /// order.
+    /// Calls `body` once per rank of a new world, each on a thread of its own, and returns the
+    /// results in rank order.
     ///
-    /// A rank whose body is over leaves the world, so that the others' collectives fail instead of
-    /// waiting for it.
+    /// A rank whose body returns or panics leaves the world, so that collectives of the others fail
+    /// instead of waiting for it.
     ///
     /// # Panics
-    /// If a rank panics, once all ranks are over: with the number and the message of each that
-    /// panicked, the first one first.
+    /// If a rank panics, after all ranks have ended: with rank and message of every panic, in the
+    /// order in which they happened.
     pub fn run<T: Send>(world_size: usize, body: impl Fn(&Threads) -> T + Sync) -> Vec<T> {
         let panics = Mutex::new(Vec::new());
         let on_rank = |world: Threads| {
             let result = catch_unwind(AssertUnwindSafe(|| body(&world)));
-            // Written down before the world is left: what the others meet then is no cause.
+            // Recorded before the rank leaves the world, which makes others fail in turn.
             result.map_err(|panic| lock(&panics).push((world.rank, message(&*panic)))).ok()
         };
         let results: Vec<Option<T>> = thread::scope(|scope| {
@@ -123,7 +124,8 @@ impl Threads {
         results.into_iter().flatten().collect()
     }
 
-    /// Posts tensors; once all ranks have posted, `finish` gets theirs in rank order.
+    /// Posts this rank's tensors. When the work is waited for and all ranks have posted, `finish`
+    /// receives everyone's tensors in rank order.
     fn post(
         &self,
         call: Call,
@@ -147,7 +149,7 @@ impl Threads {
             state.operations.entry(number).or_insert_with(|| PostedOperation::new(self.world_size));
         operation.posts[self.rank] = Some(post);
         drop(state);
-        self.rendezvous.bell.notify_all();
+        self.rendezvous.changed.notify_all();
         let (rendezvous, meter) = (self.rendezvous.clone(), self.meter.clone());
         Work::new(move || {
             let all = meter.exposed(|| rendezvous.take(number, call))?;
@@ -160,7 +162,7 @@ impl Threads {
 impl Drop for Threads {
     fn drop(&mut self) {
         self.rendezvous.lock().present[self.rank] = false;
-        self.rendezvous.bell.notify_all();
+        self.rendezvous.changed.notify_all();
     }
 }
 
@@ -169,15 +171,15 @@ impl Rendezvous {
         lock(&self.state)
     }
 
-    /// Waits until every rank has posted operation `number`, or until it is sure that one never
-    /// will.
+    /// Blocks until every rank has posted operation `number`, or until a rank that has not posted
+    /// is gone.
     fn take(&self, number: u64, call: Call) -> Result<Vec<Vec<Tensor>>> {
         let mut state = self.lock();
         loop {
             let State { operations, present, .. } = &mut *state;
             let operation = operations
                 .get_mut(&number)
-                .expect("a operation stays until every rank has taken it");
+                .expect("an operation stays until every rank has taken it");
             if let Some(mismatch) = operation.mismatch() {
                 return Err(mismatch);
             }
@@ -198,7 +200,7 @@ impl Rendezvous {
                     "rank {gone} is gone, operation {number} of this world waits for it"
                 )));
             }
-            state = self.bell.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
@@ -227,7 +229,7 @@ impl PostedOperation {
     }
 }
 
-/// The ranks' tensors as one, by the pairwise tree.
+/// Reduces the ranks' tensors to one in the order of the pairwise tree.
 fn reduce(mut all: Vec<Tensor>, op: ReduceOp) -> Tensor {
     let join = |left: &Tensor, right: &Tensor| match op {
         ReduceOp::Sum => left + right,
@@ -245,7 +247,7 @@ fn reduce(mut all: Vec<Tensor>, op: ReduceOp) -> Tensor {
     all.swap_remove(0)
 }
 
-/// Number `index` of each rank's tensors.
+/// Returns tensor `index` of each rank.
 fn nth(all: &[Vec<Tensor>], index: usize) -> impl Iterator<Item = &Tensor> {
     all.iter().map(move |tensors| &tensors[index])
 }
@@ -265,7 +267,7 @@ impl Collective for Threads {
         let inputs: Vec<Tensor> = buffers.iter().map(Tensor::shallow_clone).collect();
         Ok(self.post(
             call,
-            |signature| signature.by(op),
+            |signature| signature.reduced_by(op),
             &inputs.iter().collect::<Vec<_>>(),
             move |all| {
                 for (index, buffer) in buffers.iter_mut().enumerate() {
@@ -286,7 +288,7 @@ impl Collective for Threads {
         let rank = self.rank;
         Ok(self.post(
             call,
-            |signature| signature.by(op),
+            |signature| signature.reduced_by(op),
             &fulls.iter().collect::<Vec<_>>(),
             move |all| {
                 for (index, owned) in owned.iter_mut().enumerate() {
@@ -343,11 +345,11 @@ impl Collective for Threads {
         let (size, earlier) = (same(&colors), same(&colors[..self.rank]));
         let mut state = self.rendezvous.lock();
         let world = state.worlds.entry((number, color)).or_insert_with(|| Threads::world(size));
-        let place = world
+        let index = world
             .iter()
             .position(|handle| handle.rank == earlier)
             .expect("each rank takes its handle once");
-        let handle = world.swap_remove(place);
+        let handle = world.swap_remove(index);
         if world.is_empty() {
             state.worlds.remove(&(number, color));
         }

@@ -1,8 +1,8 @@
-//! What fm-dist finds on this machine, an item a line, each missing one with the command that mends
-//! it.
+//! `fm-dist doctor`: reports the state of this machine, one item on each line, with the command
+//! that repairs a missing one.
 //!
-//! Libraries are looked for where the loaders would look, and nothing is loaded or initialized for
-//! the report; but operations are tried on the CPU.
+//! Libraries are searched where the loaders would search; none is loaded. Operations are tried on
+//! the CPU.
 
 use std::fmt;
 use std::fs;
@@ -16,7 +16,7 @@ use crate::collective;
 use crate::libtorch;
 use crate::ops;
 
-/// Linux driver branch that CUDA 13 needs at least. Source: NVIDIA, CUDA 13.0 release notes, table
+/// Oldest Linux driver branch that CUDA 13 supports. Source: NVIDIA, CUDA 13.0 release notes, table
 /// 3.
 const CUDA_13_DRIVER: u32 = 580;
 
@@ -31,9 +31,9 @@ enum Verdict {
     Ok,
     /// Training on the CPU needs it.
     Missing,
-    /// It is there and computes something else.
+    /// The item is present and computes wrongly.
     Wrong,
-    /// Worth knowing; what only GPUs need is a note when it is not there.
+    /// Information; a missing item that only GPUs need is a note.
     Note,
 }
 
@@ -63,7 +63,7 @@ impl fmt::Display for Item {
     }
 }
 
-/// The report, and whether all that training on the CPU needs is there.
+/// Returns the report, and true if everything that training on the CPU needs is present.
 pub fn report() -> (String, bool) {
     let library = libtorch::library();
     let items = [
@@ -104,11 +104,11 @@ fn mpirun_item(version: Option<Vec<u8>>) -> Item {
     Item::ok("mpirun", version.lines().next().unwrap_or("unknown"))
 }
 
-/// cudarc opens these by a name without a version, found in the wheel's folder (this binary's
-/// rpath) or in the linker's cache.
+/// Describes a library of the wheel. cudarc opens it by a name without a version, found in the
+/// wheel's folder (this binary's rpath) or in the linker's cache.
 fn wheel_item(name: &'static str, file: &str, library: Option<&Path>) -> Item {
     let wheel = library
-        .and_then(|library| libtorch::beside(library, &format!("../nvidia/{file}")))
+        .and_then(|library| libtorch::torch_file(library, &format!("../nvidia/{file}")))
         .filter(|library| library.exists());
     let cached = || cached_library(Path::new(file).file_name()?.to_str()?);
     match wheel.map(|library| library.display().to_string()).or_else(cached) {
@@ -117,7 +117,7 @@ fn wheel_item(name: &'static str, file: &str, library: Option<&Path>) -> Item {
     }
 }
 
-/// Path of a library that the linker's cache knows by exactly this name.
+/// Returns the path of a library that is in the linker's cache under exactly this name.
 fn cached_library(name: &str) -> Option<String> {
     let cache = fs::read("/etc/ld.so.cache").ok()?;
     let mut texts =

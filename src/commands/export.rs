@@ -1,4 +1,4 @@
-//! `fm-dist export`: a checkpoint's parameters as a diffusers transformer folder.
+//! `fm-dist export`: writes a checkpoint's parameters as a diffusers transformer folder.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -20,14 +20,14 @@ use crate::run::locate::locate;
 use crate::run::pretrained::STEM;
 use crate::settings::Family;
 
-/// What `fm-dist export` was asked for.
+/// Options of `fm-dist export`.
 #[derive(Clone, Debug)]
 pub struct ExportRequest {
     /// A run folder or one of its checkpoints.
     pub run: PathBuf,
-    /// The folder to make.
+    /// The folder to create.
     pub out: PathBuf,
-    /// Largest file of tensors; a single larger tensor has a file of its own.
+    /// Maximum size of a file of tensors; a single larger tensor gets a file of its own.
     pub max_shard_bytes: u64,
     /// Kind of the tensors; the run's own if unset. Parameters that diffusers keeps in f32 stay
     /// f32.
@@ -39,7 +39,7 @@ pub struct ExportRequest {
 ///
 /// # Errors
 /// [`Error::Config`] if diffusers has no class for the model; [`Error::NoCheckpoint`],
-/// [`Error::CheckpointMismatch`]; [`Error::Storage`], also where `out` exists already.
+/// [`Error::CheckpointMismatch`]; [`Error::Storage`], also if `out` exists already.
 pub fn export(request: &ExportRequest) -> Result<()> {
     refuse_existing(&request.out)?;
     check_new_folder(Named { argument: "--out", path: &request.out })?;
@@ -87,7 +87,7 @@ impl<'i> Planned<'i> {
     }
 }
 
-/// Consecutive tensors of at most `max_bytes` together.
+/// Divides tensors into consecutive groups of at most `max_bytes` each.
 fn cut<'i>(tensors: &[Planned<'i>], max_bytes: u64) -> Vec<Vec<Planned<'i>>> {
     let mut shards: Vec<Vec<Planned<'i>>> = Vec::new();
     let mut bytes = u64::MAX;
@@ -115,7 +115,7 @@ fn refuse_existing(out: &Path) -> Result<()> {
     Err(Error::Storage { path: out.into(), operation: "create", source: exists })
 }
 
-/// A fresh folder beside `out` to write into.
+/// Creates a fresh folder beside `out` to write into.
 fn staged(out: &Path) -> Result<PathBuf> {
     refuse_existing(out)?;
     let name = out.file_name().unwrap_or_default().to_string_lossy();
@@ -159,7 +159,7 @@ impl Export<'_> {
         let tensors = self.shards[index].iter().map(read).collect::<Result<Vec<Tensor>>>()?;
         let names = self.shards[index].iter().map(|planned| planned.info.name.as_str());
         let named: Vec<(&str, &Tensor)> = names.zip(&tensors).collect();
-        // Without this note diffusers takes the file for another framework's.
+        // Without this entry diffusers takes the file for another framework's.
         let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
         self.write_file(&self.shard_name(index), |file| safetensors::write(file, &named, &metadata))
     }

@@ -1,5 +1,5 @@
-//! Commands that do not train: a run's parameters as a diffusers folder, one step laid open, the
-//! list of runs, what a machine has.
+//! Commands that do not train: export to a diffusers folder, dump of one step, list of runs, state
+//! of the machine.
 
 pub mod doctor;
 mod export;

@@ -1,5 +1,5 @@
-//! `fm-dist runs`: the runs of an `output_dir`, for people and for scripts. Nothing is written and
-//! no lock is touched.
+//! `fm-dist runs`: lists the runs of an `output_dir`, for people and for scripts. It writes nothing
+//! and touches no lock.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -14,43 +14,43 @@ use crate::run::resume::newest_run;
 use crate::run::resume_log;
 use crate::run::runs::{OutputDir, Run};
 
-/// How a listing is written.
+/// The format of a listing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ListingFormat {
-    /// A line a run.
+    /// One line for each run.
     #[default]
     Text,
     /// One JSON object.
     Json,
     /// Assignments for `eval` in a POSIX shell: `output_dir`, and `latest_run`, `newest_step`,
-    /// `finished` of what `--resume latest` goes on with.
+    /// `finished` of the run that `--resume latest` continues.
     Shell,
 }
 
 #[derive(Serialize)]
 struct Listing<'l> {
     output_dir: &'l str,
-    /// The run that `--resume latest` goes on with.
+    /// The run that `--resume latest` continues.
     latest: Option<PathBuf>,
-    /// Oldest first.
+    /// Runs, oldest first.
     runs: Vec<Entry>,
 }
 
 #[derive(Serialize)]
 struct Entry {
     path: PathBuf,
-    /// The newest checkpoint and its step.
+    /// The newest checkpoint.
     checkpoint: Option<PathBuf>,
     step: Option<u64>,
-    /// Of the run's own configuration; none if that cannot be read.
+    /// `max_steps` of the run's own configuration; `None` if that cannot be read.
     max_steps: Option<u64>,
     finished: bool,
-    /// The process that holds the folder; none also where that process is known to be gone.
+    /// The process that holds the folder; `None` also if that process is known to be gone.
     in_use_by: Option<String>,
     failure: Option<Failure>,
 }
 
-/// The newest attempt's.
+/// The failure of the newest attempt.
 #[derive(Serialize)]
 struct Failure {
     code: i32,
@@ -59,10 +59,10 @@ struct Failure {
     message: String,
 }
 
-/// The runs of the configured `output_dir` as text.
+/// Returns the runs of the configured `output_dir` as text.
 ///
 /// # Errors
-/// [`Error::Config`](crate::error::Error::Config) if `output_dir` is no folder;
+/// [`Error::Config`](crate::error::Error::Config) if `output_dir` is not a folder;
 /// [`Error::Storage`](crate::error::Error::Storage).
 pub fn list_runs(config: &RunConfig, format: ListingFormat) -> Result<String> {
     let output_dir = OutputDir::new(&config.output_dir)?;
@@ -152,7 +152,7 @@ impl Listing<'_> {
     }
 }
 
-/// One word of a POSIX shell, whatever the text holds.
+/// Quotes any text as one word of a POSIX shell.
 fn quoted(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
 }

@@ -1,5 +1,5 @@
-//! `fm-dist step`: one flow-matching step laid open, to compare with another implementation number
-//! by number.
+//! `fm-dist step`: writes every number of one flow-matching step, to compare with another
+//! implementation.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -24,18 +24,17 @@ use crate::rng::Stream;
 use crate::run::checkpoint;
 use crate::run::locate::locate;
 
-/// What `fm-dist step` was asked for.
+/// Options of `fm-dist step`.
 #[derive(Clone, Debug)]
 pub struct StepRequest {
-    /// Batch tensors under the reference's keys, `data_type` in the metadata.
+    /// File of batch tensors under the reference's keys, with `data_type` in the metadata.
     pub batch: PathBuf,
     pub dump: PathBuf,
-    /// A run or checkpoint folder to take the parameters from; those that a run would begin with if
-    /// unset.
+    /// A run or checkpoint folder with the parameters; the initial parameters of a run if unset.
     pub weights: Option<PathBuf>,
-    /// What `torch.manual_seed` gets on the other side; the configured seed if unset.
+    /// Argument of `torch.manual_seed` in the other implementation; the configured seed if unset.
     pub torch_seed: Option<i64>,
-    /// Whether gradients of the average weighted loss are computed and written as well.
+    /// True if gradients of the average weighted loss are computed and written as well.
     pub grads: bool,
 }
 
@@ -83,7 +82,7 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
 
 fn read_batch(path: &Path) -> Result<Batch> {
     let file = SafeTensors::open(path)?;
-    // The reference's default where a batch does not say.
+    // The reference's default if a batch does not name its type.
     let word = file.metadata().get("data_type").map_or(DataType::Video.word(), String::as_str);
     let known = [DataType::Image, DataType::Video];
     let unknown = || {
@@ -142,8 +141,8 @@ fn tensors_of(output: &StepOutput) -> Vec<(String, Tensor)> {
     tensors.chain(metrics_of(output)).collect()
 }
 
-/// The reference's metrics that are numbers, as `metrics.<name>`, f64 scalars; those that are words
-/// stand in the metadata.
+/// Returns the reference's numeric metrics as `metrics.<name>`, f64 scalars; textual ones are in
+/// the metadata.
 fn metrics_of(output: &StepOutput) -> impl Iterator<Item = (String, Tensor)> {
     let row = output.statistics.as_ref().expect("metrics are collected").to_device(Device::Cpu);
     let statistics = Statistics::from_row(&Vec::<f32>::try_from(row).expect("an f32 row"));

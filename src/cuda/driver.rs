@@ -1,8 +1,8 @@
-//! The CUDA driver, as far as it is needed: a device, streams and events, modules and their
+//! The part of the CUDA driver that is needed: devices, streams and events, modules and their
 //! functions. No call in here blocks.
 //!
-//! cudarc's own safe layer synchronizes in places and owns what libtorch owns already, so only its
-//! raw layer is used.
+//! Only cudarc's raw layer is used: its safe layer synchronizes in places, and owns what libtorch
+//! already owns.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr::null_mut;
@@ -13,7 +13,7 @@ use cudarc::driver::sys;
 
 use super::{Outcome, text};
 
-/// What the wheel of libtorch 2.13 is built with: 1000 times the major version.
+/// CUDA version that the wheel of libtorch 2.13 is built with, as 1000 times the major version.
 const NEEDED_VERSION: c_int = 13_000;
 
 /// A GPU and its primary context, which libtorch uses too.
@@ -22,10 +22,10 @@ pub struct Device {
     context: sys::CUcontext,
 }
 
-/// Checks that a driver is installed and new enough, starts it, and counts the GPUs that it shows
-/// to this process.
+/// Checks that a driver is installed and new enough, initializes it, and returns the number of GPUs
+/// that it shows to this process.
 pub fn start() -> Outcome<usize> {
-    // SAFETY: only opens libraries; a driver's initializers ask nothing of the process.
+    // SAFETY: only opens libraries; a driver's initializers have no requirements.
     if !unsafe { sys::is_culib_present() } {
         return Err(
             "no CUDA driver is installed here: found neither libcuda.so nor libcuda.so.1".into()
@@ -34,7 +34,7 @@ pub fn start() -> Outcome<usize> {
     // SAFETY: the flags must be zero.
     check("cuInit", unsafe { sys::cuInit(0) })?;
     let mut version = 0;
-    // SAFETY: the result has a place.
+    // SAFETY: the result is written to a live integer.
     check("cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&mut version) })?;
     if version < NEEDED_VERSION {
         let words = |version: c_int| format!("{}.{}", version / 1000, version % 1000 / 10);
@@ -45,32 +45,32 @@ pub fn start() -> Outcome<usize> {
         ));
     }
     let mut count = 0;
-    // SAFETY: the result has a place.
+    // SAFETY: the result is written to a live integer.
     check("cuDeviceGetCount", unsafe { sys::cuDeviceGetCount(&mut count) })?;
     Ok(usize::try_from(count).unwrap_or(0))
 }
 
-/// A name that no other GPU has.
+/// Returns an id that no other GPU has.
 pub fn uuid(ordinal: usize) -> Outcome<String> {
     let mut uuid = sys::CUuuid { bytes: [0; 16] };
-    // SAFETY: the driver gave the handle, and the result has a place.
+    // SAFETY: the driver returned the handle, and the result is written to a live variable.
     check("cuDeviceGetUuid", unsafe { sys::cuDeviceGetUuid_v2(&mut uuid, handle(ordinal)?) })?;
     Ok(uuid.bytes.iter().map(|byte| format!("{:02x}", *byte as u8)).collect())
 }
 
 fn handle(ordinal: usize) -> Outcome<sys::CUdevice> {
     let mut handle = 0;
-    // SAFETY: the driver runs, and the result has a place.
+    // SAFETY: the driver is initialized, and the result is written to a live integer.
     check("cuDeviceGet", unsafe { sys::cuDeviceGet(&mut handle, ordinal as c_int) })?;
     Ok(handle)
 }
 
 impl Device {
-    /// The GPU of this number, current on this thread from here on.
+    /// Opens the GPU with this index and makes it current on this thread.
     pub fn open(ordinal: usize) -> Outcome<Self> {
         let handle = handle(ordinal)?;
         let mut context = null_mut();
-        // SAFETY: the driver gave the handle, and the result has a place.
+        // SAFETY: the driver returned the handle, and the result is written to a live pointer.
         check("cuDevicePrimaryCtxRetain", unsafe {
             sys::cuDevicePrimaryCtxRetain(&mut context, handle)
         })?;
@@ -79,17 +79,17 @@ impl Device {
         Ok(device)
     }
 
-    /// What follows on this thread means this device. libtorch's choice is the same context, unless
-    /// a caller changed it.
+    /// Makes this device current on this thread. libtorch uses the same context, unless a caller
+    /// has changed the device.
     pub fn make_current(&self) -> Outcome<()> {
         // SAFETY: the context is retained.
         check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.context) })
     }
 
-    /// What the vendor calls it.
+    /// Returns the vendor's name of the GPU.
     pub fn name(&self) -> Outcome<String> {
         let mut name: [c_char; 100] = [0; 100];
-        // SAFETY: the driver writes a text with its final zero into the length that it is told.
+        // SAFETY: the driver writes a zero-terminated text of at most the given length.
         check("cuDeviceGetName", unsafe {
             sys::cuDeviceGetName(name.as_mut_ptr(), name.len() as c_int, self.handle)
         })?;
@@ -97,7 +97,7 @@ impl Device {
         Ok(unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned())
     }
 
-    /// What machine code for it is called, like `sm_90`.
+    /// Returns the target of machine code for this GPU, e.g. `sm_90`.
     pub fn architecture(&self) -> Outcome<String> {
         use sys::CUdevice_attribute_enum::{
             CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
@@ -106,7 +106,7 @@ impl Device {
         Ok(format!("sm_{}{}", self.attribute(MAJOR)?, self.attribute(MINOR)?))
     }
 
-    /// How many of its processors run blocks of threads at once.
+    /// Returns the number of multiprocessors, which run blocks of threads concurrently.
     pub fn num_processors(&self) -> Outcome<u32> {
         let count =
             self.attribute(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
@@ -115,7 +115,7 @@ impl Device {
 
     fn attribute(&self, attribute: sys::CUdevice_attribute) -> Outcome<c_int> {
         let mut value = 0;
-        // SAFETY: the driver gave the handle, and the result has a place.
+        // SAFETY: the driver returned the handle, and the result is written to a live integer.
         check("cuDeviceGetAttribute", unsafe {
             sys::cuDeviceGetAttribute(&mut value, attribute, self.handle)
         })?;
@@ -125,29 +125,30 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        // SAFETY: retained once, released once; streams and events of this device hold it until
-        // they are gone.
-        note(check("cuDevicePrimaryCtxRelease", unsafe {
+        // SAFETY: retained once and released once; streams and events of this device keep it alive
+        // until they are dropped.
+        log_error(check("cuDevicePrimaryCtxRelease", unsafe {
             sys::cuDevicePrimaryCtxRelease_v2(self.handle)
         }));
     }
 }
 
-/// A queue of a device's work.
+/// A CUDA stream.
 pub struct Stream {
     raw: sys::CUstream,
     device: Option<Rc<Device>>,
 }
 
 impl Stream {
-    /// Where libtorch computes: the legacy default stream of the current device.
+    /// The stream in which libtorch computes: the legacy default stream of the current device.
     pub const COMPUTE: Stream = Stream { raw: null_mut(), device: None };
 
-    /// A queue beside the compute stream, ordered with it by events only.
-    pub fn beside(device: &Rc<Device>) -> Outcome<Self> {
+    /// Creates a stream that runs concurrently with the compute stream and is ordered with it only
+    /// by events.
+    pub fn new(device: &Rc<Device>) -> Outcome<Self> {
         let mut raw = null_mut();
         let flags = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
-        // SAFETY: the device is current, and the result has a place.
+        // SAFETY: the device is current, and the result is written to a live pointer.
         check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut raw, flags) })?;
         Ok(Stream { raw, device: Some(device.clone()) })
     }
@@ -156,16 +157,16 @@ impl Stream {
         self.raw
     }
 
-    /// What is queued from here on begins after what `event` marks.
+    /// Makes work queued from here on wait for `event`.
     pub fn wait(&self, event: &Event) -> Outcome<()> {
-        // SAFETY: both handles are of the current device and not destroyed.
+        // SAFETY: both handles belong to the current device and are not destroyed.
         check("cuStreamWaitEvent", unsafe { sys::cuStreamWaitEvent(self.raw, event.raw, 0) })
     }
 
-    /// A mark behind all that is queued so far.
-    pub fn mark(&self) -> Outcome<Event> {
+    /// Records an event after all work queued so far.
+    pub fn record(&self) -> Outcome<Event> {
         let event = Event::new()?;
-        // SAFETY: both handles are of the current device and not destroyed.
+        // SAFETY: both handles belong to the current device and are not destroyed.
         check("cuEventRecord", unsafe { sys::cuEventRecord(event.raw, self.raw) })?;
         Ok(event)
     }
@@ -174,14 +175,14 @@ impl Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         if self.device.is_some() {
-            // SAFETY: created here and destroyed once; the driver frees it when what is queued is
-            // done.
-            note(check("cuStreamDestroy", unsafe { sys::cuStreamDestroy_v2(self.raw) }));
+            // SAFETY: created here and destroyed once; the driver frees the stream when its queued
+            // work is complete.
+            log_error(check("cuStreamDestroy", unsafe { sys::cuStreamDestroy_v2(self.raw) }));
         }
     }
 }
 
-/// A mark in a stream, with the time at which the device came by.
+/// A point in a stream, with the time at which the device reached it.
 pub struct Event {
     raw: sys::CUevent,
 }
@@ -190,13 +191,13 @@ impl Event {
     fn new() -> Outcome<Self> {
         let mut raw = null_mut();
         let flags = sys::CUevent_flags_enum::CU_EVENT_DEFAULT as u32;
-        // SAFETY: the device is current, and the result has a place.
+        // SAFETY: the device is current, and the result is written to a live pointer.
         check("cuEventCreate", unsafe { sys::cuEventCreate(&mut raw, flags) })?;
         Ok(Event { raw })
     }
 
-    /// Whether the device has come by.
-    pub fn is_past(&self) -> Outcome<bool> {
+    /// True if the device has reached the event.
+    pub fn is_complete(&self) -> Outcome<bool> {
         // SAFETY: the event exists.
         match unsafe { sys::cuEventQuery(self.raw) } {
             sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
@@ -204,31 +205,31 @@ impl Event {
         }
     }
 
-    /// What passed between two marks that the device has passed.
+    /// Time between two events that are complete.
     pub fn elapsed_since(&self, earlier: &Event) -> Outcome<Duration> {
         let mut milliseconds = 0.0;
-        // SAFETY: both events exist, and the result has a place.
+        // SAFETY: both events exist, and the result is written to a live float.
         check("cuEventElapsedTime", unsafe {
             sys::cuEventElapsedTime_v2(&mut milliseconds, earlier.raw, self.raw)
         })?;
-        // The device's clock is said to be good to half a microsecond: two marks that close may
-        // come out negative.
+        // The resolution is documented as about half a microsecond, so two events that close
+        // together may come out negative.
         Ok(Duration::try_from_secs_f64(f64::from(milliseconds) / 1e3).unwrap_or_default())
     }
 }
 
 impl Drop for Event {
     fn drop(&mut self) {
-        // SAFETY: created here and destroyed once; the driver keeps what waits for it until the
-        // device has come by.
-        note(check("cuEventDestroy", unsafe { sys::cuEventDestroy_v2(self.raw) }));
+        // SAFETY: created here and destroyed once; the driver keeps the event for work that waits
+        // for it.
+        log_error(check("cuEventDestroy", unsafe { sys::cuEventDestroy_v2(self.raw) }));
     }
 }
 
-/// A kernel that was loaded for a device.
+/// A kernel that is loaded on a device.
 pub struct Function {
     raw: sys::CUfunction,
-    /// Bytes of each parameter, as its code expects them.
+    /// Bytes of each parameter, as the kernel's code expects them.
     parameters: Vec<usize>,
     module: Module,
 }
@@ -240,17 +241,18 @@ struct Module {
 }
 
 impl Function {
-    /// The function of this name in an image for `device`.
+    /// Loads the function `name` of an image for `device`.
     pub fn load(image: &[u8], name: &CStr, device: Device) -> Outcome<Self> {
         let mut raw = null_mut();
-        // SAFETY: the device is current, the image says its own length, the driver copies it, and
-        // the result has a place.
+        // SAFETY: the device is current, the image contains its own length, the driver copies it,
+        // and the result is written to a live pointer.
         check("cuModuleLoadData", unsafe {
             sys::cuModuleLoadData(&mut raw, image.as_ptr().cast())
         })?;
         let module = Module { raw, device };
         let mut raw = null_mut();
-        // SAFETY: the module is loaded, the name ends with a zero, and the result has a place.
+        // SAFETY: the module is loaded, the name is zero-terminated, and the result is written to a
+        // live pointer.
         check("cuModuleGetFunction", unsafe {
             sys::cuModuleGetFunction(&mut raw, module.raw, name.as_ptr())
         })?;
@@ -261,14 +263,16 @@ impl Function {
         &self.module.device
     }
 
-    /// Queues the function behind all that libtorch has queued, with the address of each argument.
-    /// They are copied at once.
+    /// Launches the function in the compute stream, after all work that libtorch has queued.
+    /// `arguments` are the address and the size of each argument; the driver copies them during the
+    /// call.
     ///
     /// # Panics
-    /// If the arguments' sizes are not those of the parameters (a bug in the caller).
+    /// If the sizes differ from those of the kernel's parameters (a bug in the caller).
     ///
     /// # Safety
-    /// The function must keep to memory that stays its own until the stream has come by.
+    /// The kernel must access only memory that stays allocated for it until the stream has
+    /// completed it.
     pub unsafe fn launch(
         &self,
         blocks: u32,
@@ -281,8 +285,8 @@ impl Function {
         let mut addresses: Vec<*mut c_void> =
             arguments.iter().map(|(address, _)| address.cast_mut()).collect();
         let (stream, addresses) = (Stream::COMPUTE.raw, addresses.as_mut_ptr());
-        // SAFETY: the function is of the current device; each address holds as many bytes as its
-        // parameter takes, for the driver to read; the caller answers for what the function does.
+        // SAFETY: the function belongs to the current device; each address points to as many bytes
+        // as its parameter takes; the caller guarantees the kernel's memory accesses.
         let code = unsafe {
             sys::cuLaunchKernel(
                 self.raw,
@@ -302,14 +306,14 @@ impl Function {
     }
 }
 
-/// Bytes of each parameter of a function.
+/// Returns the size of each parameter of a function, in bytes.
 fn parameters(function: sys::CUfunction) -> Outcome<Vec<usize>> {
     let mut sizes = Vec::new();
     loop {
         let (mut offset, mut size) = (0, 0);
-        // SAFETY: the function's module is loaded, and both results have a place.
+        // SAFETY: the function's module is loaded, and both results are written to live integers.
         match unsafe { sys::cuFuncGetParamInfo(function, sizes.len(), &mut offset, &mut size) } {
-            // There is no parameter of this number.
+            // There is no parameter with this index.
             sys::CUresult::CUDA_ERROR_INVALID_VALUE => return Ok(sizes),
             code => check("cuFuncGetParamInfo", code)?,
         }
@@ -319,9 +323,9 @@ fn parameters(function: sys::CUfunction) -> Outcome<Vec<usize>> {
 
 impl Drop for Module {
     fn drop(&mut self) {
-        // SAFETY: loaded once and unloaded once; the driver lets what is queued finish first.
+        // SAFETY: loaded once and unloaded once; the driver completes queued work first.
         let unload = || check("cuModuleUnload", unsafe { sys::cuModuleUnload(self.raw) });
-        note(self.device.make_current().and_then(|()| unload()));
+        log_error(self.device.make_current().and_then(|()| unload()));
     }
 }
 
@@ -330,15 +334,15 @@ fn check(function: &str, code: sys::CUresult) -> Outcome<()> {
         return Ok(());
     }
     let (mut name, mut words) = (std::ptr::null(), std::ptr::null());
-    // SAFETY: the results have a place; the driver leaves null there for a code that it does not
-    // know.
+    // SAFETY: the results are written to live pointers; the driver sets them to null for an unknown
+    // code.
     unsafe { (sys::cuGetErrorName(code, &mut name), sys::cuGetErrorString(code, &mut words)) };
     Err(format!("{function}: {} ({}, code {})", text(words), text(name), code as u32))
 }
 
-/// For what a destructor cannot return.
-fn note(outcome: Outcome<()>) {
+/// Logs an error that a destructor cannot return.
+fn log_error(outcome: Outcome<()>) {
     if let Err(what) = outcome {
-        tracing::warn!("while giving back: {what}");
+        tracing::warn!("while releasing: {what}");
     }
 }

@@ -1,4 +1,4 @@
-//! Kernels of our own: one pass over the elements of several tensors.
+//! Own kernels that make one pass over the elements of several tensors.
 
 use std::ffi::{CString, c_void};
 use std::ptr::null_mut;
@@ -8,29 +8,30 @@ use tch::{Device, Kind, Tensor};
 use super::driver::{self, Function};
 use super::{Outcome, nvrtc};
 
-/// Threads of a block: a multiple of what any GPU runs in step, and few enough for any number of
-/// registers a thread.
+/// Threads of a block: a multiple of any GPU's warp size, and few enough for any number of
+/// registers per thread.
 const THREADS: u32 = 256;
-/// Blocks that a processor holds at once, at 2048 threads. More would only wait; threads go round
-/// instead.
+/// Blocks that a multiprocessor holds at once, with 2048 threads. More blocks would only wait; a
+/// kernel loops over the grid instead.
 const BLOCKS_EACH: u32 = 8;
-/// Elements that a thread takes at a time, where tensors begin at a multiple of 16 bytes.
+/// Elements that a thread processes at a time, where tensors start at a multiple of 16 bytes.
 const ELEMENTS_EACH: u32 = 4;
 
-/// A kernel's text: `extern "C" __global__ void name(tensors…, long long length, arguments…)`. It
-/// goes round (a thread's next element lies a grid further on) and touches elements 0 to `length` −
-/// 1 of each tensor and no other memory: who writes it answers for that, as for the text of an
-/// `unsafe` block.
+/// The source of a kernel: `extern "C" __global__ void name(tensors…, long long length,
+/// arguments…)`. It must loop over the grid (a thread's next element is one grid further on) and
+/// access only elements 0 to `length` − 1 of each tensor. The author is responsible for that, as
+/// for the code of an `unsafe` block.
 pub struct Source {
-    /// What the compiler's messages call it.
+    /// Name of the source in the compiler's messages.
     pub file: &'static str,
     pub text: &'static str,
     pub name: &'static str,
-    /// Kinds of the tensors, in the parameters' order.
+    /// Kinds of the tensors, in the order of the parameters.
     pub kinds: &'static [Kind],
 }
 
-/// What a kernel takes by value besides its tensors: a number, or an array or struct of them.
+/// A parameter that a kernel takes by value besides its tensors: a number, or an array or struct of
+/// numbers.
 pub enum Argument<'a> {
     /// `long long`.
     Integers(&'a [i64]),
@@ -47,7 +48,7 @@ pub struct Elementwise {
 }
 
 impl Argument<'_> {
-    fn place(&self) -> (*const c_void, usize) {
+    fn address_and_size(&self) -> (*const c_void, usize) {
         match self {
             Argument::Integers(integers) => (integers.as_ptr().cast(), size_of_val(*integers)),
             Argument::Numbers(numbers) => (numbers.as_ptr().cast(), size_of_val(*numbers)),
@@ -56,11 +57,11 @@ impl Argument<'_> {
 }
 
 impl Elementwise {
-    /// Compiles a kernel for `device` and loads it there. `Device::Cpu` in place of a GPU is for a
-    /// stand-in of the driver that works on the host's memory.
+    /// Compiles a kernel for `device` and loads it there. Pass `Device::Cpu` instead of a GPU to
+    /// run with the tests' double of the driver, which works in host memory.
     ///
     /// # Errors
-    /// What NVRTC or the driver refuses, or that it is not there.
+    /// An error of NVRTC or the driver, or a message that one of them is not installed.
     pub fn build(source: &'static Source, device: Device) -> Outcome<Self> {
         driver::start()?;
         let gpu =
@@ -76,15 +77,16 @@ impl Elementwise {
         })
     }
 
-    /// Runs the kernel over the first `length` elements of each tensor, behind all that libtorch
-    /// has queued and before all that it queues from here on. A missing tensor is a null pointer.
+    /// Runs the kernel over the first `length` elements of each tensor, in order with libtorch's
+    /// work on the compute stream. A missing tensor becomes a null pointer.
     ///
     /// # Errors
-    /// What the driver refuses, also for what was queued earlier.
+    /// An error of the driver, possibly of work that was queued earlier.
     ///
     /// # Panics
-    /// If a tensor is not contiguous, of another kind or elsewhere, or shorter than `length`, or if
-    /// the arguments are not as long as the kernel's parameters (a bug in the caller).
+    /// If a tensor is not contiguous, is of another kind or on another device, or is shorter than
+    /// `length`, or if the arguments' sizes are not those of the kernel's parameters (a bug in the
+    /// caller).
     pub fn run(
         &self,
         length: i64,
@@ -102,16 +104,16 @@ impl Elementwise {
             tensors.iter().map(|tensor| tensor.map_or(null_mut(), Tensor::data_ptr)).collect();
         let starts = starts.iter().map(|start| ((&raw const *start).cast(), size_of_val(start)));
         let count = [length];
-        let arguments = [Argument::Integers(&count).place()]
+        let arguments = [Argument::Integers(&count).address_and_size()]
             .into_iter()
-            .chain(arguments.iter().map(Argument::place));
-        let places: Vec<_> = starts.chain(arguments).collect();
+            .chain(arguments.iter().map(Argument::address_and_size));
+        let parameters: Vec<_> = starts.chain(arguments).collect();
         let blocks = (length as u64)
             .div_ceil(u64::from(THREADS * ELEMENTS_EACH))
             .min(u64::from(self.most_blocks)) as u32;
-        // SAFETY: the kernel keeps to the first `length` elements of its tensors, which each of
-        // them has; libtorch gives their memory out again behind the compute stream only.
-        unsafe { self.function.launch(blocks, THREADS, &places) }
+        // SAFETY: the kernel accesses only the first `length` elements of its tensors, which each
+        // of them has; libtorch reuses their memory only for later work of the compute stream.
+        unsafe { self.function.launch(blocks, THREADS, &parameters) }
     }
 
     fn check(&self, tensor: &Tensor, kind: Kind, length: i64) {

@@ -1,8 +1,8 @@
-//! GPUs beneath libtorch: the CUDA half of it, the CUDA driver, the compiler NVRTC, and kernels of
-//! our own.
+//! CUDA below libtorch: libtorch's own CUDA library, the CUDA driver, the compiler NVRTC, and the
+//! launch of own kernels.
 //!
-//! All of it is opened at run time, so that one binary serves all machines. A refusal comes back in
-//! words; the caller knows what it spoils.
+//! All libraries are opened at run time, so one binary serves all machines. Errors are returned as
+//! texts, because only the caller knows what they affect.
 
 #![allow(unsafe_code)]
 
@@ -16,40 +16,38 @@ pub use elementwise::{Argument, Elementwise, Source};
 
 use crate::error::{Error, Result};
 
-/// What a library function gave, or its name and why it refused.
+/// Result of a library function; the error names the function and the reason.
 pub type Outcome<T> = std::result::Result<T, String>;
 
-/// Opens the CUDA half of libtorch, for the rest of the process. Tensors can be on a GPU from then
-/// on.
+/// Opens libtorch's CUDA library for the rest of the process. From then on tensors can be on a GPU.
 ///
 /// # Errors
-/// [`Error::Environment`] if it is not installed, or not complete.
+/// [`Error::Environment`] if the library is not installed, or is incomplete.
 pub fn open_libtorch() -> Result<()> {
     use std::error::Error as _;
 
     use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
     const NAME: &str = "libtorch_cuda.so";
-    // SAFETY: its initializers register kernels with libtorch, whose version is the same, and ask
-    // nothing else of the process.
+    // SAFETY: its initializers only register kernels with libtorch, which has the same version.
     let library = unsafe { Library::open(Some(NAME), RTLD_NOW | RTLD_GLOBAL) };
     let missing = |error: libloading::Error| {
-        // The error itself says no more than that it failed.
+        // The error itself says only that opening failed; its source has the reason.
         let why = error.source().map_or_else(|| error.to_string(), ToString::to_string);
         Error::environment(format!(
             "cannot open {NAME} ({why}): on a machine with an NVIDIA driver run launch/setup.sh"
         ))
     };
-    // Closing it would take kernels away that libtorch holds on to.
+    // Never closed, because libtorch keeps pointers to its kernels.
     std::mem::forget(library.map_err(missing)?);
     Ok(())
 }
 
-/// A text that a library keeps for the life of the process.
+/// Copies a text that a library keeps for the life of the process.
 pub(crate) fn text(pointer: *const c_char) -> String {
     if pointer.is_null() {
         return "no text".into();
     }
-    // SAFETY: the libraries end these texts with a zero.
+    // SAFETY: the libraries zero-terminate these texts.
     unsafe { CStr::from_ptr(pointer) }.to_string_lossy().trim().into()
 }
 

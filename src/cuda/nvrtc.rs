@@ -1,4 +1,4 @@
-//! NVRTC, a compiler that is a library: a kernel's text becomes machine code for one architecture.
+//! NVRTC, the run-time compiler: compiles a kernel's source to machine code for one architecture.
 
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::ptr::{null, null_mut};
@@ -7,33 +7,33 @@ use cudarc::nvrtc::sys;
 
 use super::{Outcome, text};
 
-/// A product is rounded before it is added, unless the text says otherwise. NVRTC's other defaults
-/// round as IEEE 754 says.
+/// Compiler options. Without fused multiply-add a product is rounded before it is added, unless the
+/// source asks for one. NVRTC's other defaults round as IEEE 754 requires.
 pub const OPTIONS: [&CStr; 2] = [c"--std=c++17", c"--fmad=false"];
 
-/// Checks that NVRTC is installed and says which version, like `13.0`.
+/// Checks that NVRTC is installed and returns its version, e.g. `13.0`.
 pub fn version() -> Outcome<String> {
     numbers().map(|(major, minor)| format!("{major}.{minor}"))
 }
 
 fn numbers() -> Outcome<(c_int, c_int)> {
-    // SAFETY: only opens the library, whose initializers ask nothing of the process.
+    // SAFETY: only opens the library, whose initializers have no requirements.
     if !unsafe { sys::is_culib_present() } {
         return Err("NVRTC is not found: looked for libnvrtc.so in LD_LIBRARY_PATH and the system's folders; launch/setup.sh \
                     puts it into .deps/nvidia/cu13/lib"
             .into());
     }
     let (mut major, mut minor) = (0, 0);
-    // SAFETY: both results have a place.
+    // SAFETY: both results are written to live integers.
     check("nvrtcVersion", unsafe { sys::nvrtcVersion(&mut major, &mut minor) })?;
     Ok((major, minor))
 }
 
-/// Machine code (a cubin) of `source` for an architecture like `sm_90`. `file`: what messages call
-/// the source.
+/// Compiles `source` to machine code (a cubin) for an architecture like `sm_90`. `file` is the name
+/// of the source in messages.
 ///
 /// # Errors
-/// What the compiler says, each of its lines.
+/// The compiler's messages, all lines joined to one.
 pub fn compile(file: &str, source: &str, architecture: &str) -> Outcome<Vec<u8>> {
     let (major, minor) = numbers()?;
     open_builtins(major, minor);
@@ -48,26 +48,28 @@ fn terminated(text: &str) -> CString {
     CString::new(text).expect("sources and names have no zeros")
 }
 
-/// NVRTC opens a second library by its name, and looks neither beside itself nor in the folders of
-/// this program, where the wheel has it. One that is open already is found.
+/// Opens NVRTC's second library, which NVRTC opens by its bare name: it looks neither in its own
+/// folder, where the wheel has the library, nor in the run paths of this program. A library that is
+/// already open is found.
 fn open_builtins(major: c_int, minor: c_int) {
     use libloading::os::unix::Library;
-    // SAFETY: it holds data and functions for NVRTC; its initializers ask nothing of the process.
+    // SAFETY: the library holds data and functions for NVRTC; its initializers have no
+    // requirements.
     match unsafe { Library::new(format!("libnvrtc-builtins.so.{major}.{minor}")) } {
         Ok(library) => std::mem::forget(library),
-        // Elsewhere NVRTC finds it by itself, or says that it does not.
+        // With another installation NVRTC finds it by itself, or reports that it does not.
         Err(error) => tracing::debug!("{error}"),
     }
 }
 
-/// A text in the compiler's hands.
+/// A program of NVRTC.
 struct Program(sys::nvrtcProgram);
 
 impl Program {
     fn new(file: &CStr, source: &CStr) -> Outcome<Self> {
         let mut raw = null_mut();
-        // SAFETY: both texts end with a zero and are copied, there are no headers, and the result
-        // has a place.
+        // SAFETY: both texts are zero-terminated and copied, there are no headers, and the result
+        // is written to a live pointer.
         let code = unsafe {
             sys::nvrtcCreateProgram(&mut raw, source.as_ptr(), file.as_ptr(), 0, null(), null())
         };
@@ -78,7 +80,7 @@ impl Program {
     fn compile(&self, architecture: &CStr) -> Outcome<()> {
         let options: Vec<*const c_char> =
             [architecture].iter().chain(&OPTIONS).map(|option| option.as_ptr()).collect();
-        // SAFETY: the program exists, and so many options end with a zero each.
+        // SAFETY: the program exists, and each of the options is zero-terminated.
         let code =
             unsafe { sys::nvrtcCompileProgram(self.0, options.len() as c_int, options.as_ptr()) };
         check("nvrtcCompileProgram", code).map_err(|what| match self.log() {
@@ -87,7 +89,7 @@ impl Program {
         })
     }
 
-    /// What the compiler said, in one line.
+    /// The compiler's messages in one line.
     fn log(&self) -> Outcome<String> {
         let log =
             self.read("nvrtcGetProgramLog", sys::nvrtcGetProgramLogSize, sys::nvrtcGetProgramLog)?;
@@ -101,7 +103,7 @@ impl Program {
         self.read("nvrtcGetCUBIN", sys::nvrtcGetCUBINSize, sys::nvrtcGetCUBIN)
     }
 
-    /// One of the compiler's results: `size` says how many bytes `get` writes.
+    /// Reads one of the compiler's results: `size` returns the number of bytes that `get` writes.
     fn read(
         &self,
         function: &str,
@@ -109,10 +111,10 @@ impl Program {
         get: unsafe fn(sys::nvrtcProgram, *mut c_char) -> sys::nvrtcResult,
     ) -> Outcome<Vec<u8>> {
         let mut length = 0;
-        // SAFETY: the program exists, and the result has a place.
+        // SAFETY: the program exists, and the result is written to a live integer.
         check(function, unsafe { size(self.0, &mut length) })?;
         let mut bytes = vec![0u8; length];
-        // SAFETY: the program exists, and the result has the place that it needs.
+        // SAFETY: the program exists, and the buffer has the size that the library asked for.
         check(function, unsafe { get(self.0, bytes.as_mut_ptr().cast()) })?;
         Ok(bytes)
     }
@@ -124,7 +126,7 @@ impl Drop for Program {
         if let Err(what) =
             check("nvrtcDestroyProgram", unsafe { sys::nvrtcDestroyProgram(&mut self.0) })
         {
-            tracing::warn!("while giving back: {what}");
+            tracing::warn!("while releasing: {what}");
         }
     }
 }

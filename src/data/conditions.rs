@@ -1,4 +1,4 @@
-//! Named conditions of a dataset, from which samples are generated.
+//! Named conditions of a dataset, used to generate samples.
 
 use std::collections::BTreeMap;
 
@@ -8,11 +8,11 @@ use super::manifest::ConditionsEntry;
 use crate::error::Result;
 use crate::files::safetensors::{SafeTensors, TensorInfo};
 
-/// Named conditions to generate from, e.g. one text embedding a class.
+/// Named conditions for generation, e.g. one text embedding for each class.
 #[derive(Debug)]
 pub struct Conditions {
     pub names: Vec<String>,
-    /// Row `i` belongs to name `i`.
+    /// Tensors by key; row `i` belongs to name `i`.
     pub tensors: BTreeMap<String, Tensor>,
 }
 

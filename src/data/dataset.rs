@@ -1,10 +1,10 @@
 //! A dataset: a folder with `dataset.json` and the safetensors files that it lists, or the same
 //! compiled into the binary.
 //!
-//! A file holds samples of one shape, stacked along axis 0 of every tensor under the batch's own
-//! keys. Files of one resolution group agree in keys, kinds and shapes, so that their samples may
-//! stand in one batch. Samples are numbered through all files in their order. Files stay open as
-//! far as there are descriptors, so that files replaced during a run change nothing; the others are
+//! A file holds samples of one shape, stacked along axis 0 of every tensor, under the keys that
+//! batches use. Files of one resolution group have equal keys, kinds and shapes, so that a batch
+//! can mix their samples. Samples are numbered through all files in order. Files stay open as long
+//! as there are descriptors, so that replacing a file during a run has no effect; the others are
 //! opened for each read, which refuses a file that was replaced.
 
 use std::cell::Cell;
@@ -28,12 +28,12 @@ use crate::files::sha256;
 use crate::pulse;
 use crate::tensor::bytes_mut;
 
-/// Samples that lie in files and are read by number.
+/// Samples in files, read by number.
 #[derive(Debug)]
 pub struct Dataset {
     path: PathBuf,
     manifest: Manifest,
-    /// One a file of the manifest.
+    /// One entry for each file of the manifest.
     files: Vec<SampleFile>,
     groups: Vec<Group>,
     conditions: Option<SafeTensors>,
@@ -52,12 +52,13 @@ impl Dataset {
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         refuse_pickle(folder)?;
-        let manifest = Manifest::of_folder(folder)?;
+        let manifest = Manifest::read(folder)?;
         let kept = kept_open(manifest.num_files());
         Dataset::keeping(folder, manifest, kept)
     }
 
-    /// The same with the first `kept` files open throughout, the others for each read.
+    /// As [`open`](Self::open), but keeps only the first `kept` files open and opens the others for
+    /// each read.
     pub(super) fn keeping(folder: &Path, manifest: Manifest, kept: usize) -> Result<Self> {
         let opened = Cell::new(0);
         Dataset::assemble(folder.into(), manifest, |relative| {
@@ -71,8 +72,8 @@ impl Dataset {
         })
     }
 
-    /// The same over bytes that are part of the binary: `dataset.json` and its files by their
-    /// paths.
+    /// As [`open`](Self::open), over bytes that are part of the binary: `dataset.json` and its
+    /// files by their paths.
     pub fn embedded(
         json: &'static str,
         files: &'static [(&'static str, &'static [u8])],
@@ -141,12 +142,12 @@ impl Dataset {
         Ok(())
     }
 
-    /// The folder, or `embedded`.
+    /// Returns the folder, or `embedded`.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Name, source and licence of the data, and the list of files.
+    /// Returns name, source and licence of the data, and the list of files.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
@@ -159,25 +160,26 @@ impl Dataset {
         self.manifest.data_type
     }
 
-    /// Resolution groups in the order in which their first files are listed.
+    /// Returns the resolution groups in the order in which their first files are listed.
     pub fn groups(&self) -> &[Group] {
         &self.groups
     }
 
-    /// Shape of one sample's latents, `[C, (F,) H, W]`; none if there is no such group.
+    /// Returns the shape of one sample's latents, `[C, (F,) H, W]`; `None` if there is no such
+    /// group.
     pub fn latent_shape(&self, group: &str) -> Option<&[i64]> {
         let group = self.groups.iter().find(|known| known.name == group)?;
         group.layout.get(latents_key(self.data_type())).map(|(_, shape)| shape.as_slice())
     }
 
-    /// Shapes of the empty prompt's tensors by their own keys; none where the dataset has no empty
+    /// Returns the shapes of the empty prompt's tensors by key; empty if the dataset has no empty
     /// prompt.
     pub fn empty_prompt_shapes(&self) -> BTreeMap<String, Vec<i64>> {
         let infos = self.empty_prompt.iter().flat_map(|empty| empty.file.tensors());
         infos.map(|info| (info.name.clone(), info.shape.clone())).collect()
     }
 
-    /// Hex digits that change with the files' names, groups, sample counts or hashes, as
+    /// Returns hex digits that change with the files' names, groups, sample counts or hashes, as
     /// `dataset.json` gives them.
     pub fn fingerprint(&self) -> String {
         self.manifest.fingerprint()
@@ -212,24 +214,24 @@ impl Dataset {
         Ok(())
     }
 
-    /// Reads every sample and refuses the first that is not finite, unless its neighbours are to
-    /// stand in for it.
+    /// Reads every sample and refuses the first that is not finite, unless such samples are
+    /// skipped.
     pub fn verify_numbers(&self) -> Result<()> {
         let refused = self.on_bad == OnBad::Stop;
         self.files.iter().filter(|_| refused).try_for_each(SampleFile::check_numbers)
     }
 
-    /// What becomes of samples that are not finite from now on.
+    /// Sets the treatment of samples that are not finite.
     pub fn on_bad(mut self, on_bad: OnBad) -> Self {
         self.on_bad = on_bad;
         self
     }
 
-    /// The samples of these ids, in this order; where bad ones are skipped, their next sound
-    /// neighbours in the group instead.
+    /// Returns the samples of these ids in this order. If bad samples are skipped, each is replaced
+    /// by the next sound one of its group.
     ///
     /// # Errors
-    /// [`Error::Data`] if a sample holds a number that is not finite and may not, or its file was
+    /// [`Error::Data`] if a sample is not finite and skipping is not allowed, or if its file was
     /// cut since it was opened.
     /// # Panics
     /// If there are no ids, or they are unknown or of several groups (bugs in the caller).
@@ -239,7 +241,7 @@ impl Dataset {
                 let sound =
                     ids.iter().map(|id| self.sound_from(*id)).collect::<Result<Vec<_>>>()?;
                 let bad_samples = sound.iter().zip(ids).filter(|(sound, id)| sound != id).count();
-                // Something else is wrong than a number.
+                // No sample is bad, so the error has another cause.
                 if bad_samples == 0 { Err(error) } else { self.read_batch(&sound, bad_samples) }
             }
             (outcome, _) => outcome,
@@ -261,8 +263,8 @@ impl Dataset {
         Ok(Batch { tensors, data_type: self.data_type(), sample_ids: ids.to_vec(), bad_samples })
     }
 
-    /// The sample itself if all its numbers are finite, otherwise the next of its group that is:
-    /// the same one whoever asks.
+    /// Returns the sample itself if all its numbers are finite, otherwise the next of its group
+    /// that is; the result is the same on every rank.
     fn sound_from(&self, id: u64) -> Result<u64> {
         let ids = &self.groups[self.file_of(id).group].sample_ids;
         let place = ids.binary_search(&id).expect("a sample is in its group");
@@ -275,12 +277,12 @@ impl Dataset {
         Err(Error::data(&self.path, format!("no sample of the group of sample {id} is finite")))
     }
 
-    /// One key of these samples as one tensor.
+    /// Returns one key of these samples as one tensor.
     fn stacked(&self, key: &str, ids: &[u64]) -> Result<Tensor> {
         let first = &self.file_of(ids[0]).tensors;
         let info = first.info(key)?;
         let row_bytes = row_bytes(info) as usize;
-        let mut stacked = first.room(&with_rows(info, ids.len()), info.kind)?;
+        let mut stacked = first.empty_tensor(&with_rows(info, ids.len()), info.kind)?;
         let mut rest = bytes_mut(&mut stacked);
         for run in ids.chunk_by(|a, b| self.file_of(*a).first_id == self.file_of(*b).first_id) {
             let (now, later) = rest.split_at_mut(run.len() * row_bytes);
@@ -295,10 +297,10 @@ impl Dataset {
         &self.files[self.files.partition_point(|file| file.first_id <= id) - 1]
     }
 
-    /// The named conditions, if the dataset has any.
+    /// Returns the named conditions, if the dataset has any.
     ///
     /// # Errors
-    /// [`Error::Data`] naming the tensor that holds a number which is not finite; as
+    /// [`Error::Data`] naming the tensor that has a number which is not finite; errors of
     /// [`SafeTensors::read`].
     pub fn conditions(&self) -> Result<Option<Conditions>> {
         let pair = self.conditions.as_ref().zip(self.manifest.conditions.as_ref());
@@ -414,7 +416,7 @@ mod tests {
     #[test]
     fn an_embedded_dataset_equals_its_folder() {
         let folder = two_groups();
-        // Leaked once: what a binary embeds lives as long.
+        // Leaked once, since embedded bytes live as long as the binary.
         let embed = |name: &str| -> &'static [u8] {
             std::fs::read(folder.path().join(name)).expect("a written file").leak()
         };

@@ -9,11 +9,11 @@ const FILES: &[(&str, &[u8])] = &[
     ("conditions.safetensors", include_bytes!("../../configs/digits/conditions.safetensors")),
 ];
 
-/// Name by which `[data] path` means them.
+/// The value of `[data] path` that selects them.
 const NAME: &str = "embedded:digits";
 
 impl Dataset {
-    /// The dataset that `[data] path` names: a folder, or `embedded:digits`.
+    /// Opens the dataset that `[data] path` names: a folder, or `embedded:digits`.
     ///
     /// # Errors
     /// As [`Dataset::open`].

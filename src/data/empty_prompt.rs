@@ -1,4 +1,4 @@
-//! What a condition that is dropped may become.
+//! The empty prompt's conditions, which can replace dropped conditions.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -13,13 +13,13 @@ use crate::files::safetensors::SafeTensors;
 #[derive(Debug)]
 pub(super) struct EmptyPrompt {
     pub file: SafeTensors,
-    /// Behind a lock because threads that read batches share the dataset.
+    /// Locked because the threads that read batches share the dataset.
     tensors: Mutex<BTreeMap<String, Tensor>>,
 }
 
 impl EmptyPrompt {
     /// # Errors
-    /// [`Error::Data`](crate::error::Error::Data) if a number is not finite; as
+    /// [`Error::Data`](crate::error::Error::Data) if a number is not finite; errors of
     /// [`SafeTensors::read`].
     pub fn read(file: SafeTensors) -> Result<Self> {
         let mut tensors = BTreeMap::new();
@@ -30,7 +30,7 @@ impl EmptyPrompt {
     }
 
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
-        // A panic of another holder leaves the tensors as they were.
+        // A panic of another thread leaves the tensors unchanged.
         let tensors = self.tensors.lock().unwrap_or_else(PoisonError::into_inner);
         tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
     }

@@ -1,4 +1,4 @@
-//! Resolution groups: which samples may stand in one batch.
+//! Resolution groups: the sets of samples that can share a batch.
 
 use std::collections::BTreeMap;
 
@@ -12,16 +12,16 @@ use crate::files::safetensors::{SafeTensors, TensorInfo};
 /// Kind and shape of one sample's tensors, by key.
 pub type Layout = BTreeMap<String, (Kind, Vec<i64>)>;
 
-/// Samples of equal shapes: what one batch may be made of.
+/// Samples of equal shapes, from which batches are made.
 #[derive(Clone, Debug, Default)]
 pub struct Group {
     pub name: String,
-    /// Ascending.
+    /// Ids, ascending.
     pub sample_ids: Vec<u64>,
     pub layout: Layout,
 }
 
-/// Key of the latents that the reference gives each type of data.
+/// Returns the key under which the reference expects the latents of a type of data.
 pub(super) fn latents_key(data_type: DataType) -> &'static str {
     match data_type {
         DataType::Image => "image_latents",
@@ -29,7 +29,8 @@ pub(super) fn latents_key(data_type: DataType) -> &'static str {
     }
 }
 
-/// What one row of the file is, once every tensor has been seen to have `rows` of them.
+/// Returns the kinds and shapes of one row of the file, after checking that every tensor has `rows`
+/// rows.
 pub(super) fn layout_of(file: &SafeTensors, rows: u64, word: &str) -> Result<Layout> {
     let mut layout = Layout::new();
     for TensorInfo { name, kind, shape, .. } in file.tensors() {
@@ -45,7 +46,7 @@ pub(super) fn layout_of(file: &SafeTensors, rows: u64, word: &str) -> Result<Lay
     Ok(layout)
 }
 
-/// The latents that the type of data needs are there, as floats of the right number of axes.
+/// Checks that the latents of the type of data exist, as floats with the right number of axes.
 pub(super) fn check_latents(layout: &Layout, data_type: DataType) -> Result<(), String> {
     let (key, axes) = (
         latents_key(data_type),
@@ -65,7 +66,7 @@ pub(super) fn check_latents(layout: &Layout, data_type: DataType) -> Result<(), 
     Ok(())
 }
 
-/// The file fits the group that an earlier file began.
+/// Checks that the file agrees with its group, as an earlier file defined it.
 pub(super) fn check_same(
     file: &SafeTensors,
     layout: &Layout,

@@ -1,4 +1,4 @@
-//! Batches read ahead on threads of their own, so that a step does not wait for the disk.
+//! Reads batches ahead on threads, so that a step does not wait for the disk.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -20,25 +20,25 @@ use crate::phase::Phase;
 /// Yields one rank's micro-batches in the order of training; dropping it ends its threads.
 #[derive(Debug)]
 pub struct Loader {
-    /// In turns, the next one first; none after an error.
+    /// Threads in the order of their next batches; empty after an error.
     readers: VecDeque<Reader>,
     path: PathBuf,
-    /// Batches of the first step that are still to come.
+    /// Number of the first step's batches whose latents are not yet measured.
     unmeasured: usize,
-    /// Of the first step's latents.
+    /// Moments of the first step's latents.
     first_latents: Moments,
 }
 
 /// A thread that reads one batch ahead.
 #[derive(Debug)]
 struct Reader {
-    /// Taken before the thread is joined: the thread ends when nobody can receive.
+    /// Dropped before the thread is joined: without a receiver the thread ends.
     batches: Option<Receiver<Result<Batch>>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Loader {
-    /// Starts to read from `first_step` on, `prefetch` batches ahead of the one in use, each on a
+    /// Starts to read at `first_step`, `prefetch` batches ahead of the one in use, each on a
     /// thread.
     ///
     /// # Errors
@@ -51,7 +51,7 @@ impl Loader {
         prefetch: usize,
     ) -> Result<Self> {
         let path = dataset.path().to_path_buf();
-        // It keeps an epoch's order, which there need not be twice.
+        // Shared by the threads, since it caches an epoch's order.
         let order = Mutex::new(order);
         let read = move |number: u64| {
             let micro_batches = share.micro_batches as u64;
@@ -69,7 +69,7 @@ impl Loader {
         Ok(Loader { unmeasured: share.micro_batches, ..Loader::over(read, path, prefetch)? })
     }
 
-    /// Over the batches that `read` makes of the numbers from 0 on.
+    /// Loads the batches that `read` returns for the numbers from 0.
     fn over(
         read: impl Fn(u64) -> Result<Batch> + Send + Sync + 'static,
         path: PathBuf,
@@ -83,10 +83,10 @@ impl Loader {
         Ok(Loader { readers, path, unmeasured: 0, first_latents: Moments::default() })
     }
 
-    /// The next micro-batch; waits for it if it has not been read yet.
+    /// Returns the next micro-batch; waits for it if it has not been read yet.
     ///
     /// # Errors
-    /// What the reading met, once; afterwards that it has ended.
+    /// The reader's error, once; afterwards an error saying that reading has ended.
     pub fn next_batch(&mut self) -> Result<Batch> {
         let ended = || Error::data(&self.path, "reading ahead has ended after an error");
         let batch = self.readers.front().and_then(Reader::receive).ok_or_else(ended)?;
@@ -107,8 +107,8 @@ impl Loader {
         }
     }
 
-    /// Moments of this rank's latents of the first step that it loaded, as far as they have been
-    /// asked for.
+    /// Returns the moments of this rank's latents of the first loaded step, over the batches
+    /// returned so far.
     pub fn first_latents(&self) -> Moments {
         self.first_latents
     }
@@ -123,10 +123,10 @@ impl Reader {
     where
         R: Fn(u64) -> Result<Batch> + Send + Sync + 'static,
     {
-        // One batch waits in the thread's hands, and no other is begun meanwhile.
+        // The thread holds one finished batch until it is received, and starts no other meanwhile.
         let (sender, receiver) = sync_channel(0);
         let run = move || {
-            // A panic travels as an error: the consumer hears of it at the batch that is missing.
+            // A panic becomes an error, which the consumer receives in place of the missing batch.
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| {
                 send_all(numbers.map(|number| libtorch::guarded(|| read(number))), &sender)
             })) {
@@ -143,7 +143,7 @@ impl Reader {
         Ok(Reader { batches: Some(receiver), thread: Some(thread) })
     }
 
-    /// None once its thread has ended.
+    /// `None` once its thread has ended.
     fn receive(&self) -> Option<Result<Batch>> {
         self.batches.as_ref()?.recv().ok()
     }
@@ -153,13 +153,13 @@ impl Drop for Reader {
     fn drop(&mut self) {
         self.batches = None;
         if let Some(thread) = self.thread.take() {
-            // Its panics have been caught; a read under way is waited for.
+            // Its panics are caught; a read in progress is awaited.
             let _ = thread.join();
         }
     }
 }
 
-/// Sends until an error has been sent or nobody listens.
+/// Sends until an error has been sent or the receiver is gone.
 fn send_all(batches: impl Iterator<Item = Result<Batch>>, sender: &SyncSender<Result<Batch>>) {
     for batch in batches {
         let last = batch.is_err();
@@ -279,7 +279,7 @@ mod tests {
         let asked = Arc::new(AtomicUsize::new(0));
         let seen = Arc::clone(&asked);
         let mut loader = over(move |id: u64| {
-            // Before batch `id` is made, all but one of those before it must have been asked for.
+            // Before batch `id` is made, all but one of those before it must have been received.
             assert!(seen.load(Ordering::SeqCst) + 1 >= id as usize, "batch {id} is made too early");
             numbered(id)
         });

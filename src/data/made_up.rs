@@ -1,4 +1,4 @@
-//! Datasets made up for tests, in temporary folders.
+//! Synthetic datasets for tests, in temporary folders.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -9,10 +9,10 @@ use super::manifest;
 use crate::files::safetensors::write;
 use crate::files::sha256::HashingWriter;
 
-/// A file of a dataset under construction: name, group, tensors.
+/// A file of a dataset to write: name, group, tensors.
 pub(super) type Part<'a> = (&'a str, &'a str, Vec<(&'a str, Tensor)>);
 
-/// Writes a dataset of images; `conditions` are names and a file of that name.
+/// Writes a dataset of images; `conditions` are names, and a file of that name.
 pub(super) fn written(
     parts: &[Part<'_>],
     conditions: Option<(&[&str], Tensor)>,
@@ -47,7 +47,7 @@ pub(super) fn written(
     folder
 }
 
-/// `samples` images of which each holds nothing but its own number, counted from `first`.
+/// Returns `samples` images, each filled with its own number, counted from `first`.
 pub(super) fn images(first: i64, samples: i64, side: i64) -> Tensor {
     Tensor::arange_start(first, first + samples, (Kind::Float, Device::Cpu))
         .view([-1, 1, 1, 1])

@@ -1,4 +1,4 @@
-//! `dataset.json`: what a dataset says about itself, and where its files are.
+//! `dataset.json`: the description of a dataset and the list of its files.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -18,7 +18,7 @@ use crate::files::sha256;
 pub(super) const FILE_NAME: &str = "dataset.json";
 const FORMAT: &str = "fm-dist dataset";
 const VERSION: u64 = 1;
-/// A line a file: enough for a hundred thousand files.
+/// Maximum size of the file, enough for a hundred thousand listed files.
 const MAX_BYTES: u64 = 16 << 20;
 
 /// The contents of `dataset.json`.
@@ -28,7 +28,7 @@ pub struct Manifest {
     format: String,
     version: u64,
     pub name: String,
-    /// Where the data come from, for people.
+    /// Origin of the data, for readers.
     pub source: String,
     pub licence: String,
     pub data_type: DataType,
@@ -41,7 +41,7 @@ pub struct Manifest {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FileEntry {
-    /// Relative to the dataset's folder.
+    /// Path relative to the dataset's folder.
     pub path: String,
     pub samples: u64,
     /// Name of the resolution group.
@@ -49,21 +49,22 @@ pub struct FileEntry {
     pub sha256: String,
 }
 
-/// The file of named conditions, e.g. one text embedding a class, from which images are generated.
+/// The file of named conditions, e.g. one text embedding for each class, from which images are
+/// generated.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ConditionsEntry {
     pub path: String,
-    /// One name a row of the file's tensors.
+    /// One name for each row of the file's tensors.
     pub names: Vec<String>,
     pub sha256: String,
 }
 
-/// The file of the empty prompt's conditions, which dropped conditions may become.
+/// The file of the empty prompt's conditions, which can replace dropped conditions.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EmptyPromptEntry {
-    /// Tensors of one sample, without a batch axis.
+    /// Path of a file with one sample's tensors, without a batch axis.
     pub path: String,
     pub sha256: String,
 }
@@ -72,8 +73,8 @@ impl Manifest {
     /// Reads `dataset.json` of a folder.
     ///
     /// # Errors
-    /// [`Error::Data`] if it is missing, malformed or contradicts itself.
-    pub(super) fn of_folder(folder: &Path) -> Result<Manifest> {
+    /// [`Error::Data`] if it is missing, malformed or inconsistent.
+    pub(super) fn read(folder: &Path) -> Result<Manifest> {
         if !fs::metadata(folder).map_err(|e| open_error(folder, e))?.is_dir() {
             return Err(Error::data(
                 folder,
@@ -128,12 +129,12 @@ impl Manifest {
         Ok(())
     }
 
-    /// Files beside `dataset.json`.
+    /// Returns the number of files besides `dataset.json`.
     pub(super) fn num_files(&self) -> usize {
         self.hashes().count()
     }
 
-    /// Path and hash of every file.
+    /// Returns path and hash of every file.
     fn hashes(&self) -> impl Iterator<Item = (&str, &str)> {
         let files = self.files.iter().map(|file| (file.path.as_str(), file.sha256.as_str()));
         let conditions = self
@@ -145,12 +146,13 @@ impl Manifest {
         files.chain(conditions).chain(empty_prompt)
     }
 
-    /// Hash of all that decides what a sample id stands for; equal fingerprints mean equal data.
+    /// Returns a hash of everything that determines the data of a sample id; equal fingerprints
+    /// mean equal data.
     pub(super) fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
         hash.update(self.data_type.word());
         for FileEntry { path, samples, group, sha256 } in &self.files {
-            // Quoted, so that no two lists of files give the same text.
+            // Quoted, so that different lists of files give different texts.
             hash.update(format!("\n{path:?} {samples} {group:?} {sha256}"));
         }
         if let Some(ConditionsEntry { path, names, sha256 }) = &self.conditions {
@@ -163,14 +165,14 @@ impl Manifest {
     }
 }
 
-/// The names that lead to a file, without those that lead nowhere: `./a//b` gives `a`, `b`. None
-/// for a path that may lead out of the folder it begins in.
+/// Splits a relative path into names, without `.` and empty ones: `./a//b` gives `a`, `b`. `None`
+/// if the path could leave its folder.
 fn parts_inside(relative: &str) -> Option<Vec<&OsStr>> {
     let parts = Path::new(relative).components().filter(|part| *part != Component::CurDir);
     parts.map(|part| if let Component::Normal(name) = part { Some(name) } else { None }).collect()
 }
 
-/// The real path of a dataset's file, which must lie inside of its folder.
+/// Returns the real path of a dataset's file, which must be inside its folder.
 pub(super) fn resolve(folder: &Path, relative: &str) -> Result<PathBuf> {
     let path = folder.join(relative);
     match parts_inside(relative) {

@@ -2,16 +2,16 @@
 //!
 //! | question | file |
 //! |---|---|
-//! | what does `dataset.json` say | `manifest.rs` |
-//! | which samples may stand in one batch | `group.rs` |
-//! | the samples of these ids, please | `dataset.rs`, `sample_file.rs` |
-//! | from which conditions are samples generated | `conditions.rs` |
-//! | what may a dropped condition become | `empty_prompt.rs` |
+//! | the contents of `dataset.json` | `manifest.rs` |
+//! | which samples can share a batch | `group.rs` |
+//! | samples by their ids | `dataset.rs`, `sample_file.rs` |
+//! | conditions for generating samples | `conditions.rs` |
+//! | replacement of dropped conditions | `empty_prompt.rs` |
 //! | the demo's own data | `digits.rs` |
-//! | which ids, in this step | `order.rs` |
-//! | which of them on this rank | `share.rs` |
-//! | before they are needed | `loader.rs` |
-//! | how far latents spread | `moments.rs` |
+//! | the ids of each step | `order.rs` |
+//! | a rank's share of them | `share.rs` |
+//! | reading ahead | `loader.rs` |
+//! | mean and spread of latents | `moments.rs` |
 
 mod conditions;
 pub mod dataset;
@@ -41,7 +41,7 @@ pub use order::Order;
 pub use settings::{DataSettings, OnBad};
 pub use share::Share;
 
-/// What kind of latents a batch holds; decides the task types that can be drawn.
+/// The type of latents in a batch; it determines the task types that can be drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DataType {
@@ -50,7 +50,7 @@ pub enum DataType {
 }
 
 impl DataType {
-    /// The word that the reference, logs and file metadata use.
+    /// Returns the word that the reference, logs and file metadata use.
     pub fn word(self) -> &'static str {
         match self {
             DataType::Image => "image",
@@ -59,24 +59,24 @@ impl DataType {
     }
 }
 
-/// Prefix of the keys under which a batch holds the empty prompt's conditions, one sample without a
-/// batch axis.
+/// Prefix of the keys under which a batch holds the empty prompt's conditions: one sample, without
+/// a batch axis.
 pub const EMPTY: &str = "empty.";
 
 /// Samples of one shape, stacked along axis 0 under the reference's keys.
 #[derive(Debug)]
 pub struct Batch {
-    /// E.g. `image_latents [B, C, H, W]`, `text_embeddings [B, L, D]`; in the order of their names.
+    /// Tensors by key, e.g. `image_latents [B, C, H, W]`, `text_embeddings [B, L, D]`.
     pub tensors: BTreeMap<String, Tensor>,
     pub data_type: DataType,
-    /// Number of each sample in its dataset; empty where a batch stands alone.
+    /// Number of each sample in its dataset; empty if the batch is not from a dataset.
     pub sample_ids: Vec<u64>,
-    /// How many of these are not finite, so that their next neighbours stand in for them.
+    /// Number of samples that are not finite and were replaced by the next sound ones.
     pub bad_samples: usize,
 }
 
 impl Batch {
-    /// The latents under the key that the reference gives this type of data.
+    /// Returns the latents under the key that the reference gives this type of data.
     pub fn latents(&self) -> Option<&Tensor> {
         self.get(group::latents_key(self.data_type))
     }
@@ -85,13 +85,13 @@ impl Batch {
         self.tensors.get(key)
     }
 
-    /// The name of a row in messages: `sample 12` of the dataset, or `row 3` of a batch that stands
-    /// alone.
+    /// Returns the name of a row in messages: `sample 12` of the dataset, or `row 3` of a batch
+    /// that is not from a dataset.
     pub fn sample(&self, row: usize) -> String {
         self.sample_ids.get(row).map_or_else(|| format!("row {row}"), |id| format!("sample {id}"))
     }
 
-    /// The same tensors under a second owner.
+    /// Returns a batch that shares the same tensors.
     pub fn alias(&self) -> Batch {
         let tensors = self
             .tensors

@@ -1,9 +1,9 @@
-//! Mean and standard deviation of many numbers, in parts.
+//! Mean and standard deviation of many numbers, merged from parts.
 
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-/// Count, sum and sum of squares, from which the moments of parts follow those of the whole.
+/// Count, sum and sum of squares, which are added to merge parts.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
 pub struct Moments {
     count: f64,
@@ -12,7 +12,7 @@ pub struct Moments {
 }
 
 impl Moments {
-    /// Of all elements, whatever their kind.
+    /// Measures all elements, of any kind.
     pub fn from_tensor(tensor: &Tensor) -> Self {
         let wide = tensor.to_kind(Kind::Double);
         Moments {
@@ -30,7 +30,7 @@ impl Moments {
         }
     }
 
-    /// None of fewer than two numbers.
+    /// `None` for fewer than two numbers.
     pub fn standard_deviation(self) -> Option<f64> {
         let mean = self.sum / self.count;
         (self.count >= 2.0).then(|| (self.squares / self.count - mean * mean).max(0.0).sqrt())

@@ -1,8 +1,8 @@
 //! The order of samples: a pure function of seed and step, so that a resume needs only the step.
 //!
-//! Each epoch permutes each resolution group, cuts it into global batches, drops its tail (other
-//! samples each epoch) and permutes the batches of all groups, so that groups mix and a step has
-//! one shape on every rank.
+//! Each epoch permutes each resolution group, cuts it into global batches, drops the remainder
+//! (different samples in each epoch) and permutes the batches of all groups. Groups thus mix, and a
+//! step has one shape on every rank.
 
 use std::cell::RefCell;
 
@@ -10,15 +10,15 @@ use super::group::Group;
 use crate::error::{Error, Result};
 use crate::rng::{Key, Purpose};
 
-/// Which samples each step trains on.
+/// Selects the samples of each step.
 #[derive(Clone, Debug)]
 pub struct Order {
     /// Sample ids by group.
     groups: Vec<Vec<u64>>,
     global_batch: usize,
     seed: u64,
-    /// The epoch asked for last: steps are asked for nearly in order, and permuting costs a pass
-    /// over all ids.
+    /// The epoch used last: steps are requested nearly in order, and permuting costs a pass over
+    /// all ids.
     epoch: RefCell<Epoch>,
 }
 
@@ -27,16 +27,16 @@ struct Epoch {
     number: u64,
     /// As `Order::groups`, permuted.
     groups: Vec<Vec<u64>>,
-    /// Group and place in it of each step's batch.
+    /// Group of each step's batch, and the batch's index in it.
     batches: Vec<(usize, usize)>,
 }
 
 impl Order {
-    /// Global batches of `global_batch` samples from these groups.
+    /// Orders these groups in global batches of `global_batch` samples.
     ///
     /// # Errors
-    /// [`Error::Data`] if a group is smaller than the global batch: its samples would never be
-    /// seen.
+    /// [`Error::Data`] if a group is smaller than the global batch, since its samples would never
+    /// be used.
     /// # Panics
     /// If there are no groups or the global batch is 0 (bugs in the caller).
     pub fn new(groups: &[Group], global_batch: usize, seed: u64) -> Result<Self> {
@@ -60,23 +60,23 @@ impl Order {
         Ok(Order { groups, global_batch, seed, epoch })
     }
 
-    /// Steps in one epoch.
+    /// Returns the number of steps in one epoch.
     pub fn batches_per_epoch(&self) -> u64 {
         self.groups.iter().map(|ids| (ids.len() / self.global_batch) as u64).sum()
     }
 
-    /// Samples that one epoch does not reach, because they do not fill a global batch of their
-    /// group.
+    /// Returns the number of samples that one epoch leaves out, because they do not fill a global
+    /// batch of their group.
     pub fn left_out_per_epoch(&self) -> u64 {
         self.groups.iter().map(|ids| (ids.len() % self.global_batch) as u64).sum()
     }
 
-    /// Epoch in which a step lies; both count from 0.
+    /// Returns the epoch of a step; both count from 0.
     pub fn epoch_of(&self, step: u64) -> u64 {
         step / self.batches_per_epoch()
     }
 
-    /// Sample ids of one step over all ranks and micro-batches, all of one group.
+    /// Returns the sample ids of one step over all ranks and micro-batches, all of one group.
     pub fn global_batch(&self, step: u64) -> Vec<u64> {
         let number = self.epoch_of(step);
         let mut epoch = self.epoch.borrow_mut();
@@ -87,10 +87,10 @@ impl Order {
         epoch.groups[group][place * self.global_batch..][..self.global_batch].to_vec()
     }
 
-    /// Sample ids of one block of the global batch: one micro-batch of one rank.
+    /// Returns the sample ids of one block of the global batch: one micro-batch of one rank.
     ///
     /// # Panics
-    /// If the block lies outside of the global batch (a bug in the caller).
+    /// If the block is outside the global batch (a bug in the caller).
     pub fn block(&self, step: u64, block: usize, size: usize) -> Vec<u64> {
         self.global_batch(step)[block * size..][..size].to_vec()
     }
@@ -102,7 +102,7 @@ impl Epoch {
         let mut groups = groups.to_vec();
         let mut batches = Vec::new();
         for (group, ids) in groups.iter_mut().enumerate() {
-            // Scope 0 is the order of the batches.
+            // Scope 0 is for the order of the batches.
             permute(ids, key.scope(group as u64 + 1));
             batches.extend((0..ids.len() / global_batch).map(|place| (group, place)));
         }
@@ -111,7 +111,8 @@ impl Epoch {
     }
 }
 
-/// Every order is equally likely. Source: Fisher and Yates 1938, in Durstenfeld's form (1964).
+/// Permutes with equal probability of every order. Source: Fisher and Yates 1938, in Durstenfeld's
+/// form (1964).
 fn permute<T>(items: &mut [T], key: Key) {
     for last in (1..items.len()).rev() {
         items.swap(last, key.below(last as u64, last as u64 + 1) as usize);
@@ -128,7 +129,7 @@ mod tests {
         Group { name: name.into(), sample_ids: ids.collect(), ..Group::default() }
     }
 
-    /// 2 + 6 batches of 8, with 4 + 2 samples left out an epoch.
+    /// 2 + 6 batches of 8, with 4 + 2 samples left out in each epoch.
     fn order() -> Order {
         Order::new(&[group("wide", 0..20), group("square", 20..70)], 8, 5)
             .expect("large enough groups")

@@ -5,18 +5,18 @@ use crate::files::finite::{check_finite, is_sound};
 use crate::files::safetensors::{SafeTensors, TensorInfo, row_bytes};
 use crate::pulse;
 
-/// A file of a dataset, open.
+/// An open file of a dataset.
 #[derive(Debug)]
 pub(super) struct SampleFile {
     pub tensors: SafeTensors,
     /// Number of its first sample; the others follow.
     pub first_id: u64,
-    /// Its place among the dataset's groups.
+    /// Index of its group in the dataset.
     pub group: usize,
 }
 
 impl SampleFile {
-    /// True for a sample whose numbers are all finite.
+    /// True if all numbers of a sample are finite.
     pub fn is_finite(&self, id: u64) -> Result<bool> {
         for info in self.tensors.tensors() {
             if self.check_row(info, id - self.first_id)?.is_err() {
@@ -26,11 +26,11 @@ impl SampleFile {
         Ok(true)
     }
 
-    /// Refuses the first number of the file that is not finite.
+    /// Refuses the file if it has a number that is not finite.
     ///
     /// # Errors
-    /// [`Error::Data`](crate::error::Error::Data) naming the tensor, the sample and the place; as
-    /// reading.
+    /// [`Error::Data`](crate::error::Error::Data) naming the tensor, the sample and the index of
+    /// the first one; errors of reading.
     pub fn check_numbers(&self) -> Result<()> {
         for info in self.tensors.tensors() {
             for row in 0..info.shape[0] as u64 {
@@ -40,14 +40,15 @@ impl SampleFile {
         Ok(())
     }
 
-    /// The outcome of a look at one tensor's numbers in one row, if it could be read.
+    /// Checks the numbers of one tensor in one row. The outer error is one of reading, the inner
+    /// one the finding.
     fn check_row(&self, info: &TensorInfo, row: u64) -> Result<Result<()>> {
         let mut data = self.tensors.buffer(row_bytes(info))?;
         self.tensors.read_rows_into(info, &[row], &mut data, |_| ())?;
         Ok(check_finite(&self.tensors, info, &[self.first_id + row], &[row], &data))
     }
 
-    /// Fills `data` with one key of these samples, all of this file.
+    /// Fills `data` with one key of these samples, which all belong to this file.
     pub fn read_rows(&self, key: &str, ids: &[u64], data: &mut [u8]) -> Result<()> {
         pulse::read_from(self.tensors.path());
         let info = self.tensors.info(key)?;
@@ -77,7 +78,7 @@ mod tests {
             None,
         );
         let keeping = |kept| {
-            let manifest = Manifest::of_folder(folder.path()).expect("a sound manifest");
+            let manifest = Manifest::read(folder.path()).expect("a sound manifest");
             Dataset::keeping(folder.path(), manifest, kept).expect("a sound dataset")
         };
         for kept in 0..4 {

@@ -1,4 +1,4 @@
-//! `[data]`: which samples, how many at a time.
+//! `[data]`: the dataset, the size of micro-batches, and bad samples.
 
 use crate::settings::{choice, settings};
 

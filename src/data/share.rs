@@ -1,26 +1,26 @@
-//! Which blocks of the global batch are a rank's. Integers only.
+//! Divides the blocks of the global batch among ranks. Integers only.
 
-/// One rank's part of every step. A block is a micro-batch's samples.
+/// One rank's share of every step. A block is the samples of one micro-batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Share {
     pub rank: usize,
     pub world_size: usize,
-    /// Micro-batches of one rank in one step.
+    /// Number of micro-batches of one rank in one step.
     pub micro_batches: usize,
-    /// Samples in a micro-batch.
+    /// Number of samples in a micro-batch.
     pub micro_batch_size: usize,
-    /// Whether a rank's blocks are neighbours in the global batch; otherwise those of a micro-batch
-    /// are, rank after rank.
+    /// True if a rank's blocks are adjacent in the global batch; otherwise the blocks of all ranks'
+    /// first micro-batches come first, rank by rank, then those of the second.
     pub neighbours: bool,
 }
 
 impl Share {
-    /// Samples of one step over all ranks.
+    /// Returns the number of samples of one step over all ranks.
     pub fn global_batch(&self) -> usize {
         self.num_blocks() * self.micro_batch_size
     }
 
-    /// Number within the global batch of this rank's micro-batch.
+    /// Returns the index in the global batch of this rank's block for `micro_batch`.
     pub fn block(&self, micro_batch: usize) -> usize {
         if self.neighbours {
             self.rank * self.micro_batches + micro_batch
@@ -29,7 +29,7 @@ impl Share {
         }
     }
 
-    /// Rank and micro-batch of each block, in the order of the global batch.
+    /// Returns rank and micro-batch of each block, in the order of the global batch.
     pub fn places(&self) -> impl Iterator<Item = (usize, usize)> {
         let Share { world_size, micro_batches, neighbours, .. } = *self;
         let place = move |block: usize| match neighbours {
@@ -52,15 +52,17 @@ mod tests {
     fn every_block_has_one_place() {
         for (world_size, micro_batches) in [(1, 4), (4, 1), (2, 3)] {
             for neighbours in [false, true] {
-                let of = |rank| Share {
+                let share_of = |rank| Share {
                     rank,
                     world_size,
                     micro_batches,
                     micro_batch_size: 2,
                     neighbours,
                 };
-                let blocks: Vec<usize> =
-                    of(0).places().map(|(rank, micro_batch)| of(rank).block(micro_batch)).collect();
+                let blocks: Vec<usize> = share_of(0)
+                    .places()
+                    .map(|(rank, micro_batch)| share_of(rank).block(micro_batch))
+                    .collect();
                 assert_eq!(
                     blocks,
                     (0..world_size * micro_batches).collect::<Vec<_>>(),

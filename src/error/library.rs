@@ -1,8 +1,7 @@
-//! Texts of libtorch and its libraries that say that the world outside failed them, told apart from
-//! mistakes of the program.
+//! Recognizes texts of libtorch and its libraries that report an external cause, as opposed to bugs
+//! of this program.
 //!
-//! tch's plain operators panic with the text of the C++ exception, and a text is all that is left
-//! of its kind.
+//! tch's plain operators panic with the text of the C++ exception; its type is lost.
 
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit};
@@ -12,8 +11,8 @@ use super::Error;
 const RAISE_THE_LIMIT: &str = "raise the limit on open files with `ulimit -n`";
 const TAKE_LESS: &str = "take a smaller micro-batch, shard or offload more, or use more memory";
 
-/// Words by which libtorch (2.11 to 2.13), CUDA's driver and its libraries say that memory ran out,
-/// on a GPU or on the host.
+/// Phrases with which libtorch (2.11 to 2.13), the CUDA driver and CUDA's libraries report that
+/// memory ran out, on a GPU or on the host.
 const MEMORY_WORDS: &[&str] = &[
     "CUDA out of memory",
     "CUDA error: out of memory",
@@ -30,7 +29,7 @@ const MEMORY_WORDS: &[&str] = &[
     "std::bad_alloc",
 ];
 
-/// Words by which they say that a device or a call to it failed.
+/// Phrases with which they report that a device or a call to it failed.
 const DEVICE_WORDS: &[&str] = &[
     "CUDA error",
     "CUDA driver error",
@@ -52,12 +51,12 @@ const DEVICE_WORDS: &[&str] = &[
     "No CUDA GPUs are available",
 ];
 
-/// Words by which libtorch and the C++ library say that no file can be opened any more; random
-/// numbers come from the second one.
+/// Phrases with which libtorch and the C++ library report that no more files can be opened. The
+/// second one comes from random numbers.
 const FILE_WORDS: &[&str] = &["Too many open files", "Unable to open /dev/urandom"];
 
-/// The line of a text that holds one of these words, from the sentence that they stand in. A panic
-/// quotes line ends as `\\n`.
+/// Returns the line that contains one of these phrases, without the panic's quotation around it. A
+/// panic quotes line ends as `\\n`.
 fn line_with(text: &str, words: &[&str]) -> Option<String> {
     let lines = text.lines().flat_map(|line| line.split("\\n"));
     let found = lines.into_iter().find(|line| words.iter().any(|word| line.contains(word)))?;
@@ -65,8 +64,9 @@ fn line_with(text: &str, words: &[&str]) -> Option<String> {
     Some(quoted.trim_end_matches("\")").trim().into())
 }
 
-/// The limit on open files that was met, if it was one, and the way to raise it.
-pub fn descriptors_wanted(error: &std::io::Error) -> Option<String> {
+/// Describes the limit on open files that `error` reports, and the way to raise it; `None` for any
+/// other error.
+pub fn describe_file_limit(error: &std::io::Error) -> Option<String> {
     match Errno::from_io_error(error)? {
         Errno::MFILE => {
             let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
@@ -82,11 +82,11 @@ pub fn descriptors_wanted(error: &std::io::Error) -> Option<String> {
 }
 
 impl Error {
-    /// The error of the world outside that a text of libtorch, CUDA or one of its libraries means:
-    /// a device that failed, memory or open files that ran out. `None` for any other text, which is
-    /// then a mistake of the program. Only the line of it that says so is kept: C++ stacks and
-    /// advice follow.
-    pub fn of_library(text: &str) -> Option<Self> {
+    /// Returns the error that a text of libtorch, CUDA or one of its libraries reports: a device
+    /// that failed, or memory or open files that ran out. `None` for any other text, which then is
+    /// a bug of this program. Keeps only the line with the phrase, because C++ stacks and advice
+    /// follow it.
+    pub fn from_library(text: &str) -> Option<Self> {
         if let Some(what) = line_with(text, MEMORY_WORDS) {
             return Some(Error::OutOfMemory { what: format!("{what}; {TAKE_LESS}") });
         }
@@ -102,8 +102,8 @@ impl Error {
 mod tests {
     use super::*;
 
-    /// The text of a panic that quotes libtorch, with its advice and its C++ stack behind the line
-    /// that says what happened.
+    /// The text of a panic that quotes libtorch, with its advice and its C++ stack after the line
+    /// that names the error.
     fn quoted(first_line: &str) -> String {
         let advice = "CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.";
         let text = format!(
@@ -125,7 +125,7 @@ mod tests {
             "cuLaunchKernel: an illegal memory access was encountered (CUDA_ERROR_ILLEGAL_ADDRESS, code 700)",
         ] {
             for text in [words.to_string(), quoted(words)] {
-                let error = Error::of_library(&text).expect("a device's words");
+                let error = Error::from_library(&text).expect("a device's words");
                 assert_eq!(
                     (error.exit_code(), error.name(), error.to_string()),
                     (23, "DEVICE", words.to_string())
@@ -146,7 +146,7 @@ mod tests {
             "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12 (Cannot allocate memory)",
         ] {
             for text in [words.to_string(), quoted(words)] {
-                let error = Error::of_library(&text).expect("words of an allocator");
+                let error = Error::from_library(&text).expect("words of an allocator");
                 assert_eq!((error.exit_code(), error.name()), (53, "MEMORY"));
                 assert!(error.to_string().starts_with(words), "{error}");
             }
@@ -158,19 +158,19 @@ mod tests {
         let text = tch::Tensor::f_empty([1 << 60], (tch::Kind::Float, tch::Device::Cpu))
             .expect_err("an exbibyte")
             .to_string();
-        assert_eq!(Error::of_library(&text).map(|error| error.exit_code()), Some(53), "{text}");
+        assert_eq!(Error::from_library(&text).map(|error| error.exit_code()), Some(53), "{text}");
     }
 
     #[test]
     fn open_files_that_ran_out_are_code_52_and_other_words_no_error_of_the_world() {
-        let error = Error::of_library("Unable to open /dev/urandom").expect("no more files");
+        let error = Error::from_library("Unable to open /dev/urandom").expect("no more files");
         assert_eq!(error.exit_code(), 52);
         assert!(error.to_string().contains("ulimit -n"), "{error}");
         for text in [
             "index out of bounds: the len is 3 but the index is 7",
             "The size of tensor a (3) must match the size of tensor b (4)",
         ] {
-            assert!(Error::of_library(text).is_none(), "{text}");
+            assert!(Error::from_library(text).is_none(), "{text}");
         }
     }
 

@@ -1,11 +1,11 @@
-//! Recognizes files that are not what they are taken for, by their first bytes: what a failed
-//! download leaves, archives, formats of other programs.
+//! Recognizes files of an unexpected format by their first bytes: failed downloads, archives,
+//! formats of other programs.
 
 use crate::error::one_line;
 
-/// Bytes of a file that are looked at; a tar archive says what it is at byte 257.
+/// Number of first bytes that are examined; a tar archive has its mark at byte 257.
 pub const HEAD_BYTES: usize = 512;
-/// Characters of an unknown text that a message quotes.
+/// Number of characters of an unknown text that a message quotes.
 const QUOTED_CHARS: usize = 40;
 
 /// The format that a file was expected to have.
@@ -26,8 +26,8 @@ impl Format {
     }
 }
 
-/// A command that converts a pickle of tensors, also one with texts, numbers, lists and nested
-/// tables in it.
+/// A command that converts a pickle of tensors, also one that contains texts, numbers, lists and
+/// nested tables.
 ///
 /// Names of nested tensors are joined by dots; a file of one bare tensor gives `tensor`.
 /// `weights_only` keeps the pickle from running code.
@@ -37,7 +37,7 @@ pub const CONVERT: &str = "python3 -c 'import re,sys,torch,safetensors.torch; \
     for k,t in f(f\"{n}.{a}\",b).items()}; \
     safetensors.torch.save_file(f(\"\",torch.load(sys.argv[1],\"cpu\",weights_only=True)),sys.argv[2])' IN.pt OUT.safetensors";
 
-/// First bytes, where they stand, what a file is that has them.
+/// Offset and bytes of a mark, and a description of files that have it.
 const MAGIC: &[(usize, &[u8], &str)] = &[
     (
         0,
@@ -65,25 +65,25 @@ const MAGIC: &[(usize, &[u8], &str)] = &[
     (0, b"\x7fELF", "is a program"),
 ];
 
-/// Names what a file whose first bytes are `head` is, and what to do, where it is not of the
-/// `expected` format.
+/// Describes a file whose first bytes are `head`, and what to do, if it is not of the `expected`
+/// format.
 ///
-/// `head`: the first [`HEAD_BYTES`], or the whole of a shorter file.
+/// `head`: the first [`HEAD_BYTES`], or all of a shorter file.
 pub fn recognized(head: &[u8], expected: Format) -> Option<String> {
     pickled(head)
-        .or_else(|| of_magic(head, expected))
+        .or_else(|| by_magic(head, expected))
         .or_else(|| encoded(head))
         .or_else(|| text(head, expected))
 }
 
-/// The reason why bytes are no JSON: what they are, if that is recognized, the parser's words
-/// otherwise.
+/// Returns the reason why bytes are not JSON: their format if it is recognized, the parser's
+/// message otherwise.
 pub fn no_json(bytes: &[u8], error: &serde_json::Error) -> String {
     recognized(&bytes[..bytes.len().min(HEAD_BYTES)], Format::Json)
         .unwrap_or_else(|| one_line(&error.to_string()))
 }
 
-fn of_magic(head: &[u8], expected: Format) -> Option<String> {
+fn by_magic(head: &[u8], expected: Format) -> Option<String> {
     let found = MAGIC
         .iter()
         .find(|(at, magic, _)| head.get(*at..).is_some_and(|rest| rest.starts_with(magic)));
@@ -93,7 +93,7 @@ fn of_magic(head: &[u8], expected: Format) -> Option<String> {
     found.or_else(|| (is_safetensors && expected != Format::SafeTensors).then(safetensors))
 }
 
-/// Zip archives, which `torch.save` writes, and bare pickles.
+/// Recognizes zip archives, which `torch.save` writes, and bare pickles.
 fn pickled(head: &[u8]) -> Option<String> {
     let what = match head {
         [b'P', b'K', 3, 4, ..] if named_first(head).ends_with(b".npy") => {
@@ -107,7 +107,7 @@ fn pickled(head: &[u8]) -> Option<String> {
         [b'P', b'K', 3, 4, ..] | [b'P', b'K', 5, 6, ..] => {
             "is a zip archive, perhaps a pickle that torch.save wrote"
         }
-        // The opcode PROTO, the protocol, and one of the opcodes that a pickle goes on with.
+        // The opcode PROTO, the protocol, and an opcode that can follow in a pickle.
         [0x80, 2..=5, next, ..] if b"\x8a\x95}](N)cXqKM\x8c\x88\x89GJ".contains(next) => {
             "is a pickle"
         }
@@ -118,7 +118,7 @@ fn pickled(head: &[u8]) -> Option<String> {
     ))
 }
 
-/// Name of a zip archive's first entry, as far as `head` goes.
+/// Returns the name of a zip archive's first entry, as far as `head` contains it.
 fn named_first(head: &[u8]) -> &[u8] {
     let length =
         head.get(26..28).map_or(0, |bytes| usize::from(u16::from_le_bytes([bytes[0], bytes[1]])));
@@ -131,7 +131,7 @@ fn is_pickle_archive(name: &[u8]) -> bool {
         .any(|ending| name.ends_with(ending))
 }
 
-/// Encodings other than plain UTF-8.
+/// Recognizes encodings other than plain UTF-8.
 fn encoded(head: &[u8]) -> Option<String> {
     // Latin letters have a zero in every second byte.
     let wide = |first: usize| {
@@ -147,7 +147,7 @@ fn encoded(head: &[u8]) -> Option<String> {
     }
 }
 
-/// Texts that come in place of a file.
+/// Recognizes texts found in place of a file.
 fn text(head: &[u8], expected: Format) -> Option<String> {
     let whole = String::from_utf8_lossy(head);
     let begin = whole.trim_start().to_ascii_lowercase();
@@ -168,7 +168,7 @@ fn text(head: &[u8], expected: Format) -> Option<String> {
         ));
     }
     let strange = |c: char| c == '\u{fffd}' || c.is_control() && !c.is_whitespace();
-    // The head of a longer file may end within a letter.
+    // The head of a longer file may end within a character.
     let whole = if head.len() == HEAD_BYTES { whole.trim_end_matches('\u{fffd}') } else { &whole };
     let is_text = !whole.trim().is_empty() && !whole.contains(strange);
     let quoted = whole.trim().chars().take(QUOTED_CHARS).collect::<String>();
@@ -205,7 +205,7 @@ mod tests {
 
     #[test]
     fn what_comes_in_place_of_a_file_is_called_what_it_is() {
-        let of = |head: &[u8]| {
+        let described = |head: &[u8]| {
             recognized(head, Format::SafeTensors)
                 .unwrap_or_else(|| panic!("{head:?} is not recognized"))
         };
@@ -239,19 +239,22 @@ mod tests {
             (b"\x89PNG\r\n\x1a\n\0".to_vec(), "is a PNG picture"),
             (tar(), "is a tar archive"),
         ] {
-            assert!(of(&head).starts_with(what), "{what}: {}", of(&head));
+            assert!(described(&head).starts_with(what), "{what}: {}", described(&head));
         }
     }
 
     #[test]
     fn encodings_of_texts_are_told() {
-        let of = |head: &[u8]| recognized(head, Format::Json).unwrap_or_default();
-        assert!(of(b"\xef\xbb\xbf{}").contains("byte order mark"));
+        let described = |head: &[u8]| recognized(head, Format::Json).unwrap_or_default();
+        assert!(described(b"\xef\xbb\xbf{}").contains("byte order mark"));
         let utf_16: Vec<u8> = "{\"a\": 1}".encode_utf16().flat_map(u16::to_le_bytes).collect();
-        assert_eq!(of(&utf_16), "is UTF-16; save it as UTF-8");
-        assert_eq!(of(&[b"\xff\xfe", utf_16.as_slice()].concat()), "is UTF-16; save it as UTF-8");
+        assert_eq!(described(&utf_16), "is UTF-16; save it as UTF-8");
+        assert_eq!(
+            described(&[b"\xff\xfe", utf_16.as_slice()].concat()),
+            "is UTF-16; save it as UTF-8"
+        );
         let big: Vec<u8> = "{\"a\": 1}".encode_utf16().flat_map(u16::to_be_bytes).collect();
-        assert_eq!(of(&big), "is UTF-16; save it as UTF-8");
+        assert_eq!(described(&big), "is UTF-16; save it as UTF-8");
     }
 
     #[test]

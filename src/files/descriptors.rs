@@ -1,19 +1,18 @@
-//! Descriptors: a process may hold only as many files open as its limit allows, and data files are
-//! not its only ones.
+//! Limits the number of open data files: a process needs file descriptors for other purposes too.
 
 use std::fs;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Files that stay open at most, however high the limit is: open files cost every rank's kernel
-/// memory and a network's file server a lock each.
+/// Maximum number of files that stay open, however high the limit is: every open file costs kernel
+/// memory on each rank, and a lock on a network's file server.
 const MOST_KEPT: u64 = 1 << 14;
 
-/// Number of `files` that may stay open. The rest is opened for each read.
+/// Returns how many of `files` may stay open. The rest is opened for each read.
 ///
-/// The soft limit is raised as far as that needs and the hard limit allows; what stays open is at
-/// most half of the free descriptors, so that libtorch, MPI, NCCL, threads and the run folder have
-/// the other half.
+/// The soft limit is raised as far as needed and as the hard limit allows. At most half of the free
+/// descriptors are used, so that libtorch, MPI, NCCL, threads and the run folder have the other
+/// half.
 pub(crate) fn kept_open(files: usize) -> usize {
     let (wanted, in_use) = (MOST_KEPT.min(files as u64), in_use());
     allowed(wanted, in_use, raised_to(in_use + 2 * wanted)) as usize
@@ -23,7 +22,7 @@ fn allowed(wanted: u64, in_use: u64, limit: u64) -> u64 {
     wanted.min(limit.saturating_sub(in_use) / 2)
 }
 
-/// The soft limit after an attempt to have it at `needed` at least.
+/// Tries to raise the soft limit to at least `needed`; returns the limit.
 fn raised_to(needed: u64) -> u64 {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     let Some(current) = current else { return u64::MAX };
@@ -33,7 +32,7 @@ fn raised_to(needed: u64) -> u64 {
     if raised { aim } else { current }
 }
 
-/// Descriptors of this process, its guess where `/proc` is not there.
+/// Returns the number of open descriptors of this process, estimated if `/proc` is missing.
 fn in_use() -> u64 {
     const USUAL: u64 = 64;
     fs::read_dir("/proc/self/fd").map_or(USUAL, |entries| entries.count() as u64)

@@ -1,5 +1,5 @@
-//! The only writer of whole files: each call may fail, and each failure is reported in the system's
-//! own words. Faults that were ordered for a checkpoint strike here.
+//! The only writer of whole files: each call can fail, and each failure is reported with the
+//! system's message. Injected faults of checkpoints act here.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, IntoInnerError, Write};
@@ -24,10 +24,10 @@ pub enum FileOperation {
     Delete,
 }
 
-/// The disk, as one writer sees it.
+/// The disk as used by one writer.
 #[derive(Clone, Copy, Debug)]
 pub struct Disk {
-    /// Step and phase of the checkpoint that is being saved: ordered faults are aimed at them.
+    /// Step and phase of the checkpoint that is being saved, the target of injected faults.
     saving: Option<(u64, Phase)>,
 }
 
@@ -35,16 +35,16 @@ impl Disk {
     /// For files that belong to no checkpoint.
     pub const PLAIN: Disk = Disk { saving: None };
 
-    /// For the work of one phase on the checkpoint of one step.
+    /// Returns the disk for one phase of saving the checkpoint of `step`.
     pub fn saving(step: u64, phase: Phase) -> Self {
         Disk { saving: Some((step, phase)) }
     }
 
-    /// Writes a new file by `fill` and brings it to the disk. `bytes`: its size, where it is known;
-    /// room for it is reserved before the first byte is written.
+    /// Creates a file, writes it by `fill` and fsyncs it. `bytes`: its size, if known; that space
+    /// is reserved before the first byte is written.
     ///
     /// # Errors
-    /// [`Error::Storage`], also where the file exists.
+    /// [`Error::Storage`], also if the file exists.
     pub fn write_file(
         self,
         path: &Path,
@@ -63,7 +63,7 @@ impl Disk {
             .map_err(Error::storage(path, "create"))
     }
 
-    /// Creates a file to write and to sync; see [`write_file`](Self::write_file).
+    /// Creates a file for writing and syncing; see [`write_file`](Self::write_file).
     fn create(self, path: &Path, bytes: Option<u64>) -> Result<Output<'_>> {
         let created = self
             .before(FileOperation::Create, path)
@@ -90,7 +90,7 @@ impl Disk {
             .map_err(Error::storage(to, "rename to"))
     }
 
-    /// Deletes a folder with all that it holds.
+    /// Deletes a folder and its contents.
     pub fn delete(self, path: &Path) -> Result<()> {
         self.before(FileOperation::Delete, path)
             .and_then(|()| fs::remove_dir_all(path))
@@ -106,7 +106,7 @@ impl Disk {
             (FileOperation::Sync, Phase::Write) => Phase::Sync,
             (_, phase) => phase,
         };
-        // A process that dies leaves more to clean up once something is there.
+        // A fault that strikes before anything exists would leave nothing to clean up.
         if !matches!(operation, FileOperation::CreateFolder | FileOperation::Create) {
             fault::strike_at(phase, step);
         }
@@ -114,8 +114,8 @@ impl Disk {
     }
 }
 
-/// A file being written. Every write and the sync at its end may fail as the disk does; a short
-/// write is gone on with by the caller's `write_all`.
+/// A file being written. Every write and the final fsync may fail as the disk does; the caller's
+/// `write_all` continues after a short write.
 pub struct Output<'p> {
     disk: Disk,
     file: File,
@@ -124,7 +124,7 @@ pub struct Output<'p> {
 }
 
 impl Output<'_> {
-    /// Brings all that was written to the disk. Closing the file has nothing left to report then.
+    /// Fsyncs all that was written. After that, closing the file has no error left to report.
     pub fn sync(self) -> Result<()> {
         let synced =
             self.disk.before(FileOperation::Sync, self.path).and_then(|()| self.file.sync_all());
@@ -143,20 +143,20 @@ impl Write for Output<'_> {
     }
 }
 
-/// Asks for the room itself and leaves the length alone, so that a file which was cut short looks
-/// cut short.
+/// Reserves the space and keeps the length, so that a truncated file is recognizable by its length.
 fn reserve(file: &File, bytes: u64) -> io::Result<()> {
     loop {
         return match fallocate(file, FallocateFlags::KEEP_SIZE, 0, bytes.max(1)) {
             Err(Errno::INTR) => continue,
-            // A file system that cannot promise room says so when it has none.
+            // A file system that cannot reserve space reports a full disk when it writes.
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
             other => other.map_err(io::Error::from),
         };
     }
 }
 
-/// The system's own words, followed by the bytes needed and the bytes free where the disk is full.
+/// Returns the system's message, followed by the bytes needed and the bytes free if the disk is
+/// full.
 pub fn storage(
     path: &Path,
     operation: &'static str,
@@ -189,7 +189,7 @@ pub mod tests {
 
     use super::*;
 
-    /// What this thread did to the disk, and after how many calls the disk fails for good.
+    /// Disk operations of this thread, and the number of them after which the disk fails for good.
     #[derive(Default)]
     struct Journal {
         calls: Vec<(FileOperation, PathBuf)>,
@@ -209,7 +209,7 @@ pub mod tests {
         })
     }
 
-    /// Acts with a disk that takes so many calls and no more. Returns what it took.
+    /// Runs `act` with a disk that fails after this many calls. Returns the calls that succeeded.
     pub fn on_a_disk_that_fails_after<T>(
         calls: usize,
         act: impl FnOnce() -> T,

@@ -1,4 +1,4 @@
-//! Files that nobody sees half-written: lines appended whole, documents replaced whole.
+//! Files that no reader sees half-written: lines are appended whole, documents are replaced whole.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -7,15 +7,15 @@ use std::path::Path;
 use crate::error::{Error, Result};
 use crate::files::disk::Disk;
 
-/// A file that grows by whole lines, whatever the disk does.
+/// A file that grows by whole lines, even if the disk fails.
 pub(crate) struct LineFile {
     file: File,
     length: u64,
 }
 
 impl LineFile {
-    /// Opens for appending. A last line that a crash tore is closed, so that the next one starts
-    /// clean.
+    /// Opens for appending. A last line that a crash truncated is terminated, so that the next one
+    /// starts on a line of its own.
     pub fn open(path: &Path) -> io::Result<Self> {
         let mut file = OpenOptions::new().create(true).read(true).append(true).open(path)?;
         let length = file.metadata()?.len();
@@ -31,13 +31,13 @@ impl LineFile {
         Ok(lines)
     }
 
-    /// Appends in one write. On failure the part that went through is cut off again.
+    /// Appends in one write. On failure the bytes already written are cut off again.
     pub fn append(&mut self, line: &str) -> io::Result<()> {
         let bytes = [line.as_bytes(), b"\n"].concat();
         let written = self.file.write_all(&bytes);
         match written {
             Ok(()) => self.length += bytes.len() as u64,
-            // The first error is the one to tell; that the cut may fail as well changes nothing.
+            // The first error is reported; a failing cut would add nothing.
             Err(_) => drop(self.file.set_len(self.length)),
         }
         written
@@ -49,8 +49,8 @@ impl LineFile {
     }
 }
 
-/// Lets the first failure of an outlet through and swallows its repetitions: one warning, and the
-/// run goes on.
+/// Passes on the first failure of an output and drops its repetitions, for outputs that warn once
+/// while the run continues.
 #[derive(Default)]
 pub(crate) struct FirstFailure {
     seen: bool,
@@ -64,11 +64,11 @@ impl FirstFailure {
     }
 }
 
-/// Puts a document at `path` in one step: written beside it, synced, renamed over it. A device or a
-/// pipe, which a rename would destroy, is written to.
+/// Replaces the document at `path` atomically: it is written beside it, synced, and renamed over
+/// it. A device or a pipe, which a rename would destroy, is written directly.
 ///
 /// # Errors
-/// [`Error::Storage`] if a part of that fails; what stood at `path` is then untouched.
+/// [`Error::Storage`] if any of that fails; the old document is then untouched.
 pub fn replace_file(
     path: &Path,
     write: impl FnOnce(&mut dyn Write) -> io::Result<()>,

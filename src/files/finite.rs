@@ -1,4 +1,4 @@
-//! Numbers that are not finite are found where they are read, while it is known whose they are.
+//! Finds numbers that are not finite when they are read, while file, tensor and sample are known.
 
 use half::{bf16, f16};
 use multiversion::multiversion;
@@ -8,21 +8,21 @@ use super::safetensors::{SafeTensors, TensorInfo, row_bytes};
 use crate::error::{Error, Result};
 use crate::tensor::bytes;
 
-/// From here on bfloat16 rounds to infinity, and a little later float32: half a step above
-/// bfloat16's largest number.
+/// Smallest magnitude that bfloat16 rounds to infinity, half a step above bfloat16's largest
+/// number; float32 does so a little later.
 const TOO_LARGE: f32 = f32::from_bits(0x7f7f_8000);
 
-/// Numbers of a tensor that a computation cannot use.
+/// Numbers of a tensor that no computation can use.
 #[derive(Debug, PartialEq)]
 struct Unusable {
     count: usize,
-    /// Place of the first among all elements, and its value.
+    /// Flat index of the first, and its value.
     first: usize,
     value: f64,
 }
 
-/// Refuses NaN, infinities and what float32 or bfloat16 would make infinite in `data`, the bytes of
-/// these rows, which hold the samples `ids`.
+/// Refuses NaN, infinities and numbers that float32 or bfloat16 would make infinite in `data`, the
+/// bytes of these rows of the samples `ids`.
 pub(crate) fn check_finite(
     file: &SafeTensors,
     info: &TensorInfo,
@@ -46,11 +46,11 @@ pub(crate) fn check_finite(
 }
 
 impl SafeTensors {
-    /// One whole tensor of finite numbers, on the CPU.
+    /// Returns one whole tensor of finite numbers, on the CPU.
     ///
     /// # Errors
-    /// As [`read`](Self::read); [`Error::Data`] naming the tensor and its first number that is not
-    /// finite, or that float32 or bfloat16 would make infinite.
+    /// Errors of [`read`](Self::read); [`Error::Data`] naming the tensor and its first number that
+    /// is not finite, or that float32 or bfloat16 would make infinite.
     pub fn read_finite(&self, name: &str) -> Result<Tensor> {
         let (info, tensor) = (self.info(name)?, self.read(name)?);
         match not_finite(info.kind, bytes(&tensor)) {
@@ -76,7 +76,7 @@ impl Unusable {
         }
     }
 
-    /// The first of them, of a tensor or row of this shape.
+    /// Describes the first of them, in a tensor or row of this shape.
     fn first(&self, shape: &[i64]) -> String {
         let place = index_of(self.first, shape);
         if self.value.is_finite() {
@@ -87,8 +87,8 @@ impl Unusable {
     }
 }
 
-/// Elements that are NaN, infinite or too large. On the bytes: a tensor operation here would start
-/// libtorch's threads on the reader's side as well.
+/// Finds elements that are NaN, infinite or too large. It works on the bytes, since a tensor
+/// operation would start libtorch's threads on each reader thread as well.
 fn not_finite(kind: Kind, bytes: &[u8]) -> Option<Unusable> {
     fn scan<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> f64) -> Option<Unusable> {
         let (elements, _) = bytes.as_chunks::<N>();
@@ -114,11 +114,11 @@ fn not_finite(kind: Kind, bytes: &[u8]) -> Option<Unusable> {
     }
 }
 
-/// True if all numbers are finite in float32 and bfloat16; in vectors, many times as fast as one by
-/// one. False where it is not known, for kinds that hold no such numbers.
+/// True if all numbers are finite in float32 and bfloat16; vectorized, which is many times as fast
+/// as one by one. False for kinds that it cannot check.
 #[multiversion(targets = "simd")]
 pub(crate) fn is_sound(kind: Kind, bytes: &[u8]) -> bool {
-    // Bits of magnitudes are ordered as the magnitudes, NaN last.
+    // Magnitudes are ordered like their bits, with NaN last.
     match kind {
         Kind::Half | Kind::BFloat16 => {
             let infinity = if kind == Kind::Half { 0x7c00 } else { 0x7f80 };
@@ -146,7 +146,7 @@ pub(crate) fn is_sound(kind: Kind, bytes: &[u8]) -> bool {
     }
 }
 
-/// The index along each axis of the `flat`-th element.
+/// Returns the index along each axis of the `flat`-th element.
 fn index_of(flat: usize, shape: &[i64]) -> Vec<i64> {
     let mut rest = flat as i64;
     let mut index = vec![0; shape.len()];

@@ -1,15 +1,15 @@
-//! Files: read without trust, written without halves.
+//! Files: untrusted when read, never half-written.
 //!
 //! | question | file |
 //! |---|---|
-//! | is this file of tensors sound, what is in it | `safetensors/` |
-//! | what is this file, if not what was expected | `contents.rs` |
-//! | are all its numbers finite | `finite.rs` |
-//! | how many files may stay open | `descriptors.rs` |
-//! | is it the file that was written | `sha256.rs` |
-//! | can this output be written | `outputs.rs` |
+//! | reading and writing files of tensors | `safetensors/` |
+//! | recognizing files of an unexpected format | `contents.rs` |
+//! | checking that all numbers are finite | `finite.rs` |
+//! | the number of files that may stay open | `descriptors.rs` |
+//! | hashes | `sha256.rs` |
+//! | checking that an output can be written | `outputs.rs` |
 //! | the calls that create, write, sync, rename and delete | `disk.rs` |
-//! | a document replaced whole, a line appended whole | `durable.rs` |
+//! | replacing a document whole, appending a line whole | `durable.rs` |
 
 pub mod contents;
 pub(crate) mod descriptors;

@@ -1,4 +1,4 @@
-//! Files that a command is to write at its end, looked at before it computes anything.
+//! Checks the files that a command writes at its end, before it computes anything.
 
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
@@ -13,15 +13,16 @@ pub struct Named<'p> {
     pub path: &'p Path,
 }
 
-/// Refuses `outputs` that could not be written, that are one file, or that are one of the `inputs`.
+/// Refuses `outputs` that cannot be written, that are the same file, or that are one of the
+/// `inputs`.
 ///
 /// # Errors
 /// [`Error::Config`] naming the argument, the path and what was expected.
 pub fn check_files(outputs: &[Named<'_>], inputs: &[Named<'_>]) -> Result<()> {
     for (index, output) in outputs.iter().enumerate() {
-        let place = output.place_of_file()?;
+        let place = output.real_path()?;
         for other in &outputs[..index] {
-            if other.place_of_file()? == place {
+            if other.real_path()? == place {
                 return Err(output.refused("is given twice"));
             }
         }
@@ -36,8 +37,8 @@ pub fn check_files(outputs: &[Named<'_>], inputs: &[Named<'_>]) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a folder that is to be made, with those above it, and could not be; what stands there
-/// already is the caller's concern.
+/// Refuses a folder that could not be created, along with its parents; the caller checks if it
+/// exists already.
 ///
 /// # Errors
 /// As [`check_files`].
@@ -47,15 +48,15 @@ pub fn check_new_folder(output: Named<'_>) -> Result<()> {
 }
 
 impl Named<'_> {
-    /// The real folder of a file that can be written, and the file's name in it.
-    fn place_of_file(&self) -> Result<PathBuf> {
+    /// Returns the real path of a file that can be written.
+    fn real_path(&self) -> Result<PathBuf> {
         let name =
             self.path.file_name().filter(|_| !self.path.as_os_str().as_bytes().ends_with(b"/"));
         let Some(name) = name.filter(|_| !self.path.is_dir()) else {
             return Err(self.refused("is a folder; expected a file"));
         };
         if fs::metadata(self.path).is_ok_and(|found| !found.is_file()) {
-            // A device or a pipe is written to where it stands.
+            // A device or a pipe is written directly.
             return Ok(self.path.into());
         }
         let folder = self.path.parent().map_or(Path::new("."), non_empty);
@@ -75,7 +76,7 @@ impl Named<'_> {
         if !folder.is_dir() {
             return Err(self.refused(format!("{} is no folder", folder.display())));
         }
-        // Rights do not tell: root has them all, also where nothing can be written.
+        // Permissions are not enough: root has them all, even where nothing can be written.
         let trial = folder.join(format!(".fm-dist-{}.tmp", std::process::id()));
         let written = File::create(&trial).and_then(|_| fs::remove_file(&trial));
         written.map_err(|error| {
@@ -88,7 +89,7 @@ impl Named<'_> {
     }
 }
 
-/// The folder of a relative path of one part is the current one.
+/// Returns the current folder for the empty parent of a relative path with one component.
 fn non_empty(folder: &Path) -> &Path {
     if folder.as_os_str().is_empty() { Path::new(".") } else { folder }
 }
@@ -110,26 +111,27 @@ mod tests {
     #[test]
     fn files_that_could_not_be_written_are_told_apart() {
         let root = tempfile::tempdir().unwrap();
-        let at = |name: &str| root.path().join(name);
-        fs::write(at("file"), "").unwrap();
-        std::os::unix::fs::symlink(root.path(), at("link")).unwrap();
+        let path = |name: &str| root.path().join(name);
+        fs::write(path("file"), "").unwrap();
+        std::os::unix::fs::symlink(root.path(), path("link")).unwrap();
         assert_eq!(
             told(
-                &[&at("a.png"), &at("a.safetensors"), &at("file"), Path::new("/dev/null")],
-                &[&at("b")]
+                &[&path("a.png"), &path("a.safetensors"), &path("file"), Path::new("/dev/null")],
+                &[&path("b")]
             ),
             ""
         );
-        assert!(told(&[&at("no/a.png")], &[]).ends_with("no does not exist; make it first"));
-        assert!(told(&[&at("file/a.png")], &[]).ends_with("file is no folder"));
+        assert!(told(&[&path("no/a.png")], &[]).ends_with("no does not exist; make it first"));
+        assert!(told(&[&path("file/a.png")], &[]).ends_with("file is no folder"));
         assert!(told(&[root.path()], &[]).ends_with("is a folder; expected a file"));
-        assert!(told(&[&at("new/")], &[]).ends_with("is a folder; expected a file"));
+        assert!(told(&[&path("new/")], &[]).ends_with("is a folder; expected a file"));
         assert!(told(&[Path::new("/proc/a.png")], &[]).contains("cannot write into folder /proc"));
         assert!(
-            told(&[&at("a.png"), &at("link/a.png")], &[]).ends_with("link/a.png: is given twice")
+            told(&[&path("a.png"), &path("link/a.png")], &[])
+                .ends_with("link/a.png: is given twice")
         );
         assert!(
-            told(&[&at("link/file")], &[&at("file")])
+            told(&[&path("link/file")], &[&path("file")])
                 .ends_with("is what --batch reads; give another name")
         );
     }

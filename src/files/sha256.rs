@@ -1,4 +1,4 @@
-//! SHA-256 of what goes by, so that writing and hashing a file is one pass.
+//! SHA-256 of written data, so that writing and hashing a file take one pass.
 
 use std::io::{self, Write};
 
@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 /// Bytes that are written and then hashed while they are in the cache.
 const PIECE_BYTES: usize = 256 << 10;
 
-/// A writer that counts and hashes what it passes on.
+/// A writer that counts and hashes the bytes that it passes on.
 pub struct HashingWriter<W> {
     inner: W,
     sha256: Sha256,
@@ -19,8 +19,8 @@ impl<W: Write> HashingWriter<W> {
         HashingWriter { inner, sha256: Sha256::new(), bytes: 0 }
     }
 
-    /// The inner writer, the hash in lower-case hex and the number of bytes. Nothing is flushed or
-    /// synced.
+    /// Returns the inner writer, the hash in lower-case hex and the number of bytes. It does not
+    /// flush or sync.
     pub fn finish(self) -> (W, String, u64) {
         (self.inner, hex(self.sha256), self.bytes)
     }
@@ -28,7 +28,8 @@ impl<W: Write> HashingWriter<W> {
 
 impl<W: Write> Write for HashingWriter<W> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        // Only what the inner writer took is hashed: a short write comes again.
+        // Only the bytes that the inner writer took are hashed: after a short write the caller
+        // sends the rest again.
         let taken = self.inner.write(&buffer[..buffer.len().min(PIECE_BYTES)])?;
         self.sha256.update(&buffer[..taken]);
         self.bytes += taken as u64;
@@ -40,7 +41,7 @@ impl<W: Write> Write for HashingWriter<W> {
     }
 }
 
-/// A finished hash as 64 lower-case hex digits.
+/// Returns a finished hash as 64 lower-case hex digits.
 pub fn hex(sha256: Sha256) -> String {
     sha256.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -49,7 +50,7 @@ pub fn hex(sha256: Sha256) -> String {
 mod tests {
     use super::*;
 
-    /// Takes three bytes a call, as a full pipe would.
+    /// Takes three bytes in each call, as a full pipe might.
     struct ShortWrites(Vec<u8>);
 
     impl Write for ShortWrites {

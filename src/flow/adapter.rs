@@ -1,4 +1,4 @@
-//! What flow matching asks of a model family.
+//! The interface between flow matching and a model family.
 
 use tch::{Device, Kind, Reduction, Tensor};
 
@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::nn::Activations;
 use crate::rng::Draws;
 
-/// What a video batch is trained to do; images are always text-to-video in the reference's words.
+/// The task of a video batch; images are always text-to-video in the reference's terms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TaskType {
     TextToVideo,
@@ -21,7 +21,7 @@ pub enum TaskType {
 }
 
 impl TaskType {
-    /// The reference's word; `mixed` is our own.
+    /// Returns the reference's word; `mixed` is our own.
     pub fn word(self) -> &'static str {
         match self {
             TaskType::TextToVideo => "t2v",
@@ -31,7 +31,7 @@ impl TaskType {
     }
 }
 
-/// Everything an adapter may look at to prepare a model's inputs.
+/// The inputs from which an adapter prepares a model's inputs.
 #[derive(Debug)]
 pub struct FlowMatchingContext<'a> {
     /// `[B, C, (F,) H, W]` of `dtype`.
@@ -42,24 +42,23 @@ pub struct FlowMatchingContext<'a> {
     pub timesteps: &'a Tensor,
     /// `[B]` f32 in `[0, 1]`.
     pub sigma: &'a Tensor,
-    /// `[B]` boolean: which samples are image-to-video.
+    /// `[B]` boolean: true for image-to-video samples.
     pub image_to_video: &'a Tensor,
     pub data_type: DataType,
     pub device: Device,
     pub dtype: Kind,
     pub batch: &'a Batch,
-    /// Probability with which the adapter itself drops conditions; 0 where the pipeline does it.
+    /// Probability with which the adapter itself drops conditions; 0 if the pipeline drops them.
     pub cfg_dropout_prob: f64,
     pub cfg_dropout_value: CfgDropoutValue,
-    /// What a model that embeds its guidance is fed; the adapter's own where there is none, as in
-    /// training.
+    /// Guidance scale for a model that embeds it; `None` selects the adapter's own, as in training.
     pub guidance_scale: Option<f64>,
-    /// The adapter's draws come after the pipeline's, from the same stream.
+    /// Random draws; the adapter's follow the pipeline's in the same stream.
     pub draws: &'a Draws<'a>,
 }
 
 impl FlowMatchingContext<'_> {
-    /// A tensor of the batch, on the context's device.
+    /// Returns a tensor of the batch, on the context's device.
     ///
     /// # Errors
     /// [`Error::Data`] naming `adapter` and the key if the batch lacks it.
@@ -68,11 +67,11 @@ impl FlowMatchingContext<'_> {
         Ok(self.batch.get(key).ok_or_else(missing)?.to_device(self.device))
     }
 
-    /// The batch's condition `key` with the rows that `drop` `[B]`, on the host, marks replaced, as
-    /// `cfg_dropout_value` says.
+    /// Returns the batch's condition `key` with the rows replaced that `drop` `[B]`, on the host,
+    /// marks; `cfg_dropout_value` selects the replacement.
     ///
     /// # Errors
-    /// [`Error::Data`] if the empty prompt's is wanted and missing or unfit.
+    /// [`Error::Data`] if the empty prompt's condition is needed and is missing or does not fit.
     pub fn dropped(&self, key: &str, condition: &Tensor, drop: &Tensor) -> Result<Tensor> {
         if self.cfg_dropout_prob <= 0.0 {
             return Ok(condition.shallow_clone());
@@ -80,8 +79,8 @@ impl FlowMatchingContext<'_> {
         dropped(self.batch, key, condition, drop, self.cfg_dropout_value)
     }
 
-    /// The same of a condition's mask: it goes with the empty prompt, and stays where conditions
-    /// become zeros.
+    /// Does the same for a condition's mask, which changes only if the empty prompt replaces
+    /// conditions, not if zeros do.
     ///
     /// # Errors
     /// As [`dropped`](Self::dropped).
@@ -93,16 +92,16 @@ impl FlowMatchingContext<'_> {
     }
 }
 
-/// A condition with the rows that `drop` marks replaced: by zeros, or by the batch's `empty.<key>`,
+/// Replaces the rows of a condition that `drop` marks: by zeros, or by the batch's `empty.<key>`,
 /// right-padded with zeros.
 ///
 /// # Shapes
 /// `condition`: `[B, …]`; `drop`: `[B]` boolean on the host, where it was drawn; `empty.<key>`: a
-/// row, its first axis no longer than the condition's. Returns the condition itself where nothing
+/// row, its first axis at most as long as the condition's. Returns the condition itself if nothing
 /// is dropped, as in most batches.
 ///
 /// # Errors
-/// [`Error::Data`] if the empty prompt's row is wanted and missing or unfit.
+/// [`Error::Data`] if the empty prompt's row is needed and is missing or does not fit.
 pub(super) fn dropped(
     batch: &Batch,
     key: &str,
@@ -129,7 +128,7 @@ pub(super) fn dropped(
     Ok(after)
 }
 
-/// `empty.<key>` as a row of `condition`.
+/// Returns `empty.<key>` as a row of `condition`.
 fn empty_row(batch: &Batch, key: &str, condition: &Tensor) -> Result<Tensor> {
     let name = format!("{EMPTY}{key}");
     let missing = || {
@@ -149,15 +148,15 @@ fn empty_row(batch: &Batch, key: &str, condition: &Tensor) -> Result<Tensor> {
     Ok(whole)
 }
 
-/// Turns noisy batches into a model family's inputs and its outputs into a prediction.
+/// Converts noisy batches to a model family's inputs, and its outputs to a prediction.
 pub trait ModelAdapter {
     /// The adapter's name in a configuration.
     fn name(&self) -> &'static str;
 
-    /// The tensors that it reads of a batch, besides latents and `loss_mask`.
+    /// Returns the tensors that the adapter reads from a batch, besides latents and `loss_mask`.
     fn keys(&self) -> Vec<BatchKey>;
 
-    /// The batch's keys that hold conditions, which can be dropped.
+    /// Returns the batch's keys of conditions, which can be dropped.
     fn condition_keys(&self) -> Vec<&'static str> {
         self.keys()
             .into_iter()
@@ -167,52 +166,52 @@ pub trait ModelAdapter {
             .collect()
     }
 
-    /// True for an adapter that drops conditions itself, in the reference's way, where the pipeline
-    /// does not.
+    /// True if the adapter itself drops conditions, as the reference does, unless the pipeline
+    /// drops them.
     fn drops_conditions(&self) -> bool {
         false
     }
 
-    /// A line on what its settings mean for a model that embeds a guidance scale, or does not,
-    /// where that may surprise.
+    /// Returns a line about the effect of the adapter's settings on a model that embeds a guidance
+    /// scale, or does not, if that may be unexpected.
     fn notes(&self, _model_embeds_guidance: bool) -> Option<String> {
         None
     }
 
-    /// Names of the inputs that [`prepare_inputs`](Self::prepare_inputs) gives to every model that
-    /// has a use for them.
+    /// Returns the names of the inputs that [`prepare_inputs`](Self::prepare_inputs) provides to
+    /// every model that uses them.
     fn provides(&self) -> &'static [&'static str];
 
-    /// The model's inputs, all constants.
+    /// Returns the model's inputs, all constants.
     ///
     /// # Errors
     /// [`Error::Data`] if the batch lacks a key or its shapes do not fit the family.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations>;
 
-    /// The predicted velocity in the latents' shape.
+    /// Returns the predicted velocity in the latents' shape.
     fn prediction(&self, output: &Activations) -> Tensor;
 
-    /// Loss of each element before weighting: the squared error in f32, unless a family knows
-    /// better.
+    /// Returns the loss of each element before weighting: the squared error in f32, unless a family
+    /// overrides it.
     fn compute_loss(&self, prediction: &Tensor, target: &Tensor) -> Tensor {
         prediction.to_kind(Kind::Float).mse_loss(&target.to_kind(Kind::Float), Reduction::None)
     }
 
-    /// Elements that the mean loss is taken over, if not all: of the prediction's rank and
-    /// broadcastable to it, 1 where an element counts.
+    /// Returns a mask of the elements in the mean loss; `None` for all. It has the prediction's
+    /// rank, is broadcastable to it, and is 1 where an element counts.
     fn loss_mask(&self, _output: &Activations) -> Option<Tensor> {
         None
     }
 
-    /// Further scalar losses by name, added to the mean loss without its sigma weight; each the
-    /// batch's mean.
+    /// Returns further scalar losses by name, each the batch's mean, which are added to the mean
+    /// loss without its sigma weight.
     fn auxiliary_losses(&self, _output: &Activations) -> Vec<(&'static str, Tensor)> {
         Vec::new()
     }
 
-    /// Noise levels for generating latents of this shape, `[C, (F,) H, W]`: evenly spaced with the
-    /// run's shift, unless a family knows better. `guidance`: what [`guidance`](Self::guidance)
-    /// said.
+    /// Returns noise levels for generating latents of this shape, `[C, (F,) H, W]`: evenly spaced
+    /// with the run's shift, unless a family overrides it. `guidance`: the result of
+    /// [`guidance`](Self::guidance).
     fn noise_levels(
         &self,
         _latents: &[i64],
@@ -222,7 +221,7 @@ pub trait ModelAdapter {
         NoiseLevels::even(Shift::Constant(settings.flow_shift))
     }
 
-    /// What a guidance scale means to the family's models, of which some embed it and some do not.
+    /// Returns the meaning of a guidance scale for the family's models, some of which embed it.
     fn guidance(&self, _model_embeds: bool) -> Guidance {
         Guidance::ClassifierFree
     }

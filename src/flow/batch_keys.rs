@@ -1,5 +1,5 @@
-//! The tensors that an adapter reads of a batch: keys, axes and what becomes of them, so that data
-//! are checked by their shapes before weights are loaded.
+//! The tensors that an adapter reads from a batch: keys, axes and defaults, so that data are
+//! checked by their shapes before weights are loaded.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -9,38 +9,38 @@ use super::loss::{LOSS_MASK, axes_of_mask};
 use super::settings::{CfgDropout, CfgDropoutValue, FlowMatchingSettings};
 use crate::data::{Batch, EMPTY};
 
-/// Keys of the latents; the first that is there is read.
+/// Keys of the latents; the first existing one is read.
 pub const LATENTS: [&str; 2] = ["video_latents", "image_latents"];
 
-/// How like an unread key must be to one that is missing to be taken for a slip of the pen.
+/// Similarity from which an unread key is taken for a misspelling of a missing one.
 const ALIKE: f64 = 0.85;
 
-/// One tensor that an adapter reads of each sample.
+/// One tensor that an adapter reads for each sample.
 #[derive(Clone, Debug)]
 pub struct BatchKey {
-    /// The keys that it may have; the first that is there is read.
+    /// Alternative keys; the first existing one is read.
     pub names: &'static [&'static str],
-    /// Names of one sample's axes, in each form that it may have. `C`, `F`, `H` and `W` are the
-    /// latents' own; any other name stands for one size in all of an adapter's keys.
+    /// Names of one sample's axes, in each allowed form. `C`, `F`, `H` and `W` are the latents'
+    /// own; any other name stands for one size in all of an adapter's keys.
     pub forms: &'static [&'static [&'static str]],
     pub role: Role,
-    /// The words for what stands in where no such key is there; a tensor without them is required.
+    /// Description of the default that replaces a missing tensor; a tensor without one is required.
     pub instead: Option<String>,
 }
 
-/// What a tensor of a batch is to training.
+/// The role of a batch's tensor in training.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// What the model is told of a sample, and is not where conditions are dropped.
+    /// A condition, which the model does not get when conditions are dropped.
     Condition,
-    /// The tokens of a condition that count: 1, and 0 for padding. It goes with its condition.
+    /// The valid tokens of a condition: 1, and 0 for padding. It is dropped with its condition.
     TokenMask,
-    /// What the model is always told.
+    /// An input that is never dropped.
     Fixed,
 }
 
 impl BatchKey {
-    /// A tensor that must be there.
+    /// Describes a required tensor.
     pub fn required(
         role: Role,
         names: &'static [&'static str],
@@ -49,7 +49,7 @@ impl BatchKey {
         BatchKey { names, forms, role, instead: None }
     }
 
-    /// A tensor that something stands in for where it is missing: `instead`, in words.
+    /// Describes a tensor with a default; `instead` describes the default.
     pub fn optional(
         role: Role,
         names: &'static [&'static str],
@@ -63,21 +63,21 @@ impl BatchKey {
 /// Shape of one sample's tensors, by key.
 pub type Shapes = BTreeMap<String, Vec<i64>>;
 
-/// Shapes of what a run is trained on: a sample of one resolution group, and the empty prompt under
-/// its own keys.
+/// Shapes of the training data: a sample of one resolution group, and the empty prompt under its
+/// own keys.
 #[derive(Clone, Copy, Debug)]
 pub struct DataShapes<'s> {
     /// `[C, (F,) H, W]`.
     pub latents: &'s [i64],
     pub sample: &'s Shapes,
-    /// Without the prefix that batches give them.
+    /// Shapes by key, without the prefix that batches use.
     pub empty_prompt: &'s Shapes,
 }
 
-/// The same batch with an axis for samples in front of each tensor that an adapter reads and that
-/// lacks it: it then holds for all samples, as in the reference. Batches of a dataset are left as
-/// they are, and so is a tensor whose first axis has as many entries as there are samples: taken
-/// for a missing axis, it would make one sample's condition another's.
+/// Returns the same batch with a sample axis in front of each tensor that the adapter reads and
+/// that lacks one: the tensor then holds for all samples, as in the reference. Batches of a dataset
+/// are left unchanged, and so is a tensor whose first axis is as long as the number of samples:
+/// adding an axis there could give one sample the condition of another.
 pub fn with_sample_axis(adapter: &dyn ModelAdapter, batch: &Batch) -> Batch {
     let mut whole = batch.alias();
     let Some(latents) = LATENTS
@@ -104,10 +104,10 @@ pub fn with_sample_axis(adapter: &dyn ModelAdapter, batch: &Batch) -> Batch {
     whole
 }
 
-/// A line on data and settings that fit, for those who look at them.
+/// A remark on data and settings that fit each other.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Note {
-    /// Probably not what was meant.
+    /// Probably a mistake.
     Warning(String),
     /// Nothing is wrong.
     Information(String),
@@ -120,12 +120,11 @@ impl fmt::Display for Note {
     }
 }
 
-/// Compares data with what an adapter and the settings read of them. Returns what a user should
-/// know though nothing is wrong: keys that nobody reads, and what stands in for keys that are
-/// missing.
+/// Compares data with the keys that an adapter and the settings read. Returns remarks: keys that
+/// are not read, and defaults that replace missing keys.
 ///
 /// # Errors
-/// The first mistake in words: a key that is missing, or has other axes than it must have.
+/// The first mistake, described: a key that is missing, or has the wrong axes.
 pub fn check_keys(
     adapter: &dyn ModelAdapter,
     settings: &FlowMatchingSettings,
@@ -155,15 +154,14 @@ pub fn check_keys(
     Ok(notes)
 }
 
-/// The latents' axes by name.
+/// Returns the latents' axes by name.
 fn latent_sizes(latents: &[i64]) -> BTreeMap<&'static str, i64> {
     let names: &[&'static str] =
         if latents.len() == 4 { &["C", "F", "H", "W"] } else { &["C", "H", "W"] };
     names.iter().copied().zip(latents.iter().copied()).collect()
 }
 
-/// Takes the axes of a shape for those of the first form that has as many, and remembers their
-/// sizes.
+/// Matches a shape with the first form of as many axes, and records the sizes by name.
 fn bind(
     name: &str,
     shape: &[i64],
@@ -188,10 +186,10 @@ fn bind(
     Ok(())
 }
 
-/// The words for what stands in for a missing key.
+/// Describes the default of a missing key.
 ///
 /// # Errors
-/// The words for a key that nothing stands in for.
+/// A description of a missing key that has no default.
 fn missing(key: &BatchKey, adapter: &dyn ModelAdapter, sample: &Shapes) -> Result<String, String> {
     let names = key.names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(" or ");
     let otherwise = written_otherwise(key.names, sample);
@@ -210,7 +208,7 @@ fn missing(key: &BatchKey, adapter: &dyn ModelAdapter, sample: &Shapes) -> Resul
     }
 }
 
-/// ` (is \`…\` meant?)` where the data have a key that is nearly one of these.
+/// Returns ` (is \`…\` meant?)` if the data have a key similar to one of these.
 fn written_otherwise(names: &[&str], sample: &Shapes) -> String {
     let alike =
         |key: &str| names.iter().map(|name| strsim::jaro_winkler(key, name)).fold(0.0, f64::max);
@@ -219,7 +217,7 @@ fn written_otherwise(names: &[&str], sample: &Shapes) -> String {
     nearest.map_or_else(String::new, |(_, key)| format!(" (is their `{key}` meant?)"))
 }
 
-/// A line for the keys that neither the adapter nor the settings read.
+/// Returns a line about the keys that neither the adapter nor the settings read.
 fn unread(keys: &[BatchKey], settings: &FlowMatchingSettings, sample: &Shapes) -> Option<String> {
     let mask = settings.apply_loss_mask.then_some(LOSS_MASK);
     let latents = LATENTS.into_iter().find(|name| sample.contains_key(*name));
@@ -235,7 +233,8 @@ fn unread(keys: &[BatchKey], settings: &FlowMatchingSettings, sample: &Shapes) -
         .then(|| format!("keys of the data that nobody reads: {}", unread.join(", ")))
 }
 
-/// A line for a dropout that the adapter leaves to others, who do not drop either.
+/// Returns a line about a dropout that has no effect, because neither the adapter nor the pipeline
+/// drops anything.
 fn dropout_without_effect(
     adapter: &dyn ModelAdapter,
     settings: &FlowMatchingSettings,
@@ -252,7 +251,7 @@ fn dropout_without_effect(
     })
 }
 
-/// The empty prompt has a row for every condition that may become it.
+/// Checks that the empty prompt has a row for every condition that it may replace.
 fn check_empty_prompt(
     adapter: &dyn ModelAdapter,
     settings: &FlowMatchingSettings,
@@ -277,8 +276,8 @@ fn check_empty_prompt(
     Ok(())
 }
 
-/// The keys whose rows are replaced where a sample's conditions are dropped: conditions, and their
-/// masks where the empty prompt comes in, which has its own.
+/// Returns the keys whose rows are replaced when a sample's conditions are dropped: conditions, and
+/// if the empty prompt replaces them also their masks, since it has its own.
 pub fn dropped_keys(adapter: &dyn ModelAdapter, value: CfgDropoutValue) -> Vec<&'static str> {
     let with_masks = value == CfgDropoutValue::EmptyPrompt;
     let goes = |role: Role| role == Role::Condition || (with_masks && role == Role::TokenMask);
@@ -291,8 +290,8 @@ pub fn dropped_keys(adapter: &dyn ModelAdapter, value: CfgDropoutValue) -> Vec<&
         .collect()
 }
 
-/// Refuses an empty prompt that does not fit into a sample's row of `shape`: its first axis may be
-/// shorter.
+/// Refuses an empty prompt that does not fit into a sample's row of `shape`: only its first axis
+/// may be shorter.
 pub(super) fn check_empty_row(name: &str, empty: &[i64], shape: &[i64]) -> Result<(), String> {
     if empty.len() != shape.len()
         || empty.first() > shape.first()

@@ -1,24 +1,24 @@
-//! How closely samples follow their conditions.
+//! Guidance: how closely samples follow their conditions.
 
 use tch::Tensor;
 
 use super::settings::SamplingSettings;
 use crate::error::{Error, Result};
 
-/// What a family's models understand by a guidance scale.
+/// The meaning of a guidance scale for a family's models.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Guidance {
-    /// The velocity goes `scale` times as far from the unconditional one as the conditional does.
+    /// The distance from the unconditional velocity is multiplied by `scale`.
     ///
     /// Source: Ho & Salimans 2022, arXiv:2207.12598, eq. 6, in velocities.
     ClassifierFree,
-    /// The same, and each square patch of the result gets the norm that it has in the conditional
-    /// velocity.
+    /// As [`ClassifierFree`](Guidance::ClassifierFree), but each square patch of the result is
+    /// rescaled to its norm in the conditional velocity.
     ///
     /// Source: `QwenImagePipeline` of diffusers 0.42.1, whose tokens are the patches.
     Rescaled { patch_size: i64 },
-    /// The model takes the scale as an input; classifier-free guidance comes on top where there is
-    /// something to guide away from.
+    /// The model takes the scale as an input; classifier-free guidance is added if there are
+    /// negative conditions.
     Embedded,
 }
 
@@ -26,17 +26,18 @@ pub enum Guidance {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Guide {
     guidance: Guidance,
-    /// Of the second pass; 1 is none.
+    /// Scale of classifier-free guidance; 1 disables it.
     scale: f64,
-    /// What a model that embeds its guidance is fed; none is the adapter's own.
+    /// Scale for a model that embeds its guidance; `None` selects the adapter's own.
     pub embedded: Option<f64>,
 }
 
 impl Guide {
-    /// The guidance that the settings ask for, with or without negative conditions.
+    /// Returns the guidance that the settings select, with or without negative conditions.
     ///
     /// # Errors
-    /// [`Error::Config`] if the family has no such scale, or conditions or a scale would go unused.
+    /// [`Error::Config`] if the family has no such scale, or if conditions or a scale would be
+    /// unused.
     pub fn new(
         guidance: Guidance,
         settings: &SamplingSettings,
@@ -67,7 +68,7 @@ impl Guide {
         Ok(Guide { guidance, scale, embedded: (embeds && !own).then_some(settings.guidance_scale) })
     }
 
-    /// The guided velocity; the unconditional one is computed only where it counts.
+    /// Returns the guided velocity; the unconditional one is computed only if it is used.
     ///
     /// # Shapes
     /// Both `[B, C, (F,) H, W]`, as is the result.
@@ -88,8 +89,8 @@ impl Guide {
     }
 }
 
-/// `guided` with the norm that each patch, over its channels, rows and columns, has in
-/// `conditional`; both `[B, C, H, W]`.
+/// Returns `guided`, rescaled so that each patch, over its channels, rows and columns, has its norm
+/// in `conditional`; both `[B, C, H, W]`.
 fn with_norms_of(conditional: &Tensor, guided: &Tensor, patch_size: i64) -> Tensor {
     let (batch, channels, height, width) =
         guided.size4().expect("the family's latents are [B, C, H, W]");
@@ -99,7 +100,7 @@ fn with_norms_of(conditional: &Tensor, guided: &Tensor, patch_size: i64) -> Tens
         velocity.square().sum_dim_intlist([1i64, 3, 5].as_slice(), true, velocity.kind()).sqrt()
     };
     let (conditional, guided) = (conditional.reshape(patches), guided.reshape(patches));
-    // A velocity that is zero everywhere stays so.
+    // A velocity that is zero everywhere stays zero.
     let ratio = norm(&conditional) / norm(&guided).clamp_min(f64::from(f32::MIN_POSITIVE));
     (guided * ratio).reshape([batch, channels, height, width])
 }

@@ -1,10 +1,10 @@
-//! Flow matching: timesteps, noise, target, weights, loss, logs and the way back from noise to
+//! Flow matching: timesteps, noise, target, weights, loss, logs and the trajectory from noise to
 //! data.
 //!
 //! sigma = 0 is data and sigma = 1 is noise; x = (1 − sigma)·latents + sigma·noise; the model
-//! predicts noise − latents. Semantics follow the reference, NVIDIA NeMo AutoModel 0.5.0; better
-//! behaviours have names of their own in [`FlowMatchingSettings`]. Nothing here knows a rank, a
-//! model or how gradients travel.
+//! predicts noise − latents. Semantics follow the reference, NVIDIA NeMo AutoModel 0.5.0;
+//! improvements have settings of their own in [`FlowMatchingSettings`]. This code is independent of
+//! ranks, models and the transport of gradients.
 
 pub mod adapter;
 mod batch_keys;

@@ -1,19 +1,19 @@
-//! Noise levels on the way from noise to data: how a family spaces them, shifts them and ends them.
+//! Noise levels of generation: the spacing, shift and end that a family uses.
 
 use tch::{Device, Kind, Tensor};
 
 use super::time_shift::shifted;
 
-/// A family's way to choose its noise levels, whatever their number.
+/// A family's rule for its noise levels, for any number of steps.
 ///
 /// Source: `FlowMatchEulerDiscreteScheduler` of diffusers 0.42.1 as the family's pipeline sets it
-/// up. That rounds to f32 between its operations and this only at the end, so that the two differ
-/// by a few units in the last place.
+/// up. That code rounds to f32 between its operations and this one only at the end, so that the two
+/// differ by a few units in the last place.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct NoiseLevels {
     spacing: Spacing,
     shift: Shift,
-    /// The lowest level before 0, if all are stretched to end there.
+    /// Lowest level before 0, if the levels are stretched to end there.
     terminal: Option<f64>,
 }
 
@@ -23,7 +23,7 @@ enum Spacing {
     DownToTraining { num_train_timesteps: i64 },
 }
 
-/// How far levels are shifted towards noise.
+/// Shift of the levels towards noise.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Shift {
     Constant(f64),
@@ -34,14 +34,15 @@ pub enum Shift {
 }
 
 impl Shift {
-    /// `exp(mu)`, with mu on the line through two points (tokens, mu), not clamped.
+    /// Returns the constant shift `exp(mu)`, with mu on the line through two points (tokens, mu),
+    /// not clamped.
     pub fn between(tokens: i64, low: (i64, f64), high: (i64, f64)) -> Self {
         let slope = (high.1 - low.1) / (high.0 - low.0) as f64;
         Shift::Constant((low.1 + slope * (tokens - low.0) as f64).exp())
     }
 
-    /// The shift for that number of steps.
-    fn at(self, steps: i64) -> f64 {
+    /// Returns the shift for this number of steps.
+    fn for_steps(self, steps: i64) -> f64 {
         match self {
             Shift::Constant(shift) => shift,
             Shift::Empirical { tokens } => empirical_mu(tokens as f64, steps as f64).exp(),
@@ -49,8 +50,8 @@ impl Shift {
     }
 }
 
-/// Between fits for 10 and for 200 steps; from 4300 tokens on the one for 200 holds whatever the
-/// steps.
+/// Interpolates between fits for 10 and for 200 steps; above 4300 tokens the fit for 200 applies to
+/// any number of steps.
 ///
 /// Source: `compute_empirical_mu` of FLUX.2's pipeline.
 fn empirical_mu(tokens: f64, steps: f64) -> f64 {
@@ -63,13 +64,13 @@ fn empirical_mu(tokens: f64, steps: f64) -> f64 {
 }
 
 impl NoiseLevels {
-    /// 1, (n − 1)/n, …, 1/n, then shifted.
+    /// Returns the levels 1, (n − 1)/n, …, 1/n, shifted.
     pub fn even(shift: Shift) -> Self {
         NoiseLevels { spacing: Spacing::Even, shift, terminal: None }
     }
 
-    /// Evenly from 1 down to the lowest level of training, which is shifted already, then shifted:
-    /// the scheduler's own way where a pipeline gives it no levels.
+    /// Returns levels that are even from 1 down to the lowest level of training, which is already
+    /// shifted, and then shifted: the scheduler's default if a pipeline gives it no levels.
     pub fn down_to_training(shift: f64, num_train_timesteps: i64) -> Self {
         NoiseLevels {
             spacing: Spacing::DownToTraining { num_train_timesteps },
@@ -78,19 +79,20 @@ impl NoiseLevels {
         }
     }
 
-    /// The same, stretched so that the last level before 0 is this one.
+    /// Returns the same levels, stretched so that the last one before 0 is `terminal`.
     pub fn ending_at(self, terminal: f64) -> Self {
         NoiseLevels { terminal: Some(terminal), ..self }
     }
 
-    /// The same with another shift.
+    /// Returns the same levels with another shift.
     pub fn with_shift(self, shift: f64) -> Self {
         NoiseLevels { shift: Shift::Constant(shift), ..self }
     }
 
-    /// The levels of `steps` steps, from 1 down to 0: `steps + 1` of them, each an f32 number.
+    /// Returns the levels of `steps` steps, from 1 down to 0: `steps + 1` of them, each an f32
+    /// number.
     pub fn sigmas(&self, steps: i64) -> Vec<f64> {
-        let shift = self.shift.at(steps);
+        let shift = self.shift.for_steps(steps);
         let lowest = match self.spacing {
             Spacing::Even => 1.0 / steps as f64,
             Spacing::DownToTraining { num_train_timesteps } => {
@@ -109,7 +111,7 @@ impl NoiseLevels {
     }
 }
 
-/// Distances from 1 scaled so that the last level is `terminal`.
+/// Scales the distances from 1 so that the last level is `terminal`.
 fn stretched(levels: &Tensor, terminal: f64) -> Tensor {
     let below_one: Tensor = 1.0 - levels;
     let scale = (1.0 - terminal) / below_one.double_value(&[-1]);
@@ -151,7 +153,7 @@ mod tests {
 
     #[test]
     fn many_tokens_make_the_number_of_steps_irrelevant() {
-        let shift = |tokens, steps| Shift::Empirical { tokens }.at(steps);
+        let shift = |tokens, steps| Shift::Empirical { tokens }.for_steps(steps);
         assert_eq!(shift(4301, 10), shift(4301, 50));
         assert!(shift(4300, 10) > shift(4300, 50), "fewer steps linger longer at noise");
     }

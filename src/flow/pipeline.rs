@@ -1,4 +1,4 @@
-//! One flow-matching step: batch in, loss out, whatever the model.
+//! One flow-matching step, from batch to loss, for any model.
 
 use tch::{Device, Kind, Tensor, no_grad};
 
@@ -28,16 +28,16 @@ pub struct FlowMatchingPipeline {
     dtype: Kind,
 }
 
-/// What a step does besides the loss; by default what the reference's `step` does.
+/// Options of a step; by default those of the reference's `step`.
 #[derive(Clone, Copy, Debug)]
 pub struct StepOptions<'a> {
     /// Number of the step in errors and logs.
     pub global_step: u64,
-    /// Whether to measure [`Statistics`]; they stay on the device, without a host synchronization.
+    /// True to measure [`Statistics`]; they stay on the device, without a host synchronization.
     pub collect_metrics: bool,
-    /// Whether to look at the loss and refuse one that exploded; one host synchronization.
+    /// True to refuse a loss that exploded, which costs one host synchronization.
     pub check_loss: bool,
-    /// Places of the samples among the global batch's strata, with `stratified_timesteps`.
+    /// Positions of the samples among the global batch's strata, with `stratified_timesteps`.
     pub strata: Option<&'a Strata>,
 }
 
@@ -47,7 +47,7 @@ impl Default for StepOptions<'_> {
     }
 }
 
-/// All that a step computed.
+/// The results of a step.
 #[derive(Debug)]
 pub struct StepOutput {
     pub loss: LossValues,
@@ -57,7 +57,7 @@ pub struct StepOutput {
     pub timesteps: Tensor,
     /// `[B, …]` f32.
     pub noise: Tensor,
-    /// `[B, …]` in the compute kind, as the model saw them.
+    /// `[B, …]` in the compute kind, the model's input.
     pub noisy_latents: Tensor,
     /// `[B, …]` in the compute kind.
     pub model_pred: Tensor,
@@ -65,7 +65,7 @@ pub struct StepOutput {
     pub target: Tensor,
     pub sampling_method: &'static str,
     pub task_type: TaskType,
-    /// One row of [`Statistics`], if they were asked for.
+    /// One row of [`Statistics`], if requested.
     pub statistics: Option<Tensor>,
 }
 
@@ -105,11 +105,12 @@ impl FlowMatchingPipeline {
         self.adapter.as_ref()
     }
 
-    /// Draws, noise, model, loss. `model` maps the adapter's inputs to the model's outputs.
+    /// Runs a step: draws, noise, model, loss. `model` maps the adapter's inputs to the model's
+    /// outputs.
     ///
     /// # Errors
     /// [`Error::Data`] if the batch does not fit, [`Error::NotFinite`] if the loss is checked and
-    /// exploded, and whatever the model returns.
+    /// exploded, and errors of the model.
     pub fn step(
         &self,
         model: impl FnOnce(Activations) -> Result<Activations>,
@@ -164,7 +165,7 @@ impl FlowMatchingPipeline {
         })
     }
 
-    /// Every draw of a step, in the order of the reference: task, timesteps, noise, then the
+    /// Makes every draw of a step, in the order of the reference: task, timesteps, noise, then the
     /// adapter's.
     fn prepare(
         &self,
@@ -206,10 +207,10 @@ impl FlowMatchingPipeline {
         Ok(NoisyBatch { latents, sampled, noise, noisy_latents, task_type, inputs })
     }
 
-    /// The task of a batch, and which of its samples are image-to-video, `[B]` boolean: video with
-    /// the configured probability, by one coin for the batch or one for each sample; images and
-    /// videos of one frame never, since their only frame would be given. The coins are tossed for
-    /// every video, so that later draws do not depend on its length.
+    /// Returns the task of a batch, and marks its image-to-video samples, `[B]` boolean. Videos are
+    /// image-to-video with the configured probability, by one draw for the batch or one for each
+    /// sample; images and videos of one frame never are, since their only frame would be given.
+    /// Every video draws, so that later draws do not depend on its length.
     ///
     /// # Shapes
     /// `latents`: `[B, C, (F,) H, W]`.
@@ -234,10 +235,10 @@ impl FlowMatchingPipeline {
             Toss::Same(true) => TaskType::ImageToVideo,
             Toss::Each(_) => TaskType::Mixed,
         };
-        (task_type, toss.of_each(samples).to_device(self.device))
+        (task_type, toss.per_sample(samples).to_device(self.device))
     }
 
-    /// Noise levels of a batch, on the pipeline's device.
+    /// Returns the noise levels of a batch, on the pipeline's device.
     pub fn sample_timesteps(
         &self,
         batch: i64,
@@ -253,7 +254,7 @@ impl FlowMatchingPipeline {
         }
     }
 
-    /// The batch with some samples' conditions dropped, each by its own draw.
+    /// Drops the conditions of some samples of the batch, each by its own draw.
     fn drop_conditions(&self, batch: &Batch, size: i64, draws: &Draws<'_>) -> Result<Batch> {
         let mut after = batch.alias();
         let (drop, value) = (
@@ -274,11 +275,10 @@ impl FlowMatchingPipeline {
         Ok(after)
     }
 
-    /// Refuses a batch that a step could not take, with the words that the step would have, before
-    /// there is a model.
+    /// Refuses a batch that a step would refuse, with the same message, without a model.
     ///
     /// # Errors
-    /// As [`step`](Self::step), but for what the model returns.
+    /// Errors of [`step`](Self::step), except those of the model.
     pub fn rehearse(&self, batch: &Batch) -> Result<()> {
         no_grad(|| {
             let latents = latents_of(batch)?;
@@ -291,7 +291,7 @@ impl FlowMatchingPipeline {
         })
     }
 
-    /// Weighted and unweighted loss of a prediction.
+    /// Returns the weighted and unweighted loss of a prediction.
     ///
     /// # Shapes
     /// `model_pred`, `target`: `[B, …]`, equal; `sigma`: `[B]` f32; `own_mask`: the adapter's, if
@@ -338,7 +338,7 @@ impl FlowMatchingPipeline {
         })
     }
 
-    /// The elements that the batch's mask, if it is applied, and the adapter's keep.
+    /// Returns the elements that the adapter's mask and, if it is applied, the batch's mask keep.
     fn kept(
         &self,
         batch: Option<&Batch>,
@@ -353,11 +353,11 @@ impl FlowMatchingPipeline {
             masks.push(loss_mask(batch, &loss.size(), self.device)?);
         }
         masks.extend(own_mask.map(|mask| mask.to_kind(Kind::Float)));
-        Ok(Kept::by(masks))
+        Ok(Kept::by_masks(masks))
     }
 }
 
-/// The batch's clean latents; `video_latents` win over `image_latents`.
+/// Returns the batch's clean latents; `video_latents` take precedence over `image_latents`.
 ///
 /// # Errors
 /// [`Error::Data`] if there are none, or they have neither 4 nor 5 axes.

@@ -1,5 +1,5 @@
-//! The detailed and the summary log of a step, as text. Every field of the reference's logs, over
-//! all ranks.
+//! The detailed and the summary log of a step, as text. They have every field of the reference's
+//! logs, over all ranks.
 
 use super::settings::{FlowMatchingSettings, LossWeightingScheme};
 use super::statistics::{Range, Statistics};
@@ -7,7 +7,7 @@ use super::statistics::{Range, Statistics};
 const RULER: &str =
     "================================================================================";
 
-/// What a log says of a step besides its statistics.
+/// Facts about a step in a log, besides its statistics.
 #[derive(Clone, Copy, Debug)]
 pub struct StepFacts<'a> {
     pub step: u64,
@@ -16,7 +16,7 @@ pub struct StepFacts<'a> {
     pub data_type: &'a str,
 }
 
-/// One line.
+/// Formats a step as one line.
 pub fn summary(facts: StepFacts<'_>, statistics: &Statistics) -> String {
     let Statistics { sigma, timesteps, weight, noisy_latents, loss, .. } = statistics;
     format!(
@@ -35,7 +35,7 @@ pub fn summary(facts: StepFacts<'_>, statistics: &Statistics) -> String {
     )
 }
 
-/// A block of lines: how the batch was noised, then how the prediction fared.
+/// Formats a step as a block of lines: the noising of the batch, then the prediction.
 pub fn detailed(
     facts: StepFacts<'_>,
     statistics: &Statistics,
@@ -111,7 +111,7 @@ fn shown(range: &Range) -> String {
     format!("[{:.4}, {:.4}]", range.min, range.max)
 }
 
-/// A mixture of two tensors cannot reach far beyond both.
+/// Checks that the mixture of two tensors does not reach far beyond both.
 fn sanity(latents: &Range, noise: &Range, noisy: &Range) -> String {
     let reach = |range: &Range| range.min.abs().max(range.max.abs());
     let bound = 1.5 * reach(latents).max(reach(noise));

@@ -9,7 +9,7 @@ use crate::tensor::broadcast_to_rank;
 pub struct LinearInterpolationSchedule;
 
 impl LinearInterpolationSchedule {
-    /// Point on the straight path from `x0` (data) to `x1` (noise).
+    /// Returns the point on the straight path from `x0` (data) to `x1` (noise).
     ///
     /// # Shapes
     /// `x0`, `x1`: `[B, …]`, equal; `sigma`: `[B]` f32 in `[0, 1]`, 0 = data. Returns the shape of
@@ -20,14 +20,14 @@ impl LinearInterpolationSchedule {
     /// Source: Lipman et al. 2023, arXiv:2210.02747, eq. 20–23, time reversed.
     pub fn forward(&self, x0: &Tensor, x1: &Tensor, sigma: &Tensor) -> Tensor {
         let sigma = broadcast_to_rank(sigma, x0.dim());
-        // 1 − sigma as a tensor operation of its own: the reference rounds each product before the
-        // sum.
+        // 1 − sigma is a tensor operation of its own, since the reference rounds each product
+        // before the sum.
         let mut point = (sigma.ones_like() - &sigma) * x0;
         point += sigma * x1;
         point
     }
 
-    /// What the model learns to predict: the velocity along the path, noise − data, f32.
+    /// Returns the model's target: the velocity along the path, noise − data, f32.
     pub fn velocity(&self, x0: &Tensor, x1: &Tensor) -> Tensor {
         x1.to_kind(Kind::Float) - x0.to_kind(Kind::Float)
     }
@@ -62,9 +62,9 @@ mod tests {
         let float = (Kind::Float, Device::Cpu);
         let (data, noise) = Key::new(2, Purpose::Test)
             .seeded(|| (Tensor::randn([2, 3], float), Tensor::randn([2, 3], float)));
-        let at = |sigma: f32| {
+        let point_at = |sigma: f32| {
             LinearInterpolationSchedule.forward(&data, &noise, &Tensor::from_slice(&[sigma, sigma]))
         };
-        assert!(at(0.0).equal(&data) && at(1.0).equal(&noise));
+        assert!(point_at(0.0).equal(&data) && point_at(1.0).equal(&noise));
     }
 }

@@ -1,11 +1,11 @@
-//! From noise to data: the learned velocity followed in small steps.
+//! Integrates the learned velocity from noise to data.
 
 use tch::{Kind, Tensor, no_grad};
 
 use crate::error::Result;
 
-/// Follows `velocity(x, sigma)` from noise at `sigmas[0]` to data at the last, one Euler step
-/// between two levels.
+/// Follows `velocity(x, sigma)` from noise at the first of `sigmas` to data at the last, by one
+/// Euler step between neighbouring levels.
 ///
 /// # Shapes
 /// `noise`: `[B, …]` f32. Returns the same.

@@ -1,13 +1,14 @@
-//! What the logs say of a step, measured on the device as one row of numbers that ranks can gather.
+//! Statistics of a step for the logs, measured on the device as one row of numbers that ranks can
+//! gather.
 
 use tch::Tensor;
 
 use super::loss::LossValues;
 
-/// Bins of the sigma histogram over `[0, 1]`.
+/// Number of bins of the sigma histogram over `[0, 1]`.
 pub const SIGMA_BINS: usize = 10;
 
-/// Count, mean, sum of squared deviations, least and largest: enough to merge exactly.
+/// Count, mean, sum of squared deviations, minimum and maximum, which can be merged exactly.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Moments {
     pub count: f64,
@@ -34,7 +35,7 @@ impl Moments {
         Moments { count, mean, squares, min, max }
     }
 
-    /// Unbiased standard deviation; 0 for a single value.
+    /// Returns the unbiased standard deviation; 0 for a single value.
     pub fn std(&self) -> f64 {
         if self.count > 1.0 { (self.squares / (self.count - 1.0)).sqrt() } else { 0.0 }
     }
@@ -55,7 +56,7 @@ impl Moments {
     }
 }
 
-/// Least and largest element of a tensor.
+/// Minimum and maximum element of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Range {
     pub min: f64,
@@ -73,7 +74,7 @@ impl Range {
     }
 }
 
-/// NaN on either side stays, so that it is not lost on the way to the log.
+/// Keeps a NaN on either side, so that it reaches the log.
 fn merge_min(a: f64, b: f64) -> f64 {
     if a.is_nan() || b.is_nan() { f64::NAN } else { a.min(b) }
 }
@@ -82,7 +83,7 @@ fn merge_max(a: f64, b: f64) -> f64 {
     if a.is_nan() || b.is_nan() { f64::NAN } else { a.max(b) }
 }
 
-/// A step's numbers, over however many samples, micro-batches and ranks were merged.
+/// A step's numbers, merged over any number of samples, micro-batches and ranks.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Statistics {
     pub sigma: Moments,
@@ -93,14 +94,14 @@ pub struct Statistics {
     pub noisy_latents: Range,
     pub prediction: Range,
     pub target: Range,
-    /// Mean weighted loss over what the masks keep, with auxiliary losses; 0 where they keep
-    /// nothing.
+    /// Mean weighted loss over the elements that the masks keep, with auxiliary losses; 0 if they
+    /// keep none.
     pub loss: f64,
-    /// Mean unweighted loss over what the masks keep.
+    /// Mean unweighted loss over the elements that the masks keep.
     pub unweighted_loss: f64,
     /// Sum of the samples' shares that the masks keep; the number of samples without masks.
     pub kept: f64,
-    /// Samples in each tenth of sigma.
+    /// Number of samples in each tenth of sigma.
     pub sigma_histogram: [f64; SIGMA_BINS],
     by_sigma: BySigma,
 }
@@ -108,13 +109,13 @@ pub struct Statistics {
 /// Sums over the samples in each tenth of sigma.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct BySigma {
-    /// Of the mean, over a sample's elements, of the unweighted loss times the masks' weights.
+    /// Sum of the means, over a sample's elements, of the unweighted loss times the masks' weights.
     losses: [f64; SIGMA_BINS],
-    /// Of the shares that the masks keep.
+    /// Sum of the shares that the masks keep.
     kept: [f64; SIGMA_BINS],
 }
 
-/// What a step computed, as far as statistics look at it.
+/// The results of a step from which statistics are computed.
 pub(super) struct Observed<'a> {
     pub sigma: &'a Tensor,
     pub timesteps: &'a Tensor,
@@ -127,21 +128,21 @@ pub(super) struct Observed<'a> {
 }
 
 impl Statistics {
-    /// Numbers of a row that say something of one sample: sigma, timestep, weight, masked mean of
-    /// the unweighted loss, share that the masks keep.
+    /// Numbers of a row for each sample: sigma, timestep, weight, masked mean of the unweighted
+    /// loss, share that the masks keep.
     const PER_SAMPLE: usize = 5;
 
-    /// Numbers of a row that say something of the whole batch: five ranges, two mean losses.
+    /// Numbers of a row for the whole batch: five ranges, two mean losses.
     const SCALARS: usize = 5 * 2 + 2;
 
-    /// Numbers in the row of a batch of that many samples.
+    /// Returns the length of the row of a batch with this many samples.
     pub const fn width(samples: usize) -> usize {
         Self::PER_SAMPLE * samples + Self::SCALARS
     }
 
-    /// `[width(B)]` f32 on the device, without a host synchronization; to be called without a
-    /// graph. Only what needs whole tensors is computed there: each of its operators costs more
-    /// than all of the host's work on some numbers a sample.
+    /// Returns `[width(B)]` f32 on the device, without a host synchronization; must be called
+    /// without a graph. Only reductions of whole tensors run there: each operator costs more than
+    /// all of the host's work on the few numbers of each sample.
     pub(super) fn measure(observed: &Observed<'_>) -> Tensor {
         let loss = observed.loss;
         let kept = loss.kept.share_of_samples(observed.sigma.size()[0], observed.sigma.device());
@@ -169,7 +170,7 @@ impl Statistics {
     /// Reads a row that [`FlowMatchingPipeline::step`](super::FlowMatchingPipeline::step) measured.
     ///
     /// # Panics
-    /// If no batch's row has that width (a bug in the caller).
+    /// If no batch's row has this length (a bug in the caller).
     pub fn from_row(row: &[f32]) -> Self {
         let samples = row.len().saturating_sub(Self::SCALARS) / Self::PER_SAMPLE;
         assert_eq!(row.len(), Self::width(samples), "a row of statistics");
@@ -196,7 +197,7 @@ impl Statistics {
         }
     }
 
-    /// The statistics of both together.
+    /// Returns the statistics of both together.
     pub fn merge(self, other: &Self) -> Self {
         let kept = self.kept + other.kept;
         let share = if kept > 0.0 { other.kept / kept } else { 0.0 };
@@ -221,15 +222,15 @@ impl Statistics {
         }
     }
 
-    /// Mean unweighted loss, over what the masks keep, in each tenth of sigma; none where nothing
-    /// was kept.
+    /// Returns the mean unweighted loss, over the elements that the masks keep, in each tenth of
+    /// sigma; `None` if nothing was kept.
     pub fn loss_per_sigma(&self) -> [Option<f64>; SIGMA_BINS] {
         let BySigma { losses, kept } = self.by_sigma;
         std::array::from_fn(|bin| (kept[bin] > 0.0).then(|| losses[bin] / kept[bin]))
     }
 
-    /// The factor that makes a gradient of the mean over what was kept out of one over all
-    /// elements; 1 without masks, and where nothing was kept.
+    /// Returns the factor that converts a gradient of the mean over all elements to one of the mean
+    /// over those kept; 1 without masks, and if nothing was kept.
     pub fn gradient_scale(&self) -> f64 {
         if self.kept > 0.0 { self.sigma.count / self.kept } else { 1.0 }
     }
@@ -239,12 +240,12 @@ fn added(a: [f64; SIGMA_BINS], b: [f64; SIGMA_BINS]) -> [f64; SIGMA_BINS] {
     std::array::from_fn(|bin| a[bin] + b[bin])
 }
 
-/// Samples in each tenth of sigma, and the sums of their numbers.
+/// Returns the number of samples in each tenth of sigma, and the sums of their values.
 fn histogram(sigma: &[f32], sample_losses: &[f32], kept: &[f32]) -> ([f64; SIGMA_BINS], BySigma) {
     let mut counts = [0.0; SIGMA_BINS];
     let mut sums = BySigma { losses: [0.0; SIGMA_BINS], kept: [0.0; SIGMA_BINS] };
     for (sigma, (loss, share)) in sigma.iter().zip(sample_losses.iter().zip(kept)) {
-        // NaN lands in bin 0; the loss itself is checked elsewhere.
+        // NaN falls into bin 0; the loss itself is checked elsewhere.
         let bin = ((sigma * SIGMA_BINS as f32) as usize).min(SIGMA_BINS - 1);
         counts[bin] += 1.0;
         sums.losses[bin] += f64::from(*loss);
@@ -268,7 +269,7 @@ mod tests {
         let all = Moments::from_values(&[0.1, 0.7, 0.4, 0.9, 0.2]);
         // f64 rounding of a few sums of numbers below 1.
         assert!((merged.mean - all.mean).abs() < 1e-15 && (merged.std() - all.std()).abs() < 1e-15);
-        // The numbers are rounded to f32 before.
+        // The numbers were rounded to f32 before.
         assert!((all.mean - 0.46).abs() < 1e-7 && (all.std() - 0.113f64.sqrt()).abs() < 1e-7);
         assert_eq!((merged.min, merged.max, merged.count), (all.min, all.max, 5.0));
     }
@@ -282,7 +283,7 @@ mod tests {
         assert_eq!((sums.kept[0], sums.kept[9]), (1.0, 1.5));
     }
 
-    /// Statistics of samples at sigma 0.5 with these losses and shares, of which `loss` is the
+    /// Returns statistics of samples at sigma 0.5 with these losses and shares; `loss` is their
     /// mean.
     fn masked(losses: &[f32], kept: &[f32], loss: f32) -> Statistics {
         let samples = losses.len();

@@ -1,30 +1,30 @@
-//! Timesteps shifted towards noise, and the loss weight that goes with it: two of the reference's
+//! Shifts timesteps towards noise, and the loss weight for it: two functions of the reference's
 //! `time_shift_utils`.
 
 use tch::Tensor;
 
 use crate::settings::choice;
 
-/// `shift / (shift + (1/u − 1))`: more weight to high sigma the larger the shift; 1 leaves `u`
-/// alone.
+/// Returns `shift / (shift + (1/u − 1))`: a larger shift gives more weight to high sigma; 1 leaves
+/// `u` unchanged.
 ///
 /// # Shapes
 /// `u`: any, in `[0, 1]`; 0 maps to 0 and 1 to 1. Returns the same shape and kind.
 ///
 /// Source: Esser et al. 2024, arXiv:2403.03206, eq. 23, in the reference's form.
 pub fn shifted(u: &Tensor, shift: f64) -> Tensor {
-    // PyTorch computes scalar / tensor as reciprocal · scalar; two roundings, repeated here to
-    // agree bit for bit.
+    // PyTorch computes scalar / tensor as reciprocal · scalar; its two roundings are repeated here
+    // to agree bit for bit.
     (u.reciprocal() - 1.0 + shift).reciprocal() * shift
 }
 
-/// The `u` that [`shifted`] maps to `sigma`.
+/// Returns the `u` that [`shifted`] maps to `sigma`.
 pub fn unshifted(sigma: f64, shift: f64) -> f64 {
     sigma / (sigma + shift * (1.0 - sigma))
 }
 
 choice! {
-    /// The law by which [`time_shift`] finds its shift, under the reference's names.
+    /// The rule by which [`time_shift`] finds its shift, under the reference's names.
     #[derive(Default)]
     pub enum ShiftType {
         /// [`TimeShift::constant`], whatever the number of tokens.
@@ -41,11 +41,11 @@ choice! {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TimeShift {
     pub shift_type: ShiftType,
-    /// Of `linear`: the logarithm of the shift at no tokens.
+    /// For `linear`: the logarithm of the shift at 0 tokens.
     pub base_shift: f64,
-    /// Of `linear`: the logarithm of the shift at 4096 tokens.
+    /// For `linear`: the logarithm of the shift at 4096 tokens.
     pub max_shift: f64,
-    /// Of `constant`: the shift.
+    /// For `constant`: the shift.
     pub constant: f64,
 }
 
@@ -61,7 +61,7 @@ impl Default for TimeShift {
 }
 
 impl TimeShift {
-    /// The shift for a sequence of that many image tokens.
+    /// Returns the shift for a sequence of this many image tokens.
     pub fn shift(&self, image_seq_len: i64) -> f64 {
         let tokens = image_seq_len as f64;
         match self.shift_type {
@@ -74,7 +74,7 @@ impl TimeShift {
     }
 }
 
-/// Timesteps as sigmas, shifted for the length of the image sequence.
+/// Returns timesteps as sigmas, shifted for the length of the image sequence.
 ///
 /// # Shapes
 /// `t`: any, in `[0, 1]`. Returns the same shape and kind.
@@ -92,7 +92,7 @@ impl Default for WeightShift {
     }
 }
 
-/// `1 + shift·sigma`, the shape and kind of `sigma`: more weight to noisier samples.
+/// Returns `1 + shift·sigma`, with the shape and kind of `sigma`: more weight to noisier samples.
 pub fn get_flow_match_loss_weight(sigma: &Tensor, shift: WeightShift) -> Tensor {
     (sigma * shift.0) + 1.0
 }

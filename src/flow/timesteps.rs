@@ -29,7 +29,7 @@ pub struct SampledTimesteps {
     pub sigma: Tensor,
     /// `[B]` f32, sigma scaled to `[0, num_train_timesteps]`.
     pub timesteps: Tensor,
-    /// What the logs call it; the reference's names.
+    /// Name of the sampling in the logs; the reference's.
     pub method: &'static str,
 }
 

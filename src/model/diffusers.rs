@@ -1,4 +1,4 @@
-//! A diffusers transformer folder's `config.json`: which family, with which settings.
+//! Reads and writes `config.json` of a diffusers transformer folder: the family and its settings.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,15 +12,15 @@ use crate::model::Model;
 use crate::settings::{self, Family};
 
 const FILE_NAME: &str = "config.json";
-/// The file by which diffusers knows a whole pipeline.
+/// The file that marks a diffusers pipeline folder.
 const PIPELINE_FILE_NAME: &str = "model_index.json";
-/// The release whose classes and fields these are.
+/// The diffusers release whose classes and fields are supported.
 const VERSION: &str = "0.42.1";
 
-/// The model that the folder's `config.json` describes.
+/// Reads the model that the folder's `config.json` describes.
 ///
 /// # Errors
-/// [`Error::Config`] naming every field that is unknown or has a value that is not supported;
+/// [`Error::Config`] naming every field that is unknown or has an unsupported value;
 /// [`Error::Storage`] if the file cannot be read; [`Error::CheckpointMismatch`] if its weights are
 /// a pickle.
 pub fn read_folder(folder: &Path) -> Result<Model> {
@@ -37,15 +37,15 @@ pub fn read_folder(folder: &Path) -> Result<Model> {
         Error::config("model.path", format!("{shown}: {}", no_json(&text, &error)))
     })?;
     let class = fields.get("_class_name").and_then(Value::as_str).unwrap_or_default().to_string();
-    let mut model = of_class(&class).ok_or_else(|| {
+    let mut model = model_of_class(&class).ok_or_else(|| {
         Error::config("model.path", format!("{shown}: {}", unknown_class(&class)))
     })?;
-    // Notes of the library that wrote the file begin with an underscore.
+    // Fields that begin with an underscore are notes of the library that wrote the file.
     fields.retain(|name, _| {
         !name.starts_with('_') && !model.retired_fields().contains(&name.as_str())
     });
     if fields.get("out_channels").is_some_and(Value::is_null) {
-        // Where it says "as many as in_channels"; a default may be another number.
+        // Null means "as many as in_channels"; the default may be another number.
         fields.insert("out_channels".into(), Value::from(0));
     }
     settings::read_json(model.settings(), &shown, &fields)?;
@@ -53,7 +53,8 @@ pub fn read_folder(folder: &Path) -> Result<Model> {
     Ok(model)
 }
 
-/// The family as the text of a `config.json`; none for a model that diffusers does not have.
+/// Returns the family as the text of a `config.json`; `None` for a model that diffusers does not
+/// have.
 pub fn write_config(model: &Model) -> Option<String> {
     let class = model.class_name()?;
     let mut fields = Map::from_iter([
@@ -67,15 +68,15 @@ pub fn write_config(model: &Model) -> Option<String> {
     Some(serde_json::to_string_pretty(&fields).expect("a configuration is JSON") + "\n")
 }
 
-fn of_class(class: &str) -> Option<Model> {
+fn model_of_class(class: &str) -> Option<Model> {
     Model::NAMES
         .iter()
         .filter_map(|name| Model::named(name))
         .find(|model| model.class_name() == Some(class))
 }
 
-/// The reason why a path is no transformer's folder, with the path that was meant where that can be
-/// seen.
+/// Returns the reason why a path is not a transformer folder, with the path that was probably
+/// meant.
 fn no_transformer(path: &Path) -> Option<String> {
     let (shown, expected) = (path.display(), "expected a folder with config.json and safetensors");
     if path.is_file() {
@@ -108,7 +109,7 @@ fn no_transformer(path: &Path) -> Option<String> {
     Some(format!("{shown} {found}; {expected}{meant}"))
 }
 
-/// Folders of transformers in a pipeline's folder, or in the snapshots of a download cache.
+/// Returns the transformer folders in a pipeline's folder, or in the snapshots of a download cache.
 fn transformers_inside(path: &Path) -> Vec<String> {
     let is_transformer = |folder: &Path| {
         folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with("transformer"))
@@ -132,7 +133,7 @@ fn folders_in(path: &Path) -> Vec<PathBuf> {
     folders
 }
 
-/// True for `owner/name`, as models are called on a hub.
+/// True for `owner/name`, the form of a model's name on a hub.
 fn is_hub_id(path: &Path) -> bool {
     let legal = |part: &str| {
         !part.is_empty()
@@ -171,16 +172,16 @@ mod tests {
     #[test]
     fn a_path_that_is_no_transformers_folder_is_told_with_the_one_that_was_meant() {
         let root = tempfile::tempdir().expect("a folder");
-        let at = |name: &str| root.path().join(name);
+        let path = |name: &str| root.path().join(name);
         let said = |path: &Path| no_transformer(path).expect("no transformer");
-        let transformer = at("pipeline/transformer");
+        let transformer = path("pipeline/transformer");
         fs::create_dir_all(&transformer).expect("a folder");
-        fs::write(at("pipeline/model_index.json"), "{}").expect("a file");
+        fs::write(path("pipeline/model_index.json"), "{}").expect("a file");
         fs::write(transformer.join("config.json"), "{}").expect("a file");
         fs::write(transformer.join("weights.safetensors"), "").expect("a file");
         assert_eq!(no_transformer(&transformer), None);
         let meant = format!("did you mean {}?", transformer.display());
-        let text = said(&at("pipeline"));
+        let text = said(&path("pipeline"));
         assert!(
             text.contains("is a whole pipeline; expected a folder with config.json")
                 && text.ends_with(&meant),
@@ -193,10 +194,10 @@ mod tests {
                 "{text}"
             );
         }
-        let snapshot = at("cache/snapshots/0a/transformer");
+        let snapshot = path("cache/snapshots/0a/transformer");
         fs::create_dir_all(&snapshot).expect("a folder");
         fs::write(snapshot.join("config.json"), "{}").expect("a file");
-        assert!(said(&at("cache")).ends_with(&format!("did you mean {}?", snapshot.display())));
+        assert!(said(&path("cache")).ends_with(&format!("did you mean {}?", snapshot.display())));
         let text = said(Path::new("black-forest-labs/FLUX.1-dev"));
         assert!(
             text.contains("does not exist")

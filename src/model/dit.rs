@@ -2,7 +2,7 @@
 //! embeddings.
 //!
 //! The prompt's embeddings are averaged over their tokens, so that a class is a prompt of one token
-//! and an all-zero prompt (what classifier-free guidance drops to) means no condition.
+//! and an all-zero prompt (the dropped condition of classifier-free guidance) means no condition.
 //!
 //! Source: Peebles & Xie 2023, arXiv:2212.09748 (adaLN-Zero); parameter names follow
 //! facebookresearch/DiT.
@@ -20,7 +20,7 @@ use crate::nn::{
 };
 use crate::settings::settings;
 
-/// DiT's epsilon of the layer normalizations.
+/// Epsilon of DiT's layer normalizations.
 const EPSILON: f64 = 1e-6;
 
 settings! {
@@ -92,7 +92,7 @@ impl Architecture for Dit {
     }
 }
 
-/// Latents to tokens, timestep and condition to one vector.
+/// Converts latents to tokens, and timestep and condition to one vector.
 struct Embed {
     params: ParamSet,
     patch_size: i64,
@@ -113,7 +113,7 @@ impl Embed {
         let patches =
             Linear::new(&mut builder.at("x_embedder.proj"), features, model.width, xavier);
         let timestep = ScalarEmbedding::dit(&mut builder.at("t_embedder"), model.width);
-        // A one-hot prompt makes this a table of class embeddings, which DiT begins at
+        // A one-hot prompt makes this a table of class embeddings, which DiT initializes with
         // normal(0.02).
         let condition = Linear::without_bias(
             &mut builder.at("y_embedder").over(Rows::One),
@@ -159,7 +159,7 @@ impl Stage for Embed {
     }
 }
 
-/// Attention and feed-forward, each behind modulation and a gate.
+/// Attention and feed-forward, each with modulation before and a gate after it.
 struct Block {
     params: ParamSet,
     attention: SelfAttention,
@@ -208,7 +208,7 @@ impl Stage for Block {
     }
 }
 
-/// Tokens back to latents.
+/// Converts tokens back to latents.
 struct Head {
     params: ParamSet,
     patch_size: i64,

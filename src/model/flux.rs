@@ -2,7 +2,7 @@
 //!
 //! Inputs: `hidden_states` `[B, Li, in_channels]`, `encoder_hidden_states` `[B, Lt,
 //! joint_attention_dim]`, `pooled_projections` `[B, pooled_projection_dim]`, `timestep` `[B]` in
-//! `[0, 1]`, `guidance` `[B]` where the model embeds it, `grid` and, if padding is to be masked,
+//! `[0, 1]`, `guidance` `[B]` if the model embeds it, `grid` and, if padding is to be masked,
 //! `text_mask` `[B, Lt]`.
 //!
 //! Source: diffusers 0.42.1, `FluxTransformer2DModel`, whose field and parameter names these are.
@@ -23,11 +23,11 @@ use crate::nn::{
 use crate::ops::Rounding;
 use crate::settings::settings;
 
-/// Of every normalization.
+/// Epsilon of every normalization.
 const EPSILON: f64 = 1e-6;
 /// Width of the sinusoidal embeddings.
 const FREQUENCIES: i64 = 256;
-/// Width of the zeros that the adapter puts in place of pooled text that the data lack: CLIP-L's.
+/// Width of the zeros with which the adapter replaces missing pooled text: CLIP-L's.
 const POOLED_WIDTH: i64 = 768;
 /// Base of the rotary frequencies.
 const THETA: f64 = 10_000.0;
@@ -61,7 +61,7 @@ settings! {
 }
 
 impl Flux {
-    /// Features of a predicted token.
+    /// Returns the number of features of a predicted token.
     fn features(&self) -> i64 {
         if self.out_channels == 0 { self.in_channels } else { self.out_channels }
     }
@@ -161,7 +161,7 @@ const BLOCK_NAMES: BlockNames = BlockNames {
     text_feed: "ff_context",
 };
 
-/// Latents and text to tokens; timestep, guidance and pooled text to one vector.
+/// Converts latents and text to tokens; timestep, guidance and pooled text to one vector.
 struct Embed {
     params: ParamSet,
     image: Linear,
@@ -170,7 +170,7 @@ struct Embed {
     guidance: Option<ScalarEmbedding>,
     pooled: Mlp,
     axes: [Axis; 3],
-    /// Tables over text and image by the grid and the number of text tokens.
+    /// Rotary tables over text and image, by the grid and the number of text tokens.
     ropes: PerShape<([i64; 3], i64)>,
 }
 
@@ -218,7 +218,7 @@ impl Embed {
         conditioning + self.pooled.forward(params, input.get("pooled_projections"))
     }
 
-    /// Table over text, which has no places, then the image.
+    /// Returns the table over text, whose positions are all 0, then the image.
     fn rope(&self, sizes: [i64; 3], text_tokens: i64, device: Device) -> Tensor {
         self.ropes.get((sizes, text_tokens), || {
             let [frames, rows, columns] =
@@ -255,7 +255,7 @@ impl Stage for Embed {
     }
 }
 
-/// Attention and feed-forward side by side over text and image as one sequence, `joint` `[B, Lt +
+/// Attention and feed-forward in parallel over text and image as one sequence, `joint` `[B, Lt +
 /// Li, D]`.
 struct SingleBlock {
     params: ParamSet,

@@ -1,14 +1,14 @@
-//! FLUX.2: double blocks over image and text, then single blocks over both as one sequence, all
-//! double blocks modulated alike and all single blocks alike.
+//! FLUX.2: double blocks over image and text, then single blocks over both as one sequence; all
+//! double blocks share their modulations, and so do all single blocks.
 //!
 //! Inputs: `hidden_states` `[B, Li, in_channels]`, `encoder_hidden_states` `[B, Lt,
-//! joint_attention_dim]`, `timestep` `[B]` in `[0, 1]`, `grid`, and `guidance` `[B]`, which a model
-//! that embeds it may go without.
+//! joint_attention_dim]`, `timestep` `[B]` in `[0, 1]`, `grid`, and `guidance` `[B]`, which is
+//! optional even for a model that embeds it.
 //!
-//! Beside what the names of [`joint`](crate::model::joint) say, the blocks' modulations cross the
-//! boundaries: `image_modulation` and `text_modulation` `[B, 6·D]` as far as the double blocks go,
-//! `single_modulation` `[B, 3·D]` behind them. They are computed once, where their parameters are,
-//! so that the blocks hold nothing but attention and feed-forward parts.
+//! Besides the activations of [`joint`](crate::model::joint), the blocks' modulations cross stage
+//! boundaries: `image_modulation` and `text_modulation` `[B, 6·D]` up to the last double block,
+//! `single_modulation` `[B, 3·D]` up to the last single block. They are computed once, in the stage
+//! that holds their parameters, so that the blocks hold only attention and feed-forward parameters.
 //!
 //! Source: diffusers 0.42.1, `Flux2Transformer2DModel`, whose field and parameter names these are.
 
@@ -29,10 +29,10 @@ use crate::nn::{
 use crate::ops::Rounding;
 use crate::settings::settings;
 
-/// What all blocks need and none changes.
-const OF_DOUBLE_BLOCKS: [&str; 4] =
+/// Activations that every block reads and passes on unchanged.
+const PASSED_BY_DOUBLE_BLOCKS: [&str; 4] =
     ["conditioning", "image_modulation", "text_modulation", "single_modulation"];
-const OF_SINGLE_BLOCKS: [&str; 2] = ["conditioning", "single_modulation"];
+const PASSED_BY_SINGLE_BLOCKS: [&str; 2] = ["conditioning", "single_modulation"];
 
 settings! {
     /// `[model.flux2]`: the fields of the class's `config.json`, with the class's defaults.
@@ -103,8 +103,7 @@ impl Architecture for Flux2 {
         "flux2"
     }
 
-    /// Guidance is not among them: the reference trains a model that embeds it without it as well,
-    /// if told to.
+    /// Guidance is not required: the reference can train a model that embeds it without it as well.
     fn inputs(&self) -> Vec<&'static str> {
         vec!["hidden_states", "encoder_hidden_states", "timestep", "grid"]
     }
@@ -145,8 +144,8 @@ impl Architecture for Flux2 {
     }
 }
 
-/// Latents and text to tokens; timestep and guidance to one vector, and that to the blocks'
-/// modulations.
+/// Converts latents and text to tokens; timestep and guidance to one vector, and that to the
+/// blocks' modulations.
 struct Embed {
     params: ParamSet,
     image: Linear,
@@ -157,7 +156,7 @@ struct Embed {
     text_modulation: Linear,
     single_modulation: Linear,
     axes: [Axis; 4],
-    /// Tables over text and image by the grid and the number of text tokens.
+    /// Rotary tables over text and image, by the grid and the number of text tokens.
     ropes: PerShape<([i64; 3], i64)>,
 }
 
@@ -217,8 +216,8 @@ impl Embed {
         }
     }
 
-    /// Table over text, whose tokens differ in their place in the text alone, then the image, whose
-    /// differ in all but that.
+    /// Returns the table over text, whose positions vary only along the text axis, then the image,
+    /// whose positions vary along all other axes.
     fn rope(&self, sizes: [i64; 3], text_tokens: i64, device: Device) -> Tensor {
         self.ropes.get((sizes, text_tokens), || {
             let [frames, rows, columns] =
@@ -258,12 +257,12 @@ impl Stage for Embed {
     }
 }
 
-/// Adds what a block passes on unchanged.
+/// Adds activations that a block passes on unchanged.
 fn passing(output: Activations, input: &Activations, names: &[&'static str]) -> Activations {
     names.iter().fold(output, |output, name| output.with(name, input.get(name).shallow_clone()))
 }
 
-/// Attention over both streams and a feed-forward part for each.
+/// Attention over both streams, and a feed-forward part for each.
 struct DoubleBlock {
     params: ParamSet,
     block: JointBlock,
@@ -307,13 +306,13 @@ impl Stage for DoubleBlock {
         passing(
             Activations::new().with("image", image).with("text", text),
             input,
-            &OF_DOUBLE_BLOCKS,
+            &PASSED_BY_DOUBLE_BLOCKS,
         )
     }
 }
 
-/// Attention and feed-forward side by side over text and image as one sequence, `joint` `[B, Lt +
-/// Li, D]`: one product makes query, key, value and hidden features, one makes the output.
+/// Attention and feed-forward in parallel over text and image as one sequence, `joint` `[B, Lt +
+/// Li, D]`: one product computes query, key, value and hidden features, one computes the output.
 struct SingleBlock {
     params: ParamSet,
     input: Linear,
@@ -321,7 +320,7 @@ struct SingleBlock {
     norm_query: RmsNorm,
     norm_key: RmsNorm,
     num_heads: i64,
-    /// Widths of query, key and value together and of the hidden features with their gate.
+    /// Widths of query, key and value together, and of the hidden features with their gate.
     widths: [i64; 2],
     epsilon: f64,
 }
@@ -353,7 +352,7 @@ impl SingleBlock {
         }
     }
 
-    /// `qkv`: `[B, L, 3·D]`; `table`: of [`rope`]. Returns `[B, L, D]`.
+    /// `qkv`: `[B, L, 3·D]`; `table`: from [`rope`]. Returns `[B, L, D]`.
     fn attended(&self, params: &Views, qkv: &Tensor, table: &Tensor) -> Tensor {
         // [B, L, 3·D] -> 3 of [B, L, N, E]
         let heads = qkv.unflatten(-1, [3, self.num_heads, -1]).unbind(2);
@@ -379,7 +378,7 @@ impl Stage for SingleBlock {
         let fed = Nonlinearity::SiluGate.apply(&made[1]);
         let joint =
             gated(&joint, &gate, &self.output.forward(params, &Tensor::cat(&[attended, fed], 2)));
-        passing(Activations::new().with("joint", joint), input, &OF_SINGLE_BLOCKS)
+        passing(Activations::new().with("joint", joint), input, &PASSED_BY_SINGLE_BLOCKS)
     }
 }
 
@@ -389,7 +388,7 @@ mod tests {
 
     #[test]
     fn text_turns_by_its_place_and_the_image_by_row_and_column() {
-        // A pair an axis, which turns by the place in radians.
+        // One pair for each axis, whose angle in radians is the position.
         let model = Flux2 {
             attention_head_dim: 8,
             num_attention_heads: 1,

@@ -1,15 +1,14 @@
-//! What the families whose image and text meet in joint attention have in common: stages, and the
-//! names of what crosses their boundaries.
+//! The stages and activations shared by families with joint attention over image and text.
 //!
 //! | activation | shape | |
 //! |---|---|---|
 //! | `image` | `[B, Li, D]` | tokens of the latents |
 //! | `text` | `[B, Lt, D]` | tokens of the conditions |
-//! | `joint` | `[B, Lt + Li, D]` | text and image as one sequence, instead of the two, behind single blocks |
-//! | `conditioning` | `[B, D]` | timestep and whatever else modulates |
-//! | `image_rope`, `text_rope` | `[L, 1, E/2]` complex f32 | constant; tables of [`rope`](crate::nn::rope), where places matter |
+//! | `joint` | `[B, Lt + Li, D]` | both as one sequence, from a single block |
+//! | `conditioning` | `[B, D]` | the vector that modulates: timestep, guidance, pooled text |
+//! | `image_rope`, `text_rope` | `[L, 1, E/2]` complex f32 | constant; tables of [`rope`](crate::nn::rope), optional |
 //! | `rope` | `[Lt + Li, 1, E/2]` complex f32 | constant; both as one, for single blocks |
-//! | `mask` | `[B, 1, 1, Lt + Li]` boolean | constant; keys that are seen, where some are not |
+//! | `mask` | `[B, 1, 1, Lt + Li]` boolean | constant; true for valid keys, if some are padding |
 
 use tch::{Kind, Tensor};
 
@@ -57,7 +56,7 @@ impl Stage for JointStage {
     }
 }
 
-/// The last stage: image tokens to predicted ones, `prediction` `[B, Li, features]`.
+/// The last stage: maps image tokens to predicted ones, `prediction` `[B, Li, features]`.
 pub(super) struct Head {
     params: ParamSet,
     output: ModulatedProjection,
@@ -96,7 +95,7 @@ impl Stage for Head {
     }
 }
 
-/// Text and image as one sequence, from a double block or a single one.
+/// Returns text and image as one sequence, from a double block or a single one.
 pub(super) fn joined(input: &Activations) -> Tensor {
     match input.find("joint") {
         Some(joint) => joint.shallow_clone(),
@@ -104,7 +103,7 @@ pub(super) fn joined(input: &Activations) -> Tensor {
     }
 }
 
-/// Image and text as a block takes them.
+/// Returns image and text as inputs of a block.
 pub(super) fn streams(input: &Activations) -> [Stream<'_>; 2] {
     [
         Stream { tokens: input.get("image"), table: input.find("image_rope") },
@@ -112,12 +111,12 @@ pub(super) fn streams(input: &Activations) -> [Stream<'_>; 2] {
     ]
 }
 
-/// The keys that are seen where some text is padding: text as `text_mask` says, then the whole
+/// Returns the mask of valid keys if some text is padding: the text by `text_mask`, then the whole
 /// image.
 ///
 /// # Shapes
-/// `text_mask`: `[B, Lt]`, not zero where a token is no padding. Returns `[B, 1, 1, Lt +
-/// image_tokens]` boolean.
+/// `text_mask`: `[B, Lt]`, not zero for a valid token. Returns `[B, 1, 1, Lt + image_tokens]`
+/// boolean.
 pub(super) fn joint_mask(text_mask: &Tensor, image_tokens: i64) -> Tensor {
     let image = Tensor::ones([text_mask.size()[0], image_tokens], (Kind::Bool, text_mask.device()));
     Tensor::cat(&[text_mask.to_kind(Kind::Bool), image], 1).unsqueeze(1).unsqueeze(1)
@@ -137,7 +136,8 @@ pub(super) fn check_axes(setting: &str, axes: &[i64], head_width: i64) -> Result
     ))
 }
 
-/// Frames, rows and columns of the latents' tokens, from the input `grid` `[3]` int64 on the host.
+/// Returns frames, rows and columns of the latents' tokens, from the input `grid` `[3]` int64 on
+/// the host.
 pub(super) fn grid(input: &Activations) -> [i64; 3] {
     Vec::<i64>::try_from(input.get("grid"))
         .ok()

@@ -1,4 +1,4 @@
-//! Models: from settings to a list of stages. Nothing here holds a tensor or knows a rank.
+//! Models: settings that build a list of stages. They hold no tensors and are independent of ranks.
 
 mod diffusers;
 mod dit;
@@ -28,50 +28,50 @@ use crate::nn::Stage;
 use crate::registry::registry;
 use crate::settings::Family;
 
-/// What every model family offers.
+/// The interface of a model family.
 pub trait Architecture {
-    /// The class of diffusers whose configuration and parameters it has; none for a model of our
-    /// own.
+    /// Returns the diffusers class whose configuration and parameters the model has; `None` for a
+    /// model of our own.
     fn class_name(&self) -> Option<&'static str>;
 
-    /// Fields that earlier releases of the class wrote into `config.json` and that today's has no
-    /// use for.
+    /// Returns fields that earlier releases of the class wrote into `config.json` and that the
+    /// current one does not use.
     fn retired_fields(&self) -> &'static [&'static str] {
         &[]
     }
 
-    /// Parts of the names of parameters that published weights hold without a use for them.
+    /// Returns parts of the names of parameters that published weights contain without using them.
     fn ignored_parameters(&self) -> &'static [&'static str] {
         &[]
     }
 
-    /// The model as stages, in forward order.
+    /// Returns the model as stages, in forward order.
     ///
     /// # Errors
     /// [`Error::Config`] if the settings contradict each other.
     fn stages(&self) -> Result<Vec<Box<dyn Stage>>>;
 
-    /// Name of the adapter that prepares what the model takes, as `adapter_type` has it.
+    /// Returns the name of the adapter that prepares the model's inputs, as in `adapter_type`.
     fn adapter(&self) -> &'static str;
 
-    /// Names of the activations that the first stage cannot do without.
+    /// Returns the names of the activations that the first stage requires.
     fn inputs(&self) -> Vec<&'static str>;
 
-    /// True if the model takes a guidance scale, `guidance`, where the adapter gives one.
+    /// True if the model takes a guidance scale, `guidance`, when the adapter provides one.
     fn embeds_guidance(&self) -> bool {
         false
     }
 
-    /// Features of a token inside of the model.
+    /// Returns the number of features of a token inside the model.
     fn width(&self) -> i64;
 
-    /// Tokens that a sample of `latents` `[C, (F,) H, W]` becomes.
+    /// Returns the number of tokens of a sample of `latents` `[C, (F,) H, W]`.
     fn image_tokens(&self, latents: &[i64]) -> i64;
 
-    /// Refuses data that the model cannot take, before a shape mistake deep inside of it would.
+    /// Refuses data that the model cannot take, before they cause a shape error deep inside it.
     ///
     /// # Errors
-    /// [`Error::Config`] naming the setting and what the data have.
+    /// [`Error::Config`] naming the setting and the value in the data.
     fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()>;
 }
 
@@ -80,12 +80,12 @@ pub trait Architecture {
 pub struct SampleShapes<'s> {
     /// `[C, (F,) H, W]`.
     pub latents: &'s [i64],
-    /// Of every key, without the batch axis.
+    /// Shapes of every key, without the batch axis.
     pub of: BTreeMap<String, Vec<i64>>,
 }
 
 impl<'s> SampleShapes<'s> {
-    /// Of a batch's `tensors` `[B, …]`.
+    /// Takes the shapes from a batch's `tensors` `[B, …]`.
     pub fn of_batch(latents: &'s [i64], tensors: &BTreeMap<String, Tensor>) -> Self {
         let sample = |tensor: &Tensor| tensor.size().get(1..).unwrap_or_default().to_vec();
         SampleShapes {
@@ -94,16 +94,16 @@ impl<'s> SampleShapes<'s> {
         }
     }
 
-    /// The last axis of a key, if the data have it.
+    /// Returns the last axis of a key, if the data have it.
     pub fn last(&self, key: &str) -> Option<i64> {
         self.of.get(key).and_then(|shape| shape.last()).copied()
     }
 }
 
-/// Refuses a setting that is not what the data have; keys that the data lack are the adapter's
-/// business.
+/// Refuses a setting that differs from the data; keys that the data lack are checked by the
+/// adapter.
 ///
-/// `found`: the number and what it is, as in "text_embeddings have".
+/// `found`: the number in the data; `of`: its description, such as "text_embeddings have".
 fn expect_equal(setting: &str, value: i64, found: Option<i64>, of: &str) -> Result<()> {
     match found {
         Some(found) if found != value => {
@@ -122,7 +122,7 @@ fn expect_even(setting: &str, value: i64) -> Result<()> {
     }
 }
 
-/// Channels, height and width of images that patches of side `patch` cover.
+/// Returns channels, height and width of images that patches of side `patch` cover.
 fn expect_image(setting: &str, latents: &[i64], patch: i64) -> Result<[i64; 3]> {
     match *latents {
         [channels, height, width] if height % patch == 0 && width % patch == 0 => {
@@ -139,13 +139,13 @@ fn expect_image(setting: &str, latents: &[i64], patch: i64) -> Result<[i64; 3]> 
     }
 }
 
-/// Most parameters that a model may have: beyond any that a cluster holds, and few enough for sizes
+/// Maximum number of parameters of a model: more than any cluster holds, and few enough for sizes
 /// in bytes to fit 64 bits.
 const MOST_PARAMETERS: i64 = 1 << 48;
 
 impl Model {
-    /// The stages of settings that a user may have written: as [`Architecture::stages`], and of a
-    /// size that can be counted.
+    /// Returns the stages of settings that a user may have written: as [`Architecture::stages`],
+    /// with a check of the number of parameters.
     ///
     /// # Errors
     /// [`Error::Config`] if the settings contradict each other or the parameters are too many.

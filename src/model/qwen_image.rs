@@ -21,7 +21,7 @@ use crate::nn::{Activations, Builder, Linear, ParamSet, PerShape, Rows, Stage, V
 use crate::ops::Rounding;
 use crate::settings::settings;
 
-/// Of every normalization.
+/// Epsilon of every normalization.
 const EPSILON: f64 = 1e-6;
 /// Width of the timestep's sinusoidal embedding.
 const FREQUENCIES: i64 = 256;
@@ -60,7 +60,7 @@ settings! {
 }
 
 impl QwenImage {
-    /// Channels of the predicted latents.
+    /// Returns the number of channels of the predicted latents.
     fn channels(&self) -> i64 {
         if self.out_channels == 0 { self.in_channels } else { self.out_channels }
     }
@@ -162,7 +162,7 @@ const BLOCK_NAMES: BlockNames = BlockNames {
     text_feed: "txt_mlp",
 };
 
-/// Latents and text to tokens; the timestep to a vector.
+/// Converts latents and text to tokens, and the timestep to a vector.
 struct Embed {
     params: ParamSet,
     image: Linear,
@@ -170,7 +170,7 @@ struct Embed {
     text: Linear,
     timestep: ScalarEmbedding,
     axes: [Axis; 3],
-    /// Tables over text and image by the grid and the number of text tokens.
+    /// Rotary tables over text and image, by the grid and the number of text tokens.
     ropes: PerShape<([i64; 3], i64)>,
 }
 
@@ -200,7 +200,7 @@ impl Embed {
         Embed { params, image, text_norm, text, timestep, axes, ropes: PerShape::new() }
     }
 
-    /// Table over text, then the image.
+    /// Returns the table over text, then the image.
     fn rope(&self, sizes: [i64; 3], text_tokens: i64, device: Device) -> Tensor {
         self.ropes.get((sizes, text_tokens), || {
             rope::table(&angles(&self.axes, sizes, text_tokens, device))
@@ -208,10 +208,11 @@ impl Embed {
     }
 }
 
-/// Angles of the text's places, then the image's: `[Lt + F · H · W, E/2]`.
+/// Returns the angles of the text's positions, then of the image's: `[Lt + F · H · W, E/2]`.
 ///
-/// Rows and columns are counted from the middle, those before it below zero, so that an image and
-/// its larger version agree about it. The text goes on along the diagonal, all axes alike, where no
+/// Rows and columns are counted from the middle, negative before it, so that an image and its
+/// larger version agree about the middle. The text continues along the diagonal, equal on all axes,
+/// beyond the last row and column.
 /// row or column is.
 fn angles(
     axes: &[Axis; 3],
@@ -261,7 +262,7 @@ impl Stage for Embed {
 mod tests {
     use super::*;
 
-    /// The places of each token, by axes of one pair each, whose angle is the place.
+    /// Returns the positions of each token, by axes of one pair each, whose angle is the position.
     fn places(sizes: [i64; 3], text_tokens: i64) -> Vec<Vec<f32>> {
         let axes = [Axis { width: 2, theta: THETA, kind: Kind::Float }; 3];
         let angles = angles(&axes, sizes, text_tokens, Device::Cpu);

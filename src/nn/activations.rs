@@ -1,4 +1,4 @@
-//! What crosses a stage boundary.
+//! The tensors that cross a stage boundary.
 
 use tch::{Device, Tensor};
 
@@ -38,7 +38,7 @@ impl Activations {
     }
 
     /// # Panics
-    /// If there is no such activation (a stage behind the wrong stage).
+    /// If there is no such activation: the stages are in the wrong order.
     pub fn get(&self, name: &str) -> &Tensor {
         self.find(name).unwrap_or_else(|| panic!("no activation `{name}` among {:?}", self.names()))
     }
@@ -72,8 +72,8 @@ impl Activations {
         Activations { entries: self.entries.iter().map(alias).collect() }
     }
 
-    /// Leaves with the same values on another device; the same tensors where they are there
-    /// already. Constants stay.
+    /// Leaves with the same values on another device, or the same tensors if they are already
+    /// there. Constants stay where they are.
     pub fn to_device(&self, device: Device) -> Self {
         let moved = |entry: &Entry| {
             let tensor = match entry.constant {
@@ -87,8 +87,8 @@ impl Activations {
 
     /// Fresh leaves over the same storage: where one stage's graph ends and the next begins.
     ///
-    /// Without `gradients` everything becomes constant: nothing trainable lies before this
-    /// boundary.
+    /// Without `gradients` everything becomes constant: no stage before this boundary is
+    /// trained.
     pub fn leaves(&self, gradients: bool) -> Self {
         let leaf = |entry: &Entry| {
             let constant = entry.constant || !gradients;

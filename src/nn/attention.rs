@@ -18,7 +18,7 @@ pub fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: Option<&Tensor
         .flatten(2, 3)
 }
 
-/// Names of one stream's parts, diffusers' for FLUX and all that came after it.
+/// Names of one stream's parts, as in diffusers' FLUX and later models.
 struct Names {
     query: &'static str,
     key: &'static str,
@@ -42,9 +42,9 @@ const ADDED: Names = Names {
 pub struct Heads {
     pub num_heads: i64,
     pub width: i64,
-    /// Whether the products have a bias.
+    /// True if the products have a bias.
     pub with_bias: bool,
-    /// Of the normalization of queries and keys.
+    /// Epsilon of the normalization of queries and keys.
     pub epsilon: f64,
     pub rounding: Rounding,
 }
@@ -84,7 +84,7 @@ impl Projections {
     }
 
     /// # Shapes
-    /// `x`: `[B, L, D]`; `table`: `[L, 1, E/2]` of [`rope`], if the stream's places matter. Returns
+    /// `x`: `[B, L, D]`; `table`: `[L, 1, E/2]` of [`rope`], if the stream has positions. Returns
     /// query, key and value `[B, L, N, E]`.
     pub fn forward(&self, params: &Views, x: &Tensor, table: Option<&Tensor>) -> [Tensor; 3] {
         let (batch, tokens, _) = x.size3().expect("[B, L, D]");
@@ -133,8 +133,8 @@ impl JointAttention {
     }
 
     /// # Shapes
-    /// `image`: `[B, Li, D]`, `text`: `[B, Lt, D]`, each with its table of [`rope`] if its places
-    /// matter; `mask`: as in [`attend`], over text keys, then image keys. Returns image and text.
+    /// `image`: `[B, Li, D]`, `text`: `[B, Lt, D]`, each with its table of [`rope`] if it has
+    /// positions; `mask`: as in [`attend`], over text keys, then image keys. Returns image and text.
     pub fn forward(
         &self,
         params: &Views,
@@ -156,7 +156,7 @@ impl JointAttention {
     }
 }
 
-/// Tokens and the rotations of their places.
+/// Tokens, and the rotations of their positions.
 #[derive(Clone, Copy, Debug)]
 pub struct Stream<'t> {
     pub tokens: &'t Tensor,

@@ -1,4 +1,4 @@
-//! Numbers and places as vectors; latents as tokens and back.
+//! Embeddings of numbers and positions.
 
 use tch::{Device, Kind, Tensor};
 
@@ -14,8 +14,8 @@ pub fn sinusoidal(positions: &Tensor, width: i64, max_period: f64) -> Tensor {
     sinusoidal_scaled(positions, width, max_period, 1.0)
 }
 
-/// As [`sinusoidal`], of `scale · positions`. The product is rounded last, which at angles of a
-/// thousand shows.
+/// As [`sinusoidal`], of `scale · positions`. The scale is applied last: at angles of a thousand
+/// another order of rounding shows.
 fn sinusoidal_scaled(positions: &Tensor, width: i64, max_period: f64, scale: f64) -> Tensor {
     let half = width / 2;
     let exponents =
@@ -24,7 +24,7 @@ fn sinusoidal_scaled(positions: &Tensor, width: i64, max_period: f64, scale: f64
     Tensor::cat(&[angles.cos(), angles.sin()], 1)
 }
 
-/// A fixed vector for each place of a grid: one half of the width for the row, the other for the
+/// A fixed vector for each position of a grid: one half of the width for the row, the other for the
 /// column.
 ///
 /// Returns `[rows · columns, width]` f32, row by row.
@@ -45,11 +45,11 @@ pub struct ScalarEmbedding {
     mlp: Mlp,
 }
 
-/// Longest period of the embedded scalars, DiT's and everybody's.
+/// Longest period of the embedded scalars, as in DiT and all models here.
 const MAX_PERIOD: f64 = 10_000.0;
 
 impl ScalarEmbedding {
-    /// `mlp.0` and `mlp.2`, begun as DiT begins them.
+    /// `mlp.0` and `mlp.2`, initialized as in DiT.
     pub fn dit(builder: &mut Builder<'_>, width: i64) -> Self {
         let (init, frequencies) = (Init::Normal { std: 0.02 }, 256);
         let input = Linear::new(&mut builder.at("mlp.0").over(Rows::One), frequencies, width, init);

@@ -12,13 +12,13 @@ use super::{Builder, Linear, Mlp, Nonlinearity, Rows, Views};
 /// Shift, scale and gate of the attention, then those of the feed-forward part; `[B, 1, D]` each.
 pub type BlockModulation = [Tensor; 6];
 
-/// Attention and feed-forward parts of both streams; who modulates them is another question.
+/// Attention and feed-forward parts of both streams; the caller supplies their modulation.
 #[derive(Clone, Copy, Debug)]
 pub struct JointBlock {
     pub attention: JointAttention,
     pub image_feed: Mlp,
     pub text_feed: Mlp,
-    /// Of the layer normalizations.
+    /// Epsilon of the layer normalizations.
     pub epsilon: f64,
 }
 

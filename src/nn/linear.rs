@@ -12,13 +12,13 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// Weight `[outputs, inputs]` begun as told, bias `[outputs]` begun at zero.
+    /// Weight `[outputs, inputs]` initialized by `init`, bias `[outputs]` initialized to zero.
     pub fn new(builder: &mut Builder<'_>, inputs: i64, outputs: i64, init: Init) -> Self {
         let weight = builder.param("weight", &[outputs, inputs], init);
         Linear { weight, bias: Some(builder.param("bias", &[outputs], Init::Zeros)) }
     }
 
-    /// Weight and bias, if there is one, begun as PyTorch begins them.
+    /// Weight and optional bias, initialized as in `torch.nn.Linear`.
     pub fn pytorch(builder: &mut Builder<'_>, inputs: i64, outputs: i64, with_bias: bool) -> Self {
         let init = Init::FanIn { fan_in: inputs };
         let weight = builder.param("weight", &[outputs, inputs], init);

@@ -1,4 +1,4 @@
-//! Two affine maps with a nonlinearity between.
+//! Two affine maps with a nonlinearity between them.
 
 use tch::Tensor;
 
@@ -58,8 +58,8 @@ impl Mlp {
         Self::named(builder, ["net.0.proj", "net.2"], widths, nonlinearity, true)
     }
 
-    /// `linear_in` to twice the hidden width, one half the gate of the other, and `linear_out`;
-    /// without biases.
+    /// `linear_in` to twice the hidden width, of which one half gates the other, and
+    /// `linear_out`; without biases.
     pub fn gated(builder: &mut Builder<'_>, [inputs, hidden, outputs]: [i64; 3]) -> Self {
         let input = Linear::pytorch(&mut builder.at("linear_in"), inputs, 2 * hidden, false);
         let output = Linear::pytorch(&mut builder.at("linear_out"), hidden, outputs, false);

@@ -1,5 +1,4 @@
-//! Parts that models are made of, on one device and without state: parameters come in as views,
-//! activations go through.
+//! Parts of models, on one device and without state: parameters are passed in as views.
 
 mod activations;
 pub mod attention;

@@ -14,8 +14,8 @@ pub struct Modulation {
 }
 
 impl Modulation {
-    /// `linear`: from the conditioning's width to a multiple of the model's. Begun at zero, a block
-    /// begins as identity.
+    /// `linear`: from the conditioning's width to a multiple of the model's. If it is initialized to
+    /// zero, a block starts as the identity.
     pub fn new(linear: Linear) -> Self {
         Modulation { linear }
     }
@@ -31,7 +31,7 @@ impl Modulation {
     }
 }
 
-/// A modulation of the whole sequence in its parts, as they lie side by side.
+/// Splits a modulation of the whole sequence into its parts.
 ///
 /// # Shapes
 /// `all`: `[B, PARTS · D]`. Returns `PARTS` tensors `[B, 1, D]`.

@@ -1,5 +1,4 @@
-//! A stage's parameters: names, shapes and how they begin, laid out one after another in one flat
-//! buffer.
+//! A stage's parameters: names, shapes and initialization, one after another in one flat buffer.
 
 use std::ops::Index;
 
@@ -7,7 +6,7 @@ use tch::{Kind, Tensor, no_grad};
 
 use crate::rng::Key;
 
-/// How a parameter begins.
+/// The initialization of a parameter.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Init {
     Zeros,
@@ -31,15 +30,15 @@ pub enum Init {
 pub enum Rows {
     /// One row: timesteps, guidance, pooled conditions, modulation.
     One,
-    /// One row a token of the latents.
+    /// One row for each token of the latents.
     Image,
-    /// One row a token of the conditions; those of conditioning images count as text.
+    /// One row for each token of the conditions; those of conditioning images count as text.
     Text,
-    /// One row a token of both.
+    /// One row for each token of both.
     Joint,
 }
 
-/// One attention of a stage: what estimates of work and memory need to know.
+/// One attention of a stage, as estimates of work and memory need it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AttentionInfo {
     pub queries: Rows,
@@ -65,7 +64,7 @@ impl ParamInfo {
         self.shape.iter().product()
     }
 
-    /// Whether weight decay applies: to matrices and kernels, not to biases, norms and tables of
+    /// True if weight decay applies: to matrices and kernels, not to biases, norms and tables of
     /// one axis.
     pub fn decays(&self) -> bool {
         self.shape.len() > 1
@@ -83,7 +82,7 @@ pub struct ParamSet {
     stage: String,
     infos: Vec<ParamInfo>,
     attentions: Vec<AttentionInfo>,
-    /// Place of each [`Param`] among the infos.
+    /// Index of each [`Param`] among the infos.
     places: Vec<usize>,
 }
 
@@ -134,13 +133,13 @@ impl ParamSet {
         self.infos.iter().filter(|info| info.precise).map(ParamInfo::numel).sum()
     }
 
-    /// The flat buffer `[P]` as one view a parameter; what lies behind the last is padding.
+    /// The flat buffer `[P]` as one view for each parameter; the rest is padding.
     pub fn split(&self, flat: &Tensor) -> Views {
         self.split_pieces(&[flat])
     }
 
-    /// As [`split`](Self::split), for a buffer in two pieces: precise parameters, and the others. A
-    /// stage of one sort of parameters has one piece, a stage without parameters none.
+    /// As [`split`](Self::split), for a buffer in two pieces: precise parameters and the others. A
+    /// stage that has only one of the two has one piece, a stage without parameters none.
     pub fn split_pieces(&self, pieces: &[&Tensor]) -> Views {
         let num_precise = self.infos.iter().filter(|info| info.precise).count();
         let (precise, others) =
@@ -150,8 +149,8 @@ impl ParamSet {
         Views { tensors, places: self.places.clone() }
     }
 
-    /// Fills `flat` `[P]` f32 with the parameters' beginnings; each has its own stream, so that
-    /// adding a parameter does not change the others.
+    /// Fills `flat` `[P]` with initial values. Each parameter has a random stream of its own, so
+    /// that adding a parameter does not change the others.
     pub fn initialize(&self, flat: &Tensor, key: Key) {
         no_grad(|| {
             for (mut view, info) in self.split(flat).tensors.into_iter().zip(&self.infos) {
@@ -163,7 +162,7 @@ impl ParamSet {
     }
 }
 
-/// Views of consecutive parameters at the begin of a flat piece.
+/// Views of consecutive parameters at the start of a flat piece.
 fn split(infos: &[ParamInfo], piece: &Tensor) -> Vec<Tensor> {
     let mut sizes: Vec<i64> = infos.iter().map(ParamInfo::numel).collect();
     sizes.push(piece.numel() as i64 - sizes.iter().sum::<i64>());
@@ -186,7 +185,7 @@ impl Init {
     }
 }
 
-/// One tensor a parameter.
+/// One tensor for each parameter.
 #[derive(Debug)]
 pub struct Views {
     tensors: Vec<Tensor>,
@@ -199,7 +198,7 @@ impl Views {
         self.tensors.iter()
     }
 
-    /// Leaves over the same storage: where a graph begins.
+    /// Leaves over the same storage, at which a graph starts.
     pub fn leaves(&self, gradients: bool) -> Self {
         let leaf = |view: &Tensor| view.detach().set_requires_grad(gradients);
         Views { tensors: self.tensors.iter().map(leaf).collect(), places: self.places.clone() }
@@ -214,7 +213,7 @@ impl Index<Param> for Views {
     }
 }
 
-/// Gives parameters their names while a model is put together.
+/// Names and registers the parameters of a stage.
 #[derive(Debug)]
 pub struct Builder<'a> {
     set: &'a mut ParamSet,

@@ -1,4 +1,4 @@
-//! Latents cut into blocks of frames, rows and columns, one token a block, and back.
+//! Latents cut into blocks of frames, rows and columns, one token for each block, and back.
 
 use tch::Tensor;
 
@@ -41,8 +41,7 @@ pub struct PatchEmbedding {
 }
 
 impl PatchEmbedding {
-    /// `weight` `[width, channels, pt, ph, pw]` and `bias`, begun as PyTorch begins those of a
-    /// convolution.
+    /// `weight` `[width, channels, pt, ph, pw]` and `bias`, initialized as in `torch.nn.Conv3d`.
     pub fn new(builder: &mut Builder<'_>, channels: i64, width: i64, patch: Patch) -> Self {
         let [pt, ph, pw] = patch;
         let init = Init::FanIn { fan_in: channels * pt * ph * pw };

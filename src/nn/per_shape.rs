@@ -1,12 +1,11 @@
-//! Constants that depend on shapes alone, computed once a shape.
+//! Constants that depend on shapes alone, computed once for each shape.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
 use tch::Tensor;
 
-/// A table for each shape met so far; there are as many as the data have resolution groups and text
-/// lengths.
+/// A table for each shape used so far: one for each resolution group and text length of the data.
 #[derive(Debug)]
 pub struct PerShape<S>(RefCell<BTreeMap<S, Tensor>>);
 

@@ -1,8 +1,8 @@
-//! Rotary position embedding: features turned, in pairs, by angles that grow with the token's
-//! place.
+//! Rotary position embedding: pairs of features are rotated by angles that grow with the token's
+//! position.
 //!
-//! A table holds one complex number of length 1 a token and pair, so that a rotation is one complex
-//! product.
+//! A table holds one complex number of length 1 for each token and pair, so that a rotation is one
+//! complex product.
 //!
 //! Source: Su et al. 2021, arXiv:2104.09864, section 3.2.
 
@@ -10,8 +10,8 @@ use tch::{Device, Kind, Tensor};
 
 use crate::ops::{Rotation, apply};
 
-/// One axis of the places: width of the features it turns, and the kind its angles are computed in
-/// before they are rounded to f32.
+/// One axis of the positions: the width of the features that it rotates, and the kind in which its
+/// angles are computed before they are rounded to f32.
 #[derive(Clone, Copy, Debug)]
 pub struct Axis {
     /// Even.
@@ -29,13 +29,13 @@ impl Axis {
         positions.to_kind(self.kind).outer(&frequencies)
     }
 
-    /// Angles of the places `0..length`.
+    /// Angles of the positions `0..length`.
     pub fn angles_to(&self, length: i64, device: Device) -> Tensor {
         self.angles(&Tensor::arange(length, (Kind::Int64, device)))
     }
 }
 
-/// Angles of each place of a grid, the last axis fastest: `[F · H · W, width / 2]`, the axes'
+/// Angles of each position of a grid, the last axis fastest: `[F · H · W, width / 2]`, the axes'
 /// widths side by side.
 ///
 /// # Shapes
@@ -56,7 +56,7 @@ pub fn table(angles: &Tensor) -> Tensor {
         .unsqueeze(1)
 }
 
-/// Turns each head's features, neighbours as pairs.
+/// Rotates each head's features, neighbours as pairs.
 ///
 /// # Shapes
 /// `x`: `[B, L, N, E]`; `table`: `[L, 1, E/2]`. Returns the shape and kind of `x`; computed in f32.

@@ -10,7 +10,7 @@ use super::attention::{Heads, attend};
 use super::norm::RmsNorm;
 use super::{Builder, Linear, Rows, Views, rope};
 
-/// Where keys and values come from.
+/// The source of keys and values.
 #[derive(Clone, Copy, Debug)]
 struct Source {
     key: Linear,
@@ -38,14 +38,14 @@ impl Source {
     }
 }
 
-/// Attention of tokens over themselves, over text, or over text and images, each with a softmax of
-/// its own.
+/// Attention of tokens over themselves, over text, or over text and images; text and images each
+/// have a softmax of their own.
 #[derive(Clone, Copy, Debug)]
 pub struct WideAttention {
     query: Linear,
     norm_query: RmsNorm,
     source: Source,
-    /// Of the image's tokens.
+    /// The source of the image tokens' keys and values, in a model that has products for them.
     added: Option<Source>,
     output: Linear,
     num_heads: i64,

@@ -1,4 +1,4 @@
-//! A stage's gradient over the micro-batches of a step.
+//! Sums a stage's gradients over the micro-batches of a step.
 
 use tch::{Kind, Tensor, no_grad};
 
@@ -8,9 +8,9 @@ pub enum Summation {
     /// One after the other into one buffer.
     #[default]
     Running,
-    /// As a pairwise tree, the order in which ranks are summed as well, so that it does not matter
-    /// where one ends and the other begins. Holds as many buffers as the number of micro-batches
-    /// has binary digits.
+    /// As a pairwise tree, the same order in which ranks are summed, so that the result does not
+    /// depend on how the batch is divided between ranks and micro-batches. Holds as many buffers as
+    /// the number of micro-batches has binary digits.
     Pairwise,
 }
 
@@ -18,7 +18,7 @@ pub enum Summation {
 #[derive(Debug)]
 pub struct Accumulator {
     summation: Summation,
-    /// Sums of finished subtrees with the number of times that they were doubled, largest first.
+    /// Sums of complete subtrees with the number of their levels, largest first.
     parts: Vec<(u32, Tensor)>,
 }
 
@@ -27,7 +27,7 @@ impl Accumulator {
         Accumulator { summation, parts: Vec::new() }
     }
 
-    /// Adds a gradient of any float kind; it may be written over.
+    /// Adds a gradient of any float kind; the gradient may be overwritten.
     pub fn add(&mut self, gradient: Tensor) {
         match (self.summation, self.parts.last_mut()) {
             (Summation::Running, Some((_, sum))) => add(sum, &gradient),
@@ -40,7 +40,7 @@ impl Accumulator {
         }
     }
 
-    /// The sum of all that was added since the last call, if anything was.
+    /// Returns the sum since the last call; `None` if no gradient was added.
     pub fn take(&mut self) -> Option<Tensor> {
         while self.parts.len() > 1 {
             self.join();
@@ -65,7 +65,7 @@ fn add(sum: &mut Tensor, gradient: &Tensor) {
 mod tests {
     use super::*;
 
-    /// Powers of a tenth: a sum that tells its order.
+    /// Powers of a third: their sum shows the order of summation.
     fn sum(summation: Summation, numbers: impl Iterator<Item = u32>) -> f32 {
         let mut accumulator = Accumulator::new(summation);
         numbers.for_each(|number| accumulator.add(Tensor::from_slice(&[value(number)])));

@@ -1,5 +1,5 @@
-//! Parameters of the stages in the order in which they are used, those of the next on their way
-//! while one computes.
+//! Gathers the stages' parameters in the order of their use: while one stage computes, the next
+//! one's are being gathered.
 
 use crate::error::Result;
 use crate::parallel::Replica;
@@ -9,7 +9,7 @@ use crate::parallel::bucket::{Gathering, Weights};
 pub struct Ahead<'m, I> {
     replica: &'m Replica<'m>,
     order: I,
-    /// With the stage's number.
+    /// The index of the next stage, and its parameters under way.
     next: Option<(usize, Gathering)>,
 }
 
@@ -18,22 +18,22 @@ impl<'m, I: Iterator<Item = usize>> Ahead<'m, I> {
         Ahead { replica, order, next: None }
     }
 
-    /// The parameters of the next stage in the order.
+    /// Returns the parameters of the next stage in the order.
     ///
     /// # Ordering
-    /// Every rank of a shard group asks for the same stages in the same order, to the end.
+    /// Every rank of a shard group calls it for the same stages in the same order, to the end.
     /// # Panics
     /// If the order is at its end (a bug in the caller).
     pub fn next(&mut self) -> Result<Weights> {
         let (stage, current) = match self.next.take() {
-            Some(begun) => begun,
-            None => self.begin()?.expect("the order names every stage that is used"),
+            Some(started) => started,
+            None => self.start_next()?.expect("the order names every stage that is used"),
         };
-        self.next = self.begin()?;
+        self.next = self.start_next()?;
         current.wait(self.replica.stages[stage].params())
     }
 
-    fn begin(&mut self) -> Result<Option<(usize, Gathering)>> {
+    fn start_next(&mut self) -> Result<Option<(usize, Gathering)>> {
         let Replica { buckets, sharing, .. } = self.replica;
         self.order
             .next()

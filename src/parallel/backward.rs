@@ -5,8 +5,8 @@ use tch::{Device, Kind, Tensor};
 use crate::nn::Activations;
 use crate::ops::autograd::custom_gradient;
 
-/// Gradient of a scalar `loss` with respect to each flowing tensor of `output`, the loss's only
-/// inputs.
+/// Returns the gradient of a scalar `loss` with respect to each flowing tensor of `output`. The
+/// loss must not depend on any other tensor that requires a gradient.
 pub fn loss_backward(loss: &Tensor, output: &Activations) -> Vec<Tensor> {
     let inputs: Vec<&Tensor> = output.flowing().map(|(_, tensor)| tensor).collect();
     if inputs.is_empty() {
@@ -15,11 +15,12 @@ pub fn loss_backward(loss: &Tensor, output: &Activations) -> Vec<Tensor> {
     Tensor::run_backward(&[loss], &inputs, false, false)
 }
 
-/// Gradients of the stage's leaves and of its flowing inputs, given those of its outputs: undefined
-/// where the graph does not reach one.
+/// Returns the gradients of the stage's leaves and of its flowing inputs, given those of its
+/// outputs. A gradient is undefined if the graph does not reach its tensor.
 ///
 /// # Shapes
-/// `grad_output`: one tensor for each flowing output, undefined where nothing downstream used it.
+/// `grad_output`: one tensor for each flowing output, undefined if nothing downstream used the
+/// output.
 pub fn stage_backward(
     leaves: &[&Tensor],
     input: &Activations,
@@ -40,9 +41,9 @@ pub fn stage_backward(
     (gradients, grad_input)
 }
 
-/// A number from which `gradient` flows into `value`: the bindings let every root begin with a
-/// gradient of ones, and a product <value, gradient> as root would read and write both, twice. It
-/// lies on the CPU, so that its gradient is taken on this thread.
+/// Returns a scalar whose backward passes `gradient` to `value`. The bindings start every root with
+/// a gradient of ones, and the product <value, gradient> as root would read and write both tensors
+/// twice. The scalar is on the CPU, so that its backward runs on this thread.
 fn root(value: &Tensor, gradient: &Tensor) -> Tensor {
     let number = || (Tensor::zeros([], (Kind::Float, Device::Cpu)), gradient.shallow_clone());
     custom_gradient(&[value], number, |gradient, _| vec![gradient])

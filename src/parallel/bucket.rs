@@ -1,4 +1,4 @@
-//! One stage's parameters as flat buffers, and what of them this rank holds.
+//! One stage's parameters as flat buffers, and the part of them that this rank holds.
 
 use tch::{Device, Kind, Tensor};
 
@@ -10,33 +10,33 @@ use crate::parallel::piece::{Piece, Shard};
 use crate::parallel::{Devices, Sharing};
 use crate::rng::Key;
 
-/// A stage's parameters: f32 master values, and the same in the compute kind.
+/// A stage's parameters: f32 master values, and a copy in the compute kind.
 #[derive(Debug)]
 pub struct Bucket {
-    /// One or two: precise parameters in f32, the others in the compute kind. None for a stage
+    /// One or two: precise parameters in f32, the others in the compute kind. Empty for a stage
     /// without parameters.
     pieces: Vec<Piece>,
     trained: bool,
 }
 
-/// A stage's parameters for one use, each of them a leaf of its graph. What was gathered for it
-/// goes with it.
+/// A stage's parameters for one use, each a leaf of its graph. Buffers that were gathered for the
+/// use are freed with it.
 #[derive(Debug)]
 pub struct Weights {
     leaves: Views,
     trained: bool,
 }
 
-/// A stage's parameters on their way.
+/// A stage's parameters while they are being gathered.
 pub struct Gathering {
-    /// One a piece.
+    /// The full buffer of each piece.
     full: Vec<Tensor>,
     trained: bool,
     work: Work,
 }
 
 impl Bucket {
-    /// Parameters begun from `key`, zeros without one.
+    /// Parameters initialized from `key`; zeros without one.
     pub fn new(
         params: &ParamSet,
         kind: Kind,
@@ -55,8 +55,8 @@ impl Bucket {
         let pieces = sizes.into_iter().filter(|(_, numel, _)| *numel > 0).map(piece).collect();
         let mut bucket = Bucket { pieces, trained: params.numel() > 0 };
         if let Some(key) = key {
-            // A stage at a time: no rank ever holds more of an unsharded model than its largest
-            // stage.
+            // One stage at a time, so that no rank ever holds more of an unsharded model than its
+            // largest stage.
             let flat = Tensor::zeros([params.numel()], (Kind::Float, Device::Cpu));
             params.initialize(&flat, key);
             bucket.set(&flat);
@@ -77,12 +77,12 @@ impl Bucket {
         &self.pieces
     }
 
-    /// Sets all parameters, `[P]` f32; each rank keeps what it holds.
+    /// Sets all parameters from `[P]` f32; each rank keeps the part that it holds.
     pub fn set(&mut self, flat: &Tensor) {
         self.pieces.iter_mut().for_each(|piece| piece.set(flat));
     }
 
-    /// The stage's parameters `[P]` f32.
+    /// Returns the stage's parameters, `[P]` f32.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it.
@@ -93,9 +93,9 @@ impl Bucket {
         )
     }
 
-    /// What every rank holds a shard of, whole: `[P]` f32. `owned`: a tensor of the shard's length
-    /// for each piece. Nothing is copied where a rank holds one piece that is whole, so that only
-    /// who needs it elsewhere moves it.
+    /// Gathers a tensor of which every rank holds a shard: `[P]` f32. `owned` has a tensor of the
+    /// shard's length for each piece. Nothing is copied or moved to another device if there is one
+    /// piece and this rank holds all of it.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it.
@@ -105,7 +105,8 @@ impl Bucket {
         Ok(match pieces.len() {
             1 => pieces.remove(0),
             0 => Tensor::zeros([0], (Kind::Float, Device::Cpu)),
-            // Masters lie with what is computed with, or at home.
+            // Masters may be on the compute device or at home, so all pieces go to the device of
+            // the first.
             _ => Tensor::cat(
                 &pieces.iter().map(|piece| piece.to_device(pieces[0].device())).collect::<Vec<_>>(),
                 0,
@@ -113,12 +114,13 @@ impl Bucket {
         })
     }
 
-    /// This rank's shards of a flat `[P]` f32 tensor, one a piece; the padding is zero.
+    /// Returns this rank's shards of a flat `[P]` f32 tensor, one for each piece; the padding is
+    /// zero.
     pub fn owned(&self, flat: &Tensor) -> Vec<Tensor> {
         self.pieces.iter().map(|piece| piece.owned(flat)).collect()
     }
 
-    /// Begins to bring the parameters together for one use.
+    /// Starts to gather the parameters for one use.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it for the same stages in the same order.
@@ -127,7 +129,7 @@ impl Bucket {
         let held = |piece: &Piece| match piece.full() {
             Some(full) => full.shallow_clone(),
             None => {
-                let full = piece.room(piece.kind());
+                let full = piece.empty_full(piece.kind());
                 missing.push(piece.sliced(&full));
                 full
             }
@@ -137,13 +139,14 @@ impl Bucket {
         Ok(Gathering { full, trained: self.trained, work })
     }
 
-    /// Gradients of the stage's parameters, undefined where its graph did not reach them, as one
-    /// flat tensor a piece: in f32, in which they are summed, or more if they are of more. What was
-    /// not reached is zero, so that all ranks issue the same collectives.
+    /// Copies the gradients of the stage's parameters to one flat tensor for each piece, in the
+    /// kind in which they are summed: f32, or f64 for a piece in f64. Gradients are undefined for
+    /// parameters that the stage's graph did not reach; these become zero, so that all ranks issue
+    /// the same collectives.
     pub fn joined(&self, params: &ParamSet, gradients: Vec<Tensor>) -> Vec<Tensor> {
-        let joined: Vec<Tensor> = self.pieces.iter().map(Piece::room_for_gradient).collect();
+        let joined: Vec<Tensor> = self.pieces.iter().map(Piece::empty_gradient).collect();
         let views = params.split_pieces(&joined.iter().collect::<Vec<_>>());
-        // Each of them is gone once it is copied.
+        // Each gradient is freed once it is copied.
         for (view, gradient) in views.iter().zip(gradients) {
             let mut view = view.shallow_clone();
             match gradient.defined() {
@@ -154,7 +157,7 @@ impl Bucket {
         joined
     }
 
-    /// After an update: begins to send this rank's shard to those who hold all of the piece.
+    /// Starts to send this rank's updated shard to the ranks that keep full pieces.
     ///
     /// # Ordering
     /// As [`gather`](Self::gather).
@@ -165,12 +168,13 @@ impl Bucket {
         if sliced.is_empty() { Ok(Work::done()) } else { shards.all_gather(sliced) }
     }
 
-    /// This rank's shard of each piece, to be changed.
+    /// This rank's shard of each piece, for an update.
     pub fn shards_mut(&mut self) -> impl Iterator<Item = Shard<'_>> {
         self.pieces.iter_mut().map(Piece::shard_mut)
     }
 
-    /// Changes this rank's master values of each piece and brings the compute kind up to date.
+    /// Applies `change` to this rank's master values of each piece, and copies them to the compute
+    /// kind.
     pub fn update(&mut self, mut change: impl FnMut(&mut Tensor)) {
         for Shard { master, computed, .. } in self.shards_mut() {
             change(master);
@@ -187,7 +191,7 @@ impl Weights {
         &self.leaves
     }
 
-    /// The leaves whose gradients the backward pass asks for, in the order of the stage's
+    /// The leaves for which the backward pass computes gradients, in the order of the stage's
     /// parameters; none for a frozen stage.
     pub fn trained(&self) -> Vec<&Tensor> {
         if self.trained { self.leaves.iter().collect() } else { Vec::new() }
@@ -195,7 +199,7 @@ impl Weights {
 }
 
 impl Gathering {
-    /// The stage's parameters, once they are there.
+    /// Waits for the stage's parameters.
     pub fn wait(self, params: &ParamSet) -> Result<Weights> {
         self.work.wait()?;
         let views = params.split_pieces(&self.full.iter().collect::<Vec<_>>());
@@ -226,7 +230,7 @@ mod tests {
         Bucket::new(&params(), kind, Devices::one(Device::Cpu), Some(KEY), &Sharing::alone())
     }
 
-    /// What `look` finds on each rank of three that share a bucket.
+    /// The result of `look` on each of three ranks that share a bucket.
     fn on_three<T: Send>(
         sharding: Sharding,
         kind: Kind,

@@ -1,4 +1,4 @@
-//! Ranks that hold the same parameters must hold the same bits; a state in which they do not is
+//! Checks that ranks which hold the same parameters hold the same bits. A state that diverged is
 //! never saved.
 
 use tch::{Device, Kind, Tensor};
@@ -9,20 +9,20 @@ use crate::collective::{Collective, Sliced};
 use crate::error::{Error, Result};
 use crate::parallel::{Bucket, Piece, Replica};
 
-/// Parameters that a message names at most.
+/// Most parameters that a message names.
 const NAMED: usize = 4;
 
-/// Compares what ranks hold more than once, a sum of the bits for each stage, in small collectives:
-/// masters among replicas, and where the ranks of a shard group hold all of a piece to compute
-/// with, this.
+/// Compares the values that several ranks hold, by a checksum for each stage, in small collectives:
+/// the masters among replicas, and the full compute copy among the ranks of a shard group that hold
+/// one.
 ///
 /// # Errors
-/// [`Error::Desync`] on every rank that holds it, naming the ranks that are in the minority and the
-/// parameters in which they differ.
+/// [`Error::Desync`] on every rank of the group that differs, naming the ranks in the minority and
+/// the parameters in which they differ.
 ///
 /// # Ordering
-/// Every rank calls it, with its rank in the world: the ranks that are compared may be a part of
-/// it.
+/// Every rank calls it. `rank` is its rank in the world; the ranks that are compared may be a part
+/// of the world.
 pub fn check(replica: &Replica<'_>, rank: usize) -> Result<()> {
     let sharing = &replica.sharing;
     compare(replica, rank, sharing.replicas(), |piece| Some(piece.master()))?;
@@ -44,14 +44,15 @@ fn compare<'r>(
     let stages = by_rank(&own, ranks)?;
     let differs = |stage: &usize| stages.iter().any(|sums| sums[*stage] != stages[0][*stage]);
     let Some(stage) = (0..own.len()).find(differs) else { return Ok(()) };
-    // Ranks that differ are found by now, in the same stage on each: there is time to look closer.
+    // From here on the ranks are known to differ, in the same stage on all of them, so a detailed
+    // comparison may take time.
     let (params, pieces) = (replica.stages[stage].params(), replica.buckets[stage].pieces());
     let tensors: Vec<&Tensor> = pieces.iter().filter_map(held).collect();
-    let in_the_world: Vec<usize> =
-        by_rank(&[rank as i64], ranks)?.iter().map(|of| of[0] as usize).collect();
+    let world_ranks: Vec<usize> =
+        by_rank(&[rank as i64], ranks)?.iter().map(|row| row[0] as usize).collect();
     let minority = minority(&stages.iter().map(|sums| sums[stage]).collect::<Vec<_>>());
-    let minority: Vec<usize> = minority.into_iter().map(|place| in_the_world[place]).collect();
-    let where_ = match tensors
+    let minority: Vec<usize> = minority.into_iter().map(|index| world_ranks[index]).collect();
+    let location = match tensors
         .iter()
         .zip(pieces)
         .all(|(tensor, piece)| tensor.numel() as i64 >= piece.layout().numel)
@@ -60,7 +61,7 @@ fn compare<'r>(
             let sums: Vec<i64> = params.split_pieces(&tensors).iter().map(bits).collect();
             let parameters = by_rank(&sums, ranks)?;
             let differing = params.infos().iter().enumerate().filter(|(index, _)| {
-                parameters.iter().any(|of| of[*index] != parameters[0][*index])
+                parameters.iter().any(|sums| sums[*index] != parameters[0][*index])
             });
             let names: Vec<String> =
                 differing.map(|(_, info)| format!("`{}`", info.name)).collect();
@@ -70,18 +71,18 @@ fn compare<'r>(
                 if names.len() > NAMED { ", …" } else { "" }
             )
         }
-        // A shard begins and ends inside of parameters.
+        // A shard may start and end inside parameters.
         false => format!("stage {}", params.stage()),
     };
-    let who = if minority.len() == 1 { "rank" } else { "ranks" };
+    let noun = if minority.len() == 1 { "rank" } else { "ranks" };
     let what = format!(
-        "{who} {} holds other parameters than the rest: {where_}; nothing was saved",
+        "{noun} {} holds other parameters than the rest: {location}; nothing was saved",
         spans(&minority)
     );
     Err(known_to_all(Error::Desync { what }, 0, ranks))
 }
 
-/// Every rank's numbers, in rank order.
+/// Gathers every rank's numbers, in rank order.
 fn by_rank(own: &[i64], ranks: &dyn Collective) -> Result<Vec<Vec<i64>>> {
     let all =
         Tensor::zeros([ranks.world_size() as i64, own.len() as i64], (Kind::Int64, Device::Cpu));
@@ -91,7 +92,8 @@ fn by_rank(own: &[i64], ranks: &dyn Collective) -> Result<Vec<Vec<i64>>> {
     Ok(Vec::<Vec<i64>>::try_from(all).expect("rows of integers"))
 }
 
-/// The ranks whose number is not that of most; of two halves, those that differ from rank 0.
+/// Returns the ranks whose number differs from the most frequent one; of two equally frequent ones,
+/// from the first.
 fn minority(numbers: &[i64]) -> Vec<usize> {
     let count = |number: &i64| numbers.iter().filter(|other| *other == number).count();
     let most = numbers.iter().map(count).max().unwrap_or(0);
@@ -99,8 +101,8 @@ fn minority(numbers: &[i64]) -> Vec<usize> {
     (0..numbers.len()).filter(|rank| numbers[*rank] != *common).collect()
 }
 
-/// The tensor's bits, of whatever device, as integers added up: as wide ones as begin and end with
-/// it, because libtorch copies narrower ones before it adds them.
+/// Checksum: the tensor's bytes summed as the widest integer type that its address and length are
+/// aligned to. libtorch copies before it sums narrower types. The tensor may be on any device.
 fn bits(tensor: &Tensor) -> i64 {
     let ends = [tensor.data_ptr() as usize, tensor.numel() * tensor.kind().elt_size_in_bytes()];
     let fits = |kind: &Kind| ends.iter().all(|end| end.is_multiple_of(kind.elt_size_in_bytes()));

@@ -1,22 +1,22 @@
-//! Which part of a flat buffer a rank owns. Integers only.
+//! The part of a flat buffer that a rank owns. Integers only.
 
 use std::ops::Range;
 
-/// Slices begin at multiples of this many elements: whole vectors in every kind, so that an
-/// operator rounds an element alike wherever a sharding cuts the buffer.
+/// Slices start at multiples of this many elements, which are whole vectors in every kind, so that
+/// an operator rounds an element the same way wherever a sharding cuts the buffer.
 const ALIGNMENT: i64 = 64;
 
-/// How the ranks of a world cut every flat buffer: into shards, which one group of ranks holds
-/// together, each of them held by as many replicas; and into grains, the parts that are measured
-/// one by one.
+/// How the ranks of a world divide every flat buffer. Shards divide it among the ranks of one
+/// group, and each shard is held by as many replicas. Grains divide it into the parts whose norms
+/// are measured separately.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cut {
     pub num_shards: usize,
     pub shard: usize,
     pub num_replicas: usize,
     pub replica: usize,
-    /// Grains of each rank. A norm is the sum over all grains in order, so that it does not depend
-    /// on the number of ranks where ranks times grains do not.
+    /// Grains of each rank. A norm is the sum over all grains in order, so it is the same for all
+    /// numbers of ranks with the same product of ranks and grains.
     pub grains: usize,
 }
 
@@ -24,8 +24,8 @@ impl Cut {
     /// One rank that holds everything.
     pub const WHOLE: Cut = Cut { num_shards: 1, shard: 0, num_replicas: 1, replica: 0, grains: 1 };
 
-    /// This rank's place in the order of the flat buffers: shard by shard, replica by replica.
-    pub fn place(&self) -> usize {
+    /// This rank's index in the order of the flat buffers: shard by shard, replica by replica.
+    pub fn index(&self) -> usize {
         self.shard * self.num_replicas + self.replica
     }
 }
@@ -34,7 +34,7 @@ impl Cut {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     pub numel: i64,
-    /// With the elements behind the last one that make all grains equally long.
+    /// `numel` plus the padding that makes all grains equally long.
     pub padded: i64,
     cut: Cut,
 }
@@ -46,7 +46,7 @@ impl Layout {
         Layout { numel, padded: units * unit, cut }
     }
 
-    /// Whether this rank's shard is the whole buffer.
+    /// True if this rank's shard is the whole buffer.
     pub fn is_whole(&self) -> bool {
         self.cut.num_shards == 1
     }
@@ -58,7 +58,7 @@ impl Layout {
         start..start + length
     }
 
-    /// The grains that this rank measures, within its shard.
+    /// The grains that this rank measures, as ranges of its shard.
     pub fn grains(&self) -> impl Iterator<Item = Range<i64>> {
         let Cut { num_shards, num_replicas, replica, grains, .. } = self.cut;
         let length = self.padded / (num_shards * num_replicas * grains) as i64;
@@ -66,20 +66,20 @@ impl Layout {
         (first..first + grains as i64).map(move |grain| grain * length..(grain + 1) * length)
     }
 
-    /// What of these runs `(offset, length)` of the buffer lies in this rank's shard, counted from
-    /// its start.
+    /// Intersects runs `(offset, length)` of the buffer with this rank's shard; offsets are
+    /// relative to its start.
     pub fn owned_runs(&self, runs: &[(i64, i64)]) -> Vec<(i64, i64)> {
         runs_within(runs, &self.owned())
     }
 }
 
-/// What of these runs `(offset, length)` lies in a range, counted from its start.
+/// Intersects runs `(offset, length)` with a range; offsets are relative to its start.
 pub fn runs_within(runs: &[(i64, i64)], range: &Range<i64>) -> Vec<(i64, i64)> {
-    let within = |&(offset, length): &(i64, i64)| {
+    let intersection = |&(offset, length): &(i64, i64)| {
         let (start, end) = (offset.max(range.start), (offset + length).min(range.end));
         (start < end).then_some((start - range.start, end - start))
     };
-    runs.iter().filter_map(within).collect()
+    runs.iter().filter_map(intersection).collect()
 }
 
 #[cfg(test)]
@@ -87,9 +87,9 @@ mod tests {
     use super::*;
 
     fn cuts(num_shards: usize, num_replicas: usize, grains: usize) -> Vec<Cut> {
-        let places = (0..num_shards)
+        let indices = (0..num_shards)
             .flat_map(|shard| (0..num_replicas).map(move |replica| (shard, replica)));
-        places
+        indices
             .map(|(shard, replica)| Cut { num_shards, shard, num_replicas, replica, grains })
             .collect()
     }
@@ -138,18 +138,19 @@ mod tests {
 
     #[test]
     fn grains_are_the_same_for_one_rank_and_for_many() {
-        let of = |num_shards, grains| Layout::new(999, Cut { num_shards, grains, ..Cut::WHOLE });
-        let one: Vec<_> = of(1, 8).grains().collect();
-        assert_eq!(of(8, 1).padded, of(1, 8).padded);
-        assert_eq!(of(2, 4).grains().collect::<Vec<_>>(), one[..4]);
+        let layout =
+            |num_shards, grains| Layout::new(999, Cut { num_shards, grains, ..Cut::WHOLE });
+        let one: Vec<_> = layout(1, 8).grains().collect();
+        assert_eq!(layout(8, 1).padded, layout(1, 8).padded);
+        assert_eq!(layout(2, 4).grains().collect::<Vec<_>>(), one[..4]);
     }
 
     #[test]
     fn runs_are_cut_where_the_shard_ends() {
         let runs = [(0, 10), (100, 100), (250, 6)];
-        let of =
+        let owned_runs =
             |shard| Layout::new(256, Cut { num_shards: 2, shard, ..Cut::WHOLE }).owned_runs(&runs);
-        assert_eq!(of(0), [(0, 10), (100, 28)]);
-        assert_eq!(of(1), [(0, 72), (122, 6)]);
+        assert_eq!(owned_runs(0), [(0, 10), (100, 28)]);
+        assert_eq!(owned_runs(1), [(0, 72), (122, 6)]);
     }
 }

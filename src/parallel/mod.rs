@@ -1,7 +1,8 @@
-//! The machinery: stages forward, stages backward, gradients to the reducer while the stage before
-//! computes.
+//! The machinery: runs stages forward and backward, and reduces each stage's gradients while the
+//! previous stage computes.
 //!
-//! Generic over stages and losses; it knows nothing of flow matching. Who holds what:
+//! It is generic over stages and losses and knows nothing of flow matching. The shardings differ in
+//! the tensors that each rank holds in full or only its own part of ("owned"):
 //!
 //! | `sharding` | parameters | gradients | optimizer state | when a stage's backward ends | after the update |
 //! |---|---|---|---|---|---|

@@ -1,17 +1,17 @@
-//! Norms of gradients, summed in one order for any number of ranks.
+//! Gradient norms, summed in an order that does not depend on the number of ranks.
 
 use tch::{Device, Kind, Tensor};
 
 use crate::parallel::Replica;
 use crate::parallel::layout::Layout;
 
-/// Elements whose squares are added up in one f32. On a CPU libtorch adds all of a tensor's in a
-/// few of them: of 4 million elements the norm was off by 1e-4, and the more the fewer ranks shared
+/// Elements whose squares are summed in one f32. On a CPU libtorch sums a whole tensor in a few f32
+/// accumulators: the norm of 4 million elements was off by 1e-4, and by more the fewer ranks shared
 /// them.
 const CHUNK: i64 = 1 << 16;
 
-/// Root of the sum of squares over all gradients, a f32 scalar on their device; zero without
-/// gradients.
+/// Returns the root of the sum of squares over all gradients, an f32 scalar on their device; zero
+/// without gradients.
 ///
 /// # Shapes
 /// Each gradient: `[P]`.
@@ -38,7 +38,8 @@ fn norm(gradient: &Tensor) -> Tensor {
 }
 
 impl Replica<'_> {
-    /// Norms of the grains that this rank measures, each over all stages: `grains` f32 scalars.
+    /// Returns the norms of the grains that this rank measures, each over all stages: `grains` f32
+    /// scalars. A grain is a fixed part of the flat buffers, see `layout.rs`.
     ///
     /// # Shapes
     /// `gradients`: this rank's shard `[P]` of each stage and piece.
@@ -55,7 +56,7 @@ impl Replica<'_> {
         (0..grains).map(|grain| global_norm(pieces.iter().map(|piece| &piece[grain]))).collect()
     }
 
-    /// The norm of the whole gradient from the norms of all ranks' grains, by rank.
+    /// Returns the norm of the whole gradient from the norms of all ranks' grains, given by rank.
     pub fn grad_norm(&self, norms_by_rank: &[&[f32]]) -> f64 {
         let norms = self.sharing.in_order(norms_by_rank).flat_map(|norms| norms.iter());
         norms.map(|norm| f64::from(*norm).powi(2)).sum::<f64>().sqrt()

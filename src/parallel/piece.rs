@@ -1,4 +1,4 @@
-//! Part of a bucket: its precise parameters or the others, as flat buffers.
+//! A part of a bucket, its precise parameters or the others, as flat buffers.
 
 use tch::{Device, Kind, Tensor};
 
@@ -11,32 +11,32 @@ use crate::parallel::{Devices, Sharding};
 #[derive(Debug)]
 pub struct Piece {
     layout: Layout,
-    /// Where the piece begins in the stage's flat `[P]`.
+    /// Offset of the piece in the stage's flat `[P]`.
     offset: i64,
-    /// This rank's shard, f32; what the optimizer updates and a checkpoint holds.
+    /// This rank's shard in f32, which the optimizer updates and a checkpoint holds.
     master: Tensor,
-    /// This rank's shard in the compute kind; shares the master's storage where that is f32.
+    /// This rank's shard in the compute kind; shares the master's storage if that kind is f32.
     computed: Tensor,
-    /// All of the piece in the compute kind, unless only the shard is held between uses.
+    /// The whole piece in the compute kind; `None` if only the shard is held between uses.
     full: Option<Tensor>,
     /// Runs of the shard that weight decay applies to.
     decayed: Vec<(i64, i64)>,
 }
 
-/// What one rank holds of a piece, and changes.
+/// The shard of a piece that one rank holds and updates.
 #[derive(Debug)]
 pub struct Shard<'b> {
-    /// f32.
+    /// The master values, f32.
     pub master: &'b mut Tensor,
-    /// The same values in the compute kind, where that is another: whoever changes the master
-    /// changes it too.
+    /// The same values in the compute kind, if that is another: code that changes the master must
+    /// change them too.
     pub computed: Option<&'b mut Tensor>,
     /// Runs `(offset, length)` that weight decay applies to.
     pub decayed: &'b [(i64, i64)],
 }
 
 impl Piece {
-    /// Zeros.
+    /// A piece of zeros.
     pub(super) fn new(
         layout: Layout,
         offset: i64,
@@ -71,35 +71,36 @@ impl Piece {
         &self.master
     }
 
-    /// Kind of what is computed with.
+    /// The compute kind.
     pub fn kind(&self) -> Kind {
         self.computed.kind()
     }
 
-    /// All of the piece in the compute kind, where this rank holds it between steps.
+    /// The whole piece in the compute kind; `None` if this rank does not hold it between steps.
     pub fn full(&self) -> Option<&Tensor> {
         self.full.as_ref()
     }
 
-    /// This rank's shard on its way to all of the piece.
+    /// This rank's shard and the full buffer to gather it into.
     pub(super) fn sliced(&self, full: &Tensor) -> Sliced {
         Sliced { owned: self.computed.shallow_clone(), full: full.shallow_clone() }
     }
 
-    /// `[padded]`, not filled yet, where the piece computes.
-    pub(super) fn room(&self, kind: Kind) -> Tensor {
+    /// A buffer `[padded]` for the whole piece, uninitialized, on the compute device.
+    pub(super) fn empty_full(&self, kind: Kind) -> Tensor {
         Tensor::empty([self.layout.padded], (kind, self.computed.device()))
     }
 
-    /// Room for the piece's gradient; zero behind the last parameter.
-    pub(super) fn room_for_gradient(&self) -> Tensor {
+    /// A buffer `[padded]` for the piece's gradient, uninitialized except that the padding is zero.
+    pub(super) fn empty_gradient(&self) -> Tensor {
         let Layout { numel, padded, .. } = self.layout;
-        let room = self.room(if self.kind() == Kind::Double { Kind::Double } else { Kind::Float });
-        drop(room.narrow(0, numel, padded - numel).zero_());
-        room
+        let gradient =
+            self.empty_full(if self.kind() == Kind::Double { Kind::Double } else { Kind::Float });
+        drop(gradient.narrow(0, numel, padded - numel).zero_());
+        gradient
     }
 
-    /// This rank's shard of the stage's flat `[P]` f32 tensor; the padding is zero.
+    /// Returns this rank's shard of the stage's flat `[P]` f32 tensor; the padding is zero.
     pub(super) fn owned(&self, flat: &Tensor) -> Tensor {
         let (numel, owned, shard) =
             (self.layout.numel, self.layout.owned(), self.master.zeros_like());
@@ -108,8 +109,8 @@ impl Piece {
         shard
     }
 
-    /// What every rank of `shards` holds a shard of, whole: `[numel]` f32; no copy where this
-    /// rank's is all of it.
+    /// Gathers a tensor of which every rank of `shards` holds a shard: `[numel]` f32. No copy if
+    /// this rank's shard is the whole.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it.
@@ -117,7 +118,8 @@ impl Piece {
         let full = if self.layout.is_whole() {
             owned.shallow_clone()
         } else {
-            let (owned, full) = (owned.to_device(self.computed.device()), self.room(Kind::Float));
+            let (owned, full) =
+                (owned.to_device(self.computed.device()), self.empty_full(Kind::Float));
             shards.all_gather(vec![Sliced { owned, full: full.shallow_clone() }])?.wait()?;
             full
         };
@@ -125,7 +127,7 @@ impl Piece {
     }
 
     /// Sets all parameters to the piece's part of the stage's flat `[P]` f32 tensor; each rank
-    /// keeps what it holds.
+    /// keeps the part that it holds.
     pub(super) fn set(&mut self, flat: &Tensor) {
         let Layout { numel, padded, .. } = self.layout;
         let values = flat.narrow(0, self.offset, numel);
@@ -137,24 +139,24 @@ impl Piece {
             Some(full) => full.copy_(&whole),
             None => self.computed.copy_(&shard),
         }
-        if self.has_master_apart() {
+        if self.has_separate_master() {
             self.master.copy_(&shard);
         }
     }
 
-    /// This rank's shard, to be changed.
+    /// This rank's shard, for an update.
     pub(super) fn shard_mut(&mut self) -> Shard<'_> {
-        let apart = self.has_master_apart();
+        let is_separate = self.has_separate_master();
         Shard {
             master: &mut self.master,
-            computed: apart.then_some(&mut self.computed),
+            computed: is_separate.then_some(&mut self.computed),
             decayed: &self.decayed,
         }
     }
 
-    /// Whether the master has a storage of its own: where it is of another kind, or lies elsewhere,
-    /// than what is computed with.
-    fn has_master_apart(&self) -> bool {
+    /// True if the master weights do not share storage with the compute copy (different kind or
+    /// device).
+    fn has_separate_master(&self) -> bool {
         self.computed.data_ptr() != self.master.data_ptr()
     }
 }

@@ -1,4 +1,4 @@
-//! Gradients on their way from one rank's backward to the sum over all ranks.
+//! Sums gradients over micro-batches and ranks.
 
 use std::collections::VecDeque;
 
@@ -9,28 +9,30 @@ use crate::error::Result;
 use crate::parallel::accumulator::{Accumulator, Summation};
 use crate::parallel::{Bucket, ReduceDtype, Sharding, Sharing};
 
-/// Buckets whose shards may be on their way at once: each holds a stage's whole gradient until it
-/// has arrived.
+/// Buckets whose reduce-scatter may be under way at once: each holds a stage's whole gradient until
+/// it is complete.
 pub(crate) const BUCKETS_UNDER_WAY: usize = 1;
 
-/// Collects one optimizer step's gradients: sums micro-batches, and hands each stage's bucket to a
-/// collective as soon as it is complete, so that it travels while the stage before computes.
+/// Collects the gradients of one optimizer step: sums micro-batches, and passes each stage's bucket
+/// to a collective as soon as it is complete, so that the collective is under way while the
+/// previous stage computes.
 pub struct Reducer<'r> {
     sharing: &'r Sharing<'r>,
     buckets: &'r [Bucket],
     dtype: ReduceDtype,
-    /// By stage and piece: what is summed on this rank, before or after it has travelled.
+    /// By stage and piece: the sums on this rank, over gradients that are still to be reduced or
+    /// have been.
     sums: Vec<Vec<Accumulator>>,
     under_way: VecDeque<UnderWay>,
 }
 
-/// A stage's bucket between ranks.
+/// A stage's bucket in a collective.
 struct UnderWay {
     stage: usize,
     /// This rank's shard of each piece.
     owned: Vec<Tensor>,
     work: Work,
-    /// Whether the replicas' shards have yet to be summed.
+    /// True if the shards must still be summed over the replicas.
     to_replicas: bool,
 }
 
@@ -41,24 +43,24 @@ impl<'r> Reducer<'r> {
         dtype: ReduceDtype,
         summation: Summation,
     ) -> Self {
-        let of_bucket =
+        let accumulators =
             |bucket: &Bucket| bucket.pieces().iter().map(|_| Accumulator::new(summation)).collect();
         Reducer {
             sharing,
             buckets,
             dtype,
-            sums: buckets.iter().map(of_bucket).collect(),
+            sums: buckets.iter().map(accumulators).collect(),
             under_way: VecDeque::new(),
         }
     }
 
-    /// Takes a stage's gradient of one micro-batch, a flat tensor for each of its pieces.
+    /// Adds a stage's gradient of one micro-batch, a flat tensor for each of its pieces.
     ///
     /// # Ordering
-    /// Every rank gives the same stages in the same order, `last` on the same micro-batch.
+    /// Every rank adds the same stages in the same order, with `last` on the same micro-batch.
     pub fn add(&mut self, stage: usize, gradients: Vec<Tensor>, last: bool) -> Result<()> {
         while self.under_way.len() >= BUCKETS_UNDER_WAY && self.sharing.sharding != Sharding::None {
-            self.settle()?;
+            self.finish_oldest()?;
         }
         if self.sharing.sharding.scatters_each_micro_batch() {
             return self.start(stage, gradients);
@@ -71,11 +73,11 @@ impl<'r> Reducer<'r> {
         Ok(())
     }
 
-    /// Waits for the collectives; returns this rank's shard of the summed gradient, by stage and
+    /// Waits for the collectives. Returns this rank's shard of the summed gradient, by stage and
     /// piece, f32; empty for a stage that is not trained.
     pub fn finish(mut self) -> Result<Vec<Vec<Tensor>>> {
         while !self.under_way.is_empty() {
-            self.settle()?;
+            self.finish_oldest()?;
         }
         Ok((0..self.sums.len()).map(|stage| self.take_sums(stage)).collect())
     }
@@ -88,8 +90,8 @@ impl<'r> Reducer<'r> {
         self.sums[stage].iter_mut().filter_map(Accumulator::take).collect()
     }
 
-    /// Sends a complete bucket on its way: to the owners of its shards, or where each rank holds
-    /// all of it, to the replicas.
+    /// Starts the collective of a complete bucket: a reduce-scatter to the owners of its shards,
+    /// or, if each rank holds all of it, an all-reduce among the replicas.
     fn start(&mut self, stage: usize, gradients: Vec<Tensor>) -> Result<()> {
         let pieces = self.buckets[stage].pieces();
         let gradients: Vec<Tensor> = pieces
@@ -118,8 +120,8 @@ impl<'r> Reducer<'r> {
         Ok(())
     }
 
-    /// Waits for the bucket that left first.
-    fn settle(&mut self) -> Result<()> {
+    /// Waits for the oldest bucket under way and adds its result to the sums.
+    fn finish_oldest(&mut self) -> Result<()> {
         let Some(UnderWay { stage, owned, work, to_replicas }) = self.under_way.pop_front() else {
             return Ok(());
         };
@@ -134,15 +136,16 @@ impl<'r> Reducer<'r> {
 }
 
 impl Sharding {
-    /// Whether a bucket is given to its owners after each micro-batch, so that nobody holds the
-    /// whole gradient.
+    /// True if a bucket is scattered to its owners after each micro-batch, so that no rank holds
+    /// the whole gradient.
     pub fn scatters_each_micro_batch(self) -> bool {
         matches!(self, Sharding::Gradients | Sharding::Parameters)
     }
 }
 
 impl ReduceDtype {
-    /// Kind in which gradients of parameters of `kind` travel: precise ones always in f32.
+    /// The kind in which gradients of parameters of `kind` are reduced; precise ones are always
+    /// reduced in f32.
     pub(crate) fn kind(self, kind: Kind) -> Kind {
         match self {
             ReduceDtype::BFloat16 if kind != Kind::Float => Kind::BFloat16,

@@ -1,4 +1,4 @@
-//! A model on one rank: its stages, and what this rank holds of their parameters.
+//! A model on one rank: its stages, and the part of their parameters that this rank holds.
 
 use tch::{Device, Kind, Tensor, no_grad};
 
@@ -12,10 +12,10 @@ use crate::rng::Key;
 /// The devices of one rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Devices {
-    /// Computes; holds what is computed with.
+    /// Computes; holds the compute copy of the parameters.
     pub compute: Device,
-    /// Holds, between steps, the optimizer's state and the master weights that do not share
-    /// storage with the compute copy.
+    /// Holds, between steps, the optimizer's state and the master weights that do not share storage
+    /// with the compute copy.
     pub home: Device,
 }
 
@@ -34,8 +34,8 @@ pub struct Replica<'c> {
 }
 
 impl Replica<'static> {
-    /// A model that one rank holds alone: parameters begun from `key`; zeros without one, where
-    /// they are loaded next.
+    /// A model that one rank holds alone. Its parameters are initialized from `key`; without one
+    /// they are zeros, to be loaded next.
     pub fn alone(
         stages: Vec<Box<dyn Stage>>,
         kind: Kind,
@@ -47,7 +47,7 @@ impl Replica<'static> {
 }
 
 impl<'c> Replica<'c> {
-    /// This rank's part of a shared model, equal on every rank for the same `key`.
+    /// This rank's part of a shared model; the model is the same on every rank for the same `key`.
     pub fn shared(
         stages: Vec<Box<dyn Stage>>,
         kind: Kind,
@@ -71,7 +71,7 @@ impl<'c> Replica<'c> {
         self.stages.iter().map(|stage| stage.params().numel()).sum()
     }
 
-    /// A stage's parameters `[P]` f32.
+    /// Returns a stage's parameters, `[P]` f32.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it.
@@ -79,12 +79,12 @@ impl<'c> Replica<'c> {
         self.buckets[stage].parameters(&self.sharing)
     }
 
-    /// A forward that can be followed by a backward.
+    /// Starts a forward that can be followed by a backward.
     pub fn tape(&self, recompute: Recompute) -> Tape<'_> {
         Tape::new(self, recompute)
     }
 
-    /// The model's outputs alone, without graphs.
+    /// Runs the model without graphs and returns its outputs.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it.
@@ -97,8 +97,8 @@ impl<'c> Replica<'c> {
         })
     }
 
-    /// After an update: sends every rank what the others changed of the parameters that it holds
-    /// whole.
+    /// After an update, sends this rank's updated shards to the ranks that hold full parameters,
+    /// and receives theirs.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it.

@@ -1,4 +1,4 @@
-//! `[parallel]`: where a rank computes, what it shares, what it computes twice.
+//! `[parallel]`: a rank's device, the sharding, the recomputation of graphs, and the order of sums.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,21 +6,21 @@ use std::str::FromStr;
 use crate::parallel::Summation;
 use crate::settings::{choice, parsed, settings};
 
-/// What happens to a stage's graph between forward and backward.
+/// Handling of a stage's graph between forward and backward.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Recompute {
-    /// Keep it: fastest, and memory for every activation.
+    /// Keep it: fastest, but needs memory for every activation.
     #[default]
     Never,
-    /// Drop it and run the stage's forward again before its backward: memory for boundaries only, a
-    /// third more compute.
+    /// Drop it and run the stage's forward again before its backward: needs memory for boundaries
+    /// only, and a third more compute.
     Always,
-    /// Drop that of every so many stages, the first among them.
+    /// Drop the graph of every n-th stage, starting with the first.
     Every(usize),
 }
 
 impl Recompute {
-    /// Whether the graph of this stage is dropped.
+    /// True if the graph of this stage is dropped.
     pub fn drops(self, stage: usize) -> bool {
         match self {
             Recompute::Never => false,
@@ -194,19 +194,19 @@ impl ParallelSettings {
         if self.deterministic { Summation::Pairwise } else { Summation::Running }
     }
 
-    /// Parts of its shard that each rank measures one by one: as many in all, however many ranks
-    /// there are.
+    /// Number of grains into which each rank divides its shard for gradient norms. With
+    /// `deterministic` all ranks together have the same number for any number of ranks.
     pub fn grains(&self, micro_batches: usize) -> usize {
         if self.deterministic { micro_batches } else { 1 }
     }
 
-    /// Whether neighbouring blocks of the global batch belong to one rank: where it sums them
-    /// before ranks do, so that the tree over blocks is the same for any number of ranks.
+    /// True if consecutive blocks of the global batch belong to one rank. Then the rank sums them
+    /// before the sum over ranks, and the tree over blocks is the same for any number of ranks.
     pub fn neighbours_to_one_rank(&self) -> bool {
         self.deterministic && !self.sharding.scatters_each_micro_batch()
     }
 
-    /// What no run can do, as `(key, what)`.
+    /// Returns the combinations of settings that no run can honour, as `(key, reason)`.
     pub fn problems(&self) -> Vec<(&'static str, String)> {
         let mut problems = Vec::new();
         let mut refuse = |wrong: bool, key: &'static str, what: &str| {

@@ -1,4 +1,5 @@
-//! Which ranks hold slices of one copy of the training state, and which hold the same slice.
+//! Groups of ranks: those that hold slices of one copy of the training state, and those that hold
+//! the same slice.
 
 use std::ops::{Add, Deref};
 
@@ -9,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::parallel::layout::Cut;
 use crate::parallel::{Sharding, ShardingGroup};
 
-/// A world of ranks as shard groups and replica groups: the ranks of a shard group hold the state
+/// The shard groups and replica groups of a world. The ranks of a shard group hold the state
 /// together, slice by slice; those of a replica group hold the same slice, and their gradients are
 /// summed.
 pub struct Sharing<'c> {
@@ -17,11 +18,11 @@ pub struct Sharing<'c> {
     cut: Cut,
     shards: RankGroup<'c>,
     replicas: RankGroup<'c>,
-    /// Rank at each place in the order of the flat buffers.
+    /// The rank at each index in the order of the flat buffers.
     ranks: Vec<usize>,
 }
 
-/// A group of ranks: the whole world, this rank alone, or a world split off.
+/// A group of ranks: the whole world, this rank alone, or a communicator that was split off.
 enum RankGroup<'c> {
     World(&'c dyn Collective),
     Alone(Solo),
@@ -49,10 +50,11 @@ impl Sharing<'static> {
 }
 
 impl<'c> Sharing<'c> {
-    /// The ranks of `world` under a sharding; each cuts its shard into `grains`.
+    /// Divides the ranks of `world` according to a sharding; each rank's part is measured in
+    /// `grains`.
     ///
     /// # Errors
-    /// [`Error::Config`] if ranks are to share within nodes that hold different numbers of them.
+    /// [`Error::Config`] if ranks are to share within nodes that have different numbers of ranks.
     ///
     /// # Ordering
     /// Every rank calls it.
@@ -69,8 +71,8 @@ impl<'c> Sharing<'c> {
         Sharing::within_nodes(world, sharding, &node_of_rank, grains)
     }
 
-    /// As [`new`](Self::new), with the node of each rank: state is shared among ranks of one node
-    /// and repeated on the others.
+    /// Does as [`new`](Self::new), given the node of each rank: state is sharded among the ranks of
+    /// a node and replicated across nodes.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -108,7 +110,7 @@ impl<'c> Sharing<'c> {
             ),
         };
         let cut = Cut { num_shards, shard, num_replicas, replica: replicas.rank(), grains };
-        Ok(Sharing { sharding, cut, shards, replicas, ranks: ranks_in_place(world, cut)? })
+        Ok(Sharing { sharding, cut, shards, replicas, ranks: ranks_in_order(world, cut)? })
     }
 
     pub fn cut(&self) -> Cut {
@@ -120,18 +122,18 @@ impl<'c> Sharing<'c> {
         &*self.shards
     }
 
-    /// The ranks that hold what this one holds.
+    /// The ranks that hold the same slice as this one.
     pub fn replicas(&self) -> &(dyn Collective + 'c) {
         &*self.replicas
     }
 
-    /// What each rank of the world measured of its grains, in the order of the flat buffers.
-    pub fn in_order<'m, T>(&'m self, of_rank: &'m [T]) -> impl Iterator<Item = &'m T> {
-        self.ranks.iter().map(move |rank| &of_rank[*rank])
+    /// Reorders values given by rank of the world to the order of the flat buffers.
+    pub fn in_order<'m, T>(&'m self, by_rank: &'m [T]) -> impl Iterator<Item = &'m T> {
+        self.ranks.iter().map(move |rank| &by_rank[*rank])
     }
 
-    /// Seconds of the split-off worlds since the last call; the world's own are the caller's to ask
-    /// for.
+    /// Returns the seconds spent in the split-off communicators since the last call; the world's
+    /// own are not included.
     pub fn spent(&self) -> Spent {
         let split = [&self.shards, &self.replicas]
             .into_iter()
@@ -140,13 +142,13 @@ impl<'c> Sharing<'c> {
     }
 }
 
-fn ranks_in_place(world: &dyn Collective, cut: Cut) -> Result<Vec<usize>> {
-    let places = Tensor::zeros([world.world_size() as i64], (Kind::Int64, Device::Cpu));
-    let own = Tensor::from_slice(&[cut.place() as i64]);
-    world.all_gather(vec![Sliced { owned: own, full: places.shallow_clone() }])?.wait()?;
-    let places = Vec::<i64>::try_from(places).expect("integers");
-    let mut ranks: Vec<usize> = (0..places.len()).collect();
-    ranks.sort_by_key(|rank| places[*rank]);
+fn ranks_in_order(world: &dyn Collective, cut: Cut) -> Result<Vec<usize>> {
+    let indices = Tensor::zeros([world.world_size() as i64], (Kind::Int64, Device::Cpu));
+    let own = Tensor::from_slice(&[cut.index() as i64]);
+    world.all_gather(vec![Sliced { owned: own, full: indices.shallow_clone() }])?.wait()?;
+    let indices = Vec::<i64>::try_from(indices).expect("integers");
+    let mut ranks: Vec<usize> = (0..indices.len()).collect();
+    ranks.sort_by_key(|rank| indices[*rank]);
     Ok(ranks)
 }
 
@@ -155,7 +157,7 @@ mod tests {
     use super::*;
     use crate::collective::Threads;
 
-    /// Cut and order of the ranks, as each rank of a world of threads sees them.
+    /// Cut and order of the ranks, as each rank of a world of threads gets them.
     fn shared(sharding: Sharding, node_of_rank: &[usize]) -> Vec<Result<(Cut, Vec<usize>)>> {
         Threads::run(node_of_rank.len(), |world| {
             let sharing = Sharing::within_nodes(world, sharding, node_of_rank, 1)?;
@@ -163,39 +165,51 @@ mod tests {
         })
     }
 
-    fn places(sharding: Sharding, node_of_rank: &[usize]) -> Vec<(usize, usize)> {
+    fn shards_and_replicas(sharding: Sharding, node_of_rank: &[usize]) -> Vec<(usize, usize)> {
         shared(sharding, node_of_rank)
             .into_iter()
-            .map(|of| of.expect("sound").0)
+            .map(|result| result.expect("sound").0)
             .map(|cut| (cut.shard, cut.replica))
             .collect()
     }
 
     #[test]
     fn a_node_shares_and_the_nodes_repeat() {
-        assert_eq!(places(Sharding::None, &[0, 0, 1, 1]), [(0, 0), (0, 1), (0, 2), (0, 3)]);
-        assert_eq!(places(Sharding::Optimizer, &[0, 0, 0, 0]), [(0, 0), (1, 0), (2, 0), (3, 0)]);
-        assert_eq!(places(Sharding::Parameters, &[0, 0, 1, 1]), [(0, 0), (1, 0), (0, 1), (1, 1)]);
-        assert_eq!(places(Sharding::Parameters, &[0, 1, 0, 1]), [(0, 0), (0, 1), (1, 0), (1, 1)]);
-        assert_eq!(places(Sharding::Gradients, &[0, 1, 2]), [(0, 0), (0, 1), (0, 2)]);
+        assert_eq!(
+            shards_and_replicas(Sharding::None, &[0, 0, 1, 1]),
+            [(0, 0), (0, 1), (0, 2), (0, 3)]
+        );
+        assert_eq!(
+            shards_and_replicas(Sharding::Optimizer, &[0, 0, 0, 0]),
+            [(0, 0), (1, 0), (2, 0), (3, 0)]
+        );
+        assert_eq!(
+            shards_and_replicas(Sharding::Parameters, &[0, 0, 1, 1]),
+            [(0, 0), (1, 0), (0, 1), (1, 1)]
+        );
+        assert_eq!(
+            shards_and_replicas(Sharding::Parameters, &[0, 1, 0, 1]),
+            [(0, 0), (0, 1), (1, 0), (1, 1)]
+        );
+        assert_eq!(shards_and_replicas(Sharding::Gradients, &[0, 1, 2]), [(0, 0), (0, 1), (0, 2)]);
     }
 
     #[test]
     fn every_rank_knows_who_stands_where() {
-        for of in shared(Sharding::Optimizer, &[0, 0, 1, 1]) {
-            assert_eq!(of.expect("sound").1, [0, 2, 1, 3]);
+        for result in shared(Sharding::Optimizer, &[0, 0, 1, 1]) {
+            assert_eq!(result.expect("sound").1, [0, 2, 1, 3]);
         }
     }
 
     #[test]
     fn nodes_of_unequal_size_cannot_share() {
-        for of in shared(Sharding::Optimizer, &[0, 0, 1]) {
-            let text = of.expect_err("unequal").to_string();
+        for result in shared(Sharding::Optimizer, &[0, 0, 1]) {
+            let text = result.expect_err("unequal").to_string();
             assert!(
                 text.contains("as many ranks on each node") && text.contains("[2, 2, 1]"),
                 "{text}"
             );
         }
-        assert_eq!(places(Sharding::None, &[0, 0, 1]).len(), 3);
+        assert_eq!(shards_and_replicas(Sharding::None, &[0, 0, 1]).len(), 3);
     }
 }

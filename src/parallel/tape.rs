@@ -1,4 +1,4 @@
-//! Stages forward with the graph cut at every boundary, then backward stage by stage.
+//! Runs the stages forward with the graph cut at every boundary, then backward stage by stage.
 
 use tch::{Device, Tensor, no_grad};
 
@@ -10,14 +10,14 @@ use crate::parallel::bucket::Weights;
 use crate::parallel::{Recompute, Replica};
 use crate::pulse;
 
-/// What one micro-batch's forward leaves for its backward: the boundaries, and the graphs that are
-/// kept.
+/// The state that one micro-batch's forward leaves for its backward: the boundaries, and the graphs
+/// that are kept.
 pub struct Tape<'m> {
     replica: &'m Replica<'m>,
     recompute: Recompute,
-    /// Boundaries wait for the backward in host memory.
+    /// True if boundaries are kept in host memory until the backward.
     offload: bool,
-    /// The step in whose name every stage's outputs and gradients are searched for non-finite
+    /// The step that errors name if every stage's outputs and gradients are checked for non-finite
     /// values, which costs a host synchronization each.
     check_finite: Option<u64>,
     kept: Vec<Boundary>,
@@ -26,8 +26,8 @@ pub struct Tape<'m> {
 
 struct Boundary {
     input: Activations,
-    /// The stage's outputs with their graph and the parameters that it begins with, unless it is
-    /// recomputed or has no gradient to give.
+    /// The stage's outputs with their graph, and the parameters at its start; `None` if the stage
+    /// is recomputed or needs no gradient.
     graph: Option<(Weights, Activations)>,
 }
 
@@ -50,21 +50,22 @@ impl<'m> Tape<'m> {
         self
     }
 
-    /// Names the stage and tensor where the first non-finite value appears (the debug mode).
+    /// Makes forward and backward fail at the stage and tensor with the first non-finite value (a
+    /// debug mode); `None` turns the check off.
     pub fn checking_finite(mut self, step: Option<u64>) -> Self {
         self.check_finite = step;
         self
     }
 
-    /// Runs all stages. The returned activations are leaves: a loss built on them is what
-    /// [`Tape::backward`] takes.
+    /// Runs all stages. The returned activations are leaves; [`Tape::backward`] takes a loss
+    /// computed from them.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] if the check is on and finds something; what a collective returns.
+    /// [`Error::NotFinite`] if the check is on and finds such a value; errors of collectives.
     pub fn forward(&mut self, input: Activations) -> Result<Activations> {
         let Replica { stages, buckets, .. } = self.replica;
         let mut weights = Ahead::new(self.replica, 0..stages.len());
-        // True once something trained lies behind: only then is there a gradient to send back.
+        // True from the first trained stage on: only then is there a gradient to propagate back.
         let mut reached = false;
         let mut input = input.leaves(false);
         for (index, stage) in stages.iter().enumerate() {
@@ -79,7 +80,7 @@ impl<'m> Tape<'m> {
             let next = output.leaves(reached);
             let input = std::mem::replace(&mut input, next);
             let graph = keep_graph.then_some((weights, output));
-            // What a graph holds stays on the device anyway.
+            // A graph keeps its input on the device anyway.
             let input =
                 if self.offload && graph.is_none() { input.to_device(Device::Cpu) } else { input };
             self.kept.push(Boundary { input, graph });
@@ -88,18 +89,18 @@ impl<'m> Tape<'m> {
         Ok(self.output.alias())
     }
 
-    /// Sends the gradient of `loss` back; `on_gradient(stage, gradients)` gets each trained stage's
-    /// flat gradients, one a piece, as soon as they are known, last stage first.
+    /// Propagates the gradient of `loss` back. `on_gradient(stage, gradients)` gets each trained
+    /// stage's flat gradients, one for each piece, as soon as they are known, last stage first.
     ///
     /// # Errors
-    /// As [`Tape::forward`]; what `on_gradient` returns.
+    /// As [`Tape::forward`], and errors of `on_gradient`.
     pub fn backward(
         self,
         loss: &Tensor,
         mut on_gradient: impl FnMut(usize, Vec<Tensor>) -> Result<()>,
     ) -> Result<()> {
         let Replica { stages, buckets, .. } = self.replica;
-        // Nothing before the first trained stage has a gradient to give.
+        // Stages before the first trained one need no gradient.
         let Some(first) = buckets.iter().position(|bucket| bucket.is_trained()) else {
             return Ok(());
         };
@@ -125,8 +126,8 @@ impl<'m> Tape<'m> {
             pulse::still_at_work();
             let (gradients, grad_input) =
                 stage_backward(&weights.trained(), &input, &output, &grad_output);
-            // Gone before the gradients come together and travel: the memory of graph and gathered
-            // parameters is the next stage's.
+            // Freed before the gradients are flattened and reduced: the next stage uses the memory
+            // of the graph and the gathered parameters.
             drop((weights, output, input));
             let gradients = if buckets[index].is_trained() {
                 buckets[index].joined(stage.params(), gradients)

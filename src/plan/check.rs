@@ -1,4 +1,4 @@
-//! `fm-dist check`: what a configuration would do, without doing it.
+//! `fm-dist check`: reports what a configuration would do, without running it.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -21,40 +21,40 @@ use crate::run::runs::OutputDir;
 use crate::sample::generate::check_conditions;
 use crate::settings::{Choice, Family};
 
-/// What to plan for.
+/// Options of a plan.
 #[derive(Clone, Debug)]
 pub struct CheckRequest {
     pub world_size: usize,
     /// `[C, (F,) H, W]` to plan for without data; the dataset's first resolution group if unset.
     pub latents: Option<Vec<i64>>,
-    /// Tokens of a prompt where there are no data to ask.
+    /// Number of prompt tokens to assume without data.
     pub text_tokens: i64,
     pub scaling: Option<ScalingRequest>,
 }
 
-/// World sizes for which memory is told, beside the one that is planned for.
+/// World sizes whose memory is listed besides the planned one.
 const WORLD_SIZES: [u64; 3] = [1, 8, 64];
 
-/// Memory of a process on a CPU beside its model: libtorch, MPI and the program. 145 MiB were
-/// measured with a model of no size; malloc keeps a little of what larger ones free.
+/// Memory of a CPU process besides its model: libtorch, MPI and the program. 145 MiB were measured
+/// with an empty model; malloc keeps a little of the larger blocks that are freed.
 const PROCESS_BYTES: u64 = 160 << 20;
 
-/// The plan of a run as text. Opens the data's headers and reads a sample of each resolution group;
-/// needs no weights, no device and no memory to speak of.
+/// Returns the plan of a run as text. Opens the data's headers and reads one sample of each
+/// resolution group; needs no weights, no device and little memory.
 ///
 /// # Errors
-/// Whatever would stop the run at its start: [`Error::Config`](crate::error::Error::Config),
+/// Errors that would stop the run at its start: [`Error::Config`](crate::error::Error::Config),
 /// [`Error::Data`](crate::error::Error::Data).
 pub fn check(config: &RunConfig, request: &CheckRequest) -> Result<String> {
     OutputDir::new(&config.output_dir)?;
     let stages = config.model.family.stages()?;
     let mut plan = Plan(String::new());
-    plan.of_model(config, &stages);
+    plan.add_model(config, &stages);
     let (tokens, activations) = match &request.latents {
-        Some(latents) => plan.of_shape(config, latents, request.text_tokens)?,
-        None => plan.of_data(config, request)?,
+        Some(latents) => plan.add_shape(config, latents, request.text_tokens)?,
+        None => plan.add_data(config, request)?,
     };
-    plan.of_ranks(config, request.world_size, &stages, activations)?;
+    plan.add_ranks(config, request.world_size, &stages, activations)?;
     if let Some(request) = &request.scaling {
         scaling(config, tokens, request)?.iter().for_each(|(name, value)| plan.line(name, value));
     }
@@ -68,7 +68,7 @@ impl Plan {
         writeln!(self.0, "{name:<22} {value}").expect("writing to a String");
     }
 
-    fn of_model(&mut self, config: &RunConfig, stages: &[Box<dyn Stage>]) {
+    fn add_model(&mut self, config: &RunConfig, stages: &[Box<dyn Stage>]) {
         let sizes = || stages.iter().map(|stage| stage.params().numel());
         let (parameters, largest) = (sizes().sum::<i64>(), sizes().max().unwrap_or(0));
         let (name, count) = (config.model.family.name(), stages.len());
@@ -78,8 +78,8 @@ impl Plan {
         );
     }
 
-    /// Activations of one micro-batch of such latents.
-    fn of_shape(
+    /// Adds lines about one micro-batch of latents of this shape.
+    fn add_shape(
         &mut self,
         config: &RunConfig,
         latents: &[i64],
@@ -106,7 +106,7 @@ impl Plan {
         Ok((tokens, estimate))
     }
 
-    fn of_data(
+    fn add_data(
         &mut self,
         config: &RunConfig,
         request: &CheckRequest,
@@ -126,7 +126,7 @@ impl Plan {
             .latent_shape(&first.name)
             .ok_or_else(|| Error::data(dataset.path(), "has a group without latents"))?;
         let text = first.layout.get("text_embeddings").map_or(0, |(_, shape)| shape[0]);
-        let of_shape = self.of_shape(config, latents, text)?;
+        let estimates = self.add_shape(config, latents, text)?;
         let (name, groups) = (&dataset.manifest().name, dataset.groups().len());
         self.line(
             "data",
@@ -150,11 +150,11 @@ impl Plan {
         if let Some(what) = lr::warning(&config.lr_scheduler, config.max_steps) {
             self.line("warning", &what);
         }
-        Ok(of_shape)
+        Ok(estimates)
     }
 
-    /// Memory at the worst moment of a step and collectives, by sharding.
-    fn of_ranks(
+    /// Adds lines about memory at the peak of a step and about collectives, by sharding.
+    fn add_ranks(
         &mut self,
         config: &RunConfig,
         world_size: usize,
@@ -210,7 +210,7 @@ impl Plan {
     }
 }
 
-/// The same error, with the way to plan where the data are not there.
+/// Adds to the error how to plan without the data.
 fn or_without_data(error: Error, config: &RunConfig) -> Error {
     match error {
         Error::Data { path, what } if what == "does not exist" => {

@@ -1,4 +1,4 @@
-//! Data are compared with the adapter, the settings and the model before anything is loaded.
+//! Checks data against the adapter, the settings and the model before anything is loaded.
 
 use std::collections::BTreeSet;
 
@@ -12,8 +12,8 @@ use crate::flow::{DataShapes, Note, check_keys};
 use crate::model::SampleShapes;
 use crate::pulse;
 
-/// Refuses a dataset of which the adapter or the model cannot take some resolution group. Returns
-/// what a user should know of it though nothing is wrong.
+/// Refuses a dataset if the adapter or the model cannot take one of its resolution groups. Returns
+/// notes that are worth knowing though nothing is wrong.
 ///
 /// # Errors
 /// [`Error::Data`] naming the group and the key; [`Error::Config`] naming the model's setting.
@@ -42,8 +42,8 @@ pub fn check_data(config: &RunConfig, dataset: &Dataset) -> Result<Vec<Note>> {
     Ok(notes.into_iter().collect())
 }
 
-/// Takes the first sample of each resolution group as far as the model's inputs, on the CPU:
-/// numbers that no shape tells, as in masks, are met before weights are loaded.
+/// Converts the first sample of each resolution group to the model's inputs, on the CPU: errors
+/// that depend on values and not on shapes, as in masks, are found before weights are loaded.
 ///
 /// # Errors
 /// [`Error::Data`] naming the group and the key.

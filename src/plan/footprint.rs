@@ -1,5 +1,5 @@
-//! How much memory a forward leaves behind, roughly: what each matrix reads and writes for each of
-//! its rows.
+//! Estimates the memory that a forward keeps for its backward, from the rows that each matrix reads
+//! and writes.
 
 use tch::Kind;
 
@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::model::Architecture;
 use crate::nn::{ParamInfo, ParamSet, Rows};
 
-/// Tokens of one sample.
+/// Number of tokens of one sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tokens {
     pub image: i64,
@@ -15,7 +15,7 @@ pub struct Tokens {
 }
 
 impl Tokens {
-    /// The number of rows that one sample sends through a matrix.
+    /// Returns the number of rows that one sample sends through a matrix.
     pub(super) fn rows(self, rows: Rows) -> i64 {
         match rows {
             Rows::One => 1,
@@ -26,26 +26,27 @@ impl Tokens {
     }
 }
 
-/// Bytes that one micro-batch leaves for its backward.
+/// Bytes that one micro-batch keeps for its backward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Footprint {
-    /// Every stage's graph kept.
+    /// With every stage's graph kept.
     pub kept: u64,
-    /// The boundaries alone, and the graph of the one stage that is computed again.
+    /// With recomputation: the stage boundaries, and the graph of the one stage that is being
+    /// recomputed.
     pub recomputed: u64,
 }
 
-/// What attention, norms and gates keep beside what the matrices read and write, as a factor.
+/// Factor for what attention, norms and gates keep besides the matrices' inputs and outputs.
 ///
-/// Measured on a CPU, peak memory with every graph kept less that with recomputation, over the same
-/// difference of these estimates without the factor: FLUX of 71M parameters 1.14 in f32 and 1.47 in
-/// bfloat16, Wan of 53M 1.49 and 1.82; bfloat16 more because norms and rotations keep f32. The
-/// middle of both families is off by 15 % for each.
+/// Measured on a CPU: peak memory with every graph kept minus that with recomputation, over the
+/// same difference of these estimates without the factor: FLUX of 71M parameters 1.14 in f32 and
+/// 1.47 in bfloat16, Wan of 53M 1.49 and 1.82; more in bfloat16 because norms and rotations keep
+/// f32. The mean of both families is off by 15 % for each.
 pub(super) fn beside_matrices(kind: Kind) -> f64 {
     if kind == Kind::Float { 1.3 } else { 1.65 }
 }
 
-/// Estimate for `samples` of `tokens` each, computed in `kind`.
+/// Estimates the footprint of `samples` samples of `tokens` each, computed in `kind`.
 ///
 /// # Errors
 /// As [`Architecture::stages`].
@@ -70,7 +71,7 @@ pub fn footprint(
     })
 }
 
-/// What a stage's matrices read and write.
+/// Returns the number of elements that a stage's matrices read and write.
 pub(super) fn graph_elements(params: &ParamSet, tokens: Tokens, samples: i64) -> f64 {
     let matrices = params.infos().iter().filter(|info| info.shape.len() > 1);
     let elements = |info: &ParamInfo| {

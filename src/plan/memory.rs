@@ -1,50 +1,51 @@
-//! What a rank holds at the worst moment of a step and sends in all of it, by sharding. Integers
-//! only.
+//! Memory of a rank at the peak of a step, and the bytes that it sends in a step, by sharding.
+//! Integers only.
 
 use crate::parallel::Sharding;
 
-/// A model as memory sees it.
+/// The numbers of a model that determine its memory.
 #[derive(Clone, Debug)]
 pub struct StateLayout {
-    /// Parameters of each stage.
+    /// Number of parameters of each stage.
     pub stages: Vec<u64>,
     /// Bytes of a parameter in the compute kind.
     pub compute_bytes: u64,
-    /// f32 tensors of the optimizer for each parameter.
+    /// Number of f32 optimizer tensors for each parameter.
     pub optimizer_tensors: u64,
     pub micro_batches: u64,
 }
 
 impl StateLayout {
-    /// Bytes of weights, gradients and optimizer state that one of `world_size` ranks holds at the
-    /// worst moment of a step, activations apart.
+    /// Returns the bytes of weights, gradients and optimizer state that one of `world_size` ranks
+    /// holds at the peak of a step, without activations.
     pub fn bytes_per_rank(&self, sharding: Sharding, world_size: u64) -> u64 {
         let shards = if sharding == Sharding::None { 1 } else { world_size };
-        // Without another rank to share with, every sharding is none.
+        // A single rank shards nothing.
         let sharding = if shards == 1 { Sharding::None } else { sharding };
         let all: u64 = self.stages.iter().sum();
         let owned: u64 = self.stages.iter().map(|stage| stage.div_ceil(shards)).sum();
         let largest = self.stages.iter().copied().max().unwrap_or(0);
         let weights = if sharding == Sharding::Parameters { owned } else { all };
-        // In f32 the compute copy is the master.
+        // In f32 the compute copy is the master copy.
         let masters = if self.compute_bytes == 4 { 0 } else { 4 * owned };
         let between_steps =
             self.compute_bytes * weights + masters + 4 * self.optimizer_tensors * owned;
         between_steps + self.backward_bytes(sharding, all, owned, largest)
     }
 
-    /// Gradients, and what is gathered, when the last stages' buckets are complete.
+    /// Returns the bytes of gradients and gathered parameters at the moment when the last stages'
+    /// buckets are complete.
     fn backward_bytes(&self, sharding: Sharding, all: u64, owned: u64, largest: u64) -> u64 {
-        // Of each parameter, before they come together.
+        // Each parameter's own gradient, before they are joined in a bucket.
         let fresh = self.compute_bytes * largest;
-        // One stage at work, and the next one on its way.
+        // One stage is computing, and the next one is being gathered.
         let gathered =
             if sharding == Sharding::Parameters { 2 * self.compute_bytes * largest } else { 0 };
-        // Where they come together, to be added to the sums or cut into shards; a single
-        // micro-batch's are the sums.
+        // The joined gradients, before they are added to the sums or cut into shards; with a single
+        // micro-batch these are the sums.
         let joined =
             if sharding == Sharding::None && self.micro_batches == 1 { 0 } else { 4 * largest };
-        // The bucket before, whose shards are on their way.
+        // The previous bucket, whose shards are in flight.
         let travelling = if sharding == Sharding::None { 0 } else { 4 * largest };
         let sums = match sharding {
             Sharding::None => all,
@@ -54,7 +55,7 @@ impl StateLayout {
         fresh + gathered + joined + travelling + 4 * sums
     }
 
-    /// The collectives of a step.
+    /// Describes the collectives of a step.
     pub fn collectives(&self, sharding: Sharding) -> String {
         let stages = self.stages.iter().filter(|&&parameters| parameters > 0).count() as u64;
         let each = stages * self.micro_batches;
@@ -83,7 +84,7 @@ mod tests {
             micro_batches: 1,
         };
         assert_eq!(layout.bytes_per_rank(Sharding::None, 8), 400 * (2 + 4 + 8 + 4) + 300 * 2);
-        // 13 + 38 owned of 8 ranks.
+        // 13 + 38 are owned by each of 8 ranks.
         assert_eq!(
             layout.bytes_per_rank(Sharding::Optimizer, 8),
             400 * 2 + 51 * (4 + 8 + 4) + 300 * (2 + 4 + 4)

@@ -1,4 +1,4 @@
-//! Plans: what a run would need and take, without doing it.
+//! Plans: the memory, data and time that a run would need, computed without running it.
 
 mod check;
 mod data;

@@ -1,4 +1,4 @@
-//! What `fm-dist check` says of many world sizes on a cluster: a prediction, a line each.
+//! The table of `fm-dist check` over many world sizes on a cluster: one line for each prediction.
 
 use crate::config::RunConfig;
 use crate::error::Result;
@@ -6,20 +6,20 @@ use crate::parallel::Offload;
 use crate::plan::{Cluster, KNOWN_NAME, Prediction, StageWork, Workload};
 use crate::plan::{ForwardWork, Tokens, forward_work};
 
-/// What to predict.
+/// Options of the predictions.
 #[derive(Clone, Debug)]
 pub struct ScalingRequest {
     pub cluster: Cluster,
-    /// Ascending; the first one's micro-batches are every rank's at all of them.
+    /// World sizes, ascending. The number of micro-batches at the first one is used for all.
     pub world_sizes: Vec<usize>,
 }
 
-/// Lines of a plan, name and value. Each rank does the same work at every world size (weak
+/// Returns lines of a plan, name and value. Each rank does the same work at every world size (weak
 /// scaling).
 ///
 /// # Errors
-/// [`Error::Config`](crate::error::Error::Config) if the first world size cannot divide the global
-/// batch, or one fills no nodes.
+/// [`Error::Config`](crate::error::Error::Config) if the first world size does not divide the
+/// global batch, or if one does not fill its nodes.
 pub fn scaling(
     config: &RunConfig,
     tokens: Tokens,
@@ -54,7 +54,7 @@ const COLUMNS: [&str; 8] = [
     "samples/s",
 ];
 
-/// Lines below the table: the terms of the prediction, and what is left out of it.
+/// Lines below the table: the terms of the prediction, and what it leaves out.
 fn explanations(
     config: &RunConfig,
     micro_batches: usize,
@@ -140,7 +140,7 @@ fn row(predicted: Prediction, alone: Prediction, global_batch: usize) -> [String
     [global_batch.to_string(), step, compute, optimizer, communication, exposed, efficiency, rate]
 }
 
-/// Four digits, of which the first says something.
+/// Formats a number with four digits, the first of which is not zero.
 fn shown(seconds: f64) -> String {
     let digits =
         if seconds > 0.0 { (3.0 - seconds.log10().floor()).clamp(0.0, 6.0) as usize } else { 0 };

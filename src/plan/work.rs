@@ -1,4 +1,4 @@
-//! What a forward computes, stage by stage, by the shapes of its parameters.
+//! The work of a forward, stage by stage, from the shapes of its parameters.
 
 use tch::Kind;
 
@@ -8,26 +8,27 @@ use crate::nn::{AttentionInfo, ParamInfo, ParamSet};
 use crate::plan::Tokens;
 use crate::plan::footprint::{beside_matrices, graph_elements};
 
-/// Operators that do something, for each product: norms, modulations, rotations, gates and copies
-/// stand between them. Counted in FLUX's double block in bfloat16, 33 for 7 products a stream.
+/// Operators that launch work, for each matrix product: norms, modulations, rotations, gates and
+/// copies run between products. Counted in FLUX's double block in bfloat16: 33 for 7 products a
+/// stream.
 const OPERATORS_PER_PRODUCT: f64 = 5.0;
 
-/// What one micro-batch's forward costs in one stage.
+/// The cost of one micro-batch's forward in one stage.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ForwardWork {
     pub parameters: u64,
     /// Floating-point operations of matrix products; an addition and a multiplication are two.
     pub product_flop: f64,
-    /// Those of attention, over all tokens: masks spare nothing.
+    /// Floating-point operations of attention, over all tokens: masks save none.
     pub attention_flop: f64,
-    /// Bytes that are kept for the backward, an estimate as [`Footprint`](crate::plan::Footprint)
-    /// is.
+    /// Bytes that are kept for the backward, an estimate like
+    /// [`Footprint`](crate::plan::Footprint).
     pub kept_bytes: f64,
-    /// Operators that do something.
+    /// Number of operators that launch work.
     pub operators: f64,
 }
 
-/// The stages' forwards for `samples` of `tokens` each, computed in `kind`.
+/// Returns the work of the stages' forwards for `samples` of `tokens` each, computed in `kind`.
 ///
 /// # Errors
 /// As [`Architecture::stages`].
@@ -38,7 +39,7 @@ pub fn forward_work(
     kind: Kind,
 ) -> Result<Vec<ForwardWork>> {
     let bytes = kind.elt_size_in_bytes() as f64 * beside_matrices(kind);
-    let of_stage = |params: &ParamSet| {
+    let stage_work = |params: &ParamSet| {
         let matrices = || params.infos().iter().filter(|info| info.shape.len() > 1);
         let product =
             |info: &ParamInfo| 2.0 * (samples * tokens.rows(info.rows) * info.numel()) as f64;
@@ -54,7 +55,7 @@ pub fn forward_work(
             operators: OPERATORS_PER_PRODUCT * matrices().count() as f64,
         }
     };
-    Ok(model.stages()?.iter().map(|stage| of_stage(stage.params())).collect())
+    Ok(model.stages()?.iter().map(|stage| stage_work(stage.params())).collect())
 }
 
 #[cfg(test)]
@@ -85,22 +86,22 @@ mod tests {
     #[test]
     fn every_family_attends_once_a_block_and_where_its_blocks_do() {
         let tokens = Tokens { image: 1000, text: 100 };
-        let of = |queries: f64, keys: f64, width: f64| 4.0 * queries * keys * width;
-        let joint = |blocks: f64, width| blocks * of(1100.0, 1100.0, width);
+        let flop = |queries: f64, keys: f64, width: f64| 4.0 * queries * keys * width;
+        let joint = |blocks: f64, width| blocks * flop(1100.0, 1100.0, width);
         assert_eq!(total(&Flux2::default(), tokens).1, joint(56.0, 6144.0));
         assert_eq!(total(&QwenImage::default(), tokens).1, joint(60.0, 3072.0));
         assert_eq!(
             total(&Wan::default(), tokens).1,
-            40.0 * (of(1000.0, 1000.0, 5120.0) + of(1000.0, 100.0, 5120.0))
+            40.0 * (flop(1000.0, 1000.0, 5120.0) + flop(1000.0, 100.0, 5120.0))
         );
         assert_eq!(
             total(&HunyuanVideo15::default(), tokens).1,
-            joint(54.0, 2048.0) + 2.0 * of(100.0, 100.0, 2048.0)
+            joint(54.0, 2048.0) + 2.0 * flop(100.0, 100.0, 2048.0)
         );
-        assert_eq!(total(&Dit::default(), tokens).1, 4.0 * of(1000.0, 1000.0, 128.0));
+        assert_eq!(total(&Dit::default(), tokens).1, 4.0 * flop(1000.0, 1000.0, 128.0));
     }
 
-    /// A matrix over each family's text; the demo's condition is one vector a sample.
+    /// A matrix over each family's text tokens; the demo's condition is one vector for each sample.
     const TEXT: [(&str, &str, Rows); 6] = [
         ("dit", "y_embedder.weight", Rows::One),
         ("flux", "context_embedder.weight", Rows::Text),
@@ -127,11 +128,11 @@ mod tests {
 
     #[test]
     fn twice_the_samples_are_twice_the_work_and_not_more_operators() {
-        let of = |samples| {
+        let work = |samples| {
             forward_work(&Wan::default(), Tokens { image: 100, text: 10 }, samples, Kind::Float)
                 .expect("published")
         };
-        for (one, two) in of(1).into_iter().zip(of(2)) {
+        for (one, two) in work(1).into_iter().zip(work(2)) {
             assert_eq!(
                 (2.0 * one.product_flop, 2.0 * one.attention_flop),
                 (two.product_flop, two.attention_flop)

@@ -1,9 +1,9 @@
-//! Where a value stands on an axis, and which values are marked there.
+//! Positions of values on an axis, and its tick marks.
 
-/// Values beyond are as good as infinite: their differences would overflow.
+/// Larger values count as infinite: their differences would overflow.
 const LARGEST: f64 = 1e100;
 
-/// Whether an axis can show a value.
+/// True if an axis can show a value.
 pub(super) fn showable(value: f64, log: bool) -> bool {
     value.is_finite() && value.abs() < LARGEST && (!log || value > 1.0 / LARGEST)
 }
@@ -12,18 +12,18 @@ pub(super) struct Axis {
     low: f64,
     high: f64,
     log: bool,
-    /// Marked values inside of the range, in rising order.
+    /// Values of the tick marks within the range, ascending.
     pub ticks: Vec<f64>,
 }
 
 impl Axis {
-    /// From the smallest to the largest value with nothing beyond: for steps.
+    /// From the smallest to the largest value without a margin: for steps.
     pub fn exact(values: impl Iterator<Item = f64>, wanted: usize) -> Self {
         let (low, high) = range(values, false);
         Axis { low, high, log: false, ticks: ticks(low, high, nice_step(low, high, wanted)) }
     }
 
-    /// Rounded out to marked values, and down to zero where that is near.
+    /// Extended to tick marks, and down to zero if that is near.
     pub fn rounded(values: impl Iterator<Item = f64>, wanted: usize) -> Self {
         let (mut low, mut high) = range(values, false);
         if low > 0.0 && low < 0.4 * high {
@@ -34,7 +34,7 @@ impl Axis {
         Axis { low, high, log: false, ticks: ticks(low, high, step) }
     }
 
-    /// Logarithmic, with a little room at both ends.
+    /// Logarithmic, with a small margin at both ends.
     pub fn logarithmic(values: impl Iterator<Item = f64>, wanted: usize) -> Self {
         let (low, high) = range(values, true);
         let room = (high / low).powf(0.04);
@@ -43,7 +43,7 @@ impl Axis {
         Axis { low, high, log: true, ticks }
     }
 
-    /// Share of the axis below `value`: 0 at its low end, 1 at its high end.
+    /// Returns the position of `value`: 0 at the low end of the axis, 1 at the high end.
     pub fn share(&self, value: f64) -> f64 {
         match self.log {
             true => (value / self.low).ln() / (self.high / self.low).ln(),
@@ -52,8 +52,8 @@ impl Axis {
     }
 }
 
-/// Smallest and largest showable value, spread where they are one; 0 to 1 (1 to 10) where there is
-/// none.
+/// Returns the smallest and largest showable value, widened if they are equal; 0 to 1 (1 to 10) if
+/// there is none.
 fn range(values: impl Iterator<Item = f64>, log: bool) -> (f64, f64) {
     let (mut low, mut high) = (f64::INFINITY, f64::NEG_INFINITY);
     for value in values.filter(|&value| showable(value, log)) {
@@ -63,7 +63,8 @@ fn range(values: impl Iterator<Item = f64>, log: bool) -> (f64, f64) {
         (true, true) => (1.0, 10.0),
         (true, false) => (0.0, 1.0),
         (false, true) if high < low * 1.01 => (low / 2.0, high * 2.0),
-        // A constant stands in the upper half above zero, not in a window a rounding error wide.
+        // A constant lies in the upper half above zero, not in a range as narrow as a rounding
+        // error.
         (false, false) if high - low <= 1e-9 * high.abs() => {
             (low.min(0.0), if high > 0.0 { high * 1.25 } else { 1.0 })
         }
@@ -71,7 +72,7 @@ fn range(values: impl Iterator<Item = f64>, log: bool) -> (f64, f64) {
     }
 }
 
-/// 1, 2 or 5 times a power of ten that cuts the range into about `wanted` parts.
+/// Returns 1, 2 or 5 times a power of ten that divides the range into about `wanted` parts.
 fn nice_step(low: f64, high: f64, wanted: usize) -> f64 {
     let rough = (high - low) / wanted.max(1) as f64;
     let power = 10f64.powf(rough.log10().floor());
@@ -87,8 +88,8 @@ fn ticks(low: f64, high: f64, step: f64) -> Vec<f64> {
     all.filter(|&tick| tick <= high + 1e-6 * step).collect()
 }
 
-/// The sparsest set that has enough ticks, from one every few decades to six in each; even spacing
-/// for less than that.
+/// Returns the sparsest set with enough ticks, from one every few decades to six in each; evenly
+/// spaced ones for a smaller range.
 fn log_ticks(low: f64, high: f64, wanted: usize) -> Vec<f64> {
     let (first, last) = (low.log10().floor() as i32, high.log10().ceil() as i32);
     let stride = ((last - first) as usize / (wanted + 2)).max(1);
@@ -103,7 +104,7 @@ fn log_ticks(low: f64, high: f64, wanted: usize) -> Vec<f64> {
     ticks(low, high, nice_step(low, high, wanted))
 }
 
-/// A number as short as an axis wants it: `0.5`, `12k`, `2e-4`.
+/// Formats a number for an axis, as short as possible: `0.5`, `12k`, `2e-4`.
 pub(super) fn number_text(value: f64) -> String {
     let size = value.abs();
     let (scaled, suffix) = match size {
@@ -111,7 +112,8 @@ pub(super) fn number_text(value: f64) -> String {
         1e6..1e9 => (value / 1e6, "M"),
         _ => (value, ""),
     };
-    // Six digits are more than a chart resolves and fewer than a sum of steps rounds wrong.
+    // Six digits are more than a chart resolves, and few enough to hide rounding errors of summed
+    // steps.
     let rounded: f64 = format!("{scaled:.5e}").parse().unwrap_or(scaled);
     match size {
         0.0 => "0".into(),

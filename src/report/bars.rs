@@ -1,5 +1,5 @@
-//! A value for each bin of a range, at the start of a run and at its end: which noise levels have
-//! been learned.
+//! Bars of a value by bins, at the start of a run and at its end, e.g. the loss at each noise
+//! level.
 
 use std::path::Path;
 
@@ -14,15 +14,15 @@ use crate::report::charts::Frame;
 /// Share of the run at its start and at its end that is averaged.
 const TENTH: f64 = 0.1;
 
-/// Equal bins of `range`, a wide pale bar for the start of the run and a narrow strong one for its
-/// end.
+/// Bars over equal bins of `range`: a wide pale one for the start of the run and a narrow strong
+/// one for its end.
 #[derive(Clone, Debug, Default)]
 pub struct Bars {
     pub title: String,
     pub x_label: String,
     pub y_label: String,
     pub range: (f64, f64),
-    /// Mean over the first tenth of the run, one a bin; not finite where nothing fell into it.
+    /// Mean over the first tenth of the run, one for each bin; not finite if the bin has no value.
     pub first: Vec<f64>,
     /// Mean over the last tenth.
     pub last: Vec<f64>,
@@ -72,7 +72,7 @@ impl Bars {
     }
 }
 
-/// Not a number where no value stands between.
+/// Returns the mean of the values with a step in the range; NaN if there is none.
 fn mean_between(column: &[(f64, f64)], from: f64, to: f64) -> f64 {
     let inside =
         || column.iter().filter(|(step, value)| (from..=to).contains(step) && value.is_finite());
@@ -85,7 +85,7 @@ impl Picture for Bars {
             || self.first.iter().chain(&self.last).copied().filter(|&value| showable(value, false));
         let (low, high) = self.range;
         let x = Axis::exact([low, high].into_iter(), if canvas.width < 560.0 { 5 } else { 10 });
-        // Bars stand on zero, or their lengths would lie.
+        // The axis includes zero, since otherwise the bars' lengths would mislead.
         let frame = Frame::new(canvas, x, |wanted| Axis::rounded(values().chain([0.0]), wanted));
         let strong = series_colour(0);
         let legend = [("first tenth of the run", pale(strong)), ("last tenth", strong)];
@@ -101,7 +101,7 @@ impl Picture for Bars {
     }
 }
 
-/// One bar a bin that fills `share` of its width.
+/// Draws one bar for each bin; it fills `share` of the bin's width.
 fn paint_bars<B: DrawingBackend>(
     canvas: &mut Canvas<'_, B>,
     frame: &Frame,

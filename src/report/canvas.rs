@@ -1,8 +1,8 @@
-//! The sheet that charts and grids are drawn on: one drawing becomes SVG text or a PNG.
+//! The canvas for charts and grids: one drawing becomes SVG text or a PNG.
 //!
 //! Positions and sizes are pixels of the layout. Both outputs are drawn [`DETAIL`] times as fine,
-//! since plotters counts whole pixels: the SVG scales down by its view box, the bitmap is averaged
-//! down, which smooths its edges.
+//! since plotters uses whole pixels: the SVG scales down by its view box, and the bitmap is
+//! averaged down, which smooths its edges.
 
 use std::io::Cursor;
 use std::sync::Once;
@@ -15,9 +15,9 @@ use plotters::style::{
     FontDesc, FontFamily, FontStyle, RGBColor, ShapeStyle, TextStyle, register_font,
 };
 
-/// Drawing units a layout pixel.
+/// Drawing units in a layout pixel.
 const DETAIL: u32 = 4;
-/// Pixels of a PNG a layout pixel, so that text is crisp on today's screens.
+/// PNG pixels in a layout pixel, so that text is sharp on high-density screens.
 const PNG_DENSITY: u32 = 2;
 /// DejaVu Sans in ems: 0.928 above the base line, 0.236 below.
 const DEJAVU_HEIGHT: f64 = 1.164;
@@ -29,7 +29,8 @@ pub(super) const GREY: Colour = RGBColor(107, 114, 128);
 pub(super) const AXIS: Colour = RGBColor(156, 163, 175);
 pub(super) const RULE: Colour = RGBColor(229, 231, 235);
 
-/// The colour of the `number`th series: told apart also by readers who see red and green as one.
+/// Returns the colour of the `number`th series; the colours differ also for readers with red-green
+/// blindness.
 pub(super) fn series_colour(number: usize) -> Colour {
     const PALETTE: [Colour; 6] = [
         RGBColor(37, 99, 235),
@@ -42,13 +43,13 @@ pub(super) fn series_colour(number: usize) -> Colour {
     PALETTE[number % PALETTE.len()]
 }
 
-/// The same colour mixed with white.
+/// Returns the same colour mixed with white.
 pub(super) fn pale(colour: Colour) -> Colour {
     let mix = |channel: u8| (f64::from(channel) * 0.32 + 255.0 * 0.68) as u8;
     RGBColor(mix(colour.0), mix(colour.1), mix(colour.2))
 }
 
-/// Which end of a text stands at its position.
+/// The point of a text that lies at its position.
 #[derive(Clone, Copy)]
 pub(super) enum Anchor {
     Left,
@@ -56,7 +57,7 @@ pub(super) enum Anchor {
     Right,
 }
 
-/// Something that can be drawn.
+/// A drawing.
 pub(super) trait Picture {
     fn paint<B: DrawingBackend>(&self, canvas: &mut Canvas<'_, B>);
 }
@@ -65,12 +66,12 @@ pub(super) struct Canvas<'b, B> {
     backend: &'b mut B,
     pub width: f64,
     pub height: f64,
-    /// What plotters calls the size of a font one pixel to the em, and how far below the anchor its
-    /// base line comes.
+    /// Font size that plotters expects for an em of one pixel, and the distance of the base line
+    /// below the anchor.
     font: (f64, f64),
 }
 
-/// The picture as SVG text of that size.
+/// Returns the picture as SVG text of this size.
 pub(super) fn svg(picture: &impl Picture, width: u32, height: u32) -> String {
     let mut text = String::new();
     let mut backend =
@@ -82,7 +83,7 @@ pub(super) fn svg(picture: &impl Picture, width: u32, height: u32) -> String {
     text.replacen(&fine, &format!("width=\"{width}\" height=\"{height}\""), 1)
 }
 
-/// The picture in pixels, two of them a layout pixel in each direction.
+/// Returns the picture in pixels, two for each layout pixel in each direction.
 pub(super) fn bitmap(picture: &impl Picture, width: u32, height: u32) -> RgbImage {
     let (fine_width, fine_height) = (width * DETAIL, height * DETAIL);
     let mut pixels = vec![255; (fine_width * fine_height * 3) as usize];
@@ -95,7 +96,7 @@ pub(super) fn bitmap(picture: &impl Picture, width: u32, height: u32) -> RgbImag
     thumbnail(&fine, width * PNG_DENSITY, height * PNG_DENSITY)
 }
 
-/// PNG bytes of about that many pixels: the layout is half as wide and high.
+/// Returns PNG bytes of about this many pixels: the layout is half as wide and high.
 pub(super) fn png(picture: &impl Picture, width: u32, height: u32) -> Vec<u8> {
     encode_png(&bitmap(picture, width.div_ceil(PNG_DENSITY), height.div_ceil(PNG_DENSITY)))
 }
@@ -126,7 +127,7 @@ fn paint<B: DrawingBackend>(
     canvas.backend.present().expect("memory takes every stroke");
 }
 
-/// The fonts travel in the program: pictures look the same on a machine that has none.
+/// Registers the embedded fonts, so that pictures look the same on a machine without fonts.
 fn register_fonts() {
     static REGISTERED: Once = Once::new();
     REGISTERED.call_once(|| {
@@ -175,7 +176,7 @@ impl<B: DrawingBackend> Canvas<'_, B> {
             .expect("memory takes every stroke");
     }
 
-    /// Text with its base line at `position`; `size` is the em in pixels.
+    /// Draws text with its base line at `position`; `size` is the em in pixels.
     pub fn text(
         &mut self,
         text: &str,
@@ -199,7 +200,7 @@ impl<B: DrawingBackend> Canvas<'_, B> {
     }
 }
 
-/// Width of a text in pixels, as DejaVu sets it.
+/// Returns the width of a text in pixels in DejaVu Sans.
 pub(super) fn text_width(text: &str, size: f64, bold: bool) -> f64 {
     register_fonts();
     let (width, _) =

@@ -1,4 +1,4 @@
-//! Curves over the steps of a run: the values in a pale thin line, their running mean in a strong
+//! Curves over the steps of a run: the values as a pale thin line, their running mean as a strong
 //! one.
 
 use std::path::Path;
@@ -23,11 +23,11 @@ pub struct Chart {
     pub x_label: String,
     pub y_label: String,
     pub series: Vec<Series>,
-    /// Logarithmic values; those not above zero are left out.
+    /// True for a logarithmic axis; values that are not above zero are left out.
     pub log_y: bool,
 }
 
-/// Points in rising order of x. Values that are not finite are left out.
+/// Points in ascending order of x. Values that are not finite are left out.
 #[derive(Clone, Debug, Default)]
 pub struct Series {
     pub name: String,
@@ -35,13 +35,13 @@ pub struct Series {
 }
 
 impl Chart {
-    /// The chart as SVG text, `width` by `height` pixels unless it is scaled where it is shown.
+    /// Returns the chart as SVG text, `width` by `height` pixels unless the page scales it.
     pub fn svg(&self, width: u32, height: u32) -> String {
         canvas::svg(self, width, height)
     }
 
-    /// The chart as a PNG file of `width` by `height` pixels, laid out for a screen of double
-    /// density.
+    /// Writes the chart as a PNG file of `width` by `height` pixels, laid out for a screen of
+    /// double density.
     ///
     /// # Errors
     /// [`Error::Storage`](crate::error::Error::Storage) if the file cannot be written.
@@ -92,8 +92,8 @@ impl Picture for Chart {
     }
 }
 
-/// What is drawn of a series: its points thinned to the width of the chart, their running mean
-/// where they are noisy.
+/// The drawn form of a series: its points thinned to the width of the chart, and their running mean
+/// if they are noisy.
 struct Curve {
     raw: Vec<(f64, f64)>,
     smooth: Option<Vec<(f64, f64)>>,
@@ -102,7 +102,7 @@ struct Curve {
 impl Curve {
     fn thinned(points: &[(f64, f64)], width: f64) -> Self {
         let window = ((points.len() as f64 * SMOOTHED_SHARE) as usize).max(5);
-        // A mean of the mean has no kinks where a single outlier enters and leaves the window.
+        // Averaging twice avoids kinks where a single outlier enters and leaves the window.
         let smooth = is_noisy(points)
             .then(|| thinned(&running_mean(&running_mean(points, window), window), width));
         Curve { raw: thinned(points, width), smooth }
@@ -124,8 +124,8 @@ impl Curve {
     }
 }
 
-/// Whether a series goes up and down far more than its trend: a learning rate or a validation loss
-/// does not.
+/// True if a series fluctuates far more than its trend changes; a learning rate or a validation
+/// loss does not.
 fn is_noisy(points: &[(f64, f64)]) -> bool {
     let values = || points.iter().map(|point| point.1);
     let range = values().fold(f64::MIN, f64::max) - values().fold(f64::MAX, f64::min);
@@ -133,7 +133,7 @@ fn is_noisy(points: &[(f64, f64)]) -> bool {
     points.len() >= 30 && way > 4.0 * range
 }
 
-/// Mean over `window` points around each, at the ends over those that there are.
+/// Returns the mean over `window` points around each point, over fewer at the ends.
 fn running_mean(points: &[(f64, f64)], window: usize) -> Vec<(f64, f64)> {
     let mut sums = vec![0.0];
     points.iter().for_each(|point| sums.push(sums[sums.len() - 1] + point.1));
@@ -144,8 +144,8 @@ fn running_mean(points: &[(f64, f64)], window: usize) -> Vec<(f64, f64)> {
     (0..points.len()).map(|i| (points[i].0, mean(i))).collect()
 }
 
-/// Of each pixel column the extreme values, in their order: looks the same, and a million steps
-/// stay a small picture.
+/// Keeps the extreme values of each pixel column, in their order: it looks the same, and a million
+/// steps remain a small picture.
 fn thinned(points: &[(f64, f64)], width: f64) -> Vec<(f64, f64)> {
     let columns = width as usize;
     if points.len() <= 2 * columns {
@@ -162,7 +162,7 @@ fn thinned(points: &[(f64, f64)], width: f64) -> Vec<(f64, f64)> {
     kept
 }
 
-/// Everything around the curves: title, axes, legend.
+/// The parts around the curves: title, axes, legend.
 pub(super) struct Frame {
     left: f64,
     right: f64,
@@ -188,7 +188,7 @@ impl Frame {
         Frame { left: 16.0 + widest + 8.0, right: canvas.width - 22.0, top, bottom, x, y }
     }
 
-    /// Where a point stands on the canvas.
+    /// Returns the position of a point on the canvas.
     pub fn place(&self, (x, y): (f64, f64)) -> (f64, f64) {
         (
             self.left + self.x.share(x) * (self.right - self.left),
@@ -196,7 +196,7 @@ impl Frame {
         )
     }
 
-    /// `labels` are title, x and y; `legend` names the series where there are several.
+    /// `labels` are title, x and y; `legend` names the series if there are several.
     pub fn paint<B: DrawingBackend>(
         &self,
         canvas: &mut Canvas<'_, B>,
@@ -236,7 +236,7 @@ impl Frame {
         canvas.text(x_label, (middle, self.bottom + 38.0), Anchor::Middle, GREY, TEXT_SIZE, false);
     }
 
-    /// From the right end of the line under the title.
+    /// Draws from the right end of the line under the title.
     fn paint_legend<B: DrawingBackend>(
         &self,
         canvas: &mut Canvas<'_, B>,

@@ -1,4 +1,4 @@
-//! Generated pictures side by side, a label before each row.
+//! Generated pictures side by side, with a label before each row.
 
 use std::path::Path;
 
@@ -11,15 +11,15 @@ use crate::files::durable::replace_file;
 use crate::report::canvas::{self, Anchor, Canvas, GREY, INK, Picture, text_width};
 use crate::tensor::bytes;
 
-/// Pictures smaller than this are enlarged by the largest whole factor that stays within it.
+/// Smaller pictures are enlarged by the largest whole factor that stays within this size.
 const PICTURE_PIXELS: u32 = 128;
-/// Text and gaps, in layout pixels; the file has two pixels for each.
+/// Text size and gaps, in layout pixels; the file has two pixels for each.
 const TEXT_SIZE: f64 = 13.0;
 const TITLE_SIZE: f64 = 16.0;
 const GAP: u32 = 3;
 const MARGIN: u32 = 14;
 
-/// The grid as a PNG file.
+/// Writes the grid as a PNG file.
 ///
 /// # Shapes
 /// As [`grid_png`].
@@ -36,12 +36,11 @@ pub fn write_grid(
     replace_file(path, |out| out.write_all(&bytes))
 }
 
-/// The grid as PNG bytes: row by row `columns` pictures, `rows` names them; small pictures are
-/// enlarged in whole pixels.
+/// Returns the grid as PNG bytes: `columns` pictures in each row, and a label from `rows` before
+/// it; small pictures are enlarged by a whole factor.
 ///
-/// # Shapes
-/// `images`: `[N, C, H, W]`, any float kind, values in `[-1, 1]` (beyond is clipped), `C` 1 or 3,
-/// `N` at most rows times columns.
+/// `images`: `[N, C, H, W]`, any float kind, values in `[-1, 1]` (values beyond are clipped), `C` 1
+/// or 3, `N` at most rows times columns.
 /// # Panics
 /// If the shapes do not fit (a bug in the caller).
 pub fn grid_png(images: &Tensor, rows: &[String], columns: usize, title: Option<&str>) -> Vec<u8> {
@@ -71,11 +70,11 @@ fn pictures(images: &Tensor) -> Vec<RgbImage> {
     let colours = images.to_device(Device::Cpu).to_kind(Kind::Float).expand([n, 3, h, w], false);
     let levels = ((colours + 1.0) * 127.5).round().nan_to_num(0.0, None, None).clamp(0.0, 255.0);
     let pixels = levels.to_kind(Kind::Uint8).permute([0, 2, 3, 1]).contiguous();
-    let of_one = |i| {
+    let picture = |i| {
         RgbImage::from_raw(w as u32, h as u32, bytes(&pixels.get(i)).to_vec())
             .expect("three bytes a pixel")
     };
-    (0..n).map(of_one).collect()
+    (0..n).map(picture).collect()
 }
 
 fn enlarge(picture: &RgbImage, factor: u32, sheet: &mut RgbImage, (left, top): (u32, u32)) {
@@ -88,7 +87,7 @@ fn enlarge(picture: &RgbImage, factor: u32, sheet: &mut RgbImage, (left, top): (
     }
 }
 
-/// Where the labels and pictures stand, in layout pixels.
+/// Positions of the labels and pictures, in layout pixels.
 struct Layout<'g> {
     rows: &'g [String],
     columns: u32,

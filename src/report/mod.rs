@@ -1,4 +1,4 @@
-//! Drawn at the end of a run: charts, grids of pictures, the page that holds them.
+//! The results of a run as pictures: charts, grids of samples, and the page that contains them.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 

@@ -1,4 +1,4 @@
-//! `report.html`: a finished run on one page, which holds all that it shows.
+//! `report.html`: a finished run on one self-contained page.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::files::durable::replace_file;
 use crate::report::{Bars, Chart};
 
-/// What the page shows, in its order.
+/// The contents of the page, in its order.
 #[derive(Clone, Debug, Default)]
 pub struct ReportData {
     pub title: String,
@@ -17,9 +17,9 @@ pub struct ReportData {
     pub summary: String,
     /// Short names and values: steps, parameters, ranks, time.
     pub facts: Vec<(String, String)>,
-    /// Charts; the first one, usually the loss, is drawn over the full width.
+    /// Charts; the first one, usually the loss, has the full width.
     pub figures: Vec<Figure>,
-    /// What the pictures are, and their PNG bytes from [`grid_png`](crate::report::grid_png).
+    /// Caption of the samples, and their PNG bytes from [`grid_png`](crate::report::grid_png).
     pub samples: Option<(String, Vec<u8>)>,
     /// The resolved configuration as text.
     pub configuration: String,
@@ -114,7 +114,7 @@ fn section(heading: &str, body: &str, shown: bool) -> String {
     if shown { format!("<section>\n{heading}{body}</section>\n") } else { String::new() }
 }
 
-/// Text that is text anywhere in HTML, also inside of an attribute in quotes.
+/// Escapes text for HTML, also within a quoted attribute.
 fn escaped(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for character in text.chars() {

@@ -1,5 +1,5 @@
-//! The configuration key by key: what a checkpoint records of it, and what differs between two of
-//! them.
+//! Compares configurations key by key: the keys that a checkpoint records, and the differences
+//! between two records.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,11 +8,11 @@ use toml::{Table, Value};
 use crate::config::RunConfig;
 use crate::settings::{self, Family};
 
-/// TOML texts of values by dotted key; a key that is unset is missing.
+/// TOML texts of values by dotted key. An unset key has no entry.
 pub type Values = BTreeMap<String, String>;
 
-/// Keys and tables that a checkpoint does not record: with any value of them the same steps give
-/// the same checkpoint, or the manifest holds their effect under a name of its own.
+/// Keys and tables that a checkpoint does not record: their values do not change the checkpoint
+/// that the same steps give, or the manifest holds their effect under another name.
 const UNRECORDED: [&str; 18] = [
     "seed",
     "max_steps",
@@ -34,21 +34,21 @@ const UNRECORDED: [&str; 18] = [
     "debug",
 ];
 
-/// Advice at the end of a line about another model.
+/// Advice at the end of an error about a changed model.
 const INSTEAD: &str = "set it back, or begin a new run";
 
-/// The one key of `[parallel]` that changes draws.
+/// The only key of `[parallel]` that changes the random draws.
 const SEED_SCOPE: &str = "parallel.seed_scope";
 
-/// Every key of a configuration.
+/// Returns every set key of a configuration.
 pub fn values(config: &RunConfig) -> Values {
     flattened(&config.to_toml())
 }
 
-/// Every key of a TOML text.
+/// Returns every set key of a TOML text.
 ///
 /// # Panics
-/// If it is no TOML.
+/// If the text is not TOML.
 pub fn flattened(text: &str) -> Values {
     let mut values = Values::new();
     flatten("", &toml::from_str(text).expect("a listing is TOML"), &mut values);
@@ -66,14 +66,14 @@ fn flatten(path: &str, table: &Table, values: &mut Values) {
     }
 }
 
-/// Every key of a run's listing, which an earlier release may have written: keys that it lacks have
-/// their defaults. None for a text that is no TOML, or an empty one.
+/// Returns every key of a run's `config.toml`, which an earlier release may have written: missing
+/// keys get their defaults. `None` if the text is empty or not TOML.
 pub fn values_of_listing(text: &str) -> Option<Values> {
     let table = settings::table(text).filter(|table| !table.is_empty())?;
     let mut config = RunConfig::default();
     match settings::read(&mut config, "the listing", text, &[]) {
         Ok(()) => Some(values(&config)),
-        // It has keys that this release no longer knows.
+        // The text has keys that this release does not know.
         Err(_) => {
             let mut values = Values::new();
             flatten("", &table, &mut values);
@@ -82,7 +82,7 @@ pub fn values_of_listing(text: &str) -> Option<Values> {
     }
 }
 
-/// The keys that a checkpoint records.
+/// Returns the keys that a checkpoint records.
 pub fn recorded(config: &RunConfig) -> Values {
     only_recorded(values(config))
 }
@@ -98,7 +98,8 @@ fn is_recorded(key: &str) -> bool {
     key == SEED_SCOPE || !UNRECORDED.iter().any(|unrecorded| is_below(unrecorded))
 }
 
-/// A run's listing, where the checkpoint's record stands for all keys that it records.
+/// Returns a run's listing with the checkpoint's recorded values in place of its own for all keys
+/// that a checkpoint records.
 pub fn with_record(listing: &Values, record: &Values) -> Values {
     let others = listing
         .iter()
@@ -107,19 +108,20 @@ pub fn with_record(listing: &Values, record: &Values) -> Values {
     others.chain(completed(record)).collect()
 }
 
-/// The text that a key holds.
+/// Returns the text that a key holds.
 pub fn text_of(values: &Values, key: &str) -> Option<String> {
     let table = settings::table(&format!("value = {}", values.get(key)?))?;
     table.get("value").and_then(Value::as_str).map(ToString::to_string)
 }
 
-/// A checkpoint's record, where keys that have come since have their defaults.
+/// Returns a checkpoint's record, with defaults for the keys that were added since it was written.
 pub fn completed(record: &Values) -> Values {
     let text: String = record.iter().map(|(key, value)| format!("{key} = {value}\n")).collect();
     values_of_listing(&text).map_or_else(|| record.clone(), only_recorded)
 }
 
-/// The keys whose values differ, each with both: `optimizer.adamw.lr: was 0.1, is 0.2`.
+/// Lists the keys whose values differ, each with both values: `optimizer.adamw.lr: was 0.1, is
+/// 0.2`.
 pub fn listed(was: &Values, is: &Values) -> Vec<String> {
     let shown =
         |values: &Values, key: &str| values.get(key).cloned().unwrap_or_else(|| "unset".into());
@@ -128,12 +130,13 @@ pub fn listed(was: &Values, is: &Values) -> Vec<String> {
     differing.map(|key| format!("{key}: was {}, is {}", shown(was, key), shown(is, key))).collect()
 }
 
-/// The keys in which a recorded architecture and the configured one differ, as a reason to refuse
-/// its parameters. Every key of `[model.<family>]` changes the function that the model computes,
-/// also where all shapes stay as they are.
+/// Compares a recorded architecture with the configured one. Returns the differing keys as a reason
+/// to refuse the recorded parameters; `None` if the architectures are equal. Every key of
+/// `[model.<family>]` changes the function that the model computes, even where all shapes stay the
+/// same.
 pub fn other_architecture(record: &Values, config: &RunConfig) -> Option<String> {
     let family = config.model.family.name();
-    let of_family = |values: &Values| -> Values {
+    let family_keys = |values: &Values| -> Values {
         let is_of_model =
             |key: &str| key.strip_prefix("model.").is_some_and(|rest| rest.contains('.'));
         values
@@ -142,7 +145,7 @@ pub fn other_architecture(record: &Values, config: &RunConfig) -> Option<String>
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect()
     };
-    let (was, is) = (of_family(&completed(record)), of_family(&values(config)));
+    let (was, is) = (family_keys(&completed(record)), family_keys(&values(config)));
     let own = format!("model.{family}.");
     if let Some(other) = was.keys().find(|key| !key.starts_with(&own)) {
         let other = other.split('.').nth(1).unwrap_or_default();
@@ -161,9 +164,9 @@ pub fn other_architecture(record: &Values, config: &RunConfig) -> Option<String>
     (!texts.is_empty()).then(|| format!("{}: another model; {INSTEAD}", texts.join(", ")))
 }
 
-/// The jump of the learning rate where a run goes on after `step` at another than its schedule had
-/// led to: what the last step had, and the next one has. `update` is the optimizer's own number of
-/// that last step.
+/// Returns a warning if the learning rate jumps where a run resumes after `step`: the schedule does
+/// not give `last`, the learning rate of that step. `update` is the optimizer's own number of that
+/// step.
 pub fn jump_of_lr(config: &RunConfig, last: f64, step: u64, update: u64) -> Option<String> {
     let lr =
         |update: u64| config.optimizer.lr() * config.lr_scheduler.factor(update, config.max_steps);
@@ -174,7 +177,7 @@ pub fn jump_of_lr(config: &RunConfig, last: f64, step: u64, update: u64) -> Opti
     })
 }
 
-/// Five significant digits.
+/// Formats a number with five significant digits.
 fn short(number: f64) -> String {
     let rounded: f64 = format!("{number:.4e}").parse().expect("a number that was just written");
     if rounded == 0.0 { "0".into() } else { format!("{rounded:e}") }

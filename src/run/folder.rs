@@ -1,9 +1,9 @@
-//! One folder a run, and what is kept in it.
+//! One folder for each run, and its contents.
 //!
 //! `config.toml`, `metrics.jsonl`, `log/`, `step-NNNNNNNN/`, `starts.json`, `report.html`,
-//! `loss.png`; `run.lock` while it runs; `config-1.toml`, … are configurations before a resume
-//! changed them. Only the names of the checkpoints tell which is the newest of a run; a file called
-//! `latest` is nobody's.
+//! `loss.png`; `run.lock` while the run is alive; `config-1.toml`, … are the configurations before
+//! a resume changed them. Only the names of the checkpoints tell which one is the newest; a file
+//! called `latest` is neither read nor written.
 
 use std::path::{Path, PathBuf};
 
@@ -21,27 +21,28 @@ use crate::run::resume::{Resume, choose};
 use crate::run::resume_log;
 use crate::run::runs::CONFIG;
 
-/// More than is read of any configuration.
+/// Maximum size of a configuration file that is read.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
-/// The folder of this run, agreed on by all ranks.
+/// This run's folder, agreed on by all ranks.
 #[derive(Debug, Deserialize, Serialize)]
 pub struct RunFolder {
     pub(super) path: PathBuf,
     pub(super) resumed_from: Option<Checkpoint>,
-    /// The report of the last step is written, or the run is beyond `max_steps`.
+    /// True if the report of the last step is written, or the run is beyond `max_steps`.
     pub(super) is_over: bool,
-    /// The run is none of `output_dir`'s, which therefore is not what its configuration shall name.
+    /// True if the run does not belong to `output_dir`, so that the configuration kept in it must
+    /// not name that.
     pub(super) is_elsewhere: bool,
-    /// Lines about folders and checkpoints that were passed over, taken over or set aside; said
-    /// once somebody listens.
+    /// Warnings about folders and checkpoints that were skipped, taken over or set aside; logged
+    /// once the log is open.
     pub(super) warnings: Vec<String>,
-    /// Rank 0's, for as long as the run lives.
+    /// The lock, on rank 0, held for as long as the run lives.
     #[serde(skip)]
     pub(super) lock: Option<RunLock>,
 }
 
-/// A checkpoint to go on from.
+/// A checkpoint to resume from.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(super) struct Checkpoint {
     pub path: PathBuf,
@@ -49,12 +50,13 @@ pub(super) struct Checkpoint {
 }
 
 impl RunFolder {
-    /// Rank 0 finds or makes the folder and locks it, and the others follow.
+    /// Finds or makes the folder and locks it on rank 0, and shares it with the other ranks.
     ///
     /// # Errors
-    /// [`Error::NoCheckpoint`] if a resume was asked for and nothing verifies;
-    /// [`Error::NoProgress`] after starts that led nowhere; [`Error::Config`] if another run has
-    /// the folder or it is none; [`Error::CheckpointMismatch`]; [`Error::Storage`].
+    /// [`Error::NoCheckpoint`] if a resume was requested and no checkpoint verifies;
+    /// [`Error::NoProgress`] after repeated starts without progress; [`Error::Config`] if another
+    /// run has the folder or the path is not a run folder; [`Error::CheckpointMismatch`];
+    /// [`Error::Storage`].
     pub fn open(config: &RunConfig, resume: &Resume, collective: &dyn Collective) -> Result<Self> {
         let mut lock = None;
         let open = || {
@@ -76,17 +78,19 @@ impl RunFolder {
         &self.path
     }
 
-    /// The checkpoint that the run goes on from.
+    /// Returns the checkpoint that the run resumes from.
     pub fn resumed_from(&self) -> Option<&Path> {
         self.resumed_from.as_ref().map(|checkpoint| &*checkpoint.path)
     }
 
-    /// Lines of rank 0 about what it passed over, took over or set aside.
+    /// Returns rank 0's warnings about folders and checkpoints that it skipped, took over or set
+    /// aside.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
 
-    /// The line of a start that has no step left to do; nothing in the folder changes by it.
+    /// Returns a message if there is no step left to do, in which case nothing in the folder
+    /// changes; `None` otherwise.
     pub fn nothing_to_do(&self, max_steps: u64) -> Option<String> {
         let Checkpoint { step, .. } = self.resumed_from.as_ref().filter(|_| self.is_over)?;
         Some(format!(
@@ -95,16 +99,16 @@ impl RunFolder {
         ))
     }
 
-    /// Notes that the run goes on from `step` towards `max_steps`; rank 0 does. One that has
-    /// arrived has nowhere to go, and that is no failure.
+    /// Records on rank 0 that the run continues from `step` towards `max_steps`. A run that has
+    /// already reached `max_steps` is not recorded, since making no progress is no failure there.
     pub fn note_start(&self, step: u64, max_steps: u64, collective: &dyn Collective) -> Result<()> {
         let note = || if step < max_steps { resume_log::note(&self.path, step) } else { Ok(()) };
         on_rank_zero(collective, || note().map(|()| String::new())).map(drop)
     }
 
-    /// Writes the resolved configuration beside the results, and says what a resume changes in it;
-    /// rank 0 does. A configuration that changes is kept as `config-1.toml`, or the next free
-    /// number.
+    /// Writes the resolved configuration beside the results, and logs the changes that a resume
+    /// makes; rank 0 does both. A configuration that is replaced is kept as `config-1.toml`, or the
+    /// next free number.
     ///
     /// # Errors
     /// [`Error::Storage`].
@@ -130,7 +134,7 @@ impl RunFolder {
             config.output_dir = own.unwrap_or_else(|| self.path.display().to_string());
         }
         let now = changes::values(&config);
-        // What the checkpoint records holds also where somebody has written into config.toml since.
+        // The checkpoint's record takes precedence over later edits of config.toml.
         let record = checkpoint::recorded(&checkpoint.path)?;
         let listed = match &before {
             Some(before) => changes::listed(&changes::with_record(before, &record), &now),
@@ -152,8 +156,8 @@ impl RunFolder {
         if is_kept { Ok(()) } else { self.write_config(&config) }
     }
 
-    /// Writes a configuration under the first free of `config-1.toml`, `config-2.toml`, …; returns
-    /// the name.
+    /// Writes a configuration under the first free name of `config-1.toml`, `config-2.toml`, …;
+    /// returns the name.
     fn keep(&self, text: &[u8]) -> Result<String> {
         let name = first_free((1..).map(|number| format!("config-{number}.toml")), &self.path);
         replace_file(&self.path.join(&name), |file| file.write_all(text))?;
@@ -161,10 +165,10 @@ impl RunFolder {
     }
 }
 
-/// The configuration of the run at `folder`.
+/// Reads the configuration of the run at `folder`.
 ///
 /// # Errors
-/// [`Error::Storage`] if it is no run folder.
+/// [`Error::Storage`] if it is not a run folder.
 pub fn config_of(folder: &Path) -> Result<RunConfig> {
     let path = folder.join(CONFIG);
     let text =
@@ -174,7 +178,7 @@ pub fn config_of(folder: &Path) -> Result<RunConfig> {
     RunConfig::read(&path.display().to_string(), &text, &[])
 }
 
-/// The first of these names that nothing in a folder has.
+/// Returns the first of these names that no file in a folder has.
 pub(super) fn first_free(mut names: impl Iterator<Item = String>, folder: &Path) -> String {
     names.find(|name| !folder.join(name).exists()).expect("numbers are endless")
 }

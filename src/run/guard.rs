@@ -1,8 +1,8 @@
-//! Whether a step may reach the parameters: what its loss is measured against, and how many steps
-//! may be left out.
+//! Decides if a step may update the parameters: compares its loss with earlier ones, and limits the
+//! number of skipped steps.
 //!
 //! The state belongs to the run and is saved with it, so that a resumed run decides as an unbroken
-//! one would.
+//! one.
 
 use std::collections::VecDeque;
 
@@ -10,35 +10,35 @@ use serde::{Deserialize, Serialize};
 
 use crate::median::{Middle, median};
 
-/// Losses that the next one is measured against.
+/// Number of losses that the next one is compared with.
 const WINDOW: usize = 128;
-/// Fewer say nothing of what is usual.
+/// Number of losses below which no comparison is made.
 const ENOUGH: usize = 32;
-/// Median absolute deviation of a normal distribution, in standard deviations, inverted.
+/// Standard deviation of a normal distribution over its median absolute deviation.
 const DEVIATIONS_PER_MAD: f64 = 1.4826;
-/// Least deviation that is told from none, as a share of the median: a loss that hardly moves must
-/// not alarm when it does.
+/// Smallest assumed deviation, as a share of the median, so that a nearly constant loss does not
+/// cause an alarm when it moves a little.
 const LEAST_DEVIATION: f64 = 0.01;
-/// Steps among which skipped ones are counted.
+/// Number of steps in which skipped ones are counted.
 pub const BUDGET_STEPS: u64 = 100;
 
-/// A run's memory of its losses and of the steps that it left out.
+/// A run's recent losses and skipped steps.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Guard {
-    /// Of applied steps, the newest last.
+    /// Losses of applied steps, the newest last.
     losses: VecDeque<f64>,
-    /// Of the last [`BUDGET_STEPS`].
+    /// Skipped ones of the last [`BUDGET_STEPS`] steps.
     skipped: VecDeque<u64>,
     num_skipped: u64,
-    /// The epoch, and how many bad samples it has met so far.
+    /// The epoch, and the number of bad samples found in it so far.
     bad_samples: (u64, u64),
 }
 
 impl Guard {
-    /// How far above the usual a loss is, in robust standard deviations: the distance from the
-    /// median of the losses before it, over their median absolute deviation. None while there are
-    /// few.
+    /// Returns how far a loss is above the usual, in robust standard deviations: the distance from
+    /// the median of the losses before it, over their median absolute deviation. `None` while there
+    /// are too few losses.
     ///
     /// Source: Rousseeuw & Hubert 2011, "Robust statistics for outlier detection", sections 2 and
     /// 3.
@@ -53,14 +53,14 @@ impl Guard {
         Some((loss - usual) / deviation)
     }
 
-    /// Of the losses before.
+    /// Returns the median of the recorded losses.
     pub fn median(&self) -> f64 {
         upper_median(self.losses.iter().copied())
     }
 
-    /// A step of this loss was applied.
+    /// Records the loss of a step that was applied.
     pub fn applied(&mut self, loss: f64) {
-        // What is no number would make every later comparison false.
+        // A NaN would make every later comparison false.
         if loss.is_finite() {
             self.losses.push_back(loss);
         }
@@ -69,8 +69,8 @@ impl Guard {
         }
     }
 
-    /// Step `step` is left out. Returns how many of the last [`BUDGET_STEPS`] were, this one among
-    /// them.
+    /// Records that `step` is skipped. Returns the number of skipped steps among the last
+    /// [`BUDGET_STEPS`], including this one.
     pub fn skip(&mut self, step: u64) -> u64 {
         self.num_skipped += 1;
         self.skipped.push_back(step);
@@ -80,21 +80,21 @@ impl Guard {
         self.skipped.len() as u64
     }
 
-    /// A step of this epoch met bad samples. Returns how many the epoch has met.
+    /// Adds the bad samples of a step to those of its epoch. Returns the epoch's number of them.
     pub fn bad_samples(&mut self, epoch: u64, count: u64) -> u64 {
         let before = if self.bad_samples.0 == epoch { self.bad_samples.1 } else { 0 };
         self.bad_samples = (epoch, before + count);
         before + count
     }
 
-    /// Number of the optimizer's own step when the run is at `step`: data go on where a step is
-    /// skipped, the optimizer and its schedule do not.
+    /// Returns the optimizer's own step number when the run is at `step`: data advance over a
+    /// skipped step, the optimizer and its schedule do not.
     pub fn update_number(&self, step: u64) -> u64 {
         step - self.num_skipped
     }
 }
 
-/// The upper one of an even number; 0 of none.
+/// Returns the upper median of an even number of values; 0 if there are none.
 fn upper_median(values: impl Iterator<Item = f64>) -> f64 {
     median(values, Middle::Upper).unwrap_or_default()
 }
@@ -104,7 +104,7 @@ mod tests {
     use super::*;
     use crate::rng::{Key, Purpose};
 
-    /// Step by step, a decaying loss with noise of a tenth of it, times `factor(step)`; returns the
+    /// Simulates a decaying loss with noise of a tenth of it, times `factor(step)`; returns the
     /// heights.
     fn heights(steps: u64, factor: impl Fn(u64) -> f64, takes_all: bool) -> Vec<f64> {
         let mut guard = Guard::default();

@@ -1,4 +1,4 @@
-//! Paths on the command line: each means a run folder, or a checkpoint in one.
+//! Resolves paths on the command line; each names a run folder, or a checkpoint in one.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 use crate::run::checkpoint;
 
-/// The run folder and the checkpoint that a path means: itself, or its newest.
+/// Returns the run folder and the checkpoint that a path names: the path itself, or the newest
+/// checkpoint in it.
 ///
 /// # Errors
 /// [`Error::NoCheckpoint`], [`Error::CheckpointMismatch`], [`Error::Storage`].
@@ -22,19 +23,19 @@ pub fn locate(path: &Path) -> Result<(PathBuf, PathBuf)> {
             .ok_or_else(|| no_checkpoint(path, "holds no checkpoint"))?;
         match checkpoint::verify(&folder) {
             Ok(_) => return Ok((path.into(), folder)),
-            // A run that goes on has deleted it for a newer one meanwhile.
+            // A live run has deleted the checkpoint for a newer one meanwhile.
             Err(_) if !folder.exists() => {}
-            // A newest one that is broken is an error: samples of an older one would pass for the
-            // run's.
+            // A broken newest checkpoint is an error: samples of an older one would be taken for
+            // the run's.
             Err(unfit) => return Err(unfit.into_error(&folder)),
         }
     }
 }
 
-/// The checkpoints of a run folder by step, ascending.
+/// Returns the checkpoints of a run folder by step, ascending.
 ///
 /// # Errors
-/// [`Error::NoCheckpoint`] if it is no folder; [`Error::Storage`].
+/// [`Error::NoCheckpoint`] if it is not a folder; [`Error::Storage`].
 pub fn checkpoints_of(run: &Path) -> Result<Vec<(u64, PathBuf)>> {
     match (run.exists(), run.is_dir()) {
         (_, true) => checkpoint::list(run),
@@ -43,13 +44,13 @@ pub fn checkpoints_of(run: &Path) -> Result<Vec<(u64, PathBuf)>> {
     }
 }
 
-/// [`Error::NoCheckpoint`] of this path.
+/// Returns [`Error::NoCheckpoint`] for this path.
 pub fn no_checkpoint(path: &Path, what: impl Into<String>) -> Error {
     Error::NoCheckpoint { path: path.into(), what: what.into() }
 }
 
-/// The run that a checkpoint's folder lies in, and the checkpoint, both by their true names: `.`
-/// and links may mean any folder.
+/// Returns the run folder that contains a checkpoint, and the checkpoint, both canonical: `.` and
+/// links may name any folder.
 ///
 /// # Errors
 /// [`Error::Storage`].

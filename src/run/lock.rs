@@ -1,8 +1,9 @@
-//! One run in one folder: `run.lock` says whose it is.
+//! Only one process uses a run folder: `run.lock` names it.
 //!
-//! The file is made with O_EXCL, which holds on network file systems where advisory locks do not,
-//! and touched every few seconds for as long as the run lives, so that its age is the run's
-//! heartbeat. It goes when the run ends in good order; one whose run is gone is taken over.
+//! The file is created with O_EXCL, which is reliable on network file systems where advisory locks
+//! are not, and its times are updated every few seconds for as long as the run lives, so that its
+//! age is a heartbeat. It is removed when the run ends in good order; the lock of a dead run is
+//! taken over.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write};
@@ -20,42 +21,43 @@ use crate::error::{ConfigProblem, Error, Result};
 use crate::pulse;
 
 const FILE: &str = "run.lock";
-/// Time between two touches.
+/// Time between two updates of the lock's times.
 const BEAT: Duration = Duration::from_secs(5);
-/// Age at which a lock is nobody's: many beats, and more than a stalled network file system takes.
+/// Age from which a lock is stale: many beats, and longer than a network file system stalls.
 const STALE: Duration = Duration::from_secs(120);
 
-/// A run folder that is this process's alone, until it is dropped.
+/// The exclusive use of a run folder, released on drop.
 #[derive(Debug)]
 pub struct RunLock {
     path: PathBuf,
     holder: Holder,
-    /// Dropped to end the heart.
+    /// The sender is dropped to end the heartbeat thread.
     heart: Option<(Sender<()>, JoinHandle<()>)>,
 }
 
-/// Who holds a folder.
+/// The process that holds a folder.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 struct Holder {
     host: String,
     pid: u32,
-    /// When the system says that this process began: another process may get the same number later.
+    /// Start time of the process as reported by the system, since a later process may get the same
+    /// number.
     began: Option<u64>,
     job: Option<String>,
-    /// UTC.
+    /// Time in UTC.
     since: String,
 }
 
 impl RunLock {
-    /// Makes `run` this process's. Also what to say where a lock was taken over.
+    /// Locks `run` for this process. Also returns a warning if a stale lock was taken over.
     ///
     /// # Errors
-    /// [`Error::Config`] with who holds it; [`Error::Storage`].
+    /// [`Error::Config`] naming the holder; [`Error::Storage`].
     pub fn take(run: &Path) -> Result<(Self, Option<String>)> {
         RunLock::take_or_find(run)?.map_err(|found| in_use(run, &found))
     }
 
-    /// As [`take`](Self::take); none where another run holds it.
+    /// As [`take`](Self::take), but returns `None` if another run holds the lock.
     ///
     /// # Errors
     /// [`Error::Storage`].
@@ -76,7 +78,7 @@ impl RunLock {
             match found.why_stale(&holder) {
                 None => return Ok(Err(found)),
                 Some(why) => {
-                    if take_away(&path, &found)?.is_none() {
+                    if remove_stale(&path, &found)?.is_none() {
                         return Ok(Err(found));
                     }
                     said = Some(format!(
@@ -103,8 +105,8 @@ impl RunLock {
     }
 }
 
-/// The process that holds a run folder, found without touching the lock; none where it is known to
-/// be gone.
+/// Returns the process that holds a run folder, without touching the lock; `None` if that process
+/// is known to be gone.
 pub fn holder(run: &Path) -> Option<String> {
     let text = fs::read_to_string(run.join(FILE)).ok()?;
     let found = Found { holder: serde_json::from_str(&text).ok(), text, age: Duration::ZERO };
@@ -115,10 +117,10 @@ impl Drop for RunLock {
     fn drop(&mut self) {
         if let Some((stop, heart)) = self.heart.take() {
             drop(stop);
-            // It has nothing to return, and its panic has ended the process.
+            // The thread returns no value, and a panic in it has already ended the process.
             let _ = heart.join();
         }
-        // Another's lock is not this one's to remove.
+        // A lock that now belongs to another process must stay.
         if Found::read(&self.path)
             .ok()
             .flatten()
@@ -129,12 +131,13 @@ impl Drop for RunLock {
     }
 }
 
-/// Touches the lock until the other end of the channel is gone, by the clock of the file system.
+/// Updates the lock's times by the file system's clock until the other end of the channel is
+/// dropped.
 fn beat(path: &Path, file: &File, stopped: &Receiver<()>) {
     let time = |nanoseconds| Timespec { tv_sec: 0, tv_nsec: nanoseconds };
     let now = Timestamps { last_access: time(UTIME_OMIT), last_modification: time(UTIME_NOW) };
     while stopped.recv_timeout(BEAT) == Err(RecvTimeoutError::Timeout) {
-        // A disk that takes no touch takes no checkpoint either, which is where that is told.
+        // A disk that fails here fails the next checkpoint too, and that reports the error.
         let _ = futimens(file, &now);
         if belongs_to_another(path, file) {
             let what = format!(
@@ -152,36 +155,37 @@ fn belongs_to_another(path: &Path, file: &File) -> bool {
     matches!((there, own), (Ok(there), Ok(own)) if (there.dev(), there.ino()) != (own.dev(), own.ino()))
 }
 
-/// A lock that stands in the way.
+/// An existing lock.
 struct Found {
     text: String,
-    /// None while it is being written.
+    /// `None` while the file is being written.
     holder: Option<Holder>,
-    /// Since the last touch, by the clock of the file system.
+    /// Time since the last touch, by the clock of the file system.
     age: Duration,
 }
 
 impl Found {
-    /// None if it is gone by now.
+    /// `None` if the file no longer exists.
     fn read(path: &Path) -> Result<Option<Self>> {
-        let there = |result: io::Result<_>| match result {
+        let if_exists = |result: io::Result<_>| match result {
             Ok(found) => Ok(Some(found)),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(Error::storage(path, "read")(error)),
         };
         let read =
             fs::read_to_string(path).and_then(|text| Ok((text, fs::metadata(path)?.modified()?)));
-        let Some((text, touched)) = there(read)? else { return Ok(None) };
+        let Some((text, touched)) = if_exists(read)? else { return Ok(None) };
         let age = now_at(path)?.duration_since(touched).unwrap_or_default();
         Ok(Some(Found { holder: serde_json::from_str(&text).ok(), text, age }))
     }
 
-    /// Why nobody holds it any more.
+    /// Returns the reason why the lock is stale; `None` if it is still held.
     fn why_stale(&self, own: &Holder) -> Option<String> {
         let old = (self.age > STALE).then(|| format!("not touched for {} s", self.age.as_secs()));
         let Some(holder) = &self.holder else { return old };
         if holder.host == own.host {
-            // Here it can be looked up; a process that lives holds the lock however old that is.
+            // On this host the process can be looked up; a living process holds its lock whatever
+            // the age.
             return (!holder.lives()).then(|| format!("process {} is gone", holder.pid));
         }
         let same_job = holder.job.is_some() && holder.job == own.job;
@@ -197,18 +201,18 @@ impl Found {
     }
 }
 
-/// The time by the clock that sets the times of files in the lock's folder.
+/// Returns the time of the clock that sets file times in the lock's folder.
 fn now_at(path: &Path) -> Result<SystemTime> {
     let probe = path.with_file_name(format!(".{FILE}.{}.{}", pulse::host(), std::process::id()));
     let written = File::create(&probe)
         .and_then(|mut file| file.write_all(b"\n").and_then(|()| file.metadata()?.modified()));
-    // Whoever else asks in this process may have removed it first.
+    // Another thread of this process may have removed the file first.
     let _ = fs::remove_file(&probe);
     written.map_err(Error::storage(&probe, "write"))
 }
 
-/// Removes a stale lock; None if by now another stands in its place, which is left there.
-fn take_away(path: &Path, stale: &Found) -> Result<Option<()>> {
+/// Removes a stale lock; `None` if another lock has replaced it meanwhile, which is kept.
+fn remove_stale(path: &Path, stale: &Found) -> Result<Option<()>> {
     let aside =
         path.with_file_name(format!(".{FILE}.stale.{}.{}", pulse::host(), std::process::id()));
     match fs::rename(path, &aside) {
@@ -237,24 +241,24 @@ impl Holder {
         Holder { host: pulse::host(), pid, began: began(pid), job: collective::job(), since }
     }
 
-    /// Whether the process is there, for a holder of this host.
+    /// True if the process is alive; only for a holder on this host.
     fn lives(&self) -> bool {
         match (began(std::process::id()), began(self.pid)) {
             (Some(_), there) => there.is_some() && there == self.began,
-            // A system that does not say; the age has to.
+            // The system does not report start times, so the age has to decide.
             (None, _) => true,
         }
     }
 }
 
-/// When a process began, in ticks since the machine did; None if there is none or it only waits to
-/// be buried.
+/// Returns the start time of a process, in clock ticks since boot; `None` if it does not exist or
+/// is a zombie.
 fn began(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name before may hold anything, a parenthesis too.
+    // The preceding name may contain anything, even a parenthesis.
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
     let state = fields.next()?;
-    // The state is the third field, the time the 22nd.
+    // The state is the third field, the start time the 22nd.
     if matches!(state, "Z" | "X") { None } else { fields.nth(18)?.parse().ok() }
 }
 
@@ -297,7 +301,7 @@ mod tests {
     #[test]
     fn a_lock_of_a_process_that_is_gone_is_taken_over_at_once() {
         let run = tempfile::tempdir().unwrap();
-        // This process's number, but of a process that began at another time.
+        // The number of this process, with another start time.
         let gone = Holder { began: Some(1), ..Holder::this_process() };
         fs::write(run.path().join(FILE), serde_json::to_string(&gone).unwrap()).unwrap();
         let (_held, said) = RunLock::take(run.path()).unwrap();
@@ -350,7 +354,7 @@ mod tests {
         let path = run.path().join(FILE);
         fs::write(&path, "another's, quicker").unwrap();
         let stale = Found { text: "of the dead".into(), holder: None, age: STALE };
-        assert_eq!(take_away(&path, &stale).unwrap(), None);
+        assert_eq!(remove_stale(&path, &stale).unwrap(), None);
         assert_eq!(fs::read_to_string(&path).unwrap(), "another's, quicker");
     }
 

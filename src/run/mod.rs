@@ -1,15 +1,15 @@
-//! A run on the disk: its folder and who uses it, its checkpoints, what it begins with, what it is
-//! asked while it goes on.
+//! A run on the disk: its folder and lock, its checkpoints, its initial weights, and requests to
+//! it.
 //!
 //! | question | file |
 //! |---|---|
-//! | which folder, which checkpoint | `folder.rs`, `resume.rs`, `locate.rs`, `runs.rs` |
-//! | who uses it | `lock.rs` |
-//! | does it get anywhere | `resume_log.rs` |
-//! | what has changed since | `changes.rs` |
+//! | which folder and checkpoint is used | `folder.rs`, `resume.rs`, `locate.rs`, `runs.rs` |
+//! | which process uses it | `lock.rs` |
+//! | does it make progress | `resume_log.rs` |
+//! | which settings have changed since | `changes.rs` |
 //! | what survives a power cut | `checkpoint/`, `optimizer_state.rs`, `guard.rs` |
-//! | what it begins with | `pretrained.rs` |
-//! | what it is asked | `requests.rs` |
+//! | what it starts with | `pretrained.rs` |
+//! | which requests it gets | `requests.rs` |
 
 pub mod changes;
 pub mod checkpoint;

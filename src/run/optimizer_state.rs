@@ -1,4 +1,4 @@
-//! The optimizer's tensors: this rank's shards of them, by stage and piece.
+//! This rank's shards of the optimizer's tensors, by stage and piece.
 
 use tch::{Tensor, no_grad};
 
@@ -6,47 +6,47 @@ use crate::error::Result;
 use crate::optim::{Optimizer, Slice, Update};
 use crate::parallel::{Bucket, Devices, Replica, Shard};
 
-/// What one step does to every parameter.
+/// The numbers with which one step updates every parameter.
 #[derive(Clone, Copy)]
 pub struct Change {
-    /// Of every gradient: the clipping's coefficient.
+    /// Factor of every gradient: the clipping coefficient.
     pub gradient_factor: f64,
     pub lr: f64,
-    /// Counts from 1.
+    /// Number of the update, from 1.
     pub step: u64,
 }
 
 /// One tensor for each piece of each stage and each of the optimizer's state names.
 pub struct OptimizerState {
-    /// By stage, piece, name.
+    /// Tensors by stage, piece and state name.
     stages: Vec<Vec<Vec<Tensor>>>,
     rule: Box<dyn Update>,
 }
 
 impl OptimizerState {
-    /// Zeros, as before the first step.
+    /// Returns zeros, the state before the first step.
     ///
     /// # Errors
-    /// If the device cannot carry the optimizer out.
+    /// If the device cannot run the optimizer.
     pub fn fresh(
         replica: &Replica<'_>,
         optimizer: &dyn Optimizer,
         devices: Devices,
     ) -> Result<Self> {
-        let of_piece = |master: &Tensor| {
+        let zeros_of_piece = |master: &Tensor| {
             let zeros = || Tensor::zeros(master.size(), (master.kind(), devices.home));
             optimizer.state_names().iter().map(|_| zeros()).collect()
         };
-        let of_bucket = |bucket: &Bucket| {
-            bucket.pieces().iter().map(|piece| of_piece(piece.master())).collect()
+        let zeros_of_bucket = |bucket: &Bucket| {
+            bucket.pieces().iter().map(|piece| zeros_of_piece(piece.master())).collect()
         };
         Ok(OptimizerState {
-            stages: replica.buckets.iter().map(of_bucket).collect(),
+            stages: replica.buckets.iter().map(zeros_of_bucket).collect(),
             rule: optimizer.on(devices.compute)?,
         })
     }
 
-    /// A stage's tensor of the optimizer's name number `name`, whole: `[P]` f32.
+    /// Returns a stage's whole state tensor number `name`: `[P]` f32.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it.
@@ -56,15 +56,15 @@ impl OptimizerState {
         replica.buckets[stage].whole(&owned, &replica.sharing)
     }
 
-    /// Keeps this rank's shards of a stage's whole tensor.
+    /// Copies this rank's shards out of a stage's whole tensor.
     pub fn set(&mut self, stage: usize, name: usize, flat: &Tensor, bucket: &Bucket) {
         for (piece, owned) in self.stages[stage].iter_mut().zip(bucket.owned(flat)) {
             no_grad(|| piece[name].copy_(&owned));
         }
     }
 
-    /// One update of a stage. Master values and state that live elsewhere visit the gradient's
-    /// device, a piece at a time.
+    /// Updates one stage. Master values and state on another device are copied to the gradient's
+    /// device and back, one piece at a time.
     pub fn update(
         &mut self,
         stage: usize,
@@ -77,8 +77,8 @@ impl OptimizerState {
             bucket.shards_mut().zip(&mut self.stages[stage]).zip(gradients)
         {
             let Shard { master, computed, decayed } = shard;
-            // The same tensors where they are there already, and copies onto themselves cost
-            // nothing.
+            // `to_device` returns the same tensor if it is on that device already; copying that
+            // back onto itself costs nothing.
             let mut params = master.to_device(gradient.device());
             let mut visitors: Vec<Tensor> =
                 state.iter().map(|tensor| tensor.to_device(gradient.device())).collect();

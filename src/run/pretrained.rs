@@ -1,4 +1,4 @@
-//! Weights that a run begins with, from a diffusers transformer folder.
+//! Loads initial weights from a diffusers transformer folder.
 
 use std::path::Path;
 
@@ -13,16 +13,16 @@ use crate::nn::ParamSet;
 use crate::parallel::Replica;
 use crate::run::requests;
 
-/// Name of the weights' files before their endings, diffusers'.
+/// File name of diffusers' weights without its extension.
 pub const STEM: &str = "diffusion_pytorch_model";
 
 /// Fills the model with the folder's weights. Rank 0 reads each tensor once and sends it to the
-/// others, a stage at a time; each rank keeps what it holds.
+/// others, one stage at a time; each rank keeps its shards.
 ///
 /// # Errors
-/// On one rank, [`Error::Peer`] on the others: [`Error::Data`] listing every missing, unexpected
-/// and misshapen tensor, before anything is changed; naming file and tensor of a number that is not
-/// finite.
+/// On the failing rank [`Error::Data`], on the others [`Error::Peer`]: before anything is changed,
+/// a list of every missing, unexpected and misshapen tensor; later, the file and the tensor of a
+/// number that is not finite.
 ///
 /// # Ordering
 /// Every rank calls it.
@@ -32,7 +32,7 @@ pub fn load_pretrained(
     replica: &mut Replica<'_>,
     collective: &dyn Collective,
 ) -> Result<()> {
-    // Opening reads headers only, so that each rank may do it.
+    // Opening reads headers only, so each rank can afford it.
     let shards = agreed(open(folder, family, replica), collective)?;
     for (stage, bucket) in replica.stages.iter().zip(&mut replica.buckets) {
         let params = stage.params();
@@ -45,7 +45,7 @@ pub fn load_pretrained(
 }
 
 fn open(folder: &Path, family: &Model, replica: &Replica<'_>) -> Result<Shards> {
-    let shards = Shards::of_stem(folder, STEM)?;
+    let shards = Shards::open_stem(folder, STEM)?;
     let expected = replica.infos().map(|info| (info.name.clone(), info.shape.as_slice())).collect();
     let kinds = [Kind::Float, Kind::BFloat16, Kind::Half];
     shards
@@ -54,10 +54,10 @@ fn open(folder: &Path, family: &Model, replica: &Replica<'_>) -> Result<Shards> 
     Ok(shards)
 }
 
-/// One stage's parameters, each read by its name, as the flat f32 buffer that holds them.
+/// Returns one stage's parameters, each read by its name, as one flat f32 buffer.
 ///
 /// # Errors
-/// The error that reading meets; [`Error::Stopped`] if a signal came meanwhile.
+/// Errors of `read`; [`Error::Stopped`] if a signal arrived meanwhile.
 pub fn flat(params: &ParamSet, read: impl Fn(&str) -> Result<Tensor>) -> Result<Tensor> {
     let whole = Tensor::empty([params.numel()], (Kind::Float, Device::Cpu));
     let mut offset = 0;

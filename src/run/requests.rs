@@ -1,13 +1,13 @@
-//! What people and launchers ask of a run that is under way: to save, or to save and stop.
+//! Requests from users and launchers to a live run: to save, or to save and stop.
 //!
-//! SIGUSR1, SIGUSR2, SIGTERM, SIGHUP and SIGINT ask to stop; a second SIGINT ends the process at
-//! once with code 130. So do files named `save` and `save_quit` in the run folder, and a time after
-//! which to stop.
+//! SIGUSR1, SIGUSR2, SIGTERM, SIGHUP and SIGINT request a stop; a second SIGINT ends the process at
+//! once with code 130. Files named `save` and `save_quit` in the run folder make requests too, and
+//! `--stop-after` requests a stop after a time.
 //!
-//! Requests are heard at the end of each step, where one rank's becomes every rank's, by the step's
-//! report; before the first step by the rank that reads weights or verifies a checkpoint, which
-//! ends all, see [`go_on`]; and while samples for the report are generated, which are then left
-//! out. A command without steps ends by its signal at once.
+//! Requests are read at the end of each step, when the step's report spreads one rank's request to
+//! all. Before the first step, the rank that reads weights or verifies a checkpoint checks for them
+//! and ends the run, see [`go_on`]. They are checked as well while samples for the report are
+//! generated, which are then left out. A command without steps ends at once by its signal.
 
 use std::cell::Cell;
 use std::fs;
@@ -24,39 +24,39 @@ use crate::collective::agreement::agree;
 use crate::error::{Error, Result};
 use crate::pulse;
 
-/// Exit code of a process that a second Ctrl-C ends: 128 and SIGINT's number.
+/// Exit code of a process that a second Ctrl-C ends: 128 plus SIGINT's number.
 const INTERRUPTED: i32 = 130;
 
-/// Asked of a run, in order of weight.
+/// Requests to a run, the strongest last.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Request {
     #[default]
     Nothing,
-    /// A checkpoint now.
+    /// Save a checkpoint now.
     Save,
-    /// A checkpoint now, then the end.
+    /// Save a checkpoint now, then stop.
     Stop,
 }
 
-/// Set once somebody asked this process to stop.
+/// Set once this process is requested to stop.
 #[derive(Clone, Debug, Default)]
 pub struct StopFlag(Arc<AtomicBool>);
 
 impl StopFlag {
-    /// A flag that signals set. They no longer end this process from then on.
+    /// Returns a flag that signals set. From then on these signals no longer end this process.
     ///
     /// # Errors
     /// [`Error::Environment`] if the operating system refuses.
     pub fn on_signals() -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let register = || {
-            // In this order: the first SIGINT finds the flag unset.
+            // The order matters: the first SIGINT must find the flag unset.
             flag::register_conditional_shutdown(SIGINT, INTERRUPTED, stop.clone())?;
             let asking = [SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGHUP];
             asking
                 .into_iter()
                 .try_for_each(|signal| flag::register(signal, stop.clone()).map(drop))?;
-            // A file size limit is an error of the write then, like a full disk.
+            // Exceeding a file size limit then is a write error, like a full disk.
             flag::register(SIGXFSZ, Arc::default())
         };
         register().map_err(|error: std::io::Error| {
@@ -66,10 +66,10 @@ impl StopFlag {
     }
 }
 
-/// The flag that signals set; none in a command without steps.
+/// The flag that signals set; empty in a command without steps.
 static SIGNALLED: OnceLock<StopFlag> = OnceLock::new();
 
-/// Goes on with work before the first step, unless a signal asked this process to stop.
+/// Returns an error if a signal has requested this process to stop; called before the first step.
 ///
 /// # Errors
 /// [`Error::Stopped`].
@@ -85,26 +85,27 @@ pub fn go_on() -> Result<()> {
     }
 }
 
-/// Listens on one rank.
+/// Reads the requests to one rank.
 pub struct Requests {
     stop: StopFlag,
     stop_at: Option<Instant>,
-    /// Where files are looked for; one rank does.
+    /// Folder in which request files are looked for; set on one rank only.
     folder: Option<PathBuf>,
     looked: Cell<Option<Instant>>,
 }
 
 impl Requests {
-    /// Files are looked for at most this often: a look at a busy network file system takes
+    /// Minimum time between two looks for files: on a busy network file system one takes
     /// milliseconds.
     const LOOKS: Duration = Duration::from_secs(1);
 
-    /// `stop_at`: when to stop by itself. `folder`: where to look for files, on one rank.
+    /// `stop_at`: time at which the run requests its own stop. `folder`: where to look for files,
+    /// on one rank.
     pub fn new(stop: StopFlag, stop_at: Option<Instant>, folder: Option<PathBuf>) -> Self {
         Requests { stop, stop_at, folder, looked: Cell::new(None) }
     }
 
-    /// What was asked of this rank so far.
+    /// Returns the strongest request to this rank so far.
     pub fn heard(&self) -> Request {
         if self.stop.0.load(Ordering::Relaxed)
             || self.stop_at.is_some_and(|when| Instant::now() >= when)
@@ -114,11 +115,11 @@ impl Requests {
         self.in_files()
     }
 
-    /// Goes on with work after the last step, unless some rank was asked to stop.
+    /// Returns an error if any rank is requested to stop; called after the last step.
     ///
     /// # Errors
-    /// [`Error::Stopped`] on every rank alike; [`Error::Peer`] if one agrees on an error of its own
-    /// meanwhile.
+    /// [`Error::Stopped`] on every rank alike; [`Error::Peer`] if another rank agrees on an error
+    /// of its own meanwhile.
     ///
     /// # Ordering
     /// Every rank calls it.
@@ -141,7 +142,7 @@ impl Requests {
         asked.map(|(_, request)| *request).max().unwrap_or_default()
     }
 
-    /// Takes the files away, so that each is done once.
+    /// Deletes the request files, so that each is carried out once.
     pub fn done(&self) {
         let Some(folder) = &self.folder else { return };
         for (name, _) in FILES {
@@ -161,12 +162,12 @@ impl Requests {
 const FILES: &[(&str, Request)] = &[("save", Request::Save), ("save_quit", Request::Stop)];
 
 impl Request {
-    /// As a number that ranks can exchange.
+    /// Returns the request as a number that ranks can exchange.
     pub fn number(self) -> f32 {
         self as u8 as f32
     }
 
-    pub fn of_number(number: f32) -> Self {
+    pub fn from_number(number: f32) -> Self {
         [Request::Stop, Request::Save]
             .into_iter()
             .find(|request| request.number() == number)
@@ -213,7 +214,7 @@ mod tests {
     #[test]
     fn a_request_is_the_same_behind_its_number() {
         for request in [Request::Nothing, Request::Save, Request::Stop] {
-            assert_eq!(Request::of_number(request.number()), request);
+            assert_eq!(Request::from_number(request.number()), request);
         }
     }
 }

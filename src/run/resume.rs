@@ -1,4 +1,4 @@
-//! The choice of the run folder that a start takes, and of the checkpoint that it goes on from.
+//! Chooses the run folder of a start, and the checkpoint that it resumes from.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -14,21 +14,21 @@ use crate::run::lock::RunLock;
 use crate::run::resume_log;
 use crate::run::runs::{CONFIG, OutputDir, REPORT, Run, is_unused};
 
-/// Advice at the end of a line about a resume that finds nothing.
+/// Advice at the end of an error about a resume that finds nothing.
 const INSTEAD: &str = "start with --resume never, or with --resume auto, which goes on where it can and begins anew where it cannot";
 
-/// Where a run begins.
+/// Selects where a run starts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Resume {
-    /// At step 0, in a folder of its own.
+    /// At step 0, in a new folder.
     #[default]
     Never,
-    /// At the newest checkpoint that verifies, of the newest run of `output_dir` that has any.
+    /// At the newest checkpoint that verifies, in the newest run of `output_dir` that has any.
     Latest,
-    /// As [`Latest`](Resume::Latest) where any run of `output_dir` has a checkpoint, else as
+    /// As [`Latest`](Resume::Latest) if any run of `output_dir` has a checkpoint, else as
     /// [`Never`](Resume::Never).
     Auto,
-    /// At this checkpoint, or at the newest of this run folder.
+    /// At this checkpoint, or at the newest one of this run folder.
     From(PathBuf),
 }
 
@@ -45,7 +45,7 @@ impl FromStr for Resume {
     }
 }
 
-/// The folder of a run that begins or goes on, found or made and locked.
+/// Finds or makes the folder of a run, and locks it.
 ///
 /// # Errors
 /// As [`RunFolder::open`].
@@ -77,13 +77,13 @@ pub fn choose(config: &RunConfig, resume: &Resume) -> Result<RunFolder> {
     }
 }
 
-/// A folder for a run that begins: the first candidate that nobody has.
+/// Makes or takes the folder of a new run: the first candidate that no process has.
 fn begin(output_dir: &OutputDir) -> Result<RunFolder> {
     for path in output_dir.candidates()? {
         fs::create_dir_all(&path).map_err(Error::storage(&path, "create"))?;
         let was_used = path.join(CONFIG).exists();
         let Some(lock) = RunLock::take_if_free(&path)? else { continue };
-        // Another run may have begun and ended here meanwhile.
+        // Another run may have started and ended here meanwhile.
         if !is_unused(&path) {
             continue;
         }
@@ -106,7 +106,7 @@ fn begin(output_dir: &OutputDir) -> Result<RunFolder> {
     unreachable!("the candidates are endless")
 }
 
-/// The newest run that has a checkpoint, and the folders of newer ones that have none.
+/// Returns the newest run that has a checkpoint, and the newer folders that have none.
 ///
 /// # Errors
 /// [`Error::Storage`].
@@ -131,7 +131,7 @@ fn nothing_at(config: &RunConfig) -> Error {
     no_checkpoint(path, format!("{what}; {INSTEAD}"))
 }
 
-/// The newest run, as nobody named one: starts of it that get nowhere come to an end.
+/// Resumes the newest run. Since the user named none, repeated starts without progress are refused.
 fn latest(run: &Run, passed_over: Vec<PathBuf>, max_steps: u64) -> Result<RunFolder> {
     let mut folder = resume_run(&run.path, max_steps, true)?;
     let said = |path: PathBuf| {
@@ -161,7 +161,7 @@ fn resume_from(path: &Path, max_steps: u64) -> Result<RunFolder> {
     if list.is_empty() {
         return Err(no_checkpoint(path, format!("holds no checkpoint; {INSTEAD}")));
     }
-    // `.` says nothing in a log.
+    // `.` would say nothing in a log.
     let path = if path.file_name().is_none() {
         fs::canonicalize(path).map_err(Error::storage(path, "find"))?
     } else {
@@ -170,7 +170,7 @@ fn resume_from(path: &Path, max_steps: u64) -> Result<RunFolder> {
     resume_run(&path, max_steps, false)
 }
 
-/// At this very checkpoint.
+/// Resumes from this very checkpoint.
 fn resume_checkpoint(path: &Path, max_steps: u64) -> Result<RunFolder> {
     let (run, path) = run_of(path)?;
     let (lock, taken_over) = RunLock::take(&run)?;
@@ -188,8 +188,8 @@ fn resume_checkpoint(path: &Path, max_steps: u64) -> Result<RunFolder> {
     Ok(going_on(run, path, &manifest, max_steps, warnings, lock))
 }
 
-/// At the newest checkpoint that verifies; newer ones that do not are set aside, loudly. A guarded
-/// run that gets nowhere is not started for ever.
+/// Resumes at the newest checkpoint that verifies; newer ones that do not are set aside with a
+/// warning. `is_guarded` refuses repeated starts without progress.
 fn resume_run(run: &Path, max_steps: u64, is_guarded: bool) -> Result<RunFolder> {
     let (lock, taken_over) = RunLock::take(run)?;
     checkpoint::clear_leftovers(run)?;
@@ -218,7 +218,7 @@ fn going_on(
     lock: RunLock,
 ) -> RunFolder {
     let step = manifest.step;
-    // A run that ended at its last step, but before its report, has that to do.
+    // A run that ended at its last step but before its report still has to write it.
     let is_over = step > max_steps || step == max_steps && run.join(REPORT).exists();
     RunFolder {
         path: run,
@@ -230,13 +230,13 @@ fn going_on(
     }
 }
 
-/// A checkpoint that failed its check: its step, its folder, what failed.
+/// A checkpoint that failed verification: its step, its folder, and the fault.
 type Broken = (u64, PathBuf, String);
 
-/// The newest checkpoint that verifies, and the newer ones that do not.
+/// Returns the newest checkpoint that verifies, and the newer ones that do not.
 ///
 /// # Errors
-/// [`Error::NoCheckpoint`] if none does; whatever another checkpoint would not mend.
+/// [`Error::NoCheckpoint`] if none verifies; an error that another checkpoint would not avoid.
 fn newest_sound(run: &Path) -> Result<(Manifest, PathBuf, Vec<Broken>)> {
     let mut broken = Vec::new();
     for (step, path) in checkpoint::list(run)?.into_iter().rev() {
@@ -258,7 +258,7 @@ fn newest_sound(run: &Path) -> Result<(Manifest, PathBuf, Vec<Broken>)> {
     ))
 }
 
-/// Keeps it under the first free of `.bad-1`, `.bad-2`, …; returns the name.
+/// Renames a checkpoint to the first free of `.bad-1`, `.bad-2`, …; returns the name.
 fn set_aside(path: &Path) -> Result<String> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let run = path.parent().expect("a checkpoint lies in its run");
@@ -267,8 +267,7 @@ fn set_aside(path: &Path) -> Result<String> {
     Ok(free)
 }
 
-/// A run may not write over its own future: going on from an old checkpoint needs the newer ones
-/// out of the way.
+/// Refuses to resume from an old checkpoint while newer ones exist: the run would overwrite them.
 fn refuse_newer(run: &Path, chosen: &Path, step: u64) -> Result<()> {
     let newer: Vec<String> = checkpoint::list(run)?
         .iter()
@@ -296,7 +295,7 @@ mod tests {
         RunConfig { output_dir: output.display().to_string(), ..RunConfig::default() }
     }
 
-    /// Begins a run of which a step is told.
+    /// Makes a run that has done a step.
     fn begun(output: &Path) -> PathBuf {
         let folder = choose(&config(output), &Resume::Never).unwrap();
         fs::write(folder.path.join("metrics.jsonl"), "{\"step\": 1}\n").unwrap();

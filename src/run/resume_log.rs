@@ -1,5 +1,5 @@
-//! `starts.json`: the step that each start which went on from a checkpoint began at. A run that
-//! dies again and again before its next checkpoint must not be started for ever.
+//! `starts.json` records the step of every resume. It stops a crash loop: the third resume in a row
+//! from one step is refused.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,17 +11,17 @@ use crate::error::{Error, Result};
 use crate::files::durable::replace_file;
 
 const FILE: &str = "starts.json";
-/// Starts from one step after which another one would be no different.
+/// Number of resumes from one step without a newer checkpoint that are allowed.
 const PATIENCE: usize = 2;
 
 #[derive(Deserialize, Serialize)]
 struct Start {
     step: u64,
-    /// UTC.
+    /// Time in UTC.
     time: String,
 }
 
-/// What is read of `failure-<rank>.json`.
+/// The fields of `failure-<rank>.json` that are read.
 #[derive(Deserialize)]
 pub struct Failure {
     pub code: i32,
@@ -31,7 +31,7 @@ pub struct Failure {
     time: f64,
 }
 
-/// Refuses the third start in a row from one step.
+/// Refuses the third resume in a row from one step.
 ///
 /// # Errors
 /// [`Error::NoProgress`] with the last failure.
@@ -40,8 +40,8 @@ pub fn guard(run: &Path, step: u64) -> Result<()> {
     if in_a_row < PATIENCE { Ok(()) } else { Err(no_progress(run, step, in_a_row)) }
 }
 
-/// Notes that the run goes on from `step`, and moves the last attempt's failure files to `log/`, so
-/// that those at the top are the newest attempt's.
+/// Records a resume from `step`, and moves the previous attempt's failure files to `log/`, so that
+/// those at the top of the folder are of the newest attempt.
 ///
 /// # Errors
 /// [`Error::Storage`].
@@ -56,7 +56,7 @@ pub fn note(run: &Path, step: u64) -> Result<()> {
     archive_failures(run, starts.len())
 }
 
-/// A list that cannot be read guards nothing; it never keeps a run from going on.
+/// An unreadable list is treated as empty, so that it never prevents a resume.
 fn read(run: &Path) -> Vec<Start> {
     fs::read(run.join(FILE))
         .ok()
@@ -79,7 +79,7 @@ fn no_progress(run: &Path, step: u64, in_a_row: usize) -> Error {
     Error::NoProgress { path: run.into(), what }
 }
 
-/// The last attempt's, at the top of the run folder.
+/// Returns the last attempt's failure files, which are at the top of the run folder.
 fn failure_files(run: &Path) -> Vec<PathBuf> {
     let is_one = |path: &PathBuf| {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
@@ -91,7 +91,7 @@ fn failure_files(run: &Path) -> Vec<PathBuf> {
     paths
 }
 
-/// The latest that says more than that there was no progress.
+/// Returns the latest failure that is not merely a lack of progress.
 pub fn newest_failure(run: &Path) -> Option<Failure> {
     let read = |path: PathBuf| serde_json::from_slice::<Failure>(&fs::read(path).ok()?).ok();
     let own = Error::NoProgress { path: run.into(), what: String::new() };
@@ -102,8 +102,8 @@ pub fn newest_failure(run: &Path) -> Option<Failure> {
     found.max_by(|a, b| a.time.total_cmp(&b.time))
 }
 
-/// `failure-3.json` becomes `log/failure-3.start-2.json`: what start number 2 found. Number 0 is
-/// the start of a run that begins.
+/// Renames `failure-3.json` to `log/failure-3.start-2.json`, for failures that start number 2
+/// found. Number 0 is the start of a new run.
 ///
 /// # Errors
 /// [`Error::Storage`].

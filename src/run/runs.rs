@@ -1,5 +1,5 @@
-//! The runs of one `output_dir`: `output_dir` itself, then `output_dir-2`, `output_dir-3`, … with
-//! or without gaps.
+//! Lists the runs of one `output_dir`: `output_dir` itself, then `output_dir-2`, `output_dir-3`, …
+//! with or without gaps.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,36 +12,36 @@ use crate::settings;
 pub const CONFIG: &str = "config.toml";
 pub const METRICS: &str = "metrics.jsonl";
 pub const REPORT: &str = "report.html";
-/// Number of the run that has no number behind its name.
+/// Number of the run whose name has no number.
 const FIRST: u64 = 1;
 
 /// A run folder.
 #[derive(Clone, Debug)]
 pub struct Run {
     pub path: PathBuf,
-    /// Behind its name; [`FIRST`] where there is none.
+    /// The number at the end of its name; [`FIRST`] if there is none.
     number: u64,
     /// The newest checkpoint and its step.
     pub newest: Option<(u64, PathBuf)>,
-    /// When the newest checkpoint was written, or the configuration where there is none.
+    /// Time of the newest checkpoint, or of the configuration if there is none.
     time: SystemTime,
 }
 
-/// The path of one run, and a base for the names of others.
+/// The path of the first run, and the base of the others' names.
 #[derive(Clone, Debug)]
 pub struct OutputDir {
     path: PathBuf,
-    /// Its last component.
+    /// The last component of the path.
     name: String,
 }
 
 impl OutputDir {
     /// # Errors
-    /// [`Error::Config`] if something that is no folder stands at it or above it.
+    /// [`Error::Config`] if a path component exists and is not a folder.
     pub fn new(output_dir: &str) -> Result<Self> {
         let mut path = PathBuf::from(output_dir);
         if path.file_name().is_none() {
-            // `.` and `..` have names once they are resolved.
+            // `.` and `..` get names when they are resolved.
             path = fs::canonicalize(&path).map_err(Error::storage(&path, "find"))?;
         }
         let there = path.ancestors().find(|ancestor| ancestor.symlink_metadata().is_ok());
@@ -60,7 +60,7 @@ impl OutputDir {
         Ok(OutputDir { path, name })
     }
 
-    /// The folder of the run with this number.
+    /// Returns the folder of the run with this number.
     fn numbered(&self, number: u64) -> PathBuf {
         if number == FIRST {
             self.path.clone()
@@ -69,14 +69,14 @@ impl OutputDir {
         }
     }
 
-    /// The number of a folder beside this one; none for what is named otherwise.
+    /// Returns the number of a folder beside this one; `None` if its name does not match.
     fn number_of(&self, name: &str) -> Option<u64> {
         if name == self.name {
             return Some(FIRST);
         }
         let digits = name.strip_prefix(&self.name)?.strip_prefix('-')?;
         let number: u64 = digits.parse().ok().filter(|&number| number > FIRST)?;
-        // `x-02` and `x-+2` are no numbers of ours.
+        // `x-02` and `x-+2` are not names that this program gives.
         (digits == number.to_string()).then_some(number)
     }
 
@@ -84,7 +84,8 @@ impl OutputDir {
         self.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
     }
 
-    /// True for the folder of a run of this `output_dir`, numbered or not, through links and dots.
+    /// True if `run` is the folder of a run of this `output_dir`, numbered or not, through links
+    /// and dots.
     pub fn has(&self, run: &Path) -> bool {
         let (Ok(run), Ok(parent)) = (fs::canonicalize(run), fs::canonicalize(self.parent())) else {
             return false;
@@ -95,7 +96,7 @@ impl OutputDir {
         is_numbered || fs::canonicalize(&self.path).is_ok_and(|own| own == run)
     }
 
-    /// Runs that exist, oldest first.
+    /// Returns the runs that exist, oldest first.
     ///
     /// # Errors
     /// [`Error::Storage`] if one of them cannot be listed.
@@ -107,8 +108,8 @@ impl OutputDir {
         Ok(runs)
     }
 
-    /// Numbers of the folders that are there. Where the folder above may be passed through and not
-    /// listed, as far as they have no gap.
+    /// Returns the numbers of the folders that exist. If the parent folder can be traversed but not
+    /// listed, it stops at the first gap.
     fn numbers(&self) -> Vec<u64> {
         let Ok(entries) = fs::read_dir(self.parent()) else {
             return (FIRST..).take_while(|&number| self.numbered(number).exists()).collect();
@@ -117,8 +118,8 @@ impl OutputDir {
         names.filter_map(|name| self.number_of(&name)).collect()
     }
 
-    /// The run with this number; none where no run has the folder, or one of another `output_dir`,
-    /// which has the same name by chance.
+    /// Returns the run with this number; `None` if no run has the folder, or if it belongs to
+    /// another `output_dir` whose name happens to match.
     fn run(&self, number: u64) -> Result<Option<Run>> {
         let path = self.numbered(number);
         let Some(config_time) = modified(&path.join(CONFIG)) else { return Ok(None) };
@@ -133,9 +134,8 @@ impl OutputDir {
         Ok(Some(Run { path, number, newest, time }))
     }
 
-    /// Folders in which a new run may begin, in the order in which they are tried: `output_dir`
-    /// itself, the last numbered folder if a start that failed left it, then those with higher
-    /// numbers.
+    /// Returns folders for a new run in the order in which they are tried: `output_dir` itself, the
+    /// last numbered folder if a failed start left it, then higher numbers.
     pub fn candidates(&self) -> Result<impl Iterator<Item = PathBuf> + '_> {
         let last = self.runs()?.iter().map(|run| run.number).max().unwrap_or(FIRST).max(FIRST + 1);
         let is_vacant =
@@ -145,9 +145,9 @@ impl OutputDir {
     }
 }
 
-/// True for a folder in which no step was ever done and no configuration stands that is somebody's
-/// own: a start that failed leaves its configuration, its log and its failure, and nothing that a
-/// new run would spoil.
+/// True if no step was done in a folder and it holds no configuration of a user's own: a failed
+/// start leaves only its configuration, its log and its failure files, which a new run may
+/// overwrite.
 pub fn is_unused(folder: &Path) -> bool {
     let bytes = |name: &str| fs::metadata(folder.join(name)).map_or(0, |found| found.len());
     let has_step =
@@ -156,7 +156,7 @@ pub fn is_unused(folder: &Path) -> bool {
     !has_step && is_a_runs
 }
 
-/// True for a numbered folder that is the `output_dir` of its own run: that run belongs to another
+/// True if a numbered folder is the `output_dir` of its own run, and so belongs to another
 /// configuration.
 fn names_itself(run: &Path) -> bool {
     let text = fs::read_to_string(run.join(CONFIG)).unwrap_or_default();
@@ -178,7 +178,7 @@ mod tests {
 
     use super::*;
 
-    /// A run's folder with a checkpoint of each step, the last of them written at this second.
+    /// Makes a run's folder with a checkpoint for each step; the last is dated at `second`.
     fn make(path: &Path, output_dir: &str, steps: &[u64], second: u64) {
         let time = SystemTime::UNIX_EPOCH + Duration::from_secs(second);
         let write = |path: &Path, text: &str| {
@@ -217,7 +217,7 @@ mod tests {
         for name in ["x-1", "x-02", "x-a", "x-", "x2", "y", "x-2-2"] {
             make(&root.path().join(name), &base, &[1], 2);
         }
-        // An experiment of its own whose name happens to end in a number.
+        // Another experiment whose name happens to end in a number.
         make(
             &root.path().join("x-2026"),
             &root.path().join("x-2026").display().to_string(),

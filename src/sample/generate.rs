@@ -1,4 +1,4 @@
-//! Samples of a trained model.
+//! Generates samples from a trained model.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -24,10 +24,10 @@ use crate::run::folder;
 use crate::run::locate::locate;
 use crate::sample::conditions::Origin;
 
-/// Samples that go through the model together.
+/// Number of samples that go through the model together.
 const CHUNK: usize = 100;
 
-/// What `fm-dist sample` was asked for; unset values are the run's own.
+/// Options of `fm-dist sample`; unset values are the run's own.
 #[derive(Clone, Debug)]
 pub struct SampleRequest {
     /// A run folder or one of its checkpoints.
@@ -42,7 +42,7 @@ pub struct SampleRequest {
     pub guidance_scale: Option<f64>,
     pub true_cfg_scale: Option<f64>,
     pub shift: Option<f64>,
-    /// One a row if unset and the conditions are a file.
+    /// Samples for each condition; one for each row if unset and the conditions are a file.
     pub per_condition: Option<i64>,
     pub seed: Option<u64>,
 }
@@ -53,9 +53,9 @@ pub struct Samples {
     pub images: Tensor,
     /// `[N]` i64.
     pub labels: Tensor,
-    /// The noise levels that were passed, the last of them 0.
+    /// The noise levels of the trajectory; the last one is 0.
     pub sigmas: Vec<f64>,
-    /// One name a condition, in order.
+    /// One name for each condition, in order.
     pub names: Vec<String>,
     pub per_condition: i64,
 }
@@ -63,13 +63,13 @@ pub struct Samples {
 /// Generates from a run's newest checkpoint, or from the given one, and writes the files.
 ///
 /// # Errors
-/// [`Error::NoCheckpoint`], [`Error::CheckpointMismatch`], [`Error::Storage`]; [`Error::Data`] or
-/// [`Error::Config`] if the conditions are missing, malformed or do not fit the model, or a file
-/// could not be written: before anything is computed.
+/// [`Error::NoCheckpoint`], [`Error::CheckpointMismatch`], [`Error::Storage`]; before anything is
+/// computed, [`Error::Data`] or [`Error::Config`] if the conditions are missing, malformed or do
+/// not fit the model, or a file could not be written.
 pub fn sample(request: &SampleRequest) -> Result<()> {
     check_outputs(request)?;
     let (run, folder) = locate(&request.run)?;
-    let config = with_wishes(folder::config_of(&run)?, request);
+    let config = with_options(folder::config_of(&run)?, request);
     let origin = origin_of(request, &config)?;
     if !origin.is_of_pictures()
         && request.out.iter().any(|path| format_of(path) == Some(Format::Picture))
@@ -89,14 +89,14 @@ pub fn sample(request: &SampleRequest) -> Result<()> {
     request.out.iter().try_for_each(|path| samples.write(path))
 }
 
-/// Refuses a dataset from whose conditions the report at the end of a run could not draw samples,
-/// and conditions of numbers that are not finite.
+/// Refuses a dataset whose conditions could not be used for the samples in the report at the end of
+/// a run, and conditions that are not finite.
 ///
 /// # Errors
 /// [`Error::Data`] or [`Error::Config`] naming the file, the key and what was expected.
 pub fn check_conditions(config: &RunConfig, dataset: &Dataset) -> Result<()> {
     let Some(conditions) = dataset.conditions()? else { return Ok(()) };
-    let origin = Origin::of_dataset(dataset, conditions, None);
+    let origin = Origin::from_dataset(dataset, conditions, None);
     if origin.is_of_pictures() {
         Plan::new(config, &origin, Device::Cpu)?.rehearse()
     } else {
@@ -104,7 +104,7 @@ pub fn check_conditions(config: &RunConfig, dataset: &Dataset) -> Result<()> {
     }
 }
 
-/// Kinds of files that samples are written as.
+/// File formats of samples.
 #[derive(Clone, Copy, PartialEq)]
 enum Format {
     Picture,
@@ -133,8 +133,8 @@ fn check_outputs(request: &SampleRequest) -> Result<()> {
     check_files(&outputs, &inputs)
 }
 
-/// The run's configuration with what this call wants otherwise.
-fn with_wishes(mut config: RunConfig, request: &SampleRequest) -> RunConfig {
+/// Returns the run's configuration with the options of this call.
+fn with_options(mut config: RunConfig, request: &SampleRequest) -> RunConfig {
     let sampling = &mut config.sampling;
     sampling.num_steps = request.num_steps.unwrap_or(sampling.num_steps);
     sampling.guidance_scale = request.guidance_scale.unwrap_or(sampling.guidance_scale);
@@ -153,9 +153,9 @@ fn origin_of(request: &SampleRequest, config: &RunConfig) -> Result<Origin> {
         let conditions = dataset.conditions()?.ok_or_else(|| {
             Error::data(dataset.path(), "names no conditions to generate from; give some with --conditions FILE.safetensors")
         })?;
-        return Ok(Origin::of_dataset(&dataset, conditions, shape));
+        return Ok(Origin::from_dataset(&dataset, conditions, shape));
     };
-    let origin = Origin::of_file(path, shape, &config.data.path)?;
+    let origin = Origin::from_file(path, shape, &config.data.path)?;
     if origin.has_noise() && config.sampling.per_condition != 1 {
         let what = format!(
             "{} would be equal: {} holds the `noise` to start from",
@@ -167,7 +167,7 @@ fn origin_of(request: &SampleRequest, config: &RunConfig) -> Result<Origin> {
     Ok(origin)
 }
 
-/// The way from noise to data: through which levels, under which guidance, from which conditions.
+/// A prepared generation: noise levels, guidance, conditions.
 pub struct Plan<'a> {
     config: &'a RunConfig,
     origin: &'a Origin,
@@ -219,14 +219,14 @@ impl<'a> Plan<'a> {
         })
     }
 
-    /// `per_condition` samples for each row of the origin.
+    /// Generates `per_condition` samples for each row of the origin.
     ///
-    /// Each sample's noise follows from the seed and its place alone, so that more samples leave
-    /// the first ones as they are.
+    /// Each sample's noise follows only from the seed and its index, so that generating more
+    /// samples leaves the first ones unchanged.
     ///
     /// # Errors
-    /// The error that the adapter, the model or `go_on` returns, which is called before each step
-    /// from noise to data.
+    /// Errors of the adapter, the model and `go_on`, which is called before each step from noise to
+    /// data.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it.
@@ -252,7 +252,8 @@ impl<'a> Plan<'a> {
         })
     }
 
-    /// `[rows, C, …]` f32 on the CPU; `first` is the place of the first among all samples.
+    /// Returns samples `[rows, C, …]` f32 on the CPU; `first` is the index of the first one among
+    /// all samples.
     fn samples(
         &self,
         replica: &Replica<'_>,
@@ -278,8 +279,8 @@ impl<'a> Plan<'a> {
         Stream::PerSample((first..first + count).map(key).collect()).open().normal(0.0, 1.0, &size)
     }
 
-    /// What the model predicts at this level. `clean`: the frames that a video begins with, if any
-    /// are given.
+    /// Returns the model's prediction at this noise level. `clean`: the frames with which a video
+    /// starts, if given.
     fn velocity(
         &self,
         replica: &Replica<'_>,
@@ -288,7 +289,7 @@ impl<'a> Plan<'a> {
         batch: &Batch,
         clean: Option<&Tensor>,
     ) -> Result<Tensor> {
-        // The generator is let go before ranks wait for one another.
+        // `inputs` releases the lock of libtorch's generator before ranks wait for one another.
         let inputs = self.inputs(x, sigma, batch, clean)?;
         Ok(self.pipeline.adapter().prediction(&replica.infer(inputs)?))
     }
@@ -326,7 +327,7 @@ impl<'a> Plan<'a> {
 }
 
 impl Samples {
-    /// A picture or numbers, as the file's ending says.
+    /// Writes a picture or the numbers, depending on the file's extension.
     fn write(&self, path: &Path) -> Result<()> {
         if format_of(path) == Some(Format::Picture) {
             return write_grid(path, &self.images, &self.names, self.per_condition as usize, None);

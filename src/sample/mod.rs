@@ -1,4 +1,4 @@
-//! Samples of a trained model: what they start from, and the way from noise to data.
+//! Samples of a trained model: their conditions, and the trajectory from noise to data.
 
 pub mod conditions;
 pub mod generate;

@@ -34,8 +34,8 @@ pub struct Key<'k> {
     pub(crate) meaning: &'k str,
 }
 
-/// What settings show their keys to: a reader or a writer, at one table of the document. Each
-/// method is one way in which a field stands in the document.
+/// Visitor of the keys of a settings struct: a reader or a writer, at one table of the document.
+/// Each method is one way in which a field appears in the document.
 pub trait Keys {
     /// `name = value`.
     fn value(&mut self, key: Key<'_>, field: &mut dyn Field);

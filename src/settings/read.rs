@@ -6,7 +6,7 @@ use super::tree::{Content, Node};
 use super::words::{joined, problem};
 use crate::error::ConfigProblem;
 
-/// What is wrong with a document.
+/// The problems of a document.
 #[derive(Default)]
 pub(super) struct Findings {
     pub problems: Vec<ConfigProblem>,
@@ -53,7 +53,7 @@ struct TableReader<'r> {
 }
 
 impl<'r> TableReader<'r> {
-    /// What the document has of this name, which is known from now on.
+    /// Returns the document's node of this name and adds the name to the known ones.
     fn find(&mut self, name: &str) -> Option<&'r Node> {
         self.known.push(name.into());
         self.node.and_then(|node| node.get(name))

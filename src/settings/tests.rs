@@ -1,4 +1,4 @@
-//! What reading and writing promise, on small tables.
+//! Reading and writing of small tables.
 
 use super::*;
 

@@ -6,7 +6,7 @@ use super::words::{quoted, shown_number};
 
 /// A value that stands alone: a number, a flag, a text, a word.
 pub trait Scalar: Sized {
-    /// What a range of such values bounds; `()` where a range has no meaning.
+    /// The type that a range of such values bounds; `()` if a range has no meaning.
     type Limit: Copy + PartialOrd;
 
     /// Several such values, in messages: "numbers".
@@ -19,7 +19,7 @@ pub trait Scalar: Sized {
     /// The value as TOML.
     fn shown(&self) -> String;
 
-    /// Every value, where there are a few only.
+    /// All values, if there are only a few.
     fn words() -> Vec<&'static str> {
         Vec::new()
     }
@@ -41,19 +41,19 @@ impl Misfit {
     }
 }
 
-/// What a key can hold: a scalar, one that may be left out, or several.
+/// A type that a key can have: a scalar, one that may be left out, or several.
 pub trait Value: Sized {
-    /// What a range bounds: the scalar, or each of several.
+    /// The type that a range bounds: the scalar, or each of several.
     type Limit: Copy + PartialOrd;
 
     /// # Errors
     /// Every part that does not fit.
     fn read(found: &Node, limits: &Limits<Self::Limit>) -> Result<Self, Vec<Misfit>>;
 
-    /// The value as TOML on one line; none while it is unset.
+    /// Returns the value as TOML on one line; `None` while it is unset.
     fn shown(&self) -> Option<String>;
 
-    /// Every value, where there are a few only.
+    /// All values, if there are only a few.
     fn words() -> Vec<&'static str> {
         Vec::new()
     }

@@ -1,4 +1,4 @@
-//! Where log lines and the progress bar share one terminal.
+//! Writes log lines and the progress bar to one terminal.
 
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
@@ -8,11 +8,11 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
 
 use crate::files::durable::FirstFailure;
 
-/// Columns of a bar that goes through a pipe, where nobody can be asked (mpirun forwards its ranks'
-/// stderr that way).
+/// Width of a bar that goes through a pipe, whose terminal cannot be queried (mpirun forwards its
+/// ranks' stderr through one).
 const PIPE_COLUMNS: u16 = 100;
 
-/// Standard error, or what stands for it in a test.
+/// Standard error, or its substitute in a test.
 pub(super) struct Console {
     out: Mutex<Out>,
     bar: Mutex<Option<ProgressBar>>,
@@ -34,12 +34,12 @@ impl Console {
         Console { out: Mutex::new(out), bar: Mutex::new(None), is_terminal }
     }
 
-    /// Prints a line in one write, above the bar if there is one. The first line that cannot be
-    /// printed returns why.
+    /// Prints a line in one write, above the bar if there is one. Returns the error of the first
+    /// line that cannot be printed.
     pub fn print(&self, line: &str) -> Option<io::Error> {
         let bytes = format!("{line}\n");
-        // Cloned out of the lock: the bar draws while it is suspended, and draws through this
-        // console.
+        // Cloned out of the lock: a suspended bar redraws itself through this console, which locks
+        // again.
         let bar = lock(&self.bar).clone();
         match bar {
             Some(bar) => bar.suspend(|| self.write(&bytes)),
@@ -53,7 +53,7 @@ impl Console {
         out.failure.first(result)
     }
 
-    /// Starts the bar under the lines.
+    /// Shows the bar below the lines.
     pub fn show_bar(self: &Arc<Self>, total: u64, start: u64) -> ProgressBar {
         let target = match self.is_terminal {
             true => ProgressDrawTarget::stderr(),
@@ -76,13 +76,13 @@ impl Console {
     }
 }
 
-/// A poisoned lock means that another thread panicked while it logged; its text is still good to
-/// print.
+/// Locks a mutex, even a poisoned one: another thread panicked while it logged, but its text is
+/// still sound.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A pipe that leads to a terminal, told apart from one only by not knowing its size.
+/// A pipe to a terminal whose size is unknown.
 struct Pipe(Arc<Console>);
 
 impl fmt::Debug for Pipe {
@@ -92,7 +92,7 @@ impl fmt::Debug for Pipe {
 }
 
 impl Pipe {
-    /// A pipe that is gone takes the bar along; the next log line says so.
+    /// Drops the bar if the pipe is closed; the next log line reports the error.
     fn send(&self, text: &str) -> io::Result<()> {
         lock(&self.0.out).writer.write_all(text.as_bytes())
     }
@@ -140,14 +140,14 @@ impl TermLike for Pipe {
     }
 }
 
-/// A stand-in for standard error whose content a test can read.
+/// Substitute for standard error whose content a test can read.
 #[cfg(test)]
 #[derive(Clone, Default)]
 pub(super) struct Page(Arc<Mutex<Vec<Vec<u8>>>>);
 
 #[cfg(test)]
 impl Page {
-    /// What each write carried.
+    /// Returns the text of each write.
     pub fn writes(&self) -> Vec<String> {
         lock(&self.0).iter().map(|write| String::from_utf8_lossy(write).into_owned()).collect()
     }

@@ -1,13 +1,13 @@
-//! Small instruments: seconds by phase, throughput over a window, times as text, peak memory.
+//! Meters: seconds by phase, throughput over a window, durations as text, peak memory.
 
 use std::collections::VecDeque;
 use std::time::Instant;
 
-/// Seconds by phase of a step. Each lap gives the time since the lap before to a phase, so that
-/// nothing is counted twice.
+/// Seconds by phase of a step. Each lap assigns the time since the previous lap to a phase, so that
+/// no time is counted twice.
 pub struct Stopwatch {
     lap_began: Instant,
-    /// In order of first use.
+    /// Seconds by phase, in order of first use.
     phases: Vec<(&'static str, f64)>,
 }
 
@@ -16,7 +16,7 @@ impl Stopwatch {
         Stopwatch { lap_began: Instant::now(), phases: Vec::new() }
     }
 
-    /// The time since the last lap went into `phase`, e.g. `data`, `forward`, `backward`, `reduce`,
+    /// Adds the time since the last lap to `phase`, e.g. `data`, `forward`, `backward`, `reduce`,
     /// `optimizer`.
     pub fn lap(&mut self, phase: &'static str) {
         self.lap_at(Instant::now(), phase);
@@ -31,21 +31,21 @@ impl Stopwatch {
         }
     }
 
-    /// Seconds of one phase so far.
+    /// Returns the seconds of one phase so far.
     pub fn seconds(&self, phase: &str) -> f64 {
         self.phases.iter().find(|(name, _)| *name == phase).map_or(0.0, |(_, seconds)| *seconds)
     }
 
-    /// Seconds of each phase since the last call; counting goes on from zero.
+    /// Returns the seconds of each phase since the last call, and resets them.
     pub fn take(&mut self) -> Vec<(&'static str, f64)> {
         std::mem::take(&mut self.phases)
     }
 }
 
-/// Amount a second over the last records, e.g. samples over the last hundred steps.
+/// Amount per second over the last records, e.g. samples over the last hundred steps.
 pub struct Throughput {
     window: usize,
-    /// When, and how much since the record before.
+    /// Time of each record, and the amount since the previous one.
     records: VecDeque<(Instant, f64)>,
 }
 
@@ -66,7 +66,7 @@ impl Throughput {
         }
     }
 
-    /// None before the second record: the first one only starts the clock.
+    /// `None` before the second record: the first one only starts the clock.
     pub fn per_second(&self) -> Option<f64> {
         let (first, _) = self.records.front()?;
         let (last, _) = self.records.back()?;
@@ -76,9 +76,10 @@ impl Throughput {
     }
 }
 
-/// `45 s`, `12 min`, `1 h 04 min`, `2 d 03 h`; rounded down, except that something is never `0 s`.
+/// Formats a duration: `45 s`, `12 min`, `1 h 04 min`, `2 d 03 h`; rounded down, but at least `1
+/// s`.
 pub fn duration_text(seconds: f64) -> String {
-    // `as` saturates, so that an endless or undefined time is still a text.
+    // `as` saturates, so that an infinite or undefined time gives a text too.
     let seconds = seconds.max(1.0) as u64;
     let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86400);
     match seconds {
@@ -89,7 +90,8 @@ pub fn duration_text(seconds: f64) -> String {
     }
 }
 
-/// Largest resident memory this process has had, in bytes; none where the system does not tell.
+/// Returns the peak resident memory of this process in bytes; `None` if the system does not report
+/// it.
 pub fn peak_resident_bytes() -> Option<u64> {
     peak_of(&std::fs::read_to_string("/proc/self/status").ok()?)
 }

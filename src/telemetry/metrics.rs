@@ -1,4 +1,4 @@
-//! `metrics.jsonl`: one JSON object a step, without gap and without double across resumes.
+//! `metrics.jsonl`: one JSON object for each step, without gaps or duplicates across resumes.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
@@ -15,14 +15,14 @@ const STEP: &str = "step";
 
 /// A run's metrics, appended step by step.
 pub struct MetricsFile {
-    /// None on ranks that leave the writing to rank 0.
+    /// `None` on ranks other than 0, which do not write.
     file: Option<LineFile>,
     path: PathBuf,
     failure: FirstFailure,
 }
 
 impl MetricsFile {
-    /// Keeps the lines up to `step` and goes on behind them; the file need not exist yet. A new run
+    /// Keeps the lines up to `step` and appends after them; the file need not exist yet. A new run
     /// resumes after step 0.
     ///
     /// # Errors
@@ -35,16 +35,16 @@ impl MetricsFile {
         Ok(MetricsFile { file: Some(file), path: path.into(), failure: FirstFailure::default() })
     }
 
-    /// Takes metrics and writes none.
+    /// Returns a file that discards all metrics.
     pub fn silent() -> Self {
         MetricsFile { file: None, path: PathBuf::new(), failure: FirstFailure::default() }
     }
 
-    /// Appends one step's metrics, an object with an integer `step`. A disk that refuses is warned
-    /// of once; training goes on.
+    /// Appends one step's metrics, an object with an integer `step`. A failing disk causes one
+    /// warning, and training continues.
     ///
     /// # Panics
-    /// If `metrics` is no such object (a bug in the caller).
+    /// If `metrics` is not such an object (a bug in the caller).
     pub fn append(&mut self, metrics: &impl Serialize) {
         let value = serde_json::to_value(metrics).expect("metrics are plain values");
         assert!(
@@ -55,7 +55,7 @@ impl MetricsFile {
         self.warn_of(result);
     }
 
-    /// Puts what was appended on the disk, before a checkpoint that counts on it.
+    /// Fsyncs the appended lines, before a checkpoint that relies on them.
     pub fn sync(&mut self) {
         let result = self.file.as_ref().map_or(Ok(()), LineFile::sync);
         self.warn_of(result);
@@ -71,10 +71,10 @@ impl MetricsFile {
     }
 }
 
-/// Every line of a metrics file. A last line that a crash tore is left out.
+/// Reads every line of a metrics file. A last line that a crash truncated is left out.
 ///
 /// # Errors
-/// [`Error::Storage`] if it cannot be read, [`Error::Data`] if a line before the last is no JSON
+/// [`Error::Storage`] if it cannot be read, [`Error::Data`] if a line before the last is not a JSON
 /// object.
 pub fn read(path: &Path) -> Result<Vec<Map<String, Value>>> {
     let text = fs::read(path).map_err(Error::storage(path, "read"))?;
@@ -95,8 +95,8 @@ pub fn read(path: &Path) -> Result<Vec<Map<String, Value>>> {
     Ok(objects)
 }
 
-/// One metric over the run as (step, value); steps that lack it, or where it is no number, are left
-/// out.
+/// Returns one metric over the run as (step, value); steps that lack it, or whose value is not a
+/// number, are left out.
 pub fn column(lines: &[Map<String, Value>], name: &str) -> Vec<(f64, f64)> {
     lines
         .iter()
@@ -104,7 +104,7 @@ pub fn column(lines: &[Map<String, Value>], name: &str) -> Vec<(f64, f64)> {
         .collect()
 }
 
-/// Leaves the whole lines with a step up to `step`, or the file as it is when these are all.
+/// Keeps only the whole lines up to `step`; leaves the file unchanged if it has no others.
 fn cut_after(path: &Path, step: u64) -> Result<()> {
     let lines = || {
         File::open(path)

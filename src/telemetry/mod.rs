@@ -1,7 +1,7 @@
-//! A run's words to the people who watch it: log lines, progress, metrics.
+//! Output of a live run: log lines, progress, metrics.
 //!
-//! Rank 0 speaks for the run on standard error; every rank keeps its own `log/rank-NNNNN.jsonl`.
-//! Nothing here can stop a training: a closed pipe or a full disk costs one warning.
+//! Rank 0 logs for the run on standard error; every rank writes its own `log/rank-NNNNN.jsonl`.
+//! Errors here never stop a training: a closed pipe or a full disk causes one warning.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -83,7 +83,7 @@ choice! {
     }
 }
 
-/// One rank's voice. The thread that started it logs through it for as long as it lives.
+/// One rank's log. The thread that started it logs through it for as long as it lives.
 pub struct Telemetry {
     rank: usize,
     run_folder: PathBuf,
@@ -93,11 +93,10 @@ pub struct Telemetry {
     _this_thread: DefaultGuard,
 }
 
-/// Makes this thread's events lines on standard error and in `log/rank-NNNNN.jsonl` of the run
-/// folder.
+/// Sends this thread's events to standard error and to `log/rank-NNNNN.jsonl` of the run folder.
 ///
-/// Rank 0 shows all of its events, the other ranks their warnings and errors. A log file that
-/// cannot be opened is one warning, no error.
+/// Rank 0 shows all of its events, the other ranks only their warnings and errors. A log file that
+/// cannot be opened causes a warning and no error.
 pub fn start(
     settings: &LogSettings,
     rank: usize,
@@ -158,45 +157,44 @@ fn open_log(path: &Path) -> io::Result<LineFile> {
 }
 
 impl Telemetry {
-    /// Makes this rank's log that of every thread of the process which has none of its own: data
-    /// loader, watchdog.
+    /// Uses this rank's log for every thread of the process that has none of its own, such as data
+    /// loader and watchdog.
     ///
-    /// For the program, where a process is one rank. The first rank that asks wins; a later one
-    /// changes nothing.
+    /// For programs whose process is one rank. The first call takes effect; later ones do nothing.
     pub fn cover_all_threads(&self) {
         if dispatcher::set_global_default(self.dispatch.clone()).is_err() {
             tracing::debug!("the threads of this process log to an earlier rank");
         }
     }
 
-    /// Whether this rank writes what a run has once: metrics, pictures, the report.
-    pub fn speaks_for_the_run(&self) -> bool {
+    /// True if this rank writes the files that a run has once: metrics, pictures, the report.
+    pub fn writes_run_files(&self) -> bool {
         pulse::is_root(self.rank)
     }
 
-    /// Shows the way from step `start` to `total_steps`; only rank 0 does.
+    /// Shows the progress from step `start` to `total_steps`, on rank 0 only.
     pub fn progress(&self, total_steps: u64, start: u64) -> Progress {
-        match (self.speaks_for_the_run(), self.has_bar) {
+        match (self.writes_run_files(), self.has_bar) {
             (false, _) => Progress::nothing(total_steps, start),
             (true, true) => Progress::bar(&self.console, total_steps, start),
             (true, false) => Progress::lines(total_steps, start),
         }
     }
 
-    /// `metrics.jsonl` of the run folder, cut back to `step`; other ranks than 0 get one that
-    /// writes nothing.
+    /// Opens `metrics.jsonl` of the run folder, cut back to `step`; ranks other than 0 get one that
+    /// discards metrics.
     ///
     /// # Errors
     /// As [`MetricsFile::resume_after`].
     pub fn metrics_after(&self, step: u64) -> Result<MetricsFile> {
-        match self.speaks_for_the_run() {
+        match self.writes_run_files() {
             true => MetricsFile::resume_after(&self.run_folder.join("metrics.jsonl"), step),
             false => Ok(MetricsFile::silent()),
         }
     }
 }
 
-/// The tracing layer: every event a line on the console, a line in the file.
+/// The tracing layer: writes every event as a line to the console and as a line to the file.
 struct Lines {
     console: Arc<Console>,
     file: Mutex<(Option<LineFile>, FirstFailure)>,
@@ -209,8 +207,8 @@ impl<S: Subscriber> Layer<S> for Lines {
         let record = Record::from_event(event);
         let unprinted = self.print(&record);
         let unwritten = self.keep(&record);
-        // Each outlet's trouble is told through the other; the events themselves must not log (they
-        // would come back here).
+        // Each output's failure is reported through the other; logging it as an event would come
+        // back here.
         if let Some(error) = unprinted {
             self.keep(&Record::new(
                 tracing::Level::WARN,

@@ -1,4 +1,4 @@
-//! How far the run is and how long it will take: a bar for a person, a line now and then for a
+//! Progress of the run and the time it still takes: a bar on a terminal, occasional lines in a
 //! file.
 
 use std::sync::Arc;
@@ -9,9 +9,9 @@ use indicatif::ProgressBar;
 use crate::telemetry::console::Console;
 use crate::telemetry::meters::{Throughput, duration_text};
 
-/// Pause between two plain progress lines: some hundred of them a run of an hour.
+/// Time between two plain progress lines, which gives a few hundred lines in an hour.
 const LINE_EVERY: Duration = Duration::from_secs(10);
-/// Steps over which the speed is averaged for the time that is left.
+/// Steps over which the speed is averaged for the remaining time.
 const SPEED_STEPS: usize = 100;
 
 /// Shows a run's progress until it is dropped.
@@ -46,7 +46,8 @@ impl Progress {
         Progress { shown, step: start, total, speed: Throughput::new(SPEED_STEPS) }
     }
 
-    /// `step` steps are done. `message` is what to show beside it, e.g. `loss 0.41`.
+    /// Reports that `step` steps are done. `message` is shown beside the progress, e.g. `loss
+    /// 0.41`.
     pub fn advance(&mut self, step: u64, message: &str) {
         self.advance_at(Instant::now(), step, message);
     }
@@ -73,7 +74,7 @@ impl Progress {
         }
     }
 
-    /// `  12 min left`, or nothing while the speed is unknown or the end is reached.
+    /// Returns `  12 min left`; empty while the speed is unknown or when the end is reached.
     fn time_left(&self) -> String {
         let left = self.total.saturating_sub(self.step) as f64;
         match self.speed.per_second() {
@@ -107,7 +108,7 @@ mod tests {
         (21..=60).for_each(|step| {
             progress.advance_at(start + Duration::from_secs(step), step, "loss 0.41")
         });
-        // The bar draws at most twice a second of real time: its last state is drawn on demand.
+        // The bar draws at most twice a second of real time, so its last state is drawn explicitly.
         if let Shown::Bar { bar, .. } = &progress.shown {
             bar.force_draw();
         }

@@ -1,4 +1,4 @@
-//! One event as a line: plain text for people, JSON for programs.
+//! Formats one event as a line: plain text for the console, JSON for the file.
 
 use std::fmt::Debug;
 
@@ -10,15 +10,15 @@ use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 
 use crate::error::one_line;
 
-/// Up to this length one `write` to a pipe is not mixed with another process's.
+/// Longest `write` to a pipe that the system does not interleave with another process's.
 const LINE_BYTES: usize = 4096;
 
 pub(super) struct Record {
-    /// RFC 3339, UTC, microseconds.
+    /// Time as RFC 3339, UTC, in microseconds.
     time: String,
     pub level: Level,
     message: String,
-    /// In the order in which the event names them.
+    /// Fields in the event's order.
     fields: Vec<(&'static str, Value)>,
 }
 
@@ -42,8 +42,8 @@ impl Record {
         json!({ "time": self.time, "level": self.level.as_str(), "message": self.message, "fields": fields }).to_string()
     }
 
-    /// `14:02:11 WARN [rank 3] message key=value`, of at most 4 KiB with its newline; the time is
-    /// UTC.
+    /// Returns `14:02:11 WARN [rank 3] message key=value`, at most 4 KiB with its newline; the time
+    /// is UTC.
     pub fn text(&self, prefix: &str, colour: bool) -> String {
         let mut text = self.time.get(11..19).unwrap_or_default().to_owned();
         if self.level != Level::INFO {
@@ -75,7 +75,7 @@ impl Record {
 
 impl Visit for Record {
     fn record_f64(&mut self, field: &Field, value: f64) {
-        // JSON has no NaN, and it is the last thing a log may lose.
+        // JSON has no NaN, and a log must not lose it, so it is written as text.
         self.push(
             field,
             Number::from_f64(value).map_or_else(|| value.to_string().into(), Value::Number),
@@ -103,7 +103,7 @@ impl Visit for Record {
     }
 }
 
-/// Floats to six significant digits; texts bare where that is unambiguous.
+/// Formats floats with six significant digits, and texts without quotes if that is unambiguous.
 fn value_text(value: &Value) -> String {
     match value {
         Value::Number(number) if number.is_f64() => {

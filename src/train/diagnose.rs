@@ -1,8 +1,9 @@
-//! Finds whose numbers stopped being finite, by doing the step once more.
+//! Finds the rank, stage and samples that produced numbers that are not finite, by repeating the
+//! step.
 //!
-//! Every draw follows from the step's number, so forward and backward repeat to the bit and nothing
-//! has to be kept or looked at in the steps that go well. A step that is finite the second time was
-//! computed wrongly the first.
+//! Every draw follows from the step's number, so forward and backward repeat bit for bit, and steps
+//! without a fault need no record. If the repeated step is finite, the first computation was
+//! faulty.
 
 use tch::{Kind, Tensor};
 
@@ -18,16 +19,16 @@ use crate::telemetry::Stopwatch;
 use crate::train::latents;
 use crate::train::step::Stepper;
 
-/// Samples that a message names at most.
+/// Maximum number of samples that a message names.
 const NAMED: usize = 8;
 
-/// What was found, and on which rank.
+/// The fault, and the rank that has it.
 pub struct Finding {
     pub rank: usize,
     pub what: String,
 }
 
-/// Repeats a step's forward and backward on every rank and looks at each rank's own losses and
+/// Repeats a step's forward and backward on every rank, and checks each rank's own losses and
 /// gradients.
 ///
 /// # Ordering
@@ -73,8 +74,8 @@ pub fn diagnose(
     })
 }
 
-/// The samples whose losses are not what training can go on with, with the noise levels that they
-/// were trained at.
+/// Describes the samples whose losses are not sound, with their noise levels; `None` if all are
+/// sound.
 fn bad_samples(batch: &Batch, output: &StepOutput) -> Option<String> {
     let losses = output.loss.sample_losses().detach().to_device(tch::Device::Cpu);
     let losses = Vec::<f32>::try_from(losses).expect("a loss a sample");
@@ -90,7 +91,7 @@ fn bad_samples(batch: &Batch, output: &StepOutput) -> Option<String> {
                 unnormalised(batch)
             ))
         }
-        // Auxiliary losses and weights can spoil what every sample's own loss does not.
+        // Auxiliary losses and weights can be unsound even if every sample's own loss is sound.
         None if !is_sound(average) => {
             Some(format!("loss exploded: {average}{} as the weighted mean", beyond(average)))
         }
@@ -98,7 +99,7 @@ fn bad_samples(batch: &Batch, output: &StepOutput) -> Option<String> {
     }
 }
 
-/// The bound that a loss which is a number has passed.
+/// Names the bound that a finite but unsound loss exceeds.
 fn beyond(loss: f64) -> String {
     if loss.is_nan() {
         String::new()
@@ -107,12 +108,12 @@ fn beyond(loss: f64) -> String {
     }
 }
 
-/// The question whether the latents are normalised, where their spread suggests it.
+/// Asks if the latents are normalised, if their spread suggests that they are not; otherwise empty.
 fn unnormalised(batch: &Batch) -> String {
     let latents = latents_of(batch)
         .ok()
         .map(|latents| latents.to_kind(Kind::Float).std(false).double_value(&[]));
-    latents.and_then(latents::told).map_or_else(String::new, |question| format!("; {question}"))
+    latents.and_then(latents::question).map_or_else(String::new, |question| format!("; {question}"))
 }
 
 /// `samples 12, 31 at sigma 0.4711, 0.9`.
@@ -131,7 +132,8 @@ fn samples(batch: &Batch, output: &StepOutput, indices: Vec<usize>) -> String {
     format!("samples {ids}{more} at sigma {levels}")
 }
 
-/// The first of a stage's parameters whose gradient is not finite. `gradients`: flat, one a piece.
+/// Finds the first of a stage's parameters whose gradient is not finite. `gradients`: flat, one for
+/// each piece.
 fn bad_parameter(replica: &Replica<'_>, stage: usize, gradients: &[Tensor]) -> Option<String> {
     let params: &ParamSet = replica.stages[stage].params();
     let views = params.split_pieces(&gradients.iter().collect::<Vec<_>>());

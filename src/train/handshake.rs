@@ -1,4 +1,5 @@
-//! How ranks become one run: one program, one watchdog, one configuration.
+//! Connects the ranks' watchdogs before the first step, and checks that all ranks have one program
+//! and one configuration.
 
 use std::fs::File;
 use std::io;
@@ -18,28 +19,29 @@ use crate::train::TrainOptions;
 use crate::watchdog::Watchdog;
 use serde::{Deserialize, Serialize};
 
-/// What must be the same on all ranks before they compute together.
+/// Properties that must be equal on all ranks before they compute together.
 #[derive(Debug, Deserialize, PartialEq, Serialize)]
 struct Program {
-    /// Of the executable.
+    /// Hash of the executable.
     sha256: String,
     mpi: String,
     libtorch: Option<String>,
-    /// By which libtorch chooses its kernels.
+    /// CPU capability by which libtorch chooses its kernels.
     cpu_capability: String,
 }
 
-/// Lets the ranks meet: from here on the watchdog can name them, and they are of one program.
-/// Returns what to warn of: where processors differ, so may the last bits of what a CPU computes.
+/// Connects the ranks' watchdogs, which can name a failing rank from then on, and compares the
+/// ranks' programs. Returns a warning if processors differ, since the last bits of CPU results may
+/// then differ too.
 ///
 /// # Errors
 /// [`Error::Environment`] on every rank if programs or libraries differ, naming the rank.
 ///
 /// # Ordering
-/// Every rank calls it first.
+/// Every rank calls it before any other collective.
 pub fn begin(watchdog: &Watchdog, world: &dyn Collective) -> Result<Option<String>> {
     pulse::enter(Phase::Bootstrap);
-    watchdog.meet(world)?;
+    watchdog.connect(world)?;
     let text = serde_json::to_string(&Program::own()?).expect("texts are JSON");
     let read =
         |text: &String| serde_json::from_str::<Program>(text).expect("ranks send what they are");
@@ -96,9 +98,9 @@ impl Program {
     }
 }
 
-/// The configuration that rank 0 read and found fit for this world and its data, on every rank;
-/// rank 0's error is everybody's. Another rank needs no file of its own, but one that it has must
-/// say the same.
+/// Returns on every rank the configuration that rank 0 read and checked for this world and its
+/// data; an error of rank 0 ends all ranks. Other ranks need no configuration file, but one that
+/// they have must be equal.
 ///
 /// # Errors
 /// Rank 0's own on rank 0, [`Error::Peer`] with its code on the others; [`Error::Config`] naming a
@@ -114,7 +116,8 @@ pub fn share_config(
     let own_text = own.as_ref().map(RunConfig::to_toml).ok();
     let fit = || {
         let config = own?;
-        // What every rank would stumble over alike is said once, before anything is written.
+        // Errors that would be the same on every rank are reported once, before anything is
+        // written.
         check(
             &config,
             &CheckRequest {
@@ -148,7 +151,7 @@ pub fn share_config(
     RunConfig::read("rank 0's configuration", &text, &[])
 }
 
-/// The first key in which two configurations differ, with both values.
+/// Returns the first key in which two configurations differ, with both values.
 fn difference(own: &str, first: &str) -> Option<(String, String, String)> {
     let (own, first) = (flattened(own), flattened(first));
     let shown =

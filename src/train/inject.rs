@@ -1,5 +1,5 @@
-//! What faults that were ordered do to a step's numbers, see [`fault`](crate::fault); nothing
-//! without an order.
+//! Injects faults into a step's numbers if the environment requests them, see
+//! [`fault`](crate::fault); otherwise returns them unchanged.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -12,7 +12,7 @@ use crate::nn::Activations;
 use crate::parallel::Replica;
 use crate::phase::Phase;
 
-/// The model's outputs, times NaN or a factor that makes the loss stand out.
+/// Multiplies the model's outputs by NaN, or by a factor that makes the loss a spike.
 pub fn outputs(outputs: Activations) -> Activations {
     static STRUCK: AtomicBool = AtomicBool::new(false);
     let nan = fault::argument(Fault::NanLoss, Phase::Forward, f64::NAN);
@@ -26,7 +26,7 @@ pub fn outputs(outputs: Activations) -> Activations {
     outputs.flowing().fold(constants, |spoiled, (name, tensor)| spoiled.with(name, tensor * factor))
 }
 
-/// A collective that this rank issues alone.
+/// Issues a collective on this rank alone.
 pub fn collectives(collective: &dyn Collective) -> Result<()> {
     match fault::argument(Fault::ExtraCollective, Phase::Reduce, 0.0) {
         Some(_) => collective
@@ -36,7 +36,7 @@ pub fn collectives(collective: &dyn Collective) -> Result<()> {
     }
 }
 
-/// A stage's gradients, one number of them NaN.
+/// Sets one number of a stage's gradients to NaN.
 pub fn gradients(stage: usize, gradients: Vec<Tensor>) -> Vec<Tensor> {
     if fault::argument(Fault::NanGrad, Phase::Backward, 0.0) == Some(stage as f64) {
         no_grad(|| drop(gradients[0].get(0).fill_(f64::NAN)));
@@ -44,7 +44,7 @@ pub fn gradients(stage: usize, gradients: Vec<Tensor>) -> Vec<Tensor> {
     gradients
 }
 
-/// A stage's parameters, one of them changed by its lowest bit.
+/// Adds 1 to the bit pattern of one of a stage's parameters.
 pub fn parameters(phase: Phase, replica: &mut Replica<'_>) {
     let Some(stage) = fault::argument(Fault::BitFlip, phase, 0.0) else { return };
     replica.buckets[stage as usize]

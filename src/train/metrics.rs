@@ -5,7 +5,7 @@ use serde::Serialize;
 use crate::flow::report::StepFacts;
 use crate::train::step::Update;
 
-/// Where a run stands after a step.
+/// Progress of a run after a step.
 #[derive(Clone, Copy, Debug)]
 pub struct Progress {
     pub step: u64,
@@ -16,8 +16,8 @@ pub struct Progress {
     pub peak_memory_bytes: Option<u64>,
 }
 
-/// A step's numbers over all ranks, as configs/README.md documents them. Words, seconds and memory
-/// are rank 0's.
+/// A step's numbers over all ranks, as configs/README.md documents them. Texts, seconds and memory
+/// are those of rank 0.
 #[derive(Debug, Serialize)]
 pub struct StepMetrics {
     step: u64,
@@ -41,7 +41,7 @@ pub struct StepMetrics {
     weight_std: f64,
     noisy_min: f64,
     noisy_max: f64,
-    /// Samples in each tenth of sigma.
+    /// Number of samples in each tenth of sigma.
     sigma_histogram: Vec<f64>,
     /// Mean unweighted loss in each tenth of sigma; null where no sample fell.
     loss_per_sigma: Vec<Option<f64>>,
@@ -52,12 +52,12 @@ pub struct StepMetrics {
     data_seconds: f64,
     forward_seconds: f64,
     backward_seconds: f64,
-    /// Waiting for gradients and statistics of the other ranks.
+    /// Seconds of waiting for gradients and statistics of the other ranks.
     reduce_seconds: f64,
     optimizer_seconds: f64,
-    /// Collectives of all phases under way.
+    /// Seconds of collectives in flight, in all phases.
     communication_seconds: f64,
-    /// Of these, computation waiting for them.
+    /// Seconds of these during which computation waited.
     exposed_seconds: f64,
     samples_per_second: Option<f64>,
     peak_memory_bytes: Option<u64>,
@@ -113,7 +113,7 @@ impl StepMetrics {
         }
     }
 
-    /// What the flow-matching logs need to know of the step.
+    /// Returns the facts of the step that the flow-matching logs need.
     pub fn facts(&self) -> StepFacts<'_> {
         StepFacts {
             step: self.step,
@@ -123,7 +123,8 @@ impl StepMetrics {
         }
     }
 
-    /// How the training goes, behind the summary line.
+    /// Formats gradient norm, learning rate, step time and throughput for the end of the summary
+    /// line.
     pub fn pace(&self) -> String {
         let throughput = self
             .samples_per_second

@@ -1,5 +1,5 @@
-//! The loop: steps of training, and when they are logged, compared and saved. Science and machinery
-//! meet here.
+//! The training loop: steps, and their logging, comparing and saving. The flow-matching code and
+//! the distributed code meet here.
 
 mod diagnose;
 mod handshake;
@@ -35,36 +35,36 @@ use crate::run::{Resume, StopFlag};
 use crate::telemetry;
 use trainer::Trainer;
 
-/// How a run begins and what it looks at, from the command line.
+/// Command-line options of a run.
 #[derive(Clone, Debug, Default)]
 pub struct TrainOptions {
     pub resume: Resume,
-    /// One process, detailed logs each step, every stage searched for non-finite values.
+    /// One process, detailed logs at each step, and a search of every stage for non-finite values.
     pub debug: bool,
-    /// Go on from a checkpoint of other data.
+    /// Allow resuming a checkpoint of other data.
     pub allow_data_change: bool,
-    /// Raised by signals.
+    /// Flag that signals set.
     pub stop: StopFlag,
-    /// When to save and stop by itself.
+    /// Time at which the run saves and stops.
     pub stop_at: Option<Instant>,
-    /// What starting has to warn of.
+    /// Warning of the start-up, to be logged.
     pub warning: Option<String>,
 }
 
-/// How a run left off without an error.
+/// The way in which a run ended without an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// At its last step.
+    /// The run reached its last step.
     Done,
-    /// Before, because it was asked to, with a checkpoint to go on from.
+    /// The run stopped earlier by request, with a checkpoint to resume from.
     Stopped,
 }
 
-/// Trains from the first step, or the resumed one, to `max_steps` or a request to stop; returns the
-/// run folder. Every rank calls it.
+/// Trains from the first step, or the resumed one, to `max_steps` or a request to stop. Returns the
+/// run folder and the way in which the run ended. Every rank calls it.
 ///
 /// # Errors
-/// Whatever ends the run; the caller tells the other ranks by ending the world.
+/// Any error that ends the run; the caller ends the world, which informs the other ranks.
 pub fn train(
     config: &RunConfig,
     options: &TrainOptions,
@@ -97,9 +97,9 @@ fn train_on(
     let telemetry =
         telemetry::start(&config.log, collective.rank(), collective.world_size(), folder.path());
     telemetry.cover_all_threads();
-    failure::keep_in(folder.path());
+    failure::set_folder(folder.path());
     let done = folder.nothing_to_do(config.max_steps);
-    if telemetry.speaks_for_the_run() {
+    if telemetry.writes_run_files() {
         let fault = fault::ordered()
             .map(|order| format!("debug.inject_fault = \"{order}\": this run breaks on purpose"));
         let schedule =
@@ -116,7 +116,7 @@ fn train_on(
         tracing::info!("{what}");
         return Ok((folder.path().into(), Ending::Done));
     }
-    let listens = telemetry.speaks_for_the_run().then(|| folder.path().to_path_buf());
+    let listens = telemetry.writes_run_files().then(|| folder.path().to_path_buf());
     let requests = Requests::new(options.stop.clone(), options.stop_at, listens);
     let mut trainer = Trainer::new(config, options, collective, device.device, &telemetry, folder)?;
     let ending = trainer.run(&requests, &telemetry)?;

@@ -1,4 +1,4 @@
-//! `report.html`, `loss.png` and `samples.png` at the end of a run.
+//! Writes `report.html`, `loss.png` and `samples.png` at the end of a run.
 
 use std::path::Path;
 
@@ -21,9 +21,9 @@ use crate::telemetry::metrics;
 /// Size of `loss.png` in pixels.
 const LOSS_PICTURE: (u32, u32) = (1200, 560);
 
-/// Draws the run from its own `metrics.jsonl`; rank 0 does, with samples that all ranks generate:
-/// each may hold a part of the model only, and that are left out if a rank is asked to stop
-/// meanwhile.
+/// Draws the run from its own `metrics.jsonl` on rank 0, with samples that all ranks generate,
+/// since each may hold only a part of the model. The samples are left out if a rank is requested to
+/// stop meanwhile.
 pub fn write(
     config: &RunConfig,
     folder: &RunFolder,
@@ -44,7 +44,7 @@ pub fn write(
             requests.done();
             Ok(None)
         }
-        // Agreed on already.
+        // All ranks have already agreed on this error.
         Err(error @ Error::Peer { .. }) => return Err(error),
         drawn => drawn,
     };
@@ -93,8 +93,8 @@ fn draw(
     write_report(&path.join("report.html"), &data)
 }
 
-/// Generated pictures for each of the dataset's conditions, if it names any and its latents are
-/// pictures.
+/// Generates pictures for each of the dataset's conditions; `None` if it names none or its latents
+/// are not pictures.
 fn drawn_samples(
     config: &RunConfig,
     replica: &Replica<'_>,
@@ -103,7 +103,7 @@ fn drawn_samples(
     go_on: &dyn Fn() -> Result<()>,
 ) -> Result<Option<Picture>> {
     let Some(conditions) = dataset.conditions()? else { return Ok(None) };
-    let origin = Origin::of_dataset(dataset, conditions, None);
+    let origin = Origin::from_dataset(dataset, conditions, None);
     if !origin.is_of_pictures() {
         let shape = &origin.shape;
         tracing::info!(
@@ -130,7 +130,7 @@ fn curve(title: &str, unit: &str, key: &str, lines: &[Map<String, Value>]) -> Ch
     }
 }
 
-/// The loss in each tenth of sigma, at the begin of the run and at its end.
+/// Returns the loss in each tenth of sigma, at the start of the run and at its end.
 fn loss_per_sigma(lines: &[Map<String, Value>]) -> Bars {
     let bin_of = |line: &Map<String, Value>, bin: usize| {
         let loss = line.get("loss_per_sigma")?.get(bin)?.as_f64()?;

@@ -1,4 +1,4 @@
-//! How a run comes together: data, model, optimizer, and the checkpoint that it goes on from.
+//! Assembles a run: data, model, optimizer, and the checkpoint to resume from.
 
 use std::sync::Arc;
 
@@ -30,10 +30,11 @@ use crate::train::stragglers::Stragglers;
 use crate::train::trainer::Trainer;
 
 impl<'c> Trainer<'c> {
-    /// At the first step, or behind the checkpoint that the run folder goes on from.
+    /// Returns a trainer at the first step, or after the checkpoint that the run folder resumes
+    /// from.
     ///
     /// # Errors
-    /// Whatever the data, the model, the checkpoint or a collective returns.
+    /// Errors of the data, the model, the checkpoint and the collectives.
     ///
     /// # Ordering
     /// Every rank calls it.
@@ -74,14 +75,14 @@ impl<'c> Trainer<'c> {
         trainer.folder.keep_config(config, collective)?;
         trainer.metrics = telemetry.metrics_after(trainer.manifest.step)?;
         trainer.announce();
-        if telemetry.speaks_for_the_run() {
+        if telemetry.writes_run_files() {
             notes.iter().for_each(tell);
             jump_of_lr(config, &trainer.manifest).iter().for_each(|what| tracing::warn!("{what}"));
         }
         Ok(trainer)
     }
 
-    /// Loads the checkpoint that the run folder goes on from, if any.
+    /// Loads the checkpoint that the run folder resumes from, if any.
     fn resume(&mut self, allow_data_change: bool) -> Result<()> {
         let Some(path) = self.folder.resumed_from() else { return Ok(()) };
         let loaded = checkpoint::load(
@@ -152,14 +153,14 @@ impl<'c> Trainer<'c> {
 
 /// Sets libtorch's allocator, which is the whole process's.
 fn tune_allocator(config: &RunConfig) {
-    // Where gradients are sharded memory is short, and what is kept fits no other use: 13 % more
-    // were measured.
+    // Sharded gradients are used when memory is short, and freed blocks that malloc keeps fit no
+    // other use: they took 13 % more memory in a measurement.
     if !config.parallel.sharding.scatters_each_micro_batch() {
         libtorch::keep_freed_memory();
     }
 }
 
-/// The model before the first step, or with zeros where a checkpoint is loaded next.
+/// Returns the initial model, or zeros if a checkpoint is loaded next.
 fn replica<'c>(
     config: &RunConfig,
     folder: &RunFolder,
@@ -191,7 +192,7 @@ fn tell(note: &Note) {
     }
 }
 
-/// The warning of a learning rate that does not go on as the checkpoint's run had led it.
+/// Returns a warning if the learning rate does not continue the schedule of the checkpoint's run.
 fn jump_of_lr(config: &RunConfig, manifest: &Manifest) -> Option<String> {
     changes::jump_of_lr(
         config,

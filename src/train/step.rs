@@ -1,4 +1,4 @@
-//! One optimizer step, from top to bottom: micro-batches, reduce, look, clip, update.
+//! One optimizer step from top to bottom: micro-batches, reduce, check, clip, update.
 
 use tch::Tensor;
 
@@ -25,67 +25,68 @@ use crate::train::diagnose::{Finding, diagnose};
 use crate::train::inject;
 use crate::train::step_report::{self, OWN_PHASES, Own, Tally};
 
-/// A configuration without micro-batches is refused.
+/// A configuration without micro-batches is refused earlier.
 const MICRO_BATCHES: &str = "a step has micro-batches";
 
-/// What a step needs besides the model and its state.
+/// The inputs of a step besides the model and its state.
 pub struct Stepper<'a> {
     pub config: &'a RunConfig,
     pub collective: &'a dyn Collective,
     pub pipeline: &'a FlowMatchingPipeline,
     pub share: Share,
-    /// Search every stage for non-finite values.
+    /// True if every stage is searched for non-finite values.
     pub check_stages: bool,
-    /// Listens to what is asked of this rank, for the others to hear with its statistics.
+    /// This rank's requests, which are sent to the others with the statistics.
     pub requests: &'a Requests,
-    /// Tells with the statistics, too, how far this rank's part of a checkpoint is.
+    /// The saver, whose progress on this rank is sent to the others with the statistics.
     pub saver: &'a Saver,
 }
 
-/// What a step did.
+/// The result of a step.
 #[derive(Debug)]
 pub struct Update {
-    /// Over all ranks and micro-batches.
+    /// Statistics over all ranks and micro-batches.
     pub statistics: Statistics,
-    /// Of the mean loss over what the masks keep, before clipping.
+    /// Gradient norm of the mean loss over the elements that the masks keep, before clipping.
     pub grad_norm: f64,
     pub lr: f64,
-    /// Why the parameters were left as they were, if they were.
+    /// Reason why the parameters were left unchanged; `None` if they were updated.
     pub skipped: Option<String>,
-    /// What to warn of.
+    /// Warning to log.
     pub warning: Option<String>,
-    /// What every rank told.
+    /// Reports of all ranks, in rank order.
     pub tallies: Vec<Tally>,
     pub sampling_method: &'static str,
     pub task_type: TaskType,
     pub data_type: &'static str,
     /// Seconds of each phase on this rank.
     pub phases: Vec<(&'static str, f64)>,
-    /// Seconds of collectives on this rank, in whatever phase.
+    /// Seconds of collectives on this rank, in any phase.
     pub spent: Spent,
 }
 
-/// The micro-batches of a step, forward and backward, with their gradients reduced.
+/// The outcome of a step's micro-batches: forward and backward are done and the gradients are
+/// reduced.
 struct Passed {
     /// This rank's shard of the sum of all gradients, by stage and piece.
     gradients: Vec<Vec<Tensor>>,
-    /// Statistics of each micro-batch, as a row.
+    /// One row of statistics for each micro-batch.
     rows: Vec<Tensor>,
-    /// Kept for the case that the step must be repeated to see what went wrong.
+    /// Kept in case the step must be repeated to find a fault.
     batches: Vec<Batch>,
     sampling_method: &'static str,
     task_type: TaskType,
 }
 
-/// The same numbers on all ranks, before the step reaches the parameters.
+/// Numbers that are equal on all ranks, known before the parameters are updated.
 struct Seen {
     statistics: Statistics,
-    /// Norm of the gradient of the mean loss over what the masks keep.
+    /// Norm of the gradient of the mean loss over the elements that the masks keep.
     grad_norm: f64,
     tallies: Vec<Tally>,
 }
 
-/// What keeps a step from the parameters, or speaks for keeping it.
+/// Reason to skip a step, or to warn about it.
 enum Objection {
     None,
     Warn(String),
@@ -93,11 +94,11 @@ enum Objection {
 }
 
 impl Stepper<'_> {
-    /// Optimizer step `step`, counted from 1.
+    /// Runs optimizer step `step`, counted from 1.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] before anything was updated, on every rank alike; whatever the loader
-    /// or a collective returns.
+    /// [`Error::NotFinite`] on every rank alike, before anything is updated; errors of the loader
+    /// and the collectives.
     pub fn step(
         &self,
         step: u64,
@@ -107,7 +108,8 @@ impl Stepper<'_> {
         guard: &mut Guard,
     ) -> Result<Update> {
         let mut watch = Stopwatch::start();
-        // Seconds spent since the last step, e.g. on a checkpoint, are not this step's.
+        // Discards seconds spent since the last step, e.g. on a checkpoint: they are not this
+        // step's.
         self.spent(replica);
         let passed = self.micro_batches(step, loader, replica, &mut watch)?;
         let seen = self.exchange(&passed, replica, &watch)?;
@@ -142,8 +144,8 @@ impl Stepper<'_> {
         })
     }
 
-    /// Each micro-batch forward and backward; a stage's gradients travel while the stage before it
-    /// computes.
+    /// Runs forward and backward of each micro-batch; a stage's gradients are reduced while the
+    /// stage before it computes.
     fn micro_batches(
         &self,
         step: u64,
@@ -172,7 +174,7 @@ impl Stepper<'_> {
         Ok(Passed { gradients: reducer.finish()?, rows, batches, sampling_method, task_type })
     }
 
-    /// The step's one small collective.
+    /// Runs the step's one small collective.
     fn exchange(&self, passed: &Passed, replica: &Replica<'_>, watch: &Stopwatch) -> Result<Seen> {
         let grains = self.config.parallel.grains(self.share.micro_batches);
         let issued = self.collective.issued();
@@ -197,10 +199,10 @@ impl Stepper<'_> {
         self.collective.spent() + replica.sharing.spent()
     }
 
-    /// A micro-batch's loss and, by `on_gradient(stage, pieces)`, its gradients.
+    /// Computes a micro-batch's loss, and passes its gradients to `on_gradient(stage, pieces)`.
     ///
     /// # Errors
-    /// Whatever the pipeline, a collective or `on_gradient` returns.
+    /// Errors of the pipeline, a collective or `on_gradient`.
     pub fn forward_backward(
         &self,
         step: u64,
@@ -233,8 +235,9 @@ impl Stepper<'_> {
         )?;
         watch.lap("forward");
         pulse::enter(Phase::Backward);
-        // Of the mean over all ranks' micro-batches, so that gradients are summed; what their masks
-        // keep is known after the last one, and divides the sum.
+        // Divided by the number of all ranks' micro-batches, so that gradients can be summed. The
+        // total weight that the masks keep is known only after the last micro-batch, and divides
+        // the sum.
         let share =
             &output.loss.objective / (self.share.micro_batches * self.share.world_size) as f64;
         tape.backward(&share, |stage, gradients| {
@@ -256,7 +259,8 @@ impl Stepper<'_> {
         }
     }
 
-    /// Slices of probability of this micro-batch: the global batch's, shuffled each step.
+    /// Returns this micro-batch's strata of probability: a slice of the global batch's, which are
+    /// shuffled at each step.
     fn strata(&self, step: u64, micro_batch: usize) -> Strata {
         let (size, total) = (self.share.micro_batch_size, self.share.global_batch());
         let shuffled = Key::new(self.config.seed, Purpose::Stratification)
@@ -266,8 +270,8 @@ impl Stepper<'_> {
         Strata { positions: shuffled[first..first + size].to_vec(), total: total as u64 }
     }
 
-    /// All ranks' statistics in the order of the global batch, so that the sums do not depend on
-    /// how many ranks shared it.
+    /// Merges all ranks' statistics in the order of the global batch, so that the sums do not
+    /// depend on the number of ranks.
     fn merged(&self, tallies: &[Tally]) -> Statistics {
         let in_order = self
             .share
@@ -276,7 +280,7 @@ impl Stepper<'_> {
         in_order.reduce(|merged, statistics| merged.merge(&statistics)).expect(MICRO_BATCHES)
     }
 
-    /// What speaks against the step.
+    /// Decides if the step is applied, skipped or refused.
     fn objection(
         &self,
         step: u64,
@@ -331,7 +335,7 @@ impl Stepper<'_> {
         )
     }
 
-    /// Leaves a step out, as long as the budget lasts; returns what to say of it.
+    /// Skips a step while the budget lasts; returns the message about it.
     fn skip(&self, step: u64, why: String, guard: &mut Guard) -> Result<String> {
         let (skipped, budget) = (guard.skip(step), self.config.train.skip_budget);
         if skipped > budget {

@@ -1,6 +1,6 @@
-//! What each rank tells all others in the one small collective that a step has: how its
-//! micro-batches fared, what it was asked, where its time went. So that every decision of a step is
-//! taken by all ranks on the same numbers.
+//! The report that each rank sends to all others in a step's one small collective: statistics of
+//! its micro-batches, requests, and where its time went. All ranks then take every decision of the
+//! step from the same numbers.
 
 use tch::{Device, Kind, Tensor};
 
@@ -10,14 +10,13 @@ use crate::error::{Error, Result};
 use crate::flow::Statistics;
 use crate::run::requests::Request;
 
-/// Phases whose seconds are compared between ranks: those in which a rank does not wait for
-/// another.
+/// Phases whose seconds are compared between ranks; in these a rank does not wait for another.
 pub const OWN_PHASES: [&str; 3] = ["data", "forward", "backward"];
 
-/// The bits of an integer that an f32 holds exactly.
+/// Mask of the integer bits that an f32 holds exactly.
 const EXACT: u64 = (1 << f32::MANTISSA_DIGITS) - 1;
 
-/// One rank's part of it.
+/// One rank's own contribution.
 pub struct Own<'t> {
     /// One row for each micro-batch, all of one width.
     pub statistics: &'t [Tensor],
@@ -26,17 +25,17 @@ pub struct Own<'t> {
     pub request: Request,
     /// Seconds of [`OWN_PHASES`].
     pub seconds: [f64; OWN_PHASES.len()],
-    /// How far the saving of a checkpoint has come.
+    /// Progress of a checkpoint save, see `Saver::progress`.
     pub saving: u8,
     pub bad_samples: usize,
-    /// The collectives that it has called for.
+    /// The collectives that this rank has issued.
     pub issued: Issued,
 }
 
-/// One rank's words, as all ranks read them.
+/// One rank's report, as all ranks receive it.
 #[derive(Clone, Debug)]
 pub struct Tally {
-    /// By micro-batch.
+    /// Statistics by micro-batch.
     pub statistics: Vec<Statistics>,
     pub norms: Vec<f32>,
     pub request: Request,
@@ -44,14 +43,15 @@ pub struct Tally {
     pub seconds: [f64; OWN_PHASES.len()],
     pub saving: u8,
     pub bad_samples: usize,
-    /// Number and digest of its collectives, in what an f32 can hold of them.
+    /// Number and digest of its collectives, truncated to the bits that an f32 holds exactly.
     pub issued: (u32, u32),
 }
 
-/// Every rank's, in rank order; the step's only host synchronization.
+/// Exchanges the reports and returns every rank's, in rank order; the step's only host
+/// synchronization.
 ///
 /// # Ordering
-/// Every rank calls it, with as many micro-batches and norms.
+/// Every rank calls it, with equal numbers of micro-batches and norms.
 pub fn exchange(own: &Own<'_>, collective: &dyn Collective) -> Result<Vec<Tally>> {
     let (num_rows, num_norms) = (own.statistics.len(), own.norms.len());
     let width = own.statistics[0].numel();
@@ -94,7 +94,7 @@ impl Tally {
         Tally {
             statistics: rows.chunks(width).map(Statistics::from_row).collect(),
             norms: norms.to_vec(),
-            request: Request::of_number(words[0]),
+            request: Request::from_number(words[0]),
             seconds,
             saving: words[1] as u8,
             bad_samples: words[2] as usize,
@@ -103,10 +103,10 @@ impl Tally {
     }
 }
 
-/// Whether all ranks have called for the same collectives.
+/// Checks that all ranks have issued the same collectives.
 ///
 /// # Errors
-/// [`Error::Desync`] naming the first rank that has not, on every rank.
+/// [`Error::Desync`] on every rank, naming the first rank that differs.
 pub fn check_in_step(tallies: &[Tally], own: &Issued, collective: &dyn Collective) -> Result<()> {
     let Some(other) = tallies.iter().position(|tally| tally.issued != tallies[0].issued) else {
         return Ok(());
@@ -124,7 +124,7 @@ pub fn check_in_step(tallies: &[Tally], own: &Issued, collective: &dyn Collectiv
     Err(known_to_all(Error::Desync { what }, 0, collective))
 }
 
-/// The heaviest request of any rank.
+/// Returns the strongest request of any rank.
 pub fn request(tallies: &[Tally]) -> Request {
     tallies.iter().map(|tally| tally.request).max().unwrap_or_default()
 }
@@ -134,7 +134,7 @@ mod tests {
     use super::*;
     use crate::collective::{Solo, Threads};
 
-    fn told_by(world: &Threads, num_norms: usize) -> Result<Vec<Tally>> {
+    fn exchanged_by(world: &Threads, num_norms: usize) -> Result<Vec<Tally>> {
         let number = world.rank() as f64;
         let row = Tensor::full([Statistics::width(3) as i64], number, (Kind::Float, Device::Cpu));
         let norm = Tensor::from(number as f32 + 0.5);
@@ -152,7 +152,8 @@ mod tests {
 
     #[test]
     fn every_rank_reads_what_each_said() {
-        for tallies in Threads::run(2, |world| told_by(world, 1).expect("both ranks are here")) {
+        for tallies in Threads::run(2, |world| exchanged_by(world, 1).expect("both ranks are here"))
+        {
             assert_eq!(tallies.iter().map(|tally| tally.norms[0]).collect::<Vec<_>>(), [0.5, 1.5]);
             assert_eq!(tallies[1].seconds, [0.0, 0.0, 3.0]);
             assert_eq!([tallies[0].issued, tallies[1].issued], [(7, 0), (7, 1)]);
@@ -171,7 +172,7 @@ mod tests {
 
     #[test]
     fn e12_ranks_that_tell_different_things_are_out_of_step() {
-        let outcomes = Threads::run(2, |world| told_by(world, 1 + world.rank()));
+        let outcomes = Threads::run(2, |world| exchanged_by(world, 1 + world.rank()));
         assert!(outcomes.into_iter().all(|outcome| matches!(outcome, Err(Error::Desync { .. }))));
     }
 }

@@ -1,25 +1,25 @@
-//! Ranks that hold the others up, by phase.
+//! Detects ranks that slow the others down, by phase.
 
 use crate::median::{Middle, median};
 use crate::train::step_report::{OWN_PHASES, Tally};
 
-/// Steps over which a rank's seconds are judged, by their median: one slow step is nobody's fault.
+/// Steps over which a rank's seconds are compared, by their median: one slow step proves nothing.
 const STEPS: usize = 20;
-/// Seconds below which nobody is slow.
+/// Smallest difference in seconds that is reported.
 const LEAST_SECONDS: f64 = 0.01;
-/// What a rank takes more than the others, as a share of the step, from which on it matters.
+/// Smallest reported difference from the usual time, as a share of the step.
 const LEAST_SHARE: f64 = 0.1;
 
-/// The last steps' seconds of every rank.
+/// Every rank's seconds in the last steps.
 #[derive(Debug, Default)]
 pub struct Stragglers {
-    /// By step, rank and phase.
+    /// Seconds by step, rank and phase.
     steps: Vec<Vec<[f64; OWN_PHASES.len()]>>,
 }
 
 impl Stragglers {
-    /// Takes a step in; after every 20th, a line for each rank and phase that takes more than
-    /// `ratio` times the median rank's.
+    /// Adds a step. After every 20th step, returns a line for each rank and phase that takes more
+    /// than `ratio` times the median rank's time.
     pub fn take(&mut self, tallies: &[Tally], ratio: f64) -> Vec<String> {
         self.steps.push(tallies.iter().map(|tally| tally.seconds).collect());
         if self.steps.len() < STEPS {
@@ -33,12 +33,13 @@ impl Stragglers {
         let step = lower_median((0..tallies.len()).map(total));
         let mut lines = Vec::new();
         for (phase, word) in OWN_PHASES.iter().enumerate() {
-            let of_ranks: Vec<f64> = (0..tallies.len()).map(|rank| seconds(rank, phase)).collect();
-            let usual = lower_median(of_ranks.iter().copied());
+            let rank_seconds: Vec<f64> =
+                (0..tallies.len()).map(|rank| seconds(rank, phase)).collect();
+            let usual = lower_median(rank_seconds.iter().copied());
             let slow = |own: f64| {
                 own > ratio * usual && own - usual > LEAST_SECONDS.max(LEAST_SHARE * step)
             };
-            lines.extend(of_ranks.iter().enumerate().filter(|(_, own)| slow(**own)).map(|(rank, own)| {
+            lines.extend(rank_seconds.iter().enumerate().filter(|(_, own)| slow(**own)).map(|(rank, own)| {
                 let times = if usual > 0.0 { format!(", {:.1} times", own / usual) } else { String::new() };
                 format!("straggler: rank {rank} takes {own:.3} s a step in {word}, the median rank {usual:.3} s{times}")
             }));
@@ -47,7 +48,8 @@ impl Stragglers {
     }
 }
 
-/// The lower one of an even number, so that of two ranks the faster is the measure.
+/// Returns the lower median of an even number of values, so that of two ranks the faster is the
+/// reference.
 fn lower_median(values: impl Iterator<Item = f64>) -> f64 {
     median(values, Middle::Lower).unwrap_or_default()
 }
@@ -70,7 +72,7 @@ mod tests {
         }
     }
 
-    /// What is said after 20 steps of ranks like these.
+    /// Returns the lines after 20 steps of ranks like these.
     fn lines(ranks: &[Tally]) -> Vec<String> {
         let mut stragglers = Stragglers::default();
         let mut said: Vec<String> = (1..STEPS).flat_map(|_| stragglers.take(ranks, 1.5)).collect();

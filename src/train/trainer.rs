@@ -1,4 +1,4 @@
-//! The loop: a step after another, and between them records, comparisons, saves and requests.
+//! The loop: one step after another, and between them logging, comparing, saving and requests.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -30,7 +30,7 @@ use crate::train::stragglers::Stragglers;
 /// Steps over which throughput is averaged.
 const THROUGHPUT_STEPS: usize = 20;
 
-/// A run between its first step and its last.
+/// The state of a run between steps.
 pub struct Trainer<'c> {
     pub config: &'c RunConfig,
     pub collective: &'c dyn Collective,
@@ -42,7 +42,7 @@ pub struct Trainer<'c> {
     pub device: Device,
     pub replica: Replica<'c>,
     pub optimizer_state: OptimizerState,
-    /// What the next checkpoint says of the run; its step is the last one done.
+    /// The manifest of the next checkpoint; its step is the last one done.
     pub manifest: Manifest,
     pub metrics: MetricsFile,
     pub share: Share,
@@ -51,7 +51,7 @@ pub struct Trainer<'c> {
 }
 
 impl<'c> Trainer<'c> {
-    /// To the last step, or to where it is asked to stop.
+    /// Trains to the last step, or until a request to stop.
     pub fn run(&mut self, requests: &Requests, telemetry: &Telemetry) -> Result<Ending> {
         let (dataset, order) = (Arc::clone(&self.dataset), self.order.clone());
         let mut loader = Loader::start(
@@ -128,13 +128,12 @@ impl<'c> Trainer<'c> {
             &mut self.optimizer_state,
             &mut self.manifest.guard,
         );
-        // A step that was refused for its numbers was refused by all ranks alike, perhaps because
-        // of their latents.
+        // All ranks refuse a step for its numbers alike, and unusual latents may be the cause.
         if step == 1 && update.as_ref().err().is_none_or(|error| error.exit_code() == NUMERIC) {
             let warning = latents::warning(loader.first_latents(), self.collective)?;
             warning
                 .iter()
-                .filter(|_| telemetry.speaks_for_the_run())
+                .filter(|_| telemetry.writes_run_files())
                 .for_each(|what| tracing::warn!("step 1: {what}"));
         }
         let update = update.map_err(|error| self.refused(error))?;
@@ -142,7 +141,7 @@ impl<'c> Trainer<'c> {
         Ok(update)
     }
 
-    /// Too many bad samples mean bad data, on every rank alike.
+    /// Stops the run on every rank alike if an epoch has too many bad samples.
     fn count_bad_samples(&mut self, tallies: &[Tally]) -> Result<()> {
         let met = tallies.iter().map(|tally| tally.bad_samples as u64).sum();
         let epoch = self.order.epoch_of(self.manifest.step);
@@ -158,8 +157,8 @@ impl<'c> Trainer<'c> {
         Err(known_to_all(Error::data(self.dataset.path(), what), 0, self.collective))
     }
 
-    /// After a step that all ranks refused alike: lets a save that is under way come to its end,
-    /// and says where the run stands.
+    /// Adds the last checkpoint to the error of a step that all ranks refused alike, after a save
+    /// in flight has finished.
     fn refused(&mut self, error: Error) -> Error {
         if error.exit_code() != NUMERIC {
             return error;
@@ -178,7 +177,7 @@ impl<'c> Trainer<'c> {
         }
     }
 
-    /// After a step: compares parameters and saves when it is time, or was asked for.
+    /// Compares parameters and saves after a step, if it is due or requested.
     fn settle(&mut self, request: Request, requests: &Requests) -> Result<()> {
         let saves = self.saves_now() || request != Request::Nothing;
         if saves || self.manifest.step.is_multiple_of(self.config.watchdog.compare_every_n_steps) {
@@ -191,7 +190,7 @@ impl<'c> Trainer<'c> {
         if saves { self.save() } else { Ok(()) }
     }
 
-    /// Logs what the policies ask for; returns the text beside the progress bar.
+    /// Writes the logs that are due; returns the text beside the progress bar.
     fn record(
         &mut self,
         update: &Update,
@@ -223,7 +222,7 @@ impl<'c> Trainer<'c> {
         });
         let warned =
             update.warning.iter().map(|what| format!("step {}: {what}", self.manifest.step));
-        if telemetry.speaks_for_the_run() {
+        if telemetry.writes_run_files() {
             skipped
                 .chain(warned)
                 .chain(bad)

@@ -1,9 +1,8 @@
-//! Beats: small datagrams beside all collectives, from every rank to rank 0, which answers with
-//! where the others stand.
+//! Beats: small datagrams, outside of any collective, from every rank to rank 0, which answers with
+//! the state of the others.
 //!
-//! Rank 0 hears all, because a beat a second from a thousand ranks is little for one socket. A lost
-//! datagram costs nothing: the next one says it all again. A datagram that does not carry the run's
-//! token is somebody else's and is dropped.
+//! One socket on rank 0 is enough for a beat a second from a thousand ranks. Lost datagrams do no
+//! harm, because the next one repeats everything. Datagrams without the run's token are dropped.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs, UdpSocket};
@@ -15,36 +14,35 @@ use crate::error::{Error, Result};
 use crate::phase::Phase;
 use crate::pulse::{self, Pulse};
 
-/// Ranks that an answer names at most, those that are furthest behind first: it must fit into one
-/// datagram.
+/// Most ranks in an answer, those furthest behind first: it must fit into one datagram.
 const NAMED: usize = 12;
 
-/// Largest datagram that is read.
+/// Largest datagram that is received.
 const LARGEST: usize = 4096;
 
-/// Where rank 0 hears beats, and by what it knows them.
+/// The address at which rank 0 receives beats, and the token of the run.
 #[derive(Clone, Debug, Deserialize, Serialize)]
-pub struct Meeting {
+pub struct HubAddress {
     host: String,
     addresses: Vec<IpAddr>,
     port: u16,
     token: u64,
-    /// Port of the desk that gives the word; 0 before it is open.
-    pub desk: u16,
+    /// Port of rank 0's arbiter; 0 before it is open.
+    pub arbiter_port: u16,
 }
 
-impl Meeting {
-    /// By which rank 0 knows who is of its run.
+impl HubAddress {
+    /// The token by which rank 0 recognizes datagrams of its run.
     pub fn token(&self) -> u64 {
         self.token
     }
 
-    /// Addresses at which the desk may be reached.
-    pub fn desks(&self) -> Vec<SocketAddr> {
-        self.addresses_at(self.desk)
+    /// Addresses at which the arbiter may be reached.
+    pub fn arbiter_addresses(&self) -> Vec<SocketAddr> {
+        self.addresses_at(self.arbiter_port)
     }
 
-    /// Addresses of rank 0 that this process may reach, each once.
+    /// Addresses at which this process may reach rank 0, without duplicates.
     fn addresses_at(&self, port: u16) -> Vec<SocketAddr> {
         let named = (self.host.as_str(), port)
             .to_socket_addrs()
@@ -54,7 +52,7 @@ impl Meeting {
         let numbered = self.addresses.iter().map(|address| SocketAddr::new(*address, port));
         let mut all: Vec<SocketAddr> = numbered.chain(named).collect();
         if self.host != pulse::host() {
-            // Its own loopback is not ours.
+            // Rank 0's loopback address is not valid on another host.
             all.retain(|address| !address.ip().is_loopback());
         }
         all.sort();
@@ -63,9 +61,9 @@ impl Meeting {
     }
 }
 
-/// Where a rank stood when it was last heard of.
+/// The last known state of a rank.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Standing {
+pub struct RankState {
     pub rank: usize,
     pub host: String,
     pub pulse: Pulse,
@@ -75,18 +73,19 @@ pub struct Standing {
     pub reading: Option<String>,
 }
 
-/// What is known of the others.
+/// The states of the other ranks, as far as this rank knows them.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Roll {
-    /// Ranks that are furthest behind, at rank 0 all that were heard of.
-    pub standings: Vec<Standing>,
-    /// Ranks never heard of.
+pub struct Overview {
+    /// On rank 0 all ranks that have sent a beat; on other ranks those furthest behind, and one of
+    /// the most advanced.
+    pub states: Vec<RankState>,
+    /// Ranks that have never sent a beat.
     pub unknown: Vec<usize>,
-    /// Time since any rank moved.
+    /// Time since any rank made progress; `None` if it is unknown.
     pub still: Option<Duration>,
-    /// Time since rank 0 answered; zero on rank 0.
+    /// Time since rank 0 last answered; zero on rank 0.
     pub silence: Duration,
-    /// Rank 0's machine.
+    /// Rank 0's host name.
     pub hub_host: String,
 }
 
@@ -98,7 +97,7 @@ struct Beat {
     moment: Moment,
 }
 
-/// A pulse on its way; times in milliseconds.
+/// A pulse as it is sent; times in milliseconds.
 #[derive(Clone, Deserialize, Serialize)]
 struct Moment {
     step: u64,
@@ -111,7 +110,7 @@ struct Moment {
 #[derive(Deserialize, Serialize)]
 struct Answer {
     token: u64,
-    /// `(rank, host, moment, silence)`.
+    /// Rank, host, moment and silence in milliseconds.
     behind: Vec<(usize, String, Moment, u64)>,
     unknown: Vec<usize>,
     still: Option<u64>,
@@ -123,19 +122,19 @@ impl Moment {
         Moment { step, phase: phase as u8, collectives, age: age.as_millis() as u64, reading }
     }
 
-    /// This process's own.
+    /// The state of this process.
     fn own(now: &Pulse) -> Self {
         Moment::new(now, reading(now))
     }
 
-    /// `None` for a phase that this program does not know.
-    fn standing(
+    /// Converts to a state; `None` for a phase that this program does not know.
+    fn state(
         &self,
         rank: usize,
         host: &str,
         silence: Duration,
         since: Duration,
-    ) -> Option<Standing> {
+    ) -> Option<RankState> {
         let age = Duration::from_millis(self.age) + since;
         let pulse = Pulse {
             step: self.step,
@@ -143,47 +142,47 @@ impl Moment {
             collectives: self.collectives,
             age,
         };
-        Some(Standing { rank, host: host.into(), pulse, silence, reading: self.reading.clone() })
+        Some(RankState { rank, host: host.into(), pulse, silence, reading: self.reading.clone() })
     }
 }
 
-/// The file that this process waits for.
+/// The file that this process waits for; `None` outside of phase `data`.
 pub fn reading(now: &Pulse) -> Option<String> {
     pulse::reading().filter(|_| now.phase == Phase::Data)
 }
 
-/// One end of the line between a rank and rank 0.
-pub enum Line {
+/// One rank's side of the beats: rank 0 is the hub, all others are spokes.
+pub enum Heartbeat {
     Hub(Hub),
     Spoke(Spoke),
 }
 
-impl Line {
-    /// Rank 0's end, with where the others meet it.
+impl Heartbeat {
+    /// Opens rank 0's side; also returns its address for the others.
     ///
     /// # Errors
     /// [`Error::Environment`] if no socket can be opened.
-    pub fn hub(world_size: usize, token: u64) -> Result<(Self, Meeting)> {
+    pub fn hub(world_size: usize, token: u64) -> Result<(Self, HubAddress)> {
         let socket = open()?;
         let port = socket.local_addr().map_err(cannot_open)?.port();
         let interfaces = if_addrs::get_if_addrs().unwrap_or_default();
         let addresses =
             interfaces.iter().map(if_addrs::Interface::ip).filter(IpAddr::is_ipv4).collect();
-        let meeting = Meeting { host: pulse::host(), addresses, port, token, desk: 0 };
-        Ok((Line::Hub(Hub { socket, token, world_size, heard: BTreeMap::new() }), meeting))
+        let address = HubAddress { host: pulse::host(), addresses, port, token, arbiter_port: 0 };
+        Ok((Heartbeat::Hub(Hub { socket, token, world_size, heard: BTreeMap::new() }), address))
     }
 
-    /// Another rank's end. Which of rank 0's addresses it can reach shows by the answers.
+    /// Opens another rank's side. It sends to all addresses of rank 0 until one of them answers.
     ///
     /// # Errors
-    /// As [`Line::hub`].
-    pub fn spoke(meeting: &Meeting) -> Result<Self> {
-        let hubs = meeting.addresses_at(meeting.port);
+    /// As [`Heartbeat::hub`].
+    pub fn spoke(address: &HubAddress) -> Result<Self> {
+        let hubs = address.addresses_at(address.port);
         let answered = Instant::now();
-        let last = Roll { hub_host: meeting.host.clone(), ..Roll::default() };
-        Ok(Line::Spoke(Spoke {
+        let last = Overview { hub_host: address.host.clone(), ..Overview::default() };
+        Ok(Heartbeat::Spoke(Spoke {
             socket: open()?,
-            token: meeting.token,
+            token: address.token,
             hubs,
             chosen: None,
             answered,
@@ -191,11 +190,11 @@ impl Line {
         }))
     }
 
-    /// Tells where this rank stands and takes in what has come since; never waits.
-    pub fn beat(&mut self, now: &Pulse) -> Roll {
+    /// Sends this rank's state and receives the datagrams that have arrived since; never blocks.
+    pub fn beat(&mut self, now: &Pulse) -> Overview {
         match self {
-            Line::Hub(hub) => hub.beat(now),
-            Line::Spoke(spoke) => spoke.beat(now),
+            Heartbeat::Hub(hub) => hub.beat(now),
+            Heartbeat::Spoke(spoke) => spoke.beat(now),
         }
     }
 }
@@ -210,12 +209,12 @@ pub fn cannot_open(error: std::io::Error) -> Error {
     Error::environment(format!("the watchdog cannot open a socket: {error}"))
 }
 
-/// Everything that has arrived and reads as a `T`, with who sent it.
-fn arrived<T: for<'d> Deserialize<'d>>(socket: &UdpSocket) -> Vec<(T, SocketAddr)> {
+/// Receives all datagrams that have arrived and parse as a `T`, with their senders.
+fn receive_all<T: for<'d> Deserialize<'d>>(socket: &UdpSocket) -> Vec<(T, SocketAddr)> {
     let mut buffer = [0; LARGEST];
     let mut all = Vec::new();
-    // An error that is not "nothing there" is the echo of a datagram that nobody took: as good as
-    // nothing.
+    // Also ends at an error other than "would block": it reports an earlier datagram that was not
+    // delivered.
     while let Ok((bytes, sender)) = socket.recv_from(&mut buffer) {
         all.extend(serde_json::from_slice(&buffer[..bytes]).ok().map(|message| (message, sender)));
     }
@@ -224,84 +223,87 @@ fn arrived<T: for<'d> Deserialize<'d>>(socket: &UdpSocket) -> Vec<(T, SocketAddr
 
 fn send(socket: &UdpSocket, message: &impl Serialize, to: SocketAddr) {
     let bytes = serde_json::to_vec(message).expect("numbers and texts are JSON");
-    // What cannot be sent now is said again by the next beat.
+    // A datagram that cannot be sent now is repeated by the next beat.
     let _ = socket.send_to(&bytes, to);
 }
 
+/// Rank 0's side.
 pub struct Hub {
     socket: UdpSocket,
     token: u64,
     world_size: usize,
-    /// Host, moment, and when it came.
+    /// Host, moment, and time of receipt of each rank's last beat.
     heard: BTreeMap<usize, (String, Moment, Instant)>,
 }
 
 impl Hub {
-    fn beat(&mut self, now: &Pulse) -> Roll {
-        let mut callers = Vec::new();
-        for (beat, sender) in arrived::<Beat>(&self.socket) {
+    fn beat(&mut self, now: &Pulse) -> Overview {
+        let mut senders = Vec::new();
+        for (beat, sender) in receive_all::<Beat>(&self.socket) {
             if beat.token == self.token && beat.rank < self.world_size {
                 self.heard.insert(beat.rank, (beat.host, beat.moment, Instant::now()));
-                callers.push(sender);
+                senders.push(sender);
             }
         }
         self.heard.insert(0, (pulse::host(), Moment::own(now), Instant::now()));
-        let roll = self.roll();
-        let answer = self.answer(&roll);
-        callers.into_iter().for_each(|caller| send(&self.socket, &answer, caller));
-        roll
+        let overview = self.overview();
+        let answer = self.answer(&overview);
+        senders.into_iter().for_each(|sender| send(&self.socket, &answer, sender));
+        overview
     }
 
-    fn roll(&self) -> Roll {
-        let standing = |(rank, (host, moment, when)): (&usize, &(String, Moment, Instant))| {
+    fn overview(&self) -> Overview {
+        let state = |(rank, (host, moment, when)): (&usize, &(String, Moment, Instant))| {
             let silence = when.elapsed();
-            moment.standing(*rank, host, silence, silence)
+            moment.state(*rank, host, silence, silence)
         };
-        let standings: Vec<Standing> = self.heard.iter().filter_map(standing).collect();
-        let still = standings.iter().map(|standing| standing.pulse.age).min();
+        let states: Vec<RankState> = self.heard.iter().filter_map(state).collect();
+        let still = states.iter().map(|state| state.pulse.age).min();
         let unknown = (0..self.world_size).filter(|rank| !self.heard.contains_key(rank)).collect();
-        Roll { standings, unknown, still, silence: Duration::ZERO, hub_host: pulse::host() }
+        Overview { states, unknown, still, silence: Duration::ZERO, hub_host: pulse::host() }
     }
 
-    fn answer(&self, roll: &Roll) -> Answer {
-        let mut behind: Vec<&Standing> = roll.standings.iter().collect();
-        behind.sort_by_key(|standing| (standing.pulse.step, standing.pulse.collectives));
-        // One that is in front too, so that who is behind can be told.
+    fn answer(&self, overview: &Overview) -> Answer {
+        let mut behind: Vec<&RankState> = overview.states.iter().collect();
+        behind.sort_by_key(|state| (state.pulse.step, state.pulse.collectives));
+        // Includes one of the most advanced ranks, so that receivers can tell which ranks are
+        // behind.
         let front = behind.split_off(behind.len().saturating_sub(1));
         let named = behind.into_iter().take(NAMED).chain(front);
-        let entry = |standing: &Standing| {
-            let moment = Moment::new(&standing.pulse, standing.reading.clone());
-            (standing.rank, standing.host.clone(), moment, standing.silence.as_millis() as u64)
+        let entry = |state: &RankState| {
+            let moment = Moment::new(&state.pulse, state.reading.clone());
+            (state.rank, state.host.clone(), moment, state.silence.as_millis() as u64)
         };
         Answer {
             token: self.token,
             behind: named.map(entry).collect(),
-            unknown: roll.unknown.iter().take(NAMED).copied().collect(),
-            still: roll.still.map(|still| still.as_millis() as u64),
+            unknown: overview.unknown.iter().take(NAMED).copied().collect(),
+            still: overview.still.map(|still| still.as_millis() as u64),
         }
     }
 }
 
+/// Any other rank's side.
 pub struct Spoke {
     socket: UdpSocket,
     token: u64,
     hubs: Vec<SocketAddr>,
-    /// The address that answers.
+    /// The address that has answered; `None` while all are tried.
     chosen: Option<SocketAddr>,
     answered: Instant,
-    last: Roll,
+    last: Overview,
 }
 
 impl Spoke {
     /// Silence after which every address is tried again.
     const LOST: Duration = Duration::from_secs(5);
 
-    fn beat(&mut self, now: &Pulse) -> Roll {
-        for (answer, sender) in arrived::<Answer>(&self.socket) {
+    fn beat(&mut self, now: &Pulse) -> Overview {
+        for (answer, sender) in receive_all::<Answer>(&self.socket) {
             if answer.token == self.token {
                 (self.chosen, self.answered) = (Some(sender), Instant::now());
                 self.last =
-                    Roll { hub_host: std::mem::take(&mut self.last.hub_host), ..read(answer) };
+                    Overview { hub_host: std::mem::take(&mut self.last.hub_host), ..read(answer) };
             }
         }
         let silence = self.answered.elapsed();
@@ -310,25 +312,29 @@ impl Spoke {
         }
         let beat = Beat {
             token: self.token,
-            rank: pulse::place().0,
+            rank: pulse::rank(),
             host: pulse::host(),
             moment: Moment::own(now),
         };
         let all = if self.chosen.is_some() { &[][..] } else { &self.hubs[..] };
         self.chosen.iter().chain(all).for_each(|hub| send(&self.socket, &beat, *hub));
-        Roll { still: self.last.still.map(|still| still + silence), silence, ..self.last.clone() }
+        Overview {
+            still: self.last.still.map(|still| still + silence),
+            silence,
+            ..self.last.clone()
+        }
     }
 }
 
-fn read(answer: Answer) -> Roll {
-    let standing = |(rank, host, moment, silence): &(usize, String, Moment, u64)| {
-        moment.standing(*rank, host, Duration::from_millis(*silence), Duration::ZERO)
+fn read(answer: Answer) -> Overview {
+    let state = |(rank, host, moment, silence): &(usize, String, Moment, u64)| {
+        moment.state(*rank, host, Duration::from_millis(*silence), Duration::ZERO)
     };
-    Roll {
-        standings: answer.behind.iter().filter_map(standing).collect(),
+    Overview {
+        states: answer.behind.iter().filter_map(state).collect(),
         unknown: answer.unknown,
         still: answer.still.map(Duration::from_millis),
-        ..Roll::default()
+        ..Overview::default()
     }
 }
 
@@ -338,9 +344,11 @@ mod tests {
 
     #[test]
     fn who_does_not_know_the_runs_token_or_is_no_rank_of_it_is_not_heard() {
-        let Ok((Line::Hub(mut hub), meeting)) = Line::hub(3, 7) else { panic!("no socket") };
+        let Ok((Heartbeat::Hub(mut hub), address)) = Heartbeat::hub(3, 7) else {
+            panic!("no socket")
+        };
         let (stranger, address) =
-            (open().expect("a socket"), SocketAddr::from((Ipv4Addr::LOCALHOST, meeting.port)));
+            (open().expect("a socket"), SocketAddr::from((Ipv4Addr::LOCALHOST, address.port)));
         let now = Pulse { step: 4, phase: Phase::Reduce, collectives: 1, age: Duration::ZERO };
         let beat = |token, rank| {
             send(
@@ -351,8 +359,8 @@ mod tests {
         };
         beat(8, 1);
         beat(7, 3);
-        // What is sent over the loopback comes in order, so the first two have been met when the
-        // last one has.
+        // Loopback datagrams arrive in order, so the first two have been received when the last one
+        // has.
         beat(7, 2);
         let began = Instant::now();
         while !hub.heard.contains_key(&2) {

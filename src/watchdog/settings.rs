@@ -1,4 +1,4 @@
-//! How long each phase of a run may stand still.
+//! `[watchdog]`: time that each phase of a run may take without progress.
 
 use std::time::Duration;
 
@@ -37,20 +37,19 @@ settings! {
     }
 }
 
-/// What this start of the run has shown of its own pace.
+/// Durations measured since this start of the run.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Pace {
-    /// The step that it began with; 0 before it.
+    /// The first step of this start; 0 before it.
     pub first_step: u64,
-    /// Median of the last steps, in seconds; zero before anyone beside them has seen one: they may
-    /// be too short.
+    /// Median of the last steps, in seconds; zero until the watching thread has measured one.
     pub step_median: f64,
-    /// What the last save took, in seconds; zero before it.
+    /// Duration of the last save, in seconds; zero before it.
     pub last_save: f64,
 }
 
 impl WatchdogSettings {
-    /// How long a rank at `pulse` may stand still.
+    /// Returns the time that a rank at `pulse` may take without progress.
     pub fn limit(&self, pulse: &Pulse, pace: Pace) -> Duration {
         let seconds = match pulse.phase {
             Phase::Launch | Phase::Connect | Phase::Bootstrap | Phase::Open => self.init_seconds,
@@ -77,15 +76,15 @@ impl WatchdogSettings {
         Duration::from_secs_f64(seconds)
     }
 
-    /// How long ranks wait for each other to meet: a little less than the watchdog, since they know
-    /// better who is missing.
-    pub fn meeting_patience(&self) -> Duration {
+    /// Returns the time that ranks wait for each other when they connect: a little less than the
+    /// watchdog's limit, because their own error names the missing ranks.
+    pub fn connect_timeout(&self) -> Duration {
         Duration::from_secs_f64(0.9 * self.init_seconds)
     }
 
-    /// How long one operation between ranks may take that the watchdog does not end: twice what any
-    /// phase may.
-    pub fn operation_patience(&self) -> Duration {
+    /// Returns the time limit of one collective, for hangs that the watchdog does not end: twice
+    /// the longest limit of a phase.
+    pub fn operation_timeout(&self) -> Duration {
         Duration::from_secs_f64(2.0 * self.limits().into_iter().fold(0.0, f64::max))
     }
 
@@ -100,8 +99,7 @@ impl WatchdogSettings {
         ]
     }
 
-    /// Time between two beats: ten fit into the shortest limit, and one a second is enough for the
-    /// longest.
+    /// Returns the time between two beats: a tenth of the shortest limit, within 0.01 to 1 s.
     pub fn beat_interval(&self) -> Duration {
         Duration::from_secs_f64(
             (self.limits().into_iter().fold(f64::INFINITY, f64::min) / 10.0).clamp(0.01, 1.0),

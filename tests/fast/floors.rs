@@ -43,7 +43,7 @@ const ONLY_IN: &[(&str, &[&str])] = &[
             "collective/nccl/",
             "collective/exchange/span.rs",
             "cuda/",
-            "libtorch.rs",
+            "libtorch/",
             "ops/autograd/",
             "tensor.rs",
         ],

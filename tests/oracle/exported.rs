@@ -125,7 +125,7 @@ fn ranks_begin_with_what_one_of_them_read() {
         )
         .unwrap()
     };
-    let loaded = Shards::of_stem(&folder, "diffusion_pytorch_model").unwrap();
+    let loaded = Shards::open_stem(&folder, "diffusion_pytorch_model").unwrap();
     for ranks in [1, 3] {
         let run = train(&format!("on-{ranks}"), ranks);
         let saved =
@@ -180,7 +180,7 @@ fn bfloat16_is_written_but_for_what_diffusers_keeps_precise() {
         "bfloat16",
     ];
     assert_eq!(finish(program(&arguments)).0, 0);
-    let shards = Shards::of_stem(&out, "diffusion_pytorch_model").unwrap();
+    let shards = Shards::open_stem(&out, "diffusion_pytorch_model").unwrap();
     let kind = |name: &str| shards.read(name).unwrap().kind();
     assert_eq!(kind("blocks.0.attn1.to_q.weight"), Kind::BFloat16);
     assert_eq!(kind("blocks.0.scale_shift_table"), Kind::Float);

@@ -1,14 +1,40 @@
-//! The collectives as messages from rank to rank: one algorithm, whatever carries the messages.
+//! Collectives built from point-to-point messages: one algorithm for every transport that carries
+//! messages between CPU tensors.
 //!
-//! `exchange/tensor_plan.rs` says what becomes of a tensor, `exchange/rounds.rs` walks through an
-//! operation's pieces, `exchange/queue.rs` keeps operations in order, `exchange/shared_buffer.rs` places
-//! pieces in memory that ranks share, and `exchange/span.rs` has the addresses. A backend brings
-//! a [`Transport`] and its [`Channel`]: what a communicator is, and how bytes travel.
+//! ```text
+//!  all_reduce(tensors, op)                                Work::wait()
+//!         |                                                    |
+//!         v                                                    v
+//!  +- Communicator -----------+        +- Queue -----------------------------+
+//!  | checks the arguments     |  push  | Rounds, Rounds, Rounds, ...         |
+//!  | Ledger: number and tag   | -----> | in program order, of a communicator |
+//!  | a TensorPlan per tensor  |        | and of all that were split off it   |
+//!  +--------------------------+        +------------------+------------------+
+//!                                                         | run, oldest first
+//!                                                         v
+//!  +- Rounds: one collective -----------------------------------------------+
+//!  | for each TensorPlan, for each piece of at most 128 KiB, a Round:       |
+//!  |   collect   exchange the peers' contributions (they arrive in Scratch) |
+//!  |   settle    reduce them in the order of the pairwise tree              |
+//!  |   share     send the reduced piece to the peers                        |
+//!  +------------------------------------+-----------------------------------+
+//!                                       | Spans; a Pending waits for several
+//!                                       v
+//!    Channel: the messages of one collective, made by the Transport
+//!    (mpi/ or tcp/). Where the ranks share memory, pieces go through the
+//!    SharedBuffer, and the Channel carries empty messages as signals.
+//! ```
 //!
-//! Nothing travels until somebody waits: neither MPI nor a socket moves data by itself. So
-//! communication hides behind no computation here, and a thread that made it would gain nothing: it
-//! takes from the computation the core that it would have had (with two ranks on two cores, half of
-//! it). Works that are let go are carried out by the next wait.
+//! `exchange/tensor_plan.rs` decides which pieces of a tensor go where, `exchange/rounds.rs` runs
+//! an operation piece by piece, `exchange/queue.rs` keeps operations in order,
+//! `exchange/shared_buffer.rs` addresses memory that ranks share, and `exchange/span.rs` holds the
+//! raw addresses. A backend implements [`Transport`] (the communicator) and [`Channel`] (the
+//! messages of one operation).
+//!
+//! Bytes are transferred only while a rank waits: neither MPI nor a socket makes progress by
+//! itself. So no computation hides communication here, and a progress thread would gain nothing: it
+//! would compete with the computation for the same cores (with two ranks on two cores it took half
+//! of them). A work that is dropped without a wait is carried out by the next wait.
 
 mod queue;
 mod rounds;
@@ -32,7 +58,7 @@ pub use span::Span;
 pub use tensor_plan::{LINE_BYTES, PIECE_BYTES};
 use tensor_plan::{Pattern, TensorPlan, piece_bytes};
 
-/// This rank among those of a communicator.
+/// This rank in a communicator.
 #[derive(Clone, Copy)]
 pub struct Membership {
     pub rank: usize,
@@ -45,18 +71,17 @@ impl Membership {
     }
 }
 
-/// What carries the messages of one operation. Messages of one rank to another arrive in the order
-/// in which they left, and are received in that order; ranks count as the operation's communicator
-/// counts them.
+/// The messages of one operation. Messages from one rank to another arrive in the order in which
+/// they were sent, and are received in that order. Ranks are those of the operation's communicator.
 ///
-/// Whoever calls it keeps the memory of a span until the message was waited for, and neither
-/// writes what is sent nor touches what is received before.
+/// The caller keeps a span's memory alive until its message has been waited for; until then it
+/// neither writes a span that is being sent nor touches one that is being received.
 ///
 /// # Errors
-/// [`Error::Desync`] for a message of another operation, [`Error::Peer`] if a peer said that it
-/// failed, [`Error::Collective`] for everything else.
+/// [`Error::Desync`] for a message of another operation, [`Error::Peer`] if a peer announced that
+/// it failed, [`Error::Collective`] for everything else.
 pub trait Channel {
-    /// Messages that were started.
+    /// Messages that were started and have not been waited for.
     type Messages: Default;
 
     /// Starts to send; the span is not empty.
@@ -65,18 +90,18 @@ pub trait Channel {
     /// Starts to receive; the span is not empty.
     fn receive(&self, messages: &mut Self::Messages, span: Span, peer: usize) -> Result<()>;
 
-    /// Starts to tell a peer that something is done: what was written to shared memory before is
-    /// seen by who hears of it.
-    fn tell(&self, messages: &mut Self::Messages, peer: usize) -> Result<()>;
+    /// Starts to send an empty message. Writes to shared memory before it are visible to the peer
+    /// that has received it.
+    fn send_signal(&self, messages: &mut Self::Messages, peer: usize) -> Result<()>;
 
-    /// Starts to listen for what a peer tells.
-    fn hear(&self, messages: &mut Self::Messages, peer: usize) -> Result<()>;
+    /// Starts to receive an empty message.
+    fn receive_signal(&self, messages: &mut Self::Messages, peer: usize) -> Result<()>;
 
     /// Blocks until every message has arrived or left.
     fn wait(&self, messages: &mut Self::Messages) -> Result<()>;
 }
 
-/// A communicator as its backend knows it.
+/// A communicator as its backend represents it.
 pub trait Transport: Sized + 'static {
     type Channel: Channel + 'static;
 
@@ -84,74 +109,74 @@ pub trait Transport: Sized + 'static {
 
     fn membership(&self) -> Membership;
 
-    /// Memory that its ranks share, if they do.
+    /// Memory that all its ranks share; `None` if they are not on one machine.
     fn shared_buffer(&self) -> Option<&Rc<SharedBuffer>>;
 
-    /// What carries the operation that left the ledger in this state.
+    /// Returns the channel of the operation that `issued` identifies.
     fn channel(&self, call: Call, issued: Issued) -> Self::Channel;
 
-    /// Returns once every rank is here. Nothing is under way.
-    fn meet(&self, call: Call, issued: Issued) -> Result<()>;
+    /// Blocks until every rank has called it. No operation may be under way.
+    fn barrier(&self, call: Call, issued: Issued) -> Result<()>;
 
-    /// The communicator of the ranks with this color. Nothing is under way.
+    /// Returns the communicator of the ranks with this color. No operation may be under way.
     fn split(whole: &Communicator<Self>, call: Call, color: usize) -> Result<Self>;
 }
 
-/// Messages under way that are waited for together, and what is done when all have arrived.
-pub struct Pending<W: Channel> {
-    messages: W::Messages,
-    /// What is copied, from and to.
+/// Messages under way that are waited for together, and the copies to make once all have arrived.
+pub struct Pending<C: Channel> {
+    messages: C::Messages,
+    /// Source and destination of each copy.
     copies: Vec<(Span, Span)>,
 }
 
-impl<W: Channel> Default for Pending<W> {
+impl<C: Channel> Default for Pending<C> {
     fn default() -> Self {
-        Pending { messages: W::Messages::default(), copies: Vec::new() }
+        Pending { messages: C::Messages::default(), copies: Vec::new() }
     }
 }
 
-impl<W: Channel> Pending<W> {
-    /// Of nothing no message is made.
-    fn send(&mut self, channel: &W, span: Span, peer: usize) -> Result<()> {
+impl<C: Channel> Pending<C> {
+    /// An empty span sends no message.
+    fn send(&mut self, channel: &C, span: Span, peer: usize) -> Result<()> {
         if span.elements == 0 { Ok(()) } else { channel.send(&mut self.messages, span, peer) }
     }
 
-    /// Of nothing no message is made.
-    fn receive(&mut self, channel: &W, span: Span, peer: usize) -> Result<()> {
+    /// An empty span receives no message.
+    fn receive(&mut self, channel: &C, span: Span, peer: usize) -> Result<()> {
         if span.elements == 0 { Ok(()) } else { channel.receive(&mut self.messages, span, peer) }
     }
 
-    fn tell(&mut self, channel: &W, peer: usize) -> Result<()> {
-        channel.tell(&mut self.messages, peer)
+    fn send_signal(&mut self, channel: &C, peer: usize) -> Result<()> {
+        channel.send_signal(&mut self.messages, peer)
     }
 
-    fn hear(&mut self, channel: &W, peer: usize) -> Result<()> {
-        channel.hear(&mut self.messages, peer)
+    fn receive_signal(&mut self, channel: &C, peer: usize) -> Result<()> {
+        channel.receive_signal(&mut self.messages, peer)
     }
 
-    /// Once everything has arrived, `from` is copied to `to`.
+    /// Copies `from` to `to` once everything has arrived.
     fn then_copy(&mut self, from: Span, to: Span) {
         self.copies.push((from, to));
     }
 
-    fn wait(&mut self, channel: &W) -> Result<()> {
+    fn wait(&mut self, channel: &C) -> Result<()> {
         channel.wait(&mut self.messages)?;
         self.copies.drain(..).for_each(|(from, to)| to.stream_from(from));
         Ok(())
     }
 }
 
-/// This process as a rank of a communicator. It stays on its thread, as its queue does.
-pub struct Communicator<L: Transport> {
-    pub(super) transport: L,
-    queue: Rc<RefCell<Queue<L::Channel>>>,
+/// This process as a rank of a communicator. It stays on its thread, because its queue does.
+pub struct Communicator<T: Transport> {
+    pub(super) transport: T,
+    queue: Rc<RefCell<Queue<T::Channel>>>,
     ledger: Ledger,
     meter: Meter,
 }
 
-impl<L: Transport> Communicator<L> {
-    /// A world of its own.
-    pub(super) fn new(transport: L) -> Self {
+impl<T: Transport> Communicator<T> {
+    /// A communicator with a queue of its own.
+    pub(super) fn new(transport: T) -> Self {
         Communicator {
             transport,
             queue: Rc::default(),
@@ -161,10 +186,11 @@ impl<L: Transport> Communicator<L> {
     }
 
     fn call(operation: &'static str) -> Call {
-        Call { backend: L::BACKEND, operation }
+        Call { backend: T::BACKEND, operation }
     }
 
-    /// Queues an operation; the work carries it out, after those before it.
+    /// Queues an operation. Waiting for the work carries it out, after the operations issued before
+    /// it.
     fn issue(
         &self,
         call: Call,
@@ -185,7 +211,7 @@ impl<L: Transport> Communicator<L> {
         Work::new(move || meter.exposed(|| queue.borrow_mut().finish(call, number)))
     }
 
-    /// Bytes of a piece on the way between these ranks.
+    /// Bytes of a piece in transit between these ranks.
     fn piece_bytes(&self) -> usize {
         self.transport.shared_buffer().map_or_else(
             || piece_bytes(self.transport.membership().world_size),
@@ -216,12 +242,12 @@ fn check_device(call: Call, tensor: &Tensor) -> Result<()> {
     }
 }
 
-/// A whole one and its slice, of each.
+/// Each tensor's slice and its full tensor, flattened to one list.
 fn flat(tensors: Vec<Sliced>) -> Vec<Tensor> {
     tensors.into_iter().flat_map(|sliced| [sliced.owned, sliced.full]).collect()
 }
 
-impl<L: Transport> Collective for Communicator<L> {
+impl<T: Transport> Collective for Communicator<T> {
     fn rank(&self) -> usize {
         self.transport.membership().rank
     }
@@ -243,7 +269,7 @@ impl<L: Transport> Collective for Communicator<L> {
             ))
         };
         let plans = buffers.iter().map(plan).collect::<Result<_>>()?;
-        Ok(self.issue(call, Signature::new("all_reduce", &buffers).by(op), plans, buffers))
+        Ok(self.issue(call, Signature::new("all_reduce", &buffers).reduced_by(op), plans, buffers))
     }
 
     fn reduce_scatter(&self, tensors: Vec<Sliced>, op: ReduceOp) -> Result<Work> {
@@ -252,8 +278,8 @@ impl<L: Transport> Collective for Communicator<L> {
             .iter()
             .map(|sliced| self.plan(call, Pattern::Owned(op), sliced))
             .collect::<Result<_>>()?;
-        let signature =
-            Signature::new("reduce_scatter", tensors.iter().map(|sliced| &sliced.full)).by(op);
+        let signature = Signature::new("reduce_scatter", tensors.iter().map(|sliced| &sliced.full))
+            .reduced_by(op);
         Ok(self.issue(call, signature, plans, flat(tensors)))
     }
 
@@ -272,8 +298,12 @@ impl<L: Transport> Collective for Communicator<L> {
         call.check_buffer(&buffer)?;
         call.check_root(root, membership.world_size)?;
         check_device(call, &buffer)?;
-        let plans =
-            vec![TensorPlan::whole(membership, self.piece_bytes(), Pattern::From(root), &buffer)];
+        let plans = vec![TensorPlan::whole(
+            membership,
+            self.piece_bytes(),
+            Pattern::Broadcast(root),
+            &buffer,
+        )];
         Ok(self.issue(
             call,
             Signature::new("broadcast", [&buffer]).rooted_at(root),
@@ -285,14 +315,14 @@ impl<L: Transport> Collective for Communicator<L> {
     fn barrier(&self) -> Result<()> {
         let call = Self::call("barrier");
         self.queue.borrow_mut().drain(call)?;
-        self.transport.meet(call, self.ledger.enter(Signature::new("barrier", [])))
+        self.transport.barrier(call, self.ledger.enter(Signature::new("barrier", [])))
     }
 
     fn split(&self, color: usize) -> Result<Box<dyn Collective>> {
         let call = Self::call("split");
         self.queue.borrow_mut().drain(call)?;
         self.ledger.enter(Signature::new("split", []));
-        let transport = L::split(self, call, color)?;
+        let transport = T::split(self, call, color)?;
         Ok(Box::new(Communicator { queue: self.queue.clone(), ..Communicator::new(transport) }))
     }
 
@@ -309,7 +339,7 @@ impl<L: Transport> Collective for Communicator<L> {
     }
 }
 
-/// What one rank is told of another that is elsewhere: `theirs` and `ours` name operations.
+/// The error of two ranks at different operations; `theirs` and `ours` name the operations.
 pub fn disagreement(peer: usize, theirs: &str, rank: usize, ours: &str) -> Error {
     let what = match theirs == ours {
         true => format!(

@@ -1,4 +1,4 @@
-//! Operations that were called for and have not been carried out.
+//! Operations that were issued and have not been carried out.
 
 use std::collections::VecDeque;
 use std::mem::ManuallyDrop;
@@ -10,38 +10,37 @@ use super::Channel;
 use super::rounds::Rounds;
 use crate::error::Result;
 
-/// The operations of a world and of all that were split off from it, in program order. Waiting for
-/// one carries out all before it, so that ranks may wait in different orders, and need not wait for
-/// one whose result they do not read.
+/// The operations of a communicator and of all that were split off it, in program order. Waiting
+/// for one operation carries out all before it, so ranks may wait in different orders and need not
+/// wait for an operation whose result they do not read.
 ///
-/// One queue for all of them: with one each, two ranks that wait for two worlds in different orders
-/// would wait for ever.
-pub struct Queue<W> {
-    waiting: VecDeque<Rounds<W>>,
+/// All of them share one queue: with a queue each, two ranks that wait for two communicators in
+/// different orders would deadlock.
+pub struct Queue<C> {
+    waiting: VecDeque<Rounds<C>>,
     issued: u64,
     finished: u64,
-    /// Kept from one operation to the next.
+    /// Scratch memory, kept from one operation to the next.
     scratch: Option<Tensor>,
-    /// What an operation failed with: after that, ranks are no longer in step.
+    /// The error of the operation that failed. After it, ranks are no longer in step.
     broken: Option<String>,
 }
 
-impl<W> Default for Queue<W> {
+impl<C> Default for Queue<C> {
     fn default() -> Self {
         Queue { waiting: VecDeque::new(), issued: 0, finished: 0, scratch: None, broken: None }
     }
 }
 
-impl<W: Channel> Queue<W> {
-    /// Returns the operation's number in this queue, which differs between ranks of different
-    /// worlds.
-    pub fn push(&mut self, operation: Rounds<W>) -> u64 {
+impl<C: Channel> Queue<C> {
+    /// Appends an operation. Returns its number in this queue, which may differ between ranks.
+    pub fn push(&mut self, operation: Rounds<C>) -> u64 {
         self.waiting.push_back(operation);
         self.issued += 1;
         self.issued
     }
 
-    /// Carries out the operations up to number `last`.
+    /// Carries out all operations up to number `last`.
     pub fn finish(&mut self, call: Call, last: u64) -> Result<()> {
         if let Some(what) = &self.broken {
             return Err(call.error(format!("an earlier operation failed: {what}")));
@@ -56,13 +55,14 @@ impl<W: Channel> Queue<W> {
         Ok(())
     }
 
-    /// Carries out all of them.
+    /// Carries out all queued operations.
     pub fn drain(&mut self, call: Call) -> Result<()> {
         self.finish(call, self.issued)
     }
 
-    /// After a failure the channel may still read and write the memory: it is never given back.
-    fn carry_out(&mut self, operation: Rounds<W>) -> Result<()> {
+    /// Carries out one operation. After a failure its memory is leaked, because the channel may
+    /// still read and write it.
+    fn carry_out(&mut self, operation: Rounds<C>) -> Result<()> {
         let operation = ManuallyDrop::new(operation);
         let mut scratch = ManuallyDrop::new(self.scratch.take());
         let outcome = operation.run(&mut scratch);

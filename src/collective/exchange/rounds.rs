@@ -1,8 +1,8 @@
-//! One collective, carried out in rounds of pieces that fit into caches.
+//! One collective, carried out in rounds of pieces that fit into the cache.
 //!
-//! MPI's own reductions sum in an order of the library's choice, know no bf16, and want whole
-//! buffers twice. Here a rank needs scratch memory of a few MiB besides its tensors, whatever their
-//! size, and sums land where they belong.
+//! MPI's own reductions sum in an order that the library chooses, lack bf16, and need each buffer
+//! in full twice. Here a rank needs a few MiB of scratch memory besides its tensors, whatever their
+//! size, and sums are written to where they are needed.
 
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -13,41 +13,40 @@ use super::tensor_plan::{LINE_BYTES, Round, Scratch, TensorPlan, WINDOW};
 use super::{Channel, Membership, Pending, SharedBuffer};
 use crate::error::Result;
 
-/// One collective that was issued and is not finished: its tensors, and the plan for each of them.
-pub struct Rounds<W> {
+/// One collective that was issued and is not finished: its tensors, and the plan of each.
+pub struct Rounds<C> {
     membership: Membership,
-    channel: W,
+    channel: C,
     shared_buffer: Option<Rc<SharedBuffer>>,
     plans: Vec<TensorPlan>,
-    /// Kept alive because the plans hold addresses inside of them.
+    /// Kept alive because the plans hold addresses inside them.
     tensors: Vec<Tensor>,
 }
 
-/// A piece whose messages are under way.
-struct Collecting<'r, W: Channel> {
+/// A piece whose messages from the peers are under way.
+struct Collecting<'r, C: Channel> {
     plan: &'r TensorPlan,
     start: usize,
-    round: Round<'r, W>,
-    pending: Pending<W>,
+    round: Round<'r, C>,
+    pending: Pending<C>,
 }
 
-impl<W: Channel> Rounds<W> {
-    /// `tensors` are those that `plans` were made of.
+impl<C: Channel> Rounds<C> {
+    /// `tensors` are those that `plans` were made from.
     pub fn new(
         membership: Membership,
         shared_buffer: Option<Rc<SharedBuffer>>,
-        channel: W,
+        channel: C,
         plans: Vec<TensorPlan>,
         tensors: Vec<Tensor>,
     ) -> Self {
         Rounds { membership, channel, shared_buffer, plans, tensors }
     }
 
-    /// Carries the collective out together with the other ranks.
+    /// Carries out the collective together with the other ranks.
     ///
-    /// The pieces of a round travel while the round before is summed. Messages of one rank to
-    /// another leave in the order in which the other receives them, because both walk through the
-    /// same rounds.
+    /// The pieces of a round are transferred while the previous round's are reduced. All ranks walk
+    /// through the same rounds, so messages leave in the order in which the peer receives them.
     pub fn run(&self, memory: &mut Option<Tensor>) -> Result<()> {
         let bytes = self.scratch_bytes();
         let memory = grown(memory, WINDOW * self.membership.world_size * bytes);
@@ -68,7 +67,7 @@ impl<W: Channel> Rounds<W> {
         sharing.into_iter().try_for_each(|mut pending| pending.wait(&self.channel))
     }
 
-    fn round<'r>(&'r self, number: usize, memory: &'r Tensor, bytes: usize) -> Round<'r, W> {
+    fn round<'r>(&'r self, number: usize, memory: &'r Tensor, bytes: usize) -> Round<'r, C> {
         let membership = self.membership;
         let (slot, world_size) = (number % WINDOW, membership.world_size);
         Round {
@@ -80,12 +79,12 @@ impl<W: Channel> Rounds<W> {
         }
     }
 
-    /// Finishes a piece once the peers' messages have arrived, and starts to hand it on; at most
-    /// `WINDOW` pieces are being handed on at a time.
+    /// Waits for a piece's messages, reduces it and starts to share it. At most `WINDOW` pieces are
+    /// being shared at a time.
     fn settle(
         &self,
-        mut oldest: Collecting<'_, W>,
-        sharing: &mut VecDeque<Pending<W>>,
+        mut oldest: Collecting<'_, C>,
+        sharing: &mut VecDeque<Pending<C>>,
     ) -> Result<()> {
         oldest.pending.wait(&self.channel)?;
         oldest.plan.settle(&oldest.round, oldest.start);
@@ -96,8 +95,7 @@ impl<W: Channel> Rounds<W> {
         sharing.pop_front().map_or(Ok(()), |mut pending| pending.wait(&self.channel))
     }
 
-    /// Gives up what is under way and leaks the tensors, because peers may still read or write
-    /// them.
+    /// Drops this operation but leaks its tensors, because peers may still read or write them.
     pub fn abandon(self) {
         std::mem::forget(self.tensors);
     }
@@ -110,7 +108,7 @@ impl<W: Channel> Rounds<W> {
     }
 }
 
-/// Returns the scratch memory, allocated anew if it is too small.
+/// Returns scratch memory of at least `bytes`, reallocated if it is too small.
 fn grown(memory: &mut Option<Tensor>, bytes: usize) -> &Tensor {
     let kept = memory.take().filter(|memory| memory.numel() >= bytes);
     memory.insert(kept.unwrap_or_else(|| Tensor::empty([bytes as i64], (Kind::Uint8, Device::Cpu))))

@@ -1,51 +1,51 @@
-//! Memory that the ranks of one machine share: a piece is written there once and summed or copied
+//! Memory that the ranks of one machine share. A piece is written there once and reduced or copied
 //! from there, where a message would be copied into a library and out of it again.
 //!
-//! An empty message still goes from rank to rank for each piece: it says that the piece is there,
-//! keeps the order, carries the tag by which ranks notice that they disagree, and takes whatever
-//! the channel has to say of a dead peer.
+//! Each piece still comes with an empty message from rank to rank. It signals that the piece is
+//! there, keeps the order, carries the tag by which ranks detect that they are at different
+//! operations, and fails if the peer is dead.
 
 use std::ffi::c_void;
 
 use super::{Membership, Span};
 
-/// Rounds after which a slot is written anew. When a rank begins a round it has received, and so
-/// every peer has used, all pieces up to this many rounds before.
+/// Rounds after which a slot is reused. When a rank starts a round it has received all pieces from
+/// this many rounds before, and so every peer has read them.
 pub const SLOTS: usize = 4;
 
-/// Slots of all ranks: of each rank [`SLOTS`] for each peer's pieces, and as many for what it hands
-/// to all.
+/// The slots of all ranks. Each rank writes to [`SLOTS`] slots for each peer, and to as many that
+/// all peers read.
 pub struct SharedBuffer {
     membership: Membership,
     /// Bytes of a slot.
     pub piece_bytes: usize,
-    /// Where each rank's slots begin.
+    /// Start address of each rank's slots.
     areas: Vec<*mut c_void>,
 }
 
 impl SharedBuffer {
-    /// Of memory that every rank sees: at each address of `areas` are `SLOTS * (world_size + 1)`
-    /// pieces of room.
-    pub fn over(membership: Membership, piece_bytes: usize, areas: Vec<*mut c_void>) -> Self {
+    /// A buffer over memory that every rank maps. Each address of `areas` is the start of `SLOTS *
+    /// (world_size + 1)` slots of `piece_bytes`.
+    pub fn new(membership: Membership, piece_bytes: usize, areas: Vec<*mut c_void>) -> Self {
         SharedBuffer { membership, piece_bytes, areas }
     }
 
-    /// Where rank `from` puts its piece of a round for rank `to`; for a piece of this size and
-    /// kind.
-    pub fn between(&self, from: usize, to: usize, round: usize, piece: Span) -> Span {
+    /// The memory through which rank `from` passes its piece of a round to rank `to`. `piece` gives
+    /// the number and kind of elements.
+    pub fn pair_slot(&self, from: usize, to: usize, round: usize, piece: Span) -> Span {
         self.slot(from, to, round, piece)
     }
 
-    /// Where rank `from` puts what it hands to all.
-    pub fn for_all(&self, from: usize, round: usize, piece: Span) -> Span {
+    /// The memory through which rank `from` passes its piece of a round to all ranks.
+    pub fn broadcast_slot(&self, from: usize, round: usize, piece: Span) -> Span {
         self.slot(from, self.membership.world_size, round, piece)
     }
 
-    fn slot(&self, of: usize, column: usize, round: usize, piece: Span) -> Span {
+    fn slot(&self, writer: usize, column: usize, round: usize, piece: Span) -> Span {
         debug_assert!(piece.bytes() <= self.piece_bytes);
         let slot = column * SLOTS + round % SLOTS;
         Span::from_address(
-            self.areas[of].wrapping_byte_add(slot * self.piece_bytes),
+            self.areas[writer].wrapping_byte_add(slot * self.piece_bytes),
             piece.elements,
             piece.kind,
         )

@@ -1,6 +1,6 @@
-//! What becomes of one tensor in a collective, piece by piece: each slice has an owner that gets
-//! every peer's piece of it, sums them as the pairwise tree says while they are in cache, and hands
-//! the sum on.
+//! The plan of one tensor in a collective, piece by piece. Each slice of the tensor has an owner,
+//! which receives every peer's piece of it, sums the pieces in the order of the pairwise tree while
+//! they are in the cache, and sends the sum on.
 
 use tch::Tensor;
 
@@ -8,40 +8,42 @@ use super::super::ReduceOp;
 use super::{Channel, Membership, Pending, SharedBuffer, Span};
 use crate::error::Result;
 
-/// Largest piece. Over shared memory 128 KiB was the fastest for 256 MB between two ranks, by a few
-/// per cent over 64 and 256 KiB; by messages, 128 and 256 KiB were.
+/// Largest piece. Through shared memory 128 KiB was the fastest for 256 MB between two ranks, by a
+/// few per cent over 64 and 256 KiB; by messages, 128 and 256 KiB were.
 pub const PIECE_BYTES: usize = 128 << 10;
 
-/// Rounds whose pieces are received while an earlier one is summed.
+/// Rounds whose pieces may be in transit while an earlier one is reduced.
 pub const WINDOW: usize = 2;
 
-/// Most memory for pieces of peers; with many ranks, pieces become smaller instead.
+/// Most scratch memory for the pieces of peers; with many ranks, pieces become smaller instead.
 const SCRATCH_BYTES: usize = 4 << 20;
 
-/// Up to this size, over all ranks, each rank receives and sums everything: one trip instead of
-/// two.
+/// Up to this many bytes, summed over all ranks, each rank receives and reduces everything: one
+/// network latency instead of two.
 const SMALL_BYTES: usize = 64 << 10;
 
-/// A slice begins at a multiple of this, where vectors and cache lines do.
+/// Slices start at a multiple of this, so that vectors and cache lines are aligned.
 const SLICE_ELEMENTS: usize = 64;
 
-/// The smallest unit of scratch memory, so that each peer's piece begins on a cache line.
+/// Bytes of a cache line: the unit of scratch memory, so that each peer's piece starts on a line of
+/// its own.
 pub const LINE_BYTES: usize = 64;
 
-/// Bytes of a piece: with all the rooms for pieces, scratch memory keeps to its limit.
+/// Bytes of a piece, such that the pieces of all peers in all `WINDOW` rounds fit into the scratch
+/// memory.
 pub fn piece_bytes(world_size: usize) -> usize {
     (SCRATCH_BYTES / WINDOW / world_size / LINE_BYTES * LINE_BYTES).clamp(LINE_BYTES, PIECE_BYTES)
 }
 
-/// The rank that sends to `rank`, and those that it sends to, in the binomial tree below `root`.
+/// The parent and the children of `rank` in the binomial tree below `root`.
 fn tree(
     rank: usize,
     world_size: usize,
     root: usize,
 ) -> (Option<usize>, impl Iterator<Item = usize>) {
     let position = (rank + world_size - root) % world_size;
-    // The root sends to positions 1, 2, 4, …; every other position hears from itself without its lowest
-    // bit.
+    // The root sends to positions 1, 2, 4, …; the parent of any other position is that position
+    // without its lowest set bit.
     let lowest = if position == 0 {
         world_size.next_power_of_two()
     } else {
@@ -55,10 +57,10 @@ fn tree(
     ((position > 0).then(|| rank_at(position - lowest)), children.map(rank_at))
 }
 
-/// What becomes of a tensor.
+/// How a collective treats one tensor.
 #[derive(Clone, Copy, Debug)]
 pub enum Pattern {
-    /// Every rank receives and reduces all of it.
+    /// Every rank receives and reduces the whole tensor.
     Everywhere(ReduceOp),
     /// Each rank reduces its slice.
     Owned(ReduceOp),
@@ -66,12 +68,12 @@ pub enum Pattern {
     Shared(ReduceOp),
     /// Each rank sends its slice to all.
     Gathered,
-    /// The root's tensor goes down a binomial tree.
-    From(usize),
+    /// The root's tensor is sent down a binomial tree.
+    Broadcast(usize),
 }
 
 impl Pattern {
-    /// How a tensor of this size is reduced on every rank.
+    /// The pattern of an all-reduce, by the size of the tensor.
     pub fn all_reduce(op: ReduceOp, tensor: &Tensor, world_size: usize) -> Self {
         let bytes = tensor.numel() * tensor.kind().elt_size_in_bytes();
         if bytes * world_size <= SMALL_BYTES {
@@ -82,58 +84,60 @@ impl Pattern {
     }
 }
 
-/// One tensor of an operation.
+/// The plan of one tensor in one operation.
 pub struct TensorPlan {
     pattern: Pattern,
     full: Span,
-    /// Elements of a slice; slices at the end may have fewer.
+    /// Elements of a slice; the last slices may have fewer.
     slice: usize,
-    /// Where this rank's slice comes from or ends up, in `full` or not.
+    /// This rank's slice as the caller passed it: input of a gather or output of a reduction. May
+    /// be a part of `full`.
     owned: Span,
     /// Elements of a piece.
-    step: usize,
+    piece_elements: usize,
 }
 
-/// How the pieces of one round come from the peers and go to them.
-pub struct Round<'r, W> {
+/// The transfer of one piece of every slice: the channel, the buffers, and the number by which
+/// ranks choose the same slots.
+pub struct Round<'r, C> {
     pub membership: Membership,
-    pub channel: &'r W,
+    pub channel: &'r C,
     pub shared_buffer: Option<&'r SharedBuffer>,
     pub scratch: Scratch<'r>,
     pub number: usize,
 }
 
-impl<W> Round<'_, W> {
-    /// Whether pieces of this pattern travel over the shared buffer. A broadcast has its tree, and small
-    /// tensors one trip.
+impl<C> Round<'_, C> {
+    /// The shared buffer, if pieces of this pattern go through it. A broadcast uses its tree, and
+    /// small tensors a single message.
     fn shared_buffer(&self, pattern: Pattern) -> Option<&SharedBuffer> {
         self.shared_buffer.filter(|_| {
             matches!(pattern, Pattern::Owned(_) | Pattern::Shared(_) | Pattern::Gathered)
         })
     }
 
-    /// Where the piece of `peer` that will be added to `mine` arrives.
-    fn piece_of(&self, pattern: Pattern, peer: usize, mine: Span) -> Span {
+    /// The memory in which `peer`'s contribution to `mine` arrives.
+    fn contribution(&self, pattern: Pattern, peer: usize, mine: Span) -> Span {
         match self.shared_buffer(pattern) {
             Some(shared_buffer) => {
-                shared_buffer.between(peer, self.membership.rank, self.number, mine)
+                shared_buffer.pair_slot(peer, self.membership.rank, self.number, mine)
             }
-            None => self.scratch.of_peer(peer, mine),
+            None => self.scratch.peer_piece(peer, mine),
         }
     }
 }
 
 impl TensorPlan {
-    /// A tensor of which every rank gets all.
+    /// Plans a tensor that every rank receives in full.
     pub fn whole(
         membership: Membership,
         piece_bytes: usize,
         pattern: Pattern,
         tensor: &Tensor,
     ) -> Self {
-        let full = Span::of_tensor(tensor);
+        let full = Span::from_tensor(tensor);
         let slice = match pattern {
-            Pattern::Everywhere(_) | Pattern::From(_) => full.elements,
+            Pattern::Everywhere(_) | Pattern::Broadcast(_) => full.elements,
             _ => full.elements.div_ceil(membership.world_size).next_multiple_of(SLICE_ELEMENTS),
         };
         let owned =
@@ -143,11 +147,12 @@ impl TensorPlan {
             full,
             slice,
             owned,
-            step: piece_bytes / full.kind.elt_size_in_bytes(),
+            piece_elements: piece_bytes / full.kind.elt_size_in_bytes(),
         }
     }
 
-    /// Slices of equal size. `None` if `owned` is a view of `full` at another place than its own.
+    /// Plans a tensor in slices of equal size. `None` if `owned` overlaps `full` elsewhere than at
+    /// this rank's slice.
     pub fn sliced(
         membership: Membership,
         piece_bytes: usize,
@@ -155,69 +160,73 @@ impl TensorPlan {
         owned: &Tensor,
         full: &Tensor,
     ) -> Option<Self> {
-        let (owned, full) = (Span::of_tensor(owned), Span::of_tensor(full));
+        let (owned, full) = (Span::from_tensor(owned), Span::from_tensor(full));
         let slice = owned.elements;
-        let sound = owned.is(full.part(membership.rank * slice, slice)) || !owned.overlaps(full);
+        let sound =
+            owned.shares_start(full.part(membership.rank * slice, slice)) || !owned.overlaps(full);
         sound.then(|| TensorPlan {
             pattern,
             full,
             slice,
             owned,
-            step: piece_bytes / full.kind.elt_size_in_bytes(),
+            piece_elements: piece_bytes / full.kind.elt_size_in_bytes(),
         })
     }
 
-    /// Bytes of a piece that a peer sends to be reduced, where it needs a place of this rank's.
+    /// Bytes of a peer's piece that must be received into scratch memory.
     pub fn scratch_bytes(&self, has_shared_buffer: bool) -> usize {
         match self.pattern {
             Pattern::Owned(_) | Pattern::Shared(_) if has_shared_buffer => 0,
             Pattern::Everywhere(_) | Pattern::Owned(_) | Pattern::Shared(_) => {
-                self.full.part(0, self.slice.min(self.step)).bytes()
+                self.full.part(0, self.slice.min(self.piece_elements)).bytes()
             }
-            Pattern::Gathered | Pattern::From(_) => 0,
+            Pattern::Gathered | Pattern::Broadcast(_) => 0,
         }
     }
 
-    /// First elements of the pieces into which slices are cut.
+    /// First elements, within a slice, of the pieces into which slices are cut.
     pub fn rounds(&self) -> impl Iterator<Item = usize> {
-        (0..self.slice.min(self.full.elements)).step_by(self.step)
+        (0..self.slice.min(self.full.elements)).step_by(self.piece_elements)
     }
 
-    /// What rank `owner` owns of the round that begins at element `start` of each slice.
+    /// Rank `owner`'s piece that starts at element `start` of its slice.
     fn piece(&self, owner: usize, start: usize) -> Span {
         match self.pattern {
-            Pattern::Everywhere(_) | Pattern::From(_) => self.full.part(start, self.step),
-            _ => self.full.part(owner * self.slice, self.slice).part(start, self.step),
+            Pattern::Everywhere(_) | Pattern::Broadcast(_) => {
+                self.full.part(start, self.piece_elements)
+            }
+            _ => self.full.part(owner * self.slice, self.slice).part(start, self.piece_elements),
         }
     }
 
-    /// Starts what this rank's piece needs of the peers, and they of this rank.
-    pub fn collect<W: Channel>(&self, round: &Round<'_, W>, start: usize) -> Result<Pending<W>> {
+    /// Starts the messages that bring the peers' contributions to this rank's piece, and this
+    /// rank's to theirs.
+    pub fn collect<C: Channel>(&self, round: &Round<'_, C>, start: usize) -> Result<Pending<C>> {
         let (membership, channel, mut pending) =
             (round.membership, round.channel, Pending::default());
         match (self.pattern, round.shared_buffer(self.pattern)) {
             (pattern, Some(shared_buffer)) => {
-                membership.peers().try_for_each(|peer| pending.hear(channel, peer))?;
+                membership.peers().try_for_each(|peer| pending.receive_signal(channel, peer))?;
                 for peer in membership.peers() {
                     let piece = self.piece(peer, start);
                     if !matches!(pattern, Pattern::Gathered) {
                         shared_buffer
-                            .between(membership.rank, peer, round.number, piece)
+                            .pair_slot(membership.rank, peer, round.number, piece)
                             .stream_from(piece);
                     }
-                    pending.tell(channel, peer)?;
+                    pending.send_signal(channel, peer)?;
                 }
             }
             (Pattern::Everywhere(_) | Pattern::Owned(_) | Pattern::Shared(_), None) => {
                 let mine = self.piece(membership.rank, start);
                 membership.peers().try_for_each(|peer| {
-                    pending.receive(channel, round.scratch.of_peer(peer, mine), peer)
+                    pending.receive(channel, round.scratch.peer_piece(peer, mine), peer)
                 })?;
                 membership
                     .peers()
                     .try_for_each(|peer| pending.send(channel, self.piece(peer, start), peer))?;
             }
-            (Pattern::From(root), None) => {
+            (Pattern::Broadcast(root), None) => {
                 let parent = tree(membership.rank, membership.world_size, root).0;
                 parent.into_iter().try_for_each(|parent| {
                     pending.receive(channel, self.piece(root, start), parent)
@@ -228,48 +237,55 @@ impl TensorPlan {
         Ok(pending)
     }
 
-    /// Makes this rank's piece what it must become, once what it needs is here.
-    pub fn settle<W>(&self, round: &Round<'_, W>, start: usize) {
+    /// Reduces (or copies) this rank's piece after all peers' pieces have arrived.
+    pub fn settle<C>(&self, round: &Round<'_, C>, start: usize) {
         let (membership, mine) = (round.membership, self.piece(round.membership.rank, start));
         if mine.elements == 0 {
             return;
         }
         match self.pattern {
             Pattern::Everywhere(op) | Pattern::Owned(op) | Pattern::Shared(op) => {
-                let brought = |rank| {
+                let contribution = |rank| {
                     if rank == membership.rank {
                         mine
                     } else {
-                        round.piece_of(self.pattern, rank, mine)
+                        round.contribution(self.pattern, rank, mine)
                     }
                 };
                 let all: Vec<Tensor> =
-                    (0..membership.world_size).map(|rank| brought(rank).tensor()).collect();
-                reduce(all, op, self.owned.part(start, self.step).tensor());
+                    (0..membership.world_size).map(|rank| contribution(rank).tensor()).collect();
+                reduce(all, op, self.owned.part(start, self.piece_elements).tensor());
             }
-            Pattern::Gathered if !self.owned.part(start, self.step).is(mine) => {
-                mine.copy_from(self.owned.part(start, self.step))
+            Pattern::Gathered
+                if !self.owned.part(start, self.piece_elements).shares_start(mine) =>
+            {
+                mine.copy_from(self.owned.part(start, self.piece_elements))
             }
-            Pattern::Gathered | Pattern::From(_) => (),
+            Pattern::Gathered | Pattern::Broadcast(_) => (),
         }
     }
 
-    /// Starts to hand settled pieces on.
-    pub fn share<W: Channel>(&self, round: &Round<'_, W>, start: usize) -> Result<Pending<W>> {
+    /// Starts to send this rank's settled piece to the peers that need it, and to receive theirs.
+    pub fn share<C: Channel>(&self, round: &Round<'_, C>, start: usize) -> Result<Pending<C>> {
         let (membership, channel, mut pending) =
             (round.membership, round.channel, Pending::default());
         let mine = self.piece(membership.rank, start);
         match (self.pattern, round.shared_buffer(self.pattern)) {
             (pattern, Some(shared_buffer)) => {
-                membership.peers().try_for_each(|peer| pending.hear(channel, peer))?;
+                membership.peers().try_for_each(|peer| pending.receive_signal(channel, peer))?;
                 if !matches!(pattern, Pattern::Owned(_)) {
-                    shared_buffer.for_all(membership.rank, round.number, mine).stream_from(mine);
+                    shared_buffer
+                        .broadcast_slot(membership.rank, round.number, mine)
+                        .stream_from(mine);
                     for peer in membership.peers() {
                         let piece = self.piece(peer, start);
-                        pending.then_copy(shared_buffer.for_all(peer, round.number, piece), piece);
+                        pending.then_copy(
+                            shared_buffer.broadcast_slot(peer, round.number, piece),
+                            piece,
+                        );
                     }
                 }
-                membership.peers().try_for_each(|peer| pending.tell(channel, peer))?;
+                membership.peers().try_for_each(|peer| pending.send_signal(channel, peer))?;
             }
             (Pattern::Shared(_) | Pattern::Gathered, None) => {
                 membership
@@ -277,7 +293,7 @@ impl TensorPlan {
                     .try_for_each(|peer| pending.receive(channel, self.piece(peer, start), peer))?;
                 membership.peers().try_for_each(|peer| pending.send(channel, mine, peer))?;
             }
-            (Pattern::From(root), None) => {
+            (Pattern::Broadcast(root), None) => {
                 tree(membership.rank, membership.world_size, root)
                     .1
                     .try_for_each(|child| pending.send(channel, mine, child))?;
@@ -288,8 +304,8 @@ impl TensorPlan {
     }
 }
 
-/// The pairwise tree over the ranks' pieces, each sum in the place of its left half, the last one
-/// in `result`.
+/// Reduces the ranks' pieces in the order of the pairwise tree. Each sum overwrites its left
+/// operand, the last one is written to `result`.
 fn reduce(mut all: Vec<Tensor>, op: ReduceOp, mut result: Tensor) {
     let join = |left: &Tensor, right: &Tensor, into: &Tensor| match op {
         ReduceOp::Sum => left.add_out(into, right),
@@ -316,15 +332,15 @@ fn reduce(mut all: Vec<Tensor>, op: ReduceOp, mut result: Tensor) {
 pub struct Scratch<'s> {
     pub memory: &'s Tensor,
     pub slot: usize,
-    /// Bytes for each rank, of all slots the same.
+    /// Bytes for each rank, the same in all slots.
     pub bytes: usize,
     pub world_size: usize,
 }
 
 impl Scratch<'_> {
-    /// Where the piece of `peer` that will be added to `mine` arrives.
-    fn of_peer(&self, peer: usize, mine: Span) -> Span {
-        Span::within(
+    /// The memory in which `peer`'s contribution to `mine` arrives.
+    fn peer_piece(&self, peer: usize, mine: Span) -> Span {
+        Span::from_bytes(
             self.memory,
             (self.slot * self.world_size + peer) * self.bytes,
             mine.elements,

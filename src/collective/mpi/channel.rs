@@ -1,5 +1,4 @@
-//! Messages between two ranks: the calls into MPI that carry bytes, and what they say when they
-//! fail.
+//! Messages between two ranks: the MPI calls that carry bytes, and their errors.
 
 #![allow(unsafe_code)]
 
@@ -14,7 +13,7 @@ use super::super::call::Call;
 use super::super::exchange::{Channel, Span};
 use crate::error::{Error, Result};
 
-/// What the messages of one operation have in common.
+/// The messages of one operation.
 pub struct MpiChannel {
     pub communicator: ffi::MPI_Comm,
     pub rank: usize,
@@ -26,7 +25,7 @@ pub struct MpiChannel {
 #[derive(Default)]
 pub struct Messages {
     requests: Vec<ffi::MPI_Request>,
-    /// Who sends how many bytes, for each request that receives.
+    /// Peer and number of bytes of each request that receives; `None` for one that sends.
     due: Vec<Option<(usize, usize)>>,
 }
 
@@ -34,8 +33,8 @@ impl Channel for MpiChannel {
     type Messages = Messages;
 
     fn send(&self, messages: &mut Messages, span: Span, peer: usize) -> Result<()> {
-        // SAFETY: the span is memory of a tensor that is kept, and nobody writes it before the
-        // message was waited for.
+        // SAFETY: the span lies in memory that is kept alive and not written before the message has
+        // been waited for.
         self.start(messages, span.bytes(), None, |count, request| unsafe {
             ffi::MPI_Isend(
                 span.address(),
@@ -49,10 +48,11 @@ impl Channel for MpiChannel {
         })
     }
 
-    /// Any tag will do: messages of one peer arrive in order, so another tag is another operation.
+    /// Accepts any tag: messages of one peer arrive in order, so another tag belongs to another
+    /// operation.
     fn receive(&self, messages: &mut Messages, span: Span, peer: usize) -> Result<()> {
         let bytes = span.bytes();
-        // SAFETY: as in `send`; nobody reads it either.
+        // SAFETY: as in `send`, and the memory is not read either.
         self.start(messages, bytes, Some((peer, bytes)), |count, request| unsafe {
             ffi::MPI_Irecv(
                 span.address(),
@@ -66,7 +66,7 @@ impl Channel for MpiChannel {
         })
     }
 
-    fn tell(&self, messages: &mut Messages, peer: usize) -> Result<()> {
+    fn send_signal(&self, messages: &mut Messages, peer: usize) -> Result<()> {
         fence(Ordering::SeqCst);
         // SAFETY: a message without elements reads no memory.
         self.start(messages, 0, None, |count, request| unsafe {
@@ -82,7 +82,7 @@ impl Channel for MpiChannel {
         })
     }
 
-    fn hear(&self, messages: &mut Messages, peer: usize) -> Result<()> {
+    fn receive_signal(&self, messages: &mut Messages, peer: usize) -> Result<()> {
         // SAFETY: a message without elements writes no memory.
         self.start(messages, 0, Some((peer, 0)), |count, request| unsafe {
             ffi::MPI_Irecv(
@@ -99,11 +99,11 @@ impl Channel for MpiChannel {
 
     fn wait(&self, messages: &mut Messages) -> Result<()> {
         let Messages { requests, due } = messages;
-        // SAFETY: a status is plain integers, for which zero is a value.
+        // SAFETY: a status is plain integers, for which zero is a valid value.
         let mut statuses: Vec<ffi::MPI_Status> =
             requests.iter().map(|_| unsafe { std::mem::zeroed() }).collect();
-        // SAFETY: the requests were started by MPI calls that succeeded and are waited for once;
-        // there is a status for each.
+        // SAFETY: the requests were started by successful MPI calls and are waited for once; there
+        // is one status for each.
         let code = unsafe {
             ffi::MPI_Waitall(requests.len() as c_int, requests.as_mut_ptr(), statuses.as_mut_ptr())
         };
@@ -132,7 +132,8 @@ impl Channel for MpiChannel {
 }
 
 impl MpiChannel {
-    /// Differs between operations, so that a peer at another one is recognized; MPI grants 15 bits.
+    /// Differs between operations, so that a message of another operation is recognized. MPI
+    /// guarantees 15 bits.
     fn tag(&self) -> c_int {
         (self.issued.digest & 0x7fff) as c_int
     }
@@ -152,19 +153,20 @@ impl MpiChannel {
         Ok(())
     }
 
-    /// MPI itself takes any shorter message for the one that was due, and says of a longer one only
-    /// that it was.
+    /// Checks tag and size of a message: MPI accepts a shorter message than was expected, and
+    /// reports of a longer one only that it was longer.
     fn check_arrival(&self, peer: usize, due: usize, status: &ffi::MPI_Status) -> Result<()> {
         if ![ffi::MPI_SUCCESS, ffi::MPI_ERR_TRUNCATE].contains(&(status.MPI_ERROR as u32)) {
             return Ok(());
         }
         let mut sent = 0;
-        // SAFETY: MPI has filled the status in for a message of bytes, and the result has a place.
+        // SAFETY: MPI has filled in the status of a message of bytes, and the result is written to
+        // a live integer.
         check(self.call, unsafe { ffi::MPI_Get_count(status, ffi::RSMPI_UINT8_T, &mut sent) })?;
         if status.MPI_TAG == self.tag() && sent as usize == due {
             return Ok(());
         }
-        // Nothing but its size and its tag is known of the message.
+        // Only the size and the tag of the message are known.
         let other = if status.MPI_TAG == self.tag() { "" } else { " of another operation" };
         let (rank, ours) = (self.rank, self.issued);
         Err(Error::Desync {
@@ -179,14 +181,14 @@ pub fn check(call: Call, code: c_int) -> Result<(), Error> {
     if code == ffi::MPI_SUCCESS as c_int {
         return Ok(());
     }
-    // SAFETY: the buffer has the size which the standard demands for this call.
+    // SAFETY: the buffer has the size that the standard demands for this call.
     let message = text(ffi::MPI_MAX_ERROR_STRING as usize, |buffer, length| unsafe {
         ffi::MPI_Error_string(code, buffer, length)
     });
     Err(call.error(format!("{message} (code {code})")))
 }
 
-/// What an MPI call writes to a text buffer of `size` bytes.
+/// Returns the text that an MPI call writes to a buffer of `size` bytes.
 pub fn text(size: usize, write: impl FnOnce(*mut c_char, *mut c_int) -> c_int) -> String {
     let mut buffer = vec![0u8; size + 1];
     let mut length = 0;

@@ -1,13 +1,13 @@
-//! MPI ranks, over rsmpi's raw layer: its safe one borrows buffers by lifetime, which an owned
-//! [`Work`](super::Work) cannot.
+//! Communicators over MPI, through rsmpi's raw layer: its safe layer borrows buffers by lifetime,
+//! which an owned [`Work`](super::Work) cannot do.
 //!
-//! The algorithm is that of [`exchange`](super::exchange). `mpi/channel.rs` has the messages,
-//! `mpi/shared.rs` the memory that ranks of one machine share.
+//! The collectives are those of [`exchange`](super::exchange). `mpi/channel.rs` sends the messages,
+//! `mpi/shared.rs` allocates the memory that the ranks of one machine share.
 //!
-//! Two habits of rsmpi are avoided. Its `Universe` finalizes MPI when dropped, which turns an early
-//! return on one rank into a hang of all: it is leaked, and [`finalize`] is called only after a
-//! last barrier. MPI's own errors abort at once with a code of MPI's choice: they are returned
-//! instead, and end the world through [`abort`] like any other error.
+//! Two defaults of rsmpi are avoided. Its `Universe` finalizes MPI when dropped, so an early return
+//! on one rank would hang all of them: it is leaked, and [`finalize`] is called only after a last
+//! barrier. MPI's own errors abort at once with a code that MPI chooses: they are returned instead,
+//! and end the world through [`abort`] like any other error.
 
 #![allow(unsafe_code)]
 
@@ -31,10 +31,10 @@ use super::exchange::{Communicator, Membership, SharedBuffer, Transport};
 use crate::error::{Error, Result};
 use channel::{MpiChannel, check, text};
 
-/// How long `MPI_Abort` may take before the process ends without it.
-const ABORT_PATIENCE: Duration = Duration::from_secs(5);
+/// Time that `MPI_Abort` may take before the process exits without it.
+const ABORT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Communicator that MPI connects. Thread level "serialized" allows no two calls at once (the exception is
+/// A communicator over MPI. Thread level "serialized" allows no two calls at once (the exception is
 /// [`abort`](super::abort)).
 pub type Mpi = Communicator<MpiTransport>;
 
@@ -42,7 +42,7 @@ pub type Mpi = Communicator<MpiTransport>;
 pub struct MpiTransport {
     raw: ffi::MPI_Comm,
     membership: Membership,
-    /// Where the ranks are on one machine.
+    /// `None` unless all ranks are on one machine.
     shared_buffer: Option<Rc<SharedBuffer>>,
 }
 
@@ -51,11 +51,11 @@ fn call(operation: &'static str) -> Call {
 }
 
 impl Mpi {
-    /// Initializes MPI.
+    /// Initializes MPI and returns its world.
     ///
     /// # Errors
-    /// [`Error::Collective`] if that was done before; [`Error::Environment`] if the library allows
-    /// no watchdog thread.
+    /// [`Error::Collective`] if MPI was initialized before; [`Error::Environment`] if the library's
+    /// thread level is too low for the watchdog thread.
     pub fn connect() -> Result<Self> {
         let initialized = mpi::initialize_with_threading(Threading::Serialized);
         let (universe, threading) =
@@ -74,8 +74,8 @@ impl Mpi {
         Ok(Mpi::new(MpiTransport::from_raw(unsafe { ffi::RSMPI_COMM_WORLD })?))
     }
 
-    /// The same ranks without shared memory, as if each were on a machine of its own: for tests,
-    /// and to compare.
+    /// Returns the same ranks without shared memory, as if each were on a machine of its own: for
+    /// tests and comparisons.
     pub fn by_messages(mut self) -> Self {
         self.transport.shared_buffer = None;
         self
@@ -85,7 +85,7 @@ impl Mpi {
 impl MpiTransport {
     fn from_raw(raw: ffi::MPI_Comm) -> Result<Self> {
         let (mut rank, mut size) = (0, 0);
-        // SAFETY: the communicator is valid, and both results have a place.
+        // SAFETY: the communicator is valid, and both results are written to live integers.
         check(call("initialize"), unsafe { ffi::MPI_Comm_rank(raw, &mut rank) })?;
         check(call("initialize"), unsafe { ffi::MPI_Comm_size(raw, &mut size) })?;
         let membership = Membership { rank: rank as usize, world_size: size as usize };
@@ -114,7 +114,7 @@ impl Transport for MpiTransport {
         MpiChannel { communicator: self.raw, rank: self.membership.rank, call, issued }
     }
 
-    fn meet(&self, call: Call, _issued: Issued) -> Result<()> {
+    fn barrier(&self, call: Call, _issued: Issued) -> Result<()> {
         // SAFETY: a communicator exists, so MPI is initialized.
         check(call, unsafe { ffi::MPI_Barrier(self.raw) })
     }
@@ -124,7 +124,7 @@ impl Transport for MpiTransport {
         let color = c_int::try_from(color).map_err(|_| call.error(format!("no color {color}")))?;
         // SAFETY: a constant of the library.
         let mut part = unsafe { ffi::RSMPI_COMM_NULL };
-        // SAFETY: the communicator is valid, and the result has a place.
+        // SAFETY: the communicator is valid, and the result is written to a live handle.
         check(call, unsafe {
             ffi::MPI_Comm_split(raw, color, membership.rank as c_int, &mut part)
         })?;
@@ -136,8 +136,8 @@ impl Transport for MpiTransport {
 pub(super) fn abort(code: i32) -> ! {
     static CALLED: AtomicBool = AtomicBool::new(false);
     if CALLED.swap(true, Ordering::SeqCst) {
-        // Another thread ends the process; two of them inside of MPI's end may crash it.
-        std::thread::sleep(2 * ABORT_PATIENCE);
+        // Another thread is ending the process; two threads inside `MPI_Abort` may crash it.
+        std::thread::sleep(2 * ABORT_TIMEOUT);
         exit(code);
     }
     if !is_running() {
@@ -145,15 +145,15 @@ pub(super) fn abort(code: i32) -> ! {
     }
     traps::set(code);
     let fallback = move || {
-        std::thread::sleep(ABORT_PATIENCE);
+        std::thread::sleep(ABORT_TIMEOUT);
         exit(code);
     };
     let armed = std::thread::Builder::new().name("abort".into()).spawn(fallback);
-    // SAFETY: MPI is initialized and not finalized. A call from another thread than the one that is
-    // stuck in MPI is beyond thread level "serialized", but works with Open MPI and MPICH, and
-    // nothing but the end of the process comes after it.
+    // SAFETY: MPI is initialized and not finalized. Thread level "serialized" does not allow this
+    // call while another thread is blocked in MPI, but it works with Open MPI and MPICH, and only
+    // the end of the process follows.
     unsafe { ffi::MPI_Abort(ffi::RSMPI_COMM_WORLD, code) };
-    // It returned: the fallback ends the process.
+    // `MPI_Abort` returned: the fallback thread ends the process.
     while armed.is_ok() {
         std::thread::park();
     }
@@ -162,14 +162,15 @@ pub(super) fn abort(code: i32) -> ! {
 
 /// Ends this process alone; see [`super::leave`].
 pub(super) fn leave(code: i32) -> ! {
-    // Nobody is left to hear that a pipe is closed.
+    // A closed pipe cannot be reported any more.
     let _ = std::io::stdout().flush();
-    // SAFETY: writes out what C's own streams hold, under their own locks.
+    // SAFETY: flushes C's own streams, under their own locks.
     unsafe { libc::fflush(std::ptr::null_mut()) };
     exit(code)
 }
 
-/// Finalizes MPI where it runs. Every rank must have passed a barrier and hold no work.
+/// Finalizes MPI if it is running. Every rank must have passed a barrier and have no work under
+/// way.
 pub(super) fn finalize() -> Result<()> {
     if !is_running() {
         return Ok(());
@@ -178,9 +179,9 @@ pub(super) fn finalize() -> Result<()> {
     check(call("finalize"), unsafe { ffi::MPI_Finalize() })
 }
 
-/// Name and version of the MPI library. MPI need not be initialized.
+/// Returns name and version of the MPI library. MPI need not be initialized.
 pub fn library_version() -> String {
-    // SAFETY: the constant is the size of buffer which the standard demands for this call.
+    // SAFETY: the constant is the buffer size that the standard demands for this call.
     text(unsafe { ffi::RSMPI_MAX_LIBRARY_VERSION_STRING } as usize, |buffer, length| unsafe {
         ffi::MPI_Get_library_version(buffer, length)
     })

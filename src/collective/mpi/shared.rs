@@ -1,4 +1,4 @@
-//! The memory behind a [`SharedBuffer`], as MPI gives it to the ranks of one machine.
+//! Allocates the memory of a [`SharedBuffer`] through MPI, for the ranks of one machine.
 
 #![allow(unsafe_code)]
 
@@ -11,11 +11,11 @@ use super::channel::check;
 use crate::error::Result;
 use mpi::ffi;
 
-/// Memory of one rank's slots; with many ranks, pieces become smaller instead.
+/// Bytes of one rank's slots; with many ranks, pieces become smaller instead.
 const AREA_BYTES: usize = 4 << 20;
 
-/// A shared_buffer for the ranks of a communicator; none where they are not on one machine. Every rank
-/// calls it.
+/// Allocates a shared buffer for the ranks of a communicator; `None` if they are not all on one
+/// machine. Every rank calls it.
 pub fn shared_buffer(
     communicator: ffi::MPI_Comm,
     membership: Membership,
@@ -29,12 +29,12 @@ pub fn shared_buffer(
     let window = allocate(communicator, call, slots * piece_bytes)?;
     let areas =
         (0..membership.world_size).map(|rank| area(window, call, rank)).collect::<Result<_>>()?;
-    Ok(Some(SharedBuffer::over(membership, piece_bytes, areas)))
+    Ok(Some(SharedBuffer::new(membership, piece_bytes, areas)))
 }
 
 fn is_one_machine(communicator: ffi::MPI_Comm, membership: Membership, call: Call) -> Result<bool> {
-    // SAFETY: constants of the library; every rank of the valid communicator comes here, and the
-    // results have a place.
+    // SAFETY: constants of the library; every rank of the valid communicator makes this call, and
+    // the results are written to live variables.
     let size = unsafe {
         let (mut part, mut size) = (ffi::RSMPI_COMM_NULL, 0);
         let split = ffi::MPI_Comm_split_type(
@@ -49,10 +49,9 @@ fn is_one_machine(communicator: ffi::MPI_Comm, membership: Membership, call: Cal
         check(call, ffi::MPI_Comm_free(&mut part))?;
         size
     };
-    // The same on every rank only once all agree: a rank alone on its machine says no for all of
-    // them.
+    // All ranks must take the same decision: a rank that is alone on its machine decides for all.
     let (own, mut all): (c_int, c_int) = ((size as usize == membership.world_size).into(), 0);
-    // SAFETY: both are one C int, and every rank comes here.
+    // SAFETY: both are one C int, and every rank makes this call.
     let reduced = unsafe {
         let (from, to) = ((&raw const own).cast(), (&raw mut all).cast());
         ffi::MPI_Allreduce(from, to, 1, ffi::RSMPI_INT32_T, ffi::RSMPI_MIN, communicator)
@@ -61,12 +60,12 @@ fn is_one_machine(communicator: ffi::MPI_Comm, membership: Membership, call: Cal
     Ok(all == 1)
 }
 
-/// Memory of `bytes` for each rank, which ends with the process: giving it back would need all
-/// ranks at once.
+/// Allocates `bytes` for each rank. The memory is freed by the end of the process, because freeing
+/// it would need all ranks at once.
 fn allocate(communicator: ffi::MPI_Comm, call: Call, bytes: usize) -> Result<ffi::MPI_Win> {
     let mut own: *mut c_void = null_mut();
-    // SAFETY: every rank of the communicator, which is on one machine, comes here with the same
-    // size; the results have a place.
+    // SAFETY: every rank of the communicator, which is on one machine, makes this call with the
+    // same size; the results are written to live variables.
     unsafe {
         let mut window = std::mem::zeroed();
         let (base, info) = ((&raw mut own).cast(), ffi::RSMPI_INFO_NULL);
@@ -81,7 +80,7 @@ fn allocate(communicator: ffi::MPI_Comm, call: Call, bytes: usize) -> Result<ffi
                 &mut window,
             ),
         )?;
-        // Loads and stores of the others' memory are allowed from here on.
+        // Allows loads and stores of the other ranks' memory from here on.
         check(call, ffi::MPI_Win_lock_all(ffi::MPI_MODE_NOCHECK as c_int, window))?;
         Ok(window)
     }
@@ -89,7 +88,8 @@ fn allocate(communicator: ffi::MPI_Comm, call: Call, bytes: usize) -> Result<ffi
 
 fn area(window: ffi::MPI_Win, call: Call, rank: usize) -> Result<*mut c_void> {
     let (mut bytes, mut unit, mut base): (ffi::MPI_Aint, c_int, *mut c_void) = (0, 0, null_mut());
-    // SAFETY: the window is valid and has this rank; the results have a place.
+    // SAFETY: the window is valid and contains this rank; the results are written to live
+    // variables.
     check(call, unsafe {
         ffi::MPI_Win_shared_query(
             window,

@@ -1,5 +1,5 @@
-//! Handlers that keep the exit code of a process that has begun to end: MPI takes down what other
-//! threads still use, and may call `exit`.
+//! Handlers that keep the exit code of a process that is being ended: `MPI_Abort` tears down
+//! resources that other threads still use, and may call `exit`.
 
 #![allow(unsafe_code)]
 
@@ -14,14 +14,13 @@ static CODE: AtomicI32 = AtomicI32::new(0);
 const CRASHES: [c_int; 5] =
     [libc::SIGSEGV, libc::SIGBUS, libc::SIGABRT, libc::SIGILL, libc::SIGFPE];
 
-/// From now on this process ends at once with `code`, also where a thread crashes on the way out or
-/// somebody calls `exit`.
+/// From now on this process exits at once with `code` if a thread crashes or calls `exit`.
 pub fn set(code: c_int) {
     CODE.store(code, Ordering::SeqCst);
-    // SAFETY: the handlers only end the process, which is allowed from within a signal; an action
-    // of zeros has no flags and an empty mask.
+    // SAFETY: the handlers only end the process, which is allowed inside a signal handler; a zeroed
+    // action has no flags and an empty mask.
     unsafe {
-        // The handler that was registered last runs first.
+        // Of several exit handlers the one registered last runs first.
         libc::atexit(end_now);
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = end_by_signal as extern "C" fn(c_int) as usize;

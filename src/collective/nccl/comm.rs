@@ -1,5 +1,5 @@
-//! One NCCL communicator that never blocks the host: each call is polled until NCCL has taken it,
-//! and given up at a limit.
+//! One NCCL communicator that never blocks the host: each call is polled until NCCL has accepted
+//! it, and abandoned after a time limit.
 
 use std::cell::Cell;
 use std::ffi::c_int;
@@ -12,65 +12,65 @@ use cudarc::nccl::{result, sys};
 
 use crate::cuda::{Outcome, text};
 
-/// What every rank of a world must know to find the others.
+/// Bytes of the id that all ranks of a communicator need in order to connect.
 pub(super) const ID_BYTES: usize = 128;
 
-/// Version of NCCL whose layout of [`sys::ncclConfig_t`] cudarc gives us, in NCCL's count. A newer
+/// NCCL version, in NCCL's encoding, whose layout of [`sys::ncclConfig_t`] cudarc declares. A newer
 /// library reads older layouts.
 const CONFIG_VERSION: u32 = 22_907;
-/// NCCL's mark of a configuration that was filled in.
+/// NCCL's marker of an initialized configuration.
 const CONFIG_MAGIC: u32 = 0xcafe_beef;
-/// NCCL's mark of a number that is left to it.
+/// NCCL's value for an integer option that is left to its default.
 const UNDEFINED: c_int = c_int::MIN;
 
-/// Looks in a row before the first pause: NCCL takes most calls within microseconds, and Linux adds
-/// 50 of them to a pause.
-const EAGER_LOOKS: u32 = 100;
-/// Between later looks: small beside the seconds in which NCCL connects peers, and no burden to the
-/// core.
+/// Polls without a pause: NCCL accepts most calls within microseconds, and Linux adds 50 of them to
+/// any sleep.
+const EAGER_POLLS: u32 = 100;
+/// Pause between later polls: short beside the seconds in which NCCL connects peers, and little
+/// load on the core.
 const PAUSE: Duration = Duration::from_micros(200);
 
-/// A communicator in NCCL's hands; null once it is aborted.
+/// A communicator of NCCL; null once it is aborted or destroyed.
 pub(super) struct NcclComm {
     raw: Cell<sys::ncclComm_t>,
-    /// How long to wait for NCCL to let it go.
-    patience: Duration,
+    /// Time that NCCL may take to finalize or abort it.
+    teardown_timeout: Duration,
 }
 
-/// Checks that NCCL is installed and says which version, like `2.29.7`.
+/// Checks that NCCL is installed and returns its version, e.g. `2.29.7`.
 pub(super) fn version() -> Outcome<String> {
-    // SAFETY: only opens the library, whose initializers ask nothing of the process.
+    // SAFETY: only opens the library, whose initializers have no requirements.
     if !unsafe { sys::is_culib_present() } {
         return Err("NCCL is not found: looked for libnccl.so in LD_LIBRARY_PATH and the system's folders; launch/setup.sh \
                     puts it into .deps/nvidia/nccl/lib"
             .into());
     }
     let mut version = 0;
-    // SAFETY: the result has a place.
+    // SAFETY: the result is written to a live integer.
     check("ncclGetVersion", unsafe { sys::ncclGetVersion(&mut version) })?;
     Ok(format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100))
 }
 
-/// A new world's id.
+/// Returns the id of a new communicator.
 pub(super) fn new_id() -> Outcome<[u8; ID_BYTES]> {
     let id = result::get_uniqueid().map_err(|error| refusal("ncclGetUniqueId", error.0))?;
     Ok(id.internal.map(|byte| byte as u8))
 }
 
 impl NcclComm {
-    /// Rank `rank` among the `world_size` that know `id`, on this thread's current device. Every
-    /// rank comes here.
+    /// Joins the communicator `id` as rank `rank` of `world_size`, on this thread's current device.
+    /// Every rank calls it.
     pub fn join(
         id: [u8; ID_BYTES],
         rank: usize,
         world_size: usize,
         limit: Duration,
-        patience: Duration,
+        teardown_timeout: Duration,
     ) -> Outcome<Self> {
         let id = sys::ncclUniqueId { internal: id.map(|byte| byte as _) };
-        let (mut raw, mut config) = (null_mut(), never_blocking());
-        // SAFETY: NCCL copies the configuration and the id during the call, and the result has a
-        // place.
+        let (mut raw, mut config) = (null_mut(), nonblocking_config());
+        // SAFETY: NCCL copies the configuration and the id during the call, and the result is
+        // written to a live handle.
         let code = unsafe {
             sys::ncclCommInitRankConfig(
                 &mut raw,
@@ -80,18 +80,18 @@ impl NcclComm {
                 &mut config,
             )
         };
-        let communicator = NcclComm { raw: Cell::new(raw), patience };
-        let joined =
-            check("ncclCommInitRankConfig", code).and_then(|()| communicator.settle(limit));
+        let communicator = NcclComm { raw: Cell::new(raw), teardown_timeout };
+        let joined = check("ncclCommInitRankConfig", code)
+            .and_then(|()| communicator.wait_until_accepted(limit));
         joined
-            .and_then(|()| communicator.check_place(rank, world_size))
+            .and_then(|()| communicator.check_rank(rank, world_size))
             .inspect_err(|_| communicator.abort())?;
         Ok(communicator)
     }
 
-    fn check_place(&self, rank: usize, world_size: usize) -> Outcome<()> {
+    fn check_rank(&self, rank: usize, world_size: usize) -> Outcome<()> {
         let (mut found_rank, mut found_size) = (0, 0);
-        // SAFETY: the communicator is joined, and both results have a place.
+        // SAFETY: the communicator is joined, and both results are written to live integers.
         check("ncclCommUserRank", unsafe {
             sys::ncclCommUserRank(self.raw.get(), &mut found_rank)
         })?;
@@ -107,40 +107,41 @@ impl NcclComm {
         }
     }
 
-    /// Hands several transfers to NCCL as one; `call` gets each, the communicator and the stream.
+    /// Issues several transfers as one NCCL group. `call` gets a transfer, the communicator and the
+    /// stream.
     pub fn group<T>(
         &self,
         stream: sys::cudaStream_t,
         transfers: &[T],
         call: impl Fn(&T, sys::ncclComm_t, sys::cudaStream_t) -> sys::ncclResult_t,
     ) -> Outcome<()> {
-        // SAFETY: ended below on every path.
+        // SAFETY: the group is ended below on every path.
         check("ncclGroupStart", unsafe { sys::ncclGroupStart() })?;
         let called = transfers.iter().try_for_each(|transfer| {
             check("a call of the group", call(transfer, self.raw.get(), stream))
         });
-        // SAFETY: started above.
+        // SAFETY: the group was started above.
         let ended = check("ncclGroupEnd", unsafe { sys::ncclGroupEnd() });
         called.and(ended)
     }
 
-    /// Polls until NCCL has taken what it was given.
-    pub fn settle(&self, limit: Duration) -> Outcome<()> {
-        let settled = poll(limit, || self.is_settled())?;
-        if settled {
+    /// Polls until NCCL has accepted the calls made so far.
+    pub fn wait_until_accepted(&self, limit: Duration) -> Outcome<()> {
+        let accepted = poll(limit, || self.has_accepted())?;
+        if accepted {
             Ok(())
         } else {
             Err(format!("NCCL is still in progress after {:.1} s", limit.as_secs_f64()))
         }
     }
 
-    /// Whether NCCL has taken what it was given.
+    /// True if NCCL has accepted the calls made so far.
     ///
     /// # Errors
-    /// What went wrong since, here or at a peer, as far as NCCL tells.
-    pub fn is_settled(&self) -> Outcome<bool> {
+    /// An asynchronous error, of this rank or of a peer, as far as NCCL reports it.
+    pub fn has_accepted(&self) -> Outcome<bool> {
         let mut state = sys::ncclResult_t::ncclSuccess;
-        // SAFETY: the communicator is not given back, and the result has a place.
+        // SAFETY: the communicator is not destroyed, and the result is written to a live variable.
         check("ncclCommGetAsyncError", unsafe {
             sys::ncclCommGetAsyncError(self.raw.get(), &mut state)
         })?;
@@ -148,8 +149,8 @@ impl NcclComm {
         Ok(state != sys::ncclResult_t::ncclInProgress)
     }
 
-    /// Tears the communicator down without its peers. NCCL itself is known to hang here, so that
-    /// happens on a thread that is left behind when it takes too long.
+    /// Destroys the communicator without its peers. `ncclCommAbort` itself is known to hang, so it
+    /// runs on a thread that is abandoned if it takes too long.
     pub fn abort(&self) {
         let raw = self.raw.replace(null_mut());
         if raw.is_null() {
@@ -158,18 +159,18 @@ impl NcclComm {
         let address = raw.expose_provenance();
         let (sender, done) = mpsc::channel();
         let abort = move || {
-            // SAFETY: the address was taken out of the communicator, so that nobody else uses it
-            // from here on.
+            // SAFETY: the address was taken out of the communicator, so no other code uses it from
+            // here on.
             let code =
                 unsafe { sys::ncclCommAbort(std::ptr::with_exposed_provenance_mut(address)) };
-            // Nobody listens any more when it took too long.
+            // After the time limit the receiver is gone.
             let _ = sender.send(code);
         };
-        let seconds = self.patience.as_secs_f64();
+        let seconds = self.teardown_timeout.as_secs_f64();
         match thread::Builder::new()
             .name("nccl abort".into())
             .spawn(abort)
-            .map(|_| done.recv_timeout(self.patience))
+            .map(|_| done.recv_timeout(self.teardown_timeout))
         {
             Ok(Ok(code)) => {
                 check("ncclCommAbort", code).unwrap_or_else(|what| tracing::warn!("{what}"))
@@ -181,31 +182,31 @@ impl NcclComm {
         }
     }
 
-    /// Lets NCCL finish what is under way and takes leave of the peers.
-    fn leave(&self) -> Outcome<()> {
+    /// Waits until NCCL has completed the operations under way, then destroys the communicator.
+    fn finalize(&self) -> Outcome<()> {
         // SAFETY: the communicator is joined, and nothing is started on it any more.
         check("ncclCommFinalize", unsafe { sys::ncclCommFinalize(self.raw.get()) })?;
-        self.settle(self.patience)?;
-        // SAFETY: finalized; the handle is forgotten here.
+        self.wait_until_accepted(self.teardown_timeout)?;
+        // SAFETY: the communicator is finalized, and its handle is cleared here.
         check("ncclCommDestroy", unsafe { sys::ncclCommDestroy(self.raw.replace(null_mut())) })
     }
 }
 
 impl Drop for NcclComm {
-    /// On an early way out the peers may never take leave: after a while the communicator is
-    /// aborted instead.
+    /// Finalizes the communicator, which needs the peers. After an early return they may never do
+    /// their part, so it is aborted after the time limit.
     fn drop(&mut self) {
         if self.raw.get().is_null() {
             return;
         }
-        if let Err(what) = self.leave() {
+        if let Err(what) = self.finalize() {
             tracing::warn!("NCCL could not take leave of its peers: {what}");
             self.abort();
         }
     }
 }
 
-fn never_blocking() -> sys::ncclConfig_t {
+fn nonblocking_config() -> sys::ncclConfig_t {
     sys::ncclConfig_t {
         size: size_of::<sys::ncclConfig_t>(),
         magic: CONFIG_MAGIC,
@@ -229,22 +230,22 @@ fn never_blocking() -> sys::ncclConfig_t {
     }
 }
 
-/// Looks until `is_there`; false if the limit comes first.
-pub(super) fn poll(limit: Duration, mut is_there: impl FnMut() -> Outcome<bool>) -> Outcome<bool> {
+/// Calls `is_done` until it returns `true`; `false` if the limit is reached first.
+pub(super) fn poll(limit: Duration, mut is_done: impl FnMut() -> Outcome<bool>) -> Outcome<bool> {
     let began = Instant::now();
-    for look in 0.. {
-        if is_there()? {
+    for attempt in 0.. {
+        if is_done()? {
             return Ok(true);
         }
         if began.elapsed() >= limit {
             break;
         }
-        if look < EAGER_LOOKS { thread::yield_now() } else { thread::sleep(PAUSE) }
+        if attempt < EAGER_POLLS { thread::yield_now() } else { thread::sleep(PAUSE) }
     }
     Ok(false)
 }
 
-/// A call in progress is no refusal: who made it polls.
+/// Turns an error code into an error. A call in progress is not an error: its caller polls.
 fn check(function: &str, code: sys::ncclResult_t) -> Outcome<()> {
     use sys::ncclResult_t::{ncclInProgress, ncclSuccess};
     if [ncclSuccess, ncclInProgress].contains(&code) {
@@ -255,7 +256,7 @@ fn check(function: &str, code: sys::ncclResult_t) -> Outcome<()> {
 }
 
 fn refusal(function: &str, code: sys::ncclResult_t) -> String {
-    // SAFETY: both return texts that NCCL keeps; the last error of the process asks for no
+    // SAFETY: both return texts that NCCL keeps; the last error of the process needs no
     // communicator.
     let (words, last) =
         unsafe { (sys::ncclGetErrorString(code), sys::ncclGetLastError(null_mut())) };
@@ -270,10 +271,10 @@ mod tests {
 
     #[test]
     fn polling_ends_with_the_answer_the_limit_or_the_error() {
-        let mut looks = 0;
+        let mut polls = 0;
         let third = || {
-            looks += 1;
-            Ok(looks == 3)
+            polls += 1;
+            Ok(polls == 3)
         };
         assert_eq!(poll(Duration::MAX, third), Ok(true));
         assert_eq!(poll(Duration::from_millis(1), || Ok(false)), Ok(false));

@@ -1,4 +1,4 @@
-//! Which rank sits where: every rank on a GPU of its own, all with one NCCL.
+//! The check that every rank has a GPU of its own, and all ranks one version of NCCL.
 
 use std::collections::BTreeMap;
 
@@ -6,19 +6,19 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// What one rank found on its machine, as the others are told.
+/// The hardware that one rank found and took, as it is sent to the others.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct GpuClaim {
     pub host: String,
-    /// How many GPUs the driver shows to this rank.
+    /// Number of GPUs that the driver shows to this rank.
     pub num_gpus: usize,
-    /// The GPU that it took; none if the driver shows too few.
+    /// UUID of the GPU that it took; `None` if the driver shows too few.
     pub gpu: Option<String>,
     /// Version of NCCL.
     pub nccl: String,
 }
 
-/// Checks the claims of all ranks, in rank order: every rank comes to the same verdict.
+/// Checks the claims of all ranks, in rank order. Every rank comes to the same result.
 ///
 /// # Errors
 /// [`Error::Environment`] for a host with fewer GPUs than ranks, a GPU that two ranks took, and a
@@ -60,7 +60,7 @@ pub(super) fn check(claims: &[GpuClaim]) -> Result<()> {
 mod tests {
     use super::*;
 
-    /// Seats from (host, number of GPUs, GPU).
+    /// Claims from (host, number of GPUs, GPU).
     fn claims(found: &[(&str, usize, &str)]) -> Vec<GpuClaim> {
         let claim = |&(host, num_gpus, gpu): &(&str, usize, &str)| {
             let gpu = (!gpu.is_empty()).then(|| gpu.to_string());

@@ -1,12 +1,12 @@
-//! NCCL between GPUs, over cudarc's raw layer: its safe one blocks at the start, knows no
-//! asynchronous errors, and aborts in destructors that may panic.
+//! A communicator over NCCL between GPUs, through cudarc's raw layer: its safe layer blocks during
+//! initialization, does not report asynchronous errors, and aborts in destructors that may panic.
 //!
-//! Operations run on a stream beside the one in which libtorch computes. Nothing in here blocks the
-//! host: what NCCL takes its time for is polled, with a limit, and [`Work::wait`] only orders the
-//! compute stream behind the operation. `cuda/driver.rs` has the CUDA driver's streams and events,
-//! `nccl/comm.rs` NCCL's own, `nccl/traffic.rs` what is under way, and `nccl/gpu_claim.rs` the
-//! rule of one GPU a rank. Both libraries are opened at run time, so that one binary serves all
-//! machines.
+//! Operations run on a stream beside libtorch's compute stream. Nothing here blocks the host: slow
+//! NCCL calls are polled with a time limit, and [`Work::wait`] only makes the compute stream wait
+//! for the operation. `cuda/driver.rs` has the CUDA driver's streams and events, `nccl/comm.rs`
+//! NCCL's communicator, `nccl/traffic.rs` the operations under way, and `nccl/gpu_claim.rs` the
+//! check that every rank has a GPU of its own. Both libraries are opened at run time, so one binary
+//! serves all machines.
 
 #![allow(unsafe_code)]
 
@@ -29,17 +29,18 @@ use crate::error::{Error, Result};
 use crate::pulse;
 use comm::{ID_BYTES, NcclComm};
 use gpu_claim::GpuClaim;
-use traffic::{Side, Traffic};
+use traffic::{SideStream, Traffic};
 
-/// How long NCCL may take before it is given up. A peer that is dead is noticed by nothing else.
-/// The defaults of the first two are PyTorch's.
+/// Time limits of NCCL calls. They are the only way to notice a dead peer. The defaults of `init`
+/// and `operation` are PyTorch's.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// To connect to all peers.
     pub init: Duration,
-    /// From the call of an operation to its end, computation before it and slower peers included.
+    /// From the call of an operation to its end, including the computation queued before it and
+    /// slower peers.
     pub operation: Duration,
-    /// To take leave of the peers, or of a communicator that failed.
+    /// To disconnect from the peers, or to abort a communicator that failed.
     pub abort: Duration,
 }
 
@@ -53,15 +54,14 @@ impl Default for Limits {
     }
 }
 
-/// This process as a rank with a GPU. Tensors on its device travel by NCCL, all others by the world
-/// that it was made from.
+/// This process as a rank with a GPU. Tensors on its device are carried by NCCL, all others by the
+/// communicator that it was made from.
 ///
-/// A [`Work`] is over for the device: what libtorch computes after [`Work::wait`] sees the results.
-/// An error of a peer or an operation that never ends shows at a later call, since the host does
-/// not wait.
+/// After [`Work::wait`], whatever libtorch queues on the compute stream sees the results. The host
+/// does not wait, so a peer's error or an operation that hangs is reported by a later call.
 pub struct Nccl {
     traffic: Rc<Traffic>,
-    side: Rc<Side>,
+    side: Rc<SideStream>,
     control: Box<dyn Collective>,
     device: Device,
     limits: Limits,
@@ -72,23 +72,23 @@ fn call(operation: &'static str) -> Call {
     Call { backend: "nccl", operation }
 }
 
-/// Version of the NCCL that is installed, like `2.29.7`.
+/// Version of the installed NCCL, e.g. `2.29.7`.
 ///
 /// # Errors
-/// [`Error::Environment`] if none is.
+/// [`Error::Environment`] if NCCL is not installed.
 pub fn library_version() -> Result<String> {
     comm::version().map_err(Error::environment)
 }
 
 impl Nccl {
-    /// The ranks of `control` with a GPU each: number n of those that its host shows, for the n-th
-    /// rank there. Every rank calls it. `Device::Cpu` in place of a GPU is for a stand-in of both
-    /// libraries that works on the host's memory.
+    /// Connects the ranks of `control`, each with the GPU whose index is the rank's index on its
+    /// host. Every rank calls it. Pass `Device::Cpu` instead of a GPU to run with the tests' double
+    /// of both libraries, which works in host memory.
     ///
     /// # Errors
-    /// [`Error::Environment`] for a library that is missing or too old, for fewer GPUs than ranks
-    /// on a host, and for ranks with one GPU; [`Error::Collective`] if the ranks do not come
-    /// together within `limits.init`.
+    /// [`Error::Environment`] if a library is missing or too old, a host has fewer GPUs than ranks,
+    /// or two ranks took one GPU; [`Error::Collective`] if the ranks are not connected within
+    /// `limits.init`.
     pub fn connect(control: &dyn Collective, device: Device, limits: Limits) -> Result<Self> {
         let control = control.split(0)?;
         let ordinal = local_rank(&*control)?;
@@ -99,36 +99,36 @@ impl Nccl {
             )));
         }
         claim_gpu(&*control, ordinal)?;
-        let side = Rc::new(Side::open(ordinal).map_err(Error::environment)?);
+        let side = Rc::new(SideStream::open(ordinal).map_err(Error::environment)?);
         Nccl::join(control, side, device, limits)
     }
 
     fn join(
         control: Box<dyn Collective>,
-        side: Rc<Side>,
+        side: Rc<SideStream>,
         device: Device,
         limits: Limits,
     ) -> Result<Self> {
         let (rank, world_size) = (control.rank(), control.world_size());
-        let place = format!("rank {rank}/{world_size}");
-        let failed = |what| call("connect").error(format!("{place}: {what}"));
+        let label = format!("rank {rank}/{world_size}");
+        let failed = |what| call("connect").error(format!("{label}: {what}"));
         let own =
             if pulse::is_root(rank) { comm::new_id().map_err(failed)? } else { [0; ID_BYTES] };
         let id = broadcast_id(&*control, own)?;
         let communicator =
             NcclComm::join(id, rank, world_size, limits.init, limits.abort).map_err(failed)?;
         let traffic =
-            Rc::new(Traffic::new(communicator, side.clone(), limits, place, device == Device::Cpu));
+            Rc::new(Traffic::new(communicator, side.clone(), limits, label, device == Device::Cpu));
         Ok(Nccl { traffic, side, control, device, limits, ledger: Ledger::default() })
     }
 
-    /// Which of the tensors are NCCL's to carry.
-    fn is_here(&self, tensor: &Tensor) -> bool {
+    /// True if NCCL carries the tensor.
+    fn is_on_device(&self, tensor: &Tensor) -> bool {
         tensor.device() == self.device
     }
 }
 
-/// Tells the others which GPU this rank takes, and compares.
+/// Gathers which GPU each rank takes, and checks the claims.
 fn claim_gpu(control: &dyn Collective, ordinal: usize) -> Result<()> {
     let num_gpus = driver::start().map_err(Error::environment)?;
     let gpu = if ordinal < num_gpus {
@@ -147,7 +147,7 @@ fn claim_gpu(control: &dyn Collective, ordinal: usize) -> Result<()> {
     gpu_claim::check(&claims.map_err(broken)?)
 }
 
-/// The id of rank 0, on every rank.
+/// Returns rank 0's id on every rank.
 fn broadcast_id(control: &dyn Collective, own: [u8; ID_BYTES]) -> Result<[u8; ID_BYTES]> {
     let bytes = Tensor::from_slice(&own.map(i64::from));
     control.broadcast(bytes.shallow_clone(), 0)?.wait()?;
@@ -171,44 +171,49 @@ impl Collective for Nccl {
     fn all_reduce(&self, buffers: Vec<Tensor>, op: ReduceOp) -> Result<Work> {
         let call = call("all_reduce");
         buffers.iter().try_for_each(|buffer| call.check_buffer(buffer))?;
-        self.ledger.enter(Signature::new(call.operation, &buffers).by(op));
-        let (here, elsewhere): (Vec<_>, Vec<_>) =
-            buffers.into_iter().partition(|buffer| self.is_here(buffer));
-        let elsewhere = unless_empty(elsewhere, |buffers| self.control.all_reduce(buffers, op))?;
+        self.ledger.enter(Signature::new(call.operation, &buffers).reduced_by(op));
+        let (on_device, others): (Vec<_>, Vec<_>) =
+            buffers.into_iter().partition(|buffer| self.is_on_device(buffer));
+        let others = start_unless_empty(others, |buffers| self.control.all_reduce(buffers, op))?;
         let transfers =
-            here.iter().map(|buffer| Transfer::between(buffer, buffer, buffer.numel())).collect();
-        let here = self.traffic.issue(call, here, transfers, |one, communicator, stream| {
-            let Transfer { from, to, count, kind, .. } = *one;
-            // SAFETY: in place on a tensor that the work owns, of `count` elements of this kind.
-            unsafe {
-                sys::ncclAllReduce(from, to, count, kind, reduction(op), communicator, stream)
-            }
-        })?;
-        Ok(both(here, elsewhere))
+            on_device.iter().map(|buffer| Transfer::new(buffer, buffer, buffer.numel())).collect();
+        let on_device =
+            self.traffic.issue(call, on_device, transfers, |one, communicator, stream| {
+                let Transfer { from, to, count, kind, .. } = *one;
+                // SAFETY: in place on a tensor that the work owns, of `count` elements of this
+                // kind.
+                unsafe {
+                    sys::ncclAllReduce(from, to, count, kind, reduction(op), communicator, stream)
+                }
+            })?;
+        Ok(both(on_device, others))
     }
 
     fn reduce_scatter(&self, tensors: Vec<Sliced>, op: ReduceOp) -> Result<Work> {
         let call = call("reduce_scatter");
         tensors.iter().try_for_each(|sliced| call.check_slices(sliced, self.world_size()))?;
         self.ledger.enter(
-            Signature::new(call.operation, tensors.iter().map(|sliced| &sliced.full)).by(op),
+            Signature::new(call.operation, tensors.iter().map(|sliced| &sliced.full))
+                .reduced_by(op),
         );
-        let (mut here, elsewhere): (Vec<_>, Vec<_>) =
-            tensors.into_iter().partition(|sliced| self.is_here(&sliced.full));
-        let elsewhere =
-            unless_empty(elsewhere, |tensors| self.control.reduce_scatter(tensors, op))?;
-        for sliced in here.iter_mut().filter(|sliced| clash(sliced, self.rank())) {
+        let (mut on_device, others): (Vec<_>, Vec<_>) =
+            tensors.into_iter().partition(|sliced| self.is_on_device(&sliced.full));
+        let others =
+            start_unless_empty(others, |tensors| self.control.reduce_scatter(tensors, op))?;
+        for sliced in on_device.iter_mut().filter(|sliced| overlaps_elsewhere(sliced, self.rank()))
+        {
             sliced.full = no_grad(|| sliced.full.copy());
         }
-        let transfers = here
+        let transfers = on_device
             .iter()
-            .map(|sliced| Transfer::between(&sliced.full, &sliced.owned, sliced.owned.numel()))
+            .map(|sliced| Transfer::new(&sliced.full, &sliced.owned, sliced.owned.numel()))
             .collect();
-        let here =
-            self.traffic.issue(call, flat(here), transfers, |one, communicator, stream| {
+        let on_device =
+            self.traffic.issue(call, flat(on_device), transfers, |one, communicator, stream| {
                 let Transfer { from, to, count, kind, .. } = *one;
                 // SAFETY: the work owns both tensors; `from` holds `count` elements for each rank,
-                // `to` has room for `count`, apart from `from` or in this rank's place of it.
+                // and `to` holds `count` elements, either apart from `from` or exactly at this
+                // rank's slice of it.
                 unsafe {
                     sys::ncclReduceScatter(
                         from,
@@ -221,7 +226,7 @@ impl Collective for Nccl {
                     )
                 }
             })?;
-        Ok(both(here, elsewhere))
+        Ok(both(on_device, others))
     }
 
     fn all_gather(&self, tensors: Vec<Sliced>) -> Result<Work> {
@@ -229,24 +234,26 @@ impl Collective for Nccl {
         tensors.iter().try_for_each(|sliced| call.check_slices(sliced, self.world_size()))?;
         self.ledger
             .enter(Signature::new(call.operation, tensors.iter().map(|sliced| &sliced.full)));
-        let (mut here, elsewhere): (Vec<_>, Vec<_>) =
-            tensors.into_iter().partition(|sliced| self.is_here(&sliced.full));
-        let elsewhere = unless_empty(elsewhere, |tensors| self.control.all_gather(tensors))?;
-        for sliced in here.iter_mut().filter(|sliced| clash(sliced, self.rank())) {
+        let (mut on_device, others): (Vec<_>, Vec<_>) =
+            tensors.into_iter().partition(|sliced| self.is_on_device(&sliced.full));
+        let others = start_unless_empty(others, |tensors| self.control.all_gather(tensors))?;
+        for sliced in on_device.iter_mut().filter(|sliced| overlaps_elsewhere(sliced, self.rank()))
+        {
             sliced.owned = no_grad(|| sliced.owned.copy());
         }
-        let transfers = here
+        let transfers = on_device
             .iter()
-            .map(|sliced| Transfer::between(&sliced.owned, &sliced.full, sliced.owned.numel()))
+            .map(|sliced| Transfer::new(&sliced.owned, &sliced.full, sliced.owned.numel()))
             .collect();
-        let here =
-            self.traffic.issue(call, flat(here), transfers, |one, communicator, stream| {
+        let on_device =
+            self.traffic.issue(call, flat(on_device), transfers, |one, communicator, stream| {
                 let Transfer { from, to, count, kind, .. } = *one;
-                // SAFETY: the work owns both tensors; `from` holds `count` elements, `to` has room
-                // for `count` of each rank, apart from `from` or around it in this rank's place.
+                // SAFETY: the work owns both tensors; `from` holds `count` elements, and `to` holds
+                // `count` elements for each rank, either apart from `from` or with `from` exactly
+                // at this rank's slice.
                 unsafe { sys::ncclAllGather(from, to, count, kind, communicator, stream) }
             })?;
-        Ok(both(here, elsewhere))
+        Ok(both(on_device, others))
     }
 
     fn broadcast(&self, buffer: Tensor, root: usize) -> Result<Work> {
@@ -254,10 +261,10 @@ impl Collective for Nccl {
         call.check_buffer(&buffer)?;
         call.check_root(root, self.world_size())?;
         self.ledger.enter(Signature::new(call.operation, [&buffer]).rooted_at(root));
-        if !self.is_here(&buffer) {
+        if !self.is_on_device(&buffer) {
             return self.control.broadcast(buffer, root);
         }
-        let transfers = vec![Transfer::between(&buffer, &buffer, buffer.numel())];
+        let transfers = vec![Transfer::new(&buffer, &buffer, buffer.numel())];
         self.traffic.issue(call, vec![buffer], transfers, |one, communicator, stream| {
             let Transfer { from, to, count, kind, .. } = *one;
             // SAFETY: in place on a tensor that the work owns, of `count` elements of this kind.
@@ -266,15 +273,15 @@ impl Collective for Nccl {
     }
 
     fn barrier(&self) -> Result<()> {
-        self.traffic.look(call("barrier"))?;
+        self.traffic.check_health(call("barrier"))?;
         self.ledger.enter(Signature::new("barrier", []));
         self.control.barrier()
     }
 
-    /// A communicator with an id of its own: `ncclCommSplit` would need the peers of the other
-    /// colors, and shares their fate.
+    /// Creates a communicator with an id of its own. `ncclCommSplit` would need the ranks of all
+    /// colors, and an error of one part would affect the others.
     fn split(&self, color: usize) -> Result<Box<dyn Collective>> {
-        self.traffic.look(call("split"))?;
+        self.traffic.check_health(call("split"))?;
         self.ledger.enter(Signature::new("split", []));
         let part = self.control.split(color)?;
         Ok(Box::new(Nccl::join(part, self.side.clone(), self.device, self.limits)?))
@@ -293,19 +300,19 @@ impl Collective for Nccl {
     }
 }
 
-/// One call of a group, by address: who makes it must own the tensors.
+/// Arguments of one NCCL call within a group, by address. The caller owns the tensors.
 struct Transfer {
     from: *const c_void,
     to: *mut c_void,
-    /// Elements of one rank.
+    /// Elements of one rank's slice; of the whole tensor for in-place operations.
     count: usize,
     kind: ncclDataType_t,
-    /// Of the larger tensor.
+    /// Bytes of the larger tensor.
     bytes: usize,
 }
 
 impl Transfer {
-    fn between(from: &Tensor, to: &Tensor, count: usize) -> Self {
+    fn new(from: &Tensor, to: &Tensor, count: usize) -> Self {
         let bytes = from.numel().max(to.numel()) * from.kind().elt_size_in_bytes();
         Transfer {
             from: from.data_ptr(),
@@ -317,18 +324,18 @@ impl Transfer {
     }
 }
 
-/// Starts what concerns the tensors of other devices, if there are any.
-fn unless_empty<T>(
+/// Starts the operation on the tensors of other devices, if there are any.
+fn start_unless_empty<T>(
     tensors: Vec<T>,
     start: impl FnOnce(Vec<T>) -> Result<Work>,
 ) -> Result<Option<Work>> {
     if tensors.is_empty() { Ok(None) } else { start(tensors).map(Some) }
 }
 
-fn both(here: Work, elsewhere: Option<Work>) -> Work {
-    match elsewhere {
-        None => here,
-        Some(elsewhere) => Work::new(move || here.wait().and(elsewhere.wait())),
+fn both(on_device: Work, others: Option<Work>) -> Work {
+    match others {
+        None => on_device,
+        Some(others) => Work::new(move || on_device.wait().and(others.wait())),
     }
 }
 
@@ -336,9 +343,9 @@ fn flat(tensors: Vec<Sliced>) -> Vec<Tensor> {
     tensors.into_iter().flat_map(|Sliced { owned, full }| [owned, full]).collect()
 }
 
-/// Whether a rank's slice shares memory with the whole elsewhere than in its own place there, which
-/// NCCL forbids.
-fn clash(Sliced { owned, full }: &Sliced, rank: usize) -> bool {
+/// True if `owned` shares memory with `full` elsewhere than at this rank's slice, which NCCL
+/// forbids.
+fn overlaps_elsewhere(Sliced { owned, full }: &Sliced, rank: usize) -> bool {
     let start = |tensor: &Tensor| tensor.data_ptr() as usize;
     let bytes = |tensor: &Tensor| tensor.numel() * tensor.kind().elt_size_in_bytes();
     let overlap =
@@ -373,10 +380,13 @@ mod tests {
         let full = Tensor::zeros([6], (Kind::Float, Device::Cpu));
         let slice =
             |start: i64| Sliced { owned: full.narrow(0, start, 2), full: full.shallow_clone() };
-        assert!(!clash(&slice(2), 1));
-        assert!(clash(&slice(2), 0));
-        assert!(clash(&slice(1), 0));
-        assert!(!clash(&Sliced { owned: Tensor::zeros([2], (Kind::Float, Device::Cpu)), full }, 1));
+        assert!(!overlaps_elsewhere(&slice(2), 1));
+        assert!(overlaps_elsewhere(&slice(2), 0));
+        assert!(overlaps_elsewhere(&slice(1), 0));
+        assert!(!overlaps_elsewhere(
+            &Sliced { owned: Tensor::zeros([2], (Kind::Float, Device::Cpu)), full },
+            1
+        ));
     }
 
     #[test]
@@ -385,7 +395,7 @@ mod tests {
             Tensor::zeros([2], (Kind::Double, Device::Cpu)),
             Tensor::zeros([6], (Kind::Double, Device::Cpu)),
         );
-        let transfer = Transfer::between(&full, &owned, owned.numel());
+        let transfer = Transfer::new(&full, &owned, owned.numel());
         assert_eq!(
             (transfer.count, transfer.bytes, transfer.kind),
             (2, 48, ncclDataType_t::ncclFloat64)

@@ -1,11 +1,11 @@
-//! What one communicator has under way: issued on the side stream, watched by events, timed when it
-//! is over.
+//! The operations of one communicator: issued on the side stream, watched through events, and timed
+//! when they are complete.
 //!
-//! A GPU waits for a dead peer in silence, and the host must not wait with it. So each operation
-//! leaves a mark behind itself and every later call looks at the marks: at one that the device has
-//! passed, for the time it took; at one that it should have passed long ago; and at what NCCL has
-//! noticed meanwhile. Between two calls nothing is noticed: a rank that blocks in libtorch for a
-//! number off the device sits there until somebody else ends the process.
+//! A GPU waits for a dead peer without an error, and the host must not wait with it. So each
+//! operation records an event behind itself, and every later call checks: the events that have
+//! completed, for the time that the operation took; the oldest one, for the time limit; and NCCL,
+//! for asynchronous errors. Nothing is noticed between two calls: a rank that blocks in libtorch,
+//! to read a number from the device, hangs until another process or thread ends it.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -23,56 +23,57 @@ use crate::cuda::Outcome;
 use crate::cuda::driver::{Device, Event, Stream};
 use crate::error::{Error, Result};
 
-/// A GPU and the stream on which collectives run there. Communicators of one process share it: two
-/// that run at once on one GPU could each wait for the other on different ranks.
-pub(super) struct Side {
+/// A GPU, and the stream on which its collectives run. All communicators of a process share it: two
+/// collectives that run at once on one GPU could each wait for the other on different ranks.
+pub(super) struct SideStream {
     stream: Stream,
     device: Rc<Device>,
 }
 
-/// One communicator's traffic. Its fields are given back in this order.
+/// The operations of one communicator. The order of the fields is the order in which they are
+/// dropped.
 pub(super) struct Traffic {
     communicator: NcclComm,
-    under_way: RefCell<VecDeque<Issue>>,
-    /// Marks in the compute stream before and after it waited.
+    under_way: RefCell<VecDeque<Enqueued>>,
+    /// Events recorded in the compute stream before and after each wait.
     stalls: RefCell<VecDeque<(Event, Event)>>,
-    side: Rc<Side>,
+    side: Rc<SideStream>,
     limits: Limits,
     /// `rank 1/4`, for messages.
-    place: String,
-    /// How many operations were issued.
+    label: String,
+    /// Number of operations issued.
     count: Cell<u64>,
-    /// What went wrong first; nothing is issued afterwards.
+    /// The first error; nothing is issued after it.
     failure: RefCell<Option<String>>,
     meter: Meter,
-    /// Whether tensors lie in the host's memory, where libtorch reads without asking a stream.
+    /// True if the tensors are in host memory, which libtorch reads without regard to a stream.
     is_on_host: bool,
 }
 
 /// An operation in the side stream.
-struct Issue {
-    /// As a message names it.
+struct Enqueued {
+    /// Its name in messages.
     name: String,
     issued: Instant,
     began: Event,
     ended: Rc<Event>,
 }
 
-impl Side {
-    /// Of the GPU with this number.
+impl SideStream {
+    /// Opens the GPU with this index.
     pub fn open(ordinal: usize) -> Outcome<Self> {
         let device = Rc::new(Device::open(ordinal)?);
         tracing::debug!("GPU {ordinal} is {}", device.name()?);
-        Ok(Side { stream: Stream::beside(&device)?, device })
+        Ok(SideStream { stream: Stream::new(&device)?, device })
     }
 }
 
 impl Traffic {
     pub fn new(
         communicator: NcclComm,
-        side: Rc<Side>,
+        side: Rc<SideStream>,
         limits: Limits,
-        place: String,
+        label: String,
         is_on_host: bool,
     ) -> Self {
         let (under_way, stalls, failure) = Default::default();
@@ -82,7 +83,7 @@ impl Traffic {
             stalls,
             side,
             limits,
-            place,
+            label,
             count: Cell::new(0),
             failure,
             meter: Meter::default(),
@@ -90,8 +91,8 @@ impl Traffic {
         }
     }
 
-    /// Issues transfers between tensors as one operation, behind what the compute stream has been
-    /// given so far. The work owns the tensors.
+    /// Issues transfers between tensors as one operation, after all work that the compute stream
+    /// has been given so far. The returned work owns the tensors.
     pub fn issue(
         self: &Rc<Self>,
         call: Call,
@@ -99,7 +100,7 @@ impl Traffic {
         transfers: Vec<Transfer>,
         start: impl Fn(&Transfer, ncclComm_t, cudaStream_t) -> ncclResult_t,
     ) -> Result<Work> {
-        self.look(call)?;
+        self.check_health(call)?;
         let transfers: Vec<Transfer> =
             transfers.into_iter().filter(|transfer| transfer.count > 0).collect();
         if transfers.is_empty() {
@@ -108,69 +109,69 @@ impl Traffic {
         let bytes: usize = transfers.iter().map(|transfer| transfer.bytes).sum();
         let number = self.count.replace(self.count.get() + 1);
         let name = format!("{} of {bytes} bytes (operation {number} of its world)", call.operation);
-        let marks = self.enqueue(&transfers, start);
-        let pending =
-            Pending { call, name: name.clone(), tensors, traffic: self.clone(), is_over: false };
-        let (began, ended) = marks.map_err(|what| self.fail(call, format!("{name}: {what}")))?;
+        let events = self.enqueue(&transfers, start);
+        let unwaited =
+            Unwaited { call, name: name.clone(), tensors, traffic: self.clone(), is_over: false };
+        let (began, ended) = events.map_err(|what| self.fail(call, format!("{name}: {what}")))?;
         let ended = Rc::new(ended);
-        self.under_way.borrow_mut().push_back(Issue {
+        self.under_way.borrow_mut().push_back(Enqueued {
             name,
             issued: Instant::now(),
             began,
             ended: ended.clone(),
         });
-        Ok(Work::new(move || pending.wait(&ended)))
+        Ok(Work::new(move || unwaited.wait(&ended)))
     }
 
-    /// The marks where data begin to travel and where they have arrived.
+    /// Queues the transfers. Returns the events recorded before and after them.
     fn enqueue(
         &self,
         transfers: &[Transfer],
         start: impl Fn(&Transfer, ncclComm_t, cudaStream_t) -> ncclResult_t,
     ) -> Outcome<(Event, Event)> {
         let stream = &self.side.stream;
-        stream.wait(&Stream::COMPUTE.mark()?)?;
-        let began = stream.mark()?;
+        stream.wait(&Stream::COMPUTE.record()?)?;
+        let began = stream.record()?;
         self.communicator.group(stream.raw().cast(), transfers, start)?;
-        self.communicator.settle(self.limits.operation)?;
-        Ok((began, stream.mark()?))
+        self.communicator.wait_until_accepted(self.limits.operation)?;
+        Ok((began, stream.record()?))
     }
 
-    /// Notices what went wrong since the last call, and makes the device current: each operation
-    /// and each wait begins here.
+    /// Checks for errors since the last call and makes the device current. Each operation and each
+    /// wait starts with it.
     ///
     /// # Errors
-    /// [`Error::Collective`] for an error that NCCL reports, an operation beyond its limit, and
-    /// after any error before.
-    pub fn look(&self, call: Call) -> Result<()> {
+    /// [`Error::Collective`] for an error that NCCL reports, for an operation beyond its time
+    /// limit, and after any earlier error.
+    pub fn check_health(&self, call: Call) -> Result<()> {
         if let Some(first) = &*self.failure.borrow() {
             return Err(call.error(format!(
                 "{}: the communicator was given up after an earlier error: {first}",
-                self.place
+                self.label
             )));
         }
-        let looked = self
+        let outcome = self
             .side
             .device
             .make_current()
-            .and_then(|()| self.communicator.is_settled())
+            .and_then(|()| self.communicator.has_accepted())
             .and_then(|_| self.harvest());
-        let looked = looked.map_err(|what| format!("{what}{}", self.oldest()));
-        looked.and_then(|()| self.check_limit()).map_err(|what| self.fail(call, what))
+        let outcome = outcome.map_err(|what| format!("{what}{}", self.oldest()));
+        outcome.and_then(|()| self.check_limit()).map_err(|what| self.fail(call, what))
     }
 
-    /// Takes the times of what is over.
+    /// Adds the times of completed operations and waits to the meter.
     fn harvest(&self) -> Outcome<()> {
         let (mut under_way, mut stalls) = (self.under_way.borrow_mut(), self.stalls.borrow_mut());
         let mut spent = Spent::default();
         while let Some(first) = under_way.front()
-            && first.ended.is_past()?
+            && first.ended.is_complete()?
         {
             spent.communication_seconds += first.ended.elapsed_since(&first.began)?.as_secs_f64();
             under_way.pop_front();
         }
         while let Some((before, after)) = stalls.front()
-            && after.is_past()?
+            && after.is_complete()?
         {
             spent.exposed_seconds += after.elapsed_since(before)?.as_secs_f64();
             stalls.pop_front();
@@ -179,14 +180,15 @@ impl Traffic {
         Ok(())
     }
 
-    /// What is under way ends in the order of its issue, so that the first tells of all.
+    /// Checks the oldest operation against the time limit: operations complete in the order of
+    /// their issue.
     fn check_limit(&self) -> Outcome<()> {
         let under_way = self.under_way.borrow();
         let late = under_way.front().filter(|first| first.issued.elapsed() > self.limits.operation);
         late.map_or(Ok(()), |late| Err(late.overdue()))
     }
 
-    /// What an error may have hit, for its message.
+    /// Names the operation that an error may have hit, for its message.
     fn oldest(&self) -> String {
         let under_way = self.under_way.borrow();
         under_way
@@ -201,15 +203,15 @@ impl Traffic {
             .unwrap_or_default()
     }
 
-    /// Polls until an operation is over: only where tensors lie in the host's memory.
-    fn poll_until_past(&self, ended: &Event) -> Outcome<()> {
+    /// Polls until an operation is complete: only for tensors in host memory.
+    fn poll_until_complete(&self, ended: &Event) -> Outcome<()> {
         let began = Instant::now();
-        let is_past = || {
-            self.communicator.is_settled()?;
-            ended.is_past()
+        let is_complete = || {
+            self.communicator.has_accepted()?;
+            ended.is_complete()
         };
-        if !poll(self.limits.operation, is_past)? {
-            return Err(self.under_way.borrow().front().map(Issue::overdue).unwrap_or_default());
+        if !poll(self.limits.operation, is_complete)? {
+            return Err(self.under_way.borrow().front().map(Enqueued::overdue).unwrap_or_default());
         }
         self.meter.add(Spent {
             communication_seconds: 0.0,
@@ -218,25 +220,27 @@ impl Traffic {
         Ok(())
     }
 
-    /// Orders the compute stream behind an operation.
+    /// Makes the compute stream wait for an operation.
     fn stall(&self, ended: &Event) -> Outcome<()> {
-        let before = Stream::COMPUTE.mark()?;
+        let before = Stream::COMPUTE.record()?;
         Stream::COMPUTE.wait(ended)?;
-        self.stalls.borrow_mut().push_back((before, Stream::COMPUTE.mark()?));
+        self.stalls.borrow_mut().push_back((before, Stream::COMPUTE.record()?));
         Ok(())
     }
 
-    /// Gives the communicator up: after an error NCCL promises nothing for what is under way.
+    /// Aborts the communicator: after an error NCCL gives no guarantee for the operations under
+    /// way.
     fn fail(&self, call: Call, what: String) -> Error {
-        let error = call.error(format!("{}: {what}", self.place));
+        let error = call.error(format!("{}: {what}", self.label));
         *self.failure.borrow_mut() = Some(what);
-        // A GPU that hangs may still come to these marks and this stream.
+        // Leaked, because a GPU that hangs may still reach these events and this stream.
         forget((self.under_way.take(), self.stalls.take(), self.side.clone()));
         self.communicator.abort();
         error
     }
 
-    /// What the operations that are over took. An error shows at the next operation.
+    /// Returns the time that completed operations took. An error is left for the next operation to
+    /// report.
     pub fn spent(&self) -> Spent {
         if self.failure.borrow().is_none() {
             let _ = self.harvest();
@@ -245,7 +249,7 @@ impl Traffic {
     }
 }
 
-impl Issue {
+impl Enqueued {
     fn overdue(&self) -> String {
         format!(
             "{} is not over after {:.1} s: a peer is dead, or in another operation",
@@ -255,23 +259,23 @@ impl Issue {
     }
 }
 
-/// An operation that is to be waited for, and the tensors that NCCL reads and writes for it.
-struct Pending {
+/// An operation that has not been waited for, and the tensors that NCCL reads and writes for it.
+struct Unwaited {
     call: Call,
     name: String,
     tensors: Vec<Tensor>,
     traffic: Rc<Traffic>,
-    /// Whether the tensors may be given back.
+    /// True if the tensors may be freed.
     is_over: bool,
 }
 
-impl Pending {
-    /// Returns once the compute stream is ordered behind the operation. Then the tensors' memory
-    /// may be used anew: libtorch gives it to what the compute stream does later.
+impl Unwaited {
+    /// Makes the compute stream wait for the operation, then frees the tensors: libtorch reuses
+    /// their memory only for later work of the compute stream.
     fn wait(mut self, ended: &Event) -> Result<()> {
         let traffic = self.traffic.clone();
-        traffic.look(self.call)?;
-        let arrived = if traffic.is_on_host { traffic.poll_until_past(ended) } else { Ok(()) };
+        traffic.check_health(self.call)?;
+        let arrived = if traffic.is_on_host { traffic.poll_until_complete(ended) } else { Ok(()) };
         arrived
             .and_then(|()| traffic.stall(ended))
             .map_err(|what| traffic.fail(self.call, format!("{}: {what}", self.name)))?;
@@ -280,8 +284,8 @@ impl Pending {
     }
 }
 
-impl Drop for Pending {
-    /// On an error path NCCL may still write to the tensors: their memory is never given back.
+impl Drop for Unwaited {
+    /// Leaks the tensors after an error, because NCCL may still write to them.
     fn drop(&mut self) {
         if !self.is_over {
             forget(std::mem::take(&mut self.tensors));

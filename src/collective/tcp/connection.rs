@@ -1,4 +1,4 @@
-//! A connection with one peer, and the last words over all of them when this process must end.
+//! The connection to one peer, and the announcement over all connections that this process ends.
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -11,31 +11,33 @@ use rustix::net::sockopt;
 
 use super::frame::{Frame, HEADER_BYTES};
 
-/// How long a silent connection stays unquestioned, and between questions: a machine that is gone
-/// is noticed after a minute. While data are on their way the kernel asks in its own time; a
-/// watchdog is quicker.
-const SILENCE: Duration = Duration::from_secs(30);
-const QUESTIONS: (Duration, u32) = (Duration::from_secs(10), 3);
+/// TCP keepalive: idle time before the first probe, then the interval and number of probes, so that
+/// a dead machine is noticed after a minute. While data are in transit the kernel's retransmission
+/// timeout applies instead; a watchdog is quicker.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_PROBES: u32 = 3;
 
-/// How long peers get to take the last words.
-const LAST_WORDS_PATIENCE: Duration = Duration::from_millis(500);
+/// Time that peers get to read the announcement of a failure.
+const DRAIN_LIMIT: Duration = Duration::from_millis(500);
 
-/// Attempts to write to a connection on which another thread writes just now, which takes it
+/// Attempts to get a connection on which another thread writes at the moment, which takes
 /// microseconds.
 const ATTEMPTS: usize = 10_000;
 
-/// The connections of the world that this process lives and dies with.
+/// The connections of the world that [`announce_failure`] ends.
 static CONNECTIONS: Mutex<Vec<Arc<Connection>>> = Mutex::new(Vec::new());
 
-/// Whether the last words are being said.
-static IS_ENDING: AtomicBool = AtomicBool::new(false);
+/// True while the failure of this process is being announced.
+static IS_EXITING: AtomicBool = AtomicBool::new(false);
 
+/// The socket to one peer.
 pub struct Connection {
-    /// The peer: its rank in the world, and where it runs.
+    /// The peer's rank in the world.
     pub rank: usize,
     pub host: String,
     pub socket: TcpStream,
-    /// Whether a frame has begun and not ended: another one must not be put into it.
+    /// True if a frame was written in part: no other frame may be written before its end.
     is_within_frame: Mutex<bool>,
 }
 
@@ -44,18 +46,18 @@ impl Connection {
         socket.set_nonblocking(true)?;
         socket.set_nodelay(true)?;
         sockopt::set_socket_keepalive(&socket, true)?;
-        sockopt::set_tcp_keepidle(&socket, SILENCE)?;
-        sockopt::set_tcp_keepintvl(&socket, QUESTIONS.0)?;
-        sockopt::set_tcp_keepcnt(&socket, QUESTIONS.1)?;
+        sockopt::set_tcp_keepidle(&socket, KEEPALIVE_IDLE)?;
+        sockopt::set_tcp_keepintvl(&socket, KEEPALIVE_INTERVAL)?;
+        sockopt::set_tcp_keepcnt(&socket, KEEPALIVE_PROBES)?;
         Ok(Connection { rank, host, socket, is_within_frame: Mutex::new(false) })
     }
 
-    /// `rank 2 (host n3)`.
+    /// The peer in a message: `rank 2 (host n3)`.
     pub fn peer(&self) -> String {
         format!("rank {} (host {})", self.rank, self.host)
     }
 
-    /// Writes of a frame's rest what the socket takes; returns how much.
+    /// Writes as much of the rest of a frame as the socket takes; returns the number of bytes.
     pub fn write(&self, header: &[u8], body: &[u8]) -> io::Result<usize> {
         let mut is_within_frame =
             self.is_within_frame.lock().unwrap_or_else(PoisonError::into_inner);
@@ -64,9 +66,9 @@ impl Connection {
         Ok(written)
     }
 
-    /// Sends a frame without a body if that can be done at once and between two others. From any
-    /// thread.
-    pub fn say(&self, frame: &Frame) {
+    /// Sends a frame without a body, if that is possible at once and between two other frames. May
+    /// be called from any thread.
+    pub fn try_send(&self, frame: &Frame) {
         let free = (0..ATTEMPTS).find_map(|_| match self.is_within_frame.try_lock() {
             Ok(within) => Some(within),
             Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
@@ -76,44 +78,44 @@ impl Connection {
             }
         });
         if let Some(mut is_within_frame) = free.filter(|within| !**within) {
-            // A buffer that takes a part of so little is full of what nobody reads: nothing more
-            // will be sent.
+            // A socket buffer that takes only a part of 128 bytes is full of data that the peer
+            // does not read: nothing more will be sent.
             let written = (&self.socket).write(&frame.encode()).unwrap_or(0);
             *is_within_frame = !written.is_multiple_of(HEADER_BYTES);
         }
     }
 }
 
-/// From now on these connections stay open until [`let_go`] or the end of the process, which
-/// [`last_words`] announces.
-pub fn hold(connections: impl Iterator<Item = Arc<Connection>>) {
+/// Keeps these connections open until [`release_connections`] or the end of the process, which
+/// [`announce_failure`] announces on them.
+pub fn keep_open(connections: impl Iterator<Item = Arc<Connection>>) {
     CONNECTIONS.lock().unwrap_or_else(PoisonError::into_inner).extend(connections);
 }
 
-/// The connections of the world end in good order.
-pub fn let_go() {
+/// Drops the connections of the world after it has ended in good order.
+pub fn release_connections() {
     CONNECTIONS.lock().unwrap_or_else(PoisonError::into_inner).clear();
 }
 
 /// Tells all peers that this process ends the world with exit code `code`, and waits a moment for
-/// them to hear it. From any thread, whatever the others do; nothing is promised.
-pub fn last_words(code: i32) {
+/// them to read it. May be called from any thread, whatever the others do. Best effort.
+pub fn announce_failure(code: i32) {
     let connections = match CONNECTIONS.try_lock() {
         Ok(connections) => connections.clone(),
         Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner().clone(),
         Err(TryLockError::WouldBlock) => return,
     };
-    IS_ENDING.store(true, Ordering::SeqCst);
+    IS_EXITING.store(true, Ordering::SeqCst);
     for connection in &connections {
-        connection.say(&Frame::Failed { code });
+        connection.try_send(&Frame::Failed { code });
         let _ = connection.socket.shutdown(Shutdown::Write);
     }
-    outlast(connections);
+    drain(connections);
 }
 
-/// Waits until the peer `rank` of the world has closed its connection, for `limit` at most; `None`
-/// without such a connection. Returns `true` if it said its last words before. Nobody else reads
-/// the connection any more.
+/// Blocks until the peer `rank` of the world has closed its connection, for at most `limit`; `None`
+/// without such a connection. Returns `true` if the peer has announced its failure before. No other
+/// thread reads the connection any more.
 pub fn wait_for_end(rank: usize, limit: Duration) -> Option<bool> {
     let connection = CONNECTIONS
         .lock()
@@ -126,7 +128,7 @@ pub fn wait_for_end(rank: usize, limit: Duration) -> Option<bool> {
         let rest = Timespec::try_from(limit.saturating_sub(began.elapsed())).ok();
         let _ = poll(&mut [PollFd::new(&connection.socket, PollFlags::IN)], rest.as_ref());
         match (&connection.socket).read(&mut unread) {
-            Ok(0) => return Some(is_last_word(&last)),
+            Ok(0) => return Some(announces_failure(&last)),
             Ok(bytes) => {
                 last.extend_from_slice(&unread[..bytes]);
                 last.drain(..last.len().saturating_sub(HEADER_BYTES));
@@ -136,33 +138,33 @@ pub fn wait_for_end(rank: usize, limit: Duration) -> Option<bool> {
                     error.kind(),
                     io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
                 ) => {}
-            Err(_) => return Some(is_last_word(&last)),
+            Err(_) => return Some(announces_failure(&last)),
         }
     }
     Some(false)
 }
 
-/// Tells whether these bytes, the last that a peer sent, announce the end of the world.
-fn is_last_word(bytes: &[u8]) -> bool {
+/// True if these bytes, the last that a peer sent, announce its failure.
+fn announces_failure(bytes: &[u8]) -> bool {
     bytes.try_into().is_ok_and(|header| matches!(Frame::decode(header), Some(Frame::Failed { .. })))
 }
 
-/// What a thread does that finds its connections closed because another one says the last words:
-/// the end is near, and its reason has been told.
-pub fn unless_ending<T>(error: T) -> T {
-    while IS_ENDING.load(Ordering::SeqCst) {
+/// Blocks forever if another thread is already shutting the process down; otherwise returns
+/// `error`.
+pub fn unless_exiting<T>(error: T) -> T {
+    while IS_EXITING.load(Ordering::SeqCst) {
         std::thread::park();
     }
     error
 }
 
-/// Reads whatever comes until the peers have closed: a socket that is closed with data unread takes
-/// back what it has not delivered.
-fn outlast(mut connections: Vec<Arc<Connection>>) {
+/// Reads and drops data until the peers have closed: closing a socket with unread data would
+/// discard what it has not delivered yet.
+fn drain(mut connections: Vec<Arc<Connection>>) {
     let began = Instant::now();
     let mut unread = vec![0; 1 << 16];
-    while !connections.is_empty() && began.elapsed() < LAST_WORDS_PATIENCE {
-        let rest = LAST_WORDS_PATIENCE.saturating_sub(began.elapsed());
+    while !connections.is_empty() && began.elapsed() < DRAIN_LIMIT {
+        let rest = DRAIN_LIMIT.saturating_sub(began.elapsed());
         let mut sockets: Vec<PollFd<'_>> = connections
             .iter()
             .map(|connection| PollFd::new(&connection.socket, PollFlags::IN))

@@ -1,24 +1,25 @@
-//! What travels over a connection: frames, each a header of fixed size and perhaps the bytes of one
-//! piece.
+//! The format of the data on a connection: frames, each a header of fixed size that the bytes of
+//! one piece may follow.
 
-/// Bytes of a header, of which most name the operation for a peer that is at another one.
+/// Bytes of a header. Most of them name the operation, for a peer that is at another one.
 pub const HEADER_BYTES: usize = 128;
 
-/// In front of the name: mark, kind, length, tag.
-const NAME_BEGINS: usize = 24;
+/// Offset of the name, after mark, kind, length and tag.
+const NAME_OFFSET: usize = 24;
 
-/// Where a stream has not lost its place, every header begins with it.
+/// Every header starts with it, unless the stream has lost its frame boundaries.
 const MARK: [u8; 4] = *b"fmd\x01";
 
 const PIECE: u32 = 0;
 const GOODBYE: u32 = 1;
 const FAILED: u32 = 2;
 
+/// The header of a frame.
 #[derive(Debug, PartialEq)]
 pub enum Frame {
-    /// `length` bytes follow, of the operation with this tag and name.
+    /// A header that `length` bytes of the operation with this tag and name follow.
     Piece { length: u64, tag: u64, name: String },
-    /// Nothing else comes: the rank leaves in good order.
+    /// The rank leaves in good order and sends nothing else.
     Goodbye,
     /// The rank ends the world with this exit code.
     Failed { code: i32 },
@@ -33,10 +34,10 @@ impl Frame {
         }
     }
 
-    /// `None` for what is no header.
+    /// Returns `None` if the bytes are not a header.
     pub fn decode(header: &[u8; HEADER_BYTES]) -> Option<Self> {
-        let number = |first: usize| {
-            u64::from_le_bytes(header[first..first + 8].try_into().expect("eight bytes"))
+        let number = |offset: usize| {
+            u64::from_le_bytes(header[offset..offset + 8].try_into().expect("eight bytes"))
         };
         let kind = u32::from_le_bytes(header[4..8].try_into().expect("four bytes"));
         let (length, tag) = (number(8), number(16));
@@ -44,7 +45,7 @@ impl Frame {
             _ if header[..4] != MARK => None,
             PIECE => {
                 let name =
-                    String::from_utf8_lossy(&header[NAME_BEGINS..]).trim_end_matches('\0').into();
+                    String::from_utf8_lossy(&header[NAME_OFFSET..]).trim_end_matches('\0').into();
                 Some(Frame::Piece { length, tag, name })
             }
             GOODBYE => Some(Frame::Goodbye),
@@ -54,7 +55,7 @@ impl Frame {
     }
 }
 
-/// The header of a piece.
+/// Encodes the header of a piece.
 pub fn piece(length: u64, tag: u64, name: &str) -> [u8; HEADER_BYTES] {
     header(PIECE, length, tag, name)
 }
@@ -65,8 +66,8 @@ fn header(kind: u32, length: u64, tag: u64, name: &str) -> [u8; HEADER_BYTES] {
     header[4..8].copy_from_slice(&kind.to_le_bytes());
     header[8..16].copy_from_slice(&length.to_le_bytes());
     header[16..24].copy_from_slice(&tag.to_le_bytes());
-    let name = &name.as_bytes()[..name.len().min(HEADER_BYTES - NAME_BEGINS)];
-    header[NAME_BEGINS..NAME_BEGINS + name.len()].copy_from_slice(name);
+    let name = &name.as_bytes()[..name.len().min(HEADER_BYTES - NAME_OFFSET)];
+    header[NAME_OFFSET..NAME_OFFSET + name.len()].copy_from_slice(name);
     header
 }
 
@@ -92,7 +93,7 @@ mod tests {
         let header = Frame::Piece { length: 0, tag: 0, name }.encode();
         assert_eq!(
             Frame::decode(&header),
-            Some(Frame::Piece { length: 0, tag: 0, name: "x".repeat(HEADER_BYTES - NAME_BEGINS) })
+            Some(Frame::Piece { length: 0, tag: 0, name: "x".repeat(HEADER_BYTES - NAME_OFFSET) })
         );
     }
 

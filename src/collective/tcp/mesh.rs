@@ -1,7 +1,7 @@
-//! The connections of one process with all others, and the frames under way on them.
+//! The connections of one process to all others, and the frames under way on them.
 //!
-//! Nothing moves but in [`Mesh::wait`], which serves all connections while it waits for some: no
-//! thread, and no peer that could not send because this rank waits for another one.
+//! All I/O happens in [`Mesh::wait`]. It polls every connection, so a peer is never blocked because
+//! this rank waits for another one. No thread is used.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
@@ -13,33 +13,35 @@ use rustix::io::Errno;
 
 use super::super::call::Call;
 use super::super::exchange::{Span, disagreement};
-use super::connection::{Connection, unless_ending};
+use super::connection::{Connection, unless_exiting};
 use super::frame::{self, Frame, HEADER_BYTES};
 use crate::error::{Error, Result, one_line};
 
-/// What the frames of one operation have in common.
+/// Properties that all frames of one operation share.
 pub struct Envelope {
     pub call: Call,
-    /// This rank's number in the operation's communicator.
+    /// This rank in the operation's communicator.
     pub rank: usize,
-    /// Differs between operations, also of different communicators.
+    /// Differs between operations, also between those of different communicators.
     pub tag: u64,
     pub name: String,
 }
 
-/// Frames that were started, each with the peer's number in the world.
+/// Frames that were started and are waited for, each as the peer's rank in the world and the
+/// frame's number on that connection.
 #[derive(Default)]
 pub struct Messages {
     sent: Vec<(usize, u64)>,
     received: Vec<(usize, u64)>,
 }
 
-/// This process's connections by rank; none with itself.
+/// This process's connections by rank in the world; `None` at its own rank.
 pub struct Mesh {
     peers: Vec<Option<Peer>>,
     is_broken: bool,
 }
 
+/// The connection to one peer, with its queues of frames.
 struct Peer {
     connection: Arc<Connection>,
     outgoing: VecDeque<Outgoing>,
@@ -47,30 +49,33 @@ struct Peer {
     due: VecDeque<Due>,
     received: u64,
     header: [u8; HEADER_BYTES],
-    /// Bytes that have arrived of the header, and of what comes behind it.
-    arrived: (usize, usize),
-    /// It said that nothing else comes.
+    /// Bytes of the header, and of the piece after it, that have arrived.
+    arrived_header: usize,
+    arrived_body: usize,
+    /// The peer sent a goodbye: it sends nothing else.
     has_left: bool,
     is_closed: bool,
-    /// Nothing can be written any more; what it wrote may still be read.
-    is_deaf: bool,
+    /// Writing failed; frames that the peer wrote before may still be read.
+    is_write_broken: bool,
 }
 
+/// A frame to send.
 struct Outgoing {
     header: [u8; HEADER_BYTES],
     body: Span,
     written: usize,
 }
 
+/// A frame to receive.
 struct Due {
     envelope: Rc<Envelope>,
-    /// The peer's number in the operation's communicator.
+    /// The peer's rank in the operation's communicator.
     peer: usize,
     body: Span,
 }
 
 impl Mesh {
-    /// The connections to all others.
+    /// A mesh over one connection to each other rank.
     pub fn new(world_size: usize, connections: Vec<Connection>) -> Self {
         let mut peers: Vec<Option<Peer>> = (0..world_size).map(|_| None).collect();
         for connection in connections {
@@ -88,7 +93,7 @@ impl Mesh {
         self.peers[rank].as_mut().expect("no rank sends to itself")
     }
 
-    /// Starts to send to a rank of the world.
+    /// Starts to send to rank `to` of the world.
     pub fn send(&mut self, messages: &mut Messages, envelope: &Envelope, body: Span, to: usize) {
         let header = frame::piece(body.bytes() as u64, envelope.tag, &envelope.name);
         let peer = self.peer(to);
@@ -96,7 +101,7 @@ impl Mesh {
         messages.sent.push((to, peer.sent + peer.outgoing.len() as u64));
     }
 
-    /// Starts to receive from rank `from` of the world, which is number `number` of the operation's
+    /// Starts to receive from rank `from` of the world, which is rank `number` of the operation's
     /// communicator.
     pub fn receive(
         &mut self,
@@ -110,14 +115,14 @@ impl Mesh {
         messages.received.push((from, peer.received + peer.due.len() as u64));
     }
 
-    /// Serves all connections until these messages are through.
+    /// Serves all connections until these messages are complete.
     pub fn wait(&mut self, messages: &mut Messages, call: Call) -> Result<()> {
         if self.is_broken {
             return Err(call.error("the connections were given up after an earlier error"));
         }
         let outcome = self.serve(messages, call);
         self.is_broken |= outcome.is_err();
-        outcome.map_err(unless_ending)
+        outcome.map_err(unless_exiting)
     }
 
     fn serve(&mut self, messages: &mut Messages, call: Call) -> Result<()> {
@@ -137,7 +142,7 @@ impl Mesh {
         }
     }
 
-    /// Blocks until a connection can be served, and serves it.
+    /// Blocks until a connection is ready, and serves those that are.
     fn pause(&mut self, call: Call) -> Result<()> {
         let open: Vec<usize> = (0..self.peers.len())
             .filter(|rank| self.peers[*rank].as_ref().is_some_and(|peer| !peer.is_closed))
@@ -147,7 +152,7 @@ impl Mesh {
             let mut sockets: Vec<PollFd<'_>> =
                 peers.map(|peer| PollFd::new(&peer.connection.socket, peer.interest())).collect();
             match poll(&mut sockets, None) {
-                // A signal: nothing is known of the sockets.
+                // A signal interrupted the poll: nothing is known of the sockets.
                 Err(Errno::INTR) => return Ok(()),
                 other => other
                     .map_err(|error| call.error(format!("cannot wait for the peers: {error}")))?,
@@ -157,8 +162,8 @@ impl Mesh {
         for (rank, events) in open.into_iter().zip(events).filter(|(_, events)| !events.is_empty())
         {
             let peer = self.peer(rank);
-            if peer.awaits_its_turn() && events.intersects(PollFlags::HUP | PollFlags::ERR) {
-                peer.is_deaf = true;
+            if peer.is_ahead() && events.intersects(PollFlags::HUP | PollFlags::ERR) {
+                peer.is_write_broken = true;
             }
             if events.contains(PollFlags::OUT) {
                 peer.write();
@@ -170,10 +175,11 @@ impl Mesh {
 }
 
 impl Drop for Mesh {
-    /// Who waits for this rank sees its connection closed; for all others it has just left.
+    /// Sends a goodbye. A peer that still waits for this rank reports the closed connection as an
+    /// error; for the others this rank has left in good order.
     fn drop(&mut self) {
         if !self.is_broken {
-            self.connections().for_each(|connection| connection.say(&Frame::Goodbye));
+            self.connections().for_each(|connection| connection.try_send(&Frame::Goodbye));
         }
     }
 }
@@ -187,22 +193,23 @@ impl Peer {
             due: VecDeque::new(),
             received: 0,
             header: [0; HEADER_BYTES],
-            arrived: (0, 0),
+            arrived_header: 0,
+            arrived_body: 0,
             has_left: false,
             is_closed: false,
-            is_deaf: false,
+            is_write_broken: false,
         }
     }
 
-    /// Whether it has begun with an operation to which this rank has yet to come: then it must wait
-    /// with the rest.
-    fn awaits_its_turn(&self) -> bool {
-        self.arrived.0 == HEADER_BYTES && self.due.is_empty()
+    /// True if the peer has started an operation that this rank has not: its frame is left unread
+    /// until then.
+    fn is_ahead(&self) -> bool {
+        self.arrived_header == HEADER_BYTES && self.due.is_empty()
     }
 
     fn interest(&self) -> PollFlags {
-        let read = if self.awaits_its_turn() { PollFlags::empty() } else { PollFlags::IN };
-        let write = if self.outgoing.is_empty() || self.is_deaf {
+        let read = if self.is_ahead() { PollFlags::empty() } else { PollFlags::IN };
+        let write = if self.outgoing.is_empty() || self.is_write_broken {
             PollFlags::empty()
         } else {
             PollFlags::OUT
@@ -210,19 +217,19 @@ impl Peer {
         read | write
     }
 
-    /// A peer that is gone is an error as soon as it is seen, unless it has taken leave and nothing
-    /// is wanted of it.
+    /// Fails as soon as a peer is found to be gone, unless it has said goodbye and no frame from or
+    /// to it is outstanding.
     fn check(&self, call: Call) -> Result<()> {
         let is_wanted = !self.has_left || !self.due.is_empty() || !self.outgoing.is_empty();
-        if is_wanted && (self.is_closed || (self.is_deaf && self.awaits_its_turn())) {
+        if is_wanted && (self.is_closed || (self.is_write_broken && self.is_ahead())) {
             return Err(call.error(format!("{} closed its connection", self.connection.peer())));
         }
         Ok(())
     }
 
-    /// Writes what the socket takes.
+    /// Writes as much as the socket takes.
     fn write(&mut self) {
-        while !self.is_deaf
+        while !self.is_write_broken
             && let Some(first) = self.outgoing.front_mut()
         {
             let (header, body) =
@@ -232,8 +239,8 @@ impl Peer {
                 Ok(written) => first.written += written,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                // Its last words may still be on their way here.
-                Err(_) => self.is_deaf = true,
+                // The frame that tells why the peer ended may still arrive.
+                Err(_) => self.is_write_broken = true,
             }
             if first.written == HEADER_BYTES + first.body.bytes() {
                 self.outgoing.pop_front();
@@ -242,27 +249,28 @@ impl Peer {
         }
     }
 
-    /// Reads what has arrived, up to the end of what is due.
+    /// Reads the bytes that have arrived, up to the end of the last expected frame.
     fn read(&mut self, call: Call) -> Result<()> {
         loop {
-            if self.arrived.0 < HEADER_BYTES {
-                let result = (&self.connection.socket).read(&mut self.header[self.arrived.0..]);
+            if self.arrived_header < HEADER_BYTES {
+                let result =
+                    (&self.connection.socket).read(&mut self.header[self.arrived_header..]);
                 match self.count(result) {
-                    Some(bytes) => self.arrived.0 += bytes,
+                    Some(bytes) => self.arrived_header += bytes,
                     None => return Ok(()),
                 }
                 continue;
             }
             let Some(body) = self.expected(call)? else { return Ok(()) };
-            while self.arrived.1 < body.bytes() {
+            while self.arrived_body < body.bytes() {
                 let result =
-                    body.write(self.arrived.1, |rest| (&self.connection.socket).read(rest));
+                    body.write(self.arrived_body, |rest| (&self.connection.socket).read(rest));
                 match self.count(result) {
-                    Some(bytes) => self.arrived.1 += bytes,
+                    Some(bytes) => self.arrived_body += bytes,
                     None => return Ok(()),
                 }
             }
-            self.arrived = (0, 0);
+            (self.arrived_header, self.arrived_body) = (0, 0);
             self.due.pop_front();
             self.received += 1;
             if self.due.is_empty() {
@@ -271,7 +279,7 @@ impl Peer {
         }
     }
 
-    /// How many bytes arrived; `None` if there are no more at present.
+    /// Returns the number of bytes read; `None` if there are no more at present.
     fn count(&mut self, result: io::Result<usize>) -> Option<usize> {
         match result {
             Ok(0) => self.is_closed = true,
@@ -283,14 +291,16 @@ impl Peer {
         None
     }
 
-    /// Where the bytes behind the header belong; `None` if there are none or they must wait.
+    /// Returns the span to receive the bytes after the header; `None` if there are none, or if they
+    /// must wait until this rank reaches their operation.
     fn expected(&mut self, call: Call) -> Result<Option<Span>> {
         let peer = self.connection.peer();
         let lost = || call.error(format!("{peer} sent what is no frame"));
         let (length, tag, name) = match Frame::decode(&self.header).ok_or_else(lost)? {
             Frame::Piece { length, tag, name } => (length, tag, name),
             Frame::Goodbye => {
-                (self.has_left, self.arrived) = (true, (0, 0));
+                self.has_left = true;
+                (self.arrived_header, self.arrived_body) = (0, 0);
                 return Ok(None);
             }
             Frame::Failed { code } => {

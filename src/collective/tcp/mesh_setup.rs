@@ -1,5 +1,5 @@
-//! How each pair of ranks is connected once: the higher rank dials, shows the world's token, and
-//! the lower one shows it back.
+//! Connects each pair of ranks once: the higher rank dials and sends the world's token, and the
+//! lower one sends it back.
 
 use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
@@ -10,13 +10,14 @@ use serde::{Deserialize, Serialize};
 
 use super::super::exchange::Membership;
 use super::connection::Connection;
-use super::roster::{CALL, Roster, ignore, patience};
-use super::setup_message::{Incoming, Received, SHORT_BYTES, say, wait_until};
+use super::roster::{CALL, Roster, attempt_timeout, ignore};
+use super::setup_message::{Incoming, Received, SHORT_BYTES, send_record, wait_until};
 use crate::error::{Error, Result, one_line};
 
-/// Before a rank that could be reached at none of its addresses is tried again.
+/// Pause before a rank that no address reached is dialled again.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// Record with which two ranks recognize each other on a new connection.
 #[derive(Deserialize, Serialize)]
 struct Hello {
     token: String,
@@ -27,19 +28,20 @@ struct Hello {
 /// A rank that this one dials.
 struct Dial {
     to: usize,
-    /// Where it may be; tried in turn.
+    /// Addresses that have not been tried in this round.
     addresses: VecDeque<SocketAddr>,
-    /// Connected, and not yet answered.
+    /// The connection that was made and has not been answered yet.
     incoming: Option<Incoming>,
-    /// What the last attempt came to.
+    /// The reason why the last attempt failed, for the error message.
     why: String,
 }
 
+/// The connections of this rank that are complete, and those that are being made.
 struct MeshSetup<'c> {
     membership: Membership,
     roster: &'c Roster,
-    door: &'c TcpListener,
-    /// Who is connected, by rank.
+    listener: &'c TcpListener,
+    /// Complete connections, by rank.
     sockets: Vec<Option<TcpStream>>,
     dials: Vec<Dial>,
     incoming: Vec<Incoming>,
@@ -49,7 +51,7 @@ struct MeshSetup<'c> {
 pub fn connect_all(
     membership: Membership,
     roster: &Roster,
-    door: &TcpListener,
+    listener: &TcpListener,
     limit: Duration,
 ) -> Result<Vec<Connection>> {
     let until = Instant::now() + limit;
@@ -63,7 +65,7 @@ pub fn connect_all(
     let mut setup = MeshSetup {
         membership,
         roster,
-        door,
+        listener,
         sockets,
         dials: dials.collect(),
         incoming: Vec::new(),
@@ -102,16 +104,16 @@ impl MeshSetup<'_> {
             let waiting =
                 self.dials.iter().filter_map(|dial| dial.incoming.as_ref()).chain(&self.incoming);
             let sockets =
-                waiting.map(|incoming| incoming.socket.as_fd()).chain([self.door.as_fd()]);
+                waiting.map(|incoming| incoming.socket.as_fd()).chain([self.listener.as_fd()]);
             let failed =
                 |error: std::io::Error| CALL.error(format!("cannot connect the ranks: {error}"));
             wait_until(turn.min(until), sockets).map_err(failed)?;
-            self.incoming.extend(Incoming::all_at(self.door).map_err(failed)?);
+            self.incoming.extend(Incoming::accept_all(self.listener).map_err(failed)?);
             self.read_hellos();
         }
     }
 
-    /// Tries the next address of each rank to which no connection stands.
+    /// Dials the ranks to which there is no connection, one address after another.
     fn dial(&mut self, until: Instant) {
         let (own, roster) = (self.membership.rank, self.roster);
         for dial in self.dials.iter_mut().filter(|dial| dial.incoming.is_none()) {
@@ -120,11 +122,11 @@ impl MeshSetup<'_> {
             }
             while let (None, Some(address)) = (&dial.incoming, dial.addresses.pop_front()) {
                 let hello = Hello { token: roster.token.clone(), from: own, to: dial.to };
-                let connected = TcpStream::connect_timeout(&address, patience(until));
-                let called = connected.and_then(|socket| {
-                    say(&socket, &hello).and_then(|()| Incoming::new(socket, address))
+                let connected = TcpStream::connect_timeout(&address, attempt_timeout(until));
+                let greeted = connected.and_then(|socket| {
+                    send_record(&socket, &hello).and_then(|()| Incoming::new(socket, address))
                 });
-                match called {
+                match greeted {
                     Ok(incoming) => dial.incoming = Some(incoming),
                     Err(error) => dial.why = format!("{address}: {error}"),
                 }
@@ -136,7 +138,7 @@ impl MeshSetup<'_> {
         for dial in &mut self.dials {
             let Some(mut incoming) = dial.incoming.take() else { continue };
             let address = incoming.address;
-            match incoming.hear::<Hello>(SHORT_BYTES) {
+            match incoming.receive::<Hello>(SHORT_BYTES) {
                 Received::Partial => dial.incoming = Some(incoming),
                 Received::Message(hello)
                     if hello.token == self.roster.token && hello.from == dial.to =>
@@ -152,7 +154,7 @@ impl MeshSetup<'_> {
 
     fn read_hellos(&mut self) {
         for mut incoming in std::mem::take(&mut self.incoming) {
-            match incoming.hear::<Hello>(SHORT_BYTES) {
+            match incoming.receive::<Hello>(SHORT_BYTES) {
                 Received::Partial => self.incoming.push(incoming),
                 Received::Message(hello) => self.admit(incoming, &hello),
                 Received::Stranger(why) => ignore(&incoming, &why),
@@ -169,7 +171,7 @@ impl MeshSetup<'_> {
             return ignore(&incoming, "it is no rank that is to connect with this one");
         }
         let answer = Hello { token: self.roster.token.clone(), from: rank, to: hello.from };
-        match say(&incoming.socket, &answer) {
+        match send_record(&incoming.socket, &answer) {
             Ok(()) => self.sockets[hello.from] = Some(incoming.socket),
             Err(error) => ignore(&incoming, &error.to_string()),
         }
@@ -191,29 +193,34 @@ impl MeshSetup<'_> {
     }
 }
 
-/// Where rank `to` may be reached from rank `own`, the most likely ones first. Loopback addresses
-/// are every host's own.
+/// Returns the addresses at which rank `own` may reach rank `to`, the most likely ones first.
+/// Loopback addresses count only on the same host.
 fn addresses(roster: &Roster, own: usize, to: usize) -> VecDeque<SocketAddr> {
-    let (here, there, root) = (&roster.endpoints[own], &roster.endpoints[to], &roster.endpoints[0]);
-    let is_neighbour = here.host == there.host;
+    let endpoints = &roster.endpoints;
+    let (source, target, root) = (&endpoints[own], &endpoints[to], &endpoints[0]);
+    let is_neighbour = source.host == target.host;
     let mut found: Vec<IpAddr> = Vec::new();
     if is_neighbour {
         found.push(Ipv4Addr::LOCALHOST.into());
     }
-    if there.host == root.host {
+    if target.host == root.host {
         found.extend(roster.root);
     }
-    found.extend(&there.addresses);
-    // The last resort asks a name server, which may take its time.
-    let named = || {
-        (there.host.as_str(), 0).to_socket_addrs().into_iter().flatten().map(|address| address.ip())
+    found.extend(&target.addresses);
+    // The last resort is name resolution, which may be slow.
+    let resolve = || {
+        (target.host.as_str(), 0)
+            .to_socket_addrs()
+            .into_iter()
+            .flatten()
+            .map(|address| address.ip())
     };
     found.retain(|address| is_neighbour || !address.to_canonical().is_loopback());
     if found.is_empty() {
-        found.extend(named().filter(|address| !address.is_loopback()));
+        found.extend(resolve().filter(|address| !address.is_loopback()));
     }
     let mut addresses: Vec<SocketAddr> = Vec::new();
-    for address in found.into_iter().map(|ip| SocketAddr::new(ip.to_canonical(), there.port)) {
+    for address in found.into_iter().map(|ip| SocketAddr::new(ip.to_canonical(), target.port)) {
         if !addresses.contains(&address) {
             addresses.push(address);
         }

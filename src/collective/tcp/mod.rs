@@ -1,14 +1,31 @@
-//! Communicator that TCP connects, for clusters whose MPI cannot be started: nobody but the network is
-//! needed.
+//! A communicator over TCP, for clusters on which MPI cannot be started: it needs nothing but the
+//! network.
 //!
-//! The algorithm is that of [`exchange`](super::exchange), with the same sums in the same order.
-//! `tcp/rendezvous.rs` brings the ranks together, `tcp/mesh_setup.rs` connects each pair,
-//! `tcp/setup_message.rs` has what they say until then; afterwards `tcp/frame.rs` is what they say,
-//! `tcp/mesh.rs` serves the connections, `tcp/connection.rs` one of them.
+//! ```text
+//!  rank 0                                        rank r > 0
+//!  Coordinator listens at host:port
+//!       | <--------------- Register ---------------- |  build, rank, world size,
+//!       |                                            |  Endpoint (host, addresses, port)
+//!       |   ... until all ranks have registered      |
+//!       | -------- Welcome: token, endpoints ------> |  or Refused: exit code, reason
+//!       v                                            v
+//!  Roster: the endpoints of all ranks, and the token of this world
+//!       |                                            |
+//!  MeshSetup: each pair connects once; the higher rank dials the lower one
+//!       | <---------- Hello: token, from, to ------- |
+//!       | ----------- Hello: token, from, to ------> |
+//!       v                                            v
+//!  Mesh: a Connection to every peer, which carries Frames: Piece, Goodbye, Failed
+//! ```
 //!
-//! The network is trusted as MPI's is: nothing is encrypted. What connects by mistake, a port
-//! scanner or another job, is recognized and ignored. Communicator of one machine go over its loopback;
-//! memory is not shared.
+//! The collectives are those of [`exchange`](super::exchange), with the same sums in the same
+//! order. `tcp/rendezvous.rs` collects the ranks at rank 0, `tcp/mesh_setup.rs` connects each pair,
+//! and both exchange the records of `tcp/setup_message.rs`. Afterwards `tcp/mesh.rs` drives all
+//! connections, `tcp/connection.rs` is one of them, and `tcp/frame.rs` is the wire format.
+//!
+//! The network is trusted, as it is with MPI: nothing is encrypted. Connections made by mistake, by
+//! a port scanner or another job, are recognized and ignored. Ranks of one machine use its loopback
+//! interface; they share no memory.
 
 mod connection;
 mod frame;
@@ -29,68 +46,68 @@ use super::call::Call;
 use super::exchange::{Channel, Communicator, Membership, SharedBuffer, Span, Transport};
 use super::{Collective, Issued, Sliced};
 use crate::error::{Error, Result};
-pub(super) use connection::{last_words, let_go, wait_for_end};
+pub(super) use connection::{announce_failure, release_connections, wait_for_end};
 use mesh::{Envelope, Mesh, Messages};
 
-/// Communicator that TCP connects.
+/// A communicator over TCP.
 pub type Tcp = Communicator<TcpTransport>;
 
-/// Some ranks of the world.
+/// The ranks of one communicator.
 pub struct TcpTransport {
     mesh: Rc<RefCell<Mesh>>,
     membership: Membership,
-    /// Each one's rank in the world.
+    /// Rank in the world of each rank of this communicator.
     members: Rc<[usize]>,
-    /// Differs between the groups of a rank.
+    /// Differs between the communicators that a rank belongs to.
     id: u64,
 }
 
 impl Tcp {
-    /// Meets the other ranks at `rendezvous`, a `host:port` at which rank 0 listens. Every rank
-    /// calls it.
+    /// Connects to the other ranks at `rendezvous`, the `host:port` at which rank 0 listens. Every
+    /// rank calls it.
     ///
     /// # Errors
-    /// [`Error::Collective`](crate::error::Error::Collective) if not all have come within `limit`,
-    /// naming those that have not; [`Error::Environment`](crate::error::Error::Environment) if two
-    /// claim one rank, or the ranks do not agree on their number.
+    /// [`Error::Collective`](crate::error::Error::Collective) if ranks are missing after `limit`;
+    /// it names them. [`Error::Environment`](crate::error::Error::Environment) if two processes
+    /// claim one rank, or the processes disagree about the world size.
     /// # Panics
-    /// If there is no such rank in a world of this size.
+    /// If `rank` is not below `world_size`.
     pub fn connect(
         rank: usize,
         world_size: usize,
         rendezvous: &str,
         limit: Duration,
     ) -> Result<Self> {
-        Tcp::meet(rank, world_size, rendezvous, limit, &|_| ())
+        Tcp::join(rank, world_size, rendezvous, limit, &|_| ())
     }
 
     /// Does as [`connect`](Self::connect) for the world that [`abort`](super::abort) ends: its
-    /// connections outlive an early return. `refusing`: called on rank 0 with the reason before it
-    /// turns the others away.
+    /// connections stay open after an early return. Rank 0 calls `on_refusal` with the reason
+    /// before it refuses the others.
     pub(super) fn connect_for_life(
         rank: usize,
         world_size: usize,
         rendezvous: &str,
         limit: Duration,
-        refusing: &dyn Fn(&Error),
+        on_refusal: &dyn Fn(&Error),
     ) -> Result<Self> {
-        let world = Tcp::meet(rank, world_size, rendezvous, limit, refusing)?;
-        connection::hold(world.transport.mesh.borrow().connections());
+        let world = Tcp::join(rank, world_size, rendezvous, limit, on_refusal)?;
+        connection::keep_open(world.transport.mesh.borrow().connections());
         Ok(world)
     }
 
-    fn meet(
+    fn join(
         rank: usize,
         world_size: usize,
         rendezvous: &str,
         limit: Duration,
-        refusing: &dyn Fn(&Error),
+        on_refusal: &dyn Fn(&Error),
     ) -> Result<Self> {
         assert!(rank < world_size, "no rank {rank} among {world_size}");
         let membership = Membership { rank, world_size };
         let mesh = Rc::new(RefCell::new(Mesh::new(
             world_size,
-            rendezvous::meet(membership, rendezvous, limit, refusing)?,
+            rendezvous::meet(membership, rendezvous, limit, on_refusal)?,
         )));
         Ok(Communicator::new(TcpTransport {
             mesh,
@@ -121,10 +138,10 @@ impl Transport for TcpTransport {
         TcpChannel { mesh: self.mesh.clone(), members: self.members.clone(), envelope }
     }
 
-    fn meet(&self, call: Call, issued: Issued) -> Result<()> {
+    fn barrier(&self, call: Call, issued: Issued) -> Result<()> {
         let (channel, mut messages) = (self.channel(call, issued), Messages::default());
-        self.membership.peers().try_for_each(|peer| channel.hear(&mut messages, peer))?;
-        self.membership.peers().try_for_each(|peer| channel.tell(&mut messages, peer))?;
+        self.membership.peers().try_for_each(|peer| channel.receive_signal(&mut messages, peer))?;
+        self.membership.peers().try_for_each(|peer| channel.send_signal(&mut messages, peer))?;
         channel.wait(&mut messages)
     }
 
@@ -149,13 +166,13 @@ impl Transport for TcpTransport {
     }
 }
 
-fn hash(what: impl Hash) -> u64 {
+fn hash(value: impl Hash) -> u64 {
     let mut hasher = DefaultHasher::new();
-    what.hash(&mut hasher);
+    value.hash(&mut hasher);
     hasher.finish()
 }
 
-/// What carries one operation's messages.
+/// The messages of one operation.
 pub struct TcpChannel {
     mesh: Rc<RefCell<Mesh>>,
     members: Rc<[usize]>,
@@ -175,12 +192,12 @@ impl Channel for TcpChannel {
         Ok(())
     }
 
-    fn tell(&self, messages: &mut Messages, peer: usize) -> Result<()> {
-        self.send(messages, Span::nothing(), peer)
+    fn send_signal(&self, messages: &mut Messages, peer: usize) -> Result<()> {
+        self.send(messages, Span::empty(), peer)
     }
 
-    fn hear(&self, messages: &mut Messages, peer: usize) -> Result<()> {
-        self.receive(messages, Span::nothing(), peer)
+    fn receive_signal(&self, messages: &mut Messages, peer: usize) -> Result<()> {
+        self.receive(messages, Span::empty(), peer)
     }
 
     fn wait(&self, messages: &mut Messages) -> Result<()> {

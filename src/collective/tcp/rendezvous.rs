@@ -1,4 +1,4 @@
-//! How ranks learn where the others are: all tell rank 0, and rank 0 tells all.
+//! Distributes the ranks' addresses: every rank registers at rank 0, which sends the roster to all.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
@@ -11,23 +11,25 @@ use serde::{Deserialize, Serialize};
 use super::super::exchange::Membership;
 use super::connection::Connection;
 use super::mesh_setup;
-use super::roster::{CALL, Endpoint, Roster, ignore, patience};
-use super::setup_message::{Incoming, Received, SHORT_BYTES, say, wait_until};
+use super::roster::{CALL, Endpoint, Roster, attempt_timeout, ignore};
+use super::setup_message::{Incoming, Received, SHORT_BYTES, send_record, wait_until};
 use crate::error::{Error, Result, one_line};
 
-/// Records of different builds need not fit together, and digests of operations do not.
+/// Ranks must be of one build: others may have other records, and compute other digests of
+/// operations.
 const BUILD: &str = env!("CARGO_PKG_VERSION");
 
-/// Between attempts, at first and at last.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
-/// Rank 0 gives up by its own clock, which began later than this rank's connection at the latest;
-/// then it says why.
+/// First and longest pause between attempts to reach rank 0.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// Time that a rank waits longer than rank 0 does: rank 0's clock may have started as late as this
+/// rank's connection, and it then sends its reason.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Strangers that may stay for a while in silence; the oldest goes when there are more.
+/// Connections kept open that have not sent anything yet; the oldest is closed when there are more.
 const SILENT_STRANGERS: usize = 64;
 
-/// What a rank tells rank 0.
+/// Record that a rank sends to rank 0.
 #[derive(Deserialize, Serialize)]
 struct Register {
     build: String,
@@ -36,11 +38,11 @@ struct Register {
     endpoint: Endpoint,
 }
 
-/// What rank 0 tells a rank.
+/// Record with which rank 0 answers.
 #[derive(Deserialize, Serialize)]
 enum Reply {
     Welcome {
-        /// Known to the ranks of this world only.
+        /// Secret that only the ranks of this world know.
         token: String,
         endpoints: Vec<Endpoint>,
     },
@@ -50,16 +52,16 @@ enum Reply {
     },
 }
 
-/// A connection with every other rank; every rank calls it, and each step of it ends within
-/// `limit`. `refusing`: called on rank 0 with the reason before it turns the others away.
+/// Returns a connection to every other rank. Every rank calls it; each of its steps ends within
+/// `limit`. Rank 0 calls `on_refusal` with the reason before it refuses the others.
 pub fn meet(
     membership: Membership,
     rendezvous: &str,
     limit: Duration,
-    refusing: &dyn Fn(&Error),
+    on_refusal: &dyn Fn(&Error),
 ) -> Result<Vec<Connection>> {
-    let door = listen(None).map_err(|error| CALL.error(format!("cannot listen: {error}")))?;
-    let port = door
+    let listener = listen(None).map_err(|error| CALL.error(format!("cannot listen: {error}")))?;
+    let port = listener
         .local_addr()
         .map_err(|error| CALL.error(format!("no port to listen at: {error}")))?
         .port();
@@ -69,54 +71,55 @@ pub fn meet(
         port,
     };
     let roster = match membership.rank {
-        0 => receive(membership, rendezvous, endpoint, limit, refusing)?,
+        0 => coordinate(membership, rendezvous, endpoint, limit, on_refusal)?,
         _ => register(membership, rendezvous, endpoint, limit)?,
     };
-    mesh_setup::connect_all(membership, &roster, &door, limit)
+    mesh_setup::connect_all(membership, &roster, &listener, limit)
 }
 
-/// Listens at this address, or at a port of the system's choice. At all addresses of the machine:
-/// which of its own ones a host knows by its name is a matter of taste.
-fn listen(at: Option<SocketAddr>) -> io::Result<TcpListener> {
-    let port = at.map_or(0, |at| at.port());
-    let door = match at.filter(|at| at.ip().is_loopback()) {
-        Some(at) => TcpListener::bind(at),
+/// Listens at a loopback address if `address` is one, otherwise on its port (without an address, on
+/// a free port) on all interfaces: hosts often resolve their own name to an address of another
+/// interface.
+fn listen(address: Option<SocketAddr>) -> io::Result<TcpListener> {
+    let port = address.map_or(0, |address| address.port());
+    let listener = match address.filter(|address| address.ip().is_loopback()) {
+        Some(address) => TcpListener::bind(address),
         None => TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))
             .or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))),
     }?;
-    door.set_nonblocking(true)?;
-    Ok(door)
+    listener.set_nonblocking(true)?;
+    Ok(listener)
 }
 
-/// Rank 0's coordinator.
+/// Rank 0's side of the registration.
 struct Coordinator {
     membership: Membership,
-    door: TcpListener,
-    /// Who has come, by rank; rank 0 has no connection.
+    listener: TcpListener,
+    /// Registered ranks with their connections, by rank; rank 0 has no connection.
     registered: Vec<Option<(Endpoint, Option<Incoming>)>>,
     incoming: Vec<Incoming>,
 }
 
-/// Rank 0's part: waits for all ranks, and answers them.
-fn receive(
+/// Rank 0's side: waits for all ranks, and answers them.
+fn coordinate(
     membership: Membership,
     rendezvous: &str,
     endpoint: Endpoint,
     limit: Duration,
-    refusing: &dyn Fn(&Error),
+    on_refusal: &dyn Fn(&Error),
 ) -> Result<Roster> {
     let until = Instant::now() + limit;
     let mut coordinator = Coordinator {
         membership,
-        door: open(rendezvous, until)?,
+        listener: open(rendezvous, until)?,
         registered: (0..membership.world_size).map(|_| None).collect(),
         incoming: Vec::new(),
     };
     coordinator.registered[0] = Some((endpoint, None));
-    match coordinator.fill(until, limit) {
+    match coordinator.accept_all(until, limit) {
         Ok(()) => coordinator.welcome(),
         Err(error) => {
-            refusing(&error);
+            on_refusal(&error);
             coordinator
                 .answer(&Reply::Refused { code: error.exit_code(), what: error.to_string() });
             Err(error)
@@ -124,25 +127,25 @@ fn receive(
     }
 }
 
-/// Listens at the rendezvous; a port that is taken may become free, e.g. when the job's last
-/// attempt ends.
+/// Listens at the rendezvous. Retries while the port is taken, because it may become free, e.g.
+/// when the job's previous attempt ends.
 fn open(rendezvous: &str, until: Instant) -> Result<TcpListener> {
     loop {
         let why = match resolve(rendezvous).and_then(|addresses| listen(addresses.first().copied()))
         {
-            Ok(door) => return Ok(door),
+            Ok(listener) => return Ok(listener),
             Err(error) => error,
         };
-        if Instant::now() + PAUSES.1 > until {
+        if Instant::now() + LONGEST_PAUSE > until {
             return Err(CALL.error(format!(
                 "rank 0 cannot listen at {rendezvous}: {why}; is another rank 0 running?"
             )));
         }
-        std::thread::sleep(PAUSES.1);
+        std::thread::sleep(LONGEST_PAUSE);
     }
 }
 
-/// One address at least.
+/// Returns at least one address.
 fn resolve(rendezvous: &str) -> io::Result<Vec<SocketAddr>> {
     let addresses: Vec<SocketAddr> = rendezvous.to_socket_addrs()?.collect();
     if addresses.is_empty() {
@@ -153,20 +156,20 @@ fn resolve(rendezvous: &str) -> io::Result<Vec<SocketAddr>> {
 }
 
 impl Coordinator {
-    fn fill(&mut self, until: Instant, limit: Duration) -> Result<()> {
+    fn accept_all(&mut self, until: Instant, limit: Duration) -> Result<()> {
         while self.registered.iter().any(Option::is_none) {
-            let seated =
+            let connections =
                 self.registered.iter().flatten().filter_map(|(_, connection)| connection.as_ref());
-            let sockets = seated
+            let sockets = connections
                 .chain(&self.incoming)
                 .map(|incoming| incoming.socket.as_fd())
-                .chain([self.door.as_fd()]);
+                .chain([self.listener.as_fd()]);
             if !wait_until(until, sockets).map_err(|error| CALL.error(error.to_string()))? {
                 return Err(self.incomplete(limit));
             }
             self.forget_disconnected();
             self.incoming.extend(
-                Incoming::all_at(&self.door)
+                Incoming::accept_all(&self.listener)
                     .map_err(|error| CALL.error(format!("cannot let a rank in: {error}")))?,
             );
             self.read_registrations()?;
@@ -174,11 +177,11 @@ impl Coordinator {
         Ok(())
     }
 
-    /// A rank that went away again may come again.
+    /// Forgets the ranks whose connection is closed; they may register again.
     fn forget_disconnected(&mut self) {
         for (rank, connection) in self.registered.iter_mut().enumerate() {
             if let Some((endpoint, Some(_))) = connection.take_if(|(_, incoming)| {
-                incoming.as_ref().is_some_and(|incoming| !incoming.is_silent())
+                incoming.as_ref().is_some_and(|incoming| !incoming.is_open_and_silent())
             }) {
                 tracing::warn!("rank {rank} of host {} went away again", one_line(&endpoint.host));
             }
@@ -187,9 +190,9 @@ impl Coordinator {
 
     fn read_registrations(&mut self) -> Result<()> {
         for mut incoming in std::mem::take(&mut self.incoming) {
-            match incoming.hear::<Register>(SHORT_BYTES) {
+            match incoming.receive::<Register>(SHORT_BYTES) {
                 Received::Partial => self.incoming.push(incoming),
-                Received::Message(hello) => self.admit(incoming, hello)?,
+                Received::Message(registration) => self.admit(incoming, registration)?,
                 Received::Stranger(why) => ignore(&incoming, &why),
             }
         }
@@ -259,12 +262,13 @@ impl Coordinator {
         Ok(Roster { token, endpoints, root: None })
     }
 
-    /// Says the same to all; who does not hear it any more is missed soon enough.
+    /// Sends the same answer to all. A rank that cannot be reached any more will be missed when the
+    /// mesh is set up.
     fn answer(&self, answer: &Reply) {
-        let seated =
+        let connections =
             self.registered.iter().flatten().filter_map(|(_, connection)| connection.as_ref());
-        for incoming in seated.chain(&self.incoming) {
-            if let Err(error) = say(&incoming.socket, answer) {
+        for incoming in connections.chain(&self.incoming) {
+            if let Err(error) = send_record(&incoming.socket, answer) {
                 tracing::warn!("{} cannot be answered: {error}", incoming.address);
             }
         }
@@ -278,14 +282,14 @@ fn random_token() -> Result<String> {
     Ok(format!("{:032x}", u128::from_le_bytes(bytes)))
 }
 
-/// Every other rank's part: finds rank 0, which may start later, and waits for its answer.
+/// The side of every other rank: finds rank 0, which may start later, and waits for its answer.
 fn register(
     membership: Membership,
     rendezvous: &str,
     endpoint: Endpoint,
     limit: Duration,
 ) -> Result<Roster> {
-    let (until, mut pause) = (Instant::now() + limit, PAUSES.0);
+    let (until, mut pause) = (Instant::now() + limit, FIRST_PAUSE);
     loop {
         let why = match register_once(membership, rendezvous, &endpoint, until)
             .and_then(|incoming| read_reply(membership, incoming, Instant::now() + limit + GRACE))
@@ -309,11 +313,11 @@ fn register(
             )));
         }
         std::thread::sleep(pause);
-        pause = (pause * 2).min(PAUSES.1);
+        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 
-/// Tells rank 0 of this rank.
+/// Connects to rank 0 and sends this rank's registration.
 fn register_once(
     membership: Membership,
     rendezvous: &str,
@@ -323,7 +327,7 @@ fn register_once(
     let addresses = resolve(rendezvous).map_err(|error| error.to_string())?;
     let mut why = String::new();
     for address in addresses {
-        let socket = match TcpStream::connect_timeout(&address, patience(until)) {
+        let socket = match TcpStream::connect_timeout(&address, attempt_timeout(until)) {
             Ok(socket) => socket,
             Err(error) => {
                 why = error.to_string();
@@ -332,19 +336,20 @@ fn register_once(
         };
         let mut endpoint = endpoint.clone();
         endpoint.addresses.extend(socket.local_addr().map(|address| address.ip()));
-        let hello = Register {
+        let registration = Register {
             build: BUILD.into(),
             rank: membership.rank,
             world_size: membership.world_size,
             endpoint,
         };
-        let said = say(&socket, &hello).and_then(|()| Incoming::new(socket, address));
-        return said.map_err(|error| error.to_string());
+        let sent =
+            send_record(&socket, &registration).and_then(|()| Incoming::new(socket, address));
+        return sent.map_err(|error| error.to_string());
     }
     Err(why)
 }
 
-/// What rank 0 says, and the address at which it said it.
+/// Returns rank 0's answer, and the address at which rank 0 was reached.
 fn read_reply(
     membership: Membership,
     mut incoming: Incoming,
@@ -352,7 +357,7 @@ fn read_reply(
 ) -> Result<(IpAddr, Reply), String> {
     let longest = SHORT_BYTES * membership.world_size;
     loop {
-        match incoming.hear(longest) {
+        match incoming.receive(longest) {
             Received::Message(Reply::Welcome { endpoints, .. })
                 if endpoints.len() != membership.world_size =>
             {

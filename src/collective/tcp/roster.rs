@@ -30,12 +30,12 @@ pub struct Roster {
     pub root: Option<IpAddr>,
 }
 
-/// Closes a connection that no rank of this world made, and logs why.
+/// Closes a connection that no rank of this world made, and logs the reason.
 pub fn ignore(incoming: &Incoming, why: &str) {
     tracing::warn!("ignored a connection from {}: {why}", incoming.address);
 }
 
-/// The timeout of one attempt to connect.
-pub fn patience(until: Instant) -> Duration {
+/// Returns the timeout of one attempt to connect, by the deadline `until`.
+pub fn attempt_timeout(until: Instant) -> Duration {
     until.saturating_duration_since(Instant::now()).clamp(Duration::from_millis(1), ATTEMPT)
 }

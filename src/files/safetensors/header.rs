@@ -1,8 +1,8 @@
-//! The header of a safetensors file: JSON that names the tensors and says where each lies.
+//! The header of a safetensors file: JSON with the name, kind, shape and offsets of each tensor.
 //!
-//! A header comes from outside and may lie in every number, so each is checked before it is
-//! believed and none decides how much memory is taken: the caps below bound a hostile header at a
-//! few tens of megabytes.
+//! A header is untrusted input, and any of its numbers may be wrong. Each is checked before use,
+//! and none decides how much memory is allocated: the limits below bound a hostile header at a few
+//! tens of megabytes.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,13 +13,13 @@ use tch::Kind;
 
 use crate::error::one_line;
 
-/// Longest header that is read. A real one takes about 100 bytes a tensor.
+/// Longest header that is read. A real one takes about 100 bytes for each tensor.
 const MAX_HEADER_BYTES: u64 = 16 << 20;
-/// Most tensors, and most metadata entries, in one file.
+/// Maximum number of tensors, and of metadata entries, in one file.
 const MAX_ENTRIES: usize = 65_536;
 const MAX_NAME_BYTES: usize = 128;
 const MAX_AXES: usize = 8;
-/// Longest reason that is passed on: serde quotes what it found, and that may be megabytes.
+/// Longest reason in an error: serde quotes its input, which may be megabytes.
 const MAX_REASON_CHARS: usize = 300;
 /// The one key of the header that is not a tensor.
 pub(super) const METADATA: &str = "__metadata__";
@@ -37,12 +37,12 @@ const DTYPES: [(&str, Kind); 10] = [
     ("F64", Kind::Double),
 ];
 
-/// The format's word for a kind; none where the format or this program has none.
+/// Returns the format's name of a kind; `None` if the format or this program has none.
 pub(super) fn dtype_of(kind: Kind) -> Option<&'static str> {
     DTYPES.iter().find(|(_, known)| *known == kind).map(|(word, _)| *word)
 }
 
-/// One tensor of a file: what it is and where it lies.
+/// One tensor of a file: its name, kind, shape and offset.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TensorInfo {
     pub name: String,
@@ -55,12 +55,12 @@ pub struct TensorInfo {
 
 #[derive(Debug, Default)]
 pub(super) struct Header {
-    /// In the order in which they lie in the file.
+    /// Tensors in the order of their data in the file.
     pub tensors: Vec<TensorInfo>,
     pub metadata: BTreeMap<String, String>,
 }
 
-/// Refuses a header that costs more memory than any real one needs.
+/// Refuses a header that would cost more memory than any real one needs.
 pub(super) fn check_length(bytes: u64) -> Result<(), String> {
     if bytes > MAX_HEADER_BYTES {
         return Err(format!(
@@ -70,7 +70,7 @@ pub(super) fn check_length(bytes: u64) -> Result<(), String> {
     Ok(())
 }
 
-/// Reads and checks a header over `data_bytes` of tensor data; the error is a reason on one line.
+/// Parses and checks a header over `data_bytes` of tensor data; the error is a reason on one line.
 pub(super) fn parse(text: &[u8], data_bytes: u64) -> Result<Header, String> {
     let text = std::str::from_utf8(text)
         .map_err(|e| format!("header is not UTF-8 from byte {} on", e.valid_up_to()))?;
@@ -89,8 +89,7 @@ pub(super) fn parse(text: &[u8], data_bytes: u64) -> Result<Header, String> {
     Ok(Header { tensors, metadata: raw.metadata.unwrap_or_default().0 })
 }
 
-/// Tensors lie back to back from byte 0 to the end of the file: nothing overlaps and nothing hides
-/// between them.
+/// Checks that tensors are contiguous from byte 0 to the end of the file, without overlaps or gaps.
 fn check_cover(tensors: &[TensorInfo], data_bytes: u64) -> Result<(), String> {
     let mut end = 0;
     for TensorInfo { name, offset, bytes, .. } in tensors {
@@ -104,7 +103,7 @@ fn check_cover(tensors: &[TensorInfo], data_bytes: u64) -> Result<(), String> {
                 "tensor `{name}` {what}: begins at byte {offset} of the data, expected {end}"
             ));
         }
-        // `checked` has seen that `offset + bytes` is the entry's own end.
+        // `checked` ensures that `offset + bytes` is the entry's own end.
         end = offset + bytes;
     }
     if end != data_bytes {
@@ -133,7 +132,7 @@ fn shortened(reason: &str) -> String {
     }
 }
 
-/// A tensor's entry as it stands in the file.
+/// A tensor's entry as written in the file.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Entry {
@@ -172,7 +171,7 @@ impl Entry {
         Ok(TensorInfo { name, kind: *kind, shape: self.shape.0, offset: begin, bytes })
     }
 
-    /// Size of the tensor; none if it does not fit 63 bits, as every size of a file does.
+    /// Returns the size of the tensor; `None` if it exceeds 63 bits, which no file's size does.
     fn bytes(&self, kind: Kind) -> Option<u64> {
         let element = i64::try_from(kind.elt_size_in_bytes()).ok()?;
         self.shape
@@ -215,7 +214,7 @@ impl<'de> Deserialize<'de> for Axes {
     }
 }
 
-/// The header's JSON object: no name twice, at most [`MAX_ENTRIES`] of them.
+/// The header's JSON object: unique names, at most [`MAX_ENTRIES`] of them.
 #[derive(Default)]
 struct RawHeader {
     tensors: BTreeMap<String, Entry>,
@@ -256,7 +255,7 @@ impl<'de> Deserialize<'de> for RawHeader {
     }
 }
 
-/// Free text by key, no key twice.
+/// Free text by key; keys are unique.
 #[derive(Default)]
 struct Metadata(BTreeMap<String, String>);
 

@@ -1,9 +1,9 @@
-//! Our own strict reader and writer of the safetensors format: names and shapes in JSON, then plain
+//! A strict reader and writer of the safetensors format: names and shapes in JSON, then plain
 //! little-endian data.
 //!
-//! The format's own crate takes duplicate names, path-like names, unknown fields and headers that
+//! The format's own crate accepts duplicate names, path-like names, unknown fields and headers that
 //! cost gigabytes; this reader refuses them. It reads by position and never maps a file, so that a
-//! file cut while in use is an error and not a SIGBUS.
+//! file truncated while in use causes an error and not a SIGBUS.
 //!
 //! Source: <https://github.com/huggingface/safetensors>, section "Format" of its README.
 
@@ -31,17 +31,17 @@ pub use write::{Planned, Writer, write};
 #[cfg(target_endian = "big")]
 compile_error!("the format is little-endian and tensors are read as they lie in memory");
 
-/// Length of the field that says how long the header is.
+/// Bytes of the field with the header's length.
 const PREFIX: u64 = 8;
-/// Largest piece that is asked of memory at all (1 TiB): some systems promise any amount and kill
+/// Largest tensor that is allocated (1 TiB): some systems grant any amount and kill the process
 /// when it is used.
 const MAX_READ_BYTES: u64 = 1 << 40;
-/// What is read at once to be looked at: it fits into a core's second cache.
+/// Bytes that are read at once to be checked; they fit into a core's second-level cache.
 const CACHED_BYTES: usize = 256 << 10;
-/// What is read at once of a file that is hashed.
+/// Bytes that are read at once from a file that is hashed.
 const PIECE_BYTES: u64 = 1 << 20;
 
-/// An opened safetensors file whose header has been checked; the data are read on demand.
+/// An open safetensors file whose header has been checked; the data are read on demand.
 #[derive(Debug)]
 pub struct SafeTensors {
     path: PathBuf,
@@ -54,29 +54,30 @@ pub struct SafeTensors {
 }
 
 impl SafeTensors {
-    /// Opens a regular file and checks its header, not its data.
+    /// Opens a regular file and checks its header, but not its data.
     ///
     /// # Errors
-    /// [`Error::Data`] with the reason if the file is missing, a pickle, not a regular file, or
-    /// lies anywhere in its header; [`Error::Storage`] if it cannot be read.
+    /// [`Error::Data`] with the reason if the file is missing, a pickle, not a regular file, or has
+    /// a malformed header; [`Error::Storage`] if it cannot be read.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let (source, file_bytes) = Source::open(path)?;
         SafeTensors::from_source(path.into(), source, file_bytes)
     }
 
-    /// The same without a descriptor between reads, each of which opens the file again.
+    /// As [`open`](Self::open), but opens the file again for each read and holds no descriptor in
+    /// between.
     ///
     /// # Errors
-    /// As [`open`](Self::open). A later read is an [`Error::Data`] if another file stands at the
-    /// path then.
+    /// Errors of [`open`](Self::open). A later read returns [`Error::Data`] if the path has another
+    /// file by then.
     pub fn open_on_demand(path: impl AsRef<Path>) -> Result<Self> {
         let file = SafeTensors::open(path)?;
         let source = file.source.on_demand(&file.path)?;
         Ok(SafeTensors { source, ..file })
     }
 
-    /// The same over bytes that are part of the binary; `name` stands for the path in messages.
+    /// Reads from bytes that are part of the binary; `name` replaces the path in messages.
     pub fn from_static(name: &str, bytes: &'static [u8]) -> Result<Self> {
         SafeTensors::from_source(name.into(), Source::Embedded(bytes), bytes.len() as u64)
     }
@@ -92,7 +93,7 @@ impl SafeTensors {
             by_name,
             metadata: BTreeMap::new(),
         };
-        let (header, data_start) = file.header().map_err(|error| file.called_what_it_is(error))?;
+        let (header, data_start) = file.header().map_err(|error| file.explained(error))?;
         file.data_start = data_start;
         file.by_name =
             header.tensors.iter().enumerate().map(|(i, tensor)| (tensor.name.clone(), i)).collect();
@@ -101,7 +102,7 @@ impl SafeTensors {
         Ok(file)
     }
 
-    /// The header, checked, and the place of the first byte behind it.
+    /// Returns the checked header, and the offset of the first byte after it.
     fn header(&self) -> Result<(header::Header, u64)> {
         let file_bytes = self.file_bytes;
         let mut prefix = [0; PREFIX as usize];
@@ -124,21 +125,21 @@ impl SafeTensors {
         Ok((header, PREFIX + header_bytes))
     }
 
-    /// The reason why a file has no sound header, or a better one where its first bytes are those
-    /// of something else.
-    fn called_what_it_is(&self, reason: Error) -> Error {
+    /// Returns the reason why a file has no sound header; a better one if its first bytes are those
+    /// of another format.
+    fn explained(&self, reason: Error) -> Error {
         let mut head = vec![0; HEAD_BYTES.min(self.file_bytes as usize)];
         let read = self.opened().and_then(|opened| self.read_at(&opened, &mut head, 0));
         let recognized = read.ok().and_then(|()| recognized(&head, Format::SafeTensors));
         recognized.map_or(reason, |what| self.refused(what))
     }
 
-    /// The path as it was given, or the name of an embedded file.
+    /// Returns the path as given, or the name of an embedded file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What the file holds, in the order in which it lies there.
+    /// Returns the tensors of the file, in the order of their data.
     pub fn tensors(&self) -> &[TensorInfo] {
         &self.tensors
     }
@@ -151,10 +152,10 @@ impl SafeTensors {
         self.by_name.contains_key(name)
     }
 
-    /// Kind, shape and place of one tensor.
+    /// Returns kind, shape and offset of one tensor.
     ///
     /// # Errors
-    /// [`Error::Data`] with the names that exist.
+    /// [`Error::Data`] with the existing names.
     pub fn info(&self, name: &str) -> Result<&TensorInfo> {
         self.by_name.get(name).map(|&index| &self.tensors[index]).ok_or_else(|| {
             let names: Vec<&str> =
@@ -164,19 +165,19 @@ impl SafeTensors {
         })
     }
 
-    /// One whole tensor, on the CPU.
+    /// Returns one whole tensor, on the CPU.
     ///
     /// # Errors
-    /// [`Error::Data`] if there is no such tensor or the file was cut since it was opened;
+    /// [`Error::Data`] if there is no such tensor or the file was truncated since it was opened;
     /// [`Error::Storage`] if it cannot be read.
     pub fn read(&self, name: &str) -> Result<Tensor> {
         let info = self.info(name)?;
-        let mut tensor = self.room(&info.shape, info.kind)?;
+        let mut tensor = self.empty_tensor(&info.shape, info.kind)?;
         self.read_data(&self.opened()?, info, 0, bytes_mut(&mut tensor), &mut |_| ())?;
         Ok(tensor)
     }
 
-    /// Rows of one tensor along its first axis, in the order asked for; adjacent ones are read
+    /// Returns rows of one tensor along its first axis, in the given order; adjacent rows are read
     /// together.
     ///
     /// # Shapes
@@ -187,13 +188,13 @@ impl SafeTensors {
     /// If there is no such row (a bug in the caller).
     pub fn read_rows(&self, name: &str, rows: &[u64]) -> Result<Tensor> {
         let info = self.info(name)?;
-        let mut tensor = self.room(&with_rows(info, rows.len()), info.kind)?;
+        let mut tensor = self.empty_tensor(&with_rows(info, rows.len()), info.kind)?;
         self.read_rows_into(info, rows, bytes_mut(&mut tensor), |_| ())?;
         Ok(tensor)
     }
 
-    /// Fills `data` with the bytes of `rows`, exactly. `look` sees them all, piece by piece, while
-    /// they are in a cache: a second pass over memory would take as long as the read.
+    /// Fills `data` with exactly the bytes of `rows`. `look` gets all of them, chunk by chunk,
+    /// while they are in a cache: a second pass over memory would take as long as the read.
     pub(crate) fn read_rows_into(
         &self,
         info: &TensorInfo,
@@ -213,7 +214,8 @@ impl SafeTensors {
         Ok(())
     }
 
-    /// Room for data of the file, as far as the machine has it: a sparse file may claim any size.
+    /// Returns a buffer for data of the file, or an error if the machine lacks the memory: a sparse
+    /// file may claim any size.
     pub(crate) fn buffer(&self, bytes: u64) -> Result<Vec<u8>> {
         let mut buffer = Vec::new();
         if bytes > MAX_READ_BYTES || buffer.try_reserve_exact(bytes as usize).is_err() {
@@ -223,15 +225,15 @@ impl SafeTensors {
         Ok(buffer)
     }
 
-    /// A tensor to be filled from the file, as far as the machine has room for it.
-    pub(crate) fn room(&self, shape: &[i64], kind: Kind) -> Result<Tensor> {
+    /// Returns a tensor to be filled from the file, or an error if the machine lacks the memory.
+    pub(crate) fn empty_tensor(&self, shape: &[i64], kind: Kind) -> Result<Tensor> {
         let bytes = shape.iter().product::<i64>() as u64 * kind.elt_size_in_bytes() as u64;
         let tensor =
             (bytes <= MAX_READ_BYTES).then(|| Tensor::f_empty(shape, (kind, Device::Cpu)).ok());
         tensor.flatten().ok_or_else(|| self.too_large(bytes))
     }
 
-    /// Fills `data` from the tensor's byte `start` on, as [`read_rows_into`](Self::read_rows_into)
+    /// Fills `data` from the tensor's byte `start`, as [`read_rows_into`](Self::read_rows_into)
     /// does.
     fn read_data(
         &self,
@@ -246,7 +248,7 @@ impl SafeTensors {
             self.read_at(opened, piece, start)?;
             look(piece);
         }
-        // Any other byte in a boolean is undefined behaviour inside of libtorch.
+        // Any other byte in a boolean is undefined behaviour inside libtorch.
         if info.kind == Kind::Bool && data.iter().any(|&byte| byte > 1) {
             return Err(self.refused(format!(
                 "tensor `{}` is BOOL and holds bytes other than 0 and 1",
@@ -256,7 +258,7 @@ impl SafeTensors {
         Ok(())
     }
 
-    /// Reads the file from its first to its last byte, `piece` by piece.
+    /// Reads the file from its first to its last byte and passes each chunk to `piece`.
     pub(crate) fn for_each_piece(&self, mut piece: impl FnMut(&[u8])) -> Result<()> {
         let (opened, mut buffer) =
             (self.opened()?, vec![0; PIECE_BYTES.min(self.file_bytes) as usize]);
@@ -291,13 +293,13 @@ impl SafeTensors {
     }
 }
 
-/// Size of one row along the first axis.
+/// Returns the bytes of one row along the first axis.
 pub(crate) fn row_bytes(info: &TensorInfo) -> u64 {
     assert!(!info.shape.is_empty(), "`{}` is a scalar and has no rows", info.name);
     info.bytes / info.shape[0] as u64
 }
 
-/// The tensor's shape with another number of rows.
+/// Returns the tensor's shape with another number of rows.
 pub(crate) fn with_rows(info: &TensorInfo, rows: usize) -> Vec<i64> {
     [&[rows as i64], &info.shape[1..]].concat()
 }

@@ -1,4 +1,4 @@
-//! Several files that together hold one set of tensors, each under a name of its own.
+//! Several files that together hold one set of tensors, each tensor in one of them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -13,20 +13,20 @@ use crate::error::{Error, Result};
 use crate::files::contents::no_json;
 use crate::files::descriptors::kept_open;
 
-/// A line a tensor: enough for a hundred thousand of them.
+/// Maximum size of an index, enough for a hundred thousand tensors.
 const MAX_INDEX_BYTES: u64 = 16 << 20;
-/// Names that a message lists before it only counts.
+/// Number of names that a message lists before it only counts.
 const LISTED_NAMES: usize = 20;
-/// The same where a hint has said already what is wrong with them.
+/// The same number if a hint already explains them.
 const EXPLAINED_NAMES: usize = 3;
 
-/// Which file of a folder holds which tensor, as `<stem>.safetensors.index.json` says.
+/// The file of each tensor, as `<stem>.safetensors.index.json` lists them.
 #[derive(Deserialize)]
 struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// Opened files whose headers have been checked.
+/// Open files whose headers have been checked.
 #[derive(Debug)]
 pub struct Shards {
     path: PathBuf,
@@ -34,7 +34,7 @@ pub struct Shards {
 }
 
 impl Shards {
-    /// `files` of the folder `path`.
+    /// Opens `files` of the folder `path`.
     ///
     /// # Errors
     /// As [`SafeTensors::open`].
@@ -47,13 +47,13 @@ impl Shards {
         Ok(Shards { path: path.into(), files })
     }
 
-    /// The files that `<stem>.safetensors.index.json` names, or `<stem>.safetensors` where there is
-    /// no index: a single file beside an index is not read, as diffusers does not.
+    /// Opens the files that `<stem>.safetensors.index.json` names, or `<stem>.safetensors` if there
+    /// is no index: as in diffusers, a single file beside an index is not read.
     ///
     /// # Errors
-    /// [`Error::Data`] if there is neither, with what is there instead, or the index is malformed;
-    /// as [`SafeTensors::open`].
-    pub fn of_stem(folder: &Path, stem: &str) -> Result<Self> {
+    /// [`Error::Data`] if there is neither, naming the files found instead, or if the index is
+    /// malformed; errors of [`SafeTensors::open`].
+    pub fn open_stem(folder: &Path, stem: &str) -> Result<Self> {
         let (single, index) =
             (format!("{stem}.safetensors"), format!("{stem}.safetensors.index.json"));
         if folder.join(&index).exists() {
@@ -69,8 +69,8 @@ impl Shards {
         }
     }
 
-    /// Compares names, shapes and kinds with what is `expected`; names that contain one of
-    /// `ignored` may be there unasked.
+    /// Compares names, shapes and kinds with those `expected`; additional names are allowed if they
+    /// contain one of `ignored`.
     ///
     /// # Errors
     /// A text that lists every missing, unexpected and misshapen tensor.
@@ -124,19 +124,19 @@ impl Shards {
         if texts.is_empty() { Ok(()) } else { Err(texts.join("; ")) }
     }
 
-    /// One whole tensor, on the CPU.
+    /// Returns one whole tensor, on the CPU.
     ///
     /// # Errors
-    /// [`Error::Data`] if no file holds it; as [`SafeTensors::read`].
+    /// [`Error::Data`] if no file holds it; errors of [`SafeTensors::read`].
     pub fn read(&self, name: &str) -> Result<Tensor> {
         self.holding(name)?.read(name)
     }
 
-    /// The same, of finite numbers alone.
+    /// As [`read`](Self::read), but refuses numbers that are not finite.
     ///
     /// # Errors
-    /// As [`read`](Self::read); [`Error::Data`] naming the file and the first number that is not
-    /// finite.
+    /// Errors of [`read`](Self::read); [`Error::Data`] naming the file and the first number that is
+    /// not finite.
     pub fn read_finite(&self, name: &str) -> Result<Tensor> {
         self.holding(name)?.read_finite(name)
     }
@@ -147,7 +147,7 @@ impl Shards {
     }
 }
 
-/// The weights that a folder holds under other names than `<stem>`'s, and what to do about them.
+/// Describes weights in a folder under names other than `<stem>`, and what to do about them.
 fn instead(folder: &Path, stem: &str) -> String {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let names: BTreeSet<String> =
@@ -162,7 +162,7 @@ fn instead(folder: &Path, stem: &str) -> String {
         let ours = if name.ends_with(".json") { ".safetensors.index.json" } else { ".safetensors" };
         Some(format!(", but the variant `{variant}`; rename {name} to {stem}{ours}"))
     };
-    // An index names its shards, so that a variant's index is enough.
+    // An index names its shards, so the index of a variant is enough.
     if let Some(text) = names
         .iter()
         .filter(|name| name.ends_with(".json"))
@@ -189,7 +189,7 @@ fn instead(folder: &Path, stem: &str) -> String {
     }
 }
 
-/// A hint where no name is the model's: all behind one prefix, a LoRA's, or another program's.
+/// Returns a hint if no name is the model's: a common prefix, a LoRA's names, or another program's.
 fn other_names(
     found: &BTreeMap<&str, &TensorInfo>,
     expected: &BTreeMap<String, &[i64]>,
@@ -219,7 +219,7 @@ fn other_names(
     Some(format!("{what}; {}", lists.join("; ")))
 }
 
-/// The text before the names, if it is the same before at least half of the expected ones.
+/// Returns the text before the names, if it is the same for at least half of the expected names.
 fn prefix<'f>(
     found: &BTreeMap<&'f str, &TensorInfo>,
     expected: &BTreeMap<String, &[i64]>,
@@ -238,7 +238,7 @@ fn prefix<'f>(
     candidates.take(LISTED_NAMES).find(|prefix| 2 * explained(prefix) >= expected.len())
 }
 
-/// The files of an index, each once.
+/// Returns the files of an index, each once.
 fn files_of(index: &Path) -> Result<BTreeSet<String>> {
     let (source, bytes) = Source::open(index)?;
     if bytes > MAX_INDEX_BYTES {
@@ -314,17 +314,17 @@ mod tests {
     #[test]
     fn an_index_wins_over_a_single_file_beside_it() {
         let folder = tempfile::tempdir().expect("a folder");
-        let at = |name: &str| folder.path().join(name);
-        saved(&at("model.safetensors"), "w", 1.0);
+        let path = |name: &str| folder.path().join(name);
+        saved(&path("model.safetensors"), "w", 1.0);
         let read = || {
-            Shards::of_stem(folder.path(), "model")
+            Shards::open_stem(folder.path(), "model")
                 .and_then(|shards| shards.read("w"))
                 .expect("a sound folder")
         };
         assert_eq!(read().double_value(&[0]), 1.0);
-        saved(&at("model-1.safetensors"), "w", 2.0);
+        saved(&path("model-1.safetensors"), "w", 2.0);
         fs::write(
-            at("model.safetensors.index.json"),
+            path("model.safetensors.index.json"),
             r#"{"weight_map": {"w": "model-1.safetensors"}}"#,
         )
         .expect("a file");
@@ -335,7 +335,7 @@ mod tests {
     fn weights_under_another_name_are_told_with_what_to_do() {
         let folder = tempfile::tempdir().expect("a folder");
         let refusal =
-            || Shards::of_stem(folder.path(), "model").expect_err("no such weights").to_string();
+            || Shards::open_stem(folder.path(), "model").expect_err("no such weights").to_string();
         let put = |name: &str| fs::write(folder.path().join(name), "").expect("a file");
         let take = |name: &str| fs::remove_file(folder.path().join(name)).expect("it was there");
         assert!(refusal().ends_with("holds neither model.safetensors nor model.safetensors.index.json; it holds no safetensors"));
@@ -408,7 +408,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("model.safetensors.index.json");
         let refusal =
-            || Shards::of_stem(folder.path(), "model").expect_err("a hostile index").to_string();
+            || Shards::open_stem(folder.path(), "model").expect_err("a hostile index").to_string();
         for name in ["../model.safetensors", "/etc/passwd", "..", "a/b.safetensors"] {
             fs::write(&path, serde_json::json!({"weight_map": {"w": name}}).to_string())
                 .expect("a file");

@@ -1,4 +1,4 @@
-//! Where a file's bytes come from: a regular file, read by position, or the binary itself.
+//! The source of a file's bytes: a regular file, read by position, or the binary itself.
 
 use std::fs::{self, File, Metadata};
 use std::io;
@@ -8,30 +8,30 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 use crate::files::contents::CONVERT;
 
-/// Endings of files that Python's pickle wrote.
+/// Extensions of files that Python's pickle writes.
 const PICKLES: [&str; 6] = ["pt", "pth", "bin", "ckpt", "pkl", "pickle"];
 
 #[derive(Debug)]
 pub(super) enum Source {
-    /// Open as long as it is in use: another file in its place changes nothing.
+    /// Open for as long as it is in use: replacing the file has no effect.
     File(File),
-    /// Opened for each use, and refused if it is another file than at first.
+    /// Opened for each use, and refused if it was replaced since the first one.
     OnDemand(Identity),
     /// Part of the binary.
     Embedded(&'static [u8]),
 }
 
-/// A file's own marks, by which another one in its place is recognized.
+/// Properties of a file by which a replacement is recognized.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Identity {
     device: u64,
     inode: u64,
     bytes: u64,
-    /// Seconds and nanoseconds.
+    /// Modification time in seconds and nanoseconds.
     modified: (i64, i64),
 }
 
-/// A source while it is read.
+/// A source opened for reading.
 pub(super) enum Opened<'s> {
     Kept(&'s File),
     ForNow(File),
@@ -39,10 +39,11 @@ pub(super) enum Opened<'s> {
 }
 
 impl Source {
-    /// A regular file and its length.
+    /// Opens a regular file; returns its length too.
     pub fn open(path: &Path) -> Result<(Self, u64)> {
         refuse_pickle(path)?;
-        // Asked before opening: to open a FIFO blocks, and to open a device may do anything.
+        // Checked before opening: opening a FIFO would block, and opening a device may have side
+        // effects.
         let found = fs::metadata(path).map_err(|e| open_error(path, e))?;
         if !found.is_file() {
             return Err(Error::data(
@@ -55,7 +56,7 @@ impl Source {
         Ok((Source::File(file), bytes))
     }
 
-    /// The same file without a descriptor between uses.
+    /// Returns the same file, without a descriptor between uses.
     pub fn on_demand(self, path: &Path) -> Result<Self> {
         match self {
             Source::File(file) => {
@@ -66,10 +67,10 @@ impl Source {
         }
     }
 
-    /// The bytes of the file at `path`, as they were when it was first opened.
+    /// Opens the bytes of the file at `path`, as they were when it was first opened.
     ///
     /// # Errors
-    /// [`Error::Data`] if another file stands at `path` now, or none.
+    /// [`Error::Data`] if the path now has another file, or none.
     pub fn opened(&self, path: &Path) -> Result<Opened<'_>> {
         match self {
             Source::File(file) => Ok(Opened::Kept(file)),
@@ -96,7 +97,7 @@ impl Identity {
                 format!("was replaced while the run used it: {what}; put it back, or start again"),
             )
         };
-        // Asked before opening: what stands there now may be a FIFO, which blocks.
+        // Checked before opening: the path may now be a FIFO, whose opening would block.
         let found = match fs::metadata(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(replaced("it is not there any more"));
@@ -123,7 +124,7 @@ impl Identity {
 }
 
 impl Opened<'_> {
-    /// Fills `buffer` from byte `start` on.
+    /// Fills `buffer` from byte `start`.
     pub fn read_at(&self, buffer: &mut [u8], start: u64) -> io::Result<()> {
         match self {
             Opened::Kept(file) => file.read_exact_at(buffer, start),
@@ -136,10 +137,10 @@ impl Opened<'_> {
     }
 }
 
-/// Refuses files that could run code, by their ending.
+/// Refuses files that could run code, by their extension.
 ///
 /// # Errors
-/// [`Error::Data`] with the way to convert the file.
+/// [`Error::Data`] with a command that converts the file.
 pub fn refuse_pickle(path: &Path) -> Result<()> {
     if is_pickle(path) {
         let what = format!(
@@ -150,11 +151,11 @@ pub fn refuse_pickle(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Refuses weights and checkpoints that are pickles: such a file, or a folder that holds such files
-/// and no safetensors.
+/// Refuses weights and checkpoints that are pickles: such a file, or a folder that contains such
+/// files and no safetensors.
 ///
 /// # Errors
-/// [`Error::CheckpointMismatch`] with the way to convert them.
+/// [`Error::CheckpointMismatch`] with a command that converts them.
 pub fn refuse_pickled_weights(path: &Path) -> Result<()> {
     let inside: Vec<PathBuf> =
         fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
@@ -181,8 +182,8 @@ fn is_pickle(path: &Path) -> bool {
     ending.is_some_and(|ending| PICKLES.contains(&ending.as_str()))
 }
 
-/// For `map_err` where data are opened: what is missing is the data's fault, all else the
-/// storage's.
+/// Converts an error of opening data, for `map_err`: a missing file is an error of the data, any
+/// other one of the storage.
 pub(crate) fn open_error(path: &Path, error: io::Error) -> Error {
     match error.kind() {
         io::ErrorKind::NotFound => Error::data(path, "does not exist"),

@@ -1,5 +1,5 @@
-//! Writing a safetensors file: equal tensors give equal bytes, and only what the reader takes is
-//! written.
+//! Writes safetensors files: equal tensors give equal bytes, and only files that the reader accepts
+//! are written.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -17,8 +17,8 @@ pub struct Planned<'n> {
     pub shape: Vec<i64>,
 }
 
-/// A file being written: its header stands, its tensors follow one at a time. The bytes depend on
-/// names, order, values and metadata only.
+/// A file being written: its header is written, and its tensors follow one at a time. The bytes
+/// depend only on names, order, values and metadata.
 pub struct Writer<W> {
     file: W,
     missing_bytes: u64,
@@ -28,8 +28,8 @@ impl<W: Write> Writer<W> {
     /// Writes the header of a file that will hold these tensors in this order.
     ///
     /// # Errors
-    /// What `file` refuses; [`io::ErrorKind::InvalidInput`], before the first byte, for names,
-    /// kinds or shapes that [`SafeTensors::open`](super::SafeTensors::open) would refuse.
+    /// Errors of `file`; [`io::ErrorKind::InvalidInput`], before the first byte, for names, kinds
+    /// or shapes that [`SafeTensors::open`](super::SafeTensors::open) would refuse.
     pub fn begin(
         mut file: W,
         planned: &[Planned<'_>],
@@ -42,10 +42,10 @@ impl<W: Write> Writer<W> {
         Ok(Writer { file, missing_bytes })
     }
 
-    /// The next tensor. It is copied where it lies on another device or not in order.
+    /// Writes the next tensor; it is copied if it is on another device or not contiguous.
     ///
     /// # Panics
-    /// If more is written than was planned (a bug in the caller).
+    /// If more bytes are written than were planned (a bug in the caller).
     pub fn tensor(&mut self, tensor: &Tensor) -> io::Result<()> {
         let tensor = tensor.to_device(Device::Cpu).contiguous();
         let bytes = bytes(&tensor);
@@ -54,20 +54,20 @@ impl<W: Write> Writer<W> {
         self.file.write_all(bytes)
     }
 
-    /// The file, once it holds all that was planned.
+    /// Returns the file after all planned tensors were written.
     ///
     /// # Panics
-    /// If something is missing (a bug in the caller).
+    /// If tensors are missing (a bug in the caller).
     pub fn finish(self) -> W {
         assert_eq!(self.missing_bytes, 0, "bytes that were planned and not written");
         self.file
     }
 }
 
-/// Writes a whole file, `tensors` in the order given.
+/// Writes a whole file with `tensors` in the given order.
 ///
 /// # Errors
-/// As [`Writer::begin`].
+/// Errors of [`Writer::begin`].
 pub fn write(
     file: &mut impl Write,
     tensors: &[(&str, &Tensor)],
@@ -83,7 +83,7 @@ pub fn write(
     Ok(())
 }
 
-/// The header's text and the size of the data behind it.
+/// Returns the header's text and the size of the data after it.
 fn header_of(
     tensors: &[Planned<'_>],
     metadata: &BTreeMap<String, String>,
@@ -110,7 +110,7 @@ fn header_of(
         ));
     }
     let mut text = format!("{{{}}}", entries.join(","));
-    // The format asks for data aligned to 8 bytes; the length field takes 8 itself.
+    // The format requires data aligned to 8 bytes; the length field itself takes 8.
     text.push_str(&" ".repeat(text.len().next_multiple_of(8) - text.len()));
     header::parse(text.as_bytes(), end)?;
     header::check_length(text.len() as u64)?;

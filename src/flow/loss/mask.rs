@@ -1,15 +1,15 @@
-//! The batch's `loss_mask`: a weight for each element of the loss, given for the axes that its
-//! author knew.
+//! The batch's `loss_mask`: a weight for each element of the loss, given along some of the latents'
+//! axes.
 
 use tch::{Device, Kind, Tensor};
 
 use crate::data::Batch;
 use crate::error::{Error, Result};
 
-/// The batch's key.
+/// The batch's key of the mask.
 pub const LOSS_MASK: &str = "loss_mask";
 
-/// The shapes that a sample's mask may have beside latents of `axes` axes.
+/// Returns the shapes that a sample's mask may have beside latents of `axes` axes.
 fn expected(axes: usize) -> &'static str {
     match axes {
         3 => "one number, [H, W], [1, H, W] or [C, H, W] a sample",
@@ -17,15 +17,15 @@ fn expected(axes: usize) -> &'static str {
     }
 }
 
-/// The mask's sizes along the latents' own axes: axes are told apart by their number, so that `[H,
+/// Returns the mask's sizes along the latents' own axes. The number of axes identifies them: `[H,
 /// W]` are rows and columns, `[F, H, W]` frames, rows and columns.
 ///
 /// # Shapes
-/// `mask`: one sample's; `latents`: `[C, (F,) H, W]`. Returns as many sizes as `latents`, each the
-/// latents' own or 1.
+/// `mask`: one sample's; `latents`: `[C, (F,) H, W]`. Returns as many sizes as `latents` has, each
+/// equal to the latents' or 1.
 ///
 /// # Errors
-/// A text that says what was found and what is expected.
+/// A text with what was found and what is expected.
 pub fn axes_of_mask(mask: &[i64], latents: &[i64]) -> Result<Vec<i64>, String> {
     let behind = match (mask.len(), latents.len()) {
         (0, _) => Some(&mask[..0]),
@@ -45,7 +45,7 @@ pub fn axes_of_mask(mask: &[i64], latents: &[i64]) -> Result<Vec<i64>, String> {
     })
 }
 
-/// The batch's mask on the axes of its loss.
+/// Returns the batch's mask along the axes of its loss.
 ///
 /// # Shapes
 /// `loss`: `[B, C, (F,) H, W]`. Returns as many axes, broadcastable to it, f32 on `device`.
@@ -74,9 +74,9 @@ pub fn loss_mask(batch: &Batch, loss: &[i64], device: Device) -> Result<Tensor> 
     Ok(mask.to_device(device))
 }
 
-/// Refuses weights that are negative or not finite. On the device that the batch lies on, the host.
+/// Refuses weights that are negative or not finite. Runs on the batch's device, the host.
 fn check_weights(batch: &Batch, mask: &Tensor) -> Result<()> {
-    // NaN is not at least 0 either.
+    // The comparison is false for NaN too.
     let bad = mask.ge(0.0).logical_and(&mask.isfinite()).logical_not().flatten(1, -1);
     if !bad.any().double_value(&[]).eq(&1.0) {
         return Ok(());

@@ -1,4 +1,4 @@
-//! A step's loss: its values, its bound, its means under masks.
+//! The loss of a step: its values, its bound, and its means under masks.
 
 mod mask;
 mod weight;
@@ -12,46 +12,47 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 
-/// A mean loss above this has exploded; the reference's bound.
+/// Bound of the mean loss, above which it has exploded; the reference's value.
 pub const EXPLODED: f64 = 100.0;
 
-/// A loss from every side.
+/// The values of a loss.
 #[derive(Debug)]
 pub struct LossValues {
-    /// `[B, …]` f32, of each element.
+    /// `[B, …]` f32, the loss of each element.
     pub weighted_loss: Tensor,
-    /// Scalar f32: the mean over the elements that the masks keep, by their weight; 0 where they
-    /// keep none.
+    /// Scalar f32: the mean over the elements that the masks keep, by their weight; 0 if they keep
+    /// none.
     pub average_weighted_loss: Tensor,
     /// `[B, …]` f32.
     pub unweighted_loss: Tensor,
-    /// Scalar f32, a mean as [`average_weighted_loss`](Self::average_weighted_loss).
+    /// Scalar f32, a mean like [`average_weighted_loss`](Self::average_weighted_loss).
     pub average_unweighted_loss: Tensor,
     /// `[B, 1, …]` f32.
     pub loss_weight: Tensor,
-    /// The batch's mask as it came, if it has one.
+    /// The batch's mask as given, if it has one.
     pub loss_mask: Option<Tensor>,
-    /// What the means are taken over.
+    /// The elements in the means.
     pub kept: Kept,
-    /// Scalar f32; what is differentiated: the mean weighted loss times the share of the batch that
-    /// the masks keep.
+    /// Scalar f32, the value that is differentiated: the mean weighted loss times the share of the
+    /// batch that the masks keep.
     ///
     /// Its sum over all micro-batches and ranks, divided by the sum of their shares, is the loss of
-    /// one big batch; each micro-batch's own mean is not, where their masks keep different shares.
+    /// one big batch. The mean of the micro-batches' own means is not, if their masks keep
+    /// different shares.
     pub objective: Tensor,
 }
 
 impl LossValues {
-    /// Mean over each sample's elements, `[B]` f32, of the unweighted loss times the masks'
-    /// weights.
+    /// Returns the mean over each sample's elements, `[B]` f32, of the unweighted loss times the
+    /// masks' weights.
     pub fn sample_losses(&self) -> Tensor {
         sample_means(&self.kept.masked(&self.unweighted_loss))
     }
 
-    /// Adds a scalar loss that knows no elements. The mean over several batches weighs it by the
+    /// Adds a scalar loss that has no elements. The mean over several batches weights it by the
     /// share that each batch keeps.
     pub(super) fn add_auxiliary(&mut self, auxiliary: &Tensor) {
-        // Out of place: without weights and masks several of these are one tensor.
+        // Not in place: without weights and masks several of these are the same tensor.
         self.average_weighted_loss = &self.average_weighted_loss + auxiliary;
         self.objective = &self.objective
             + match self.kept.share() {
@@ -61,61 +62,63 @@ impl LossValues {
     }
 }
 
-/// The elements that a mean is taken over: all of them, or those that masks keep, by weight.
+/// The elements in a mean: all of them, or those that masks keep, by weight.
 #[derive(Debug)]
 pub struct Kept {
-    /// Product of all masks, `[B, …]` f32, broadcastable to the loss; none where every element
+    /// Product of all masks, `[B, …]` f32, broadcastable to the loss; `None` if every element
     /// counts.
     weights: Option<Tensor>,
 }
 
 impl Kept {
-    /// The elements that all `masks` keep; each f32, of the loss' rank and broadcastable to it.
-    pub(super) fn by(masks: Vec<Tensor>) -> Self {
+    /// Returns the elements that all `masks` keep; each f32, of the loss' rank and broadcastable to
+    /// it.
+    pub(super) fn by_masks(masks: Vec<Tensor>) -> Self {
         Kept { weights: masks.into_iter().reduce(|kept, mask| kept * mask) }
     }
 
-    /// `[B]` f32: the mean weight of each sample's elements, 1 without masks.
+    /// Returns the mean weight of each sample's elements, `[B]` f32; 1 without masks.
     pub fn share_of_samples(&self, samples: i64, device: tch::Device) -> Tensor {
-        // Axes that are broadcast repeat their weights, which leaves a mean as it is.
+        // Broadcast axes repeat their weights, which does not change a mean.
         self.weights
             .as_ref()
             .map_or_else(|| Tensor::ones([samples], (Kind::Float, device)), sample_means)
     }
 
-    /// Scalar f32: the mean weight of the batch's elements; none without masks, where it is 1.
+    /// Returns the mean weight of the batch's elements, scalar f32; `None` without masks, where it
+    /// is 1.
     fn share(&self) -> Option<Tensor> {
         self.weights.as_ref().map(|weights| weights.mean(Kind::Float))
     }
 
-    /// A loss of each element times the masks' weights.
+    /// Multiplies a loss of each element by the masks' weights.
     fn masked(&self, loss: &Tensor) -> Tensor {
         self.weights.as_ref().map_or_else(|| loss.shallow_clone(), |weights| loss * weights)
     }
 
-    /// The mean of a loss over the elements that are kept, and that mean times their share, both
-    /// scalars.
+    /// Returns the mean of a loss over the elements that are kept, and that mean times their share,
+    /// both scalars.
     pub(super) fn mean_and_objective(&self, loss: &Tensor) -> (Tensor, Tensor) {
         let objective = self.masked(loss).mean(Kind::Float);
         match self.share() {
-            // Where nothing is kept the objective is 0, and so is the mean.
+            // If nothing is kept, the objective is 0, and so is the mean.
             Some(share) => (&objective / share.clamp_min(f64::from(f32::MIN_POSITIVE)), objective),
             None => (objective.shallow_clone(), objective),
         }
     }
 }
 
-/// Mean over all axes but the first, `[B]` f32.
+/// Returns the mean over all axes but the first, `[B]` f32.
 fn sample_means(elements: &Tensor) -> Tensor {
     elements.reshape([elements.size()[0], -1]).mean_dim([1i64].as_slice(), false, Kind::Float)
 }
 
-/// True for a loss that is a number and not above the reference's bound.
+/// True if a loss is a number and not above the reference's bound.
 pub fn is_sound(loss: f64) -> bool {
     loss <= EXPLODED
 }
 
-/// Refuses a mean loss that is not a number or above the reference's bound.
+/// Refuses a mean loss that is not a number or is above the reference's bound.
 ///
 /// # Errors
 /// [`Error::NotFinite`] naming the step and the loss.

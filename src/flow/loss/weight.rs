@@ -1,11 +1,11 @@
-//! Weight of each sample's loss.
+//! Weights of the samples' losses.
 
 use tch::{Device, Kind, Tensor};
 
 use super::super::settings::{FlowMatchingSettings, LossWeightingScheme};
 use super::super::time_shift::{WeightShift, get_flow_match_loss_weight};
 
-/// The weighting of a run, with its table where the scheme has one.
+/// The weighting of a run, with a table if the scheme has one.
 #[derive(Debug)]
 pub enum LossWeight {
     One,
@@ -13,7 +13,7 @@ pub enum LossWeight {
     Linear {
         shift: WeightShift,
     },
-    /// Bell over the timesteps, `[N]` f32.
+    /// A bell-shaped table over the timesteps, `[N]` f32.
     Bsmntw {
         table: Tensor,
     },
@@ -48,8 +48,8 @@ impl LossWeight {
     }
 }
 
-/// Bell-shaped weights over `steps` timesteps: mean 1, least 0, highest in the middle. `[steps]`
-/// f32.
+/// Returns bell-shaped weights over `steps` timesteps: mean 1, minimum 0, highest in the middle.
+/// `[steps]` f32.
 ///
 /// Source: the scheme that ai-toolkit and NeMo AutoModel call bsmntw.
 pub fn bsmntw_table(steps: i64) -> Tensor {

@@ -1,10 +1,10 @@
 //! HunyuanVideo 1.5: joint blocks over the video and three conditions, two texts and an image.
 //!
-//! Inputs: `hidden_states` `[B, C, F, H, W]`, where the model has more channels than it predicts
+//! Inputs: `hidden_states` `[B, C, F, H, W]`; if the model has more channels than it predicts,
 //! `condition_latents` `[B, in_channels - C, F, H, W]`; `timestep` `[B]` in `[0, 1000]`; a language
 //! model's text `encoder_hidden_states` `[B, L, text_embed_dim]`, a glyph encoder's
 //! `encoder_hidden_states_2` `[B, L2, text_embed_2_dim]`, both with an `encoder_attention_mask`;
-//! `image_embeds` `[B, L3, image_embed_dim]`, zeros where there is no image.
+//! `image_embeds` `[B, L3, image_embed_dim]`, zeros if there is no image.
 //!
 //! Source: diffusers 0.42.1, `HunyuanVideo15Transformer3DModel`, whose field and parameter names
 //! these are.
@@ -24,7 +24,7 @@ use crate::nn::attention::Heads;
 use crate::nn::joint_block::BlockNames;
 use crate::ops::{Patch, Rounding};
 
-/// Of every normalization of the blocks and behind them.
+/// Epsilon of every normalization in and after the blocks.
 const EPSILON: f64 = 1e-6;
 
 impl HunyuanVideo15 {
@@ -38,12 +38,12 @@ impl HunyuanVideo15 {
         }
     }
 
-    /// Channels of the prediction, and so of the latents.
+    /// Returns the number of channels of the prediction, and so of the latents.
     fn latent_channels(&self) -> i64 {
         if self.out_channels == 0 { self.in_channels } else { self.out_channels }
     }
 
-    /// Whether further channels stand behind the noisy ones.
+    /// True if further channels follow the noisy ones.
     fn is_conditioned(&self) -> bool {
         self.in_channels != self.latent_channels()
     }
@@ -65,7 +65,7 @@ impl HunyuanVideo15 {
         Ok(())
     }
 
-    /// The latents' channels, once patches are seen to cover them.
+    /// Checks that patches cover the latents; returns their channels.
     fn check_grid(&self, latents: &[i64]) -> Result<i64> {
         let &[channels, frames, height, width] = latents else {
             return Err(Error::config(
@@ -203,8 +203,8 @@ mod tests {
         }
     }
 
-    /// Three samples; only those that `images` names have an image, and the second sample's texts
-    /// are padded.
+    /// Returns inputs of three samples; an image is present where `images` is not zero, and the
+    /// second sample's texts are padded.
     fn inputs(images: [f64; 3]) -> Activations {
         let normal = |name: &str, size: &[i64]| {
             Key::new(8, Purpose::Test).named(name).seeded(|| Tensor::randn(size, FLOAT))
@@ -327,7 +327,7 @@ mod tests {
         );
         assert_eq!(mixed.size(), [3, 2, 2, 4, 6]);
         for (sample, uniform, other) in [(0, &all, &none), (1, &none, &all), (2, &all, &none)] {
-            // f32 rounding of products blocked another way.
+            // f32 rounding of products with other blocking.
             assert!(distance(&mixed.get(sample), &uniform.get(sample)) < 1e-5, "sample {sample}");
             assert!(distance(&mixed.get(sample), &other.get(sample)) > 1e-3, "sample {sample}");
         }
@@ -339,11 +339,11 @@ mod tests {
             let padded = Tensor::from_slice2(&[[0f32, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
                 .unsqueeze(-1);
             let before = inputs([1.0; 3]);
-            let with = |name: &'static str| before.get(name) + &padded * text;
+            let shifted = |name: &'static str| before.get(name) + &padded * text;
             let masked = |name: &'static str| before.get(name) * mask;
             Activations::new()
-                .with_constant("encoder_hidden_states", with("encoder_hidden_states"))
-                .with_constant("encoder_hidden_states_2", with("encoder_hidden_states_2"))
+                .with_constant("encoder_hidden_states", shifted("encoder_hidden_states"))
+                .with_constant("encoder_hidden_states_2", shifted("encoder_hidden_states_2"))
                 .with_constant("encoder_attention_mask", masked("encoder_attention_mask"))
                 .with_constant("encoder_attention_mask_2", masked("encoder_attention_mask_2"))
                 .carrying_constants_of(&before)

@@ -1,4 +1,4 @@
-//! HunyuanVideo's stages around its joint blocks and its token refiner.
+//! HunyuanVideo's stages before and after its joint blocks and its token refiner.
 
 use tch::{Kind, Tensor};
 
@@ -15,15 +15,16 @@ use crate::nn::{
 };
 use crate::ops::{FeatureOrder, Patch, grid};
 
-/// Of the layer normalizations around the projections of glyphs and image: PyTorch's default.
+/// Epsilon of the layer normalizations around the projections of glyphs and image: PyTorch's
+/// default.
 const PROJECTION_EPSILON: f64 = 1e-5;
 /// Width of the timestep's sinusoidal embedding.
 const FREQUENCIES: i64 = 256;
 /// Hidden width of the glyphs' projection.
 const GLYPH_WIDTH: i64 = 2048;
 
-/// Latents, glyphs and image to tokens, timestep to a vector; all conditions to one sequence behind
-/// the refined text.
+/// Converts latents, glyphs and image to tokens, and the timestep to a vector; joins all conditions
+/// with the refined text to one sequence.
 pub(super) struct Embed {
     params: ParamSet,
     patch: Patch,
@@ -32,10 +33,10 @@ pub(super) struct Embed {
     timestep: ScalarEmbedding,
     glyphs: GlyphProjection,
     image: ImageProjection,
-    /// A row of features each for text, glyphs and image, `[3, D]`.
+    /// Type embeddings of text, glyphs and image, one row each, `[3, D]`.
     types: Param,
     axes: [Axis; 3],
-    /// Tables of the video's places by its grid.
+    /// Rotary tables of the video, by its grid.
     ropes: PerShape<[i64; 3]>,
 }
 
@@ -96,12 +97,12 @@ impl Embed {
         })
     }
 
-    /// Image, glyphs and text as one sequence `[B, L3 + L2 + L, D]`, and which of its tokens count,
-    /// `[B, L3 + L2 + L]`.
+    /// Returns image, glyphs and text as one sequence `[B, L3 + L2 + L, D]`, and the mask of its
+    /// valid tokens, `[B, L3 + L2 + L]`.
     ///
-    /// diffusers moves each sample's padding behind its valid tokens and puts zeros there.
-    /// Conditions have no places, and padding is never seen by a token that counts, so that neither
-    /// outputs nor gradients depend on either.
+    /// diffusers moves each sample's padding after its valid tokens and sets it to zeros.
+    /// Conditions have no positions, and valid tokens never attend to padding, so that neither
+    /// changes outputs or gradients.
     fn conditions(&self, params: &Views, input: &Activations) -> (Tensor, Tensor) {
         let embeds = input.get("image_embeds");
         let types = &params[self.types];
@@ -109,7 +110,7 @@ impl Embed {
         let glyphs =
             self.glyphs.forward(params, input.get("encoder_hidden_states_2")) + types.get(1);
         let image = self.image.forward(params, embeds) + types.get(2);
-        // As diffusers decides for a whole batch: an image of zeros is none.
+        // As in diffusers, for the whole batch: an image of zeros means no image.
         let has_image =
             embeds.ne(0).flatten(1, 2).any_dim(1, true).expand([-1, embeds.size()[1]], false);
         let masks = ["encoder_attention_mask_2", "encoder_attention_mask"]
@@ -136,8 +137,8 @@ impl Stage for Embed {
         };
         let video = self.video.forward(params, &whole);
         let (conditions, counted) = self.conditions(params, input);
-        // diffusers masks the padding's own rows as well; what they hold is never seen, so that
-        // masking it as keys is exact.
+        // diffusers masks the padding's own rows as well; no valid token reads them, so that
+        // masking padding as keys is exact.
         let mask = joint_mask(&counted, video.size()[1]);
         Activations::new()
             .with("image", video)
@@ -151,7 +152,7 @@ impl Stage for Embed {
     }
 }
 
-/// Glyphs of the text to be drawn: a normalization and three affine maps.
+/// Projection of the glyphs to be drawn: a normalization and three affine maps.
 struct GlyphProjection {
     norm: LayerNorm,
     linears: [Linear; 3],
@@ -176,7 +177,7 @@ impl GlyphProjection {
     }
 }
 
-/// Image features: two affine maps between normalizations.
+/// Projection of image features: two affine maps between normalizations.
 struct ImageProjection {
     norm_input: LayerNorm,
     mlp: Mlp,
@@ -200,7 +201,7 @@ impl ImageProjection {
     }
 }
 
-/// Video tokens back to latents.
+/// Converts video tokens back to latents.
 pub(super) struct Head {
     tokens: joint::Head,
     patch: Patch,

@@ -1,5 +1,5 @@
-//! The stage that reads a language model's text before HunyuanVideo's blocks do: a small
-//! transformer over text alone.
+//! The stage that refines a language model's text before HunyuanVideo's blocks: a small transformer
+//! over text alone.
 //!
 //! Source: diffusers 0.42.1, `HunyuanVideo15TokenRefiner`, whose parameter names these are.
 
@@ -11,16 +11,16 @@ use crate::nn::modulation::{Modulation, gated};
 use crate::nn::norm::LayerNorm;
 use crate::nn::{Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, Rows, Stage, Views};
 
-/// Of the layer normalizations.
+/// Epsilon of the layer normalizations.
 const EPSILON: f64 = 1e-6;
 /// Width of the timestep's sinusoidal embedding.
 const FREQUENCIES: i64 = 256;
-/// Hidden width of the feed-forward parts as a multiple of the model's, whatever its own blocks
-/// have.
+/// Hidden width of the feed-forward parts as a multiple of the model's width; independent of the
+/// ratio in the model's own blocks.
 const MLP_RATIO: i64 = 4;
 
-/// `encoder_hidden_states` `[B, L, inputs]`, `encoder_attention_mask` `[B, L]` and `timestep` `[B]`
-/// to `text` `[B, L, D]`.
+/// Maps `encoder_hidden_states` `[B, L, inputs]`, `encoder_attention_mask` `[B, L]` and `timestep`
+/// `[B]` to `text` `[B, L, D]`.
 pub(super) struct TokenRefiner {
     params: ParamSet,
     timestep: ScalarEmbedding,
@@ -30,7 +30,7 @@ pub(super) struct TokenRefiner {
 }
 
 impl TokenRefiner {
-    /// `inputs`: features of the text; `width`: of the model, in `num_heads` heads.
+    /// `inputs`: features of the text; `width`: that of the model; `num_heads` heads.
     pub fn new(inputs: i64, width: i64, num_heads: i64, num_blocks: i64) -> Self {
         let mut params = ParamSet::new("context_embedder");
         let mut builder = Builder::new(&mut params, "context_embedder", Rows::Text);
@@ -65,8 +65,7 @@ impl Stage for TokenRefiner {
             (input.get("encoder_hidden_states"), input.get("encoder_attention_mask"));
         let timestep = self.timestep.forward(params, input.get("timestep"), text.kind());
         let conditioning = timestep + self.pooled.forward(params, &masked_average(text, mask));
-        // Keys alone are masked: what padding makes of itself reaches neither a valid token nor the
-        // loss.
+        // Only keys are masked: the padding's own rows reach neither a valid token nor the loss.
         let seen = mask.to_kind(Kind::Bool).unsqueeze(1).unsqueeze(1);
         let refine =
             |text: Tensor, block: &Block| block.forward(params, &text, &conditioning, &seen);
@@ -75,19 +74,20 @@ impl Stage for TokenRefiner {
     }
 }
 
-/// Mean of the tokens by the weights of `mask`, taken in f32; zeros where no token counts.
+/// Returns the mean of the tokens by the weights of `mask`, computed in f32; zeros if no token is
+/// valid.
 ///
 /// # Shapes
 /// `text`: `[B, L, D]`; `mask`: `[B, L]`. Returns `[B, D]` in the kind of `text`.
 fn masked_average(text: &Tensor, mask: &Tensor) -> Tensor {
     let weights = mask.to_kind(Kind::Float).unsqueeze(-1);
     let sum = |x: &Tensor| x.sum_dim_intlist([1i64].as_slice(), false, None::<Kind>);
-    // An empty text has no mean; the smallest divisor leaves every other sum as it is.
+    // An empty text has no mean; clamping to the smallest divisor changes no other quotient.
     (sum(&(text * &weights)) / sum(&weights).clamp_min(f64::from(f32::MIN_POSITIVE)))
         .to_kind(text.kind())
 }
 
-/// Attention and feed-forward, each behind a normalization and before a gate.
+/// Attention and feed-forward, each with a normalization before and a gate after it.
 struct Block {
     norm_attention: LayerNorm,
     query: Linear,

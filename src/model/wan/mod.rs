@@ -2,10 +2,10 @@
 //! feed-forward part.
 //!
 //! Inputs: `hidden_states` `[B, C, F, H, W]`, `timestep` `[B]` on the scale of the training
-//! timesteps, `encoder_hidden_states` `[B, Lt, text_dim]`. Where `in_channels` are more than the
-//! latents' `C`, also `condition_latents` `[B, in_channels − C, F, H, W]`, which stand behind the
-//! noisy ones; where the model has `image_dim`, also `encoder_hidden_states_image` `[B, Li,
-//! image_dim]`, all images of a sample one after another.
+//! timesteps, `encoder_hidden_states` `[B, Lt, text_dim]`. If `in_channels` exceeds the latents'
+//! `C`, also `condition_latents` `[B, in_channels − C, F, H, W]`, which follow the noisy channels;
+//! if the model has `image_dim`, also `encoder_hidden_states_image` `[B, Li, image_dim]`, all
+//! images of a sample one after another.
 //!
 //! Source: Wan Team 2025, arXiv:2503.20314; diffusers 0.42.1, `WanTransformer3DModel`, whose field
 //! and parameter names these are.
@@ -26,17 +26,17 @@ use crate::ops::Rounding;
 
 /// Base of the rotary frequencies.
 const THETA: f64 = 10_000.0;
-/// Tokens of text where the model also attends to images: diffusers tells the two apart by this
+/// Number of text tokens if the model also attends to images: diffusers separates the two by this
 /// number.
 const TEXT_TOKENS: i64 = 512;
 
 impl Wan {
-    /// Channels of the prediction, and so of the latents.
+    /// Returns the number of channels of the prediction, and so of the latents.
     fn latent_channels(&self) -> i64 {
         if self.out_channels == 0 { self.in_channels } else { self.out_channels }
     }
 
-    /// Whether further channels stand behind the noisy ones.
+    /// True if further channels follow the noisy ones.
     fn is_conditioned(&self) -> bool {
         self.in_channels > self.latent_channels()
     }
@@ -51,8 +51,8 @@ impl Wan {
         }
     }
 
-    /// Features of a head turned by frame, row and column: a third each, rounded in favour of the
-    /// frame.
+    /// Returns the features of a head that frame, row and column rotate: a third each, with the
+    /// remainder for the frame.
     fn axes(&self) -> [Axis; 3] {
         let side = 2 * (self.attention_head_dim / 6);
         [self.attention_head_dim - 2 * side, side, side].map(|width| Axis {
@@ -152,7 +152,7 @@ impl Wan {
             .ok_or_else(missing)?;
         expect_equal("model.wan.image_dim", image_dim, Some(width), "image_embeds have")?;
         let tokens: i64 = tokens.iter().product();
-        // Two images of a sample may also stand in two rows.
+        // Two images of a sample may also be given as two rows.
         if let Some(length) =
             self.pos_embed_seq_len.filter(|&length| length != tokens && length != 2 * tokens)
         {
@@ -214,7 +214,7 @@ impl Architecture for Wan {
     fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()> {
         self.check_grid(shapes.latents)?;
         if shapes.of.is_empty() {
-            // Planned for a shape alone; of conditions nothing is known.
+            // A plan for a shape alone has no conditions to check.
             return expect_equal(
                 "model.wan.out_channels",
                 self.latent_channels(),
@@ -237,7 +237,7 @@ impl Architecture for Wan {
 mod tests {
     use super::*;
 
-    /// 1.3B.
+    /// The model with 1.3B parameters.
     fn small() -> Wan {
         Wan { num_attention_heads: 12, ffn_dim: 8960, num_layers: 30, ..Wan::default() }
     }

@@ -4,8 +4,8 @@
 //! |---|---|---|
 //! | `hidden` | `[B, L, D]` | tokens of the latents |
 //! | `conditions` | `[B, Li + Lt, D]` | tokens of the images, then of the text |
-//! | `modulation` | `[B, 6, D]` | what the timestep adds to every block's table |
-//! | `conditioning` | `[B, 1, D]` | what it adds to the head's |
+//! | `modulation` | `[B, 6, D]` | the timestep's vector, added to every block's table |
+//! | `conditioning` | `[B, 1, D]` | the timestep's vector, added to the head's table |
 //! | `rope` | `[L, 1, E/2]` complex f32 | constant; table of [`rope`] |
 //!
 //! In bfloat16 the timestep's vector, normalization, modulation and gates are computed in f32, as
@@ -27,10 +27,10 @@ use crate::nn::{
 };
 use crate::ops::{FeatureOrder, Patch, grid};
 
-/// Of the image embedding's normalizations, PyTorch's default.
+/// Epsilon of the image embedding's normalizations, PyTorch's default.
 const IMAGE_EPSILON: f64 = 1e-5;
 
-/// Images to tokens that the blocks attend to.
+/// Converts image features to tokens that the blocks attend to.
 struct ImageEmbedding {
     places: Option<Param>,
     norm: LayerNorm,
@@ -53,7 +53,7 @@ impl ImageEmbedding {
         }
     }
 
-    /// `[B, Li, image_dim]` to `[B, Li, D]`.
+    /// Maps `[B, Li, image_dim]` to `[B, Li, D]`.
     fn forward(&self, params: &Views, image: &Tensor) -> Tensor {
         let image =
             self.places.map_or_else(|| image.shallow_clone(), |places| image + &params[places]);
@@ -62,7 +62,8 @@ impl ImageEmbedding {
     }
 }
 
-/// Latents and conditions to tokens, the timestep to what modulates blocks and head.
+/// Converts latents and conditions to tokens, and the timestep to the modulation of blocks and
+/// head.
 pub(super) struct Embed {
     params: ParamSet,
     patch: Patch,
@@ -175,7 +176,7 @@ impl Stage for Embed {
     }
 }
 
-/// Attention over the video, then over the conditions, then the feed-forward part.
+/// Attention over the video, attention over the conditions, and the feed-forward part.
 pub(super) struct Block {
     params: ParamSet,
     table: Param,
@@ -254,10 +255,10 @@ impl Stage for Block {
     }
 }
 
-/// Tokens of the text, and of the images if there are any.
+/// Returns the tokens of the text, and of the images if there are any.
 ///
-/// They stay parts of one tensor, as in diffusers: libtorch rounds the product of such a part
-/// before it adds the bias, which in bfloat16 shows.
+/// They stay views of one tensor, as in diffusers: libtorch rounds the product of such a view
+/// before it adds the bias, which matters in bfloat16.
 fn text_and_image(input: &Activations) -> (Tensor, Option<Tensor>) {
     let conditions = input.get("conditions");
     let (all, text) = (conditions.size()[1], input.get("encoder_hidden_states").size()[1]);
@@ -267,7 +268,8 @@ fn text_and_image(input: &Activations) -> (Tensor, Option<Tensor>) {
     )
 }
 
-/// `scale_shift_table` `[1, parts, width]`, to which the timestep's vector is added.
+/// Adds the parameter `scale_shift_table` `[1, parts, width]`, to which the timestep's vector is
+/// added.
 fn modulation_table(builder: &mut Builder<'_>, parts: i64, width: i64) -> Param {
     builder.at("").over(Rows::One).precise_param(
         "scale_shift_table",
@@ -276,8 +278,8 @@ fn modulation_table(builder: &mut Builder<'_>, parts: i64, width: i64) -> Param 
     )
 }
 
-/// A table and what the timestep adds to it, `[B, PARTS or 1, D]`, as `PARTS` tensors `[B, 1, D]`
-/// f32.
+/// Returns the sum of a table and the timestep's vector `[B, PARTS or 1, D]` as `PARTS` tensors
+/// `[B, 1, D]` f32.
 fn modulate<const PARTS: usize>(table: &Tensor, timestep: &Tensor) -> [Tensor; PARTS] {
     (table + timestep.to_kind(Kind::Float))
         .chunk(PARTS as i64, 1)
@@ -285,7 +287,7 @@ fn modulate<const PARTS: usize>(table: &Tensor, timestep: &Tensor) -> [Tensor; P
         .expect("as many chunks as parts")
 }
 
-/// Tokens to the predicted latents.
+/// Converts tokens to the predicted latents.
 pub(super) struct Head {
     params: ParamSet,
     patch: Patch,

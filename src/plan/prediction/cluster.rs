@@ -1,4 +1,4 @@
-//! What is known of a cluster. The numbers and their sources stand in `clusters.toml`.
+//! The rates of clusters. The numbers and their sources are in `clusters.toml`.
 
 use std::collections::BTreeMap;
 
@@ -9,13 +9,13 @@ use super::StageWork;
 use super::links::{Links, Nccl};
 use crate::error::{Error, Result};
 
-/// The clusters that are known without a file.
+/// The clusters that are built in.
 const KNOWN: &str = include_str!("clusters.toml");
 
-/// Where these stand, for who wants to read or change them.
+/// Path of the built-in clusters, for users who want to read or change them.
 pub const KNOWN_NAME: &str = "src/plan/prediction/clusters.toml";
 
-/// Machines that ranks run on, with the rates that they attain.
+/// Machines that run ranks, with the rates that they attain.
 #[derive(Clone, Debug)]
 pub struct Cluster {
     pub name: String,
@@ -23,19 +23,19 @@ pub struct Cluster {
     pub(super) nccl: Nccl,
 }
 
-/// One `[cluster.<name>]`.
+/// One `[cluster.<name>]` table.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Constants {
     about: String,
-    /// GPUs of a node, one a rank; or cores of the one machine, which ranks share.
+    /// GPUs of a node, one for each rank; or cores of the one machine, which ranks share.
     pub workers: usize,
-    /// Bytes that a worker's elementwise passes read and write a second.
+    /// Bytes per second that a worker's elementwise passes read and write.
     pub memory: f64,
-    /// Bytes that a worker's optimizer reads and writes a second, each tensor counted once a
-    /// reading and once a writing.
+    /// Bytes per second that a worker's optimizer reads and writes; each read and each write of a
+    /// tensor counts.
     pub update: f64,
-    /// Seconds that an operator takes to be started.
+    /// Seconds to launch an operator.
     launch: f64,
     /// Seconds of a message of a few bytes between two ranks' hosts.
     pub message: f64,
@@ -44,7 +44,7 @@ pub(super) struct Constants {
     pub links: Links,
 }
 
-/// Floating-point operations a second of one worker.
+/// Floating-point operations per second of one worker.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Rates {
@@ -64,12 +64,12 @@ struct Clusters {
 }
 
 impl Cluster {
-    /// The cluster of that name among those of `file`, name and text of a file like
-    /// `clusters.toml`; among the known ones without it.
+    /// Returns the cluster called `name` from `file`, which is the name and text of a file like
+    /// `clusters.toml`; from the built-in ones if there is no file.
     ///
     /// # Errors
-    /// [`Error::Config`] for a file that is not as it must be, and for a name that is not in it,
-    /// with those that are.
+    /// [`Error::Config`] if the file is malformed, or if it does not contain the name, with the
+    /// names that it does contain.
     pub fn named(name: &str, file: Option<(&str, &str)>) -> Result<Self> {
         let (source, text) = file.unwrap_or((KNOWN_NAME, KNOWN));
         let broken = |error: toml::de::Error| {
@@ -94,13 +94,13 @@ impl Cluster {
         }
     }
 
-    /// Names of the clusters that are known without a file.
+    /// Returns the names of the built-in clusters.
     pub fn known() -> String {
         let clusters: Clusters = toml::from_str(KNOWN).expect("the file that is built in is sound");
         clusters.cluster.into_keys().collect::<Vec<_>>().join(", ")
     }
 
-    /// What it is, in words.
+    /// Returns the cluster's description.
     pub fn about(&self) -> &str {
         &self.constants.about
     }
@@ -116,17 +116,17 @@ impl Cluster {
         own.chain(links.numbers()).chain(self.nccl.numbers()).collect()
     }
 
-    /// Whether operations travel on a stream beside the computation, and operators are started
-    /// ahead of it.
+    /// True if collectives run on a stream beside the computation and operators are launched ahead
+    /// of it.
     pub fn is_asynchronous(&self) -> bool {
         matches!(self.constants.links, Links::Nccl { .. })
     }
 
-    /// Refuses a number of ranks that leaves a GPU of a node without one, beside nodes that are
+    /// Refuses a number of ranks that would leave some GPUs of a node unused while other nodes are
     /// full.
     ///
     /// # Errors
-    /// [`Error::Config`] naming the numbers around it that do not.
+    /// [`Error::Config`] naming the nearest numbers that fill nodes.
     pub fn check_world(&self, ranks: usize) -> Result<()> {
         let workers = self.constants.workers;
         if !self.is_asynchronous() || ranks <= workers || ranks.is_multiple_of(workers) {
@@ -141,8 +141,8 @@ impl Cluster {
         Err(Error::config("--world", what))
     }
 
-    /// Workers that one of `ranks` has for `threads` threads: a GPU, or cores, which more ranks
-    /// than cores must share.
+    /// Returns the workers that one of `ranks` has for `threads` threads: a GPU, or cores, which
+    /// are shared if there are more ranks than cores.
     pub(super) fn workers_of_a_rank(&self, ranks: usize, threads: usize) -> f64 {
         match self.constants.links {
             Links::Nccl { .. } => 1.0,
@@ -152,8 +152,8 @@ impl Cluster {
         }
     }
 
-    /// Seconds of one worker at a stage's products, attention, passes over memory and starts of
-    /// operators.
+    /// Returns the seconds that one worker takes for matrix products, attention, passes over memory
+    /// and operator launches of a stage.
     fn seconds(
         &self,
         kind: Kind,
@@ -170,16 +170,16 @@ impl Cluster {
         if self.is_asynchronous() { computed.max(started) } else { computed + started }
     }
 
-    /// Seconds of a stage's forward: what it leaves is written once and read once more, by the next
-    /// operator.
+    /// Returns the seconds of a stage's forward: what it keeps is written once and read once more,
+    /// by the next operator.
     pub(super) fn forward_seconds(&self, stage: &StageWork, kind: Kind) -> f64 {
         let bytes = 2.0 * stage.kept_bytes + stage.parameter_bytes(kind);
         self.seconds(kind, stage.product_flop, stage.attention_flop, bytes, stage.operators)
     }
 
-    /// Seconds of a stage's backward: two products for each of the forward's, five of attention's
-    /// for two; what was left is read beside a gradient that is written and read. Parameters'
-    /// gradients are written, and read and written once more to be joined.
+    /// Returns the seconds of a stage's backward: two products for each of the forward's, five of
+    /// attention's for two; kept activations are read beside a gradient that is written and read.
+    /// Parameters' gradients are written, and read and written once more when they are joined.
     ///
     /// Source: Dao 2023, arXiv:2307.08691, for attention.
     pub(super) fn backward_seconds(&self, stage: &StageWork, kind: Kind) -> f64 {

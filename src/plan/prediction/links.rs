@@ -1,4 +1,4 @@
-//! Seconds that a collective takes: a latency for each hop or message, and bytes by bandwidth (the
+//! Seconds of a collective: a latency for each hop or message, plus bytes over bandwidth (the
 //! alpha-beta model).
 //!
 //! Source: Thakur, Rabenseifner & Gropp 2005, "Optimization of Collective Communication Operations
@@ -6,19 +6,19 @@
 
 use serde::Deserialize;
 
-/// What carries tensors between ranks.
+/// The transport of tensors between ranks.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub(super) enum Links {
-    /// NCCL between GPUs: bytes a second that a GPU sends along rings within its node, and out of
+    /// NCCL between GPUs: bytes per second that a GPU sends along rings within its node, and out of
     /// it.
     Nccl { within: f64, across: f64 },
-    /// `collective/exchange` between ranks of one machine: bytes a second that a core copies or
-    /// sums, piece by piece.
+    /// `collective/exchange` between ranks of one machine: bytes per second that a core copies or
+    /// sums, chunk by chunk.
     Memory { pass: f64 },
 }
 
-/// NCCL's algorithms, each in several protocols.
+/// NCCL's algorithms, each with several protocols.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Nccl {
@@ -35,11 +35,11 @@ struct Protocol {
     within: f64,
     /// Seconds of a hop between nodes.
     across: f64,
-    /// Share of the links' bandwidth that it attains.
+    /// Share of the links' bandwidth that the protocol attains.
     bandwidth: f64,
 }
 
-/// What becomes of a tensor of which each rank holds all, or a shard.
+/// A collective on a tensor that each rank holds whole or as a shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Operation {
     AllReduce,
@@ -47,7 +47,7 @@ pub(super) enum Operation {
     AllGather,
 }
 
-/// Ranks of one communicator, as many on each of their nodes.
+/// Ranks of one communicator, the same number on each of their nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Group {
     pub ranks: usize,
@@ -71,9 +71,9 @@ impl Nccl {
         })
     }
 
-    /// Seconds of an operation on `bytes` of the larger tensor by the fastest algorithm: a ring,
-    /// which passes every byte on from rank to rank, or for an all-reduce a tree, whose latency
-    /// grows with the logarithm of the nodes.
+    /// Returns the seconds of an operation on `bytes` of the larger tensor by the fastest
+    /// algorithm: a ring, which passes every byte from rank to rank, or for an all-reduce also a
+    /// tree, whose latency grows with the logarithm of the number of nodes.
     ///
     /// Source: NVIDIA/nccl 2.30.7, src/graph/tuning.cc, `ncclTopoTuneModel`.
     pub fn seconds(
@@ -88,7 +88,7 @@ impl Nccl {
             return 0.0;
         }
         let (ranks_of_node, nodes) = ((ranks / nodes) as f64, nodes as f64);
-        // Every GPU has a card of its own, and the rings of a node leave it through all of them.
+        // Every GPU has a network card, and the rings of a node leave it through all of them.
         let leaving = if nodes > 1.0 { across * ranks_of_node } else { f64::INFINITY };
         let bandwidth = leaving.min(if ranks_of_node > 1.0 { within } else { f64::INFINITY });
         let rounds = if operation == Operation::AllReduce { 2.0 } else { 1.0 };
@@ -109,9 +109,9 @@ impl Nccl {
     }
 }
 
-/// Seconds of an operation through memory on `bytes` of the larger tensor, for ranks that each have
-/// a whole core: a rank copies its pieces of the others' shards to where they see them, adds theirs
-/// to its own shard, lays the sum out, and copies the others' from there.
+/// Returns the seconds of an operation through shared memory on `bytes` of the larger tensor, for
+/// ranks that each have a whole core: a rank copies its chunks of the others' shards to shared
+/// memory, adds theirs to its own shard, publishes the sum, and copies the others' sums.
 ///
 /// Source: `collective/exchange/part.rs`.
 pub(super) fn memory_seconds(
@@ -132,7 +132,7 @@ pub(super) fn memory_seconds(
         Operation::ReduceScatter => reduced,
         Operation::AllGather => shared,
     };
-    // Every other rank is told when pieces are laid out and when they are taken.
+    // Every other rank gets a message when chunks are ready and when they have been read.
     passes * bytes / ranks as f64 / pass + 2.0 * others * message
 }
 
@@ -151,7 +151,7 @@ mod tests {
         Group { ranks, nodes: 1 }
     }
 
-    /// A protocol with latencies and one without, for rings and trees alike.
+    /// Two protocols, one with latencies and one without, the same for rings and trees.
     fn nccl(latency: f64) -> Nccl {
         let one = || vec![protocol(0.0, latency, 4.0 * latency, 1.0)];
         Nccl { ring: one(), tree: one() }

@@ -1,9 +1,8 @@
-//! How long a step would take on a cluster, and how much of its communication hides behind
-//! computation.
+//! Predicts the time of a step on a cluster, and how much of its communication computation hides.
 //!
-//! What a stage computes takes the time that `cluster.rs` says, what ranks send one another the
-//! time that `links.rs` says; `rank.rs` walks through a step with both. Knows nothing of
-//! congestion, of ranks that are late, of data and of checkpoints.
+//! `cluster.rs` gives the time of a stage's computation, `links.rs` the time of a collective;
+//! `rank.rs` simulates a step with both. Congestion, late ranks, data loading and checkpoints are
+//! not modelled.
 
 mod cluster;
 mod links;
@@ -16,7 +15,7 @@ use crate::parallel::{Recompute, ReduceDtype, Sharding, ShardingGroup};
 pub use cluster::{Cluster, KNOWN_NAME};
 use rank::Rank;
 
-/// What a micro-batch costs in one stage.
+/// The cost of one micro-batch in one stage.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StageWork {
     pub parameters: u64,
@@ -24,9 +23,9 @@ pub struct StageWork {
     pub product_flop: f64,
     /// Floating-point operations of the forward's attention.
     pub attention_flop: f64,
-    /// Bytes that the forward leaves for the backward.
+    /// Bytes that the forward keeps for the backward.
     pub kept_bytes: f64,
-    /// Operators of the forward that do something.
+    /// Number of operators of the forward that launch work.
     pub operators: f64,
 }
 
@@ -36,11 +35,11 @@ impl StageWork {
     }
 }
 
-/// A step of one rank, the same whatever the number of ranks.
+/// A rank's step; it is the same at any number of ranks.
 #[derive(Clone, Debug)]
 pub struct Workload {
     pub stages: Vec<StageWork>,
-    /// Of the computation.
+    /// Kind of the computation.
     pub kind: Kind,
     pub micro_batches: usize,
     pub sharding: Sharding,
@@ -50,19 +49,19 @@ pub struct Workload {
     pub num_threads: usize,
 }
 
-/// Where the time of a step goes. It is the sum of what is computed, the optimizer, and
-/// communication that nothing hides.
+/// The parts of a step's time. Its total is the sum of computation, optimizer and exposed
+/// communication.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Prediction {
     pub step_seconds: f64,
-    /// Forwards and backwards.
+    /// Seconds of forwards and backwards.
     pub compute_seconds: f64,
     pub optimizer_seconds: f64,
     pub spent: Spent,
 }
 
 impl Workload {
-    /// A step of each of `ranks` on the cluster.
+    /// Predicts a step of each of `ranks` on the cluster.
     pub fn predict(&self, cluster: &Cluster, ranks: usize) -> Prediction {
         Rank::new(self, cluster, ranks).step()
     }
@@ -76,8 +75,8 @@ mod tests {
         [Sharding::None, Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters];
     const GROUPS: [ShardingGroup; 2] = [ShardingGroup::World, ShardingGroup::Node];
 
-    /// Nodes of 8 workers that do 1 operation a second and everything else in no time, linked as
-    /// told.
+    /// Nodes of 8 workers that do 1 operation per second and everything else in no time, with the
+    /// given links.
     fn cluster(links: &str, hop: f64) -> Cluster {
         let rates = "peak = 1.0\nproducts = 1.0\nattention = 1.0";
         let protocol =
@@ -126,7 +125,7 @@ mod tests {
         );
     }
 
-    /// Bandwidth at which the gradient of a stage takes so long around a ring of 8.
+    /// Bandwidth at which a stage's gradient takes `seconds` around a ring of 8.
     fn all_reduced_in(seconds: f64) -> f64 {
         14.0 / 8.0 * 64.0 * 4.0 / seconds
     }
@@ -165,8 +164,8 @@ mod tests {
     {
         // Half of an all-reduce each.
         let links = gpus(all_reduced_in(10.0), 1.0);
-        // 8 gathers, of which the first of each direction is waited for; 4 gradients, of which the
-        // last one is.
+        // 8 gathers, of which the first in each direction is exposed; 4 gradients, of which the
+        // last is exposed.
         let parameters = workload(Sharding::Parameters).predict(&links, 8).spent;
         assert_near(parameters.communication_seconds, (8.0 + 4.0) * 5.0);
         assert_near(parameters.exposed_seconds, 2.0 * 5.0 + 5.0);
@@ -273,7 +272,8 @@ mod tests {
                 .spent
                 .communication_seconds
         };
-        // A shard of each gradient over 8 nodes by cards of 1 B/s; all else as on one node.
+        // A shard of each gradient crosses 8 nodes by cards of 1 B/s; everything else is as on one
+        // node.
         let across = 4.0 * 14.0 / 8.0 * (64.0 * 4.0 / 8.0);
         let within = workload(Sharding::Parameters).predict(&links, 8).spent.communication_seconds;
         assert_near(communication(ShardingGroup::Node), within + across);

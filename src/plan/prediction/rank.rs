@@ -1,8 +1,8 @@
-//! A step of one of equal ranks, on a clock instead of a device.
+//! Simulates a step of one of equal ranks.
 //!
-//! It is walked through as `tape.rs`, `ahead.rs`, `reducer.rs` and `replica.rs` walk through it.
-//! NCCL's operations travel one after the other on one stream beside the computation and begin once
-//! the computation before their call is done; over MPI nothing travels until somebody waits.
+//! The simulation follows the schedule of `tape.rs`, `ahead.rs`, `reducer.rs` and `replica.rs`.
+//! NCCL's operations run one after the other on one stream beside the computation, and start once
+//! the computation before their call is done; over MPI transfers run only while a rank waits.
 
 use std::collections::VecDeque;
 
@@ -14,28 +14,28 @@ use crate::collective::Spent;
 use crate::parallel::reducer::BUCKETS_UNDER_WAY;
 use crate::parallel::{Sharding, ShardingGroup};
 
-/// One of equal ranks, and how far its step has come.
+/// One of equal ranks, and the progress of its step.
 pub(super) struct Rank<'w> {
     work: &'w Workload,
     cluster: &'w Cluster,
     world: Group,
-    /// Ranks that hold the state together.
+    /// Ranks that share one copy of the state.
     shards: Group,
     /// Ranks that hold the same shard.
     replicas: Group,
     /// Workers of this rank's computation.
     workers: f64,
-    /// A core's share that this rank has for what it sends; 1 where something else sends.
+    /// Share of a core that this rank has for sending; 1 if another device sends.
     sender: f64,
     under_way: VecDeque<UnderWay>,
-    /// Seconds since the step began at which the computation so far is over, and the operations so
-    /// far.
+    /// Seconds from the start of the step to the end of the computation issued so far.
     compute_end: f64,
+    /// Seconds from the start of the step to the end of the collectives issued so far.
     links_end: f64,
     spent: Spent,
 }
 
-/// A bucket between ranks, as the reducer has it.
+/// A bucket in flight, as in the reducer.
 struct UnderWay {
     stage: usize,
     arrival: f64,
@@ -84,7 +84,7 @@ impl<'w> Rank<'w> {
         while !self.under_way.is_empty() {
             self.settle();
         }
-        // Statistics and norms go from host to host, each rank's to every other.
+        // Each rank's statistics and norms go from host to host, to every other rank.
         self.block((self.world.ranks - 1) as f64 * self.cluster.constants.message);
         let optimizer_seconds = self.optimizer_seconds();
         self.compute(optimizer_seconds);
@@ -98,8 +98,7 @@ impl<'w> Rank<'w> {
         }
     }
 
-    /// Every stage's leaves are gathered while the stage before it computes, where they are held in
-    /// shards.
+    /// Computes every stage while the parameters of the next one are gathered, if they are sharded.
     fn one_ahead(
         &mut self,
         mut order: impl Iterator<Item = usize>,
@@ -124,7 +123,7 @@ impl<'w> Rank<'w> {
         }
     }
 
-    /// As `Reducer::add`.
+    /// Simulates `Reducer::add`.
     fn reduce(&mut self, stage: usize, is_last: bool) {
         let sharding = self.work.sharding;
         while self.under_way.len() >= BUCKETS_UNDER_WAY && sharding != Sharding::None {
@@ -140,7 +139,7 @@ impl<'w> Rank<'w> {
         }
     }
 
-    /// As `Reducer::settle`.
+    /// Simulates `Reducer::settle`.
     fn settle(&mut self) {
         let Some(UnderWay { stage, arrival }) = self.under_way.pop_front() else { return };
         self.wait(arrival);
@@ -151,7 +150,7 @@ impl<'w> Rank<'w> {
         }
     }
 
-    /// As `Replica::publish`: all stages are sent before the first is waited for.
+    /// Simulates `Replica::publish`: all stages are sent before the first is awaited.
     fn publish(&mut self) {
         if self.is_cut() && self.work.sharding != Sharding::Parameters {
             let works: Vec<f64> =
@@ -185,8 +184,8 @@ impl<'w> Rank<'w> {
         self.cluster.forward_seconds(&self.work.stages[stage], self.work.kind) / self.workers
     }
 
-    /// Parameter, gradient and AdamW's two moments are read, all but the gradient written, and the
-    /// compute kind where it is another one.
+    /// Seconds of the optimizer: parameter, gradient and AdamW's two moments are read, all but the
+    /// gradient are written, and the copy in the compute kind is written if it differs.
     fn optimizer_seconds(&self) -> f64 {
         let copy =
             if self.work.kind == Kind::Float { 0 } else { self.work.kind.elt_size_in_bytes() };
@@ -205,7 +204,7 @@ impl<'w> Rank<'w> {
         self.compute_end += seconds;
     }
 
-    /// Starts an operation; returns when it will be over.
+    /// Starts an operation; returns the time at which it ends.
     fn send(&mut self, operation: Operation, bytes: f64, group: Group) -> f64 {
         match self.cluster.constants.links {
             Links::Nccl { within, across } => {
@@ -214,7 +213,7 @@ impl<'w> Rank<'w> {
                 self.links_end = self.links_end.max(self.compute_end) + seconds;
                 self.links_end
             }
-            // When it is waited for changes no sum.
+            // The order of the waits does not change the sum.
             Links::Memory { pass } => {
                 self.block(
                     memory_seconds(
@@ -236,7 +235,7 @@ impl<'w> Rank<'w> {
         self.compute_end += stall;
     }
 
-    /// Communication during which nothing computes.
+    /// Adds communication during which nothing computes.
     fn block(&mut self, seconds: f64) {
         self.spent =
             self.spent + Spent { communication_seconds: seconds, exposed_seconds: seconds };

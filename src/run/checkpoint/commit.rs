@@ -1,4 +1,4 @@
-//! What makes parts a checkpoint, and what becomes of old ones. Rank 0 does it.
+//! Commits a checkpoint's files, and deletes old checkpoints. Rank 0 does both.
 
 use std::fs;
 use std::io::{self, Write};
@@ -10,20 +10,21 @@ use crate::error::{Error, Result};
 use crate::files::disk::Disk;
 use crate::phase::Phase;
 
-/// Where the parts of a checkpoint are written: hidden from whoever looks for checkpoints.
+/// Returns the folder where a checkpoint is written; its name hides it from readers that look for
+/// checkpoints.
 pub fn staged(run: &Path, step: u64) -> PathBuf {
     run.join(format!(".{}.tmp", folder_name(step)))
 }
 
-/// Where a checkpoint waits to be deleted.
+/// Returns the path to which a checkpoint is renamed before its files are deleted.
 fn unwanted(run: &Path, step: u64) -> PathBuf {
     run.join(format!(".{}.old", folder_name(step)))
 }
 
-/// A fresh folder for the parts of `step`.
+/// Makes a fresh folder for the files of `step`.
 ///
 /// # Errors
-/// [`Error::Storage`]; also where the step has a checkpoint already.
+/// [`Error::Storage`]; also if the step already has a checkpoint.
 pub fn prepare(run: &Path, step: u64) -> Result<()> {
     let (target, staged) = (run.join(folder_name(step)), staged(run, step));
     if target.exists() {
@@ -36,10 +37,10 @@ pub fn prepare(run: &Path, step: u64) -> Result<()> {
     Disk::saving(step, Phase::Write).create_folder(&staged)
 }
 
-/// Makes the parts in the staged folder the run's checkpoint of `manifest.step`.
+/// Commits the staged folder as the run's checkpoint of `manifest.step`.
 ///
 /// # Errors
-/// [`Error::Storage`]; until the rename nobody sees anything of it.
+/// [`Error::Storage`]. No reader sees the checkpoint before the rename.
 pub fn commit(run: &Path, manifest: &Manifest, mut parts: Vec<SavedFile>) -> Result<()> {
     let (step, disk) = (manifest.step, Disk::saving(manifest.step, Phase::Commit));
     let (staged, target) = (staged(run, step), run.join(folder_name(step)));
@@ -53,9 +54,9 @@ pub fn commit(run: &Path, manifest: &Manifest, mut parts: Vec<SavedFile>) -> Res
     disk.sync_folder(run)
 }
 
-/// Deletes the checkpoints that the settings do not keep, oldest first, once that of `step` is
-/// safe. Each goes by one rename before its files do, so that whoever reads meanwhile finds a whole
-/// checkpoint or none.
+/// Deletes the checkpoints that the settings do not keep, oldest first, once the checkpoint of
+/// `step` is durable. Each folder is renamed before its files are deleted, so that a concurrent
+/// reader finds a whole checkpoint or none.
 ///
 /// # Errors
 /// [`Error::Storage`].
@@ -73,19 +74,21 @@ pub fn prune(run: &Path, step: u64, settings: &CheckpointSettings) -> Result<()>
     Ok(())
 }
 
-/// Removes what a save or a deletion left that did not come to its end. Only for a run folder that
-/// nobody else writes to.
+/// Removes the remains of interrupted saves and deletions. The caller must be the only writer of
+/// the run folder.
 ///
 /// # Errors
 /// [`Error::Storage`].
 pub fn clear_leftovers(run: &Path) -> Result<()> {
-    let left = |path: &Path| {
+    let leftover_step = |path: &Path| {
         let name = path.file_name()?.to_str()?;
         let name = name.strip_suffix(".tmp").or_else(|| name.strip_suffix(".old"))?;
         name.strip_prefix(".step-")?.parse::<u64>().ok()
     };
     let entries = fs::read_dir(run).map_err(Error::storage(run, "list"))?;
-    for path in entries.flatten().map(|entry| entry.path()).filter(|path| left(path).is_some()) {
+    for path in
+        entries.flatten().map(|entry| entry.path()).filter(|path| leftover_step(path).is_some())
+    {
         fs::remove_dir_all(&path).map_err(Error::storage(&path, "clear"))?;
     }
     Ok(())

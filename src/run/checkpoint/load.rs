@@ -1,4 +1,4 @@
-//! Reading a checkpoint: everything is checked and read before anything is changed.
+//! Loads checkpoints: everything is checked before anything is changed.
 
 use std::path::Path;
 
@@ -15,12 +15,12 @@ use crate::run::changes::{self, Values};
 use crate::run::optimizer_state::OptimizerState;
 use crate::run::pretrained;
 
-/// Loads a verified checkpoint into a model of the same parameters, however it and the checkpoint
-/// are shared. Names, shapes and kinds are compared before anything is changed; then a stage at a
-/// time is read, and each rank keeps what it holds.
+/// Loads a verified checkpoint into a model with the same parameters, whatever the sharding of
+/// either. Names, shapes and kinds are compared before anything is changed; then the stages are
+/// read one at a time, and each rank keeps its shards.
 ///
 /// # Errors
-/// [`Error::CheckpointMismatch`] if it belongs to another run or model, listing every key at fault.
+/// [`Error::CheckpointMismatch`] if it belongs to another run or model; lists every key at fault.
 pub fn load(
     folder: &Path,
     config: &RunConfig,
@@ -52,7 +52,7 @@ pub fn load(
     Ok(Manifest { parts: Vec::new(), sha256: String::new(), data, config, ..manifest })
 }
 
-/// Loads the parameters alone.
+/// Loads only the parameters.
 ///
 /// # Errors
 /// As [`load`].
@@ -60,7 +60,8 @@ pub fn load_parameters(folder: &Path, config: &RunConfig, replica: &mut Replica<
     set_parameters(&open_parameters(folder, config, &replica.stages)?, replica)
 }
 
-/// The configuration that a checkpoint records; nothing of version 2, which records none.
+/// Returns the configuration that a checkpoint records; empty for format version 2, which records
+/// none.
 ///
 /// # Errors
 /// [`Error::CheckpointMismatch`], [`Error::Storage`].
@@ -75,7 +76,8 @@ fn set_parameters(parts: &Shards, replica: &mut Replica<'_>) -> Result<()> {
     Ok(())
 }
 
-/// The opened parts that hold the parameters, f32 and all of the stages' and no others.
+/// Opens the files that hold the parameters, and checks that they contain the stages' parameters in
+/// f32 and nothing else.
 ///
 /// # Errors
 /// As [`load`].
@@ -85,7 +87,7 @@ pub fn open_parameters(
     stages: &[Box<dyn Stage>],
 ) -> Result<Shards> {
     let manifest = verify::manifest(folder)?;
-    // Version 2 has no record: there the run's own configuration has to be believed.
+    // Format version 2 has no record, so the configuration in the run folder is used.
     let other =
         manifest.config.as_ref().and_then(|record| changes::other_architecture(record, config));
     other.map_or(Ok(()), |what| Err(Error::checkpoint_mismatch(folder, what)))?;
@@ -94,7 +96,7 @@ pub fn open_parameters(
     Ok(parts)
 }
 
-/// The parts whose names begin with `kind`.
+/// Opens the files whose names begin with `kind`.
 fn open_parts(folder: &Path, manifest: &Manifest, kind: &str) -> Result<Shards> {
     let wanted =
         manifest.parts.iter().map(|part| part.file.clone()).filter(|file| file.starts_with(kind));
@@ -102,7 +104,7 @@ fn open_parts(folder: &Path, manifest: &Manifest, kind: &str) -> Result<Shards> 
         .map_err(|error| Error::checkpoint_mismatch(folder, error.to_string()))
 }
 
-/// Compares names, shapes and kinds with what the model and each optimizer tensor expect.
+/// Compares names, shapes and kinds with those that the model and each optimizer tensor expect.
 fn check_keys(
     folder: &Path,
     parts: &Shards,

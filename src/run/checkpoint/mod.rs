@@ -1,18 +1,18 @@
-//! Checkpoints: parts that every rank writes, a manifest that makes them one, and a rename that
-//! makes them real.
+//! Checkpoints: every rank writes files, a manifest lists them, and a rename commits them.
 //!
-//! Where ranks share the state, each stage is joined for the rank that writes it, so that the same
-//! bytes result.
+//! With sharded state, each stage is gathered on the rank that writes it, so that the files have
+//! the same bytes under any sharding.
 //!
-//! A checkpoint is valid if its manifest is as it was written and every part has the size and hash
-//! it says. Parts hold parameters by name, not ranks, so that any world size loads what any other
-//! saved, and equal state gives equal bytes: nothing in a checkpoint tells the time, the machine or
-//! the number of ranks.
+//! A checkpoint is valid if its manifest is unchanged and every file has the size and hash that the
+//! manifest records. Files hold parameters by name, not by rank, so that any world size loads the
+//! checkpoint of any other. Equal state gives equal bytes: a checkpoint contains no time, no host
+//! name and no number of ranks.
 //!
-//! Order of a save: state copied; parts written, hashed and synced in a hidden folder; all ranks
-//! agree; manifest, synced; folder, synced; renamed; parent, synced; only then it is said to be
-//! saved and older ones go. A crash or a power cut before the rename leaves the checkpoint before.
-//! All after the copy happens beside the steps.
+//! Order of a save: copy the state; write, hash and fsync the files in a hidden folder; agree among
+//! all ranks; write and fsync the manifest; fsync the folder; rename it; fsync its parent. Only
+//! then is the checkpoint reported as saved and older ones are deleted. A crash or a power cut
+//! before the rename leaves the previous checkpoint. Everything after the copy runs concurrently
+//! with the steps.
 
 mod commit;
 mod load;
@@ -44,16 +44,16 @@ use crate::run::guard::Guard;
 const MANIFEST: &str = "manifest.json";
 const FORMAT: &str = "fm-dist checkpoint";
 const VERSION: u64 = 3;
-/// Of checkpoints whose parameters can be read, but which lack what a resume needs.
+/// Format version whose parameters can be read, but which lacks what a resume needs.
 const VERSION_WITHOUT_RECORD: u64 = 2;
 
-/// What a checkpoint says of the run, besides tensors: all that a resume needs.
+/// The manifest: everything that a resume needs besides tensors.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
     format: String,
     version: u64,
-    /// Optimizer steps done.
+    /// Number of optimizer steps done.
     pub step: u64,
     pub samples_seen: u64,
     pub seed: u64,
@@ -62,14 +62,14 @@ pub struct Manifest {
     /// Learning rate of the newest step that was not skipped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lr: Option<f64>,
-    /// The configuration, see [`changes::recorded`]; none in version 2.
+    /// The recorded configuration, see [`changes::recorded`]; `None` in version 2.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     config: Option<Values>,
-    /// Of the dataset, see [`Dataset::fingerprint`](crate::data::Dataset::fingerprint).
+    /// Fingerprint of the dataset, see [`Dataset::fingerprint`](crate::data::Dataset::fingerprint).
     pub data: String,
     parts: Vec<SavedFile>,
-    /// Of this manifest's text with nothing in this place, so that a flipped bit in a number is
-    /// noticed.
+    /// Hash of this manifest's text with this field empty, so that a flipped bit in a number is
+    /// detected.
     sha256: String,
 }
 
@@ -82,7 +82,7 @@ pub struct SavedFile {
 }
 
 impl Manifest {
-    /// Of a run that has not begun.
+    /// Returns the manifest of a run before its first step.
     pub fn new(config: &RunConfig, global_batch_size: u64, data: String) -> Self {
         Manifest {
             format: FORMAT.into(),
@@ -100,7 +100,7 @@ impl Manifest {
         }
     }
 
-    /// As a file's text.
+    /// Returns the manifest's file text, with the hash filled in.
     fn sealed(mut self) -> String {
         self.sha256 = self.digest();
         self.text()
@@ -114,9 +114,9 @@ impl Manifest {
         serde_json::to_string_pretty(self).expect("a manifest is JSON") + "\n"
     }
 
-    /// Refuses to go on where the same step would see other samples or other draws, or the same
-    /// parameters would be another function. Other data may be wanted: with `allow_data_change`
-    /// they are something to say.
+    /// Refuses a resume where the same step would see other samples or other draws, or where the
+    /// same parameters would be another function. With `allow_data_change`, other data only produce
+    /// a warning.
     fn check_same_run(
         &self,
         path: &Path,
@@ -161,17 +161,17 @@ pub fn folder_name(step: u64) -> String {
     format!("step-{step:08}")
 }
 
-/// When a checkpoint was written, by the clock of the file system; none if it has no manifest.
+/// Returns the modification time of a checkpoint's manifest; `None` if it has none.
 pub fn written(folder: &Path) -> Option<SystemTime> {
     fs::metadata(folder.join(MANIFEST)).and_then(|found| found.modified()).ok()
 }
 
-/// Whether a folder claims to be a checkpoint.
+/// True if a folder contains a manifest.
 pub fn is_checkpoint(folder: &Path) -> bool {
     folder.join(MANIFEST).exists()
 }
 
-/// Committed checkpoints of a run by step, ascending; whether they verify is another question.
+/// Returns the committed checkpoints of a run by step, ascending, without verifying them.
 pub fn list(run: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let entries = fs::read_dir(run).map_err(Error::storage(run, "list"))?;
     let step_of =

@@ -1,9 +1,9 @@
-//! Saving beside the steps: they stop while the state is copied, and no longer.
+//! Saves concurrently with the steps, which stop only while the state is copied.
 //!
-//! Threads write; only the run's own thread speaks with other ranks. A save goes through two
-//! phases, each of which is over on all ranks before the next begins: every rank writes its parts;
-//! rank 0 commits them and deletes what is old. Whether its own part is over is all that a rank
-//! tells the others at each step.
+//! Background threads write; only the run's main thread communicates with other ranks. A save has
+//! two phases, and each must finish on all ranks before the next starts: first every rank writes
+//! its files, then rank 0 commits them and deletes old checkpoints. At each step a rank sends the
+//! others one number: `READY` once its own work of the present phase is finished, else 0.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use crate::libtorch;
 use crate::phase::Phase;
 use crate::pulse;
 
-/// What a rank has to say of a save in flight once its part of the present phase is over.
+/// The progress of a rank whose work of the present phase is finished; 0 before that.
 const READY: u8 = 1;
 
 /// Saves a run's checkpoints, one at a time.
@@ -30,7 +30,8 @@ pub struct Saver {
     run: PathBuf,
     settings: CheckpointSettings,
     in_flight: Option<Save>,
-    /// Why the newest save that was tried gave no checkpoint, where the run went on nevertheless.
+    /// Reason why the newest attempted save produced no checkpoint, if the run continued
+    /// regardless.
     missed: Option<Error>,
 }
 
@@ -38,14 +39,15 @@ struct Save {
     manifest: Manifest,
     phase: SavePhase,
     began: Instant,
-    /// While the steps stood still for the copy.
+    /// Time for which the steps stopped for the copy.
     copying: Duration,
 }
 
 enum SavePhase {
-    /// Every rank its parts.
+    /// Every rank writes its files.
     Writing(Beside<Vec<SavedFile>>),
-    /// Rank 0 all of them; what could not be deleted after it.
+    /// Rank 0 commits all files and deletes old checkpoints; its result is the error text of a
+    /// failed deletion.
     Committing(Beside<String>),
 }
 
@@ -54,11 +56,10 @@ impl Saver {
         Saver { run, settings, in_flight: None, missed: None }
     }
 
-    /// Copies the state and begins to write it, after an earlier save has come to its end.
-    ///
+    /// Copies the state and starts to write it, after waiting for an earlier save.
     /// # Errors
     /// [`Error::Storage`] on a rank that could not write, [`Error::Peer`] on the others, unless the
-    /// settings go on; the checkpoint before stays.
+    /// settings let training continue. The previous checkpoint stays.
     ///
     /// # Ordering
     /// Every rank calls it.
@@ -78,19 +79,19 @@ impl Saver {
         if self.settings.asynchronous { Ok(()) } else { self.wait(collective) }
     }
 
-    /// What this rank tells the others at each step.
+    /// Returns the progress byte that this rank sends to the others at each step.
     pub fn progress(&self) -> u8 {
         self.in_flight.as_ref().map_or(0, |save| if save.phase.is_over() { READY } else { 0 })
     }
 
-    /// Goes on with a save if every rank can, by what each told of its
-    /// [`progress`](Self::progress). Returns the checkpoint that was committed.
+    /// Advances a save to its next phase if all ranks are ready, given every rank's
+    /// [`progress`](Self::progress). Returns the path of a checkpoint that was committed.
     ///
     /// # Errors
     /// As [`begin`](Self::begin).
     ///
     /// # Ordering
-    /// Every rank calls it with the same states.
+    /// Every rank calls it with the same progress values.
     pub fn advance(
         &mut self,
         states: &[u8],
@@ -102,11 +103,11 @@ impl Saver {
         self.move_on(collective)
     }
 
-    /// Waits for a save in flight. A run ends by it.
+    /// Waits for a save in flight. Called at the end of a run.
     ///
     /// # Errors
-    /// As [`begin`](Self::begin), also where the settings go on: if the newest save that was tried
-    /// gave no checkpoint.
+    /// As [`begin`](Self::begin). Returns an error even if the settings let training continue: when
+    /// the newest attempted save produced no checkpoint.
     ///
     /// # Ordering
     /// Every rank calls it.
@@ -123,7 +124,8 @@ impl Saver {
         Ok(())
     }
 
-    /// Ends the present phase of the save in flight, waiting where it must, and begins the next.
+    /// Finishes the present phase of the save in flight, waiting if necessary, and starts the next
+    /// one.
     fn move_on(&mut self, collective: &dyn Collective) -> Result<Option<PathBuf>> {
         let Some(Save { manifest, phase, began, copying }) = self.in_flight.take() else {
             return Ok(None);
@@ -163,14 +165,15 @@ impl Saver {
         let texts = agree(parts, collective)?;
         let mut committing = Beside::Over(Ok(String::new()));
         let begin = || {
-            let of_rank = |text: &String| {
+            let files_of_rank = |text: &String| {
                 serde_json::from_str::<Vec<SavedFile>>(text).expect("ranks send what they wrote")
             };
-            let (parts, manifest) = (texts.iter().flat_map(of_rank).collect(), manifest.clone());
+            let (parts, manifest) =
+                (texts.iter().flat_map(files_of_rank).collect(), manifest.clone());
             let (run, settings) = (self.run.clone(), self.settings.clone());
             committing = Beside::begin("commit", move || {
                 commit(&run, &manifest, parts)?;
-                // The checkpoint stands whatever becomes of the old ones.
+                // The checkpoint stays valid even if deleting old ones fails.
                 Ok(prune(&run, manifest.step, &settings)
                     .err()
                     .map_or_else(String::new, |error| error.to_string()))
@@ -191,15 +194,16 @@ impl Saver {
         path
     }
 
-    /// Removes what was written of a save that failed, and goes on if the settings say so. Every
-    /// rank comes here or none.
+    /// Removes the files of a failed save, and continues if the settings allow it. Either every
+    /// rank calls it or none does.
     fn give_up(&mut self, step: u64, error: Error, collective: &dyn Collective) -> Result<()> {
         if error.exit_code() != STORAGE {
             return Err(error);
         }
         let goes_on = self.settings.on_failure == OnFailure::Continue;
         on_rank_zero(collective, || {
-            // Nobody mistakes it for a checkpoint, and the next start removes what stays.
+            // Readers do not take the folder for a checkpoint, and the next start removes the
+            // remains.
             let _ = fs::remove_dir_all(staged(&self.run, step));
             if goes_on {
                 tracing::warn!(
@@ -232,7 +236,7 @@ impl SavePhase {
     }
 }
 
-/// What a thread of its own does.
+/// Work on a thread of its own, or its result.
 enum Beside<T> {
     Running(JoinHandle<Result<T>>),
     Over(Result<T>),

@@ -1,8 +1,8 @@
-//! What a checkpoint holds, as it was at one moment: joined stage by stage, kept in host memory by
-//! the rank that writes it.
+//! The state of a checkpoint at one moment: gathered stage by stage and kept in host memory by the
+//! rank that writes it.
 //!
-//! Files hold consecutive stages; which ones depends on the model alone. Each goes to the rank that
-//! has least to keep so far.
+//! Files hold consecutive stages, and the division depends on the model alone. Each file goes to
+//! the rank that keeps the fewest bytes so far.
 
 use std::collections::BTreeMap;
 use std::ops::{Range, RangeInclusive};
@@ -21,15 +21,15 @@ use crate::parallel::Replica;
 use crate::pulse;
 use crate::run::optimizer_state::OptimizerState;
 
-/// A model is cut into about so many parts, so that the ranks of a node can write side by side.
+/// Approximate number of parts of a model, so that the ranks of a node can write concurrently.
 const NUM_PARTS: u64 = 8;
-/// The least and the most bytes of parameters that a part is cut for; a stage with more has a part
-/// for itself.
+/// The smallest and largest number of parameter bytes for which a part is cut; a larger stage gets
+/// a part of its own.
 const PART_BYTES: RangeInclusive<u64> = 32 << 20..=1 << 30;
-/// Everything is saved in f32.
+/// All tensors are saved in f32.
 const ELEMENT_BYTES: u64 = 4;
 
-/// What a checkpoint is made of.
+/// The state that a checkpoint is made of.
 pub struct Saved<'r> {
     pub manifest: &'r Manifest,
     pub replica: &'r Replica<'r>,
@@ -37,7 +37,7 @@ pub struct Saved<'r> {
     pub state: &'r OptimizerState,
 }
 
-/// What a file holds of its stages.
+/// The tensors of its stages that a file holds.
 #[derive(Clone, Copy)]
 enum Content {
     Optimizer,
@@ -55,20 +55,21 @@ impl Content {
     }
 }
 
-/// A file of a checkpoint before it is written.
+/// A file of a checkpoint, before it is written.
 pub struct FileCopy {
     name: String,
-    /// Names and shapes of its tensors.
+    /// Names and shapes of its tensors, in file order.
     planned: Vec<(String, Vec<i64>)>,
-    /// Flat pieces that are these tensors' bytes in order, f32 on the CPU, shared with nobody.
+    /// Flat tensors whose concatenated bytes are those of `planned`: f32, on the CPU, sharing no
+    /// storage.
     flats: Vec<Tensor>,
 }
 
 impl Saved<'_> {
-    /// The files that this rank writes.
+    /// Returns the files that this rank writes.
     ///
     /// # Ordering
-    /// Every rank calls it: each stage is joined for the rank that keeps it.
+    /// Every rank calls it: each stage is gathered on the rank that keeps it.
     pub fn copy(&self, collective: &dyn Collective) -> Result<Vec<FileCopy>> {
         let sizes: Vec<u64> =
             self.replica.stages.iter().map(|stage| stage.params().numel() as u64).collect();
@@ -98,7 +99,7 @@ impl Saved<'_> {
         Ok(copies)
     }
 
-    /// Names and shapes of a part's tensors: stage by stage, prefix by prefix.
+    /// Returns names and shapes of a part's tensors: stage by stage, prefix by prefix.
     fn planned(&self, range: &Range<usize>, prefixes: &[String]) -> Vec<(String, Vec<i64>)> {
         let named = |stage: usize, prefix: &String| {
             let infos = self.replica.stages[stage].params().infos();
@@ -114,8 +115,8 @@ impl Saved<'_> {
     }
 }
 
-/// Copies a stage's tensor `[P]`, in any case: what is joined may be the very storage that the
-/// optimizer updates.
+/// Copies a stage's tensor `[P]`. The copy is always needed: the gathered tensor may share the
+/// storage that the optimizer updates.
 fn keep(part: &mut Option<FileCopy>, flat: &Tensor) {
     if let Some(part) = part {
         let mut copy = Tensor::empty(flat.size(), (Kind::Float, Device::Cpu));
@@ -125,7 +126,7 @@ fn keep(part: &mut Option<FileCopy>, flat: &Tensor) {
 }
 
 impl FileCopy {
-    /// Writes the part and brings it to the disk; the memory goes as the file grows.
+    /// Writes and fsyncs the file, and frees each tensor once it is written.
     ///
     /// # Errors
     /// [`Error::Storage`](crate::error::Error::Storage).
@@ -154,7 +155,7 @@ impl FileCopy {
     }
 }
 
-/// Consecutive stages that share a part, by the stages' numbers of parameters.
+/// Divides consecutive stages into parts, given the stages' numbers of parameters.
 fn part_ranges(sizes: &[u64]) -> Vec<Range<usize>> {
     let total = ELEMENT_BYTES * sizes.iter().sum::<u64>();
     let limit = (total / NUM_PARTS).clamp(*PART_BYTES.start(), *PART_BYTES.end());
@@ -173,7 +174,8 @@ fn part_ranges(sizes: &[u64]) -> Vec<Range<usize>> {
     ranges
 }
 
-/// Who keeps and writes each part's files, one a [`Content`]; and how many bytes each rank keeps.
+/// Assigns each part's files, one for each [`Content`], to a rank. Returns the ranks by part, and
+/// the bytes that each rank keeps.
 fn writers(
     sizes: &[u64],
     ranges: &[Range<usize>],
@@ -187,7 +189,7 @@ fn writers(
         rank
     };
     let bytes = |range: &Range<usize>| ELEMENT_BYTES * sizes[range.clone()].iter().sum::<u64>();
-    // What is largest first, so that the rest can make up for it.
+    // The larger optimizer files are assigned first, so that the smaller ones balance the ranks.
     let optimizer: Vec<usize> =
         ranges.iter().map(|range| give(optimizer_tensors * bytes(range))).collect();
     let writers = optimizer
@@ -198,7 +200,8 @@ fn writers(
     (writers, kept)
 }
 
-/// Host memory that a save takes on the rank that keeps most, by the stages' numbers of parameters.
+/// Returns the host memory that a save takes on the rank that keeps most, given the stages' numbers
+/// of parameters.
 pub fn copied_bytes(sizes: &[u64], optimizer_tensors: u64, world_size: usize) -> u64 {
     writers(sizes, &part_ranges(sizes), optimizer_tensors, world_size)
         .1
@@ -211,12 +214,12 @@ pub fn copied_bytes(sizes: &[u64], optimizer_tensors: u64, world_size: usize) ->
 mod tests {
     use super::*;
 
-    /// Parameters of a part that is as large as any.
+    /// Number of parameters of the largest part.
     const LARGEST: u64 = (1 << 30) / ELEMENT_BYTES;
 
     #[test]
     fn parts_are_cut_by_size_and_a_giant_stands_alone() {
-        // Enough stages behind for parts to be as large as they may.
+        // Enough stages follow for parts to reach the maximum size.
         let sizes = [&[1, 2, LARGEST - 3, 1, LARGEST + 5, 1], &[LARGEST; 6][..]].concat();
         assert_eq!(part_ranges(&sizes)[..5], [0..3, 3..4, 4..5, 5..6, 6..7]);
     }

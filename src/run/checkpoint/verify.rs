@@ -1,4 +1,4 @@
-//! Whether a folder is a checkpoint, to the last bit.
+//! Verifies that a folder is an undamaged checkpoint.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read};
@@ -12,16 +12,16 @@ use crate::files::contents::{Format, HEAD_BYTES, no_json, recognized};
 use crate::files::sha256::HashingWriter;
 use crate::run::requests;
 
-/// Longest manifest that is read: room for ten thousand parts of a gigabyte each.
+/// Longest manifest that is read; enough for ten thousand files of a gigabyte each.
 const MAX_MANIFEST_BYTES: u64 = 4 << 20;
 
-/// Why a folder cannot be used as a checkpoint.
+/// Reason why a folder cannot be used as a checkpoint.
 #[derive(Debug)]
 pub enum Unfit {
-    /// It is not what was written; one before it may be.
+    /// It differs from what was written; an earlier checkpoint may be sound.
     Corrupt { file: String, what: String },
-    /// Nothing is wrong with it that another checkpoint would mend: another program's, or a disk
-    /// that cannot be read.
+    /// Another checkpoint would not help: the folder is of another program, or the disk cannot be
+    /// read.
     Other(Error),
 }
 
@@ -30,7 +30,7 @@ impl Unfit {
         Unfit::Corrupt { file: shortened(one_line(file)), what: shortened(one_line(&what.into())) }
     }
 
-    /// As what ends a program that needs this very checkpoint.
+    /// Returns the error for a caller that needs this very checkpoint.
     pub fn into_error(self, folder: &Path) -> Error {
         match self {
             Unfit::Corrupt { file, what } => Error::checkpoint_mismatch(folder.join(file), what),
@@ -39,17 +39,17 @@ impl Unfit {
     }
 }
 
-/// What every version of the format says of itself.
+/// The fields that manifests of every version have.
 #[derive(Deserialize)]
 struct Version {
     format: String,
     version: u64,
 }
 
-/// Reads the manifest and compares it and every part with the sizes and hashes it says.
+/// Reads the manifest and verifies its hash and the size and hash of every file.
 ///
 /// # Errors
-/// The first file at fault; [`Error::Stopped`] if a signal came meanwhile.
+/// The first file at fault; [`Error::Stopped`] if a signal arrived meanwhile.
 pub fn verify(folder: &Path) -> Result<Manifest, Unfit> {
     let manifest = read(folder)?;
     for part in &manifest.parts {
@@ -58,7 +58,7 @@ pub fn verify(folder: &Path) -> Result<Manifest, Unfit> {
     Ok(manifest)
 }
 
-/// The manifest alone.
+/// Reads only the manifest.
 ///
 /// # Errors
 /// [`Error::CheckpointMismatch`], [`Error::Storage`].
@@ -101,7 +101,7 @@ fn verify_part(folder: &Path, part: &SavedFile) -> Result<(), Unfit> {
     }
     let bytes = found.len();
     if bytes != part.bytes {
-        let instead = called_what_it_is(&path).map(|what| format!(": {what}")).unwrap_or_default();
+        let instead = foreign_format(&path).map(|what| format!(": {what}")).unwrap_or_default();
         return Err(broken(format!("has {bytes} of {} bytes{instead}", part.bytes)));
     }
     let mut hashing = HashingWriter::new(io::sink());
@@ -113,14 +113,14 @@ fn verify_part(folder: &Path, part: &SavedFile) -> Result<(), Unfit> {
     if sha256 == part.sha256 { Ok(()) } else { Err(broken("sha256 differs".into())) }
 }
 
-/// The name of what stands in place of a safetensors file, as a Git LFS pointer does.
-fn called_what_it_is(path: &Path) -> Option<String> {
+/// Names the kind of file found in place of a safetensors file, such as a Git LFS pointer.
+fn foreign_format(path: &Path) -> Option<String> {
     let mut head = Vec::new();
     File::open(path).and_then(|file| file.take(HEAD_BYTES as u64).read_to_end(&mut head)).ok()?;
     recognized(&head, Format::SafeTensors)
 }
 
-/// Reads as long as nobody asks this process to stop.
+/// A reader that fails once a signal asks this process to stop.
 struct Listening<R>(R);
 
 impl<R: Read> Read for Listening<R> {
@@ -130,7 +130,8 @@ impl<R: Read> Read for Listening<R> {
     }
 }
 
-/// A regular file of at most so many bytes: to open a FIFO blocks, and a device may have no end.
+/// Reads a regular file of at most `max_bytes`: opening a FIFO would block, and a device may have
+/// no end.
 pub fn read_whole(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
     let refused = |what: String| Err(io::Error::new(ErrorKind::InvalidData, what));
     if !fs::metadata(path)?.is_file() {
@@ -145,7 +146,8 @@ pub fn read_whole(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
     }
 }
 
-/// What is missing or lies on a bad sector is lost; what may not be read now may be read later.
+/// Classifies a read error: a missing file or a bad sector is corruption, a permission error is
+/// not.
 fn unreadable(path: &Path, file: &str, error: io::Error) -> Unfit {
     let lost = matches!(error.kind(), ErrorKind::NotFound | ErrorKind::InvalidData)
         || error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error());

@@ -1,4 +1,4 @@
-//! The questions that a file of conditions answers: rows, shape, kind of data, task.
+//! Reads rows, shape, type of data and task from a file of conditions.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,12 +11,12 @@ use crate::error::{Error, Result};
 use crate::files::safetensors::SafeTensors;
 use crate::flow::TaskType;
 
-/// Shape of one sample of the first resolution group.
+/// Returns the shape of one sample of the first resolution group.
 pub(super) fn first_shape(dataset: &Dataset) -> &[i64] {
     dataset.latent_shape(&dataset.groups()[0].name).expect("a group of the dataset has latents")
 }
 
-/// The number of rows that every tensor has.
+/// Returns the number of rows, which all tensors must share.
 pub(super) fn same_rows(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<i64> {
     let mut known: Option<(&str, i64)> = None;
     for (key, tensor) in tensors {
@@ -40,12 +40,12 @@ pub(super) fn same_rows(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Resu
     })
 }
 
-/// The shape of one sample `[C, (F,) H, W]`: that of the noise, else the one `told` on the command
-/// line, else the dataset's.
+/// Returns the shape of one sample `[C, (F,) H, W]`: that of the noise, else `requested` from the
+/// command line, else the dataset's.
 pub(super) fn shape_of(
     path: &Path,
     noise: Option<&Tensor>,
-    told: Option<&[i64]>,
+    requested: Option<&[i64]>,
     dataset: &str,
 ) -> Result<Vec<i64>> {
     let Some(noise) = noise else {
@@ -56,9 +56,9 @@ pub(super) fn shape_of(
             );
             Error::config("--shape", what)
         };
-        return told.map_or_else(
+        return requested.map_or_else(
             || Ok(first_shape(&Dataset::named(dataset).map_err(unknown)?).to_vec()),
-            |told| Ok(told.to_vec()),
+            |requested| Ok(requested.to_vec()),
         );
     };
     let found = noise.size()[1..].to_vec();
@@ -71,16 +71,19 @@ pub(super) fn shape_of(
             ),
         ));
     }
-    match told {
-        Some(told) if told != found => Err(Error::config(
+    match requested {
+        Some(requested) if requested != found => Err(Error::config(
             "--shape",
-            format!("is {told:?}, but `{NOISE}` in {} has samples of {found:?}", path.display()),
+            format!(
+                "is {requested:?}, but `{NOISE}` in {} has samples of {found:?}",
+                path.display()
+            ),
         )),
         _ => Ok(found),
     }
 }
 
-/// The kind of data, which follows from the shape; metadata may repeat it.
+/// Returns the type of data, which follows from the shape; metadata may repeat it.
 pub(super) fn data_type_of(file: &SafeTensors, shape: &[i64]) -> Result<DataType> {
     let follows = if shape.len() == 3 { DataType::Image } else { DataType::Video };
     match file.metadata().get("data_type") {
@@ -95,7 +98,7 @@ pub(super) fn data_type_of(file: &SafeTensors, shape: &[i64]) -> Result<DataType
     }
 }
 
-/// The task in the metadata; text-to-video without it.
+/// Returns the task in the metadata; text-to-video without it.
 pub(super) fn task_type_of(file: &SafeTensors) -> Result<TaskType> {
     let word =
         file.metadata().get("task_type").map_or(TaskType::TextToVideo.word(), String::as_str);

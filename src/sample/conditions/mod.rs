@@ -1,4 +1,4 @@
-//! What samples are generated from: the dataset's named conditions, or a file of conditions.
+//! Conditions for generating samples: the dataset's named conditions, or a file of conditions.
 
 mod file;
 
@@ -14,34 +14,35 @@ use crate::flow::{DataShapes, FlowMatchingSettings, ModelAdapter, Shapes, TaskTy
 use crate::model::{Architecture, SampleShapes};
 use file::{data_type_of, first_shape, same_rows, shape_of, task_type_of};
 
-/// Prefix of the keys that hold what classifier-free guidance leads away from.
+/// Prefix of the keys of negative conditions, from which classifier-free guidance leads away.
 const NEGATIVE: &str = "negative.";
 /// Key of the noise to start from.
 const NOISE: &str = "noise";
-/// Key of the clean frames that a video is to begin with.
+/// Key of the clean frames with which a video starts.
 const CONDITION_LATENTS: &str = "condition_latents";
 
-/// Where generation starts: conditions, one row a prompt, and noise or the shape of what is drawn.
+/// The start of generation: conditions, one row for each prompt, and the noise or the shape to draw
+/// it in.
 pub struct Origin {
-    /// Named in messages.
+    /// Path that messages name.
     path: PathBuf,
-    /// One a row.
+    /// One name for each row.
     pub names: Vec<String>,
-    /// `[N, …]`, by the adapter's keys.
+    /// Conditions `[N, …]`, by the adapter's keys.
     tensors: BTreeMap<String, Tensor>,
-    /// The same for the unconditional pass; empty where conditions are dropped as in training.
+    /// Conditions of the unconditional pass; empty if conditions are dropped as in training.
     negative: BTreeMap<String, Tensor>,
     /// `[N, C, (F,) H, W]` f32.
     noise: Option<Tensor>,
-    /// One sample's, `[C, (F,) H, W]`.
+    /// Shape of one sample, `[C, (F,) H, W]`.
     pub shape: Vec<i64>,
     data_type: DataType,
     pub task_type: TaskType,
 }
 
 impl Origin {
-    /// The dataset's conditions, in the given shape or that of its first resolution group.
-    pub fn of_dataset(dataset: &Dataset, conditions: Conditions, shape: Option<&[i64]>) -> Self {
+    /// Takes the dataset's conditions, in the given shape or that of its first resolution group.
+    pub fn from_dataset(dataset: &Dataset, conditions: Conditions, shape: Option<&[i64]>) -> Self {
         Origin {
             path: dataset.path().into(),
             names: conditions.names,
@@ -54,14 +55,14 @@ impl Origin {
         }
     }
 
-    /// A safetensors file of conditions `[N, …]`, their `negative.` counterparts and perhaps the
-    /// `noise` to start from; where the file has none, the shape is the given one or that of the
-    /// dataset, which need not exist otherwise.
+    /// Reads a safetensors file of conditions `[N, …]`, optionally with their `negative.`
+    /// counterparts and the initial `noise`. Without noise, the shape is the given one or else that
+    /// of the dataset, which need not exist otherwise.
     ///
     /// # Errors
-    /// [`Error::Data`] naming the file, the key and what was expected; [`Error::Config`] if nothing
-    /// says the shape.
-    pub fn of_file(path: &Path, shape: Option<&[i64]>, dataset: &str) -> Result<Self> {
+    /// [`Error::Data`] naming the file, the key and what was expected; [`Error::Config`] if the
+    /// shape is unknown.
+    pub fn from_file(path: &Path, shape: Option<&[i64]>, dataset: &str) -> Result<Self> {
         let file = SafeTensors::open(path)?;
         let mut tensors = BTreeMap::new();
         for info in file.tensors() {
@@ -148,13 +149,13 @@ impl Origin {
         self.noise.is_some()
     }
 
-    /// The conditions of these rows.
+    /// Returns the conditions of these rows.
     pub fn batch(&self, rows: &[i64]) -> Batch {
         self.batch_of(&self.tensors, rows)
     }
 
-    /// What the same rows are guided away from: the negative conditions, or zeros under
-    /// `condition_keys` as training drops them.
+    /// Returns the unconditional inputs of the same rows: the negative conditions, or zeros under
+    /// `condition_keys`, as training drops conditions.
     pub fn unconditional(&self, rows: &[i64], condition_keys: &[&str]) -> Batch {
         let chosen = |(key, tensor): (&String, &Tensor)| {
             let dropped = || {
@@ -185,13 +186,13 @@ impl Origin {
         Batch { tensors, data_type: self.data_type, sample_ids: Vec::new(), bad_samples: 0 }
     }
 
-    /// `[rows, C, (F,) H, W]` f32, if the noise is given.
+    /// Returns the given noise of these rows, `[rows, C, (F,) H, W]` f32, if any.
     pub fn noise(&self, rows: &[i64]) -> Option<Tensor> {
         self.noise.as_ref().map(|noise| noise.index_select(0, &Tensor::from_slice(rows)))
     }
 
-    /// The clean frames that these rows begin with, zeros after them: `[rows, C, F, H, W]`, for
-    /// image-to-video.
+    /// Returns for image-to-video the clean frames with which these rows start, with zeros after
+    /// them: `[rows, C, F, H, W]`.
     pub fn clean_latents(&self, rows: &[i64]) -> Option<Tensor> {
         let frames = self
             .tensors
@@ -205,7 +206,7 @@ impl Origin {
         )
     }
 
-    /// Which of `rows` samples are image-to-video, `[rows]` boolean: all or none.
+    /// Marks the samples that are image-to-video, `[rows]` boolean: all or none.
     pub fn image_to_video(&self, rows: i64) -> Tensor {
         Tensor::full(
             [rows],
@@ -214,7 +215,7 @@ impl Origin {
         )
     }
 
-    /// One label a row: the conditions' `labels`, or the number of the row.
+    /// Returns one label for each row: the conditions' `labels`, or the row's number.
     pub fn labels(&self, rows: &[i64]) -> Tensor {
         let rows = Tensor::from_slice(rows);
         self.tensors
@@ -223,7 +224,7 @@ impl Origin {
             .to_kind(Kind::Int64)
     }
 
-    /// An adapter's or a model's complaint about a batch, with the file that the batch came from.
+    /// Adds the path of the conditions to an error of an adapter or a model about a batch.
     pub fn named(&self, error: Error) -> Error {
         match error {
             Error::Data { what, .. } => Error::data(&self.path, what),
@@ -234,7 +235,7 @@ impl Origin {
         }
     }
 
-    /// Image-to-video needs the frames that it begins with.
+    /// Refuses image-to-video without its first frames.
     fn check_frames(&self) -> Result<()> {
         if self.task_type != TaskType::ImageToVideo {
             return Ok(());
@@ -275,7 +276,7 @@ impl Origin {
     }
 }
 
-/// Settings under which nothing is dropped or masked: what only training does.
+/// Returns settings without dropout and masks, which only training uses.
 fn without_training() -> FlowMatchingSettings {
     FlowMatchingSettings {
         apply_loss_mask: false,
@@ -302,10 +303,10 @@ mod tests {
             metadata.iter().map(|(key, word)| (key.to_string(), word.to_string())).collect();
         write(&mut File::create(&path).expect("a new file"), tensors, &metadata)
             .expect("a sound file");
-        Origin::of_file(&path, None, "/no/such/dataset")
+        Origin::from_file(&path, None, "/no/such/dataset")
     }
 
-    /// Rows that hold nothing but their own number, counted from `first`.
+    /// Returns rows that are each filled with their own number, counted from `first`.
     fn numbered(first: i64, shape: &[i64]) -> Tensor {
         let mut column = vec![1; shape.len()];
         column[0] = -1;

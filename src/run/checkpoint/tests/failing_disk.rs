@@ -2,8 +2,8 @@
 
 use super::*;
 
-/// What a power cut leaves after these calls: nothing of a file that was not synced, no entry of a
-/// folder that was not.
+/// Leaves only what a power cut after these calls would leave: it removes files that were not
+/// synced and entries of folders that were not synced.
 fn cut_power(run: &Path, calls: &[(FileOperation, PathBuf)]) {
     let done = |operation: FileOperation, path: &Path| {
         calls.iter().any(|(made, at)| (*made, at.as_path()) == (operation, path))

@@ -1,4 +1,4 @@
-//! What a checkpoint promises, whatever breaks while it is written, read or deleted.
+//! Checkpoints stay sound whatever fails while they are written, read or deleted.
 
 mod failing_disk;
 
@@ -59,8 +59,7 @@ fn empty_of<'c>(
     (replica, state)
 }
 
-/// What a stage's parameters (0) and optimizer tensors (1, 2) are after seven steps that nobody
-/// took.
+/// Values of a stage's parameters (0) and optimizer tensors (1, 2) in an invented state.
 fn number(stage: usize, tensor: u64, numel: i64) -> Tensor {
     let key = Key::new(5, Purpose::Test).step(tensor).scope(stage as u64);
     key.seeded(|| Tensor::randn([numel], (Kind::Float, Device::Cpu)))
@@ -143,7 +142,7 @@ fn d12_a_checkpoint_of_any_sharding_and_world_size_loads_into_any_other() {
 
 #[test]
 fn a_model_of_several_parts_comes_back_whole() {
-    // A block is 19 MB in f32: two are more than a part takes.
+    // A block is 19 MB in f32: two exceed the maximum of a part.
     let large = Dit { width: 512, depth: 3, num_heads: 8, ..Dit::default() };
     let root = tempfile::tempdir().expect("a folder");
     let output = root.path().join("run").display().to_string();
@@ -162,7 +161,7 @@ fn a_model_of_several_parts_comes_back_whole() {
     Threads::run(3, |world| check_on(&large, world, Sharding::Parameters, &folder));
 }
 
-/// A state of `step`, which decides all its numbers, on one rank.
+/// Calls `act` with a one-rank state whose numbers all follow from `step`.
 fn with_state<T>(step: u64, act: impl FnOnce(&Saved<'_>) -> T) -> T {
     let (mut replica, mut state) = empty(&Solo, Sharding::None);
     fill(&mut replica, &mut state, step);
@@ -180,7 +179,7 @@ fn fill(replica: &mut Replica<'_>, state: &mut OptimizerState, step: u64) {
     }
 }
 
-/// A whole save, in the order of [`Saver`], on this thread.
+/// Runs a whole save on this thread, in the order of [`Saver`].
 fn save_here(run: &Path, step: u64) -> Result<()> {
     let copies = with_state(step, |saved| saved.copy(&Solo)).expect("alone");
     commit::prepare(run, step)?;
@@ -215,7 +214,7 @@ fn d15_whoever_reads_while_checkpoints_come_and_go_finds_whole_ones() {
         }
     });
     let settings = CheckpointSettings { keep_last: 1, ..CheckpointSettings::default() };
-    // On a busy machine the reader may come late.
+    // On a busy machine the reader may start late.
     for step in (2..).take_while(|step| {
         *step < 40 || (read.load(Ordering::Relaxed) < 10 && !reader.is_finished())
     }) {
@@ -244,7 +243,7 @@ fn a_copy_shares_nothing_with_what_goes_on_training() {
                 state: &state,
             }
             .copy(world);
-            // Training goes on before anything is written.
+            // Training changes the state before anything is written.
             fill(&mut replica, &mut state, 6);
             let rank = world.rank().to_string();
             fs::create_dir(run.join(&rank)).expect("a folder");
@@ -264,14 +263,14 @@ fn a_copy_shares_nothing_with_what_goes_on_training() {
     }
 }
 
-/// What two ranks get of each of two saves and of the end, where the second rank cannot write the
-/// first one.
+/// Returns each of two ranks' results of two saves and of the end, where the second rank cannot
+/// write the first save.
 fn with_a_rank_that_cannot_write(on_failure: OnFailure) -> (Vec<u64>, Vec<[String; 3]>) {
     let root = tempfile::tempdir().expect("a folder");
     let run = root.path().join("run");
     fs::create_dir(&run).expect("a folder");
     let outcomes = Threads::run(2, |world| {
-        // Another path to the same folder, which leads nowhere at first.
+        // Another path to the same folder, which does not exist at first.
         let elsewhere = run.with_file_name("elsewhere");
         let own = if world.rank() == 1 { &elsewhere } else { &run };
         let settings =

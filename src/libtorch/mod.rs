@@ -1,5 +1,5 @@
-//! The libtorch that this process has loaded: its version, its instructions, and the switches and
-//! exceptions that the bindings leave out.
+//! The libtorch that this process has loaded: its version, its instruction set, and the switches
+//! and exceptions that the bindings leave out.
 
 use std::ffi::{CStr, c_char, c_void};
 use std::fs;
@@ -12,10 +12,10 @@ mod ffi {
     unsafe extern "C-unwind" {
         pub fn fm_dist_guarded(
             body: unsafe extern "C-unwind" fn(*mut c_void),
-            told: unsafe extern "C-unwind" fn(*mut c_void, *const c_char),
+            on_exception: unsafe extern "C-unwind" fn(*mut c_void, *const c_char),
             data: *mut c_void,
         );
-        pub fn fm_dist_on_terminate(told: unsafe extern "C-unwind" fn(*const c_char));
+        pub fn fm_dist_on_terminate(on_exception: unsafe extern "C-unwind" fn(*const c_char));
     }
 
     unsafe extern "C" {
@@ -33,23 +33,23 @@ pub fn library() -> Option<PathBuf> {
         .map(Path::to_path_buf)
 }
 
-/// `torch/<name>` for the library in `torch/lib/`.
-pub fn beside(library: &Path, name: &str) -> Option<PathBuf> {
+/// Path `torch/<name>` for the library in `torch/lib/`.
+pub fn torch_file(library: &Path, name: &str) -> Option<PathBuf> {
     Some(library.parent()?.parent()?.join(name))
 }
 
-/// Version of a library, as its wheel says it.
+/// Version of a library, read from its wheel.
 pub fn version(library: &Path) -> Option<String> {
-    let text = fs::read_to_string(beside(library, "version.py")?).ok()?;
-    version_of(&text).map(str::to_owned)
+    let text = fs::read_to_string(torch_file(library, "version.py")?).ok()?;
+    parse_version(&text).map(str::to_owned)
 }
 
-/// The version in the text of PyTorch's `version.py`.
-fn version_of(text: &str) -> Option<&str> {
+/// Finds the version in the text of PyTorch's `version.py`.
+fn parse_version(text: &str) -> Option<&str> {
     text.lines().find_map(|line| line.strip_prefix("__version__ = '")?.strip_suffix('\''))
 }
 
-/// The best of the instruction sets for which libtorch has kernels.
+/// The best instruction set of this CPU for which libtorch has kernels.
 #[cfg(target_arch = "x86_64")]
 pub fn cpu_capability() -> &'static str {
     use std::arch::is_x86_feature_detected as detected;
@@ -72,31 +72,31 @@ pub fn cpu_capability() -> &'static str {
     std::env::consts::ARCH
 }
 
-/// Allows or forbids cuDNN's kernels of attention in this process, from the next attention on.
+/// Allows or forbids cuDNN's attention kernels in this process, from the next call of attention on.
 pub fn allow_cudnn_attention(allowed: bool) {
     ffi::fm_dist_allow_cudnn_attention(allowed);
 }
 
-/// True where libtorch may choose cuDNN's kernels of attention, as it may by default.
+/// True if libtorch may choose cuDNN's attention kernels, which is its default.
 pub fn allows_cudnn_attention() -> bool {
     ffi::fm_dist_cudnn_attention_is_allowed()
 }
 
-/// Largest block that is kept. Blocks above it, whole stages' gradients, rarely fit where another
-/// has been: keeping them as well once took 300 MB of 1.6 GB more.
+/// Largest freed block that is kept. Larger ones, the gradients of whole stages, rarely fit a later
+/// request: keeping them as well once took 300 MB on top of 1.6 GB.
 #[cfg(target_env = "gnu")]
 const KEPT_BYTES: libc::c_int = 64 << 20;
 
-/// Lets freed memory wait for the next tensor of its size: by default large ones go back to the
-/// system and come again as pages to be cleared, which took 3 % of a step of 71 million parameters
-/// in bfloat16. A process then keeps its peak.
+/// Keeps freed memory for the next tensor of its size. By default large blocks are returned to the
+/// system and come back as pages that must be cleared, which took 3 % of a step of 71 million
+/// parameters in bfloat16. With this, a process keeps its peak memory.
 #[cfg(target_env = "gnu")]
 #[allow(unsafe_code)]
 pub fn keep_freed_memory() {
     for (parameter, bytes) in
         [(libc::M_MMAP_THRESHOLD, KEPT_BYTES), (libc::M_TRIM_THRESHOLD, libc::c_int::MAX)]
     {
-        // SAFETY: malloc's own setting, which takes its own lock.
+        // SAFETY: a setting of malloc, which takes its own lock.
         unsafe { libc::mallopt(parameter, bytes) };
     }
 }
@@ -104,10 +104,10 @@ pub fn keep_freed_memory() {
 #[cfg(not(target_env = "gnu"))]
 pub fn keep_freed_memory() {}
 
-/// Lets all threads take memory from one place; to be called before there is another thread.
-/// Batches are read on one thread and freed on another: in a place of the reader's own what is
-/// freed goes back to the system even where it is to be kept, and a batch of 17 MB took twice as
-/// long to read in most runs.
+/// Makes all threads allocate from one malloc arena; must be called while there is only one thread.
+/// Batches are read on one thread and freed on another. With an arena of the reader's own, freed
+/// memory goes back to the system even if it is to be kept, and a batch of 17 MB took twice as long
+/// to read in most runs.
 #[cfg(target_env = "gnu")]
 #[allow(unsafe_code)]
 pub fn share_memory_among_threads() {
@@ -118,29 +118,30 @@ pub fn share_memory_among_threads() {
 #[cfg(not(target_env = "gnu"))]
 pub fn share_memory_among_threads() {}
 
-/// A body that is called once, and what came of it.
+/// A closure that is called once, and its result or exception.
 struct Guarded<F, T> {
     body: Option<F>,
     outcome: Option<T>,
     exception: String,
 }
 
-/// Calls `body` and returns its result. Few of libtorch's functions reach us without a wrapper that
-/// turns C++ exceptions into errors, and throw only where the system fails them, e.g. the seeding
-/// of its generator that opens `/dev/urandom`; Rust itself would abort.
+/// Calls `body` and returns its result, turning C++ exceptions into panics: Rust itself would
+/// abort. Few libtorch functions are called without a wrapper that turns exceptions into errors.
+/// They throw only on a failure of the system, e.g. when seeding the generator opens
+/// `/dev/urandom`.
 ///
 /// # Panics
-/// With the exception's text, if one comes out of `body`. What it held by then may be lost.
+/// With the exception's text, if `body` throws one. Values that `body` held by then may leak.
 #[allow(unsafe_code)]
 pub fn guarded<T>(body: impl FnOnce() -> T) -> T {
     unsafe extern "C-unwind" fn run<F: FnOnce() -> T, T>(data: *mut c_void) {
-        // SAFETY: the pointer below, which nobody else uses meanwhile.
+        // SAFETY: the pointer passed below, which no other code uses meanwhile.
         let guarded = unsafe { &mut *data.cast::<Guarded<F, T>>() };
         let body = guarded.body.take().expect("it is called once");
         guarded.outcome = Some(body());
     }
-    unsafe extern "C-unwind" fn told<F, T>(data: *mut c_void, text: *const c_char) {
-        // SAFETY: as above; an exception's text ends with a zero.
+    unsafe extern "C-unwind" fn on_exception<F, T>(data: *mut c_void, text: *const c_char) {
+        // SAFETY: as above; an exception's text is zero-terminated.
         unsafe {
             (*data.cast::<Guarded<F, T>>()).exception =
                 CStr::from_ptr(text).to_string_lossy().into_owned()
@@ -148,23 +149,25 @@ pub fn guarded<T>(body: impl FnOnce() -> T) -> T {
     }
     fn call<F: FnOnce() -> T, T>(guarded: &mut Guarded<F, T>) {
         // SAFETY: both functions are made for this type, and are called before this returns.
-        unsafe { ffi::fm_dist_guarded(run::<F, T>, told::<F, T>, (&raw mut *guarded).cast()) }
+        unsafe {
+            ffi::fm_dist_guarded(run::<F, T>, on_exception::<F, T>, (&raw mut *guarded).cast())
+        }
     }
     let mut guarded = Guarded { body: Some(body), outcome: None, exception: String::new() };
     call(&mut guarded);
     guarded.outcome.unwrap_or_else(|| panic!("{}", guarded.exception))
 }
 
-/// A C++ exception that nobody catches, e.g. on a thread of libtorch's own, becomes a panic: its
-/// hook says why the process ends.
+/// Turns an uncaught C++ exception, e.g. on a thread of libtorch's own, into a panic, whose hook
+/// prints the reason and ends the process.
 #[allow(unsafe_code)]
 pub fn panic_on_terminate() {
-    unsafe extern "C-unwind" fn told(text: *const c_char) {
-        // SAFETY: an exception's text ends with a zero.
+    unsafe extern "C-unwind" fn on_exception(text: *const c_char) {
+        // SAFETY: an exception's text is zero-terminated.
         panic!("{}", unsafe { CStr::from_ptr(text) }.to_string_lossy());
     }
     // SAFETY: the function lives as long as the process.
-    unsafe { ffi::fm_dist_on_terminate(told) }
+    unsafe { ffi::fm_dist_on_terminate(on_exception) }
 }
 
 #[cfg(test)]
@@ -174,12 +177,12 @@ mod tests {
     #[test]
     fn the_version_of_pytorch_is_read_from_its_file() {
         assert_eq!(
-            version_of(
+            parse_version(
                 "from typing import Optional\n__version__ = '2.13.0+cu130'\ndebug = False\n"
             ),
             Some("2.13.0+cu130")
         );
-        assert_eq!(version_of("__version__ = 2"), None);
+        assert_eq!(parse_version("__version__ = 2"), None);
     }
 
     #[test]
@@ -197,7 +200,7 @@ mod tests {
             fn throw(text: *const c_char) -> !;
         }
         assert_eq!(guarded(|| 7), 7);
-        // SAFETY: the text ends with a zero, and the exception is caught in C++.
+        // SAFETY: the text is zero-terminated, and the exception is caught in C++.
         let panic =
             std::panic::catch_unwind(|| guarded(|| unsafe { throw(c"no file is left".as_ptr()) }))
                 .expect_err("it throws");
