@@ -100,7 +100,7 @@ go_on() {
 }
 
 # One line each: phase, steps at which it is entered, ranks. A launch has no watchdog before its world has met, and only a step with
-# a number that is none is diagnosed; those are tests/faults.rs's.
+# a number that is none is diagnosed; those are tests/faults's.
 phases() {
     cat <<'PHASES'
 bootstrap 0 0123

@@ -1,4 +1,4 @@
-//! Injected faults: on one rank or on all, at one moment, in one way. `tests/faults.rs` tests how a
+//! Injected faults: on one rank or on all, at one moment, in one way. `tests/faults/` tests how a
 //! run handles each of them.
 //!
 //! A fault is configured by `[debug] inject_fault`. When it strikes it is announced on standard
