@@ -9,7 +9,7 @@
 //! | `program::` starts the program | 42 | | 28 |
 //! | `threads::` trains; ranks are threads | 54 | | 38 |
 //! | `mpi::` ranks are processes | 45 | | 200 |
-//! | `faults::` runs break on order | 82 | root, or user namespaces | 280 |
+//! | `faults::` runs break on order | 82 | root, or user namespaces | 330 |
 //! | `oracle::` beside PyTorch and diffusers | 33 | `launch/setup.sh --oracle` | 115 |
 //! | `cuda::` ignored without `launch/test-gpu.sh` | 6 | a GPU | |
 //!
