@@ -2,6 +2,7 @@
 //! operations that fell back.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tch::Device;
@@ -75,17 +76,39 @@ impl Decision {
         Decision { kernels, threads: tch::get_num_threads() }
     }
 
-    /// The single passes of `device`, or the reason for taking none.
-    fn pass_on(self, device: Device) -> Result<Pass, String> {
+    /// The single passes of `device`, or the reason for taking none. Asked with each operation, so
+    /// that words for the reason are made elsewhere.
+    fn pass_on(self, device: Device) -> Result<Pass, Refusal> {
         match (self.kernels, Pass::on(device)) {
-            (Kernels::Plain, _) => Err("compute.kernels = \"plain\"".into()),
-            (Kernels::Fused, None) => Err(format!("there is no single pass for {device:?}")),
+            (Kernels::Plain, _) => Err(Refusal::Configured),
+            (Kernels::Fused, None) => Err(Refusal::NoPass(device)),
             // A single pass runs on the calling thread alone.
-            (Kernels::Fused, Some(Pass::Cpu)) if self.threads > 1 => Err(format!(
-                "they divide their work among parallel.num_threads = {}, a single pass does not",
-                self.threads
-            )),
+            (Kernels::Fused, Some(Pass::Cpu)) if self.threads > 1 => {
+                Err(Refusal::Threads(self.threads))
+            }
             (Kernels::Fused, Some(pass)) => Ok(pass),
+        }
+    }
+}
+
+/// Reason for which a process takes no single passes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Refusal {
+    Configured,
+    NoPass(Device),
+    /// Number of libtorch's threads.
+    Threads(i32),
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Refusal::Configured => write!(f, "compute.kernels = \"plain\""),
+            Refusal::NoPass(device) => write!(f, "there is no single pass for {device:?}"),
+            Refusal::Threads(threads) => write!(
+                f,
+                "they divide their work among parallel.num_threads = {threads}, a single pass does not"
+            ),
         }
     }
 }
@@ -162,6 +185,7 @@ mod tests {
             (Fused, 1, Device::Cuda(1), "there is no single pass for Cuda(1)"),
         ] {
             let why = Decision { kernels, threads }.pass_on(device).expect_err("plain operators");
+            let why = why.to_string();
             assert!(why.starts_with(words), "{kernels:?} {threads} {device:?}: {why}");
         }
     }

@@ -30,7 +30,7 @@ pub struct Roster {
     pub root: Option<IpAddr>,
 }
 
-/// Closes a connection that no rank of this world made, and logs the reason.
+/// Logs that a connection is ignored, and why; it closes when the caller drops it.
 pub fn ignore(incoming: &Incoming, why: &str) {
     tracing::warn!("ignored a connection from {}: {why}", incoming.address);
 }
