@@ -7,6 +7,8 @@
 //! process lies there as `<reader>.input`.
 #![allow(clippy::unwrap_used)]
 
+#[path = "fuzz/archive.rs"]
+mod archive;
 #[path = "fuzz/clock.rs"]
 mod clock;
 #[path = "fuzz/hunt.rs"]
@@ -14,6 +16,7 @@ mod hunt;
 #[path = "fuzz/mutation.rs"]
 mod mutation;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::hint::black_box;
 use std::path::{Path, PathBuf};
@@ -24,6 +27,7 @@ use fm_dist::commands::{StepRequest, dump_step};
 use fm_dist::config::{DEFAULT, RunConfig};
 use fm_dist::data::{Dataset, Order};
 use fm_dist::error::Error;
+use fm_dist::files::pickle::{self, PickledFile};
 use fm_dist::files::safetensors::{SafeTensors, write};
 use fm_dist::sample::{SampleRequest, sample};
 use fm_dist::train::{TrainOptions, train};
@@ -32,11 +36,12 @@ use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
+use archive::{Described, SOUND, numbers, pickle as pickled, saved, text};
 use hunt::{Prey, hunt, turn};
 
 /// Seconds that all readers together are tried for.
 const SECONDS: u64 = 20;
-const READERS: u64 = 7;
+const READERS: u64 = 9;
 
 /// Words of every format that is built on JSON and safetensors.
 const WORDS: &[&[u8]] = &[
@@ -188,6 +193,100 @@ fn safetensors_are_read_or_refused() {
         told(read_safetensors(&path))
     };
     hunted(&Prey { name: "safetensors", sound, words: WORDS, dress: &fitted, read: &read });
+}
+
+// What torch.save writes.
+
+/// Words of pickles: opcodes, and the names behind them.
+const OPCODES: &[&[u8]] = &[
+    b"(",
+    b")",
+    b"]",
+    b"}",
+    b"a",
+    b"e",
+    b"s",
+    b"u",
+    b"t",
+    b"\x85",
+    b"\x86",
+    b"N",
+    b"Q",
+    b"R",
+    b"h\0",
+    b"q\0",
+    b"K\x01",
+    b"J\xff\xff\xff\xff",
+    b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7f",
+    b"X\x01\0\0\x000",
+    b"ctorch\nHalfStorage\n",
+    b"ctorch\nSize\n",
+    b"ctorch._utils\n_rebuild_parameter\n",
+    b"ccollections\nOrderedDict\n",
+    b"cposix\nsystem\n",
+    b".",
+];
+
+fn read_pickle(path: &Path) -> Result<(), Error> {
+    let file = PickledFile::open(path)?;
+    let nothing = BTreeMap::new();
+    let values = file.root().entries().unwrap_or(&nothing).values().chain([file.root()]);
+    for tensor in values.filter_map(pickle::Value::tensor) {
+        assert_eq!(file.read(tensor)?.size(), tensor.shape);
+    }
+    Ok(())
+}
+
+/// Pickles with tensors, lists and references; their one storage has 24 bytes.
+fn sound_pickles() -> Vec<Vec<u8>> {
+    let turned = Described { offset: 1, shape: &[2, 2], strides: &[1, 3], ..SOUND };
+    let parts = [
+        b"}q\0(".to_vec(),
+        text("latent"),
+        SOUND.opcodes(),
+        text("turned"),
+        turned.opcodes(),
+        text("prompt"),
+        text("a cat"),
+        text("list"),
+        b"]q\x01(NK\x01\x88e".to_vec(),
+        text("again"),
+        b"h\x01".to_vec(),
+        b"u".to_vec(),
+    ];
+    vec![
+        pickled(&SOUND.opcodes()),
+        pickled(&parts.concat()),
+        pickled(&[b"ctorch\nSize\n", &numbers(&[1, 2, 3])[..], b"\x85R"].concat()),
+    ]
+}
+
+/// Whole archives of these pickles; the mutations meet the directory, too.
+#[test]
+fn an_archive_of_torch_is_read_or_refused() {
+    let _turn = turn();
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("a.pt");
+    let sound = sound_pickles().iter().map(|bytes| saved(bytes, &[("0", &[1; 24])])).collect();
+    let read = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        told(read_pickle(&path))
+    };
+    hunted(&Prey { name: "archive", sound, words: OPCODES, dress: &as_it_is, read: &read });
+}
+
+/// Pickles in sound archives.
+#[test]
+fn a_pickle_is_parsed_or_refused() {
+    let _turn = turn();
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("a.pt");
+    let read = |bytes: &[u8]| {
+        fs::write(&path, saved(bytes, &[("0", &[1; 24])])).unwrap();
+        told(read_pickle(&path))
+    };
+    let dress: &dyn Fn(Vec<u8>) -> Vec<u8> = &as_it_is;
+    hunted(&Prey { name: "pickle", sound: sound_pickles(), words: OPCODES, dress, read: &read });
 }
 
 // A dataset's index.

@@ -20,6 +20,9 @@
 
 /// What starts no process.
 mod fast {
+    /// Archives as `torch.save` writes them.
+    #[path = "../fuzz/archive.rs"]
+    mod archive;
     /// A world of one and worlds of threads keep the contract of the collectives, and a rank that
     /// fails ends its world.
     mod collectives;
@@ -33,6 +36,8 @@ mod fast {
     pub mod hostile;
     /// So is each lie in data, in what is no file of data, and in a dataset.
     mod hostile_data;
+    /// What `torch.save` wrote is parsed and never run.
+    mod hostile_pickles;
     /// Pages say what is: their links lead somewhere, and what they list is what the code has.
     mod pages;
     /// Every model with every adapter trains or is refused with a hint that works, and so do the

@@ -12,6 +12,8 @@ const QUOTED_CHARS: usize = 40;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     SafeTensors,
+    /// What `torch.save` writes; read by importers only.
+    Archive,
     Json,
     Toml,
 }
@@ -20,6 +22,7 @@ impl Format {
     fn name(self) -> &'static str {
         match self {
             Format::SafeTensors => "a safetensors file",
+            Format::Archive => "an archive of torch.save",
             Format::Json => "JSON",
             Format::Toml => "TOML",
         }
@@ -71,6 +74,7 @@ const MAGIC: &[(usize, &[u8], &str)] = &[
 /// `head`: the first [`HEAD_BYTES`], or all of a shorter file.
 pub fn recognized(head: &[u8], expected: Format) -> Option<String> {
     pickled(head)
+        .filter(|_| expected != Format::Archive)
         .or_else(|| by_magic(head, expected))
         .or_else(|| encoded(head))
         .or_else(|| text(head, expected))
@@ -173,10 +177,10 @@ fn text(head: &[u8], expected: Format) -> Option<String> {
     let is_text = !whole.trim().is_empty() && !whole.contains(strange);
     let quoted = whole.trim().chars().take(QUOTED_CHARS).collect::<String>();
     match expected {
-        Format::SafeTensors if is_text && begin.starts_with('{') => {
+        Format::SafeTensors | Format::Archive if is_text && begin.starts_with('{') => {
             Some(format!("is JSON, not {}; {again}", expected.name()))
         }
-        Format::SafeTensors if is_text && head.len() >= 8 => {
+        Format::SafeTensors | Format::Archive if is_text && head.len() >= 8 => {
             Some(format!("is a text that begins {quoted:?}, not {}; {again}", expected.name()))
         }
         Format::Json if head.is_empty() => Some("is empty; expected JSON".into()),

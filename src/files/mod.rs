@@ -3,6 +3,7 @@
 //! | question | file |
 //! |---|---|
 //! | reading and writing files of tensors | `safetensors/` |
+//! | reading what `torch.save` wrote, without running it | `pickle/` |
 //! | recognizing files of an unexpected format | `contents.rs` |
 //! | checking that all numbers are finite | `finite.rs` |
 //! | the number of files that may stay open | `descriptors.rs` |
@@ -17,5 +18,6 @@ pub(crate) mod disk;
 pub mod durable;
 pub(crate) mod finite;
 pub mod outputs;
+pub mod pickle;
 pub mod safetensors;
 pub mod sha256;

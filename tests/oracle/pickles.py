@@ -2,13 +2,15 @@
 
     python pickles.py FOLDER
 
-Writes cache.pt and cache.meta in today's format, legacy.pt in the one before, and bare.pt, which is one tensor. Needs torch 2.13.0.
+Writes cache.pt and cache.meta in today's format, legacy.pt in the one before, bare.pt, which is one tensor, and kinds.pt with a tensor of
+each kind, the same as kinds.safetensors. Needs torch 2.13.0 and safetensors 0.8.0.
 """
 
 import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 folder = Path(sys.argv[1])
 row = torch.arange(6.0)
@@ -26,3 +28,7 @@ torch.save(cache, folder / "cache.pt")
 torch.save(cache, folder / "cache.meta")
 torch.save(cache, folder / "legacy.pt", _use_new_zipfile_serialization=False)
 torch.save(row, folder / "bare.pt")
+kinds = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+of_each = {str(kind).removeprefix("torch."): row.view(3, 2).t().to(kind)[:, 1:] for kind in kinds}
+torch.save(of_each, folder / "kinds.pt")
+save_file({name: tensor.contiguous() for name, tensor in of_each.items()}, folder / "kinds.safetensors")

@@ -1,9 +1,12 @@
-//! The command that the refusal of a pickle prints converts what `torch.save` writes.
+//! What `torch.save` writes: the parser of pickles reads it, and so does the command that the
+//! refusal of a pickle prints.
 
 use std::path::Path;
 use std::process::Command;
 
+use fm_dist::files::pickle::{PickledFile, Value};
 use fm_dist::files::safetensors::SafeTensors;
+use tch::Tensor;
 
 use super::packages::oracle;
 use crate::fast::hostile::refusal;
@@ -59,4 +62,49 @@ fn d14_the_command_that_is_printed_converts_what_torch_save_wrote() {
         );
         assert_eq!((numbers("by_place.list.2.0"), numbers("learned")), (vec![2.0], vec![1.0, 1.0]));
     }
+}
+
+#[test]
+fn what_torch_save_wrote_is_parsed_to_the_same_values() {
+    let folder = tempfile::tempdir().unwrap();
+    oracle("pickles.py", &[folder.path().to_str().unwrap()]);
+    let path = |name: &str| folder.path().join(name);
+    for name in ["cache.pt", "cache.meta"] {
+        let file = PickledFile::open(path(name)).unwrap();
+        let root = file.root();
+        let numbers = |value: &Value| {
+            let tensor = file.read(value.tensor().unwrap()).unwrap();
+            Vec::<f32>::try_from(tensor.flatten(0, -1).to_kind(tch::Kind::Float)).unwrap()
+        };
+        assert_eq!(root.get("prompt").and_then(Value::text), Some("a cat"));
+        assert_eq!(root.get("crop_offset"), Some(&Value::List(vec![Value::Int(0), Value::Int(8)])));
+        assert_eq!(root.get("nothing"), Some(&Value::None));
+        let [latent, turned, view, learned] =
+            ["latent", "turned", "view", "learned"].map(|key| root.get(key).unwrap());
+        assert_eq!(latent.tensor().unwrap().shape, [1, 2, 3]);
+        assert_eq!(numbers(latent), [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]);
+        assert_eq!(numbers(turned), [0.0, 3.0, 1.0, 4.0, 2.0, 5.0]);
+        assert_eq!((numbers(view), numbers(learned)), (vec![2.0, 3.0], vec![1.0, 1.0]));
+        let Some(Value::List(list)) = root.get("by place").unwrap().get("list") else { panic!() };
+        assert_eq!(list[1].text(), Some("text"));
+        assert_eq!(numbers(&list[0]), [0.0]);
+    }
+    let bare = PickledFile::open(path("bare.pt")).unwrap();
+    let tensor = bare.read(bare.root().tensor().unwrap()).unwrap();
+    assert!(tensor.equal(&Tensor::from_slice(&[0f32, 1.0, 2.0, 3.0, 4.0, 5.0])));
+    let (pickled, plain) = (
+        PickledFile::open(path("kinds.pt")).unwrap(),
+        SafeTensors::open(path("kinds.safetensors")).unwrap(),
+    );
+    assert_eq!(plain.tensors().len(), 10);
+    for info in plain.tensors() {
+        let tensor = pickled.root().get(&info.name).unwrap().tensor().unwrap();
+        let (read, expected) = (pickled.read(tensor).unwrap(), plain.read(&info.name).unwrap());
+        assert_eq!((read.kind(), read.size()), (info.kind, info.shape.clone()));
+        assert!(read.equal(&expected), "{}", info.name);
+    }
+    assert!(
+        refusal(|| PickledFile::open(path("legacy.pt"))).contains("torch before 1.6"),
+        "another format"
+    );
 }
