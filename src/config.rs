@@ -3,10 +3,10 @@
 mod habits;
 
 use crate::adapter::AdapterChoice;
-use crate::data::DataSettings;
+use crate::data::{DataSettings, TextPadding};
 use crate::error::{ConfigProblem, Error, Result};
 use crate::fault::DebugSettings;
-use crate::flow::{FlowMatchingSettings, SamplingSettings, SigmaWindow};
+use crate::flow::{FlowMatchingSettings, Role, SamplingSettings, SigmaWindow};
 use crate::model::ModelSettings;
 use crate::nn::ComputeSettings;
 use crate::optim::OptimizerChoice;
@@ -192,6 +192,22 @@ impl RunConfig {
             return Err(Error::config("parallel.deterministic", what));
         }
         Ok(micro_batches)
+    }
+
+    /// True if the adapter reads which tokens of `text_embeddings` are valid.
+    pub fn reads_text_mask(&self) -> bool {
+        let keys = self.flow_matching.adapter.build().keys();
+        keys.iter().any(|key| key.role == Role::TokenMask)
+    }
+
+    /// The length to which texts of unequal length are padded.
+    pub fn text_padding(&self) -> TextPadding {
+        let tokens = match self.data.text_tokens {
+            0 if self.reads_text_mask() => None,
+            0 => self.model.family.text_tokens(),
+            tokens => Some(tokens),
+        };
+        tokens.map_or(TextPadding::Longest, TextPadding::Tokens)
     }
 
     fn divided(&self, world_size: usize) -> Result<usize> {

@@ -21,7 +21,7 @@
 //! | 3 | [`config`]: the configuration, one field for each room |
 //! | 2, science | [`adapter`] above [`flow`] · [`model`] · [`optim`] |
 //! | 2, machinery | [`parallel`] · [`watchdog`] |
-//! | 1 | [`report`] above [`collective`] · [`data`] · [`nn`] above [`ops`] · [`telemetry`] |
+//! | 1 | [`datasets`] above [`report`] above [`collective`] · [`data`] · [`nn`] above [`ops`] · [`telemetry`] |
 //! | 0, each above those after it | [`files`] · [`failure`] · [`fault`], `registry` · [`cuda`], [`pulse`], [`settings`] · [`error`], [`libtorch`], `median`, [`phase`], [`rng`], [`tensor`] |
 //!
 //! # Letters in shapes
@@ -44,6 +44,7 @@ pub mod commands;
 pub mod config;
 pub mod cuda;
 pub mod data;
+pub mod datasets;
 pub mod error;
 pub mod failure;
 pub mod fault;

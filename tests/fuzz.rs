@@ -81,6 +81,10 @@ const WORDS: &[&[u8]] = &[
     b"conditions",
     b"names",
     b"empty_prompt",
+    b"captions",
+    b"text_embeddings.lengths",
+    b"d.safetensors",
+    b"e.jsonl",
     b"parts",
     b"file",
     b"bytes",
@@ -319,11 +323,24 @@ fn a_dataset_index_is_read_or_refused() {
         "conditions": {"path": "c.safetensors", "names": ["x", "y"], "sha256": hash},
         "empty_prompt": {"path": "c.safetensors", "sha256": hash},
     });
+    let tokens = [
+        ("image_latents", ones(&[2, 1, 2, 2])),
+        ("text_embeddings", ones(&[5, 3])),
+        ("text_embeddings.lengths", Tensor::from_slice(&[1i64, 4])),
+    ];
+    fs::write(folder.path().join("d.safetensors"), file(&tokens, &[])).unwrap();
+    fs::write(folder.path().join("e.jsonl"), "{\"caption\":\"\"}\n".repeat(2)).unwrap();
+    let second = json!({
+        "format": "fm-dist dataset", "version": 2, "name": "n", "source": "s", "licence": "l", "data_type": "image",
+        "files": [entry("d.safetensors", 2, "2x2")], "captions": {"path": "e.jsonl", "sha256": hash},
+    });
     let read = |bytes: &[u8]| {
         fs::write(folder.path().join("dataset.json"), bytes).unwrap();
         told(read_dataset(folder.path()))
     };
-    let sound = vec![index.to_string().into_bytes(), serde_json::to_vec_pretty(&index).unwrap()];
+    let second = second.to_string().into_bytes();
+    let sound =
+        vec![second, index.to_string().into_bytes(), serde_json::to_vec_pretty(&index).unwrap()];
     hunted(&Prey { name: "dataset", sound, words: WORDS, dress: &as_it_is, read: &read });
 }
 

@@ -73,6 +73,8 @@ mod threads {
 mod program {
     /// Messages and exit codes, as a user meets them.
     mod cli;
+    /// Datasets are made, described and joined without a line of Python.
+    mod data;
     /// Nothing is computed in vain: what would end a command is said at its start.
     mod early;
     /// What the program prints is the documented listing of all settings.
@@ -109,6 +111,8 @@ mod faults;
 
 /// The numbers of the real packages in Python.
 mod oracle {
+    /// Caches of other trainers are imported with the bits that their own readers give.
+    mod caches;
     /// Pictures that `configs/encode_flux1.py` encodes are a dataset that trains.
     mod encoded;
     /// A run becomes a diffusers folder and a diffusers folder a run.

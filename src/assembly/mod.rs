@@ -1,5 +1,5 @@
-//! Builds the computing parts from the configuration: a rank's device and communicator, its share
-//! of a batch, its replica, its pipeline.
+//! Builds the computing parts from the configuration: a rank's device and communicator, its data
+//! and its share of a batch, its replica, its pipeline.
 
 pub mod device;
 
@@ -7,12 +7,24 @@ use tch::Device;
 
 use crate::collective::Collective;
 use crate::config::RunConfig;
-use crate::data::Share;
+use crate::data::{Dataset, Share};
 use crate::error::Result;
 use crate::flow::FlowMatchingPipeline;
 use crate::parallel::{Devices, Replica, Sharing};
 use crate::rng::{Key, Purpose};
 use crate::run::pretrained;
+
+/// Opens the configured dataset, with the configured treatment of bad samples and of texts of
+/// unequal length.
+///
+/// # Errors
+/// Errors of [`Dataset::named`]; [`Error::Data`](crate::error::Error::Data) if a text is longer than
+/// `data.text_tokens`.
+pub fn dataset(config: &RunConfig) -> Result<Dataset> {
+    Dataset::named(&config.data.path)?
+        .on_bad(config.data.on_bad)
+        .text_padding(config.text_padding())
+}
 
 /// Returns this rank's share of the global batch.
 pub fn share_of(config: &RunConfig, collective: &dyn Collective) -> Result<Share> {

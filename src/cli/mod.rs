@@ -5,6 +5,7 @@
 
 mod check;
 mod config;
+mod data;
 mod doctor;
 mod export;
 mod files;
@@ -56,6 +57,8 @@ commands! {
     Step(step::StepArgs),
     /// Show the plan of a configuration without running it
     Check(check::CheckArgs),
+    /// Make and describe datasets
+    Data(data::DataArgs),
     /// List the runs of an output_dir, their newest checkpoints, and which of them are finished
     Runs(runs::RunsArgs),
     /// Show which requirements this machine meets and which it lacks

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use crate::datasets::caches::CacheFormat;
 use crate::model::Dtype;
 use crate::settings::Choice;
 
@@ -54,4 +55,10 @@ pub fn parse_moment(text: &str) -> Result<Instant, String> {
 pub fn parse_dtype(text: &str) -> Result<Dtype, String> {
     let known = Dtype::ALL.iter().find(|(word, _)| *word == text);
     known.map(|(_, dtype)| *dtype).ok_or_else(|| "expected float32 or bfloat16".into())
+}
+
+pub fn parse_cache(text: &str) -> Result<CacheFormat, String> {
+    let known = CacheFormat::ALL.iter().find(|(word, _)| *word == text);
+    let words: Vec<&str> = CacheFormat::ALL.iter().map(|(word, _)| *word).collect();
+    known.map(|(_, format)| *format).ok_or_else(|| format!("expected one of {}", words.join(", ")))
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use super::EMPTY;
 use crate::error::Result;
@@ -27,6 +27,22 @@ impl EmptyPrompt {
             tensors.insert(format!("{EMPTY}{}", info.name), file.read_finite(&info.name)?);
         }
         Ok(EmptyPrompt { file, tensors: Mutex::new(tensors) })
+    }
+
+    /// Adds a mask of valid tokens for a text that has none.
+    pub fn add_mask(&mut self, text: &str, mask: &str) {
+        let tensors = self.tensors.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let Some(tokens) = tensors.get(&format!("{EMPTY}{text}")).map(|text| text.size()[0]) else {
+            return;
+        };
+        let ones = || Tensor::ones([tokens], (Kind::Int64, Device::Cpu));
+        tensors.entry(format!("{EMPTY}{mask}")).or_insert_with(ones);
+    }
+
+    /// Returns the shapes of the tensors by their keys, without the prefix that batches use.
+    pub fn shapes(&self) -> BTreeMap<String, Vec<i64>> {
+        let key = |name: String| name.trim_start_matches(EMPTY).to_string();
+        self.tensors().into_iter().map(|(name, tensor)| (key(name), tensor.size())).collect()
     }
 
     pub fn tensors(&self) -> Vec<(String, Tensor)> {

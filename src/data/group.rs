@@ -9,8 +9,17 @@ use super::manifest;
 use crate::error::{Error, Result};
 use crate::files::safetensors::{SafeTensors, TensorInfo};
 
-/// Kind and shape of one sample's tensors, by key.
-pub type Layout = BTreeMap<String, (Kind, Vec<i64>)>;
+/// Kind and shape of one sample's tensor.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SampleTensor {
+    pub kind: Kind,
+    pub shape: Vec<i64>,
+    /// True if samples differ in their first axis; `shape` then has that of the longest sample.
+    pub unequal: bool,
+}
+
+/// One sample's tensors, by key.
+pub type Layout = BTreeMap<String, SampleTensor>;
 
 /// Samples of equal shapes, from which batches are made.
 #[derive(Clone, Debug, Default)]
@@ -21,27 +30,65 @@ pub struct Group {
     pub layout: Layout,
 }
 
+impl SampleTensor {
+    /// True if samples of both can share a batch.
+    fn fits(&self, other: &SampleTensor) -> bool {
+        let unequal = self.unequal && other.unequal;
+        let shape = |tensor: &SampleTensor| tensor.shape[usize::from(unequal)..].to_vec();
+        (self.kind, self.unequal) == (other.kind, other.unequal) && shape(self) == shape(other)
+    }
+
+    /// Describes the tensor: its kind, and its shape with `?` for a length that varies.
+    fn shown(&self) -> String {
+        let axis = |(place, axis): (usize, &i64)| match place {
+            0 if self.unequal => "?".to_string(),
+            _ => axis.to_string(),
+        };
+        let axes: Vec<String> = self.shape.iter().enumerate().map(axis).collect();
+        format!("{:?} [{}]", self.kind, axes.join(", "))
+    }
+}
+
+impl Group {
+    /// Takes over the longest texts of another file of the group.
+    pub(super) fn lengthen(&mut self, layout: &Layout) {
+        for (key, tensor) in layout.iter().filter(|(_, tensor)| tensor.unequal) {
+            if let Some(known) = self.layout.get_mut(key) {
+                known.shape[0] = known.shape[0].max(tensor.shape[0]);
+            }
+        }
+    }
+}
+
 /// Returns the key under which the reference expects the latents of a type of data.
-pub(super) fn latents_key(data_type: DataType) -> &'static str {
+pub fn latents_key(data_type: DataType) -> &'static str {
     match data_type {
         DataType::Image => "image_latents",
         DataType::Video => "video_latents",
     }
 }
 
-/// Returns the kinds and shapes of one row of the file, after checking that every tensor has `rows`
-/// rows.
-pub(super) fn layout_of(file: &SafeTensors, rows: u64, word: &str) -> Result<Layout> {
+/// Returns the kinds of the file's tensors, and their shapes without the first axis.
+///
+/// # Errors
+/// [`Error::Data`] if a tensor does not have `rows` rows, unless `is_unequal` is true for its key.
+pub(super) fn layout_of(
+    file: &SafeTensors,
+    rows: u64,
+    word: &str,
+    is_unequal: impl Fn(&str) -> bool,
+) -> Result<Layout> {
     let mut layout = Layout::new();
     for TensorInfo { name, kind, shape, .. } in file.tensors() {
-        if shape.first().is_none_or(|&found| found as u64 != rows) {
+        if !is_unequal(name) && shape.first().is_none_or(|&found| found as u64 != rows) {
             let what = format!(
                 "`{name}` has shape {shape:?}, but {} says {rows} {word}",
                 manifest::FILE_NAME
             );
             return Err(Error::data(file.path(), what));
         }
-        layout.insert(name.clone(), (*kind, shape[1..].to_vec()));
+        let shape = shape.get(1..).unwrap_or_default().to_vec();
+        layout.insert(name.clone(), SampleTensor { kind: *kind, shape, unequal: false });
     }
     Ok(layout)
 }
@@ -52,7 +99,7 @@ pub(super) fn check_latents(layout: &Layout, data_type: DataType) -> Result<(), 
         latents_key(data_type),
         if data_type == DataType::Image { "[C, H, W]" } else { "[C, F, H, W]" },
     );
-    let Some((kind, shape)) = layout.get(key) else {
+    let Some(SampleTensor { kind, shape, .. }) = layout.get(key) else {
         let keys: Vec<&str> = layout.keys().map(String::as_str).collect();
         return Err(format!(
             "holds no `{key}`, which {} data need; it has {}",
@@ -77,12 +124,14 @@ pub(super) fn check_same(
     let differs = |what: String| {
         Err(Error::data(file.path(), format!("{what} of the same group `{}`", group.name)))
     };
-    for (key, (kind, shape)) in layout {
+    for (key, tensor) in layout {
         match group.layout.get(key) {
             None => return differs(format!("holds `{key}`, which is not in {first}")),
-            Some((other_kind, other_shape)) if (kind, shape) != (other_kind, other_shape) => {
+            Some(other) if !tensor.fits(other) => {
                 return differs(format!(
-                    "`{key}` is {kind:?} {shape:?} a sample, but {other_kind:?} {other_shape:?} in {first}"
+                    "`{key}` is {} a sample, but {} in {first}",
+                    tensor.shown(),
+                    other.shown()
                 ));
             }
             Some(_) => {}

@@ -17,6 +17,15 @@ pub(super) fn written(
     parts: &[Part<'_>],
     conditions: Option<(&[&str], Tensor)>,
 ) -> tempfile::TempDir {
+    written_as(1, parts, conditions)
+}
+
+/// Writes a dataset of images in a version of the format.
+pub(super) fn written_as(
+    version: u64,
+    parts: &[Part<'_>],
+    conditions: Option<(&[&str], Tensor)>,
+) -> tempfile::TempDir {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let save = |name: &str, tensors: &[(&str, Tensor)]| {
         let mut file =
@@ -34,7 +43,7 @@ pub(super) fn written(
         })
         .collect();
     let mut manifest = serde_json::json!({
-        "format": "fm-dist dataset", "version": 1, "name": "made up", "source": "a test", "licence": "CC0",
+        "format": "fm-dist dataset", "version": version, "name": "made up", "source": "a test", "licence": "CC0",
         "data_type": "image", "files": files,
     });
     if let Some((names, tensor)) = conditions {
@@ -52,4 +61,21 @@ pub(super) fn images(first: i64, samples: i64, side: i64) -> Tensor {
     Tensor::arange_start(first, first + samples, (Kind::Float, Device::Cpu))
         .view([-1, 1, 1, 1])
         .repeat([1, 1, side, side])
+}
+
+/// Writes nine numbered images in three files of two groups, and two conditions.
+pub(super) fn two_groups() -> tempfile::TempDir {
+    let labels = |first: i64, samples: i64| {
+        Tensor::arange_start(first, first + samples, (Kind::Int64, Device::Cpu))
+    };
+    let part = |first, samples, side| {
+        vec![("image_latents", images(first, samples, side)), ("labels", labels(first, samples))]
+    };
+    let parts = [
+        ("a.safetensors", "2x2", part(0, 4, 2)),
+        ("b.safetensors", "3x3", part(4, 3, 3)),
+        ("c.safetensors", "2x2", part(7, 2, 2)),
+    ];
+    let conditions = Tensor::ones([2, 5, 8], (Kind::Half, Device::Cpu));
+    written(&parts, Some((&["zero", "one"], conditions)))
 }

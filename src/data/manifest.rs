@@ -15,9 +15,11 @@ use crate::files::contents::no_json;
 use crate::files::safetensors::open_error;
 use crate::files::sha256;
 
-pub(super) const FILE_NAME: &str = "dataset.json";
+/// Name of the file in a dataset's folder.
+pub const FILE_NAME: &str = "dataset.json";
 const FORMAT: &str = "fm-dist dataset";
-const VERSION: u64 = 1;
+/// Versions that are read. The second has captions, and texts of unequal length in one group.
+const VERSIONS: [u64; 2] = [1, 2];
 /// Maximum size of the file, enough for a hundred thousand listed files.
 const MAX_BYTES: u64 = 16 << 20;
 
@@ -33,6 +35,7 @@ pub struct Manifest {
     pub licence: String,
     pub data_type: DataType,
     pub files: Vec<FileEntry>,
+    pub captions: Option<CaptionsEntry>,
     pub conditions: Option<ConditionsEntry>,
     pub empty_prompt: Option<EmptyPromptEntry>,
 }
@@ -46,6 +49,20 @@ pub struct FileEntry {
     pub samples: u64,
     /// Name of the resolution group.
     pub group: String,
+    pub sha256: String,
+    /// True if the file holds one sample without an axis of samples.
+    #[serde(default)]
+    pub single: bool,
+    /// True if the texts of a single sample have a length of their own, and no mask.
+    #[serde(default)]
+    pub unequal: bool,
+}
+
+/// The file of captions, one JSON object a line for each sample.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CaptionsEntry {
+    pub path: String,
     pub sha256: String,
 }
 
@@ -102,9 +119,17 @@ impl Manifest {
     }
 
     fn check(&self) -> Result<(), String> {
-        if self.format != FORMAT || self.version != VERSION {
+        if self.format != FORMAT || !VERSIONS.contains(&self.version) {
             let found = format!("`{}` version {}", self.format, self.version);
-            return Err(format!("is {found}; this program reads `{FORMAT}` version {VERSION}"));
+            let [first, last] = VERSIONS;
+            return Err(format!(
+                "is {found}; this program reads `{FORMAT}` versions {first} and {last}"
+            ));
+        }
+        if self.captions.is_some() && self.version < 2 {
+            return Err(
+                "has captions, which version 2 of the format brings; set version = 2".into()
+            );
         }
         if self.files.is_empty() {
             return Err("lists no files".into());
@@ -113,6 +138,17 @@ impl Manifest {
         for file in &self.files {
             if file.samples == 0 {
                 return Err(format!("`{}` has samples = 0; leave empty files out", file.path));
+            }
+            if file.unequal && !file.single {
+                return Err(format!("`{}` is unequal; only a single sample can be", file.path));
+            }
+            if file.single && (file.samples != 1 || self.version < 2) {
+                let FileEntry { path, samples, .. } = file;
+                return Err(format!(
+                    "`{path}` is single and has samples = {samples} in version {}; \
+                     expected one sample, and version 2",
+                    self.version
+                ));
             }
             if !paths
                 .insert(parts_inside(&file.path).unwrap_or_else(|| vec![OsStr::new(&file.path)]))
@@ -129,9 +165,19 @@ impl Manifest {
         Ok(())
     }
 
+    /// True if the samples of a group may have texts of unequal length.
+    pub(super) fn allows_unequal_texts(&self) -> bool {
+        self.version >= 2
+    }
+
     /// Returns the number of files besides `dataset.json`.
     pub(super) fn num_files(&self) -> usize {
         self.hashes().count()
+    }
+
+    /// Returns the paths of all files besides `dataset.json`.
+    pub fn paths(&self) -> impl Iterator<Item = &str> {
+        self.hashes().map(|(path, _)| path)
     }
 
     /// Returns path and hash of every file.
@@ -143,15 +189,17 @@ impl Manifest {
             .map(|conditions| (conditions.path.as_str(), conditions.sha256.as_str()));
         let empty_prompt =
             self.empty_prompt.iter().map(|empty| (empty.path.as_str(), empty.sha256.as_str()));
-        files.chain(conditions).chain(empty_prompt)
+        let captions =
+            self.captions.iter().map(|captions| (captions.path.as_str(), captions.sha256.as_str()));
+        files.chain(captions).chain(conditions).chain(empty_prompt)
     }
 
     /// Returns a hash of everything that determines the data of a sample id; equal fingerprints
-    /// mean equal data.
+    /// mean equal data. Captions are no part of it: nothing is trained on them.
     pub(super) fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
         hash.update(self.data_type.word());
-        for FileEntry { path, samples, group, sha256 } in &self.files {
+        for FileEntry { path, samples, group, sha256, .. } in &self.files {
             // Quoted, so that different lists of files give different texts.
             hash.update(format!("\n{path:?} {samples} {group:?} {sha256}"));
         }
@@ -234,13 +282,13 @@ mod tests {
 
     #[test]
     fn another_format_or_version_is_named() {
-        let text = r#"{"format":"fm-dist dataset","version":2,"name":"","source":"","licence":"","data_type":"video","files":[]}"#;
+        let text = r#"{"format":"fm-dist dataset","version":3,"name":"","source":"","licence":"","data_type":"video","files":[]}"#;
         let error = Manifest::parse(Path::new(FILE_NAME), text.as_bytes())
-            .expect_err("version 2")
+            .expect_err("version 3")
             .to_string();
         assert_eq!(
             error,
-            "dataset.json: is `fm-dist dataset` version 2; this program reads `fm-dist dataset` version 1"
+            "dataset.json: is `fm-dist dataset` version 3; this program reads `fm-dist dataset` versions 1 and 2"
         );
     }
 

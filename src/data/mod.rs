@@ -4,7 +4,8 @@
 //! |---|---|
 //! | the contents of `dataset.json` | `manifest.rs` |
 //! | which samples can share a batch | `group.rs` |
-//! | samples by their ids | `dataset.rs`, `sample_file.rs` |
+//! | samples by their ids, texts of unequal length | `dataset/` |
+//! | captions of the samples | `captions.rs` |
 //! | conditions for generating samples | `conditions.rs` |
 //! | replacement of dropped conditions | `empty_prompt.rs` |
 //! | the demo's own data | `digits.rs` |
@@ -13,6 +14,7 @@
 //! | reading ahead | `loader.rs` |
 //! | mean and spread of latents | `moments.rs` |
 
+pub mod captions;
 mod conditions;
 pub mod dataset;
 mod digits;
@@ -24,7 +26,6 @@ mod made_up;
 pub mod manifest;
 mod moments;
 pub mod order;
-mod sample_file;
 mod settings;
 mod share;
 
@@ -33,9 +34,12 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
+pub use captions::{Caption, Captions};
 pub use conditions::Conditions;
-pub use dataset::Dataset;
+pub use dataset::{Dataset, LENGTHS, TEXTS, TextPadding};
+pub use group::latents_key;
 pub use loader::Loader;
+pub use manifest::FILE_NAME as DATASET_FILE;
 pub use moments::Moments;
 pub use order::Order;
 pub use settings::{DataSettings, OnBad};

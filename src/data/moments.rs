@@ -30,6 +30,11 @@ impl Moments {
         }
     }
 
+    /// `None` without a number.
+    pub fn mean(self) -> Option<f64> {
+        (self.count > 0.0).then(|| self.sum / self.count)
+    }
+
     /// `None` for fewer than two numbers.
     pub fn standard_deviation(self) -> Option<f64> {
         let mean = self.sum / self.count;
@@ -48,6 +53,7 @@ mod tests {
             .map(|(start, length)| Moments::from_tensor(&numbers.narrow(0, start, length)));
         let deviation = first.merge(rest).standard_deviation().expect("four numbers");
         assert!((deviation - 9.5f64.sqrt()).abs() < 1e-12, "{deviation}");
+        assert_eq!((first.merge(rest).mean(), Moments::default().mean()), (Some(4.0), None));
         assert_eq!(
             Moments::default().merge(first).standard_deviation(),
             None,

@@ -113,7 +113,7 @@ impl Epoch {
 
 /// Permutes with equal probability of every order. Source: Fisher and Yates 1938, in Durstenfeld's
 /// form (1964).
-fn permute<T>(items: &mut [T], key: Key) {
+pub fn permute<T>(items: &mut [T], key: Key) {
     for last in (1..items.len()).rev() {
         items.swap(last, key.below(last as u64, last as u64 + 1) as usize);
     }

@@ -9,6 +9,9 @@ settings! {
         pub path: String = "embedded:digits".into();
         /// Samples in one forward and backward pass of one rank; what fits into memory.
         pub micro_batch_size_per_gpu: usize = 64, in 1..=1 << 20;
+        /// Tokens to which texts of unequal length are padded; 0: the batch's longest, or the number
+        /// of the family's pipeline where the model gets no mask of valid tokens.
+        pub text_tokens: i64 = 0, in 0..=1 << 16;
         /// Batches read ahead, each by a thread; 2 hide a read behind a step.
         pub prefetch: usize = 2, in 1..=64;
         /// When a sample holds NaN or infinity; `skip`: its next sound neighbour takes its place.
@@ -37,6 +40,7 @@ mod tests {
     fn settings_read_back_and_keep_their_bounds() {
         let mut settings = DataSettings::default();
         let others = "path = 'data/shapes'\nmicro_batch_size_per_gpu = 3\nprefetch = 5\n\
+                      text_tokens = 226\n\
                       on_bad = 'skip'\nbad_share = 0.5\n";
         read(&mut settings, "test", others, &[]).expect("in range");
         assert_eq!((settings.on_bad, settings.bad_share), (OnBad::Skip, 0.5));

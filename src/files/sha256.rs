@@ -1,8 +1,12 @@
 //! SHA-256 of written data, so that writing and hashing a file take one pass.
 
+use std::fs::File;
 use std::io::{self, Write};
+use std::path::Path;
 
 use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Result};
 
 /// Bytes that are written and then hashed while they are in the cache.
 const PIECE_BYTES: usize = 256 << 10;
@@ -39,6 +43,17 @@ impl<W: Write> Write for HashingWriter<W> {
     fn flush(&mut self) -> io::Result<()> {
         self.inner.flush()
     }
+}
+
+/// Returns the hash of a whole file as hex digits.
+///
+/// # Errors
+/// [`Error::Storage`] if it cannot be read.
+pub fn of_file(path: &Path) -> Result<String> {
+    let mut file = File::open(path).map_err(Error::storage(path, "open"))?;
+    let mut writer = HashingWriter::new(io::sink());
+    io::copy(&mut file, &mut writer).map_err(Error::storage(path, "read"))?;
+    Ok(writer.finish().1)
 }
 
 /// Returns a finished hash as 64 lower-case hex digits.

@@ -119,6 +119,10 @@ impl Architecture for Flux {
         latents[1..].iter().product::<i64>() / 4
     }
 
+    fn text_tokens(&self) -> Option<i64> {
+        Some(512)
+    }
+
     fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()> {
         let [channels, ..] = expect_image("model.flux", shapes.latents, 2)?;
         expect_equal(

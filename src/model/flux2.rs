@@ -120,6 +120,10 @@ impl Architecture for Flux2 {
         latents[1..].iter().product()
     }
 
+    fn text_tokens(&self) -> Option<i64> {
+        Some(512)
+    }
+
     fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()> {
         let [channels, ..] = expect_image("model.flux2", shapes.latents, 1)?;
         expect_equal(

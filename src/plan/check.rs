@@ -5,8 +5,9 @@ use std::fmt::Write;
 
 use bytesize::ByteSize;
 
+use crate::assembly::dataset;
 use crate::config::RunConfig;
-use crate::data::{Dataset, Order};
+use crate::data::Order;
 use crate::error::{Error, Result};
 use crate::model::SampleShapes;
 use crate::nn::Stage;
@@ -115,8 +116,7 @@ impl Plan {
             (config.micro_batches(request.world_size)?, request.world_size);
         let samples = config.data.micro_batch_size_per_gpu;
         let global_batch = micro_batches * samples * world_size;
-        let dataset =
-            Dataset::named(&config.data.path).map_err(|error| or_without_data(error, config))?;
+        let dataset = dataset(config).map_err(|error| or_without_data(error, config))?;
         let notes = check_data(config, &dataset)?;
         rehearse_data(config, &dataset)?;
         check_conditions(config, &dataset)?;
@@ -125,7 +125,7 @@ impl Plan {
         let latents = dataset
             .latent_shape(&first.name)
             .ok_or_else(|| Error::data(dataset.path(), "has a group without latents"))?;
-        let text = first.layout.get("text_embeddings").map_or(0, |(_, shape)| shape[0]);
+        let text = dataset.sample_shapes(first).get("text_embeddings").map_or(0, |shape| shape[0]);
         let estimates = self.add_shape(config, latents, text)?;
         let (name, groups) = (&dataset.manifest().name, dataset.groups().len());
         self.line(

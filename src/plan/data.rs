@@ -6,11 +6,12 @@ use tch::Device;
 
 use crate::assembly::build_pipeline;
 use crate::config::RunConfig;
-use crate::data::Dataset;
+use crate::data::{Dataset, TextPadding};
 use crate::error::{Error, Result};
 use crate::flow::{DataShapes, Note, check_keys};
 use crate::model::SampleShapes;
 use crate::pulse;
+use crate::settings::Family;
 
 /// Refuses a dataset if the adapter or the model cannot take one of its resolution groups. Returns
 /// notes that are worth knowing though nothing is wrong.
@@ -25,8 +26,7 @@ pub fn check_data(config: &RunConfig, dataset: &Dataset) -> Result<Vec<Note>> {
     let empty_prompt = dataset.empty_prompt_shapes();
     for group in dataset.groups() {
         let latents = dataset.latent_shape(&group.name).expect("a group has latents");
-        let sample =
-            group.layout.iter().map(|(key, (_, shape))| (key.clone(), shape.clone())).collect();
+        let sample = dataset.sample_shapes(group);
         let shapes = DataShapes { latents, sample: &sample, empty_prompt: &empty_prompt };
         let unfit = |what: String| {
             Error::data(dataset.path(), format!("resolution group {}: {what}", group.name))
@@ -39,7 +39,27 @@ pub fn check_data(config: &RunConfig, dataset: &Dataset) -> Result<Vec<Note>> {
             .map_err(|error| error.followed_by(&found))?;
         notes.extend(found);
     }
+    notes.extend(padding(config, dataset));
     Ok(notes.into_iter().collect())
+}
+
+/// Returns a remark on texts of unequal length whose padding the model attends to.
+fn padding(config: &RunConfig, dataset: &Dataset) -> Option<Note> {
+    if !dataset.pads_texts() || config.reads_text_mask() {
+        return None;
+    }
+    let adapter = config.flow_matching.adapter.name();
+    let begin = format!("texts have unequal lengths and the {adapter} adapter reads no text_mask");
+    Some(match config.text_padding() {
+        TextPadding::Longest => Note::Warning(format!(
+            "{begin}: the model attends to their padding, and a sample's loss depends on the others \
+             of its micro-batch; adapter.use_text_mask = true leaves padding out where the adapter \
+             has it, data.text_tokens pads all texts to one length"
+        )),
+        TextPadding::Tokens(tokens) => Note::Information(format!(
+            "{begin}: they are padded with zeros to {tokens} tokens, which the model attends to"
+        )),
+    })
 }
 
 /// Converts the first sample of each resolution group to the model's inputs, on the CPU: errors

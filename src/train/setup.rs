@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use tch::Device;
 
-use crate::assembly::{build_pipeline, devices, empty_replica, fresh_replica, share_of};
+use crate::assembly::{build_pipeline, dataset, devices, empty_replica, fresh_replica, share_of};
 use crate::collective::Collective;
 use crate::collective::agreement::agreed;
 use crate::config::RunConfig;
-use crate::data::{Dataset, Order, Share};
+use crate::data::{Order, Share};
 use crate::error::Result;
 use crate::flow::Note;
 use crate::libtorch;
@@ -47,7 +47,7 @@ impl<'c> Trainer<'c> {
         folder: RunFolder,
     ) -> Result<Self> {
         let share = share_of(config, collective)?;
-        let dataset = Arc::new(Dataset::named(&config.data.path)?.on_bad(config.data.on_bad));
+        let dataset = Arc::new(dataset(config)?);
         let notes = check_data(config, &dataset)?;
         tune_allocator(config);
         let replica = replica(config, &folder, share, collective, device)?;

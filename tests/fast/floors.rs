@@ -15,6 +15,7 @@ const FLOORS: &[&[&str]] = &[
     &["ops"],
     &["collective", "data", "nn", "telemetry"],
     &["report"],
+    &["datasets"],
     &["flow", "model", "optim", "parallel", "watchdog"],
     &["adapter"],
     &["config"],

@@ -181,6 +181,121 @@ fn refused_dataset(folder: &Path, reason: &str) {
     assert!(text.contains(reason), "expected `{reason}` in `{text}`");
 }
 
+/// The same folder in version 2 of the format.
+fn in_version_2(folder: TempDir) -> TempDir {
+    let path = folder.path().join("dataset.json");
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.replace("\"version\":1", "\"version\":2")).unwrap();
+    folder
+}
+
+/// Four images with texts of these lengths, in a tensor of `tokens` rows.
+fn texts(lengths: &[i64], tokens: usize, further: &str) -> Vec<u8> {
+    let (begin, end) = (64 + 4 * tokens, 64 + 4 * tokens + 8 * lengths.len());
+    let header = format!(
+        r#"{{"image_latents":{{"dtype":"F32","shape":[4,1,2,2],"data_offsets":[0,64]}},
+        "text_embeddings":{{"dtype":"F32","shape":[{tokens},1],"data_offsets":[64,{begin}]}},
+        "text_embeddings.lengths":{{"dtype":"I64","shape":[{}],"data_offsets":[{begin},{end}]}}{further}}}"#,
+        lengths.len()
+    );
+    let mut contents = with_header(header.as_bytes(), begin);
+    contents.extend(lengths.iter().flat_map(|length| length.to_le_bytes()));
+    contents
+}
+
+#[test]
+fn lengths_that_do_not_fit_their_texts_are_refused() {
+    let refused = |contents: &[u8], reason: &str| {
+        let folder = dataset(&[("a.safetensors", contents)], &[entry("a.safetensors", 4)]);
+        refused_dataset(in_version_2(folder).path(), reason);
+    };
+    refused(
+        &texts(&[1, 2, 3, 4], 9, ""),
+        "`text_embeddings` has 9 rows, but its lengths sum up to 10",
+    );
+    refused(
+        &texts(&[0, 0, 0, 0], 2, ""),
+        "`text_embeddings` has 2 rows, but its lengths sum up to 0",
+    );
+    refused(&texts(&[1, 2, 3, -1], 5, ""), "has a sample of -1 tokens");
+    refused(&texts(&[i64::MAX, 2, 3, 1], 5, ""), "has a sample of 2 tokens");
+    refused(&texts(&[1, 2, 3], 6, ""), "`text_embeddings.lengths` has shape [3]");
+    let floats = texts(&[1, 2, 3, 4], 10, "");
+    let at = floats.windows(3).position(|three| three == b"I64").unwrap();
+    let floats = [&floats[..at], b"F64", &floats[at + 3..]].concat();
+    refused(&floats, "has lengths Double [4]; expected Int64 [4]");
+    let sound = texts(&[1, 2, 3, 4], 10, "");
+    let folder = || dataset(&[("a.safetensors", &sound)], &[entry("a.safetensors", 4)]);
+    assert_eq!(Dataset::open(in_version_2(folder()).path()).unwrap().num_samples(), 4);
+    refused_dataset(folder().path(), "has shape [10, 1], but dataset.json says 4 samples");
+}
+
+#[test]
+fn lengths_of_what_is_no_text_or_beside_a_mask_are_refused() {
+    for (key, reason) in [
+        ("image_latents.lengths", "gives lengths to what is no text"),
+        ("labels.lengths", "gives lengths to what is no text"),
+        ("text_embeddings.lengths", "holds no tensor `text_embeddings`"),
+    ] {
+        let header = format!(
+            r#"{{"image_latents":{{"dtype":"F32","shape":[4,1,2,2],"data_offsets":[0,64]}},
+            "{key}":{{"dtype":"I64","shape":[4],"data_offsets":[64,96]}}}}"#
+        );
+        let contents = with_header(header.as_bytes(), 96);
+        let folder = dataset(&[("a.safetensors", &contents)], &[entry("a.safetensors", 4)]);
+        refused_dataset(in_version_2(folder).path(), reason);
+    }
+    let header = r#"{"image_latents":{"dtype":"F32","shape":[4,1,2,2],"data_offsets":[0,64]},
+        "text_mask":{"dtype":"U8","shape":[4,1],"data_offsets":[64,68]},
+        "text_embeddings":{"dtype":"F32","shape":[4,1],"data_offsets":[68,84]},
+        "text_embeddings.lengths":{"dtype":"I64","shape":[4],"data_offsets":[84,116]}}"#;
+    let contents = with_header(header.as_bytes(), 116);
+    let folder = dataset(&[("a.safetensors", &contents)], &[entry("a.safetensors", 4)]);
+    refused_dataset(in_version_2(folder).path(), "stands beside a mask");
+}
+
+#[test]
+fn a_file_of_a_single_sample_has_no_axis_of_samples() {
+    let header = br#"{"image_latents":{"dtype":"F32","shape":[1,2,2],"data_offsets":[0,16]}}"#;
+    let contents = with_header(header, 16);
+    let single = |samples: u64| {
+        let mut entry = entry("a.safetensors", samples);
+        entry["single"] = true.into();
+        dataset(&[("a.safetensors", &contents)], &[entry])
+    };
+    let opened = Dataset::open(in_version_2(single(1)).path()).unwrap();
+    assert_eq!(opened.batch(&[0, 0]).unwrap().tensors["image_latents"].size(), [2, 1, 2, 2]);
+    refused_dataset(single(1).path(), "`a.safetensors` is single and has samples = 1 in version 1");
+    refused_dataset(in_version_2(single(2)).path(), "is single and has samples = 2 in version 2");
+    let mut unequal = entry("a.safetensors", 1);
+    unequal["unequal"] = true.into();
+    let folder = in_version_2(dataset(&[("a.safetensors", &contents)], &[unequal]));
+    refused_dataset(folder.path(), "`a.safetensors` is unequal; only a single sample can be");
+    let plain = dataset(&[("a.safetensors", &contents)], &[entry("a.safetensors", 1)]);
+    refused_dataset(plain.path(), "expected floats [C, H, W]");
+}
+
+#[test]
+fn captions_are_a_file_of_the_folder_in_version_2() {
+    let captioned = |version: u64, path: &str| {
+        let folder = dataset(&[("a.safetensors", &images(None))], &[entry("a.safetensors", 4)]);
+        let manifest = folder.path().join("dataset.json");
+        let mut json: serde_json::Value =
+            serde_json::from_slice(&fs::read(&manifest).unwrap()).unwrap();
+        json["version"] = version.into();
+        json["captions"] = json!({"path": path, "sha256": "0".repeat(64)});
+        fs::write(manifest, json.to_string()).unwrap();
+        folder
+    };
+    refused_dataset(captioned(1, "c.jsonl").path(), "has captions, which version 2 of the format");
+    refused_dataset(captioned(2, "c.jsonl").path(), "c.jsonl: does not exist");
+    refused_dataset(captioned(2, "../c.jsonl").path(), "leaves the data folder");
+    refused_dataset(captioned(2, ".").path(), "names no file");
+    let folder = captioned(2, "c.jsonl");
+    mknodat(CWD, folder.path().join("c.jsonl"), FileType::Fifo, Mode::RUSR, 0).unwrap();
+    refused_dataset(folder.path(), "c.jsonl: is not a regular file");
+}
+
 #[test]
 fn the_dataset_that_the_lies_are_made_from_is_sound() {
     let folder = dataset(&[("a.safetensors", &images(None))], &[entry("a.safetensors", 4)]);

@@ -42,6 +42,15 @@ pub(super) fn dtype_of(kind: Kind) -> Option<&'static str> {
     DTYPES.iter().find(|(_, known)| *known == kind).map(|(word, _)| *word)
 }
 
+/// The treatment of tensors without elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Empty {
+    /// As our own files: a dataset, weights or a checkpoint has no use for them.
+    Refused,
+    /// As caches of other programs, which store a text of no tokens.
+    Allowed,
+}
+
 /// One tensor of a file: its name, kind, shape and offset.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TensorInfo {
@@ -71,7 +80,7 @@ pub(super) fn check_length(bytes: u64) -> Result<(), String> {
 }
 
 /// Parses and checks a header over `data_bytes` of tensor data; the error is a reason on one line.
-pub(super) fn parse(text: &[u8], data_bytes: u64) -> Result<Header, String> {
+pub(super) fn parse(text: &[u8], data_bytes: u64, empty: Empty) -> Result<Header, String> {
     let text = std::str::from_utf8(text)
         .map_err(|e| format!("header is not UTF-8 from byte {} on", e.valid_up_to()))?;
     if !text.starts_with('{') {
@@ -82,9 +91,9 @@ pub(super) fn parse(text: &[u8], data_bytes: u64) -> Result<Header, String> {
     let mut tensors = raw
         .tensors
         .into_iter()
-        .map(|(name, entry)| entry.checked(name))
+        .map(|(name, entry)| entry.checked(name, empty))
         .collect::<Result<Vec<_>, String>>()?;
-    tensors.sort_by_key(|tensor| tensor.offset);
+    tensors.sort_by_key(|tensor| (tensor.offset, tensor.bytes));
     check_cover(&tensors, data_bytes)?;
     Ok(Header { tensors, metadata: raw.metadata.unwrap_or_default().0 })
 }
@@ -142,8 +151,9 @@ struct Entry {
 }
 
 impl Entry {
-    fn checked(self, name: String) -> Result<TensorInfo, String> {
-        if let Some(axis) = self.shape.0.iter().find(|axis| **axis < 1) {
+    fn checked(self, name: String, empty: Empty) -> Result<TensorInfo, String> {
+        let least = if empty == Empty::Allowed { 0 } else { 1 };
+        if let Some(axis) = self.shape.0.iter().find(|axis| **axis < least) {
             return Err(format!(
                 "tensor `{name}` {:?} has an axis of {axis}, expected at least 1; leave empty tensors out",
                 self.shape.0
@@ -305,7 +315,7 @@ mod tests {
     #[test]
     fn tensors_come_in_the_order_of_the_file_whatever_the_order_of_the_header() {
         let text = r#"{"b":{"dtype":"F16","shape":[2],"data_offsets":[4,8]},"a":{"dtype":"I32","shape":[],"data_offsets":[0,4]}}   "#;
-        let header = parse(text.as_bytes(), 8).expect("a sound header");
+        let header = parse(text.as_bytes(), 8, Empty::Refused).expect("a sound header");
         let names: Vec<&str> = header.tensors.iter().map(|tensor| tensor.name.as_str()).collect();
         assert_eq!(names, ["a", "b"]);
         assert!(header.tensors[0].shape.is_empty(), "a scalar has no axes");
@@ -314,7 +324,7 @@ mod tests {
     #[test]
     fn a_reason_is_short_and_on_one_line() {
         let text = format!(r#"{{"a":{{"{}\n":1}}}}"#, "x".repeat(1 << 20));
-        let reason = parse(text.as_bytes(), 0).expect_err("an unknown field");
+        let reason = parse(text.as_bytes(), 0, Empty::Refused).expect_err("an unknown field");
         assert!(reason.chars().count() <= MAX_REASON_CHARS + 1, "{}", reason.len());
         assert!(
             reason.starts_with("header is malformed: tensor `a`: unknown field `xxx"),

@@ -21,6 +21,7 @@ use tch::{Device, Kind, Tensor};
 use super::contents::{Format, HEAD_BYTES, recognized};
 use crate::error::{Error, Result};
 use crate::tensor::bytes_mut;
+use header::Empty;
 pub use header::TensorInfo;
 pub use shards::Shards;
 pub(crate) use source::open_error;
@@ -62,7 +63,14 @@ impl SafeTensors {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let (source, file_bytes) = Source::open(path)?;
-        SafeTensors::from_source(path.into(), source, file_bytes)
+        SafeTensors::from_source(path.into(), source, file_bytes, Empty::Refused)
+    }
+
+    /// As [`open`](Self::open), but allows tensors without elements, which other programs write.
+    pub(crate) fn open_with_empty(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let (source, file_bytes) = Source::open(path)?;
+        SafeTensors::from_source(path.into(), source, file_bytes, Empty::Allowed)
     }
 
     /// As [`open`](Self::open), but opens the file again for each read and holds no descriptor in
@@ -79,10 +87,11 @@ impl SafeTensors {
 
     /// Reads from bytes that are part of the binary; `name` replaces the path in messages.
     pub fn from_static(name: &str, bytes: &'static [u8]) -> Result<Self> {
-        SafeTensors::from_source(name.into(), Source::Embedded(bytes), bytes.len() as u64)
+        let length = bytes.len() as u64;
+        SafeTensors::from_source(name.into(), Source::Embedded(bytes), length, Empty::Refused)
     }
 
-    fn from_source(path: PathBuf, source: Source, file_bytes: u64) -> Result<Self> {
+    fn from_source(path: PathBuf, source: Source, file_bytes: u64, empty: Empty) -> Result<Self> {
         let by_name = BTreeMap::new();
         let mut file = SafeTensors {
             path,
@@ -93,7 +102,7 @@ impl SafeTensors {
             by_name,
             metadata: BTreeMap::new(),
         };
-        let (header, data_start) = file.header().map_err(|error| file.explained(error))?;
+        let (header, data_start) = file.header(empty).map_err(|error| file.explained(error))?;
         file.data_start = data_start;
         file.by_name =
             header.tensors.iter().enumerate().map(|(i, tensor)| (tensor.name.clone(), i)).collect();
@@ -102,8 +111,16 @@ impl SafeTensors {
         Ok(file)
     }
 
+    /// Returns the same file, read as if each tensor had a first axis of length 1, except for those
+    /// named: a file of one sample becomes one of many.
+    pub(crate) fn with_one_row(mut self, except: &[&str]) -> Self {
+        let others = self.tensors.iter_mut().filter(|info| !except.contains(&info.name.as_str()));
+        others.for_each(|info| info.shape.insert(0, 1));
+        self
+    }
+
     /// Returns the checked header, and the offset of the first byte after it.
-    fn header(&self) -> Result<(header::Header, u64)> {
+    fn header(&self, empty: Empty) -> Result<(header::Header, u64)> {
         let file_bytes = self.file_bytes;
         let mut prefix = [0; PREFIX as usize];
         let Some(after_prefix) = file_bytes.checked_sub(PREFIX) else {
@@ -121,7 +138,7 @@ impl SafeTensors {
         };
         let mut text = vec![0; header_bytes as usize];
         self.read_at(&opened, &mut text, PREFIX)?;
-        let header = header::parse(&text, data_bytes).map_err(|what| self.refused(what))?;
+        let header = header::parse(&text, data_bytes, empty).map_err(|what| self.refused(what))?;
         Ok((header, PREFIX + header_bytes))
     }
 

@@ -211,6 +211,10 @@ impl Architecture for Wan {
         latents[1..].iter().zip(self.patch_size).map(|(length, patch)| length / patch).product()
     }
 
+    fn text_tokens(&self) -> Option<i64> {
+        Some(512)
+    }
+
     fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()> {
         self.check_grid(shapes.latents)?;
         if shapes.of.is_empty() {

@@ -1,5 +1,9 @@
 //! One file of samples, read by number.
 
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use super::unequal::{LENGTHS, Starts};
 use crate::error::Result;
 use crate::files::finite::{check_finite, is_sound};
 use crate::files::safetensors::{SafeTensors, TensorInfo, row_bytes};
@@ -11,15 +15,24 @@ pub(super) struct SampleFile {
     pub tensors: SafeTensors,
     /// Number of its first sample; the others follow.
     pub first_id: u64,
+    pub samples: u64,
     /// Index of its group in the dataset.
     pub group: usize,
+    /// First rows of the samples in each text of unequal lengths.
+    pub starts: BTreeMap<String, Starts>,
 }
 
 impl SampleFile {
+    /// Returns the rows of a sample's tensor.
+    pub fn rows_of(&self, key: &str, id: u64) -> Range<u64> {
+        let sample = id - self.first_id;
+        self.starts.get(key).map_or(sample..sample + 1, |starts| starts.rows(sample))
+    }
+
     /// True if all numbers of a sample are finite.
     pub fn is_finite(&self, id: u64) -> Result<bool> {
-        for info in self.tensors.tensors() {
-            if self.check_row(info, id - self.first_id)?.is_err() {
+        for info in self.of_samples() {
+            if self.check_sample(info, id)?.is_err() {
                 return Ok(false);
             }
         }
@@ -32,31 +45,45 @@ impl SampleFile {
     /// [`Error::Data`](crate::error::Error::Data) naming the tensor, the sample and the index of
     /// the first one; errors of reading.
     pub fn check_numbers(&self) -> Result<()> {
-        for info in self.tensors.tensors() {
-            for row in 0..info.shape[0] as u64 {
-                self.check_row(info, row)??;
+        for info in self.of_samples() {
+            for id in self.first_id..self.first_id + self.samples {
+                self.check_sample(info, id)??;
             }
         }
         Ok(())
     }
 
-    /// Checks the numbers of one tensor in one row. The outer error is one of reading, the inner
+    /// Returns the tensors that batches hold; lengths are no numbers of a sample.
+    fn of_samples(&self) -> impl Iterator<Item = &TensorInfo> {
+        let is_length = |name: &str| {
+            name.strip_suffix(LENGTHS).is_some_and(|key| self.starts.contains_key(key))
+        };
+        self.tensors.tensors().iter().filter(move |info| !is_length(&info.name))
+    }
+
+    /// Checks the numbers of one tensor of one sample. The outer error is one of reading, the inner
     /// one the finding.
-    fn check_row(&self, info: &TensorInfo, row: u64) -> Result<Result<()>> {
-        let mut data = self.tensors.buffer(row_bytes(info))?;
-        self.tensors.read_rows_into(info, &[row], &mut data, |_| ())?;
-        Ok(check_finite(&self.tensors, info, &[self.first_id + row], &[row], &data))
+    fn check_sample(&self, info: &TensorInfo, id: u64) -> Result<Result<()>> {
+        let rows: Vec<u64> = self.rows_of(&info.name, id).collect();
+        let mut data = self.tensors.buffer(row_bytes(info) * rows.len() as u64)?;
+        self.tensors.read_rows_into(info, &rows, &mut data, |_| ())?;
+        Ok(check_finite(&self.tensors, info, &vec![id; rows.len()], &rows, &data))
     }
 
     /// Fills `data` with one key of these samples, which all belong to this file.
     pub fn read_rows(&self, key: &str, ids: &[u64], data: &mut [u8]) -> Result<()> {
         pulse::read_from(self.tensors.path());
         let info = self.tensors.info(key)?;
-        let rows: Vec<u64> = ids.iter().map(|id| id - self.first_id).collect();
+        let rows: Vec<u64> = ids.iter().flat_map(|id| self.rows_of(key, *id)).collect();
         let mut sound = true;
         self.tensors
             .read_rows_into(info, &rows, data, |piece| sound &= is_sound(info.kind, piece))?;
-        if sound { Ok(()) } else { check_finite(&self.tensors, info, ids, &rows, data) }
+        if sound {
+            return Ok(());
+        }
+        let of_rows = |id: &u64| vec![*id; self.rows_of(key, *id).count()];
+        let ids: Vec<u64> = ids.iter().flat_map(of_rows).collect();
+        check_finite(&self.tensors, info, &ids, &rows, data)
     }
 }
 

@@ -3,30 +3,35 @@
 //!
 //! A file holds samples of one shape, stacked along axis 0 of every tensor, under the keys that
 //! batches use. Files of one resolution group have equal keys, kinds and shapes, so that a batch
-//! can mix their samples. Samples are numbered through all files in order. Files stay open as long
+//! can mix their samples; only texts may differ in length. Samples are numbered through all files in order. Files stay open as long
 //! as there are descriptors, so that replacing a file during a run has no effect; the others are
 //! opened for each read, which refuses a file that was replaced.
+
+mod batch;
+mod sample_file;
+mod unequal;
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
-use tch::Tensor;
 
+use super::DataType;
+use super::captions::Captions;
 use super::conditions::Conditions;
 use super::empty_prompt::EmptyPrompt;
 use super::group::{Group, check_latents, check_same, latents_key, layout_of};
 use super::manifest::{self, FileEntry, Manifest};
-use super::sample_file::SampleFile;
 use super::settings::OnBad;
-use super::{Batch, DataType};
 use crate::error::{Error, Result};
 use crate::files::descriptors::kept_open;
-use crate::files::safetensors::{SafeTensors, refuse_pickle, row_bytes, with_rows};
+use crate::files::safetensors::{SafeTensors, refuse_pickle};
 use crate::files::sha256;
 use crate::pulse;
-use crate::tensor::bytes_mut;
+use sample_file::SampleFile;
+pub use unequal::{LENGTHS, TEXTS, TextPadding};
+use unequal::{mask_of, own_lengths, take_lengths, unmasked_texts};
 
 /// Samples in files, read by number.
 #[derive(Debug)]
@@ -36,10 +41,12 @@ pub struct Dataset {
     /// One entry for each file of the manifest.
     files: Vec<SampleFile>,
     groups: Vec<Group>,
+    captions: Option<Captions>,
     conditions: Option<SafeTensors>,
     empty_prompt: Option<EmptyPrompt>,
     num_samples: u64,
     on_bad: OnBad,
+    padding: TextPadding,
 }
 
 impl Dataset {
@@ -57,11 +64,27 @@ impl Dataset {
         Dataset::keeping(folder, manifest, kept)
     }
 
+    /// Opens a folder as if `json` were its `dataset.json`.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn described_by(folder: impl AsRef<Path>, json: &str) -> Result<Self> {
+        let folder = folder.as_ref();
+        let manifest = Manifest::parse(&folder.join(manifest::FILE_NAME), json.as_bytes())?;
+        let kept = kept_open(manifest.num_files());
+        Dataset::keeping(folder, manifest, kept)
+    }
+
     /// As [`open`](Self::open), but keeps only the first `kept` files open and opens the others for
     /// each read.
     pub(super) fn keeping(folder: &Path, manifest: Manifest, kept: usize) -> Result<Self> {
         let opened = Cell::new(0);
-        Dataset::assemble(folder.into(), manifest, |relative| {
+        let captions = manifest
+            .captions
+            .as_ref()
+            .map(|entry| Captions::open(manifest::resolve(folder, &entry.path)?, entry.clone()));
+        let captions = captions.transpose()?;
+        let dataset = Dataset::assemble(folder.into(), manifest, |relative| {
             let path = manifest::resolve(folder, relative)?;
             pulse::still_at_work();
             if opened.replace(opened.get() + 1) < kept {
@@ -69,7 +92,8 @@ impl Dataset {
             } else {
                 SafeTensors::open_on_demand(path)
             }
-        })
+        })?;
+        Ok(Dataset { captions, ..dataset })
     }
 
     /// As [`open`](Self::open), over bytes that are part of the binary: `dataset.json` and its
@@ -100,45 +124,66 @@ impl Dataset {
             manifest,
             files,
             groups,
+            captions: None,
             conditions: None,
             empty_prompt: None,
             num_samples: 0,
             on_bad,
+            padding: TextPadding::default(),
         };
         for index in 0..dataset.manifest.files.len() {
             let entry = dataset.manifest.files[index].clone();
-            let tensors = open(&entry.path)?;
-            dataset.add(&entry, tensors)?;
+            let file = open(&entry.path)?;
+            dataset.add(&entry, file)?;
         }
         if let Some(entry) = &dataset.manifest.conditions {
             let file = open(&entry.path)?;
-            layout_of(&file, entry.names.len() as u64, "names")?;
+            layout_of(&file, entry.names.len() as u64, "names", |_| false)?;
             dataset.conditions = Some(file);
         }
         if let Some(entry) = &dataset.manifest.empty_prompt {
-            dataset.empty_prompt = Some(EmptyPrompt::read(open(&entry.path)?)?);
+            let mut empty_prompt = EmptyPrompt::read(open(&entry.path)?)?;
+            if dataset.pads_texts() {
+                TEXTS.iter().for_each(|(text, mask)| empty_prompt.add_mask(text, mask));
+            }
+            dataset.empty_prompt = Some(empty_prompt);
         }
         Ok(dataset)
     }
 
     fn add(&mut self, entry: &FileEntry, tensors: SafeTensors) -> Result<()> {
-        let layout = layout_of(&tensors, entry.samples, "samples")?;
+        let own = if entry.unequal { unmasked_texts(&tensors) } else { Vec::new() };
+        let tensors = if entry.single { tensors.with_one_row(&own) } else { tensors };
+        let allowed = self.manifest.allows_unequal_texts();
+        let is_unequal = |key: &str| {
+            own.contains(&key) || (allowed && tensors.holds(&format!("{key}{LENGTHS}")))
+        };
+        let mut layout = layout_of(&tensors, entry.samples, "samples", is_unequal)?;
+        let mut starts = own_lengths(&tensors, &own, &mut layout)?;
+        if allowed {
+            starts.extend(take_lengths(&tensors, entry.samples, &mut layout)?);
+        }
         check_latents(&layout, self.manifest.data_type)
             .map_err(|what| Error::data(tensors.path(), what))?;
         let known = self.groups.iter().position(|group| group.name == entry.group);
         let group = known.unwrap_or(self.groups.len());
         match self.files.iter().find(|file| file.group == group) {
-            Some(first) => check_same(&tensors, &layout, &first.tensors, &self.groups[group])?,
+            Some(first) => {
+                check_same(&tensors, &layout, &first.tensors, &self.groups[group])?;
+                self.groups[group].lengthen(&layout);
+            }
             None => self.groups.push(Group {
                 name: entry.group.clone(),
                 sample_ids: Vec::new(),
                 layout,
             }),
         }
-        let first_id = self.num_samples;
-        self.num_samples += entry.samples;
+        let (first_id, samples) = (self.num_samples, entry.samples);
+        self.num_samples = first_id
+            .checked_add(samples)
+            .ok_or_else(|| Error::data(&self.path, "lists more samples than 64 bits count"))?;
         self.groups[group].sample_ids.extend(first_id..self.num_samples);
-        self.files.push(SampleFile { tensors, first_id, group });
+        self.files.push(SampleFile { tensors, first_id, samples, group, starts });
         Ok(())
     }
 
@@ -169,14 +214,39 @@ impl Dataset {
     /// group.
     pub fn latent_shape(&self, group: &str) -> Option<&[i64]> {
         let group = self.groups.iter().find(|known| known.name == group)?;
-        group.layout.get(latents_key(self.data_type())).map(|(_, shape)| shape.as_slice())
+        let latents = group.layout.get(latents_key(self.data_type()));
+        latents.map(|tensor| tensor.shape.as_slice())
     }
 
-    /// Returns the shapes of the empty prompt's tensors by key; empty if the dataset has no empty
-    /// prompt.
+    /// Returns the shapes of one sample's tensors in the batch of a group that has its longest
+    /// texts, by key: texts of unequal length are padded, and come with their masks.
+    pub fn sample_shapes(&self, group: &Group) -> BTreeMap<String, Vec<i64>> {
+        let mut shapes = BTreeMap::new();
+        for (key, tensor) in &group.layout {
+            let mut shape = tensor.shape.clone();
+            if let Some(mask) = mask_of(key).filter(|_| tensor.unequal) {
+                shape[0] = self.padded_length(key, shape[0]);
+                shapes.insert(mask.into(), vec![shape[0]]);
+            }
+            shapes.insert(key.clone(), shape);
+        }
+        shapes
+    }
+
+    /// True if a group holds texts of unequal length, which batches pad.
+    pub fn pads_texts(&self) -> bool {
+        self.groups.iter().flat_map(|group| group.layout.values()).any(|tensor| tensor.unequal)
+    }
+
+    /// Returns the shapes of the empty prompt's tensors by key, with a mask for each text that has
+    /// none; empty if the dataset has no empty prompt.
     pub fn empty_prompt_shapes(&self) -> BTreeMap<String, Vec<i64>> {
-        let infos = self.empty_prompt.iter().flat_map(|empty| empty.file.tensors());
-        infos.map(|info| (info.name.clone(), info.shape.clone())).collect()
+        self.empty_prompt.as_ref().map(EmptyPrompt::shapes).unwrap_or_default()
+    }
+
+    /// Returns the captions and sources of the samples, if the dataset has them.
+    pub fn captions(&self) -> Option<&Captions> {
+        self.captions.as_ref()
     }
 
     /// Returns hex digits that change with the files' names, groups, sample counts or hashes, as
@@ -211,7 +281,7 @@ impl Dataset {
                 ));
             }
         }
-        Ok(())
+        self.captions.iter().try_for_each(|captions| captions.verify(self.num_samples))
     }
 
     /// Reads every sample and refuses the first that is not finite, unless such samples are
@@ -227,74 +297,15 @@ impl Dataset {
         self
     }
 
-    /// Returns the samples of these ids in this order. If bad samples are skipped, each is replaced
-    /// by the next sound one of its group.
+    /// Sets the length to which texts of unequal length are padded.
     ///
     /// # Errors
-    /// [`Error::Data`] if a sample is not finite and skipping is not allowed, or if its file was
-    /// cut since it was opened.
-    /// # Panics
-    /// If there are no ids, or they are unknown or of several groups (bugs in the caller).
-    pub fn batch(&self, ids: &[u64]) -> Result<Batch> {
-        match (self.read_batch(ids, 0), self.on_bad) {
-            (Err(error), OnBad::Skip) => {
-                let sound =
-                    ids.iter().map(|id| self.sound_from(*id)).collect::<Result<Vec<_>>>()?;
-                let bad_samples = sound.iter().zip(ids).filter(|(sound, id)| sound != id).count();
-                // No sample is bad, so the error has another cause.
-                if bad_samples == 0 { Err(error) } else { self.read_batch(&sound, bad_samples) }
-            }
-            (outcome, _) => outcome,
-        }
-        .map(|batch| Batch { sample_ids: ids.to_vec(), ..batch })
-    }
-
-    fn read_batch(&self, ids: &[u64], bad_samples: usize) -> Result<Batch> {
-        let group = self.file_of(ids[0]).group;
-        assert!(
-            ids.iter().all(|id| self.file_of(*id).group == group),
-            "a batch of several resolution groups: {ids:?}"
-        );
-        let keys = self.groups[group].layout.keys();
-        let mut tensors = keys
-            .map(|key| Ok((key.clone(), self.stacked(key, ids)?)))
-            .collect::<Result<BTreeMap<_, _>>>()?;
-        tensors.extend(self.empty_prompt.iter().flat_map(EmptyPrompt::tensors));
-        Ok(Batch { tensors, data_type: self.data_type(), sample_ids: ids.to_vec(), bad_samples })
-    }
-
-    /// Returns the sample itself if all its numbers are finite, otherwise the next of its group
-    /// that is; the result is the same on every rank.
-    fn sound_from(&self, id: u64) -> Result<u64> {
-        let ids = &self.groups[self.file_of(id).group].sample_ids;
-        let place = ids.binary_search(&id).expect("a sample is in its group");
-        let (before, after) = ids.split_at(place);
-        for candidate in after.iter().chain(before) {
-            if self.file_of(*candidate).is_finite(*candidate)? {
-                return Ok(*candidate);
-            }
-        }
-        Err(Error::data(&self.path, format!("no sample of the group of sample {id} is finite")))
-    }
-
-    /// Returns one key of these samples as one tensor.
-    fn stacked(&self, key: &str, ids: &[u64]) -> Result<Tensor> {
-        let first = &self.file_of(ids[0]).tensors;
-        let info = first.info(key)?;
-        let row_bytes = row_bytes(info) as usize;
-        let mut stacked = first.empty_tensor(&with_rows(info, ids.len()), info.kind)?;
-        let mut rest = bytes_mut(&mut stacked);
-        for run in ids.chunk_by(|a, b| self.file_of(*a).first_id == self.file_of(*b).first_id) {
-            let (now, later) = rest.split_at_mut(run.len() * row_bytes);
-            self.file_of(run[0]).read_rows(key, run, now)?;
-            rest = later;
-        }
-        Ok(stacked)
-    }
-
-    fn file_of(&self, id: u64) -> &SampleFile {
-        assert!(id < self.num_samples, "sample {id} of {}", self.num_samples);
-        &self.files[self.files.partition_point(|file| file.first_id <= id) - 1]
+    /// [`Error::Data`] naming a group that has a longer text.
+    pub fn text_padding(mut self, padding: TextPadding) -> Result<Self> {
+        let fits = |group: &Group| padding.check(&group.name, &group.layout);
+        self.groups.iter().try_for_each(fits).map_err(|what| Error::data(&self.path, what))?;
+        self.padding = padding;
+        Ok(self)
     }
 
     /// Returns the named conditions, if the dataset has any.
@@ -312,34 +323,12 @@ impl Dataset {
 mod tests {
     use std::fs::File;
 
-    use tch::{Device, Kind};
+    use tch::{Device, Kind, Tensor};
 
     use super::*;
-    use crate::data::made_up::{images, written};
+    use crate::data::made_up::two_groups;
     use crate::files::safetensors::write;
     use crate::files::sha256::HashingWriter;
-
-    fn labels(first: i64, samples: i64) -> Tensor {
-        Tensor::arange_start(first, first + samples, (Kind::Int64, Device::Cpu))
-    }
-
-    fn two_groups() -> tempfile::TempDir {
-        let part = |first, samples, side| {
-            vec![
-                ("image_latents", images(first, samples, side)),
-                ("labels", labels(first, samples)),
-            ]
-        };
-        let parts = [
-            ("a.safetensors", "2x2", part(0, 4, 2)),
-            ("b.safetensors", "3x3", part(4, 3, 3)),
-            ("c.safetensors", "2x2", part(7, 2, 2)),
-        ];
-        written(
-            &parts,
-            Some((&["zero", "one"], Tensor::ones([2, 5, 8], (Kind::Half, Device::Cpu)))),
-        )
-    }
 
     #[test]
     fn samples_are_numbered_through_all_files_and_grouped_by_resolution() {
@@ -355,32 +344,6 @@ mod tests {
         assert_eq!(dataset.latent_shape("3x3"), Some(&[1, 3, 3][..]));
         assert_eq!(dataset.latent_shape("4x4"), None);
         dataset.verify_hashes().expect("untouched files");
-    }
-
-    #[test]
-    fn a_batch_holds_the_samples_asked_for_in_that_order_across_files() {
-        let folder = two_groups();
-        let dataset = Dataset::open(folder.path()).expect("a sound dataset");
-        for ids in [&[8u64, 0, 1, 7, 2][..], &[3, 7], &[5, 6, 4]] {
-            let batch = dataset.batch(ids).expect("sound samples");
-            let expected = Tensor::from_slice(&ids.iter().map(|&id| id as i64).collect::<Vec<_>>());
-            assert!(batch.tensors["labels"].equal(&expected), "{ids:?}");
-            assert!(
-                batch.tensors["image_latents"]
-                    .amax([1, 2, 3], false)
-                    .to_kind(Kind::Int64)
-                    .equal(&expected),
-                "{ids:?}"
-            );
-            assert_eq!(batch.sample_ids, ids);
-        }
-    }
-
-    #[test]
-    #[should_panic(expected = "a batch of several resolution groups: [3, 4]")]
-    fn a_batch_of_two_groups_is_a_bug() {
-        let folder = two_groups();
-        let _ = Dataset::open(folder.path()).expect("a sound dataset").batch(&[3, 4]);
     }
 
     #[test]

@@ -1,0 +1,190 @@
+//! `fm-dist data`.
+
+use std::path::PathBuf;
+
+use bytesize::ByteSize;
+use clap::{Args, Subcommand};
+
+use super::files::say;
+use super::values::parse_cache;
+use crate::datasets::caches::{CacheFormat, ImportRequest, import};
+use crate::datasets::index::{IndexRequest, index};
+use crate::datasets::pack::{PackRequest, pack};
+use crate::datasets::show::{ShowRequest, show};
+use crate::datasets::write::Written;
+use crate::error::Result;
+use crate::files::outputs::{Named, check_files};
+
+#[derive(Args, Debug)]
+pub struct DataArgs {
+    #[command(subcommand)]
+    command: DataCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum DataCommand {
+    /// Write a dataset from the cache of another trainer
+    Import(ImportArgs),
+    /// Describe a folder of safetensors files, stacked or of one sample each, as a dataset
+    Index(IndexArgs),
+    /// Write a dataset anew in files of a wanted size
+    Pack(PackArgs),
+    /// Show what a dataset holds, and what looks wrong with it
+    Show(ShowArgs),
+}
+
+/// What a dataset says about itself.
+#[derive(Args, Debug)]
+struct About {
+    /// Name of the dataset; that of the folder if unset
+    #[arg(long, value_name = "TEXT")]
+    name: Option<String>,
+    /// Where the data are from
+    #[arg(long, value_name = "TEXT")]
+    source: Option<String>,
+    /// Their licence
+    #[arg(long, value_name = "TEXT")]
+    licence: Option<String>,
+}
+
+/// How a dataset is written.
+#[derive(Args, Debug)]
+struct Output {
+    /// Folder to create; one whose writing was interrupted is continued
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Largest size of a file
+    #[arg(long, value_name = "SIZE", default_value = "512MB")]
+    shard_size: ByteSize,
+    /// Number of threads; each holds one file's samples in memory
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=256))]
+    jobs: u16,
+}
+
+#[derive(Args, Debug)]
+struct ImportArgs {
+    /// The trainer: nemo (NVIDIA NeMo AutoModel) or musubi (musubi-tuner)
+    #[arg(long, value_name = "TRAINER", value_parser = parse_cache)]
+    from: CacheFormat,
+    /// Folders of its cache
+    #[arg(value_name = "SRC", required = true)]
+    sources: Vec<PathBuf>,
+    /// Folder of texts, `<name of the picture>.txt`, that replace the cache's captions
+    #[arg(long, value_name = "DIR")]
+    captions: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
+    #[command(flatten)]
+    about: About,
+}
+
+#[derive(Args, Debug)]
+struct IndexArgs {
+    /// Folder of safetensors files, in which dataset.json is written
+    #[arg(value_name = "DIR")]
+    folder: PathBuf,
+    #[command(flatten)]
+    about: About,
+}
+
+#[derive(Args, Debug)]
+struct PackArgs {
+    /// Folder of the dataset
+    #[arg(value_name = "DIR")]
+    folder: PathBuf,
+    #[command(flatten)]
+    output: Output,
+    /// Shuffle the samples with this seed
+    #[arg(long, value_name = "SEED")]
+    shuffle: Option<u64>,
+}
+
+#[derive(Args, Debug)]
+struct ShowArgs {
+    /// Folder of the dataset, or `embedded:digits`
+    #[arg(value_name = "DIR")]
+    path: String,
+    /// Samples of one step, to count the steps of an epoch
+    #[arg(long, value_name = "N")]
+    global_batch: Option<usize>,
+    /// Write one JSON object
+    #[arg(long)]
+    json: bool,
+    /// Also draw the latents of some samples, undecoded
+    #[arg(long, value_name = "OUT.png")]
+    samples: Option<PathBuf>,
+}
+
+impl DataArgs {
+    /// Does what was typed; returns the exit code.
+    pub fn run(self) -> Result<i32> {
+        match self.command {
+            DataCommand::Import(arguments) => arguments.run(),
+            DataCommand::Index(arguments) => arguments.run(),
+            DataCommand::Pack(arguments) => arguments.run(),
+            DataCommand::Show(arguments) => arguments.run(),
+        }
+    }
+}
+
+impl ImportArgs {
+    fn run(self) -> Result<i32> {
+        let ImportArgs { from, sources, captions, output, about } = self;
+        let out = output.out.display().to_string();
+        let written = import(&ImportRequest {
+            from,
+            sources,
+            captions,
+            out: output.out,
+            shard_bytes: output.shard_size.as_u64(),
+            jobs: output.jobs.into(),
+            name: about.name,
+            source: about.source,
+            licence: about.licence,
+        })?;
+        tell(written, &out)
+    }
+}
+
+impl IndexArgs {
+    fn run(self) -> Result<i32> {
+        let IndexArgs { folder, about: About { name, source, licence } } = self;
+        let shown = folder.display().to_string();
+        tell(index(&IndexRequest { folder, name, source, licence })?, &shown)
+    }
+}
+
+impl PackArgs {
+    fn run(self) -> Result<i32> {
+        let PackArgs { folder, output, shuffle } = self;
+        let out = output.out.display().to_string();
+        let written = pack(&PackRequest {
+            folder,
+            out: output.out,
+            shard_bytes: output.shard_size.as_u64(),
+            shuffle,
+            jobs: output.jobs.into(),
+        })?;
+        tell(written, &out)
+    }
+}
+
+impl ShowArgs {
+    fn run(self) -> Result<i32> {
+        let ShowArgs { path, global_batch, json, samples } = self;
+        let outputs: Vec<Named<'_>> =
+            samples.iter().map(|path| Named { argument: "--samples", path }).collect();
+        check_files(&outputs, &[])?;
+        let summary = show(&ShowRequest { path, global_batch, samples })?;
+        if json {
+            let text = serde_json::to_string_pretty(&summary).expect("texts and numbers are JSON");
+            return say(&format!("{text}\n"));
+        }
+        say(&summary.to_string())
+    }
+}
+
+fn tell(written: Written, folder: &str) -> Result<i32> {
+    let Written { samples, files, groups } = written;
+    say(&format!("{folder}: {samples} samples in {files} files, resolution groups: {groups}\n"))
+}

@@ -1,0 +1,274 @@
+//! Batches of samples, read by their ids.
+
+use std::collections::BTreeMap;
+
+use tch::{Kind, Tensor};
+
+use super::sample_file::SampleFile;
+use super::unequal::mask_of;
+use super::{Dataset, EmptyPrompt};
+use crate::data::group::{Layout, SampleTensor};
+use crate::data::{Batch, OnBad};
+use crate::error::{Error, Result};
+use crate::files::safetensors::{row_bytes, with_rows};
+use crate::tensor::bytes_mut;
+
+impl Dataset {
+    /// Returns the samples of these ids in this order. If bad samples are skipped, each is replaced
+    /// by the next sound one of its group.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if a sample is not finite and skipping is not allowed, or if its file was
+    /// cut since it was opened.
+    /// # Panics
+    /// If there are no ids, or they are unknown or of several groups (bugs in the caller).
+    pub fn batch(&self, ids: &[u64]) -> Result<Batch> {
+        match (self.read_batch(ids, 0), self.on_bad) {
+            (Err(error), OnBad::Skip) => {
+                let sound =
+                    ids.iter().map(|id| self.sound_from(*id)).collect::<Result<Vec<_>>>()?;
+                let bad_samples = sound.iter().zip(ids).filter(|(sound, id)| sound != id).count();
+                // No sample is bad, so the error has another cause.
+                if bad_samples == 0 { Err(error) } else { self.read_batch(&sound, bad_samples) }
+            }
+            (outcome, _) => outcome,
+        }
+        .map(|batch| Batch { sample_ids: ids.to_vec(), ..batch })
+    }
+
+    fn read_batch(&self, ids: &[u64], bad_samples: usize) -> Result<Batch> {
+        let group = self.file_of(ids[0]).group;
+        assert!(
+            ids.iter().all(|id| self.file_of(*id).group == group),
+            "a batch of several resolution groups: {ids:?}"
+        );
+        let mut tensors = BTreeMap::new();
+        for (key, layout) in &self.groups[group].layout {
+            match mask_of(key).filter(|_| layout.unequal) {
+                Some(mask) => self.read_padded(key, mask, layout, ids, &mut tensors)?,
+                None => drop(tensors.insert(key.clone(), self.stacked(key, ids)?)),
+            }
+        }
+        tensors.extend(self.empty_prompt.iter().flat_map(EmptyPrompt::tensors));
+        Ok(Batch { tensors, data_type: self.data_type(), sample_ids: ids.to_vec(), bad_samples })
+    }
+
+    /// Returns the sample itself if all its numbers are finite, otherwise the next of its group
+    /// that is; the result is the same on every rank.
+    fn sound_from(&self, id: u64) -> Result<u64> {
+        let ids = &self.groups[self.file_of(id).group].sample_ids;
+        let place = ids.binary_search(&id).expect("a sample is in its group");
+        let (before, after) = ids.split_at(place);
+        for candidate in after.iter().chain(before) {
+            if self.file_of(*candidate).is_finite(*candidate)? {
+                return Ok(*candidate);
+            }
+        }
+        Err(Error::data(&self.path, format!("no sample of the group of sample {id} is finite")))
+    }
+
+    /// Returns one sample's tensors as they are stored: without an axis of samples, and texts without
+    /// padding.
+    ///
+    /// # Errors
+    /// As [`batch`](Self::batch).
+    /// # Panics
+    /// If there is no such sample (a bug in the caller).
+    pub fn sample(&self, id: u64) -> Result<BTreeMap<String, Tensor>> {
+        let read = |(key, tensor): (String, SampleTensor)| {
+            let file = self.file_of(id);
+            let mut sample = file.tensors.empty_tensor(&tensor.shape, tensor.kind)?;
+            if sample.numel() > 0 {
+                file.read_rows(&key, &[id], bytes_mut(&mut sample))?;
+            }
+            Ok((key, sample))
+        };
+        self.sample_layout(id).into_iter().map(read).collect()
+    }
+
+    /// Returns kinds and shapes of one sample's tensors, as [`sample`](Self::sample) returns them.
+    pub fn sample_layout(&self, id: u64) -> Layout {
+        let file = self.file_of(id);
+        let mut layout = self.groups[file.group].layout.clone();
+        for (key, tensor) in layout.iter_mut().filter(|(_, tensor)| tensor.unequal) {
+            tensor.shape[0] = file.rows_of(key, id).count() as i64;
+        }
+        layout
+    }
+
+    /// True if all numbers of a sample are finite.
+    ///
+    /// # Errors
+    /// Errors of reading.
+    pub fn is_finite(&self, id: u64) -> Result<bool> {
+        self.file_of(id).is_finite(id)
+    }
+
+    /// Returns one key of these samples as one tensor.
+    fn stacked(&self, key: &str, ids: &[u64]) -> Result<Tensor> {
+        let first = &self.file_of(ids[0]).tensors;
+        let info = first.info(key)?;
+        let row_bytes = row_bytes(info) as usize;
+        let mut stacked = first.empty_tensor(&with_rows(info, ids.len()), info.kind)?;
+        let mut rest = bytes_mut(&mut stacked);
+        for run in ids.chunk_by(|a, b| self.file_of(*a).first_id == self.file_of(*b).first_id) {
+            let (now, later) = rest.split_at_mut(run.len() * row_bytes);
+            self.file_of(run[0]).read_rows(key, run, now)?;
+            rest = later;
+        }
+        Ok(stacked)
+    }
+
+    /// Adds texts of unequal length, padded with zeros on the right, and their mask `[B, L]`, int64:
+    /// 1 for a token and 0 for padding.
+    fn read_padded(
+        &self,
+        key: &str,
+        mask_key: &str,
+        layout: &SampleTensor,
+        ids: &[u64],
+        tensors: &mut BTreeMap<String, Tensor>,
+    ) -> Result<()> {
+        let lengths: Vec<i64> =
+            ids.iter().map(|id| self.file_of(*id).rows_of(key, *id).count() as i64).collect();
+        let longest = lengths.iter().copied().max().expect("a batch has samples");
+        let tokens = self.padded_length(key, longest);
+        let file = &self.file_of(ids[0]).tensors;
+        let token_bytes = row_bytes(file.info(key)?) as usize;
+        let shape = [&[ids.len() as i64, tokens], &layout.shape[1..]].concat();
+        let mut padded = file.empty_tensor(&shape, layout.kind)?;
+        let mut mask = file.empty_tensor(&shape[..2], Kind::Int64)?;
+        let samples = bytes_mut(&mut padded).chunks_exact_mut(tokens as usize * token_bytes);
+        for ((id, length), sample) in ids.iter().zip(&lengths).zip(samples) {
+            let (text, padding) = sample.split_at_mut(*length as usize * token_bytes);
+            self.file_of(*id).read_rows(key, &[*id], text)?;
+            padding.fill(0);
+        }
+        let rows = bytes_mut(&mut mask).chunks_exact_mut(tokens as usize * size_of::<i64>());
+        for (length, row) in lengths.iter().zip(rows) {
+            for (token, number) in (0..).zip(row.as_chunks_mut().0) {
+                *number = i64::from(token < *length).to_le_bytes();
+            }
+        }
+        tensors.insert(key.into(), padded);
+        tensors.insert(mask_key.into(), mask);
+        Ok(())
+    }
+
+    /// Returns the length of a padded batch: the empty prompt, which may replace a sample's text,
+    /// must fit into it, too.
+    pub(super) fn padded_length(&self, key: &str, longest: i64) -> i64 {
+        let shapes = self.empty_prompt_shapes();
+        let empty = shapes.get(key).and_then(|shape| shape.first()).copied().unwrap_or(0);
+        self.padding.length(key, longest.max(empty))
+    }
+
+    fn file_of(&self, id: u64) -> &SampleFile {
+        assert!(id < self.num_samples, "sample {id} of {}", self.num_samples);
+        &self.files[self.files.partition_point(|file| file.first_id <= id) - 1]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+    use crate::data::TextPadding;
+    use crate::data::made_up::{images, two_groups, written_as};
+
+    fn open(folder: &tempfile::TempDir) -> Dataset {
+        Dataset::open(folder.path()).expect("a sound dataset")
+    }
+
+    #[test]
+    fn a_batch_holds_the_samples_asked_for_in_that_order_across_files() {
+        let folder = two_groups();
+        let dataset = Dataset::open(folder.path()).expect("a sound dataset");
+        for ids in [&[8u64, 0, 1, 7, 2][..], &[3, 7], &[5, 6, 4]] {
+            let batch = dataset.batch(ids).expect("sound samples");
+            let expected = Tensor::from_slice(&ids.iter().map(|&id| id as i64).collect::<Vec<_>>());
+            assert!(batch.tensors["labels"].equal(&expected), "{ids:?}");
+            assert!(
+                batch.tensors["image_latents"]
+                    .amax([1, 2, 3], false)
+                    .to_kind(Kind::Int64)
+                    .equal(&expected),
+                "{ids:?}"
+            );
+            assert_eq!(batch.sample_ids, ids);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "a batch of several resolution groups: [3, 4]")]
+    fn a_batch_of_two_groups_is_a_bug() {
+        let folder = two_groups();
+        let _ = Dataset::open(folder.path()).expect("a sound dataset").batch(&[3, 4]);
+    }
+
+    /// Texts of 3, 1, 9 and 2 tokens in two files; a token holds its sample's number.
+    fn unequal() -> tempfile::TempDir {
+        let part = |name, first: i64, lengths: &[i64]| {
+            let tokens: Vec<Tensor> = (first..)
+                .zip(lengths)
+                .map(|(id, length)| Tensor::full([*length, 2], id + 1, (Kind::Half, Device::Cpu)))
+                .collect();
+            let tensors = vec![
+                ("image_latents", images(first, lengths.len() as i64, 2)),
+                ("text_embeddings", Tensor::cat(&tokens, 0)),
+                ("text_embeddings.lengths", Tensor::from_slice(lengths)),
+            ];
+            (name, "2x2", tensors)
+        };
+        written_as(2, &[part("a.safetensors", 0, &[3, 1]), part("b.safetensors", 2, &[9, 2])], None)
+    }
+
+    #[test]
+    fn texts_of_unequal_length_are_padded_to_the_longest_of_the_batch() {
+        let dataset = open(&unequal());
+        for (ids, lengths, tokens) in
+            [(&[0u64, 1][..], &[3i64, 1][..], 8), (&[3, 2, 0], &[2, 9, 3], 16), (&[1], &[1], 8)]
+        {
+            let batch = dataset.batch(ids).expect("sound samples");
+            let (text, mask) = (&batch.tensors["text_embeddings"], &batch.tensors["text_mask"]);
+            assert_eq!(text.size(), [ids.len() as i64, tokens, 2], "{ids:?}");
+            assert_eq!(mask.sum_dim_intlist(1, false, None), Tensor::from_slice(lengths));
+            let of_ids: Vec<i64> = ids.iter().map(|id| *id as i64 + 1).collect();
+            let expected = mask * Tensor::from_slice(&of_ids).unsqueeze(1);
+            for feature in 0..2 {
+                let found = text.select(2, feature).to_kind(Kind::Int64);
+                assert!(found.equal(&expected), "{ids:?}: zeros behind the text");
+            }
+        }
+        dataset.verify_hashes().expect("untouched files");
+        dataset.verify_numbers().expect("finite");
+    }
+
+    #[test]
+    fn texts_can_be_padded_to_a_number_of_tokens_that_they_do_not_exceed() {
+        let padded = |tokens| open(&unequal()).text_padding(TextPadding::Tokens(tokens));
+        let dataset = padded(12).expect("longer than every text");
+        let batch = dataset.batch(&[1]).expect("a sound sample");
+        assert_eq!(batch.tensors["text_embeddings"].size(), [1, 12, 2]);
+        assert_eq!(dataset.sample_shapes(&dataset.groups()[0])["text_mask"], [12]);
+        let error = padded(8).expect_err("a text of 9 tokens").to_string();
+        assert!(error.contains("group `2x2` has a text of 9 tokens"), "{error}");
+    }
+
+    #[test]
+    fn a_text_that_is_not_finite_is_named_with_its_sample() {
+        let folder = unequal();
+        let path = folder.path().join("b.safetensors");
+        let mut bytes = std::fs::read(&path).expect("a file");
+        let number = half::f16::from_f32(4.0).to_le_bytes();
+        let place = bytes.windows(2).rposition(|two| two == number).expect("the last sample's");
+        bytes[place..place + 2].copy_from_slice(&half::f16::NAN.to_le_bytes());
+        std::fs::write(&path, bytes).expect("written again");
+        let dataset = open(&folder);
+        let error = dataset.batch(&[0, 3]).expect_err("not finite").to_string();
+        assert!(error.contains("`text_embeddings` of sample 3 (row 10)"), "{error}");
+        let dataset = open(&folder).on_bad(OnBad::Skip);
+        assert_eq!(dataset.batch(&[3]).expect("a neighbour").bad_samples, 1);
+    }
+}

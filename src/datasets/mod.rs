@@ -1,0 +1,22 @@
+//! Makes and describes datasets: from folders of tensors, from other datasets, and from the caches
+//! of other trainers.
+//!
+//! | question | file |
+//! |---|---|
+//! | samples that can be written, wherever they come from | `samples.rs` |
+//! | which sample goes into which file | `shards.rs` |
+//! | writing a dataset, and going on after a kill | `write.rs` |
+//! | a folder of safetensors files as a dataset | `index.rs` |
+//! | joining small files | `pack.rs` |
+//! | what a dataset holds | `show/` |
+//! | caches of other trainers | `caches/` |
+
+pub mod caches;
+pub mod index;
+pub mod pack;
+mod samples;
+mod shards;
+pub mod show;
+pub mod write;
+
+pub use samples::{Description, Sample, Samples};

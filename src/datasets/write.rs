@@ -1,0 +1,330 @@
+//! Writes samples as a dataset. Nothing in the folder is half-written, `dataset.json` comes last,
+//! and work that was killed goes on where it stopped.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use tch::{Kind, Tensor};
+
+use super::shards::{Plan, Shard, lengths_key};
+use super::{Description, Samples};
+use crate::data::DATASET_FILE;
+use crate::error::{Error, Result};
+use crate::files::disk::Disk;
+use crate::files::durable::{LineFile, replace_file};
+use crate::files::outputs::{Named, check_new_folder};
+use crate::files::safetensors::{Planned, Writer};
+use crate::files::sha256::HashingWriter;
+
+/// Log of the files that are finished, while a dataset is being written.
+const LOG: &str = "unfinished.jsonl";
+const CAPTIONS: &str = "captions.jsonl";
+
+/// How a dataset is written.
+#[derive(Clone, Debug)]
+pub struct WriteOptions {
+    /// The folder to create, or one whose writing was interrupted.
+    pub out: PathBuf,
+    /// Largest size of a file; a larger sample gets a file of its own.
+    pub shard_bytes: u64,
+    /// Number of threads that read and write.
+    pub jobs: usize,
+    /// Order in which samples are written; that of their list if unset.
+    pub order: Option<Vec<usize>>,
+    /// Files to copy, by their entries in `dataset.json`.
+    pub further: Vec<FurtherFile>,
+}
+
+/// A file that is copied as it is.
+#[derive(Clone, Debug)]
+pub struct FurtherFile {
+    /// Its key in `dataset.json`.
+    pub key: &'static str,
+    pub path: PathBuf,
+    /// The rest of its entry besides path and hash.
+    pub entry: serde_json::Value,
+}
+
+/// What was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Written {
+    pub samples: usize,
+    pub files: usize,
+    pub groups: usize,
+}
+
+/// A finished file, as the log and `dataset.json` list it.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+struct Finished {
+    path: String,
+    sha256: String,
+}
+
+/// Writes all samples, then captions and `dataset.json`.
+///
+/// # Errors
+/// [`Error::Config`] if there are no samples or `out` cannot be created; [`Error::Data`] if a sample
+/// is not what its description says, or `out` holds something else; [`Error::Storage`].
+pub fn write_dataset(
+    samples: &dyn Samples,
+    description: &Description,
+    options: &WriteOptions,
+) -> Result<Written> {
+    let list = samples.list();
+    if list.is_empty() {
+        return Err(Error::config("data", "there are no samples to write"));
+    }
+    let order = options.order.clone().unwrap_or_else(|| (0..list.len()).collect());
+    let plan = Plan::new(list, &order, description.data_type, options.shard_bytes);
+    let folder = Folder::open(&options.out, &plan.fingerprint(list))?;
+    let finished = folder.write_shards(samples, &plan, options.jobs)?;
+    let mut document = json!({
+        "format": "fm-dist dataset",
+        "version": 2,
+        "name": description.name,
+        "source": description.source,
+        "licence": description.licence,
+        "data_type": description.data_type,
+        "files": plan.shards.iter().zip(&finished).map(|(shard, sha256)| json!({
+            "path": shard.path, "samples": shard.samples.len(), "group": shard.group, "sha256": sha256,
+        })).collect::<Vec<_>>(),
+        "captions": folder.write_captions(samples, &plan)?,
+    });
+    for further in &options.further {
+        document[further.key] = folder.copy(further)?;
+    }
+    folder.finish(&document)?;
+    let groups: std::collections::BTreeSet<&str> =
+        plan.shards.iter().map(|shard| shard.group.as_str()).collect();
+    Ok(Written { samples: order.len(), files: plan.shards.len(), groups: groups.len() })
+}
+
+/// A folder in which a dataset is being written.
+struct Folder {
+    path: PathBuf,
+    log: Mutex<LineFile>,
+    /// Held while the folder is written, so that no other process does.
+    _lock: File,
+    /// Hashes of the files that are finished.
+    known: BTreeMap<String, String>,
+}
+
+impl Folder {
+    /// Creates the folder, or opens one in which the same plan was begun.
+    fn open(path: &Path, fingerprint: &str) -> Result<Self> {
+        check_new_folder(Named { argument: "--out", path })?;
+        let log = path.join(LOG);
+        if path.exists() && !log.exists() && !is_empty(path)? {
+            return Err(Error::data(
+                path,
+                "exists already; a dataset is written into a new folder",
+            ));
+        }
+        fs::create_dir_all(path).map_err(Error::storage(path, "create"))?;
+        let lines = LineFile::open(&log).map_err(Error::storage(&log, "open"))?;
+        let lock = File::open(&log).map_err(Error::storage(&log, "open"))?;
+        if lock.try_lock().is_err() {
+            return Err(Error::data(path, "is being written by another process"));
+        }
+        let mut folder = Folder {
+            path: path.into(),
+            log: Mutex::new(lines),
+            _lock: lock,
+            known: BTreeMap::new(),
+        };
+        folder.read_log(&log, fingerprint)?;
+        Ok(folder)
+    }
+
+    /// Reads which files are finished; begins the log if there is none.
+    fn read_log(&mut self, log: &Path, fingerprint: &str) -> Result<()> {
+        let file = File::open(log).map_err(Error::storage(log, "open"))?;
+        let mut lines = BufReader::new(file).lines().map_while(io::Result::ok);
+        match lines.next().filter(|line| !line.is_empty()) {
+            None => return self.note(fingerprint),
+            Some(begun) if begun == fingerprint => {}
+            Some(_) => {
+                let what = "holds an unfinished dataset of other samples or file sizes; remove it, \
+                            or give another --out";
+                return Err(Error::data(&self.path, what));
+            }
+        }
+        // A last line that was cut by a crash is no JSON, and its file is written again.
+        let entries = lines.filter_map(|line| serde_json::from_str::<Finished>(&line).ok());
+        self.known = entries.map(|Finished { path, sha256 }| (path, sha256)).collect();
+        self.known.retain(|path, _| self.path.join(path).is_file());
+        Ok(())
+    }
+
+    fn note(&self, line: &str) -> Result<()> {
+        let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        let path = self.path.join(LOG);
+        log.append(line).and_then(|()| log.sync()).map_err(Error::storage(path, "write"))
+    }
+
+    /// Writes the files that are missing, on threads; returns the hashes of all.
+    fn write_shards(&self, samples: &dyn Samples, plan: &Plan, jobs: usize) -> Result<Vec<String>> {
+        let bar = progress(plan.shards.iter().map(|shard| shard.samples.len() as u64).sum());
+        let (next, failure) = (AtomicUsize::new(0), Mutex::new(None));
+        let hashes: Vec<Mutex<String>> = plan.shards.iter().map(|_| Mutex::default()).collect();
+        let work = || {
+            loop {
+                let number = next.fetch_add(1, Ordering::Relaxed);
+                let Some(shard) = plan.shards.get(number) else { return };
+                match self.write_shard(samples, plan, shard) {
+                    Ok(hash) => *lock(&hashes[number]) = hash,
+                    Err(error) => {
+                        next.store(plan.shards.len(), Ordering::Relaxed);
+                        lock(&failure).get_or_insert(error);
+                        return;
+                    }
+                }
+                bar.inc(shard.samples.len() as u64);
+            }
+        };
+        std::thread::scope(|scope| {
+            (1..jobs.max(1)).for_each(|_| drop(scope.spawn(work)));
+            work();
+        });
+        bar.finish_and_clear();
+        match failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            Some(error) => Err(error),
+            None => Ok(hashes.iter().map(|hash| lock(hash).clone()).collect()),
+        }
+    }
+
+    fn write_shard(&self, samples: &dyn Samples, plan: &Plan, shard: &Shard) -> Result<String> {
+        if let Some(hash) = self.known.get(&shard.path) {
+            return Ok(hash.clone());
+        }
+        let tensors = read_all(samples, shard)?;
+        let mut sha256 = String::new();
+        let path = self.path.join(&shard.path);
+        let beside = self.path.join(format!("{}.tmp", shard.path));
+        // Left by a process that was killed.
+        let _ = fs::remove_file(&beside);
+        Disk::PLAIN.write_file(&beside, None, |file| {
+            sha256 = write_file(file, samples, plan, shard, &tensors)?;
+            Ok(())
+        })?;
+        Disk::PLAIN.rename(&beside, &path)?;
+        let entry = Finished { path: shard.path.clone(), sha256 };
+        self.note(&serde_json::to_string(&entry).expect("texts are JSON"))?;
+        Ok(entry.sha256)
+    }
+
+    /// Writes a line for each sample, in the order of sample ids; returns the entry of the file.
+    fn write_captions(&self, samples: &dyn Samples, plan: &Plan) -> Result<serde_json::Value> {
+        let mut sha256 = String::new();
+        replace_file(&self.path.join(CAPTIONS), |out| {
+            let mut out = HashingWriter::new(out);
+            for index in plan.shards.iter().flat_map(|shard| &shard.samples) {
+                serde_json::to_writer(&mut out, &samples.list()[*index].caption)?;
+                out.write_all(b"\n")?;
+            }
+            sha256 = out.finish().1;
+            Ok(())
+        })?;
+        Ok(json!({"path": CAPTIONS, "sha256": sha256}))
+    }
+
+    fn copy(&self, further: &FurtherFile) -> Result<serde_json::Value> {
+        let path = &further.path;
+        let mut from = File::open(path).map_err(Error::storage(path, "open"))?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let mut sha256 = String::new();
+        replace_file(&self.path.join(&name), |out| {
+            let mut out = HashingWriter::new(out);
+            io::copy(&mut from, &mut out)?;
+            sha256 = out.finish().1;
+            Ok(())
+        })?;
+        let mut entry = further.entry.clone();
+        (entry["path"], entry["sha256"]) = (name.into(), sha256.into());
+        Ok(entry)
+    }
+
+    /// Writes `dataset.json`, which makes the folder a dataset.
+    fn finish(&self, document: &serde_json::Value) -> Result<()> {
+        let text = serde_json::to_string_pretty(document).expect("texts and numbers are JSON");
+        replace_file(&self.path.join(DATASET_FILE), |out| writeln!(out, "{text}"))?;
+        let log = self.path.join(LOG);
+        fs::remove_file(&log).map_err(Error::storage(&log, "delete"))
+    }
+}
+
+fn read_all(samples: &dyn Samples, shard: &Shard) -> Result<Vec<BTreeMap<String, Tensor>>> {
+    let read = |index: &usize| {
+        let (sample, tensors) = (&samples.list()[*index], samples.read(*index)?);
+        let described = sample.layout.iter().map(|(key, tensor)| (key, tensor.kind, &tensor.shape));
+        let found: Vec<(&String, Kind, Vec<i64>)> =
+            tensors.iter().map(|(key, tensor)| (key, tensor.kind(), tensor.size())).collect();
+        let fits = described.eq(found.iter().map(|(key, kind, shape)| (*key, *kind, shape)));
+        match fits {
+            true => Ok(tensors),
+            false => Err(Error::data(&sample.origin, "was changed while it was read")),
+        }
+    };
+    shard.samples.iter().map(read).collect()
+}
+
+/// Writes the samples of one file, key by key; returns its hash.
+fn write_file(
+    file: &mut dyn Write,
+    samples: &dyn Samples,
+    plan: &Plan,
+    shard: &Shard,
+    tensors: &[BTreeMap<String, Tensor>],
+) -> io::Result<String> {
+    let layout = &samples.list()[shard.samples[0]].layout;
+    let count = tensors.len() as i64;
+    let mut planned = Vec::new();
+    let names: Vec<(&String, String)> = layout.keys().map(|key| (key, lengths_key(key))).collect();
+    for (key, lengths) in &names {
+        let (kind, shape) = (layout[*key].kind, &layout[*key].shape);
+        if plan.unequal.contains(*key) {
+            let tokens: i64 = tensors.iter().map(|sample| sample[*key].size()[0]).sum();
+            let shape = [&[tokens.max(1)], &shape[1..]].concat();
+            planned.push(Planned { name: key, kind, shape });
+            planned.push(Planned { name: lengths, kind: Kind::Int64, shape: vec![count] });
+        } else {
+            planned.push(Planned { name: key, kind, shape: [&[count], &shape[..]].concat() });
+        }
+    }
+    let mut writer = Writer::begin(HashingWriter::new(file), &planned, &BTreeMap::new())?;
+    for (key, _) in &names {
+        tensors.iter().try_for_each(|sample| writer.tensor(&sample[*key]))?;
+        if plan.unequal.contains(*key) {
+            let lengths: Vec<i64> = tensors.iter().map(|sample| sample[*key].size()[0]).collect();
+            if lengths.iter().all(|length| *length == 0) {
+                let unused = [&[1], &layout[*key].shape[1..]].concat();
+                let options = (layout[*key].kind, tch::Device::Cpu);
+                writer.tensor(&Tensor::zeros(unused, options))?;
+            }
+            writer.tensor(&Tensor::from_slice(&lengths))?;
+        }
+    }
+    Ok(writer.finish().finish().1)
+}
+
+fn progress(samples: u64) -> ProgressBar {
+    let style = ProgressStyle::with_template("{bar:28.blue} {pos}/{len} samples, {eta} left");
+    // Hidden where standard error is no terminal.
+    ProgressBar::new(samples).with_style(style.expect("the template is valid"))
+}
+
+fn is_empty(folder: &Path) -> Result<bool> {
+    let mut entries = fs::read_dir(folder).map_err(Error::storage(folder, "list"))?;
+    Ok(entries.next().is_none())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
