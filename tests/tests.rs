@@ -34,6 +34,8 @@ mod fast {
     mod gradients;
     /// Each lie in the header of a safetensors file is refused, quickly.
     pub mod hostile;
+    /// Caches of other trainers that lie are refused before anything is written.
+    mod hostile_caches;
     /// So is each lie in data, in what is no file of data, and in a dataset.
     mod hostile_data;
     /// What `torch.save` wrote is parsed and never run.

@@ -63,7 +63,7 @@ struct Output {
 
 #[derive(Args, Debug)]
 struct ImportArgs {
-    /// The trainer: nemo (NVIDIA NeMo AutoModel) or musubi (musubi-tuner)
+    /// The trainer: nemo (NVIDIA NeMo AutoModel), musubi (musubi-tuner) or ai-toolkit
     #[arg(long, value_name = "TRAINER", value_parser = parse_cache)]
     from: CacheFormat,
     /// Folders of its cache

@@ -2,8 +2,9 @@
 
     python caches.py FOLDER
 
-Writes FOLDER/nemo/<family> as NeMo AutoModel's tools do (torch.save), FOLDER/musubi/<family> as musubi-tuner does, and beside each
-<family>.safetensors with the batch of all its samples: that of NeMo by NeMo's own dataset and collate, that of musubi-tuner stacked here.
+Writes FOLDER/nemo/<family> as NeMo AutoModel's tools do (torch.save), FOLDER/musubi/<family> as musubi-tuner and
+FOLDER/ai-toolkit/<family> as ai-toolkit do, and beside each <family>.safetensors with the batch of all its samples: that of NeMo by NeMo's own
+dataset and collate, the others stacked here.
 Needs torch 2.13.0, safetensors 0.8.0 and nemo_automodel 0.5.0.
 """
 
@@ -126,6 +127,32 @@ def musubi(folder, family):
     keep(folder.parent / f"{family}.safetensors", {key: padded([sample[key] for sample in samples]) for key in samples[0]})
 
 
+def ai_toolkit(folder, family):
+    """As LatentCachingFileItemDTOMixin and PromptEmbeds.save: one folder a kind beside the pictures, names end with a hash."""
+    for name in ("_latent_cache", "_t_e_cache"):
+        (folder / name).mkdir(parents=True)
+    samples = []
+    for index in range(SAMPLES):
+        length = LENGTHS[index]
+        match family:
+            case "flux":
+                text, pooled = random([1, 8, 12], BRAIN), random([1, 10], BRAIN)
+                latents, texts = random([4, 8, 12], BRAIN), {"text_embed": text, "pooled_embed": pooled}
+                expected = {"image_latents": latents, "text_embeddings": text[0], "pooled_prompt_embeds": pooled[0]}
+            case "qwen_image":
+                latents, text = random([4, 8, 12], BRAIN), random([1, 16, 12], BRAIN)
+                texts = {"text_embed": text, "attention_mask": (torch.arange(16) < length)[None].long()}
+                expected = {"image_latents": latents, "text_embeddings": text[0, :length]}
+            case "wan":
+                latents, text = random([4, 3, 4, 6], BRAIN), random([1, 5, 12], BRAIN)
+                texts, expected = {"text_embed_0": text}, {"video_latents": latents, "text_embeddings": text[0]}
+        save_file({"latent": latents}, folder / "_latent_cache" / f"a_b{index}_{'_-'.ljust(22, 'x')}.safetensors", {"filename": "x"})
+        save_file(texts, folder / "_t_e_cache" / f"a_b{index}_{'y' * 22}.safetensors")
+        (folder / f"a_b{index}.txt").write_text(f"caption {index}\n")
+        samples.append(expected)
+    keep(folder.parent / f"{family}.safetensors", {key: padded([sample[key] for sample in samples]) for key in samples[0]})
+
+
 def padded(tensors):
     longest = max(len(tensor) for tensor in tensors)
     if any(len(tensor) != longest for tensor in tensors):
@@ -144,3 +171,5 @@ for family in ("flux", "flux2", "qwen_image", "wan", "hunyuanvideo"):
     nemo(root / "nemo" / family, family)
 for family in ("flux2", "qwen_image", "wan", "hunyuanvideo"):
     musubi(root / "musubi" / family, family)
+for family in ("flux", "qwen_image", "wan"):
+    ai_toolkit(root / "ai-toolkit" / family, family)

@@ -107,3 +107,22 @@ fn caches_of_musubi_tuner_keep_their_bits_and_train() {
         assert_trains(&family, &data, &root, &overrides);
     }
 }
+
+#[test]
+fn caches_of_ai_toolkit_keep_their_bits_and_train() {
+    let (_folder, root) = caches();
+    let families = [
+        ("flux", FLUX, vec![]),
+        ("qwen_image", QWEN_IMAGE, vec!["flow_matching.adapter.use_text_mask=true"]),
+        ("wan", WAN, vec![]),
+    ];
+    for (name, family, overrides) in families {
+        let (source, expected) = (
+            root.join("ai-toolkit").join(name),
+            root.join(format!("ai-toolkit/{name}.safetensors")),
+        );
+        let data = root.join(format!("data-{name}"));
+        assert_batch(&imported(CacheFormat::AiToolkit, &source, &data), &expected);
+        assert_trains(&family, &data, &root, &overrides);
+    }
+}

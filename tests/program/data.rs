@@ -189,6 +189,7 @@ fn folders_that_are_no_data_are_refused() {
     for (from, what) in [
         ("nemo", "holds no sample of this cache's format"),
         ("musubi", "a.safetensors: is of architecture"),
+        ("ai-toolkit", "holds no sample of this cache's format"),
     ] {
         let out = root.path().join("out");
         let line = refused(40, &["data", "import", "--from", from, folder, "--out", text(&out)]);
@@ -197,7 +198,7 @@ fn folders_that_are_no_data_are_refused() {
     let (code, _, errors) =
         finish(program(&["data", "import", "--from", "kohya", folder, "--out", "x"]));
     assert_eq!(code, 2);
-    assert!(errors.contains("expected one of nemo, musubi"), "{errors}");
+    assert!(errors.contains("expected one of nemo, musubi, ai-toolkit"), "{errors}");
 }
 
 #[test]

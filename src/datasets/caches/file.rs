@@ -34,6 +34,11 @@ impl CacheFile {
         }
     }
 
+    /// True if the file has a tensor of this name.
+    pub fn holds(&self, name: &str) -> bool {
+        self.describe(name).is_ok()
+    }
+
     /// Returns kind and shape of a tensor.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 //!
 //! A format is a file here that finds the samples of a folder, and a line of [`CacheFormat`].
 
+mod ai_toolkit;
 mod file;
 mod musubi;
 mod nemo;
@@ -19,6 +20,7 @@ use super::{Description, Sample, Samples};
 use crate::data::group::{Layout, SampleTensor};
 use crate::data::{Caption, DataType, latents_key};
 use crate::error::{Error, Result};
+use crate::files::safetensors::open_error;
 use crate::settings::choice;
 use file::CacheFile;
 
@@ -32,6 +34,8 @@ choice! {
         "nemo" => Nemo,
         /// musubi-tuner.
         "musubi" => Musubi,
+        /// ai-toolkit.
+        "ai-toolkit" => AiToolkit,
     }
 }
 
@@ -40,6 +44,7 @@ impl CacheFormat {
         match self {
             CacheFormat::Nemo => nemo::find(folder),
             CacheFormat::Musubi => musubi::find(folder),
+            CacheFormat::AiToolkit => ai_toolkit::find(folder),
         }
     }
 }
@@ -114,8 +119,10 @@ struct Part {
     file: PathBuf,
     /// Its name in the file.
     name: String,
-    /// Shape without the axes of length 1 that the cache adds.
+    /// Its shape without the axes of length 1 that the cache adds.
     shape: Vec<i64>,
+    /// Number of its first rows that are taken over; all if unset.
+    tokens: Option<i64>,
     /// Factor that normalizes it, if it is not normalized.
     scale: Option<f64>,
 }
@@ -131,13 +138,7 @@ impl Cached {
         let stem = Path::new(&self.sample.caption.source).file_stem().unwrap_or_default();
         let mut path = folder.join(stem).into_os_string();
         path.push(".txt");
-        let path = PathBuf::from(path);
-        let bytes = fs::metadata(&path).map_err(Error::storage(&path, "open"))?.len();
-        if bytes > MAX_CAPTION_BYTES {
-            return Err(Error::data(&path, "is longer than a caption may be"));
-        }
-        let text = fs::read_to_string(&path).map_err(Error::storage(&path, "read"))?;
-        self.sample.caption.caption = text.trim().into();
+        self.sample.caption.caption = read_caption(Path::new(&path))?;
         Ok(())
     }
 }
@@ -166,6 +167,10 @@ impl Samples for Cache {
                 return Err(Error::data(&part.file, "was changed while it was read"));
             }
             let tensor = scaled(tensor, part.scale).view(part.shape.as_slice());
+            let tensor = match part.tokens {
+                Some(tokens) => tensor.narrow(0, 0, tokens).contiguous(),
+                None => tensor,
+            };
             tensors.insert(part.key.into(), tensor);
         }
         Ok(tensors)
@@ -206,10 +211,19 @@ impl Collector {
             let what = format!("`{name}` has shape {shape:?}; expected {axes} axes for `{key}`");
             return Err(Error::data(file.path(), what));
         }
-        let tensor = SampleTensor { kind, shape: fitted.clone(), unequal: how.unequal };
+        let mut taken = fitted.clone();
+        if let Some(tokens) = how.tokens {
+            if tokens > taken[0] {
+                let what = format!("`{name}` has shape {shape:?}, and its mask {tokens} tokens");
+                return Err(Error::data(file.path(), what));
+            }
+            taken[0] = tokens;
+        }
+        let tensor = SampleTensor { kind, shape: taken, unequal: how.unequal };
         self.layout.insert(key.into(), tensor);
         let (file, name) = (file.path().into(), name.into());
-        self.parts.push(Part { key, file, name, shape: fitted, scale: how.scale });
+        let How { tokens, scale, .. } = how;
+        self.parts.push(Part { key, file, name, shape: fitted, tokens, scale });
         Ok(())
     }
 
@@ -234,7 +248,21 @@ impl Collector {
 struct How {
     /// True for a text without padding.
     unequal: bool,
+    /// Number of tokens of a text before its padding.
+    tokens: Option<i64>,
     scale: Option<f64>,
+}
+
+/// Returns the text of a caption file.
+fn read_caption(path: &Path) -> Result<String> {
+    let found = fs::metadata(path).map_err(|error| open_error(path, error))?;
+    if !found.is_file() || found.len() > MAX_CAPTION_BYTES {
+        let what = format!("is no file of at most {MAX_CAPTION_BYTES} bytes, as captions are");
+        return Err(Error::data(path, what));
+    }
+    let bytes = fs::read(path).map_err(Error::storage(path, "read"))?;
+    let text = String::from_utf8(bytes);
+    text.map(|text| text.trim().into()).map_err(|_| Error::data(path, "is no text in UTF-8"))
 }
 
 /// Returns the number of axes of one sample's tensor.

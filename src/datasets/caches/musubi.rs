@@ -102,7 +102,7 @@ fn add(collector: &mut Collector, file: &CacheFile, architecture: &Architecture)
     let CacheFile::Safe(safe) = file else { return Ok(()) };
     for info in safe.tensors() {
         let name = info.name.as_str();
-        let how = |unequal| How { unequal, scale: None };
+        let how = |unequal| How { unequal, ..How::default() };
         let (key, how) = if name.starts_with("latents_control_") {
             let what = "holds latents of a control picture, which no family trains on";
             return Err(Error::data(file.path(), what));
@@ -112,7 +112,7 @@ fn add(collector: &mut Collector, file: &CacheFile, architecture: &Architecture)
             }
             ("condition_latents", how(false))
         } else if sizes_follow(name, "latents_") {
-            (latents_key(architecture), How { unequal: false, scale: architecture.scale })
+            (latents_key(architecture), How { scale: architecture.scale, ..How::default() })
         } else if name.starts_with("clip_") || name.starts_with("siglip_") {
             ("image_embeds", how(false))
         } else if name.starts_with("ctx_vec_") {

@@ -113,7 +113,7 @@ fn sample(path: &Path, prompt: &str) -> Result<Cached> {
     for (theirs, ours) in KEYS {
         if root.get(theirs).and_then(Value::tensor).is_some() {
             let unequal = unpadded && ours == "text_embeddings";
-            collector.add(ours, &file, theirs, How { unequal, scale: None })?;
+            collector.add(ours, &file, theirs, How { unequal, ..How::default() })?;
         }
     }
     let holds = |key: &str| collector.layout.contains_key(key);
