@@ -7,6 +7,7 @@ mod flux2;
 mod hunyuan;
 mod inputs;
 mod qwen_image;
+mod seen_tokens;
 mod simple;
 
 pub use fit::Need;

@@ -42,7 +42,7 @@ pub struct FlowMatchingContext<'a> {
     pub timesteps: &'a Tensor,
     /// `[B]` f32 in `[0, 1]`.
     pub sigma: &'a Tensor,
-    /// `[B]` boolean: true for image-to-video samples.
+    /// `[B]` boolean on the host, where it was drawn: true for image-to-video samples.
     pub image_to_video: &'a Tensor,
     pub data_type: DataType,
     pub device: Device,
@@ -57,14 +57,14 @@ pub struct FlowMatchingContext<'a> {
     pub draws: &'a Draws<'a>,
 }
 
-impl FlowMatchingContext<'_> {
-    /// Returns a tensor of the batch, on the context's device.
+impl<'a> FlowMatchingContext<'a> {
+    /// Returns a tensor of the batch, on the host.
     ///
     /// # Errors
     /// [`Error::Data`] naming `adapter` and the key if the batch lacks it.
-    pub fn required(&self, key: &str, adapter: &str) -> Result<Tensor> {
+    pub fn required(&self, key: &str, adapter: &str) -> Result<&'a Tensor> {
         let missing = || Error::data("batch", format!("the {adapter} adapter needs `{key}`"));
-        Ok(self.batch.get(key).ok_or_else(missing)?.to_device(self.device))
+        self.batch.get(key).ok_or_else(missing)
     }
 
     /// Returns the batch's condition `key` with the rows replaced that `drop` `[B]`, on the host,
@@ -170,6 +170,18 @@ pub trait ModelAdapter {
     /// drops them.
     fn drops_conditions(&self) -> bool {
         false
+    }
+
+    /// True if the adapter drops the conditions of a whole micro-batch or of none of it, unless the
+    /// draws are each sample's own.
+    fn drops_whole_batches(&self) -> bool {
+        false
+    }
+
+    /// Returns the batch's key of tokens that only image-to-video samples see, and they only if the
+    /// tokens are not zeros.
+    fn image_tokens(&self) -> Option<&'static str> {
+        None
     }
 
     /// Returns a line about the effect of the adapter's settings on a model that embeds a guidance
