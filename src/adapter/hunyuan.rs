@@ -25,8 +25,8 @@ settings! {
     ///
     /// Source: NeMo AutoModel 0.5.0, `HunyuanAdapter`.
     pub struct Hunyuan {
-        /// Tokens and features of the zeros that stand for `image_embeds` where the batch has none;
-        /// features as the model's.
+        /// Tokens and features of `image_embeds` where the batch has none: features as the model's;
+        /// no sample sees such tokens, whatever their number is.
         pub default_image_embed_shape: [i64; 2] = [729, 1152], in 1..;
         /// Whether the model is given the known first frame of image-to-video samples, and which
         /// frame is known.
@@ -76,14 +76,14 @@ impl ModelAdapter for Hunyuan {
     }
 
     fn keys(&self) -> Vec<BatchKey> {
-        let [tokens, features] = self.default_image_embed_shape;
-        let zeros = format!("zeros [{tokens}, {features}], which stand for no image");
+        let [_, features] = self.default_image_embed_shape;
+        let no_image = format!("no image, of {features} features");
         vec![
             text_key(),
             text_mask_key(),
             BatchKey::required(Role::Condition, &["text_embeddings_2"], &[&["L2", "D2"]]),
             BatchKey::required(Role::TokenMask, &["text_mask_2"], &[&["L2"]]),
-            BatchKey::optional(Role::Fixed, &[IMAGE], &[&["Li", "Di"]], zeros),
+            BatchKey::optional(Role::Fixed, &[IMAGE], &[&["Li", "Di"]], no_image),
         ]
     }
 

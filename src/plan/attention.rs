@@ -12,14 +12,15 @@ use crate::flow::{CfgDropout, CfgDropoutValue, ModelAdapter, Role, TaskScope};
 use crate::parallel::SeedScope;
 use crate::pulse;
 
-/// Number of samples whose masks are read, of all groups together.
-const LOOKED_AT: usize = 1024;
-/// Bytes that are read of one key of one group. Masks are small, embeddings of images are not.
-const LOOKED_AT_BYTES: usize = 64 << 20;
+/// Samples of which one key is read, in all groups together: enough to tell, and read in no time.
+const MOST_SAMPLES: usize = 1024;
+/// Bytes of one key that are read, in all groups together. Masks are small, embeddings of images
+/// are not.
+const MOST_BYTES: usize = 256 << 20;
 
-/// Describes the attention of a run on `dataset`, or on data that are not there yet: without a mask,
-/// as flash attention needs it, or with one. A text of which no sample sees a token keeps a masked
-/// one whatever is said here.
+/// Describes the attention of a run on `dataset`, or on data that are not there yet: without a
+/// mask, as flash attention needs it, or with one. It does not tell of texts without a single valid
+/// token, which keep a masked one.
 ///
 /// # Errors
 /// Those of reading the data.
@@ -39,7 +40,7 @@ pub fn attention(config: &RunConfig, dataset: Option<&Dataset>) -> Result<String
     let look = Look { config, adapter: &*adapter, dataset };
     let differences = look.differences()?;
     if differences.is_empty() {
-        let looked_at = look.samples_looked_at();
+        let looked_at = look.looked_at();
         return Ok(format!(
             "{WITHOUT}: all samples of a resolution group see the same tokens, by {looked_at}"
         ));
@@ -71,18 +72,27 @@ struct Look<'l> {
 }
 
 impl Look<'_> {
-    /// Number of samples of each group.
-    fn each(&self) -> usize {
-        (LOOKED_AT / self.dataset.groups().len()).max(2)
+    /// Returns the number of samples of a group of which the key is read.
+    fn most(&self, group: &Group, key: &str) -> usize {
+        let groups = self.dataset.groups().len();
+        let (kind, shape) = &group.layout[key];
+        let bytes = kind.elt_size_in_bytes() * shape.iter().product::<i64>() as usize;
+        let most = (MOST_BYTES / groups / bytes.max(1)).min(MOST_SAMPLES / groups).max(2);
+        group.sample_ids.len().min(most)
     }
 
-    fn samples_looked_at(&self) -> String {
-        let groups = self.dataset.groups().iter();
-        let looked_at: usize = groups.map(|group| group.sample_ids.len().min(self.each())).sum();
-        match self.dataset.num_samples() {
-            all if all == looked_at as u64 => format!("the masks of all {all} samples"),
-            all => format!("the masks of {looked_at} of {all} samples"),
-        }
+    /// Returns the keys that were read, each with the number of samples.
+    fn looked_at(&self) -> String {
+        let all = self.dataset.num_samples();
+        let of_key = |key: &str| {
+            let groups = self.dataset.groups().iter();
+            let groups = groups.filter(|group| group.layout.contains_key(key));
+            let read: usize = groups.map(|group| self.most(group, key)).sum();
+            format!("`{key}` of {read}")
+        };
+        let images = self.dataset.groups().iter().find_map(|group| self.image_tokens(group));
+        let keys: Vec<String> = masks(self.adapter).into_iter().chain(images).map(of_key).collect();
+        format!("{} of {all} samples", keys.join(" and "))
     }
 
     /// Returns the reasons for which two samples of a micro-batch may see different tokens.
@@ -128,14 +138,17 @@ impl Look<'_> {
         self.config.parallel.seed_scope == SeedScope::Sample
     }
 
+    /// Returns the key of image tokens that a sample of the group may see.
+    fn image_tokens(&self, group: &Group) -> Option<&'static str> {
+        let key = self.adapter.image_tokens().filter(|key| group.layout.contains_key(*key))?;
+        let latents = self.dataset.latent_shape(&group.name)?;
+        let is_clip = matches!(latents, [_, frames, _, _] if *frames > 1);
+        (is_clip && self.config.flow_matching.flow.i2v_prob > 0.0).then_some(key)
+    }
+
     fn images(&self, group: &Group) -> Result<Option<String>> {
+        let Some(key) = self.image_tokens(group) else { return Ok(None) };
         let flow = &self.config.flow_matching.flow;
-        let key = self.adapter.image_tokens().filter(|key| group.layout.contains_key(*key));
-        let is_clip = self
-            .dataset
-            .latent_shape(&group.name)
-            .is_some_and(|latents| matches!(latents, [_, frames, _, _] if *frames > 1));
-        let Some(key) = key.filter(|_| is_clip && flow.i2v_prob > 0.0) else { return Ok(None) };
         let draws_tasks = flow.task_scope == TaskScope::Sample || self.draws_for_each_sample();
         if draws_tasks && flow.i2v_prob < 1.0 {
             return Ok(Some("only some are image-to-video".into()));
@@ -146,11 +159,7 @@ impl Look<'_> {
 
     /// Returns the key's tensors of samples from the group's beginning to its end.
     fn rows(&self, group: &Group, key: &str) -> Result<Tensor> {
-        let (kind, shape) = &group.layout[key];
-        let bytes = kind.elt_size_in_bytes() * shape.iter().product::<i64>() as usize;
-        let most = (LOOKED_AT_BYTES / bytes.max(1)).clamp(2, self.each());
-        let all = group.sample_ids.len();
-        let count = all.min(most);
+        let (all, count) = (group.sample_ids.len(), self.most(group, key));
         let ids: Vec<u64> = (0..count).map(|place| group.sample_ids[place * all / count]).collect();
         self.dataset.stacked(key, &ids)
     }
