@@ -260,7 +260,7 @@ const WITH: &str =
 
 #[test]
 fn check_tells_that_no_mask_is_needed_and_why() {
-    let samples = |key, line: &str| {
+    let samples = |key: &str, line: &str| {
         assert_eq!(line, format!("{WITHOUT}: {key}"));
     };
     samples("the flux adapter masks no text", &line(&FLUX, &[], |_| ()));
