@@ -34,8 +34,8 @@ pub fn attention(config: &RunConfig, dataset: Option<&Dataset>) -> Result<String
         return Ok(format!("{WITHOUT}: a micro-batch of one sample has the tokens that it sees"));
     }
     let Some(dataset) = dataset else {
-        let masks = masks.join(" or ");
-        return Ok(with_mask(samples, &format!("{masks} of the data will tell")));
+        let masks = masks.join("` and `");
+        return Ok(with_mask(samples, &format!("the data's `{masks}` will tell")));
     };
     let look = Look { config, adapter: &*adapter, dataset };
     let differences = look.differences()?;

@@ -2,15 +2,19 @@
 //! different ones, and neither changes a number.
 
 use std::collections::BTreeMap;
+use std::fs::{self, File};
 use std::path::Path;
 
 use fm_dist::config::RunConfig;
 use fm_dist::data::{Batch, DataType};
+use fm_dist::files::safetensors;
+use fm_dist::files::sha256::HashingWriter;
 use fm_dist::flow::{CfgDropoutValue, FlowMatchingContext};
-use fm_dist::nn::Activations;
+use fm_dist::nn::{Activations, Stage};
 use fm_dist::parallel::{Recompute, Replica};
 use fm_dist::plan::{CheckRequest, check};
 use fm_dist::rng::{Key, Purpose, Stream};
+use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
@@ -226,11 +230,11 @@ fn no_mask_reaches_a_block_where_all_samples_see_the_same() {
     for case in &CASES {
         let batch = batch(&HUNYUAN_VIDEO15, case);
         let inputs = cut(&HUNYUAN_VIDEO15, &batch, case, Kind::Float);
-        let first = |inputs: Activations, stage: &Box<dyn fm_dist::nn::Stage>| {
+        let first = |inputs: Activations, stage: &dyn Stage| {
             let flat = Tensor::zeros([stage.params().numel()], (Kind::Float, Device::Cpu));
             stage.forward(&stage.params().split(&flat), &inputs).carrying_constants_of(&inputs)
         };
-        let blocks = stages.iter().take(2).fold(inputs, first);
+        let blocks = stages.iter().take(2).map(AsRef::as_ref).fold(inputs, first);
         assert_eq!(blocks.find("mask").is_none(), case.all_alike, "{:?}", case.text);
         let seen = |key| case.mask(key).any_dim(0, false).sum(Kind::Int64).int64_value(&[]);
         let tokens = seen("text_mask").max(1) + seen("text_mask_2") + seen("image");
@@ -247,6 +251,10 @@ fn line(
     let (root, mut samples) = (TempDir::new().unwrap(), family.samples());
     change(&mut samples);
     family.write(root.path(), &samples);
+    planned(family, overrides, &root)
+}
+
+fn planned(family: &Tiny, overrides: &[&str], root: &TempDir) -> String {
     let request = CheckRequest { world_size: 1, latents: None, text_tokens: 0, scaling: None };
     let plan =
         check(&family.config(root.path(), Path::new("unused"), overrides), &request).unwrap();
@@ -304,4 +312,39 @@ fn check_tells_where_a_mask_is_needed_and_why() {
         let _ = samples["image_embeds"].get(3).fill_(0.0);
     });
     told(&zeros, "`image_embeds` of some are zeros");
+}
+
+/// A dataset whose texts are of five tokens and whose empty prompt is of `tokens`.
+fn with_empty_prompt(tokens: i64) -> TempDir {
+    let (root, mut samples) = (TempDir::new().unwrap(), QWEN_IMAGE.samples());
+    samples.insert("text_mask", Tensor::ones([8, 5], (Kind::Int64, Device::Cpu)));
+    QWEN_IMAGE.write(root.path(), &samples);
+    let mut file = HashingWriter::new(File::create(root.path().join("empty.safetensors")).unwrap());
+    let text = Tensor::ones([tokens, 12], (Kind::Float, Device::Cpu));
+    let mask = Tensor::ones([tokens], (Kind::Int64, Device::Cpu));
+    let tensors = [("text_embeddings", &text), ("text_mask", &mask)];
+    safetensors::write(&mut file, &tensors, &BTreeMap::new()).unwrap();
+    let manifest = root.path().join("dataset.json");
+    let mut json: Value = serde_json::from_slice(&fs::read(&manifest).unwrap()).unwrap();
+    json["empty_prompt"] = json!({"path": "empty.safetensors", "sha256": file.finish().1});
+    fs::write(manifest, json.to_string()).unwrap();
+    root
+}
+
+#[test]
+fn check_tells_of_empty_prompts_that_meet_others_in_a_micro_batch() {
+    let plan = |tokens, scope: &str, dropout: &str| {
+        let usual = [MASKED, "flow_matching.cfg_dropout_value=empty_prompt", scope, dropout];
+        planned(&QWEN_IMAGE, &usual, &with_empty_prompt(tokens))
+    };
+    let (by_rank, by_sample) = ("parallel.seed_scope=rank", "parallel.seed_scope=sample");
+    let (adapter, each) =
+        ("flow_matching.cfg_dropout=adapter", "flow_matching.cfg_dropout=per_sample");
+    let why = "(the empty prompt has another `text_mask`)";
+    for line in [plan(1, by_rank, each), plan(1, by_sample, adapter)] {
+        assert!(line.starts_with(WITH) && line.contains(why), "{line}");
+    }
+    for line in [plan(1, by_rank, adapter), plan(5, by_rank, each)] {
+        assert!(line.starts_with(WITHOUT), "{line}");
+    }
 }
