@@ -110,15 +110,14 @@ pub(super) fn token_mask(
     Err(Error::data("batch", what))
 }
 
-/// Returns `text_mask` `[B, L]` of `text` `[B, L, D]`; `drop` `[B]` marks the samples whose text is
-/// dropped.
+/// Returns `text_mask` `[B, L]` of `text` `[B, L, D]`, of the empty prompt for dropped samples if it
+/// replaces their text.
 pub(super) fn text_mask(
     context: &FlowMatchingContext<'_>,
     text: &Tensor,
-    drop: &Tensor,
     adapter: &str,
 ) -> Result<Tensor> {
-    context.dropped_mask("text_mask", &token_mask(context, "text_mask", text, adapter)?, drop)
+    context.dropped_mask("text_mask", &token_mask(context, "text_mask", text, adapter)?)
 }
 
 /// Returns noisy images `[B, C, H, W]` as tokens of 2 x 2 pixels `[B, H/2 · W/2, 4·C]`, and their
@@ -171,7 +170,6 @@ pub(super) mod tests {
     use super::*;
     use crate::data::Batch;
     use crate::flow::{CfgDropoutValue, ModelAdapter};
-    use crate::rng::Stream;
 
     /// Inputs that `adapter` prepares of `batch` where nothing is dropped: `latents` `[B, C, F, H,
     /// W]` stand for the noisy ones too, at `sigma` `[B]`.
@@ -193,10 +191,9 @@ pub(super) mod tests {
             device: latents.device(),
             dtype: latents.kind(),
             batch,
-            cfg_dropout_prob: 0.0,
+            drop: None,
             cfg_dropout_value: CfgDropoutValue::Zeros,
             guidance_scale: None,
-            draws: &Stream::TorchSeed(0).open(),
         })
     }
 }

@@ -8,7 +8,7 @@
 use tch::{Kind, Tensor};
 
 use crate::collective::gather_texts;
-use crate::data::Batch;
+use crate::data::{Batch, Place};
 use crate::error::Result;
 use crate::flow::{EXPLODED, StepOutput, is_sound, latents_of};
 use crate::nn::ParamSet;
@@ -49,10 +49,11 @@ pub fn diagnose(
             }
             Ok(())
         };
+        let drawn = stepper.draws.draw(Place { step, micro_batch }, batch)?;
         let output = stepper.forward_backward(
             step,
-            micro_batch,
             batch,
+            drawn,
             replica,
             look,
             &mut Stopwatch::start(),
