@@ -201,8 +201,7 @@ impl Draws<'_> {
     /// Beta(`alpha`, `beta`), f32, shape `[batch]`. Source: `torch.distributions.Beta`, a
     /// two-component Dirichlet.
     pub fn beta(&self, alpha: f64, beta: f64, batch: i64) -> Tensor {
-        let concentration =
-            Tensor::from_slice(&[alpha as f32, beta as f32]).to_device(self.device);
+        let concentration = Tensor::from_slice(&[alpha as f32, beta as f32]).to_device(self.device);
         self.draw(&[batch], |size| {
             concentration.expand([size[0], 2], false).internal_sample_dirichlet().select(1, 0)
         })

@@ -153,3 +153,91 @@ impl Drawn {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use tch::Kind;
+
+    use super::*;
+    use crate::rng::{Key, Purpose};
+
+    const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+    /// Three videos, with all kinds of draws.
+    fn batch() -> Batch {
+        let latents = Tensor::zeros([3, 2, 4, 2, 2], FLOAT);
+        Batch {
+            tensors: BTreeMap::from([("video_latents".to_string(), latents)]),
+            data_type: DataType::Video,
+            sample_ids: vec![4, 7, 9],
+            bad_samples: 0,
+        }
+    }
+
+    fn rules(dropout: Option<DropoutScope>, draws: DrawPlace) -> DrawRules {
+        let settings = FlowMatchingSettings { draws, ..FlowMatchingSettings::default() };
+        DrawRules::new(&settings, dropout, Device::Cpu)
+    }
+
+    fn streams() -> [Stream; 3] {
+        let keys: Vec<Key> = (0..3).map(|id| Key::new(8, Purpose::Test).scope(id)).collect();
+        [Stream::TorchSeed(5), Stream::Batch(keys[0]), Stream::PerSample(keys)]
+    }
+
+    fn assert_equal(one: &Drawn, other: &Drawn) {
+        assert_eq!(
+            (one.task_type, one.sampled.method, one.drop.is_some()),
+            (other.task_type, other.sampled.method, other.drop.is_some())
+        );
+        let tensors = |drawn: &Drawn| {
+            let drop = drawn.drop.as_ref().map(Tensor::shallow_clone);
+            let SampledTimesteps { sigma, timesteps, .. } = &drawn.sampled;
+            let all = [&drawn.image_to_video, sigma, timesteps, &drawn.noise];
+            all.map(Tensor::shallow_clone).into_iter().chain(drop).collect::<Vec<_>>()
+        };
+        assert!(tensors(one).iter().zip(tensors(other)).all(|(one, other)| one.equal(&other)));
+    }
+
+    #[test]
+    fn a_thread_draws_ahead_what_the_step_would_and_a_cpu_is_a_device_like_the_host() {
+        for dropout in [None, Some(DropoutScope::Sample), Some(DropoutScope::Batch)] {
+            for stream in streams() {
+                let (host, device) =
+                    (rules(dropout, DrawPlace::Host), rules(dropout, DrawPlace::Device));
+                let expected = host.draw(&batch(), &stream, None).expect("sound latents");
+                let now = device.draw(&batch(), &stream, None).expect("sound latents");
+                assert_equal(&now, &expected);
+                let ahead = std::thread::spawn(move || {
+                    device.draw_ahead(&batch(), &stream, None).expect("sound latents")
+                });
+                let ahead = ahead.join().expect("no panic").expect("a CPU draws ahead");
+                assert_equal(&ahead.on(Device::Cpu), &expected);
+            }
+        }
+    }
+
+    #[test]
+    fn the_order_of_draws_is_the_references() {
+        let rules = rules(Some(DropoutScope::Sample), DrawPlace::Host);
+        let drawn = rules.draw(&batch(), &Stream::TorchSeed(5), None).expect("sound latents");
+        let stream = Stream::TorchSeed(5);
+        let draws = stream.open();
+        let Toss::Same(is_uniform) = draws.coin(0.1, 3) else { panic!("one coin a batch") };
+        let u =
+            if is_uniform { draws.uniform(&[3]) } else { draws.normal(0.0, 1.0, &[3]).sigmoid() };
+        assert!(drawn.sampled.sigma.equal(&crate::flow::time_shift::shifted(&u, 3.0)));
+        assert!(drawn.noise.equal(&draws.normal(0.0, 1.0, &[3, 2, 4, 2, 2])));
+        assert!(drawn.drop.expect("it may drop").equal(&draws.uniform(&[3]).lt(0.1)));
+    }
+
+    #[test]
+    fn the_generator_of_a_gpu_is_asked_only_where_it_is_wanted() {
+        let on = |draws| DrawRules { device: Device::Cuda(1), ..rules(None, draws) };
+        assert_eq!(on(DrawPlace::Host).generator(), Device::Cpu);
+        assert_eq!(on(DrawPlace::Device).generator(), Device::Cuda(1));
+        let ahead = on(DrawPlace::Device).draw_ahead(&batch(), &Stream::TorchSeed(5), None);
+        assert!(ahead.expect("sound latents").is_none(), "its numbers are drawn by the step");
+    }
+}

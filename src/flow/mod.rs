@@ -33,8 +33,8 @@ pub use noise_levels::{NoiseLevels, Shift};
 pub use pipeline::{FlowMatchingPipeline, StepOptions, StepOutput, latents_of};
 pub use schedule::LinearInterpolationSchedule;
 pub use settings::{
-    CfgDropout, CfgDropoutValue, DrawPlace, FlowMatchingSettings, LossWeightingScheme, SamplingSettings,
-    SigmaWindow, TaskScope,
+    CfgDropout, CfgDropoutValue, DrawPlace, FlowMatchingSettings, LossWeightingScheme,
+    SamplingSettings, SigmaWindow, TaskScope,
 };
 pub use statistics::{Moments, SIGMA_BINS, Statistics};
 pub use timestep_sampling::TimestepSampling;

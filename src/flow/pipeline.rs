@@ -126,12 +126,7 @@ impl FlowMatchingPipeline {
         stream: &Stream,
         options: StepOptions,
     ) -> Result<StepOutput> {
-        self.step_after_draws(
-            model,
-            batch,
-            self.draw_rules().draw(batch, stream, None)?,
-            options,
-        )
+        self.step_after_draws(model, batch, self.draw_rules().draw(batch, stream, None)?, options)
     }
 
     /// Does as [`step`](Self::step) with numbers that are drawn already, by

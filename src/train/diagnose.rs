@@ -50,14 +50,8 @@ pub fn diagnose(
             Ok(())
         };
         let drawn = stepper.draws.draw(Place { step, micro_batch }, batch)?;
-        let output = stepper.forward_backward(
-            step,
-            batch,
-            drawn,
-            replica,
-            look,
-            &mut Stopwatch::start(),
-        )?;
+        let output =
+            stepper.forward_backward(step, batch, drawn, replica, look, &mut Stopwatch::start())?;
         let found = bad_samples(batch, &output).or_else(|| {
             let all = samples(batch, &output, (0..batch.sample_ids.len()).collect());
             of_gradient
