@@ -247,6 +247,7 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
 mod tests {
     use std::collections::BTreeMap;
     use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::mpsc::channel;
 
     use tch::Tensor;
 
@@ -348,7 +349,7 @@ mod tests {
 
     #[test]
     fn a_value_is_made_of_each_batch_before_it_is_asked_for() {
-        let (made, seen) = sync_channel(1);
+        let (made, seen) = channel();
         let mut loader = making(numbered, move |number, batch| {
             made.send(batch.sample_ids[0]).expect("the test listens");
             Ok(10 * number)
