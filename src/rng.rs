@@ -10,8 +10,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tch::{Device, Kind, Tensor};
 
-/// libtorch's generators, one for each device, are global to the process: code that seeds them holds
-/// this lock until its draws are done.
+/// libtorch's generators, one for each device, are global to the process: code that seeds them
+/// holds this lock until its draws are done.
 static GENERATOR: Mutex<()> = Mutex::new(());
 
 /// The use of a random number. It is part of every key, so no two uses share a stream.

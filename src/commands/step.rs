@@ -87,10 +87,10 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<String> {
 /// Returns a line about the generator that drew noise and timesteps.
 fn drawn_by(generator: Device, seed: i64) -> String {
     let numbers = match generator {
-        Device::Cpu => "of the CPU's generator, the same on every device",
-        _ => "of the GPU's generator, as NeMo AutoModel draws on this model of GPU",
+        Device::Cpu => "the CPU's generator draws after seed SEED, on every device",
+        _ => "NeMo AutoModel draws after seed SEED on this model of GPU",
     };
-    format!("noise and timesteps are those {numbers}, after torch.manual_seed({seed})\n")
+    format!("noise and timesteps are what {numbers}\n").replace("SEED", &seed.to_string())
 }
 
 /// Returns the generator's word in the metadata of a dump.
