@@ -364,12 +364,7 @@ mod tests {
                     .with("prediction", inputs.get("hidden_states").zeros_like())
                     .carrying_constants_of(&inputs))
             };
-            let options = StepOptions {
-                global_step: 0,
-                collect_metrics: false,
-                check_loss: true,
-                strata: None,
-            };
+            let options = StepOptions { global_step: 0, collect_metrics: false, check_loss: true };
             pipeline.step(model, &batch(), &stream(), options).unwrap().loss
         };
         let (whole, without) = (loss(false), loss(true));

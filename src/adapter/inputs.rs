@@ -122,21 +122,19 @@ pub(super) fn token_mask(
 }
 
 /// Returns the tokens of `text_embeddings` that attention sees: all, or those of the batch's
-/// `text_mask` if it `is_masked`. `drop` `[B]`, on the host, marks the samples whose text is
-/// dropped.
+/// `text_mask` if it `is_masked`. The text of dropped samples is replaced.
 pub(super) fn seen_text(
     context: &FlowMatchingContext<'_>,
     is_masked: bool,
-    drop: &Tensor,
     adapter: &str,
 ) -> Result<SeenTokens> {
     const MASK: &str = "text_mask";
     let text = text_embeddings(context, adapter)?;
     let mask = is_masked.then(|| token_mask(context, MASK, &text, adapter)).transpose()?;
-    let text = context.dropped("text_embeddings", &text, drop)?;
+    let text = context.dropped("text_embeddings", &text)?;
     Ok(match mask {
         // Blocks over text and image need a token of each.
-        Some(mask) => SeenTokens::by_mask(&text, &context.dropped_mask(MASK, &mask, drop)?, true),
+        Some(mask) => SeenTokens::by_mask(&text, &context.dropped_mask(MASK, &mask)?, true),
         None => SeenTokens::all(text),
     })
 }
@@ -191,7 +189,6 @@ pub(super) mod tests {
     use super::*;
     use crate::data::Batch;
     use crate::flow::{CfgDropoutValue, ModelAdapter};
-    use crate::rng::Stream;
 
     /// Inputs that `adapter` prepares of `batch` where nothing is dropped: `latents` `[B, C, F, H,
     /// W]` stand for the noisy ones too, at `sigma` `[B]`.
@@ -213,10 +210,9 @@ pub(super) mod tests {
             device: latents.device(),
             dtype: latents.kind(),
             batch,
-            cfg_dropout_prob: 0.0,
+            drop: None,
             cfg_dropout_value: CfgDropoutValue::Zeros,
             guidance_scale: None,
-            draws: &Stream::TorchSeed(0).open(),
         })
     }
 }

@@ -8,7 +8,8 @@ use super::inputs::{
 };
 use crate::error::Result;
 use crate::flow::{
-    BatchKey, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Shift,
+    BatchKey, DropoutScope, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter,
+    NoiseLevels, Shift,
 };
 use crate::nn::Activations;
 use crate::settings::settings;
@@ -47,12 +48,8 @@ impl ModelAdapter for QwenImage {
         [text_key()].into_iter().chain(self.use_text_mask.then(text_mask_key)).collect()
     }
 
-    fn drops_conditions(&self) -> bool {
-        true
-    }
-
-    fn drops_whole_batches(&self) -> bool {
-        true
+    fn dropout(&self) -> Option<DropoutScope> {
+        Some(DropoutScope::Batch)
     }
 
     fn provides(&self) -> &'static [&'static str] {
@@ -67,7 +64,7 @@ impl ModelAdapter for QwenImage {
     /// not the first ones, and `text_mask` `[B, L]` if samples see different ones.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
         let (tokens, grid) = packed(context, NAME)?;
-        let text = seen_text(context, self.use_text_mask, &drop(context), NAME)?;
+        let text = seen_text(context, self.use_text_mask, NAME)?;
         let guidance = self
             .use_guidance_embeds
             .then(|| guidance(context, self.guidance_scale).to_kind(context.dtype));
@@ -99,10 +96,4 @@ impl ModelAdapter for QwenImage {
     fn guidance(&self, _model_embeds: bool) -> Guidance {
         Guidance::Rescaled { patch_size: 2 }
     }
-}
-
-/// Marks the samples whose text is dropped, `[B]` boolean on the host: all or none by one draw, or
-/// each by its own if draws are keyed by sample. It draws whatever the probability is.
-fn drop(context: &FlowMatchingContext<'_>) -> Tensor {
-    context.draws.host_coin(context.cfg_dropout_prob).per_sample(context.noisy_latents.size()[0])
 }

@@ -8,7 +8,7 @@ use crate::config::RunConfig;
 use crate::data::group::Group;
 use crate::data::{Dataset, EMPTY};
 use crate::error::Result;
-use crate::flow::{CfgDropout, CfgDropoutValue, ModelAdapter, Role, TaskScope};
+use crate::flow::{CfgDropout, CfgDropoutValue, DropoutScope, ModelAdapter, Role, TaskScope};
 use crate::parallel::SeedScope;
 use crate::pulse;
 
@@ -127,8 +127,11 @@ impl Look<'_> {
     /// True if a micro-batch can hold samples with their own prompt and with the empty one.
     fn mixes_empty_prompts(&self) -> bool {
         let flow = &self.config.flow_matching.flow;
-        let by_adapter = self.adapter.drops_conditions()
-            && (self.draws_for_each_sample() || !self.adapter.drops_whole_batches());
+        let by_adapter = match self.adapter.dropout() {
+            None => false,
+            Some(DropoutScope::Sample) => true,
+            Some(DropoutScope::Batch) => self.draws_for_each_sample(),
+        };
         flow.cfg_dropout_prob > 0.0
             && flow.cfg_dropout_value == CfgDropoutValue::EmptyPrompt
             && (flow.cfg_dropout == CfgDropout::PerSample || by_adapter)

@@ -130,10 +130,9 @@ fn cut(family: &Tiny, batch: &Batch, case: &Case, kind: Kind) -> Activations {
         device: Device::Cpu,
         dtype: kind,
         batch,
-        cfg_dropout_prob: 0.0,
+        drop: None,
         cfg_dropout_value: CfgDropoutValue::Zeros,
         guidance_scale: None,
-        draws: &Stream::TorchSeed(0).open(),
     };
     config(family).flow_matching.adapter.build().prepare_inputs(&context).unwrap()
 }
