@@ -13,7 +13,7 @@ use fm_dist::flow::{CfgDropoutValue, FlowMatchingContext};
 use fm_dist::nn::{Activations, Stage};
 use fm_dist::parallel::{Recompute, Replica};
 use fm_dist::plan::{CheckRequest, check};
-use fm_dist::rng::{Key, Purpose, Stream};
+use fm_dist::rng::{Key, Purpose};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
