@@ -4,6 +4,10 @@
 //! Worlds run as children: a test starts `mpirun` with this very binary as one of its programs, or
 //! with fm-dist.
 
+/// Noise and timesteps on a GPU are those of the generator that the configuration names, and a step
+/// hardly waits for them.
+mod draws;
+
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};

@@ -11,7 +11,7 @@
 //! | `mpi::` ranks are processes | 45 | | 200 |
 //! | `faults::` runs break on order | 82 | root, or user namespaces | 330 |
 //! | `oracle::` beside PyTorch and diffusers | 33 | `launch/setup.sh --oracle` | 115 |
-//! | `cuda::` ignored without `launch/test-gpu.sh` | 6 | a GPU | |
+//! | `cuda::` ignored without `launch/test-gpu.sh` | 8 | a GPU | |
 //!
 //! Seconds are those of 2 cores after the build; `mpi`, `faults` and `oracle` had to share them
 //! with other programs.
@@ -49,6 +49,9 @@ mod fast {
     mod science;
     /// What SECURITY.md promises is tested.
     mod security;
+    /// Tokens that no sample sees are cut, a mask is left only where samples see different ones, and
+    /// neither changes a number.
+    mod seen_tokens;
     /// Ranks meet over TCP without a launcher's help, and strangers, absent and dying ranks are
     /// noticed.
     pub mod tcp;
@@ -67,6 +70,8 @@ mod threads {
     pub mod resume;
     /// Who holds what changes no number.
     pub mod sharding;
+    /// Each rank cuts its own texts, and the bits do not depend on the number of ranks.
+    mod text_lengths;
     /// Every family trains, on ranks that stay equal, and resumes exactly.
     pub mod training;
 }

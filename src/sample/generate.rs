@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
-use crate::assembly::device::device;
+use crate::assembly::device::{device, open_libraries};
 use crate::assembly::{build_pipeline, empty_replica};
 use crate::collective::Solo;
 use crate::config::RunConfig;
@@ -70,6 +70,7 @@ pub fn sample(request: &SampleRequest) -> Result<()> {
     check_outputs(request)?;
     let (run, folder) = locate(&request.run)?;
     let config = with_options(folder::config_of(&run)?, request);
+    open_libraries(&config)?;
     let origin = origin_of(request, &config)?;
     if !origin.is_of_pictures()
         && request.out.iter().any(|path| format_of(path) == Some(Format::Picture))
@@ -289,7 +290,6 @@ impl<'a> Plan<'a> {
         batch: &Batch,
         clean: Option<&Tensor>,
     ) -> Result<Tensor> {
-        // `inputs` releases the lock of libtorch's generator before ranks wait for one another.
         let inputs = self.inputs(x, sigma, batch, clean)?;
         Ok(self.pipeline.adapter().prediction(&replica.infer(inputs)?))
     }
@@ -304,23 +304,20 @@ impl<'a> Plan<'a> {
         let (device, dtype) = (x.device(), self.config.model.dtype.kind());
         let sigma = Tensor::full([x.size()[0]], sigma, (Kind::Float, device));
         let x = x.to_kind(dtype);
-        // Adapters draw only to drop conditions, which sampling never does.
-        let stream = Stream::Batch(Key::new(self.config.seed, Purpose::Sampling));
         let context = FlowMatchingContext {
             noisy_latents: &x,
             latents: &clean
                 .map_or_else(|| x.shallow_clone(), |clean| clean.to_device(device).to_kind(dtype)),
             timesteps: &(&sigma * self.pipeline.settings().num_train_timesteps as f64),
             sigma: &sigma,
-            image_to_video: &self.origin.image_to_video(x.size()[0]).to_device(device),
+            image_to_video: &self.origin.image_to_video(x.size()[0]),
             data_type: batch.data_type,
             device,
             dtype,
             batch,
-            cfg_dropout_prob: 0.0,
+            drop: None,
             cfg_dropout_value: CfgDropoutValue::Zeros,
             guidance_scale: self.guide.embedded,
-            draws: &stream.open(),
         };
         self.pipeline.adapter().prepare_inputs(&context).map_err(|error| self.origin.named(error))
     }

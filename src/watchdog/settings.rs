@@ -55,6 +55,7 @@ impl WatchdogSettings {
             Phase::Launch | Phase::Connect | Phase::Bootstrap | Phase::Open => self.init_seconds,
             Phase::Read
             | Phase::Data
+            | Phase::Draw
             | Phase::Forward
             | Phase::Backward
             | Phase::Reduce

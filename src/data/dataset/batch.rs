@@ -44,10 +44,10 @@ impl Dataset {
         );
         let mut tensors = BTreeMap::new();
         for (key, layout) in &self.groups[group].layout {
-            match mask_of(key).filter(|_| layout.unequal) {
-                Some(mask) => self.read_padded(key, mask, layout, ids, &mut tensors)?,
-                None => drop(tensors.insert(key.clone(), self.stacked(key, ids)?)),
+            if let Some(mask) = mask_of(key).filter(|_| layout.unequal) {
+                tensors.insert(mask.to_string(), self.mask(key, ids)?);
             }
+            tensors.insert(key.clone(), self.stacked(key, ids)?);
         }
         tensors.extend(self.empty_prompt.iter().flat_map(EmptyPrompt::tensors));
         Ok(Batch { tensors, data_type: self.data_type(), sample_ids: ids.to_vec(), bad_samples })
@@ -104,12 +104,22 @@ impl Dataset {
         self.file_of(id).is_finite(id)
     }
 
-    /// Returns one key of these samples as one tensor.
-    fn stacked(&self, key: &str, ids: &[u64]) -> Result<Tensor> {
-        let first = &self.file_of(ids[0]).tensors;
-        let info = first.info(key)?;
+    /// Returns one key of these samples, which are of one group, as one tensor `[samples, …]`, and
+    /// reads no other. Texts of unequal length are padded; the key may be that of their mask.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if their group has no such key; otherwise those of [`batch`](Self::batch).
+    pub fn stacked(&self, key: &str, ids: &[u64]) -> Result<Tensor> {
+        let first = self.file_of(ids[0]);
+        if first.starts.contains_key(key) {
+            return self.padded(key, ids);
+        }
+        if let Some(text) = first.starts.keys().find(|text| mask_of(text) == Some(key)) {
+            return self.mask(text, ids);
+        }
+        let info = first.tensors.info(key)?;
         let row_bytes = row_bytes(info) as usize;
-        let mut stacked = first.empty_tensor(&with_rows(info, ids.len()), info.kind)?;
+        let mut stacked = first.tensors.empty_tensor(&with_rows(info, ids.len()), info.kind)?;
         let mut rest = bytes_mut(&mut stacked);
         for run in ids.chunk_by(|a, b| self.file_of(*a).first_id == self.file_of(*b).first_id) {
             let (now, later) = rest.split_at_mut(run.len() * row_bytes);
@@ -119,40 +129,46 @@ impl Dataset {
         Ok(stacked)
     }
 
-    /// Adds texts of unequal length, padded with zeros on the right, and their mask `[B, L]`, int64:
-    /// 1 for a token and 0 for padding.
-    fn read_padded(
-        &self,
-        key: &str,
-        mask_key: &str,
-        layout: &SampleTensor,
-        ids: &[u64],
-        tensors: &mut BTreeMap<String, Tensor>,
-    ) -> Result<()> {
-        let lengths: Vec<i64> =
-            ids.iter().map(|id| self.file_of(*id).rows_of(key, *id).count() as i64).collect();
-        let longest = lengths.iter().copied().max().expect("a batch has samples");
-        let tokens = self.padded_length(key, longest);
-        let file = &self.file_of(ids[0]).tensors;
-        let token_bytes = row_bytes(file.info(key)?) as usize;
-        let shape = [&[ids.len() as i64, tokens], &layout.shape[1..]].concat();
-        let mut padded = file.empty_tensor(&shape, layout.kind)?;
-        let mut mask = file.empty_tensor(&shape[..2], Kind::Int64)?;
+    /// Returns texts of unequal length `[B, L, D]`, padded with zeros on the right.
+    fn padded(&self, key: &str, ids: &[u64]) -> Result<Tensor> {
+        let (file, tokens) = (&self.file_of(ids[0]).tensors, self.batch_length(key, ids));
+        let info = file.info(key)?;
+        let token_bytes = row_bytes(info) as usize;
+        let shape = [&[ids.len() as i64, tokens], &info.shape[1..]].concat();
+        let mut padded = file.empty_tensor(&shape, info.kind)?;
         let samples = bytes_mut(&mut padded).chunks_exact_mut(tokens as usize * token_bytes);
-        for ((id, length), sample) in ids.iter().zip(&lengths).zip(samples) {
-            let (text, padding) = sample.split_at_mut(*length as usize * token_bytes);
+        for (id, sample) in ids.iter().zip(samples) {
+            let length = self.length(key, *id) as usize;
+            let (text, padding) = sample.split_at_mut(length * token_bytes);
             self.file_of(*id).read_rows(key, &[*id], text)?;
             padding.fill(0);
         }
+        Ok(padded)
+    }
+
+    /// Returns the mask of texts of unequal length `[B, L]`, int64: 1 for a token and 0 for padding.
+    fn mask(&self, text: &str, ids: &[u64]) -> Result<Tensor> {
+        let tokens = self.batch_length(text, ids);
+        let file = &self.file_of(ids[0]).tensors;
+        let mut mask = file.empty_tensor(&[ids.len() as i64, tokens], Kind::Int64)?;
         let rows = bytes_mut(&mut mask).chunks_exact_mut(tokens as usize * size_of::<i64>());
-        for (length, row) in lengths.iter().zip(rows) {
+        for (id, row) in ids.iter().zip(rows) {
             for (token, number) in (0..).zip(row.as_chunks_mut().0) {
-                *number = i64::from(token < *length).to_le_bytes();
+                *number = i64::from(token < self.length(text, *id)).to_le_bytes();
             }
         }
-        tensors.insert(key.into(), padded);
-        tensors.insert(mask_key.into(), mask);
-        Ok(())
+        Ok(mask)
+    }
+
+    /// Returns the number of tokens of one sample's text.
+    fn length(&self, text: &str, id: u64) -> i64 {
+        self.file_of(id).rows_of(text, id).count() as i64
+    }
+
+    /// Returns the number of tokens to which the texts of a batch are padded.
+    fn batch_length(&self, text: &str, ids: &[u64]) -> i64 {
+        let longest = ids.iter().map(|id| self.length(text, *id)).max();
+        self.padded_length(text, longest.expect("a batch has samples"))
     }
 
     /// Returns the length of a padded batch: the empty prompt, which may replace a sample's text,
