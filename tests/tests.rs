@@ -55,6 +55,8 @@ mod fast {
     /// Ranks meet over TCP without a launcher's help, and strangers, absent and dying ranks are
     /// noticed.
     pub mod tcp;
+    /// Texts of unequal length are padded as configured, and `check` tells who attends to it.
+    mod unequal_texts;
 }
 
 /// Whole training runs, whose ranks are threads of this process.

@@ -33,13 +33,13 @@ enum DataCommand {
     Show(ShowArgs),
 }
 
-/// What a dataset says about itself.
+/// Description of a new dataset.
 #[derive(Args, Debug)]
 struct About {
     /// Name of the dataset; that of the folder if unset
     #[arg(long, value_name = "TEXT")]
     name: Option<String>,
-    /// Where the data are from
+    /// Origin of the data
     #[arg(long, value_name = "TEXT")]
     source: Option<String>,
     /// Their licence
@@ -47,7 +47,7 @@ struct About {
     licence: Option<String>,
 }
 
-/// How a dataset is written.
+/// Output folder and size of its files.
 #[derive(Args, Debug)]
 struct Output {
     /// Folder to create; one whose writing was interrupted is continued

@@ -9,8 +9,8 @@ settings! {
         pub path: String = "embedded:digits".into();
         /// Samples in one forward and backward pass of one rank; what fits into memory.
         pub micro_batch_size_per_gpu: usize = 64, in 1..=1 << 20;
-        /// Tokens to which texts of unequal length are padded; 0: the batch's longest, or the number
-        /// of the family's pipeline where the model gets no mask of valid tokens.
+        /// Tokens to which texts of unequal length are padded; 0: the batch's longest, or the
+        /// number of the family's pipeline where the model gets no mask of valid tokens.
         pub text_tokens: i64 = 0, in 0..=1 << 16;
         /// Batches read ahead, each by a thread; 2 hide a read behind a step.
         pub prefetch: usize = 2, in 1..=64;

@@ -31,8 +31,8 @@ pub struct IndexRequest {
     pub licence: Option<String>,
 }
 
-/// Writes `dataset.json` of a folder of files that hold samples stacked along the first axis, or one
-/// sample each.
+/// Writes `dataset.json` of a folder of files that hold samples stacked along the first axis, or
+/// one sample each.
 ///
 /// # Errors
 /// [`Error::Data`] if there are no samples, a file is malformed or has no latents, or the folder is
@@ -177,8 +177,8 @@ fn entries(folder: &Path, files: &[File]) -> Result<Vec<Value>> {
     files.iter().map(entry).collect()
 }
 
-/// Adds the files below `folder` with this ending, sorted; hidden ones and links to folders are left
-/// out.
+/// Adds the files below `folder` with this ending, sorted; hidden ones and links to folders are
+/// left out.
 pub(super) fn find(folder: &Path, ending: &str, found: &mut Vec<PathBuf>) -> Result<()> {
     let listed = fs::read_dir(folder).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
     let mut entries = listed.map_err(Error::storage(folder, "list"))?;

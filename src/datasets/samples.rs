@@ -31,7 +31,7 @@ pub trait Samples: Sync {
     fn read(&self, index: usize) -> Result<BTreeMap<String, Tensor>>;
 }
 
-/// What a dataset says about itself.
+/// Description of a dataset, as its `dataset.json` gives it.
 #[derive(Clone, Debug)]
 pub struct Description {
     pub name: String,

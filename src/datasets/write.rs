@@ -27,7 +27,7 @@ use crate::files::sha256::HashingWriter;
 const LOG: &str = "unfinished.jsonl";
 const CAPTIONS: &str = "captions.jsonl";
 
-/// How a dataset is written.
+/// Options of writing a dataset.
 #[derive(Clone, Debug)]
 pub struct WriteOptions {
     /// The folder to create, or one whose writing was interrupted.
@@ -52,7 +52,7 @@ pub struct FurtherFile {
     pub entry: serde_json::Value,
 }
 
-/// What was written.
+/// Size of a dataset that was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Written {
     pub samples: usize,
@@ -70,8 +70,8 @@ struct Finished {
 /// Writes all samples, then captions and `dataset.json`.
 ///
 /// # Errors
-/// [`Error::Config`] if there are no samples or `out` cannot be created; [`Error::Data`] if a sample
-/// is not what its description says, or `out` holds something else; [`Error::Storage`].
+/// [`Error::Config`] if there are no samples or `out` cannot be created; [`Error::Data`] if a
+/// sample is not what its description says, or `out` holds something else; [`Error::Storage`].
 pub fn write_dataset(
     samples: &dyn Samples,
     description: &Description,
@@ -156,7 +156,7 @@ impl Folder {
                 return Err(Error::data(&self.path, what));
             }
         }
-        // A last line that was cut by a crash is no JSON, and its file is written again.
+        // A last line that was cut by a crash is no JSON; its file is written again.
         let entries = lines.filter_map(|line| serde_json::from_str::<Finished>(&line).ok());
         self.known = entries.map(|Finished { path, sha256 }| (path, sha256)).collect();
         self.known.retain(|path, _| self.path.join(path).is_file());

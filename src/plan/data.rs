@@ -26,7 +26,9 @@ pub fn check_data(config: &RunConfig, dataset: &Dataset) -> Result<Vec<Note>> {
     let empty_prompt = dataset.empty_prompt_shapes();
     for group in dataset.groups() {
         let latents = dataset.latent_shape(&group.name).expect("a group has latents");
-        let sample = dataset.sample_shapes(group);
+        let mut sample = dataset.sample_shapes(group);
+        // Masks that batches get though nobody reads them are no keys of the data.
+        sample.retain(|key, _| config.reads_text_mask() || group.layout.contains_key(key));
         let shapes = DataShapes { latents, sample: &sample, empty_prompt: &empty_prompt };
         let unfit = |what: String| {
             Error::data(dataset.path(), format!("resolution group {}: {what}", group.name))

@@ -114,7 +114,8 @@ fn a_folder_of_files_becomes_a_dataset_that_is_described_and_packed() {
     assert!(said(&arguments).contains(": 5 samples in 5 files"));
     let (mut found, mut expected) = (samples(&shuffled), samples(&folder));
     assert_ne!(found, expected, "another order");
-    (found.sort(), expected.sort());
+    found.sort();
+    expected.sort();
     assert_eq!(found, expected, "the same samples");
 }
 

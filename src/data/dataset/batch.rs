@@ -67,8 +67,8 @@ impl Dataset {
         Err(Error::data(&self.path, format!("no sample of the group of sample {id} is finite")))
     }
 
-    /// Returns one sample's tensors as they are stored: without an axis of samples, and texts without
-    /// padding.
+    /// Returns one sample's tensors as they are stored: without an axis of samples, and texts
+    /// without padding.
     ///
     /// # Errors
     /// As [`batch`](Self::batch).
@@ -146,7 +146,7 @@ impl Dataset {
         Ok(padded)
     }
 
-    /// Returns the mask of texts of unequal length `[B, L]`, int64: 1 for a token and 0 for padding.
+    /// Returns the mask of texts of unequal length `[B, L]`, int64: 1 for a token, 0 for padding.
     fn mask(&self, text: &str, ids: &[u64]) -> Result<Tensor> {
         let tokens = self.batch_length(text, ids);
         let file = &self.file_of(ids[0]).tensors;

@@ -1,8 +1,9 @@
 //! Texts of unequal length: a file holds them one after another, without padding, beside their
 //! lengths, and a batch pads them.
 //!
-//! `text_embeddings` `[T, D]` of `N` samples then comes with `text_embeddings.lengths` `[N]`, int64,
-//! which sum up to `T`; a length may be 0. A batch has `text_embeddings` `[B, L, D]` and `text_mask` `[B, L]`.
+//! `text_embeddings` `[T, D]` of `N` samples then comes with `text_embeddings.lengths` `[N]`,
+//! int64, which sum up to `T`; a length may be 0. A batch has `text_embeddings` `[B, L, D]` and
+//! `text_mask` `[B, L]`.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

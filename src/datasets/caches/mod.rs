@@ -79,7 +79,10 @@ pub fn import(request: &ImportRequest) -> Result<Written> {
         }
         cached.extend(found);
     }
-    let data_type = cached[0].data_type();
+    let Some(first) = cached.first() else {
+        return Err(Error::config("SRC", "names no folder of a cache"));
+    };
+    let data_type = first.data_type();
     if let Some(other) = cached.iter().find(|sample| sample.data_type() != data_type) {
         let what = "is of another type than the first sample; import images and videos apart";
         return Err(Error::data(&other.parts[0].file, what));
@@ -243,7 +246,7 @@ impl Collector {
     }
 }
 
-/// How a tensor is taken over.
+/// Options of taking over a tensor.
 #[derive(Clone, Copy, Default)]
 struct How {
     /// True for a text without padding.

@@ -1,4 +1,4 @@
-//! `fm-dist data show`: what a dataset holds, and what looks wrong with it.
+//! `fm-dist data show`: the contents of a dataset, and warnings.
 
 mod picture;
 mod text;
@@ -31,7 +31,7 @@ pub struct ShowRequest {
     pub samples: Option<PathBuf>,
 }
 
-/// What a dataset holds.
+/// Contents of a dataset.
 #[derive(Clone, Debug, Serialize)]
 pub struct Summary {
     pub name: String,
@@ -52,7 +52,7 @@ pub struct Summary {
     pub warnings: Vec<String>,
 }
 
-/// What a resolution group holds.
+/// Contents of a resolution group.
 #[derive(Clone, Debug, Serialize)]
 pub struct GroupSummary {
     pub name: String,
@@ -125,7 +125,7 @@ pub fn show(request: &ShowRequest) -> Result<Summary> {
     })
 }
 
-/// What was seen of all samples so far.
+/// Findings in the samples read so far.
 #[derive(Default)]
 struct Seen {
     latents: BTreeSet<String>,

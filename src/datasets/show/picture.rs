@@ -1,4 +1,4 @@
-//! Latents as a picture: nobody has the VAE here, but mixed-up, empty and repeated samples are seen.
+//! Latents as a picture, undecoded: it shows samples that are empty, repeated or mixed up.
 
 use std::path::Path;
 

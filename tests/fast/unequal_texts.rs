@@ -1,0 +1,78 @@
+//! Texts of unequal length: what a run is told about their padding before it starts.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::path::Path;
+
+use fm_dist::datasets::index::{IndexRequest, index};
+use fm_dist::error::Result;
+use fm_dist::files::safetensors::write;
+use fm_dist::plan::{CheckRequest, check};
+use tch::{Device, Kind, Tensor};
+
+use crate::threads::training::{FLUX, QWEN_IMAGE, Tiny};
+
+const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
+const LENGTHS: [i64; 8] = [5, 9, 1, 12, 3, 8, 2, 7];
+
+/// Eight samples for the tiny families of images.
+fn write_data(folder: &Path) {
+    fs::create_dir_all(folder).unwrap();
+    let tensors = [
+        ("image_latents", Tensor::randn([8, 4, 8, 12], FLOAT)),
+        ("pooled_prompt_embeds", Tensor::randn([8, 10], FLOAT)),
+        ("text_embeddings", Tensor::randn([LENGTHS.iter().sum(), 12], FLOAT)),
+        ("text_embeddings.lengths", Tensor::from_slice(&LENGTHS)),
+    ];
+    let borrowed: Vec<(&str, &Tensor)> =
+        tensors.iter().map(|(key, tensor)| (*key, tensor)).collect();
+    let mut file = File::create(folder.join("a.safetensors")).unwrap();
+    write(&mut file, &borrowed, &BTreeMap::new()).unwrap();
+    let (folder, name, source, licence) = (folder.into(), None, None, None);
+    index(&IndexRequest { folder, name, source, licence }).unwrap();
+}
+
+fn plan(family: &Tiny, sets: &[&str]) -> Result<String> {
+    let root = tempfile::tempdir().unwrap();
+    let data = root.path().join("data");
+    write_data(&data);
+    let config = family.config(&data, &root.path().join("run"), sets);
+    check(&config, &CheckRequest { world_size: 1, latents: None, text_tokens: 0, scaling: None })
+}
+
+#[test]
+fn padding_that_a_model_attends_to_is_told() {
+    let text = plan(&QWEN_IMAGE, &[]).unwrap();
+    let warning = "texts have unequal lengths and the qwen_image adapter reads no text_mask: the \
+                   model attends to their padding, and a sample's loss depends on the others of its \
+                   micro-batch";
+    assert!(text.contains(warning) && text.contains("16 text tokens"), "{text}");
+    let fixed = plan(&QWEN_IMAGE, &["data.text_tokens=24"]).unwrap();
+    assert!(
+        fixed.contains("padded with zeros to 24 tokens") && fixed.contains("24 text tokens"),
+        "{fixed}"
+    );
+    assert!(!fixed.contains("`text_mask`"), "it is not in the data: {fixed}");
+    let usual = plan(&FLUX, &[]).unwrap();
+    assert!(usual.contains("padded with zeros to 512 tokens"), "as the pipeline does: {usual}");
+}
+
+#[test]
+fn padding_behind_a_mask_is_no_matter() {
+    for family in [&QWEN_IMAGE, &FLUX] {
+        let text = plan(family, &["flow_matching.adapter.use_text_mask=true"]).unwrap();
+        assert!(!text.contains("texts have unequal lengths"), "{text}");
+        assert!(text.contains("their `text_mask` differs"), "attention will need a mask: {text}");
+        assert!(text.contains("16 text tokens"), "{text}");
+    }
+}
+
+#[test]
+fn a_text_longer_than_its_padding_is_refused() {
+    let error = plan(&QWEN_IMAGE, &["data.text_tokens=8"]).unwrap_err();
+    assert_eq!(error.exit_code(), 40);
+    assert!(
+        error.to_string().contains("has a text of 12 tokens, and data.text_tokens pads"),
+        "{error}"
+    );
+}
