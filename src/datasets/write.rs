@@ -238,7 +238,7 @@ impl Folder {
     fn copy(&self, further: &FurtherFile) -> Result<serde_json::Value> {
         let path = &further.path;
         let mut from = File::open(path).map_err(Error::storage(path, "open"))?;
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = format!("{}.safetensors", further.key);
         let mut sha256 = String::new();
         replace_file(&self.path.join(&name), |out| {
             let mut out = HashingWriter::new(out);
