@@ -56,6 +56,8 @@ mod threads {
     /// A loss under masks is that of one big batch, whatever the split; a sample is trained on its
     /// own conditions and task.
     mod masks;
+    /// A bfloat16 step at real head widths is the float32 step within rounding.
+    pub mod real_heads;
     /// A resumed run is the unbroken run.
     pub mod resume;
     /// Who holds what changes no number.
@@ -109,7 +111,7 @@ mod oracle {
     /// A run becomes a diffusers folder and a diffusers folder a run.
     mod exported;
     /// Each model family computes what diffusers' class of it computes.
-    mod families;
+    pub mod families;
     /// AdamW and the clipping of gradients are PyTorch's.
     mod optimizer;
     /// The oracle's Python, and how close is close. Nothing is promised there.
