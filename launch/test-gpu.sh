@@ -44,6 +44,9 @@ BENCHMARKS=(
     "wan-1.3b float32 --steps 4 --warm-up 2 --beside peer"
 )
 
+# Lines of a failed row's log that say nothing of its cause.
+NO_CAUSE='^(\| |exit |stack backtrace|running 1 test|failures:|note: |test |test result:|==> )|^ +([0-9]+: |at |cuda::|done in )'
+
 logs=target/test-gpu
 again=
 failed=0
@@ -117,10 +120,11 @@ tell_row() {
         124 | 137) row "$title" "TOO LONG" "$seconds" ;;
         *) row "$title" FAILED "$seconds" ;;
     esac
-    grep '^| ' "$log" | cut -c 1-260 | sed 's/^/    /' || true
+    # Figures, and not the lines of a Markdown table, which end by a bar.
+    grep '^| .*[^|]$' "$log" | cut -c 1-260 | sed 's/^/    /' || true
     case $code in
         0 | late) ;;
-        *) grep -v '^| \|^exit \|^stack backtrace\|^ *[0-9]*: \|^ *at ' "$log" | grep . | tail -n 8 | cut -c 1-300 | sed 's/^/    > /' || true ;;
+        *) grep -vE "$NO_CAUSE" "$log" | grep . | tail -n 6 | cut -c 1-300 | sed 's/^/    > /' || true ;;
     esac
     [ "$code" = 0 ] || failed=1
 }

@@ -6,12 +6,12 @@
 //! | tier | tests | needs beside `launch/setup.sh` | seconds |
 //! |---|---|---|---|
 //! | `fast::` starts no process | 124 | | 15 |
-//! | `program::` starts the program | 42 | | 28 |
-//! | `threads::` trains; ranks are threads | 54 | | 38 |
+//! | `program::` starts the program | 47 | | 28 |
+//! | `threads::` trains; ranks are threads | 57 | | 38 |
 //! | `mpi::` ranks are processes | 45 | | 200 |
 //! | `faults::` runs break on order | 82 | root, or user namespaces | 330 |
 //! | `oracle::` beside PyTorch and diffusers | 33 | `launch/setup.sh --oracle` | 115 |
-//! | `cuda::` ignored without `launch/test-gpu.sh` | 6 | a GPU | |
+//! | `cuda::` ignored without `launch/test-gpu.sh` | 22 | a GPU | |
 //!
 //! Seconds are those of 2 cores after the build; `mpi`, `faults` and `oracle` had to share them
 //! with other programs.
@@ -80,6 +80,8 @@ mod program {
     mod plans;
     /// A run that was killed goes on as the unbroken run.
     mod resume;
+    /// The scripts for GPUs are held true where there is none.
+    mod scripts;
 }
 
 /// Worlds whose ranks are processes.
