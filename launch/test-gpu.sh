@@ -39,7 +39,7 @@ BENCHMARKS=(
     "wan-1.3b bfloat16 --steps 6 --warm-up 3"
     "flux-71m bfloat16 --steps 30 --warm-up 10"
     "flux-71m float32 --steps 30 --warm-up 10"
-    "wan-1.3b-720p bfloat16 --steps 2 --warm-up 1 --beside"
+    "wan-1.3b-720p bfloat16 --steps 1 --warm-up 1 --beside"
     "flux-2.6b float32 --steps 4 --warm-up 2 --beside peer"
     "wan-1.3b float32 --steps 4 --warm-up 2 --beside peer"
 )

@@ -12,16 +12,16 @@ from pathlib import Path
 # The first class whose words a kernel's name has. libtorch's, cuBLAS', cuDNN's, triton's names, and our own.
 CLASSES = {
     "attention": r"flash|fmha|sdpa|attention",
-    "product": r"gemm|cutlass|nvjet|xmma|splitK|cublas|gemv|dot_kernel|conv",
+    "product": r"gemm|cutlass|nvjet|xmma|splitK|cublas|gemv|dot_kernel|convol|conv[23]d",
     "optimizer": r"adamw|multi_tensor|FusedAdam|fused_adam",
-    "normalization": r"norm|triton_per_",
+    "normalization": r"norm|GammaBeta|RowwiseMoments|triton_per_",
     "copies": r"copy|Memcpy|Memset|CatArray|transpose|fill|index|gather|scatter",
     "sums": r"reduce|triton_red_|sum|softmax",
     "elementwise": r"elementwise|triton_poi_|vectorized|distribution|random",
 }
 OTHER = "other"
 MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3, "msecond": 1e3}
-# The optimizer's own kernel, behind whose last launch a step of ours is over.
+# Our own kernel of the optimizer, behind whose last launch a step is over.
 OUR_LAST = "adamw"
 
 
@@ -36,11 +36,16 @@ def read(path: Path) -> list[tuple[str, float]]:
 
 
 def last_step(kernels: list[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Of two steps of ours, the kernels of the second one."""
-    ends = [place for place, (name, _) in enumerate(kernels) if OUR_LAST in name]
-    if not ends or len(ends) % 2:
-        return kernels
-    return kernels[ends[len(ends) // 2 - 1] + 1 : ends[-1] + 1]
+    """Of a run of ours with several steps, the kernels of the last one: those behind the optimizer's of the step before.
+
+    A step's launches of the optimizer stand close together; they are tried at the start of a run as well.
+    """
+    places = [place for place, (name, _) in enumerate(kernels) if OUR_LAST in name]
+    gaps = [after - before for before, after in zip(places, places[1:], strict=False)]
+    if not gaps:
+        raise ValueError(f"{len(places)} kernels are named {OUR_LAST}: where does a step end?")
+    wide = max(number for number, gap in enumerate(gaps) if gap >= max(gaps) / 2)
+    return kernels[places[wide] + 1 : places[-1] + 1]
 
 
 def by_class(kernels: list[tuple[str, float]]) -> dict[str, dict]:

@@ -74,8 +74,10 @@ class DoesNotFit(Ended):
     """A program that a GPU has too little memory for."""
 
 
-# Ends of programs for which a GPU has too little memory: our exit code, the peer's exception.
-MEMORY_CODE, MEMORY_TEXT = 53, "OutOfMemoryError"
+# Ends of programs for which a GPU has too little memory: our error, whose code a launcher may replace, and the peer's exception.
+OUT_OF_MEMORY = re.compile(r"fm-dist: error MEMORY|OutOfMemoryError")
+# Lines that name the cause of an end.
+CAUSE = re.compile(r"^(fm-dist: error .*|[\w.]*(?:Error|Exception): .*)$", re.MULTILINE)
 
 
 def launch(name: str, command: list[str], environment: dict[str, str], until: Path | None = None) -> tuple[float, float | None, int]:
@@ -94,10 +96,11 @@ def launch(name: str, command: list[str], environment: dict[str, str], until: Pa
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         text = log.read_text(errors="replace")
-        if process.returncode == MEMORY_CODE or MEMORY_TEXT in text:
+        if OUT_OF_MEMORY.search(text):
             raise DoesNotFit(f"{name} does not fit into the GPU's memory")
         sys.stderr.write(text[-4000:])
-        raise Ended(f"{' '.join(command)}: exit code {process.returncode}, see {log}")
+        causes = CAUSE.findall(text) or ["its last lines stand above"]
+        raise Ended(f"{name} ended with code {process.returncode}, see {log}: {causes[0]}")
     return began, seen, usage.ru_maxrss * 1024
 
 

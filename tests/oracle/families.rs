@@ -66,6 +66,10 @@ fn config_of(case: &Value, folder: &Path, place: Place) -> RunConfig {
         vec![format!("model.path={}", text(&folder.join("model").to_str().unwrap().into()))];
     overrides.push(format!("model.dtype={}", case["dtype"]));
     overrides.push(format!("parallel.device={:?}", place.device));
+    if place.device != CPU.device {
+        // By name, because a trial of all backends runs the program, which this process is not.
+        overrides.push("compute.attention=\"efficient\"".into());
+    }
     overrides.extend(
         case["settings"]
             .as_object()

@@ -51,6 +51,16 @@ struct Case {
     seen: Seen,
 }
 
+/// Where and how a step is computed.
+struct Place<'p> {
+    device: &'p str,
+    dtype: &'p str,
+    overrides: &'p [&'p str],
+}
+
+/// What the others are compared with.
+const EXACT: Place<'static> = Place { device: "cpu", dtype: "float32", overrides: &[] };
+
 /// A family with heads of any width.
 pub struct Wide {
     name: &'static str,
@@ -207,16 +217,18 @@ impl Wide {
     }
 
     /// Everything that one step computes, gradients among it.
-    fn step(&self, case: &Case, folder: &Path, device: &str, dtype: &str) -> SafeTensors {
-        let tables = (self.tables)(case);
-        let overrides = [
+    fn step(&self, case: &Case, folder: &Path, place: &Place<'_>) -> SafeTensors {
+        let (tables, &Place { device, dtype, overrides }) = ((self.tables)(case), place);
+        let own = [
             format!("flow_matching.adapter_type={:?}", self.adapter),
             format!("model.dtype={dtype:?}"),
             format!("parallel.device={device:?}"),
             // Else sinusoids of a thousand radians would show nothing but a timestep of 8 bits.
             "flow_matching.adapter.timestep_dtype=\"float32\"".into(),
         ];
-        let config = RunConfig::read(self.name, &tables, &overrides).unwrap();
+        let all: Vec<String> =
+            own.into_iter().chain(overrides.iter().map(ToString::to_string)).collect();
+        let config = RunConfig::read(self.name, &tables, &all).unwrap();
         let request = StepRequest {
             batch: folder.join("batch.safetensors"),
             dump: folder.join(format!("{device}-{dtype}.safetensors")),
@@ -230,14 +242,15 @@ impl Wide {
     }
 
     /// Compares a bfloat16 step on `device` with the float32 step of a CPU, case by case, and prints
-    /// a row each.
-    pub fn check_on(&self, device: &str) {
+    /// a row each. `overrides`: of the configuration of the former.
+    pub fn check_on(&self, device: &str, overrides: &[&str]) {
         let folder = TempDir::new().unwrap();
         let mut wrong = Vec::new();
         for case in self.cases() {
             self.write_batch(&case, &folder.path().join("batch.safetensors"));
-            let expected = self.step(&case, folder.path(), "cpu", "float32");
-            let found = self.step(&case, folder.path(), device, "bfloat16");
+            let expected = self.step(&case, folder.path(), &EXACT);
+            let place = Place { device, dtype: "bfloat16", overrides };
+            let found = self.step(&case, folder.path(), &place);
             let Case { head_width, tokens, seen } = case;
             let off = Errors::between(&found, &expected);
             let row = format!("| {} {head_width} x {tokens}, {seen:?} | {off}", self.name);
@@ -329,7 +342,7 @@ fn norm(tensor: &Tensor) -> f64 {
 #[test]
 fn a_bfloat16_step_of_every_family_at_its_real_head_width_is_the_float32_step() {
     for family in [FLUX, FLUX2, QWEN_IMAGE, WAN, HUNYUAN_VIDEO15] {
-        family.check_on("cpu");
+        family.check_on("cpu", &[]);
     }
 }
 
@@ -341,7 +354,7 @@ fn a_mask_changes_a_step_by_more_than_rounding() {
         let [all, unequal] = [Seen::All, Seen::Unequal].map(|seen| {
             let case = Case { head_width: 128, tokens: TOKENS[0], seen };
             family.write_batch(&case, &folder.path().join("batch.safetensors"));
-            family.step(&case, folder.path(), "cpu", "float32")
+            family.step(&case, folder.path(), &EXACT)
         });
         let off = Errors::between(&unequal, &all);
         assert!(!off.are_rounding(), "{}: {off}", family.name);
