@@ -23,11 +23,16 @@ PEER=(nemo-automodel diffusers importlib-metadata)
 # Replaces lines that another version of PyTorch asks for. WHY PATTERN EXPRESSION FILE…: sed's expression, after which no line
 # of the files matches the pattern any more.
 substitute() {
-    local why=$1 pattern=$2 expression=$3 files
+    local why=$1 pattern=$2 expression=$3 files file
     shift 3
     mapfile -t files < <(grep -lE -- "$pattern" "$@" || true)
     [ "${#files[@]}" -gt 0 ] || stop "the substitution for $why no longer fits: nothing matches $pattern"
-    sed -E -i -- "$expression" "${files[@]}"
+    for file in "${files[@]}"; do
+        sed -E -- "$expression" "$file" >"$file.moved"
+        # With its old time, so that cargo builds it again only where the checkout has changed it.
+        touch -r "$file" "$file.moved"
+        mv "$file.moved" "$file"
+    done
     if grep -nE -- "$pattern" "${files[@]}"; then stop "the substitution for $why left the lines above as they were"; fi
 }
 
@@ -96,7 +101,8 @@ mpi_files() {
     {
         printf '%s\n' "$list" /etc/alternatives/mpirun /usr/bin/mpirun
         printf '%s\n' "$list" | grep '\.so\|/bin/' | while read -r file; do
-            [ ! -f "$file" ] || ldd "$file" 2>/dev/null | awk '/=> \//{print $3}'
+            # Scripts among them are no dynamic executables.
+            if [ -f "$file" ]; then { ldd "$file" 2>/dev/null || true; } | awk '/=> \//{print $3}'; fi
         done
     } | sort -u | while read -r file; do printf '%s\n' "$file" "$(readlink -f "$file")"; done |
         sed 's#^/lib/#/usr/lib/#; s#^/##' | sort -u |
