@@ -28,6 +28,7 @@ programs! {
     mpi::collectives::rank_of_the_contract_by_messages,
     mpi::collectives::rank_of_the_mpi_contract,
     mpi::kernels::process_that_is_refused,
+    mpi::kernels::process_whose_gpu_fails,
     mpi::kernels::process_with_the_kernel,
     mpi::nccl::process_with_the_real_nccl,
     mpi::nccl::rank_of_many_works,

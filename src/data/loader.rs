@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::fault;
 use crate::libtorch;
 use crate::phase::Phase;
+use crate::pulse;
 
 /// Yields one rank's micro-batches in the order of training; dropping it ends its threads.
 #[derive(Debug)]
@@ -126,6 +127,7 @@ impl Reader {
         // The thread holds one finished batch until it is received, and starts no other meanwhile.
         let (sender, receiver) = sync_channel(0);
         let run = move || {
+            pulse::work_beside(Phase::Read);
             // A panic becomes an error, which the consumer receives in place of the missing batch.
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| {
                 send_all(numbers.map(|number| libtorch::guarded(|| read(number))), &sender)
