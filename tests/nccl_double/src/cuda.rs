@@ -532,14 +532,12 @@ fn describe(error: CuResult) -> Option<(&'static CStr, &'static CStr)> {
         SUCCESS => Some((c"CUDA_SUCCESS", c"no error")),
         INVALID_VALUE => Some((c"CUDA_ERROR_INVALID_VALUE", c"invalid argument")),
         OUT_OF_MEMORY => Some((c"CUDA_ERROR_OUT_OF_MEMORY", c"out of memory")),
-        ILLEGAL_ADDRESS => Some((
-            c"CUDA_ERROR_ILLEGAL_ADDRESS",
-            c"an illegal memory access was encountered",
-        )),
-        ILLEGAL_INSTRUCTION => Some((
-            c"CUDA_ERROR_ILLEGAL_INSTRUCTION",
-            c"an illegal instruction was encountered",
-        )),
+        ILLEGAL_ADDRESS => {
+            Some((c"CUDA_ERROR_ILLEGAL_ADDRESS", c"an illegal memory access was encountered"))
+        }
+        ILLEGAL_INSTRUCTION => {
+            Some((c"CUDA_ERROR_ILLEGAL_INSTRUCTION", c"an illegal instruction was encountered"))
+        }
         LAUNCH_FAILED => Some((c"CUDA_ERROR_LAUNCH_FAILED", c"unspecified launch failure")),
         NOT_INITIALIZED => Some((c"CUDA_ERROR_NOT_INITIALIZED", c"initialization error")),
         NO_DEVICE => Some((c"CUDA_ERROR_NO_DEVICE", c"no CUDA-capable device is detected")),

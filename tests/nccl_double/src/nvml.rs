@@ -38,7 +38,7 @@ pub struct FieldValue {
 pub struct EventData {
     device: *mut c_void,
     kind: c_ulonglong,
-    data: c_ulonglong,
+    pub data: c_ulonglong,
     instances: [c_uint; 2],
 }
 
