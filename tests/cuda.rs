@@ -4,6 +4,8 @@
 //! Worlds run as children: a test starts `mpirun` with this very binary as one of its programs, or
 //! with fm-dist.
 
+pub mod failures;
+
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};

@@ -18,6 +18,8 @@ macro_rules! programs {
 }
 
 programs! {
+    cuda::failures::process_whose_kernel_fails,
+    cuda::failures::process_whose_memory_runs_out,
     cuda::rank_of_the_contract,
     cuda::rank_that_computes_around_collectives,
     mpi::collectives::rank_of_a_world_at_different_operations,
