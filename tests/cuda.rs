@@ -7,6 +7,7 @@
 /// Noise and timesteps on a GPU are those of the generator that the configuration names, and a step
 /// hardly waits for them.
 mod draws;
+pub mod failures;
 
 use std::fs;
 use std::path::Path;
