@@ -16,6 +16,8 @@ pub enum Phase {
     Read,
     /// Waiting for a batch.
     Data,
+    /// Drawing a batch's noise and timesteps, on the thread that read it; waiting for them.
+    Draw,
     Forward,
     Backward,
     /// Waiting for the other ranks' gradients and statistics.
@@ -50,6 +52,7 @@ impl Phase {
         ("open", Phase::Open),
         ("read", Phase::Read),
         ("data", Phase::Data),
+        ("draw", Phase::Draw),
         ("forward", Phase::Forward),
         ("backward", Phase::Backward),
         ("reduce", Phase::Reduce),

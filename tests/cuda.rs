@@ -4,6 +4,11 @@
 //! Worlds run as children: a test starts `mpirun` with this very binary as one of its programs, or
 //! with fm-dist.
 
+/// Noise and timesteps on a GPU are those of the generator that the configuration names, and a step
+/// hardly waits for them.
+mod draws;
+/// Failing devices, and memory that runs out, are told by name.
+pub mod failures;
 /// bfloat16 steps of all families are a CPU's float32 steps within rounding.
 mod families;
 /// Runs take the memory that `fm-dist check` says, and end by their code where there is none.

@@ -38,12 +38,13 @@ pub struct StepRequest {
     pub grads: bool,
 }
 
-/// Runs one step without an optimizer and writes everything it computed.
+/// Runs one step without an optimizer and writes everything it computed. Returns a line saying
+/// which generator drew.
 ///
 /// # Errors
 /// [`Error::Data`] if the batch is malformed or does not fit; [`Error::Storage`] if the dump cannot
 /// be written.
-pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
+pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<String> {
     check_files(
         &[Named { argument: "--dump", path: &request.dump }],
         &[Named { argument: "--batch", path: &request.batch }],
@@ -78,7 +79,23 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
             gradients.iter().flat_map(|(stage, pieces)| named_gradients(&replica, *stage, pieces)),
         );
     }
-    write(&request.dump, &tensors, &output, batch.data_type)
+    let generator = pipeline.draw_rules().generator();
+    write(&request.dump, &tensors, &output, batch.data_type, generator)?;
+    Ok(drawn_by(generator, seed))
+}
+
+/// Returns a line about the generator that drew noise and timesteps.
+fn drawn_by(generator: Device, seed: i64) -> String {
+    let numbers = match generator {
+        Device::Cpu => "the CPU's generator draws after seed SEED, on every device",
+        _ => "NeMo AutoModel draws after seed SEED on this model of GPU",
+    };
+    format!("noise and timesteps are what {numbers}\n").replace("SEED", &seed.to_string())
+}
+
+/// Returns the generator's word in the metadata of a dump.
+fn word(generator: Device) -> &'static str {
+    if generator == Device::Cpu { "host" } else { "device" }
 }
 
 fn read_batch(path: &Path) -> Result<Batch> {
@@ -185,11 +202,13 @@ fn write(
     tensors: &[(String, Tensor)],
     output: &StepOutput,
     data_type: DataType,
+    generator: Device,
 ) -> Result<()> {
     let metadata = [
         ("sampling_method", output.sampling_method),
         ("task_type", output.task_type.word()),
         ("data_type", data_type.word()),
+        ("draws", word(generator)),
     ];
     let metadata =
         metadata.into_iter().map(|(key, word)| (key.to_string(), word.to_string())).collect();

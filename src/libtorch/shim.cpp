@@ -5,12 +5,16 @@
 #include <exception>
 
 #include <ATen/Context.h>
+#include <ATen/core/Tensor.h>
 
 // Allows or forbids cuDNN's kernels of scaled dot-product attention in this process, from the next call of
 // attention on.
 extern "C" void fm_dist_allow_cudnn_attention(bool allowed) noexcept { at::globalContext().setSDPUseCuDNN(allowed); }
 
 extern "C" bool fm_dist_cudnn_attention_is_allowed() noexcept { return at::globalContext().userEnabledCuDNNSDP(); }
+
+// Returns a copy of a CPU tensor in pinned memory; the bindings pass a device besides, which warns. Throws without a GPU.
+extern "C" at::Tensor *fm_dist_pinned(const at::Tensor *tensor) { return new at::Tensor(tensor->pin_memory()); }
 
 // Calls body(data). If it throws a std::exception, calls on_exception(data, text). A Rust panic passes through.
 extern "C" void fm_dist_guarded(void (*body)(void *), void (*on_exception)(void *, const char *), void *data) {

@@ -1,8 +1,10 @@
 //! Plans: the memory, data and time that a run would need, computed without running it.
 
+mod attention;
 mod check;
 mod data;
 mod footprint;
+mod forecast;
 mod memory;
 mod prediction;
 mod scaling;
@@ -11,7 +13,8 @@ mod work;
 pub use check::{CheckRequest, check};
 pub use data::check_data;
 pub use footprint::{Footprint, Tokens, footprint};
-pub use memory::StateLayout;
+pub use forecast::memory_forecast;
+pub use memory::{RankMemory, StateLayout};
 pub use prediction::{Cluster, KNOWN_NAME, Prediction, StageWork, Workload};
 pub use scaling::ScalingRequest;
 pub use work::{ForwardWork, forward_work};

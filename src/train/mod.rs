@@ -2,6 +2,7 @@
 //! the distributed code meet here.
 
 mod diagnose;
+mod draws;
 mod handshake;
 mod inject;
 mod latents;

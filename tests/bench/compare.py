@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import kernels
+import kernel_times
 import machine
 import programs
 import table
@@ -136,15 +136,15 @@ def compare_kernels(arguments: argparse.Namespace) -> None:
         folder, found = BENCH / "run", {}
         shutil.rmtree(folder, ignore_errors=True)
         launch("kernels", [*ncu("fm-dist", log), *programs.train_command(setting, 2, folder)], {})
-        found["fm-dist"] = kernels.last_step(kernels.read(log))
+        found["fm-dist"] = kernel_times.last_step(kernel_times.read(log))
         if "peer" in arguments.beside:
             profiled = ncu("the peer", log, "--profile-from-start", "off")
             launch("kernels", [*profiled, *programs.peer_command(setting, 2, out, "--profiled")], {})
-            found["peer"] = kernels.read(log)
-        keep("kernels", setting.name, {side: kernels.by_class(its) for side, its in found.items()})
+            found["peer"] = kernel_times.read(log)
+        keep("kernels", setting.name, {side: kernel_times.by_class(its) for side, its in found.items()})
         for side, its in found.items():
-            print(table.short_row(setting.name, side, table.kernels_of(kernels.by_class(its))), flush=True)
-            if unknown := kernels.longest_of_none(its, 3):
+            print(table.short_row(setting.name, side, table.kernels_of(kernel_times.by_class(its))), flush=True)
+            if unknown := kernel_times.longest_of_none(its, 3):
                 print("    without a class: " + "; ".join(unknown))
 
 

@@ -27,11 +27,13 @@ POLL_SECONDS = 0.005
 # Lines of a run's log.
 STEP_ENDED = re.compile(r"\[STEP (\d+)\]")
 SAVED = re.compile(r"step (\d+): .* ([\d.]+) s until it was safe")
-# Phases of a step in the order of the table; fm-dist's as sums of its own metrics. The peer's backward pass holds its all-reduces.
+# Phases of a step in the order of the table; fm-dist's as sums of its own metrics. The peer's forward pass holds its draws, and its
+# backward pass its all-reduces.
 PHASES = {
     "step": ["step"],
     "data": ["data"],
-    "forward": ["forward"],
+    "draw": ["draw"],
+    "forward": ["draw", "forward"],
     "backward": ["backward", "reduce"],
     "optimizer": ["optimizer"],
     "communication": ["communication"],

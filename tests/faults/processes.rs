@@ -3,7 +3,6 @@
 use super::{Case, Ended, SHORT, SOON, START, STEPS, Started, signal, turn, unbroken};
 use crate::runs::checkpoint;
 use std::fs;
-use std::process::Command;
 
 use tempfile::TempDir;
 
@@ -45,7 +44,7 @@ fn c2_a_rank_that_crashes_ends_the_run_with_its_signal() {
 
 #[test]
 fn c3_b12_a_panic_on_any_thread_of_one_rank_says_where_and_ends_all_with_code_70() {
-    for fault in ["panic@1:6:forward", "panic@1:every:read", "panic@1:8:write"] {
+    for fault in ["panic@1:6:forward", "panic@1:every:read", "panic@1:6:draw", "panic@1:8:write"] {
         let says =
             ["error BUG rank 1/2", "panicked at src/fault.rs", "a fault was ordered", "exit 70"];
         let ended = Case { fault, code: 70, says: &says, seconds: SOON, ..Case::default() }.run();
@@ -62,17 +61,16 @@ fn c3_b12_a_panic_on_any_thread_of_one_rank_says_where_and_ends_all_with_code_70
 
 #[test]
 fn c4_an_error_on_one_rank_ends_all_with_its_code() {
-    let says = ["error ENVIRONMENT rank 1/2", "step 6 phase forward", "was ordered. exit 52"];
-    let ended = Case {
-        fault: "error@1:6:forward",
-        code: 52,
-        says: &says,
-        seconds: SOON,
-        ..Case::default()
+    // What breaks while noise is drawn ahead, beside step 5, breaks the step that needs it.
+    for (fault, moment) in
+        [("error@1:6:forward", "step 6 phase forward"), ("error@1:6:draw", "step 6 phase draw")]
+    {
+        let says = ["error ENVIRONMENT rank 1/2", moment, "was ordered. exit 52"];
+        let ended = Case { fault, code: 52, says: &says, seconds: SOON, ..Case::default() }.run();
+        let message = format!("fault {fault} was ordered");
+        assert_eq!(ended.failure(1)["message"].as_str(), Some(message.as_str()));
+        ended.resumes_to_the_unbroken_run(2, &[]);
     }
-    .run();
-    assert_eq!(ended.failure(1)["message"].as_str(), Some("fault error@1:6:forward was ordered"));
-    ended.resumes_to_the_unbroken_run(2, &[]);
 }
 
 #[test]
@@ -94,50 +92,6 @@ fn c4_what_all_ranks_meet_at_once_is_said_by_one() {
         }
         .run();
     }
-}
-
-#[test]
-fn c4_a_device_that_fails_is_code_23_and_memory_that_runs_out_code_53() {
-    let says = [
-        "error DEVICE rank 1/2",
-        "step 6 phase backward: CUDA error: an illegal memory access was encountered. exit 23",
-    ];
-    let ended = Case {
-        fault: "device@1:6:backward",
-        code: 23,
-        says: &says,
-        never: &["panicked"],
-        seconds: SOON,
-        ..Case::default()
-    }
-    .run();
-    assert_eq!(ended.failure(1)["name"].as_str(), Some("DEVICE"));
-    let says = [
-        "error MEMORY rank 0/1",
-        "phase forward: ",
-        "can't allocate memory: you tried to allocate 1152921504606846976",
-        "exit 53",
-    ];
-    Case {
-        ranks: 0,
-        fault: "memory@0:6:forward",
-        code: 53,
-        says: &says,
-        never: &["panicked"],
-        seconds: SOON,
-        ..Case::default()
-    }
-    .run();
-    let says = ["error MEMORY rank 1/2", "exit 53"];
-    Case {
-        fault: "memory@1:6:read",
-        code: 53,
-        says: &says,
-        never: &["panicked"],
-        seconds: SOON,
-        ..Case::default()
-    }
-    .run();
 }
 
 #[test]
@@ -422,29 +376,4 @@ fn a_file_named_save_asks_for_a_checkpoint_and_save_quit_for_the_end() {
             assert!(checkpoint(&ended.run_folder(), STEPS) == unbroken, "saving changes nothing");
         }
     }
-}
-
-#[test]
-fn c2_too_little_memory_ends_the_run_with_a_line() {
-    let _turn = turn();
-    let root = TempDir::new().unwrap();
-    // One parameter alone asks for more than there is.
-    let case = Case {
-        ranks: 0,
-        sets: &["model.dit.width=16384", "model.dit.num_heads=128"],
-        ..Case::default()
-    };
-    let command = case.command(&root);
-    let mut limited = Command::new("bash");
-    limited
-        .args(["-c", "ulimit -v 3000000; exec \"$@\"", "bash"])
-        .arg(command.get_program())
-        .args(command.get_args());
-    let (ended, code) = Started::new(limited).end(root, START);
-    assert_eq!(code, 53, "{}", ended.errors);
-    assert!(
-        ended.errors.contains("error MEMORY") && ended.errors.contains("can't allocate memory"),
-        "{}",
-        ended.errors
-    );
 }

@@ -1,6 +1,6 @@
 """Kernels of one step by class, from what ncu saw of a program.
 
-    python kernels.py NCU.csv           the table of a file
+    python kernel_times.py NCU.csv           the table of a file
 """
 
 import csv
