@@ -24,15 +24,15 @@ declare -A PURPOSE=(
     [tests]="what is computed on GPUs: collectives by NCCL, the order of streams, our kernel, the digits' loss curve"
     [families]="one bfloat16 step of each model family at its real head width, with and without masks, beside a CPU's in float32"
     [parity]="a step of each family beside NeMo AutoModel and diffusers on the same GPU, with draws of the host and of the device"
-    [runs]="memory beside fm-dist check, a GPU that is too small, NCCL among 1 to N GPUs, and collectives behind computation"
+    [runs]="memory beside fm-dist check, a GPU that fails or is too small, NCCL among 1 to N GPUs, and collectives behind computation"
     [bench]="FLUX of 71M and 2.6B and Wan 1.3B beside NeMo AutoModel and diffusers, eager and compiled; kernels of a step"
     [offload]="a step of half of FLUX.1-dev at 1024 x 1024 pixels with offload, beside what fm-dist check told"
     [sanitizer]="the order of streams and our kernel under compute-sanitizer"
 )
 # Whose tests are another part's.
-OTHER_PARTS='^cuda::(families|parity|memory)::'
+OTHER_PARTS='^cuda::(families|parity|memory|failures)::'
 # Tests that `tests` has run already belong to `runs` as well.
-OF_RUNS='^cuda::(memory::.*|the_digits_run_.*|worlds_of_any_number_.*|collectives_between_.*)$'
+OF_RUNS='^cuda::(memory::.*|failures::.*|the_digits_run_.*|worlds_of_any_number_.*|collectives_between_.*)$'
 # Rows of `bench` in the order of what is worth most: case, kind, and what compare.py gets besides.
 BENCHMARKS=(
     "flux-2.6b bfloat16 --steps 8 --warm-up 4"

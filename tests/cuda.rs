@@ -11,7 +11,7 @@ mod draws;
 pub mod failures;
 /// bfloat16 steps of all families are a CPU's float32 steps within rounding.
 mod families;
-/// Runs take the memory that `fm-dist check` says, and end by their code where there is none.
+/// Runs take the memory that `fm-dist check` says.
 mod memory;
 /// Steps are those of NeMo AutoModel and diffusers on the same GPU.
 mod parity;
