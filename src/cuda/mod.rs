@@ -9,6 +9,7 @@
 pub(crate) mod driver;
 mod elementwise;
 pub mod nvrtc;
+pub mod system;
 
 use std::ffi::{CStr, c_char};
 

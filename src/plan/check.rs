@@ -5,17 +5,18 @@ use std::fmt::Write;
 
 use bytesize::ByteSize;
 
+use crate::assembly::attention::tokens_of_group;
 use crate::config::RunConfig;
 use crate::data::{Dataset, Order};
 use crate::error::{Error, Result};
 use crate::model::SampleShapes;
-use crate::nn::Stage;
+use crate::nn::{Stage, Tokens};
 use crate::optim::lr;
 use crate::parallel::{DeviceChoice, Recompute, Sharding};
 use crate::plan::StateLayout;
 use crate::plan::data::{check_data, rehearse_data};
 use crate::plan::scaling::{ScalingRequest, scaling};
-use crate::plan::{Footprint, Tokens, footprint};
+use crate::plan::{Footprint, footprint};
 use crate::run::checkpoint::copied_bytes;
 use crate::run::runs::OutputDir;
 use crate::sample::generate::check_conditions;
@@ -125,7 +126,7 @@ impl Plan {
         let latents = dataset
             .latent_shape(&first.name)
             .ok_or_else(|| Error::data(dataset.path(), "has a group without latents"))?;
-        let text = first.layout.get("text_embeddings").map_or(0, |(_, shape)| shape[0]);
+        let text = tokens_of_group(config, &dataset, first).map_or(0, |tokens| tokens.text);
         let estimates = self.add_shape(config, latents, text)?;
         let (name, groups) = (&dataset.manifest().name, dataset.groups().len());
         self.line(

@@ -5,26 +5,7 @@ use tch::Kind;
 
 use crate::error::Result;
 use crate::model::Architecture;
-use crate::nn::{ParamInfo, ParamSet, Rows};
-
-/// Number of tokens of one sample.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tokens {
-    pub image: i64,
-    pub text: i64,
-}
-
-impl Tokens {
-    /// Returns the number of rows that one sample sends through a matrix.
-    pub(super) fn rows(self, rows: Rows) -> i64 {
-        match rows {
-            Rows::One => 1,
-            Rows::Image => self.image,
-            Rows::Text => self.text,
-            Rows::Joint => self.image + self.text,
-        }
-    }
-}
+use crate::nn::{ParamInfo, ParamSet, Tokens};
 
 /// Bytes that one micro-batch keeps for its backward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

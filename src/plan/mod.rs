@@ -10,7 +10,7 @@ mod work;
 
 pub use check::{CheckRequest, check};
 pub use data::check_data;
-pub use footprint::{Footprint, Tokens, footprint};
+pub use footprint::{Footprint, footprint};
 pub use memory::StateLayout;
 pub use prediction::{Cluster, KNOWN_NAME, Prediction, StageWork, Workload};
 pub use scaling::ScalingRequest;

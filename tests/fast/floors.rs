@@ -14,7 +14,7 @@ const FLOORS: &[&[&str]] = &[
     &["files"],
     &["ops"],
     &["collective", "data", "nn", "telemetry"],
-    &["report"],
+    &["attention", "report"],
     &["flow", "model", "optim", "parallel", "watchdog"],
     &["adapter"],
     &["config"],

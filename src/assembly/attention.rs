@@ -1,0 +1,88 @@
+//! A run's attention on GPUs: its cases, from the configuration and the data, and the choice of
+//! backends.
+
+use crate::attention::{Case, Decision, NodeReport, Trial, asked, cases_of, common, lines};
+use crate::collective::Collective;
+use crate::config::RunConfig;
+use crate::data::{Dataset, Group};
+use crate::error::Result;
+use crate::flow::Note;
+use crate::nn::Tokens;
+use crate::nn::attention::choose;
+
+/// Key of the text `[B, L, D]` in batches and conditions.
+pub const TEXT: &str = "text_embeddings";
+
+/// Stands for the samples where the number of tokens does not matter.
+const SOME_TOKENS: Tokens = Tokens { image: 4096, text: 512 };
+
+/// Returns the tokens of a group's samples; `None` without latents.
+pub fn tokens_of_group(config: &RunConfig, dataset: &Dataset, group: &Group) -> Option<Tokens> {
+    let latents = dataset.latent_shape(&group.name)?;
+    let text = group.layout.get(TEXT).and_then(|(_, shape)| shape.first()).copied();
+    Some(tokens_of_sample(config, latents, text))
+}
+
+/// Returns the tokens of a sample of `latents` `[C, (F,) H, W]` and so many text tokens.
+pub fn tokens_of_sample(config: &RunConfig, latents: &[i64], text: Option<i64>) -> Tokens {
+    Tokens { image: config.model.family.image_tokens(latents), text: text.unwrap_or(0) }
+}
+
+/// Returns the tokens of every resolution group of the configured data; none if the data cannot be
+/// opened, which ends the run where it opens them to train.
+pub fn tokens_of_data(config: &RunConfig) -> Vec<Tokens> {
+    let Ok(dataset) = Dataset::named(&config.data.path) else { return Vec::new() };
+    dataset.groups().iter().filter_map(|group| tokens_of_group(config, &dataset, group)).collect()
+}
+
+fn cases(config: &RunConfig, samples: &[Tokens]) -> Result<Vec<Case>> {
+    let stages = config.model.family.stages()?;
+    let attentions = stages.iter().flat_map(|stage| stage.params().attentions());
+    let inputs = config.flow_matching.adapter.build().provides();
+    Ok(cases_of(attentions, samples, config.model.dtype.kind(), inputs))
+}
+
+/// Chooses this process's backends of attention on GPUs, and returns what the log says of them.
+/// With `auto`, the first rank of each node tries them on its GPU, which no rank may have opened
+/// yet. `samples`: the tokens of the run's samples, read where a trial needs them.
+///
+/// # Errors
+/// Errors of the model's settings and of the collective.
+///
+/// # Ordering
+/// Every rank of `world` calls it, before it opens its GPU. `gpu`: its number within its node.
+pub fn choose_attention(
+    config: &RunConfig,
+    samples: impl FnOnce() -> Vec<Tokens>,
+    gpu: usize,
+    world: &dyn Collective,
+) -> Result<Vec<Note>> {
+    let (decision, details) = match config.compute.attention.backend() {
+        Some(backend) => (asked(backend, &cases(config, &[SOME_TOKENS])?), Vec::new()),
+        None => {
+            let own = (gpu == 0).then(|| tried(config, &samples())).transpose()?;
+            let report = own.as_ref().map(|own| &own.report);
+            (common(report, world)?, own.map_or_else(Vec::new, |own| own.lines))
+        }
+    };
+    choose(decision.choice);
+    Ok(notes(decision, details))
+}
+
+/// A node's trial, for all ranks and for the log.
+struct NodeTrial {
+    report: NodeReport,
+    lines: Vec<String>,
+}
+
+fn tried(config: &RunConfig, samples: &[Tokens]) -> Result<NodeTrial> {
+    let trial = Trial::on_gpu(0);
+    // A GPU that cannot be opened ends the run where it is opened to train.
+    let tried = trial.run(&cases(config, samples)?).unwrap_or_default();
+    Ok(NodeTrial { report: NodeReport::new(&trial.machine, &tried), lines: lines(&tried) })
+}
+
+fn notes(decision: Decision, details: Vec<String>) -> Vec<Note> {
+    let told = details.into_iter().chain(decision.lines).map(Note::Information);
+    told.chain(decision.warnings.into_iter().map(Note::Warning)).collect()
+}
