@@ -88,6 +88,21 @@ pub fn device(
     }
 }
 
+/// Opens libtorch's CUDA library if the configuration computes on GPUs.
+///
+/// # Errors
+/// [`Error::Environment`] if the library is not installed.
+///
+/// # Ordering
+/// To be called before the first random number, and before anything else for which libtorch asks
+/// for its CUDA library: it asks once, and a process that asked too early finds no GPU.
+pub fn open_libraries(config: &RunConfig) -> Result<()> {
+    match config.parallel.device {
+        DeviceChoice::Cpu => Ok(()),
+        DeviceChoice::Cuda => cuda::open_libtorch(),
+    }
+}
+
 fn gpu(number: usize) -> Result<Device> {
     cuda::open_libtorch()?;
     let count = Cuda::device_count();

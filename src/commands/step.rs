@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Tensor};
 
 use crate::assembly::attention::{TEXT, tokens_of_sample};
-use crate::assembly::device::device;
+use crate::assembly::device::{device, open_libraries};
 use crate::assembly::{build_pipeline, empty_replica, fresh_replica};
 use crate::collective::Solo;
 use crate::config::RunConfig;
@@ -50,6 +50,7 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
         &[Named { argument: "--dump", path: &request.dump }],
         &[Named { argument: "--batch", path: &request.batch }],
     )?;
+    open_libraries(config)?;
     tch::set_num_threads(config.parallel.num_threads);
     let batch = read_batch(&request.batch)?;
     check_batch(config, &request.batch, &batch)?;

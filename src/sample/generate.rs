@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
 use crate::assembly::attention::tokens_of_sample;
-use crate::assembly::device::device;
+use crate::assembly::device::{device, open_libraries};
 use crate::assembly::{build_pipeline, empty_replica};
 use crate::collective::Solo;
 use crate::config::RunConfig;
@@ -71,6 +71,7 @@ pub fn sample(request: &SampleRequest) -> Result<()> {
     check_outputs(request)?;
     let (run, folder) = locate(&request.run)?;
     let config = with_options(folder::config_of(&run)?, request);
+    open_libraries(&config)?;
     let origin = origin_of(request, &config)?;
     if !origin.is_of_pictures()
         && request.out.iter().any(|path| format_of(path) == Some(Format::Picture))

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io;
 
+use crate::assembly::device::open_libraries;
 use crate::collective::agreement::{agree, known_to_all, on_rank_zero};
 use crate::collective::{Collective, gather_texts, mpi_library_version};
 use crate::config::RunConfig;
@@ -116,6 +117,7 @@ pub fn share_config(
     let own_text = own.as_ref().map(RunConfig::to_toml).ok();
     let fit = || {
         let config = own?;
+        open_libraries(&config)?;
         // Errors that would be the same on every rank are reported once, before anything is
         // written.
         check(

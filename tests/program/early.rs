@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use fm_dist::files::safetensors;
@@ -285,4 +285,17 @@ fn a_limit_on_open_files_below_the_number_of_data_files_changes_no_number() {
     let (code, errors, _) = limited("-n 5");
     assert_eq!((code, errors.matches("fm-dist: error").count()), (52, 1), "{errors}");
     assert!(errors.contains("too many open files, this process may have 5; raise the limit before the start with ulimit -n"), "{errors}");
+}
+
+/// Checks of the data draw random numbers, for which libtorch asks for its CUDA library, once for
+/// the life of a process.
+#[test]
+fn the_library_of_a_gpu_is_opened_before_any_number_is_drawn() {
+    let command = ["train", "--set", "parallel.device=\"cuda\"", "--set", "data.path=\"nowhere\""];
+    let has_driver = Path::new("/proc/driver/nvidia/version").exists();
+    let (code, _, errors) = finish(program(&command));
+    let (expected, words) =
+        if has_driver { (40, "nowhere") } else { (52, "cannot open libtorch_cuda.so") };
+    assert_eq!(code, expected, "{errors}");
+    assert!(errors.contains(words), "{errors}");
 }
