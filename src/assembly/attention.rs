@@ -3,6 +3,7 @@
 
 use crate::attention::{Case, Decision, NodeReport, Trial, asked, cases_of, common, lines};
 use crate::collective::Collective;
+use crate::collective::agreement::agreed;
 use crate::config::RunConfig;
 use crate::data::{Dataset, Group};
 use crate::error::Result;
@@ -60,7 +61,8 @@ pub fn choose_attention(
     let (decision, details) = match config.compute.attention.backend() {
         Some(backend) => (asked(backend, &cases(config, &[SOME_TOKENS])?), Vec::new()),
         None => {
-            let own = (gpu == 0).then(|| tried(config, &samples())).transpose()?;
+            let own = (gpu == 0).then(|| tried(config, &samples())).transpose();
+            let own = agreed(own, world)?;
             let report = own.as_ref().map(|own| &own.report);
             (common(report, world)?, own.map_or_else(Vec::new, |own| own.lines))
         }
@@ -77,9 +79,13 @@ struct NodeTrial {
 
 fn tried(config: &RunConfig, samples: &[Tokens]) -> Result<NodeTrial> {
     let trial = Trial::on_gpu(0);
-    // A GPU that cannot be opened ends the run where it is opened to train.
-    let tried = trial.run(&cases(config, samples)?).unwrap_or_default();
-    Ok(NodeTrial { report: NodeReport::new(&trial.machine, &tried), lines: lines(&tried) })
+    Ok(match trial.run(&cases(config, samples)?) {
+        Ok(tried) => {
+            NodeTrial { report: NodeReport::new(&trial.machine, &tried), lines: lines(&tried) }
+        }
+        // A GPU that cannot be opened ends the run where it is opened to train.
+        Err(why) => NodeTrial { report: NodeReport::unavailable(&why), lines: Vec::new() },
+    })
 }
 
 fn notes(decision: Decision, details: Vec<String>) -> Vec<Note> {

@@ -1,5 +1,7 @@
 //! A rank's device, and the communicator that carries the device's tensors.
 
+use std::io::{self, Write};
+
 use tch::{Cuda, Device};
 
 use crate::assembly::attention::{choose_attention, tokens_of_data};
@@ -61,6 +63,16 @@ impl RankDevice {
 pub struct OpenedDevice {
     pub device: Device,
     pub notes: Vec<Note>,
+}
+
+impl OpenedDevice {
+    /// Returns the device for a command without a log, after its warnings were printed.
+    pub fn without_log(self) -> Device {
+        let warnings = self.notes.iter().filter(|note| matches!(note, Note::Warning(_)));
+        // A closed pipe changes nothing.
+        warnings.for_each(|note| drop(writeln!(io::stderr(), "fm-dist: {note}")));
+        self.device
+    }
 }
 
 /// Opens the GPU with this rank's index in its node, or the CPU, and makes operations and attention

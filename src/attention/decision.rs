@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::case::Case;
 use super::machine::Machine;
 use super::outcome::Tried;
+use super::trial::Unavailable;
 use crate::collective::Collective;
 use crate::collective::agreement::agree;
 use crate::error::{Error, Result};
@@ -17,9 +18,11 @@ use crate::pulse;
 const NOISE: f64 = 1.05;
 
 /// What one node has found, small enough to be sent to all ranks.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NodeReport {
     verdicts: Vec<Verdict>,
+    /// A warning if nothing could be tried.
+    unavailable: Option<String>,
 }
 
 /// One backend over all cases with a mask, or over all without.
@@ -48,7 +51,16 @@ impl NodeReport {
                 }
             }
         }
-        NodeReport { verdicts }
+        NodeReport { verdicts, unavailable: None }
+    }
+
+    /// The report of a node on which no backend could be tried.
+    pub fn unavailable(why: &Unavailable) -> Self {
+        let what = format!(
+            "attention cannot be tried on {}: {why}; the plain backend computes it",
+            pulse::host()
+        );
+        NodeReport { verdicts: Vec::new(), unavailable: Some(what) }
     }
 }
 
@@ -109,8 +121,11 @@ impl Decision {
             }
             chosen
         });
-        let all = reports.iter().flat_map(|report| &report.verdicts);
-        let warnings = all.filter_map(|verdict| verdict.warning.clone()).collect();
+        let of_node = |report: &NodeReport| -> Vec<String> {
+            let left_out = report.verdicts.iter().filter_map(|verdict| verdict.warning.clone());
+            report.unavailable.iter().cloned().chain(left_out).collect()
+        };
+        let warnings = reports.iter().flat_map(of_node).collect();
         Decision { choice: AttentionChoice { unmasked, masked }, lines, warnings }
     }
 }
@@ -275,8 +290,12 @@ mod tests {
         );
         assert!(decisions[0].warnings[0].ends_with(": the output is not finite"));
         // A node that could try nothing knows of no sound backend.
-        let reports = [report(&[(Flash, sound(1.0))]), NodeReport::default()];
-        assert_eq!(chosen(&reports), Plain);
+        let without_a_gpu = NodeReport::unavailable(&Unavailable("no GPU 0".into()));
+        let decision = Decision::of(&[report(&[(Flash, sound(1.0))]), without_a_gpu]);
+        assert_eq!(decision.choice.unmasked, Plain);
+        let [warning] = decision.warnings.try_into().expect("one warning");
+        let expected = format!("attention cannot be tried on {}: no GPU 0; the", pulse::host());
+        assert!(warning.starts_with(&expected), "{warning}");
     }
 
     #[test]

@@ -28,8 +28,8 @@ pub struct Limits {
 }
 
 impl Default for Limits {
-    /// A minute each; libraries of gigabytes may come from a slow network. Both together are below
-    /// the watchdog's five minutes.
+    /// Two minutes to start, because libraries of gigabytes may come from a slow network, and one
+    /// for the cases. Both together are below the watchdog's five minutes.
     fn default() -> Self {
         Limits { start: Duration::from_secs(120), cases: Duration::from_secs(60) }
     }

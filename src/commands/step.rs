@@ -54,7 +54,7 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
     tch::set_num_threads(config.parallel.num_threads);
     let batch = read_batch(&request.batch)?;
     check_batch(config, &request.batch, &batch)?;
-    let device = device(config, || tokens_of(config, &batch), &Solo)?.device;
+    let device = device(config, || tokens_of(config, &batch), &Solo)?.without_log();
     let replica = match &request.weights {
         Some(path) => {
             let mut replica = empty_replica(config, device, Sharing::alone())?;

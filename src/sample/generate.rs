@@ -83,7 +83,7 @@ pub fn sample(request: &SampleRequest) -> Result<()> {
         return Err(Error::config("--out", what));
     }
     let samples = || vec![tokens_of_sample(&config, &origin.shape, origin.text_tokens())];
-    let device = device(&config, samples, &Solo)?.device;
+    let device = device(&config, samples, &Solo)?.without_log();
     let plan = Plan::new(&config, &origin, device)?;
     plan.rehearse()?;
     let mut replica = empty_replica(&config, device, Sharing::alone())?;
