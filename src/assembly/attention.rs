@@ -7,7 +7,7 @@ use crate::collective::agreement::agreed;
 use crate::config::RunConfig;
 use crate::data::{Dataset, Group};
 use crate::error::Result;
-use crate::flow::Note;
+use crate::flow::{Note, Role};
 use crate::nn::Tokens;
 use crate::nn::attention::choose;
 
@@ -39,8 +39,9 @@ pub fn tokens_of_data(config: &RunConfig) -> Vec<Tokens> {
 fn cases(config: &RunConfig, samples: &[Tokens]) -> Result<Vec<Case>> {
     let stages = config.model.family.stages()?;
     let attentions = stages.iter().flat_map(|stage| stage.params().attentions());
-    let inputs = config.flow_matching.adapter.build().provides();
-    Ok(cases_of(attentions, samples, config.model.dtype.kind(), inputs))
+    let keys = config.flow_matching.adapter.build().keys();
+    let has_masks = keys.iter().any(|key| key.role == Role::TokenMask);
+    Ok(cases_of(attentions, samples, config.model.dtype.kind(), has_masks))
 }
 
 /// Chooses this process's backends of attention on GPUs, and returns what the log says of them.
@@ -91,4 +92,41 @@ fn tried(config: &RunConfig, samples: &[Tokens]) -> Result<NodeTrial> {
 fn notes(decision: Decision, details: Vec<String>) -> Vec<Note> {
     let told = details.into_iter().chain(decision.lines).map(Note::Information);
     told.chain(decision.warnings.into_iter().map(Note::Warning)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attention::Precision;
+
+    /// Sizes of the cases of a family's default model with 1024 image and 512 text tokens: queries,
+    /// keys, true with a mask.
+    fn sizes(family: &str, adapter: &str) -> Vec<(i64, i64, bool)> {
+        let text = format!("[model.{family}]\n[flow_matching]\n{adapter}");
+        let config = RunConfig::read("test", &text, &[]).expect("a sound configuration");
+        let cases = cases(&config, &[Tokens { image: 1024, text: 512 }]).expect("a sound model");
+        assert!(cases.iter().all(|case| case.precision == Precision::Float32));
+        cases.iter().map(|case| (case.queries, case.keys, case.masked)).collect()
+    }
+
+    #[test]
+    fn each_family_tries_what_its_blocks_compute_and_masks_where_the_adapter_reads_them() {
+        let joint = [(1536, 1536, false)];
+        let masked =
+            [(1536, 1536, false), (1536, 1536, true), (1472, 1472, false), (1472, 1472, true)];
+        for family in ["flux", "qwen_image"] {
+            let adapter = format!("adapter_type = \"{family}\"\n");
+            assert_eq!(sizes(family, &adapter), joint, "{family}");
+            let with_mask = adapter + "adapter.use_text_mask = true\n";
+            assert_eq!(sizes(family, &with_mask), masked, "{family}");
+        }
+        assert_eq!(sizes("flux2", "adapter_type = \"flux2\"\n"), joint);
+        let wan = [(1024, 1024, false), (1024, 512, false)];
+        assert_eq!(sizes("wan", "adapter_type = \"simple\"\n"), wan);
+        let hunyuan = sizes("hunyuan_video15", "adapter_type = \"hunyuan\"\n");
+        let text_alone = [(512, 512, false), (512, 512, true)];
+        for size in masked.into_iter().chain(text_alone) {
+            assert!(hunyuan.contains(&size), "{size:?} is not in {hunyuan:?}");
+        }
+    }
 }

@@ -105,14 +105,14 @@ fn shortened(tokens: i64, most: i64) -> i64 {
 
 /// Returns the cases of a model's attentions, each once, at most 8 with a mask and 8 without.
 ///
-/// `samples`: numbers of tokens of the run's samples. `inputs`: names of the inputs that the adapter
-/// provides. An attention with a mask has a case without one, too: the mask goes away where a
-/// batch's texts are equally long.
+/// `samples`: numbers of tokens of the run's samples. `has_masks`: true if the adapter reads masks of
+/// tokens. An attention with a mask has a case without one, too: the mask goes away where a batch's
+/// texts are equally long.
 pub fn cases_of<'a>(
     attentions: impl IntoIterator<Item = &'a AttentionInfo>,
     samples: &[Tokens],
     kind: Kind,
-    inputs: &[&str],
+    has_masks: bool,
 ) -> Vec<Case> {
     let mut distinct: Vec<AttentionInfo> = Vec::new();
     for info in attentions {
@@ -123,7 +123,7 @@ pub fn cases_of<'a>(
     let mut cases = Vec::new();
     for tokens in samples {
         for info in &distinct {
-            let is_masked = info.masked_by.is_some_and(|name| inputs.contains(&name));
+            let is_masked = has_masks && info.takes_mask;
             let lengths = [Some(*tokens), is_masked.then(|| with_tried_remainder(*tokens))];
             for tokens in lengths.into_iter().flatten() {
                 let unmasked = case(info, tokens, kind);
@@ -190,8 +190,8 @@ mod tests {
     use super::*;
     use crate::nn::Rows;
 
-    fn info(queries: Rows, keys: Rows, masked_by: Option<&'static str>) -> AttentionInfo {
-        AttentionInfo { queries, keys, num_heads: 24, head_width: 128, masked_by }
+    fn info(queries: Rows, keys: Rows, takes_mask: bool) -> AttentionInfo {
+        AttentionInfo { queries, keys, num_heads: 24, head_width: 128, takes_mask }
     }
 
     #[test]
@@ -204,36 +204,36 @@ mod tests {
 
     #[test]
     fn equal_attentions_are_one_case_and_every_sort_of_sample_has_its_own() {
-        let blocks = [info(Rows::Joint, Rows::Joint, None); 57];
+        let blocks = [info(Rows::Joint, Rows::Joint, false); 57];
         let samples = [1024, 4096, 8192, 1000].map(|image| Tokens { image, text: 512 });
-        let cases = cases_of(&blocks, &samples, Kind::BFloat16, &[]);
+        let cases = cases_of(&blocks, &samples, Kind::BFloat16, false);
         let lengths: Vec<i64> = cases.iter().map(|case| case.queries).collect();
         assert_eq!(lengths, [1536, 4096, 1512], "4608 and 8704 are 4096, made short");
         assert!(cases.iter().all(|case| !case.masked && case.heads == 8 && case.width == 128));
         let many: Vec<Tokens> = (0..40).map(|text| Tokens { image: 100, text }).collect();
-        assert_eq!(cases_of(&blocks, &many, Kind::BFloat16, &[]).len(), MOST_CASES);
+        assert_eq!(cases_of(&blocks, &many, Kind::BFloat16, false).len(), MOST_CASES);
     }
 
     #[test]
     fn attention_over_conditions_has_another_number_of_keys() {
-        let wan = [info(Rows::Image, Rows::Image, None), info(Rows::Image, Rows::Text, None)];
-        let cases = cases_of(&wan, &[Tokens { image: 1000, text: 512 }], Kind::Float, &[]);
+        let wan = [info(Rows::Image, Rows::Image, false), info(Rows::Image, Rows::Text, false)];
+        let cases = cases_of(&wan, &[Tokens { image: 1000, text: 512 }], Kind::Float, false);
         let lengths: Vec<_> = cases.iter().map(|case| [case.queries, case.keys]).collect();
         assert_eq!(lengths, [[1000, 1000], [1000, 512]]);
-        assert_eq!(cases_of(&wan, &[Tokens { image: 9, text: 0 }], Kind::Float, &[]).len(), 1);
+        assert_eq!(cases_of(&wan, &[Tokens { image: 9, text: 0 }], Kind::Float, false).len(), 1);
     }
 
     #[test]
-    fn a_mask_that_the_adapter_provides_is_tried_with_and_without_and_at_the_known_remainder() {
-        let flux = [info(Rows::Joint, Rows::Joint, Some("text_mask"))];
+    fn a_mask_that_the_adapter_reads_is_tried_with_and_without_and_at_the_known_remainder() {
+        let flux = [info(Rows::Joint, Rows::Joint, true)];
         let samples = [Tokens { image: 1024, text: 512 }];
-        let sorts = |inputs: &[&str]| -> Vec<(i64, bool)> {
-            let cases = cases_of(&flux, &samples, Kind::BFloat16, inputs);
+        let sorts = |has_masks| -> Vec<(i64, bool)> {
+            let cases = cases_of(&flux, &samples, Kind::BFloat16, has_masks);
             cases.iter().map(|case| (case.queries, case.masked)).collect()
         };
-        assert_eq!(sorts(&["grid"]), [(1536, false)]);
+        assert_eq!(sorts(false), [(1536, false)]);
         let masked = [(1536, false), (1536, true), (1472, false), (1472, true)];
-        assert_eq!(sorts(&["grid", "text_mask"]), masked);
+        assert_eq!(sorts(true), masked);
         for text in [1, 64, 65, 512] {
             let Tokens { image, text } = with_tried_remainder(Tokens { image: 1000, text });
             assert!(text > 0 && (image + text) % BLOCK == TRIED_REMAINDER, "{text}");

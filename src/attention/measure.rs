@@ -112,8 +112,8 @@ impl Inputs {
     }
 }
 
-/// Returns a mask that hides a quarter of the keys of the second sample, as a text's padding between
-/// the text and the image.
+/// Returns a mask that hides a quarter of the keys of the second sample, as a text's padding
+/// between the text and the image.
 fn mask(keys: i64) -> Tensor {
     let mask = Tensor::ones([SAMPLES, 1, 1, keys], (Kind::Bool, Device::Cpu));
     let _ = mask.get(1).narrow(-1, keys / 8, keys / 4).fill_(0);

@@ -102,11 +102,11 @@ mod tests {
     #[test]
     fn a_table_has_a_row_for_each_backend_and_case() {
         let expected = "\
-case                                                   backend  outcome           output  gradients  ms
+case                                                  backend  outcome           output  gradients  ms
 4096 x 512 tokens, 8 heads of 128, bfloat16, no mask  flash    sound             2.1e-3  4.0e-3     0.81
 4096 x 512 tokens, 8 heads of 128, bfloat16, no mask  cudnn    ended by SIGSEGV  -       -          -
 4096 x 512 tokens, 8 heads of 128, bfloat16, mask     flash    does not take it  -       -          -
 ";
-        assert_eq!(table(&tried()), expected.replacen("case  ", "case ", 1));
+        assert_eq!(table(&tried()), expected);
     }
 }

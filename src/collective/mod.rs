@@ -133,8 +133,8 @@ impl Work {
 }
 
 /// Reads from the launcher's environment variables how this process was started. Only this
-/// function, [`launched_rank`], [`job`], [`connect`], [`user_cache_folder`] and [`without_launcher`]
-/// read environment variables in this crate.
+/// function, [`launched_rank`], [`job`], [`connect`], [`user_cache_folder`] and
+/// [`without_launcher`] read environment variables in this crate.
 ///
 /// # Errors
 /// [`Error::Environment`] if a launcher's variable does not hold a number.

@@ -47,9 +47,9 @@ fn model_of(information: &Path) -> String {
     text.lines().find_map(|line| line.strip_prefix("Model:")).map_or(UNKNOWN, str::trim).to_owned()
 }
 
-/// Returns the version of cuDNN, e.g. `9.20.0`. `beside`: the folder of libtorch's libraries, beside
-/// whose wheel cuDNN's is installed; otherwise the linker finds the library. `None` if there is
-/// none.
+/// Returns the version of cuDNN, e.g. `9.20.0`; `None` if there is none. `beside`: the folder of
+/// libtorch's libraries, beside whose wheel cuDNN's is installed; otherwise the linker finds the
+/// library.
 pub fn cudnn_version(beside: Option<&Path>) -> Option<String> {
     const NAME: &str = "libcudnn.so.9";
     let wheel = beside.map(|folder| folder.join("../../nvidia/cudnn/lib").join(NAME));

@@ -73,7 +73,7 @@ impl Flux {
             with_bias: true,
             epsilon: EPSILON,
             rounding: Rounding::Once,
-            masked_by: Some("text_mask"),
+            takes_mask: true,
         }
     }
 }

@@ -76,7 +76,7 @@ impl Flux2 {
             with_bias: false,
             epsilon: self.eps,
             rounding: Rounding::Once,
-            masked_by: None,
+            takes_mask: false,
         }
     }
 

@@ -98,7 +98,7 @@ impl Architecture for QwenImage {
             with_bias: true,
             epsilon: EPSILON,
             rounding: Rounding::EachStep,
-            masked_by: Some("text_mask"),
+            takes_mask: true,
         };
         let width = self.width();
         let block = |index| {

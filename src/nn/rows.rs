@@ -39,9 +39,8 @@ pub struct AttentionInfo {
     pub keys: Rows,
     pub num_heads: i64,
     pub head_width: i64,
-    /// Name of the model's input that masks keys where an adapter provides it; `None` for an
-    /// attention that never has a mask.
-    pub masked_by: Option<&'static str>,
+    /// True if keys are masked where the adapter reads masks of tokens.
+    pub takes_mask: bool,
 }
 
 impl AttentionInfo {

@@ -73,8 +73,8 @@ fn every_backend_is_tried_in_every_case_and_the_fastest_sound_one_is_chosen() {
     assert_eq!(decision.choice.masked, Plain);
 }
 
-/// Outcome of the CPU's fused backend in the first case where the fault strikes, after a look at the
-/// others' outcomes.
+/// Outcome of the CPU's fused backend in the first case, where the fault strikes; the plain one is
+/// not harmed, is chosen, and the log has one warning.
 fn struck(fault: &str) -> Outcome {
     let trial = Trial {
         limits: Limits { start: Duration::from_secs(60), cases: Duration::from_secs(3) },

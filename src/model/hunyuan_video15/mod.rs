@@ -35,7 +35,7 @@ impl HunyuanVideo15 {
             with_bias: true,
             epsilon: EPSILON,
             rounding: Rounding::EachStep,
-            masked_by: Some("encoder_attention_mask"),
+            takes_mask: true,
         }
     }
 

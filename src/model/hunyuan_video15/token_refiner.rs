@@ -109,7 +109,7 @@ impl Block {
             keys: Rows::Text,
             num_heads,
             head_width: width / num_heads,
-            masked_by: Some("encoder_attention_mask"),
+            takes_mask: true,
         });
         let mut linear = |name: &str, rows, outputs| {
             Linear::pytorch(&mut builder.at(name).over(rows), width, outputs, true)

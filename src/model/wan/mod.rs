@@ -48,7 +48,7 @@ impl Wan {
             with_bias: true,
             epsilon: self.eps,
             rounding: Rounding::Once,
-            masked_by: None,
+            takes_mask: false,
         }
     }
 

@@ -97,14 +97,14 @@ pub struct Heads {
     pub epsilon: f64,
     pub rounding: Rounding,
     /// As in [`AttentionInfo`].
-    pub masked_by: Option<&'static str>,
+    pub takes_mask: bool,
 }
 
 impl Heads {
     /// Describes an attention by these heads.
     pub fn attention(self, queries: Rows, keys: Rows) -> AttentionInfo {
-        let Heads { num_heads, width, masked_by, .. } = self;
-        AttentionInfo { queries, keys, num_heads, head_width: width, masked_by }
+        let Heads { num_heads, width, takes_mask, .. } = self;
+        AttentionInfo { queries, keys, num_heads, head_width: width, takes_mask }
     }
 }
 
@@ -238,7 +238,7 @@ impl SelfAttention {
             keys: Rows::Image,
             num_heads,
             head_width: width / num_heads,
-            masked_by: None,
+            takes_mask: false,
         });
         SelfAttention {
             qkv: Linear::new(&mut builder.at("qkv"), width, 3 * width, init(3 * width)),
