@@ -1,7 +1,7 @@
 //! A run's attention on GPUs: its cases, from the configuration and the data, and the choice of
 //! backends.
 
-use crate::attention::{Case, Decision, NodeReport, Trial, asked, cases_of, common, lines};
+use crate::attention::{Case, Findings, NodeReport, Trial, asked, cases_of, common, lines};
 use crate::collective::Collective;
 use crate::collective::agreement::agreed;
 use crate::config::RunConfig;
@@ -59,39 +59,43 @@ pub fn choose_attention(
     gpu: usize,
     world: &dyn Collective,
 ) -> Result<Vec<Note>> {
-    let (decision, details) = match config.compute.attention.backend() {
+    let (decision, mut notes) = match config.compute.attention.backend() {
         Some(backend) => (asked(backend, &cases(config, &[SOME_TOKENS])?), Vec::new()),
         None => {
             let own = (gpu == 0).then(|| tried(config, &samples())).transpose();
             let own = agreed(own, world)?;
             let report = own.as_ref().map(|own| &own.report);
-            (common(report, world)?, own.map_or_else(Vec::new, |own| own.lines))
+            (common(report, world)?, own.map_or_else(Vec::new, |own| own.notes))
         }
     };
     choose(decision.choice);
-    Ok(notes(decision, details))
+    notes.extend(decision.lines.into_iter().map(Note::Information));
+    notes.extend(decision.warnings.into_iter().map(Note::Warning));
+    Ok(notes)
 }
 
-/// A node's trial, for all ranks and for the log.
+/// A node's trial: its report for all ranks, and its own notes for the log.
 struct NodeTrial {
     report: NodeReport,
-    lines: Vec<String>,
+    notes: Vec<Note>,
 }
 
 fn tried(config: &RunConfig, samples: &[Tokens]) -> Result<NodeTrial> {
     let trial = Trial::on_gpu(0);
     Ok(match trial.run(&cases(config, samples)?) {
-        Ok(tried) => {
-            NodeTrial { report: NodeReport::new(&trial.machine, &tried), lines: lines(&tried) }
+        Ok(Findings { tried, not_kept }) => {
+            let not_kept = not_kept.map(|why| {
+                Note::Warning(format!("attention will be tried anew at the next start: {why}"))
+            });
+            let lines = lines(&tried).into_iter().map(Note::Information);
+            NodeTrial {
+                report: NodeReport::new(&trial.machine, &tried),
+                notes: lines.chain(not_kept).collect(),
+            }
         }
         // A GPU that cannot be opened ends the run where it is opened to train.
-        Err(why) => NodeTrial { report: NodeReport::unavailable(&why), lines: Vec::new() },
+        Err(why) => NodeTrial { report: NodeReport::unavailable(&why), notes: Vec::new() },
     })
-}
-
-fn notes(decision: Decision, details: Vec<String>) -> Vec<Note> {
-    let told = details.into_iter().chain(decision.lines).map(Note::Information);
-    told.chain(decision.warnings.into_iter().map(Note::Warning)).collect()
 }
 
 #[cfg(test)]

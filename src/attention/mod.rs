@@ -34,4 +34,4 @@ pub use machine::Machine;
 pub use outcome::{Errors, Outcome, Tried};
 pub use process::Limits;
 pub use table::{lines, table};
-pub use trial::{Trial, Unavailable};
+pub use trial::{Findings, Trial, Unavailable};

@@ -32,6 +32,15 @@ impl fmt::Display for Unavailable {
     }
 }
 
+/// What a trial has found.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Findings {
+    /// An outcome for each backend and case.
+    pub tried: Vec<Tried>,
+    /// The reason for which outcomes could not be kept for the next start.
+    pub not_kept: Option<String>,
+}
+
 /// A trial of all backends on one device.
 #[derive(Clone, Debug)]
 pub struct Trial {
@@ -65,24 +74,26 @@ impl Trial {
     ///
     /// # Errors
     /// [`Unavailable`] if the device cannot be opened.
-    pub fn run(&self, cases: &[Case]) -> Result<Vec<Tried>, Unavailable> {
-        let mut tried = Vec::new();
+    pub fn run(&self, cases: &[Case]) -> Result<Findings, Unavailable> {
+        let mut findings = Findings::default();
         for masked in [false, true] {
             let alike: Vec<Case> =
                 cases.iter().filter(|case| case.masked == masked).copied().collect();
             if !alike.is_empty() {
-                tried.extend(self.known_or_tried(&alike)?);
+                let Findings { tried, not_kept } = self.known_or_tried(&alike)?;
+                findings.tried.extend(tried);
+                findings.not_kept = findings.not_kept.or(not_kept);
             }
         }
-        Ok(tried)
+        Ok(findings)
     }
 
-    fn known_or_tried(&self, cases: &[Case]) -> Result<Vec<Tried>, Unavailable> {
+    fn known_or_tried(&self, cases: &[Case]) -> Result<Findings, Unavailable> {
         let key = self.key(cases);
         let cache = self.cache.as_ref().zip(key.as_deref()).filter(|_| self.fault.is_none());
         let known = cache.and_then(|(cache, key)| cache.read(key));
-        if let Some(known) = known.and_then(|bytes| serde_json::from_slice(&bytes).ok()) {
-            return Ok(known);
+        if let Some(tried) = known.and_then(|bytes| serde_json::from_slice(&bytes).ok()) {
+            return Ok(Findings { tried, not_kept: None });
         }
         let mut tried = Vec::new();
         for backend in AttentionBackend::ALL {
@@ -94,14 +105,11 @@ impl Trial {
             }));
         }
         let is_lasting = tried.iter().all(|tried| tried.outcome.is_lasting());
-        if let Some((cache, key)) = cache.filter(|_| is_lasting) {
+        let kept = cache.filter(|_| is_lasting).map_or(Ok(()), |(cache, key)| {
             let bytes = serde_json::to_vec(&tried).expect("finite numbers and texts are JSON");
-            // Without a cache the next start tries again, which is no reason to end this one.
-            if let Err(error) = cache.write(key, &bytes) {
-                tracing::warn!("outcomes of attention's trial are not kept: {error}");
-            }
-        }
-        Ok(tried)
+            cache.write(key, &bytes)
+        });
+        Ok(Findings { tried, not_kept: kept.err().map(|error| error.to_string()) })
     }
 
     fn outcomes(

@@ -102,7 +102,7 @@ pub struct GpuAttention {
 pub fn attention_on(gpu: usize) -> GpuAttention {
     let trial = Trial { cache: None, ..Trial::on_gpu(gpu) };
     match trial.run(&standard_cases()) {
-        Ok(tried) => judged(&trial.machine, &tried),
+        Ok(findings) => judged(&trial.machine, &findings.tried),
         Err(Unavailable(why)) => {
             let item = Item::missing("GPU", format!("attention cannot be tried: {why}"));
             GpuAttention { text: format!("{item}\n"), is_sound: false }

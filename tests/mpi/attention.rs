@@ -44,7 +44,7 @@ pub fn rank_that_tries() {
     }
     let trial = trial(Some("segv@1:1:attention"));
     let report = match trial.run(&[CASE]) {
-        Ok(tried) => NodeReport::new(&trial.machine, &tried),
+        Ok(findings) => NodeReport::new(&trial.machine, &findings.tried),
         Err(why) => panic!("{why}"),
     };
     let decision = common(Some(&report), &*world).unwrap_or_else(|error| end_with(&error));

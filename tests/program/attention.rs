@@ -57,7 +57,7 @@ fn cases() -> [Case; 3] {
 
 #[test]
 fn every_backend_is_tried_in_every_case_and_the_fastest_sound_one_is_chosen() {
-    let tried = trial(None).run(&cases()).unwrap();
+    let tried = trial(None).run(&cases()).unwrap().tried;
     assert_eq!(tried.len(), 12);
     for case in cases() {
         assert!(outcome(&tried, Plain, &case).is_sound(), "{tried:?}");
@@ -80,7 +80,7 @@ fn struck(fault: &str) -> Outcome {
         limits: Limits { start: Duration::from_secs(60), cases: Duration::from_secs(3) },
         ..trial(Some(fault))
     };
-    let tried = trial.run(&cases()).unwrap();
+    let tried = trial.run(&cases()).unwrap().tried;
     for case in cases() {
         assert!(outcome(&tried, Plain, &case).is_sound(), "{fault}: {tried:?}");
     }
@@ -164,11 +164,12 @@ fn files(folder: &Path) -> Vec<PathBuf> {
 fn what_was_tried_once_on_this_machine_is_known() {
     let root = TempDir::new().unwrap();
     let trial = Trial { cache: Some(Cache::new(root.path(), "attention")), ..trial(None) };
-    let tried = trial.run(&cases()).unwrap();
+    let findings = trial.run(&cases()).unwrap();
+    assert_eq!(findings.not_kept, None);
     let entries = files(&root.path().join("attention"));
     assert_eq!(entries.len(), 2, "with a mask and without");
     let known = without_a_program(&trial);
-    assert_eq!(known.run(&cases()), Ok(tried));
+    assert_eq!(known.run(&cases()), Ok(findings));
 
     let other_machine = Machine { cudnn: Some("9.22.0".into()), ..machine() };
     let unknown = [
@@ -205,7 +206,8 @@ fn what_cannot_be_kept_is_tried_each_time() {
     let file = root.path().join("file");
     fs::write(&file, "").unwrap();
     let unwritable = Trial { cache: Some(Cache::new(&file, "attention")), ..trial(None) };
-    assert!(unwritable.run(&[CASE]).is_ok());
+    let not_kept = unwritable.run(&[CASE]).unwrap().not_kept.unwrap();
+    assert!(not_kept.starts_with("cannot create "), "{not_kept}");
 }
 
 #[test]
