@@ -37,6 +37,7 @@ impl HunyuanVideo15 {
             with_bias: true,
             epsilon: EPSILON,
             rounding: Rounding::EachStep,
+            takes_mask: true,
         }
     }
 
