@@ -2,8 +2,8 @@
 //!
 //! Inputs: `hidden_states` `[B, Li, in_channels]`, `encoder_hidden_states` `[B, Lt,
 //! joint_attention_dim]`, `pooled_projections` `[B, pooled_projection_dim]`, `timestep` `[B]` in
-//! `[0, 1]`, `guidance` `[B]` if the model embeds it, `grid` and, if samples see different tokens of
-//! the text, `text_mask` `[B, Lt]` boolean.
+//! `[0, 1]`, `guidance` `[B]` if the model embeds it, `grid` and, if samples see different tokens
+//! of the text, `text_mask` `[B, Lt]` boolean.
 //!
 //! Source: diffusers 0.42.1, `FluxTransformer2DModel`, whose field and parameter names these are.
 

@@ -134,8 +134,8 @@ impl Block {
     }
 
     /// # Shapes
-    /// `text`: `[B, L, D]`; `conditioning`: `[B, D]`; `seen`: `[B, 1, 1, L]` boolean, if samples see
-    /// different tokens. Returns the shape of `text`.
+    /// `text`: `[B, L, D]`; `conditioning`: `[B, D]`; `seen`: `[B, 1, 1, L]` boolean, if samples
+    /// see different tokens. Returns the shape of `text`.
     fn forward(
         &self,
         params: &Views,
