@@ -42,6 +42,9 @@ mod fast {
     mod science;
     /// What SECURITY.md promises is tested.
     mod security;
+    /// Tokens that no sample sees are cut, a mask is left only where samples see different ones, and
+    /// neither changes a number.
+    mod seen_tokens;
     /// Ranks meet over TCP without a launcher's help, and strangers, absent and dying ranks are
     /// noticed.
     pub mod tcp;
@@ -60,6 +63,8 @@ mod threads {
     pub mod resume;
     /// Who holds what changes no number.
     pub mod sharding;
+    /// Each rank cuts its own texts, and the bits do not depend on the number of ranks.
+    mod text_lengths;
     /// Every family trains, on ranks that stay equal, and resumes exactly.
     pub mod training;
 }

@@ -4,8 +4,7 @@ use tch::Tensor;
 
 use super::AdapterSettings;
 use super::inputs::{
-    TimestepDtype, batched, guidance, packed, text_embeddings, text_key, text_mask, text_mask_key,
-    unpacked,
+    TimestepDtype, batched, guidance, packed, seen_text, text_key, text_mask_key, unpacked,
 };
 use crate::error::Result;
 use crate::flow::{
@@ -85,20 +84,20 @@ impl ModelAdapter for Flux {
     }
 
     /// `hidden_states` `[B, H/2 · W/2, 4·C]`, `encoder_hidden_states` `[B, L, D]`,
-    /// `pooled_projections` `[B, P]`, `timestep` `[B]` in `[0, 1]`, `guidance` `[B]` f32, `grid`,
-    /// `text_mask` `[B, L]` if it is used.
+    /// `pooled_projections` `[B, P]`, `timestep` `[B]` in `[0, 1]`, `guidance` `[B]` f32, `grid`. If
+    /// the text's mask is used, the text has the tokens that a sample sees, and there is a
+    /// `text_mask` `[B, L]` if samples see different ones.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
         let (tokens, grid) = packed(context, NAME)?;
-        let text = text_embeddings(context, NAME)?;
-        let mask = if self.use_text_mask { Some(text_mask(context, &text, NAME)?) } else { None };
-        let inputs = Activations::new()
+        let text = seen_text(context, self.use_text_mask, NAME)?;
+        Ok(Activations::new()
             .with_constant("hidden_states", tokens)
-            .with_constant("encoder_hidden_states", context.dropped("text_embeddings", &text)?)
+            .with_constant("encoder_hidden_states", text.tokens)
             .with_constant("pooled_projections", pooled(context)?)
             .with_constant("timestep", self.timestep_dtype.unit_timesteps(context))
             .with_constant("guidance", guidance(context, self.guidance_scale))
-            .with_constant("grid", grid);
-        Ok(mask.into_iter().fold(inputs, |inputs, mask| inputs.with_constant("text_mask", mask)))
+            .with_constant("grid", grid)
+            .with_optional("text_mask", text.mask))
     }
 
     fn prediction(&self, output: &Activations) -> Tensor {

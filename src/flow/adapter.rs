@@ -52,7 +52,7 @@ pub struct FlowMatchingContext<'a> {
     pub timesteps: &'a Tensor,
     /// `[B]` f32 in `[0, 1]`.
     pub sigma: &'a Tensor,
-    /// `[B]` boolean: true for image-to-video samples.
+    /// `[B]` boolean on the host, where it was drawn: true for image-to-video samples.
     pub image_to_video: &'a Tensor,
     pub data_type: DataType,
     pub device: Device,
@@ -65,14 +65,14 @@ pub struct FlowMatchingContext<'a> {
     pub guidance_scale: Option<f64>,
 }
 
-impl FlowMatchingContext<'_> {
-    /// Returns a tensor of the batch, on the context's device.
+impl<'a> FlowMatchingContext<'a> {
+    /// Returns a tensor of the batch, on the host.
     ///
     /// # Errors
     /// [`Error::Data`] naming `adapter` and the key if the batch lacks it.
-    pub fn required(&self, key: &str, adapter: &str) -> Result<Tensor> {
+    pub fn required(&self, key: &str, adapter: &str) -> Result<&'a Tensor> {
         let missing = || Error::data("batch", format!("the {adapter} adapter needs `{key}`"));
-        Ok(self.batch.get(key).ok_or_else(missing)?.to_device(self.device))
+        self.batch.get(key).ok_or_else(missing)
     }
 
     /// Returns the batch's condition `key` with the rows of dropped samples replaced;
@@ -106,7 +106,7 @@ impl FlowMatchingContext<'_> {
 /// # Shapes
 /// `condition`: `[B, …]`; `drop`: `[B]` boolean; `empty.<key>`: a row, its first axis at most as
 /// long as the condition's. Returns the condition itself if marks on the host drop nothing, as in
-/// most batches; marks on a GPU are not read, which would wait for its queue.
+/// most batches; marks on a GPU are not read for a condition there, which would wait for its queue.
 ///
 /// # Errors
 /// [`Error::Data`] if the empty prompt's row is needed and is missing or does not fit.
@@ -172,6 +172,12 @@ pub trait ModelAdapter {
     /// Returns the samples that share one draw where the adapter itself drops conditions, as the
     /// reference does, unless the pipeline drops them; `None` if it drops none.
     fn dropout(&self) -> Option<DropoutScope> {
+        None
+    }
+
+    /// Returns the batch's key of tokens that only image-to-video samples see, and they only if the
+    /// tokens are not zeros.
+    fn image_tokens(&self) -> Option<&'static str> {
         None
     }
 

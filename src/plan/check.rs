@@ -13,6 +13,7 @@ use crate::nn::Stage;
 use crate::optim::lr;
 use crate::parallel::{DeviceChoice, Recompute, Sharding};
 use crate::plan::StateLayout;
+use crate::plan::attention::attention;
 use crate::plan::data::{check_data, rehearse_data};
 use crate::plan::scaling::{ScalingRequest, scaling};
 use crate::plan::{Footprint, Tokens, footprint};
@@ -39,8 +40,8 @@ const WORLD_SIZES: [u64; 3] = [1, 8, 64];
 /// with an empty model; malloc keeps a little of the larger blocks that are freed.
 const PROCESS_BYTES: u64 = 160 << 20;
 
-/// Returns the plan of a run as text. Opens the data's headers and reads one sample of each
-/// resolution group; needs no weights, no device and little memory.
+/// Returns the plan of a run as text. Opens the data's headers, reads one sample of each resolution
+/// group and the masks of some; needs no weights, no device and little memory.
 ///
 /// # Errors
 /// Errors that would stop the run at its start: [`Error::Config`](crate::error::Error::Config),
@@ -51,7 +52,7 @@ pub fn check(config: &RunConfig, request: &CheckRequest) -> Result<String> {
     let mut plan = Plan(String::new());
     plan.add_model(config, &stages);
     let (tokens, activations) = match &request.latents {
-        Some(latents) => plan.add_shape(config, latents, request.text_tokens)?,
+        Some(latents) => plan.add_shape(config, latents, request.text_tokens, None)?,
         None => plan.add_data(config, request)?,
     };
     plan.add_ranks(config, request.world_size, &stages, activations)?;
@@ -78,12 +79,14 @@ impl Plan {
         );
     }
 
-    /// Adds lines about one micro-batch of latents of this shape.
+    /// Adds lines about one micro-batch of latents of this shape; `dataset`: the data, if there are
+    /// any.
     fn add_shape(
         &mut self,
         config: &RunConfig,
         latents: &[i64],
         text_tokens: i64,
+        dataset: Option<&Dataset>,
     ) -> Result<(Tokens, Footprint)> {
         config.model.family.check_data(&SampleShapes { latents, of: Default::default() })?;
         let tokens = Tokens { image: config.model.family.image_tokens(latents), text: text_tokens };
@@ -97,6 +100,7 @@ impl Plan {
                 tokens.image
             ),
         );
+        self.line("attention", &attention(config, dataset)?);
         let estimate = footprint(&**config.model.family, tokens, samples as i64, dtype.kind())?;
         let (kept, again) = (shown(estimate.kept), shown(estimate.recomputed));
         self.line(
@@ -126,7 +130,7 @@ impl Plan {
             .latent_shape(&first.name)
             .ok_or_else(|| Error::data(dataset.path(), "has a group without latents"))?;
         let text = first.layout.get("text_embeddings").map_or(0, |(_, shape)| shape[0]);
-        let estimates = self.add_shape(config, latents, text)?;
+        let estimates = self.add_shape(config, latents, text, Some(&dataset))?;
         let (name, groups) = (&dataset.manifest().name, dataset.groups().len());
         self.line(
             "data",

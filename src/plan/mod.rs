@@ -1,5 +1,6 @@
 //! Plans: the memory, data and time that a run would need, computed without running it.
 
+mod attention;
 mod check;
 mod data;
 mod footprint;

@@ -19,7 +19,8 @@ pub struct ForwardWork {
     pub parameters: u64,
     /// Floating-point operations of matrix products; an addition and a multiplication are two.
     pub product_flop: f64,
-    /// Floating-point operations of attention, over all tokens: masks save none.
+    /// Floating-point operations of attention, over all tokens of the data: masked ones are counted,
+    /// though adapters cut those that no sample sees.
     pub attention_flop: f64,
     /// Bytes that are kept for the backward, an estimate like
     /// [`Footprint`](crate::plan::Footprint).

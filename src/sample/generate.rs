@@ -310,7 +310,7 @@ impl<'a> Plan<'a> {
                 .map_or_else(|| x.shallow_clone(), |clean| clean.to_device(device).to_kind(dtype)),
             timesteps: &(&sigma * self.pipeline.settings().num_train_timesteps as f64),
             sigma: &sigma,
-            image_to_video: &self.origin.image_to_video(x.size()[0]).to_device(device),
+            image_to_video: &self.origin.image_to_video(x.size()[0]),
             data_type: batch.data_type,
             device,
             dtype,
