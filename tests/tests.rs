@@ -6,12 +6,12 @@
 //! | tier | tests | needs beside `launch/setup.sh` | seconds |
 //! |---|---|---|---|
 //! | `fast::` starts no process | 124 | | 15 |
-//! | `program::` starts the program | 42 | | 28 |
-//! | `threads::` trains; ranks are threads | 54 | | 38 |
+//! | `program::` starts the program | 47 | | 28 |
+//! | `threads::` trains; ranks are threads | 57 | | 38 |
 //! | `mpi::` ranks are processes | 45 | | 200 |
 //! | `faults::` runs break on order | 82 | root, or user namespaces | 330 |
 //! | `oracle::` beside PyTorch and diffusers | 33 | `launch/setup.sh --oracle` | 115 |
-//! | `cuda::` ignored without `launch/test-gpu.sh` | 8 | a GPU | |
+//! | `cuda::` ignored without `launch/test-gpu.sh` | 27 | a GPU | |
 //!
 //! Seconds are those of 2 cores after the build; `mpi`, `faults` and `oracle` had to share them
 //! with other programs.
@@ -59,6 +59,8 @@ mod threads {
     /// A loss under masks is that of one big batch, whatever the split; a sample is trained on its
     /// own conditions and task.
     mod masks;
+    /// A bfloat16 step at real head widths is the float32 step within rounding.
+    pub mod real_heads;
     /// A resumed run is the unbroken run.
     pub mod resume;
     /// Who holds what changes no number.
@@ -83,6 +85,8 @@ mod program {
     mod plans;
     /// A run that was killed goes on as the unbroken run.
     mod resume;
+    /// The scripts for GPUs are held true where there is none.
+    mod scripts;
 }
 
 /// Worlds whose ranks are processes.
@@ -114,7 +118,7 @@ mod oracle {
     /// A run becomes a diffusers folder and a diffusers folder a run.
     mod exported;
     /// Each model family computes what diffusers' class of it computes.
-    mod families;
+    pub mod families;
     /// AdamW and the clipping of gradients are PyTorch's.
     mod optimizer;
     /// The oracle's Python, and how close is close. Nothing is promised there.

@@ -122,7 +122,7 @@ pub(super) fn token_mask(
 }
 
 /// Returns the tokens of `text_embeddings` that attention sees: all, or those of the batch's
-/// `text_mask` if it `is_masked`.
+/// `text_mask` if it `is_masked`. The text of dropped samples is replaced.
 pub(super) fn seen_text(
     context: &FlowMatchingContext<'_>,
     is_masked: bool,

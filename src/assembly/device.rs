@@ -92,6 +92,7 @@ fn gpu(number: usize) -> Result<Device> {
             "rank {number} of host {host} needs a GPU of its own, and libtorch finds {count}"
         )));
     }
+    cuda::health::watch(number);
     let device = Device::Cuda(number);
     ops::verify(device).map_err(Error::environment)?;
     Ok(device)

@@ -26,7 +26,7 @@ use tch::{Device, Tensor};
 use crate::error::{Error, Result};
 use crate::failure;
 use crate::pulse;
-pub use ending::{abort, end, finish, finish_with, follow, leave};
+pub use ending::{abort, end, end_after_panic, end_with, finish, finish_with, follow, leave};
 pub use ledger::{Issued, Signature};
 pub use meter::{Meter, Spent};
 pub use mpi::{Mpi, library_version as mpi_library_version};

@@ -26,7 +26,8 @@ pub struct DrawRules {
 #[derive(Debug)]
 pub struct Drawn {
     pub task_type: TaskType,
-    /// `[B]` boolean on the host: true for image-to-video samples.
+    /// `[B]` boolean on the host, where adapters decide by it which tokens attention sees: true for
+    /// image-to-video samples.
     pub image_to_video: Tensor,
     pub sampled: SampledTimesteps,
     /// `[B, …]` f32, in the shape of the latents.
@@ -88,11 +89,10 @@ impl DrawRules {
         Ok(Some(if self.device == Device::Cpu { drawn } else { drawn.mapped(libtorch::pinned) }))
     }
 
-    /// Returns the task of a batch, and marks its image-to-video samples, `[B]` boolean on the host:
-    /// adapters decide by it which tokens attention sees, without a device synchronization. Videos
-    /// are image-to-video with the configured probability, by one draw for the batch or one for each
-    /// sample; images and videos of one frame never are, since their only frame would be given.
-    /// Every video draws, so that later draws do not depend on its length.
+    /// Returns the task of a batch, and marks its image-to-video samples, `[B]` boolean on the host.
+    /// Videos are image-to-video with the configured probability, by one draw for the batch or one
+    /// for each sample; images and videos of one frame never are, since their only frame would be
+    /// given. Every video draws, so that later draws do not depend on its length.
     ///
     /// # Shapes
     /// `latents`: `[B, C, (F,) H, W]`.
@@ -139,7 +139,7 @@ impl DrawRules {
 
 impl Drawn {
     /// Returns the numbers on `device`, without a wait for a copy from pinned memory. The marks of
-    /// tasks and of dropped samples stay where they were drawn.
+    /// samples stay where they were drawn.
     pub fn on(self, device: Device) -> Self {
         self.mapped(|tensor| tensor.to_device_(device, tensor.kind(), true, false))
     }

@@ -128,9 +128,9 @@ impl Look<'_> {
     fn mixes_empty_prompts(&self) -> bool {
         let flow = &self.config.flow_matching.flow;
         let by_adapter = match self.adapter.dropout() {
+            None => false,
             Some(DropoutScope::Sample) => true,
             Some(DropoutScope::Batch) => self.draws_for_each_sample(),
-            None => false,
         };
         flow.cfg_dropout_prob > 0.0
             && flow.cfg_dropout_value == CfgDropoutValue::EmptyPrompt

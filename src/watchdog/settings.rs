@@ -113,7 +113,7 @@ mod tests {
     use super::*;
 
     fn limit(phase: Phase, step: u64, step_median: f64, last_save: f64) -> f64 {
-        let pulse = Pulse { step, phase, collectives: 0, age: Duration::ZERO };
+        let pulse = Pulse { step, phase, stage: None, collectives: 0, age: Duration::ZERO };
         WatchdogSettings::default()
             .limit(&pulse, Pace { first_step: 100, step_median, last_save })
             .as_secs_f64()

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{CommandFactory, Parser};
 use fm_dist::cli::Cli;
-use fm_dist::error::{BUG, Error, STOPPED, USAGE};
+use fm_dist::error::{BUG, Error, Place, STOPPED, Shortage, USAGE};
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -204,7 +204,7 @@ fn one_of_each_error() -> Vec<Error> {
         Error::NotFinite { step: 0, what: what() },
         Error::Stopped { what: what() },
         Error::Device { what: what() },
-        Error::OutOfMemory { what: what() },
+        Error::OutOfMemory { what: what(), shortage: Shortage::of(Place::Host) },
         Error::environment(""),
     ];
     for error in &errors {
