@@ -88,11 +88,11 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<String> {
 
 /// Returns a line about the generator that drew noise and timesteps.
 fn drawn_by(generator: Device, seed: i64) -> String {
-    let numbers = match generator {
-        Device::Cpu => "the CPU's generator draws after seed SEED, on every device",
-        _ => "NeMo AutoModel draws after seed SEED on this model of GPU",
+    let (who, devices) = match generator {
+        Device::Cpu => ("the CPU's generator", "every device"),
+        _ => ("NeMo AutoModel", "this model of GPU"),
     };
-    format!("noise and timesteps are what {numbers}\n").replace("SEED", &seed.to_string())
+    format!("noise and timesteps are what {who} draws after seed {seed}, on {devices}\n")
 }
 
 /// Returns the generator's word in the metadata of a dump.
