@@ -4,6 +4,8 @@
 //! Worlds run as children: a test starts `mpirun` with this very binary as one of its programs, or
 //! with fm-dist.
 
+/// Backends of attention are tried before they are used.
+mod attention;
 /// Noise and timesteps on a GPU are those of the generator that the configuration names, and a step
 /// hardly waits for them.
 mod draws;

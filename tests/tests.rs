@@ -73,6 +73,9 @@ mod threads {
 
 /// The program as a user starts it, alone or under `mpirun`.
 mod program {
+    /// A backend of attention that crashes, hangs or computes wrongly is left out, and what was
+    /// found is kept for the next start.
+    pub mod attention;
     /// Messages and exit codes, as a user meets them.
     mod cli;
     /// Nothing is computed in vain: what would end a command is said at its start.
@@ -91,6 +94,8 @@ mod program {
 
 /// Worlds whose ranks are processes.
 mod mpi {
+    /// Ranks that find different backends of attention sound choose alike.
+    pub mod attention;
     /// Real MPI keeps the contract of the collectives, and a rank that fails ends its world.
     pub mod collectives;
     /// Our own GPU kernels compile, have the bits of a CPU, and are refused where they compute

@@ -35,6 +35,7 @@ use tch::Tensor;
 
 pub use conditions::Conditions;
 pub use dataset::Dataset;
+pub use group::Group;
 pub use loader::{Loaded, Loader, Place};
 pub use moments::Moments;
 pub use order::Order;

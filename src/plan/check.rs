@@ -5,17 +5,18 @@ use std::fmt::Write;
 
 use bytesize::ByteSize;
 
+use crate::assembly::attention::{text_tokens, tokens_of_sample};
 use crate::config::RunConfig;
 use crate::data::{Dataset, Order};
 use crate::error::{Error, Result};
 use crate::model::SampleShapes;
-use crate::nn::Stage;
+use crate::nn::{Stage, Tokens};
 use crate::optim::lr;
 use crate::parallel::{DeviceChoice, Offload, ParallelSettings, Recompute, Sharding};
+use crate::plan::RankMemory;
 use crate::plan::attention::attention;
 use crate::plan::data::{check_data, rehearse_data};
 use crate::plan::scaling::{ScalingRequest, scaling};
-use crate::plan::{RankMemory, Tokens};
 use crate::run::checkpoint::copied_bytes;
 use crate::run::runs::OutputDir;
 use crate::sample::generate::check_conditions;
@@ -48,7 +49,8 @@ pub fn check(config: &RunConfig, request: &CheckRequest) -> Result<String> {
     plan.add_model(config, &stages);
     let (memory, tokens) = match &request.latents {
         Some(latents) => {
-            let shape = StepShape::new(config, latents.clone(), request.text_tokens);
+            let tokens = tokens_of_sample(config, latents, Some(request.text_tokens));
+            let shape = StepShape { latents: latents.clone(), tokens };
             (plan.add_shape(config, &stages, request.world_size, &shape, None)?, shape.tokens)
         }
         None => plan.add_data(config, &stages, request.world_size)?,
@@ -67,13 +69,6 @@ pub(super) struct StepShape {
     pub tokens: Tokens,
 }
 
-impl StepShape {
-    fn new(config: &RunConfig, latents: Vec<i64>, text: i64) -> Self {
-        let tokens = Tokens { image: config.model.family.image_tokens(&latents), text };
-        StepShape { latents, tokens }
-    }
-}
-
 /// Returns the shape of a sample of the dataset's first resolution group.
 ///
 /// # Errors
@@ -82,9 +77,10 @@ pub(super) fn step_shape(config: &RunConfig, dataset: &Dataset) -> Result<StepSh
     let first = &dataset.groups()[0];
     let latents = dataset
         .latent_shape(&first.name)
-        .ok_or_else(|| Error::data(dataset.path(), "has a group without latents"))?;
-    let text = first.layout.get("text_embeddings").map_or(0, |(_, shape)| shape[0]);
-    Ok(StepShape::new(config, latents.to_vec(), text))
+        .ok_or_else(|| Error::data(dataset.path(), "has a group without latents"))?
+        .to_vec();
+    let tokens = tokens_of_sample(config, &latents, text_tokens(first));
+    Ok(StepShape { latents, tokens })
 }
 
 struct Plan(String);
