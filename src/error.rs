@@ -28,6 +28,8 @@ pub const COMM: i32 = 22;
 pub const DEVICE: i32 = 23;
 /// Exit code of [`Error::Storage`], on the rank that met it and on its peers.
 pub const STORAGE: i32 = 30;
+/// Exit code of [`Error::OutOfMemory`].
+pub const MEMORY: i32 = 53;
 /// Exit code of [`Error::NotFinite`], on the rank that met it and on its peers.
 pub const NUMERIC: i32 = 41;
 
@@ -168,7 +170,7 @@ impl Error {
             Error::Config { .. } => 50,
             Error::CheckpointMismatch { .. } => 51,
             Error::Environment { .. } => 52,
-            Error::OutOfMemory { .. } => 53,
+            Error::OutOfMemory { .. } => MEMORY,
         }
     }
 }

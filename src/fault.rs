@@ -314,7 +314,15 @@ pub fn io(phase: Phase, step: u64) -> io::Result<()> {
 /// # Errors
 /// [`Error::Environment`] if a fault of kind `error` is due.
 pub fn error(phase: Phase) -> Result<()> {
-    match due(phase, pulse::now().step, &[Kind::Error]) {
+    error_at(phase, pulse::now().step)
+}
+
+/// Does as [`error`] on another thread than the run's own, whose work belongs to `step`.
+///
+/// # Errors
+/// As [`error`].
+pub fn error_at(phase: Phase, step: u64) -> Result<()> {
+    match due(phase, step, &[Kind::Error]) {
         Some(order) => Err(Error::environment(format!("fault {order} was ordered"))),
         None => Ok(()),
     }

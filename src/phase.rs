@@ -12,10 +12,14 @@ pub enum Phase {
     Bootstrap,
     /// Opening the data, building the model, loading a checkpoint.
     Open,
+    /// Trying a backend of attention, in a process of its own.
+    Attention,
     /// Reading a batch ahead, on a thread of its own.
     Read,
     /// Waiting for a batch.
     Data,
+    /// Drawing a batch's noise and timesteps, on the thread that read it; waiting for them.
+    Draw,
     Forward,
     Backward,
     /// Waiting for the other ranks' gradients and statistics.
@@ -48,8 +52,10 @@ impl Phase {
         ("connect", Phase::Connect),
         ("bootstrap", Phase::Bootstrap),
         ("open", Phase::Open),
+        ("attention", Phase::Attention),
         ("read", Phase::Read),
         ("data", Phase::Data),
+        ("draw", Phase::Draw),
         ("forward", Phase::Forward),
         ("backward", Phase::Backward),
         ("reduce", Phase::Reduce),

@@ -10,8 +10,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tch::{Device, Kind, Tensor};
 
-/// libtorch's CPU generator is global to the process: code that seeds it holds this lock until its
-/// draws are done.
+/// libtorch's generators, one for each device, are global to the process: code that seeds them
+/// holds this lock until its draws are done.
 static GENERATOR: Mutex<()> = Mutex::new(());
 
 /// The use of a random number. It is part of every key, so no two uses share a stream.
@@ -128,8 +128,14 @@ pub enum Stream {
 }
 
 impl Stream {
-    /// Seeds libtorch's generator, and locks it until the returned draws are dropped.
+    /// Seeds libtorch's CPU generator, and locks it until the returned draws are dropped.
     pub fn open(&self) -> Draws<'_> {
+        self.open_on(Device::Cpu)
+    }
+
+    /// Does as [`open`](Self::open), and draws by the generator of `device` what PyTorch draws
+    /// there after the same `torch.manual_seed`, which seeds the generators of all devices alike.
+    pub fn open_on(&self, device: Device) -> Draws<'_> {
         let held = hold_generator();
         match self {
             Stream::TorchSeed(seed) => tch::manual_seed(*seed),
@@ -137,7 +143,7 @@ impl Stream {
             Stream::Batch(key) => tch::manual_seed(key.hash() as i64),
             Stream::PerSample(_) => {}
         }
-        Draws { stream: self, count: Cell::new(0), _held: held }
+        Draws { stream: self, device, count: Cell::new(0), _held: held }
     }
 }
 
@@ -165,11 +171,13 @@ impl Toss {
 /// An opened [`Stream`]: tensor draws whose axis 0 is the batch.
 ///
 /// Each method is one draw. With one stream for the batch it equals PyTorch's call of the same name
-/// on the global CPU generator. Draws are made on the CPU and then moved, so every device gets the
-/// same numbers.
+/// on the global generator of the device on which the stream was opened. A CPU draws the same
+/// numbers everywhere; a GPU's follow from its model, too, and from libtorch's version.
 #[derive(Debug)]
 pub struct Draws<'a> {
     stream: &'a Stream,
+    /// Device whose generator draws, and that holds the numbers.
+    device: Device,
     count: Cell<u64>,
     _held: MutexGuard<'static, ()>,
 }
@@ -177,29 +185,35 @@ pub struct Draws<'a> {
 impl Draws<'_> {
     /// Uniform in `[0, 1)`, f32, shape `size`.
     pub fn uniform(&self, size: &[i64]) -> Tensor {
+        self.draw(size, |size| Tensor::rand(size, (Kind::Float, self.device)))
+    }
+
+    /// Does as [`uniform`](Self::uniform) by the CPU's generator, whatever the device.
+    pub fn host_uniform(&self, size: &[i64]) -> Tensor {
         self.draw(size, |size| Tensor::rand(size, (Kind::Float, Device::Cpu)))
     }
 
     /// Normal with the given mean and standard deviation, f32, shape `size`.
     pub fn normal(&self, mean: f64, std: f64, size: &[i64]) -> Tensor {
-        self.draw(size, |size| Tensor::empty(size, (Kind::Float, Device::Cpu)).normal_(mean, std))
+        self.draw(size, |size| Tensor::empty(size, (Kind::Float, self.device)).normal_(mean, std))
     }
 
     /// Beta(`alpha`, `beta`), f32, shape `[batch]`. Source: `torch.distributions.Beta`, a
     /// two-component Dirichlet.
     pub fn beta(&self, alpha: f64, beta: f64, batch: i64) -> Tensor {
-        let concentration = Tensor::from_slice(&[alpha as f32, beta as f32]);
+        let concentration = Tensor::from_slice(&[alpha as f32, beta as f32]).to_device(self.device);
         self.draw(&[batch], |size| {
             concentration.expand([size[0], 2], false).internal_sample_dirichlet().select(1, 0)
         })
     }
 
-    /// Tosses a coin with the given probability of `true`: one for the whole batch in a batch
-    /// stream (the reference's quirk), one for each sample in per-sample streams.
+    /// Tosses a coin with the given probability of `true` by the CPU's generator, whose outcome a
+    /// host can read at once: one for the whole batch in a batch stream (the reference's quirk),
+    /// one for each sample in per-sample streams.
     pub fn coin(&self, probability: f64, batch: i64) -> Toss {
         match self.stream {
-            Stream::PerSample(_) => Toss::Each(self.uniform(&[batch]).lt(probability)),
-            _ => Toss::Same(self.uniform(&[1]).double_value(&[0]) < probability),
+            Stream::PerSample(_) => Toss::Each(self.host_uniform(&[batch]).lt(probability)),
+            _ => Toss::Same(self.host_uniform(&[1]).double_value(&[0]) < probability),
         }
     }
 
@@ -266,6 +280,24 @@ mod tests {
         assert!(noise.get(2).equal(&noise_alone.get(0)));
         assert!(uniform.get(2).equal(&uniform_alone.get(0)), "also in the second draw");
         assert!(!uniform.get(1).equal(&uniform.get(2)));
+    }
+
+    #[test]
+    fn draws_of_the_cpu_as_a_device_are_those_of_the_host() {
+        let keys: Vec<Key> = (0..3).map(|id| Key::new(6, Purpose::Test).scope(id)).collect();
+        for stream in [Stream::TorchSeed(4), Stream::Batch(keys[0]), Stream::PerSample(keys)] {
+            let drawn = |draws: Draws<'_>| {
+                let coin = draws.coin(0.5, 3).per_sample(3).to_kind(Kind::Float);
+                [
+                    coin,
+                    draws.uniform(&[3]),
+                    draws.host_uniform(&[3]),
+                    draws.normal(0.0, 1.0, &[3, 8]),
+                ]
+            };
+            let (host, device) = (drawn(stream.open()), drawn(stream.open_on(Device::Cpu)));
+            assert!(host.iter().zip(&device).all(|(host, device)| host.equal(device)));
+        }
     }
 
     #[test]

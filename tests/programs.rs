@@ -22,6 +22,7 @@ programs! {
     cuda::failures::process_whose_memory_runs_out,
     cuda::rank_of_the_contract,
     cuda::rank_that_computes_around_collectives,
+    mpi::attention::rank_that_tries,
     mpi::collectives::rank_of_a_world_at_different_operations,
     mpi::collectives::rank_of_a_world_that_disagrees,
     mpi::collectives::rank_of_a_world_with_a_panic,

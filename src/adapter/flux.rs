@@ -1,16 +1,15 @@
 //! FLUX.1: latents as tokens of 2 x 2 pixels, text, pooled text, guidance.
 
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 use super::AdapterSettings;
 use super::inputs::{
-    TimestepDtype, batched, guidance, packed, text_embeddings, text_key, text_mask, text_mask_key,
-    unpacked,
+    TimestepDtype, batched, guidance, packed, seen_text, text_key, text_mask_key, unpacked,
 };
 use crate::error::Result;
 use crate::flow::{
-    BatchKey, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Role,
-    Shift,
+    BatchKey, DropoutScope, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter,
+    NoiseLevels, Role, Shift,
 };
 use crate::nn::Activations;
 use crate::settings::settings;
@@ -61,8 +60,8 @@ impl ModelAdapter for Flux {
         [text_key(), pooled].into_iter().chain(self.use_text_mask.then(text_mask_key)).collect()
     }
 
-    fn drops_conditions(&self) -> bool {
-        true
+    fn dropout(&self) -> Option<DropoutScope> {
+        Some(DropoutScope::Sample)
     }
 
     fn notes(&self, model_embeds_guidance: bool) -> Option<String> {
@@ -85,25 +84,20 @@ impl ModelAdapter for Flux {
     }
 
     /// `hidden_states` `[B, H/2 · W/2, 4·C]`, `encoder_hidden_states` `[B, L, D]`,
-    /// `pooled_projections` `[B, P]`, `timestep` `[B]` in `[0, 1]`, `guidance` `[B]` f32, `grid`,
-    /// `text_mask` `[B, L]` if it is used.
+    /// `pooled_projections` `[B, P]`, `timestep` `[B]` in `[0, 1]`, `guidance` `[B]` f32, `grid`.
+    /// If the text's mask is used, the text has the tokens that a sample sees, and there is a
+    /// `text_mask` `[B, L]` if samples see different ones.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
         let (tokens, grid) = packed(context, NAME)?;
-        let text = text_embeddings(context, NAME)?;
-        let drop = drop(context);
-        let mask =
-            if self.use_text_mask { Some(text_mask(context, &text, &drop, NAME)?) } else { None };
-        let inputs = Activations::new()
+        let text = seen_text(context, self.use_text_mask, NAME)?;
+        Ok(Activations::new()
             .with_constant("hidden_states", tokens)
-            .with_constant(
-                "encoder_hidden_states",
-                context.dropped("text_embeddings", &text, &drop)?,
-            )
-            .with_constant("pooled_projections", pooled(context, &drop)?)
+            .with_constant("encoder_hidden_states", text.tokens)
+            .with_constant("pooled_projections", pooled(context)?)
             .with_constant("timestep", self.timestep_dtype.unit_timesteps(context))
             .with_constant("guidance", guidance(context, self.guidance_scale))
-            .with_constant("grid", grid);
-        Ok(mask.into_iter().fold(inputs, |inputs, mask| inputs.with_constant("text_mask", mask)))
+            .with_constant("grid", grid)
+            .with_optional("text_mask", text.mask))
     }
 
     fn prediction(&self, output: &Activations) -> Tensor {
@@ -128,20 +122,10 @@ impl ModelAdapter for Flux {
     }
 }
 
-/// Marks the samples whose conditions are dropped, `[B]` boolean on the host, each by its own draw;
-/// draws nothing if none can be dropped.
-fn drop(context: &FlowMatchingContext<'_>) -> Tensor {
-    let samples = context.noisy_latents.size()[0];
-    match context.cfg_dropout_prob {
-        probability if probability > 0.0 => context.draws.uniform(&[samples]).lt(probability),
-        _ => Tensor::zeros([samples], (Kind::Bool, Device::Cpu)),
-    }
-}
-
 /// Returns pooled text `[B, P]`, zeros if the batch has none.
-fn pooled(context: &FlowMatchingContext<'_>, drop: &Tensor) -> Result<Tensor> {
+fn pooled(context: &FlowMatchingContext<'_>) -> Result<Tensor> {
     match POOLED_KEYS.into_iter().find(|key| context.batch.get(key).is_some()) {
-        Some(key) => context.dropped(key, &batched(context, key, NAME, 2)?, drop),
+        Some(key) => context.dropped(key, &batched(context, key, NAME, 2)?),
         None => Ok(Tensor::zeros(
             [context.noisy_latents.size()[0], POOLED_WIDTH],
             (context.dtype, context.device),

@@ -1,12 +1,13 @@
 //! FLUX.2: latents that are already patched, one token for each pixel, text, guidance.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::AdapterSettings;
 use super::inputs::{TimestepDtype, guidance, sides, text_embeddings, text_key};
 use crate::error::Result;
 use crate::flow::{
-    BatchKey, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Shift,
+    BatchKey, DropoutScope, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter,
+    NoiseLevels, Shift,
 };
 use crate::nn::Activations;
 use crate::nn::patches::{cut_images, join_images};
@@ -43,8 +44,8 @@ impl ModelAdapter for Flux2 {
         vec![text_key()]
     }
 
-    fn drops_conditions(&self) -> bool {
-        true
+    fn dropout(&self) -> Option<DropoutScope> {
+        Some(DropoutScope::Sample)
     }
 
     fn notes(&self, model_embeds_guidance: bool) -> Option<String> {
@@ -63,10 +64,10 @@ impl ModelAdapter for Flux2 {
     /// `hidden_states` `[B, H · W, C]`, `encoder_hidden_states` `[B, L, D]`, `timestep` `[B]` in
     /// `[0, 1]`, `grid`, `guidance` `[B]` f32 if it is used.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
-        let [height, width] = sides(context, NAME)?;
+        let ([height, width], text) = (sides(context, NAME)?, text_embeddings(context, NAME)?);
         let inputs = Activations::new()
             .with_constant("hidden_states", cut_images(context.noisy_latents, 1))
-            .with_constant("encoder_hidden_states", text(context)?)
+            .with_constant("encoder_hidden_states", context.dropped("text_embeddings", &text)?)
             .with_constant("timestep", self.timestep_dtype.unit_timesteps(context))
             .with_constant("grid", Tensor::from_slice(&[1, height, width]));
         if self.use_guidance_embeds {
@@ -98,18 +99,4 @@ impl ModelAdapter for Flux2 {
             Guidance::ClassifierFree
         }
     }
-}
-
-/// Returns the text, dropped for each sample by its own draw.
-fn text(context: &FlowMatchingContext<'_>) -> Result<Tensor> {
-    let text = text_embeddings(context, NAME)?;
-    if context.cfg_dropout_prob <= 0.0 {
-        return Ok(text);
-    }
-    let drop = context
-        .draws
-        .uniform(&[text.size()[0], 1, 1])
-        .lt(context.cfg_dropout_prob)
-        .to_kind(Kind::Bool);
-    context.dropped("text_embeddings", &text, &drop.flatten(0, 2))
 }

@@ -3,7 +3,10 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::inputs::{TimestepDtype, batched, text_embeddings, text_key, text_mask_key, token_mask};
+use super::inputs::{
+    TimestepDtype, batched, stored, text_embeddings, text_key, text_mask_key, token_mask,
+};
+use super::seen_tokens::SeenTokens;
 use super::{AdapterSettings, Need};
 use crate::error::{Error, Result};
 use crate::flow::{BatchKey, FlowMatchingContext, ModelAdapter, Role};
@@ -14,13 +17,16 @@ use crate::tensor::broadcast_to_rank;
 
 const NAME: &str = "hunyuan";
 
+/// Key of the image embeddings.
+const IMAGE: &str = "image_embeds";
+
 settings! {
     /// `[flow_matching.adapter]` of `adapter_type = "hunyuan"`; defaults are the reference's.
     ///
     /// Source: NeMo AutoModel 0.5.0, `HunyuanAdapter`.
     pub struct Hunyuan {
-        /// Tokens and features of the zeros that stand for `image_embeds` where the batch has none;
-        /// features as the model's.
+        /// Tokens and features of `image_embeds` where the batch has none: features as the model's;
+        /// no sample sees such tokens, whatever their number is.
         pub default_image_embed_shape: [i64; 2] = [729, 1152], in 1..;
         /// Whether the model is given the known first frame of image-to-video samples, and which
         /// frame is known.
@@ -70,15 +76,19 @@ impl ModelAdapter for Hunyuan {
     }
 
     fn keys(&self) -> Vec<BatchKey> {
-        let [tokens, features] = self.default_image_embed_shape;
-        let zeros = format!("zeros [{tokens}, {features}], which stand for no image");
+        let [_, features] = self.default_image_embed_shape;
+        let no_image = format!("no image, of {features} features");
         vec![
             text_key(),
             text_mask_key(),
             BatchKey::required(Role::Condition, &["text_embeddings_2"], &[&["L2", "D2"]]),
             BatchKey::required(Role::TokenMask, &["text_mask_2"], &[&["L2"]]),
-            BatchKey::optional(Role::Fixed, &["image_embeds"], &[&["Li", "Di"]], zeros),
+            BatchKey::optional(Role::Fixed, &[IMAGE], &[&["Li", "Di"]], no_image),
         ]
+    }
+
+    fn image_tokens(&self) -> Option<&'static str> {
+        Some(IMAGE)
     }
 
     fn provides(&self) -> &'static [&'static str] {
@@ -86,9 +96,7 @@ impl ModelAdapter for Hunyuan {
             "hidden_states",
             "timestep",
             "encoder_hidden_states",
-            "encoder_attention_mask",
             "encoder_hidden_states_2",
-            "encoder_attention_mask_2",
             "image_embeds",
             "condition_latents",
         ];
@@ -97,8 +105,8 @@ impl ModelAdapter for Hunyuan {
 
     /// `hidden_states` as the noisy latents `[B, C, F, H, W]`, `condition_latents` `[B, C + 1, F,
     /// H, W]`, `timestep` `[B]` on the scale of the training timesteps, both texts `[B, L, D]` and
-    /// their masks `[B, L]` up to the longest valid one, `image_embeds` `[B, L3, D]`, zeros for a
-    /// sample without an image; `counted_frames` `[B, 1, F, 1, 1]` if a frame is left out.
+    /// `image_embeds` `[B, L3, D]` with the tokens that a sample sees, and of each a mask `[B, L]`
+    /// if samples see different ones; `counted_frames` `[B, 1, F, 1, 1]` if a frame is left out.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
         if context.noisy_latents.dim() != 5 {
             let what = format!(
@@ -107,25 +115,28 @@ impl ModelAdapter for Hunyuan {
             );
             return Err(Error::data("batch", what));
         }
-        let (text, text_mask) =
-            self.trimmed(context, text_embeddings(context, NAME)?, "text_mask")?;
+        // Blocks over text and video need a token of each; glyphs and image are other parts of the
+        // text.
+        let text = self.seen(context, text_embeddings(context, NAME)?, "text_mask", true)?;
         let glyphs = batched(context, "text_embeddings_2", NAME, 3)?;
-        let (glyphs, glyph_mask) = self.trimmed(context, glyphs, "text_mask_2")?;
-        let mut inputs = Activations::new()
+        let glyphs = self.seen(context, glyphs, "text_mask_2", false)?;
+        let image = self.image_embeds(context)?;
+        let is_known = context.image_to_video.to_device(context.device);
+        let known =
+            self.use_condition_latents.then(|| condition_latents(context.latents, &is_known));
+        let counted =
+            self.exclude_condition_frame.then(|| counted_frames(context.latents, &is_known));
+        Ok(Activations::new()
             .with_constant("hidden_states", context.noisy_latents.shallow_clone())
             .with_constant("timestep", self.timestep_dtype.training_timesteps(context))
-            .with_constant("encoder_hidden_states", text)
-            .with_constant("encoder_attention_mask", text_mask)
-            .with_constant("encoder_hidden_states_2", glyphs)
-            .with_constant("encoder_attention_mask_2", glyph_mask)
-            .with_constant("image_embeds", self.image_embeds(context)?);
-        if self.use_condition_latents {
-            inputs = inputs.with_constant("condition_latents", condition_latents(context));
-        }
-        if self.exclude_condition_frame {
-            inputs = inputs.with_constant("counted_frames", counted_frames(context));
-        }
-        Ok(inputs)
+            .with_constant("encoder_hidden_states", text.tokens)
+            .with_optional("encoder_attention_mask", text.mask)
+            .with_constant("encoder_hidden_states_2", glyphs.tokens)
+            .with_optional("encoder_attention_mask_2", glyphs.mask)
+            .with_constant("image_embeds", image.tokens)
+            .with_optional("image_mask", image.mask)
+            .with_optional("condition_latents", known)
+            .with_optional("counted_frames", counted))
     }
 
     fn prediction(&self, output: &Activations) -> Tensor {
@@ -138,50 +149,59 @@ impl ModelAdapter for Hunyuan {
 }
 
 impl Hunyuan {
-    /// Returns a text `[B, L, D]` and its mask without the padding that all samples have at their
-    /// end; padding before a text stays and is masked.
+    /// Returns the tokens of a text `[B, L, D]` that a sample sees.
     ///
     /// # Errors
-    /// [`Error::Data`] if the batch has no such mask or it does not fit; all models of the family
-    /// require it, and so does the reference.
-    fn trimmed(
+    /// [`Error::Data`] if the batch has no such mask or it does not fit; the reference requires it,
+    /// too.
+    fn seen(
         &self,
         context: &FlowMatchingContext<'_>,
         text: Tensor,
         mask_key: &str,
-    ) -> Result<(Tensor, Tensor)> {
+        at_least_one: bool,
+    ) -> Result<SeenTokens> {
         let mask = token_mask(context, mask_key, &text, NAME)?;
         let tokens = text.size()[1];
-        // Read from the loader's batch on the host, which avoids a device synchronization.
-        let stored = context.batch.get(mask_key).expect("just found");
-        let length = self.longest(stored, context.dtype).clamp(1, tokens.max(1)).min(tokens);
-        Ok((text.narrow(1, 0, length), mask.narrow(1, 0, length)))
+        let length = self.longest(&mask, context.dtype).min(tokens);
+        let (text, mask) = (text.narrow(1, 0, length), mask.narrow(1, 0, length));
+        Ok(SeenTokens::by_mask(&text, &mask, at_least_one))
     }
 
-    /// Returns the number of tokens up to the last valid one of any sample; for right-padded texts,
-    /// the valid tokens of the longest.
+    /// Returns the number of tokens up to the last valid one of any sample, at least 1; for
+    /// right-padded texts, the valid tokens of the longest.
     fn longest(&self, mask: &Tensor, dtype: Kind) -> i64 {
         let tokens = mask.size().last().copied().unwrap_or_default();
         if mask.numel() == 0 {
             return tokens;
         }
         let places = Tensor::arange_start(1, tokens + 1, (Kind::Int64, Device::Cpu));
-        let last = (mask.ne(0).to_kind(Kind::Int64) * places).max();
+        let last = (mask.to_kind(Kind::Int64) * places).max();
         // The reference counts in the compute kind.
         let counted = if self.exact_text_lengths { last } else { last.to_kind(dtype) };
-        counted.double_value(&[]) as i64
+        (counted.double_value(&[]) as i64).max(1)
     }
 
-    /// Returns the batch's image embeddings for its image-to-video samples, and zeros for the
-    /// others, which models take for no image.
-    fn image_embeds(&self, context: &FlowMatchingContext<'_>) -> Result<Tensor> {
-        if context.batch.get("image_embeds").is_none() {
-            let [tokens, features] = self.default_image_embed_shape;
-            let size = [context.noisy_latents.size()[0], tokens, features];
-            return Ok(Tensor::zeros(size, (context.dtype, context.device)));
+    /// Returns the batch's image embeddings, which only its image-to-video samples see, unless
+    /// theirs are zeros: these stand for no image, as in diffusers. If no sample sees an image, the
+    /// embeddings do not even move to the device.
+    fn image_embeds(&self, context: &FlowMatchingContext<'_>) -> Result<SeenTokens> {
+        let (device, dtype) = (context.device, context.dtype);
+        if context.batch.get(IMAGE).is_none() {
+            let [_, features] = self.default_image_embed_shape;
+            let size = [context.noisy_latents.size()[0], 0, features];
+            return Ok(SeenTokens::all(Tensor::zeros(size, (dtype, device))));
         }
-        let found = batched(context, "image_embeds", NAME, 3)?;
-        Ok(found.where_self(&broadcast_to_rank(context.image_to_video, 3), &found.zeros_like()))
+        let embeds = stored(context, IMAGE, NAME, 3)?;
+        let has_image = embeds.ne(0).flatten(1, 2).any_dim(1, false);
+        let is_seen = has_image.logical_and(context.image_to_video).unsqueeze(1);
+        let mask = is_seen.expand([-1, embeds.size()[1]], false);
+        let SeenTokens { tokens, mask, places } = SeenTokens::by_mask(embeds, &mask, false);
+        Ok(SeenTokens {
+            tokens: tokens.to_device(device).to_kind(dtype),
+            mask: mask.map(|mask| mask.to_device(device)),
+            places,
+        })
     }
 }
 
@@ -189,23 +209,22 @@ impl Hunyuan {
 /// samples.
 ///
 /// # Shapes
-/// Returns `[B, C + 1, F, H, W]` in the compute kind: the known latents, then a channel of 1 where
-/// they are known; zeros elsewhere.
-fn condition_latents(context: &FlowMatchingContext<'_>) -> Tensor {
-    let first = context.latents.narrow(2, 0, 1);
+/// `latents`: `[B, C, F, H, W]`; `image_to_video`: `[B]` boolean. Returns `[B, C + 1, F, H, W]`:
+/// the known latents, then a channel of 1 where they are known; zeros elsewhere.
+fn condition_latents(latents: &Tensor, image_to_video: &Tensor) -> Tensor {
+    let first = latents.narrow(2, 0, 1);
     let known = Tensor::cat(&[&first, &first.narrow(1, 0, 1).ones_like()], 1);
-    let known =
-        known.where_self(&broadcast_to_rank(context.image_to_video, 5), &known.zeros_like());
-    let later = context.latents.size()[2] - 1;
+    let known = known.where_self(&broadcast_to_rank(image_to_video, 5), &known.zeros_like());
+    let later = latents.size()[2] - 1;
     known.constant_pad_nd([0i64, 0, 0, 0, 0, later])
 }
 
 /// Returns `[B, 1, F, 1, 1]` boolean: every frame but the known ones.
-fn counted_frames(context: &FlowMatchingContext<'_>) -> Tensor {
-    let frames = context.latents.size()[2];
+fn counted_frames(latents: &Tensor, image_to_video: &Tensor) -> Tensor {
+    let frames = latents.size()[2];
     let first =
-        Tensor::arange(frames, (Kind::Int64, context.device)).eq(0).view([1, 1, frames, 1, 1]);
-    first.logical_and(&broadcast_to_rank(context.image_to_video, 5)).logical_not()
+        Tensor::arange(frames, (Kind::Int64, latents.device())).eq(0).view([1, 1, frames, 1, 1]);
+    first.logical_and(&broadcast_to_rank(image_to_video, 5)).logical_not()
 }
 
 #[cfg(test)]
@@ -263,17 +282,18 @@ mod tests {
         let inputs_of =
             |tasks: &[bool; SIZE as usize]| inputs(&adapter(), &batch(), tasks).unwrap();
         let (mixed, all, none) = (inputs_of(&tasks), inputs_of(&[true; 8]), inputs_of(&[false; 8]));
-        for name in mixed.names() {
+        for name in none.names().into_iter().filter(|name| *name != "image_embeds") {
             for (sample, image_to_video) in tasks.iter().enumerate() {
                 let uniform = if *image_to_video { &all } else { &none };
                 let row = |inputs: &Activations| inputs.get(name).get(sample as i64);
                 assert!(row(&mixed).equal(&row(uniform)), "{name} of sample {sample}");
             }
         }
-        assert!(
-            !none.get("image_embeds").any().double_value(&[]).eq(&1.0),
-            "without an image there are zeros"
-        );
+        assert!(mixed.get("image_embeds").equal(all.get("image_embeds")));
+        let tasks = Tensor::from_slice(&tasks).unsqueeze(1).expand([SIZE, 3], false);
+        assert!(mixed.get("image_mask").equal(&tasks), "only some samples see their images");
+        assert_eq!(none.get("image_embeds").size(), [SIZE, 0, 7], "no sample sees an image");
+        assert!(all.find("image_mask").is_none() && none.find("image_mask").is_none());
         let known = all.get("condition_latents");
         assert_eq!(known.size(), [SIZE, 3, 3, 4, 4]);
         assert!(
@@ -288,12 +308,32 @@ mod tests {
     }
 
     #[test]
-    fn texts_end_with_the_longest_valid_one() {
-        let inputs = inputs(&adapter(), &batch(), &[false; 8]).unwrap();
-        assert_eq!(inputs.get("encoder_hidden_states").size(), [SIZE, 5, 5]);
-        assert_eq!(inputs.get("encoder_attention_mask").size(), [SIZE, 5]);
-        assert_eq!(inputs.get("encoder_hidden_states_2").size(), [SIZE, 2, 3]);
-        assert_eq!(inputs.get("encoder_attention_mask_2").size(), [SIZE, 2]);
+    fn texts_of_one_length_have_no_mask_and_others_end_with_the_longest() {
+        let equal = inputs(&adapter(), &batch(), &[false; 8]).unwrap();
+        assert_eq!(equal.get("encoder_hidden_states").size(), [SIZE, 5, 5]);
+        assert_eq!(equal.get("encoder_hidden_states_2").size(), [SIZE, 2, 3]);
+        for mask in ["encoder_attention_mask", "encoder_attention_mask_2", "image_mask"] {
+            assert!(equal.find(mask).is_none(), "{mask}");
+        }
+        let batch = batch();
+        let _ = batch.tensors["text_mask"].get(3).narrow(0, 2, 3).fill_(0);
+        let _ = batch.tensors["text_mask_2"].shallow_clone().fill_(0);
+        let unequal = inputs(&adapter(), &batch, &[false; 8]).unwrap();
+        assert_eq!(unequal.get("encoder_hidden_states").size(), [SIZE, 5, 5]);
+        let mask = unequal.get("encoder_attention_mask");
+        assert_eq!((mask.size(), mask.kind()), (vec![SIZE, 5], Kind::Bool));
+        assert_eq!(mask.sum(Kind::Int64).int64_value(&[]), 5 * SIZE - 3);
+        assert_eq!(unequal.get("encoder_hidden_states_2").size(), [SIZE, 0, 3], "no glyphs at all");
+        assert!(unequal.find("encoder_attention_mask_2").is_none());
+    }
+
+    #[test]
+    fn an_image_of_zeros_is_none() {
+        let batch = batch();
+        let _ = batch.tensors["image_embeds"].get(2).fill_(0.0);
+        let inputs = inputs(&adapter(), &batch, &[true; 8]).unwrap();
+        let sees = Vec::<bool>::try_from(inputs.get("image_mask").select(1, 0)).unwrap();
+        assert_eq!(sees, (0..SIZE).map(|sample| sample != 2).collect::<Vec<_>>());
     }
 
     #[test]
@@ -324,12 +364,7 @@ mod tests {
                     .with("prediction", inputs.get("hidden_states").zeros_like())
                     .carrying_constants_of(&inputs))
             };
-            let options = StepOptions {
-                global_step: 0,
-                collect_metrics: false,
-                check_loss: true,
-                strata: None,
-            };
+            let options = StepOptions { global_step: 0, collect_metrics: false, check_loss: true };
             pipeline.step(model, &batch(), &stream(), options).unwrap().loss
         };
         let (whole, without) = (loss(false), loss(true));

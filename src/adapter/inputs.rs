@@ -2,6 +2,7 @@
 
 use tch::{Kind, Tensor};
 
+use super::seen_tokens::SeenTokens;
 use crate::error::{Error, Result};
 use crate::flow::{BatchKey, FlowMatchingContext, Role};
 use crate::nn::Activations;
@@ -52,14 +53,25 @@ pub(super) fn text_embeddings(context: &FlowMatchingContext<'_>, adapter: &str) 
     batched(context, "text_embeddings", adapter, 3)
 }
 
-/// Returns a condition of the batch in the compute kind, with `rank` axes, the first of which
-/// matches the latents' samples.
+/// Returns a condition of the batch on the device in the compute kind, with `rank` axes, the first
+/// of which matches the latents' samples.
 pub(super) fn batched(
     context: &FlowMatchingContext<'_>,
     key: &str,
     adapter: &str,
     rank: usize,
 ) -> Result<Tensor> {
+    let stored = stored(context, key, adapter, rank)?;
+    Ok(stored.to_device(context.device).to_kind(context.dtype))
+}
+
+/// Returns the same as the batch holds it, on the host.
+pub(super) fn stored<'b>(
+    context: &FlowMatchingContext<'b>,
+    key: &str,
+    adapter: &str,
+    rank: usize,
+) -> Result<&'b Tensor> {
     let found = context.required(key, adapter)?;
     let samples = context.noisy_latents.size()[0];
     if found.dim() != rank || found.size()[0] != samples {
@@ -69,11 +81,11 @@ pub(super) fn batched(
         );
         return Err(Error::data("batch", what));
     }
-    Ok(found.to_kind(context.dtype))
+    Ok(found)
 }
 
-/// Returns the mask `[B, L]` of the tokens of `text` `[B, L, D]` in the compute kind: 1 for a valid
-/// token, 0 for padding.
+/// Returns the mask `[B, L]` of the tokens of `text` `[B, L, D]`, boolean and on the host: true for
+/// a valid token, false for padding.
 ///
 /// # Errors
 /// [`Error::Data`] if the batch lacks it, it does not cover the text, or it has other numbers, as
@@ -84,7 +96,7 @@ pub(super) fn token_mask(
     text: &Tensor,
     adapter: &str,
 ) -> Result<Tensor> {
-    let mask = batched(context, key, adapter, 2)?;
+    let mask = stored(context, key, adapter, 2)?;
     if mask.size() != text.size()[..2] {
         let what = format!(
             "`{key}` {:?} must cover the {} tokens of its text {:?}",
@@ -94,15 +106,14 @@ pub(super) fn token_mask(
         );
         return Err(Error::data("batch", what));
     }
-    // Read from the loader's batch on the host, which avoids a device synchronization.
-    let stored = context.batch.get(key).expect("just found").reshape([mask.size()[0], -1]);
-    let other = stored.ne(0).logical_and(&stored.ne(1)).to_kind(Kind::Int64);
+    let valid = mask.ne(0);
+    let other = valid.logical_and(&mask.ne(1)).to_kind(Kind::Int64);
     if other.any().int64_value(&[]) == 0 {
-        return Ok(mask);
+        return Ok(valid);
     }
     let at = other.flatten(0, -1).argmax(0, false).int64_value(&[]);
-    let (row, token) = (at / stored.size()[1], at % stored.size()[1]);
-    let found = stored.double_value(&[row, token]);
+    let (row, token) = (at / mask.size()[1], at % mask.size()[1]);
+    let found = mask.double_value(&[row, token]);
     let sample = context.batch.sample(row as usize);
     let what = format!(
         "`{key}` of {sample} holds {found} at token {token}; expected 1 where a token counts and 0 where it is padding"
@@ -110,15 +121,22 @@ pub(super) fn token_mask(
     Err(Error::data("batch", what))
 }
 
-/// Returns `text_mask` `[B, L]` of `text` `[B, L, D]`; `drop` `[B]` marks the samples whose text is
-/// dropped.
-pub(super) fn text_mask(
+/// Returns the tokens of `text_embeddings` that attention sees: all, or those of the batch's
+/// `text_mask` if it `is_masked`. The text of dropped samples is replaced.
+pub(super) fn seen_text(
     context: &FlowMatchingContext<'_>,
-    text: &Tensor,
-    drop: &Tensor,
+    is_masked: bool,
     adapter: &str,
-) -> Result<Tensor> {
-    context.dropped_mask("text_mask", &token_mask(context, "text_mask", text, adapter)?, drop)
+) -> Result<SeenTokens> {
+    const MASK: &str = "text_mask";
+    let text = text_embeddings(context, adapter)?;
+    let mask = is_masked.then(|| token_mask(context, MASK, &text, adapter)).transpose()?;
+    let text = context.dropped("text_embeddings", &text)?;
+    Ok(match mask {
+        // Blocks over text and image need a token of each.
+        Some(mask) => SeenTokens::by_mask(&text, &context.dropped_mask(MASK, &mask)?, true),
+        None => SeenTokens::all(text),
+    })
 }
 
 /// Returns noisy images `[B, C, H, W]` as tokens of 2 x 2 pixels `[B, H/2 · W/2, 4·C]`, and their
@@ -171,7 +189,6 @@ pub(super) mod tests {
     use super::*;
     use crate::data::Batch;
     use crate::flow::{CfgDropoutValue, ModelAdapter};
-    use crate::rng::Stream;
 
     /// Inputs that `adapter` prepares of `batch` where nothing is dropped: `latents` `[B, C, F, H,
     /// W]` stand for the noisy ones too, at `sigma` `[B]`.
@@ -193,10 +210,9 @@ pub(super) mod tests {
             device: latents.device(),
             dtype: latents.kind(),
             batch,
-            cfg_dropout_prob: 0.0,
+            drop: None,
             cfg_dropout_value: CfgDropoutValue::Zeros,
             guidance_scale: None,
-            draws: &Stream::TorchSeed(0).open(),
         })
     }
 }

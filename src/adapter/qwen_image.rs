@@ -4,11 +4,12 @@ use tch::Tensor;
 
 use super::AdapterSettings;
 use super::inputs::{
-    TimestepDtype, guidance, packed, text_embeddings, text_key, text_mask, text_mask_key, unpacked,
+    TimestepDtype, guidance, packed, seen_text, text_key, text_mask_key, unpacked,
 };
 use crate::error::Result;
 use crate::flow::{
-    BatchKey, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Shift,
+    BatchKey, DropoutScope, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter,
+    NoiseLevels, Shift,
 };
 use crate::nn::Activations;
 use crate::settings::settings;
@@ -47,8 +48,8 @@ impl ModelAdapter for QwenImage {
         [text_key()].into_iter().chain(self.use_text_mask.then(text_mask_key)).collect()
     }
 
-    fn drops_conditions(&self) -> bool {
-        true
+    fn dropout(&self) -> Option<DropoutScope> {
+        Some(DropoutScope::Batch)
     }
 
     fn provides(&self) -> &'static [&'static str] {
@@ -58,26 +59,23 @@ impl ModelAdapter for QwenImage {
     }
 
     /// `hidden_states` `[B, H/2 · W/2, 4·C]`, `encoder_hidden_states` `[B, L, D]`, `timestep` `[B]`
-    /// in `[0, 1]`, `grid`; `guidance` `[B]` in the compute kind and `text_mask` `[B, L]` if they
-    /// are used.
+    /// in `[0, 1]`, `grid`; `guidance` `[B]` in the compute kind if it is used. If the text's mask
+    /// is used, the text has the tokens that a sample sees, with their `text_places` `[L]` if they
+    /// are not the first ones, and `text_mask` `[B, L]` if samples see different ones.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
         let (tokens, grid) = packed(context, NAME)?;
-        let (text, drop) = (text_embeddings(context, NAME)?, drop(context));
-        let mask =
-            if self.use_text_mask { Some(text_mask(context, &text, &drop, NAME)?) } else { None };
-        let text = context.dropped("text_embeddings", &text, &drop)?;
+        let text = seen_text(context, self.use_text_mask, NAME)?;
         let guidance = self
             .use_guidance_embeds
             .then(|| guidance(context, self.guidance_scale).to_kind(context.dtype));
-        let inputs = Activations::new()
+        Ok(Activations::new()
             .with_constant("hidden_states", tokens)
-            .with_constant("encoder_hidden_states", text)
+            .with_constant("encoder_hidden_states", text.tokens)
             .with_constant("timestep", self.timestep_dtype.unit_timesteps(context))
-            .with_constant("grid", grid);
-        let further = [("guidance", guidance), ("text_mask", mask)].into_iter();
-        Ok(further
-            .filter_map(|(name, tensor)| Some((name, tensor?)))
-            .fold(inputs, |inputs, (name, tensor)| inputs.with_constant(name, tensor)))
+            .with_constant("grid", grid)
+            .with_optional("guidance", guidance)
+            .with_optional("text_places", text.places)
+            .with_optional("text_mask", text.mask))
     }
 
     fn prediction(&self, output: &Activations) -> Tensor {
@@ -98,10 +96,4 @@ impl ModelAdapter for QwenImage {
     fn guidance(&self, _model_embeds: bool) -> Guidance {
         Guidance::Rescaled { patch_size: 2 }
     }
-}
-
-/// Marks the samples whose text is dropped, `[B]` boolean on the host: all or none by one draw, or
-/// each by its own if draws are keyed by sample. It draws whatever the probability is.
-fn drop(context: &FlowMatchingContext<'_>) -> Tensor {
-    context.draws.host_coin(context.cfg_dropout_prob).per_sample(context.noisy_latents.size()[0])
 }

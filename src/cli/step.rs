@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::config::ConfigArgs;
+use super::files::say;
 use crate::commands::{self, StepRequest};
 use crate::error::Result;
 
@@ -34,6 +35,6 @@ impl StepArgs {
     pub fn run(self) -> Result<i32> {
         let StepArgs { config, batch, dump, weights, torch_seed, grads } = self;
         let request = StepRequest { batch, dump, weights, torch_seed, grads };
-        commands::dump_step(&config.read()?, &request).map(|()| 0)
+        say(&commands::dump_step(&config.read()?, &request)?)
     }
 }

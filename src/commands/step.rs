@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Tensor};
 
+use crate::assembly::attention::{TEXT, tokens_of_sample};
 use crate::assembly::device::{device, open_libraries};
 use crate::assembly::{build_pipeline, empty_replica, fresh_replica};
 use crate::collective::Solo;
@@ -19,6 +20,7 @@ use crate::flow::{
     DataShapes, Statistics, StepOptions, StepOutput, check_keys, latents_of, with_sample_axis,
 };
 use crate::model::SampleShapes;
+use crate::nn::Tokens;
 use crate::parallel::{Replica, Sharing};
 use crate::rng::Stream;
 use crate::run::checkpoint;
@@ -38,12 +40,13 @@ pub struct StepRequest {
     pub grads: bool,
 }
 
-/// Runs one step without an optimizer and writes everything it computed.
+/// Runs one step without an optimizer and writes everything it computed. Returns a line saying
+/// which generator drew.
 ///
 /// # Errors
 /// [`Error::Data`] if the batch is malformed or does not fit; [`Error::Storage`] if the dump cannot
 /// be written.
-pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
+pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<String> {
     check_files(
         &[Named { argument: "--dump", path: &request.dump }],
         &[Named { argument: "--batch", path: &request.batch }],
@@ -52,7 +55,7 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
     tch::set_num_threads(config.parallel.num_threads);
     let batch = read_batch(&request.batch)?;
     check_batch(config, &request.batch, &batch)?;
-    let device = device(config, &Solo)?;
+    let device = device(config, || tokens_of(config, &batch), &Solo)?.without_log();
     let replica = match &request.weights {
         Some(path) => {
             let mut replica = empty_replica(config, device, Sharing::alone())?;
@@ -78,7 +81,23 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<()> {
             gradients.iter().flat_map(|(stage, pieces)| named_gradients(&replica, *stage, pieces)),
         );
     }
-    write(&request.dump, &tensors, &output, batch.data_type)
+    let generator = pipeline.draw_rules().generator();
+    write(&request.dump, &tensors, &output, batch.data_type, generator)?;
+    Ok(drawn_by(generator, seed))
+}
+
+/// Returns a line about the generator that drew noise and timesteps.
+fn drawn_by(generator: Device, seed: i64) -> String {
+    let (who, devices) = match generator {
+        Device::Cpu => ("the CPU's generator", "every device"),
+        _ => ("NeMo AutoModel", "this model of GPU"),
+    };
+    format!("noise and timesteps are what {who} draws after seed {seed}, on {devices}\n")
+}
+
+/// Returns the generator's word in the metadata of a dump.
+fn word(generator: Device) -> &'static str {
+    if generator == Device::Cpu { "host" } else { "device" }
 }
 
 fn read_batch(path: &Path) -> Result<Batch> {
@@ -100,6 +119,13 @@ fn read_batch(path: &Path) -> Result<Batch> {
         .map(|info| Ok((info.name.clone(), file.read(&info.name)?)))
         .collect::<Result<_>>()?;
     Ok(Batch { tensors, data_type, sample_ids: Vec::new(), bad_samples: 0 })
+}
+
+/// Returns the tokens of the batch's samples, which are alike.
+fn tokens_of(config: &RunConfig, batch: &Batch) -> Vec<Tokens> {
+    let Ok(latents) = latents_of(batch).map(Tensor::size) else { return Vec::new() };
+    let text = batch.tensors.get(TEXT).map(|text| text.size()[1]);
+    vec![tokens_of_sample(config, &latents[1..], text)]
 }
 
 /// Refuses a batch that the adapter or the model cannot take.
@@ -185,11 +211,13 @@ fn write(
     tensors: &[(String, Tensor)],
     output: &StepOutput,
     data_type: DataType,
+    generator: Device,
 ) -> Result<()> {
     let metadata = [
         ("sampling_method", output.sampling_method),
         ("task_type", output.task_type.word()),
         ("data_type", data_type.word()),
+        ("draws", word(generator)),
     ];
     let metadata =
         metadata.into_iter().map(|(key, word)| (key.to_string(), word.to_string())).collect();

@@ -10,6 +10,7 @@ pub(crate) mod driver;
 mod elementwise;
 pub mod health;
 pub mod nvrtc;
+pub mod system;
 
 use std::ffi::{CStr, c_char};
 

@@ -277,8 +277,12 @@ impl Dataset {
         Err(Error::data(&self.path, format!("no sample of the group of sample {id} is finite")))
     }
 
-    /// Returns one key of these samples as one tensor.
-    fn stacked(&self, key: &str, ids: &[u64]) -> Result<Tensor> {
+    /// Returns one key of these samples, which are of one group, as one tensor `[samples, …]`, and
+    /// reads no other.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if their group has no such key; otherwise those of [`batch`](Self::batch).
+    pub fn stacked(&self, key: &str, ids: &[u64]) -> Result<Tensor> {
         let first = &self.file_of(ids[0]).tensors;
         let info = first.info(key)?;
         let row_bytes = row_bytes(info) as usize;

@@ -18,11 +18,12 @@ use crate::libtorch;
 use crate::phase::Phase;
 use crate::pulse;
 
-/// Yields one rank's micro-batches in the order of training; dropping it ends its threads.
+/// Yields one rank's micro-batches in the order of training, each with a value `T` that its thread
+/// makes of it; dropping the loader ends its threads.
 #[derive(Debug)]
-pub struct Loader {
+pub struct Loader<T> {
     /// Threads in the order of their next batches; empty after an error.
-    readers: VecDeque<Reader>,
+    readers: VecDeque<Reader<T>>,
     path: PathBuf,
     /// Number of the first step's batches whose latents are not yet measured.
     unmeasured: usize,
@@ -30,17 +31,38 @@ pub struct Loader {
     first_latents: Moments,
 }
 
+/// A micro-batch, and the value that its thread is making of it.
+#[derive(Debug)]
+pub struct Loaded<T> {
+    pub batch: Batch,
+    pub ahead: Ahead<T>,
+}
+
+/// A value that a thread is making ahead. Dropping it before it is received ends the thread.
+#[derive(Debug)]
+pub struct Ahead<T> {
+    value: Receiver<Result<T>>,
+}
+
+/// Position of a micro-batch in training.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Optimizer step, counted from 1.
+    pub step: u64,
+    pub micro_batch: usize,
+}
+
 /// A thread that reads one batch ahead.
 #[derive(Debug)]
-struct Reader {
+struct Reader<T> {
     /// Dropped before the thread is joined: without a receiver the thread ends.
-    batches: Option<Receiver<Result<Batch>>>,
+    batches: Option<Receiver<Result<Loaded<T>>>>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Loader {
-    /// Starts to read at `first_step`, `prefetch` batches ahead of the one in use, each on a
-    /// thread.
+impl<T: Send + 'static> Loader<T> {
+    /// Starts to read after `steps_done`, `prefetch` batches ahead of the one in use, each on a
+    /// thread. `make` computes a value of each batch that was read, on the same thread.
     ///
     /// # Errors
     /// [`Error::Environment`] if no thread can be started.
@@ -48,57 +70,65 @@ impl Loader {
         dataset: Arc<Dataset>,
         order: Order,
         share: Share,
-        first_step: u64,
+        steps_done: u64,
         prefetch: usize,
+        make: impl Fn(Place, &Batch) -> Result<T> + Send + Sync + 'static,
     ) -> Result<Self> {
         let path = dataset.path().to_path_buf();
         // Shared by the threads, since it caches an epoch's order.
         let order = Mutex::new(order);
-        let read = move |number: u64| {
+        let place = move |number: u64| {
             let micro_batches = share.micro_batches as u64;
-            let (step, micro) =
-                (first_step + number / micro_batches, (number % micro_batches) as usize);
+            Place {
+                step: steps_done + number / micro_batches + 1,
+                micro_batch: (number % micro_batches) as usize,
+            }
+        };
+        let read = move |number: u64| {
+            let Place { step, micro_batch } = place(number);
+            fault::strike_at(Phase::Read, step);
             // Steps count from 1, blocks of the order from 0.
-            fault::strike_at(Phase::Read, step + 1);
             let ids = order.lock().unwrap_or_else(PoisonError::into_inner).block(
-                step,
-                share.block(micro),
+                step - 1,
+                share.block(micro_batch),
                 share.micro_batch_size,
             );
             dataset.batch(&ids)
         };
-        Ok(Loader { unmeasured: share.micro_batches, ..Loader::over(read, path, prefetch)? })
+        let make = move |number: u64, batch: &Batch| make(place(number), batch);
+        Ok(Loader { unmeasured: share.micro_batches, ..Loader::over(read, make, path, prefetch)? })
     }
 
-    /// Loads the batches that `read` returns for the numbers from 0.
+    /// Loads the batches that `read` returns for the numbers from 0, and what `make` makes of them.
     fn over(
         read: impl Fn(u64) -> Result<Batch> + Send + Sync + 'static,
+        make: impl Fn(u64, &Batch) -> Result<T> + Send + Sync + 'static,
         path: PathBuf,
         prefetch: usize,
     ) -> Result<Self> {
-        let read = Arc::new(read);
-        let start = |first: usize| {
-            Reader::start(Arc::clone(&read), (first as u64..).step_by(prefetch), path.clone())
-        };
+        let work = Arc::new(Work { read, make, path: path.clone() });
+        let start =
+            |first: usize| Reader::start(Arc::clone(&work), (first as u64..).step_by(prefetch));
         let readers = (0..prefetch).map(start).collect::<Result<_>>()?;
         Ok(Loader { readers, path, unmeasured: 0, first_latents: Moments::default() })
     }
 
-    /// Returns the next micro-batch; waits for it if it has not been read yet.
+    /// Returns the next micro-batch; waits for it if it has not been read yet, but not for the
+    /// value that is made of it.
     ///
     /// # Errors
     /// The reader's error, once; afterwards an error saying that reading has ended.
-    pub fn next_batch(&mut self) -> Result<Batch> {
+    pub fn next_batch(&mut self) -> Result<Loaded<T>> {
         let ended = || Error::data(&self.path, "reading ahead has ended after an error");
-        let batch = self.readers.front().and_then(Reader::receive).ok_or_else(ended)?;
-        match &batch {
-            Ok(batch) => {
+        let loaded = self.readers.front().and_then(Reader::receive).ok_or_else(ended)?;
+        match &loaded {
+            Ok(loaded) => {
                 self.readers.rotate_left(1);
-                self.measure(batch);
+                self.measure(&loaded.batch);
             }
             Err(_) => self.readers.clear(),
         }
-        batch
+        loaded
     }
 
     fn measure(&mut self, batch: &Batch) {
@@ -115,58 +145,96 @@ impl Loader {
     }
 }
 
-impl Reader {
-    fn start<R>(
-        read: Arc<R>,
+impl<T> Ahead<T> {
+    /// Waits for the value.
+    ///
+    /// # Errors
+    /// The error of the function that makes it.
+    pub fn wait(self) -> Result<T> {
+        self.value.recv().expect("a thread sends the value or an error")
+    }
+}
+
+/// The functions of a loader's threads.
+struct Work<R, M> {
+    read: R,
+    make: M,
+    path: PathBuf,
+}
+
+impl<R, M> Work<R, M> {
+    /// Reads and sends batches, and the value made of each, until an error has been sent or a
+    /// receiver is gone. A batch and its value are held until both are received, and no other is
+    /// read meanwhile.
+    fn send_all<T>(
+        &self,
+        numbers: impl Iterator<Item = u64>,
+        batches: &SyncSender<Result<Loaded<T>>>,
+    ) where
+        R: Fn(u64) -> Result<Batch>,
+        M: Fn(u64, &Batch) -> Result<T>,
+    {
+        for number in numbers {
+            pulse::work_beside(Phase::Read);
+            let batch = match self.caught("reading", || (self.read)(number)) {
+                Ok(batch) => batch,
+                Err(error) => return drop(batches.send(Err(error))),
+            };
+            let (sender, value) = sync_channel(0);
+            let alias = batch.alias();
+            if batches.send(Ok(Loaded { batch, ahead: Ahead { value } })).is_err() {
+                return;
+            }
+            let value = self.caught("working", || (self.make)(number, &alias));
+            drop(alias);
+            let last = value.is_err();
+            if sender.send(value).is_err() || last {
+                return;
+            }
+        }
+    }
+
+    /// Turns a panic into an error, which the consumer receives in place of what is missing.
+    fn caught<T>(&self, doing: &str, body: impl FnOnce() -> Result<T>) -> Result<T> {
+        catch_unwind(AssertUnwindSafe(|| libtorch::guarded(body))).unwrap_or_else(|panic| {
+            let text = panic_text(panic.as_ref());
+            Err(Error::data(&self.path, format!("{doing} ahead panicked: {text}")))
+        })
+    }
+}
+
+impl<T: Send + 'static> Reader<T> {
+    fn start<R, M>(
+        work: Arc<Work<R, M>>,
         numbers: impl Iterator<Item = u64> + Send + 'static,
-        path: PathBuf,
     ) -> Result<Self>
     where
         R: Fn(u64) -> Result<Batch> + Send + Sync + 'static,
+        M: Fn(u64, &Batch) -> Result<T> + Send + Sync + 'static,
     {
-        // The thread holds one finished batch until it is received, and starts no other meanwhile.
-        let (sender, receiver) = sync_channel(0);
-        let run = move || {
-            pulse::work_beside(Phase::Read);
-            // A panic becomes an error, which the consumer receives in place of the missing batch.
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| {
-                send_all(numbers.map(|number| libtorch::guarded(|| read(number))), &sender)
-            })) {
-                let _ = sender.send(Err(Error::data(
-                    path,
-                    format!("reading ahead panicked: {}", panic_text(panic.as_ref())),
-                )));
-            }
-        };
+        // One batch may lie in the channel while the value is made of it.
+        let (sender, receiver) = sync_channel(1);
         let thread = Builder::new()
             .name("data".into())
-            .spawn(run)
+            .spawn(move || work.send_all(numbers, &sender))
             .map_err(|e| Error::environment(format!("cannot start a thread: {e}")))?;
         Ok(Reader { batches: Some(receiver), thread: Some(thread) })
     }
+}
 
+impl<T> Reader<T> {
     /// `None` once its thread has ended.
-    fn receive(&self) -> Option<Result<Batch>> {
+    fn receive(&self) -> Option<Result<Loaded<T>>> {
         self.batches.as_ref()?.recv().ok()
     }
 }
 
-impl Drop for Reader {
+impl<T> Drop for Reader<T> {
     fn drop(&mut self) {
         self.batches = None;
         if let Some(thread) = self.thread.take() {
-            // Its panics are caught; a read in progress is awaited.
+            // Its panics are caught; work in progress is awaited.
             let _ = thread.join();
-        }
-    }
-}
-
-/// Sends until an error has been sent or the receiver is gone.
-fn send_all(batches: impl Iterator<Item = Result<Batch>>, sender: &SyncSender<Result<Batch>>) {
-    for batch in batches {
-        let last = batch.is_err();
-        if sender.send(batch).is_err() || last {
-            return;
         }
     }
 }
@@ -181,6 +249,7 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
 mod tests {
     use std::collections::BTreeMap;
     use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::mpsc::channel;
 
     use tch::Tensor;
 
@@ -197,8 +266,22 @@ mod tests {
         })
     }
 
-    fn over(read: impl Fn(u64) -> Result<Batch> + Send + Sync + 'static) -> Loader {
-        Loader::over(read, "a dataset".into(), 2).expect("threads")
+    fn over(read: impl Fn(u64) -> Result<Batch> + Send + Sync + 'static) -> Loader<u64> {
+        making(read, |number, _| Ok(number))
+    }
+
+    fn making<T: Send + 'static>(
+        read: impl Fn(u64) -> Result<Batch> + Send + Sync + 'static,
+        make: impl Fn(u64, &Batch) -> Result<T> + Send + Sync + 'static,
+    ) -> Loader<T> {
+        Loader::over(read, make, "a dataset".into(), 2).expect("threads")
+    }
+
+    /// The next batch, after the value that is made of it.
+    fn next<T: Send + 'static>(loader: &mut Loader<T>) -> Result<Batch> {
+        let Loaded { batch, ahead } = loader.next_batch()?;
+        ahead.wait()?;
+        Ok(batch)
     }
 
     #[test]
@@ -214,11 +297,14 @@ mod tests {
             micro_batch_size: 3,
             neighbours: false,
         };
-        let mut loader =
-            Loader::start(Arc::clone(&dataset), order.clone(), share, 2, 1).expect("a thread");
+        let place = |place: Place, _: &Batch| Ok(place);
+        let mut loader = Loader::start(Arc::clone(&dataset), order.clone(), share, 2, 1, place)
+            .expect("a thread");
         let mut first_step = Vec::new();
         for (step, micro) in [(2, 0), (2, 1), (3, 0), (3, 1), (4, 0)] {
-            let batch = loader.next_batch().expect("sound samples");
+            let Loaded { batch, ahead } = loader.next_batch().expect("sound samples");
+            let place = ahead.wait().expect("a place");
+            assert_eq!(place, Place { step: step + 1, micro_batch: micro });
             assert_eq!(
                 batch.sample_ids,
                 order.block(step, 2 * micro + 1, 3),
@@ -242,14 +328,14 @@ mod tests {
             if id == 3 { Err(Error::data("b.safetensors", "bad sample")) } else { numbered(id) }
         });
         let good: Vec<u64> =
-            (0..3).map(|_| loader.next_batch().expect("a batch").sample_ids[0]).collect();
+            (0..3).map(|_| next(&mut loader).expect("a batch").sample_ids[0]).collect();
         assert_eq!(good, [0, 1, 2]);
         assert_eq!(
-            loader.next_batch().expect_err("the error").to_string(),
+            next(&mut loader).expect_err("the error").to_string(),
             "b.safetensors: bad sample"
         );
         assert_eq!(
-            loader.next_batch().expect_err("the end").to_string(),
+            next(&mut loader).expect_err("the end").to_string(),
             "a dataset: reading ahead has ended after an error"
         );
     }
@@ -258,9 +344,50 @@ mod tests {
     fn a_panic_while_reading_reaches_the_consumer_as_an_error() {
         let mut loader =
             over(|id| if id == 1 { panic!("sample {id} broke the reader") } else { numbered(id) });
-        loader.next_batch().expect("the batch before");
-        let error = loader.next_batch().expect_err("the panic").to_string();
+        next(&mut loader).expect("the batch before");
+        let error = next(&mut loader).expect_err("the panic").to_string();
         assert_eq!(error, "a dataset: reading ahead panicked: sample 1 broke the reader");
+    }
+
+    #[test]
+    fn a_value_is_made_of_each_batch_before_it_is_asked_for() {
+        let (made, seen) = channel();
+        let mut loader = making(numbered, move |number, batch| {
+            made.send(batch.sample_ids[0]).expect("the test listens");
+            Ok(10 * number)
+        });
+        for number in 0..6 {
+            let Loaded { batch, ahead } = loader.next_batch().expect("a batch");
+            assert_eq!(batch.sample_ids, [number]);
+            // Both threads make theirs before any is received.
+            seen.recv().expect("it is made");
+            assert_eq!(ahead.wait().expect("a number"), 10 * number);
+        }
+    }
+
+    #[test]
+    fn what_breaks_while_a_value_is_made_arrives_behind_its_batch_and_ends_the_reading() {
+        let fail = |number: u64, _: &Batch| match number {
+            0 => Ok(()),
+            1 => Err(Error::data("b.safetensors", "no number fits")),
+            _ => panic!("value {number} broke"),
+        };
+        let mut loader = making(numbered, fail);
+        next(&mut loader).expect("the one before");
+        let Loaded { batch, ahead } = loader.next_batch().expect("it was read");
+        assert_eq!(batch.sample_ids, [1]);
+        assert_eq!(
+            ahead.wait().expect_err("the error").to_string(),
+            "b.safetensors: no number fits"
+        );
+        assert_eq!(
+            next(&mut loader).expect_err("the panic").to_string(),
+            "a dataset: working ahead panicked: value 2 broke"
+        );
+        assert_eq!(
+            next(&mut loader).expect_err("the end").to_string(),
+            "a dataset: reading ahead has ended after an error"
+        );
     }
 
     #[test]
@@ -271,7 +398,7 @@ mod tests {
             let _ = &held;
             numbered(id)
         });
-        loader.next_batch().expect("a batch");
+        next(&mut loader).expect("a batch");
         drop(loader);
         assert_eq!(Arc::strong_count(&alive), 1, "the threads have given back what they held");
     }
@@ -287,7 +414,7 @@ mod tests {
         });
         for _ in 0..1000 {
             asked.fetch_add(1, Ordering::SeqCst);
-            loader.next_batch().expect("never made too early");
+            next(&mut loader).expect("never made too early");
         }
     }
 }

@@ -35,7 +35,8 @@ use tch::Tensor;
 
 pub use conditions::Conditions;
 pub use dataset::Dataset;
-pub use loader::Loader;
+pub use group::Group;
+pub use loader::{Loaded, Loader, Place};
 pub use moments::Moments;
 pub use order::Order;
 pub use settings::{DataSettings, OnBad};

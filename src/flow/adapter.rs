@@ -9,7 +9,7 @@ use super::settings::{CfgDropoutValue, FlowMatchingSettings};
 use crate::data::{Batch, DataType, EMPTY};
 use crate::error::{Error, Result};
 use crate::nn::Activations;
-use crate::rng::Draws;
+use crate::tensor::broadcast_to_rank;
 
 /// The task of a video batch; images are always text-to-video in the reference's terms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +31,16 @@ impl TaskType {
     }
 }
 
+/// Samples whose conditions one draw drops or keeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DropoutScope {
+    /// Each sample by itself.
+    Sample,
+    /// A whole batch, by a coin that libtorch's generator does not toss; each sample by itself if
+    /// its draws are keyed by sample.
+    Batch,
+}
+
 /// The inputs from which an adapter prepares a model's inputs.
 #[derive(Debug)]
 pub struct FlowMatchingContext<'a> {
@@ -42,41 +52,39 @@ pub struct FlowMatchingContext<'a> {
     pub timesteps: &'a Tensor,
     /// `[B]` f32 in `[0, 1]`.
     pub sigma: &'a Tensor,
-    /// `[B]` boolean: true for image-to-video samples.
+    /// `[B]` boolean on the host, where it was drawn: true for image-to-video samples.
     pub image_to_video: &'a Tensor,
     pub data_type: DataType,
     pub device: Device,
     pub dtype: Kind,
     pub batch: &'a Batch,
-    /// Probability with which the adapter itself drops conditions; 0 if the pipeline drops them.
-    pub cfg_dropout_prob: f64,
+    /// `[B]` boolean: true for samples whose conditions the adapter drops; `None` if it drops none.
+    pub drop: Option<&'a Tensor>,
     pub cfg_dropout_value: CfgDropoutValue,
     /// Guidance scale for a model that embeds it; `None` selects the adapter's own, as in training.
     pub guidance_scale: Option<f64>,
-    /// Random draws; the adapter's follow the pipeline's in the same stream.
-    pub draws: &'a Draws<'a>,
 }
 
-impl FlowMatchingContext<'_> {
-    /// Returns a tensor of the batch, on the context's device.
+impl<'a> FlowMatchingContext<'a> {
+    /// Returns a tensor of the batch, on the host.
     ///
     /// # Errors
     /// [`Error::Data`] naming `adapter` and the key if the batch lacks it.
-    pub fn required(&self, key: &str, adapter: &str) -> Result<Tensor> {
+    pub fn required(&self, key: &str, adapter: &str) -> Result<&'a Tensor> {
         let missing = || Error::data("batch", format!("the {adapter} adapter needs `{key}`"));
-        Ok(self.batch.get(key).ok_or_else(missing)?.to_device(self.device))
+        self.batch.get(key).ok_or_else(missing)
     }
 
-    /// Returns the batch's condition `key` with the rows replaced that `drop` `[B]`, on the host,
-    /// marks; `cfg_dropout_value` selects the replacement.
+    /// Returns the batch's condition `key` with the rows of dropped samples replaced;
+    /// `cfg_dropout_value` selects the replacement.
     ///
     /// # Errors
     /// [`Error::Data`] if the empty prompt's condition is needed and is missing or does not fit.
-    pub fn dropped(&self, key: &str, condition: &Tensor, drop: &Tensor) -> Result<Tensor> {
-        if self.cfg_dropout_prob <= 0.0 {
-            return Ok(condition.shallow_clone());
+    pub fn dropped(&self, key: &str, condition: &Tensor) -> Result<Tensor> {
+        match self.drop {
+            Some(drop) => dropped(self.batch, key, condition, drop, self.cfg_dropout_value),
+            None => Ok(condition.shallow_clone()),
         }
-        dropped(self.batch, key, condition, drop, self.cfg_dropout_value)
     }
 
     /// Does the same for a condition's mask, which changes only if the empty prompt replaces
@@ -84,10 +92,10 @@ impl FlowMatchingContext<'_> {
     ///
     /// # Errors
     /// As [`dropped`](Self::dropped).
-    pub fn dropped_mask(&self, key: &str, mask: &Tensor, drop: &Tensor) -> Result<Tensor> {
+    pub fn dropped_mask(&self, key: &str, mask: &Tensor) -> Result<Tensor> {
         match self.cfg_dropout_value {
             CfgDropoutValue::Zeros => Ok(mask.shallow_clone()),
-            CfgDropoutValue::EmptyPrompt => self.dropped(key, mask, drop),
+            CfgDropoutValue::EmptyPrompt => self.dropped(key, mask),
         }
     }
 }
@@ -96,9 +104,9 @@ impl FlowMatchingContext<'_> {
 /// right-padded with zeros.
 ///
 /// # Shapes
-/// `condition`: `[B, …]`; `drop`: `[B]` boolean on the host, where it was drawn; `empty.<key>`: a
-/// row, its first axis at most as long as the condition's. Returns the condition itself if nothing
-/// is dropped, as in most batches.
+/// `condition`: `[B, …]`; `drop`: `[B]` boolean; `empty.<key>`: a row, its first axis at most as
+/// long as the condition's. Returns the condition itself if marks on the host drop nothing, as in
+/// most batches; marks on a GPU are not read for a condition there, which would wait for its queue.
 ///
 /// # Errors
 /// [`Error::Data`] if the empty prompt's row is needed and is missing or does not fit.
@@ -113,19 +121,14 @@ pub(super) fn dropped(
         CfgDropoutValue::Zeros => None,
         CfgDropoutValue::EmptyPrompt => Some(empty_row(batch, key, condition)?),
     };
-    let drop = Vec::<bool>::try_from(drop).expect("one boolean a sample, on the host");
-    if !drop.contains(&true) {
+    if drop.device() == Device::Cpu && drop.any().int64_value(&[]) == 0 {
         return Ok(condition.shallow_clone());
     }
     let row = empty.unwrap_or_else(|| {
         Tensor::zeros(&condition.size()[1..], (condition.kind(), condition.device()))
     });
-    let after = condition.copy();
-    (0..)
-        .zip(drop)
-        .filter(|(_, dropped)| *dropped)
-        .for_each(|(sample, _)| after.get(sample).copy_(&row));
-    Ok(after)
+    let drop = broadcast_to_rank(&drop.to_device(condition.device()), condition.dim());
+    Ok(row.where_self(&drop, condition))
 }
 
 /// Returns `empty.<key>` as a row of `condition`.
@@ -166,10 +169,16 @@ pub trait ModelAdapter {
             .collect()
     }
 
-    /// True if the adapter itself drops conditions, as the reference does, unless the pipeline
-    /// drops them.
-    fn drops_conditions(&self) -> bool {
-        false
+    /// Returns the samples that share one draw where the adapter itself drops conditions, as the
+    /// reference does, unless the pipeline drops them; `None` if it drops none.
+    fn dropout(&self) -> Option<DropoutScope> {
+        None
+    }
+
+    /// Returns the batch's key of tokens that only image-to-video samples see, and they only if the
+    /// tokens are not zeros.
+    fn image_tokens(&self) -> Option<&'static str> {
+        None
     }
 
     /// Returns a line about the effect of the adapter's settings on a model that embeds a guidance

@@ -241,7 +241,7 @@ fn dropout_without_effect(
 ) -> Option<String> {
     let without = settings.cfg_dropout_prob > 0.0
         && settings.cfg_dropout == CfgDropout::Adapter
-        && !adapter.drops_conditions();
+        && adapter.dropout().is_none();
     without.then(|| {
         format!(
             "cfg_dropout_prob = {} drops nothing: the {} adapter drops no conditions; cfg_dropout = \"per_sample\" does",
@@ -257,7 +257,7 @@ fn check_empty_prompt(
     settings: &FlowMatchingSettings,
     data: DataShapes<'_>,
 ) -> Result<(), String> {
-    let drops = settings.cfg_dropout == CfgDropout::PerSample || adapter.drops_conditions();
+    let drops = settings.cfg_dropout == CfgDropout::PerSample || adapter.dropout().is_some();
     if settings.cfg_dropout_prob <= 0.0
         || settings.cfg_dropout_value != CfgDropoutValue::EmptyPrompt
         || !drops

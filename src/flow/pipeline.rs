@@ -4,17 +4,18 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use super::adapter::{FlowMatchingContext, ModelAdapter, TaskType, dropped};
 use super::batch_keys::{LATENTS, dropped_keys, with_sample_axis};
+use super::draw::{DrawRules, Drawn};
 use super::loss::LossWeight;
 use super::loss::{Kept, LossValues, check_loss};
 use super::loss::{LOSS_MASK, loss_mask};
 use super::schedule::LinearInterpolationSchedule;
-use super::settings::{CfgDropout, FlowMatchingSettings, TaskScope};
+use super::settings::{CfgDropout, FlowMatchingSettings};
 use super::statistics::{Observed, Statistics};
-use super::timesteps::{SampledTimesteps, Strata, sample_timesteps};
-use crate::data::{Batch, DataType};
+use super::timesteps::SampledTimesteps;
+use crate::data::Batch;
 use crate::error::{Error, Result};
 use crate::nn::Activations;
-use crate::rng::{Draws, Stream, Toss};
+use crate::rng::Stream;
 use crate::tensor::broadcast_to_rank;
 
 /// Flow matching for one model family on one device.
@@ -30,20 +31,18 @@ pub struct FlowMatchingPipeline {
 
 /// Options of a step; by default those of the reference's `step`.
 #[derive(Clone, Copy, Debug)]
-pub struct StepOptions<'a> {
+pub struct StepOptions {
     /// Number of the step in errors and logs.
     pub global_step: u64,
     /// True to measure [`Statistics`]; they stay on the device, without a host synchronization.
     pub collect_metrics: bool,
     /// True to refuse a loss that exploded, which costs one host synchronization.
     pub check_loss: bool,
-    /// Positions of the samples among the global batch's strata, with `stratified_timesteps`.
-    pub strata: Option<&'a Strata>,
 }
 
-impl Default for StepOptions<'_> {
+impl Default for StepOptions {
     fn default() -> Self {
-        StepOptions { global_step: 0, collect_metrics: true, check_loss: true, strata: None }
+        StepOptions { global_step: 0, collect_metrics: true, check_loss: true }
     }
 }
 
@@ -101,8 +100,17 @@ impl FlowMatchingPipeline {
         &self.settings
     }
 
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
     pub fn adapter(&self) -> &dyn ModelAdapter {
         self.adapter.as_ref()
+    }
+
+    /// Returns the rules by which the pipeline draws.
+    pub fn draw_rules(&self) -> DrawRules {
+        DrawRules::new(&self.settings, self.adapter.dropout(), self.device)
     }
 
     /// Runs a step: draws, noise, model, loss. `model` maps the adapter's inputs to the model's
@@ -116,9 +124,24 @@ impl FlowMatchingPipeline {
         model: impl FnOnce(Activations) -> Result<Activations>,
         batch: &Batch,
         stream: &Stream,
-        options: StepOptions<'_>,
+        options: StepOptions,
     ) -> Result<StepOutput> {
-        let noisy = no_grad(|| self.prepare(batch, &stream.open(), options.strata))?;
+        self.step_after_draws(model, batch, self.draw_rules().draw(batch, stream, None)?, options)
+    }
+
+    /// Does as [`step`](Self::step) with numbers that are drawn already, by
+    /// [`draw_rules`](Self::draw_rules).
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn step_after_draws(
+        &self,
+        model: impl FnOnce(Activations) -> Result<Activations>,
+        batch: &Batch,
+        drawn: Drawn,
+        options: StepOptions,
+    ) -> Result<StepOutput> {
+        let noisy = no_grad(|| self.prepare(batch, drawn))?;
         let NoisyBatch { latents, sampled, noise, noisy_latents, task_type, inputs } = noisy;
         let output = model(inputs)?;
         let model_pred = self.adapter.prediction(&output);
@@ -165,30 +188,22 @@ impl FlowMatchingPipeline {
         })
     }
 
-    /// Makes every draw of a step, in the order of the reference: task, timesteps, noise, then the
-    /// adapter's.
-    fn prepare(
-        &self,
-        batch: &Batch,
-        draws: &Draws<'_>,
-        strata: Option<&Strata>,
-    ) -> Result<NoisyBatch> {
+    /// Computes the model's inputs from a batch and its random numbers.
+    fn prepare(&self, batch: &Batch, drawn: Drawn) -> Result<NoisyBatch> {
         let latents = latents_of(batch)?.to_device(self.device).to_kind(self.dtype);
-        let size = latents.size()[0];
+        let Drawn { task_type, image_to_video, sampled, noise, drop } = drawn.on(self.device);
         // A dataset's batches have all their axes.
         let alone = batch.sample_ids.is_empty().then(|| with_sample_axis(self.adapter(), batch));
         let batch = alone.as_ref().unwrap_or(batch);
-        let (task_type, image_to_video) =
-            self.determine_task_type(batch.data_type, &latents.size(), draws);
-        let sampled = self.sample_timesteps(size, draws, strata);
-        let noise = draws.normal(0.0, 1.0, &latents.size()).to_device(self.device);
         let noisy_latents = self
             .noise_schedule
             .forward(&latents.to_kind(Kind::Float), &noise, &sampled.sigma)
             .to_kind(self.dtype);
         let pipeline_drops = self.settings.cfg_dropout == CfgDropout::PerSample;
-        let dropped =
-            if pipeline_drops { Some(self.drop_conditions(batch, size, draws)?) } else { None };
+        let (dropped, drop) = match drop {
+            Some(drop) if pipeline_drops => (Some(self.drop_conditions(batch, &drop)?), None),
+            drop => (None, drop),
+        };
         let inputs = self.adapter.prepare_inputs(&FlowMatchingContext {
             noisy_latents: &noisy_latents,
             latents: &latents,
@@ -199,68 +214,17 @@ impl FlowMatchingPipeline {
             device: self.device,
             dtype: self.dtype,
             batch: dropped.as_ref().unwrap_or(batch),
-            cfg_dropout_prob: if pipeline_drops { 0.0 } else { self.settings.cfg_dropout_prob },
+            drop: drop.as_ref(),
             cfg_dropout_value: self.settings.cfg_dropout_value,
             guidance_scale: None,
-            draws,
         })?;
         Ok(NoisyBatch { latents, sampled, noise, noisy_latents, task_type, inputs })
     }
 
-    /// Returns the task of a batch, and marks its image-to-video samples, `[B]` boolean. Videos are
-    /// image-to-video with the configured probability, by one draw for the batch or one for each
-    /// sample; images and videos of one frame never are, since their only frame would be given.
-    /// Every video draws, so that later draws do not depend on its length.
-    ///
-    /// # Shapes
-    /// `latents`: `[B, C, (F,) H, W]`.
-    pub fn determine_task_type(
-        &self,
-        data_type: DataType,
-        latents: &[i64],
-        draws: &Draws<'_>,
-    ) -> (TaskType, Tensor) {
-        let (samples, probability) = (latents[0], self.settings.i2v_prob);
-        let toss = match (data_type, self.settings.task_scope) {
-            (DataType::Image, _) => Toss::Same(false),
-            (DataType::Video, TaskScope::Sample) => {
-                Toss::Each(draws.uniform(&[samples]).lt(probability))
-            }
-            (DataType::Video, TaskScope::Batch) => draws.host_coin(probability),
-        };
-        let is_clip = matches!(latents, [_, _, frames, _, _] if *frames > 1);
-        let toss = if is_clip { toss } else { Toss::Same(false) };
-        let task_type = match &toss {
-            Toss::Same(false) => TaskType::TextToVideo,
-            Toss::Same(true) => TaskType::ImageToVideo,
-            Toss::Each(_) => TaskType::Mixed,
-        };
-        (task_type, toss.per_sample(samples).to_device(self.device))
-    }
-
-    /// Returns the noise levels of a batch, on the pipeline's device.
-    pub fn sample_timesteps(
-        &self,
-        batch: i64,
-        draws: &Draws<'_>,
-        strata: Option<&Strata>,
-    ) -> SampledTimesteps {
-        let SampledTimesteps { sigma, timesteps, method } =
-            sample_timesteps(&self.settings, draws, batch, strata);
-        SampledTimesteps {
-            sigma: sigma.to_device(self.device),
-            timesteps: timesteps.to_device(self.device),
-            method,
-        }
-    }
-
-    /// Drops the conditions of some samples of the batch, each by its own draw.
-    fn drop_conditions(&self, batch: &Batch, size: i64, draws: &Draws<'_>) -> Result<Batch> {
-        let mut after = batch.alias();
-        let (drop, value) = (
-            draws.uniform(&[size]).lt(self.settings.cfg_dropout_prob),
-            self.settings.cfg_dropout_value,
-        );
+    /// Drops the conditions of the marked samples of the batch.
+    fn drop_conditions(&self, batch: &Batch, drop: &Tensor) -> Result<Batch> {
+        let (mut after, value) = (batch.alias(), self.settings.cfg_dropout_value);
+        let size = drop.size()[0];
         for key in dropped_keys(self.adapter(), value) {
             let Some(tensor) = after.tensors.get_mut(key) else { continue };
             if tensor.size()[0] != size {
@@ -270,7 +234,7 @@ impl FlowMatchingPipeline {
                 );
                 return Err(Error::data("batch", what));
             }
-            *tensor = dropped(batch, key, tensor, &drop, value)?;
+            *tensor = dropped(batch, key, tensor, drop, value)?;
         }
         Ok(after)
     }
@@ -282,7 +246,8 @@ impl FlowMatchingPipeline {
     pub fn rehearse(&self, batch: &Batch) -> Result<()> {
         no_grad(|| {
             let latents = latents_of(batch)?;
-            self.prepare(batch, &Stream::TorchSeed(0).open(), None)?;
+            let drawn = self.draw_rules().draw(batch, &Stream::TorchSeed(0), None)?;
+            self.prepare(batch, drawn)?;
             if self.settings.apply_loss_mask {
                 loss_mask(batch, &latents.size(), self.device).map(drop)
             } else {

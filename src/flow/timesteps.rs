@@ -72,7 +72,7 @@ fn mixed(drawing: &Drawing<'_>) -> (Tensor, &'static str) {
         // neighbours' coins.
         Toss::Each(coins) => {
             let (uniform, other) = (drawing.sigma(&Uniform), drawing.sigma(configured.as_ref()));
-            (uniform.where_self(&coins, &other), word)
+            (uniform.where_self(&coins.to_device(uniform.device()), &other), word)
         }
     }
 }
@@ -112,7 +112,8 @@ impl Drawing<'_> {
     /// and the sigma window.
     fn at_probabilities(&self, distribution: &dyn Distribution, truncated: bool) -> Tensor {
         let (low, high) = if truncated { self.window(distribution) } else { (0.0, 1.0) };
-        let within = Vec::<f32>::try_from(self.draws.uniform(&[self.batch])).expect("f32 draws");
+        let within =
+            Vec::<f32>::try_from(self.draws.host_uniform(&[self.batch])).expect("f32 draws");
         let place = |(sample, &jitter): (usize, &f32)| match self.strata {
             Some(strata) => {
                 (strata.positions[sample] as f64 + f64::from(jitter)) / strata.total as f64

@@ -1,15 +1,22 @@
 //! The libtorch that this process has loaded: its version, its instruction set, and the switches
 //! and exceptions that the bindings leave out.
 
+mod attention;
+
 use std::ffi::{CStr, c_char, c_void};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+pub use attention::{AttentionBackend, permit_attention, prefer_fused_attention};
+use tch::Tensor;
+use torch_sys::C_tensor;
+
 #[allow(unsafe_code)]
 mod ffi {
-    use super::{c_char, c_void};
+    use super::{C_tensor, c_char, c_void};
 
     unsafe extern "C-unwind" {
+        pub fn fm_dist_pinned(tensor: *const C_tensor) -> *mut C_tensor;
         pub fn fm_dist_guarded(
             body: unsafe extern "C-unwind" fn(*mut c_void),
             on_exception: unsafe extern "C-unwind" fn(*mut c_void, *const c_char),
@@ -19,8 +26,8 @@ mod ffi {
     }
 
     unsafe extern "C" {
-        pub safe fn fm_dist_allow_cudnn_attention(allowed: bool);
-        pub safe fn fm_dist_cudnn_attention_is_allowed() -> bool;
+        pub safe fn fm_dist_permit_attention(backends: u32);
+        pub safe fn fm_dist_prefer_fused_attention();
     }
 }
 
@@ -72,14 +79,14 @@ pub fn cpu_capability() -> &'static str {
     std::env::consts::ARCH
 }
 
-/// Allows or forbids cuDNN's attention kernels in this process, from the next call of attention on.
-pub fn allow_cudnn_attention(allowed: bool) {
-    ffi::fm_dist_allow_cudnn_attention(allowed);
-}
-
-/// True if libtorch may choose cuDNN's attention kernels, which is its default.
-pub fn allows_cudnn_attention() -> bool {
-    ffi::fm_dist_cudnn_attention_is_allowed()
+/// Copies a CPU tensor to pinned memory, from which a GPU copies without a wait of the host.
+///
+/// # Panics
+/// If there is no GPU, or no memory to pin.
+#[allow(unsafe_code)]
+pub fn pinned(tensor: &Tensor) -> Tensor {
+    // SAFETY: the pointer is that of a living tensor; the new one is owned by the caller.
+    guarded(|| unsafe { Tensor::from_ptr(ffi::fm_dist_pinned(tensor.as_ptr())) })
 }
 
 /// Largest freed block that is kept. Larger ones, the gradients of whole stages, rarely fit a later

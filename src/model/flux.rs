@@ -2,15 +2,15 @@
 //!
 //! Inputs: `hidden_states` `[B, Li, in_channels]`, `encoder_hidden_states` `[B, Lt,
 //! joint_attention_dim]`, `pooled_projections` `[B, pooled_projection_dim]`, `timestep` `[B]` in
-//! `[0, 1]`, `guidance` `[B]` if the model embeds it, `grid` and, if padding is to be masked,
-//! `text_mask` `[B, Lt]`.
+//! `[0, 1]`, `guidance` `[B]` if the model embeds it, `grid` and, if samples see different tokens
+//! of the text, `text_mask` `[B, Lt]` boolean.
 //!
 //! Source: diffusers 0.42.1, `FluxTransformer2DModel`, whose field and parameter names these are.
 
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::model::joint::{Head, JointStage, check_axes, grid, joined, joint_mask};
+use crate::model::joint::{Head, JointStage, check_axes, grid, joined, joint_mask, table_tokens};
 use crate::model::{Architecture, SampleShapes, expect_equal, expect_image};
 use crate::nn::attention::{Heads, Projections, attend};
 use crate::nn::embed::ScalarEmbedding;
@@ -73,6 +73,7 @@ impl Flux {
             with_bias: true,
             epsilon: EPSILON,
             rounding: Rounding::Once,
+            takes_mask: true,
         }
     }
 }
@@ -170,7 +171,7 @@ struct Embed {
     guidance: Option<ScalarEmbedding>,
     pooled: Mlp,
     axes: [Axis; 3],
-    /// Rotary tables over text and image, by the grid and the number of text tokens.
+    /// Rotary tables over text and image, by the grid and the number of the table's text tokens.
     ropes: PerShape<([i64; 3], i64)>,
 }
 
@@ -220,15 +221,17 @@ impl Embed {
 
     /// Returns the table over text, whose positions are all 0, then the image.
     fn rope(&self, sizes: [i64; 3], text_tokens: i64, device: Device) -> Tensor {
-        self.ropes.get((sizes, text_tokens), || {
+        let most = table_tokens(text_tokens);
+        let table = self.ropes.get((sizes, most), || {
             let [frames, rows, columns] =
                 [0, 1, 2].map(|axis| self.axes[axis].angles_to(sizes[axis], device));
             let image = rope::grid_angles(&frames, &rows, &columns);
             rope::table(&Tensor::cat(
-                &[Tensor::zeros([text_tokens, image.size()[1]], (Kind::Double, device)), image],
+                &[Tensor::zeros([most, image.size()[1]], (Kind::Double, device)), image],
                 0,
             ))
-        })
+        });
+        table.slice(0, most - text_tokens, None, 1)
     }
 }
 
@@ -241,17 +244,15 @@ impl Stage for Embed {
         let (latents, text) = (input.get("hidden_states"), input.get("encoder_hidden_states"));
         let (text_tokens, image_tokens) = (text.size()[1], latents.size()[1]);
         let rope = self.rope(grid(input), text_tokens, latents.device());
-        let output = Activations::new()
+        let mask = input.find("text_mask").map(|mask| joint_mask(mask, image_tokens));
+        Activations::new()
             .with("image", self.image.forward(params, latents))
             .with("text", self.text.forward(params, text))
             .with("conditioning", self.conditioning(params, input, latents.kind()))
             .with_constant("text_rope", rope.narrow(0, 0, text_tokens))
             .with_constant("image_rope", rope.narrow(0, text_tokens, image_tokens))
-            .with_constant("rope", rope);
-        match input.find("text_mask") {
-            Some(text_mask) => output.with_constant("mask", joint_mask(text_mask, image_tokens)),
-            None => output,
-        }
+            .with_constant("rope", rope)
+            .with_optional("mask", mask)
     }
 }
 
@@ -270,7 +271,7 @@ impl SingleBlock {
         let name = format!("single_transformer_blocks.{index}");
         let mut params = ParamSet::new(&name);
         let mut builder = Builder::new(&mut params, &name, Rows::Joint);
-        builder.attends(Rows::Joint, Rows::Joint, model.width());
+        builder.attends(model.heads().attention(Rows::Joint, Rows::Joint));
         let (width, hidden) = (model.width(), 4 * model.width());
         let modulation = Modulation::new(Linear::pytorch(
             &mut builder.at("norm.linear").over(Rows::One),

@@ -8,7 +8,7 @@
 //! | `conditioning` | `[B, D]` | the vector that modulates: timestep, guidance, pooled text |
 //! | `image_rope`, `text_rope` | `[L, 1, E/2]` complex f32 | constant; tables of [`rope`](crate::nn::rope), optional |
 //! | `rope` | `[Lt + Li, 1, E/2]` complex f32 | constant; both as one, for single blocks |
-//! | `mask` | `[B, 1, 1, Lt + Li]` boolean | constant; true for valid keys, if some are padding |
+//! | `mask` | `[B, 1, 1, Lt + Li]` boolean | constant; true for valid keys, if samples have different ones |
 
 use tch::{Kind, Tensor};
 
@@ -111,15 +111,20 @@ pub(super) fn streams(input: &Activations) -> [Stream<'_>; 2] {
     ]
 }
 
-/// Returns the mask of valid keys if some text is padding: the text by `text_mask`, then the whole
-/// image.
+/// Returns the mask of valid keys: the text by `text_mask`, then the whole image.
 ///
 /// # Shapes
-/// `text_mask`: `[B, Lt]`, not zero for a valid token. Returns `[B, 1, 1, Lt + image_tokens]`
-/// boolean.
+/// `text_mask`: `[B, Lt]` boolean. Returns `[B, 1, 1, Lt + image_tokens]` boolean.
 pub(super) fn joint_mask(text_mask: &Tensor, image_tokens: i64) -> Tensor {
     let image = Tensor::ones([text_mask.size()[0], image_tokens], (Kind::Bool, text_mask.device()));
-    Tensor::cat(&[text_mask.to_kind(Kind::Bool), image], 1).unsqueeze(1).unsqueeze(1)
+    Tensor::cat(&[text_mask, &image], 1).unsqueeze(1).unsqueeze(1)
+}
+
+/// Returns a number of text tokens for which a rotary table is made: the tokens in use, rounded up,
+/// so that texts that are cut to their length share a few tables instead of having one each.
+pub(super) fn table_tokens(text_tokens: i64) -> i64 {
+    const STEP: i64 = 512;
+    (text_tokens + STEP - 1) / STEP * STEP
 }
 
 /// Refuses axes of a rotary embedding that do not fill a head with pairs.

@@ -1,8 +1,9 @@
 //! Qwen-Image: double blocks over image and text.
 //!
 //! Inputs: `hidden_states` `[B, Li, in_channels]`, `encoder_hidden_states` `[B, Lt,
-//! joint_attention_dim]`, `timestep` `[B]` in `[0, 1]`, `grid` and, if padding is to be masked,
-//! `text_mask` `[B, Lt]`.
+//! joint_attention_dim]`, `timestep` `[B]` in `[0, 1]`, `grid`; if samples see different tokens of
+//! the text, `text_mask` `[B, Lt]` boolean; and if its tokens are not the text's first ones, their
+//! numbers `text_places` `[Lt]` int64 on the host.
 //!
 //! Source: diffusers 0.42.1, `QwenImageTransformer2DModel`, whose field and parameter names these
 //! are.
@@ -10,7 +11,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::model::joint::{Head, JointStage, check_axes, grid, joint_mask};
+use crate::model::joint::{Head, JointStage, check_axes, grid, joint_mask, table_tokens};
 use crate::model::{Architecture, SampleShapes, expect_equal, expect_image};
 use crate::nn::attention::Heads;
 use crate::nn::embed::ScalarEmbedding;
@@ -98,6 +99,7 @@ impl Architecture for QwenImage {
             with_bias: true,
             epsilon: EPSILON,
             rounding: Rounding::EachStep,
+            takes_mask: true,
         };
         let width = self.width();
         let block = |index| {
@@ -170,8 +172,10 @@ struct Embed {
     text: Linear,
     timestep: ScalarEmbedding,
     axes: [Axis; 3],
-    /// Rotary tables over text and image, by the grid and the number of text tokens.
-    ropes: PerShape<([i64; 3], i64)>,
+    /// Rotary tables of images, by their grid.
+    image_ropes: PerShape<[i64; 3]>,
+    /// Rotary tables of text, by the number of their positions.
+    text_ropes: PerShape<i64>,
 }
 
 impl Embed {
@@ -197,40 +201,58 @@ impl Embed {
             Linear::pytorch(&mut builder.at("txt_in").over(Rows::Text), text_width, width, true);
         let axes =
             model.axes_dims_rope.map(|width| Axis { width, theta: THETA, kind: Kind::Float });
-        Embed { params, image, text_norm, text, timestep, axes, ropes: PerShape::new() }
+        let (image_ropes, text_ropes) = (PerShape::new(), PerShape::new());
+        Embed { params, image, text_norm, text, timestep, axes, image_ropes, text_ropes }
     }
 
-    /// Returns the table over text, then the image.
-    fn rope(&self, sizes: [i64; 3], text_tokens: i64, device: Device) -> Tensor {
-        self.ropes.get((sizes, text_tokens), || {
-            rope::table(&angles(&self.axes, sizes, text_tokens, device))
-        })
+    fn image_rope(&self, sizes: [i64; 3], device: Device) -> Tensor {
+        self.image_ropes.get(sizes, || rope::table(&image_angles(&self.axes, sizes, device)))
+    }
+
+    /// Returns the table of text tokens with these numbers, ascending, before an image of `sizes`.
+    fn text_rope(&self, sizes: [i64; 3], places: &[i64], device: Device) -> Tensor {
+        let first = first_of_text(sizes);
+        let end = table_tokens(first + places.last().map_or(0, |last| last + 1));
+        let table =
+            self.text_ropes.get(end, || rope::table(&diagonal_angles(&self.axes, end, device)));
+        let run = |run: &[i64]| table.narrow(0, first + run[0], run.len() as i64);
+        let runs = places.chunk_by(|a, b| a + 1 == *b);
+        Tensor::cat(&runs.map(run).collect::<Vec<_>>(), 0)
     }
 }
 
-/// Returns the angles of the text's positions, then of the image's: `[Lt + F · H · W, E/2]`.
+/// Returns the angles of the image's positions, `[F · H · W, E/2]`.
 ///
 /// Rows and columns are counted from the middle, negative before it, so that an image and its
-/// larger version agree about the middle. The text continues along the diagonal, equal on all axes,
-/// beyond the last row and column.
-/// row or column is.
-fn angles(
-    axes: &[Axis; 3],
-    [frames, height, width]: [i64; 3],
-    text_tokens: i64,
-    device: Device,
-) -> Tensor {
-    let places = |first, end| Tensor::arange_start(first, end, (Kind::Int64, device));
-    let centred = |length: i64| places(length / 2 - length, length / 2);
+/// larger version agree about the middle.
+fn image_angles(axes: &[Axis; 3], [frames, height, width]: [i64; 3], device: Device) -> Tensor {
+    let centred =
+        |length: i64| Tensor::arange_start(length / 2 - length, length / 2, (Kind::Int64, device));
     let [along_frames, along_rows, along_columns] = axes;
-    let image = rope::grid_angles(
+    rope::grid_angles(
         &along_frames.angles_to(frames, device),
         &along_rows.angles(&centred(height)),
         &along_columns.angles(&centred(width)),
-    );
-    let first = (height / 2).max(width / 2);
-    let text = axes.each_ref().map(|axis| axis.angles(&places(first, first + text_tokens)));
-    Tensor::cat(&[Tensor::cat(&text, 1), image], 0)
+    )
+}
+
+/// Returns the position of the text's first token. The text continues along the diagonal, equal on
+/// all axes, beyond the image's last row and column, whatever its own length is.
+fn first_of_text([_, height, width]: [i64; 3]) -> i64 {
+    (height / 2).max(width / 2)
+}
+
+/// Returns the angles of the diagonal's positions from 0 on, `[length, E/2]`.
+fn diagonal_angles(axes: &[Axis; 3], length: i64, device: Device) -> Tensor {
+    Tensor::cat(&axes.each_ref().map(|axis| axis.angles_to(length, device)), 1)
+}
+
+/// Returns the numbers of the text's tokens.
+fn text_places(input: &Activations, text_tokens: i64) -> Vec<i64> {
+    input.find("text_places").map_or_else(
+        || (0..text_tokens).collect(),
+        |places| Vec::try_from(places).expect("text_places: integers"),
+    )
 }
 
 impl Stage for Embed {
@@ -240,21 +262,20 @@ impl Stage for Embed {
 
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
         let (latents, text) = (input.get("hidden_states"), input.get("encoder_hidden_states"));
-        let (text_tokens, image_tokens) = (text.size()[1], latents.size()[1]);
-        let rope = self.rope(grid(input), text_tokens, latents.device());
-        let output = Activations::new()
+        let (sizes, device) = (grid(input), latents.device());
+        let places = text_places(input, text.size()[1]);
+        let image_tokens = latents.size()[1];
+        let mask = input.find("text_mask").map(|mask| joint_mask(mask, image_tokens));
+        Activations::new()
             .with("image", self.image.forward(params, latents))
             .with("text", self.text.forward(params, &self.text_norm.forward(params, text)))
             .with(
                 "conditioning",
                 self.timestep.forward(params, input.get("timestep"), latents.kind()),
             )
-            .with_constant("text_rope", rope.narrow(0, 0, text_tokens))
-            .with_constant("image_rope", rope.narrow(0, text_tokens, image_tokens));
-        match input.find("text_mask") {
-            Some(text_mask) => output.with_constant("mask", joint_mask(text_mask, image_tokens)),
-            None => output,
-        }
+            .with_constant("text_rope", self.text_rope(sizes, &places, device))
+            .with_constant("image_rope", self.image_rope(sizes, device))
+            .with_optional("mask", mask)
     }
 }
 
@@ -262,16 +283,16 @@ impl Stage for Embed {
 mod tests {
     use super::*;
 
-    /// Returns the positions of each token, by axes of one pair each, whose angle is the position.
-    fn places(sizes: [i64; 3], text_tokens: i64) -> Vec<Vec<f32>> {
-        let axes = [Axis { width: 2, theta: THETA, kind: Kind::Float }; 3];
-        let angles = angles(&axes, sizes, text_tokens, Device::Cpu);
+    /// Axes of one pair each, whose angle is the position.
+    const AXES: [Axis; 3] = [Axis { width: 2, theta: THETA, kind: Kind::Float }; 3];
+
+    fn rows(angles: &Tensor) -> Vec<Vec<f32>> {
         Vec::<Vec<f32>>::try_from(angles).unwrap()
     }
 
     #[test]
     fn rows_and_columns_are_counted_from_the_middle_and_an_odd_one_lies_before_it() {
-        let places = places([1, 3, 4], 0);
+        let places = rows(&image_angles(&AXES, [1, 3, 4], Device::Cpu));
         assert_eq!(places.len(), 12);
         assert_eq!(places[0], [0.0, -2.0, -2.0]);
         assert_eq!(places[6], [0.0, -1.0, 0.0]);
@@ -280,8 +301,26 @@ mod tests {
 
     #[test]
     fn text_goes_on_behind_the_largest_place_of_the_image_on_every_axis() {
-        assert_eq!(places([1, 3, 9], 3)[..3], [[4.0; 3], [5.0; 3], [6.0; 3]]);
-        assert_eq!(places([1, 1, 1], 2)[..2], [[0.0; 3], [1.0; 3]]);
+        let first = |sizes| {
+            let diagonal = rows(&diagonal_angles(&AXES, 20, Device::Cpu));
+            diagonal[first_of_text(sizes) as usize].clone()
+        };
+        assert_eq!((first([1, 3, 9]), first([1, 8, 3])), (vec![4.0; 3], vec![4.0; 3]));
+        assert_eq!(first([1, 1, 1]), [0.0; 3]);
+    }
+
+    #[test]
+    fn a_text_that_was_cut_keeps_its_positions_and_shares_tables() {
+        let embed = Embed::new(&QwenImage::default());
+        let rope = |places: &[i64]| embed.text_rope([1, 4, 6], places, Device::Cpu);
+        let whole = rope(&(0..40).collect::<Vec<_>>());
+        for places in [&[0, 1, 2][..], &[7, 8, 9], &[1, 2, 5, 39]] {
+            let kept = whole.index_select(0, &Tensor::from_slice(places));
+            assert!(rope(places).equal(&kept), "{places:?}");
+        }
+        let alone = rope::table(&diagonal_angles(&embed.axes, 3 + 40, Device::Cpu));
+        assert!(whole.equal(&alone.narrow(0, 3, 40)));
+        assert!((1..=509).all(|tokens| table_tokens(3 + tokens) == 512), "one for many lengths");
     }
 
     #[test]

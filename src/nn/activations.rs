@@ -33,6 +33,14 @@ impl Activations {
         self
     }
 
+    /// Adds a constant if there is one.
+    pub fn with_optional(self, name: &'static str, tensor: Option<Tensor>) -> Self {
+        match tensor {
+            Some(tensor) => self.with_constant(name, tensor),
+            None => self,
+        }
+    }
+
     pub fn find(&self, name: &str) -> Option<&Tensor> {
         self.entries.iter().find(|entry| entry.name == name).map(|entry| &entry.tensor)
     }

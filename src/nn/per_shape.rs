@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use tch::Tensor;
 
-/// A table for each shape used so far: one for each resolution group and text length of the data.
+/// A table for each shape used so far, such as the latents' grid of each resolution group.
 #[derive(Debug)]
 pub struct PerShape<S>(RefCell<BTreeMap<S, Tensor>>);
 

@@ -5,16 +5,18 @@ use std::fmt::Write;
 
 use bytesize::ByteSize;
 
+use crate::assembly::attention::{text_tokens, tokens_of_sample};
 use crate::config::RunConfig;
 use crate::data::{Dataset, Order};
 use crate::error::{Error, Result};
 use crate::model::SampleShapes;
-use crate::nn::Stage;
+use crate::nn::{Stage, Tokens};
 use crate::optim::lr;
 use crate::parallel::{DeviceChoice, Offload, ParallelSettings, Recompute, Sharding};
+use crate::plan::RankMemory;
+use crate::plan::attention::attention;
 use crate::plan::data::{check_data, rehearse_data};
 use crate::plan::scaling::{ScalingRequest, scaling};
-use crate::plan::{RankMemory, Tokens};
 use crate::run::checkpoint::copied_bytes;
 use crate::run::runs::OutputDir;
 use crate::sample::generate::check_conditions;
@@ -34,8 +36,8 @@ pub struct CheckRequest {
 /// World sizes whose memory is listed besides the planned one.
 const WORLD_SIZES: [u64; 3] = [1, 8, 64];
 
-/// Returns the plan of a run as text. Opens the data's headers and reads one sample of each
-/// resolution group; needs no weights, no device and little memory.
+/// Returns the plan of a run as text. Opens the data's headers, reads one sample of each resolution
+/// group and the masks of some; needs no weights, no device and little memory.
 ///
 /// # Errors
 /// Errors that would stop the run at its start: [`Error::Config`](crate::error::Error::Config),
@@ -47,8 +49,9 @@ pub fn check(config: &RunConfig, request: &CheckRequest) -> Result<String> {
     plan.add_model(config, &stages);
     let (memory, tokens) = match &request.latents {
         Some(latents) => {
-            let shape = StepShape::new(config, latents.clone(), request.text_tokens);
-            (plan.add_shape(config, &stages, request.world_size, &shape)?, shape.tokens)
+            let tokens = tokens_of_sample(config, latents, Some(request.text_tokens));
+            let shape = StepShape { latents: latents.clone(), tokens };
+            (plan.add_shape(config, &stages, request.world_size, &shape, None)?, shape.tokens)
         }
         None => plan.add_data(config, &stages, request.world_size)?,
     };
@@ -66,13 +69,6 @@ pub(super) struct StepShape {
     pub tokens: Tokens,
 }
 
-impl StepShape {
-    fn new(config: &RunConfig, latents: Vec<i64>, text: i64) -> Self {
-        let tokens = Tokens { image: config.model.family.image_tokens(&latents), text };
-        StepShape { latents, tokens }
-    }
-}
-
 /// Returns the shape of a sample of the dataset's first resolution group.
 ///
 /// # Errors
@@ -81,9 +77,10 @@ pub(super) fn step_shape(config: &RunConfig, dataset: &Dataset) -> Result<StepSh
     let first = &dataset.groups()[0];
     let latents = dataset
         .latent_shape(&first.name)
-        .ok_or_else(|| Error::data(dataset.path(), "has a group without latents"))?;
-    let text = first.layout.get("text_embeddings").map_or(0, |(_, shape)| shape[0]);
-    Ok(StepShape::new(config, latents.to_vec(), text))
+        .ok_or_else(|| Error::data(dataset.path(), "has a group without latents"))?
+        .to_vec();
+    let tokens = tokens_of_sample(config, &latents, text_tokens(first));
+    Ok(StepShape { latents, tokens })
 }
 
 struct Plan(String);
@@ -103,13 +100,15 @@ impl Plan {
         );
     }
 
-    /// Adds lines about one micro-batch of samples of this shape.
+    /// Adds lines about one micro-batch of samples of this shape; `dataset`: the data, if there are
+    /// any.
     fn add_shape(
         &mut self,
         config: &RunConfig,
         stages: &[Box<dyn Stage>],
         world_size: usize,
         StepShape { latents, tokens }: &StepShape,
+        dataset: Option<&Dataset>,
     ) -> Result<RankMemory> {
         config.model.family.check_data(&SampleShapes { latents, of: Default::default() })?;
         let memory = RankMemory::new(config, stages, *tokens, world_size)?;
@@ -123,6 +122,7 @@ impl Plan {
                 tokens.image, tokens.text
             ),
         );
+        self.line("attention", &attention(config, dataset)?);
         let bytes = |recompute| shown(memory.activations.on_device(recompute, Offload::None));
         let (kept, again) = (bytes(Recompute::Never), bytes(Recompute::Always));
         self.line(
@@ -148,7 +148,7 @@ impl Plan {
         check_conditions(config, &dataset)?;
         let order = Order::new(dataset.groups(), global_batch, config.seed)?;
         let shape = step_shape(config, &dataset)?;
-        let memory = self.add_shape(config, stages, world_size, &shape)?;
+        let memory = self.add_shape(config, stages, world_size, &shape, Some(&dataset))?;
         let (name, groups) = (&dataset.manifest().name, dataset.groups().len());
         self.line(
             "data",

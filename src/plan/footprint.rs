@@ -3,27 +3,8 @@
 
 use tch::Kind;
 
-use crate::nn::{ParamInfo, ParamSet, Rows, Stage};
+use crate::nn::{ParamInfo, ParamSet, Stage, Tokens};
 use crate::parallel::{Offload, Recompute};
-
-/// Number of tokens of one sample.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tokens {
-    pub image: i64,
-    pub text: i64,
-}
-
-impl Tokens {
-    /// Returns the number of rows that one sample sends through a matrix.
-    pub(super) fn rows(self, rows: Rows) -> i64 {
-        match rows {
-            Rows::One => 1,
-            Rows::Image => self.image,
-            Rows::Text => self.text,
-            Rows::Joint => self.image + self.text,
-        }
-    }
-}
 
 /// Bytes that one micro-batch keeps for its backward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,9 +6,10 @@ use crate::data::Dataset;
 use crate::error::{Place, Result};
 use crate::failure::{MemoryChange, MemoryForecast};
 use crate::nn::Stage;
+use crate::nn::Tokens;
 use crate::parallel::{DeviceChoice, Offload, Recompute, Sharding};
+use crate::plan::RankMemory;
 use crate::plan::check::step_shape;
-use crate::plan::{RankMemory, Tokens};
 use crate::run::checkpoint::copied_bytes;
 use crate::settings::Choice;
 

@@ -4,8 +4,9 @@
 use crate::config::RunConfig;
 use crate::error::Result;
 use crate::nn::Stage;
+use crate::nn::Tokens;
 use crate::parallel::{DeviceChoice, Offload, ParallelSettings, Recompute, Sharding};
-use crate::plan::{Footprint, Tokens, footprint};
+use crate::plan::{Footprint, footprint};
 
 /// Memory of a CPU process besides its model: libtorch, MPI and the program. 145 MiB were measured
 /// with an empty model; malloc keeps a little of the larger blocks that are freed.

@@ -1,5 +1,6 @@
 //! Plans: the memory, data and time that a run would need, computed without running it.
 
+mod attention;
 mod check;
 mod data;
 mod footprint;
@@ -11,7 +12,7 @@ mod work;
 
 pub use check::{CheckRequest, check};
 pub use data::check_data;
-pub use footprint::{Footprint, Tokens, footprint};
+pub use footprint::{Footprint, footprint};
 pub use forecast::memory_forecast;
 pub use memory::{RankMemory, StateLayout};
 pub use prediction::{Cluster, KNOWN_NAME, Prediction, StageWork, Workload};

@@ -220,6 +220,7 @@ mod tests {
             "model.dtype=bfloat16",
             "compute.kernels=plain",
             "parallel.seed_scope=rank",
+            "flow_matching.draws=device",
             "optimizer.adamw.lr=1.0",
             "model.dit.num_heads=2",
         ] {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
+use crate::assembly::attention::tokens_of_sample;
 use crate::assembly::device::{device, open_libraries};
 use crate::assembly::{build_pipeline, empty_replica};
 use crate::collective::Solo;
@@ -81,7 +82,8 @@ pub fn sample(request: &SampleRequest) -> Result<()> {
         );
         return Err(Error::config("--out", what));
     }
-    let device = device(&config, &Solo)?;
+    let samples = || vec![tokens_of_sample(&config, &origin.shape, origin.text_tokens())];
+    let device = device(&config, samples, &Solo)?.without_log();
     let plan = Plan::new(&config, &origin, device)?;
     plan.rehearse()?;
     let mut replica = empty_replica(&config, device, Sharing::alone())?;
@@ -290,7 +292,6 @@ impl<'a> Plan<'a> {
         batch: &Batch,
         clean: Option<&Tensor>,
     ) -> Result<Tensor> {
-        // `inputs` releases the lock of libtorch's generator before ranks wait for one another.
         let inputs = self.inputs(x, sigma, batch, clean)?;
         Ok(self.pipeline.adapter().prediction(&replica.infer(inputs)?))
     }
@@ -305,23 +306,20 @@ impl<'a> Plan<'a> {
         let (device, dtype) = (x.device(), self.config.model.dtype.kind());
         let sigma = Tensor::full([x.size()[0]], sigma, (Kind::Float, device));
         let x = x.to_kind(dtype);
-        // Adapters draw only to drop conditions, which sampling never does.
-        let stream = Stream::Batch(Key::new(self.config.seed, Purpose::Sampling));
         let context = FlowMatchingContext {
             noisy_latents: &x,
             latents: &clean
                 .map_or_else(|| x.shallow_clone(), |clean| clean.to_device(device).to_kind(dtype)),
             timesteps: &(&sigma * self.pipeline.settings().num_train_timesteps as f64),
             sigma: &sigma,
-            image_to_video: &self.origin.image_to_video(x.size()[0]).to_device(device),
+            image_to_video: &self.origin.image_to_video(x.size()[0]),
             data_type: batch.data_type,
             device,
             dtype,
             batch,
-            cfg_dropout_prob: 0.0,
+            drop: None,
             cfg_dropout_value: CfgDropoutValue::Zeros,
             guidance_scale: self.guide.embedded,
-            draws: &stream.open(),
         };
         self.pipeline.adapter().prepare_inputs(&context).map_err(|error| self.origin.named(error))
     }

@@ -16,8 +16,8 @@ impl Stopwatch {
         Stopwatch { lap_began: Instant::now(), phases: Vec::new() }
     }
 
-    /// Adds the time since the last lap to `phase`, e.g. `data`, `forward`, `backward`, `reduce`,
-    /// `optimizer`.
+    /// Adds the time since the last lap to `phase`, e.g. `data`, `draw`, `forward`, `backward`,
+    /// `reduce`, `optimizer`.
     pub fn lap(&mut self, phase: &'static str) {
         self.lap_at(Instant::now(), phase);
     }

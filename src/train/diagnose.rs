@@ -8,7 +8,7 @@
 use tch::{Kind, Tensor};
 
 use crate::collective::gather_texts;
-use crate::data::Batch;
+use crate::data::{Batch, Place};
 use crate::error::Result;
 use crate::flow::{EXPLODED, StepOutput, is_sound, latents_of};
 use crate::nn::ParamSet;
@@ -49,14 +49,9 @@ pub fn diagnose(
             }
             Ok(())
         };
-        let output = stepper.forward_backward(
-            step,
-            micro_batch,
-            batch,
-            replica,
-            look,
-            &mut Stopwatch::start(),
-        )?;
+        let drawn = stepper.draws.draw(Place { step, micro_batch }, batch)?;
+        let output =
+            stepper.forward_backward(step, batch, drawn, replica, look, &mut Stopwatch::start())?;
         let found = bad_samples(batch, &output).or_else(|| {
             let all = samples(batch, &output, (0..batch.sample_ids.len()).collect());
             of_gradient

@@ -50,6 +50,8 @@ pub struct StepMetrics {
     data_type: &'static str,
     step_seconds: f64,
     data_seconds: f64,
+    /// Seconds of waiting for noise and timesteps.
+    draw_seconds: f64,
     forward_seconds: f64,
     backward_seconds: f64,
     /// Seconds of waiting for gradients and statistics of the other ranks.
@@ -102,6 +104,7 @@ impl StepMetrics {
             data_type: update.data_type,
             step_seconds: progress.step_seconds,
             data_seconds: seconds("data"),
+            draw_seconds: seconds("draw"),
             forward_seconds: seconds("forward"),
             backward_seconds: seconds("backward"),
             reduce_seconds: seconds("reduce"),

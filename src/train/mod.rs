@@ -2,6 +2,7 @@
 //! the distributed code meet here.
 
 mod diagnose;
+mod draws;
 mod handshake;
 mod inject;
 mod latents;
@@ -115,6 +116,9 @@ fn train_on(
     if let Some(what) = done {
         tracing::info!("{what}");
         return Ok((folder.path().into(), Ending::Done));
+    }
+    if telemetry.writes_run_files() {
+        device.notes.iter().for_each(setup::tell);
     }
     let listens = telemetry.writes_run_files().then(|| folder.path().to_path_buf());
     let requests = Requests::new(options.stop.clone(), options.stop_at, listens);

@@ -13,7 +13,6 @@ use crate::error::Result;
 use crate::failure;
 use crate::flow::Note;
 use crate::libtorch;
-use crate::nn::AttentionKernels;
 use crate::ops;
 use crate::parallel::divergence;
 use crate::parallel::{Replica, Sharding, Sharing};
@@ -125,13 +124,6 @@ impl<'c> Trainer<'c> {
             self.config.parallel.num_threads,
         );
         tracing::info!("{}", ops::way(self.device));
-        if let (Device::Cuda(_), AttentionKernels::Auto) =
-            (self.device, self.config.compute.attention)
-        {
-            tracing::info!(
-                "attention without cuDNN's kernels, of which some fail in backward passes; compute.attention = \"cudnn\" allows them"
-            );
-        }
         self.announce_sharing();
     }
 
@@ -187,7 +179,8 @@ fn replica<'c>(
     Ok(replica)
 }
 
-fn tell(note: &Note) {
+/// Writes a note to the log.
+pub(super) fn tell(note: &Note) {
     match note {
         Note::Warning(text) => tracing::warn!("{text}"),
         Note::Information(text) => tracing::info!("{text}"),

@@ -5,23 +5,23 @@ use tch::Tensor;
 use crate::collective::agreement::known_to_all;
 use crate::collective::{Collective, Spent};
 use crate::config::{OnLossSpike, OnNonFinite, RunConfig, TrainSettings};
-use crate::data::{Batch, Loader, Share};
+use crate::data::{Batch, Loaded, Loader, Place, Share};
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::flow::{
-    FlowMatchingPipeline, Statistics, StepOptions, StepOutput, Strata, TaskType, is_sound,
+    Drawn, FlowMatchingPipeline, Statistics, StepOptions, StepOutput, TaskType, is_sound,
 };
 use crate::optim::clip;
-use crate::parallel::{Reducer, Replica, SeedScope};
+use crate::parallel::{Reducer, Replica};
 use crate::phase::Phase;
 use crate::pulse;
-use crate::rng::{Key, Purpose, Stream};
 use crate::run::checkpoint::Saver;
 use crate::run::guard::{BUDGET_STEPS, Guard};
 use crate::run::optimizer_state::{Change, OptimizerState};
 use crate::run::requests::Requests;
 use crate::telemetry::Stopwatch;
 use crate::train::diagnose::{Finding, diagnose};
+use crate::train::draws::RunDraws;
 use crate::train::inject;
 use crate::train::step_report::{self, OWN_PHASES, Own, Tally};
 
@@ -33,6 +33,7 @@ pub struct Stepper<'a> {
     pub config: &'a RunConfig,
     pub collective: &'a dyn Collective,
     pub pipeline: &'a FlowMatchingPipeline,
+    pub draws: &'a RunDraws,
     pub share: Share,
     /// True if every stage is searched for non-finite values.
     pub check_stages: bool,
@@ -102,7 +103,7 @@ impl Stepper<'_> {
     pub fn step(
         &self,
         step: u64,
-        loader: &mut Loader,
+        loader: &mut Loader<Option<Drawn>>,
         replica: &mut Replica<'_>,
         state: &mut OptimizerState,
         guard: &mut Guard,
@@ -149,7 +150,7 @@ impl Stepper<'_> {
     fn micro_batches(
         &self,
         step: u64,
-        loader: &mut Loader,
+        loader: &mut Loader<Option<Drawn>>,
         replica: &Replica<'_>,
         watch: &mut Stopwatch,
     ) -> Result<Passed> {
@@ -159,11 +160,19 @@ impl Stepper<'_> {
         let (mut rows, mut batches, mut last) = (Vec::new(), Vec::new(), None);
         for micro_batch in 0..self.share.micro_batches {
             pulse::enter(Phase::Data);
-            let batch = loader.next_batch()?;
+            let Loaded { batch, ahead } = loader.next_batch()?;
             watch.lap("data");
+            pulse::enter(Phase::Draw);
+            let place = Place { step, micro_batch };
+            let drawn = match ahead.wait()? {
+                Some(drawn) => drawn,
+                None => self.draws.draw(place, &batch)?,
+            };
+            let drawn = drawn.on(self.pipeline.device());
+            watch.lap("draw");
             let is_last = micro_batch + 1 == self.share.micro_batches;
             let add = &mut |stage, gradients| reducer.add(stage, gradients, is_last);
-            let output = self.forward_backward(step, micro_batch, &batch, replica, add, watch)?;
+            let output = self.forward_backward(step, &batch, drawn, replica, add, watch)?;
             rows.push(output.statistics.expect("metrics are collected each step"));
             last = Some((output.sampling_method, output.task_type));
             batches.push(batch);
@@ -206,8 +215,8 @@ impl Stepper<'_> {
     pub fn forward_backward(
         &self,
         step: u64,
-        micro_batch: usize,
         batch: &Batch,
+        drawn: Drawn,
         replica: &Replica<'_>,
         on_gradient: &mut dyn FnMut(usize, Vec<Tensor>) -> Result<()>,
         watch: &mut Stopwatch,
@@ -217,20 +226,12 @@ impl Stepper<'_> {
         let parallel = &self.config.parallel;
         let tape = replica.tape(parallel.recompute).offloading(parallel.offload.activations());
         let mut tape = tape.checking_finite(self.check_stages.then_some(step));
-        let strata =
-            self.pipeline.settings().stratified_timesteps.then(|| self.strata(step, micro_batch));
         // The loss is checked later, for all ranks at once.
-        let options = StepOptions {
-            global_step: step,
-            collect_metrics: true,
-            check_loss: false,
-            strata: strata.as_ref(),
-        };
-        let stream = self.stream(step, micro_batch, batch);
-        let output = self.pipeline.step(
+        let options = StepOptions { global_step: step, collect_metrics: true, check_loss: false };
+        let output = self.pipeline.step_after_draws(
             |inputs| Ok(inject::outputs(tape.forward(inputs)?)),
             batch,
-            &stream,
+            drawn,
             options,
         )?;
         watch.lap("forward");
@@ -245,29 +246,6 @@ impl Stepper<'_> {
         })?;
         watch.lap("backward");
         Ok(output)
-    }
-
-    fn stream(&self, step: u64, micro_batch: usize, batch: &Batch) -> Stream {
-        let key = Key::new(self.config.seed, Purpose::FlowMatching).step(step);
-        match self.config.parallel.seed_scope {
-            SeedScope::Rank => {
-                Stream::Batch(key.micro_batch(micro_batch as u64).scope(self.share.rank as u64))
-            }
-            SeedScope::Sample => {
-                Stream::PerSample(batch.sample_ids.iter().map(|&id| key.scope(id)).collect())
-            }
-        }
-    }
-
-    /// Returns this micro-batch's strata of probability: a slice of the global batch's, which are
-    /// shuffled at each step.
-    fn strata(&self, step: u64, micro_batch: usize) -> Strata {
-        let (size, total) = (self.share.micro_batch_size, self.share.global_batch());
-        let shuffled = Key::new(self.config.seed, Purpose::Stratification)
-            .step(step)
-            .permutation(total as u64);
-        let first = self.share.block(micro_batch) * size;
-        Strata { positions: shuffled[first..first + size].to_vec(), total: total as u64 }
     }
 
     /// Merges all ranks' statistics in the order of the global batch, so that the sums do not

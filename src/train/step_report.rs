@@ -11,7 +11,7 @@ use crate::flow::Statistics;
 use crate::run::requests::Request;
 
 /// Phases whose seconds are compared between ranks; in these a rank does not wait for another.
-pub const OWN_PHASES: [&str; 3] = ["data", "forward", "backward"];
+pub const OWN_PHASES: [&str; 4] = ["data", "draw", "forward", "backward"];
 
 /// Mask of the integer bits that an f32 holds exactly.
 const EXACT: u64 = (1 << f32::MANTISSA_DIGITS) - 1;
@@ -142,7 +142,7 @@ mod tests {
             statistics: &[row.shallow_clone(), row],
             norms: &(0..num_norms).map(|_| norm.shallow_clone()).collect::<Vec<_>>(),
             request: if world.rank() == 1 { Request::Stop } else { Request::Nothing },
-            seconds: [0.0, 0.0, 2.0 + number],
+            seconds: [0.0, 0.0, 0.0, 2.0 + number],
             saving: world.rank() as u8,
             bad_samples: 3,
             issued: Issued { count: 7, digest: (1 << 40) + world.rank() as u64, last: None },
@@ -155,7 +155,7 @@ mod tests {
         for tallies in Threads::run(2, |world| exchanged_by(world, 1).expect("both ranks are here"))
         {
             assert_eq!(tallies.iter().map(|tally| tally.norms[0]).collect::<Vec<_>>(), [0.5, 1.5]);
-            assert_eq!(tallies[1].seconds, [0.0, 0.0, 3.0]);
+            assert_eq!(tallies[1].seconds, [0.0, 0.0, 0.0, 3.0]);
             assert_eq!([tallies[0].issued, tallies[1].issued], [(7, 0), (7, 1)]);
             let error =
                 check_in_step(&tallies, &Issued::default(), &Solo).expect_err("digests differ");

@@ -60,7 +60,7 @@ mod tests {
     use crate::run::requests::Request;
 
     fn tally(data: f64, backward: f64) -> Tally {
-        let seconds = [data, 0.1, backward];
+        let seconds = [data, 0.0, 0.1, backward];
         Tally {
             statistics: Vec::new(),
             norms: Vec::new(),

@@ -10,7 +10,7 @@ use crate::collective::agreement::known_to_all;
 use crate::config::{CheckpointSettings, RunConfig};
 use crate::data::{Dataset, Loader, Order, Share};
 use crate::error::{Error, NUMERIC, Result};
-use crate::flow::{FlowMatchingPipeline, report as flow_report};
+use crate::flow::{Drawn, FlowMatchingPipeline, report as flow_report};
 use crate::parallel::Replica;
 use crate::parallel::divergence;
 use crate::phase::Phase;
@@ -21,6 +21,7 @@ use crate::run::optimizer_state::OptimizerState;
 use crate::run::requests::{Request, Requests};
 use crate::telemetry::{MetricsFile, Telemetry, Throughput, peak_resident_bytes};
 use crate::train::Ending;
+use crate::train::draws::RunDraws;
 use crate::train::latents;
 use crate::train::metrics::{self, StepMetrics};
 use crate::train::step::{Stepper, Update};
@@ -54,19 +55,22 @@ impl<'c> Trainer<'c> {
     /// Trains to the last step, or until a request to stop.
     pub fn run(&mut self, requests: &Requests, telemetry: &Telemetry) -> Result<Ending> {
         let (dataset, order) = (Arc::clone(&self.dataset), self.order.clone());
+        let draws = RunDraws::new(self.config, &self.pipeline, self.share);
+        let ahead = draws.clone();
         let mut loader = Loader::start(
             dataset,
             order,
             self.share,
             self.manifest.step,
             self.config.data.prefetch,
+            move |place, batch| ahead.draw_ahead(place, batch),
         )?;
         let mut progress = telemetry.progress(self.config.max_steps, self.manifest.step);
         let mut throughput = Throughput::new(THROUGHPUT_STEPS);
         throughput.record(0.0);
         while self.manifest.step < self.config.max_steps {
             let began = Instant::now();
-            let update = self.step(requests, &mut loader, telemetry)?;
+            let update = self.step(requests, &mut loader, &draws, telemetry)?;
             self.manifest.step += 1;
             self.manifest.lr =
                 if update.skipped.is_none() { Some(update.lr) } else { self.manifest.lr };
@@ -107,7 +111,8 @@ impl<'c> Trainer<'c> {
     fn step(
         &mut self,
         requests: &Requests,
-        loader: &mut Loader,
+        loader: &mut Loader<Option<Drawn>>,
+        draws: &RunDraws,
         telemetry: &Telemetry,
     ) -> Result<Update> {
         let step = self.manifest.step + 1;
@@ -116,6 +121,7 @@ impl<'c> Trainer<'c> {
             config: self.config,
             collective: self.collective,
             pipeline: &self.pipeline,
+            draws,
             share: self.share,
             check_stages: self.debug,
             requests,

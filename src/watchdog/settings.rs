@@ -52,9 +52,12 @@ impl WatchdogSettings {
     /// Returns the time that a rank at `pulse` may take without progress.
     pub fn limit(&self, pulse: &Pulse, pace: Pace) -> Duration {
         let seconds = match pulse.phase {
-            Phase::Launch | Phase::Connect | Phase::Bootstrap | Phase::Open => self.init_seconds,
+            Phase::Launch | Phase::Connect | Phase::Bootstrap | Phase::Open | Phase::Attention => {
+                self.init_seconds
+            }
             Phase::Read
             | Phase::Data
+            | Phase::Draw
             | Phase::Forward
             | Phase::Backward
             | Phase::Reduce

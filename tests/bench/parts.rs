@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use criterion::{Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
 use fm_dist::adapter::create_pipeline;
-use fm_dist::data::{Batch, DataType, Dataset, Loader, Order, Share};
+use fm_dist::data::{Batch, DataType, Dataset, Loaded, Loader, Order, Share};
 use fm_dist::files::safetensors;
 use fm_dist::files::sha256::HashingWriter;
 use fm_dist::flow::{FlowMatchingSettings, Statistics, StepOptions};
@@ -98,13 +98,18 @@ fn loader(criterion: &mut Criterion) {
             micro_batch_size: BATCH as usize,
             neighbours: false,
         };
-        Loader::start(dataset, order, share, 0, 2).expect("a thread to read ahead")
+        Loader::start(dataset, order, share, 0, 2, |_, _| Ok(())).expect("a thread to read ahead")
     };
     let mut loader = None;
     let mut group = criterion.benchmark_group("loader");
     group.throughput(Throughput::Elements(BATCH as u64));
     group.bench_function("16x64x64 + 512x4096", |bencher| {
-        bencher.iter(|| loader.get_or_insert_with(start).next_batch().expect("sound data"))
+        bencher.iter(|| {
+            let Loaded { batch, ahead } =
+                loader.get_or_insert_with(start).next_batch().expect("sound data");
+            ahead.wait().expect("nothing is made of it");
+            batch
+        })
     });
     group.finish();
 }
@@ -168,12 +173,8 @@ fn pipeline(criterion: &mut Criterion) {
             bencher.iter(|| {
                 step += 1;
                 let stream = Stream::Batch(Key::new(KEY_SEED, Purpose::FlowMatching).step(step));
-                let options = StepOptions {
-                    global_step: step,
-                    collect_metrics: true,
-                    check_loss: false,
-                    strata: None,
-                };
+                let options =
+                    StepOptions { global_step: step, collect_metrics: true, check_loss: false };
                 let output = pipeline.step(model, &batch, &stream, options).expect("a sound batch");
                 let row = output.statistics.as_ref().expect("metrics were asked for");
                 black_box(Statistics::from_row(&Vec::try_from(row).expect("a row of f32")));

@@ -61,7 +61,7 @@ def measured(run: pathlib.Path) -> dict[str, list[float]]:
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][WARM_UP:]
     return {
         "step": [step["step_seconds"] for step in steps],
-        "compute": [step["forward_seconds"] + step["backward_seconds"] for step in steps],
+        "compute": [step["draw_seconds"] + step["forward_seconds"] + step["backward_seconds"] for step in steps],
         "optimizer": [step["optimizer_seconds"] for step in steps],
         "communication": [step["communication_seconds"] for step in steps],
     }

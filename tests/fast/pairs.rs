@@ -8,6 +8,7 @@ use std::path::Path;
 use fm_dist::commands::{StepRequest, dump_step};
 use fm_dist::config::RunConfig;
 use fm_dist::error::Error;
+use fm_dist::files::safetensors::SafeTensors;
 use fm_dist::plan::{CheckRequest, check};
 use tempfile::TempDir;
 
@@ -95,7 +96,14 @@ fn read(tiny: &Tiny, folder: &Path, overrides: &[String]) -> Result<RunConfig, E
 /// The first step, with gradients.
 fn step(config: &RunConfig, folder: &Path) -> Result<(), Error> {
     let (batch, dump) = (folder.join("samples.safetensors"), folder.join("dump.safetensors"));
-    dump_step(config, &StepRequest { batch, dump, weights: None, torch_seed: Some(1), grads: true })
+    let request =
+        StepRequest { batch, dump: dump.clone(), weights: None, torch_seed: Some(1), grads: true };
+    let told = dump_step(config, &request)?;
+    let expected =
+        "noise and timesteps are what the CPU's generator draws after seed 1, on every device\n";
+    assert_eq!(told, expected);
+    assert_eq!(SafeTensors::open(&dump)?.metadata()["draws"], "host");
+    Ok(())
 }
 
 /// All ways to set the flags.

@@ -16,8 +16,8 @@ use fm_dist::rng::{Key, Purpose, Stream};
 use tch::{Device, Kind, Tensor};
 
 const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
-const OPTIONS: StepOptions<'static> =
-    StepOptions { global_step: 3, collect_metrics: true, check_loss: true, strata: None };
+const OPTIONS: StepOptions =
+    StepOptions { global_step: 3, collect_metrics: true, check_loss: true };
 
 fn batch(size: i64) -> Batch {
     let (latents, text) = Key::new(1, Purpose::Test).seeded(|| {

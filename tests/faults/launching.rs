@@ -336,4 +336,14 @@ fn b11_a_read_that_hangs_is_told_with_rank_phase_and_file() {
         ..Case::default()
     }
     .run();
+    let says = [says[0], says[1], "phase draw", says[4]];
+    Case {
+        fault: "sleep@1:7:draw:60",
+        sets: &SHORT,
+        code: 21,
+        says: &says,
+        seconds: SOON,
+        ..Case::default()
+    }
+    .run();
 }

@@ -95,8 +95,7 @@ fn check_case(case: &Value, folder: &Path) {
     );
     let batch = batch_of(&file, case["data_type"].as_str().unwrap());
     let stream = Stream::TorchSeed(case["seed"].as_i64().unwrap());
-    let options =
-        StepOptions { global_step: 1, collect_metrics: true, check_loss: false, strata: None };
+    let options = StepOptions { global_step: 1, collect_metrics: true, check_loss: false };
     let output = pipeline.step(|inputs| Ok(formula(&inputs)), &batch, &stream, options).unwrap();
     assert_eq!(output.sampling_method, case["sampling_method"].as_str().unwrap(), "{what}");
     assert_within_one_ulp(&output.sigma, &expected("sigma"), &format!("{what}: sigma"));

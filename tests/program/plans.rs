@@ -140,7 +140,10 @@ fn large_models_are_predicted_without_data_weights_or_gpu() {
         let efficiencies = |rows: &[(usize, Vec<String>)]| {
             rows.iter().map(|row| row.1[6].parse().unwrap()).collect::<Vec<f64>>()
         };
-        let rows = predicted(&command(&[]));
+        let plan = command(&[]);
+        let attention = plan.lines().find(|line| line.starts_with("attention")).unwrap();
+        assert!(attention.contains("without a mask"), "each rank's one sample: {attention}");
+        let rows = predicted(&plan);
         assert_eq!(rows[9].1[0].parse::<usize>().unwrap(), 4096 * micro_batches, "{config}");
         let of_world = efficiencies(&rows);
         // Above 100 because ranks share the optimizer's pass; the rings' hops grow with the ranks

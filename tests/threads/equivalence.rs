@@ -80,6 +80,24 @@ fn the_same_run_twice_gives_the_same_bits() {
 }
 
 #[test]
+fn noise_that_is_drawn_ahead_is_that_of_its_place_whoever_draws_it_and_when() {
+    let root = TempDir::new().unwrap();
+    let parameters = |name: &str, overrides: &[&str]| {
+        let overrides =
+            [&["data.micro_batch_size_per_gpu=4", "parallel.seed_scope=rank"], overrides].concat();
+        let folder = run(root.path(), name, 2, &overrides);
+        let (waits, steps) = (column(&folder, "draw_seconds"), column(&folder, "step_seconds"));
+        assert!(waits.iter().zip(&steps).all(|(wait, step)| (0.0..step.1).contains(&wait.1)));
+        checkpoint(&folder, 10).remove("model-00001-of-00001.safetensors").unwrap()
+    };
+    let expected = parameters("plain", &[]);
+    for overrides in [&["data.prefetch=1"], &["data.prefetch=5"], &["flow_matching.draws=device"]] {
+        let name = overrides[0].replace(['.', '='], "-");
+        assert!(parameters(&name, overrides) == expected, "{overrides:?}");
+    }
+}
+
+#[test]
 fn ranks_draw_from_streams_of_their_own() {
     let root = TempDir::new().unwrap();
     let by_rank = run(root.path(), "rank", 2, &["parallel.seed_scope=rank"]);

@@ -50,6 +50,16 @@ choice! {
 }
 
 choice! {
+    /// The generator of noise and timesteps.
+    pub enum DrawPlace {
+        /// The CPU's: the same numbers on every device, drawn beside the step before.
+        "host" => Host,
+        /// That of the computing device: on a GPU the numbers that the reference draws there.
+        "device" => Device,
+    }
+}
+
+choice! {
     /// Samples that one draw of image-to-video decides for.
     pub enum TaskScope {
         /// A whole batch, the reference's way.
@@ -105,5 +115,9 @@ settings! {
         pub task_scope: TaskScope = TaskScope::Batch;
         /// Spread the global batch's draws of u evenly over the distribution, one in each slice.
         pub stratified_timesteps: bool = false;
+        /// Whose generator draws noise and timesteps: the host's, with the same numbers on every
+        /// device, or the computing device's, as the reference does; then a GPU's numbers depend on
+        /// its model.
+        pub draws: DrawPlace = DrawPlace::Host;
     }
 }

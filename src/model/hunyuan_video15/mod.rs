@@ -2,9 +2,11 @@
 //!
 //! Inputs: `hidden_states` `[B, C, F, H, W]`; if the model has more channels than it predicts,
 //! `condition_latents` `[B, in_channels - C, F, H, W]`; `timestep` `[B]` in `[0, 1000]`; a language
-//! model's text `encoder_hidden_states` `[B, L, text_embed_dim]`, a glyph encoder's
-//! `encoder_hidden_states_2` `[B, L2, text_embed_2_dim]`, both with an `encoder_attention_mask`;
-//! `image_embeds` `[B, L3, image_embed_dim]`, zeros if there is no image.
+//! model's text `encoder_hidden_states` `[B, L, text_embed_dim]`, of at least one token; a glyph
+//! encoder's `encoder_hidden_states_2` `[B, L2, text_embed_2_dim]` and `image_embeds` `[B, L3,
+//! image_embed_dim]`, which may have no tokens; and where samples see different tokens of the
+//! three, their masks `encoder_attention_mask` `[B, L]`, `encoder_attention_mask_2` `[B, L2]` and
+//! `image_mask` `[B, L3]`, boolean.
 //!
 //! Source: diffusers 0.42.1, `HunyuanVideo15Transformer3DModel`, whose field and parameter names
 //! these are.
@@ -35,6 +37,7 @@ impl HunyuanVideo15 {
             with_bias: true,
             epsilon: EPSILON,
             rounding: Rounding::EachStep,
+            takes_mask: true,
         }
     }
 
@@ -126,9 +129,8 @@ impl Architecture for HunyuanVideo15 {
     }
 
     fn inputs(&self) -> Vec<&'static str> {
-        let mut inputs =
-            vec!["hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask"];
-        inputs.extend(["encoder_hidden_states_2", "encoder_attention_mask_2", "image_embeds"]);
+        let mut inputs = vec!["hidden_states", "timestep", "encoder_hidden_states"];
+        inputs.extend(["encoder_hidden_states_2", "image_embeds"]);
         inputs.extend(self.is_conditioned().then_some("condition_latents"));
         inputs
     }
@@ -203,14 +205,14 @@ mod tests {
         }
     }
 
-    /// Returns inputs of three samples; an image is present where `images` is not zero, and the
-    /// second sample's texts are padded.
-    fn inputs(images: [f64; 3]) -> Activations {
+    /// Returns inputs of three samples, of which some see an image; the second sample's texts are
+    /// padded.
+    fn inputs(images: [bool; 3]) -> Activations {
         let normal = |name: &str, size: &[i64]| {
             Key::new(8, Purpose::Test).named(name).seeded(|| Tensor::randn(size, FLOAT))
         };
-        let images = Tensor::from_slice(&images).to_kind(Kind::Float);
-        let padded = Tensor::from_slice2(&[[1f32, 1.0, 1.0], [1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]);
+        let images = Tensor::from_slice(&images);
+        let padded = Tensor::from_slice2(&[[true; 3], [true, false, false], [true; 3]]);
         Activations::new()
             .with_constant("hidden_states", normal("latents", &[3, 2, 2, 4, 6]))
             .with_constant(
@@ -222,7 +224,8 @@ mod tests {
             .with_constant("encoder_attention_mask", padded.shallow_clone())
             .with_constant("encoder_hidden_states_2", normal("glyphs", &[3, 3, 4]))
             .with_constant("encoder_attention_mask_2", padded)
-            .with_constant("image_embeds", normal("image", &[3, 2, 3]) * images.view([3, 1, 1]))
+            .with_constant("image_embeds", normal("image", &[3, 2, 3]))
+            .with_constant("image_mask", images.unsqueeze(1).expand([3, 2], false))
     }
 
     fn predict(inputs: Activations) -> Tensor {
@@ -321,9 +324,9 @@ mod tests {
     #[test]
     fn a_sample_does_not_see_whether_others_have_an_image() {
         let (mixed, all, none) = (
-            predict(inputs([1.0, 0.0, 1.0])),
-            predict(inputs([1.0; 3])),
-            predict(inputs([0.0; 3])),
+            predict(inputs([true, false, true])),
+            predict(inputs([true; 3])),
+            predict(inputs([false; 3])),
         );
         assert_eq!(mixed.size(), [3, 2, 2, 4, 6]);
         for (sample, uniform, other) in [(0, &all, &none), (1, &none, &all), (2, &all, &none)] {
@@ -335,12 +338,12 @@ mod tests {
 
     #[test]
     fn padding_is_never_seen_and_an_empty_text_gives_numbers() {
-        let changed = |text: f64, mask: f64| {
+        let changed = |text: f64, is_seen: bool| {
             let padded = Tensor::from_slice2(&[[0f32, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
                 .unsqueeze(-1);
-            let before = inputs([1.0; 3]);
+            let before = inputs([true; 3]);
             let shifted = |name: &'static str| before.get(name) + &padded * text;
-            let masked = |name: &'static str| before.get(name) * mask;
+            let masked = |name| before.get(name).logical_and(&Tensor::from(is_seen));
             Activations::new()
                 .with_constant("encoder_hidden_states", shifted("encoder_hidden_states"))
                 .with_constant("encoder_hidden_states_2", shifted("encoder_hidden_states_2"))
@@ -348,7 +351,7 @@ mod tests {
                 .with_constant("encoder_attention_mask_2", masked("encoder_attention_mask_2"))
                 .carrying_constants_of(&before)
         };
-        assert!(distance(&predict(changed(0.0, 1.0)), &predict(changed(100.0, 1.0))) < 1e-5);
-        assert!(predict(changed(0.0, 0.0)).isfinite().all().double_value(&[]) == 1.0);
+        assert!(distance(&predict(changed(0.0, true)), &predict(changed(100.0, true))) < 1e-5);
+        assert!(predict(changed(0.0, false)).isfinite().all().double_value(&[]) == 1.0);
     }
 }

@@ -97,30 +97,38 @@ impl Embed {
         })
     }
 
-    /// Returns image, glyphs and text as one sequence `[B, L3 + L2 + L, D]`, and the mask of its
-    /// valid tokens, `[B, L3 + L2 + L]`.
+    /// Returns image, glyphs and text as one sequence `[B, L3 + L2 + L, D]`.
     ///
     /// diffusers moves each sample's padding after its valid tokens and sets it to zeros.
     /// Conditions have no positions, and valid tokens never attend to padding, so that neither
     /// changes outputs or gradients.
-    fn conditions(&self, params: &Views, input: &Activations) -> (Tensor, Tensor) {
-        let embeds = input.get("image_embeds");
+    fn conditions(&self, params: &Views, input: &Activations) -> Tensor {
         let types = &params[self.types];
         let text = input.get("text") + types.get(0);
         let glyphs =
             self.glyphs.forward(params, input.get("encoder_hidden_states_2")) + types.get(1);
-        let image = self.image.forward(params, embeds) + types.get(2);
-        // As in diffusers, for the whole batch: an image of zeros means no image.
-        let has_image =
-            embeds.ne(0).flatten(1, 2).any_dim(1, true).expand([-1, embeds.size()[1]], false);
-        let masks = ["encoder_attention_mask_2", "encoder_attention_mask"]
-            .map(|name| input.get(name).to_kind(Kind::Bool));
-        let [glyph_mask, text_mask] = masks;
-        (
-            Tensor::cat(&[image, glyphs, text], 1),
-            Tensor::cat(&[has_image, glyph_mask, text_mask], 1),
-        )
+        let image = self.image.forward(params, input.get("image_embeds")) + types.get(2);
+        Tensor::cat(&[image, glyphs, text], 1)
     }
+}
+
+/// Returns the mask of the valid tokens of all conditions, `[B, L3 + L2 + L]` boolean; `None` if
+/// every sample sees them all.
+fn conditions_mask(input: &Activations) -> Option<Tensor> {
+    let parts = [
+        ("image_mask", "image_embeds"),
+        ("encoder_attention_mask_2", "encoder_hidden_states_2"),
+        ("encoder_attention_mask", "encoder_hidden_states"),
+    ];
+    let mask = |(mask, tokens)| match input.find(mask) {
+        Some(mask) => mask.shallow_clone(),
+        None => {
+            let tokens = input.get(tokens);
+            Tensor::ones(&tokens.size()[..2], (Kind::Bool, tokens.device()))
+        }
+    };
+    let is_masked = parts.iter().any(|(mask, _)| input.find(mask).is_some());
+    is_masked.then(|| Tensor::cat(&parts.map(mask), 1))
 }
 
 impl Stage for Embed {
@@ -136,19 +144,18 @@ impl Stage for Embed {
             latents.shallow_clone()
         };
         let video = self.video.forward(params, &whole);
-        let (conditions, counted) = self.conditions(params, input);
         // diffusers masks the padding's own rows as well; no valid token reads them, so that
         // masking padding as keys is exact.
-        let mask = joint_mask(&counted, video.size()[1]);
+        let mask = conditions_mask(input).map(|mask| joint_mask(&mask, video.size()[1]));
         Activations::new()
             .with("image", video)
-            .with("text", conditions)
+            .with("text", self.conditions(params, input))
             .with(
                 "conditioning",
                 self.timestep.forward(params, input.get("timestep"), latents.kind()),
             )
             .with_constant("image_rope", self.rope(latents))
-            .with_constant("mask", mask)
+            .with_optional("mask", mask)
     }
 }
 

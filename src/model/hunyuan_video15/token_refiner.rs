@@ -9,7 +9,10 @@ use crate::nn::attention::attend;
 use crate::nn::embed::ScalarEmbedding;
 use crate::nn::modulation::{Modulation, gated};
 use crate::nn::norm::LayerNorm;
-use crate::nn::{Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, Rows, Stage, Views};
+use crate::nn::{
+    Activations, AttentionInfo, Builder, Linear, Mlp, Nonlinearity, ParamSet, Rows, Stage, Views,
+};
+use crate::ops::at_least_float;
 
 /// Epsilon of the layer normalizations.
 const EPSILON: f64 = 1e-6;
@@ -19,8 +22,8 @@ const FREQUENCIES: i64 = 256;
 /// ratio in the model's own blocks.
 const MLP_RATIO: i64 = 4;
 
-/// Maps `encoder_hidden_states` `[B, L, inputs]`, `encoder_attention_mask` `[B, L]` and `timestep`
-/// `[B]` to `text` `[B, L, D]`.
+/// Maps `encoder_hidden_states` `[B, L, inputs]`, `timestep` `[B]` and, if samples see different
+/// tokens, `encoder_attention_mask` `[B, L]` to `text` `[B, L, D]`.
 pub(super) struct TokenRefiner {
     params: ParamSet,
     timestep: ScalarEmbedding,
@@ -62,26 +65,31 @@ impl Stage for TokenRefiner {
 
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
         let (text, mask) =
-            (input.get("encoder_hidden_states"), input.get("encoder_attention_mask"));
+            (input.get("encoder_hidden_states"), input.find("encoder_attention_mask"));
         let timestep = self.timestep.forward(params, input.get("timestep"), text.kind());
-        let conditioning = timestep + self.pooled.forward(params, &masked_average(text, mask));
+        let conditioning = timestep + self.pooled.forward(params, &average(text, mask));
         // Only keys are masked: the padding's own rows reach neither a valid token nor the loss.
-        let seen = mask.to_kind(Kind::Bool).unsqueeze(1).unsqueeze(1);
-        let refine =
-            |text: Tensor, block: &Block| block.forward(params, &text, &conditioning, &seen);
+        let seen = mask.map(|mask| mask.unsqueeze(1).unsqueeze(1));
+        let refine = |text: Tensor, block: &Block| {
+            block.forward(params, &text, &conditioning, seen.as_ref())
+        };
         Activations::new()
             .with("text", self.blocks.iter().fold(self.input.forward(params, text), refine))
     }
 }
 
-/// Returns the mean of the tokens by the weights of `mask`, computed in f32; zeros if no token is
-/// valid.
+/// Returns the mean of the tokens that `mask` marks, or of all, computed in f32; zeros if no token
+/// is valid.
 ///
 /// # Shapes
-/// `text`: `[B, L, D]`; `mask`: `[B, L]`. Returns `[B, D]` in the kind of `text`.
-fn masked_average(text: &Tensor, mask: &Tensor) -> Tensor {
-    let weights = mask.to_kind(Kind::Float).unsqueeze(-1);
+/// `text`: `[B, L, D]`; `mask`: `[B, L]` boolean. Returns `[B, D]` in the kind of `text`.
+fn average(text: &Tensor, mask: Option<&Tensor>) -> Tensor {
     let sum = |x: &Tensor| x.sum_dim_intlist([1i64].as_slice(), false, None::<Kind>);
+    let Some(mask) = mask else {
+        let wide = text.to_kind(at_least_float(text.kind()));
+        return wide.mean_dim([1i64].as_slice(), false, None::<Kind>).to_kind(text.kind());
+    };
+    let weights = mask.to_kind(Kind::Float).unsqueeze(-1);
     // An empty text has no mean; clamping to the smallest divisor changes no other quotient.
     (sum(&(text * &weights)) / sum(&weights).clamp_min(f64::from(f32::MIN_POSITIVE)))
         .to_kind(text.kind())
@@ -102,7 +110,13 @@ struct Block {
 
 impl Block {
     fn new(builder: &mut Builder<'_>, width: i64, num_heads: i64) -> Self {
-        builder.attends(Rows::Text, Rows::Text, width);
+        builder.attends(AttentionInfo {
+            queries: Rows::Text,
+            keys: Rows::Text,
+            num_heads,
+            head_width: width / num_heads,
+            takes_mask: true,
+        });
         let mut linear = |name: &str, rows, outputs| {
             Linear::pytorch(&mut builder.at(name).over(rows), width, outputs, true)
         };
@@ -120,14 +134,14 @@ impl Block {
     }
 
     /// # Shapes
-    /// `text`: `[B, L, D]`; `conditioning`: `[B, D]`; `seen`: `[B, 1, 1, L]` boolean. Returns the
-    /// shape of `text`.
+    /// `text`: `[B, L, D]`; `conditioning`: `[B, D]`; `seen`: `[B, 1, 1, L]` boolean, if samples
+    /// see different tokens. Returns the shape of `text`.
     fn forward(
         &self,
         params: &Views,
         text: &Tensor,
         conditioning: &Tensor,
-        seen: &Tensor,
+        seen: Option<&Tensor>,
     ) -> Tensor {
         let [gate_attention, gate_feed] = self.gates.forward(params, conditioning);
         let text = gated(
@@ -138,14 +152,14 @@ impl Block {
         gated(&text, &gate_feed, &self.feed.forward(params, &self.norm_feed.forward(params, &text)))
     }
 
-    fn attention(&self, params: &Views, text: &Tensor, seen: &Tensor) -> Tensor {
+    fn attention(&self, params: &Views, text: &Tensor, seen: Option<&Tensor>) -> Tensor {
         let (batch, tokens, _) = text.size3().expect("[B, L, D]");
         let heads = |linear: &Linear| {
             linear.forward(params, text).view([batch, tokens, self.num_heads, -1])
         };
         self.output.forward(
             params,
-            &attend(&heads(&self.query), &heads(&self.key), &heads(&self.value), Some(seen)),
+            &attend(&heads(&self.query), &heads(&self.key), &heads(&self.value), seen),
         )
     }
 }
