@@ -5,29 +5,29 @@ use std::process::Command;
 
 use tempfile::TempDir;
 
-/// Seconds from the failure to the end of every rank, as promised. A rank that waits in a collective
-/// for the one that failed is ended by it.
+/// Seconds from the failure to the end of every rank, as promised. A rank that waits in a
+/// collective for the one that failed is ended by it.
 const PROMISED: f64 = 5.0;
 
-/// A run of which one rank meets the fault; all must end in the promised time.
-fn on_one_rank(fault: &str, ranks: usize, code: i32, says: &[&str]) -> Ended {
-    let batch = format!("train.global_batch_size={}", 8 * ranks);
+/// Runs a case in which one rank meets the fault; all must end in the promised time.
+fn on_one_rank(case: Case<'_>) -> Ended {
+    let batch = format!("train.global_batch_size={}", 8 * case.ranks);
     let never = ["panicked", "error BUG", "WARN straggler"];
-    let case = Case { ranks, fault, sets: &[&batch], code, says, never: &never, ..Case::default() };
-    Case { seconds: PROMISED, ..case }.run()
+    Case { sets: &[&batch], never: &never, seconds: PROMISED, ..case }.run()
 }
 
 #[test]
 fn c4_a_device_that_fails_on_one_rank_ends_all_with_code_23_and_its_stage() {
-    let words = "CUDA error: an illegal memory access was encountered. Kernels run behind the host, \
-                 so the place may be late: CUDA_LAUNCH_BLOCKING=1 finds it. exit 23";
+    let words = "CUDA error: an illegal memory access was encountered. Kernels run behind the \
+                 host, so the place may be late: CUDA_LAUNCH_BLOCKING=1 finds it. exit 23";
     for (fault, ranks, place, stage) in [
         ("device@1:6:forward:1", 2, "step 6 phase forward stage 1 (blocks.0): ", Some("blocks.0")),
         ("device@1:6:backward:2", 4, " stage 2 (blocks.1): ", Some("blocks.1")),
         ("device@1:6:optimizer", 3, "step 6 phase optimizer#", None),
     ] {
         let says = ["error DEVICE rank 1/", place, words];
-        let ended = on_one_rank(fault, ranks, 23, &says);
+        let case = Case { ranks, fault, code: 23, says: &says, ..Case::default() };
+        let ended = on_one_rank(case);
         assert_eq!(stage.is_none(), !ended.errors.contains(" stage "), "{}", ended.errors);
         let failure = ended.failure(1);
         assert_eq!(
@@ -42,8 +42,8 @@ fn c4_a_device_that_fails_on_one_rank_ends_all_with_code_23_and_its_stage() {
 fn c4_memory_that_runs_out_on_one_rank_ends_all_with_code_53_and_a_smaller_choice() {
     let words = [
         "error MEMORY rank ",
-        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 139.80 GiB of \
-         which 1.29 GiB is free.",
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 139.80 GiB \
+         of which 1.29 GiB is free.",
         "; check predicted 16",
         " MiB with parallel.recompute = \"always\". exit 53",
     ];
@@ -52,7 +52,8 @@ fn c4_memory_that_runs_out_on_one_rank_ends_all_with_code_53_and_a_smaller_choic
         ("out_of_memory@3:6:backward:1", 4, " stage 1 (blocks.0): "),
         ("out_of_memory@0:6:optimizer", 2, "step 6 phase optimizer#"),
     ] {
-        on_one_rank(fault, ranks, 53, &[&words[..], &[place]].concat());
+        let says = [&words[..], &[place]].concat();
+        on_one_rank(Case { ranks, fault, code: 53, says: &says, ..Case::default() });
     }
 }
 
@@ -72,7 +73,8 @@ fn c4_memory_that_runs_out_beside_the_steps_has_advice_of_its_own() {
             ["phase report#", "lower sampling.per_condition, or use more memory. exit 53"],
         ),
     ] {
-        on_one_rank(fault, 2, 53, &[&["error MEMORY rank 1/2"][..], &words].concat());
+        let says = [&["error MEMORY rank 1/2"][..], &words].concat();
+        on_one_rank(Case { fault, code: 53, says: &says, ..Case::default() });
     }
 }
 

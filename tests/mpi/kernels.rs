@@ -334,8 +334,8 @@ fn nvmls_faults_of_the_gpu_stand_behind_the_drivers_words() {
         ("NCCL_DOUBLE_ECC_ERRORS", "2"),
         ("NCCL_DOUBLE_XID", "31"),
     ];
-    let faults = "NVML: 2 uncorrected ECC errors since the driver was loaded, rows of memory wait to \
-                  be remapped at the next reset, Xid 31 (memory page fault). exit 23";
+    let faults = "NVML: 2 uncorrected ECC errors since the driver was loaded, rows of memory wait \
+                  to be remapped at the next reset, Xid 31 (memory page fault). exit 23";
     gpu_fails(&switches, 23, &[LATE, faults]);
 }
 
