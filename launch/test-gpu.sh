@@ -162,7 +162,7 @@ test_rows_together() {
 }
 
 attention() {
-    if "$program" doctor --help 2>/dev/null | grep -q -- --gpu; then
+    if [[ "$("$program" doctor --help 2>/dev/null)" = *--gpu* ]]; then
         one_row "attention: fm-dist doctor --gpu" "$program" doctor --gpu
         grep -v '^| \|^exit ' "$(log_of "attention: fm-dist doctor --gpu")" | cut -c 1-260 | sed 's/^/    /' || true
     else

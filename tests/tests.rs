@@ -11,7 +11,7 @@
 //! | `mpi::` ranks are processes | 45 | | 200 |
 //! | `faults::` runs break on order | 82 | root, or user namespaces | 330 |
 //! | `oracle::` beside PyTorch and diffusers | 33 | `launch/setup.sh --oracle` | 115 |
-//! | `cuda::` ignored without `launch/test-gpu.sh` | 31 | a GPU | |
+//! | `cuda::` ignored without `launch/test-gpu.sh` | 33 | a GPU | |
 //!
 //! Seconds are those of 2 cores after the build; `mpi`, `faults` and `oracle` had to share them
 //! with other programs.
