@@ -3,6 +3,9 @@
 #   timed TEXT COMMAND…     says what is being done and why, does it, says how long it took
 #   stop TEXT               ends the script with exit code 52: something is missing that only you can provide
 #   mpi_run RANKS PROGRAM…  mpirun with what Open MPI asks for besides, as root or with more ranks than cores; says what it adds
+#   unpack_wheels REQUIREMENTS FOLDER   the libraries of pinned wheels, each checked against its hash
+#   is_made_from FOLDER REQUIREMENTS    true if the folder was made from this very file
+#   is_packed               true in a folder that launch/pack-gpu.sh has made, where there is no cargo
 #   cluster_environment     exports what ranks on a cluster want from NCCL, UCX and OpenMP
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
@@ -20,6 +23,24 @@ stop() {
     echo "$0: $*" >&2
     exit 52
 }
+
+# A folder under .deps/ carries the hash of the requirement file that it was made from, and gets its name only when it is complete.
+is_made_from() { [ -f "$1/made-from" ] && [ "$(cat "$1/made-from")" = "$(sha256sum <"$2")" ]; }
+
+# Fetches the wheels that a requirement file pins (for Python 3.11 whatever Python is here: only the libraries inside are used),
+# each checked against its hash, and unpacks them into one folder.
+unpack_wheels() {
+    local requirements=$1 folder=$2 wheels platforms=() tag wheel
+    wheels=$(mktemp -d .deps/unfinished.XXXXXX)
+    for tag in 2_28 2_27 2_25 2_18 2_17 2_12 2_5; do platforms+=(--platform "manylinux_${tag}_x86_64"); done
+    python3 -m pip download --no-deps --require-hashes --only-binary=:all: --implementation cp --python-version 3.11 --abi cp311 \
+        "${platforms[@]}" --platform manylinux2014_x86_64 --no-cache-dir --disable-pip-version-check --progress-bar off --quiet \
+        --requirement "$requirements" --dest "$wheels" || stop "pip could not fetch the wheels of $requirements: its message stands above"
+    for wheel in "$wheels"/*.whl; do python3 -m zipfile -e "$wheel" "$folder"; done
+    rm -r "$wheels"
+}
+
+is_packed() { [ -f packed ]; }
 
 # Open MPI counts cores, not hardware threads, and only those that this process may use.
 num_cores() {

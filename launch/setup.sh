@@ -73,22 +73,6 @@ rust() {
 
 has_nvidia_driver() { [ -e /proc/driver/nvidia/version ] || command -v nvidia-smi >/dev/null; }
 
-# A folder under .deps/ carries the hash of the requirement file that it was made from, and gets its name only when it is complete.
-is_made_from() { [ -f "$1/made-from" ] && [ "$(cat "$1/made-from")" = "$(sha256sum <"$2")" ]; }
-
-# Fetches the wheels that a requirement file pins (for Python 3.11 whatever Python is here: only the libraries inside are used),
-# each checked against its hash, and unpacks them into one folder.
-unpack_wheels() {
-    local requirements=$1 folder=$2 wheels platforms=() tag wheel
-    wheels=$(mktemp -d .deps/unfinished.XXXXXX)
-    for tag in 2_28 2_27 2_25 2_18 2_17 2_12 2_5; do platforms+=(--platform "manylinux_${tag}_x86_64"); done
-    python3 -m pip download --no-deps --require-hashes --only-binary=:all: --implementation cp --python-version 3.11 --abi cp311 \
-        "${platforms[@]}" --platform manylinux2014_x86_64 --no-cache-dir --disable-pip-version-check --progress-bar off --quiet \
-        --requirement "$requirements" --dest "$wheels" || stop "pip could not fetch the wheels of $requirements: its message stands above"
-    for wheel in "$wheels"/*.whl; do python3 -m zipfile -e "$wheel" "$folder"; done
-    rm -r "$wheels"
-}
-
 libtorch() {
     local requirements=launch/requirements/libtorch.txt fresh
     if has_nvidia_driver; then

@@ -2,7 +2,7 @@
 # launch/slurm.sbatch on a real Slurm of one machine, started here and stopped again: it is warned of the end of its time, saves,
 # queues itself again, and ends with the bits of a run that nothing interrupted.
 #
-# Takes about 2 minutes on 2 cores; needs root, and what launch/setup.sh --slurm installs (it is SKIPPED without either). The
+# Takes about 3 minutes on 2 cores; needs root, and what launch/setup.sh --slurm installs (it is SKIPPED without either). The
 # packages' own services are not used and may be off. Everything lies in a temporary folder, which is kept after a failure.
 set -euo pipefail
 # shellcheck source=launch/env.sh
@@ -76,6 +76,8 @@ within() {
 no_job_is_left() { [ -z "$(squeue --noheader 2>/dev/null)" ]; }
 state_of() { scontrol show job "$1" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p'; }
 restarts_of() { scontrol show job "$1" | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p'; }
+excluded_of() { scontrol show job "$1" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p'; }
+is_pending() { [ "$(state_of "$1")" = PENDING ]; }
 has_ended() { [[ $(state_of "$1") =~ ^(COMPLETED|CANCELLED|FAILED|TIMEOUT|NODE_FAIL|OUT_OF_MEMORY)$ ]]; }
 says() { grep -qE -- "$2" "$room/$1.log" 2>/dev/null; }
 
@@ -218,6 +220,33 @@ first_failure_counts() {
     [ "$(restarts_of "$job")" -eq 0 ] || fail "job $job was queued again after a panic"
 }
 
+# A job on one node whose device failed waits for another one; it starts again once its node may be used.
+failed_device_excludes_its_node() {
+    local job
+    job=$(submit device -- --set 'debug.inject_fault="device@1:5:backward:1"')
+    within 60 says device 'code 23 at step 0: queued again' || fail "job $job is not queued again after code 23"
+    within 20 says device 'a device failed on node [^ ]*: the next start leaves out [^ ]*$' || fail "no node was excluded"
+    within 20 is_pending "$job" || fail "job $job is $(state_of "$job") where its only node is excluded"
+    [ "$(excluded_of "$job")" = "$(hostname --short)" ] || fail "job $job excludes $(excluded_of "$job"), expected its node"
+    sleep 8
+    is_pending "$job" || fail "job $job started again on the node that was excluded"
+    scontrol update JobId="$job" ExcNodeList=
+    within 60 says device 'start 2 at step 0' || fail "job $job does not start on a node that may be used"
+    scancel "$job"
+    within 30 has_ended "$job" || fail "job $job does not end"
+}
+
+# More of the same memory would not help.
+memory_that_runs_out_is_not_tried_again() {
+    local job
+    job=$(submit memory -- --set 'debug.inject_fault="out_of_memory@1:5:forward:1"')
+    within 60 has_ended "$job" || fail "job $job does not end"
+    says memory 'the first failure, .*/failure-1.json, says 53, which counts' || fail "the failure's file was not read"
+    says memory 'the next start would end the same way: not queued again, code 53' || fail "no verdict"
+    [ "$(restarts_of "$job")" -eq 0 ] || fail "job $job was queued again after memory ran out"
+    [ "$(excluded_of "$job")" = '(null)' ] || fail "job $job excludes $(excluded_of "$job") after memory ran out"
+}
+
 # The same rank dies at the same step of every start.
 c17_crash_loop() {
     local job
@@ -254,6 +283,8 @@ timed "ranks started by mpirun" run_by mpirun
 timed "ranks started by srun without MPI" run_by tcp
 timed "a launcher that never returns is ended" launcher_that_never_returns
 timed "the first failure counts, not what the launcher makes of it" first_failure_counts
+timed "a device that failed excludes its node (code 23)" failed_device_excludes_its_node
+timed "memory that ran out is not tried again (code 53)" memory_that_runs_out_is_not_tried_again
 timed "three starts without a newer checkpoint are the last (C17)" c17_crash_loop
 timed "a cancelled job stays cancelled" cancelled_run
 timed "a job whose time is over saves, queues itself again and ends bit-equal" requeued_run

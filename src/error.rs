@@ -6,11 +6,13 @@
 //! plain operators.
 
 mod library;
+pub mod recorded;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 
 use library::describe_file_limit;
+pub use library::{Place, Shortage};
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -22,8 +24,12 @@ pub const STOPPED: i32 = 10;
 pub const USAGE: i32 = 2;
 /// Exit code of [`Error::Collective`], and of a rank whose heartbeat stopped.
 pub const COMM: i32 = 22;
+/// Exit code of [`Error::Device`].
+pub const DEVICE: i32 = 23;
 /// Exit code of [`Error::Storage`], on the rank that met it and on its peers.
 pub const STORAGE: i32 = 30;
+/// Exit code of [`Error::OutOfMemory`].
+pub const MEMORY: i32 = 53;
 /// Exit code of [`Error::NotFinite`], on the rank that met it and on its peers.
 pub const NUMERIC: i32 = 41;
 
@@ -77,7 +83,7 @@ pub enum Error {
     /// A GPU, or a library that uses it, failed. A retry on another GPU may succeed.
     Device { what: String },
     /// The run needs more memory than there is.
-    OutOfMemory { what: String },
+    OutOfMemory { what: String, shortage: Shortage },
     /// Launcher, libraries or devices do not meet the requirements.
     Environment { what: String },
 }
@@ -154,7 +160,7 @@ impl Error {
             Error::Peer { code, .. } => *code,
             Error::Stopped { .. } => STOPPED,
             Error::Collective { .. } => COMM,
-            Error::Device { .. } => 23,
+            Error::Device { .. } => DEVICE,
             Error::Storage { .. } => STORAGE,
             Error::Data { .. } => 40,
             Error::NotFinite { .. } => NUMERIC,
@@ -164,7 +170,7 @@ impl Error {
             Error::Config { .. } => 50,
             Error::CheckpointMismatch { .. } => 51,
             Error::Environment { .. } => 52,
-            Error::OutOfMemory { .. } => 53,
+            Error::OutOfMemory { .. } => MEMORY,
         }
     }
 }
@@ -202,7 +208,7 @@ impl fmt::Display for FullMessage<'_> {
             | Error::Environment { what }
             | Error::Stopped { what }
             | Error::Device { what }
-            | Error::OutOfMemory { what } => f.write_str(what),
+            | Error::OutOfMemory { what, .. } => f.write_str(what),
         }
     }
 }
@@ -255,7 +261,7 @@ mod tests {
             Error::data("x", "y"),
             Error::Desync { what: String::new() },
             Error::environment("z"),
-            Error::OutOfMemory { what: String::new() },
+            Error::OutOfMemory { what: String::new(), shortage: Shortage::of(Place::Host) },
             Error::storage("x", "open")(rustix::io::Errno::MFILE.into()),
         ];
         assert!(retry.iter().all(|e| e.exit_code() < 40));

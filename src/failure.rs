@@ -1,10 +1,13 @@
 //! The message with which a world ends: one line on standard error, and the same as JSON in the run
-//! folder.
+//! folder. `failure/device.rs` and `failure/memory.rs` add to a library's words what else is known.
 //!
 //! One rank, the *speaker*, prints the reason for all. A rank that fails asks rank 0, outside of
 //! any collective, to become the speaker; rank 0 appoints the first one that asks, and the others
 //! wait until the speaker has ended the world. Time decides only if rank 0 is gone or does not
 //! answer.
+
+mod device;
+mod memory;
 
 use std::backtrace::Backtrace;
 use std::fs;
@@ -16,10 +19,11 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde::Serialize;
 
-use crate::error::{BUG, STOPPED, one_line};
+use crate::error::{BUG, Error, STOPPED, one_line};
 use crate::fault;
 use crate::phase::Phase;
 use crate::pulse;
+pub use memory::{MemoryChange, MemoryForecast, set_forecast};
 
 /// Content of `failure-<rank>.json`.
 #[derive(Serialize)]
@@ -32,6 +36,9 @@ struct Failure<'f> {
     pid: u32,
     step: u64,
     phase: &'static str,
+    /// Index and name of the stage that computed; `None` where none did.
+    stage: Option<usize>,
+    stage_name: Option<String>,
     /// Collectives that the step had started.
     collective: u64,
     message: &'f str,
@@ -106,6 +113,19 @@ fn appointed(speaker: &mut Option<usize>, rank: usize, instead_of: Option<usize>
         *speaker = None;
     }
     *speaker.get_or_insert(rank)
+}
+
+/// Adds to an error of a device or of its memory what the library's words leave out: the state of
+/// the device, the memory that is free and that was predicted, and a configuration that takes less.
+/// Returns any other error unchanged. Takes at most a second.
+pub fn explained(error: Error) -> Error {
+    match error {
+        Error::Device { what } => Error::Device { what: device::explain(&what) },
+        Error::OutOfMemory { what, shortage } => {
+            Error::OutOfMemory { what: memory::explain(&what, shortage), shortage }
+        }
+        other => other,
+    }
 }
 
 /// Records the exit code of a failure. Returns `true` if it is the first one of this process. When
@@ -212,6 +232,8 @@ fn write_file(code: i32, name: &str, message: &str) {
         pid: std::process::id(),
         step: now.step,
         phase: now.phase.word(),
+        stage: now.stage,
+        stage_name: now.stage.and_then(pulse::stage_name),
         collective: now.collectives,
         message,
         backtrace: (code == BUG).then(|| Backtrace::force_capture().to_string()),

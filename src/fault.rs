@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use rustix::process::{Signal, getpid, kill_process};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, recorded};
 use crate::phase::Phase;
 use crate::pulse;
 use crate::settings::{parsed, settings};
@@ -43,10 +43,10 @@ pub enum Kind {
     /// The process exits with the argument as its code, by default 3.
     Exit,
     Panic,
-    /// A panic with libtorch's text of a failing GPU (`Device`), or a real allocation of libtorch
-    /// that cannot succeed (`Memory`).
+    /// A panic with a recorded text of libtorch: of a GPU that fails, or of memory that ran out on
+    /// one. With an argument, in the stage of that index, otherwise at the start of the phase.
     Device,
-    Memory,
+    OutOfMemory,
     /// Computes forever.
     Spin,
     /// Sleeps for the argument's seconds, by default 1.
@@ -90,7 +90,7 @@ const WORDS: &[(&str, Kind)] = &[
     ("exit", Kind::Exit),
     ("panic", Kind::Panic),
     ("device", Kind::Device),
-    ("memory", Kind::Memory),
+    ("out_of_memory", Kind::OutOfMemory),
     ("spin", Kind::Spin),
     ("sleep", Kind::Sleep),
     ("error", Kind::Error),
@@ -182,6 +182,15 @@ impl fmt::Display for Fault {
     }
 }
 
+impl Fault {
+    /// Index of the stage in which the fault strikes; `None` if it strikes at a phase's start or
+    /// wherever the code checks for it.
+    fn stage(&self) -> Option<usize> {
+        let strikes_in_stage = matches!(self.kind, Kind::Device | Kind::OutOfMemory);
+        self.argument.filter(|_| strikes_in_stage).map(|argument| argument as usize)
+    }
+}
+
 static ORDER: OnceLock<Fault> = OnceLock::new();
 
 /// Arms a fault for this process. It may strike at the start of any phase and wherever the code
@@ -212,6 +221,15 @@ fn due(phase: Phase, step: u64, kinds: &[Kind]) -> Option<&'static Fault> {
     struck.then_some(order)
 }
 
+/// Breaks this process if a fault is due now in the stage that starts to compute.
+pub fn strike_in_stage(stage: usize) {
+    let Some(order) = ORDER.get().filter(|order| order.stage() == Some(stage)) else { return };
+    let now = pulse::now();
+    if due(now.phase, now.step, &[order.kind]).is_some() {
+        order.fail_in_library();
+    }
+}
+
 /// Breaks this process if a fault is due now.
 pub fn strike(phase: Phase) {
     strike_at(phase, pulse::now().step);
@@ -220,8 +238,25 @@ pub fn strike(phase: Phase) {
 /// Does as [`strike`] on another thread than the run's own, whose work belongs to `step`.
 pub fn strike_at(phase: Phase, step: u64) {
     use Kind::*;
-    let kinds =
-        [Kill, Segv, Abort, Stop, Exit, Panic, Device, Memory, Spin, Sleep, Usr1, Usr2, Term, Int];
+    let kinds = [
+        Kill,
+        Segv,
+        Abort,
+        Stop,
+        Exit,
+        Panic,
+        Device,
+        OutOfMemory,
+        Spin,
+        Sleep,
+        Usr1,
+        Usr2,
+        Term,
+        Int,
+    ];
+    if ORDER.get().is_some_and(|order| order.stage().is_some()) {
+        return;
+    }
     let Some(order) = due(phase, step, &kinds) else { return };
     match order.kind {
         Kill => signal(Signal::KILL),
@@ -235,9 +270,7 @@ pub fn strike_at(phase: Phase, step: u64) {
         Int => signal(Signal::INT),
         Exit => signal_hook::low_level::exit(order.argument.unwrap_or(3.0) as i32),
         Panic => panic!("a fault was ordered"),
-        Device => panic!("called `Result::unwrap()` on an `Err` value: Torch({ILLEGAL_ACCESS:?})"),
-        // 2^58 floats are an exbibyte, which no host has.
-        Memory => drop(tch::Tensor::empty([1 << 58], (tch::Kind::Float, tch::Device::Cpu))),
+        Device | OutOfMemory => order.fail_in_library(),
         Sleep => std::thread::sleep(Duration::from_secs_f64(order.argument.unwrap_or(1.0))),
         _ => loop {
             std::hint::spin_loop();
@@ -245,11 +278,16 @@ pub fn strike_at(phase: Phase, step: u64) {
     }
 }
 
-/// The text of libtorch's exception, as tch quotes it.
-const ILLEGAL_ACCESS: &str = "CUDA error: an illegal memory access was encountered\nSearch for `cudaErrorIllegalAddress' in \
-    https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html for more information.\nCUDA kernel errors might be \
-    asynchronously reported at some other API call, so the stacktrace below might be incorrect.\nFor debugging consider passing \
-    CUDA_LAUNCH_BLOCKING=1\n";
+impl Fault {
+    /// Panics as a tensor operation does whose library reports this fault.
+    fn fail_in_library(&self) -> ! {
+        let text = match self.kind {
+            Kind::OutOfMemory => recorded::OUT_OF_MEMORY[0].text,
+            _ => recorded::DEVICE[0].text,
+        };
+        panic!("called `Result::unwrap()` on an `Err` value: Torch({text:?})")
+    }
+}
 
 fn signal(signal: Signal) {
     kill_process(getpid(), signal).expect("a process may signal itself");
@@ -307,6 +345,7 @@ mod tests {
             "nan_loss@2:3-9:forward",
             "exit@1:0:bootstrap:7",
             "panic@every:6:read",
+            "out_of_memory@1:6:backward:3",
         ] {
             assert_eq!(text.parse::<Fault>().map(|fault| fault.to_string()), Ok(text.to_string()));
         }

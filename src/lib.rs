@@ -21,7 +21,7 @@
 //! | 3 | [`config`]: the configuration, one field for each room |
 //! | 2, science | [`adapter`] above [`flow`] · [`model`] · [`optim`] |
 //! | 2, machinery | [`parallel`] · [`watchdog`] |
-//! | 1 | [`datasets`] above [`report`] above [`collective`] · [`data`] · [`nn`] above [`ops`] · [`telemetry`] |
+//! | 1 | [`datasets`] above [`report`], [`attention`] above [`collective`] · [`data`] · [`nn`] above [`ops`] · [`telemetry`] |
 //! | 0, each above those after it | [`files`] · [`failure`] · [`fault`], `registry` · [`cuda`], [`pulse`], [`settings`] · [`error`], [`libtorch`], `median`, [`phase`], [`rng`], [`tensor`] |
 //!
 //! # Letters in shapes
@@ -38,6 +38,7 @@
 
 pub mod adapter;
 pub mod assembly;
+pub mod attention;
 pub mod cli;
 pub mod collective;
 pub mod commands;

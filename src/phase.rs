@@ -12,6 +12,8 @@ pub enum Phase {
     Bootstrap,
     /// Opening the data, building the model, loading a checkpoint.
     Open,
+    /// Trying a backend of attention, in a process of its own.
+    Attention,
     /// Reading a batch ahead, on a thread of its own.
     Read,
     /// Waiting for a batch.
@@ -50,6 +52,7 @@ impl Phase {
         ("connect", Phase::Connect),
         ("bootstrap", Phase::Bootstrap),
         ("open", Phase::Open),
+        ("attention", Phase::Attention),
         ("read", Phase::Read),
         ("data", Phase::Data),
         ("draw", Phase::Draw),

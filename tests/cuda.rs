@@ -4,16 +4,22 @@
 //! Worlds run as children: a test starts `mpirun` with this very binary as one of its programs, or
 //! with fm-dist.
 
+/// Backends of attention are tried before they are used.
+mod attention;
 /// Noise and timesteps on a GPU are those of the generator that the configuration names, and a step
 /// hardly waits for them.
 mod draws;
+/// Failing devices, and memory that runs out, are told by name.
+pub mod failures;
+/// bfloat16 steps of all families are a CPU's float32 steps within rounding.
+mod families;
+/// Runs take the memory that `fm-dist check` says.
+mod memory;
+/// Steps are those of NeMo AutoModel and diffusers on the same GPU.
+mod parity;
 
-use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::thread;
 
-use bytesize::ByteSize;
 use fm_dist::collective::{
     self, Collective, Issued, Limits, Nccl, ReduceOp, Sliced, Spent, Work, local_rank,
 };
@@ -24,16 +30,12 @@ use tempfile::TempDir;
 
 use crate::contract::{brought, contract, expected};
 use crate::mpi::kernels::gives_the_bits_of_a_cpu;
-use crate::runs::{column, finish, mpirun, program, with_sets};
+use crate::runs::{column, finish, mpirun, with_sets};
 use crate::worlds::{Outcome, end_with, join_the_world, run, world_of};
 
 /// Kernels of GPUs add in other orders than those of CPUs: their rounding, grown over fifty steps
 /// of training. Two CPUs are granted 2e-3 over thirty (`tests/threads/golden.rs`).
 const OTHER_DEVICE: f64 = 1e-2;
-
-/// How far the memory of a run may be from what `fm-dist check` says: its promise, and what
-/// libtorch's allocator rounds up.
-const OTHER_MEMORY: f64 = 0.1;
 
 /// Share of the communication that may hold computation up. Of eighteen stages all but the first to
 /// go forward have a stage before them that computes meanwhile; the rest is for the statistics and
@@ -307,62 +309,6 @@ fn the_digits_run_has_the_loss_curve_of_a_cpu_on_any_number_of_gpus() {
             );
         }
     }
-}
-
-#[test]
-#[ignore = "needs a CUDA device"]
-fn a_run_takes_the_memory_that_check_says() {
-    let root = TempDir::new().unwrap();
-    let overrides = [&LARGE[..], &["max_steps=3"]].concat();
-    let (code, plan, told) = finish(program(&with_sets(&["check"], &overrides)));
-    assert_eq!(code, 0, "{told}");
-    let predicted = words_after(&plan, "  none").parse::<ByteSize>().unwrap().as_u64() as f64;
-    // The same program with a model of no size holds what CUDA, its kernels and its libraries take.
-    let around = peak_bytes(root.path(), &["max_steps=3", "parallel.device=\"cuda\""]);
-    let taken = peak_bytes(root.path(), &overrides) - around;
-    assert!(
-        (taken - predicted).abs() <= OTHER_MEMORY * predicted,
-        "{taken} bytes, `check` says {predicted}:\n{plan}"
-    );
-}
-
-/// `12.3 GiB` behind the name of a line of the plan.
-fn words_after(plan: &str, name: &str) -> String {
-    let line = plan
-        .lines()
-        .find_map(|line| line.strip_prefix(name))
-        .unwrap_or_else(|| panic!("no line {name:?} in\n{plan}"));
-    line.split_whitespace().take(2).collect::<Vec<_>>().join(" ")
-}
-
-/// Most memory of the first GPU that was in use while the program trained, less what was in use
-/// before.
-#[allow(unsafe_code)]
-fn peak_bytes(root: &Path, overrides: &[&str]) -> f64 {
-    use cudarc::driver::result;
-    assert!(num_gpus() > 0, "the driver shows no GPU");
-    let device = result::device::get(0).unwrap();
-    // SAFETY: the device is one of the driver's, and its context is kept until the end of the
-    // process.
-    unsafe { result::ctx::set_current(result::primary_ctx::retain(device).unwrap()).unwrap() };
-    let free = || result::mem_get_info().unwrap().0;
-    let before = free();
-    let output = format!("output_dir={}", root.join("memory").display());
-    let arguments =
-        with_sets(&["train"], &[overrides, &["model.dit.num_heads=4", &output]].concat());
-    let mut command: Command = program(&arguments);
-    let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let mut least = before;
-    let status = loop {
-        least = least.min(free());
-        if let Some(status) = child.try_wait().unwrap() {
-            break status;
-        }
-        thread::yield_now();
-    };
-    assert!(status.success(), "{arguments:?}: {status}");
-    fs::remove_dir_all(root.join("memory")).unwrap();
-    (before - least) as f64
 }
 
 #[test]

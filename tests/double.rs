@@ -1,5 +1,5 @@
-//! The double of NCCL and of the CUDA driver (`tests/nccl_double`), built here, and commands that
-//! find it. Both libraries are opened by name, so that only a child finds the right ones first.
+//! The double of NCCL, the CUDA driver and NVML (`tests/nccl_double`), built here, and commands
+//! that find it. The libraries are opened by name, so that only a child finds the right ones first.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -27,7 +27,7 @@ pub fn project(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
-/// The folder of the double under the names of both libraries, built once.
+/// The folder of the double under the names of the libraries, built once.
 pub fn double() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
@@ -42,7 +42,7 @@ pub fn double() -> &'static Path {
         );
         let folder = target.join("lib");
         std::fs::create_dir_all(&folder).unwrap();
-        for name in ["libcuda.so", "libnccl.so"] {
+        for name in ["libcuda.so", "libnccl.so", "libnvidia-ml.so.1"] {
             // Another test run may be at it too: a new link takes the place of the old one in one
             // step.
             let fresh = folder.join(format!("{name}.{}", std::process::id()));

@@ -7,6 +7,8 @@
 //! behind. Nothing is tried twice. Cases that start processes take turns, so that their bounds hold
 //! on two cores.
 
+/// C: devices that fail and memory that runs out.
+mod devices;
 /// A: configurations and launches that cannot work. B: data that cannot be trained on.
 mod launching;
 /// E: numbers that are not finite, losses that stand out, ranks that drift apart.

@@ -18,8 +18,11 @@ macro_rules! programs {
 }
 
 programs! {
+    cuda::failures::process_whose_kernel_fails,
+    cuda::failures::process_whose_memory_runs_out,
     cuda::rank_of_the_contract,
     cuda::rank_that_computes_around_collectives,
+    mpi::attention::rank_that_tries,
     mpi::collectives::rank_of_a_world_at_different_operations,
     mpi::collectives::rank_of_a_world_that_disagrees,
     mpi::collectives::rank_of_a_world_with_a_panic,
@@ -28,6 +31,7 @@ programs! {
     mpi::collectives::rank_of_the_contract_by_messages,
     mpi::collectives::rank_of_the_mpi_contract,
     mpi::kernels::process_that_is_refused,
+    mpi::kernels::process_whose_gpu_fails,
     mpi::kernels::process_with_the_kernel,
     mpi::nccl::process_with_the_real_nccl,
     mpi::nccl::rank_of_many_works,

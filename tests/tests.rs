@@ -6,12 +6,12 @@
 //! | tier | tests | needs beside `launch/setup.sh` | seconds |
 //! |---|---|---|---|
 //! | `fast::` starts no process | 124 | | 15 |
-//! | `program::` starts the program | 42 | | 28 |
-//! | `threads::` trains; ranks are threads | 54 | | 38 |
+//! | `program::` starts the program | 47 | | 28 |
+//! | `threads::` trains; ranks are threads | 57 | | 38 |
 //! | `mpi::` ranks are processes | 45 | | 200 |
 //! | `faults::` runs break on order | 82 | root, or user namespaces | 330 |
 //! | `oracle::` beside PyTorch and diffusers | 33 | `launch/setup.sh --oracle` | 115 |
-//! | `cuda::` ignored without `launch/test-gpu.sh` | 8 | a GPU | |
+//! | `cuda::` ignored without `launch/test-gpu.sh` | 33 | a GPU | |
 //!
 //! Seconds are those of 2 cores after the build; `mpi`, `faults` and `oracle` had to share them
 //! with other programs.
@@ -68,6 +68,8 @@ mod threads {
     /// A loss under masks is that of one big batch, whatever the split; a sample is trained on its
     /// own conditions and task.
     mod masks;
+    /// A bfloat16 step at real head widths is the float32 step within rounding.
+    pub mod real_heads;
     /// A resumed run is the unbroken run.
     pub mod resume;
     /// Who holds what changes no number.
@@ -80,6 +82,9 @@ mod threads {
 
 /// The program as a user starts it, alone or under `mpirun`.
 mod program {
+    /// A backend of attention that crashes, hangs or computes wrongly is left out, and what was
+    /// found is kept for the next start.
+    pub mod attention;
     /// Messages and exit codes, as a user meets them.
     mod cli;
     /// Datasets are made, described and joined without a line of Python.
@@ -94,10 +99,14 @@ mod program {
     mod plans;
     /// A run that was killed goes on as the unbroken run.
     mod resume;
+    /// The scripts for GPUs are held true where there is none.
+    mod scripts;
 }
 
 /// Worlds whose ranks are processes.
 mod mpi {
+    /// Ranks that find different backends of attention sound choose alike.
+    pub mod attention;
     /// Real MPI keeps the contract of the collectives, and a rank that fails ends its world.
     pub mod collectives;
     /// Our own GPU kernels compile, have the bits of a CPU, and are refused where they compute
@@ -127,7 +136,7 @@ mod oracle {
     /// A run becomes a diffusers folder and a diffusers folder a run.
     mod exported;
     /// Each model family computes what diffusers' class of it computes.
-    mod families;
+    pub mod families;
     /// AdamW and the clipping of gradients are PyTorch's.
     mod optimizer;
     /// The oracle's Python, and how close is close. Nothing is promised there.

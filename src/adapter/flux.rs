@@ -84,8 +84,8 @@ impl ModelAdapter for Flux {
     }
 
     /// `hidden_states` `[B, H/2 · W/2, 4·C]`, `encoder_hidden_states` `[B, L, D]`,
-    /// `pooled_projections` `[B, P]`, `timestep` `[B]` in `[0, 1]`, `guidance` `[B]` f32, `grid`. If
-    /// the text's mask is used, the text has the tokens that a sample sees, and there is a
+    /// `pooled_projections` `[B, P]`, `timestep` `[B]` in `[0, 1]`, `guidance` `[B]` f32, `grid`.
+    /// If the text's mask is used, the text has the tokens that a sample sees, and there is a
     /// `text_mask` `[B, L]` if samples see different ones.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
         let (tokens, grid) = packed(context, NAME)?;

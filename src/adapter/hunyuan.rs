@@ -209,8 +209,8 @@ impl Hunyuan {
 /// samples.
 ///
 /// # Shapes
-/// `latents`: `[B, C, F, H, W]`; `image_to_video`: `[B]` boolean. Returns `[B, C + 1, F, H, W]`: the
-/// known latents, then a channel of 1 where they are known; zeros elsewhere.
+/// `latents`: `[B, C, F, H, W]`; `image_to_video`: `[B]` boolean. Returns `[B, C + 1, F, H, W]`:
+/// the known latents, then a channel of 1 where they are known; zeros elsewhere.
 fn condition_latents(latents: &Tensor, image_to_video: &Tensor) -> Tensor {
     let first = latents.narrow(2, 0, 1);
     let known = Tensor::cat(&[&first, &first.narrow(1, 0, 1).ones_like()], 1);

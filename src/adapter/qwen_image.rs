@@ -59,9 +59,9 @@ impl ModelAdapter for QwenImage {
     }
 
     /// `hidden_states` `[B, H/2 · W/2, 4·C]`, `encoder_hidden_states` `[B, L, D]`, `timestep` `[B]`
-    /// in `[0, 1]`, `grid`; `guidance` `[B]` in the compute kind if it is used. If the text's mask is
-    /// used, the text has the tokens that a sample sees, with their `text_places` `[L]` if they are
-    /// not the first ones, and `text_mask` `[B, L]` if samples see different ones.
+    /// in `[0, 1]`, `grid`; `guidance` `[B]` in the compute kind if it is used. If the text's mask
+    /// is used, the text has the tokens that a sample sees, with their `text_places` `[L]` if they
+    /// are not the first ones, and `text_mask` `[B, L]` if samples see different ones.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
         let (tokens, grid) = packed(context, NAME)?;
         let text = seen_text(context, self.use_text_mask, NAME)?;

@@ -18,8 +18,8 @@ use tch::Tensor;
 pub(super) struct SeenTokens {
     /// `[B, kept, …]`.
     pub tokens: Tensor,
-    /// `[B, kept]` boolean, on the tokens' device: true where a sample sees a token. `None` if every
-    /// sample sees them all.
+    /// `[B, kept]` boolean, on the tokens' device: true where a sample sees a token. `None` if
+    /// every sample sees them all.
     pub mask: Option<Tensor>,
     /// Indexes of the kept tokens among all, `[kept]` int64 on the host; `None` if they are the
     /// first ones.

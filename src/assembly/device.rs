@@ -1,12 +1,18 @@
 //! A rank's device, and the communicator that carries the device's tensors.
 
+use std::io::{self, Write};
+
 use tch::{Cuda, Device};
 
+use crate::assembly::attention::{choose_attention, tokens_of_data};
 use crate::collective::agreement::agreed;
 use crate::collective::{Collective, Limits, Nccl, local_rank};
 use crate::config::RunConfig;
 use crate::cuda;
 use crate::error::{Error, Result};
+use crate::flow::Note;
+use crate::nn::Tokens;
+use crate::nn::attention::open_on;
 use crate::ops;
 use crate::parallel::{Backend, DeviceChoice};
 
@@ -14,6 +20,8 @@ use crate::parallel::{Backend, DeviceChoice};
 /// tensors.
 pub struct RankDevice {
     pub device: Device,
+    /// Lines for the log: the backends of attention, and how they were chosen.
+    pub notes: Vec<Note>,
     nccl: Option<Nccl>,
 }
 
@@ -24,7 +32,7 @@ impl RankDevice {
     /// # Ordering
     /// Every rank of `world` calls it.
     pub fn open(config: &RunConfig, world: &dyn Collective) -> Result<Self> {
-        let device = device(config, world)?;
+        let OpenedDevice { device, notes } = device(config, || tokens_of_data(config), world)?;
         let by_nccl = match config.parallel.backend {
             Backend::Auto => !world.carries(device),
             Backend::Mpi => false,
@@ -37,7 +45,7 @@ impl RankDevice {
             ..usual
         };
         let nccl = by_nccl.then(|| Nccl::connect(world, device, limits)).transpose()?;
-        Ok(RankDevice { device, nccl })
+        Ok(RankDevice { device, notes, nccl })
     }
 
     /// Returns the communicator for tensors of the device.
@@ -51,8 +59,24 @@ impl RankDevice {
     }
 }
 
-/// Returns the GPU with this rank's index in its node, or the CPU, and makes operations use the
-/// configured kernels.
+/// A rank's device, and what the log says of attention on it.
+pub struct OpenedDevice {
+    pub device: Device,
+    pub notes: Vec<Note>,
+}
+
+impl OpenedDevice {
+    /// Returns the device for a command without a log, after its warnings were printed.
+    pub fn without_log(self) -> Device {
+        let warnings = self.notes.iter().filter(|note| matches!(note, Note::Warning(_)));
+        // A closed pipe changes nothing.
+        warnings.for_each(|note| drop(writeln!(io::stderr(), "fm-dist: {note}")));
+        self.device
+    }
+}
+
+/// Opens the GPU with this rank's index in its node, or the CPU, and makes operations and attention
+/// use the configured kernels. `samples`: the tokens of the samples that will be computed.
 ///
 /// # Errors
 /// As [`RankDevice::open`]; [`Error::Environment`] if a single pass on the GPU computes anything
@@ -60,11 +84,19 @@ impl RankDevice {
 ///
 /// # Ordering
 /// Every rank of `world` calls it, after it has set libtorch's number of threads.
-pub fn device(config: &RunConfig, world: &dyn Collective) -> Result<Device> {
-    config.compute.apply();
+pub fn device(
+    config: &RunConfig,
+    samples: impl FnOnce() -> Vec<Tokens>,
+    world: &dyn Collective,
+) -> Result<OpenedDevice> {
+    ops::choose(config.compute.kernels);
     match config.parallel.device {
-        DeviceChoice::Cpu => Ok(Device::Cpu),
-        DeviceChoice::Cuda => agreed(gpu(local_rank(world)?), world),
+        DeviceChoice::Cpu => Ok(OpenedDevice { device: Device::Cpu, notes: Vec::new() }),
+        DeviceChoice::Cuda => {
+            let number = local_rank(world)?;
+            let notes = choose_attention(config, samples, number, world)?;
+            Ok(OpenedDevice { device: agreed(gpu(number), world)?, notes })
+        }
     }
 }
 
@@ -92,27 +124,9 @@ fn gpu(number: usize) -> Result<Device> {
             "rank {number} of host {host} needs a GPU of its own, and libtorch finds {count}"
         )));
     }
+    cuda::health::watch(number);
     let device = Device::Cuda(number);
+    open_on(device);
     ops::verify(device).map_err(Error::environment)?;
     Ok(device)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::collective::Solo;
-    use crate::libtorch;
-
-    #[test]
-    fn cudnns_attention_is_off_unless_the_configuration_asks_for_it() {
-        for (asked, allowed) in
-            [("", false), ("compute.attention=cudnn", true), ("compute.attention=auto", false)]
-        {
-            let overrides: Vec<String> =
-                std::iter::once(asked).filter(|text| !text.is_empty()).map(String::from).collect();
-            let config = RunConfig::read("test", "", &overrides).expect("a sound configuration");
-            device(&config, &Solo).expect("a CPU");
-            assert_eq!(libtorch::allows_cudnn_attention(), allowed, "{asked}");
-        }
-    }
 }

@@ -1,6 +1,7 @@
 //! Builds the computing parts from the configuration: a rank's device and communicator, its data
 //! and its share of a batch, its replica, its pipeline.
 
+pub mod attention;
 pub mod device;
 
 use tch::Device;

@@ -3,6 +3,7 @@
 //! A command is a file here, with its arguments and what it does with them, and a line of
 //! `commands!`.
 
+mod attention_trial;
 mod check;
 mod config;
 mod data;
@@ -32,11 +33,12 @@ pub struct Cli {
     train: train::TrainArgs,
 }
 
-/// Declares the commands: a line of help, then name and arguments, which run themselves.
+/// Declares the commands: a line of help, then name and arguments, which run themselves. A hidden
+/// command is for the program itself.
 macro_rules! commands {
-    ($( $(#[doc = $help:literal])+ $name:ident($arguments:ty), )+) => {
+    ($( $(#[$attribute:meta])+ $name:ident($arguments:ty), )+) => {
         #[derive(Debug, Subcommand)]
-        enum Command { $( $(#[doc = $help])+ $name($arguments), )+ }
+        enum Command { $( $(#[$attribute])+ $name($arguments), )+ }
 
         impl Command {
             fn run(self) -> Result<i32> {
@@ -65,6 +67,9 @@ commands! {
     Doctor(doctor::DoctorArgs),
     /// Print the resolved configuration, with one comment line for each key
     Config(config::ConfigArgs),
+    /// Try a backend of attention, for the run that starts it
+    #[command(hide = true)]
+    AttentionTrial(attention_trial::AttentionTrialArgs),
 }
 
 impl Cli {

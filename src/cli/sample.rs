@@ -6,6 +6,8 @@ use clap::Args;
 
 use super::values::{Shape, parse_scale, parse_shape};
 use crate::error::Result;
+use crate::phase::Phase;
+use crate::pulse;
 use crate::sample::{self, SampleRequest};
 
 #[derive(Args, Debug)]
@@ -62,6 +64,7 @@ impl SampleArgs {
             per_condition: self.per_condition,
             seed: self.seed,
         };
+        pulse::enter(Phase::Report);
         sample::sample(&request).map(|()| 0)
     }
 }

@@ -4,11 +4,12 @@
 //! the speaker (see [`failure`]) waits to be killed, which the speaker causes after it has printed.
 //! A rank whose speaker does not end the world within [`failure::timeout`] speaks in its place.
 
+use std::panic::PanicHookInfo;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::{Collective, mpi, tcp};
-use crate::error::{Error, Result};
+use crate::error::{BUG, Error, Result};
 use crate::failure;
 use crate::phase::Phase;
 use crate::pulse;
@@ -41,6 +42,25 @@ pub fn finish_with(error: Error, collective: Box<dyn Collective>) -> Result<i32>
     }
     finish(collective)?;
     Ok(error.exit_code())
+}
+
+/// Does as [`end`] for an error, and adds to those of a device what else is known of it.
+pub fn end_with(error: Error) -> ! {
+    let error = failure::explained(error);
+    end(error.exit_code(), error.name(), &error.to_string())
+}
+
+/// Does as [`end`] in a panic hook. A panic is a bug unless it quotes a library error with an
+/// external cause.
+pub fn end_after_panic(panic: &PanicHookInfo<'_>) -> ! {
+    let text = panic.payload_as_str().unwrap_or("without a text");
+    if let Some(error) = Error::from_library(text) {
+        end_with(error);
+    }
+    // Drops the C++ stack that libtorch appends to its messages.
+    let first_line = text.lines().next().unwrap_or(text).split("\\n").next().unwrap_or(text);
+    let location = panic.location().map(ToString::to_string).unwrap_or_default();
+    end(BUG, "BUG", &format!("panicked at {location}: {first_line}"))
 }
 
 /// Prints why this process ends, unless another rank is the speaker, then ends this and every other

@@ -19,6 +19,8 @@ mod tcp;
 mod texts;
 mod threads;
 
+use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use tch::{Device, Tensor};
@@ -26,7 +28,7 @@ use tch::{Device, Tensor};
 use crate::error::{Error, Result};
 use crate::failure;
 use crate::pulse;
-pub use ending::{abort, end, finish, finish_with, follow, leave};
+pub use ending::{abort, end, end_after_panic, end_with, finish, finish_with, follow, leave};
 pub use ledger::{Issued, Signature};
 pub use meter::{Meter, Spent};
 pub use mpi::{Mpi, library_version as mpi_library_version};
@@ -131,7 +133,8 @@ impl Work {
 }
 
 /// Reads from the launcher's environment variables how this process was started. Only this
-/// function, [`launched_rank`], [`job`] and [`connect`] read environment variables in this crate.
+/// function, [`launched_rank`], [`job`], [`connect`], [`user_cache_folder`] and
+/// [`without_launcher`] read environment variables in this crate.
 ///
 /// # Errors
 /// [`Error::Environment`] if a launcher's variable does not hold a number.
@@ -153,6 +156,28 @@ pub fn launched_rank() -> Option<usize> {
 /// requeues the job.
 pub fn job() -> Option<String> {
     variable("SLURM_JOB_ID")
+}
+
+/// Returns the user's folder for what programs keep between runs and can lose: `XDG_CACHE_HOME`,
+/// or `.cache` in the home folder. `None` where neither is an absolute path.
+pub fn user_cache_folder() -> Option<PathBuf> {
+    cache_folder_among(variable)
+}
+
+fn cache_folder_among(variable: impl Fn(&str) -> Option<String>) -> Option<PathBuf> {
+    let absolute = |name| variable(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))
+}
+
+/// Removes the launcher's variables from the environment of a child, which then is no rank: it
+/// neither waits for peers nor is counted among them.
+pub fn without_launcher(command: &mut Command) -> &mut Command {
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(placement::is_launchers) {
+            command.env_remove(name);
+        }
+    }
+    command
 }
 
 /// Connects this process to the world that the launcher started; without a launcher, returns a

@@ -48,6 +48,16 @@ pub(super) struct TcpPlacement {
     pub rendezvous: String,
 }
 
+/// Beginnings of the names of variables by which launchers place a process in a world: those of
+/// Open MPI and its runtime, PMI and PMIx, Slurm, Hydra, PALS, and our own.
+const LAUNCHERS: [&str; 10] =
+    ["OMPI_", "PRTE_", "PMIX_", "PMI_", "PMI2_", "SLURM_", "HYDRA_", "MPI_", "PALS_", "FM_DIST_"];
+
+/// True for the name of a variable that a launcher sets for its processes.
+pub(super) fn is_launchers(name: &str) -> bool {
+    LAUNCHERS.iter().any(|beginning| name.starts_with(beginning))
+}
+
 /// Looks for a launcher in the variables that `variable` returns.
 ///
 /// # Errors
@@ -193,6 +203,20 @@ mod tests {
         placement_among(|name| {
             variables.iter().find(|(known, _)| *known == name).map(|(_, value)| value.to_string())
         })
+    }
+
+    #[test]
+    fn every_variable_that_places_a_rank_is_a_launchers_and_no_other() {
+        for (name, _) in STEP {
+            assert!(is_launchers(name), "{name}");
+        }
+        for name in ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PALS_RANKID", "FM_DIST_RANK"]
+        {
+            assert!(is_launchers(name), "{name}");
+        }
+        for name in ["PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "LD_LIBRARY_PATH", "HOME"] {
+            assert!(!is_launchers(name), "{name}");
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! that repairs a missing one.
 //!
 //! Libraries are searched where the loaders would search; none is loaded. Operations are tried on
-//! the CPU.
+//! the CPU; attention on a GPU only with `--gpu`, in processes of their own.
 
 use std::fmt;
 use std::fs;
@@ -12,13 +12,20 @@ use std::thread::available_parallelism;
 
 use tch::Device;
 
+use crate::attention::{
+    Decision, Machine, NodeReport, Trial, Tried, Unavailable, standard_cases, table,
+};
 use crate::collective;
-use crate::libtorch;
+use crate::cuda::system;
+use crate::libtorch::{self, AttentionBackend};
 use crate::ops;
 
 /// Oldest Linux driver branch that CUDA 13 supports. Source: NVIDIA, CUDA 13.0 release notes, table
 /// 3.
 const CUDA_13_DRIVER: u32 = 580;
+
+/// Name of the lines about attention.
+const ATTENTION: &str = "attention";
 
 /// One line of the report.
 struct Item {
@@ -75,14 +82,53 @@ pub fn report() -> (String, bool) {
         ),
         wheel_item("NCCL", "nccl/lib/libnccl.so", library.as_deref()),
         wheel_item("NVRTC", "cu13/lib/libnvrtc.so", library.as_deref()),
-        driver_item(fs::read_to_string("/proc/driver/nvidia/version").ok()),
-        devices_item(Path::new("/proc/driver/nvidia/gpus")),
+        driver_item(system::driver_version()),
+        devices_item(&system::gpu_models()),
         cpu_item(),
         operations_item(ops::verify(Device::Cpu)),
     ];
     let complete =
         !items.iter().any(|item| matches!(item.verdict, Verdict::Missing | Verdict::Wrong));
     (items.map(|item| format!("{item}\n")).concat(), complete)
+}
+
+/// The attention of a GPU, and true if a backend besides the plain one is sound.
+pub struct GpuAttention {
+    pub text: String,
+    pub is_sound: bool,
+}
+
+/// Tries every backend of attention anew on the GPU of this number, in the standard cases.
+pub fn attention_on(gpu: usize) -> GpuAttention {
+    let trial = Trial { cache: None, ..Trial::on_gpu(gpu) };
+    match trial.run(&standard_cases()) {
+        Ok(findings) => judged(&trial.machine, &findings.tried),
+        Err(Unavailable(why)) => {
+            let item = Item::missing("GPU", format!("attention cannot be tried: {why}"));
+            GpuAttention { text: format!("{item}\n"), is_sound: false }
+        }
+    }
+}
+
+fn judged(machine: &Machine, tried: &[Tried]) -> GpuAttention {
+    let Decision { lines, warnings, .. } = Decision::of(&[NodeReport::new(machine, tried)]);
+    let has_fused =
+        |tried: &Tried| tried.backend != AttentionBackend::Plain && tried.outcome.is_sound();
+    let is_sound = tried.iter().any(has_fused);
+    let warnings = warnings.into_iter().map(|text| Item::note(ATTENTION, text));
+    let verdicts: Vec<Item> = match is_sound {
+        true => lines
+            .iter()
+            .map(|line| Item::ok(ATTENTION, line.trim_start_matches("attention ")))
+            .collect(),
+        false => vec![Item {
+            verdict: Verdict::Wrong,
+            name: ATTENTION,
+            text: "no backend but plain is sound on this GPU".into(),
+        }],
+    };
+    let items: String = warnings.chain(verdicts).map(|item| format!("{item}\n")).collect();
+    GpuAttention { text: format!("\n{}\n{items}", table(tried)), is_sound }
 }
 
 fn libtorch_item(library: Option<&Path>) -> Item {
@@ -129,42 +175,24 @@ fn driver_item(version: Option<String>) -> Item {
     let Some(version) = version else {
         return Item::note("CUDA driver", "none; fm-dist trains on the CPU");
     };
-    let numbers = |word: &str| {
-        word.contains('.') && word.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.')
-    };
-    let number = version.split_whitespace().find(|word| numbers(word)).unwrap_or("unknown");
-    let branch = number.split('.').next().and_then(|branch| branch.parse::<u32>().ok());
+    let branch = version.split('.').next().and_then(|branch| branch.parse::<u32>().ok());
     match branch {
         Some(branch) if branch < CUDA_13_DRIVER => Item::note(
             "CUDA driver",
             format!(
-                "{number}; this build's CUDA 13 needs {CUDA_13_DRIVER} or newer: update the driver"
+                "{version}; this build's CUDA 13 needs {CUDA_13_DRIVER} or newer: update the driver"
             ),
         ),
-        _ => Item::ok("CUDA driver", number),
+        _ => Item::ok("CUDA driver", version),
     }
 }
 
-fn devices_item(folder: &Path) -> Item {
-    let entries = fs::read_dir(folder)
-        .map(|entries| entries.flatten().collect::<Vec<_>>())
-        .unwrap_or_default();
-    let mut models: Vec<String> =
-        entries.iter().map(|entry| model_of(&entry.path().join("information"))).collect();
-    models.sort();
+fn devices_item(models: &[String]) -> Item {
     if models.is_empty() {
         Item::note("GPUs", "none")
     } else {
         Item::ok("GPUs", format!("{}: {}", models.len(), models.join(", ")))
     }
-}
-
-fn model_of(information: &Path) -> String {
-    let text = fs::read_to_string(information).unwrap_or_default();
-    text.lines()
-        .find_map(|line| line.strip_prefix("Model:"))
-        .map_or("unknown", str::trim)
-        .to_owned()
 }
 
 fn cpu_item() -> Item {
@@ -197,6 +225,7 @@ fn operations_item(verified: Result<usize, String>) -> Item {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attention::{Errors, Outcome};
 
     #[test]
     fn the_report_has_an_aligned_line_for_each_item() {
@@ -247,35 +276,46 @@ mod tests {
 
     #[test]
     fn a_machine_without_a_driver_or_with_an_old_one_is_a_note() {
-        let text = |release: &str| {
-            Some(format!(
-                "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {release}  Mon Sep 1 12:00:00 UTC\nGCC version:"
-            ))
-        };
+        let item = |version: &str| driver_item(Some(version.to_owned()));
         assert!(matches!(driver_item(None).verdict, Verdict::Note));
         assert!(
-            matches!(driver_item(text("535.104.05")), Item { verdict: Verdict::Note, text, .. } if text.starts_with("535.104.05;"))
+            matches!(item("535.104.05"), Item { verdict: Verdict::Note, text, .. } if text.starts_with("535.104.05;"))
         );
         assert!(
-            matches!(driver_item(text("580.65.06")), Item { verdict: Verdict::Ok, text, .. } if text == "580.65.06")
+            matches!(item("580.65.06"), Item { verdict: Verdict::Ok, text, .. } if text == "580.65.06")
         );
     }
 
     #[test]
-    fn devices_are_named_by_the_driver() {
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        assert!(matches!(devices_item(folder.path()).verdict, Verdict::Note));
-        for bus in ["0000:18:00.0", "0000:3b:00.0"] {
-            fs::create_dir(folder.path().join(bus)).expect("a folder");
-            fs::write(
-                folder.path().join(bus).join("information"),
-                "Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   17\n",
-            )
-            .expect("a file");
-        }
-        assert_eq!(
-            devices_item(folder.path()).text,
-            "2: NVIDIA H100 80GB HBM3, NVIDIA H100 80GB HBM3"
+    fn gpus_are_counted_and_named() {
+        assert!(matches!(devices_item(&[]).verdict, Verdict::Note));
+        let models = ["NVIDIA H100 80GB HBM3"; 2].map(String::from);
+        assert_eq!(devices_item(&models).text, "2: NVIDIA H100 80GB HBM3, NVIDIA H100 80GB HBM3");
+    }
+
+    #[test]
+    fn a_gpu_without_a_sound_backend_beside_the_plain_one_is_wrong() {
+        let errors = Errors { output: 1e-3, query: 1e-3, key: 1e-3, value: 1e-3 };
+        let sound = Outcome::Sound { errors, milliseconds: 1.0 };
+        let tried = |flash: &Outcome| -> Vec<Tried> {
+            [(AttentionBackend::Flash, flash), (AttentionBackend::Plain, &sound)]
+                .map(|(backend, outcome)| Tried {
+                    backend,
+                    case: standard_cases()[0],
+                    outcome: outcome.clone(),
+                })
+                .into()
+        };
+        let found = judged(&Machine::default(), &tried(&sound));
+        assert!(found.is_sound, "{}", found.text);
+        assert!(
+            found.text.contains("ok       attention    without a mask: flash"),
+            "{}",
+            found.text
         );
+        let found = judged(&Machine::default(), &tried(&Outcome::NotTaken));
+        assert!(!found.is_sound);
+        let line = found.text.lines().last().expect("a last line");
+        assert_eq!(line, "wrong    attention    no backend but plain is sound on this GPU");
     }
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Tensor};
 
+use crate::assembly::attention::{TEXT, tokens_of_sample};
 use crate::assembly::device::{device, open_libraries};
 use crate::assembly::{build_pipeline, empty_replica, fresh_replica};
 use crate::collective::Solo;
@@ -19,6 +20,7 @@ use crate::flow::{
     DataShapes, Statistics, StepOptions, StepOutput, check_keys, latents_of, with_sample_axis,
 };
 use crate::model::SampleShapes;
+use crate::nn::Tokens;
 use crate::parallel::{Replica, Sharing};
 use crate::rng::Stream;
 use crate::run::checkpoint;
@@ -53,7 +55,7 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<String> {
     tch::set_num_threads(config.parallel.num_threads);
     let batch = read_batch(&request.batch)?;
     check_batch(config, &request.batch, &batch)?;
-    let device = device(config, &Solo)?;
+    let device = device(config, || tokens_of(config, &batch), &Solo)?.without_log();
     let replica = match &request.weights {
         Some(path) => {
             let mut replica = empty_replica(config, device, Sharing::alone())?;
@@ -86,11 +88,11 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<String> {
 
 /// Returns a line about the generator that drew noise and timesteps.
 fn drawn_by(generator: Device, seed: i64) -> String {
-    let numbers = match generator {
-        Device::Cpu => "the CPU's generator draws after seed SEED, on every device",
-        _ => "NeMo AutoModel draws after seed SEED on this model of GPU",
+    let (who, devices) = match generator {
+        Device::Cpu => ("the CPU's generator", "every device"),
+        _ => ("NeMo AutoModel", "this model of GPU"),
     };
-    format!("noise and timesteps are what {numbers}\n").replace("SEED", &seed.to_string())
+    format!("noise and timesteps are what {who} draws after seed {seed}, on {devices}\n")
 }
 
 /// Returns the generator's word in the metadata of a dump.
@@ -117,6 +119,13 @@ fn read_batch(path: &Path) -> Result<Batch> {
         .map(|info| Ok((info.name.clone(), file.read(&info.name)?)))
         .collect::<Result<_>>()?;
     Ok(Batch { tensors, data_type, sample_ids: Vec::new(), bad_samples: 0 })
+}
+
+/// Returns the tokens of the batch's samples, which are alike.
+fn tokens_of(config: &RunConfig, batch: &Batch) -> Vec<Tokens> {
+    let Ok(latents) = latents_of(batch).map(Tensor::size) else { return Vec::new() };
+    let text = batch.tensors.get(TEXT).map(|text| text.size()[1]);
+    vec![tokens_of_sample(config, &latents[1..], text)]
 }
 
 /// Refuses a batch that the adapter or the model cannot take.

@@ -146,6 +146,13 @@ pub(super) const HABITS: &[Habit] = &[
         "embedded_guidance flow_matching.guidance_scale guidance",
         &["flow_matching.adapter.guidance_scale"],
     ),
+    // Kernels.
+    same(
+        "attention_backend attn_implementation attn_backend attn_mode attention_type attention_mechanism \
+         sdpa_backend use_flash_attn use_flash_attention flash_attention flash_attn sdpa xformers use_xformers \
+         enable_xformers_memory_efficient_attention",
+        &["compute.attention"],
+    ),
     // Ranks and memory.
     same(
         "gradient_checkpointing activation_checkpointing activation_checkpoint use_gradient_checkpointing \

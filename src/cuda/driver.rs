@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use cudarc::driver::sys;
 
+use super::health::GpuMemory;
 use super::{Outcome, text};
 
 /// CUDA version that the wheel of libtorch 2.13 is built with, as 1000 times the major version.
@@ -56,6 +57,27 @@ pub fn uuid(ordinal: usize) -> Outcome<String> {
     // SAFETY: the driver returned the handle, and the result is written to a live variable.
     check("cuDeviceGetUuid", unsafe { sys::cuDeviceGetUuid_v2(&mut uuid, handle(ordinal)?) })?;
     Ok(uuid.bytes.iter().map(|byte| format!("{:02x}", *byte as u8)).collect())
+}
+
+/// Returns the GPU's place on the bus, e.g. `0000:65:00.0`.
+pub fn pci_bus_id(ordinal: usize) -> Outcome<String> {
+    let mut id: [c_char; 32] = [0; 32];
+    // SAFETY: the driver returned the handle and writes a zero-terminated text of at most the given
+    // length.
+    check("cuDeviceGetPCIBusId", unsafe {
+        sys::cuDeviceGetPCIBusId(id.as_mut_ptr(), id.len() as c_int, handle(ordinal)?)
+    })?;
+    // SAFETY: as above; `id` outlives the borrow.
+    Ok(unsafe { CStr::from_ptr(id.as_ptr()) }.to_string_lossy().into_owned())
+}
+
+/// Returns the GPU's free memory and all of it.
+pub fn memory(ordinal: usize) -> Outcome<GpuMemory> {
+    let _current = Device::open(ordinal)?;
+    let (mut free, mut total) = (0, 0);
+    // SAFETY: the device is current, and both results are written to live integers.
+    check("cuMemGetInfo", unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) })?;
+    Ok(GpuMemory { free: free as u64, total: total as u64 })
 }
 
 fn handle(ordinal: usize) -> Outcome<sys::CUdevice> {

@@ -1,5 +1,5 @@
-//! CUDA below libtorch: libtorch's own CUDA library, the CUDA driver, the compiler NVRTC, and the
-//! launch of own kernels.
+//! CUDA below libtorch: libtorch's own CUDA library, the CUDA driver, the compiler NVRTC, own
+//! kernels, and the health of a GPU.
 //!
 //! All libraries are opened at run time, so one binary serves all machines. Errors are returned as
 //! texts, because only the caller knows what they affect.
@@ -8,7 +8,9 @@
 
 pub(crate) mod driver;
 mod elementwise;
+pub mod health;
 pub mod nvrtc;
+pub mod system;
 
 use std::ffi::{CStr, c_char};
 

@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::fault;
 use crate::libtorch;
 use crate::phase::Phase;
+use crate::pulse;
 
 /// Yields one rank's micro-batches in the order of training, each with a value `T` that its thread
 /// makes of it; dropping the loader ends its threads.
@@ -174,6 +175,7 @@ impl<R, M> Work<R, M> {
         M: Fn(u64, &Batch) -> Result<T>,
     {
         for number in numbers {
+            pulse::work_beside(Phase::Read);
             let batch = match self.caught("reading", || (self.read)(number)) {
                 Ok(batch) => batch,
                 Err(error) => return drop(batches.send(Err(error))),

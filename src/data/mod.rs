@@ -37,7 +37,7 @@ use tch::Tensor;
 pub use captions::{Caption, Captions};
 pub use conditions::Conditions;
 pub use dataset::{Dataset, LENGTHS, TEXTS, TextPadding};
-pub use group::latents_key;
+pub use group::{Group, latents_key};
 pub use loader::{Loaded, Loader, Place};
 pub use manifest::FILE_NAME as DATASET_FILE;
 pub use moments::Moments;

@@ -8,10 +8,12 @@
 //! | checking that all numbers are finite | `finite.rs` |
 //! | the number of files that may stay open | `descriptors.rs` |
 //! | hashes | `sha256.rs` |
+//! | results kept between runs | `cache.rs` |
 //! | checking that an output can be written | `outputs.rs` |
 //! | the calls that create, write, sync, rename and delete | `disk.rs` |
 //! | replacing a document whole, appending a line whole | `durable.rs` |
 
+pub mod cache;
 pub mod contents;
 pub(crate) mod descriptors;
 pub(crate) mod disk;

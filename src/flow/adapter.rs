@@ -106,7 +106,7 @@ impl<'a> FlowMatchingContext<'a> {
 /// # Shapes
 /// `condition`: `[B, …]`; `drop`: `[B]` boolean; `empty.<key>`: a row, its first axis at most as
 /// long as the condition's. Returns the condition itself if marks on the host drop nothing, as in
-/// most batches; marks on a GPU are not read, which would wait for its queue.
+/// most batches; marks on a GPU are not read for a condition there, which would wait for its queue.
 ///
 /// # Errors
 /// [`Error::Data`] if the empty prompt's row is needed and is missing or does not fit.

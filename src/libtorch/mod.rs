@@ -1,10 +1,13 @@
 //! The libtorch that this process has loaded: its version, its instruction set, and the switches
 //! and exceptions that the bindings leave out.
 
+mod attention;
+
 use std::ffi::{CStr, c_char, c_void};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+pub use attention::{AttentionBackend, permit_attention, prefer_fused_attention};
 use tch::Tensor;
 use torch_sys::C_tensor;
 
@@ -23,8 +26,8 @@ mod ffi {
     }
 
     unsafe extern "C" {
-        pub safe fn fm_dist_allow_cudnn_attention(allowed: bool);
-        pub safe fn fm_dist_cudnn_attention_is_allowed() -> bool;
+        pub safe fn fm_dist_permit_attention(backends: u32);
+        pub safe fn fm_dist_prefer_fused_attention();
     }
 }
 
@@ -74,16 +77,6 @@ pub fn cpu_capability() -> &'static str {
 #[cfg(not(target_arch = "x86_64"))]
 pub fn cpu_capability() -> &'static str {
     std::env::consts::ARCH
-}
-
-/// Allows or forbids cuDNN's attention kernels in this process, from the next call of attention on.
-pub fn allow_cudnn_attention(allowed: bool) {
-    ffi::fm_dist_allow_cudnn_attention(allowed);
-}
-
-/// True if libtorch may choose cuDNN's attention kernels, which is its default.
-pub fn allows_cudnn_attention() -> bool {
-    ffi::fm_dist_cudnn_attention_is_allowed()
 }
 
 /// Copies a CPU tensor to pinned memory, from which a GPU copies without a wait of the host.

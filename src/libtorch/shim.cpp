@@ -3,15 +3,33 @@
 
 #include <cstdlib>
 #include <exception>
+#include <vector>
 
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 
-// Allows or forbids cuDNN's kernels of scaled dot-product attention in this process, from the next call of
-// attention on.
-extern "C" void fm_dist_allow_cudnn_attention(bool allowed) noexcept { at::globalContext().setSDPUseCuDNN(allowed); }
+// Permits the backends of scaled dot-product attention whose bits are set, and no others, from the next call of
+// attention on. A backend's bit is that of its number in at::SDPBackend.
+extern "C" void fm_dist_permit_attention(unsigned backends) noexcept {
+    const auto permitted = [backends](at::SDPBackend backend) {
+        return (backends >> static_cast<unsigned>(backend) & 1U) != 0;
+    };
+    auto &context = at::globalContext();
+    context.setSDPUseMath(permitted(at::SDPBackend::math));
+    context.setSDPUseFlash(permitted(at::SDPBackend::flash_attention));
+    context.setSDPUseMemEfficient(permitted(at::SDPBackend::efficient_attention));
+    context.setSDPUseCuDNN(permitted(at::SDPBackend::cudnn_attention));
+}
 
-extern "C" bool fm_dist_cudnn_attention_is_allowed() noexcept { return at::globalContext().userEnabledCuDNNSDP(); }
+// Sets the order in which permitted backends are asked on a GPU: all others before math.
+extern "C" void fm_dist_prefer_fused_attention() noexcept {
+    std::vector<int64_t> order;
+    for (const auto backend : {at::SDPBackend::flash_attention, at::SDPBackend::cudnn_attention,
+                               at::SDPBackend::efficient_attention, at::SDPBackend::math,
+                               at::SDPBackend::overrideable})
+        order.push_back(static_cast<int64_t>(backend));
+    at::globalContext().setSDPPriorityOrder(order);
+}
 
 // Returns a copy of a CPU tensor in pinned memory; the bindings pass a device besides, which warns. Throws without a GPU.
 extern "C" at::Tensor *fm_dist_pinned(const at::Tensor *tensor) { return new at::Tensor(tensor->pin_memory()); }

@@ -2,8 +2,8 @@
 //!
 //! Inputs: `hidden_states` `[B, Li, in_channels]`, `encoder_hidden_states` `[B, Lt,
 //! joint_attention_dim]`, `pooled_projections` `[B, pooled_projection_dim]`, `timestep` `[B]` in
-//! `[0, 1]`, `guidance` `[B]` if the model embeds it, `grid` and, if samples see different tokens of
-//! the text, `text_mask` `[B, Lt]` boolean.
+//! `[0, 1]`, `guidance` `[B]` if the model embeds it, `grid` and, if samples see different tokens
+//! of the text, `text_mask` `[B, Lt]` boolean.
 //!
 //! Source: diffusers 0.42.1, `FluxTransformer2DModel`, whose field and parameter names these are.
 
@@ -73,6 +73,7 @@ impl Flux {
             with_bias: true,
             epsilon: EPSILON,
             rounding: Rounding::Once,
+            takes_mask: true,
         }
     }
 }
@@ -274,7 +275,7 @@ impl SingleBlock {
         let name = format!("single_transformer_blocks.{index}");
         let mut params = ParamSet::new(&name);
         let mut builder = Builder::new(&mut params, &name, Rows::Joint);
-        builder.attends(Rows::Joint, Rows::Joint, model.width());
+        builder.attends(model.heads().attention(Rows::Joint, Rows::Joint));
         let (width, hidden) = (model.width(), 4 * model.width());
         let modulation = Modulation::new(Linear::pytorch(
             &mut builder.at("norm.linear").over(Rows::One),

@@ -69,6 +69,17 @@ settings! {
 }
 
 impl Flux2 {
+    fn heads(&self) -> Heads {
+        Heads {
+            num_heads: self.num_attention_heads,
+            width: self.attention_head_dim,
+            with_bias: false,
+            epsilon: self.eps,
+            rounding: Rounding::Once,
+            takes_mask: false,
+        }
+    }
+
     fn hidden(&self) -> i64 {
         (self.width() as f64 * self.mlp_ratio) as i64
     }
@@ -278,14 +289,7 @@ impl DoubleBlock {
         let mut params = ParamSet::new(&name);
         let mut builder = Builder::new(&mut params, &name, Rows::Image);
         let (width, hidden, epsilon) = (model.width(), model.hidden(), model.eps);
-        let heads = Heads {
-            num_heads: model.num_attention_heads,
-            width: model.attention_head_dim,
-            with_bias: false,
-            epsilon,
-            rounding: Rounding::Once,
-        };
-        let attention = JointAttention::new(&mut builder.at("attn"), width, heads);
+        let attention = JointAttention::new(&mut builder.at("attn"), width, model.heads());
         let mut feed =
             |name: &str, rows| Mlp::gated(&mut builder.at(name).over(rows), [width, hidden, width]);
         let block = JointBlock {
@@ -334,7 +338,7 @@ impl SingleBlock {
         let name = format!("single_transformer_blocks.{index}");
         let mut params = ParamSet::new(&name);
         let mut builder = Builder::new(&mut params, &format!("{name}.attn"), Rows::Joint);
-        builder.attends(Rows::Joint, Rows::Joint, model.width());
+        builder.attends(model.heads().attention(Rows::Joint, Rows::Joint));
         let (width, hidden, epsilon) = (model.width(), model.hidden(), model.eps);
         let widths = [3 * width, 2 * hidden];
         let input =

@@ -99,6 +99,7 @@ impl Architecture for QwenImage {
             with_bias: true,
             epsilon: EPSILON,
             rounding: Rounding::EachStep,
+            takes_mask: true,
         };
         let width = self.width();
         let block = |index| {

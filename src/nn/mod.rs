@@ -12,14 +12,15 @@ mod params;
 pub mod patches;
 mod per_shape;
 pub mod rope;
+mod rows;
 mod settings;
-pub mod wide_attention;
 
 pub use activations::Activations;
 pub use linear::Linear;
 pub use mlp::{Mlp, Nonlinearity};
-pub use params::{AttentionInfo, Builder, Init, Param, ParamInfo, ParamSet, Rows, Views};
+pub use params::{Builder, Init, Param, ParamInfo, ParamSet, Views};
 pub use per_shape::PerShape;
+pub use rows::{AttentionInfo, Rows, Tokens};
 pub use settings::{AttentionKernels, ComputeSettings};
 
 /// One cut of a model: a pure function from its parameters and the activations before it to those

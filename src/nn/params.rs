@@ -4,6 +4,7 @@ use std::ops::Index;
 
 use tch::{Kind, Tensor, no_grad};
 
+use super::{AttentionInfo, Rows};
 use crate::rng::Key;
 
 /// The initialization of a parameter.
@@ -23,28 +24,6 @@ pub enum Init {
         fan_in: i64,
         fan_out: i64,
     },
-}
-
-/// The rows that one sample sends through a matrix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rows {
-    /// One row: timesteps, guidance, pooled conditions, modulation.
-    One,
-    /// One row for each token of the latents.
-    Image,
-    /// One row for each token of the conditions; those of conditioning images count as text.
-    Text,
-    /// One row for each token of both.
-    Joint,
-}
-
-/// One attention of a stage, as estimates of work and memory need it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AttentionInfo {
-    pub queries: Rows,
-    pub keys: Rows,
-    /// Width of all heads together.
-    pub width: i64,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -240,8 +219,8 @@ impl<'a> Builder<'a> {
     }
 
     /// Registers an attention of the stage.
-    pub fn attends(&mut self, queries: Rows, keys: Rows, width: i64) {
-        self.set.attentions.push(AttentionInfo { queries, keys, width });
+    pub fn attends(&mut self, attention: AttentionInfo) {
+        self.set.attentions.push(attention);
     }
 
     /// The builder for a part of this one: `blocks.0` at `attn` is `blocks.0.attn`; at `""` it is

@@ -1,14 +1,14 @@
 //! `[compute]`: the kernels by which models compute.
 
-use crate::libtorch;
-use crate::ops::{self, Kernels};
+use crate::libtorch::AttentionBackend;
+use crate::ops::Kernels;
 use crate::settings::{choice, settings};
 
 settings! {
     /// `[compute]`: the kernels by which models compute.
     pub struct ComputeSettings {
-        /// Attention on GPUs; `auto`: libtorch's choice without cuDNN's kernels, `cudnn`: with
-        /// them.
+        /// Attention on GPUs; `auto`: the fastest of libtorch's backends that were tried and
+        /// compute soundly on this machine.
         pub attention: AttentionKernels = AttentionKernels::Auto;
         /// Operations between products; `fused`: one pass over memory where there is one, `plain`:
         /// libtorch's operators.
@@ -17,25 +17,30 @@ settings! {
 }
 
 choice! {
-    /// Kernels of attention among which libtorch chooses on a GPU.
+    /// The backend of attention on a GPU. A CPU has libtorch's own choice.
     pub enum AttentionKernels {
-        /// All but cuDNN's: on an H200 their backward pass,
-        /// `cudnn_generated_fort_native_sdpa_sm90_flash_bprop` of cuDNN 9.19, ended the first step
-        /// of FLUX in bfloat16 by an illegal memory access.
+        /// Every backend is tried in a process of its own before the first step.
         "auto" => Auto,
-        /// cuDNN's, too, which libtorch then prefers to the others.
+        /// FlashAttention-2: bfloat16, without a mask.
+        "flash" => Flash,
+        /// cuDNN: bfloat16.
         "cudnn" => Cudnn,
+        /// xFormers' memory-efficient attention: every kind, with or without a mask.
+        "efficient" => Efficient,
+        /// A chain of libtorch's operators.
+        "plain" => Plain,
     }
 }
 
-impl ComputeSettings {
-    /// Sets libtorch's own switches and chooses between single passes and libtorch's operators, for
-    /// the whole process.
-    ///
-    /// # Ordering
-    /// To be called before the first operation and after libtorch's number of threads was set.
-    pub fn apply(&self) {
-        libtorch::allow_cudnn_attention(self.attention == AttentionKernels::Cudnn);
-        ops::choose(self.kernels);
+impl AttentionKernels {
+    /// The named backend; `None` for `auto`.
+    pub fn backend(self) -> Option<AttentionBackend> {
+        match self {
+            AttentionKernels::Auto => None,
+            AttentionKernels::Flash => Some(AttentionBackend::Flash),
+            AttentionKernels::Cudnn => Some(AttentionBackend::Cudnn),
+            AttentionKernels::Efficient => Some(AttentionBackend::Efficient),
+            AttentionKernels::Plain => Some(AttentionBackend::Plain),
+        }
     }
 }

@@ -27,6 +27,7 @@
 
 pub mod autograd;
 mod choice;
+mod dense_gradient;
 mod gated_residual;
 mod gelu_tanh;
 mod lanes;
@@ -39,6 +40,7 @@ mod rounding;
 mod verify;
 
 pub use choice::{Kernels, choose, fallbacks, way};
+pub use dense_gradient::with_dense_gradient;
 pub use patches::{FeatureOrder, Patch, grid};
 pub use rounding::{Rounding, at_least_float};
 pub use verify::{Case, drawn, verify};

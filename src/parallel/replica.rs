@@ -7,6 +7,7 @@ use crate::nn::{Activations, ParamInfo, Stage};
 use crate::parallel::ahead::Ahead;
 use crate::parallel::tape::run;
 use crate::parallel::{Bucket, Recompute, Sharing, Tape};
+use crate::pulse;
 use crate::rng::Key;
 
 /// The devices of one rank.
@@ -55,6 +56,7 @@ impl<'c> Replica<'c> {
         key: Option<Key>,
         sharing: Sharing<'c>,
     ) -> Self {
+        pulse::name_stages(stages.iter().map(|stage| stage.params().stage().into()).collect());
         let buckets = stages
             .iter()
             .map(|stage| Bucket::new(stage.params(), kind, devices, key, &sharing))
@@ -90,11 +92,13 @@ impl<'c> Replica<'c> {
     /// Every rank of a shard group calls it.
     pub fn infer(&self, input: Activations) -> Result<Activations> {
         let mut weights = Ahead::new(self, 0..self.stages.len());
-        no_grad(|| {
-            self.stages
-                .iter()
-                .try_fold(input, |input, stage| Ok(run(stage.as_ref(), &weights.next()?, &input)))
-        })
+        let output = no_grad(|| {
+            self.stages.iter().enumerate().try_fold(input, |input, (index, stage)| {
+                Ok(run(index, stage.as_ref(), &weights.next()?, &input))
+            })
+        });
+        pulse::leave_stages();
+        output
     }
 
     /// After an update, sends this rank's updated shards to the ranks that hold full parameters,

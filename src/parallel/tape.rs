@@ -3,6 +3,7 @@
 use tch::{Device, Tensor, no_grad};
 
 use crate::error::{Error, Result};
+use crate::fault;
 use crate::nn::{Activations, Stage};
 use crate::parallel::ahead::Ahead;
 use crate::parallel::backward::{loss_backward, stage_backward};
@@ -72,7 +73,7 @@ impl<'m> Tape<'m> {
             reached |= buckets[index].is_trained();
             let weights = weights.next()?;
             let keep_graph = reached && !self.recompute.drops(index);
-            let forward = || run(stage.as_ref(), &weights, &input);
+            let forward = || run(index, stage.as_ref(), &weights, &input);
             let output = if keep_graph { forward() } else { no_grad(forward) };
             if let Some(step) = self.check_finite {
                 check_finite(step, stage.params().stage(), "output", output.flowing())?;
@@ -85,6 +86,7 @@ impl<'m> Tape<'m> {
                 if self.offload && graph.is_none() { input.to_device(Device::Cpu) } else { input };
             self.kept.push(Boundary { input, graph });
         }
+        pulse::leave_stages();
         self.output = input;
         Ok(self.output.alias())
     }
@@ -112,6 +114,7 @@ impl<'m> Tape<'m> {
         for (index, Boundary { input, graph }) in
             self.kept.into_iter().enumerate().skip(first).rev()
         {
+            enter_stage(index);
             let stage = &stages[index];
             let input =
                 if self.offload && graph.is_none() { input.to_device(device) } else { input };
@@ -119,11 +122,10 @@ impl<'m> Tape<'m> {
                 Some(kept) => kept,
                 None => {
                     let weights = gathered.next()?;
-                    let output = run(stage.as_ref(), &weights, &input);
+                    let output = run(index, stage.as_ref(), &weights, &input);
                     (weights, output)
                 }
             };
-            pulse::still_at_work();
             let (gradients, grad_input) =
                 stage_backward(&weights.trained(), &input, &output, &grad_output);
             // Freed before the gradients are flattened and reduced: the next stage uses the memory
@@ -147,12 +149,25 @@ impl<'m> Tape<'m> {
             }
             grad_output = grad_input;
         }
+        pulse::leave_stages();
         Ok(())
     }
 }
 
-pub(super) fn run(stage: &dyn Stage, weights: &Weights, input: &Activations) -> Activations {
-    pulse::still_at_work();
+/// Records which stage computes, and breaks it if a fault is due there.
+fn enter_stage(index: usize) {
+    pulse::enter_stage(index);
+    fault::strike_in_stage(index);
+}
+
+/// Runs the stage of this index forward.
+pub(super) fn run(
+    index: usize,
+    stage: &dyn Stage,
+    weights: &Weights,
+    input: &Activations,
+) -> Activations {
+    enter_stage(index);
     stage.forward(weights.leaves(), input).carrying_constants_of(input)
 }
 

@@ -5,19 +5,19 @@ use std::fmt::Write;
 
 use bytesize::ByteSize;
 
+use crate::assembly::attention::{text_tokens, tokens_of_sample};
 use crate::assembly::dataset;
 use crate::config::RunConfig;
 use crate::data::{Dataset, Order};
 use crate::error::{Error, Result};
 use crate::model::SampleShapes;
-use crate::nn::Stage;
+use crate::nn::{Stage, Tokens};
 use crate::optim::lr;
-use crate::parallel::{DeviceChoice, Recompute, Sharding};
-use crate::plan::StateLayout;
+use crate::parallel::{DeviceChoice, Offload, ParallelSettings, Recompute, Sharding};
+use crate::plan::RankMemory;
 use crate::plan::attention::attention;
 use crate::plan::data::{check_data, rehearse_data};
 use crate::plan::scaling::{ScalingRequest, scaling};
-use crate::plan::{Footprint, Tokens, footprint};
 use crate::run::checkpoint::copied_bytes;
 use crate::run::runs::OutputDir;
 use crate::sample::generate::check_conditions;
@@ -37,10 +37,6 @@ pub struct CheckRequest {
 /// World sizes whose memory is listed besides the planned one.
 const WORLD_SIZES: [u64; 3] = [1, 8, 64];
 
-/// Memory of a CPU process besides its model: libtorch, MPI and the program. 145 MiB were measured
-/// with an empty model; malloc keeps a little of the larger blocks that are freed.
-const PROCESS_BYTES: u64 = 160 << 20;
-
 /// Returns the plan of a run as text. Opens the data's headers, reads one sample of each resolution
 /// group and the masks of some; needs no weights, no device and little memory.
 ///
@@ -52,15 +48,40 @@ pub fn check(config: &RunConfig, request: &CheckRequest) -> Result<String> {
     let stages = config.model.family.stages()?;
     let mut plan = Plan(String::new());
     plan.add_model(config, &stages);
-    let (tokens, activations) = match &request.latents {
-        Some(latents) => plan.add_shape(config, latents, request.text_tokens, None)?,
-        None => plan.add_data(config, request)?,
+    let (memory, tokens) = match &request.latents {
+        Some(latents) => {
+            let tokens = tokens_of_sample(config, latents, Some(request.text_tokens));
+            let shape = StepShape { latents: latents.clone(), tokens };
+            (plan.add_shape(config, &stages, request.world_size, &shape, None)?, shape.tokens)
+        }
+        None => plan.add_data(config, &stages, request.world_size)?,
     };
-    plan.add_ranks(config, request.world_size, &stages, activations)?;
+    plan.add_ranks(config, request.world_size, &memory);
     if let Some(request) = &request.scaling {
         scaling(config, tokens, request)?.iter().for_each(|(name, value)| plan.line(name, value));
     }
     Ok(plan.0)
+}
+
+/// The latents of one sample, and the tokens that they and a prompt become.
+pub(super) struct StepShape {
+    /// `[C, (F,) H, W]`.
+    latents: Vec<i64>,
+    pub tokens: Tokens,
+}
+
+/// Returns the shape of a sample of the dataset's first resolution group.
+///
+/// # Errors
+/// [`Error::Data`] for a group without latents.
+pub(super) fn step_shape(config: &RunConfig, dataset: &Dataset) -> Result<StepShape> {
+    let first = &dataset.groups()[0];
+    let latents = dataset
+        .latent_shape(&first.name)
+        .ok_or_else(|| Error::data(dataset.path(), "has a group without latents"))?
+        .to_vec();
+    let tokens = tokens_of_sample(config, &latents, text_tokens(dataset, first));
+    Ok(StepShape { latents, tokens })
 }
 
 struct Plan(String);
@@ -80,44 +101,45 @@ impl Plan {
         );
     }
 
-    /// Adds lines about one micro-batch of latents of this shape; `dataset`: the data, if there are
+    /// Adds lines about one micro-batch of samples of this shape; `dataset`: the data, if there are
     /// any.
     fn add_shape(
         &mut self,
         config: &RunConfig,
-        latents: &[i64],
-        text_tokens: i64,
+        stages: &[Box<dyn Stage>],
+        world_size: usize,
+        StepShape { latents, tokens }: &StepShape,
         dataset: Option<&Dataset>,
-    ) -> Result<(Tokens, Footprint)> {
+    ) -> Result<RankMemory> {
         config.model.family.check_data(&SampleShapes { latents, of: Default::default() })?;
-        let tokens = Tokens { image: config.model.family.image_tokens(latents), text: text_tokens };
+        let memory = RankMemory::new(config, stages, *tokens, world_size)?;
         let (samples, dtype) = (config.data.micro_batch_size_per_gpu, config.model.dtype);
         let shape: Vec<String> = latents.iter().map(i64::to_string).collect();
         let (shape, word) = (shape.join(" x "), dtype.word());
         self.line(
             "micro-batch",
             &format!(
-                "{samples} samples of {shape}: {} image tokens, {text_tokens} text tokens",
-                tokens.image
+                "{samples} samples of {shape}: {} image tokens, {} text tokens",
+                tokens.image, tokens.text
             ),
         );
         self.line("attention", &attention(config, dataset)?);
-        let estimate = footprint(&**config.model.family, tokens, samples as i64, dtype.kind())?;
-        let (kept, again) = (shown(estimate.kept), shown(estimate.recomputed));
+        let bytes = |recompute| shown(memory.activations.on_device(recompute, Offload::None));
+        let (kept, again) = (bytes(Recompute::Never), bytes(Recompute::Always));
         self.line(
             "activations, estimated",
             &format!("{kept} in {word}; {again} with recompute = \"always\""),
         );
-        Ok((tokens, estimate))
+        Ok(memory)
     }
 
     fn add_data(
         &mut self,
         config: &RunConfig,
-        request: &CheckRequest,
-    ) -> Result<(Tokens, Footprint)> {
-        let (micro_batches, world_size) =
-            (config.micro_batches(request.world_size)?, request.world_size);
+        stages: &[Box<dyn Stage>],
+        world_size: usize,
+    ) -> Result<(RankMemory, Tokens)> {
+        let micro_batches = config.micro_batches(world_size)?;
         let samples = config.data.micro_batch_size_per_gpu;
         let global_batch = micro_batches * samples * world_size;
         let dataset = dataset(config).map_err(|error| or_without_data(error, config))?;
@@ -125,12 +147,8 @@ impl Plan {
         rehearse_data(config, &dataset)?;
         check_conditions(config, &dataset)?;
         let order = Order::new(dataset.groups(), global_batch, config.seed)?;
-        let first = &dataset.groups()[0];
-        let latents = dataset
-            .latent_shape(&first.name)
-            .ok_or_else(|| Error::data(dataset.path(), "has a group without latents"))?;
-        let text = dataset.sample_shapes(first).get("text_embeddings").map_or(0, |shape| shape[0]);
-        let estimates = self.add_shape(config, latents, text, Some(&dataset))?;
+        let shape = step_shape(config, &dataset)?;
+        let memory = self.add_shape(config, stages, world_size, &shape, Some(&dataset))?;
         let (name, groups) = (&dataset.manifest().name, dataset.groups().len());
         self.line(
             "data",
@@ -154,23 +172,12 @@ impl Plan {
         if let Some(what) = lr::warning(&config.lr_scheduler, config.max_steps) {
             self.line("warning", &what);
         }
-        Ok(estimates)
+        Ok((memory, shape.tokens))
     }
 
     /// Adds lines about memory at the peak of a step and about collectives, by sharding.
-    fn add_ranks(
-        &mut self,
-        config: &RunConfig,
-        world_size: usize,
-        stages: &[Box<dyn Stage>],
-        activations: Footprint,
-    ) -> Result<()> {
-        let layout = StateLayout {
-            stages: stages.iter().map(|stage| stage.params().numel() as u64).collect(),
-            compute_bytes: config.model.dtype.kind().elt_size_in_bytes() as u64,
-            optimizer_tensors: config.optimizer.state_names().len() as u64,
-            micro_batches: config.micro_batches(world_size)? as u64,
-        };
+    fn add_ranks(&mut self, config: &RunConfig, world_size: usize, memory: &RankMemory) {
+        let RankMemory { layout, .. } = memory;
         let world_sizes = BTreeSet::from_iter(WORLD_SIZES.into_iter().chain([world_size as u64]));
         let columns: Vec<String> = world_sizes
             .iter()
@@ -179,21 +186,9 @@ impl Plan {
             })
             .collect();
         self.line("a rank, by sharding", &format!("{}  collectives a step", columns.join(" ")));
-        let (process, around) = match config.parallel.device {
-            DeviceChoice::Cpu => (PROCESS_BYTES, "the process itself"),
-            DeviceChoice::Cuda => (0, "without what CUDA and NCCL take on each GPU"),
-        };
         for (word, sharding) in Sharding::ALL {
-            let activations = match (sharding, config.parallel.recompute) {
-                (Sharding::Parameters, _) | (_, Recompute::Always) => activations.recomputed,
-                (_, Recompute::Never) => activations.kept,
-                (_, Recompute::Every(count)) => {
-                    activations.kept - (activations.kept - activations.recomputed) / count as u64
-                }
-            };
-            let beside = activations + process;
-            let bytes =
-                world_sizes.iter().map(|&ranks| layout.bytes_per_rank(*sharding, ranks) + beside);
+            let parallel = ParallelSettings { sharding: *sharding, ..config.parallel.clone() };
+            let bytes = world_sizes.iter().map(|&ranks| memory.on_device(&parallel, ranks));
             self.line(
                 &format!("  {word}"),
                 &format!("{}  {}", columns_of(bytes), layout.collectives(*sharding)),
@@ -207,10 +202,32 @@ impl Plan {
             "  a save's copy",
             &format!("{copies}  of host memory besides, on the rank that writes most"),
         );
-        let recompute = config.parallel.recompute;
+        self.add_explanations(config, world_sizes, memory);
+    }
+
+    /// Adds lines about what the table of ranks contains and leaves out.
+    fn add_explanations(
+        &mut self,
+        config: &RunConfig,
+        world_sizes: BTreeSet<u64>,
+        memory: &RankMemory,
+    ) {
+        let ParallelSettings { recompute, offload, device, .. } = config.parallel;
+        if offload != Offload::None {
+            let bytes = world_sizes.iter().map(|&ranks| memory.on_host(&config.parallel, ranks));
+            let word = offload.word();
+            let columns = columns_of(bytes);
+            self.line(
+                "  offloaded",
+                &format!("{columns}  of host memory, with offload = \"{word}\""),
+            );
+        }
+        let around = match device {
+            DeviceChoice::Cpu => "the process itself",
+            DeviceChoice::Cuda => "without what CUDA and NCCL take on each GPU",
+        };
         self.line("  in all", &format!("weights, gradients, optimizer, activations with recompute = \"{recompute}\", {around}"));
         self.line("  and", "1 all-gather of statistics; `parameters` always recomputes");
-        Ok(())
     }
 }
 

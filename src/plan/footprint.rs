@@ -3,37 +3,51 @@
 
 use tch::Kind;
 
-use crate::error::Result;
-use crate::model::Architecture;
-use crate::nn::{ParamInfo, ParamSet, Rows};
-
-/// Number of tokens of one sample.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tokens {
-    pub image: i64,
-    pub text: i64,
-}
-
-impl Tokens {
-    /// Returns the number of rows that one sample sends through a matrix.
-    pub(super) fn rows(self, rows: Rows) -> i64 {
-        match rows {
-            Rows::One => 1,
-            Rows::Image => self.image,
-            Rows::Text => self.text,
-            Rows::Joint => self.image + self.text,
-        }
-    }
-}
+use crate::nn::{ParamInfo, ParamSet, Stage, Tokens};
+use crate::parallel::{Offload, Recompute};
 
 /// Bytes that one micro-batch keeps for its backward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Footprint {
-    /// With every stage's graph kept.
-    pub kept: u64,
-    /// With recomputation: the stage boundaries, and the graph of the one stage that is being
-    /// recomputed.
-    pub recomputed: u64,
+    /// Every stage's graph.
+    pub graphs: u64,
+    /// The largest stage's graph.
+    pub largest_graph: u64,
+    /// The input of every stage.
+    pub boundaries: u64,
+    /// The input of one stage.
+    pub boundary: u64,
+}
+
+impl Footprint {
+    /// Returns the bytes on the device. A recomputed stage keeps its input, on the host where
+    /// activations are offloaded, and needs its graph while it is computed again.
+    pub fn on_device(&self, recompute: Recompute, offload: Offload) -> u64 {
+        let inputs = if offload.activations() {
+            // One is used while the next one comes back.
+            self.boundaries.min(2 * self.boundary)
+        } else {
+            self.boundaries
+        };
+        let recomputed = inputs + self.largest_graph;
+        match recompute {
+            Recompute::Never => self.graphs,
+            Recompute::Always => recomputed,
+            Recompute::Every(count) => {
+                self.graphs - self.graphs.saturating_sub(recomputed) / count as u64
+            }
+        }
+    }
+
+    /// Returns the bytes on the host.
+    pub fn on_host(&self, recompute: Recompute, offload: Offload) -> u64 {
+        match recompute {
+            _ if !offload.activations() => 0,
+            Recompute::Never => 0,
+            Recompute::Always => self.boundaries,
+            Recompute::Every(count) => self.boundaries / count as u64,
+        }
+    }
 }
 
 /// Factor for what attention, norms and gates keep besides the matrices' inputs and outputs.
@@ -46,29 +60,28 @@ pub(super) fn beside_matrices(kind: Kind) -> f64 {
     if kind == Kind::Float { 1.3 } else { 1.65 }
 }
 
-/// Estimates the footprint of `samples` samples of `tokens` each, computed in `kind`.
-///
-/// # Errors
-/// As [`Architecture::stages`].
+/// Estimates the footprint of `samples` samples of `tokens` each in a model of `width`, computed in
+/// `kind`.
 pub fn footprint(
-    model: &dyn Architecture,
+    stages: &[Box<dyn Stage>],
+    width: i64,
     tokens: Tokens,
     samples: i64,
     kind: Kind,
-) -> Result<Footprint> {
+) -> Footprint {
     let bytes = kind.elt_size_in_bytes() as f64 * beside_matrices(kind);
-    let graphs = model
-        .stages()?
+    let graphs = stages
         .iter()
         .map(|stage| graph_elements(stage.params(), tokens, samples) * bytes)
         .collect::<Vec<_>>();
-    let boundary = (samples * (tokens.image + tokens.text) * model.width()) as f64
-        * kind.elt_size_in_bytes() as f64;
-    let largest = graphs.iter().copied().fold(0.0, f64::max);
-    Ok(Footprint {
-        kept: graphs.iter().sum::<f64>() as u64,
-        recomputed: (boundary * graphs.len() as f64 + largest) as u64,
-    })
+    let elements = samples * (tokens.image + tokens.text) * width;
+    let boundary = elements as u64 * kind.elt_size_in_bytes() as u64;
+    Footprint {
+        graphs: graphs.iter().sum::<f64>() as u64,
+        largest_graph: graphs.iter().copied().fold(0.0, f64::max) as u64,
+        boundaries: boundary * graphs.len() as u64,
+        boundary,
+    }
 }
 
 /// Returns the number of elements that a stage's matrices read and write.

@@ -1,7 +1,77 @@
-//! Memory of a rank at the peak of a step, and the bytes that it sends in a step, by sharding.
-//! Integers only.
+//! Memory of a rank at the peak of a step, and the collectives of a step, by sharding. Integers
+//! only. `fm-dist check` prints these numbers, and the message when memory runs out quotes them.
 
-use crate::parallel::Sharding;
+use crate::config::RunConfig;
+use crate::error::Result;
+use crate::nn::Stage;
+use crate::nn::Tokens;
+use crate::parallel::{DeviceChoice, Offload, ParallelSettings, Recompute, Sharding};
+use crate::plan::{Footprint, footprint};
+
+/// Memory of a CPU process besides its model: libtorch, MPI and the program. 145 MiB were measured
+/// with an empty model; malloc keeps a little of the larger blocks that are freed.
+const PROCESS_BYTES: u64 = 160 << 20;
+
+/// The parts of a rank's memory.
+#[derive(Clone, Debug)]
+pub struct RankMemory {
+    pub layout: StateLayout,
+    pub activations: Footprint,
+    /// Bytes besides state and activations.
+    process: u64,
+}
+
+impl RankMemory {
+    /// Returns the memory of one of `world_size` ranks that train on samples of `tokens`.
+    ///
+    /// # Errors
+    /// As [`RunConfig::micro_batches`].
+    pub fn new(
+        config: &RunConfig,
+        stages: &[Box<dyn Stage>],
+        tokens: Tokens,
+        world_size: usize,
+    ) -> Result<Self> {
+        let kind = config.model.dtype.kind();
+        let samples = config.data.micro_batch_size_per_gpu as i64;
+        Ok(RankMemory {
+            layout: StateLayout {
+                stages: stages.iter().map(|stage| stage.params().numel() as u64).collect(),
+                compute_bytes: kind.elt_size_in_bytes() as u64,
+                optimizer_tensors: config.optimizer.state_names().len() as u64,
+                micro_batches: config.micro_batches(world_size)? as u64,
+            },
+            activations: footprint(stages, config.model.family.width(), tokens, samples, kind),
+            process: match config.parallel.device {
+                DeviceChoice::Cpu => PROCESS_BYTES,
+                DeviceChoice::Cuda => 0,
+            },
+        })
+    }
+
+    /// Returns the bytes of a rank in the memory of its device at the peak of a step.
+    pub fn on_device(&self, parallel: &ParallelSettings, world_size: u64) -> u64 {
+        let ParallelSettings { sharding, offload, .. } = *parallel;
+        self.layout.bytes_per_rank(sharding, offload, world_size)
+            + self.activations.on_device(effective_recompute(parallel), offload)
+            + self.process
+    }
+
+    /// Returns the bytes of host memory that a rank's offloaded state takes.
+    pub fn on_host(&self, parallel: &ParallelSettings, world_size: u64) -> u64 {
+        let ParallelSettings { sharding, offload, .. } = *parallel;
+        self.layout.offloaded_bytes(sharding, offload, world_size)
+            + self.activations.on_host(effective_recompute(parallel), offload)
+    }
+}
+
+/// Sharded parameters are gathered again for each use, so their graphs cannot be kept.
+fn effective_recompute(parallel: &ParallelSettings) -> Recompute {
+    match parallel.sharding {
+        Sharding::Parameters => Recompute::Always,
+        _ => parallel.recompute,
+    }
+}
 
 /// The numbers of a model that determine its memory.
 #[derive(Clone, Debug)]
@@ -17,20 +87,45 @@ pub struct StateLayout {
 
 impl StateLayout {
     /// Returns the bytes of weights, gradients and optimizer state that one of `world_size` ranks
-    /// holds at the peak of a step, without activations.
-    pub fn bytes_per_rank(&self, sharding: Sharding, world_size: u64) -> u64 {
-        let shards = if sharding == Sharding::None { 1 } else { world_size };
-        // A single rank shards nothing.
-        let sharding = if shards == 1 { Sharding::None } else { sharding };
-        let all: u64 = self.stages.iter().sum();
-        let owned: u64 = self.stages.iter().map(|stage| stage.div_ceil(shards)).sum();
-        let largest = self.stages.iter().copied().max().unwrap_or(0);
+    /// holds on its device at the peak of a step, without activations.
+    pub fn bytes_per_rank(&self, sharding: Sharding, offload: Offload, world_size: u64) -> u64 {
+        let Shares { sharding, all, owned, largest, largest_owned } =
+            self.shares(sharding, world_size);
         let weights = if sharding == Sharding::Parameters { owned } else { all };
-        // In f32 the compute copy is the master copy.
-        let masters = if self.compute_bytes == 4 { 0 } else { 4 * owned };
-        let between_steps =
-            self.compute_bytes * weights + masters + 4 * self.optimizer_tensors * owned;
-        between_steps + self.backward_bytes(sharding, all, owned, largest)
+        let kept = self.compute_bytes * weights;
+        let backward = self.backward_bytes(sharding, all, owned, largest);
+        if !offload.optimizer() {
+            return kept + self.updated_bytes() * owned + backward;
+        }
+        // One stage's state at a time visits the device, while every gradient lies there.
+        let update = 4 * owned + self.updated_bytes() * largest_owned;
+        kept + backward.max(update)
+    }
+
+    /// Returns the bytes of state that one of `world_size` ranks keeps in host memory.
+    pub fn offloaded_bytes(&self, sharding: Sharding, offload: Offload, world_size: u64) -> u64 {
+        let owned = self.shares(sharding, world_size).owned;
+        if offload.optimizer() { self.updated_bytes() * owned } else { 0 }
+    }
+
+    /// Bytes of a parameter's optimizer state and master value. In f32 the compute copy is the
+    /// master copy.
+    fn updated_bytes(&self) -> u64 {
+        let master = if self.compute_bytes == 4 { 0 } else { 4 };
+        master + 4 * self.optimizer_tensors
+    }
+
+    fn shares(&self, sharding: Sharding, world_size: u64) -> Shares {
+        let shards = if sharding == Sharding::None { 1 } else { world_size };
+        let largest = self.stages.iter().copied().max().unwrap_or(0);
+        Shares {
+            // A single rank shards nothing.
+            sharding: if shards == 1 { Sharding::None } else { sharding },
+            all: self.stages.iter().sum(),
+            owned: self.stages.iter().map(|stage| stage.div_ceil(shards)).sum(),
+            largest,
+            largest_owned: largest.div_ceil(shards),
+        }
     }
 
     /// Returns the bytes of gradients and gathered parameters at the moment when the last stages'
@@ -68,9 +163,22 @@ impl StateLayout {
     }
 }
 
+/// Numbers of parameters under a sharding.
+struct Shares {
+    /// The sharding that takes effect.
+    sharding: Sharding,
+    all: u64,
+    /// Those that one rank updates.
+    owned: u64,
+    /// Those of the largest stage.
+    largest: u64,
+    largest_owned: u64,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Architecture;
 
     const SHARDINGS: [Sharding; 4] =
         [Sharding::None, Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters];
@@ -83,18 +191,21 @@ mod tests {
             optimizer_tensors: 2,
             micro_batches: 1,
         };
-        assert_eq!(layout.bytes_per_rank(Sharding::None, 8), 400 * (2 + 4 + 8 + 4) + 300 * 2);
+        assert_eq!(
+            layout.bytes_per_rank(Sharding::None, Offload::None, 8),
+            400 * (2 + 4 + 8 + 4) + 300 * 2
+        );
         // 13 + 38 are owned by each of 8 ranks.
         assert_eq!(
-            layout.bytes_per_rank(Sharding::Optimizer, 8),
+            layout.bytes_per_rank(Sharding::Optimizer, Offload::None, 8),
             400 * 2 + 51 * (4 + 8 + 4) + 300 * (2 + 4 + 4)
         );
         assert_eq!(
-            layout.bytes_per_rank(Sharding::Gradients, 8),
+            layout.bytes_per_rank(Sharding::Gradients, Offload::None, 8),
             400 * 2 + 51 * (4 + 8 + 4) + 300 * (2 + 4 + 4)
         );
         assert_eq!(
-            layout.bytes_per_rank(Sharding::Parameters, 8),
+            layout.bytes_per_rank(Sharding::Parameters, Offload::None, 8),
             51 * (2 + 4 + 8 + 4) + 300 * (2 + 4 + 4 + 4)
         );
     }
@@ -107,8 +218,15 @@ mod tests {
             optimizer_tensors: 2,
             micro_batches: 2,
         };
-        assert!(SHARDINGS.iter().all(|sharding| layout.bytes_per_rank(*sharding, 1)
-            == layout.bytes_per_rank(Sharding::None, 1)));
+        assert!(SHARDINGS.iter().all(|sharding| layout.bytes_per_rank(
+            *sharding,
+            Offload::None,
+            1
+        ) == layout.bytes_per_rank(
+            Sharding::None,
+            Offload::None,
+            1
+        )));
     }
 
     #[test]
@@ -119,7 +237,7 @@ mod tests {
             optimizer_tensors: 2,
             micro_batches: 4,
         };
-        let bytes = |sharding| layout.bytes_per_rank(sharding, 8);
+        let bytes = |sharding| layout.bytes_per_rank(sharding, Offload::None, 8);
         assert_eq!(bytes(Sharding::Optimizer) - bytes(Sharding::Gradients), 4 * (400 - 51));
     }
 
@@ -131,7 +249,40 @@ mod tests {
             optimizer_tensors: 2,
             micro_batches: 2,
         };
-        let bytes = SHARDINGS.map(|sharding| layout.bytes_per_rank(sharding, 64));
+        let bytes = SHARDINGS.map(|sharding| layout.bytes_per_rank(sharding, Offload::None, 64));
         assert!(bytes.is_sorted_by(|a, b| a > b), "{bytes:?}");
+    }
+
+    #[test]
+    fn offloading_the_optimizer_leaves_weights_gradients_and_one_stages_state() {
+        let layout = StateLayout {
+            stages: vec![100, 300],
+            compute_bytes: 2,
+            optimizer_tensors: 2,
+            micro_batches: 1,
+        };
+        let bytes = |offload| layout.bytes_per_rank(Sharding::None, offload, 1);
+        assert_eq!(bytes(Offload::Activations), bytes(Offload::None));
+        assert_eq!(bytes(Offload::Optimizer), 400 * 2 + 400 * 4 + 300 * (4 + 8));
+        assert_eq!(layout.offloaded_bytes(Sharding::None, Offload::All, 1), 400 * (4 + 8));
+        assert_eq!(layout.offloaded_bytes(Sharding::Gradients, Offload::All, 8), 51 * (4 + 8));
+    }
+
+    #[test]
+    fn boundaries_wait_on_the_host_where_activations_are_offloaded() {
+        let stages = crate::model::Dit::default().stages().expect("sound");
+        let found = footprint(&stages, 128, Tokens { image: 16, text: 0 }, 4, tch::Kind::Float);
+        let device = |recompute, offload| found.on_device(recompute, offload);
+        let recomputed = device(Recompute::Always, Offload::None);
+        assert!(recomputed < device(Recompute::Every(2), Offload::None));
+        assert!(
+            device(Recompute::Every(2), Offload::None) < device(Recompute::Never, Offload::None)
+        );
+        let offloaded = device(Recompute::Always, Offload::All);
+        assert_eq!(
+            recomputed - offloaded,
+            found.on_host(Recompute::Always, Offload::All) - 2 * found.boundary
+        );
+        assert_eq!(found.on_host(Recompute::Always, Offload::Optimizer), 0);
     }
 }

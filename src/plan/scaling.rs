@@ -2,9 +2,10 @@
 
 use crate::config::RunConfig;
 use crate::error::Result;
+use crate::nn::Tokens;
 use crate::parallel::Offload;
 use crate::plan::{Cluster, KNOWN_NAME, Prediction, StageWork, Workload};
-use crate::plan::{ForwardWork, Tokens, forward_work};
+use crate::plan::{ForwardWork, forward_work};
 
 /// Options of the predictions.
 #[derive(Clone, Debug)]

@@ -4,8 +4,7 @@ use tch::Kind;
 
 use crate::error::Result;
 use crate::model::Architecture;
-use crate::nn::{AttentionInfo, ParamInfo, ParamSet};
-use crate::plan::Tokens;
+use crate::nn::{AttentionInfo, ParamInfo, ParamSet, Tokens};
 use crate::plan::footprint::{beside_matrices, graph_elements};
 
 /// Operators that launch work, for each matrix product: norms, modulations, rotations, gates and
@@ -19,8 +18,8 @@ pub struct ForwardWork {
     pub parameters: u64,
     /// Floating-point operations of matrix products; an addition and a multiplication are two.
     pub product_flop: f64,
-    /// Floating-point operations of attention, over all tokens of the data: masked ones are counted,
-    /// though adapters cut those that no sample sees.
+    /// Floating-point operations of attention, over all tokens of the data: masked ones are
+    /// counted, though adapters cut those that no sample sees.
     pub attention_flop: f64,
     /// Bytes that are kept for the backward, an estimate like
     /// [`Footprint`](crate::plan::Footprint).
@@ -46,7 +45,7 @@ pub fn forward_work(
             |info: &ParamInfo| 2.0 * (samples * tokens.rows(info.rows) * info.numel()) as f64;
         let attention = |info: &AttentionInfo| {
             let (queries, keys) = (tokens.rows(info.queries), tokens.rows(info.keys));
-            4.0 * (samples * queries * keys * info.width) as f64
+            4.0 * (samples * queries * keys * info.width()) as f64
         };
         ForwardWork {
             parameters: params.numel() as u64,

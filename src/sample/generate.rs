@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
+use crate::assembly::attention::tokens_of_sample;
 use crate::assembly::device::{device, open_libraries};
 use crate::assembly::{build_pipeline, empty_replica};
 use crate::collective::Solo;
@@ -81,7 +82,8 @@ pub fn sample(request: &SampleRequest) -> Result<()> {
         );
         return Err(Error::config("--out", what));
     }
-    let device = device(&config, &Solo)?;
+    let samples = || vec![tokens_of_sample(&config, &origin.shape, origin.text_tokens())];
+    let device = device(&config, samples, &Solo)?.without_log();
     let plan = Plan::new(&config, &origin, device)?;
     plan.rehearse()?;
     let mut replica = empty_replica(&config, device, Sharing::alone())?;

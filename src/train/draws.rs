@@ -7,6 +7,7 @@ use crate::fault;
 use crate::flow::{DrawRules, Drawn, FlowMatchingPipeline, Strata};
 use crate::parallel::SeedScope;
 use crate::phase::Phase;
+use crate::pulse;
 use crate::rng::{Key, Purpose, Stream};
 
 /// Draws the numbers of any micro-batch, on any thread: they follow from its place in training, its
@@ -46,6 +47,7 @@ impl RunDraws {
     /// # Errors
     /// As [`draw`](Self::draw), and an error that is injected.
     pub fn draw_ahead(&self, place: Place, batch: &Batch) -> Result<Option<Drawn>> {
+        pulse::work_beside(Phase::Draw);
         fault::strike_at(Phase::Draw, place.step);
         fault::error_at(Phase::Draw, place.step)?;
         let (stream, strata) = (self.stream(place, batch), self.strata(place));

@@ -117,6 +117,9 @@ fn train_on(
         tracing::info!("{what}");
         return Ok((folder.path().into(), Ending::Done));
     }
+    if telemetry.writes_run_files() {
+        device.notes.iter().for_each(setup::tell);
+    }
     let listens = telemetry.writes_run_files().then(|| folder.path().to_path_buf());
     let requests = Requests::new(options.stop.clone(), options.stop_at, listens);
     let mut trainer = Trainer::new(config, options, collective, device.device, &telemetry, folder)?;

@@ -10,14 +10,14 @@ use crate::collective::agreement::agreed;
 use crate::config::RunConfig;
 use crate::data::{Order, Share};
 use crate::error::Result;
+use crate::failure;
 use crate::flow::Note;
 use crate::libtorch;
-use crate::nn::AttentionKernels;
 use crate::ops;
 use crate::parallel::divergence;
 use crate::parallel::{Replica, Sharding, Sharing};
 use crate::phase::Phase;
-use crate::plan::check_data;
+use crate::plan::{check_data, memory_forecast};
 use crate::run::changes;
 use crate::run::checkpoint::{self, Manifest, Saver};
 use crate::run::folder::RunFolder;
@@ -49,6 +49,7 @@ impl<'c> Trainer<'c> {
         let share = share_of(config, collective)?;
         let dataset = Arc::new(dataset(config)?);
         let notes = check_data(config, &dataset)?;
+        failure::set_forecast(memory_forecast(config, &dataset, share.world_size)?);
         tune_allocator(config);
         let replica = replica(config, &folder, share, collective, device)?;
         let fresh = OptimizerState::fresh(&replica, &*config.optimizer, devices(config, device));
@@ -123,13 +124,6 @@ impl<'c> Trainer<'c> {
             self.config.parallel.num_threads,
         );
         tracing::info!("{}", ops::way(self.device));
-        if let (Device::Cuda(_), AttentionKernels::Auto) =
-            (self.device, self.config.compute.attention)
-        {
-            tracing::info!(
-                "attention without cuDNN's kernels, of which some fail in backward passes; compute.attention = \"cudnn\" allows them"
-            );
-        }
         self.announce_sharing();
     }
 
@@ -185,7 +179,8 @@ fn replica<'c>(
     Ok(replica)
 }
 
-fn tell(note: &Note) {
+/// Writes a note to the log.
+pub(super) fn tell(note: &Note) {
     match note {
         Note::Warning(text) => tracing::warn!("{text}"),
         Note::Information(text) => tracing::info!("{text}"),

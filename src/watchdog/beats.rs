@@ -102,6 +102,7 @@ struct Beat {
 struct Moment {
     step: u64,
     phase: u8,
+    stage: Option<usize>,
     collectives: u64,
     age: u64,
     reading: Option<String>,
@@ -118,8 +119,9 @@ struct Answer {
 
 impl Moment {
     fn new(pulse: &Pulse, reading: Option<String>) -> Self {
-        let Pulse { step, phase, collectives, age } = *pulse;
-        Moment { step, phase: phase as u8, collectives, age: age.as_millis() as u64, reading }
+        let Pulse { step, phase, stage, collectives, age } = *pulse;
+        let (phase, age) = (phase as u8, age.as_millis() as u64);
+        Moment { step, phase, stage, collectives, age, reading }
     }
 
     /// The state of this process.
@@ -139,6 +141,7 @@ impl Moment {
         let pulse = Pulse {
             step: self.step,
             phase: Phase::numbered(self.phase)?,
+            stage: self.stage,
             collectives: self.collectives,
             age,
         };
@@ -349,7 +352,13 @@ mod tests {
         };
         let (stranger, address) =
             (open().expect("a socket"), SocketAddr::from((Ipv4Addr::LOCALHOST, address.port)));
-        let now = Pulse { step: 4, phase: Phase::Reduce, collectives: 1, age: Duration::ZERO };
+        let now = Pulse {
+            step: 4,
+            phase: Phase::Reduce,
+            stage: None,
+            collectives: 1,
+            age: Duration::ZERO,
+        };
         let beat = |token, rank| {
             send(
                 &stranger,

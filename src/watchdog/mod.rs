@@ -229,7 +229,8 @@ mod tests {
     use crate::phase::Phase;
 
     fn at(step: u64, age: f64) -> Pulse {
-        Pulse { step, phase: Phase::Forward, collectives: 0, age: Duration::from_secs_f64(age) }
+        let age = Duration::from_secs_f64(age);
+        Pulse { step, phase: Phase::Forward, stage: None, collectives: 0, age }
     }
 
     #[test]

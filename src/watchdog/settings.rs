@@ -52,7 +52,9 @@ impl WatchdogSettings {
     /// Returns the time that a rank at `pulse` may take without progress.
     pub fn limit(&self, pulse: &Pulse, pace: Pace) -> Duration {
         let seconds = match pulse.phase {
-            Phase::Launch | Phase::Connect | Phase::Bootstrap | Phase::Open => self.init_seconds,
+            Phase::Launch | Phase::Connect | Phase::Bootstrap | Phase::Open | Phase::Attention => {
+                self.init_seconds
+            }
             Phase::Read
             | Phase::Data
             | Phase::Draw
@@ -113,7 +115,7 @@ mod tests {
     use super::*;
 
     fn limit(phase: Phase, step: u64, step_median: f64, last_save: f64) -> f64 {
-        let pulse = Pulse { step, phase, collectives: 0, age: Duration::ZERO };
+        let pulse = Pulse { step, phase, stage: None, collectives: 0, age: Duration::ZERO };
         WatchdogSettings::default()
             .limit(&pulse, Pace { first_step: 100, step_median, last_save })
             .as_secs_f64()

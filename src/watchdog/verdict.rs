@@ -148,7 +148,7 @@ mod tests {
     const QUIET: Duration = Duration::from_secs(1);
 
     fn at(step: u64, phase: Phase, collectives: u64, age: u64) -> Pulse {
-        Pulse { step, phase, collectives, age: Duration::from_secs(age) }
+        Pulse { step, phase, stage: None, collectives, age: Duration::from_secs(age) }
     }
 
     fn state(rank: usize, host: &str, pulse: Pulse, silence: u64) -> RankState {

@@ -8,8 +8,14 @@ set -euo pipefail
 # shellcheck source=launch/env.sh
 . "$(dirname "$0")/../../launch/env.sh"
 
-launch/setup.sh --oracle >/dev/null
-timed "build, optimized" cargo build --quiet --release
+if is_packed; then
+    # shellcheck source=launch/packed.sh
+    . launch/packed.sh
+    timed "what the pack needs" unpack
+else
+    launch/setup.sh --oracle >/dev/null
+    timed "build, optimized" cargo build --quiet --release
+fi
 # One thread a rank, on both sides.
 export OMP_NUM_THREADS=1 DIFFUSERS_VERBOSITY=error
 exec .deps/oracle/bin/python tests/bench/compare.py "$@"

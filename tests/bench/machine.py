@@ -1,6 +1,8 @@
 """What this machine is, and whether something else computes on it."""
 
 import os
+import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,9 +16,43 @@ def processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
 
 
+def gpu() -> str | None:
+    """Name and driver of the first GPU; None where no driver answers."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class GpuMemory:
+    """Within it the driver is asked twenty times a second how much of the first GPU's memory is in use, by whomever."""
+
+    def __enter__(self) -> "GpuMemory":
+        self.samples = tempfile.TemporaryFile("w+")
+        asked = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0", "--loop-ms=50"]
+        self.asking = subprocess.Popen(asked, stdout=self.samples, stderr=subprocess.DEVNULL)
+        return self
+
+    def __exit__(self, *_):
+        self.asking.terminate()
+        self.asking.wait()
+
+    def most_bytes(self) -> int:
+        self.samples.seek(0)
+        found = [int(line) for line in self.samples.read().split() if line.isdigit()]
+        return max(found, default=0) << 20
+
+
+def cores() -> set[int]:
+    """Those that this process may use."""
+    return os.sched_getaffinity(0)
+
+
 def description() -> dict:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"processor": processor(), "cores": len(os.sched_getaffinity(0)), "memory_gb": round(memory / 1e9), "kernel": os.uname().release}
+    device = {"gpu": gpu()} if gpu() else {}
+    return {**device, "processor": processor(), "cores": len(cores()), "memory_gb": round(memory / 1e9), "kernel": os.uname().release}
 
 
 def _jiffies() -> tuple[int, int]:

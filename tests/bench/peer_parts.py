@@ -98,11 +98,11 @@ def pipeline(out: Path) -> None:
 
 def checkpoint(name: str, saves: int, steps_between: int, folder: Path, out: Path) -> None:
     import torch.distributed.checkpoint as dcp
-    from peer import Trainer
+    from peer import Options, Trainer
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     dist.init_process_group("gloo")
-    trainer = Trainer(case(name), torch.float32, tuned=False)
+    trainer = Trainer(case(name), torch.float32, Options())
 
     def state() -> dict:
         model, optimizer = get_state_dict(trainer.model, trainer.optimizer)

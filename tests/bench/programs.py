@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from cases import BENCH, MICRO_BATCH, ROOT, SEED, Case
+from cases import BENCH, ROOT, SEED, Case
+from machine import GpuMemory
 
 FM_DIST = ROOT / "target" / "release" / "fm-dist"
 PYTHON = ROOT / ".deps" / "oracle" / "bin" / "python"
 HERE = Path(__file__).resolve().parent
+# Whose constants `fm-dist check` predicts a step on one GPU with.
+CLUSTER = "h100"
 # What keeps glibc from giving freed tensors back to the system, to be asked for again at the next step.
 TUNED_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "68719476736"}
 # Between looks at the file in which fm-dist says that a step is over.
@@ -40,15 +43,18 @@ PHASES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One row's case, kind and number of ranks."""
+    """One row's case, kind, number of ranks and device."""
 
     case: Case
     dtype: str
     ranks: int
+    device: str = "cpu"
+    # Both sides may use cuDNN's attention.
+    cudnn: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.case.name} {self.dtype} {self.ranks}"
+        return f"{self.case.name} {self.dtype} {self.ranks}" + (f" {self.device}" if self.device != "cpu" else "")
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,16 @@ class Ended(Exception):
     """A program that did not end as it should."""
 
 
+class DoesNotFit(Ended):
+    """A program that a GPU has too little memory for."""
+
+
+# Ends of programs for which a GPU has too little memory: our error, whose code a launcher may replace, and the peer's exception.
+OUT_OF_MEMORY = re.compile(r"fm-dist: error MEMORY|OutOfMemoryError")
+# Lines that name the cause of an end.
+CAUSE = re.compile(r"^(fm-dist: error .*|[\w.]*(?:Error|Exception): .*)$", re.MULTILINE)
+
+
 def launch(name: str, command: list[str], environment: dict[str, str], until: Path | None = None) -> tuple[float, float | None, int]:
     """Runs a launcher to its end: when it began, when the file `until` had its first line, and the largest process's memory in bytes."""
     log = BENCH / f"{name}.log"
@@ -81,8 +97,12 @@ def launch(name: str, command: list[str], environment: dict[str, str], until: Pa
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
-        sys.stderr.write(log.read_text(errors="replace")[-4000:])
-        raise Ended(f"{' '.join(command)}: exit code {process.returncode}, see {log}")
+        text = log.read_text(errors="replace")
+        if OUT_OF_MEMORY.search(text):
+            raise DoesNotFit(f"{name} does not fit into the GPU's memory")
+        sys.stderr.write(text[-4000:])
+        causes = CAUSE.findall(text) or ["its last lines stand above"]
+        raise Ended(f"{name} ended with code {process.returncode}, see {log}: {causes[0]}")
     return began, seen, usage.ru_maxrss * 1024
 
 
@@ -99,10 +119,15 @@ def mpi_run(ranks: int, *command: str) -> list[str]:
     return ["bash", "-c", '. launch/env.sh && mpi_run "$@"', "mpi_run", str(ranks), *command]
 
 
+def peer_command(setting: Setting, num_steps: int, out: Path, *arguments: str) -> list[str]:
+    attention = ["--cudnn"] if setting.cudnn else []
+    trained = [setting.case.name, setting.dtype, str(num_steps), str(out), "--device", setting.device]
+    return torchrun(setting.ranks, "peer.py", "train", *trained, *attention, *arguments)
+
+
 def run_peer(setting: Setting, num_steps: int, program: Program) -> dict:
     out = BENCH / "peer.json"
-    command = torchrun(setting.ranks, "peer.py", "train", setting.case.name, setting.dtype, str(num_steps), str(out), *program.arguments)
-    began, _, largest = launch("peer", command, program.environment)
+    began, _, largest = launch("peer", peer_command(setting, num_steps, out, *program.arguments), program.environment)
     measured = json.loads(out.read_text())
     launched = measured.pop("first_step_ended") - began
     # Seen in some more steps, because it lies inside of the backward pass.
@@ -130,17 +155,21 @@ def run_parts(program: str, group: str) -> dict[str, list[float]]:
     return seconds
 
 
-def settings_of(case: Case, dtype: str) -> list[str]:
+def settings_of(case: Case, dtype: str, device: str) -> list[str]:
     """The configuration of a run, as `--set` takes it."""
     pipeline = {f"flow_matching.{key}": json.dumps(value) for key, value in case.pipeline.items()}
+    shape = {f"model.{case.table}.{key}": json.dumps(value) for key, value in case.config.items()}
+    place = {"parallel.device": '"cuda"', "checkpoint.save_last": "false"} if device == "cuda" else {}
     values = {
         "seed": str(SEED),
-        "model.path": json.dumps(str(case.weights)),
+        **({"model.path": json.dumps(str(case.weights))} if case.shares_weights else shape),
+        **({"parallel.recompute": '"always"'} if case.recompute else {}),
+        **place,
         "model.dtype": json.dumps(dtype),
         "flow_matching.adapter_type": json.dumps(case.adapter),
         **pipeline,
         "data.path": json.dumps(str(case.data)),
-        "data.micro_batch_size_per_gpu": str(MICRO_BATCH),
+        "data.micro_batch_size_per_gpu": str(case.micro_batch),
         "optimizer.adamw.lr": "1e-4",
         "train.max_grad_norm": "1.0",
         "checkpoint.every_n_steps": "1000000",
@@ -149,23 +178,34 @@ def settings_of(case: Case, dtype: str) -> list[str]:
     return [text for key, value in values.items() for text in ("--set", f"{key}={value}")]
 
 
-def fm_dist(command: str, case: Case, dtype: str, *arguments: str) -> list[str]:
+def fm_dist(command: str, setting: Setting, *arguments: str) -> list[str]:
     """A command line of ours; an empty configuration, so that all that it does not set is the default."""
     config = BENCH / "empty.toml"
     config.write_text("")
-    return [str(FM_DIST), command, "--config", str(config), *settings_of(case, dtype), *arguments]
+    attention = ["--set", 'compute.attention="cudnn"'] if setting.cudnn else []
+    return [str(FM_DIST), command, "--config", str(config), *settings_of(setting.case, setting.dtype, setting.device), *attention, *arguments]
+
+
+def train_command(setting: Setting, num_steps: int, folder: Path, *arguments: str) -> list[str]:
+    run = ["--set", f"max_steps={num_steps}", "--set", f"output_dir={json.dumps(str(folder))}"]
+    return mpi_run(setting.ranks, *fm_dist("train", setting, *run, *arguments))
 
 
 def train_fm_dist(setting: Setting, num_steps: int, program: Program) -> tuple[Path, float, int]:
     """Run folder, seconds from the launch to the end of the first step, largest process."""
     folder = BENCH / "run"
     shutil.rmtree(folder, ignore_errors=True)
-    arguments = ["--set", f"max_steps={num_steps}", "--set", f"output_dir={json.dumps(str(folder))}", *program.arguments]
-    command = mpi_run(setting.ranks, *fm_dist("train", setting.case, setting.dtype, *arguments))
+    command = train_command(setting, num_steps, folder, *program.arguments)
     began, seen, largest = launch("fm-dist", command, program.environment, until=folder / "metrics.jsonl")
     if seen is None:
         raise Ended("fm-dist ended before its first step was seen")
     return folder, seen - began, largest
+
+
+def draws_seconds(lines: list[dict]) -> dict:
+    """What each step waited for its draws, from versions that tell it."""
+    waits = [line["draw_seconds"] for line in lines if "draw_seconds" in line]
+    return {"draw_seconds": waits} if waits else {}
 
 
 def run_fm_dist(setting: Setting, num_steps: int, program: Program) -> dict:
@@ -175,7 +215,7 @@ def run_fm_dist(setting: Setting, num_steps: int, program: Program) -> dict:
     shutil.rmtree(folder)
     # Of the last step, before the last checkpoint.
     peak = lines[-1]["peak_memory_bytes"]
-    return {"steps": steps, "peak_memory_bytes": peak, "launch_seconds": launched, "largest_process_bytes": largest}
+    return {"steps": steps, "peak_memory_bytes": peak, "launch_seconds": launched, "largest_process_bytes": largest, **draws_seconds(lines)}
 
 
 def save_fm_dist(setting: Setting, saves: int, steps_between: int) -> dict:
@@ -200,7 +240,21 @@ def save_fm_dist(setting: Setting, saves: int, steps_between: int) -> dict:
     return {"steps": [seconds[step] for step in range(2, steps_between + 1)], "save": found}
 
 
-PEER = Program("peer", run_peer)
+def on_gpu(run: Callable[[Setting, int, Program], dict]) -> Callable[[Setting, int, Program], dict]:
+    """The same, with the GPU's memory that the driver saw in use."""
+
+    def watched(setting: Setting, num_steps: int, program: Program) -> dict:
+        if setting.device != "cuda":
+            return run(setting, num_steps, program)
+        with GpuMemory() as memory:
+            result = run(setting, num_steps, program)
+        return {**result, "gpu_memory_bytes": memory.most_bytes()}
+
+    return watched
+
+
+PEER = Program("peer", on_gpu(run_peer))
 TUNED_PEER = Program("peer, tuned", run_peer, TUNED_MALLOC, ("--tuned",))
-OURS = Program("fm-dist", run_fm_dist)
+COMPILED_PEER = Program("peer, compiled", on_gpu(run_peer), {}, ("--compiled",))
+OURS = Program("fm-dist", on_gpu(run_fm_dist))
 SHARDED = Program("fm-dist, sharding = optimizer", run_fm_dist, {}, ("--set", 'parallel.sharding="optimizer"'))

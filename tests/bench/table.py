@@ -9,7 +9,7 @@ README = Path(__file__).resolve().with_name("README.md")
 BEGIN, END = "<!-- table: written by compare.sh readme -->", "<!-- end of the table -->"
 # Of a step that both sides measure. The peer's batches lie in memory: loading is compared by itself.
 PHASES = ["step", "forward", "backward", "communication", "optimizer"]
-PEERS = ["peer", "peer, tuned"]
+PEERS = ["peer", "peer, tuned", "peer, compiled"]
 SHARDED = "fm-dist, sharding = optimizer"
 # Goals as ratios fm-dist / peer on two ranks, as it comes and tuned.
 STEP_GOALS = {
@@ -71,11 +71,36 @@ class Table:
 
 
 def described(name: str) -> str:
-    case, dtype, ranks = name.split()
-    return f"{case}, {dtype}, {ranks} rank{'s' if ranks != '1' else ''}"
+    case, dtype, ranks, *device = name.split()
+    return ", ".join([case, dtype, f"{ranks} rank{'s' if ranks != '1' else ''}", *device])
+
+
+def short_row(setting: str, program: str, text: str) -> str:
+    """A line of what was just measured."""
+    return f"| {setting} | {program} | {text}"
+
+
+def figures(run: dict, warm_up: int) -> str:
+    """Step and phases in milliseconds, memory, launch."""
+    steps = run["steps"][warm_up:]
+    parts = [f"step {1e3 * median_of(steps, 'step'):.1f} ms"]
+    parts += [f"{phase} {1e3 * median_of(steps, phase):.1f}" for phase in ["forward", "backward", "optimizer"]]
+    memory = {"GPU": "gpu_memory_bytes", "peak": "peak_memory_bytes"}
+    parts += [f"{name} {run[key] / 1e9:.2f} GB" for name, key in memory.items() if key in run]
+    if waits := run.get("draw_seconds", [])[warm_up:]:
+        parts.append(f"draws {1e3 * median(waits):.2f} ms")
+    return ", ".join([*parts, f"first step after {run['launch_seconds']:.1f} s"])
+
+
+def kernels_of(classes: dict[str, dict]) -> str:
+    """Milliseconds and launches of a step by class."""
+    whole = sum(its["ms"] for its in classes.values())
+    return ", ".join([f"{whole:.1f} ms", *(f"{name} {its['ms']:.1f} in {its['launches']}" for name, its in classes.items())])
 
 
 def of_steps(name: str, row: dict) -> str:
+    if not all("fm-dist" in pair for pair in row["pairs"]):
+        return f"### {described(name)}\n\nIt does not fit.\n"
     warm_up, table = row["warm_up"], Table(row["pairs"], PEERS)
 
     def phase(name: str) -> Of:
@@ -94,6 +119,8 @@ def of_steps(name: str, row: dict) -> str:
         table.add("peak memory, sharding = optimizer, GB", memory, ".2f", SHARDED_GOAL, ours=SHARDED)
         table.add("step, sharding = optimizer, s", phase("step"), ".3f", ours=SHARDED)
     table.add("launch to first step, s", launched, ".2f", LAUNCH_GOAL)
+    if all("gpu_memory_bytes" in run for pair in row["pairs"] for run in pair.values()):
+        table.add("GPU memory in use, GB", lambda run: run["gpu_memory_bytes"] / 1e9, ".2f")
     steps = len(row["pairs"][0]["fm-dist"]["steps"]) - warm_up
     return table.text(described(name), row, f" of {steps} steps after {warm_up}")
 
@@ -147,7 +174,21 @@ def of_checkpoint(_name: str, row: dict) -> str:
     return table.text("checkpoint: flux-71m, float32 with optimizer state, 2 ranks", row, f" of {saves} saves")
 
 
-PARTS = {"steps": of_steps, "launch": of_launch, "data": of_data, "pipeline": of_pipeline, "checkpoint": of_checkpoint}
+def of_kernels(name: str, row: dict) -> str:
+    sides = {side: its for side, its in row.items() if side != "date"}
+    classes = sorted({each for its in sides.values() for each in its})
+    cell = {side: {each: f"{its[each]['ms']:.1f} in {its[each]['launches']}" for each in its} for side, its in sides.items()}
+    lines = [["kernels, ms", *sides], ["---"] * (1 + len(sides))]
+    lines += [[each, *(cell[side].get(each, "") for side in sides)] for each in classes]
+    text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return f"### kernels of a step: {described(name)}\n\n{row['date']}\n\n{text}\n"
+
+
+def of_offload(name: str, row: dict) -> str:
+    return f"### offloaded: {described(name)}\n\n{row['date']}: {figures(row, row['warm_up'])}\n\n```\n{row['plan']}```\n"
+
+
+PARTS = {"steps": of_steps, "launch": of_launch, "kernels": of_kernels, "offload": of_offload, "data": of_data, "pipeline": of_pipeline, "checkpoint": of_checkpoint}
 
 
 def text(results: dict, parts: list[str]) -> str:

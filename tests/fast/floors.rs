@@ -14,7 +14,7 @@ const FLOORS: &[&[&str]] = &[
     &["files"],
     &["ops"],
     &["collective", "data", "nn", "telemetry"],
-    &["report"],
+    &["attention", "report"],
     &["datasets"],
     &["flow", "model", "optim", "parallel", "watchdog"],
     &["adapter"],
@@ -50,6 +50,7 @@ const ONLY_IN: &[(&str, &[&str])] = &[
         ],
     ),
     ("manual_seed(", &["rng.rs"]),
+    ("scaled_dot_product_attention(", &["nn/attention/mod.rs"]),
     ("world_size == 1", &[]),
     ("HashMap", &[]),
 ];

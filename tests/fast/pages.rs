@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{CommandFactory, Parser};
 use fm_dist::cli::Cli;
-use fm_dist::error::{BUG, Error, STOPPED, USAGE};
+use fm_dist::error::{BUG, Error, Place, STOPPED, Shortage, USAGE};
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -184,8 +184,11 @@ fn every_command_has_its_row_in_the_readme() {
     let page = read("README.md");
     let told: BTreeSet<String> =
         rows(section(&page, "Quick start")).iter().flat_map(|row| quoted(&row[0])).collect();
-    let commands: BTreeSet<String> =
-        Cli::command().get_subcommands().map(|command| command.get_name().into()).collect();
+    let commands: BTreeSet<String> = Cli::command()
+        .get_subcommands()
+        .filter(|command| !command.is_hide_set())
+        .map(|command| command.get_name().into())
+        .collect();
     assert_eq!(told, commands);
 }
 
@@ -204,7 +207,7 @@ fn one_of_each_error() -> Vec<Error> {
         Error::NotFinite { step: 0, what: what() },
         Error::Stopped { what: what() },
         Error::Device { what: what() },
-        Error::OutOfMemory { what: what() },
+        Error::OutOfMemory { what: what(), shortage: Shortage::of(Place::Host) },
         Error::environment(""),
     ];
     for error in &errors {

@@ -3,7 +3,6 @@
 use super::{Case, Ended, SHORT, SOON, START, STEPS, Started, signal, turn, unbroken};
 use crate::runs::checkpoint;
 use std::fs;
-use std::process::Command;
 
 use tempfile::TempDir;
 
@@ -93,50 +92,6 @@ fn c4_what_all_ranks_meet_at_once_is_said_by_one() {
         }
         .run();
     }
-}
-
-#[test]
-fn c4_a_device_that_fails_is_code_23_and_memory_that_runs_out_code_53() {
-    let says = [
-        "error DEVICE rank 1/2",
-        "step 6 phase backward: CUDA error: an illegal memory access was encountered. exit 23",
-    ];
-    let ended = Case {
-        fault: "device@1:6:backward",
-        code: 23,
-        says: &says,
-        never: &["panicked"],
-        seconds: SOON,
-        ..Case::default()
-    }
-    .run();
-    assert_eq!(ended.failure(1)["name"].as_str(), Some("DEVICE"));
-    let says = [
-        "error MEMORY rank 0/1",
-        "phase forward: ",
-        "can't allocate memory: you tried to allocate 1152921504606846976",
-        "exit 53",
-    ];
-    Case {
-        ranks: 0,
-        fault: "memory@0:6:forward",
-        code: 53,
-        says: &says,
-        never: &["panicked"],
-        seconds: SOON,
-        ..Case::default()
-    }
-    .run();
-    let says = ["error MEMORY rank 1/2", "exit 53"];
-    Case {
-        fault: "memory@1:6:read",
-        code: 53,
-        says: &says,
-        never: &["panicked"],
-        seconds: SOON,
-        ..Case::default()
-    }
-    .run();
 }
 
 #[test]
@@ -421,29 +376,4 @@ fn a_file_named_save_asks_for_a_checkpoint_and_save_quit_for_the_end() {
             assert!(checkpoint(&ended.run_folder(), STEPS) == unbroken, "saving changes nothing");
         }
     }
-}
-
-#[test]
-fn c2_too_little_memory_ends_the_run_with_a_line() {
-    let _turn = turn();
-    let root = TempDir::new().unwrap();
-    // One parameter alone asks for more than there is.
-    let case = Case {
-        ranks: 0,
-        sets: &["model.dit.width=16384", "model.dit.num_heads=128"],
-        ..Case::default()
-    };
-    let command = case.command(&root);
-    let mut limited = Command::new("bash");
-    limited
-        .args(["-c", "ulimit -v 3000000; exec \"$@\"", "bash"])
-        .arg(command.get_program())
-        .args(command.get_args());
-    let (ended, code) = Started::new(limited).end(root, START);
-    assert_eq!(code, 53, "{}", ended.errors);
-    assert!(
-        ended.errors.contains("error MEMORY") && ended.errors.contains("can't allocate memory"),
-        "{}",
-        ended.errors
-    );
 }

@@ -11,9 +11,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
-use fm_dist::cuda::nvrtc;
+use fm_dist::collective;
+use fm_dist::cuda::{self, nvrtc};
 use fm_dist::optim::adamw::OnGpu;
 use fm_dist::optim::{AdamW, Optimizer, Slice, Update};
+use fm_dist::phase::Phase;
+use fm_dist::pulse;
 use fm_dist::rng::{Key, Purpose};
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
@@ -256,6 +259,100 @@ fn three_steps(
             "{case}, step {step}"
         );
     }
+}
+
+/// Three steps of the kernel, which end as the program does when a launch fails. Launch 0 is
+/// [`OnGpu::ready`]'s.
+pub fn process_whose_gpu_fails() {
+    std::panic::set_hook(Box::new(|panic| collective::end_after_panic(panic)));
+    cuda::health::watch(0);
+    // Answered once the GPU is watched.
+    println!("faults before: {:?}", cuda::health::faults());
+    let ready = OnGpu::ready(&AdamW::default(), Device::Cpu);
+    let on_gpu = ready.unwrap_or_else(|error| collective::end_with(error));
+    let numbers = || Tensor::ones([1000], (Kind::Float, Device::Cpu));
+    let (mut params, gradient, mut state) = (numbers(), numbers(), [numbers(), numbers()]);
+    for step in 1..=3 {
+        pulse::begin_step(step);
+        pulse::enter(Phase::Optimizer);
+        let slice = Slice {
+            params: &mut params,
+            gradient: &gradient,
+            gradient_factor: 1.0,
+            state: &mut state,
+            computed: None,
+            decayed: &[],
+        };
+        on_gpu.update(slice, 0.01, step);
+    }
+    println!("the GPU ended well");
+}
+
+/// Runs [`process_whose_gpu_fails`] with these switches; it ends with this code and one line, which
+/// has the words, within the time that a failing run has.
+fn gpu_fails(switches: &[(&str, &str)], code: i32, words: &[&str]) -> String {
+    let Outcome { code: found, output, .. } =
+        doubled("mpi::kernels::process_whose_gpu_fails", KERNEL, switches);
+    assert_eq!(found, Some(code), "{output}");
+    let lines: Vec<&str> =
+        output.lines().filter(|line| line.starts_with("fm-dist: error")).collect();
+    assert_eq!(lines.len(), 1, "{output}");
+    words.iter().for_each(|word| assert!(lines[0].contains(word), "{word:?}: {output}"));
+    lines[0].into()
+}
+
+const LATE: &str =
+    "Kernels run behind the host, so the place may be late: CUDA_LAUNCH_BLOCKING=1 finds it";
+
+#[test]
+fn a_launch_that_fails_on_the_gpu_is_code_23_with_the_drivers_words() {
+    for (error, words) in [
+        (
+            "2:700",
+            "an illegal memory access was encountered (CUDA_ERROR_ILLEGAL_ADDRESS, code 700)",
+        ),
+        (
+            "2:715",
+            "an illegal instruction was encountered (CUDA_ERROR_ILLEGAL_INSTRUCTION, code 715)",
+        ),
+        ("2:719", "unspecified launch failure (CUDA_ERROR_LAUNCH_FAILED, code 719)"),
+    ] {
+        let whole =
+            format!("step 2 phase optimizer: AdamW's kernel: cuLaunchKernel: {words}. {LATE}");
+        let line = gpu_fails(&[("NCCL_DOUBLE_KERNEL_ERROR", error)], 23, &["error DEVICE", &whole]);
+        assert!(line.ends_with("finds it. exit 23"), "NVML knows of no fault: {line}");
+    }
+    // The first launch is the trial's, at the start of a run.
+    let words = ["error DEVICE", "AdamW's kernel on Cpu: cuLaunchKernel: an illegal memory access"];
+    gpu_fails(&[("NCCL_DOUBLE_KERNEL_ERROR", "0:700")], 23, &words);
+}
+
+#[test]
+fn nvmls_faults_of_the_gpu_stand_behind_the_drivers_words() {
+    let switches = [
+        ("NCCL_DOUBLE_KERNEL_ERROR", "2:700"),
+        ("NCCL_DOUBLE_ECC_ERRORS", "2"),
+        ("NCCL_DOUBLE_XID", "31"),
+    ];
+    let faults = "NVML: 2 uncorrected ECC errors since the driver was loaded, rows of memory wait \
+                  to be remapped at the next reset, Xid 31 (memory page fault). exit 23";
+    gpu_fails(&switches, 23, &[LATE, faults]);
+}
+
+#[test]
+fn nvml_that_hangs_does_not_hold_up_the_end() {
+    let switches = [("NCCL_DOUBLE_KERNEL_ERROR", "2:700"), ("NCCL_DOUBLE_NVML_HANGS", "1")];
+    gpu_fails(&switches, 23, &["NVML: does not answer within 1 s. exit 23"]);
+}
+
+#[test]
+fn memory_that_the_driver_lacks_is_code_53_with_what_is_free() {
+    let free = "(CUDA_ERROR_OUT_OF_MEMORY, code 2); asked for an unknown size of the GPU, \
+                512.00 MiB of 80.00 GiB are free; take a smaller micro-batch";
+    let launch = ["error MEMORY", "step 2 phase optimizer: AdamW's kernel: cuLaunchKernel: ", free];
+    gpu_fails(&[("NCCL_DOUBLE_KERNEL_ERROR", "2:2")], 53, &launch);
+    let load = ["error MEMORY", "AdamW's kernel on Cpu: cuModuleLoadData: out of memory", free];
+    gpu_fails(&[("NCCL_DOUBLE_LOAD_ERROR", "2")], 53, &load);
 }
 
 /// What `OnGpu::ready` says of a world of wrong kernels and missing libraries.

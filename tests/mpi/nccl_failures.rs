@@ -104,6 +104,20 @@ fn a_launch_that_fails_ends_the_world() {
 }
 
 #[test]
+fn a_kernel_that_broke_is_an_error_of_the_device_wherever_it_is_noticed() {
+    let words = [
+        "rank 1/2: ",
+        "an illegal memory access was encountered (CUDA_ERROR_ILLEGAL_ADDRESS, code 700)",
+    ];
+    fails(
+        &[("NCCL_DOUBLE_DEVICE_ERROR", "1:1")],
+        "mpi::nccl_failures::rank_of_a_world_that_fails",
+        23,
+        &words,
+    );
+}
+
+#[test]
 fn peers_that_never_come_together_are_given_up() {
     let words = ["nccl connect: rank ", "NCCL is still in progress after 5.0 s"];
     fails(

@@ -1,6 +1,6 @@
 """Runs one training step of tiny random models of the five real families under NeMo AutoModel, and writes what went in and came out.
 
-    python families.py OUT_DIR SEED [--families flux,flux2,qwen_image,wan,hunyuan_video15] [--cases N] [--verbose]
+    python families.py OUT_DIR SEED [--families flux,flux2,qwen_image,wan,hunyuan_video15] [--cases N] [--device cuda] [--draws device] [--verbose]
 
 Needs torch 2.13.0, diffusers 0.42.1, nemo-automodel 0.5.0 and safetensors; takes 25 s, half of it imports, and 300 MB of disk, most of
 it the 2048 x 2048 layer that every HunyuanVideo 1.5 has. SEED alone decides every draw, a family's cases whatever the other families are.
@@ -17,6 +17,7 @@ cases.json                          one entry a case: name, family, folder, dtyp
 
 A case repeats so: `manual_seed(seed)`, then `step` on the batch with the model loaded in `dtype`; Python's own generator decides nothing,
 since `i2v_prob` is 0 or 1, and so is `cfg_dropout_prob` for qwen_image. It runs on one thread, so that no sum depends on the machine.
+On a GPU the package's draws are those of the GPU's generator (`--draws device`), or by our patch those of the CPU's (`--draws host`).
 
 Longer than the house's files are: one draw a family, and what they share reads best beside them.
 """
@@ -26,6 +27,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,6 +42,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.utils import logging
+from draws import drawn_by_the_host
 from flow_matching import DTYPES, SAMPLINGS, WEIGHTINGS, Recorder, deck
 from nemo_automodel.components.flow_matching.adapters import FluxAdapter, ModelAdapter, QwenImageAdapter, SimpleAdapter
 from nemo_automodel.components.flow_matching.pipeline import FlowMatchingPipeline, create_adapter
@@ -66,7 +69,7 @@ class Flux(FluxAdapter):
         inputs = super().prepare_inputs(context)
         if self.use_text_mask:
             text = context.batch["text_mask"].bool()
-            image = torch.ones(inputs["hidden_states"].shape[:2], dtype=torch.bool)
+            image = torch.ones(inputs["hidden_states"].shape[:2], dtype=torch.bool, device=text.device)
             inputs["attention"] = {"attention_mask": torch.cat([text, image], dim=1)[:, None, None]}
         return inputs
 
@@ -473,7 +476,22 @@ def gradients(model: torch.nn.Module, draw: Draw) -> dict[str, torch.Tensor]:
     return found
 
 
-def run_case(folder: Path, dice: Dice, draw: Draw, better: dict) -> dict:
+@dataclass
+class Place:
+    """Where a step is computed, and which generator its draws are of: `host` or `device`."""
+
+    device: torch.device
+    draws: str
+
+    def step(self, pipeline: FlowMatchingPipeline, model: torch.nn.Module, draw: Draw, dtype: torch.dtype, seed: int) -> torch.Tensor:
+        """The average weighted loss of a step after `manual_seed(seed)`."""
+        batch = {key: tensor.to(self.device) for key, tensor in draw.batch.items()}
+        with drawn_by_the_host() if self.draws == "host" else nullcontext():
+            torch.manual_seed(seed)
+            return pipeline.step(model, {**batch, "data_type": draw.data_type}, self.device, dtype, 1)[1]
+
+
+def run_case(folder: Path, dice: Dice, draw: Draw, better: dict, place: Place) -> dict:
     """Writes one case's folder and returns its entry in cases.json."""
     arguments = pipeline_arguments(dice) | draw.pipeline
     dtype = dice.deal("dtype", ["float32", "float32", "bfloat16"])
@@ -483,20 +501,20 @@ def run_case(folder: Path, dice: Dice, draw: Draw, better: dict) -> dict:
         draw.adapter |= better
     save_model(folder / "model", draw, dice)
     save_file({key: tensor.contiguous() for key, tensor in draw.batch.items()}, folder / "batch.safetensors", {"data_type": draw.data_type})
-    model = load_model(draw.model, folder / "model", DTYPES[dtype])
-    pipeline = FlowMatchingPipeline(adapter_of(draw), device=torch.device("cpu"), **arguments)
+    model = load_model(draw.model, folder / "model", DTYPES[dtype]).to(place.device)
+    pipeline = FlowMatchingPipeline(adapter_of(draw), device=place.device, **arguments)
     recorder, seed = Recorder(pipeline), dice.random.getrandbits(32)
-    torch.manual_seed(seed)
-    _, average, *_ = pipeline.step(model, {**draw.batch, "data_type": draw.data_type}, torch.device("cpu"), DTYPES[dtype], 1)
-    average.backward()
+    place.step(pipeline, model, draw, DTYPES[dtype], seed).backward()
     found = gradients(model, draw)
-    save_file({**recorder.tensors, **{f"grad.{name}": tensor for name, tensor in found.items()}}, folder / "expected.safetensors")
+    tensors = {**recorder.tensors, **{f"grad.{name}": tensor for name, tensor in found.items()}}
+    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, folder / "expected.safetensors")
     adapter = {f"flow_matching.adapter.{key}": value for key, value in (draw.adapter | better).items()}
     pipeline_settings = {f"flow_matching.{key}": value for key, value in arguments.items()}
+    draws = {"flow_matching.draws": place.draws} if place.draws != "host" else {}
     return {
         "dtype": dtype,
         "seed": seed,
-        "settings": {"flow_matching.adapter_type": draw.adapter_type} | adapter | pipeline_settings,
+        "settings": {"flow_matching.adapter_type": draw.adapter_type} | adapter | pipeline_settings | draws,
         "vanishing_gradients": [name for name in found if re.match(draw.vanishing, name)],
     }
 
@@ -513,14 +531,14 @@ def describe(entry: dict, folder: Path) -> str:
     return f"{entry['name']} {entry['dtype']}: {losses}; prediction {tensors['model_pred'].std(correction=0):.2f}; {parts}"
 
 
-def write_family(out: Path, name: str, seed: int, num_cases: int, verbose: bool) -> list[dict]:
+def write_family(out: Path, name: str, seed: int, num_cases: int, place: Place, verbose: bool) -> list[dict]:
     """Writes all cases of one family."""
     dice, family, entries = Dice(f"{seed} {name}"), FAMILIES[name], []
     for number, better in enumerate([{}] * num_cases + family.better):
         dice.begin_case()
         folder = f"{name}-{number}"
         (out / folder).mkdir()
-        case = run_case(out / folder, dice, family.draw(dice, better), better)
+        case = run_case(out / folder, dice, family.draw(dice, better), better, place)
         entries.append({"name": folder, "family": name, "folder": folder, **case})
         if verbose:
             print(describe(entries[-1], out / folder))
@@ -533,6 +551,8 @@ def main() -> None:
     parser.add_argument("seed", type=int)
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--cases", type=int, default=6, help="of each family, without those for better behaviours")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the step")
+    parser.add_argument("--draws", choices=["host", "device"], default="host", help="whose generator draws")
     parser.add_argument("--verbose", action="store_true", help="a line a case: losses and the weakest gradient")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -540,9 +560,12 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    entries = []
+    # Convolutions in full float32, and attention by kernels that have given right gradients everywhere.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    entries, place = [], Place(torch.device(arguments.device), arguments.draws)
     for name in arguments.families.split(","):
-        entries += write_family(arguments.out, name, arguments.seed, arguments.cases, arguments.verbose)
+        entries += write_family(arguments.out, name, arguments.seed, arguments.cases, place, arguments.verbose)
     (arguments.out / "cases.json").write_text(json.dumps(entries, indent=1) + "\n")
 
 

@@ -25,31 +25,51 @@ const VANISHING: f64 = 1e-3;
 /// than diffusers, where the other families' predictions are equal bit for bit. Twice the worst
 /// prediction of some 130 cases, 2.0e-2.
 const BFLOAT16_REFINED: (f64, f64) = (4e-2, 8e-2);
+/// Exponentials and logarithms of a GPU beside those of a CPU: sigma is computed where it is drawn,
+/// by either side. Eight units in the last place.
+const OTHER_DEVICE: f64 = 1e-6;
 /// What rounds to one unit of bfloat16 in the norm of the whole gradient. A parameter's gradient
 /// below it is what larger ones leave when they cancel, and carries their rounding: its error is
 /// compared with this share of the whole instead of itself.
 const CANCELLED: f64 = 1.0 / 256.0;
 
-fn check_family(family: &str) {
+/// The device of both sides, and what draws for both: words of `parallel.device` and
+/// `flow_matching.draws`.
+#[derive(Clone, Copy)]
+pub struct Place {
+    pub device: &'static str,
+    pub draws: &'static str,
+}
+
+const CPU: Place = Place { device: "cpu", draws: "host" };
+
+/// New cases of one family, computed by both sides on the same device.
+pub fn check_family(family: &str, place: Place) {
     let folder = TempDir::new().unwrap();
-    oracle(
-        "families.py",
-        &[folder.path().to_str().unwrap(), &fresh_seed(family), "--families", family],
-    );
+    let (out, seed) = (folder.path().to_str().unwrap(), fresh_seed(family));
+    let Place { device, draws } = place;
+    let places = ["--device", device, "--draws", draws];
+    oracle("families.py", &[&[out, &seed, "--families", family][..], &places].concat());
     let cases = entries(&folder.path().join("cases.json"));
     let cases = cases.as_array().unwrap();
     assert!(cases.len() >= 6, "{family} has {} cases", cases.len());
     for case in cases {
-        check_case(case, &folder.path().join(case["folder"].as_str().unwrap()));
+        check_case(case, &folder.path().join(case["folder"].as_str().unwrap()), place);
     }
+    println!("| {family} on {device}, draws of the {draws} | {} cases hold", cases.len());
 }
 
 /// The case's model and settings, as its user would configure them.
-fn config_of(case: &Value, folder: &Path) -> RunConfig {
+fn config_of(case: &Value, folder: &Path, place: Place) -> RunConfig {
     let text = |value: &Value| format!("{value}");
     let mut overrides =
         vec![format!("model.path={}", text(&folder.join("model").to_str().unwrap().into()))];
     overrides.push(format!("model.dtype={}", case["dtype"]));
+    overrides.push(format!("parallel.device={:?}", place.device));
+    if place.device != CPU.device {
+        // By name, because a trial of all backends runs the program, which this process is not.
+        overrides.push("compute.attention=\"efficient\"".into());
+    }
     overrides.extend(
         case["settings"]
             .as_object()
@@ -61,8 +81,8 @@ fn config_of(case: &Value, folder: &Path) -> RunConfig {
         .unwrap_or_else(|error| panic!("{}: {error}", case["name"]))
 }
 
-fn check_case(case: &Value, folder: &Path) {
-    let config = config_of(case, folder);
+fn check_case(case: &Value, folder: &Path, place: Place) {
+    let config = config_of(case, folder, place);
     let dump: PathBuf = folder.join("dump.safetensors");
     let request = StepRequest {
         batch: folder.join("batch.safetensors"),
@@ -88,6 +108,9 @@ fn check_case(case: &Value, folder: &Path) {
         let what = format!("{} {name} {}", case["name"], case["settings"]);
         let (found, expected) = (found.read(name).unwrap(), expected.read(name).unwrap());
         match name {
+            "sigma" | "timesteps" if place.device != CPU.device => {
+                assert_close(&found, &expected, OTHER_DEVICE, &what)
+            }
             "sigma" | "timesteps" | "noise" | "target" => {
                 assert_within_one_ulp(&found, &expected, &what)
             }
@@ -136,27 +159,27 @@ fn gradient_norm(file: &SafeTensors) -> f64 {
 
 #[test]
 fn flux_is_diffusers_flux() {
-    check_family("flux");
+    check_family("flux", CPU);
 }
 
 #[test]
 fn flux2_is_diffusers_flux2() {
-    check_family("flux2");
+    check_family("flux2", CPU);
 }
 
 #[test]
 fn qwen_image_is_diffusers_qwen_image() {
-    check_family("qwen_image");
+    check_family("qwen_image", CPU);
 }
 
 #[test]
 fn wan_is_diffusers_wan() {
-    check_family("wan");
+    check_family("wan", CPU);
 }
 
 #[test]
 fn hunyuan_video15_is_diffusers_hunyuan_video15() {
-    check_family("hunyuan_video15");
+    check_family("hunyuan_video15", CPU);
 }
 
 /// What a family says of a batch of two samples of these shapes.

@@ -72,6 +72,11 @@ fn call(operation: &'static str) -> Call {
     Call { backend: "nccl", operation }
 }
 
+/// The error of a driver that refuses a device: the device failed, or is not what is needed.
+fn refused(what: String) -> Error {
+    Error::from_library_or(what, Error::environment)
+}
+
 /// Version of the installed NCCL, e.g. `2.29.7`.
 ///
 /// # Errors
@@ -99,7 +104,7 @@ impl Nccl {
             )));
         }
         claim_gpu(&*control, ordinal)?;
-        let side = Rc::new(SideStream::open(ordinal).map_err(Error::environment)?);
+        let side = Rc::new(SideStream::open(ordinal).map_err(refused)?);
         Nccl::join(control, side, device, limits)
     }
 
@@ -130,12 +135,8 @@ impl Nccl {
 
 /// Gathers which GPU each rank takes, and checks the claims.
 fn claim_gpu(control: &dyn Collective, ordinal: usize) -> Result<()> {
-    let num_gpus = driver::start().map_err(Error::environment)?;
-    let gpu = if ordinal < num_gpus {
-        Some(driver::uuid(ordinal).map_err(Error::environment)?)
-    } else {
-        None
-    };
+    let num_gpus = driver::start().map_err(refused)?;
+    let gpu = if ordinal < num_gpus { Some(driver::uuid(ordinal).map_err(refused)?) } else { None };
     let host = gethostname::gethostname().to_string_lossy().into_owned();
     let claim = GpuClaim { host, num_gpus, gpu, nccl: library_version()? };
     let text = serde_json::to_string(&claim).expect("texts and numbers become JSON");

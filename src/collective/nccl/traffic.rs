@@ -142,7 +142,7 @@ impl Traffic {
     ///
     /// # Errors
     /// [`Error::Collective`] for an error that NCCL reports, for an operation beyond its time
-    /// limit, and after any earlier error.
+    /// limit, and after any earlier error; [`Error::Device`] if the device has failed.
     pub fn check_health(&self, call: Call) -> Result<()> {
         if let Some(first) = &*self.failure.borrow() {
             return Err(call.error(format!(
@@ -229,9 +229,10 @@ impl Traffic {
     }
 
     /// Aborts the communicator: after an error NCCL gives no guarantee for the operations under
-    /// way.
+    /// way. A kernel that failed earlier is noticed here too, and is an error of the device.
     fn fail(&self, call: Call, what: String) -> Error {
-        let error = call.error(format!("{}: {what}", self.label));
+        let text = format!("{}: {what}", self.label);
+        let error = Error::from_library_or(text, |text| call.error(text));
         *self.failure.borrow_mut() = Some(what);
         // Leaked, because a GPU that hangs may still reach these events and this stream.
         forget((self.under_way.take(), self.stalls.take(), self.side.clone()));

@@ -4,8 +4,8 @@
 //! `condition_latents` `[B, in_channels - C, F, H, W]`; `timestep` `[B]` in `[0, 1000]`; a language
 //! model's text `encoder_hidden_states` `[B, L, text_embed_dim]`, of at least one token; a glyph
 //! encoder's `encoder_hidden_states_2` `[B, L2, text_embed_2_dim]` and `image_embeds` `[B, L3,
-//! image_embed_dim]`, which may have no tokens; and where samples see different tokens of the three,
-//! their masks `encoder_attention_mask` `[B, L]`, `encoder_attention_mask_2` `[B, L2]` and
+//! image_embed_dim]`, which may have no tokens; and where samples see different tokens of the
+//! three, their masks `encoder_attention_mask` `[B, L]`, `encoder_attention_mask_2` `[B, L2]` and
 //! `image_mask` `[B, L3]`, boolean.
 //!
 //! Source: diffusers 0.42.1, `HunyuanVideo15Transformer3DModel`, whose field and parameter names
@@ -37,6 +37,7 @@ impl HunyuanVideo15 {
             with_bias: true,
             epsilon: EPSILON,
             rounding: Rounding::EachStep,
+            takes_mask: true,
         }
     }
 

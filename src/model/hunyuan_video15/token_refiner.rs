@@ -9,7 +9,9 @@ use crate::nn::attention::attend;
 use crate::nn::embed::ScalarEmbedding;
 use crate::nn::modulation::{Modulation, gated};
 use crate::nn::norm::LayerNorm;
-use crate::nn::{Activations, Builder, Linear, Mlp, Nonlinearity, ParamSet, Rows, Stage, Views};
+use crate::nn::{
+    Activations, AttentionInfo, Builder, Linear, Mlp, Nonlinearity, ParamSet, Rows, Stage, Views,
+};
 use crate::ops::at_least_float;
 
 /// Epsilon of the layer normalizations.
@@ -108,7 +110,13 @@ struct Block {
 
 impl Block {
     fn new(builder: &mut Builder<'_>, width: i64, num_heads: i64) -> Self {
-        builder.attends(Rows::Text, Rows::Text, width);
+        builder.attends(AttentionInfo {
+            queries: Rows::Text,
+            keys: Rows::Text,
+            num_heads,
+            head_width: width / num_heads,
+            takes_mask: true,
+        });
         let mut linear = |name: &str, rows, outputs| {
             Linear::pytorch(&mut builder.at(name).over(rows), width, outputs, true)
         };
@@ -126,8 +134,8 @@ impl Block {
     }
 
     /// # Shapes
-    /// `text`: `[B, L, D]`; `conditioning`: `[B, D]`; `seen`: `[B, 1, 1, L]` boolean, if samples see
-    /// different tokens. Returns the shape of `text`.
+    /// `text`: `[B, L, D]`; `conditioning`: `[B, D]`; `seen`: `[B, 1, 1, L]` boolean, if samples
+    /// see different tokens. Returns the shape of `text`.
     fn forward(
         &self,
         params: &Views,

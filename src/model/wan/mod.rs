@@ -48,6 +48,7 @@ impl Wan {
             with_bias: true,
             epsilon: self.eps,
             rounding: Rounding::Once,
+            takes_mask: false,
         }
     }
 

@@ -15,12 +15,12 @@ use tch::{Device, Kind, Tensor};
 
 use super::Wan;
 use crate::model::Architecture;
+use crate::nn::attention::WideAttention;
 use crate::nn::embed::ScalarEmbedding;
 use crate::nn::modulation::{gated_f32, modulated_norm_f32};
 use crate::nn::norm::LayerNorm;
 use crate::nn::patches::{self, PatchEmbedding};
 use crate::nn::rope::{self, Axis};
-use crate::nn::wide_attention::WideAttention;
 use crate::nn::{
     Activations, Builder, Init, Linear, Mlp, Nonlinearity, Param, ParamSet, PerShape, Rows, Stage,
     Views,

@@ -32,10 +32,14 @@ impl OnGpu {
     ///
     /// # Errors
     /// [`Error::Environment`] if there is no compiler, if it or the driver refuses, and for other
-    /// numbers. The plain operators are no silent substitute: they round differently, so that ranks
-    /// would part, and a GPU or a compiler that computes wrongly is not to be trusted with a run.
+    /// numbers; [`Error::Device`] and [`Error::OutOfMemory`] if the GPU fails meanwhile. The plain
+    /// operators are no silent substitute: they round differently, so that ranks would part, and a
+    /// GPU or a compiler that computes wrongly is not to be trusted with a run.
     pub fn ready(adamw: &AdamW, device: Device) -> Result<Self> {
-        let refused = |what| Error::environment(format!("AdamW's kernel on {device:?}: {what}"));
+        let refused = |what| {
+            let text = format!("AdamW's kernel on {device:?}: {what}");
+            Error::from_library_or(text, Error::environment)
+        };
         let update = OnGpu {
             adamw: adamw.clone(),
             kernel: Elementwise::build(&KERNEL, device).map_err(refused)?,

@@ -74,7 +74,8 @@ impl Saver {
             return self.give_up(step, error, collective);
         }
         let copies = saved.copy(collective)?;
-        let phase = SavePhase::Writing(Beside::begin("write", move || write(copies, &run, step)));
+        let phase =
+            SavePhase::Writing(Beside::begin(Phase::Write, move || write(copies, &run, step)));
         self.in_flight = Some(Save { manifest, phase, began, copying: began.elapsed() });
         if self.settings.asynchronous { Ok(()) } else { self.wait(collective) }
     }
@@ -171,7 +172,7 @@ impl Saver {
             let (parts, manifest) =
                 (texts.iter().flat_map(files_of_rank).collect(), manifest.clone());
             let (run, settings) = (self.run.clone(), self.settings.clone());
-            committing = Beside::begin("commit", move || {
+            committing = Beside::begin(Phase::Commit, move || {
                 commit(&run, &manifest, parts)?;
                 // The checkpoint stays valid even if deleting old ones fails.
                 Ok(prune(&run, manifest.step, &settings)
@@ -243,10 +244,16 @@ enum Beside<T> {
 }
 
 impl<T: Send + 'static> Beside<T> {
-    fn begin(name: &str, work: impl FnOnce() -> Result<T> + Send + 'static) -> Self {
-        match thread::Builder::new().name(name.into()).spawn(|| libtorch::guarded(work)) {
+    fn begin(phase: Phase, work: impl FnOnce() -> Result<T> + Send + 'static) -> Self {
+        let run = move || {
+            pulse::work_beside(phase);
+            libtorch::guarded(work)
+        };
+        match thread::Builder::new().name(phase.word().into()).spawn(run) {
             Ok(thread) => Beside::Running(thread),
-            Err(error) => Beside::Over(Err(Error::storage(name, "start a thread to")(error))),
+            Err(error) => {
+                Beside::Over(Err(Error::storage(phase.word(), "start a thread to")(error)))
+            }
         }
     }
 

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
+use crate::assembly::attention::TEXT;
 use crate::data::{Batch, Conditions, DataType, Dataset};
 use crate::error::{Error, Result};
 use crate::files::safetensors::SafeTensors;
@@ -134,6 +135,11 @@ impl Origin {
             )),
             _ => Ok(()),
         }
+    }
+
+    /// Returns the number of tokens of a condition's text; `None` without one.
+    pub fn text_tokens(&self) -> Option<i64> {
+        self.tensors.get(TEXT).and_then(|text| text.size().get(1).copied())
     }
 
     /// True if samples can be shown: grey or coloured pictures.

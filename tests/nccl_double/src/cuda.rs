@@ -5,6 +5,7 @@ use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::device;
 use crate::failure::fail;
 use crate::hope::Patience;
 use crate::module::{Function, Module, on_host};
@@ -15,6 +16,7 @@ pub type CuResult = u32;
 
 const SUCCESS: CuResult = 0;
 const INVALID_VALUE: CuResult = 1;
+pub const OUT_OF_MEMORY: CuResult = 2;
 const NOT_INITIALIZED: CuResult = 3;
 const NO_DEVICE: CuResult = 100;
 const INVALID_DEVICE: CuResult = 101;
@@ -24,6 +26,13 @@ const NO_BINARY_FOR_GPU: CuResult = 209;
 const INVALID_HANDLE: CuResult = 400;
 const NOT_FOUND: CuResult = 500;
 const NOT_READY: CuResult = 600;
+pub const ILLEGAL_ADDRESS: CuResult = 700;
+const ILLEGAL_INSTRUCTION: CuResult = 715;
+const LAUNCH_FAILED: CuResult = 719;
+
+/// Memory of a GPU, and how much of it is free.
+const TOTAL_BYTES: usize = 80 << 30;
+const FREE_BYTES: usize = 512 << 20;
 
 /// Driver version of CUDA 13.0.
 const DRIVER_VERSION: c_int = 13_000;
@@ -52,6 +61,11 @@ pub fn identity(device: usize) -> usize {
 
 fn initialized(otherwise: impl FnOnce() -> CuResult) -> CuResult {
     if INITIALIZED.load(Ordering::Relaxed) { otherwise() } else { NOT_INITIALIZED }
+}
+
+/// Where a GPU sits.
+pub fn pci_bus_id(ordinal: usize) -> String {
+    format!("0000:{:02x}:00.0", 16 + ordinal)
 }
 
 fn is_device(device: c_int) -> bool {
@@ -125,6 +139,35 @@ pub unsafe extern "C" fn cuDeviceGetUuid_v2(uuid: *mut [u8; 16], device: c_int) 
     let mut bytes = *b"nccl-double-GPU\0";
     bytes[15] = identity(device as usize) as u8;
     unsafe { uuid.write(bytes) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetPCIBusId(
+    id: *mut c_char,
+    length: c_int,
+    device: c_int,
+) -> CuResult {
+    if !is_device(device) {
+        return INVALID_DEVICE;
+    }
+    let text = pci_bus_id(device as usize) + "\0";
+    if (length as usize) < text.len() {
+        return INVALID_VALUE;
+    }
+    unsafe { id.copy_from_nonoverlapping(text.as_ptr().cast(), text.len()) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> CuResult {
+    if current_device().is_none() {
+        return INVALID_CONTEXT;
+    }
+    if let Some(error) = device::failed() {
+        return error;
+    }
+    unsafe { (free.write(FREE_BYTES), total.write(TOTAL_BYTES)) };
     SUCCESS
 }
 
@@ -238,6 +281,9 @@ pub extern "C" fn cuStreamWaitEvent(
     if flags != 0 {
         return INVALID_VALUE;
     }
+    if let Some(error) = device::failed() {
+        return error;
+    }
     let (stream, mut world_now) = (compute_or(stream), world());
     let title = world_now.events.title(event as usize);
     let Some(mark) = world_now.events.get(event as usize, NAME).mark.clone() else {
@@ -282,6 +328,9 @@ pub unsafe extern "C" fn cuEventCreate(event: *mut *mut c_void, flags: c_uint) -
 #[unsafe(no_mangle)]
 pub extern "C" fn cuEventRecord(event: *mut c_void, stream: *mut c_void) -> CuResult {
     const NAME: &str = "cuEventRecord";
+    if let Some(error) = device::failed() {
+        return error;
+    }
     let (mut world, stream) = (world(), compute_or(stream));
     if stream != 0 {
         world.check_settled(stream, NAME);
@@ -293,6 +342,9 @@ pub extern "C" fn cuEventRecord(event: *mut c_void, stream: *mut c_void) -> CuRe
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuEventQuery(event: *mut c_void) -> CuResult {
+    if let Some(error) = device::failed() {
+        return error;
+    }
     let mut world = world();
     // CUDA answers so for an event that was never recorded.
     let Some(mark) = world.events.get(event as usize, "cuEventQuery").mark.clone() else {
@@ -342,6 +394,9 @@ pub unsafe extern "C" fn cuModuleLoadData(
     image: *const c_void,
 ) -> CuResult {
     let Some(device) = current_device() else { return INVALID_CONTEXT };
+    if let Some(error) = device::failed().or(switches().load_error) {
+        return error;
+    }
     let Some(read) = (unsafe { Module::read(image) }) else { return INVALID_IMAGE };
     if !read.runs_on(switches().architecture) {
         return NO_BINARY_FOR_GPU;
@@ -439,6 +494,9 @@ pub unsafe extern "C" fn cuLaunchKernel(
     if !(1..1 << 31).contains(&blocks_x) || !(1..=1024).contains(&threads_x) {
         return INVALID_VALUE;
     }
+    if let Some(error) = device::failed().or_else(device::count_launch) {
+        return error;
+    }
     let addresses = unsafe { std::slice::from_raw_parts(arguments, parameters.len()) };
     let mut copies: Vec<Vec<u64>> =
         parameters.iter().map(|size| vec![0; size.div_ceil(8)]).collect();
@@ -473,6 +531,14 @@ fn describe(error: CuResult) -> Option<(&'static CStr, &'static CStr)> {
     match error {
         SUCCESS => Some((c"CUDA_SUCCESS", c"no error")),
         INVALID_VALUE => Some((c"CUDA_ERROR_INVALID_VALUE", c"invalid argument")),
+        OUT_OF_MEMORY => Some((c"CUDA_ERROR_OUT_OF_MEMORY", c"out of memory")),
+        ILLEGAL_ADDRESS => {
+            Some((c"CUDA_ERROR_ILLEGAL_ADDRESS", c"an illegal memory access was encountered"))
+        }
+        ILLEGAL_INSTRUCTION => {
+            Some((c"CUDA_ERROR_ILLEGAL_INSTRUCTION", c"an illegal instruction was encountered"))
+        }
+        LAUNCH_FAILED => Some((c"CUDA_ERROR_LAUNCH_FAILED", c"unspecified launch failure")),
         NOT_INITIALIZED => Some((c"CUDA_ERROR_NOT_INITIALIZED", c"initialization error")),
         NO_DEVICE => Some((c"CUDA_ERROR_NO_DEVICE", c"no CUDA-capable device is detected")),
         INVALID_DEVICE => Some((c"CUDA_ERROR_INVALID_DEVICE", c"invalid device ordinal")),

@@ -1,13 +1,13 @@
-//! A contract double of NCCL and of the CUDA driver: the C interface of what fm-dist calls of them,
-//! on host memory, between processes of one machine. It lets the real `src/collective/nccl/mod.rs` run
-//! where no GPU is, and it is strict where the real libraries are lax: what there is a race, a hang
+//! A contract double of NCCL, of the CUDA driver and of NVML: the C interface of what fm-dist calls
+//! of them, on host memory, between processes of one machine. It lets the real
+//! `src/collective/nccl/mod.rs` run where no GPU is, and it is strict where the real libraries are lax: what there is a race, a hang
 //! or a leak on some day is here one line and exit code 97, on every day.
 //!
 //! # How to use it
 //! `cargo build --manifest-path tests/nccl_double/Cargo.toml` makes `libnccl_double.so`. A folder
-//! with two symbolic links to it, `libcuda.so` and `libnccl.so`, serves as `LD_LIBRARY_PATH`. They
-//! must be links to one file, so that the loader loads it once. Programs hand CPU memory to it as
-//! if it were a GPU's.
+//! with symbolic links to it, `libcuda.so`, `libnccl.so` and `libnvidia-ml.so.1`, serves as
+//! `LD_LIBRARY_PATH`. They must be links to one file, so that the loader loads it once. Programs
+//! hand CPU memory to it as if it were a GPU's.
 //!
 //! # Model
 //! The compute stream (null handle) is the program itself: what it is given is done. Any other
@@ -57,6 +57,12 @@
 //! | `NCCL_DOUBLE_STUCK_OPERATION=R:K` | rank R's launch of operation K is in progress for ever |
 //! | `NCCL_DOUBLE_ERROR=R:K` | polls of rank R's launch of operation K end in `ncclSystemError` |
 //! | `NCCL_DOUBLE_LATE_ERROR=R:K` | the launch succeeds, the next poll reports `ncclRemoteError`, data never come |
+//! | `NCCL_DOUBLE_KERNEL_ERROR=K:CODE` | the program's own launch K (from 0) of a kernel ends with the driver's error CODE, and so does all that follows, unless memory ran out (2) |
+//! | `NCCL_DOUBLE_DEVICE_ERROR=R:K` | rank R's operation K breaks the GPU: the driver answers everything with an illegal memory access |
+//! | `NCCL_DOUBLE_LOAD_ERROR=CODE` | no module can be loaded: the driver's error CODE |
+//! | `NCCL_DOUBLE_ECC_ERRORS=n` | uncorrected errors that NVML counts; rows wait to be remapped |
+//! | `NCCL_DOUBLE_XID=n` | the critical error that NVML tells of a GPU that failed |
+//! | `NCCL_DOUBLE_NVML_HANGS=1` | NVML never answers |
 //! | `NCCL_DOUBLE_ABORT_HANGS=1` | `ncclCommAbort` never returns |
 //! | `NCCL_DOUBLE_GPUS=n` | number of GPUs; 8 without it |
 //! | `NCCL_DOUBLE_SAME_GPU=1` | all ordinals are one GPU, with one UUID |
@@ -89,6 +95,7 @@
 mod board;
 mod clock;
 pub mod cuda;
+mod device;
 mod element;
 mod failure;
 mod hope;
@@ -96,6 +103,7 @@ mod leaks;
 mod memory;
 mod module;
 pub mod nccl;
+pub mod nvml;
 mod operation;
 mod switches;
 mod table;

@@ -24,6 +24,22 @@ impl FromStr for Place {
     }
 }
 
+/// A launch of a kernel, counted from 0, and the driver's error that it meets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LaunchError {
+    pub launch: u64,
+    pub code: u32,
+}
+
+impl FromStr for LaunchError {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (launch, code) = text.split_once(':').ok_or(())?;
+        Ok(LaunchError { launch: launch.parse().map_err(drop)?, code: code.parse().map_err(drop)? })
+    }
+}
+
 #[derive(Debug, Default)]
 pub struct Switches {
     pub delay: Duration,
@@ -33,6 +49,14 @@ pub struct Switches {
     pub launch_error: Option<Place>,
     pub late_error: Option<Place>,
     pub abort_hangs: bool,
+    pub kernel_error: Option<LaunchError>,
+    pub device_error: Option<Place>,
+    pub load_error: Option<u32>,
+    /// Uncorrected ECC errors that NVML counts.
+    pub ecc_errors: u64,
+    /// The critical error that NVML tells once a kernel has failed.
+    pub xid: Option<u64>,
+    pub nvml_hangs: bool,
     pub num_gpus: usize,
     pub same_gpu: bool,
     pub patience: Duration,
@@ -65,6 +89,12 @@ fn read(variables: Vec<(String, String)>) -> Switches {
             "NCCL_DOUBLE_STUCK_OPERATION" => switches.stuck_operation = Some(parse(&name, &value)),
             "NCCL_DOUBLE_ERROR" => switches.launch_error = Some(parse(&name, &value)),
             "NCCL_DOUBLE_LATE_ERROR" => switches.late_error = Some(parse(&name, &value)),
+            "NCCL_DOUBLE_KERNEL_ERROR" => switches.kernel_error = Some(parse(&name, &value)),
+            "NCCL_DOUBLE_DEVICE_ERROR" => switches.device_error = Some(parse(&name, &value)),
+            "NCCL_DOUBLE_LOAD_ERROR" => switches.load_error = Some(parse(&name, &value)),
+            "NCCL_DOUBLE_ECC_ERRORS" => switches.ecc_errors = parse(&name, &value),
+            "NCCL_DOUBLE_XID" => switches.xid = Some(parse(&name, &value)),
+            "NCCL_DOUBLE_NVML_HANGS" => switches.nvml_hangs = parse::<u8>(&name, &value) != 0,
             "NCCL_DOUBLE_ABORT_HANGS" => switches.abort_hangs = parse::<u8>(&name, &value) != 0,
             "NCCL_DOUBLE_GPUS" => switches.num_gpus = parse(&name, &value),
             "NCCL_DOUBLE_SAME_GPU" => switches.same_gpu = parse::<u8>(&name, &value) != 0,

@@ -281,8 +281,11 @@ impl World {
             communicator.phase = Phase::Broken(crate::nccl::SYSTEM_ERROR);
         } else if asked(switches().late_error) {
             communicator.late_error = Some(crate::nccl::REMOTE_ERROR);
+        } else if asked(switches().device_error) {
+            crate::device::break_down();
         }
         operation.stuck = communicator.late_error.is_some()
+            || crate::device::failed().is_some()
             || matches!(communicator.phase, Phase::Stuck | Phase::Broken(_));
         if !operation.stuck {
             operation.post(board);

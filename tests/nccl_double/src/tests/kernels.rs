@@ -15,7 +15,7 @@ const NOT_FOUND: u32 = 500;
 
 /// An image of one kernel, `add`, that takes a pointer, a long and a struct of 12 bytes: no code,
 /// but what is read of it.
-fn image(architecture: u8) -> Vec<u8> {
+pub fn image(architecture: u8) -> Vec<u8> {
     let names = b"\0.nv.info.add\0.shstrtab\0";
     let mut info = vec![3, 0x1b, 0xff, 0];
     for (number, size) in [(2u16, 12u32), (1, 8), (0, 8)] {
@@ -46,7 +46,7 @@ fn image(architecture: u8) -> Vec<u8> {
     image
 }
 
-fn load(image: &[u8]) -> (u32, *mut c_void) {
+pub fn load(image: &[u8]) -> (u32, *mut c_void) {
     let mut module = null_mut();
     (unsafe { cuModuleLoadData(&mut module, image.as_ptr().cast()) }, module)
 }

@@ -2,6 +2,7 @@
 //! that it fires.
 
 mod broken;
+mod failing;
 mod kernels;
 mod programs;
 mod rank;

@@ -1,7 +1,7 @@
 //! Programs that tests start once a rank. The test binary itself runs one: where the only test is
 //! the one of this file and a program's name follows, that test is the program.
 
-use super::{broken, kernels, sound, switched};
+use super::{broken, failing, kernels, sound, switched};
 
 /// Name and body.
 pub type Program = (&'static str, fn());
@@ -17,6 +17,11 @@ macro_rules! programs {
 }
 
 programs! {
+    failing::a_kernel_that_fails,
+    failing::a_launch_without_memory,
+    failing::a_load_that_fails,
+    failing::an_operation_of_rank_1,
+    failing::errors_of_memory,
     kernels::program,
     sound::a_large_buffer,
     sound::a_maker_of_ids,

@@ -6,9 +6,9 @@
 
 use tch::Tensor;
 
-use super::attention::{Heads, attend};
-use super::norm::RmsNorm;
-use super::{Builder, Linear, Rows, Views, rope};
+use super::{Heads, attend};
+use crate::nn::norm::RmsNorm;
+use crate::nn::{Builder, Linear, Rows, Views, rope};
 
 /// The source of keys and values.
 #[derive(Clone, Copy, Debug)]
@@ -59,7 +59,7 @@ impl WideAttention {
         let query = Linear::pytorch(&mut builder.at("to_q"), width, width, heads.with_bias);
         let norm_query =
             RmsNorm::new(&mut builder.at("norm_q"), width, heads.epsilon, heads.rounding);
-        builder.attends(builder.rows(), keys, width);
+        builder.attends(heads.attention(builder.rows(), keys));
         let mut keys_builder = builder.at("").over(keys);
         let source = Source::new(&mut keys_builder, ["to_k", "to_v", "norm_k"], heads);
         let added = added.then(|| {

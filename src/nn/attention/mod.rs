@@ -1,21 +1,75 @@
 //! Attention.
 
+mod choice;
+mod wide;
+
 use tch::Tensor;
 
 use super::norm::RmsNorm;
-use super::{Builder, Init, Linear, Rows, Views, rope};
-use crate::ops::Rounding;
+use super::{AttentionInfo, Builder, Init, Linear, Rows, Views, rope};
+use crate::libtorch::{AttentionBackend, permit_attention};
+use crate::ops::{Rounding, with_dense_gradient};
+pub use choice::{AttentionChoice, choose, open_on};
+pub use wide::WideAttention;
 
-/// Scaled dot-product attention of every head.
+/// Scaled dot-product attention of every head. On a GPU the backend that [`choose`] named computes
+/// it; on a CPU libtorch chooses.
 ///
 /// # Shapes
 /// `query`: `[B, L, N, E]`; `key`, `value`: `[B, K, N, E]`; `mask`: boolean, broadcastable to `[B,
 /// N, L, K]`, true where a key is seen. Returns `[B, L, N · E]`.
 pub fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: Option<&Tensor>) -> Tensor {
-    let (query, key, value) = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2));
-    Tensor::scaled_dot_product_attention(&query, &key, &value, mask, 0.0, false, None, false)
-        .transpose(1, 2)
-        .flatten(2, 3)
+    let attention = Attention { query, key, value, mask };
+    match query.device().is_cuda() {
+        true => attention.by(choice::chosen(mask.is_some())),
+        false => attention.by_libtorchs_choice(),
+    }
+}
+
+/// The inputs of one attention, with the shapes of [`attend`].
+#[derive(Clone, Copy, Debug)]
+pub struct Attention<'t> {
+    pub query: &'t Tensor,
+    pub key: &'t Tensor,
+    pub value: &'t Tensor,
+    pub mask: Option<&'t Tensor>,
+}
+
+impl Attention<'_> {
+    /// Computes by `backend`, on any device. Inputs that it does not take are computed by
+    /// [`AttentionBackend::Plain`].
+    ///
+    /// The gradient of the output reaches the backend contiguous. libtorch 2.11 to 2.13 keep the
+    /// compiled backward pass of cuDNN by the layouts of query, key and value alone, and use it for
+    /// gradients of another layout, too: a strided one, of blocks that join attention with their
+    /// MLP, before a contiguous one made it read beyond the end.
+    pub fn by(self, backend: AttentionBackend) -> Tensor {
+        permit_attention(&[backend, AttentionBackend::Plain]);
+        with_dense_gradient(&self.by_libtorchs_choice())
+    }
+
+    /// Returns the backend that computes where [`by`](Self::by) is asked for `backend`.
+    pub fn taken_by(self, backend: AttentionBackend) -> Option<AttentionBackend> {
+        permit_attention(&[backend, AttentionBackend::Plain]);
+        let [query, key, value] = self.by_heads();
+        let number = Tensor::internal_fused_sdp_choice(
+            &query, &key, &value, self.mask, 0.0, false, None, false,
+        );
+        AttentionBackend::numbered(number)
+    }
+
+    fn by_libtorchs_choice(self) -> Tensor {
+        let [query, key, value] = self.by_heads();
+        let mask = self.mask;
+        Tensor::scaled_dot_product_attention(&query, &key, &value, mask, 0.0, false, None, false)
+            .transpose(1, 2)
+            .flatten(2, 3)
+    }
+
+    /// Returns query, key and value as `[B, N, L, E]`.
+    fn by_heads(self) -> [Tensor; 3] {
+        [self.query, self.key, self.value].map(|tensor| tensor.transpose(1, 2))
+    }
 }
 
 /// Names of one stream's parts, as in diffusers' FLUX and later models.
@@ -37,7 +91,7 @@ const ADDED: Names = Names {
     norm_key: "norm_added_k",
 };
 
-/// Sizes of an attention's heads.
+/// An attention's heads: their sizes, their normalization and their mask.
 #[derive(Clone, Copy, Debug)]
 pub struct Heads {
     pub num_heads: i64,
@@ -47,6 +101,16 @@ pub struct Heads {
     /// Epsilon of the normalization of queries and keys.
     pub epsilon: f64,
     pub rounding: Rounding,
+    /// As in [`AttentionInfo`].
+    pub takes_mask: bool,
+}
+
+impl Heads {
+    /// Describes an attention by these heads.
+    pub fn attention(self, queries: Rows, keys: Rows) -> AttentionInfo {
+        let Heads { num_heads, width, takes_mask, .. } = self;
+        AttentionInfo { queries, keys, num_heads, head_width: width, takes_mask }
+    }
 }
 
 /// Query, key and value of one stream; query and key normalized head by head.
@@ -115,7 +179,7 @@ impl JointAttention {
         let image = Projections::named(&mut image_builder, &OWN, width, heads);
         let mut text_builder = builder.at("").over(Rows::Text);
         let text = Projections::named(&mut text_builder, &ADDED, width, heads);
-        builder.attends(Rows::Joint, Rows::Joint, heads.num_heads * heads.width);
+        builder.attends(heads.attention(Rows::Joint, Rows::Joint));
         let mut output = |name: &str, rows| {
             Linear::pytorch(
                 &mut builder.at(name).over(rows),
@@ -174,7 +238,13 @@ pub struct SelfAttention {
 impl SelfAttention {
     pub fn new(builder: &mut Builder<'_>, width: i64, num_heads: i64) -> Self {
         let init = |outputs| Init::Xavier { fan_in: width, fan_out: outputs };
-        builder.attends(Rows::Image, Rows::Image, width);
+        builder.attends(AttentionInfo {
+            queries: Rows::Image,
+            keys: Rows::Image,
+            num_heads,
+            head_width: width / num_heads,
+            takes_mask: false,
+        });
         SelfAttention {
             qkv: Linear::new(&mut builder.at("qkv"), width, 3 * width, init(3 * width)),
             proj: Linear::new(&mut builder.at("proj"), width, width, init(width)),
