@@ -23,16 +23,11 @@ PEER=(nemo-automodel diffusers importlib-metadata)
 # Replaces lines that another version of PyTorch asks for. WHY PATTERN EXPRESSION FILE…: sed's expression, after which no line
 # of the files matches the pattern any more.
 substitute() {
-    local why=$1 pattern=$2 expression=$3 files file
+    local why=$1 pattern=$2 expression=$3 files
     shift 3
     mapfile -t files < <(grep -lE -- "$pattern" "$@" || true)
     [ "${#files[@]}" -gt 0 ] || stop "the substitution for $why no longer fits: nothing matches $pattern"
-    for file in "${files[@]}"; do
-        sed -E -- "$expression" "$file" >"$file.moved"
-        # With its old time, so that cargo builds it again only where the checkout has changed it.
-        touch -r "$file" "$file.moved"
-        mv "$file.moved" "$file"
-    done
+    sed -E -i -- "$expression" "${files[@]}"
     if grep -nE -- "$pattern" "${files[@]}"; then stop "the substitution for $why left the lines above as they were"; fi
 }
 
@@ -57,13 +52,24 @@ move_to_torch() {
     esac
 }
 
-# The checkout in place of what the build folder had, but for what was built and fetched there. Times of files are kept, so that only
-# what changed is built again.
+# Puts the checkout into a folder, without what is built and fetched.
 copy_checkout() {
-    local build=$1 folder=$2
+    tar -c --exclude=./.git --exclude=./target --exclude=./.deps --exclude=./runs --exclude="./${2#"$PWD/"}" . | tar -x -C "$1"
+}
+
+# Files of one folder in place of those of another, but for what was built and fetched there. Only files whose content differs are
+# written: cargo builds again what is newer than its last build, and a checkout's files can be older than a build without them.
+take_over() {
+    local fresh=$1 build=$2 file
     mkdir -p "$build"
-    find "$build" -mindepth 1 -maxdepth 1 ! -name target ! -name .deps -exec rm -rf {} +
-    tar -c --exclude=./.git --exclude=./target --exclude=./.deps --exclude=./runs --exclude="./${folder#"$PWD/"}" . | tar -x -C "$build"
+    (cd "$build" && find . \( -path ./target -o -path ./.deps \) -prune -o -type f -print0) | while IFS= read -r -d '' file; do
+        [ -e "$fresh/$file" ] || rm "$build/$file"
+    done
+    (cd "$fresh" && find . -type f -print0) | while IFS= read -r -d '' file; do
+        cmp -s "$fresh/$file" "$build/$file" && continue
+        mkdir -p "$build/$(dirname "$file")"
+        cp "$fresh/$file" "$build/$file"
+    done
 }
 
 fetch_libtorch() {
@@ -130,9 +136,9 @@ if [ "$#" -gt 2 ] || [[ "${1:-}" = -* && "$1" != --check ]]; then stop "usage: l
 checkout=$PWD
 folder=$(realpath --canonicalize-missing -- "${1:-.gpu}")
 version=${2:-2.11.0}
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
 if [ "${1:-}" = --check ]; then
-    scratch=$(mktemp -d)
-    trap 'rm -rf "$scratch"' EXIT
     cp -r Cargo.toml src launch "$scratch/"
     cd "$scratch"
     move_to_torch "$version"
@@ -142,9 +148,11 @@ fi
 build=${TMPDIR:-/tmp}/fm-dist-gpu-$version
 commit=$(git describe --always --dirty --exclude '*' 2>/dev/null || echo "no commit")
 
-timed "copy of the checkout at $build" copy_checkout "$build" "$folder"
-cd "$build"
+copy_checkout "$scratch" "$folder"
+cd "$scratch"
 move_to_torch "$version"
+timed "copy of the checkout at $build" take_over "$scratch" "$build"
+cd "$build"
 timed "libtorch $version" fetch_libtorch "$version"
 timed "build, optimized: program and tests" build_copy "$build/target/test-program"
 
