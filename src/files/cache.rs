@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use crate::error::{Error, Result};
 use crate::files::disk::Disk;
 use crate::files::sha256::hex;
+use crate::pulse;
 
 /// Entries of one kind, e.g. results of trials.
 #[derive(Clone, Debug)]
@@ -43,8 +44,7 @@ impl Cache {
     pub fn write(&self, key: &str, bytes: &[u8]) -> Result<()> {
         fs::create_dir_all(&self.folder).map_err(Error::storage(&self.folder, "create"))?;
         let (path, rest) = (self.path(key), [key.as_bytes(), b"\n", bytes].concat());
-        let host = gethostname::gethostname().to_string_lossy().into_owned();
-        let beside = path.with_extension(format!("{host}-{}.tmp", std::process::id()));
+        let beside = path.with_extension(format!("{}-{}.tmp", pulse::host(), std::process::id()));
         // Left by an earlier process of this number.
         let _ = fs::remove_file(&beside);
         Disk::PLAIN.write_file(&beside, None, |file| {

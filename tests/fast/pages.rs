@@ -19,7 +19,7 @@ fn read(path: impl AsRef<Path>) -> String {
 
 /// Files below `folder`, without what is built, fetched or trained there.
 fn files(folder: &Path, found: &mut Vec<PathBuf>) {
-    const LEFT_OUT: [&str; 4] = [".git", ".deps", "target", "runs"];
+    const LEFT_OUT: [&str; 5] = [".git", ".deps", ".gpu", "target", "runs"];
     for entry in fs::read_dir(folder).unwrap() {
         let entry = entry.unwrap();
         if entry.file_type().unwrap().is_dir() {

@@ -134,7 +134,7 @@ fn a_backend_with_wrong_numbers_is_left_out() {
 
 #[test]
 fn memory_that_ran_out_says_nothing_of_a_backend_for_good() {
-    let outcome = struck("memory@0:1:attention");
+    let outcome = struck("out_of_memory@0:1:attention");
     assert!(matches!(&outcome, Outcome::OutOfMemory { .. }), "{outcome:?}");
     assert!(!outcome.is_lasting());
 }

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use fm_dist::commands::{StepRequest, dump_step};
 use fm_dist::config::RunConfig;
+use fm_dist::cuda::open_libtorch;
 use fm_dist::files::safetensors::{self, SafeTensors};
 use fm_dist::rng::{Key, Purpose};
 use tch::{Device, Kind, Tensor};
@@ -72,8 +73,11 @@ pub struct Wide {
     /// Its tables.
     tables: fn(&Case) -> String,
     /// Shapes of one sample's tensors.
-    keys: fn(&Case) -> Vec<(&'static str, Vec<i64>)>,
+    keys: fn(&Case) -> Vec<Named>,
 }
+
+/// Name and shape of a tensor.
+type Named = (&'static str, Vec<i64>);
 
 pub const FLUX: Wide = Wide {
     name: "flux",
@@ -244,6 +248,10 @@ impl Wide {
     /// Compares a bfloat16 step on `device` with the float32 step of a CPU, case by case, and prints
     /// a row each. `overrides`: of the configuration of the former.
     pub fn check_on(&self, device: &str, overrides: &[&str]) {
+        // Before the first number is drawn.
+        if device != "cpu" {
+            open_libtorch().unwrap();
+        }
         let folder = TempDir::new().unwrap();
         let mut wrong = Vec::new();
         for case in self.cases() {
