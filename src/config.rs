@@ -8,12 +8,13 @@ use crate::error::{ConfigProblem, Error, Result};
 use crate::fault::DebugSettings;
 use crate::flow::{FlowMatchingSettings, Role, SamplingSettings, SigmaWindow};
 use crate::model::ModelSettings;
-use crate::nn::ComputeSettings;
+use crate::nn::{ComputeSettings, Stage};
 use crate::optim::OptimizerChoice;
 use crate::optim::lr::LrScheduleChoice;
 use crate::parallel::ParallelSettings;
 use crate::settings::{self, choice, settings};
 use crate::telemetry::LogSettings;
+use crate::tuning::{LoraSettings, Tuning};
 use crate::watchdog::WatchdogSettings;
 
 /// The configuration that runs when none is named, embedded in the binary.
@@ -43,6 +44,9 @@ settings! {
         /// Micro-batches of each rank in a step; follows from global_batch_size where that is set,
         /// 1 otherwise.
         pub gradient_accumulation_steps: Option<usize> = None, in 1..;
+        /// Parameters that are trained, by patterns of their names or of modules'; all others are
+        /// frozen. Empty: all are trained, or with [lora] none beside its own.
+        pub trainable: Vec<String>;
         /// Gradients are scaled down to this global norm; 0: never.
         pub max_grad_norm: f64 = 1.0, in 0.0..;
         /// Refuse the update when any rank's loss is not a number or above 100.
@@ -133,6 +137,8 @@ settings! {
         pub data: DataSettings, as table;
         /// An optimizer step.
         pub train: TrainSettings, as table;
+        /// Low-rank changes that are trained instead of the model.
+        pub lora: LoraSettings, as table;
         /// The update rule.
         pub optimizer: OptimizerChoice, as family;
         /// Learning rate over the run, as a share of the optimizer's lr.
@@ -192,6 +198,20 @@ impl RunConfig {
             return Err(Error::config("parallel.deterministic", what));
         }
         Ok(micro_batches)
+    }
+
+    /// The model as stages, with the frozen parameters and the changes of what is trained.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the model's settings contradict each other, or a pattern of what is
+    /// trained matches nothing.
+    pub fn stages(&self) -> Result<Vec<Box<dyn Stage>>> {
+        self.tuning().of(&**self.model.family)
+    }
+
+    /// The part of the model that is trained.
+    pub fn tuning(&self) -> Tuning<'_> {
+        Tuning { trainable: &self.train.trainable, lora: &self.lora }
     }
 
     /// True if the adapter reads which tokens of `text_embeddings` are valid.
@@ -269,12 +289,15 @@ impl RunConfig {
             say("flow_matching.sigma_window", what);
         }
         self.parallel.problems().into_iter().for_each(|(key, what)| say(key, what));
+        let of_lora = self.lora.problems(self.model.dtype);
+        of_lora.into_iter().for_each(|(key, what)| say(key, what));
         if self.output_dir.is_empty() {
             say("output_dir", "must name a folder".into());
         }
         let misfits = self.flow_matching.adapter.misfits(&self.model.family);
         misfits.into_iter().for_each(|(key, what)| say(&key, what));
-        if let Err(Error::Config { problems: of_model, .. }) = self.model.family.checked_stages() {
+        let stages = self.model.family.checked_stages().and_then(|_| self.stages());
+        if let Err(Error::Config { problems: of_model, .. }) = stages {
             problems.extend(of_model);
         }
         problems

@@ -19,7 +19,7 @@
 //! | 5 | [`assembly`]: builds model, optimizer and pipeline from the configuration |
 //! | 4 | [`run`]: the run folder and its checkpoints |
 //! | 3 | [`config`]: the configuration, one field for each room |
-//! | 2, science | [`adapter`] above [`flow`] · [`model`] · [`optim`] |
+//! | 2, science | [`adapter`] above [`flow`], [`tuning`] above [`model`] · [`optim`] |
 //! | 2, machinery | [`parallel`] · [`watchdog`] |
 //! | 1 | [`datasets`] above [`report`], [`attention`] above [`collective`] · [`data`] · [`nn`] above [`ops`] · [`telemetry`] |
 //! | 0, each above those after it | [`files`] · [`failure`] · [`fault`], `registry` · [`cuda`], [`pulse`], [`settings`] · [`error`], [`libtorch`], `median`, [`phase`], [`rng`], [`tensor`] |
@@ -70,4 +70,5 @@ pub mod settings;
 pub mod telemetry;
 pub mod tensor;
 pub mod train;
+pub mod tuning;
 pub mod watchdog;

@@ -23,6 +23,7 @@ pub enum Purpose {
     Stratification = 4,
     Sampling = 5,
     Test = 6,
+    Dropout = 7,
 }
 
 /// Identifies one use of randomness. Equal keys give equal numbers, on any rank and in any process.
@@ -54,12 +55,9 @@ impl Key {
         Key { scope, ..self }
     }
 
-    /// Sets the scope to the hash of a name, e.g. of a parameter (FNV-1a, 64 bit).
+    /// Sets the scope to the hash of a name, e.g. of a parameter.
     pub fn named(self, name: &str) -> Self {
-        let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325, |h: u64, b| {
-            (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
-        });
-        self.scope(hash)
+        self.scope(hash_of_name(name))
     }
 
     /// Returns 64 well-mixed bits. Source: SplitMix64's finalizer (Steele et al. 2014), chained
@@ -103,11 +101,33 @@ impl Key {
     }
 }
 
-fn mix(value: u64) -> u64 {
-    let z = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
+/// FNV-1a, 64 bit.
+pub fn hash_of_name(name: &str) -> u64 {
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+/// The numbers of [`mix`], for tensors that are mixed alike.
+pub(crate) struct Mix {
+    pub add: u64,
+    pub shifts: [i64; 3],
+    pub factors: [u64; 2],
+}
+
+/// SplitMix64's finalizer. Source: Steele et al. 2014.
+pub(crate) const MIX: Mix = Mix {
+    add: 0x9e37_79b9_7f4a_7c15,
+    shifts: [30, 27, 31],
+    factors: [0xbf58_476d_1ce4_e5b9, 0x94d0_49bb_1331_11eb],
+};
+
+pub(crate) fn mix(value: u64) -> u64 {
+    let Mix { add, shifts, factors } = MIX;
+    let z = value.wrapping_add(add);
+    let z = (z ^ (z >> shifts[0])).wrapping_mul(factors[0]);
+    let z = (z ^ (z >> shifts[1])).wrapping_mul(factors[1]);
+    z ^ (z >> shifts[2])
 }
 
 fn hold_generator() -> MutexGuard<'static, ()> {

@@ -485,6 +485,7 @@ fn sample_of(run: &Path, conditions: &Path) -> Result<(), Error> {
         shift,
         per_condition,
         seed,
+        lora_scale: 1.0,
     })
 }
 

@@ -65,6 +65,9 @@ mod threads {
     pub mod equivalence;
     /// Known loss curves, as text.
     mod golden;
+    /// What is frozen stays, what is trained beside it trains alike on any ranks, and a run goes on
+    /// with it exactly.
+    mod lora;
     /// A loss under masks is that of one big batch, whatever the split; a sample is trained on its
     /// own conditions and task.
     mod masks;
@@ -137,6 +140,8 @@ mod oracle {
     mod exported;
     /// Each model family computes what diffusers' class of it computes.
     pub mod families;
+    /// A LoRA computes, and has the gradients, that PEFT's on diffusers' models has.
+    mod lora;
     /// AdamW and the clipping of gradients are PyTorch's.
     mod optimizer;
     /// The oracle's Python, and how close is close. Nothing is promised there.

@@ -42,7 +42,7 @@ pub fn tokens_of_data(config: &RunConfig) -> Vec<Tokens> {
 }
 
 fn cases(config: &RunConfig, samples: &[Tokens]) -> Result<Vec<Case>> {
-    let stages = config.model.family.stages()?;
+    let stages = config.stages()?;
     let attentions = stages.iter().flat_map(|stage| stage.params().attentions());
     let keys = config.flow_matching.adapter.build().keys();
     let has_masks = keys.iter().any(|key| key.role == Role::TokenMask);

@@ -4,16 +4,22 @@
 pub mod attention;
 pub mod device;
 
+use std::path::Path;
+
 use tch::Device;
 
-use crate::collective::Collective;
+use crate::collective::{Collective, Solo};
 use crate::config::RunConfig;
 use crate::data::{Dataset, Share};
 use crate::error::Result;
 use crate::flow::FlowMatchingPipeline;
+use crate::nn::Stage;
 use crate::parallel::{Devices, Replica, Sharing};
 use crate::rng::{Key, Purpose};
-use crate::run::pretrained;
+use crate::run::base::Base;
+use crate::run::checkpoint;
+use crate::run::pretrained::{self, Origin};
+use crate::tuning::with_strength;
 
 /// Opens the configured dataset, with the configured treatment of bad samples and of texts of
 /// unequal length.
@@ -44,13 +50,10 @@ pub fn devices(config: &RunConfig, device: Device) -> Devices {
     Devices { compute: device, home: if offloads { Device::Cpu } else { device } }
 }
 
-/// Builds the configured model with all parameters zero, to be filled from a checkpoint.
-pub fn empty_replica<'c>(
-    config: &RunConfig,
-    device: Device,
-    sharing: Sharing<'c>,
-) -> Result<Replica<'c>> {
-    replica(config, device, sharing, None)
+/// A model, and what its frozen parameters are, if it has any.
+pub struct Begun<'c> {
+    pub replica: Replica<'c>,
+    pub base: Option<Base>,
 }
 
 /// Builds the configured model with its initial parameters: pretrained, or following from the seed
@@ -63,23 +66,67 @@ pub fn fresh_replica<'c>(
     device: Device,
     sharing: Sharing<'c>,
     collective: &dyn Collective,
-) -> Result<Replica<'c>> {
-    if let Some(folder) = config.model.pretrained() {
-        let mut replica = empty_replica(config, device, sharing)?;
-        pretrained::load_pretrained(folder, &config.model.family, &mut replica, collective)?;
-        return Ok(replica);
-    }
-    replica(config, device, sharing, Some(Key::new(config.seed, Purpose::Initialization)))
+) -> Result<Begun<'c>> {
+    let mut replica = empty_replica(config, config.stages()?, device, sharing);
+    let base = pretrained::begin(&origin(config), &mut replica, collective)?;
+    Ok(Begun { replica, base })
 }
 
-fn replica<'c>(
+/// Builds the configured model for a checkpoint, from which its trained parameters come next: they
+/// are what they begin as, or zero where nothing is frozen.
+///
+/// # Ordering
+/// Every rank calls it.
+pub fn replica_for_checkpoint<'c>(
     config: &RunConfig,
     device: Device,
     sharing: Sharing<'c>,
-    key: Option<Key>,
-) -> Result<Replica<'c>> {
-    let (stages, kind) = (config.model.family.stages()?, config.model.dtype.kind());
-    Ok(Replica::shared(stages, kind, devices(config, device), key, sharing))
+    collective: &dyn Collective,
+) -> Result<Begun<'c>> {
+    let mut replica = empty_replica(config, config.stages()?, device, sharing);
+    if config.tuning().is_whole() {
+        return Ok(Begun { replica, base: None });
+    }
+    // What a LoRA began with is trained, and comes from the checkpoint.
+    let origin = Origin { lora: None, ..origin(config) };
+    let base = pretrained::begin(&origin, &mut replica, collective)?;
+    Ok(Begun { replica, base })
+}
+
+fn origin(config: &RunConfig) -> Origin<'_> {
+    Origin {
+        family: &config.model.family,
+        folder: config.model.pretrained(),
+        lora: config.lora.init_from.as_deref().map(Path::new),
+        key: Key::new(config.seed, Purpose::Initialization),
+    }
+}
+
+/// Builds the model of a run with the parameters of one of its checkpoints, on this rank alone.
+/// `strength`: factor of its low-rank changes.
+///
+/// # Errors
+/// Errors of the checkpoint, and of the folder with the frozen parameters.
+pub fn trained_replica(
+    config: &RunConfig,
+    checkpoint: &Path,
+    device: Device,
+    strength: f64,
+) -> Result<Replica<'static>> {
+    let begun = replica_for_checkpoint(config, device, Sharing::alone(), &Solo)?;
+    let Begun { mut replica, base } = begun;
+    checkpoint::load_parameters(checkpoint, config, base.as_ref(), &mut replica)?;
+    replica.stages = with_strength(replica.stages, strength);
+    Ok(replica)
+}
+
+fn empty_replica<'c>(
+    config: &RunConfig,
+    stages: Vec<Box<dyn Stage>>,
+    device: Device,
+    sharing: Sharing<'c>,
+) -> Replica<'c> {
+    Replica::shared(stages, config.model.dtype.kind(), devices(config, device), None, sharing)
 }
 
 pub fn build_pipeline(config: &RunConfig, device: Device) -> FlowMatchingPipeline {

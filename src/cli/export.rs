@@ -24,6 +24,9 @@ pub struct ExportArgs {
     /// Kind of the tensors, float32 or bfloat16; the run's own if unset
     #[arg(long, value_name = "KIND", value_parser = parse_dtype)]
     dtype: Option<Dtype>,
+    /// Merge a LoRA into the model that it was trained on
+    #[arg(long)]
+    merge: bool,
 }
 
 impl ExportArgs {
@@ -34,6 +37,7 @@ impl ExportArgs {
             out: self.out,
             max_shard_bytes: self.max_shard_size.as_u64(),
             dtype: self.dtype,
+            merge: self.merge,
         };
         commands::export(&request).map(|()| 0)
     }

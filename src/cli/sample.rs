@@ -47,6 +47,9 @@ pub struct SampleArgs {
     /// Seed of the noise
     #[arg(long)]
     seed: Option<u64>,
+    /// Strength of the run's LoRA; 0 is the model without it
+    #[arg(long, value_parser = parse_scale, default_value_t = 1.0)]
+    lora_scale: f64,
 }
 
 impl SampleArgs {
@@ -63,6 +66,7 @@ impl SampleArgs {
             shift: self.shift,
             per_condition: self.per_condition,
             seed: self.seed,
+            lora_scale: self.lora_scale,
         };
         pulse::enter(Phase::Report);
         sample::sample(&request).map(|()| 0)

@@ -11,13 +11,13 @@ use tch::{Kind, Tensor};
 use crate::error::{Error, Result};
 use crate::files::disk::{Disk, Output};
 use crate::files::outputs::{Named, check_new_folder};
-use crate::files::safetensors::{self, Shards};
+use crate::files::safetensors;
 use crate::model::{self, Dtype};
 use crate::nn::ParamInfo;
-use crate::run::checkpoint;
 use crate::run::folder;
 use crate::run::locate::locate;
 use crate::run::pretrained::STEM;
+use crate::run::whole::WholeModel;
 use crate::settings::Family;
 
 /// Options of `fm-dist export`.
@@ -32,10 +32,12 @@ pub struct ExportRequest {
     /// Kind of the tensors; the run's own if unset. Parameters that diffusers keeps in f32 stay
     /// f32.
     pub dtype: Option<Dtype>,
+    /// True if a LoRA is merged into the model that it was trained on.
+    pub merge: bool,
 }
 
-/// Writes `config.json` and the parameters under diffusers' names; the folder appears whole or not
-/// at all.
+/// Writes `config.json` and the parameters of the whole model under diffusers' names; the folder
+/// appears whole or not at all.
 ///
 /// # Errors
 /// [`Error::Config`] if diffusers has no class for the model; [`Error::NoCheckpoint`],
@@ -53,12 +55,17 @@ pub fn export(request: &ExportRequest) -> Result<()> {
         )
     };
     let description = model::write_config(family).ok_or_else(no_class)?;
-    let stages = family.stages()?;
-    let parameters = checkpoint::open_parameters(&folder, &config, &stages)?;
+    if config.lora.rank.is_some() && !request.merge {
+        let what = "trained a LoRA; --merge writes the whole model with it";
+        return Err(Error::config("--run", what));
+    }
+    let stages = config.stages()?;
+    let parameters = WholeModel::open(&folder, &config, &stages)?;
     let kind = request.dtype.unwrap_or(config.model.dtype).kind();
     let tensors: Vec<Planned<'_>> = stages
         .iter()
         .flat_map(|stage| stage.params().infos())
+        .filter(|info| !info.added)
         .map(|info| Planned::new(info, kind))
         .collect();
     let export = Export {
@@ -67,6 +74,7 @@ pub fn export(request: &ExportRequest) -> Result<()> {
         shards: cut(&tensors, request.max_shard_bytes),
     };
     export.write(&description)?;
+    export.parameters.check_base(&folder)?;
     Disk::PLAIN.rename(&export.staged, &request.out)
 }
 
@@ -129,7 +137,7 @@ fn staged(out: &Path) -> Result<PathBuf> {
 
 struct Export<'i> {
     staged: PathBuf,
-    parameters: Shards,
+    parameters: WholeModel<'i>,
     shards: Vec<Vec<Planned<'i>>>,
 }
 
@@ -153,9 +161,8 @@ impl Export<'_> {
     }
 
     fn write_shard(&self, index: usize) -> Result<()> {
-        let read = |planned: &Planned<'_>| {
-            Ok(self.parameters.read(&planned.info.name)?.to_kind(planned.kind))
-        };
+        let read =
+            |planned: &Planned<'_>| Ok(self.parameters.read(planned.info)?.to_kind(planned.kind));
         let tensors = self.shards[index].iter().map(read).collect::<Result<Vec<Tensor>>>()?;
         let names = self.shards[index].iter().map(|planned| planned.info.name.as_str());
         let named: Vec<(&str, &Tensor)> = names.zip(&tensors).collect();
@@ -206,6 +213,8 @@ mod tests {
             shape: vec![numel],
             init: Init::Zeros,
             precise: false,
+            frozen: false,
+            added: false,
             rows: Rows::One,
         };
         let infos = [3, 4, 20, 1, 9].map(info);

@@ -8,7 +8,7 @@ use tch::{Device, Tensor};
 
 use crate::assembly::attention::{TEXT, tokens_of_sample};
 use crate::assembly::device::{device, open_libraries};
-use crate::assembly::{build_pipeline, empty_replica, fresh_replica};
+use crate::assembly::{build_pipeline, fresh_replica, trained_replica};
 use crate::collective::Solo;
 use crate::config::RunConfig;
 use crate::data::{Batch, DataType, EMPTY};
@@ -23,7 +23,6 @@ use crate::model::SampleShapes;
 use crate::nn::Tokens;
 use crate::parallel::{Replica, Sharing};
 use crate::rng::Stream;
-use crate::run::checkpoint;
 use crate::run::locate::locate;
 
 /// Options of `fm-dist step`.
@@ -57,12 +56,8 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<String> {
     check_batch(config, &request.batch, &batch)?;
     let device = device(config, || tokens_of(config, &batch), &Solo)?.without_log();
     let replica = match &request.weights {
-        Some(path) => {
-            let mut replica = empty_replica(config, device, Sharing::alone())?;
-            checkpoint::load_parameters(&locate(path)?.1, config, &mut replica)?;
-            replica
-        }
-        None => fresh_replica(config, device, Sharing::alone(), &Solo)?,
+        Some(path) => trained_replica(config, &locate(path)?.1, device, 1.0)?,
+        None => fresh_replica(config, device, Sharing::alone(), &Solo)?.replica,
     };
     let pipeline = build_pipeline(config, device);
     let seed = request.torch_seed.unwrap_or(config.seed as i64);
@@ -196,14 +191,8 @@ fn named_gradients(
     stage: usize,
     pieces: &[Tensor],
 ) -> Vec<(String, Tensor)> {
-    let params = replica.stages[stage].params();
-    let views = params.split_pieces(&pieces.iter().collect::<Vec<_>>());
-    params
-        .infos()
-        .iter()
-        .zip(views.iter())
-        .map(|(info, view)| (format!("grad.{}", info.name), view.shallow_clone()))
-        .collect()
+    let named = replica.buckets[stage].by_name(replica.stages[stage].params(), pieces);
+    named.map(|(info, view)| (format!("grad.{}", info.name), view)).collect()
 }
 
 fn write(

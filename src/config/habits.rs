@@ -116,10 +116,15 @@ pub(super) const HABITS: &[Habit] = &[
         "model.type model.name model.arch model_type model_family model_flavor flavor",
         "the family is the table that is there, as [model.flux], or what model.path holds",
     ),
-    other(
-        "lora lora_rank lora_alpha network network_dim network_alpha network_module peft rank",
-        "there is no LoRA: all parameters are trained",
+    same(
+        "lora_rank lora_dim network_dim network_module peft.dim rank network peft",
+        &["lora.rank"],
     ),
+    same("lora_alpha network_alpha peft.alpha", &["lora.alpha"]),
+    same("lora_dropout network_dropout rank_dropout peft.dropout_position", &["lora.dropout"]),
+    same("lora_target_modules lora_layers lora_modules", &["lora.target_modules"]),
+    same("init_lora_weights lora_a_init", &["lora.init"]),
+    same("modules_to_save freeze_modules trainable_modules", &["train.trainable"]),
     other("ema use_ema ema_decay ema_config", "there is no EMA of the weights"),
     // Data.
     same(

@@ -80,6 +80,10 @@ impl Architecture for Dit {
         latents[1..].iter().product::<i64>() / (self.patch_size * self.patch_size)
     }
 
+    fn attention_modules(&self) -> &'static [&'static str] {
+        &["attn.qkv", "attn.proj"]
+    }
+
     fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()> {
         let [channels, ..] = expect_image("model.dit.patch_size", shapes.latents, self.patch_size)?;
         expect_equal("model.dit.in_channels", self.in_channels, Some(channels), "latents have")?;

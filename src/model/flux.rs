@@ -124,6 +124,19 @@ impl Architecture for Flux {
         Some(512)
     }
 
+    fn attention_modules(&self) -> &'static [&'static str] {
+        &[
+            "attn.to_q",
+            "attn.to_k",
+            "attn.to_v",
+            "attn.to_out.0",
+            "attn.add_q_proj",
+            "attn.add_k_proj",
+            "attn.add_v_proj",
+            "attn.to_add_out",
+        ]
+    }
+
     fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()> {
         let [channels, ..] = expect_image("model.flux", shapes.latents, 2)?;
         expect_equal(

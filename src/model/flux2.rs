@@ -135,6 +135,21 @@ impl Architecture for Flux2 {
         Some(512)
     }
 
+    fn attention_modules(&self) -> &'static [&'static str] {
+        &[
+            "attn.to_q",
+            "attn.to_k",
+            "attn.to_v",
+            "attn.to_out.0",
+            "attn.add_q_proj",
+            "attn.add_k_proj",
+            "attn.add_v_proj",
+            "attn.to_add_out",
+            "attn.to_qkv_mlp_proj",
+            "attn.to_out",
+        ]
+    }
+
     fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()> {
         let [channels, ..] = expect_image("model.flux2", shapes.latents, 1)?;
         expect_equal(

@@ -74,6 +74,10 @@ pub trait Architecture {
         None
     }
 
+    /// Returns patterns of the modules that a LoRA on the attention changes: the projections of the
+    /// blocks' attentions.
+    fn attention_modules(&self) -> &'static [&'static str];
+
     /// Refuses data that the model cannot take, before they cause a shape error deep inside it.
     ///
     /// # Errors

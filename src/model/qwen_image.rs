@@ -133,6 +133,19 @@ impl Architecture for QwenImage {
         latents[1..].iter().product::<i64>() / 4
     }
 
+    fn attention_modules(&self) -> &'static [&'static str] {
+        &[
+            "attn.to_q",
+            "attn.to_k",
+            "attn.to_v",
+            "attn.to_out.0",
+            "attn.add_q_proj",
+            "attn.add_k_proj",
+            "attn.add_v_proj",
+            "attn.to_add_out",
+        ]
+    }
+
     fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()> {
         let [channels, ..] = expect_image("model.qwen_image", shapes.latents, self.patch_size)?;
         expect_equal(

@@ -60,11 +60,13 @@ impl Activations {
         self.entries.iter().filter(|entry| !entry.constant).map(|entry| (entry.name, &entry.tensor))
     }
 
-    /// Adds the constants of `earlier` that are not among these activations.
+    /// Adds the constants of `earlier` that are not among these activations. One that was passed on
+    /// unchanged stays a constant.
     pub fn carrying_constants_of(mut self, earlier: &Activations) -> Self {
         for entry in earlier.entries.iter().filter(|entry| entry.constant) {
-            if self.find(entry.name).is_none() {
-                self = self.with_constant(entry.name, entry.tensor.shallow_clone());
+            match self.entries.iter_mut().find(|own| own.name == entry.name) {
+                Some(own) => own.constant |= is_same(&own.tensor, &entry.tensor),
+                None => self = self.with_constant(entry.name, entry.tensor.shallow_clone()),
             }
         }
         self
@@ -107,5 +109,35 @@ impl Activations {
             }
         };
         Activations { entries: self.entries.iter().map(leaf).collect() }
+    }
+}
+
+/// True for two handles of one tensor.
+fn is_same(a: &Tensor, b: &Tensor) -> bool {
+    a.data_ptr() == b.data_ptr() && a.size() == b.size() && a.kind() == b.kind()
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Kind;
+
+    use super::*;
+
+    #[test]
+    fn a_constant_that_is_passed_on_stays_one_and_a_changed_one_does_not() {
+        let ones = || Tensor::ones([2], (Kind::Float, Device::Cpu));
+        let before = Activations::new()
+            .with_constant("passed", ones())
+            .with_constant("changed", ones())
+            .with_constant("unused", ones())
+            .with("flowing", ones());
+        let after = Activations::new()
+            .with("passed", before.get("passed").shallow_clone())
+            .with("changed", before.get("changed") * 2.0)
+            .with("flowing", before.get("flowing").shallow_clone())
+            .carrying_constants_of(&before);
+        let flowing: Vec<_> = after.flowing().map(|(name, _)| name).collect();
+        assert_eq!(flowing, ["changed", "flowing"]);
+        assert_eq!(after.names(), ["passed", "changed", "flowing", "unused"]);
     }
 }

@@ -4,7 +4,7 @@ use tch::Tensor;
 
 use super::{Builder, Init, Param, Views};
 
-/// `x · weightᵀ + bias`.
+/// `x · weightᵀ + bias`; where the weight has a low-rank change, with that.
 #[derive(Clone, Copy, Debug)]
 pub struct Linear {
     weight: Param,
@@ -14,24 +14,28 @@ pub struct Linear {
 impl Linear {
     /// Weight `[outputs, inputs]` initialized by `init`, bias `[outputs]` initialized to zero.
     pub fn new(builder: &mut Builder<'_>, inputs: i64, outputs: i64, init: Init) -> Self {
-        let weight = builder.param("weight", &[outputs, inputs], init);
+        let weight = builder.linear(inputs, outputs, init);
         Linear { weight, bias: Some(builder.param("bias", &[outputs], Init::Zeros)) }
     }
 
     /// Weight and optional bias, initialized as in `torch.nn.Linear`.
     pub fn pytorch(builder: &mut Builder<'_>, inputs: i64, outputs: i64, with_bias: bool) -> Self {
         let init = Init::FanIn { fan_in: inputs };
-        let weight = builder.param("weight", &[outputs, inputs], init);
+        let weight = builder.linear(inputs, outputs, init);
         Linear { weight, bias: with_bias.then(|| builder.param("bias", &[outputs], init)) }
     }
 
     pub fn without_bias(builder: &mut Builder<'_>, inputs: i64, outputs: i64, init: Init) -> Self {
-        Linear { weight: builder.param("weight", &[outputs, inputs], init), bias: None }
+        Linear { weight: builder.linear(inputs, outputs, init), bias: None }
     }
 
     /// # Shapes
     /// `x`: `[…, inputs]`. Returns `[…, outputs]`.
     pub fn forward(&self, params: &Views, x: &Tensor) -> Tensor {
-        x.linear(&params[self.weight], self.bias.map(|bias| &params[bias]))
+        let (weight, bias) = (&params[self.weight], self.bias.map(|bias| &params[bias]));
+        match params.low_rank(self.weight) {
+            Some(low_rank) => low_rank.apply(params, weight, bias, x),
+            None => x.linear(weight, bias),
+        }
     }
 }

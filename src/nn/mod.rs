@@ -2,9 +2,13 @@
 
 mod activations;
 pub mod attention;
+mod classes;
+mod dropping;
 pub mod embed;
+mod init;
 pub mod joint_block;
 mod linear;
+mod low_rank;
 mod mlp;
 pub mod modulation;
 pub mod norm;
@@ -14,14 +18,22 @@ mod per_shape;
 pub mod rope;
 mod rows;
 mod settings;
+mod tuned;
+mod views;
 
 pub use activations::Activations;
+pub use classes::Class;
+pub use dropping::DROPOUT_KEYS;
+pub use init::Init;
 pub use linear::Linear;
+pub use low_rank::{LowRank, LowRankChange};
 pub use mlp::{Mlp, Nonlinearity};
-pub use params::{Builder, Init, Param, ParamInfo, ParamSet, Views};
+pub use params::{Builder, Param, ParamInfo, ParamSet};
 pub use per_shape::PerShape;
 pub use rows::{AttentionInfo, Rows, Tokens};
 pub use settings::{AttentionKernels, ComputeSettings};
+pub use tuned::Tuned;
+pub use views::Views;
 
 /// One cut of a model: a pure function from its parameters and the activations before it to those
 /// after it.

@@ -1,30 +1,13 @@
 //! A stage's parameters: names, shapes and initialization, one after another in one flat buffer.
 
-use std::ops::Index;
+use std::sync::Arc;
 
-use tch::{Kind, Tensor, no_grad};
+use tch::{Device, Kind, Tensor, no_grad};
 
-use super::{AttentionInfo, Rows};
+use super::classes::{Class, split};
+use super::low_rank::{LowRank, LowRankChange};
+use super::{AttentionInfo, Init, Rows, Views};
 use crate::rng::Key;
-
-/// The initialization of a parameter.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Init {
-    Zeros,
-    Ones,
-    Normal {
-        std: f64,
-    },
-    /// Uniform within ±1/sqrt(fan_in), PyTorch's default for linear layers.
-    FanIn {
-        fan_in: i64,
-    },
-    /// Uniform within ±sqrt(6 / (fan_in + fan_out)). Source: Glorot & Bengio 2010.
-    Xavier {
-        fan_in: i64,
-        fan_out: i64,
-    },
-}
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct ParamInfo {
@@ -34,6 +17,11 @@ pub struct ParamInfo {
     pub init: Init,
     /// Stays f32 whatever the kind of the model's computation.
     pub precise: bool,
+    /// True if it is not trained: it has a value, and no master, gradient or optimizer state.
+    pub frozen: bool,
+    /// True if it is no parameter of the model but of a change of it: no folder of weights holds
+    /// it.
+    pub added: bool,
     /// The rows that it is applied to.
     pub rows: Rows,
 }
@@ -48,14 +36,25 @@ impl ParamInfo {
     pub fn decays(&self) -> bool {
         self.shape.len() > 1
     }
+
+    /// Its initial value, f32 on the CPU.
+    pub fn drawn(&self, key: Key) -> Tensor {
+        let fresh = Tensor::empty(&self.shape, (Kind::Float, Device::Cpu));
+        key.named(&self.name).seeded(|| self.init.draw(fresh))
+    }
+
+    /// Its place in the order of a flat buffer.
+    fn rank(&self) -> (bool, bool) {
+        (!self.frozen, !self.precise)
+    }
 }
 
 /// Handle of one parameter within its stage.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Param(usize);
+pub struct Param(pub(super) usize);
 
-/// The parameters of one stage in the order of its flat buffer: the precise ones, then the others,
-/// each as they were built.
+/// The parameters of one stage in the order of its flat buffer: frozen ones, then trained ones;
+/// among each the precise ones, then the others, as they were built.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ParamSet {
     stage: String,
@@ -63,6 +62,9 @@ pub struct ParamSet {
     attentions: Vec<AttentionInfo>,
     /// Index of each [`Param`] among the infos.
     places: Vec<usize>,
+    /// The weights that are applied as linear maps, which can be changed by a low rank.
+    linears: Vec<Param>,
+    low_ranks: Vec<LowRank>,
 }
 
 impl ParamSet {
@@ -107,88 +109,104 @@ impl ParamSet {
         runs
     }
 
-    /// Elements of the precise parameters, which the flat buffer begins with.
-    pub fn num_precise(&self) -> i64 {
-        self.infos.iter().filter(|info| info.precise).map(ParamInfo::numel).sum()
+    /// Elements of the trained parameters, with which the flat buffer ends.
+    pub fn num_trained(&self) -> i64 {
+        self.trained().map(ParamInfo::numel).sum()
+    }
+
+    /// The trained parameters, in order.
+    pub fn trained(&self) -> impl Iterator<Item = &ParamInfo> + Clone {
+        self.infos.iter().filter(|info| !info.frozen)
+    }
+
+    /// The weights that are applied as linear maps.
+    pub fn linears(&self) -> impl Iterator<Item = &ParamInfo> {
+        self.linears.iter().map(|weight| self.info(*weight))
+    }
+
+    /// The same parameters, with low-rank changes `strength` times as strong.
+    pub fn with_strength(mut self, strength: f64) -> Self {
+        self.low_ranks.iter_mut().for_each(|change| *change = change.scaled(strength));
+        self
+    }
+
+    /// The low-rank changes of linear maps.
+    pub fn low_ranks(&self) -> &[LowRank] {
+        &self.low_ranks
+    }
+
+    pub(super) fn info(&self, param: Param) -> &ParamInfo {
+        &self.infos[self.places[param.0]]
+    }
+
+    /// The same parameters, of which those are frozen that `is_frozen` names. Handles stay valid.
+    pub fn freezing(&self, is_frozen: impl Fn(&ParamInfo) -> bool) -> Self {
+        let mut set = ParamSet { infos: Vec::new(), places: Vec::new(), ..self.clone() };
+        for place in &self.places {
+            let info = &self.infos[*place];
+            set.insert(ParamInfo { frozen: is_frozen(info), ..info.clone() });
+        }
+        set
+    }
+
+    /// Adds a low-rank change of the linear map whose weight has this name. Handles stay valid.
+    ///
+    /// # Panics
+    /// If no linear map has this weight (a bug in the caller).
+    pub fn change_by_low_rank(&mut self, weight: &str, change: &LowRankChange) {
+        let is_named = |param: &&Param| self.info(**param).name == weight;
+        let weight = *self.linears.iter().find(is_named).expect("a linear map of the stage");
+        let low_rank = LowRank::new(self, weight, change);
+        self.low_ranks.push(low_rank);
     }
 
     /// The flat buffer `[P]` as one view for each parameter; the rest is padding.
     pub fn split(&self, flat: &Tensor) -> Views {
-        self.split_pieces(&[flat])
+        self.views(split(&self.infos, flat))
     }
 
-    /// As [`split`](Self::split), for a buffer in two pieces: precise parameters and the others. A
-    /// stage that has only one of the two has one piece, a stage without parameters none.
-    pub fn split_pieces(&self, pieces: &[&Tensor]) -> Views {
-        let num_precise = self.infos.iter().filter(|info| info.precise).count();
-        let (precise, others) =
-            self.infos.split_at(if pieces.len() == 2 { num_precise } else { 0 });
-        let held = [precise, others].into_iter().filter(|infos| !infos.is_empty());
-        let tensors = held.zip(pieces).flat_map(|(infos, piece)| split(infos, piece)).collect();
-        Views { tensors, places: self.places.clone() }
+    /// As [`split`](Self::split), for a buffer in one piece for each of its
+    /// [`classes`](Self::classes).
+    pub fn split_classes<'p>(
+        &self,
+        pieces: impl Iterator<Item = (&'p Class, &'p Tensor)>,
+    ) -> Views {
+        self.views(pieces.flat_map(|(class, piece)| split(class.of(&self.infos), piece)).collect())
+    }
+
+    fn views(&self, tensors: Vec<Tensor>) -> Views {
+        Views::new(tensors, Arc::from(&*self.places), Arc::from(&*self.low_ranks))
     }
 
     /// Fills `flat` `[P]` with initial values. Each parameter has a random stream of its own, so
     /// that adding a parameter does not change the others.
     pub fn initialize(&self, flat: &Tensor, key: Key) {
+        self.initialize_only(flat, key, |_| true);
+    }
+
+    /// As [`initialize`](Self::initialize), only the parameters that `begins` names. What follows
+    /// from others, the magnitudes of low-rank changes, follows from the values that they have.
+    pub fn initialize_only(&self, flat: &Tensor, key: Key, begins: impl Fn(&ParamInfo) -> bool) {
+        let views = self.split(flat);
         no_grad(|| {
-            for (mut view, info) in self.split(flat).tensors.into_iter().zip(&self.infos) {
-                // Drawn in f32 and rounded by the copy, whatever the kind of the buffer.
-                let fresh = view.empty_like().to_kind(Kind::Float);
-                view.copy_(&key.named(&info.name).seeded(|| info.init.draw(fresh)));
+            for (view, info) in views.iter().zip(&self.infos).filter(|(_, info)| begins(info)) {
+                // Rounded by the copy, whatever the kind of the buffer.
+                view.shallow_clone().copy_(&info.drawn(key));
+            }
+            for low_rank in &self.low_ranks {
+                low_rank.measure(&views, |magnitude| begins(self.info(magnitude)));
             }
         });
     }
-}
 
-/// Views of consecutive parameters at the start of a flat piece.
-fn split(infos: &[ParamInfo], piece: &Tensor) -> Vec<Tensor> {
-    let mut sizes: Vec<i64> = infos.iter().map(ParamInfo::numel).collect();
-    sizes.push(piece.numel() as i64 - sizes.iter().sum::<i64>());
-    let views = piece.split_with_sizes(sizes, 0);
-    views.iter().zip(infos).map(|(view, info)| view.view(info.shape.as_slice())).collect()
-}
-
-impl Init {
-    fn draw(self, mut tensor: Tensor) -> Tensor {
-        let uniform = |mut tensor: Tensor, bound: f64| tensor.uniform_(-bound, bound);
-        match self {
-            Init::Zeros => tensor.zero_(),
-            Init::Ones => tensor.fill_(1.0),
-            Init::Normal { std } => tensor.normal_(0.0, std),
-            Init::FanIn { fan_in } => uniform(tensor, 1.0 / (fan_in as f64).sqrt()),
-            Init::Xavier { fan_in, fan_out } => {
-                uniform(tensor, (6.0 / (fan_in + fan_out) as f64).sqrt())
-            }
-        }
-    }
-}
-
-/// One tensor for each parameter.
-#[derive(Debug)]
-pub struct Views {
-    tensors: Vec<Tensor>,
-    places: Vec<usize>,
-}
-
-impl Views {
-    /// In the order of the set's infos.
-    pub fn iter(&self) -> impl Iterator<Item = &Tensor> {
-        self.tensors.iter()
-    }
-
-    /// Leaves over the same storage, at which a graph starts.
-    pub fn leaves(&self, gradients: bool) -> Self {
-        let leaf = |view: &Tensor| view.detach().set_requires_grad(gradients);
-        Views { tensors: self.tensors.iter().map(leaf).collect(), places: self.places.clone() }
-    }
-}
-
-impl Index<Param> for Views {
-    type Output = Tensor;
-
-    fn index(&self, param: Param) -> &Tensor {
-        &self.tensors[self.places[param.0]]
+    /// Adds a parameter; returns its handle.
+    fn insert(&mut self, info: ParamInfo) -> Param {
+        let ParamSet { infos, places, .. } = self;
+        let place = infos.iter().filter(|other| other.rank() <= info.rank()).count();
+        places.iter_mut().filter(|earlier| **earlier >= place).for_each(|earlier| *earlier += 1);
+        places.push(place);
+        infos.insert(place, info);
+        Param(places.len() - 1)
     }
 }
 
@@ -198,6 +216,7 @@ pub struct Builder<'a> {
     set: &'a mut ParamSet,
     prefix: String,
     precise: bool,
+    added: bool,
     rows: Rows,
 }
 
@@ -205,7 +224,12 @@ impl<'a> Builder<'a> {
     /// All names begin with `prefix`; matrices are applied to `rows` unless
     /// [`over`](Self::over) says otherwise.
     pub fn new(set: &'a mut ParamSet, prefix: &str, rows: Rows) -> Self {
-        Builder { set, prefix: prefix.into(), precise: false, rows }
+        Builder { set, prefix: prefix.into(), precise: false, added: false, rows }
+    }
+
+    /// The builder of parameters that are no part of the model.
+    pub(super) fn adding(set: &'a mut ParamSet, prefix: &str, rows: Rows, precise: bool) -> Self {
+        Builder { set, prefix: prefix.into(), precise, added: true, rows }
     }
 
     /// The builder for matrices that are applied to `rows`.
@@ -227,7 +251,7 @@ impl<'a> Builder<'a> {
     /// the same part.
     pub fn at(&mut self, part: &str) -> Builder<'_> {
         let prefix = self.join(part);
-        Builder { set: self.set, prefix, precise: self.precise, rows: self.rows }
+        Builder { set: self.set, prefix, ..*self }
     }
 
     /// The builder for a part whose parameters stay f32 whatever the kind of the computation.
@@ -237,28 +261,26 @@ impl<'a> Builder<'a> {
 
     /// A parameter that stays f32 whatever the kind of the computation.
     pub fn precise_param(&mut self, name: &str, shape: &[i64], init: Init) -> Param {
-        let prefix = self.prefix.clone();
-        Builder { set: self.set, prefix, precise: true, rows: self.rows }.param(name, shape, init)
+        Builder { precise: true, ..self.at("") }.param(name, shape, init)
     }
 
     pub fn param(&mut self, name: &str, shape: &[i64], init: Init) -> Param {
-        let info = ParamInfo {
+        self.set.insert(ParamInfo {
             name: self.join(name),
             shape: shape.to_vec(),
             init,
             precise: self.precise,
+            frozen: false,
+            added: self.added,
             rows: self.rows,
-        };
-        let ParamSet { infos, places, .. } = &mut *self.set;
-        let place = if info.precise {
-            infos.iter().filter(|info| info.precise).count()
-        } else {
-            infos.len()
-        };
-        places.iter_mut().filter(|earlier| **earlier >= place).for_each(|earlier| *earlier += 1);
-        places.push(place);
-        infos.insert(place, info);
-        Param(places.len() - 1)
+        })
+    }
+
+    /// `weight` `[outputs, inputs]` of a linear map.
+    pub(super) fn linear(&mut self, inputs: i64, outputs: i64, init: Init) -> Param {
+        let weight = self.param("weight", &[outputs, inputs], init);
+        self.set.linears.push(weight);
+        weight
     }
 
     fn join(&self, name: &str) -> String {
@@ -305,13 +327,39 @@ mod tests {
         let norm = builder.precise_at("norm").param("weight", &[1], Init::Zeros);
         let names: Vec<&str> = set.infos().iter().map(|info| info.name.as_str()).collect();
         assert_eq!(names, ["block.table.weight", "block.norm.weight", "block.plain", "block.last"]);
-        assert_eq!(set.num_precise(), 3);
         let flat = Tensor::arange(10, (Kind::Float, Device::Cpu));
-        let (precise, rest) = (flat.narrow(0, 0, 3), flat.narrow(0, 3, 7));
-        for views in [set.split(&flat), set.split_pieces(&[&precise, &rest])] {
+        let classes = set.classes(Kind::BFloat16);
+        assert_eq!(classes.iter().map(Class::numel).collect::<Vec<_>>(), [3, 7]);
+        assert_eq!(set.classes(Kind::Float).len(), 1, "one kind is one piece");
+        let pieces = [flat.narrow(0, 0, 3), flat.narrow(0, 3, 7)];
+        for views in [set.split(&flat), set.split_classes(classes.iter().zip(&pieces))] {
             let firsts = [table, norm, plain, last].map(|param| views[param].double_value(&[0]));
             assert_eq!(firsts, [0.0, 2.0, 3.0, 7.0]);
         }
+    }
+
+    #[test]
+    fn frozen_parameters_lie_before_trained_ones_and_handles_stay() {
+        let mut set = ParamSet::new("block");
+        let mut builder = Builder::new(&mut set, "block", Rows::Image);
+        let first = builder.param("first", &[2], Init::Zeros);
+        let second = builder.param("second", &[3], Init::Zeros);
+        let norm = builder.precise_param("norm", &[1], Init::Zeros);
+        let frozen = set.freezing(|info| info.name != "block.first");
+        let names = |set: &ParamSet| -> Vec<String> {
+            set.infos().iter().map(|info| info.name.clone()).collect()
+        };
+        assert_eq!(names(&frozen), ["block.norm", "block.second", "block.first"]);
+        assert_eq!((frozen.numel(), frozen.num_trained()), (6, 2));
+        let views = frozen.split(&Tensor::arange(6, (Kind::Float, Device::Cpu)));
+        let firsts = [first, second, norm].map(|param| views[param].double_value(&[0]));
+        assert_eq!(firsts, [4.0, 1.0, 0.0]);
+        let leaves = views.leaves(frozen.infos());
+        assert_eq!([first, second, norm].map(|p| leaves[p].requires_grad()), [true, false, false]);
+        let classes = frozen.classes(Kind::BFloat16);
+        let kinds: Vec<_> = classes.iter().map(|class| (class.frozen, class.kind)).collect();
+        assert_eq!(kinds, [(true, Kind::Float), (true, Kind::BFloat16), (false, Kind::BFloat16)]);
+        assert_eq!(names(&frozen.freezing(|_| false)), names(&set), "and back");
     }
 
     #[test]

@@ -10,7 +10,7 @@ pub struct Ahead<'m, I> {
     replica: &'m Replica<'m>,
     order: I,
     /// The index of the next stage, and its parameters under way.
-    next: Option<(usize, Gathering)>,
+    next: Option<(usize, Gathering<'m>)>,
 }
 
 impl<'m, I: Iterator<Item = usize>> Ahead<'m, I> {
@@ -33,7 +33,7 @@ impl<'m, I: Iterator<Item = usize>> Ahead<'m, I> {
         current.wait(self.replica.stages[stage].params())
     }
 
-    fn start_next(&mut self) -> Result<Option<(usize, Gathering)>> {
+    fn start_next(&mut self) -> Result<Option<(usize, Gathering<'m>)>> {
         let Replica { buckets, sharing, .. } = self.replica;
         self.order
             .next()

@@ -4,19 +4,18 @@ use tch::{Device, Kind, Tensor};
 
 use crate::collective::{Collective, Sliced, Work};
 use crate::error::Result;
-use crate::nn::{ParamSet, Views};
-use crate::parallel::layout::{Layout, runs_within};
+use crate::nn::{ParamInfo, ParamSet, Views};
 use crate::parallel::piece::{Piece, Shard};
 use crate::parallel::{Devices, Sharing};
 use crate::rng::Key;
 
-/// A stage's parameters: f32 master values, and a copy in the compute kind.
+/// A stage's parameters: in the kind that they are computed in, and master values in f32 of those
+/// that are trained.
 #[derive(Debug)]
 pub struct Bucket {
-    /// One or two: precise parameters in f32, the others in the compute kind. Empty for a stage
-    /// without parameters.
+    /// One for each class of the stage's parameters: frozen before trained, precise ones in f32
+    /// before those in the compute kind. Empty for a stage without parameters.
     pieces: Vec<Piece>,
-    trained: bool,
 }
 
 /// A stage's parameters for one use, each a leaf of its graph. Buffers that were gathered for the
@@ -24,14 +23,13 @@ pub struct Bucket {
 #[derive(Debug)]
 pub struct Weights {
     leaves: Views,
-    trained: bool,
 }
 
 /// A stage's parameters while they are being gathered.
-pub struct Gathering {
+pub struct Gathering<'b> {
+    bucket: &'b Bucket,
     /// The full buffer of each piece.
     full: Vec<Tensor>,
-    trained: bool,
     work: Work,
 }
 
@@ -44,16 +42,9 @@ impl Bucket {
         key: Option<Key>,
         sharing: &Sharing<'_>,
     ) -> Self {
-        let precise = if kind == Kind::Float { 0 } else { params.num_precise() };
-        let sizes = [(0, precise, Kind::Float), (precise, params.numel() - precise, kind)];
         let decayed = params.decayed_runs();
-        let piece = |(offset, numel, kind)| {
-            let layout = Layout::new(numel, sharing.cut());
-            let runs = runs_within(&decayed, &(offset..offset + numel));
-            Piece::new(layout, offset, kind, sharing.sharding, layout.owned_runs(&runs), devices)
-        };
-        let pieces = sizes.into_iter().filter(|(_, numel, _)| *numel > 0).map(piece).collect();
-        let mut bucket = Bucket { pieces, trained: params.numel() > 0 };
+        let piece = |class| Piece::new(class, &decayed, devices, sharing);
+        let mut bucket = Bucket { pieces: params.classes(kind).into_iter().map(piece).collect() };
         if let Some(key) = key {
             // One stage at a time, so that no rank ever holds more of an unsharded model than its
             // largest stage.
@@ -64,22 +55,33 @@ impl Bucket {
         bucket
     }
 
-    /// The same parameters, excluded from training.
-    pub fn frozen(self) -> Self {
-        Bucket { trained: false, ..self }
+    /// True if some of its parameters are trained.
+    pub fn is_trained(&self) -> bool {
+        self.trained().next().is_some()
     }
 
-    pub fn is_trained(&self) -> bool {
-        self.trained
+    /// True if some of its parameters are frozen.
+    pub fn has_frozen(&self) -> bool {
+        self.pieces.iter().any(|piece| !piece.is_trained())
     }
 
     pub fn pieces(&self) -> &[Piece] {
         &self.pieces
     }
 
+    /// The pieces that are trained: those that have gradients and optimizer state.
+    pub fn trained(&self) -> impl Iterator<Item = &Piece> {
+        self.pieces.iter().filter(|piece| piece.is_trained())
+    }
+
     /// Sets all parameters from `[P]` f32; each rank keeps the part that it holds.
     pub fn set(&mut self, flat: &Tensor) {
-        self.pieces.iter_mut().for_each(|piece| piece.set(flat));
+        set(self.pieces.iter_mut(), flat);
+    }
+
+    /// Sets the trained parameters from all of them in order, f32.
+    pub fn set_trained(&mut self, flat: &Tensor) {
+        set(self.pieces.iter_mut().filter(|piece| piece.is_trained()), flat);
     }
 
     /// Returns the stage's parameters, `[P]` f32.
@@ -87,44 +89,44 @@ impl Bucket {
     /// # Ordering
     /// Every rank of a shard group calls it.
     pub fn parameters(&self, sharing: &Sharing<'_>) -> Result<Tensor> {
-        self.whole(
-            &self.pieces.iter().map(|piece| piece.master().shallow_clone()).collect::<Vec<_>>(),
-            sharing,
-        )
+        joined(self.pieces.iter().map(|piece| piece.whole(piece.values(), sharing.shards())))
     }
 
-    /// Gathers a tensor of which every rank holds a shard: `[P]` f32. `owned` has a tensor of the
-    /// shard's length for each piece. Nothing is copied or moved to another device if there is one
-    /// piece and this rank holds all of it.
+    /// Returns the stage's trained parameters, one after another, f32.
+    ///
+    /// # Ordering
+    /// Every rank of a shard group calls it.
+    pub fn trained_parameters(&self, sharing: &Sharing<'_>) -> Result<Tensor> {
+        joined(self.trained().map(|piece| piece.whole(piece.values(), sharing.shards())))
+    }
+
+    /// Gathers a tensor with an element for each trained parameter's, of which every rank holds a
+    /// shard: f32. `owned` has a tensor of the shard's length for each trained piece. Nothing is
+    /// copied or moved to another device if there is one piece and this rank holds all of it.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it.
     pub fn whole(&self, owned: &[Tensor], sharing: &Sharing<'_>) -> Result<Tensor> {
-        let join = |(piece, owned): (&Piece, &Tensor)| piece.whole(owned, sharing.shards());
-        let mut pieces = self.pieces.iter().zip(owned).map(join).collect::<Result<Vec<_>>>()?;
-        Ok(match pieces.len() {
-            1 => pieces.remove(0),
-            0 => Tensor::zeros([0], (Kind::Float, Device::Cpu)),
-            // Masters may be on the compute device or at home, so all pieces go to the device of
-            // the first.
-            _ => Tensor::cat(
-                &pieces.iter().map(|piece| piece.to_device(pieces[0].device())).collect::<Vec<_>>(),
-                0,
-            ),
-        })
+        joined(self.trained().zip(owned).map(|(piece, owned)| piece.whole(owned, sharing.shards())))
     }
 
-    /// Returns this rank's shards of a flat `[P]` f32 tensor, one for each piece; the padding is
-    /// zero.
+    /// Returns this rank's shards of a flat f32 tensor with an element for each trained
+    /// parameter's, one for each trained piece; the padding is zero.
     pub fn owned(&self, flat: &Tensor) -> Vec<Tensor> {
-        self.pieces.iter().map(|piece| piece.owned(flat)).collect()
+        let mut start = 0;
+        let shard = |piece: &Piece| {
+            let part = flat.narrow(0, start, piece.layout().numel);
+            start += piece.layout().numel;
+            piece.owned(&part)
+        };
+        self.trained().map(shard).collect()
     }
 
     /// Starts to gather the parameters for one use.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it for the same stages in the same order.
-    pub fn gather(&self, shards: &dyn Collective) -> Result<Gathering> {
+    pub fn gather(&self, shards: &dyn Collective) -> Result<Gathering<'_>> {
         let mut missing = Vec::new();
         let held = |piece: &Piece| match piece.full() {
             Some(full) => full.shallow_clone(),
@@ -136,19 +138,17 @@ impl Bucket {
         };
         let full = self.pieces.iter().map(held).collect();
         let work = if missing.is_empty() { Work::done() } else { shards.all_gather(missing)? };
-        Ok(Gathering { full, trained: self.trained, work })
+        Ok(Gathering { bucket: self, full, work })
     }
 
-    /// Copies the gradients of the stage's parameters to one flat tensor for each piece, in the
-    /// kind in which they are summed: f32, or f64 for a piece in f64. Gradients are undefined for
-    /// parameters that the stage's graph did not reach; these become zero, so that all ranks issue
-    /// the same collectives.
+    /// Copies the gradients of the stage's trained parameters to one flat tensor for each trained
+    /// piece, in the kind in which they are summed: f32, or f64 for a piece in f64. Gradients are
+    /// undefined for parameters that the stage's graph did not reach; these become zero, so that
+    /// all ranks issue the same collectives.
     pub fn joined(&self, params: &ParamSet, gradients: Vec<Tensor>) -> Vec<Tensor> {
-        let joined: Vec<Tensor> = self.pieces.iter().map(Piece::empty_gradient).collect();
-        let views = params.split_pieces(&joined.iter().collect::<Vec<_>>());
+        let joined: Vec<Tensor> = self.trained().map(Piece::empty_gradient).collect();
         // Each gradient is freed once it is copied.
-        for (view, gradient) in views.iter().zip(gradients) {
-            let mut view = view.shallow_clone();
+        for ((_, mut view), gradient) in self.by_name(params, &joined).zip(gradients) {
             match gradient.defined() {
                 true => view.copy_(&gradient),
                 false => drop(view.zero_()),
@@ -157,24 +157,33 @@ impl Bucket {
         joined
     }
 
+    /// Returns the part of every trained parameter in flat tensors, one for each trained piece.
+    pub fn by_name<'p>(
+        &'p self,
+        params: &'p ParamSet,
+        flats: &'p [Tensor],
+    ) -> impl Iterator<Item = (&'p ParamInfo, Tensor)> {
+        self.trained().zip(flats).flat_map(|(piece, flat)| params.split_class(piece.class(), flat))
+    }
+
     /// Starts to send this rank's updated shard to the ranks that keep full pieces.
     ///
     /// # Ordering
     /// As [`gather`](Self::gather).
     pub fn publish(&self, shards: &dyn Collective) -> Result<Work> {
-        let cut = self.pieces.iter().filter(|piece| !piece.layout().is_whole());
+        let cut = self.trained().filter(|piece| !piece.layout().is_whole());
         let sliced: Vec<Sliced> =
             cut.filter_map(|piece| piece.full().map(|full| piece.sliced(full))).collect();
         if sliced.is_empty() { Ok(Work::done()) } else { shards.all_gather(sliced) }
     }
 
-    /// This rank's shard of each piece, for an update.
+    /// This rank's shard of each trained piece, for an update.
     pub fn shards_mut(&mut self) -> impl Iterator<Item = Shard<'_>> {
-        self.pieces.iter_mut().map(Piece::shard_mut)
+        self.pieces.iter_mut().filter_map(Piece::shard_mut)
     }
 
-    /// Applies `change` to this rank's master values of each piece, and copies them to the compute
-    /// kind.
+    /// Applies `change` to this rank's master values of each trained piece, and copies them to the
+    /// compute kind.
     pub fn update(&mut self, mut change: impl FnMut(&mut Tensor)) {
         for Shard { master, computed, .. } in self.shards_mut() {
             change(master);
@@ -192,19 +201,44 @@ impl Weights {
     }
 
     /// The leaves for which the backward pass computes gradients, in the order of the stage's
-    /// parameters; none for a frozen stage.
+    /// trained parameters.
     pub fn trained(&self) -> Vec<&Tensor> {
-        if self.trained { self.leaves.iter().collect() } else { Vec::new() }
+        self.leaves.iter().filter(|leaf| leaf.requires_grad()).collect()
     }
 }
 
-impl Gathering {
+impl Gathering<'_> {
     /// Waits for the stage's parameters.
     pub fn wait(self, params: &ParamSet) -> Result<Weights> {
-        self.work.wait()?;
-        let views = params.split_pieces(&self.full.iter().collect::<Vec<_>>());
-        Ok(Weights { leaves: views.leaves(self.trained), trained: self.trained })
+        let Gathering { bucket, full, work } = self;
+        work.wait()?;
+        let classes = bucket.pieces.iter().map(Piece::class);
+        let views = params.split_classes(classes.zip(&full));
+        Ok(Weights { leaves: views.leaves(params.infos()) })
     }
+}
+
+fn set<'p>(pieces: impl Iterator<Item = &'p mut Piece>, flat: &Tensor) {
+    let mut start = 0;
+    for piece in pieces {
+        let numel = piece.layout().numel;
+        piece.set(&flat.narrow(0, start, numel));
+        start += numel;
+    }
+}
+
+/// Joins pieces to one tensor, on the device of the first: masters may be on the compute device or
+/// at home.
+fn joined(pieces: impl Iterator<Item = Result<Tensor>>) -> Result<Tensor> {
+    let mut pieces = pieces.collect::<Result<Vec<_>>>()?;
+    Ok(match pieces.len() {
+        1 => pieces.remove(0),
+        0 => Tensor::zeros([0], (Kind::Float, Device::Cpu)),
+        _ => {
+            let here = |piece: &Tensor| piece.to_device(pieces[0].device());
+            Tensor::cat(&pieces.iter().map(here).collect::<Vec<_>>(), 0)
+        }
+    })
 }
 
 #[cfg(test)]
@@ -305,7 +339,7 @@ mod tests {
         };
         assert_eq!(SHARDINGS.map(|sharding| held(sharding)[0]), [true, true, true, false]);
         let owned = |sharding| {
-            on_three(sharding, Kind::Float, |bucket, _| bucket.pieces()[0].master().numel())
+            on_three(sharding, Kind::Float, |bucket, _| bucket.pieces()[0].values().numel())
         };
         // 93 elements: 192 with the padding of three ranks.
         assert_eq!(SHARDINGS.map(|sharding| owned(sharding)[0]), [192, 64, 64, 64]);

@@ -13,8 +13,8 @@ use crate::parallel::{Bucket, Piece, Replica};
 const NAMED: usize = 4;
 
 /// Compares the values that several ranks hold, by a checksum for each stage, in small collectives:
-/// the masters among replicas, and the full compute copy among the ranks of a shard group that hold
-/// one.
+/// the masters and what is frozen among replicas, and the full compute copy among the ranks of a
+/// shard group that hold one.
 ///
 /// # Errors
 /// [`Error::Desync`] on every rank of the group that differs, naming the ranks in the minority and
@@ -25,10 +25,9 @@ const NAMED: usize = 4;
 /// of the world.
 pub fn check(replica: &Replica<'_>, rank: usize) -> Result<()> {
     let sharing = &replica.sharing;
-    compare(replica, rank, sharing.replicas(), |piece| Some(piece.master()))?;
-    compare(replica, rank, sharing.shards(), |piece| {
-        if piece.layout().is_whole() { None } else { piece.full() }
-    })
+    compare(replica, rank, sharing.replicas(), |piece| Some(piece.values()))?;
+    let is_divided = sharing.cut().num_shards > 1;
+    compare(replica, rank, sharing.shards(), |piece| piece.full().filter(|_| is_divided))
 }
 
 fn compare<'r>(
@@ -47,20 +46,21 @@ fn compare<'r>(
     // From here on the ranks are known to differ, in the same stage on all of them, so a detailed
     // comparison may take time.
     let (params, pieces) = (replica.stages[stage].params(), replica.buckets[stage].pieces());
-    let tensors: Vec<&Tensor> = pieces.iter().filter_map(held).collect();
+    let held: Vec<_> = pieces.iter().filter_map(|piece| Some((piece, held(piece)?))).collect();
     let world_ranks: Vec<usize> =
         by_rank(&[rank as i64], ranks)?.iter().map(|row| row[0] as usize).collect();
     let minority = minority(&stages.iter().map(|sums| sums[stage]).collect::<Vec<_>>());
     let minority: Vec<usize> = minority.into_iter().map(|index| world_ranks[index]).collect();
-    let location = match tensors
-        .iter()
-        .zip(pieces)
-        .all(|(tensor, piece)| tensor.numel() as i64 >= piece.layout().numel)
-    {
+    let is_whole =
+        |(piece, tensor): &(&Piece, &Tensor)| tensor.numel() as i64 >= piece.layout().numel;
+    let location = match held.iter().all(is_whole) {
         true => {
-            let sums: Vec<i64> = params.split_pieces(&tensors).iter().map(bits).collect();
+            let named =
+                held.iter().flat_map(|(piece, tensor)| params.split_class(piece.class(), tensor));
+            let (infos, sums): (Vec<_>, Vec<i64>) =
+                named.map(|(info, view)| (info, bits(&view))).unzip();
             let parameters = by_rank(&sums, ranks)?;
-            let differing = params.infos().iter().enumerate().filter(|(index, _)| {
+            let differing = infos.iter().enumerate().filter(|(index, _)| {
                 parameters.iter().any(|sums| sums[*index] != parameters[0][*index])
             });
             let names: Vec<String> =

@@ -10,6 +10,10 @@
 //! | `optimizer` | all | all | owned | reduce-scatter, last micro-batch only | all-gather |
 //! | `gradients` | all | owned | owned | reduce-scatter, every micro-batch | all-gather |
 //! | `parameters` | owned | owned | owned | reduce-scatter, every micro-batch | – (all-gather before each use) |
+//!
+//! This is said of trained parameters. Frozen ones have nothing but their value in the compute kind:
+//! no master, gradient or optimizer state. Each rank holds all of it, or with `parameters` its own
+//! part.
 
 mod accumulator;
 mod ahead;

@@ -42,10 +42,10 @@ impl Replica<'_> {
     /// scalars. A grain is a fixed part of the flat buffers, see `layout.rs`.
     ///
     /// # Shapes
-    /// `gradients`: this rank's shard `[P]` of each stage and piece.
+    /// `gradients`: this rank's shard `[P]` of each stage and trained piece.
     pub fn norms_of_grains(&self, gradients: &[Vec<Tensor>], grains: usize) -> Vec<Tensor> {
         let layouts =
-            self.buckets.iter().flat_map(|bucket| bucket.pieces()).map(|piece| piece.layout());
+            self.buckets.iter().flat_map(|bucket| bucket.trained()).map(|piece| piece.layout());
         let cut = |(layout, gradient): (Layout, &Tensor)| -> Vec<Tensor> {
             layout
                 .grains()

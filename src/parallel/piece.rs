@@ -1,20 +1,21 @@
-//! A part of a bucket, its precise parameters or the others, as flat buffers.
+//! A part of a bucket, the parameters of one class, as flat buffers.
 
 use tch::{Device, Kind, Tensor};
 
 use crate::collective::{Collective, Sliced};
 use crate::error::Result;
-use crate::parallel::layout::Layout;
-use crate::parallel::{Devices, Sharding};
+use crate::nn::Class;
+use crate::parallel::layout::{Cut, Layout, runs_within};
+use crate::parallel::{Devices, Sharding, Sharing};
 
-/// Consecutive parameters of one compute kind.
+/// Consecutive parameters of one compute kind, all trained or all frozen.
 #[derive(Debug)]
 pub struct Piece {
+    class: Class,
     layout: Layout,
-    /// Offset of the piece in the stage's flat `[P]`.
-    offset: i64,
-    /// This rank's shard in f32, which the optimizer updates and a checkpoint holds.
-    master: Tensor,
+    /// This rank's shard in f32, which the optimizer updates and a checkpoint holds; `None` for a
+    /// frozen piece, which nothing changes.
+    master: Option<Tensor>,
     /// This rank's shard in the compute kind; shares the master's storage if that kind is f32.
     computed: Tensor,
     /// The whole piece in the compute kind; `None` if only the shard is held between uses.
@@ -23,7 +24,7 @@ pub struct Piece {
     decayed: Vec<(i64, i64)>,
 }
 
-/// The shard of a piece that one rank holds and updates.
+/// The shard of a trained piece that one rank holds and updates.
 #[derive(Debug)]
 pub struct Shard<'b> {
     /// The master values, f32.
@@ -36,39 +37,51 @@ pub struct Shard<'b> {
 }
 
 impl Piece {
-    /// A piece of zeros.
+    /// A piece of zeros. `decayed`: the stage's runs that weight decay applies to. A frozen piece
+    /// is divided only where the sharding divides what is computed with.
     pub(super) fn new(
-        layout: Layout,
-        offset: i64,
-        kind: Kind,
-        sharding: Sharding,
-        decayed: Vec<(i64, i64)>,
+        class: Class,
+        decayed: &[(i64, i64)],
         devices: Devices,
+        sharing: &Sharing<'_>,
     ) -> Self {
+        let (kind, shards_all) = (class.kind, sharing.sharding == Sharding::Parameters);
+        let cut = if class.frozen && !shards_all { Cut::WHOLE } else { sharing.cut() };
+        let layout = Layout::new(class.numel(), cut);
         let zeros =
             |length: i64, kind: Kind, device: Device| Tensor::zeros([length], (kind, device));
         let owned = layout.owned();
         let length = owned.end - owned.start;
-        let keeps_all = sharding != Sharding::Parameters || layout.is_whole();
+        let keeps_all = !shards_all || layout.is_whole();
         let full = keeps_all.then(|| zeros(layout.padded, kind, devices.compute));
         let computed = full.as_ref().map_or_else(
             || zeros(length, kind, devices.compute),
             |full| full.narrow(0, owned.start, length),
         );
-        let master = if kind == Kind::Float {
-            computed.shallow_clone()
-        } else {
-            zeros(length, Kind::Float, devices.home)
-        };
-        Piece { layout, offset, master, computed, full, decayed }
+        let master = (!class.frozen).then(|| match kind {
+            Kind::Float => computed.shallow_clone(),
+            _ => zeros(length, Kind::Float, devices.home),
+        });
+        let decayed = layout.owned_runs(&runs_within(decayed, &class.elements));
+        Piece { class, layout, master, computed, full, decayed }
+    }
+
+    /// What its parameters have in common.
+    pub fn class(&self) -> &Class {
+        &self.class
+    }
+
+    pub fn is_trained(&self) -> bool {
+        self.master.is_some()
     }
 
     pub fn layout(&self) -> Layout {
         self.layout
     }
 
-    pub fn master(&self) -> &Tensor {
-        &self.master
+    /// This rank's shard as it is kept: the f32 master, or what is computed with where it is frozen.
+    pub fn values(&self) -> &Tensor {
+        self.master.as_ref().unwrap_or(&self.computed)
     }
 
     /// The compute kind.
@@ -100,17 +113,17 @@ impl Piece {
         gradient
     }
 
-    /// Returns this rank's shard of the stage's flat `[P]` f32 tensor; the padding is zero.
-    pub(super) fn owned(&self, flat: &Tensor) -> Tensor {
-        let (numel, owned, shard) =
-            (self.layout.numel, self.layout.owned(), self.master.zeros_like());
+    /// Returns this rank's shard of a tensor of the piece's elements, f32; the padding is zero.
+    pub(super) fn owned(&self, elements: &Tensor) -> Tensor {
+        let (numel, owned) = (self.layout.numel, self.layout.owned());
+        let shard = self.values().zeros_like().to_kind(Kind::Float);
         let held = (numel.min(owned.end) - owned.start).max(0);
-        shard.narrow(0, 0, held).copy_(&flat.narrow(0, self.offset + owned.start.min(numel), held));
+        shard.narrow(0, 0, held).copy_(&elements.narrow(0, owned.start.min(numel), held));
         shard
     }
 
     /// Gathers a tensor of which every rank of `shards` holds a shard: `[numel]` f32. No copy if
-    /// this rank's shard is the whole.
+    /// this rank's shard is the whole, in f32.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it.
@@ -119,44 +132,35 @@ impl Piece {
             owned.shallow_clone()
         } else {
             let (owned, full) =
-                (owned.to_device(self.computed.device()), self.empty_full(Kind::Float));
+                (owned.to_device(self.computed.device()), self.empty_full(owned.kind()));
             shards.all_gather(vec![Sliced { owned, full: full.shallow_clone() }])?.wait()?;
             full
         };
-        Ok(full.narrow(0, 0, self.layout.numel))
+        Ok(full.narrow(0, 0, self.layout.numel).to_kind(Kind::Float))
     }
 
-    /// Sets all parameters to the piece's part of the stage's flat `[P]` f32 tensor; each rank
-    /// keeps the part that it holds.
-    pub(super) fn set(&mut self, flat: &Tensor) {
-        let Layout { numel, padded, .. } = self.layout;
-        let values = flat.narrow(0, self.offset, numel);
-        let whole =
-            if padded == numel { values } else { values.constant_pad_nd([0, padded - numel]) };
-        let owned = self.layout.owned();
-        let shard = whole.narrow(0, owned.start, owned.end - owned.start);
+    /// Sets all parameters, given the piece's elements in f32; each rank keeps the part that it
+    /// holds.
+    pub(super) fn set(&mut self, elements: &Tensor) {
+        let (numel, owned) = (self.layout.numel, self.layout.owned());
+        let held = (numel.min(owned.end) - owned.start).max(0);
+        let shard = elements.narrow(0, owned.start.min(numel), held);
+        // The padding stays zero.
         match &mut self.full {
-            Some(full) => full.copy_(&whole),
-            None => self.computed.copy_(&shard),
+            Some(full) => full.narrow(0, 0, numel).copy_(elements),
+            None => self.computed.narrow(0, 0, held).copy_(&shard),
         }
-        if self.has_separate_master() {
-            self.master.copy_(&shard);
-        }
-    }
-
-    /// This rank's shard, for an update.
-    pub(super) fn shard_mut(&mut self) -> Shard<'_> {
-        let is_separate = self.has_separate_master();
-        Shard {
-            master: &mut self.master,
-            computed: is_separate.then_some(&mut self.computed),
-            decayed: &self.decayed,
+        if let Some(Shard { master, computed: Some(_), .. }) = self.shard_mut() {
+            master.narrow(0, 0, held).copy_(&shard);
         }
     }
 
-    /// True if the master weights do not share storage with the compute copy (different kind or
-    /// device).
-    fn has_separate_master(&self) -> bool {
-        self.computed.data_ptr() != self.master.data_ptr()
+    /// This rank's shard, for an update; `None` if it is frozen.
+    pub(super) fn shard_mut(&mut self) -> Option<Shard<'_>> {
+        let Piece { master, computed, decayed, .. } = self;
+        let master = master.as_mut()?;
+        // Another kind or device.
+        let is_separate = computed.data_ptr() != master.data_ptr();
+        Some(Shard { master, computed: is_separate.then_some(computed), decayed })
     }
 }

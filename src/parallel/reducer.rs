@@ -20,7 +20,7 @@ pub struct Reducer<'r> {
     sharing: &'r Sharing<'r>,
     buckets: &'r [Bucket],
     dtype: ReduceDtype,
-    /// By stage and piece: the sums on this rank, over gradients that are still to be reduced or
+    /// By stage and trained piece: the sums on this rank, over gradients that are still to be reduced or
     /// have been.
     sums: Vec<Vec<Accumulator>>,
     under_way: VecDeque<UnderWay>,
@@ -44,7 +44,7 @@ impl<'r> Reducer<'r> {
         summation: Summation,
     ) -> Self {
         let accumulators =
-            |bucket: &Bucket| bucket.pieces().iter().map(|_| Accumulator::new(summation)).collect();
+            |bucket: &Bucket| bucket.trained().map(|_| Accumulator::new(summation)).collect();
         Reducer {
             sharing,
             buckets,
@@ -54,7 +54,7 @@ impl<'r> Reducer<'r> {
         }
     }
 
-    /// Adds a stage's gradient of one micro-batch, a flat tensor for each of its pieces.
+    /// Adds a stage's gradient of one micro-batch, a flat tensor for each of its trained pieces.
     ///
     /// # Ordering
     /// Every rank adds the same stages in the same order, with `last` on the same micro-batch.
@@ -74,7 +74,7 @@ impl<'r> Reducer<'r> {
     }
 
     /// Waits for the collectives. Returns this rank's shard of the summed gradient, by stage and
-    /// piece, f32; empty for a stage that is not trained.
+    /// trained piece, f32; empty for a stage that is not trained.
     pub fn finish(mut self) -> Result<Vec<Vec<Tensor>>> {
         while !self.under_way.is_empty() {
             self.finish_oldest()?;
@@ -93,14 +93,13 @@ impl<'r> Reducer<'r> {
     /// Starts the collective of a complete bucket: a reduce-scatter to the owners of its shards,
     /// or, if each rank holds all of it, an all-reduce among the replicas.
     fn start(&mut self, stage: usize, gradients: Vec<Tensor>) -> Result<()> {
-        let pieces = self.buckets[stage].pieces();
-        let gradients: Vec<Tensor> = pieces
-            .iter()
+        let pieces = || self.buckets[stage].trained();
+        let gradients: Vec<Tensor> = pieces()
             .zip(gradients)
             .map(|(piece, gradient)| gradient.to_kind(self.dtype.kind(piece.kind())))
             .collect();
         let (mut owned, mut whole, mut cut) = (Vec::new(), Vec::new(), Vec::new());
-        for (piece, full) in pieces.iter().zip(gradients) {
+        for (piece, full) in pieces().zip(gradients) {
             if piece.layout().is_whole() {
                 whole.push(full.shallow_clone());
                 owned.push(full);

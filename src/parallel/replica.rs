@@ -73,12 +73,30 @@ impl<'c> Replica<'c> {
         self.stages.iter().map(|stage| stage.params().numel()).sum()
     }
 
+    /// The number of parameters that are trained.
+    pub fn num_trained(&self) -> i64 {
+        self.stages.iter().map(|stage| stage.params().num_trained()).sum()
+    }
+
+    /// True if some parameters are frozen.
+    pub fn has_frozen(&self) -> bool {
+        self.buckets.iter().any(Bucket::has_frozen)
+    }
+
     /// Returns a stage's parameters, `[P]` f32.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it.
     pub fn parameters(&self, stage: usize) -> Result<Tensor> {
         self.buckets[stage].parameters(&self.sharing)
+    }
+
+    /// Returns a stage's trained parameters, one after another, f32.
+    ///
+    /// # Ordering
+    /// Every rank of a shard group calls it.
+    pub fn trained_parameters(&self, stage: usize) -> Result<Tensor> {
+        self.buckets[stage].trained_parameters(&self.sharing)
     }
 
     /// Starts a forward that can be followed by a backward.

@@ -92,7 +92,8 @@ impl<'m> Tape<'m> {
     }
 
     /// Propagates the gradient of `loss` back. `on_gradient(stage, gradients)` gets each trained
-    /// stage's flat gradients, one for each piece, as soon as they are known, last stage first.
+    /// stage's flat gradients, one for each trained piece, as soon as they are known, last stage
+    /// first.
     ///
     /// # Errors
     /// As [`Tape::forward`], and errors of `on_gradient`.

@@ -45,7 +45,7 @@ const WORLD_SIZES: [u64; 3] = [1, 8, 64];
 /// [`Error::Data`](crate::error::Error::Data).
 pub fn check(config: &RunConfig, request: &CheckRequest) -> Result<String> {
     OutputDir::new(&config.output_dir)?;
-    let stages = config.model.family.stages()?;
+    let stages = config.stages()?;
     let mut plan = Plan(String::new());
     plan.add_model(config, &stages);
     let (memory, tokens) = match &request.latents {
@@ -99,6 +99,18 @@ impl Plan {
             "model",
             &format!("{name}: {parameters} parameters in {count} stages, the largest {largest}"),
         );
+        let trained = stages.iter().map(|stage| stage.params().num_trained()).sum::<i64>();
+        if trained < parameters {
+            let changes = stages.iter().map(|stage| stage.params().low_ranks().len()).sum();
+            let what = match changes {
+                0usize => String::new(),
+                _ => format!(", those of {changes} low-rank changes"),
+            };
+            self.line(
+                "trained",
+                &format!("{trained} of the parameters{what}; the others are frozen"),
+            );
+        }
     }
 
     /// Adds lines about one micro-batch of samples of this shape; `dataset`: the data, if there are

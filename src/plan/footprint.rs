@@ -3,7 +3,7 @@
 
 use tch::Kind;
 
-use crate::nn::{ParamInfo, ParamSet, Stage, Tokens};
+use crate::nn::{LowRank, ParamInfo, ParamSet, Stage, Tokens};
 use crate::parallel::{Offload, Recompute};
 
 /// Bytes that one micro-batch keeps for its backward.
@@ -56,7 +56,7 @@ impl Footprint {
 /// same difference of these estimates without the factor: FLUX of 71M parameters 1.14 in f32 and
 /// 1.47 in bfloat16, Wan of 53M 1.49 and 1.82; more in bfloat16 because norms and rotations keep
 /// f32. The mean of both families is off by 15 % for each.
-pub(super) fn beside_matrices(kind: Kind) -> f64 {
+fn beside_matrices(kind: Kind) -> f64 {
     if kind == Kind::Float { 1.3 } else { 1.65 }
 }
 
@@ -69,11 +69,13 @@ pub fn footprint(
     samples: i64,
     kind: Kind,
 ) -> Footprint {
-    let bytes = kind.elt_size_in_bytes() as f64 * beside_matrices(kind);
-    let graphs = stages
-        .iter()
-        .map(|stage| graph_elements(stage.params(), tokens, samples) * bytes)
-        .collect::<Vec<_>>();
+    // Nothing is kept before the first stage with a gradient.
+    let first = stages.iter().position(|stage| stage.params().num_trained() > 0);
+    let kept = |(index, stage): (usize, &Box<dyn Stage>)| match first {
+        Some(first) if index >= first => kept_bytes(stage.params(), tokens, samples, kind),
+        _ => 0.0,
+    };
+    let graphs = stages.iter().enumerate().map(kept).collect::<Vec<_>>();
     let elements = samples * (tokens.image + tokens.text) * width;
     let boundary = elements as u64 * kind.elt_size_in_bytes() as u64;
     Footprint {
@@ -84,12 +86,25 @@ pub fn footprint(
     }
 }
 
-/// Returns the number of elements that a stage's matrices read and write.
-pub(super) fn graph_elements(params: &ParamSet, tokens: Tokens, samples: i64) -> f64 {
-    let matrices = params.infos().iter().filter(|info| info.shape.len() > 1);
-    let elements = |info: &ParamInfo| {
-        let (outputs, inputs) = (info.shape[0], info.numel() / info.shape[0]);
-        (samples * tokens.rows(info.rows) * (inputs + outputs)) as f64
-    };
-    matrices.map(elements).sum::<f64>()
+/// Returns the bytes that a stage's graph keeps: what its matrices read and write, and what is kept
+/// beside them. A frozen matrix needs no input in the backward pass.
+pub(super) fn kept_bytes(params: &ParamSet, tokens: Tokens, samples: i64, kind: Kind) -> f64 {
+    let names = |change: &LowRank| [change.weight_name(params), change.names(params).0];
+    let changed: Vec<[&str; 2]> = params.low_ranks().iter().map(names).collect();
+    let rows = |info: &ParamInfo| (samples * tokens.rows(info.rows)) as f64;
+    let (mut passed, mut beside) = (0.0, 0.0);
+    for info in params.infos().iter().filter(|info| info.shape.len() > 1) {
+        let (outputs, inputs) = (info.shape[0] as f64, (info.numel() / info.shape[0]) as f64);
+        let name = info.name.as_str();
+        if !info.added {
+            passed += rows(info) * (inputs + outputs);
+        }
+        if info.frozen && !changed.iter().any(|[weight, _]| *weight == name) {
+            beside -= rows(info) * inputs;
+        }
+        if changed.iter().any(|[_, down]| *down == name) {
+            beside += rows(info) * outputs;
+        }
+    }
+    (passed * beside_matrices(kind) + beside) * kind.elt_size_in_bytes() as f64
 }

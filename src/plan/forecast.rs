@@ -29,7 +29,7 @@ pub fn memory_forecast(
     dataset: &Dataset,
     world_size: usize,
 ) -> Result<MemoryForecast> {
-    let stages = config.model.family.stages()?;
+    let stages = config.stages()?;
     let tokens = step_shape(config, dataset)?.tokens;
     forecast(config, &stages, tokens, world_size)
 }

@@ -3,8 +3,7 @@
 
 use crate::config::RunConfig;
 use crate::error::Result;
-use crate::nn::Stage;
-use crate::nn::Tokens;
+use crate::nn::{ParamInfo, ParamSet, Stage, Tokens};
 use crate::parallel::{DeviceChoice, Offload, ParallelSettings, Recompute, Sharding};
 use crate::plan::{Footprint, footprint};
 
@@ -19,6 +18,9 @@ pub struct RankMemory {
     pub activations: Footprint,
     /// Bytes besides state and activations.
     process: u64,
+    /// Bytes of a stage's first values on their way into the model, in the memory of the device: as
+    /// they are read, and of all of the largest stage.
+    loading: u64,
 }
 
 impl RankMemory {
@@ -34,27 +36,33 @@ impl RankMemory {
     ) -> Result<Self> {
         let kind = config.model.dtype.kind();
         let samples = config.data.micro_batch_size_per_gpu as i64;
+        let largest = |sizes: &mut dyn Iterator<Item = i64>| sizes.max().unwrap_or(0) as u64;
+        let infos = || stages.iter().flat_map(|stage| stage.params().infos());
+        let loading = largest(&mut stages.iter().map(|stage| stage.params().numel()))
+            + largest(&mut infos().map(ParamInfo::numel));
+        let is_on_host = config.parallel.device == DeviceChoice::Cpu;
         Ok(RankMemory {
             layout: StateLayout {
-                stages: stages.iter().map(|stage| stage.params().numel() as u64).collect(),
+                stages: stages.iter().map(|stage| stage.params().num_trained() as u64).collect(),
+                frozen: stages.iter().map(|stage| num_frozen(stage.params())).collect(),
                 compute_bytes: kind.elt_size_in_bytes() as u64,
                 optimizer_tensors: config.optimizer.state_names().len() as u64,
                 micro_batches: config.micro_batches(world_size)? as u64,
             },
             activations: footprint(stages, config.model.family.width(), tokens, samples, kind),
-            process: match config.parallel.device {
-                DeviceChoice::Cpu => PROCESS_BYTES,
-                DeviceChoice::Cuda => 0,
-            },
+            process: if is_on_host { PROCESS_BYTES } else { 0 },
+            loading: if is_on_host { 4 * loading } else { 0 },
         })
     }
 
-    /// Returns the bytes of a rank in the memory of its device at the peak of a step.
+    /// Returns the bytes of a rank in the memory of its device at the peak of a step, or while the
+    /// model gets its first values, where that takes more: on a CPU, of a model that is frozen.
     pub fn on_device(&self, parallel: &ParallelSettings, world_size: u64) -> u64 {
         let ParallelSettings { sharding, offload, .. } = *parallel;
-        self.layout.bytes_per_rank(sharding, offload, world_size)
-            + self.activations.on_device(effective_recompute(parallel), offload)
-            + self.process
+        let step = self.layout.bytes_per_rank(sharding, offload, world_size)
+            + self.activations.on_device(effective_recompute(parallel), offload);
+        let begin = self.layout.values_per_rank(sharding, world_size) + self.loading;
+        step.max(begin) + self.process
     }
 
     /// Returns the bytes of host memory that a rank's offloaded state takes.
@@ -73,11 +81,17 @@ fn effective_recompute(parallel: &ParallelSettings) -> Recompute {
     }
 }
 
+fn num_frozen(params: &ParamSet) -> u64 {
+    (params.numel() - params.num_trained()) as u64
+}
+
 /// The numbers of a model that determine its memory.
 #[derive(Clone, Debug)]
 pub struct StateLayout {
-    /// Number of parameters of each stage.
+    /// Number of trained parameters of each stage.
     pub stages: Vec<u64>,
+    /// Number of frozen parameters of each stage.
+    pub frozen: Vec<u64>,
     /// Bytes of a parameter in the compute kind.
     pub compute_bytes: u64,
     /// Number of f32 optimizer tensors for each parameter.
@@ -89,9 +103,9 @@ impl StateLayout {
     /// Returns the bytes of weights, gradients and optimizer state that one of `world_size` ranks
     /// holds on its device at the peak of a step, without activations.
     pub fn bytes_per_rank(&self, sharding: Sharding, offload: Offload, world_size: u64) -> u64 {
-        let Shares { sharding, all, owned, largest, largest_owned } =
+        let Shares { sharding, all, owned, largest, largest_owned, frozen } =
             self.shares(sharding, world_size);
-        let weights = if sharding == Sharding::Parameters { owned } else { all };
+        let weights = frozen + if sharding == Sharding::Parameters { owned } else { all };
         let kept = self.compute_bytes * weights;
         let backward = self.backward_bytes(sharding, all, owned, largest);
         if !offload.optimizer() {
@@ -100,6 +114,13 @@ impl StateLayout {
         // One stage's state at a time visits the device, while every gradient lies there.
         let update = 4 * owned + self.updated_bytes() * largest_owned;
         kept + backward.max(update)
+    }
+
+    /// Returns the bytes of weights and master values that one of `world_size` ranks holds.
+    fn values_per_rank(&self, sharding: Sharding, world_size: u64) -> u64 {
+        let Shares { sharding, all, owned, frozen, .. } = self.shares(sharding, world_size);
+        let weights = frozen + if sharding == Sharding::Parameters { owned } else { all };
+        self.compute_bytes * weights + self.master_bytes() * owned
     }
 
     /// Returns the bytes of state that one of `world_size` ranks keeps in host memory.
@@ -111,16 +132,21 @@ impl StateLayout {
     /// Bytes of a parameter's optimizer state and master value. In f32 the compute copy is the
     /// master copy.
     fn updated_bytes(&self) -> u64 {
-        let master = if self.compute_bytes == 4 { 0 } else { 4 };
-        master + 4 * self.optimizer_tensors
+        self.master_bytes() + 4 * self.optimizer_tensors
+    }
+
+    fn master_bytes(&self) -> u64 {
+        if self.compute_bytes == 4 { 0 } else { 4 }
     }
 
     fn shares(&self, sharding: Sharding, world_size: u64) -> Shares {
         let shards = if sharding == Sharding::None { 1 } else { world_size };
         let largest = self.stages.iter().copied().max().unwrap_or(0);
+        let frozen_shards = if sharding == Sharding::Parameters { shards } else { 1 };
         Shares {
             // A single rank shards nothing.
             sharding: if shards == 1 { Sharding::None } else { sharding },
+            frozen: self.frozen.iter().map(|stage| stage.div_ceil(frozen_shards)).sum(),
             all: self.stages.iter().sum(),
             owned: self.stages.iter().map(|stage| stage.div_ceil(shards)).sum(),
             largest,
@@ -134,8 +160,11 @@ impl StateLayout {
         // Each parameter's own gradient, before they are joined in a bucket.
         let fresh = self.compute_bytes * largest;
         // One stage is computing, and the next one is being gathered.
-        let gathered =
-            if sharding == Sharding::Parameters { 2 * self.compute_bytes * largest } else { 0 };
+        let whole = self.stages.iter().zip(&self.frozen).map(|(trained, frozen)| trained + frozen);
+        let gathered = match sharding {
+            Sharding::Parameters => 2 * self.compute_bytes * whole.max().unwrap_or(0),
+            _ => 0,
+        };
         // The joined gradients, before they are added to the sums or cut into shards; with a single
         // micro-batch these are the sums.
         let joined =
@@ -152,18 +181,25 @@ impl StateLayout {
 
     /// Describes the collectives of a step.
     pub fn collectives(&self, sharding: Sharding) -> String {
-        let stages = self.stages.iter().filter(|&&parameters| parameters > 0).count() as u64;
+        let is_filled = |stage: &usize| self.stages[*stage] + self.frozen[*stage] > 0;
+        let is_trained = |stage: &usize| self.stages[*stage] > 0;
+        let all = 0..self.stages.len();
+        let stages = all.clone().filter(is_trained).count() as u64;
         let each = stages * self.micro_batches;
+        // Once for the forward pass, and where a gradient comes, once for the backward pass.
+        let reached = all.clone().find(is_trained).unwrap_or(all.end)..all.end;
+        let gathers = all.filter(is_filled).count() + reached.filter(is_filled).count();
+        let gathers = gathers as u64 * self.micro_batches;
         match sharding {
             Sharding::None => format!("{stages} all-reduces"),
             Sharding::Optimizer => format!("{stages} reduce-scatters, {stages} all-gathers"),
             Sharding::Gradients => format!("{each} reduce-scatters, {stages} all-gathers"),
-            Sharding::Parameters => format!("{each} reduce-scatters, {} all-gathers", 2 * each),
+            Sharding::Parameters => format!("{each} reduce-scatters, {gathers} all-gathers"),
         }
     }
 }
 
-/// Numbers of parameters under a sharding.
+/// Numbers of trained parameters under a sharding.
 struct Shares {
     /// The sharding that takes effect.
     sharding: Sharding,
@@ -173,6 +209,8 @@ struct Shares {
     /// Those of the largest stage.
     largest: u64,
     largest_owned: u64,
+    /// Frozen parameters that one rank holds.
+    frozen: u64,
 }
 
 #[cfg(test)]
@@ -187,6 +225,7 @@ mod tests {
     fn bfloat16_with_adamw_is_eighteen_bytes_a_parameter_and_a_stage_in_passing() {
         let layout = StateLayout {
             stages: vec![100, 300],
+            frozen: vec![0; 2],
             compute_bytes: 2,
             optimizer_tensors: 2,
             micro_batches: 1,
@@ -214,6 +253,7 @@ mod tests {
     fn one_rank_has_nobody_to_share_with() {
         let layout = StateLayout {
             stages: vec![100, 300],
+            frozen: vec![0; 2],
             compute_bytes: 4,
             optimizer_tensors: 2,
             micro_batches: 2,
@@ -233,6 +273,7 @@ mod tests {
     fn only_gradient_sharding_saves_the_sums_of_many_micro_batches() {
         let layout = StateLayout {
             stages: vec![100, 300],
+            frozen: vec![0; 2],
             compute_bytes: 4,
             optimizer_tensors: 2,
             micro_batches: 4,
@@ -245,6 +286,7 @@ mod tests {
     fn more_sharding_never_holds_more_on_many_ranks() {
         let layout = StateLayout {
             stages: vec![1000; 50],
+            frozen: vec![0; 50],
             compute_bytes: 2,
             optimizer_tensors: 2,
             micro_batches: 2,
@@ -254,9 +296,28 @@ mod tests {
     }
 
     #[test]
+    fn a_frozen_parameter_is_what_is_computed_with_and_nothing_else() {
+        let layout = StateLayout {
+            stages: vec![0, 16],
+            frozen: vec![100, 300],
+            compute_bytes: 2,
+            optimizer_tensors: 2,
+            micro_batches: 1,
+        };
+        let bytes = |sharding| layout.bytes_per_rank(sharding, Offload::None, 4);
+        assert_eq!(bytes(Sharding::None), 400 * 2 + 16 * (2 + 4 + 8 + 4) + 16 * 2);
+        let sharded = 4 * (4 + 8 + 4) + 16 * (2 + 4 + 4);
+        assert_eq!(bytes(Sharding::Gradients), 400 * 2 + 16 * 2 + sharded);
+        assert_eq!(bytes(Sharding::Parameters), 100 * 2 + 4 * 2 + sharded + 2 * 2 * 316);
+        assert_eq!(layout.collectives(Sharding::None), "1 all-reduces");
+        assert_eq!(layout.collectives(Sharding::Parameters), "1 reduce-scatters, 3 all-gathers");
+    }
+
+    #[test]
     fn offloading_the_optimizer_leaves_weights_gradients_and_one_stages_state() {
         let layout = StateLayout {
             stages: vec![100, 300],
+            frozen: vec![0; 2],
             compute_bytes: 2,
             optimizer_tensors: 2,
             micro_batches: 1,

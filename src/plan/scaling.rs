@@ -102,17 +102,15 @@ fn workload(config: &RunConfig, tokens: Tokens, micro_batches: usize) -> Result<
     let (kind, parallel) = (config.model.dtype.kind(), &config.parallel);
     let stage = |work: ForwardWork| StageWork {
         parameters: work.parameters,
+        trained: work.trained,
         product_flop: work.product_flop,
+        trained_flop: work.trained_flop,
         attention_flop: work.attention_flop,
         kept_bytes: work.kept_bytes,
         operators: work.operators,
     };
-    let work = forward_work(
-        &**config.model.family,
-        tokens,
-        config.data.micro_batch_size_per_gpu as i64,
-        kind,
-    )?;
+    let samples = config.data.micro_batch_size_per_gpu as i64;
+    let work = forward_work(&config.stages()?, tokens, samples, kind);
     Ok(Workload {
         stages: work.into_iter().map(stage).collect(),
         kind,

@@ -2,10 +2,9 @@
 
 use tch::Kind;
 
-use crate::error::Result;
-use crate::model::Architecture;
+use crate::nn::Stage;
 use crate::nn::{AttentionInfo, ParamInfo, ParamSet, Tokens};
-use crate::plan::footprint::{beside_matrices, graph_elements};
+use crate::plan::footprint::kept_bytes;
 
 /// Operators that launch work, for each matrix product: norms, modulations, rotations, gates and
 /// copies run between products. Counted in FLUX's double block in bfloat16: 33 for 7 products a
@@ -16,8 +15,12 @@ const OPERATORS_PER_PRODUCT: f64 = 5.0;
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ForwardWork {
     pub parameters: u64,
+    /// Those that are trained.
+    pub trained: u64,
     /// Floating-point operations of matrix products; an addition and a multiplication are two.
     pub product_flop: f64,
+    /// Of these, the operations of matrices that have a gradient.
+    pub trained_flop: f64,
     /// Floating-point operations of attention, over all tokens of the data: masked ones are
     /// counted, though adapters cut those that no sample sees.
     pub attention_flop: f64,
@@ -29,16 +32,12 @@ pub struct ForwardWork {
 }
 
 /// Returns the work of the stages' forwards for `samples` of `tokens` each, computed in `kind`.
-///
-/// # Errors
-/// As [`Architecture::stages`].
 pub fn forward_work(
-    model: &dyn Architecture,
+    stages: &[Box<dyn Stage>],
     tokens: Tokens,
     samples: i64,
     kind: Kind,
-) -> Result<Vec<ForwardWork>> {
-    let bytes = kind.elt_size_in_bytes() as f64 * beside_matrices(kind);
+) -> Vec<ForwardWork> {
     let stage_work = |params: &ParamSet| {
         let matrices = || params.infos().iter().filter(|info| info.shape.len() > 1);
         let product =
@@ -49,24 +48,26 @@ pub fn forward_work(
         };
         ForwardWork {
             parameters: params.numel() as u64,
+            trained: params.num_trained() as u64,
             product_flop: matrices().map(product).sum(),
+            trained_flop: matrices().filter(|info| !info.frozen).map(product).sum(),
             attention_flop: params.attentions().iter().map(attention).sum(),
-            kept_bytes: graph_elements(params, tokens, samples) * bytes,
+            kept_bytes: kept_bytes(params, tokens, samples, kind),
             operators: OPERATORS_PER_PRODUCT * matrices().count() as f64,
         }
     };
-    Ok(model.stages()?.iter().map(|stage| stage_work(stage.params())).collect())
+    stages.iter().map(|stage| stage_work(stage.params())).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Dit, Flux, Flux2, HunyuanVideo15, Model, QwenImage, Wan};
+    use crate::model::{Architecture, Dit, Flux, Flux2, HunyuanVideo15, Model, QwenImage, Wan};
     use crate::nn::Rows;
     use crate::settings::Family;
 
     fn total(model: &dyn Architecture, tokens: Tokens) -> (f64, f64) {
-        let work = forward_work(model, tokens, 1, Kind::BFloat16).expect("published");
+        let work = forward_work(&model.stages().expect("published"), tokens, 1, Kind::BFloat16);
         (
             work.iter().map(|stage| stage.product_flop).sum(),
             work.iter().map(|stage| stage.attention_flop).sum(),
@@ -128,10 +129,9 @@ mod tests {
 
     #[test]
     fn twice_the_samples_are_twice_the_work_and_not_more_operators() {
-        let work = |samples| {
-            forward_work(&Wan::default(), Tokens { image: 100, text: 10 }, samples, Kind::Float)
-                .expect("published")
-        };
+        let stages = Wan::default().stages().expect("published");
+        let work =
+            |samples| forward_work(&stages, Tokens { image: 100, text: 10 }, samples, Kind::Float);
         for (one, two) in work(1).into_iter().zip(work(2)) {
             assert_eq!(
                 (2.0 * one.product_flop, 2.0 * one.attention_flop),

@@ -13,12 +13,14 @@ pub type Values = BTreeMap<String, String>;
 
 /// Keys and tables that a checkpoint does not record: their values do not change the checkpoint
 /// that the same steps give, or the manifest holds their effect under another name.
-const UNRECORDED: [&str; 18] = [
+const UNRECORDED: [&str; 20] = [
     "seed",
     "max_steps",
     "output_dir",
     "model.path",
     "model.init",
+    "lora.init",
+    "lora.init_from",
     "flow_matching.log_interval",
     "flow_matching.summary_log_interval",
     "data.path",
@@ -36,6 +38,17 @@ const UNRECORDED: [&str; 18] = [
 
 /// Advice at the end of an error about a changed model.
 const INSTEAD: &str = "set it back, or begin a new run";
+
+/// Keys and tables that decide which function low-rank changes are, whatever the shapes of their
+/// matrices.
+const OF_CHANGES: [&str; 6] = [
+    "lora.rank",
+    "lora.alpha",
+    "lora.rank_pattern",
+    "lora.alpha_pattern",
+    "lora.use_rslora",
+    "lora.use_dora",
+];
 
 /// The only key of `[parallel]` that changes the random draws.
 const SEED_SCOPE: &str = "parallel.seed_scope";
@@ -92,10 +105,12 @@ fn only_recorded(values: Values) -> Values {
 }
 
 fn is_recorded(key: &str) -> bool {
-    let is_below = |table: &str| {
-        key.strip_prefix(table).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
-    };
-    key == SEED_SCOPE || !UNRECORDED.iter().any(|unrecorded| is_below(unrecorded))
+    key == SEED_SCOPE || !UNRECORDED.iter().any(|unrecorded| is_below(key, unrecorded))
+}
+
+/// True for a key or table, and for every key in that table.
+fn is_below(key: &str, table: &str) -> bool {
+    key.strip_prefix(table).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
 /// Returns a run's listing with the checkpoint's recorded values in place of its own for all keys
@@ -132,13 +147,15 @@ pub fn listed(was: &Values, is: &Values) -> Vec<String> {
 
 /// Compares a recorded architecture with the configured one. Returns the differing keys as a reason
 /// to refuse the recorded parameters; `None` if the architectures are equal. Every key of
-/// `[model.<family>]` changes the function that the model computes, even where all shapes stay the
-/// same.
+/// `[model.<family>]`, and those of `[lora]` that scale, change the function that the model computes,
+/// even where all shapes stay the same.
 pub fn other_architecture(record: &Values, config: &RunConfig) -> Option<String> {
     let family = config.model.family.name();
     let family_keys = |values: &Values| -> Values {
-        let is_of_model =
-            |key: &str| key.strip_prefix("model.").is_some_and(|rest| rest.contains('.'));
+        let is_of_model = |key: &str| {
+            key.strip_prefix("model.").is_some_and(|rest| rest.contains('.'))
+                || OF_CHANGES.iter().any(|table| is_below(key, table))
+        };
         values
             .iter()
             .filter(|(key, _)| is_of_model(key))
@@ -147,7 +164,8 @@ pub fn other_architecture(record: &Values, config: &RunConfig) -> Option<String>
     };
     let (was, is) = (family_keys(&completed(record)), family_keys(&values(config)));
     let own = format!("model.{family}.");
-    if let Some(other) = was.keys().find(|key| !key.starts_with(&own)) {
+    if let Some(other) = was.keys().find(|key| key.starts_with("model.") && !key.starts_with(&own))
+    {
         let other = other.split('.').nth(1).unwrap_or_default();
         return Some(format!("the model is `{family}`, the checkpoint's was `{other}`; {INSTEAD}"));
     }

@@ -8,11 +8,14 @@
 //! | does it make progress | `resume_log.rs` |
 //! | which settings have changed since | `changes.rs` |
 //! | what survives a power cut | `checkpoint/`, `optimizer_state.rs`, `guard.rs` |
-//! | what it starts with | `pretrained.rs` |
+//! | what the whole model of a checkpoint is | `whole.rs` |
+//! | what it starts with | `pretrained.rs`, `first_lora.rs`, `base.rs` |
 //! | which requests it gets | `requests.rs` |
 
+pub mod base;
 pub mod changes;
 pub mod checkpoint;
+pub mod first_lora;
 pub mod folder;
 pub mod guard;
 pub mod locate;
@@ -23,6 +26,7 @@ pub mod requests;
 pub mod resume;
 pub mod resume_log;
 pub mod runs;
+pub mod whole;
 
 pub use requests::StopFlag;
 pub use resume::Resume;

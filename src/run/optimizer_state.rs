@@ -1,4 +1,4 @@
-//! This rank's shards of the optimizer's tensors, by stage and piece.
+//! This rank's shards of the optimizer's tensors, by stage and trained piece.
 
 use tch::{Tensor, no_grad};
 
@@ -16,7 +16,7 @@ pub struct Change {
     pub step: u64,
 }
 
-/// One tensor for each piece of each stage and each of the optimizer's state names.
+/// One tensor for each trained piece of each stage and each of the optimizer's state names.
 pub struct OptimizerState {
     /// Tensors by stage, piece and state name.
     stages: Vec<Vec<Vec<Tensor>>>,
@@ -38,7 +38,7 @@ impl OptimizerState {
             optimizer.state_names().iter().map(|_| zeros()).collect()
         };
         let zeros_of_bucket = |bucket: &Bucket| {
-            bucket.pieces().iter().map(|piece| zeros_of_piece(piece.master())).collect()
+            bucket.trained().map(|piece| zeros_of_piece(piece.values())).collect()
         };
         Ok(OptimizerState {
             stages: replica.buckets.iter().map(zeros_of_bucket).collect(),
@@ -46,7 +46,8 @@ impl OptimizerState {
         })
     }
 
-    /// Returns a stage's whole state tensor number `name`: `[P]` f32.
+    /// Returns a stage's whole state tensor number `name`, with an element for each trained
+    /// parameter's: f32.
     ///
     /// # Ordering
     /// Every rank of a shard group calls it.

@@ -1,23 +1,38 @@
-//! Loads initial weights from a diffusers transformer folder.
+//! First values of a model's parameters: from a diffusers transformer folder, or drawn.
 
 use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
 
 use crate::collective::Collective;
-use crate::collective::agreement::{agreed, tensor_of_rank_zero};
+use crate::collective::agreement::{agreed, on_rank_zero, tensor_of_rank_zero};
 use crate::error::{Error, Result};
 use crate::files::safetensors::Shards;
 use crate::model::Model;
-use crate::nn::ParamSet;
+use crate::nn::{ParamInfo, ParamSet, Stage};
 use crate::parallel::Replica;
+use crate::rng::Key;
+use crate::run::base::{Base, Fingerprint};
+use crate::run::first_lora::FirstLora;
 use crate::run::requests;
 
 /// File name of diffusers' weights without its extension.
 pub const STEM: &str = "diffusion_pytorch_model";
 
-/// Fills the model with the folder's weights. Rank 0 reads each tensor once and sends it to the
-/// others, one stage at a time; each rank keeps its shards.
+/// Where parameters begin; those that no file has are drawn.
+pub struct Origin<'o> {
+    pub family: &'o Model,
+    /// The folder of the model's own parameters.
+    pub folder: Option<&'o Path>,
+    /// The file of a LoRA.
+    pub lora: Option<&'o Path>,
+    /// What is drawn follows from it.
+    pub key: Key,
+}
+
+/// Fills the model with its first values. Rank 0 reads each tensor of a file once and sends it to
+/// the others, one stage at a time; each rank keeps its shards. Returns what the frozen parameters
+/// are, if there are any.
 ///
 /// # Errors
 /// On the failing rank [`Error::Data`], on the others [`Error::Peer`]: before anything is changed,
@@ -26,27 +41,79 @@ pub const STEM: &str = "diffusion_pytorch_model";
 ///
 /// # Ordering
 /// Every rank calls it.
-pub fn load_pretrained(
-    folder: &Path,
-    family: &Model,
+pub fn begin(
+    origin: &Origin<'_>,
     replica: &mut Replica<'_>,
     collective: &dyn Collective,
-) -> Result<()> {
+) -> Result<Option<Base>> {
+    let Origin { family, folder, lora, .. } = *origin;
     // Opening reads headers only, so each rank can afford it.
-    let shards = agreed(open(folder, family, replica), collective)?;
+    let shards = folder.map(|folder| open(folder, family, &replica.stages)).transpose();
+    let shards = agreed(shards, collective)?;
+    let lora = lora.map(|path| FirstLora::open(path, &replica.stages)).transpose();
+    let lora = agreed(lora, collective)?;
+    let mut fingerprint = Fingerprint::default();
     for (stage, bucket) in replica.stages.iter().zip(&mut replica.buckets) {
         let params = stage.params();
-        let read = tensor_of_rank_zero(collective, params.numel(), || {
-            flat(params, |name| shards.read_finite(name))
-        })?;
-        bucket.set(&read);
+        let first = || first_values(params, origin.key, shards.as_ref(), lora.as_ref());
+        let whole = if shards.is_some() || lora.is_some() {
+            tensor_of_rank_zero(collective, params.numel(), first)?
+        } else {
+            first()?
+        };
+        if bucket.has_frozen() {
+            let views = params.split(&whole);
+            let frozen = params.infos().iter().zip(views.iter()).filter(|(info, _)| info.frozen);
+            frozen.for_each(|(info, values)| fingerprint.add(&info.name, values));
+        }
+        bucket.set(&whole);
     }
-    Ok(())
+    if !replica.has_frozen() {
+        return Ok(None);
+    }
+    let path = folder.map(|folder| folder.display().to_string());
+    let fingerprint = on_rank_zero(collective, || Ok(fingerprint.text()))?;
+    Ok(Some(Base { path, fingerprint }))
 }
 
-fn open(folder: &Path, family: &Model, replica: &Replica<'_>) -> Result<Shards> {
+/// Returns a stage's first values, `[P]` f32.
+fn first_values(
+    params: &ParamSet,
+    key: Key,
+    shards: Option<&Shards>,
+    lora: Option<&FirstLora>,
+) -> Result<Tensor> {
+    let whole = match shards {
+        Some(shards) => {
+            let read = |info: &ParamInfo| match info.added {
+                false => shards.read_finite(&info.name),
+                true => Ok(Tensor::zeros(&info.shape, (Kind::Float, Device::Cpu))),
+            };
+            let whole = flat(params.infos().iter(), read)?;
+            params.initialize_only(&whole, key, |info| info.added);
+            whole
+        }
+        None => {
+            let whole = Tensor::zeros([params.numel()], (Kind::Float, Device::Cpu));
+            params.initialize(&whole, key);
+            whole
+        }
+    };
+    if let Some(lora) = lora {
+        lora.set(params, &whole)?;
+    }
+    Ok(whole)
+}
+
+/// Opens a folder whose weights are those of a model.
+///
+/// # Errors
+/// [`Error::Data`] with a list of every missing, unexpected and misshapen tensor.
+pub fn open(folder: &Path, family: &Model, stages: &[Box<dyn Stage>]) -> Result<Shards> {
     let shards = Shards::open_stem(folder, STEM)?;
-    let expected = replica.infos().map(|info| (info.name.clone(), info.shape.as_slice())).collect();
+    let infos = stages.iter().flat_map(|stage| stage.params().infos());
+    let own = infos.filter(|info| !info.added);
+    let expected = own.map(|info| (info.name.clone(), info.shape.as_slice())).collect();
     let kinds = [Kind::Float, Kind::BFloat16, Kind::Half];
     shards
         .check(&expected, &kinds, family.ignored_parameters())
@@ -54,16 +121,20 @@ fn open(folder: &Path, family: &Model, replica: &Replica<'_>) -> Result<Shards> 
     Ok(shards)
 }
 
-/// Returns one stage's parameters, each read by its name, as one flat f32 buffer.
+/// Returns parameters, each read by itself, as one flat f32 buffer.
 ///
 /// # Errors
 /// Errors of `read`; [`Error::Stopped`] if a signal arrived meanwhile.
-pub fn flat(params: &ParamSet, read: impl Fn(&str) -> Result<Tensor>) -> Result<Tensor> {
-    let whole = Tensor::empty([params.numel()], (Kind::Float, Device::Cpu));
+pub fn flat<'i>(
+    infos: impl Iterator<Item = &'i ParamInfo> + Clone,
+    read: impl Fn(&ParamInfo) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let numel = infos.clone().map(ParamInfo::numel).sum::<i64>();
+    let whole = Tensor::empty([numel], (Kind::Float, Device::Cpu));
     let mut offset = 0;
-    for info in params.infos() {
+    for info in infos {
         requests::go_on()?;
-        whole.narrow(0, offset, info.numel()).copy_(&read(&info.name)?.flatten(0, -1));
+        whole.narrow(0, offset, info.numel()).copy_(&read(info)?.flatten(0, -1));
         offset += info.numel();
     }
     Ok(whole)

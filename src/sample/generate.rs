@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::assembly::attention::tokens_of_sample;
 use crate::assembly::device::{device, open_libraries};
-use crate::assembly::{build_pipeline, empty_replica};
+use crate::assembly::{build_pipeline, trained_replica};
 use crate::collective::Solo;
 use crate::config::RunConfig;
 use crate::data::{Batch, Dataset};
@@ -17,10 +17,9 @@ use crate::files::outputs::{Named, check_files};
 use crate::files::safetensors;
 use crate::flow::{CfgDropoutValue, FlowMatchingContext, FlowMatchingPipeline, Guide, solver};
 use crate::nn::Activations;
-use crate::parallel::{Replica, Sharing};
+use crate::parallel::Replica;
 use crate::report::write_grid;
 use crate::rng::{Key, Purpose, Stream};
-use crate::run::checkpoint;
 use crate::run::folder;
 use crate::run::locate::locate;
 use crate::sample::conditions::Origin;
@@ -46,6 +45,8 @@ pub struct SampleRequest {
     /// Samples for each condition; one for each row if unset and the conditions are a file.
     pub per_condition: Option<i64>,
     pub seed: Option<u64>,
+    /// Factor of a LoRA's change of the model.
+    pub lora_scale: f64,
 }
 
 /// Generated samples, condition by condition.
@@ -70,7 +71,8 @@ pub struct Samples {
 pub fn sample(request: &SampleRequest) -> Result<()> {
     check_outputs(request)?;
     let (run, folder) = locate(&request.run)?;
-    let config = with_options(folder::config_of(&run)?, request);
+    let of_run = folder::config_of(&run)?;
+    let config = with_options(of_run.clone(), request);
     open_libraries(&config)?;
     let origin = origin_of(request, &config)?;
     if !origin.is_of_pictures()
@@ -86,8 +88,7 @@ pub fn sample(request: &SampleRequest) -> Result<()> {
     let device = device(&config, samples, &Solo)?.without_log();
     let plan = Plan::new(&config, &origin, device)?;
     plan.rehearse()?;
-    let mut replica = empty_replica(&config, device, Sharing::alone())?;
-    checkpoint::load_parameters(&folder, &config, &mut replica)?;
+    let replica = trained_replica(&of_run, &folder, device, request.lora_scale)?;
     let samples = plan.generate(&replica, &|| Ok(()))?;
     request.out.iter().try_for_each(|path| samples.write(path))
 }

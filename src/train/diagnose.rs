@@ -11,7 +11,6 @@ use crate::collective::gather_texts;
 use crate::data::{Batch, Place};
 use crate::error::Result;
 use crate::flow::{EXPLODED, StepOutput, is_sound, latents_of};
-use crate::nn::ParamSet;
 use crate::parallel::Replica;
 use crate::phase::Phase;
 use crate::pulse;
@@ -128,11 +127,10 @@ fn samples(batch: &Batch, output: &StepOutput, indices: Vec<usize>) -> String {
 }
 
 /// Finds the first of a stage's parameters whose gradient is not finite. `gradients`: flat, one for
-/// each piece.
+/// each trained piece.
 fn bad_parameter(replica: &Replica<'_>, stage: usize, gradients: &[Tensor]) -> Option<String> {
-    let params: &ParamSet = replica.stages[stage].params();
-    let views = params.split_pieces(&gradients.iter().collect::<Vec<_>>());
-    params.infos().iter().zip(views.iter()).find_map(|(info, gradient)| {
+    let mut named = replica.buckets[stage].by_name(replica.stages[stage].params(), gradients);
+    named.find_map(|(info, gradient)| {
         let bad = gradient.isfinite().logical_not().sum(Kind::Int64).int64_value(&[]);
         (bad > 0).then(|| {
             format!(

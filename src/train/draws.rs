@@ -1,5 +1,7 @@
 //! The draws of a run: the streams of randomness that a micro-batch's numbers come from.
 
+use tch::Tensor;
+
 use crate::config::RunConfig;
 use crate::data::{Batch, Place, Share};
 use crate::error::Result;
@@ -19,6 +21,8 @@ pub struct RunDraws {
     seed_scope: SeedScope,
     share: Share,
     is_stratified: bool,
+    /// True if inputs of low-rank changes are dropped.
+    drops: bool,
 }
 
 impl RunDraws {
@@ -29,6 +33,7 @@ impl RunDraws {
             seed_scope: config.parallel.seed_scope,
             share,
             is_stratified: pipeline.settings().stratified_timesteps,
+            drops: config.lora.rank.is_some() && config.lora.dropout > 0.0,
         }
     }
 
@@ -64,6 +69,14 @@ impl RunDraws {
                 Stream::PerSample(batch.sample_ids.iter().map(|&id| key.scope(id)).collect())
             }
         }
+    }
+
+    /// Returns the numbers from which dropped inputs follow, one for each sample, if any are dropped:
+    /// they do not depend on the seed's scope, so that every split drops the same.
+    pub fn dropout_keys(&self, step: u64, batch: &Batch) -> Option<Tensor> {
+        let key = Key::new(self.seed, Purpose::Dropout).step(step);
+        let keys = || batch.sample_ids.iter().map(|&id| key.scope(id).hash() as i64);
+        self.drops.then(|| Tensor::from_slice(&keys().collect::<Vec<_>>()))
     }
 
     /// Returns a micro-batch's strata of probability, if they are asked for: a slice of the global

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use tch::Device;
 
-use crate::assembly::{build_pipeline, dataset, devices, empty_replica, fresh_replica, share_of};
+use crate::assembly::{
+    Begun, build_pipeline, dataset, devices, fresh_replica, replica_for_checkpoint, share_of,
+};
 use crate::collective::Collective;
 use crate::collective::agreement::agreed;
 use crate::config::RunConfig;
@@ -15,7 +17,7 @@ use crate::flow::Note;
 use crate::libtorch;
 use crate::ops;
 use crate::parallel::divergence;
-use crate::parallel::{Replica, Sharding, Sharing};
+use crate::parallel::{Sharding, Sharing};
 use crate::phase::Phase;
 use crate::plan::{check_data, memory_forecast};
 use crate::run::changes;
@@ -51,7 +53,7 @@ impl<'c> Trainer<'c> {
         let notes = check_data(config, &dataset)?;
         failure::set_forecast(memory_forecast(config, &dataset, share.world_size)?);
         tune_allocator(config);
-        let replica = replica(config, &folder, share, collective, device)?;
+        let Begun { replica, base } = begun(config, &folder, share, collective, device)?;
         let fresh = OptimizerState::fresh(&replica, &*config.optimizer, devices(config, device));
         let mut trainer = Trainer {
             config,
@@ -62,7 +64,8 @@ impl<'c> Trainer<'c> {
             device,
             optimizer_state: agreed(fresh, collective)?,
             replica,
-            manifest: Manifest::new(config, share.global_batch() as u64, dataset.fingerprint()),
+            manifest: Manifest::new(config, share.global_batch() as u64, dataset.fingerprint())
+                .on_base(base),
             dataset,
             metrics: MetricsFile::silent(),
             share,
@@ -108,6 +111,12 @@ impl<'c> Trainer<'c> {
             "model {parameters} parameters in {stages} stages, {:?}",
             self.config.model.dtype
         );
+        if self.replica.has_frozen() {
+            let trained = self.replica.num_trained();
+            let frozen = parameters - trained;
+            let base = self.manifest.base.as_ref().map(ToString::to_string).unwrap_or_default();
+            tracing::info!("trained: {trained} of them; {frozen} are frozen, {base}");
+        }
         tracing::info!(
             "data {}: {} samples, resolution groups: {}, {} steps an epoch",
             self.dataset.manifest().name,
@@ -154,14 +163,14 @@ fn tune_allocator(config: &RunConfig) {
     }
 }
 
-/// Returns the initial model, or zeros if a checkpoint is loaded next.
-fn replica<'c>(
+/// Returns the initial model, or what a checkpoint is loaded into next.
+fn begun<'c>(
     config: &RunConfig,
     folder: &RunFolder,
     share: Share,
     collective: &'c dyn Collective,
     device: Device,
-) -> Result<Replica<'c>> {
+) -> Result<Begun<'c>> {
     let parallel = &config.parallel;
     let sharing = Sharing::new(
         collective,
@@ -170,13 +179,13 @@ fn replica<'c>(
         parallel.grains(share.micro_batches),
     )?;
     if folder.resumed_from().is_some() {
-        return empty_replica(config, device, sharing);
+        return replica_for_checkpoint(config, device, sharing, collective);
     }
-    let replica = fresh_replica(config, device, sharing, collective)?;
+    let begun = fresh_replica(config, device, sharing, collective)?;
     if let Some(weights) = config.model.pretrained() {
         tracing::info!("weights from {}", weights.display());
     }
-    Ok(replica)
+    Ok(begun)
 }
 
 /// Writes a note to the log.

@@ -11,6 +11,7 @@ use crate::fault;
 use crate::flow::{
     Drawn, FlowMatchingPipeline, Statistics, StepOptions, StepOutput, TaskType, is_sound,
 };
+use crate::nn::DROPOUT_KEYS;
 use crate::optim::clip;
 use crate::parallel::{Reducer, Replica};
 use crate::phase::Phase;
@@ -228,8 +229,13 @@ impl Stepper<'_> {
         let mut tape = tape.checking_finite(self.check_stages.then_some(step));
         // The loss is checked later, for all ranks at once.
         let options = StepOptions { global_step: step, collect_metrics: true, check_loss: false };
+        let keys = self.draws.dropout_keys(step, batch);
+        let keys = keys.map(|keys| keys.to_device(self.pipeline.device()));
         let output = self.pipeline.step_after_draws(
-            |inputs| Ok(inject::outputs(tape.forward(inputs)?)),
+            |inputs| {
+                let inputs = inputs.with_optional(DROPOUT_KEYS, keys);
+                Ok(inject::outputs(tape.forward(inputs)?))
+            },
             batch,
             drawn,
             options,

@@ -115,8 +115,13 @@ fn each_familys_configuration_describes_the_published_model() {
         ("wan2.1-t2v-14b", "wan2.1-t2v-14b"),
         ("hunyuanvideo1.5-720p", "hunyuanvideo1.5-t2v-720p"),
     ] {
-        let text = fs::read_to_string(root().join(format!("configs/{file}.toml"))).unwrap();
-        let config = RunConfig::read(file, &text, &[]).unwrap();
-        assert_eq!(*config.model.family, model::read_folder(&published(folder)).unwrap(), "{file}");
+        let expected = model::read_folder(&published(folder)).unwrap();
+        let read = |file: &str| {
+            let text = fs::read_to_string(root().join(format!("configs/{file}.toml"))).unwrap();
+            RunConfig::read(file, &text, &[]).unwrap()
+        };
+        let (whole, lora) = (read(file), read(&format!("{file}-lora")));
+        assert!(*whole.model.family == expected && *lora.model.family == expected, "{file}");
+        assert!(whole.tuning().is_whole() && lora.lora.rank == Some(16), "{file}");
     }
 }

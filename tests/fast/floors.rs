@@ -17,7 +17,7 @@ const FLOORS: &[&[&str]] = &[
     &["attention", "report"],
     &["datasets"],
     &["flow", "model", "optim", "parallel", "watchdog"],
-    &["adapter"],
+    &["adapter", "tuning"],
     &["config"],
     &["run"],
     &["assembly"],

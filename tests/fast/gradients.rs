@@ -2,9 +2,10 @@
 //! the mathematics.
 
 use fm_dist::model::{Architecture, Dit};
-use fm_dist::nn::{Activations, Builder, Init, Linear, ParamSet, Rows, Stage, Views};
-use fm_dist::parallel::{Bucket, Recompute, Replica};
+use fm_dist::nn::{Activations, Builder, Init, Linear, ParamSet, Rows, Stage, Tuned, Views};
+use fm_dist::parallel::{Bucket, Recompute, Replica, Sharing};
 use fm_dist::rng::{Key, Purpose};
+use fm_dist::tuning::{LoraSettings, Tuning};
 use tch::{Device, Kind, Tensor};
 
 const KEY: Key = Key { seed: 17, purpose: Purpose::Test, step: 0, micro_batch: 0, scope: 0 };
@@ -12,6 +13,11 @@ const KEY: Key = Key { seed: 17, purpose: Purpose::Test, step: 0, micro_batch: 0
 /// A small model whose every parameter is away from zero, so that no gradient vanishes by
 /// construction.
 fn replica(kind: Kind) -> Replica<'static> {
+    replica_with_frozen(kind, &[])
+}
+
+/// The same, some of whose stages are frozen.
+fn replica_with_frozen(kind: Kind, frozen: &[usize]) -> Replica<'static> {
     let model = Dit {
         in_channels: 2,
         condition_width: 5,
@@ -20,17 +26,22 @@ fn replica(kind: Kind) -> Replica<'static> {
         num_heads: 2,
         ..Dit::default()
     };
-    let mut replica = Replica::alone(model.stages().unwrap(), kind, Device::Cpu, Some(KEY));
+    let freeze = |(index, stage): (usize, Box<dyn Stage>)| match frozen.contains(&index) {
+        true => Box::new(Tuned::frozen(stage)) as Box<dyn Stage>,
+        false => stage,
+    };
+    let stages = model.stages().unwrap().into_iter().enumerate().map(freeze).collect();
+    let mut replica = Replica::alone(stages, kind, Device::Cpu, Some(KEY));
     shake(&mut replica);
     replica
 }
 
 fn shake(replica: &mut Replica<'_>) {
     for (index, bucket) in replica.buckets.iter_mut().enumerate() {
-        bucket.update(|master| {
-            let noise = KEY.step(1).scope(index as u64).seeded(|| master.randn_like());
-            *master += noise * 0.05;
-        });
+        let noise =
+            |values: &Tensor| KEY.step(1).scope(index as u64).seeded(|| values.randn_like() * 0.05);
+        let values = bucket.parameters(&Sharing::alone()).unwrap();
+        bucket.set(&(&values + noise(&values)));
     }
 }
 
@@ -72,7 +83,7 @@ fn plain(replica: &Replica<'_>) -> (f64, Vec<Tensor>) {
     let kind = replica.buckets[0].pieces()[0].kind();
     let (mut activations, target) = inputs(kind);
     let leaf = |bucket: &Bucket| {
-        bucket.pieces()[0].master().to_kind(kind).detach().set_requires_grad(true)
+        bucket.pieces()[0].values().to_kind(kind).detach().set_requires_grad(true)
     };
     let leaves: Vec<Tensor> = replica.buckets.iter().map(leaf).collect();
     for (stage, leaf) in replica.stages.iter().zip(&leaves) {
@@ -130,13 +141,7 @@ fn boundaries_that_wait_in_host_memory_change_no_bit() {
 fn frozen_stages_before_the_first_trained_one_are_never_entered() {
     let reference = stage_wise(&replica(Kind::Float), Recompute::Never).1;
     for recompute in [Recompute::Never, Recompute::Always] {
-        let mut replica = replica(Kind::Float);
-        replica.buckets = replica
-            .buckets
-            .into_iter()
-            .enumerate()
-            .map(|(stage, bucket)| if stage < 3 { bucket.frozen() } else { bucket })
-            .collect();
+        let replica = replica_with_frozen(Kind::Float, &[0, 1, 2]);
         let (_, gradients) = stage_wise(&replica, recompute);
         assert_eq!(gradients.iter().map(|(stage, _)| *stage).collect::<Vec<_>>(), [4, 3]);
         assert!(gradients.iter().zip(&reference).all(|((_, a), (_, b))| a.equal(b)));
@@ -146,13 +151,7 @@ fn frozen_stages_before_the_first_trained_one_are_never_entered() {
 #[test]
 fn a_frozen_stage_in_the_middle_passes_gradients_on() {
     let reference = stage_wise(&replica(Kind::Float), Recompute::Never).1;
-    let mut replica = replica(Kind::Float);
-    replica.buckets = replica
-        .buckets
-        .into_iter()
-        .enumerate()
-        .map(|(stage, bucket)| if stage == 2 { bucket.frozen() } else { bucket })
-        .collect();
+    let replica = replica_with_frozen(Kind::Float, &[2]);
     let (_, gradients) = stage_wise(&replica, Recompute::Never);
     let expected: Vec<_> = reference.iter().filter(|(stage, _)| *stage != 2).collect();
     assert_eq!(gradients.len(), expected.len());
@@ -161,25 +160,24 @@ fn a_frozen_stage_in_the_middle_passes_gradients_on() {
     );
 }
 
-#[test]
-fn gradients_are_the_slopes_of_the_loss() {
-    // Central differences in f64: error of order step² plus rounding / step.
+/// Compares gradients with central differences in f64: error of order step² plus rounding / step.
+/// Masters are f32; what is computed with holds the same values in f64, and the check moves these.
+fn check_slopes(replica: &Replica<'_>) {
     const STEP: f64 = 1e-5;
     const TOLERANCE: f64 = 1e-7;
-    let replica = replica(Kind::Double);
-    // Masters are f32; what is computed with holds the same values in f64, and the check moves
-    // these.
-    let (_, gradients) = stage_wise(&replica, Recompute::Never);
+    let (_, gradients) = stage_wise(replica, Recompute::Never);
+    assert!(!gradients.is_empty());
     for (stage, gradient) in gradients {
+        let piece = replica.buckets[stage].trained().next().unwrap();
         for probe in 0..5 {
             let index =
-                KEY.step(3).scope(stage as u64).below(probe, gradient.numel() as u64) as i64;
+                KEY.step(3).scope(stage as u64).below(probe, piece.layout().numel as u64) as i64;
             let loss_at = |offset: f64| {
-                let full = replica.buckets[stage].pieces()[0].full().unwrap();
+                let full = piece.full().unwrap();
                 let original = full.double_value(&[index]);
                 let place = |value: f64| drop(full.narrow(0, index, 1).fill_(value));
                 place(original + offset);
-                let loss = stage_wise(&replica, Recompute::Never).0;
+                let loss = stage_wise(replica, Recompute::Never).0;
                 place(original);
                 loss
             };
@@ -190,6 +188,66 @@ fn gradients_are_the_slopes_of_the_loss() {
                 "stage {stage} parameter {index}: slope {slope}, gradient {found}"
             );
         }
+    }
+}
+
+#[test]
+fn gradients_are_the_slopes_of_the_loss() {
+    check_slopes(&replica(Kind::Double));
+}
+
+/// The model frozen, with low-rank changes of what they target.
+fn replica_with_lora(kind: Kind, targets: &str) -> Replica<'static> {
+    let lora = LoraSettings {
+        rank: Some(3),
+        alpha: Some(5.0),
+        target_modules: vec![targets.into()],
+        ..LoraSettings::default()
+    };
+    let model = Dit {
+        in_channels: 2,
+        condition_width: 5,
+        width: 32,
+        depth: 3,
+        num_heads: 2,
+        ..Dit::default()
+    };
+    let stages = Tuning { trainable: &[], lora: &lora }.of(&model).unwrap();
+    let mut replica = Replica::alone(stages, kind, Device::Cpu, Some(KEY));
+    shake(&mut replica);
+    replica
+}
+
+#[test]
+fn gradients_of_low_rank_changes_are_slopes_too() {
+    for targets in ["all-linear", "attention"] {
+        check_slopes(&replica_with_lora(Kind::Double, targets));
+    }
+}
+
+#[test]
+fn nothing_that_only_frozen_parameters_made_has_a_gradient() {
+    // The conditions reach every block, and no trained parameter before them: what modulates the
+    // blocks is a constant to all of them.
+    let replica = replica_with_lora(Kind::Float, "attention");
+    let (input, target) = inputs(Kind::Float);
+    let mut tape = replica.tape(Recompute::Never);
+    let output = tape.forward(input).unwrap();
+    assert_eq!(output.flowing().map(|(name, _)| name).collect::<Vec<_>>(), ["prediction"]);
+    let loss = loss(&output, &target);
+    let mut stages = Vec::new();
+    tape.backward(&loss, |stage, gradients| {
+        assert!(
+            gradients.iter().all(|gradient| gradient.isfinite().all().double_value(&[]) == 1.0)
+        );
+        stages.push(stage);
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(stages, [3, 2, 1], "the blocks alone");
+    for recompute in [Recompute::Always, Recompute::Every(2)] {
+        let [kept, again] = [Recompute::Never, recompute].map(|way| stage_wise(&replica, way).1);
+        assert!(kept.iter().zip(&again).all(|((_, a), (_, b))| a.equal(b)), "{recompute:?}");
     }
 }
 

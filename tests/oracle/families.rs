@@ -41,7 +41,7 @@ pub struct Place {
     pub draws: &'static str,
 }
 
-const CPU: Place = Place { device: "cpu", draws: "host" };
+pub const CPU: Place = Place { device: "cpu", draws: "host" };
 
 /// New cases of one family, computed by both sides on the same device.
 pub fn check_family(family: &str, place: Place) {
@@ -81,7 +81,8 @@ fn config_of(case: &Value, folder: &Path, place: Place) -> RunConfig {
         .unwrap_or_else(|error| panic!("{}: {error}", case["name"]))
 }
 
-fn check_case(case: &Value, folder: &Path, place: Place) {
+/// Compares what both sides computed of one case.
+pub fn check_case(case: &Value, folder: &Path, place: Place) {
     let config = config_of(case, folder, place);
     let dump: PathBuf = folder.join("dump.safetensors");
     let request = StepRequest {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use fm_dist::collective::{Collective, Threads};
 use fm_dist::model::{Architecture, Dit};
-use fm_dist::nn::{Activations, Builder, Init, Param, ParamSet, Rows, Stage, Views};
+use fm_dist::nn::{Activations, Builder, Init, Param, ParamSet, Rows, Stage, Tuned, Views};
 use fm_dist::parallel::{
     Devices, Recompute, ReduceDtype, Reducer, Replica, Sharding, ShardingGroup, Sharing, Summation,
     divergence,
@@ -212,21 +212,18 @@ fn summed(shape: Shape) -> Vec<Option<Tensor>> {
 fn on_rank(world: &dyn Collective, shape: Shape) -> Vec<Option<Tensor>> {
     let sharing = Sharing::within_nodes(world, shape.sharding, shape.node_of_rank, 1).unwrap();
     let stages = stages(shape.behind_a_door != Some(world.rank()));
+    let freeze = |(index, stage): (usize, Box<dyn Stage>)| match shape.frozen.contains(&index) {
+        true => Box::new(Tuned::frozen(stage)) as Box<dyn Stage>,
+        false => stage,
+    };
+    let stages = stages.into_iter().enumerate().map(freeze).collect();
     let mut replica =
         Replica::shared(stages, Kind::Float, Devices::one(Device::Cpu), Some(KEY), sharing);
     for bucket in &mut replica.buckets {
         // Away from zero, so that no gradient vanishes by construction; alike on every rank.
-        bucket.update(|master| drop(master.g_add_scalar_(0.01)));
+        let values = bucket.parameters(&replica.sharing).unwrap();
+        bucket.set(&(values + 0.01));
     }
-    replica.publish().unwrap();
-    let frozen = |(stage, bucket)| {
-        if shape.frozen.contains(&stage) {
-            fm_dist::parallel::Bucket::frozen(bucket)
-        } else {
-            bucket
-        }
-    };
-    replica.buckets = replica.buckets.into_iter().enumerate().map(frozen).collect();
     let mut reducer =
         Reducer::new(&replica.sharing, &replica.buckets, ReduceDtype::Float32, Summation::Running);
     for micro_batch in 0..2 {

@@ -143,6 +143,20 @@ impl Architecture for HunyuanVideo15 {
         latents[1..].iter().zip(self.patch()).map(|(length, patch)| length / patch).product()
     }
 
+    /// The token refiner has modules of the same names.
+    fn attention_modules(&self) -> &'static [&'static str] {
+        &[
+            "transformer_blocks.*.attn.to_q",
+            "transformer_blocks.*.attn.to_k",
+            "transformer_blocks.*.attn.to_v",
+            "transformer_blocks.*.attn.to_out.0",
+            "transformer_blocks.*.attn.add_q_proj",
+            "transformer_blocks.*.attn.add_k_proj",
+            "transformer_blocks.*.attn.add_v_proj",
+            "transformer_blocks.*.attn.to_add_out",
+        ]
+    }
+
     fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()> {
         let channels = self.check_grid(shapes.latents)?;
         let expect = |field: &str, value: i64, found: Option<i64>, of: &str| {

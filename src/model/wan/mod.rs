@@ -216,6 +216,21 @@ impl Architecture for Wan {
         Some(512)
     }
 
+    fn attention_modules(&self) -> &'static [&'static str] {
+        &[
+            "attn1.to_q",
+            "attn1.to_k",
+            "attn1.to_v",
+            "attn1.to_out.0",
+            "attn2.to_q",
+            "attn2.to_k",
+            "attn2.to_v",
+            "attn2.to_out.0",
+            "attn2.add_k_proj",
+            "attn2.add_v_proj",
+        ]
+    }
+
     fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()> {
         self.check_grid(shapes.latents)?;
         if shapes.of.is_empty() {

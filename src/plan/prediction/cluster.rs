@@ -177,16 +177,18 @@ impl Cluster {
         self.seconds(kind, stage.product_flop, stage.attention_flop, bytes, stage.operators)
     }
 
-    /// Returns the seconds of a stage's backward: two products for each of the forward's, five of
-    /// attention's for two; kept activations are read beside a gradient that is written and read.
-    /// Parameters' gradients are written, and read and written once more when they are joined.
+    /// Returns the seconds of a stage's backward: a product for each of the forward's and another one
+    /// for each matrix that is trained, five of attention's for two; kept activations are read
+    /// beside a gradient that is written and read. Trained parameters' gradients are written, and
+    /// read and written once more when they are joined.
     ///
     /// Source: Dao 2023, arXiv:2307.08691, for attention.
     pub(super) fn backward_seconds(&self, stage: &StageWork, kind: Kind) -> f64 {
-        let bytes = 3.0 * stage.kept_bytes + 4.0 * stage.parameter_bytes(kind);
+        let bytes =
+            3.0 * stage.kept_bytes + stage.parameter_bytes(kind) + 3.0 * stage.trained_bytes(kind);
         self.seconds(
             kind,
-            2.0 * stage.product_flop,
+            stage.product_flop + stage.trained_flop,
             2.5 * stage.attention_flop,
             bytes,
             2.0 * stage.operators,

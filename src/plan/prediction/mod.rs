@@ -19,8 +19,12 @@ use rank::Rank;
 #[derive(Clone, Debug, PartialEq)]
 pub struct StageWork {
     pub parameters: u64,
+    /// Those that are trained.
+    pub trained: u64,
     /// Floating-point operations of the forward's matrix products.
     pub product_flop: f64,
+    /// Of these, the operations of matrices that have a gradient.
+    pub trained_flop: f64,
     /// Floating-point operations of the forward's attention.
     pub attention_flop: f64,
     /// Bytes that the forward keeps for the backward.
@@ -32,6 +36,10 @@ pub struct StageWork {
 impl StageWork {
     fn parameter_bytes(&self, kind: Kind) -> f64 {
         (self.parameters * kind.elt_size_in_bytes() as u64) as f64
+    }
+
+    fn trained_bytes(&self, kind: Kind) -> f64 {
+        (self.trained * kind.elt_size_in_bytes() as u64) as f64
     }
 }
 
@@ -61,6 +69,12 @@ pub struct Prediction {
 }
 
 impl Workload {
+    /// The first stage that the backward pass reaches.
+    fn first_trained(&self) -> usize {
+        let first = self.stages.iter().position(|stage| stage.trained > 0);
+        first.unwrap_or(self.stages.len())
+    }
+
     /// Predicts a step of each of `ranks` on the cluster.
     pub fn predict(&self, cluster: &Cluster, ranks: usize) -> Prediction {
         Rank::new(self, cluster, ranks).step()
@@ -97,7 +111,9 @@ mod tests {
     fn workload(sharding: Sharding) -> Workload {
         let stage = StageWork {
             parameters: 64,
+            trained: 64,
             product_flop: 10.0,
+            trained_flop: 10.0,
             attention_flop: 0.0,
             kept_bytes: 0.0,
             operators: 1.0,
@@ -183,6 +199,29 @@ mod tests {
         };
         assert_near(compute(Recompute::Always) - compute(Recompute::Never), 4.0 * 10.0);
         assert_near(compute(Recompute::Every(2)) - compute(Recompute::Never), 2.0 * 10.0);
+    }
+
+    #[test]
+    fn what_is_frozen_has_no_gradient_to_compute_to_sum_or_to_apply() {
+        let links = gpus(all_reduced_in(10.0), 1.0);
+        let frozen =
+            |stage: &StageWork| StageWork { trained: 0, trained_flop: 0.0, ..stage.clone() };
+        let whole = workload(Sharding::None);
+        let predict =
+            |stages: Vec<StageWork>| Workload { stages, ..whole.clone() }.predict(&links, 8);
+        let last: Vec<StageWork> = whole
+            .stages
+            .iter()
+            .enumerate()
+            .map(|(index, stage)| if index < 3 { frozen(stage) } else { stage.clone() })
+            .collect();
+        let of_last = predict(last.clone());
+        assert_near(of_last.compute_seconds, 4.0 * 10.0 + 20.0);
+        assert_near(of_last.optimizer_seconds, 64.0);
+        assert_near(of_last.spent.communication_seconds, 10.0);
+        // A gradient passes through the frozen stages behind the first trained one.
+        let of_first = predict(last.into_iter().rev().collect());
+        assert_near(of_first.compute_seconds, 4.0 * 10.0 + 20.0 + 3.0 * 10.0);
     }
 
     #[test]

@@ -79,7 +79,8 @@ impl<'w> Rank<'w> {
         for micro_batch in 0..self.work.micro_batches {
             self.one_ahead(stages.clone(), |rank, stage| rank.compute(rank.forward_seconds(stage)));
             let is_last = micro_batch + 1 == self.work.micro_batches;
-            self.one_ahead(stages.clone().rev(), |rank, stage| rank.backward(stage, is_last));
+            let reached = (self.work.first_trained()..stages.end).rev();
+            self.one_ahead(reached, |rank, stage| rank.backward(stage, is_last));
         }
         while !self.under_way.is_empty() {
             self.settle();
@@ -118,7 +119,7 @@ impl<'w> Rank<'w> {
             self.compute(self.forward_seconds(stage));
         }
         self.compute(self.cluster.backward_seconds(&work.stages[stage], work.kind) / self.workers);
-        if work.stages[stage].parameters > 0 {
+        if work.stages[stage].trained > 0 {
             self.reduce(stage, is_last);
         }
     }
@@ -153,23 +154,23 @@ impl<'w> Rank<'w> {
     /// Simulates `Replica::publish`: all stages are sent before the first is awaited.
     fn publish(&mut self) {
         if self.is_cut() && self.work.sharding != Sharding::Parameters {
-            let works: Vec<f64> =
-                (0..self.work.stages.len()).map(|stage| self.send_leaves(stage)).collect();
+            let works: Vec<f64> = (0..self.work.stages.len())
+                .map(|stage| {
+                    let bytes = self.work.stages[stage].trained_bytes(self.work.kind);
+                    self.send(Operation::AllGather, bytes, self.shards)
+                })
+                .collect();
             works.into_iter().for_each(|arrival| self.wait(arrival));
         }
     }
 
     fn gather(&mut self, stage: usize) -> f64 {
         let holds_shards = self.is_cut() && self.work.sharding == Sharding::Parameters;
-        if holds_shards { self.send_leaves(stage) } else { self.compute_end }
-    }
-
-    fn send_leaves(&mut self, stage: usize) -> f64 {
-        self.send(
-            Operation::AllGather,
-            self.work.stages[stage].parameter_bytes(self.work.kind),
-            self.shards,
-        )
+        if !holds_shards {
+            return self.compute_end;
+        }
+        let bytes = self.work.stages[stage].parameter_bytes(self.work.kind);
+        self.send(Operation::AllGather, bytes, self.shards)
     }
 
     fn is_cut(&self) -> bool {
@@ -177,7 +178,7 @@ impl<'w> Rank<'w> {
     }
 
     fn gradient_bytes(&self, stage: usize) -> f64 {
-        self.work.stages[stage].parameter_bytes(self.work.reduce_dtype.kind(self.work.kind))
+        self.work.stages[stage].trained_bytes(self.work.reduce_dtype.kind(self.work.kind))
     }
 
     fn forward_seconds(&self, stage: usize) -> f64 {
@@ -193,7 +194,7 @@ impl<'w> Rank<'w> {
             .work
             .stages
             .iter()
-            .map(|stage| stage.parameters.div_ceil(self.shards.ranks as u64))
+            .map(|stage| stage.trained.div_ceil(self.shards.ranks as u64))
             .sum();
         (owned * (4 * 4 + 3 * 4 + copy as u64)) as f64
             / self.cluster.constants.update

@@ -11,6 +11,7 @@ use crate::files::safetensors::Shards;
 use crate::nn::Stage;
 use crate::optim::Optimizer;
 use crate::parallel::Replica;
+use crate::run::base::Base;
 use crate::run::changes::{self, Values};
 use crate::run::optimizer_state::OptimizerState;
 use crate::run::pretrained;
@@ -39,8 +40,8 @@ pub fn load(
     set_parameters(&parts, replica)?;
     for (index, stage) in replica.stages.iter().enumerate() {
         for (name, prefix) in prefixes.iter().enumerate() {
-            let read = pretrained::flat(stage.params(), |parameter| {
-                parts.read(&format!("{prefix}{parameter}"))
+            let read = pretrained::flat(stage.params().trained(), |info| {
+                parts.read(&format!("{prefix}{}", info.name))
             })?;
             state.set(index, name, &read, &replica.buckets[index]);
         }
@@ -48,16 +49,33 @@ pub fn load(
     if let Some(what) = other_data {
         tracing::warn!("{what}; going on with other data, as was asked");
     }
-    let (data, config) = (configured.data.clone(), configured.config.clone());
-    Ok(Manifest { parts: Vec::new(), sha256: String::new(), data, config, ..manifest })
+    let Manifest { data, config, base, .. } = configured.clone();
+    Ok(Manifest { parts: Vec::new(), sha256: String::new(), data, config, base, ..manifest })
 }
 
-/// Loads only the parameters.
+/// Loads only the trained parameters. `base`: what the frozen ones are.
 ///
 /// # Errors
 /// As [`load`].
-pub fn load_parameters(folder: &Path, config: &RunConfig, replica: &mut Replica<'_>) -> Result<()> {
+pub fn load_parameters(
+    folder: &Path,
+    config: &RunConfig,
+    base: Option<&Base>,
+    replica: &mut Replica<'_>,
+) -> Result<()> {
+    if let Some(what) = verify::manifest(folder)?.other_base(base) {
+        return Err(Error::checkpoint_mismatch(folder, what));
+    }
     set_parameters(&open_parameters(folder, config, &replica.stages)?, replica)
+}
+
+/// Returns what the frozen parameters were that a checkpoint's run began with; `None` if there are
+/// none.
+///
+/// # Errors
+/// [`Error::CheckpointMismatch`], [`Error::Storage`].
+pub fn base_of(folder: &Path) -> Result<Option<Base>> {
+    Ok(verify::manifest(folder)?.base)
 }
 
 /// Returns the configuration that a checkpoint records; empty for format version 2, which records
@@ -71,13 +89,14 @@ pub fn recorded(folder: &Path) -> Result<Values> {
 
 fn set_parameters(parts: &Shards, replica: &mut Replica<'_>) -> Result<()> {
     for (stage, bucket) in replica.stages.iter().zip(&mut replica.buckets) {
-        bucket.set(&pretrained::flat(stage.params(), |name| parts.read(name))?);
+        let trained = stage.params().trained();
+        bucket.set_trained(&pretrained::flat(trained, |info| parts.read(&info.name))?);
     }
     Ok(())
 }
 
-/// Opens the files that hold the parameters, and checks that they contain the stages' parameters in
-/// f32 and nothing else.
+/// Opens the files that hold the trained parameters, and checks that they contain those of the stages
+/// in f32 and nothing else.
 ///
 /// # Errors
 /// As [`load`].
@@ -112,7 +131,7 @@ fn check_keys(
     prefixes: &[String],
 ) -> Result<()> {
     let prefixes = || std::iter::once("").chain(prefixes.iter().map(String::as_str));
-    let infos = stages.iter().flat_map(|stage| stage.params().infos());
+    let infos = stages.iter().flat_map(|stage| stage.params().trained());
     let expected = infos.flat_map(|info| {
         prefixes().map(|prefix| (format!("{prefix}{}", info.name), info.shape.as_slice()))
     });

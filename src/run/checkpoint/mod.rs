@@ -1,6 +1,6 @@
 //! Checkpoints: every rank writes files, a manifest lists them, and a rename commits them.
 //!
-//! With sharded state, each stage is gathered on the rank that writes it, so that the files have
+//! Frozen parameters are not saved: the manifest names what they are. With sharded state, each stage is gathered on the rank that writes it, so that the files have
 //! the same bytes under any sharding.
 //!
 //! A checkpoint is valid if its manifest is unchanged and every file has the size and hash that the
@@ -23,7 +23,7 @@ mod tests;
 mod verify;
 
 pub use commit::clear_leftovers;
-pub use load::{load, load_parameters, open_parameters, recorded};
+pub use load::{base_of, load, load_parameters, open_parameters, recorded};
 pub use saver::Saver;
 pub use snapshot::{Saved, copied_bytes};
 pub use verify::{Unfit, read_whole, verify};
@@ -38,6 +38,7 @@ use sha2::{Digest, Sha256};
 use crate::config::RunConfig;
 use crate::error::{Error, Result};
 use crate::files::sha256::hex;
+use crate::run::base::Base;
 use crate::run::changes::{self, Values};
 use crate::run::guard::Guard;
 
@@ -67,6 +68,9 @@ pub struct Manifest {
     config: Option<Values>,
     /// Fingerprint of the dataset, see [`Dataset::fingerprint`](crate::data::Dataset::fingerprint).
     pub data: String,
+    /// What the frozen parameters are; `None` if there are none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<Base>,
     parts: Vec<SavedFile>,
     /// Hash of this manifest's text with this field empty, so that a flipped bit in a number is
     /// detected.
@@ -95,9 +99,25 @@ impl Manifest {
             lr: None,
             config: Some(changes::recorded(config)),
             data,
+            base: None,
             parts: Vec::new(),
             sha256: String::new(),
         }
+    }
+
+    /// The same, with frozen parameters.
+    pub fn on_base(self, base: Option<Base>) -> Self {
+        Manifest { base, ..self }
+    }
+
+    /// Returns the reason why parameters that were trained on one base are not those of another.
+    fn other_base(&self, base: Option<&Base>) -> Option<String> {
+        let shown = |base: Option<&Base>| base.map_or("all trained".into(), Base::to_string);
+        let fingerprint = |base: Option<&Base>| base.map(|base| base.fingerprint.clone());
+        (fingerprint(self.base.as_ref()) != fingerprint(base)).then(|| {
+            let (now, was) = (shown(base), shown(self.base.as_ref()));
+            format!("the frozen parameters are {now}, the checkpoint's were {was}")
+        })
     }
 
     /// Returns the manifest's file text, with the hash filled in.
@@ -146,6 +166,7 @@ impl Manifest {
             ),
             data.map(|text| format!("{text} (--allow-data-change goes on with other data)")),
             changes::other_architecture(record, config),
+            self.other_base(configured.base.as_ref()),
         ];
         let texts: Vec<String> = differing.into_iter().flatten().collect();
         if texts.is_empty() {

@@ -72,7 +72,7 @@ impl Saved<'_> {
     /// Every rank calls it: each stage is gathered on the rank that keeps it.
     pub fn copy(&self, collective: &dyn Collective) -> Result<Vec<FileCopy>> {
         let sizes: Vec<u64> =
-            self.replica.stages.iter().map(|stage| stage.params().numel() as u64).collect();
+            self.replica.stages.iter().map(|stage| stage.params().num_trained() as u64).collect();
         let names = self.optimizer.state_names();
         let prefixes: Vec<String> = names.iter().map(|name| format!("{name}.")).collect();
         let ranges = part_ranges(&sizes);
@@ -89,7 +89,7 @@ impl Saved<'_> {
                 (begin(Content::Optimizer, &prefixes), begin(Content::Model, &[String::new()]));
             for stage in range.clone() {
                 pulse::still_at_work();
-                keep(&mut model, &self.replica.parameters(stage)?);
+                keep(&mut model, &self.replica.trained_parameters(stage)?);
                 for name in 0..names.len() {
                     keep(&mut moments, &self.state.whole(stage, name, self.replica)?);
                 }
@@ -102,9 +102,8 @@ impl Saved<'_> {
     /// Returns names and shapes of a part's tensors: stage by stage, prefix by prefix.
     fn planned(&self, range: &Range<usize>, prefixes: &[String]) -> Vec<(String, Vec<i64>)> {
         let named = |stage: usize, prefix: &String| {
-            let infos = self.replica.stages[stage].params().infos();
-            infos
-                .iter()
+            let trained = self.replica.stages[stage].params().trained();
+            trained
                 .map(|info| (format!("{prefix}{}", info.name), info.shape.clone()))
                 .collect::<Vec<_>>()
         };
@@ -115,7 +114,7 @@ impl Saved<'_> {
     }
 }
 
-/// Copies a stage's tensor `[P]`. The copy is always needed: the gathered tensor may share the
+/// Copies a stage's tensor. The copy is always needed: the gathered tensor may share the
 /// storage that the optimizer updates.
 fn keep(part: &mut Option<FileCopy>, flat: &Tensor) {
     if let Some(part) = part {
@@ -155,7 +154,7 @@ impl FileCopy {
     }
 }
 
-/// Divides consecutive stages into parts, given the stages' numbers of parameters.
+/// Divides consecutive stages into parts, given the stages' numbers of trained parameters.
 fn part_ranges(sizes: &[u64]) -> Vec<Range<usize>> {
     let total = ELEMENT_BYTES * sizes.iter().sum::<u64>();
     let limit = (total / NUM_PARTS).clamp(*PART_BYTES.start(), *PART_BYTES.end());
@@ -201,7 +200,7 @@ fn writers(
 }
 
 /// Returns the host memory that a save takes on the rank that keeps most, given the stages' numbers
-/// of parameters.
+/// of trained parameters.
 pub fn copied_bytes(sizes: &[u64], optimizer_tensors: u64, world_size: usize) -> u64 {
     writers(sizes, &part_ranges(sizes), optimizer_tensors, world_size)
         .1

@@ -1,0 +1,71 @@
+//! A stage's parameters as tensors.
+
+use std::ops::Index;
+use std::sync::Arc;
+
+use tch::Tensor;
+
+use super::dropping::Dropping;
+use super::low_rank::LowRank;
+use super::params::{Param, ParamInfo};
+
+/// One tensor for each parameter.
+#[derive(Debug)]
+pub struct Views {
+    tensors: Vec<Tensor>,
+    /// Index of each [`Param`] among the tensors.
+    places: Arc<[usize]>,
+    low_ranks: Arc<[LowRank]>,
+    dropping: Option<Dropping>,
+}
+
+impl Views {
+    pub(super) fn new(
+        tensors: Vec<Tensor>,
+        places: Arc<[usize]>,
+        low_ranks: Arc<[LowRank]>,
+    ) -> Self {
+        Views { tensors, places, low_ranks, dropping: None }
+    }
+
+    /// In the order of the set's infos.
+    pub fn iter(&self) -> impl Iterator<Item = &Tensor> {
+        self.tensors.iter()
+    }
+
+    /// Leaves over the same storage, at which a graph starts. `infos`: those of the set; only what
+    /// is trained has a gradient.
+    pub fn leaves(&self, infos: &[ParamInfo]) -> Self {
+        let leaf =
+            |(view, info): (&Tensor, &ParamInfo)| view.detach().set_requires_grad(!info.frozen);
+        self.with_tensors(self.tensors.iter().zip(infos).map(leaf).collect())
+    }
+
+    /// The same tensors, under which inputs of low-rank changes are dropped.
+    pub(super) fn dropping(&self, dropping: Dropping) -> Self {
+        let tensors = self.tensors.iter().map(Tensor::shallow_clone).collect();
+        Views { dropping: Some(dropping), ..self.with_tensors(tensors) }
+    }
+
+    /// The low-rank change of this weight, if it has one.
+    pub(super) fn low_rank(&self, weight: Param) -> Option<&LowRank> {
+        self.low_ranks.iter().find(|low_rank| low_rank.weight == weight)
+    }
+
+    /// What drops the inputs of low-rank changes in this use.
+    pub(super) fn drops(&self) -> Option<&Dropping> {
+        self.dropping.as_ref()
+    }
+
+    fn with_tensors(&self, tensors: Vec<Tensor>) -> Self {
+        Views::new(tensors, Arc::clone(&self.places), Arc::clone(&self.low_ranks))
+    }
+}
+
+impl Index<Param> for Views {
+    type Output = Tensor;
+
+    fn index(&self, param: Param) -> &Tensor {
+        &self.tensors[self.places[param.0]]
+    }
+}
