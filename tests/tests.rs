@@ -109,6 +109,8 @@ mod mpi {
     pub mod attention;
     /// Real MPI keeps the contract of the collectives, and a rank that fails ends its world.
     pub mod collectives;
+    /// Ranks make the dataset that one rank makes, also after a kill.
+    mod datasets;
     /// Our own GPU kernels compile, have the bits of a CPU, and are refused where they compute
     /// anything else.
     pub mod kernels;
