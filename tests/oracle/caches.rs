@@ -93,8 +93,12 @@ fn caches_of_nemo_give_the_batches_of_its_own_collate_and_train() {
         let moved = root.join(format!("moved-{name}"));
         fs::rename(source, &moved).unwrap();
         let data = root.join(format!("data-{name}"));
-        assert_batch(&imported(CacheFormat::Nemo, &[moved], &data), &expected);
+        assert_batch(&imported(CacheFormat::Nemo, &[moved.clone()], &data), &expected);
         assert_trains(&family, &data, &root, &overrides);
+        // What is left is a flat folder of samples, as older versions of NeMo read.
+        fs::remove_file(moved.join("metadata.json")).unwrap();
+        let flat = root.join(format!("flat-{name}"));
+        assert_batch(&imported(CacheFormat::Nemo, &[moved], &flat), &expected);
     }
 }
 
@@ -198,5 +202,9 @@ fn caches_of_simpletuner_keep_their_bits_and_train() {
         let what =
             if hashed { "add the folder of pictures" } else { "add the folder of its captions" };
         assert!(refused.contains(what), "{refused}");
+        if !hashed {
+            let alone = ImportRequest { captions: Some(sources[2].clone()), ..alone };
+            assert_eq!(import(&alone, &Solo).unwrap().written.samples, SAMPLES as usize);
+        }
     }
 }

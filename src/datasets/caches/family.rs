@@ -180,3 +180,16 @@ pub(super) fn check_normalized(cache: &Cache, path: &Path) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_family_has_its_table_and_an_adapter() {
+        for (word, _) in CachedFamily::ALL {
+            let model = Model::named(word).unwrap_or_else(|| panic!("{word} is no model"));
+            assert!(AdapterChoice::named(model.adapter()).is_some(), "{word}");
+        }
+    }
+}

@@ -154,7 +154,8 @@ fn sample(
         );
         return Err(Error::data(path, what));
     }
-    let source = file.text("image_path").or(file.text("video_path")).unwrap_or_default();
+    let sources = ["image_path", "video_path", "original_filename"];
+    let source = sources.iter().find_map(|key| file.text(key)).unwrap_or_default();
     let caption = file.text("prompt").unwrap_or(prompt);
     collector.finish(Caption { caption: caption.into(), source: source.into() }, family)
 }

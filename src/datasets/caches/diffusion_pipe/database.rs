@@ -6,6 +6,7 @@
 //! Source: diffusion-pipe 8f83dbf, `utils/cache.py`.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt::Write;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
@@ -52,14 +53,16 @@ pub(super) fn records(path: &Path) -> Result<Vec<Location>> {
     let mut shards: BTreeMap<u64, Shard> = BTreeMap::new();
     let mut found = Vec::new();
     for [number, index] in database.rows("items", ["shard", "shard_index"])? {
-        if !shards.contains_key(&number) {
-            let name = format!("{SHARD}{number}");
-            needed(&name)?;
-            let regions = database.rows(&name, ["offset", "size"])?;
-            let path = path.with_file_name(format!("{name}.bin"));
-            shards.insert(number, Shard::new(path, &regions)?);
-        }
-        let shard = shards.get_mut(&number).expect("it was inserted");
+        let shard = match shards.entry(number) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(unknown) => {
+                let name = format!("{SHARD}{number}");
+                needed(&name)?;
+                let regions = database.rows(&name, ["offset", "size"])?;
+                let path = path.with_file_name(format!("{name}.bin"));
+                unknown.insert(Shard::new(path, &regions)?)
+            }
+        };
         found.push(shard.take(index).ok_or_else(|| {
             database.refused(format!("refers to record {index} of {SHARD}{number}, which lacks it or was referred to before"))
         })?);
