@@ -93,7 +93,7 @@ fn caches_of_nemo_give_the_batches_of_its_own_collate_and_train() {
         let moved = root.join(format!("moved-{name}"));
         fs::rename(source, &moved).unwrap();
         let data = root.join(format!("data-{name}"));
-        assert_batch(&imported(CacheFormat::Nemo, &[moved.clone()], &data), &expected);
+        assert_batch(&imported(CacheFormat::Nemo, std::slice::from_ref(&moved), &data), &expected);
         assert_trains(&family, &data, &root, &overrides);
         // What is left is a flat folder of samples, as older versions of NeMo read.
         fs::remove_file(moved.join("metadata.json")).unwrap();
