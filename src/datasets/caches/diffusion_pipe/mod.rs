@@ -6,7 +6,9 @@
 //!
 //! Before commit 8c63bd7, diffusion-pipe cached HunyuanVideo 1.5's latents before normalization, as
 //! it did other models' whose latents are scaled outside of the VAE. No record tells which they are:
-//! shards that are older than the commit hold such latents, and are scaled here.
+//! shards that are older than the commit hold such latents, and are scaled here. The VAE of FLUX.2
+//! normalizes by itself; latents that are not normalized all the same show it by their spread, and
+//! are refused as those of every trainer.
 //!
 //! Source: diffusion-pipe 8f83dbf, `utils/dataset.py` and `models/`.
 
