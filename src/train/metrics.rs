@@ -46,6 +46,8 @@ pub struct StepMetrics {
     /// Mean unweighted loss in each tenth of sigma; null where no sample fell.
     loss_per_sigma: Vec<Option<f64>>,
     sampling_method: &'static str,
+    /// Shift towards noise by which sigma was drawn.
+    shift: f64,
     task_type: &'static str,
     data_type: &'static str,
     step_seconds: f64,
@@ -100,6 +102,7 @@ impl StepMetrics {
             sigma_histogram: statistics.sigma_histogram.to_vec(),
             loss_per_sigma: statistics.loss_per_sigma().to_vec(),
             sampling_method: update.sampling_method,
+            shift: update.shift,
             task_type: update.task_type.word(),
             data_type: update.data_type,
             step_seconds: progress.step_seconds,
@@ -121,6 +124,7 @@ impl StepMetrics {
         StepFacts {
             step: self.step,
             sampling_method: self.sampling_method,
+            shift: self.shift,
             task_type: self.task_type,
             data_type: self.data_type,
         }
