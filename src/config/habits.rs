@@ -196,10 +196,12 @@ pub(super) const HABITS: &[Habit] = &[
         &["flow_matching.summary_log_interval"],
     ),
     same("log_level verbosity", &["log.level"]),
-    other(
-        "wandb use_wandb enable_wandb tensorboard enable_tensorboard report_to log_with tracker_project_name",
-        "metrics are written to metrics.jsonl in the run folder; there is no W&B and no TensorBoard",
-    ),
+    Habit {
+        theirs: "tensorboard enable_tensorboard use_tensorboard wandb use_wandb enable_wandb report_to log_with \
+                 tracker_project_name",
+        ours: &["log.tensorboard"],
+        remark: "TensorBoard's files, which `wandb sync` uploads; metrics.jsonl is always there",
+    },
     same("num_inference_steps sample_steps inference_steps", &["sampling.num_steps"]),
     other(
         "sample_every sample_every_n_steps validation_steps validation_prompts eval_every_n_steps eval_every_n_epochs \
