@@ -147,8 +147,12 @@ mod oracle {
     mod parity;
     /// The command that the refusal of a pickle prints converts it.
     mod pickles;
+    /// Learning rates, shifts, weights and losses are those of diffusers, transformers and PyTorch.
+    mod rules;
     /// Samples are those of diffusers' pipelines, and their conditions are read strictly.
     mod sampling;
+    /// TensorBoard reads the numbers, the configuration and the samples of a run.
+    mod tensorboard;
 }
 
 /// What only a GPU can show; `launch/test-gpu.sh` runs it.
