@@ -6,7 +6,7 @@ use bytesize::ByteSize;
 use clap::{Args, Subcommand};
 
 use super::files::say;
-use super::values::parse_cache;
+use super::values::parse_choice;
 use crate::datasets::caches::{CacheFormat, ImportRequest, import};
 use crate::datasets::index::{IndexRequest, index};
 use crate::datasets::pack::{PackRequest, pack};
@@ -64,7 +64,7 @@ struct Output {
 #[derive(Args, Debug)]
 struct ImportArgs {
     /// The trainer: nemo (NVIDIA NeMo AutoModel), musubi (musubi-tuner) or ai-toolkit
-    #[arg(long, value_name = "TRAINER", value_parser = parse_cache)]
+    #[arg(long, value_name = "TRAINER", value_parser = parse_choice::<CacheFormat>)]
     from: CacheFormat,
     /// Folders of its cache
     #[arg(value_name = "SRC", required = true)]

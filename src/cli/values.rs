@@ -2,7 +2,6 @@
 
 use std::time::Instant;
 
-use crate::datasets::caches::CacheFormat;
 use crate::model::Dtype;
 use crate::settings::Choice;
 
@@ -57,8 +56,8 @@ pub fn parse_dtype(text: &str) -> Result<Dtype, String> {
     known.map(|(_, dtype)| *dtype).ok_or_else(|| "expected float32 or bfloat16".into())
 }
 
-pub fn parse_cache(text: &str) -> Result<CacheFormat, String> {
-    let known = CacheFormat::ALL.iter().find(|(word, _)| *word == text);
-    let words: Vec<&str> = CacheFormat::ALL.iter().map(|(word, _)| *word).collect();
-    known.map(|(_, format)| *format).ok_or_else(|| format!("expected one of {}", words.join(", ")))
+pub fn parse_choice<T: Choice>(text: &str) -> Result<T, String> {
+    let known = T::ALL.iter().find(|(word, _)| *word == text);
+    let words: Vec<&str> = T::ALL.iter().map(|(word, _)| *word).collect();
+    known.map(|(_, choice)| *choice).ok_or_else(|| format!("expected one of {}", words.join(", ")))
 }
