@@ -19,7 +19,8 @@ const SUFFIXES: Suffixes = Suffixes {
 pub fn form(family: Family, linear: &Linear) -> Form {
     let by_diffusers = Place { name: linear.diffusers, part: Part::Whole };
     let (prefix, place, alpha) = match family {
-        Family::Flux => (diffusers::PREFIX, by_diffusers, Alpha::Tensor),
+        // diffusers' loader takes the alpha of `proj_out` for that of all names that end so.
+        Family::Flux => (diffusers::PREFIX, by_diffusers, Alpha::Folded),
         // diffusers' loader refuses alpha.
         Family::Flux2 if is_mapped(linear) => (diffusers::PREFIX, by_diffusers, Alpha::Folded),
         Family::Flux2 => (NATIVE, linear.native, Alpha::Folded),

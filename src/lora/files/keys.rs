@@ -59,13 +59,12 @@ const SUFFIXES: [(&str, Role); 12] = [
 ];
 
 /// Parts of names that are of another method, and what they are.
-const OTHERS: [(&str, &str); 8] = [
+const OTHERS: [(&str, &str); 7] = [
     ("lora_te", "an adapter of a text encoder"),
     ("text_encoder", "an adapter of a text encoder"),
     (".lokr_", "a LoKr"),
     (".hada_", "a LoHa"),
     (".lora_mid.", "an adapter of convolutions"),
-    (".diff", "a difference of whole weights"),
     (".lora_B.bias", "a bias of an adapter"),
     (".lora_B.default.bias", "a bias of an adapter"),
 ];
@@ -81,6 +80,9 @@ pub fn parse(name: &str) -> Result<Key<'_>, Option<&'static str>> {
     };
     if let Some((_, what)) = OTHERS.iter().find(|(part, _)| starts_or_holds(part)) {
         return Err(Some(what));
+    }
+    if name.ends_with(".diff") || name.ends_with(".diff_b") {
+        return Err(Some("a difference of whole weights"));
     }
     let role = |&(suffix, role): &(&str, Role)| name.strip_suffix(suffix).map(|stem| (stem, role));
     let (stem, role) = SUFFIXES.iter().find_map(role).ok_or(None)?;

@@ -16,12 +16,14 @@
 //! | `rows` | several maps as one matrix, and back |
 //! | `config` | peft's configuration, which diffusers' metadata and `adapter_config.json` hold |
 //! | `facts` | the other metadata |
+//! | `identify` | the family of a file |
 //! | `read`, `write` | the files |
 
 mod comfyui;
 mod config;
 mod diffusers;
 mod facts;
+mod identify;
 mod keys;
 mod kohya;
 mod peft;

@@ -10,16 +10,18 @@ use tch::{Kind, Tensor};
 
 use super::config::LoraConfig;
 use super::keys::{self, Key, Prefix, Role};
-use super::{Dialect, diffusers, facts, peft, rows};
+use super::{Dialect, diffusers, facts, identify, peft, rows};
 use crate::error::{Error, Result};
 use crate::files::outputs::Named;
 use crate::files::safetensors::SafeTensors;
 use crate::lora::family::{Family, Match, Part};
 use crate::lora::{Adapter, Pair, listed};
-use crate::settings::{Choice, nearest};
 
 /// Longest `adapter_config.json` that is read.
 const MAX_CONFIG_BYTES: u64 = 4 << 20;
+/// Most targets that are taken over from peft's configuration, and the longest.
+const MAX_TARGETS: usize = 32;
+const MAX_TARGET_BYTES: usize = 100;
 
 /// An adapter as it was found.
 #[derive(Debug)]
@@ -102,20 +104,24 @@ impl Source<'_> {
     fn read(&self, family: Option<Family>) -> Result<Found> {
         let (stems, dialect) = self.stems()?;
         let modules: Vec<&str> = stems.values().map(|tensors| tensors.module).collect();
-        let candidates = self.candidates(&modules, family)?;
+        let refused = |what: String| self.file.refused(what);
+        let candidates = identify::candidates(&modules, family).map_err(refused)?;
         let stored: Vec<(&str, Pair)> = stems
             .iter()
             .map(|(stem, tensors)| Ok((tensors.module, self.pair(stem, tensors)?)))
             .collect::<Result<_>>()?;
-        let pairs = candidates.iter().map(|family| (*family, self.named(&stored, *family)));
-        let (mut fitting, misfits): (Vec<_>, Vec<_>) = pairs.partition(|(_, pairs)| pairs.is_ok());
-        if fitting.len() > 1 {
-            self.tell_apart(&mut fitting)?;
+        let (mut readings, mut misfit) = (Vec::new(), None);
+        for family in candidates {
+            match named(&stored, family) {
+                Ok(pairs) => readings.push((family, pairs)),
+                Err(what) => drop(misfit.get_or_insert(what)),
+            }
         }
-        let Some((family, Ok(mut pairs))) = fitting.pop() else {
-            let what = misfits.into_iter().find_map(|(_, pairs)| pairs.err()).unwrap_or_default();
-            return Err(self.file.refused(what));
-        };
+        if let (true, Some(what)) = (readings.is_empty(), misfit) {
+            return Err(refused(what));
+        }
+        let metadata = self.safetensors.metadata();
+        let (family, mut pairs) = identify::told_apart(readings, metadata).map_err(refused)?;
         self.check_ranks(&stored, &pairs)?;
         if let Some(config) = &self.config {
             self.take_config(config, &mut pairs, &stems)?;
@@ -124,8 +130,10 @@ impl Source<'_> {
         if let Some(config) = &self.config {
             let facts = &mut adapter.facts;
             facts.base_model = facts.base_model.take().or_else(|| config.base_model.clone());
-            if facts.targets.is_empty() {
+            // Some programs list every module there, which tells nothing new.
+            if facts.targets.is_empty() && config.targets.len() <= MAX_TARGETS {
                 facts.targets = config.targets.clone();
+                facts.targets.retain(|target| target.len() <= MAX_TARGET_BYTES);
             }
         }
         Ok(Found { adapter, dialect, family })
@@ -168,45 +176,19 @@ impl Source<'_> {
             return Err(self.file.refused("holds no adapter"));
         }
         let has = |prefix: Prefix| prefixes.contains(&(prefix as u8));
-        let has_alphas = stems.values().any(|tensors| tensors.alpha.is_some());
+        // Under diffusers' names, what diffusers does not write.
+        let is_for_comfyui = stems.values().any(|tensors| tensors.alpha.is_some())
+            || self.safetensors.metadata().keys().any(|key| key.starts_with("ss_"));
         let dialect = if has(Prefix::Kohya) {
             Dialect::Kohya
         } else if has(Prefix::Peft) {
             Dialect::Peft
-        } else if has(Prefix::Comfyui) || has_alphas {
+        } else if has(Prefix::Comfyui) || is_for_comfyui {
             Dialect::Comfyui
         } else {
             Dialect::Diffusers
         };
         Ok((stems, dialect))
-    }
-
-    /// Returns the families that have all names.
-    fn candidates(&self, modules: &[&str], family: Option<Family>) -> Result<Vec<Family>> {
-        let families: Vec<Family> = match family {
-            Some(family) => vec![family],
-            None => Family::ALL.iter().map(|(_, family)| *family).collect(),
-        };
-        let unknown = |family: &Family| {
-            modules.iter().filter(|module| family.matches(module).is_empty()).count()
-        };
-        let least = families.iter().map(unknown).min().unwrap_or_default();
-        if least == 0 {
-            return Ok(families.into_iter().filter(|family| unknown(family) == 0).collect());
-        }
-        if family.is_none() && least == modules.len() {
-            let titles: Vec<&str> = families.iter().map(|family| family.title).collect();
-            return Err(self.file.refused(format!(
-                "adapts `{}`, a name of no family that is known here: {}",
-                modules[0],
-                titles.join(", ")
-            )));
-        }
-        let nearest_family = families.iter().find(|family| unknown(family) == least);
-        let family = *nearest_family.expect("the least is one of them");
-        let strange = modules.iter().filter(|module| family.matches(module).is_empty());
-        let told: Vec<String> = strange.map(|module| unknown_module(module, family)).collect();
-        Err(self.file.refused(format!("is not of {}: {}", family.title, listed(&told))))
     }
 
     /// Reads one pair and checks its shapes and numbers.
@@ -284,58 +266,6 @@ impl Source<'_> {
         Ok(tensor)
     }
 
-    /// Returns the pairs under diffusers' names.
-    fn named(
-        &self,
-        stored: &[(&str, Pair)],
-        family: Family,
-    ) -> Result<BTreeMap<String, Pair>, String> {
-        let mut pairs = BTreeMap::new();
-        for (module, pair) in stored {
-            let matches = family.matches(module);
-            let about = |what: String| format!("`{module}` of {} {what}", family.title);
-            for (name, pair) in placed(&matches, pair).map_err(about)? {
-                if pairs.insert(name.clone(), pair).is_some() {
-                    return Err(format!("adapts `{name}` twice, once as `{module}`"));
-                }
-            }
-        }
-        Ok(pairs)
-    }
-
-    /// Keeps the one family that the metadata or the published sizes tell.
-    fn tell_apart(
-        &self,
-        fitting: &mut Vec<(Family, Result<BTreeMap<String, Pair>, String>)>,
-    ) -> Result<()> {
-        let named = facts::family(self.safetensors.metadata());
-        if named.is_some_and(|named| fitting.iter().any(|(family, _)| *family == named)) {
-            fitting.retain(|(family, _)| Some(*family) == named);
-            return Ok(());
-        }
-        for has_size in [within, exactly] {
-            let sized: Vec<Family> = fitting
-                .iter()
-                .filter(|(family, pairs)| {
-                    pairs.as_ref().is_ok_and(|pairs| has_size(*family, pairs))
-                })
-                .map(|(family, _)| *family)
-                .collect();
-            if !sized.is_empty() {
-                fitting.retain(|(family, _)| sized.contains(family));
-            }
-        }
-        if let [_] = fitting[..] {
-            return Ok(());
-        }
-        let title = |(family, _): &(Family, _)| format!("{} ({})", family.title, family.word());
-        let titles: Vec<String> = fitting.iter().map(title).collect();
-        Err(self.file.refused(format!(
-            "has names that {} have; say which it is by --family",
-            titles.join(" and ")
-        )))
-    }
-
     /// Refuses metadata with a rank that no matrix has.
     fn check_ranks(&self, stored: &[(&str, Pair)], pairs: &BTreeMap<String, Pair>) -> Result<()> {
         let Some(told) = facts::read(self.safetensors.metadata()).rank else { return Ok(()) };
@@ -386,6 +316,20 @@ impl Source<'_> {
     }
 }
 
+/// Returns the pairs under diffusers' names.
+fn named(stored: &[(&str, Pair)], family: Family) -> Result<BTreeMap<String, Pair>, String> {
+    let mut pairs = BTreeMap::new();
+    for (module, pair) in stored {
+        let about = |what: String| format!("`{module}` of {} {what}", family.title);
+        for (name, pair) in placed(&family.matches(module), pair).map_err(about)? {
+            if pairs.insert(name.clone(), pair).is_some() {
+                return Err(format!("adapts `{name}` twice, once as `{module}`"));
+            }
+        }
+    }
+    Ok(pairs)
+}
+
 /// The pair under diffusers' names of the maps that it is for.
 fn placed(matches: &[Match<'_>], pair: &Pair) -> Result<Vec<(String, Pair)>, String> {
     match matches {
@@ -406,49 +350,4 @@ fn placed(matches: &[Match<'_>], pair: &Pair) -> Result<Vec<(String, Pair)>, Str
             Ok(named.filter_map(|(found, part)| Some((found.name(), part?))).collect())
         }
     }
-}
-
-fn unknown_module(module: &str, family: Family) -> String {
-    let digits = |c: char| c.is_ascii_digit();
-    let number: String =
-        module.chars().skip_while(|c| !digits(*c)).take_while(|c| digits(*c)).collect();
-    let known = family.spelled(if number.is_empty() { "0" } else { &number });
-    let flat: Vec<String> = known.iter().map(|name| name.replace('.', "_")).collect();
-    let spelled = if module.contains('.') { &known } else { &flat };
-    match nearest(module, spelled.iter().map(String::as_str)) {
-        Some(near) => format!("unknown `{module}`, the nearest is `{near}`"),
-        None => format!("unknown `{module}`"),
-    }
-}
-
-/// Highest number of a block behind `prefix`, plus one.
-fn blocks(pairs: &BTreeMap<String, Pair>, prefix: &str) -> u32 {
-    let number = |name: &String| {
-        let rest = name.strip_prefix(prefix)?.strip_prefix('.')?;
-        rest.split('.').next()?.parse::<u32>().ok()
-    };
-    pairs.keys().filter_map(number).max().map_or(0, |number| number.saturating_add(1))
-}
-
-/// True if a published model of the family has these blocks, of that width.
-fn sized(family: Family, pairs: &BTreeMap<String, Pair>, compare: fn(u32, u32) -> bool) -> bool {
-    let is_query = |name: &str| name.ends_with(".attn.to_q") || name.ends_with(".attn.add_q_proj");
-    let mut widths = pairs.iter().filter(|(name, _)| is_query(name)).map(|(_, pair)| pair.inputs());
-    let width = widths.next();
-    let double = blocks(pairs, "transformer_blocks");
-    let single = blocks(pairs, "single_transformer_blocks");
-    family.published.iter().any(|model| {
-        width.is_none_or(|width| width == model.width)
-            && compare(double, model.double)
-            && compare(single, model.single)
-    })
-}
-
-fn within(family: Family, pairs: &BTreeMap<String, Pair>) -> bool {
-    sized(family, pairs, |found, published| found <= published)
-}
-
-/// As most adapters have it: in all blocks of a kind or in none.
-fn exactly(family: Family, pairs: &BTreeMap<String, Pair>) -> bool {
-    sized(family, pairs, |found, published| found == published || found == 0)
 }
