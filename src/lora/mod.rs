@@ -116,23 +116,25 @@ impl Adapter {
     /// # Errors
     /// A reason on one line: each misfit with the nearest name or the expected shape.
     pub fn fit(&self, model: &Linears) -> Result<(), String> {
-        let known = || model.keys().map(String::as_str);
-        let misfit = |(name, pair): (&String, &Pair)| match model.get(name) {
-            None => Some(match nearest(name, known()) {
+        let fits = |(name, pair): &(&String, &Pair)| {
+            model.get(name.as_str()) == Some(&[pair.outputs(), pair.inputs()])
+        };
+        let misfits: Vec<(&String, &Pair)> = self.pairs.iter().filter(|pair| !fits(pair)).collect();
+        if misfits.is_empty() {
+            return Ok(());
+        }
+        let told = misfits.iter().map(|(name, pair)| match model.get(*name) {
+            Some([outputs, inputs]) => format!(
+                "`{name}` of {inputs} inputs and {outputs} outputs, the adapter's has {} and {}",
+                pair.inputs(),
+                pair.outputs()
+            ),
+            None => match nearest(name, model.keys().map(String::as_str)) {
                 Some(near) => format!("no linear map `{name}`, the nearest is `{near}`"),
                 None => format!("no linear map `{name}`"),
-            }),
-            Some(&[outputs, inputs]) if [outputs, inputs] != [pair.outputs(), pair.inputs()] => {
-                Some(format!(
-                    "`{name}` of {inputs} inputs and {outputs} outputs, the adapter's has {} and {}",
-                    pair.inputs(),
-                    pair.outputs()
-                ))
-            }
-            Some(_) => None,
-        };
-        let misfits: Vec<String> = self.pairs.iter().filter_map(misfit).collect();
-        if misfits.is_empty() { Ok(()) } else { Err(format!("the model has {}", listed(&misfits))) }
+            },
+        });
+        Err(format!("the model has {}", listed(told)))
     }
 
     /// Returns the rank and the alpha of most pairs.
@@ -160,13 +162,11 @@ pub fn linears<'p>(parameters: impl Iterator<Item = (&'p str, &'p [i64])>) -> Li
     parameters.filter_map(linear).collect()
 }
 
-/// Joins the first few of many texts.
-pub(crate) fn listed(texts: &[String]) -> String {
-    let shown = texts.iter().take(LISTED).cloned().collect::<Vec<_>>().join("; ");
-    match texts.len().saturating_sub(LISTED) {
-        0 => shown,
-        more => format!("{shown}; and {more} more"),
-    }
+/// Joins the first few of many texts; only they are made.
+pub(crate) fn listed(texts: impl ExactSizeIterator<Item = String>) -> String {
+    let more = texts.len().saturating_sub(LISTED);
+    let shown = texts.take(LISTED).collect::<Vec<_>>().join("; ");
+    if more == 0 { shown } else { format!("{shown}; and {more} more") }
 }
 
 #[cfg(test)]

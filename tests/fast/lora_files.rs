@@ -191,7 +191,11 @@ fn an_adapter_goes_through_all_dialects_and_comes_back() {
         "wan2.1-t2v-1.3b",
         "hunyuanvideo1.5-i2v-720p",
     ] {
-        let (family, linears) = (family_of(model), beginning(diffusers_list(model)));
+        let family = family_of(model);
+        // Small matrices; the multiples of a width stay.
+        let small =
+            |(name, shape): (String, [i64; 2])| (name, shape.map(|size| (size / 64).max(1)));
+        let linears: Linears = beginning(diffusers_list(model)).into_iter().map(small).collect();
         let mut adapter = random_adapter(&linears, 2, 1.0);
         // Some modules have ranks and alphas of their own.
         let odd = adapter.pairs.keys().nth(5).unwrap().clone();

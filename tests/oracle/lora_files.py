@@ -136,7 +136,7 @@ def loaded(case: Case, file: Path) -> torch.nn.Module:
 class Loader:
     """A pipeline of a transformer alone."""
 
-    hf_device_map = None
+    hf_device_map = text_encoder = None
 
     def __init__(self, pipeline: type, transformer: torch.nn.Module):
         self.pipeline, self.transformer, self.components = pipeline, transformer, {"transformer": transformer}
@@ -193,13 +193,14 @@ def probed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 class Checkpoint(dict):
-    """A single file of weights, of which some are zero because no adapter changes them."""
+    """A single file of weights; what no adapter changes is zero."""
 
-    def pop(self, key, *default):
-        if key in self:
-            return super().pop(key)
-        weight = self.get(re.sub(r"\.bias$", ".weight", key))
-        return torch.zeros(2) if weight is None else torch.zeros(weight.shape[0])
+    def __init__(self, weights: dict[str, torch.Tensor]):
+        super().__init__(weights)
+        self.biases = {re.sub(r"weight$", "bias", name): torch.zeros(weight.shape[0]) for name, weight in weights.items()}
+
+    def pop(self, key, *_default):
+        return super().pop(key) if key in self else self.biases.get(key, torch.zeros(2))
 
 
 def judge_native(native: dict[str, torch.Tensor], convert, expected: dict[str, torch.Tensor], what: str) -> None:
@@ -232,9 +233,14 @@ def judge(folder: Path, seed: int) -> None:
     wide = probed(load_file(folder / "wide/diffusers.safetensors"))
     kohya = load_file(folder / "wide/kohya.safetensors")
     judge_native(dotted(probed(kohya), "flux1-dev"), convert_flux_transformer_checkpoint_to_diffusers, wide, "FLUX.1's own names")
-    found = probed(FluxPipeline.lora_state_dict(kohya))
+    converted = FluxPipeline.lora_state_dict(kohya)
+    found = probed(converted)
     for name, update in wide.items():
         assert_close(found[name], update, 1e-5, f"kohya's file by diffusers: {name}")
+    # Where alpha is the rank, the converter gives back diffusers' file.
+    for key, matrix in load_file(folder / "wide/diffusers.safetensors").items():
+        if key.startswith("transformer.transformer_blocks."):
+            assert torch.equal(converted[key], matrix), f"kohya's file by diffusers: {key}"
 
 
 def main() -> None:
@@ -256,7 +262,9 @@ def main() -> None:
 
 
 def refuse(text: str, *_arguments) -> None:
-    raise AssertionError(f"diffusers warns: {text}")
+    # FLUX.1's loader also looks for an adapter of the text encoder, which the pipeline here lacks.
+    if "No LoRA keys associated to NoneType" not in text:
+        raise AssertionError(f"diffusers warns: {text}")
 
 
 if __name__ == "__main__":

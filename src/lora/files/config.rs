@@ -10,6 +10,9 @@ use super::Alpha;
 use crate::lora::family::Family;
 use crate::lora::{Adapter, Pair};
 
+/// Most entries of a pattern: each is compared with each module.
+const MAX_PATTERNS: usize = 4096;
+
 /// What such a configuration says of the scales.
 #[derive(Debug)]
 pub struct LoraConfig {
@@ -89,6 +92,9 @@ fn found(pattern: &[(String, f64)], module: &str) -> Option<f64> {
 fn pattern(field: Option<&Value>, name: &str) -> Result<Vec<(String, f64)>, String> {
     let Some(field) = field else { return Ok(Vec::new()) };
     let entries = field.as_object().ok_or_else(|| format!("`{name}` is no object"))?;
+    if entries.len() > MAX_PATTERNS {
+        return Err(format!("`{name}` has more than {MAX_PATTERNS} entries"));
+    }
     let entry = |(key, value): (&String, &Value)| {
         let literal = key.strip_prefix('^').unwrap_or(key);
         let is_name = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
@@ -107,12 +113,10 @@ fn pattern(field: Option<&Value>, name: &str) -> Result<Vec<(String, f64)>, Stri
 
 /// Returns the fields that describe the adapter as it is written.
 pub fn describe(adapter: &Adapter, family: Family, alpha: Alpha) -> BTreeMap<&'static str, Value> {
-    let alpha_of = |pair: &Pair| match alpha {
-        Alpha::Folded => pair.rank() as f64,
-        Alpha::Tensor | Alpha::Config => pair.alpha,
-    };
+    let is_folded = alpha.is_folded();
+    let alpha_of = |pair: &Pair| if is_folded { pair.rank() as f64 } else { pair.alpha };
     let (rank, usual) = adapter.usual();
-    let usual = if alpha == Alpha::Folded { rank as f64 } else { usual };
+    let usual = if is_folded { rank as f64 } else { usual };
     let pattern = |number: &dyn Fn(&Pair) -> f64, usual: f64| {
         let others = adapter.pairs.iter().filter(|(_, pair)| number(pair) != usual);
         let entries = others.map(|(name, pair)| (format!("^{name}"), written(number(pair))));

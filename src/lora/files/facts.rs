@@ -48,7 +48,7 @@ pub fn common(adapter: &Adapter, family: Family) -> Metadata {
 /// Returns the entries of kohya's trainers, which other programs show their users.
 pub fn kohya(adapter: &Adapter, family: Family, alpha: Alpha) -> Metadata {
     let (facts, (rank, usual)) = (&adapter.facts, adapter.usual());
-    let usual = if alpha == Alpha::Folded { rank as f64 } else { usual };
+    let usual = if alpha.is_folded() { rank as f64 } else { usual };
     let dataset = |name: &String| json!({ name.as_str(): { "n_repeats": 1 } }).to_string();
     let entries = [
         ("ss_network_module", Some(family.network.to_string())),

@@ -37,9 +37,8 @@ pub fn candidates(modules: &[&str], family: Option<Family>) -> Result<Vec<Family
             titles.join(", ")
         ));
     }
-    let told: Vec<String> =
-        strange(nearest).into_iter().map(|module| unknown(module, *nearest)).collect();
-    Err(format!("is not of {}: {}", nearest.title, listed(&told)))
+    let told = strange(nearest).into_iter().map(|module| unknown(module, *nearest));
+    Err(format!("is not of {}: {}", nearest.title, listed(told)))
 }
 
 fn unknown(module: &str, family: Family) -> String {

@@ -2,7 +2,7 @@
 //! musubi-tuner, `networks/lora.py`.
 
 use super::{Alpha, Form, Suffixes};
-use crate::lora::family::Linear;
+use crate::lora::family::{Family, Linear};
 
 pub const PREFIX: &str = "lora_unet_";
 
@@ -13,12 +13,14 @@ pub const SUFFIXES: Suffixes = Suffixes {
     has_column: true,
 };
 
-pub fn form(linear: &Linear) -> Form {
+pub fn form(family: Family, linear: &Linear) -> Form {
+    // diffusers drops the alpha of FLUX.1's last layer, and sd-scripts needs one.
+    let is_dropped = family == Family::Flux && linear.kohya.name.starts_with("final_layer.");
     Form {
         prefix: PREFIX,
         place: linear.kohya,
         is_flat: true,
-        alpha: Alpha::Tensor,
+        alpha: if is_dropped { Alpha::FoldedWithTensor } else { Alpha::Tensor },
         suffixes: SUFFIXES,
     }
 }

@@ -3,9 +3,9 @@
 //! | dialect | keys | alpha | loaded by |
 //! |---|---|---|---|
 //! | `diffusers` | `transformer.<diffusers' name>.lora_A.weight` | folded into B | `load_lora_weights`, `load_lora_adapter` |
-//! | `comfyui` | those that ComfyUI knows, and diffusers too where there are such | as a tensor where both read it, otherwise folded | ComfyUI; diffusers but for HunyuanVideo 1.5 |
+//! | `comfyui` | those that ComfyUI knows, and diffusers too where there are such | as a tensor where both read it right, otherwise folded | ComfyUI; diffusers but for HunyuanVideo 1.5 |
 //! | `kohya` | `lora_unet_<name>.lora_down.weight` | as a tensor | sd-scripts, musubi-tuner, ComfyUI, diffusers |
-//! | `peft` | `base_model.model.<diffusers' name>.lora_A.weight` | in `adapter_config.json` | PEFT, NeMo AutoModel |
+//! | `peft` | `base_model.model.<diffusers' name>.lora_A.weight` | in `adapter_config.json`; FLUX.2's folded, because diffusers loads it without that | PEFT, NeMo AutoModel |
 //!
 //! Reading sees the dialect and the family by the names. A file that is written is read back and
 //! compared before it gets its name.
@@ -68,6 +68,8 @@ struct Form {
 enum Alpha {
     /// In B, which is scaled; alpha is the rank.
     Folded,
+    /// In B, and the rank in a tensor.
+    FoldedWithTensor,
     /// In a tensor of its own.
     Tensor,
     /// In peft's configuration.
@@ -93,12 +95,18 @@ const PEFT_SUFFIXES: Suffixes = Suffixes {
     has_column: false,
 };
 
+impl Alpha {
+    fn is_folded(self) -> bool {
+        matches!(self, Alpha::Folded | Alpha::FoldedWithTensor)
+    }
+}
+
 impl Dialect {
     fn form(self, family: Family, linear: &Linear) -> Form {
         match self {
             Dialect::Diffusers => diffusers::form(linear),
             Dialect::Comfyui => comfyui::form(family, linear),
-            Dialect::Kohya => kohya::form(linear),
+            Dialect::Kohya => kohya::form(family, linear),
             Dialect::Peft => peft::form(family, linear),
         }
     }

@@ -17,8 +17,10 @@ use crate::files::safetensors::SafeTensors;
 use crate::lora::family::{Family, Match, Part};
 use crate::lora::{Adapter, Pair, listed};
 
-/// Longest `adapter_config.json` that is read.
-const MAX_CONFIG_BYTES: u64 = 4 << 20;
+/// Longest configuration of peft's that is read; one that names a thousand modules has 100 KB.
+const MAX_CONFIG_BYTES: u64 = 1 << 20;
+/// Most tensors; four of each linear map of the largest model are 4000.
+const MAX_TENSORS: usize = 16_384;
 /// Most targets that are taken over from peft's configuration, and the longest.
 const MAX_TARGETS: usize = 32;
 const MAX_TARGET_BYTES: usize = 100;
@@ -60,6 +62,9 @@ fn located(file: Named<'_>) -> Result<PathBuf> {
 fn config(file: Named<'_>, path: &Path, safetensors: &SafeTensors) -> Result<Option<LoraConfig>> {
     let refused = |place: &str, what: &str| file.refused(format!("{place}: {what}"));
     let parse = |place: &str, text: &[u8]| {
+        if text.len() as u64 > MAX_CONFIG_BYTES {
+            return Err(refused(place, "is longer than any real one"));
+        }
         let fields: Map<String, Value> = serde_json::from_slice(text)
             .map_err(|error| refused(place, &format!("is no JSON object: {error}")))?;
         LoraConfig::parse(&fields, diffusers::PREFIX).map_err(|what| refused(place, &what))
@@ -141,6 +146,11 @@ impl Source<'_> {
 
     /// Sorts the file's tensors by the module that they belong to.
     fn stems(&self) -> Result<(BTreeMap<&str, Tensors<'_>>, Dialect)> {
+        let count = self.safetensors.tensors().len();
+        if count > MAX_TENSORS {
+            let what = format!("holds {count} tensors, more than the {MAX_TENSORS} of any adapter");
+            return Err(self.file.refused(what));
+        }
         let mut stems: BTreeMap<&str, Tensors<'_>> = BTreeMap::new();
         let (mut prefixes, mut others) = (BTreeSet::new(), BTreeMap::new());
         for name in self.safetensors.tensors().iter().map(|info| info.name.as_str()) {
@@ -274,10 +284,9 @@ impl Source<'_> {
         if ranks.contains(&told) {
             return Ok(());
         }
-        let ranks: Vec<String> = ranks.iter().map(ToString::to_string).collect();
         Err(self.file.refused(format!(
             "its metadata tell of rank {told}, its matrices have {}",
-            listed(&ranks)
+            listed(ranks.iter().map(ToString::to_string))
         )))
     }
 

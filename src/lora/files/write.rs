@@ -144,7 +144,7 @@ fn pretty(fields: Map<String, Value>) -> String {
 fn alpha(adapter: &Adapter, family: Family, dialect: Dialect) -> Alpha {
     let forms = adapter.pairs.keys().filter_map(|name| family.linear(name));
     let places: Vec<Alpha> = forms.map(|found| dialect.form(family, found.linear).alpha).collect();
-    let is_other = places.iter().find(|place| **place != Alpha::Folded);
+    let is_other = places.iter().find(|place| !place.is_folded());
     is_other.copied().unwrap_or(Alpha::Folded)
 }
 
@@ -176,13 +176,15 @@ fn matrices<'a>(
 
 /// Returns the tensors of one matrix.
 fn stored(stem: &str, form: &Form, pair: &Pair) -> Vec<(String, Tensor)> {
-    let b = if form.alpha == Alpha::Folded { pair.scaled_b() } else { pair.b.shallow_clone() };
+    let is_folded = form.alpha.is_folded();
+    let b = if is_folded { pair.scaled_b() } else { pair.b.shallow_clone() };
     let mut tensors = vec![
         (format!("{stem}{}", form.suffixes.a), pair.a.contiguous()),
         (format!("{stem}{}", form.suffixes.b), b.contiguous()),
     ];
-    if form.alpha == Alpha::Tensor {
-        let alpha = Tensor::from_slice(&[pair.alpha as f32]).squeeze();
+    if matches!(form.alpha, Alpha::Tensor | Alpha::FoldedWithTensor) {
+        let alpha = if is_folded { pair.rank() as f64 } else { pair.alpha };
+        let alpha = Tensor::from_slice(&[alpha as f32]).squeeze();
         tensors.push((format!("{stem}{ALPHA}"), alpha));
     }
     if let Some(magnitude) = &pair.magnitude {
