@@ -1,6 +1,6 @@
 //! `fm-dist convert`: writes a LoRA in another dialect.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::files::outputs::Named;
@@ -30,7 +30,7 @@ pub struct ConvertRequest {
 pub fn convert(request: &ConvertRequest) -> Result<String> {
     let input = Named { argument: "--lora", path: &request.lora };
     let out = Named { argument: "--out", path: &request.out };
-    let base = request.base.as_ref().map(base).transpose()?;
+    let base = request.base.as_deref().map(base).transpose()?;
     let of_base = base.as_ref().map(|(family, _)| *family);
     if let (Some(named), Some(family)) = (request.family, of_base)
         && named != family
@@ -53,7 +53,7 @@ pub fn convert(request: &ConvertRequest) -> Result<String> {
 }
 
 /// Returns family and linear maps of a transformer folder.
-fn base(folder: &PathBuf) -> Result<(Family, lora::Linears)> {
+fn base(folder: &Path) -> Result<(Family, lora::Linears)> {
     let model = model::read_folder(folder).map_err(about_base)?;
     let family = Family::parse(model.name()).map_err(|_| {
         Error::config("--base", format!("is a `{}`, without LoRA files", model.name()))

@@ -396,6 +396,9 @@ fn families_with_equal_names_are_told_apart() {
     assert_eq!(read(&path, Some(Family::QwenImage)).unwrap().family, Family::QwenImage);
 }
 
+/// Tensors and metadata of a file, and what is said of it.
+type Case = (Vec<(String, Tensor)>, Vec<(&'static str, Value)>, &'static str);
+
 #[test]
 fn what_is_no_adapter_of_a_known_model_is_refused_in_one_line() {
     let root = TempDir::new().unwrap();
@@ -418,7 +421,7 @@ fn what_is_no_adapter_of_a_known_model_is_refused_in_one_line() {
     };
     let nan = Tensor::from_slice(&[f32::NAN; 24]).view([4, 6]);
     let config = |fields: Value| vec![("lora_adapter_metadata", fields)];
-    let cases: Vec<(Vec<(String, Tensor)>, Vec<(&str, Value)>, &str)> = vec![
+    let cases: Vec<Case> = vec![
         (
             vec![(key(Q, "lora_A.weight"), ones(&[4, 6]))],
             vec![],

@@ -66,9 +66,11 @@ fn shared(name: &str) -> bool {
     !name.contains("embed.") && !name.contains("modulation")
 }
 
-/// The files that diffusers or PEFT load, and the modules that their loaders know in each.
-fn loaded(family: Family) -> Vec<(Dialect, fn(&str) -> bool)> {
-    let further: [(Dialect, fn(&str) -> bool); 2] = match family {
+/// A file that diffusers or PEFT load, and the modules that their loader knows in it.
+type Loaded = (Dialect, fn(&str) -> bool);
+
+fn loaded(family: Family) -> Vec<Loaded> {
+    let further: [Loaded; 2] = match family {
         // diffusers takes kohya's single blocks for those of the real model, see `wide`.
         Family::Flux => [(Dialect::Comfyui, all), (Dialect::Kohya, in_double_blocks)],
         Family::Flux2 => [(Dialect::Comfyui, shared), (Dialect::Kohya, in_blocks)],
@@ -76,10 +78,8 @@ fn loaded(family: Family) -> Vec<(Dialect, fn(&str) -> bool)> {
         Family::Wan => [(Dialect::Comfyui, all), (Dialect::Kohya, in_blocks)],
         Family::HunyuanVideo15 => return vec![(Dialect::Diffusers, all), (Dialect::Peft, all)],
     };
-    [(Dialect::Diffusers, all as fn(&str) -> bool), (Dialect::Peft, all)]
-        .into_iter()
-        .chain(further)
-        .collect()
+    let always: [Loaded; 2] = [(Dialect::Diffusers, all), (Dialect::Peft, all)];
+    always.into_iter().chain(further).collect()
 }
 
 fn convert(folder: &Path, family: Family) {

@@ -63,15 +63,10 @@ pub fn told_apart(
     metadata: &BTreeMap<String, String>,
 ) -> Result<(Family, BTreeMap<String, Pair>), String> {
     let named = facts::family(metadata);
-    let is_named = |family: Family, _: &BTreeMap<String, Pair>| Some(family) == named;
-    let tests: [&dyn Fn(Family, &BTreeMap<String, Pair>) -> bool; 3] =
-        [&is_named, &has_size(|found, published| found <= published), &has_size(is_usual)];
     let mut left = readings;
-    for test in tests {
-        if left.iter().any(|(family, pairs)| test(*family, pairs)) {
-            left.retain(|(family, pairs)| test(*family, pairs));
-        }
-    }
+    keep_if_any(&mut left, |family, _| Some(family) == named);
+    keep_if_any(&mut left, has_size(|found, published| found <= published));
+    keep_if_any(&mut left, has_size(is_usual));
     if left.len() == 1
         && let Some(reading) = left.pop()
     {
@@ -81,6 +76,13 @@ pub fn told_apart(
     let titles: Vec<String> = left.iter().map(title).collect();
     let titles = titles.join(" and ");
     Err(format!("has names that {titles} have; say which it is by --family"))
+}
+
+/// Drops the readings that the test refuses, unless it refuses all.
+fn keep_if_any(readings: &mut Readings, test: impl Fn(Family, &BTreeMap<String, Pair>) -> bool) {
+    if readings.iter().any(|(family, pairs)| test(*family, pairs)) {
+        readings.retain(|(family, pairs)| test(*family, pairs));
+    }
 }
 
 /// Most adapters are in all blocks of a kind or in none.
