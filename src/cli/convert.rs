@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::files::say;
-use super::values::parse_choice;
+use super::values::parse_word;
 use crate::commands::{self, ConvertRequest};
 use crate::error::Result;
 use crate::lora::{Dialect, Family};
@@ -16,13 +16,13 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "FILE")]
     lora: PathBuf,
     /// Format to write: diffusers, comfyui, kohya or peft
-    #[arg(long, value_name = "FORMAT", value_parser = parse_choice::<Dialect>)]
+    #[arg(long, value_name = "FORMAT", value_parser = parse_word::<Dialect>)]
     format: Dialect,
     /// File to create; for peft a folder
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
     /// Model family, where the names leave it open: flux, flux2, qwen_image, wan or hunyuan_video15
-    #[arg(long, value_name = "FAMILY", value_parser = parse_choice::<Family>)]
+    #[arg(long, value_name = "FAMILY", value_parser = parse_word::<Family>)]
     family: Option<Family>,
     /// Diffusers transformer folder with whose modules the LoRA is compared; its config.json suffices
     #[arg(long, value_name = "DIR")]

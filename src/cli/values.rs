@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use crate::datasets::caches::{CacheFormat, CachedFamily};
 use crate::model::Dtype;
 use crate::settings::Choice;
 
@@ -56,8 +57,17 @@ pub fn parse_dtype(text: &str) -> Result<Dtype, String> {
     known.map(|(_, dtype)| *dtype).ok_or_else(|| "expected float32 or bfloat16".into())
 }
 
-pub fn parse_choice<T: Choice>(text: &str) -> Result<T, String> {
+pub fn parse_cache(text: &str) -> Result<CacheFormat, String> {
+    parse_word(text)
+}
+
+pub fn parse_family(text: &str) -> Result<CachedFamily, String> {
+    parse_word(text)
+}
+
+/// Returns the value of a word.
+pub fn parse_word<T: Choice>(text: &str) -> Result<T, String> {
     let known = T::ALL.iter().find(|(word, _)| *word == text);
     let words: Vec<&str> = T::ALL.iter().map(|(word, _)| *word).collect();
-    known.map(|(_, choice)| *choice).ok_or_else(|| format!("expected one of {}", words.join(", ")))
+    known.map(|(_, value)| *value).ok_or_else(|| format!("expected one of {}", words.join(", ")))
 }
