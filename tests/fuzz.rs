@@ -27,8 +27,10 @@ use fm_dist::commands::{StepRequest, dump_step};
 use fm_dist::config::{DEFAULT, RunConfig};
 use fm_dist::data::{Dataset, Order};
 use fm_dist::error::Error;
+use fm_dist::files::outputs::Named;
 use fm_dist::files::pickle::{self, PickledFile};
 use fm_dist::files::safetensors::{SafeTensors, write};
+use fm_dist::lora;
 use fm_dist::sample::{SampleRequest, sample};
 use fm_dist::train::{TrainOptions, train};
 use serde_json::{Value, json};
@@ -41,7 +43,7 @@ use hunt::{Prey, hunt, turn};
 
 /// Seconds that all readers together are tried for.
 const SECONDS: u64 = 20;
-const READERS: u64 = 9;
+const READERS: u64 = 10;
 
 /// Words of every format that is built on JSON and safetensors.
 const WORDS: &[&[u8]] = &[
@@ -197,6 +199,67 @@ fn safetensors_are_read_or_refused() {
         told(read_safetensors(&path))
     };
     hunted(&Prey { name: "safetensors", sound, words: WORDS, dress: &fitted, read: &read });
+}
+
+// Adapters.
+
+/// Parts of names in adapters, and of their metadata.
+const ADAPTER_WORDS: &[&[u8]] = &[
+    b"__metadata__",
+    b"lora_adapter_metadata",
+    b"ss_network_dim",
+    b"transformer.",
+    b"diffusion_model.",
+    b"lora_unet_",
+    b"base_model.model.",
+    b".lora_A.weight",
+    b".lora_down.weight",
+    b".lora_magnitude_vector",
+    b".dora_scale",
+    b".alpha",
+    b"blocks.0.attn1.to_q",
+    b"double_blocks_0_img_attn_qkv",
+    b"final_layer_adaLN_modulation_1",
+    b"\\\"rank_pattern\\\":{",
+    b"[6,2]",
+    b"F32",
+];
+
+#[test]
+fn an_adapter_is_read_or_refused() {
+    let _turn = turn();
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("lora.safetensors");
+    let pair = |stem: &str, halves: [&str; 2], outputs: i64| {
+        halves
+            .map(|half| format!("{stem}{half}"))
+            .into_iter()
+            .zip([ones(&[3, 2]), ones(&[outputs, 3])])
+    };
+    let sound = |tensors: Vec<(String, Tensor)>, metadata: &[(&str, &str)]| {
+        let borrowed: Vec<(&str, Tensor)> =
+            tensors.iter().map(|(name, tensor)| (name.as_str(), tensor.shallow_clone())).collect();
+        file(&borrowed, metadata)
+    };
+    let kohya = [".lora_down.weight", ".lora_up.weight"];
+    let config =
+        r#"{"r":3,"lora_alpha":6,"rank_pattern":{"^blocks.1":4},"target_modules":["to_q"]}"#;
+    let mut flux: Vec<(String, Tensor)> = pair("lora_unet_double_blocks_0_img_attn_qkv", kohya, 6)
+        .chain(pair("lora_unet_single_blocks_0_linear1", kohya, 14))
+        .chain(pair("lora_unet_final_layer_adaLN_modulation_1", kohya, 4))
+        .collect();
+    flux.push(("lora_unet_single_blocks_0_linear1.alpha".into(), Tensor::from(2.0f32)));
+    flux.push(("lora_unet_single_blocks_0_linear1.dora_scale".into(), ones(&[14, 1])));
+    let wan = pair("transformer.blocks.0.attn1.to_q", [".lora_A.weight", ".lora_B.weight"], 2);
+    let sound = vec![
+        sound(flux, &[("ss_network_dim", "3"), ("ss_base_model_version", "flux1")]),
+        sound(wan.collect(), &[("lora_adapter_metadata", config)]),
+    ];
+    let read = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        told(lora::read(Named { argument: "--lora", path: &path }, None))
+    };
+    hunted(&Prey { name: "adapter", sound, words: ADAPTER_WORDS, dress: &fitted, read: &read });
 }
 
 // What torch.save writes.

@@ -40,6 +40,9 @@ mod fast {
     mod hostile_data;
     /// What `torch.save` wrote is parsed and never run.
     mod hostile_pickles;
+    /// Files of adapters have the names of the programs that load them; what is no adapter of a known
+    /// model is refused.
+    mod lora_files;
     /// Pages say what is: their links lead somewhere, and what they list is what the code has.
     mod pages;
     /// Every model with every adapter trains or is refused with a hint that works, and so do the
@@ -96,6 +99,8 @@ mod program {
     mod early;
     /// What the program prints is the documented listing of all settings.
     mod listing;
+    /// A LoRA is converted between the formats that people load.
+    mod lora;
     /// Single passes and libtorch's operators train alike, and a run's log tells which it took.
     mod operations;
     /// Runs are planned without being started, and steps predicted on clusters.
@@ -144,6 +149,8 @@ mod oracle {
     pub mod families;
     /// A LoRA computes, and has the gradients, that PEFT's on diffusers' models has.
     mod lora;
+    /// Adapters are read as PEFT and diffusers write them, and written as they load them.
+    mod lora_files;
     /// AdamW and the clipping of gradients are PyTorch's.
     mod optimizer;
     /// The oracle's Python, and how close is close. Nothing is promised there.

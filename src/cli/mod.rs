@@ -6,6 +6,7 @@
 mod attention_trial;
 mod check;
 mod config;
+mod convert;
 mod data;
 mod doctor;
 mod export;
@@ -55,6 +56,8 @@ commands! {
     Sample(sample::SampleArgs),
     /// Write a run's parameters as a diffusers transformer folder
     Export(export::ExportArgs),
+    /// Write a LoRA in another format: diffusers, comfyui, kohya or peft
+    Convert(convert::ConvertArgs),
     /// Run one flow-matching step and write every number of it
     Step(step::StepArgs),
     /// Show the plan of a configuration without running it

@@ -66,7 +66,7 @@ pub fn parse_family(text: &str) -> Result<CachedFamily, String> {
 }
 
 /// Returns the value of a word.
-fn parse_word<T: Choice>(text: &str) -> Result<T, String> {
+pub fn parse_word<T: Choice>(text: &str) -> Result<T, String> {
     let known = T::ALL.iter().find(|(word, _)| *word == text);
     let words: Vec<&str> = T::ALL.iter().map(|(word, _)| *word).collect();
     known.map(|(_, value)| *value).ok_or_else(|| format!("expected one of {}", words.join(", ")))

@@ -84,7 +84,8 @@ impl Named<'_> {
         })
     }
 
-    fn refused(&self, what: impl AsRef<str>) -> Error {
+    /// Returns the error that names argument and path.
+    pub fn refused(&self, what: impl AsRef<str>) -> Error {
         Error::config(self.argument, format!("{}: {}", self.path.display(), what.as_ref()))
     }
 }

@@ -33,6 +33,7 @@ pub(crate) use choice::choice;
 pub(crate) use keys::{unlimited, within};
 pub(crate) use table::{first_paragraph, settings};
 pub(crate) use value::parsed;
+pub(crate) use words::nearest;
 
 pub use choice::Choice;
 pub use hints::Habit;

@@ -16,7 +16,7 @@ pub(super) fn not_among(what: &str, found: &str, valid: &[&str]) -> String {
 }
 
 /// The valid name most like `found`: a few letters differ, or one of the two begins with the other.
-pub(super) fn nearest<'n>(found: &str, valid: impl Iterator<Item = &'n str>) -> Option<&'n str> {
+pub fn nearest<'n>(found: &str, valid: impl Iterator<Item = &'n str>) -> Option<&'n str> {
     let scored = valid
         .filter(|name| is_near(found, name))
         .map(|name| (strsim::jaro_winkler(found, name), name));

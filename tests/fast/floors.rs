@@ -13,7 +13,7 @@ const FLOORS: &[&[&str]] = &[
     &["failure"],
     &["files"],
     &["ops"],
-    &["collective", "data", "nn", "telemetry"],
+    &["collective", "data", "lora", "nn", "telemetry"],
     &["attention", "report"],
     &["flow", "model", "optim", "parallel", "watchdog"],
     &["adapter", "tuning"],
