@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use bytesize::ByteSize;
 use clap::Args;
 
-use super::values::parse_dtype;
+use super::values::{parse_dtype, parse_word};
 use crate::commands::{self, ExportRequest};
 use crate::error::Result;
+use crate::lora::Dialect;
 use crate::model::Dtype;
 
 #[derive(Args, Debug)]
@@ -15,7 +16,7 @@ pub struct ExportArgs {
     /// Run folder, or one of its checkpoints
     #[arg(long, value_name = "DIR")]
     run: PathBuf,
-    /// Folder to create, in the format of `from_pretrained`
+    /// Folder to create, in the format of `from_pretrained`; with --format the file of a LoRA
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// Maximum size of a file of tensors
@@ -25,8 +26,11 @@ pub struct ExportArgs {
     #[arg(long, value_name = "KIND", value_parser = parse_dtype)]
     dtype: Option<Dtype>,
     /// Merge a LoRA into the model that it was trained on
-    #[arg(long)]
+    #[arg(long, conflicts_with = "format")]
     merge: bool,
+    /// Write the run's LoRA instead: diffusers, comfyui, kohya or, as a folder, peft
+    #[arg(long, value_name = "FORMAT", value_parser = parse_word::<Dialect>)]
+    format: Option<Dialect>,
 }
 
 impl ExportArgs {
@@ -38,6 +42,7 @@ impl ExportArgs {
             max_shard_bytes: self.max_shard_size.as_u64(),
             dtype: self.dtype,
             merge: self.merge,
+            format: self.format,
         };
         commands::export(&request).map(|()| 0)
     }

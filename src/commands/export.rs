@@ -1,4 +1,5 @@
-//! `fm-dist export`: writes a checkpoint's parameters as a diffusers transformer folder.
+//! `fm-dist export`: writes a checkpoint's parameters as a diffusers transformer folder, or its LoRA
+//! as a file of another program.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,10 +13,12 @@ use crate::error::{Error, Result};
 use crate::files::disk::{Disk, Output};
 use crate::files::outputs::{Named, check_new_folder};
 use crate::files::safetensors;
+use crate::lora::Dialect;
 use crate::model::{self, Dtype};
 use crate::nn::ParamInfo;
 use crate::run::folder;
 use crate::run::locate::locate;
+use crate::run::lora_files;
 use crate::run::pretrained::STEM;
 use crate::run::whole::WholeModel;
 use crate::settings::Family;
@@ -34,6 +37,8 @@ pub struct ExportRequest {
     pub dtype: Option<Dtype>,
     /// True if a LoRA is merged into the model that it was trained on.
     pub merge: bool,
+    /// The format in which a LoRA is written, instead of a model.
+    pub format: Option<Dialect>,
 }
 
 /// Writes `config.json` and the parameters of the whole model under diffusers' names; the folder
@@ -43,6 +48,11 @@ pub struct ExportRequest {
 /// [`Error::Config`] if diffusers has no class for the model; [`Error::NoCheckpoint`],
 /// [`Error::CheckpointMismatch`]; [`Error::Storage`], also if `out` exists already.
 pub fn export(request: &ExportRequest) -> Result<()> {
+    if let Some(dialect) = request.format {
+        let (run, folder) = locate(&request.run)?;
+        let out = Named { argument: "--out", path: &request.out };
+        return lora_files::export(&folder, &folder::config_of(&run)?, dialect, out);
+    }
     refuse_existing(&request.out)?;
     check_new_folder(Named { argument: "--out", path: &request.out })?;
     let (run, folder) = locate(&request.run)?;
@@ -56,7 +66,7 @@ pub fn export(request: &ExportRequest) -> Result<()> {
     };
     let description = model::write_config(family).ok_or_else(no_class)?;
     if config.lora.rank.is_some() && !request.merge {
-        let what = "trained a LoRA; --merge writes the whole model with it";
+        let what = "trained a LoRA; --format writes it, --merge the whole model with it";
         return Err(Error::config("--run", what));
     }
     let stages = config.stages()?;

@@ -68,6 +68,12 @@ impl LowRank {
         &set.info(self.weight).name
     }
 
+    /// The name of the changed linear map in its set.
+    pub fn module<'s>(&self, set: &'s ParamSet) -> &'s str {
+        let weight = self.weight_name(set);
+        weight.strip_suffix(".weight").unwrap_or(weight)
+    }
+
     /// The names of `A`, of `B` and of the magnitude, if it has one, in its set.
     pub fn names<'s>(&self, set: &'s ParamSet) -> (&'s str, &'s str, Option<&'s str>) {
         let name = |param: Param| set.info(param).name.as_str();

@@ -71,11 +71,11 @@ pub fn footprint(
 ) -> Footprint {
     // Nothing is kept before the first stage with a gradient.
     let first = stages.iter().position(|stage| stage.params().num_trained() > 0);
-    let kept = |(index, stage): (usize, &Box<dyn Stage>)| match first {
-        Some(first) if index >= first => kept_bytes(stage.params(), tokens, samples, kind),
+    let kept = |index: usize| match first {
+        Some(first) if index >= first => kept_bytes(stages[index].params(), tokens, samples, kind),
         _ => 0.0,
     };
-    let graphs = stages.iter().enumerate().map(kept).collect::<Vec<_>>();
+    let graphs = (0..stages.len()).map(kept).collect::<Vec<_>>();
     let elements = samples * (tokens.image + tokens.text) * width;
     let boundary = elements as u64 * kind.elt_size_in_bytes() as u64;
     Footprint {

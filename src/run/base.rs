@@ -46,7 +46,7 @@ impl Fingerprint {
         let flat = values.to_kind(Kind::Float).flatten(0, -1).contiguous();
         let words = match flat.numel() % 2 {
             // libtorch copies before it sums narrower types.
-            0 if flat.data_ptr() as usize % 8 == 0 => flat.view_dtype(Kind::Int64),
+            0 if (flat.data_ptr() as usize).is_multiple_of(8) => flat.view_dtype(Kind::Int64),
             0 => flat.copy().view_dtype(Kind::Int64),
             _ => flat.view_dtype(Kind::Int),
         };

@@ -13,7 +13,7 @@ pub type Values = BTreeMap<String, String>;
 
 /// Keys and tables that a checkpoint does not record: their values do not change the checkpoint
 /// that the same steps give, or the manifest holds their effect under another name.
-const UNRECORDED: [&str; 20] = [
+const UNRECORDED: [&str; 21] = [
     "seed",
     "max_steps",
     "output_dir",
@@ -21,6 +21,7 @@ const UNRECORDED: [&str; 20] = [
     "model.init",
     "lora.init",
     "lora.init_from",
+    "lora.export",
     "flow_matching.log_interval",
     "flow_matching.summary_log_interval",
     "data.path",

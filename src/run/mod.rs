@@ -8,7 +8,7 @@
 //! | does it make progress | `resume_log.rs` |
 //! | which settings have changed since | `changes.rs` |
 //! | what survives a power cut | `checkpoint/`, `optimizer_state.rs`, `guard.rs` |
-//! | what the whole model of a checkpoint is | `whole.rs` |
+//! | what the whole model of a checkpoint is, and what others read | `whole.rs`, `lora_files.rs` |
 //! | what it starts with | `pretrained.rs`, `first_lora.rs`, `base.rs` |
 //! | which requests it gets | `requests.rs` |
 
@@ -20,6 +20,7 @@ pub mod folder;
 pub mod guard;
 pub mod locate;
 pub mod lock;
+pub mod lora_files;
 pub mod optimizer_state;
 pub mod pretrained;
 pub mod requests;

@@ -11,6 +11,7 @@ use crate::files::safetensors::Shards;
 use crate::model::Model;
 use crate::nn::{ParamInfo, ParamSet, Stage};
 use crate::parallel::Replica;
+use crate::pulse;
 use crate::rng::Key;
 use crate::run::base::{Base, Fingerprint};
 use crate::run::first_lora::FirstLora;
@@ -50,16 +51,18 @@ pub fn begin(
     // Opening reads headers only, so each rank can afford it.
     let shards = folder.map(|folder| open(folder, family, &replica.stages)).transpose();
     let shards = agreed(shards, collective)?;
-    let lora = lora.map(|path| FirstLora::open(path, &replica.stages)).transpose();
-    let lora = agreed(lora, collective)?;
+    let reads = pulse::is_root(collective.rank());
+    let first = lora.filter(|_| reads);
+    let first = first.map(|path| FirstLora::open(path, family, &replica.stages)).transpose();
+    let first = agreed(first, collective)?;
     let mut fingerprint = Fingerprint::default();
     for (stage, bucket) in replica.stages.iter().zip(&mut replica.buckets) {
         let params = stage.params();
-        let first = || first_values(params, origin.key, shards.as_ref(), lora.as_ref());
+        let values = || first_values(params, origin.key, shards.as_ref(), first.as_ref());
         let whole = if shards.is_some() || lora.is_some() {
-            tensor_of_rank_zero(collective, params.numel(), first)?
+            tensor_of_rank_zero(collective, params.numel(), values)?
         } else {
-            first()?
+            values()?
         };
         if bucket.has_frozen() {
             let views = params.split(&whole);
@@ -100,7 +103,7 @@ fn first_values(
         }
     };
     if let Some(lora) = lora {
-        lora.set(params, &whole)?;
+        lora.set(params, &whole);
     }
     Ok(whole)
 }

@@ -72,7 +72,7 @@ impl<'c> Trainer<'c> {
             events: EventFile::silent(),
             share,
             stragglers: Stragglers::default(),
-            saver: Saver::new(folder.path().into(), config.checkpoint.clone()),
+            saver: Saver::new(folder.path().into(), config.checkpoint.clone()).exporting(config),
             folder,
         };
         trainer.resume(options.allow_data_change)?;

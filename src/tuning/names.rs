@@ -12,7 +12,7 @@ pub fn matched(glob: &str, parameter: &str) -> bool {
 /// the names of a list. `*` stands for any letters, dots included, `?` for one.
 pub fn means(glob: &str, module: &str) -> bool {
     let ends = module.match_indices('.').map(|(dot, _)| dot + 1);
-    std::iter::once(0).chain(ends).any(|start| fits(glob.as_bytes(), module[start..].as_bytes()))
+    std::iter::once(0).chain(ends).any(|start| fits(glob.as_bytes(), &module.as_bytes()[start..]))
 }
 
 /// True if the whole text fits the pattern.

@@ -2,6 +2,7 @@
 
 use tch::Kind;
 
+use crate::lora::Dialect;
 use crate::model::Dtype;
 use crate::nn::Init;
 use crate::settings::{GlobMap, above, choice, settings};
@@ -46,8 +47,8 @@ settings! {
         pub dropout: f64 = 0.0, in 0.0..1.0;
         /// What A begins as; B begins as zeros.
         pub init: LoraInit = LoraInit::Kaiming;
-        /// File of a LoRA that training begins with, its scale folded into B; modules that it leaves
-        /// out begin as `init` says.
+        /// File of a LoRA of any format, or folder of PEFT's, that training begins with, its scale
+        /// folded into B; modules that it leaves out begin as `init` says.
         pub init_from: Option<String> = None;
         /// Kind in which A and B are computed with, unset: that of the model; their master values
         /// stay float32.
@@ -60,6 +61,8 @@ settings! {
         pub use_rslora: bool = false;
         /// Train the norm of each row of a changed weight by itself (DoRA).
         pub use_dora: bool = false;
+        /// Formats in which each checkpoint holds the LoRA for other programs, too.
+        pub export: Vec<Dialect>;
     }
 }
 

@@ -80,6 +80,18 @@ fn a_rank_takes_what_check_says_under_every_sharding() {
     assert!(parameters < gradients && gradients < optimizer && optimizer < none);
 }
 
+/// A LoRA on the attention of a frozen model.
+const LORA: [&str; 2] = ["model.dtype=bfloat16", "lora.rank=16"];
+
+#[test]
+fn a_lora_takes_what_check_says_and_a_part_of_what_its_model_does() {
+    let model = ["model.dit.width=1024", "model.dit.depth=8", "model.dit.num_heads=16"];
+    let [none, .., parameters] = check(2, &[&model[..], &LORA].concat());
+    assert!(parameters < none);
+    let [whole, ..] = predicted(2, &[&model[..], &LORA[..1]].concat(), "train.global_batch_size=8");
+    assert!(none < 0.35 * whole, "{none} of {whole} bytes");
+}
+
 #[test]
 #[ignore = "takes 20 GB of memory and ten minutes"]
 fn three_hundred_million_parameters_take_what_check_says() {
@@ -87,4 +99,7 @@ fn three_hundred_million_parameters_take_what_check_says() {
     check(2, &model);
     let [none, .., parameters] = check(4, &model);
     assert!(parameters < 0.45 * none, "{parameters} of {none} bytes");
+    let [whole, ..] = check(2, &[&model[..], &LORA[..1]].concat());
+    let [lora, ..] = check(2, &[&model[..], &LORA].concat());
+    assert!(lora < 0.35 * whole, "{lora} of {whole} bytes");
 }

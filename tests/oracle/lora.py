@@ -9,7 +9,7 @@ draw. Writes what families.py writes, a case at least for each of plain LoRA, rs
                                     diffusers' names: `<module>.lora_A.weight`, `<module>.lora_B.weight`, `<module>.lora_magnitude_vector`;
                                     `<module>.alpha` is its scale times its rank
 
-The model itself is frozen, so that `grad.<name>` stands for the tensors of lora.safetensors alone.
+`grad.<name>` stands for the tensors of lora.safetensors alone; `gradient_norm` in cases.json is that of the model's and these.
 """
 
 import argparse
@@ -64,10 +64,10 @@ def draw_settings(family: str, model: torch.nn.Module, dice: Dice) -> tuple[dict
 
 
 def add_lora(model: torch.nn.Module, config: LoraConfig, dice: Dice) -> None:
-    """PEFT's LoRA on the model, which is frozen; no matrix is what it began as."""
+    """PEFT's LoRA on the model; no matrix is what it began as."""
     inject_adapter_in_model(config, model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".lora_" in name)
+    # The whole model's gradient is what rounding of any part of it is measured by.
+    model.requires_grad_(True)
     for module in model.modules():
         if isinstance(module, LoraLayer):
             down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
@@ -94,7 +94,7 @@ def run_case(folder: Path, family: str, dice: Dice, draw: Draw, place: Place) ->
     model = load_model(draw.model, folder / "model", DTYPES[dtype])
     settings, config = draw_settings(family, model, dice)
     add_lora(model, config, dice)
-    trained = {ours(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {ours(name): parameter for name, parameter in model.named_parameters() if ".lora_" in name}
     loras = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     alphas = {f"{name}.alpha": torch.tensor(module.scaling["default"] * module.r["default"]) for name, module in loras.items()}
     save_file({name: tensor.detach().float().contiguous() for name, tensor in {**trained, **alphas}.items()}, folder / "lora.safetensors")
@@ -106,6 +106,7 @@ def run_case(folder: Path, family: str, dice: Dice, draw: Draw, place: Place) ->
     assert any(gradient.any() for gradient in found.values()), "a case without any gradient"
     tensors = {**recorder.tensors, **{f"grad.{name}": tensor.contiguous() for name, tensor in found.items()}}
     save_file(tensors, folder / "expected.safetensors")
+    norms = [parameter.grad.double().norm() for parameter in model.parameters() if parameter.grad is not None]
     adapter = {f"flow_matching.adapter.{key}": value for key, value in draw.adapter.items()}
     return {
         "dtype": dtype,
@@ -117,6 +118,7 @@ def run_case(folder: Path, family: str, dice: Dice, draw: Draw, place: Place) ->
             **settings,
         },
         "vanishing_gradients": [],
+        "gradient_norm": torch.stack(norms).norm().item(),
     }
 
 

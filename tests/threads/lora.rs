@@ -9,7 +9,9 @@ use fm_dist::assembly::trained_replica;
 use fm_dist::commands::{ExportRequest, StepRequest, dump_step, export};
 use fm_dist::error::Error;
 use fm_dist::files::safetensors::SafeTensors;
+use fm_dist::lora::Dialect;
 use fm_dist::run::Resume;
+use fm_dist::settings::Choice;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
@@ -107,6 +109,7 @@ fn exported(run: &Path, out: &Path, merge: bool) -> Result<(), Error> {
         max_shard_bytes: 1 << 30,
         dtype: None,
         merge,
+        format: None,
     })
 }
 
@@ -161,6 +164,48 @@ fn distance(found: &Tensor, expected: &Tensor) -> f64 {
     norm(&(found - expected)) / norm(expected)
 }
 
+/// A LoRA written in every format that holds it is the LoRA.
+fn check_files(family: &Tiny, root: &Path, run: &Path, settings: &[&str], prediction: &Tensor) {
+    for (word, format) in Dialect::ALL {
+        let out = root.join(format!("lora-{word}.safetensors"));
+        let request = ExportRequest {
+            run: run.into(),
+            out: out.clone(),
+            max_shard_bytes: 1,
+            dtype: None,
+            merge: false,
+            format: Some(*format),
+        };
+        if settings.iter().any(|set| set.starts_with("train.trainable")) {
+            let said = export(&request).unwrap_err().to_string();
+            assert!(said.contains("beside its LoRA, which no LoRA file holds"), "{said}");
+            continue;
+        }
+        export(&request).unwrap();
+        let first = format!("lora.init_from={:?}", out.to_str().unwrap());
+        let settings = [settings, &["lora.dropout=0.0", first.as_str()]].concat();
+        let found = step(family, root, None, &settings).read("model_pred").unwrap();
+        let off = distance(&found, prediction);
+        assert!(off < 2e-5, "{} as {word}: {off}", family.adapter);
+    }
+}
+
+#[test]
+fn each_checkpoint_holds_the_formats_that_were_chosen() {
+    let root = TempDir::new().unwrap();
+    let export = "lora.export=['diffusers', 'peft']";
+    let run = run_of(&FLUX, root.path(), "run", &[LORA, &[export]].concat()).unwrap();
+    for step in ["step-00000005", "step-00000010"] {
+        let file = SafeTensors::open(run.join(step).join("lora-diffusers.safetensors")).unwrap();
+        assert_eq!(file.tensors().len(), saved(&run, 10).len());
+        assert!(run.join(step).join("lora-peft/adapter_config.json").is_file());
+    }
+    // Other files in its folder are no part of a checkpoint.
+    fs::remove_dir_all(run.join("step-00000010")).unwrap();
+    let config = FLUX.config(&root.path().join("data"), &run, &[LORA, &["max_steps=10"]].concat());
+    train_in_threads(&config, &Resume::Latest, 2).unwrap();
+}
+
 #[test]
 fn a_merged_model_predicts_what_the_base_with_its_lora_does() {
     for (family, kind) in [
@@ -175,7 +220,7 @@ fn a_merged_model_predicts_what_the_base_with_its_lora_does() {
         let settings = [LORA, &[&base, "optimizer.adamw.lr=2e-2"], kind].concat();
         let run = run_of(&family, root.path(), "run", &settings).unwrap();
         let refused = exported(&run, &root.path().join("no"), false).unwrap_err();
-        assert!(refused.to_string().contains("--merge writes the whole model"), "{refused}");
+        assert!(refused.to_string().contains("--merge the whole model"), "{refused}");
         let merged = root.path().join("merged");
         exported(&run, &merged, true).unwrap();
         let merged = format!("model.path={:?}", merged.to_str().unwrap());
@@ -189,6 +234,7 @@ fn a_merged_model_predicts_what_the_base_with_its_lora_does() {
             without.into_iter().filter(|set| !set.starts_with("lora")).collect();
         let whole = step(&family, root.path(), None, &without).read("model_pred").unwrap();
         assert!(distance(&whole, &changed) < 2e-5, "{}", distance(&whole, &changed));
+        check_files(&family, root.path(), &run, &settings, &changed);
         let base = step(&family, root.path(), None, &[&base]).read("model_pred").unwrap();
         assert!(distance(&base, &changed) > 1e-3, "{}: the LoRA does something", family.adapter);
     }

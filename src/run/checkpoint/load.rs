@@ -69,6 +69,14 @@ pub fn load_parameters(
     set_parameters(&open_parameters(folder, config, &replica.stages)?, replica)
 }
 
+/// Returns the number of steps that a checkpoint's run had done.
+///
+/// # Errors
+/// [`Error::CheckpointMismatch`], [`Error::Storage`].
+pub fn step_of(folder: &Path) -> Result<u64> {
+    Ok(verify::manifest(folder)?.step)
+}
+
 /// Returns what the frozen parameters were that a checkpoint's run began with; `None` if there are
 /// none.
 ///

@@ -23,7 +23,7 @@ mod tests;
 mod verify;
 
 pub use commit::clear_leftovers;
-pub use load::{base_of, load, load_parameters, open_parameters, recorded};
+pub use load::{base_of, load, load_parameters, open_parameters, recorded, step_of};
 pub use saver::Saver;
 pub use snapshot::{Saved, copied_bytes};
 pub use verify::{Unfit, read_whole, verify};

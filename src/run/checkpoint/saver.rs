@@ -15,12 +15,13 @@ use super::snapshot::{FileCopy, Saved};
 use super::{Manifest, SavedFile, folder_name};
 use crate::collective::Collective;
 use crate::collective::agreement::{agree, on_rank_zero};
-use crate::config::{CheckpointSettings, OnFailure};
+use crate::config::{CheckpointSettings, OnFailure, RunConfig};
 use crate::error::{Error, Result, STORAGE};
 use crate::files::disk::Disk;
 use crate::libtorch;
 use crate::phase::Phase;
 use crate::pulse;
+use crate::run::lora_files::export_beside;
 
 /// The progress of a rank whose work of the present phase is finished; 0 before that.
 const READY: u8 = 1;
@@ -29,6 +30,8 @@ const READY: u8 = 1;
 pub struct Saver {
     run: PathBuf,
     settings: CheckpointSettings,
+    /// The configuration of a run whose LoRA each checkpoint holds for other programs, too.
+    exported: Option<RunConfig>,
     in_flight: Option<Save>,
     /// Reason why the newest attempted save produced no checkpoint, if the run continued
     /// regardless.
@@ -46,14 +49,20 @@ struct Save {
 enum SavePhase {
     /// Every rank writes its files.
     Writing(Beside<Vec<SavedFile>>),
-    /// Rank 0 commits all files and deletes old checkpoints; its result is the error text of a
-    /// failed deletion.
+    /// Rank 0 commits all files, writes LoRA files and deletes old checkpoints; its result is the
+    /// error text of what failed after the commit.
     Committing(Beside<String>),
 }
 
 impl Saver {
     pub fn new(run: PathBuf, settings: CheckpointSettings) -> Self {
-        Saver { run, settings, in_flight: None, missed: None }
+        Saver { run, settings, exported: None, in_flight: None, missed: None }
+    }
+
+    /// Makes each checkpoint hold the run's LoRA in the formats that the configuration names.
+    pub fn exporting(self, config: &RunConfig) -> Self {
+        let exported = (!config.lora.export.is_empty()).then(|| config.clone());
+        Saver { exported, ..self }
     }
 
     /// Copies the state and starts to write it, after waiting for an earlier save.
@@ -172,12 +181,16 @@ impl Saver {
             let (parts, manifest) =
                 (texts.iter().flat_map(files_of_rank).collect(), manifest.clone());
             let (run, settings) = (self.run.clone(), self.settings.clone());
+            let exported = self.exported.clone();
             committing = Beside::begin(Phase::Commit, move || {
                 commit(&run, &manifest, parts)?;
-                // The checkpoint stays valid even if deleting old ones fails.
-                Ok(prune(&run, manifest.step, &settings)
-                    .err()
-                    .map_or_else(String::new, |error| error.to_string()))
+                // The checkpoint stays valid whatever fails from here on.
+                let folder = run.join(folder_name(manifest.step));
+                let written = exported.map_or(Ok(()), |config| export_beside(&folder, &config));
+                let written = written.err().map(|error| format!("it holds no LoRA file: {error}"));
+                let pruned = prune(&run, manifest.step, &settings).err();
+                let pruned = pruned.map(|error| format!("an old checkpoint stays: {error}"));
+                Ok(written.into_iter().chain(pruned).collect::<Vec<_>>().join("; "))
             });
             Ok(String::new())
         };
@@ -189,7 +202,7 @@ impl Saver {
         let path = self.run.join(folder_name(step));
         tracing::info!("saved {}", path.display());
         if !trouble.is_empty() {
-            tracing::warn!("an old checkpoint stays: {trouble}");
+            tracing::warn!("{}: {trouble}", path.display());
         }
         self.missed = None;
         path
