@@ -314,7 +314,8 @@ fn write_file(
     Ok(writer.finish().finish().1)
 }
 
-fn progress(samples: u64) -> ProgressBar {
+/// Returns a bar that counts samples.
+pub(super) fn progress(samples: u64) -> ProgressBar {
     let style = ProgressStyle::with_template("{bar:28.blue} {pos}/{len} samples, {eta} left");
     // Hidden where standard error is no terminal.
     ProgressBar::new(samples).with_style(style.expect("the template is valid"))

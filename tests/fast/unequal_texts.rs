@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::Path;
 
+use fm_dist::data::Links;
 use fm_dist::datasets::index::{IndexRequest, index};
 use fm_dist::error::Result;
 use fm_dist::files::safetensors::write;
@@ -29,7 +30,7 @@ fn write_data(folder: &Path) {
     let mut file = File::create(folder.join("a.safetensors")).unwrap();
     write(&mut file, &borrowed, &BTreeMap::new()).unwrap();
     let (folder, name, source, licence) = (folder.into(), None, None, None);
-    index(&IndexRequest { folder, name, source, licence }).unwrap();
+    index(&IndexRequest { folder, links: Links::Inside, name, source, licence }).unwrap();
 }
 
 fn plan(family: &Tiny, sets: &[&str]) -> Result<String> {

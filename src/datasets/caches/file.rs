@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::files::pickle::{PickledFile, PickledTensor, Value};
-use crate::files::safetensors::SafeTensors;
+use crate::files::safetensors::{Content, SafeTensors};
 
 /// An open file of tensors with names.
 pub(super) enum CacheFile {
@@ -21,7 +21,7 @@ impl CacheFile {
     /// Errors of [`SafeTensors::open`] and [`PickledFile::open`].
     pub fn open(path: &Path) -> Result<Self> {
         if path.extension().is_some_and(|ending| ending == "safetensors") {
-            SafeTensors::open_with_empty(path).map(CacheFile::Safe)
+            SafeTensors::open_as(path, Content::Cache).map(CacheFile::Safe)
         } else {
             PickledFile::open(path).map(CacheFile::Pickled)
         }
