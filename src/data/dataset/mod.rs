@@ -12,6 +12,7 @@ mod batch;
 mod pixel_masks;
 mod sample_file;
 mod scales;
+mod shapes;
 mod unequal;
 
 use std::cell::Cell;
@@ -24,7 +25,7 @@ use super::DataType;
 use super::captions::Captions;
 use super::conditions::Conditions;
 use super::empty_prompt::EmptyPrompt;
-use super::group::{Group, Layout, check_latents, check_same, latents_key, layout_of};
+use super::group::{Group, check_latents, check_same, layout_of};
 use super::manifest::{self, FileEntry, Links, Manifest};
 use super::settings::OnBad;
 use crate::error::{Error, Result};
@@ -33,13 +34,12 @@ use crate::files::safetensors::{Content, SafeTensors, is_eight_bits, refuse_pick
 use crate::files::sha256;
 use crate::pulse;
 pub use pixel_masks::LOSS_MASK;
-use pixel_masks::shrunk_shape;
 use sample_file::SampleFile;
 pub use scales::SCALE;
 pub(super) use scales::read_widened;
 use scales::take_scales;
 pub use unequal::{LENGTHS, TEXTS, TextPadding};
-use unequal::{mask_of, own_lengths, take_lengths, unmasked_texts};
+use unequal::{own_lengths, take_lengths, unmasked_texts};
 
 /// Samples in files, read by number.
 #[derive(Debug)]
@@ -236,55 +236,6 @@ impl Dataset {
     /// Returns the resolution groups in the order in which their first files are listed.
     pub fn groups(&self) -> &[Group] {
         &self.groups
-    }
-
-    /// Returns the shape of one sample's latents, `[C, (F,) H, W]`; `None` if there is no such
-    /// group.
-    pub fn latent_shape(&self, group: &str) -> Option<&[i64]> {
-        let group = self.groups.iter().find(|known| known.name == group)?;
-        let latents = group.layout.get(latents_key(self.data_type()));
-        latents.map(|tensor| tensor.shape.as_slice())
-    }
-
-    /// Returns the shapes of one sample's tensors in the batch of a group that has its longest
-    /// texts, by key: texts of unequal length are padded, and come with their masks, and masks of
-    /// pixels are those of the latents.
-    pub fn sample_shapes(&self, group: &Group) -> BTreeMap<String, Vec<i64>> {
-        let mut shapes = BTreeMap::new();
-        for (key, tensor) in &group.layout {
-            let changed = self.changed_shape(&group.layout, key);
-            let mut shape = changed.unwrap_or_else(|| tensor.shape.clone());
-            if let Some(mask) = mask_of(key).filter(|_| tensor.unequal) {
-                shape[0] = self.padded_length(key, shape[0]);
-                shapes.insert(mask.into(), vec![shape[0]]);
-            }
-            shapes.insert(key.clone(), shape);
-        }
-        shapes
-    }
-
-    /// Returns the shape of a sample's tensor in batches, if it has one length and another shape
-    /// than it is stored with.
-    fn changed_shape(&self, layout: &Layout, key: &str) -> Option<Vec<i64>> {
-        let tensor = layout.get(key)?;
-        if key == LOSS_MASK {
-            let latents = layout.get(latents_key(self.data_type()))?;
-            return shrunk_shape(&tensor.shape, &latents.shape);
-        }
-        self.padding.extended(key, tensor)
-    }
-
-    /// Returns the number of tokens of the shortest text that is stored with one length and gets
-    /// more padding in batches.
-    pub fn extended_text(&self) -> Option<i64> {
-        let texts = self.groups.iter().filter_map(|group| group.layout.get(TEXTS[0].0));
-        let extended = texts.filter(|text| self.padding.extended(TEXTS[0].0, text).is_some());
-        extended.map(|text| text.shape[0]).min()
-    }
-
-    /// True if a group holds texts of unequal length, which batches pad.
-    pub fn pads_texts(&self) -> bool {
-        self.groups.iter().flat_map(|group| group.layout.values()).any(|tensor| tensor.unequal)
     }
 
     /// Returns the shapes of the empty prompt's tensors by key, with a mask for each text that has
