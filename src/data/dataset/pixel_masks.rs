@@ -70,8 +70,9 @@ mod tests {
 
     #[test]
     fn masks_of_pixels_are_told_by_one_whole_factor() {
+        type Case<'c> = (&'c [i64], &'c [i64], Option<&'c [i64]>);
         let (image, video): (&[i64], &[i64]) = (&[16, 4, 6], &[16, 3, 4, 6]);
-        let cases: [(&[i64], &[i64], Option<&[i64]>); 18] = [
+        let cases: [Case<'_>; 18] = [
             (&[32, 48], image, Some(&[4, 6])),
             (&[1, 64, 96], image, Some(&[1, 4, 6])),
             (&[16, 8, 12], image, Some(&[16, 4, 6])),
