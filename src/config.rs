@@ -200,14 +200,18 @@ impl RunConfig {
         keys.iter().any(|key| key.role == Role::TokenMask)
     }
 
-    /// The length to which texts of unequal length are padded.
+    /// The length to which texts are padded.
     pub fn text_padding(&self) -> TextPadding {
-        let tokens = match self.data.text_tokens {
-            0 if self.reads_text_mask() => None,
-            0 => self.model.family.text_tokens(),
-            tokens => Some(tokens),
-        };
-        tokens.map_or(TextPadding::Longest, TextPadding::Tokens)
+        let family = &self.model.family;
+        match self.data.text_tokens {
+            0 if self.reads_text_mask() => TextPadding::Longest,
+            0 => match (family.required_text_tokens(), family.text_tokens()) {
+                (Some(required), _) => TextPadding::All(required),
+                (None, Some(usual)) => TextPadding::Tokens(usual),
+                (None, None) => TextPadding::Longest,
+            },
+            tokens => TextPadding::All(tokens),
+        }
     }
 
     fn divided(&self, world_size: usize) -> Result<usize> {

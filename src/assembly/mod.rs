@@ -22,9 +22,7 @@ use crate::run::pretrained;
 /// Errors of [`Dataset::named`]; [`Error::Data`](crate::error::Error::Data) if a text is longer than
 /// `data.text_tokens`.
 pub fn dataset(config: &RunConfig) -> Result<Dataset> {
-    Dataset::named(&config.data.path)?
-        .on_bad(config.data.on_bad)
-        .text_padding(config.text_padding())
+    config.data.dataset()?.on_bad(config.data.on_bad).text_padding(config.text_padding())
 }
 
 /// Returns this rank's share of the global batch.

@@ -6,6 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use tch::{Device, Kind, Tensor};
 
 use super::EMPTY;
+use super::dataset::read_widened;
 use crate::error::Result;
 use crate::files::safetensors::SafeTensors;
 
@@ -22,11 +23,10 @@ impl EmptyPrompt {
     /// [`Error::Data`](crate::error::Error::Data) if a number is not finite; errors of
     /// [`SafeTensors::read`].
     pub fn read(file: SafeTensors) -> Result<Self> {
-        let mut tensors = BTreeMap::new();
-        for info in file.tensors() {
-            tensors.insert(format!("{EMPTY}{}", info.name), file.read_finite(&info.name)?);
-        }
-        Ok(EmptyPrompt { file, tensors: Mutex::new(tensors) })
+        // One sample.
+        let tensors = read_widened(&file, 1)?.into_iter();
+        let named = tensors.map(|(key, tensor)| (format!("{EMPTY}{key}"), tensor)).collect();
+        Ok(EmptyPrompt { file, tensors: Mutex::new(named) })
     }
 
     /// Adds a mask of valid tokens for a text that has none.

@@ -7,7 +7,7 @@ use tch::Kind;
 use super::DataType;
 use super::manifest;
 use crate::error::{Error, Result};
-use crate::files::safetensors::{SafeTensors, TensorInfo};
+use crate::files::safetensors::{SafeTensors, TensorInfo, is_eight_bits};
 
 /// Kind and shape of one sample's tensor.
 #[derive(Clone, Debug, PartialEq)]
@@ -144,5 +144,5 @@ pub(super) fn check_same(
 }
 
 fn is_float(kind: Kind) -> bool {
-    matches!(kind, Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double)
+    matches!(kind, Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double) || is_eight_bits(kind)
 }

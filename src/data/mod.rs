@@ -3,8 +3,9 @@
 //! | question | file |
 //! |---|---|
 //! | the contents of `dataset.json` | `manifest.rs` |
+//! | folders that are no dataset yet | `unmade.rs` |
 //! | which samples can share a batch | `group.rs` |
-//! | samples by their ids, texts of unequal length | `dataset/` |
+//! | samples by their ids: texts of unequal length, floats of 8 bits, masks of pixels | `dataset/` |
 //! | captions of the samples | `captions.rs` |
 //! | conditions for generating samples | `conditions.rs` |
 //! | replacement of dropped conditions | `empty_prompt.rs` |
@@ -28,6 +29,7 @@ mod moments;
 pub mod order;
 mod settings;
 mod share;
+mod unmade;
 
 use std::collections::BTreeMap;
 
@@ -36,14 +38,15 @@ use tch::Tensor;
 
 pub use captions::{Caption, Captions};
 pub use conditions::Conditions;
-pub use dataset::{Dataset, LENGTHS, TEXTS, TextPadding};
+pub use dataset::{Dataset, LENGTHS, LOSS_MASK, SCALE, TEXTS, TextPadding};
 pub use group::{Group, latents_key};
 pub use loader::{Loaded, Loader, Place};
-pub use manifest::FILE_NAME as DATASET_FILE;
+pub use manifest::{FILE_NAME as DATASET_FILE, Links};
 pub use moments::Moments;
 pub use order::Order;
 pub use settings::{DataSettings, OnBad};
 pub use share::Share;
+pub use unmade::way_to_import;
 
 /// The type of latents in a batch; it determines the task types that can be drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -114,7 +114,8 @@ pub(super) fn free_name(taken: &mut BTreeSet<String>, name: &str) -> String {
     free
 }
 
-fn bytes_of(layout: &Layout) -> u64 {
+/// Returns the bytes of one sample.
+pub(super) fn bytes_of(layout: &Layout) -> u64 {
     let bytes = |tensor: &SampleTensor| {
         tensor.shape.iter().product::<i64>() as u64 * tensor.kind.elt_size_in_bytes() as u64
     };

@@ -396,8 +396,8 @@ fn write_file(
     Ok(writer.finish().finish().1)
 }
 
-/// A bar for the samples of this rank; `shown` on one rank only.
-fn progress(samples: u64, shown: bool) -> ProgressBar {
+/// Returns a bar that counts samples, hidden unless `shown`, which is true on one rank only.
+pub(super) fn progress(samples: u64, shown: bool) -> ProgressBar {
     let style = ProgressStyle::with_template("{bar:28.blue} {pos}/{len} samples, {eta} left");
     // Hidden where standard error is no terminal.
     let bar = if shown { ProgressBar::new(samples) } else { ProgressBar::hidden() };

@@ -74,6 +74,12 @@ pub trait Architecture {
         None
     }
 
+    /// Returns the number of text tokens without which the model does not work; `None` if it takes
+    /// any number.
+    fn required_text_tokens(&self) -> Option<i64> {
+        None
+    }
+
     /// Refuses data that the model cannot take, before they cause a shape error deep inside it.
     ///
     /// # Errors

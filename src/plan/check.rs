@@ -234,7 +234,7 @@ impl Plan {
 /// Adds to the error how to plan without the data.
 fn or_without_data(error: Error, config: &RunConfig) -> Error {
     match error {
-        Error::Data { path, what } if what == "does not exist" => {
+        Error::Data { path, what } if what.starts_with("does not exist") => {
             let set = format!(
                 "set data.path (now {:?}), or plan with --latents C,H,W (videos: C,F,H,W)",
                 config.data.path

@@ -47,18 +47,24 @@ pub fn check_data(config: &RunConfig, dataset: &Dataset) -> Result<Vec<Note>> {
 
 /// Returns a remark on texts of unequal length whose padding the model attends to.
 fn padding(config: &RunConfig, dataset: &Dataset) -> Option<Note> {
+    let (padding, fixed) = (config.text_padding(), dataset.extended_text());
+    if let (TextPadding::All(tokens), Some(stored), false) = (padding, fixed, dataset.pads_texts())
+    {
+        let what = format!("texts of {stored} tokens are padded with zeros to {tokens}");
+        return Some(Note::Information(what));
+    }
     if !dataset.pads_texts() || config.reads_text_mask() {
         return None;
     }
     let adapter = config.flow_matching.adapter.name();
     let begin = format!("texts have unequal lengths and the {adapter} adapter reads no text_mask");
-    Some(match config.text_padding() {
+    Some(match padding {
         TextPadding::Longest => Note::Warning(format!(
             "{begin}: the model attends to their padding, and a sample's loss depends on the others \
              of its micro-batch; adapter.use_text_mask = true leaves padding out where the adapter \
              has it, data.text_tokens pads all texts to one length"
         )),
-        TextPadding::Tokens(tokens) => Note::Information(format!(
+        TextPadding::Tokens(tokens) | TextPadding::All(tokens) => Note::Information(format!(
             "{begin}: they are padded with zeros to {tokens} tokens, which the model attends to"
         )),
     })

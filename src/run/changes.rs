@@ -13,7 +13,7 @@ pub type Values = BTreeMap<String, String>;
 
 /// Keys and tables that a checkpoint does not record: their values do not change the checkpoint
 /// that the same steps give, or the manifest holds their effect under another name.
-const UNRECORDED: [&str; 18] = [
+const UNRECORDED: [&str; 19] = [
     "seed",
     "max_steps",
     "output_dir",
@@ -22,6 +22,7 @@ const UNRECORDED: [&str; 18] = [
     "flow_matching.log_interval",
     "flow_matching.summary_log_interval",
     "data.path",
+    "data.follow_links",
     "data.micro_batch_size_per_gpu",
     "data.prefetch",
     "train.global_batch_size",

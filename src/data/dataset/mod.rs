@@ -3,12 +3,16 @@
 //!
 //! A file holds samples of one shape, stacked along axis 0 of every tensor, under the keys that
 //! batches use. Files of one resolution group have equal keys, kinds and shapes, so that a batch
-//! can mix their samples; only texts may differ in length. Samples are numbered through all files
+//! can mix their samples; only texts may differ in length. A batch holds them as they are stored,
+//! but for texts, which it pads, floats of 8 bits and masks of pixels. Samples are numbered through all files
 //! in order. Files stay open as long as there are descriptors, so that replacing a file during a run
 //! has no effect; the others are opened for each read, which refuses a file that was replaced.
 
 mod batch;
+mod pixel_masks;
 mod sample_file;
+mod scales;
+mod shapes;
 mod unequal;
 
 use std::cell::Cell;
@@ -21,17 +25,21 @@ use super::DataType;
 use super::captions::Captions;
 use super::conditions::Conditions;
 use super::empty_prompt::EmptyPrompt;
-use super::group::{Group, check_latents, check_same, latents_key, layout_of};
-use super::manifest::{self, FileEntry, Manifest};
+use super::group::{Group, check_latents, check_same, layout_of};
+use super::manifest::{self, FileEntry, Links, Manifest};
 use super::settings::OnBad;
 use crate::error::{Error, Result};
 use crate::files::descriptors::kept_open;
-use crate::files::safetensors::{SafeTensors, refuse_pickle};
+use crate::files::safetensors::{Content, SafeTensors, is_eight_bits, refuse_pickled_data};
 use crate::files::sha256;
 use crate::pulse;
+pub use pixel_masks::LOSS_MASK;
 use sample_file::SampleFile;
+pub use scales::SCALE;
+pub(super) use scales::read_widened;
+use scales::take_scales;
 pub use unequal::{LENGTHS, TEXTS, TextPadding};
-use unequal::{mask_of, own_lengths, take_lengths, unmasked_texts};
+use unequal::{own_lengths, take_lengths, unmasked_texts};
 
 /// Samples in files, read by number.
 #[derive(Debug)]
@@ -57,41 +65,50 @@ impl Dataset {
     /// [`Error::Data`] if something is missing, malformed, outside of the folder or at odds with
     /// the rest.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
+        Dataset::open_with(folder, Links::Inside)
+    }
+
+    /// As [`open`](Self::open), but with a choice of the links to follow.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_with(folder: impl AsRef<Path>, links: Links) -> Result<Self> {
         let folder = folder.as_ref();
-        refuse_pickle(folder)?;
-        let manifest = Manifest::read(folder)?;
+        refuse_pickled_data(folder)?;
+        let manifest = Manifest::read(folder, links)?;
         let kept = kept_open(manifest.num_files());
-        Dataset::keeping(folder, manifest, kept)
+        Dataset::keeping(folder, manifest, links, kept)
     }
 
     /// Opens a folder as if `json` were its `dataset.json`.
     ///
     /// # Errors
     /// As [`open`](Self::open).
-    pub fn described_by(folder: impl AsRef<Path>, json: &str) -> Result<Self> {
+    pub fn described_by(folder: impl AsRef<Path>, json: &str, links: Links) -> Result<Self> {
         let folder = folder.as_ref();
         let manifest = Manifest::parse(&folder.join(manifest::FILE_NAME), json.as_bytes())?;
         let kept = kept_open(manifest.num_files());
-        Dataset::keeping(folder, manifest, kept)
+        Dataset::keeping(folder, manifest, links, kept)
     }
 
     /// As [`open`](Self::open), but keeps only the first `kept` files open and opens the others for
     /// each read.
-    pub(super) fn keeping(folder: &Path, manifest: Manifest, kept: usize) -> Result<Self> {
+    pub(super) fn keeping(
+        folder: &Path,
+        manifest: Manifest,
+        links: Links,
+        kept: usize,
+    ) -> Result<Self> {
         let opened = Cell::new(0);
-        let captions = manifest
-            .captions
-            .as_ref()
-            .map(|entry| Captions::open(manifest::resolve(folder, &entry.path)?, entry.clone()));
+        let captions = manifest.captions.as_ref().map(|entry| {
+            Captions::open(manifest::resolve(folder, &entry.path, links)?, entry.clone())
+        });
         let captions = captions.transpose()?;
         let dataset = Dataset::assemble(folder.into(), manifest, |relative| {
-            let path = manifest::resolve(folder, relative)?;
+            let path = manifest::resolve(folder, relative, links)?;
             pulse::still_at_work();
-            if opened.replace(opened.get() + 1) < kept {
-                SafeTensors::open(path)
-            } else {
-                SafeTensors::open_on_demand(path)
-            }
+            let file = SafeTensors::open_as(path, Content::Samples)?;
+            if opened.replace(opened.get() + 1) < kept { Ok(file) } else { file.on_demand() }
         })?;
         Ok(Dataset { captions, ..dataset })
     }
@@ -138,7 +155,8 @@ impl Dataset {
         }
         if let Some(entry) = &dataset.manifest.conditions {
             let file = open(&entry.path)?;
-            layout_of(&file, entry.names.len() as u64, "names", |_| false)?;
+            let is_scale = |key: &str| key.strip_suffix(SCALE).is_some_and(|key| file.holds(key));
+            layout_of(&file, entry.names.len() as u64, "names", is_scale)?;
             dataset.conditions = Some(file);
         }
         if let Some(entry) = &dataset.manifest.empty_prompt {
@@ -155,13 +173,23 @@ impl Dataset {
         let own = if entry.unequal { unmasked_texts(&tensors) } else { Vec::new() };
         let tensors = if entry.single { tensors.with_one_row(&own) } else { tensors };
         let allowed = self.manifest.allows_unequal_texts();
-        let is_unequal = |key: &str| {
-            own.contains(&key) || (allowed && tensors.holds(&format!("{key}{LENGTHS}")))
+        let has_other_rows = |key: &str| {
+            let is_unequal = tensors.holds(&format!("{key}{LENGTHS}")) || key.ends_with(SCALE);
+            own.contains(&key) || (allowed && is_unequal)
         };
-        let mut layout = layout_of(&tensors, entry.samples, "samples", is_unequal)?;
+        let mut layout = layout_of(&tensors, entry.samples, "samples", has_other_rows)?;
         let mut starts = own_lengths(&tensors, &own, &mut layout)?;
+        let mut scales = BTreeMap::new();
         if allowed {
+            scales = take_scales(&tensors, entry.samples, &mut layout)?;
             starts.extend(take_lengths(&tensors, entry.samples, &mut layout)?);
+        } else if let Some((key, _)) = layout.iter().find(|(_, t)| is_eight_bits(t.kind)) {
+            let what = format!(
+                "`{key}` has floats of 8 bits, which version 2 of the format brings; set \
+                 version = 2 in {}",
+                manifest::FILE_NAME
+            );
+            return Err(Error::data(tensors.path(), what));
         }
         check_latents(&layout, self.manifest.data_type)
             .map_err(|what| Error::data(tensors.path(), what))?;
@@ -183,7 +211,7 @@ impl Dataset {
             .checked_add(samples)
             .ok_or_else(|| Error::data(&self.path, "lists more samples than 64 bits count"))?;
         self.groups[group].sample_ids.extend(first_id..self.num_samples);
-        self.files.push(SampleFile { tensors, first_id, samples, group, starts });
+        self.files.push(SampleFile { tensors, first_id, samples, group, starts, scales });
         Ok(())
     }
 
@@ -208,34 +236,6 @@ impl Dataset {
     /// Returns the resolution groups in the order in which their first files are listed.
     pub fn groups(&self) -> &[Group] {
         &self.groups
-    }
-
-    /// Returns the shape of one sample's latents, `[C, (F,) H, W]`; `None` if there is no such
-    /// group.
-    pub fn latent_shape(&self, group: &str) -> Option<&[i64]> {
-        let group = self.groups.iter().find(|known| known.name == group)?;
-        let latents = group.layout.get(latents_key(self.data_type()));
-        latents.map(|tensor| tensor.shape.as_slice())
-    }
-
-    /// Returns the shapes of one sample's tensors in the batch of a group that has its longest
-    /// texts, by key: texts of unequal length are padded, and come with their masks.
-    pub fn sample_shapes(&self, group: &Group) -> BTreeMap<String, Vec<i64>> {
-        let mut shapes = BTreeMap::new();
-        for (key, tensor) in &group.layout {
-            let mut shape = tensor.shape.clone();
-            if let Some(mask) = mask_of(key).filter(|_| tensor.unequal) {
-                shape[0] = self.padded_length(key, shape[0]);
-                shapes.insert(mask.into(), vec![shape[0]]);
-            }
-            shapes.insert(key.clone(), shape);
-        }
-        shapes
-    }
-
-    /// True if a group holds texts of unequal length, which batches pad.
-    pub fn pads_texts(&self) -> bool {
-        self.groups.iter().flat_map(|group| group.layout.values()).any(|tensor| tensor.unequal)
     }
 
     /// Returns the shapes of the empty prompt's tensors by key, with a mask for each text that has
@@ -297,7 +297,7 @@ impl Dataset {
         self
     }
 
-    /// Sets the length to which texts of unequal length are padded.
+    /// Sets the length to which texts are padded.
     ///
     /// # Errors
     /// [`Error::Data`] naming a group that has a longer text.

@@ -213,7 +213,11 @@ impl Architecture for Wan {
     }
 
     fn text_tokens(&self) -> Option<i64> {
-        Some(512)
+        Some(TEXT_TOKENS)
+    }
+
+    fn required_text_tokens(&self) -> Option<i64> {
+        self.image_dim.map(|_| TEXT_TOKENS)
     }
 
     fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()> {

@@ -6,7 +6,7 @@ use std::path::Path;
 use tch::Tensor;
 
 use super::NOISE;
-use crate::data::{DataType, Dataset};
+use crate::data::{DataSettings, DataType, Dataset};
 use crate::error::{Error, Result};
 use crate::files::safetensors::SafeTensors;
 use crate::flow::TaskType;
@@ -46,7 +46,7 @@ pub(super) fn shape_of(
     path: &Path,
     noise: Option<&Tensor>,
     requested: Option<&[i64]>,
-    dataset: &str,
+    data: &DataSettings,
 ) -> Result<Vec<i64>> {
     let Some(noise) = noise else {
         let unknown = |error: Error| {
@@ -57,7 +57,7 @@ pub(super) fn shape_of(
             Error::config("--shape", what)
         };
         return requested.map_or_else(
-            || Ok(first_shape(&Dataset::named(dataset).map_err(unknown)?).to_vec()),
+            || Ok(first_shape(&data.dataset().map_err(unknown)?).to_vec()),
             |requested| Ok(requested.to_vec()),
         );
     };

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
 use crate::assembly::attention::TEXT;
-use crate::data::{Batch, Conditions, DataType, Dataset};
+use crate::data::{Batch, Conditions, DataSettings, DataType, Dataset};
 use crate::error::{Error, Result};
 use crate::files::safetensors::SafeTensors;
 use crate::flow::{DataShapes, FlowMatchingSettings, ModelAdapter, Shapes, TaskType, check_keys};
@@ -63,7 +63,7 @@ impl Origin {
     /// # Errors
     /// [`Error::Data`] naming the file, the key and what was expected; [`Error::Config`] if the
     /// shape is unknown.
-    pub fn from_file(path: &Path, shape: Option<&[i64]>, dataset: &str) -> Result<Self> {
+    pub fn from_file(path: &Path, shape: Option<&[i64]>, data: &DataSettings) -> Result<Self> {
         let file = SafeTensors::open(path)?;
         let mut tensors = BTreeMap::new();
         for info in file.tensors() {
@@ -84,7 +84,7 @@ impl Origin {
                 format!("holds `{NEGATIVE}{key}`, but no `{key}` that it is the counterpart of"),
             ));
         }
-        let shape = shape_of(path, noise.as_ref(), shape, dataset)?;
+        let shape = shape_of(path, noise.as_ref(), shape, data)?;
         let data_type = data_type_of(&file, &shape)?;
         let task_type = task_type_of(&file)?;
         let names = (0..rows).map(|row| row.to_string()).collect();
@@ -309,7 +309,8 @@ mod tests {
             metadata.iter().map(|(key, word)| (key.to_string(), word.to_string())).collect();
         write(&mut File::create(&path).expect("a new file"), tensors, &metadata)
             .expect("a sound file");
-        Origin::from_file(&path, None, "/no/such/dataset")
+        let data = DataSettings { path: "/no/such/dataset".into(), ..DataSettings::default() };
+        Origin::from_file(&path, None, &data)
     }
 
     /// Returns rows that are each filled with their own number, counted from `first`.
