@@ -10,6 +10,7 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use super::DataType;
+use super::settings::MOST_REPEATS;
 use crate::error::{Error, Result};
 use crate::files::contents::no_json;
 use crate::files::safetensors::open_error;
@@ -18,7 +19,8 @@ use crate::files::sha256;
 /// Name of the file in a dataset's folder.
 pub const FILE_NAME: &str = "dataset.json";
 const FORMAT: &str = "fm-dist dataset";
-/// Versions that are read. The second has captions, and texts of unequal length in one group.
+/// Versions that are read. The second has captions, repeats, and texts of unequal length in one
+/// group.
 const VERSIONS: [u64; 2] = [1, 2];
 /// Maximum size of the file, enough for a hundred thousand listed files.
 const MAX_BYTES: u64 = 16 << 20;
@@ -56,6 +58,13 @@ pub struct FileEntry {
     /// True if the texts of a single sample have a length of their own, and no mask.
     #[serde(default)]
     pub unequal: bool,
+    /// Times that an epoch takes each of its samples.
+    #[serde(default = "once")]
+    pub repeats: u64,
+}
+
+fn once() -> u64 {
+    1
 }
 
 /// The file of captions, one JSON object a line for each sample.
@@ -84,6 +93,20 @@ pub struct EmptyPromptEntry {
     /// Path of a file with one sample's tensors, without a batch axis.
     pub path: String,
     pub sha256: String,
+}
+
+impl FileEntry {
+    fn check_repeats(&self, version: u64) -> Result<(), String> {
+        let FileEntry { path, repeats, .. } = self;
+        if !(1..=MOST_REPEATS).contains(repeats) {
+            return Err(format!("`{path}` has repeats = {repeats}; expected 1 to {MOST_REPEATS}"));
+        }
+        if *repeats > 1 && version < 2 {
+            let what = "which version 2 of the format brings; set version = 2";
+            return Err(format!("`{path}` has repeats, {what}"));
+        }
+        Ok(())
+    }
 }
 
 impl Manifest {
@@ -150,6 +173,7 @@ impl Manifest {
                     self.version
                 ));
             }
+            file.check_repeats(self.version)?;
             if !paths
                 .insert(parts_inside(&file.path).unwrap_or_else(|| vec![OsStr::new(&file.path)]))
             {
@@ -199,9 +223,12 @@ impl Manifest {
     pub(super) fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
         hash.update(self.data_type.word());
-        for FileEntry { path, samples, group, sha256, .. } in &self.files {
+        for FileEntry { path, samples, group, sha256, repeats, .. } in &self.files {
             // Quoted, so that different lists of files give different texts.
             hash.update(format!("\n{path:?} {samples} {group:?} {sha256}"));
+            if *repeats > 1 {
+                hash.update(format!(" {repeats}"));
+            }
         }
         if let Some(ConditionsEntry { path, names, sha256 }) = &self.conditions {
             hash.update(format!("\n{path:?} {names:?} {sha256}"));

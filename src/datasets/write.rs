@@ -82,7 +82,8 @@ pub fn write_dataset(
         return Err(Error::config("data", "there are no samples to write"));
     }
     let order = options.order.clone().unwrap_or_else(|| (0..list.len()).collect());
-    let plan = Plan::new(list, &order, description.data_type, options.shard_bytes);
+    let repeats = |index| samples.repeats(index);
+    let plan = Plan::new(list, &order, description.data_type, options.shard_bytes, repeats);
     let folder = Folder::open(&options.out, &plan.fingerprint(list))?;
     let finished = folder.write_shards(samples, &plan, options.jobs)?;
     let mut document = json!({
@@ -92,9 +93,7 @@ pub fn write_dataset(
         "source": description.source,
         "licence": description.licence,
         "data_type": description.data_type,
-        "files": plan.shards.iter().zip(&finished).map(|(shard, sha256)| json!({
-            "path": shard.path, "samples": shard.samples.len(), "group": shard.group, "sha256": sha256,
-        })).collect::<Vec<_>>(),
+        "files": plan.shards.iter().zip(&finished).map(entry_of).collect::<Vec<_>>(),
         "captions": folder.write_captions(samples, &plan)?,
     });
     for further in &options.further {
@@ -104,6 +103,17 @@ pub fn write_dataset(
     let groups: std::collections::BTreeSet<&str> =
         plan.shards.iter().map(|shard| shard.group.as_str()).collect();
     Ok(Written { samples: order.len(), files: plan.shards.len(), groups: groups.len() })
+}
+
+/// Returns a file's entry in `dataset.json`.
+fn entry_of((shard, sha256): (&Shard, &String)) -> serde_json::Value {
+    let Shard { path, group, repeats, samples } = shard;
+    let mut entry =
+        json!({"path": path, "samples": samples.len(), "group": group, "sha256": sha256});
+    if *repeats > 1 {
+        entry["repeats"] = (*repeats).into();
+    }
+    entry
 }
 
 /// A folder in which a dataset is being written.

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use tch::{Kind, Tensor};
 
 use crate::data::group::Group;
-use crate::data::{DataType, Dataset, Moments, Order, latents_key};
+use crate::data::{DataType, Dataset, Moments, OnSmallGroup, Order, latents_key};
 use crate::error::{Error, Result};
 use crate::files::sha256;
 use crate::tensor::bytes;
@@ -94,9 +94,9 @@ pub fn show(request: &ShowRequest) -> Result<Summary> {
     let mut seen = Seen::default();
     let groups: Vec<GroupSummary> =
         dataset.groups().iter().map(|group| seen.group(&dataset, group)).collect::<Result<_>>()?;
-    let steps = request.global_batch.map(|size| Order::new(dataset.groups(), size, 0));
+    let steps = request.global_batch.map(|size| Order::of(&dataset, size, 0, OnSmallGroup::Stop));
     let mut warnings = seen.warnings(dataset.num_samples());
-    warnings.extend(groups.iter().filter_map(|group| unnormalized(group, dataset.data_type())));
+    warnings.extend(groups.iter().filter_map(|group| unnormalized(group, manifest.data_type)));
     let steps_per_epoch = match steps {
         Some(Err(error)) => {
             warnings.push(error.to_string());
@@ -112,7 +112,7 @@ pub fn show(request: &ShowRequest) -> Result<Summary> {
         name: manifest.name.clone(),
         source: manifest.source.clone(),
         licence: manifest.licence.clone(),
-        data_type: dataset.data_type(),
+        data_type: manifest.data_type,
         samples: dataset.num_samples(),
         files: manifest.files.len(),
         bytes: bytes_on_disk(&dataset),
@@ -137,7 +137,7 @@ impl Seen {
     fn group(&mut self, dataset: &Dataset, group: &Group) -> Result<GroupSummary> {
         let mut ranges: BTreeMap<String, Range> = BTreeMap::new();
         let mut lengths: BTreeMap<String, (i64, i64)> = BTreeMap::new();
-        let latents = latents_key(dataset.data_type());
+        let latents = latents_key(group.data_type);
         for &id in &group.sample_ids {
             for (key, tensor) in dataset.sample_layout(id).iter().filter(|(_, t)| t.unequal) {
                 let length = tensor.shape[0];
