@@ -3,10 +3,10 @@
 //!
 //! A file holds samples of one shape, stacked along axis 0 of every tensor, under the keys that
 //! batches use. Files of one resolution group have equal keys, kinds and shapes, so that a batch
-//! can mix their samples; only texts may differ in length. Samples are numbered through all files in
-//! order, and through all folders where several are mixed. Files stay open as long
-//! as there are descriptors, so that replacing a file during a run has no effect; the others are
-//! opened for each read, which refuses a file that was replaced.
+//! can mix their samples; only texts may differ in length. Samples are numbered through all files
+//! in order, and through all folders where several are mixed. Files stay open as long as there are
+//! descriptors, so that replacing a file during a run has no effect; the others are opened for each
+//! read, which refuses a file that was replaced.
 
 mod batch;
 mod folder;
