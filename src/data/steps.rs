@@ -125,7 +125,8 @@ mod tests {
             let expected = if ids[0] < 40 { 2 } else { 8 };
             assert_eq!(of_step().count(), expected, "step {step}");
             let mut global = steps(0).order().global_batch(step - 1);
-            (ids.sort_unstable(), global.sort_unstable());
+            ids.sort_unstable();
+            global.sort_unstable();
             assert_eq!(ids, global, "step {step}");
         }
     }

@@ -203,6 +203,19 @@ mod tests {
     }
 
     #[test]
+    fn samples_that_are_repeated_unlike_share_a_group_and_no_file() {
+        let samples = vec![sample(2, 4, false); 5];
+        let repeats = |index: usize| if index == 1 || index == 4 { 3 } else { 1 };
+        let plan = Plan::new(&samples, &[0, 1, 2, 3, 4], DataType::Image, 1 << 20, repeats);
+        let found: Vec<(&str, u64, &[usize])> = plan
+            .shards
+            .iter()
+            .map(|shard| (shard.group.as_str(), shard.repeats, shard.samples.as_slice()))
+            .collect();
+        assert_eq!(found, [("2x2", 1, &[0, 2, 3][..]), ("2x2", 3, &[1, 4])]);
+    }
+
+    #[test]
     fn samples_share_a_group_if_all_but_the_lengths_of_their_texts_agree() {
         let groups = |samples: &[Sample]| {
             let plan = plan(samples, 1 << 20);

@@ -8,7 +8,7 @@ use bytesize::ByteSize;
 use crate::assembly::attention::{tokens_of_group, tokens_of_sample};
 use crate::assembly::{dataset, order};
 use crate::config::{MicroBatches, RunConfig};
-use crate::data::Dataset;
+use crate::data::{Dataset, Group};
 use crate::error::{Error, Result};
 use crate::model::SampleShapes;
 use crate::nn::{Stage, Tokens};
@@ -16,7 +16,7 @@ use crate::optim::lr;
 use crate::parallel::{DeviceChoice, Offload, ParallelSettings, Recompute, Sharding};
 use crate::plan::RankMemory;
 use crate::plan::attention::attention;
-use crate::plan::data::{check_data, rehearse_data, shares};
+use crate::plan::data::{check_data, rehearse_data, shares, trained_groups};
 use crate::plan::scaling::{ScalingRequest, scaling};
 use crate::run::checkpoint::copied_bytes;
 use crate::run::runs::OutputDir;
@@ -129,21 +129,22 @@ impl Plan {
         rehearse_data(config, &dataset)?;
         check_conditions(config, &dataset)?;
         let order = order(config, &dataset, world_size)?;
+        let groups = trained_groups(&dataset, &order);
         let tokens: Vec<Tokens> =
-            dataset.groups().iter().map(|group| tokens_of_group(config, &dataset, group)).collect();
+            groups.iter().map(|group| tokens_of_group(config, &dataset, group)).collect();
         let (largest, _) = RankMemory::largest(config, stages, &tokens, world_size)?;
-        let latents = dataset.latent_shape(&dataset.groups()[largest]);
+        let latents = dataset.latent_shape(groups[largest]);
         let shape = StepShape { latents, tokens: tokens[largest] };
         let memory = self.add_shape(config, stages, world_size, &shape, Some(&dataset))?;
-        let (name, groups) = (dataset.name(), dataset.groups().len());
+        let (name, count) = (dataset.name(), dataset.groups().len());
         self.line(
             "data",
-            &format!("{name}: {} samples; resolution groups: {groups}", dataset.num_samples()),
+            &format!("{name}: {} samples; resolution groups: {count}", dataset.num_samples()),
         );
         for (name, value) in shares(&dataset, &order) {
             self.line(&format!("  {name}"), &value);
         }
-        self.add_batches(config, &dataset, &tokens, world_size)?;
+        self.add_batches(config, &dataset, &groups, &tokens, world_size)?;
         let steps = order.batches_per_epoch();
         self.line(
             "epoch",
@@ -166,11 +167,12 @@ impl Plan {
     }
 
     /// Adds lines about the samples of a step, and how they are cut into micro-batches; `tokens`: of
-    /// the samples of each resolution group.
+    /// the samples of each group.
     fn add_batches(
         &mut self,
         config: &RunConfig,
         dataset: &Dataset,
+        groups: &[&Group],
         tokens: &[Tokens],
         world_size: usize,
     ) -> Result<()> {
@@ -188,7 +190,7 @@ impl Plan {
             "{global_batch} samples over {world_size} ranks, micro-batches of up to {most} tokens:"
         );
         self.line("global batch", &text);
-        for (group, tokens) in dataset.groups().iter().zip(tokens).take(MOST_GROUPS) {
+        for (group, tokens) in groups.iter().zip(tokens).take(MOST_GROUPS) {
             let MicroBatches { count, samples } = config.micro_batches(*tokens, world_size)?;
             let shape = shape_text(&dataset.latent_shape(group), *tokens);
             let text = format!("{count} micro-batches of {samples} samples of {shape}");

@@ -94,6 +94,12 @@ fn too_many_tokens(config: &RunConfig, dataset: &Dataset) -> Option<Note> {
     })
 }
 
+/// Returns the resolution groups that are trained on.
+pub(super) fn trained_groups<'d>(dataset: &'d Dataset, order: &Order) -> Vec<&'d Group> {
+    let groups = dataset.groups().iter().enumerate();
+    groups.filter(|(index, _)| order.takes(*index)).map(|(_, group)| group).collect()
+}
+
 /// Returns lines about the folders of a mixed dataset, name and value: how many samples of each an
 /// epoch takes.
 pub fn shares(dataset: &Dataset, order: &Order) -> Vec<(String, String)> {

@@ -2,6 +2,7 @@
 //! in the order in which to try them. The message when memory runs out quotes them.
 
 use crate::assembly::attention::tokens_of_group;
+use crate::assembly::order;
 use crate::config::{MicroBatches, RunConfig};
 use crate::data::Dataset;
 use crate::error::{Place, Result};
@@ -10,6 +11,7 @@ use crate::nn::Stage;
 use crate::nn::Tokens;
 use crate::parallel::{DeviceChoice, Offload, Recompute, Sharding};
 use crate::plan::RankMemory;
+use crate::plan::data::trained_groups;
 use crate::run::checkpoint::copied_bytes;
 use crate::settings::Choice;
 
@@ -30,8 +32,9 @@ pub fn memory_forecast(
     world_size: usize,
 ) -> Result<MemoryForecast> {
     let stages = config.model.family.stages()?;
-    let of_group = |group| tokens_of_group(config, dataset, group);
-    let samples: Vec<Tokens> = dataset.groups().iter().map(of_group).collect();
+    let groups = trained_groups(dataset, &order(config, dataset, world_size)?);
+    let samples: Vec<Tokens> =
+        groups.into_iter().map(|group| tokens_of_group(config, dataset, group)).collect();
     forecast(config, &stages, &samples, world_size)
 }
 

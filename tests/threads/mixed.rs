@@ -246,6 +246,10 @@ fn a_group_that_is_too_small_stops_is_left_out_or_is_repeated() {
     let dropped = config("dropped", "data.on_small_group=drop");
     let text = plan(&dropped, 1).unwrap();
     assert!(text.contains("leaves out 1 of 2 resolution groups, of 8 samples"), "{text}");
+    assert!(
+        text.contains("4 samples of 4 x 1 x 4 x 6:"),
+        "of the group that is trained on: {text}"
+    );
     assert!(types(&mixed.train(&dropped, 2)).iter().all(|word| word == "image"));
 
     let repeated = config("repeated", "data.on_small_group=repeat");

@@ -136,6 +136,11 @@ impl Order {
         self.plan.counts.taken_of(folder)
     }
 
+    /// True if samples of a resolution group are taken; groups can be left out as a whole.
+    pub fn takes(&self, group: usize) -> bool {
+        self.plan.counts.groups[group].taken() > 0
+    }
+
     /// Describes what becomes of groups that are smaller than a global batch, if there are any.
     pub fn small_groups(&self) -> Option<String> {
         const NAMED: usize = 4;

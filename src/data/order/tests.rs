@@ -68,6 +68,11 @@ fn b8_blocks_leave_nothing_of_the_global_batch_out() {
 }
 
 #[test]
+fn without_copies_there_are_none_to_count() {
+    assert_eq!(order().copies(3, 1, 4), [0; 4]);
+}
+
+#[test]
 fn another_seed_is_another_order() {
     let other = Order::new(&[group("wide", 0..20), group("square", 20..70)], 8, 6)
         .expect("large enough groups");
@@ -217,6 +222,7 @@ fn a_small_group_stops_is_left_out_or_is_gone_round_again() {
     let dropped = over(groups(), &[0.0, 0.0], OnSmallGroup::Drop);
     assert_eq!((dropped.batches_per_epoch(), dropped.left_out_per_epoch()), (2, 4));
     assert!((0..20).all(|step| dropped.global_batch(step).iter().all(|id| *id < 20)));
+    assert_eq!([0, 1, 2].map(|group| dropped.takes(group)), [true, false, false]);
     assert_eq!(
         dropped.small_groups().expect("two"),
         "data.on_small_group leaves out 2 of 3 resolution groups, of 8 samples, which are smaller than \
@@ -258,7 +264,6 @@ fn copies_in_one_global_batch_are_counted_whatever_the_blocks() {
             assert_eq!(found, expected, "step {step} in blocks of {size}");
         }
     }
-    assert_eq!(order().copies(3, 1, 4), [0; 4]);
 }
 
 #[test]
