@@ -18,10 +18,10 @@
 //! | 6 | [`sample`]: generation, from noise to data |
 //! | 5 | [`assembly`]: builds model, optimizer and pipeline from the configuration |
 //! | 4 | [`run`]: the run folder and its checkpoints |
-//! | 3 | [`config`]: the configuration, one field for each room |
+//! | 3 | [`config`]: the configuration, one field for each room · [`datasets`]: makes and describes datasets |
 //! | 2, science | [`adapter`] above [`flow`] · [`model`] · [`optim`] |
 //! | 2, machinery | [`parallel`] · [`watchdog`] |
-//! | 1 | [`datasets`] above [`report`], [`attention`] above [`collective`] · [`data`] · [`nn`] above [`ops`] · [`telemetry`] |
+//! | 1 | [`report`] · [`attention`] above [`collective`] · [`data`] · [`nn`] above [`ops`] · [`telemetry`] |
 //! | 0, each above those after it | [`files`] · [`failure`] · [`fault`], `registry` · [`cuda`], [`pulse`], [`settings`] · [`error`], [`libtorch`], `median`, [`phase`], [`rng`], [`tensor`] |
 //!
 //! # Letters in shapes

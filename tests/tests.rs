@@ -111,6 +111,8 @@ mod mpi {
     pub mod attention;
     /// Real MPI keeps the contract of the collectives, and a rank that fails ends its world.
     pub mod collectives;
+    /// Ranks make the dataset that one rank makes, also after a kill.
+    mod datasets;
     /// Our own GPU kernels compile, have the bits of a CPU, and are refused where they compute
     /// anything else.
     pub mod kernels;
@@ -147,8 +149,12 @@ mod oracle {
     mod parity;
     /// The command that the refusal of a pickle prints converts it.
     mod pickles;
+    /// Learning rates, shifts, weights and losses are those of diffusers, transformers and PyTorch.
+    mod rules;
     /// Samples are those of diffusers' pipelines, and their conditions are read strictly.
     mod sampling;
+    /// TensorBoard reads the numbers, the configuration and the samples of a run.
+    mod tensorboard;
 }
 
 /// What only a GPU can show; `launch/test-gpu.sh` runs it.

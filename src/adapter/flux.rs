@@ -7,6 +7,7 @@ use super::inputs::{
     TimestepDtype, batched, guidance, packed, seen_text, text_key, text_mask_key, unpacked,
 };
 use crate::error::Result;
+use crate::flow::time_shift::{ShiftType, TimeShift};
 use crate::flow::{
     BatchKey, DropoutScope, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter,
     NoiseLevels, Role, Shift,
@@ -108,13 +109,14 @@ impl ModelAdapter for Flux {
     /// (schnell).
     fn noise_levels(
         &self,
-        latents: &[i64],
+        _latents: &[i64],
+        image_tokens: i64,
         _settings: &FlowMatchingSettings,
         guidance: Guidance,
     ) -> NoiseLevels {
-        let tokens = latents[1..].iter().product::<i64>() / 4;
-        let shift = Shift::between(tokens, (256, 0.5), (4096, 1.15));
-        NoiseLevels::even(if guidance == Guidance::Embedded { shift } else { Shift::Constant(1.0) })
+        let rule = TimeShift { shift_type: ShiftType::Flux, ..TimeShift::default() };
+        let shift = if guidance == Guidance::Embedded { rule.shift(image_tokens) } else { 1.0 };
+        NoiseLevels::even(Shift::Constant(shift))
     }
 
     fn guidance(&self, model_embeds: bool) -> Guidance {

@@ -85,11 +85,12 @@ impl ModelAdapter for Flux2 {
     /// Shifts by FLUX.2's fit over the number of tokens and steps.
     fn noise_levels(
         &self,
-        latents: &[i64],
+        _latents: &[i64],
+        image_tokens: i64,
         _settings: &FlowMatchingSettings,
         _guidance: Guidance,
     ) -> NoiseLevels {
-        NoiseLevels::even(Shift::Empirical { tokens: latents[1..].iter().product() })
+        NoiseLevels::even(Shift::Empirical { tokens: image_tokens })
     }
 
     fn guidance(&self, model_embeds: bool) -> Guidance {

@@ -7,6 +7,7 @@ use super::inputs::{
     TimestepDtype, guidance, packed, seen_text, text_key, text_mask_key, unpacked,
 };
 use crate::error::Result;
+use crate::flow::time_shift::{ShiftType, TimeShift};
 use crate::flow::{
     BatchKey, DropoutScope, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter,
     NoiseLevels, Shift,
@@ -85,12 +86,13 @@ impl ModelAdapter for QwenImage {
     /// Shifts further for more tokens; the last level before data is 0.02.
     fn noise_levels(
         &self,
-        latents: &[i64],
+        _latents: &[i64],
+        image_tokens: i64,
         _settings: &FlowMatchingSettings,
         _guidance: Guidance,
     ) -> NoiseLevels {
-        let tokens = latents[1..].iter().product::<i64>() / 4;
-        NoiseLevels::even(Shift::between(tokens, (256, 0.5), (8192, 0.9))).ending_at(0.02)
+        let rule = TimeShift { shift_type: ShiftType::QwenImage, ..TimeShift::default() };
+        NoiseLevels::even(Shift::Constant(rule.shift(image_tokens))).ending_at(0.02)
     }
 
     fn guidance(&self, _model_embeds: bool) -> Guidance {

@@ -112,12 +112,14 @@ impl ModelAdapter for Simple {
     fn noise_levels(
         &self,
         latents: &[i64],
+        image_tokens: i64,
         settings: &FlowMatchingSettings,
         _guidance: Guidance,
     ) -> NoiseLevels {
+        let shift = settings.shift(image_tokens);
         match latents.len() {
-            4 => NoiseLevels::down_to_training(settings.flow_shift, settings.num_train_timesteps),
-            _ => NoiseLevels::even(Shift::Constant(settings.flow_shift)),
+            4 => NoiseLevels::down_to_training(shift, settings.num_train_timesteps),
+            _ => NoiseLevels::even(Shift::Constant(shift)),
         }
     }
 }

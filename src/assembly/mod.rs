@@ -12,7 +12,7 @@ use crate::collective::Collective;
 use crate::config::{MicroBatches, RunConfig};
 use crate::data::{Dataset, Group, Order, Share, Steps};
 use crate::error::Result;
-use crate::flow::FlowMatchingPipeline;
+use crate::flow::{FlowMatchingPipeline, ImageTokens};
 use crate::parallel::{Devices, Replica, Sharing};
 use crate::rng::{Key, Purpose};
 use crate::run::pretrained;
@@ -105,11 +105,12 @@ fn replica<'c>(
 }
 
 pub fn build_pipeline(config: &RunConfig, device: Device) -> FlowMatchingPipeline {
-    let flow = &config.flow_matching;
-    FlowMatchingPipeline::new(
+    let (flow, family) = (&config.flow_matching, config.model.family.clone());
+    let pipeline = FlowMatchingPipeline::new(
         flow.flow.clone(),
         flow.adapter.build(),
         device,
         config.model.dtype.kind(),
-    )
+    );
+    pipeline.counting_tokens(ImageTokens::new(move |latents| family.image_tokens(latents)))
 }

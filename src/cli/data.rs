@@ -1,19 +1,26 @@
 //! `fm-dist data`.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use bytesize::ByteSize;
 use clap::{Args, Subcommand};
 
 use super::files::say;
-use super::values::parse_cache;
-use crate::datasets::caches::{CacheFormat, ImportRequest, import};
+use super::values::{parse_cache, parse_family};
+use crate::collective::{self, Collective, Launch};
+use crate::datasets::caches::{CacheFormat, CachedFamily, ImportRequest, Imported, import};
 use crate::datasets::index::{IndexRequest, index};
 use crate::datasets::pack::{PackRequest, pack};
 use crate::datasets::show::{ShowRequest, show};
 use crate::datasets::write::Written;
 use crate::error::Result;
 use crate::files::outputs::{Named, check_files};
+use crate::phase::Phase;
+use crate::pulse;
+
+/// Longest time in which all ranks must have started.
+const CONNECT: Duration = Duration::from_secs(300);
 
 #[derive(Args, Debug)]
 pub struct DataArgs {
@@ -23,7 +30,7 @@ pub struct DataArgs {
 
 #[derive(Debug, Subcommand)]
 enum DataCommand {
-    /// Write a dataset from the cache of another trainer
+    /// Write a dataset from the cache of another trainer, on one process or, under mpirun, several
     Import(ImportArgs),
     /// Describe a folder of safetensors files, stacked or of one sample each, as a dataset
     Index(IndexArgs),
@@ -56,22 +63,27 @@ struct Output {
     /// Largest size of a file
     #[arg(long, value_name = "SIZE", default_value = "512MB")]
     shard_size: ByteSize,
-    /// Number of threads; each holds one file's samples in memory
+    /// Number of threads of each process; each holds one file's samples in memory
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=256))]
     jobs: u16,
 }
 
 #[derive(Args, Debug)]
 struct ImportArgs {
-    /// The trainer: nemo (NVIDIA NeMo AutoModel), musubi (musubi-tuner) or ai-toolkit
+    /// The trainer: nemo (NVIDIA NeMo AutoModel), musubi (musubi-tuner), diffusion-pipe, simpletuner
+    /// (SimpleTuner) or ai-toolkit
     #[arg(long, value_name = "TRAINER", value_parser = parse_cache)]
     from: CacheFormat,
-    /// Folders of its cache
+    /// Folders of its cache; of SimpleTuner those of latents, of texts and of pictures
     #[arg(value_name = "SRC", required = true)]
     sources: Vec<PathBuf>,
     /// Folder of texts, `<name of the picture>.txt`, that replace the cache's captions
     #[arg(long, value_name = "DIR")]
     captions: Option<PathBuf>,
+    /// Family that the samples must be of, by its table of the configuration: flux, flux2,
+    /// qwen_image, wan or hunyuan_video15; the cache's own if unset
+    #[arg(long, value_name = "FAMILY", value_parser = parse_family)]
+    family: Option<CachedFamily>,
     #[command(flatten)]
     output: Output,
     #[command(flatten)]
@@ -129,28 +141,45 @@ impl DataArgs {
 
 impl ImportArgs {
     fn run(self) -> Result<i32> {
-        let ImportArgs { from, sources, captions, output, about } = self;
+        let ImportArgs { from, sources, captions, family, output, about } = self;
         let out = output.out.display().to_string();
-        let written = import(&ImportRequest {
+        let request = ImportRequest {
             from,
             sources,
             captions,
+            family,
             out: output.out,
             shard_bytes: output.shard_size.as_u64(),
             jobs: output.jobs.into(),
             name: about.name,
             source: about.source,
             licence: about.licence,
-        })?;
-        tell(written, &out)
+        };
+        let made = |world: &dyn Collective| {
+            let Imported { written, notes } = import(&request, world)?;
+            let notes = notes.iter().map(|note| format!("note: {note}\n")).collect::<String>();
+            Ok(notes + &told(written, &out))
+        };
+        among_ranks(made)
     }
+}
+
+/// Does the work of a command on all ranks that were launched, and says its result once.
+fn among_ranks(work: impl FnOnce(&dyn Collective) -> Result<String>) -> Result<i32> {
+    pulse::enter(Phase::Connect);
+    let world = collective::connect(Launch::Auto, CONNECT)?;
+    pulse::enter(Phase::Report);
+    let text = work(world.as_ref())?;
+    let code = if pulse::is_root(world.rank()) { say(&text)? } else { 0 };
+    collective::finish(world)?;
+    Ok(code)
 }
 
 impl IndexArgs {
     fn run(self) -> Result<i32> {
         let IndexArgs { folder, about: About { name, source, licence } } = self;
         let shown = folder.display().to_string();
-        tell(index(&IndexRequest { folder, name, source, licence })?, &shown)
+        say(&told(index(&IndexRequest { folder, name, source, licence })?, &shown))
     }
 }
 
@@ -158,14 +187,14 @@ impl PackArgs {
     fn run(self) -> Result<i32> {
         let PackArgs { folder, output, shuffle } = self;
         let out = output.out.display().to_string();
-        let written = pack(&PackRequest {
+        let request = PackRequest {
             folder,
             out: output.out,
             shard_bytes: output.shard_size.as_u64(),
             shuffle,
             jobs: output.jobs.into(),
-        })?;
-        tell(written, &out)
+        };
+        among_ranks(|world| pack(&request, world).map(|written| told(written, &out)))
     }
 }
 
@@ -184,7 +213,7 @@ impl ShowArgs {
     }
 }
 
-fn tell(written: Written, folder: &str) -> Result<i32> {
+fn told(written: Written, folder: &str) -> String {
     let Written { samples, files, groups } = written;
-    say(&format!("{folder}: {samples} samples in {files} files, resolution groups: {groups}\n"))
+    format!("{folder}: {samples} samples in {files} files, resolution groups: {groups}\n")
 }

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use crate::datasets::caches::CacheFormat;
+use crate::datasets::caches::{CacheFormat, CachedFamily};
 use crate::model::Dtype;
 use crate::settings::Choice;
 
@@ -58,7 +58,16 @@ pub fn parse_dtype(text: &str) -> Result<Dtype, String> {
 }
 
 pub fn parse_cache(text: &str) -> Result<CacheFormat, String> {
-    let known = CacheFormat::ALL.iter().find(|(word, _)| *word == text);
-    let words: Vec<&str> = CacheFormat::ALL.iter().map(|(word, _)| *word).collect();
-    known.map(|(_, format)| *format).ok_or_else(|| format!("expected one of {}", words.join(", ")))
+    parse_word(text)
+}
+
+pub fn parse_family(text: &str) -> Result<CachedFamily, String> {
+    parse_word(text)
+}
+
+/// Returns the value of a word.
+fn parse_word<T: Choice>(text: &str) -> Result<T, String> {
+    let known = T::ALL.iter().find(|(word, _)| *word == text);
+    let words: Vec<&str> = T::ALL.iter().map(|(word, _)| *word).collect();
+    known.map(|(_, value)| *value).ok_or_else(|| format!("expected one of {}", words.join(", ")))
 }

@@ -214,13 +214,13 @@ fn write(
     generator: Device,
 ) -> Result<()> {
     let metadata = [
-        ("sampling_method", output.sampling_method),
-        ("task_type", output.task_type.word()),
-        ("data_type", data_type.word()),
-        ("draws", word(generator)),
+        ("sampling_method", output.sampling_method.to_string()),
+        ("shift", output.shift.to_string()),
+        ("task_type", output.task_type.word().to_string()),
+        ("data_type", data_type.word().to_string()),
+        ("draws", word(generator).to_string()),
     ];
-    let metadata =
-        metadata.into_iter().map(|(key, word)| (key.to_string(), word.to_string())).collect();
+    let metadata = metadata.map(|(key, word)| (key.to_string(), word)).into();
     let borrowed: Vec<(&str, &Tensor)> =
         tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     replace_file(path, |mut file| safetensors::write(&mut file, &borrowed, &metadata))

@@ -59,8 +59,15 @@ pub(super) const HABITS: &[Habit] = &[
     ),
     other(
         "lr_scheduler.type lr_scheduler.name lr_scheduler_type lr_decay_style lr_schedule",
-        "the schedule is the table that is there: [lr_scheduler.constant], [lr_scheduler.linear], [lr_scheduler.cosine] or [lr_scheduler.wsd]",
+        "the schedule is the table that is there: [lr_scheduler.cosine], for instance",
     ),
+    Habit {
+        theirs: "min_lr lr_min eta_min lr_end min_lr_ratio lr_min_ratio",
+        ours: &["lr_scheduler.*.min_factor"],
+        remark: "a share of the peak",
+    },
+    same("lr_scheduler_num_cycles lr_num_cycles num_cycles", &["lr_scheduler.cosine.restarts"]),
+    other("lr_scheduler_power lr_power", "it is `power` in the table [lr_scheduler.polynomial]"),
     same(
         "max_train_steps num_train_steps train_steps training_steps total_steps num_steps_total max_iters iterations \
          steps train.steps training.steps",
@@ -142,6 +149,11 @@ pub(super) const HABITS: &[Habit] = &[
         &["flow_matching.flow_shift"],
     ),
     same(
+        "flux_shift flux2_shift qwen_shift auto_shift flow_schedule_auto_shift flux_schedule_auto_shift",
+        &["flow_matching.shift_type"],
+    ),
+    same("pseudo_huber_c huber_delta", &["flow_matching.huber_c"]),
+    same(
         "caption_dropout_rate caption_dropout_probability caption_dropout_percent caption_dropout prompt_dropout_prob \
          uncond_prob cond_dropout",
         &["flow_matching.cfg_dropout_prob"],
@@ -188,10 +200,12 @@ pub(super) const HABITS: &[Habit] = &[
         &["flow_matching.summary_log_interval"],
     ),
     same("log_level verbosity", &["log.level"]),
-    other(
-        "wandb use_wandb enable_wandb tensorboard enable_tensorboard report_to log_with tracker_project_name",
-        "metrics are written to metrics.jsonl in the run folder; there is no W&B and no TensorBoard",
-    ),
+    Habit {
+        theirs: "tensorboard enable_tensorboard use_tensorboard wandb use_wandb enable_wandb report_to log_with \
+                 tracker_project_name",
+        ours: &["log.tensorboard"],
+        remark: "TensorBoard's files, which `wandb sync` uploads; metrics.jsonl is always there",
+    },
     same("num_inference_steps sample_steps inference_steps", &["sampling.num_steps"]),
     other(
         "sample_every sample_every_n_steps validation_steps validation_prompts eval_every_n_steps eval_every_n_epochs \

@@ -223,11 +223,14 @@ impl Manifest {
     pub(super) fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
         hash.update(self.data_type.word());
-        for FileEntry { path, samples, group, sha256, repeats, .. } in &self.files {
+        for FileEntry { path, samples, group, sha256, single, unequal, repeats } in &self.files {
             // Quoted, so that different lists of files give different texts.
             hash.update(format!("\n{path:?} {samples} {group:?} {sha256}"));
+            // Version 1 has neither, and its fingerprints stand in checkpoints.
+            let flags = [(*single, " single"), (*unequal, " unequal")];
+            flags.iter().filter(|(is_set, _)| *is_set).for_each(|(_, word)| hash.update(word));
             if *repeats > 1 {
-                hash.update(format!(" {repeats}"));
+                hash.update(format!(" {repeats} times"));
             }
         }
         if let Some(ConditionsEntry { path, names, sha256 }) = &self.conditions {
@@ -317,6 +320,28 @@ mod tests {
             error,
             "dataset.json: is `fm-dist dataset` version 3; this program reads `fm-dist dataset` versions 1 and 2"
         );
+    }
+
+    #[test]
+    fn the_fingerprint_follows_how_a_file_is_read() {
+        let single = FILE.replace(":2", ":1").replace('}', r#","single":true}"#);
+        let unequal = single.replace('}', r#","unequal":true}"#);
+        let fingerprint = |files: &str, version: &str| {
+            let head = r#""format":"fm-dist dataset","name":"n","source":"s","licence":"l","data_type":"image""#;
+            let text = format!("{{{head},\"version\":{version},\"files\":[{files}]}}")
+                .replace("HASH", &"0a".repeat(32));
+            let manifest = Manifest::parse(Path::new(FILE_NAME), text.as_bytes());
+            manifest.expect("sound").fingerprint()
+        };
+        let of_version_1 = fingerprint(FILE, "1");
+        assert_eq!(
+            of_version_1, "38f11965f29e289566abe3146fa69057c44e8abb172abd4947dcf93e81de686c",
+            "runs on such data would not resume"
+        );
+        assert_eq!(of_version_1, fingerprint(FILE, "2"));
+        let plain = FILE.replace(":2", ":1");
+        let all = [plain, single, unequal].map(|file| fingerprint(&file, "2"));
+        assert_eq!(BTreeSet::from_iter(&all).len(), all.len(), "{all:?}");
     }
 
     #[test]

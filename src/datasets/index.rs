@@ -180,6 +180,15 @@ fn entries(folder: &Path, files: &[File]) -> Result<Vec<Value>> {
 /// Adds the files below `folder` with this ending, sorted; hidden ones and links to folders are
 /// left out.
 pub(super) fn find(folder: &Path, ending: &str, found: &mut Vec<PathBuf>) -> Result<()> {
+    find_if(folder, &|path| path.extension().is_some_and(|own| own == ending), found)
+}
+
+/// As [`find`], but all files for which `wanted` is true.
+pub(super) fn find_if(
+    folder: &Path,
+    wanted: &dyn Fn(&Path) -> bool,
+    found: &mut Vec<PathBuf>,
+) -> Result<()> {
     let listed = fs::read_dir(folder).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
     let mut entries = listed.map_err(Error::storage(folder, "list"))?;
     entries.sort_by_key(fs::DirEntry::file_name);
@@ -190,8 +199,8 @@ pub(super) fn find(folder: &Path, ending: &str, found: &mut Vec<PathBuf>) -> Res
             continue;
         }
         if is_folder {
-            find(&path, ending, found)?;
-        } else if path.extension().is_some_and(|extension| extension == ending) {
+            find_if(&path, wanted, found)?;
+        } else if wanted(&path) {
             found.push(path);
         }
     }

@@ -8,6 +8,7 @@ use tch::Tensor;
 
 use super::write::{FurtherFile, WriteOptions, Written, write_dataset};
 use super::{Description, Sample, Samples};
+use crate::collective::Collective;
 use crate::data::order::permute;
 use crate::data::{Caption, Dataset};
 use crate::error::Result;
@@ -29,7 +30,10 @@ pub struct PackRequest {
 /// # Errors
 /// Errors of [`Dataset::open`] and [`write_dataset`]; [`Error::Data`](crate::error::Error::Data) if
 /// a sample is not finite.
-pub fn pack(request: &PackRequest) -> Result<Written> {
+///
+/// # Ordering
+/// Every rank calls it.
+pub fn pack(request: &PackRequest, collective: &dyn Collective) -> Result<Written> {
     let dataset = Dataset::open(&request.folder)?;
     let manifest = dataset.manifest().clone();
     let description = Description {
@@ -51,7 +55,7 @@ pub fn pack(request: &PackRequest) -> Result<Written> {
         order: Some(order),
         further,
     };
-    write_dataset(&samples, &description, &options)
+    write_dataset(&samples, &description, &options, collective)
 }
 
 /// Returns the files besides samples and captions.

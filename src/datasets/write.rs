@@ -1,5 +1,9 @@
 //! Writes samples as a dataset. Nothing in the folder is half-written, `dataset.json` comes last,
 //! and work that was killed goes on where it stopped.
+//!
+//! Several ranks write the files in turns, each with a log of its own of those that it has finished.
+//! Rank 0 holds the folder for all, and writes what a dataset has once. Work that was killed may go
+//! on with another number of ranks.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -15,6 +19,8 @@ use tch::{Kind, Tensor};
 
 use super::shards::{Plan, Shard, lengths_key};
 use super::{Description, Samples};
+use crate::collective::Collective;
+use crate::collective::agreement::{agree, agreed, known_to_all, on_rank_zero};
 use crate::data::DATASET_FILE;
 use crate::error::{Error, Result};
 use crate::files::disk::Disk;
@@ -22,9 +28,13 @@ use crate::files::durable::{LineFile, replace_file};
 use crate::files::outputs::{Named, check_new_folder};
 use crate::files::safetensors::{Planned, Writer};
 use crate::files::sha256::HashingWriter;
+use crate::pulse;
 
-/// Log of the files that are finished, while a dataset is being written.
+/// Log of the files that rank 0 has finished, while a dataset is being written; its first line names
+/// the samples and the plan.
 const LOG: &str = "unfinished.jsonl";
+/// Begin and end of the names of the logs, between which the other ranks' have their numbers.
+const LOG_PARTS: (&str, &str) = ("unfinished", ".jsonl");
 const CAPTIONS: &str = "captions.jsonl";
 
 /// Options of writing a dataset.
@@ -71,11 +81,16 @@ struct Finished {
 ///
 /// # Errors
 /// [`Error::Config`] if there are no samples or `out` cannot be created; [`Error::Data`] if a
-/// sample is not what its description says, or `out` holds something else; [`Error::Storage`].
+/// sample is not what its description says, or `out` holds something else; [`Error::Storage`]. An
+/// error of a file is met by one rank alone, and ends the world.
+///
+/// # Ordering
+/// Every rank calls it, with equal samples and options.
 pub fn write_dataset(
     samples: &dyn Samples,
     description: &Description,
     options: &WriteOptions,
+    collective: &dyn Collective,
 ) -> Result<Written> {
     let list = samples.list();
     if list.is_empty() {
@@ -84,29 +99,35 @@ pub fn write_dataset(
     let order = options.order.clone().unwrap_or_else(|| (0..list.len()).collect());
     let repeats = |index| samples.repeats(index);
     let plan = Plan::new(list, &order, description.data_type, options.shard_bytes, repeats);
-    let folder = Folder::open(&options.out, &plan.fingerprint(list))?;
-    let finished = folder.write_shards(samples, &plan, options.jobs)?;
-    let mut document = json!({
-        "format": "fm-dist dataset",
-        "version": 2,
-        "name": description.name,
-        "source": description.source,
-        "licence": description.licence,
-        "data_type": description.data_type,
-        "files": plan.shards.iter().zip(&finished).map(entry_of).collect::<Vec<_>>(),
-        "captions": folder.write_captions(samples, &plan)?,
-    });
-    for further in &options.further {
-        document[further.key] = folder.copy(further)?;
-    }
-    folder.finish(&document)?;
+    let folder = Folder::open(&options.out, &plan.fingerprint(list), collective)?;
+    let finished = folder.write_shards(samples, &plan, options.jobs, collective)?;
+    on_rank_zero(collective, || {
+        let mut document = json!({
+            "format": "fm-dist dataset",
+            "version": 2,
+            "name": description.name,
+            "source": description.source,
+            "licence": description.licence,
+            "data_type": description.data_type,
+            "files": plan
+                .shards
+                .iter()
+                .map(|shard| entry_of(shard, &finished[&shard.path]))
+                .collect::<Vec<_>>(),
+            "captions": folder.write_captions(samples, &plan)?,
+        });
+        for further in &options.further {
+            document[further.key] = folder.copy(further)?;
+        }
+        folder.finish(&document).map(|()| String::new())
+    })?;
     let groups: std::collections::BTreeSet<&str> =
         plan.shards.iter().map(|shard| shard.group.as_str()).collect();
     Ok(Written { samples: order.len(), files: plan.shards.len(), groups: groups.len() })
 }
 
 /// Returns a file's entry in `dataset.json`.
-fn entry_of((shard, sha256): (&Shard, &String)) -> serde_json::Value {
+fn entry_of(shard: &Shard, sha256: &str) -> serde_json::Value {
     let Shard { path, group, repeats, samples } = shard;
     let mut entry =
         json!({"path": path, "samples": samples.len(), "group": group, "sha256": sha256});
@@ -116,82 +137,91 @@ fn entry_of((shard, sha256): (&Shard, &String)) -> serde_json::Value {
     entry
 }
 
+/// Hashes of finished files by path.
+type Hashes = BTreeMap<String, String>;
+
 /// A folder in which a dataset is being written.
 struct Folder {
     path: PathBuf,
-    log: Mutex<LineFile>,
-    /// Held while the folder is written, so that no other process does.
+    log: Log,
+    /// Files that are finished already.
+    known: Hashes,
+}
+
+/// A rank's log, held while the folder is written, so that no other process writes it.
+struct Log {
+    path: PathBuf,
+    lines: Mutex<LineFile>,
     _lock: File,
-    /// Hashes of the files that are finished.
-    known: BTreeMap<String, String>,
+}
+
+impl Log {
+    fn open(path: PathBuf) -> Result<Self> {
+        let lines = LineFile::open(&path).map_err(Error::storage(&path, "open"))?;
+        let lock = File::open(&path).map_err(Error::storage(&path, "open"))?;
+        if lock.try_lock().is_err() {
+            let folder = path.parent().unwrap_or(Path::new("."));
+            return Err(Error::data(folder, "is being written by another process"));
+        }
+        Ok(Log { path, lines: Mutex::new(lines), _lock: lock })
+    }
+
+    fn note(&self, line: &str) -> Result<()> {
+        let mut lines = lock(&self.lines);
+        let appended = lines.append(line).and_then(|()| lines.sync());
+        appended.map_err(Error::storage(&self.path, "write"))
+    }
 }
 
 impl Folder {
     /// Creates the folder, or opens one in which the same plan was begun.
-    fn open(path: &Path, fingerprint: &str) -> Result<Self> {
-        check_new_folder(Named { argument: "--out", path })?;
-        let log = path.join(LOG);
-        if path.exists() && !log.exists() && !is_empty(path)? {
-            return Err(Error::data(
-                path,
-                "exists already; a dataset is written into a new folder",
-            ));
+    fn open(path: &Path, fingerprint: &str, collective: &dyn Collective) -> Result<Self> {
+        let plans = agree(Ok(fingerprint.into()), collective)?;
+        if plans.iter().any(|plan| plan != fingerprint) {
+            let what = "would be written from samples that changed while the ranks looked at them";
+            return Err(known_to_all(Error::data(path, what), 0, collective));
         }
-        fs::create_dir_all(path).map_err(Error::storage(path, "create"))?;
-        let lines = LineFile::open(&log).map_err(Error::storage(&log, "open"))?;
-        let lock = File::open(&log).map_err(Error::storage(&log, "open"))?;
-        if lock.try_lock().is_err() {
-            return Err(Error::data(path, "is being written by another process"));
-        }
-        let mut folder = Folder {
-            path: path.into(),
-            log: Mutex::new(lines),
-            _lock: lock,
-            known: BTreeMap::new(),
+        let mut log = None;
+        let known = on_rank_zero(collective, || {
+            let (own, known) = begun(path, fingerprint)?;
+            log = Some(own);
+            Ok(serde_json::to_string(&known).expect("texts are JSON"))
+        })?;
+        let (begin, end) = LOG_PARTS;
+        let opened = match log {
+            Some(log) => Ok(log),
+            None => Log::open(path.join(format!("{begin}-{}{end}", collective.rank()))),
         };
-        folder.read_log(&log, fingerprint)?;
-        Ok(folder)
+        let log = agreed(opened, collective)?;
+        let known = serde_json::from_str(&known).expect("rank 0 wrote it");
+        Ok(Folder { path: path.into(), log, known })
     }
 
-    /// Reads which files are finished; begins the log if there is none.
-    fn read_log(&mut self, log: &Path, fingerprint: &str) -> Result<()> {
-        let file = File::open(log).map_err(Error::storage(log, "open"))?;
-        let mut lines = BufReader::new(file).lines().map_while(io::Result::ok);
-        match lines.next().filter(|line| !line.is_empty()) {
-            None => return self.note(fingerprint),
-            Some(begun) if begun == fingerprint => {}
-            Some(_) => {
-                let what = "holds an unfinished dataset of other samples or file sizes; remove it, \
-                            or give another --out";
-                return Err(Error::data(&self.path, what));
-            }
-        }
-        // A last line that was cut by a crash is no JSON; its file is written again.
-        let entries = lines.filter_map(|line| serde_json::from_str::<Finished>(&line).ok());
-        self.known = entries.map(|Finished { path, sha256 }| (path, sha256)).collect();
-        self.known.retain(|path, _| self.path.join(path).is_file());
-        Ok(())
-    }
-
-    fn note(&self, line: &str) -> Result<()> {
-        let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
-        let path = self.path.join(LOG);
-        log.append(line).and_then(|()| log.sync()).map_err(Error::storage(path, "write"))
-    }
-
-    /// Writes the files that are missing, on threads; returns the hashes of all.
-    fn write_shards(&self, samples: &dyn Samples, plan: &Plan, jobs: usize) -> Result<Vec<String>> {
-        let bar = progress(plan.shards.iter().map(|shard| shard.samples.len() as u64).sum());
+    /// Writes the files that are missing, on threads of all ranks; returns the hashes of all.
+    fn write_shards(
+        &self,
+        samples: &dyn Samples,
+        plan: &Plan,
+        jobs: usize,
+        collective: &dyn Collective,
+    ) -> Result<Hashes> {
+        let missing = plan.shards.iter().filter(|shard| !self.known.contains_key(&shard.path));
+        let own: Vec<&Shard> =
+            missing.skip(collective.rank()).step_by(collective.world_size()).collect();
+        let bar = progress(
+            own.iter().map(|shard| shard.samples.len() as u64).sum(),
+            pulse::is_root(collective.rank()),
+        );
         let (next, failure) = (AtomicUsize::new(0), Mutex::new(None));
-        let hashes: Vec<Mutex<String>> = plan.shards.iter().map(|_| Mutex::default()).collect();
+        let hashes = Mutex::new(Hashes::new());
         let work = || {
             loop {
                 let number = next.fetch_add(1, Ordering::Relaxed);
-                let Some(shard) = plan.shards.get(number) else { return };
+                let Some(shard) = own.get(number) else { return };
                 match self.write_shard(samples, plan, shard) {
-                    Ok(hash) => *lock(&hashes[number]) = hash,
+                    Ok(hash) => drop(lock(&hashes).insert(shard.path.clone(), hash)),
                     Err(error) => {
-                        next.store(plan.shards.len(), Ordering::Relaxed);
+                        next.store(own.len(), Ordering::Relaxed);
                         lock(&failure).get_or_insert(error);
                         return;
                     }
@@ -204,16 +234,19 @@ impl Folder {
             work();
         });
         bar.finish_and_clear();
-        match failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            Some(error) => Err(error),
-            None => Ok(hashes.iter().map(|hash| lock(hash).clone()).collect()),
+        // The other ranks still write; they end with this one.
+        if let Some(error) = failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            return Err(error);
         }
+        let written = serde_json::to_string(&*lock(&hashes)).expect("texts are JSON");
+        let mut all = self.known.clone();
+        for hashes in agree(Ok(written), collective)? {
+            all.extend(serde_json::from_str::<Hashes>(&hashes).expect("a rank wrote it"));
+        }
+        Ok(all)
     }
 
     fn write_shard(&self, samples: &dyn Samples, plan: &Plan, shard: &Shard) -> Result<String> {
-        if let Some(hash) = self.known.get(&shard.path) {
-            return Ok(hash.clone());
-        }
         let tensors = read_all(samples, shard)?;
         let mut sha256 = String::new();
         let path = self.path.join(&shard.path);
@@ -226,7 +259,7 @@ impl Folder {
         })?;
         Disk::PLAIN.rename(&beside, &path)?;
         let entry = Finished { path: shard.path.clone(), sha256 };
-        self.note(&serde_json::to_string(&entry).expect("texts are JSON"))?;
+        self.log.note(&serde_json::to_string(&entry).expect("texts are JSON"))?;
         Ok(entry.sha256)
     }
 
@@ -261,13 +294,65 @@ impl Folder {
         Ok(entry)
     }
 
-    /// Writes `dataset.json`, which makes the folder a dataset.
+    /// Writes `dataset.json`, which makes the folder a dataset, and removes the logs.
     fn finish(&self, document: &serde_json::Value) -> Result<()> {
         let text = serde_json::to_string_pretty(document).expect("texts and numbers are JSON");
         replace_file(&self.path.join(DATASET_FILE), |out| writeln!(out, "{text}"))?;
-        let log = self.path.join(LOG);
-        fs::remove_file(&log).map_err(Error::storage(&log, "delete"))
+        // Rank 0's goes last: without it, the folder would not be taken for one to go on with.
+        let mut logs = logs(&self.path)?;
+        logs.retain(|log| *log != self.log.path);
+        let remove = |log: &PathBuf| fs::remove_file(log).map_err(Error::storage(log, "delete"));
+        logs.iter().chain([&self.log.path]).try_for_each(remove)
     }
+}
+
+/// Creates the folder, or opens one in which the same plan was begun; returns rank 0's log and the
+/// finished files.
+fn begun(path: &Path, fingerprint: &str) -> Result<(Log, Hashes)> {
+    check_new_folder(Named { argument: "--out", path })?;
+    let own = path.join(LOG);
+    if path.exists() && !own.exists() && !is_empty(path)? {
+        return Err(Error::data(path, "exists already; a dataset is written into a new folder"));
+    }
+    fs::create_dir_all(path).map_err(Error::storage(path, "create"))?;
+    let log = Log::open(own)?;
+    let first = lines_of(&log.path)?.next();
+    match first.filter(|line| !line.is_empty()) {
+        None => {
+            log.note(fingerprint)?;
+            return Ok((log, Hashes::new()));
+        }
+        Some(begun) if begun == fingerprint => {}
+        Some(_) => {
+            let what = "holds an unfinished dataset of other samples or file sizes; remove it, or \
+                        give another --out";
+            return Err(Error::data(path, what));
+        }
+    }
+    let mut known = Hashes::new();
+    for log in logs(path)? {
+        // The plan's name is no JSON, nor is a last line that was cut by a crash; its file is
+        // written again.
+        let entries = lines_of(&log)?.filter_map(|line| serde_json::from_str(&line).ok());
+        known.extend(entries.map(|Finished { path, sha256 }| (path, sha256)));
+    }
+    known.retain(|file, _| path.join(file).is_file());
+    Ok((log, known))
+}
+
+/// Returns the logs of all ranks that have written into a folder.
+fn logs(folder: &Path) -> Result<Vec<PathBuf>> {
+    let (begin, end) = LOG_PARTS;
+    let entries = fs::read_dir(folder).and_then(Iterator::collect::<io::Result<Vec<_>>>);
+    let entries = entries.map_err(Error::storage(folder, "list"))?;
+    let is_log = |name: &str| name.starts_with(begin) && name.ends_with(end);
+    let logs = entries.iter().filter(|entry| is_log(&entry.file_name().to_string_lossy()));
+    Ok(logs.map(fs::DirEntry::path).collect())
+}
+
+fn lines_of(log: &Path) -> Result<impl Iterator<Item = String> + use<>> {
+    let file = File::open(log).map_err(Error::storage(log, "open"))?;
+    Ok(BufReader::new(file).lines().map_while(io::Result::ok))
 }
 
 fn read_all(samples: &dyn Samples, shard: &Shard) -> Result<Vec<BTreeMap<String, Tensor>>> {
@@ -324,10 +409,12 @@ fn write_file(
     Ok(writer.finish().finish().1)
 }
 
-fn progress(samples: u64) -> ProgressBar {
+/// A bar for the samples of this rank; `shown` on one rank only.
+fn progress(samples: u64, shown: bool) -> ProgressBar {
     let style = ProgressStyle::with_template("{bar:28.blue} {pos}/{len} samples, {eta} left");
     // Hidden where standard error is no terminal.
-    ProgressBar::new(samples).with_style(style.expect("the template is valid"))
+    let bar = if shown { ProgressBar::new(samples) } else { ProgressBar::hidden() };
+    bar.with_style(style.expect("the template is valid"))
 }
 
 fn is_empty(folder: &Path) -> Result<bool> {

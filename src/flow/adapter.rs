@@ -218,16 +218,17 @@ pub trait ModelAdapter {
         Vec::new()
     }
 
-    /// Returns noise levels for generating latents of this shape, `[C, (F,) H, W]`: evenly spaced
-    /// with the run's shift, unless a family overrides it. `guidance`: the result of
-    /// [`guidance`](Self::guidance).
+    /// Returns noise levels for generating latents of this shape, `[C, (F,) H, W]`, and number of
+    /// image tokens: evenly spaced with the run's shift, unless a family overrides it. `guidance`:
+    /// the result of [`guidance`](Self::guidance).
     fn noise_levels(
         &self,
         _latents: &[i64],
+        image_tokens: i64,
         settings: &FlowMatchingSettings,
         _guidance: Guidance,
     ) -> NoiseLevels {
-        NoiseLevels::even(Shift::Constant(settings.flow_shift))
+        NoiseLevels::even(Shift::Constant(settings.shift(image_tokens)))
     }
 
     /// Returns the meaning of a guidance scale for the family's models, some of which embed it.

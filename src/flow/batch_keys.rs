@@ -151,6 +151,7 @@ pub fn check_keys(
     check_empty_prompt(adapter, settings, data)?;
     notes.extend(unread(&keys, settings, data.sample).map(Note::Information));
     notes.extend(dropout_without_effect(adapter, settings).map(Note::Warning));
+    notes.extend(settings.warnings().into_iter().map(Note::Warning));
     Ok(notes)
 }
 

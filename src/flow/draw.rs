@@ -4,6 +4,7 @@
 use tch::{Device, Tensor, no_grad};
 
 use super::adapter::{DropoutScope, TaskType};
+use super::image_tokens::ImageTokens;
 use super::pipeline::latents_of;
 use super::settings::{CfgDropout, DrawPlace, FlowMatchingSettings, TaskScope};
 use super::timesteps::{SampledTimesteps, Strata, sample_timesteps};
@@ -18,6 +19,7 @@ pub struct DrawRules {
     settings: FlowMatchingSettings,
     /// Samples that share the adapter's draw of dropout; `None` if the adapter drops nothing.
     dropout: Option<DropoutScope>,
+    image_tokens: ImageTokens,
     /// Device of the pipeline.
     device: Device,
 }
@@ -40,9 +42,11 @@ impl DrawRules {
     pub(super) fn new(
         settings: &FlowMatchingSettings,
         dropout: Option<DropoutScope>,
+        image_tokens: &ImageTokens,
         device: Device,
     ) -> Self {
-        DrawRules { settings: settings.clone(), dropout, device }
+        let (settings, image_tokens) = (settings.clone(), image_tokens.clone());
+        DrawRules { settings, dropout, image_tokens, device }
     }
 
     /// Returns the device whose generator draws noise, timesteps and the adapter's dropout.
@@ -61,10 +65,11 @@ impl DrawRules {
     /// [`Error::Data`](crate::error::Error::Data) if the batch has no latents or malformed ones.
     pub fn draw(&self, batch: &Batch, stream: &Stream, strata: Option<&Strata>) -> Result<Drawn> {
         let latents = latents_of(batch)?.size();
+        let tokens = self.image_tokens.count(&latents[1..]);
         let draws = stream.open_on(self.generator());
         Ok(no_grad(|| {
             let (task_type, image_to_video) = self.task_type(batch.data_type, &latents, &draws);
-            let sampled = sample_timesteps(&self.settings, &draws, latents[0], strata);
+            let sampled = sample_timesteps(&self.settings, &draws, latents[0], tokens, strata);
             let noise = draws.normal(0.0, 1.0, &latents);
             let drop = self.drop(latents[0], &draws);
             Drawn { task_type, image_to_video, sampled, noise, drop }
@@ -145,9 +150,9 @@ impl Drawn {
     }
 
     fn mapped(self, map: impl Fn(&Tensor) -> Tensor) -> Self {
-        let SampledTimesteps { sigma, timesteps, method } = self.sampled;
+        let (sigma, timesteps) = (map(&self.sampled.sigma), map(&self.sampled.timesteps));
         Drawn {
-            sampled: SampledTimesteps { sigma: map(&sigma), timesteps: map(&timesteps), method },
+            sampled: SampledTimesteps { sigma, timesteps, ..self.sampled },
             noise: map(&self.noise),
             ..self
         }
@@ -178,7 +183,7 @@ mod tests {
 
     fn rules(dropout: Option<DropoutScope>, draws: DrawPlace) -> DrawRules {
         let settings = FlowMatchingSettings { draws, ..FlowMatchingSettings::default() };
-        DrawRules::new(&settings, dropout, Device::Cpu)
+        DrawRules::new(&settings, dropout, &ImageTokens::default(), Device::Cpu)
     }
 
     fn streams() -> [Stream; 3] {

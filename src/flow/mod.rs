@@ -10,6 +10,7 @@ pub mod adapter;
 mod batch_keys;
 mod draw;
 mod guidance;
+mod image_tokens;
 mod loss;
 mod noise_levels;
 mod pipeline;
@@ -26,6 +27,7 @@ pub use adapter::{DropoutScope, FlowMatchingContext, ModelAdapter, TaskType};
 pub use batch_keys::{BatchKey, DataShapes, Note, Role, Shapes, check_keys, with_sample_axis};
 pub use draw::{DrawRules, Drawn};
 pub use guidance::{Guidance, Guide};
+pub use image_tokens::ImageTokens;
 pub use loss::{
     EXPLODED, Kept, LOSS_MASK, LossValues, axes_of_mask, bsmntw_table, check_loss, is_sound,
 };
@@ -33,8 +35,8 @@ pub use noise_levels::{NoiseLevels, Shift};
 pub use pipeline::{FlowMatchingPipeline, StepOptions, StepOutput, latents_of};
 pub use schedule::LinearInterpolationSchedule;
 pub use settings::{
-    CfgDropout, CfgDropoutValue, DrawPlace, FlowMatchingSettings, LossWeightingScheme,
-    SamplingSettings, SigmaWindow, TaskScope,
+    CfgDropout, CfgDropoutValue, DrawPlace, FlowMatchingSettings, HuberSchedule, LossType,
+    LossWeightingScheme, SamplingSettings, SigmaWindow, TaskScope,
 };
 pub use statistics::{Moments, SIGMA_BINS, Statistics};
 pub use timestep_sampling::TimestepSampling;

@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::time_shift::shifted;
+use super::time_shift::{empirical_mu, shifted};
 
 /// A family's rule for its noise levels, for any number of steps.
 ///
@@ -34,13 +34,6 @@ pub enum Shift {
 }
 
 impl Shift {
-    /// Returns the constant shift `exp(mu)`, with mu on the line through two points (tokens, mu),
-    /// not clamped.
-    pub fn between(tokens: i64, low: (i64, f64), high: (i64, f64)) -> Self {
-        let slope = (high.1 - low.1) / (high.0 - low.0) as f64;
-        Shift::Constant((low.1 + slope * (tokens - low.0) as f64).exp())
-    }
-
     /// Returns the shift for this number of steps.
     fn for_steps(self, steps: i64) -> f64 {
         match self {
@@ -48,19 +41,6 @@ impl Shift {
             Shift::Empirical { tokens } => empirical_mu(tokens as f64, steps as f64).exp(),
         }
     }
-}
-
-/// Interpolates between fits for 10 and for 200 steps; above 4300 tokens the fit for 200 applies to
-/// any number of steps.
-///
-/// Source: `compute_empirical_mu` of FLUX.2's pipeline.
-fn empirical_mu(tokens: f64, steps: f64) -> f64 {
-    let at_200 = 0.000_169_27 * tokens + 0.456_666_66;
-    if tokens > 4300.0 {
-        return at_200;
-    }
-    let at_10 = 8.738_095_24e-5 * tokens + 1.898_333_33;
-    at_200 + (at_200 - at_10) / 190.0 * (steps - 200.0)
 }
 
 impl NoiseLevels {
@@ -131,30 +111,12 @@ mod tests {
 
     #[test]
     fn a_terminal_level_is_reached_and_the_first_stays_one() {
-        let levels =
-            NoiseLevels::even(Shift::between(4096, (256, 0.5), (8192, 0.9))).ending_at(0.02);
+        let levels = NoiseLevels::even(Shift::Constant(2.0)).ending_at(0.02);
         let found = levels.sigmas(20);
         assert!(
             found[0] == 1.0 && (found[19] - 0.02).abs() < 1e-7 && found[20] == 0.0,
             "{found:?}"
         );
         assert_eq!(levels.sigmas(1), [1.0, 0.0], "one step goes straight to the data");
-    }
-
-    #[test]
-    fn the_line_of_mu_passes_through_its_points() {
-        for (tokens, mu) in [(256, 0.5), (4096, 1.15), (8192, 1.15 + 0.65 * 4096.0 / 3840.0)] {
-            let Shift::Constant(shift) = Shift::between(tokens, (256, 0.5), (4096, 1.15)) else {
-                panic!("a constant")
-            };
-            assert!((shift.ln() - mu).abs() < 1e-12, "{tokens} tokens");
-        }
-    }
-
-    #[test]
-    fn many_tokens_make_the_number_of_steps_irrelevant() {
-        let shift = |tokens, steps| Shift::Empirical { tokens }.for_steps(steps);
-        assert_eq!(shift(4301, 10), shift(4301, 50));
-        assert!(shift(4300, 10) > shift(4300, 50), "fewer steps linger longer at noise");
     }
 }

@@ -5,7 +5,8 @@ use tch::{Device, Kind, Tensor, no_grad};
 use super::adapter::{FlowMatchingContext, ModelAdapter, TaskType, dropped};
 use super::batch_keys::{LATENTS, dropped_keys, with_sample_axis};
 use super::draw::{DrawRules, Drawn};
-use super::loss::LossWeight;
+use super::image_tokens::ImageTokens;
+use super::loss::{Huber, LossWeight};
 use super::loss::{Kept, LossValues, check_loss};
 use super::loss::{LOSS_MASK, loss_mask};
 use super::schedule::LinearInterpolationSchedule;
@@ -23,6 +24,9 @@ pub struct FlowMatchingPipeline {
     settings: FlowMatchingSettings,
     adapter: Box<dyn ModelAdapter>,
     loss_weight: LossWeight,
+    /// `None` for the adapter's own loss.
+    huber: Option<Huber>,
+    image_tokens: ImageTokens,
     noise_schedule: LinearInterpolationSchedule,
     device: Device,
     /// Kind of latents, conditions and the model's computation.
@@ -63,6 +67,8 @@ pub struct StepOutput {
     /// `[B, …]` f32.
     pub target: Tensor,
     pub sampling_method: &'static str,
+    /// Shift towards noise by which sigma was drawn; 1 if it was drawn without one.
+    pub shift: f64,
     pub task_type: TaskType,
     /// One row of [`Statistics`], if requested.
     pub statistics: Option<Tensor>,
@@ -85,15 +91,22 @@ impl FlowMatchingPipeline {
         device: Device,
         dtype: Kind,
     ) -> Self {
-        let loss_weight = LossWeight::new(&settings, device);
         FlowMatchingPipeline {
+            loss_weight: LossWeight::new(&settings, device),
+            huber: Huber::new(&settings),
+            image_tokens: ImageTokens::default(),
+            noise_schedule: LinearInterpolationSchedule,
             settings,
             adapter,
-            loss_weight,
-            noise_schedule: LinearInterpolationSchedule,
             device,
             dtype,
         }
+    }
+
+    /// Sets how a sample's image tokens are counted, on which the shift may depend; by default each
+    /// position of the latents is one.
+    pub fn counting_tokens(self, image_tokens: ImageTokens) -> Self {
+        FlowMatchingPipeline { image_tokens, ..self }
     }
 
     pub fn settings(&self) -> &FlowMatchingSettings {
@@ -110,7 +123,7 @@ impl FlowMatchingPipeline {
 
     /// Returns the rules by which the pipeline draws.
     pub fn draw_rules(&self) -> DrawRules {
-        DrawRules::new(&self.settings, self.adapter.dropout(), self.device)
+        DrawRules::new(&self.settings, self.adapter.dropout(), &self.image_tokens, self.device)
     }
 
     /// Runs a step: draws, noise, model, loss. `model` maps the adapter's inputs to the model's
@@ -173,7 +186,7 @@ impl FlowMatchingPipeline {
         };
         let statistics =
             options.collect_metrics.then(|| no_grad(|| Statistics::measure(&observed)));
-        let SampledTimesteps { sigma, timesteps, method } = sampled;
+        let SampledTimesteps { sigma, timesteps, method, shift } = sampled;
         Ok(StepOutput {
             loss,
             sigma,
@@ -183,6 +196,7 @@ impl FlowMatchingPipeline {
             model_pred,
             target,
             sampling_method: method,
+            shift,
             task_type,
             statistics,
         })
@@ -273,7 +287,10 @@ impl FlowMatchingPipeline {
         batch: Option<&Batch>,
         own_mask: Option<&Tensor>,
     ) -> Result<LossValues> {
-        let unweighted_loss = self.adapter.compute_loss(model_pred, target);
+        let unweighted_loss = match &self.huber {
+            None => self.adapter.compute_loss(model_pred, target),
+            Some(huber) => huber.loss(model_pred, target, sigma),
+        };
         let loss_weight =
             broadcast_to_rank(&self.loss_weight.weights(sigma), unweighted_loss.dim());
         let is_weighted = !matches!(self.loss_weight, LossWeight::One);

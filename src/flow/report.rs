@@ -3,6 +3,8 @@
 
 use super::settings::{FlowMatchingSettings, LossWeightingScheme};
 use super::statistics::{Range, Statistics};
+use super::time_shift::ShiftType;
+use crate::settings::Choice;
 
 const RULER: &str =
     "================================================================================";
@@ -12,6 +14,8 @@ const RULER: &str =
 pub struct StepFacts<'a> {
     pub step: u64,
     pub sampling_method: &'a str,
+    /// Shift towards noise by which sigma was drawn; 1 if it was drawn without one.
+    pub shift: f64,
     pub task_type: &'a str,
     pub data_type: &'a str,
 }
@@ -65,7 +69,7 @@ fn flow_lines(
             "[SAMPLING] Method: {} | task {} | data {}",
             facts.sampling_method, facts.task_type, facts.data_type
         ),
-        format!("[FLOW] Shift: {}", settings.flow_shift),
+        shift_line(facts.shift, settings),
         format!("[BATCH] Size: {}", sigma.count),
         format!("[SIGMA] Range: [{:.4}, {:.4}], {spread}", sigma.min, sigma.max),
         format!("[TIMESTEPS] Range: [{:.2}, {:.2}]", timesteps.min, timesteps.max),
@@ -89,6 +93,8 @@ fn loss_lines(
         (false, _) => "1".into(),
         (true, LossWeightingScheme::Linear) => format!("1 + {}·σ", settings.flow_shift),
         (true, LossWeightingScheme::Bsmntw) => "bell over the timesteps (bsmntw)".into(),
+        (true, LossWeightingScheme::SigmaSqrt) => "σ⁻²".into(),
+        (true, LossWeightingScheme::Cosmap) => "2/(π·(1 - 2σ + 2σ²))".into(),
     };
     let impact = loss / unweighted_loss.max(1e-8);
     vec![
@@ -105,6 +111,14 @@ fn loss_lines(
         ),
         RULER.into(),
     ]
+}
+
+/// Returns the reference's line, or that of a shift which follows from the number of tokens.
+fn shift_line(shift: f64, settings: &FlowMatchingSettings) -> String {
+    match settings.shift_type {
+        ShiftType::Constant => format!("[FLOW] Shift: {}", settings.flow_shift),
+        rule => format!("[FLOW] Shift: {shift:.4} = exp({:.4}), by {}", shift.ln(), rule.word()),
+    }
 }
 
 fn shown(range: &Range) -> String {

@@ -1,5 +1,5 @@
-//! Shifts timesteps towards noise, and the loss weight for it: two functions of the reference's
-//! `time_shift_utils`.
+//! Shifts timesteps towards noise, by the number of image tokens or not, and the loss weight for it:
+//! two functions of the reference's `time_shift_utils`, and the rules of published models.
 
 use tch::Tensor;
 
@@ -24,7 +24,8 @@ pub fn unshifted(sigma: f64, shift: f64) -> f64 {
 }
 
 choice! {
-    /// The rule by which [`time_shift`] finds its shift, under the reference's names.
+    /// The rule by which [`time_shift`] finds its shift: the reference's three under its names, and
+    /// those by which models were published.
     #[derive(Default)]
     pub enum ShiftType {
         /// [`TimeShift::constant`], whatever the number of tokens.
@@ -34,16 +35,25 @@ choice! {
         "linear" => Linear,
         /// `max(1, 3·sqrt(tokens / 128²))`.
         "sqrt" => Sqrt,
+        /// `exp` of a line through (256, `base_shift`) and (4096, `max_shift`) tokens, not clamped.
+        "flux" => Flux,
+        /// `exp` of a line through (256, 0.5) and (8192, 0.9) tokens, not clamped.
+        "qwen_image" => QwenImage,
+        /// FLUX.2's fit for 50 steps, which is that of any number of steps above 4300 tokens.
+        "flux2" => Flux2,
     }
 }
+
+/// Number of steps of FLUX.2's pipeline, unless it is given another.
+const FLUX2_STEPS: f64 = 50.0;
 
 /// Arguments of [`time_shift`] with the reference's defaults.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TimeShift {
     pub shift_type: ShiftType,
-    /// For `linear`: the logarithm of the shift at 0 tokens.
+    /// For `linear`: the logarithm of the shift at 0 tokens; for `flux` at 256.
     pub base_shift: f64,
-    /// For `linear`: the logarithm of the shift at 4096 tokens.
+    /// For `linear` and `flux`: the logarithm of the shift at 4096 tokens.
     pub max_shift: f64,
     /// For `constant`: the shift.
     pub constant: f64,
@@ -70,8 +80,31 @@ impl TimeShift {
             }
             ShiftType::Sqrt => (3.0 * (tokens / (128.0 * 128.0)).sqrt()).max(1.0),
             ShiftType::Constant => self.constant,
+            ShiftType::Flux => {
+                between(tokens, (256.0, self.base_shift), (4096.0, self.max_shift)).exp()
+            }
+            ShiftType::QwenImage => between(tokens, (256.0, 0.5), (8192.0, 0.9)).exp(),
+            ShiftType::Flux2 => empirical_mu(tokens, FLUX2_STEPS).exp(),
         }
     }
+}
+
+/// Returns the value at `tokens` of the line through two points (tokens, value).
+fn between(tokens: f64, low: (f64, f64), high: (f64, f64)) -> f64 {
+    low.1 + (high.1 - low.1) / (high.0 - low.0) * (tokens - low.0)
+}
+
+/// Interpolates between fits for 10 and for 200 steps; above 4300 tokens the fit for 200 applies to
+/// any number of steps.
+///
+/// Source: `compute_empirical_mu` of FLUX.2's pipeline in diffusers 0.42.1.
+pub(super) fn empirical_mu(tokens: f64, steps: f64) -> f64 {
+    let at_200 = 0.000_169_27 * tokens + 0.456_666_66;
+    if tokens > 4300.0 {
+        return at_200;
+    }
+    let at_10 = 8.738_095_24e-5 * tokens + 1.898_333_33;
+    at_200 + (at_200 - at_10) / 190.0 * (steps - 200.0)
 }
 
 /// Returns timesteps as sigmas, shifted for the length of the image sequence.
@@ -139,6 +172,32 @@ mod tests {
     }
 
     #[test]
+    fn the_lines_of_published_models_pass_through_their_points() {
+        for (shift_type, points) in [
+            (ShiftType::Flux, [(256, 0.5), (4096, 1.15), (8192, 1.15 + 0.65 * 4096.0 / 3840.0)]),
+            (ShiftType::QwenImage, [(256, 0.5), (8192, 0.9), (4224, 0.7)]),
+        ] {
+            let rule = TimeShift { shift_type, ..TimeShift::default() };
+            for (tokens, mu) in points {
+                assert!((rule.shift(tokens).ln() - mu).abs() < 1e-12, "{shift_type:?} {tokens}");
+            }
+        }
+        let other = TimeShift { shift_type: ShiftType::Flux, max_shift: 0.5, ..Default::default() };
+        assert!((other.shift(4096).ln() - 0.5).abs() < 1e-12, "a line of no slope");
+    }
+
+    #[test]
+    fn many_tokens_make_the_number_of_steps_irrelevant() {
+        assert_eq!(empirical_mu(4301.0, 10.0), empirical_mu(4301.0, 50.0));
+        assert!(
+            empirical_mu(4300.0, 10.0) > empirical_mu(4300.0, 50.0),
+            "fewer steps linger longer at noise"
+        );
+        let rule = TimeShift { shift_type: ShiftType::Flux2, ..TimeShift::default() };
+        assert_eq!(rule.shift(1024), empirical_mu(1024.0, 50.0).exp());
+    }
+
+    #[test]
     fn unshifted_undoes_shifted() {
         for u in [1e-5, 0.1, 0.5, 0.9, 1.0] {
             assert!((unshifted(shifted_number(u, 3.0), 3.0) - u).abs() < 1e-12);
@@ -162,7 +221,7 @@ mod tests {
         assert_eq!("sqrt".parse(), Ok(ShiftType::Sqrt));
         assert_eq!(
             "cubic".parse::<ShiftType>(),
-            Err("unknown value `cubic`; expected one of constant, linear, sqrt".into())
+            Err("unknown value `cubic`; expected one of constant, linear, sqrt, flux, qwen_image, flux2".into())
         );
     }
 }

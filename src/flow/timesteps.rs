@@ -31,21 +31,24 @@ pub struct SampledTimesteps {
     pub timesteps: Tensor,
     /// Name of the sampling in the logs; the reference's.
     pub method: &'static str,
+    /// Shift towards noise by which sigma was drawn; 1 if it was drawn without one.
+    pub shift: f64,
 }
 
 /// Draws a batch's noise levels in the reference's order: the mixing coin, if any, then one draw of
-/// `u`.
+/// `u`. `image_tokens`: that of each of its samples.
 pub fn sample_timesteps(
     settings: &FlowMatchingSettings,
     draws: &Draws<'_>,
     batch: i64,
+    image_tokens: i64,
     strata: Option<&Strata>,
 ) -> SampledTimesteps {
     let sampling = settings.timestep_sampling;
-    let shift = sampling.is_shifted.then_some(settings.flow_shift);
+    let shift = settings.shifts().then(|| settings.shift(image_tokens));
     let drawing = Drawing { settings, draws, batch, strata, shift };
     let (sigma, method) = if !settings.use_sigma_noise {
-        (Drawing { shift: None, ..drawing }.sigma(&Uniform), "uniform_no_shift")
+        (drawing.sigma(&Uniform), "uniform_no_shift")
     } else if sampling.is_mixed {
         mixed(&drawing)
     } else {
@@ -53,7 +56,7 @@ pub fn sample_timesteps(
     };
     let sigma = sigma.clamp(settings.sigma_min, settings.sigma_max);
     let timesteps = &sigma * settings.num_train_timesteps as f64;
-    SampledTimesteps { sigma, timesteps, method }
+    SampledTimesteps { sigma, timesteps, method, shift: shift.unwrap_or(1.0) }
 }
 
 /// Sigma by the configured distribution, or by the uniform one where the mixing coin says so.
@@ -162,7 +165,7 @@ mod tests {
 
     fn sigmas(settings: &FlowMatchingSettings, batch: i64, strata: Option<&Strata>) -> Vec<f32> {
         let stream = Stream::Batch(Key::new(11, Purpose::Test));
-        let sampled = sample_timesteps(settings, &stream.open(), batch, strata);
+        let sampled = sample_timesteps(settings, &stream.open(), batch, 4096, strata);
         Vec::try_from(sampled.sigma).expect("f32")
     }
 

@@ -189,7 +189,8 @@ impl<'a> Plan<'a> {
         origin.check(&**config.model.family, adapter)?;
         let guidance = adapter.guidance(config.model.family.embeds_guidance());
         let guide = Guide::new(guidance, sampling, origin.has_negative())?;
-        let own = adapter.noise_levels(&origin.shape, pipeline.settings(), guidance);
+        let tokens = config.model.family.image_tokens(&origin.shape);
+        let own = adapter.noise_levels(&origin.shape, tokens, pipeline.settings(), guidance);
         let levels = if sampling.shift == 0.0 { own } else { own.with_shift(sampling.shift) };
         Ok(Plan {
             config,

@@ -10,6 +10,7 @@ mod meters;
 pub mod metrics;
 mod progress;
 mod record;
+pub mod tensorboard;
 
 use std::fs;
 use std::io;
@@ -31,6 +32,7 @@ pub use meters::{Stopwatch, Throughput, duration_text, peak_resident_bytes};
 pub use metrics::MetricsFile;
 pub use progress::Progress;
 use record::Record;
+pub use tensorboard::EventFile;
 
 settings! {
     /// `[log]`: log lines and progress.
@@ -40,6 +42,9 @@ settings! {
         /// Progress bar on standard error: on a terminal only, also into a pipe (mpirun), or never;
         /// lines where there is no bar.
         pub progress: ProgressStyle = ProgressStyle::Auto;
+        /// Write metrics, samples and the configuration for TensorBoard, into the folder
+        /// tensorboard of the run folder.
+        pub tensorboard: bool = false;
     }
 }
 
@@ -89,6 +94,7 @@ pub struct Telemetry {
     run_folder: PathBuf,
     console: Arc<Console>,
     has_bar: bool,
+    has_tensorboard: bool,
     dispatch: Dispatch,
     _this_thread: DefaultGuard,
 }
@@ -139,6 +145,7 @@ fn start_on(
         run_folder: run_folder.into(),
         console,
         has_bar,
+        has_tensorboard: settings.tensorboard,
         dispatch,
         _this_thread: this_thread,
     };
@@ -190,6 +197,15 @@ impl Telemetry {
         match self.writes_run_files() {
             true => MetricsFile::resume_after(&self.run_folder.join("metrics.jsonl"), step),
             false => Ok(MetricsFile::silent()),
+        }
+    }
+
+    /// Opens the events for TensorBoard of a run that goes on after `step`; nothing is written if
+    /// the settings want none, and on ranks other than 0.
+    pub fn events_after(&self, step: u64) -> EventFile {
+        match self.has_tensorboard && self.writes_run_files() {
+            true => EventFile::resume_after(&self.run_folder, step),
+            false => EventFile::silent(),
         }
     }
 }
@@ -367,8 +383,16 @@ mod tests {
     #[test]
     fn the_log_table_reads_back() {
         let mut settings = LogSettings::default();
-        crate::settings::read(&mut settings, "test", "level = 'debug'\nprogress = 'never'", &[])
-            .unwrap();
-        assert_eq!(settings, LogSettings { level: Level::Debug, progress: ProgressStyle::Never });
+        crate::settings::read(
+            &mut settings,
+            "test",
+            "level = 'debug'\nprogress = 'never'\ntensorboard = true",
+            &[],
+        )
+        .unwrap();
+        assert_eq!(
+            settings,
+            LogSettings { level: Level::Debug, progress: ProgressStyle::Never, tensorboard: true }
+        );
     }
 }

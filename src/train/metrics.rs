@@ -2,7 +2,9 @@
 
 use serde::Serialize;
 
+use crate::flow::SIGMA_BINS;
 use crate::flow::report::StepFacts;
+use crate::telemetry::tensorboard::EventValue;
 use crate::train::step::Update;
 
 /// Progress of a run after a step.
@@ -46,6 +48,8 @@ pub struct StepMetrics {
     /// Mean unweighted loss in each tenth of sigma; null where no sample fell.
     loss_per_sigma: Vec<Option<f64>>,
     sampling_method: &'static str,
+    /// Shift towards noise by which sigma was drawn.
+    shift: f64,
     task_type: &'static str,
     data_type: &'static str,
     step_seconds: f64,
@@ -100,6 +104,7 @@ impl StepMetrics {
             sigma_histogram: statistics.sigma_histogram.to_vec(),
             loss_per_sigma: statistics.loss_per_sigma().to_vec(),
             sampling_method: update.sampling_method,
+            shift: update.shift,
             task_type: update.task_type.word(),
             data_type: update.data_type,
             step_seconds: progress.step_seconds,
@@ -121,9 +126,42 @@ impl StepMetrics {
         StepFacts {
             step: self.step,
             sampling_method: self.sampling_method,
+            shift: self.shift,
             task_type: self.task_type,
             data_type: self.data_type,
         }
+    }
+
+    /// Returns the numbers for TensorBoard by their tags.
+    pub fn scalars(&self) -> Vec<(String, EventValue<'static>)> {
+        let train = [
+            ("loss", self.loss),
+            ("unweighted_loss", self.unweighted_loss),
+            ("grad_norm", self.grad_norm),
+            ("lr", self.lr),
+            ("epoch", self.epoch as f64),
+            ("samples_seen", self.samples_seen as f64),
+            ("sigma_mean", self.sigma_mean),
+            ("weight_mean", self.weight_mean),
+            ("shift", self.shift),
+        ];
+        let performance = [
+            ("step_seconds", Some(self.step_seconds)),
+            ("data_seconds", Some(self.data_seconds)),
+            ("draw_seconds", Some(self.draw_seconds)),
+            ("exposed_seconds", Some(self.exposed_seconds)),
+            ("samples_per_second", self.samples_per_second),
+            ("peak_memory_bytes", self.peak_memory_bytes.map(|bytes| bytes as f64)),
+        ];
+        let train = train.map(|(name, number)| (format!("train/{name}"), Some(number)));
+        let performance = performance.map(|(name, number)| (format!("performance/{name}"), number));
+        // Named by the middle of each bin.
+        let middle = |bin: usize| (bin as f64 + 0.5) / SIGMA_BINS as f64;
+        let by_sigma = self.loss_per_sigma.iter().enumerate();
+        let by_sigma =
+            by_sigma.map(|(bin, loss)| (format!("train/loss_sigma_{:.2}", middle(bin)), *loss));
+        let all = train.into_iter().chain(by_sigma).chain(performance);
+        all.filter_map(|(tag, number)| Some((tag, EventValue::Scalar(number? as f32)))).collect()
     }
 
     /// Formats gradient norm, learning rate, step time and throughput for the end of the summary

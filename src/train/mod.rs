@@ -134,6 +134,7 @@ fn train_on(
             trainer.device,
             collective,
             &requests,
+            &mut trainer.events,
         )?;
     }
     if let Some(fallbacks) = ops::fallbacks() {

@@ -17,6 +17,7 @@ use crate::run::requests::Requests;
 use crate::sample::conditions::Origin;
 use crate::sample::generate::Plan;
 use crate::telemetry::metrics;
+use crate::telemetry::tensorboard::{EventFile, EventValue};
 
 /// Size of `loss.png` in pixels.
 const LOSS_PICTURE: (u32, u32) = (1200, 560);
@@ -32,6 +33,7 @@ pub fn write(
     device: Device,
     collective: &dyn Collective,
     requests: &Requests,
+    events: &mut EventFile,
 ) -> Result<()> {
     let samples = match drawn_samples(config, replica, dataset, device, &|| {
         requests.go_on_together(collective)
@@ -49,6 +51,9 @@ pub fn write(
         drawn => drawn,
     };
     let samples = agreed(samples, collective)?;
+    if let Some((_, picture)) = &samples {
+        events.append(config.max_steps, &[("samples".to_string(), EventValue::Png(picture))]);
+    }
     let draw = || {
         draw(config, folder.path(), replica, dataset, samples, collective.world_size())
             .map(|()| String::new())

@@ -23,6 +23,7 @@ use crate::run::checkpoint::{self, Manifest, Saver};
 use crate::run::folder::RunFolder;
 use crate::run::optimizer_state::OptimizerState;
 use crate::settings::Choice;
+use crate::telemetry::tensorboard::{EventFile, EventValue};
 use crate::telemetry::{MetricsFile, Telemetry};
 use crate::train::TrainOptions;
 use crate::train::inject;
@@ -69,6 +70,7 @@ impl<'c> Trainer<'c> {
             dataset,
             metrics: MetricsFile::silent(),
             steps,
+            events: EventFile::silent(),
             stragglers: Stragglers::default(),
             saver: Saver::new(folder.path().into(), config.checkpoint.clone()),
             folder,
@@ -78,6 +80,10 @@ impl<'c> Trainer<'c> {
         divergence::check(&trainer.replica, collective.rank())?;
         trainer.folder.keep_config(config, collective)?;
         trainer.metrics = telemetry.metrics_after(trainer.manifest.step)?;
+        trainer.events = telemetry.events_after(trainer.manifest.step);
+        let listing = format!("```toml\n{}```\n", config.to_toml());
+        let configuration = ("configuration".to_string(), EventValue::Text(&listing));
+        trainer.events.append(trainer.manifest.step, &[configuration]);
         trainer.announce();
         if telemetry.writes_run_files() {
             notes.iter().for_each(tell);

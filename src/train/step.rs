@@ -59,6 +59,7 @@ pub struct Update {
     /// Reports of all ranks, in rank order.
     pub tallies: Vec<Tally>,
     pub sampling_method: &'static str,
+    pub shift: f64,
     pub task_type: TaskType,
     pub data_type: &'static str,
     /// Seconds of each phase on this rank.
@@ -77,6 +78,7 @@ struct Passed {
     /// Kept in case the step must be repeated to find a fault.
     batches: Vec<Batch>,
     sampling_method: &'static str,
+    shift: f64,
     task_type: TaskType,
 }
 
@@ -139,6 +141,7 @@ impl Stepper<'_> {
             warning,
             tallies,
             sampling_method: passed.sampling_method,
+            shift: passed.shift,
             task_type: passed.task_type,
             data_type: passed.batches.last().expect(MICRO_BATCHES).data_type.word(),
             phases: watch.take(),
@@ -175,13 +178,14 @@ impl Stepper<'_> {
             let add = &mut |stage, gradients| reducer.add(stage, gradients, is_last);
             let output = self.forward_backward(step, &batch, drawn, replica, add, watch)?;
             rows.push(output.statistics.expect("metrics are collected each step"));
-            last = Some((output.sampling_method, output.task_type));
+            last = Some((output.sampling_method, output.shift, output.task_type));
             batches.push(batch);
         }
         pulse::enter(Phase::Reduce);
         inject::collectives(self.collective)?;
-        let (sampling_method, task_type) = last.expect(MICRO_BATCHES);
-        Ok(Passed { gradients: reducer.finish()?, rows, batches, sampling_method, task_type })
+        let (sampling_method, shift, task_type) = last.expect(MICRO_BATCHES);
+        let gradients = reducer.finish()?;
+        Ok(Passed { gradients, rows, batches, sampling_method, shift, task_type })
     }
 
     /// Runs the step's one small collective.

@@ -19,7 +19,7 @@ use crate::run::checkpoint::{self, Manifest, Saved, Saver};
 use crate::run::folder::RunFolder;
 use crate::run::optimizer_state::OptimizerState;
 use crate::run::requests::{Request, Requests};
-use crate::telemetry::{MetricsFile, Telemetry, Throughput, peak_resident_bytes};
+use crate::telemetry::{EventFile, MetricsFile, Telemetry, Throughput, peak_resident_bytes};
 use crate::train::Ending;
 use crate::train::draws::RunDraws;
 use crate::train::latents;
@@ -46,6 +46,7 @@ pub struct Trainer<'c> {
     pub manifest: Manifest,
     pub metrics: MetricsFile,
     pub steps: Steps,
+    pub events: EventFile,
     pub stragglers: Stragglers,
     pub saver: Saver,
 }
@@ -214,6 +215,7 @@ impl<'c> Trainer<'c> {
             },
         );
         self.metrics.append(&metrics);
+        self.events.append(self.manifest.step, &metrics.scalars());
         let stragglers =
             self.stragglers.take(&update.tallies, self.config.watchdog.straggler_ratio);
         let skipped = update

@@ -246,7 +246,10 @@ fn archives_that_lie_are_refused() {
         (with(end + 16, &[255; 4]), "has a zip directory that cannot be found"),
         (sound[..end].to_vec(), "is a zip archive without its directory"),
         (b"\x80\x02N.".to_vec(), "is a bare pickle, or one of torch before 1.6"),
-        (b"\x1f\x8b\x08\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0".to_vec(), "is a gzip archive"),
+        (
+            b"\x1f\x8b\x08\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0".to_vec(),
+            "is compressed by gzip, and cut or damaged",
+        ),
         (b"<!DOCTYPE html><html><body>".to_vec(), "is a web page (HTML)"),
         (Vec::new(), "is no archive that torch.save writes"),
         (zip(&[("a/data.pkl", b"N."), ("b/data.pkl", b"N.")]), "with 2 entries `<name>/data.pkl`"),

@@ -185,6 +185,7 @@ fn the_logs_have_every_field_of_the_reference() {
     let facts = StepFacts {
         step: 3,
         sampling_method: output.sampling_method,
+        shift: output.shift,
         task_type: "t2v",
         data_type: "image",
     };

@@ -2,15 +2,21 @@
 
     python caches.py FOLDER
 
-Writes FOLDER/nemo/<family> as NeMo AutoModel's tools do (torch.save), FOLDER/musubi/<family> as musubi-tuner and
-FOLDER/ai-toolkit/<family> as ai-toolkit do, and beside each <family>.safetensors with the batch of all its samples: that of NeMo by NeMo's own
-dataset and collate, the others stacked here.
+Writes FOLDER/<trainer>/<family> as NeMo AutoModel's tools (torch.save), musubi-tuner and ai-toolkit (safetensors), diffusion-pipe (torch.save in
+shards that a database of sqlite3 lists) and SimpleTuner (torch.save, perhaps through gzip) do, and beside each <family>.safetensors with the batch
+of all its samples: that of NeMo by NeMo's own dataset and collate, the others stacked here.
 Needs torch 2.13.0, safetensors 0.8.0 and nemo_automodel 0.5.0.
 """
 
+import gzip
+import hashlib
+import io
 import json
+import os
+import sqlite3
 import sys
 import types
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -153,6 +159,180 @@ def ai_toolkit(folder, family):
     keep(folder.parent / f"{family}.safetensors", {key: padded([sample[key] for sample in samples]) for key in samples[0]})
 
 
+class Records:
+    """As diffusion-pipe's utils/cache.py: records of torch.save one after another in shards, which tables of a database list."""
+
+    def __init__(self, folder):
+        folder.mkdir(parents=True)
+        self.folder, self.count = folder, 0
+        self.database = sqlite3.connect(folder / "metadata.db")
+        self.database.execute("CREATE TABLE fingerprint(value)")
+        self.database.execute("INSERT INTO fingerprint VALUES('a fingerprint')")
+        self.database.execute("CREATE TABLE items(shard, shard_index)")
+
+    def add(self, record):
+        shard, index = divmod(self.count, 3)
+        path = self.folder / f"shard_{shard}.bin"
+        if index == 0:
+            path.touch()
+            self.database.execute(f"CREATE TABLE shard_{shard}(offset, size)")
+        stored = io.BytesIO()
+        torch.save(record, stored)
+        self.database.execute(f"INSERT INTO shard_{shard} VALUES(?, ?)", (path.stat().st_size, len(stored.getvalue())))
+        with path.open("ab") as file:
+            file.write(stored.getvalue())
+        self.database.execute("INSERT INTO items VALUES(?, ?)", (shard, index))
+        self.count += 1
+
+    def close(self, since=None):
+        self.database.commit()
+        self.database.close()
+        for path in self.folder.glob("*.bin"):
+            os.utime(path, (since.timestamp(), since.timestamp()) if since else None)
+
+
+# Folders of the models of diffusion-pipe, by what is tested.
+PIPES = {
+    "flux": "flux",
+    "flux2": "flux2_klein_4b",
+    "flux2_raw": "flux2",
+    "qwen_image": "qwen_image",
+    "wan": "wan",
+    "wan_i2v": "wan_i2v",
+    "hunyuanvideo": "hunyuan_video_1.5",
+    "hunyuanvideo_old": "hunyuan_video_1.5",
+}
+
+
+def diffusion_pipe(folder, name):
+    """As utils/dataset.py and models/: latents in one order, texts in another, both with the picture that they are of; two captions a picture of
+    Qwen-Image; sizes are given for HunyuanVideo 1.5, which has no aspect ratios then."""
+    family = name.removesuffix("_old").removesuffix("_raw")
+    cache = folder / "pictures" / "cache" / PIPES[name]
+    sized = family == "hunyuanvideo"
+    of_size = cache / ("cache_96x64x9" if sized else "cache_1.500x96x64x1")
+    of_texts = of_size if sized else cache / "ar_frames_1.500_1"
+    encoders = [Records(of_texts / f"text_embeddings_{encoder}") for encoder in ([1, 2] if family == "flux" else [1])]
+    latents = Records(of_size / "latents")
+    captions_each = 2 if family == "qwen_image" else 1
+    samples, texts = [], []
+    for index in range(SAMPLES):
+        length = LENGTHS[index]
+        if index % captions_each == 0:
+            spec = [None, f"/pictures/{index}.png"]
+            about = {"image_spec": spec, "caption": [f"caption {index + number}" for number in range(captions_each)], "mask": None}
+            match family:
+                case "flux":
+                    # Every third picture has no mask.
+                    about["mask"] = torch.rand(64, 96).to(HALF) if index % 3 else None
+                    tensors = {"latents": random([4, 8, 12], BRAIN)}
+                case "flux2":
+                    tensors = {"latents": random([16, 4, 6], BRAIN) * (1.78 if name.endswith("_raw") else 1)}
+                case "qwen_image":
+                    tensors = {"latents": random([4, 1, 8, 12], BRAIN)}
+                case "wan":
+                    tensors = {"latents": random([4, 3, 4, 6], BRAIN)}
+                case "wan_i2v":
+                    shapes = {"latents": [4, 3, 4, 6], "y": [4, 3, 4, 6], "clip_context": [7, 8]}
+                    tensors = {key: random(shape, BRAIN) for key, shape in shapes.items()}
+                case "hunyuanvideo":
+                    tensors = {"latents": random([4, 3, 4, 6], BRAIN)}
+            latents.add({**tensors, **about})
+        match family:
+            case "flux":
+                clip, t5 = random([10], BRAIN), random([8, 12], BRAIN)
+                embeds = [{"clip_embed": clip}, {"t5_embed": t5}]
+                mask = torch.ones(8, 12, dtype=HALF)
+                if about["mask"] is not None:
+                    mask = torch.nn.functional.interpolate(about["mask"][None, None], size=(8, 12), mode="nearest-exact")[0, 0]
+                expected = {"image_latents": tensors["latents"], "text_embeddings": t5, "pooled_prompt_embeds": clip, "loss_mask": mask}
+            case "flux2":
+                text = random([8, 12], BRAIN)
+                embeds = [{"text_embeds_0": text, "attention_mask_0": torch.ones(8, dtype=torch.int64)}]
+                expected = {"image_latents": tensors["latents"], "text_embeddings": text}
+            case "qwen_image":
+                text = random([length, 12], BRAIN)
+                embeds, expected = [{"prompt_embeds": text}], {"image_latents": tensors["latents"][:, 0], "text_embeddings": text}
+            case "wan" | "wan_i2v":
+                text = random([16, 12], BRAIN)
+                embeds = [{"text_embeddings": text, "seq_lens": torch.tensor(length)}]
+                expected = {"video_latents": tensors["latents"], "text_embeddings": text[:length]}
+                if family == "wan_i2v":
+                    known = torch.zeros(4, 3, 4, 6, dtype=BRAIN)
+                    known[:, 0] = 1
+                    expected |= {"condition_latents": torch.cat([known, tensors["y"]]), "image_embeds": tensors["clip_context"]}
+            case "hunyuanvideo":
+                # No text in quotes gives no glyphs.
+                text, glyphs = random([length, 12], BRAIN), random([index % 3, 10], BRAIN)
+                seen, drawn = torch.ones(length, dtype=torch.bool), torch.ones(len(glyphs), dtype=torch.bool)
+                embeds = [{"text_embeds": text, "attention_mask": seen, "byt5_embeds": glyphs, "byt5_attention_mask": drawn}]
+                scaled = (tensors["latents"].float() * 1.03682).to(BRAIN) if name.endswith("_old") else tensors["latents"]
+                expected = {"video_latents": scaled, "text_embeddings": text, "text_embeddings_2": glyphs}
+        texts.append((spec, embeds))
+        samples.append(expected)
+    # Another order of pictures; the captions of one stay in theirs.
+    for spec, embeds in sorted(texts, key=lambda text: text[0][1], reverse=True):
+        for encoder, embed in zip(encoders, embeds, strict=True):
+            encoder.add({**embed, "image_spec": spec})
+    for records in [*encoders, latents]:
+        records.close(datetime(2026, 8, 1, tzinfo=UTC) if name.endswith("_old") else None)
+    keep(folder.parent / f"{name}.safetensors", {key: padded([sample[key] for sample in samples]) for key in samples[0]})
+
+
+def stored(path, value, compressed):
+    """As data_backend/base.py: torch.save, perhaps through gzip."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = io.BytesIO()
+    torch.save(value, plain)
+    path.write_bytes(gzip.compress(plain.getvalue()) if compressed else plain.getvalue())
+
+
+def simpletuner(folder, family):
+    """As caching/vae.py and caching/text_embeds.py: latents named by their picture or its hash, texts by the MD5 of their caption, and the list of
+    pictures beside those; captions are files beside the pictures, or the pictures' names."""
+    pictures, hashed, compressed = folder / "pictures", family != "wan", family in ("flux", "hunyuanvideo")
+    pictures.mkdir(parents=True)
+    by_name = family == "flux2"
+    samples, listed = [], []
+    stored(folder / "text" / f"{hashlib.md5(b'').hexdigest()}-{family}.pt", {"prompt_embeds": random([1, 1, 12], BRAIN)}, compressed)
+    for index in range(SAMPLES):
+        length, caption = LENGTHS[index], f"caption {index}"
+        picture = pictures / (f"caption_{index}.png" if by_name else f"p.{index}.png")
+        picture.touch()
+        # The folder was moved since.
+        listed.append(f"/gone/pictures/{picture.name}")
+        if not by_name:
+            picture.with_suffix(".txt").write_text(caption)
+        mask = (torch.arange(16) < length)[None].long()
+        text = random([1, 16, 12], BRAIN)
+        match family:
+            case "flux":
+                latents, pooled = random([4, 8, 12], BRAIN), random([10], BRAIN)
+                texts = {"prompt_embeds": text, "pooled_prompt_embeds": pooled, "time_ids": torch.zeros(16, 3), "attention_masks": mask}
+                expected = {"image_latents": latents, "text_embeddings": text[0], "pooled_prompt_embeds": pooled, "text_mask": mask[0]}
+            case "flux2":
+                latents, texts = random([16, 4, 6], BRAIN), {"prompt_embeds": text, "attention_mask": torch.ones(1, 16, dtype=torch.int64)}
+                expected = {"image_latents": latents, "text_embeddings": text[0]}
+            case "qwen_image":
+                latents, texts = random([4, 8, 12], BRAIN), {"prompt_embeds": text, "attention_masks": mask}
+                expected = {"image_latents": latents, "text_embeddings": text[0, :length]}
+            case "wan":
+                latents, texts = random([4, 3, 4, 6], torch.float32), {"prompt_embeds": text, "attention_masks": mask}
+                expected = {"video_latents": latents, "text_embeddings": text[0]}
+            case "hunyuanvideo":
+                latents, glyphs = random([4, 3, 4, 6], HALF), random([1, 3, 10], BRAIN)
+                drawn = (torch.arange(3) < index % 3)[None].long()
+                texts = {"prompt_embeds": text, "prompt_attention_mask": mask, "prompt_embeds_2": glyphs, "prompt_attention_mask_2": drawn}
+                expected = {"video_latents": latents, "text_embeddings": text[0, :length], "text_embeddings_2": glyphs[0, : index % 3]}
+        stem = hashlib.sha256(picture.stem.encode()).hexdigest() if hashed else picture.stem
+        stored(folder / "vae" / f"{stem}.pt", {"latents": latents} if family == "wan" else latents, compressed)
+        stored(folder / "text" / f"{hashlib.md5(caption.encode()).hexdigest()}-{family}.pt", texts, compressed)
+        samples.append(expected)
+    buckets = {"config": {"caption_strategy": "filename" if by_name else "textfile"}, "aspect_ratio_bucket_indices": {"1.5": listed}}
+    (pictures / "aspect_ratio_bucket_indices_p.json").write_text(json.dumps(buckets))
+    keep(folder.parent / f"{family}.safetensors", {key: padded([sample[key] for sample in samples]) for key in samples[0]})
+
+
 def padded(tensors):
     longest = max(len(tensor) for tensor in tensors)
     if any(len(tensor) != longest for tensor in tensors):
@@ -173,3 +353,7 @@ for family in ("flux2", "qwen_image", "wan", "hunyuanvideo"):
     musubi(root / "musubi" / family, family)
 for family in ("flux", "qwen_image", "wan"):
     ai_toolkit(root / "ai-toolkit" / family, family)
+for name in PIPES:
+    diffusion_pipe(root / "diffusion-pipe" / name, name)
+for family in ("flux", "flux2", "qwen_image", "wan", "hunyuanvideo"):
+    simpletuner(root / "simpletuner" / family, family)

@@ -45,9 +45,15 @@ fn levels_of(family: &str, shape: &[i64], flow_shift: f64) -> NoiseLevels {
     let (adapter, settings) = adapter_of(family);
     adapter.noise_levels(
         shape,
+        tokens_of(family, shape),
         &FlowMatchingSettings { flow_shift, ..settings },
         guidance_of(family),
     )
+}
+
+/// Tokens of each family's models: of patches of 2 x 2 positions, but FLUX.2's of one.
+fn tokens_of(family: &str, shape: &[i64]) -> i64 {
+    shape[1..].iter().product::<i64>() / if family == "flux2" { 1 } else { 4 }
 }
 
 /// schnell's models embed no guidance, whatever the adapter has at hand.

@@ -190,6 +190,8 @@ fn folders_that_are_no_data_are_refused() {
     for (from, what) in [
         ("nemo", "holds no sample of this cache's format"),
         ("musubi", "a.safetensors: is of architecture"),
+        ("diffusion-pipe", "holds no sample of this cache's format"),
+        ("simpletuner", "holds no latents `<picture>.pt`"),
         ("ai-toolkit", "holds no sample of this cache's format"),
     ] {
         let out = root.path().join("out");
@@ -199,7 +201,10 @@ fn folders_that_are_no_data_are_refused() {
     let (code, _, errors) =
         finish(program(&["data", "import", "--from", "kohya", folder, "--out", "x"]));
     assert_eq!(code, 2);
-    assert!(errors.contains("expected one of nemo, musubi, ai-toolkit"), "{errors}");
+    assert!(
+        errors.contains("expected one of nemo, musubi, diffusion-pipe, simpletuner, ai-toolkit"),
+        "{errors}"
+    );
 }
 
 #[test]

@@ -187,7 +187,7 @@ fn what_a_resume_changes_is_listed_and_the_configuration_before_is_kept() {
 #[test]
 fn a_learning_rate_that_leaps_at_a_resume_is_told_with_both_numbers() {
     let root = TempDir::new().unwrap();
-    for schedule in ["cosine", "linear", "wsd"] {
+    for schedule in ["cosine", "linear", "rex", "wsd"] {
         let scheduled = |steps: &str| {
             let lr_scheduler = LrScheduleChoice::named(schedule).unwrap();
             RunConfig { lr_scheduler, ..config(&root.path().join(schedule), &[steps]) }

@@ -1,6 +1,6 @@
 //! The cache of ai-toolkit: beside the pictures, `_latent_cache/<picture>_<hash>.safetensors` with
 //! normalized latents and `_t_e_cache/<picture>_<hash>.safetensors` with the text; captions are
-//! `<picture>.txt`.
+//! `<picture>.txt`. It does not name its family.
 //!
 //! Source: ai-toolkit, `toolkit/dataloader_mixins.py` and `PromptEmbeds` of
 //! `toolkit/prompt_utils.py`.
@@ -9,10 +9,10 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use tch::Kind;
-
 use super::file::CacheFile;
-use super::{Cached, Collector, How, read_caption};
+use super::parallel::in_parallel;
+use super::sample::{Cached, Collector, How};
+use super::{ImportRequest, read_caption};
 use crate::data::Caption;
 use crate::datasets::index::find as find_files;
 use crate::error::{Error, Result};
@@ -31,17 +31,16 @@ type Item = (PathBuf, String);
 ///
 /// # Errors
 /// [`Error::Data`] if a file is malformed, or latents have no text or several.
-pub fn find(folder: &Path) -> Result<Vec<Cached>> {
+pub fn find(folder: &Path, request: &ImportRequest) -> Result<Vec<Cached>> {
     let mut files = Vec::new();
     find_files(folder, "safetensors", &mut files)?;
     let mut texts: BTreeMap<Item, Vec<&PathBuf>> = BTreeMap::new();
     for path in files.iter().filter(|path| lies_in(path, TEXTS)) {
         texts.entry(item(path)?).or_default().push(path);
     }
-    let latents = files.iter().filter(|path| lies_in(path, LATENTS));
-    latents.map(|path| sample(path, item(path)?, &texts)).collect()
+    let latents: Vec<&PathBuf> = files.iter().filter(|path| lies_in(path, LATENTS)).collect();
+    in_parallel(&latents, request.jobs, |path| sample(path, item(path)?, &texts))
 }
-
 fn lies_in(path: &Path, folder: &str) -> bool {
     path.parent().and_then(Path::file_name) == Some(OsStr::new(folder))
 }
@@ -78,8 +77,9 @@ fn sample(path: &Path, item: Item, texts: &BTreeMap<Item, Vec<&PathBuf>>) -> Res
     add_text(&mut collector, &text)?;
     let (folder, name) = item;
     let caption = folder.join(format!("{name}.txt"));
-    let caption = if caption.is_file() { read_caption(&caption)? } else { String::new() };
-    collector.finish(Caption { caption, source: name })
+    let caption =
+        if caption.is_file() { read_caption(&caption)?.trim().into() } else { String::new() };
+    collector.finish(Caption { caption, source: name }, None)
 }
 
 /// Adds a text without its padding, and the pooled embedding.
@@ -94,7 +94,7 @@ fn add_text(collector: &mut Collector, file: &CacheFile) -> Result<()> {
     let (text, mask) =
         (named("text_embed", "text_embed_0"), named("attention_mask", "attention_mask_0"));
     let how = match file.holds(mask) {
-        true => How { unequal: true, tokens: Some(valid_tokens(file, mask)?), scale: None },
+        true => How::text(file.valid_tokens(mask)?),
         false => How::default(),
     };
     collector.add("text_embeddings", file, text, how)?;
@@ -102,15 +102,4 @@ fn add_text(collector: &mut Collector, file: &CacheFile) -> Result<()> {
         collector.add("pooled_prompt_embeds", file, "pooled_embed", How::default())?;
     }
     Ok(())
-}
-
-/// Returns the number of tokens before the padding.
-fn valid_tokens(file: &CacheFile, name: &str) -> Result<i64> {
-    let mask = file.read(name)?.flatten(0, -1).ne(0).to_kind(Kind::Int64);
-    let valid = mask.sum(Kind::Int64).int64_value(&[]);
-    if mask.narrow(0, 0, valid).sum(Kind::Int64).int64_value(&[]) != valid {
-        let what = format!("has padding before its tokens by `{name}`; expected it behind them");
-        return Err(Error::data(file.path(), what));
-    }
-    Ok(valid)
 }

@@ -2,27 +2,42 @@
 //! where a cache holds latents before normalization, they are scaled.
 //!
 //! A format is a file here that finds the samples of a folder, and a line of [`CacheFormat`].
+//!
+//! | question | file |
+//! |---|---|
+//! | tensors of a file by name | `file.rs` |
+//! | a sample, and what becomes of its tensors | `sample.rs` |
+//! | which family a cache is of, and what that family trains on | `family.rs` |
+//! | NeMo AutoModel | `nemo.rs` |
+//! | musubi-tuner | `musubi.rs` |
+//! | diffusion-pipe | `diffusion_pipe/` |
+//! | SimpleTuner | `simpletuner.rs` |
+//! | ai-toolkit | `ai_toolkit.rs` |
 
 mod ai_toolkit;
+mod diffusion_pipe;
+mod family;
 mod file;
 mod musubi;
 mod nemo;
+mod parallel;
+mod sample;
+mod simpletuner;
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use tch::{Kind, Tensor};
-
+use super::Description;
 use super::write::{WriteOptions, Written, write_dataset};
-use super::{Description, Sample, Samples};
-use crate::data::group::{Layout, SampleTensor};
-use crate::data::{Caption, DataType, latents_key};
+use crate::collective::Collective;
+use crate::collective::agreement::agreed;
 use crate::error::{Error, Result};
 use crate::files::safetensors::open_error;
 use crate::settings::choice;
-use file::CacheFile;
+pub use family::CachedFamily;
+use family::{agreed_family, check_normalized};
+use sample::{Cache, Cached};
 
 /// Longest caption file that is read.
 const MAX_CAPTION_BYTES: u64 = 1 << 16;
@@ -34,18 +49,37 @@ choice! {
         "nemo" => Nemo,
         /// musubi-tuner.
         "musubi" => Musubi,
+        /// diffusion-pipe.
+        "diffusion-pipe" => DiffusionPipe,
+        /// SimpleTuner.
+        "simpletuner" => SimpleTuner,
         /// ai-toolkit.
         "ai-toolkit" => AiToolkit,
     }
 }
 
 impl CacheFormat {
-    fn find(self, folder: &Path) -> Result<Vec<Cached>> {
-        match self {
-            CacheFormat::Nemo => nemo::find(folder),
-            CacheFormat::Musubi => musubi::find(folder),
-            CacheFormat::AiToolkit => ai_toolkit::find(folder),
+    fn find(self, request: &ImportRequest) -> Result<Vec<Cached>> {
+        let find = match self {
+            CacheFormat::Nemo => nemo::find,
+            CacheFormat::Musubi => musubi::find,
+            CacheFormat::DiffusionPipe => diffusion_pipe::find,
+            CacheFormat::AiToolkit => ai_toolkit::find,
+            // Its latents, texts and pictures lie in folders of their own.
+            CacheFormat::SimpleTuner => return simpletuner::find(request),
+        };
+        let mut cached = Vec::new();
+        for source in &request.sources {
+            let found = find(source, request)?;
+            if found.is_empty() {
+                return Err(Error::data(source, "holds no sample of this cache's format"));
+            }
+            cached.extend(found);
         }
+        if let Some(folder) = &request.captions {
+            cached.iter_mut().try_for_each(|sample| sample.take_caption(folder))?;
+        }
+        Ok(cached)
     }
 }
 
@@ -57,6 +91,8 @@ pub struct ImportRequest {
     pub out: PathBuf,
     /// Folder of `<name of the picture>.txt`, whose texts replace the cache's captions.
     pub captions: Option<PathBuf>,
+    /// The family that the samples must be of; that of the cache if unset.
+    pub family: Option<CachedFamily>,
     pub shard_bytes: u64,
     pub jobs: usize,
     /// That of the first source if unset.
@@ -65,40 +101,24 @@ pub struct ImportRequest {
     pub licence: Option<String>,
 }
 
-/// Writes the samples of caches as a dataset.
+/// A dataset that was made from caches.
+#[derive(Clone, Debug)]
+pub struct Imported {
+    pub written: Written,
+    /// Lines on what was done with the cache's numbers.
+    pub notes: Vec<&'static str>,
+}
+
+/// Writes the samples of caches as a dataset. Each rank writes its part of the files.
 ///
 /// # Errors
 /// [`Error::Data`] naming a file that is malformed, missing or of a model that is not trained here;
 /// errors of [`write_dataset`].
-pub fn import(request: &ImportRequest) -> Result<Written> {
-    let mut cached = Vec::new();
-    for source in &request.sources {
-        let found = request.from.find(source)?;
-        if found.is_empty() {
-            return Err(Error::data(source, "holds no sample of this cache's format"));
-        }
-        cached.extend(found);
-    }
-    let Some(first) = cached.first() else {
-        return Err(Error::config("SRC", "names no folder of a cache"));
-    };
-    let data_type = first.data_type();
-    if let Some(other) = cached.iter().find(|sample| sample.data_type() != data_type) {
-        let what = "is of another type than the first sample; import images and videos apart";
-        return Err(Error::data(&other.parts[0].file, what));
-    }
-    if let Some(folder) = &request.captions {
-        cached.iter_mut().try_for_each(|sample| sample.take_caption(folder))?;
-    }
-    let first = request.sources[0].canonicalize().unwrap_or_else(|_| request.sources[0].clone());
-    let name = first.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let unknown = || "unknown".to_string();
-    let description = Description {
-        name: request.name.clone().unwrap_or(name),
-        source: request.source.clone().unwrap_or_else(unknown),
-        licence: request.licence.clone().unwrap_or_else(unknown),
-        data_type,
-    };
+///
+/// # Ordering
+/// Every rank calls it.
+pub fn import(request: &ImportRequest, collective: &dyn Collective) -> Result<Imported> {
+    let (cache, description, notes) = agreed(prepared(request), collective)?;
     let options = WriteOptions {
         out: request.out.clone(),
         shard_bytes: request.shard_bytes,
@@ -106,154 +126,40 @@ pub fn import(request: &ImportRequest) -> Result<Written> {
         order: None,
         further: Vec::new(),
     };
-    let (list, parts) = cached.into_iter().map(|cached| (cached.sample, cached.parts)).unzip();
-    write_dataset(&Cache { list, parts }, &description, &options)
+    let written = write_dataset(&cache, &description, &options, collective)?;
+    Ok(Imported { written, notes })
 }
 
-/// One sample of a cache, and where its tensors are.
-struct Cached {
-    sample: Sample,
-    parts: Vec<Part>,
-}
-
-/// One tensor of a sample.
-struct Part {
-    key: &'static str,
-    file: PathBuf,
-    /// Its name in the file.
-    name: String,
-    /// Its shape without the axes of length 1 that the cache adds.
-    shape: Vec<i64>,
-    /// Number of its first rows that are taken over; all if unset.
-    tokens: Option<i64>,
-    /// Factor that normalizes it, if it is not normalized.
-    scale: Option<f64>,
-}
-
-impl Cached {
-    fn data_type(&self) -> DataType {
-        let is_image = self.sample.layout.contains_key(latents_key(DataType::Image));
-        if is_image { DataType::Image } else { DataType::Video }
+/// Finds all samples and checks that they can be trained on together.
+fn prepared(request: &ImportRequest) -> Result<(Cache, Description, Vec<&'static str>)> {
+    let Some(first_source) = request.sources.first() else {
+        return Err(Error::config("SRC", "names no folder of a cache"));
+    };
+    let cached = request.from.find(request)?;
+    let first = cached
+        .first()
+        .ok_or_else(|| Error::data(first_source, "holds no sample of this cache's format"))?;
+    let data_type = first.data_type();
+    if let Some(other) = cached.iter().find(|sample| sample.data_type() != data_type) {
+        let what = "is of another type than the first sample; import images and videos apart";
+        return Err(Error::data(other.path(), what));
     }
-
-    /// Replaces the caption by the text beside the source's name in `folder`.
-    fn take_caption(&mut self, folder: &Path) -> Result<()> {
-        let stem = Path::new(&self.sample.caption.source).file_stem().unwrap_or_default();
-        let mut path = folder.join(stem).into_os_string();
-        path.push(".txt");
-        self.sample.caption.caption = read_caption(Path::new(&path))?;
-        Ok(())
+    let family = agreed_family(&cached, request.family)?;
+    let notes: BTreeSet<&str> = cached.iter().filter_map(|sample| sample.note).collect();
+    let real = first_source.canonicalize().unwrap_or_else(|_| first_source.clone());
+    let name = real.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let unknown = || "unknown".to_string();
+    let description = Description {
+        name: request.name.clone().unwrap_or(name),
+        source: request.source.clone().unwrap_or_else(unknown),
+        licence: request.licence.clone().unwrap_or_else(unknown),
+        data_type,
+    };
+    let cache = Cache::new(cached);
+    if family == Some(CachedFamily::Flux2) {
+        check_normalized(&cache, first_source)?;
     }
-}
-
-/// The samples of caches.
-struct Cache {
-    list: Vec<Sample>,
-    parts: Vec<Vec<Part>>,
-}
-
-impl Samples for Cache {
-    fn list(&self) -> &[Sample] {
-        &self.list
-    }
-
-    fn read(&self, index: usize) -> Result<BTreeMap<String, Tensor>> {
-        let (mut tensors, mut opened) = (BTreeMap::new(), None::<CacheFile>);
-        for part in &self.parts[index] {
-            let file = match opened.take().filter(|file| file.path() == part.file) {
-                Some(file) => file,
-                None => CacheFile::open(&part.file)?,
-            };
-            let tensor = file.read(&part.name)?;
-            opened = Some(file);
-            if tensor.numel() as i64 != part.shape.iter().product::<i64>() {
-                return Err(Error::data(&part.file, "was changed while it was read"));
-            }
-            let tensor = scaled(tensor, part.scale).view(part.shape.as_slice());
-            let tensor = match part.tokens {
-                Some(tokens) => tensor.narrow(0, 0, tokens).contiguous(),
-                None => tensor,
-            };
-            tensors.insert(part.key.into(), tensor);
-        }
-        Ok(tensors)
-    }
-}
-
-/// Multiplies in float32 and rounds once to the tensor's kind.
-fn scaled(tensor: Tensor, scale: Option<f64>) -> Tensor {
-    let Some(scale) = scale else { return tensor };
-    (tensor.to_kind(Kind::Float) * scale).to_kind(tensor.kind())
-}
-
-/// Collects one sample's parts.
-struct Collector {
-    layout: Layout,
-    parts: Vec<Part>,
-}
-
-impl Collector {
-    fn new() -> Self {
-        Collector { layout: Layout::new(), parts: Vec::new() }
-    }
-
-    /// Adds a tensor of a file under the key of batches.
-    ///
-    /// # Errors
-    /// [`Error::Data`] if the tensor does not have the key's axes.
-    fn add(&mut self, key: &'static str, file: &CacheFile, name: &str, how: How) -> Result<()> {
-        let (kind, shape) = file.describe(name)?;
-        let axes = axes_of(key);
-        let mut fitted = shape.clone();
-        while fitted.len() > axes
-            && let Some(place) = fitted.iter().position(|axis| *axis == 1)
-        {
-            fitted.remove(place);
-        }
-        if fitted.len() != axes || fitted.iter().skip(1).any(|axis| *axis < 1) {
-            let what = format!("`{name}` has shape {shape:?}; expected {axes} axes for `{key}`");
-            return Err(Error::data(file.path(), what));
-        }
-        let mut taken = fitted.clone();
-        if let Some(tokens) = how.tokens {
-            if tokens > taken[0] {
-                let what = format!("`{name}` has shape {shape:?}, and its mask {tokens} tokens");
-                return Err(Error::data(file.path(), what));
-            }
-            taken[0] = tokens;
-        }
-        let tensor = SampleTensor { kind, shape: taken, unequal: how.unequal };
-        self.layout.insert(key.into(), tensor);
-        let (file, name) = (file.path().into(), name.into());
-        let How { tokens, scale, .. } = how;
-        self.parts.push(Part { key, file, name, shape: fitted, tokens, scale });
-        Ok(())
-    }
-
-    fn finish(self, caption: Caption) -> Result<Cached> {
-        let mut origin = String::new();
-        for part in &self.parts {
-            let found = fs::metadata(&part.file).map_err(Error::storage(&part.file, "inspect"))?;
-            let (bytes, time) = (found.len(), (found.mtime(), found.mtime_nsec()));
-            origin += &format!(
-                "{} {bytes} {time:?} {} {:?}; ",
-                part.file.display(),
-                part.name,
-                part.scale
-            );
-        }
-        Ok(Cached { sample: Sample { layout: self.layout, caption, origin }, parts: self.parts })
-    }
-}
-
-/// Options of taking over a tensor.
-#[derive(Clone, Copy, Default)]
-struct How {
-    /// True for a text without padding.
-    unequal: bool,
-    /// Number of tokens of a text before its padding.
-    tokens: Option<i64>,
-    scale: Option<f64>,
+    Ok((cache, description, notes.into_iter().collect()))
 }
 
 /// Returns the text of a caption file.
@@ -264,16 +170,5 @@ fn read_caption(path: &Path) -> Result<String> {
         return Err(Error::data(path, what));
     }
     let bytes = fs::read(path).map_err(Error::storage(path, "read"))?;
-    let text = String::from_utf8(bytes);
-    text.map(|text| text.trim().into()).map_err(|_| Error::data(path, "is no text in UTF-8"))
-}
-
-/// Returns the number of axes of one sample's tensor.
-fn axes_of(key: &str) -> usize {
-    match key {
-        "video_latents" | "condition_latents" => 4,
-        "image_latents" => 3,
-        "text_mask" | "text_mask_2" | "pooled_prompt_embeds" => 1,
-        _ => 2,
-    }
+    String::from_utf8(bytes).map_err(|_| Error::data(path, "is no text in UTF-8"))
 }

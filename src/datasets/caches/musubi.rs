@@ -1,56 +1,61 @@
 //! The cache of musubi-tuner: safetensors files without an axis of samples, one of latents and one
-//! of texts for each sample; names tell the architecture.
+//! of texts for each sample; names tell the architecture. Latents of HunyuanVideo 1.5 are unscaled.
 //!
 //! Source: musubi-tuner, `dataset/image_video_dataset.py`.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use super::ImportRequest;
+use super::family::{CachedFamily, HUNYUAN_SCALE};
 use super::file::CacheFile;
-use super::{Cached, Collector, How};
-use crate::data::{Caption, DataType};
+use super::parallel::in_parallel;
+use super::sample::{Cached, Change, Collector, How};
+use crate::data::{Caption, latents_key};
 use crate::datasets::index::find as find_files;
 use crate::error::{Error, Result};
 
 /// Ending of the name of a file of texts.
 const TEXT: &str = "_te";
-/// Factor by which HunyuanVideo 1.5's pipeline scales latents; musubi-tuner caches them unscaled.
-const HUNYUAN_SCALE: f64 = 1.03682;
 
 /// A model whose cache is read.
 struct Architecture {
     /// Its word in the names of files.
     word: &'static str,
-    data_type: DataType,
-    scale: Option<f64>,
+    family: CachedFamily,
+    /// What normalizes its latents.
+    change: Change,
     /// True if `latents_image` are the model's condition; otherwise it is made from the latents.
     takes_condition: bool,
 }
 
-const fn plain(word: &'static str, data_type: DataType) -> Architecture {
-    Architecture { word, data_type, scale: None, takes_condition: false }
+const fn plain(word: &'static str, family: CachedFamily) -> Architecture {
+    Architecture { word, family, change: Change::None, takes_condition: false }
 }
 
 const ARCHITECTURES: [Architecture; 6] = [
-    Architecture { takes_condition: true, ..plain("wan", DataType::Video) },
-    plain("f2d", DataType::Image),
-    plain("f2k4b", DataType::Image),
-    plain("f2k9b", DataType::Image),
-    plain("qi", DataType::Image),
-    Architecture { scale: Some(HUNYUAN_SCALE), ..plain("hv15", DataType::Video) },
+    Architecture { takes_condition: true, ..plain("wan", CachedFamily::Wan) },
+    plain("f2d", CachedFamily::Flux2),
+    plain("f2k4b", CachedFamily::Flux2),
+    plain("f2k9b", CachedFamily::Flux2),
+    plain("qi", CachedFamily::QwenImage),
+    Architecture {
+        change: Change::Scale(HUNYUAN_SCALE),
+        ..plain("hv15", CachedFamily::HunyuanVideo15)
+    },
 ];
 
 /// Finds the samples of a cache.
 ///
 /// # Errors
 /// [`Error::Data`] if a file is malformed, of another architecture, or has no file of texts.
-pub fn find(folder: &Path) -> Result<Vec<Cached>> {
+pub fn find(folder: &Path, request: &ImportRequest) -> Result<Vec<Cached>> {
     let mut files = Vec::new();
     find_files(folder, "safetensors", &mut files)?;
     let named: BTreeMap<String, &PathBuf> =
         files.iter().map(|path| (path.with_extension("").display().to_string(), path)).collect();
-    let latents = named.iter().filter(|(name, _)| !name.ends_with(TEXT));
-    latents.map(|(name, path)| sample(path, name, &named)).collect()
+    let latents: Vec<_> = named.iter().filter(|(name, _)| !name.ends_with(TEXT)).collect();
+    in_parallel(&latents, request.jobs, |(name, path)| sample(path, name, &named))
 }
 
 fn sample(path: &Path, name: &str, named: &BTreeMap<String, &PathBuf>) -> Result<Cached> {
@@ -73,13 +78,10 @@ fn sample(path: &Path, name: &str, named: &BTreeMap<String, &PathBuf>) -> Result
     if collector.layout.len() < 2 {
         return Err(Error::data(path, "holds no latents, or its file of texts no text"));
     }
-    let caption = |file: &CacheFile| match file {
-        CacheFile::Safe(file) => file.metadata().get("caption1").cloned(),
-        CacheFile::Pickled(_) => None,
-    };
+    let caption = |file: &CacheFile| file.safe()?.metadata().get("caption1").cloned();
     let source = Path::new(item).file_name().unwrap_or_default().to_string_lossy().into_owned();
     let caption = caption(&texts).or(caption(&latents)).unwrap_or_default();
-    collector.finish(Caption { caption, source })
+    collector.finish(Caption { caption, source }, Some(architecture.family))
 }
 
 /// Returns the item's name and its file of texts: `<item>_<width>x<height>` names a picture,
@@ -99,7 +101,7 @@ fn text_file<'n>(
 
 /// Adds the tensors of a file whose names say that they are read.
 fn add(collector: &mut Collector, file: &CacheFile, architecture: &Architecture) -> Result<()> {
-    let CacheFile::Safe(safe) = file else { return Ok(()) };
+    let Some(safe) = file.safe() else { return Ok(()) };
     for info in safe.tensors() {
         let name = info.name.as_str();
         let how = |unequal| How { unequal, ..How::default() };
@@ -112,7 +114,7 @@ fn add(collector: &mut Collector, file: &CacheFile, architecture: &Architecture)
             }
             ("condition_latents", how(false))
         } else if sizes_follow(name, "latents_") {
-            (latents_key(architecture), How { scale: architecture.scale, ..How::default() })
+            (latents_key(architecture.family.data_type()), How::changed(architecture.change))
         } else if name.starts_with("clip_") || name.starts_with("siglip_") {
             ("image_embeds", how(false))
         } else if name.starts_with("ctx_vec_") {
@@ -132,8 +134,4 @@ fn add(collector: &mut Collector, file: &CacheFile, architecture: &Architecture)
 /// True if a digit follows the prefix, as the size of latents does.
 fn sizes_follow(name: &str, prefix: &str) -> bool {
     name.strip_prefix(prefix).is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
-}
-
-fn latents_key(architecture: &Architecture) -> &'static str {
-    crate::data::latents_key(architecture.data_type)
 }

@@ -1,5 +1,6 @@
 //! The cache of NVIDIA NeMo AutoModel: one file of `torch.save` for each sample, listed in
-//! `metadata.json` and its shards, or a flat folder of such files.
+//! `metadata.json` and its shards, or a flat folder of such files. Its caches for editing pictures
+//! hold ordered context latents, which no family here trains on; they are refused.
 //!
 //! Source: NeMo AutoModel 0.7.0, `tools/diffusion` and `components/datasets/diffusion`.
 
@@ -11,13 +12,15 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
+use super::ImportRequest;
+use super::family::CachedFamily;
 use super::file::CacheFile;
-use super::{Cached, Collector, How};
+use super::parallel::in_parallel;
+use super::sample::{Cached, Collector, How};
 use crate::data::Caption;
 use crate::datasets::index::find as find_files;
 use crate::error::{Error, Result};
 use crate::files::contents::no_json;
-use crate::files::pickle::Value;
 use crate::files::safetensors::open_error;
 
 /// Largest list of samples that is read; a row takes about 500 bytes.
@@ -34,12 +37,23 @@ const KEYS: [(&str, &str); 9] = [
     ("text_mask_2", "text_mask_2"),
     ("image_embeds", "image_embeds"),
 ];
-/// Begin of the `model_type` of Qwen-Image, the only family whose texts are stored without padding.
-const UNPADDED: &str = "qwen";
+/// Families by NeMo's `model_type`.
+const FAMILIES: [(&str, CachedFamily); 7] = [
+    ("flux", CachedFamily::Flux),
+    ("flux2", CachedFamily::Flux2),
+    ("qwen_image", CachedFamily::QwenImage),
+    ("wan", CachedFamily::Wan),
+    ("wan22", CachedFamily::Wan),
+    ("hunyuanvideo", CachedFamily::HunyuanVideo15),
+    ("hunyuan", CachedFamily::HunyuanVideo15),
+];
+/// Keys of samples for editing pictures.
+const EDIT_KEYS: [&str; 2] = ["target_latent", "context_latents"];
 
 #[derive(Deserialize)]
 struct Metadata {
     shards: Vec<String>,
+    model_type: Option<String>,
 }
 
 /// One sample's row; further fields concern NeMo's sampler.
@@ -54,23 +68,26 @@ struct Row {
 ///
 /// # Errors
 /// [`Error::Data`] if a list or a file is malformed, or a listed file is not below `folder`.
-pub fn find(folder: &Path) -> Result<Vec<Cached>> {
+pub fn find(folder: &Path, request: &ImportRequest) -> Result<Vec<Cached>> {
     let mut files = Vec::new();
     find_files(folder, "pt", &mut files)?;
     find_files(folder, "meta", &mut files)?;
     let metadata = folder.join("metadata.json");
     if !metadata.is_file() {
-        return files.iter().map(|path| sample(path, "")).collect();
+        return in_parallel(&files, request.jobs, |path| sample(path, "", None, request.family));
     }
     let by_name = by_name(&files);
-    let mut found = Vec::new();
-    for shard in read_json::<Metadata>(&metadata)?.shards {
+    let Metadata { shards, model_type } = read_json(&metadata)?;
+    let mut listed = Vec::new();
+    for shard in shards {
         let name = Path::new(&shard).file_name().unwrap_or_default();
         for row in read_json::<Vec<Row>>(&folder.join(name))? {
-            found.push(sample(place(folder, &by_name, &row.cache_file)?, &row.prompt)?);
+            listed.push((place(folder, &by_name, &row.cache_file)?, row.prompt));
         }
     }
-    Ok(found)
+    in_parallel(&listed, request.jobs, |(path, prompt)| {
+        sample(path, prompt, model_type.as_deref(), request.family)
+    })
 }
 
 fn by_name(files: &[PathBuf]) -> BTreeMap<&std::ffi::OsStr, Vec<&PathBuf>> {
@@ -101,36 +118,53 @@ fn place<'f>(
     })
 }
 
-fn sample(path: &Path, prompt: &str) -> Result<Cached> {
+/// `model_type`: that of the whole cache, if the sample has none of its own.
+fn sample(
+    path: &Path,
+    prompt: &str,
+    model_type: Option<&str>,
+    wanted: Option<CachedFamily>,
+) -> Result<Cached> {
     let file = CacheFile::open(path)?;
-    let CacheFile::Pickled(pickled) = &file else {
-        return Err(Error::data(path, "is no file of torch.save"));
+    if let Some(key) = EDIT_KEYS.iter().find(|key| file.value(key).is_some()) {
+        let what = format!(
+            "is a sample for editing pictures (`{key}`): no family here trains on ordered context \
+             latents; import the cache of a text-to-image or text-to-video preprocessor"
+        );
+        return Err(Error::data(path, what));
+    }
+    let family = match file.text("model_type").or(model_type) {
+        Some(word) => Some(CachedFamily::named(word, "its model_type", &FAMILIES, wanted, path)?),
+        None => wanted,
     };
-    let root = pickled.root();
     let mut collector = Collector::new();
-    let text = |key: &str| root.get(key).and_then(Value::text);
-    let unpadded = text("model_type").is_some_and(|family| family.starts_with(UNPADDED));
     for (theirs, ours) in KEYS {
-        if root.get(theirs).and_then(Value::tensor).is_some() {
-            let unequal = unpadded && ours == "text_embeddings";
+        if file.holds(theirs) {
+            // The only family whose texts are stored without padding.
+            let unequal = family == Some(CachedFamily::QwenImage) && ours == "text_embeddings";
             collector.add(ours, &file, theirs, How { unequal, ..How::default() })?;
         }
     }
     let holds = |key: &str| collector.layout.contains_key(key);
     if !holds("text_embeddings") || holds("image_latents") == holds("video_latents") {
-        let keys: Vec<&str> = root.entries().into_iter().flatten().map(|(key, _)| &**key).collect();
         let what = format!(
             "holds no latents with their text, as NeMo caches text-to-image and text-to-video; it \
              has {}",
-            keys.join(", ")
+            file.names()
         );
         return Err(Error::data(path, what));
     }
-    let source = text("image_path").or(text("video_path")).unwrap_or_default().to_string();
-    collector.finish(Caption { caption: text("prompt").unwrap_or(prompt).into(), source })
+    let sources = ["image_path", "video_path", "original_filename"];
+    let source = sources.iter().find_map(|key| file.text(key)).unwrap_or_default();
+    let caption = file.text("prompt").unwrap_or(prompt);
+    collector.finish(Caption { caption: caption.into(), source: source.into() }, family)
 }
 
-fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+/// Reads a list of limited length.
+///
+/// # Errors
+/// [`Error::Data`] if it is too long or malformed.
+pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let file = File::open(path).map_err(|error| open_error(path, error))?;
     if !file.metadata().map_err(Error::storage(path, "inspect"))?.is_file() {
         return Err(Error::data(path, "is not a regular file"));

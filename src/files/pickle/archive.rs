@@ -31,12 +31,41 @@ const LOCAL: u32 = 0x0403_4b50;
 const LOCAL_BYTES: u64 = 30;
 const ENCRYPTED: u64 = 1;
 
+/// The bytes of an archive.
+#[derive(Debug)]
+pub(super) enum Bytes {
+    /// A part of a file.
+    Part(File, Region),
+    /// What a compressed file held.
+    Inflated(Vec<u8>),
+}
+
+impl Bytes {
+    fn length(&self) -> u64 {
+        match self {
+            Bytes::Part(_, region) => region.bytes,
+            Bytes::Inflated(bytes) => bytes.len() as u64,
+        }
+    }
+
+    /// Fills `buffer` with the bytes from `start` on, which are within the length.
+    fn read_exact_at(&self, buffer: &mut [u8], start: u64) -> io::Result<()> {
+        match self {
+            Bytes::Part(file, region) => file.read_exact_at(buffer, region.start + start),
+            Bytes::Inflated(bytes) => {
+                let from = start as usize;
+                buffer.copy_from_slice(&bytes[from..from + buffer.len()]);
+                Ok(())
+            }
+        }
+    }
+}
+
 /// An archive whose directory has been read.
 #[derive(Debug)]
 pub(super) struct Archive {
     path: PathBuf,
-    file: File,
-    region: Region,
+    bytes: Bytes,
     entries: BTreeMap<String, Entry>,
 }
 
@@ -57,17 +86,17 @@ struct Directory {
 }
 
 impl Archive {
-    /// Reads the directory of the archive in `region` of the file.
+    /// Reads the archive's directory.
     ///
     /// # Errors
     /// [`Error::Data`] if there is no archive, or its directory contradicts itself or the file.
-    pub fn open(path: &Path, file: File, region: Region) -> Result<Self> {
-        let mut archive = Archive { path: path.into(), file, region, entries: BTreeMap::new() };
+    pub fn open(path: &Path, bytes: Bytes) -> Result<Self> {
+        let mut archive = Archive { path: path.into(), bytes, entries: BTreeMap::new() };
         let directory = archive.directory()?;
         let mut text = vec![0; directory.bytes as usize];
         archive.read_at(&mut text, directory.start)?;
-        archive.entries =
-            entries(&text, &directory, region.bytes).map_err(|what| archive.refused(what))?;
+        archive.entries = entries(&text, &directory, archive.bytes.length())
+            .map_err(|what| archive.refused(what))?;
         Ok(archive)
     }
 
@@ -120,7 +149,7 @@ impl Archive {
     }
 
     fn directory(&self) -> Result<Directory> {
-        let Some(end_start) = self.region.bytes.checked_sub(END_BYTES) else {
+        let Some(end_start) = self.bytes.length().checked_sub(END_BYTES) else {
             return Err(self.no_archive());
         };
         let mut end = [0; END_BYTES as usize];
@@ -167,20 +196,18 @@ impl Archive {
 
     fn read_at(&self, buffer: &mut [u8], start: u64) -> Result<()> {
         let end = start.checked_add(buffer.len() as u64);
-        if end.is_none_or(|end| end > self.region.bytes) {
+        if end.is_none_or(|end| end > self.bytes.length()) {
             return Err(self.refused("has an entry that reaches beyond its end; it may be cut"));
         }
-        self.file.read_exact_at(buffer, self.region.start + start).map_err(|error| {
-            match error.kind() {
-                io::ErrorKind::UnexpectedEof => self.refused("has been cut since it was opened"),
-                _ => Error::storage(&self.path, "read")(error),
-            }
+        self.bytes.read_exact_at(buffer, start).map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => self.refused("has been cut since it was opened"),
+            _ => Error::storage(&self.path, "read")(error),
         })
     }
 
     fn no_archive(&self) -> Error {
-        let mut head = vec![0; (HEAD_BYTES as u64).min(self.region.bytes) as usize];
-        let read = self.file.read_exact_at(&mut head, self.region.start);
+        let mut head = vec![0; (HEAD_BYTES as u64).min(self.bytes.length()) as usize];
+        let read = self.bytes.read_exact_at(&mut head, 0);
         let what = match read {
             Ok(()) if head.starts_with(b"PK\x03\x04") => {
                 "is a zip archive without its directory: it was cut, or is still being written"

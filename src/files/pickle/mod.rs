@@ -4,16 +4,18 @@
 //!
 //! Such a file is a zip archive: `<stem>/data.pkl` describes the object, `<stem>/data/<key>` holds
 //! the plain little-endian data of a storage. The archive must be stored without compression, as
-//! `torch.save` writes it.
+//! `torch.save` writes it; the file as a whole may be compressed by gzip.
 //!
 //! | question | file |
 //! |---|---|
+//! | a compressed file | `gzip.rs` |
 //! | entries of the archive | `archive.rs` |
 //! | opcodes | `machine.rs` |
 //! | names that a pickle may use | `torch.rs` |
 //! | the object that comes out | `value.rs` |
 
 mod archive;
+mod gzip;
 mod machine;
 mod torch;
 mod value;
@@ -26,7 +28,7 @@ use tch::{Device, Kind, Tensor};
 use super::safetensors::open_error;
 use crate::error::{Error, Result};
 use crate::tensor::bytes_mut;
-use archive::Archive;
+use archive::{Archive, Bytes};
 use machine::Machine;
 pub use torch::PickledTensor;
 pub use value::Value;
@@ -47,23 +49,28 @@ pub struct PickledFile {
 }
 
 /// A part of a file that holds one whole archive.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Region {
     pub start: u64,
     pub bytes: u64,
 }
 
 impl PickledFile {
-    /// Opens a regular file and parses its object, but reads no tensor.
+    /// Opens a regular file and parses its object, but reads no tensor; a file that gzip compressed
+    /// is inflated into memory.
     ///
     /// # Errors
     /// [`Error::Data`] with the reason if the file is missing, not a regular file, no archive of
-    /// `torch.save`, or uses an opcode or a name that files of tensors do not need;
-    /// [`Error::Storage`] if it cannot be read.
+    /// `torch.save`, too large when inflated, or uses an opcode or a name that files of tensors do
+    /// not need; [`Error::Storage`] if it cannot be read.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let (file, bytes) = open_regular(path)?;
-        PickledFile::parse(path, file, Region { start: 0, bytes })
+        let bytes = match gzip::is_compressed(&file) {
+            true => Bytes::Inflated(gzip::inflated(path, &file, bytes)?),
+            false => Bytes::Part(file, Region { start: 0, bytes }),
+        };
+        PickledFile::parse(path, bytes)
     }
 
     /// Opens an archive that is a part of a file, as databases of many archives hold it.
@@ -81,11 +88,11 @@ impl PickledFile {
             );
             return Err(Error::data(path, what));
         }
-        PickledFile::parse(path, file, region)
+        PickledFile::parse(path, Bytes::Part(file, region))
     }
 
-    fn parse(path: &Path, file: File, region: Region) -> Result<Self> {
-        let archive = Archive::open(path, file, region)?;
+    fn parse(path: &Path, bytes: Bytes) -> Result<Self> {
+        let archive = Archive::open(path, bytes)?;
         let refused = |what: String| Error::data(path, what);
         let stem = archive.stem().map_err(refused)?;
         if let Some(order) = archive.find(&format!("{stem}/byteorder")) {

@@ -43,6 +43,14 @@ impl Value {
         }
     }
 
+    /// Returns the values of a list or tuple.
+    pub fn list(&self) -> Option<&[Value]> {
+        match self {
+            Value::List(values) => Some(values),
+            _ => None,
+        }
+    }
+
     pub fn text(&self) -> Option<&str> {
         match self {
             Value::Text(text) => Some(text),

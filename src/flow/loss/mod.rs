@@ -1,8 +1,10 @@
 //! The loss of a step: its values, its bound, and its means under masks.
 
+mod element;
 mod mask;
 mod weight;
 
+pub(super) use element::Huber;
 pub(super) use mask::loss_mask;
 pub use mask::{LOSS_MASK, axes_of_mask};
 pub(super) use weight::LossWeight;

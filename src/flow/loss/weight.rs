@@ -17,6 +17,10 @@ pub enum LossWeight {
     Bsmntw {
         table: Tensor,
     },
+    /// `sigma⁻²`.
+    SigmaSqrt,
+    /// `2/(π·(1 − 2·sigma + 2·sigma²))`.
+    Cosmap,
 }
 
 impl LossWeight {
@@ -31,10 +35,14 @@ impl LossWeight {
             LossWeightingScheme::Bsmntw => LossWeight::Bsmntw {
                 table: bsmntw_table(settings.num_train_timesteps).to_device(device),
             },
+            LossWeightingScheme::SigmaSqrt => LossWeight::SigmaSqrt,
+            LossWeightingScheme::Cosmap => LossWeight::Cosmap,
         }
     }
 
     /// `sigma`: `[B]` f32. Returns `[B]` f32.
+    ///
+    /// Source of `sigma_sqrt` and `cosmap`: `compute_loss_weighting_for_sd3` of diffusers 0.42.1.
     pub fn weights(&self, sigma: &Tensor) -> Tensor {
         match self {
             LossWeight::One => sigma.ones_like(),
@@ -43,6 +51,11 @@ impl LossWeight {
                 let steps = table.size()[0];
                 let index = (sigma * steps as f64).to_kind(Kind::Int64).clamp(0, steps - 1);
                 table.index_select(0, &index)
+            }
+            LossWeight::SigmaSqrt => sigma.pow_tensor_scalar(-2.0),
+            LossWeight::Cosmap => {
+                let bottom = 1.0 - sigma * 2.0 + sigma.square() * 2.0;
+                2.0 / (bottom * std::f64::consts::PI)
             }
         }
     }
@@ -84,6 +97,22 @@ mod tests {
         }
         assert!((bsmntw_table(10).double_value(&[5]) - 1.592_547).abs() < 2e-6);
         assert!((table.iter().sum::<f32>() - 1000.0).abs() < 1e-2);
+    }
+
+    #[test]
+    fn weights_of_sigma_have_the_specified_values() {
+        let sigma = Tensor::from_slice(&[0.1f32, 0.5, 1.0]);
+        let weights =
+            |weight: LossWeight| Vec::<f32>::try_from(weight.weights(&sigma)).expect("f32");
+        for (found, expected) in [
+            (weights(LossWeight::SigmaSqrt), [100.0, 4.0, 1.0]),
+            (weights(LossWeight::Cosmap), [0.776_366, 1.273_240, 0.636_620]),
+        ] {
+            assert!(
+                found.iter().zip(expected).all(|(a, b): (&f32, f32)| (a / b - 1.0).abs() < 1e-6),
+                "{found:?}"
+            );
+        }
     }
 
     #[test]

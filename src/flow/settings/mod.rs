@@ -5,8 +5,9 @@ mod sampling;
 
 pub use sampling::SamplingSettings;
 
+use super::time_shift::{ShiftType, TimeShift};
 use super::timestep_sampling::{DistributionParameters, TimestepSampling};
-use crate::settings::{above_up_to, choice, settings};
+use crate::settings::{Choice, above_up_to, choice, settings};
 
 choice! {
     /// Weight of a sample's loss as a function of its sigma.
@@ -15,6 +16,34 @@ choice! {
         "linear" => Linear,
         /// A bell over the timesteps, as ai-toolkit has it.
         "bsmntw" => Bsmntw,
+        /// `sigma⁻²`, which grows without bound towards the data.
+        "sigma_sqrt" => SigmaSqrt,
+        /// `2/(π·(1 − 2·sigma + 2·sigma²))`, highest in the middle.
+        "cosmap" => Cosmap,
+    }
+}
+
+choice! {
+    /// Loss of one element as a function of its error.
+    pub enum LossType {
+        /// The squared error, the reference's.
+        "mse" => Mse,
+        /// Half the squared error up to `huber_c`, a straight line beyond.
+        "huber" => Huber,
+        /// `sqrt(error² + huber_c²) − huber_c`.
+        "pseudo_huber" => PseudoHuber,
+    }
+}
+
+choice! {
+    /// The error at which a Huber loss turns, by sigma.
+    pub enum HuberSchedule {
+        /// `huber_c`.
+        "constant" => Constant,
+        /// From 1 at the data to `huber_c` at noise, as `huber_c` to the power of sigma.
+        "exponential" => Exponential,
+        /// From 1 at the data to `huber_c` at noise, as `(1 − sigma)²`.
+        "snr" => Snr,
     }
 }
 
@@ -69,6 +98,11 @@ choice! {
     }
 }
 
+/// Smallest `sigma_min` with which weights of `1/sigma²` are no matter for a warning.
+const LEAST_BOUND: f64 = 0.01;
+/// Smallest sigma that is drawn, apart from shifts towards the data.
+const LEAST_SIGMA: f64 = 1e-5;
+
 settings! {
     /// `[flow_matching]`: timesteps, noise and loss.
     ///
@@ -80,6 +114,13 @@ settings! {
         pub timestep_sampling: TimestepSampling = TimestepSampling::LogitNormal;
         /// Shift towards noise, sigma = s/(s + 1/u - 1); also the slope of the linear loss weight.
         pub flow_shift: f64 = 3.0, in above_up_to(0.0, 1000.0);
+        /// Rule by which the shift follows from a sample's number of image tokens; constant is
+        /// flow_shift for all.
+        pub shift_type: ShiftType = ShiftType::Constant;
+        /// Logarithm of the shift at few tokens: none under "linear", 256 under "flux".
+        pub base_shift: f64 = 0.5, in -10.0..=10.0;
+        /// Logarithm of the shift at 4096 tokens, under "linear" and "flux".
+        pub max_shift: f64 = 1.15, in -10.0..=10.0;
         /// Share of video batches trained as image-to-video.
         pub i2v_prob: f64 = 0.3, in 0.0..=1.0;
         /// Share of conditions dropped for classifier-free guidance.
@@ -96,6 +137,12 @@ settings! {
         pub use_loss_weighting: bool = true;
         /// How it is weighted.
         pub loss_weighting_scheme: LossWeightingScheme = LossWeightingScheme::Linear;
+        /// Loss of an element's error.
+        pub loss_type: LossType = LossType::Mse;
+        /// Error at which a Huber loss turns from its square to its absolute value.
+        pub huber_c: f64 = 0.1, in above_up_to(0.0, 1000.0);
+        /// How that error follows from sigma.
+        pub huber_schedule: HuberSchedule = HuberSchedule::Constant;
         /// Steps between detailed log blocks; 0: none.
         pub log_interval: u64 = 100, in 0..;
         /// Steps between summary log lines; 0: none.
@@ -119,5 +166,74 @@ settings! {
         /// device, or the computing device's, as the reference does; then a GPU's numbers depend on
         /// its model.
         pub draws: DrawPlace = DrawPlace::Host;
+    }
+}
+
+impl FlowMatchingSettings {
+    /// Returns the shift of samples of so many image tokens.
+    pub fn shift(&self, image_tokens: i64) -> f64 {
+        let FlowMatchingSettings { shift_type, base_shift, max_shift, .. } = *self;
+        let rule = TimeShift { shift_type, base_shift, max_shift, constant: self.flow_shift };
+        rule.shift(image_tokens)
+    }
+
+    /// True if sigma is drawn with a shift towards noise.
+    pub fn shifts(&self) -> bool {
+        self.use_sigma_noise && self.timestep_sampling.is_shifted
+    }
+    /// Returns what is worth a warning: settings without effect, and weights without bound.
+    pub fn warnings(&self) -> Vec<String> {
+        let mut warnings = Vec::new();
+        if self.shift_type != ShiftType::Constant && !self.shifts() {
+            let word = self.shift_type.word();
+            warnings.push(format!(
+                "shift_type = \"{word}\" has no effect: sigma is drawn without a shift"
+            ));
+        }
+        if self.huber_schedule != HuberSchedule::Constant && self.loss_type == LossType::Mse {
+            let word = self.huber_schedule.word();
+            warnings
+                .push(format!("huber_schedule = \"{word}\" has no effect: loss_type is \"mse\""));
+        }
+        let is_unbounded = self.loss_weighting_scheme == LossWeightingScheme::SigmaSqrt;
+        if self.use_loss_weighting && is_unbounded && self.sigma_min < LEAST_BOUND {
+            warnings.push(format!(
+                "loss_weighting_scheme = \"sigma_sqrt\" weights a loss by 1/sigma², up to {:.0e} \
+                 with sigma_min = {}; a step of such a sample counts as exploded. Set sigma_min",
+                self.sigma_min.max(LEAST_SIGMA).powi(-2),
+                self.sigma_min
+            ));
+        }
+        warnings
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_without_effect_and_weights_without_bound_are_warned_of() {
+        let warned = |change: fn(&mut FlowMatchingSettings)| {
+            let mut settings = FlowMatchingSettings::default();
+            change(&mut settings);
+            settings.warnings().join("; ")
+        };
+        assert_eq!(warned(|_| ()), "");
+        let beta = warned(|settings| {
+            (settings.shift_type, settings.timestep_sampling) =
+                (ShiftType::Flux, TimestepSampling::Beta);
+        });
+        assert_eq!(beta, "shift_type = \"flux\" has no effect: sigma is drawn without a shift");
+        let huber = warned(|settings| settings.huber_schedule = HuberSchedule::Snr);
+        assert_eq!(huber, "huber_schedule = \"snr\" has no effect: loss_type is \"mse\"");
+        let scheme = |settings: &mut FlowMatchingSettings| {
+            settings.loss_weighting_scheme = LossWeightingScheme::SigmaSqrt;
+        };
+        let mut settings = FlowMatchingSettings::default();
+        scheme(&mut settings);
+        assert!(settings.warnings()[0].contains("up to 1e10 with sigma_min = 0"), "{settings:?}");
+        settings.sigma_min = 0.02;
+        assert!(settings.warnings().is_empty());
     }
 }

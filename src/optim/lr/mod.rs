@@ -2,12 +2,18 @@
 
 mod constant;
 mod cosine;
+mod inverse_sqrt;
 mod linear;
+mod polynomial;
+mod rex;
 mod wsd;
 
 pub use constant::Constant;
 pub use cosine::Cosine;
+pub use inverse_sqrt::InverseSqrt;
 pub use linear::Linear;
+pub use polynomial::Polynomial;
+pub use rex::Rex;
 pub use wsd::WarmupStableDecay;
 
 use crate::registry::registry;
@@ -28,6 +34,9 @@ registry! {
         "constant" => Constant(Constant),
         "linear" => Linear(Linear),
         "cosine" => Cosine(Cosine),
+        "polynomial" => Polynomial(Polynomial),
+        "inverse_sqrt" => InverseSqrt(InverseSqrt),
+        "rex" => Rex(Rex),
         "wsd" => WarmupStableDecay(WarmupStableDecay),
     }
 }
@@ -122,7 +131,7 @@ mod tests {
 
     #[test]
     fn decaying_schedules_end_at_their_floor() {
-        for name in ["linear", "cosine", "wsd"] {
+        for name in ["linear", "cosine", "polynomial", "rex", "wsd"] {
             let schedule = LrScheduleChoice::named(name).expect("a registered name");
             assert!((schedule.factor(200, 200) - 0.0).abs() < 1e-12, "{name}");
         }

@@ -1,0 +1,75 @@
+//! `tensorboard/events.out.tfevents.*` of the run folder: the metrics of each step, the
+//! configuration and samples, for TensorBoard and whatever reads its files.
+
+mod event;
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+pub use event::EventValue;
+use event::{Content, record};
+
+use crate::files::durable::FirstFailure;
+use crate::pulse;
+
+/// Folder of the files in a run folder.
+const FOLDER: &str = "tensorboard";
+
+/// The events of a run, one file for each start of it.
+pub struct EventFile {
+    /// `None` where no events are written.
+    file: Option<File>,
+    path: PathBuf,
+    failure: FirstFailure,
+}
+
+impl EventFile {
+    /// Creates the file of a start that goes on after `step`: what earlier files hold of later
+    /// steps is void. A disk that fails causes one warning.
+    pub fn resume_after(run: &Path, step: u64) -> Self {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let (host, process) = (pulse::host(), std::process::id());
+        let path = run.join(FOLDER).join(format!("events.out.tfevents.{now}.{host}.{process}.0"));
+        let mut events = EventFile { file: None, path, failure: FirstFailure::default() };
+        let created = fs::create_dir_all(run.join(FOLDER))
+            .and_then(|()| File::options().create(true).append(true).open(&events.path));
+        match created {
+            Ok(file) => events.file = Some(file),
+            Err(error) => events.warn_of(Err(error)),
+        }
+        events.write(0, &Content::Begin);
+        if step > 0 {
+            events.write(step + 1, &Content::Restart);
+        }
+        events
+    }
+
+    /// Returns events that nobody writes.
+    pub fn silent() -> Self {
+        EventFile { file: None, path: PathBuf::new(), failure: FirstFailure::default() }
+    }
+
+    /// Writes values of a step under their tags.
+    pub fn append(&mut self, step: u64, values: &[(String, EventValue<'_>)]) {
+        self.write(step, &Content::Values(values));
+    }
+
+    fn write(&mut self, step: u64, content: &Content<'_>) {
+        let Some(file) = &mut self.file else { return };
+        let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        // In one write, so that a reader meets no half of a record.
+        let written = file.write_all(&record(seconds.as_secs_f64(), step, content));
+        self.warn_of(written);
+    }
+
+    fn warn_of(&mut self, result: io::Result<()>) {
+        if let Some(error) = self.failure.first(result) {
+            tracing::warn!(
+                "cannot write {}: {error}; training goes on, events are lost",
+                self.path.display()
+            );
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! TensorBoard reads what a run writes for it, also after a resume.
+
+use fm_dist::config::RunConfig;
+use fm_dist::run::Resume;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::packages::{entries, oracle};
+use crate::runs::{column, tiny, train_in_threads};
+
+fn pairs(value: &Value) -> Vec<(u64, f64)> {
+    let pair = |pair: &Value| (pair[0].as_u64().unwrap(), pair[1].as_f64().unwrap());
+    value.as_array().unwrap().iter().map(pair).collect()
+}
+
+#[test]
+fn tensorboard_reads_the_numbers_the_configuration_and_the_samples_of_a_resumed_run() {
+    let root = TempDir::new().unwrap();
+    let config = |sets: &[&str]| -> RunConfig {
+        let output = format!("output_dir={}", root.path().join("run").display());
+        tiny(&[&[&output, "log.tensorboard=true", "checkpoint.every_n_steps=4"], sets].concat())
+    };
+    // The two steps behind the checkpoint are done again.
+    let first = config(&["max_steps=6", "checkpoint.save_last=false"]);
+    train_in_threads(&first, &Resume::Never, 2).unwrap();
+    let run = train_in_threads(&config(&["max_steps=9"]), &Resume::Latest, 2).unwrap();
+    let (folder, answer) = (run.join("tensorboard"), root.path().join("answer.json"));
+    assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 2, "a file for each start");
+    oracle("tensorboard.py", &[folder.to_str().unwrap(), answer.to_str().unwrap()]);
+    let answer = entries(&answer);
+    let scalars = &answer["scalars"];
+    for (tag, key) in [("train/loss", "loss"), ("train/lr", "lr"), ("train/grad_norm", "grad_norm")]
+    {
+        let (found, expected) = (pairs(&scalars[tag]), column(&run, key));
+        assert_eq!(found.len(), 9, "{tag}: every step once, {found:?}");
+        for ((step, number), (expected_step, expected)) in found.into_iter().zip(expected) {
+            assert_eq!((step as f64, number as f32), (expected_step, expected as f32), "{tag}");
+        }
+    }
+    let by_sigma = scalars.as_object().unwrap().keys();
+    assert!(by_sigma.filter(|tag| tag.starts_with("train/loss_sigma_0.")).count() > 3, "{scalars}");
+    assert_eq!(pairs(&scalars["performance/step_seconds"]).len(), 9);
+    let image = &answer["images"]["samples"][0];
+    assert!(
+        image[0] == 9 && image[1].as_u64() > Some(20) && image[2].as_u64() > Some(20),
+        "{image}"
+    );
+    assert_eq!(answer["pictures"]["samples"], "89504e470d0a1a0a", "a PNG");
+    assert_eq!(answer["plugins"]["configuration"], "text");
+    let text = answer["texts"]["configuration"][0].as_str().unwrap();
+    assert!(text.starts_with("```toml\n") && text.contains("\nmax_steps = "), "{text}");
+}
