@@ -473,7 +473,7 @@ fn read_configuration(bytes: &[u8]) -> Result<(), String> {
     let again = RunConfig::read("listing", &config.to_toml(), &[])
         .unwrap_or_else(|error| panic!("its own listing is refused: {error}"));
     assert!(again == config, "its own listing is another configuration");
-    let _ = [1, 2, 3].map(|ranks| config.micro_batches(ranks).is_ok());
+    let _ = [1, 2, 3].map(|ranks| config.global_batch(ranks).is_ok());
     Ok(())
 }
 

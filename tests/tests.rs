@@ -71,6 +71,8 @@ mod threads {
     /// A loss under masks is that of one big batch, whatever the split; a sample is trained on its
     /// own conditions and task.
     mod masks;
+    /// Several datasets in one run, small groups, and micro-batches by tokens.
+    mod mixed;
     /// A bfloat16 step at real head widths is the float32 step within rounding.
     pub mod real_heads;
     /// A resumed run is the unbroken run.

@@ -41,8 +41,7 @@ impl CheckArgs {
     pub fn run(self) -> Result<i32> {
         let config = self.config.read()?;
         if self.verify_data {
-            let dataset = config.data.dataset()?.on_bad(config.data.on_bad);
-            dataset.verify_hashes().and_then(|()| dataset.verify_numbers())?;
+            plan::verify_data(&config)?;
         }
         say(&plan::check(&config, &self.into_request()?)?)
     }

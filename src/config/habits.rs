@@ -134,6 +134,10 @@ pub(super) const HABITS: &[Habit] = &[
          data_backend_config cache_dir cache_directory",
         &["data.path"],
     ),
+    other(
+        "num_repeats dataset_repeats",
+        "repeats are those of a dataset in [[data.datasets]], or of a file in dataset.json",
+    ),
     // Flow matching.
     same(
         "timestep_sample_method timestep_sampling_method timestep_type weighting_scheme",

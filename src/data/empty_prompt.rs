@@ -39,6 +39,22 @@ impl EmptyPrompt {
         tensors.entry(format!("{EMPTY}{mask}")).or_insert_with(ones);
     }
 
+    /// Returns the first key whose tensor another empty prompt does not have, or has otherwise; masks
+    /// that were added do not count.
+    pub fn difference(&self, other: &EmptyPrompt) -> Option<String> {
+        let stored = |empty: &EmptyPrompt| -> BTreeMap<String, Tensor> {
+            let is_stored = |name: &str| empty.file.holds(name.trim_start_matches(EMPTY));
+            empty.tensors().into_iter().filter(|(name, _)| is_stored(name)).collect()
+        };
+        let (own, others) = (stored(self), stored(other));
+        let differs = |key: &&String| match (own.get(*key), others.get(*key)) {
+            (Some(own), Some(other)) => own.kind() != other.kind() || !own.equal(other),
+            _ => true,
+        };
+        let found = own.keys().chain(others.keys()).find(differs)?;
+        Some(found.trim_start_matches(EMPTY).to_string())
+    }
+
     /// Returns the shapes of the tensors by their keys, without the prefix that batches use.
     pub fn shapes(&self) -> BTreeMap<String, Vec<i64>> {
         let key = |name: String| name.trim_start_matches(EMPTY).to_string();

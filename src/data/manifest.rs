@@ -10,6 +10,7 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use super::DataType;
+use super::settings::MOST_REPEATS;
 use super::unmade::way_to_a_dataset;
 use crate::error::{Error, Result};
 use crate::files::contents::no_json;
@@ -19,7 +20,8 @@ use crate::files::sha256;
 /// Name of the file in a dataset's folder.
 pub const FILE_NAME: &str = "dataset.json";
 const FORMAT: &str = "fm-dist dataset";
-/// Versions that are read. The second has captions, and texts of unequal length in one group.
+/// Versions that are read. The second has captions, repeats, and texts of unequal length in one
+/// group.
 const VERSIONS: [u64; 2] = [1, 2];
 /// Maximum size of the file, enough for a hundred thousand listed files.
 const MAX_BYTES: u64 = 16 << 20;
@@ -74,6 +76,13 @@ pub struct FileEntry {
     /// True if the texts of a single sample have a length of their own, and no mask.
     #[serde(default)]
     pub unequal: bool,
+    /// Times that an epoch takes each of its samples.
+    #[serde(default = "once")]
+    pub repeats: u64,
+}
+
+fn once() -> u64 {
+    1
 }
 
 /// The file of captions, one JSON object a line for each sample.
@@ -102,6 +111,20 @@ pub struct EmptyPromptEntry {
     /// Path of a file with one sample's tensors, without a batch axis.
     pub path: String,
     pub sha256: String,
+}
+
+impl FileEntry {
+    fn check_repeats(&self, version: u64) -> Result<(), String> {
+        let FileEntry { path, repeats, .. } = self;
+        if !(1..=MOST_REPEATS).contains(repeats) {
+            return Err(format!("`{path}` has repeats = {repeats}; expected 1 to {MOST_REPEATS}"));
+        }
+        if *repeats > 1 && version < 2 {
+            let what = "which version 2 of the format brings; set version = 2";
+            return Err(format!("`{path}` has repeats, {what}"));
+        }
+        Ok(())
+    }
 }
 
 impl Manifest {
@@ -175,6 +198,7 @@ impl Manifest {
                     self.version
                 ));
             }
+            file.check_repeats(self.version)?;
             if !paths
                 .insert(parts_inside(&file.path).unwrap_or_else(|| vec![OsStr::new(&file.path)]))
             {
@@ -224,12 +248,15 @@ impl Manifest {
     pub(super) fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
         hash.update(self.data_type.word());
-        for FileEntry { path, samples, group, sha256, single, unequal } in &self.files {
+        for FileEntry { path, samples, group, sha256, single, unequal, repeats } in &self.files {
             // Quoted, so that different lists of files give different texts.
             hash.update(format!("\n{path:?} {samples} {group:?} {sha256}"));
             // Version 1 has neither, and its fingerprints stand in checkpoints.
             let flags = [(*single, " single"), (*unequal, " unequal")];
             flags.iter().filter(|(is_set, _)| *is_set).for_each(|(_, word)| hash.update(word));
+            if *repeats > 1 {
+                hash.update(format!(" {repeats} times"));
+            }
         }
         if let Some(ConditionsEntry { path, names, sha256 }) = &self.conditions {
             hash.update(format!("\n{path:?} {names:?} {sha256}"));

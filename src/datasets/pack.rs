@@ -79,6 +79,8 @@ fn further(dataset: &Dataset) -> Vec<FurtherFile> {
 struct Stored {
     dataset: Dataset,
     list: Vec<Sample>,
+    /// Times that an epoch takes each.
+    repeats: Vec<u64>,
 }
 
 impl Stored {
@@ -99,13 +101,21 @@ impl Stored {
             origin: format!("{fingerprint} sample {id}"),
         };
         let list = (0..).zip(captions).map(sample).collect();
-        Ok(Stored { dataset, list })
+        let mut repeats = vec![1; dataset.num_samples() as usize];
+        for stock in dataset.stock().into_iter().flatten() {
+            repeats[stock.ids.start as usize..stock.ids.end as usize].fill(stock.repeats);
+        }
+        Ok(Stored { dataset, list, repeats })
     }
 }
 
 impl Samples for Stored {
     fn list(&self) -> &[Sample] {
         &self.list
+    }
+
+    fn repeats(&self, index: usize) -> u64 {
+        self.repeats[index]
     }
 
     fn read(&self, index: usize) -> Result<BTreeMap<String, Tensor>> {

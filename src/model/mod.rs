@@ -62,6 +62,11 @@ pub trait Architecture {
         false
     }
 
+    /// True if the model takes videos `[C, F, H, W]`, and images as videos of one frame.
+    fn takes_frames(&self) -> bool {
+        false
+    }
+
     /// Returns the number of features of a token inside the model.
     fn width(&self) -> i64;
 

@@ -1,7 +1,7 @@
 //! Memory of a rank at the peak of a step, and the collectives of a step, by sharding. Integers
 //! only. `fm-dist check` prints these numbers, and the message when memory runs out quotes them.
 
-use crate::config::RunConfig;
+use crate::config::{MicroBatches, RunConfig};
 use crate::error::Result;
 use crate::nn::Stage;
 use crate::nn::Tokens;
@@ -33,13 +33,14 @@ impl RankMemory {
         world_size: usize,
     ) -> Result<Self> {
         let kind = config.model.dtype.kind();
-        let samples = config.data.micro_batch_size_per_gpu as i64;
+        let MicroBatches { count, samples } = config.micro_batches(tokens, world_size)?;
+        let samples = samples as i64;
         Ok(RankMemory {
             layout: StateLayout {
                 stages: stages.iter().map(|stage| stage.params().numel() as u64).collect(),
                 compute_bytes: kind.elt_size_in_bytes() as u64,
                 optimizer_tensors: config.optimizer.state_names().len() as u64,
-                micro_batches: config.micro_batches(world_size)? as u64,
+                micro_batches: count as u64,
             },
             activations: footprint(stages, config.model.family.width(), tokens, samples, kind),
             process: match config.parallel.device {
@@ -47,6 +48,34 @@ impl RankMemory {
                 DeviceChoice::Cuda => 0,
             },
         })
+    }
+
+    /// Returns the memory of the samples that take most, given the tokens of all kinds of samples,
+    /// and the place of these; of the first ones where several take as much.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    /// # Panics
+    /// If there are no samples (a bug in the caller).
+    pub fn largest(
+        config: &RunConfig,
+        stages: &[Box<dyn Stage>],
+        samples: &[Tokens],
+        world_size: usize,
+    ) -> Result<(usize, Self)> {
+        let mut largest: Option<(u64, usize, RankMemory)> = None;
+        for (place, tokens) in samples.iter().enumerate() {
+            if samples[..place].contains(tokens) {
+                continue;
+            }
+            let memory = RankMemory::new(config, stages, *tokens, world_size)?;
+            let bytes = memory.on_device(&config.parallel, world_size as u64);
+            if largest.as_ref().is_none_or(|(most, ..)| bytes > *most) {
+                largest = Some((bytes, place, memory));
+            }
+        }
+        let (_, place, memory) = largest.expect("data have samples");
+        Ok((place, memory))
     }
 
     /// Returns the bytes of a rank in the memory of its device at the peak of a step.

@@ -13,7 +13,7 @@ pub type Values = BTreeMap<String, String>;
 
 /// Keys and tables that a checkpoint does not record: their values do not change the checkpoint
 /// that the same steps give, or the manifest holds their effect under another name.
-const UNRECORDED: [&str; 19] = [
+const UNRECORDED: [&str; 21] = [
     "seed",
     "max_steps",
     "output_dir",
@@ -23,7 +23,9 @@ const UNRECORDED: [&str; 19] = [
     "flow_matching.summary_log_interval",
     "data.path",
     "data.follow_links",
+    "data.datasets",
     "data.micro_batch_size_per_gpu",
+    "data.micro_batch_tokens_per_gpu",
     "data.prefetch",
     "train.global_batch_size",
     "train.gradient_accumulation_steps",
@@ -212,6 +214,7 @@ mod tests {
             "parallel.sharding=gradients",
             "parallel.num_threads=2",
             "data.micro_batch_size_per_gpu=4",
+            "data.datasets=[{path='a', weight=2}, {path='b', weight=1}]",
             "checkpoint.keep_last=9",
             "log.level=debug",
             "flow_matching.log_interval=3",
@@ -222,6 +225,7 @@ mod tests {
             "compute.kernels=plain",
             "parallel.seed_scope=rank",
             "flow_matching.draws=device",
+            "data.on_small_group=repeat",
             "optimizer.adamw.lr=1.0",
             "model.dit.num_heads=2",
         ] {

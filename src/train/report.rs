@@ -89,7 +89,7 @@ fn draw(
     ];
     let data = ReportData {
         title: format!("fm-dist: {}", path.file_name().unwrap_or_default().to_string_lossy()),
-        summary: format!("Flow matching on {}.", dataset.manifest().name),
+        summary: format!("Flow matching on {}.", dataset.name()),
         facts: facts(config, replica, &lines, ranks),
         figures,
         samples,

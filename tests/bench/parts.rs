@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use criterion::{Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
 use fm_dist::adapter::create_pipeline;
-use fm_dist::data::{Batch, DataType, Dataset, Loaded, Loader, Order, Share};
+use fm_dist::data::{Batch, DataType, Dataset, Loaded, Loader, Order, Share, Steps};
 use fm_dist::files::safetensors;
 use fm_dist::files::sha256::HashingWriter;
 use fm_dist::flow::{FlowMatchingSettings, Statistics, StepOptions};
@@ -107,7 +107,8 @@ fn loaded(criterion: &mut Criterion, group: &str, name: &str, samples: fn() -> P
             micro_batch_size: BATCH as usize,
             neighbours: false,
         };
-        Loader::start(dataset, order, share, 0, 2, |_, _| Ok(())).expect("a thread to read ahead")
+        let steps = Steps::alike(order, share);
+        Loader::start(dataset, steps, 0, 2, |_, _| Ok(())).expect("a thread to read ahead")
     };
     let mut loader = None;
     let mut group = criterion.benchmark_group(group);

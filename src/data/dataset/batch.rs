@@ -9,11 +9,14 @@ use super::sample_file::SampleFile;
 use super::scales::{SCALE, kind_in_batches};
 use super::unequal::{extended, mask_of};
 use super::{Dataset, EmptyPrompt};
-use crate::data::group::{Layout, SampleTensor};
-use crate::data::{Batch, OnBad};
+use crate::data::group::{Group, Layout, SampleTensor};
+use crate::data::{Batch, DataType, OnBad};
 use crate::error::{Error, Result};
 use crate::files::safetensors::{TensorInfo, row_bytes, with_rows};
 use crate::tensor::bytes_mut;
+
+/// Keys whose tensors have the latents' axes, or may have them.
+const FRAMED: [&str; 3] = ["image_latents", "condition_latents", "loss_mask"];
 
 impl Dataset {
     /// Returns the samples of these ids in this order. If bad samples are skipped, each is replaced
@@ -45,14 +48,29 @@ impl Dataset {
             "a batch of several resolution groups: {ids:?}"
         );
         let mut tensors = BTreeMap::new();
-        for (key, layout) in &self.groups[group].layout {
+        let group = &self.groups[group];
+        for (key, layout) in &group.layout {
             if let Some(mask) = mask_of(key).filter(|_| layout.unequal) {
                 tensors.insert(mask.to_string(), self.mask(key, ids)?);
             }
-            tensors.insert(key.clone(), self.stacked(key, ids)?);
+            let stacked = self.stacked(key, ids)?;
+            let shape = self.framed(group, key, &layout.shape);
+            let framed = shape.len() > layout.shape.len();
+            tensors.insert(key.clone(), if framed { stacked.unsqueeze(2) } else { stacked });
         }
-        tensors.extend(self.empty_prompt.iter().flat_map(EmptyPrompt::tensors));
-        Ok(Batch { tensors, data_type: self.data_type(), sample_ids: ids.to_vec(), bad_samples })
+        tensors.extend(self.empty_prompt().into_iter().flat_map(EmptyPrompt::tensors));
+        let data_type = group.data_type;
+        Ok(Batch { tensors, data_type, sample_ids: ids.to_vec(), bad_samples })
+    }
+
+    /// Returns the shape of one sample's tensor in a batch: what has the axes of an image's latents
+    /// gets one of a single frame, if images become videos.
+    pub(super) fn framed(&self, group: &Group, key: &str, shape: &[i64]) -> Vec<i64> {
+        let of_image = self.frames && group.data_type == DataType::Image && FRAMED.contains(&key);
+        match *shape {
+            [channels, height, width] if of_image => vec![channels, 1, height, width],
+            _ => shape.to_vec(),
+        }
     }
 
     /// Returns the sample itself if all its numbers are finite, otherwise the next of its group
@@ -140,7 +158,7 @@ impl Dataset {
             self.file_of(run[0]).read_numbers(key, run, now)?;
             rest = later;
         }
-        match self.changed_shape(&self.groups[first.group].layout, key) {
+        match self.changed_shape(&self.groups[first.group], key) {
             Some(shape) if key == LOSS_MASK => Ok(shrunk(&stacked, &shape)),
             Some(shape) => Ok(extended(&stacked, shape[0])),
             None => Ok(stacked),
@@ -197,7 +215,7 @@ impl Dataset {
         self.padding.length(key, longest.max(empty))
     }
 
-    fn file_of(&self, id: u64) -> &SampleFile {
+    pub(super) fn file_of(&self, id: u64) -> &SampleFile {
         assert!(id < self.num_samples, "sample {id} of {}", self.num_samples);
         &self.files[self.files.partition_point(|file| file.first_id <= id) - 1]
     }

@@ -6,25 +6,23 @@ use std::collections::BTreeMap;
 use super::Dataset;
 use super::pixel_masks::{LOSS_MASK, shrunk_shape};
 use super::unequal::{TEXTS, mask_of};
-use crate::data::group::{Group, Layout, latents_key};
+use crate::data::group::{Group, latents_key};
 
 impl Dataset {
-    /// Returns the shape of one sample's latents, `[C, (F,) H, W]`; `None` if there is no such
-    /// group.
-    pub fn latent_shape(&self, group: &str) -> Option<&[i64]> {
-        let group = self.groups.iter().find(|known| known.name == group)?;
-        let latents = group.layout.get(latents_key(self.data_type()));
-        latents.map(|tensor| tensor.shape.as_slice())
+    /// Returns the shape of one sample's latents in a batch, `[C, (F,) H, W]`.
+    pub fn latent_shape(&self, group: &Group) -> Vec<i64> {
+        self.framed(group, latents_key(group.data_type), &group.latents().shape)
     }
 
     /// Returns the shapes of one sample's tensors in the batch of a group that has its longest
-    /// texts, by key: texts of unequal length are padded, and come with their masks, and masks of
-    /// pixels are those of the latents.
+    /// texts, by key: texts of unequal length are padded, and come with their masks, masks of pixels
+    /// are those of the latents, and images have a frame if they become videos.
     pub fn sample_shapes(&self, group: &Group) -> BTreeMap<String, Vec<i64>> {
         let mut shapes = BTreeMap::new();
         for (key, tensor) in &group.layout {
-            let changed = self.changed_shape(&group.layout, key);
-            let mut shape = changed.unwrap_or_else(|| tensor.shape.clone());
+            let changed = self.changed_shape(group, key);
+            let shape = changed.unwrap_or_else(|| tensor.shape.clone());
+            let mut shape = self.framed(group, key, &shape);
             if let Some(mask) = mask_of(key).filter(|_| tensor.unequal) {
                 shape[0] = self.padded_length(key, shape[0]);
                 shapes.insert(mask.into(), vec![shape[0]]);
@@ -36,11 +34,10 @@ impl Dataset {
 
     /// Returns the shape of a sample's tensor in batches, if it has one length and another shape
     /// than it is stored with.
-    pub(super) fn changed_shape(&self, layout: &Layout, key: &str) -> Option<Vec<i64>> {
-        let tensor = layout.get(key)?;
+    pub(super) fn changed_shape(&self, group: &Group, key: &str) -> Option<Vec<i64>> {
+        let tensor = group.layout.get(key)?;
         if key == LOSS_MASK {
-            let latents = layout.get(latents_key(self.data_type()))?;
-            return shrunk_shape(&tensor.shape, &latents.shape);
+            return shrunk_shape(&tensor.shape, &group.latents().shape);
         }
         self.padding.extended(key, tensor)
     }

@@ -14,7 +14,7 @@ use tch::Kind;
 
 use super::shards::bytes_of;
 use crate::data::group::{Group, SampleTensor};
-use crate::data::{DataType, Dataset, Links, Order, SCALE, latents_key};
+use crate::data::{DataType, Dataset, Links, OnSmallGroup, Order, SCALE, latents_key};
 use crate::error::{Error, Result};
 use crate::files::safetensors::is_eight_bits;
 use numbers::Range;
@@ -106,9 +106,9 @@ pub fn show(request: &ShowRequest) -> Result<Summary> {
         .collect();
     let not_finite = found.iter().map(|group| group.not_finite).sum();
     let duplicates = duplicates(&found);
-    let steps = request.global_batch.map(|size| Order::new(dataset.groups(), size, 0));
+    let steps = request.global_batch.map(|size| Order::of(&dataset, size, 0, OnSmallGroup::Stop));
     let mut warnings = warnings(dataset.num_samples(), not_finite, &duplicates);
-    warnings.extend(groups.iter().filter_map(|group| unnormalized(group, dataset.data_type())));
+    warnings.extend(groups.iter().filter_map(|group| unnormalized(group, manifest.data_type)));
     let steps_per_epoch = match steps {
         Some(Err(error)) => {
             warnings.push(error.to_string());
@@ -124,7 +124,7 @@ pub fn show(request: &ShowRequest) -> Result<Summary> {
         name: manifest.name.clone(),
         source: manifest.source.clone(),
         licence: manifest.licence.clone(),
-        data_type: dataset.data_type(),
+        data_type: manifest.data_type,
         samples: dataset.num_samples(),
         files: manifest.files.len(),
         bytes: bytes_on_disk(&dataset),

@@ -53,7 +53,7 @@ impl Found {
             }
             sample => sample?,
         };
-        let hash = Sha256::digest(bytes(&sample[latents_key(dataset.data_type())]));
+        let hash = Sha256::digest(bytes(&sample[latents_key(dataset.manifest().data_type)]));
         self.latents.push((id, hash[..size_of::<Mark>()].try_into().expect("half of it")));
         for (key, tensor) in sample.iter().filter(|(_, tensor)| is_float(tensor.kind())) {
             let scale = sample.get(&format!("{key}{SCALE}"));
