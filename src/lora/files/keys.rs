@@ -10,7 +10,7 @@ pub enum Role {
 }
 
 /// The prefix of a name, which tells its dialect.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Prefix {
     /// `base_model.model.`.
     Peft,

@@ -181,7 +181,7 @@ impl Source<'_> {
                     .file
                     .refused(format!("`{other}` and `{name}` are the same matrix")));
             }
-            prefixes.insert(prefix as u8);
+            prefixes.insert(prefix);
         }
         if let Some((what, names)) = others.into_iter().next() {
             let what = what.unwrap_or("no part of a LoRA that is known here");
@@ -192,7 +192,7 @@ impl Source<'_> {
         if stems.is_empty() {
             return Err(self.file.refused("holds no adapter of a transformer"));
         }
-        let has = |prefix: Prefix| prefixes.contains(&(prefix as u8));
+        let has = |prefix| prefixes.contains(&prefix);
         // Under diffusers' names, what diffusers does not write.
         let is_for_comfyui = stems.values().any(|tensors| tensors.alpha.is_some())
             || self.safetensors.metadata().keys().any(|key| key.starts_with("ss_"));
