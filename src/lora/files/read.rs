@@ -192,7 +192,7 @@ impl Source<'_> {
         if stems.is_empty() {
             return Err(self.file.refused("holds no adapter of a transformer"));
         }
-        let has = |prefix| prefixes.contains(&prefix);
+        let has = |prefix: Prefix| prefixes.contains(&prefix);
         // Under diffusers' names, what diffusers does not write.
         let is_for_comfyui = stems.values().any(|tensors| tensors.alpha.is_some())
             || self.safetensors.metadata().keys().any(|key| key.starts_with("ss_"));
