@@ -137,6 +137,8 @@ mod oracle {
     mod caches;
     /// Pictures that `configs/encode_flux1.py` encodes are a dataset that trains.
     mod encoded;
+    /// TensorBoard reads the numbers, the configuration and the samples of a run.
+    mod event_files;
     /// A run becomes a diffusers folder and a diffusers folder a run.
     mod exported;
     /// Each model family computes what diffusers' class of it computes.
@@ -153,8 +155,6 @@ mod oracle {
     mod rules;
     /// Samples are those of diffusers' pipelines, and their conditions are read strictly.
     mod sampling;
-    /// TensorBoard reads the numbers, the configuration and the samples of a run.
-    mod tensorboard;
 }
 
 /// What only a GPU can show; `launch/test-gpu.sh` runs it.
