@@ -1,7 +1,7 @@
 //! One file a promise; a new promise is a new file in the folder of its tier and a line here.
 //!
 //! A test's tier is the first word of its path, so that `cargo test --test tests fast::` runs one
-//! tier. `cargo test --lib` is quicker than all of them: the unit tests in src/, 572 in 3 s.
+//! tier. `cargo test --lib` is quicker than all of them: the unit tests in src/, 571 in 4 s.
 //!
 //! | tier | tests | needs beside `launch/setup.sh` | seconds |
 //! |---|---|---|---|
@@ -142,6 +142,8 @@ mod oracle {
     mod caches;
     /// Pictures that `configs/encode_flux1.py` encodes are a dataset that trains.
     mod encoded;
+    /// TensorBoard reads the numbers, the configuration and the samples of a run.
+    mod event_files;
     /// A run becomes a diffusers folder and a diffusers folder a run.
     mod exported;
     /// Each model family computes what diffusers' class of it computes.
@@ -160,8 +162,6 @@ mod oracle {
     mod rules;
     /// Samples are those of diffusers' pipelines, and their conditions are read strictly.
     mod sampling;
-    /// TensorBoard reads the numbers, the configuration and the samples of a run.
-    mod tensorboard;
 }
 
 /// What only a GPU can show; `launch/test-gpu.sh` runs it.

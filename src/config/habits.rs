@@ -221,6 +221,8 @@ mod tests {
     use super::HABITS;
     use crate::config::RunConfig;
     use crate::error::Error;
+    use crate::optim::lr::LrScheduleChoice;
+    use crate::settings::Family;
 
     fn problem(text: &str) -> String {
         match RunConfig::read("test", text, &[]) {
@@ -234,13 +236,16 @@ mod tests {
     #[test]
     fn a_name_stands_once_and_a_hint_names_keys_that_there_are() {
         let mut names = BTreeSet::new();
-        let listing = RunConfig::read(
-            "test",
-            "[flow_matching]\nadapter_type = \"flux\"\n[model.flux]\n",
-            &[],
-        )
-        .expect("defaults")
-        .to_toml();
+        // One schedule after another, since a listing has the keys of one.
+        let listing: String = LrScheduleChoice::NAMES
+            .iter()
+            .map(|schedule| {
+                let text = format!(
+                    "[flow_matching]\nadapter_type = \"flux\"\n[model.flux]\n[lr_scheduler.{schedule}]\n"
+                );
+                RunConfig::read("test", &text, &[]).expect("defaults").to_toml() + "\n"
+            })
+            .collect();
         let has = |key: &str| {
             let (table, name) = key.rsplit_once('.').unwrap_or(("", key));
             let mut inside = String::new();

@@ -275,25 +275,3 @@ fn an_epoch_that_would_not_fit_into_memory_is_refused() {
     let error = Order::over(groups, &[1e6, 1e-3], 8, 5, OnSmallGroup::Stop).expect_err("long");
     assert_eq!(error.exit_code(), 50);
 }
-
-/// Prints what an epoch of ten million samples takes.
-#[test]
-#[ignore = "a measurement"]
-fn ten_million_samples() {
-    for (name, repeats, weights) in
-        [("once", 1, [0.0, 0.0]), ("repeats", 2, [0.0, 0.0]), ("weights", 1, [1.0, 1.5])]
-    {
-        let group = stocked("one", &[(0, 5_000_000, repeats, 0), (5_000_000, 5_000_000, 1, 1)]);
-        let began = std::time::Instant::now();
-        let order = Order::over(vec![group], &weights, 256, 5, OnSmallGroup::Stop).expect("sound");
-        let made = began.elapsed();
-        order.global_batch(0);
-        let first = began.elapsed();
-        (0..1000).for_each(|step| drop(order.block(step, 3, 4)));
-        println!(
-            "{name}: {} samples, made in {made:?}, first epoch {first:?}, 1000 blocks {:?}",
-            order.samples_per_epoch(),
-            began.elapsed() - first
-        );
-    }
-}

@@ -147,7 +147,7 @@ fn refuse_pickle(path: &Path) -> Result<()> {
     refuse(path, false)
 }
 
-/// As [`refuse_pickle`], where samples are expected: the error names the importer of caches.
+/// As `refuse_pickle`, where samples are expected: the error names the importer of caches.
 ///
 /// # Errors
 /// [`Error::Data`].
