@@ -8,7 +8,7 @@ use crate::error::{ConfigProblem, Error, Result};
 use crate::fault::DebugSettings;
 use crate::flow::{FlowMatchingSettings, Role, SamplingSettings, SigmaWindow};
 use crate::model::ModelSettings;
-use crate::nn::{ComputeSettings, Stage};
+use crate::nn::{ComputeSettings, Stage, Tokens};
 use crate::optim::OptimizerChoice;
 use crate::optim::lr::LrScheduleChoice;
 use crate::parallel::ParallelSettings;
@@ -22,6 +22,10 @@ pub const DEFAULT: &str = include_str!("../configs/digits.toml");
 
 /// Most samples of a step: beyond any batch, and few enough for products of it to fit 64 bits.
 const MOST_SAMPLES: usize = 1 << 40;
+
+/// Reason to ask for `train.global_batch_size`.
+const NEEDS_GLOBAL_BATCH: &str = "must be set beside data.micro_batch_tokens_per_gpu: micro-batches \
+                                  of several sizes do not say how many samples a step has";
 
 /// Name of [`DEFAULT`] in messages.
 pub const DEFAULT_NAME: &str = "configs/digits.toml (embedded)";
@@ -160,6 +164,29 @@ settings! {
     }
 }
 
+/// The micro-batches of one rank in a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MicroBatches {
+    pub count: usize,
+    /// Samples of each.
+    pub samples: usize,
+}
+
+/// Returns the largest divisor of a number that is at most `most`, which is at least 1.
+fn largest_divisor(number: usize, most: usize) -> usize {
+    let small = (1..=number.isqrt()).filter(|divisor| number.is_multiple_of(*divisor));
+    let both = small.flat_map(|divisor| [divisor, number / divisor]);
+    both.filter(|divisor| *divisor <= most).max().unwrap_or(1)
+}
+
+/// Returns the multiples of `unit` around a number that is none: `24 or 48`.
+fn nearest(number: usize, unit: usize) -> String {
+    match number / unit * unit {
+        0 => unit.to_string(),
+        below => format!("{below} or {}", below + unit),
+    }
+}
+
 impl RunConfig {
     /// Reads TOML text with overrides on top of the defaults, and checks the whole.
     ///
@@ -182,22 +209,54 @@ impl RunConfig {
         settings::write(&mut self.clone())
     }
 
-    /// Micro-batches of each rank in one step.
+    /// Samples of a step over all ranks.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if they cannot be divided among the ranks, naming the nearest number that
+    /// can.
+    pub fn global_batch(&self, world_size: usize) -> Result<usize> {
+        if !self.data.counts_tokens() {
+            let MicroBatches { count, samples } = self.equal_micro_batches(world_size)?;
+            return Ok(count * samples * world_size);
+        }
+        let key = "train.global_batch_size";
+        let Some(global) = self.train.global_batch_size else {
+            return Err(Error::config(key, NEEDS_GLOBAL_BATCH));
+        };
+        if global % world_size != 0 {
+            let near = nearest(global, world_size);
+            let what = format!("{global} is no multiple of {world_size} ranks; nearest: {near}");
+            return Err(Error::config(key, what));
+        }
+        Ok(global)
+    }
+
+    /// Micro-batches of each rank in a step whose samples have these tokens.
     ///
     /// # Errors
     /// [`Error::Config`] if the global batch cannot be divided, naming the nearest that can.
-    pub fn micro_batches(&self, world_size: usize) -> Result<usize> {
-        let micro_batches = self.divided(world_size)?;
-        let blocks = world_size * micro_batches;
+    pub fn micro_batches(&self, tokens: Tokens, world_size: usize) -> Result<MicroBatches> {
+        if !self.data.counts_tokens() {
+            return self.equal_micro_batches(world_size);
+        }
+        let of_rank = self.global_batch(world_size)? / world_size;
+        let fitting = self.data.micro_batch_tokens_per_gpu / (tokens.image + tokens.text).max(1);
+        let samples = largest_divisor(of_rank, fitting.max(1) as usize);
+        Ok(MicroBatches { count: of_rank / samples, samples })
+    }
+
+    fn equal_micro_batches(&self, world_size: usize) -> Result<MicroBatches> {
+        let count = self.divided(world_size)?;
+        let blocks = world_size * count;
         if self.parallel.deterministic
             && !(blocks.is_power_of_two() && world_size.is_power_of_two())
         {
             let what = format!(
-                "needs powers of two: found {world_size} ranks x {micro_batches} micro-batches = {blocks} blocks"
+                "needs powers of two: found {world_size} ranks x {count} micro-batches = {blocks} blocks"
             );
             return Err(Error::config("parallel.deterministic", what));
         }
-        Ok(micro_batches)
+        Ok(MicroBatches { count, samples: self.data.micro_batch_size() })
     }
 
     /// The model as stages, with the frozen parameters and the changes of what is trained.
@@ -220,38 +279,37 @@ impl RunConfig {
         keys.iter().any(|key| key.role == Role::TokenMask)
     }
 
-    /// The length to which texts of unequal length are padded.
+    /// The length to which texts are padded.
     pub fn text_padding(&self) -> TextPadding {
-        let tokens = match self.data.text_tokens {
-            0 if self.reads_text_mask() => None,
-            0 => self.model.family.text_tokens(),
-            tokens => Some(tokens),
-        };
-        tokens.map_or(TextPadding::Longest, TextPadding::Tokens)
+        let family = &self.model.family;
+        match self.data.text_tokens {
+            0 if self.reads_text_mask() => TextPadding::Longest,
+            0 => match (family.required_text_tokens(), family.text_tokens()) {
+                (Some(required), _) => TextPadding::All(required),
+                (None, Some(usual)) => TextPadding::Tokens(usual),
+                (None, None) => TextPadding::Longest,
+            },
+            tokens => TextPadding::All(tokens),
+        }
     }
 
     fn divided(&self, world_size: usize) -> Result<usize> {
         let told = self.train.gradient_accumulation_steps;
         let counted = |count: Option<usize>| count.filter(|count| *count <= MOST_SAMPLES);
-        let per_round = counted(self.data.micro_batch_size_per_gpu.checked_mul(world_size));
+        let samples = self.data.micro_batch_size();
+        let per_round = counted(samples.checked_mul(world_size));
         let step = per_round.and_then(|samples| counted(samples.checked_mul(told.unwrap_or(1))));
         let (Some(per_round), Some(_)) = (per_round, step) else {
-            let (samples, micro_batches) = (self.data.micro_batch_size_per_gpu, told.unwrap_or(1));
+            let micro_batches = told.unwrap_or(1);
             let what = format!(
                 "{micro_batches} x {samples} samples x {world_size} ranks are more than {MOST_SAMPLES} samples in a step"
             );
             return Err(Error::config("train.gradient_accumulation_steps", what));
         };
         let Some(global) = self.train.global_batch_size else { return Ok(told.unwrap_or(1)) };
-        let one_round =
-            format!("{} x {world_size} ranks = {per_round}", self.data.micro_batch_size_per_gpu);
+        let one_round = format!("{samples} x {world_size} ranks = {per_round}");
         if global % per_round != 0 {
-            let below = global / per_round * per_round;
-            let near = if below == 0 {
-                format!("{per_round}")
-            } else {
-                format!("{below} or {}", below + per_round)
-            };
+            let near = nearest(global, per_round);
             let what = format!(
                 "{global} is no multiple of micro_batch_size_per_gpu {one_round}; nearest: {near}"
             );
@@ -291,6 +349,25 @@ impl RunConfig {
         self.parallel.problems().into_iter().for_each(|(key, what)| say(key, what));
         let of_lora = self.lora.problems(self.model.dtype);
         of_lora.into_iter().for_each(|(key, what)| say(key, what));
+        self.data.problems().into_iter().for_each(|(key, what)| say(&key, what));
+        if self.data.counts_tokens() {
+            if self.train.global_batch_size.is_none() {
+                say("train.global_batch_size", NEEDS_GLOBAL_BATCH.into());
+            }
+            if let Some(count) = self.train.gradient_accumulation_steps {
+                let what = format!(
+                    "{count} stands beside data.micro_batch_tokens_per_gpu, from which the micro-batches \
+                     of each resolution group follow; leave it out"
+                );
+                say("train.gradient_accumulation_steps", what);
+            }
+            if self.parallel.deterministic {
+                let what = "needs micro-batches of one size at every number of ranks; \
+                            data.micro_batch_tokens_per_gpu makes them larger where there are fewer ranks: \
+                            set data.micro_batch_size_per_gpu in its place";
+                say("parallel.deterministic", what.into());
+            }
+        }
         if self.output_dir.is_empty() {
             say("output_dir", "must name a folder".into());
         }
@@ -313,19 +390,68 @@ mod tests {
         let most = i64::MAX;
         let config = |text: &str| RunConfig::read("test", text, &[]).expect("in range");
         let text = config(&format!("[train]\ngradient_accumulation_steps = {most}"))
-            .micro_batches(1)
+            .global_batch(1)
             .expect_err("too many")
             .to_string();
         assert!(text.contains("train.gradient_accumulation_steps: 9223372036854775807 x 64 samples x 1 ranks are more than"), "{text}");
         for ranks in [1 << 60, usize::MAX] {
-            assert_eq!(config("").micro_batches(ranks).expect_err("too many").exit_code(), 50);
+            assert_eq!(config("").global_batch(ranks).expect_err("too many").exit_code(), 50);
         }
         assert!(
             RunConfig::read("test", &format!("[train]\nglobal_batch_size = {most}"), &[]).is_err()
         );
-        assert_eq!(
-            config("[train]\ngradient_accumulation_steps = 3").micro_batches(8).expect("sound"),
-            3
+        let three = config("[train]\ngradient_accumulation_steps = 3");
+        let found = three.micro_batches(Tokens { image: 9, text: 9 }, 8).expect("sound");
+        assert_eq!(found, MicroBatches { count: 3, samples: 64 });
+        assert_eq!(three.global_batch(8).expect("sound"), 3 * 64 * 8);
+    }
+
+    #[test]
+    fn tokens_make_micro_batches_of_the_largest_divisor_that_fits() {
+        let text = "[data]\nmicro_batch_tokens_per_gpu = 1000\n[train]\nglobal_batch_size = 24";
+        let config = RunConfig::read("test", text, &[]).expect("sound");
+        let found = |image: i64, ranks: usize| {
+            let MicroBatches { count, samples } =
+                config.micro_batches(Tokens { image, text: 10 }, ranks).expect("it divides");
+            (count, samples)
+        };
+        assert_eq!([found(10, 1), found(90, 1), found(190, 1)], [(1, 24), (3, 8), (6, 4)]);
+        assert_eq!([found(10, 2), found(90, 2), found(190, 2)], [(1, 12), (2, 6), (3, 4)]);
+        assert_eq!(found(990, 1), (24, 1));
+        assert_eq!(found(5000, 2), (12, 1), "at least one sample, whatever it takes");
+        let error = config.global_batch(5).expect_err("it does not divide").to_string();
+        assert!(
+            error.contains(
+                "train.global_batch_size: 24 is no multiple of 5 ranks; nearest: 20 or 25"
+            ),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_number_of_tokens_is_refused_beside_what_contradicts_it() {
+        let problems = |text: &str| {
+            let text = format!("[data]\nmicro_batch_tokens_per_gpu = 1000\n{text}");
+            RunConfig::read("test", &text, &[]).expect_err("refused").to_string()
+        };
+        assert!(problems("").contains(
+            "train.global_batch_size: must be set beside data.micro_batch_tokens_per_gpu"
+        ));
+        let global = "[train]\nglobal_batch_size = 24\n";
+        let size = problems(&format!("micro_batch_size_per_gpu = 8\n{global}"));
+        assert!(
+            size.contains(
+                "data.micro_batch_tokens_per_gpu: 1000 tokens and micro_batch_size_per_gpu = 8"
+            ),
+            "{size}"
+        );
+        let steps = problems(&format!("{global}gradient_accumulation_steps = 2"));
+        assert!(steps.contains("train.gradient_accumulation_steps: 2 stands beside"), "{steps}");
+        let order =
+            problems(&format!("{global}[parallel]\ndeterministic = true\nseed_scope = \"sample\""));
+        assert!(
+            order.contains("parallel.deterministic: needs micro-batches of one size"),
+            "{order}"
         );
     }
 }

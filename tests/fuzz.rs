@@ -43,7 +43,7 @@ use hunt::{Prey, hunt, turn};
 
 /// Seconds that all readers together are tried for.
 const SECONDS: u64 = 20;
-const READERS: u64 = 10;
+const READERS: u64 = 11;
 
 /// Words of every format that is built on JSON and safetensors.
 const WORDS: &[&[u8]] = &[
@@ -58,6 +58,8 @@ const WORDS: &[&[u8]] = &[
     b"I64",
     b"U8",
     b"BOOL",
+    b"F8_E4M3",
+    b"F8_E5M2",
     b"image_latents",
     b"video_latents",
     b"text_embeddings",
@@ -85,6 +87,9 @@ const WORDS: &[&[u8]] = &[
     b"empty_prompt",
     b"captions",
     b"text_embeddings.lengths",
+    b"text_embeddings.scale",
+    b"single",
+    b"unequal",
     b"d.safetensors",
     b"e.jsonl",
     b"parts",
@@ -290,6 +295,9 @@ const OPCODES: &[&[u8]] = &[
     b"ctorch\nSize\n",
     b"ctorch._utils\n_rebuild_parameter\n",
     b"ccollections\nOrderedDict\n",
+    b"ctorch._utils\n_rebuild_tensor_v3\n",
+    b"ctorch.storage\nUntypedStorage\n",
+    b"ctorch\nfloat8_e5m2\n",
     b"cposix\nsystem\n",
     b".",
 ];
@@ -392,6 +400,17 @@ fn a_dataset_index_is_read_or_refused() {
         ("text_embeddings.lengths", Tensor::from_slice(&[1i64, 4])),
     ];
     fs::write(folder.path().join("d.safetensors"), file(&tokens, &[])).unwrap();
+    let eight = [
+        ("image_latents", ones(&[2, 1, 2, 2])),
+        ("loss_mask", ones(&[2, 16, 16])),
+        ("text_embeddings", ones(&[2, 4, 3]).to_kind(Kind::Float8e4m3fn)),
+        ("text_embeddings.scale", ones(&[2])),
+    ];
+    fs::write(folder.path().join("f.safetensors"), file(&eight, &[])).unwrap();
+    let third = json!({
+        "format": "fm-dist dataset", "version": 2, "name": "n", "source": "s", "licence": "l",
+        "data_type": "image", "files": [entry("f.safetensors", 2, "2x2")],
+    });
     fs::write(folder.path().join("e.jsonl"), "{\"caption\":\"\"}\n".repeat(2)).unwrap();
     let second = json!({
         "format": "fm-dist dataset", "version": 2, "name": "n", "source": "s", "licence": "l", "data_type": "image",
@@ -402,9 +421,40 @@ fn a_dataset_index_is_read_or_refused() {
         told(read_dataset(folder.path()))
     };
     let second = second.to_string().into_bytes();
-    let sound =
-        vec![second, index.to_string().into_bytes(), serde_json::to_vec_pretty(&index).unwrap()];
+    let sound = vec![
+        second,
+        third.to_string().into_bytes(),
+        index.to_string().into_bytes(),
+        serde_json::to_vec_pretty(&index).unwrap(),
+    ];
     hunted(&Prey { name: "dataset", sound, words: WORDS, dress: &as_it_is, read: &read });
+}
+
+/// Files of samples: kinds, lengths, scales and masks of a dataset that lists one.
+#[test]
+fn a_file_of_samples_is_read_or_refused() {
+    let _turn = turn();
+    let folder = TempDir::new().unwrap();
+    let index = json!({
+        "format": "fm-dist dataset", "version": 2, "name": "n", "source": "s", "licence": "l",
+        "data_type": "image",
+        "files": [{"path": "a.safetensors", "samples": 2, "group": "g", "sha256": "0".repeat(64)}],
+    });
+    fs::write(folder.path().join("dataset.json"), index.to_string()).unwrap();
+    let latents = || ("image_latents", ones(&[2, 1, 2, 2]));
+    let eight = |shape: &[i64], kind| ("text_embeddings", ones(shape).to_kind(kind));
+    let lengths = ("text_embeddings.lengths", Tensor::from_slice(&[1i64, 4]));
+    let scale = |samples| ("text_embeddings.scale", ones(&[samples]));
+    let sound = vec![
+        file(&[latents(), ("loss_mask", ones(&[2, 16, 16])), ("text_mask", ones(&[2, 3]))], &[]),
+        file(&[latents(), eight(&[2, 4, 3], Kind::Float8e4m3fn), scale(2)], &[]),
+        file(&[latents(), eight(&[5, 3], Kind::Float8e5m2), lengths, scale(1)], &[]),
+    ];
+    let read = |bytes: &[u8]| {
+        fs::write(folder.path().join("a.safetensors"), bytes).unwrap();
+        told(read_dataset(folder.path()))
+    };
+    hunted(&Prey { name: "samples", sound, words: WORDS, dress: &fitted, read: &read });
 }
 
 // The configuration.
@@ -423,7 +473,7 @@ fn read_configuration(bytes: &[u8]) -> Result<(), String> {
     let again = RunConfig::read("listing", &config.to_toml(), &[])
         .unwrap_or_else(|error| panic!("its own listing is refused: {error}"));
     assert!(again == config, "its own listing is another configuration");
-    let _ = [1, 2, 3].map(|ranks| config.micro_batches(ranks).is_ok());
+    let _ = [1, 2, 3].map(|ranks| config.global_batch(ranks).is_ok());
     Ok(())
 }
 

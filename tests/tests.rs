@@ -1,16 +1,16 @@
 //! One file a promise; a new promise is a new file in the folder of its tier and a line here.
 //!
 //! A test's tier is the first word of its path, so that `cargo test --test tests fast::` runs one
-//! tier. `cargo test --lib` is quicker than all of them: the unit tests in src/, 485 in 3 s.
+//! tier. `cargo test --lib` is quicker than all of them: the unit tests in src/, 571 in 4 s.
 //!
 //! | tier | tests | needs beside `launch/setup.sh` | seconds |
 //! |---|---|---|---|
-//! | `fast::` starts no process | 129 | | 15 |
-//! | `program::` starts the program | 58 | | 28 |
-//! | `threads::` trains; ranks are threads | 59 | | 38 |
-//! | `mpi::` ranks are processes | 51 | | 200 |
+//! | `fast::` starts no process | 174 | | 15 |
+//! | `program::` starts the program | 70 | | 28 |
+//! | `threads::` trains; ranks are threads | 69 | | 38 |
+//! | `mpi::` ranks are processes | 53 | | 200 |
 //! | `faults::` runs break on order | 84 | root, or user namespaces | 330 |
-//! | `oracle::` beside PyTorch and diffusers | 33 | `launch/setup.sh --oracle` | 115 |
+//! | `oracle::` beside PyTorch and diffusers | 42 | `launch/setup.sh --oracle` | 115 |
 //! | `cuda::` ignored without `launch/test-gpu.sh` | 38 | a GPU | |
 //!
 //! Seconds are those of 2 cores after the build; `mpi`, `faults` and `oracle` had to share them
@@ -74,6 +74,8 @@ mod threads {
     /// A loss under masks is that of one big batch, whatever the split; a sample is trained on its
     /// own conditions and task.
     mod masks;
+    /// Several datasets in one run, small groups, and micro-batches by tokens.
+    mod mixed;
     /// A bfloat16 step at real head widths is the float32 step within rounding.
     pub mod real_heads;
     /// A resumed run is the unbroken run.
@@ -143,6 +145,8 @@ mod oracle {
     mod caches;
     /// Pictures that `configs/encode_flux1.py` encodes are a dataset that trains.
     mod encoded;
+    /// TensorBoard reads the numbers, the configuration and the samples of a run.
+    mod event_files;
     /// A run becomes a diffusers folder and a diffusers folder a run.
     mod exported;
     /// Each model family computes what diffusers' class of it computes.
@@ -163,8 +167,6 @@ mod oracle {
     mod rules;
     /// Samples are those of diffusers' pipelines, and their conditions are read strictly.
     mod sampling;
-    /// TensorBoard reads the numbers, the configuration and the samples of a run.
-    mod tensorboard;
 }
 
 /// What only a GPU can show; `launch/test-gpu.sh` runs it.

@@ -18,14 +18,13 @@ pub const TEXT: &str = "text_embeddings";
 /// Stands for the samples where the number of tokens does not matter.
 const SOME_TOKENS: Tokens = Tokens { image: 4096, text: 512 };
 
-/// Returns the tokens of a group's samples; `None` without latents.
-fn tokens_of_group(config: &RunConfig, dataset: &Dataset, group: &Group) -> Option<Tokens> {
-    let latents = dataset.latent_shape(&group.name)?;
-    Some(tokens_of_sample(config, latents, text_tokens(dataset, group)))
+/// Returns the tokens of a group's samples, with the longest text.
+pub fn tokens_of_group(config: &RunConfig, dataset: &Dataset, group: &Group) -> Tokens {
+    tokens_of_sample(config, &dataset.latent_shape(group), text_tokens(dataset, group))
 }
 
 /// Returns the number of a sample's text tokens, with padding; `None` if samples have no text.
-pub fn text_tokens(dataset: &Dataset, group: &Group) -> Option<i64> {
+fn text_tokens(dataset: &Dataset, group: &Group) -> Option<i64> {
     dataset.sample_shapes(group).get(TEXT).and_then(|shape| shape.first()).copied()
 }
 
@@ -38,7 +37,7 @@ pub fn tokens_of_sample(config: &RunConfig, latents: &[i64], text: Option<i64>) 
 /// opened, which ends the run where it opens them to train.
 pub fn tokens_of_data(config: &RunConfig) -> Vec<Tokens> {
     let Ok(dataset) = dataset(config) else { return Vec::new() };
-    dataset.groups().iter().filter_map(|group| tokens_of_group(config, &dataset, group)).collect()
+    dataset.groups().iter().map(|group| tokens_of_group(config, &dataset, group)).collect()
 }
 
 fn cases(config: &RunConfig, samples: &[Tokens]) -> Result<Vec<Case>> {

@@ -8,9 +8,11 @@ use std::path::Path;
 
 use tch::Device;
 
+use attention::tokens_of_group;
+
 use crate::collective::{Collective, Solo};
-use crate::config::RunConfig;
-use crate::data::{Dataset, Share};
+use crate::config::{MicroBatches, RunConfig};
+use crate::data::{Dataset, Group, Order, Share, Steps};
 use crate::error::Result;
 use crate::flow::{FlowMatchingPipeline, ImageTokens};
 use crate::nn::Stage;
@@ -21,27 +23,47 @@ use crate::run::checkpoint;
 use crate::run::pretrained::{self, Origin};
 use crate::tuning::with_strength;
 
-/// Opens the configured dataset, with the configured treatment of bad samples and of texts of
-/// unequal length.
+/// Opens the configured data, with the configured treatment of bad samples and of texts of unequal
+/// length, and with frames where the model takes videos.
 ///
 /// # Errors
-/// Errors of [`Dataset::named`]; [`Error::Data`](crate::error::Error::Data) if a text is longer than
-/// `data.text_tokens`.
+/// Errors of [`Dataset::configured`]; [`Error::Data`](crate::error::Error::Data) if a text is longer
+/// than `data.text_tokens`.
 pub fn dataset(config: &RunConfig) -> Result<Dataset> {
-    Dataset::named(&config.data.path)?
+    Dataset::configured(&config.data)?
+        .with_frames(config.model.family.takes_frames())
         .on_bad(config.data.on_bad)
         .text_padding(config.text_padding())
 }
 
-/// Returns this rank's share of the global batch.
-pub fn share_of(config: &RunConfig, collective: &dyn Collective) -> Result<Share> {
-    Ok(Share {
-        rank: collective.rank(),
-        world_size: collective.world_size(),
-        micro_batches: config.micro_batches(collective.world_size())?,
-        micro_batch_size: config.data.micro_batch_size_per_gpu,
-        neighbours: config.parallel.neighbours_to_one_rank(),
-    })
+/// Returns the order in which a run of so many ranks takes the samples.
+///
+/// # Errors
+/// Errors of [`RunConfig::global_batch`] and [`Order::of`].
+pub fn order(config: &RunConfig, dataset: &Dataset, world_size: usize) -> Result<Order> {
+    let global_batch = config.global_batch(world_size)?;
+    Order::of(dataset, global_batch, config.seed, config.data.on_small_group)
+}
+
+/// Returns the samples and micro-batches of each step on this rank.
+///
+/// # Errors
+/// Errors of [`order`].
+pub fn steps(config: &RunConfig, dataset: &Dataset, collective: &dyn Collective) -> Result<Steps> {
+    let world_size = collective.world_size();
+    let share = |group: &Group| {
+        let tokens = tokens_of_group(config, dataset, group);
+        let MicroBatches { count, samples } = config.micro_batches(tokens, world_size)?;
+        Ok(Share {
+            rank: collective.rank(),
+            world_size,
+            micro_batches: count,
+            micro_batch_size: samples,
+            neighbours: config.parallel.neighbours_to_one_rank(),
+        })
+    };
+    let shares = dataset.groups().iter().map(share).collect::<Result<_>>()?;
+    Ok(Steps::by_group(order(config, dataset, world_size)?, shares))
 }
 
 /// Returns the devices of a rank that computes on `device`.

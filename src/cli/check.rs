@@ -7,7 +7,6 @@ use clap::Args;
 use super::config::ConfigArgs;
 use super::files::{read_text, say};
 use super::values::{Shape, WorldSizes, parse_shape, parse_world};
-use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::plan::{self, CheckRequest, Cluster, ScalingRequest};
 
@@ -42,8 +41,7 @@ impl CheckArgs {
     pub fn run(self) -> Result<i32> {
         let config = self.config.read()?;
         if self.verify_data {
-            let dataset = Dataset::named(&config.data.path)?.on_bad(config.data.on_bad);
-            dataset.verify_hashes().and_then(|()| dataset.verify_numbers())?;
+            plan::verify_data(&config)?;
         }
         say(&plan::check(&config, &self.into_request()?)?)
     }

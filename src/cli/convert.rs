@@ -24,6 +24,9 @@ pub struct ConvertArgs {
     /// Model family, where the names leave it open: flux, flux2, qwen_image, wan or hunyuan_video15
     #[arg(long, value_name = "FAMILY", value_parser = parse_word::<Family>)]
     family: Option<Family>,
+    /// Leave out adapters of text encoders, with which a file is refused otherwise
+    #[arg(long)]
+    drop_text_encoders: bool,
     /// Diffusers transformer folder with whose modules the LoRA is compared; its config.json suffices
     #[arg(long, value_name = "DIR")]
     base: Option<PathBuf>,
@@ -32,8 +35,9 @@ pub struct ConvertArgs {
 impl ConvertArgs {
     /// Does what was typed; returns the exit code.
     pub fn run(self) -> Result<i32> {
-        let ConvertArgs { lora, format, out, family, base } = self;
-        let line = commands::convert(&ConvertRequest { lora, format, out, family, base })?;
+        let ConvertArgs { lora, format, out, family, drop_text_encoders, base } = self;
+        let request = ConvertRequest { lora, format, out, family, drop_text_encoders, base };
+        let line = commands::convert(&request)?;
         say(&format!("{line}\n"))
     }
 }

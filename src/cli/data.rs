@@ -9,6 +9,7 @@ use clap::{Args, Subcommand};
 use super::files::say;
 use super::values::{parse_cache, parse_family};
 use crate::collective::{self, Collective, Launch};
+use crate::data::Links;
 use crate::datasets::caches::{CacheFormat, CachedFamily, ImportRequest, Imported, import};
 use crate::datasets::index::{IndexRequest, index};
 use crate::datasets::pack::{PackRequest, pack};
@@ -38,6 +39,14 @@ enum DataCommand {
     Pack(PackArgs),
     /// Show what a dataset holds, and what looks wrong with it
     Show(ShowArgs),
+}
+
+/// Treatment of links.
+#[derive(Args, Debug)]
+struct LinkArgs {
+    /// Follow links that lead out of the folder, as in Hugging Face's cache
+    #[arg(long)]
+    follow_links: bool,
 }
 
 /// Description of a new dataset.
@@ -96,6 +105,8 @@ struct IndexArgs {
     #[arg(value_name = "DIR")]
     folder: PathBuf,
     #[command(flatten)]
+    links: LinkArgs,
+    #[command(flatten)]
     about: About,
 }
 
@@ -104,6 +115,8 @@ struct PackArgs {
     /// Folder of the dataset
     #[arg(value_name = "DIR")]
     folder: PathBuf,
+    #[command(flatten)]
+    links: LinkArgs,
     #[command(flatten)]
     output: Output,
     /// Shuffle the samples with this seed
@@ -116,6 +129,8 @@ struct ShowArgs {
     /// Folder of the dataset, or `embedded:digits`
     #[arg(value_name = "DIR")]
     path: String,
+    #[command(flatten)]
+    links: LinkArgs,
     /// Samples of one step, to count the steps of an epoch
     #[arg(long, value_name = "N")]
     global_batch: Option<usize>,
@@ -125,6 +140,12 @@ struct ShowArgs {
     /// Also draw the latents of some samples, undecoded
     #[arg(long, value_name = "OUT.png")]
     samples: Option<PathBuf>,
+}
+
+impl LinkArgs {
+    fn choice(&self) -> Links {
+        Links::followed(self.follow_links)
+    }
 }
 
 impl DataArgs {
@@ -177,18 +198,20 @@ fn among_ranks(work: impl FnOnce(&dyn Collective) -> Result<String>) -> Result<i
 
 impl IndexArgs {
     fn run(self) -> Result<i32> {
-        let IndexArgs { folder, about: About { name, source, licence } } = self;
+        let IndexArgs { folder, links, about: About { name, source, licence } } = self;
         let shown = folder.display().to_string();
-        say(&told(index(&IndexRequest { folder, name, source, licence })?, &shown))
+        let links = links.choice();
+        say(&told(index(&IndexRequest { folder, links, name, source, licence })?, &shown))
     }
 }
 
 impl PackArgs {
     fn run(self) -> Result<i32> {
-        let PackArgs { folder, output, shuffle } = self;
+        let PackArgs { folder, links, output, shuffle } = self;
         let out = output.out.display().to_string();
         let request = PackRequest {
             folder,
+            links: links.choice(),
             out: output.out,
             shard_bytes: output.shard_size.as_u64(),
             shuffle,
@@ -200,11 +223,11 @@ impl PackArgs {
 
 impl ShowArgs {
     fn run(self) -> Result<i32> {
-        let ShowArgs { path, global_batch, json, samples } = self;
+        let ShowArgs { path, links, global_batch, json, samples } = self;
         let outputs: Vec<Named<'_>> =
             samples.iter().map(|path| Named { argument: "--samples", path }).collect();
         check_files(&outputs, &[])?;
-        let summary = show(&ShowRequest { path, global_batch, samples })?;
+        let summary = show(&ShowRequest { path, links: links.choice(), global_batch, samples })?;
         if json {
             let text = serde_json::to_string_pretty(&summary).expect("texts and numbers are JSON");
             return say(&format!("{text}\n"));

@@ -18,6 +18,8 @@ pub struct ConvertRequest {
     pub out: PathBuf,
     /// Family of the base, where names alone leave it open.
     pub family: Option<Family>,
+    /// Leaves out adapters of text encoders instead of refusing a file with such.
+    pub drop_text_encoders: bool,
     /// A diffusers transformer folder whose modules the adapter must fit; its weights are not read.
     pub base: Option<PathBuf>,
 }
@@ -38,7 +40,13 @@ pub fn convert(request: &ConvertRequest) -> Result<String> {
         let what = format!("is {}, the base is {}", named.word(), family.word());
         return Err(Error::config("--family", what));
     }
-    let Found { adapter, dialect, family } = lora::read(input, request.family.or(of_base))?;
+    let Found { adapter, dialect, family, of_text_encoders } =
+        lora::read(input, request.family.or(of_base))?;
+    if of_text_encoders > 0 && !request.drop_text_encoders {
+        return Err(input.refused(format!(
+            "also holds {of_text_encoders} tensors of text encoders, which are not converted; leave them out by --drop-text-encoders"
+        )));
+    }
     if let Some((_, linears)) = &base {
         adapter
             .fit(linears)

@@ -139,6 +139,10 @@ pub(super) const HABITS: &[Habit] = &[
          data_backend_config cache_dir cache_directory",
         &["data.path"],
     ),
+    other(
+        "num_repeats dataset_repeats",
+        "repeats are those of a dataset in [[data.datasets]], or of a file in dataset.json",
+    ),
     // Flow matching.
     same(
         "timestep_sample_method timestep_sampling_method timestep_type weighting_scheme",
@@ -222,6 +226,8 @@ mod tests {
     use super::HABITS;
     use crate::config::RunConfig;
     use crate::error::Error;
+    use crate::optim::lr::LrScheduleChoice;
+    use crate::settings::Family;
 
     fn problem(text: &str) -> String {
         match RunConfig::read("test", text, &[]) {
@@ -235,13 +241,16 @@ mod tests {
     #[test]
     fn a_name_stands_once_and_a_hint_names_keys_that_there_are() {
         let mut names = BTreeSet::new();
-        let listing = RunConfig::read(
-            "test",
-            "[flow_matching]\nadapter_type = \"flux\"\n[model.flux]\n",
-            &[],
-        )
-        .expect("defaults")
-        .to_toml();
+        // One schedule after another, since a listing has the keys of one.
+        let listing: String = LrScheduleChoice::NAMES
+            .iter()
+            .map(|schedule| {
+                let text = format!(
+                    "[flow_matching]\nadapter_type = \"flux\"\n[model.flux]\n[lr_scheduler.{schedule}]\n"
+                );
+                RunConfig::read("test", &text, &[]).expect("defaults").to_toml() + "\n"
+            })
+            .collect();
         let has = |key: &str| {
             let (table, name) = key.rsplit_once('.').unwrap_or(("", key));
             let mut inside = String::new();

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 
 use tch::Tensor;
 
+use super::dataset::read_widened;
 use super::manifest::ConditionsEntry;
 use crate::error::Result;
-use crate::files::safetensors::{SafeTensors, TensorInfo};
+use crate::files::safetensors::SafeTensors;
 
 /// Named conditions for generation, e.g. one text embedding for each class.
 #[derive(Debug)]
@@ -20,8 +21,7 @@ impl Conditions {
     /// # Errors
     /// As [`SafeTensors::read_finite`].
     pub(super) fn read(file: &SafeTensors, entry: &ConditionsEntry) -> Result<Self> {
-        let read = |info: &TensorInfo| Ok((info.name.clone(), file.read_finite(&info.name)?));
-        let tensors = file.tensors().iter().map(read).collect::<Result<_>>()?;
+        let tensors = read_widened(file, entry.names.len() as u64)?;
         Ok(Conditions { names: entry.names.clone(), tensors })
     }
 }

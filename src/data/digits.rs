@@ -1,6 +1,7 @@
 //! The handwritten digits of the default configuration, compiled into the binary.
 
 use super::Dataset;
+use super::manifest::Links;
 use crate::error::Result;
 
 const JSON: &str = include_str!("../../configs/digits/dataset.json");
@@ -16,8 +17,8 @@ impl Dataset {
     /// Opens the dataset that `[data] path` names: a folder, or `embedded:digits`.
     ///
     /// # Errors
-    /// As [`Dataset::open`].
-    pub fn named(path: &str) -> Result<Self> {
-        if path == NAME { Dataset::embedded(JSON, FILES) } else { Dataset::open(path) }
+    /// As [`Dataset::open_with`].
+    pub fn named(path: &str, links: Links) -> Result<Self> {
+        if path == NAME { Dataset::embedded(JSON, FILES) } else { Dataset::open_with(path, links) }
     }
 }

@@ -6,6 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use tch::{Device, Kind, Tensor};
 
 use super::EMPTY;
+use super::dataset::read_widened;
 use crate::error::Result;
 use crate::files::safetensors::SafeTensors;
 
@@ -22,11 +23,10 @@ impl EmptyPrompt {
     /// [`Error::Data`](crate::error::Error::Data) if a number is not finite; errors of
     /// [`SafeTensors::read`].
     pub fn read(file: SafeTensors) -> Result<Self> {
-        let mut tensors = BTreeMap::new();
-        for info in file.tensors() {
-            tensors.insert(format!("{EMPTY}{}", info.name), file.read_finite(&info.name)?);
-        }
-        Ok(EmptyPrompt { file, tensors: Mutex::new(tensors) })
+        // One sample.
+        let tensors = read_widened(&file, 1)?.into_iter();
+        let named = tensors.map(|(key, tensor)| (format!("{EMPTY}{key}"), tensor)).collect();
+        Ok(EmptyPrompt { file, tensors: Mutex::new(named) })
     }
 
     /// Adds a mask of valid tokens for a text that has none.
@@ -37,6 +37,22 @@ impl EmptyPrompt {
         };
         let ones = || Tensor::ones([tokens], (Kind::Int64, Device::Cpu));
         tensors.entry(format!("{EMPTY}{mask}")).or_insert_with(ones);
+    }
+
+    /// Returns the first key whose tensor another empty prompt does not have, or has otherwise; masks
+    /// that were added do not count.
+    pub fn difference(&self, other: &EmptyPrompt) -> Option<String> {
+        let stored = |empty: &EmptyPrompt| -> BTreeMap<String, Tensor> {
+            let is_stored = |name: &str| empty.file.holds(name.trim_start_matches(EMPTY));
+            empty.tensors().into_iter().filter(|(name, _)| is_stored(name)).collect()
+        };
+        let (own, others) = (stored(self), stored(other));
+        let differs = |key: &&String| match (own.get(*key), others.get(*key)) {
+            (Some(own), Some(other)) => own.kind() != other.kind() || !own.equal(other),
+            _ => true,
+        };
+        let found = own.keys().chain(others.keys()).find(differs)?;
+        Some(found.trim_start_matches(EMPTY).to_string())
     }
 
     /// Returns the shapes of the tensors by their keys, without the prefix that batches use.

@@ -7,7 +7,7 @@ use tch::Kind;
 use super::DataType;
 use super::manifest;
 use crate::error::{Error, Result};
-use crate::files::safetensors::{SafeTensors, TensorInfo};
+use crate::files::safetensors::{SafeTensors, TensorInfo, is_eight_bits};
 
 /// Kind and shape of one sample's tensor.
 #[derive(Clone, Debug, PartialEq)]
@@ -25,6 +25,7 @@ pub type Layout = BTreeMap<String, SampleTensor>;
 #[derive(Clone, Debug, Default)]
 pub struct Group {
     pub name: String,
+    pub data_type: DataType,
     /// Ids, ascending.
     pub sample_ids: Vec<u64>,
     pub layout: Layout,
@@ -50,6 +51,24 @@ impl SampleTensor {
 }
 
 impl Group {
+    /// Returns kind and shape of one sample's latents, `[C, (F,) H, W]`, as files hold them.
+    ///
+    /// # Panics
+    /// If the group has none; a dataset has no such group.
+    pub fn latents(&self) -> &SampleTensor {
+        self.layout.get(latents_key(self.data_type)).expect("a group of a dataset has latents")
+    }
+
+    /// True if samples of both can share a batch.
+    pub(super) fn fits(&self, other: &Group) -> bool {
+        let fits = |(key, tensor): (&String, &SampleTensor)| {
+            other.layout.get(key).is_some_and(|other| tensor.fits(other))
+        };
+        self.data_type == other.data_type
+            && self.layout.len() == other.layout.len()
+            && self.layout.iter().all(fits)
+    }
+
     /// Takes over the longest texts of another file of the group.
     pub(super) fn lengthen(&mut self, layout: &Layout) {
         for (key, tensor) in layout.iter().filter(|(_, tensor)| tensor.unequal) {
@@ -144,5 +163,5 @@ pub(super) fn check_same(
 }
 
 fn is_float(kind: Kind) -> bool {
-    matches!(kind, Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double)
+    matches!(kind, Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double) || is_eight_bits(kind)
 }

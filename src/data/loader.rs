@@ -3,15 +3,14 @@
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
 use super::Batch;
 use super::dataset::Dataset;
 use super::moments::Moments;
-use super::order::Order;
-use super::share::Share;
+use super::steps::{Place, Steps};
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::libtorch;
@@ -44,14 +43,6 @@ pub struct Ahead<T> {
     value: Receiver<Result<T>>,
 }
 
-/// Position of a micro-batch in training.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
-    /// Optimizer step, counted from 1.
-    pub step: u64,
-    pub micro_batch: usize,
-}
-
 /// A thread that reads one batch ahead.
 #[derive(Debug)]
 struct Reader<T> {
@@ -68,47 +59,33 @@ impl<T: Send + 'static> Loader<T> {
     /// [`Error::Environment`] if no thread can be started.
     pub fn start(
         dataset: Arc<Dataset>,
-        order: Order,
-        share: Share,
+        steps: Steps,
         steps_done: u64,
         prefetch: usize,
         make: impl Fn(Place, &Batch) -> Result<T> + Send + Sync + 'static,
     ) -> Result<Self> {
         let path = dataset.path().to_path_buf();
-        // Shared by the threads, since it caches an epoch's order.
-        let order = Mutex::new(order);
-        let place = move |number: u64| {
-            let micro_batches = share.micro_batches as u64;
-            Place {
-                step: steps_done + number / micro_batches + 1,
-                micro_batch: (number % micro_batches) as usize,
-            }
+        let (unmeasured, places) =
+            (steps.share(steps_done + 1).micro_batches, steps.places_after(steps_done));
+        let read = move |place: Place| {
+            fault::strike_at(Phase::Read, place.step);
+            dataset.batch(&steps.sample_ids(place))
         };
-        let read = move |number: u64| {
-            let Place { step, micro_batch } = place(number);
-            fault::strike_at(Phase::Read, step);
-            // Steps count from 1, blocks of the order from 0.
-            let ids = order.lock().unwrap_or_else(PoisonError::into_inner).block(
-                step - 1,
-                share.block(micro_batch),
-                share.micro_batch_size,
-            );
-            dataset.batch(&ids)
-        };
-        let make = move |number: u64, batch: &Batch| make(place(number), batch);
-        Ok(Loader { unmeasured: share.micro_batches, ..Loader::over(read, make, path, prefetch)? })
+        Ok(Loader { unmeasured, ..Loader::over(places, read, make, path, prefetch)? })
     }
 
-    /// Loads the batches that `read` returns for the numbers from 0, and what `make` makes of them.
-    fn over(
-        read: impl Fn(u64) -> Result<Batch> + Send + Sync + 'static,
-        make: impl Fn(u64, &Batch) -> Result<T> + Send + Sync + 'static,
+    /// Loads the batches that `read` returns for the places, and what `make` makes of them.
+    fn over<P: Copy + 'static>(
+        places: impl Iterator<Item = P> + Clone + Send + 'static,
+        read: impl Fn(P) -> Result<Batch> + Send + Sync + 'static,
+        make: impl Fn(P, &Batch) -> Result<T> + Send + Sync + 'static,
         path: PathBuf,
         prefetch: usize,
     ) -> Result<Self> {
         let work = Arc::new(Work { read, make, path: path.clone() });
-        let start =
-            |first: usize| Reader::start(Arc::clone(&work), (first as u64..).step_by(prefetch));
+        let start = |first: usize| {
+            Reader::start(Arc::clone(&work), places.clone().skip(first).step_by(prefetch))
+        };
         let readers = (0..prefetch).map(start).collect::<Result<_>>()?;
         Ok(Loader { readers, path, unmeasured: 0, first_latents: Moments::default() })
     }
@@ -166,17 +143,17 @@ impl<R, M> Work<R, M> {
     /// Reads and sends batches, and the value made of each, until an error has been sent or a
     /// receiver is gone. A batch and its value are held until both are received, and no other is
     /// read meanwhile.
-    fn send_all<T>(
+    fn send_all<P: Copy, T>(
         &self,
-        numbers: impl Iterator<Item = u64>,
+        places: impl Iterator<Item = P>,
         batches: &SyncSender<Result<Loaded<T>>>,
     ) where
-        R: Fn(u64) -> Result<Batch>,
-        M: Fn(u64, &Batch) -> Result<T>,
+        R: Fn(P) -> Result<Batch>,
+        M: Fn(P, &Batch) -> Result<T>,
     {
-        for number in numbers {
+        for place in places {
             pulse::work_beside(Phase::Read);
-            let batch = match self.caught("reading", || (self.read)(number)) {
+            let batch = match self.caught("reading", || (self.read)(place)) {
                 Ok(batch) => batch,
                 Err(error) => return drop(batches.send(Err(error))),
             };
@@ -185,7 +162,7 @@ impl<R, M> Work<R, M> {
             if batches.send(Ok(Loaded { batch, ahead: Ahead { value } })).is_err() {
                 return;
             }
-            let value = self.caught("working", || (self.make)(number, &alias));
+            let value = self.caught("working", || (self.make)(place, &alias));
             drop(alias);
             let last = value.is_err();
             if sender.send(value).is_err() || last {
@@ -204,19 +181,20 @@ impl<R, M> Work<R, M> {
 }
 
 impl<T: Send + 'static> Reader<T> {
-    fn start<R, M>(
+    fn start<P, R, M>(
         work: Arc<Work<R, M>>,
-        numbers: impl Iterator<Item = u64> + Send + 'static,
+        places: impl Iterator<Item = P> + Send + 'static,
     ) -> Result<Self>
     where
-        R: Fn(u64) -> Result<Batch> + Send + Sync + 'static,
-        M: Fn(u64, &Batch) -> Result<T> + Send + Sync + 'static,
+        P: Copy + 'static,
+        R: Fn(P) -> Result<Batch> + Send + Sync + 'static,
+        M: Fn(P, &Batch) -> Result<T> + Send + Sync + 'static,
     {
         // One batch may lie in the channel while the value is made of it.
         let (sender, receiver) = sync_channel(1);
         let thread = Builder::new()
             .name("data".into())
-            .spawn(move || work.send_all(numbers, &sender))
+            .spawn(move || work.send_all(places, &sender))
             .map_err(|e| Error::environment(format!("cannot start a thread: {e}")))?;
         Ok(Reader { batches: Some(receiver), thread: Some(thread) })
     }
@@ -254,8 +232,8 @@ mod tests {
     use tch::Tensor;
 
     use super::*;
-    use crate::data::DataType;
     use crate::data::made_up::{images, written};
+    use crate::data::{DataType, Order, Share};
 
     fn numbered(id: u64) -> Result<Batch> {
         Ok(Batch {
@@ -274,7 +252,7 @@ mod tests {
         read: impl Fn(u64) -> Result<Batch> + Send + Sync + 'static,
         make: impl Fn(u64, &Batch) -> Result<T> + Send + Sync + 'static,
     ) -> Loader<T> {
-        Loader::over(read, make, "a dataset".into(), 2).expect("threads")
+        Loader::over(0u64.., read, make, "a dataset".into(), 2).expect("threads")
     }
 
     /// The next batch, after the value that is made of it.
@@ -298,8 +276,8 @@ mod tests {
             neighbours: false,
         };
         let place = |place: Place, _: &Batch| Ok(place);
-        let mut loader = Loader::start(Arc::clone(&dataset), order.clone(), share, 2, 1, place)
-            .expect("a thread");
+        let steps = Steps::alike(order.clone(), share);
+        let mut loader = Loader::start(Arc::clone(&dataset), steps, 2, 1, place).expect("a thread");
         let mut first_step = Vec::new();
         for (step, micro) in [(2, 0), (2, 1), (3, 0), (3, 1), (4, 0)] {
             let Loaded { batch, ahead } = loader.next_batch().expect("sound samples");

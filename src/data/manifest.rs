@@ -3,25 +3,45 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use super::DataType;
+use super::settings::MOST_REPEATS;
+use super::unmade::way_to_a_dataset;
 use crate::error::{Error, Result};
 use crate::files::contents::no_json;
-use crate::files::safetensors::open_error;
+use crate::files::safetensors::{open_error, refuse_pickled_data};
 use crate::files::sha256;
 
 /// Name of the file in a dataset's folder.
 pub const FILE_NAME: &str = "dataset.json";
 const FORMAT: &str = "fm-dist dataset";
-/// Versions that are read. The second has captions, and texts of unequal length in one group.
+/// Versions that are read. The second has captions, repeats, and texts of unequal length in one
+/// group.
 const VERSIONS: [u64; 2] = [1, 2];
 /// Maximum size of the file, enough for a hundred thousand listed files.
 const MAX_BYTES: u64 = 16 << 20;
+
+/// The links that are followed in a dataset's folder.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Links {
+    /// Those to files inside of the folder.
+    #[default]
+    Inside,
+    /// All, as Hugging Face's cache needs it, which keeps the files of a snapshot elsewhere.
+    Followed,
+}
+
+impl Links {
+    /// Returns the choice of a setting or an argument.
+    pub fn followed(followed: bool) -> Self {
+        if followed { Links::Followed } else { Links::Inside }
+    }
+}
 
 /// The contents of `dataset.json`.
 #[derive(Clone, Debug, Deserialize)]
@@ -56,6 +76,13 @@ pub struct FileEntry {
     /// True if the texts of a single sample have a length of their own, and no mask.
     #[serde(default)]
     pub unequal: bool,
+    /// Times that an epoch takes each of its samples.
+    #[serde(default = "once")]
+    pub repeats: u64,
+}
+
+fn once() -> u64 {
+    1
 }
 
 /// The file of captions, one JSON object a line for each sample.
@@ -86,19 +113,40 @@ pub struct EmptyPromptEntry {
     pub sha256: String,
 }
 
+impl FileEntry {
+    fn check_repeats(&self, version: u64) -> Result<(), String> {
+        let FileEntry { path, repeats, .. } = self;
+        if !(1..=MOST_REPEATS).contains(repeats) {
+            return Err(format!("`{path}` has repeats = {repeats}; expected 1 to {MOST_REPEATS}"));
+        }
+        if *repeats > 1 && version < 2 {
+            let what = "which version 2 of the format brings; set version = 2";
+            return Err(format!("`{path}` has repeats, {what}"));
+        }
+        Ok(())
+    }
+}
+
 impl Manifest {
     /// Reads `dataset.json` of a folder.
     ///
     /// # Errors
     /// [`Error::Data`] if it is missing, malformed or inconsistent.
-    pub(super) fn read(folder: &Path) -> Result<Manifest> {
+    pub(super) fn read(folder: &Path, links: Links) -> Result<Manifest> {
         if !fs::metadata(folder).map_err(|e| open_error(folder, e))?.is_dir() {
             return Err(Error::data(
                 folder,
                 format!("is not a folder; expected one that holds {FILE_NAME}"),
             ));
         }
-        let path = resolve(folder, FILE_NAME)?;
+        let path = folder.join(FILE_NAME);
+        if let Err(error) = path.symlink_metadata()
+            && error.kind() == ErrorKind::NotFound
+        {
+            let way = way_to_a_dataset(folder).map(|way| format!("; {way}")).unwrap_or_default();
+            return Err(Error::data(path, format!("does not exist{way}")));
+        }
+        let path = resolve(folder, FILE_NAME, links)?;
         if !fs::metadata(&path).map_err(|e| open_error(&path, e))?.is_file() {
             return Err(Error::data(path, "is not a regular file"));
         }
@@ -150,6 +198,7 @@ impl Manifest {
                     self.version
                 ));
             }
+            file.check_repeats(self.version)?;
             if !paths
                 .insert(parts_inside(&file.path).unwrap_or_else(|| vec![OsStr::new(&file.path)]))
             {
@@ -199,12 +248,15 @@ impl Manifest {
     pub(super) fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
         hash.update(self.data_type.word());
-        for FileEntry { path, samples, group, sha256, single, unequal } in &self.files {
+        for FileEntry { path, samples, group, sha256, single, unequal, repeats } in &self.files {
             // Quoted, so that different lists of files give different texts.
             hash.update(format!("\n{path:?} {samples} {group:?} {sha256}"));
             // Version 1 has neither, and its fingerprints stand in checkpoints.
             let flags = [(*single, " single"), (*unequal, " unequal")];
             flags.iter().filter(|(is_set, _)| *is_set).for_each(|(_, word)| hash.update(word));
+            if *repeats > 1 {
+                hash.update(format!(" {repeats} times"));
+            }
         }
         if let Some(ConditionsEntry { path, names, sha256 }) = &self.conditions {
             hash.update(format!("\n{path:?} {names:?} {sha256}"));
@@ -223,8 +275,12 @@ fn parts_inside(relative: &str) -> Option<Vec<&OsStr>> {
     parts.map(|part| if let Component::Normal(name) = part { Some(name) } else { None }).collect()
 }
 
-/// Returns the real path of a dataset's file, which must be inside its folder.
-pub(super) fn resolve(folder: &Path, relative: &str) -> Result<PathBuf> {
+/// Returns the path of a dataset's file, which must be inside its folder: the real one, or that of
+/// a link out of the folder which is followed.
+///
+/// # Errors
+/// [`Error::Data`] if the path leaves the folder, names no file or a pickle.
+pub(super) fn resolve(folder: &Path, relative: &str, links: Links) -> Result<PathBuf> {
     let path = folder.join(relative);
     match parts_inside(relative) {
         None => {
@@ -235,14 +291,21 @@ pub(super) fn resolve(folder: &Path, relative: &str) -> Result<PathBuf> {
         }
         Some(_) => {}
     }
+    refuse_pickled_data(&path)?;
     let real = path.canonicalize().map_err(|e| open_error(&path, e))?;
-    if !real.starts_with(folder.canonicalize().map_err(|e| open_error(folder, e))?) {
-        return Err(Error::data(
+    let is_inside = real.starts_with(folder.canonicalize().map_err(|e| open_error(folder, e))?);
+    match links {
+        _ if is_inside => Ok(real),
+        Links::Followed => Ok(path),
+        Links::Inside => Err(Error::data(
             path,
-            format!("path leaves the data folder: it is a link to {}", real.display()),
-        ));
+            format!(
+                "path leaves the data folder: it is a link to {}; data.follow_links = true, or \
+                 --follow-links of fm-dist data, follows such links",
+                real.display()
+            ),
+        )),
     }
-    Ok(real)
 }
 
 #[cfg(test)]

@@ -3,14 +3,16 @@
 //! | question | file |
 //! |---|---|
 //! | the contents of `dataset.json` | `manifest.rs` |
+//! | folders that are no dataset yet | `unmade.rs` |
 //! | which samples can share a batch | `group.rs` |
-//! | samples by their ids, texts of unequal length | `dataset/` |
+//! | samples by their ids: texts of unequal length, floats of 8 bits, masks of pixels | `dataset/` |
 //! | captions of the samples | `captions.rs` |
 //! | conditions for generating samples | `conditions.rs` |
 //! | replacement of dropped conditions | `empty_prompt.rs` |
 //! | the demo's own data | `digits.rs` |
-//! | the ids of each step | `order.rs` |
-//! | a rank's share of them | `share.rs` |
+//! | the ids of each step | `order/` |
+//! | a rank's share of a step | `share.rs` |
+//! | the micro-batches of each step on a rank | `steps.rs` |
 //! | reading ahead | `loader.rs` |
 //! | mean and spread of latents | `moments.rs` |
 
@@ -28,6 +30,8 @@ mod moments;
 pub mod order;
 mod settings;
 mod share;
+mod steps;
+mod unmade;
 
 use std::collections::BTreeMap;
 
@@ -36,19 +40,22 @@ use tch::Tensor;
 
 pub use captions::{Caption, Captions};
 pub use conditions::Conditions;
-pub use dataset::{Dataset, LENGTHS, TEXTS, TextPadding};
+pub use dataset::{Dataset, Folder, LENGTHS, LOSS_MASK, SCALE, TEXTS, TextPadding};
 pub use group::{Group, latents_key};
-pub use loader::{Loaded, Loader, Place};
-pub use manifest::FILE_NAME as DATASET_FILE;
+pub use loader::{Loaded, Loader};
+pub use manifest::{FILE_NAME as DATASET_FILE, Links};
 pub use moments::Moments;
 pub use order::Order;
-pub use settings::{DataSettings, OnBad};
+pub use settings::{DataSettings, DatasetSettings, OnBad, OnSmallGroup};
 pub use share::Share;
+pub use steps::{Place, Steps};
+pub use unmade::way_to_import;
 
 /// The type of latents in a batch; it determines the task types that can be drawn.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DataType {
+    #[default]
     Image,
     Video,
 }
@@ -73,7 +80,7 @@ pub struct Batch {
     /// Tensors by key, e.g. `image_latents [B, C, H, W]`, `text_embeddings [B, L, D]`.
     pub tensors: BTreeMap<String, Tensor>,
     pub data_type: DataType,
-    /// Number of each sample in its dataset; empty if the batch is not from a dataset.
+    /// Number of each sample in the run's data; empty if the batch is not from a dataset.
     pub sample_ids: Vec<u64>,
     /// Number of samples that are not finite and were replaced by the next sound ones.
     pub bad_samples: usize,

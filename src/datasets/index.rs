@@ -11,10 +11,12 @@ use sha2::{Digest, Sha256};
 use super::shards::{free_name, of_group, sizes, unequal_texts};
 use super::write::Written;
 use crate::data::group::{Layout, SampleTensor};
-use crate::data::{DATASET_FILE, DataType, Dataset, LENGTHS, latents_key};
+use crate::data::{
+    DATASET_FILE, DataType, Dataset, LENGTHS, Links, SCALE, latents_key, way_to_import,
+};
 use crate::error::{Error, Result};
 use crate::files::durable::replace_file;
-use crate::files::safetensors::SafeTensors;
+use crate::files::safetensors::{Content, SafeTensors};
 use crate::files::sha256;
 
 /// File of the empty prompt, and of captions, if a folder has them.
@@ -25,6 +27,7 @@ const CAPTIONS: &str = "captions.jsonl";
 #[derive(Clone, Debug)]
 pub struct IndexRequest {
     pub folder: PathBuf,
+    pub links: Links,
     /// That of the folder if unset.
     pub name: Option<String>,
     pub source: Option<String>,
@@ -43,13 +46,13 @@ pub fn index(request: &IndexRequest) -> Result<Written> {
     if target.exists() {
         return Err(Error::data(target, "exists already; delete it to describe the folder anew"));
     }
-    let mut files = Vec::new();
-    find(folder, "safetensors", &mut files)?;
+    let files = walk(folder, &has_ending("safetensors"), request.links)?;
     let empty_prompt = folder.join(EMPTY_PROMPT);
     let samples = files.iter().filter(|path| **path != empty_prompt);
-    let found = samples.map(|path| File::open(path)).collect::<Result<Vec<_>>>()?;
+    let found = samples.map(|path| File::open(path, folder)).collect::<Result<Vec<_>>>()?;
     let Some(first) = found.first() else {
-        return Err(Error::data(folder, "holds no safetensors file of samples"));
+        let what = format!("holds no safetensors file of samples{}", imported(folder));
+        return Err(Error::data(folder, what));
     };
     if let Some(other) = found.iter().find(|file| file.data_type != first.data_type) {
         let what = format!(
@@ -81,7 +84,7 @@ pub fn index(request: &IndexRequest) -> Result<Written> {
     }
     let text = serde_json::to_string_pretty(&document).expect("texts and numbers are JSON");
     // What it cannot read is not described.
-    let dataset = Dataset::described_by(folder, &text)?;
+    let dataset = Dataset::described_by(folder, &text, request.links)?;
     if let Some(captions) = dataset.captions() {
         captions.check_count(dataset.num_samples())?;
     }
@@ -102,8 +105,8 @@ struct File {
 }
 
 impl File {
-    fn open(path: &Path) -> Result<Self> {
-        let file = SafeTensors::open(path)?;
+    fn open(path: &Path, folder: &Path) -> Result<Self> {
+        let file = SafeTensors::open_as(path, Content::Samples)?;
         let latents = [DataType::Image, DataType::Video].into_iter().find_map(|data_type| {
             Some((data_type, file.info(latents_key(data_type)).ok()?.shape.clone()))
         });
@@ -111,9 +114,9 @@ impl File {
             let names: Vec<&str> =
                 file.tensors().iter().map(|info| info.name.as_str()).take(20).collect();
             let what = format!(
-                "holds neither `image_latents` nor `video_latents`; it has {}. For the cache of \
-                 another trainer see fm-dist data import",
-                names.join(", ")
+                "holds neither `image_latents` nor `video_latents`; it has {}{}",
+                names.join(", "),
+                imported(folder)
             );
             return Err(Error::data(path, what));
         };
@@ -136,9 +139,15 @@ impl File {
     }
 }
 
+/// Returns the end of a message, which says how a cache of another trainer becomes a dataset.
+fn imported(folder: &Path) -> String {
+    way_to_import(folder).map(|way| format!("; {way}")).unwrap_or_default()
+}
+
 /// Returns the shapes of one sample: those of the tensors without their first `skipped` axes.
 fn layout(file: &SafeTensors, skipped: usize) -> Layout {
-    let of_samples = file.tensors().iter().filter(|info| !info.name.ends_with(LENGTHS));
+    let beside = |name: &str| name.ends_with(LENGTHS) || name.ends_with(SCALE);
+    let of_samples = file.tensors().iter().filter(|info| !beside(&info.name));
     let described = of_samples.map(|info| {
         let unequal = file.holds(&format!("{}{LENGTHS}", info.name));
         let shape = info.shape.get(skipped..).unwrap_or_default();
@@ -180,7 +189,11 @@ fn entries(folder: &Path, files: &[File]) -> Result<Vec<Value>> {
 /// Adds the files below `folder` with this ending, sorted; hidden ones and links to folders are
 /// left out.
 pub(super) fn find(folder: &Path, ending: &str, found: &mut Vec<PathBuf>) -> Result<()> {
-    find_if(folder, &|path| path.extension().is_some_and(|own| own == ending), found)
+    find_if(folder, &has_ending(ending), found)
+}
+
+fn has_ending(ending: &str) -> impl Fn(&Path) -> bool {
+    move |path| path.extension().is_some_and(|own| own == ending)
 }
 
 /// As [`find`], but all files for which `wanted` is true.
@@ -189,20 +202,49 @@ pub(super) fn find_if(
     wanted: &dyn Fn(&Path) -> bool,
     found: &mut Vec<PathBuf>,
 ) -> Result<()> {
-    let listed = fs::read_dir(folder).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
-    let mut entries = listed.map_err(Error::storage(folder, "list"))?;
-    entries.sort_by_key(fs::DirEntry::file_name);
-    for entry in entries {
-        let path = entry.path();
-        let is_folder = entry.file_type().map_err(Error::storage(&path, "inspect"))?.is_dir();
-        if entry.file_name().to_string_lossy().starts_with('.') {
-            continue;
-        }
-        if is_folder {
-            find_if(&path, wanted, found)?;
-        } else if wanted(&path) {
-            found.push(path);
-        }
-    }
+    found.extend(walk(folder, wanted, Links::Inside)?);
     Ok(())
+}
+
+/// Returns the files below `folder` for which `wanted` is true, sorted, without hidden ones. Links to
+/// files are taken, those to folders only if links are followed.
+fn walk(folder: &Path, wanted: &dyn Fn(&Path) -> bool, links: Links) -> Result<Vec<PathBuf>> {
+    let mut walk = Walk { wanted, links, visited: BTreeSet::new(), found: Vec::new() };
+    walk.enter(folder)?;
+    Ok(walk.found)
+}
+
+/// A walk through folders.
+struct Walk<'w> {
+    wanted: &'w dyn Fn(&Path) -> bool,
+    links: Links,
+    /// Real paths of folders, so that links in a circle end and no file is found twice.
+    visited: BTreeSet<PathBuf>,
+    found: Vec<PathBuf>,
+}
+
+impl Walk<'_> {
+    fn enter(&mut self, folder: &Path) -> Result<()> {
+        let real = folder.canonicalize().map_err(Error::storage(folder, "find"))?;
+        if !self.visited.insert(real) {
+            return Ok(());
+        }
+        let listed = fs::read_dir(folder).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
+        let mut entries = listed.map_err(Error::storage(folder, "list"))?;
+        entries.sort_by_key(fs::DirEntry::file_name);
+        for entry in entries {
+            let path = entry.path();
+            let kind = entry.file_type().map_err(Error::storage(&path, "inspect"))?;
+            let is_linked = self.links == Links::Followed && kind.is_symlink() && path.is_dir();
+            if entry.file_name().to_string_lossy().starts_with('.') {
+                continue;
+            }
+            if kind.is_dir() || is_linked {
+                self.enter(&path)?;
+            } else if (self.wanted)(&path) {
+                self.found.push(path);
+            }
+        }
+        Ok(())
+    }
 }

@@ -10,7 +10,7 @@ use super::write::{FurtherFile, WriteOptions, Written, write_dataset};
 use super::{Description, Sample, Samples};
 use crate::collective::Collective;
 use crate::data::order::permute;
-use crate::data::{Caption, Dataset};
+use crate::data::{Caption, Dataset, Links};
 use crate::error::Result;
 use crate::rng::{Key, Purpose};
 
@@ -18,6 +18,7 @@ use crate::rng::{Key, Purpose};
 #[derive(Clone, Debug)]
 pub struct PackRequest {
     pub folder: PathBuf,
+    pub links: Links,
     pub out: PathBuf,
     pub shard_bytes: u64,
     /// Seed of the shuffled order; the dataset's own order if unset.
@@ -28,13 +29,13 @@ pub struct PackRequest {
 /// Writes the samples of a dataset, its captions, conditions and empty prompt into a new folder.
 ///
 /// # Errors
-/// Errors of [`Dataset::open`] and [`write_dataset`]; [`Error::Data`](crate::error::Error::Data) if
+/// Errors of [`Dataset::open_with`] and [`write_dataset`]; [`Error::Data`](crate::error::Error::Data) if
 /// a sample is not finite.
 ///
 /// # Ordering
 /// Every rank calls it.
 pub fn pack(request: &PackRequest, collective: &dyn Collective) -> Result<Written> {
-    let dataset = Dataset::open(&request.folder)?;
+    let dataset = Dataset::open_with(&request.folder, request.links)?;
     let manifest = dataset.manifest().clone();
     let description = Description {
         name: manifest.name,
@@ -78,6 +79,8 @@ fn further(dataset: &Dataset) -> Vec<FurtherFile> {
 struct Stored {
     dataset: Dataset,
     list: Vec<Sample>,
+    /// Times that an epoch takes each.
+    repeats: Vec<u64>,
 }
 
 impl Stored {
@@ -98,13 +101,21 @@ impl Stored {
             origin: format!("{fingerprint} sample {id}"),
         };
         let list = (0..).zip(captions).map(sample).collect();
-        Ok(Stored { dataset, list })
+        let mut repeats = vec![1; dataset.num_samples() as usize];
+        for stock in dataset.stock().into_iter().flatten() {
+            repeats[stock.ids.start as usize..stock.ids.end as usize].fill(stock.repeats);
+        }
+        Ok(Stored { dataset, list, repeats })
     }
 }
 
 impl Samples for Stored {
     fn list(&self) -> &[Sample] {
         &self.list
+    }
+
+    fn repeats(&self, index: usize) -> u64 {
+        self.repeats[index]
     }
 
     fn read(&self, index: usize) -> Result<BTreeMap<String, Tensor>> {

@@ -23,6 +23,11 @@ pub trait Samples: Sync {
     /// Returns all samples, in the order in which they are written.
     fn list(&self) -> &[Sample];
 
+    /// Returns how often an epoch takes a sample.
+    fn repeats(&self, _index: usize) -> u64 {
+        1
+    }
+
     /// Reads the tensors of one sample, with the kinds and shapes of its description.
     ///
     /// # Errors

@@ -14,6 +14,8 @@ use crate::files::sha256;
 pub(super) struct Shard {
     pub path: String,
     pub group: String,
+    /// Times that an epoch takes each of its samples.
+    pub repeats: u64,
     /// Indices of its samples.
     pub samples: Vec<usize>,
 }
@@ -28,8 +30,14 @@ pub(super) struct Plan {
 
 impl Plan {
     /// Divides the samples, taken in this `order`, into files of at most `max_bytes` each; a larger
-    /// sample gets a file of its own.
-    pub fn new(samples: &[Sample], order: &[usize], data_type: DataType, max_bytes: u64) -> Self {
+    /// sample gets a file of its own. The samples of a file have the same `repeats`.
+    pub fn new(
+        samples: &[Sample],
+        order: &[usize],
+        data_type: DataType,
+        max_bytes: u64,
+        repeats: impl Fn(usize) -> u64,
+    ) -> Self {
         let unequal = unequal_texts(|| samples.iter().map(|sample| &sample.layout));
         let mut groups: Vec<(Layout, Vec<usize>)> = Vec::new();
         let mut by_layout: BTreeMap<String, usize> = BTreeMap::new();
@@ -45,10 +53,18 @@ impl Plan {
         let mut shards = Vec::new();
         for (layout, members) in groups {
             let name = free_name(&mut names, &sizes(&layout, data_type));
-            let cut = cut(&members, max_bytes, |index| bytes_of(&samples[index].layout));
-            shards.extend((0..).zip(cut).map(|(number, samples)| Shard {
+            let mut by_repeats: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
+            for index in members {
+                by_repeats.entry(repeats(index)).or_default().push(index);
+            }
+            let cut = by_repeats.into_iter().flat_map(|(repeats, members)| {
+                let cut = cut(&members, max_bytes, |index| bytes_of(&samples[index].layout));
+                cut.into_iter().map(move |samples| (repeats, samples))
+            });
+            shards.extend((0..).zip(cut).map(|(number, (repeats, samples))| Shard {
                 path: format!("{name}-{number:05}.safetensors"),
                 group: name.clone(),
+                repeats,
                 samples,
             }));
         }
@@ -114,7 +130,8 @@ pub(super) fn free_name(taken: &mut BTreeSet<String>, name: &str) -> String {
     free
 }
 
-fn bytes_of(layout: &Layout) -> u64 {
+/// Returns the bytes of one sample.
+pub(super) fn bytes_of(layout: &Layout) -> u64 {
     let bytes = |tensor: &SampleTensor| {
         tensor.shape.iter().product::<i64>() as u64 * tensor.kind.elt_size_in_bytes() as u64
     };
@@ -165,7 +182,7 @@ mod tests {
 
     fn plan(samples: &[Sample], max_bytes: u64) -> Plan {
         let order: Vec<usize> = (0..samples.len()).collect();
-        Plan::new(samples, &order, DataType::Image, max_bytes)
+        Plan::new(samples, &order, DataType::Image, max_bytes, |_| 1)
     }
 
     #[test]
@@ -184,6 +201,19 @@ mod tests {
         ];
         assert_eq!(paths, expected.map(|(path, count)| (path.into(), count)));
         assert_eq!(plan(&samples, 1).shards.len(), 5, "a giant stands alone");
+    }
+
+    #[test]
+    fn samples_that_are_repeated_unlike_share_a_group_and_no_file() {
+        let samples = vec![sample(2, 4, false); 5];
+        let repeats = |index: usize| if index == 1 || index == 4 { 3 } else { 1 };
+        let plan = Plan::new(&samples, &[0, 1, 2, 3, 4], DataType::Image, 1 << 20, repeats);
+        let found: Vec<(&str, u64, &[usize])> = plan
+            .shards
+            .iter()
+            .map(|shard| (shard.group.as_str(), shard.repeats, shard.samples.as_slice()))
+            .collect();
+        assert_eq!(found, [("2x2", 1, &[0, 2, 3][..]), ("2x2", 3, &[1, 4])]);
     }
 
     #[test]

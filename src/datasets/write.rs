@@ -97,7 +97,8 @@ pub fn write_dataset(
         return Err(Error::config("data", "there are no samples to write"));
     }
     let order = options.order.clone().unwrap_or_else(|| (0..list.len()).collect());
-    let plan = Plan::new(list, &order, description.data_type, options.shard_bytes);
+    let repeats = |index| samples.repeats(index);
+    let plan = Plan::new(list, &order, description.data_type, options.shard_bytes, repeats);
     let folder = Folder::open(&options.out, &plan.fingerprint(list), collective)?;
     let finished = folder.write_shards(samples, &plan, options.jobs, collective)?;
     on_rank_zero(collective, || {
@@ -108,10 +109,11 @@ pub fn write_dataset(
             "source": description.source,
             "licence": description.licence,
             "data_type": description.data_type,
-            "files": plan.shards.iter().map(|shard| json!({
-                "path": shard.path, "samples": shard.samples.len(), "group": shard.group,
-                "sha256": finished[&shard.path],
-            })).collect::<Vec<_>>(),
+            "files": plan
+                .shards
+                .iter()
+                .map(|shard| entry_of(shard, &finished[&shard.path]))
+                .collect::<Vec<_>>(),
             "captions": folder.write_captions(samples, &plan)?,
         });
         for further in &options.further {
@@ -122,6 +124,17 @@ pub fn write_dataset(
     let groups: std::collections::BTreeSet<&str> =
         plan.shards.iter().map(|shard| shard.group.as_str()).collect();
     Ok(Written { samples: order.len(), files: plan.shards.len(), groups: groups.len() })
+}
+
+/// Returns a file's entry in `dataset.json`.
+fn entry_of(shard: &Shard, sha256: &str) -> serde_json::Value {
+    let Shard { path, group, repeats, samples } = shard;
+    let mut entry =
+        json!({"path": path, "samples": samples.len(), "group": group, "sha256": sha256});
+    if *repeats > 1 {
+        entry["repeats"] = (*repeats).into();
+    }
+    entry
 }
 
 /// Hashes of finished files by path.
@@ -396,8 +409,8 @@ fn write_file(
     Ok(writer.finish().finish().1)
 }
 
-/// A bar for the samples of this rank; `shown` on one rank only.
-fn progress(samples: u64, shown: bool) -> ProgressBar {
+/// Returns a bar that counts samples, hidden unless `shown`, which is true on one rank only.
+pub(super) fn progress(samples: u64, shown: bool) -> ProgressBar {
     let style = ProgressStyle::with_template("{bar:28.blue} {pos}/{len} samples, {eta} left");
     // Hidden where standard error is no terminal.
     let bar = if shown { ProgressBar::new(samples) } else { ProgressBar::hidden() };

@@ -123,7 +123,7 @@ fn advice(phase: Phase) -> &'static str {
     match phase {
         Phase::Read | Phase::Data => {
             "batches are read ahead in host memory: lower data.prefetch, or \
-             data.micro_batch_size_per_gpu"
+             data.micro_batch_size_per_gpu or data.micro_batch_tokens_per_gpu"
         }
         Phase::Report => {
             "samples go through the model together, up to 100 of them: lower \

@@ -12,6 +12,8 @@ const QUOTED_CHARS: usize = 40;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     SafeTensors,
+    /// A safetensors file of a dataset or of a cache.
+    Samples,
     /// What `torch.save` writes; read by importers only.
     Archive,
     Json,
@@ -21,7 +23,7 @@ pub enum Format {
 impl Format {
     fn name(self) -> &'static str {
         match self {
-            Format::SafeTensors => "a safetensors file",
+            Format::SafeTensors | Format::Samples => "a safetensors file",
             Format::Archive => "an archive of torch.save",
             Format::Json => "JSON",
             Format::Toml => "TOML",
@@ -39,6 +41,10 @@ pub const CONVERT: &str = "python3 -c 'import re,sys,torch,safetensors.torch; \
     else {k:t for a,b in (x.items() if isinstance(x,dict) else enumerate(x) if isinstance(x,(list,tuple)) else ()) \
     for k,t in f(f\"{n}.{a}\",b).items()}; \
     safetensors.torch.save_file(f(\"\",torch.load(sys.argv[1],\"cpu\",weights_only=True)),sys.argv[2])' IN.pt OUT.safetensors";
+
+/// Says how pickles become a dataset.
+pub const IMPORT: &str = "if it is of a trainer's cache, `fm-dist data import --from nemo SRC --out DIR` \
+    makes a dataset of it (also --from musubi, diffusion-pipe, simpletuner, ai-toolkit)";
 
 /// Offset and bytes of a mark, and a description of files that have it.
 const MAGIC: &[(usize, &[u8], &str)] = &[
@@ -73,8 +79,7 @@ const MAGIC: &[(usize, &[u8], &str)] = &[
 ///
 /// `head`: the first [`HEAD_BYTES`], or all of a shorter file.
 pub fn recognized(head: &[u8], expected: Format) -> Option<String> {
-    pickled(head)
-        .filter(|_| expected != Format::Archive)
+    pickled(head, expected)
         .or_else(|| by_magic(head, expected))
         .or_else(|| encoded(head))
         .or_else(|| text(head, expected))
@@ -94,12 +99,14 @@ fn by_magic(head: &[u8], expected: Format) -> Option<String> {
     let found = found.map(|(.., what)| format!("{what}; expected {}", expected.name()));
     let is_safetensors = head.len() > 9 && head[4..8] == [0; 4] && head[8..10] == *b"{\"";
     let safetensors = || format!("is a safetensors file; expected {}", expected.name());
-    found.or_else(|| (is_safetensors && expected != Format::SafeTensors).then(safetensors))
+    let is_expected = matches!(expected, Format::SafeTensors | Format::Samples);
+    found.or_else(|| (is_safetensors && !is_expected).then(safetensors))
 }
 
-/// Recognizes zip archives, which `torch.save` writes, and bare pickles.
-fn pickled(head: &[u8]) -> Option<String> {
+/// Recognizes zip archives, which `torch.save` writes, and bare pickles, unless they are expected.
+fn pickled(head: &[u8], expected: Format) -> Option<String> {
     let what = match head {
+        _ if expected == Format::Archive => return None,
         [b'P', b'K', 3, 4, ..] if named_first(head).ends_with(b".npy") => {
             return Some(
                 "is a NumPy archive (.npz); convert it once by safetensors.numpy.save_file".into(),
@@ -117,9 +124,14 @@ fn pickled(head: &[u8]) -> Option<String> {
         }
         _ => return None,
     };
-    Some(format!(
-        "{what}, which can run code when it is opened and is never read; convert it once: {CONVERT}"
-    ))
+    Some(format!("{what}, {}", never_read(expected == Format::Samples)))
+}
+
+/// Says that a pickle is not read, and what to do with it. `of_data`: it stands where samples are
+/// expected.
+pub(super) fn never_read(of_data: bool) -> String {
+    let instead = if of_data { IMPORT.to_string() } else { format!("convert it once: {CONVERT}") };
+    format!("which can run code when it is opened and is never read; {instead}")
 }
 
 /// Returns the name of a zip archive's first entry, as far as `head` contains it.
@@ -177,10 +189,12 @@ fn text(head: &[u8], expected: Format) -> Option<String> {
     let is_text = !whole.trim().is_empty() && !whole.contains(strange);
     let quoted = whole.trim().chars().take(QUOTED_CHARS).collect::<String>();
     match expected {
-        Format::SafeTensors | Format::Archive if is_text && begin.starts_with('{') => {
+        Format::SafeTensors | Format::Samples | Format::Archive
+            if is_text && begin.starts_with('{') =>
+        {
             Some(format!("is JSON, not {}; {again}", expected.name()))
         }
-        Format::SafeTensors | Format::Archive if is_text && head.len() >= 8 => {
+        Format::SafeTensors | Format::Samples | Format::Archive if is_text && head.len() >= 8 => {
             Some(format!("is a text that begins {quoted:?}, not {}; {again}", expected.name()))
         }
         Format::Json if head.is_empty() => Some("is empty; expected JSON".into()),
@@ -262,9 +276,19 @@ mod tests {
     }
 
     #[test]
+    fn a_pickle_is_to_be_converted_or_imported_where_samples_are_expected() {
+        let pickle = zip("archive/data.pkl");
+        let described = |expected| recognized(&pickle, expected).unwrap_or_default();
+        assert!(described(Format::SafeTensors).ends_with(CONVERT));
+        assert!(described(Format::Samples).ends_with(&format!("is never read; {IMPORT}")));
+        assert_eq!(described(Format::Archive), "");
+    }
+
+    #[test]
     fn a_format_is_not_taken_for_another_where_it_is_expected() {
         let safetensors = b"\x40\0\0\0\0\0\0\0{\"a\":{\"dtype\":\"F32\"";
         assert_eq!(recognized(safetensors, Format::SafeTensors), None);
+        assert_eq!(recognized(safetensors, Format::Samples), None);
         assert!(
             recognized(safetensors, Format::Json)
                 .is_some_and(|what| what == "is a safetensors file; expected JSON")

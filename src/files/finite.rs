@@ -4,13 +4,14 @@ use half::{bf16, f16};
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
 
+use super::float8;
 use super::safetensors::{SafeTensors, TensorInfo, row_bytes};
 use crate::error::{Error, Result};
 use crate::tensor::bytes;
 
 /// Smallest magnitude that bfloat16 rounds to infinity, half a step above bfloat16's largest
 /// number; float32 does so a little later.
-const TOO_LARGE: f32 = f32::from_bits(0x7f7f_8000);
+pub(crate) const TOO_LARGE: f32 = f32::from_bits(0x7f7f_8000);
 
 /// Numbers of a tensor that no computation can use.
 #[derive(Debug, PartialEq)]
@@ -110,6 +111,10 @@ fn not_finite(kind: Kind, bytes: &[u8]) -> Option<Unusable> {
         Kind::BFloat16 => scan(bytes, |b| bf16::from_le_bytes(b).to_f64()),
         Kind::Float => scan(bytes, |b| f64::from(f32::from_le_bytes(b))),
         Kind::Double => scan(bytes, f64::from_le_bytes),
+        Kind::Float8e4m3fn | Kind::Float8e5m2 => {
+            let numbers = float8::numbers(kind);
+            scan(bytes, |[byte]: [u8; 1]| f64::from(numbers[usize::from(byte)]))
+        }
         _ => None,
     }
 }
@@ -141,6 +146,11 @@ pub(crate) fn is_sound(kind: Kind, bytes: &[u8]) -> bool {
             let magnitude = |b: &[u8; 8]| u64::from_le_bytes(*b) & (u64::MAX >> 1);
             bytes.as_chunks::<8>().0.iter().fold(0, |largest: u64, b| largest.max(magnitude(b)))
                 < f64::from(TOO_LARGE).to_bits()
+        }
+        // The largest magnitudes are NaN, and infinity where the kind has it.
+        Kind::Float8e4m3fn | Kind::Float8e5m2 => {
+            let infinity = if kind == Kind::Float8e5m2 { 0x7c } else { 0x7f };
+            bytes.iter().fold(0, |largest: u8, byte| largest.max(byte & 0x7f)) < infinity
         }
         _ => false,
     }
@@ -179,6 +189,20 @@ mod tests {
             None,
             "all ones in an integer"
         );
+    }
+
+    #[test]
+    fn floats_of_8_bits_are_told_by_their_bytes() {
+        for (kind, bad) in [
+            (Kind::Float8e4m3fn, &[0x7f, 0xff][..]),
+            (Kind::Float8e5m2, &[0x7c, 0x7d, 0x7e, 0x7f, 0xfc, 0xfd, 0xfe, 0xff]),
+        ] {
+            for byte in 0..=u8::MAX {
+                assert_eq!(is_sound(kind, &[byte]), !bad.contains(&byte), "{kind:?} {byte:#x}");
+                let found = not_finite(kind, &[0, byte]).map(|found| found.first);
+                assert_eq!(found, bad.contains(&byte).then_some(1), "{kind:?} {byte:#x}");
+            }
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! | reading what `torch.save` wrote, without running it | `pickle/` |
 //! | recognizing files of an unexpected format | `contents.rs` |
 //! | checking that all numbers are finite | `finite.rs` |
+//! | the numbers that floats of 8 bits stand for | `float8.rs` |
 //! | the number of files that may stay open | `descriptors.rs` |
 //! | hashes | `sha256.rs` |
 //! | results kept between runs | `cache.rs` |
@@ -19,6 +20,7 @@ pub(crate) mod descriptors;
 pub(crate) mod disk;
 pub mod durable;
 pub(crate) mod finite;
+pub(crate) mod float8;
 pub mod outputs;
 pub mod pickle;
 pub mod safetensors;

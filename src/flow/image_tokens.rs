@@ -3,9 +3,11 @@
 use std::fmt;
 use std::sync::Arc;
 
+type Count = dyn Fn(&[i64]) -> i64 + Send + Sync;
+
 /// Counts a sample's image tokens.
 #[derive(Clone)]
-pub struct ImageTokens(Arc<dyn Fn(&[i64]) -> i64 + Send + Sync>);
+pub struct ImageTokens(Arc<Count>);
 
 impl ImageTokens {
     /// `count` maps the shape of a sample's latents, `[C, (F,) H, W]`, to its number of tokens.

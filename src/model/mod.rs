@@ -62,6 +62,11 @@ pub trait Architecture {
         false
     }
 
+    /// True if the model takes videos `[C, F, H, W]`, and images as videos of one frame.
+    fn takes_frames(&self) -> bool {
+        false
+    }
+
     /// Returns the number of features of a token inside the model.
     fn width(&self) -> i64;
 
@@ -77,6 +82,12 @@ pub trait Architecture {
     /// Returns patterns of the modules that a LoRA on the attention changes: the projections of the
     /// blocks' attentions.
     fn attention_modules(&self) -> &'static [&'static str];
+
+    /// Returns the number of text tokens without which the model does not work; `None` if it takes
+    /// any number.
+    fn required_text_tokens(&self) -> Option<i64> {
+        None
+    }
 
     /// Refuses data that the model cannot take, before they cause a shape error deep inside it.
     ///

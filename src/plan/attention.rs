@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use tch::{Kind, Tensor};
 
+use crate::assembly::attention::tokens_of_group;
 use crate::config::RunConfig;
 use crate::data::group::Group;
 use crate::data::{Dataset, EMPTY};
@@ -24,20 +25,36 @@ const MOST_BYTES: usize = 256 << 20;
 ///
 /// # Errors
 /// Those of reading the data.
-pub fn attention(config: &RunConfig, dataset: Option<&Dataset>) -> Result<String> {
+pub fn attention(
+    config: &RunConfig,
+    dataset: Option<&Dataset>,
+    world_size: usize,
+) -> Result<String> {
     let adapter = config.flow_matching.adapter.build();
-    let (masks, samples) = (masks(&*adapter), config.data.micro_batch_size_per_gpu);
+    let masks = masks(&*adapter);
     if masks.is_empty() {
         return Ok(format!("{WITHOUT}: the {} adapter masks no text", adapter.name()));
     }
-    if samples == 1 {
-        return Ok(format!("{WITHOUT}: a micro-batch of one sample has the tokens that it sees"));
-    }
+    let one_sample =
+        || Ok(format!("{WITHOUT}: a micro-batch of one sample has the tokens that it sees"));
     let Some(dataset) = dataset else {
+        if !config.data.counts_tokens() && config.data.micro_batch_size() == 1 {
+            return one_sample();
+        }
         let masks = masks.join("` and `");
-        return Ok(with_mask(samples, &format!("the data's `{masks}` will tell")));
+        return Ok(with_mask(config, &format!("the data's `{masks}` will tell")));
     };
-    let look = Look { config, adapter: &*adapter, dataset };
+    let mut groups = Vec::new();
+    for group in dataset.groups() {
+        let tokens = tokens_of_group(config, dataset, group);
+        if config.micro_batches(tokens, world_size)?.samples > 1 {
+            groups.push(group);
+        }
+    }
+    if groups.is_empty() {
+        return one_sample();
+    }
+    let look = Look { config, adapter: &*adapter, dataset, groups };
     let differences = look.differences()?;
     if differences.is_empty() {
         let looked_at = look.looked_at();
@@ -46,15 +63,22 @@ pub fn attention(config: &RunConfig, dataset: Option<&Dataset>) -> Result<String
         ));
     }
     let differences: Vec<String> = differences.into_iter().collect();
-    Ok(with_mask(samples, &differences.join(", ")))
+    Ok(with_mask(config, &differences.join(", ")))
 }
 
 const WITHOUT: &str = "without a mask, so that it can be flash attention";
 
-fn with_mask(samples: usize, why: &str) -> String {
+fn with_mask(config: &RunConfig, why: &str) -> String {
+    let (samples, one) = match config.data.counts_tokens() {
+        true => ("samples".into(), "data.micro_batch_tokens_per_gpu = 1"),
+        false => (
+            format!("{} samples", config.data.micro_batch_size()),
+            "data.micro_batch_size_per_gpu = 1",
+        ),
+    };
     format!(
-        "with a mask, so not flash attention, in micro-batches whose {samples} samples see different tokens \
-         ({why}); with data.micro_batch_size_per_gpu = 1 there is none"
+        "with a mask, so not flash attention, in micro-batches whose {samples} see different tokens \
+         ({why}); with {one} there is none"
     )
 }
 
@@ -69,12 +93,14 @@ struct Look<'l> {
     config: &'l RunConfig,
     adapter: &'l dyn ModelAdapter,
     dataset: &'l Dataset,
+    /// Groups whose micro-batches have several samples.
+    groups: Vec<&'l Group>,
 }
 
 impl Look<'_> {
     /// Returns the number of samples of a group of which the key is read.
     fn most(&self, group: &Group, key: &str) -> usize {
-        let groups = self.dataset.groups().len();
+        let groups = self.groups.len();
         let elements: i64 = self.dataset.sample_shapes(group)[key].iter().product();
         // The masks of texts of unequal length are made, not stored.
         let kind = group.layout.get(key).map_or(Kind::Int64, |tensor| tensor.kind);
@@ -85,14 +111,14 @@ impl Look<'_> {
 
     /// Returns the keys that were read, each with the number of samples.
     fn looked_at(&self) -> String {
-        let all = self.dataset.num_samples();
+        let all: usize = self.groups.iter().map(|group| group.sample_ids.len()).sum();
         let of_key = |key: &str| {
-            let groups = self.dataset.groups().iter();
+            let groups = self.groups.iter();
             let groups = groups.filter(|group| self.dataset.sample_shapes(group).contains_key(key));
             let read: usize = groups.map(|group| self.most(group, key)).sum();
             format!("`{key}` of {read}")
         };
-        let images = self.dataset.groups().iter().find_map(|group| self.image_tokens(group));
+        let images = self.groups.iter().find_map(|group| self.image_tokens(group));
         let keys: Vec<String> = masks(self.adapter).into_iter().chain(images).map(of_key).collect();
         format!("{} of {all} samples", keys.join(" and "))
     }
@@ -100,7 +126,7 @@ impl Look<'_> {
     /// Returns the reasons for which two samples of a micro-batch may see different tokens.
     fn differences(&self) -> Result<BTreeSet<String>> {
         let mut found = BTreeSet::new();
-        for group in self.dataset.groups() {
+        for group in &self.groups {
             pulse::still_at_work();
             for key in masks(self.adapter) {
                 found.extend(self.texts(group, key)?);
@@ -146,8 +172,8 @@ impl Look<'_> {
     /// Returns the key of image tokens that a sample of the group may see.
     fn image_tokens(&self, group: &Group) -> Option<&'static str> {
         let key = self.adapter.image_tokens().filter(|key| group.layout.contains_key(*key))?;
-        let latents = self.dataset.latent_shape(&group.name)?;
-        let is_clip = matches!(latents, [_, frames, _, _] if *frames > 1);
+        let latents = self.dataset.latent_shape(group);
+        let is_clip = matches!(latents[..], [_, frames, _, _] if frames > 1);
         (is_clip && self.config.flow_matching.flow.i2v_prob > 0.0).then_some(key)
     }
 

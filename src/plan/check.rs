@@ -5,10 +5,10 @@ use std::fmt::Write;
 
 use bytesize::ByteSize;
 
-use crate::assembly::attention::{text_tokens, tokens_of_sample};
-use crate::assembly::dataset;
-use crate::config::RunConfig;
-use crate::data::{Dataset, Order};
+use crate::assembly::attention::{tokens_of_group, tokens_of_sample};
+use crate::assembly::{dataset, order};
+use crate::config::{MicroBatches, RunConfig};
+use crate::data::{Dataset, Group};
 use crate::error::{Error, Result};
 use crate::model::SampleShapes;
 use crate::nn::{Stage, Tokens};
@@ -16,7 +16,7 @@ use crate::optim::lr;
 use crate::parallel::{DeviceChoice, Offload, ParallelSettings, Recompute, Sharding};
 use crate::plan::RankMemory;
 use crate::plan::attention::attention;
-use crate::plan::data::{check_data, rehearse_data};
+use crate::plan::data::{check_data, rehearse_data, shares, trained_groups};
 use crate::plan::scaling::{ScalingRequest, scaling};
 use crate::run::checkpoint::copied_bytes;
 use crate::run::runs::OutputDir;
@@ -27,12 +27,16 @@ use crate::settings::{Choice, Family};
 #[derive(Clone, Debug)]
 pub struct CheckRequest {
     pub world_size: usize,
-    /// `[C, (F,) H, W]` to plan for without data; the dataset's first resolution group if unset.
+    /// `[C, (F,) H, W]` to plan for without data; if unset, the resolution group of the data that
+    /// takes most memory.
     pub latents: Option<Vec<i64>>,
     /// Number of prompt tokens to assume without data.
     pub text_tokens: i64,
     pub scaling: Option<ScalingRequest>,
 }
+
+/// Most resolution groups whose micro-batches are listed.
+const MOST_GROUPS: usize = 12;
 
 /// World sizes whose memory is listed besides the planned one.
 const WORLD_SIZES: [u64; 3] = [1, 8, 64];
@@ -64,24 +68,10 @@ pub fn check(config: &RunConfig, request: &CheckRequest) -> Result<String> {
 }
 
 /// The latents of one sample, and the tokens that they and a prompt become.
-pub(super) struct StepShape {
+struct StepShape {
     /// `[C, (F,) H, W]`.
     latents: Vec<i64>,
-    pub tokens: Tokens,
-}
-
-/// Returns the shape of a sample of the dataset's first resolution group.
-///
-/// # Errors
-/// [`Error::Data`] for a group without latents.
-pub(super) fn step_shape(config: &RunConfig, dataset: &Dataset) -> Result<StepShape> {
-    let first = &dataset.groups()[0];
-    let latents = dataset
-        .latent_shape(&first.name)
-        .ok_or_else(|| Error::data(dataset.path(), "has a group without latents"))?
-        .to_vec();
-    let tokens = tokens_of_sample(config, &latents, text_tokens(dataset, first));
-    Ok(StepShape { latents, tokens })
+    tokens: Tokens,
 }
 
 struct Plan(String);
@@ -125,17 +115,11 @@ impl Plan {
     ) -> Result<RankMemory> {
         config.model.family.check_data(&SampleShapes { latents, of: Default::default() })?;
         let memory = RankMemory::new(config, stages, *tokens, world_size)?;
-        let (samples, dtype) = (config.data.micro_batch_size_per_gpu, config.model.dtype);
-        let shape: Vec<String> = latents.iter().map(i64::to_string).collect();
-        let (shape, word) = (shape.join(" x "), dtype.word());
-        self.line(
-            "micro-batch",
-            &format!(
-                "{samples} samples of {shape}: {} image tokens, {} text tokens",
-                tokens.image, tokens.text
-            ),
-        );
-        self.line("attention", &attention(config, dataset)?);
+        let (samples, dtype) =
+            (config.micro_batches(*tokens, world_size)?.samples, config.model.dtype);
+        let word = dtype.word();
+        self.line("micro-batch", &format!("{samples} samples of {}", shape_text(latents, *tokens)));
+        self.line("attention", &attention(config, dataset, world_size)?);
         let bytes = |recompute| shown(memory.activations.on_device(recompute, Offload::None));
         let (kept, again) = (bytes(Recompute::Never), bytes(Recompute::Always));
         self.line(
@@ -151,22 +135,28 @@ impl Plan {
         stages: &[Box<dyn Stage>],
         world_size: usize,
     ) -> Result<(RankMemory, Tokens)> {
-        let micro_batches = config.micro_batches(world_size)?;
-        let samples = config.data.micro_batch_size_per_gpu;
-        let global_batch = micro_batches * samples * world_size;
+        config.global_batch(world_size)?;
         let dataset = dataset(config).map_err(|error| or_without_data(error, config))?;
         let notes = check_data(config, &dataset)?;
         rehearse_data(config, &dataset)?;
         check_conditions(config, &dataset)?;
-        let order = Order::new(dataset.groups(), global_batch, config.seed)?;
-        let shape = step_shape(config, &dataset)?;
+        let order = order(config, &dataset, world_size)?;
+        let groups = trained_groups(&dataset, &order);
+        let tokens: Vec<Tokens> =
+            groups.iter().map(|group| tokens_of_group(config, &dataset, group)).collect();
+        let (largest, _) = RankMemory::largest(config, stages, &tokens, world_size)?;
+        let latents = dataset.latent_shape(groups[largest]);
+        let shape = StepShape { latents, tokens: tokens[largest] };
         let memory = self.add_shape(config, stages, world_size, &shape, Some(&dataset))?;
-        let (name, groups) = (&dataset.manifest().name, dataset.groups().len());
+        let (name, count) = (dataset.name(), dataset.groups().len());
         self.line(
             "data",
-            &format!("{name}: {} samples; resolution groups: {groups}", dataset.num_samples()),
+            &format!("{name}: {} samples; resolution groups: {count}", dataset.num_samples()),
         );
-        self.line("global batch", &format!("{global_batch} = {samples} samples x {world_size} ranks x {micro_batches} micro-batches"));
+        for (name, value) in shares(&dataset, &order) {
+            self.line(&format!("  {name}"), &value);
+        }
+        self.add_batches(config, &dataset, &groups, &tokens, world_size)?;
         let steps = order.batches_per_epoch();
         self.line(
             "epoch",
@@ -181,10 +171,47 @@ impl Plan {
             ),
         );
         notes.iter().for_each(|note| self.line("note", &note.to_string()));
+        order.small_groups().iter().for_each(|what| self.line("note", what));
         if let Some(what) = lr::warning(&config.lr_scheduler, config.max_steps) {
             self.line("warning", &what);
         }
         Ok((memory, shape.tokens))
+    }
+
+    /// Adds lines about the samples of a step, and how they are cut into micro-batches; `tokens`: of
+    /// the samples of each group.
+    fn add_batches(
+        &mut self,
+        config: &RunConfig,
+        dataset: &Dataset,
+        groups: &[&Group],
+        tokens: &[Tokens],
+        world_size: usize,
+    ) -> Result<()> {
+        let global_batch = config.global_batch(world_size)?;
+        if !config.data.counts_tokens() {
+            let MicroBatches { count, samples } = config.micro_batches(tokens[0], world_size)?;
+            let text = format!(
+                "{global_batch} = {samples} samples x {world_size} ranks x {count} micro-batches"
+            );
+            self.line("global batch", &text);
+            return Ok(());
+        }
+        let most = config.data.micro_batch_tokens_per_gpu;
+        let text = format!(
+            "{global_batch} samples over {world_size} ranks, micro-batches of up to {most} tokens:"
+        );
+        self.line("global batch", &text);
+        for (group, tokens) in groups.iter().zip(tokens).take(MOST_GROUPS) {
+            let MicroBatches { count, samples } = config.micro_batches(*tokens, world_size)?;
+            let shape = shape_text(&dataset.latent_shape(group), *tokens);
+            let text = format!("{count} micro-batches of {samples} samples of {shape}");
+            self.line(&format!("  {}", group.name), &text);
+        }
+        if let Some(more @ 1..) = tokens.len().checked_sub(MOST_GROUPS) {
+            self.line("", &format!("and {more} more resolution groups"));
+        }
+        Ok(())
     }
 
     /// Adds lines about memory at the peak of a step and about collectives, by sharding.
@@ -243,14 +270,22 @@ impl Plan {
     }
 }
 
+/// `16 x 64 x 64: 1024 image tokens, 512 text tokens`.
+fn shape_text(latents: &[i64], tokens: Tokens) -> String {
+    let shape: Vec<String> = latents.iter().map(i64::to_string).collect();
+    let (shape, Tokens { image, text }) = (shape.join(" x "), tokens);
+    format!("{shape}: {image} image tokens, {text} text tokens")
+}
+
 /// Adds to the error how to plan without the data.
 fn or_without_data(error: Error, config: &RunConfig) -> Error {
     match error {
-        Error::Data { path, what } if what == "does not exist" => {
-            let set = format!(
-                "set data.path (now {:?}), or plan with --latents C,H,W (videos: C,F,H,W)",
-                config.data.path
-            );
+        Error::Data { path, what } if what.starts_with("does not exist") => {
+            let key = match config.data.datasets.len() {
+                0 => format!("data.path (now {:?})", config.data.path),
+                _ => "its path in data.datasets".into(),
+            };
+            let set = format!("set {key}, or plan with --latents C,H,W (videos: C,F,H,W)");
             Error::Data { path, what: format!("{what}; {set}") }
         }
         other => other,

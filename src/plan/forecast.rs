@@ -1,7 +1,9 @@
 //! The memory that a run is predicted to take, and the changes of its configuration that take less,
 //! in the order in which to try them. The message when memory runs out quotes them.
 
-use crate::config::RunConfig;
+use crate::assembly::attention::tokens_of_group;
+use crate::assembly::order;
+use crate::config::{MicroBatches, RunConfig};
 use crate::data::Dataset;
 use crate::error::{Place, Result};
 use crate::failure::{MemoryChange, MemoryForecast};
@@ -9,7 +11,7 @@ use crate::nn::Stage;
 use crate::nn::Tokens;
 use crate::parallel::{DeviceChoice, Offload, Recompute, Sharding};
 use crate::plan::RankMemory;
-use crate::plan::check::step_shape;
+use crate::plan::data::trained_groups;
 use crate::run::checkpoint::copied_bytes;
 use crate::settings::Choice;
 
@@ -30,20 +32,23 @@ pub fn memory_forecast(
     world_size: usize,
 ) -> Result<MemoryForecast> {
     let stages = config.stages()?;
-    let tokens = step_shape(config, dataset)?.tokens;
-    forecast(config, &stages, tokens, world_size)
+    let groups = trained_groups(dataset, &order(config, dataset, world_size)?);
+    let samples: Vec<Tokens> =
+        groups.into_iter().map(|group| tokens_of_group(config, dataset, group)).collect();
+    forecast(config, &stages, &samples, world_size)
 }
 
+/// `samples`: the tokens of each resolution group's.
 fn forecast(
     config: &RunConfig,
     stages: &[Box<dyn Stage>],
-    tokens: Tokens,
+    samples: &[Tokens],
     world_size: usize,
 ) -> Result<MemoryForecast> {
-    let memory = RankMemory::new(config, stages, tokens, world_size)?;
+    let (largest, memory) = RankMemory::largest(config, stages, samples, world_size)?;
     let change = |Changed { settings, config }: Changed| {
         // A change that no run can honour is none.
-        let memory = RankMemory::new(&config, stages, tokens, world_size).ok()?;
+        let (_, memory) = RankMemory::largest(&config, stages, samples, world_size).ok()?;
         let bytes = memory.on_device(&config.parallel, world_size as u64);
         config.parallel.problems().is_empty().then_some(MemoryChange { settings, bytes })
     };
@@ -53,17 +58,21 @@ fn forecast(
             DeviceChoice::Cuda => Place::Gpu,
         },
         step: memory.on_device(&config.parallel, world_size as u64),
-        changes: changes(config, world_size).into_iter().filter_map(change).collect(),
+        changes: changes(config, samples[largest], world_size)
+            .into_iter()
+            .filter_map(change)
+            .collect(),
         copy: copied_bytes(&memory.layout.stages, memory.layout.optimizer_tensors, world_size),
         offloaded: memory.on_host(&config.parallel, world_size as u64),
     })
 }
 
-/// Returns the changes, those that cost least speed first.
-fn changes(config: &RunConfig, world_size: usize) -> Vec<Changed> {
+/// Returns the changes, those that cost least speed first; `largest`: the tokens of the samples that
+/// take most memory.
+fn changes(config: &RunConfig, largest: Tokens, world_size: usize) -> Vec<Changed> {
     let mut changes = Vec::new();
     changes.extend(with_recomputation(config));
-    changes.extend(with_smaller_micro_batch(config, world_size));
+    changes.extend(with_smaller_micro_batch(config, largest, world_size));
     if world_size > 1 {
         changes.extend(with_more_sharding(config));
     }
@@ -82,12 +91,22 @@ fn with_recomputation(config: &RunConfig) -> Option<Changed> {
 }
 
 /// Divides the micro-batch by its smallest factor, and takes as many more of them.
-fn with_smaller_micro_batch(config: &RunConfig, world_size: usize) -> Option<Changed> {
-    let samples = config.data.micro_batch_size_per_gpu;
+fn with_smaller_micro_batch(
+    config: &RunConfig,
+    largest: Tokens,
+    world_size: usize,
+) -> Option<Changed> {
+    let MicroBatches { count, samples } = config.micro_batches(largest, world_size).ok()?;
     let factor = (2..=samples).find(|factor| samples.is_multiple_of(*factor))?;
-    let micro_batches = config.micro_batches(world_size).ok()? * factor;
+    let micro_batches = count * factor;
     let mut config = config.clone();
-    config.data.micro_batch_size_per_gpu = samples / factor;
+    if config.data.counts_tokens() {
+        let tokens = (samples / factor) as i64 * (largest.image + largest.text);
+        config.data.micro_batch_tokens_per_gpu = tokens;
+        let settings = format!("data.micro_batch_tokens_per_gpu = {tokens}");
+        return Some(Changed { settings, config });
+    }
+    config.data.micro_batch_size_per_gpu = Some(samples / factor);
     let mut settings = format!("data.micro_batch_size_per_gpu = {}", samples / factor);
     if config.train.global_batch_size.is_none()
         || config.train.gradient_accumulation_steps.is_some()
@@ -145,7 +164,7 @@ mod tests {
         let overrides: Vec<String> = overrides.iter().map(ToString::to_string).collect();
         let config = RunConfig::read("test", "", &overrides).expect("a sound configuration");
         let stages = config.model.family.stages().expect("a sound model");
-        forecast(&config, &stages, TOKENS, ranks).expect("a batch that divides")
+        forecast(&config, &stages, &[TOKENS], ranks).expect("a batch that divides")
     }
 
     fn settings(forecast: &MemoryForecast) -> Vec<&str> {
@@ -197,6 +216,21 @@ mod tests {
         let found = forecast_of(1, &[&ordered[..], &["data.micro_batch_size_per_gpu=9"]].concat());
         // Three micro-batches are no power of two.
         assert_eq!(settings(&found), ["parallel.recompute = \"always\""]);
+    }
+
+    #[test]
+    fn of_several_groups_the_one_that_takes_most_counts_and_fewer_tokens_are_offered() {
+        let overrides = ["data.micro_batch_tokens_per_gpu=100", "train.global_batch_size=32"];
+        let overrides = overrides.map(ToString::to_string);
+        let config = RunConfig::read("test", "", &overrides).expect("a sound configuration");
+        let stages = config.model.family.stages().expect("a sound model");
+        let large = Tokens { image: 64, text: 1 };
+        // Four of 17 tokens, and one of 65.
+        let of = |samples: &[Tokens]| forecast(&config, &stages, samples, 1).expect("sound");
+        let both = of(&[large, TOKENS]);
+        assert_eq!(both.step, of(&[TOKENS]).step);
+        assert!(both.step > of(&[large]).step);
+        assert_eq!(settings(&both)[1], "data.micro_batch_tokens_per_gpu = 34");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Memory of a rank at the peak of a step, and the collectives of a step, by sharding. Integers
 //! only. `fm-dist check` prints these numbers, and the message when memory runs out quotes them.
 
-use crate::config::RunConfig;
+use crate::config::{MicroBatches, RunConfig};
 use crate::error::Result;
 use crate::nn::{ParamInfo, ParamSet, Stage, Tokens};
 use crate::parallel::{DeviceChoice, Offload, ParallelSettings, Recompute, Sharding};
@@ -35,7 +35,8 @@ impl RankMemory {
         world_size: usize,
     ) -> Result<Self> {
         let kind = config.model.dtype.kind();
-        let samples = config.data.micro_batch_size_per_gpu as i64;
+        let MicroBatches { count, samples } = config.micro_batches(tokens, world_size)?;
+        let samples = samples as i64;
         let largest = |sizes: &mut dyn Iterator<Item = i64>| sizes.max().unwrap_or(0) as u64;
         let infos = || stages.iter().flat_map(|stage| stage.params().infos());
         let loading = largest(&mut stages.iter().map(|stage| stage.params().numel()))
@@ -47,12 +48,40 @@ impl RankMemory {
                 frozen: stages.iter().map(|stage| num_frozen(stage.params())).collect(),
                 compute_bytes: kind.elt_size_in_bytes() as u64,
                 optimizer_tensors: config.optimizer.state_names().len() as u64,
-                micro_batches: config.micro_batches(world_size)? as u64,
+                micro_batches: count as u64,
             },
             activations: footprint(stages, config.model.family.width(), tokens, samples, kind),
             process: if is_on_host { PROCESS_BYTES } else { 0 },
             loading: if is_on_host { 4 * loading } else { 0 },
         })
+    }
+
+    /// Returns the memory of the samples that take most, given the tokens of all kinds of samples,
+    /// and the place of these; of the first ones where several take as much.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    /// # Panics
+    /// If there are no samples (a bug in the caller).
+    pub fn largest(
+        config: &RunConfig,
+        stages: &[Box<dyn Stage>],
+        samples: &[Tokens],
+        world_size: usize,
+    ) -> Result<(usize, Self)> {
+        let mut largest: Option<(u64, usize, RankMemory)> = None;
+        for (place, tokens) in samples.iter().enumerate() {
+            if samples[..place].contains(tokens) {
+                continue;
+            }
+            let memory = RankMemory::new(config, stages, *tokens, world_size)?;
+            let bytes = memory.on_device(&config.parallel, world_size as u64);
+            if largest.as_ref().is_none_or(|(most, ..)| bytes > *most) {
+                largest = Some((bytes, place, memory));
+            }
+        }
+        let (_, place, memory) = largest.expect("data have samples");
+        Ok((place, memory))
     }
 
     /// Returns the bytes of a rank in the memory of its device at the peak of a step, or while the

@@ -11,7 +11,7 @@ mod scaling;
 mod work;
 
 pub use check::{CheckRequest, check};
-pub use data::check_data;
+pub use data::{check_data, shares, verify_data};
 pub use footprint::{Footprint, footprint};
 pub use forecast::memory_forecast;
 pub use memory::{RankMemory, StateLayout};

@@ -1,6 +1,6 @@
 //! The table of `fm-dist check` over many world sizes on a cluster: one line for each prediction.
 
-use crate::config::RunConfig;
+use crate::config::{MicroBatches, RunConfig};
 use crate::error::Result;
 use crate::nn::Tokens;
 use crate::parallel::Offload;
@@ -28,19 +28,19 @@ pub fn scaling(
 ) -> Result<Vec<(String, String)>> {
     let ScalingRequest { cluster, world_sizes } = request;
     world_sizes.iter().try_for_each(|ranks| cluster.check_world(*ranks))?;
-    let (samples, micro_batches) =
-        (config.data.micro_batch_size_per_gpu, config.micro_batches(world_sizes[0])?);
-    let work = workload(config, tokens, micro_batches)?;
+    let micro = config.micro_batches(tokens, world_sizes[0])?;
+    let work = workload(config, tokens, micro)?;
     let alone = work.predict(cluster, 1);
     let mut lines = vec![
         (format!("predicted for {}", cluster.name), cluster.about().into()),
         ("  ranks".into(), in_columns(COLUMNS.map(String::from))),
     ];
     for &ranks in world_sizes {
-        let predicted = row(work.predict(cluster, ranks), alone, ranks * micro_batches * samples);
+        let predicted =
+            row(work.predict(cluster, ranks), alone, ranks * micro.count * micro.samples);
         lines.push((format!("  {ranks}"), in_columns(predicted)));
     }
-    lines.extend(explanations(config, micro_batches, request));
+    lines.extend(explanations(config, micro, request));
     Ok(lines)
 }
 
@@ -58,11 +58,10 @@ const COLUMNS: [&str; 8] = [
 /// Lines below the table: the terms of the prediction, and what it leaves out.
 fn explanations(
     config: &RunConfig,
-    micro_batches: usize,
+    MicroBatches { count, samples }: MicroBatches,
     request: &ScalingRequest,
 ) -> [(String, String); 4] {
     let ScalingRequest { cluster, world_sizes } = request;
-    let samples = config.data.micro_batch_size_per_gpu;
     let batch = match config.train.global_batch_size {
         Some(global) => format!(
             "; train.global_batch_size = {global} holds at {} ranks and grows with them",
@@ -81,7 +80,7 @@ fn explanations(
         line(
             "weak scaling",
             format!(
-                "{micro_batches} micro-batches of {samples} samples a rank at every number of ranks{batch}"
+                "{count} micro-batches of {samples} samples a rank at every number of ranks{batch}"
             ),
         ),
         line(
@@ -98,7 +97,7 @@ fn explanations(
     ]
 }
 
-fn workload(config: &RunConfig, tokens: Tokens, micro_batches: usize) -> Result<Workload> {
+fn workload(config: &RunConfig, tokens: Tokens, micro: MicroBatches) -> Result<Workload> {
     let (kind, parallel) = (config.model.dtype.kind(), &config.parallel);
     let stage = |work: ForwardWork| StageWork {
         parameters: work.parameters,
@@ -109,12 +108,11 @@ fn workload(config: &RunConfig, tokens: Tokens, micro_batches: usize) -> Result<
         kept_bytes: work.kept_bytes,
         operators: work.operators,
     };
-    let samples = config.data.micro_batch_size_per_gpu as i64;
-    let work = forward_work(&config.stages()?, tokens, samples, kind);
+    let work = forward_work(&config.stages()?, tokens, micro.samples as i64, kind);
     Ok(Workload {
         stages: work.into_iter().map(stage).collect(),
         kind,
-        micro_batches,
+        micro_batches: micro.count,
         sharding: parallel.sharding,
         sharding_group: parallel.sharding_group,
         recompute: parallel.recompute,

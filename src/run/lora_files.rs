@@ -69,10 +69,10 @@ fn adapter(folder: &Path, config: &RunConfig, stages: &[Box<dyn Stage>]) -> Resu
             pairs.insert(change.module(params).to_string(), pair);
         }
     }
-    let dataset = Dataset::named(&config.data.path).ok();
+    let dataset = Dataset::configured(&config.data).ok();
     let facts = Facts {
         base_model: config.model.path.clone(),
-        dataset: dataset.map(|dataset| dataset.manifest().name.clone()),
+        dataset: dataset.map(|dataset| dataset.name().to_string()),
         steps: Some(checkpoint::step_of(folder)?),
         rank: config.lora.rank,
         alpha: config.lora.alpha.or(config.lora.rank.map(|rank| rank as f64)),

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::assembly::attention::tokens_of_sample;
 use crate::assembly::device::{device, open_libraries};
-use crate::assembly::{build_pipeline, trained_replica};
+use crate::assembly::{build_pipeline, dataset, trained_replica};
 use crate::collective::Solo;
 use crate::config::RunConfig;
 use crate::data::{Batch, Dataset};
@@ -153,13 +153,13 @@ fn with_options(mut config: RunConfig, request: &SampleRequest) -> RunConfig {
 fn origin_of(request: &SampleRequest, config: &RunConfig) -> Result<Origin> {
     let shape = request.shape.as_deref();
     let Some(path) = &request.conditions else {
-        let dataset = Dataset::named(&config.data.path)?;
+        let dataset = dataset(config)?;
         let conditions = dataset.conditions()?.ok_or_else(|| {
             Error::data(dataset.path(), "names no conditions to generate from; give some with --conditions FILE.safetensors")
         })?;
         return Ok(Origin::from_dataset(&dataset, conditions, shape));
     };
-    let origin = Origin::from_file(path, shape, &config.data.path)?;
+    let origin = Origin::from_file(path, shape, || dataset(config))?;
     if origin.has_noise() && config.sampling.per_condition != 1 {
         let what = format!(
             "{} would be equal: {} holds the `noise` to start from",

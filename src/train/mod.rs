@@ -126,16 +126,7 @@ fn train_on(
     let ending = trainer.run(&requests, &telemetry)?;
     if ending == Ending::Done {
         pulse::enter(Phase::Report);
-        report::write(
-            config,
-            &trainer.folder,
-            &trainer.replica,
-            &trainer.dataset,
-            trainer.device,
-            collective,
-            &requests,
-            &mut trainer.events,
-        )?;
+        report::write(&mut trainer, &requests)?;
     }
     if let Some(fallbacks) = ops::fallbacks() {
         tracing::info!("{fallbacks}");

@@ -1,23 +1,18 @@
 //! Writes `report.html`, `loss.png` and `samples.png` at the end of a run.
 
-use std::path::Path;
-
 use serde_json::{Map, Value};
-use tch::Device;
 
-use crate::collective::Collective;
 use crate::collective::agreement::{agreed, on_rank_zero};
 use crate::config::RunConfig;
-use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::parallel::Replica;
 use crate::report::{Bars, Chart, Figure, ReportData, Series, grid_png, write_report};
-use crate::run::folder::RunFolder;
 use crate::run::requests::Requests;
 use crate::sample::conditions::Origin;
 use crate::sample::generate::Plan;
 use crate::telemetry::metrics;
-use crate::telemetry::tensorboard::{EventFile, EventValue};
+use crate::telemetry::tensorboard::EventValue;
+use crate::train::trainer::Trainer;
 
 /// Size of `loss.png` in pixels.
 const LOSS_PICTURE: (u32, u32) = (1200, 560);
@@ -25,21 +20,11 @@ const LOSS_PICTURE: (u32, u32) = (1200, 560);
 /// Draws the run from its own `metrics.jsonl` on rank 0, with samples that all ranks generate,
 /// since each may hold only a part of the model. The samples are left out if a rank is requested to
 /// stop meanwhile.
-pub fn write(
-    config: &RunConfig,
-    folder: &RunFolder,
-    replica: &Replica<'_>,
-    dataset: &Dataset,
-    device: Device,
-    collective: &dyn Collective,
-    requests: &Requests,
-    events: &mut EventFile,
-) -> Result<()> {
-    let samples = match drawn_samples(config, replica, dataset, device, &|| {
-        requests.go_on_together(collective)
-    }) {
+pub fn write(trainer: &mut Trainer<'_>, requests: &Requests) -> Result<()> {
+    let collective = trainer.collective;
+    let samples = match drawn_samples(trainer, &|| requests.go_on_together(collective)) {
         Err(Error::Stopped { what }) => {
-            let run = folder.path().display();
+            let run = trainer.folder.path().display();
             tracing::info!(
                 "{what}: the report has no samples; `fm-dist sample --run {run}` draws them"
             );
@@ -52,26 +37,18 @@ pub fn write(
     };
     let samples = agreed(samples, collective)?;
     if let Some((_, picture)) = &samples {
-        events.append(config.max_steps, &[("samples".to_string(), EventValue::Png(picture))]);
+        let value = ("samples".to_string(), EventValue::Png(picture));
+        trainer.events.append(trainer.manifest.step, &[value]);
     }
-    let draw = || {
-        draw(config, folder.path(), replica, dataset, samples, collective.world_size())
-            .map(|()| String::new())
-    };
-    on_rank_zero(collective, draw).map(drop)
+    on_rank_zero(collective, || draw(trainer, samples).map(|()| String::new())).map(drop)
 }
 
 /// A caption and a PNG.
 type Picture = (String, Vec<u8>);
 
-fn draw(
-    config: &RunConfig,
-    path: &Path,
-    replica: &Replica<'_>,
-    dataset: &Dataset,
-    samples: Option<Picture>,
-    ranks: usize,
-) -> Result<()> {
+fn draw(trainer: &Trainer<'_>, samples: Option<Picture>) -> Result<()> {
+    let Trainer { config, replica, dataset, .. } = trainer;
+    let path = trainer.folder.path();
     let lines = metrics::read(&path.join("metrics.jsonl"))?;
     let loss = curve("Loss", "weighted, over all ranks", "loss", &lines);
     loss.write_png(&path.join("loss.png"), LOSS_PICTURE.0, LOSS_PICTURE.1)?;
@@ -89,8 +66,8 @@ fn draw(
     ];
     let data = ReportData {
         title: format!("fm-dist: {}", path.file_name().unwrap_or_default().to_string_lossy()),
-        summary: format!("Flow matching on {}.", dataset.manifest().name),
-        facts: facts(config, replica, &lines, ranks),
+        summary: format!("Flow matching on {}.", dataset.name()),
+        facts: facts(config, replica, &lines, trainer.collective.world_size()),
         figures,
         samples,
         configuration: config.to_toml(),
@@ -100,13 +77,8 @@ fn draw(
 
 /// Generates pictures for each of the dataset's conditions; `None` if it names none or its latents
 /// are not pictures.
-fn drawn_samples(
-    config: &RunConfig,
-    replica: &Replica<'_>,
-    dataset: &Dataset,
-    device: Device,
-    go_on: &dyn Fn() -> Result<()>,
-) -> Result<Option<Picture>> {
+fn drawn_samples(trainer: &Trainer<'_>, go_on: &dyn Fn() -> Result<()>) -> Result<Option<Picture>> {
+    let Trainer { config, replica, dataset, device, .. } = trainer;
     let Some(conditions) = dataset.conditions()? else { return Ok(None) };
     let origin = Origin::from_dataset(dataset, conditions, None);
     if !origin.is_of_pictures() {
@@ -116,7 +88,7 @@ fn drawn_samples(
         );
         return Ok(None);
     }
-    let samples = Plan::new(config, &origin, device)?.generate(replica, go_on)?;
+    let samples = Plan::new(config, &origin, *device)?.generate(replica, go_on)?;
     let caption = format!("{} samples for each condition", samples.per_condition);
     Ok(Some((
         caption,

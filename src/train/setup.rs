@@ -5,12 +5,12 @@ use std::sync::Arc;
 use tch::Device;
 
 use crate::assembly::{
-    Begun, build_pipeline, dataset, devices, fresh_replica, replica_for_checkpoint, share_of,
+    Begun, build_pipeline, dataset, devices, fresh_replica, replica_for_checkpoint, steps,
 };
 use crate::collective::Collective;
 use crate::collective::agreement::agreed;
 use crate::config::RunConfig;
-use crate::data::{Order, Share};
+use crate::data::Steps;
 use crate::error::Result;
 use crate::failure;
 use crate::flow::Note;
@@ -19,7 +19,7 @@ use crate::ops;
 use crate::parallel::divergence;
 use crate::parallel::{Sharding, Sharing};
 use crate::phase::Phase;
-use crate::plan::{check_data, memory_forecast};
+use crate::plan::{check_data, memory_forecast, shares};
 use crate::run::changes;
 use crate::run::checkpoint::{self, Manifest, Saver};
 use crate::run::folder::RunFolder;
@@ -49,28 +49,31 @@ impl<'c> Trainer<'c> {
         telemetry: &Telemetry,
         folder: RunFolder,
     ) -> Result<Self> {
-        let share = share_of(config, collective)?;
         let dataset = Arc::new(dataset(config)?);
+        let steps = steps(config, &dataset, collective)?;
         let notes = check_data(config, &dataset)?;
-        failure::set_forecast(memory_forecast(config, &dataset, share.world_size)?);
+        failure::set_forecast(memory_forecast(config, &dataset, collective.world_size())?);
         tune_allocator(config);
-        let Begun { replica, base } = begun(config, &folder, share, collective, device)?;
+        let Begun { replica, base } = begun(config, &folder, &steps, collective, device)?;
         let fresh = OptimizerState::fresh(&replica, &*config.optimizer, devices(config, device));
         let mut trainer = Trainer {
             config,
             collective,
             debug: options.debug,
-            order: Order::new(dataset.groups(), share.global_batch(), config.seed)?,
             pipeline: build_pipeline(config, device),
             device,
             optimizer_state: agreed(fresh, collective)?,
             replica,
-            manifest: Manifest::new(config, share.global_batch() as u64, dataset.fingerprint())
-                .on_base(base),
+            manifest: Manifest::new(
+                config,
+                steps.share(1).global_batch() as u64,
+                steps.order().fingerprint(&dataset),
+            )
+            .on_base(base),
             dataset,
             metrics: MetricsFile::silent(),
+            steps,
             events: EventFile::silent(),
-            share,
             stragglers: Stragglers::default(),
             saver: Saver::new(folder.path().into(), config.checkpoint.clone()).exporting(config),
             folder,
@@ -87,6 +90,7 @@ impl<'c> Trainer<'c> {
         trainer.announce();
         if telemetry.writes_run_files() {
             notes.iter().for_each(tell);
+            trainer.steps.order().small_groups().iter().for_each(|what| tracing::warn!("{what}"));
             jump_of_lr(config, &trainer.manifest).iter().for_each(|what| tracing::warn!("{what}"));
         }
         Ok(trainer)
@@ -123,23 +127,41 @@ impl<'c> Trainer<'c> {
             let base = self.manifest.base.as_ref().map(ToString::to_string).unwrap_or_default();
             tracing::info!("trained: {trained} of them; {frozen} are frozen, {base}");
         }
+        let order = self.steps.order();
         tracing::info!(
             "data {}: {} samples, resolution groups: {}, {} steps an epoch",
-            self.dataset.manifest().name,
+            self.dataset.name(),
             self.dataset.num_samples(),
             self.dataset.groups().len(),
-            self.order.batches_per_epoch(),
+            order.batches_per_epoch(),
         );
-        tracing::info!(
-            "global batch {} = {} samples x {} ranks x {} micro-batches; {} threads a rank",
-            self.share.global_batch(),
-            self.config.data.micro_batch_size_per_gpu,
-            self.share.world_size,
-            self.share.micro_batches,
-            self.config.parallel.num_threads,
-        );
+        for (path, share) in shares(&self.dataset, order) {
+            tracing::info!("data {path}: {share}");
+        }
+        self.announce_batches();
         tracing::info!("{}", ops::way(self.device));
         self.announce_sharing();
+    }
+
+    fn announce_batches(&self) {
+        let shares = self.steps.shares();
+        let (world_size, threads) = (shares[0].world_size, self.config.parallel.num_threads);
+        let sizes = || shares.iter().map(|share| share.micro_batch_size);
+        match shares {
+            [share] => tracing::info!(
+                "global batch {} = {} samples x {world_size} ranks x {} micro-batches; {threads} threads a rank",
+                share.global_batch(),
+                share.micro_batch_size,
+                share.micro_batches,
+            ),
+            _ => tracing::info!(
+                "global batch {} over {world_size} ranks, in micro-batches of {} to {} samples, up to {} tokens; {threads} threads a rank",
+                shares[0].global_batch(),
+                sizes().min().unwrap_or_default(),
+                sizes().max().unwrap_or_default(),
+                self.config.data.micro_batch_tokens_per_gpu,
+            ),
+        }
     }
 
     fn announce_sharing(&self) {
@@ -173,7 +195,7 @@ fn tune_allocator(config: &RunConfig) {
 fn begun<'c>(
     config: &RunConfig,
     folder: &RunFolder,
-    share: Share,
+    steps: &Steps,
     collective: &'c dyn Collective,
     device: Device,
 ) -> Result<Begun<'c>> {
@@ -182,7 +204,8 @@ fn begun<'c>(
         collective,
         parallel.sharding,
         parallel.sharding_group,
-        parallel.grains(share.micro_batches),
+        // With `deterministic`, all steps have as many micro-batches.
+        parallel.grains(steps.share(1).micro_batches),
     )?;
     if folder.resumed_from().is_some() {
         return replica_for_checkpoint(config, device, sharing, collective);

@@ -35,6 +35,7 @@ pub struct Stepper<'a> {
     pub collective: &'a dyn Collective,
     pub pipeline: &'a FlowMatchingPipeline,
     pub draws: &'a RunDraws,
+    /// This rank's share of the step.
     pub share: Share,
     /// True if every stage is searched for non-finite values.
     pub check_stages: bool,

@@ -8,7 +8,7 @@ use tch::Device;
 use crate::collective::Collective;
 use crate::collective::agreement::known_to_all;
 use crate::config::{CheckpointSettings, RunConfig};
-use crate::data::{Dataset, Loader, Order, Share};
+use crate::data::{Dataset, Loader, Steps};
 use crate::error::{Error, NUMERIC, Result};
 use crate::flow::{Drawn, FlowMatchingPipeline, report as flow_report};
 use crate::parallel::Replica;
@@ -38,7 +38,6 @@ pub struct Trainer<'c> {
     pub debug: bool,
     pub folder: RunFolder,
     pub dataset: Arc<Dataset>,
-    pub order: Order,
     pub pipeline: FlowMatchingPipeline,
     pub device: Device,
     pub replica: Replica<'c>,
@@ -46,8 +45,8 @@ pub struct Trainer<'c> {
     /// The manifest of the next checkpoint; its step is the last one done.
     pub manifest: Manifest,
     pub metrics: MetricsFile,
+    pub steps: Steps,
     pub events: EventFile,
-    pub share: Share,
     pub stragglers: Stragglers,
     pub saver: Saver,
 }
@@ -55,13 +54,11 @@ pub struct Trainer<'c> {
 impl<'c> Trainer<'c> {
     /// Trains to the last step, or until a request to stop.
     pub fn run(&mut self, requests: &Requests, telemetry: &Telemetry) -> Result<Ending> {
-        let (dataset, order) = (Arc::clone(&self.dataset), self.order.clone());
-        let draws = RunDraws::new(self.config, &self.pipeline, self.share);
+        let draws = RunDraws::new(self.config, &self.pipeline, self.steps.clone());
         let ahead = draws.clone();
         let mut loader = Loader::start(
-            dataset,
-            order,
-            self.share,
+            Arc::clone(&self.dataset),
+            self.steps.clone(),
             self.manifest.step,
             self.config.data.prefetch,
             move |place, batch| ahead.draw_ahead(place, batch),
@@ -123,7 +120,7 @@ impl<'c> Trainer<'c> {
             collective: self.collective,
             pipeline: &self.pipeline,
             draws,
-            share: self.share,
+            share: self.steps.share(step),
             check_stages: self.debug,
             requests,
             saver: &self.saver,
@@ -151,9 +148,10 @@ impl<'c> Trainer<'c> {
     /// Stops the run on every rank alike if an epoch has too many bad samples.
     fn count_bad_samples(&mut self, tallies: &[Tally]) -> Result<()> {
         let met = tallies.iter().map(|tally| tally.bad_samples as u64).sum();
-        let epoch = self.order.epoch_of(self.manifest.step);
+        let order = self.steps.order();
+        let epoch = order.epoch_of(self.manifest.step);
         let (count, samples) =
-            (self.manifest.guard.bad_samples(epoch, met), self.dataset.num_samples());
+            (self.manifest.guard.bad_samples(epoch, met), order.samples_per_epoch());
         let allowed = (self.config.data.bad_share * samples as f64).ceil() as u64;
         if count <= allowed {
             return Ok(());
@@ -209,7 +207,7 @@ impl<'c> Trainer<'c> {
             update,
             metrics::Progress {
                 step: self.manifest.step,
-                epoch: self.order.epoch_of(self.manifest.step - 1),
+                epoch: self.steps.order().epoch_of(self.manifest.step - 1),
                 samples_seen: self.manifest.samples_seen,
                 step_seconds: seconds,
                 samples_per_second,

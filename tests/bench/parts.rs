@@ -1,7 +1,7 @@
 //! Parts of a step by themselves, on one thread: `cargo bench --bench parts`, or `-- adamw`, `--
-//! loader`, `-- pipeline` for one.
+//! loader`, `-- texts`, `-- pipeline` for one.
 //!
-//! `compare.sh data` and `compare.sh pipeline` run the last two in turns with the peer.
+//! `compare.sh data` and `compare.sh pipeline` run `loader` and `pipeline` in turns with the peer.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use criterion::{Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
 use fm_dist::adapter::create_pipeline;
-use fm_dist::data::{Batch, DataType, Dataset, Loaded, Loader, Order, Share};
+use fm_dist::data::{Batch, DataType, Dataset, Loaded, Loader, Order, Share, Steps};
 use fm_dist::files::safetensors;
 use fm_dist::files::sha256::HashingWriter;
 use fm_dist::flow::{FlowMatchingSettings, Statistics, StepOptions};
@@ -86,9 +86,18 @@ fn adamw(criterion: &mut Criterion) {
 
 /// Batches of cached latents and text as fast as they are asked for.
 fn loader(criterion: &mut Criterion) {
+    loaded(criterion, "loader", "16x64x64 + 512x4096", cached_samples);
+}
+
+/// The same with texts that a batch does not hold as they are stored.
+fn texts(criterion: &mut Criterion) {
+    loaded(criterion, "texts", "of unequal length", unequal_samples);
+    loaded(criterion, "texts", "of 8 bits", eight_bit_samples);
+}
+
+fn loaded(criterion: &mut Criterion, group: &str, name: &str, samples: fn() -> PathBuf) {
     let start = || {
-        let dataset =
-            Arc::new(Dataset::open(cached_samples()).expect("the benchmark's own dataset"));
+        let dataset = Arc::new(Dataset::open(samples()).expect("the benchmark's own dataset"));
         let order = Order::new(dataset.groups(), BATCH as usize, KEY_SEED)
             .expect("more samples than a batch");
         let share = Share {
@@ -98,12 +107,13 @@ fn loader(criterion: &mut Criterion) {
             micro_batch_size: BATCH as usize,
             neighbours: false,
         };
-        Loader::start(dataset, order, share, 0, 2, |_, _| Ok(())).expect("a thread to read ahead")
+        let steps = Steps::alike(order, share);
+        Loader::start(dataset, steps, 0, 2, |_, _| Ok(())).expect("a thread to read ahead")
     };
     let mut loader = None;
-    let mut group = criterion.benchmark_group("loader");
+    let mut group = criterion.benchmark_group(group);
     group.throughput(Throughput::Elements(BATCH as u64));
-    group.bench_function("16x64x64 + 512x4096", |bencher| {
+    group.bench_function(name, |bencher| {
         bencher.iter(|| {
             let Loaded { batch, ahead } =
                 loader.get_or_insert_with(start).next_batch().expect("sound data");
@@ -114,26 +124,66 @@ fn loader(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// Latents of 1024 x 1024 pixels in float16 and a text of 512 tokens in bfloat16, 4.3 MB a sample;
-/// written once.
+const SAMPLES: i64 = 128;
+
+/// Latents of 1024 x 1024 pixels.
+fn latents() -> Tensor {
+    normal(0, &[SAMPLES, 16, 64, 64]).to_kind(Kind::Half)
+}
+
+/// Latents in float16 and a text of 512 tokens in bfloat16, 4.3 MB a sample.
 fn cached_samples() -> PathBuf {
-    const SAMPLES: i64 = 128;
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/bench/loader");
+    written("loader", 1, || {
+        let text = normal(1, &[SAMPLES, 512, 4096]).to_kind(Kind::BFloat16);
+        vec![("image_latents", latents()), ("text_embeddings", text)]
+    })
+}
+
+/// The same with texts of 64 to 512 tokens.
+fn unequal_samples() -> PathBuf {
+    written("unequal", 2, || {
+        let lengths: Vec<i64> = (0..SAMPLES).map(|sample| 64 + sample * 149 % 449).collect();
+        let text = normal(1, &[lengths.iter().sum(), 4096]).to_kind(Kind::BFloat16);
+        let lengths = Tensor::from_slice(&lengths);
+        vec![
+            ("image_latents", latents()),
+            ("text_embeddings", text),
+            ("text_embeddings.lengths", lengths),
+        ]
+    })
+}
+
+/// The same with texts of 512 tokens in float8, 2.2 MB a sample.
+fn eight_bit_samples() -> PathBuf {
+    written("eight", 2, || {
+        let text = normal(1, &[SAMPLES, 512, 4096]).to_kind(Kind::Float8e4m3fn);
+        let scale = Tensor::full([SAMPLES], 0.02, (Kind::Float, Device::Cpu));
+        vec![
+            ("image_latents", latents()),
+            ("text_embeddings", text),
+            ("text_embeddings.scale", scale),
+        ]
+    })
+}
+
+/// Writes a dataset once.
+fn written(name: &str, version: u64, tensors: fn() -> Vec<(&'static str, Tensor)>) -> PathBuf {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/bench").join(name);
     if !folder.exists() {
         let unfinished = folder.with_extension("new");
         fs::create_dir_all(&unfinished).expect("target/ can be written to");
-        let latents = normal(0, &[SAMPLES, 16, 64, 64]).to_kind(Kind::Half);
-        let text = normal(1, &[SAMPLES, 512, 4096]).to_kind(Kind::BFloat16);
         let file = BufWriter::new(
             File::create(unfinished.join("samples.safetensors")).expect("a new file"),
         );
         let mut file = HashingWriter::new(file);
-        let tensors = [("image_latents", &latents), ("text_embeddings", &text)];
-        safetensors::write(&mut file, &tensors, &BTreeMap::new()).expect("room on the disk");
+        let tensors = tensors();
+        let borrowed: Vec<(&str, &Tensor)> =
+            tensors.iter().map(|(key, tensor)| (*key, tensor)).collect();
+        safetensors::write(&mut file, &borrowed, &BTreeMap::new()).expect("room on the disk");
         let (mut file, sha256, _) = file.finish();
         file.flush().expect("room on the disk");
         let manifest = serde_json::json!({
-            "format": "fm-dist dataset", "version": 1, "name": "random", "source": "a benchmark", "licence": "CC0", "data_type": "image",
+            "format": "fm-dist dataset", "version": version, "name": "random", "source": "a benchmark", "licence": "CC0", "data_type": "image",
             "files": [{"path": "samples.safetensors", "samples": SAMPLES, "group": "one", "sha256": sha256}],
         });
         fs::write(unfinished.join("dataset.json"), manifest.to_string()).expect("room on the disk");
@@ -196,6 +246,6 @@ fn one_thread() -> Criterion {
 criterion_group! {
     name = parts;
     config = one_thread();
-    targets = adamw, loader, pipeline
+    targets = adamw, loader, texts, pipeline
 }
 criterion_main!(parts);

@@ -257,9 +257,20 @@ fn a_name_that_is_too_long_is_refused_and_shortened() {
 #[test]
 fn an_unknown_dtype_is_refused() {
     refused(
-        &tensor("F8_E4M3", "[4]", "[0,4]"),
-        "tensor `a` has dtype `F8_E4M3`; expected one of BOOL U8 I8",
+        &tensor("F8_E8M0", "[4]", "[0,4]"),
+        "tensor `a` has dtype `F8_E8M0`; expected one of BOOL U8 I8",
     );
+}
+
+#[test]
+fn floats_of_8_bits_are_refused_outside_of_datasets() {
+    for dtype in ["F8_E4M3", "F8_E5M2"] {
+        let what = format!(
+            "tensor `a` has dtype `{dtype}`, which only the samples of a dataset may have; expected \
+             one of BOOL U8 I8 I16"
+        );
+        refused(&tensor(dtype, "[4]", "[0,4]"), &what);
+    }
 }
 
 #[test]

@@ -5,9 +5,11 @@ use std::fs::{self, File};
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-use fm_dist::data::OnBad;
 use fm_dist::data::dataset::Dataset;
+use fm_dist::data::{Links, OnBad};
+use fm_dist::datasets::caches::CacheFormat;
 use fm_dist::files::safetensors::SafeTensors;
+use fm_dist::settings::Choice;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde_json::json;
 use tempfile::TempDir;
@@ -111,7 +113,13 @@ fn d14_a_pickle_is_refused_with_the_way_to_convert_it() {
                 && text.contains("safetensors.torch.save_file("),
             "{text}"
         );
-        assert_eq!(text, refusal(|| Dataset::open(name)));
+        let data = refusal(|| Dataset::open(name));
+        assert!(
+            data.contains("is a pickle, which can run code")
+                && data.contains("`fm-dist data import --from nemo SRC --out DIR`")
+                && !data.contains("python"),
+            "{data}"
+        );
     }
 }
 
@@ -339,7 +347,46 @@ fn b5_a_link_out_of_the_data_folder_is_refused() {
     let (_outside, target) = file(&images(None));
     let folder = dataset(&[], &[entry("a.safetensors", 4)]);
     symlink(target, folder.path().join("a.safetensors")).unwrap();
-    refused_dataset(folder.path(), "path leaves the data folder: it is a link to");
+    let what = "path leaves the data folder: it is a link to";
+    refused_dataset(folder.path(), what);
+    refused_dataset(folder.path(), "; data.follow_links = true, or --follow-links of fm-dist data");
+    let followed = Dataset::open_with(folder.path(), Links::Followed).unwrap();
+    assert_eq!(followed.batch(&[3]).unwrap().tensors["image_latents"].size(), [1, 1, 2, 2]);
+    let error = refusal(|| followed.verify_hashes());
+    assert!(
+        error.contains("/a.safetensors: has sha256 "),
+        "hashes are checked all the same: {error}"
+    );
+    for outside in ["../outside.safetensors", "/etc/passwd"] {
+        let folder = dataset(&[], &[entry(outside, 4)]);
+        let text = refusal(|| Dataset::open_with(folder.path(), Links::Followed));
+        assert!(text.contains("leaves the data folder"), "only links lead out: {text}");
+    }
+}
+
+#[test]
+fn a_link_that_leads_to_itself_is_refused_whether_links_are_followed_or_not() {
+    let folder = dataset(&[], &[entry("a.safetensors", 4)]);
+    symlink("b.safetensors", folder.path().join("a.safetensors")).unwrap();
+    symlink("a.safetensors", folder.path().join("b.safetensors")).unwrap();
+    for links in [Links::Inside, Links::Followed] {
+        let text = refusal(|| Dataset::open_with(folder.path(), links));
+        assert!(text.ends_with("a.safetensors: is a link that leads to itself"), "{text}");
+    }
+}
+
+#[test]
+fn a_followed_link_is_no_way_to_open_a_device_or_a_pickle() {
+    for (target, name, what) in [
+        ("/dev/zero", "a.safetensors", "is not a regular file"),
+        ("/no/such/file", "a.safetensors", "does not exist"),
+        ("/dev/zero", "a.pt", "is a pickle"),
+    ] {
+        let folder = dataset(&[], &[entry(name, 4)]);
+        symlink(target, folder.path().join(name)).unwrap();
+        let text = refusal(|| Dataset::open_with(folder.path(), Links::Followed));
+        assert!(text.contains(what), "{text}");
+    }
 }
 
 #[test]
@@ -361,6 +408,36 @@ fn b6_data_without_samples_are_refused() {
 #[test]
 fn a_folder_without_a_manifest_is_refused() {
     refused_dataset(tempfile::tempdir().unwrap().path(), "dataset.json: does not exist");
+}
+
+#[test]
+fn a_folder_that_is_no_dataset_yet_says_how_to_make_one_of_it() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("a.safetensors"), images(None)).unwrap();
+    let shown = folder.path().display();
+    refused_dataset(folder.path(), "does not exist; the folder holds safetensors files");
+    refused_dataset(folder.path(), &format!("`fm-dist data index {shown}`"));
+    let marks = [
+        ("nemo", "metadata.json"),
+        ("musubi", "cat_wan_te.safetensors"),
+        ("ai-toolkit", "_latent_cache/a.safetensors"),
+        ("diffusion-pipe", "cache/wan/cache_1x8x8x1/latents/metadata.db"),
+        ("simpletuner", "aspect_ratio_bucket_indices_x.json"),
+    ];
+    for (from, file) in marks {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(file);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, "{\"shards\": []}").unwrap();
+        let shown = folder.path().display();
+        refused_dataset(
+            folder.path(),
+            &format!("`fm-dist data import --from {from} {shown} --out DIR`"),
+        );
+    }
+    for (word, _) in CacheFormat::ALL {
+        assert!(marks.iter().any(|(from, _)| from == word), "no folder says --from {word}");
+    }
 }
 
 #[test]

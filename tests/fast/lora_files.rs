@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use fm_dist::error::Error;
 use fm_dist::files::outputs::Named;
 use fm_dist::files::safetensors::{self, SafeTensors};
+use fm_dist::lora::family::Part;
 use fm_dist::lora::{self, Adapter, Dialect, Facts, Family, Found, Linears, Pair};
 use fm_dist::model;
 use fm_dist::settings::{Choice, Family as _};
@@ -179,6 +180,66 @@ fn files_of_published_models_have_the_names_and_shapes_of_the_programs_that_load
             assert_native(&file, &native(comfyui), "diffusion_model.", false, model);
         }
     }
+}
+
+/// Rows of a matrix as ComfyUI's table has them.
+fn rows(part: Part) -> String {
+    match part {
+        Part::Whole => "whole".into(),
+        Part::Swapped => "swapped".into(),
+        Part::Slice { of, index } => format!("{} {}", of[..index].iter().sum::<i64>(), of[index]),
+    }
+}
+
+#[test]
+fn comfyui_finds_flux_under_diffusers_names_and_the_rest_under_its_own() {
+    let table = fs::read_to_string(fixtures().join("linears/comfyui-flux.txt")).unwrap();
+    let table: BTreeMap<&str, &str> =
+        table.lines().map(|line| line.split_once(' ').unwrap()).collect();
+    assert!(table.len() >= 36);
+    let root = TempDir::new().unwrap();
+    for (model, family) in [("flux1-dev", Family::Flux), ("flux2-dev", Family::Flux2)] {
+        let path = root.path().join(model);
+        let adapter = random_adapter(&beginning(diffusers_list(model)), 1, 1.0);
+        lora::write(&adapter, family, Dialect::Comfyui, out(&path)).unwrap();
+        let file = tensors(Dialect::Comfyui, &path);
+        for name in adapter.pairs.keys() {
+            let found = family.linear(name).unwrap();
+            let native = found.linear.native;
+            let stem = match table.get(found.linear.diffusers) {
+                Some(target) => {
+                    assert_eq!(*target, format!("{} {}", native.name, rows(native.part)), "{name}");
+                    format!("transformer.{name}")
+                }
+                None => {
+                    assert!(family == Family::Flux2 && native.part == Part::Whole, "{name}");
+                    format!("diffusion_model.{}", native.name.replace('*', found.number))
+                }
+            };
+            file.info(&format!("{stem}.lora_A.weight")).unwrap();
+        }
+    }
+}
+
+#[test]
+fn queries_keys_and_values_are_the_rows_of_one_matrix_in_that_order() {
+    let root = TempDir::new().unwrap();
+    let path = root.path().join("lora.safetensors");
+    let parts = ["add_q_proj", "add_k_proj", "add_v_proj"];
+    let names = parts.map(|part| format!("transformer_blocks.4.attn.{part}"));
+    let linears: Linears = names.iter().map(|name| (name.clone(), [6, 6])).collect();
+    let adapter = random_adapter(&linears, 2, 5.0);
+    lora::write(&adapter, Family::HunyuanVideo15, Dialect::Comfyui, out(&path)).unwrap();
+    let file = SafeTensors::open(&path).unwrap();
+    let stem = "diffusion_model.double_blocks.4.txt_attn.qkv";
+    let read = |end: &str| file.read(&format!("{stem}{end}")).unwrap();
+    let [a, b, alpha] = [".lora_A.weight", ".lora_B.weight", ".alpha"].map(read);
+    // As ComfyUI computes it.
+    let found = b.matmul(&a) * (alpha.double_value(&[]) / a.size()[0] as f64);
+    assert_eq!((a.size(), alpha.double_value(&[])), (vec![6, 6], 15.0));
+    let products = names.map(|name| adapter.pairs[&name].product());
+    let difference = (found - Tensor::cat(&products, 0)).abs().max().double_value(&[]);
+    assert!(difference < 1e-5, "{difference}");
 }
 
 #[test]
@@ -476,9 +537,9 @@ fn what_is_no_adapter_of_a_known_model_is_refused_in_one_line() {
         (with(pair(Q), key(Q, "lora_down.weight"), ones(&[4, 6])), vec![], "are the same matrix"),
         (with(pair(Q), key(Q, "lokr_w1"), ones(&[2, 2])), vec![], "to_q.lokr_w1` is a LoKr"),
         (
-            with(pair(Q), "lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha".into(), ones(&[])),
+            vec![("lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha".into(), ones(&[]))],
             vec![],
-            "is an adapter of a text encoder",
+            "holds no adapter of a transformer",
         ),
         (
             with(pair(Q), "transformer.proj_out.weight".into(), ones(&[2])),

@@ -4,38 +4,58 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::Path;
 
+use fm_dist::data::Links;
 use fm_dist::datasets::index::{IndexRequest, index};
 use fm_dist::error::Result;
 use fm_dist::files::safetensors::write;
 use fm_dist::plan::{CheckRequest, check};
 use tch::{Device, Kind, Tensor};
 
-use crate::threads::training::{FLUX, QWEN_IMAGE, Tiny};
+use crate::threads::training::{FLUX, QWEN_IMAGE, Tiny, WAN};
 
 const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
 const LENGTHS: [i64; 8] = [5, 9, 1, 12, 3, 8, 2, 7];
 
+type Samples = Vec<(&'static str, Tensor)>;
+
 /// Eight samples for the tiny families of images.
-fn write_data(folder: &Path) {
-    fs::create_dir_all(folder).unwrap();
-    let tensors = [
+fn images() -> Samples {
+    vec![
         ("image_latents", Tensor::randn([8, 4, 8, 12], FLOAT)),
         ("pooled_prompt_embeds", Tensor::randn([8, 10], FLOAT)),
         ("text_embeddings", Tensor::randn([LENGTHS.iter().sum(), 12], FLOAT)),
         ("text_embeddings.lengths", Tensor::from_slice(&LENGTHS)),
-    ];
+    ]
+}
+
+/// Eight videos with texts of one length, as NeMo AutoModel stores them, or of unequal lengths.
+fn videos(tokens: Option<i64>) -> Samples {
+    let mut tensors = vec![("video_latents", Tensor::randn([8, 4, 3, 4, 6], FLOAT))];
+    match tokens {
+        Some(tokens) => tensors.push(("text_embeddings", Tensor::randn([8, tokens, 12], FLOAT))),
+        None => tensors.extend(images().into_iter().skip(2)),
+    }
+    tensors
+}
+
+fn write_data(folder: &Path, tensors: &Samples) {
+    fs::create_dir_all(folder).unwrap();
     let borrowed: Vec<(&str, &Tensor)> =
         tensors.iter().map(|(key, tensor)| (*key, tensor)).collect();
     let mut file = File::create(folder.join("a.safetensors")).unwrap();
     write(&mut file, &borrowed, &BTreeMap::new()).unwrap();
     let (folder, name, source, licence) = (folder.into(), None, None, None);
-    index(&IndexRequest { folder, name, source, licence }).unwrap();
+    index(&IndexRequest { folder, links: Links::Inside, name, source, licence }).unwrap();
 }
 
 fn plan(family: &Tiny, sets: &[&str]) -> Result<String> {
+    plan_of(family, &images(), sets)
+}
+
+fn plan_of(family: &Tiny, samples: &Samples, sets: &[&str]) -> Result<String> {
     let root = tempfile::tempdir().unwrap();
     let data = root.path().join("data");
-    write_data(&data);
+    write_data(&data, samples);
     let config = family.config(&data, &root.path().join("run"), sets);
     check(&config, &CheckRequest { world_size: 1, latents: None, text_tokens: 0, scaling: None })
 }
@@ -64,6 +84,39 @@ fn padding_behind_a_mask_is_no_matter() {
         assert!(!text.contains("texts have unequal lengths"), "{text}");
         assert!(text.contains("their `text_mask` differs"), "attention will need a mask: {text}");
         assert!(text.contains("16 text tokens"), "{text}");
+    }
+}
+
+#[test]
+fn wan_keeps_the_cache_s_length_and_pads_unequal_texts_as_its_pipeline() {
+    let kept = plan_of(&WAN, &videos(Some(226)), &[]).unwrap();
+    assert!(kept.contains("226 text tokens") && !kept.contains("padded"), "{kept}");
+    let padded = plan_of(&WAN, &videos(None), &[]).unwrap();
+    assert!(padded.contains("512 text tokens"), "{padded}");
+    assert!(padded.contains("texts have unequal lengths and the simple adapter reads no text_mask: they are padded with zeros to 512 tokens"), "{padded}");
+    let set = plan_of(&WAN, &videos(None), &["data.text_tokens=16"]).unwrap();
+    assert!(set.contains("padded with zeros to 16 tokens"), "{set}");
+    let further = plan_of(&WAN, &videos(Some(226)), &["data.text_tokens=300"]).unwrap();
+    assert!(further.contains("300 text tokens"), "{further}");
+    assert!(further.contains("texts of 226 tokens are padded with zeros to 300"), "{further}");
+}
+
+#[test]
+fn texts_get_the_512_rows_without_which_wan_does_not_attend_to_images() {
+    let sets = [
+        "model.wan.in_channels=8",
+        "model.wan.image_dim=8",
+        "model.wan.added_kv_proj_dim=24",
+        "flow_matching.adapter.image_conditioning=true",
+    ];
+    for tokens in [Some(226), None, Some(512)] {
+        let mut samples = videos(tokens);
+        samples.push(("condition_latents", Tensor::randn([8, 4, 3, 4, 6], FLOAT)));
+        samples.push(("image_embeds", Tensor::randn([8, 3, 8], FLOAT)));
+        let text = plan_of(&WAN, &samples, &sets).unwrap();
+        assert!(text.contains("512 text tokens"), "{text}");
+        let told = text.contains("texts of 226 tokens are padded with zeros to 512");
+        assert_eq!(told, tokens == Some(226), "{text}");
     }
 }
 

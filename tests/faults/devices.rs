@@ -62,7 +62,10 @@ fn c4_memory_that_runs_out_beside_the_steps_has_advice_of_its_own() {
     for (fault, words) in [
         (
             "out_of_memory@1:6:read",
-            ["phase read: ", "lower data.prefetch, or data.micro_batch_size_per_gpu. exit 53"],
+            [
+                "phase read: ",
+                "lower data.prefetch, or data.micro_batch_size_per_gpu or data.micro_batch_tokens_per_gpu. exit 53",
+            ],
         ),
         (
             "out_of_memory@1:4:snapshot",

@@ -3,7 +3,7 @@
     python pickles.py FOLDER
 
 Writes cache.pt and cache.meta in today's format, legacy.pt in the one before, bare.pt, which is one tensor, and kinds.pt with a tensor of
-each kind, the same as kinds.safetensors. Needs torch 2.13.0 and safetensors 0.8.0.
+each kind, the same as kinds.safetensors, and eights.pt with floats of 8 bits, whose bytes are those of eights.safetensors. Needs torch 2.13.0 and safetensors 0.8.0.
 """
 
 import sys
@@ -32,3 +32,6 @@ kinds = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.in
 of_each = {str(kind).removeprefix("torch."): row.view(3, 2).t().to(kind)[:, 1:] for kind in kinds}
 torch.save(of_each, folder / "kinds.pt")
 save_file({name: tensor.contiguous() for name, tensor in of_each.items()}, folder / "kinds.safetensors")
+eights = {str(kind).removeprefix("torch."): row.view(3, 2).t().to(kind)[:, 1:] for kind in (torch.float8_e4m3fn, torch.float8_e5m2)}
+torch.save(eights, folder / "eights.pt")
+save_file({name: tensor.contiguous().view(torch.uint8) for name, tensor in eights.items()}, folder / "eights.safetensors")

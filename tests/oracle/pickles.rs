@@ -6,7 +6,8 @@ use std::process::Command;
 
 use fm_dist::files::pickle::{PickledFile, Value};
 use fm_dist::files::safetensors::SafeTensors;
-use tch::Tensor;
+use fm_dist::tensor::bytes;
+use tch::{Kind, Tensor};
 
 use super::packages::oracle;
 use crate::fast::hostile::refusal;
@@ -102,6 +103,16 @@ fn what_torch_save_wrote_is_parsed_to_the_same_values() {
         let (read, expected) = (pickled.read(tensor).unwrap(), plain.read(&info.name).unwrap());
         assert_eq!((read.kind(), read.size()), (info.kind, info.shape.clone()));
         assert!(read.equal(&expected), "{}", info.name);
+    }
+    let (pickled, plain) = (
+        PickledFile::open(path("eights.pt")).unwrap(),
+        SafeTensors::open(path("eights.safetensors")).unwrap(),
+    );
+    for (name, kind) in [("float8_e4m3fn", Kind::Float8e4m3fn), ("float8_e5m2", Kind::Float8e5m2)] {
+        let tensor = pickled.root().get(name).unwrap().tensor().unwrap();
+        let (read, expected) = (pickled.read(tensor).unwrap(), plain.read(name).unwrap());
+        assert_eq!((read.kind(), read.size()), (kind, expected.size()));
+        assert_eq!(bytes(&read), bytes(&expected), "{name}");
     }
     assert!(
         refusal(|| PickledFile::open(path("legacy.pt"))).contains("torch before 1.6"),

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -161,12 +161,11 @@ fn what_looks_wrong_with_a_dataset_is_shown() {
     said(&["data", "index", text(root.path())]);
     let picture = root.path().join("latents.png");
     let arguments = ["data", "show", text(root.path()), "--global-batch", "64", "--samples"];
-    let (code, _, errors) = finish(program(&[&arguments[..], &[text(&picture)]].concat()));
-    assert_eq!(code, 40, "a picture of a sample that is not finite: {errors}");
-    let shown = said(&arguments[..arguments.len() - 1]);
+    let shown = said(&[&arguments[..], &[text(&picture)]].concat());
+    assert!(fs::read(&picture).unwrap().starts_with(b"\x89PNG"), "of the finite samples");
     for what in [
         "1 of 6 samples hold numbers that are not finite",
-        "1 of 6 samples have the latents of another sample",
+        "1 of 6 samples have the latents of another sample: sample 1 those of sample 0",
         "the latents of group 4x4 have a standard deviation of ",
         "has 6 samples, fewer than the global batch of 64",
     ] {
@@ -174,6 +173,109 @@ fn what_looks_wrong_with_a_dataset_is_shown() {
     }
     said(&["data", "show", "embedded:digits", "--samples", text(&picture)]);
     assert!(fs::read(&picture).unwrap().starts_with(b"\x89PNG"));
+}
+
+#[test]
+fn kinds_lengths_and_scales_are_shown_and_packed_with_their_bits() {
+    let root = TempDir::new().unwrap();
+    let folder = root.path().join("eight");
+    fs::create_dir(&folder).unwrap();
+    let mask = Tensor::from_slice(&[1i64, 1, 0, 1, 1, 1]).view([2, 3]);
+    let tensors = [
+        ("image_latents", random(&[2, 4, 4, 4]).to_kind(Kind::BFloat16)),
+        ("text_embeddings", random(&[2, 3, 8]).to_kind(Kind::Float8e4m3fn)),
+        ("text_embeddings.scale", Tensor::from_slice(&[0.5f32, 2.0])),
+        ("text_mask", mask),
+    ];
+    save(&folder.join("a.safetensors"), &tensors);
+    said(&["data", "index", text(&folder)]);
+    let shown: Value =
+        serde_json::from_str(&said(&["data", "show", text(&folder), "--json"])).unwrap();
+    let texts = &shown["groups"][0]["tensors"]["text_embeddings"];
+    assert_eq!(texts["kind"], "float8_e4m3fn");
+    assert_eq!(texts["valid_tokens"], serde_json::json!([2, 3]));
+    assert_eq!(texts["scales"], serde_json::json!([0.5, 2.0]));
+    // 256 bytes of latents, 48 of texts, 8 of scales, 48 of masks.
+    assert_eq!(shown["groups"][0]["bytes"], 360);
+    assert_eq!(shown["groups"][0]["tensors"]["image_latents"]["kind"], "bfloat16");
+    let packed = root.path().join("packed");
+    said(&["data", "pack", text(&folder), "--out", text(&packed), "--shard-size", "1B"]);
+    assert_eq!(samples(&packed), samples(&folder));
+    let batch = |folder: &Path| Dataset::open(folder).unwrap().batch(&[0, 1]).unwrap();
+    let found = &batch(&packed).tensors["text_embeddings"];
+    assert_eq!(found.kind(), Kind::Float);
+    assert!(found.equal(&batch(&folder).tensors["text_embeddings"]));
+}
+
+#[test]
+fn a_cache_of_8_bits_keeps_them() {
+    let root = TempDir::new().unwrap();
+    let (cache, out) = (root.path().join("cache"), root.path().join("out"));
+    fs::create_dir(&cache).unwrap();
+    let stored = random(&[5, 12]).to_kind(Kind::Float8e4m3fn);
+    let latents = ("latents_4x6_bfloat16", random(&[16, 4, 6]).to_kind(Kind::BFloat16));
+    save(&cache.join("cat_0096x0064_f2k4b.safetensors"), &[latents]);
+    let texts = ("ctx_vec_float8_e4m3fn", stored.copy());
+    save(&cache.join("cat_f2k4b_te.safetensors"), &[texts]);
+    let hint = refused(40, &["data", "show", text(&cache)]);
+    let command = format!("`fm-dist data import --from musubi {} --out DIR`", cache.display());
+    assert!(hint.contains(&command), "{hint}");
+    said(&["data", "import", "--from", "musubi", text(&cache), "--out", text(&out)]);
+    let dataset = Dataset::open(&out).unwrap();
+    let found = &dataset.sample(0).unwrap()["text_embeddings"];
+    assert_eq!(found.kind(), Kind::Float8e4m3fn);
+    assert_eq!(fm_dist::tensor::bytes(found), fm_dist::tensor::bytes(&stored));
+}
+
+/// A snapshot in the layout of Hugging Face's cache: its files are links to blobs that lie outside
+/// of it.
+fn snapshot(root: &Path) -> std::path::PathBuf {
+    let (blobs, folder) = (root.join("blobs"), root.join("snapshots/0a1b"));
+    fs::create_dir_all(&blobs).unwrap();
+    fs::create_dir_all(folder.join("more")).unwrap();
+    for (blob, name) in [("c0", "a.safetensors"), ("c1", "more/b.safetensors")] {
+        save(&blobs.join(blob), &[("image_latents", random(&[4, 3, 4, 4]))]);
+        let up = "../".repeat(name.matches('/').count());
+        symlink(format!("{up}../../blobs/{blob}"), folder.join(name)).unwrap();
+    }
+    folder
+}
+
+#[test]
+fn a_snapshot_of_hugging_face_is_indexed_shown_packed_and_checked_by_its_links() {
+    let root = TempDir::new().unwrap();
+    let folder = snapshot(root.path());
+    let line = refused(40, &["data", "index", text(&folder)]);
+    assert!(
+        line.contains("path leaves the data folder") && line.contains("--follow-links"),
+        "{line}"
+    );
+    let line = said(&["data", "index", text(&folder), "--follow-links"]);
+    assert!(line.ends_with(": 8 samples in 2 files, resolution groups: 1\n"), "{line}");
+    assert!(refused(40, &["data", "show", text(&folder)]).contains("--follow-links"));
+    assert!(said(&["data", "show", text(&folder), "--follow-links"]).contains("8 of type image"));
+    let packed = root.path().join("packed");
+    said(&["data", "pack", text(&folder), "--out", text(&packed), "--follow-links"]);
+    assert_eq!(Dataset::open(&packed).unwrap().num_samples(), 8);
+    let path = format!("data.path={}", folder.display());
+    let check = ["check", "--verify-data", "--set", "model.dit.in_channels=3", "--set", &path];
+    let line = refused(40, &check);
+    assert!(line.contains("data.follow_links = true"), "{line}");
+    let followed = [&check[..], &["--set", "data.follow_links=true"]].concat();
+    let (_, _, errors) = finish(program(&followed));
+    assert!(!errors.contains("follow_links"), "the data were opened: {errors}");
+}
+
+#[test]
+fn links_in_a_circle_end() {
+    let root = TempDir::new().unwrap();
+    let folder = root.path().join("a");
+    fs::create_dir(&folder).unwrap();
+    save(&folder.join("a.safetensors"), &[("image_latents", random(&[2, 1, 4, 4]))]);
+    symlink("../a", folder.join("again")).unwrap();
+    symlink(".", folder.join("here")).unwrap();
+    let line = said(&["data", "index", text(&folder), "--follow-links"]);
+    assert!(line.contains(": 2 samples in 1 files"), "{line}");
 }
 
 #[test]

@@ -11,15 +11,16 @@ use tempfile::TempDir;
 use super::cli::only_error;
 use crate::runs::{finish, program};
 
-/// A LoRA of FLUX.1's first block as kohya's trainers write it.
-fn of_kohya(path: &Path) {
+/// A LoRA of FLUX.1's first block as kohya's trainers write it, with further tensors.
+fn of_kohya(path: &Path, further: &[&str]) {
     let random = |shape: [i64; 2]| Tensor::randn(shape, (Kind::BFloat16, Device::Cpu));
     let stem = "lora_unet_double_blocks_0_img_attn_qkv";
-    let tensors = [
+    let mut tensors = vec![
         (format!("{stem}.lora_down.weight"), random([4, 3072])),
         (format!("{stem}.lora_up.weight"), random([9216, 4])),
         (format!("{stem}.alpha"), Tensor::from_slice(&[2.0f32]).squeeze()),
     ];
+    tensors.extend(further.iter().map(|name| (name.to_string(), random([4, 4]))));
     let named: Vec<(&str, &Tensor)> =
         tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     let metadata = BTreeMap::from([
@@ -38,7 +39,7 @@ fn convert(arguments: &[&str]) -> (i32, String, String) {
 fn a_lora_is_converted_and_told_in_one_line() {
     let root = TempDir::new().unwrap();
     let path = |name: &str| root.path().join(name).to_str().unwrap().to_string();
-    of_kohya(Path::new(&path("kohya.safetensors")));
+    of_kohya(Path::new(&path("kohya.safetensors")), &[]);
     let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models/flux1-dev");
     let arguments = [
         "--lora",
@@ -97,7 +98,7 @@ fn a_lora_is_converted_and_told_in_one_line() {
 fn a_wrong_conversion_is_refused_in_one_line() {
     let root = TempDir::new().unwrap();
     let path = |name: &str| root.path().join(name).to_str().unwrap().to_string();
-    of_kohya(Path::new(&path("kohya.safetensors")));
+    of_kohya(Path::new(&path("kohya.safetensors")), &[]);
     let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models");
     let told = |arguments: &[&str]| {
         let lora = path("kohya.safetensors");
@@ -137,4 +138,24 @@ fn a_wrong_conversion_is_refused_in_one_line() {
         code == 50 && only_error(&errors).contains("--base: /nowhere does not exist"),
         "{errors}"
     );
+}
+
+#[test]
+fn a_text_encoders_adapter_is_left_out_on_demand_only() {
+    let root = TempDir::new().unwrap();
+    let path = |name: &str| root.path().join(name).to_str().unwrap().to_string();
+    let stem = "lora_te1_text_model_encoder_layers_0_mlp_fc1";
+    let further = ["lora_down", "lora_up"].map(|half| format!("{stem}.{half}.weight"));
+    of_kohya(Path::new(&path("in.safetensors")), &[&further[0], &further[1]]);
+    let (lora, out) = (path("in.safetensors"), path("out.safetensors"));
+    let arguments = ["--lora", &lora, "--format", "comfyui", "--out", &out];
+    let (code, _, errors) = convert(&arguments);
+    assert!(
+        code == 50 && only_error(&errors).contains("also holds 2 tensors of text encoders, which are not converted; leave them out by --drop-text-encoders"),
+        "{errors}"
+    );
+    let (code, output, errors) = convert(&[&arguments[..], &["--drop-text-encoders"]].concat());
+    assert!(code == 0 && output.contains("3 modules of FLUX.1"), "{errors}");
+    let names = |name: &str| name.starts_with("transformer.transformer_blocks.0.attn.to_");
+    assert!(SafeTensors::open(&out).unwrap().tensors().iter().all(|info| names(&info.name)));
 }

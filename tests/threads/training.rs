@@ -120,9 +120,14 @@ impl Tiny {
 
     /// Thirty steps of two samples a rank on the data at `data`, into `output`.
     pub fn config(&self, data: &Path, output: &Path, overrides: &[&str]) -> RunConfig {
+        self.config_on(&format!("path = {data:?}\nmicro_batch_size_per_gpu = 2"), output, overrides)
+    }
+
+    /// Thirty steps with this text of `[data]`, into `output`.
+    pub fn config_on(&self, data: &str, output: &Path, overrides: &[&str]) -> RunConfig {
         let text = format!(
-            "max_steps = 30\noutput_dir = {output:?}\n{}[flow_matching]\nadapter_type = \"{}\"\n[data]\npath = {data:?}\n\
-             micro_batch_size_per_gpu = 2\n[optimizer.adamw]\nlr = 3e-3\n[checkpoint]\nevery_n_steps = 15\n[log]\nprogress = \"never\"\n\
+            "max_steps = 30\noutput_dir = {output:?}\n{}[flow_matching]\nadapter_type = \"{}\"\n[data]\n{data}\n\
+             [optimizer.adamw]\nlr = 3e-3\n[checkpoint]\nevery_n_steps = 15\n[log]\nprogress = \"never\"\n\
              [parallel]\nseed_scope = \"sample\"\n",
             self.model, self.adapter
         );

@@ -4,14 +4,19 @@ use std::collections::BTreeMap;
 
 use tch::{Kind, Tensor};
 
+use super::pixel_masks::{LOSS_MASK, shrunk};
 use super::sample_file::SampleFile;
-use super::unequal::mask_of;
+use super::scales::{SCALE, kind_in_batches};
+use super::unequal::{extended, mask_of};
 use super::{Dataset, EmptyPrompt};
-use crate::data::group::{Layout, SampleTensor};
-use crate::data::{Batch, OnBad};
+use crate::data::group::{Group, Layout, SampleTensor};
+use crate::data::{Batch, DataType, OnBad};
 use crate::error::{Error, Result};
-use crate::files::safetensors::{row_bytes, with_rows};
+use crate::files::safetensors::{TensorInfo, row_bytes, with_rows};
 use crate::tensor::bytes_mut;
+
+/// Keys whose tensors have the latents' axes, or may have them.
+const FRAMED: [&str; 3] = ["image_latents", "condition_latents", "loss_mask"];
 
 impl Dataset {
     /// Returns the samples of these ids in this order. If bad samples are skipped, each is replaced
@@ -43,14 +48,29 @@ impl Dataset {
             "a batch of several resolution groups: {ids:?}"
         );
         let mut tensors = BTreeMap::new();
-        for (key, layout) in &self.groups[group].layout {
+        let group = &self.groups[group];
+        for (key, layout) in &group.layout {
             if let Some(mask) = mask_of(key).filter(|_| layout.unequal) {
                 tensors.insert(mask.to_string(), self.mask(key, ids)?);
             }
-            tensors.insert(key.clone(), self.stacked(key, ids)?);
+            let stacked = self.stacked(key, ids)?;
+            let shape = self.framed(group, key, &layout.shape);
+            let framed = shape.len() > layout.shape.len();
+            tensors.insert(key.clone(), if framed { stacked.unsqueeze(2) } else { stacked });
         }
-        tensors.extend(self.empty_prompt.iter().flat_map(EmptyPrompt::tensors));
-        Ok(Batch { tensors, data_type: self.data_type(), sample_ids: ids.to_vec(), bad_samples })
+        tensors.extend(self.empty_prompt().into_iter().flat_map(EmptyPrompt::tensors));
+        let data_type = group.data_type;
+        Ok(Batch { tensors, data_type, sample_ids: ids.to_vec(), bad_samples })
+    }
+
+    /// Returns the shape of one sample's tensor in a batch: what has the axes of an image's latents
+    /// gets one of a single frame, if images become videos.
+    pub(super) fn framed(&self, group: &Group, key: &str, shape: &[i64]) -> Vec<i64> {
+        let of_image = self.frames && group.data_type == DataType::Image && FRAMED.contains(&key);
+        match *shape {
+            [channels, height, width] if of_image => vec![channels, 1, height, width],
+            _ => shape.to_vec(),
+        }
     }
 
     /// Returns the sample itself if all its numbers are finite, otherwise the next of its group
@@ -67,8 +87,8 @@ impl Dataset {
         Err(Error::data(&self.path, format!("no sample of the group of sample {id} is finite")))
     }
 
-    /// Returns one sample's tensors as they are stored: without an axis of samples, and texts
-    /// without padding.
+    /// Returns one sample's tensors as they are stored: without an axis of samples, texts without
+    /// padding, floats of 8 bits beside their scale.
     ///
     /// # Errors
     /// As [`batch`](Self::batch).
@@ -77,6 +97,10 @@ impl Dataset {
     pub fn sample(&self, id: u64) -> Result<BTreeMap<String, Tensor>> {
         let read = |(key, tensor): (String, SampleTensor)| {
             let file = self.file_of(id);
+            if let Some(scaled) = key.strip_suffix(SCALE).filter(|key| file.is_scaled(key)) {
+                let scale = Tensor::from(file.scale_of(scaled, id));
+                return Ok((key, scale));
+            }
             let mut sample = file.tensors.empty_tensor(&tensor.shape, tensor.kind)?;
             if sample.numel() > 0 {
                 file.read_rows(&key, &[id], bytes_mut(&mut sample))?;
@@ -93,6 +117,13 @@ impl Dataset {
         for (key, tensor) in layout.iter_mut().filter(|(_, tensor)| tensor.unequal) {
             tensor.shape[0] = file.rows_of(key, id).count() as i64;
         }
+        let scale = |key: String| {
+            let tensor = SampleTensor { kind: Kind::Float, shape: Vec::new(), unequal: false };
+            (format!("{key}{SCALE}"), tensor)
+        };
+        let scaled: Vec<String> =
+            layout.keys().filter(|key| file.is_scaled(key)).cloned().collect();
+        layout.extend(scaled.into_iter().map(scale));
         layout
     }
 
@@ -106,6 +137,7 @@ impl Dataset {
 
     /// Returns one key of these samples, which are of one group, as one tensor `[samples, …]`, and
     /// reads no other. Texts of unequal length are padded; the key may be that of their mask.
+    /// Floats of 8 bits become float32, and a mask of pixels one of the latents.
     ///
     /// # Errors
     /// [`Error::Data`] if their group has no such key; otherwise those of [`batch`](Self::batch).
@@ -118,29 +150,33 @@ impl Dataset {
             return self.mask(text, ids);
         }
         let info = first.tensors.info(key)?;
-        let row_bytes = row_bytes(info) as usize;
-        let mut stacked = first.tensors.empty_tensor(&with_rows(info, ids.len()), info.kind)?;
+        let (row_bytes, kind) = (row_bytes_in_batches(info), kind_in_batches(info.kind));
+        let mut stacked = first.tensors.empty_tensor(&with_rows(info, ids.len()), kind)?;
         let mut rest = bytes_mut(&mut stacked);
         for run in ids.chunk_by(|a, b| self.file_of(*a).first_id == self.file_of(*b).first_id) {
             let (now, later) = rest.split_at_mut(run.len() * row_bytes);
-            self.file_of(run[0]).read_rows(key, run, now)?;
+            self.file_of(run[0]).read_numbers(key, run, now)?;
             rest = later;
         }
-        Ok(stacked)
+        match self.changed_shape(&self.groups[first.group], key) {
+            Some(shape) if key == LOSS_MASK => Ok(shrunk(&stacked, &shape)),
+            Some(shape) => Ok(extended(&stacked, shape[0])),
+            None => Ok(stacked),
+        }
     }
 
     /// Returns texts of unequal length `[B, L, D]`, padded with zeros on the right.
     fn padded(&self, key: &str, ids: &[u64]) -> Result<Tensor> {
         let (file, tokens) = (&self.file_of(ids[0]).tensors, self.batch_length(key, ids));
         let info = file.info(key)?;
-        let token_bytes = row_bytes(info) as usize;
+        let token_bytes = row_bytes_in_batches(info);
         let shape = [&[ids.len() as i64, tokens], &info.shape[1..]].concat();
-        let mut padded = file.empty_tensor(&shape, info.kind)?;
+        let mut padded = file.empty_tensor(&shape, kind_in_batches(info.kind))?;
         let samples = bytes_mut(&mut padded).chunks_exact_mut(tokens as usize * token_bytes);
         for (id, sample) in ids.iter().zip(samples) {
             let length = self.length(key, *id) as usize;
             let (text, padding) = sample.split_at_mut(length * token_bytes);
-            self.file_of(*id).read_rows(key, &[*id], text)?;
+            self.file_of(*id).read_numbers(key, &[*id], text)?;
             padding.fill(0);
         }
         Ok(padded)
@@ -179,10 +215,16 @@ impl Dataset {
         self.padding.length(key, longest.max(empty))
     }
 
-    fn file_of(&self, id: u64) -> &SampleFile {
+    pub(super) fn file_of(&self, id: u64) -> &SampleFile {
         assert!(id < self.num_samples, "sample {id} of {}", self.num_samples);
         &self.files[self.files.partition_point(|file| file.first_id <= id) - 1]
     }
+}
+
+/// Returns the bytes of one row along the first axis, as batches hold it.
+fn row_bytes_in_batches(info: &TensorInfo) -> usize {
+    let stored = row_bytes(info) as usize / info.kind.elt_size_in_bytes();
+    stored * kind_in_batches(info.kind).elt_size_in_bytes()
 }
 
 #[cfg(test)]
@@ -270,6 +312,48 @@ mod tests {
         assert_eq!(dataset.sample_shapes(&dataset.groups()[0])["text_mask"], [12]);
         let error = padded(8).expect_err("a text of 9 tokens").to_string();
         assert!(error.contains("group `2x2` has a text of 9 tokens"), "{error}");
+    }
+
+    #[test]
+    fn texts_of_one_length_and_their_masks_get_more_padding_if_all_do() {
+        let texts = Tensor::randn([2, 3, 2], (Kind::Float, Device::Cpu));
+        let mask = Tensor::from_slice(&[1i64, 1, 0, 1, 1, 1]).view([2, 3]);
+        let tensors = vec![
+            ("image_latents", images(0, 2, 2)),
+            ("text_embeddings", texts.copy()),
+            ("text_mask", mask.copy()),
+        ];
+        let folder = written_as(2, &[("a.safetensors", "2x2", tensors)], None);
+        let padded = |padding| open(&folder).text_padding(padding);
+        let dataset = padded(TextPadding::All(5)).expect("longer than the texts");
+        let batch = dataset.batch(&[0, 1]).expect("sound samples");
+        let (found, found_mask) = (&batch.tensors["text_embeddings"], &batch.tensors["text_mask"]);
+        assert!(found.equal(&texts.constant_pad_nd([0, 0, 0, 2])));
+        assert!(found_mask.equal(&mask.constant_pad_nd([0, 2])));
+        let shapes = dataset.sample_shapes(&dataset.groups()[0]);
+        assert_eq!((&shapes["text_embeddings"], &shapes["text_mask"]), (&vec![5, 2], &vec![5]));
+        assert_eq!(dataset.extended_text(), Some(3));
+        for padding in [TextPadding::Tokens(5), TextPadding::All(3), TextPadding::Longest] {
+            let dataset = padded(padding).expect("long enough");
+            let batch = dataset.batch(&[0, 1]).expect("sound samples");
+            assert!(batch.tensors["text_embeddings"].equal(&texts), "{padding:?}");
+            assert_eq!(dataset.extended_text(), None);
+        }
+        let error = padded(TextPadding::All(2)).expect_err("too short").to_string();
+        assert!(error.contains("group `2x2` has a text of 3 tokens"), "{error}");
+    }
+
+    #[test]
+    fn a_mask_of_pixels_is_one_of_latents_in_a_batch() {
+        let mask = Tensor::rand([2, 16, 16], (Kind::Float, Device::Cpu)).gt(0.5);
+        let tensors = vec![("image_latents", images(0, 2, 2)), ("loss_mask", mask.copy())];
+        let folder = written_as(1, &[("a.safetensors", "2x2", tensors)], None);
+        let dataset = open(&folder);
+        assert_eq!(dataset.sample_shapes(&dataset.groups()[0])["loss_mask"], [2, 2]);
+        let batch = dataset.batch(&[1, 0]).expect("sound samples");
+        let expected = mask.flip([0]).to_kind(Kind::Float).adaptive_avg_pool2d([2, 2]);
+        assert!(batch.tensors["loss_mask"].allclose(&expected, 1e-6, 1e-6, false));
+        assert!(dataset.sample(0).expect("a sample")["loss_mask"].equal(&mask.get(0)), "as stored");
     }
 
     #[test]

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use super::scales::{SCALE, Scale, widen};
 use super::unequal::{LENGTHS, Starts};
 use crate::error::Result;
 use crate::files::finite::{check_finite, is_sound};
-use crate::files::safetensors::{SafeTensors, TensorInfo, row_bytes};
+use crate::files::safetensors::{SafeTensors, TensorInfo, is_eight_bits, row_bytes};
 use crate::pulse;
 
 /// An open file of a dataset.
@@ -20,6 +21,8 @@ pub(super) struct SampleFile {
     pub group: usize,
     /// First rows of the samples in each text of unequal lengths.
     pub starts: BTreeMap<String, Starts>,
+    /// Scales of the floats of 8 bits that have one.
+    pub scales: BTreeMap<String, Scale>,
 }
 
 impl SampleFile {
@@ -53,12 +56,25 @@ impl SampleFile {
         Ok(())
     }
 
-    /// Returns the tensors that batches hold; lengths are no numbers of a sample.
+    /// Returns the tensors that batches hold; lengths and scales are no numbers of a sample.
     fn of_samples(&self) -> impl Iterator<Item = &TensorInfo> {
         let is_length = |name: &str| {
             name.strip_suffix(LENGTHS).is_some_and(|key| self.starts.contains_key(key))
         };
-        self.tensors.tensors().iter().filter(move |info| !is_length(&info.name))
+        let is_scale =
+            |name: &str| name.strip_suffix(SCALE).is_some_and(|key| self.scales.contains_key(key));
+        let tensors = self.tensors.tensors().iter();
+        tensors.filter(move |info| !is_length(&info.name) && !is_scale(&info.name))
+    }
+
+    /// True if a tensor's floats have 8 bits, and so a scale.
+    pub fn is_scaled(&self, key: &str) -> bool {
+        self.tensors.info(key).is_ok_and(|info| is_eight_bits(info.kind))
+    }
+
+    /// Returns the number by which a sample's floats of 8 bits are multiplied.
+    pub fn scale_of(&self, key: &str, id: u64) -> f32 {
+        self.scales.get(key).map_or(1.0, |scale| scale.of(id - self.first_id))
     }
 
     /// Checks the numbers of one tensor of one sample. The outer error is one of reading, the inner
@@ -70,7 +86,27 @@ impl SampleFile {
         Ok(check_finite(&self.tensors, info, &vec![id; rows.len()], &rows, &data))
     }
 
-    /// Fills `data` with one key of these samples, which all belong to this file.
+    /// Fills `data` with one key of these samples, which all belong to this file, as batches hold
+    /// it: floats of 8 bits become float32.
+    pub fn read_numbers(&self, key: &str, ids: &[u64], data: &mut [u8]) -> Result<()> {
+        let info = self.tensors.info(key)?;
+        if !is_eight_bits(info.kind) {
+            return self.read_rows(key, ids, data);
+        }
+        let numbers: &mut [f32] = bytemuck::cast_slice_mut(data);
+        let mut stored = self.tensors.buffer(numbers.len() as u64)?;
+        self.read_rows(key, ids, &mut stored)?;
+        let mut start = 0;
+        for id in ids {
+            let end = start + self.rows_of(key, *id).count() * row_bytes(info) as usize;
+            let scale = self.scale_of(key, *id);
+            widen(info.kind, &stored[start..end], scale, &mut numbers[start..end]);
+            start = end;
+        }
+        Ok(())
+    }
+
+    /// Fills `data` with one key of these samples, which all belong to this file, as it is stored.
     pub fn read_rows(&self, key: &str, ids: &[u64], data: &mut [u8]) -> Result<()> {
         pulse::read_from(self.tensors.path());
         let info = self.tensors.info(key)?;
@@ -95,7 +131,7 @@ mod tests {
 
     use crate::data::made_up::{images, written};
     use crate::data::manifest::Manifest;
-    use crate::data::{Dataset, OnBad};
+    use crate::data::{Dataset, Links, OnBad};
 
     #[test]
     fn files_beyond_those_kept_open_are_read_alike_until_they_are_replaced() {
@@ -105,8 +141,8 @@ mod tests {
             None,
         );
         let keeping = |kept| {
-            let manifest = Manifest::read(folder.path()).expect("a sound manifest");
-            Dataset::keeping(folder.path(), manifest, kept).expect("a sound dataset")
+            let manifest = Manifest::read(folder.path(), Links::Inside).expect("a sound manifest");
+            Dataset::keeping(folder.path(), manifest, Links::Inside, kept).expect("a sound dataset")
         };
         for kept in 0..4 {
             let batch = keeping(kept).batch(&[5, 0, 2, 3]).expect("sound samples");

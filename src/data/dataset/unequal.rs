@@ -1,5 +1,5 @@
-//! Texts of unequal length: a file holds them one after another, without padding, beside their
-//! lengths, and a batch pads them.
+//! The padding of texts. Those of unequal length lie in a file one after another, without padding,
+//! beside their lengths, and a batch pads them; those of one length may get more of it.
 //!
 //! `text_embeddings` `[T, D]` of `N` samples then comes with `text_embeddings.lengths` `[N]`,
 //! int64, which sum up to `T`; a length may be 0. A batch has `text_embeddings` `[B, L, D]` and
@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use tch::Kind;
+use tch::{Kind, Tensor};
 
 use crate::data::group::{Layout, SampleTensor};
 use crate::error::{Error, Result};
@@ -30,22 +30,38 @@ pub enum TextPadding {
     /// Source: NeMo AutoModel 0.5.0, `_stack_or_pad_text_tensors`.
     #[default]
     Longest,
-    /// This number of tokens for `text_embeddings`; further texts as [`Longest`](Self::Longest).
+    /// This number of tokens for `text_embeddings` of unequal length; further texts as
+    /// [`Longest`](Self::Longest).
     Tokens(i64),
+    /// As [`Tokens`](Self::Tokens), and also for those that have one length, with their mask.
+    All(i64),
 }
 
 impl TextPadding {
     /// Returns the length of a batch whose longest text has `longest` tokens.
     pub fn length(self, key: &str, longest: i64) -> i64 {
         match self {
-            TextPadding::Tokens(tokens) if key == TEXTS[0].0 => tokens,
+            TextPadding::Tokens(tokens) | TextPadding::All(tokens) if key == TEXTS[0].0 => tokens,
             _ => (longest.max(1) + MULTIPLE - 1) / MULTIPLE * MULTIPLE,
         }
     }
 
+    /// Returns the shape of a sample's text, or of its mask, that gets more padding than it is
+    /// stored with.
+    pub fn extended(self, key: &str, tensor: &SampleTensor) -> Option<Vec<i64>> {
+        let TextPadding::All(tokens) = self else { return None };
+        let (found, further) = tensor.shape.split_first()?;
+        let is_text = (key == TEXTS[0].0 || key == TEXTS[0].1) && !tensor.unequal;
+        (is_text && *found < tokens).then(|| [&[tokens], further].concat())
+    }
+
     /// Refuses groups with longer texts than a batch would have.
     pub fn check(self, group: &str, layout: &Layout) -> Result<(), String> {
-        for (key, tensor) in layout.iter().filter(|(_, tensor)| tensor.unequal) {
+        let is_padded = |key: &str, tensor: &SampleTensor| match self {
+            TextPadding::All(_) if key == TEXTS[0].0 => !tensor.shape.is_empty(),
+            _ => tensor.unequal,
+        };
+        for (key, tensor) in layout.iter().filter(|(key, tensor)| is_padded(key, tensor)) {
             let (longest, length) = (tensor.shape[0], self.length(key, tensor.shape[0]));
             if longest > length {
                 return Err(format!(
@@ -56,6 +72,15 @@ impl TextPadding {
         }
         Ok(())
     }
+}
+
+/// Returns the texts or masks `[B, L, …]` with zeros behind them, as `[B, tokens, …]`.
+pub fn extended(texts: &Tensor, tokens: i64) -> Tensor {
+    let size = texts.size();
+    // From the last axis to the first.
+    let mut padding = vec![0; 2 * (size.len() - 2)];
+    padding.extend([0, tokens - size[1]]);
+    texts.constant_pad_nd(padding)
 }
 
 /// Returns the key of the mask of a text.

@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::files::pickle::{PickledFile, PickledTensor, Region, Value};
-use crate::files::safetensors::SafeTensors;
+use crate::files::safetensors::{Content, SafeTensors};
 
 /// Name of the only tensor of a file that holds nothing else.
 pub(super) const BARE: &str = "";
@@ -54,7 +54,7 @@ impl CacheFile {
         let is_safe = path.extension().is_some_and(|ending| ending == "safetensors");
         let contents = match region {
             Some(region) => Contents::Pickled(PickledFile::open_region(path, *region)?),
-            None if is_safe => Contents::Safe(SafeTensors::open_with_empty(path)?),
+            None if is_safe => Contents::Safe(SafeTensors::open_as(path, Content::Cache)?),
             None => Contents::Pickled(PickledFile::open(path)?),
         };
         Ok(CacheFile { location: location.clone(), contents })

@@ -1,21 +1,24 @@
 //! `fm-dist data show`: the contents of a dataset, and warnings.
 
+mod numbers;
 mod picture;
+mod scan;
 mod text;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
 use serde::Serialize;
-use sha2::{Digest, Sha256};
-use tch::{Kind, Tensor};
+use tch::Kind;
 
-use crate::data::group::Group;
-use crate::data::{DataType, Dataset, Moments, Order, latents_key};
+use super::shards::bytes_of;
+use crate::data::group::{Group, SampleTensor};
+use crate::data::{DataType, Dataset, Links, OnSmallGroup, Order, SCALE, latents_key};
 use crate::error::{Error, Result};
-use crate::files::sha256;
-use crate::tensor::bytes;
+use crate::files::safetensors::is_eight_bits;
+use numbers::Range;
+use scan::{Found, Mark, scan};
 
 /// Standard deviations of normalized latents. Those of published families lie near 1.
 const USUAL_DEVIATION: std::ops::RangeInclusive<f64> = 0.5..=2.0;
@@ -25,6 +28,7 @@ const USUAL_DEVIATION: std::ops::RangeInclusive<f64> = 0.5..=2.0;
 pub struct ShowRequest {
     /// As `data.path`: a folder or an embedded dataset.
     pub path: String,
+    pub links: Links,
     /// Samples of one step, to count the steps of an epoch.
     pub global_batch: Option<usize>,
     /// PNG file for the latents of some samples.
@@ -57,6 +61,8 @@ pub struct Summary {
 pub struct GroupSummary {
     pub name: String,
     pub samples: usize,
+    /// Bytes of its samples' tensors.
+    pub bytes: u64,
     pub tensors: BTreeMap<String, TensorSummary>,
 }
 
@@ -68,7 +74,11 @@ pub struct TensorSummary {
     pub shape: Vec<i64>,
     /// Shortest and longest first axis, where texts differ.
     pub lengths: Option<(i64, i64)>,
-    /// Range of the numbers; `None` for integers, and if no sample is finite.
+    /// Least and most tokens of a text that count by its mask.
+    pub valid_tokens: Option<(i64, i64)>,
+    /// Smallest and largest scale of floats of 8 bits.
+    pub scales: Option<(f64, f64)>,
+    /// Range of the numbers, with their scale; `None` for integers, and if no sample is finite.
     pub values: Option<Values>,
 }
 
@@ -89,14 +99,16 @@ pub fn show(request: &ShowRequest) -> Result<Summary> {
     if request.global_batch == Some(0) {
         return Err(Error::config("--global-batch", "is 0; expected at least one sample"));
     }
-    let dataset = Dataset::named(&request.path)?;
-    let manifest = dataset.manifest();
-    let mut seen = Seen::default();
-    let groups: Vec<GroupSummary> =
-        dataset.groups().iter().map(|group| seen.group(&dataset, group)).collect::<Result<_>>()?;
-    let steps = request.global_batch.map(|size| Order::new(dataset.groups(), size, 0));
-    let mut warnings = seen.warnings(dataset.num_samples());
-    warnings.extend(groups.iter().filter_map(|group| unnormalized(group, dataset.data_type())));
+    let dataset = Dataset::named(&request.path, request.links)?;
+    let (manifest, found) = (dataset.manifest(), scan(&dataset)?);
+    let groups: Vec<GroupSummary> = (dataset.groups().iter().zip(&found))
+        .map(|(group, found)| summary_of(&dataset, group, found))
+        .collect();
+    let not_finite = found.iter().map(|group| group.not_finite).sum();
+    let duplicates = duplicates(&found);
+    let steps = request.global_batch.map(|size| Order::of(&dataset, size, 0, OnSmallGroup::Stop));
+    let mut warnings = warnings(dataset.num_samples(), not_finite, &duplicates);
+    warnings.extend(groups.iter().filter_map(|group| unnormalized(group, manifest.data_type)));
     let steps_per_epoch = match steps {
         Some(Err(error)) => {
             warnings.push(error.to_string());
@@ -112,110 +124,98 @@ pub fn show(request: &ShowRequest) -> Result<Summary> {
         name: manifest.name.clone(),
         source: manifest.source.clone(),
         licence: manifest.licence.clone(),
-        data_type: dataset.data_type(),
+        data_type: manifest.data_type,
         samples: dataset.num_samples(),
         files: manifest.files.len(),
         bytes: bytes_on_disk(&dataset),
         captions: dataset.captions().is_some(),
-        duplicates: seen.duplicates,
-        not_finite: seen.not_finite,
+        duplicates: duplicates.len() as u64,
+        not_finite,
         steps_per_epoch,
         groups,
         warnings,
     })
 }
 
-/// Findings in the samples read so far.
-#[derive(Default)]
-struct Seen {
-    latents: BTreeSet<String>,
-    duplicates: u64,
-    not_finite: u64,
-}
-
-impl Seen {
-    fn group(&mut self, dataset: &Dataset, group: &Group) -> Result<GroupSummary> {
-        let mut ranges: BTreeMap<String, Range> = BTreeMap::new();
-        let mut lengths: BTreeMap<String, (i64, i64)> = BTreeMap::new();
-        let latents = latents_key(dataset.data_type());
-        for &id in &group.sample_ids {
-            for (key, tensor) in dataset.sample_layout(id).iter().filter(|(_, t)| t.unequal) {
-                let length = tensor.shape[0];
-                let (min, max) = lengths.entry(key.clone()).or_insert((length, length));
-                (*min, *max) = ((*min).min(length), (*max).max(length));
-            }
-            let sample = match dataset.sample(id) {
-                Err(_) if !dataset.is_finite(id)? => {
-                    self.not_finite += 1;
-                    continue;
-                }
-                sample => sample?,
-            };
-            let hash = sha256::hex(Sha256::new_with_prefix(bytes(&sample[latents])));
-            self.duplicates += u64::from(!self.latents.insert(hash));
-            for (key, tensor) in sample.iter().filter(|(_, tensor)| is_float(tensor)) {
-                ranges.entry(key.clone()).or_default().add(tensor);
-            }
-        }
-        let described = group.layout.iter().map(|(key, tensor)| {
-            let summary = TensorSummary {
-                kind: format!("{:?}", tensor.kind),
-                shape: tensor.shape.clone(),
-                lengths: lengths.get(key).copied(),
-                values: ranges.get(key).and_then(Range::values),
-            };
-            (key.clone(), summary)
-        });
-        let tensors = described.collect();
-        Ok(GroupSummary { name: group.name.clone(), samples: group.sample_ids.len(), tensors })
-    }
-
-    fn warnings(&self, samples: u64) -> Vec<String> {
-        let mut warnings = Vec::new();
-        if self.not_finite > 0 {
-            warnings.push(format!(
-                "{} of {samples} samples hold numbers that are not finite; data.on_bad = \"skip\" \
-                 trains without them",
-                self.not_finite
-            ));
-        }
-        if self.duplicates > 0 {
-            warnings.push(format!(
-                "{} of {samples} samples have the latents of another sample",
-                self.duplicates
-            ));
-        }
-        warnings
+fn summary_of(dataset: &Dataset, group: &Group, found: &Found) -> GroupSummary {
+    let describe = |(key, tensor): (&String, &SampleTensor)| {
+        let scales = found.ranges.get(&format!("{key}{SCALE}")).and_then(Range::ends);
+        let summary = TensorSummary {
+            kind: word_of(tensor.kind),
+            shape: tensor.shape.clone(),
+            lengths: found.lengths.get(key).copied(),
+            valid_tokens: found.valid_tokens.get(key).copied(),
+            scales: scales.filter(|_| is_eight_bits(tensor.kind)),
+            values: found.ranges.get(key).and_then(values),
+        };
+        (key.clone(), summary)
+    };
+    let tensors = group.layout.iter().map(describe).collect();
+    GroupSummary {
+        name: group.name.clone(),
+        samples: group.sample_ids.len(),
+        bytes: group.sample_ids.iter().map(|id| bytes_of(&dataset.sample_layout(*id))).sum(),
+        tensors,
     }
 }
 
-/// Range of the numbers seen so far.
-#[derive(Default)]
-struct Range {
-    moments: Moments,
-    ends: Option<(f64, f64)>,
+/// Returns the word of PyTorch for a kind.
+fn word_of(kind: Kind) -> String {
+    let word = match kind {
+        Kind::Half => "float16",
+        Kind::BFloat16 => "bfloat16",
+        Kind::Float => "float32",
+        Kind::Double => "float64",
+        Kind::Float8e4m3fn => "float8_e4m3fn",
+        Kind::Float8e5m2 => "float8_e5m2",
+        Kind::Int => "int32",
+        other => return format!("{other:?}").to_lowercase(),
+    };
+    word.into()
 }
 
-impl Range {
-    fn add(&mut self, tensor: &Tensor) {
-        if tensor.numel() == 0 {
-            return;
-        }
-        let (min, max) = (tensor.min().double_value(&[]), tensor.max().double_value(&[]));
-        let (least, most) = self.ends.unwrap_or((min, max));
-        self.ends = Some((least.min(min), most.max(max)));
-        self.moments = self.moments.merge(Moments::from_tensor(tensor));
-    }
-
-    fn values(&self) -> Option<Values> {
-        let (min, max) = self.ends?;
-        let (mean, deviation) = (self.moments.mean()?, self.moments.standard_deviation()?);
-        Some(Values { min, max, mean, deviation })
-    }
+fn values(range: &Range) -> Option<Values> {
+    let ((min, max), moments) = (range.ends()?, range.moments());
+    let (mean, deviation) = (moments.mean()?, moments.standard_deviation()?);
+    Some(Values { min, max, mean, deviation })
 }
 
-fn is_float(tensor: &Tensor) -> bool {
-    matches!(tensor.kind(), Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double)
+/// A sample whose latents are those of another one.
+struct Duplicate {
+    sample: u64,
+    of: u64,
+}
+
+/// Returns the samples that repeat an earlier one's latents, in the order of samples.
+fn duplicates(found: &[Found]) -> Vec<Duplicate> {
+    let mut latents: Vec<(Mark, u64)> =
+        found.iter().flat_map(|group| &group.latents).map(|(id, mark)| (*mark, *id)).collect();
+    latents.sort_unstable();
+    let same = latents.chunk_by(|a, b| a.0 == b.0);
+    let mut repeated: Vec<Duplicate> = same
+        .flat_map(|same| same[1..].iter().map(|(_, id)| Duplicate { sample: *id, of: same[0].1 }))
+        .collect();
+    repeated.sort_unstable_by_key(|duplicate| duplicate.sample);
+    repeated
+}
+
+fn warnings(samples: u64, not_finite: u64, duplicates: &[Duplicate]) -> Vec<String> {
+    let mut warnings = Vec::new();
+    if not_finite > 0 {
+        warnings.push(format!(
+            "{not_finite} of {samples} samples hold numbers that are not finite; data.on_bad = \
+             \"skip\" trains without them"
+        ));
+    }
+    if let Some(Duplicate { sample, of }) = duplicates.first() {
+        let count = duplicates.len();
+        warnings.push(format!(
+            "{count} of {samples} samples have the latents of another sample: sample {sample} those \
+             of sample {of}{}",
+            if count > 1 { ", …" } else { "" }
+        ));
+    }
+    warnings
 }
 
 /// Returns a warning if the latents of a group look as if they were not normalized.

@@ -30,7 +30,8 @@ impl fmt::Display for Summary {
 
 impl fmt::Display for GroupSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{:<12} {}: {} samples", "group", self.name, self.samples)?;
+        let (name, samples, size) = (&self.name, self.samples, ByteSize(self.bytes));
+        writeln!(f, "{:<12} {name}: {samples} samples, {size}", "group")?;
         let width = self.tensors.keys().map(String::len).max().unwrap_or_default();
         self.tensors.iter().try_for_each(|(key, tensor)| writeln!(f, "  {key:<width$}  {tensor}"))
     }
@@ -44,6 +45,12 @@ impl fmt::Display for TensorSummary {
         };
         let axes: Vec<String> = self.shape.iter().enumerate().map(axis).collect();
         write!(f, "{} [{}]", self.kind, axes.join(", "))?;
+        if let Some((min, max)) = self.valid_tokens {
+            write!(f, ", {min}..{max} tokens valid")?;
+        }
+        if let Some((min, max)) = self.scales {
+            write!(f, ", scale {min:.3e}..{max:.3e}")?;
+        }
         match self.values {
             None => Ok(()),
             Some(values) => write!(

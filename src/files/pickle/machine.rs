@@ -226,13 +226,17 @@ impl<'p> Machine<'p> {
             }
             (Global::RebuildTensor, [storage, offset, shape, strides, _, _, rest @ ..]) => {
                 self.check_metadata(rest)?;
-                let (Node::Storage(storage), Node::Int(offset)) =
-                    (&self.nodes[*storage], &self.nodes[*offset])
-                else {
-                    return Err("rebuilds a tensor without a storage".into());
+                Node::Tensor(self.tensor([*storage, *offset, *shape, *strides])?)
+            }
+            (
+                Global::RebuildTensorOfKind,
+                [storage, offset, shape, strides, _, _, kind, rest @ ..],
+            ) => {
+                self.check_metadata(rest)?;
+                let Node::Global(Global::Kind(kind)) = self.nodes[*kind] else {
+                    return Err("rebuilds a tensor whose kind is none of torch".into());
                 };
-                let (shape, strides) = (self.integers(*shape)?, self.integers(*strides)?);
-                Node::Tensor(PickledTensor::checked(storage, *offset, shape, strides)?)
+                Node::Tensor(self.tensor([*storage, *offset, *shape, *strides])?.of_kind(kind)?)
             }
             (global, arguments) => {
                 let count = arguments.len();
@@ -241,6 +245,19 @@ impl<'p> Machine<'p> {
         };
         self.push(result);
         Ok(())
+    }
+
+    fn tensor(
+        &self,
+        [storage, offset, shape, strides]: [usize; 4],
+    ) -> Result<PickledTensor, String> {
+        let (Node::Storage(storage), Node::Int(offset)) =
+            (&self.nodes[storage], &self.nodes[offset])
+        else {
+            return Err("rebuilds a tensor without a storage".into());
+        };
+        let (shape, strides) = (self.integers(shape)?, self.integers(strides)?);
+        PickledTensor::checked(storage, *offset, shape, strides)
     }
 
     /// Refuses tensors whose numbers are negated or conjugated when they are used.

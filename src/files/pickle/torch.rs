@@ -15,14 +15,18 @@ pub(super) enum Global {
     OrderedDict,
     Size,
     RebuildTensor,
+    /// As `RebuildTensor`, of a storage of bytes, with the kind as an argument.
+    RebuildTensorOfKind,
     RebuildParameter,
     Storage(Kind),
+    Kind(Kind),
 }
 
-const GLOBALS: [(&str, &str, Global); 14] = [
+const GLOBALS: [(&str, &str, Global); 18] = [
     ("collections", "OrderedDict", Global::OrderedDict),
     ("torch", "Size", Global::Size),
     ("torch._utils", "_rebuild_tensor_v2", Global::RebuildTensor),
+    ("torch._utils", "_rebuild_tensor_v3", Global::RebuildTensorOfKind),
     ("torch._utils", "_rebuild_parameter", Global::RebuildParameter),
     ("torch", "BoolStorage", Global::Storage(Kind::Bool)),
     ("torch", "ByteStorage", Global::Storage(Kind::Uint8)),
@@ -34,6 +38,10 @@ const GLOBALS: [(&str, &str, Global); 14] = [
     ("torch", "BFloat16Storage", Global::Storage(Kind::BFloat16)),
     ("torch", "FloatStorage", Global::Storage(Kind::Float)),
     ("torch", "DoubleStorage", Global::Storage(Kind::Double)),
+    // Floats of 8 bits have no storage of their own.
+    ("torch.storage", "UntypedStorage", Global::Storage(Kind::Uint8)),
+    ("torch", "float8_e4m3fn", Global::Kind(Kind::Float8e4m3fn)),
+    ("torch", "float8_e5m2", Global::Kind(Kind::Float8e5m2)),
 ];
 
 impl Global {
@@ -104,6 +112,14 @@ pub struct PickledTensor {
 }
 
 impl PickledTensor {
+    /// Returns the same tensor of another kind with elements of the same size.
+    pub(super) fn of_kind(self, kind: Kind) -> Result<Self, String> {
+        if self.kind.elt_size_in_bytes() != kind.elt_size_in_bytes() {
+            return Err(format!("holds a tensor of {kind:?} in a storage of {:?}", self.kind));
+        }
+        Ok(PickledTensor { kind, ..self })
+    }
+
     /// Checks the arguments of `_rebuild_tensor_v2`: storage, offset, shape, strides; the rest
     /// concerns autograd.
     pub(super) fn checked(

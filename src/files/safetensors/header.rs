@@ -24,10 +24,12 @@ const MAX_REASON_CHARS: usize = 300;
 /// The one key of the header that is not a tensor.
 pub(super) const METADATA: &str = "__metadata__";
 
-const DTYPES: [(&str, Kind); 10] = [
+const DTYPES: [(&str, Kind); 12] = [
     ("BOOL", Kind::Bool),
     ("U8", Kind::Uint8),
     ("I8", Kind::Int8),
+    ("F8_E4M3", Kind::Float8e4m3fn),
+    ("F8_E5M2", Kind::Float8e5m2),
     ("I16", Kind::Int16),
     ("I32", Kind::Int),
     ("I64", Kind::Int64),
@@ -42,13 +44,27 @@ pub(super) fn dtype_of(kind: Kind) -> Option<&'static str> {
     DTYPES.iter().find(|(_, known)| *known == kind).map(|(word, _)| *word)
 }
 
-/// The treatment of tensors without elements.
+/// The purpose of a file, which decides what it may hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Empty {
-    /// As our own files: a dataset, weights or a checkpoint has no use for them.
-    Refused,
-    /// As caches of other programs, which store a text of no tokens.
-    Allowed,
+pub(crate) enum Content {
+    /// Weights, checkpoints, conditions and batches, whose numbers are computed with as they are.
+    Tensors,
+    /// A file of a dataset, which may hold floats of 8 bits: batches widen them.
+    Samples,
+    /// The cache of another program, which may also hold tensors without elements, as a text of no
+    /// tokens is stored.
+    Cache,
+}
+
+impl Content {
+    fn allows(self, kind: Kind) -> bool {
+        self != Content::Tensors || !is_eight_bits(kind)
+    }
+}
+
+/// True for floats of 8 bits.
+pub(crate) fn is_eight_bits(kind: Kind) -> bool {
+    matches!(kind, Kind::Float8e4m3fn | Kind::Float8e5m2)
 }
 
 /// One tensor of a file: its name, kind, shape and offset.
@@ -80,7 +96,7 @@ pub(super) fn check_length(bytes: u64) -> Result<(), String> {
 }
 
 /// Parses and checks a header over `data_bytes` of tensor data; the error is a reason on one line.
-pub(super) fn parse(text: &[u8], data_bytes: u64, empty: Empty) -> Result<Header, String> {
+pub(super) fn parse(text: &[u8], data_bytes: u64, content: Content) -> Result<Header, String> {
     let text = std::str::from_utf8(text)
         .map_err(|e| format!("header is not UTF-8 from byte {} on", e.valid_up_to()))?;
     if !text.starts_with('{') {
@@ -91,7 +107,7 @@ pub(super) fn parse(text: &[u8], data_bytes: u64, empty: Empty) -> Result<Header
     let mut tensors = raw
         .tensors
         .into_iter()
-        .map(|(name, entry)| entry.checked(name, empty))
+        .map(|(name, entry)| entry.checked(name, content))
         .collect::<Result<Vec<_>, String>>()?;
     tensors.sort_by_key(|tensor| (tensor.offset, tensor.bytes));
     check_cover(&tensors, data_bytes)?;
@@ -151,24 +167,18 @@ struct Entry {
 }
 
 impl Entry {
-    fn checked(self, name: String, empty: Empty) -> Result<TensorInfo, String> {
-        let least = if empty == Empty::Allowed { 0 } else { 1 };
+    fn checked(self, name: String, content: Content) -> Result<TensorInfo, String> {
+        let least = if content == Content::Cache { 0 } else { 1 };
         if let Some(axis) = self.shape.0.iter().find(|axis| **axis < least) {
             return Err(format!(
                 "tensor `{name}` {:?} has an axis of {axis}, expected at least 1; leave empty tensors out",
                 self.shape.0
             ));
         }
-        let known = DTYPES.iter().find(|(word, _)| *word == self.dtype);
-        let Some((_, kind)) = known else {
-            let words = DTYPES.map(|(word, _)| word).join(" ");
-            return Err(shortened(&format!(
-                "tensor `{name}` has dtype `{}`; expected one of {words}",
-                self.dtype
-            )));
-        };
+        let kind =
+            self.kind(content).map_err(|what| shortened(&format!("tensor `{name}` {what}")))?;
         let [begin, end] = self.data_offsets;
-        let bytes = self.bytes(*kind).ok_or_else(|| {
+        let bytes = self.bytes(kind).ok_or_else(|| {
             format!("tensor `{name}` of shape {:?} is larger than any file", self.shape.0)
         })?;
         if begin.checked_add(bytes) != Some(end) {
@@ -178,7 +188,19 @@ impl Entry {
                 self.dtype
             ));
         }
-        Ok(TensorInfo { name, kind: *kind, shape: self.shape.0, offset: begin, bytes })
+        Ok(TensorInfo { name, kind, shape: self.shape.0, offset: begin, bytes })
+    }
+
+    fn kind(&self, content: Content) -> Result<Kind, String> {
+        let allowed = || DTYPES.iter().filter(|(_, kind)| content.allows(*kind));
+        if let Some((_, kind)) = allowed().find(|(word, _)| *word == self.dtype) {
+            return Ok(*kind);
+        }
+        let is_known = DTYPES.iter().any(|(word, _)| *word == self.dtype);
+        let where_else =
+            if is_known { ", which only the samples of a dataset may have" } else { "" };
+        let words: Vec<&str> = allowed().map(|(word, _)| *word).collect();
+        Err(format!("has dtype `{}`{where_else}; expected one of {}", self.dtype, words.join(" ")))
     }
 
     /// Returns the size of the tensor; `None` if it exceeds 63 bits, which no file's size does.
@@ -315,7 +337,7 @@ mod tests {
     #[test]
     fn tensors_come_in_the_order_of_the_file_whatever_the_order_of_the_header() {
         let text = r#"{"b":{"dtype":"F16","shape":[2],"data_offsets":[4,8]},"a":{"dtype":"I32","shape":[],"data_offsets":[0,4]}}   "#;
-        let header = parse(text.as_bytes(), 8, Empty::Refused).expect("a sound header");
+        let header = parse(text.as_bytes(), 8, Content::Tensors).expect("a sound header");
         let names: Vec<&str> = header.tensors.iter().map(|tensor| tensor.name.as_str()).collect();
         assert_eq!(names, ["a", "b"]);
         assert!(header.tensors[0].shape.is_empty(), "a scalar has no axes");
@@ -324,7 +346,7 @@ mod tests {
     #[test]
     fn a_reason_is_short_and_on_one_line() {
         let text = format!(r#"{{"a":{{"{}\n":1}}}}"#, "x".repeat(1 << 20));
-        let reason = parse(text.as_bytes(), 0, Empty::Refused).expect_err("an unknown field");
+        let reason = parse(text.as_bytes(), 0, Content::Tensors).expect_err("an unknown field");
         assert!(reason.chars().count() <= MAX_REASON_CHARS + 1, "{}", reason.len());
         assert!(
             reason.starts_with("header is malformed: tensor `a`: unknown field `xxx"),

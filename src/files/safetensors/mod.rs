@@ -21,12 +21,12 @@ use tch::{Device, Kind, Tensor};
 use super::contents::{Format, HEAD_BYTES, recognized};
 use crate::error::{Error, Result};
 use crate::tensor::bytes_mut;
-use header::Empty;
 pub use header::TensorInfo;
+pub(crate) use header::{Content, is_eight_bits};
 pub use shards::Shards;
 pub(crate) use source::open_error;
 use source::{Opened, Source};
-pub use source::{refuse_pickle, refuse_pickled_weights};
+pub use source::{refuse_pickled_data, refuse_pickled_weights};
 pub use write::{Planned, Writer, write};
 
 #[cfg(target_endian = "big")]
@@ -63,35 +63,42 @@ impl SafeTensors {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let (source, file_bytes) = Source::open(path)?;
-        SafeTensors::from_source(path.into(), source, file_bytes, Empty::Refused)
+        SafeTensors::from_source(path.into(), source, file_bytes, Content::Tensors)
     }
 
-    /// As [`open`](Self::open), but allows tensors without elements, which other programs write.
-    pub(crate) fn open_with_empty(path: impl AsRef<Path>) -> Result<Self> {
+    /// As [`open`](Self::open), for a file of a dataset or a cache, which may hold more.
+    pub(crate) fn open_as(path: impl AsRef<Path>, content: Content) -> Result<Self> {
         let path = path.as_ref();
+        if content == Content::Tensors {
+            return SafeTensors::open(path);
+        }
+        refuse_pickled_data(path)?;
         let (source, file_bytes) = Source::open(path)?;
-        SafeTensors::from_source(path.into(), source, file_bytes, Empty::Allowed)
+        SafeTensors::from_source(path.into(), source, file_bytes, content)
     }
 
-    /// As [`open`](Self::open), but opens the file again for each read and holds no descriptor in
-    /// between.
+    /// Returns the same file, which is opened again for each read and holds no descriptor in
+    /// between. A later read returns [`Error::Data`] if the path has another file by then.
     ///
     /// # Errors
-    /// Errors of [`open`](Self::open). A later read returns [`Error::Data`] if the path has another
-    /// file by then.
-    pub fn open_on_demand(path: impl AsRef<Path>) -> Result<Self> {
-        let file = SafeTensors::open(path)?;
-        let source = file.source.on_demand(&file.path)?;
-        Ok(SafeTensors { source, ..file })
+    /// [`Error::Storage`] if the file cannot be inspected.
+    pub fn on_demand(self) -> Result<Self> {
+        let source = self.source.on_demand(&self.path)?;
+        Ok(SafeTensors { source, ..self })
     }
 
-    /// Reads from bytes that are part of the binary; `name` replaces the path in messages.
+    /// Reads samples from bytes that are part of the binary; `name` replaces the path in messages.
     pub fn from_static(name: &str, bytes: &'static [u8]) -> Result<Self> {
         let length = bytes.len() as u64;
-        SafeTensors::from_source(name.into(), Source::Embedded(bytes), length, Empty::Refused)
+        SafeTensors::from_source(name.into(), Source::Embedded(bytes), length, Content::Samples)
     }
 
-    fn from_source(path: PathBuf, source: Source, file_bytes: u64, empty: Empty) -> Result<Self> {
+    fn from_source(
+        path: PathBuf,
+        source: Source,
+        file_bytes: u64,
+        content: Content,
+    ) -> Result<Self> {
         let by_name = BTreeMap::new();
         let mut file = SafeTensors {
             path,
@@ -102,7 +109,8 @@ impl SafeTensors {
             by_name,
             metadata: BTreeMap::new(),
         };
-        let (header, data_start) = file.header(empty).map_err(|error| file.explained(error))?;
+        let (header, data_start) =
+            file.header(content).map_err(|error| file.explained(error, content))?;
         file.data_start = data_start;
         file.by_name =
             header.tensors.iter().enumerate().map(|(i, tensor)| (tensor.name.clone(), i)).collect();
@@ -120,7 +128,7 @@ impl SafeTensors {
     }
 
     /// Returns the checked header, and the offset of the first byte after it.
-    fn header(&self, empty: Empty) -> Result<(header::Header, u64)> {
+    fn header(&self, content: Content) -> Result<(header::Header, u64)> {
         let file_bytes = self.file_bytes;
         let mut prefix = [0; PREFIX as usize];
         let Some(after_prefix) = file_bytes.checked_sub(PREFIX) else {
@@ -138,16 +146,21 @@ impl SafeTensors {
         };
         let mut text = vec![0; header_bytes as usize];
         self.read_at(&opened, &mut text, PREFIX)?;
-        let header = header::parse(&text, data_bytes, empty).map_err(|what| self.refused(what))?;
+        let header =
+            header::parse(&text, data_bytes, content).map_err(|what| self.refused(what))?;
         Ok((header, PREFIX + header_bytes))
     }
 
     /// Returns the reason why a file has no sound header; a better one if its first bytes are those
     /// of another format.
-    fn explained(&self, reason: Error) -> Error {
+    fn explained(&self, reason: Error, content: Content) -> Error {
+        let expected = match content {
+            Content::Tensors => Format::SafeTensors,
+            Content::Samples | Content::Cache => Format::Samples,
+        };
         let mut head = vec![0; HEAD_BYTES.min(self.file_bytes as usize)];
         let read = self.opened().and_then(|opened| self.read_at(&opened, &mut head, 0));
-        let recognized = read.ok().and_then(|()| recognized(&head, Format::SafeTensors));
+        let recognized = read.ok().and_then(|()| recognized(&head, expected));
         recognized.map_or(reason, |what| self.refused(what))
     }
 

@@ -42,8 +42,8 @@ impl Shards {
         let paths: Vec<PathBuf> = files.into_iter().map(|name| path.join(name)).collect();
         let (kept, on_demand) = paths.split_at(kept_open(paths.len()));
         let kept = kept.iter().map(SafeTensors::open);
-        let files =
-            kept.chain(on_demand.iter().map(SafeTensors::open_on_demand)).collect::<Result<_>>()?;
+        let on_demand = on_demand.iter().map(|path| SafeTensors::open(path)?.on_demand());
+        let files = kept.chain(on_demand).collect::<Result<_>>()?;
         Ok(Shards { path: path.into(), files })
     }
 

@@ -5,8 +5,10 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use rustix::io::Errno;
+
 use crate::error::{Error, Result};
-use crate::files::contents::CONVERT;
+use crate::files::contents::{CONVERT, never_read};
 
 /// Extensions of files that Python's pickle writes.
 const PICKLES: [&str; 6] = ["pt", "pth", "bin", "ckpt", "pkl", "pickle"];
@@ -141,14 +143,23 @@ impl Opened<'_> {
 ///
 /// # Errors
 /// [`Error::Data`] with a command that converts the file.
-pub fn refuse_pickle(path: &Path) -> Result<()> {
-    if is_pickle(path) {
-        let what = format!(
-            "is a pickle, which can run code when it is opened and is never read; convert it once: {CONVERT}"
-        );
-        return Err(Error::data(path, what));
+fn refuse_pickle(path: &Path) -> Result<()> {
+    refuse(path, false)
+}
+
+/// As `refuse_pickle`, where samples are expected: the error names the importer of caches.
+///
+/// # Errors
+/// [`Error::Data`].
+pub fn refuse_pickled_data(path: &Path) -> Result<()> {
+    refuse(path, true)
+}
+
+fn refuse(path: &Path, of_data: bool) -> Result<()> {
+    match is_pickle(path) {
+        true => Err(Error::data(path, format!("is a pickle, {}", never_read(of_data)))),
+        false => Ok(()),
     }
-    Ok(())
 }
 
 /// Refuses weights and checkpoints that are pickles: such a file, or a folder that contains such
@@ -182,11 +193,14 @@ fn is_pickle(path: &Path) -> bool {
     ending.is_some_and(|ending| PICKLES.contains(&ending.as_str()))
 }
 
-/// Converts an error of opening data, for `map_err`: a missing file is an error of the data, any
-/// other one of the storage.
+/// Converts an error of opening data, for `map_err`: a missing file and a circle of links are errors
+/// of the data, any other one of the storage.
 pub(crate) fn open_error(path: &Path, error: io::Error) -> Error {
     match error.kind() {
         io::ErrorKind::NotFound => Error::data(path, "does not exist"),
+        _ if error.raw_os_error() == Some(Errno::LOOP.raw_os_error()) => {
+            Error::data(path, "is a link that leads to itself")
+        }
         _ => Error::storage(path, "open")(error),
     }
 }

@@ -6,7 +6,7 @@ use std::io::{self, Write};
 
 use tch::{Device, Kind, Tensor};
 
-use super::header::{self, Empty, METADATA, dtype_of};
+use super::header::{self, Content, METADATA, dtype_of};
 use crate::tensor::bytes;
 
 /// A tensor that a file will hold.
@@ -112,7 +112,7 @@ fn header_of(
     let mut text = format!("{{{}}}", entries.join(","));
     // The format requires data aligned to 8 bytes; the length field itself takes 8.
     text.push_str(&" ".repeat(text.len().next_multiple_of(8) - text.len()));
-    header::parse(text.as_bytes(), end, Empty::Refused)?;
+    header::parse(text.as_bytes(), end, Content::Samples)?;
     header::check_length(text.len() as u64)?;
     Ok((text, end))
 }

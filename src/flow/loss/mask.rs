@@ -4,16 +4,21 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::data::Batch;
+pub use crate::data::LOSS_MASK;
 use crate::error::{Error, Result};
-
-/// The batch's key of the mask.
-pub const LOSS_MASK: &str = "loss_mask";
 
 /// Returns the shapes that a sample's mask may have beside latents of `axes` axes.
 fn expected(axes: usize) -> &'static str {
     match axes {
-        3 => "one number, [H, W], [1, H, W] or [C, H, W] a sample",
-        _ => "one number, [H, W], [F, H, W], [1, F, H, W] or [C, F, H, W] a sample",
+        3 => {
+            "one number, [H, W], [1, H, W] or [C, H, W] a sample; in a dataset also of pixels, \
+             whose rows and columns are those of the latents times one whole factor"
+        }
+        _ => {
+            "one number, [H, W], [F, H, W], [1, F, H, W] or [C, F, H, W] a sample; in a dataset \
+             also of pixels, whose rows and columns are those of the latents times one whole \
+             factor, with F or 4 (F - 1) + 1 frames"
+        }
     }
 }
 

@@ -76,6 +76,8 @@ pub fn bsmntw_table(steps: i64) -> Tensor {
 
 #[cfg(test)]
 mod tests {
+    use std::f32::consts::FRAC_2_PI;
+
     use super::*;
 
     #[test]
@@ -106,7 +108,7 @@ mod tests {
             |weight: LossWeight| Vec::<f32>::try_from(weight.weights(&sigma)).expect("f32");
         for (found, expected) in [
             (weights(LossWeight::SigmaSqrt), [100.0, 4.0, 1.0]),
-            (weights(LossWeight::Cosmap), [0.776_366, 1.273_240, 0.636_620]),
+            (weights(LossWeight::Cosmap), [0.776_366, 1.273_24, FRAC_2_PI]),
         ] {
             assert!(
                 found.iter().zip(expected).all(|(a, b): (&f32, f32)| (a / b - 1.0).abs() < 1e-6),

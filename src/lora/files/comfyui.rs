@@ -4,6 +4,9 @@
 //! also `transformer.<diffusers' name>`; alpha as a tensor, and no metadata. Source: ComfyUI,
 //! `comfy/lora.py`, `comfy/utils.py` (`flux_to_diffusers`) and `comfy/weight_adapter/lora.py`;
 //! diffusers 0.42.1, `loaders/lora_pipeline.py` and `loaders/lora_conversion_utils.py`.
+//!
+//! FLUX.2's modulations and embeddings have names of ComfyUI's alone: a file with them is for
+//! ComfyUI, and diffusers takes its own form.
 
 use super::{Alpha, Form, PEFT_SUFFIXES, Suffixes, diffusers, kohya};
 use crate::lora::family::{Family, Linear, Part, Place};

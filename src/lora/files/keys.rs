@@ -10,7 +10,7 @@ pub enum Role {
 }
 
 /// The prefix of a name, which tells its dialect.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Prefix {
     /// `base_model.model.`.
     Peft,
@@ -58,10 +58,13 @@ const SUFFIXES: [(&str, Role); 12] = [
     (".lora_magnitude_vector.weight", Role::Magnitude),
 ];
 
+/// What the tensors of a text encoder's adapter are.
+pub const TEXT_ENCODER: &str = "an adapter of a text encoder";
+
 /// Parts of names that are of another method, and what they are.
 const OTHERS: [(&str, &str); 7] = [
-    ("lora_te", "an adapter of a text encoder"),
-    ("text_encoder", "an adapter of a text encoder"),
+    ("lora_te", TEXT_ENCODER),
+    ("text_encoder", TEXT_ENCODER),
     (".lokr_", "a LoKr"),
     (".hada_", "a LoHa"),
     (".lora_mid.", "an adapter of convolutions"),

@@ -1,5 +1,8 @@
 //! The file of sd-scripts and musubi-tuner. Source: sd-scripts, `networks/lora_flux.py`;
 //! musubi-tuner, `networks/lora.py`.
+//!
+//! diffusers loads Wan's only with all attentions and feed-forward parts of its blocks and nothing
+//! else, and FLUX.2's without modulations and guidance; ComfyUI's form has no such limits.
 
 use super::{Alpha, Form, Suffixes};
 use crate::lora::family::{Family, Linear};

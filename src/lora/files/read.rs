@@ -31,6 +31,8 @@ pub struct Found {
     pub adapter: Adapter,
     pub dialect: Dialect,
     pub family: Family,
+    /// Number of tensors of text encoders beside it, which were left out.
+    pub of_text_encoders: usize,
 }
 
 /// Reads an adapter: a file of any dialect, or a folder of PEFT's or diffusers'. `family` says what
@@ -107,7 +109,7 @@ struct Tensors<'n> {
 
 impl Source<'_> {
     fn read(&self, family: Option<Family>) -> Result<Found> {
-        let (stems, dialect) = self.stems()?;
+        let (stems, dialect, of_text_encoders) = self.stems()?;
         let modules: Vec<&str> = stems.values().map(|tensors| tensors.module).collect();
         let refused = |what: String| self.file.refused(what);
         let candidates = identify::candidates(&modules, family).map_err(refused)?;
@@ -141,11 +143,11 @@ impl Source<'_> {
                 facts.targets.retain(|target| target.len() <= MAX_TARGET_BYTES);
             }
         }
-        Ok(Found { adapter, dialect, family })
+        Ok(Found { adapter, dialect, family, of_text_encoders })
     }
 
     /// Sorts the file's tensors by the module that they belong to.
-    fn stems(&self) -> Result<(BTreeMap<&str, Tensors<'_>>, Dialect)> {
+    fn stems(&self) -> Result<(BTreeMap<&str, Tensors<'_>>, Dialect, usize)> {
         let count = self.safetensors.tensors().len();
         if count > MAX_TENSORS {
             let what = format!("holds {count} tensors, more than the {MAX_TENSORS} of any adapter");
@@ -153,9 +155,14 @@ impl Source<'_> {
         }
         let mut stems: BTreeMap<&str, Tensors<'_>> = BTreeMap::new();
         let (mut prefixes, mut others) = (BTreeSet::new(), BTreeMap::new());
+        let mut of_text_encoders = 0;
         for name in self.safetensors.tensors().iter().map(|info| info.name.as_str()) {
             let Key { stem, prefix, module, role } = match keys::parse(name) {
                 Ok(key) => key,
+                Err(Some(keys::TEXT_ENCODER)) => {
+                    of_text_encoders += 1;
+                    continue;
+                }
                 Err(what) => {
                     others.entry(what).or_insert_with(Vec::new).push(name);
                     continue;
@@ -174,7 +181,7 @@ impl Source<'_> {
                     .file
                     .refused(format!("`{other}` and `{name}` are the same matrix")));
             }
-            prefixes.insert(prefix as u8);
+            prefixes.insert(prefix);
         }
         if let Some((what, names)) = others.into_iter().next() {
             let what = what.unwrap_or("no part of a LoRA that is known here");
@@ -183,9 +190,9 @@ impl Source<'_> {
             return Err(self.file.refused(format!("`{}` is {what}{more}", names[0])));
         }
         if stems.is_empty() {
-            return Err(self.file.refused("holds no adapter"));
+            return Err(self.file.refused("holds no adapter of a transformer"));
         }
-        let has = |prefix: Prefix| prefixes.contains(&(prefix as u8));
+        let has = |prefix: Prefix| prefixes.contains(&prefix);
         // Under diffusers' names, what diffusers does not write.
         let is_for_comfyui = stems.values().any(|tensors| tensors.alpha.is_some())
             || self.safetensors.metadata().keys().any(|key| key.starts_with("ss_"));
@@ -198,7 +205,7 @@ impl Source<'_> {
         } else {
             Dialect::Diffusers
         };
-        Ok((stems, dialect))
+        Ok((stems, dialect, of_text_encoders))
     }
 
     /// Reads one pair and checks its shapes and numbers.

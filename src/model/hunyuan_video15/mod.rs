@@ -139,6 +139,10 @@ impl Architecture for HunyuanVideo15 {
         self.num_attention_heads * self.attention_head_dim
     }
 
+    fn takes_frames(&self) -> bool {
+        true
+    }
+
     fn image_tokens(&self, latents: &[i64]) -> i64 {
         latents[1..].iter().zip(self.patch()).map(|(length, patch)| length / patch).product()
     }

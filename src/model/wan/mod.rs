@@ -208,12 +208,20 @@ impl Architecture for Wan {
         self.num_attention_heads * self.attention_head_dim
     }
 
+    fn takes_frames(&self) -> bool {
+        true
+    }
+
     fn image_tokens(&self, latents: &[i64]) -> i64 {
         latents[1..].iter().zip(self.patch_size).map(|(length, patch)| length / patch).product()
     }
 
     fn text_tokens(&self) -> Option<i64> {
-        Some(512)
+        Some(TEXT_TOKENS)
+    }
+
+    fn required_text_tokens(&self) -> Option<i64> {
+        self.image_dim.map(|_| TEXT_TOKENS)
     }
 
     fn attention_modules(&self) -> &'static [&'static str] {

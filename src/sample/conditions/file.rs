@@ -11,11 +11,6 @@ use crate::error::{Error, Result};
 use crate::files::safetensors::SafeTensors;
 use crate::flow::TaskType;
 
-/// Returns the shape of one sample of the first resolution group.
-pub(super) fn first_shape(dataset: &Dataset) -> &[i64] {
-    dataset.latent_shape(&dataset.groups()[0].name).expect("a group of the dataset has latents")
-}
-
 /// Returns the number of rows, which all tensors must share.
 pub(super) fn same_rows(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<i64> {
     let mut known: Option<(&str, i64)> = None;
@@ -46,7 +41,7 @@ pub(super) fn shape_of(
     path: &Path,
     noise: Option<&Tensor>,
     requested: Option<&[i64]>,
-    dataset: &str,
+    dataset: impl FnOnce() -> Result<Dataset>,
 ) -> Result<Vec<i64>> {
     let Some(noise) = noise else {
         let unknown = |error: Error| {
@@ -57,7 +52,10 @@ pub(super) fn shape_of(
             Error::config("--shape", what)
         };
         return requested.map_or_else(
-            || Ok(first_shape(&Dataset::named(dataset).map_err(unknown)?).to_vec()),
+            || {
+                let dataset = dataset().map_err(unknown)?;
+                Ok(dataset.latent_shape(dataset.sampled_group()))
+            },
             |requested| Ok(requested.to_vec()),
         );
     };

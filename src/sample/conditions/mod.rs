@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::files::safetensors::SafeTensors;
 use crate::flow::{DataShapes, FlowMatchingSettings, ModelAdapter, Shapes, TaskType, check_keys};
 use crate::model::{Architecture, SampleShapes};
-use file::{data_type_of, first_shape, same_rows, shape_of, task_type_of};
+use file::{data_type_of, same_rows, shape_of, task_type_of};
 
 /// Prefix of the keys of negative conditions, from which classifier-free guidance leads away.
 const NEGATIVE: &str = "negative.";
@@ -42,16 +42,18 @@ pub struct Origin {
 }
 
 impl Origin {
-    /// Takes the dataset's conditions, in the given shape or that of its first resolution group.
+    /// Takes the dataset's conditions, in the given shape or that of the first resolution group
+    /// beside them.
     pub fn from_dataset(dataset: &Dataset, conditions: Conditions, shape: Option<&[i64]>) -> Self {
+        let group = dataset.sampled_group();
         Origin {
             path: dataset.path().into(),
             names: conditions.names,
             tensors: conditions.tensors,
             negative: BTreeMap::new(),
             noise: None,
-            shape: shape.unwrap_or(first_shape(dataset)).to_vec(),
-            data_type: dataset.data_type(),
+            shape: shape.map_or_else(|| dataset.latent_shape(group), <[i64]>::to_vec),
+            data_type: group.data_type,
             task_type: TaskType::TextToVideo,
         }
     }
@@ -63,7 +65,11 @@ impl Origin {
     /// # Errors
     /// [`Error::Data`] naming the file, the key and what was expected; [`Error::Config`] if the
     /// shape is unknown.
-    pub fn from_file(path: &Path, shape: Option<&[i64]>, dataset: &str) -> Result<Self> {
+    pub fn from_file(
+        path: &Path,
+        shape: Option<&[i64]>,
+        dataset: impl FnOnce() -> Result<Dataset>,
+    ) -> Result<Self> {
         let file = SafeTensors::open(path)?;
         let mut tensors = BTreeMap::new();
         for info in file.tensors() {
@@ -297,6 +303,7 @@ mod tests {
 
     use super::*;
     use crate::adapter::{Arguments, create_adapter};
+    use crate::data::Links;
     use crate::files::safetensors::write;
     use crate::model::Dit;
 
@@ -309,7 +316,7 @@ mod tests {
             metadata.iter().map(|(key, word)| (key.to_string(), word.to_string())).collect();
         write(&mut File::create(&path).expect("a new file"), tensors, &metadata)
             .expect("a sound file");
-        Origin::from_file(&path, None, "/no/such/dataset")
+        Origin::from_file(&path, None, || Dataset::named("/no/such/dataset", Links::Inside))
     }
 
     /// Returns rows that are each filled with their own number, counted from `first`.

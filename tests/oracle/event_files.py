@@ -1,6 +1,6 @@
 """What TensorBoard reads in a folder of event files, as one JSON file.
 
-    tensorboard.py FOLDER OUT.json
+    event_files.py FOLDER OUT.json
 """
 
 import json

@@ -26,7 +26,7 @@ fn tensorboard_reads_the_numbers_the_configuration_and_the_samples_of_a_resumed_
     let run = train_in_threads(&config(&["max_steps=9"]), &Resume::Latest, 2).unwrap();
     let (folder, answer) = (run.join("tensorboard"), root.path().join("answer.json"));
     assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 2, "a file for each start");
-    oracle("tensorboard.py", &[folder.to_str().unwrap(), answer.to_str().unwrap()]);
+    oracle("event_files.py", &[folder.to_str().unwrap(), answer.to_str().unwrap()]);
     let answer = entries(&answer);
     let scalars = &answer["scalars"];
     for (tag, key) in [("train/loss", "loss"), ("train/lr", "lr"), ("train/grad_norm", "grad_norm")]
