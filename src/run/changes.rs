@@ -13,7 +13,7 @@ pub type Values = BTreeMap<String, String>;
 
 /// Keys and tables that a checkpoint does not record: their values do not change the checkpoint
 /// that the same steps give, or the manifest holds their effect under another name.
-const UNRECORDED: [&str; 21] = [
+const UNRECORDED: [&str; 24] = [
     "seed",
     "max_steps",
     "output_dir",
