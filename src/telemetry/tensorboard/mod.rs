@@ -29,14 +29,11 @@ impl EventFile {
     /// Creates the file of a start that goes on after `step`: what earlier files hold of later
     /// steps is void. A disk that fails causes one warning.
     pub fn resume_after(run: &Path, step: u64) -> Self {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let (host, process) = (pulse::host(), std::process::id());
-        let path = run.join(FOLDER).join(format!("events.out.tfevents.{now}.{host}.{process}.0"));
-        let mut events = EventFile { file: None, path, failure: FirstFailure::default() };
-        let created = fs::create_dir_all(run.join(FOLDER))
-            .and_then(|()| File::options().create(true).append(true).open(&events.path));
-        match created {
-            Ok(file) => events.file = Some(file),
+        let folder = run.join(FOLDER);
+        let mut events =
+            EventFile { file: None, path: folder.clone(), failure: FirstFailure::default() };
+        match fs::create_dir_all(&folder).and_then(|()| created(&folder)) {
+            Ok((path, file)) => (events.path, events.file) = (path, Some(file)),
             Err(error) => events.warn_of(Err(error)),
         }
         events.write(0, &Content::Begin);
@@ -70,6 +67,20 @@ impl EventFile {
                 "cannot write {}: {error}; training goes on, events are lost",
                 self.path.display()
             );
+        }
+    }
+}
+
+/// Creates a file of its own for this start; two starts may fall into one second.
+fn created(folder: &Path) -> io::Result<(PathBuf, File)> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let (host, process) = (pulse::host(), std::process::id());
+    let mut number = 0;
+    loop {
+        let path = folder.join(format!("events.out.tfevents.{now}.{host}.{process}.{number}"));
+        match File::create_new(&path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => number += 1,
+            created => return created.map(|file| (path, file)),
         }
     }
 }
