@@ -8,12 +8,14 @@
 //! | writing a dataset, and going on after a kill | `write.rs` |
 //! | a folder of safetensors files as a dataset | `index.rs` |
 //! | joining small files | `pack.rs` |
+//! | work on many files at once | `parallel.rs` |
 //! | what a dataset holds | `show/` |
 //! | caches of other trainers | `caches/` |
 
 pub mod caches;
 pub mod index;
 pub mod pack;
+mod parallel;
 mod samples;
 mod shards;
 pub mod show;

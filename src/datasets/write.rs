@@ -5,11 +5,10 @@
 //! Rank 0 holds the folder for all, and writes what a dataset has once. Work that was killed may go
 //! on with another number of ranks.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -17,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tch::{Kind, Tensor};
 
+use super::parallel::in_parallel;
 use super::shards::{Plan, Shard, lengths_key};
 use super::{Description, Samples};
 use crate::collective::Collective;
@@ -121,8 +121,7 @@ pub fn write_dataset(
         }
         folder.finish(&document).map(|()| String::new())
     })?;
-    let groups: std::collections::BTreeSet<&str> =
-        plan.shards.iter().map(|shard| shard.group.as_str()).collect();
+    let groups: BTreeSet<&str> = plan.shards.iter().map(|shard| shard.group.as_str()).collect();
     Ok(Written { samples: order.len(), files: plan.shards.len(), groups: groups.len() })
 }
 
@@ -212,33 +211,15 @@ impl Folder {
             own.iter().map(|shard| shard.samples.len() as u64).sum(),
             pulse::is_root(collective.rank()),
         );
-        let (next, failure) = (AtomicUsize::new(0), Mutex::new(None));
-        let hashes = Mutex::new(Hashes::new());
-        let work = || {
-            loop {
-                let number = next.fetch_add(1, Ordering::Relaxed);
-                let Some(shard) = own.get(number) else { return };
-                match self.write_shard(samples, plan, shard) {
-                    Ok(hash) => drop(lock(&hashes).insert(shard.path.clone(), hash)),
-                    Err(error) => {
-                        next.store(own.len(), Ordering::Relaxed);
-                        lock(&failure).get_or_insert(error);
-                        return;
-                    }
-                }
-                bar.inc(shard.samples.len() as u64);
-            }
-        };
-        std::thread::scope(|scope| {
-            (1..jobs.max(1)).for_each(|_| drop(scope.spawn(work)));
-            work();
+        let hashes = in_parallel(&own, jobs, |shard| {
+            let hash = self.write_shard(samples, plan, shard)?;
+            bar.inc(shard.samples.len() as u64);
+            Ok((shard.path.clone(), hash))
         });
         bar.finish_and_clear();
-        // The other ranks still write; they end with this one.
-        if let Some(error) = failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            return Err(error);
-        }
-        let written = serde_json::to_string(&*lock(&hashes)).expect("texts are JSON");
+        // After an error the other ranks still write; they end with this one.
+        let hashes: Hashes = hashes?.into_iter().collect();
+        let written = serde_json::to_string(&hashes).expect("texts are JSON");
         let mut all = self.known.clone();
         for hashes in agree(Ok(written), collective)? {
             all.extend(serde_json::from_str::<Hashes>(&hashes).expect("a rank wrote it"));

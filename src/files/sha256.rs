@@ -58,7 +58,12 @@ pub fn of_file(path: &Path) -> Result<String> {
 
 /// Returns a finished hash as 64 lower-case hex digits.
 pub fn hex(sha256: Sha256) -> String {
-    sha256.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    digits(&sha256.finalize())
+}
+
+/// Returns bytes as lower-case hex digits, two each.
+pub fn digits(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

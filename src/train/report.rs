@@ -37,8 +37,8 @@ pub fn write(trainer: &mut Trainer<'_>, requests: &Requests) -> Result<()> {
     };
     let samples = agreed(samples, collective)?;
     if let Some((_, picture)) = &samples {
-        let value = ("samples".to_string(), EventValue::Png(picture));
-        trainer.events.append(trainer.manifest.step, &[value]);
+        let step = trainer.manifest.step;
+        trainer.events.append(step, || vec![("samples".into(), EventValue::Png(picture))]);
     }
     on_rank_zero(collective, || draw(trainer, samples).map(|()| String::new())).map(drop)
 }

@@ -84,9 +84,10 @@ impl<'c> Trainer<'c> {
         trainer.folder.keep_config(config, collective)?;
         trainer.metrics = telemetry.metrics_after(trainer.manifest.step)?;
         trainer.events = telemetry.events_after(trainer.manifest.step);
-        let listing = format!("```toml\n{}```\n", config.to_toml());
-        let configuration = ("configuration".to_string(), EventValue::Text(&listing));
-        trainer.events.append(trainer.manifest.step, &[configuration]);
+        trainer.events.append(trainer.manifest.step, || {
+            let listing = format!("```toml\n{}```\n", config.to_toml());
+            vec![("configuration".into(), EventValue::Text(listing))]
+        });
         trainer.announce();
         if telemetry.writes_run_files() {
             notes.iter().for_each(tell);

@@ -215,7 +215,7 @@ impl<'c> Trainer<'c> {
             },
         );
         self.metrics.append(&metrics);
-        self.events.append(self.manifest.step, &metrics.scalars());
+        self.events.append(self.manifest.step, || metrics.scalars());
         let stragglers =
             self.stragglers.take(&update.tallies, self.config.watchdog.straggler_ratio);
         let skipped = update

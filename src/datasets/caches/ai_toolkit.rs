@@ -10,11 +10,11 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use super::file::CacheFile;
-use super::parallel::in_parallel;
 use super::sample::{Cached, Collector, How};
 use super::{ImportRequest, read_caption};
 use crate::data::Caption;
 use crate::datasets::index::find as find_files;
+use crate::datasets::parallel::in_parallel;
 use crate::error::{Error, Result};
 
 const LATENTS: &str = "_latent_cache";

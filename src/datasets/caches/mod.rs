@@ -20,7 +20,6 @@ mod family;
 mod file;
 mod musubi;
 mod nemo;
-mod parallel;
 mod sample;
 mod simpletuner;
 

@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use super::ImportRequest;
 use super::family::{CachedFamily, HUNYUAN_SCALE};
 use super::file::CacheFile;
-use super::parallel::in_parallel;
 use super::sample::{Cached, Change, Collector, How};
 use crate::data::{Caption, latents_key};
 use crate::datasets::index::find as find_files;
+use crate::datasets::parallel::in_parallel;
 use crate::error::{Error, Result};
 
 /// Ending of the name of a file of texts.

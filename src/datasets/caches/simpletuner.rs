@@ -10,7 +10,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
-use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use md5::{Digest, Md5};
@@ -21,12 +20,13 @@ use sha2::Sha256;
 use super::family::CachedFamily;
 use super::file::{BARE, CacheFile};
 use super::nemo::read_json;
-use super::parallel::in_parallel;
 use super::sample::{Cached, Collector, How};
 use super::{ImportRequest, read_caption};
 use crate::data::{Caption, latents_key};
 use crate::datasets::index::find_if;
+use crate::datasets::parallel::in_parallel;
 use crate::error::{Error, Result};
+use crate::files::sha256;
 use crate::settings::Choice;
 
 /// Families by the endings of texts' names.
@@ -315,7 +315,7 @@ fn add(map: &mut BTreeMap<String, BTreeSet<PathBuf>>, name: String, path: PathBu
 fn add_picture(pictures: &mut BTreeMap<String, BTreeSet<PathBuf>>, path: PathBuf) {
     // One that is listed and found below a folder is the same.
     let (name, path) = (stem(&path), path.canonicalize().unwrap_or(path));
-    add(pictures, hex(&Sha256::digest(&name)), path.clone());
+    add(pictures, sha256::hex(Sha256::new_with_prefix(&name)), path.clone());
     add(pictures, name, path);
 }
 
@@ -334,14 +334,7 @@ fn is_hex(text: &str) -> bool {
 }
 
 fn md5(text: &str) -> String {
-    hex(&Md5::digest(text))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        write!(text, "{byte:02x}").expect("a string grows");
-        text
-    })
+    sha256::digits(&Md5::digest(text))
 }
 
 fn texts_in(value: &Value) -> Vec<String> {
@@ -365,7 +358,7 @@ mod tests {
         assert_eq!(split_text("a-cat"), None);
         let mut pictures = BTreeMap::new();
         add_picture(&mut pictures, "/p/a.b.png".into());
-        let hash = hex(&Sha256::digest("a.b"));
+        let hash = sha256::hex(Sha256::new_with_prefix("a.b"));
         assert_eq!(pictures.keys().collect::<Vec<_>>().len(), 2);
         assert!(pictures.contains_key("a.b") && pictures.contains_key(&hash));
     }

@@ -2,15 +2,14 @@
 //! samples, so that the same dataset has the same summary everywhere.
 
 use std::collections::BTreeMap;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread::{available_parallelism, scope};
+use std::thread::available_parallelism;
 
 use sha2::{Digest, Sha256};
 use tch::Kind;
 
 use super::numbers::{Range, is_float};
 use crate::data::{Dataset, SCALE, TEXTS, latents_key};
+use crate::datasets::parallel::in_parallel;
 use crate::datasets::write::progress;
 use crate::error::Result;
 use crate::tensor::bytes;
@@ -99,35 +98,20 @@ pub fn scan(dataset: &Dataset) -> Result<Vec<Found>> {
     let pieces: Vec<(usize, &[u64])> = groups
         .flat_map(|(index, group)| group.sample_ids.chunks(size).map(move |ids| (index, ids)))
         .collect();
-    let results: Vec<OnceLock<Result<Found>>> = pieces.iter().map(|_| OnceLock::new()).collect();
-    let (bar, next) = (progress(dataset.num_samples(), true), AtomicUsize::new(0));
-    let work = || {
-        while let Some((result, (_, ids))) = {
-            let piece = next.fetch_add(1, Ordering::Relaxed);
-            results.get(piece).zip(pieces.get(piece))
-        } {
-            let mut found = Found::default();
-            let looked = ids.iter().try_for_each(|id| {
-                bar.inc(1);
-                found.look(dataset, *id)
-            });
-            if looked.is_err() {
-                next.store(pieces.len(), Ordering::Relaxed);
-            }
-            let _ = result.set(looked.map(|()| found));
-        }
-    };
+    let bar = progress(dataset.num_samples(), true);
     let threads = available_parallelism().map_or(1, usize::from).min(MOST_THREADS);
-    scope(|scope| {
-        (1..threads).for_each(|_| drop(scope.spawn(work)));
-        work();
+    let results = in_parallel(&pieces, threads, |(_, ids)| {
+        let mut piece = Found::default();
+        for id in *ids {
+            bar.inc(1);
+            piece.look(dataset, *id)?;
+        }
+        Ok(piece)
     });
     bar.finish_and_clear();
     let mut found: Vec<Found> = dataset.groups().iter().map(|_| Found::default()).collect();
-    for (result, (group, _)) in results.into_iter().zip(pieces) {
-        // Pieces behind an error have no result.
-        let Some(piece) = result.into_inner() else { continue };
-        found[group] = std::mem::take(&mut found[group]).merge(piece?);
+    for (piece, (group, _)) in results?.into_iter().zip(pieces) {
+        found[group] = std::mem::take(&mut found[group]).merge(piece);
     }
     Ok(found)
 }

@@ -9,7 +9,7 @@
 pub enum EventValue<'v> {
     Scalar(f32),
     /// Markdown.
-    Text(&'v str),
+    Text(String),
     /// A picture: the bytes of a PNG file.
     Png(&'v [u8]),
 }

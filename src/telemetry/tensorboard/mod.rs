@@ -48,9 +48,15 @@ impl EventFile {
         EventFile { file: None, path: PathBuf::new(), failure: FirstFailure::default() }
     }
 
-    /// Writes values of a step under their tags.
-    pub fn append(&mut self, step: u64, values: &[(String, EventValue<'_>)]) {
-        self.write(step, &Content::Values(values));
+    /// Writes values of a step under their tags. `values` is called only if events are written.
+    pub fn append<'v>(
+        &mut self,
+        step: u64,
+        values: impl FnOnce() -> Vec<(String, EventValue<'v>)>,
+    ) {
+        if self.file.is_some() {
+            self.write(step, &Content::Values(&values()));
+        }
     }
 
     fn write(&mut self, step: u64, content: &Content<'_>) {
