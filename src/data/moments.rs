@@ -22,11 +22,6 @@ impl Moments {
         }
     }
 
-    /// Returns the moments of `count` numbers from their sum and the sum of their squares.
-    pub fn from_sums(count: f64, sum: f64, squares: f64) -> Self {
-        Moments { count, sum, squares }
-    }
-
     pub fn merge(self, other: Self) -> Self {
         Moments {
             count: self.count + other.count,

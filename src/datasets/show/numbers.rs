@@ -1,37 +1,26 @@
-//! Range, mean and deviation of many numbers, in one pass over their bytes.
+//! Range, mean and deviation of many numbers, merged from parts.
 
-use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
-use multiversion::multiversion;
 use tch::{Kind, Tensor};
 
 use crate::data::Moments;
-use crate::files::float8;
 use crate::files::safetensors::is_eight_bits;
-use crate::tensor::bytes;
-
-/// Numbers that are widened to float32 at once; they fit into a core's first-level cache.
-const BLOCK: usize = 4096;
-/// Sums side by side, which the compiler keeps in vectors.
-const LANES: usize = 8;
 
 /// Range of the numbers seen so far.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Range {
     moments: Moments,
-    ends: Option<(f32, f32)>,
+    ends: Option<(f64, f64)>,
 }
 
 impl Range {
-    /// Adds the numbers of a tensor of floats, those of 8 bits times `scale`.
+    /// Adds the numbers of a tensor of floats, times `scale`.
     pub fn add(&mut self, tensor: &Tensor, scale: f32) {
-        let (kind, bytes) = (tensor.kind(), bytes(tensor));
-        let mut block = [0.0; BLOCK];
-        for piece in bytes.chunks(BLOCK * kind.elt_size_in_bytes()) {
-            let numbers = &mut block[..piece.len() / kind.elt_size_in_bytes()];
-            widen(kind, piece, scale, numbers);
-            *self = self.merge(range_of(numbers));
+        if tensor.numel() == 0 {
+            return;
         }
+        let numbers = tensor.to_kind(Kind::Double) * f64::from(scale);
+        let ends = (numbers.min().double_value(&[]), numbers.max().double_value(&[]));
+        *self = self.merge(Range { moments: Moments::from_tensor(&numbers), ends: Some(ends) });
     }
 
     /// Returns the range of both.
@@ -45,7 +34,7 @@ impl Range {
 
     /// Returns the smallest and the largest number; `None` if there are none.
     pub fn ends(&self) -> Option<(f64, f64)> {
-        self.ends.map(|(min, max)| (min.into(), max.into()))
+        self.ends
     }
 
     pub fn moments(&self) -> Moments {
@@ -56,53 +45,6 @@ impl Range {
 /// True for kinds whose numbers have a range.
 pub fn is_float(kind: Kind) -> bool {
     matches!(kind, Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double) || is_eight_bits(kind)
-}
-
-fn widen(kind: Kind, bytes: &[u8], scale: f32, numbers: &mut [f32]) {
-    match kind {
-        Kind::Half => {
-            bytemuck::cast_slice::<u8, f16>(bytes).convert_to_f32_slice(numbers);
-        }
-        Kind::BFloat16 => {
-            bytemuck::cast_slice::<u8, bf16>(bytes).convert_to_f32_slice(numbers);
-        }
-        Kind::Float => numbers.copy_from_slice(bytemuck::cast_slice(bytes)),
-        Kind::Double => {
-            let wide = bytemuck::cast_slice::<u8, f64>(bytes);
-            numbers.iter_mut().zip(wide).for_each(|(number, wide)| *number = *wide as f32);
-        }
-        _ => {
-            let table = float8::numbers(kind);
-            let scaled = bytes.iter().map(|byte| table[usize::from(*byte)] * scale);
-            numbers.iter_mut().zip(scaled).for_each(|(number, scaled)| *number = scaled);
-        }
-    }
-}
-
-#[multiversion(targets = "simd")]
-fn range_of(numbers: &[f32]) -> Range {
-    let Some(&first) = numbers.first() else { return Range::default() };
-    let (mut min, mut max) = ([first; LANES], [first; LANES]);
-    let (mut sum, mut squares) = ([0.0; LANES], [0.0; LANES]);
-    let (lanes, rest) = numbers.as_chunks::<LANES>();
-    for chunk in lanes {
-        for lane in 0..LANES {
-            let number = chunk[lane];
-            min[lane] = if number < min[lane] { number } else { min[lane] };
-            max[lane] = if number > max[lane] { number } else { max[lane] };
-            sum[lane] += f64::from(number);
-            squares[lane] += f64::from(number) * f64::from(number);
-        }
-    }
-    for number in rest {
-        min[0] = min[0].min(*number);
-        max[0] = max[0].max(*number);
-        sum[0] += f64::from(*number);
-        squares[0] += f64::from(*number) * f64::from(*number);
-    }
-    let ends = (min.into_iter().fold(first, f32::min), max.into_iter().fold(first, f32::max));
-    let moments = Moments::from_sums(numbers.len() as f64, sum.iter().sum(), squares.iter().sum());
-    Range { moments, ends: Some(ends) }
 }
 
 #[cfg(test)]
