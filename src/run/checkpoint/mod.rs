@@ -1,7 +1,7 @@
 //! Checkpoints: every rank writes files, a manifest lists them, and a rename commits them.
 //!
-//! Frozen parameters are not saved: the manifest names what they are. With sharded state, each stage is gathered on the rank that writes it, so that the files have
-//! the same bytes under any sharding.
+//! Frozen parameters are not saved: the manifest names what they are. With sharded state, each stage
+//! is gathered on the rank that writes it, so that the files have the same bytes under any sharding.
 //!
 //! A checkpoint is valid if its manifest is unchanged and every file has the size and hash that the
 //! manifest records. Files hold parameters by name, not by rank, so that any world size loads the
@@ -68,7 +68,7 @@ pub struct Manifest {
     config: Option<Values>,
     /// Fingerprint of the dataset, see [`Dataset::fingerprint`](crate::data::Dataset::fingerprint).
     pub data: String,
-    /// What the frozen parameters are; `None` if there are none.
+    /// Identity of the frozen parameters; `None` if there are none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<Base>,
     parts: Vec<SavedFile>,
