@@ -82,6 +82,8 @@ mod threads {
     pub mod resume;
     /// Who holds what changes no number.
     pub mod sharding;
+    /// Runs are counted in epochs, change their global batch, and branch.
+    mod starts;
     /// Each rank cuts its own texts, and the bits do not depend on the number of ranks.
     mod text_lengths;
     /// Every family trains, on ranks that stay equal, and resumes exactly.
