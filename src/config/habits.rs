@@ -306,7 +306,7 @@ mod tests {
             ),
             (
                 "[step_scheduler]\nlocal_batch_size = 1\nnum_epochs = 2",
-                "step_scheduler.local_batch_size (line 2): unknown key; did you mean data.micro_batch_size_per_gpu? | step_scheduler.num_epochs (line 3): unknown key; did you mean max_steps? (a run",
+                "step_scheduler.local_batch_size (line 2): unknown key; did you mean data.micro_batch_size_per_gpu? | step_scheduler.num_epochs (line 3): unknown key; did you mean max_epochs?",
             ),
             (
                 "[optim]\nlearning_rate = 1",
