@@ -23,6 +23,8 @@ pub struct Run<'a, const S: usize> {
     pub state: [&'a mut [f32]; S],
     /// Empty where nothing is computed in bfloat16.
     pub computed: &'a mut [bf16],
+    /// Empty where no average moves.
+    pub average: &'a mut [f32],
     pub decays: bool,
 }
 
@@ -38,7 +40,7 @@ struct Piece {
 /// # Panics
 /// If the slice has another number of state tensors than `S` (a bug in the caller).
 pub fn for_each_run<const S: usize>(slice: Slice<'_>, update: impl Fn(Run<'_, S>) + Sync) {
-    let Slice { params, gradient, state, computed, decayed, .. } = slice;
+    let Slice { params, gradient, state, computed, average, decayed, .. } = slice;
     let kept = state.len();
     let state: &mut [_; S] =
         state.try_into().unwrap_or_else(|_| panic!("{S} tensors of state a slice, found {kept}"));
@@ -48,6 +50,7 @@ pub fn for_each_run<const S: usize>(slice: Slice<'_>, update: impl Fn(Run<'_, S>
         gradient: elements(&gradient),
         state: state.each_mut().map(elements_mut),
         computed: computed.map_or(&mut [], elements_mut),
+        average: average.map_or(&mut [], |average| elements_mut(average.values)),
         decays: false,
     };
     let num_threads = usize::try_from(tch::get_num_threads()).unwrap_or(1);
@@ -77,12 +80,15 @@ impl<'a, const S: usize> Run<'a, S> {
     /// Takes the first elements off.
     fn take(&mut self, length: usize, decays: bool) -> Self {
         const WHOLE: &str = "as long as the parameters";
+        const EMPTY_OR_WHOLE: &str = "as long, or empty";
         let copied = if self.computed.is_empty() { 0 } else { length };
+        let averaged = if self.average.is_empty() { 0 } else { length };
         Run {
             params: self.params.split_off_mut(..length).expect("within the slice"),
             gradient: self.gradient.split_off(..length).expect(WHOLE),
             state: self.state.each_mut().map(|state| state.split_off_mut(..length).expect(WHOLE)),
-            computed: self.computed.split_off_mut(..copied).expect("as long, or empty"),
+            computed: self.computed.split_off_mut(..copied).expect(EMPTY_OR_WHOLE),
+            average: self.average.split_off_mut(..averaged).expect(EMPTY_OR_WHOLE),
             decays,
         }
     }

@@ -14,7 +14,7 @@ use cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
 use fm_dist::collective;
 use fm_dist::cuda::{self, nvrtc};
 use fm_dist::optim::adamw::OnGpu;
-use fm_dist::optim::{AdamW, Optimizer, Slice, Update};
+use fm_dist::optim::{AdamW, Average, Optimizer, Slice, Update};
 use fm_dist::phase::Phase;
 use fm_dist::pulse;
 use fm_dist::rng::{Key, Purpose};
@@ -101,11 +101,11 @@ fn the_kernel_takes_what_is_handed_over_and_rounds_as_it_is_written() {
         .expect("a function by this name");
     let parameters: Vec<&str> =
         entry.split(',').map(|parameter| parameter.trim().trim_start_matches(".param ")).collect();
-    let pointers_and_length = (0..6).map(|number| format!(".u64 adamw_param_{number}"));
+    let pointers_and_length = (0..7).map(|number| format!(".u64 adamw_param_{number}"));
     let by_value = [
-        ".align 8 .b8 adamw_param_6[2048]",
-        ".u64 adamw_param_7",
-        ".align 4 .b8 adamw_param_8[32]",
+        ".align 8 .b8 adamw_param_7[2048]",
+        ".u64 adamw_param_8",
+        ".align 4 .b8 adamw_param_9[36]",
     ];
     assert_eq!(
         parameters,
@@ -215,8 +215,8 @@ fn three_steps(
     has_copy: bool,
     case: &str,
 ) {
-    let draw = || [(); 6].map(|()| Tensor::randn([length], (Kind::Float, Device::Cpu)));
-    let [mut params, mean, square, gradients @ ..] =
+    let draw = || [(); 7].map(|()| Tensor::randn([length], (Kind::Float, Device::Cpu)));
+    let [mut params, mut average, mean, square, gradients @ ..] =
         Key::new(5, Purpose::Test).scope(length as u64).seeded(draw);
     let mut state = [mean * 0.1, square.square() * 0.1];
     let runs = (0..length / 8).map(|run| (8 * run + run % 3, 1 + run % 5));
@@ -224,19 +224,23 @@ fn three_steps(
         runs.filter(|(start, length_of_run)| start + length_of_run <= length).collect();
     let there = |numbers: &Tensor| Within::new(numbers, offset, device);
     let (mut there_params, there_state) = (there(&params), [there(&state[0]), there(&state[1])]);
+    let mut there_average = there(&average);
     let mut there_copy = there(&params.zeros_like().to_kind(Kind::BFloat16));
     for (number, gradient) in gradients.iter().enumerate() {
         // Of many sizes.
         let gradient = gradient * (&params * 3.0).exp();
         let gradient_there = there(&gradient);
         let (gradient_factor, lr, step) = (0.37, 0.01, number as u64 + 1);
+        let share = 0.3;
         let slice = Slice {
             params: &mut params,
             gradient: &gradient,
             gradient_factor,
             state: &mut state,
             computed: None,
+            average: Some(Average { values: &mut average, share }),
             decayed: &decayed,
+            decay_factor: 1.5,
         };
         on_cpu.update(slice, lr, step);
         let mut state_there = [0, 1].map(|index: usize| there_state[index].numbers.shallow_clone());
@@ -246,7 +250,9 @@ fn three_steps(
             gradient_factor,
             state: &mut state_there,
             computed: has_copy.then_some(&mut there_copy.numbers),
+            average: has_copy.then_some(Average { values: &mut there_average.numbers, share }),
             decayed: &decayed,
+            decay_factor: 1.5,
         };
         on_gpu.update(slice, lr, step);
         assert!(
@@ -254,6 +260,7 @@ fn three_steps(
             "{case}, step {step}"
         );
         assert!(there_params.found().equal(&params), "{case}, step {step}");
+        assert!(!has_copy || there_average.found().equal(&average), "{case}, step {step}");
         assert!(
             !has_copy || there_copy.found().equal(&params.to_kind(Kind::BFloat16)),
             "{case}, step {step}"
@@ -281,7 +288,9 @@ pub fn process_whose_gpu_fails() {
             gradient_factor: 1.0,
             state: &mut state,
             computed: None,
+            average: None,
             decayed: &[],
+            decay_factor: 1.0,
         };
         on_gpu.update(slice, 0.01, step);
     }
@@ -370,6 +379,7 @@ fn a_kernel_that_computes_something_else_is_refused() {
         ("passed % 2 == 1", "passed % 2 == 0", "parameters differ"),
         ("4 * fours + thread; element < length", "4 * fours + thread; element < 0", "differ"),
         ("0x7fff + (bits >> 16 & 1)", "0", "the parameters in bfloat16"),
+        ("rule.average_share * (average - param)", "rule.average_share * average", "averages"),
         ("sqrtf(exp_avg_sq) *", "sqrtf(exp_avg_sq - 2.0f) *", "parameters differ"),
     ];
     for (right, mutant, words) in wrong {
