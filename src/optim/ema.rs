@@ -9,7 +9,7 @@ choice! {
     pub enum AverageKind {
         /// 32 bits; moved within the optimizer's pass.
         "float32" => Float32,
-        /// 16 bits, which lose every move that is smaller than 1/512 of the weight.
+        /// 16 bits; moved in a pass of its own.
         "bfloat16" => Bfloat16,
     }
 }
@@ -42,7 +42,7 @@ settings! {
         pub inv_gamma: f64 = 1.0, in above(0.0);
         /// Pace of the rise: 2/3 for a million steps, 3/4 for fewer; with use_ema_warmup.
         pub power: f64 = 2.0 / 3.0, in 0.0..=10.0;
-        /// Kind in which the average is kept, "float32" or "bfloat16".
+        /// Kind in which the average is kept; bfloat16 loses every move below 1/512 of a weight.
         pub dtype: AverageKind = AverageKind::Float32;
         /// Updates from one averaging to the next.
         pub every_n_steps: u64 = 1, in 1..;
