@@ -99,23 +99,16 @@ mod tests {
         set
     }
 
-    fn shown(groups: &[Group]) -> Vec<(Range<i64>, f64, f64, Vec<(i64, i64)>)> {
-        let parts = |group: &Group| {
-            let Group { elements, lr_factor, decay_factor, decayed } = group.clone();
-            (elements, lr_factor, decay_factor, decayed)
-        };
-        groups.iter().map(parts).collect()
+    fn group(elements: Range<i64>, factors: (f64, f64), decayed: &[(i64, i64)]) -> Group {
+        let (lr_factor, decay_factor) = factors;
+        Group { elements, lr_factor, decay_factor, decayed: decayed.to_vec() }
     }
 
     #[test]
     fn without_factors_a_stage_is_one_group_of_which_matrices_decay() {
-        assert_eq!(shown(&set().groups()), [(0..18, 1.0, 1.0, vec![(0, 6), (9, 6)])]);
+        assert_eq!(set().groups(), [group(0..18, (1.0, 1.0), &[(0, 6), (9, 6)])]);
         let all = set().with_each(|info| info.decay_factor = 1.0);
-        assert_eq!(
-            shown(&all.groups()),
-            [(0..18, 1.0, 1.0, vec![(0, 18)])],
-            "neighbours are joined"
-        );
+        assert_eq!(all.groups(), [group(0..18, (1.0, 1.0), &[(0, 18)])], "neighbours are joined");
     }
 
     #[test]
@@ -126,11 +119,11 @@ mod tests {
             _ => {}
         });
         let expected = [
-            (0..6, 1.0, 1.0, vec![(0, 6)]),
-            (6..9, 0.1, 0.0, vec![]),
-            (9..18, 1.0, 3.0, vec![(0, 6)]),
+            group(0..6, (1.0, 1.0), &[(0, 6)]),
+            group(6..9, (0.1, 0.0), &[]),
+            group(9..18, (1.0, 3.0), &[(0, 6)]),
         ];
-        assert_eq!(shown(&set.groups()), expected);
+        assert_eq!(set.groups(), expected);
     }
 
     #[test]

@@ -2,14 +2,15 @@
 
 use tch::{Kind, Tensor, no_grad};
 
+use crate::optim::Average;
 use crate::settings::{above, choice, settings};
 
 choice! {
     /// Kind in which the average is kept.
     pub enum AverageKind {
-        /// 32 bits; moved within the optimizer's pass.
+        /// 32 bits.
         "float32" => Float32,
-        /// 16 bits; moved in a pass of its own.
+        /// 16 bits with the exponent of 32.
         "bfloat16" => Bfloat16,
     }
 }
@@ -111,6 +112,14 @@ impl EmaSettings {
 /// libtorch's operators, with the rounding of diffusers' `EMAModel`.
 pub fn advance(average: &mut Tensor, params: &Tensor, share: f64) {
     no_grad(|| *average -= (&*average - params) * share);
+}
+
+/// Returns the values as those in f32 or as those in bf16.
+pub(super) fn by_kind(average: Option<Average<'_>>) -> (Option<&mut Tensor>, Option<&mut Tensor>) {
+    match average.map(|average| average.values) {
+        Some(values) if values.kind() == Kind::BFloat16 => (None, Some(values)),
+        values => (values, None),
+    }
 }
 
 #[cfg(test)]

@@ -49,7 +49,7 @@ pub struct Slice<'a> {
 
 /// The average of a slice's parameters.
 pub struct Average<'a> {
-    /// `[P]` f32, changed in place.
+    /// `[P]` f32 or bf16, changed in place.
     pub values: &'a mut Tensor,
     /// Share of its distance to the parameters by which it moves: 1 − decay.
     pub share: f64,

@@ -231,14 +231,14 @@ fn work_with_the_averages_sees_them_and_leaves_the_weights_as_they_were() {
 
 /// What each stage computes with, one parameter after another.
 fn computed(replica: &Replica<'_>) -> Vec<Tensor> {
-    let of_stage = |(stage, bucket): (&Box<dyn fm_dist::nn::Stage>, &fm_dist::parallel::Bucket)| {
-        let gathering = bucket.gather(replica.sharing.shards()).unwrap();
-        let weights = gathering.wait(stage.params()).unwrap();
+    let of_stage = |stage: usize| {
+        let gathering = replica.buckets[stage].gather(replica.sharing.shards()).unwrap();
+        let weights = gathering.wait(replica.stages[stage].params()).unwrap();
         let flat: Vec<Tensor> =
             weights.leaves().iter().map(|leaf| leaf.detach().flatten(0, -1)).collect();
         Tensor::cat(&flat, 0)
     };
-    replica.stages.iter().zip(&replica.buckets).map(of_stage).collect()
+    (0..replica.stages.len()).map(of_stage).collect()
 }
 
 fn exported(run: &Path, out: &Path, format: Option<Dialect>, merge: bool) -> Result<(), Error> {

@@ -18,7 +18,15 @@ pub(super) fn update(slice: Slice<'_>, factors: Factors) {
 
 #[multiversion(targets = "simd")]
 fn update_run<'a>(run: Run<'a, 2>, factors: Factors) {
-    let Run { params, gradient, state: [exp_avg, exp_avg_sq], computed, average, decays } = run;
+    let Run {
+        params,
+        gradient,
+        state: [exp_avg, exp_avg_sq],
+        computed,
+        average,
+        narrow_average,
+        decays,
+    } = run;
     let [gradient_factor, beta2, eps, move_by] =
         [factors.gradient, factors.beta2, factors.eps, factors.move_by].map(|f| f as f32);
     let [fresh1, fresh2] = [1.0 - factors.beta1, 1.0 - factors.beta2].map(|f| f as f32);
@@ -42,9 +50,16 @@ fn update_run<'a>(run: Run<'a, 2>, factors: Factors) {
     for (computed, param) in computed.iter_mut().zip(&*params) {
         *computed = bf16::rounded(*param);
     }
-    // Rounded as diffusers' EMAModel does: nothing is fused.
     let share = factors.average_share as f32;
-    for (average, param) in average.iter_mut().zip(&*params) {
-        *average -= share * (*average - *param);
+    advance(average, params, share);
+    advance(narrow_average, params, share);
+}
+
+/// Rounds as diffusers' EMAModel does: nothing is fused.
+#[inline(always)]
+fn advance<T: Element>(averages: &mut [T], params: &[f32], share: f32) {
+    for (average, param) in averages.iter_mut().zip(params) {
+        let before = average.widened();
+        *average = T::rounded(before - share * (before - param));
     }
 }

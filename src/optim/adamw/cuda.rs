@@ -14,7 +14,15 @@ static KERNEL: Source = Source {
     file: "adamw/kernel.cu",
     text: include_str!("kernel.cu"),
     name: "adamw",
-    kinds: &[Kind::Float, Kind::Float, Kind::Float, Kind::Float, Kind::BFloat16, Kind::Float],
+    kinds: &[
+        Kind::Float,
+        Kind::Float,
+        Kind::Float,
+        Kind::Float,
+        Kind::BFloat16,
+        Kind::Float,
+        Kind::BFloat16,
+    ],
 };
 
 /// AdamW as a kernel of one GPU.
@@ -49,18 +57,21 @@ impl OnGpu {
         Ok(update)
     }
 
-    /// Compares one update with the plain operators'.
+    /// Compares one update with the plain operators', for each kind of average.
     fn check(&self, device: Device) -> Outcome<()> {
         // A mean of both signs and a mean of squares.
-        let trial = || {
+        let trial = |kind| {
             let state = vec![wave(0.7, device) * 0.1, wave(2.9, device).square() * 0.1];
-            Trial::new(state, device)
+            Trial::new(state, kind, device)
         };
-        let (mut found, mut expected) = (trial(), trial());
-        let factors = self.adamw.factors(&found.slice(), 0.01, 3);
-        self.launch(found.slice(), factors)?;
-        plain::update(expected.slice(), factors);
-        found.compare(&expected, self.adamw.state_names())
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let (mut found, mut expected) = (trial(kind), trial(kind));
+            let factors = self.adamw.factors(&found.slice(), 0.01, 3);
+            self.launch(found.slice(), factors)?;
+            plain::update(expected.slice(), factors);
+            found.compare(&expected, self.adamw.state_names())?;
+        }
+        Ok(())
     }
 
     fn launch(&self, slice: Slice<'_>, factors: Factors) -> Outcome<()> {

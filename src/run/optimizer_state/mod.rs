@@ -10,7 +10,7 @@ use tch::{Tensor, no_grad};
 use crate::config::RunConfig;
 use crate::error::Result;
 use crate::nn::Group;
-use crate::optim::{Average, Slice, Update, ema};
+use crate::optim::{Average, Slice, Update};
 use crate::parallel::{Bucket, Devices, Loan, Replica, Shard};
 
 /// The numbers with which one step updates every parameter.
@@ -157,10 +157,6 @@ impl<'u> Visit<'u> {
         for group in self.shard.groups {
             self.update_group(group, rule, change, share);
         }
-        // A narrower average takes a pass of its own.
-        if let Some(average) = self.average.as_mut().filter(|average| !is_fused(average)) {
-            ema::advance(average, &self.params, share);
-        }
     }
 
     fn update_group(&mut self, group: &Group, rule: &dyn Update, change: Change, share: f64) {
@@ -169,7 +165,7 @@ impl<'u> Visit<'u> {
         let part =
             |tensor: &Tensor| tensor.narrow(0, elements.start, elements.end - elements.start);
         let mut computed = self.shard.computed.as_deref().map(part);
-        let mut average = self.average.as_ref().filter(|average| is_fused(average)).map(part);
+        let mut average = self.average.as_ref().map(part);
         let mut state: Vec<Tensor> = self.state.iter().map(part).collect();
         let slice = Slice {
             params: &mut part(&self.params),
@@ -193,9 +189,4 @@ impl<'u> Visit<'u> {
             average.into_iter().for_each(|(home, visitor)| home.copy_(visitor));
         });
     }
-}
-
-/// True if the optimizer's pass moves an average of this kind.
-fn is_fused(average: &Tensor) -> bool {
-    average.kind() == tch::Kind::Float
 }
