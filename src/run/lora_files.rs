@@ -1,5 +1,6 @@
 //! The LoRA of a checkpoint as files for other programs.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::config::RunConfig;
@@ -75,7 +76,7 @@ fn adapter(
         return Err(Error::config("--run", what));
     }
     let parts = checkpoint::open_parameters(folder, config, weights, stages)?;
-    let mut pairs = std::collections::BTreeMap::new();
+    let mut pairs = BTreeMap::new();
     for params in stages.iter().map(|stage| stage.params()) {
         for change in params.low_ranks() {
             let (down, up, magnitude) = change.names(params);

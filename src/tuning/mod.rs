@@ -1,5 +1,5 @@
-//! What of a model is trained, and how fast: all of it, the parameters that patterns name, or
-//! low-rank changes of its linear maps (LoRA).
+//! The part of a model that is trained, and how fast: all of it, the parameters that patterns name,
+//! or low-rank changes of its linear maps (LoRA).
 
 mod factors;
 mod names;

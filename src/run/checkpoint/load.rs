@@ -5,7 +5,7 @@ use std::path::Path;
 use tch::Kind;
 
 use super::snapshot::AVERAGES;
-use super::{Manifest, SavedWeights, verify};
+use super::{AllowedChanges, Manifest, SavedWeights, verify};
 use crate::config::RunConfig;
 use crate::error::{Error, Result};
 use crate::files::safetensors::Shards;
@@ -28,13 +28,13 @@ pub fn load(
     folder: &Path,
     config: &RunConfig,
     configured: &Manifest,
-    allow_data_change: bool,
+    allowed: AllowedChanges,
     replica: &mut Replica<'_>,
     optimizer: &dyn Optimizer,
     state: &mut OptimizerState,
 ) -> Result<Manifest> {
     let manifest = verify::manifest(folder)?;
-    let other_data = manifest.check_same_run(folder, config, configured, allow_data_change)?;
+    let changed = manifest.check_same_run(folder, config, configured, allowed)?;
     let parts = open_parts(folder, &manifest, |file| !is_averages(file))?;
     let prefixes: Vec<String> =
         optimizer.state_names().iter().map(|name| format!("{name}.")).collect();
@@ -51,19 +51,15 @@ pub fn load(
             state.set(index, name, &read, &replica.buckets[index]);
         }
     }
-    if let Some(what) = other_data {
-        tracing::warn!("{what}; going on with other data, as was asked");
-    }
+    changed.iter().for_each(|what| tracing::warn!("{what}"));
     let averages_began = set_averages(&manifest, averaged.as_ref(), replica, state)?;
-    let Manifest { data, config, base, .. } = configured.clone();
     Ok(Manifest {
-        parts: Vec::new(),
-        sha256: String::new(),
-        data,
-        config,
-        base,
+        step: manifest.step,
+        samples_seen: manifest.samples_seen,
+        guard: manifest.guard,
+        lr: manifest.lr,
         averages_began,
-        ..manifest
+        ..configured.clone()
     })
 }
 

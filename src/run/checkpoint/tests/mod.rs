@@ -20,6 +20,7 @@ use crate::parallel::{Devices, Replica, Sharding, ShardingGroup, Sharing};
 use crate::phase::Phase;
 use crate::rng::{Key, Purpose};
 use crate::run::folder::RunFolder;
+use crate::run::length::Length;
 use crate::run::optimizer_state::{Averages, OptimizerState};
 use crate::run::resume::Resume;
 
@@ -86,6 +87,7 @@ fn save_on(model: &Dit, world: &dyn Collective, sharding: Sharding, output: &str
     let folder = RunFolder::open(
         &RunConfig { output_dir: output.into(), ..config() },
         &Resume::Never,
+        Length::Steps(1000),
         world,
     )
     .expect("a fresh folder");
@@ -98,9 +100,16 @@ fn save_on(model: &Dit, world: &dyn Collective, sharding: Sharding, output: &str
 
 fn check_on(model: &Dit, world: &dyn Collective, sharding: Sharding, folder: &Path) {
     let (mut replica, mut state) = empty_of(model, world, sharding);
-    let loaded =
-        load(folder, &config(), &manifest(), false, &mut replica, &*optimizer(), &mut state)
-            .expect("a checkpoint");
+    let loaded = load(
+        folder,
+        &config(),
+        &manifest(),
+        AllowedChanges::default(),
+        &mut replica,
+        &*optimizer(),
+        &mut state,
+    )
+    .expect("a checkpoint");
     assert_eq!(loaded, manifest());
     for stage in 0..replica.stages.len() {
         let numel = replica.stages[stage].params().numel();
