@@ -9,12 +9,12 @@ use crate::fault::DebugSettings;
 use crate::flow::{FlowMatchingSettings, Role, SamplingSettings, SigmaWindow};
 use crate::model::ModelSettings;
 use crate::nn::{ComputeSettings, Stage, Tokens};
-use crate::optim::OptimizerChoice;
 use crate::optim::lr::LrScheduleChoice;
+use crate::optim::{Decay, EmaSettings, OptimizerSettings};
 use crate::parallel::ParallelSettings;
 use crate::settings::{self, choice, settings};
 use crate::telemetry::LogSettings;
-use crate::tuning::{LoraSettings, Tuning};
+use crate::tuning::{Factors, LoraSettings, Tuning};
 use crate::watchdog::WatchdogSettings;
 
 /// The configuration that runs when none is named, embedded in the binary.
@@ -147,10 +147,12 @@ settings! {
         pub train: TrainSettings, as table;
         /// Low-rank changes that are trained instead of the model.
         pub lora: LoraSettings, as table;
-        /// The update rule.
-        pub optimizer: OptimizerChoice, as family;
+        /// The update rule, and the parameters that it treats otherwise.
+        pub optimizer: OptimizerSettings, as table;
         /// Learning rate over the run, as a share of the optimizer's lr.
         pub lr_scheduler: LrScheduleChoice, as family;
+        /// An average of the weights beside them.
+        pub ema: EmaSettings, as table;
         /// How ranks share the work.
         pub parallel: ParallelSettings, as table;
         /// By which kernels.
@@ -271,10 +273,16 @@ impl RunConfig {
     /// The model as stages, with the frozen parameters and the changes of what is trained.
     ///
     /// # Errors
-    /// [`Error::Config`] if the model's settings contradict each other, or a pattern of what is
-    /// trained matches nothing.
+    /// [`Error::Config`] if the model's settings contradict each other, or a pattern of parameters
+    /// matches nothing.
     pub fn stages(&self) -> Result<Vec<Box<dyn Stage>>> {
-        self.tuning().of(&**self.model.family)
+        self.factors().applied_to(self.tuning().of(&**self.model.family)?)
+    }
+
+    /// The factors with which parameters are updated.
+    fn factors(&self) -> Factors<'_> {
+        let OptimizerSettings { decay, lr_factors, decay_factors, .. } = &self.optimizer;
+        Factors { decays_all: *decay == Decay::All, lr: lr_factors, decay: decay_factors }
     }
 
     /// The part of the model that is trained.
@@ -358,6 +366,7 @@ impl RunConfig {
         self.parallel.problems().into_iter().for_each(|(key, what)| say(key, what));
         let of_lora = self.lora.problems(self.model.dtype);
         of_lora.into_iter().for_each(|(key, what)| say(key, what));
+        self.ema.problems().into_iter().for_each(|(key, what)| say(key, what));
         self.data.problems().into_iter().for_each(|(key, what)| say(&key, what));
         if self.data.counts_tokens() {
             if self.train.global_batch_size.is_none() {

@@ -31,6 +31,7 @@ use fm_dist::files::outputs::Named;
 use fm_dist::files::pickle::{self, PickledFile};
 use fm_dist::files::safetensors::{SafeTensors, write};
 use fm_dist::lora;
+use fm_dist::run::checkpoint::SavedWeights;
 use fm_dist::sample::{SampleRequest, sample};
 use fm_dist::train::{TrainOptions, train};
 use serde_json::{Value, json};
@@ -599,6 +600,7 @@ fn sample_of(run: &Path, conditions: &Path) -> Result<(), Error> {
         per_condition,
         seed,
         lora_scale: 1.0,
+        weights: SavedWeights::Trained,
     })
 }
 

@@ -57,7 +57,8 @@ pub fn checkpoint(run: &Path, step: u64) -> BTreeMap<String, Vec<u8>> {
         (path.file_name().unwrap().to_str().unwrap().to_string(), fs::read(&path).unwrap())
     };
     let files: BTreeMap<_, _> = entries.map(|entry| read(entry.unwrap().path())).collect();
-    assert_eq!(files.len(), 3, "model, optimizer, manifest: {:?}", files.keys());
+    let averages = files.keys().filter(|name| name.starts_with("ema-")).count();
+    assert_eq!(files.len(), 3 + averages, "model, optimizer, manifest: {:?}", files.keys());
     files
 }
 

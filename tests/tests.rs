@@ -64,8 +64,12 @@ mod fast {
 
 /// Whole training runs, whose ranks are threads of this process.
 mod threads {
+    /// Averages of the weights follow every update, alike on any ranks and after a resume.
+    pub mod averages;
     /// The number of ranks, the cut into micro-batches and recomputation do not change a run.
     pub mod equivalence;
+    /// Factors of learning rate and decay train alike on any ranks, and change what they name.
+    mod factors;
     /// Known loss curves, as text.
     mod golden;
     /// What is frozen stays, what is trained beside it trains alike on any ranks, and a run goes on
@@ -119,6 +123,8 @@ mod program {
 mod mpi {
     /// Ranks that find different backends of attention sound choose alike.
     pub mod attention;
+    /// Averages of the weights survive a kill, and go on at another number of ranks.
+    mod averages;
     /// Real MPI keeps the contract of the collectives, and a rank that fails ends its world.
     pub mod collectives;
     /// Ranks make the dataset that one rank makes, also after a kill.
@@ -143,6 +149,8 @@ mod faults;
 
 /// The numbers of the real packages in Python.
 mod oracle {
+    /// Averages of the weights are those of diffusers' EMAModel.
+    mod averages;
     /// Caches of other trainers are imported with the bits that their own readers give.
     mod caches;
     /// Pictures that `configs/encode_flux1.py` encodes are a dataset that trains.
@@ -161,6 +169,8 @@ mod oracle {
     mod optimizer;
     /// The oracle's Python, and how close is close. Nothing is promised there.
     mod packages;
+    /// Factors of learning rate and weight decay are PyTorch's parameter groups.
+    mod param_groups;
     /// The real NeMo AutoModel and PyTorch compute the same numbers.
     mod parity;
     /// The command that the refusal of a pickle prints converts it.

@@ -19,7 +19,7 @@ use crate::nn::Stage;
 use crate::parallel::{Devices, Replica, Sharing};
 use crate::rng::{Key, Purpose};
 use crate::run::base::Base;
-use crate::run::checkpoint;
+use crate::run::checkpoint::{self, SavedWeights};
 use crate::run::length::Length;
 use crate::run::pretrained::{self, Origin};
 use crate::tuning::with_strength;
@@ -142,16 +142,18 @@ fn origin(config: &RunConfig) -> Origin<'_> {
 /// `strength`: factor of its low-rank changes.
 ///
 /// # Errors
-/// Errors of the checkpoint, and of the folder with the frozen parameters.
+/// Errors of the checkpoint, also if it lacks the averages that are asked for, and of the folder
+/// with the frozen parameters.
 pub fn trained_replica(
     config: &RunConfig,
     checkpoint: &Path,
+    weights: SavedWeights,
     device: Device,
     strength: f64,
 ) -> Result<Replica<'static>> {
     let begun = replica_for_checkpoint(config, device, Sharing::alone(), &Solo)?;
     let Begun { mut replica, base } = begun;
-    checkpoint::load_parameters(checkpoint, config, base.as_ref(), &mut replica)?;
+    checkpoint::load_parameters(checkpoint, config, weights, base.as_ref(), &mut replica)?;
     replica.stages = with_strength(replica.stages, strength);
     Ok(replica)
 }

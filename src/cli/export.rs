@@ -10,6 +10,7 @@ use crate::commands::{self, ExportRequest};
 use crate::error::Result;
 use crate::lora::Dialect;
 use crate::model::Dtype;
+use crate::run::checkpoint::SavedWeights;
 
 #[derive(Args, Debug)]
 pub struct ExportArgs {
@@ -31,6 +32,9 @@ pub struct ExportArgs {
     /// Write the run's LoRA instead: diffusers, comfyui, kohya or, as a folder, peft
     #[arg(long, value_name = "FORMAT", value_parser = parse_word::<Dialect>)]
     format: Option<Dialect>,
+    /// Write the average of the weights ([ema]) instead of the weights
+    #[arg(long)]
+    ema: bool,
 }
 
 impl ExportArgs {
@@ -43,6 +47,7 @@ impl ExportArgs {
             dtype: self.dtype,
             merge: self.merge,
             format: self.format,
+            weights: SavedWeights::averaged_if(self.ema),
         };
         commands::export(&request).map(|()| 0)
     }

@@ -8,6 +8,7 @@ use super::values::{Shape, parse_scale, parse_shape};
 use crate::error::Result;
 use crate::phase::Phase;
 use crate::pulse;
+use crate::run::checkpoint::SavedWeights;
 use crate::sample::{self, SampleRequest};
 
 #[derive(Args, Debug)]
@@ -50,6 +51,9 @@ pub struct SampleArgs {
     /// Strength of the run's LoRA; 0 is the model without it
     #[arg(long, value_parser = parse_scale, default_value_t = 1.0)]
     lora_scale: f64,
+    /// Generate with the average of the weights ([ema]) instead of the weights
+    #[arg(long)]
+    ema: bool,
 }
 
 impl SampleArgs {
@@ -67,6 +71,7 @@ impl SampleArgs {
             per_condition: self.per_condition,
             seed: self.seed,
             lora_scale: self.lora_scale,
+            weights: SavedWeights::averaged_if(self.ema),
         };
         pulse::enter(Phase::Report);
         sample::sample(&request).map(|()| 0)

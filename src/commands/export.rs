@@ -16,6 +16,7 @@ use crate::files::safetensors;
 use crate::lora::Dialect;
 use crate::model::{self, Dtype};
 use crate::nn::ParamInfo;
+use crate::run::checkpoint::SavedWeights;
 use crate::run::folder;
 use crate::run::locate::locate;
 use crate::run::lora_files;
@@ -39,19 +40,22 @@ pub struct ExportRequest {
     pub merge: bool,
     /// The format in which a LoRA is written, instead of a model.
     pub format: Option<Dialect>,
+    /// The weights as they are, or averaged.
+    pub weights: SavedWeights,
 }
 
 /// Writes `config.json` and the parameters of the whole model under diffusers' names; the folder
 /// appears whole or not at all.
 ///
 /// # Errors
-/// [`Error::Config`] if diffusers has no class for the model; [`Error::NoCheckpoint`],
+/// [`Error::Config`] if diffusers has no class for the model, or the checkpoint no averages; [`Error::NoCheckpoint`],
 /// [`Error::CheckpointMismatch`]; [`Error::Storage`], also if `out` exists already.
 pub fn export(request: &ExportRequest) -> Result<()> {
     if let Some(dialect) = request.format {
         let (run, folder) = locate(&request.run)?;
         let out = Named { argument: "--out", path: &request.out };
-        return lora_files::export(&folder, &folder::config_of(&run)?, dialect, out);
+        let config = folder::config_of(&run)?;
+        return lora_files::export(&folder, &config, request.weights, dialect, out);
     }
     refuse_existing(&request.out)?;
     check_new_folder(Named { argument: "--out", path: &request.out })?;
@@ -70,7 +74,7 @@ pub fn export(request: &ExportRequest) -> Result<()> {
         return Err(Error::config("--run", what));
     }
     let stages = config.stages()?;
-    let parameters = WholeModel::open(&folder, &config, &stages)?;
+    let parameters = WholeModel::open(&folder, &config, request.weights, &stages)?;
     let kind = request.dtype.unwrap_or(config.model.dtype).kind();
     let tensors: Vec<Planned<'_>> = stages
         .iter()
@@ -226,6 +230,8 @@ mod tests {
             frozen: false,
             added: false,
             rows: Rows::One,
+            lr_factor: 1.0,
+            decay_factor: 0.0,
         };
         let infos = [3, 4, 20, 1, 9].map(info);
         let planned: Vec<Planned<'_>> =

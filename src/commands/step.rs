@@ -23,6 +23,7 @@ use crate::model::SampleShapes;
 use crate::nn::Tokens;
 use crate::parallel::{Replica, Sharing};
 use crate::rng::Stream;
+use crate::run::checkpoint::SavedWeights;
 use crate::run::locate::locate;
 
 /// Options of `fm-dist step`.
@@ -56,7 +57,9 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<String> {
     check_batch(config, &request.batch, &batch)?;
     let device = device(config, || tokens_of(config, &batch), &Solo)?.without_log();
     let replica = match &request.weights {
-        Some(path) => trained_replica(config, &locate(path)?.1, device, 1.0)?,
+        Some(path) => {
+            trained_replica(config, &locate(path)?.1, SavedWeights::Trained, device, 1.0)?
+        }
         None => fresh_replica(config, device, Sharing::alone(), &Solo)?.replica,
     };
     let pipeline = build_pipeline(config, device);

@@ -43,6 +43,20 @@ pub(super) const HABITS: &[Habit] = &[
     same("adam_beta2", &["optimizer.*.beta2"]),
     same("adam_epsilon adam_eps epsilon", &["optimizer.*.eps"]),
     same("adam_weight_decay wd", &["optimizer.*.weight_decay"]),
+    Habit {
+        theirs: "loraplus_lr_ratio loraplus_unet_lr_ratio",
+        ours: &["optimizer.lr_factors"],
+        remark: "a LoRA's B by the pattern \"lora_B\"",
+    },
+    same(
+        "lr_multipliers lr_mult param_groups parameter_groups lr_scales",
+        &["optimizer.lr_factors"],
+    ),
+    Habit {
+        theirs: "no_decay no_weight_decay no_decay_params weight_decay_exclude wd_mult",
+        ours: &["optimizer.decay_factors"],
+        remark: "0 by pattern; biases and norms decay with optimizer.decay = \"all\" only",
+    },
     other(
         "optimizer.type optimizer.name optimizer_type",
         "the optimizer is the table that is there: [optimizer.adamw]",
@@ -132,7 +146,29 @@ pub(super) const HABITS: &[Habit] = &[
     same("lora_target_modules lora_layers lora_modules", &["lora.target_modules"]),
     same("init_lora_weights lora_a_init", &["lora.init"]),
     same("modules_to_save freeze_modules trainable_modules", &["train.trainable"]),
-    other("ema use_ema ema_decay ema_config", "there is no EMA of the weights"),
+    // Averages of the weights.
+    Habit {
+        theirs: "use_ema enable_ema ema_enabled ema.enabled ema.use_ema ema_config ema_decay ema_rate ema_beta \
+                 ema.ema_decay ema.beta",
+        ours: &["ema.decay"],
+        remark: "which alone turns averages of the weights on; 0.9999 is usual",
+    },
+    same("ema_min_decay min_value", &["ema.min_decay"]),
+    same("ema_update_after_step ema_start_step ema_start update_after", &["ema.update_after_step"]),
+    same("ema_use_ema_warmup ema_warmup ema.warmup", &["ema.use_ema_warmup"]),
+    same("ema_inv_gamma", &["ema.inv_gamma"]),
+    same("ema_power", &["ema.power"]),
+    same("ema_dtype ema_precision ema.precision", &["ema.dtype"]),
+    same(
+        "ema_update_interval ema_update_every ema_interval update_every ema.update_interval ema.every",
+        &["ema.every_n_steps"],
+    ),
+    other(
+        "ema_device ema.device ema_cpu_only ema_offload",
+        "averages lie where parallel.offload puts the optimizer's state",
+    ),
+    other("ema_foreach_disable foreach ema.foreach", "averages move within the optimizer's pass"),
+    other("ema_validation", "samples of the report take the averages; `fm-dist sample` with --ema"),
     // Data.
     same(
         "dataset dataset.path datasets dataset_path dataset_config data_dir data_path train_data_dir instance_data_dir \
@@ -314,6 +350,9 @@ mod tests {
             ),
             ("[training]\nsteps = 3", "did you mean max_steps?"),
             ("[model]\ntype = \"flux\"", "the family is the table that is there"),
+            ("use_ema = true", "did you mean ema.decay? (which alone turns averages"),
+            ("[ema]\nema_decay = 0.99", "did you mean ema.decay?"),
+            ("[train]\nema_update_interval = 10", "did you mean ema.every_n_steps?"),
         ] {
             assert!(problem(text).contains(hint), "{text}: {}", problem(text));
         }

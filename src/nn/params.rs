@@ -24,6 +24,10 @@ pub struct ParamInfo {
     pub added: bool,
     /// The rows that it is applied to.
     pub rows: Rows,
+    /// Factor of the learning rate.
+    pub lr_factor: f64,
+    /// Factor of the weight decay; 0 where it does not decay.
+    pub decay_factor: f64,
 }
 
 impl ParamInfo {
@@ -31,9 +35,8 @@ impl ParamInfo {
         self.shape.iter().product()
     }
 
-    /// True if weight decay applies: to matrices and kernels, not to biases, norms and tables of
-    /// one axis.
-    pub fn decays(&self) -> bool {
+    /// True if it has several axes: matrices and kernels, not biases, norms and tables of one.
+    pub fn is_matrix(&self) -> bool {
         self.shape.len() > 1
     }
 
@@ -91,24 +94,6 @@ impl ParamSet {
         self.infos.iter().map(ParamInfo::numel).sum()
     }
 
-    /// Runs `(offset, length)` of the flat buffer that weight decay applies to; neighbours are
-    /// joined.
-    pub fn decayed_runs(&self) -> Vec<(i64, i64)> {
-        let mut runs: Vec<(i64, i64)> = Vec::new();
-        let mut offset = 0;
-        for info in &self.infos {
-            match runs.last_mut() {
-                Some((start, length)) if info.decays() && *start + *length == offset => {
-                    *length += info.numel()
-                }
-                _ if info.decays() => runs.push((offset, info.numel())),
-                _ => {}
-            }
-            offset += info.numel();
-        }
-        runs
-    }
-
     /// Elements of the trained parameters, with which the flat buffer ends.
     pub fn num_trained(&self) -> i64 {
         self.trained().map(ParamInfo::numel).sum()
@@ -147,6 +132,12 @@ impl ParamSet {
             set.insert(ParamInfo { frozen: is_frozen(info), ..info.clone() });
         }
         set
+    }
+
+    /// The same parameters, each changed by `change`, which leaves name and shape as they are.
+    pub fn with_each(mut self, change: impl Fn(&mut ParamInfo)) -> Self {
+        self.infos.iter_mut().for_each(change);
+        self
     }
 
     /// Adds a low-rank change of the linear map whose weight has this name. Handles stay valid.
@@ -265,7 +256,7 @@ impl<'a> Builder<'a> {
     }
 
     pub fn param(&mut self, name: &str, shape: &[i64], init: Init) -> Param {
-        self.set.insert(ParamInfo {
+        let mut info = ParamInfo {
             name: self.join(name),
             shape: shape.to_vec(),
             init,
@@ -273,7 +264,11 @@ impl<'a> Builder<'a> {
             frozen: false,
             added: self.added,
             rows: self.rows,
-        })
+            lr_factor: 1.0,
+            decay_factor: 0.0,
+        };
+        info.decay_factor = if info.is_matrix() { 1.0 } else { 0.0 };
+        self.set.insert(info)
     }
 
     /// `weight` `[outputs, inputs]` of a linear map.

@@ -5,6 +5,7 @@ use std::ops::Range;
 use tch::Tensor;
 
 use super::Slice;
+use super::ema::by_kind;
 use crate::cuda::{Argument, Elementwise, Outcome};
 
 /// Places of a kernel's `Bounds`: two for each decayed run.
@@ -19,18 +20,19 @@ struct Launch {
     num_bounds: i64,
 }
 
-/// Runs `kernel(params, gradient, state…, computed, length, bounds, num_bounds, rule)` over a
-/// slice, behind all that libtorch has queued. `rule`: the same numbers for every element.
+/// Runs `kernel(params, gradient, state…, computed, average, narrow_average, length, bounds,
+/// num_bounds, rule)` over a slice, behind all that libtorch has queued. `rule`: the same numbers for every element.
 ///
 /// # Errors
 /// The driver's refusal, perhaps of something that was queued earlier.
 pub fn launch(kernel: &Elementwise, slice: Slice<'_>, rule: &[f32]) -> Outcome<()> {
-    let Slice { params, gradient, state, computed, decayed, .. } = slice;
+    let Slice { params, gradient, state, computed, average, decayed, .. } = slice;
     let gradient = gradient.contiguous();
+    let (average, narrow) = by_kind(average);
     let tensors: Vec<Option<&Tensor>> = [Some(&*params), Some(&gradient)]
         .into_iter()
         .chain(state.iter().map(Some))
-        .chain([computed.as_deref()])
+        .chain([computed.as_deref(), average.as_deref(), narrow.as_deref()])
         .collect();
     for Launch { elements, bounds, num_bounds } in launches(params.numel() as i64, decayed) {
         let length = elements.end - elements.start;

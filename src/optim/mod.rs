@@ -1,5 +1,5 @@
-//! Optimizers over flat slices, gradient clipping, learning-rate schedules. Nothing here knows a
-//! rank.
+//! Optimizers over flat slices, averages of the weights, gradient clipping, learning-rate schedules.
+//! Nothing here knows a rank.
 //!
 //! An optimizer is a folder: `mod.rs` has its settings and factors, `plain.rs` the update by
 //! libtorch's operators, `cpu.rs` and `cuda.rs` with `kernel.cu` the single passes. A pass brings
@@ -9,12 +9,16 @@
 
 pub mod adamw;
 pub mod clip;
+pub mod ema;
 mod launches;
 pub mod lr;
 mod runs;
+mod settings;
 mod trial;
 
 pub use adamw::AdamW;
+pub use ema::EmaSettings;
+pub use settings::{Decay, OptimizerSettings};
 
 use tch::{Device, Tensor};
 
@@ -35,8 +39,20 @@ pub struct Slice<'a> {
     /// `[P]` bf16, which becomes the parameters rounded; none where the f32 parameters are computed
     /// with.
     pub computed: Option<&'a mut Tensor>,
+    /// The average that moves towards what the parameters become; none where it stays.
+    pub average: Option<Average<'a>>,
     /// Runs `(offset, length)` of the slice that weight decay applies to.
     pub decayed: &'a [(i64, i64)],
+    /// Factor of the weight decay.
+    pub decay_factor: f64,
+}
+
+/// The average of a slice's parameters.
+pub struct Average<'a> {
+    /// `[P]` f32 or bf16, changed in place.
+    pub values: &'a mut Tensor,
+    /// Share of its distance to the parameters by which it moves: 1 − decay.
+    pub share: f64,
 }
 
 /// An update rule. Its state lives with whoever owns the slices; the rule itself is settings only.

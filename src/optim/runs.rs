@@ -6,6 +6,7 @@ use std::thread;
 use half::bf16;
 
 use super::Slice;
+use super::ema::by_kind;
 use crate::tensor::{elements, elements_mut};
 
 /// Elements for which a further thread is worth its start, which takes as long as some ten thousand
@@ -23,6 +24,10 @@ pub struct Run<'a, const S: usize> {
     pub state: [&'a mut [f32]; S],
     /// Empty where nothing is computed in bfloat16.
     pub computed: &'a mut [bf16],
+    /// Empty where no average moves, or one in bfloat16.
+    pub average: &'a mut [f32],
+    /// Empty where no average moves, or one in f32.
+    pub narrow_average: &'a mut [bf16],
     pub decays: bool,
 }
 
@@ -38,16 +43,19 @@ struct Piece {
 /// # Panics
 /// If the slice has another number of state tensors than `S` (a bug in the caller).
 pub fn for_each_run<const S: usize>(slice: Slice<'_>, update: impl Fn(Run<'_, S>) + Sync) {
-    let Slice { params, gradient, state, computed, decayed, .. } = slice;
+    let Slice { params, gradient, state, computed, average, decayed, .. } = slice;
     let kept = state.len();
     let state: &mut [_; S] =
         state.try_into().unwrap_or_else(|_| panic!("{S} tensors of state a slice, found {kept}"));
     let gradient = gradient.contiguous();
+    let (average, narrow) = by_kind(average);
     let rest = Run {
         params: elements_mut(params),
         gradient: elements(&gradient),
         state: state.each_mut().map(elements_mut),
         computed: computed.map_or(&mut [], elements_mut),
+        average: average.map_or(&mut [], elements_mut),
+        narrow_average: narrow.map_or(&mut [], elements_mut),
         decays: false,
     };
     let num_threads = usize::try_from(tch::get_num_threads()).unwrap_or(1);
@@ -77,12 +85,18 @@ impl<'a, const S: usize> Run<'a, S> {
     /// Takes the first elements off.
     fn take(&mut self, length: usize, decays: bool) -> Self {
         const WHOLE: &str = "as long as the parameters";
-        let copied = if self.computed.is_empty() { 0 } else { length };
+        const EMPTY_OR_WHOLE: &str = "as long, or empty";
+        let of = |is_empty: bool| if is_empty { 0 } else { length };
+        let copied = of(self.computed.is_empty());
+        let averaged = of(self.average.is_empty());
+        let narrow = of(self.narrow_average.is_empty());
         Run {
             params: self.params.split_off_mut(..length).expect("within the slice"),
             gradient: self.gradient.split_off(..length).expect(WHOLE),
             state: self.state.each_mut().map(|state| state.split_off_mut(..length).expect(WHOLE)),
-            computed: self.computed.split_off_mut(..copied).expect("as long, or empty"),
+            computed: self.computed.split_off_mut(..copied).expect(EMPTY_OR_WHOLE),
+            average: self.average.split_off_mut(..averaged).expect(EMPTY_OR_WHOLE),
+            narrow_average: self.narrow_average.split_off_mut(..narrow).expect(EMPTY_OR_WHOLE),
             decays,
         }
     }

@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::Slice;
+use super::{Average, Slice, ema};
 use crate::cuda::Outcome;
 
 /// How far a kernel may be from libtorch's operators on the same GPU, relative to one plus a
@@ -14,7 +14,13 @@ const TOLERANCE: f64 = 1e-6;
 const ELEMENTS: i64 = 1003;
 
 /// Factor of the gradient.
-pub const FACTOR: f64 = 0.7;
+const FACTOR: f64 = 0.7;
+
+/// Factor of the weight decay.
+const DECAY_FACTOR: f64 = 3.0;
+
+/// Share by which the average moves.
+const SHARE: f64 = 0.3;
 
 /// Tensors of one slice that reaches every branch of a kernel.
 pub struct Trial {
@@ -22,7 +28,13 @@ pub struct Trial {
     gradient: Tensor,
     state: Vec<Tensor>,
     computed: Tensor,
+    average: Tensor,
+    average_before: Tensor,
 }
+
+/// Averages are rounded alike everywhere, so that their bits can be asked for.
+const NO_AVERAGES: &str =
+    "averages differ from those of libtorch's operators on the same parameters, in";
 
 /// Numbers of both signs, without touching a generator.
 pub fn wave(pace: f64, device: Device) -> Tensor {
@@ -30,19 +42,22 @@ pub fn wave(pace: f64, device: Device) -> Tensor {
 }
 
 impl Trial {
-    /// `state`: as the optimizer may find it, made of [`wave`]s.
-    pub fn new(state: Vec<Tensor>, device: Device) -> Self {
+    /// `state`: as the optimizer may find it, made of [`wave`]s; `kind`: of the average.
+    pub fn new(state: Vec<Tensor>, kind: Kind, device: Device) -> Self {
+        let average = wave(2.3, device).to_kind(kind);
         Trial {
             params: wave(1.3, device),
             // Of many sizes.
             gradient: wave(1.9, device) * (wave(0.1, device) * 5.0).exp(),
             state,
             computed: Tensor::zeros([ELEMENTS], (Kind::BFloat16, device)),
+            average_before: average.copy(),
+            average,
         }
     }
 
     pub fn slice(&mut self) -> Slice<'_> {
-        let Trial { params, gradient, state, computed } = self;
+        let Trial { params, gradient, state, computed, average, .. } = self;
         // Runs that meet, and that begin and end among four.
         Slice {
             params,
@@ -50,14 +65,16 @@ impl Trial {
             gradient_factor: FACTOR,
             state,
             computed: Some(computed),
+            average: Some(Average { values: average, share: SHARE }),
             decayed: &[(2, 3), (5, 400), (701, 1)],
+            decay_factor: DECAY_FACTOR,
         }
     }
 
     /// Compares what a kernel left with what libtorch's operators left.
     ///
     /// # Errors
-    /// The first state tensor, by its name, or the parameters, with an element that differs.
+    /// The first state tensor, by its name, the parameters or averages, with an element that differs.
     pub fn compare(&self, expected: &Trial, state_names: &[&str]) -> Outcome<()> {
         for (name, (found, expected)) in
             state_names.iter().zip(self.state.iter().zip(&expected.state))
@@ -65,6 +82,11 @@ impl Trial {
             compare(name, found, expected)?;
         }
         compare("parameters", &self.params, &expected.params)?;
+        let mut average = self.average_before.copy();
+        ema::advance(&mut average, &self.params, SHARE);
+        if !self.average.equal(&average) {
+            return Err(format!("{NO_AVERAGES} {:?}", average.kind()));
+        }
         if self.computed.equal(&self.params.to_kind(Kind::BFloat16)) {
             Ok(())
         } else {

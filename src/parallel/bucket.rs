@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 use crate::collective::{Collective, Sliced, Work};
 use crate::error::Result;
 use crate::nn::{ParamInfo, ParamSet, Views};
-use crate::parallel::piece::{Piece, Shard};
+use crate::parallel::piece::{Loan, Piece, Shard};
 use crate::parallel::{Devices, Sharing};
 use crate::rng::Key;
 
@@ -42,8 +42,8 @@ impl Bucket {
         key: Option<Key>,
         sharing: &Sharing<'_>,
     ) -> Self {
-        let decayed = params.decayed_runs();
-        let piece = |class| Piece::new(class, &decayed, devices, sharing);
+        let groups = params.groups();
+        let piece = |class| Piece::new(class, &groups, devices, sharing);
         let mut bucket = Bucket { pieces: params.classes(kind).into_iter().map(piece).collect() };
         if let Some(key) = key {
             // One stage at a time, so that no rank ever holds more of an unsharded model than its
@@ -180,6 +180,17 @@ impl Bucket {
     /// This rank's shard of each trained piece, for an update.
     pub fn shards_mut(&mut self) -> impl Iterator<Item = Shard<'_>> {
         self.pieces.iter_mut().filter_map(Piece::shard_mut)
+    }
+
+    /// Computes with other values in the place of the master values: `values` has this rank's shard
+    /// of each trained piece. Returns what [`end_loan`](Self::end_loan) needs.
+    pub fn lend(&mut self, values: &[Tensor]) -> Loan {
+        Loan(self.shards_mut().zip(values).map(|(shard, values)| shard.lend(values)).collect())
+    }
+
+    /// Computes with the master values again, which are the same to the last bit.
+    pub fn end_loan(&mut self, Loan(kept): Loan) {
+        self.shards_mut().zip(kept).for_each(|(shard, kept)| shard.end_loan(kept));
     }
 
     /// Applies `change` to this rank's master values of each trained piece, and copies them to the
@@ -359,7 +370,8 @@ mod tests {
         let sums = on_three(Sharding::Optimizer, Kind::BFloat16, |mut bucket, _| {
             bucket
                 .shards_mut()
-                .flat_map(|shard| shard.decayed)
+                .flat_map(|shard| shard.groups)
+                .flat_map(|group| &group.decayed)
                 .map(|(_, length)| length)
                 .sum::<i64>()
         });

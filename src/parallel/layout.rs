@@ -65,21 +65,6 @@ impl Layout {
         let first = (replica * grains) as i64;
         (first..first + grains as i64).map(move |grain| grain * length..(grain + 1) * length)
     }
-
-    /// Intersects runs `(offset, length)` of the buffer with this rank's shard; offsets are
-    /// relative to its start.
-    pub fn owned_runs(&self, runs: &[(i64, i64)]) -> Vec<(i64, i64)> {
-        runs_within(runs, &self.owned())
-    }
-}
-
-/// Intersects runs `(offset, length)` with a range; offsets are relative to its start.
-pub fn runs_within(runs: &[(i64, i64)], range: &Range<i64>) -> Vec<(i64, i64)> {
-    let intersection = |&(offset, length): &(i64, i64)| {
-        let (start, end) = (offset.max(range.start), (offset + length).min(range.end));
-        (start < end).then_some((start - range.start, end - start))
-    };
-    runs.iter().filter_map(intersection).collect()
 }
 
 #[cfg(test)]
@@ -143,14 +128,5 @@ mod tests {
         let one: Vec<_> = layout(1, 8).grains().collect();
         assert_eq!(layout(8, 1).padded, layout(1, 8).padded);
         assert_eq!(layout(2, 4).grains().collect::<Vec<_>>(), one[..4]);
-    }
-
-    #[test]
-    fn runs_are_cut_where_the_shard_ends() {
-        let runs = [(0, 10), (100, 100), (250, 6)];
-        let owned_runs =
-            |shard| Layout::new(256, Cut { num_shards: 2, shard, ..Cut::WHOLE }).owned_runs(&runs);
-        assert_eq!(owned_runs(0), [(0, 10), (100, 28)]);
-        assert_eq!(owned_runs(1), [(0, 72), (122, 6)]);
     }
 }

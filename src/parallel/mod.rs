@@ -33,7 +33,7 @@ pub use accumulator::Summation;
 pub use bucket::Bucket;
 pub use layout::Layout;
 pub use norms::global_norm;
-pub use piece::{Piece, Shard};
+pub use piece::{Loan, Piece, Shard};
 pub use reducer::Reducer;
 pub use replica::{Devices, Replica};
 pub use settings::{

@@ -1,11 +1,11 @@
 //! A part of a bucket, the parameters of one class, as flat buffers.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::collective::{Collective, Sliced};
 use crate::error::Result;
-use crate::nn::Class;
-use crate::parallel::layout::{Cut, Layout, runs_within};
+use crate::nn::{Class, Group};
+use crate::parallel::layout::{Cut, Layout};
 use crate::parallel::{Devices, Sharding, Sharing};
 
 /// Consecutive parameters of one compute kind, all trained or all frozen.
@@ -20,8 +20,8 @@ pub struct Piece {
     computed: Tensor,
     /// The whole piece in the compute kind; `None` if only the shard is held between uses.
     full: Option<Tensor>,
-    /// Runs of the shard that weight decay applies to.
-    decayed: Vec<(i64, i64)>,
+    /// The shard's elements by the factors of their update.
+    groups: Vec<Group>,
 }
 
 /// The shard of a trained piece that one rank holds and updates.
@@ -32,16 +32,50 @@ pub struct Shard<'b> {
     /// The same values in the compute kind, if that is another: code that changes the master must
     /// change them too.
     pub computed: Option<&'b mut Tensor>,
-    /// Runs `(offset, length)` that weight decay applies to.
-    pub decayed: &'b [(i64, i64)],
+    /// Its elements by the factors of their update; the padding is in none.
+    pub groups: &'b [Group],
+}
+
+/// The master values of a bucket for the time in which others are computed with.
+#[must_use]
+pub struct Loan(pub(super) Vec<Option<Tensor>>);
+
+impl Shard<'_> {
+    /// Computes with `values`. Returns the master values, in host memory, if they shared storage
+    /// with what is computed with.
+    pub(super) fn lend(self, values: &Tensor) -> Option<Tensor> {
+        let Shard { master, computed, .. } = self;
+        no_grad(|| match computed {
+            Some(computed) => {
+                computed.copy_(values);
+                None
+            }
+            None => {
+                let mut kept = Tensor::empty(master.size(), (master.kind(), Device::Cpu));
+                kept.copy_(master);
+                master.copy_(values);
+                Some(kept)
+            }
+        })
+    }
+
+    /// Computes with the master values again, given what [`lend`](Self::lend) returned.
+    pub(super) fn end_loan(self, kept: Option<Tensor>) {
+        let Shard { master, computed, .. } = self;
+        no_grad(|| match (computed, kept) {
+            (Some(computed), _) => computed.copy_(master),
+            (None, Some(kept)) => master.copy_(&kept),
+            (None, None) => {}
+        });
+    }
 }
 
 impl Piece {
-    /// A piece of zeros. `decayed`: the stage's runs that weight decay applies to. A frozen piece
-    /// is divided only where the sharding divides what is computed with.
+    /// A piece of zeros. `groups`: the stage's elements by the factors of their update. A frozen
+    /// piece is divided only where the sharding divides what is computed with.
     pub(super) fn new(
         class: Class,
-        decayed: &[(i64, i64)],
+        groups: &[Group],
         devices: Devices,
         sharing: &Sharing<'_>,
     ) -> Self {
@@ -62,8 +96,9 @@ impl Piece {
             Kind::Float => computed.shallow_clone(),
             _ => zeros(length, Kind::Float, devices.home),
         });
-        let decayed = layout.owned_runs(&runs_within(decayed, &class.elements));
-        Piece { class, layout, master, computed, full, decayed }
+        let of_piece = groups.iter().filter_map(|group| group.within(&class.elements));
+        let groups = of_piece.filter_map(|group| group.within(&owned)).collect();
+        Piece { class, layout, master, computed, full, groups }
     }
 
     /// The class of its parameters.
@@ -157,10 +192,10 @@ impl Piece {
 
     /// This rank's shard, for an update; `None` if it is frozen.
     pub(super) fn shard_mut(&mut self) -> Option<Shard<'_>> {
-        let Piece { master, computed, decayed, .. } = self;
+        let Piece { master, computed, groups, .. } = self;
         let master = master.as_mut()?;
         // Another kind or device.
         let is_separate = computed.data_ptr() != master.data_ptr();
-        Some(Shard { master, computed: is_separate.then_some(computed), decayed })
+        Some(Shard { master, computed: is_separate.then_some(computed), groups })
     }
 }

@@ -18,7 +18,6 @@ use crate::plan::RankMemory;
 use crate::plan::attention::attention;
 use crate::plan::data::{check_data, rehearse_data, shares, trained_groups};
 use crate::plan::scaling::{ScalingRequest, scaling};
-use crate::run::checkpoint::copied_bytes;
 use crate::run::runs::OutputDir;
 use crate::sample::generate::check_conditions;
 use crate::settings::{Choice, Family};
@@ -228,9 +227,7 @@ impl Plan {
             );
         }
         let copies =
-            columns_of(world_sizes.iter().map(|&ranks| {
-                copied_bytes(&layout.stages, layout.optimizer_tensors, ranks as usize)
-            }));
+            columns_of(world_sizes.iter().map(|&ranks| layout.copied_bytes(ranks as usize)));
         self.line(
             "  a save's copy",
             &format!("{copies}  of host memory besides, on the rank that writes most"),
@@ -246,6 +243,7 @@ impl Plan {
         memory: &RankMemory,
     ) {
         let ParallelSettings { recompute, offload, device, .. } = config.parallel;
+        let layout = &memory.layout;
         if offload != Offload::None {
             let bytes = world_sizes.iter().map(|&ranks| memory.on_host(&config.parallel, ranks));
             let word = offload.word();
@@ -259,7 +257,10 @@ impl Plan {
             DeviceChoice::Cpu => "the process itself",
             DeviceChoice::Cuda => "without what CUDA and NCCL take on each GPU",
         };
-        self.line("  in all", &format!("weights, gradients, optimizer, activations with recompute = \"{recompute}\", {around}"));
+        let averages = if layout.average_bytes > 0 { ", averages" } else { "" };
+        let saved = shown(layout.saved_bytes());
+        self.line("  a checkpoint", &format!("{saved} on the disk: weights, optimizer{averages}"));
+        self.line("  in all", &format!("weights, gradients, optimizer{averages}, activations with recompute = \"{recompute}\", {around}"));
         self.line("  and", "1 all-gather of statistics; `parameters` always recomputes");
     }
 }

@@ -12,7 +12,6 @@ use crate::nn::Tokens;
 use crate::parallel::{DeviceChoice, Offload, Recompute, Sharding};
 use crate::plan::RankMemory;
 use crate::plan::data::trained_groups;
-use crate::run::checkpoint::copied_bytes;
 use crate::settings::Choice;
 
 /// A configuration that differs from the run's, and the keys in which it does.
@@ -62,7 +61,7 @@ fn forecast(
             .into_iter()
             .filter_map(change)
             .collect(),
-        copy: copied_bytes(&memory.layout.stages, memory.layout.optimizer_tensors, world_size),
+        copy: memory.layout.copied_bytes(world_size),
         offloaded: memory.on_host(&config.parallel, world_size as u64),
     })
 }

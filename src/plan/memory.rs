@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::nn::{ParamInfo, ParamSet, Stage, Tokens};
 use crate::parallel::{DeviceChoice, Offload, ParallelSettings, Recompute, Sharding};
 use crate::plan::{Footprint, footprint};
+use crate::run::checkpoint::{copied_bytes, saved_bytes};
 
 /// Memory of a CPU process besides its model: libtorch, MPI and the program. 145 MiB were measured
 /// with an empty model; malloc keeps a little of the larger blocks that are freed.
@@ -47,7 +48,8 @@ impl RankMemory {
                 stages: stages.iter().map(|stage| stage.params().num_trained() as u64).collect(),
                 frozen: stages.iter().map(|stage| num_frozen(stage.params())).collect(),
                 compute_bytes: kind.elt_size_in_bytes() as u64,
-                optimizer_tensors: config.optimizer.state_names().len() as u64,
+                optimizer_tensors: config.optimizer.rule.state_names().len() as u64,
+                average_bytes: config.ema.bytes(),
                 micro_batches: count as u64,
             },
             activations: footprint(stages, config.model.family.width(), tokens, samples, kind),
@@ -125,6 +127,8 @@ pub struct StateLayout {
     pub compute_bytes: u64,
     /// Number of f32 optimizer tensors for each parameter.
     pub optimizer_tensors: u64,
+    /// Bytes of a parameter's average; 0 without averages.
+    pub average_bytes: u64,
     pub micro_batches: u64,
 }
 
@@ -158,10 +162,10 @@ impl StateLayout {
         if offload.optimizer() { self.updated_bytes() * owned } else { 0 }
     }
 
-    /// Bytes of a parameter's optimizer state and master value. In f32 the compute copy is the
-    /// master copy.
+    /// Bytes of a parameter's optimizer state, average and master value. In f32 the compute copy is
+    /// the master copy.
     fn updated_bytes(&self) -> u64 {
-        self.master_bytes() + 4 * self.optimizer_tensors
+        self.master_bytes() + 4 * self.optimizer_tensors + self.average_bytes
     }
 
     fn master_bytes(&self) -> u64 {
@@ -206,6 +210,16 @@ impl StateLayout {
             _ => owned,
         };
         fresh + gathered + joined + travelling + 4 * sums
+    }
+
+    /// Returns the host memory that a save takes on the rank that keeps most.
+    pub fn copied_bytes(&self, world_size: usize) -> u64 {
+        copied_bytes(&self.stages, self.optimizer_tensors, self.average_bytes > 0, world_size)
+    }
+
+    /// Returns the bytes of a checkpoint.
+    pub fn saved_bytes(&self) -> u64 {
+        saved_bytes(&self.stages, self.optimizer_tensors, self.average_bytes > 0)
     }
 
     /// Describes the collectives of a step.
@@ -257,6 +271,7 @@ mod tests {
             frozen: vec![0; 2],
             compute_bytes: 2,
             optimizer_tensors: 2,
+            average_bytes: 0,
             micro_batches: 1,
         };
         assert_eq!(
@@ -285,6 +300,7 @@ mod tests {
             frozen: vec![0; 2],
             compute_bytes: 4,
             optimizer_tensors: 2,
+            average_bytes: 0,
             micro_batches: 2,
         };
         assert!(SHARDINGS.iter().all(|sharding| layout.bytes_per_rank(
@@ -305,6 +321,7 @@ mod tests {
             frozen: vec![0; 2],
             compute_bytes: 4,
             optimizer_tensors: 2,
+            average_bytes: 0,
             micro_batches: 4,
         };
         let bytes = |sharding| layout.bytes_per_rank(sharding, Offload::None, 8);
@@ -318,6 +335,7 @@ mod tests {
             frozen: vec![0; 50],
             compute_bytes: 2,
             optimizer_tensors: 2,
+            average_bytes: 0,
             micro_batches: 2,
         };
         let bytes = SHARDINGS.map(|sharding| layout.bytes_per_rank(sharding, Offload::None, 64));
@@ -331,6 +349,7 @@ mod tests {
             frozen: vec![100, 300],
             compute_bytes: 2,
             optimizer_tensors: 2,
+            average_bytes: 0,
             micro_batches: 1,
         };
         let bytes = |sharding| layout.bytes_per_rank(sharding, Offload::None, 4);
@@ -349,6 +368,7 @@ mod tests {
             frozen: vec![0; 2],
             compute_bytes: 2,
             optimizer_tensors: 2,
+            average_bytes: 0,
             micro_batches: 1,
         };
         let bytes = |offload| layout.bytes_per_rank(Sharding::None, offload, 1);

@@ -117,6 +117,7 @@ fn workload(config: &RunConfig, tokens: Tokens, micro: MicroBatches) -> Result<W
         sharding_group: parallel.sharding_group,
         recompute: parallel.recompute,
         reduce_dtype: parallel.reduce_dtype,
+        average_bytes: config.ema.bytes(),
         num_threads: parallel.num_threads as usize,
     })
 }

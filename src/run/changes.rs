@@ -191,8 +191,9 @@ pub fn other_architecture(record: &Values, config: &RunConfig) -> Option<String>
 /// not give `last`, the learning rate of that step. `update` is the optimizer's own number of that
 /// step.
 pub fn jump_of_lr(config: &RunConfig, last: f64, step: u64, update: u64) -> Option<String> {
-    let lr =
-        |update: u64| config.optimizer.lr() * config.lr_scheduler.factor(update, config.max_steps);
+    let lr = |update: u64| {
+        config.optimizer.rule.lr() * config.lr_scheduler.factor(update, config.max_steps)
+    };
     let continues = (lr(update) - last).abs() <= 1e-9 * last.abs().max(lr(update));
     let (before, after) = (short(last), short(lr(update + 1)));
     (!continues).then(|| {
@@ -288,7 +289,7 @@ mod tests {
             config(&[&format!("max_steps={max_steps}"), "lr_scheduler.cosine.warmup_steps=0"])
         };
         let lr = |config: &RunConfig, step| {
-            config.optimizer.lr() * config.lr_scheduler.factor(step, config.max_steps)
+            config.optimizer.rule.lr() * config.lr_scheduler.factor(step, config.max_steps)
         };
         let (short, long) = (scheduled(8), scheduled(16));
         assert_eq!(jump_of_lr(&short, lr(&short, 5), 5, 5), None);

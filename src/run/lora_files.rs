@@ -9,41 +9,58 @@ use crate::error::{Error, Result};
 use crate::files::outputs::Named;
 use crate::lora::{self, Adapter, Dialect, Facts, Pair};
 use crate::nn::Stage;
-use crate::run::checkpoint;
+use crate::run::checkpoint::{self, SavedWeights};
 use crate::run::first_lora::family_of;
 use crate::settings::Choice;
 
-/// Writes the LoRA of a checkpoint in one dialect.
+/// Writes the LoRA of a checkpoint in one dialect, as it is or averaged.
 ///
 /// # Errors
-/// [`Error::Config`] if the run trained no LoRA, or more than one; errors of the checkpoint and of
+/// [`Error::Config`] if the run trained no LoRA, or more than one, or has no averages; errors of the checkpoint and of
 /// [`lora::write`].
-pub fn export(folder: &Path, config: &RunConfig, dialect: Dialect, out: Named<'_>) -> Result<()> {
+pub fn export(
+    folder: &Path,
+    config: &RunConfig,
+    weights: SavedWeights,
+    dialect: Dialect,
+    out: Named<'_>,
+) -> Result<()> {
     let family = family_of(&config.model.family, "--run")?;
     let stages = config.stages()?;
-    let adapter = adapter(folder, config, &stages)?;
+    let adapter = adapter(folder, config, weights, &stages)?;
     lora::write(&adapter, family, dialect, out)
 }
 
 /// Writes the LoRA of a checkpoint into its folder, in every dialect that the configuration names:
-/// `lora-diffusers.safetensors`, …, `lora-peft/`.
+/// `lora-diffusers.safetensors`, …, `lora-peft/`; its averages, if there are any, as
+/// `lora-ema-diffusers.safetensors`, ….
 ///
 /// # Errors
 /// As [`export`].
 pub fn export_beside(folder: &Path, config: &RunConfig) -> Result<()> {
+    let averaged = checkpoint::has_averages(folder)?.then_some(SavedWeights::Averaged);
     for dialect in &config.lora.export {
-        let path = path_beside(folder, *dialect);
-        export(folder, config, *dialect, Named { argument: "lora.export", path: &path })?;
+        for weights in [SavedWeights::Trained].into_iter().chain(averaged) {
+            let path = path_beside(folder, weights, *dialect);
+            let out = Named { argument: "lora.export", path: &path };
+            export(folder, config, weights, *dialect, out)?;
+        }
     }
     Ok(())
 }
 
-fn path_beside(folder: &Path, dialect: Dialect) -> PathBuf {
+fn path_beside(folder: &Path, weights: SavedWeights, dialect: Dialect) -> PathBuf {
     let ending = if dialect == Dialect::Peft { "" } else { ".safetensors" };
-    folder.join(format!("lora-{}{ending}", dialect.word()))
+    let averaged = if weights == SavedWeights::Averaged { "ema-" } else { "" };
+    folder.join(format!("lora-{averaged}{}{ending}", dialect.word()))
 }
 
-fn adapter(folder: &Path, config: &RunConfig, stages: &[Box<dyn Stage>]) -> Result<Adapter> {
+fn adapter(
+    folder: &Path,
+    config: &RunConfig,
+    weights: SavedWeights,
+    stages: &[Box<dyn Stage>],
+) -> Result<Adapter> {
     let mut trained = stages.iter().flat_map(|stage| stage.params().trained());
     if config.lora.rank.is_none() {
         return Err(Error::config(
@@ -58,7 +75,7 @@ fn adapter(folder: &Path, config: &RunConfig, stages: &[Box<dyn Stage>]) -> Resu
         );
         return Err(Error::config("--run", what));
     }
-    let parts = checkpoint::open_parameters(folder, config, stages)?;
+    let parts = checkpoint::open_parameters(folder, config, weights, stages)?;
     let mut pairs = BTreeMap::new();
     for params in stages.iter().map(|stage| stage.params()) {
         for change in params.low_ranks() {

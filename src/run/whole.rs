@@ -13,6 +13,7 @@ use crate::files::safetensors::Shards;
 use crate::nn::{LowRank, ParamInfo, ParamSet, Stage};
 use crate::rng::{Key, Purpose};
 use crate::run::base::{Base, Fingerprint};
+use crate::run::checkpoint::SavedWeights;
 use crate::run::{checkpoint, pretrained};
 
 /// Reads the model of a checkpoint.
@@ -30,12 +31,18 @@ pub struct WholeModel<'s> {
 }
 
 impl<'s> WholeModel<'s> {
-    /// Opens a checkpoint of this configuration, whose stages are `stages`.
+    /// Opens a checkpoint of this configuration, whose stages are `stages`, with its trained
+    /// parameters as they are or averaged.
     ///
     /// # Errors
-    /// [`Error::CheckpointMismatch`], [`Error::Storage`]; [`Error::Data`] if the folder with the
+    /// Errors of [`checkpoint::open_parameters`]; [`Error::Data`] if the folder with the
     /// frozen parameters is not the model's.
-    pub fn open(folder: &Path, config: &RunConfig, stages: &'s [Box<dyn Stage>]) -> Result<Self> {
+    pub fn open(
+        folder: &Path,
+        config: &RunConfig,
+        weights: SavedWeights,
+        stages: &'s [Box<dyn Stage>],
+    ) -> Result<Self> {
         let base = checkpoint::base_of(folder)?;
         let origin = config.model.pretrained().filter(|_| base.is_some());
         let open = |origin| pretrained::open(origin, &config.model.family, stages);
@@ -46,7 +53,7 @@ impl<'s> WholeModel<'s> {
             params.low_ranks().iter().map(named).collect::<Vec<_>>()
         });
         Ok(WholeModel {
-            trained: checkpoint::open_parameters(folder, config, stages)?,
+            trained: checkpoint::open_parameters(folder, config, weights, stages)?,
             frozen: origin.map(open).transpose()?,
             key: Key::new(config.seed, Purpose::Initialization),
             changes: changes.collect(),

@@ -20,6 +20,7 @@ use crate::nn::Activations;
 use crate::parallel::Replica;
 use crate::report::write_grid;
 use crate::rng::{Key, Purpose, Stream};
+use crate::run::checkpoint::SavedWeights;
 use crate::run::folder;
 use crate::run::locate::locate;
 use crate::sample::conditions::Origin;
@@ -47,6 +48,8 @@ pub struct SampleRequest {
     pub seed: Option<u64>,
     /// Factor of a LoRA's change of the model.
     pub lora_scale: f64,
+    /// The weights as they are, or averaged.
+    pub weights: SavedWeights,
 }
 
 /// Generated samples, condition by condition.
@@ -88,7 +91,7 @@ pub fn sample(request: &SampleRequest) -> Result<()> {
     let device = device(&config, samples, &Solo)?.without_log();
     let plan = Plan::new(&config, &origin, device)?;
     plan.rehearse()?;
-    let replica = trained_replica(&of_run, &folder, device, request.lora_scale)?;
+    let replica = trained_replica(&of_run, &folder, request.weights, device, request.lora_scale)?;
     let samples = plan.generate(&replica, &|| Ok(()))?;
     request.out.iter().try_for_each(|path| samples.write(path))
 }

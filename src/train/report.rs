@@ -75,10 +75,13 @@ fn draw(trainer: &Trainer<'_>, samples: Option<Picture>) -> Result<()> {
     write_report(&path.join("report.html"), &data)
 }
 
-/// Generates pictures for each of the dataset's conditions; `None` if it names none or its latents
-/// are not pictures.
-fn drawn_samples(trainer: &Trainer<'_>, go_on: &dyn Fn() -> Result<()>) -> Result<Option<Picture>> {
-    let Trainer { config, replica, dataset, device, .. } = trainer;
+/// Generates pictures for each of the dataset's conditions, with averaged weights if there are any;
+/// `None` if it names no conditions or its latents are not pictures.
+fn drawn_samples(
+    trainer: &mut Trainer<'_>,
+    go_on: &dyn Fn() -> Result<()>,
+) -> Result<Option<Picture>> {
+    let Trainer { config, replica, dataset, device, optimizer_state, .. } = trainer;
     let Some(conditions) = dataset.conditions()? else { return Ok(None) };
     let origin = Origin::from_dataset(dataset, conditions, None);
     if !origin.is_of_pictures() {
@@ -88,8 +91,11 @@ fn drawn_samples(trainer: &Trainer<'_>, go_on: &dyn Fn() -> Result<()>) -> Resul
         );
         return Ok(None);
     }
-    let samples = Plan::new(config, &origin, *device)?.generate(replica, go_on)?;
-    let caption = format!("{} samples for each condition", samples.per_condition);
+    let plan = Plan::new(config, &origin, *device)?;
+    let samples =
+        optimizer_state.with_averages(replica, |replica| plan.generate(replica, go_on))?;
+    let averaged = if config.ema.is_on() { ", of the averaged weights (EMA)" } else { "" };
+    let caption = format!("{} samples for each condition{averaged}", samples.per_condition);
     Ok(Some((
         caption,
         grid_png(&samples.images, &samples.names, samples.per_condition as usize, None),

@@ -55,7 +55,7 @@ impl<'c> Trainer<'c> {
         failure::set_forecast(memory_forecast(config, &dataset, collective.world_size())?);
         tune_allocator(config);
         let Begun { replica, base } = begun(config, &folder, &steps, collective, device)?;
-        let fresh = OptimizerState::fresh(&replica, &*config.optimizer, devices(config, device));
+        let fresh = OptimizerState::fresh(&replica, config, devices(config, device));
         let mut trainer = Trainer {
             config,
             collective,
@@ -106,7 +106,7 @@ impl<'c> Trainer<'c> {
             &self.manifest,
             allowed,
             &mut self.replica,
-            &*self.config.optimizer,
+            &*self.config.optimizer.rule,
             &mut self.optimizer_state,
         );
         self.manifest = agreed(loaded, self.collective)?;
@@ -131,6 +131,10 @@ impl<'c> Trainer<'c> {
             let frozen = parameters - trained;
             let base = self.manifest.base.as_ref().map(ToString::to_string).unwrap_or_default();
             tracing::info!("trained: {trained} of them; {frozen} are frozen, {base}");
+        }
+        if let Some(decay) = self.config.ema.decay {
+            let (trained, kind) = (self.replica.num_trained(), self.config.ema.dtype.word());
+            tracing::info!("ema: averages of {trained} parameters in {kind}, decay {decay}");
         }
         let order = self.steps.order();
         tracing::info!(

@@ -120,7 +120,7 @@ impl Stepper<'_> {
         let seen = self.exchange(&passed, replica, &watch)?;
         watch.lap("reduce");
         let update_number = guard.update_number(step);
-        let lr = self.config.optimizer.lr()
+        let lr = self.config.optimizer.rule.lr()
             * self.config.lr_scheduler.factor(update_number, self.config.max_steps);
         let (mut skipped, mut warning) = (None, None);
         match self.objection(step, &seen, &passed.batches, replica, guard)? {

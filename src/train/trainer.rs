@@ -264,7 +264,7 @@ impl<'c> Trainer<'c> {
         let saved = Saved {
             manifest: &self.manifest,
             replica: &self.replica,
-            optimizer: &*self.config.optimizer,
+            optimizer: &*self.config.optimizer.rule,
             state: &self.optimizer_state,
         };
         self.saver.begin(&saved, self.collective)

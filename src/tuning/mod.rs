@@ -1,10 +1,12 @@
-//! The part of a model that is trained: all of it, the parameters that patterns name, or low-rank
-//! changes of its linear maps (LoRA).
+//! The part of a model that is trained, and how fast: all of it, the parameters that patterns name,
+//! or low-rank changes of its linear maps (LoRA).
 
+mod factors;
 mod names;
 mod settings;
 mod targets;
 
+pub use factors::Factors;
 pub use settings::{LoraInit, LoraSettings};
 
 use crate::error::{Error, Result};

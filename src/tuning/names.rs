@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use crate::settings::GlobMap;
+
 /// True if a pattern means a parameter: its name, or that of its module or of one around it.
 pub fn matched(glob: &str, parameter: &str) -> bool {
     let ends = parameter.match_indices('.').map(|(end, _)| end).chain([parameter.len()]);
@@ -37,6 +39,13 @@ fn fits(glob: &[u8], text: &[u8]) -> bool {
         }
     }
     glob[at..].iter().all(|letter| *letter == b'*')
+}
+
+/// Returns the value of the longest pattern that fits, so that the order in which they are written,
+/// and kept, does not matter.
+pub fn longest<T>(map: &GlobMap<T>, fits: impl Fn(&str) -> bool) -> Option<&T> {
+    let fitting = map.0.iter().filter(|(glob, _)| fits(glob));
+    fitting.max_by_key(|(glob, _)| (glob.len(), glob)).map(|(_, value)| value)
 }
 
 /// Returns the part of a name that is most like a pattern that matches none: as many of its words

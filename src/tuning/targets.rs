@@ -5,7 +5,7 @@ use crate::model::{Architecture, Dtype};
 use crate::nn::{LowRankChange, ParamSet, Stage};
 use crate::settings::GlobMap;
 use crate::tuning::LoraSettings;
-use crate::tuning::names::{means, nearest};
+use crate::tuning::names::{longest, means, nearest};
 
 /// Names of sets of modules.
 const ATTENTION: &str = "attention";
@@ -88,8 +88,9 @@ impl<'s> Targets<'s> {
             return None;
         }
         let info = params.linears().find(|info| info.name == weight)?;
-        let rank = *by_pattern(&lora.rank_pattern, module).unwrap_or(&self.rank);
-        let alpha = by_pattern(&lora.alpha_pattern, module).or(lora.alpha.as_ref());
+        let is_meant = |glob: &str| means(glob, module);
+        let rank = *longest(&lora.rank_pattern, is_meant).unwrap_or(&self.rank);
+        let alpha = longest(&lora.alpha_pattern, is_meant).or(lora.alpha.as_ref());
         let divisor = if lora.use_rslora { (rank as f64).sqrt() } else { rank as f64 };
         Some(LowRankChange {
             rank,
@@ -109,11 +110,4 @@ fn module(weight: &str) -> &str {
 
 fn keys<T>(map: &GlobMap<T>) -> Vec<&str> {
     map.0.iter().map(|(glob, _)| glob.as_str()).collect()
-}
-
-/// Returns the value of the longest pattern that means the module, so that the order in which they
-/// are written, and kept, does not matter.
-fn by_pattern<'m, T>(map: &'m GlobMap<T>, module: &str) -> Option<&'m T> {
-    let fitting = map.0.iter().filter(|(glob, _)| means(glob, module));
-    fitting.max_by_key(|(glob, _)| (glob.len(), glob)).map(|(_, value)| value)
 }

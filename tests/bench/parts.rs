@@ -18,7 +18,7 @@ use fm_dist::files::sha256::HashingWriter;
 use fm_dist::flow::{FlowMatchingSettings, Statistics, StepOptions};
 use fm_dist::libtorch;
 use fm_dist::nn::Activations;
-use fm_dist::optim::{AdamW, Optimizer, Slice};
+use fm_dist::optim::{AdamW, Average, Optimizer, Slice};
 use fm_dist::rng::{Key, Purpose, Stream};
 use tch::{Device, Kind, Tensor};
 
@@ -38,6 +38,7 @@ struct Updated {
     gradient: Tensor,
     state: [Tensor; 2],
     computed: Tensor,
+    average: Tensor,
 }
 
 /// The 71 million parameters of the benchmark's FLUX, in slices of a stage's size.
@@ -48,22 +49,26 @@ fn adamw(criterion: &mut Criterion) {
         let params = normal(scope, &[SLICE]);
         let (gradient, computed) =
             (normal(scope + SLICES, &[SLICE]) * 1e-3, params.to_kind(Kind::BFloat16));
-        Updated { gradient, state: [params.zeros_like(), params.zeros_like()], computed, params }
+        let state = [params.zeros_like(), params.zeros_like()];
+        Updated { gradient, state, computed, average: params.copy(), params }
     };
     // Made when they are first asked for: a filter may leave these benchmarks out.
     let update = AdamW::default().on(Device::Cpu).expect("a CPU has what it needs");
     let (mut slices, mut step) = (None, 0);
     let mut group = criterion.benchmark_group("adamw");
     group.sampling_mode(SamplingMode::Flat).throughput(Throughput::Elements(SLICES * SLICE as u64));
-    for (name, computes_in_bfloat16) in
-        [("71M float32", false), ("71M float32 and bfloat16 weights", true)]
-    {
+    for (name, computes_in_bfloat16, averages) in [
+        ("71M float32", false, false),
+        ("71M float32 and averages", false, true),
+        ("71M float32 and bfloat16 weights", true, false),
+        ("71M float32, bfloat16 weights and averages", true, true),
+    ] {
         group.bench_function(name, |bencher| {
             bencher.iter(|| {
                 step += 1;
                 let slices =
                     slices.get_or_insert_with(|| (0..SLICES).map(fresh).collect::<Vec<_>>());
-                for Updated { params, gradient, state, computed } in slices {
+                for Updated { params, gradient, state, computed, average } in slices {
                     let computed = computes_in_bfloat16.then_some(computed);
                     update.update(
                         Slice {
@@ -72,7 +77,9 @@ fn adamw(criterion: &mut Criterion) {
                             gradient_factor: 1.0,
                             state,
                             computed,
+                            average: averages.then_some(Average { values: average, share: 1e-4 }),
                             decayed: &[(0, SLICE)],
+                            decay_factor: 1.0,
                         },
                         1e-4,
                         step,

@@ -14,7 +14,7 @@ use cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
 use fm_dist::collective;
 use fm_dist::cuda::{self, nvrtc};
 use fm_dist::optim::adamw::OnGpu;
-use fm_dist::optim::{AdamW, Optimizer, Slice, Update};
+use fm_dist::optim::{AdamW, Average, Optimizer, Slice, Update};
 use fm_dist::phase::Phase;
 use fm_dist::pulse;
 use fm_dist::rng::{Key, Purpose};
@@ -101,11 +101,11 @@ fn the_kernel_takes_what_is_handed_over_and_rounds_as_it_is_written() {
         .expect("a function by this name");
     let parameters: Vec<&str> =
         entry.split(',').map(|parameter| parameter.trim().trim_start_matches(".param ")).collect();
-    let pointers_and_length = (0..6).map(|number| format!(".u64 adamw_param_{number}"));
+    let pointers_and_length = (0..8).map(|number| format!(".u64 adamw_param_{number}"));
     let by_value = [
-        ".align 8 .b8 adamw_param_6[2048]",
-        ".u64 adamw_param_7",
-        ".align 4 .b8 adamw_param_8[32]",
+        ".align 8 .b8 adamw_param_8[2048]",
+        ".u64 adamw_param_9",
+        ".align 4 .b8 adamw_param_10[36]",
     ];
     assert_eq!(
         parameters,
@@ -215,8 +215,8 @@ fn three_steps(
     has_copy: bool,
     case: &str,
 ) {
-    let draw = || [(); 6].map(|()| Tensor::randn([length], (Kind::Float, Device::Cpu)));
-    let [mut params, mean, square, gradients @ ..] =
+    let draw = || [(); 7].map(|()| Tensor::randn([length], (Kind::Float, Device::Cpu)));
+    let [mut params, average, mean, square, gradients @ ..] =
         Key::new(5, Purpose::Test).scope(length as u64).seeded(draw);
     let mut state = [mean * 0.1, square.square() * 0.1];
     let runs = (0..length / 8).map(|run| (8 * run + run % 3, 1 + run % 5));
@@ -224,19 +224,25 @@ fn three_steps(
         runs.filter(|(start, length_of_run)| start + length_of_run <= length).collect();
     let there = |numbers: &Tensor| Within::new(numbers, offset, device);
     let (mut there_params, there_state) = (there(&params), [there(&state[0]), there(&state[1])]);
+    // In f32 for an odd length, in bfloat16 for an even one.
+    let average = if length % 2 == 1 { average } else { average.to_kind(Kind::BFloat16) };
+    let (mut there_average, mut average) = (there(&average), average);
     let mut there_copy = there(&params.zeros_like().to_kind(Kind::BFloat16));
     for (number, gradient) in gradients.iter().enumerate() {
         // Of many sizes.
         let gradient = gradient * (&params * 3.0).exp();
         let gradient_there = there(&gradient);
         let (gradient_factor, lr, step) = (0.37, 0.01, number as u64 + 1);
+        let share = 0.3;
         let slice = Slice {
             params: &mut params,
             gradient: &gradient,
             gradient_factor,
             state: &mut state,
             computed: None,
+            average: Some(Average { values: &mut average, share }),
             decayed: &decayed,
+            decay_factor: 1.5,
         };
         on_cpu.update(slice, lr, step);
         let mut state_there = [0, 1].map(|index: usize| there_state[index].numbers.shallow_clone());
@@ -246,7 +252,9 @@ fn three_steps(
             gradient_factor,
             state: &mut state_there,
             computed: has_copy.then_some(&mut there_copy.numbers),
+            average: has_copy.then_some(Average { values: &mut there_average.numbers, share }),
             decayed: &decayed,
+            decay_factor: 1.5,
         };
         on_gpu.update(slice, lr, step);
         assert!(
@@ -254,6 +262,7 @@ fn three_steps(
             "{case}, step {step}"
         );
         assert!(there_params.found().equal(&params), "{case}, step {step}");
+        assert!(!has_copy || there_average.found().equal(&average), "{case}, step {step}");
         assert!(
             !has_copy || there_copy.found().equal(&params.to_kind(Kind::BFloat16)),
             "{case}, step {step}"
@@ -261,7 +270,7 @@ fn three_steps(
     }
 }
 
-/// Three steps of the kernel, which end as the program does when a launch fails. Launch 0 is
+/// Three steps of the kernel, which end as the program does when a launch fails. Launches 0 and 1 are
 /// [`OnGpu::ready`]'s.
 pub fn process_whose_gpu_fails() {
     std::panic::set_hook(Box::new(|panic| collective::end_after_panic(panic)));
@@ -281,7 +290,9 @@ pub fn process_whose_gpu_fails() {
             gradient_factor: 1.0,
             state: &mut state,
             computed: None,
+            average: None,
             decayed: &[],
+            decay_factor: 1.0,
         };
         on_gpu.update(slice, 0.01, step);
     }
@@ -308,14 +319,14 @@ const LATE: &str =
 fn a_launch_that_fails_on_the_gpu_is_code_23_with_the_drivers_words() {
     for (error, words) in [
         (
-            "2:700",
+            "3:700",
             "an illegal memory access was encountered (CUDA_ERROR_ILLEGAL_ADDRESS, code 700)",
         ),
         (
-            "2:715",
+            "3:715",
             "an illegal instruction was encountered (CUDA_ERROR_ILLEGAL_INSTRUCTION, code 715)",
         ),
-        ("2:719", "unspecified launch failure (CUDA_ERROR_LAUNCH_FAILED, code 719)"),
+        ("3:719", "unspecified launch failure (CUDA_ERROR_LAUNCH_FAILED, code 719)"),
     ] {
         let whole =
             format!("step 2 phase optimizer: AdamW's kernel: cuLaunchKernel: {words}. {LATE}");
@@ -330,7 +341,7 @@ fn a_launch_that_fails_on_the_gpu_is_code_23_with_the_drivers_words() {
 #[test]
 fn nvmls_faults_of_the_gpu_stand_behind_the_drivers_words() {
     let switches = [
-        ("NCCL_DOUBLE_KERNEL_ERROR", "2:700"),
+        ("NCCL_DOUBLE_KERNEL_ERROR", "3:700"),
         ("NCCL_DOUBLE_ECC_ERRORS", "2"),
         ("NCCL_DOUBLE_XID", "31"),
     ];
@@ -341,7 +352,7 @@ fn nvmls_faults_of_the_gpu_stand_behind_the_drivers_words() {
 
 #[test]
 fn nvml_that_hangs_does_not_hold_up_the_end() {
-    let switches = [("NCCL_DOUBLE_KERNEL_ERROR", "2:700"), ("NCCL_DOUBLE_NVML_HANGS", "1")];
+    let switches = [("NCCL_DOUBLE_KERNEL_ERROR", "3:700"), ("NCCL_DOUBLE_NVML_HANGS", "1")];
     gpu_fails(&switches, 23, &["NVML: does not answer within 1 s. exit 23"]);
 }
 
@@ -350,7 +361,7 @@ fn memory_that_the_driver_lacks_is_code_53_with_what_is_free() {
     let free = "(CUDA_ERROR_OUT_OF_MEMORY, code 2); asked for an unknown size of the GPU, \
                 512.00 MiB of 80.00 GiB are free; take a smaller micro-batch";
     let launch = ["error MEMORY", "step 2 phase optimizer: AdamW's kernel: cuLaunchKernel: ", free];
-    gpu_fails(&[("NCCL_DOUBLE_KERNEL_ERROR", "2:2")], 53, &launch);
+    gpu_fails(&[("NCCL_DOUBLE_KERNEL_ERROR", "3:2")], 53, &launch);
     let load = ["error MEMORY", "AdamW's kernel on Cpu: cuModuleLoadData: out of memory", free];
     gpu_fails(&[("NCCL_DOUBLE_LOAD_ERROR", "2")], 53, &load);
 }
@@ -370,6 +381,8 @@ fn a_kernel_that_computes_something_else_is_refused() {
         ("passed % 2 == 1", "passed % 2 == 0", "parameters differ"),
         ("4 * fours + thread; element < length", "4 * fours + thread; element < 0", "differ"),
         ("0x7fff + (bits >> 16 & 1)", "0", "the parameters in bfloat16"),
+        ("(unsigned int)value << 16", "(unsigned int)value << 15", "averages"),
+        ("rule.average_share * (average - param)", "rule.average_share * average", "averages"),
         ("sqrtf(exp_avg_sq) *", "sqrtf(exp_avg_sq - 2.0f) *", "parameters differ"),
     ];
     for (right, mutant, words) in wrong {

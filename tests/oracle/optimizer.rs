@@ -43,7 +43,9 @@ fn check_adamw(case: &Value, folder: &Path) {
             gradient_factor: 1.0,
             state: &mut state,
             computed: None,
+            average: None,
             decayed: &decayed,
+            decay_factor: 1.0,
         };
         on_cpu.update(slice, learning_rates.double_value(&[step]), step as u64 + 1);
         let expected = |name: &str| file.read(name).unwrap().get(step);

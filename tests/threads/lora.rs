@@ -11,6 +11,7 @@ use fm_dist::error::Error;
 use fm_dist::files::safetensors::SafeTensors;
 use fm_dist::lora::Dialect;
 use fm_dist::run::Resume;
+use fm_dist::run::checkpoint::SavedWeights;
 use fm_dist::settings::Choice;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
@@ -110,6 +111,7 @@ fn exported(run: &Path, out: &Path, merge: bool) -> Result<(), Error> {
         dtype: None,
         merge,
         format: None,
+        weights: SavedWeights::Trained,
     })
 }
 
@@ -175,6 +177,7 @@ fn check_files(family: &Tiny, root: &Path, run: &Path, settings: &[&str], predic
             dtype: None,
             merge: false,
             format: Some(*format),
+            weights: SavedWeights::Trained,
         };
         if settings.iter().any(|set| set.starts_with("train.trainable")) {
             let said = export(&request).unwrap_err().to_string();
@@ -253,7 +256,9 @@ fn a_lora_begins_as_the_base_and_its_strength_can_be_chosen() {
         let config = WAN.config(&root.path().join("data"), &run, &settings);
         let newest = run.join("step-00000010");
         let parameters = |strength| {
-            let replica = trained_replica(&config, &newest, Device::Cpu, strength).unwrap();
+            let replica =
+                trained_replica(&config, &newest, SavedWeights::Trained, Device::Cpu, strength)
+                    .unwrap();
             let scales = replica.stages.iter().flat_map(|stage| stage.params().low_ranks());
             scales.map(|change| change.scale()).collect::<Vec<_>>()
         };

@@ -7,14 +7,22 @@ use super::{AdamW, Factors, plain};
 use crate::cuda::{Elementwise, Outcome, Source};
 use crate::error::{Error, Result};
 use crate::optim::launches::launch;
-use crate::optim::trial::{FACTOR, Trial, wave};
+use crate::optim::trial::{Trial, wave};
 use crate::optim::{Optimizer, Slice, Update};
 
 static KERNEL: Source = Source {
     file: "adamw/kernel.cu",
     text: include_str!("kernel.cu"),
     name: "adamw",
-    kinds: &[Kind::Float, Kind::Float, Kind::Float, Kind::Float, Kind::BFloat16],
+    kinds: &[
+        Kind::Float,
+        Kind::Float,
+        Kind::Float,
+        Kind::Float,
+        Kind::BFloat16,
+        Kind::Float,
+        Kind::BFloat16,
+    ],
 };
 
 /// AdamW as a kernel of one GPU.
@@ -49,27 +57,34 @@ impl OnGpu {
         Ok(update)
     }
 
-    /// Compares one update with the plain operators'.
+    /// Compares one update with the plain operators', for each kind of average.
     fn check(&self, device: Device) -> Outcome<()> {
         // A mean of both signs and a mean of squares.
-        let trial = || {
+        let trial = |kind| {
             let state = vec![wave(0.7, device) * 0.1, wave(2.9, device).square() * 0.1];
-            Trial::new(state, device)
+            Trial::new(state, kind, device)
         };
-        let (mut found, mut expected) = (trial(), trial());
-        let factors = self.adamw.factors(FACTOR, 0.01, 3);
-        self.launch(found.slice(), factors)?;
-        plain::update(expected.slice(), factors);
-        found.compare(&expected, self.adamw.state_names())
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let (mut found, mut expected) = (trial(kind), trial(kind));
+            let factors = self.adamw.factors(&found.slice(), 0.01, 3);
+            self.launch(found.slice(), factors)?;
+            plain::update(expected.slice(), factors);
+            found.compare(&expected, self.adamw.state_names())?;
+        }
+        Ok(())
     }
 
     fn launch(&self, slice: Slice<'_>, factors: Factors) -> Outcome<()> {
-        let Factors { gradient, decay, beta1, beta2, root_correction, eps, move_by } = factors;
-        let [gradient, decay, fresh1, beta2, fresh2, root_correction, eps, move_by] =
-            [gradient, decay, 1.0 - beta1, beta2, 1.0 - beta2, root_correction, eps, move_by]
+        let Factors { gradient, decay, beta1, beta2, root_correction, eps, move_by, average_share } =
+            factors;
+        let root_correction = root_correction as f32;
+        let [gradient, decay, fresh1, beta2, fresh2, eps, move_by, average_share] =
+            [gradient, decay, 1.0 - beta1, beta2, 1.0 - beta2, eps, move_by, average_share]
                 .map(|number| number as f32);
         // The kernel's `Rule`.
-        let rule = [gradient, decay, fresh1, beta2, fresh2, 1.0 / root_correction, eps, move_by];
+        let correction = 1.0 / root_correction;
+        let rule =
+            [gradient, decay, fresh1, beta2, fresh2, correction, eps, move_by, average_share];
         launch(&self.kernel, slice, &rule)
     }
 }
@@ -79,7 +94,7 @@ impl Update for OnGpu {
     /// If the driver refuses, as libtorch's own operators do: mostly for something that was queued
     /// earlier.
     fn update(&self, slice: Slice<'_>, lr: f64, step: u64) {
-        let factors = self.adamw.factors(slice.gradient_factor, lr, step);
+        let factors = self.adamw.factors(&slice, lr, step);
         self.launch(slice, factors).unwrap_or_else(|what| panic!("AdamW's kernel: {what}"));
     }
 }

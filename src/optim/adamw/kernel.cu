@@ -12,7 +12,7 @@ struct Bounds {
 
 // What is the same for all elements of a launch.
 struct Rule {
-    float gradient, decay, fresh1, beta2, fresh2, correction, eps, move_by;
+    float gradient, decay, fresh1, beta2, fresh2, correction, eps, move_by, average_share;
 };
 
 // The number of bounds at or before an element, which is odd where it decays.
@@ -37,6 +37,8 @@ __device__ void update(float &param, float raw_gradient, float &exp_avg, float &
     param = decayed + 1.0f / denominator * exp_avg * rule.move_by;
 }
 
+__device__ float averaged(float average, float param, const Rule &rule) { return average - rule.average_share * (average - param); }
+
 // The nearest bfloat16, of two equally near ones the even one.
 __device__ unsigned short bfloat16(float value) {
     unsigned int bits = __float_as_uint(value);
@@ -45,15 +47,18 @@ __device__ unsigned short bfloat16(float value) {
     return (unsigned short)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Touches elements 0 to length − 1 of each tensor; `computed` may be null.
+__device__ float widened(unsigned short value) { return __uint_as_float((unsigned int)value << 16); }
+
+// Touches elements 0 to length − 1 of each tensor; `computed`, `average` and `narrow_average`, in bfloat16, may be null.
 extern "C" __global__ void adamw(
-    float *params, const float *gradient, float *exp_avg, float *exp_avg_sq, unsigned short *computed, long long length,
-    const __grid_constant__ Bounds bounds, long long num_bounds, const __grid_constant__ Rule rule) {
+    float *params, const float *gradient, float *exp_avg, float *exp_avg_sq, unsigned short *computed, float *average,
+    unsigned short *narrow_average, long long length, const __grid_constant__ Bounds bounds, long long num_bounds, const __grid_constant__ Rule rule) {
     const long long num_threads = (long long)gridDim.x * blockDim.x;
     const long long thread = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     // Views of a flat buffer may begin anywhere.
     const unsigned long long starts = (unsigned long long)params | (unsigned long long)gradient | (unsigned long long)exp_avg |
-                                      (unsigned long long)exp_avg_sq | 2 * (unsigned long long)computed;
+                                      (unsigned long long)exp_avg_sq | 2 * (unsigned long long)computed |
+                                      (unsigned long long)average | 2 * (unsigned long long)narrow_average;
     const long long fours = starts % 16 == 0 ? length / 4 : 0;
 
     for (long long four = thread; four < fours; four += num_threads) {
@@ -76,11 +81,31 @@ extern "C" __global__ void adamw(
         ((float4 *)exp_avg_sq)[four] = v;
         if (computed)
             ((ushort4 *)computed)[four] = make_ushort4(bfloat16(p.x), bfloat16(p.y), bfloat16(p.z), bfloat16(p.w));
+        if (average) {
+            float4 a = ((float4 *)average)[four];
+            a.x = averaged(a.x, p.x, rule);
+            a.y = averaged(a.y, p.y, rule);
+            a.z = averaged(a.z, p.z, rule);
+            a.w = averaged(a.w, p.w, rule);
+            ((float4 *)average)[four] = a;
+        }
+        if (narrow_average) {
+            ushort4 a = ((ushort4 *)narrow_average)[four];
+            a.x = bfloat16(averaged(widened(a.x), p.x, rule));
+            a.y = bfloat16(averaged(widened(a.y), p.y, rule));
+            a.z = bfloat16(averaged(widened(a.z), p.z, rule));
+            a.w = bfloat16(averaged(widened(a.w), p.w, rule));
+            ((ushort4 *)narrow_average)[four] = a;
+        }
     }
     for (long long element = 4 * fours + thread; element < length; element += num_threads) {
         const bool decays = bounds_until(bounds, num_bounds, element) % 2 == 1;
         update(params[element], gradient[element], exp_avg[element], exp_avg_sq[element], decays, rule);
         if (computed)
             computed[element] = bfloat16(params[element]);
+        if (average)
+            average[element] = averaged(average[element], params[element], rule);
+        if (narrow_average)
+            narrow_average[element] = bfloat16(averaged(widened(narrow_average[element]), params[element], rule));
     }
 }

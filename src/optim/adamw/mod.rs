@@ -18,7 +18,7 @@ settings! {
     /// `torch.optim.AdamW`, except the learning rate.
     ///
     /// Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; rounding follows
-    /// `torch.optim.AdamW`, except that decay leaves parameters of one axis (biases, norms) alone.
+    /// `torch.optim.AdamW`; which parameters decay is a setting of `[optimizer]`.
     pub struct AdamW {
         /// Peak learning rate, scaled by the schedule; 1e-4 trains from scratch, 1e-5 fine-tunes.
         lr: f64 = 1e-4, in 0.0..=10.0;
@@ -28,7 +28,7 @@ settings! {
         beta2: f64 = 0.999, in 0.0..1.0;
         /// Added to the root of the second moment.
         eps: f64 = 1e-8, in 0.0..=1.0;
-        /// Share of a weight matrix taken off each step, times the learning rate.
+        /// Share of a weight taken off each step, times the learning rate.
         weight_decay: f64 = 0.01, in 0.0..=10.0;
     }
 }
@@ -57,7 +57,7 @@ struct OnCpu {
 
 impl Update for OnCpu {
     fn update(&self, slice: Slice<'_>, lr: f64, step: u64) {
-        let factors = self.adamw.factors(slice.gradient_factor, lr, step);
+        let factors = self.adamw.factors(&slice, lr, step);
         cpu::update(slice, factors);
     }
 }
@@ -77,19 +77,22 @@ struct Factors {
     /// Factor of the quotient that is added to a parameter: minus the learning rate over the first
     /// moment's bias correction.
     move_by: f64,
+    /// Share of its distance to the parameters by which an average moves; 0 without one.
+    average_share: f64,
 }
 
 impl AdamW {
-    fn factors(&self, gradient: f64, lr: f64, step: u64) -> Factors {
+    fn factors(&self, slice: &Slice<'_>, lr: f64, step: u64) -> Factors {
         let correction = |beta: f64| 1.0 - beta.powf(step as f64);
         Factors {
-            gradient,
-            decay: 1.0 - lr * self.weight_decay,
+            gradient: slice.gradient_factor,
+            decay: 1.0 - lr * (self.weight_decay * slice.decay_factor),
             beta1: self.beta1,
             beta2: self.beta2,
             root_correction: correction(self.beta2).sqrt(),
             eps: self.eps,
             move_by: -lr / correction(self.beta1),
+            average_share: slice.average.as_ref().map_or(0.0, |average| average.share),
         }
     }
 }
@@ -99,7 +102,7 @@ mod tests {
     use tch::{Kind, Tensor};
 
     use super::*;
-    use crate::optim::runs;
+    use crate::optim::{Average, runs};
     use crate::rng::{Key, Purpose};
 
     fn slice<'a>(
@@ -108,7 +111,16 @@ mod tests {
         state: &'a mut [Tensor],
         decayed: &'a [(i64, i64)],
     ) -> Slice<'a> {
-        Slice { params, gradient, gradient_factor: 1.0, state, computed: None, decayed }
+        Slice {
+            params,
+            gradient,
+            gradient_factor: 1.0,
+            state,
+            computed: None,
+            average: None,
+            decayed,
+            decay_factor: 1.0,
+        }
     }
 
     #[test]
@@ -151,6 +163,7 @@ mod tests {
         let decayed = [(0, 10), (1000, MANY - 1500)];
         let after = |update: fn(Slice<'_>, Factors)| {
             let (mut params, mut computed) = (begin.copy(), begin.to_kind(Kind::BFloat16));
+            let mut average = begin.copy();
             let mut state = [params.zeros_like(), params.zeros_like()];
             for step in 1..=3 {
                 let gradient = draw(step);
@@ -161,15 +174,18 @@ mod tests {
                     gradient_factor: 0.3,
                     state: &mut state,
                     computed,
+                    average: Some(Average { values: &mut average, share: 0.2 }),
                     decayed: &decayed,
+                    decay_factor: 1.0,
                 };
-                update(slice, adamw.factors(0.3, 1e-2, step));
+                let factors = adamw.factors(&slice, 1e-2, step);
+                update(slice, factors);
             }
             let [exp_avg, exp_avg_sq] = state;
-            [params, exp_avg, exp_avg_sq, computed]
+            [params, exp_avg, exp_avg_sq, average, computed]
         };
         let (single, plain) = (after(cpu::update), after(plain::update));
-        for (single, plain) in single.iter().zip(&plain).take(3) {
+        for (single, plain) in single.iter().zip(&plain).take(4) {
             assert!(
                 single.allclose(plain, ROUNDING, ROUNDING, false),
                 "{}",
@@ -177,7 +193,7 @@ mod tests {
             );
         }
         assert!(
-            single[3].equal(&single[0].to_kind(Kind::BFloat16)),
+            single[4].equal(&single[0].to_kind(Kind::BFloat16)),
             "the copy is rounded as libtorch rounds it"
         );
         assert!((&single[0] - &begin).abs().min().double_value(&[]) > 0.0, "every parameter moved");

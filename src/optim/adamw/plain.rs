@@ -3,11 +3,11 @@
 use tch::no_grad;
 
 use super::Factors;
-use crate::optim::Slice;
+use crate::optim::{Average, Slice, ema};
 
 /// Rounds as `torch.optim.AdamW` does. Passes over each element: eleven.
 pub(super) fn update(slice: Slice<'_>, factors: Factors) {
-    let Slice { params, gradient, state, computed, decayed, .. } = slice;
+    let Slice { params, gradient, state, computed, average, decayed, .. } = slice;
     let [exp_avg, exp_avg_sq] = state else {
         panic!("AdamW keeps two tensors a slice, found {}", state.len())
     };
@@ -29,4 +29,7 @@ pub(super) fn update(slice: Slice<'_>, factors: Factors) {
             computed.copy_(params);
         }
     });
+    if let Some(Average { values, share }) = average {
+        ema::advance(values, params, share);
+    }
 }

@@ -54,6 +54,8 @@ pub struct Workload {
     pub sharding_group: ShardingGroup,
     pub recompute: Recompute,
     pub reduce_dtype: ReduceDtype,
+    /// Bytes of a parameter's average, which each update reads and writes; 0 without averages.
+    pub average_bytes: u64,
     pub num_threads: usize,
 }
 
@@ -130,6 +132,7 @@ mod tests {
                 Recompute::Never
             },
             reduce_dtype: ReduceDtype::Float32,
+            average_bytes: 0,
             num_threads: 1,
         }
     }

@@ -186,7 +186,8 @@ impl<'w> Rank<'w> {
     }
 
     /// Seconds of the optimizer: parameter, gradient and AdamW's two moments are read, all but the
-    /// gradient are written, and the copy in the compute kind is written if it differs.
+    /// gradient are written, and the copy in the compute kind is written if it differs; an average
+    /// is read and written.
     fn optimizer_seconds(&self) -> f64 {
         let copy =
             if self.work.kind == Kind::Float { 0 } else { self.work.kind.elt_size_in_bytes() };
@@ -196,7 +197,7 @@ impl<'w> Rank<'w> {
             .iter()
             .map(|stage| stage.trained.div_ceil(self.shards.ranks as u64))
             .sum();
-        (owned * (4 * 4 + 3 * 4 + copy as u64)) as f64
+        (owned * (4 * 4 + 3 * 4 + copy as u64 + 2 * self.work.average_bytes)) as f64
             / self.cluster.constants.update
             / self.workers
     }

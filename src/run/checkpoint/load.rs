@@ -4,7 +4,8 @@ use std::path::Path;
 
 use tch::Kind;
 
-use super::{AllowedChanges, Manifest, verify};
+use super::snapshot::AVERAGES;
+use super::{AllowedChanges, Manifest, SavedWeights, verify};
 use crate::config::RunConfig;
 use crate::error::{Error, Result};
 use crate::files::safetensors::Shards;
@@ -18,7 +19,8 @@ use crate::run::pretrained;
 
 /// Loads a verified checkpoint into a model with the same parameters, whatever the sharding of
 /// either. Names, shapes and kinds are compared before anything is changed; then the stages are
-/// read one at a time, and each rank keeps its shards.
+/// read one at a time, and each rank keeps its shards. Averages that the checkpoint lacks begin as
+/// its weights; those that the run does not want are left out.
 ///
 /// # Errors
 /// [`Error::CheckpointMismatch`] if it belongs to another run or model; lists every key at fault.
@@ -33,10 +35,13 @@ pub fn load(
 ) -> Result<Manifest> {
     let manifest = verify::manifest(folder)?;
     let changed = manifest.check_same_run(folder, config, configured, allowed)?;
-    let parts = open_parts(folder, &manifest, "")?;
+    let parts = open_parts(folder, &manifest, |file| !is_averages(file))?;
     let prefixes: Vec<String> =
         optimizer.state_names().iter().map(|name| format!("{name}.")).collect();
     check_keys(folder, &parts, &replica.stages, &prefixes)?;
+    let averaged = manifest.averages_began.filter(|_| state.averages.is_some());
+    let averaged =
+        averaged.map(|_| open_averages(folder, &manifest, &replica.stages)).transpose()?;
     set_parameters(&parts, replica)?;
     for (index, stage) in replica.stages.iter().enumerate() {
         for (name, prefix) in prefixes.iter().enumerate() {
@@ -47,29 +52,62 @@ pub fn load(
         }
     }
     changed.iter().for_each(|what| tracing::warn!("{what}"));
+    let averages_began = set_averages(&manifest, averaged.as_ref(), replica, state)?;
     Ok(Manifest {
         step: manifest.step,
         samples_seen: manifest.samples_seen,
         guard: manifest.guard,
         lr: manifest.lr,
+        averages_began,
         ..configured.clone()
     })
 }
 
-/// Loads only the trained parameters. `base`: what the frozen ones are.
+/// Sets the averages, given the files that hold them, or begins them as the weights. Returns the
+/// update after which they began.
+fn set_averages(
+    manifest: &Manifest,
+    parts: Option<&Shards>,
+    replica: &Replica<'_>,
+    state: &mut OptimizerState,
+) -> Result<Option<u64>> {
+    let step = manifest.step;
+    let Some(averages) = &mut state.averages else {
+        if manifest.averages_began.is_some() {
+            tracing::warn!(
+                "the averages of the weights are dropped at step {step}: [ema] is not set"
+            );
+        }
+        return Ok(None);
+    };
+    let Some(parts) = parts else {
+        averages.begin(replica, manifest.guard.update_number(step));
+        tracing::info!("the averages of the weights begin at step {step}, as its weights");
+        return Ok(Some(averages.began));
+    };
+    for (index, stage) in replica.stages.iter().enumerate() {
+        let read = pretrained::flat(stage.params().trained(), |info| parts.read(&info.name))?;
+        averages.set(index, &read, &replica.buckets[index]);
+    }
+    averages.began = manifest.averages_began.unwrap_or_default();
+    Ok(manifest.averages_began)
+}
+
+/// Loads only the trained parameters, as they are or averaged. `base`: what the frozen ones are.
 ///
 /// # Errors
-/// As [`load`].
+/// As [`open_parameters`].
 pub fn load_parameters(
     folder: &Path,
     config: &RunConfig,
+    weights: SavedWeights,
     base: Option<&Base>,
     replica: &mut Replica<'_>,
 ) -> Result<()> {
     if let Some(what) = verify::manifest(folder)?.other_base(base) {
         return Err(Error::checkpoint_mismatch(folder, what));
     }
-    set_parameters(&open_parameters(folder, config, &replica.stages)?, replica)
+    set_parameters(&open_parameters(folder, config, weights, &replica.stages)?, replica)
 }
 
 /// Returns the number of steps that a checkpoint's run had done.
@@ -78,6 +116,14 @@ pub fn load_parameters(
 /// [`Error::CheckpointMismatch`], [`Error::Storage`].
 pub fn step_of(folder: &Path) -> Result<u64> {
     Ok(verify::manifest(folder)?.step)
+}
+
+/// True if a checkpoint holds averages of its weights.
+///
+/// # Errors
+/// [`Error::CheckpointMismatch`], [`Error::Storage`].
+pub fn has_averages(folder: &Path) -> Result<bool> {
+    Ok(verify::manifest(folder)?.averages_began.is_some())
 }
 
 /// Returns what the frozen parameters were that a checkpoint's run began with; `None` if there are
@@ -106,14 +152,15 @@ fn set_parameters(parts: &Shards, replica: &mut Replica<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Opens the files that hold the trained parameters, and checks that they contain those of the stages
-/// in f32 and nothing else.
+/// Opens the files that hold the trained parameters or their averages, and checks that they contain
+/// those of the stages in f32 and nothing else.
 ///
 /// # Errors
-/// As [`load`].
+/// As [`load`]; [`Error::Config`] if there are no averages.
 pub fn open_parameters(
     folder: &Path,
     config: &RunConfig,
+    weights: SavedWeights,
     stages: &[Box<dyn Stage>],
 ) -> Result<Shards> {
     let manifest = verify::manifest(folder)?;
@@ -121,15 +168,36 @@ pub fn open_parameters(
     let other =
         manifest.config.as_ref().and_then(|record| changes::other_architecture(record, config));
     other.map_or(Ok(()), |what| Err(Error::checkpoint_mismatch(folder, what)))?;
-    let parts = open_parts(folder, &manifest, "model-")?;
+    if weights == SavedWeights::Averaged {
+        return open_averages(folder, &manifest, stages);
+    }
+    let parts = open_parts(folder, &manifest, |file| file.starts_with("model-"))?;
     check_keys(folder, &parts, stages, &[])?;
     Ok(parts)
 }
 
-/// Opens the files whose names begin with `kind`.
-fn open_parts(folder: &Path, manifest: &Manifest, kind: &str) -> Result<Shards> {
-    let wanted =
-        manifest.parts.iter().map(|part| part.file.clone()).filter(|file| file.starts_with(kind));
+fn open_averages(folder: &Path, manifest: &Manifest, stages: &[Box<dyn Stage>]) -> Result<Shards> {
+    if manifest.averages_began.is_none() {
+        let what =
+            format!("{} holds no averages of its weights: [ema] was not set", folder.display());
+        return Err(Error::config("--ema", what));
+    }
+    let parts = open_parts(folder, manifest, is_averages)?;
+    check_keys(folder, &parts, stages, &[])?;
+    Ok(parts)
+}
+
+fn is_averages(file: &str) -> bool {
+    file.split('-').next() == Some(AVERAGES)
+}
+
+/// Opens the files whose names are wanted.
+fn open_parts(
+    folder: &Path,
+    manifest: &Manifest,
+    is_wanted: impl Fn(&str) -> bool,
+) -> Result<Shards> {
+    let wanted = manifest.parts.iter().map(|part| part.file.clone()).filter(|file| is_wanted(file));
     Shards::open(folder, wanted)
         .map_err(|error| Error::checkpoint_mismatch(folder, error.to_string()))
 }

@@ -1,7 +1,8 @@
 //! Checkpoints: every rank writes files, a manifest lists them, and a rename commits them.
 //!
-//! Frozen parameters are not saved: the manifest names what they are. With sharded state, each stage
-//! is gathered on the rank that writes it, so that the files have the same bytes under any sharding.
+//! Frozen parameters are not saved: the manifest names what they are. Averaged weights have files of
+//! their own. With sharded state, each stage is gathered on the rank that writes it, so that the
+//! files have the same bytes under any sharding.
 //!
 //! A checkpoint is valid if its manifest is unchanged and every file has the size and hash that the
 //! manifest records. Files hold parameters by name, not by rank, so that any world size loads the
@@ -23,9 +24,9 @@ mod tests;
 mod verify;
 
 pub use commit::{clear_leftovers, copy_to};
-pub use load::{base_of, load, load_parameters, open_parameters, recorded, step_of};
+pub use load::{base_of, has_averages, load, load_parameters, open_parameters, recorded, step_of};
 pub use saver::Saver;
-pub use snapshot::{Saved, copied_bytes};
+pub use snapshot::{Saved, copied_bytes, saved_bytes};
 pub use verify::{Unfit, read_whole, verify};
 
 use std::fs;
@@ -71,6 +72,9 @@ pub struct Manifest {
     /// Identity of the frozen parameters; `None` if there are none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<Base>,
+    /// Number of the update after which the averages of the weights began; `None` without averages.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub averages_began: Option<u64>,
     parts: Vec<SavedFile>,
     /// Hash of this manifest's text with this field empty, so that a flipped bit in a number is
     /// detected.
@@ -109,6 +113,7 @@ impl Manifest {
             config: Some(changes::recorded(config)),
             data,
             base: None,
+            averages_began: config.ema.is_on().then_some(0),
             parts: Vec::new(),
             sha256: String::new(),
         }
@@ -197,6 +202,22 @@ impl Manifest {
             )
         });
         Ok(batch.into_iter().chain(data).collect())
+    }
+}
+
+/// The weights that a checkpoint holds for every trained parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SavedWeights {
+    /// Those of its step.
+    Trained,
+    /// Their exponential moving averages.
+    Averaged,
+}
+
+impl SavedWeights {
+    /// Returns the averages if they are asked for.
+    pub fn averaged_if(asked: bool) -> Self {
+        if asked { SavedWeights::Averaged } else { SavedWeights::Trained }
     }
 }
 

@@ -28,6 +28,8 @@ const NUM_PARTS: u64 = 8;
 const PART_BYTES: RangeInclusive<u64> = 32 << 20..=1 << 30;
 /// All tensors are saved in f32.
 const ELEMENT_BYTES: u64 = 4;
+/// First word of the names of the files that hold averaged weights.
+pub const AVERAGES: &str = "ema";
 
 /// The state that a checkpoint is made of.
 pub struct Saved<'r> {
@@ -42,6 +44,7 @@ pub struct Saved<'r> {
 enum Content {
     Optimizer,
     Model,
+    Averages,
 }
 
 impl Content {
@@ -50,6 +53,7 @@ impl Content {
         let word = match self {
             Content::Optimizer => "optimizer",
             Content::Model => "model",
+            Content::Averages => AVERAGES,
         };
         format!("{word}-{:05}-of-{count:05}.safetensors", index + 1)
     }
@@ -76,7 +80,9 @@ impl Saved<'_> {
         let names = self.optimizer.state_names();
         let prefixes: Vec<String> = names.iter().map(|name| format!("{name}.")).collect();
         let ranges = part_ranges(&sizes);
-        let (writers, _) = writers(&sizes, &ranges, names.len() as u64, collective.world_size());
+        let averages = self.state.averages.as_ref();
+        let tensors = tensors_of_contents(names.len() as u64, averages.is_some());
+        let (writers, _) = writers(&sizes, &ranges, &tensors, collective.world_size());
         let mut copies = Vec::new();
         for (index, range) in ranges.iter().enumerate() {
             let begin = |content: Content, prefixes: &[String]| {
@@ -85,16 +91,21 @@ impl Saved<'_> {
                     (content.file_name(index, ranges.len()), self.planned(range, prefixes));
                 mine.then(|| FileCopy { name, planned, flats: Vec::new() })
             };
+            let own = [String::new()];
             let (mut moments, mut model) =
-                (begin(Content::Optimizer, &prefixes), begin(Content::Model, &[String::new()]));
+                (begin(Content::Optimizer, &prefixes), begin(Content::Model, &own));
+            let mut averaged = averages.and_then(|_| begin(Content::Averages, &own));
             for stage in range.clone() {
                 pulse::still_at_work();
                 keep(&mut model, &self.replica.trained_parameters(stage)?);
                 for name in 0..names.len() {
                     keep(&mut moments, &self.state.whole(stage, name, self.replica)?);
                 }
+                if let Some(averages) = averages {
+                    keep(&mut averaged, &averages.whole(stage, self.replica)?);
+                }
             }
-            copies.extend([model, moments].into_iter().flatten());
+            copies.extend([model, moments, averaged].into_iter().flatten());
         }
         Ok(copies)
     }
@@ -173,14 +184,19 @@ fn part_ranges(sizes: &[u64]) -> Vec<Range<usize>> {
     ranges
 }
 
-/// Assigns each part's files, one for each [`Content`], to a rank. Returns the ranks by part, and
-/// the bytes that each rank keeps.
+/// Returns the number of tensors of each parameter in the files of each [`Content`] that there is.
+fn tensors_of_contents(optimizer_tensors: u64, has_averages: bool) -> Vec<u64> {
+    [optimizer_tensors, 1].into_iter().chain(has_averages.then_some(1)).collect()
+}
+
+/// Assigns each part's files, one for each [`Content`], to a rank. Returns the ranks by part and
+/// content, and the bytes that each rank keeps.
 fn writers(
     sizes: &[u64],
     ranges: &[Range<usize>],
-    optimizer_tensors: u64,
+    tensors_of_contents: &[u64],
     world_size: usize,
-) -> (Vec<[usize; 2]>, Vec<u64>) {
+) -> (Vec<Vec<usize>>, Vec<u64>) {
     let mut kept = vec![0; world_size];
     let mut give = |bytes: u64| {
         let rank = (0..world_size).min_by_key(|&rank| kept[rank]).expect("a world has ranks");
@@ -188,25 +204,32 @@ fn writers(
         rank
     };
     let bytes = |range: &Range<usize>| ELEMENT_BYTES * sizes[range.clone()].iter().sum::<u64>();
+    let mut writers = vec![Vec::new(); ranges.len()];
     // The larger optimizer files are assigned first, so that the smaller ones balance the ranks.
-    let optimizer: Vec<usize> =
-        ranges.iter().map(|range| give(optimizer_tensors * bytes(range))).collect();
-    let writers = optimizer
-        .into_iter()
-        .zip(ranges)
-        .map(|(optimizer, range)| [optimizer, give(bytes(range))])
-        .collect();
+    for tensors in tensors_of_contents {
+        for (range, writers) in ranges.iter().zip(&mut writers) {
+            writers.push(give(tensors * bytes(range)));
+        }
+    }
     (writers, kept)
 }
 
 /// Returns the host memory that a save takes on the rank that keeps most, given the stages' numbers
 /// of trained parameters.
-pub fn copied_bytes(sizes: &[u64], optimizer_tensors: u64, world_size: usize) -> u64 {
-    writers(sizes, &part_ranges(sizes), optimizer_tensors, world_size)
-        .1
-        .into_iter()
-        .max()
-        .unwrap_or(0)
+pub fn copied_bytes(
+    sizes: &[u64],
+    optimizer_tensors: u64,
+    has_averages: bool,
+    world_size: usize,
+) -> u64 {
+    let tensors = tensors_of_contents(optimizer_tensors, has_averages);
+    let (_, kept) = writers(sizes, &part_ranges(sizes), &tensors, world_size);
+    kept.into_iter().max().unwrap_or(0)
+}
+
+/// Returns the bytes of a checkpoint on the disk, but for its headers.
+pub fn saved_bytes(sizes: &[u64], optimizer_tensors: u64, has_averages: bool) -> u64 {
+    copied_bytes(sizes, optimizer_tensors, has_averages, 1)
 }
 
 #[cfg(test)]
@@ -238,7 +261,9 @@ mod tests {
     #[test]
     fn everything_is_kept_once_and_by_whoever_has_least() {
         let sizes = [LARGEST; 8];
-        let bytes = |world_size| copied_bytes(&sizes, 2, world_size);
+        let bytes = |world_size| copied_bytes(&sizes, 2, false, world_size);
         assert_eq!([1, 2, 4, 8, 16].map(bytes), [24, 12, 6, 3, 2].map(|parts| parts << 30));
+        let with_averages = |world_size| copied_bytes(&sizes, 2, true, world_size);
+        assert_eq!([1, 8].map(with_averages), [32, 4].map(|parts| parts << 30));
     }
 }

@@ -22,6 +22,12 @@ static unsigned int __float_as_uint(float value) {
     return bits;
 }
 
+static float __uint_as_float(unsigned int bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 static struct {
     unsigned int x;
 } gridDim, blockDim, blockIdx, threadIdx;

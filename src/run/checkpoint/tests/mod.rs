@@ -15,13 +15,13 @@ use crate::config::{CheckpointSettings, OnFailure, RunConfig};
 use crate::files::disk::tests::on_a_disk_that_fails_after;
 use crate::files::disk::{Disk, FileOperation};
 use crate::model::{Architecture, Dit};
-use crate::optim::OptimizerChoice;
+use crate::optim::{EmaSettings, OptimizerChoice};
 use crate::parallel::{Devices, Replica, Sharding, ShardingGroup, Sharing};
 use crate::phase::Phase;
 use crate::rng::{Key, Purpose};
 use crate::run::folder::RunFolder;
 use crate::run::length::Length;
-use crate::run::optimizer_state::OptimizerState;
+use crate::run::optimizer_state::{Averages, OptimizerState};
 use crate::run::resume::Resume;
 
 const SHARDINGS: [Sharding; 4] =
@@ -31,8 +31,15 @@ fn manifest() -> Manifest {
     Manifest {
         step: 7,
         lr: Some(0.1),
-        ..Manifest::new(&RunConfig::default(), 8, "these data".into())
+        averages_began: Some(3),
+        ..Manifest::new(&config(), 8, "these data".into())
     }
+}
+
+/// With averages of the weights.
+fn config() -> RunConfig {
+    let ema = EmaSettings { decay: Some(0.9), ..EmaSettings::default() };
+    RunConfig { ema, ..RunConfig::default() }
 }
 
 fn optimizer() -> OptimizerChoice {
@@ -56,11 +63,12 @@ fn empty_of<'c>(
     let sharing = Sharing::new(world, sharding, ShardingGroup::World, 1).expect("sound");
     let replica = Replica::shared(stages, Kind::BFloat16, Devices::one(Device::Cpu), None, sharing);
     let state =
-        OptimizerState::fresh(&replica, &*optimizer(), Devices::one(Device::Cpu)).expect("a CPU");
+        OptimizerState::fresh(&replica, &config(), Devices::one(Device::Cpu)).expect("a CPU");
     (replica, state)
 }
 
-/// Values of a stage's parameters (0) and optimizer tensors (1, 2) in an invented state.
+/// Values of a stage's parameters (0), optimizer tensors (1, 2) and averages (3) in an invented
+/// state.
 fn number(stage: usize, tensor: u64, numel: i64) -> Tensor {
     let key = Key::new(5, Purpose::Test).step(tensor).scope(stage as u64);
     key.seeded(|| Tensor::randn([numel], (Kind::Float, Device::Cpu)))
@@ -74,9 +82,10 @@ fn save_on(model: &Dit, world: &dyn Collective, sharding: Sharding, output: &str
         (0..2).for_each(|name| {
             state.set(stage, name, &number(stage, 1 + name as u64, numel), bucket)
         });
+        averages(&mut state).set(stage, &number(stage, 3, numel), bucket);
     }
     let folder = RunFolder::open(
-        &RunConfig { output_dir: output.into(), ..RunConfig::default() },
+        &RunConfig { output_dir: output.into(), ..config() },
         &Resume::Never,
         Length::Steps(1000),
         world,
@@ -93,7 +102,7 @@ fn check_on(model: &Dit, world: &dyn Collective, sharding: Sharding, folder: &Pa
     let (mut replica, mut state) = empty_of(model, world, sharding);
     let loaded = load(
         folder,
-        &RunConfig::default(),
+        &config(),
         &manifest(),
         AllowedChanges::default(),
         &mut replica,
@@ -115,7 +124,15 @@ fn check_on(model: &Dit, world: &dyn Collective, sharding: Sharding, folder: &Pa
                 "{sharding:?} stage {stage}, optimizer tensor {name}"
             );
         }
+        let averages = averages(&mut state);
+        let whole = averages.whole(stage, &replica).expect("no rank fails");
+        assert!(whole.equal(&number(stage, 3, numel)), "{sharding:?} stage {stage}, averages");
+        assert_eq!(averages.began, 3);
     }
+}
+
+fn averages(state: &mut OptimizerState) -> &mut Averages {
+    state.averages.as_mut().expect("the configuration has [ema]")
 }
 
 #[test]
@@ -159,7 +176,8 @@ fn a_model_of_several_parts_comes_back_whole() {
     let named = |word: &'static str| {
         (1..=3).map(move |part| format!("{word}-0000{part}-of-00003.safetensors"))
     };
-    assert_eq!(files, named("model").chain(named("optimizer")).collect::<Vec<_>>());
+    let expected = named("ema").chain(named("model")).chain(named("optimizer"));
+    assert_eq!(files, expected.collect::<Vec<_>>());
     Threads::run(3, |world| check_on(&large, world, Sharding::Parameters, &folder));
 }
 
@@ -178,6 +196,7 @@ fn fill(replica: &mut Replica<'_>, state: &mut OptimizerState, step: u64) {
         (0..2).for_each(|name| {
             state.set(stage, name, &(number(stage, 1 + name as u64, numel) + step as f64), bucket)
         });
+        averages(state).set(stage, &(number(stage, 3, numel) + step as f64), bucket);
     }
 }
 
