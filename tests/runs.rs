@@ -48,8 +48,13 @@ pub fn train_in_threads(
     folders.swap_remove(0)
 }
 
-/// Bytes of every file of a checkpoint by name.
+/// Bytes of every file of a checkpoint by name: model, optimizer and manifest.
 pub fn checkpoint(run: &Path, step: u64) -> BTreeMap<String, Vec<u8>> {
+    checkpoint_with(run, step, 3)
+}
+
+/// Bytes of every file of a checkpoint by name, which has so many files.
+pub fn checkpoint_with(run: &Path, step: u64, count: usize) -> BTreeMap<String, Vec<u8>> {
     let folder = run.join(format!("step-{step:08}"));
     let entries =
         fs::read_dir(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
@@ -57,7 +62,7 @@ pub fn checkpoint(run: &Path, step: u64) -> BTreeMap<String, Vec<u8>> {
         (path.file_name().unwrap().to_str().unwrap().to_string(), fs::read(&path).unwrap())
     };
     let files: BTreeMap<_, _> = entries.map(|entry| read(entry.unwrap().path())).collect();
-    assert_eq!(files.len(), 3, "model, optimizer, manifest: {:?}", files.keys());
+    assert_eq!(files.len(), count, "{:?}", files.keys());
     files
 }
 

@@ -86,6 +86,8 @@ mod threads {
     mod text_lengths;
     /// Every family trains, on ranks that stay equal, and resumes exactly.
     pub mod training;
+    /// A validation has one number, and the best checkpoint by it stays.
+    pub mod validation;
 }
 
 /// The program as a user starts it, alone or under `mpirun`.

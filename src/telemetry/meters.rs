@@ -1,7 +1,7 @@
 //! Meters: seconds by phase, throughput over a window, durations as text, peak memory.
 
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Seconds by phase of a step. Each lap assigns the time since the previous lap to a phase, so that
 /// no time is counted twice.
@@ -64,6 +64,11 @@ impl Throughput {
         if self.records.len() > self.window + 1 {
             self.records.pop_front();
         }
+    }
+
+    /// Leaves out a time since the last record that belongs to none of the amounts.
+    pub fn leave_out(&mut self, time: Duration) {
+        self.records.iter_mut().for_each(|(when, _)| *when += time);
     }
 
     /// `None` before the second record: the first one only starts the clock.

@@ -188,14 +188,14 @@ impl Telemetry {
         }
     }
 
-    /// Opens `metrics.jsonl` of the run folder, cut back to `step`; ranks other than 0 get one that
-    /// discards metrics.
+    /// Opens `metrics.jsonl` of the run folder, cut back to `step` and without that step's lines that
+    /// have the key `redone`; ranks other than 0 get one that discards metrics.
     ///
     /// # Errors
     /// As [`MetricsFile::resume_after`].
-    pub fn metrics_after(&self, step: u64) -> Result<MetricsFile> {
+    pub fn metrics_after(&self, step: u64, redone: Option<&str>) -> Result<MetricsFile> {
         match self.writes_run_files() {
-            true => MetricsFile::resume_after(&self.run_folder.join("metrics.jsonl"), step),
+            true => MetricsFile::resume_after(&self.run_folder.join("metrics.jsonl"), step, redone),
             false => Ok(MetricsFile::silent()),
         }
     }

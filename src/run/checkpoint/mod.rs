@@ -14,6 +14,7 @@
 //! before the rename leaves the previous checkpoint. Everything after the copy runs concurrently
 //! with the steps.
 
+pub mod best;
 mod commit;
 mod load;
 mod saver;
@@ -22,6 +23,7 @@ mod snapshot;
 mod tests;
 mod verify;
 
+pub use best::Judged;
 pub use commit::clear_leftovers;
 pub use load::{base_of, load, load_parameters, open_parameters, recorded, step_of};
 pub use saver::Saver;
@@ -156,6 +158,10 @@ impl Manifest {
             (saved != now).then(|| format!("{name} is {now}, the checkpoint's was {saved}"))
         };
         let data = pair("data fingerprint", self.data.clone(), configured.data.clone());
+        let data = data.map(|text| match changes::other_share(record, config) {
+            Some(share) => format!("{share}; {text}"),
+            None => text,
+        });
         let (allowed, data) = if allow_data_change { (data, None) } else { (None, data) };
         let differing = [
             pair("seed", self.seed.to_string(), configured.seed.to_string()),

@@ -80,8 +80,13 @@ fn save_on(model: &Dit, world: &dyn Collective, sharding: Sharding, output: &str
         world,
     )
     .expect("a fresh folder");
-    let saved =
-        Saved { manifest: &manifest(), replica: &replica, optimizer: &*optimizer(), state: &state };
+    let saved = Saved {
+        manifest: &manifest(),
+        judged: None,
+        replica: &replica,
+        optimizer: &*optimizer(),
+        state: &state,
+    };
     let mut saver = Saver::new(folder.path().into(), CheckpointSettings::default());
     saver.begin(&saved, world).and_then(|()| saver.finish(world)).expect("no rank fails");
     folder.path().join(folder_name(7))
@@ -166,7 +171,13 @@ fn with_state<T>(step: u64, act: impl FnOnce(&Saved<'_>) -> T) -> T {
     let (mut replica, mut state) = empty(&Solo, Sharding::None);
     fill(&mut replica, &mut state, step);
     let manifest = Manifest { step, ..manifest() };
-    act(&Saved { manifest: &manifest, replica: &replica, optimizer: &*optimizer(), state: &state })
+    act(&Saved {
+        manifest: &manifest,
+        judged: None,
+        replica: &replica,
+        optimizer: &*optimizer(),
+        state: &state,
+    })
 }
 
 fn fill(replica: &mut Replica<'_>, state: &mut OptimizerState, step: u64) {
@@ -185,7 +196,7 @@ fn save_here(run: &Path, step: u64) -> Result<()> {
     commit::prepare(run, step)?;
     let (staged, disk) = (commit::staged(run, step), Disk::saving(step, Phase::Write));
     let parts = copies.into_iter().map(|copy| copy.write(&staged, disk)).collect::<Result<_>>()?;
-    commit::commit(run, &Manifest { step, ..manifest() }, parts)
+    commit::commit(run, &Manifest { step, ..manifest() }, None, parts)
 }
 
 fn sound_steps(run: &Path) -> Vec<u64> {
@@ -219,7 +230,7 @@ fn d15_whoever_reads_while_checkpoints_come_and_go_finds_whole_ones() {
         *step < 40 || (read.load(Ordering::Relaxed) < 10 && !reader.is_finished())
     }) {
         save_here(&run, step)
-            .and_then(|()| commit::prune(&run, step, &settings))
+            .and_then(|()| commit::prune(&run, step, &settings, None))
             .expect("a sound disk");
     }
     over.store(true, Ordering::Relaxed);
