@@ -113,6 +113,8 @@ mod program {
     mod resume;
     /// The scripts for GPUs are held true where there is none.
     mod scripts;
+    /// A validation is planned, told and drawn; a kill amid it costs nothing.
+    mod validation;
 }
 
 /// Worlds whose ranks are processes.
@@ -169,6 +171,8 @@ mod oracle {
     mod rules;
     /// Samples are those of diffusers' pipelines, and their conditions are read strictly.
     mod sampling;
+    /// The losses of a validation are NeMo AutoModel's.
+    mod validation;
 }
 
 /// What only a GPU can show; `launch/test-gpu.sh` runs it.

@@ -375,7 +375,7 @@ mod tests {
         let (page, folder) = (Page::default(), tempfile::tempdir().unwrap());
         for (rank, exists) in [(1, false), (0, true)] {
             let telemetry = on_page(&page, &LogSettings::default(), rank, folder.path());
-            telemetry.metrics_after(0).unwrap().append(&serde_json::json!({ "step": 1 }));
+            telemetry.metrics_after(0, None).unwrap().append(&serde_json::json!({ "step": 1 }));
             assert_eq!(folder.path().join("metrics.jsonl").exists(), exists);
         }
     }

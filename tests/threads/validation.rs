@@ -283,8 +283,7 @@ fn a_lora_is_judged_as_it_is_merged_without_dropout() {
     let (data, other) = two_datasets(&WAN, root.path());
     let path = format!("validation.path={}", other.display());
     let of = |name: &str, overrides: &[&str]| -> Result<PathBuf, Error> {
-        let judged =
-            [path.as_str(), "validation.every_n_steps=4", "checkpoint.keep_best=false"];
+        let judged = [path.as_str(), "validation.every_n_steps=4", "checkpoint.keep_best=false"];
         let config = WAN.config(&data, &root.path().join(name), &[&judged, overrides].concat());
         train_in_threads(&config, &Resume::Never, 2)
     };

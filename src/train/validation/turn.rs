@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crate::collective::agreement::on_rank_zero;
 use crate::error::{Error, Result};
+use crate::fault;
 use crate::parallel::Replica;
 use crate::phase::Phase;
 use crate::pulse;
@@ -74,6 +75,7 @@ impl Trainer<'_> {
     fn found(&self, requests: &Requests) -> Result<Option<Found>> {
         let Some(validator) = &self.validator else { return Ok(None) };
         pulse::enter(Phase::Validate);
+        fault::error(Phase::Validate)?;
         let go_on = || requests.go_on_together(self.collective);
         let judging =
             validator.judge(self.judged_replica(), &self.pipeline, self.collective, &go_on);

@@ -1,6 +1,7 @@
 //! Checkpoints stay sound whatever fails while they are written, read or deleted.
 
 mod failing_disk;
+mod keeping_best;
 
 use std::fs::File;
 use std::sync::Arc;
@@ -192,11 +193,15 @@ fn fill(replica: &mut Replica<'_>, state: &mut OptimizerState, step: u64) {
 
 /// Runs a whole save on this thread, in the order of [`Saver`].
 fn save_here(run: &Path, step: u64) -> Result<()> {
+    save_judged(run, step, None)
+}
+
+fn save_judged(run: &Path, step: u64, judged: Option<&Judged>) -> Result<()> {
     let copies = with_state(step, |saved| saved.copy(&Solo)).expect("alone");
     commit::prepare(run, step)?;
     let (staged, disk) = (commit::staged(run, step), Disk::saving(step, Phase::Write));
     let parts = copies.into_iter().map(|copy| copy.write(&staged, disk)).collect::<Result<_>>()?;
-    commit::commit(run, &Manifest { step, ..manifest() }, None, parts)
+    commit::commit(run, &Manifest { step, ..manifest() }, judged, parts)
 }
 
 fn sound_steps(run: &Path) -> Vec<u64> {
@@ -249,6 +254,7 @@ fn a_copy_shares_nothing_with_what_goes_on_training() {
             let manifest = Manifest { step: 5, ..manifest() };
             let copies = Saved {
                 manifest: &manifest,
+                judged: None,
                 replica: &replica,
                 optimizer: &*optimizer(),
                 state: &state,
@@ -295,7 +301,10 @@ fn with_a_rank_that_cannot_write(on_failure: OnFailure) -> (Vec<u64>, Vec<[Strin
         let mut save = |step| {
             let manifest = Manifest { step, ..manifest() };
             let (replica, optimizer, state) = (&replica, &*optimizer(), &state);
-            told(saver.begin(&Saved { manifest: &manifest, replica, optimizer, state }, world))
+            told(saver.begin(
+                &Saved { manifest: &manifest, judged: None, replica, optimizer, state },
+                world,
+            ))
         };
         let first = save(5);
         if world.rank() == 1 {
