@@ -328,6 +328,9 @@ mod tests {
                 "optim.learning_rate (line 2): unknown key; did you mean optimizer.adamw.lr?",
             ),
             ("[training]\nsteps = 3", "did you mean max_steps?"),
+            ("val_every_steps = 3", "did you mean validation.every_n_steps?"),
+            ("eval_every_n_epochs = 3", "did you mean validation.every_n_steps? (it counts steps)"),
+            ("[validation]\ndataset = \"a\"", "did you mean"),
             ("[model]\ntype = \"flux\"", "the family is the table that is there"),
         ] {
             assert!(problem(text).contains(hint), "{text}: {}", problem(text));

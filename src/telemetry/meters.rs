@@ -109,9 +109,18 @@ fn peak_of(status: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
+
+    #[test]
+    fn a_time_that_is_left_out_is_in_no_speed() {
+        let (mut speed, start) = (Throughput::new(5), Instant::now());
+        let at = |seconds: u64| start + Duration::from_secs(seconds);
+        speed.record_at(at(0), 0.0);
+        speed.record_at(at(2), 8.0);
+        speed.leave_out(Duration::from_secs(100));
+        speed.record_at(at(104), 8.0);
+        assert_eq!(speed.per_second(), Some(4.0));
+    }
 
     #[test]
     fn laps_add_up_to_the_time_that_passed() {

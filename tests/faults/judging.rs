@@ -1,6 +1,7 @@
 //! C: processes that die, fail, hang or are slow while samples are judged.
 
 use super::{Case, SHORT, SOON};
+use crate::runs::column;
 
 /// Validations before the first step, after every third and after the last.
 const JUDGED: [&str; 3] =
@@ -38,9 +39,16 @@ fn c5_a_rank_that_is_stopped_while_samples_are_judged_is_named_by_the_others() {
 }
 
 #[test]
-fn c8_a_pause_longer_than_a_step_may_take_is_no_hang_while_samples_are_judged() {
-    // A step may take 3 seconds, and neither straggles a rank that judges for 4.
+fn c8_a_long_pause_while_samples_are_judged_is_no_hang_and_in_no_steps_time() {
+    // A step may take 3 seconds.
     let sets = [&SHORT[..], &JUDGED].concat();
     let never = ["HANG", "WARN straggler"];
-    Case { fault: "sleep@1:6:validate:4", sets: &sets, never: &never, ..Case::default() }.run();
+    let fault = "sleep@1:6:validate:8";
+    let ended = Case { fault, sets: &sets, never: &never, ..Case::default() }.run();
+    let seconds = column(&ended.run_folder(), "step_seconds");
+    assert_eq!(seconds.len(), 12);
+    assert!(seconds.iter().all(|(_, seconds)| *seconds < 3.0), "{seconds:?}");
+    // 12 steps of 16 samples would be fewer than 24 a second.
+    let (_, speed) = *column(&ended.run_folder(), "samples_per_second").last().unwrap();
+    assert!(speed > 24.0, "{speed} samples a second");
 }

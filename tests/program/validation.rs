@@ -53,7 +53,7 @@ fn a_run_that_is_killed_while_samples_are_judged_goes_on_as_the_unbroken_one() {
         "sample",
         "--run",
         best.to_str().unwrap(),
-        "--num-steps",
+        "--steps",
         "2",
         "--per-condition",
         "1",
@@ -71,7 +71,7 @@ fn a_validation_is_told_in_the_log_and_drawn_in_the_report() {
         finish(program(&with_sets(&["train"], &[&JUDGED[..], &[&output]].concat())));
     assert_eq!(code, 0, "{errors}");
     for text in [
-        "validation: 40 samples of 180 held out of 1797 (share 0.1), at 3 sigmas 0.10 to 0.90, every 3 steps",
+        "validation: 40 samples of 186 held out of 1797 (share 0.1), at 3 sigmas 0.10 to 0.90, every 3 steps",
         "[VALIDATION 0] loss ",
         "| by sigma 0.10: ",
         "| 40 samples, ",
@@ -98,7 +98,7 @@ fn check_plans_a_validation_and_refuses_what_contradicts_it() {
     let (code, plan) = checked(&JUDGED);
     assert_eq!(code, 0, "{plan}");
     let has = |text: &str| assert!(plan.contains(text), "{text}: {plan}");
-    has("validation             40 samples of 180 held out of 1797 (share 0.1), at 3 sigmas");
+    has("validation             40 samples of 186 held out of 1797 (share 0.1), at 3 sigmas");
     // 40 samples x 4 forwards, and three forwards in a step of 32 samples.
     has(
         "  each                 5 of 5 blocks a rank x 4 forwards: about as long as 1.7 steps, 35.7 % of the time",

@@ -8,6 +8,8 @@
 //! checkpoint of any other. Equal state gives equal bytes: a checkpoint contains no time, no host
 //! name and no number of ranks.
 //!
+//! A checkpoint of a step with a validation holds its loss beside, see `best.rs`.
+//!
 //! Order of a save: copy the state; write, hash and fsync the files in a hidden folder; agree among
 //! all ranks; write and fsync the manifest; fsync the folder; rename it; fsync its parent. Only
 //! then is the checkpoint reported as saved and older ones are deleted. A crash or a power cut
