@@ -141,7 +141,7 @@ fn by_level(validations: &[&Map<String, Value>], word: &str) -> Option<Chart> {
     (!curves.is_empty()).then(|| Chart {
         title: format!("Validation by {word}"),
         x_label: if word == "sigma" { "sigma (0 = data, 1 = noise)".into() } else { word.into() },
-        y_label: "mean squared error: first, best and last validation".into(),
+        y_label: "squared error".into(),
         series: curves.into_iter().map(|(_, series)| series).collect(),
         log_y: false,
     })
