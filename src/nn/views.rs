@@ -52,7 +52,7 @@ impl Views {
         self.low_ranks.iter().find(|low_rank| low_rank.weight == weight)
     }
 
-    /// What drops the inputs of low-rank changes in this use.
+    /// The mask of the inputs of low-rank changes in this use.
     pub(super) fn drops(&self) -> Option<&Dropping> {
         self.dropping.as_ref()
     }

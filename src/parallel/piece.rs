@@ -66,7 +66,7 @@ impl Piece {
         Piece { class, layout, master, computed, full, decayed }
     }
 
-    /// What its parameters have in common.
+    /// The class of its parameters.
     pub fn class(&self) -> &Class {
         &self.class
     }
