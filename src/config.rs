@@ -1,6 +1,7 @@
 //! The whole configuration: one field a room, and what only the whole can know.
 
 mod habits;
+mod validation;
 
 use crate::adapter::AdapterChoice;
 use crate::data::{DataSettings, TextPadding};
@@ -16,6 +17,7 @@ use crate::settings::{self, choice, settings};
 use crate::telemetry::LogSettings;
 use crate::tuning::{Factors, LoraSettings, Tuning};
 use crate::watchdog::WatchdogSettings;
+pub use validation::ValidationSettings;
 
 /// The configuration that runs when none is named, embedded in the binary.
 pub const DEFAULT: &str = include_str!("../configs/digits.toml");
@@ -123,6 +125,9 @@ settings! {
         pub keep_last: u64 = 2, in 1..;
         /// Checkpoints whose step is a multiple of this are kept for ever.
         pub keep_every: Option<u64> = None, in 1..;
+        /// With [validation], save where its loss is the lowest so far, and keep that checkpoint,
+        /// to which the link `best` in the run folder leads.
+        pub keep_best: bool = true;
     }
 }
 
@@ -143,6 +148,8 @@ settings! {
         pub flow_matching: FlowSettings, as table;
         /// What it is trained on.
         pub data: DataSettings, as table;
+        /// What it is judged on.
+        pub validation: ValidationSettings, as table;
         /// An optimizer step.
         pub train: TrainSettings, as table;
         /// Low-rank changes that are trained instead of the model.
@@ -368,6 +375,7 @@ impl RunConfig {
         of_lora.into_iter().for_each(|(key, what)| say(key, what));
         self.ema.problems().into_iter().for_each(|(key, what)| say(key, what));
         self.data.problems().into_iter().for_each(|(key, what)| say(&key, what));
+        self.validation.problems(&self.data).into_iter().for_each(|(key, what)| say(key, what));
         if self.data.counts_tokens() {
             if self.train.global_batch_size.is_none() {
                 say("train.global_batch_size", NEEDS_GLOBAL_BATCH.into());

@@ -27,6 +27,8 @@ pub enum Phase {
     Optimizer,
     /// Repeating a step's forward and backward to find the tensor that was not finite.
     Diagnose,
+    /// Judging samples that are not trained on.
+    Validate,
     /// Comparing parameters between ranks.
     Compare,
     /// Copying the tensors of a checkpoint.
@@ -61,6 +63,7 @@ impl Phase {
         ("reduce", Phase::Reduce),
         ("optimizer", Phase::Optimizer),
         ("diagnose", Phase::Diagnose),
+        ("validate", Phase::Validate),
         ("compare", Phase::Compare),
         ("snapshot", Phase::Snapshot),
         ("write", Phase::Write),

@@ -24,6 +24,7 @@ pub enum Purpose {
     Sampling = 5,
     Test = 6,
     Dropout = 7,
+    Validation = 8,
 }
 
 /// Identifies one use of randomness. Equal keys give equal numbers, on any rank and in any process.

@@ -9,6 +9,8 @@
 
 /// C: devices that fail and memory that runs out.
 mod devices;
+/// C: processes that die, fail, hang or are slow while samples are judged.
+mod judging;
 /// A: configurations and launches that cannot work. B: data that cannot be trained on.
 mod launching;
 /// E: numbers that are not finite, losses that stand out, ranks that drift apart.

@@ -48,7 +48,8 @@ pub fn train_in_threads(
     folders.swap_remove(0)
 }
 
-/// Bytes of every file of a checkpoint by name.
+/// Bytes of every file of a checkpoint by name: model, optimizer and manifest; averages and a
+/// validation where there are.
 pub fn checkpoint(run: &Path, step: u64) -> BTreeMap<String, Vec<u8>> {
     let folder = run.join(format!("step-{step:08}"));
     let entries =
@@ -57,8 +58,9 @@ pub fn checkpoint(run: &Path, step: u64) -> BTreeMap<String, Vec<u8>> {
         (path.file_name().unwrap().to_str().unwrap().to_string(), fs::read(&path).unwrap())
     };
     let files: BTreeMap<_, _> = entries.map(|entry| read(entry.unwrap().path())).collect();
-    let averages = files.keys().filter(|name| name.starts_with("ema-")).count();
-    assert_eq!(files.len(), 3 + averages, "model, optimizer, manifest: {:?}", files.keys());
+    let is_further = |name: &&String| name.starts_with("ema-") || *name == "validation.json";
+    let further = files.keys().filter(is_further).count();
+    assert_eq!(files.len(), 3 + further, "{:?}", files.keys());
     files
 }
 

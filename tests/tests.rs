@@ -92,6 +92,8 @@ mod threads {
     mod text_lengths;
     /// Every family trains, on ranks that stay equal, and resumes exactly.
     pub mod training;
+    /// A validation has one number, and the best checkpoint by it stays.
+    pub mod validation;
 }
 
 /// The program as a user starts it, alone or under `mpirun`.
@@ -117,6 +119,8 @@ mod program {
     mod resume;
     /// The scripts for GPUs are held true where there is none.
     mod scripts;
+    /// A validation is planned, told and drawn; a kill amid it costs nothing.
+    mod validation;
 }
 
 /// Worlds whose ranks are processes.
@@ -179,6 +183,8 @@ mod oracle {
     mod rules;
     /// Samples are those of diffusers' pipelines, and their conditions are read strictly.
     mod sampling;
+    /// The losses of a validation are NeMo AutoModel's.
+    mod validation;
 }
 
 /// What only a GPU can show; `launch/test-gpu.sh` runs it.

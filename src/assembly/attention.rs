@@ -1,7 +1,10 @@
 //! A run's attention on GPUs: its cases, from the configuration and the data, and the choice of
 //! backends.
 
+use std::sync::Arc;
+
 use super::dataset;
+use super::validation::ValidationSet;
 use crate::attention::{Case, Findings, NodeReport, Trial, asked, cases_of, common, lines};
 use crate::collective::Collective;
 use crate::collective::agreement::agreed;
@@ -33,11 +36,17 @@ pub fn tokens_of_sample(config: &RunConfig, latents: &[i64], text: Option<i64>) 
     Tokens { image: config.model.family.image_tokens(latents), text: text.unwrap_or(0) }
 }
 
-/// Returns the tokens of every resolution group of the configured data; none if the data cannot be
-/// opened, which ends the run where it opens them to train.
+/// Returns the tokens of every resolution group of the configured data, that to train on and that to
+/// judge by; none if they cannot be opened, which ends the run where it opens them to train.
 pub fn tokens_of_data(config: &RunConfig) -> Vec<Tokens> {
-    let Ok(dataset) = dataset(config) else { return Vec::new() };
-    dataset.groups().iter().map(|group| tokens_of_group(config, &dataset, group)).collect()
+    let Ok(trained) = dataset(config).map(Arc::new) else { return Vec::new() };
+    let judged = ValidationSet::of(config, &trained).ok().flatten().map(|set| set.dataset);
+    let others = judged.filter(|judged| !Arc::ptr_eq(judged, &trained));
+    let tokens = |dataset: Arc<Dataset>| {
+        let of_group = |group: &Group| tokens_of_group(config, &dataset, group);
+        dataset.groups().iter().map(of_group).collect::<Vec<_>>()
+    };
+    [trained].into_iter().chain(others).flat_map(tokens).collect()
 }
 
 fn cases(config: &RunConfig, samples: &[Tokens]) -> Result<Vec<Case>> {

@@ -3,6 +3,7 @@
 
 pub mod attention;
 pub mod device;
+pub mod validation;
 
 use std::path::Path;
 
@@ -24,14 +25,20 @@ use crate::run::length::Length;
 use crate::run::pretrained::{self, Origin};
 use crate::tuning::with_strength;
 
-/// Opens the configured data, with the configured treatment of bad samples and of texts of unequal
-/// length, and with frames where the model takes videos.
+/// Opens the configured data, without the samples that are held out of training, with the
+/// configured treatment of bad samples and of texts of unequal length, and with frames where the
+/// model takes videos.
 ///
 /// # Errors
-/// Errors of [`Dataset::configured`]; [`Error::Data`](crate::error::Error::Data) if a text is longer
-/// than `data.text_tokens`.
+/// Errors of [`Dataset::configured`] and [`Dataset::holding_out`];
+/// [`Error::Data`](crate::error::Error::Data) if a text is longer than `data.text_tokens`.
 pub fn dataset(config: &RunConfig) -> Result<Dataset> {
-    Dataset::configured(&config.data)?
+    let dataset = Dataset::configured(&config.data)?.holding_out(config.validation.share)?;
+    as_configured(config, dataset)
+}
+
+fn as_configured(config: &RunConfig, dataset: Dataset) -> Result<Dataset> {
+    dataset
         .with_frames(config.model.family.takes_frames())
         .on_bad(config.data.on_bad)
         .text_padding(config.text_padding())

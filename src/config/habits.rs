@@ -108,6 +108,7 @@ pub(super) const HABITS: &[Habit] = &[
         "checkpoints_total_limit save_total_limit max_step_saves_to_keep keep_latest_k keep_last_n save_last_n_steps",
         &["checkpoint.keep_last"],
     ),
+    same("save_best save_best_only save_top_k load_best_model_at_end", &["checkpoint.keep_best"]),
     same("async_save async_mode is_async async_checkpoint", &["checkpoint.asynchronous"]),
     other(
         "checkpoint.enabled checkpoint.enable enable_checkpoint save_checkpoint",
@@ -248,9 +249,23 @@ pub(super) const HABITS: &[Habit] = &[
         remark: "TensorBoard's files, which `wandb sync` uploads; metrics.jsonl is always there",
     },
     same("num_inference_steps sample_steps inference_steps", &["sampling.num_steps"]),
+    same(
+        "val_every_steps eval_every_n_steps eval_steps eval_interval eval_steps_interval validate_every_n_steps \
+         val_check_interval validation.freq validation.interval",
+        &["validation.every_n_steps"],
+    ),
+    Habit {
+        theirs: "eval_every_n_epochs eval_epoch_interval validate_every_n_epochs",
+        ours: &["validation.every_n_steps"],
+        remark: "it counts steps",
+    },
+    same("validation_split val_split", &["validation.share"]),
+    same(
+        "eval_datasets eval_dataset validation_dataset val_dataset validation_data_dir validation_dataloader",
+        &["validation.path"],
+    ),
     other(
-        "sample_every sample_every_n_steps validation_steps validation_prompts eval_every_n_steps eval_every_n_epochs \
-         eval_steps",
+        "sample_every sample_every_n_steps validation_steps validation_prompts",
         "samples are generated at the end of a run, see [sampling], and by `fm-dist sample` from any checkpoint",
     ),
 ];
@@ -349,6 +364,9 @@ mod tests {
                 "optim.learning_rate (line 2): unknown key; did you mean optimizer.adamw.lr?",
             ),
             ("[training]\nsteps = 3", "did you mean max_steps?"),
+            ("val_every_steps = 3", "did you mean validation.every_n_steps?"),
+            ("eval_every_n_epochs = 3", "did you mean validation.every_n_steps? (it counts steps)"),
+            ("[validation]\ndataset = \"a\"", "did you mean"),
             ("[model]\ntype = \"flux\"", "the family is the table that is there"),
             ("use_ema = true", "did you mean ema.decay? (which alone turns averages"),
             ("[ema]\nema_decay = 0.99", "did you mean ema.decay?"),

@@ -26,8 +26,10 @@ pub type Layout = BTreeMap<String, SampleTensor>;
 pub struct Group {
     pub name: String,
     pub data_type: DataType,
-    /// Ids, ascending.
+    /// Ids of the samples that can be trained on, ascending.
     pub sample_ids: Vec<u64>,
+    /// Ids of the samples that are never trained on, ascending.
+    pub held_out: Vec<u64>,
     pub layout: Layout,
 }
 

@@ -74,6 +74,22 @@ impl<T: Send + 'static> Loader<T> {
         Ok(Loader { unmeasured, ..Loader::over(places, read, make, path, prefetch)? })
     }
 
+    /// Starts to read batches of these samples in their order, `prefetch` ahead of the one in use.
+    /// `make` computes a value of each batch that was read, on the same thread.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn of_samples(
+        dataset: Arc<Dataset>,
+        batches: Vec<Vec<u64>>,
+        prefetch: usize,
+        make: impl Fn(usize, &Batch) -> Result<T> + Send + Sync + 'static,
+    ) -> Result<Self> {
+        let (path, places) = (dataset.path().to_path_buf(), 0..batches.len());
+        let read = move |place: usize| dataset.batch(&batches[place]);
+        Loader::over(places, read, make, path, prefetch)
+    }
+
     /// Loads the batches that `read` returns for the places, and what `make` makes of them.
     fn over<P: Copy + 'static>(
         places: impl Iterator<Item = P> + Clone + Send + 'static,

@@ -3,6 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, IntoInnerError, Write};
+use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use rustix::fs::{FallocateFlags, fallocate, statvfs};
@@ -21,6 +22,7 @@ pub enum FileOperation {
     Sync,
     SyncFolder,
     Rename,
+    Link,
     Delete,
 }
 
@@ -88,6 +90,19 @@ impl Disk {
         self.before(FileOperation::Rename, to)
             .and_then(|()| fs::rename(from, to))
             .map_err(Error::storage(to, "rename to"))
+    }
+
+    /// Makes the link `path` lead to `target`, whatever it led to, so that a reader finds the one or
+    /// the other. `scratch`: a path beside it, which is overwritten.
+    pub fn link(self, target: &Path, path: &Path, scratch: &Path) -> Result<()> {
+        let linked = self.before(FileOperation::Link, path).and_then(|()| {
+            match fs::remove_file(scratch) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => symlink(target, scratch)?,
+            }
+            fs::rename(scratch, path)
+        });
+        linked.map_err(Error::storage(path, "link"))
     }
 
     /// Deletes a folder and its contents.

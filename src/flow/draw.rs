@@ -1,7 +1,7 @@
 //! The random numbers of a micro-batch, apart from what is computed with them, so that a thread can
 //! draw them beside the step before.
 
-use tch::{Device, Tensor, no_grad};
+use tch::{Device, Kind, Tensor, no_grad};
 
 use super::adapter::{DropoutScope, TaskType};
 use super::image_tokens::ImageTokens;
@@ -38,6 +38,17 @@ pub struct Drawn {
     pub drop: Option<Tensor>,
 }
 
+/// The random numbers of samples that are judged at fixed noise levels.
+#[derive(Debug)]
+pub struct DrawnNoise {
+    task_type: TaskType,
+    /// As that of [`Drawn`].
+    image_to_video: Tensor,
+    /// As that of [`Drawn`].
+    noise: Tensor,
+    num_train_timesteps: i64,
+}
+
 impl DrawRules {
     pub(super) fn new(
         settings: &FlowMatchingSettings,
@@ -55,6 +66,28 @@ impl DrawRules {
             DrawPlace::Host => Device::Cpu,
             DrawPlace::Device => self.device,
         }
+    }
+
+    /// Returns the same rules with all draws by the CPU's generator, the same on every device.
+    pub fn on_host(mut self) -> Self {
+        self.settings.draws = DrawPlace::Host;
+        self
+    }
+
+    /// Draws the noise and the task of samples that are judged at fixed noise levels. Neither
+    /// depends on how training draws its noise levels.
+    ///
+    /// # Errors
+    /// As [`draw`](Self::draw).
+    pub fn draw_noise(&self, batch: &Batch, stream: &Stream) -> Result<DrawnNoise> {
+        let latents = latents_of(batch)?.size();
+        let draws = stream.open_on(self.generator());
+        Ok(no_grad(|| {
+            let noise = draws.normal(0.0, 1.0, &latents);
+            let (task_type, image_to_video) = self.task_type(batch.data_type, &latents, &draws);
+            let num_train_timesteps = self.settings.num_train_timesteps;
+            DrawnNoise { task_type, image_to_video, noise, num_train_timesteps }
+        }))
     }
 
     /// Makes all draws of a step in the order of the reference: task, timesteps, noise, then
@@ -142,6 +175,28 @@ impl DrawRules {
     }
 }
 
+impl DrawnNoise {
+    /// As [`Drawn::on`].
+    pub fn on(self, device: Device) -> Self {
+        DrawnNoise { noise: self.noise.to_device(device), ..self }
+    }
+
+    /// Returns the numbers of a step in which all samples have this noise level and keep their
+    /// conditions.
+    pub fn at(&self, sigma: f64) -> Drawn {
+        let samples = self.noise.size()[0];
+        let sigma = Tensor::full([samples], sigma, (Kind::Float, self.noise.device()));
+        let timesteps = &sigma * self.num_train_timesteps as f64;
+        Drawn {
+            task_type: self.task_type,
+            image_to_video: self.image_to_video.shallow_clone(),
+            sampled: SampledTimesteps { sigma, timesteps, method: "fixed", shift: 1.0 },
+            noise: self.noise.shallow_clone(),
+            drop: None,
+        }
+    }
+}
+
 impl Drawn {
     /// Returns the numbers on `device`, without a wait for a copy from pinned memory. The marks of
     /// samples stay where they were drawn.
@@ -162,8 +217,6 @@ impl Drawn {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-
-    use tch::Kind;
 
     use super::*;
     use crate::rng::{Key, Purpose};
@@ -235,6 +288,28 @@ mod tests {
         assert!(drawn.sampled.sigma.equal(&crate::flow::time_shift::shifted(&u, 3.0)));
         assert!(drawn.noise.equal(&draws.normal(0.0, 1.0, &[3, 2, 4, 2, 2])));
         assert!(drawn.drop.expect("it may drop").equal(&draws.uniform(&[3]).lt(0.1)));
+    }
+
+    #[test]
+    fn noise_at_fixed_levels_is_a_samples_own_whatever_the_law_and_drops_nothing() {
+        let of = |settings: FlowMatchingSettings, place: usize| {
+            let rules = DrawRules::new(
+                &settings,
+                Some(DropoutScope::Sample),
+                &ImageTokens::default(),
+                Device::Cpu,
+            );
+            rules.draw_noise(&batch(), &streams()[place]).expect("sound latents")
+        };
+        let usual = of(FlowMatchingSettings::default(), 2);
+        let uniform =
+            FlowMatchingSettings { use_sigma_noise: false, ..FlowMatchingSettings::default() };
+        let (low, high) = (usual.at(0.25), of(uniform, 2).at(0.75));
+        assert!(low.noise.equal(&high.noise) && low.image_to_video.equal(&high.image_to_video));
+        assert!(low.drop.is_none());
+        let numbers = |tensor: &Tensor| Vec::<f32>::try_from(tensor).expect("f32");
+        assert_eq!(numbers(&high.sampled.sigma), [0.75; 3]);
+        assert_eq!(numbers(&high.sampled.timesteps), [750.0; 3]);
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod batch_keys;
 mod draw;
 mod guidance;
 mod image_tokens;
+mod levels;
 mod loss;
 mod noise_levels;
 mod pipeline;
@@ -25,9 +26,10 @@ mod timesteps;
 
 pub use adapter::{DropoutScope, FlowMatchingContext, ModelAdapter, TaskType};
 pub use batch_keys::{BatchKey, DataShapes, Note, Role, Shapes, check_keys, with_sample_axis};
-pub use draw::{DrawRules, Drawn};
+pub use draw::{DrawRules, Drawn, DrawnNoise};
 pub use guidance::{Guidance, Guide};
 pub use image_tokens::ImageTokens;
+pub use levels::Levels;
 pub use loss::{
     EXPLODED, Kept, LOSS_MASK, LossValues, axes_of_mask, bsmntw_table, check_loss, is_sound,
 };

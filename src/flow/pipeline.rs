@@ -320,6 +320,18 @@ impl FlowMatchingPipeline {
         })
     }
 
+    /// Returns the mean squared error of each sample, `[B]` f32, times the masks' weights: the loss
+    /// by which models are judged, whatever that of training is.
+    pub fn squared_errors(&self, output: &StepOutput) -> Tensor {
+        match self.huber {
+            None => output.loss.sample_losses(),
+            Some(_) => {
+                let errors = self.adapter.compute_loss(&output.model_pred, &output.target);
+                output.loss.sample_means(&errors)
+            }
+        }
+    }
+
     /// Returns the elements that the adapter's mask and, if it is applied, the batch's mask keep.
     fn kept(
         &self,

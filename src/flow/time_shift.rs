@@ -18,6 +18,11 @@ pub fn shifted(u: &Tensor, shift: f64) -> Tensor {
     (u.reciprocal() - 1.0 + shift).reciprocal() * shift
 }
 
+/// Does as [`shifted`] for one number above 0.
+pub(super) fn shifted_number(u: f64, shift: f64) -> f64 {
+    shift / (shift + (1.0 / u - 1.0))
+}
+
 /// Returns the `u` that [`shifted`] maps to `sigma`.
 pub fn unshifted(sigma: f64, shift: f64) -> f64 {
     sigma / (sigma + shift * (1.0 - sigma))

@@ -12,7 +12,7 @@ use crate::rng::{Draws, Toss};
 use crate::settings::Choice;
 
 /// `u` is never below this, so that 1/u stays finite.
-const FLOOR: f64 = 1e-5;
+pub(super) const FLOOR: f64 = 1e-5;
 
 /// Places of a batch's samples among equal slices of probability: sample `i` draws within slice
 /// `positions[i]` of `total`.
@@ -137,7 +137,7 @@ impl Drawing<'_> {
 
 /// The probability of a draw below `u`: the quantile function inverted by bisection to the last
 /// bit.
-fn probability_below(distribution: &dyn Distribution, u: f64) -> f64 {
+pub(super) fn probability_below(distribution: &dyn Distribution, u: f64) -> f64 {
     let (mut low, mut high) = (0.0, 1.0);
     for _ in 0..64 {
         let middle = 0.5 * (low + high);

@@ -2,10 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
+use std::sync::Arc;
 
 use bytesize::ByteSize;
 
 use crate::assembly::attention::{tokens_of_group, tokens_of_sample};
+use crate::assembly::validation::ValidationSet;
 use crate::assembly::{dataset, order};
 use crate::config::{MicroBatches, RunConfig};
 use crate::data::{Dataset, Group};
@@ -18,6 +20,7 @@ use crate::plan::RankMemory;
 use crate::plan::attention::attention;
 use crate::plan::data::{check_data, rehearse_data, shares, trained_groups};
 use crate::plan::scaling::{ScalingRequest, scaling};
+use crate::plan::validation::{check_validation, plan_validation};
 use crate::run::runs::OutputDir;
 use crate::sample::generate::check_conditions;
 use crate::settings::{Choice, Family};
@@ -136,7 +139,8 @@ impl Plan {
     ) -> Result<(RankMemory, Tokens)> {
         config.global_batch(world_size)?;
         let dataset = dataset(config).map_err(|error| or_without_data(error, config))?;
-        let notes = check_data(config, &dataset)?;
+        let dataset = Arc::new(dataset);
+        let mut notes = check_data(config, &dataset)?;
         rehearse_data(config, &dataset)?;
         check_conditions(config, &dataset)?;
         let order = order(config, &dataset, world_size)?;
@@ -163,6 +167,12 @@ impl Plan {
         );
         let of_run = config.num_steps(steps);
         self.line("run", &format!("{of_run} steps, {:.1} epochs", of_run as f64 / steps as f64));
+        if let Some(set) = ValidationSet::of(config, &dataset)? {
+            notes.extend(check_validation(config, &set, &dataset)?);
+            rehearse_data(config, &set.dataset)?;
+            let planned = plan_validation(config, stages, &set, &memory, world_size)?;
+            planned.iter().for_each(|(name, value)| self.line(name, value));
+        }
         notes.iter().for_each(|note| self.line("note", &note.to_string()));
         order.small_groups().iter().for_each(|what| self.line("note", what));
         if let Some(what) = lr::warning(&config.lr_scheduler, of_run) {
@@ -292,6 +302,6 @@ fn columns_of(bytes: impl Iterator<Item = u64>) -> String {
 }
 
 /// `12.34 GiB`.
-fn shown(bytes: u64) -> String {
+pub(super) fn shown(bytes: u64) -> String {
     format!("{:.2}", ByteSize(bytes))
 }

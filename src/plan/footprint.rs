@@ -86,6 +86,20 @@ pub fn footprint(
     }
 }
 
+/// Estimates the bytes that a forward takes which no backward follows: at most what its largest stage
+/// would keep, and what goes into a stage and comes out of it.
+pub fn forward_bytes(
+    stages: &[Box<dyn Stage>],
+    width: i64,
+    tokens: Tokens,
+    samples: i64,
+    kind: Kind,
+) -> u64 {
+    let kept = stages.iter().map(|stage| kept_bytes(stage.params(), tokens, samples, kind));
+    let largest = kept.fold(0.0, f64::max) as u64;
+    largest + 2 * footprint(stages, width, tokens, samples, kind).boundary
+}
+
 /// Returns the bytes that a stage's graph keeps: what its matrices read and write, and what is kept
 /// beside them. A frozen matrix needs no input in the backward pass.
 pub(super) fn kept_bytes(params: &ParamSet, tokens: Tokens, samples: i64, kind: Kind) -> f64 {

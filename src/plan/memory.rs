@@ -96,6 +96,13 @@ impl RankMemory {
         step.max(begin) + self.process
     }
 
+    /// Returns the bytes of a rank in the memory of its device while samples are judged: its state,
+    /// without gradients, and `forward` bytes of activations.
+    pub fn judging(&self, parallel: &ParallelSettings, world_size: u64, forward: u64) -> u64 {
+        let ParallelSettings { sharding, offload, .. } = *parallel;
+        self.layout.resting_bytes(sharding, offload, world_size) + forward + self.process
+    }
+
     /// Returns the bytes of host memory that a rank's offloaded state takes.
     pub fn on_host(&self, parallel: &ParallelSettings, world_size: u64) -> u64 {
         let ParallelSettings { sharding, offload, .. } = *parallel;
@@ -149,6 +156,24 @@ impl StateLayout {
         kept + backward.max(update)
     }
 
+    /// Returns the bytes of weights and optimizer state that one of `world_size` ranks holds on its
+    /// device between steps, and of the stages that a forward gathers.
+    fn resting_bytes(&self, sharding: Sharding, offload: Offload, world_size: u64) -> u64 {
+        let Shares { sharding, all, owned, frozen, .. } = self.shares(sharding, world_size);
+        let weights = frozen + if sharding == Sharding::Parameters { owned } else { all };
+        let state = if offload.optimizer() { 0 } else { self.updated_bytes() * owned };
+        self.compute_bytes * weights + state + self.gathered_bytes(sharding)
+    }
+
+    /// Returns the bytes of the stage that computes and the one that is being gathered.
+    fn gathered_bytes(&self, sharding: Sharding) -> u64 {
+        let whole = self.stages.iter().zip(&self.frozen).map(|(trained, frozen)| trained + frozen);
+        match sharding {
+            Sharding::Parameters => 2 * self.compute_bytes * whole.max().unwrap_or(0),
+            _ => 0,
+        }
+    }
+
     /// Returns the bytes of weights and master values that one of `world_size` ranks holds.
     fn values_per_rank(&self, sharding: Sharding, world_size: u64) -> u64 {
         let Shares { sharding, all, owned, frozen, .. } = self.shares(sharding, world_size);
@@ -192,12 +217,7 @@ impl StateLayout {
     fn backward_bytes(&self, sharding: Sharding, all: u64, owned: u64, largest: u64) -> u64 {
         // Each parameter's own gradient, before they are joined in a bucket.
         let fresh = self.compute_bytes * largest;
-        // One stage is computing, and the next one is being gathered.
-        let whole = self.stages.iter().zip(&self.frozen).map(|(trained, frozen)| trained + frozen);
-        let gathered = match sharding {
-            Sharding::Parameters => 2 * self.compute_bytes * whole.max().unwrap_or(0),
-            _ => 0,
-        };
+        let gathered = self.gathered_bytes(sharding);
         // The joined gradients, before they are added to the sums or cut into shards; with a single
         // micro-batch these are the sums.
         let joined =
@@ -359,6 +379,22 @@ mod tests {
         assert_eq!(bytes(Sharding::Parameters), 100 * 2 + 4 * 2 + sharded + 2 * 2 * 316);
         assert_eq!(layout.collectives(Sharding::None), "1 all-reduces");
         assert_eq!(layout.collectives(Sharding::Parameters), "1 reduce-scatters, 3 all-gathers");
+    }
+
+    #[test]
+    fn judging_takes_the_state_and_no_gradient() {
+        let layout = StateLayout {
+            stages: vec![100, 300],
+            frozen: vec![0; 2],
+            compute_bytes: 2,
+            optimizer_tensors: 2,
+            micro_batches: 1,
+        };
+        let bytes = |sharding, offload| layout.resting_bytes(sharding, offload, 8);
+        assert_eq!(bytes(Sharding::None, Offload::None), 400 * (2 + 4 + 8));
+        assert_eq!(bytes(Sharding::None, Offload::Optimizer), 400 * 2);
+        assert_eq!(bytes(Sharding::Gradients, Offload::None), 400 * 2 + 51 * (4 + 8));
+        assert_eq!(bytes(Sharding::Parameters, Offload::None), 51 * (2 + 4 + 8) + 2 * 300 * 2);
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod forecast;
 mod memory;
 mod prediction;
 mod scaling;
+mod validation;
 mod work;
 
 pub use check::{CheckRequest, check};
@@ -17,4 +18,5 @@ pub use forecast::memory_forecast;
 pub use memory::{RankMemory, StateLayout};
 pub use prediction::{Cluster, KNOWN_NAME, Prediction, StageWork, Workload};
 pub use scaling::ScalingRequest;
+pub use validation::{check_validation, judged_text};
 pub use work::{ForwardWork, forward_work};

@@ -13,7 +13,7 @@ pub type Values = BTreeMap<String, String>;
 
 /// Keys and tables that a checkpoint does not record: their values do not change the checkpoint
 /// that the same steps give, or the manifest holds their effect under another name.
-const UNRECORDED: [&str; 25] = [
+const UNRECORDED: [&str; 26] = [
     "seed",
     "max_steps",
     "max_epochs",
@@ -31,6 +31,7 @@ const UNRECORDED: [&str; 25] = [
     "data.micro_batch_size_per_gpu",
     "data.micro_batch_tokens_per_gpu",
     "data.prefetch",
+    "validation",
     "train.global_batch_size",
     "train.gradient_accumulation_steps",
     "parallel",
@@ -55,8 +56,11 @@ const OF_CHANGES: [&str; 6] = [
     "lora.use_dora",
 ];
 
-/// The only key of `[parallel]` that changes the random draws.
-const SEED_SCOPE: &str = "parallel.seed_scope";
+/// Keys of these tables that are recorded: one changes the random draws, one what is trained on.
+const RECORDED: [&str; 2] = ["parallel.seed_scope", HELD_OUT];
+
+/// The key of the samples that are never trained on.
+const HELD_OUT: &str = "validation.share";
 
 /// Returns every set key of a configuration.
 pub fn values(config: &RunConfig) -> Values {
@@ -110,7 +114,7 @@ fn only_recorded(values: Values) -> Values {
 }
 
 fn is_recorded(key: &str) -> bool {
-    key == SEED_SCOPE || !UNRECORDED.iter().any(|unrecorded| is_below(key, unrecorded))
+    RECORDED.contains(&key) || !UNRECORDED.iter().any(|unrecorded| is_below(key, unrecorded))
 }
 
 /// True for a key or table, and for every key in that table.
@@ -148,6 +152,13 @@ pub fn listed(was: &Values, is: &Values) -> Vec<String> {
     let keys: BTreeSet<&String> = was.keys().chain(is.keys()).collect();
     let differing = keys.into_iter().filter(|key| was.get(*key) != is.get(*key));
     differing.map(|key| format!("{key}: was {}, is {}", shown(was, key), shown(is, key))).collect()
+}
+
+/// Returns the difference between a record's share of held-out samples and the configured one.
+pub fn other_share(record: &Values, config: &RunConfig) -> Option<String> {
+    let of = |values: &Values| values.get(HELD_OUT).cloned().unwrap_or_else(|| "unset".into());
+    let (was, now) = (of(record), of(&values(config)));
+    (was != now).then(|| format!("{HELD_OUT} is {now}, the checkpoint's was {was}"))
 }
 
 /// Compares a recorded architecture with the configured one. Returns the differing keys as a reason

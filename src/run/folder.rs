@@ -1,7 +1,7 @@
 //! One folder for each run, and its contents.
 //!
 //! `config.toml`, `metrics.jsonl`, `log/`, `step-NNNNNNNN/`, `starts.json`, `report.html`,
-//! `loss.png`; `run.lock` while the run is alive; `config-1.toml`, … are the configurations before
+//! `loss.png`; the link `best` to the checkpoint of the lowest validation loss; `run.lock` while the run is alive; `config-1.toml`, … are the configurations before
 //! a resume changed them. Only the names of the checkpoints tell which one is the newest; a file
 //! called `latest` is neither read nor written.
 

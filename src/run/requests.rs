@@ -6,8 +6,8 @@
 //!
 //! Requests are read at the end of each step, when the step's report spreads one rank's request to
 //! all. Before the first step, the rank that reads weights or verifies a checkpoint checks for them
-//! and ends the run, see [`go_on`]. They are checked as well while samples for the report are
-//! generated, which are then left out. A command without steps ends at once by its signal.
+//! and ends the run, see [`go_on`]. They are checked as well during a validation and while samples for the
+//! report are generated, which are then left out. A command without steps ends at once by its signal.
 
 use std::cell::Cell;
 use std::fs;
@@ -115,7 +115,7 @@ impl Requests {
         self.in_files()
     }
 
-    /// Returns an error if any rank is requested to stop; called after the last step.
+    /// Returns an error if any rank is requested to stop; called where no step is under way.
     ///
     /// # Errors
     /// [`Error::Stopped`] on every rank alike; [`Error::Peer`] if another rank agrees on an error
@@ -127,7 +127,7 @@ impl Requests {
         pulse::still_at_work();
         let own = if self.heard() == Request::Stop { "stop" } else { "" };
         match agree(Ok(own.into()), collective)?.iter().any(|text| !text.is_empty()) {
-            true => Err(Error::Stopped { what: "asked to stop after the last step".into() }),
+            true => Err(Error::Stopped { what: "asked to stop after the step".into() }),
             false => Ok(()),
         }
     }

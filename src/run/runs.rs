@@ -1,7 +1,8 @@
 //! Lists the runs of one `output_dir`: `output_dir` itself, then `output_dir-2`, `output_dir-3`, …
 //! with or without gaps.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -149,11 +150,21 @@ impl OutputDir {
 /// start leaves only its configuration, its log and its failure files, which a new run may
 /// overwrite.
 pub fn is_unused(folder: &Path) -> bool {
-    let bytes = |name: &str| fs::metadata(folder.join(name)).map_or(0, |found| found.len());
     let has_step =
-        bytes(METRICS) > 0 || checkpoint::list(folder).is_ok_and(|list| !list.is_empty());
-    let is_a_runs = bytes(CONFIG) == 0 || folder.join("log").join("rank-00000.jsonl").exists();
+        has_metrics(folder) || checkpoint::list(folder).is_ok_and(|list| !list.is_empty());
+    let bytes = fs::metadata(folder.join(CONFIG)).map_or(0, |found| found.len());
+    let is_a_runs = bytes == 0 || folder.join("log").join("rank-00000.jsonl").exists();
     !has_step && is_a_runs
+}
+
+/// True if a folder has metrics of a step. Those of step 0 are of a validation before the first one.
+fn has_metrics(folder: &Path) -> bool {
+    let Ok(file) = File::open(folder.join(METRICS)) else { return false };
+    let step_of = |line: &String| {
+        let object: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
+        object.get("step").and_then(serde_json::Value::as_u64)
+    };
+    BufReader::new(file).lines().map_while(Result::ok).any(|line| step_of(&line) != Some(0))
 }
 
 /// True if a numbered folder is the `output_dir` of its own run, and so belongs to another
@@ -257,7 +268,7 @@ mod tests {
         fs::write(folder.join(CONFIG), "seed = 1\n").unwrap();
         assert!(!is_unused(&folder), "a configuration that somebody keeps there");
         fs::write(folder.join("log/rank-00000.jsonl"), "{}\n").unwrap();
-        fs::write(folder.join(METRICS), "").unwrap();
+        fs::write(folder.join(METRICS), "{\"step\":0,\"validation_loss\":1.0}\n").unwrap();
         assert!(is_unused(&folder), "a start that died before its first step");
         fs::write(folder.join(METRICS), "{}\n").unwrap();
         assert!(!is_unused(&folder), "a step");

@@ -1,7 +1,7 @@
 //! Meters: seconds by phase, throughput over a window, durations as text, peak memory.
 
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Seconds by phase of a step. Each lap assigns the time since the previous lap to a phase, so that
 /// no time is counted twice.
@@ -66,6 +66,11 @@ impl Throughput {
         }
     }
 
+    /// Leaves out a time since the last record that belongs to none of the amounts.
+    pub fn leave_out(&mut self, time: Duration) {
+        self.records.iter_mut().for_each(|(when, _)| *when += time);
+    }
+
     /// `None` before the second record: the first one only starts the clock.
     pub fn per_second(&self) -> Option<f64> {
         let (first, _) = self.records.front()?;
@@ -104,9 +109,18 @@ fn peak_of(status: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
+
+    #[test]
+    fn a_time_that_is_left_out_is_in_no_speed() {
+        let (mut speed, start) = (Throughput::new(5), Instant::now());
+        let at = |seconds: u64| start + Duration::from_secs(seconds);
+        speed.record_at(at(0), 0.0);
+        speed.record_at(at(2), 8.0);
+        speed.leave_out(Duration::from_secs(100));
+        speed.record_at(at(104), 8.0);
+        assert_eq!(speed.per_second(), Some(4.0));
+    }
 
     #[test]
     fn laps_add_up_to_the_time_that_passed() {

@@ -23,13 +23,14 @@ pub struct MetricsFile {
 
 impl MetricsFile {
     /// Keeps the lines up to `step` and appends after them; the file need not exist yet. A new run
-    /// resumes after step 0.
+    /// resumes after step 0. `redone`: a key whose lines of that very step are written again, and
+    /// not kept.
     ///
     /// # Errors
     /// [`Error::Storage`] if the file cannot be read, cut or opened.
-    pub fn resume_after(path: &Path, step: u64) -> Result<Self> {
+    pub fn resume_after(path: &Path, step: u64, redone: Option<&str>) -> Result<Self> {
         if path.exists() {
-            cut_after(path, step)?;
+            cut_after(path, step, redone)?;
         }
         let file = LineFile::open(path).map_err(Error::storage(path, "open"))?;
         Ok(MetricsFile { file: Some(file), path: path.into(), failure: FirstFailure::default() })
@@ -40,7 +41,7 @@ impl MetricsFile {
         MetricsFile { file: None, path: PathBuf::new(), failure: FirstFailure::default() }
     }
 
-    /// Appends one step's metrics, an object with an integer `step`. A failing disk causes one
+    /// Appends metrics of a step, an object with an integer `step`. A failing disk causes one
     /// warning, and training continues.
     ///
     /// # Panics
@@ -104,16 +105,19 @@ pub fn column(lines: &[Map<String, Value>], name: &str) -> Vec<(f64, f64)> {
         .collect()
 }
 
-/// Keeps only the whole lines up to `step`; leaves the file unchanged if it has no others.
-fn cut_after(path: &Path, step: u64) -> Result<()> {
+/// Keeps only the whole lines up to `step`, without those of that step that have the key `redone`;
+/// leaves the file unchanged if it has no others.
+fn cut_after(path: &Path, step: u64, redone: Option<&str>) -> Result<()> {
     let lines = || {
         File::open(path)
             .map(|file| BufReader::new(file).split(b'\n'))
             .map_err(Error::storage(path, "read"))
     };
     let stays = |line: &[u8]| {
-        let object: Option<Map<String, Value>> = serde_json::from_slice(line).ok();
-        object.and_then(|object| object.get(STEP)?.as_u64()).is_some_and(|found| found <= step)
+        let object: Map<String, Value> = serde_json::from_slice(line).unwrap_or_default();
+        let is_redone = redone.is_some_and(|key| object.contains_key(key));
+        let found = object.get(STEP).and_then(Value::as_u64);
+        found.is_some_and(|found| found < step || (found == step && !is_redone))
     };
     let (mut kept, mut dropped) = (0, 0);
     for line in lines()? {
@@ -152,10 +156,10 @@ mod tests {
     fn f3_a_resumed_run_has_no_gap_and_no_double() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
-        let mut first = MetricsFile::resume_after(&path, 0).unwrap();
+        let mut first = MetricsFile::resume_after(&path, 0, None).unwrap();
         (1..=7).for_each(|step| first.append(&json!({ "step": step, "loss": 1.0 })));
         drop(first);
-        let mut resumed = MetricsFile::resume_after(&path, 5).unwrap();
+        let mut resumed = MetricsFile::resume_after(&path, 5, None).unwrap();
         (6..=8).for_each(|step| resumed.append(&json!({ "step": step, "loss": 0.5 })));
         assert_eq!(steps(&path), [1, 2, 3, 4, 5, 6, 7, 8]);
         let losses = column(&read(&path).unwrap(), "loss");
@@ -167,12 +171,28 @@ mod tests {
     }
 
     #[test]
+    fn what_is_written_again_of_the_last_step_stands_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let mut first = MetricsFile::resume_after(&path, 0, None).unwrap();
+        for step in [1, 2] {
+            first.append(&json!({ "step": step, "loss": 1.0 }));
+            first.append(&json!({ "step": step, "judged": 2.0 }));
+        }
+        let mut resumed = MetricsFile::resume_after(&path, 2, Some("judged")).unwrap();
+        resumed.append(&json!({ "step": 2, "judged": 3.0 }));
+        let lines = read(&path).unwrap();
+        assert_eq!(column(&lines, "loss"), [(1.0, 1.0), (2.0, 1.0)]);
+        assert_eq!(column(&lines, "judged"), [(1.0, 2.0), (2.0, 3.0)]);
+    }
+
+    #[test]
     fn a_torn_last_line_is_cut_at_a_resume() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
         fs::write(&path, "{\"step\":1}\n{\"step\":2}\n{\"step\":3,\"lo").unwrap();
         assert_eq!(steps(&path), [1, 2]);
-        let mut resumed = MetricsFile::resume_after(&path, 9).unwrap();
+        let mut resumed = MetricsFile::resume_after(&path, 9, None).unwrap();
         resumed.append(&json!({ "step": 3 }));
         assert_eq!(
             fs::read_to_string(&path).unwrap(),
@@ -185,7 +205,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
         fs::write(&path, "{\"step\":1}\n{\"step\":2}").unwrap();
-        MetricsFile::resume_after(&path, 2).unwrap().append(&json!({ "step": 3 }));
+        MetricsFile::resume_after(&path, 2, None).unwrap().append(&json!({ "step": 3 }));
         assert_eq!(steps(&path), [1, 2, 3]);
     }
 
@@ -201,7 +221,7 @@ mod tests {
     fn a_column_leaves_out_what_is_no_number() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
-        let mut file = MetricsFile::resume_after(&path, 0).unwrap();
+        let mut file = MetricsFile::resume_after(&path, 0, None).unwrap();
         [
             json!({ "step": 1, "loss": f64::NAN }),
             json!({ "step": 2, "loss": 0.5 }),

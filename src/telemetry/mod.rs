@@ -188,14 +188,14 @@ impl Telemetry {
         }
     }
 
-    /// Opens `metrics.jsonl` of the run folder, cut back to `step`; ranks other than 0 get one that
-    /// discards metrics.
+    /// Opens `metrics.jsonl` of the run folder, cut back to `step` and without that step's lines that
+    /// have the key `redone`; ranks other than 0 get one that discards metrics.
     ///
     /// # Errors
     /// As [`MetricsFile::resume_after`].
-    pub fn metrics_after(&self, step: u64) -> Result<MetricsFile> {
+    pub fn metrics_after(&self, step: u64, redone: Option<&str>) -> Result<MetricsFile> {
         match self.writes_run_files() {
-            true => MetricsFile::resume_after(&self.run_folder.join("metrics.jsonl"), step),
+            true => MetricsFile::resume_after(&self.run_folder.join("metrics.jsonl"), step, redone),
             false => Ok(MetricsFile::silent()),
         }
     }
@@ -375,7 +375,7 @@ mod tests {
         let (page, folder) = (Page::default(), tempfile::tempdir().unwrap());
         for (rank, exists) in [(1, false), (0, true)] {
             let telemetry = on_page(&page, &LogSettings::default(), rank, folder.path());
-            telemetry.metrics_after(0).unwrap().append(&serde_json::json!({ "step": 1 }));
+            telemetry.metrics_after(0, None).unwrap().append(&serde_json::json!({ "step": 1 }));
             assert_eq!(folder.path().join("metrics.jsonl").exists(), exists);
         }
     }

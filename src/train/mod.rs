@@ -13,6 +13,7 @@ mod step;
 mod step_report;
 mod stragglers;
 mod trainer;
+mod validation;
 
 pub use handshake::{begin, share_config};
 

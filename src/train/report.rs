@@ -13,6 +13,7 @@ use crate::sample::generate::Plan;
 use crate::telemetry::metrics;
 use crate::telemetry::tensorboard::EventValue;
 use crate::train::trainer::Trainer;
+use crate::train::validation;
 
 /// Size of `loss.png` in pixels.
 const LOSS_PICTURE: (u32, u32) = (1200, 560);
@@ -52,8 +53,7 @@ fn draw(trainer: &Trainer<'_>, samples: Option<Picture>) -> Result<()> {
     let lines = metrics::read(&path.join("metrics.jsonl"))?;
     let loss = curve("Loss", "weighted, over all ranks", "loss", &lines);
     loss.write_png(&path.join("loss.png"), LOSS_PICTURE.0, LOSS_PICTURE.1)?;
-    let figures = vec![
-        Figure::Chart(loss),
+    let of_training = [
         Figure::Bars(loss_per_sigma(&lines)),
         Figure::Chart(curve("Learning rate", "", "lr", &lines)),
         Figure::Chart(curve("Gradient norm", "before clipping", "grad_norm", &lines)),
@@ -64,6 +64,8 @@ fn draw(trainer: &Trainer<'_>, samples: Option<Picture>) -> Result<()> {
             &lines,
         )),
     ];
+    let first = [Figure::Chart(loss)].into_iter();
+    let figures = first.chain(validation::figures(&lines)).chain(of_training).collect();
     let data = ReportData {
         title: format!("fm-dist: {}", path.file_name().unwrap_or_default().to_string_lossy()),
         summary: format!("Flow matching on {}.", dataset.name()),
@@ -137,8 +139,9 @@ fn facts(
     lines: &[Map<String, Value>],
     ranks: usize,
 ) -> Vec<(String, String)> {
+    // Lines of validations have other keys.
     let last = |key: &str| {
-        lines.last().and_then(|line| line.get(key)).map_or("-".into(), Value::to_string)
+        lines.iter().rev().find_map(|line| line.get(key)).map_or("-".into(), Value::to_string)
     };
     let seconds: f64 = metrics::column(lines, "step_seconds").iter().map(|point| point.1).sum();
     let facts = [

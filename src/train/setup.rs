@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use tch::Device;
 
+use crate::assembly::validation::ValidationSet;
 use crate::assembly::{
     Begun, build_pipeline, dataset, devices, fresh_replica, replica_for_checkpoint, steps,
 };
@@ -19,7 +20,7 @@ use crate::ops;
 use crate::parallel::divergence;
 use crate::parallel::{Sharding, Sharing};
 use crate::phase::Phase;
-use crate::plan::{check_data, memory_forecast, shares};
+use crate::plan::{check_data, check_validation, judged_text, memory_forecast, shares};
 use crate::run::changes;
 use crate::run::checkpoint::{self, AllowedChanges, Manifest, Saver};
 use crate::run::folder::RunFolder;
@@ -31,6 +32,7 @@ use crate::train::TrainOptions;
 use crate::train::inject;
 use crate::train::stragglers::Stragglers;
 use crate::train::trainer::Trainer;
+use crate::train::validation::{self, Validator};
 
 impl<'c> Trainer<'c> {
     /// Returns a trainer at the first step, or after the checkpoint that the run folder resumes
@@ -51,16 +53,23 @@ impl<'c> Trainer<'c> {
     ) -> Result<Self> {
         let dataset = Arc::new(dataset(config)?);
         let steps = steps(config, &dataset, collective)?;
-        let notes = check_data(config, &dataset)?;
+        let mut notes = check_data(config, &dataset)?;
+        let set = ValidationSet::of(config, &dataset)?;
+        if let Some(set) = &set {
+            notes.extend(check_validation(config, set, &dataset)?);
+        }
         failure::set_forecast(memory_forecast(config, &dataset, collective.world_size())?);
         tune_allocator(config);
         let Begun { replica, base } = begun(config, &folder, &steps, collective, device)?;
         let fresh = OptimizerState::fresh(&replica, config, devices(config, device));
+        let pipeline = build_pipeline(config, device);
+        let criterion = set.as_ref().map(|set| set.criterion.clone());
         let mut trainer = Trainer {
             config,
             collective,
             debug: options.debug,
-            pipeline: build_pipeline(config, device),
+            validator: set.map(|set| Validator::new(config, set, &pipeline)),
+            pipeline,
             device,
             optimizer_state: agreed(fresh, collective)?,
             replica,
@@ -75,14 +84,21 @@ impl<'c> Trainer<'c> {
             steps,
             events: EventFile::silent(),
             stragglers: Stragglers::default(),
-            saver: Saver::new(folder.path().into(), config.checkpoint.clone()).exporting(config),
+            saver: Saver::new(folder.path().into(), config.checkpoint.clone())
+                .exporting(config)
+                .choosing_by(criterion),
             folder,
+            owes_validation: false,
+            judged: None,
+            is_best: false,
         };
         trainer.resume(options.allowed)?;
         inject::parameters(Phase::Open, &mut trainer.replica);
         divergence::check(&trainer.replica, collective.rank())?;
         trainer.folder.keep_config(config, collective)?;
-        trainer.metrics = telemetry.metrics_after(trainer.manifest.step)?;
+        trainer.owes_validation = trainer.owes_validation()?;
+        let redone = trainer.owes_validation.then_some(validation::LOSS);
+        trainer.metrics = telemetry.metrics_after(trainer.manifest.step, redone)?;
         trainer.events = telemetry.events_after(trainer.manifest.step);
         trainer.events.append(trainer.manifest.step, || {
             let listing = format!("```toml\n{}```\n", config.to_toml());
@@ -146,6 +162,9 @@ impl<'c> Trainer<'c> {
         );
         for (path, share) in shares(&self.dataset, order) {
             tracing::info!("data {path}: {share}");
+        }
+        if let Some(validator) = &self.validator {
+            tracing::info!("validation: {}", judged_text(self.config, validator.set()));
         }
         self.announce_batches();
         tracing::info!("{}", ops::way(self.device));

@@ -15,7 +15,7 @@ use crate::parallel::Replica;
 use crate::parallel::divergence;
 use crate::phase::Phase;
 use crate::pulse;
-use crate::run::checkpoint::{self, Manifest, Saved, Saver};
+use crate::run::checkpoint::{self, Judged, Manifest, Saved, Saver};
 use crate::run::folder::RunFolder;
 use crate::run::optimizer_state::OptimizerState;
 use crate::run::requests::{Request, Requests};
@@ -27,6 +27,7 @@ use crate::train::metrics::{self, StepMetrics};
 use crate::train::step::{Stepper, Update};
 use crate::train::step_report::{self, Tally};
 use crate::train::stragglers::Stragglers;
+use crate::train::validation::Validator;
 
 /// Steps over which throughput is averaged.
 const THROUGHPUT_STEPS: usize = 20;
@@ -49,11 +50,20 @@ pub struct Trainer<'c> {
     pub events: EventFile,
     pub stragglers: Stragglers,
     pub saver: Saver,
+    /// `None` if nothing is judged.
+    pub validator: Option<Validator>,
+    /// True if the step of the start has a validation that it was not given.
+    pub owes_validation: bool,
+    /// The validation of the last step, if it had one.
+    pub judged: Option<Judged>,
+    /// True if that one is the best, whose checkpoint is kept.
+    pub is_best: bool,
 }
 
 impl<'c> Trainer<'c> {
     /// Trains to the last step, or until a request to stop.
     pub fn run(&mut self, requests: &Requests, telemetry: &Telemetry) -> Result<Ending> {
+        self.validate_at_start(requests)?;
         let draws = RunDraws::new(self.config, &self.pipeline, self.steps.clone());
         let ahead = draws.clone();
         let mut loader = Loader::start(
@@ -84,6 +94,8 @@ impl<'c> Trainer<'c> {
             let states: Vec<u8> = update.tallies.iter().map(|tally| tally.saving).collect();
             self.saver.advance(&states, self.collective)?;
             let request = step_report::request(&update.tallies);
+            let (took, request) = self.validate_if_due(request, requests)?;
+            throughput.leave_out(took);
             self.settle(request, requests)?;
             if request == Request::Stop && self.manifest.step < self.config.max_steps {
                 self.saver.finish(self.collective)?;
@@ -183,7 +195,7 @@ impl<'c> Trainer<'c> {
 
     /// Compares parameters and saves after a step, if it is due or requested.
     fn settle(&mut self, request: Request, requests: &Requests) -> Result<()> {
-        let saves = self.saves_now() || request != Request::Nothing;
+        let saves = self.saves_now() || self.is_best || request != Request::Nothing;
         if saves || self.manifest.step.is_multiple_of(self.config.watchdog.compare_every_n_steps) {
             pulse::enter(Phase::Compare);
             divergence::check(&self.replica, self.collective.rank())?;
@@ -263,6 +275,7 @@ impl<'c> Trainer<'c> {
         self.metrics.sync();
         let saved = Saved {
             manifest: &self.manifest,
+            judged: self.judged.as_ref(),
             replica: &self.replica,
             optimizer: &*self.config.optimizer.rule,
             state: &self.optimizer_state,

@@ -18,10 +18,25 @@ fn tensorboard_reads_the_numbers_the_configuration_and_the_samples_of_a_resumed_
     let root = TempDir::new().unwrap();
     let config = |sets: &[&str]| -> RunConfig {
         let output = format!("output_dir={}", root.path().join("run").display());
-        tiny(&[&[&output, "log.tensorboard=true", "checkpoint.every_n_steps=4"], sets].concat())
+        tiny(
+            &[
+                &[
+                    &output,
+                    "log.tensorboard=true",
+                    "checkpoint.every_n_steps=4",
+                    "validation.share=0.1",
+                    "validation.every_n_steps=4",
+                    "validation.sigmas=[0.1, 0.125]",
+                    "validation.max_samples=16",
+                ],
+                sets,
+            ]
+            .concat(),
+        )
     };
     // The two steps behind the checkpoint are done again.
-    let first = config(&["max_steps=6", "checkpoint.save_last=false"]);
+    let first =
+        config(&["max_steps=6", "checkpoint.save_last=false", "checkpoint.keep_best=false"]);
     train_in_threads(&first, &Resume::Never, 2).unwrap();
     let run = train_in_threads(&config(&["max_steps=9"]), &Resume::Latest, 2).unwrap();
     let (folder, answer) = (run.join("tensorboard"), root.path().join("answer.json"));
@@ -36,6 +51,23 @@ fn tensorboard_reads_the_numbers_the_configuration_and_the_samples_of_a_resumed_
         for ((step, number), (expected_step, expected)) in found.into_iter().zip(expected) {
             assert_eq!((step as f64, number as f32), (expected_step, expected as f32), "{tag}");
         }
+    }
+    for (tag, key) in [("validation/loss", "validation_loss"), ("validation/val_loss", "val_loss")]
+    {
+        let expected: Vec<(u64, f64)> = column(&run, key)
+            .iter()
+            .map(|(step, loss)| (*step as u64, f64::from(*loss as f32)))
+            .collect();
+        let steps: Vec<u64> = expected.iter().map(|(step, _)| *step).collect();
+        assert_eq!(
+            steps,
+            [0, 4, 8, 9],
+            "{tag}: that of step 6, where the first start ended, is void"
+        );
+        assert_eq!(pairs(&scalars[tag]), expected, "{tag}");
+    }
+    for tag in ["validation/loss_sigma_0.10", "validation/loss_sigma_0.125"] {
+        assert_eq!(pairs(&scalars[tag]).len(), 4, "{tag}");
     }
     let by_sigma = scalars.as_object().unwrap().keys();
     assert!(by_sigma.filter(|tag| tag.starts_with("train/loss_sigma_0.")).count() > 3, "{scalars}");

@@ -76,7 +76,10 @@ impl Dataset {
     /// Returns the sample itself if all its numbers are finite, otherwise the next of its group
     /// that is; the result is the same on every rank.
     fn sound_from(&self, id: u64) -> Result<u64> {
-        let ids = &self.groups[self.file_of(id).group].sample_ids;
+        let group = &self.groups[self.file_of(id).group];
+        // Nothing that is held out takes the place of a sample that is trained on.
+        let is_held_out = group.held_out.binary_search(&id).is_ok();
+        let ids = if is_held_out { &group.held_out } else { &group.sample_ids };
         let place = ids.binary_search(&id).expect("a sample is in its group");
         let (before, after) = ids.split_at(place);
         for candidate in after.iter().chain(before) {

@@ -11,6 +11,7 @@
 
 mod batch;
 mod folder;
+mod held_out;
 mod pixel_masks;
 mod sample_file;
 mod scales;
@@ -35,6 +36,7 @@ use crate::files::descriptors::kept_open;
 use crate::files::safetensors::{Content, SafeTensors, is_eight_bits, refuse_pickled_data};
 use crate::files::sha256;
 use crate::pulse;
+use crate::rng::hash_of_name;
 pub use folder::Folder;
 pub use pixel_masks::LOSS_MASK;
 use sample_file::SampleFile;
@@ -54,6 +56,8 @@ pub struct Dataset {
     files: Vec<SampleFile>,
     groups: Vec<Group>,
     num_samples: u64,
+    /// Share of the samples that is held out of training.
+    share: Option<f64>,
     on_bad: OnBad,
     padding: TextPadding,
     frames: bool,
@@ -165,7 +169,8 @@ impl Dataset {
     fn empty(path: PathBuf) -> Self {
         let (folders, files, groups) = (Vec::new(), Vec::new(), Vec::new());
         let (on_bad, padding) = (OnBad::Stop, TextPadding::default());
-        Dataset { path, folders, files, groups, num_samples: 0, on_bad, padding, frames: false }
+        let (num_samples, share, frames) = (0, None, false);
+        Dataset { path, folders, files, groups, num_samples, share, on_bad, padding, frames }
     }
 
     fn add(&mut self, entry: &FileEntry, tensors: SafeTensors) -> Result<()> {
@@ -202,8 +207,8 @@ impl Dataset {
             None => self.groups.push(Group {
                 name: entry.group.clone(),
                 data_type,
-                sample_ids: Vec::new(),
                 layout,
+                ..Group::default()
             }),
         }
         let (first_id, samples) = (self.num_samples, entry.samples);
@@ -211,7 +216,8 @@ impl Dataset {
             .checked_add(samples)
             .ok_or_else(|| Error::data(&self.path, "lists more samples than 64 bits count"))?;
         self.groups[group].sample_ids.extend(first_id..self.num_samples);
-        self.files.push(SampleFile { tensors, first_id, samples, group, starts, scales });
+        let hash = hash_of_name(&entry.sha256);
+        self.files.push(SampleFile { tensors, first_id, samples, group, hash, starts, scales });
         Ok(())
     }
 
@@ -273,13 +279,15 @@ impl Dataset {
     }
 
     /// Returns hex digits that change with the files' names, groups, sample counts, hashes or
-    /// repeats, as `dataset.json` gives them, and with the repeats and weights of the folders.
+    /// repeats, as `dataset.json` gives them, with the repeats and weights of the folders, and with
+    /// the share of the samples that is held out of training.
     pub fn fingerprint(&self) -> String {
         let mut fingerprints: Vec<String> = self.folders.iter().map(Folder::fingerprint).collect();
-        match fingerprints.len() {
+        let of_folders = match fingerprints.len() {
             1 => fingerprints.remove(0),
             _ => sha256::hex(Sha256::new_with_prefix(fingerprints.join("\n"))),
-        }
+        };
+        self.with_share(of_folders)
     }
 
     /// Reads every file whole and compares it with its hash in `dataset.json`.

@@ -19,6 +19,8 @@ pub(super) struct SampleFile {
     pub samples: u64,
     /// Index of its group in the dataset.
     pub group: usize,
+    /// Hash of its bytes' hash.
+    pub hash: u64,
     /// First rows of the samples in each text of unequal lengths.
     pub starts: BTreeMap<String, Starts>,
     /// Scales of the floats of 8 bits that have one.

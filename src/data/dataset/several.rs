@@ -3,8 +3,10 @@
 //! Ids run through the folders in order. Groups of equal layouts are one group, whatever their
 //! names, so that a batch mixes samples of several folders.
 
+use std::ops::Range;
 use std::path::PathBuf;
 
+use super::sample_file::SampleFile;
 use super::{Dataset, TEXTS};
 use crate::data::empty_prompt::EmptyPrompt;
 use crate::data::order::Stock;
@@ -111,7 +113,7 @@ impl Dataset {
         self.folders.iter().find_map(|folder| folder.empty_prompt.as_ref())
     }
 
-    /// Returns how often an epoch takes the samples of each group.
+    /// Returns how often an epoch takes the samples of each group, without those that are held out.
     pub(crate) fn stock(&self) -> Vec<Vec<Stock>> {
         let repeats = self.folders.iter().enumerate().flat_map(|(index, folder)| {
             let files = folder.manifest.files.iter();
@@ -119,19 +121,31 @@ impl Dataset {
         });
         let mut groups: Vec<Vec<Stock>> = vec![Vec::new(); self.groups.len()];
         for (file, (folder, repeats)) in self.files.iter().zip(repeats) {
-            let (ids, stock) =
-                (file.first_id..file.first_id + file.samples, &mut groups[file.group]);
-            match stock.last_mut() {
-                Some(last)
-                    if (last.ids.end, last.repeats, last.folder)
-                        == (ids.start, repeats, folder) =>
-                {
-                    last.ids.end = ids.end;
+            let stock = &mut groups[file.group];
+            for ids in self.trained_of(file) {
+                match stock.last_mut() {
+                    Some(last)
+                        if (last.ids.end, last.repeats, last.folder)
+                            == (ids.start, repeats, folder) =>
+                    {
+                        last.ids.end = ids.end;
+                    }
+                    _ => stock.push(Stock { ids, repeats, folder }),
                 }
-                _ => stock.push(Stock { ids, repeats, folder }),
             }
         }
         groups
+    }
+
+    /// Returns the runs of consecutive samples of a file that can be trained on.
+    fn trained_of(&self, file: &SampleFile) -> Vec<Range<u64>> {
+        let (first, end) = (file.first_id, file.first_id + file.samples);
+        let held_out = &self.groups[file.group].held_out;
+        let within = |id: u64| held_out.partition_point(|held_out| *held_out < id);
+        let cuts = &held_out[within(first)..within(end)];
+        let starts = std::iter::once(first).chain(cuts.iter().map(|id| id + 1));
+        let ends = cuts.iter().copied().chain([end]);
+        starts.zip(ends).map(|(start, end)| start..end).filter(|ids| !ids.is_empty()).collect()
     }
 }
 

@@ -48,7 +48,13 @@ impl LossValues {
     /// Returns the mean over each sample's elements, `[B]` f32, of the unweighted loss times the
     /// masks' weights.
     pub fn sample_losses(&self) -> Tensor {
-        sample_means(&self.kept.masked(&self.unweighted_loss))
+        self.sample_means(&self.unweighted_loss)
+    }
+
+    /// Returns the mean over each sample's elements, `[B]` f32, of `[B, …]` times the masks'
+    /// weights.
+    pub(super) fn sample_means(&self, elements: &Tensor) -> Tensor {
+        sample_means(&self.kept.masked(elements))
     }
 
     /// Adds a scalar loss that has no elements. The mean over several batches weights it by the

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use super::{MANIFEST, Manifest, SavedFile, folder_name, list};
+use super::{Judged, MANIFEST, Manifest, SavedFile, best, folder_name, list};
 use crate::config::CheckpointSettings;
 use crate::error::{Error, Result};
 use crate::files::disk::Disk;
@@ -38,18 +38,26 @@ pub fn prepare(run: &Path, step: u64) -> Result<()> {
     Disk::saving(step, Phase::Write).create_folder(&staged)
 }
 
-/// Commits the staged folder as the run's checkpoint of `manifest.step`.
+/// Commits the staged folder as the run's checkpoint of `manifest.step`. `judged`: its validation,
+/// if the step had one.
 ///
 /// # Errors
 /// [`Error::Storage`]. No reader sees the checkpoint before the rename.
-pub fn commit(run: &Path, manifest: &Manifest, mut parts: Vec<SavedFile>) -> Result<()> {
+pub fn commit(
+    run: &Path,
+    manifest: &Manifest,
+    judged: Option<&Judged>,
+    mut parts: Vec<SavedFile>,
+) -> Result<()> {
     let (step, disk) = (manifest.step, Disk::saving(manifest.step, Phase::Commit));
     let (staged, target) = (staged(run, step), run.join(folder_name(step)));
     parts.sort_by(|a, b| a.file.cmp(&b.file));
     let text = Manifest { parts, ..manifest.clone() }.sealed();
-    let path = staged.join(MANIFEST);
-    let bytes = Some(text.len() as u64);
-    disk.write_file(&path, bytes, |file| file.write_all(text.as_bytes()))?;
+    let judged = judged.map(|judged| (best::FILE, judged.text()));
+    for (name, text) in judged.into_iter().chain([(MANIFEST, text)]) {
+        let bytes = Some(text.len() as u64);
+        disk.write_file(&staged.join(name), bytes, |file| file.write_all(text.as_bytes()))?;
+    }
     disk.sync_folder(&staged)?;
     disk.rename(&staged, &target)?;
     disk.sync_folder(run)
@@ -80,19 +88,32 @@ pub fn copy_to(run: &Path, checkpoint: &Path, manifest: &Manifest) -> Result<Pat
 }
 
 /// Deletes the checkpoints that the settings do not keep, oldest first, once the checkpoint of
-/// `step` is durable. Each folder is renamed before its files are deleted, so that a concurrent
+/// `step` is durable. `best`: the step of the best one, if it is known. Each folder is renamed before its files are deleted, so that a concurrent
 /// reader finds a whole checkpoint or none.
 ///
 /// # Errors
 /// [`Error::Storage`].
-pub fn prune(run: &Path, step: u64, settings: &CheckpointSettings) -> Result<()> {
+pub fn prune(
+    run: &Path,
+    step: u64,
+    settings: &CheckpointSettings,
+    best: Option<u64>,
+) -> Result<()> {
     let disk = Disk::saving(step, Phase::Prune);
-    let kept_for_ever =
-        |step: u64| settings.keep_every.is_some_and(|every| step.is_multiple_of(every));
+    let linked = best::linked(run);
+    let best = best.or(linked).filter(|_| settings.keep_best);
+    let stays = |step: u64| {
+        best == Some(step) || settings.keep_every.is_some_and(|every| step.is_multiple_of(every))
+    };
     let mut old = list(run)?;
     old.truncate(old.len().saturating_sub(settings.keep_last as usize));
-    for (step, path) in old.into_iter().filter(|(step, _)| !kept_for_ever(*step)) {
+    for (step, path) in old.into_iter().filter(|(step, _)| !stays(*step)) {
         let unwanted = unwanted(run, step);
+        if linked == Some(step) {
+            // It would lead to nothing.
+            let link = run.join(best::LINK);
+            fs::remove_file(&link).map_err(Error::storage(&link, "remove"))?;
+        }
         disk.rename(&path, &unwanted)?;
         disk.delete(&unwanted)?;
     }

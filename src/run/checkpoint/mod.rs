@@ -9,12 +9,15 @@
 //! checkpoint of any other. Equal state gives equal bytes: a checkpoint contains no time, no host
 //! name and no number of ranks.
 //!
+//! A checkpoint of a step with a validation holds its loss beside, see `best.rs`.
+//!
 //! Order of a save: copy the state; write, hash and fsync the files in a hidden folder; agree among
 //! all ranks; write and fsync the manifest; fsync the folder; rename it; fsync its parent. Only
 //! then is the checkpoint reported as saved and older ones are deleted. A crash or a power cut
 //! before the rename leaves the previous checkpoint. Everything after the copy runs concurrently
 //! with the steps.
 
+pub mod best;
 mod commit;
 mod load;
 mod saver;
@@ -23,6 +26,7 @@ mod snapshot;
 mod tests;
 mod verify;
 
+pub use best::Judged;
 pub use commit::{clear_leftovers, copy_to};
 pub use load::{base_of, has_averages, load, load_parameters, open_parameters, recorded, step_of};
 pub use saver::Saver;
@@ -170,6 +174,10 @@ impl Manifest {
         };
         let seed = pair("seed", self.seed.to_string(), configured.seed.to_string());
         let data = pair("data fingerprint", self.data.clone(), configured.data.clone());
+        let data = data.map(|text| match changes::other_share(record, config) {
+            Some(share) => format!("{share}; {text}"),
+            None => text,
+        });
         let [was, now] = [self, configured].map(|manifest| manifest.global_batch_size.to_string());
         let batch = pair("global batch", was, now);
         let refused = |text: Option<String>, option: &str, goes_on: &str| {

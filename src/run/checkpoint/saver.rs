@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::commit::{commit, prepare, prune, staged};
 use super::snapshot::{FileCopy, Saved};
-use super::{Manifest, SavedFile, folder_name};
+use super::{Judged, Manifest, SavedFile, best, folder_name};
 use crate::collective::Collective;
 use crate::collective::agreement::{agree, on_rank_zero};
 use crate::config::{CheckpointSettings, OnFailure, RunConfig};
@@ -32,6 +32,8 @@ pub struct Saver {
     settings: CheckpointSettings,
     /// The configuration of a run whose LoRA each checkpoint holds for other programs, too.
     exported: Option<RunConfig>,
+    /// What the best checkpoint is chosen by, if one is.
+    criterion: Option<String>,
     in_flight: Option<Save>,
     /// Reason why the newest attempted save produced no checkpoint, if the run continued
     /// regardless.
@@ -40,6 +42,7 @@ pub struct Saver {
 
 struct Save {
     manifest: Manifest,
+    judged: Option<Judged>,
     phase: SavePhase,
     began: Instant,
     /// Time for which the steps stopped for the copy.
@@ -56,7 +59,14 @@ enum SavePhase {
 
 impl Saver {
     pub fn new(run: PathBuf, settings: CheckpointSettings) -> Self {
-        Saver { run, settings, exported: None, in_flight: None, missed: None }
+        let (exported, criterion) = (None, None);
+        Saver { run, settings, exported, criterion, in_flight: None, missed: None }
+    }
+
+    /// Makes the link `best` lead to the checkpoint that this criterion finds best, if the settings
+    /// keep it.
+    pub fn choosing_by(self, criterion: Option<String>) -> Self {
+        Saver { criterion: criterion.filter(|_| self.settings.keep_best), ..self }
     }
 
     /// Makes each checkpoint hold the run's LoRA in the formats that the configuration names.
@@ -76,7 +86,8 @@ impl Saver {
         self.wait(collective)?;
         pulse::enter(Phase::Snapshot);
         let began = Instant::now();
-        let (manifest, run) = (saved.manifest.clone(), self.run.clone());
+        let (manifest, judged) = (saved.manifest.clone(), saved.judged.cloned());
+        let run = self.run.clone();
         let step = manifest.step;
         if let Err(error) = on_rank_zero(collective, || prepare(&run, step).map(|()| String::new()))
         {
@@ -85,8 +96,47 @@ impl Saver {
         let copies = saved.copy(collective)?;
         let phase =
             SavePhase::Writing(Beside::begin(Phase::Write, move || write(copies, &run, step)));
-        self.in_flight = Some(Save { manifest, phase, began, copying: began.elapsed() });
+        self.in_flight = Some(Save { manifest, judged, phase, began, copying: began.elapsed() });
         if self.settings.asynchronous { Ok(()) } else { self.wait(collective) }
+    }
+
+    /// Returns true on every rank if a checkpoint of this validation would be the best of the run,
+    /// and the settings keep it.
+    ///
+    /// # Errors
+    /// As [`agree`].
+    ///
+    /// # Ordering
+    /// Every rank calls it.
+    pub fn would_be_best(&self, judged: &Judged, collective: &dyn Collective) -> Result<bool> {
+        if self.criterion.is_none() {
+            return Ok(false);
+        }
+        let compared = || {
+            let committed = best::all_judged(&self.run)?;
+            let under_way = self.in_flight.as_ref().and_then(|save| save.judged.as_ref());
+            let is_best = judged.is_below(committed.iter().chain(under_way));
+            Ok(if is_best { "best".into() } else { String::new() })
+        };
+        Ok(!on_rank_zero(collective, compared)?.is_empty())
+    }
+
+    /// Records the validation of a step whose checkpoint was committed without it, and chooses the
+    /// best checkpoint anew.
+    ///
+    /// # Errors
+    /// [`Error::Storage`] on rank 0, [`Error::Peer`] on the others.
+    ///
+    /// # Ordering
+    /// Every rank calls it.
+    pub fn record(&self, judged: &Judged, collective: &dyn Collective) -> Result<()> {
+        let record = || {
+            best::record(&self.run.join(folder_name(judged.step)), judged)?;
+            self.criterion
+                .as_ref()
+                .map_or(Ok(()), |criterion| best::link_best(&self.run, criterion, Disk::PLAIN))
+        };
+        on_rank_zero(collective, || record().map(|()| String::new())).map(drop)
     }
 
     /// Returns the progress byte that this rank sends to the others at each step.
@@ -137,14 +187,14 @@ impl Saver {
     /// Finishes the present phase of the save in flight, waiting if necessary, and starts the next
     /// one.
     fn move_on(&mut self, collective: &dyn Collective) -> Result<Option<PathBuf>> {
-        let Some(Save { manifest, phase, began, copying }) = self.in_flight.take() else {
+        let Some(Save { manifest, judged, phase, began, copying }) = self.in_flight.take() else {
             return Ok(None);
         };
         let step = manifest.step;
         let moved = match phase {
             SavePhase::Writing(writing) => {
-                self.begin_commit(&manifest, writing, collective).map(|phase| {
-                    self.in_flight = Some(Save { manifest, phase, began, copying });
+                self.begin_commit(&manifest, judged.clone(), writing, collective).map(|phase| {
+                    self.in_flight = Some(Save { manifest, judged, phase, began, copying });
                     None
                 })
             }
@@ -167,6 +217,7 @@ impl Saver {
     fn begin_commit(
         &self,
         manifest: &Manifest,
+        judged: Option<Judged>,
         writing: Beside<Vec<SavedFile>>,
         collective: &dyn Collective,
     ) -> Result<SavePhase> {
@@ -181,16 +232,10 @@ impl Saver {
             let (parts, manifest) =
                 (texts.iter().flat_map(files_of_rank).collect(), manifest.clone());
             let (run, settings) = (self.run.clone(), self.settings.clone());
-            let exported = self.exported.clone();
+            let (exported, criterion) = (self.exported.clone(), self.criterion.clone());
             committing = Beside::begin(Phase::Commit, move || {
-                commit(&run, &manifest, parts)?;
-                // The checkpoint stays valid whatever fails from here on.
-                let folder = run.join(folder_name(manifest.step));
-                let written = exported.map_or(Ok(()), |config| export_beside(&folder, &config));
-                let written = written.err().map(|error| format!("it holds no LoRA file: {error}"));
-                let pruned = prune(&run, manifest.step, &settings).err();
-                let pruned = pruned.map(|error| format!("an old checkpoint stays: {error}"));
-                Ok(written.into_iter().chain(pruned).collect::<Vec<_>>().join("; "))
+                commit(&run, &manifest, judged.as_ref(), parts)?;
+                Ok(after_commit(&run, manifest.step, &settings, exported, criterion))
             });
             Ok(String::new())
         };
@@ -232,6 +277,32 @@ impl Saver {
         }
         Err(error)
     }
+}
+
+/// Writes the LoRA files of a committed checkpoint, chooses the best one and deletes old ones.
+/// Returns what failed of it: the checkpoint is valid in any case.
+fn after_commit(
+    run: &Path,
+    step: u64,
+    settings: &CheckpointSettings,
+    exported: Option<RunConfig>,
+    criterion: Option<String>,
+) -> String {
+    let folder = run.join(folder_name(step));
+    let written = exported.map_or(Ok(()), |config| export_beside(&folder, &config));
+    // A folder that cannot be listed is not pruned either.
+    let best = criterion.and_then(|criterion| best::best_step(run, &criterion).ok().flatten());
+    let disk = Disk::saving(step, Phase::Commit);
+    let linked = best.map_or(Ok(()), |step| best::link(run, step, disk));
+    let pruned = prune(run, step, settings, best);
+    let told =
+        |what: &str, outcome: Result<()>| outcome.err().map(|error| format!("{what}: {error}"));
+    let troubles = [
+        told("it holds no LoRA file", written),
+        told("the link to the best checkpoint stays as it was", linked),
+        told("an old checkpoint stays", pruned),
+    ];
+    troubles.into_iter().flatten().collect::<Vec<_>>().join("; ")
 }
 
 fn write(copies: Vec<FileCopy>, run: &Path, step: u64) -> Result<Vec<SavedFile>> {

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use tch::{Device, Kind, Tensor, no_grad};
 
-use super::{Manifest, SavedFile};
+use super::{Judged, Manifest, SavedFile};
 use crate::collective::Collective;
 use crate::error::Result;
 use crate::files::disk::Disk;
@@ -34,6 +34,8 @@ pub const AVERAGES: &str = "ema";
 /// The state that a checkpoint is made of.
 pub struct Saved<'r> {
     pub manifest: &'r Manifest,
+    /// The validation of the step, if it had one.
+    pub judged: Option<&'r Judged>,
     pub replica: &'r Replica<'r>,
     pub optimizer: &'r dyn Optimizer,
     pub state: &'r OptimizerState,

@@ -76,7 +76,7 @@ fn whichever_call_of_a_deletion_fails_what_is_listed_is_whole() {
         let run = root.path();
         (2..=5).for_each(|step| save_here(run, step).expect("a sound disk"));
         let (outcome, made) =
-            on_a_disk_that_fails_after(calls, || commit::prune(run, 5, &settings));
+            on_a_disk_that_fails_after(calls, || commit::prune(run, 5, &settings, None));
         assert_eq!(sound_steps(run)[..].iter().rev().take(2).copied().collect::<Vec<_>>(), [5, 4]);
         clear_leftovers(run).expect("a sound disk");
         if outcome.is_ok() {

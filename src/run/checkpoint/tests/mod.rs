@@ -1,6 +1,7 @@
 //! Checkpoints stay sound whatever fails while they are written, read or deleted.
 
 mod failing_disk;
+mod keeping_best;
 
 use std::fs::File;
 use std::sync::Arc;
@@ -91,8 +92,13 @@ fn save_on(model: &Dit, world: &dyn Collective, sharding: Sharding, output: &str
         world,
     )
     .expect("a fresh folder");
-    let saved =
-        Saved { manifest: &manifest(), replica: &replica, optimizer: &*optimizer(), state: &state };
+    let saved = Saved {
+        manifest: &manifest(),
+        judged: None,
+        replica: &replica,
+        optimizer: &*optimizer(),
+        state: &state,
+    };
     let mut saver = Saver::new(folder.path().into(), CheckpointSettings::default());
     saver.begin(&saved, world).and_then(|()| saver.finish(world)).expect("no rank fails");
     folder.path().join(folder_name(7))
@@ -186,7 +192,13 @@ fn with_state<T>(step: u64, act: impl FnOnce(&Saved<'_>) -> T) -> T {
     let (mut replica, mut state) = empty(&Solo, Sharding::None);
     fill(&mut replica, &mut state, step);
     let manifest = Manifest { step, ..manifest() };
-    act(&Saved { manifest: &manifest, replica: &replica, optimizer: &*optimizer(), state: &state })
+    act(&Saved {
+        manifest: &manifest,
+        judged: None,
+        replica: &replica,
+        optimizer: &*optimizer(),
+        state: &state,
+    })
 }
 
 fn fill(replica: &mut Replica<'_>, state: &mut OptimizerState, step: u64) {
@@ -202,11 +214,15 @@ fn fill(replica: &mut Replica<'_>, state: &mut OptimizerState, step: u64) {
 
 /// Runs a whole save on this thread, in the order of [`Saver`].
 fn save_here(run: &Path, step: u64) -> Result<()> {
+    save_judged(run, step, None)
+}
+
+fn save_judged(run: &Path, step: u64, judged: Option<&Judged>) -> Result<()> {
     let copies = with_state(step, |saved| saved.copy(&Solo)).expect("alone");
     commit::prepare(run, step)?;
     let (staged, disk) = (commit::staged(run, step), Disk::saving(step, Phase::Write));
     let parts = copies.into_iter().map(|copy| copy.write(&staged, disk)).collect::<Result<_>>()?;
-    commit::commit(run, &Manifest { step, ..manifest() }, parts)
+    commit::commit(run, &Manifest { step, ..manifest() }, judged, parts)
 }
 
 fn sound_steps(run: &Path) -> Vec<u64> {
@@ -240,7 +256,7 @@ fn d15_whoever_reads_while_checkpoints_come_and_go_finds_whole_ones() {
         *step < 40 || (read.load(Ordering::Relaxed) < 10 && !reader.is_finished())
     }) {
         save_here(&run, step)
-            .and_then(|()| commit::prune(&run, step, &settings))
+            .and_then(|()| commit::prune(&run, step, &settings, None))
             .expect("a sound disk");
     }
     over.store(true, Ordering::Relaxed);
@@ -259,6 +275,7 @@ fn a_copy_shares_nothing_with_what_goes_on_training() {
             let manifest = Manifest { step: 5, ..manifest() };
             let copies = Saved {
                 manifest: &manifest,
+                judged: None,
                 replica: &replica,
                 optimizer: &*optimizer(),
                 state: &state,
@@ -305,7 +322,10 @@ fn with_a_rank_that_cannot_write(on_failure: OnFailure) -> (Vec<u64>, Vec<[Strin
         let mut save = |step| {
             let manifest = Manifest { step, ..manifest() };
             let (replica, optimizer, state) = (&replica, &*optimizer(), &state);
-            told(saver.begin(&Saved { manifest: &manifest, replica, optimizer, state }, world))
+            told(saver.begin(
+                &Saved { manifest: &manifest, judged: None, replica, optimizer, state },
+                world,
+            ))
         };
         let first = save(5);
         if world.rank() == 1 {

@@ -1,0 +1,224 @@
+//! The samples that a run is judged on, cut into blocks that are the same at every number of ranks,
+//! so that a sample's loss has the same bits on whichever rank it is computed.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use sha2::{Digest, Sha256};
+
+use super::as_configured;
+use super::attention::tokens_of_group;
+use crate::config::RunConfig;
+use crate::data::{Dataset, Group};
+use crate::error::Result;
+use crate::files::sha256;
+use crate::flow::{Levels, Note};
+use crate::nn::Tokens;
+
+/// Most noise levels that a remark names.
+const NAMED: usize = 3;
+
+/// The samples that a run is judged on, and their noise levels.
+#[derive(Clone, Debug)]
+pub struct ValidationSet {
+    pub dataset: Arc<Dataset>,
+    pub blocks: Arc<[Block]>,
+    pub levels: Levels,
+    /// Hex digits that change with the samples, their noise and their noise levels: losses by
+    /// different criteria cannot be compared.
+    pub criterion: String,
+}
+
+/// Samples of one resolution group that go through the model together.
+#[derive(Clone, Debug)]
+pub struct Block {
+    /// Index of their group in the dataset.
+    pub group: usize,
+    pub ids: Vec<u64>,
+    /// One for each noise level.
+    pub sigmas: Vec<f64>,
+}
+
+impl ValidationSet {
+    /// Returns the configured set: a dataset of its own, or the samples that are held out of
+    /// `trained`; `None` if the run is not judged.
+    ///
+    /// # Errors
+    /// As [`dataset`](super::dataset).
+    pub fn of(config: &RunConfig, trained: &Arc<Dataset>) -> Result<Option<Self>> {
+        let validation = &config.validation;
+        let dataset = match &validation.path {
+            Some(path) => {
+                let dataset = Dataset::named(path, config.data.links())?;
+                Arc::new(as_configured(config, dataset)?)
+            }
+            None if validation.share.is_some() => Arc::clone(trained),
+            None => return Ok(None),
+        };
+        let levels = validation.levels();
+        let blocks = blocks(config, &dataset, &levels);
+        let criterion = criterion(config, &dataset, &blocks);
+        Ok(Some(ValidationSet { dataset, blocks: blocks.into(), levels, criterion }))
+    }
+
+    pub fn num_samples(&self) -> u64 {
+        self.blocks.iter().map(|block| block.ids.len() as u64).sum()
+    }
+
+    /// Returns how often each rank takes part: with fewer blocks than ranks, or a rest, some repeat
+    /// the last block, which is not counted.
+    pub fn rounds(&self, world_size: usize) -> usize {
+        self.blocks.len().div_ceil(world_size)
+    }
+
+    /// Returns the index of the block that a rank computes in a round.
+    pub fn block_of(&self, round: usize, rank: usize, world_size: usize) -> usize {
+        (round * world_size + rank).min(self.blocks.len() - 1)
+    }
+
+    /// Returns what is worth knowing though nothing is wrong: samples that are trained on, and noise
+    /// levels that training never draws.
+    pub fn notes(&self, config: &RunConfig, trained: &Dataset) -> Vec<Note> {
+        let notes = [self.trained_files(config, trained), self.unseen_levels(config)];
+        notes.into_iter().flatten().map(Note::Warning).collect()
+    }
+
+    fn trained_files(&self, config: &RunConfig, trained: &Dataset) -> Option<String> {
+        let path = config.validation.path.as_ref()?;
+        let hashes = |dataset: &Dataset| -> BTreeSet<String> {
+            let files = dataset.folders().iter().flat_map(|folder| &folder.manifest().files);
+            files.map(|file| file.sha256.clone()).collect()
+        };
+        let both = hashes(&self.dataset).intersection(&hashes(trained)).count();
+        (both > 0).then(|| {
+            format!("validation.path: {both} files of {path} are trained on, too: their loss says nothing of new samples")
+        })
+    }
+
+    fn unseen_levels(&self, config: &RunConfig) -> Option<String> {
+        let flow = &config.flow_matching.flow;
+        let window = flow.sigma_min..=flow.sigma_max;
+        let unseen = |sigma: &&f64| !window.contains(sigma);
+        let unseen: Vec<String> =
+            self.blocks[0].sigmas.iter().filter(unseen).map(f64::to_string).collect();
+        let more = if unseen.len() > NAMED { ", …" } else { "" };
+        (!unseen.is_empty()).then(|| {
+            format!(
+                "validation.sigmas {}{more} lie outside of sigma_min = {} to sigma_max = {}, which is \
+                 all that training draws; validation.quantiles follow it",
+                unseen[..unseen.len().min(NAMED)].join(", "),
+                flow.sigma_min,
+                flow.sigma_max
+            )
+        })
+    }
+}
+
+/// Returns the largest number of samples that a block of a group has.
+pub fn block_size(config: &RunConfig, tokens: Tokens) -> usize {
+    match config.data.counts_tokens() {
+        true => {
+            let fitting =
+                config.data.micro_batch_tokens_per_gpu / (tokens.image + tokens.text).max(1);
+            fitting.max(1) as usize
+        }
+        false => config.data.micro_batch_size(),
+    }
+}
+
+fn blocks(config: &RunConfig, dataset: &Dataset, levels: &Levels) -> Vec<Block> {
+    let flow = &config.flow_matching.flow;
+    let of_group = |(index, ids): (usize, Vec<u64>)| {
+        let group = &dataset.groups()[index];
+        let tokens = tokens_of_group(config, dataset, group);
+        let sigmas = levels.sigmas(flow, tokens.image);
+        let block = |ids: &[u64]| Block { group: index, ids: ids.into(), sigmas: sigmas.clone() };
+        ids.chunks(block_size(config, tokens)).map(block).collect::<Vec<_>>()
+    };
+    chosen(config, dataset).into_iter().enumerate().flat_map(of_group).collect()
+}
+
+/// Returns the ids of the samples that are judged, by group: all, or those of the smallest hashes.
+fn chosen(config: &RunConfig, dataset: &Dataset) -> Vec<Vec<u64>> {
+    let candidates = |group: &Group| match config.validation.share {
+        Some(_) => group.held_out.clone(),
+        None => group.sample_ids.clone(),
+    };
+    let mut groups: Vec<Vec<u64>> = dataset.groups().iter().map(candidates).collect();
+    let count: usize = groups.iter().map(Vec::len).sum();
+    let most = config.validation.max_samples.map_or(count, |most| most as usize);
+    if most < count {
+        let mut hashes: Vec<u64> =
+            groups.iter().flatten().map(|id| dataset.sample_hash(*id)).collect();
+        hashes.sort_unstable();
+        let bound = hashes[most];
+        groups.iter_mut().for_each(|ids| ids.retain(|id| dataset.sample_hash(*id) < bound));
+    }
+    groups
+}
+
+fn criterion(config: &RunConfig, dataset: &Dataset, blocks: &[Block]) -> String {
+    let flow = &config.flow_matching.flow;
+    let mut hash = Sha256::new_with_prefix(format!(
+        "{} {} {} {} {}",
+        dataset.fingerprint(),
+        config.seed,
+        flow.num_train_timesteps,
+        flow.i2v_prob,
+        flow.apply_loss_mask
+    ));
+    for Block { ids, sigmas, .. } in blocks {
+        hash.update(format!("\n{ids:?} {sigmas:?}"));
+    }
+    sha256::hex(hash)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::assembly::dataset;
+
+    fn set(overrides: &[&str]) -> ValidationSet {
+        let overrides: Vec<String> = overrides.iter().map(ToString::to_string).collect();
+        let config = RunConfig::read("test", crate::config::DEFAULT, &overrides)
+            .expect("a sound configuration");
+        let trained = Arc::new(dataset(&config).expect("the digits"));
+        ValidationSet::of(&config, &trained).expect("sound data").expect("a share")
+    }
+
+    fn ids(set: &ValidationSet) -> BTreeSet<u64> {
+        set.blocks.iter().flat_map(|block| block.ids.clone()).collect()
+    }
+
+    #[test]
+    fn every_sample_is_counted_once_at_every_number_of_ranks() {
+        let set = set(&["validation.share=0.1", "data.micro_batch_size_per_gpu=16"]);
+        assert_eq!(set.num_samples(), set.dataset.num_held_out());
+        for world_size in [1, 2, 3, 5, 16] {
+            let rounds = set.rounds(world_size);
+            let mut seen = vec![0; set.blocks.len()];
+            for (round, rank) in
+                (0..rounds).flat_map(|round| (0..world_size).map(move |r| (round, r)))
+            {
+                if round * world_size + rank < set.blocks.len() {
+                    seen[set.block_of(round, rank, world_size)] += 1;
+                }
+            }
+            assert_eq!(seen, vec![1; set.blocks.len()], "{world_size} ranks");
+        }
+    }
+
+    #[test]
+    fn fewer_samples_are_some_of_the_more_and_another_criterion() {
+        let of = |most: &str| set(&["validation.share=0.2", most]);
+        let (few, more) = (of("validation.max_samples=20"), of("validation.max_samples=100"));
+        assert_eq!((few.num_samples(), more.num_samples()), (20, 100));
+        assert!(ids(&more).is_superset(&ids(&few)));
+        assert!(of("validation.max_samples=100000").num_samples() > 300);
+        assert_ne!(few.criterion, more.criterion);
+        let other =
+            set(&["validation.share=0.2", "validation.max_samples=20", "validation.sigmas=[0.5]"]);
+        assert_ne!(few.criterion, other.criterion);
+        assert_eq!(few.criterion, of("validation.max_samples=20").criterion);
+    }
+}
