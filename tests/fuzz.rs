@@ -599,6 +599,7 @@ fn sample_of(run: &Path, conditions: &Path) -> Result<(), Error> {
         per_condition,
         seed,
         lora_scale: 1.0,
+        loras: Vec::new(),
     })
 }
 

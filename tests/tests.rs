@@ -66,6 +66,8 @@ mod fast {
 mod threads {
     /// The number of ranks, the cut into micro-batches and recomputation do not change a run.
     pub mod equivalence;
+    /// What is frozen is held in fewer bits, or in host memory, and everything else holds.
+    mod frozen;
     /// Known loss curves, as text.
     mod golden;
     /// What is frozen stays, what is trained beside it trains alike on any ranks, and a run goes on
@@ -119,6 +121,8 @@ mod mpi {
     pub mod attention;
     /// Real MPI keeps the contract of the collectives, and a rank that fails ends its world.
     pub mod collectives;
+    /// Frozen parameters in host memory come to a GPU beside computation.
+    pub mod copies;
     /// Ranks make the dataset that one rank makes, also after a kill.
     mod datasets;
     /// Our own GPU kernels compile, have the bits of a CPU, and are refused where they compute

@@ -4,10 +4,11 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::values::{Shape, parse_scale, parse_shape};
+use super::values::{Shape, parse_lora, parse_scale, parse_shape};
 use crate::error::Result;
 use crate::phase::Phase;
 use crate::pulse;
+use crate::run::added_loras::AddedLora;
 use crate::sample::{self, SampleRequest};
 
 #[derive(Args, Debug)]
@@ -50,6 +51,10 @@ pub struct SampleArgs {
     /// Strength of the run's LoRA; 0 is the model without it
     #[arg(long, value_parser = parse_scale, default_value_t = 1.0)]
     lora_scale: f64,
+    /// LoRA of any dialect that is added to the model, also beside the run's own, and its strength;
+    /// repeatable
+    #[arg(long, value_name = "FILE[:SCALE]", value_parser = parse_lora)]
+    lora: Vec<AddedLora>,
 }
 
 impl SampleArgs {
@@ -67,6 +72,7 @@ impl SampleArgs {
             per_condition: self.per_condition,
             seed: self.seed,
             lora_scale: self.lora_scale,
+            loras: self.lora,
         };
         pulse::enter(Phase::Report);
         sample::sample(&request).map(|()| 0)

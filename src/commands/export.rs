@@ -19,7 +19,7 @@ use crate::nn::ParamInfo;
 use crate::run::folder;
 use crate::run::locate::locate;
 use crate::run::lora_files;
-use crate::run::pretrained::STEM;
+use crate::run::weights::STEM;
 use crate::run::whole::WholeModel;
 use crate::settings::Family;
 
@@ -226,6 +226,7 @@ mod tests {
             frozen: false,
             added: false,
             rows: Rows::One,
+            form: None,
         };
         let infos = [3, 4, 20, 1, 9].map(info);
         let planned: Vec<Planned<'_>> =

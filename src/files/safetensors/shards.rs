@@ -124,6 +124,11 @@ impl Shards {
         if texts.is_empty() { Ok(()) } else { Err(texts.join("; ")) }
     }
 
+    /// True if a file holds a tensor of this name.
+    pub fn holds(&self, name: &str) -> bool {
+        self.files.iter().any(|file| file.holds(name))
+    }
+
     /// Returns one whole tensor, on the CPU.
     ///
     /// # Errors
