@@ -8,7 +8,7 @@ use tch::Kind;
 
 use crate::error::{Error, Result};
 use crate::files::contents::no_json;
-use crate::files::safetensors::{SafeTensors, TensorInfo, refuse_pickled_weights};
+use crate::files::safetensors::{Content, SafeTensors, TensorInfo, refuse_pickled_weights};
 use crate::model::Model;
 use crate::settings::{self, Family};
 
@@ -118,20 +118,20 @@ const DIFFUSERS: [&str; 3] = ["transformer_blocks.", ".attn1.", "condition_embed
 
 /// Returns what a file of weights is, and how a folder is made of it; nothing if it is unknown.
 fn of_file(path: &Path) -> String {
-    let Ok(file) = SafeTensors::open(path) else { return String::new() };
+    let Ok(file) = SafeTensors::open_as(path, Content::Weights) else { return String::new() };
     let has = |parts: &[&str]| {
         file.tensors().iter().any(|info| parts.iter().any(|part| info.name.contains(part)))
     };
-    let is_narrow = |info: &TensorInfo| {
-        matches!(info.kind, Kind::Float8e4m3fn | Kind::Float8e5m2)
-    };
+    let is_narrow = |info: &TensorInfo| matches!(info.kind, Kind::Float8e4m3fn | Kind::Float8e5m2);
     let is_narrow = file.tensors().iter().any(is_narrow);
     let convert = format!(
         "diffusers' CLASS.from_single_file(\"{}\").save_pretrained(\"FOLDER\")",
         path.display()
     );
     match (has(&["lora_"]), has(&DIFFUSERS), has(&NATIVE)) {
-        (true, ..) => "; it is a LoRA: name it in lora.init_from, and its model's folder here".into(),
+        (true, ..) => {
+            "; it is a LoRA: name it in lora.init_from, and its model's folder here".into()
+        }
         (_, true, _) => "; its names are diffusers': move it into a folder as \
                          diffusion_pytorch_model.safetensors, beside the config.json of its model"
             .into(),
@@ -227,13 +227,20 @@ mod tests {
             ("model.diffusion_model.blocks.0.self_attn.q.weight", wide, "single file: convert it"),
             ("double_blocks.0.img_attn.qkv.weight", narrow, "single file in 8 bits: take the one"),
             ("transformer_blocks.0.attn.to_q.weight", wide, "its names are diffusers': move it"),
-            ("model.diffusion_model.transformer_blocks.0.attn.to_q.weight", wide, "beside the conf"),
+            (
+                "model.diffusion_model.transformer_blocks.0.attn.to_q.weight",
+                wide,
+                "beside the conf",
+            ),
             ("transformer_blocks.0.attn.to_q.lora_A.weight", wide, "it is a LoRA: name it in"),
         ] {
             let said = said(name, kind);
             assert!(said.contains("is a file; expected") && said.contains(expected), "{said}");
         }
-        assert!(said("x", wide).ends_with("with config.json and safetensors"), "nothing is guessed");
+        assert!(
+            said("x", wide).ends_with("with config.json and safetensors"),
+            "nothing is guessed"
+        );
     }
 
     #[test]

@@ -48,8 +48,8 @@ settings! {
         pub init: Beginning = Beginning::Pretrained;
         /// Kind of the computation; master weights and optimizer state stay float32.
         pub dtype: Dtype = Dtype::Float32;
-        /// What frozen linear maps are held in between products, for those of the blocks; unset: as
-        /// they are computed with.
+        /// What the blocks' frozen linear maps are held in between products; unset: as they are
+        /// computed with.
         pub frozen_dtype: Option<FrozenDtype> = None;
         /// The architecture.
         pub family: Named<Model>, as member;

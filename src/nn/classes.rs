@@ -43,8 +43,12 @@ impl Class {
         }
         let sizes: Vec<i64> = self.packed.iter().map(Packed::numel).collect();
         let parts = elements.split_with_sizes(sizes, 0);
-        let words = |(packed, part): (&Packed, &Tensor)| packed.pack(&part.to_device(device));
-        Tensor::cat(&self.packed.iter().zip(&parts).map(words).collect::<Vec<_>>(), 0)
+        let words = Tensor::empty([self.length()], (self.kind, device));
+        let places = self.packed_parts(&words);
+        for ((packed, part), mut place) in self.packed.iter().zip(&parts).zip(places) {
+            place.copy_(&packed.pack(&part.to_device(device)));
+        }
+        words
     }
 
     /// Returns its elements `[numel]`, f32, from what is held of them, `[length]`.

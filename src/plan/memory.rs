@@ -13,10 +13,6 @@ use crate::plan::{Footprint, footprint};
 /// with an empty model; malloc keeps a little of the larger blocks that are freed.
 const PROCESS_BYTES: u64 = 160 << 20;
 
-/// Bytes for each number of a weight that is being packed, besides its first value: its share of the
-/// scale, the place of its code, and the code.
-const PACKING: u64 = 12;
-
 /// The parts of a rank's memory.
 #[derive(Clone, Debug)]
 pub struct RankMemory {
@@ -45,13 +41,8 @@ impl RankMemory {
         let kind = config.model.dtype.kind();
         let MicroBatches { count, samples } = config.micro_batches(tokens, world_size)?;
         let samples = samples as i64;
-        let largest = |sizes: &mut dyn Iterator<Item = i64>| sizes.max().unwrap_or(0) as u64;
-        let infos = || stages.iter().flat_map(|stage| stage.params().infos());
-        let loading = largest(&mut stages.iter().map(|stage| stage.params().numel()))
-            + largest(&mut infos().map(ParamInfo::numel));
-        let packed = || infos().filter_map(ParamInfo::packed);
-        let unpacked = largest(&mut packed().map(|weight| weight.unpacking_bytes(kind)));
-        let packing = PACKING * largest(&mut packed().map(|weight| weight.numel()));
+        let infos = stages.iter().flat_map(|stage| stage.params().infos());
+        let unpacked = infos.filter_map(ParamInfo::packed).map(|it| it.unpacking_bytes(kind));
         let is_on_host = config.parallel.device == DeviceChoice::Cpu;
         Ok(RankMemory {
             layout: StateLayout {
@@ -63,8 +54,8 @@ impl RankMemory {
             },
             activations: footprint(stages, config.model.family.width(), tokens, samples, kind),
             process: if is_on_host { PROCESS_BYTES } else { 0 },
-            unpacked,
-            loading: if is_on_host { 4 * loading + packing } else { 0 },
+            unpacked: unpacked.max().unwrap_or(0) as u64,
+            loading: if is_on_host { loading_bytes(stages, kind) } else { 0 },
         })
     }
 
@@ -121,6 +112,20 @@ fn effective_recompute(parallel: &ParallelSettings) -> Recompute {
         Sharding::Parameters => Recompute::Always,
         _ => parallel.recompute,
     }
+}
+
+/// Bytes of the largest stage's first values, f32, and of what is made of them one by one: values that
+/// are read, or packed weights, of which the whole stage's come together.
+fn loading_bytes(stages: &[Box<dyn Stage>], kind: Kind) -> u64 {
+    let of_stage = |stage: &Box<dyn Stage>| {
+        let params = stage.params();
+        let read = params.infos().iter().map(|info| 4 * info.numel()).max().unwrap_or(0);
+        let packed = || params.infos().iter().filter_map(ParamInfo::packed);
+        let packing = packed().map(|weight| weight.packing_bytes()).max().unwrap_or(0);
+        let words = if packing == 0 { 0 } else { frozen_bytes(params, kind) };
+        4 * params.numel() as u64 + (read as u64).max(packing as u64 + words)
+    };
+    stages.iter().map(of_stage).max().unwrap_or(0)
 }
 
 /// Bytes of a stage's frozen parameters as they are held where the model computes in `kind`.

@@ -92,7 +92,9 @@ fn explanations(
         ),
         line(
             "not known",
-            format!("congestion, stragglers, data, checkpoints{offload}{packed} are not in it; {measured}"),
+            format!(
+                "congestion, stragglers, data, checkpoints{offload}{packed} are not in it; {measured}"
+            ),
         ),
         line("constants", format!("with their sources in {KNOWN_NAME}; --clusters takes others")),
     ]

@@ -101,6 +101,7 @@ fn forms_are_as_far_from_bfloat16_as_stated() {
             let found = family.differences([lora, &[lora, &[form.as_str()]].concat()]);
             println!("| {word} | {} | {:.2e} | {:.2e} |", family.name, found[0], found[1]);
             assert!(found.iter().zip(most).all(|(found, most)| *found < most), "{found:?}");
+            assert!(found[0] > 1e-3, "{found:?}: nothing is packed");
         }
     }
 }
@@ -148,6 +149,15 @@ fn step(replica: &Replica<'_>) -> Vec<Tensor> {
     found
 }
 
+/// True if one is the other with perhaps more padding, which depends on the number of ranks.
+fn is_same(found: &Tensor, expected: &Tensor) -> bool {
+    let [found, expected] = [found, expected].map(|tensor| tensor.flatten(0, -1));
+    let (all, length) = (found.numel() as i64, expected.numel() as i64);
+    let same = found.narrow(0, 0, length.min(all)).equal(&expected.narrow(0, 0, length.min(all)));
+    let rest = found.narrow(0, length.min(all), (all - length).max(0));
+    same && all >= length && rest.eq(0.0).all().double_value(&[]) == 1.0
+}
+
 #[test]
 fn what_waits_in_host_memory_computes_the_same_bits_under_every_sharding() {
     let here = Devices::one(Device::Cpu);
@@ -165,7 +175,7 @@ fn what_waits_in_host_memory_computes_the_same_bits_under_every_sharding() {
             });
             for (first, second) in &found {
                 for found in [first, second] {
-                    let equal = found.iter().zip(&expected).all(|(a, b)| a.equal(b));
+                    let equal = found.iter().zip(&expected).all(|(a, b)| is_same(a, b));
                     assert!(equal && found.len() == expected.len(), "{form:?} {sharding:?}");
                 }
             }

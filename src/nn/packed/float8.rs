@@ -3,6 +3,7 @@
 
 use tch::{Kind, Tensor};
 
+use super::sizes;
 use crate::files::float8::largest;
 
 const KIND: Kind = Kind::Float8e4m3fn;
@@ -11,9 +12,9 @@ const KIND: Kind = Kind::Float8e4m3fn;
 /// axes are both reduced, and one a row where only the second is.
 pub fn pack(weight: &Tensor, axes: &[i64]) -> (Tensor, Option<Tensor>) {
     let most = f64::from(largest(KIND));
-    let scales = weight.abs().amax(axes, true) / most;
+    let scales = sizes(weight, axes) / most;
     let divisors = scales.where_self(&scales.gt(0.0), &scales.ones_like());
-    let codes = (weight / divisors).clamp(-most, most).to_kind(KIND);
+    let codes = (weight / divisors).clamp_(-most, most).to_kind(KIND);
     (codes, Some(scales))
 }
 

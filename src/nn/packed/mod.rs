@@ -71,6 +71,18 @@ impl Packed {
         of_each * self.numel()
     }
 
+    /// Bytes that [`pack`](Self::pack) takes at most for f32, the result's included.
+    pub fn packing_bytes(&self) -> i64 {
+        let of_each = match self.form {
+            FrozenDtype::Bfloat16 => 4,
+            // The numbers divided by their scale, and the codes, twice.
+            FrozenDtype::Float8 | FrozenDtype::Float8Rows => 6,
+            // The codes, twice; what they are made of, some at a time.
+            FrozenDtype::Nf4 => 1,
+        };
+        of_each * self.numel()
+    }
+
     /// Returns elements of any kind, `[outputs · inputs]`, as words, i64.
     pub fn pack(&self, elements: &Tensor) -> Tensor {
         let weight = elements.to_kind(Kind::Float).view(self.shape);
@@ -129,6 +141,12 @@ impl Packed {
         let bytes = words.view_dtype(Kind::Uint8).narrow(0, start, SCALE * self.num_scales());
         bytes.view_dtype(Kind::Float)
     }
+}
+
+/// The largest absolute numbers along axes, which stay with a size of one.
+fn sizes(tensor: &Tensor, axes: &[i64]) -> Tensor {
+    // Without a copy as large as the weight.
+    tensor.amax(axes, true).maximum(&tensor.amin(axes, true).neg())
 }
 
 /// Number of units that so many things fill, the last one perhaps in part.

@@ -6,10 +6,13 @@
 
 use tch::{Kind, Tensor};
 
-use super::units;
+use super::{sizes, units};
 
 /// Numbers that have a scale together.
 const BLOCK: i64 = 64;
+
+/// Blocks whose codes are found together: places in a table take more memory than numbers.
+const TOGETHER: i64 = 1 << 14;
 
 /// The number of each code.
 const NUMBERS: [f32; 16] = [
@@ -49,15 +52,23 @@ pub fn num_scales(numel: i64) -> i64 {
 pub fn pack(weight: &Tensor) -> (Tensor, Option<Tensor>) {
     let (numel, device) = (weight.numel() as i64, weight.device());
     let missing = units(numel, BLOCK) * BLOCK - numel;
-    let blocks = weight.view([-1]).constant_pad_nd([0, missing]).view([-1, BLOCK]);
-    let scales = blocks.abs().amax([1], true);
+    let whole = match missing {
+        0 => weight.shallow_clone(),
+        _ => weight.view([-1]).constant_pad_nd([0, missing]),
+    };
+    let blocks = whole.view([-1, BLOCK]);
+    let scales = sizes(&blocks, &[1]);
     let divisors = scales.where_self(&scales.gt(0.0), &scales.ones_like());
+    let parts = blocks.split(TOGETHER, 0).into_iter().zip(divisors.split(TOGETHER, 0));
     let middles = NUMBERS.windows(2).map(|pair| (pair[0] + pair[1]) / 2.0).collect::<Vec<_>>();
     let middles = Tensor::from_slice(&middles).to_device(device);
-    let codes = (blocks / divisors).bucketize(&middles, true, false).to_kind(Kind::Uint8);
-    let pairs = codes.view([-1, 2]);
-    // The first of two numbers has the upper bits.
-    let bytes = pairs.select(1, 0) * 16 + pairs.select(1, 1);
+    let bytes = parts.map(|(blocks, divisors)| {
+        let codes = (blocks / divisors).bucketize(&middles, true, false).to_kind(Kind::Uint8);
+        let pairs = codes.view([-1, 2]);
+        // The first of two numbers has the upper bits.
+        pairs.select(1, 0) * 16 + pairs.select(1, 1)
+    });
+    let bytes = Tensor::cat(&bytes.collect::<Vec<_>>(), 0);
     let table = Tensor::from_slice(&table()).to_device(device);
     (bytes, Some(Tensor::cat(&[table, scales.view([-1])], 0)))
 }
@@ -124,8 +135,8 @@ mod tests {
         let scales = scales.expect("scales");
         let of_blocks = Vec::<f32>::try_from(scales.narrow(0, TABLE, 3)).expect("f32");
         assert_eq!(of_blocks, [0.504, 0.5, 0.462]);
-        let numbers = unpack(&codes.view([-1]), &scales).narrow(0, 0, 160);
+        let numbers = unpack(&codes.view([-1]), &scales).narrow(0, 0, 128);
         let sum = numbers.sum(Kind::Double).double_value(&[]);
-        assert!((sum + 1.102_822_139_859_199_5).abs() < 1e-6, "{sum}");
+        assert!((sum + 2.816_943_343_728_780_7).abs() < 1e-6, "{sum}");
     }
 }
