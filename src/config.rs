@@ -107,6 +107,8 @@ settings! {
     pub struct CheckpointSettings {
         /// Steps between checkpoints; the last step has one, too.
         pub every_n_steps: u64 = 100, in 1..;
+        /// Epochs between checkpoints at the end of an epoch, beside those of every_n_steps.
+        pub every_n_epochs: Option<u64> = None, in 1..;
         /// Save at the last step; false: only where every_n_steps says, and a resume does the steps
         /// behind it again.
         pub save_last: bool = true;
@@ -131,6 +133,8 @@ settings! {
         pub seed: u64 = 42, in 0..;
         /// Optimizer steps of the whole run, resumed or not.
         pub max_steps: u64 = 1000, in 1..;
+        /// Passes over the data that the whole run makes, instead of max_steps.
+        pub max_epochs: Option<u64> = None, in 1..;
         /// Run folder; where it holds a run already, a new one gets a number behind its name.
         pub output_dir: String = "runs/fm-dist".into();
         /// What is trained.
@@ -257,6 +261,11 @@ impl RunConfig {
             return Err(Error::config("parallel.deterministic", what));
         }
         Ok(MicroBatches { count, samples: self.data.micro_batch_size() })
+    }
+
+    /// The number of steps of a run whose epochs have so many.
+    pub fn num_steps(&self, steps_per_epoch: u64) -> u64 {
+        self.max_epochs.map_or(self.max_steps, |epochs| epochs.saturating_mul(steps_per_epoch))
     }
 
     /// The model as stages, with the frozen parameters and the changes of what is trained.

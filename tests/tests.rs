@@ -5,12 +5,12 @@
 //!
 //! | tier | tests | needs beside `launch/setup.sh` | seconds |
 //! |---|---|---|---|
-//! | `fast::` starts no process | 174 | | 15 |
+//! | `fast::` starts no process | 176 | | 15 |
 //! | `program::` starts the program | 70 | | 28 |
-//! | `threads::` trains; ranks are threads | 69 | | 38 |
-//! | `mpi::` ranks are processes | 53 | | 200 |
+//! | `threads::` trains; ranks are threads | 82 | | 45 |
+//! | `mpi::` ranks are processes | 54 | | 200 |
 //! | `faults::` runs break on order | 84 | root, or user namespaces | 330 |
-//! | `oracle::` beside PyTorch and diffusers | 42 | `launch/setup.sh --oracle` | 115 |
+//! | `oracle::` beside PyTorch and diffusers | 47 | `launch/setup.sh --oracle` | 160 |
 //! | `cuda::` ignored without `launch/test-gpu.sh` | 38 | a GPU | |
 //!
 //! Seconds are those of 2 cores after the build; `mpi`, `faults` and `oracle` had to share them
@@ -84,6 +84,8 @@ mod threads {
     pub mod resume;
     /// Who holds what changes no number.
     pub mod sharding;
+    /// Runs are counted in epochs, change their global batch, and branch.
+    mod starts;
     /// Each rank cuts its own texts, and the bits do not depend on the number of ranks.
     mod text_lengths;
     /// Every family trains, on ranks that stay equal, and resumes exactly.

@@ -20,6 +20,7 @@ use crate::parallel::{Devices, Replica, Sharing};
 use crate::rng::{Key, Purpose};
 use crate::run::base::Base;
 use crate::run::checkpoint;
+use crate::run::length::Length;
 use crate::run::pretrained::{self, Origin};
 use crate::tuning::with_strength;
 
@@ -64,6 +65,19 @@ pub fn steps(config: &RunConfig, dataset: &Dataset, collective: &dyn Collective)
     };
     let shares = dataset.groups().iter().map(share).collect::<Result<_>>()?;
     Ok(Steps::by_group(order(config, dataset, world_size)?, shares))
+}
+
+/// Returns the length of a run of so many ranks. The data are opened only if it counts epochs.
+///
+/// # Errors
+/// Errors of [`dataset`] and [`order`].
+pub fn length(config: &RunConfig, world_size: usize) -> Result<Length> {
+    if config.max_epochs.is_none() {
+        return Ok(Length::Steps(config.max_steps));
+    }
+    let order = order(config, &dataset(config)?, world_size)?;
+    let batches = config.num_steps(order.batches_per_epoch());
+    Ok(Length::Epochs { batches, global_batch: config.global_batch(world_size)? as u64 })
 }
 
 /// Returns the devices of a rank that computes on `device`.

@@ -1,5 +1,6 @@
 //! `fm-dist train`.
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
@@ -11,6 +12,7 @@ use crate::error::{Result, STOPPED};
 use crate::fault;
 use crate::phase::Phase;
 use crate::pulse;
+use crate::run::checkpoint::AllowedChanges;
 use crate::run::{Resume, StopFlag};
 use crate::train::{self, Ending, TrainOptions};
 use crate::watchdog::Watchdog;
@@ -29,9 +31,16 @@ pub struct TrainArgs {
     /// send its configuration
     #[arg(long, value_name = "auto|mpi|tcp", default_value = "auto")]
     launch: Launch,
+    /// Start a new run that goes on from this checkpoint, or from the newest one of this run folder
+    #[arg(long, value_name = "DIR", conflicts_with = "resume")]
+    branch: Option<PathBuf>,
     /// Resume from a checkpoint even if the data differ from those it was trained on
     #[arg(long)]
     allow_data_change: bool,
+    /// Resume from a checkpoint even if the global batch differs: the order goes on after the samples
+    /// that were seen
+    #[arg(long)]
+    allow_batch_change: bool,
     /// One process, detailed logs at each step, and a search of every stage for non-finite values
     #[arg(long)]
     debug: bool,
@@ -56,9 +65,12 @@ impl TrainArgs {
         let world = collective::connect(self.launch, timeout)?;
         let warning = train::begin(&watchdog, world.as_ref())?;
         let options = TrainOptions {
-            resume: self.resume,
+            resume: self.branch.map_or(self.resume, Resume::Branch),
             debug: self.debug,
-            allow_data_change: self.allow_data_change,
+            allowed: AllowedChanges {
+                data: self.allow_data_change,
+                batch: self.allow_batch_change,
+            },
             stop,
             stop_at: self.stop_after,
             warning,

@@ -73,11 +73,7 @@ pub(super) const HABITS: &[Habit] = &[
          steps train.steps training.steps",
         &["max_steps"],
     ),
-    Habit {
-        theirs: "epochs num_epochs num_train_epochs max_train_epochs max_epochs",
-        ours: &["max_steps"],
-        remark: "a run is counted in steps; `fm-dist check` says how many an epoch has",
-    },
+    same("epochs num_epochs num_train_epochs max_train_epochs", &["max_epochs"]),
     // Checkpoints and the run folder.
     same(
         "ckpt_every_steps checkpointing_steps checkpoint_step_interval checkpoint_every_n_steps checkpoint_every \
@@ -85,8 +81,12 @@ pub(super) const HABITS: &[Habit] = &[
          save_interval",
         &["checkpoint.every_n_steps"],
     ),
+    same(
+        "save_every_n_epochs checkpoint_every_n_epochs checkpoint_epoch_interval",
+        &["checkpoint.every_n_epochs"],
+    ),
     Habit {
-        theirs: "save_every_n_epochs checkpoint_every_n_epochs checkpoint_every_n_minutes checkpoint_epoch_interval",
+        theirs: "checkpoint_every_n_minutes",
         ours: &["checkpoint.every_n_steps"],
         remark: "it counts steps",
     },
@@ -310,7 +310,7 @@ mod tests {
             ),
             (
                 "[step_scheduler]\nlocal_batch_size = 1\nnum_epochs = 2",
-                "step_scheduler.local_batch_size (line 2): unknown key; did you mean data.micro_batch_size_per_gpu? | step_scheduler.num_epochs (line 3): unknown key; did you mean max_steps? (a run",
+                "step_scheduler.local_batch_size (line 2): unknown key; did you mean data.micro_batch_size_per_gpu? | step_scheduler.num_epochs (line 3): unknown key; did you mean max_epochs?",
             ),
             (
                 "[optim]\nlearning_rate = 1",

@@ -48,7 +48,7 @@ pub use moments::Moments;
 pub use order::Order;
 pub use settings::{DataSettings, DatasetSettings, OnBad, OnSmallGroup};
 pub use share::Share;
-pub use steps::{Place, Steps};
+pub use steps::{Place, Steps, batches_of};
 pub use unmade::way_to_import;
 
 /// The type of latents in a batch; it determines the task types that can be drawn.

@@ -20,12 +20,20 @@ pub struct Steps {
     order: Order,
     /// The rank's share of a step of each resolution group, or one share of every step.
     shares: Arc<[Share]>,
+    /// Batches of the order that come before step 1. Other than 0 after a change of the global
+    /// batch, and below 0 if fewer batches than steps have the samples that were seen.
+    ahead: i64,
+}
+
+/// Returns the number of global batches that have so many samples, the last one perhaps in part.
+pub fn batches_of(samples_seen: u64, global_batch: u64) -> u64 {
+    samples_seen.div_ceil(global_batch)
 }
 
 impl Steps {
     /// Cuts every step alike.
     pub fn alike(order: Order, share: Share) -> Self {
-        Steps { order, shares: Arc::new([share]) }
+        Steps { order, shares: Arc::new([share]), ahead: 0 }
     }
 
     /// Cuts the steps of each resolution group in their own way.
@@ -39,7 +47,14 @@ impl Steps {
         } else {
             shares.into()
         };
-        Steps { order, shares }
+        Steps { order, shares, ahead: 0 }
+    }
+
+    /// The same cut, of a run that goes on in the order after `samples_seen`, whatever the global
+    /// batches that they were seen in.
+    pub fn going_on(self, steps_done: u64, samples_seen: u64) -> Self {
+        let batches = batches_of(samples_seen, self.share(1).global_batch() as u64);
+        Steps { ahead: batches as i64 - steps_done as i64, ..self }
     }
 
     pub fn order(&self) -> &Order {
@@ -50,8 +65,19 @@ impl Steps {
     pub fn share(&self, step: u64) -> Share {
         match &*self.shares {
             [alike] => *alike,
-            by_group => by_group[self.order.group(step - 1)],
+            by_group => by_group[self.order.group(self.batch(step))],
         }
+    }
+
+    /// Returns the epoch of a step; epochs count from 0.
+    pub fn epoch_of(&self, step: u64) -> u64 {
+        self.order.epoch_of(self.batch(step))
+    }
+
+    /// Returns the number of epochs that are over after a step, if it is the last of one.
+    pub fn epochs_ended_by(&self, step: u64) -> Option<u64> {
+        let (batches, of_epoch) = (self.batch(step) + 1, self.order.batches_per_epoch());
+        batches.is_multiple_of(of_epoch).then_some(batches / of_epoch)
     }
 
     /// Returns the different shares.
@@ -79,14 +105,18 @@ impl Steps {
         })
     }
 
-    /// Steps count from 1, those of the order from 0.
+    /// Returns the place of a step among the global batches of the order, which count from 0.
+    fn batch(&self, step: u64) -> u64 {
+        (step - 1).wrapping_add_signed(self.ahead)
+    }
+
     fn of_block<T>(
         &self,
         Place { step, micro_batch }: Place,
         of: impl Fn(&Order, u64, usize, usize) -> T,
     ) -> T {
         let share = self.share(step);
-        of(&self.order, step - 1, share.block(micro_batch), share.micro_batch_size)
+        of(&self.order, self.batch(step), share.block(micro_batch), share.micro_batch_size)
     }
 }
 
@@ -129,6 +159,29 @@ mod tests {
             global.sort_unstable();
             assert_eq!(ids, global, "step {step}");
         }
+    }
+
+    #[test]
+    fn another_global_batch_goes_on_after_the_samples_that_were_seen() {
+        let groups =
+            [Group { name: "all".into(), sample_ids: (0..48).collect(), ..Group::default() }];
+        let steps = |global_batch: usize| {
+            let share = Share { world_size: 1, ..share(0, 1, global_batch) };
+            Steps::alike(Order::new(&groups, global_batch, 5).expect("one group"), share)
+        };
+        // 9 steps of 8 are an epoch and a half.
+        let (halved, doubled) = (steps(4).going_on(9, 72), steps(16).going_on(9, 72));
+        let batch = |steps: &Steps, step| steps.sample_ids(Place { step, micro_batch: 0 });
+        assert_eq!(batch(&halved, 10), steps(4).order().global_batch(18));
+        assert_eq!(batch(&doubled, 10), steps(16).order().global_batch(5));
+        assert_eq!([halved.epoch_of(10), doubled.epoch_of(10)], [1, 1]);
+        let ends = |steps: &Steps| -> Vec<(u64, u64)> {
+            (10..20).filter_map(|step| Some((step, steps.epochs_ended_by(step)?))).collect()
+        };
+        assert_eq!(ends(&halved), [(15, 2)]);
+        assert_eq!(ends(&doubled), [(10, 2), (13, 3), (16, 4), (19, 5)]);
+        let unchanged = steps(8).going_on(9, 72);
+        assert_eq!(batch(&unchanged, 10), batch(&steps(8), 10));
     }
 
     #[test]

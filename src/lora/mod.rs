@@ -51,7 +51,7 @@ pub struct Pair {
     pub magnitude: Option<Tensor>,
 }
 
-/// What a file tells of the run that made the adapter. Nothing is computed from it.
+/// Facts that a file tells of the run that made the adapter. Nothing is computed from them.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Facts {
     /// Name or folder of the base model.

@@ -18,7 +18,7 @@ const FIRST_IMAGE_TOKEN: i64 = 1 << 20;
 /// Numbers that a token takes, four features each.
 const NUMBERS_OF_TOKEN: i64 = 1 << 20;
 
-/// What is dropped in one use of a stage.
+/// The inputs that are dropped in one use of a stage.
 #[derive(Debug)]
 pub struct Dropping {
     /// `[B]` int64.

@@ -18,7 +18,7 @@ pub struct LowRankChange {
     pub rank: i64,
     /// Factor of the change.
     pub scale: f64,
-    /// What `A` begins as; `B` begins as zeros.
+    /// Initialization of `A`; `B` begins as zeros.
     pub init: Init,
     /// True if it is computed in f32 whatever the kind of the weight.
     pub precise: bool,

@@ -63,7 +63,7 @@ impl Views {
         self.low_ranks.iter().filter(move |low_rank| low_rank.weight == weight)
     }
 
-    /// What drops the inputs of low-rank changes in this use.
+    /// The mask of the inputs of low-rank changes in this use.
     pub(super) fn drops(&self) -> Option<&Dropping> {
         self.dropping.as_ref()
     }

@@ -90,7 +90,7 @@ impl Piece {
         }
     }
 
-    /// What its parameters have in common.
+    /// The class of its parameters.
     pub fn class(&self) -> &Class {
         &self.class
     }

@@ -165,17 +165,11 @@ impl Plan {
             "epoch",
             &format!("{steps} steps, {} samples left out of each", order.left_out_per_epoch()),
         );
-        self.line(
-            "run",
-            &format!(
-                "{} steps, {:.1} epochs",
-                config.max_steps,
-                config.max_steps as f64 / steps as f64
-            ),
-        );
+        let of_run = config.num_steps(steps);
+        self.line("run", &format!("{of_run} steps, {:.1} epochs", of_run as f64 / steps as f64));
         notes.iter().for_each(|note| self.line("note", &note.to_string()));
         order.small_groups().iter().for_each(|what| self.line("note", what));
-        if let Some(what) = lr::warning(&config.lr_scheduler, config.max_steps) {
+        if let Some(what) = lr::warning(&config.lr_scheduler, of_run) {
             self.line("warning", &what);
         }
         Ok((memory, shape.tokens))

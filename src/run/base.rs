@@ -1,4 +1,4 @@
-//! What a run's frozen parameters are: they are in no checkpoint of it.
+//! The identity of a run's frozen parameters, which are in no checkpoint of it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -18,7 +18,7 @@ const SHOWN: usize = 12;
 pub struct Base {
     /// The folder that they were read from; `None` if they were drawn.
     pub path: Option<String>,
-    /// What tells them from others, wherever they lie.
+    /// A hash that tells them from others, wherever they lie.
     pub fingerprint: String,
 }
 

@@ -13,9 +13,10 @@ pub type Values = BTreeMap<String, String>;
 
 /// Keys and tables that a checkpoint does not record: their values do not change the checkpoint
 /// that the same steps give, or the manifest holds their effect under another name.
-const UNRECORDED: [&str; 24] = [
+const UNRECORDED: [&str; 25] = [
     "seed",
     "max_steps",
+    "max_epochs",
     "output_dir",
     "model.path",
     "model.init",

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::files::outputs::Named;
@@ -78,7 +78,7 @@ impl FirstLora {
         for change in params.low_ranks() {
             let Some(pair) = self.0.pairs.get(change.module(params)) else { continue };
             let (down, up, magnitude) = change.names(params);
-            let up_values = &pair.b.to_kind(tch::Kind::Float) * (pair.scale() / change.scale());
+            let up_values = &pair.b.to_kind(Kind::Float) * (pair.scale() / change.scale());
             let parts = [
                 (Some(down), Some(&pair.a)),
                 (Some(up), Some(&up_values)),

@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::files::durable::replace_file;
 use crate::run::changes;
 use crate::run::checkpoint;
+use crate::run::length::Length;
 use crate::run::lock::RunLock;
 use crate::run::resume::{Resume, choose};
 use crate::run::resume_log;
@@ -29,7 +30,7 @@ const MAX_CONFIG_BYTES: u64 = 1 << 20;
 pub struct RunFolder {
     pub(super) path: PathBuf,
     pub(super) resumed_from: Option<Checkpoint>,
-    /// True if the report of the last step is written, or the run is beyond `max_steps`.
+    /// True if the report of the last step is written, or the run is beyond that.
     pub(super) is_over: bool,
     /// True if the run does not belong to `output_dir`, so that the configuration kept in it must
     /// not name that.
@@ -47,6 +48,7 @@ pub struct RunFolder {
 pub(super) struct Checkpoint {
     pub path: PathBuf,
     pub step: u64,
+    pub samples_seen: u64,
 }
 
 impl RunFolder {
@@ -57,10 +59,15 @@ impl RunFolder {
     /// [`Error::NoProgress`] after repeated starts without progress; [`Error::Config`] if another
     /// run has the folder or the path is not a run folder; [`Error::CheckpointMismatch`];
     /// [`Error::Storage`].
-    pub fn open(config: &RunConfig, resume: &Resume, collective: &dyn Collective) -> Result<Self> {
+    pub fn open(
+        config: &RunConfig,
+        resume: &Resume,
+        length: Length,
+        collective: &dyn Collective,
+    ) -> Result<Self> {
         let mut lock = None;
         let open = || {
-            let mut folder = choose(config, resume)?;
+            let mut folder = choose(config, resume, length)?;
             lock = folder.lock.take();
             serde_json::to_string(&folder).map_err(|error| {
                 Error::config(
@@ -89,13 +96,22 @@ impl RunFolder {
         &self.warnings
     }
 
+    /// Returns the last step of a run of this length that goes on in the folder.
+    pub fn last_step(&self, length: Length) -> u64 {
+        let done = self.resumed_from.as_ref();
+        let (step, seen) = done.map_or((0, 0), |done| (done.step, done.samples_seen));
+        length.last_step(step, seen)
+    }
+
     /// Returns a message if there is no step left to do, in which case nothing in the folder
     /// changes; `None` otherwise.
-    pub fn nothing_to_do(&self, max_steps: u64) -> Option<String> {
+    pub fn nothing_to_do(&self, length: Length) -> Option<String> {
         let Checkpoint { step, .. } = self.resumed_from.as_ref().filter(|_| self.is_over)?;
         Some(format!(
-            "nothing to do: step {step} of {max_steps} is done in {}; a larger max_steps goes on",
-            self.path.display()
+            "nothing to do: step {step} of {} is done in {}; a larger {} goes on",
+            self.last_step(length),
+            self.path.display(),
+            length.key()
         ))
     }
 

@@ -1,5 +1,6 @@
 //! The LoRA of a checkpoint as files for other programs.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::config::RunConfig;
@@ -58,7 +59,7 @@ fn adapter(folder: &Path, config: &RunConfig, stages: &[Box<dyn Stage>]) -> Resu
         return Err(Error::config("--run", what));
     }
     let parts = checkpoint::open_parameters(folder, config, stages)?;
-    let mut pairs = std::collections::BTreeMap::new();
+    let mut pairs = BTreeMap::new();
     for params in stages.iter().map(|stage| stage.params()) {
         for change in params.low_ranks() {
             let (down, up, magnitude) = change.names(params);

@@ -7,6 +7,7 @@
 //! | which process uses it | `lock.rs` |
 //! | does it make progress | `resume_log.rs` |
 //! | which settings have changed since | `changes.rs` |
+//! | when does it end | `length.rs` |
 //! | what survives a power cut | `checkpoint/`, `optimizer_state.rs`, `guard.rs` |
 //! | what the whole model of a checkpoint is, and what others read | `whole.rs`, `lora_files.rs` |
 //! | what it starts with | `pretrained.rs`, `weights.rs`, `first_lora.rs`, `base.rs` |
@@ -20,6 +21,7 @@ pub mod checkpoint;
 pub mod first_lora;
 pub mod folder;
 pub mod guard;
+pub mod length;
 pub mod locate;
 pub mod lock;
 pub mod lora_files;

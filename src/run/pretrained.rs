@@ -24,7 +24,7 @@ pub struct Origin<'o> {
     pub folder: Option<&'o Path>,
     /// The file of a LoRA.
     pub lora: Option<&'o Path>,
-    /// What is drawn follows from it.
+    /// The key that all draws follow from.
     pub key: Key,
 }
 

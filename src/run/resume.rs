@@ -9,7 +9,8 @@ use crate::error::{Error, Result};
 use crate::files::safetensors::refuse_pickled_weights;
 use crate::run::checkpoint::{self, Manifest, Unfit};
 use crate::run::folder::{Checkpoint, RunFolder, first_free};
-use crate::run::locate::{checkpoints_of, no_checkpoint, run_of};
+use crate::run::length::Length;
+use crate::run::locate::{checkpoints_of, locate, no_checkpoint, run_of};
 use crate::run::lock::RunLock;
 use crate::run::resume_log;
 use crate::run::runs::{CONFIG, OutputDir, REPORT, Run, is_unused};
@@ -30,6 +31,8 @@ pub enum Resume {
     Auto,
     /// At this checkpoint, or at the newest one of this run folder.
     From(PathBuf),
+    /// As [`From`](Resume::From), in a new folder, to which the checkpoint is copied.
+    Branch(PathBuf),
 }
 
 impl FromStr for Resume {
@@ -49,24 +52,24 @@ impl FromStr for Resume {
 ///
 /// # Errors
 /// As [`RunFolder::open`].
-pub fn choose(config: &RunConfig, resume: &Resume) -> Result<RunFolder> {
+pub fn choose(config: &RunConfig, resume: &Resume, length: Length) -> Result<RunFolder> {
     let output_dir = OutputDir::new(&config.output_dir);
     match resume {
         Resume::Never => begin(&output_dir?),
         Resume::Latest => {
             let output_dir = output_dir?;
             let (run, passed_over) = newest_run(&output_dir)?.ok_or_else(|| nothing_at(config))?;
-            latest(&run, passed_over, config.max_steps)
+            latest(&run, passed_over, length)
         }
         Resume::Auto => {
             let output_dir = output_dir?;
             match newest_run(&output_dir)? {
-                Some((run, passed_over)) => latest(&run, passed_over, config.max_steps),
+                Some((run, passed_over)) => latest(&run, passed_over, length),
                 None => begin(&output_dir),
             }
         }
         Resume::From(path) => {
-            let mut folder = resume_from(path, config.max_steps)?;
+            let mut folder = resume_from(path, length)?;
             if !output_dir.is_ok_and(|output_dir| output_dir.has(&folder.path)) {
                 let (run, unused) = (folder.path.display(), &config.output_dir);
                 folder.warnings.push(format!("the run goes on in {run}, as --resume says; output_dir = {unused:?} is not used"));
@@ -74,7 +77,19 @@ pub fn choose(config: &RunConfig, resume: &Resume) -> Result<RunFolder> {
             }
             Ok(folder)
         }
+        Resume::Branch(path) => branch(path, &output_dir?, length),
     }
+}
+
+/// Makes the folder of a new run that goes on from a checkpoint of another.
+fn branch(path: &Path, output_dir: &OutputDir, length: Length) -> Result<RunFolder> {
+    let (_, from) = locate(path)?;
+    let manifest = checkpoint::verify(&from).map_err(|unfit| unfit.into_error(&from))?;
+    let RunFolder { path, warnings, lock, .. } = begin(output_dir)?;
+    checkpoint::clear_leftovers(&path)?;
+    let copy = checkpoint::copy_to(&path, &from, &manifest)?;
+    let lock = lock.expect("a new run is locked");
+    Ok(going_on(path, copy, &manifest, length, warnings, lock))
 }
 
 /// Makes or takes the folder of a new run: the first candidate that no process has.
@@ -132,8 +147,8 @@ fn nothing_at(config: &RunConfig) -> Error {
 }
 
 /// Resumes the newest run. Since the user named none, repeated starts without progress are refused.
-fn latest(run: &Run, passed_over: Vec<PathBuf>, max_steps: u64) -> Result<RunFolder> {
-    let mut folder = resume_run(&run.path, max_steps, true)?;
+fn latest(run: &Run, passed_over: Vec<PathBuf>, length: Length) -> Result<RunFolder> {
+    let mut folder = resume_run(&run.path, length, true)?;
     let said = |path: PathBuf| {
         format!("{} is passed over: it ended before its first checkpoint", path.display())
     };
@@ -141,9 +156,9 @@ fn latest(run: &Run, passed_over: Vec<PathBuf>, max_steps: u64) -> Result<RunFol
     Ok(folder)
 }
 
-fn resume_from(path: &Path, max_steps: u64) -> Result<RunFolder> {
+fn resume_from(path: &Path, length: Length) -> Result<RunFolder> {
     if checkpoint::is_checkpoint(path) {
-        return resume_checkpoint(path, max_steps);
+        return resume_checkpoint(path, length);
     }
     refuse_pickled_weights(path)?;
     let must_be = |what: String| {
@@ -167,11 +182,11 @@ fn resume_from(path: &Path, max_steps: u64) -> Result<RunFolder> {
     } else {
         path.into()
     };
-    resume_run(&path, max_steps, false)
+    resume_run(&path, length, false)
 }
 
 /// Resumes from this very checkpoint.
-fn resume_checkpoint(path: &Path, max_steps: u64) -> Result<RunFolder> {
+fn resume_checkpoint(path: &Path, length: Length) -> Result<RunFolder> {
     let (run, path) = run_of(path)?;
     let (lock, taken_over) = RunLock::take(&run)?;
     checkpoint::clear_leftovers(&run)?;
@@ -185,17 +200,17 @@ fn resume_checkpoint(path: &Path, max_steps: u64) -> Result<RunFolder> {
         )
     };
     let warnings = taken_over.into_iter().chain((!run.join(CONFIG).exists()).then(alone)).collect();
-    Ok(going_on(run, path, &manifest, max_steps, warnings, lock))
+    Ok(going_on(run, path, &manifest, length, warnings, lock))
 }
 
 /// Resumes at the newest checkpoint that verifies; newer ones that do not are set aside with a
 /// warning. `is_guarded` refuses repeated starts without progress.
-fn resume_run(run: &Path, max_steps: u64, is_guarded: bool) -> Result<RunFolder> {
+fn resume_run(run: &Path, length: Length, is_guarded: bool) -> Result<RunFolder> {
     let (lock, taken_over) = RunLock::take(run)?;
     checkpoint::clear_leftovers(run)?;
     let (manifest, chosen, broken) = newest_sound(run)?;
     let step = manifest.step;
-    if is_guarded && step < max_steps {
+    if is_guarded && step < length.last_step(step, manifest.samples_seen) {
         resume_log::guard(run, step)?;
     }
     let mut warnings: Vec<String> = taken_over.into_iter().collect();
@@ -206,23 +221,24 @@ fn resume_run(run: &Path, max_steps: u64, is_guarded: bool) -> Result<RunFolder>
         warnings
             .push(format!("{bad_name} failed its check ({what}); using {using}; {redone} steps will be redone; bad one kept as {kept}"));
     }
-    Ok(going_on(run.into(), chosen, &manifest, max_steps, warnings, lock))
+    Ok(going_on(run.into(), chosen, &manifest, length, warnings, lock))
 }
 
 fn going_on(
     run: PathBuf,
     path: PathBuf,
     manifest: &Manifest,
-    max_steps: u64,
+    length: Length,
     warnings: Vec<String>,
     lock: RunLock,
 ) -> RunFolder {
-    let step = manifest.step;
+    let Manifest { step, samples_seen, .. } = *manifest;
+    let last = length.last_step(step, samples_seen);
     // A run that ended at its last step but before its report still has to write it.
-    let is_over = step > max_steps || step == max_steps && run.join(REPORT).exists();
+    let is_over = step > last || step == last && run.join(REPORT).exists();
     RunFolder {
         path: run,
-        resumed_from: Some(Checkpoint { path, step }),
+        resumed_from: Some(Checkpoint { path, step, samples_seen }),
         is_over,
         is_elsewhere: false,
         warnings,
@@ -291,13 +307,15 @@ fn refuse_newer(run: &Path, chosen: &Path, step: u64) -> Result<()> {
 mod tests {
     use super::*;
 
+    const LENGTH: Length = Length::Steps(1000);
+
     fn config(output: &Path) -> RunConfig {
         RunConfig { output_dir: output.display().to_string(), ..RunConfig::default() }
     }
 
     /// Makes a run that has done a step.
     fn begun(output: &Path) -> PathBuf {
-        let folder = choose(&config(output), &Resume::Never).unwrap();
+        let folder = choose(&config(output), &Resume::Never, LENGTH).unwrap();
         fs::write(folder.path.join("metrics.jsonl"), "{\"step\": 1}\n").unwrap();
         folder.path
     }
@@ -315,7 +333,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let output = root.path().join("digits");
         for start in 0..3 {
-            let folder = choose(&config(&output), &Resume::Never).unwrap();
+            let folder = choose(&config(&output), &Resume::Never, LENGTH).unwrap();
             assert_eq!(folder.path, output);
             let said = format!(
                 "{} is used again: an earlier start left it without a step",
@@ -326,7 +344,7 @@ mod tests {
         }
         let (held, _) = RunLock::take(&output).unwrap();
         assert_eq!(
-            choose(&config(&output), &Resume::Never).unwrap().path,
+            choose(&config(&output), &Resume::Never, LENGTH).unwrap().path,
             root.path().join("digits-2"),
             "a run that is just starting"
         );
@@ -343,7 +361,7 @@ mod tests {
             newest_run(&OutputDir::new(&config(&output).output_dir).unwrap()).unwrap().unwrap();
         assert_eq!((run.path, passed_over), (folders[1].clone(), vec![folders[2].clone()]));
         for resume in [Resume::Latest, Resume::Auto] {
-            let error = choose(&config(&output), &resume).unwrap_err().to_string();
+            let error = choose(&config(&output), &resume, LENGTH).unwrap_err().to_string();
             assert!(
                 error.starts_with(&format!(
                     "{}: none of its 1 checkpoints verifies",
@@ -358,10 +376,10 @@ mod tests {
     fn auto_begins_anew_where_no_run_has_a_checkpoint() {
         let root = tempfile::tempdir().unwrap();
         let output = root.path().join("digits");
-        assert_eq!(choose(&config(&output), &Resume::Auto).unwrap().path, output);
+        assert_eq!(choose(&config(&output), &Resume::Auto, LENGTH).unwrap().path, output);
         begun(&output);
         assert_eq!(
-            choose(&config(&output), &Resume::Auto).unwrap().path,
+            choose(&config(&output), &Resume::Auto, LENGTH).unwrap().path,
             root.path().join("digits-2")
         );
     }
@@ -397,7 +415,7 @@ mod tests {
             ),
         ];
         for (output, resume, says) in cases {
-            let error = choose(&config(output), &resume).unwrap_err();
+            let error = choose(&config(output), &resume, LENGTH).unwrap_err();
             assert_eq!(error.exit_code(), 44, "{error}");
             assert!(error.to_string().contains(says), "{error}");
         }

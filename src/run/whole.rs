@@ -24,7 +24,7 @@ pub struct WholeModel<'s> {
     key: Key,
     /// Changes by the name of the changed weight.
     changes: BTreeMap<String, (&'s LowRank, &'s ParamSet)>,
-    /// What the checkpoint says of the frozen parameters.
+    /// Identity of the frozen parameters, as the checkpoint has it.
     base: Option<Base>,
     /// Of the frozen parameters read so far.
     read: RefCell<Fingerprint>,

@@ -20,8 +20,9 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use crate::assembly::device::RankDevice;
+use crate::assembly::length;
 use crate::collective::Collective;
-use crate::collective::agreement::known_to_all;
+use crate::collective::agreement::{agreed, known_to_all};
 use crate::config::RunConfig;
 use crate::error::{Error, Result};
 use crate::failure;
@@ -30,6 +31,7 @@ use crate::ops;
 use crate::optim::lr;
 use crate::phase::Phase;
 use crate::pulse;
+use crate::run::checkpoint::AllowedChanges;
 use crate::run::folder::RunFolder;
 use crate::run::requests::Requests;
 use crate::run::{Resume, StopFlag};
@@ -42,8 +44,8 @@ pub struct TrainOptions {
     pub resume: Resume,
     /// One process, detailed logs at each step, and a search of every stage for non-finite values.
     pub debug: bool,
-    /// Allow resuming a checkpoint of other data.
-    pub allow_data_change: bool,
+    /// Changes with which a checkpoint is resumed all the same.
+    pub allowed: AllowedChanges,
     /// Flag that signals set.
     pub stop: StopFlag,
     /// Time at which the run saves and stops.
@@ -61,7 +63,7 @@ pub enum Ending {
     Stopped,
 }
 
-/// Trains from the first step, or the resumed one, to `max_steps` or a request to stop. Returns the
+/// Trains from the first step, or the resumed one, to the last or a request to stop. Returns the
 /// run folder and the way in which the run ended. Every rank calls it.
 ///
 /// # Errors
@@ -94,12 +96,14 @@ fn train_on(
     options: &TrainOptions,
     collective: &dyn Collective,
 ) -> Result<(PathBuf, Ending)> {
-    let folder = RunFolder::open(config, &options.resume, collective)?;
+    let length = agreed(length(config, collective.world_size()), collective)?;
+    let folder = RunFolder::open(config, &options.resume, length, collective)?;
+    let config = &RunConfig { max_steps: folder.last_step(length), ..config.clone() };
     let telemetry =
         telemetry::start(&config.log, collective.rank(), collective.world_size(), folder.path());
     telemetry.cover_all_threads();
     failure::set_folder(folder.path());
-    let done = folder.nothing_to_do(config.max_steps);
+    let done = folder.nothing_to_do(length);
     if telemetry.writes_run_files() {
         let fault = fault::ordered()
             .map(|order| format!("debug.inject_fault = \"{order}\": this run breaks on purpose"));

@@ -21,7 +21,7 @@ use crate::parallel::{Sharding, Sharing};
 use crate::phase::Phase;
 use crate::plan::{check_data, memory_forecast, shares};
 use crate::run::changes;
-use crate::run::checkpoint::{self, Manifest, Saver};
+use crate::run::checkpoint::{self, AllowedChanges, Manifest, Saver};
 use crate::run::folder::RunFolder;
 use crate::run::optimizer_state::OptimizerState;
 use crate::settings::Choice;
@@ -78,7 +78,7 @@ impl<'c> Trainer<'c> {
             saver: Saver::new(folder.path().into(), config.checkpoint.clone()).exporting(config),
             folder,
         };
-        trainer.resume(options.allow_data_change)?;
+        trainer.resume(options.allowed)?;
         inject::parameters(Phase::Open, &mut trainer.replica);
         divergence::check(&trainer.replica, collective.rank())?;
         trainer.folder.keep_config(config, collective)?;
@@ -98,19 +98,20 @@ impl<'c> Trainer<'c> {
     }
 
     /// Loads the checkpoint that the run folder resumes from, if any.
-    fn resume(&mut self, allow_data_change: bool) -> Result<()> {
+    fn resume(&mut self, allowed: AllowedChanges) -> Result<()> {
         let Some(path) = self.folder.resumed_from() else { return Ok(()) };
         let loaded = checkpoint::load(
             path,
             self.config,
             &self.manifest,
-            allow_data_change,
+            allowed,
             &mut self.replica,
             &*self.config.optimizer,
             &mut self.optimizer_state,
         );
         self.manifest = agreed(loaded, self.collective)?;
-        let step = self.manifest.step;
+        let Manifest { step, samples_seen, .. } = self.manifest;
+        self.steps = self.steps.clone().going_on(step, samples_seen);
         self.folder.note_start(step, self.config.max_steps, self.collective)?;
         tracing::info!("resumed from {} at step {step}", path.display());
         Ok(())

@@ -148,10 +148,9 @@ impl<'c> Trainer<'c> {
     /// Stops the run on every rank alike if an epoch has too many bad samples.
     fn count_bad_samples(&mut self, tallies: &[Tally]) -> Result<()> {
         let met = tallies.iter().map(|tally| tally.bad_samples as u64).sum();
-        let order = self.steps.order();
-        let epoch = order.epoch_of(self.manifest.step);
-        let (count, samples) =
-            (self.manifest.guard.bad_samples(epoch, met), order.samples_per_epoch());
+        let epoch = self.steps.epoch_of(self.manifest.step + 1);
+        let samples = self.steps.order().samples_per_epoch();
+        let count = self.manifest.guard.bad_samples(epoch, met);
         let allowed = (self.config.data.bad_share * samples as f64).ceil() as u64;
         if count <= allowed {
             return Ok(());
@@ -207,7 +206,7 @@ impl<'c> Trainer<'c> {
             update,
             metrics::Progress {
                 step: self.manifest.step,
-                epoch: self.steps.order().epoch_of(self.manifest.step - 1),
+                epoch: self.steps.epoch_of(self.manifest.step),
                 samples_seen: self.manifest.samples_seen,
                 step_seconds: seconds,
                 samples_per_second,
@@ -251,9 +250,13 @@ impl<'c> Trainer<'c> {
     }
 
     fn saves_now(&self) -> bool {
-        let CheckpointSettings { every_n_steps, save_last, .. } = self.config.checkpoint;
+        let CheckpointSettings { every_n_steps, every_n_epochs, save_last, .. } =
+            self.config.checkpoint;
         let step = self.manifest.step;
-        step.is_multiple_of(every_n_steps) || (save_last && step == self.config.max_steps)
+        let epoch_is_due = |epochs: u64| every_n_epochs.is_some_and(|n| epochs.is_multiple_of(n));
+        step.is_multiple_of(every_n_steps)
+            || (save_last && step == self.config.max_steps)
+            || self.steps.epochs_ended_by(step).is_some_and(epoch_is_due)
     }
 
     fn save(&mut self) -> Result<()> {

@@ -1,5 +1,5 @@
-//! What of a model is trained: all of it, the parameters that patterns name, or low-rank changes of
-//! its linear maps (LoRA).
+//! The part of a model that is trained: all of it, the parameters that patterns name, or low-rank
+//! changes of its linear maps (LoRA).
 
 mod names;
 mod settings;

@@ -1,4 +1,4 @@
-//! What is trained, and by which change, in every family.
+//! Each family: the parameters that are trained, and the change of each.
 
 use std::collections::BTreeSet;
 

@@ -10,6 +10,7 @@ use std::time::SystemTime;
 use fm_dist::config::RunConfig;
 use fm_dist::error::Error;
 use fm_dist::run::Resume;
+use fm_dist::run::checkpoint::AllowedChanges;
 use fm_dist::train::{TrainOptions, train};
 use tempfile::TempDir;
 
@@ -311,9 +312,9 @@ fn b13_other_data_are_refused_unless_they_are_wanted() {
     assert!(fs::read_to_string(&newest).unwrap().contains("\"data\": "));
     let other = other_dataset(&root);
     let config = six_steps(&run, &["max_steps=7", &format!("data.path={}", other.display())]);
-    let resume = |allow_data_change| {
-        let options =
-            TrainOptions { resume: Resume::Latest, allow_data_change, ..TrainOptions::default() };
+    let resume = |data| {
+        let allowed = AllowedChanges { data, batch: false };
+        let options = TrainOptions { resume: Resume::Latest, allowed, ..TrainOptions::default() };
         train(&config, &options, &fm_dist::collective::Solo)
     };
     let error = resume(false).unwrap_err();

@@ -13,7 +13,7 @@ use crate::lora::{Adapter, Pair};
 /// Most entries of a pattern: each is compared with each module.
 const MAX_PATTERNS: usize = 4096;
 
-/// What such a configuration says of the scales.
+/// The scales that such a configuration tells.
 #[derive(Debug)]
 pub struct LoraConfig {
     rank: i64,

@@ -58,7 +58,7 @@ const SUFFIXES: [(&str, Role); 12] = [
     (".lora_magnitude_vector.weight", Role::Magnitude),
 ];
 
-/// What the tensors of a text encoder's adapter are.
+/// Name for the tensors of a text encoder's adapter.
 pub const TEXT_ENCODER: &str = "an adapter of a text encoder";
 
 /// Parts of names that are of another method, and what they are.
@@ -75,7 +75,7 @@ const OTHERS: [(&str, &str); 7] = [
 /// Takes a name apart.
 ///
 /// # Errors
-/// What it is instead, if it is recognized.
+/// A name for what it is instead, if it is recognized.
 pub fn parse(name: &str) -> Result<Key<'_>, Option<&'static str>> {
     let starts_or_holds = |part: &str| match part.starts_with('.') {
         true => name.contains(part),

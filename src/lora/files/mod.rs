@@ -57,7 +57,7 @@ choice! {
 struct Form {
     prefix: &'static str,
     place: Place,
-    /// Whether the name's dots become underscores.
+    /// True if the name's dots become underscores.
     is_flat: bool,
     alpha: Alpha,
     suffixes: Suffixes,
@@ -82,7 +82,7 @@ struct Suffixes {
     a: &'static str,
     b: &'static str,
     magnitude: &'static str,
-    /// Whether magnitudes are `[outputs, 1]` instead of `[outputs]`.
+    /// True if magnitudes are `[outputs, 1]` instead of `[outputs]`.
     has_column: bool,
 }
 

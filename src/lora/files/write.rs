@@ -67,7 +67,7 @@ fn clear(path: &Path) -> Result<()> {
     removed.map_err(Error::storage(path, "clear"))
 }
 
-/// What a file, or PEFT's folder, will hold.
+/// The tensors and texts that a file, or PEFT's folder, will hold.
 struct Content {
     tensors: Vec<(String, Tensor)>,
     metadata: BTreeMap<String, String>,

@@ -1,6 +1,6 @@
 //! Commits a checkpoint's files, and deletes old checkpoints. Rank 0 does both.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -9,6 +9,7 @@ use crate::config::CheckpointSettings;
 use crate::error::{Error, Result};
 use crate::files::disk::Disk;
 use crate::phase::Phase;
+use crate::pulse;
 
 /// Returns the folder where a checkpoint is written; its name hides it from readers that look for
 /// checkpoints.
@@ -52,6 +53,30 @@ pub fn commit(run: &Path, manifest: &Manifest, mut parts: Vec<SavedFile>) -> Res
     disk.sync_folder(&staged)?;
     disk.rename(&staged, &target)?;
     disk.sync_folder(run)
+}
+
+/// Makes a checkpoint of one run the checkpoint of another. The files are shared, since none is ever
+/// changed, or copied to another file system.
+///
+/// # Errors
+/// [`Error::Storage`]. No reader sees the checkpoint before all of it is there.
+pub fn copy_to(run: &Path, checkpoint: &Path, manifest: &Manifest) -> Result<PathBuf> {
+    let (staged, target) = (staged(run, manifest.step), run.join(folder_name(manifest.step)));
+    Disk::PLAIN.create_folder(&staged)?;
+    let parts = manifest.parts.iter().map(|part| part.file.as_str());
+    for name in parts.chain([MANIFEST]) {
+        pulse::still_at_work();
+        let (from, to) = (checkpoint.join(name), staged.join(name));
+        let linked = fs::hard_link(&from, &to).or_else(|_| {
+            fs::copy(&from, &to)?;
+            File::open(&to)?.sync_all()
+        });
+        linked.map_err(Error::storage(&from, "copy"))?;
+    }
+    Disk::PLAIN.sync_folder(&staged)?;
+    Disk::PLAIN.rename(&staged, &target)?;
+    Disk::PLAIN.sync_folder(run)?;
+    Ok(target)
 }
 
 /// Deletes the checkpoints that the settings do not keep, oldest first, once the checkpoint of

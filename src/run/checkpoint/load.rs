@@ -4,7 +4,7 @@ use std::path::Path;
 
 use tch::Kind;
 
-use super::{Manifest, verify};
+use super::{AllowedChanges, Manifest, verify};
 use crate::config::RunConfig;
 use crate::error::{Error, Result};
 use crate::files::safetensors::Shards;
@@ -26,13 +26,13 @@ pub fn load(
     folder: &Path,
     config: &RunConfig,
     configured: &Manifest,
-    allow_data_change: bool,
+    allowed: AllowedChanges,
     replica: &mut Replica<'_>,
     optimizer: &dyn Optimizer,
     state: &mut OptimizerState,
 ) -> Result<Manifest> {
     let manifest = verify::manifest(folder)?;
-    let other_data = manifest.check_same_run(folder, config, configured, allow_data_change)?;
+    let changed = manifest.check_same_run(folder, config, configured, allowed)?;
     let parts = open_parts(folder, &manifest, "")?;
     let prefixes: Vec<String> =
         optimizer.state_names().iter().map(|name| format!("{name}.")).collect();
@@ -46,11 +46,14 @@ pub fn load(
             state.set(index, name, &read, &replica.buckets[index]);
         }
     }
-    if let Some(what) = other_data {
-        tracing::warn!("{what}; going on with other data, as was asked");
-    }
-    let Manifest { data, config, base, .. } = configured.clone();
-    Ok(Manifest { parts: Vec::new(), sha256: String::new(), data, config, base, ..manifest })
+    changed.iter().for_each(|what| tracing::warn!("{what}"));
+    Ok(Manifest {
+        step: manifest.step,
+        samples_seen: manifest.samples_seen,
+        guard: manifest.guard,
+        lr: manifest.lr,
+        ..configured.clone()
+    })
 }
 
 /// Loads only the trained parameters. `base`: what the frozen ones are.

@@ -1,7 +1,7 @@
 //! Checkpoints: every rank writes files, a manifest lists them, and a rename commits them.
 //!
-//! Frozen parameters are not saved: the manifest names what they are. With sharded state, each stage is gathered on the rank that writes it, so that the files have
-//! the same bytes under any sharding.
+//! Frozen parameters are not saved: the manifest names what they are. With sharded state, each stage
+//! is gathered on the rank that writes it, so that the files have the same bytes under any sharding.
 //!
 //! A checkpoint is valid if its manifest is unchanged and every file has the size and hash that the
 //! manifest records. Files hold parameters by name, not by rank, so that any world size loads the
@@ -22,7 +22,7 @@ mod snapshot;
 mod tests;
 mod verify;
 
-pub use commit::clear_leftovers;
+pub use commit::{clear_leftovers, copy_to};
 pub use load::{base_of, load, load_parameters, open_parameters, recorded, step_of};
 pub use saver::Saver;
 pub use snapshot::{Saved, copied_bytes};
@@ -68,13 +68,22 @@ pub struct Manifest {
     config: Option<Values>,
     /// Fingerprint of the dataset, see [`Dataset::fingerprint`](crate::data::Dataset::fingerprint).
     pub data: String,
-    /// What the frozen parameters are; `None` if there are none.
+    /// Identity of the frozen parameters; `None` if there are none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<Base>,
     parts: Vec<SavedFile>,
     /// Hash of this manifest's text with this field empty, so that a flipped bit in a number is
     /// detected.
     sha256: String,
+}
+
+/// The differences from the run of a checkpoint with which a resume goes on, as the user allows it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct AllowedChanges {
+    /// Other data.
+    pub data: bool,
+    /// Another global batch.
+    pub batch: bool,
 }
 
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -135,15 +144,14 @@ impl Manifest {
     }
 
     /// Refuses a resume where the same step would see other samples or other draws, or where the
-    /// same parameters would be another function. With `allow_data_change`, other data only produce
-    /// a warning.
+    /// same parameters would be another function. Returns a line about each change that is allowed.
     fn check_same_run(
         &self,
         path: &Path,
         config: &RunConfig,
         configured: &Manifest,
-        allow_data_change: bool,
-    ) -> Result<Option<String>> {
+        allowed: AllowedChanges,
+    ) -> Result<Vec<String>> {
         let Some(record) = &self.config else {
             let what = format!(
                 "is of version {}, which records no configuration, so that it is not certain to go on as it was; \
@@ -155,25 +163,40 @@ impl Manifest {
         let pair = |name: &str, saved: String, now: String| {
             (saved != now).then(|| format!("{name} is {now}, the checkpoint's was {saved}"))
         };
+        let seed = pair("seed", self.seed.to_string(), configured.seed.to_string());
         let data = pair("data fingerprint", self.data.clone(), configured.data.clone());
-        let (allowed, data) = if allow_data_change { (data, None) } else { (None, data) };
+        let [was, now] = [self, configured].map(|manifest| manifest.global_batch_size.to_string());
+        let batch = pair("global batch", was, now);
+        let refused = |text: Option<String>, option: &str, goes_on: &str| {
+            text.map(|text| format!("{text} ({option} goes on {goes_on})"))
+        };
         let differing = [
-            pair("seed", self.seed.to_string(), configured.seed.to_string()),
-            pair(
-                "global batch",
-                self.global_batch_size.to_string(),
-                configured.global_batch_size.to_string(),
+            seed,
+            refused(
+                batch.clone().filter(|_| !allowed.batch),
+                "--allow-batch-change",
+                "after the samples that were seen",
             ),
-            data.map(|text| format!("{text} (--allow-data-change goes on with other data)")),
+            refused(
+                data.clone().filter(|_| !allowed.data),
+                "--allow-data-change",
+                "with other data",
+            ),
             changes::other_architecture(record, config),
             self.other_base(configured.base.as_ref()),
         ];
         let texts: Vec<String> = differing.into_iter().flatten().collect();
-        if texts.is_empty() {
-            Ok(allowed)
-        } else {
-            Err(Error::checkpoint_mismatch(path, texts.join("; ")))
+        if !texts.is_empty() {
+            return Err(Error::checkpoint_mismatch(path, texts.join("; ")));
         }
+        let data = data.map(|text| format!("{text}; going on with other data, as was asked"));
+        let batch = batch.map(|text| {
+            format!(
+                "{text}; going on after the {} samples that were seen, as was asked",
+                self.samples_seen
+            )
+        });
+        Ok(batch.into_iter().chain(data).collect())
     }
 }
 

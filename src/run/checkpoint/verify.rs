@@ -165,6 +165,7 @@ mod tests {
 
     use super::*;
     use crate::config::RunConfig;
+    use crate::run::checkpoint::AllowedChanges;
 
     fn part(file: &str, bytes: u64) -> SavedFile {
         SavedFile { file: file.into(), bytes, sha256: "0".repeat(64) }
@@ -243,13 +244,17 @@ mod tests {
         std::fs::write(folder.path().join(MANIFEST), text).expect("a file");
         let read = verify(folder.path()).expect("sound");
         let error = read
-            .check_same_run(folder.path(), &config, &now, true)
+            .check_same_run(
+                folder.path(),
+                &config,
+                &now,
+                AllowedChanges { data: true, batch: true },
+            )
             .expect_err("never guessed")
             .to_string();
         assert!(error.contains("is of version 2, which records no configuration"), "{error}");
-        assert_eq!(
-            now.check_same_run(folder.path(), &config, &now, false).expect("the same run"),
-            None
-        );
+        let allowed = AllowedChanges::default();
+        let told = now.check_same_run(folder.path(), &config, &now, allowed);
+        assert_eq!(told.expect("the same run"), [""; 0]);
     }
 }

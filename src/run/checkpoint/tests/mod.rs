@@ -20,6 +20,7 @@ use crate::parallel::{Devices, Replica, Sharding, ShardingGroup, Sharing};
 use crate::phase::Phase;
 use crate::rng::{Key, Purpose};
 use crate::run::folder::RunFolder;
+use crate::run::length::Length;
 use crate::run::optimizer_state::OptimizerState;
 use crate::run::resume::Resume;
 
@@ -77,6 +78,7 @@ fn save_on(model: &Dit, world: &dyn Collective, sharding: Sharding, output: &str
     let folder = RunFolder::open(
         &RunConfig { output_dir: output.into(), ..RunConfig::default() },
         &Resume::Never,
+        Length::Steps(1000),
         world,
     )
     .expect("a fresh folder");
@@ -93,7 +95,7 @@ fn check_on(model: &Dit, world: &dyn Collective, sharding: Sharding, folder: &Pa
         folder,
         &RunConfig::default(),
         &manifest(),
-        false,
+        AllowedChanges::default(),
         &mut replica,
         &*optimizer(),
         &mut state,
