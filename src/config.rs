@@ -12,7 +12,7 @@ use crate::model::ModelSettings;
 use crate::nn::{ComputeSettings, Stage, Tokens};
 use crate::optim::lr::LrScheduleChoice;
 use crate::optim::{Decay, EmaSettings, OptimizerSettings};
-use crate::parallel::ParallelSettings;
+use crate::parallel::{ParallelSettings, Recompute};
 use crate::settings::{self, choice, settings};
 use crate::telemetry::LogSettings;
 use crate::tuning::{Factors, LoraSettings, Tuning};
@@ -294,7 +294,11 @@ impl RunConfig {
 
     /// The part of the model that is trained.
     pub fn tuning(&self) -> Tuning<'_> {
-        Tuning { trainable: &self.train.trainable, lora: &self.lora }
+        Tuning {
+            trainable: &self.train.trainable,
+            lora: &self.lora,
+            frozen_form: self.model.frozen_form(),
+        }
     }
 
     /// True if the adapter reads which tokens of `text_embeddings` are valid.
@@ -374,6 +378,16 @@ impl RunConfig {
         let of_lora = self.lora.problems(self.model.dtype);
         of_lora.into_iter().for_each(|(key, what)| say(key, what));
         self.ema.problems().into_iter().for_each(|(key, what)| say(key, what));
+        let keeps_graphs = self.parallel.recompute != Recompute::Always;
+        if self.parallel.offload.frozen && keeps_graphs && !self.tuning().is_whole() {
+            let what =
+                "must be `always` with offload of frozen parameters: a kept graph holds them";
+            say("parallel.recompute", what.into());
+        }
+        if self.model.frozen_dtype.is_some() && self.tuning().is_whole() {
+            let what = "is set, and nothing is frozen; set lora.rank or train.trainable";
+            say("model.frozen_dtype", what.into());
+        }
         self.data.problems().into_iter().for_each(|(key, what)| say(&key, what));
         self.validation.problems(&self.data).into_iter().for_each(|(key, what)| say(key, what));
         if self.data.counts_tokens() {

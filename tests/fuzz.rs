@@ -601,6 +601,7 @@ fn sample_of(run: &Path, conditions: &Path) -> Result<(), Error> {
         seed,
         lora_scale: 1.0,
         weights: SavedWeights::Trained,
+        loras: Vec::new(),
     })
 }
 

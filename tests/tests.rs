@@ -70,6 +70,8 @@ mod threads {
     pub mod equivalence;
     /// Factors of learning rate and decay train alike on any ranks, and change what they name.
     mod factors;
+    /// What is frozen is held in fewer bits, or in host memory, and everything else holds.
+    mod frozen;
     /// Known loss curves, as text.
     mod golden;
     /// What is frozen stays, what is trained beside it trains alike on any ranks, and a run goes on
@@ -131,6 +133,8 @@ mod mpi {
     mod averages;
     /// Real MPI keeps the contract of the collectives, and a rank that fails ends its world.
     pub mod collectives;
+    /// Frozen parameters in host memory come to a GPU beside computation.
+    pub mod copies;
     /// Ranks make the dataset that one rank makes, also after a kill.
     mod datasets;
     /// Our own GPU kernels compile, have the bits of a CPU, and are refused where they compute

@@ -89,8 +89,9 @@ pub fn length(config: &RunConfig, world_size: usize) -> Result<Length> {
 
 /// Returns the devices of a rank that computes on `device`.
 pub fn devices(config: &RunConfig, device: Device) -> Devices {
-    let offloads = config.parallel.offload.optimizer();
-    Devices { compute: device, home: if offloads { Device::Cpu } else { device } }
+    let offload = config.parallel.offload;
+    let home = if offload.optimizer { Device::Cpu } else { device };
+    Devices { compute: device, home, streams_frozen: offload.frozen }
 }
 
 /// A model, and what its frozen parameters are, if it has any.

@@ -4,10 +4,11 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::values::{Shape, parse_scale, parse_shape};
+use super::values::{Shape, parse_lora, parse_scale, parse_shape};
 use crate::error::Result;
 use crate::phase::Phase;
 use crate::pulse;
+use crate::run::added_loras::AddedLora;
 use crate::run::checkpoint::SavedWeights;
 use crate::sample::{self, SampleRequest};
 
@@ -54,6 +55,10 @@ pub struct SampleArgs {
     /// Generate with the average of the weights ([ema]) instead of the weights
     #[arg(long)]
     ema: bool,
+    /// LoRA of any dialect that is added to the model, also beside the run's own, and its strength;
+    /// repeatable
+    #[arg(long, value_name = "FILE[:SCALE]", value_parser = parse_lora)]
+    lora: Vec<AddedLora>,
 }
 
 impl SampleArgs {
@@ -72,6 +77,7 @@ impl SampleArgs {
             seed: self.seed,
             lora_scale: self.lora_scale,
             weights: SavedWeights::averaged_if(self.ema),
+            loras: self.lora,
         };
         pulse::enter(Phase::Report);
         sample::sample(&request).map(|()| 0)

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use crate::datasets::caches::{CacheFormat, CachedFamily};
 use crate::model::Dtype;
+use crate::run::added_loras::AddedLora;
 use crate::settings::Choice;
 
 /// Sizes of axes; a type of its own, because clap takes a bare `Vec` for a repeated argument.
@@ -22,6 +23,16 @@ pub fn parse_scale(text: &str) -> Result<f64, String> {
         .ok()
         .filter(|scale| (0.0..=100.0).contains(scale))
         .ok_or_else(|| "expected a number from 0 to 100".into())
+}
+
+/// A file, and the strength behind its last colon, if that is a number: a name may have colons.
+pub fn parse_lora(text: &str) -> Result<AddedLora, String> {
+    let number = |(file, scale): (&str, &str)| Some((file.to_string(), scale.parse().ok()?));
+    let (file, scale) = text.rsplit_once(':').and_then(number).unwrap_or((text.into(), 1.0));
+    match (-100.0..=100.0).contains(&scale) {
+        true => Ok(AddedLora { file: file.into(), scale }),
+        false => Err("expected a strength from -100 to 100 behind the colon".into()),
+    }
 }
 
 /// Numbers of ranks, ascending.
@@ -70,4 +81,22 @@ pub fn parse_word<T: Choice>(text: &str) -> Result<T, String> {
     let known = T::ALL.iter().find(|(word, _)| *word == text);
     let words: Vec<&str> = T::ALL.iter().map(|(word, _)| *word).collect();
     known.map(|(_, value)| *value).ok_or_else(|| format!("expected one of {}", words.join(", ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_strength_stands_behind_the_last_colon_of_a_file() {
+        for (text, file, scale) in [
+            ("a.safetensors", "a.safetensors", 1.0),
+            ("a.safetensors:0.5", "a.safetensors", 0.5),
+            ("C:/a.safetensors", "C:/a.safetensors", 1.0),
+            ("a:b:-2", "a:b", -2.0),
+        ] {
+            assert_eq!(parse_lora(text), Ok(AddedLora { file: file.into(), scale }));
+        }
+        assert!(parse_lora("a:101").is_err() && parse_lora("a:nan").is_err());
+    }
 }

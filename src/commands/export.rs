@@ -20,7 +20,7 @@ use crate::run::checkpoint::SavedWeights;
 use crate::run::folder;
 use crate::run::locate::locate;
 use crate::run::lora_files;
-use crate::run::pretrained::STEM;
+use crate::run::weights::STEM;
 use crate::run::whole::WholeModel;
 use crate::settings::Family;
 
@@ -230,6 +230,7 @@ mod tests {
             frozen: false,
             added: false,
             rows: Rows::One,
+            form: None,
             lr_factor: 1.0,
             decay_factor: 0.0,
         };

@@ -126,7 +126,7 @@ pub(super) const HABITS: &[Habit] = &[
     // The model.
     same(
         "transformer_dtype torch_dtype compute_dtype weight_dtype param_dtype training_dtype mixed_precision \
-         mixed_precision_param precision base_model_precision bf16 fp16",
+         mixed_precision_param precision bf16 fp16",
         &["model.dtype"],
     ),
     same(
@@ -141,6 +141,10 @@ pub(super) const HABITS: &[Habit] = &[
     same(
         "lora_rank lora_dim network_dim network_module peft.dim rank network peft",
         &["lora.rank"],
+    ),
+    same(
+        "base_model_precision fp8_base fp8_scaled quantize quantization load_in_4bit load_in_8bit bnb_4bit_quant_type",
+        &["model.frozen_dtype"],
     ),
     same("lora_alpha network_alpha peft.alpha", &["lora.alpha"]),
     same("lora_dropout network_dropout rank_dropout peft.dropout_position", &["lora.dropout"]),

@@ -351,7 +351,7 @@ impl Drop for Module {
     }
 }
 
-fn check(function: &str, code: sys::CUresult) -> Outcome<()> {
+pub(super) fn check(function: &str, code: sys::CUresult) -> Outcome<()> {
     if code == sys::CUresult::CUDA_SUCCESS {
         return Ok(());
     }
@@ -363,7 +363,7 @@ fn check(function: &str, code: sys::CUresult) -> Outcome<()> {
 }
 
 /// Logs an error that a destructor cannot return.
-fn log_error(outcome: Outcome<()>) {
+pub(super) fn log_error(outcome: Outcome<()>) {
     if let Err(what) = outcome {
         tracing::warn!("while releasing: {what}");
     }

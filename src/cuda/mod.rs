@@ -8,13 +8,17 @@
 
 pub(crate) mod driver;
 mod elementwise;
+mod from_host;
 pub mod health;
 pub mod nvrtc;
 pub mod system;
 
 use std::ffi::{CStr, c_char};
 
+pub(crate) use driver::Event;
 pub use elementwise::{Argument, Elementwise, Source};
+pub(crate) use from_host::FromHost;
+pub use from_host::PinnedMemory;
 
 use crate::error::{Error, Result};
 

@@ -4,10 +4,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
+use tch::Kind;
 
 use crate::error::{Error, Result};
 use crate::files::contents::no_json;
-use crate::files::safetensors::refuse_pickled_weights;
+use crate::files::safetensors::{Content, SafeTensors, TensorInfo, refuse_pickled_weights};
 use crate::model::Model;
 use crate::settings::{self, Family};
 
@@ -84,6 +85,7 @@ fn no_transformer(path: &Path) -> Option<String> {
         let meant = inside
             .map(|folder| format!("; did you mean {}?", folder.display()))
             .unwrap_or_default();
+        let meant = if meant.is_empty() { of_file(path) } else { meant };
         return Some(format!("{shown} is a file; {expected}{meant}"));
     }
     if !path.exists() {
@@ -107,6 +109,41 @@ fn no_transformer(path: &Path) -> Option<String> {
         "holds no config.json"
     };
     Some(format!("{shown} {found}; {expected}{meant}"))
+}
+
+/// Parts of the names that the published single files have, and diffusers' models do not.
+const NATIVE: [&str; 3] = ["double_blocks.", "single_blocks.", ".self_attn."];
+/// Parts of the names that diffusers' models have.
+const DIFFUSERS: [&str; 3] = ["transformer_blocks.", ".attn1.", "condition_embedder."];
+
+/// Returns what a file of weights is, and how a folder is made of it; nothing if it is unknown.
+fn of_file(path: &Path) -> String {
+    let Ok(file) = SafeTensors::open_as(path, Content::Weights) else { return String::new() };
+    let has = |parts: &[&str]| {
+        file.tensors().iter().any(|info| parts.iter().any(|part| info.name.contains(part)))
+    };
+    let is_narrow = |info: &TensorInfo| matches!(info.kind, Kind::Float8e4m3fn | Kind::Float8e5m2);
+    let is_narrow = file.tensors().iter().any(is_narrow);
+    let convert = format!(
+        "diffusers' CLASS.from_single_file(\"{}\").save_pretrained(\"FOLDER\")",
+        path.display()
+    );
+    match (has(&["lora_"]), has(&DIFFUSERS), has(&NATIVE)) {
+        (true, ..) => {
+            "; it is a LoRA: name it in lora.init_from, and its model's folder here".into()
+        }
+        (_, true, _) => "; its names are diffusers': move it into a folder as \
+                         diffusion_pytorch_model.safetensors, beside the config.json of its model"
+            .into(),
+        (_, _, true) if is_narrow => format!(
+            "; it is another program's single file in 8 bits: take the one in bfloat16, and convert \
+             it once by {convert}; model.frozen_dtype holds it in 8 bits again"
+        ),
+        (_, _, true) => {
+            format!("; it is another program's single file: convert it once by {convert}")
+        }
+        _ => String::new(),
+    }
 }
 
 /// Returns the transformer folders in a pipeline's folder, or in the snapshots of a download cache.
@@ -167,7 +204,44 @@ fn unknown_class(class: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use tch::{Device, Tensor};
+
     use super::*;
+    use crate::files::safetensors;
+
+    #[test]
+    fn a_single_file_is_told_by_its_names_with_what_to_do() {
+        let root = tempfile::tempdir().expect("a folder");
+        let path = root.path().join("weights.safetensors");
+        let said = |name: &str, kind: Kind| {
+            let tensor = Tensor::ones([2, 2], (Kind::Float, Device::Cpu)).to_kind(kind);
+            let mut file = fs::File::create(&path).expect("a file");
+            safetensors::write(&mut file, &[(name, &tensor)], &BTreeMap::new()).expect("room");
+            no_transformer(&path).expect("no folder")
+        };
+        let (wide, narrow) = (Kind::BFloat16, Kind::Float8e4m3fn);
+        for (name, kind, expected) in [
+            ("double_blocks.0.img_attn.qkv.weight", wide, "single file: convert it once"),
+            ("model.diffusion_model.blocks.0.self_attn.q.weight", wide, "single file: convert it"),
+            ("double_blocks.0.img_attn.qkv.weight", narrow, "single file in 8 bits: take the one"),
+            ("transformer_blocks.0.attn.to_q.weight", wide, "its names are diffusers': move it"),
+            (
+                "model.diffusion_model.transformer_blocks.0.attn.to_q.weight",
+                wide,
+                "beside the conf",
+            ),
+            ("transformer_blocks.0.attn.to_q.lora_A.weight", wide, "it is a LoRA: name it in"),
+        ] {
+            let said = said(name, kind);
+            assert!(said.contains("is a file; expected") && said.contains(expected), "{said}");
+        }
+        assert!(
+            said("x", wide).ends_with("with config.json and safetensors"),
+            "nothing is guessed"
+        );
+    }
 
     #[test]
     fn a_path_that_is_no_transformers_folder_is_told_with_the_one_that_was_meant() {

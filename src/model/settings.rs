@@ -6,6 +6,7 @@ use tch::Kind;
 
 use crate::error::{Error, Result};
 use crate::model::{Model, diffusers};
+use crate::nn::FrozenDtype;
 use crate::settings::{Family, Named, choice, settings};
 
 choice! {
@@ -47,6 +48,9 @@ settings! {
         pub init: Beginning = Beginning::Pretrained;
         /// Kind of the computation; master weights and optimizer state stay float32.
         pub dtype: Dtype = Dtype::Float32;
+        /// What the blocks' frozen linear maps are held in between products; unset: as they are
+        /// computed with.
+        pub frozen_dtype: Option<FrozenDtype> = None;
         /// The architecture.
         pub family: Named<Model>, as member;
     }
@@ -73,6 +77,13 @@ impl ModelSettings {
         }
         self.family.is_named = true;
         Ok(())
+    }
+
+    /// The form of frozen linear maps; `None` if it is that of the computation.
+    pub fn frozen_form(&self) -> Option<FrozenDtype> {
+        let is_own =
+            |form: &FrozenDtype| *form == FrozenDtype::Bfloat16 && self.dtype == Dtype::Bfloat16;
+        self.frozen_dtype.filter(|form| !is_own(form))
     }
 
     /// Folder of the weights to begin with, if the parameters do not begin at random.

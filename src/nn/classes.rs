@@ -2,11 +2,12 @@
 
 use std::ops::Range;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
+use super::Packed;
 use super::params::{ParamInfo, ParamSet};
 
-/// Consecutive parameters of a stage that are frozen or trained alike and computed in one kind.
+/// Consecutive parameters of a stage that are frozen or trained alike and held in one kind.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Class {
     /// Indexes of its parameters among the set's infos.
@@ -14,8 +15,10 @@ pub struct Class {
     /// Its elements of the stage's flat buffer.
     pub elements: Range<i64>,
     pub frozen: bool,
-    /// The kind that it is computed in.
+    /// The kind that it is held in: that which it is computed in, or that of packed words.
     pub kind: Kind,
+    /// Its parameters if they are packed; empty if they are not.
+    packed: Vec<Packed>,
 }
 
 impl Class {
@@ -24,8 +27,56 @@ impl Class {
         self.elements.end - self.elements.start
     }
 
+    /// Length of a tensor that holds it: its elements, or the words that they are packed in.
+    pub fn length(&self) -> i64 {
+        match self.packed[..] {
+            [] => self.numel(),
+            ref packed => packed.iter().map(Packed::words).sum(),
+        }
+    }
+
+    /// Returns what is held of its elements `[numel]`: themselves, or the words `[length]`, which
+    /// are packed on `device`.
+    pub fn held(&self, elements: &Tensor, device: Device) -> Tensor {
+        if self.packed.is_empty() {
+            return elements.shallow_clone();
+        }
+        let sizes: Vec<i64> = self.packed.iter().map(Packed::numel).collect();
+        let parts = elements.split_with_sizes(sizes, 0);
+        let words = Tensor::empty([self.length()], (self.kind, device));
+        let places = self.packed_parts(&words);
+        for ((packed, part), mut place) in self.packed.iter().zip(&parts).zip(places) {
+            place.copy_(&packed.pack(&part.to_device(device)));
+        }
+        words
+    }
+
+    /// Returns its elements `[numel]`, f32, from what is held of them, `[length]`.
+    pub fn elements_of(&self, held: &Tensor) -> Tensor {
+        if self.packed.is_empty() {
+            return held.to_kind(Kind::Float);
+        }
+        let parts = self.packed_parts(held);
+        let numbers =
+            |(packed, words): (&Packed, &Tensor)| packed.unpack(words, Kind::Float).view([-1]);
+        Tensor::cat(&self.packed.iter().zip(&parts).map(numbers).collect::<Vec<_>>(), 0)
+    }
+
+    /// What is held of it as one view for each of its parameters; the rest is padding.
+    pub(super) fn split(&self, infos: &[ParamInfo], held: &Tensor) -> Vec<Tensor> {
+        match self.packed[..] {
+            [] => split(self.of(infos), held),
+            _ => self.packed_parts(held),
+        }
+    }
+
+    fn packed_parts(&self, held: &Tensor) -> Vec<Tensor> {
+        let words = held.narrow(0, 0, self.length());
+        words.split_with_sizes(self.packed.iter().map(Packed::words).collect::<Vec<_>>(), 0)
+    }
+
     /// Its parameters among those of its set.
-    pub fn of<'s>(&self, infos: &'s [ParamInfo]) -> &'s [ParamInfo] {
+    fn of<'s>(&self, infos: &'s [ParamInfo]) -> &'s [ParamInfo] {
         &infos[self.infos.clone()]
     }
 }
@@ -36,17 +87,24 @@ impl ParamSet {
         let mut classes: Vec<Class> = Vec::new();
         let mut start = 0;
         for (index, info) in self.infos().iter().enumerate() {
-            let (kind, end) = (if info.precise { Kind::Float } else { kind }, start + info.numel());
+            let kind = match info {
+                ParamInfo { form: Some(_), .. } => Kind::Int64,
+                ParamInfo { precise: true, .. } => Kind::Float,
+                _ => kind,
+            };
+            let end = start + info.numel();
             match classes.last_mut() {
                 Some(class) if class.frozen == info.frozen && class.kind == kind => {
                     class.infos.end = index + 1;
                     class.elements.end = end;
+                    class.packed.extend(info.packed());
                 }
                 _ => classes.push(Class {
                     infos: index..index + 1,
                     elements: start..end,
                     frozen: info.frozen,
                     kind,
+                    packed: info.packed().into_iter().collect(),
                 }),
             }
             start = end;
@@ -54,14 +112,14 @@ impl ParamSet {
         classes
     }
 
-    /// A class's flat piece as one view for each of its parameters; the rest is padding.
+    /// A class's flat piece as one view for each of its parameters, of packed ones their words; the
+    /// rest is padding.
     pub fn split_class<'s>(
         &'s self,
         class: &Class,
         piece: &Tensor,
     ) -> impl Iterator<Item = (&'s ParamInfo, Tensor)> {
-        let infos = class.of(self.infos());
-        infos.iter().zip(split(infos, piece))
+        class.of(self.infos()).iter().zip(class.split(self.infos(), piece))
     }
 }
 

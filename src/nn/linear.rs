@@ -4,7 +4,7 @@ use tch::Tensor;
 
 use super::{Builder, Init, Param, Views};
 
-/// `x · weightᵀ + bias`; where the weight has a low-rank change, with that.
+/// `x · weightᵀ + bias`; where the weight has low-rank changes, with them.
 #[derive(Clone, Copy, Debug)]
 pub struct Linear {
     weight: Param,
@@ -32,10 +32,12 @@ impl Linear {
     /// # Shapes
     /// `x`: `[…, inputs]`. Returns `[…, outputs]`.
     pub fn forward(&self, params: &Views, x: &Tensor) -> Tensor {
-        let (weight, bias) = (&params[self.weight], self.bias.map(|bias| &params[bias]));
-        match params.low_rank(self.weight) {
-            Some(low_rank) => low_rank.apply(params, weight, bias, x),
-            None => x.linear(weight, bias),
-        }
+        let (weight, bias) = (params.weight(self.weight), self.bias.map(|bias| &params[bias]));
+        let mut changes = params.low_ranks(self.weight);
+        let changed = match changes.next() {
+            Some(low_rank) => low_rank.apply(params, &weight, bias, x),
+            None => weight.product(x, bias),
+        };
+        changes.fold(changed, |changed, further| changed + further.alone(params, x))
     }
 }

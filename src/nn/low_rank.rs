@@ -6,7 +6,8 @@
 
 use tch::{Kind, Tensor, no_grad};
 
-use super::params::{Builder, Param, ParamSet};
+use super::packed::{Weight, numbers};
+use super::params::{Builder, Param, ParamInfo, ParamSet};
 use super::{Init, Rows, Views};
 use crate::ops::autograd::custom_gradient;
 use crate::rng::hash_of_name;
@@ -47,9 +48,12 @@ impl LowRank {
         let info = set.info(weight).clone();
         let module = info.name.strip_suffix(".weight").unwrap_or(&info.name);
         let (outputs, inputs, rank) = (info.shape[0], info.shape[1], change.rank);
+        let earlier = set.low_ranks().iter().filter(|change| change.weight == weight).count();
+        // Only a run's own change, the first one, is kept under its names.
+        let number = if earlier == 0 { String::new() } else { format!("_{}", earlier + 1) };
         let mut builder = Builder::adding(set, module, info.rows, info.precise || change.precise);
-        let down = builder.param("lora_A.weight", &[rank, inputs], change.init);
-        let up = builder.param("lora_B.weight", &[outputs, rank], Init::Zeros);
+        let down = builder.param(&format!("lora_A{number}.weight"), &[rank, inputs], change.init);
+        let up = builder.param(&format!("lora_B{number}.weight"), &[outputs, rank], Init::Zeros);
         let magnitude = || builder.param("lora_magnitude_vector", &[outputs], Init::Zeros);
         LowRank {
             weight,
@@ -102,7 +106,7 @@ impl LowRank {
     pub(super) fn apply(
         &self,
         params: &Views,
-        weight: &Tensor,
+        weight: &Weight<'_>,
         bias: Option<&Tensor>,
         x: &Tensor,
     ) -> Tensor {
@@ -112,22 +116,39 @@ impl LowRank {
         let dropped = drops.map(|drops| drops.apply(x, self.dropout, self.stream, self.rows));
         let changed = dropped.as_ref().unwrap_or(x);
         match self.magnitude {
-            None if dropped.is_none() && is_frozen(weight) && bias.is_none_or(is_frozen) => {
+            None if dropped.is_none() && weight.is_frozen() && bias.is_none_or(is_frozen) => {
                 frozen_and_changed(x, weight, bias, [down, up], self.scale)
             }
-            None => x.linear(weight, bias) + self.change(changed, [down, up], x.kind()),
+            None => weight.product(x, bias) + self.change(changed, [down, up], x.kind()),
             Some(magnitude) => {
-                let norms = no_grad(|| row_norms(&self.sum(weight, [down, up])));
+                let norms = no_grad(|| row_norms(&self.sum(&weight.precise(), [down, up])));
                 let factor = (&params[magnitude] / norms).to_kind(x.kind());
                 let change = self.change(changed, [down, up], x.kind()) * &factor;
-                let own = changed.linear(weight, None::<&Tensor>);
+                let own = weight.product(changed, None);
                 match dropped {
                     None => {
                         let turned = own * &factor + change;
                         bias.map_or_else(|| turned.shallow_clone(), |bias| &turned + bias)
                     }
-                    Some(_) => x.linear(weight, bias) + own * (factor - 1.0) + change,
+                    Some(_) => weight.product(x, bias) + own * (factor - 1.0) + change,
                 }
+            }
+        }
+    }
+
+    /// What a change that is not the first of its weight adds to the output, of the kind of `x`: no
+    /// magnitude, and nothing is dropped.
+    pub(super) fn alone(&self, params: &Views, x: &Tensor) -> Tensor {
+        self.change(x, [&params[self.down], &params[self.up]], x.kind())
+    }
+
+    /// Sets `A`, `B` and the magnitude, if it has one.
+    pub fn set(&self, views: &Views, [down, up]: [&Tensor; 2], magnitude: Option<&Tensor>) {
+        let parts =
+            [(Some(self.down), Some(down)), (Some(self.up), Some(up)), (self.magnitude, magnitude)];
+        for (param, values) in parts {
+            if let (Some(param), Some(values)) = (param, values) {
+                views[param].shallow_clone().copy_(values);
             }
         }
     }
@@ -159,10 +180,19 @@ impl LowRank {
         }
     }
 
-    /// Sets the magnitude, if it `begins`, to what the weight and its change have.
-    pub(super) fn measure(&self, views: &Views, begins: impl Fn(Param) -> bool) {
-        if let Some(magnitude) = self.magnitude.filter(|magnitude| begins(*magnitude)) {
-            let sum = self.sum(&views[self.weight], [&views[self.down], &views[self.up]]);
+    /// Sets the magnitude, if it `begins`, to what the weight, as it is held, and its change have.
+    pub(super) fn measure(
+        &self,
+        set: &ParamSet,
+        views: &Views,
+        begins: impl Fn(&ParamInfo) -> bool,
+    ) {
+        if let Some(magnitude) = self.magnitude.filter(|magnitude| begins(set.info(*magnitude))) {
+            let weight = match set.info(self.weight).packed() {
+                Some(packed) => packed.unpack(&packed.pack(&views[self.weight]), Kind::Float),
+                None => views[self.weight].shallow_clone(),
+            };
+            let sum = self.sum(&weight, [&views[self.down], &views[self.up]]);
             views[magnitude].shallow_clone().copy_(&row_norms(&sum));
         }
     }
@@ -177,32 +207,33 @@ fn row_norms(weight: &Tensor) -> Tensor {
 /// the gradient of `A` needs is kept, and nothing of `W`'s is computed.
 fn frozen_and_changed(
     x: &Tensor,
-    weight: &Tensor,
+    weight: &Weight<'_>,
     bias: Option<&Tensor>,
     [down, up]: [&Tensor; 2],
     scale: f64,
 ) -> Tensor {
     let (shape, kind, has_gradient) = (x.size(), x.kind(), x.requires_grad());
+    let (inputs, outputs, packed) = (down.size()[1], up.size()[0], weight.packed);
     let is_one_kind = down.kind() == kind;
     custom_gradient(
         &[x, down, up],
         || {
-            let output = x.linear(weight, bias).contiguous();
-            let rows = x.detach().reshape([-1, weight.size()[1]]);
+            let output = x.linear(&weight.numbers(kind), bias).contiguous();
+            let rows = x.detach().reshape([-1, inputs]);
             let narrow = rows.to_kind(down.kind()).matmul(&down.tr()) * scale;
-            let mut flat = output.view([-1, weight.size()[0]]);
+            let mut flat = output.view([-1, outputs]);
             add_product(&mut flat, &narrow, &up.tr(), is_one_kind);
-            let saved = [&rows, &narrow, weight, down, up].map(Tensor::detach);
+            let saved = [&rows, &narrow, weight.held, down, up].map(Tensor::detach);
             (output, saved)
         },
-        move |[rows, narrow, weight, down, up], gradient| {
-            let gradient = gradient.reshape([-1, weight.size()[0]]);
+        move |[rows, narrow, held, down, up], gradient| {
+            let gradient = gradient.reshape([-1, outputs]);
             let of_change = gradient.to_kind(down.kind());
             let of_up = of_change.tr().matmul(&narrow);
             let of_narrow = of_change.matmul(&up) * scale;
             let of_down = of_narrow.tr().matmul(&rows.to_kind(down.kind()));
             let of_x = has_gradient.then(|| {
-                let mut of_rows = gradient.matmul(&weight);
+                let mut of_rows = gradient.matmul(&numbers(&held, packed, kind));
                 add_product(&mut of_rows, &of_narrow, &down, is_one_kind);
                 of_rows.reshape(&shape)
             });
@@ -249,7 +280,8 @@ mod tests {
     #[test]
     fn a_change_of_what_is_frozen_is_the_sum_of_both_maps_and_so_are_its_gradients() {
         let one = |x: &Tensor, factors: [&Tensor; 2], weight: &Tensor, bias: &Tensor| {
-            frozen_and_changed(x, weight, Some(bias), factors, 0.7)
+            let weight = Weight { held: weight, packed: None };
+            frozen_and_changed(x, &weight, Some(bias), factors, 0.7)
         };
         let two = |x: &Tensor, [down, up]: [&Tensor; 2], weight: &Tensor, bias: &Tensor| {
             let narrow = x.to_kind(down.kind()).matmul(&down.tr()) * 0.7;
@@ -277,8 +309,9 @@ mod tests {
         let x = drawn(1, &[2, 6], Kind::Float);
         let [down, up] = [drawn(2, &[3, 6], Kind::Float), drawn(3, &[4, 3], Kind::Float)]
             .map(|factor| factor.set_requires_grad(true));
-        let output =
-            frozen_and_changed(&x, &drawn(4, &[4, 6], Kind::Float), None, [&down, &up], 1.0);
+        let weight = drawn(4, &[4, 6], Kind::Float);
+        let weight = Weight { held: &weight, packed: None };
+        let output = frozen_and_changed(&x, &weight, None, [&down, &up], 1.0);
         let found = Tensor::run_backward(&[output.sum(Kind::Float)], &[&down, &up], false, false);
         assert!(found.iter().all(|gradient| gradient.abs().max().double_value(&[]) > 0.0));
     }

@@ -6,7 +6,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use super::classes::{Class, split};
 use super::low_rank::{LowRank, LowRankChange};
-use super::{AttentionInfo, Init, Rows, Views};
+use super::{AttentionInfo, FrozenDtype, Init, Packed, Rows, Views};
 use crate::rng::Key;
 
 #[derive(Clone, Debug, PartialEq)]
@@ -24,6 +24,8 @@ pub struct ParamInfo {
     pub added: bool,
     /// The rows that it is applied to.
     pub rows: Rows,
+    /// The form in which it is held, if not as the numbers that it is computed with.
+    pub form: Option<FrozenDtype>,
     /// Factor of the learning rate.
     pub lr_factor: f64,
     /// Factor of the weight decay; 0 where it does not decay.
@@ -46,9 +48,14 @@ impl ParamInfo {
         key.named(&self.name).seeded(|| self.init.draw(fresh))
     }
 
+    /// It as a packed weight; `None` if it is held as numbers.
+    pub fn packed(&self) -> Option<Packed> {
+        self.form.map(|form| Packed::new(form, &self.shape))
+    }
+
     /// Its place in the order of a flat buffer.
-    fn rank(&self) -> (bool, bool) {
-        (!self.frozen, !self.precise)
+    fn rank(&self) -> (bool, bool, bool) {
+        (!self.frozen, !self.precise, self.form.is_some())
     }
 }
 
@@ -57,7 +64,7 @@ impl ParamInfo {
 pub struct Param(pub(super) usize);
 
 /// The parameters of one stage in the order of its flat buffer: frozen ones, then trained ones;
-/// among each the precise ones, then the others, as they were built.
+/// among each the precise ones, then the others, then the packed ones, as they were built.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ParamSet {
     stage: String,
@@ -126,15 +133,35 @@ impl ParamSet {
 
     /// The same parameters, of which those are frozen that `is_frozen` names. Handles stay valid.
     pub fn freezing(&self, is_frozen: impl Fn(&ParamInfo) -> bool) -> Self {
+        self.arranged_anew(|_, info| ParamInfo {
+            frozen: is_frozen(info),
+            form: None,
+            ..info.clone()
+        })
+    }
+
+    /// The same parameters, of which the frozen weights of linear maps are held in a form; precise
+    /// ones stay as they are. Handles stay valid.
+    pub fn packing(&self, form: FrozenDtype) -> Self {
+        let is_held = |param: Param, info: &ParamInfo| {
+            info.frozen && !info.precise && self.linears.contains(&param)
+        };
+        self.arranged_anew(|param, info| ParamInfo {
+            form: is_held(param, info).then_some(form),
+            ..info.clone()
+        })
+    }
+
+    fn arranged_anew(&self, changed: impl Fn(Param, &ParamInfo) -> ParamInfo) -> Self {
         let mut set = ParamSet { infos: Vec::new(), places: Vec::new(), ..self.clone() };
-        for place in &self.places {
-            let info = &self.infos[*place];
-            set.insert(ParamInfo { frozen: is_frozen(info), ..info.clone() });
+        for (handle, place) in self.places.iter().enumerate() {
+            set.insert(changed(Param(handle), &self.infos[*place]));
         }
         set
     }
 
-    /// The same parameters, each changed by `change`, which leaves name and shape as they are.
+    /// The same parameters in the same places, each changed by `change`, which leaves name, shape and
+    /// class as they are.
     pub fn with_each(mut self, change: impl Fn(&mut ParamInfo)) -> Self {
         self.infos.iter_mut().for_each(change);
         self
@@ -153,20 +180,21 @@ impl ParamSet {
 
     /// The flat buffer `[P]` as one view for each parameter; the rest is padding.
     pub fn split(&self, flat: &Tensor) -> Views {
-        self.views(split(&self.infos, flat))
+        self.views(split(&self.infos, flat), Vec::new())
     }
 
-    /// As [`split`](Self::split), for a buffer in one piece for each of its
+    /// As [`split`](Self::split), for a buffer that is held in one piece for each of its
     /// [`classes`](Self::classes).
     pub fn split_classes<'p>(
         &self,
         pieces: impl Iterator<Item = (&'p Class, &'p Tensor)>,
     ) -> Views {
-        self.views(pieces.flat_map(|(class, piece)| split(class.of(&self.infos), piece)).collect())
+        let tensors = pieces.flat_map(|(class, piece)| class.split(&self.infos, piece)).collect();
+        self.views(tensors, self.infos.iter().map(ParamInfo::packed).collect())
     }
 
-    fn views(&self, tensors: Vec<Tensor>) -> Views {
-        Views::new(tensors, Arc::from(&*self.places), Arc::from(&*self.low_ranks))
+    fn views(&self, tensors: Vec<Tensor>, packed: Vec<Option<Packed>>) -> Views {
+        Views::new(tensors, Arc::from(&*self.places), Arc::from(&*self.low_ranks), packed.into())
     }
 
     /// Fills `flat` `[P]` with initial values. Each parameter has a random stream of its own, so
@@ -185,7 +213,7 @@ impl ParamSet {
                 view.shallow_clone().copy_(&info.drawn(key));
             }
             for low_rank in &self.low_ranks {
-                low_rank.measure(&views, |magnitude| begins(self.info(magnitude)));
+                low_rank.measure(self, &views, &begins);
             }
         });
     }
@@ -264,6 +292,7 @@ impl<'a> Builder<'a> {
             frozen: false,
             added: self.added,
             rows: self.rows,
+            form: None,
             lr_factor: 1.0,
             decay_factor: 0.0,
         };

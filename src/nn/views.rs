@@ -7,6 +7,7 @@ use tch::Tensor;
 
 use super::dropping::Dropping;
 use super::low_rank::LowRank;
+use super::packed::{Packed, Weight};
 use super::params::{Param, ParamInfo};
 
 /// One tensor for each parameter.
@@ -16,6 +17,8 @@ pub struct Views {
     /// Index of each [`Param`] among the tensors.
     places: Arc<[usize]>,
     low_ranks: Arc<[LowRank]>,
+    /// The form of each tensor that is packed; empty where none is.
+    packed: Arc<[Option<Packed>]>,
     dropping: Option<Dropping>,
 }
 
@@ -24,8 +27,9 @@ impl Views {
         tensors: Vec<Tensor>,
         places: Arc<[usize]>,
         low_ranks: Arc<[LowRank]>,
+        packed: Arc<[Option<Packed>]>,
     ) -> Self {
-        Views { tensors, places, low_ranks, dropping: None }
+        Views { tensors, places, low_ranks, packed, dropping: None }
     }
 
     /// In the order of the set's infos.
@@ -47,9 +51,16 @@ impl Views {
         Views { dropping: Some(dropping), ..self.with_tensors(tensors) }
     }
 
-    /// The low-rank change of this weight, if it has one.
-    pub(super) fn low_rank(&self, weight: Param) -> Option<&LowRank> {
-        self.low_ranks.iter().find(|low_rank| low_rank.weight == weight)
+    /// The weight of a linear map, which may be packed.
+    pub(super) fn weight(&self, param: Param) -> Weight<'_> {
+        let place = self.places[param.0];
+        let packed = self.packed.get(place).copied().flatten();
+        Weight { held: &self.tensors[place], packed }
+    }
+
+    /// The low-rank changes of this weight, in the order in which they were added.
+    pub(super) fn low_ranks(&self, weight: Param) -> impl Iterator<Item = &LowRank> {
+        self.low_ranks.iter().filter(move |low_rank| low_rank.weight == weight)
     }
 
     /// The mask of the inputs of low-rank changes in this use.
@@ -58,7 +69,9 @@ impl Views {
     }
 
     fn with_tensors(&self, tensors: Vec<Tensor>) -> Self {
-        Views::new(tensors, Arc::clone(&self.places), Arc::clone(&self.low_ranks))
+        let (places, low_ranks, packed) =
+            (Arc::clone(&self.places), Arc::clone(&self.low_ranks), Arc::clone(&self.packed));
+        Views::new(tensors, places, low_ranks, packed)
     }
 }
 

@@ -1,5 +1,5 @@
 //! Gathers the stages' parameters in the order of their use: while one stage computes, the next
-//! one's are being gathered.
+//! one's come from the other ranks or from host memory.
 
 use crate::error::Result;
 use crate::parallel::Replica;
@@ -34,10 +34,10 @@ impl<'m, I: Iterator<Item = usize>> Ahead<'m, I> {
     }
 
     fn start_next(&mut self) -> Result<Option<(usize, Gathering<'m>)>> {
-        let Replica { buckets, sharing, .. } = self.replica;
+        let Replica { buckets, sharing, copies, .. } = self.replica;
         self.order
             .next()
-            .map(|stage| Ok((stage, buckets[stage].gather(sharing.shards())?)))
+            .map(|stage| Ok((stage, buckets[stage].gather(sharing.shards(), copies)?)))
             .transpose()
     }
 }

@@ -5,8 +5,9 @@ use tch::{Device, Kind, Tensor};
 use crate::collective::{Collective, Sliced, Work};
 use crate::error::Result;
 use crate::nn::{ParamInfo, ParamSet, Views};
+use crate::parallel::copies::Arriving;
 use crate::parallel::piece::{Loan, Piece, Shard};
-use crate::parallel::{Devices, Sharing};
+use crate::parallel::{Copies, Devices, Sharing};
 use crate::rng::Key;
 
 /// A stage's parameters: in the kind that they are computed in, and master values in f32 of those
@@ -14,7 +15,7 @@ use crate::rng::Key;
 #[derive(Debug)]
 pub struct Bucket {
     /// One for each class of the stage's parameters: frozen before trained, precise ones in f32
-    /// before those in the compute kind. Empty for a stage without parameters.
+    /// before those in the compute kind, packed ones last. Empty for a stage without parameters.
     pieces: Vec<Piece>,
 }
 
@@ -29,7 +30,7 @@ pub struct Weights {
 pub struct Gathering<'b> {
     bucket: &'b Bucket,
     /// The full buffer of each piece.
-    full: Vec<Tensor>,
+    full: Vec<Arriving>,
     work: Work,
 }
 
@@ -126,17 +127,18 @@ impl Bucket {
     ///
     /// # Ordering
     /// Every rank of a shard group calls it for the same stages in the same order.
-    pub fn gather(&self, shards: &dyn Collective) -> Result<Gathering<'_>> {
+    pub fn gather(&self, shards: &dyn Collective, copies: &Copies) -> Result<Gathering<'_>> {
         let mut missing = Vec::new();
         let held = |piece: &Piece| match piece.full() {
-            Some(full) => full.shallow_clone(),
+            Some(full) => piece.arriving(full, copies),
             None => {
                 let full = piece.empty_full(piece.kind());
-                missing.push(piece.sliced(&full));
-                full
+                let owned = piece.arriving(piece.computed(), copies)?.wait()?;
+                missing.push(Sliced { owned, full: full.shallow_clone() });
+                Ok(Arriving::here(full))
             }
         };
-        let full = self.pieces.iter().map(held).collect();
+        let full = self.pieces.iter().map(held).collect::<Result<_>>()?;
         let work = if missing.is_empty() { Work::done() } else { shards.all_gather(missing)? };
         Ok(Gathering { bucket: self, full, work })
     }
@@ -223,6 +225,7 @@ impl Gathering<'_> {
     pub fn wait(self, params: &ParamSet) -> Result<Weights> {
         let Gathering { bucket, full, work } = self;
         work.wait()?;
+        let full = full.into_iter().map(Arriving::wait).collect::<Result<Vec<_>>>()?;
         let classes = bucket.pieces.iter().map(Piece::class);
         let views = params.split_classes(classes.zip(&full));
         Ok(Weights { leaves: views.leaves(params.infos()) })
@@ -232,7 +235,7 @@ impl Gathering<'_> {
 fn set<'p>(pieces: impl Iterator<Item = &'p mut Piece>, flat: &Tensor) {
     let mut start = 0;
     for piece in pieces {
-        let numel = piece.layout().numel;
+        let numel = piece.class().numel();
         piece.set(&flat.narrow(0, start, numel));
         start += numel;
     }
@@ -314,7 +317,7 @@ mod tests {
                     bucket.update(|master| drop(master.g_add_scalar_(1.0)));
                     bucket.publish(sharing.shards()).and_then(Work::wait).expect("no rank fails");
                     let weights = bucket
-                        .gather(sharing.shards())
+                        .gather(sharing.shards(), &Copies::default())
                         .and_then(|gathering| gathering.wait(&params()))
                         .expect("no rank fails");
                     assert!(
@@ -326,7 +329,7 @@ mod tests {
                 let mut one = alone(kind);
                 one.update(|master| drop(master.g_add_scalar_(1.0)));
                 let expected = one
-                    .gather(&crate::collective::Solo)
+                    .gather(&crate::collective::Solo, &Copies::default())
                     .and_then(|gathering| gathering.wait(&params()))
                     .expect("alone");
                 for views in gathered {

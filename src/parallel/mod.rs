@@ -13,12 +13,15 @@
 //!
 //! This is said of trained parameters. Frozen ones have nothing but their value in the compute kind:
 //! no master, gradient or optimizer state. Each rank holds all of it, or with `parameters` its own
-//! part.
+//! part; where frozen ones are offloaded, in host memory, from which each stage's are copied while
+//! the one before it computes. Linear maps may be packed in fewer bits: each is packed whole, so
+//! that no bit depends on who holds which part.
 
 mod accumulator;
 mod ahead;
 mod backward;
 mod bucket;
+mod copies;
 pub mod divergence;
 mod layout;
 mod norms;
@@ -31,14 +34,15 @@ mod tape;
 
 pub use accumulator::Summation;
 pub use bucket::Bucket;
+pub use copies::Copies;
 pub use layout::Layout;
 pub use norms::global_norm;
 pub use piece::{Loan, Piece, Shard};
 pub use reducer::Reducer;
 pub use replica::{Devices, Replica};
 pub use settings::{
-    Backend, DeviceChoice, Offload, ParallelSettings, Recompute, ReduceDtype, SeedScope, Sharding,
-    ShardingGroup,
+    Backend, DeviceChoice, Offload, Offloaded, ParallelSettings, Recompute, ReduceDtype, SeedScope,
+    Sharding, ShardingGroup,
 };
 pub use sharing::Sharing;
 pub use tape::Tape;

@@ -3,23 +3,34 @@
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::collective::{Collective, Sliced};
+use crate::cuda::PinnedMemory;
 use crate::error::Result;
 use crate::nn::{Class, Group};
+use crate::parallel::copies::Arriving;
 use crate::parallel::layout::{Cut, Layout};
-use crate::parallel::{Devices, Sharding, Sharing};
+use crate::parallel::{Copies, Devices, Sharding, Sharing};
 
-/// Consecutive parameters of one compute kind, all trained or all frozen.
+/// Consecutive parameters of one kind, all trained or all frozen.
 #[derive(Debug)]
 pub struct Piece {
     class: Class,
+    /// Of what is held: elements, or words of packed ones.
     layout: Layout,
+    /// The device that computes.
+    device: Device,
     /// This rank's shard in f32, which the optimizer updates and a checkpoint holds; `None` for a
     /// frozen piece, which nothing changes.
     master: Option<Tensor>,
-    /// This rank's shard in the compute kind; shares the master's storage if that kind is f32.
+    /// This rank's shard in the compute kind; shares the master's storage if that kind is f32. In
+    /// host memory if it waits there between uses.
     computed: Tensor,
-    /// The whole piece in the compute kind; `None` if only the shard is held between uses.
+    /// The whole piece in the compute kind, on the shard's device; `None` if only the shard is held
+    /// between uses.
     full: Option<Tensor>,
+    /// The memory of `full` or `computed`, if a GPU reads it on the host.
+    _pinned: Option<PinnedMemory>,
+    /// True if it lies in host memory and is copied to the device for each use.
+    is_streamed: bool,
     /// The shard's elements by the factors of their update.
     groups: Vec<Group>,
 }
@@ -81,24 +92,37 @@ impl Piece {
     ) -> Self {
         let (kind, shards_all) = (class.kind, sharing.sharding == Sharding::Parameters);
         let cut = if class.frozen && !shards_all { Cut::WHOLE } else { sharing.cut() };
-        let layout = Layout::new(class.numel(), cut);
-        let zeros =
-            |length: i64, kind: Kind, device: Device| Tensor::zeros([length], (kind, device));
+        let layout = Layout::new(class.length(), cut);
+        let (device, is_streamed) = (devices.compute, class.frozen && devices.streams_frozen);
         let owned = layout.owned();
         let length = owned.end - owned.start;
         let keeps_all = !shards_all || layout.is_whole();
-        let full = keeps_all.then(|| zeros(layout.padded, kind, devices.compute));
-        let computed = full.as_ref().map_or_else(
-            || zeros(length, kind, devices.compute),
-            |full| full.narrow(0, owned.start, length),
-        );
+        let held = if keeps_all { layout.padded } else { length };
+        let (held, pinned) = match is_streamed {
+            true => Copies::to(device).zeros(held, kind),
+            false => (Tensor::zeros([held], (kind, device)), None),
+        };
+        let (computed, full) = match keeps_all {
+            true => (held.narrow(0, owned.start, length), Some(held)),
+            false => (held, None),
+        };
         let master = (!class.frozen).then(|| match kind {
             Kind::Float => computed.shallow_clone(),
-            _ => zeros(length, Kind::Float, devices.home),
+            _ => Tensor::zeros([length], (Kind::Float, devices.home)),
         });
         let of_piece = groups.iter().filter_map(|group| group.within(&class.elements));
         let groups = of_piece.filter_map(|group| group.within(&owned)).collect();
-        Piece { class, layout, master, computed, full, groups }
+        Piece {
+            class,
+            layout,
+            device,
+            master,
+            computed,
+            full,
+            _pinned: pinned,
+            is_streamed,
+            groups,
+        }
     }
 
     /// The class of its parameters.
@@ -119,9 +143,22 @@ impl Piece {
         self.master.as_ref().unwrap_or(&self.computed)
     }
 
-    /// The compute kind.
+    /// The kind that it is held in between uses.
     pub fn kind(&self) -> Kind {
         self.computed.kind()
+    }
+
+    /// This rank's shard as it is computed with.
+    pub(super) fn computed(&self) -> &Tensor {
+        &self.computed
+    }
+
+    /// Brings a tensor that holds the piece, or this rank's shard of it, to the device.
+    pub(super) fn arriving(&self, held: &Tensor, copies: &Copies) -> Result<Arriving> {
+        match self.is_streamed {
+            true => copies.start(held, self.device),
+            false => Ok(Arriving::here(held.shallow_clone())),
+        }
     }
 
     /// The whole piece in the compute kind; `None` if this rank does not hold it between steps.
@@ -136,7 +173,7 @@ impl Piece {
 
     /// A buffer `[padded]` for the whole piece, uninitialized, on the compute device.
     pub(super) fn empty_full(&self, kind: Kind) -> Tensor {
-        Tensor::empty([self.layout.padded], (kind, self.computed.device()))
+        Tensor::empty([self.layout.padded], (kind, self.device))
     }
 
     /// A buffer `[padded]` for the piece's gradient, uninitialized except that the padding is zero.
@@ -166,17 +203,17 @@ impl Piece {
         let full = if self.layout.is_whole() {
             owned.shallow_clone()
         } else {
-            let (owned, full) =
-                (owned.to_device(self.computed.device()), self.empty_full(owned.kind()));
+            let (owned, full) = (owned.to_device(self.device), self.empty_full(owned.kind()));
             shards.all_gather(vec![Sliced { owned, full: full.shallow_clone() }])?.wait()?;
             full
         };
-        Ok(full.narrow(0, 0, self.layout.numel).to_kind(Kind::Float))
+        Ok(self.class.elements_of(&full.narrow(0, 0, self.layout.numel)))
     }
 
     /// Sets all parameters, given the piece's elements in f32; each rank keeps the part that it
     /// holds.
     pub(super) fn set(&mut self, elements: &Tensor) {
+        let elements = &self.class.held(elements, self.device);
         let (numel, owned) = (self.layout.numel, self.layout.owned());
         let held = (numel.min(owned.end) - owned.start).max(0);
         let shard = elements.narrow(0, owned.start.min(numel), held);

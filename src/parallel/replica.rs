@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::nn::{Activations, ParamInfo, Stage};
 use crate::parallel::ahead::Ahead;
 use crate::parallel::tape::run;
-use crate::parallel::{Bucket, Recompute, Sharing, Tape};
+use crate::parallel::{Bucket, Copies, Recompute, Sharing, Tape};
 use crate::pulse;
 use crate::rng::Key;
 
@@ -18,12 +18,15 @@ pub struct Devices {
     /// Holds, between steps, the optimizer's state and the master weights that do not share storage
     /// with the compute copy.
     pub home: Device,
+    /// True if frozen parameters lie in host memory, and are copied to the compute device for each
+    /// use.
+    pub streams_frozen: bool,
 }
 
 impl Devices {
-    /// One device for both.
+    /// One device for everything.
     pub fn one(device: Device) -> Self {
-        Devices { compute: device, home: device }
+        Devices { compute: device, home: device, streams_frozen: false }
     }
 }
 
@@ -32,6 +35,8 @@ pub struct Replica<'c> {
     pub stages: Vec<Box<dyn Stage>>,
     pub buckets: Vec<Bucket>,
     pub sharing: Sharing<'c>,
+    /// Brings what lies in host memory.
+    pub copies: Copies,
 }
 
 impl Replica<'static> {
@@ -61,7 +66,7 @@ impl<'c> Replica<'c> {
             .iter()
             .map(|stage| Bucket::new(stage.params(), kind, devices, key, &sharing))
             .collect();
-        Replica { stages, buckets, sharing }
+        Replica { stages, buckets, sharing, copies: Copies::to(devices.compute) }
     }
 
     /// Every parameter in order, stage by stage.

@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::parallel::Summation;
-use crate::settings::{choice, parsed, settings};
+use crate::settings::{Limits, Misfit, Node, Value, choice, one_or_several, parsed, settings};
 
 /// Handling of a stage's graph between forward and backward.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -99,27 +99,73 @@ choice! {
 }
 
 choice! {
-    /// State that lies in host memory while the device does not need it.
-    pub enum Offload {
-        /// Everything stays on the device.
+    /// What can lie in host memory while the device does not need it.
+    pub enum Offloaded {
+        /// Nothing.
         "none" => None,
         /// Stage boundaries between forward and backward.
         "activations" => Activations,
         /// The optimizer's state, and master values where they are not what is computed with,
         /// between steps.
         "optimizer" => Optimizer,
-        /// Both.
+        /// Parameters that are not trained: two stages' at a time are on the device.
+        "frozen" => Frozen,
+        /// All three.
         "all" => All,
     }
 }
 
+/// State that lies in host memory while the device does not need it. Written as a word or as a list
+/// of words.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Offload {
+    pub activations: bool,
+    pub optimizer: bool,
+    pub frozen: bool,
+}
+
 impl Offload {
-    pub fn activations(self) -> bool {
-        matches!(self, Offload::Activations | Offload::All)
+    /// Everything stays on the device.
+    pub const NONE: Offload = Offload { activations: false, optimizer: false, frozen: false };
+    pub const ALL: Offload = Offload { activations: true, optimizer: true, frozen: true };
+
+    /// The same and what the word says.
+    pub fn with(self, word: Offloaded) -> Self {
+        match word {
+            Offloaded::None => self,
+            Offloaded::Activations => Offload { activations: true, ..self },
+            Offloaded::Optimizer => Offload { optimizer: true, ..self },
+            Offloaded::Frozen => Offload { frozen: true, ..self },
+            Offloaded::All => Offload::ALL,
+        }
     }
 
-    pub fn optimizer(self) -> bool {
-        matches!(self, Offload::Optimizer | Offload::All)
+    /// The words of its parts.
+    pub fn words(self) -> Vec<Offloaded> {
+        let parts = [Offloaded::Activations, Offloaded::Optimizer, Offloaded::Frozen];
+        parts.into_iter().filter(|part| self.with(*part) == self).collect()
+    }
+}
+
+impl FromIterator<Offloaded> for Offload {
+    fn from_iter<W: IntoIterator<Item = Offloaded>>(words: W) -> Self {
+        words.into_iter().fold(Offload::NONE, Offload::with)
+    }
+}
+
+impl Value for Offload {
+    type Limit = ();
+
+    fn read(found: &Node, limits: &Limits<()>) -> Result<Self, Vec<Misfit>> {
+        one_or_several::<Offloaded>(found, limits).map(|words| words.into_iter().collect())
+    }
+
+    fn shown(&self) -> Option<String> {
+        Value::shown(&self.words())
+    }
+
+    fn words() -> Vec<&'static str> {
+        <Offloaded as Value>::words()
     }
 }
 
@@ -172,8 +218,8 @@ settings! {
         /// Which stages' activations are computed again in the backward pass to save memory. One
         /// of: never, always, every_2, every_3, ….
         pub recompute: Recompute = Recompute::default();
-        /// What waits in host memory while the GPU does not need it.
-        pub offload: Offload = Offload::None;
+        /// What waits in host memory while the GPU does not need it: a word or a list of them.
+        pub offload: Offload = Offload::NONE;
         /// Kind in which gradients of bfloat16 parameters are summed over the ranks.
         pub reduce_dtype: ReduceDtype = ReduceDtype::Float32;
         /// Sum everything in one order whatever the number of ranks: weights are bit-equal at 1, 2,
@@ -222,12 +268,12 @@ impl ParallelSettings {
             "must be `always` with sharding = \"parameters\": a kept graph holds the parameters that the sharding lets go",
         );
         refuse(
-            on_cpu && self.offload != Offload::None,
+            on_cpu && self.offload != Offload::NONE,
             "parallel.offload",
             "moves from a GPU to host memory; with device = \"cpu\" there is nothing to move",
         );
         refuse(
-            self.offload.activations() && self.recompute == Recompute::Never,
+            self.offload.activations && self.recompute == Recompute::Never,
             "parallel.offload",
             "has no activations to move with recompute = \"never\": kept graphs hold them",
         );
@@ -260,6 +306,7 @@ impl ParallelSettings {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::settings;
 
     fn refused(change: impl FnOnce(&mut ParallelSettings)) -> Vec<&'static str> {
         let mut settings = ParallelSettings::default();
@@ -274,18 +321,47 @@ mod tests {
             refused(|settings| settings.sharding = Sharding::Parameters),
             ["parallel.recompute"]
         );
-        assert_eq!(refused(|settings| settings.offload = Offload::Optimizer), ["parallel.offload"]);
+        let optimizer = Offload { optimizer: true, ..Offload::NONE };
+        assert_eq!(refused(|settings| settings.offload = optimizer), ["parallel.offload"]);
         let deterministic = |settings: &mut ParallelSettings| settings.deterministic = true;
         assert_eq!(refused(deterministic), ["parallel.seed_scope"]);
         let on_gpus = |settings: &mut ParallelSettings| {
             *settings = ParallelSettings {
                 device: DeviceChoice::Cuda,
                 backend: Backend::Mpi,
-                offload: Offload::All,
+                offload: Offload::ALL,
                 ..settings.clone()
             };
         };
         assert_eq!(refused(on_gpus), ["parallel.offload", "parallel.backend"]);
+    }
+
+    #[test]
+    fn what_is_offloaded_reads_as_a_word_or_as_a_list() {
+        let read = |text: &str| {
+            let mut settings = ParallelSettings::default();
+            let overrides = [format!("offload={text}")];
+            settings::read(&mut settings, "test", "", &overrides).map(|()| settings.offload)
+        };
+        let frozen = Offload { frozen: true, ..Offload::NONE };
+        for (text, expected) in [
+            ("none", Offload::NONE),
+            ("[]", Offload::NONE),
+            ("all", Offload::ALL),
+            ("frozen", frozen),
+            ("['frozen']", frozen),
+            ("['optimizer', 'frozen']", Offload { optimizer: true, ..frozen }),
+            ("['frozen', 'activations', 'optimizer']", Offload::ALL),
+        ] {
+            let found = read(text).expect("sound words");
+            assert_eq!(found, expected, "{text}");
+            let shown = Value::shown(&found).expect("a list");
+            assert_eq!(read(&shown).expect("as it is shown"), expected);
+        }
+        let told = |text| read(text).expect_err("an unknown word").to_string();
+        assert!(told("frosen").contains("did you mean `frozen`?"), "{}", told("frosen"));
+        let told = told("['frozen', 'optimiser']");
+        assert!(told.contains("offload[1]") && told.contains("`optimizer`"), "{told}");
     }
 
     #[test]

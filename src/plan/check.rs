@@ -98,9 +98,12 @@ impl Plan {
                 0usize => String::new(),
                 _ => format!(", those of {changes} low-rank changes"),
             };
+            let form = config.model.frozen_dtype.map(Choice::word);
+            let held = form.map(|form| format!(", in {form} where they are blocks' linear maps"));
+            let held = held.unwrap_or_default();
             self.line(
                 "trained",
-                &format!("{trained} of the parameters{what}; the others are frozen"),
+                &format!("{trained} of the parameters{what}; the others are frozen{held}"),
             );
         }
     }
@@ -122,7 +125,7 @@ impl Plan {
         let word = dtype.word();
         self.line("micro-batch", &format!("{samples} samples of {}", shape_text(latents, *tokens)));
         self.line("attention", &attention(config, dataset, world_size)?);
-        let bytes = |recompute| shown(memory.activations.on_device(recompute, Offload::None));
+        let bytes = |recompute| shown(memory.activations.on_device(recompute, Offload::NONE));
         let (kept, again) = (bytes(Recompute::Never), bytes(Recompute::Always));
         self.line(
             "activations, estimated",
@@ -254,13 +257,14 @@ impl Plan {
     ) {
         let ParallelSettings { recompute, offload, device, .. } = config.parallel;
         let layout = &memory.layout;
-        if offload != Offload::None {
+        if offload != Offload::NONE {
             let bytes = world_sizes.iter().map(|&ranks| memory.on_host(&config.parallel, ranks));
-            let word = offload.word();
+            let words: Vec<&str> = offload.words().into_iter().map(Choice::word).collect();
+            let words = words.join(", ");
             let columns = columns_of(bytes);
             self.line(
                 "  offloaded",
-                &format!("{columns}  of host memory, with offload = \"{word}\""),
+                &format!("{columns}  of host memory, with offload of {words}"),
             );
         }
         let around = match device {

@@ -23,7 +23,7 @@ impl Footprint {
     /// Returns the bytes on the device. A recomputed stage keeps its input, on the host where
     /// activations are offloaded, and needs its graph while it is computed again.
     pub fn on_device(&self, recompute: Recompute, offload: Offload) -> u64 {
-        let inputs = if offload.activations() {
+        let inputs = if offload.activations {
             // One is used while the next one comes back.
             self.boundaries.min(2 * self.boundary)
         } else {
@@ -42,7 +42,7 @@ impl Footprint {
     /// Returns the bytes on the host.
     pub fn on_host(&self, recompute: Recompute, offload: Offload) -> u64 {
         match recompute {
-            _ if !offload.activations() => 0,
+            _ if !offload.activations => 0,
             Recompute::Never => 0,
             Recompute::Always => self.boundaries,
             Recompute::Every(count) => self.boundaries / count as u64,

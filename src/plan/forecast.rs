@@ -9,10 +9,10 @@ use crate::error::{Place, Result};
 use crate::failure::{MemoryChange, MemoryForecast};
 use crate::nn::Stage;
 use crate::nn::Tokens;
-use crate::parallel::{DeviceChoice, Offload, Recompute, Sharding};
+use crate::parallel::{DeviceChoice, Offload, Offloaded, Recompute, Sharding};
 use crate::plan::RankMemory;
 use crate::plan::data::trained_groups;
-use crate::settings::Choice;
+use crate::settings::{Choice, Value};
 
 /// A configuration that differs from the run's, and the keys in which it does.
 struct Changed {
@@ -135,19 +135,20 @@ fn with_more_sharding(config: &RunConfig) -> Vec<Changed> {
 }
 
 fn with_more_offload(config: &RunConfig) -> Vec<Changed> {
-    let is_more = |offload: Offload| {
-        let held = config.parallel.offload;
-        offload != held
-            && (offload.activations() || !held.activations())
-            && (offload.optimizer() || !held.optimizer())
+    let held = config.parallel.offload;
+    let is_useful = |word: Offloaded| {
+        let is_vain = word == Offloaded::Frozen && config.tuning().is_whole();
+        held.with(word) != held && !is_vain
     };
-    Offload::ALL
-        .iter()
-        .filter(|(_, offload)| is_more(*offload))
-        .map(|(word, offload)| {
+    let useful = Offloaded::ALL.iter().filter(|(_, word)| is_useful(*word));
+    useful
+        .map(|(word, offloaded)| {
             let mut config = config.clone();
-            config.parallel.offload = *offload;
-            Changed { settings: format!("parallel.offload = \"{word}\""), config }
+            config.parallel.offload = held.with(*offloaded);
+            let listed = || Value::shown(&config.parallel.offload).unwrap_or_default();
+            let is_word = held == Offload::NONE || *offloaded == Offloaded::All;
+            let words = if is_word { format!("\"{word}\"") } else { listed() };
+            Changed { settings: format!("parallel.offload = {words}"), config }
         })
         .collect()
 }

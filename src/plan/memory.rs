@@ -1,6 +1,8 @@
 //! Memory of a rank at the peak of a step, and the collectives of a step, by sharding. Integers
 //! only. `fm-dist check` prints these numbers, and the message when memory runs out quotes them.
 
+use tch::Kind;
+
 use crate::config::{MicroBatches, RunConfig};
 use crate::error::Result;
 use crate::nn::{ParamInfo, ParamSet, Stage, Tokens};
@@ -19,6 +21,8 @@ pub struct RankMemory {
     pub activations: Footprint,
     /// Bytes besides state and activations.
     process: u64,
+    /// Bytes of the largest packed weight while a product unpacks it.
+    unpacked: u64,
     /// Bytes of a stage's first values on their way into the model, in the memory of the device: as
     /// they are read, and of all of the largest stage.
     loading: u64,
@@ -38,15 +42,13 @@ impl RankMemory {
         let kind = config.model.dtype.kind();
         let MicroBatches { count, samples } = config.micro_batches(tokens, world_size)?;
         let samples = samples as i64;
-        let largest = |sizes: &mut dyn Iterator<Item = i64>| sizes.max().unwrap_or(0) as u64;
-        let infos = || stages.iter().flat_map(|stage| stage.params().infos());
-        let loading = largest(&mut stages.iter().map(|stage| stage.params().numel()))
-            + largest(&mut infos().map(ParamInfo::numel));
+        let infos = stages.iter().flat_map(|stage| stage.params().infos());
+        let unpacked = infos.filter_map(ParamInfo::packed).map(|it| it.unpacking_bytes(kind));
         let is_on_host = config.parallel.device == DeviceChoice::Cpu;
         Ok(RankMemory {
             layout: StateLayout {
                 stages: stages.iter().map(|stage| stage.params().num_trained() as u64).collect(),
-                frozen: stages.iter().map(|stage| num_frozen(stage.params())).collect(),
+                frozen: stages.iter().map(|stage| frozen_bytes(stage.params(), kind)).collect(),
                 compute_bytes: kind.elt_size_in_bytes() as u64,
                 optimizer_tensors: config.optimizer.rule.state_names().len() as u64,
                 average_bytes: config.ema.bytes(),
@@ -54,7 +56,8 @@ impl RankMemory {
             },
             activations: footprint(stages, config.model.family.width(), tokens, samples, kind),
             process: if is_on_host { PROCESS_BYTES } else { 0 },
-            loading: if is_on_host { 4 * loading } else { 0 },
+            unpacked: unpacked.max().unwrap_or(0) as u64,
+            loading: if is_on_host { loading_bytes(stages, kind) } else { 0 },
         })
     }
 
@@ -91,8 +94,9 @@ impl RankMemory {
     pub fn on_device(&self, parallel: &ParallelSettings, world_size: u64) -> u64 {
         let ParallelSettings { sharding, offload, .. } = *parallel;
         let step = self.layout.bytes_per_rank(sharding, offload, world_size)
-            + self.activations.on_device(effective_recompute(parallel), offload);
-        let begin = self.layout.values_per_rank(sharding, world_size) + self.loading;
+            + self.activations.on_device(effective_recompute(parallel), offload)
+            + self.unpacked;
+        let begin = self.layout.values_per_rank(sharding, offload, world_size) + self.loading;
         step.max(begin) + self.process
     }
 
@@ -119,8 +123,25 @@ fn effective_recompute(parallel: &ParallelSettings) -> Recompute {
     }
 }
 
-fn num_frozen(params: &ParamSet) -> u64 {
-    (params.numel() - params.num_trained()) as u64
+/// Bytes of the largest stage's first values, f32, and of what is made of them one by one: values that
+/// are read, or packed weights, of which the whole stage's come together.
+fn loading_bytes(stages: &[Box<dyn Stage>], kind: Kind) -> u64 {
+    let of_stage = |stage: &Box<dyn Stage>| {
+        let params = stage.params();
+        let read = params.infos().iter().map(|info| 4 * info.numel()).max().unwrap_or(0);
+        let packed = || params.infos().iter().filter_map(ParamInfo::packed);
+        let packing = packed().map(|weight| weight.packing_bytes()).max().unwrap_or(0);
+        let words = if packing == 0 { 0 } else { frozen_bytes(params, kind) };
+        4 * params.numel() as u64 + (read as u64).max(packing as u64 + words)
+    };
+    stages.iter().map(of_stage).max().unwrap_or(0)
+}
+
+/// Bytes of a stage's frozen parameters as they are held where the model computes in `kind`.
+fn frozen_bytes(params: &ParamSet, kind: Kind) -> u64 {
+    let classes = params.classes(kind);
+    let frozen = classes.iter().filter(|class| class.frozen);
+    frozen.map(|class| class.length() as u64 * class.kind.elt_size_in_bytes() as u64).sum()
 }
 
 /// The numbers of a model that determine its memory.
@@ -128,7 +149,7 @@ fn num_frozen(params: &ParamSet) -> u64 {
 pub struct StateLayout {
     /// Number of trained parameters of each stage.
     pub stages: Vec<u64>,
-    /// Number of frozen parameters of each stage.
+    /// Bytes of the frozen parameters of each stage.
     pub frozen: Vec<u64>,
     /// Bytes of a parameter in the compute kind.
     pub compute_bytes: u64,
@@ -145,10 +166,12 @@ impl StateLayout {
     pub fn bytes_per_rank(&self, sharding: Sharding, offload: Offload, world_size: u64) -> u64 {
         let Shares { sharding, all, owned, largest, largest_owned, frozen } =
             self.shares(sharding, world_size);
-        let weights = frozen + if sharding == Sharding::Parameters { owned } else { all };
-        let kept = self.compute_bytes * weights;
-        let backward = self.backward_bytes(sharding, all, owned, largest);
-        if !offload.optimizer() {
+        let weights = if sharding == Sharding::Parameters { owned } else { all };
+        let frozen = if offload.frozen { 0 } else { frozen };
+        let kept = self.compute_bytes * weights + frozen;
+        let backward = self.gathered_bytes(sharding, offload)
+            + self.backward_bytes(sharding, all, owned, largest);
+        if !offload.optimizer {
             return kept + self.updated_bytes() * owned + backward;
         }
         // One stage's state at a time visits the device, while every gradient lies there.
@@ -160,31 +183,25 @@ impl StateLayout {
     /// device between steps, and of the stages that a forward gathers.
     fn resting_bytes(&self, sharding: Sharding, offload: Offload, world_size: u64) -> u64 {
         let Shares { sharding, all, owned, frozen, .. } = self.shares(sharding, world_size);
-        let weights = frozen + if sharding == Sharding::Parameters { owned } else { all };
-        let state = if offload.optimizer() { 0 } else { self.updated_bytes() * owned };
-        self.compute_bytes * weights + state + self.gathered_bytes(sharding)
-    }
-
-    /// Returns the bytes of the stage that computes and the one that is being gathered.
-    fn gathered_bytes(&self, sharding: Sharding) -> u64 {
-        let whole = self.stages.iter().zip(&self.frozen).map(|(trained, frozen)| trained + frozen);
-        match sharding {
-            Sharding::Parameters => 2 * self.compute_bytes * whole.max().unwrap_or(0),
-            _ => 0,
-        }
+        let weights = if sharding == Sharding::Parameters { owned } else { all };
+        let frozen = if offload.frozen { 0 } else { frozen };
+        let state = if offload.optimizer { 0 } else { self.updated_bytes() * owned };
+        self.compute_bytes * weights + frozen + state + self.gathered_bytes(sharding, offload)
     }
 
     /// Returns the bytes of weights and master values that one of `world_size` ranks holds.
-    fn values_per_rank(&self, sharding: Sharding, world_size: u64) -> u64 {
+    fn values_per_rank(&self, sharding: Sharding, offload: Offload, world_size: u64) -> u64 {
         let Shares { sharding, all, owned, frozen, .. } = self.shares(sharding, world_size);
-        let weights = frozen + if sharding == Sharding::Parameters { owned } else { all };
-        self.compute_bytes * weights + self.master_bytes() * owned
+        let weights = if sharding == Sharding::Parameters { owned } else { all };
+        let frozen = if offload.frozen { 0 } else { frozen };
+        self.compute_bytes * weights + frozen + self.master_bytes() * owned
     }
 
     /// Returns the bytes of state that one of `world_size` ranks keeps in host memory.
     pub fn offloaded_bytes(&self, sharding: Sharding, offload: Offload, world_size: u64) -> u64 {
-        let owned = self.shares(sharding, world_size).owned;
-        if offload.optimizer() { self.updated_bytes() * owned } else { 0 }
+        let Shares { owned, frozen, .. } = self.shares(sharding, world_size);
+        let updated = if offload.optimizer { self.updated_bytes() * owned } else { 0 };
+        updated + if offload.frozen { frozen } else { 0 }
     }
 
     /// Bytes of a parameter's optimizer state, average and master value. In f32 the compute copy is
@@ -212,12 +229,21 @@ impl StateLayout {
         }
     }
 
-    /// Returns the bytes of gradients and gathered parameters at the moment when the last stages'
-    /// buckets are complete.
+    /// Returns the bytes of parameters that are brought for their use: one stage is computing, and
+    /// the next one's are on their way.
+    fn gathered_bytes(&self, sharding: Sharding, offload: Offload) -> u64 {
+        let whole = |(trained, frozen): (&u64, &u64)| match sharding {
+            Sharding::Parameters => self.compute_bytes * trained + frozen,
+            _ if offload.frozen => *frozen,
+            _ => 0,
+        };
+        2 * self.stages.iter().zip(&self.frozen).map(whole).max().unwrap_or(0)
+    }
+
+    /// Returns the bytes of gradients at the moment when the last stages' buckets are complete.
     fn backward_bytes(&self, sharding: Sharding, all: u64, owned: u64, largest: u64) -> u64 {
         // Each parameter's own gradient, before they are joined in a bucket.
         let fresh = self.compute_bytes * largest;
-        let gathered = self.gathered_bytes(sharding);
         // The joined gradients, before they are added to the sums or cut into shards; with a single
         // micro-batch these are the sums.
         let joined =
@@ -229,7 +255,7 @@ impl StateLayout {
             Sharding::Optimizer if self.micro_batches > 1 => all,
             _ => owned,
         };
-        fresh + gathered + joined + travelling + 4 * sums
+        fresh + joined + travelling + 4 * sums
     }
 
     /// Returns the host memory that a save takes on the rank that keeps most.
@@ -272,7 +298,7 @@ struct Shares {
     /// Those of the largest stage.
     largest: u64,
     largest_owned: u64,
-    /// Frozen parameters that one rank holds.
+    /// Bytes of the frozen parameters that one rank holds.
     frozen: u64,
 }
 
@@ -280,6 +306,7 @@ struct Shares {
 mod tests {
     use super::*;
     use crate::model::Architecture;
+    use crate::parallel::Offloaded;
 
     const SHARDINGS: [Sharding; 4] =
         [Sharding::None, Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters];
@@ -295,20 +322,20 @@ mod tests {
             micro_batches: 1,
         };
         assert_eq!(
-            layout.bytes_per_rank(Sharding::None, Offload::None, 8),
+            layout.bytes_per_rank(Sharding::None, Offload::NONE, 8),
             400 * (2 + 4 + 8 + 4) + 300 * 2
         );
         // 13 + 38 are owned by each of 8 ranks.
         assert_eq!(
-            layout.bytes_per_rank(Sharding::Optimizer, Offload::None, 8),
+            layout.bytes_per_rank(Sharding::Optimizer, Offload::NONE, 8),
             400 * 2 + 51 * (4 + 8 + 4) + 300 * (2 + 4 + 4)
         );
         assert_eq!(
-            layout.bytes_per_rank(Sharding::Gradients, Offload::None, 8),
+            layout.bytes_per_rank(Sharding::Gradients, Offload::NONE, 8),
             400 * 2 + 51 * (4 + 8 + 4) + 300 * (2 + 4 + 4)
         );
         assert_eq!(
-            layout.bytes_per_rank(Sharding::Parameters, Offload::None, 8),
+            layout.bytes_per_rank(Sharding::Parameters, Offload::NONE, 8),
             51 * (2 + 4 + 8 + 4) + 300 * (2 + 4 + 4 + 4)
         );
     }
@@ -325,11 +352,11 @@ mod tests {
         };
         assert!(SHARDINGS.iter().all(|sharding| layout.bytes_per_rank(
             *sharding,
-            Offload::None,
+            Offload::NONE,
             1
         ) == layout.bytes_per_rank(
             Sharding::None,
-            Offload::None,
+            Offload::NONE,
             1
         )));
     }
@@ -344,7 +371,7 @@ mod tests {
             average_bytes: 0,
             micro_batches: 4,
         };
-        let bytes = |sharding| layout.bytes_per_rank(sharding, Offload::None, 8);
+        let bytes = |sharding| layout.bytes_per_rank(sharding, Offload::NONE, 8);
         assert_eq!(bytes(Sharding::Optimizer) - bytes(Sharding::Gradients), 4 * (400 - 51));
     }
 
@@ -358,7 +385,7 @@ mod tests {
             average_bytes: 0,
             micro_batches: 2,
         };
-        let bytes = SHARDINGS.map(|sharding| layout.bytes_per_rank(sharding, Offload::None, 64));
+        let bytes = SHARDINGS.map(|sharding| layout.bytes_per_rank(sharding, Offload::NONE, 64));
         assert!(bytes.is_sorted_by(|a, b| a > b), "{bytes:?}");
     }
 
@@ -366,17 +393,23 @@ mod tests {
     fn a_frozen_parameter_is_what_is_computed_with_and_nothing_else() {
         let layout = StateLayout {
             stages: vec![0, 16],
-            frozen: vec![100, 300],
+            frozen: vec![200, 600],
             compute_bytes: 2,
             optimizer_tensors: 2,
             average_bytes: 0,
             micro_batches: 1,
         };
-        let bytes = |sharding| layout.bytes_per_rank(sharding, Offload::None, 4);
+        let bytes = |sharding| layout.bytes_per_rank(sharding, Offload::NONE, 4);
         assert_eq!(bytes(Sharding::None), 400 * 2 + 16 * (2 + 4 + 8 + 4) + 16 * 2);
         let sharded = 4 * (4 + 8 + 4) + 16 * (2 + 4 + 4);
         assert_eq!(bytes(Sharding::Gradients), 400 * 2 + 16 * 2 + sharded);
         assert_eq!(bytes(Sharding::Parameters), 100 * 2 + 4 * 2 + sharded + 2 * 2 * 316);
+        let offload = Offload { frozen: true, ..Offload::NONE };
+        let offloaded = |sharding| layout.bytes_per_rank(sharding, offload, 4);
+        assert_eq!(offloaded(Sharding::None), bytes(Sharding::None) - 800 + 2 * 600);
+        assert_eq!(offloaded(Sharding::Parameters), bytes(Sharding::Parameters) - 200);
+        assert_eq!(layout.offloaded_bytes(Sharding::None, offload, 4), 800);
+        assert_eq!(layout.offloaded_bytes(Sharding::Parameters, offload, 4), 200);
         assert_eq!(layout.collectives(Sharding::None), "1 all-reduces");
         assert_eq!(layout.collectives(Sharding::Parameters), "1 reduce-scatters, 3 all-gathers");
     }
@@ -388,13 +421,15 @@ mod tests {
             frozen: vec![0; 2],
             compute_bytes: 2,
             optimizer_tensors: 2,
+            average_bytes: 0,
             micro_batches: 1,
         };
         let bytes = |sharding, offload| layout.resting_bytes(sharding, offload, 8);
-        assert_eq!(bytes(Sharding::None, Offload::None), 400 * (2 + 4 + 8));
-        assert_eq!(bytes(Sharding::None, Offload::Optimizer), 400 * 2);
-        assert_eq!(bytes(Sharding::Gradients, Offload::None), 400 * 2 + 51 * (4 + 8));
-        assert_eq!(bytes(Sharding::Parameters, Offload::None), 51 * (2 + 4 + 8) + 2 * 300 * 2);
+        let of_optimizer = Offload { optimizer: true, ..Offload::NONE };
+        assert_eq!(bytes(Sharding::None, Offload::NONE), 400 * (2 + 4 + 8));
+        assert_eq!(bytes(Sharding::None, of_optimizer), 400 * 2);
+        assert_eq!(bytes(Sharding::Gradients, Offload::NONE), 400 * 2 + 51 * (4 + 8));
+        assert_eq!(bytes(Sharding::Parameters, Offload::NONE), 51 * (2 + 4 + 8) + 2 * 300 * 2);
     }
 
     #[test]
@@ -408,10 +443,12 @@ mod tests {
             micro_batches: 1,
         };
         let bytes = |offload| layout.bytes_per_rank(Sharding::None, offload, 1);
-        assert_eq!(bytes(Offload::Activations), bytes(Offload::None));
-        assert_eq!(bytes(Offload::Optimizer), 400 * 2 + 400 * 4 + 300 * (4 + 8));
-        assert_eq!(layout.offloaded_bytes(Sharding::None, Offload::All, 1), 400 * (4 + 8));
-        assert_eq!(layout.offloaded_bytes(Sharding::Gradients, Offload::All, 8), 51 * (4 + 8));
+        let [activations, optimizer] =
+            [Offloaded::Activations, Offloaded::Optimizer].map(|word| Offload::NONE.with(word));
+        assert_eq!(bytes(activations), bytes(Offload::NONE));
+        assert_eq!(bytes(optimizer), 400 * 2 + 400 * 4 + 300 * (4 + 8));
+        assert_eq!(layout.offloaded_bytes(Sharding::None, Offload::ALL, 1), 400 * (4 + 8));
+        assert_eq!(layout.offloaded_bytes(Sharding::Gradients, Offload::ALL, 8), 51 * (4 + 8));
     }
 
     #[test]
@@ -419,16 +456,16 @@ mod tests {
         let stages = crate::model::Dit::default().stages().expect("sound");
         let found = footprint(&stages, 128, Tokens { image: 16, text: 0 }, 4, tch::Kind::Float);
         let device = |recompute, offload| found.on_device(recompute, offload);
-        let recomputed = device(Recompute::Always, Offload::None);
-        assert!(recomputed < device(Recompute::Every(2), Offload::None));
+        let recomputed = device(Recompute::Always, Offload::NONE);
+        assert!(recomputed < device(Recompute::Every(2), Offload::NONE));
         assert!(
-            device(Recompute::Every(2), Offload::None) < device(Recompute::Never, Offload::None)
+            device(Recompute::Every(2), Offload::NONE) < device(Recompute::Never, Offload::NONE)
         );
-        let offloaded = device(Recompute::Always, Offload::All);
+        let offloaded = device(Recompute::Always, Offload::ALL);
         assert_eq!(
             recomputed - offloaded,
-            found.on_host(Recompute::Always, Offload::All) - 2 * found.boundary
+            found.on_host(Recompute::Always, Offload::ALL) - 2 * found.boundary
         );
-        assert_eq!(found.on_host(Recompute::Always, Offload::Optimizer), 0);
+        assert_eq!(found.on_host(Recompute::Always, Offload::NONE.with(Offloaded::Optimizer)), 0);
     }
 }

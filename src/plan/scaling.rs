@@ -69,7 +69,8 @@ fn explanations(
         ),
         None => String::new(),
     };
-    let offload = if config.parallel.offload == Offload::None { "" } else { ", offloading" };
+    let offload = if config.parallel.offload == Offload::NONE { "" } else { ", offloading" };
+    let packed = if config.model.frozen_form().is_some() { ", packed weights" } else { "" };
     let measured = if cluster.is_asynchronous() {
         "no GPU has been measured against it"
     } else {
@@ -91,7 +92,9 @@ fn explanations(
         ),
         line(
             "not known",
-            format!("congestion, stragglers, data, checkpoints{offload} are not in it; {measured}"),
+            format!(
+                "congestion, stragglers, data, checkpoints{offload}{packed} are not in it; {measured}"
+            ),
         ),
         line("constants", format!("with their sources in {KNOWN_NAME}; --clusters takes others")),
     ]

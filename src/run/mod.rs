@@ -10,9 +10,11 @@
 //! | when does it end | `length.rs` |
 //! | what survives a power cut | `checkpoint/`, `optimizer_state.rs`, `guard.rs` |
 //! | what the whole model of a checkpoint is, and what others read | `whole.rs`, `lora_files.rs` |
-//! | what it starts with | `pretrained.rs`, `first_lora.rs`, `base.rs` |
+//! | what it starts with | `pretrained.rs`, `weights.rs`, `first_lora.rs`, `base.rs` |
+//! | which LoRAs of others its samples get | `added_loras.rs` |
 //! | which requests it gets | `requests.rs` |
 
+pub mod added_loras;
 pub mod base;
 pub mod changes;
 pub mod checkpoint;
@@ -29,6 +31,7 @@ pub mod requests;
 pub mod resume;
 pub mod resume_log;
 pub mod runs;
+pub mod weights;
 pub mod whole;
 
 pub use requests::StopFlag;

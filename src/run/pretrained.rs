@@ -6,19 +6,16 @@ use tch::{Device, Kind, Tensor};
 
 use crate::collective::Collective;
 use crate::collective::agreement::{agreed, on_rank_zero, tensor_of_rank_zero};
-use crate::error::{Error, Result};
-use crate::files::safetensors::Shards;
+use crate::error::Result;
 use crate::model::Model;
-use crate::nn::{ParamInfo, ParamSet, Stage};
+use crate::nn::{ParamInfo, ParamSet};
 use crate::parallel::Replica;
 use crate::pulse;
 use crate::rng::Key;
 use crate::run::base::{Base, Fingerprint};
 use crate::run::first_lora::FirstLora;
 use crate::run::requests;
-
-/// File name of diffusers' weights without its extension.
-pub const STEM: &str = "diffusion_pytorch_model";
+use crate::run::weights::Weights;
 
 /// Where parameters begin; those that no file has are drawn.
 pub struct Origin<'o> {
@@ -49,8 +46,8 @@ pub fn begin(
 ) -> Result<Option<Base>> {
     let Origin { family, folder, lora, .. } = *origin;
     // Opening reads headers only, so each rank can afford it.
-    let shards = folder.map(|folder| open(folder, family, &replica.stages)).transpose();
-    let shards = agreed(shards, collective)?;
+    let weights = folder.map(|folder| Weights::open(folder, family, &replica.stages)).transpose();
+    let weights = agreed(weights, collective)?;
     let reads = pulse::is_root(collective.rank());
     let first = lora.filter(|_| reads);
     let first = first.map(|path| FirstLora::open(path, family, &replica.stages)).transpose();
@@ -58,8 +55,8 @@ pub fn begin(
     let mut fingerprint = Fingerprint::default();
     for (stage, bucket) in replica.stages.iter().zip(&mut replica.buckets) {
         let params = stage.params();
-        let values = || first_values(params, origin.key, shards.as_ref(), first.as_ref());
-        let whole = if shards.is_some() || lora.is_some() {
+        let values = || first_values(params, origin.key, weights.as_ref(), first.as_ref());
+        let whole = if weights.is_some() || lora.is_some() {
             tensor_of_rank_zero(collective, params.numel(), values)?
         } else {
             values()?
@@ -83,13 +80,13 @@ pub fn begin(
 fn first_values(
     params: &ParamSet,
     key: Key,
-    shards: Option<&Shards>,
+    weights: Option<&Weights>,
     lora: Option<&FirstLora>,
 ) -> Result<Tensor> {
-    let whole = match shards {
-        Some(shards) => {
+    let whole = match weights {
+        Some(weights) => {
             let read = |info: &ParamInfo| match info.added {
-                false => shards.read_finite(&info.name),
+                false => weights.read(&info.name),
                 true => Ok(Tensor::zeros(&info.shape, (Kind::Float, Device::Cpu))),
             };
             let whole = flat(params.infos().iter(), read)?;
@@ -106,22 +103,6 @@ fn first_values(
         lora.set(params, &whole);
     }
     Ok(whole)
-}
-
-/// Opens a folder whose weights are those of a model.
-///
-/// # Errors
-/// [`Error::Data`] with a list of every missing, unexpected and misshapen tensor.
-pub fn open(folder: &Path, family: &Model, stages: &[Box<dyn Stage>]) -> Result<Shards> {
-    let shards = Shards::open_stem(folder, STEM)?;
-    let infos = stages.iter().flat_map(|stage| stage.params().infos());
-    let own = infos.filter(|info| !info.added);
-    let expected = own.map(|info| (info.name.clone(), info.shape.as_slice())).collect();
-    let kinds = [Kind::Float, Kind::BFloat16, Kind::Half];
-    shards
-        .check(&expected, &kinds, family.ignored_parameters())
-        .map_err(|what| Error::data(folder, what))?;
-    Ok(shards)
 }
 
 /// Returns parameters, each read by itself, as one flat f32 buffer.

@@ -13,14 +13,14 @@ use crate::files::safetensors::Shards;
 use crate::nn::{LowRank, ParamInfo, ParamSet, Stage};
 use crate::rng::{Key, Purpose};
 use crate::run::base::{Base, Fingerprint};
-use crate::run::checkpoint::SavedWeights;
-use crate::run::{checkpoint, pretrained};
+use crate::run::checkpoint::{self, SavedWeights};
+use crate::run::weights::Weights;
 
 /// Reads the model of a checkpoint.
 pub struct WholeModel<'s> {
     trained: Shards,
     /// The folder of the frozen parameters; `None` if they were drawn, or if there are none.
-    frozen: Option<Shards>,
+    frozen: Option<Weights>,
     key: Key,
     /// Changes by the name of the changed weight.
     changes: BTreeMap<String, (&'s LowRank, &'s ParamSet)>,
@@ -45,7 +45,7 @@ impl<'s> WholeModel<'s> {
     ) -> Result<Self> {
         let base = checkpoint::base_of(folder)?;
         let origin = config.model.pretrained().filter(|_| base.is_some());
-        let open = |origin| pretrained::open(origin, &config.model.family, stages);
+        let open = |origin| Weights::open(origin, &config.model.family, stages);
         let changes = stages.iter().flat_map(|stage| {
             let params = stage.params();
             let named =
@@ -69,7 +69,7 @@ impl<'s> WholeModel<'s> {
     pub fn read(&self, info: &ParamInfo) -> Result<Tensor> {
         let own = match (&self.frozen, info.frozen) {
             (_, false) => self.trained.read(&info.name)?,
-            (Some(shards), true) => shards.read_finite(&info.name)?,
+            (Some(weights), true) => weights.read(&info.name)?,
             (None, true) => info.drawn(self.key),
         };
         if info.frozen {

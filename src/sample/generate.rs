@@ -20,6 +20,7 @@ use crate::nn::Activations;
 use crate::parallel::Replica;
 use crate::report::write_grid;
 use crate::rng::{Key, Purpose, Stream};
+use crate::run::added_loras::{AddedLora, AddedLoras};
 use crate::run::checkpoint::SavedWeights;
 use crate::run::folder;
 use crate::run::locate::locate;
@@ -46,10 +47,12 @@ pub struct SampleRequest {
     /// Samples for each condition; one for each row if unset and the conditions are a file.
     pub per_condition: Option<i64>,
     pub seed: Option<u64>,
-    /// Factor of a LoRA's change of the model.
+    /// Factor of the run's own LoRA.
     pub lora_scale: f64,
     /// The weights as they are, or averaged.
     pub weights: SavedWeights,
+    /// LoRAs from files that are added to the model.
+    pub loras: Vec<AddedLora>,
 }
 
 /// Generated samples, condition by condition.
@@ -87,11 +90,13 @@ pub fn sample(request: &SampleRequest) -> Result<()> {
         );
         return Err(Error::config("--out", what));
     }
+    let loras = AddedLoras::open(&request.loras, &of_run.model.family, &of_run.stages()?)?;
     let samples = || vec![tokens_of_sample(&config, &origin.shape, origin.text_tokens())];
     let device = device(&config, samples, &Solo)?.without_log();
     let plan = Plan::new(&config, &origin, device)?;
     plan.rehearse()?;
     let replica = trained_replica(&of_run, &folder, request.weights, device, request.lora_scale)?;
+    let replica = loras.added_to(replica, of_run.model.dtype.kind(), device)?;
     let samples = plan.generate(&replica, &|| Ok(()))?;
     request.out.iter().try_for_each(|path| samples.write(path))
 }

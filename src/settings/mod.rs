@@ -39,7 +39,7 @@ pub use choice::Choice;
 pub use hints::Habit;
 pub use keys::{Family, Field, Key, Keys, Members, Named, Settings, Tables};
 pub use limits::{Limits, above, above_up_to};
-pub use several::GlobMap;
+pub use several::{GlobMap, one_or_several};
 pub use tree::{Content, Node};
 pub use value::{Misfit, Scalar, Value};
 pub use words::key_text;

@@ -58,6 +58,17 @@ impl<T: Scalar> Value for Vec<T> {
     }
 }
 
+/// Reads an array of scalars, or one that stands alone.
+pub fn one_or_several<T: Scalar>(
+    found: &Node,
+    limits: &Limits<T::Limit>,
+) -> Result<Vec<T>, Vec<Misfit>> {
+    match found.content {
+        Content::List(_) => Vec::read(found, limits),
+        _ => <T as Value>::read(found, limits).map(|scalar| vec![scalar]),
+    }
+}
+
 /// Scalars by patterns of names, as `"blocks.*" = 4`, in the order of the document.
 ///
 /// The document has an inline table, `ranks = { "blocks.*" = 4 }`, or a table, `[lora.ranks]`.

@@ -146,7 +146,9 @@ impl<'c> Trainer<'c> {
             let trained = self.replica.num_trained();
             let frozen = parameters - trained;
             let base = self.manifest.base.as_ref().map(ToString::to_string).unwrap_or_default();
-            tracing::info!("trained: {trained} of them; {frozen} are frozen, {base}");
+            let form = self.config.model.frozen_dtype.map(Choice::word);
+            let held = form.map(|form| format!(", held in {form}")).unwrap_or_default();
+            tracing::info!("trained: {trained} of them; {frozen} are frozen{held}, {base}");
         }
         if let Some(decay) = self.config.ema.decay {
             let (trained, kind) = (self.replica.num_trained(), self.config.ema.dtype.word());

@@ -230,7 +230,7 @@ impl Stepper<'_> {
         pulse::enter(Phase::Forward);
         fault::error(Phase::Forward)?;
         let parallel = &self.config.parallel;
-        let tape = replica.tape(parallel.recompute).offloading(parallel.offload.activations());
+        let tape = replica.tape(parallel.recompute).offloading(parallel.offload.activations);
         let mut tape = tape.checking_finite(self.check_stages.then_some(step));
         // The loss is checked later, for all ranks at once.
         let options = StepOptions { global_step: step, collect_metrics: true, check_loss: false };

@@ -11,7 +11,7 @@ pub use settings::{LoraInit, LoraSettings};
 
 use crate::error::{Error, Result};
 use crate::model::Architecture;
-use crate::nn::{Stage, Tuned};
+use crate::nn::{FrozenDtype, ParamSet, Stage, Tuned};
 use crate::tuning::names::{matched, nearest};
 use crate::tuning::targets::Targets;
 
@@ -22,6 +22,8 @@ pub struct Tuning<'s> {
     /// all are.
     pub trainable: &'s [String],
     pub lora: &'s LoraSettings,
+    /// The form in which frozen linear maps of blocks are held, if not as they are computed with.
+    pub frozen_form: Option<FrozenDtype>,
 }
 
 impl Tuning<'_> {
@@ -44,6 +46,9 @@ impl Tuning<'_> {
         let tuned = |stage: Box<dyn Stage>| {
             let is_trained = |name: &str| self.trainable.iter().any(|glob| matched(glob, name));
             let mut params = stage.params().freezing(|info| !is_trained(&info.name));
+            if let Some(form) = self.frozen_form.filter(|_| is_block(stage.params())) {
+                params = params.packing(form);
+            }
             let weights: Vec<String> =
                 stage.params().linears().map(|info| info.name.clone()).collect();
             for weight in weights {
@@ -71,6 +76,12 @@ impl Tuning<'_> {
             None => Ok(()),
         }
     }
+}
+
+/// True for a stage that is one of many alike, `blocks.7`. Those around them are small, and more
+/// depends on each.
+fn is_block(params: &ParamSet) -> bool {
+    params.stage().ends_with(|letter: char| letter.is_ascii_digit())
 }
 
 /// The stages with low-rank changes `strength` times as strong as they were trained.

@@ -18,7 +18,7 @@ fn lora() -> LoraSettings {
 
 fn tuned(family: &str, lora: &LoraSettings, trainable: &[&str]) -> Result<Vec<Box<dyn Stage>>> {
     let trainable: Vec<String> = trainable.iter().map(ToString::to_string).collect();
-    Tuning { trainable: &trainable, lora }.of(&*model(family))
+    Tuning { trainable: &trainable, lora, frozen_form: None }.of(&*model(family))
 }
 
 fn trained(stages: &[Box<dyn Stage>]) -> Vec<&ParamInfo> {

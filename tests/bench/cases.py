@@ -80,6 +80,8 @@ DEV = {
 WAN_1B = {"num_layers": 30, "attention_head_dim": 128, "num_attention_heads": 12, "ffn_dim": 8960, "text_dim": 4096, "tokens": 512}
 # Their step is told beside `check`, alone, and not by `steps`.
 OFFLOADED = "flux-6b"
+# Its step with a LoRA is told beside that of training all of it.
+ADAPTED = "flux-71m"
 
 
 CASES = [

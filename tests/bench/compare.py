@@ -17,8 +17,8 @@ import kernel_times
 import machine
 import programs
 import table
-from cases import BENCH, CASES, DTYPES, MICRO_BATCH, OFFLOADED, SEED, Case, case
-from programs import COMPILED_PEER, OURS, PEER, SHARDED, TUNED_PEER, DoesNotFit, Ended, Program, Setting, launch
+from cases import ADAPTED, BENCH, CASES, DTYPES, MICRO_BATCH, OFFLOADED, SEED, Case, case
+from programs import COMPILED_PEER, LORA, LORA_PEER, OURS, PEER, SHARDED, TUNED_PEER, DoesNotFit, Ended, Program, Setting, launch
 
 # The peer as it comes, tuned, compiled, and fm-dist with its optimizer's state shared.
 BESIDE = ["peer", "tuned", "compiled", "sharded"]
@@ -106,6 +106,20 @@ def compare_steps(arguments: argparse.Namespace) -> None:
             turns.append({name: found for name, found in measures.items() if found})
         row = {"warm_up": arguments.warm_up, "global_batch": setting.case.micro_batch * setting.ranks, "pairs": turns}
         keep("steps", setting.name, {"device": setting.device, **row})
+
+
+def compare_lora(arguments: argparse.Namespace) -> None:
+    """Steps of a LoRA, beside PEFT's and beside training all of the model."""
+    of = case(ADAPTED)
+    prepare(of)
+    for dtype in arguments.dtypes:
+        for ranks in arguments.ranks:
+            setting, turns = Setting(of, dtype, ranks, arguments.device, arguments.cudnn), []
+            for pair in range(arguments.pairs):
+                print(f"==> LoRA, {setting.name}: pair {pair + 1} of {arguments.pairs}", flush=True)
+                chosen = [LORA_PEER, LORA, OURS]
+                turns.append({program.name: measured(setting, program, arguments.steps, arguments.warm_up) for program in chosen})
+            keep("lora", setting.name, {"device": setting.device, "warm_up": arguments.warm_up, "pairs": turns})
 
 
 def measured(setting: Setting, program: Program, steps: int, warm_up: int) -> dict | None:
@@ -232,6 +246,7 @@ def compare_checkpoint(arguments: argparse.Namespace) -> None:
 
 PARTS = {
     "steps": compare_steps,
+    "lora": compare_lora,
     "launch": compare_launch,
     "kernels": compare_kernels,
     "offload": compare_offload,

@@ -1,7 +1,7 @@
 """The peer: NeMo AutoModel's flow-matching pipeline on a transformer of diffusers with DistributedDataParallel, over gloo or NCCL.
 
     python peer.py prepare CASE
-    torchrun --nproc-per-node 2 peer.py train CASE DTYPE STEPS OUT.json [--device cuda] [--tuned] [--compiled] [--cudnn] [--profiled]
+    torchrun --nproc-per-node 2 peer.py train CASE DTYPE STEPS OUT.json [--device cuda] [--tuned] [--compiled] [--cudnn] [--profiled] [--lora]
 
 `prepare` writes the case's model with random weights, its dataset in fm-dist's format, a batch, and the loss of that batch for the draws
 of one seed, of each kind. `train` steps on batches that lie in memory, the hot path of the package's own training recipe: no metrics, no
@@ -13,7 +13,8 @@ On GPUs a rank alone is not wrapped, phases end when the GPU has done them, and 
 attention, which gave wrong gradients there, is off unless `--cudnn` asks for it. `--profiled` marks the last step for a profiler.
 
 As it comes: AdamW and DistributedDataParallel with their defaults. Tuned: fused AdamW, a static graph, gradients that are views of their
-buckets; malloc's thresholds are the launcher's to set. Compiled: tuned, and each kind of block by torch.compile.
+buckets; malloc's thresholds are the launcher's to set. Compiled: tuned, and each kind of block by torch.compile. `--lora`: the model is
+frozen, and PEFT's LoRA of rank 16 on the projections of its attentions, by diffusers' `add_adapter`, is trained in float32.
 """
 
 import argparse
@@ -34,6 +35,9 @@ from safetensors.torch import save_file
 
 LR = 1e-4
 MAX_GRAD_NORM = 1.0
+# The LoRA of `--lora`; the targets are those of diffusers' own scripts for FLUX.1.
+LORA_RANK = 16
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 # Steps in which a hook watches the all-reduces, after those that are measured.
 WATCHED_STEPS = 3
 CPU = torch.device("cpu")
@@ -59,6 +63,16 @@ def load_model(of: Case, dtype: torch.dtype, device: torch.device) -> torch.nn.M
         if not set(kept) & set(name.split(".")):
             parameter.data = parameter.data.to(dtype)
     return model.train()
+
+
+def add_lora(model: torch.nn.Module) -> None:
+    """Freezes the model and gives it an adapter, whose matrices are float32 as in diffusers' scripts."""
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    model.requires_grad_(False)
+    model.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=LORA_TARGETS))
+    cast_training_params([model], dtype=torch.float32)
 
 
 def pipeline_of(of: Case, device: torch.device):
@@ -169,6 +183,7 @@ class Options:
     compiled: bool = False
     cudnn: bool = False
     profiled: bool = False
+    lora: bool = False
 
     def torch_device(self) -> torch.device:
         return torch.device(self.device, int(os.environ["LOCAL_RANK"])) if self.device == "cuda" else CPU
@@ -181,6 +196,8 @@ class Trainer:
         tuned = options.tuned or options.compiled
         self.of, self.dtype, self.number, self.device = of, dtype, 0, options.torch_device()
         self.model = load_model(of, dtype, self.device)
+        if options.lora:
+            add_lora(self.model)
         if of.recompute:
             self.model.enable_gradient_checkpointing()
         if options.compiled:
@@ -188,7 +205,8 @@ class Trainer:
         if self.device == CPU or dist.get_world_size() > 1:
             views = {"static_graph": True, "gradient_as_bucket_view": True} if tuned else {}
             self.model = torch.nn.parallel.DistributedDataParallel(self.model, **views)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR, **({"fused": True} if tuned else {}))
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=LR, **({"fused": True} if tuned else {}))
         self.pipeline, self.batches = pipeline_of(of, self.device), batches_of(of)
         torch.manual_seed(dist.get_rank())
 
@@ -202,7 +220,7 @@ class Trainer:
         laps.lap("forward")
         loss.backward()
         laps.lap("backward")
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
+        torch.nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
         laps.lap("optimizer")
@@ -269,14 +287,14 @@ def main() -> None:
     training.add_argument("steps", type=int)
     training.add_argument("out", type=Path)
     training.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    for flag in ["--tuned", "--compiled", "--cudnn", "--profiled"]:
+    for flag in ["--tuned", "--compiled", "--cudnn", "--profiled", "--lora"]:
         training.add_argument(flag, action="store_true")
     arguments = parser.parse_args()
     if arguments.command == "prepare":
         torch.set_num_threads(1)
         prepare(arguments.case)
     else:
-        options = Options(arguments.device, arguments.tuned, arguments.compiled, arguments.cudnn, arguments.profiled)
+        options = Options(arguments.device, arguments.tuned, arguments.compiled, arguments.cudnn, arguments.profiled, arguments.lora)
         train(arguments.case, getattr(torch, arguments.dtype), arguments.steps, arguments.out, options)
 
 

@@ -257,4 +257,7 @@ PEER = Program("peer", on_gpu(run_peer))
 TUNED_PEER = Program("peer, tuned", run_peer, TUNED_MALLOC, ("--tuned",))
 COMPILED_PEER = Program("peer, compiled", on_gpu(run_peer), {}, ("--compiled",))
 OURS = Program("fm-dist", on_gpu(run_fm_dist))
+# Rank 16 on the attention's projections, on both sides.
+LORA = Program("fm-dist, LoRA", run_fm_dist, {}, ("--set", "lora.rank=16"))
+LORA_PEER = Program("peer, LoRA", run_peer, {}, ("--lora",))
 SHARDED = Program("fm-dist, sharding = optimizer", run_fm_dist, {}, ("--set", 'parallel.sharding="optimizer"'))

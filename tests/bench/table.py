@@ -18,6 +18,8 @@ STEP_GOALS = {
     "wan-70m float32 2": ("≤ 0.85", "≤ 0.92"),
     "wan-70m bfloat16 2": ("≤ 0.72", "≤ 0.90"),
 }
+# A LoRA's step over that of PEFT's, and over that of training all of the model.
+LORA_GOALS = ("≤ 0.85", "≤ 0.75")
 SHARDED_GOAL = ("≤ 0.75", "≤ 0.75")
 LAUNCH_GOAL = ("≤ 0.3", "≤ 0.3")
 DATA_GOAL = ("≥ 5",)
@@ -42,15 +44,15 @@ def ratio(ours: list[float], theirs: list[float]) -> str:
 class Table:
     """Lines of figures, of fm-dist and of those that it is compared with."""
 
-    def __init__(self, pairs: list[dict], peers: list[str]):
-        self.pairs = pairs
+    def __init__(self, pairs: list[dict], peers: list[str], ours: str = "fm-dist"):
+        self.pairs, self.ours = pairs, ours
         self.peers = [peer for peer in peers if all(peer in pair for pair in pairs)]
-        self.rows = [["median", "fm-dist"] + [cell for peer in self.peers for cell in (peer, "ratio", "goal")]]
+        self.rows = [["median", ours] + [cell for peer in self.peers for cell in (peer, "ratio", "goal")]]
         self.rows.append(["---"] * len(self.rows[0]))
 
-    def add(self, name: str, of: Of, show: str, goals: tuple = (), ours: str = "fm-dist", of_peer: dict[str, Of] | None = None) -> None:
+    def add(self, name: str, of: Of, show: str, goals: tuple = (), ours: str = "", of_peer: dict[str, Of] | None = None) -> None:
         """A figure by `of`, which may be another for a peer."""
-        mine = [of(pair[ours]) for pair in self.pairs]
+        mine = [of(pair[ours or self.ours]) for pair in self.pairs]
         cells = [name, format(median(mine), show)]
         for number, peer in enumerate(self.peers):
             theirs = [(of_peer or {}).get(peer, of)(pair[peer]) for pair in self.pairs]
@@ -125,6 +127,16 @@ def of_steps(name: str, row: dict) -> str:
     return table.text(described(name), row, f" of {steps} steps after {warm_up}")
 
 
+def of_lora(name: str, row: dict) -> str:
+    warm_up, table = row["warm_up"], Table(row["pairs"], ["peer, LoRA", "fm-dist"], "fm-dist, LoRA")
+    for phase in ["step", "forward", "backward", "optimizer"]:
+        goals = LORA_GOALS if phase == "step" else ()
+        table.add(f"{phase}, s", lambda run, phase=phase: median_of(run["steps"][warm_up:], phase), ".3f", goals)
+    table.add("peak memory, GB", lambda run: run["peak_memory_bytes"] / 1e9, ".2f")
+    steps = len(row["pairs"][0]["fm-dist"]["steps"]) - warm_up
+    return table.text(f"LoRA of rank 16: {described(name)}", row, f" of {steps} steps after {warm_up}")
+
+
 def launched(run: dict) -> float:
     return run["launch_seconds"]
 
@@ -188,7 +200,7 @@ def of_offload(name: str, row: dict) -> str:
     return f"### offloaded: {described(name)}\n\n{row['date']}: {figures(row, row['warm_up'])}\n\n```\n{row['plan']}```\n"
 
 
-PARTS = {"steps": of_steps, "launch": of_launch, "kernels": of_kernels, "offload": of_offload, "data": of_data, "pipeline": of_pipeline, "checkpoint": of_checkpoint}
+PARTS = {"steps": of_steps, "lora": of_lora, "launch": of_launch, "kernels": of_kernels, "offload": of_offload, "data": of_data, "pipeline": of_pipeline, "checkpoint": of_checkpoint}
 
 
 def text(results: dict, parts: list[str]) -> str:

@@ -212,7 +212,7 @@ fn replica_with_lora(kind: Kind, targets: &str) -> Replica<'static> {
         num_heads: 2,
         ..Dit::default()
     };
-    let stages = Tuning { trainable: &[], lora: &lora }.of(&model).unwrap();
+    let stages = Tuning { trainable: &[], lora: &lora, frozen_form: None }.of(&model).unwrap();
     let mut replica = Replica::alone(stages, kind, Device::Cpu, Some(KEY));
     shake(&mut replica);
     replica

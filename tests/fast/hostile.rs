@@ -266,7 +266,7 @@ fn an_unknown_dtype_is_refused() {
 fn floats_of_8_bits_are_refused_outside_of_datasets() {
     for dtype in ["F8_E4M3", "F8_E5M2"] {
         let what = format!(
-            "tensor `a` has dtype `{dtype}`, which only the samples of a dataset may have; expected \
+            "tensor `a` has dtype `{dtype}`, which only weights and the samples of a dataset may have; expected \
              one of BOOL U8 I8 I16"
         );
         refused(&tensor(dtype, "[4]", "[0,4]"), &what);

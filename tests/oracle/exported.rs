@@ -262,7 +262,7 @@ fn a_folder_that_does_not_fit_is_refused_with_everything_that_is_wrong() {
     for part in [
         "missing: proj_out.bias, x_embedder.weight",
         "unexpected: proj_out.bais",
-        "of another shape or kind: context_embedder.bias is Float [3] instead of Float or BFloat16 or Half [32]",
+        "of another shape or kind: context_embedder.bias is Float [3] instead of Float or BFloat16 or Half or Float8e4m3fn or Float8e5m2 [32]",
     ] {
         assert!(text.contains(part), "{part:?} is not in {text}");
     }

@@ -1,7 +1,7 @@
 """Samples with the pipelines of diffusers 0.42.1 on a CPU, each family in its own way, and writes what went in and what came out.
 
     python sampling.py families OUT_DIR SEED
-    python sampling.py exported FAMILY FOLDER CONDITIONS.safetensors OUT.safetensors --steps 5 --shift 3 --guidance 4
+    python sampling.py exported FAMILY FOLDER CONDITIONS.safetensors OUT.safetensors --steps 5 --shift 3 --guidance 4 [--lora FILE:SCALE]...
     python sampling.py digits CHECKPOINT.safetensors CONDITIONS.safetensors OUT.safetensors --steps 5 --shift 2 --guidance 1.3 --patch 2
 
 Needs torch 2.13.0, diffusers 0.42.1, nemo-automodel 0.5.0 (for `digits`) and safetensors.
@@ -15,7 +15,7 @@ test can repeat; a real transformer goes into `generate` just so. The schedulers
 configure them.
 
 `exported` follows the transformer in FOLDER from the `noise` among the conditions, which have the reference's keys, and writes `samples`
-and `sigmas`.
+and `sigmas`; the transformer has the adapters that are named.
 
 `digits` follows the demo's transformer of dit.py from `noise` under classifier-free guidance against `negative.text_embeddings`, or
 zeros, and writes `samples` and `sigmas`.
@@ -264,9 +264,22 @@ def exported(arguments: argparse.Namespace) -> None:
     if negative:
         conditions |= {f"negative_{name}": negative.get(key, given[key]) for key, name in PIPELINE_NAMES.items() if key in given}
     scheduler = scheduler_of(arguments.family, arguments.shift)
+    add(model, arguments.lora)
     with torch.no_grad():
         end = generate(arguments.family, model, scheduler, given["noise"], conditions, arguments.steps, arguments.guidance)
     save_file({"samples": end.contiguous(), "sigmas": scheduler.sigmas}, arguments.out)
+
+
+def add(model: torch.nn.Module, loras: list[str]) -> None:
+    """Adapters of a transformer, FILE:SCALE each, by what users would call."""
+    scales = {}
+    for number, lora in enumerate(loras):
+        path, scale = lora.rsplit(":", 1)
+        scales[f"adapter{number}"] = float(scale)
+        file = Path(path)
+        model.load_lora_adapter(file.parent, weight_name=file.name, prefix="transformer", adapter_name=f"adapter{number}")
+    if scales:
+        model.set_adapters(list(scales), list(scales.values()))
 
 
 def digits(arguments: argparse.Namespace) -> None:
@@ -300,6 +313,7 @@ def main() -> None:
     command.add_argument("--steps", type=int, required=True)
     for name in ["--shift", "--guidance"]:
         command.add_argument(name, type=float, required=True)
+    command.add_argument("--lora", action="append", default=[])
     command = commands.add_parser("digits")
     for name in ["checkpoint", "conditions", "out"]:
         command.add_argument(name)

@@ -6,12 +6,15 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use fm_dist::config::FlowSettings;
+use fm_dist::files::outputs::Named;
 use fm_dist::files::safetensors::{self, SafeTensors};
 use fm_dist::flow::{
     FlowMatchingSettings, Guidance, Guide, ModelAdapter, NoiseLevels, SamplingSettings, solver,
 };
+use fm_dist::lora::{self, Adapter, Dialect, Facts, Family, Pair};
 use fm_dist::rng::{Key, Purpose};
 use fm_dist::run::Resume;
+use fm_dist::settings::{Choice, Family as _};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
@@ -130,9 +133,11 @@ fn formula(x: &Tensor, sigma: f64, text: &Tensor, fed: Option<f64>) -> Tensor {
 
 /// Trains a tiny family, exports it and follows it from noise under guidance, here and with
 /// diffusers' pipeline.
-fn check_family(family: &Tiny, pipeline: &str, guidance: &str, negative: bool) {
+fn check_family(family: &Tiny, pipeline: &str, guidance: &str, negative: bool, scales: &[f64]) {
     let root = TempDir::new().unwrap();
     let (run, folder) = exported(family, root.path());
+    let loras = loras(&folder, root.path(), scales);
+    let loras: Vec<&str> = loras.iter().flat_map(|lora| ["--lora", lora.as_str()]).collect();
     let path = |name: &str| root.path().join(name);
     let key = Key::new(fresh_seed(pipeline).parse().unwrap(), Purpose::Test);
     let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();
@@ -165,7 +170,7 @@ fn check_family(family: &Tiny, pipeline: &str, guidance: &str, negative: bool) {
         &run,
         &path("conditions.safetensors"),
         &ours,
-        &["--steps", "5", "--guidance", guidance],
+        &[&["--steps", "5", "--guidance", guidance], loras.as_slice()].concat(),
     );
     assert_eq!(code, 0, "{errors}");
     let files = [folder, path("conditions.safetensors"), path("theirs.safetensors")]
@@ -173,8 +178,13 @@ fn check_family(family: &Tiny, pipeline: &str, guidance: &str, negative: bool) {
     let fixed = ["--steps", "5", "--guidance", guidance, "--shift", "3"];
     oracle(
         "sampling.py",
-        &[&["exported", pipeline], files.each_ref().map(String::as_str).as_slice(), &fixed]
-            .concat(),
+        &[
+            &["exported", pipeline],
+            files.each_ref().map(String::as_str).as_slice(),
+            &fixed,
+            loras.as_slice(),
+        ]
+        .concat(),
     );
     assert_close(
         &read(&ours, "sigmas"),
@@ -192,27 +202,61 @@ fn check_family(family: &Tiny, pipeline: &str, guidance: &str, negative: bool) {
 
 #[test]
 fn flux_is_sampled_as_by_its_pipeline() {
-    check_family(&FLUX, "flux_dev", "3.5", false);
+    check_family(&FLUX, "flux_dev", "3.5", false, &[]);
 }
 
 #[test]
 fn flux2_is_sampled_as_by_its_pipeline() {
-    check_family(&FLUX2, "flux2", "4", false);
+    check_family(&FLUX2, "flux2", "4", false, &[]);
 }
 
 #[test]
 fn qwen_image_is_sampled_as_by_its_pipeline() {
-    check_family(&QWEN_IMAGE, "qwen_image", "4", true);
+    check_family(&QWEN_IMAGE, "qwen_image", "4", true, &[]);
 }
 
 #[test]
 fn wan_is_sampled_as_by_its_pipeline() {
-    check_family(&WAN, "wan", "5", true);
+    check_family(&WAN, "wan", "5", true, &[]);
 }
 
 #[test]
 fn hunyuan_video15_is_sampled_as_by_its_pipeline() {
-    check_family(&HUNYUAN_VIDEO15, "hunyuan_video", "6", true);
+    check_family(&HUNYUAN_VIDEO15, "hunyuan_video", "6", true, &[]);
+}
+
+#[test]
+fn several_loras_are_added_as_by_diffusers() {
+    check_family(&FLUX, "flux_dev", "3.5", false, &[0.7, -0.4]);
+    check_family(&HUNYUAN_VIDEO15, "hunyuan_video", "6", true, &[1.0, 0.5, 2.0]);
+}
+
+/// Random adapters of a folder's model in diffusers' dialect, as `FILE:SCALE`: each changes other
+/// modules, and most modules are changed by several.
+fn loras(model: &Path, folder: &Path, scales: &[f64]) -> Vec<String> {
+    let model = fm_dist::model::read_folder(model).unwrap();
+    let family = Family::parse(model.name()).unwrap();
+    let stages = model.stages().unwrap();
+    let infos = stages.iter().flat_map(|stage| stage.params().linears());
+    let linears = lora::linears(infos.map(|info| (info.name.as_str(), info.shape.as_slice())));
+    let key = Key::new(fresh_seed("loras").parse().unwrap(), Purpose::Test);
+    let write = |(number, scale): (usize, &f64)| {
+        let rank = 2 + number as i64;
+        let pair = |(index, (name, [outputs, inputs])): (usize, (&String, &[i64; 2]))| {
+            let random = |shape: [i64; 2]| Tensor::randn(shape, FLOAT) / (*inputs as f64).sqrt();
+            let draw = || (random([rank, *inputs]), random([*outputs, rank]));
+            let (a, b) = key.scope((1000 * number + index) as u64).seeded(draw);
+            let is_left_out = index % 4 == number;
+            (!is_left_out).then(|| (name.clone(), Pair { a, b, alpha: 3.0, magnitude: None }))
+        };
+        let pairs = linears.iter().enumerate().filter_map(pair).collect();
+        let path = folder.join(format!("lora-{number}.safetensors"));
+        let out = Named { argument: "--out", path: &path };
+        let adapter = Adapter { pairs, facts: Facts::default() };
+        lora::write(&adapter, family, Dialect::Diffusers, out).unwrap();
+        format!("{}:{scale}", path.display())
+    };
+    scales.iter().enumerate().map(write).collect()
 }
 
 /// A digits run of a few steps: its folder, which lives as long as the first value.

@@ -216,8 +216,8 @@ fn work_with_the_averages_sees_them_and_leaves_the_weights_as_they_were() {
                     let expected = expected.to_kind(kind);
                     assert!(seen.equal(&expected), "{word} {dtype} {narrow}");
                 }
-                let failed: Result<(), Error> =
-                    state.with_averages(&mut replica, |_| Err(Error::environment("it fails")));
+                let failed: Result<(), Error> = state
+                    .with_averages(&mut replica, |_| Err(Error::Stopped { what: "asked".into() }));
                 assert!(failed.is_err());
                 for (stage, master) in masters.iter().enumerate() {
                     assert!(replica.parameters(stage).unwrap().equal(master), "{word} {dtype}");
@@ -232,7 +232,8 @@ fn work_with_the_averages_sees_them_and_leaves_the_weights_as_they_were() {
 /// What each stage computes with, one parameter after another.
 fn computed(replica: &Replica<'_>) -> Vec<Tensor> {
     let of_stage = |stage: usize| {
-        let gathering = replica.buckets[stage].gather(replica.sharing.shards()).unwrap();
+        let gathering =
+            replica.buckets[stage].gather(replica.sharing.shards(), &replica.copies).unwrap();
         let weights = gathering.wait(replica.stages[stage].params()).unwrap();
         let flat: Vec<Tensor> =
             weights.leaves().iter().map(|leaf| leaf.detach().flatten(0, -1)).collect();
@@ -315,6 +316,7 @@ fn averages_that_a_checkpoint_lacks_are_refused_by_name() {
         seed: None,
         lora_scale: 1.0,
         weights: SavedWeights::Averaged,
+        loras: Vec::new(),
     };
     let error = sample(&request).unwrap_err();
     assert_eq!(error.exit_code(), 50);

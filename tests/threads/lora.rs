@@ -2,16 +2,19 @@
 //! sharding, an exact resume, checkpoints of nothing but the part. The rest stays what it was.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use fm_dist::assembly::trained_replica;
 use fm_dist::commands::{ExportRequest, StepRequest, dump_step, export};
 use fm_dist::error::Error;
-use fm_dist::files::safetensors::SafeTensors;
+use fm_dist::files::safetensors::{self, SafeTensors};
 use fm_dist::lora::Dialect;
+use fm_dist::rng::{Key, Purpose};
 use fm_dist::run::Resume;
+use fm_dist::run::added_loras::AddedLora;
 use fm_dist::run::checkpoint::SavedWeights;
+use fm_dist::sample::{SampleRequest, sample};
 use fm_dist::settings::Choice;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
@@ -334,5 +337,74 @@ fn a_file_of_another_model_begins_no_lora() {
     ] {
         let said = begin(name, overrides).unwrap_err();
         assert!(said.to_string().contains(says), "{said}");
+    }
+}
+
+/// Samples of a FLUX run from given noise, with its own LoRA at a strength and others beside it.
+fn sampled(root: &Path, run: &Path, own: f64, loras: Vec<AddedLora>) -> Result<Tensor, Error> {
+    let (conditions, out) = (root.join("conditions.safetensors"), root.join("out.safetensors"));
+    let draw = |scope: u64, size: &[i64]| {
+        let draw = || Tensor::randn(size, (Kind::Float, Device::Cpu));
+        Key::new(8, Purpose::Test).scope(scope).seeded(draw)
+    };
+    let tensors = [
+        ("noise", draw(0, &[2, 4, 8, 12])),
+        ("text_embeddings", draw(1, &[2, 5, 12])),
+        ("pooled_prompt_embeds", draw(2, &[2, 10])),
+    ];
+    let named = tensors.each_ref().map(|(name, tensor)| (*name, tensor));
+    let metadata = BTreeMap::from([("data_type".to_string(), "image".to_string())]);
+    safetensors::write(&mut File::create(&conditions).unwrap(), &named, &metadata).unwrap();
+    sample(&SampleRequest {
+        run: run.into(),
+        out: vec![out.clone()],
+        conditions: Some(conditions),
+        shape: None,
+        num_steps: Some(3),
+        guidance_scale: None,
+        true_cfg_scale: None,
+        shift: None,
+        per_condition: None,
+        seed: None,
+        lora_scale: own,
+        weights: SavedWeights::Trained,
+        loras,
+    })?;
+    SafeTensors::open(&out).unwrap().read("samples")
+}
+
+#[test]
+fn loras_beside_a_runs_own_sum_up_whatever_the_base_is_held_in() {
+    for form in ["bfloat16", "float8_e4m3", "nf4"] {
+        let root = TempDir::new().unwrap();
+        let form = format!("model.frozen_dtype={form}");
+        let settings = [LORA, &["optimizer.adamw.lr=2e-2", form.as_str()]].concat();
+        let run = run_of(&FLUX, root.path(), "run", &settings).unwrap();
+        let file = root.path().join("own.safetensors");
+        export(&ExportRequest {
+            run: run.clone(),
+            out: file.clone(),
+            max_shard_bytes: 1,
+            dtype: None,
+            merge: false,
+            format: Some(Dialect::Diffusers),
+            weights: SavedWeights::Trained,
+        })
+        .unwrap();
+        let of = |own: f64, scales: &[f64]| {
+            let lora = |scale: &f64| AddedLora { file: file.clone(), scale: *scale };
+            sampled(root.path(), &run, own, scales.iter().map(lora).collect()).unwrap()
+        };
+        let whole = of(1.0, &[]);
+        for (own, scales) in
+            [(0.5, &[0.5][..]), (0.0, &[1.0]), (0.0, &[0.75, 0.25]), (2.0, &[-1.0])]
+        {
+            let off = distance(&of(own, scales), &whole);
+            assert!(off < 1e-5, "{form}, {own} and {scales:?}: {off}");
+        }
+        assert!(distance(&of(0.0, &[]), &whole) > 1e-3, "{form}: the LoRA does something");
+        let other = AddedLora { file: run.join("none.safetensors"), scale: 1.0 };
+        let said = sampled(root.path(), &run, 1.0, vec![other]).unwrap_err().to_string();
+        assert!(said.contains("none.safetensors"), "{said}");
     }
 }

@@ -64,7 +64,7 @@ const EXACT: Place<'static> = Place { device: "cpu", dtype: "float32", overrides
 
 /// A family with heads of any width.
 pub struct Wide {
-    name: &'static str,
+    pub name: &'static str,
     adapter: &'static str,
     /// Widths of a head: that of the published models first.
     head_widths: &'static [i64],
@@ -243,6 +243,21 @@ impl Wide {
         dump_step(&config, &request)
             .unwrap_or_else(|error| panic!("{} {case:?}: {error}", self.name));
         SafeTensors::open(&request.dump).unwrap()
+    }
+
+    /// How far a bfloat16 step with the second settings is from one with the first, at the width of
+    /// the published models' heads: of the prediction and of all gradients.
+    pub fn differences(&self, settings: [&[&str]; 2]) -> [f64; 2] {
+        let folder = TempDir::new().unwrap();
+        let (head_width, seen) = (self.head_widths[0], Seen::All);
+        let case = Case { head_width, tokens: TOKENS[0], seen };
+        self.write_batch(&case, &folder.path().join("batch.safetensors"));
+        let [expected, found] = settings.map(|overrides| {
+            let place = Place { device: "cpu", dtype: "bfloat16", overrides };
+            self.step(&case, folder.path(), &place)
+        });
+        let Errors { prediction, gradient, .. } = Errors::between(&found, &expected);
+        [prediction, gradient]
     }
 
     /// Compares a bfloat16 step on `device` with the float32 step of a CPU, case by case, and prints

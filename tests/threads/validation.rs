@@ -13,6 +13,7 @@ use fm_dist::commands::{ExportRequest, export};
 use fm_dist::config::RunConfig;
 use fm_dist::error::Error;
 use fm_dist::run::Resume;
+use fm_dist::run::checkpoint::SavedWeights;
 use fm_dist::telemetry::metrics;
 use fm_dist::train::{Ending, TrainOptions, train};
 use serde_json::{Map, Value};
@@ -297,6 +298,7 @@ fn a_lora_is_judged_as_it_is_merged_without_dropout() {
             dtype: None,
             merge,
             format: None,
+            weights: SavedWeights::Trained,
         };
         export(&request).unwrap();
         format!("model.path={}", out.display())

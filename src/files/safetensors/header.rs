@@ -47,8 +47,10 @@ pub(super) fn dtype_of(kind: Kind) -> Option<&'static str> {
 /// The purpose of a file, which decides what it may hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Content {
-    /// Weights, checkpoints, conditions and batches, whose numbers are computed with as they are.
+    /// Checkpoints, adapters, conditions and batches, whose numbers are computed with as they are.
     Tensors,
+    /// Weights that a model begins with, which may be floats of 8 bits: they are widened.
+    Weights,
     /// A file of a dataset, which may hold floats of 8 bits: batches widen them.
     Samples,
     /// The cache of another program, which may also hold tensors without elements, as a text of no
@@ -197,8 +199,11 @@ impl Entry {
             return Ok(*kind);
         }
         let is_known = DTYPES.iter().any(|(word, _)| *word == self.dtype);
-        let where_else =
-            if is_known { ", which only the samples of a dataset may have" } else { "" };
+        let where_else = if is_known {
+            ", which only weights and the samples of a dataset may have"
+        } else {
+            ""
+        };
         let words: Vec<&str> = allowed().map(|(word, _)| *word).collect();
         Err(format!("has dtype `{}`{where_else}; expected one of {}", self.dtype, words.join(" ")))
     }

@@ -61,18 +61,15 @@ impl SafeTensors {
     /// [`Error::Data`] with the reason if the file is missing, a pickle, not a regular file, or has
     /// a malformed header; [`Error::Storage`] if it cannot be read.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
-        let (source, file_bytes) = Source::open(path)?;
-        SafeTensors::from_source(path.into(), source, file_bytes, Content::Tensors)
+        SafeTensors::open_as(path, Content::Tensors)
     }
 
-    /// As [`open`](Self::open), for a file of a dataset or a cache, which may hold more.
+    /// As [`open`](Self::open), for a file of weights, a dataset or a cache, which may hold more.
     pub(crate) fn open_as(path: impl AsRef<Path>, content: Content) -> Result<Self> {
         let path = path.as_ref();
-        if content == Content::Tensors {
-            return SafeTensors::open(path);
+        if matches!(content, Content::Samples | Content::Cache) {
+            refuse_pickled_data(path)?;
         }
-        refuse_pickled_data(path)?;
         let (source, file_bytes) = Source::open(path)?;
         SafeTensors::from_source(path.into(), source, file_bytes, content)
     }
@@ -155,7 +152,7 @@ impl SafeTensors {
     /// of another format.
     fn explained(&self, reason: Error, content: Content) -> Error {
         let expected = match content {
-            Content::Tensors => Format::SafeTensors,
+            Content::Tensors | Content::Weights => Format::SafeTensors,
             Content::Samples | Content::Cache => Format::Samples,
         };
         let mut head = vec![0; HEAD_BYTES.min(self.file_bytes as usize)];

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use tch::{Kind, Tensor};
 
 use super::source::{Source, open_error};
-use super::{SafeTensors, TensorInfo};
+use super::{Content, SafeTensors, TensorInfo};
 use crate::error::{Error, Result};
 use crate::files::contents::no_json;
 use crate::files::descriptors::kept_open;
@@ -39,15 +39,24 @@ impl Shards {
     /// # Errors
     /// As [`SafeTensors::open`].
     pub fn open(path: &Path, files: impl IntoIterator<Item = String>) -> Result<Self> {
+        Shards::open_as(path, files, Content::Tensors)
+    }
+
+    fn open_as(
+        path: &Path,
+        files: impl IntoIterator<Item = String>,
+        content: Content,
+    ) -> Result<Self> {
+        let open = |path: &PathBuf| SafeTensors::open_as(path, content);
         let paths: Vec<PathBuf> = files.into_iter().map(|name| path.join(name)).collect();
         let (kept, on_demand) = paths.split_at(kept_open(paths.len()));
-        let kept = kept.iter().map(SafeTensors::open);
-        let on_demand = on_demand.iter().map(|path| SafeTensors::open(path)?.on_demand());
+        let kept = kept.iter().map(open);
+        let on_demand = on_demand.iter().map(|path| open(path)?.on_demand());
         let files = kept.chain(on_demand).collect::<Result<_>>()?;
         Ok(Shards { path: path.into(), files })
     }
 
-    /// Opens the files that `<stem>.safetensors.index.json` names, or `<stem>.safetensors` if there
+    /// Opens the weights in the files that `<stem>.safetensors.index.json` names, or `<stem>.safetensors` if there
     /// is no index: as in diffusers, a single file beside an index is not read.
     ///
     /// # Errors
@@ -57,9 +66,9 @@ impl Shards {
         let (single, index) =
             (format!("{stem}.safetensors"), format!("{stem}.safetensors.index.json"));
         if folder.join(&index).exists() {
-            Shards::open(folder, files_of(&folder.join(index))?)
+            Shards::open_as(folder, files_of(&folder.join(index))?, Content::Weights)
         } else if folder.join(&single).exists() {
-            Shards::open(folder, [single])
+            Shards::open_as(folder, [single], Content::Weights)
         } else {
             fs::metadata(folder).map_err(|error| open_error(folder, error))?;
             Err(Error::data(
@@ -122,6 +131,11 @@ impl Shards {
             .filter_map(|(what, names)| listed(what, names, LISTED_NAMES))
             .collect();
         if texts.is_empty() { Ok(()) } else { Err(texts.join("; ")) }
+    }
+
+    /// True if a file holds a tensor of this name.
+    pub fn holds(&self, name: &str) -> bool {
+        self.files.iter().any(|file| file.holds(name))
     }
 
     /// Returns one whole tensor, on the CPU.

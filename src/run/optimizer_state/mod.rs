@@ -8,7 +8,7 @@ pub use averages::Averages;
 use tch::{Tensor, no_grad};
 
 use crate::config::RunConfig;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::nn::Group;
 use crate::optim::{Average, Slice, Update};
 use crate::parallel::{Bucket, Devices, Loan, Replica, Shard};
@@ -96,14 +96,15 @@ impl OptimizerState {
 
     /// Runs `work` with a replica whose trained parameters are the averaged ones, if there are any,
     /// and those of the last step otherwise. Afterwards the replica is as before, to the last bit,
-    /// also where `work` fails. Meanwhile the host holds another copy of this rank's shards if the
+    /// also where `work` ends by a request to stop. After another error, with which the run ends,
+    /// this rank's shards are as before, and nothing is gathered. Meanwhile the host holds another copy of this rank's shards if the
     /// model is computed in f32.
     ///
     /// # Errors
     /// Errors of `work` and of the collectives.
     ///
     /// # Ordering
-    /// Every rank of a shard group calls it, and `work` succeeds or fails on all of them alike.
+    /// Every rank of a shard group calls it, and a request to stop ends `work` on all of them alike.
     pub fn with_averages<T>(
         &self,
         replica: &mut Replica<'_>,
@@ -115,7 +116,10 @@ impl OptimizerState {
             lent.map(|(stage, bucket)| bucket.lend(averages.of_stage(stage))).collect();
         let outcome = replica.publish().and_then(|()| work(replica));
         replica.buckets.iter_mut().zip(loans).for_each(|(bucket, loan)| bucket.end_loan(loan));
-        replica.publish()?;
+        // The other ranks may not have met that error.
+        if matches!(outcome, Ok(_) | Err(Error::Stopped { .. })) {
+            replica.publish()?;
+        }
         outcome
     }
 }

@@ -9,7 +9,6 @@ use std::time::Duration;
 use crate::collective::agreement::on_rank_zero;
 use crate::error::{Error, Result};
 use crate::fault;
-use crate::parallel::Replica;
 use crate::phase::Phase;
 use crate::pulse;
 use crate::run::checkpoint::{Judged, best};
@@ -24,11 +23,6 @@ struct Found {
 }
 
 impl Trainer<'_> {
-    /// Returns the weights that a validation judges: those that would be exported.
-    fn judged_replica(&self) -> &Replica<'_> {
-        &self.replica
-    }
-
     /// Validates before the first step of a start, if the step before has a validation that it was
     /// not given: before training, or where a run was asked to stop meanwhile.
     ///
@@ -71,17 +65,21 @@ impl Trainer<'_> {
         Ok((Duration::from_secs_f64(judgement.seconds), request))
     }
 
-    /// Judges the run; `None` if it was asked to stop meanwhile.
-    fn found(&self, requests: &Requests) -> Result<Option<Found>> {
-        let Some(validator) = &self.validator else { return Ok(None) };
+    /// Judges the weights that would be exported, averages if there are any; `None` if the run was
+    /// asked to stop meanwhile.
+    fn found(&mut self, requests: &Requests) -> Result<Option<Found>> {
+        let Trainer { validator, replica, optimizer_state, pipeline, collective, manifest, .. } =
+            self;
+        let Some(validator) = validator else { return Ok(None) };
         pulse::enter(Phase::Validate);
         fault::error(Phase::Validate)?;
-        let go_on = || requests.go_on_together(self.collective);
-        let judging =
-            validator.judge(self.judged_replica(), &self.pipeline, self.collective, &go_on);
+        let go_on = || requests.go_on_together(*collective);
+        let judging = optimizer_state.with_averages(replica, |replica| {
+            validator.judge(replica, pipeline, *collective, &go_on)
+        });
         match judging {
             Ok(judgement) => {
-                let (step, loss) = (self.manifest.step, judgement.loss);
+                let (step, loss) = (manifest.step, judgement.loss);
                 let criterion = validator.set().criterion.clone();
                 Ok(Some(Found { judged: Judged { step, loss, criterion }, judgement }))
             }

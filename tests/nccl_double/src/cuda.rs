@@ -14,14 +14,14 @@ use crate::world::{Event, Stream, world};
 
 pub type CuResult = u32;
 
-const SUCCESS: CuResult = 0;
-const INVALID_VALUE: CuResult = 1;
+pub const SUCCESS: CuResult = 0;
+pub const INVALID_VALUE: CuResult = 1;
 pub const OUT_OF_MEMORY: CuResult = 2;
 const NOT_INITIALIZED: CuResult = 3;
 const NO_DEVICE: CuResult = 100;
 const INVALID_DEVICE: CuResult = 101;
 const INVALID_IMAGE: CuResult = 200;
-const INVALID_CONTEXT: CuResult = 201;
+pub const INVALID_CONTEXT: CuResult = 201;
 const NO_BINARY_FOR_GPU: CuResult = 209;
 const INVALID_HANDLE: CuResult = 400;
 const NOT_FOUND: CuResult = 500;

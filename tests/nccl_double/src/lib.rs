@@ -40,6 +40,9 @@
 //! arguments that can be read at the parameters' sizes, without shared memory, within CUDA's limits
 //! of blocks and threads. The code is not run: a function for CPUs runs in its place.
 //!
+//! Copies from the host: in a side stream, behind a wait for the compute stream as a launch is, from
+//! memory of `cuMemHostAlloc`; until one is done, its output is not touched.
+//!
 //! Ends: every operation is waited for by the compute stream; groups are closed; events, streams,
 //! communicators and modules are destroyed, once, and not used after that, nor after an abort, nor
 //! after an error except by an abort. Leaks are looked for when the process exits with code 0: one
@@ -94,6 +97,7 @@
 
 mod board;
 mod clock;
+pub mod copy;
 pub mod cuda;
 mod device;
 mod element;

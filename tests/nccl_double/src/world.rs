@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use crate::board::Board;
 use crate::clock;
+use crate::copy::Copy;
 use crate::failure::fail;
 use crate::module::{Function, Module};
 use crate::operation::{Call, Operation};
@@ -39,6 +40,7 @@ impl Mark {
 
 pub enum Item {
     Operation(Box<Operation>),
+    Copy(Copy),
     Wait(Arc<Mark>),
     Record(Arc<Mark>),
 }
@@ -139,6 +141,8 @@ pub struct World {
     /// With the device that each was loaded for.
     pub modules: Table<(usize, Module)>,
     pub functions: Table<Function>,
+    /// Memory of the host that was allocated for copies, by its start.
+    pub pinned: BTreeMap<usize, usize>,
     pub groups: BTreeMap<i32, Group>,
     /// Events recorded on the compute stream so far.
     pub compute_records: u64,
@@ -154,6 +158,7 @@ static WORLD: Mutex<World> = Mutex::new(World {
     communicators: Table::new("communicator", 0xc0),
     modules: Table::new("module", 0x30),
     functions: Table::new("function", 0xf0),
+    pinned: BTreeMap::new(),
     groups: BTreeMap::new(),
     compute_records: 0,
     started: Vec::new(),
@@ -298,6 +303,14 @@ impl World {
         stream.give(Item::Operation(Box::new(operation)));
     }
 
+    /// Starts a copy from the host on a side stream.
+    pub fn copy(&mut self, stream: usize, copy: Copy) {
+        let own = self.streams.get(stream, Copy::NAME);
+        own.fresh = false;
+        own.unobserved.insert(own.given, (0, copy.describe()));
+        own.give(Item::Copy(copy));
+    }
+
     /// Whether a launch on the stream comes after an event of the compute stream that no earlier
     /// launch has used up.
     pub fn is_fresh(&mut self, stream: usize, function: &str) -> bool {
@@ -334,6 +347,10 @@ impl World {
                 mark.passed()
             }
             Item::Operation(operation) => self.run(operation, started),
+            Item::Copy(copy) => {
+                copy.finish();
+                Some(started.max(copy.launched_at))
+            }
         }
     }
 
@@ -378,7 +395,7 @@ impl World {
         match self.streams.peek(stream)?.queue.front()? {
             Item::Operation(operation) => Some(operation),
             Item::Wait(mark) => self.awaited(mark.stream),
-            Item::Record(_) => None,
+            Item::Record(_) | Item::Copy(_) => None,
         }
     }
 
@@ -413,7 +430,7 @@ impl Stream {
     }
 
     pub fn has_work(&self) -> bool {
-        self.queue.iter().any(|item| matches!(item, Item::Operation(_)))
+        self.queue.iter().any(|item| matches!(item, Item::Operation(_) | Item::Copy(_)))
     }
 
     pub fn is_done(&self) -> bool {
