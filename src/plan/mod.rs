@@ -8,6 +8,7 @@ mod forecast;
 mod memory;
 mod prediction;
 mod scaling;
+mod state_layout;
 mod validation;
 mod work;
 
@@ -15,8 +16,9 @@ pub use check::{CheckRequest, check};
 pub use data::{check_data, shares, verify_data};
 pub use footprint::{Footprint, footprint};
 pub use forecast::memory_forecast;
-pub use memory::{RankMemory, StateLayout};
+pub use memory::RankMemory;
 pub use prediction::{Cluster, KNOWN_NAME, Prediction, StageWork, Workload};
 pub use scaling::ScalingRequest;
+pub use state_layout::StateLayout;
 pub use validation::{check_validation, judged_text};
 pub use work::{ForwardWork, forward_work};
