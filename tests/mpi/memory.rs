@@ -80,6 +80,15 @@ fn a_rank_takes_what_check_says_under_every_sharding() {
     assert!(parameters < gradients && gradients < optimizer && optimizer < none);
 }
 
+#[test]
+fn averages_take_what_check_says_under_every_sharding() {
+    let model = ["model.dit.width=1024", "model.dit.depth=4", "model.dit.num_heads=16"];
+    let averages = [&model[..], &["ema.decay=0.99"]].concat();
+    let [with_averages, ..] = check(2, &averages);
+    let [without, ..] = predicted(2, &model, "train.global_batch_size=8");
+    assert!(with_averages > 1.1 * without, "{with_averages} of {without} bytes");
+}
+
 /// A LoRA on the attention of a frozen model.
 const LORA: [&str; 2] = ["model.dtype=bfloat16", "lora.rank=16"];
 
