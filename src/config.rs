@@ -125,8 +125,8 @@ settings! {
         pub keep_last: u64 = 2, in 1..;
         /// Checkpoints whose step is a multiple of this are kept for ever.
         pub keep_every: Option<u64> = None, in 1..;
-        /// With [validation], save where its loss is the lowest so far, and keep that checkpoint,
-        /// to which the link `best` in the run folder leads.
+        /// Where there is a validation, save where its loss is the lowest so far, and keep that
+        /// checkpoint, to which the link `best` in the run folder leads.
         pub keep_best: bool = true;
     }
 }

@@ -36,8 +36,8 @@ pub fn tokens_of_sample(config: &RunConfig, latents: &[i64], text: Option<i64>) 
     Tokens { image: config.model.family.image_tokens(latents), text: text.unwrap_or(0) }
 }
 
-/// Returns the tokens of every resolution group of the configured data, that to train on and that to
-/// judge by; none if they cannot be opened, which ends the run where it opens them to train.
+/// Returns the tokens of every resolution group of the configured data, that to train on and that
+/// to judge by; none if they cannot be opened, which ends the run where it opens them to train.
 pub fn tokens_of_data(config: &RunConfig) -> Vec<Tokens> {
     let Ok(trained) = dataset(config).map(Arc::new) else { return Vec::new() };
     let judged = ValidationSet::of(config, &trained).ok().flatten().map(|set| set.dataset);

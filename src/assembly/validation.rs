@@ -76,8 +76,8 @@ impl ValidationSet {
         (round * world_size + rank).min(self.blocks.len() - 1)
     }
 
-    /// Returns what is worth knowing though nothing is wrong: samples that are trained on, and noise
-    /// levels that training never draws.
+    /// Returns what is worth knowing though nothing is wrong: samples that are trained on, and
+    /// noise levels that training never draws.
     pub fn notes(&self, config: &RunConfig, trained: &Dataset) -> Vec<Note> {
         let notes = [self.trained_files(config, trained), self.unseen_levels(config)];
         notes.into_iter().flatten().map(Note::Warning).collect()

@@ -92,8 +92,8 @@ impl Disk {
             .map_err(Error::storage(to, "rename to"))
     }
 
-    /// Makes the link `path` lead to `target`, whatever it led to, so that a reader finds the one or
-    /// the other. `scratch`: a path beside it, which is overwritten.
+    /// Makes the link `path` lead to `target`, whatever it led to, so that a reader finds the one
+    /// or the other. `scratch`: a path beside it, which is overwritten.
     pub fn link(self, target: &Path, path: &Path, scratch: &Path) -> Result<()> {
         let linked = self.before(FileOperation::Link, path).and_then(|()| {
             match fs::remove_file(scratch) {

@@ -86,8 +86,8 @@ pub fn footprint(
     }
 }
 
-/// Estimates the bytes that a forward takes which no backward follows: at most what its largest stage
-/// would keep, and what goes into a stage and comes out of it.
+/// Estimates the bytes that a forward takes which no backward follows: at most what its largest
+/// stage would keep, and what goes into a stage and comes out of it.
 pub fn forward_bytes(
     stages: &[Box<dyn Stage>],
     width: i64,

@@ -6,8 +6,9 @@
 //!
 //! Requests are read at the end of each step, when the step's report spreads one rank's request to
 //! all. Before the first step, the rank that reads weights or verifies a checkpoint checks for them
-//! and ends the run, see [`go_on`]. They are checked as well during a validation and while samples for the
-//! report are generated, which are then left out. A command without steps ends at once by its signal.
+//! and ends the run, see [`go_on`]. They are checked as well during a validation and while samples
+//! for the report are generated, which are then left out. A command without steps ends at once by
+//! its signal.
 
 use std::cell::Cell;
 use std::fs;

@@ -157,7 +157,7 @@ pub fn is_unused(folder: &Path) -> bool {
     !has_step && is_a_runs
 }
 
-/// True if a folder has metrics of a step. Those of step 0 are of a validation before the first one.
+/// True if a folder has metrics of a step. Those of step 0 are of a validation before the first.
 fn has_metrics(folder: &Path) -> bool {
     let Ok(file) = File::open(folder.join(METRICS)) else { return false };
     let step_of = |line: &String| {

@@ -188,8 +188,8 @@ impl Telemetry {
         }
     }
 
-    /// Opens `metrics.jsonl` of the run folder, cut back to `step` and without that step's lines that
-    /// have the key `redone`; ranks other than 0 get one that discards metrics.
+    /// Opens `metrics.jsonl` of the run folder, cut back to `step` and without that step's lines
+    /// that have the key `redone`; ranks other than 0 get one that discards metrics.
     ///
     /// # Errors
     /// As [`MetricsFile::resume_after`].
