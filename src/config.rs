@@ -51,7 +51,7 @@ settings! {
         /// 1 otherwise.
         pub gradient_accumulation_steps: Option<usize> = None, in 1..;
         /// Parameters that are trained, by patterns of their names or of modules'; all others are
-        /// frozen. Empty: all are trained, or with [lora] none beside its own.
+        /// frozen. Empty: all are trained, or with `[lora]` none beside its own.
         pub trainable: Vec<String>;
         /// Gradients are scaled down to this global norm; 0: never.
         pub max_grad_norm: f64 = 1.0, in 0.0..;

@@ -32,7 +32,7 @@ pub struct ExportArgs {
     /// Write the run's LoRA instead: diffusers, comfyui, kohya or, as a folder, peft
     #[arg(long, value_name = "FORMAT", value_parser = parse_word::<Dialect>)]
     format: Option<Dialect>,
-    /// Write the average of the weights ([ema]) instead of the weights
+    /// Write the average of the weights (`[ema]`) instead of the weights
     #[arg(long)]
     ema: bool,
 }

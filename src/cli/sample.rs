@@ -52,7 +52,7 @@ pub struct SampleArgs {
     /// Strength of the run's LoRA; 0 is the model without it
     #[arg(long, value_parser = parse_scale, default_value_t = 1.0)]
     lora_scale: f64,
-    /// Generate with the average of the weights ([ema]) instead of the weights
+    /// Generate with the average of the weights (`[ema]`) instead of the weights
     #[arg(long)]
     ema: bool,
     /// LoRA of any dialect that is added to the model, also beside the run's own, and its strength;
