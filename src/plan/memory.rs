@@ -117,15 +117,14 @@ fn effective_recompute(parallel: &ParallelSettings) -> Recompute {
 /// Bytes of the largest stage's first values, f32, and of what is made of them one by one: values that
 /// are read, or packed weights, of which the whole stage's come together.
 fn loading_bytes(stages: &[Box<dyn Stage>], kind: Kind) -> u64 {
-    let of_stage = |stage: &Box<dyn Stage>| {
-        let params = stage.params();
+    let of_stage = |params: &ParamSet| {
         let read = params.infos().iter().map(|info| 4 * info.numel()).max().unwrap_or(0);
         let packed = || params.infos().iter().filter_map(ParamInfo::packed);
         let packing = packed().map(|weight| weight.packing_bytes()).max().unwrap_or(0);
         let words = if packing == 0 { 0 } else { frozen_bytes(params, kind) };
         4 * params.numel() as u64 + (read as u64).max(packing as u64 + words)
     };
-    stages.iter().map(of_stage).max().unwrap_or(0)
+    stages.iter().map(|stage| of_stage(stage.params())).max().unwrap_or(0)
 }
 
 /// Bytes of a stage's frozen parameters as they are held where the model computes in `kind`.
