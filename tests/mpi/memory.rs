@@ -101,20 +101,6 @@ fn a_lora_takes_what_check_says_and_a_part_of_what_its_model_does() {
     assert!(none < 0.35 * whole, "{none} of {whole} bytes");
 }
 
-/// A LoRA whose frozen weights are held in fewer bits takes what check says, and less.
-#[test]
-fn frozen_weights_in_fewer_bits_take_what_check_says() {
-    let model = ["model.dit.width=1024", "model.dit.depth=8", "model.dit.num_heads=16"];
-    let forms = ["bfloat16", "float8_e4m3", "float8_e4m3_rows", "nf4"];
-    let taken = forms.map(|form| {
-        let form = format!("model.frozen_dtype={form}");
-        let [none, ..] = check(2, &[&model[..], &LORA, &[form.as_str()]].concat());
-        none
-    });
-    let [bfloat16, float8, rows, nf4] = taken;
-    assert!(nf4 < float8 && float8 < bfloat16 && rows < bfloat16, "{taken:?}");
-}
-
 #[test]
 #[ignore = "takes 20 GB of memory and ten minutes"]
 fn three_hundred_million_parameters_take_what_check_says() {
