@@ -6,11 +6,11 @@
 //! | tier | tests | needs beside `launch/setup.sh` | seconds |
 //! |---|---|---|---|
 //! | `fast::` starts no process | 176 | | 15 |
-//! | `program::` starts the program | 70 | | 28 |
-//! | `threads::` trains; ranks are threads | 82 | | 45 |
-//! | `mpi::` ranks are processes | 54 | | 200 |
-//! | `faults::` runs break on order | 84 | root, or user namespaces | 330 |
-//! | `oracle::` beside PyTorch and diffusers | 47 | `launch/setup.sh --oracle` | 160 |
+//! | `program::` starts the program | 73 | | 28 |
+//! | `threads::` trains; ranks are threads | 108 | | 65 |
+//! | `mpi::` ranks are processes | 60 | | 230 |
+//! | `faults::` runs break on order | 88 | root, or user namespaces | 340 |
+//! | `oracle::` beside PyTorch and diffusers | 51 | `launch/setup.sh --oracle` | 200 |
 //! | `cuda::` ignored without `launch/test-gpu.sh` | 38 | a GPU | |
 //!
 //! Seconds are those of 2 cores after the build; `mpi`, `faults` and `oracle` had to share them

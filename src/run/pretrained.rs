@@ -33,9 +33,9 @@ pub struct Origin<'o> {
 /// are, if there are any.
 ///
 /// # Errors
-/// On the failing rank [`Error::Data`], on the others [`Error::Peer`]: before anything is changed,
-/// a list of every missing, unexpected and misshapen tensor; later, the file and the tensor of a
-/// number that is not finite.
+/// On the failing rank [`Error::Data`](crate::error::Error::Data), on the others
+/// [`Error::Peer`](crate::error::Error::Peer): before anything is changed, a list of every missing,
+/// unexpected and misshapen tensor; later, the file and the tensor of a number that is not finite.
 ///
 /// # Ordering
 /// Every rank calls it.
@@ -108,7 +108,7 @@ fn first_values(
 /// Returns parameters, each read by itself, as one flat f32 buffer.
 ///
 /// # Errors
-/// Errors of `read`; [`Error::Stopped`] if a signal arrived meanwhile.
+/// Errors of `read`; [`Error::Stopped`](crate::error::Error::Stopped) if a signal arrived meanwhile.
 pub fn flat<'i>(
     infos: impl Iterator<Item = &'i ParamInfo> + Clone,
     read: impl Fn(&ParamInfo) -> Result<Tensor>,
