@@ -207,10 +207,10 @@ fn safetensors_are_read_or_refused() {
     hunted(&Prey { name: "safetensors", sound, words: WORDS, dress: &fitted, read: &read });
 }
 
-// Adapters.
+// LoRAs.
 
-/// Parts of names in adapters, and of their metadata.
-const ADAPTER_WORDS: &[&[u8]] = &[
+/// Parts of names in LoRAs, and of their metadata.
+const LORA_WORDS: &[&[u8]] = &[
     b"__metadata__",
     b"lora_adapter_metadata",
     b"ss_network_dim",
@@ -232,7 +232,7 @@ const ADAPTER_WORDS: &[&[u8]] = &[
 ];
 
 #[test]
-fn an_adapter_is_read_or_refused() {
+fn a_lora_is_read_or_refused() {
     let _turn = turn();
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("lora.safetensors");
@@ -265,7 +265,7 @@ fn an_adapter_is_read_or_refused() {
         fs::write(&path, bytes).unwrap();
         told(lora::read(Named { argument: "--lora", path: &path }, None))
     };
-    hunted(&Prey { name: "adapter", sound, words: ADAPTER_WORDS, dress: &fitted, read: &read });
+    hunted(&Prey { name: "lora", sound, words: LORA_WORDS, dress: &fitted, read: &read });
 }
 
 // What torch.save writes.

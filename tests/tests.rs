@@ -40,7 +40,7 @@ mod fast {
     mod hostile_data;
     /// What `torch.save` wrote is parsed and never run.
     mod hostile_pickles;
-    /// Files of adapters have the names of the programs that load them; what is no adapter of a known
+    /// Files of LoRAs have the names of the programs that load them; what is no LoRA of a known
     /// model is refused.
     mod lora_files;
     /// Pages say what is: their links lead somewhere, and what they list is what the code has.
@@ -171,7 +171,7 @@ mod oracle {
     pub mod families;
     /// A LoRA computes, and has the gradients, that PEFT's on diffusers' models has.
     mod lora;
-    /// Adapters are read as PEFT and diffusers write them, and written as they load them.
+    /// LoRAs are read as PEFT and diffusers write them, and written as they load them.
     mod lora_files;
     /// AdamW and the clipping of gradients are PyTorch's.
     mod optimizer;

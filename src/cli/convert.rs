@@ -24,7 +24,7 @@ pub struct ConvertArgs {
     /// Model family, where the names leave it open: flux, flux2, qwen_image, wan or hunyuan_video15
     #[arg(long, value_name = "FAMILY", value_parser = parse_word::<Family>)]
     family: Option<Family>,
-    /// Leave out adapters of text encoders, with which a file is refused otherwise
+    /// Leave out LoRAs of text encoders, with which a file is refused otherwise
     #[arg(long)]
     drop_text_encoders: bool,
     /// Diffusers transformer folder with whose modules the LoRA is compared; its config.json suffices

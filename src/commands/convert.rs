@@ -18,16 +18,16 @@ pub struct ConvertRequest {
     pub out: PathBuf,
     /// Family of the base, where names alone leave it open.
     pub family: Option<Family>,
-    /// Leaves out adapters of text encoders instead of refusing a file with such.
+    /// Leaves out LoRAs of text encoders instead of refusing a file with such.
     pub drop_text_encoders: bool,
-    /// A diffusers transformer folder whose modules the adapter must fit; its weights are not read.
+    /// A diffusers transformer folder whose modules the LoRA must fit; its weights are not read.
     pub base: Option<PathBuf>,
 }
 
 /// Converts the file; returns a line about it.
 ///
 /// # Errors
-/// Errors of [`lora::read`] and [`lora::write`]; [`Error::Config`] if the adapter does not fit the
+/// Errors of [`lora::read`] and [`lora::write`]; [`Error::Config`] if the LoRA does not fit the
 /// base.
 pub fn convert(request: &ConvertRequest) -> Result<String> {
     let input = Named { argument: "--lora", path: &request.lora };
@@ -40,7 +40,7 @@ pub fn convert(request: &ConvertRequest) -> Result<String> {
         let what = format!("is {}, the base is {}", named.word(), family.word());
         return Err(Error::config("--family", what));
     }
-    let Found { adapter, dialect, family, of_text_encoders } =
+    let Found { lora, dialect, family, of_text_encoders } =
         lora::read(input, request.family.or(of_base))?;
     if of_text_encoders > 0 && !request.drop_text_encoders {
         return Err(input.refused(format!(
@@ -48,12 +48,10 @@ pub fn convert(request: &ConvertRequest) -> Result<String> {
         )));
     }
     if let Some((_, linears)) = &base {
-        adapter
-            .fit(linears)
-            .map_err(|what| input.refused(format!("does not fit --base: {what}")))?;
+        lora.fit(linears).map_err(|what| input.refused(format!("does not fit --base: {what}")))?;
     }
-    lora::write(&adapter, family, request.format, out)?;
-    let count = adapter.pairs.len();
+    lora::write(&lora, family, request.format, out)?;
+    let count = lora.pairs.len();
     let (from, to) = (dialect.word(), request.format.word());
     let shown = request.out.display();
     let title = family.title;

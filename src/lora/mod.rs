@@ -1,13 +1,13 @@
-//! LoRA adapters: low-rank updates of a model's linear maps, and their files in the dialects that
+//! LoRAs: low-rank updates of a model's linear maps, and their files in the dialects that
 //! people load.
 //!
-//! An [`Adapter`] holds one [`Pair`] for each linear map that it changes, under diffusers' name of
+//! A [`Lora`] holds one [`Pair`] for each linear map that it changes, under diffusers' name of
 //! the map: that of our models' parameter without `.weight`, as `transformer_blocks.0.attn.to_q`.
 //! A pair stands for W + (alpha / r)·B·A.
 //!
 //! | module | holds |
 //! |---|---|
-//! | here | the adapter, and the check that it fits a model |
+//! | here | the LoRA, and the check that it fits a model |
 //! | [`family`] | names of each family's linear maps, in diffusers and elsewhere |
 //! | [`files`] | reading and writing: diffusers, ComfyUI, kohya, PEFT |
 
@@ -31,7 +31,7 @@ pub type Linears = BTreeMap<String, [i64; 2]>;
 
 /// A LoRA of a model.
 #[derive(Debug, Default)]
-pub struct Adapter {
+pub struct Lora {
     /// By diffusers' name of the linear map.
     pub pairs: BTreeMap<String, Pair>,
     pub facts: Facts,
@@ -51,14 +51,14 @@ pub struct Pair {
     pub magnitude: Option<Tensor>,
 }
 
-/// Facts that a file tells of the run that made the adapter. Nothing is computed from them.
+/// Facts that a file tells of the run that made the LoRA. Nothing is computed from them.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Facts {
     /// Name or folder of the base model.
     pub base_model: Option<String>,
     /// Name of the dataset.
     pub dataset: Option<String>,
-    /// Optimizer steps that the adapter was trained for.
+    /// Optimizer steps that the LoRA was trained for.
     pub steps: Option<u64>,
     /// The run's rank; single modules may have another.
     pub rank: Option<i64>,
@@ -110,7 +110,7 @@ impl Pair {
     }
 }
 
-impl Adapter {
+impl Lora {
     /// Checks that every pair belongs to one of the model's linear maps, and has its shape.
     ///
     /// # Errors
@@ -125,7 +125,7 @@ impl Adapter {
         }
         let told = misfits.iter().map(|(name, pair)| match model.get(*name) {
             Some([outputs, inputs]) => format!(
-                "`{name}` of {inputs} inputs and {outputs} outputs, the adapter's has {} and {}",
+                "`{name}` of {inputs} inputs and {outputs} outputs, the LoRA's has {} and {}",
                 pair.inputs(),
                 pair.outputs()
             ),
@@ -146,7 +146,7 @@ impl Adapter {
                 None => counts.push((found, 1)),
             }
         }
-        // The first of several that are equally frequent, so that equal adapters give equal files.
+        // The first of several that are equally frequent, so that equal LoRAs give equal files.
         let most = counts.iter().map(|(_, count)| *count).max();
         let found = counts.iter().find(|(_, count)| Some(*count) == most);
         found.map_or((1, 1.0), |(usual, _)| *usual)
@@ -182,7 +182,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn an_adapter_of_another_model_is_told_by_name_and_shape() {
+    fn a_lora_of_another_model_is_told_by_name_and_shape() {
         let model = linears(
             [
                 ("blocks.0.attn.to_q.weight", &[8i64, 6][..]),
@@ -192,7 +192,7 @@ pub(crate) mod tests {
             .into_iter(),
         );
         assert_eq!(model.len(), 2);
-        let of = |name: &str, outputs| Adapter {
+        let of = |name: &str, outputs| Lora {
             pairs: BTreeMap::from([(name.to_string(), pair(outputs, 6, 2, 2.0))]),
             facts: Facts::default(),
         };
@@ -204,7 +204,7 @@ pub(crate) mod tests {
         );
         assert_eq!(
             told("blocks.0.attn.to_k", 9),
-            "the model has `blocks.0.attn.to_k` of 6 inputs and 8 outputs, the adapter's has 6 and 9"
+            "the model has `blocks.0.attn.to_k` of 6 inputs and 8 outputs, the LoRA's has 6 and 9"
         );
     }
 
@@ -215,8 +215,8 @@ pub(crate) mod tests {
             .iter()
             .enumerate()
             .map(|(index, &(rank, alpha))| (format!("blocks.{index}"), pair(4, 4, rank, alpha)));
-        let adapter = Adapter { pairs: pairs.collect(), facts: Facts::default() };
-        assert_eq!(adapter.usual(), (3, 3.0));
+        let lora = Lora { pairs: pairs.collect(), facts: Facts::default() };
+        assert_eq!(lora.usual(), (3, 3.0));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
 use crate::files::outputs::Named;
-use crate::lora::{self, Adapter, Pair, linears};
+use crate::lora::{self, Lora, Pair, linears};
 use crate::model::Model;
 use crate::nn::{Init, LowRankChange, ParamSet, Stage, Tuned};
 use crate::parallel::Replica;
@@ -24,7 +24,7 @@ pub struct AddedLora {
 
 /// LoRAs that fit a model, in the order in which they are added.
 #[derive(Debug)]
-pub struct AddedLoras(Vec<(Adapter, f64)>);
+pub struct AddedLoras(Vec<(Lora, f64)>);
 
 impl AddedLoras {
     /// Reads the files, and compares them with the model.
@@ -34,7 +34,7 @@ impl AddedLoras {
     /// model does not have, or if a DoRA, which takes a weight's norm, would not be the only change
     /// of it.
     pub fn open(files: &[AddedLora], family: &Model, stages: &[Box<dyn Stage>]) -> Result<Self> {
-        let mut read: Vec<(Adapter, f64)> = Vec::new();
+        let mut read: Vec<(Lora, f64)> = Vec::new();
         for AddedLora { file, scale } in files {
             let named = Named { argument: ARGUMENT, path: file };
             let found = lora::read(named, Some(family_of(family, ARGUMENT)?))?;
@@ -42,8 +42,8 @@ impl AddedLoras {
             if found.of_text_encoders > 0 {
                 tracing::warn!("{}: {what} are left out", file.display());
             }
-            fit(&found.adapter, stages, &read).map_err(|what| named.refused(what))?;
-            read.push((found.adapter, *scale));
+            fit(&found.lora, stages, &read).map_err(|what| named.refused(what))?;
+            read.push((found.lora, *scale));
         }
         Ok(AddedLoras(read))
     }
@@ -81,8 +81,8 @@ impl AddedLoras {
 
     fn changed(&self, stage: Box<dyn Stage>) -> Box<dyn Stage> {
         let mut params = stage.params().clone();
-        for (adapter, scale) in &self.0 {
-            for (weight, pair) in pairs(adapter, stage.params()) {
+        for (lora, scale) in &self.0 {
+            for (weight, pair) in pairs(lora, stage.params()) {
                 params.change_by_low_rank(&weight, &change(pair, *scale));
             }
         }
@@ -100,7 +100,7 @@ impl AddedLoras {
             let (_, place) = place.expect("a changed stage keeps its parameters");
             place.shallow_clone().copy_(view);
         }
-        let added = self.0.iter().flat_map(|(adapter, _)| pairs(adapter, before));
+        let added = self.0.iter().flat_map(|(lora, _)| pairs(lora, before));
         for (change, (_, pair)) in params.low_ranks()[own..].iter().zip(added) {
             change.set(&views, [&pair.a, &pair.b], pair.magnitude.as_ref());
         }
@@ -109,8 +109,8 @@ impl AddedLoras {
 }
 
 /// The pairs of a stage's linear maps, with the name of each weight.
-fn pairs<'a>(adapter: &'a Adapter, params: &ParamSet) -> Vec<(String, &'a Pair)> {
-    let of = |weight: &str| adapter.pairs.get(weight.strip_suffix(".weight")?);
+fn pairs<'a>(lora: &'a Lora, params: &ParamSet) -> Vec<(String, &'a Pair)> {
+    let of = |weight: &str| lora.pairs.get(weight.strip_suffix(".weight")?);
     params.linears().filter_map(|info| Some((info.name.clone(), of(&info.name)?))).collect()
 }
 
@@ -125,14 +125,10 @@ fn change(pair: &Pair, scale: f64) -> LowRankChange {
     }
 }
 
-/// Checks that an adapter changes what a model has, behind others.
-fn fit(
-    adapter: &Adapter,
-    stages: &[Box<dyn Stage>],
-    earlier: &[(Adapter, f64)],
-) -> Result<(), String> {
+/// Checks that a LoRA changes what a model has, behind others.
+fn fit(lora: &Lora, stages: &[Box<dyn Stage>], earlier: &[(Lora, f64)]) -> Result<(), String> {
     let maps = stages.iter().flat_map(|stage| stage.params().linears());
-    adapter.fit(&linears(maps.map(|info| (info.name.as_str(), info.shape.as_slice()))))?;
+    lora.fit(&linears(maps.map(|info| (info.name.as_str(), info.shape.as_slice()))))?;
     let own = |module: &str| {
         let mut changes = stages.iter().flat_map(|stage| {
             let params = stage.params();
@@ -143,7 +139,7 @@ fn fit(
     let is_changed = |module: &str| {
         own(module) || earlier.iter().any(|(other, _)| other.pairs.contains_key(module))
     };
-    let mut magnitudes = adapter.pairs.iter().filter(|(_, pair)| pair.magnitude.is_some());
+    let mut magnitudes = lora.pairs.iter().filter(|(_, pair)| pair.magnitude.is_some());
     match magnitudes.find(|(module, _)| is_changed(module)) {
         Some((module, _)) => Err(format!(
             "is a DoRA, which must be the first change of `{module}`: name it first, or merge the others"

@@ -8,16 +8,16 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::files::outputs::Named;
-use crate::lora::{self, Adapter, Family};
+use crate::lora::{self, Family, Lora};
 use crate::model::Model;
 use crate::nn::{LowRank, ParamSet, Stage};
 use crate::settings::{Choice, Family as _};
 
 const KEY: &str = "lora.init_from";
 
-/// An adapter whose every pair is a change of the model's.
+/// A LoRA whose every pair is a change of the model's.
 #[derive(Debug)]
-pub struct FirstLora(Adapter);
+pub struct FirstLora(Lora);
 
 impl FirstLora {
     /// Reads a file, and compares it with the changes of the model.
@@ -27,7 +27,7 @@ impl FirstLora {
     pub fn open(path: &Path, family: &Model, stages: &[Box<dyn Stage>]) -> Result<Self> {
         let file = Named { argument: KEY, path };
         let found = lora::read(file, Some(family_of(family, KEY)?))?;
-        let first = FirstLora(found.adapter);
+        let first = FirstLora(found.lora);
         first.check(stages).map_err(|what| file.refused(what))?;
         Ok(first)
     }

@@ -7,7 +7,7 @@ use crate::config::RunConfig;
 use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::files::outputs::Named;
-use crate::lora::{self, Adapter, Dialect, Facts, Pair};
+use crate::lora::{self, Dialect, Facts, Lora, Pair};
 use crate::nn::Stage;
 use crate::run::checkpoint::{self, SavedWeights};
 use crate::run::first_lora::family_of;
@@ -27,8 +27,8 @@ pub fn export(
 ) -> Result<()> {
     let family = family_of(&config.model.family, "--run")?;
     let stages = config.stages()?;
-    let adapter = adapter(folder, config, weights, &stages)?;
-    lora::write(&adapter, family, dialect, out)
+    let lora = lora(folder, config, weights, &stages)?;
+    lora::write(&lora, family, dialect, out)
 }
 
 /// Writes the LoRA of a checkpoint into its folder, in every dialect that the configuration names:
@@ -55,12 +55,12 @@ fn path_beside(folder: &Path, weights: SavedWeights, dialect: Dialect) -> PathBu
     folder.join(format!("lora-{averaged}{}{ending}", dialect.word()))
 }
 
-fn adapter(
+fn lora(
     folder: &Path,
     config: &RunConfig,
     weights: SavedWeights,
     stages: &[Box<dyn Stage>],
-) -> Result<Adapter> {
+) -> Result<Lora> {
     let mut trained = stages.iter().flat_map(|stage| stage.params().trained());
     if config.lora.rank.is_none() {
         return Err(Error::config(
@@ -96,5 +96,5 @@ fn adapter(
         alpha: config.lora.alpha.or(config.lora.rank.map(|rank| rank as f64)),
         targets: config.lora.target_modules.clone(),
     };
-    Ok(Adapter { pairs, facts })
+    Ok(Lora { pairs, facts })
 }

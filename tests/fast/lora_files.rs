@@ -1,4 +1,4 @@
-//! Files of adapters have the names of the programs that load them, and what is no adapter of a
+//! Files of LoRAs have the names of the programs that load them, and what is no LoRA of a
 //! known model is refused in one line.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -9,7 +9,7 @@ use fm_dist::error::Error;
 use fm_dist::files::outputs::Named;
 use fm_dist::files::safetensors::{self, SafeTensors};
 use fm_dist::lora::family::Part;
-use fm_dist::lora::{self, Adapter, Dialect, Facts, Family, Found, Linears, Pair};
+use fm_dist::lora::{self, Dialect, Facts, Family, Found, Linears, Lora, Pair};
 use fm_dist::model;
 use fm_dist::settings::{Choice, Family as _};
 use serde_json::{Value, json};
@@ -72,10 +72,10 @@ fn random_pair([outputs, inputs]: [i64; 2], rank: i64, alpha: f64) -> Pair {
     Pair { a: random([rank, inputs]), b: random([outputs, rank]), alpha, magnitude: None }
 }
 
-fn random_adapter(linears: &Linears, rank: i64, alpha: f64) -> Adapter {
+fn random_lora(linears: &Linears, rank: i64, alpha: f64) -> Lora {
     let pair =
         |(name, shape): (&String, &[i64; 2])| (name.clone(), random_pair(*shape, rank, alpha));
-    Adapter { pairs: linears.iter().map(pair).collect(), facts: Facts::default() }
+    Lora { pairs: linears.iter().map(pair).collect(), facts: Facts::default() }
 }
 
 fn out(path: &Path) -> Named<'_> {
@@ -86,14 +86,14 @@ fn read(path: &Path, family: Option<Family>) -> Result<Found, Error> {
     lora::read(Named { argument: "--lora", path }, family)
 }
 
-/// The file of tensors of a written adapter.
+/// The file of tensors of a written LoRA.
 fn tensors(dialect: Dialect, path: &Path) -> SafeTensors {
     let inside = path.join("adapter_model.safetensors");
     SafeTensors::open(if dialect == Dialect::Peft { &inside } else { path }).unwrap()
 }
 
-fn assert_same_updates(found: &Adapter, expected: &Adapter, what: &str) {
-    let names = |adapter: &Adapter| adapter.pairs.keys().cloned().collect::<Vec<_>>();
+fn assert_same_updates(found: &Lora, expected: &Lora, what: &str) {
+    let names = |lora: &Lora| lora.pairs.keys().cloned().collect::<Vec<_>>();
     assert_eq!(names(found), names(expected), "{what}");
     for (name, pair) in &expected.pairs {
         let (found, expected) = (found.pairs[name].product(), pair.product());
@@ -116,7 +116,7 @@ fn every_linear_map_of_every_published_model_has_its_name_and_shape() {
             let found = family.linear(linear).unwrap_or_else(|| panic!("{name}: {linear}"));
             reached.entry(family.word()).or_default().insert(found.linear.diffusers.into());
         }
-        random_adapter(&list, 1, 1.0).fit(&ours).unwrap();
+        random_lora(&list, 1, 1.0).fit(&ours).unwrap();
     }
     for (word, family) in Family::ALL {
         let unreached = |name: &&str| !reached[word].contains(*name);
@@ -168,10 +168,10 @@ fn files_of_published_models_have_the_names_and_shapes_of_the_programs_that_load
         |name: &str| beginning(listed(&fixtures().join(format!("linears/native/{name}.txt"))));
     for (model, kohya, comfyui) in cases {
         let (family, linears) = (family_of(model), beginning(diffusers_list(model)));
-        let adapter = random_adapter(&linears, 1, 2.0);
+        let lora = random_lora(&linears, 1, 2.0);
         let write = |dialect: Dialect| {
             let path = root.path().join(format!("{model}.{}", dialect.word()));
-            lora::write(&adapter, family, dialect, out(&path)).unwrap();
+            lora::write(&lora, family, dialect, out(&path)).unwrap();
             tensors(dialect, &path)
         };
         assert_native(&write(Dialect::Kohya), &native(kohya), "lora_unet_", true, model);
@@ -200,10 +200,10 @@ fn comfyui_finds_flux_under_diffusers_names_and_the_rest_under_its_own() {
     let root = TempDir::new().unwrap();
     for (model, family) in [("flux1-dev", Family::Flux), ("flux2-dev", Family::Flux2)] {
         let path = root.path().join(model);
-        let adapter = random_adapter(&beginning(diffusers_list(model)), 1, 1.0);
-        lora::write(&adapter, family, Dialect::Comfyui, out(&path)).unwrap();
+        let lora = random_lora(&beginning(diffusers_list(model)), 1, 1.0);
+        lora::write(&lora, family, Dialect::Comfyui, out(&path)).unwrap();
         let file = tensors(Dialect::Comfyui, &path);
-        for name in adapter.pairs.keys() {
+        for name in lora.pairs.keys() {
             let found = family.linear(name).unwrap();
             let native = found.linear.native;
             let stem = match table.get(found.linear.diffusers) {
@@ -228,8 +228,8 @@ fn queries_keys_and_values_are_the_rows_of_one_matrix_in_that_order() {
     let parts = ["add_q_proj", "add_k_proj", "add_v_proj"];
     let names = parts.map(|part| format!("transformer_blocks.4.attn.{part}"));
     let linears: Linears = names.iter().map(|name| (name.clone(), [6, 6])).collect();
-    let adapter = random_adapter(&linears, 2, 5.0);
-    lora::write(&adapter, Family::HunyuanVideo15, Dialect::Comfyui, out(&path)).unwrap();
+    let lora = random_lora(&linears, 2, 5.0);
+    lora::write(&lora, Family::HunyuanVideo15, Dialect::Comfyui, out(&path)).unwrap();
     let file = SafeTensors::open(&path).unwrap();
     let stem = "diffusion_model.double_blocks.4.txt_attn.qkv";
     let read = |end: &str| file.read(&format!("{stem}{end}")).unwrap();
@@ -237,13 +237,13 @@ fn queries_keys_and_values_are_the_rows_of_one_matrix_in_that_order() {
     // As ComfyUI computes it.
     let found = b.matmul(&a) * (alpha.double_value(&[]) / a.size()[0] as f64);
     assert_eq!((a.size(), alpha.double_value(&[])), (vec![6, 6], 15.0));
-    let products = names.map(|name| adapter.pairs[&name].product());
+    let products = names.map(|name| lora.pairs[&name].product());
     let difference = (found - Tensor::cat(&products, 0)).abs().max().double_value(&[]);
     assert!(difference < 1e-5, "{difference}");
 }
 
 #[test]
-fn an_adapter_goes_through_all_dialects_and_comes_back() {
+fn a_lora_goes_through_all_dialects_and_comes_back() {
     let root = TempDir::new().unwrap();
     for model in [
         "flux1-schnell",
@@ -257,13 +257,13 @@ fn an_adapter_goes_through_all_dialects_and_comes_back() {
         let small =
             |(name, shape): (String, [i64; 2])| (name, shape.map(|size| (size / 64).max(1)));
         let linears: Linears = beginning(diffusers_list(model)).into_iter().map(small).collect();
-        let mut adapter = random_adapter(&linears, 2, 1.0);
+        let mut lora = random_lora(&linears, 2, 1.0);
         // Some modules have ranks and alphas of their own.
-        let odd = adapter.pairs.keys().nth(5).unwrap().clone();
-        adapter.pairs.insert(odd.clone(), random_pair(linears[&odd], 3, 6.0));
-        adapter.facts = Facts { steps: Some(7), dataset: Some("cats".into()), ..Facts::default() };
+        let odd = lora.pairs.keys().nth(5).unwrap().clone();
+        lora.pairs.insert(odd.clone(), random_pair(linears[&odd], 3, 6.0));
+        lora.facts = Facts { steps: Some(7), dataset: Some("cats".into()), ..Facts::default() };
         let mut path = root.path().join(format!("{model}-0"));
-        lora::write(&adapter, family, Dialect::Diffusers, out(&path)).unwrap();
+        lora::write(&lora, family, Dialect::Diffusers, out(&path)).unwrap();
         let around = [
             Dialect::Comfyui,
             Dialect::Kohya,
@@ -278,15 +278,15 @@ fn an_adapter_goes_through_all_dialects_and_comes_back() {
             let what = format!("{model} from {} to {}", before.word(), dialect.word());
             let found = read(&path, None).unwrap();
             assert_eq!((found.family, found.dialect), (family, before), "{what}");
-            assert_eq!(found.adapter.facts.steps, Some(7), "{what}");
-            assert_eq!(found.adapter.facts.dataset.as_deref(), Some("cats"), "{what}");
-            assert_same_updates(&found.adapter, &adapter, &what);
+            assert_eq!(found.lora.facts.steps, Some(7), "{what}");
+            assert_eq!(found.lora.facts.dataset.as_deref(), Some("cats"), "{what}");
+            assert_same_updates(&found.lora, &lora, &what);
             path = root.path().join(format!("{model}-{}", index + 1));
-            lora::write(&found.adapter, family, dialect, out(&path)).unwrap();
+            lora::write(&found.lora, family, dialect, out(&path)).unwrap();
             before = dialect;
         }
         let found = read(&path, None).unwrap();
-        assert_same_updates(&found.adapter, &adapter, model);
+        assert_same_updates(&found.lora, &lora, model);
     }
 }
 
@@ -296,28 +296,25 @@ fn dora_goes_through_the_dialects_too() {
     let linears = diffusers_list("hunyuanvideo1.5-t2v-720p");
     let linears =
         linears.into_iter().filter(|(name, _)| name.starts_with("transformer_blocks.3.")).collect();
-    let mut adapter = random_adapter(&linears, 2, 3.0);
-    for pair in adapter.pairs.values_mut() {
+    let mut lora = random_lora(&linears, 2, 3.0);
+    for pair in lora.pairs.values_mut() {
         pair.magnitude = Some(Tensor::rand([pair.outputs()], FLOAT));
     }
     for (word, dialect) in Dialect::ALL {
         let path = root.path().join(word);
-        lora::write(&adapter, Family::HunyuanVideo15, *dialect, out(&path)).unwrap();
+        lora::write(&lora, Family::HunyuanVideo15, *dialect, out(&path)).unwrap();
         let found = read(&path, None).unwrap();
-        assert_same_updates(&found.adapter, &adapter, word);
-        for (name, pair) in &adapter.pairs {
+        assert_same_updates(&found.lora, &lora, word);
+        for (name, pair) in &lora.pairs {
             let magnitude = |pair: &Pair| pair.magnitude.as_ref().unwrap().shallow_clone();
-            assert!(
-                magnitude(&found.adapter.pairs[name]).equal(&magnitude(pair)),
-                "{word}: {name}"
-            );
+            assert!(magnitude(&found.lora.pairs[name]).equal(&magnitude(pair)), "{word}: {name}");
         }
     }
     // Queries alone cannot have a magnitude where keys and values stand in the same matrix.
-    adapter.pairs.retain(|name, _| name.ends_with("to_q"));
+    lora.pairs.retain(|name, _| name.ends_with("to_q"));
     let path = root.path().join("queries");
     let error =
-        lora::write(&adapter, Family::HunyuanVideo15, Dialect::Comfyui, out(&path)).unwrap_err();
+        lora::write(&lora, Family::HunyuanVideo15, Dialect::Comfyui, out(&path)).unwrap_err();
     assert!(
         error.exit_code() == 50 && error.to_string().ends_with("only 1 have DoRA's magnitudes"),
         "{error}"
@@ -386,10 +383,10 @@ fn names_as_other_programs_write_them_are_understood() {
         save(&path, &[(&a, ones(&[2, 6])), (&b, ones(&[8, 2]))], &[]);
         let found = read(&path, None).unwrap();
         assert_eq!((found.family, found.dialect), (Family::Wan, dialect), "{stem}");
-        let pair = &found.adapter.pairs["blocks.0.attn1.to_q"];
+        let pair = &found.lora.pairs["blocks.0.attn1.to_q"];
         assert_eq!((pair.rank(), pair.inputs(), pair.outputs(), pair.scale()), (2, 6, 8, 1.0));
         let of_folder = read(&folder, None).unwrap();
-        assert_same_updates(&of_folder.adapter, &found.adapter, stem);
+        assert_same_updates(&of_folder.lora, &found.lora, stem);
     }
 }
 
@@ -408,7 +405,7 @@ fn scales_are_those_of_the_programs_that_wrote_them() {
         let metadata: Vec<_> =
             config.into_iter().map(|config| ("lora_adapter_metadata", config)).collect();
         save(&path, &tensors, &metadata);
-        read(&path, None).unwrap().adapter.pairs["single_transformer_blocks.0.proj_mlp"].scale()
+        read(&path, None).unwrap().lora.pairs["single_transformer_blocks.0.proj_mlp"].scale()
     };
     assert_eq!(scale(false, None), 1.0);
     assert_eq!(scale(true, None), 0.5);
@@ -461,7 +458,7 @@ fn families_with_equal_names_are_told_apart() {
 type Case = (Vec<(String, Tensor)>, Vec<(&'static str, Value)>, &'static str);
 
 #[test]
-fn what_is_no_adapter_of_a_known_model_is_refused_in_one_line() {
+fn what_is_no_lora_of_a_known_model_is_refused_in_one_line() {
     let root = TempDir::new().unwrap();
     let path = root.path().join("lora.safetensors");
     const Q: &str = "transformer.single_transformer_blocks.0.attn.to_q";
@@ -508,7 +505,7 @@ fn what_is_no_adapter_of_a_known_model_is_refused_in_one_line() {
                 (key(Q, "lora_B.weight"), ones(&[6, 4, 1, 1])),
             ],
             vec![],
-            "adapters of convolutions are not known here",
+            "LoRAs of convolutions are not known here",
         ),
         (
             vec![(key(Q, "lora_A.weight"), nan), (key(Q, "lora_B.weight"), ones(&[6, 4]))],
@@ -521,7 +518,7 @@ fn what_is_no_adapter_of_a_known_model_is_refused_in_one_line() {
                 (key(Q, "lora_B.weight"), ones(&[6, 4])),
             ],
             vec![],
-            "is Int, no kind of numbers that an adapter has",
+            "is Int, no kind of numbers that a LoRA has",
         ),
         (with(pair(Q), key(Q, "alpha"), ones(&[2])), vec![], "to_q.alpha` is no alpha"),
         (
@@ -539,7 +536,7 @@ fn what_is_no_adapter_of_a_known_model_is_refused_in_one_line() {
         (
             vec![("lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha".into(), ones(&[]))],
             vec![],
-            "holds no adapter of a transformer",
+            "holds no LoRA of a transformer",
         ),
         (
             with(pair(Q), "transformer.proj_out.weight".into(), ones(&[2])),
@@ -609,18 +606,18 @@ fn what_is_no_adapter_of_a_known_model_is_refused_in_one_line() {
 }
 
 #[test]
-fn an_adapter_is_never_written_over_anything_and_nothing_is_left_of_a_refused_one() {
+fn a_lora_is_never_written_over_anything_and_nothing_is_left_of_a_refused_one() {
     let root = TempDir::new().unwrap();
     let linears = Linears::from([("blocks.0.ffn.net.2".to_string(), [6, 4])]);
-    let adapter = random_adapter(&linears, 2, 2.0);
+    let lora = random_lora(&linears, 2, 2.0);
     for (word, dialect) in Dialect::ALL {
         let path = root.path().join(word);
         fs::write(&path, "mine").unwrap();
-        let error = lora::write(&adapter, Family::Wan, *dialect, out(&path)).unwrap_err();
+        let error = lora::write(&lora, Family::Wan, *dialect, out(&path)).unwrap_err();
         assert!(error.to_string().contains("exists already"), "{error}");
         assert_eq!(fs::read_to_string(&path).unwrap(), "mine");
         fs::remove_file(&path).unwrap();
-        let error = lora::write(&adapter, Family::Flux, *dialect, out(&path)).unwrap_err();
+        let error = lora::write(&lora, Family::Flux, *dialect, out(&path)).unwrap_err();
         assert!(
             error.to_string().contains("`blocks.0.ffn.net.2` is no linear map of FLUX.1"),
             "{error}"

@@ -1,4 +1,4 @@
-//! Adapters of PEFT and diffusers are read as they are, and what is written of them PEFT and
+//! LoRAs of PEFT and diffusers are read as they are, and what is written of them PEFT and
 //! diffusers load without a missing or unexpected key, and predict alike.
 
 use std::collections::BTreeMap;
@@ -7,7 +7,7 @@ use std::path::Path;
 
 use fm_dist::files::outputs::Named;
 use fm_dist::files::safetensors::SafeTensors;
-use fm_dist::lora::{self, Adapter, Dialect, Facts, Family, Found, Linears, Pair};
+use fm_dist::lora::{self, Dialect, Facts, Family, Found, Linears, Lora, Pair};
 use fm_dist::model;
 use fm_dist::settings::Choice;
 use serde_json::json;
@@ -19,14 +19,13 @@ use super::packages::{assert_close, fresh_seed, oracle};
 /// Rounding of products of a few numbers in f32.
 const ROUNDING: f64 = 1e-6;
 
-fn read(path: &Path, family: Family) -> Adapter {
-    let Found { adapter, .. } =
-        lora::read(Named { argument: "--lora", path }, Some(family)).unwrap();
-    adapter
+fn read(path: &Path, family: Family) -> Lora {
+    let Found { lora, .. } = lora::read(Named { argument: "--lora", path }, Some(family)).unwrap();
+    lora
 }
 
-fn write(adapter: &Adapter, family: Family, dialect: Dialect, path: &Path) {
-    lora::write(adapter, family, dialect, Named { argument: "--out", path }).unwrap();
+fn write(lora: &Lora, family: Family, dialect: Dialect, path: &Path) {
+    lora::write(lora, family, dialect, Named { argument: "--out", path }).unwrap();
 }
 
 /// The modules of a model's transformer folder.
@@ -36,18 +35,18 @@ fn linears(folder: &Path) -> Linears {
     lora::linears(infos.map(|info| (info.name.as_str(), info.shape.as_slice())))
 }
 
-fn assert_updates(adapter: &Adapter, expected: &SafeTensors, what: &str) {
-    assert_eq!(adapter.pairs.len(), expected.tensors().len(), "{what}");
-    for (name, pair) in &adapter.pairs {
+fn assert_updates(lora: &Lora, expected: &SafeTensors, what: &str) {
+    assert_eq!(lora.pairs.len(), expected.tensors().len(), "{what}");
+    for (name, pair) in &lora.pairs {
         let expected = expected.read(name).unwrap();
         assert_close(&pair.product(), &expected, ROUNDING, &format!("{what}: {name}"));
     }
 }
 
-fn part(adapter: &Adapter, is_of: impl Fn(&str) -> bool) -> Adapter {
-    let of = adapter.pairs.iter().filter(|(name, _)| is_of(name));
+fn part(lora: &Lora, is_of: impl Fn(&str) -> bool) -> Lora {
+    let of = lora.pairs.iter().filter(|(name, _)| is_of(name));
     let pairs = of.map(|(name, pair)| (name.clone(), pair.shallow_clone())).collect();
-    Adapter { pairs, facts: adapter.facts.clone() }
+    Lora { pairs, facts: lora.facts.clone() }
 }
 
 fn all(_: &str) -> bool {
@@ -87,23 +86,23 @@ fn convert(folder: &Path, family: Family) {
     let (theirs, ours) = (folder.join("theirs"), folder.join("ours"));
     fs::create_dir(&ours).unwrap();
     let updates = SafeTensors::open(folder.join("updates.safetensors")).unwrap();
-    let adapter = read(&theirs.join("diffusers"), family);
+    let lora = read(&theirs.join("diffusers"), family);
     for dialect in ["diffusers", "peft"] {
-        let adapter = read(&theirs.join(dialect), family);
-        assert_updates(&adapter, &updates, &format!("{}, {dialect}", family.word()));
-        adapter.fit(&linears(&folder.join("model"))).unwrap();
+        let lora = read(&theirs.join(dialect), family);
+        assert_updates(&lora, &updates, &format!("{}, {dialect}", family.word()));
+        lora.fit(&linears(&folder.join("model"))).unwrap();
     }
     let mut modules = BTreeMap::new();
     for (dialect, is_of) in loaded(family) {
         let ending = if dialect == Dialect::Peft { "" } else { ".safetensors" };
-        let (name, adapter) = (format!("{}{ending}", dialect.word()), part(&adapter, is_of));
-        write(&adapter, family, dialect, &ours.join(&name));
-        modules.insert(name, adapter.pairs.into_keys().collect::<Vec<_>>());
+        let (name, lora) = (format!("{}{ending}", dialect.word()), part(&lora, is_of));
+        write(&lora, family, dialect, &ours.join(&name));
+        modules.insert(name, lora.pairs.into_keys().collect::<Vec<_>>());
     }
     fs::write(ours.join("modules.json"), json!(modules).to_string()).unwrap();
     for dialect in [Dialect::Comfyui, Dialect::Kohya] {
         let path = ours.join(format!("all-{}.safetensors", dialect.word()));
-        write(&adapter, family, dialect, &path);
+        write(&lora, family, dialect, &path);
         assert_updates(&read(&path, family), &updates, &path.display().to_string());
     }
     let dora = read(&theirs.join("dora"), family);
@@ -127,18 +126,18 @@ fn wide(folder: &Path) {
     let first = |name: &str| !name.contains("blocks.") || name.contains("blocks.0.");
     let of = linears(&root).into_iter().filter(|(name, _)| first(name));
     let pairs = of.map(|(name, shape)| (name.clone(), pair(&name, shape))).collect();
-    let adapter = Adapter { pairs, facts: Facts::default() };
+    let lora = Lora { pairs, facts: Facts::default() };
     fs::create_dir(folder).unwrap();
     for dialect in [Dialect::Diffusers, Dialect::Kohya] {
         let path = folder.join(format!("{}.safetensors", dialect.word()));
-        write(&adapter, Family::Flux, dialect, &path);
+        write(&lora, Family::Flux, dialect, &path);
     }
 }
 
 #[test]
 fn adapters_go_to_peft_and_diffusers_and_come_from_there() {
     let root = TempDir::new().unwrap();
-    let (folder, seed) = (root.path(), fresh_seed("adapters"));
+    let (folder, seed) = (root.path(), fresh_seed("LoRAs"));
     oracle("lora_files.py", &["make", folder.to_str().unwrap(), &seed]);
     for (_, family) in Family::ALL {
         convert(folder, *family);

@@ -11,7 +11,7 @@ use fm_dist::files::safetensors::{self, SafeTensors};
 use fm_dist::flow::{
     FlowMatchingSettings, Guidance, Guide, ModelAdapter, NoiseLevels, SamplingSettings, solver,
 };
-use fm_dist::lora::{self, Adapter, Dialect, Facts, Family, Pair};
+use fm_dist::lora::{self, Dialect, Facts, Family, Lora, Pair};
 use fm_dist::rng::{Key, Purpose};
 use fm_dist::run::Resume;
 use fm_dist::settings::{Choice, Family as _};
@@ -252,8 +252,8 @@ fn loras(model: &Path, folder: &Path, scales: &[f64]) -> Vec<String> {
         let pairs = linears.iter().enumerate().filter_map(pair).collect();
         let path = folder.join(format!("lora-{number}.safetensors"));
         let out = Named { argument: "--out", path: &path };
-        let adapter = Adapter { pairs, facts: Facts::default() };
-        lora::write(&adapter, family, Dialect::Diffusers, out).unwrap();
+        let lora = Lora { pairs, facts: Facts::default() };
+        lora::write(&lora, family, Dialect::Diffusers, out).unwrap();
         format!("{}:{scale}", path.display())
     };
     scales.iter().enumerate().map(write).collect()

@@ -124,7 +124,7 @@ fn a_wrong_conversion_is_refused_in_one_line() {
     let (code, errors) = told(&["--format", "peft", "--base", klein.to_str().unwrap()]);
     assert!(
         code == 50
-            && only_error(&errors).contains("does not fit --base: the model has `transformer_blocks.0.attn.to_k` of 4096 inputs and 4096 outputs, the adapter's has 3072 and 3072"),
+            && only_error(&errors).contains("does not fit --base: the model has `transformer_blocks.0.attn.to_k` of 4096 inputs and 4096 outputs, the LoRA's has 3072 and 3072"),
         "{errors}"
     );
     let (code, errors) =
@@ -141,7 +141,7 @@ fn a_wrong_conversion_is_refused_in_one_line() {
 }
 
 #[test]
-fn a_text_encoders_adapter_is_left_out_on_demand_only() {
+fn a_text_encoders_lora_is_left_out_on_demand_only() {
     let root = TempDir::new().unwrap();
     let path = |name: &str| root.path().join(name).to_str().unwrap().to_string();
     let stem = "lora_te1_text_model_encoder_layers_0_mlp_fc1";

@@ -13,7 +13,7 @@ mod wan;
 use crate::registry::registry;
 
 registry! {
-    /// A family whose adapters are read and written; the words are those of `[model.<name>]`.
+    /// A family whose LoRAs are read and written; the words are those of `[model.<name>]`.
     pub enum Family: Names by word {
         /// FLUX.1.
         "flux" => Flux = flux::NAMES,

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::Alpha;
 use crate::lora::family::Family;
-use crate::lora::{Adapter, Pair};
+use crate::lora::{Lora, Pair};
 
 /// Most entries of a pattern: each is compared with each module.
 const MAX_PATTERNS: usize = 4096;
@@ -111,25 +111,25 @@ fn pattern(field: Option<&Value>, name: &str) -> Result<Vec<(String, f64)>, Stri
     entries.iter().map(entry).collect()
 }
 
-/// Returns the fields that describe the adapter as it is written.
-pub fn describe(adapter: &Adapter, family: Family, alpha: Alpha) -> BTreeMap<&'static str, Value> {
+/// Returns the fields that describe the LoRA as it is written.
+pub fn describe(lora: &Lora, family: Family, alpha: Alpha) -> BTreeMap<&'static str, Value> {
     let is_folded = alpha.is_folded();
     let alpha_of = |pair: &Pair| if is_folded { pair.rank() as f64 } else { pair.alpha };
-    let (rank, usual) = adapter.usual();
+    let (rank, usual) = lora.usual();
     let usual = if is_folded { rank as f64 } else { usual };
     let pattern = |number: &dyn Fn(&Pair) -> f64, usual: f64| {
-        let others = adapter.pairs.iter().filter(|(_, pair)| number(pair) != usual);
+        let others = lora.pairs.iter().filter(|(_, pair)| number(pair) != usual);
         let entries = others.map(|(name, pair)| (format!("^{name}"), written(number(pair))));
         Value::Object(entries.collect())
     };
-    let has_magnitudes = adapter.pairs.values().any(|pair| pair.magnitude.is_some());
+    let has_magnitudes = lora.pairs.values().any(|pair| pair.magnitude.is_some());
     BTreeMap::from([
         ("alpha_pattern", pattern(&alpha_of, usual)),
         ("bias", json!("none")),
         ("lora_alpha", written(usual)),
         ("r", json!(rank)),
         ("rank_pattern", pattern(&|pair| pair.rank() as f64, rank as f64)),
-        ("target_modules", targets(adapter, family)),
+        ("target_modules", targets(lora, family)),
         ("use_dora", json!(has_magnitudes)),
         ("use_rslora", json!(false)),
     ])
@@ -137,12 +137,12 @@ pub fn describe(adapter: &Adapter, family: Family, alpha: Alpha) -> BTreeMap<&'s
 
 /// The modules by name. peft also takes modules that end in a name; where others of the family do,
 /// an expression keeps them out.
-fn targets(adapter: &Adapter, family: Family) -> Value {
+fn targets(lora: &Lora, family: Family) -> Value {
     let reaches = |name: &str| {
         let end = format!(".{name}");
         family.linears.iter().any(|linear| linear.diffusers.ends_with(&end))
     };
-    let names = || adapter.pairs.keys();
+    let names = || lora.pairs.keys();
     if names().any(|name| reaches(name)) {
         let escaped: Vec<String> = names().map(|name| name.replace('.', "\\.")).collect();
         return json!(format!("({})", escaped.join("|")));
@@ -162,10 +162,10 @@ mod tests {
     use crate::lora::Facts;
     use crate::lora::tests::pair;
 
-    fn adapter(of: &[(&str, i64, f64)]) -> Adapter {
+    fn lora(of: &[(&str, i64, f64)]) -> Lora {
         let pairs =
             of.iter().map(|&(name, rank, alpha)| (name.to_string(), pair(4, 4, rank, alpha)));
-        Adapter { pairs: pairs.collect(), facts: Facts::default() }
+        Lora { pairs: pairs.collect(), facts: Facts::default() }
     }
 
     fn parse(fields: Value) -> Result<LoraConfig, String> {
@@ -179,9 +179,9 @@ mod tests {
             ("transformer_blocks.0.attn.to_k", 4, 4.0),
             ("transformer_blocks.1.attn.to_k", 2, 8.0),
         ];
-        let adapter = adapter(&modules);
+        let lora = lora(&modules);
         for alpha in [Alpha::Config, Alpha::Folded] {
-            let fields = describe(&adapter, Family::Flux, alpha);
+            let fields = describe(&lora, Family::Flux, alpha);
             let fields =
                 fields.into_iter().map(|(key, value)| (format!("transformer.{key}"), value));
             let config = parse(Value::Object(fields.collect())).expect("our own");
@@ -224,7 +224,7 @@ mod tests {
     fn a_name_in_which_others_end_is_an_expression() {
         let of = |names: &[&str]| {
             let modules: Vec<(&str, i64, f64)> = names.iter().map(|name| (*name, 2, 2.0)).collect();
-            targets(&adapter(&modules), Family::Flux)
+            targets(&lora(&modules), Family::Flux)
         };
         assert_eq!(
             of(&["single_transformer_blocks.0.proj_out"]),

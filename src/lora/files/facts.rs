@@ -1,4 +1,4 @@
-//! Metadata beside the scales: what made the adapter.
+//! Metadata beside the scales: what made the LoRA.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::Alpha;
 use crate::lora::family::Family;
-use crate::lora::{Adapter, Facts};
+use crate::lora::{Facts, Lora};
 use crate::settings::Choice;
 
 type Metadata = BTreeMap<String, String>;
@@ -23,8 +23,8 @@ const ALPHA: &str = "training.alpha";
 const TARGETS: &str = "training.targets";
 
 /// Returns the entries of every dialect.
-pub fn common(adapter: &Adapter, family: Family) -> Metadata {
-    let facts = &adapter.facts;
+pub fn common(lora: &Lora, family: Family) -> Metadata {
+    let facts = &lora.facts;
     let targets = (!facts.targets.is_empty()).then(|| json!(facts.targets).to_string());
     let optional = [
         (BASE_MODEL, facts.base_model.clone()),
@@ -46,8 +46,8 @@ pub fn common(adapter: &Adapter, family: Family) -> Metadata {
 }
 
 /// Returns the entries of kohya's trainers, which other programs show their users.
-pub fn kohya(adapter: &Adapter, family: Family, alpha: Alpha) -> Metadata {
-    let (facts, (rank, usual)) = (&adapter.facts, adapter.usual());
+pub fn kohya(lora: &Lora, family: Family, alpha: Alpha) -> Metadata {
+    let (facts, (rank, usual)) = (&lora.facts, lora.usual());
     let usual = if alpha.is_folded() { rank as f64 } else { usual };
     let dataset = |name: &String| json!({ name.as_str(): { "n_repeats": 1 } }).to_string();
     let entries = [
@@ -113,16 +113,16 @@ mod tests {
     #[test]
     fn what_is_known_of_a_run_comes_back() {
         let pairs = BTreeMap::from([("proj_out".to_string(), pair(4, 4, 16, 8.0))]);
-        let adapter = Adapter { pairs, facts: facts() };
+        let lora = Lora { pairs, facts: facts() };
         for (_, name) in Family::ALL {
-            let mut metadata = common(&adapter, *name);
+            let mut metadata = common(&lora, *name);
             assert_eq!(read(&metadata), facts());
             assert_eq!(family(&metadata), Some(*name));
-            metadata = kohya(&adapter, *name, Alpha::Tensor);
+            metadata = kohya(&lora, *name, Alpha::Tensor);
             assert_eq!(read(&metadata), Facts { targets: Vec::new(), ..facts() });
             assert_eq!(family(&metadata), Some(*name));
         }
-        let folded = kohya(&adapter, Family::Flux, Alpha::Folded);
+        let folded = kohya(&lora, Family::Flux, Alpha::Folded);
         assert_eq!(folded["ss_network_alpha"], "16");
     }
 

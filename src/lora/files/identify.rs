@@ -1,4 +1,4 @@
-//! The family of an adapter: by names, then by metadata, then by the sizes of published models.
+//! The family of a LoRA: by names, then by metadata, then by the sizes of published models.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +7,7 @@ use crate::lora::family::Family;
 use crate::lora::{Pair, listed};
 use crate::settings::{Choice, nearest};
 
-/// An adapter under the names of each family that has all of them.
+/// A LoRA under the names of each family that has all of them.
 pub type Readings = Vec<(Family, BTreeMap<String, Pair>)>;
 
 /// Returns the families that have all names; only `family` is asked if it is given.
@@ -85,12 +85,12 @@ fn keep_if_any(readings: &mut Readings, test: impl Fn(Family, &BTreeMap<String, 
     }
 }
 
-/// Most adapters are in all blocks of a kind or in none.
+/// Most LoRAs are in all blocks of a kind or in none.
 fn is_usual(found: u32, published: u32) -> bool {
     found == published || found == 0
 }
 
-/// True if a published model of the family has blocks as the adapter does, of that width.
+/// True if a published model of the family has blocks as the LoRA does, of that width.
 fn has_size(compare: fn(u32, u32) -> bool) -> impl Fn(Family, &BTreeMap<String, Pair>) -> bool {
     move |family, pairs| {
         let is_query = |name: &str| name.ends_with(".to_q") || name.ends_with(".add_q_proj");

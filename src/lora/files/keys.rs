@@ -1,4 +1,4 @@
-//! Names of tensors in files of adapters: a prefix, the module, and the role in its pair.
+//! Names of tensors in files of LoRAs: a prefix, the module, and the role in its pair.
 
 /// The role of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,8 +58,8 @@ const SUFFIXES: [(&str, Role); 12] = [
     (".lora_magnitude_vector.weight", Role::Magnitude),
 ];
 
-/// Name for the tensors of a text encoder's adapter.
-pub const TEXT_ENCODER: &str = "an adapter of a text encoder";
+/// Name for the tensors of a text encoder's LoRA.
+pub const TEXT_ENCODER: &str = "a LoRA of a text encoder";
 
 /// Parts of names that are of another method, and what they are.
 const OTHERS: [(&str, &str); 7] = [
@@ -67,9 +67,9 @@ const OTHERS: [(&str, &str); 7] = [
     ("text_encoder", TEXT_ENCODER),
     (".lokr_", "a LoKr"),
     (".hada_", "a LoHa"),
-    (".lora_mid.", "an adapter of convolutions"),
-    (".lora_B.bias", "a bias of an adapter"),
-    (".lora_B.default.bias", "a bias of an adapter"),
+    (".lora_mid.", "a LoRA of convolutions"),
+    (".lora_B.bias", "a bias of a LoRA"),
+    (".lora_B.default.bias", "a bias of a LoRA"),
 ];
 
 /// Takes a name apart.
@@ -140,9 +140,9 @@ mod tests {
         for (name, what) in [
             (
                 "lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha",
-                Some("an adapter of a text encoder"),
+                Some("a LoRA of a text encoder"),
             ),
-            ("text_encoder.text_model.x.lora_A.weight", Some("an adapter of a text encoder")),
+            ("text_encoder.text_model.x.lora_A.weight", Some("a LoRA of a text encoder")),
             ("lycoris_blocks_0_ffn_0.lokr_w1", Some("a LoKr")),
             ("diffusion_model.blocks.0.ffn.0.diff_b", Some("a difference of whole weights")),
             ("transformer.proj_out.weight", None),

@@ -1,4 +1,4 @@
-//! Files of adapters in the dialects that people load.
+//! Files of LoRAs in the dialects that people load.
 //!
 //! | dialect | keys | alpha | loaded by |
 //! |---|---|---|---|
@@ -38,7 +38,7 @@ use super::family::{Family, Linear, Place};
 use crate::settings::choice;
 
 choice! {
-    /// The form of an adapter's file.
+    /// The form of a LoRA's file.
     pub enum Dialect {
         /// The file of diffusers' pipelines, `pytorch_lora_weights.safetensors`.
         "diffusers" => Diffusers,

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::files::outputs::Named;
 use crate::files::safetensors::SafeTensors;
 use crate::lora::family::{Family, Match, Part};
-use crate::lora::{Adapter, Pair, listed};
+use crate::lora::{Lora, Pair, listed};
 
 /// Longest configuration of peft's that is read; one that names a thousand modules has 100 KB.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;
@@ -25,17 +25,17 @@ const MAX_TENSORS: usize = 16_384;
 const MAX_TARGETS: usize = 32;
 const MAX_TARGET_BYTES: usize = 100;
 
-/// An adapter as it was found.
+/// A LoRA as it was found.
 #[derive(Debug)]
 pub struct Found {
-    pub adapter: Adapter,
+    pub lora: Lora,
     pub dialect: Dialect,
     pub family: Family,
     /// Number of tensors of text encoders beside it, which were left out.
     pub of_text_encoders: usize,
 }
 
-/// Reads an adapter: a file of any dialect, or a folder of PEFT's or diffusers'. `family` says what
+/// Reads a LoRA: a file of any dialect, or a folder of PEFT's or diffusers'. `family` says what
 /// names alone may leave open.
 ///
 /// # Errors
@@ -133,9 +133,9 @@ impl Source<'_> {
         if let Some(config) = &self.config {
             self.take_config(config, &mut pairs, &stems)?;
         }
-        let mut adapter = Adapter { pairs, facts: facts::read(self.safetensors.metadata()) };
+        let mut lora = Lora { pairs, facts: facts::read(self.safetensors.metadata()) };
         if let Some(config) = &self.config {
-            let facts = &mut adapter.facts;
+            let facts = &mut lora.facts;
             facts.base_model = facts.base_model.take().or_else(|| config.base_model.clone());
             // Some programs list every module there, which tells nothing new.
             if facts.targets.is_empty() && config.targets.len() <= MAX_TARGETS {
@@ -143,14 +143,14 @@ impl Source<'_> {
                 facts.targets.retain(|target| target.len() <= MAX_TARGET_BYTES);
             }
         }
-        Ok(Found { adapter, dialect, family, of_text_encoders })
+        Ok(Found { lora, dialect, family, of_text_encoders })
     }
 
     /// Sorts the file's tensors by the module that they belong to.
     fn stems(&self) -> Result<(BTreeMap<&str, Tensors<'_>>, Dialect, usize)> {
         let count = self.safetensors.tensors().len();
         if count > MAX_TENSORS {
-            let what = format!("holds {count} tensors, more than the {MAX_TENSORS} of any adapter");
+            let what = format!("holds {count} tensors, more than the {MAX_TENSORS} of any LoRA");
             return Err(self.file.refused(what));
         }
         let mut stems: BTreeMap<&str, Tensors<'_>> = BTreeMap::new();
@@ -190,7 +190,7 @@ impl Source<'_> {
             return Err(self.file.refused(format!("`{}` is {what}{more}", names[0])));
         }
         if stems.is_empty() {
-            return Err(self.file.refused("holds no adapter of a transformer"));
+            return Err(self.file.refused("holds no LoRA of a transformer"));
         }
         let has = |prefix: Prefix| prefixes.contains(&prefix);
         // Under diffusers' names, what diffusers does not write.
@@ -242,7 +242,7 @@ impl Source<'_> {
         let tensor = self.numbers(name)?;
         if tensor.dim() != 2 {
             return Err(self.file.refused(format!(
-                "`{name}` has shape {:?}, expected a matrix; adapters of convolutions are not known here",
+                "`{name}` has shape {:?}, expected a matrix; LoRAs of convolutions are not known here",
                 tensor.size()
             )));
         }
@@ -273,7 +273,7 @@ impl Source<'_> {
         let kinds = [Kind::Float, Kind::BFloat16, Kind::Half, Kind::Double];
         if !kinds.contains(&tensor.kind()) {
             return Err(self.file.refused(format!(
-                "`{name}` is {:?}, no kind of numbers that an adapter has",
+                "`{name}` is {:?}, no kind of numbers that a LoRA has",
                 tensor.kind()
             )));
         }

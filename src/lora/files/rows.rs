@@ -1,7 +1,7 @@
-//! Several linear maps as one matrix: their adapters become one, and the one becomes several.
+//! Several linear maps as one matrix: their LoRAs become one, and the one becomes several.
 //!
-//! Beside each other, adapters A₁, A₂ and B₁, B₂ are A = [A₁; A₂] and B with B₁ and B₂ on its
-//! diagonal; the rank is their sum. An adapter that was trained on the whole matrix has a B without
+//! Beside each other, LoRAs A₁, A₂ and B₁, B₂ are A = [A₁; A₂] and B with B₁ and B₂ on its
+//! diagonal; the rank is their sum. A LoRA that was trained on the whole matrix has a B without
 //! such zeros; each part then takes A whole, and its rows of B.
 
 use tch::{Kind, Tensor};
@@ -79,7 +79,7 @@ fn has_same_a(pair: &Pair, other: &Pair) -> bool {
 }
 
 /// Returns the pairs of the maps that lie one below the other in `whole`; none for a map that the
-/// adapter leaves as it is.
+/// LoRA leaves as it is.
 ///
 /// # Errors
 /// A reason on one line if the outputs are not those of such maps.
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn an_adapter_of_the_whole_matrix_is_shared_and_joins_to_itself() {
+    fn a_lora_of_the_whole_matrix_is_shared_and_joins_to_itself() {
         let whole = pair(12, 4, 2, 4.0);
         let parts = parted(&whole, QKV).expect("three maps");
         let parts: Vec<Option<&Pair>> = parts.iter().map(Option::as_ref).collect();

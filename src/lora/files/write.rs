@@ -15,15 +15,15 @@ use crate::files::disk::Disk;
 use crate::files::outputs::{Named, check_files, check_new_folder};
 use crate::files::safetensors;
 use crate::lora::family::{Family, Part};
-use crate::lora::{Adapter, Pair};
+use crate::lora::{Lora, Pair};
 
-/// Writes the adapter: a file, or PEFT's folder. Nothing is ever written over.
+/// Writes the LoRA: a file, or PEFT's folder. Nothing is ever written over.
 ///
 /// # Errors
 /// [`Error::Config`] if `out` cannot be written, a module is none of the family's, or the dialect
 /// cannot hold it; [`Error::Storage`], also if `out` exists; [`Error::Data`] if what was written
-/// does not read back as the adapter.
-pub fn write(adapter: &Adapter, family: Family, dialect: Dialect, out: Named<'_>) -> Result<()> {
+/// does not read back as the LoRA.
+pub fn write(lora: &Lora, family: Family, dialect: Dialect, out: Named<'_>) -> Result<()> {
     let path = out.path;
     if dialect == Dialect::Peft {
         check_new_folder(out)?
@@ -31,13 +31,13 @@ pub fn write(adapter: &Adapter, family: Family, dialect: Dialect, out: Named<'_>
         check_files(&[out], &[])?
     }
     refuse_existing(path)?;
-    let content = content(adapter, family, dialect).map_err(|what| out.refused(what))?;
+    let content = content(lora, family, dialect).map_err(|what| out.refused(what))?;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let unfinished = path.with_file_name(format!(".{name}.tmp"));
     clear(&unfinished)?;
-    let written = content.write(&unfinished).and_then(|()| {
-        verify(adapter, family, Named { argument: out.argument, path: &unfinished })
-    });
+    let written = content
+        .write(&unfinished)
+        .and_then(|()| verify(lora, family, Named { argument: out.argument, path: &unfinished }));
     if let Err(error) = written {
         clear(&unfinished)?;
         return Err(error);
@@ -52,7 +52,7 @@ fn refuse_existing(out: &Path) -> Result<()> {
     }
     let exists = io::Error::new(
         io::ErrorKind::AlreadyExists,
-        "exists already; an adapter is never written over anything",
+        "exists already; a LoRA is never written over anything",
     );
     Err(Error::Storage { path: out.into(), operation: "create", source: exists })
 }
@@ -98,9 +98,9 @@ struct Matrix<'a> {
     parts: Vec<Option<&'a Pair>>,
 }
 
-fn content(adapter: &Adapter, family: Family, dialect: Dialect) -> Result<Content, String> {
+fn content(lora: &Lora, family: Family, dialect: Dialect) -> Result<Content, String> {
     let mut tensors = Vec::new();
-    for (stem, Matrix { form, parts }) in matrices(adapter, family, dialect)? {
+    for (stem, Matrix { form, parts }) in matrices(lora, family, dialect)? {
         let about = |what: String| format!("cannot hold `{stem}`: it {what}");
         let pair = match (form.place.part, parts.as_slice()) {
             (Part::Slice { of, .. }, parts) => rows::joined(parts, of).map_err(about)?,
@@ -109,11 +109,11 @@ fn content(adapter: &Adapter, family: Family, dialect: Dialect) -> Result<Conten
         };
         tensors.extend(stored(&stem, &form, &pair));
     }
-    let mut metadata = facts::common(adapter, family);
-    let (alpha, mut text) = (alpha(adapter, family, dialect), None);
+    let mut metadata = facts::common(lora, family);
+    let (alpha, mut text) = (alpha(lora, family, dialect), None);
     match dialect {
         Dialect::Diffusers => {
-            let fields = config::describe(adapter, family, alpha);
+            let fields = config::describe(lora, family, alpha);
             let prefixed: Map<String, Value> = fields
                 .into_iter()
                 .map(|(key, value)| (format!("{}{key}", diffusers::PREFIX), value))
@@ -121,8 +121,8 @@ fn content(adapter: &Adapter, family: Family, dialect: Dialect) -> Result<Conten
             metadata.insert(diffusers::METADATA.into(), pretty(prefixed));
         }
         Dialect::Peft => {
-            let mut fields = config::describe(adapter, family, alpha);
-            fields.insert("base_model_name_or_path", json!(adapter.facts.base_model));
+            let mut fields = config::describe(lora, family, alpha);
+            fields.insert("base_model_name_or_path", json!(lora.facts.base_model));
             fields.insert("peft_type", json!("LORA"));
             fields.insert("task_type", Value::Null);
             fields.insert("inference_mode", json!(true));
@@ -131,7 +131,7 @@ fn content(adapter: &Adapter, family: Family, dialect: Dialect) -> Result<Conten
             text =
                 Some(pretty(fields.into_iter().map(|(key, value)| (key.into(), value)).collect()));
         }
-        Dialect::Kohya | Dialect::Comfyui => metadata.extend(facts::kohya(adapter, family, alpha)),
+        Dialect::Kohya | Dialect::Comfyui => metadata.extend(facts::kohya(lora, family, alpha)),
     }
     Ok(Content { tensors, metadata, config: text })
 }
@@ -141,8 +141,8 @@ fn pretty(fields: Map<String, Value>) -> String {
 }
 
 /// The place of alpha in most of the file.
-fn alpha(adapter: &Adapter, family: Family, dialect: Dialect) -> Alpha {
-    let forms = adapter.pairs.keys().filter_map(|name| family.linear(name));
+fn alpha(lora: &Lora, family: Family, dialect: Dialect) -> Alpha {
+    let forms = lora.pairs.keys().filter_map(|name| family.linear(name));
     let places: Vec<Alpha> = forms.map(|found| dialect.form(family, found.linear).alpha).collect();
     let is_other = places.iter().find(|place| !place.is_folded());
     is_other.copied().unwrap_or(Alpha::Folded)
@@ -150,12 +150,12 @@ fn alpha(adapter: &Adapter, family: Family, dialect: Dialect) -> Alpha {
 
 /// Returns the matrices that the file will have, by prefix and name.
 fn matrices<'a>(
-    adapter: &'a Adapter,
+    lora: &'a Lora,
     family: Family,
     dialect: Dialect,
 ) -> Result<BTreeMap<String, Matrix<'a>>, String> {
     let mut matrices: BTreeMap<String, Matrix<'a>> = BTreeMap::new();
-    for (name, pair) in &adapter.pairs {
+    for (name, pair) in &lora.pairs {
         let found = family
             .linear(name)
             .ok_or_else(|| format!("`{name}` is no linear map of {}", family.title))?;
@@ -195,23 +195,23 @@ fn stored(stem: &str, form: &Form, pair: &Pair) -> Vec<(String, Tensor)> {
 }
 
 /// Reads the file back: every name leads to its module, and every pair does what it did.
-fn verify(adapter: &Adapter, family: Family, written: Named<'_>) -> Result<()> {
-    let found = read(written, Some(family))?.adapter;
+fn verify(lora: &Lora, family: Family, written: Named<'_>) -> Result<()> {
+    let found = read(written, Some(family))?.lora;
     let wrong = |what: String| {
         Error::data(written.path, format!("does not read back as it was written: {what}"))
     };
     let changes_nothing =
         |pair: &Pair| pair.b.count_nonzero_dim_intlist([0i64, 1]).int64_value(&[]) == 0;
-    for (name, pair) in &adapter.pairs {
+    for (name, pair) in &lora.pairs {
         match found.pairs.get(name) {
             Some(back) if is_same(pair, back) => {}
             None if changes_nothing(pair) => {}
-            Some(_) => return Err(wrong(format!("`{name}` is another adapter"))),
+            Some(_) => return Err(wrong(format!("`{name}` is another LoRA"))),
             None => return Err(wrong(format!("`{name}` is missing"))),
         }
     }
     let added = |(name, pair): &(&String, &Pair)| {
-        !adapter.pairs.contains_key(name.as_str()) && !changes_nothing(pair)
+        !lora.pairs.contains_key(name.as_str()) && !changes_nothing(pair)
     };
     match found.pairs.iter().find(added) {
         Some((name, _)) => Err(wrong(format!("`{name}` was added"))),
