@@ -24,10 +24,11 @@ const LOSS_PICTURE: (u32, u32) = (1200, 560);
 pub fn write(trainer: &mut Trainer<'_>, requests: &Requests) -> Result<()> {
     let collective = trainer.collective;
     let samples = match drawn_samples(trainer, &|| requests.go_on_together(collective)) {
-        Err(Error::Stopped { what }) => {
+        Err(Error::Stopped { .. }) => {
             let run = trainer.folder.path().display();
             tracing::info!(
-                "{what}: the report has no samples; `fm-dist sample --run {run}` draws them"
+                "asked to stop after the last step: the report has no samples; \
+                 `fm-dist sample --run {run}` draws them"
             );
             requests.done();
             Ok(None)

@@ -62,6 +62,15 @@ pub fn check_family(family: &str, place: Place) {
     println!("| {family} on {device}, draws of the {draws} | {} cases hold", cases.len());
 }
 
+/// Half of the distance of the other side's gradient to its own in float32, where the case tells it.
+/// Norms of tokens without conditions enlarge rounding until it is larger than the gradient; both
+/// sides round alike for the most part: in 18 cases, where they
+/// differed by more than 6e-2, they did by at most a quarter of that distance.
+fn own_error(case: &Value, name: &str) -> f64 {
+    let of_name = name.strip_prefix("grad.").and_then(|name| case["own_errors"].get(name));
+    0.5 * of_name.and_then(Value::as_f64).unwrap_or_default()
+}
+
 /// The case's model and settings, as its user would configure them.
 fn config_of(case: &Value, folder: &Path, place: Place) -> RunConfig {
     let text = |value: &Value| format!("{value}");
@@ -126,7 +135,11 @@ pub fn check_case(case: &Value, folder: &Path, place: Place) {
                 let is_gradient = name.starts_with("grad.");
                 let cancelled = if case["dtype"] == "float32" { 0.0 } else { CANCELLED * whole };
                 let tolerance = match is_gradient {
-                    true => gradient_tolerance * (cancelled / norm(&expected)).max(1.0),
+                    true => {
+                        let of_rounding =
+                            gradient_tolerance * (cancelled / norm(&expected)).max(1.0);
+                        of_rounding.max(own_error(case, name))
+                    }
                     false => value_tolerance,
                 };
                 assert_close(&found, &expected, tolerance, &what);
