@@ -23,6 +23,8 @@ mod fast {
     /// Archives as `torch.save` writes them.
     #[path = "../fuzz/archive.rs"]
     mod archive;
+    /// Every tensor of the published autoencoders finds its place, and what does not fit is told.
+    mod autoencoders;
     /// A world of one and worlds of threads keep the contract of the collectives, and a rank that
     /// fails ends its world.
     mod collectives;
@@ -143,6 +145,8 @@ mod faults;
 
 /// The numbers of the real packages in Python.
 mod oracle {
+    /// Autoencoders compute what diffusers' classes of them compute, whole and in tiles.
+    mod autoencoders;
     /// Caches of other trainers are imported with the bits that their own readers give.
     mod caches;
     /// Pictures that `configs/encode_flux1.py` encodes are a dataset that trains.

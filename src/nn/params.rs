@@ -50,7 +50,7 @@ impl ParamInfo {
 }
 
 /// Handle of one parameter within its stage.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Param(pub(super) usize);
 
 /// The parameters of one stage in the order of its flat buffer: frozen ones, then trained ones;
@@ -174,7 +174,9 @@ impl ParamSet {
         self.views(pieces.flat_map(|(class, piece)| split(class.of(&self.infos), piece)).collect())
     }
 
-    fn views(&self, tensors: Vec<Tensor>) -> Views {
+    /// As [`split`](Self::split), for one tensor of its own for each parameter, in the order of the
+    /// infos.
+    pub fn views(&self, tensors: Vec<Tensor>) -> Views {
         Views::new(tensors, Arc::from(&*self.places), Arc::from(&*self.low_ranks))
     }
 

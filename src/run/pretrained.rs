@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 use crate::collective::Collective;
 use crate::collective::agreement::{agreed, on_rank_zero, tensor_of_rank_zero};
 use crate::error::{Error, Result};
-use crate::files::safetensors::Shards;
+use crate::files::safetensors::{Shards, WEIGHTS_STEM};
 use crate::model::Model;
 use crate::nn::{ParamInfo, ParamSet, Stage};
 use crate::parallel::Replica;
@@ -16,9 +16,6 @@ use crate::rng::Key;
 use crate::run::base::{Base, Fingerprint};
 use crate::run::first_lora::FirstLora;
 use crate::run::requests;
-
-/// File name of diffusers' weights without its extension.
-pub const STEM: &str = "diffusion_pytorch_model";
 
 /// Where parameters begin; those that no file has are drawn.
 pub struct Origin<'o> {
@@ -113,7 +110,7 @@ fn first_values(
 /// # Errors
 /// [`Error::Data`] with a list of every missing, unexpected and misshapen tensor.
 pub fn open(folder: &Path, family: &Model, stages: &[Box<dyn Stage>]) -> Result<Shards> {
-    let shards = Shards::open_stem(folder, STEM)?;
+    let shards = Shards::open_stem(folder, WEIGHTS_STEM)?;
     let infos = stages.iter().flat_map(|stage| stage.params().infos());
     let own = infos.filter(|info| !info.added);
     let expected = own.map(|info| (info.name.clone(), info.shape.as_slice())).collect();

@@ -26,6 +26,20 @@ pub fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: Option<&Tensor
     }
 }
 
+/// Attention by a single head of any width, without a mask. On a GPU the memory-efficient backend
+/// computes it, because the others take no head as wide as those of autoencoders.
+///
+/// # Shapes
+/// `query`: `[B, L, D]`; `key`, `value`: `[B, K, D]`. Returns `[B, L, D]`.
+pub fn attend_by_one_head(query: &Tensor, key: &Tensor, value: &Tensor) -> Tensor {
+    let [query, key, value] = [query, key, value].map(|tensor| tensor.unsqueeze(2));
+    let attention = Attention { query: &query, key: &key, value: &value, mask: None };
+    match query.device().is_cuda() {
+        true => attention.by(AttentionBackend::Efficient),
+        false => attention.by_libtorchs_choice(),
+    }
+}
+
 /// The inputs of one attention, with the shapes of [`attend`].
 #[derive(Clone, Copy, Debug)]
 pub struct Attention<'t> {
