@@ -39,11 +39,11 @@ settings! {
         pub norm_num_groups: i64 = 32, in 1..=65_536;
         /// Side of a tile.
         pub sample_size: i64 = 1024, in 1..=65_536;
-        /// Whether moments pass a last convolution of side 1.
+        /// True if moments pass a last convolution of side 1.
         pub use_quant_conv: bool = true;
-        /// Whether latents pass a first convolution of side 1.
+        /// True if latents pass a first convolution of side 1.
         pub use_post_quant_conv: bool = true;
-        /// Whether the middle has attention.
+        /// True if the middle has attention.
         pub mid_block_add_attention: bool = true;
         /// Added to the variance of a model's channels.
         pub batch_norm_eps: f64 = 1e-4, in above(0.0);

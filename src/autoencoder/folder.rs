@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use tch::{Device, Kind};
 
 use super::halves::{Decoder, Encoder, Half};
-use super::{Class, Factors, Network};
+use super::{AutoencoderClass, Factors, Network};
 use crate::error::{Error, Result};
 use crate::files::contents::no_json;
 use crate::files::safetensors::{Shards, WEIGHTS_STEM, refuse_pickled_weights};
@@ -24,7 +24,7 @@ const KINDS: [Kind; 3] = [Kind::Float, Kind::BFloat16, Kind::Half];
 #[derive(Debug)]
 pub struct Autoencoder {
     folder: PathBuf,
-    class: Class,
+    class: AutoencoderClass,
     shards: Shards,
 }
 
@@ -32,10 +32,10 @@ impl Autoencoder {
     /// Opens the folder `vae` of a pipeline.
     ///
     /// # Errors
-    /// Errors of [`Class::read`]; [`Error::Data`] with a list of every missing, unexpected and
+    /// Errors of [`AutoencoderClass::read`]; [`Error::Data`] with a list of every missing, unexpected and
     /// misshapen tensor.
     pub fn open(folder: &Path) -> Result<Self> {
-        let class = Class::read(folder)?;
+        let class = AutoencoderClass::read(folder)?;
         let shards = Shards::open_stem(folder, WEIGHTS_STEM)?;
         let tensors = class.tensors();
         let expected =
@@ -45,7 +45,7 @@ impl Autoencoder {
     }
 
     /// Returns the class with its settings.
-    pub fn class(&self) -> &Class {
+    pub fn class(&self) -> &AutoencoderClass {
         &self.class
     }
 
@@ -90,14 +90,14 @@ impl Autoencoder {
     }
 }
 
-impl Class {
+impl AutoencoderClass {
     /// Reads a folder's `config.json`. A field that it lacks has the class's default, as in
     /// diffusers.
     ///
     /// # Errors
-    /// [`Error::Data`] if the file is missing, no JSON, of an unknown class, or contradicts itself,
-    /// or if the weights are a pickle; [`Error::Config`] naming every field that is unknown or has
-    /// an unsupported value.
+    /// [`Error::Data`] if the file is missing, no JSON, of an unknown class, or contradicts itself;
+    /// [`Error::Config`] naming every field that is unknown or has an unsupported value;
+    /// [`Error::CheckpointMismatch`] if the weights are a pickle.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(CONFIG_FILE_NAME);
         let text =
@@ -105,13 +105,14 @@ impl Class {
         refuse_pickled_weights(folder)?;
         let parsed: Result<Map<String, Value>, _> = serde_json::from_slice(&text);
         let fields = parsed.map_err(|error| Error::data(&path, no_json(&text, &error)))?;
-        Class::of_fields(fields, &path)
+        AutoencoderClass::of_fields(fields, &path)
     }
 
     /// `path`: the file of the fields, for messages.
     fn of_fields(mut fields: Map<String, Value>, path: &Path) -> Result<Self> {
         let name = fields.get("_class_name").and_then(Value::as_str).unwrap_or_default();
-        let mut class = Class::named(name).ok_or_else(|| Error::data(path, unknown_class(name)))?;
+        let mut class =
+            AutoencoderClass::named(name).ok_or_else(|| Error::data(path, unknown_class(name)))?;
         let idle = class.idle_fields();
         // Fields that begin with an underscore are notes of the library that wrote the file.
         fields.retain(|name, _| !name.starts_with('_') && !idle.contains(&name.as_str()));
@@ -143,7 +144,7 @@ fn unknown_class(name: &str) -> String {
     if name.is_empty() {
         return "has no _class_name, so it describes no autoencoder of diffusers".into();
     }
-    format!("_class_name is {name:?}; supported are {}", Class::NAMES.join(", "))
+    format!("_class_name is {name:?}; supported are {}", AutoencoderClass::NAMES.join(", "))
 }
 
 #[cfg(test)]
@@ -152,10 +153,11 @@ mod tests {
 
     use super::*;
 
-    /// What is said of a `config.json`.
+    /// The message about a `config.json` that lies.
     fn said(fields: Value) -> String {
         let Value::Object(fields) = fields else { panic!("an object") };
-        let error = Class::of_fields(fields, Path::new("vae/config.json")).expect_err("it lies");
+        let error =
+            AutoencoderClass::of_fields(fields, Path::new("vae/config.json")).expect_err("it lies");
         let text = error.to_string();
         assert!(!text.contains('\n'), "{text}");
         text
@@ -266,8 +268,9 @@ mod tests {
             "dropout": 0.0,
         });
         let Value::Object(fields) = fields else { panic!("an object") };
-        let class = Class::of_fields(fields, Path::new("config.json")).expect("Wan 2.1's");
-        assert_eq!(class, Class::Wan(Default::default()));
+        let class =
+            AutoencoderClass::of_fields(fields, Path::new("config.json")).expect("Wan 2.1's");
+        assert_eq!(class, AutoencoderClass::Wan(Default::default()));
     }
 
     #[test]
@@ -275,7 +278,8 @@ mod tests {
         let root = tempfile::tempdir().expect("a folder");
         let vae = root.path().join("vae");
         fs::create_dir(&vae).expect("a folder");
-        let said = |folder: &Path| Class::read(folder).expect_err("no config").to_string();
+        let said =
+            |folder: &Path| AutoencoderClass::read(folder).expect_err("no config").to_string();
         assert!(said(&vae).contains("config.json of the autoencoder cannot be read: "));
         fs::write(vae.join("config.json"), "{").expect("a file");
         assert!(said(root.path()).ends_with(&format!("did you mean {}?", vae.display())));

@@ -34,11 +34,11 @@ settings! {
         pub scaling_factor: f64 = 0.18215, in above(0.0);
         /// Taken from latents before they are scaled.
         pub shift_factor: Option<f64> = None;
-        /// Whether moments pass a last convolution of side 1.
+        /// True if moments pass a last convolution of side 1.
         pub use_quant_conv: bool = true;
-        /// Whether latents pass a first convolution of side 1.
+        /// True if latents pass a first convolution of side 1.
         pub use_post_quant_conv: bool = true;
-        /// Whether the middle has attention.
+        /// True if the middle has attention.
         pub mid_block_add_attention: bool = true;
     }
 }

@@ -115,7 +115,7 @@ pub trait Network: Send {
 
 registry! {
     /// The classes by the name that `config.json` gives them: one line a class.
-    pub enum Class: Design {
+    pub enum AutoencoderClass: Design {
         "AutoencoderKL" => Kl(Kl),
         "AutoencoderKLFlux2" => Flux2(Flux2),
         "AutoencoderKLWan" => Wan(Wan),

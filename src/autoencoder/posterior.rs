@@ -41,7 +41,7 @@ impl Posterior {
             Estimate::Mean => mean,
             Estimate::Sample => {
                 let noise = stream.open().normal(0.0, 1.0, &mean.size()).to_device(mean.device());
-                mean + (0.5 * self.log_variance.to_kind(Kind::Float)).exp() * noise
+                mean + (self.log_variance.to_kind(Kind::Float) * 0.5).exp() * noise
             }
         }
     }
@@ -62,7 +62,7 @@ mod tests {
         let drawn =
             |keys: &[Key]| posterior.latents(Estimate::Sample, &Stream::PerSample(keys.to_vec()));
         let latents = drawn(&keys);
-        // Of 20,000 draws with a deviation of 2: four standard errors.
+        // Four standard errors of 20,000 draws with a deviation of 2.
         assert!((latents.mean(Kind::Double).double_value(&[]) - 0.5).abs() < 0.057);
         assert!((latents.std(true).double_value(&[]) - 2.0).abs() < 0.04);
         assert!(drawn(&keys).equal(&latents));

@@ -22,7 +22,7 @@ settings! {
         pub num_res_blocks: i64 = 2, in 1..=MOST_BLOCKS;
         /// Sizes with attention; none is supported, except for the middle's.
         pub attn_scales: Vec<f64> = Vec::new();
-        /// Whether each halving of the sides halves the frames, too.
+        /// For each halving of the sides, true if it halves the frames, too.
         pub temperal_downsample: Vec<bool> = vec![false, true, true];
         /// Channels of pixels.
         pub input_channels: i64 = 3, in 1..=1024;

@@ -15,7 +15,7 @@ pub const AXES: usize = 3;
 pub struct Residual {
     norms: [ChannelNorm; 2],
     convolutions: [EdgeConvolution; 2],
-    /// Where the channels change, the map of each place that the input passes.
+    /// The map of each place that the input passes where the channels change.
     shortcut: Option<Pointwise>,
 }
 

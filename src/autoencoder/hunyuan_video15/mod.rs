@@ -34,9 +34,9 @@ settings! {
         pub spatial_compression_ratio: i64 = 16, in 1..=4096;
         /// Frames of pixels for each frame of latents after the first.
         pub temporal_compression_ratio: i64 = 4, in 1..=64;
-        /// Whether halving the sides changes the channels to those of the next size.
+        /// True if halving the sides changes the channels to those of the next size.
         pub downsample_match_channel: bool = true;
-        /// Whether doubling the sides does.
+        /// True if doubling the sides does.
         pub upsample_match_channel: bool = true;
         /// A model's latents are the autoencoder's times this.
         pub scaling_factor: f64 = 1.03682, in above(0.0);

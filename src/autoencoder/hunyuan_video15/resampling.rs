@@ -76,7 +76,7 @@ impl Doubling {
             return larger(&convolved, OF_ONE) + larger(&shortcut, OF_ONE);
         }
         let ([first, later], [x_first, x_later]) = (split(&convolved), split(x));
-        // Of a block of one frame, half the channels are used.
+        // A block of one frame uses half the channels.
         let first = larger(&first, OF_ONE).narrow(1, 0, outputs)
             + repeated(&larger(&x_first, OF_ONE), outputs);
         let later = larger(&later, OF_TWO) + repeated(&larger(&x_later, OF_TWO), outputs);

@@ -21,7 +21,7 @@ pub fn norm(builder: &mut Builder<'_>, channels: i64, levels: &Levels) -> GroupN
 pub struct Residual {
     norms: [GroupNorm; 2],
     convolutions: [Convolution; 2],
-    /// Where the channels change, the convolution that the input passes.
+    /// The convolution that the input passes where the channels change.
     shortcut: Option<Convolution>,
 }
 

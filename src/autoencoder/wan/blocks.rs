@@ -29,7 +29,7 @@ pub fn point(builder: &mut Builder<'_>, inputs: i64, outputs: i64) -> CausalConv
 pub struct Residual {
     norms: [ChannelNorm; 2],
     convolutions: [CausalConvolution; 2],
-    /// Where the channels change, the convolution that the input passes.
+    /// The convolution that the input passes where the channels change.
     shortcut: Option<CausalConvolution>,
 }
 

@@ -28,13 +28,13 @@ settings! {
         pub num_res_blocks: i64 = 2, in 1..=MOST_BLOCKS;
         /// Sizes with attention; none is supported, except for the middle's.
         pub attn_scales: Vec<f64> = Vec::new();
-        /// Whether each halving of the sides halves the frames, too.
+        /// For each halving of the sides, true if it halves the frames, too.
         pub temperal_downsample: Vec<bool> = vec![false, true, true];
         /// Mean of each channel of the latents.
         pub latents_mean: Vec<f64> = MEANS.to_vec();
         /// Standard deviation of each channel of the latents.
         pub latents_std: Vec<f64> = DEVIATIONS.to_vec(), in above(0.0);
-        /// Whether each size has a shortcut of its own (Wan 2.2 TI2V-5B).
+        /// True if each size has a shortcut of its own (Wan 2.2 TI2V-5B).
         pub is_residual: bool = false;
         /// Channels of pixels, or of patches of them.
         pub in_channels: i64 = 3, in 1..=4096;
