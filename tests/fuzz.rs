@@ -22,7 +22,7 @@ use std::hint::black_box;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use fm_dist::autoencoder::Class;
+use fm_dist::autoencoder::AutoencoderClass;
 use fm_dist::collective::Solo;
 use fm_dist::commands::{StepRequest, dump_step};
 use fm_dist::config::{DEFAULT, RunConfig};
@@ -239,7 +239,7 @@ fn an_autoencoders_configuration_is_read_or_refused() {
         entries.map(|entry| fs::read(entry.join("config.json")).unwrap()).collect();
     let read = |bytes: &[u8]| {
         fs::write(folder.path().join("config.json"), bytes).unwrap();
-        told(Class::read(folder.path()).map(|class| {
+        told(AutoencoderClass::read(folder.path()).map(|class| {
             assert!(!class.tensors().is_empty());
             class.factors().latents(&[3, 64, 64])
         }))

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use fm_dist::autoencoder::{Autoencoder, Class, Estimate, Factors, Tile};
+use fm_dist::autoencoder::{Autoencoder, AutoencoderClass, Estimate, Factors, Tile};
 use fm_dist::files::safetensors;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
@@ -30,7 +30,8 @@ fn listed(name: &str) -> BTreeMap<String, Vec<i64>> {
 fn every_tensor_of_the_published_autoencoders_finds_its_place() {
     let published = ["flux1", "flux2", "wan2.1", "wan2.2-ti2v-5b", "qwen-image", "hunyuanvideo1.5"];
     for name in published {
-        let (found, expected) = (Class::read(&folder(name)).unwrap().tensors(), listed(name));
+        let (found, expected) =
+            (AutoencoderClass::read(&folder(name)).unwrap().tensors(), listed(name));
         for (tensor, shape) in &expected {
             assert_eq!(found.get(tensor), Some(shape), "{name}: {tensor}");
         }
@@ -53,7 +54,7 @@ fn published_autoencoders_have_the_factors_of_their_pipelines() {
         ("hunyuanvideo1.5", videos(32, 16), Estimate::Mean, 256),
     ];
     for (name, factors, estimate, side) in published {
-        let class = Class::read(&folder(name)).unwrap();
+        let class = AutoencoderClass::read(&folder(name)).unwrap();
         assert_eq!((class.factors(), class.estimate()), (factors, estimate), "{name}");
         assert_eq!((class.tile().side, class.tile().stride), (side, side * 3 / 4), "{name}");
     }
@@ -76,7 +77,7 @@ const TINY: &str = r#"{"_class_name": "AutoencoderKL", "block_out_channels": [4]
 fn tiny_weights() -> BTreeMap<String, Tensor> {
     let root = TempDir::new().unwrap();
     fs::write(root.path().join("config.json"), TINY).unwrap();
-    let shapes = Class::read(root.path()).unwrap().tensors();
+    let shapes = AutoencoderClass::read(root.path()).unwrap().tensors();
     let ones = |shape: Vec<i64>| Tensor::ones(shape, (Kind::BFloat16, Device::Cpu));
     shapes.into_iter().map(|(name, shape)| (name, ones(shape))).collect()
 }

@@ -9,7 +9,9 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
-use super::packages::{BFLOAT16, LOSS, assert_close, entries, fresh_seed, oracle};
+use super::packages::{
+    BFLOAT16, LOSS, assert_close, entries, fresh_seed, oracle, relative_difference,
+};
 
 /// New cases of one class.
 fn check_class(class: &str) {
@@ -38,8 +40,10 @@ impl Case<'_> {
     fn compare(&self, name: &str, found: &Tensor) {
         let tolerance =
             if ["model_latents", "unscaled"].contains(&name) { LOSS } else { self.tolerance };
-        let what = format!("{} {name}", self.entry["name"]);
-        assert_close(found, &self.tensor(name), tolerance, &what);
+        let (what, expected) = (format!("{} {name}", self.entry["name"]), self.tensor(name));
+        assert_close(found, &expected, tolerance, &what);
+        let difference = relative_difference(found, &expected);
+        println!("{what} in {}: {difference:.1e} of {tolerance:.0e}", self.entry["dtype"]);
     }
 
     /// `prefix`: `tiled_` if both work in tiles.
