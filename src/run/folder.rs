@@ -49,6 +49,8 @@ pub(super) struct Checkpoint {
     pub path: PathBuf,
     pub step: u64,
     pub samples_seen: u64,
+    /// The checkpoint of another run that it is a copy of.
+    pub copy_of: Option<PathBuf>,
 }
 
 impl RunFolder {
@@ -88,6 +90,11 @@ impl RunFolder {
     /// Returns the checkpoint that the run resumes from.
     pub fn resumed_from(&self) -> Option<&Path> {
         self.resumed_from.as_ref().map(|checkpoint| &*checkpoint.path)
+    }
+
+    /// Returns the checkpoint of another run that this run branches off.
+    pub fn branches_off(&self) -> Option<&Path> {
+        self.resumed_from.as_ref()?.copy_of.as_deref()
     }
 
     /// Returns rank 0's warnings about folders and checkpoints that it skipped, took over or set

@@ -89,7 +89,10 @@ fn branch(path: &Path, output_dir: &OutputDir, length: Length) -> Result<RunFold
     checkpoint::clear_leftovers(&path)?;
     let copy = checkpoint::copy_to(&path, &from, &manifest)?;
     let lock = lock.expect("a new run is locked");
-    Ok(going_on(path, copy, &manifest, length, warnings, lock))
+    let mut folder = going_on(path, copy, &manifest, length, warnings, lock);
+    folder.resumed_from =
+        folder.resumed_from.map(|copy| Checkpoint { copy_of: Some(from), ..copy });
+    Ok(folder)
 }
 
 /// Makes or takes the folder of a new run: the first candidate that no process has.
@@ -238,7 +241,7 @@ fn going_on(
     let is_over = step > last || step == last && run.join(REPORT).exists();
     RunFolder {
         path: run,
-        resumed_from: Some(Checkpoint { path, step, samples_seen }),
+        resumed_from: Some(Checkpoint { path, step, samples_seen, copy_of: None }),
         is_over,
         is_elsewhere: false,
         warnings,

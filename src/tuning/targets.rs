@@ -57,7 +57,8 @@ impl<'s> Targets<'s> {
         let named = |glob: &&str| [ATTENTION, ALL_LINEAR].contains(glob);
         let mut own = globs(&self.lora.target_modules).filter(|glob| !named(glob));
         if let Some(glob) = own.find(|glob| lacks(glob, &modules)) {
-            return refuse("target_modules", glob, &modules, "linear map of the model");
+            let words = [modules.as_slice(), &[ATTENTION, ALL_LINEAR]].concat();
+            return refuse("target_modules", glob, &words, "linear map of the model");
         }
         if let Some(glob) = globs(self.excluded).find(|glob| lacks(glob, &modules)) {
             return refuse("exclude_modules", glob, &modules, "linear map of the model");

@@ -113,6 +113,8 @@ fn a_branch_is_a_run_of_its_own_that_goes_on_as_the_other_one_did() {
     let same = branch(&[], trunk.join("step-00000005"));
     assert!(checkpoint(&same, 10) == before[1], "a branch that changes nothing");
     assert_eq!(column(&same, "loss"), column(&trunk, "loss")[5..]);
+    let told = format!("branches off {} at step 5", trunk.join("step-00000005").display());
+    assert_eq!(said(&same, &told).len(), 1);
     assert_eq!(steps_saved(&same), [5, 10], "it can be resumed before its first own checkpoint");
 
     let other = branch(&["max_steps=12", "optimizer.adamw.lr=0.0001"], trunk.clone());
