@@ -121,8 +121,8 @@ impl Decoder {
     /// # Shapes
     /// `latents`: `[B, …]` with the shape of [`Factors::latents`]. Returns what
     /// [`decode`](Self::decode) takes.
-    pub fn from_model(&self, latents: &Tensor) -> Tensor {
-        no_grad(|| self.half.scaling.from_model(latents))
+    pub fn to_autoencoder(&self, latents: &Tensor) -> Tensor {
+        no_grad(|| self.half.scaling.to_autoencoder(latents))
     }
 
     /// Returns pixels, from -1 to 1 but for the picture classes and HunyuanVideo 1.5, which may go

@@ -42,7 +42,7 @@ impl Scaling {
 
     /// # Shapes
     /// `latents`: a model's, `[B, C, (F,) H, W]`. Returns an autoencoder's, f32.
-    pub(super) fn from_model(&self, latents: &Tensor) -> Tensor {
+    pub(super) fn to_autoencoder(&self, latents: &Tensor) -> Tensor {
         let [shift, factor] = self.broadcast(latents);
         let latents = latents.to_kind(Kind::Float) / factor + shift;
         match self.patch {
@@ -76,7 +76,7 @@ mod tests {
             Scaling::of_blocks(2, &numbers, &(&numbers + 1.0), 1e-4),
         ];
         for scaling in scalings {
-            let back = scaling.from_model(&scaling.to_model(&latents));
+            let back = scaling.to_autoencoder(&scaling.to_model(&latents));
             assert!(back.allclose(&latents, 1e-5, 1e-5, false));
         }
     }

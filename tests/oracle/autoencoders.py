@@ -21,7 +21,6 @@ import argparse
 import json
 import random
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -298,14 +297,24 @@ def inputs(draw: Draw, dice: Dice) -> dict[str, torch.Tensor]:
     }
 
 
+def widened(convolve: Callable) -> Callable:
+    """The same convolution, of bfloat16 summed in float32 and rounded once, as GPUs do.
+
+    oneDNN, by which a CPU convolves, rounds in between, and on processors with AMX it reads memory that nobody wrote.
+    """
+
+    def wrapped(module: torch.nn.Module, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        return convolve(module, x.float(), *(parameter.float() for parameter in parameters)).to(x.dtype)
+
+    return wrapped
+
+
 def computed(vae: torch.nn.Module, draw: Draw, given: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """What comes out, whole and in tiles, in float32."""
     found = {}
     if draw.model is AutoencoderKLHunyuanVideo15:
         vae.enable_slicing()
-    # On processors with AMX, oneDNN's bfloat16 convolutions read memory that nobody wrote.
-    kernels = torch.backends.mkldnn.flags(enabled=False) if dtype == torch.bfloat16 else nullcontext()
-    with torch.no_grad(), kernels:
+    with torch.no_grad():
         for prefix in ["", "tiled_"]:
             posterior = vae.encode(given["pixels"].to(dtype)).latent_dist
             found[f"{prefix}mean"], found[f"{prefix}log_variance"] = posterior.mean, posterior.logvar
@@ -348,6 +357,8 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="configuration, shapes and spread of each case")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    for convolution in [torch.nn.Conv2d, torch.nn.Conv3d]:
+        convolution._conv_forward = widened(convolution._conv_forward)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     entries = []

@@ -68,7 +68,7 @@ fn check_case(entry: &Value, folder: &Path) {
     let decoder = autoencoder.decoder(Device::Cpu, kind).unwrap();
     case.compare_halves("", &encoder, &decoder);
     case.compare("model_latents", &encoder.to_model(&case.tensor("mean")));
-    case.compare("unscaled", &decoder.from_model(&case.tensor("model_input")));
+    case.compare("unscaled", &decoder.to_autoencoder(&case.tensor("model_input")));
 
     let (pixels, of_model) = (case.tensor("pixels").size(), case.tensor("model_latents").size());
     assert_eq!(autoencoder.factors().latents(&pixels[1..]), Ok(of_model[1..].to_vec()));

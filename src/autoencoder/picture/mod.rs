@@ -70,8 +70,8 @@ impl Levels {
         if levels == 0 || levels > MOST_LEVELS {
             return Err(format!("{field} has {}, not 1 to {MOST_LEVELS}", listed(levels)));
         }
-        let types = ["down_block_types", "up_block_types"].into_iter().zip(counts);
-        for (name, count) in types.filter(|(_, count)| *count != levels) {
+        let mut types = ["down_block_types", "up_block_types"].into_iter().zip(counts);
+        if let Some((name, count)) = types.find(|(_, count)| *count != levels) {
             return Err(format!("{name} has {}, {field} {levels}", listed(count)));
         }
         match self.widths.iter().find(|width| *width % self.groups != 0) {

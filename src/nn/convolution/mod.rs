@@ -32,9 +32,8 @@ impl Kernel {
 
     /// Convolves `x` `[B, inputs, H, W]`, or `[B, inputs, F, H, W]` by a kernel of three sides.
     fn apply(&self, params: &Views, x: &Tensor, stride: &[i64], padding: &[i64]) -> Tensor {
-        let (kind, wide) = (x.kind(), computed_kind(x));
-        let [x, weight, bias] =
-            [x, &params[self.weight], &params[self.bias]].map(|tensor| tensor.to_kind(wide));
+        let kind = x.kind();
+        let [x, weight, bias] = self.widened(params, x);
         let dilation = &[1i64; 3][..stride.len()];
         let convolved = match stride.len() {
             2 => x.conv2d(&weight, Some(&bias), stride, padding, dilation, 1),
@@ -42,10 +41,14 @@ impl Kernel {
         };
         convolved.to_kind(kind)
     }
-}
 
-/// The kind in which `x` is convolved: on a CPU f32 in place of bfloat16. oneDNN, by which
-/// libtorch 2.13 convolves there, reads memory that nobody wrote on processors with AMX.
-fn computed_kind(x: &Tensor) -> Kind {
-    if x.kind() == Kind::BFloat16 && !x.device().is_cuda() { Kind::Float } else { x.kind() }
+    /// Returns `x`, weight and bias in the kind of the computation: on a CPU f32 in place of
+    /// bfloat16, so that a sum is rounded once, as on a GPU. oneDNN, by which libtorch 2.13
+    /// convolves on CPUs, rounds in between, and on processors with AMX it reads memory that nobody
+    /// wrote.
+    fn widened(&self, params: &Views, x: &Tensor) -> [Tensor; 3] {
+        let is_wide = x.kind() != Kind::BFloat16 || x.device().is_cuda();
+        let kind = if is_wide { x.kind() } else { Kind::Float };
+        [x, &params[self.weight], &params[self.bias]].map(|tensor| tensor.to_kind(kind))
+    }
 }

@@ -20,6 +20,8 @@ impl Pointwise {
     /// # Shapes
     /// `x`: `[…, inputs]`. Returns `[…, outputs]`.
     pub fn forward(&self, params: &Views, x: &Tensor) -> Tensor {
-        x.linear(&params[self.kernel.weight].flatten(1, -1), Some(&params[self.kernel.bias]))
+        let kind = x.kind();
+        let [x, weight, bias] = self.kernel.widened(params, x);
+        x.linear(&weight.flatten(1, -1), Some(&bias)).to_kind(kind)
     }
 }
