@@ -297,14 +297,19 @@ def inputs(draw: Draw, dice: Dice) -> dict[str, torch.Tensor]:
     }
 
 
-def widened(convolve: Callable) -> Callable:
-    """The same convolution, of bfloat16 summed in float32 and rounded once, as GPUs do.
+def widened(function: Callable) -> Callable:
+    """The same function, of bfloat16 summed in float32 and rounded once, as GPUs do.
 
-    oneDNN, by which a CPU convolves, rounds in between, and on processors with AMX it reads memory that nobody wrote.
+    A CPU's convolutions by oneDNN round in between, and on processors with AMX they read memory that nobody wrote; its kernels of attention
+    differ in where they round.
     """
 
-    def wrapped(module: torch.nn.Module, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        return convolve(module, x.float(), *(parameter.float() for parameter in parameters)).to(x.dtype)
+    def wide(value):
+        return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 else value
+
+    def wrapped(*arguments, **named):
+        kinds = [value.dtype for value in arguments if isinstance(value, torch.Tensor)]
+        return function(*map(wide, arguments), **{name: wide(value) for name, value in named.items()}).to(kinds[0])
 
     return wrapped
 
@@ -359,6 +364,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for convolution in [torch.nn.Conv2d, torch.nn.Conv3d]:
         convolution._conv_forward = widened(convolution._conv_forward)
+    torch.nn.functional.scaled_dot_product_attention = widened(torch.nn.functional.scaled_dot_product_attention)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     entries = []
