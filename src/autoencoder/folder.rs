@@ -1,7 +1,8 @@
 //! An autoencoder's folder as published: `config.json` and the weights in safetensors.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
@@ -15,6 +16,8 @@ use crate::files::safetensors::{Shards, WEIGHTS_STEM, refuse_pickled_weights};
 use crate::settings::{self, Family};
 
 const CONFIG_FILE_NAME: &str = "config.json";
+/// Longest `config.json`, twenty times any published one.
+const MAX_CONFIG_BYTES: u64 = 64 << 10;
 /// Part of the names of counters that PyTorch keeps beside statistics.
 const COUNTERS: &[&str] = &["num_batches_tracked"];
 /// Kinds of published weights.
@@ -101,7 +104,11 @@ impl AutoencoderClass {
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(CONFIG_FILE_NAME);
         let text =
-            fs::read(&path).map_err(|error| Error::data(folder, no_config(folder, &error)))?;
+            text_of(&path).map_err(|error| Error::data(folder, no_config(folder, &error)))?;
+        if text.len() as u64 > MAX_CONFIG_BYTES {
+            let what = format!("is longer than the {MAX_CONFIG_BYTES} bytes allowed");
+            return Err(Error::data(&path, what));
+        }
         refuse_pickled_weights(folder)?;
         let parsed: Result<Map<String, Value>, _> = serde_json::from_slice(&text);
         let fields = parsed.map_err(|error| Error::data(&path, no_json(&text, &error)))?;
@@ -131,8 +138,15 @@ impl AutoencoderClass {
     }
 }
 
+/// The first bytes of a file, one more than allowed if it is longer.
+fn text_of(path: &Path) -> io::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    File::open(path)?.take(MAX_CONFIG_BYTES + 1).read_to_end(&mut text)?;
+    Ok(text)
+}
+
 /// The reason why a folder has no readable `config.json`, with the folder that was probably meant.
-fn no_config(folder: &Path, error: &std::io::Error) -> String {
+fn no_config(folder: &Path, error: &io::Error) -> String {
     let inside = folder.join("vae");
     if inside.join(CONFIG_FILE_NAME).is_file() {
         return format!("is no autoencoder's folder; did you mean {}?", inside.display());
@@ -149,6 +163,8 @@ fn unknown_class(name: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use serde_json::json;
 
     use super::*;
@@ -284,5 +300,7 @@ mod tests {
         fs::write(vae.join("config.json"), "{").expect("a file");
         assert!(said(root.path()).ends_with(&format!("did you mean {}?", vae.display())));
         assert!(said(&vae).starts_with(&vae.join("config.json").display().to_string()));
+        fs::write(vae.join("config.json"), " ".repeat(1 << 17)).expect("a file");
+        assert!(said(&vae).ends_with("config.json: is longer than the 65536 bytes allowed"));
     }
 }
