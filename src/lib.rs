@@ -19,7 +19,7 @@
 //! | 5 | [`assembly`]: builds model, optimizer and pipeline from the configuration |
 //! | 4 | [`run`]: the run folder and its checkpoints |
 //! | 3 | [`config`]: the configuration, one field for each room · [`datasets`]: makes and describes datasets |
-//! | 2, science | [`adapter`] above [`flow`], [`tuning`] above [`model`] · [`optim`] |
+//! | 2, science | [`adapter`] above [`flow`], [`tuning`] above [`model`] · [`autoencoder`] · [`optim`] |
 //! | 2, machinery | [`parallel`] · [`watchdog`] |
 //! | 1 | [`report`] · [`attention`] above [`collective`] · [`data`] · [`lora`] · [`nn`] above [`ops`] · [`telemetry`] |
 //! | 0, each above those after it | [`files`] · [`failure`] · [`fault`], `registry` · [`cuda`], [`pulse`], [`settings`] · [`error`], [`libtorch`], `median`, [`phase`], [`rng`], [`tensor`] |
@@ -39,6 +39,7 @@
 pub mod adapter;
 pub mod assembly;
 pub mod attention;
+pub mod autoencoder;
 pub mod cli;
 pub mod collective;
 pub mod commands;

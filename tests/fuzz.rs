@@ -22,6 +22,7 @@ use std::hint::black_box;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use fm_dist::autoencoder::AutoencoderClass;
 use fm_dist::collective::Solo;
 use fm_dist::commands::{StepRequest, dump_step};
 use fm_dist::config::{DEFAULT, RunConfig};
@@ -44,7 +45,7 @@ use hunt::{Prey, hunt, turn};
 
 /// Seconds that all readers together are tried for.
 const SECONDS: u64 = 20;
-const READERS: u64 = 11;
+const READERS: u64 = 12;
 
 /// Words of every format that is built on JSON and safetensors.
 const WORDS: &[&[u8]] = &[
@@ -205,6 +206,52 @@ fn safetensors_are_read_or_refused() {
         told(read_safetensors(&path))
     };
     hunted(&Prey { name: "safetensors", sound, words: WORDS, dress: &fitted, read: &read });
+}
+
+// Autoencoders.
+
+/// Words of an autoencoder's `config.json`.
+const AUTOENCODER_WORDS: &[&[u8]] = &[
+    b"AutoencoderKL",
+    b"AutoencoderKLFlux2",
+    b"AutoencoderKLWan",
+    b"AutoencoderKLQwenImage",
+    b"AutoencoderKLHunyuanVideo15",
+    b"block_out_channels",
+    b"decoder_block_out_channels",
+    b"dim_mult",
+    b"temperal_downsample",
+    b"is_residual",
+    b"patch_size",
+    b"true",
+    b"null",
+    b"65536",
+    b"[]",
+    b"[1,1]",
+];
+
+#[test]
+fn an_autoencoders_configuration_is_read_or_refused() {
+    let _turn = turn();
+    let folder = TempDir::new().unwrap();
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/autoencoders");
+    let entries = fs::read_dir(fixtures).unwrap().map(|entry| entry.unwrap().path());
+    let sound: Vec<Vec<u8>> =
+        entries.map(|entry| fs::read(entry.join("config.json")).unwrap()).collect();
+    let read = |bytes: &[u8]| {
+        fs::write(folder.path().join("config.json"), bytes).unwrap();
+        told(AutoencoderClass::read(folder.path()).map(|class| {
+            assert!(!class.tensors().is_empty());
+            class.factors().latents(&[3, 64, 64])
+        }))
+    };
+    hunted(&Prey {
+        name: "autoencoder",
+        sound,
+        words: AUTOENCODER_WORDS,
+        dress: &as_it_is,
+        read: &read,
+    });
 }
 
 // LoRAs.

@@ -23,6 +23,8 @@ mod fast {
     /// Archives as `torch.save` writes them.
     #[path = "../fuzz/archive.rs"]
     mod archive;
+    /// Every tensor of the published autoencoders finds its place, and what does not fit is told.
+    mod autoencoders;
     /// A world of one and worlds of threads keep the contract of the collectives, and a rank that
     /// fails ends its world.
     mod collectives;
@@ -157,6 +159,8 @@ mod faults;
 
 /// The numbers of the real packages in Python.
 mod oracle {
+    /// Autoencoders compute what diffusers' classes of them compute, whole and in tiles.
+    mod autoencoders;
     /// Averages of the weights are those of diffusers' EMAModel.
     mod averages;
     /// Caches of other trainers are imported with the bits that their own readers give.

@@ -12,7 +12,7 @@ use tch::{Kind, Tensor};
 use crate::error::{Error, Result};
 use crate::files::disk::{Disk, Output};
 use crate::files::outputs::{Named, check_new_folder};
-use crate::files::safetensors;
+use crate::files::safetensors::{self, WEIGHTS_STEM};
 use crate::lora::Dialect;
 use crate::model::{self, Dtype};
 use crate::nn::ParamInfo;
@@ -20,7 +20,6 @@ use crate::run::checkpoint::SavedWeights;
 use crate::run::folder;
 use crate::run::locate::locate;
 use crate::run::lora_files;
-use crate::run::weights::STEM;
 use crate::run::whole::WholeModel;
 use crate::settings::Family;
 
@@ -162,15 +161,15 @@ impl Export<'_> {
             self.write_shard(index)?;
         }
         if self.shards.len() > 1 {
-            self.write_text(&format!("{STEM}.safetensors.index.json"), &self.index())?;
+            self.write_text(&format!("{WEIGHTS_STEM}.safetensors.index.json"), &self.index())?;
         }
         Disk::PLAIN.sync_folder(&self.staged)
     }
 
     fn shard_name(&self, index: usize) -> String {
         match self.shards.len() {
-            1 => format!("{STEM}.safetensors"),
-            count => format!("{STEM}-{:05}-of-{count:05}.safetensors", index + 1),
+            1 => format!("{WEIGHTS_STEM}.safetensors"),
+            count => format!("{WEIGHTS_STEM}-{:05}-of-{count:05}.safetensors", index + 1),
         }
     }
 

@@ -3,6 +3,7 @@
 mod activations;
 pub mod attention;
 mod classes;
+pub mod convolution;
 mod dropping;
 pub mod embed;
 mod groups;

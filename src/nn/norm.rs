@@ -5,6 +5,9 @@ use tch::Tensor;
 use super::{Builder, Init, Param, Views};
 use crate::ops::{self, ModulatedNorm, Rounding, apply, at_least_float};
 
+/// Norms of channels below this one count as this one.
+const LEAST_NORM: f64 = 1e-12;
+
 /// Layer normalization over the last axis with a learned scale and shift.
 #[derive(Clone, Copy, Debug)]
 pub struct LayerNorm {
@@ -63,6 +66,60 @@ impl RmsNorm {
     pub fn forward(&self, params: &Views, x: &Tensor) -> Tensor {
         let norm = ops::RmsNorm { epsilon: self.epsilon, rounding: self.rounding };
         apply(norm, [x, &params[self.weight]])
+    }
+}
+
+/// Normalization over groups of channels and all places, with a learned scale and shift.
+///
+/// Source: Wu & He 2018, arXiv:1803.08494.
+#[derive(Clone, Copy, Debug)]
+pub struct GroupNorm {
+    weight: Param,
+    bias: Param,
+    groups: i64,
+    epsilon: f64,
+}
+
+impl GroupNorm {
+    /// `channels` is a multiple of `groups`.
+    pub fn new(builder: &mut Builder<'_>, channels: i64, groups: i64, epsilon: f64) -> Self {
+        let weight = builder.param("weight", &[channels], Init::Ones);
+        let bias = builder.param("bias", &[channels], Init::Zeros);
+        GroupNorm { weight, bias, groups, epsilon }
+    }
+
+    /// # Shapes
+    /// `x`: `[B, C, …]`. Returns the same.
+    pub fn forward(&self, params: &Views, x: &Tensor) -> Tensor {
+        let (weight, bias) = (&params[self.weight], &params[self.bias]);
+        x.group_norm(self.groups, Some(weight), Some(bias), self.epsilon, true)
+    }
+}
+
+/// Each place's channels divided by their root mean square, with a learned scale.
+///
+/// The norm is taken in f32 at least; what is divided by it and each product are rounded to the
+/// kind of the input, as in diffusers' autoencoders of videos.
+#[derive(Clone, Copy, Debug)]
+pub struct ChannelNorm {
+    gamma: Param,
+    channels: i64,
+}
+
+impl ChannelNorm {
+    /// `gamma` `[channels, 1, …]` for inputs of `axes` axes behind the channels.
+    pub fn new(builder: &mut Builder<'_>, channels: i64, axes: usize) -> Self {
+        let shape = [&[channels][..], &vec![1; axes]].concat();
+        ChannelNorm { gamma: builder.param("gamma", &shape, Init::Ones), channels }
+    }
+
+    /// # Shapes
+    /// `x`: `[B, C, …]`. Returns the same.
+    pub fn forward(&self, params: &Views, x: &Tensor) -> Tensor {
+        let wide = x.to_kind(at_least_float(x.kind()));
+        let norm = wide.norm_scalaropt_dim(2.0, [1i64], true).clamp_min(LEAST_NORM);
+        let directions = (wide / norm).to_kind(x.kind());
+        directions * (self.channels as f64).sqrt() * &params[self.gamma]
     }
 }
 

@@ -60,7 +60,7 @@ impl ParamInfo {
 }
 
 /// Handle of one parameter within its stage.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Param(pub(super) usize);
 
 /// The parameters of one stage in the order of its flat buffer: frozen ones, then trained ones;
@@ -180,7 +180,7 @@ impl ParamSet {
 
     /// The flat buffer `[P]` as one view for each parameter; the rest is padding.
     pub fn split(&self, flat: &Tensor) -> Views {
-        self.views(split(&self.infos, flat), Vec::new())
+        self.views(split(&self.infos, flat))
     }
 
     /// As [`split`](Self::split), for a buffer that is held in one piece for each of its
@@ -190,10 +190,16 @@ impl ParamSet {
         pieces: impl Iterator<Item = (&'p Class, &'p Tensor)>,
     ) -> Views {
         let tensors = pieces.flat_map(|(class, piece)| class.split(&self.infos, piece)).collect();
-        self.views(tensors, self.infos.iter().map(ParamInfo::packed).collect())
+        self.held_as(tensors, self.infos.iter().map(ParamInfo::packed).collect())
     }
 
-    fn views(&self, tensors: Vec<Tensor>, packed: Vec<Option<Packed>>) -> Views {
+    /// As [`split`](Self::split), for one tensor of its own for each parameter, in the order of the
+    /// infos.
+    pub fn views(&self, tensors: Vec<Tensor>) -> Views {
+        self.held_as(tensors, Vec::new())
+    }
+
+    fn held_as(&self, tensors: Vec<Tensor>, packed: Vec<Option<Packed>>) -> Views {
         Views::new(tensors, Arc::from(&*self.places), Arc::from(&*self.low_ranks), packed.into())
     }
 

@@ -7,12 +7,9 @@ use std::path::{Path, PathBuf};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::files::safetensors::Shards;
+use crate::files::safetensors::{Shards, WEIGHTS_STEM};
 use crate::model::Model;
 use crate::nn::Stage;
-
-/// File name of diffusers' weights without its extension.
-pub const STEM: &str = "diffusion_pytorch_model";
 
 /// Beginnings that programs put before the names of a model's parameters.
 const PREFIXES: [&str; 4] = ["", "model.diffusion_model.", "diffusion_model.", "transformer."];
@@ -37,7 +34,7 @@ impl Weights {
     /// # Errors
     /// [`Error::Data`] with a list of every missing, unexpected and misshapen tensor.
     pub fn open(folder: &Path, family: &Model, stages: &[Box<dyn Stage>]) -> Result<Self> {
-        let shards = Shards::open_stem(folder, STEM)?;
+        let shards = Shards::open_stem(folder, WEIGHTS_STEM)?;
         let own =
             || stages.iter().flat_map(|stage| stage.params().infos()).filter(|info| !info.added);
         let is_before =
@@ -135,7 +132,8 @@ mod tests {
             values.iter().flat_map(|(name, values)| stored(name, values)).collect();
         let borrowed: Vec<(&str, &Tensor)> =
             tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
-        let mut file = File::create(root.join(format!("{STEM}.safetensors"))).expect("a file");
+        let mut file =
+            File::create(root.join(format!("{WEIGHTS_STEM}.safetensors"))).expect("a file");
         write(&mut file, &borrowed, &BTreeMap::new()).expect("room");
         values
     }

@@ -15,7 +15,7 @@ const FLOORS: &[&[&str]] = &[
     &["ops"],
     &["collective", "data", "lora", "nn", "telemetry"],
     &["attention", "report"],
-    &["flow", "model", "optim", "parallel", "watchdog"],
+    &["autoencoder", "flow", "model", "optim", "parallel", "watchdog"],
     &["adapter", "tuning"],
     &["config", "datasets"],
     &["run"],

@@ -32,6 +32,8 @@ pub use write::{Planned, Writer, write};
 #[cfg(target_endian = "big")]
 compile_error!("the format is little-endian and tensors are read as they lie in memory");
 
+/// File name of diffusers' weights without its extension.
+pub const WEIGHTS_STEM: &str = "diffusion_pytorch_model";
 /// Bytes of the field with the header's length.
 const PREFIX: u64 = 8;
 /// Largest tensor that is allocated (1 TiB): some systems grant any amount and kill the process

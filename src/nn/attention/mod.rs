@@ -8,7 +8,7 @@ use tch::Tensor;
 use super::norm::RmsNorm;
 use super::{AttentionInfo, Builder, Init, Linear, Rows, Views, rope};
 use crate::libtorch::{AttentionBackend, permit_attention};
-use crate::ops::{Rounding, with_dense_gradient};
+use crate::ops::{Rounding, at_least_float, with_dense_gradient};
 pub use choice::{AttentionChoice, choose, open_on};
 pub use wide::WideAttention;
 
@@ -24,6 +24,25 @@ pub fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: Option<&Tensor
         true => attention.by(choice::chosen(mask.is_some())),
         false => attention.by_libtorchs_choice(),
     }
+}
+
+/// Attention by a single head of any width, without a mask. On a GPU the memory-efficient backend
+/// computes it, because the others take no head as wide as those of autoencoders; on a CPU libtorch
+/// chooses, and bfloat16 is computed in f32 and rounded once.
+///
+/// # Shapes
+/// `query`: `[B, L, D]`; `key`, `value`: `[B, K, D]`. Returns `[B, L, D]`.
+pub fn attend_by_one_head(query: &Tensor, key: &Tensor, value: &Tensor) -> Tensor {
+    let [query, key, value] = [query, key, value].map(|tensor| tensor.unsqueeze(2));
+    if query.device().is_cuda() {
+        let attention = Attention { query: &query, key: &key, value: &value, mask: None };
+        return attention.by(AttentionBackend::Efficient);
+    }
+    let kind = query.kind();
+    let [query, key, value] =
+        [query, key, value].map(|tensor| tensor.to_kind(at_least_float(tensor.kind())));
+    let attention = Attention { query: &query, key: &key, value: &value, mask: None };
+    attention.by_libtorchs_choice().to_kind(kind)
 }
 
 /// The inputs of one attention, with the shapes of [`attend`].
