@@ -125,7 +125,7 @@ settings! {
         pub keep_last: u64 = 2, in 1..;
         /// Checkpoints whose step is a multiple of this are kept for ever.
         pub keep_every: Option<u64> = None, in 1..;
-        /// Where there is a validation, save where its loss is the lowest so far, and keep that
+        /// If there is a validation, save where its loss is the lowest so far, and keep that
         /// checkpoint, to which the link `best` in the run folder leads.
         pub keep_best: bool = true;
     }
@@ -148,7 +148,7 @@ settings! {
         pub flow_matching: FlowSettings, as table;
         /// What it is trained on.
         pub data: DataSettings, as table;
-        /// What it is judged on.
+        /// The samples that it is judged on.
         pub validation: ValidationSettings, as table;
         /// An optimizer step.
         pub train: TrainSettings, as table;

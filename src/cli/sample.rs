@@ -8,8 +8,8 @@ use super::values::{Shape, parse_lora, parse_scale, parse_shape};
 use crate::error::Result;
 use crate::phase::Phase;
 use crate::pulse;
-use crate::run::added_loras::AddedLora;
 use crate::run::checkpoint::SavedWeights;
+use crate::run::lora::AddedLora;
 use crate::sample::{self, SampleRequest};
 
 #[derive(Args, Debug)]

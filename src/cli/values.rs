@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use crate::datasets::caches::{CacheFormat, CachedFamily};
 use crate::model::Dtype;
-use crate::run::added_loras::AddedLora;
+use crate::run::lora::AddedLora;
 use crate::settings::Choice;
 
 /// Sizes of axes; a type of its own, because clap takes a bare `Vec` for a repeated argument.

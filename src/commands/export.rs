@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::files::disk::{Disk, Output};
-use crate::files::outputs::{Named, check_new_folder};
+use crate::files::outputs::{Named, check_new_folder, refuse_existing};
 use crate::files::safetensors::{self, WEIGHTS_STEM};
 use crate::lora::Dialect;
 use crate::model::{self, Dtype};
@@ -19,7 +19,7 @@ use crate::nn::ParamInfo;
 use crate::run::checkpoint::SavedWeights;
 use crate::run::folder;
 use crate::run::locate::locate;
-use crate::run::lora_files;
+use crate::run::lora::files as lora_files;
 use crate::run::whole::WholeModel;
 use crate::settings::Family;
 
@@ -123,17 +123,6 @@ fn cut<'i>(tensors: &[Planned<'i>], max_bytes: u64) -> Vec<Vec<Planned<'i>>> {
         }
     }
     shards
-}
-
-fn refuse_existing(out: &Path) -> Result<()> {
-    if out.symlink_metadata().is_err() {
-        return Ok(());
-    }
-    let exists = io::Error::new(
-        io::ErrorKind::AlreadyExists,
-        "exists already; an export never writes over anything",
-    );
-    Err(Error::Storage { path: out.into(), operation: "create", source: exists })
 }
 
 /// Creates a fresh folder beside `out` to write into.

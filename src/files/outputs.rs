@@ -1,6 +1,7 @@
 //! Checks the files that a command writes at its end, before it computes anything.
 
 use std::fs::{self, File};
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -45,6 +46,21 @@ pub fn check_files(outputs: &[Named<'_>], inputs: &[Named<'_>]) -> Result<()> {
 pub fn check_new_folder(output: Named<'_>) -> Result<()> {
     let above = output.path.ancestors().skip(1).map(non_empty).find(|folder| folder.exists());
     output.check_folder(above.unwrap_or(Path::new(".")))
+}
+
+/// Refuses a path at which there is anything: nothing that a command made is written over.
+///
+/// # Errors
+/// [`Error::Storage`].
+pub fn refuse_existing(out: &Path) -> Result<()> {
+    if out.symlink_metadata().is_err() {
+        return Ok(());
+    }
+    let exists = io::Error::new(
+        io::ErrorKind::AlreadyExists,
+        "exists already; an export never writes over anything",
+    );
+    Err(Error::Storage { path: out.into(), operation: "create", source: exists })
 }
 
 impl Named<'_> {

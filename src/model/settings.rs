@@ -48,7 +48,7 @@ settings! {
         pub init: Beginning = Beginning::Pretrained;
         /// Kind of the computation; master weights and optimizer state stay float32.
         pub dtype: Dtype = Dtype::Float32;
-        /// What the blocks' frozen linear maps are held in between products; unset: as they are
+        /// Form of the blocks' frozen linear maps between products; unset: as they are
         /// computed with.
         pub frozen_dtype: Option<FrozenDtype> = None;
         /// The architecture.

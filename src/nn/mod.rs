@@ -2,15 +2,10 @@
 
 mod activations;
 pub mod attention;
-mod classes;
 pub mod convolution;
-mod dropping;
 pub mod embed;
-mod groups;
-mod init;
 pub mod joint_block;
 mod linear;
-mod low_rank;
 mod mlp;
 pub mod modulation;
 pub mod norm;
@@ -22,23 +17,16 @@ pub mod rope;
 mod rows;
 mod settings;
 mod tuned;
-mod views;
 
 pub use activations::Activations;
-pub use classes::Class;
-pub use dropping::DROPOUT_KEYS;
-pub use groups::Group;
-pub use init::Init;
 pub use linear::Linear;
-pub use low_rank::{LowRank, LowRankChange};
 pub use mlp::{Mlp, Nonlinearity};
 pub use packed::{FrozenDtype, Packed};
-pub use params::{Builder, Param, ParamInfo, ParamSet};
+pub use params::{Builder, Class, Group, Init, Param, ParamInfo, ParamSet, Views};
 pub use per_shape::PerShape;
 pub use rows::{AttentionInfo, Rows, Tokens};
 pub use settings::{AttentionKernels, ComputeSettings};
-pub use tuned::Tuned;
-pub use views::Views;
+pub use tuned::{DROPOUT_KEYS, LowRank, LowRankChange, Tuned};
 
 /// One cut of a model: a pure function from its parameters and the activations before it to those
 /// after it.

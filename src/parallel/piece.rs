@@ -14,7 +14,7 @@ use crate::parallel::{Copies, Devices, Sharding, Sharing};
 #[derive(Debug)]
 pub struct Piece {
     class: Class,
-    /// Of what is held: elements, or words of packed ones.
+    /// Layout of what is held: elements, or words of packed ones.
     layout: Layout,
     /// The device that computes.
     device: Device,

@@ -99,7 +99,7 @@ choice! {
 }
 
 choice! {
-    /// What can lie in host memory while the device does not need it.
+    /// Tensors that can lie in host memory while the device does not need them.
     pub enum Offloaded {
         /// Nothing.
         "none" => None,
@@ -218,7 +218,7 @@ settings! {
         /// Which stages' activations are computed again in the backward pass to save memory. One
         /// of: never, always, every_2, every_3, ….
         pub recompute: Recompute = Recompute::default();
-        /// What waits in host memory while the GPU does not need it: a word or a list of them.
+        /// Tensors that wait in host memory while the GPU does not need them: a word or a list.
         pub offload: Offload = Offload::NONE;
         /// Kind in which gradients of bfloat16 parameters are summed over the ranks.
         pub reduce_dtype: ReduceDtype = ReduceDtype::Float32;

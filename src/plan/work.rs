@@ -19,7 +19,7 @@ pub struct ForwardWork {
     pub trained: u64,
     /// Floating-point operations of matrix products; an addition and a multiplication are two.
     pub product_flop: f64,
-    /// Of these, the operations of matrices that have a gradient.
+    /// The share of it of matrices that have a gradient.
     pub trained_flop: f64,
     /// Floating-point operations of attention, over all tokens of the data: masked ones are
     /// counted, though adapters cut those that no sample sees.

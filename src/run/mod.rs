@@ -9,22 +9,20 @@
 //! | which settings have changed since | `changes.rs` |
 //! | when does it end | `length.rs` |
 //! | what survives a power cut | `checkpoint/`, `optimizer_state.rs`, `guard.rs` |
-//! | what the whole model of a checkpoint is, and what others read | `whole.rs`, `lora_files.rs` |
-//! | what it starts with | `pretrained.rs`, `weights.rs`, `first_lora.rs`, `base.rs` |
-//! | which LoRAs of others its samples get | `added_loras.rs` |
+//! | what the whole model of a checkpoint is, and what others read | `whole.rs`, `lora/files.rs` |
+//! | what it starts with | `pretrained.rs`, `weights.rs`, `lora/first.rs`, `frozen_base.rs` |
+//! | which LoRAs of others its samples get | `lora/added.rs` |
 //! | which requests it gets | `requests.rs` |
 
-pub mod added_loras;
-pub mod base;
 pub mod changes;
 pub mod checkpoint;
-pub mod first_lora;
 pub mod folder;
+pub mod frozen_base;
 pub mod guard;
 pub mod length;
 pub mod locate;
 pub mod lock;
-pub mod lora_files;
+pub mod lora;
 pub mod optimizer_state;
 pub mod pretrained;
 pub mod requests;

@@ -12,12 +12,12 @@ use crate::nn::{ParamInfo, ParamSet};
 use crate::parallel::Replica;
 use crate::pulse;
 use crate::rng::Key;
-use crate::run::base::{Base, Fingerprint};
-use crate::run::first_lora::FirstLora;
+use crate::run::frozen_base::{Base, Fingerprint};
+use crate::run::lora::FirstLora;
 use crate::run::requests;
 use crate::run::weights::Weights;
 
-/// Where parameters begin; those that no file has are drawn.
+/// The origin of parameters; those that no file has are drawn.
 pub struct Origin<'o> {
     pub family: &'o Model,
     /// The folder of the model's own parameters.

@@ -12,8 +12,8 @@ use crate::error::{Error, Result};
 use crate::files::safetensors::Shards;
 use crate::nn::{LowRank, ParamInfo, ParamSet, Stage};
 use crate::rng::{Key, Purpose};
-use crate::run::base::{Base, Fingerprint};
 use crate::run::checkpoint::{self, SavedWeights};
+use crate::run::frozen_base::{Base, Fingerprint};
 use crate::run::weights::Weights;
 
 /// Reads the model of a checkpoint.
@@ -26,7 +26,7 @@ pub struct WholeModel<'s> {
     changes: BTreeMap<String, (&'s LowRank, &'s ParamSet)>,
     /// Identity of the frozen parameters, as the checkpoint has it.
     base: Option<Base>,
-    /// Of the frozen parameters read so far.
+    /// Fingerprint of the frozen parameters read so far.
     read: RefCell<Fingerprint>,
 }
 

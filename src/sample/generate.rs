@@ -20,10 +20,10 @@ use crate::nn::Activations;
 use crate::parallel::Replica;
 use crate::report::write_grid;
 use crate::rng::{Key, Purpose, Stream};
-use crate::run::added_loras::{AddedLora, AddedLoras};
 use crate::run::checkpoint::SavedWeights;
 use crate::run::folder;
 use crate::run::locate::locate;
+use crate::run::lora::{AddedLora, AddedLoras};
 use crate::sample::conditions::Origin;
 
 /// Number of samples that go through the model together.

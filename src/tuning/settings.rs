@@ -8,7 +8,7 @@ use crate::nn::Init;
 use crate::settings::{GlobMap, above, choice, settings};
 
 choice! {
-    /// What the matrix A begins as; B begins as zeros.
+    /// First values of the matrix A; B begins as zeros.
     pub enum LoraInit {
         /// Uniform within ±1/sqrt(inputs), as PEFT begins.
         "kaiming" => Kaiming,
@@ -41,11 +41,11 @@ settings! {
         /// Modules that are changed, by patterns of diffusers' names or of the ends of names;
         /// "attention": the projections of the family's blocks, "all-linear": every linear map.
         pub target_modules: Vec<String> = vec!["attention".into()];
-        /// Of these, the modules that stay as they are.
+        /// Modules among them that stay as they are.
         pub exclude_modules: Vec<String>;
         /// Probability with which an input of A is dropped in training.
         pub dropout: f64 = 0.0, in 0.0..1.0;
-        /// What A begins as; B begins as zeros.
+        /// First values of A; B begins as zeros.
         pub init: LoraInit = LoraInit::Kaiming;
         /// File of a LoRA of any format, or folder of PEFT's, that training begins with, its scale
         /// folded into B; modules that it leaves out begin as `init` says.

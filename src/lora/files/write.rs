@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{self, Write};
+use std::io::Write;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
@@ -12,7 +12,7 @@ use super::read::read;
 use super::{ALPHA, Alpha, Dialect, Form, config, diffusers, facts, peft, rows};
 use crate::error::{Error, Result};
 use crate::files::disk::Disk;
-use crate::files::outputs::{Named, check_files, check_new_folder};
+use crate::files::outputs::{Named, check_files, check_new_folder, refuse_existing};
 use crate::files::safetensors;
 use crate::lora::family::{Family, Part};
 use crate::lora::{Lora, Pair};
@@ -44,17 +44,6 @@ pub fn write(lora: &Lora, family: Family, dialect: Dialect, out: Named<'_>) -> R
     }
     refuse_existing(path)?;
     Disk::PLAIN.rename(&unfinished, path)
-}
-
-fn refuse_existing(out: &Path) -> Result<()> {
-    if out.symlink_metadata().is_err() {
-        return Ok(());
-    }
-    let exists = io::Error::new(
-        io::ErrorKind::AlreadyExists,
-        "exists already; a LoRA is never written over anything",
-    );
-    Err(Error::Storage { path: out.into(), operation: "create", source: exists })
 }
 
 /// Removes what an interrupted write left.

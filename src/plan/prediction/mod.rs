@@ -23,7 +23,7 @@ pub struct StageWork {
     pub trained: u64,
     /// Floating-point operations of the forward's matrix products.
     pub product_flop: f64,
-    /// Of these, the operations of matrices that have a gradient.
+    /// The share of it of matrices that have a gradient.
     pub trained_flop: f64,
     /// Floating-point operations of the forward's attention.
     pub attention_flop: f64,

@@ -12,8 +12,8 @@ use crate::files::safetensors::Shards;
 use crate::nn::Stage;
 use crate::optim::Optimizer;
 use crate::parallel::Replica;
-use crate::run::base::Base;
 use crate::run::changes::{self, Values};
+use crate::run::frozen_base::Base;
 use crate::run::optimizer_state::OptimizerState;
 use crate::run::pretrained;
 

@@ -43,8 +43,8 @@ use sha2::{Digest, Sha256};
 use crate::config::RunConfig;
 use crate::error::{Error, Result};
 use crate::files::sha256::hex;
-use crate::run::base::Base;
 use crate::run::changes::{self, Values};
+use crate::run::frozen_base::Base;
 use crate::run::guard::Guard;
 
 const MANIFEST: &str = "manifest.json";

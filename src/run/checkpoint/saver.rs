@@ -21,7 +21,7 @@ use crate::files::disk::Disk;
 use crate::libtorch;
 use crate::phase::Phase;
 use crate::pulse;
-use crate::run::lora_files::export_beside;
+use crate::run::lora::files::export_beside;
 
 /// The progress of a rank whose work of the present phase is finished; 0 before that.
 const READY: u8 = 1;
@@ -32,7 +32,7 @@ pub struct Saver {
     settings: CheckpointSettings,
     /// The configuration of a run whose LoRA each checkpoint holds for other programs, too.
     exported: Option<RunConfig>,
-    /// What the best checkpoint is chosen by, if one is.
+    /// The criterion of the best checkpoint, if one is chosen.
     criterion: Option<String>,
     in_flight: Option<Save>,
     /// Reason why the newest attempted save produced no checkpoint, if the run continued

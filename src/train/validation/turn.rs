@@ -16,7 +16,7 @@ use crate::run::requests::{Request, Requests};
 use crate::train::trainer::Trainer;
 use crate::train::validation::Judgement;
 
-/// What a validation found.
+/// The findings of a validation.
 struct Found {
     judged: Judged,
     judgement: Judgement,

@@ -23,7 +23,7 @@ pub enum Init {
 
 impl Init {
     /// Fills `tensor` by libtorch's generator.
-    pub(super) fn draw(self, mut tensor: Tensor) -> Tensor {
+    pub(in crate::nn) fn draw(self, mut tensor: Tensor) -> Tensor {
         let uniform = |mut tensor: Tensor, bound: f64| tensor.uniform_(-bound, bound);
         match self {
             Init::Zeros => tensor.zero_(),

@@ -10,7 +10,7 @@ use crate::files::outputs::Named;
 use crate::lora::{self, Dialect, Facts, Lora, Pair};
 use crate::nn::Stage;
 use crate::run::checkpoint::{self, SavedWeights};
-use crate::run::first_lora::family_of;
+use crate::run::lora::family_of;
 use crate::settings::Choice;
 
 /// Writes the LoRA of a checkpoint in one dialect, as it is or averaged.

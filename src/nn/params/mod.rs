@@ -1,12 +1,21 @@
 //! A stage's parameters: names, shapes and initialization, one after another in one flat buffer.
 
+mod classes;
+mod groups;
+mod init;
+mod views;
+
 use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor, no_grad};
 
-use super::classes::{Class, split};
-use super::low_rank::{LowRank, LowRankChange};
-use super::{AttentionInfo, FrozenDtype, Init, Packed, Rows, Views};
+pub use classes::Class;
+use classes::split;
+pub use groups::Group;
+pub use init::Init;
+pub use views::Views;
+
+use super::{AttentionInfo, FrozenDtype, LowRank, LowRankChange, Packed, Rows};
 use crate::rng::Key;
 
 #[derive(Clone, Debug, PartialEq)]

@@ -3,7 +3,7 @@
 
 use tch::{Device, Kind, Tensor, no_grad};
 
-use super::Rows;
+use crate::nn::Rows;
 use crate::rng::{self, MIX};
 
 /// Activation with a number of each sample in this step, `[B]` int64: where it is missing, nothing
@@ -36,7 +36,13 @@ impl Dropping {
     ///
     /// # Shapes
     /// `x`: `[B, inputs]` or `[B, L, inputs]`. Returns the same.
-    pub(super) fn apply(&self, x: &Tensor, probability: f64, stream: u64, rows: Rows) -> Tensor {
+    pub(in crate::nn) fn apply(
+        &self,
+        x: &Tensor,
+        probability: f64,
+        stream: u64,
+        rows: Rows,
+    ) -> Tensor {
         let size = x.size();
         let (tokens, inputs) = match size[..] {
             [_, inputs] => (1, inputs),

@@ -11,7 +11,7 @@ use crate::lora::{self, Lora, Pair, linears};
 use crate::model::Model;
 use crate::nn::{Init, LowRankChange, ParamSet, Stage, Tuned};
 use crate::parallel::Replica;
-use crate::run::first_lora::family_of;
+use crate::run::lora::family_of;
 
 const ARGUMENT: &str = "--lora";
 

@@ -6,12 +6,12 @@ use std::path::Path;
 
 use tch::{Kind, Tensor};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::files::outputs::Named;
-use crate::lora::{self, Family, Lora};
+use crate::lora::{self, Lora};
 use crate::model::Model;
 use crate::nn::{LowRank, ParamSet, Stage};
-use crate::settings::{Choice, Family as _};
+use crate::run::lora::family_of;
 
 const KEY: &str = "lora.init_from";
 
@@ -23,7 +23,8 @@ impl FirstLora {
     /// Reads a file, and compares it with the changes of the model.
     ///
     /// # Errors
-    /// As [`lora::read`]; [`Error::Config`] if it changes something else, or by other ranks.
+    /// As [`lora::read`]; [`Error::Config`](crate::error::Error::Config) if it changes something
+    /// else, or by other ranks.
     pub fn open(path: &Path, family: &Model, stages: &[Box<dyn Stage>]) -> Result<Self> {
         let file = Named { argument: KEY, path };
         let found = lora::read(file, Some(family_of(family, KEY)?))?;
@@ -91,17 +92,4 @@ impl FirstLora {
             }
         }
     }
-}
-
-/// The family in whose names LoRA files of a model are written.
-///
-/// # Errors
-/// [`Error::Config`] for a model of our own.
-pub fn family_of(model: &Model, key: &str) -> Result<Family> {
-    Family::parse(model.name()).map_err(|_| {
-        Error::config(
-            key,
-            format!("the model is a `{}`, of which there are no LoRA files", model.name()),
-        )
-    })
 }

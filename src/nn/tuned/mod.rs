@@ -1,7 +1,12 @@
 //! A stage of which not every parameter is trained, or whose linear maps are changed.
 
-use super::dropping::{DROPOUT_KEYS, Dropping};
-use super::low_rank::LowRank;
+mod dropping;
+mod low_rank;
+
+pub use dropping::DROPOUT_KEYS;
+pub(super) use dropping::Dropping;
+pub use low_rank::{LowRank, LowRankChange};
+
 use super::{Activations, ParamSet, Stage, Views};
 
 /// A stage with another set of parameters: the same ones, some of them frozen, and others beside

@@ -6,9 +6,8 @@
 
 use tch::{Kind, Tensor, no_grad};
 
-use super::packed::{Weight, numbers};
-use super::params::{Builder, Param, ParamInfo, ParamSet};
-use super::{Init, Rows, Views};
+use crate::nn::packed::{Weight, numbers};
+use crate::nn::{Builder, Init, Param, ParamInfo, ParamSet, Rows, Views};
 use crate::ops::autograd::custom_gradient;
 use crate::rng::hash_of_name;
 
@@ -31,7 +30,7 @@ pub struct LowRankChange {
 /// The low-rank change of one linear map.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LowRank {
-    pub(super) weight: Param,
+    pub(in crate::nn) weight: Param,
     down: Param,
     up: Param,
     magnitude: Option<Param>,
@@ -44,7 +43,7 @@ pub struct LowRank {
 
 impl LowRank {
     /// Adds the parameters of the change to the set.
-    pub(super) fn new(set: &mut ParamSet, weight: Param, change: &LowRankChange) -> Self {
+    pub(in crate::nn) fn new(set: &mut ParamSet, weight: Param, change: &LowRankChange) -> Self {
         let info = set.info(weight).clone();
         let module = info.name.strip_suffix(".weight").unwrap_or(&info.name);
         let (outputs, inputs, rank) = (info.shape[0], info.shape[1], change.rank);
@@ -85,12 +84,12 @@ impl LowRank {
     }
 
     /// True if inputs are dropped in training.
-    pub(super) fn drops(&self) -> bool {
+    pub(in crate::nn) fn drops(&self) -> bool {
         self.dropout > 0.0
     }
 
     /// The same change `strength` times as strong.
-    pub(super) fn scaled(&self, strength: f64) -> Self {
+    pub(in crate::nn) fn scaled(&self, strength: f64) -> Self {
         LowRank { scale: strength * self.scale, ..self.clone() }
     }
 
@@ -103,7 +102,7 @@ impl LowRank {
     ///
     /// # Shapes
     /// `x`: `[…, inputs]`. Returns `[…, outputs]`.
-    pub(super) fn apply(
+    pub(in crate::nn) fn apply(
         &self,
         params: &Views,
         weight: &Weight<'_>,
@@ -136,9 +135,9 @@ impl LowRank {
         }
     }
 
-    /// What a change that is not the first of its weight adds to the output, of the kind of `x`: no
+    /// The share of the output of a change that is not the first of its weight, in the kind of `x`: no
     /// magnitude, and nothing is dropped.
-    pub(super) fn alone(&self, params: &Views, x: &Tensor) -> Tensor {
+    pub(in crate::nn) fn alone(&self, params: &Views, x: &Tensor) -> Tensor {
         self.change(x, [&params[self.down], &params[self.up]], x.kind())
     }
 
@@ -181,7 +180,7 @@ impl LowRank {
     }
 
     /// Sets the magnitude, if it `begins`, to what the weight, as it is held, and its change have.
-    pub(super) fn measure(
+    pub(in crate::nn) fn measure(
         &self,
         set: &ParamSet,
         views: &Views,

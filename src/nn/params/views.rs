@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use tch::Tensor;
 
-use super::dropping::Dropping;
-use super::low_rank::LowRank;
-use super::packed::{Packed, Weight};
-use super::params::{Param, ParamInfo};
+use super::{Param, ParamInfo};
+use crate::nn::LowRank;
+use crate::nn::packed::{Packed, Weight};
+use crate::nn::tuned::Dropping;
 
 /// One tensor for each parameter.
 #[derive(Debug)]
@@ -23,7 +23,7 @@ pub struct Views {
 }
 
 impl Views {
-    pub(super) fn new(
+    pub(in crate::nn) fn new(
         tensors: Vec<Tensor>,
         places: Arc<[usize]>,
         low_ranks: Arc<[LowRank]>,
@@ -46,25 +46,25 @@ impl Views {
     }
 
     /// The same tensors, under which inputs of low-rank changes are dropped.
-    pub(super) fn dropping(&self, dropping: Dropping) -> Self {
+    pub(in crate::nn) fn dropping(&self, dropping: Dropping) -> Self {
         let tensors = self.tensors.iter().map(Tensor::shallow_clone).collect();
         Views { dropping: Some(dropping), ..self.with_tensors(tensors) }
     }
 
     /// The weight of a linear map, which may be packed.
-    pub(super) fn weight(&self, param: Param) -> Weight<'_> {
+    pub(in crate::nn) fn weight(&self, param: Param) -> Weight<'_> {
         let place = self.places[param.0];
         let packed = self.packed.get(place).copied().flatten();
         Weight { held: &self.tensors[place], packed }
     }
 
     /// The low-rank changes of this weight, in the order in which they were added.
-    pub(super) fn low_ranks(&self, weight: Param) -> impl Iterator<Item = &LowRank> {
+    pub(in crate::nn) fn low_ranks(&self, weight: Param) -> impl Iterator<Item = &LowRank> {
         self.low_ranks.iter().filter(move |low_rank| low_rank.weight == weight)
     }
 
     /// The mask of the inputs of low-rank changes in this use.
-    pub(super) fn drops(&self) -> Option<&Dropping> {
+    pub(in crate::nn) fn drops(&self) -> Option<&Dropping> {
         self.dropping.as_ref()
     }
 

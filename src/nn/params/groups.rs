@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::params::ParamSet;
+use super::ParamSet;
 
 /// Consecutive elements that are updated by the same learning rate and, where they decay, by the
 /// same weight decay.

@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use super::Packed;
-use super::params::{ParamInfo, ParamSet};
+use super::{ParamInfo, ParamSet};
+use crate::nn::Packed;
 
 /// Consecutive parameters of a stage that are frozen or trained alike and held in one kind.
 #[derive(Clone, Debug, PartialEq)]
@@ -62,8 +62,8 @@ impl Class {
         Tensor::cat(&self.packed.iter().zip(&parts).map(numbers).collect::<Vec<_>>(), 0)
     }
 
-    /// What is held of it as one view for each of its parameters; the rest is padding.
-    pub(super) fn split(&self, infos: &[ParamInfo], held: &Tensor) -> Vec<Tensor> {
+    /// One view of what is held for each of its parameters; the rest is padding.
+    pub(in crate::nn) fn split(&self, infos: &[ParamInfo], held: &Tensor) -> Vec<Tensor> {
         match self.packed[..] {
             [] => split(self.of(infos), held),
             _ => self.packed_parts(held),
@@ -124,7 +124,7 @@ impl ParamSet {
 }
 
 /// Views of consecutive parameters at the start of a flat piece.
-pub(super) fn split(infos: &[ParamInfo], piece: &Tensor) -> Vec<Tensor> {
+pub(in crate::nn) fn split(infos: &[ParamInfo], piece: &Tensor) -> Vec<Tensor> {
     let mut sizes: Vec<i64> = infos.iter().map(ParamInfo::numel).collect();
     sizes.push(piece.numel() as i64 - sizes.iter().sum::<i64>());
     let views = piece.split_with_sizes(sizes, 0);
