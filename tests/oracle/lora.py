@@ -9,9 +9,9 @@ draw. Writes what families.py writes, a case at least for each of plain LoRA, rs
                                     diffusers' names: `<module>.lora_A.weight`, `<module>.lora_B.weight`, `<module>.lora_magnitude_vector`;
                                     `<module>.alpha` is its scale times its rank
 
-`grad.<name>` stands for the tensors of lora.safetensors alone; `gradient_norm` in cases.json is that of the model's and these. A case in
-bfloat16 has `own_errors`: by name, the distance of each gradient to that of the same weights in float32, of its own norm. Where all conditions
-are dropped it can be several times the gradient, since a norm of zeros enlarges what rounding leaves.
+<family>-<number>/exact.safetensors  of a case in bfloat16: the same from the same weights in float32
+
+`grad.<name>` stands for the tensors of lora.safetensors alone; `gradient_norm` in cases.json is that of the model's and these.
 """
 
 import argparse
@@ -88,13 +88,19 @@ def ours(name: str) -> str:
     return name.replace(".default.weight", "").replace("lora_A", "lora_A.weight").replace("lora_B", "lora_B.weight").replace(".default", "")
 
 
-def gradients_in_float32(place: Place, pipeline: FlowMatchingPipeline, model: torch.nn.Module, draw: Draw, seed: int) -> dict:
-    """The gradients of the LoRA from a copy of the model in float32."""
+def gradients(model: torch.nn.Module) -> dict:
+    """The gradients of the LoRA, contiguous."""
+    of_lora = {ours(name): parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+    return {f"grad.{name}": (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).contiguous() for name, parameter in of_lora.items()}
+
+
+def in_float32(place: Place, pipeline: FlowMatchingPipeline, model: torch.nn.Module, draw: Draw, seed: int) -> dict:
+    """What a step of a copy of the model in float32 computes, and its gradients."""
     wide = copy.deepcopy(model).float()
     wide.zero_grad(set_to_none=True)
+    recorder = Recorder(pipeline)
     place.step(pipeline, wide, draw, torch.float32, seed).backward()
-    of_lora = {ours(name): parameter for name, parameter in wide.named_parameters() if ".lora_" in name}
-    return {name: torch.zeros_like(parameter).double() if parameter.grad is None else parameter.grad.double() for name, parameter in of_lora.items()}
+    return {**recorder.tensors, **gradients(wide)}
 
 
 def run_case(folder: Path, family: str, dice: Dice, draw: Draw, place: Place) -> dict:
@@ -113,16 +119,12 @@ def run_case(folder: Path, family: str, dice: Dice, draw: Draw, place: Place) ->
     pipeline = FlowMatchingPipeline(adapter_of(draw), device=place.device, **arguments)
     recorder, seed = Recorder(pipeline), dice.random.getrandbits(32)
     place.step(pipeline, model, draw, DTYPES[dtype], seed).backward()
-    found = {name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for name, parameter in trained.items()}
+    found = gradients(model)
     assert all(gradient.isfinite().all() for gradient in found.values())
     assert any(gradient.any() for gradient in found.values()), "a case without any gradient"
-    tensors = {**recorder.tensors, **{f"grad.{name}": tensor.contiguous() for name, tensor in found.items()}}
-    save_file(tensors, folder / "expected.safetensors")
-    own_errors = {}
+    save_file({**recorder.tensors, **found}, folder / "expected.safetensors")
     if dtype == "bfloat16":
-        rounded = {name: gradient.double() for name, gradient in found.items()}
-        exact = gradients_in_float32(place, pipeline, model, draw, seed)
-        own_errors = {name: ((exact[name] - gradient).norm() / gradient.norm().clamp(min=1e-12)).item() for name, gradient in rounded.items()}
+        save_file(in_float32(place, pipeline, model, draw, seed), folder / "exact.safetensors")
     norms = [parameter.grad.double().norm() for parameter in model.parameters() if parameter.grad is not None]
     adapter = {f"flow_matching.adapter.{key}": value for key, value in draw.adapter.items()}
     return {
@@ -136,7 +138,6 @@ def run_case(folder: Path, family: str, dice: Dice, draw: Draw, place: Place) ->
         },
         "vanishing_gradients": [],
         "gradient_norm": torch.stack(norms).norm().item(),
-        "own_errors": own_errors,
     }
 
 
