@@ -11,11 +11,13 @@
 //! | work on many files at once | `parallel.rs` |
 //! | what a dataset holds | `show/` |
 //! | caches of other trainers | `caches/` |
+//! | folders of pictures and videos | `pictures/` |
 
 pub mod caches;
 pub mod index;
 pub mod pack;
 mod parallel;
+pub mod pictures;
 mod samples;
 mod shards;
 pub mod show;

@@ -13,7 +13,7 @@ const FLOORS: &[&[&str]] = &[
     &["failure"],
     &["files"],
     &["ops"],
-    &["collective", "data", "lora", "nn", "telemetry"],
+    &["collective", "data", "lora", "media", "nn", "telemetry"],
     &["attention", "report"],
     &["autoencoder", "flow", "model", "optim", "parallel", "watchdog"],
     &["adapter", "tuning"],
