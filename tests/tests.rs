@@ -139,6 +139,8 @@ mod mpi {
     pub mod copies;
     /// Ranks make the dataset that one rank makes, also after a kill.
     mod datasets;
+    /// Ranks encode the dataset that one rank encodes, also after a kill.
+    mod encoding;
     /// Our own GPU kernels compile, have the bits of a CPU, and are refused where they compute
     /// anything else.
     pub mod kernels;
@@ -165,8 +167,8 @@ mod oracle {
     mod averages;
     /// Caches of other trainers are imported with the bits that their own readers give.
     mod caches;
-    /// Pictures that `configs/encode_flux1.py` encodes are a dataset that trains.
-    mod encoded;
+    /// Prompts and pixels are encoded as diffusers' pipelines do, and go the whole way to samples.
+    mod encodings;
     /// TensorBoard reads the numbers, the configuration and the samples of a run.
     mod event_files;
     /// A run becomes a diffusers folder and a diffusers folder a run.
