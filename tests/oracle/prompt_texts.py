@@ -123,7 +123,8 @@ def main(out, seed):
     encoder = types.SimpleNamespace(dtype=torch.float32, device="cpu")
     recorders = dict(tokenizers(out, dice))
     hunyuan_video15 = HunyuanVideo15Pipeline._get_mllm_prompt_embeds
-    image = QwenImagePipeline(None, None, encoder, recorders["qwen_image"], None)
+    image = QwenImagePipeline(None, None, None, None, None)
+    image.text_encoder, image.tokenizer = encoder, recorders["qwen_image"]
     ask = {
         "flux2": lambda text: Flux2Pipeline._get_mistral_3_small_prompt_embeds(encoder, recorders["flux2"], text),
         "flux2_klein": lambda text: Flux2KleinPipeline._get_qwen3_prompt_embeds(encoder, recorders["flux2_klein"], text),
