@@ -193,6 +193,8 @@ mod oracle {
     mod rules;
     /// Samples are those of diffusers' pipelines, and their conditions are read strictly.
     mod sampling;
+    /// Token ids are those of transformers, and the texts of prompts those of diffusers' pipelines.
+    mod token_ids;
     /// The losses of a validation are NeMo AutoModel's.
     mod validation;
 }
