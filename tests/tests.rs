@@ -30,6 +30,8 @@ mod fast {
     mod collectives;
     /// Every file in configs/ is valid, and published models have diffusers' number of parameters.
     mod configs;
+    /// So does every tensor of the published encoders.
+    mod encoders;
     /// Rooms use lower floors only, and some words stand in one file only.
     mod floors;
     /// Stage-wise backward equals plain autograd, bit for bit.
@@ -167,6 +169,8 @@ mod oracle {
     mod caches;
     /// Pictures that `configs/encode_flux1.py` encodes are a dataset that trains.
     mod encoded;
+    /// Encoders compute what transformers' classes of them compute.
+    mod encoders;
     /// TensorBoard reads the numbers, the configuration and the samples of a run.
     mod event_files;
     /// A run becomes a diffusers folder and a diffusers folder a run.
