@@ -30,6 +30,8 @@ mod fast {
     mod collectives;
     /// Every file in configs/ is valid, and published models have diffusers' number of parameters.
     mod configs;
+    /// So does every tensor of the published encoders.
+    mod encoders;
     /// Rooms use lower floors only, and some words stand in one file only.
     mod floors;
     /// Stage-wise backward equals plain autograd, bit for bit.
@@ -167,6 +169,8 @@ mod oracle {
     mod averages;
     /// Caches of other trainers are imported with the bits that their own readers give.
     mod caches;
+    /// Encoders compute what transformers' classes of them compute.
+    mod encoders;
     /// Prompts and pixels are encoded as diffusers' pipelines do, and go the whole way to samples.
     mod encodings;
     /// TensorBoard reads the numbers, the configuration and the samples of a run.
