@@ -15,6 +15,8 @@ mod clock;
 mod hunt;
 #[path = "fuzz/mutation.rs"]
 mod mutation;
+#[path = "fuzz/tokenizers.rs"]
+mod tokenizers;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -45,7 +47,7 @@ use hunt::{Prey, hunt, turn};
 
 /// Seconds that all readers together are tried for.
 const SECONDS: u64 = 20;
-const READERS: u64 = 12;
+const READERS: u64 = 16;
 
 /// Words of every format that is built on JSON and safetensors.
 const WORDS: &[&[u8]] = &[

@@ -9,7 +9,7 @@ use tokenizers::AddedToken;
 use super::folder::{Folder, MAX_CONFIG_BYTES};
 use super::vocabulary::TokenizerFile;
 use super::word::{Entry, Word};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 pub const CONFIG_FILE_NAME: &str = "tokenizer_config.json";
 const MAP_FILE_NAME: &str = "special_tokens_map.json";
@@ -155,6 +155,11 @@ impl Config {
         }
     }
 
+    /// Special tokens without names.
+    pub fn unnamed(&self) -> &[Word] {
+        self.extra.as_deref().or(self.additional.as_deref()).unwrap_or_default()
+    }
+
     pub fn is_set(&self, name: &str) -> bool {
         self.fields.get(name).and_then(Value::as_bool) == Some(true)
     }
@@ -163,15 +168,10 @@ impl Config {
         self.fields.get(name).and_then(Value::as_u64)
     }
 
-    pub fn text(&self, name: &str) -> Option<&str> {
-        self.fields.get(name).and_then(Value::as_str)
-    }
-
-    /// # Errors
-    /// [`Error::Data`] if the folder does not name its class.
-    pub fn no_class(folder: Folder<'_>) -> Error {
-        let what = format!("holds no {CONFIG_FILE_NAME} that names its tokenizer_class");
-        Error::data(folder.0, what)
+    /// True if a side is the left one; `otherwise` is what `tokenizer.json` says.
+    pub fn is_left(&self, name: &str, otherwise: Option<&String>) -> bool {
+        let side = self.fields.get(name).and_then(Value::as_str);
+        side.or(otherwise.map(String::as_str)).is_some_and(|side| side.eq_ignore_ascii_case("left"))
     }
 }
 
