@@ -15,8 +15,10 @@ use super::vocabulary::{Pairs, Rules};
 use super::written::Affixes;
 
 /// Special tokens, contractions, words, digits, and signs.
-const SPLIT: &str =
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
+const SPLIT: &str = concat!(
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d",
+    r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+);
 
 /// # Errors
 /// A text about a vocabulary without what the class needs.

@@ -70,14 +70,12 @@ impl Config {
             self.fields.remove(ADDITIONAL);
             self.fields.insert(EXTRA.into(), additional);
         }
-        let names: Vec<String> = self.fields.keys().cloned().collect();
-        for name in names {
-            if is_special(&name) {
-                let value = self.fields.remove(&name).unwrap_or_default();
-                self.take(&name, &value, Word::tagged)?;
-            }
-        }
-        Ok(())
+        let (special, fields) = std::mem::take(&mut self.fields)
+            .into_iter()
+            .partition(|(name, value)| is_special(name, value));
+        self.fields = fields;
+        let special: Fields = special;
+        special.iter().try_for_each(|(name, value)| self.take(name, value, Word::tagged))
     }
 
     /// Takes one entry of a table of special tokens. `word` reads a token.
@@ -117,7 +115,7 @@ impl Config {
 
     fn read_older_files(&mut self, folder: Folder<'_>, file: Option<&TokenizerFile>) -> Result<()> {
         let map: Fields = folder.json(MAP_FILE_NAME, MAX_CONFIG_BYTES)?.unwrap_or_default();
-        for (name, value) in map.iter().filter(|(name, _)| is_special(name)) {
+        for (name, value) in map.iter().filter(|(name, value)| is_special(name, value)) {
             self.take(name, value, mapped).map_err(folder.error(MAP_FILE_NAME))?;
         }
         let added: Option<BTreeMap<String, u32>> =
@@ -175,9 +173,12 @@ impl Config {
     }
 }
 
-/// Fields of a configuration that hold special tokens.
-fn is_special(name: &str) -> bool {
-    name == EXTRA || name == ADDITIONAL || name.ends_with("_token")
+/// True for fields that hold special tokens; flags may have like names.
+fn is_special(name: &str, value: &Value) -> bool {
+    let is_word = value.is_string() || value.is_object();
+    NAMED.contains(&name)
+        || [EXTRA, ADDITIONAL].contains(&name)
+        || name.ends_with("_token") && is_word
 }
 
 /// Values that Python counts as false.

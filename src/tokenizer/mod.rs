@@ -16,7 +16,7 @@
 //! | `vocabulary` | `tokenizer.json`, `vocab.json` and `merges.txt` |
 //! | `sentencepiece` | SentencePiece models |
 //! | `charsmap` | the replacements that SentencePiece applies to a text first |
-//! | `written` | normalizers, pre-tokenizers and post-processors as `tokenizer.json` describes them |
+//! | `written` | what `tokenizer.json` describes around its model |
 //! | `bytes` | ByT5's bytes |
 //! | [`prompt`] | from prompts to the texts that are tokenized |
 //!

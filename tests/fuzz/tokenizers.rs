@@ -215,8 +215,8 @@ fn special_tokens_are_read_or_refused() {
     };
     let config = json!({
         "tokenizer_class": "ByT5Tokenizer", "extra_ids": 0, "padding_side": "left",
-        "added_tokens_decoder": {"0": token(0, "<pad>"), "1": token(1, "</s>"), "2": token(2, "<unk>"),
-                                 "259": token(259, "<a>")},
+        "added_tokens_decoder": {"0": token(0, "<pad>"), "1": token(1, "</s>"),
+                                 "2": token(2, "<unk>"), "259": token(259, "<a>")},
         "additional_special_tokens": ["<a>", {"__type": "AddedToken", "content": "<b>"}],
         "eos_token": "</s>", "pad_token": "<pad>", "unk_token": null, "image_token": "<i>",
     });
