@@ -15,6 +15,8 @@ mod clock;
 mod hunt;
 #[path = "fuzz/mutation.rs"]
 mod mutation;
+#[path = "fuzz/tokenizers.rs"]
+mod tokenizers;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -46,7 +48,7 @@ use hunt::{Prey, hunt, turn};
 
 /// Seconds that all readers together are tried for.
 const SECONDS: u64 = 20;
-const READERS: u64 = 13;
+const READERS: u64 = 17;
 
 /// Words of every format that is built on JSON and safetensors.
 const WORDS: &[&[u8]] = &[

@@ -51,7 +51,7 @@ fn assert_equal(tokenizer: &Tokenizer, case: &Case, answer: &Answer, name: &str)
 fn token_ids_are_those_of_transformers_in_every_published_layout() {
     let folder = TempDir::new().unwrap();
     let answer: Answer = answer("token_ids.py", folder.path(), "ids.json");
-    assert_eq!((answer.prompts.len(), answer.cases.len()), (1000, 28));
+    assert_eq!((answer.prompts.len(), answer.cases.len()), (1000, 30));
     for (name, case) in &answer.cases {
         let tokenizer = Tokenizer::open(&folder.path().join(name)).unwrap();
         assert_equal(&tokenizer, case, &answer, name);
