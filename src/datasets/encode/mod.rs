@@ -48,7 +48,7 @@ use batches::{Batch, Batches};
 use pixels::encode_pixels;
 use samples::{Encoded, Medium, Text};
 use sources::Sources;
-use store::Store;
+use store::{Store, check_free};
 use work::encode_missing;
 
 /// Captions that the dataset holds as named conditions, to sample from.
@@ -90,13 +90,14 @@ pub struct EncodedDataset {
 /// part of the files.
 ///
 /// # Errors
-/// [`Error::Data`] naming what is missing of the pipeline, what its parts do not fit, or a file that
-/// cannot be used; [`Error::Config`] for options that fit no bucket; errors of
-/// [`write_dataset`]. An error of a file is met by one rank alone, and ends the world.
+/// [`Error::Data`] if `out` is a dataset already, or naming what is missing of the pipeline, what its
+/// parts do not fit, or a file that cannot be used; [`Error::Config`] for options that fit no bucket;
+/// errors of [`write_dataset`]. An error of a file is met by one rank alone, and ends the world.
 ///
 /// # Ordering
 /// Every rank calls it.
 pub fn encode(request: &EncodeRequest, collective: &dyn Collective) -> Result<EncodedDataset> {
+    agreed(check_free(&request.out), collective)?;
     let opened = Pipeline::open(request.family, request.pipeline.as_deref());
     let pipeline = agreed(opened, collective)?.on(request.device, request.kind);
     let mut pictures = request.pictures.clone();
