@@ -88,6 +88,14 @@ pub struct Depth {
     pub is_normed: bool,
 }
 
+/// The token that ends a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EndToken {
+    Id(i64),
+    /// The greatest id that a text has.
+    Greatest,
+}
+
 /// The interface of a class: settings that build a network.
 pub trait Design {
     /// Checks what a range of one field cannot.
@@ -109,16 +117,10 @@ pub trait Design {
         true
     }
 
-    /// The place of each text's pooled vector, `[B]` of whole numbers from ids `[B, L]`; `None` if
-    /// the class has none.
-    fn pooled_at(&self, ids: &Tensor) -> Option<Tensor> {
-        let _ = ids;
+    /// The token at whose first place a text's pooled vector stands; `None` if the class has no
+    /// pooled vectors.
+    fn end_token(&self) -> Option<EndToken> {
         None
-    }
-
-    /// True if the class has pooled vectors.
-    fn pools(&self) -> bool {
-        false
     }
 }
 

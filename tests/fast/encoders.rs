@@ -83,8 +83,10 @@ fn every_tensor_of_the_published_image_encoder_finds_its_place() {
     let root = hollow(name, &listed(name));
     let encoder = ImageEncoder::open(root.path()).unwrap();
     assert_eq!(encoder.states(), [729, 1152]);
-    let numel = |tensors: &Tensors| tensors.values().flat_map(|s| [s.iter().product()]).sum();
-    let read: i64 = numel(&encoder.class().tensors());
+    let numel = |tensors: &Tensors| -> i64 {
+        tensors.values().map(|shape| shape.iter().product::<i64>()).sum()
+    };
+    let read = numel(&encoder.class().tensors());
     let mut head = listed(name);
     head.retain(|name, _| name.starts_with("vision_model.head."));
     assert_eq!(read + numel(&head), 428_225_600);
