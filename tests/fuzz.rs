@@ -371,7 +371,7 @@ fn a_picture_larger_than_it_may_be_costs_nothing() {
     lying_jpeg[frame + 5..frame + 9].fill(0xff);
     let mut lying_webp = webp.clone();
     let lossless = webp.windows(4).position(|four| four == b"VP8L").unwrap();
-    lying_webp[lossless + 9..lossless + 12].fill(0xff);
+    lying_webp[lossless + 9..lossless + 13].copy_from_slice(&[0xfe, 0xbf, 0xff, 0x1f]);
     let beyond = [black_png(10_000, b""), lying_jpeg, lying_webp];
     let read = |bytes: &[u8]| {
         fs::write(&path, bytes).unwrap();

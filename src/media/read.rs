@@ -8,7 +8,7 @@ use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Rgb, RgbImage};
 
 use super::fit::Size;
-use super::jpeg;
+use super::{jpeg, webp};
 use crate::error::{Error, Result};
 use crate::files::safetensors::open_error;
 
@@ -19,8 +19,8 @@ const FORMATS: [ImageFormat; 3] = [ImageFormat::Png, ImageFormat::Jpeg, ImageFor
 
 /// Bytes in which the header of a JPEG file ends: of most, and of nearly all with a thumbnail.
 const JPEG_HEADS: [u64; 2] = [8 << 10, 128 << 10];
-/// Memory that a decoder may take for each pixel.
-const BYTES_A_PIXEL: u64 = 8;
+/// Memory that metadata may take once they are unpacked; a row of pixels has to fit, too.
+const METADATA_BYTES: u64 = 16 << 20;
 
 /// Bounds of one picture. A file beyond them is refused by its header, before memory is taken for
 /// its pixels.
@@ -71,7 +71,7 @@ pub fn picture_size(path: &Path, limits: &Limits) -> Result<Size> {
     let (mut file, format) = open(path, limits)?;
     let (size, orientation) = match format {
         ImageFormat::Jpeg => jpeg_header(path, &mut file, limits)?,
-        _ => header(path, &mut decoder(path, file, format, limits)?, limits)?,
+        _ => still_header(path, file, format, limits)?.1,
     };
     Ok(if is_quarter(orientation) { Size::new(size.height, size.width) } else { size })
 }
@@ -86,8 +86,7 @@ pub(super) fn colours(path: &Path, limits: &Limits) -> Result<RgbImage> {
             .map_err(|what| Error::data(path, format!("is no sound JPEG file: {what}")))?;
         (rgb(size, pixels), orientation)
     } else {
-        let mut decoder = decoder(path, file, format, limits)?;
-        let (_, orientation) = header(path, &mut decoder, limits)?;
+        let (decoder, (_, orientation)) = still_header(path, file, format, limits)?;
         let image = DynamicImage::from_decoder(decoder).map_err(refusal(path, format))?;
         (eight_bits(image), orientation)
     };
@@ -130,18 +129,40 @@ fn open(path: &Path, limits: &Limits) -> Result<(BufReader<File>, ImageFormat)> 
     }
 }
 
-/// Reads a header.
+/// Opens a decoder, which reads the header.
 fn decoder<'i>(
     path: &Path,
     input: impl BufRead + Seek + 'i,
     format: ImageFormat,
-    limits: &Limits,
 ) -> Result<impl ImageDecoder + 'i> {
     let mut reader = ImageReader::with_format(input, format);
     let mut memory = image::Limits::no_limits();
-    memory.max_alloc = Some(limits.pixels.saturating_mul(BYTES_A_PIXEL));
+    memory.max_alloc = Some(METADATA_BYTES);
     reader.limits(memory);
     reader.into_decoder().map_err(refusal(path, format))
+}
+
+/// Reads the header of a PNG or WebP file.
+fn still_header(
+    path: &Path,
+    mut file: BufReader<File>,
+    format: ImageFormat,
+    limits: &Limits,
+) -> Result<(impl ImageDecoder, (Size, Orientation))> {
+    let unsound = |what: String| Error::data(path, format!("is no sound {format:?} file: {what}"));
+    let mut largest = Size::new(0, 0);
+    if format == ImageFormat::WebP {
+        let bytes = file.get_ref().metadata().map_err(Error::storage(path, "inspect"))?.len();
+        largest = webp::largest_frame(&mut file, bytes).map_err(unsound)?;
+        limits.check(path, largest)?;
+        file.rewind().map_err(Error::storage(path, "read"))?;
+    }
+    let mut decoder = decoder(path, file, format)?;
+    let (size, orientation) = header(path, &mut decoder, limits)?;
+    if largest.width > size.width || largest.height > size.height {
+        return Err(unsound("its headers disagree on its size".into()));
+    }
+    Ok((decoder, (size, orientation)))
 }
 
 /// Reads the header of a JPEG file. Its decoder takes its input whole, and so gets a head of it,
@@ -154,13 +175,13 @@ fn jpeg_header(
     for bytes in JPEG_HEADS {
         let head = head(path, file, bytes.min(limits.bytes))?;
         let is_whole = (head.len() as u64) < bytes;
-        let decoder = decoder(path, Cursor::new(head), ImageFormat::Jpeg, limits);
+        let decoder = decoder(path, Cursor::new(head), ImageFormat::Jpeg);
         if is_whole || decoder.is_ok() {
             return header(path, &mut decoder?, limits);
         }
     }
     let whole = head(path, file, limits.bytes)?;
-    header(path, &mut decoder(path, Cursor::new(whole), ImageFormat::Jpeg, limits)?, limits)
+    header(path, &mut decoder(path, Cursor::new(whole), ImageFormat::Jpeg)?, limits)
 }
 
 /// Reads a file from its beginning, up to so many bytes.
