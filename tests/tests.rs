@@ -193,6 +193,8 @@ mod oracle {
     mod parity;
     /// The command that the refusal of a pickle prints converts it.
     mod pickles;
+    /// Pictures are Pillow's, buckets NeMo AutoModel's, and frames those that NumPy chooses.
+    mod pictures;
     /// Learning rates, shifts, weights and losses are those of diffusers, transformers and PyTorch.
     mod rules;
     /// Samples are those of diffusers' pipelines, and their conditions are read strictly.

@@ -122,7 +122,7 @@ pub enum Examined {
     /// The hash of its files and of what is done with their pixels, in hex digits.
     Sound(String),
     /// The problem, and the file that has it.
-    Damaged { path: PathBuf, what: String },
+    Damaged { path: String, what: String },
 }
 
 impl Item {

@@ -15,6 +15,8 @@ pub mod captions;
 mod files;
 mod found;
 mod item;
+#[cfg(test)]
+mod tests;
 
 use std::path::{Path, PathBuf};
 
@@ -69,12 +71,13 @@ pub struct PictureOptions {
 /// has a malformed caption; [`Error::Environment`] if videos need ffmpeg and it is missing; [`Error::Storage`].
 pub fn find(options: &PictureOptions) -> Result<Found> {
     if !(0.0..=1.0).contains(&options.most_bad) {
-        return Err(Error::config("--most-bad", "is a share, from 0 to 1"));
+        return Err(Error::config("--bad-share", "is a share, from 0 to 1"));
     }
     if options.frames.is_some_and(|frames| frames.most == 0 || frames.step == 0) {
         return Err(Error::config("--frames", "a video has at least one frame"));
     }
-    let buckets = Buckets::new(options.buckets).map_err(|what| Error::config("--buckets", what))?;
+    let buckets =
+        Buckets::new(options.buckets).map_err(|what| Error::config("--max-pixels", what))?;
     let finder = Finder::new(options)?;
     let ffmpeg = match finder.needs_ffmpeg() {
         true => Some(Ffmpeg::find(options.ffmpeg.as_deref())?),

@@ -147,9 +147,7 @@ fn frames_at(
             drop(output);
             return Ok((frames, running.finish().1));
         }
-        let frame = Picture::from_pixels(size, bytes);
-        frames.push(frame.fitted(fit));
-        bytes = frame.into_pixels();
+        frames.push(Picture::from_pixels(size, bytes.clone()).fitted(fit));
     }
     Ok((frames, String::new()))
 }
