@@ -84,7 +84,7 @@ impl Case {
     fn check(&self) {
         let root = TempDir::new().unwrap();
         let (out, seed) = (root.path().to_str().unwrap(), fresh_seed(self.name));
-        oracle("encodings.py", &[out, &seed, "--families", self.name]);
+        oracle("family_pipelines.py", &[out, &seed, "--families", self.name]);
         let folder = root.path().join(self.name);
         self.check_prompts(&folder);
         self.check_pixels(&folder);

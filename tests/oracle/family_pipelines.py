@@ -1,6 +1,6 @@
 """Encodes prompts and pixels with tiny random pipelines of all families, by diffusers 0.42.1, and writes what came out.
 
-    python encodings.py OUT_DIR SEED [--families flux,flux2_dev,...]
+    python family_pipelines.py OUT_DIR SEED [--families flux,flux2_dev,...]
 
 Needs torch 2.13.0, diffusers 0.42.1, transformers 5.24.0, tokenizers and safetensors; takes 30 s, most of it for imports. Of each family it
 makes
