@@ -58,6 +58,15 @@ fn token_ids_are_those_of_transformers_in_every_published_layout() {
     }
 }
 
+type Chat = fn(&str) -> Templated;
+
+const CHATS: [(&str, Chat); 4] = [
+    ("flux2", flux2_dev),
+    ("flux2_klein", flux2_klein),
+    ("qwen_image", qwen_image),
+    ("hunyuan_video15", hunyuan_video15),
+];
+
 #[derive(Deserialize)]
 struct Texts {
     prompts: Vec<String>,
@@ -79,14 +88,8 @@ fn texts_of_prompts_are_those_of_diffusers() {
         assert_eq!(&wan(prompt), cleaned, "{prompt:?}");
         assert_eq!(&quoted_texts(prompt), quoted, "{prompt:?}");
     }
-    let families: [(&str, fn(&str) -> Templated); 4] = [
-        ("flux2", flux2_dev),
-        ("flux2_klein", flux2_klein),
-        ("qwen_image", qwen_image),
-        ("hunyuan_video15", hunyuan_video15),
-    ];
-    assert_eq!(texts.chats.len(), families.len());
-    for (family, chat) in families {
+    assert_eq!(texts.chats.len(), CHATS.len());
+    for (family, chat) in CHATS {
         let tokenizer = Tokenizer::open(&folder.path().join(family)).unwrap();
         let expected = texts.chats[family].iter().zip(&texts.ids[family]);
         for (prompt, (text, ids)) in texts.prompts.iter().zip(expected) {
