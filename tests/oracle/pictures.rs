@@ -17,6 +17,8 @@ use super::packages::{entries, fresh_seed, oracle};
 /// and of what they are resized to.
 const LOSSLESS: f64 = 1.0;
 const LOSSY: f64 = 2.0;
+/// Of masks: BILINEAR's weights often meet halves, which both passes may round to either side.
+const MASK: f64 = 2.0;
 
 struct Cases {
     folder: TempDir,
@@ -74,7 +76,7 @@ fn references_buckets(row: &Value) -> Buckets {
 #[test]
 fn pictures_are_pillows_and_go_to_the_references_buckets() {
     let cases = Cases::drawn("pictures");
-    let (limits, mut largest) = (Limits::default(), [0.0f64; 2]);
+    let (limits, mut largest) = (Limits::default(), [0.0f64; 3]);
     for row in cases.rows("pictures") {
         let (path, name) = (cases.path(row), row["name"].as_str().unwrap());
         let picture = Picture::read(&path, &limits).unwrap();
@@ -87,19 +89,21 @@ fn pictures_are_pillows_and_go_to_the_references_buckets() {
         assert_eq!(fit.crop, CropOffset { left: offset.width, top: offset.height }, "{name}");
 
         let is_lossy = row["lossy"].as_bool().unwrap();
-        let allowed = if is_lossy { LOSSY } else { LOSSLESS };
+        let of_colours = if is_lossy { LOSSY } else { LOSSLESS };
         let mask = Picture::read_mask(&path, fit, &limits).unwrap();
         let colours = picture.to_tensor();
         for (what, found) in
             [("colours", colours), ("fitted", picture.fitted(fit).to_tensor()), ("mask", mask)]
         {
             let difference = largest_difference(&found, &cases.expected(row, what));
+            let allowed = if what == "mask" { MASK } else { of_colours };
             assert!(difference <= allowed, "{name}: {what} are {difference} of 255 off");
-            let place = &mut largest[usize::from(is_lossy)];
+            let place = &mut largest[if what == "mask" { 2 } else { usize::from(is_lossy) }];
             *place = place.max(difference);
         }
     }
-    println!("largest differences of 255: lossless {}, lossy {}", largest[0], largest[1]);
+    let [lossless, lossy, masks] = largest;
+    println!("largest differences of 255: lossless {lossless}, lossy {lossy}, masks {masks}");
     assert!(cases.rows("pictures").len() > 80);
 
     for row in cases.rows("buckets") {
