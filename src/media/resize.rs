@@ -1,7 +1,8 @@
 //! Resizing by convolution, to the numbers of Pillow.
 //!
-//! Pillow rounds to 8 bits after the rows and again after the columns, and so do two passes here.
-//! Between roundings they compute in float32, because 16-bit weights would be two steps off where
+//! Pillow rounds to 8 bits after the rows and again after the columns, and so do two passes here, in
+//! Pillow's order: columns go first where they lose more than twice as many pixels as rows do. Its
+//! order was found by trying Pillow 13.0.0, and its releases before have rows go first. Between roundings they compute in float32, because 16-bit weights would be two steps off where
 //! neighbouring pixels differ most.
 
 use bytemuck::cast_slice;
@@ -26,14 +27,22 @@ pub(super) enum Filter {
 pub(super) fn resize(pixels: Vec<u8>, original: Size, size: Size, filter: Filter) -> Vec<u8> {
     let channels = pixels.len() / original.pixels() as usize;
     let pass = Pass { channels, filter };
-    let rows = match size.width == original.width {
-        true => pixels,
-        false => pass.rows(&pixels, original, size.width),
-    };
-    match size.height == original.height {
-        true => rows,
-        false => pass.columns(&rows, Size::new(size.width, original.height), size.height),
+    match columns_go_first(original, size) {
+        true => {
+            let columns = pass.columns(pixels, original, size.height);
+            pass.rows(columns, Size::new(original.width, size.height), size.width)
+        }
+        false => {
+            let rows = pass.rows(pixels, original, size.width);
+            pass.columns(rows, Size::new(size.width, original.height), size.height)
+        }
     }
+}
+
+fn columns_go_first(original: Size, size: Size) -> bool {
+    let lost = |before: u32, after: u32| i64::from(before) - i64::from(after);
+    let (rows, columns) = (lost(original.width, size.width), lost(original.height, size.height));
+    columns > 0 && columns > 2 * rows
 }
 
 struct Pass {
@@ -43,7 +52,10 @@ struct Pass {
 
 impl Pass {
     /// Gives every row another length.
-    fn rows(&self, pixels: &[u8], original: Size, width: u32) -> Vec<u8> {
+    fn rows(&self, pixels: Vec<u8>, original: Size, width: u32) -> Vec<u8> {
+        if width == original.width {
+            return pixels;
+        }
         let row = original.width as usize * self.channels;
         let band = |rows: &[u8]| {
             let height = (rows.len() / row) as u32;
@@ -53,7 +65,10 @@ impl Pass {
     }
 
     /// Gives every column another length.
-    fn columns(&self, pixels: &[u8], original: Size, height: u32) -> Vec<u8> {
+    fn columns(&self, pixels: Vec<u8>, original: Size, height: u32) -> Vec<u8> {
+        if height == original.height {
+            return pixels;
+        }
         let row = original.width as usize * self.channels;
         let mut resized = vec![0; row * height as usize];
         for left in (0..original.width).step_by(BAND as usize) {

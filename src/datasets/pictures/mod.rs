@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 pub use buckets::{BucketOptions, Buckets, Ratios};
 pub use captions::CaptionOptions;
 pub use found::{Found, Skipped};
+use item::Access;
 pub use item::{Examined, Item, Medium, Pixels};
 
 use super::parallel::in_parallel;
@@ -140,16 +141,17 @@ impl Search<'_> {
 
     /// Returns the entry's item, and true if its name is its caption.
     fn item(&self, entry: &Entry) -> Result<(Item, bool)> {
-        let (ffmpeg, limits) = (self.ffmpeg.as_ref(), &self.options.limits);
-        let medium = Medium::open(entry, ffmpeg, limits, |size| self.buckets.size_for(size))?;
+        let access = Access { ffmpeg: self.ffmpeg.as_ref(), limits: &self.options.limits };
+        let most = self.options.frames.map_or(1, |frames| frames.most);
+        let medium = Medium::open(entry, most, access, |size| self.buckets.size_for(size))?;
         let bucket = medium.fit.size;
         let controls = self.finder.controls(entry)?.into_iter();
         let controls = controls
-            .map(|control| Medium::open(control, ffmpeg, limits, |_| Some(bucket)))
+            .map(|control| Medium::open(control, most, access, |_| Some(bucket)))
             .collect::<Result<Vec<_>>>()?;
         let mask = self.finder.mask(entry).map(Path::to_path_buf);
         if let Some(mask) = &mask {
-            picture_size(mask, limits)?;
+            picture_size(mask, access.limits)?;
         }
         let captions = self.captions(entry)?;
         let named_only = captions.is_none();

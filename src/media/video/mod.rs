@@ -49,15 +49,22 @@ enum Source {
 }
 
 impl Video {
-    /// Asks ffmpeg for the size of a file's first frame and for the number of its frames, most of
-    /// which are not decoded.
+    /// Asks ffmpeg for the size of a file's first frame and for the number of its frames. Files cut
+    /// without encoding hold frames that are never shown: if the file holds at most twice `most`
+    /// frames, so that nearly all may be taken, it is decoded to count those that are shown.
     ///
     /// # Errors
     /// [`Error::Data`](crate::error::Error::Data) if ffmpeg finds no video or its frames are beyond
     /// the limits; [`Error::Environment`](crate::error::Error::Environment) if ffmpeg cannot be
     /// started.
-    pub fn open(path: &Path, ffmpeg: Option<&Ffmpeg>, limits: &Limits) -> Result<Self> {
-        let (size, frames) = decode::probe(path, ffmpeg.ok_or_else(ffmpeg::missing)?, limits)?;
+    pub fn open(
+        path: &Path,
+        most: usize,
+        ffmpeg: Option<&Ffmpeg>,
+        limits: &Limits,
+    ) -> Result<Self> {
+        let ffmpeg = ffmpeg.ok_or_else(ffmpeg::missing)?;
+        let (size, frames) = decode::probe(path, most, ffmpeg, limits)?;
         Ok(Video { source: Source::File(path.into()), size, frames })
     }
 
