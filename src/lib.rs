@@ -19,7 +19,7 @@
 //! | 5 | [`assembly`]: builds model, optimizer and pipeline from the configuration |
 //! | 4 | [`run`]: the run folder and its checkpoints |
 //! | 3 | [`config`]: the configuration, one field for each room · [`datasets`]: makes and describes datasets |
-//! | 2, science | [`adapter`] above [`flow`], [`tuning`] above [`model`] · [`autoencoder`] · [`optim`] |
+//! | 2, science | [`adapter`] above [`flow`], [`tuning`] above [`model`] · [`encoding`] above [`autoencoder`] · [`optim`] |
 //! | 2, machinery | [`parallel`] · [`watchdog`] |
 //! | 1 | [`report`] · [`attention`] above [`collective`] · [`data`] · [`lora`] · [`nn`] above [`ops`] · [`telemetry`] |
 //! | 0, each above those after it | [`files`] · [`failure`] · [`fault`], `registry` · [`cuda`], [`pulse`], [`settings`] · [`error`], [`libtorch`], `median`, [`phase`], [`rng`], [`tensor`] |
@@ -47,6 +47,7 @@ pub mod config;
 pub mod cuda;
 pub mod data;
 pub mod datasets;
+pub mod encoding;
 pub mod error;
 pub mod failure;
 pub mod fault;

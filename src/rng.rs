@@ -25,6 +25,7 @@ pub enum Purpose {
     Test = 6,
     Dropout = 7,
     Validation = 8,
+    Encoding = 9,
 }
 
 /// Identifies one use of randomness. Equal keys give equal numbers, on any rank and in any process.

@@ -16,7 +16,7 @@ const FLOORS: &[&[&str]] = &[
     &["collective", "data", "lora", "nn", "telemetry"],
     &["attention", "report"],
     &["autoencoder", "flow", "model", "optim", "parallel", "watchdog"],
-    &["adapter", "tuning"],
+    &["adapter", "encoding", "tuning"],
     &["config", "datasets"],
     &["run"],
     &["assembly"],
