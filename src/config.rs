@@ -389,6 +389,7 @@ impl RunConfig {
             say("model.frozen_dtype", what.into());
         }
         self.data.problems().into_iter().for_each(|(key, what)| say(&key, what));
+        self.sampling.problems().into_iter().for_each(|(key, what)| say(key, what));
         self.validation.problems(&self.data).into_iter().for_each(|(key, what)| say(key, what));
         if self.data.counts_tokens() {
             if self.train.global_batch_size.is_none() {

@@ -1,6 +1,6 @@
 //! `fm-dist sample`: samples of a run, or of a published pipeline's own model.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use tch::{Device, Tensor};
 
@@ -48,6 +48,8 @@ pub struct SampleRequest {
     /// Size of the samples of prompts; as `shape` if unset.
     pub size: Option<SampleSize>,
     pub fps: Option<i64>,
+    /// The program that writes videos; that in `PATH` if unset.
+    pub ffmpeg: Option<PathBuf>,
     /// Overrides of the configuration of a pipeline's own model.
     pub overrides: Vec<String>,
     pub num_steps: Option<i64>,
@@ -161,15 +163,13 @@ fn by_prompts(request: &SampleRequest, source: &Source, config: &RunConfig) -> R
     let count = config.sampling.per_condition;
     let studio = Studio::open(config, &request.prompts, count, WORDS, usual)?;
     let shapes: Vec<&[i64]> = studio.shapes().collect();
-    let fps = match config.sampling.fps {
-        0 => frames_per_second(studio.family()),
-        fps => fps,
-    };
-    let files = Files::new(&request.out, &shapes, fps, &inputs(request))?;
+    let fps = frames_per_second(config, studio.family());
+    let ffmpeg = request.ffmpeg.as_deref();
+    let files = Files::new(&request.out, &shapes, fps, ffmpeg, &inputs(request))?;
     studio.check(config)?;
     let (loras, device) = opened(request, source, config, studio.tokens(config))?;
     let studio = studio.on(device, config.model.dtype.kind());
-    let origins = studio.origins(config, &|| Ok(()))?;
+    let origins = studio.origins(config, &Solo)?;
     let latents = {
         let replica = replica(request, source, &loras, device)?;
         generated(config, &origins, &replica, device)?

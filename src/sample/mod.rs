@@ -18,3 +18,4 @@ mod outputs;
 pub mod prompts;
 
 pub use command::{SampleRequest, sample};
+pub use outputs::{frames_per_second, is_video};

@@ -5,15 +5,17 @@ use std::path::{Path, PathBuf};
 
 use tch::{Kind, Tensor};
 
+use crate::config::RunConfig;
 use crate::encoding::Family;
 use crate::error::{Error, Result};
 use crate::files::durable::replace_file;
 use crate::files::outputs::{Named, check_files};
 use crate::files::safetensors;
 use crate::media::Picture;
-use crate::media::video::{Ffmpeg, write_mp4};
+use crate::media::video::Ffmpeg;
 use crate::report::write_grid;
 use crate::sample::generate::Samples;
+use crate::settings::Choice;
 
 /// The argument that names them.
 const ARGUMENT: &str = "--out";
@@ -63,13 +65,14 @@ pub fn is_video(latents: &[i64]) -> bool {
     matches!(*latents, [_, frames, _, _] if frames > 1)
 }
 
-/// Returns the frames a second of a family's videos.
+/// Returns the configured frames a second of videos, or those of the family.
 ///
-/// Source: the `fps` with which diffusers 0.42.1's pipelines export their examples.
-pub fn frames_per_second(family: Family) -> i64 {
-    match family.word() {
-        "wan" => 16,
-        _ => 24,
+/// Source: the `fps` with which the examples of diffusers 0.42.1's pipelines export their videos.
+pub fn frames_per_second(config: &RunConfig, family: Family) -> i64 {
+    match (config.sampling.fps, family.word()) {
+        (0, "wan") => 16,
+        (0, _) => 24,
+        (fps, _) => fps,
     }
 }
 
@@ -93,6 +96,7 @@ impl<'o> Files<'o> {
         out: &'o [PathBuf],
         shapes: &[&[i64]],
         fps: i64,
+        ffmpeg: Option<&Path>,
         inputs: &[Named<'_>],
     ) -> Result<Self> {
         let mut files = Files { out, count: shapes.len(), fps, ffmpeg: None };
@@ -111,7 +115,7 @@ impl<'o> Files<'o> {
                     let what = "holds latents of one shape, and the prompts have several sizes";
                     return refused(path, what);
                 }
-                Some(Format::Video) => files.ffmpeg = Some(Ffmpeg::find()?),
+                Some(Format::Video) => files.ffmpeg = Some(Ffmpeg::find(ffmpeg)?),
                 _ => {}
             }
         }
@@ -137,7 +141,7 @@ impl<'o> Files<'o> {
             match (format_of(path), &self.ffmpeg) {
                 (Some(Format::Picture), _) => Picture::from_tensor(&frames.get(0)).write_png(&own)?,
                 (Some(Format::Video), Some(ffmpeg)) => {
-                    write_mp4(&own, frames, self.fps as u32, ffmpeg)?;
+                    ffmpeg.write_mp4(&own, frames, self.fps as f64)?;
                 }
                 _ => {}
             }

@@ -13,6 +13,7 @@ use crate::sample::generate::Plan;
 use crate::telemetry::metrics;
 use crate::telemetry::tensorboard::EventValue;
 use crate::train::trainer::Trainer;
+use crate::train::sampling;
 use crate::train::validation;
 
 /// Size of `loss.png` in pixels.
@@ -73,6 +74,7 @@ fn draw(trainer: &Trainer<'_>, samples: Option<Picture>) -> Result<()> {
         facts: facts(config, replica, &lines, trainer.collective.world_size()),
         figures,
         samples,
+        history: sampling::row(path)?,
         configuration: config.to_toml(),
     };
     write_report(&path.join("report.html"), &data)
@@ -96,7 +98,7 @@ fn drawn_samples(
     }
     let plan = Plan::new(config, &origin, *device)?;
     let samples =
-        optimizer_state.with_averages(replica, |replica| plan.generate(replica, go_on))?;
+        optimizer_state.with_averages(replica, |replica| plan.generate(replica, config.sampling.per_condition, go_on))?;
     let averaged = if config.ema.is_on() { ", of the averaged weights (EMA)" } else { "" };
     let caption = format!("{} samples for each condition{averaged}", samples.per_condition);
     Ok(Some((

@@ -7,7 +7,9 @@ use tch::{Device, Kind, Tensor};
 use super::texts::{Texts, blank};
 use super::{Prompt, SampleSize};
 use crate::assembly::attention::{TEXT, tokens_of_sample};
+use crate::collective::Collective;
 use crate::config::RunConfig;
+use crate::data::Dataset;
 use crate::encoding::{Family, Pipeline};
 use crate::error::{Error, Result};
 use crate::flow::Guidance;
@@ -78,6 +80,23 @@ impl Studio {
         Ok(Studio { pipeline, asked })
     }
 
+    /// Opens and checks what a run makes samples of while it trains; `None` if it has no prompts.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open) and [`check`](Self::check).
+    pub fn of_run(config: &RunConfig, dataset: &Dataset) -> Result<Option<Self>> {
+        let prompts: Vec<Prompt> =
+            config.sampling.prompts.iter().map(|prompt| Prompt::new(prompt)).collect();
+        if prompts.is_empty() {
+            return Ok(None);
+        }
+        let words = Words { pipeline: "sampling.pipeline", size: "sampling.size" };
+        let usual = || Ok(dataset.latent_shape(dataset.sampled_group()));
+        let studio = Studio::open(config, &prompts, 1, words, usual)?;
+        studio.check(config)?;
+        Ok(Some(studio))
+    }
+
     /// Refuses prompts that the model cannot take, by the shapes of what they would be encoded as.
     ///
     /// # Errors
@@ -100,21 +119,25 @@ impl Studio {
         Studio { pipeline: self.pipeline.on(device, kind), ..self }
     }
 
-    /// Encodes all texts, after which no network is in memory; returns the start of each sample.
-    /// `go_on` is called before each few texts.
+    /// Encodes all texts on rank 0, after which no network is in memory; returns the start of each
+    /// sample.
     ///
     /// # Errors
-    /// Errors of loading the text encoders, and of `go_on`.
+    /// Errors of loading the text encoders; [`Error::Stopped`] if a signal arrived meanwhile.
+    ///
+    /// # Ordering
+    /// Every rank calls it.
     pub fn origins(
         &self,
         config: &RunConfig,
-        go_on: &dyn Fn() -> Result<()>,
+        collective: &dyn Collective,
     ) -> Result<Vec<Origin>> {
         let texts = self
             .asked
             .iter()
             .flat_map(|asked| [Some(asked.prompt.as_str()), asked.negative.as_deref()]);
-        let texts = Texts::encoded(&self.pipeline, config.text_padding(), texts.flatten(), go_on);
+        let (padding, texts) = (config.text_padding(), texts.flatten());
+        let texts = Texts::encoded(&self.pipeline, padding, texts, collective);
         self.pipeline.unload();
         let texts = texts?;
         let origin = |asked: &Asked| {

@@ -4,10 +4,14 @@ use std::collections::BTreeMap;
 
 use tch::{Device, Kind, Tensor};
 
+use crate::collective::Collective;
+use crate::collective::agreement::agreed;
 use crate::data::group::{Layout, SampleTensor};
 use crate::data::{TEXTS, TextPadding};
 use crate::encoding::{Conditions, Pipeline};
 use crate::error::{Error, Result};
+use crate::pulse;
+use crate::run::requests;
 
 /// Most texts that a text encoder gets at once.
 const MOST: usize = 8;
@@ -16,26 +20,33 @@ const MOST: usize = 8;
 pub(super) struct Texts(BTreeMap<String, Conditions>);
 
 impl Texts {
-    /// Encodes the texts, each once.
+    /// Encodes the texts on rank 0, each once, and shares them.
     ///
     /// # Errors
-    /// Errors of the pipeline; [`Error::Config`] if a text is longer than the data's.
+    /// Errors of the pipeline; [`Error::Config`] if a text is longer than the data's;
+    /// [`Error::Stopped`] if a signal arrived meanwhile.
+    ///
+    /// # Ordering
+    /// Every rank calls it.
     pub fn encoded<'t>(
         pipeline: &Pipeline,
         padding: TextPadding,
         texts: impl Iterator<Item = &'t str>,
-        go_on: &dyn Fn() -> Result<()>,
+        collective: &dyn Collective,
     ) -> Result<Self> {
         let mut texts: Vec<&str> = texts.collect();
         texts.sort_unstable();
         texts.dedup();
         let mut found = BTreeMap::new();
+        // No rank waits longer for another than a few texts take.
         for some in texts.chunks(MOST) {
-            go_on()?;
-            for (text, conditions) in some.iter().zip(pipeline.encode_prompts(some)?) {
-                let layout = pipeline.prompt_shapes(text);
-                found.insert(text.to_string(), padded(text, conditions, &layout, padding)?);
+            let encodes = pulse::is_root(collective.rank());
+            let own = if encodes { encoded(pipeline, padding, some) } else { blanks(pipeline, padding, some) };
+            let own = agreed(own, collective)?;
+            for tensor in own.iter().flat_map(BTreeMap::values) {
+                collective.broadcast(tensor.shallow_clone(), 0)?.wait()?;
             }
+            found.extend(some.iter().map(ToString::to_string).zip(own));
         }
         Ok(Texts(found))
     }
@@ -45,6 +56,19 @@ impl Texts {
         let found = self.0.get(text).expect("every text was encoded");
         found.iter().map(|(key, tensor)| (key.clone(), tensor.shallow_clone())).collect()
     }
+}
+
+fn encoded(pipeline: &Pipeline, padding: TextPadding, texts: &[&str]) -> Result<Vec<Conditions>> {
+    requests::go_on()?;
+    let found = pipeline.encode_prompts(texts)?;
+    let in_batch = |(text, conditions): (&&str, Conditions)| {
+        padded(text, conditions, &pipeline.prompt_shapes(text), padding)
+    };
+    texts.iter().zip(found).map(in_batch).collect()
+}
+
+fn blanks(pipeline: &Pipeline, padding: TextPadding, texts: &[&str]) -> Result<Vec<Conditions>> {
+    texts.iter().map(|text| blank(pipeline, padding, text)).collect()
 }
 
 /// Returns zeros with the shapes of what a text would be encoded as, `[1, …]`.
@@ -69,7 +93,7 @@ fn padded(
     let mut batch = Conditions::new();
     for (key, tensor) in conditions {
         let Some(described) = layout.get(&key) else {
-            batch.insert(key, tensor.unsqueeze(0));
+            batch.insert(key, tensor.unsqueeze(0).contiguous());
             continue;
         };
         let length = match padding.extended(&key, described) {
@@ -77,7 +101,7 @@ fn padded(
             None => described.unequal.then(|| padding.length(&key, described.shape[0])),
         };
         let Some(length) = length else {
-            batch.insert(key, tensor.unsqueeze(0));
+            batch.insert(key, tensor.unsqueeze(0).contiguous());
             continue;
         };
         let found = tensor.size()[0];
@@ -90,9 +114,9 @@ fn padded(
         let mask = TEXTS.iter().find(|(text, _)| *text == key).filter(|_| described.unequal);
         if let Some((_, mask)) = mask {
             let tokens = Tensor::arange(length, (Kind::Int64, Device::Cpu)).lt(found);
-            batch.insert(mask.to_string(), tokens.to_kind(Kind::Int64).unsqueeze(0));
+            batch.insert(mask.to_string(), tokens.to_kind(Kind::Int64).unsqueeze(0).contiguous());
         }
-        batch.insert(key, lengthened(&tensor, length).unsqueeze(0));
+        batch.insert(key, lengthened(&tensor, length).unsqueeze(0).contiguous());
     }
     Ok(batch)
 }
@@ -140,7 +164,7 @@ mod tests {
             assert_eq!(found["text_embeddings"].size(), [1, length, 2]);
             assert_eq!(found["text_embeddings"].sum(Kind::Double).double_value(&[]), 6.0);
             let expected = [[1; 3].as_slice(), &vec![0; length as usize - 3]].concat();
-            assert_eq!(found["text_mask"], Tensor::from_slice(&expected).unsqueeze(0));
+            assert_eq!(found["text_mask"], Tensor::from_slice(&expected).unsqueeze(0).contiguous());
             assert_eq!(found["pooled_prompt_embeds"].size(), [1, 5]);
         }
         let error = padded_by(TextPadding::Tokens(2), true).expect_err("too long").to_string();
