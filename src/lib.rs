@@ -19,9 +19,9 @@
 //! | 5 | [`assembly`]: builds model, optimizer and pipeline from the configuration |
 //! | 4 | [`run`]: the run folder and its checkpoints |
 //! | 3 | [`config`]: the configuration, one field for each room · [`datasets`]: makes and describes datasets |
-//! | 2, science | [`adapter`] above [`flow`], [`tuning`] above [`model`] · [`encoding`] above [`autoencoder`] · [`optim`] |
+//! | 2, science | [`adapter`] above [`flow`], [`tuning`] above [`model`] · [`encoding`] above [`autoencoder`], [`encoder`] · [`optim`] |
 //! | 2, machinery | [`parallel`] · [`watchdog`] |
-//! | 1 | [`report`] · [`attention`] above [`collective`] · [`data`] · [`lora`] · [`nn`] above [`ops`] · [`telemetry`] |
+//! | 1 | [`published`] · [`report`] · [`attention`] above [`collective`] · [`data`] · [`lora`] · [`nn`] above [`ops`] · [`telemetry`] |
 //! | 0, each above those after it | [`files`] · [`failure`] · [`fault`], `registry` · [`cuda`], [`pulse`], [`settings`] · [`error`], [`libtorch`], `median`, [`phase`], [`rng`], [`tensor`] |
 //!
 //! # Letters in shapes
@@ -47,6 +47,7 @@ pub mod config;
 pub mod cuda;
 pub mod data;
 pub mod datasets;
+pub mod encoder;
 pub mod encoding;
 pub mod error;
 pub mod failure;
@@ -63,6 +64,7 @@ pub mod optim;
 pub mod parallel;
 pub mod phase;
 pub mod plan;
+pub mod published;
 pub mod pulse;
 mod registry;
 pub mod report;

@@ -1,8 +1,6 @@
 //! An autoencoder's folder as published: `config.json` and the weights in safetensors.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
@@ -10,41 +8,33 @@ use tch::{Device, Kind};
 
 use super::halves::{Decoder, Encoder, Half};
 use super::{AutoencoderClass, Factors, Network};
-use crate::error::{Error, Result};
-use crate::files::contents::no_json;
-use crate::files::safetensors::{Shards, WEIGHTS_STEM, refuse_pickled_weights};
-use crate::settings::{self, Family};
+use crate::error::Result;
+use crate::files::safetensors::WEIGHTS_STEM;
+use crate::published::{Config, Names, Part, Weights};
+use crate::settings::Family;
 
-const CONFIG_FILE_NAME: &str = "config.json";
-/// Longest `config.json`, twenty times any published one.
-const MAX_CONFIG_BYTES: u64 = 64 << 10;
+const PART: Part = Part { noun: "autoencoder", folder: "vae", stem: WEIGHTS_STEM };
 /// Part of the names of counters that PyTorch keeps beside statistics.
 const COUNTERS: &[&str] = &["num_batches_tracked"];
-/// Kinds of published weights.
-const KINDS: [Kind; 3] = [Kind::Float, Kind::BFloat16, Kind::Half];
 
 /// An autoencoder whose settings and headers have been read, and none of its weights.
 #[derive(Debug)]
 pub struct Autoencoder {
     folder: PathBuf,
     class: AutoencoderClass,
-    shards: Shards,
+    weights: Weights,
 }
 
 impl Autoencoder {
     /// Opens the folder `vae` of a pipeline.
     ///
     /// # Errors
-    /// Errors of [`AutoencoderClass::read`]; [`Error::Data`] with a list of every missing, unexpected and
-    /// misshapen tensor.
+    /// Errors of [`AutoencoderClass::read`] and [`Weights::check`].
     pub fn open(folder: &Path) -> Result<Self> {
         let class = AutoencoderClass::read(folder)?;
-        let shards = Shards::open_stem(folder, WEIGHTS_STEM)?;
-        let tensors = class.tensors();
-        let expected =
-            tensors.iter().map(|(name, shape)| (name.clone(), shape.as_slice())).collect();
-        shards.check(&expected, &KINDS, COUNTERS).map_err(|what| Error::data(folder, what))?;
-        Ok(Autoencoder { folder: folder.into(), class, shards })
+        let weights = Weights::open(folder, PART, Names::plain(COUNTERS))?;
+        weights.check(&class.tensors())?;
+        Ok(Autoencoder { folder: folder.into(), class, weights })
     }
 
     /// Returns the class with its settings.
@@ -59,7 +49,7 @@ impl Autoencoder {
     /// Loads the encoder, which computes in `kind` on `device`.
     ///
     /// # Errors
-    /// Errors of reading; [`Error::Data`] naming the first number that is not finite.
+    /// As [`Weights::load`].
     pub fn encoder(&self, device: Device, kind: Kind) -> Result<Encoder> {
         let half = self.half(self.class.encoder(), device, kind)?;
         Ok(Encoder::new(half))
@@ -75,17 +65,14 @@ impl Autoencoder {
     }
 
     fn half(&self, network: Box<dyn Network>, device: Device, kind: Kind) -> Result<Half> {
-        let read = |name: &str| self.shards.read_finite(name);
-        let tensors = network.params().infos().iter();
-        let tensors = tensors.map(|info| Ok(read(&info.name)?.to_device(device).to_kind(kind)));
-        let params = network.params().views(tensors.collect::<Result<_>>()?);
+        let params = self.weights.load(network.params(), device, kind)?;
         Ok(Half {
             folder: self.folder.clone(),
             network,
             params,
             device,
             kind,
-            scaling: self.class.scaling(&read)?,
+            scaling: self.class.scaling(&|name| self.weights.read(name))?,
             factors: self.class.factors(),
             default_tile: self.class.tile(),
             tiles: None,
@@ -98,33 +85,25 @@ impl AutoencoderClass {
     /// diffusers.
     ///
     /// # Errors
-    /// [`Error::Data`] if the file is missing, no JSON, of an unknown class, or contradicts itself;
-    /// [`Error::Config`] naming every field that is unknown or has an unsupported value;
-    /// [`Error::CheckpointMismatch`] if the weights are a pickle.
+    /// Errors of [`Config::read`] and [`Config::read_into`];
+    /// [`Error::Data`](crate::error::Error::Data) if the class is unknown, or fields contradict each
+    /// other.
     pub fn read(folder: &Path) -> Result<Self> {
-        let path = folder.join(CONFIG_FILE_NAME);
-        let text =
-            text_of(&path).map_err(|error| Error::data(folder, no_config(folder, &error)))?;
-        if text.len() as u64 > MAX_CONFIG_BYTES {
-            let what = format!("is longer than the {MAX_CONFIG_BYTES} bytes allowed");
-            return Err(Error::data(&path, what));
-        }
-        refuse_pickled_weights(folder)?;
-        let parsed: Result<Map<String, Value>, _> = serde_json::from_slice(&text);
-        let fields = parsed.map_err(|error| Error::data(&path, no_json(&text, &error)))?;
-        AutoencoderClass::of_fields(fields, &path)
+        AutoencoderClass::of(Config::read(folder, PART)?)
     }
 
-    /// `path`: the file of the fields, for messages.
-    fn of_fields(mut fields: Map<String, Value>, path: &Path) -> Result<Self> {
-        let name = fields.get("_class_name").and_then(Value::as_str).unwrap_or_default();
+    fn of(config: Config) -> Result<Self> {
+        let name = config.text("_class_name").unwrap_or_default();
         let mut class =
-            AutoencoderClass::named(name).ok_or_else(|| Error::data(path, unknown_class(name)))?;
+            AutoencoderClass::named(name).ok_or_else(|| config.refused(unknown_class(name)))?;
         let idle = class.idle_fields();
         // Fields that begin with an underscore are notes of the library that wrote the file.
-        fields.retain(|name, _| !name.starts_with('_') && !idle.contains(&name.as_str()));
-        settings::read_json(class.settings(), &path.display().to_string(), &fields)?;
-        class.check().map_err(|what| Error::data(path, what))?;
+        let is_setting = |name: &str| !name.starts_with('_') && !idle.contains(&name);
+        let fields: Map<String, Value> = config.fields().clone();
+        let fields = fields.into_iter().filter(|(name, _)| is_setting(name)).collect();
+        let config = config.with_fields(fields);
+        config.read_into(class.settings())?;
+        class.check().map_err(|what| config.refused(what))?;
         Ok(class)
     }
 
@@ -136,22 +115,6 @@ impl AutoencoderClass {
         let statistics = self.statistics().into_iter();
         weights.chain(statistics.map(|(name, shape)| (name.into(), shape))).collect()
     }
-}
-
-/// The first bytes of a file, one more than allowed if it is longer.
-fn text_of(path: &Path) -> io::Result<Vec<u8>> {
-    let mut text = Vec::new();
-    File::open(path)?.take(MAX_CONFIG_BYTES + 1).read_to_end(&mut text)?;
-    Ok(text)
-}
-
-/// The reason why a folder has no readable `config.json`, with the folder that was probably meant.
-fn no_config(folder: &Path, error: &io::Error) -> String {
-    let inside = folder.join("vae");
-    if inside.join(CONFIG_FILE_NAME).is_file() {
-        return format!("is no autoencoder's folder; did you mean {}?", inside.display());
-    }
-    format!("{CONFIG_FILE_NAME} of the autoencoder cannot be read: {error}")
 }
 
 fn unknown_class(name: &str) -> String {
@@ -172,8 +135,8 @@ mod tests {
     /// The message about a `config.json` that lies.
     fn said(fields: Value) -> String {
         let Value::Object(fields) = fields else { panic!("an object") };
-        let error =
-            AutoencoderClass::of_fields(fields, Path::new("vae/config.json")).expect_err("it lies");
+        let error = AutoencoderClass::of(Config::new(Path::new("vae/config.json"), fields))
+            .expect_err("it lies");
         let text = error.to_string();
         assert!(!text.contains('\n'), "{text}");
         text
@@ -285,7 +248,7 @@ mod tests {
         });
         let Value::Object(fields) = fields else { panic!("an object") };
         let class =
-            AutoencoderClass::of_fields(fields, Path::new("config.json")).expect("Wan 2.1's");
+            AutoencoderClass::of(Config::new(Path::new("config.json"), fields)).expect("Wan 2.1's");
         assert_eq!(class, AutoencoderClass::Wan(Default::default()));
     }
 

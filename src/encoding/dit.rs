@@ -63,7 +63,7 @@ struct Words {
 impl ToConditions for Words {
     /// `text_embeddings` `[16, 64]`: a vector for each word, upper and lower case alike, and zeros
     /// after the last one.
-    fn conditions(&self, prompts: &[&str]) -> Vec<Conditions> {
+    fn conditions(&self, prompts: &[&str]) -> Result<Vec<Conditions>> {
         let conditions = |prompt: &&str| {
             let text = Tensor::zeros([WORDS, WIDTH], (Kind::Float, Device::Cpu));
             for (place, word) in (0..WORDS).zip(words(prompt)) {
@@ -73,7 +73,7 @@ impl ToConditions for Words {
             }
             Conditions::from([(TEXT.to_string(), text.to_kind(self.kind))])
         };
-        prompts.iter().map(conditions).collect()
+        Ok(prompts.iter().map(conditions).collect())
     }
 }
 

@@ -13,11 +13,20 @@
 //! | here | the families, and the interface of each |
 //! | `pipeline.rs` | a pipeline with the networks that are loaded |
 //! | `folder.rs` | the parts of a pipeline's folder |
+//! | `latents.rs`, `texts.rs` | what several families have: an autoencoder, a tokenizer with its encoder |
+//! | `flux.rs`, `flux2.rs`, … | a family's way |
 //! | `dit.rs` | the demo's own encoding, which needs no folder |
 
 mod dit;
+mod flux;
+mod flux2;
 mod folder;
+mod hunyuan_video15;
+mod latents;
 mod pipeline;
+mod qwen_image;
+mod texts;
+mod wan;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -37,6 +46,16 @@ registry! {
     /// A model family, by its table of the configuration.
     #[derive(PartialOrd, Ord)]
     pub enum Family: Facts by word {
+        /// FLUX.1.
+        "flux" => Flux = flux::FACTS,
+        /// FLUX.2.
+        "flux2" => Flux2 = flux2::FACTS,
+        /// Qwen-Image.
+        "qwen_image" => QwenImage = qwen_image::FACTS,
+        /// Wan.
+        "wan" => Wan = wan::FACTS,
+        /// HunyuanVideo 1.5.
+        "hunyuan_video15" => HunyuanVideo15 = hunyuan_video15::FACTS,
         /// The demo's own small transformer.
         "dit" => Dit = dit::FACTS,
     }
@@ -62,6 +81,12 @@ pub trait Encoding: fmt::Debug + Send {
     /// Kinds and shapes of what a prompt becomes, known from its tokens alone.
     fn prompt_layout(&self, prompt: &str, kind: Kind) -> Layout;
 
+    /// Kinds and shapes of the conditions that pixels become, beside latents.
+    fn pixel_layout(&self, kind: Kind) -> Layout {
+        let _ = kind;
+        Layout::new()
+    }
+
     /// # Errors
     /// Errors of loading, as all three.
     fn to_conditions(&self, device: Device, kind: Kind) -> Result<Box<dyn ToConditions>>;
@@ -73,18 +98,26 @@ pub trait Encoding: fmt::Debug + Send {
 
 /// Encodes prompts.
 pub trait ToConditions: Send {
-    /// Each with the kinds and shapes of [`Encoding::prompt_layout`].
-    fn conditions(&self, prompts: &[&str]) -> Vec<Conditions>;
+    /// Returns conditions of the kinds and shapes of [`Encoding::prompt_layout`], one for each prompt.
+    ///
+    /// # Errors
+    /// [`Error::Data`](crate::error::Error::Data) if tokenizer and encoder do not fit each other.
+    fn conditions(&self, prompts: &[&str]) -> Result<Vec<Conditions>>;
 }
 
 /// Encodes pixels.
 pub trait ToLatents: Send {
-    /// The latents of a model, f32; `stream`: the draws of those that are drawn.
+    /// Returns the latents of a model, f32; `stream`: the draws of those that are drawn.
     fn latents(&self, pixels: &Tensor, stream: &Stream) -> Tensor;
+
+    /// Returns conditions of the kinds and shapes of [`Encoding::pixel_layout`], one map for each row.
+    fn conditions(&self, pixels: &Tensor) -> Vec<Conditions> {
+        (0..pixels.size()[0]).map(|_| Conditions::new()).collect()
+    }
 }
 
 /// Decodes latents.
 pub trait ToPixels: Send {
-    /// Pixels from the latents of a model, of any floating kind; they may go beyond -1 and 1.
+    /// Returns pixels from the latents of a model, of any floating kind; they may go beyond -1 and 1.
     fn pixels(&self, latents: &Tensor) -> Tensor;
 }

@@ -86,7 +86,23 @@ impl Pipeline {
     pub fn encode_prompts(&self, prompts: &[&str]) -> Result<Vec<Conditions>> {
         let load = || self.encoding.to_conditions(self.device, self.kind);
         let network = loaded(&self.to_conditions, load)?;
-        Ok(no_grad(|| network.conditions(prompts)))
+        no_grad(|| network.conditions(prompts))
+    }
+
+    /// Returns kinds and shapes of the conditions that pixels become, beside latents; most families
+    /// have none.
+    pub fn pixel_shapes(&self) -> Layout {
+        self.encoding.pixel_layout(self.kind)
+    }
+
+    /// Returns those conditions of each row of pixels.
+    ///
+    /// # Errors
+    /// As [`encode_prompts`](Self::encode_prompts).
+    pub fn pixel_conditions(&self, pixels: &Tensor) -> Result<Vec<Conditions>> {
+        let load = || self.encoding.to_latents(self.device, self.kind);
+        let network = loaded(&self.to_latents, load)?;
+        Ok(no_grad(|| network.conditions(pixels)))
     }
 
     /// Returns the latents of a model, f32. `keys`: for each row a number that names its pixels; where

@@ -11,6 +11,8 @@ pub enum Nonlinearity {
     Gelu,
     /// GELU's approximation by tanh.
     GeluTanh,
+    /// GELU's approximation by `x · sigmoid(1.702 · x)`.
+    QuickGelu,
     /// SiLU of the first half of the features times the second half, SwiGLU.
     ///
     /// Source: Shazeer 2020, arXiv:2002.05202, eq. 6.
@@ -23,6 +25,7 @@ impl Nonlinearity {
             Nonlinearity::Silu => x.silu(),
             Nonlinearity::Gelu => x.gelu("none"),
             Nonlinearity::GeluTanh => apply(GeluTanh, [x]),
+            Nonlinearity::QuickGelu => x * (x * 1.702).sigmoid(),
             Nonlinearity::SiluGate => {
                 let halves = x.chunk(2, -1);
                 halves[0].silu() * &halves[1]
@@ -64,6 +67,15 @@ impl Mlp {
         let input = Linear::pytorch(&mut builder.at("linear_in"), inputs, 2 * hidden, false);
         let output = Linear::pytorch(&mut builder.at("linear_out"), hidden, outputs, false);
         Mlp { input, output, nonlinearity: Nonlinearity::SiluGate }
+    }
+
+    /// `fc1` and `fc2`, the MLP of transformers' CLIP and SigLIP.
+    pub fn of_transformers(
+        builder: &mut Builder<'_>,
+        [width, hidden]: [i64; 2],
+        nonlinearity: Nonlinearity,
+    ) -> Self {
+        Self::named(builder, ["fc1", "fc2"], [width, hidden, width], nonlinearity, true)
     }
 
     fn named(

@@ -49,6 +49,15 @@ impl PatchEmbedding {
         PatchEmbedding { weight, bias: builder.param("bias", &[width], init), patch }
     }
 
+    /// As [`new`](Self::new) for square patches of pictures: `weight` `[width, channels, side,
+    /// side]`.
+    pub fn square(builder: &mut Builder<'_>, channels: i64, width: i64, side: i64) -> Self {
+        let init = Init::FanIn { fan_in: channels * side * side };
+        let weight = builder.param("weight", &[width, channels, side, side], init);
+        let bias = builder.param("bias", &[width], init);
+        PatchEmbedding { weight, bias, patch: [1, side, side] }
+    }
+
     /// # Shapes
     /// `latents`: as in [`cut`]. Returns `[B, L, width]`.
     pub fn forward(&self, params: &Views, latents: &Tensor) -> Tensor {

@@ -56,12 +56,29 @@ pub fn table(angles: &Tensor) -> Tensor {
         .unsqueeze(1)
 }
 
+/// As [`table`], of numbers that were rounded to `kind`.
+pub fn table_rounded(angles: &Tensor, kind: Kind) -> Tensor {
+    let [cosines, sines] =
+        [angles.cos(), angles.sin()].map(|x| x.to_kind(kind).to_kind(Kind::Float));
+    Tensor::complex(&cosines, &sines).unsqueeze(1)
+}
+
 /// Rotates each head's features, neighbours as pairs.
 ///
 /// # Shapes
 /// `x`: `[B, L, N, E]`; `table`: `[L, 1, E/2]`. Returns the shape and kind of `x`; computed in f32.
 pub fn rotate(x: &Tensor, table: &Tensor) -> Tensor {
     apply(Rotation, [x, table])
+}
+
+/// Rotates each head's features, feature `i` and feature `i + E/2` as a pair. The two stand side by
+/// side afterwards, in queries as in keys, so that their products are those of features left in
+/// place.
+///
+/// # Shapes
+/// As [`rotate`].
+pub fn rotate_halves(x: &Tensor, table: &Tensor) -> Tensor {
+    rotate(&x.unflatten(-1, [2i64, -1]).transpose(-1, -2).flatten(-2, -1), table)
 }
 
 #[cfg(test)]
@@ -94,6 +111,15 @@ mod tests {
         let turned = rotate(&x, &table);
         assert!((turned.double_value(&[0, 2, 0, 0]) - 2f64.cos()).abs() < 1e-6);
         assert!((turned.double_value(&[0, 2, 0, 1]) - 2f64.sin()).abs() < 1e-6);
+    }
+
+    #[test]
+    fn halves_are_rotated_as_neighbours_are() {
+        let table = table(&AXIS.angles_to(5, Device::Cpu));
+        let halves = Tensor::arange(40, (Kind::Float, Device::Cpu)).view([1, 5, 1, 8]);
+        let pair = |place: i64| halves.slice(-1, place, None, 4);
+        let neighbours = Tensor::cat(&[pair(0), pair(1), pair(2), pair(3)], -1);
+        assert!(rotate_halves(&halves, &table).equal(&rotate(&neighbours, &table)));
     }
 
     #[test]

@@ -26,7 +26,7 @@ pub(crate) use header::{Content, is_eight_bits};
 pub use shards::Shards;
 pub(crate) use source::open_error;
 use source::{Opened, Source};
-pub use source::{refuse_pickled_data, refuse_pickled_weights};
+pub use source::{refuse_pickled_data, refuse_pickled_weights, refuse_pickles_beside};
 pub use write::{Planned, Writer, write};
 
 #[cfg(target_endian = "big")]

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
+use super::WEIGHTS_STEM;
 use crate::error::{Error, Result};
 use crate::files::contents::{CONVERT, never_read};
 
@@ -168,6 +169,22 @@ fn refuse(path: &Path, of_data: bool) -> Result<()> {
 /// # Errors
 /// [`Error::CheckpointMismatch`] with a command that converts them.
 pub fn refuse_pickled_weights(path: &Path) -> Result<()> {
+    let place = format!(
+        "{WEIGHTS_STEM}.safetensors beside their config.json, and give that folder as model.path"
+    );
+    refuse_weights(path, &place)
+}
+
+/// As [`refuse_pickled_weights`], for a folder whose weights belong into `<stem>.safetensors`.
+///
+/// # Errors
+/// As [`refuse_pickled_weights`].
+pub fn refuse_pickles_beside(folder: &Path, stem: &str) -> Result<()> {
+    refuse_weights(folder, &format!("{stem}.safetensors beside their config.json"))
+}
+
+/// `place`: where converted weights belong.
+fn refuse_weights(path: &Path, place: &str) -> Result<()> {
     let inside: Vec<PathBuf> =
         fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
     let is_safe = |path: &PathBuf| path.extension().is_some_and(|ending| ending == "safetensors");
@@ -179,8 +196,7 @@ pub fn refuse_pickled_weights(path: &Path) -> Result<()> {
     match found {
         Some(pickle) if !inside.iter().any(is_safe) => {
             let what = format!(
-                "is a pickle, which can run code when it is opened and is never read; convert the weights once, to \
-                 diffusion_pytorch_model.safetensors beside their config.json, and give that folder as model.path: {CONVERT}"
+                "is a pickle, which can run code when it is opened and is never read; convert the weights once, to {place}: {CONVERT}"
             );
             Err(Error::checkpoint_mismatch(pickle, what))
         }

@@ -26,6 +26,17 @@ pub fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: Option<&Tensor
     }
 }
 
+/// As [`attend`], of scores that are not scaled and to which `bias` is added.
+///
+/// # Shapes
+/// As [`attend`]; `bias`: of the kind of the query, broadcastable to `[B, N, L, K]`.
+pub fn attend_unscaled(query: &Tensor, key: &Tensor, value: &Tensor, bias: &Tensor) -> Tensor {
+    if query.device().is_cuda() {
+        permit_attention(&[choice::chosen(true), AttentionBackend::Plain]);
+    }
+    Attention { query, key, value, mask: Some(bias) }.permitted(Some(1.0))
+}
+
 /// Attention by a single head of any width, without a mask. On a GPU the memory-efficient backend
 /// computes it, because the others take no head as wide as those of autoencoders; on a CPU libtorch
 /// chooses, and bfloat16 is computed in f32 and rounded once.
@@ -78,9 +89,15 @@ impl Attention<'_> {
     }
 
     fn by_libtorchs_choice(self) -> Tensor {
+        self.permitted(None)
+    }
+
+    /// Computes by the backend that libtorch takes of those permitted. `scale`: the factor of the
+    /// scores; `None` for `E^-1/2`.
+    fn permitted(self, scale: Option<f64>) -> Tensor {
         let [query, key, value] = self.by_heads();
         let mask = self.mask;
-        Tensor::scaled_dot_product_attention(&query, &key, &value, mask, 0.0, false, None, false)
+        Tensor::scaled_dot_product_attention(&query, &key, &value, mask, 0.0, false, scale, false)
             .transpose(1, 2)
             .flatten(2, 3)
     }
