@@ -632,24 +632,8 @@ fn hex(bytes: &[u8]) -> String {
 
 /// Samples of a run; with one step of a model this small they take milliseconds.
 fn sample_of(run: &Path, conditions: &Path) -> Result<(), Error> {
-    let (run, conditions) = (run.into(), Some(conditions.into()));
-    let (out, shape, num_steps, per_condition, seed) = (Vec::new(), None, None, None, None);
-    let (guidance_scale, true_cfg_scale, shift) = (None, None, None);
-    sample(&SampleRequest {
-        run,
-        out,
-        conditions,
-        shape,
-        num_steps,
-        guidance_scale,
-        true_cfg_scale,
-        shift,
-        per_condition,
-        seed,
-        lora_scale: 1.0,
-        weights: SavedWeights::Trained,
-        loras: Vec::new(),
-    })
+    let (run, conditions) = (Some(run.into()), Some(conditions.into()));
+    sample(&SampleRequest { run, conditions, ..SampleRequest::default() })
 }
 
 /// What the digits' model is sampled from.

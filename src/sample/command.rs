@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use tch::{Device, Tensor};
 
-use crate::assembly::attention::{TEXT, tokens_of_sample};
+use crate::assembly::attention::tokens_of_sample;
 use crate::assembly::device::{device, open_libraries};
 use crate::assembly::{dataset, frozen_replica, trained_replica};
 use crate::collective::Solo;
@@ -65,6 +65,34 @@ pub struct SampleRequest {
     pub weights: SavedWeights,
     /// LoRAs from files that are added to the model.
     pub loras: Vec<AddedLora>,
+}
+
+impl Default for SampleRequest {
+    /// Asks for nothing: no run, no file, and every option the run's own.
+    fn default() -> Self {
+        SampleRequest {
+            run: None,
+            out: Vec::new(),
+            conditions: None,
+            shape: None,
+            prompts: Vec::new(),
+            pipeline: None,
+            negative: None,
+            size: None,
+            fps: None,
+            ffmpeg: None,
+            overrides: Vec::new(),
+            num_steps: None,
+            guidance_scale: None,
+            true_cfg_scale: None,
+            shift: None,
+            per_condition: None,
+            seed: None,
+            lora_scale: 1.0,
+            weights: SavedWeights::Trained,
+            loras: Vec::new(),
+        }
+    }
 }
 
 /// The model to generate with.

@@ -142,9 +142,8 @@ impl Studio {
         let texts = texts?;
         let origin = |asked: &Asked| {
             let negative = asked.negative.as_deref().map(|text| texts.of(text));
-            let key = Key::new(asked.seed, Purpose::Sampling);
-            let noise = Stream::PerSample(vec![key]).open();
-            let noise = noise.normal(0.0, 1.0, &batch_of_one(&asked.shape));
+            let stream = Stream::PerSample(vec![Key::new(asked.seed, Purpose::Sampling)]);
+            let noise = stream.open().normal(0.0, 1.0, &batch_of_one(&asked.shape));
             let negative = negative.unwrap_or_default();
             Origin::from_prompt(&asked.prompt, texts.of(&asked.prompt), negative, noise)
         };

@@ -89,8 +89,9 @@ impl Trainer<'_> {
         );
         if events.are_written() {
             let pictures = sampler.gallery.pictures(step)?;
-            let event = |(tag, png): &'_ (String, Vec<u8>)| (tag.clone(), EventValue::Png(png));
-            events.append(step, || pictures.iter().map(event).collect());
+            events.append(step, || {
+                pictures.iter().map(|(tag, png)| (tag.clone(), EventValue::Png(png))).collect()
+            });
         }
         Ok(true)
     }
