@@ -115,6 +115,20 @@ pub fn open_libraries(config: &RunConfig) -> Result<()> {
     }
 }
 
+/// Opens the device of a command that has no configuration: attention is libtorch's own choice.
+///
+/// # Errors
+/// [`Error::Environment`] if there is no GPU for this rank, or a library is missing.
+///
+/// # Ordering
+/// Every rank of `world` calls it, before the first tensor.
+pub fn plain_device(choice: DeviceChoice, world: &dyn Collective) -> Result<Device> {
+    match choice {
+        DeviceChoice::Cpu => Ok(Device::Cpu),
+        DeviceChoice::Cuda => agreed(local_rank(world).and_then(gpu), world),
+    }
+}
+
 fn gpu(number: usize) -> Result<Device> {
     cuda::open_libtorch()?;
     let count = Cuda::device_count();

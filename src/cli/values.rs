@@ -2,7 +2,8 @@
 
 use std::time::Instant;
 
-use crate::datasets::caches::{CacheFormat, CachedFamily};
+use crate::datasets::pictures::Ratios;
+use crate::media::Size;
 use crate::model::Dtype;
 use crate::run::lora::AddedLora;
 use crate::settings::Choice;
@@ -23,6 +24,33 @@ pub fn parse_scale(text: &str) -> Result<f64, String> {
         .ok()
         .filter(|scale| (0.0..=100.0).contains(scale))
         .ok_or_else(|| "expected a number from 0 to 100".into())
+}
+
+/// Width and height, as in `1024x768`.
+pub fn parse_size(text: &str) -> Result<Size, String> {
+    let side = |text: &str| text.trim().parse::<u32>().ok().filter(|side| *side > 0);
+    let sides = text.split_once(['x', 'X']);
+    let size = sides.and_then(|(width, height)| Some(Size::new(side(width)?, side(height)?)));
+    size.ok_or_else(|| "expected width and height in pixels, as in 1024x768".into())
+}
+
+/// Ratios between two in equal factors, as in `0.5:2:7`.
+pub fn parse_ratios(text: &str) -> Result<Ratios, String> {
+    let parts: Vec<&str> = text.split(':').map(str::trim).collect();
+    let ratios = || match parts.as_slice() {
+        [least, most, count] => Some(Ratios::Geometric {
+            least: least.parse().ok()?,
+            most: most.parse().ok()?,
+            count: count.parse().ok()?,
+        }),
+        _ => None,
+    };
+    ratios().ok_or_else(|| "expected two ratios and a number of them, as in 0.5:2:7".into())
+}
+
+pub fn parse_share(text: &str) -> Result<f64, String> {
+    let share = text.parse().ok().filter(|share| (0.0..=1.0).contains(share));
+    share.ok_or_else(|| "expected a share from 0 to 1".into())
 }
 
 /// A file, and the strength behind its last colon, if that is a number: a name may have colons.
@@ -66,14 +94,6 @@ pub fn parse_moment(text: &str) -> Result<Instant, String> {
 pub fn parse_dtype(text: &str) -> Result<Dtype, String> {
     let known = Dtype::ALL.iter().find(|(word, _)| *word == text);
     known.map(|(_, dtype)| *dtype).ok_or_else(|| "expected float32 or bfloat16".into())
-}
-
-pub fn parse_cache(text: &str) -> Result<CacheFormat, String> {
-    parse_word(text)
-}
-
-pub fn parse_family(text: &str) -> Result<CachedFamily, String> {
-    parse_word(text)
 }
 
 /// Returns the value of a word.

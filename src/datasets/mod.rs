@@ -6,6 +6,7 @@
 //! | samples that can be written, wherever they come from | `samples.rs` |
 //! | which sample goes into which file | `shards.rs` |
 //! | writing a dataset, and going on after a kill | `write.rs` |
+//! | pictures and videos with captions as a dataset | `encode/` |
 //! | a folder of safetensors files as a dataset | `index.rs` |
 //! | joining small files | `pack.rs` |
 //! | work on many files at once | `parallel.rs` |
@@ -13,6 +14,7 @@
 //! | caches of other trainers | `caches/` |
 
 pub mod caches;
+pub mod encode;
 pub mod index;
 pub mod pack;
 mod parallel;

@@ -5,15 +5,20 @@ use std::f64::consts::PI;
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Conditions, Encoding, Facts, ToConditions, ToLatents, ToPixels};
+use super::{Conditions, Encoding, Facts, ToConditions, ToLatents, ToPixels, UsualBuckets};
 use crate::autoencoder::Factors;
 use crate::data::DataType;
 use crate::data::group::{Layout, SampleTensor};
 use crate::error::Result;
 use crate::rng::{Key, Purpose, Stream};
 
-pub const FACTS: Facts =
-    Facts { data_type: DataType::Image, parts: &[], open: |_| Ok(Box::new(Dit)) };
+pub const FACTS: Facts = Facts {
+    data_type: DataType::Image,
+    parts: &[],
+    // Sides of whole patches of the model, too.
+    buckets: UsualBuckets { pixels: 64 * 64, multiple: 8 },
+    open: |_| Ok(Box::new(Dit)),
+};
 
 /// Colours of a pixel.
 const COLOURS: i64 = 3;

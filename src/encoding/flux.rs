@@ -7,7 +7,7 @@ use tch::{Device, Kind};
 
 use super::latents::{Extent, Latents, VAE};
 use super::texts::{FIRST, LoadedTexts, POOLED, Padding, SECOND, TEXT, Texts};
-use super::{Conditions, Encoding, Facts, Folder, ToConditions, ToLatents, ToPixels};
+use super::{Conditions, Encoding, Facts, Folder, PICTURES, ToConditions, ToLatents, ToPixels};
 use crate::autoencoder::Factors;
 use crate::data::DataType;
 use crate::data::group::{Layout, SampleTensor};
@@ -17,6 +17,7 @@ use crate::error::Result;
 pub const FACTS: Facts = Facts {
     data_type: DataType::Image,
     parts: &[VAE, FIRST[1], SECOND[1], FIRST[0], SECOND[0]],
+    buckets: PICTURES,
     open: |folder| Ok(Box::new(Flux::open(folder)?)),
 };
 

@@ -8,18 +8,19 @@ use tch::{Device, Kind};
 
 use super::latents::{Extent, Latents, VAE};
 use super::texts::{FIRST, LoadedTexts, Padding, TEXT, Texts};
-use super::{Conditions, Encoding, Facts, Folder, ToConditions, ToLatents, ToPixels};
+use super::{Conditions, Encoding, Facts, Folder, PICTURES, ToConditions, ToLatents, ToPixels};
 use crate::autoencoder::Factors;
 use crate::data::DataType;
 use crate::data::group::Layout;
 use crate::encoder::Output;
 use crate::error::Result;
 use crate::settings::Family;
-use crate::tokenizer::prompt;
+use crate::tokenizer::prompt::{self, Templated};
 
 pub const FACTS: Facts = Facts {
     data_type: DataType::Image,
     parts: &[VAE, FIRST[1], FIRST[0]],
+    buckets: PICTURES,
     open: |folder| Ok(Box::new(Flux2::open(folder)?)),
 };
 
@@ -50,7 +51,7 @@ impl Line {
         }
     }
 
-    fn text(self, prompt: &str) -> String {
+    fn text(self, prompt: &str) -> Templated {
         match self {
             Line::Dev => prompt::flux2_dev(prompt),
             Line::Klein => prompt::flux2_klein(prompt),
@@ -105,7 +106,7 @@ struct Loaded {
 impl ToConditions for Loaded {
     /// `text_embeddings` `[512, 3 · D]`.
     fn conditions(&self, prompts: &[&str]) -> Result<Vec<Conditions>> {
-        let ids = |prompt: &&str| self.texts.ids(&self.line.text(prompt), TOKENS);
+        let ids = |prompt: &&str| self.texts.ids_of_chat(&self.line.text(prompt), TOKENS);
         let ids: Vec<Vec<i64>> = prompts.iter().map(ids).collect();
         let states = self.texts.encode(&ids, TOKENS, self.line.padding(), true)?;
         let conditions = |row: i64| Conditions::from([(TEXT.into(), states.get(row))]);

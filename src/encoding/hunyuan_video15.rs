@@ -11,23 +11,22 @@ use tch::{Device, Kind, Tensor};
 
 use super::latents::{Extent, Latents, LoadedEncoder, VAE};
 use super::texts::{FIRST, LoadedTexts, SECOND, SECOND_TEXT, TEXT, Texts};
-use super::{Conditions, Encoding, Facts, Folder, ToConditions, ToLatents, ToPixels};
+use super::{Conditions, Encoding, Facts, Folder, VIDEOS, ToConditions, ToLatents, ToPixels};
 use crate::autoencoder::Factors;
 use crate::data::DataType;
 use crate::data::group::{Layout, SampleTensor};
 use crate::encoder::{ImageEncoder, LoadedImageEncoder, Output, pixels_of};
 use crate::error::Result;
 use crate::rng::Stream;
-use crate::tokenizer::prompt;
+use crate::tokenizer::prompt::{self, Templated};
 
 pub const FACTS: Facts = Facts {
     data_type: DataType::Video,
     parts: &[VAE, FIRST[1], SECOND[1], FIRST[0], SECOND[0]],
+    buckets: VIDEOS,
     open: |folder| Ok(Box::new(HunyuanVideo15::open(folder)?)),
 };
 
-/// Tokens of the template before the prompt, which are dropped.
-const DROPPED: usize = 108;
 /// Most tokens from the prompt on, and of the quoted texts.
 const MOST: usize = 1000;
 const MOST_QUOTED: usize = 256;
@@ -67,9 +66,9 @@ impl Encoding for HunyuanVideo15 {
     }
 
     fn prompt_layout(&self, prompt: &str, kind: Kind) -> Layout {
-        let tokens = self.texts.ids(&prompt::hunyuan_video15(prompt), DROPPED + MOST).len();
-        let text = self.texts.layout(&self.output(), tokens.saturating_sub(DROPPED), kind);
-        let quoted = prompt::quoted(prompt);
+        let tokens = self.texts.kept(&prompt::hunyuan_video15(prompt), MOST);
+        let text = self.texts.layout(&self.output(), tokens, kind);
+        let quoted = prompt::quoted_texts(prompt);
         let tokens = quoted.map_or(0, |quoted| self.quotes.ids(&quoted, MOST_QUOTED).len());
         let quotes = self.quotes.layout(&Output::Last, tokens, kind);
         let unequal = |layout| SampleTensor { unequal: true, ..layout };
@@ -113,10 +112,11 @@ impl ToConditions for Loaded {
     /// `text_embeddings` `[L, D]`, `text_embeddings_2` `[L2, D2]`, of no rows where the prompt quotes
     /// nothing.
     fn conditions(&self, prompts: &[&str]) -> Result<Vec<Conditions>> {
-        let ids = |prompt: &&str| self.texts.ids(&prompt::hunyuan_video15(prompt), DROPPED + MOST);
-        let states = self.texts.encode_unpadded(&prompts.iter().map(ids).collect::<Vec<_>>())?;
+        let chats: Vec<Templated> =
+            prompts.iter().map(|prompt| prompt::hunyuan_video15(prompt)).collect();
+        let states = self.texts.encode_chats(&chats, MOST)?;
         let quoted: Vec<Option<String>> =
-            prompts.iter().map(|prompt| prompt::quoted(prompt)).collect();
+            prompts.iter().map(|prompt| prompt::quoted_texts(prompt)).collect();
         let ids = |quoted: &String| self.quotes.ids(quoted, MOST_QUOTED);
         let ids: Vec<Vec<i64>> = quoted.iter().flatten().map(ids).collect();
         let mut of_quotes = match ids.is_empty() {
@@ -125,11 +125,9 @@ impl ToConditions for Loaded {
         }
         .into_iter();
         let conditions = |(states, quoted): (Tensor, &Option<String>)| {
-            let dropped = states.size()[0].min(DROPPED as i64);
-            let kept = states.narrow(0, dropped, states.size()[0] - dropped);
             let nothing = || self.nothing.shallow_clone();
             let quotes = quoted.as_ref().and_then(|_| of_quotes.next()).unwrap_or_else(nothing);
-            Conditions::from([(TEXT.into(), kept), (SECOND_TEXT.into(), quotes)])
+            Conditions::from([(TEXT.into(), states), (SECOND_TEXT.into(), quotes)])
         };
         Ok(states.into_iter().zip(&quoted).map(conditions).collect())
     }

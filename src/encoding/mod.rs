@@ -34,8 +34,8 @@ use std::fmt;
 use tch::{Device, Kind, Tensor};
 
 use crate::autoencoder::Factors;
-use crate::data::DataType;
 use crate::data::group::Layout;
+use crate::data::{DataType, TEXTS};
 use crate::error::Result;
 use crate::registry::registry;
 use crate::rng::Stream;
@@ -67,7 +67,27 @@ pub struct Facts {
     pub data_type: DataType,
     /// Folders that a pipeline of the family has; none if the family needs no pipeline.
     pub parts: &'static [&'static str],
+    pub buckets: UsualBuckets,
     open: fn(&Folder) -> Result<Box<dyn Encoding>>,
+}
+
+/// Sizes of pixels that a family's datasets usually have.
+#[derive(Clone, Copy, Debug)]
+pub struct UsualBuckets {
+    /// Most pixels of a picture or a frame.
+    pub pixels: u64,
+    /// Multiple of the sides.
+    pub multiple: u32,
+}
+
+/// Those of the reference for families of pictures and of videos.
+const PICTURES: UsualBuckets = UsualBuckets { pixels: 1024 * 1024, multiple: 64 };
+const VIDEOS: UsualBuckets = UsualBuckets { pixels: 832 * 480, multiple: 16 };
+
+impl Facts {
+    pub fn is_of_videos(&self) -> bool {
+        self.data_type == DataType::Video
+    }
 }
 
 /// Conditions of one sample by the keys of batches, on the CPU.
@@ -120,4 +140,57 @@ pub trait ToLatents: Send {
 pub trait ToPixels: Send {
     /// Returns pixels from the latents of a model, of any floating kind; they may go beyond -1 and 1.
     fn pixels(&self, latents: &Tensor) -> Tensor;
+}
+
+/// Stacks the conditions of several prompts: texts are padded with zeros to the longest, at least
+/// one row, and get the masks of their tokens if `layout` says that they are unequal.
+///
+/// `layout`: that of any prompt of the family, [`Pipeline::prompt_shapes`].
+pub fn stacked(conditions: &[Conditions], layout: &Layout) -> BTreeMap<String, Tensor> {
+    let mut tensors = BTreeMap::new();
+    for (key, described) in layout {
+        let rows: Vec<&Tensor> = conditions.iter().map(|row| &row[key]).collect();
+        if !described.unequal {
+            tensors.insert(key.clone(), Tensor::stack(&rows, 0));
+            continue;
+        }
+        let lengths: Vec<i64> = rows.iter().map(|row| row.size()[0]).collect();
+        let longest = lengths.iter().copied().max().unwrap_or_default().max(1);
+        let padded = |row: &&Tensor| row.constant_pad_nd([0, 0, 0, longest - row.size()[0]]);
+        let padded: Vec<Tensor> = rows.iter().map(padded).collect();
+        tensors.insert(key.clone(), Tensor::stack(&padded, 0));
+        if let Some((_, mask)) = TEXTS.iter().find(|(text, _)| text == key) {
+            let places = Tensor::arange(longest, (Kind::Int64, Device::Cpu)).unsqueeze(0);
+            let is_token = places.lt_tensor(&Tensor::from_slice(&lengths).unsqueeze(1));
+            tensors.insert((*mask).into(), is_token.to_kind(Kind::Int64));
+        }
+    }
+    tensors
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::group::SampleTensor;
+
+    #[test]
+    fn unequal_texts_are_stacked_with_their_masks_and_equal_ones_without() {
+        let ones = |rows: i64| Tensor::ones([rows, 2], (Kind::Half, Device::Cpu));
+        let layout = |unequal| SampleTensor { kind: Kind::Half, shape: vec![1, 2], unequal };
+        let (text, second, pooled) = ("text_embeddings", "text_embeddings_2", "pooled");
+        let conditions = [3, 1].map(|rows| {
+            let tensors = [(text, rows), (second, 0), (pooled, 1)];
+            tensors.map(|(key, rows)| (key.to_string(), ones(rows))).into()
+        });
+        let layout = [(text, true), (second, true), (pooled, false)]
+            .map(|(key, unequal)| (key.to_string(), layout(unequal)));
+        let found = stacked(&conditions, &layout.into());
+        assert_eq!(found[text].size(), [2, 3, 2]);
+        assert_eq!(found[text].sum(Kind::Float).double_value(&[]), 8.0);
+        let rows = |key: &str| Vec::<Vec<i64>>::try_from(&found[key]).expect("a mask");
+        assert_eq!(rows("text_mask"), [[1, 1, 1], [1, 0, 0]]);
+        assert_eq!(rows("text_mask_2"), [[0], [0]]);
+        assert_eq!((found[second].size(), found[pooled].size()), (vec![2, 1, 2], vec![2, 1, 2]));
+        assert_eq!(found.len(), 5);
+    }
 }

@@ -8,22 +8,21 @@ use tch::{Device, Kind};
 
 use super::latents::{Extent, Latents, VAE};
 use super::texts::{FIRST, LoadedTexts, TEXT, Texts};
-use super::{Conditions, Encoding, Facts, Folder, ToConditions, ToLatents, ToPixels};
+use super::{Conditions, Encoding, Facts, Folder, PICTURES, ToConditions, ToLatents, ToPixels};
 use crate::autoencoder::Factors;
 use crate::data::DataType;
 use crate::data::group::{Layout, SampleTensor};
 use crate::encoder::Output;
 use crate::error::Result;
-use crate::tokenizer::prompt;
+use crate::tokenizer::prompt::{self, Templated};
 
 pub const FACTS: Facts = Facts {
     data_type: DataType::Image,
     parts: &[VAE, FIRST[1], FIRST[0]],
+    buckets: PICTURES,
     open: |folder| Ok(Box::new(QwenImage::open(folder)?)),
 };
 
-/// Tokens of the template before the prompt, which are dropped.
-const DROPPED: usize = 34;
 /// Most tokens from the prompt on.
 const MOST: usize = 1024;
 
@@ -48,8 +47,8 @@ impl Encoding for QwenImage {
     }
 
     fn prompt_layout(&self, prompt: &str, kind: Kind) -> Layout {
-        let tokens = self.texts.ids(&prompt::qwen_image(prompt), DROPPED + MOST).len();
-        let layout = self.texts.layout(&Output::Last, tokens.saturating_sub(DROPPED), kind);
+        let tokens = self.texts.kept(&prompt::qwen_image(prompt), MOST);
+        let layout = self.texts.layout(&Output::Last, tokens, kind);
         Layout::from([(TEXT.into(), SampleTensor { unequal: true, ..layout })])
     }
 
@@ -71,13 +70,8 @@ struct Loaded(LoadedTexts);
 impl ToConditions for Loaded {
     /// `text_embeddings` `[L, D]`.
     fn conditions(&self, prompts: &[&str]) -> Result<Vec<Conditions>> {
-        let ids = |prompt: &&str| self.0.ids(&prompt::qwen_image(prompt), DROPPED + MOST);
-        let states = self.0.encode_unpadded(&prompts.iter().map(ids).collect::<Vec<_>>())?;
-        let conditions = |states: tch::Tensor| {
-            let dropped = states.size()[0].min(DROPPED as i64);
-            let kept = states.narrow(0, dropped, states.size()[0] - dropped);
-            Conditions::from([(TEXT.into(), kept)])
-        };
-        Ok(states.into_iter().map(conditions).collect())
+        let chats: Vec<Templated> = prompts.iter().map(|prompt| prompt::qwen_image(prompt)).collect();
+        let states = self.0.encode_chats(&chats, MOST)?.into_iter();
+        Ok(states.map(|states| Conditions::from([(TEXT.into(), states)])).collect())
     }
 }

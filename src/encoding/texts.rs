@@ -11,6 +11,7 @@ use crate::encoder::{LoadedTextEncoder, Output, TextEncoder};
 use crate::error::{Error, Result};
 use crate::settings::Family;
 use crate::tokenizer::Tokenizer;
+use crate::tokenizer::prompt::Templated;
 
 /// Folders of a pipeline's text encoders and of their tokenizers.
 pub(super) const FIRST: [&str; 2] = ["tokenizer", "text_encoder"];
@@ -59,6 +60,11 @@ impl Texts {
         self.tokenizer.ids(text, most)
     }
 
+    /// Returns the number of tokens of a chat without the template before the prompt, at most `most`.
+    pub fn kept(&self, chat: &Templated, most: usize) -> usize {
+        chat.ids(&self.tokenizer, chat.dropped + most).len().saturating_sub(chat.dropped)
+    }
+
     /// Describes an output of `tokens` rows.
     pub fn layout(&self, output: &Output, tokens: usize, kind: Kind) -> SampleTensor {
         let shape = vec![tokens as i64, self.encoder.width(output)];
@@ -91,6 +97,10 @@ pub(super) struct LoadedTexts {
 impl LoadedTexts {
     pub fn ids(&self, text: &str, most: usize) -> Vec<i64> {
         self.tokenizer.ids(text, most)
+    }
+
+    pub fn ids_of_chat(&self, chat: &Templated, most: usize) -> Vec<i64> {
+        chat.ids(&self.tokenizer, most)
     }
 
     /// Encodes texts that are padded to `length` tokens; with `is_masked`, no token sees padding.
@@ -129,6 +139,22 @@ impl LoadedTexts {
             output.get(row as i64).narrow(0, 0, text.len() as i64)
         };
         Ok(texts.iter().enumerate().map(cut).collect())
+    }
+
+    /// Encodes chats, and drops the template before each prompt. Returns `[tokens, D]` of each, at most
+    /// `most` tokens.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_chats(&self, chats: &[Templated], most: usize) -> Result<Vec<Tensor>> {
+        let ids = |chat: &Templated| self.ids_of_chat(chat, chat.dropped + most);
+        let states = self.encode_unpadded(&chats.iter().map(ids).collect::<Vec<_>>())?;
+        let kept = |(states, chat): (Tensor, &Templated)| {
+            let rows = states.size()[0];
+            let dropped = rows.min(chat.dropped as i64);
+            states.narrow(0, dropped, rows - dropped)
+        };
+        Ok(states.into_iter().zip(chats).map(kept).collect())
     }
 }
 

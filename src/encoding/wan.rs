@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::latents::{Extent, Latents, VAE};
 use super::texts::{FIRST, LoadedTexts, TEXT, Texts};
-use super::{Conditions, Encoding, Facts, Folder, ToConditions, ToLatents, ToPixels};
+use super::{Conditions, Encoding, Facts, Folder, VIDEOS, ToConditions, ToLatents, ToPixels};
 use crate::autoencoder::Factors;
 use crate::data::DataType;
 use crate::data::group::Layout;
@@ -18,6 +18,7 @@ use crate::tokenizer::prompt;
 pub const FACTS: Facts = Facts {
     data_type: DataType::Video,
     parts: &[VAE, FIRST[1], FIRST[0]],
+    buckets: VIDEOS,
     open: |folder| Ok(Box::new(Wan::open(folder)?)),
 };
 

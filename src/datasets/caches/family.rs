@@ -8,12 +8,13 @@ use tch::{Kind, Tensor};
 
 use super::sample::{Cache, Cached};
 use crate::adapter::{AdapterChoice, AdapterSettings, Simple};
-use crate::data::{DataType, TEXTS, latents_key};
+use crate::data::{TEXTS, latents_key};
 use crate::datasets::Samples;
+use crate::encoding::Family;
 use crate::error::{Error, Result};
 use crate::flow::{DataShapes, FlowMatchingSettings, ModelAdapter, check_keys};
 use crate::model::Model;
-use crate::settings::{Choice, Family, choice};
+use crate::settings::{Choice, Family as _};
 
 /// Factor by which HunyuanVideo 1.5's pipeline scales latents.
 pub(super) const HUNYUAN_SCALE: f64 = 1.03682;
@@ -23,90 +24,67 @@ const FLUX2_SPREAD: f64 = 1.35;
 /// Samples whose latents are looked at.
 const LOOKED_AT: usize = 8;
 
-choice! {
-    /// A model family whose caches are read, by its table of the configuration.
-    #[derive(PartialOrd, Ord)]
-    pub enum CachedFamily {
-        /// FLUX.1.
-        "flux" => Flux,
-        /// FLUX.2.
-        "flux2" => Flux2,
-        /// Qwen-Image.
-        "qwen_image" => QwenImage,
-        /// Wan.
-        "wan" => Wan,
-        /// HunyuanVideo 1.5.
-        "hunyuan_video15" => HunyuanVideo15,
-    }
+/// Returns the family that a cache names by a word of its own trainer, or the one that the user names
+/// where the word is unknown.
+///
+/// `what`: the word's place, such as "its model_type".
+///
+/// # Errors
+/// [`Error::Data`] if both are missing.
+pub(super) fn named_family(
+    word: &str,
+    what: &str,
+    known: &[(&str, Family)],
+    wanted: Option<Family>,
+    path: &Path,
+) -> Result<Family> {
+    let found = known.iter().find(|(known, _)| *known == word).map(|(_, family)| *family);
+    found.or(wanted).ok_or_else(|| {
+        let words: Vec<&str> = known.iter().map(|(word, _)| *word).collect();
+        let what = format!(
+            "is of model `{word}` by {what}; expected one of {}, or --family, which takes it \
+             for a cache of that family",
+            words.join(", ")
+        );
+        Error::data(path, what)
+    })
 }
 
-impl CachedFamily {
-    /// Returns the family that a cache names by a word of its own trainer, or the one that the user
-    /// names where the word is unknown.
-    ///
-    /// `what`: the word's place, such as "its model_type".
-    ///
-    /// # Errors
-    /// [`Error::Data`] if both are missing.
-    pub fn named(
-        word: &str,
-        what: &str,
-        known: &[(&str, CachedFamily)],
-        wanted: Option<CachedFamily>,
-        path: &Path,
-    ) -> Result<Self> {
-        let found = known.iter().find(|(known, _)| *known == word).map(|(_, family)| *family);
-        found.or(wanted).ok_or_else(|| {
-            let words: Vec<&str> = known.iter().map(|(word, _)| *word).collect();
-            let what = format!(
-                "is of model `{word}` by {what}; expected one of {}, or --family, which takes it \
-                 for a cache of that family",
-                words.join(", ")
-            );
-            Error::data(path, what)
-        })
-    }
+/// Returns the families whose models are published, of which other trainers have caches.
+fn published() -> impl Iterator<Item = Family> {
+    Family::ALL.iter().map(|(_, family)| *family).filter(|family| *family != Family::Dit)
+}
 
-    pub fn data_type(self) -> DataType {
-        match self {
-            CachedFamily::Flux | CachedFamily::Flux2 | CachedFamily::QwenImage => DataType::Image,
-            CachedFamily::Wan | CachedFamily::HunyuanVideo15 => DataType::Video,
+/// Returns the adapter that prepares such a sample.
+fn adapter(family: Family, cached: &Cached) -> Box<dyn ModelAdapter> {
+    if family == Family::Wan {
+        let image_conditioning = cached.sample.layout.contains_key("condition_latents");
+        return Simple { image_conditioning, ..Simple::default() }.build();
+    }
+    let model = Model::named(family.word()).expect("a family has its table");
+    AdapterChoice::named(model.adapter()).expect("a model names an adapter").build()
+}
+
+/// Refuses a sample whose tensors the family's adapter does not take.
+fn check(family: Family, cached: &Cached) -> Result<(), String> {
+    let layout = &cached.sample.layout;
+    let latents = layout.get(latents_key(family.data_type));
+    let Some(latents) = latents.map(|latents| &latents.shape) else {
+        let (wanted, found) = (family.data_type.word(), cached.data_type().word());
+        return Err(format!("the family trains on {wanted} data, the cache holds {found} data"));
+    };
+    let adapter = adapter(family, cached);
+    let mut sample: BTreeMap<String, Vec<i64>> =
+        layout.iter().map(|(key, tensor)| (key.clone(), tensor.shape.clone())).collect();
+    let read: Vec<&str> = adapter.keys().iter().flat_map(|key| key.names).copied().collect();
+    for (text, mask) in TEXTS {
+        // Texts without padding get their masks in each batch.
+        if let Some(tensor) = layout.get(text).filter(|_| read.contains(&mask)) {
+            sample.entry(mask.into()).or_insert_with(|| vec![tensor.shape[0]]);
         }
     }
-
-    /// Returns the adapter that prepares such a sample.
-    fn adapter(self, cached: &Cached) -> Box<dyn ModelAdapter> {
-        if self == CachedFamily::Wan {
-            let image_conditioning = cached.sample.layout.contains_key("condition_latents");
-            return Simple { image_conditioning, ..Simple::default() }.build();
-        }
-        let model = Model::named(self.word()).expect("a family has its table");
-        AdapterChoice::named(model.adapter()).expect("a model names an adapter").build()
-    }
-
-    /// Refuses a sample whose tensors the family's adapter does not take.
-    fn check(self, cached: &Cached) -> Result<(), String> {
-        let layout = &cached.sample.layout;
-        let latents = layout.get(latents_key(self.data_type()));
-        let Some(latents) = latents.map(|latents| &latents.shape) else {
-            let (wanted, found) = (self.data_type().word(), cached.data_type().word());
-            return Err(format!(
-                "the family trains on {wanted} data, the cache holds {found} data"
-            ));
-        };
-        let adapter = self.adapter(cached);
-        let mut sample: BTreeMap<String, Vec<i64>> =
-            layout.iter().map(|(key, tensor)| (key.clone(), tensor.shape.clone())).collect();
-        let read: Vec<&str> = adapter.keys().iter().flat_map(|key| key.names).copied().collect();
-        for (text, mask) in TEXTS {
-            // Texts without padding get their masks in each batch.
-            if let Some(tensor) = layout.get(text).filter(|_| read.contains(&mask)) {
-                sample.entry(mask.into()).or_insert_with(|| vec![tensor.shape[0]]);
-            }
-        }
-        let data = DataShapes { latents, sample: &sample, empty_prompt: &BTreeMap::new() };
-        check_keys(&*adapter, &FlowMatchingSettings::default(), data).map(drop)
-    }
+    let data = DataShapes { latents, sample: &sample, empty_prompt: &BTreeMap::new() };
+    check_keys(&*adapter, &FlowMatchingSettings::default(), data).map(drop)
 }
 
 /// Returns the one family of all samples, whose tensors are those that it trains on; `None` if the
@@ -117,8 +95,8 @@ impl CachedFamily {
 /// one that the family cannot train on.
 pub(super) fn agreed_family(
     cached: &[Cached],
-    wanted: Option<CachedFamily>,
-) -> Result<Option<CachedFamily>> {
+    wanted: Option<Family>,
+) -> Result<Option<Family>> {
     let first = wanted.or_else(|| cached.iter().find_map(|sample| sample.family));
     let other = |sample: &&Cached| sample.family.is_some_and(|family| Some(family) != first);
     if let (Some(first), Some(sample)) = (first, cached.iter().find(other)) {
@@ -134,17 +112,16 @@ pub(super) fn agreed_family(
     }
     if let Some(family) = first {
         for sample in cached {
-            family.check(sample).map_err(|what| {
+            check(family, sample).map_err(|what| {
                 let what = format!("cannot be trained on as {}: {what}", family.word());
                 Error::data(sample.path(), what)
             })?;
         }
         return Ok(first);
     }
-    let mut fitting: BTreeSet<CachedFamily> =
-        CachedFamily::ALL.iter().map(|(_, family)| *family).collect();
+    let mut fitting: BTreeSet<Family> = published().collect();
     for sample in cached {
-        fitting.retain(|family| family.check(sample).is_ok());
+        fitting.retain(|family| check(*family, sample).is_ok());
         if fitting.is_empty() {
             let held: Vec<&str> = sample.sample.layout.keys().map(String::as_str).collect();
             let what = format!(
@@ -166,7 +143,7 @@ pub(super) fn check_normalized(cache: &Cache, path: &Path) -> Result<()> {
     let step = count.div_ceil(LOOKED_AT).max(1);
     let mut values = Vec::new();
     for index in (0..count).step_by(step) {
-        let latents = cache.read_key(index, latents_key(CachedFamily::Flux2.data_type()))?;
+        let latents = cache.read_key(index, latents_key(Family::Flux2.data_type))?;
         values.extend(latents.map(|latents| latents.to_kind(Kind::Float).flatten(0, -1)));
     }
     let spread = Tensor::cat(&values, 0).std(false).double_value(&[]);
@@ -187,7 +164,7 @@ mod tests {
 
     #[test]
     fn each_family_has_its_table_and_an_adapter() {
-        for (word, _) in CachedFamily::ALL {
+        for (word, _) in Family::ALL {
             let model = Model::named(word).unwrap_or_else(|| panic!("{word} is no model"));
             assert!(AdapterChoice::named(model.adapter()).is_some(), "{word}");
         }

@@ -31,10 +31,10 @@ use super::Description;
 use super::write::{WriteOptions, Written, write_dataset};
 use crate::collective::Collective;
 use crate::collective::agreement::agreed;
+use crate::encoding::Family;
 use crate::error::{Error, Result};
 use crate::files::safetensors::open_error;
 use crate::settings::choice;
-pub use family::CachedFamily;
 use family::{agreed_family, check_normalized};
 use sample::{Cache, Cached};
 
@@ -91,7 +91,7 @@ pub struct ImportRequest {
     /// Folder of `<name of the picture>.txt`, whose texts replace the cache's captions.
     pub captions: Option<PathBuf>,
     /// The family that the samples must be of; that of the cache if unset.
-    pub family: Option<CachedFamily>,
+    pub family: Option<Family>,
     pub shard_bytes: u64,
     pub jobs: usize,
     /// That of the first source if unset.
@@ -131,6 +131,9 @@ pub fn import(request: &ImportRequest, collective: &dyn Collective) -> Result<Im
 
 /// Finds all samples and checks that they can be trained on together.
 fn prepared(request: &ImportRequest) -> Result<(Cache, Description, Vec<&'static str>)> {
+    if request.family == Some(Family::Dit) {
+        return Err(Error::config("--family", "is dit, of which no trainer has caches"));
+    }
     let Some(first_source) = request.sources.first() else {
         return Err(Error::config("SRC", "names no folder of a cache"));
     };
@@ -155,7 +158,7 @@ fn prepared(request: &ImportRequest) -> Result<(Cache, Description, Vec<&'static
         data_type,
     };
     let cache = Cache::new(cached);
-    if family == Some(CachedFamily::Flux2) {
+    if family == Some(Family::Flux2) {
         check_normalized(&cache, first_source)?;
     }
     Ok((cache, description, notes.into_iter().collect()))

@@ -7,12 +7,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::ImportRequest;
-use super::family::{CachedFamily, HUNYUAN_SCALE};
+use super::family::HUNYUAN_SCALE;
 use super::file::CacheFile;
 use super::sample::{Cached, Change, Collector, How};
 use crate::data::{Caption, latents_key};
 use crate::datasets::index::find as find_files;
 use crate::datasets::parallel::in_parallel;
+use crate::encoding::Family;
 use crate::error::{Error, Result};
 
 /// Ending of the name of a file of texts.
@@ -22,26 +23,26 @@ const TEXT: &str = "_te";
 struct Architecture {
     /// Its word in the names of files.
     word: &'static str,
-    family: CachedFamily,
+    family: Family,
     /// What normalizes its latents.
     change: Change,
     /// True if `latents_image` are the model's condition; otherwise it is made from the latents.
     takes_condition: bool,
 }
 
-const fn plain(word: &'static str, family: CachedFamily) -> Architecture {
+const fn plain(word: &'static str, family: Family) -> Architecture {
     Architecture { word, family, change: Change::None, takes_condition: false }
 }
 
 const ARCHITECTURES: [Architecture; 6] = [
-    Architecture { takes_condition: true, ..plain("wan", CachedFamily::Wan) },
-    plain("f2d", CachedFamily::Flux2),
-    plain("f2k4b", CachedFamily::Flux2),
-    plain("f2k9b", CachedFamily::Flux2),
-    plain("qi", CachedFamily::QwenImage),
+    Architecture { takes_condition: true, ..plain("wan", Family::Wan) },
+    plain("f2d", Family::Flux2),
+    plain("f2k4b", Family::Flux2),
+    plain("f2k9b", Family::Flux2),
+    plain("qi", Family::QwenImage),
     Architecture {
         change: Change::Scale(HUNYUAN_SCALE),
-        ..plain("hv15", CachedFamily::HunyuanVideo15)
+        ..plain("hv15", Family::HunyuanVideo15)
     },
 ];
 

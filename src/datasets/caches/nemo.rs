@@ -13,12 +13,13 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::ImportRequest;
-use super::family::CachedFamily;
+use super::family::named_family;
 use super::file::CacheFile;
 use super::sample::{Cached, Collector, How};
 use crate::data::Caption;
 use crate::datasets::index::find as find_files;
 use crate::datasets::parallel::in_parallel;
+use crate::encoding::Family;
 use crate::error::{Error, Result};
 use crate::files::contents::no_json;
 use crate::files::safetensors::open_error;
@@ -38,14 +39,14 @@ const KEYS: [(&str, &str); 9] = [
     ("image_embeds", "image_embeds"),
 ];
 /// Families by NeMo's `model_type`.
-const FAMILIES: [(&str, CachedFamily); 7] = [
-    ("flux", CachedFamily::Flux),
-    ("flux2", CachedFamily::Flux2),
-    ("qwen_image", CachedFamily::QwenImage),
-    ("wan", CachedFamily::Wan),
-    ("wan22", CachedFamily::Wan),
-    ("hunyuanvideo", CachedFamily::HunyuanVideo15),
-    ("hunyuan", CachedFamily::HunyuanVideo15),
+const FAMILIES: [(&str, Family); 7] = [
+    ("flux", Family::Flux),
+    ("flux2", Family::Flux2),
+    ("qwen_image", Family::QwenImage),
+    ("wan", Family::Wan),
+    ("wan22", Family::Wan),
+    ("hunyuanvideo", Family::HunyuanVideo15),
+    ("hunyuan", Family::HunyuanVideo15),
 ];
 /// Keys of samples for editing pictures.
 const EDIT_KEYS: [&str; 2] = ["target_latent", "context_latents"];
@@ -123,7 +124,7 @@ fn sample(
     path: &Path,
     prompt: &str,
     model_type: Option<&str>,
-    wanted: Option<CachedFamily>,
+    wanted: Option<Family>,
 ) -> Result<Cached> {
     let file = CacheFile::open(path)?;
     if let Some(key) = EDIT_KEYS.iter().find(|key| file.value(key).is_some()) {
@@ -134,14 +135,14 @@ fn sample(
         return Err(Error::data(path, what));
     }
     let family = match file.text("model_type").or(model_type) {
-        Some(word) => Some(CachedFamily::named(word, "its model_type", &FAMILIES, wanted, path)?),
+        Some(word) => Some(named_family(word, "its model_type", &FAMILIES, wanted, path)?),
         None => wanted,
     };
     let mut collector = Collector::new();
     for (theirs, ours) in KEYS {
         if file.holds(theirs) {
             // The only family whose texts are stored without padding.
-            let unequal = family == Some(CachedFamily::QwenImage) && ours == "text_embeddings";
+            let unequal = family == Some(Family::QwenImage) && ours == "text_embeddings";
             collector.add(ours, &file, theirs, How { unequal, ..How::default() })?;
         }
     }

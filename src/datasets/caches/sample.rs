@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
-use super::family::CachedFamily;
 use super::file::{CacheFile, Location};
 use crate::data::group::{Layout, SampleTensor};
 use crate::data::{Caption, DataType, latents_key};
 use crate::datasets::{Sample, Samples};
+use crate::encoding::Family;
 use crate::error::{Error, Result};
 
 /// Channels of Wan's condition that mark the frames that are known: one for each frame that a
@@ -24,7 +24,7 @@ pub(super) struct Cached {
     pub sample: Sample,
     pub parts: Vec<Part>,
     /// The family that the cache names.
-    pub family: Option<CachedFamily>,
+    pub family: Option<Family>,
     /// A line for the user on what is done with samples like this one.
     pub note: Option<&'static str>,
 }
@@ -278,7 +278,7 @@ impl Collector {
 
     /// # Errors
     /// Errors of looking at the files.
-    pub fn finish(self, caption: Caption, family: Option<CachedFamily>) -> Result<Cached> {
+    pub fn finish(self, caption: Caption, family: Option<Family>) -> Result<Cached> {
         let origin = self.parts.iter().map(Part::origin).collect::<Result<String>>()?;
         let sample = Sample { layout: self.layout, caption, origin };
         Ok(Cached { sample, parts: self.parts, family, note: None })

@@ -17,7 +17,6 @@ use serde::Deserialize;
 use serde_json::Value;
 use sha2::Sha256;
 
-use super::family::CachedFamily;
 use super::file::{BARE, CacheFile};
 use super::nemo::read_json;
 use super::sample::{Cached, Collector, How};
@@ -25,17 +24,18 @@ use super::{ImportRequest, read_caption};
 use crate::data::{Caption, latents_key};
 use crate::datasets::index::find_if;
 use crate::datasets::parallel::in_parallel;
+use crate::encoding::Family;
 use crate::error::{Error, Result};
 use crate::files::sha256;
 use crate::settings::Choice;
 
 /// Families by the endings of texts' names.
-const FAMILIES: [(&str, CachedFamily); 5] = [
-    ("flux", CachedFamily::Flux),
-    ("flux2", CachedFamily::Flux2),
-    ("qwen_image", CachedFamily::QwenImage),
-    ("wan", CachedFamily::Wan),
-    ("hunyuanvideo", CachedFamily::HunyuanVideo15),
+const FAMILIES: [(&str, Family); 5] = [
+    ("flux", Family::Flux),
+    ("flux2", Family::Flux2),
+    ("qwen_image", Family::QwenImage),
+    ("wan", Family::Wan),
+    ("hunyuanvideo", Family::HunyuanVideo15),
 ];
 const LIST: &str = "aspect_ratio_bucket_indices";
 const PICTURES: [&str; 13] = [
@@ -84,7 +84,7 @@ struct Picture {
 /// The files of all folders.
 struct Files<'r> {
     request: &'r ImportRequest,
-    family: CachedFamily,
+    family: Family,
     latents: Vec<PathBuf>,
     /// Texts of the family by the MD5 of their captions.
     texts: BTreeMap<String, PathBuf>,
@@ -235,7 +235,7 @@ impl<'r> Files<'r> {
 }
 
 /// Adds the tensors of a text.
-fn add_text(collector: &mut Collector, file: &CacheFile, family: CachedFamily) -> Result<()> {
+fn add_text(collector: &mut Collector, file: &CacheFile, family: Family) -> Result<()> {
     const TEXT: &str = "text_embeddings";
     const MASK: &str = "text_mask";
     const EMBEDS: &str = "prompt_embeds";
@@ -243,29 +243,29 @@ fn add_text(collector: &mut Collector, file: &CacheFile, family: CachedFamily) -
     let (_, shape) = file.describe(EMBEDS)?;
     let tokens = shape.iter().rev().nth(1).copied().unwrap_or_default();
     match family {
-        CachedFamily::Flux => {
+        Family::Flux => {
             collector.add("pooled_prompt_embeds", file, "pooled_prompt_embeds", whole)?;
             if file.holds("attention_masks") {
                 collector.add(MASK, file, "attention_masks", whole)?;
             }
             collector.add(TEXT, file, EMBEDS, whole)
         }
-        CachedFamily::Flux2 if tokens == FLUX2_TOKENS || !file.holds("attention_mask") => {
+        Family::Flux2 if tokens == FLUX2_TOKENS || !file.holds("attention_mask") => {
             collector.add(TEXT, file, EMBEDS, whole)
         }
-        CachedFamily::Flux2 => {
+        Family::Flux2 => {
             let how = How::text(file.valid_tokens("attention_mask")?);
             collector.add(TEXT, file, EMBEDS, how)
         }
-        CachedFamily::QwenImage => {
+        Family::QwenImage => {
             let how = match file.holds("attention_masks") {
                 true => How::text(file.valid_tokens("attention_masks")?),
                 false => How { unequal: true, ..whole },
             };
             collector.add(TEXT, file, EMBEDS, how)
         }
-        CachedFamily::Wan => collector.add(TEXT, file, EMBEDS, whole),
-        CachedFamily::HunyuanVideo15 => {
+        Family::Wan => collector.add(TEXT, file, EMBEDS, whole),
+        Family::HunyuanVideo15 => {
             for (key, text, mask) in [
                 (TEXT, EMBEDS, "prompt_attention_mask"),
                 ("text_embeddings_2", "prompt_embeds_2", "prompt_attention_mask_2"),
@@ -274,19 +274,20 @@ fn add_text(collector: &mut Collector, file: &CacheFile, family: CachedFamily) -
             }
             Ok(())
         }
+        Family::Dit => unreachable!("no trainer has caches of it"),
     }
 }
 
 /// Returns the texts of the only family that has some, or of the one that the user names.
 fn texts_of_one_family(
     named: Vec<(String, String, PathBuf)>,
-    wanted: Option<CachedFamily>,
+    wanted: Option<Family>,
     path: &Path,
-) -> Result<(CachedFamily, BTreeMap<String, PathBuf>)> {
+) -> Result<(Family, BTreeMap<String, PathBuf>)> {
     let family =
         |model: &str| FAMILIES.iter().find(|(word, _)| *word == model).map(|(_, family)| *family);
     let models: BTreeSet<&str> = named.iter().map(|(_, model, _)| model.as_str()).collect();
-    let found: BTreeSet<CachedFamily> = models.iter().filter_map(|model| family(model)).collect();
+    let found: BTreeSet<Family> = models.iter().filter_map(|model| family(model)).collect();
     let only = found.first().copied().filter(|_| found.len() == 1);
     let Some(chosen) = wanted.filter(|wanted| found.contains(wanted)).or(only) else {
         let words: Vec<&str> = FAMILIES.iter().map(|(word, _)| *word).collect();

@@ -23,12 +23,13 @@ use std::path::{Path, PathBuf};
 use tch::Kind;
 
 use super::ImportRequest;
-use super::family::{CachedFamily, HUNYUAN_SCALE};
+use super::family::{HUNYUAN_SCALE, named_family};
 use super::file::{CacheFile, Location};
 use super::sample::{Cached, Change, Collector, How, KnownFrames};
 use crate::data::{Caption, latents_key};
 use crate::datasets::index::find as find_files;
 use crate::datasets::parallel::in_parallel;
+use crate::encoding::Family;
 use crate::error::{Error, Result};
 use crate::files::pickle::Value;
 use crate::flow::LOSS_MASK;
@@ -37,20 +38,20 @@ use database::records;
 const LATENTS: &str = "latents";
 const TEXTS: &str = "text_embeddings_";
 /// Families by the names of the folders below `cache`.
-const FAMILIES: [(&str, CachedFamily); 13] = [
-    ("flux", CachedFamily::Flux),
-    ("flux2", CachedFamily::Flux2),
-    ("flux2_klein_4b", CachedFamily::Flux2),
-    ("flux2_klein_9b", CachedFamily::Flux2),
-    ("qwen_image", CachedFamily::QwenImage),
-    ("wan", CachedFamily::Wan),
-    ("wan_i2v", CachedFamily::Wan),
-    ("wan_flf2v", CachedFamily::Wan),
-    ("wan2.2_i2v", CachedFamily::Wan),
-    ("wan2.2_5b", CachedFamily::Wan),
-    ("skyreels_v2", CachedFamily::Wan),
-    ("skyreels_v2_i2v", CachedFamily::Wan),
-    ("hunyuan_video_1.5", CachedFamily::HunyuanVideo15),
+const FAMILIES: [(&str, Family); 13] = [
+    ("flux", Family::Flux),
+    ("flux2", Family::Flux2),
+    ("flux2_klein_4b", Family::Flux2),
+    ("flux2_klein_9b", Family::Flux2),
+    ("qwen_image", Family::QwenImage),
+    ("wan", Family::Wan),
+    ("wan_i2v", Family::Wan),
+    ("wan_flf2v", Family::Wan),
+    ("wan2.2_i2v", Family::Wan),
+    ("wan2.2_5b", Family::Wan),
+    ("skyreels_v2", Family::Wan),
+    ("skyreels_v2_i2v", Family::Wan),
+    ("hunyuan_video_1.5", Family::HunyuanVideo15),
 ];
 /// Folder of the only model whose last frame is known, too.
 const FIRST_AND_LAST: &str = "wan_flf2v";
@@ -133,7 +134,7 @@ struct Size<'d> {
     /// The folder that holds them.
     folder: &'d Path,
     model: String,
-    family: CachedFamily,
+    family: Family,
 }
 
 impl<'d> Size<'d> {
@@ -144,7 +145,7 @@ impl<'d> Size<'d> {
         let model = real.parent().and_then(Path::file_name).unwrap_or_default();
         let model = model.to_string_lossy().into_owned();
         let what = "the folder of its cache";
-        let family = CachedFamily::named(&model, what, &FAMILIES, request.family, database)?;
+        let family = named_family(&model, what, &FAMILIES, request.family, database)?;
         Ok(Size { folder, model, family })
     }
 
@@ -213,7 +214,7 @@ impl<'d> Size<'d> {
 
     fn is_unscaled(&self, shard: &Path) -> Result<bool> {
         let time = fs::metadata(shard).map_err(Error::storage(shard, "inspect"))?.mtime();
-        Ok(self.family == CachedFamily::HunyuanVideo15 && time < NORMALIZED_SINCE)
+        Ok(self.family == Family::HunyuanVideo15 && time < NORMALIZED_SINCE)
     }
 
     /// Adds what a video begins with, if the model is given it.
@@ -241,23 +242,23 @@ impl<'d> Size<'d> {
         const TEXT: &str = "text_embeddings";
         let unpadded = How { unequal: true, ..How::default() };
         match self.family {
-            CachedFamily::Flux if file.holds("clip_embed") => {
+            Family::Flux if file.holds("clip_embed") => {
                 collector.add("pooled_prompt_embeds", file, "clip_embed", How::default())
             }
-            CachedFamily::Flux => collector.add(TEXT, file, "t5_embed", How::default()),
-            CachedFamily::Flux2 => {
+            Family::Flux => collector.add(TEXT, file, "t5_embed", How::default()),
+            Family::Flux2 => {
                 let (_, shape) = file.describe("text_embeds_0")?;
                 let tokens = shape.iter().rev().nth(1).copied().unwrap_or_default();
                 let how = How { tokens: Some(tokens.min(FLUX2_TOKENS)), ..How::default() };
                 collector.add(TEXT, file, "text_embeds_0", how)
             }
-            CachedFamily::QwenImage => collector.add(TEXT, file, "prompt_embeds", unpadded),
-            CachedFamily::Wan => {
+            Family::QwenImage => collector.add(TEXT, file, "prompt_embeds", unpadded),
+            Family::Wan => {
                 let length = file.read("seq_lens")?.to_kind(Kind::Int64).sum(Kind::Int64);
                 let how = How::text(length.int64_value(&[]));
                 collector.add(TEXT, file, "text_embeddings", how)
             }
-            CachedFamily::HunyuanVideo15 => {
+            Family::HunyuanVideo15 => {
                 for (key, text, mask) in [
                     (TEXT, "text_embeds", "attention_mask"),
                     ("text_embeddings_2", "byt5_embeds", "byt5_attention_mask"),
@@ -266,6 +267,7 @@ impl<'d> Size<'d> {
                 }
                 Ok(())
             }
+            Family::Dit => unreachable!("no trainer has caches of it"),
         }
     }
 }

@@ -1,20 +1,25 @@
 //! `fm-dist data`.
 
+mod encode;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::ByteSize;
 use clap::{Args, Subcommand};
 
+use encode::EncodeArgs;
+
 use super::files::say;
-use super::values::{parse_cache, parse_family};
+use super::values::parse_word;
 use crate::collective::{self, Collective, Launch};
 use crate::data::Links;
-use crate::datasets::caches::{CacheFormat, CachedFamily, ImportRequest, Imported, import};
+use crate::datasets::caches::{CacheFormat, ImportRequest, Imported, import};
 use crate::datasets::index::{IndexRequest, index};
 use crate::datasets::pack::{PackRequest, pack};
 use crate::datasets::show::{ShowRequest, show};
 use crate::datasets::write::Written;
+use crate::encoding::Family;
 use crate::error::Result;
 use crate::files::outputs::{Named, check_files};
 use crate::phase::Phase;
@@ -31,6 +36,8 @@ pub struct DataArgs {
 
 #[derive(Debug, Subcommand)]
 enum DataCommand {
+    /// Encode pictures or videos with captions as a dataset, on one process or, under mpirun, several
+    Encode(EncodeArgs),
     /// Write a dataset from the cache of another trainer, on one process or, under mpirun, several
     Import(ImportArgs),
     /// Describe a folder of safetensors files, stacked or of one sample each, as a dataset
@@ -81,7 +88,7 @@ struct Output {
 struct ImportArgs {
     /// The trainer: nemo (NVIDIA NeMo AutoModel), musubi (musubi-tuner), diffusion-pipe, simpletuner
     /// (SimpleTuner) or ai-toolkit
-    #[arg(long, value_name = "TRAINER", value_parser = parse_cache)]
+    #[arg(long, value_name = "TRAINER", value_parser = parse_word::<CacheFormat>)]
     from: CacheFormat,
     /// Folders of its cache; of SimpleTuner those of latents, of texts and of pictures
     #[arg(value_name = "SRC", required = true)]
@@ -91,8 +98,8 @@ struct ImportArgs {
     captions: Option<PathBuf>,
     /// Family that the samples must be of, by its table of the configuration: flux, flux2,
     /// qwen_image, wan or hunyuan_video15; the cache's own if unset
-    #[arg(long, value_name = "FAMILY", value_parser = parse_family)]
-    family: Option<CachedFamily>,
+    #[arg(long, value_name = "FAMILY", value_parser = parse_word::<Family>)]
+    family: Option<Family>,
     #[command(flatten)]
     output: Output,
     #[command(flatten)]
@@ -152,6 +159,7 @@ impl DataArgs {
     /// Does what was typed; returns the exit code.
     pub fn run(self) -> Result<i32> {
         match self.command {
+            DataCommand::Encode(arguments) => arguments.run(),
             DataCommand::Import(arguments) => arguments.run(),
             DataCommand::Index(arguments) => arguments.run(),
             DataCommand::Pack(arguments) => arguments.run(),

@@ -1,0 +1,134 @@
+//! Encoded rows on the disk, until all of them are there and the dataset is written: a folder beside
+//! the dataset's, with one file a batch. A file that is there is whole, so that work that was killed
+//! goes on with the batches that are missing.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use tch::{Device, Tensor};
+
+use crate::collective::Collective;
+use crate::collective::agreement::{agree, known_to_all, on_rank_zero};
+use crate::data::DATASET_FILE;
+use crate::data::group::Layout;
+use crate::encoding::Conditions;
+use crate::error::{Error, Result};
+use crate::files::disk::Disk;
+use crate::files::durable::replace_file;
+use crate::files::outputs::{Named, check_new_folder};
+use crate::files::safetensors::{SafeTensors, write};
+
+/// Ending of the folder's name behind that of the dataset.
+const ENDING: &str = ".encoded";
+/// File that names the plan whose batches the folder holds.
+const PLAN: &str = "plan";
+
+/// The folder of encoded batches.
+#[derive(Debug)]
+pub(super) struct Store {
+    folder: PathBuf,
+}
+
+/// Place of a row: its batch's file, and its number there.
+#[derive(Clone, Debug)]
+pub(super) struct Row {
+    pub file: String,
+    pub number: usize,
+}
+
+impl Store {
+    /// Creates the folder, or opens the one in which work on the same plan was begun; nothing of `out`
+    /// is touched.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if `out` is a dataset already, or the folder belongs to another plan;
+    /// [`Error::Config`] if the folder cannot be created.
+    ///
+    /// # Ordering
+    /// Every rank calls it.
+    pub fn open(out: &Path, plan: &str, collective: &dyn Collective) -> Result<Self> {
+        let mut name = out.file_name().unwrap_or_default().to_os_string();
+        name.push(ENDING);
+        let folder = out.with_file_name(name);
+        let plans = agree(Ok(plan.into()), collective)?;
+        if plans.iter().any(|other| other != plan) {
+            let what = "would be made of files that changed while the ranks looked at them";
+            return Err(known_to_all(Error::data(out, what), 0, collective));
+        }
+        on_rank_zero(collective, || begin(out, &folder, plan).map(|()| String::new()))?;
+        Ok(Store { folder })
+    }
+
+    pub fn path(&self, file: &str) -> PathBuf {
+        self.folder.join(file)
+    }
+
+    /// True if a batch was finished.
+    pub fn has(&self, file: &str) -> bool {
+        self.path(file).is_file()
+    }
+
+    /// Writes the rows of a batch.
+    ///
+    /// # Errors
+    /// [`Error::Storage`].
+    pub fn write(&self, file: &str, rows: &[Conditions]) -> Result<()> {
+        let named = rows.iter().enumerate().flat_map(|(number, row)| {
+            row.iter().map(move |(key, tensor)| (name_of(number, key), tensor))
+        });
+        // The format has no tensors without numbers; `read` makes them anew.
+        let named: Vec<(String, &Tensor)> = named.filter(|(_, tensor)| tensor.numel() > 0).collect();
+        let tensors: Vec<(&str, &Tensor)> =
+            named.iter().map(|(name, tensor)| (name.as_str(), *tensor)).collect();
+        replace_file(&self.path(file), |mut out| write(&mut out, &tensors, &BTreeMap::new()))
+    }
+
+    /// Reads a row, whose tensors are those of `layout`.
+    ///
+    /// # Errors
+    /// Errors of reading.
+    pub fn read(&self, row: &Row, layout: &Layout) -> Result<Conditions> {
+        let file = SafeTensors::open(self.path(&row.file))?;
+        let read = |(key, tensor): (&String, &_)| {
+            let crate::data::group::SampleTensor { kind, shape, .. } = tensor;
+            let found = match shape.contains(&0) {
+                true => Tensor::empty(shape, (*kind, Device::Cpu)),
+                false => file.read(&name_of(row.number, key))?,
+            };
+            Ok((key.clone(), found))
+        };
+        layout.iter().map(read).collect()
+    }
+
+    /// Deletes the folder.
+    ///
+    /// # Errors
+    /// [`Error::Storage`].
+    pub fn delete(&self) -> Result<()> {
+        Disk::PLAIN.delete(&self.folder)
+    }
+}
+
+fn name_of(number: usize, key: &str) -> String {
+    format!("{number}.{key}")
+}
+
+fn begin(out: &Path, folder: &Path, plan: &str) -> Result<()> {
+    if out.join(DATASET_FILE).exists() {
+        let what = "is a dataset already; give another --out, or remove it to encode anew";
+        return Err(Error::data(out, what));
+    }
+    check_new_folder(Named { argument: "--out", path: folder })?;
+    fs::create_dir_all(folder).map_err(Error::storage(folder, "create"))?;
+    let path = folder.join(PLAN);
+    match fs::read_to_string(&path) {
+        Ok(begun) if begun == plan => Ok(()),
+        Ok(_) => {
+            let what = "holds what was encoded of other pictures or by other options; remove it, or \
+                        give another --out";
+            Err(Error::data(folder, what))
+        }
+        Err(_) => replace_file(&path, |file| file.write_all(plan.as_bytes())),
+    }
+}

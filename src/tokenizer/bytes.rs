@@ -1,0 +1,126 @@
+//! ByT5's tokens: a byte of UTF-8 has its number plus three as its id. Added tokens are found
+//! first.
+//!
+//! Source: transformers 5.24.0, `models/byt5/tokenization_byt5.py` and `tokenization_python.py`.
+
+use std::collections::BTreeMap;
+
+use aho_corasick::{AhoCorasick, MatchKind};
+use tokenizers::AddedToken;
+
+use super::config::{Config, NAMED};
+use super::word::Word;
+use crate::tokenizer::prompt::is_space;
+
+/// Tokens before the bytes: padding, end and unknown.
+const FIRST: [(&str, &str); 3] =
+    [("pad_token", "<pad>"), ("eos_token", "</s>"), ("unk_token", "<unk>")];
+const OFFSET: u32 = FIRST.len() as u32;
+const BYTES: u32 = 256;
+/// Special tokens that a folder without a list of its own has.
+const EXTRA_IDS: u64 = 125;
+
+#[derive(Debug)]
+pub struct ByteTokenizer {
+    added: Vec<(AddedToken, u32)>,
+    search: AhoCorasick,
+}
+
+/// A stretch of a text.
+enum Piece<'t> {
+    Text(&'t str),
+    /// An index of an added token.
+    Added(usize),
+}
+
+impl ByteTokenizer {
+    /// # Errors
+    /// A text about a token that is not supported.
+    pub fn new(config: &Config) -> Result<Self, String> {
+        let added = numbered(config)?;
+        if let Some((token, _)) = added.iter().find(|(token, _)| token.single_word) {
+            return Err(format!(
+                "token {:?} is a single word, which is not supported",
+                token.content
+            ));
+        }
+        let texts = added.iter().map(|(token, _)| &token.content);
+        let search = AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(texts);
+        Ok(ByteTokenizer { search: search.map_err(|error| error.to_string())?, added })
+    }
+
+    pub fn id(&self, text: &str) -> Option<i64> {
+        let found = self.added.iter().find(|(token, _)| token.content == text);
+        found.map(|(_, id)| i64::from(*id))
+    }
+
+    pub fn ids(&self, text: &str) -> Vec<i64> {
+        let mut pieces = self.pieces(text);
+        for index in 0..pieces.len() {
+            let Piece::Added(added) = pieces[index] else { continue };
+            let token = &self.added[added].0;
+            if token.rstrip
+                && let Some(Piece::Text(text)) = pieces.get_mut(index + 1)
+            {
+                *text = text.trim_start_matches(is_space);
+            }
+            if token.lstrip
+                && let Some(Piece::Text(text)) = pieces[..index].last_mut()
+            {
+                *text = text.trim_end_matches(is_space);
+            }
+        }
+        let ids = |piece: Piece<'_>| match piece {
+            Piece::Added(added) => vec![i64::from(self.added[added].1)],
+            Piece::Text(text) => {
+                text.bytes().map(|byte| i64::from(byte) + i64::from(OFFSET)).collect()
+            }
+        };
+        pieces.into_iter().flat_map(ids).collect()
+    }
+
+    fn pieces<'t>(&self, text: &'t str) -> Vec<Piece<'t>> {
+        let mut pieces = Vec::new();
+        let mut from = 0;
+        for found in self.search.find_iter(text) {
+            pieces.push(Piece::Text(&text[from..found.start()]));
+            pieces.push(Piece::Added(found.pattern().as_usize()));
+            from = found.end();
+        }
+        pieces.push(Piece::Text(&text[from..]));
+        pieces
+    }
+}
+
+/// Added tokens with their ids: the first three, those that the folder numbers, and special tokens
+/// behind them.
+fn numbered(config: &Config) -> Result<Vec<(AddedToken, u32)>, String> {
+    let first = FIRST.iter().zip(0..).filter_map(|((name, text), id)| {
+        let token = match config.named(name, Some(text))? {
+            Word::Text(text) => AddedToken::from(text, true).lstrip(true).rstrip(true),
+            Word::Token(token) => token,
+        };
+        Some((id, token))
+    });
+    let mut added: BTreeMap<u32, AddedToken> = first.collect();
+    added.extend(config.added.clone());
+    let extra = config.extra.clone().or_else(|| config.additional.clone());
+    let extra = extra.unwrap_or_else(|| {
+        let count = config.number("extra_ids").unwrap_or(EXTRA_IDS).min(u64::from(BYTES));
+        (0..count).map(|id| Word::Text(format!("<extra_id_{id}>"))).collect()
+    });
+    let named = NAMED.iter().filter_map(|name| config.named(name, None));
+    let within = added.range(OFFSET..OFFSET + BYTES).count();
+    let mut next = (BYTES as usize - within + added.len()) as u32;
+    for word in named.chain(extra) {
+        if !added.values().any(|token| token.content == word.text()) && !word.text().is_empty() {
+            added.insert(next, word.token());
+            next += 1;
+        }
+    }
+    Ok(added
+        .into_iter()
+        .map(|(id, token)| (token, id))
+        .filter(|(token, _)| !token.content.is_empty())
+        .collect())
+}
