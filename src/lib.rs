@@ -21,7 +21,7 @@
 //! | 3 | [`config`]: the configuration, one field for each room · [`datasets`]: makes and describes datasets |
 //! | 2, science | [`adapter`] above [`flow`], [`tuning`] above [`model`] · [`encoding`] above [`autoencoder`], [`encoder`] · [`optim`] |
 //! | 2, machinery | [`parallel`] · [`watchdog`] |
-//! | 1 | [`published`] · [`report`] · [`attention`] above [`collective`] · [`data`] · [`lora`] · [`nn`] above [`ops`] · [`telemetry`] · [`tokenizer`] |
+//! | 1 | [`published`] · [`report`] · [`attention`] above [`collective`] · [`data`] · [`lora`] · [`media`] · [`nn`] above [`ops`] · [`telemetry`] · [`tokenizer`] |
 //! | 0, each above those after it | [`files`] · [`failure`] · [`fault`], `registry` · [`cuda`], [`pulse`], [`settings`] · [`error`], [`libtorch`], `median`, [`phase`], [`rng`], [`tensor`] |
 //!
 //! # Letters in shapes
@@ -56,6 +56,7 @@ pub mod files;
 pub mod flow;
 pub mod libtorch;
 pub mod lora;
+pub mod media;
 mod median;
 pub mod model;
 pub mod nn;

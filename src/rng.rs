@@ -26,6 +26,7 @@ pub enum Purpose {
     Dropout = 7,
     Validation = 8,
     Encoding = 9,
+    Tags = 10,
 }
 
 /// Identifies one use of randomness. Equal keys give equal numbers, on any rank and in any process.

@@ -12,12 +12,14 @@
 //! | work on many files at once | `parallel.rs` |
 //! | what a dataset holds | `show/` |
 //! | caches of other trainers | `caches/` |
+//! | folders of pictures and videos | `pictures/` |
 
 pub mod caches;
 pub mod encode;
 pub mod index;
 pub mod pack;
 mod parallel;
+pub mod pictures;
 mod samples;
 mod shards;
 pub mod show;

@@ -13,7 +13,7 @@ const FLOORS: &[&[&str]] = &[
     &["failure"],
     &["files"],
     &["ops"],
-    &["collective", "data", "lora", "nn", "telemetry", "tokenizer"],
+    &["collective", "data", "lora", "media", "nn", "telemetry", "tokenizer"],
     &["attention", "published", "report"],
     &["autoencoder", "encoder", "flow", "model", "optim", "parallel", "watchdog"],
     &["adapter", "encoding", "tuning"],

@@ -1,0 +1,125 @@
+//! A picture in memory.
+
+use std::path::Path;
+
+use image::RgbImage;
+use image::codecs::png::PngEncoder;
+use image::{ExtendedColorType, ImageEncoder};
+use tch::{Kind, Tensor};
+
+use super::fit::{Filter, Fit, Size};
+use super::read::{self, Limits};
+use crate::error::Result;
+use crate::files::durable::replace_file;
+use crate::tensor;
+
+/// A picture of 8 bits a colour: red, green and blue.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Picture {
+    size: Size,
+    /// Rows from the top, three bytes a pixel.
+    pixels: Vec<u8>,
+}
+
+impl Picture {
+    /// Takes rows from the top, three bytes a pixel.
+    ///
+    /// # Panics
+    /// If there are not as many bytes as the size says.
+    pub fn from_pixels(size: Size, pixels: Vec<u8>) -> Self {
+        assert_eq!(pixels.len() as u64, 3 * size.pixels(), "{size} pixels have other bytes");
+        Picture { size, pixels }
+    }
+
+    /// Reads a PNG, JPEG or WebP file, recognized by its first bytes; of an animation the first
+    /// frame. It is turned as its EXIF data say. Colours are Pillow's after `convert("RGB")`: alpha
+    /// is dropped, palettes are resolved, grey is repeated, of 16 bits the upper 8 stay. Grey of 16
+    /// bits, whose values Pillow cuts at 255, is read by its upper 8 bits, too.
+    ///
+    /// # Errors
+    /// [`Error::Data`](crate::error::Error::Data) if the file is none of these, damaged, or beyond
+    /// the limits; [`Error::Storage`](crate::error::Error::Storage) if it cannot be read.
+    pub fn read(path: &Path, limits: &Limits) -> Result<Self> {
+        read::colours(path, limits).map(Self::from)
+    }
+
+    pub fn size(&self) -> Size {
+        self.size
+    }
+
+    /// Returns rows from the top, three bytes a pixel.
+    pub fn pixels(&self) -> &[u8] {
+        &self.pixels
+    }
+
+    pub(super) fn into_pixels(self) -> Vec<u8> {
+        self.pixels
+    }
+
+    /// Resizes by Pillow's LANCZOS and crops.
+    pub fn fitted(&self, fit: Fit) -> Picture {
+        let pixels = fit.apply(&self.pixels, self.size, Filter::Lanczos);
+        Picture { size: fit.size, pixels }
+    }
+
+    /// Returns the colours as `[3, H, W]`, uint8.
+    pub fn to_tensor(&self) -> Tensor {
+        let [height, width] = [self.size.height, self.size.width].map(i64::from);
+        let rows = Tensor::from_slice(&self.pixels).view([height, width, 3]);
+        rows.permute([2, 0, 1]).contiguous()
+    }
+
+    /// Takes colours of `[3, H, W]`, uint8.
+    ///
+    /// # Panics
+    /// If the tensor has another shape or kind.
+    pub fn from_tensor(colours: &Tensor) -> Self {
+        let size = colours.size();
+        assert!(
+            colours.kind() == Kind::Uint8 && size.len() == 3 && size[0] == 3,
+            "a picture is [3, H, W] in uint8, not {size:?} in {:?}",
+            colours.kind()
+        );
+        let rows = colours.to_device(tch::Device::Cpu).permute([1, 2, 0]).contiguous();
+        let size = Size::new(size[2] as u32, size[1] as u32);
+        Picture { size, pixels: tensor::bytes(&rows).to_vec() }
+    }
+
+    /// Writes a PNG file, replacing another one whole.
+    ///
+    /// # Errors
+    /// [`Error::Storage`](crate::error::Error::Storage).
+    pub fn write_png(&self, path: &Path) -> Result<()> {
+        let Size { width, height } = self.size;
+        replace_file(path, |out| {
+            PngEncoder::new(out)
+                .write_image(&self.pixels, width, height, ExtendedColorType::Rgb8)
+                .map_err(std::io::Error::other)
+        })
+    }
+
+    /// Reads a picture as a mask and brings it to the size of a picture's bucket: `[H, W]`, uint8;
+    /// 255 where everything counts, 0 where nothing does. It is resized to what `fit` resizes its
+    /// picture to, whatever its own size is, by Pillow's BILINEAR, and cropped alike.
+    ///
+    /// # Errors
+    /// As [`Picture::read`].
+    pub fn read_mask(path: &Path, fit: Fit, limits: &Limits) -> Result<Tensor> {
+        let (size, grey) = read::grey(path, limits)?;
+        let pixels = fit.apply(&grey, size, Filter::Bilinear);
+        let [height, width] = [fit.size.height, fit.size.width].map(i64::from);
+        Ok(Tensor::from_slice(&pixels).view([height, width]))
+    }
+}
+
+impl From<RgbImage> for Picture {
+    fn from(image: RgbImage) -> Self {
+        Picture { size: Size::new(image.width(), image.height()), pixels: image.into_raw() }
+    }
+}
+
+/// Stacks frames of one size to `[3, F, H, W]`, uint8.
+pub fn stacked(frames: &[Picture]) -> Tensor {
+    let frames: Vec<Tensor> = frames.iter().map(Picture::to_tensor).collect();
+    Tensor::stack(&frames, 1)
+}
