@@ -11,7 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::latents::{Extent, Latents, LoadedEncoder, VAE};
 use super::texts::{FIRST, LoadedTexts, SECOND, SECOND_TEXT, TEXT, Texts};
-use super::{Conditions, Encoding, Facts, Folder, VIDEOS, ToConditions, ToLatents, ToPixels};
+use super::{Conditions, Encoding, Facts, Folder, ToConditions, ToLatents, ToPixels, VIDEOS};
 use crate::autoencoder::Factors;
 use crate::data::DataType;
 use crate::data::group::{Layout, SampleTensor};

@@ -37,7 +37,8 @@ impl Latents {
         let autoencoder = Autoencoder::open(&path)?;
         let found = autoencoder.class().name();
         if found != class {
-            let what = format!("is of the class {found}, and pipelines of this family have {class}");
+            let what =
+                format!("is of the class {found}, and pipelines of this family have {class}");
             return Err(Error::data(path, what));
         }
         Ok(Latents { autoencoder, extent })

@@ -70,7 +70,8 @@ struct Loaded(LoadedTexts);
 impl ToConditions for Loaded {
     /// `text_embeddings` `[L, D]`.
     fn conditions(&self, prompts: &[&str]) -> Result<Vec<Conditions>> {
-        let chats: Vec<Templated> = prompts.iter().map(|prompt| prompt::qwen_image(prompt)).collect();
+        let chats: Vec<Templated> =
+            prompts.iter().map(|prompt| prompt::qwen_image(prompt)).collect();
         let states = self.0.encode_chats(&chats, MOST)?.into_iter();
         Ok(states.map(|states| Conditions::from([(TEXT.into(), states)])).collect())
     }

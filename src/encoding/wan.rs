@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::latents::{Extent, Latents, VAE};
 use super::texts::{FIRST, LoadedTexts, TEXT, Texts};
-use super::{Conditions, Encoding, Facts, Folder, VIDEOS, ToConditions, ToLatents, ToPixels};
+use super::{Conditions, Encoding, Facts, Folder, ToConditions, ToLatents, ToPixels, VIDEOS};
 use crate::autoencoder::Factors;
 use crate::data::DataType;
 use crate::data::group::Layout;

@@ -10,16 +10,16 @@ use crate::assembly::device::plain_device;
 use crate::cli::values::{parse_dtype, parse_ratios, parse_share, parse_size, parse_word};
 use crate::datasets::encode::{EncodeRequest, EncodedDataset, encode};
 use crate::datasets::pictures::{
-    BucketOptions, CaptionOptions, FrameOptions, PictureOptions, Ratios, Skipped,
+    BucketOptions, CaptionOptions, FrameOptions, PictureOptions, Ratios,
 };
 use crate::encoding::Family;
-use crate::error::{Error, Result};
+use crate::error::{Result, one_line};
 use crate::media::{Limits, Size};
 use crate::model::Dtype;
 use crate::parallel::DeviceChoice;
 
-/// Pictures that a report names.
-const NAMED: usize = 10;
+/// Most lines of notes in a report.
+const NOTES: usize = 20;
 
 #[derive(Args, Debug)]
 pub struct EncodeArgs {
@@ -202,19 +202,10 @@ impl PixelArgs {
 
 /// Returns what the user is told at the end.
 fn report(made: &EncodedDataset, out: &str) -> String {
-    let EncodedDataset { written, skipped, named_only, unmasked } = made;
-    let named = |Skipped { path, what }: &Skipped| {
-        format!("left out: {}: {}\n", path.display(), crate::error::one_line(what))
-    };
-    let mut text: String = skipped.iter().take(NAMED).map(named).collect();
-    if skipped.len() > NAMED {
-        text += &format!("left out: {} more\n", skipped.len() - NAMED);
+    let shown = made.notes.iter().take(NOTES).map(|note| one_line(note) + "\n");
+    let mut text: String = shown.collect();
+    if made.notes.len() > NOTES {
+        text += &format!("and {} more files that were skipped\n", made.notes.len() - NOTES);
     }
-    if *named_only > 0 {
-        text += &format!("note: {named_only} captions are the names of files\n");
-    }
-    if *unmasked > 0 {
-        text += &format!("note: {unmasked} have no mask, so that all of their pixels count\n");
-    }
-    text + &told(*written, out)
+    text + &told(made.written, out)
 }

@@ -93,10 +93,7 @@ fn check(family: Family, cached: &Cached) -> Result<(), String> {
 /// # Errors
 /// [`Error::Data`] naming a sample of another family than the user or the first sample names, or
 /// one that the family cannot train on.
-pub(super) fn agreed_family(
-    cached: &[Cached],
-    wanted: Option<Family>,
-) -> Result<Option<Family>> {
+pub(super) fn agreed_family(cached: &[Cached], wanted: Option<Family>) -> Result<Option<Family>> {
     let first = wanted.or_else(|| cached.iter().find_map(|sample| sample.family));
     let other = |sample: &&Cached| sample.family.is_some_and(|family| Some(family) != first);
     if let (Some(first), Some(sample)) = (first, cached.iter().find(other)) {

@@ -40,10 +40,7 @@ const ARCHITECTURES: [Architecture; 6] = [
     plain("f2k4b", Family::Flux2),
     plain("f2k9b", Family::Flux2),
     plain("qi", Family::QwenImage),
-    Architecture {
-        change: Change::Scale(HUNYUAN_SCALE),
-        ..plain("hv15", Family::HunyuanVideo15)
-    },
+    Architecture { change: Change::Scale(HUNYUAN_SCALE), ..plain("hv15", Family::HunyuanVideo15) },
 ];
 
 /// Finds the samples of a cache.
@@ -115,7 +112,7 @@ fn add(collector: &mut Collector, file: &CacheFile, architecture: &Architecture)
             }
             ("condition_latents", how(false))
         } else if sizes_follow(name, "latents_") {
-            (latents_key(architecture.family.data_type()), How::changed(architecture.change))
+            (latents_key(architecture.family.data_type), How::changed(architecture.change))
         } else if name.starts_with("clip_") || name.starts_with("siglip_") {
             ("image_embeds", how(false))
         } else if name.starts_with("ctx_vec_") {

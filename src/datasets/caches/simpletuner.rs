@@ -154,7 +154,7 @@ impl<'r> Files<'r> {
             let text = CacheFile::open(&self.texts[&md5(caption)])?;
             let mut collector = Collector::new();
             let tensor = if latents.is_bare() { BARE } else { "latents" };
-            let key = latents_key(self.family.data_type());
+            let key = latents_key(self.family.data_type);
             collector.add(key, &latents, tensor, How::default())?;
             add_text(&mut collector, &text, self.family)?;
             let caption = Caption { caption: caption.clone(), source: name.to_string() };

@@ -78,8 +78,7 @@ mod tests {
         let shapes = ["a", "b", "a", "a", "b", "a"];
         let tokens = [4, 9, 2, 3, 9, 30];
         let batches = Batches::new("x", 6, 10, |row| shapes[row], |row| tokens[row]);
-        let found: Vec<&[usize]> =
-            batches.list.iter().map(|batch| batch.rows.as_slice()).collect();
+        let found: Vec<&[usize]> = batches.list.iter().map(|batch| batch.rows.as_slice()).collect();
         // 3 · 4 is more than 10; of `b`, 2 · 9 are, too.
         assert_eq!(found, [&[2, 3][..], &[0], &[5], &[1], &[4]]);
         assert_eq!(batches.list[2].file, "x-000002.safetensors");

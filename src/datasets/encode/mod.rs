@@ -33,7 +33,7 @@ use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
 use super::Description;
-use super::pictures::{Found, PictureOptions, Pixels, Skipped};
+use super::pictures::{Found, PictureOptions, Pixels};
 use super::write::{FurtherFile, WriteOptions, Written, write_dataset};
 use crate::collective::Collective;
 use crate::collective::agreement::{agreed, on_rank_zero};
@@ -80,12 +80,8 @@ pub struct EncodeRequest {
 #[derive(Clone, Debug)]
 pub struct EncodedDataset {
     pub written: Written,
-    /// Files that were left out.
-    pub skipped: Vec<Skipped>,
-    /// Number of samples whose caption is their file's name.
-    pub named_only: usize,
-    /// Number of samples without a mask where others have one.
-    pub unmasked: usize,
+    /// Lines for the user: buckets, and files that were skipped or lack something, these last.
+    pub notes: Vec<String>,
 }
 
 /// Encodes a folder of pictures or videos. Each rank encodes its part of the batches and writes its
@@ -114,8 +110,7 @@ pub fn encode(request: &EncodeRequest, collective: &dyn Collective) -> Result<En
     plan.encode_media(request, &pipeline, &store, &sources.found, collective)?;
     pipeline.unload();
     let Plan { texts, of_texts, media, of_media } = &plan;
-    let encoded =
-        Encoded::new(&store, (texts, of_texts), (media, of_media), sources.pairs.clone());
+    let encoded = Encoded::new(&store, (texts, of_texts), (media, of_media), sources.pairs.clone());
     let further = further_files(&plan, &pipeline, &store, &encoded, collective)?;
     let options = WriteOptions {
         out: request.out.clone(),
@@ -126,8 +121,7 @@ pub fn encode(request: &EncodeRequest, collective: &dyn Collective) -> Result<En
     };
     let written = write_dataset(&encoded, &description(request), &options, collective)?;
     on_rank_zero(collective, || store.delete().map(|()| String::new()))?;
-    let Found { skipped, named_only, unmasked, .. } = sources.found;
-    Ok(EncodedDataset { written, skipped, named_only, unmasked })
+    Ok(EncodedDataset { written, notes: sources.found.notes() })
 }
 
 fn description(request: &EncodeRequest) -> Description {
@@ -154,8 +148,7 @@ struct Plan {
 
 impl Plan {
     fn new(request: &EncodeRequest, pipeline: &Pipeline, sources: &Sources) -> Self {
-        let texts: Vec<Text> =
-            sources.texts.iter().map(|text| Text::new(text, pipeline)).collect();
+        let texts: Vec<Text> = sources.texts.iter().map(|text| Text::new(text, pipeline)).collect();
         let media = sources.media.clone();
         let budget = request.batch_tokens;
         let of_texts =
@@ -216,7 +209,7 @@ impl Plan {
         collective: &dyn Collective,
     ) -> Result<()> {
         let prepare = |batch: &Batch| {
-            let read = |row: &usize| found.read(&found.items[self.media[*row].item]);
+            let read = |row: &usize| found.read(self.media[*row].item);
             batch.rows.iter().map(read).collect::<Result<Vec<_>>>()
         };
         let encode = |batch: &Batch, read: Vec<Pixels>| {
@@ -248,7 +241,8 @@ fn names_of(folder: &Path) -> Result<String> {
             match found.is_dir() {
                 true => folders.push(path),
                 false => {
-                    let time = found.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok());
+                    let time =
+                        found.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok());
                     listed.push(format!("{} {} {time:?}", path.display(), found.len()));
                 }
             }

@@ -8,7 +8,7 @@ use tch::Kind;
 use super::samples::{Medium, Pair};
 use crate::collective::Collective;
 use crate::collective::agreement::{agree, agreed};
-use crate::data::group::{Layout, SampleTensor};
+use crate::data::group::SampleTensor;
 use crate::data::{LOSS_MASK, latents_key};
 use crate::datasets::parallel::in_parallel;
 use crate::datasets::pictures::{Examined, Found, Item, PictureOptions, find};
@@ -47,19 +47,20 @@ impl Sources {
         let (found, contents) = agreed(found.sound(examined), collective)?;
         let mut sources =
             Sources { found, texts: vec![String::new()], media: Vec::new(), pairs: Vec::new() };
-        agreed(sources.collect(&contents, pipeline), collective)?;
+        agreed(sources.collect(&contents, pipeline, options.masks.is_some()), collective)?;
         Ok(sources)
     }
 
-    /// `contents`: the hash of each item's content.
-    fn collect(&mut self, contents: &[String], pipeline: &Pipeline) -> Result<()> {
+    /// `contents`: the hash of each item's content; `masks`: true if every item has a mask.
+    fn collect(&mut self, contents: &[String], pipeline: &Pipeline, masks: bool) -> Result<()> {
         let mut texts = BTreeMap::from([(String::new(), 0)]);
         let mut media = BTreeMap::new();
         for (number, (item, content)) in self.found.items.iter().zip(contents).enumerate() {
             let medium = match media.get(content) {
                 Some(medium) => *medium,
                 None => {
-                    self.media.push(medium(number, item, content, &self.found, pipeline)?);
+                    let described = Description { item, content, masks };
+                    self.media.push(described.medium(number, pipeline)?);
                     media.insert(content, self.media.len() - 1);
                     self.media.len() - 1
                 }
@@ -84,10 +85,10 @@ fn examined(
     collective: &dyn Collective,
 ) -> Result<Vec<Examined>> {
     let (rank, ranks) = (collective.rank(), collective.world_size());
-    let own: Vec<&Item> = found.items.iter().skip(rank).step_by(ranks).collect();
+    let own: Vec<usize> = (0..found.items.len()).skip(rank).step_by(ranks).collect();
     let bar = super::work::progress("files read", own.len() as u64, pulse::is_root(rank));
-    let outcomes = in_parallel(&own, options.jobs, |item| {
-        let outcome = found.examine(item);
+    let outcomes = in_parallel(&own, options.jobs, |index| {
+        let outcome = found.examine(*index);
         bar.inc(1);
         outcome
     });
@@ -105,33 +106,41 @@ fn examined(
     Ok((0..count).filter_map(|number| parts[number % ranks].next()).collect())
 }
 
-/// Describes what a picture or video becomes.
-fn medium(
-    number: usize,
-    item: &Item,
-    content: &str,
-    found: &Found,
-    pipeline: &Pipeline,
-) -> Result<Medium> {
-    let size = item.medium.fit.size;
-    let sides = [i64::from(size.height), i64::from(size.width)];
-    let frames = item.frames.map(|frames| frames as i64);
-    let pixels: Vec<i64> = [Some(3), frames].into_iter().flatten().chain(sides).collect();
-    let latents = pipeline
-        .latents_shape(&pixels)
-        .map_err(|what| Error::data(&item.medium.path, format!("{size}: the autoencoder {what}")))?;
-    // Half has more digits than bfloat16 where latents lie, and the reference stores them in it.
-    let kind = if pipeline.kind() == Kind::Float { Kind::Float } else { Kind::Half };
-    let tensor = |shape: &[i64]| SampleTensor { kind, shape: shape.to_vec(), unequal: false };
-    let mut layout = pipeline.pixel_shapes();
-    if found.has_masks() {
-        layout.insert(LOSS_MASK.into(), tensor(&latents[latents.len() - 2..]));
+/// A picture or video, and what its tensors are made of.
+struct Description<'i> {
+    item: &'i Item,
+    content: &'i str,
+    masks: bool,
+}
+
+impl Description<'_> {
+    /// Describes what it becomes.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if there are no latents for its bucket.
+    fn medium(&self, number: usize, pipeline: &Pipeline) -> Result<Medium> {
+        let item = self.item;
+        let size = item.medium.fit.size;
+        let sides = [i64::from(size.height), i64::from(size.width)];
+        let frames = item.frames.map(|frames| frames as i64);
+        let pixels: Vec<i64> = [Some(3), frames].into_iter().flatten().chain(sides).collect();
+        let refused = |what| {
+            Error::data(&item.medium.path, format!("goes to {size} pixels: the family {what}"))
+        };
+        let latents = pipeline.latents_shape(&pixels).map_err(refused)?;
+        // Half has more digits than bfloat16 where latents lie, and the reference stores them in it.
+        let kind = if pipeline.kind() == Kind::Float { Kind::Float } else { Kind::Half };
+        let tensor = |shape: &[i64]| SampleTensor { kind, shape: shape.to_vec(), unequal: false };
+        let mut layout = pipeline.pixel_shapes();
+        if self.masks {
+            layout.insert(LOSS_MASK.into(), tensor(&latents[latents.len() - 2..]));
+        }
+        if !item.controls.is_empty() {
+            let mut shape = latents.clone();
+            shape[0] *= item.controls.len() as i64;
+            layout.insert(CONTROL.into(), tensor(&shape));
+        }
+        layout.insert(latents_key(pipeline.family().data_type).into(), tensor(&latents));
+        Ok(Medium { item: number, content: self.content.into(), pixels, layout })
     }
-    if !item.controls.is_empty() {
-        let mut shape = latents.clone();
-        shape[0] *= item.controls.len() as i64;
-        layout.insert(CONTROL.into(), tensor(&shape));
-    }
-    layout.insert(latents_key(pipeline.family().data_type).into(), tensor(&latents));
-    Ok(Medium { item: number, content: content.into(), pixels, layout })
 }

@@ -78,7 +78,8 @@ impl Store {
             row.iter().map(move |(key, tensor)| (name_of(number, key), tensor))
         });
         // The format has no tensors without numbers; `read` makes them anew.
-        let named: Vec<(String, &Tensor)> = named.filter(|(_, tensor)| tensor.numel() > 0).collect();
+        let named: Vec<(String, &Tensor)> =
+            named.filter(|(_, tensor)| tensor.numel() > 0).collect();
         let tensors: Vec<(&str, &Tensor)> =
             named.iter().map(|(name, tensor)| (name.as_str(), *tensor)).collect();
         replace_file(&self.path(file), |mut out| write(&mut out, &tensors, &BTreeMap::new()))

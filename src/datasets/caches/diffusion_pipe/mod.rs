@@ -197,10 +197,10 @@ impl<'d> Size<'d> {
         let mut collector = Collector::new();
         let how =
             if unscaled { How::changed(Change::Scale(HUNYUAN_SCALE)) } else { How::default() };
-        collector.add(latents_key(self.family.data_type()), latents, "latents", how)?;
+        collector.add(latents_key(self.family.data_type), latents, "latents", how)?;
         self.add_conditions(&mut collector, latents)?;
         if latents.holds("mask") {
-            let shape = &collector.layout[latents_key(self.family.data_type())].shape;
+            let shape = &collector.layout[latents_key(self.family.data_type)].shape;
             let size = [shape[shape.len() - 2], shape[shape.len() - 1]];
             collector.add(LOSS_MASK, latents, "mask", How::changed(Change::Shrink(size)))?;
         }
