@@ -168,7 +168,8 @@ settings! {
         pub checkpoint: CheckpointSettings, as table;
         /// What is done about ranks that stand still, fall behind or drift apart.
         pub watchdog: WatchdogSettings, as table;
-        /// Generated samples: `fm-dist sample`, and the report at the end of a run.
+        /// Generated samples: `fm-dist sample`, those of prompts while a run trains, and the report
+        /// at its end.
         pub sampling: SamplingSettings, as table;
         /// What is said meanwhile.
         pub log: LogSettings, as table;

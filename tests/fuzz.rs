@@ -33,6 +33,7 @@ use fm_dist::files::pickle::{self, PickledFile};
 use fm_dist::files::safetensors::{SafeTensors, write};
 use fm_dist::lora;
 use fm_dist::run::checkpoint::SavedWeights;
+use fm_dist::sample::prompts::read_prompts;
 use fm_dist::sample::{SampleRequest, sample};
 use fm_dist::train::{TrainOptions, train};
 use serde_json::{Value, json};
@@ -45,7 +46,7 @@ use hunt::{Prey, hunt, turn};
 
 /// Seconds that all readers together are tried for.
 const SECONDS: u64 = 20;
-const READERS: u64 = 12;
+const READERS: u64 = 13;
 
 /// Words of every format that is built on JSON and safetensors.
 const WORDS: &[&[u8]] = &[
@@ -715,6 +716,27 @@ fn conditions_are_read_or_refused() {
         told(sample_of(&run, &path))
     };
     hunted(&Prey { name: "conditions", sound, words: WORDS, dress: &fitted, read: &read });
+}
+
+#[test]
+fn prompts_are_read_or_refused() {
+    let _turn = turn();
+    let root = TempDir::new().unwrap();
+    let paths = ["prompts.txt", "prompts.jsonl"].map(|name| root.path().join(name));
+    let sound = vec![
+        "a cat\n\n a dog, \u{e9}\n".as_bytes().to_vec(),
+        br#"{"prompt": "a cat", "negative": "", "seed": 7, "size": "64x32x5"}"#.to_vec(),
+    ];
+    let words: &[&[u8]] =
+        &[b"prompt", b"negative", b"seed", b"size", b"64x64", b"null", b"{}", b"-1"];
+    let read = |bytes: &[u8]| {
+        let outcomes = paths.each_ref().map(|path| {
+            fs::write(path, bytes).unwrap();
+            told(read_prompts(path))
+        });
+        outcomes.into_iter().collect()
+    };
+    hunted(&Prey { name: "prompts", sound, words, dress: &as_it_is, read: &read });
 }
 
 #[test]

@@ -191,6 +191,8 @@ mod oracle {
     mod parity;
     /// The command that the refusal of a pickle prints converts it.
     mod pickles;
+    /// Prompts become pictures by whole pipelines as published.
+    mod prompts;
     /// Learning rates, shifts, weights and losses are those of diffusers, transformers and PyTorch.
     mod rules;
     /// Samples are those of diffusers' pipelines, and their conditions are read strictly.

@@ -125,7 +125,9 @@ fn advice(phase: Phase) -> &'static str {
             "batches are read ahead in host memory: lower data.prefetch, or \
              data.micro_batch_size_per_gpu or data.micro_batch_tokens_per_gpu"
         }
-        Phase::Sample => "samples of prompts are made one at a time on each rank: lower sampling.size",
+        Phase::Sample => {
+            "samples of prompts are made one at a time on each rank: lower sampling.size"
+        }
         Phase::Report => {
             "samples go through the model together, up to 100 of them: lower \
              sampling.per_condition, or use more memory"

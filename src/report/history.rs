@@ -55,7 +55,8 @@ impl HistoryCell {
 
 /// Returns a table with a row for each prompt and a column for each step.
 pub(super) fn table(rows: &[HistoryRow]) -> String {
-    let mut steps: Vec<u64> = rows.iter().flat_map(|row| &row.cells).map(|cell| cell.step).collect();
+    let mut steps: Vec<u64> =
+        rows.iter().flat_map(|row| &row.cells).map(|cell| cell.step).collect();
     steps.sort_unstable();
     steps.dedup();
     let heads: String = steps.iter().map(|step| format!("<th>step {step}</th>")).collect();

@@ -55,8 +55,7 @@ pub(super) fn write_samples(samples: &Samples, path: &Path) -> Result<()> {
         return write_grid(path, &samples.images, &samples.names, columns, None);
     }
     let sigmas = Tensor::from_slice(&samples.sigmas).to_kind(Kind::Float);
-    let tensors =
-        [("samples", &samples.images), ("labels", &samples.labels), ("sigmas", &sigmas)];
+    let tensors = [("samples", &samples.images), ("labels", &samples.labels), ("sigmas", &sigmas)];
     replace_file(path, |mut file| safetensors::write(&mut file, &tensors, &BTreeMap::new()))
 }
 
@@ -100,16 +99,21 @@ impl<'o> Files<'o> {
         inputs: &[Named<'_>],
     ) -> Result<Self> {
         let mut files = Files { out, count: shapes.len(), fps, ffmpeg: None };
-        let refused = |path: &Path, what: &str| {
-            Err(Named { argument: ARGUMENT, path }.refused(what))
-        };
+        let refused =
+            |path: &Path, what: &str| Err(Named { argument: ARGUMENT, path }.refused(what));
         for path in out {
             match format_of(path) {
                 Some(Format::Picture) if shapes.iter().any(|shape| is_video(shape)) => {
-                    return refused(path, "is a picture, and the samples are videos; end it in .mp4");
+                    return refused(
+                        path,
+                        "is a picture, and the samples are videos; end it in .mp4",
+                    );
                 }
                 Some(Format::Video) if !shapes.iter().all(|shape| is_video(shape)) => {
-                    return refused(path, "is a video, and the samples are pictures; end it in .png");
+                    return refused(
+                        path,
+                        "is a video, and the samples are pictures; end it in .png",
+                    );
                 }
                 Some(Format::Numbers) if shapes.iter().any(|shape| *shape != shapes[0]) => {
                     let what = "holds latents of one shape, and the prompts have several sizes";
@@ -139,7 +143,9 @@ impl<'o> Files<'o> {
         for path in self.out {
             let own = self.of_sample(path, index);
             match (format_of(path), &self.ffmpeg) {
-                (Some(Format::Picture), _) => Picture::from_tensor(&frames.get(0)).write_png(&own)?,
+                (Some(Format::Picture), _) => {
+                    Picture::from_tensor(&frames.get(0)).write_png(&own)?
+                }
                 (Some(Format::Video), Some(ffmpeg)) => {
                     ffmpeg.write_mp4(&own, frames, self.fps as f64)?;
                 }

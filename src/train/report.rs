@@ -12,8 +12,8 @@ use crate::sample::conditions::Origin;
 use crate::sample::generate::Plan;
 use crate::telemetry::metrics;
 use crate::telemetry::tensorboard::EventValue;
-use crate::train::trainer::Trainer;
 use crate::train::sampling;
+use crate::train::trainer::Trainer;
 use crate::train::validation;
 
 /// Size of `loss.png` in pixels.
@@ -74,7 +74,7 @@ fn draw(trainer: &Trainer<'_>, samples: Option<Picture>) -> Result<()> {
         facts: facts(config, replica, &lines, trainer.collective.world_size()),
         figures,
         samples,
-        history: sampling::row(path)?,
+        history: sampling::row(path),
         configuration: config.to_toml(),
     };
     write_report(&path.join("report.html"), &data)
@@ -97,8 +97,9 @@ fn drawn_samples(
         return Ok(None);
     }
     let plan = Plan::new(config, &origin, *device)?;
-    let samples =
-        optimizer_state.with_averages(replica, |replica| plan.generate(replica, config.sampling.per_condition, go_on))?;
+    let samples = optimizer_state.with_averages(replica, |replica| {
+        plan.generate(replica, config.sampling.per_condition, go_on)
+    })?;
     let averaged = if config.ema.is_on() { ", of the averaged weights (EMA)" } else { "" };
     let caption = format!("{} samples for each condition{averaged}", samples.per_condition);
     Ok(Some((

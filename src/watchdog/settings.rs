@@ -68,7 +68,9 @@ impl WatchdogSettings {
                 false => self.first_step_seconds,
             },
             // They may be the first to compute their shapes.
-            Phase::Validate | Phase::Sample => self.first_step_seconds.max(self.step_medians * pace.step_median),
+            Phase::Validate | Phase::Sample => {
+                self.first_step_seconds.max(self.step_medians * pace.step_median)
+            }
             Phase::Compare
             | Phase::Snapshot
             | Phase::Write

@@ -75,10 +75,8 @@ fn prompts_become_a_picture_each_and_one_alone_is_the_same() {
     let list = studio.path("prompts.jsonl");
     fs::write(&list, "{\"prompt\": \"blue\", \"seed\": 7, \"size\": \"24x16\"}\n").unwrap();
     let asked = ["--prompt", "red", "--prompt", "green", "--guidance", "2", "--negative", "grey"];
-    let (code, errors) = studio.samples(
-        "run",
-        &[&asked[..], &["--prompts", path(&list), "--out", path(&out)]].concat(),
-    );
+    let (code, errors) = studio
+        .samples("run", &[&asked[..], &["--prompts", path(&list), "--out", path(&out)]].concat());
     assert_eq!(code, 0, "{errors}");
     let picture = |index: usize| studio.path(&format!("cat-{index}.png"));
     assert_eq!([0, 1, 2].map(|index| size(&picture(index))), [(16, 16), (16, 16), (24, 16)]);
@@ -121,16 +119,8 @@ fn what_cannot_be_sampled_is_refused_before_anything_is_computed() {
             50,
             "b-1.png: is a folder",
         ),
-        (
-            [&cat[..], &["--size", "18x16", "--out", path(&out)]].concat(),
-            50,
-            "--size: ",
-        ),
-        (
-            [&cat[..], &["--size", "16x16x5", "--out", path(&out)]].concat(),
-            50,
-            "--size: ",
-        ),
+        ([&cat[..], &["--size", "18x16", "--out", path(&out)]].concat(), 50, "--size: "),
+        ([&cat[..], &["--size", "16x16x5", "--out", path(&out)]].concat(), 50, "--size: "),
         (
             [&cat[..], &["--guidance", "1", "--negative", "a dog", "--out", path(&out)]].concat(),
             50,
@@ -213,7 +203,11 @@ fn check_plans_samples_and_refuses_what_a_run_would_refuse() {
             "model.dit.condition_width",
         ),
         (
-            &["data.path=embedded:digits", "model.dit.in_channels=1", "model.dit.condition_width=10"],
+            &[
+                "data.path=embedded:digits",
+                "model.dit.in_channels=1",
+                "model.dit.condition_width=10",
+            ],
             "sampling.pipeline: the run's latents have 1 channels, and the pipeline's 48",
         ),
     ] {

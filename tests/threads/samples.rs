@@ -173,23 +173,3 @@ fn a_run_that_is_asked_to_stop_makes_its_samples_where_it_goes_on() {
     of_later.retain(|name, _| !name.starts_with("step-00000000"));
     assert!(samples(&stopped) == of_later, "those before training are gone by");
 }
-
-#[test]
-fn samples_that_cannot_be_written_end_no_run() {
-    let place = Place::new();
-    fs::create_dir(place.root.path().join("run")).unwrap();
-    // A file stands where the folder of all samples would be made.
-    let config = place.config("run", &["sampling.every_n_steps=100"]);
-    let run = train_in_threads(&config, &Resume::Never, 2).unwrap();
-    fs::remove_dir_all(run.join("samples")).unwrap();
-    fs::write(run.join("samples"), "a file").unwrap();
-    let longer = place.config("run", &["max_steps=9", "sampling.every_n_steps=100"]);
-    let (run, ending) = Threads::run(2, |world| {
-        let options = TrainOptions { resume: Resume::Latest, ..TrainOptions::default() };
-        train(&longer, &options, world)
-    })
-    .swap_remove(0)
-    .unwrap();
-    assert_eq!(ending, Ending::Done);
-    assert!(run.join("step-00000009").exists() && run.join("samples").is_file());
-}

@@ -92,7 +92,8 @@ pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
     let text = text_of(path)?;
     let is_json = path.extension().is_some_and(|ending| ending == "jsonl");
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let prompt = |(number, line): (usize, &str)| match is_json {
+    let prompt = |(number, line): (usize, &str)| {
+        match is_json {
         false => Ok(Prompt::new(line.trim())),
         true => serde_json::from_str(line).map_err(|error| {
             refused(format!(
@@ -101,6 +102,7 @@ pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
                 number + 1
             ))
         }),
+    }
     };
     let prompts = lines.take(MOST_PROMPTS + 1).map(prompt).collect::<Result<Vec<_>>>()?;
     match prompts.len() {
@@ -176,7 +178,9 @@ mod tests {
         let pixels = |text: &str| text.parse::<SampleSize>().map(SampleSize::pixels);
         assert_eq!(pixels("64x32"), Ok(vec![3, 32, 64]));
         assert_eq!(pixels("64X32x5"), Ok(vec![3, 5, 32, 64]));
-        for text in ["64", "0x64", "64x-1", "1x2x3x4", "64xa", "65537x1", "", "99999999999999999999x1"] {
+        for text in
+            ["64", "0x64", "64x-1", "1x2x3x4", "64xa", "65537x1", "", "99999999999999999999x1"]
+        {
             assert!(pixels(text).is_err(), "{text}");
         }
     }

@@ -127,11 +127,7 @@ impl Studio {
     ///
     /// # Ordering
     /// Every rank calls it.
-    pub fn origins(
-        &self,
-        config: &RunConfig,
-        collective: &dyn Collective,
-    ) -> Result<Vec<Origin>> {
+    pub fn origins(&self, config: &RunConfig, collective: &dyn Collective) -> Result<Vec<Origin>> {
         let texts = self
             .asked
             .iter()
@@ -202,11 +198,8 @@ impl Studio {
 /// True if the configured guidance needs something to lead away from for every prompt, which is
 /// the empty prompt where nothing else is given, as in the families' pipelines.
 fn guides_always(config: &RunConfig) -> bool {
-    let guidance = config
-        .flow_matching
-        .adapter
-        .build()
-        .guidance(config.model.family.embeds_guidance());
+    let guidance =
+        config.flow_matching.adapter.build().guidance(config.model.family.embeds_guidance());
     guidance != Guidance::Embedded && !matches!(config.sampling.guidance_scale, 0.0 | 1.0)
 }
 

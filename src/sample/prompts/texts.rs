@@ -41,7 +41,11 @@ impl Texts {
         // No rank waits longer for another than a few texts take.
         for some in texts.chunks(MOST) {
             let encodes = pulse::is_root(collective.rank());
-            let own = if encodes { encoded(pipeline, padding, some) } else { blanks(pipeline, padding, some) };
+            let own = if encodes {
+                encoded(pipeline, padding, some)
+            } else {
+                blanks(pipeline, padding, some)
+            };
             let own = agreed(own, collective)?;
             for tensor in own.iter().flat_map(BTreeMap::values) {
                 collective.broadcast(tensor.shallow_clone(), 0)?.wait()?;

@@ -136,3 +136,45 @@ impl Sampler {
         kept
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use tch::Kind;
+
+    use super::*;
+    use crate::collective::Threads;
+    use crate::config::DEFAULT;
+    use crate::sample::prompts::{Prompt, Words};
+
+    #[test]
+    fn a_picture_that_cannot_be_written_is_told_on_every_rank_and_is_no_error() {
+        let sets = ["model.dit.in_channels=48", "model.dit.condition_width=64"];
+        let sets: Vec<String> = sets.iter().map(ToString::to_string).collect();
+        let config = RunConfig::read("test", DEFAULT, &sets).expect("sound settings");
+        let run = tempfile::tempdir().expect("a temporary folder");
+        let told = |is_blocked: bool| {
+            Threads::run(2, |rank| {
+                let words = Words { pipeline: "sampling.pipeline", size: "sampling.size" };
+                let usual = || Ok(vec![48, 2, 2]);
+                let studio = Studio::open(&config, &[Prompt::new("a cat")], 1, words, usual);
+                let studio = studio.expect("it needs no folder");
+                let gallery = Gallery::new(run.path(), &config, &studio).expect("no videos");
+                let origins = studio.origins(&config, rank).expect("no weights");
+                let sampler = Sampler { studio, origins, gallery };
+                let latents = Tensor::zeros([1, 48, 2, 2], (Kind::Float, Device::Cpu));
+                let own = if is_blocked { vec![] } else { vec![(rank.rank(), latents)] };
+                sampler.kept_together(3, &own, rank).expect("all ranks answer")
+            })
+        };
+        assert_eq!(told(false), [None, None]);
+        assert!(run.path().join("samples/step-00000003/1.png").is_file());
+        fs::remove_dir_all(run.path().join("samples")).expect("own files");
+        fs::write(run.path().join("samples"), "a file").expect("a disk with room");
+        for trouble in told(true) {
+            let trouble = trouble.expect("no folder can be made there");
+            assert!(trouble.contains("samples/step-00000003"), "{trouble}");
+        }
+    }
+}

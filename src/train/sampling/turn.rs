@@ -62,8 +62,9 @@ impl Trainer<'_> {
     /// Makes and keeps samples of the weights that would be exported, averages if there are any;
     /// false if the run was asked to stop meanwhile.
     fn sampled(&mut self, requests: &Requests) -> Result<bool> {
-        let Trainer { sampler, replica, optimizer_state, config, device, collective, events, .. } =
-            self;
+        let Trainer {
+            sampler, replica, optimizer_state, config, device, collective, events, ..
+        } = self;
         let Some(sampler) = sampler else { return Ok(true) };
         let (began, step) = (Instant::now(), self.manifest.step);
         pulse::enter(Phase::Sample);
