@@ -185,7 +185,7 @@ impl Studio {
         self.pipeline.family()
     }
 
-    /// Returns the numbers of samples that are asked for.
+    /// Returns the number of samples that are asked for.
     pub fn len(&self) -> usize {
         self.asked.len()
     }

@@ -75,14 +75,14 @@ fn blanks(pipeline: &Pipeline, padding: TextPadding, texts: &[&str]) -> Result<V
     texts.iter().map(|text| blank(pipeline, padding, text)).collect()
 }
 
-/// Returns zeros with the shapes of what a text would be encoded as, `[1, …]`.
+/// Returns ones with the shapes of what a text would be encoded as, `[1, …]`, also in its masks.
 ///
 /// # Errors
 /// [`Error::Config`] if the text is longer than the data's.
 pub(super) fn blank(pipeline: &Pipeline, padding: TextPadding, text: &str) -> Result<Conditions> {
     let layout = pipeline.prompt_shapes(text);
-    let zeros = |tensor: &SampleTensor| Tensor::zeros(&tensor.shape, (tensor.kind, Device::Cpu));
-    let conditions = layout.iter().map(|(key, tensor)| (key.clone(), zeros(tensor))).collect();
+    let ones = |tensor: &SampleTensor| Tensor::ones(&tensor.shape, (tensor.kind, Device::Cpu));
+    let conditions = layout.iter().map(|(key, tensor)| (key.clone(), ones(tensor))).collect();
     padded(text, conditions, &layout, padding)
 }
 

@@ -89,10 +89,12 @@ impl Trainer<'_> {
             began.elapsed().as_secs_f64()
         );
         if events.are_written() {
-            let pictures = sampler.gallery.pictures(step)?;
-            events.append(step, || {
-                pictures.iter().map(|(tag, png)| (tag.clone(), EventValue::Png(png))).collect()
-            });
+            match sampler.gallery.pictures(step) {
+                Ok(pictures) => events.append(step, || {
+                    pictures.iter().map(|(tag, png)| (tag.clone(), EventValue::Png(png))).collect()
+                }),
+                Err(error) => tracing::warn!("no samples for TensorBoard: {error}"),
+            }
         }
         Ok(true)
     }
