@@ -27,6 +27,7 @@ use fm_dist::collective::Solo;
 use fm_dist::commands::{StepRequest, dump_step};
 use fm_dist::config::{DEFAULT, RunConfig};
 use fm_dist::data::{Dataset, Order};
+use fm_dist::encoder::{Siglip, TextClass};
 use fm_dist::error::Error;
 use fm_dist::files::outputs::Named;
 use fm_dist::files::pickle::{self, PickledFile};
@@ -253,6 +254,50 @@ fn an_autoencoders_configuration_is_read_or_refused() {
         dress: &as_it_is,
         read: &read,
     });
+}
+
+// Encoders.
+
+/// Words of an encoder's `config.json`.
+const ENCODER_WORDS: &[&[u8]] = &[
+    b"T5EncoderModel",
+    b"UMT5EncoderModel",
+    b"CLIPTextModel",
+    b"Qwen2_5_VLForConditionalGeneration",
+    b"Qwen3ForCausalLM",
+    b"Mistral3ForConditionalGeneration",
+    b"SiglipVisionModel",
+    b"architectures",
+    b"model_type",
+    b"text_config",
+    b"rope_parameters",
+    b"rope_scaling",
+    b"quantization_config",
+    b"num_hidden_layers",
+    b"head_dim",
+    b"true",
+    b"null",
+    b"262144",
+    b"{}",
+    b"[]",
+];
+
+#[test]
+fn an_encoders_configuration_is_read_or_refused() {
+    let _turn = turn();
+    let folder = TempDir::new().unwrap();
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/encoders");
+    let entries = fs::read_dir(fixtures).unwrap().map(|entry| entry.unwrap().path());
+    let sound: Vec<Vec<u8>> =
+        entries.map(|entry| fs::read(entry.join("config.json")).unwrap()).collect();
+    let read = |bytes: &[u8]| {
+        fs::write(folder.path().join("config.json"), bytes).unwrap();
+        let tensors = TextClass::read(folder.path())
+            .map(|class| class.tensors())
+            .or_else(|_| Siglip::read(folder.path()).map(|class| class.tensors()));
+        told(tensors.map(|tensors| assert!(!tensors.is_empty())))
+    };
+    hunted(&Prey { name: "encoder", sound, words: ENCODER_WORDS, dress: &as_it_is, read: &read });
 }
 
 // LoRAs.

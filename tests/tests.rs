@@ -30,6 +30,8 @@ mod fast {
     mod collectives;
     /// Every file in configs/ is valid, and published models have diffusers' number of parameters.
     mod configs;
+    /// So does every tensor of the published encoders.
+    mod encoders;
     /// Rooms use lower floors only, and some words stand in one file only.
     mod floors;
     /// Stage-wise backward equals plain autograd, bit for bit.
@@ -143,6 +145,8 @@ mod mpi {
     pub mod copies;
     /// Ranks make the dataset that one rank makes, also after a kill.
     mod datasets;
+    /// Ranks encode the dataset that one rank encodes, also after a kill.
+    mod encoding;
     /// Our own GPU kernels compile, have the bits of a CPU, and are refused where they compute
     /// anything else.
     pub mod kernels;
@@ -169,8 +173,10 @@ mod oracle {
     mod averages;
     /// Caches of other trainers are imported with the bits that their own readers give.
     mod caches;
-    /// Pictures that `configs/encode_flux1.py` encodes are a dataset that trains.
-    mod encoded;
+    /// Encoders compute what transformers' classes of them compute.
+    mod encoders;
+    /// Prompts and pixels are encoded as diffusers' pipelines do, and go the whole way to samples.
+    mod encodings;
     /// TensorBoard reads the numbers, the configuration and the samples of a run.
     mod event_files;
     /// A run becomes a diffusers folder and a diffusers folder a run.
@@ -197,6 +203,8 @@ mod oracle {
     mod rules;
     /// Samples are those of diffusers' pipelines, and their conditions are read strictly.
     mod sampling;
+    /// Token ids are those of transformers, and the texts of prompts those of diffusers' pipelines.
+    mod token_ids;
     /// The losses of a validation are NeMo AutoModel's.
     mod validation;
 }

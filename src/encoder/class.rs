@@ -145,3 +145,137 @@ fn with_rotation(fields: &Map<String, Value>) -> Map<String, Value> {
     }
     flat
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn config(fields: Value) -> Config {
+        let Value::Object(fields) = fields else { panic!("an object") };
+        Config::new(Path::new("text_encoder/config.json"), fields)
+    }
+
+    fn read(fields: Value) -> TextClass {
+        TextClass::of(config(fields)).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// The message about a `config.json` that lies, behind its path.
+    fn said(fields: Value) -> String {
+        let text = TextClass::of(config(fields)).expect_err("it lies").to_string();
+        assert!(!text.contains('\n'), "{text}");
+        text.strip_prefix("text_encoder/config.json: ").expect("the path").to_string()
+    }
+
+    #[test]
+    fn an_encoder_that_nobody_has_is_told_with_those_there_are() {
+        let text = said(json!({"architectures": ["BertModel"], "model_type": "bert"}));
+        let expected =
+            "architectures has \"BertModel\"; supported are T5EncoderModel, UMT5EncoderModel, ";
+        assert!(text.starts_with(expected), "{text}");
+        assert!(
+            said(json!({"model_type": "bert"})).starts_with("model_type is \"bert\"; supported")
+        );
+        let none =
+            "has neither architectures nor a model_type, so it describes no class of transformers";
+        assert_eq!(said(json!({"architectures": []})), none);
+        let siglip = Siglip::of(config(json!({"model_type": "clip_vision_model"})));
+        let text = siglip.expect_err("another class").to_string();
+        assert!(text.ends_with("\"clip_vision_model\"; supported are SiglipVisionModel"), "{text}");
+    }
+
+    #[test]
+    fn a_class_with_the_same_encoder_in_it_is_known_by_its_type() {
+        let whole = read(json!({
+            "architectures": ["T5ForConditionalGeneration"], "model_type": "t5",
+            "feed_forward_proj": "gated-gelu",
+        }));
+        assert_eq!(whole.name(), "T5EncoderModel");
+        let text =
+            json!({"architectures": ["Qwen2_5_VLTextModel"], "model_type": "qwen2_5_vl_text"});
+        assert_eq!(read(text).name(), "Qwen2_5_VLForConditionalGeneration");
+    }
+
+    #[test]
+    fn a_field_that_is_missing_has_its_default_and_one_that_nobody_knows_is_left_alone() {
+        let qwen3 = json!({"architectures": ["Qwen3ForCausalLM"], "layer_types": ["full_attention"],
+            "sliding_window": null, "head_dim": null, "output_past": true});
+        assert_eq!(read(qwen3), TextClass::Qwen3(Default::default()));
+    }
+
+    #[test]
+    fn rotations_are_read_as_versions_4_and_5_write_them() {
+        let theta = |fields: Value| {
+            let mut all = json!({"architectures": ["Qwen3ForCausalLM"]});
+            all.as_object_mut()
+                .expect("an object")
+                .extend(fields.as_object().expect("too").clone());
+            let TextClass::Qwen3(qwen3) = read(all) else { panic!("another class") };
+            qwen3.rope_theta
+        };
+        assert_eq!(theta(json!({"rope_theta": 1_000_000, "rope_scaling": null})), 1e6);
+        let nested = json!({"rope_theta": 5e5, "rope_type": "default"});
+        assert_eq!(theta(json!({"rope_parameters": nested, "rope_theta": 7})), 5e5);
+        assert_eq!(theta(json!({})), 1e4);
+        let scaled = json!({"architectures": ["Qwen3ForCausalLM"],
+            "rope_scaling": {"type": "yarn", "factor": 4.0}});
+        assert!(said(scaled).contains("rope_type: "));
+    }
+
+    #[test]
+    fn settings_of_an_encoder_that_contradict_each_other_are_told_by_a_field() {
+        let mistral = |text: Value| json!({"model_type": "mistral3", "text_config": text});
+        for (fields, expected) in [
+            (
+                json!({"model_type": "t5"}),
+                "feed_forward_proj: only \"gated-gelu\" is supported, T5 1.1's",
+            ),
+            (
+                json!({"model_type": "umt5", "relative_attention_max_distance": 8}),
+                "relative_attention_max_distance: 8 must be above a quarter of \
+                 relative_attention_num_buckets, 8",
+            ),
+            (
+                json!({"model_type": "clip_text_model", "num_attention_heads": 7}),
+                "hidden_size: 512 is no multiple of num_attention_heads, 7",
+            ),
+            (
+                json!({"model_type": "qwen3", "num_key_value_heads": 5}),
+                "num_attention_heads: 32 is no multiple of num_key_value_heads, 5",
+            ),
+            (
+                json!({"model_type": "qwen3", "head_dim": 63}),
+                "head_dim: 63 is odd, and features are rotated in pairs",
+            ),
+            (
+                json!({"model_type": "qwen2_5_vl", "use_sliding_window": true}),
+                "use_sliding_window: only false is supported",
+            ),
+            (json!({"model_type": "mistral3"}), "has no text_config"),
+            (mistral(json!({"head_dim": 0})), "head_dim: 0 is out of range"),
+            (mistral(json!({"sliding_window": -1})), "sliding_window: -1 is out of range"),
+            (
+                json!({"model_type": "t5", "quantization_config": {"bits": 4}}),
+                "has a quantization_config, and packed weights are not read here; take the folder \
+                 with the unpacked ones",
+            ),
+        ] {
+            assert_eq!(said(fields), expected);
+        }
+        assert!(said(mistral(json!({"model_type": "ministral3"}))).contains("model_type: "));
+    }
+
+    #[test]
+    fn fields_of_an_encoder_that_are_wrong_are_told_all_at_once() {
+        let text = said(json!({"model_type": "clip_text_model", "hidden_size": "768",
+            "hidden_act": "relu", "num_hidden_layers": 1 << 20}));
+        for part in [
+            "hidden_size: expected an integer, found the text \"768\"",
+            "hidden_act: ",
+            "num_hidden_layers: 1048576 is out of range",
+        ] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+    }
+}

@@ -237,7 +237,7 @@ impl Layer {
             &mut builder.at("layer.1.DenseReluDense"),
             ["wi_0", "wi_1", "wo"],
             [width, shape.hidden],
-            Nonlinearity::GeluTanh,
+            Nonlinearity::GeluTanhInSteps,
         );
         let mlp_norm = norm(&mut builder.at("layer.1.layer_norm"));
         Layer { attention_norm, inputs, output, biases, mlp_norm, mlp, num_heads }

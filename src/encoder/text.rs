@@ -51,19 +51,31 @@ impl TextEncoder {
         }
     }
 
+    /// Number of parameters that an output needs.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load), if the class has no such output.
+    pub fn num_params(&self, output: &Output) -> Result<i64> {
+        Ok(self.network(output)?.params().numel())
+    }
+
     /// Loads what `output` needs, to compute in `kind` on `device`.
     ///
     /// # Errors
     /// [`Error::Data`] if the class has no such output, or naming the first number that is not
     /// finite; errors of reading.
     pub fn load(&self, output: Output, device: Device, kind: Kind) -> Result<LoadedTextEncoder> {
-        let depth = self.depth(&output).map_err(|what| Error::data(&self.folder, what))?;
-        let network = self.class.network(depth);
+        let network = self.network(&output)?;
         let params = self.weights.load(network.params(), device, kind)?;
         Ok(LoadedTextEncoder { class: self.class.clone(), network, params, device, output })
     }
 
     /// The part of the network that an output needs.
+    fn network(&self, output: &Output) -> Result<Box<dyn Network>> {
+        let depth = self.depth(output).map_err(|what| Error::data(&self.folder, what))?;
+        Ok(self.class.network(depth))
+    }
+
     fn depth(&self, output: &Output) -> Result<Depth, String> {
         let (name, layers) = (self.class.name(), self.sizes().layers);
         match output {

@@ -1,6 +1,8 @@
 //! Two affine maps with a nonlinearity between them.
 
-use tch::Tensor;
+use std::f64::consts::FRAC_2_PI;
+
+use tch::{Kind, Tensor};
 
 use super::{Builder, Linear, Views};
 use crate::ops::{GeluTanh, apply};
@@ -11,6 +13,8 @@ pub enum Nonlinearity {
     Gelu,
     /// GELU's approximation by tanh.
     GeluTanh,
+    /// The same, in bfloat16 rounded after each step of the formula, as transformers' T5 has it.
+    GeluTanhInSteps,
     /// GELU's approximation by `x · sigmoid(1.702 · x)`.
     QuickGelu,
     /// SiLU of the first half of the features times the second half, SwiGLU.
@@ -25,6 +29,10 @@ impl Nonlinearity {
             Nonlinearity::Silu => x.silu(),
             Nonlinearity::Gelu => x.gelu("none"),
             Nonlinearity::GeluTanh => apply(GeluTanh, [x]),
+            Nonlinearity::GeluTanhInSteps => match x.kind() {
+                Kind::BFloat16 => gelu_tanh_in_steps(x),
+                _ => apply(GeluTanh, [x]),
+            },
             Nonlinearity::QuickGelu => x * (x * 1.702).sigmoid(),
             Nonlinearity::SiluGate => {
                 let halves = x.chunk(2, -1);
@@ -32,6 +40,12 @@ impl Nonlinearity {
             }
         }
     }
+}
+
+/// [`GeluTanh`] by libtorch's operators, one for each step.
+fn gelu_tanh_in_steps(x: &Tensor) -> Tensor {
+    let inner = (x + x.pow_tensor_scalar(3.0) * 0.044715) * FRAC_2_PI.sqrt();
+    x * 0.5 * (inner.tanh() + 1.0)
 }
 
 #[derive(Clone, Copy, Debug)]

@@ -109,3 +109,23 @@ fn no_config(folder: &Path, part: Part, error: &io::Error) -> String {
     }
     format!("{FILE_NAME} of the {} cannot be read: {error}", part.noun)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PART: Part = Part { noun: "text encoder", folder: "text_encoder", stem: "model" };
+
+    #[test]
+    fn a_configuration_that_is_no_file_or_no_object_is_told() {
+        let root = tempfile::tempdir().expect("a folder");
+        let path = root.path().join(FILE_NAME);
+        let said = || Config::read(root.path(), PART).expect_err("no object").to_string();
+        fs::write(&path, "[]").expect("a file");
+        assert!(said().starts_with(&format!("{}: ", path.display())), "{}", said());
+        fs::remove_file(&path).expect("a file");
+        fs::create_dir(&path).expect("a folder");
+        let what = "config.json of the text encoder cannot be read: is not a regular file";
+        assert!(said().ends_with(what), "{}", said());
+    }
+}

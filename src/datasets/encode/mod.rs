@@ -54,6 +54,8 @@ use work::encode_missing;
 /// Captions that the dataset holds as named conditions, to sample from.
 const NAMED: usize = 4;
 
+const NOT_FINITE: &str = "became numbers that are not finite; try --dtype float32";
+
 /// Options of `fm-dist data encode`.
 #[derive(Clone, Debug)]
 pub struct EncodeRequest {
@@ -165,8 +167,9 @@ impl Plan {
     /// Returns a hash of everything that decides the bytes of the store.
     fn fingerprint(&self, request: &EncodeRequest) -> Result<String> {
         let mut hash = Sha256::new();
-        let EncodeRequest { family, kind, .. } = request;
-        hash.update(format!("{} {kind:?}\n", family.word()));
+        let EncodeRequest { family, kind, device, .. } = request;
+        let (is_gpu, threads) = (device.is_cuda(), tch::get_num_threads());
+        hash.update(format!("{} {kind:?} {is_gpu} {threads}\n", family.word()));
         for part in family.parts {
             let folder = request.pipeline.as_deref().unwrap_or(Path::new("")).join(part);
             hash.update(format!("{part} {}\n", names_of(&folder)?));
@@ -194,7 +197,12 @@ impl Plan {
         let encode = |batch: &Batch, ()| {
             let texts: Vec<&str> =
                 batch.rows.iter().map(|row| self.texts[*row].text.as_str()).collect();
-            pipeline.encode_prompts(&texts)
+            let rows = pipeline.encode_prompts(&texts)?;
+            let wrong = first_not_finite(&rows).map(|(row, key)| {
+                let what = format!("`{key}` of the caption {:?} {NOT_FINITE}", texts[row]);
+                Error::data(request.pipeline.as_deref().unwrap_or(Path::new("")), what)
+            });
+            wrong.map_or(Ok(rows), Err)
         };
         let work = ("captions", request.jobs);
         encode_missing(store, &self.of_texts.list, work, |_| Ok(()), encode, collective)
@@ -214,11 +222,26 @@ impl Plan {
         };
         let encode = |batch: &Batch, read: Vec<Pixels>| {
             let media: Vec<&Medium> = batch.rows.iter().map(|row| &self.media[*row]).collect();
-            encode_pixels(pipeline, &media, &read)
+            let rows = encode_pixels(pipeline, &media, &read)?;
+            let wrong = first_not_finite(&rows).map(|(row, key)| {
+                let path = &found.items[media[row].item].medium.path;
+                Error::data(path, format!("its `{key}` {NOT_FINITE}"))
+            });
+            wrong.map_or(Ok(rows), Err)
         };
         let work = (words(request.family), request.jobs);
         encode_missing(store, &self.of_media.list, work, prepare, encode, collective)
     }
+}
+
+/// Returns row and key of the first tensor with a number that is not finite.
+fn first_not_finite(rows: &[Conditions]) -> Option<(usize, &str)> {
+    let tensors = rows.iter().enumerate().flat_map(|(number, row)| {
+        row.iter().map(move |(key, tensor)| (number, key.as_str(), tensor))
+    });
+    let is_finite = |tensor: &Tensor| tensor.isfinite().all().int64_value(&[]) == 1;
+    let mut wrong = tensors.filter(|(_, _, tensor)| !is_finite(tensor));
+    wrong.next().map(|(number, key, _)| (number, key))
 }
 
 /// Returns the word for what a family's encoder is given.

@@ -33,7 +33,8 @@ static QUOTED: LazyLock<Regex> =
 pub fn wan(prompt: &str) -> String {
     let once = html::unescape(prompt);
     let twice = html::unescape(&once);
-    let words: Vec<&str> = twice.split(is_space).filter(|word| !word.is_empty()).collect();
+    // Separators of ASCII are white space at the ends alone, where other rules hold than inside.
+    let words: Vec<&str> = twice.trim_matches(is_space).split_whitespace().collect();
     words.join(" ")
 }
 
@@ -63,7 +64,7 @@ mod tests {
 
     #[test]
     fn wans_prompts_are_cleaned() {
-        assert_eq!(wan(" a\u{1f}b \n\tc "), "a b c");
+        assert_eq!(wan("\u{1c} a\u{1f}b \n\tc \u{1f}"), "a\u{1f}b c");
         assert_eq!(wan("R&amp;amp;D &lt;tag&gt;&nbsp;&#39;x&#x27;"), "R&D <tag> 'x'");
         assert_eq!(wan(""), "");
         assert_eq!(wan("&nbsp;"), "");
