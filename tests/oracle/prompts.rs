@@ -57,7 +57,7 @@ impl Published {
 
     /// Samples two prompts; returns the latents and the bytes of the other files.
     fn samples(&self, name: &str, from: &[&str]) -> (Tensor, BTreeMap<String, Vec<u8>>) {
-        let folder = self.root.path().join(name);
+        let folder = self.root.path().join(format!("samples-{name}"));
         fs::create_dir(&folder).unwrap();
         let (pictures, numbers) = (folder.join("a.png"), folder.join("a.safetensors"));
         let own = ["--prompt", "a red house", "--prompt", "", "--seed", "5", "--steps", "3"];
