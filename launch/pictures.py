@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-SIDE, CROP, STRIDE = 72, 64, 4
+SIDE, CROP, STRIDE = 72, 64, 8
 
 # Photographs by package: file, caption, author and licence, as the package's own pages tell them.
 PHOTOGRAPHS = {

@@ -33,7 +33,6 @@ use fm_dist::files::outputs::Named;
 use fm_dist::files::pickle::{self, PickledFile};
 use fm_dist::files::safetensors::{SafeTensors, write};
 use fm_dist::lora;
-use fm_dist::run::checkpoint::SavedWeights;
 use fm_dist::sample::prompts::read_prompts;
 use fm_dist::sample::{SampleRequest, sample};
 use fm_dist::train::{TrainOptions, train};

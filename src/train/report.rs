@@ -91,6 +91,9 @@ fn drawn_samples(
     let origin = Origin::from_dataset(dataset, conditions, None);
     if !origin.is_of_pictures() {
         let shape = &origin.shape;
+        if !config.sampling.prompts.is_empty() {
+            return Ok(None);
+        }
         tracing::info!(
             "report without samples: latents {shape:?} are no pictures, which have 1 or 3 channels; `fm-dist sample` writes them"
         );
