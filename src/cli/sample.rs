@@ -74,8 +74,8 @@ pub struct SampleArgs {
     /// Constant shift of the noise levels; 0 selects the family's own rule
     #[arg(long, value_parser = parse_scale)]
     shift: Option<f64>,
-    /// Number of samples for each condition or prompt; one for each prompt, and for each condition of
-    /// a file, if unset
+    /// Number of samples for each condition or prompt; one for each prompt, and for each condition
+    /// of a file, if unset
     #[arg(long, value_parser = clap::value_parser!(i64).range(1..=10_000))]
     per_condition: Option<i64>,
     /// Seed of the noise; each further sample of prompts has the next number

@@ -35,7 +35,8 @@ pub struct SampleRequest {
     pub run: Option<PathBuf>,
     /// Files to write: `.png` and `.mp4` for what is seen, `.safetensors` for the numbers.
     pub out: Vec<PathBuf>,
-    /// A safetensors file of conditions; the dataset's named ones if unset and there are no prompts.
+    /// A safetensors file of conditions; the dataset's named ones if unset and there are no
+    /// prompts.
     pub conditions: Option<PathBuf>,
     /// `[C, (F,) H, W]`; the given noise's or the dataset's if unset.
     pub shape: Option<Vec<i64>>,
@@ -108,8 +109,8 @@ struct Source {
 ///
 /// # Errors
 /// [`Error::NoCheckpoint`], [`Error::CheckpointMismatch`], [`Error::Storage`]; before anything is
-/// computed, [`Error::Data`] or [`Error::Config`] if prompts or conditions are missing, malformed or
-/// do not fit the model, or a file could not be written.
+/// computed, [`Error::Data`] or [`Error::Config`] if prompts or conditions are missing, malformed
+/// or do not fit the model, or a file could not be written.
 pub fn sample(request: &SampleRequest) -> Result<()> {
     check_outputs(&request.out, &inputs(request))?;
     let source = source(request)?;

@@ -32,7 +32,8 @@ pub struct Samples {
 /// a run, and conditions that are not finite.
 ///
 /// # Errors
-/// [`Error::Data`] or [`Error::Config`] naming the file, the key and what was expected.
+/// [`Error::Data`](crate::error::Error::Data) or [`Error::Config`](crate::error::Error::Config)
+/// naming the file, the key and what was expected.
 pub fn check_conditions(config: &RunConfig, dataset: &Dataset) -> Result<()> {
     let Some(conditions) = dataset.conditions()? else { return Ok(()) };
     let origin = Origin::from_dataset(dataset, conditions, None);
@@ -55,7 +56,8 @@ pub struct Plan<'a> {
 
 impl<'a> Plan<'a> {
     /// # Errors
-    /// [`Error::Data`] or [`Error::Config`] if the conditions do not fit the model or the guidance.
+    /// [`Error::Data`](crate::error::Error::Data) or [`Error::Config`](crate::error::Error::Config)
+    /// if the conditions do not fit the model or the guidance.
     pub fn new(config: &'a RunConfig, origin: &'a Origin, device: Device) -> Result<Self> {
         let pipeline = build_pipeline(config, device);
         let (adapter, sampling) = (pipeline.adapter(), &config.sampling);
@@ -83,7 +85,8 @@ impl<'a> Plan<'a> {
     /// Prepares the model's inputs of the first row, which an adapter may refuse, without a model.
     ///
     /// # Errors
-    /// [`Error::Data`] or [`Error::Config`] if the conditions do not fit the adapter.
+    /// [`Error::Data`](crate::error::Error::Data) or [`Error::Config`](crate::error::Error::Config)
+    /// if the conditions do not fit the adapter.
     pub fn rehearse(&self) -> Result<()> {
         let (rows, noise) = (
             [0],

@@ -90,7 +90,7 @@ impl<'o> Files<'o> {
     ///
     /// # Errors
     /// [`Error::Config`] naming the file and what was expected;
-    /// [`Error::Environment`](crate::error::Error::Environment) if ffmpeg is needed and missing.
+    /// [`Error::Environment`] if ffmpeg is needed and missing.
     pub fn new(
         out: &'o [PathBuf],
         shapes: &[&[i64]],

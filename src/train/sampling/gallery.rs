@@ -1,5 +1,5 @@
-//! The pictures of a run's samples: `samples/step-00000500/0.png` of the run folder, for videos beside
-//! `0.mp4`, and `prompts.json`, which is written last and says what they are.
+//! The pictures of a run's samples: `samples/step-00000500/0.png` of the run folder, for videos
+//! beside `0.mp4`, and `prompts.json`, which is written last and says what they are.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,8 +1,8 @@
-//! Samples of prompts while a run trains, always the same ones, so that a row of pictures shows what
-//! the model learns.
+//! Samples of prompts while a run trains, always the same ones, so that a row of pictures shows
+//! what the model learns.
 //!
-//! Each sample is made by one rank alone, with noise of its own seed, so that it has the same bits at
-//! every number of ranks. Ranks take samples in turns, and those without one of their own repeat
+//! Each sample is made by one rank alone, with noise of its own seed, so that it has the same bits
+//! at every number of ranks. Ranks take samples in turns, and those without one of their own repeat
 //! one, so that all take part in gathering each stage's parameters. Texts are encoded before the
 //! model is built, and their conditions kept; the decoder is in memory only while it decodes.
 //!
