@@ -139,7 +139,7 @@ impl Gallery {
     }
 }
 
-/// Returns a picture `[3, H, W]` of some frames of a video side by side, from the first to the last.
+/// Returns a picture `[3, H, W]` of frames of a video side by side, from the first to the last.
 fn side_by_side(frames: &Tensor) -> Tensor {
     let count = frames.size()[0];
     let shown = SHOWN_FRAMES.min(count);
