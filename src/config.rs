@@ -168,7 +168,8 @@ settings! {
         pub checkpoint: CheckpointSettings, as table;
         /// What is done about ranks that stand still, fall behind or drift apart.
         pub watchdog: WatchdogSettings, as table;
-        /// Generated samples: `fm-dist sample`, and the report at the end of a run.
+        /// Generated samples: `fm-dist sample`, those of prompts while a run trains, and the report
+        /// at its end.
         pub sampling: SamplingSettings, as table;
         /// What is said meanwhile.
         pub log: LogSettings, as table;
@@ -389,6 +390,7 @@ impl RunConfig {
             say("model.frozen_dtype", what.into());
         }
         self.data.problems().into_iter().for_each(|(key, what)| say(&key, what));
+        self.sampling.problems().into_iter().for_each(|(key, what)| say(key, what));
         self.validation.problems(&self.data).into_iter().for_each(|(key, what)| say(key, what));
         if self.data.counts_tokens() {
             if self.train.global_batch_size.is_none() {

@@ -29,6 +29,8 @@ pub enum Phase {
     Diagnose,
     /// Judging samples that are not trained on.
     Validate,
+    /// Making samples of prompts between two steps.
+    Sample,
     /// Comparing parameters between ranks.
     Compare,
     /// Copying the tensors of a checkpoint.
@@ -64,6 +66,7 @@ impl Phase {
         ("optimizer", Phase::Optimizer),
         ("diagnose", Phase::Diagnose),
         ("validate", Phase::Validate),
+        ("sample", Phase::Sample),
         ("compare", Phase::Compare),
         ("snapshot", Phase::Snapshot),
         ("write", Phase::Write),

@@ -40,7 +40,7 @@ use fm_dist::files::pickle::{self, PickledFile};
 use fm_dist::files::safetensors::{SafeTensors, write};
 use fm_dist::lora;
 use fm_dist::media::{Limits, Picture, Size, picture_size};
-use fm_dist::run::checkpoint::SavedWeights;
+use fm_dist::sample::prompts::read_prompts;
 use fm_dist::sample::{SampleRequest, sample};
 use fm_dist::train::{TrainOptions, train};
 use serde_json::{Value, json};
@@ -892,24 +892,8 @@ fn hex(bytes: &[u8]) -> String {
 
 /// Samples of a run; with one step of a model this small they take milliseconds.
 fn sample_of(run: &Path, conditions: &Path) -> Result<(), Error> {
-    let (run, conditions) = (run.into(), Some(conditions.into()));
-    let (out, shape, num_steps, per_condition, seed) = (Vec::new(), None, None, None, None);
-    let (guidance_scale, true_cfg_scale, shift) = (None, None, None);
-    sample(&SampleRequest {
-        run,
-        out,
-        conditions,
-        shape,
-        num_steps,
-        guidance_scale,
-        true_cfg_scale,
-        shift,
-        per_condition,
-        seed,
-        lora_scale: 1.0,
-        weights: SavedWeights::Trained,
-        loras: Vec::new(),
-    })
+    let (run, conditions) = (Some(run.into()), Some(conditions.into()));
+    sample(&SampleRequest { run, conditions, ..SampleRequest::default() })
 }
 
 /// What the digits' model is sampled from.
@@ -991,6 +975,25 @@ fn conditions_are_read_or_refused() {
         told(sample_of(&run, &path))
     };
     hunted(&Prey { name: "conditions", sound, words: WORDS, dress: &fitted, read: &read });
+}
+
+#[test]
+fn prompts_are_read_or_refused() {
+    let _turn = turn();
+    let root = TempDir::new().unwrap();
+    let at = |ending: &str| root.path().join(format!("prompts.{ending}"));
+    let sound = vec![
+        "a cat\n\n a dog, \u{e9}\n".as_bytes().to_vec(),
+        br#"{"prompt": "a cat", "negative": "", "seed": 7, "size": "64x32x5"}"#.to_vec(),
+    ];
+    let words: &[&[u8]] =
+        &[b"prompt", b"negative", b"seed", b"size", b"64x64", b"null", b"{}", b"-1"];
+    let read = |bytes: &[u8]| {
+        let path = at(if bytes.starts_with(b"{") { "jsonl" } else { "txt" });
+        fs::write(&path, bytes).unwrap();
+        told(read_prompts(&path))
+    };
+    hunted(&Prey { name: "prompts", sound, words, dress: &as_it_is, read: &read });
 }
 
 #[test]

@@ -90,6 +90,8 @@ mod threads {
     pub mod real_heads;
     /// A resumed run is the unbroken run.
     pub mod resume;
+    /// Samples of prompts are the same pictures however a run is made.
+    pub mod samples;
     /// Who holds what changes no number.
     pub mod sharding;
     /// Runs are counted in epochs, change their global batch, and branch.
@@ -123,6 +125,8 @@ mod program {
     mod plans;
     /// A run that was killed goes on as the unbroken run.
     mod resume;
+    /// Pictures by prompts, from a run and while it trains.
+    mod samples;
     /// The scripts for GPUs are held true where there is none.
     mod scripts;
     /// A validation is planned, told and drawn; a kill amid it costs nothing.
@@ -195,6 +199,8 @@ mod oracle {
     mod pickles;
     /// Pictures are Pillow's, buckets NeMo AutoModel's, and frames those that NumPy chooses.
     mod pictures;
+    /// Prompts become pictures by whole pipelines as published.
+    mod prompts;
     /// Learning rates, shifts, weights and losses are those of diffusers, transformers and PyTorch.
     mod rules;
     /// Samples are those of diffusers' pipelines, and their conditions are read strictly.

@@ -23,7 +23,7 @@ use crate::run::checkpoint::{self, SavedWeights};
 use crate::run::frozen_base::Base;
 use crate::run::length::Length;
 use crate::run::pretrained::{self, Origin};
-use crate::tuning::with_strength;
+use crate::tuning::{all_frozen, with_strength};
 
 /// Opens the configured data, without the samples that are held out of training, with the
 /// configured treatment of bad samples and of texts of unequal length, and with frames where the
@@ -163,6 +163,17 @@ pub fn trained_replica(
     let Begun { mut replica, base } = begun;
     checkpoint::load_parameters(checkpoint, config, weights, base.as_ref(), &mut replica)?;
     replica.stages = with_strength(replica.stages, strength);
+    Ok(replica)
+}
+
+/// Builds the model of a configuration with its pretrained weights, of which none will be trained,
+/// on this rank alone.
+///
+/// # Errors
+/// A list of every missing, unexpected and misshapen tensor.
+pub fn frozen_replica(config: &RunConfig, device: Device) -> Result<Replica<'static>> {
+    let mut replica = empty_replica(config, all_frozen(config.stages()?), device, Sharing::alone());
+    pretrained::begin(&origin(config), &mut replica, &Solo)?;
     Ok(replica)
 }
 

@@ -268,10 +268,20 @@ pub(super) const HABITS: &[Habit] = &[
         "eval_datasets eval_dataset validation_dataset val_dataset validation_data_dir validation_dataloader",
         &["validation.path"],
     ),
-    other(
-        "sample_every sample_every_n_steps validation_steps validation_prompts",
-        "samples are generated at the end of a run, see [sampling], and by `fm-dist sample` from any checkpoint",
+    same(
+        "sample_every sample_every_n_steps validation_steps validation_step_interval \
+         sample.sample_every",
+        &["sampling.every_n_steps"],
     ),
+    same(
+        "validation_prompt validation_prompts sample_prompt sample_prompts sample.prompts",
+        &["sampling.prompts"],
+    ),
+    same(
+        "validation_negative_prompt sample_negative_prompt sample.neg",
+        &["sampling.negative_prompt"],
+    ),
+    same("validation_resolution sample.width sample.height", &["sampling.size"]),
 ];
 
 #[cfg(test)]

@@ -98,7 +98,7 @@ fn remedy(
     // A GPU's host has memory of its own, for what the GPU lets go and for copies.
     let is_beside_device = (place, forecast.place) == (Place::Host, Place::Gpu);
     match phase {
-        Phase::Read | Phase::Data | Phase::Report => advice(phase).into(),
+        Phase::Read | Phase::Data | Phase::Sample | Phase::Report => advice(phase).into(),
         Phase::Snapshot | Phase::Write | Phase::Sync | Phase::Commit | Phase::Save
             if place == Place::Host || forecast.place == Place::Host =>
         {
@@ -124,6 +124,9 @@ fn advice(phase: Phase) -> &'static str {
         Phase::Read | Phase::Data => {
             "batches are read ahead in host memory: lower data.prefetch, or \
              data.micro_batch_size_per_gpu or data.micro_batch_tokens_per_gpu"
+        }
+        Phase::Sample => {
+            "samples of prompts are made one at a time on each rank: lower sampling.size"
         }
         Phase::Report => {
             "samples go through the model together, up to 100 of them: lower \
@@ -225,6 +228,7 @@ mod tests {
             (&gpu, Phase::Backward, Place::Host, "5.00 GiB of host memory for what is offloaded"),
             (&host, Phase::Backward, Place::Host, "check predicted 90.00 GiB for a rank"),
             (&gpu, Phase::Read, Place::Host, "lower data.prefetch"),
+            (&gpu, Phase::Sample, Place::Gpu, "lower sampling.size"),
             (&host, Phase::Report, Place::Host, "lower sampling.per_condition"),
         ] {
             let text = remedy(Some(forecast), phase, place, None);

@@ -19,6 +19,7 @@ use crate::parallel::{DeviceChoice, Offload, ParallelSettings, Recompute, Shardi
 use crate::plan::RankMemory;
 use crate::plan::attention::attention;
 use crate::plan::data::{check_data, rehearse_data, shares, trained_groups};
+use crate::plan::sampling::plan_sampling;
 use crate::plan::scaling::{ScalingRequest, scaling};
 use crate::plan::validation::{check_validation, plan_validation};
 use crate::run::runs::OutputDir;
@@ -176,6 +177,8 @@ impl Plan {
             let planned = plan_validation(config, stages, &set, &memory, world_size)?;
             planned.iter().for_each(|(name, value)| self.line(name, value));
         }
+        let planned = plan_sampling(config, stages, &dataset, &memory, world_size)?;
+        planned.iter().for_each(|(name, value)| self.line(name, value));
         notes.iter().for_each(|note| self.line("note", &note.to_string()));
         order.small_groups().iter().for_each(|what| self.line("note", what));
         if let Some(what) = lr::warning(&config.lr_scheduler, of_run) {

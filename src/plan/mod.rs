@@ -7,6 +7,7 @@ mod footprint;
 mod forecast;
 mod memory;
 mod prediction;
+mod sampling;
 mod scaling;
 mod state_layout;
 mod validation;

@@ -14,7 +14,7 @@ use crate::parallel::{Recompute, Sharding};
 use crate::plan::check::shown;
 use crate::plan::data::check_data;
 use crate::plan::footprint::forward_bytes;
-use crate::plan::{RankMemory, forward_work};
+use crate::plan::{ForwardWork, RankMemory, forward_work};
 
 /// Refuses validation data that the adapter or the model cannot take. Returns notes that are worth
 /// knowing though nothing is wrong.
@@ -101,7 +101,18 @@ fn steps_of(
     let tokens =
         samples_of(config, set).first().map_or(Tokens { image: 1, text: 0 }, |(tokens, _)| *tokens);
     let work = forward_work(stages, tokens, 1, Kind::Float);
-    let sum = |of: fn(&crate::plan::ForwardWork) -> f64| work.iter().map(of).sum::<f64>();
+    let forwards_of_sample = forwards_of_step(config, &work);
+    // In its last round some ranks repeat a block.
+    let filled = (set.rounds(world_size) * world_size) as f64 / set.blocks.len() as f64;
+    let passes = (set.levels.values().len() + 1) as f64;
+    let forwards = set.num_samples() as f64 * filled * passes;
+    Ok(forwards / (config.global_batch(world_size)? as f64 * forwards_of_sample))
+}
+
+/// Returns how many forwards of a sample take as long as it takes in a step, where the forward has
+/// this work.
+pub(super) fn forwards_of_step(config: &RunConfig, work: &[ForwardWork]) -> f64 {
+    let sum = |of: fn(&ForwardWork) -> f64| work.iter().map(of).sum::<f64>();
     let (products, attention) = (sum(|work| work.product_flop), sum(|work| work.attention_flop));
     let backward = products + sum(|work| work.trained_flop) + 2.0 * attention;
     let again = match config.parallel.recompute {
@@ -110,12 +121,7 @@ fn steps_of(
         Recompute::Always => 1.0,
         Recompute::Every(count) => 1.0 / count as f64,
     };
-    let forwards_of_sample = 1.0 + again + backward / (products + attention).max(1.0);
-    // In its last round some ranks repeat a block.
-    let filled = (set.rounds(world_size) * world_size) as f64 / set.blocks.len() as f64;
-    let passes = (set.levels.values().len() + 1) as f64;
-    let forwards = set.num_samples() as f64 * filled * passes;
-    Ok(forwards / (config.global_batch(world_size)? as f64 * forwards_of_sample))
+    1.0 + again + backward / (products + attention).max(1.0)
 }
 
 /// Returns the tokens of a sample of each block, and the block's number of samples.

@@ -7,9 +7,11 @@ mod bars;
 mod canvas;
 mod charts;
 mod grid;
+mod history;
 mod page;
 
 pub use bars::Bars;
 pub use charts::{Chart, Series};
 pub use grid::{grid_png, write_grid};
+pub use history::{HistoryCell, HistoryRow};
 pub use page::{Figure, ReportData, write_report};

@@ -7,6 +7,7 @@ use base64::engine::general_purpose::STANDARD;
 
 use crate::error::Result;
 use crate::files::durable::replace_file;
+use crate::report::history::{HistoryRow, table};
 use crate::report::{Bars, Chart};
 
 /// The contents of the page, in its order.
@@ -21,6 +22,8 @@ pub struct ReportData {
     pub figures: Vec<Figure>,
     /// Caption of the samples, and their PNG bytes from [`grid_png`](crate::report::grid_png).
     pub samples: Option<(String, Vec<u8>)>,
+    /// Samples of prompts over the run.
+    pub history: Vec<HistoryRow>,
     /// The resolved configuration as text.
     pub configuration: String,
 }
@@ -55,6 +58,7 @@ fn page(data: &ReportData) -> String {
         facts(&data.facts),
         figures(&data.figures),
         samples(data.samples.as_ref()),
+        section("Samples over the run", &table(&data.history), !data.history.is_empty()),
         configuration(&data.configuration),
     ];
     format!(
@@ -115,7 +119,7 @@ fn section(heading: &str, body: &str, shown: bool) -> String {
 }
 
 /// Escapes text for HTML, also within a quoted attribute.
-fn escaped(text: &str) -> String {
+pub(super) fn escaped(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for character in text.chars() {
         match character {
@@ -149,6 +153,11 @@ figure.samples { padding: 8px; text-align: center; overflow-x: auto; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-family: system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif; font-variant-numeric: tabular-nums; }
 img { width: 760px; max-width: 100%; }
+.history { overflow-x: auto; }
+.history table { border-collapse: collapse; }
+.history th { padding: 4px 10px 4px 0; max-width: 200px; text-align: left; font-size: 13px; font-weight: 500; color: #6b7280; }
+.history td { padding: 0 4px 4px 0; }
+.history img { display: block; width: auto; height: 112px; max-width: none; image-rendering: pixelated; }
 details { margin-top: 40px; background: #fff; border: 1px solid #e5e7eb; border-radius: 8px; }
 summary { padding: 12px 16px; font-weight: 600; cursor: pointer; }
 pre { margin: 0; padding: 4px 16px 16px; overflow-x: auto; font: 13px/1.55 ui-monospace, 'SF Mono', Menlo, Consolas, monospace; color: #374151; }
@@ -195,6 +204,7 @@ mod tests {
             facts: vec![(evil.into(), evil.into())],
             figures: vec![Figure::Chart(Chart { title: evil.into(), ..Chart::default() })],
             samples: Some((evil.into(), Vec::new())),
+            history: Vec::new(),
             configuration: evil.into(),
         };
         let page = page(&data);

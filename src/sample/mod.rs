@@ -1,6 +1,21 @@
-//! Samples of a trained model: their conditions, and the trajectory from noise to data.
+//! Samples of a trained model: their conditions or prompts, the trajectory from noise to data, and
+//! their files.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `command.rs` | what `fm-dist sample` does |
+//! | `base.rs` | a published pipeline's own model in place of a run |
+//! | `conditions/` | the start of generation: conditions, noise, shape |
+//! | `prompts/` | from prompts to conditions, and from latents to pixels |
+//! | `generate.rs` | the trajectory |
+//! | `outputs.rs` | the files that samples are written to |
 
+mod base;
+mod command;
 pub mod conditions;
 pub mod generate;
+mod outputs;
+pub mod prompts;
 
-pub use generate::{SampleRequest, sample};
+pub use command::{SampleRequest, sample};
+pub use outputs::{frames_per_second, is_video};

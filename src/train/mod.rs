@@ -8,6 +8,7 @@ mod inject;
 mod latents;
 mod metrics;
 mod report;
+mod sampling;
 mod setup;
 mod step;
 mod step_report;

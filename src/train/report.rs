@@ -12,6 +12,7 @@ use crate::sample::conditions::Origin;
 use crate::sample::generate::Plan;
 use crate::telemetry::metrics;
 use crate::telemetry::tensorboard::EventValue;
+use crate::train::sampling;
 use crate::train::trainer::Trainer;
 use crate::train::validation;
 
@@ -73,6 +74,7 @@ fn draw(trainer: &Trainer<'_>, samples: Option<Picture>) -> Result<()> {
         facts: facts(config, replica, &lines, trainer.collective.world_size()),
         figures,
         samples,
+        history: sampling::row(path),
         configuration: config.to_toml(),
     };
     write_report(&path.join("report.html"), &data)
@@ -89,14 +91,18 @@ fn drawn_samples(
     let origin = Origin::from_dataset(dataset, conditions, None);
     if !origin.is_of_pictures() {
         let shape = &origin.shape;
+        if !config.sampling.prompts.is_empty() {
+            return Ok(None);
+        }
         tracing::info!(
             "report without samples: latents {shape:?} are no pictures, which have 1 or 3 channels; `fm-dist sample` writes them"
         );
         return Ok(None);
     }
     let plan = Plan::new(config, &origin, *device)?;
-    let samples =
-        optimizer_state.with_averages(replica, |replica| plan.generate(replica, go_on))?;
+    let samples = optimizer_state.with_averages(replica, |replica| {
+        plan.generate(replica, config.sampling.per_condition, go_on)
+    })?;
     let averaged = if config.ema.is_on() { ", of the averaged weights (EMA)" } else { "" };
     let caption = format!("{} samples for each condition{averaged}", samples.per_condition);
     Ok(Some((

@@ -30,6 +30,7 @@ use crate::telemetry::tensorboard::{EventFile, EventValue};
 use crate::telemetry::{MetricsFile, Telemetry};
 use crate::train::TrainOptions;
 use crate::train::inject;
+use crate::train::sampling::Sampler;
 use crate::train::stragglers::Stragglers;
 use crate::train::trainer::Trainer;
 use crate::train::validation::{self, Validator};
@@ -59,6 +60,7 @@ impl<'c> Trainer<'c> {
             notes.extend(check_validation(config, set, &dataset)?);
         }
         failure::set_forecast(memory_forecast(config, &dataset, collective.world_size())?);
+        let sampler = Sampler::new(config, &dataset, device, folder.path(), collective)?;
         tune_allocator(config);
         let Begun { replica, base } = begun(config, &folder, &steps, collective, device)?;
         let fresh = OptimizerState::fresh(&replica, config, devices(config, device));
@@ -69,6 +71,7 @@ impl<'c> Trainer<'c> {
             collective,
             debug: options.debug,
             validator: set.map(|set| Validator::new(config, set, &pipeline)),
+            sampler,
             pipeline,
             device,
             optimizer_state: agreed(fresh, collective)?,

@@ -24,6 +24,7 @@ use crate::train::Ending;
 use crate::train::draws::RunDraws;
 use crate::train::latents;
 use crate::train::metrics::{self, StepMetrics};
+use crate::train::sampling::Sampler;
 use crate::train::step::{Stepper, Update};
 use crate::train::step_report::{self, Tally};
 use crate::train::stragglers::Stragglers;
@@ -52,6 +53,8 @@ pub struct Trainer<'c> {
     pub saver: Saver,
     /// `None` if nothing is judged.
     pub validator: Option<Validator>,
+    /// `None` if there are no prompts.
+    pub sampler: Option<Sampler>,
     /// True if the step of the start has a validation that it was not given.
     pub owes_validation: bool,
     /// The validation of the last step, if it had one.
@@ -64,6 +67,7 @@ impl<'c> Trainer<'c> {
     /// Trains to the last step, or until a request to stop.
     pub fn run(&mut self, requests: &Requests, telemetry: &Telemetry) -> Result<Ending> {
         self.validate_at_start(requests)?;
+        self.sample_at_start(requests)?;
         let draws = RunDraws::new(self.config, &self.pipeline, self.steps.clone());
         let ahead = draws.clone();
         let mut loader = Loader::start(
@@ -95,6 +99,8 @@ impl<'c> Trainer<'c> {
             self.saver.advance(&states, self.collective)?;
             let request = step_report::request(&update.tallies);
             let (took, request) = self.validate_if_due(request, requests)?;
+            throughput.leave_out(took);
+            let (took, request) = self.sample_if_due(request, requests)?;
             throughput.leave_out(took);
             self.settle(request, requests)?;
             if request == Request::Stop && self.manifest.step < self.config.max_steps {

@@ -84,6 +84,15 @@ fn is_block(params: &ParamSet) -> bool {
     params.stage().ends_with(|letter: char| letter.is_ascii_digit())
 }
 
+/// The stages with all of their parameters frozen.
+pub fn all_frozen(stages: Vec<Box<dyn Stage>>) -> Vec<Box<dyn Stage>> {
+    let frozen = |stage: Box<dyn Stage>| {
+        let params = stage.params().freezing(|_| true);
+        Box::new(Tuned::new(stage, params)) as Box<dyn Stage>
+    };
+    stages.into_iter().map(frozen).collect()
+}
+
 /// The stages with low-rank changes `strength` times as strong as they were trained.
 pub fn with_strength(stages: Vec<Box<dyn Stage>>, strength: f64) -> Vec<Box<dyn Stage>> {
     let scaled = |stage: Box<dyn Stage>| {

@@ -13,7 +13,8 @@ settings! {
         pub enabled: bool = true;
         /// Launch, joining the world, opening data, loading parameters.
         pub init_seconds: f64 = 300.0, in 0.1..=1e6;
-        /// The first step of a start, which warms everything up, and a validation.
+        /// The first step of a start, which warms everything up, a validation, and a step of samples
+        /// from noise to data.
         pub first_step_seconds: f64 = 300.0, in 0.1..=1e6;
         /// Every other step; the next key raises it where steps are long.
         pub step_seconds: f64 = 60.0, in 0.1..=1e6;
@@ -66,8 +67,10 @@ impl WatchdogSettings {
                 true => self.step_seconds.max(self.step_medians * pace.step_median),
                 false => self.first_step_seconds,
             },
-            // It may be the first to compute its shapes.
-            Phase::Validate => self.first_step_seconds.max(self.step_medians * pace.step_median),
+            // They may be the first to compute their shapes.
+            Phase::Validate | Phase::Sample => {
+                self.first_step_seconds.max(self.step_medians * pace.step_median)
+            }
             Phase::Compare
             | Phase::Snapshot
             | Phase::Write
@@ -136,6 +139,7 @@ mod tests {
         assert_eq!(limit(Phase::Reduce, 101, 20.0, 100.0), 200.0);
         assert_eq!(limit(Phase::Validate, 101, 0.2, 0.0), 300.0);
         assert_eq!(limit(Phase::Validate, 101, 50.0, 0.0), 500.0);
+        assert_eq!(limit(Phase::Sample, 101, 50.0, 0.0), 500.0);
         assert_eq!(limit(Phase::Save, 101, 0.2, 0.0), 600.0);
         assert_eq!(limit(Phase::Write, 101, 0.2, 20.0), 600.0);
         assert_eq!(limit(Phase::Save, 101, 0.2, 100.0), 1000.0);

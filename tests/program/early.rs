@@ -200,8 +200,8 @@ fn files_that_could_not_be_written_are_refused_before_anything_is_read() {
         let outs: Vec<&str> = outs.iter().flat_map(|out| ["--out", out]).collect();
         refused(&[&["sample", "--run", "no-such-run"], &outs[..]].concat(), text);
     };
-    sample(&[&at("o.jpg")], "o.jpg must end in .png or .safetensors");
-    sample(&[&at("o")], "o must end in .png or .safetensors");
+    sample(&[&at("o.jpg")], "o.jpg must end in .png, .mp4 or .safetensors");
+    sample(&[&at("o")], "o must end in .png, .mp4 or .safetensors");
     sample(&[&at("missing/o.png")], "missing does not exist; make it first");
     sample(&["/proc/o.png"], "cannot write into folder /proc");
     sample(&[&at("o.png"), &at("./o.png")], "o.png: is given twice");

@@ -304,19 +304,12 @@ fn averages_that_a_checkpoint_lacks_are_refused_by_name() {
     let output = format!("output_dir={}", root.path().join("run").display());
     let run = train_in_threads(&tiny(&["max_steps=1", &output]), &Resume::Never, 1).unwrap();
     let request = SampleRequest {
-        run,
+        run: Some(run),
         out: vec![root.path().join("out.png")],
-        conditions: None,
-        shape: None,
         num_steps: Some(1),
-        guidance_scale: None,
-        true_cfg_scale: None,
-        shift: None,
         per_condition: Some(1),
-        seed: None,
-        lora_scale: 1.0,
         weights: SavedWeights::Averaged,
-        loras: Vec::new(),
+        ..SampleRequest::default()
     };
     let error = sample(&request).unwrap_err();
     assert_eq!(error.exit_code(), 50);

@@ -356,19 +356,13 @@ fn sampled(root: &Path, run: &Path, own: f64, loras: Vec<AddedLora>) -> Result<T
     let metadata = BTreeMap::from([("data_type".to_string(), "image".to_string())]);
     safetensors::write(&mut File::create(&conditions).unwrap(), &named, &metadata).unwrap();
     sample(&SampleRequest {
-        run: run.into(),
+        run: Some(run.into()),
         out: vec![out.clone()],
         conditions: Some(conditions),
-        shape: None,
         num_steps: Some(3),
-        guidance_scale: None,
-        true_cfg_scale: None,
-        shift: None,
-        per_condition: None,
-        seed: None,
         lora_scale: own,
-        weights: SavedWeights::Trained,
         loras,
+        ..SampleRequest::default()
     })?;
     SafeTensors::open(&out).unwrap().read("samples")
 }

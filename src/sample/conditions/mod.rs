@@ -1,6 +1,7 @@
 //! Conditions for generating samples: the dataset's named conditions, or a file of conditions.
 
 mod file;
+mod prompt;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

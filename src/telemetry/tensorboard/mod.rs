@@ -48,6 +48,11 @@ impl EventFile {
         EventFile { file: None, path: PathBuf::new(), failure: FirstFailure::default() }
     }
 
+    /// True if events are written, as on rank 0 of a run that wants them.
+    pub fn are_written(&self) -> bool {
+        self.file.is_some()
+    }
+
     /// Writes values of a step under their tags. `values` is called only if events are written.
     pub fn append<'v>(
         &mut self,

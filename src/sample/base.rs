@@ -1,0 +1,53 @@
+//! A published pipeline's own model, as it was before any training.
+
+use std::path::Path;
+
+use crate::config::RunConfig;
+use crate::cuda::system::gpu_models;
+use crate::error::{Error, Result};
+use crate::model::read_folder;
+
+/// The model's folder in a pipeline's.
+const TRANSFORMER: &str = "transformer";
+/// Folder of a second one, to which a pipeline changes at lower noise levels.
+const SECOND: &str = "transformer_2";
+
+/// Returns the configuration of a pipeline's own model, with `overrides`: on the first GPU in
+/// bfloat16 where there is one, else on the CPU in float32.
+///
+/// # Errors
+/// [`Error::Config`] if the folder has no model of a known family, or one of two; an override that
+/// cannot be.
+pub(super) fn base_config(pipeline: &Path, overrides: &[String]) -> Result<RunConfig> {
+    let shown = pipeline.display();
+    if !pipeline.is_dir() {
+        let what = format!("{shown} is no folder; expected that of a published pipeline");
+        return Err(Error::config("--pipeline", what));
+    }
+    let transformer = pipeline.join(TRANSFORMER);
+    if !transformer.is_dir() {
+        let what = format!(
+            "{shown} has no {TRANSFORMER}/, the model to generate with; download it, or name a run by --run"
+        );
+        return Err(Error::config("--pipeline", what));
+    }
+    if pipeline.join(SECOND).is_dir() {
+        let what = format!(
+            "{shown} has two models, {TRANSFORMER}/ and {SECOND}/, which take turns on the way from noise \
+             to data; a sample here is of one model"
+        );
+        return Err(Error::config("--pipeline", what));
+    }
+    let family = read_folder(&transformer)?;
+    let (device, dtype) =
+        if gpu_models().is_empty() { ("cpu", "float32") } else { ("cuda", "bfloat16") };
+    let own = [
+        ("model.path", format!("{:?}", transformer.display().to_string())),
+        ("flow_matching.adapter_type", format!("{:?}", family.adapter())),
+        ("parallel.device", format!("{device:?}")),
+        ("model.dtype", format!("{dtype:?}")),
+    ];
+    let own = own.into_iter().map(|(key, value)| format!("{key}={value}"));
+    let all: Vec<String> = own.chain(overrides.iter().cloned()).collect();
+    RunConfig::read("--pipeline", "", &all)
+}
