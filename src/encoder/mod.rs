@@ -13,7 +13,8 @@
 //! | `class` | the class that a `config.json` describes |
 //! | `t5` | the networks of [`T5`], ByT5 among them, and of [`Umt5`] |
 //! | `clip`, `siglip` | the networks of [`Clip`] and [`Siglip`] |
-//! | `causal` | the network of the decoders: [`Qwen25Vl`], [`Qwen3`] and [`Mistral`] |
+//! | `causal` | the network of the decoders |
+//! | `qwen`, `mistral` | the decoders' classes: [`Qwen25Vl`], [`Qwen3`] and [`Mistral`] |
 //! | `layers` | parts that several networks have |
 //! | `sight` | the keys that each query sees |
 //!
