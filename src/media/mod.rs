@@ -25,4 +25,4 @@ mod webp;
 
 pub use fit::{CropOffset, Fit, Size};
 pub use picture::{Picture, stacked};
-pub use read::{Limits, PICTURES, is_picture, picture_size};
+pub use read::{Limits, is_picture, picture_size};

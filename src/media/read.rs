@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::files::safetensors::open_error;
 
 /// Endings of the names of pictures.
-pub const PICTURES: [&str; 4] = ["png", "jpg", "jpeg", "webp"];
+const PICTURES: [&str; 4] = ["png", "jpg", "jpeg", "webp"];
 /// Formats that are read, whatever the name says.
 const FORMATS: [ImageFormat; 3] = [ImageFormat::Png, ImageFormat::Jpeg, ImageFormat::WebP];
 

@@ -14,7 +14,7 @@ use crate::media::read::{Limits, is_picture};
 ///
 /// # Errors
 /// [`Error::Data`] if there are none; [`Error::Storage`].
-pub fn frames_of_folder(folder: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn frames_of(folder: &Path) -> Result<Vec<PathBuf>> {
     let listed = fs::read_dir(folder).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
     let entries = listed.map_err(Error::storage(folder, "list"))?;
     let is_hidden =

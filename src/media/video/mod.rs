@@ -18,7 +18,6 @@ use std::path::{Path, PathBuf};
 
 pub use choice::{chosen, kept};
 pub use ffmpeg::Ffmpeg;
-pub use folder::frames_of_folder;
 
 use super::fit::{Fit, Size};
 use super::picture::Picture;
@@ -26,7 +25,7 @@ use super::read::{Limits, has_ending, picture_size};
 use crate::error::Result;
 
 /// Endings of the names of videos.
-pub const VIDEOS: [&str; 7] = ["mp4", "mov", "mkv", "webm", "avi", "m4v", "mpg"];
+const VIDEOS: [&str; 7] = ["mp4", "mov", "mkv", "webm", "avi", "m4v", "mpg"];
 
 /// Returns true if a file's name ends as that of a video, in whatever case.
 pub fn is_video(path: &Path) -> bool {
@@ -74,8 +73,8 @@ impl Video {
     /// # Errors
     /// [`Error::Data`](crate::error::Error::Data) if it holds none or the first one is not readable;
     /// [`Error::Storage`](crate::error::Error::Storage).
-    pub fn open_folder(folder: &Path, limits: &Limits) -> Result<Self> {
-        let frames = frames_of_folder(folder)?;
+    pub fn open_folder(path: &Path, limits: &Limits) -> Result<Self> {
+        let frames = folder::frames_of(path)?;
         let size = picture_size(&frames[0], limits)?;
         let count = frames.len();
         Ok(Video { source: Source::Folder(frames), size, frames: count })
