@@ -39,11 +39,11 @@ pub struct Cli {
 macro_rules! commands {
     ($( $(#[$attribute:meta])+ $name:ident($arguments:ty), )+) => {
         #[derive(Debug, Subcommand)]
-        enum Command { $( $(#[$attribute])+ $name($arguments), )+ }
+        enum Command { $( $(#[$attribute])+ $name(Box<$arguments>), )+ }
 
         impl Command {
             fn run(self) -> Result<i32> {
-                match self { $( Command::$name(arguments) => arguments.run(), )+ }
+                match self { $( Command::$name(arguments) => (*arguments).run(), )+ }
             }
         }
     };
@@ -78,8 +78,9 @@ commands! {
 impl Cli {
     /// Runs the parsed command. Returns its exit code.
     ///
-    /// # Errors The command's own.
+    /// # Errors
+    /// The command's own.
     pub fn run(self) -> Result<i32> {
-        self.command.unwrap_or(Command::Train(self.train)).run()
+        self.command.unwrap_or(Command::Train(Box::new(self.train))).run()
     }
 }
