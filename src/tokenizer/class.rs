@@ -181,7 +181,7 @@ pub fn id(tokenizer: &Tokenizer, word: Option<Word>, name: &str) -> Result<i64, 
     id.map(i64::from).ok_or_else(|| format!("there is no {name}"))
 }
 
-/// What the crate says of a tokenizer that it does not take.
+/// The crate's message about a tokenizer that it does not take.
 pub fn told(error: tokenizers::Error) -> String {
     error.to_string()
 }

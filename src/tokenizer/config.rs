@@ -23,7 +23,7 @@ const ADDITIONAL: &str = "additional_special_tokens";
 
 type Fields = Map<String, Value>;
 
-/// What a folder says about a tokenizer beside its vocabulary.
+/// All that a folder says about a tokenizer beside its vocabulary.
 #[derive(Debug, Default)]
 pub struct Config {
     pub class: Option<String>,

@@ -1,6 +1,6 @@
 //! The tokenizer of T5 and UMT5: tokens with scores, of which the best ones are taken together.
 //!
-//! Of `tokenizer.json` the class takes vocabulary and replacements. It says itself that unknown
+//! The class takes vocabulary and replacements of `tokenizer.json`. It says itself that unknown
 //! characters are token 2, also where the file spells them in bytes, as UMT5's may.
 //!
 //! Source: transformers 5.24.0, `models/t5/tokenization_t5.py` and `convert_slow_tokenizer.py`.
