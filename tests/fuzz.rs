@@ -15,24 +15,31 @@ mod clock;
 mod hunt;
 #[path = "fuzz/mutation.rs"]
 mod mutation;
+#[path = "fuzz/tokenizers.rs"]
+mod tokenizers;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::hint::black_box;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use flate2::Compression;
+use flate2::write::ZlibEncoder;
 use fm_dist::autoencoder::AutoencoderClass;
 use fm_dist::collective::Solo;
 use fm_dist::commands::{StepRequest, dump_step};
 use fm_dist::config::{DEFAULT, RunConfig};
 use fm_dist::data::{Dataset, Order};
+use fm_dist::datasets::pictures::{self, BucketOptions, CaptionOptions, PictureOptions};
 use fm_dist::encoder::{Siglip, TextClass};
 use fm_dist::error::Error;
 use fm_dist::files::outputs::Named;
 use fm_dist::files::pickle::{self, PickledFile};
 use fm_dist::files::safetensors::{SafeTensors, write};
 use fm_dist::lora;
+use fm_dist::media::{Limits, Picture, Size, picture_size};
 use fm_dist::sample::prompts::read_prompts;
 use fm_dist::sample::{SampleRequest, sample};
 use fm_dist::train::{TrainOptions, train};
@@ -46,7 +53,7 @@ use hunt::{Prey, hunt, turn};
 
 /// Seconds that all readers together are tried for.
 const SECONDS: u64 = 20;
-const READERS: u64 = 13;
+const READERS: u64 = 19;
 
 /// Words of every format that is built on JSON and safetensors.
 const WORDS: &[&[u8]] = &[
@@ -297,6 +304,214 @@ fn an_encoders_configuration_is_read_or_refused() {
         told(tensors.map(|tensors| assert!(!tensors.is_empty())))
     };
     hunted(&Prey { name: "encoder", sound, words: ENCODER_WORDS, dress: &as_it_is, read: &read });
+}
+
+// Pictures.
+
+/// Most pixels of a picture here: one takes 14 bytes a pixel while it is read.
+const PIXELS: u64 = 1 << 20;
+
+/// Words of PNG, JPEG and WebP.
+const PICTURE_WORDS: &[&[u8]] = &[
+    b"IHDR",
+    b"PLTE",
+    b"tRNS",
+    b"eXIf",
+    b"iCCP",
+    b"acTL",
+    b"IDAT",
+    b"IEND",
+    b"VP8 ",
+    b"VP8L",
+    b"VP8X",
+    b"ALPH",
+    b"ANIM",
+    b"ANMF",
+    b"EXIF",
+    b"Exif\0\0MM\0*",
+    b"\xff\xc0",
+    b"\xff\xc2",
+    b"\xff\xc4",
+    b"\xff\xda",
+    b"\xff\xd9",
+    b"\xff\xee\0\x0eAdobe",
+    b"\0\0\x04\0",
+    b"\xff\xff\xff\xff",
+];
+
+fn sound_pictures() -> Vec<Vec<u8>> {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/pictures");
+    let mut paths: Vec<PathBuf> =
+        fs::read_dir(fixtures).unwrap().map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    paths.iter().map(|path| fs::read(path).unwrap()).collect()
+}
+
+const PNG: &[u8] = b"\x89PNG\r\n\x1a\n";
+
+/// Checksums that fit the chunks of a PNG.
+fn with_checksums(mut bytes: Vec<u8>) -> Vec<u8> {
+    let mut place = if bytes.starts_with(PNG) { PNG.len() } else { bytes.len() };
+    while let Some(length) = bytes.get(place..place + 4) {
+        let length = u32::from_be_bytes(length.try_into().unwrap()) as usize;
+        let Some(data) = bytes.get(place + 4..place + 8 + length) else { break };
+        let checksum = crc32fast::hash(data).to_be_bytes();
+        place += 8 + length;
+        let Some(old) = bytes.get_mut(place..place + 4) else { break };
+        old.copy_from_slice(&checksum);
+        place += 4;
+    }
+    bytes
+}
+
+#[test]
+fn a_picture_is_read_or_refused() {
+    let _turn = turn();
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("a.png");
+    let limits = Limits { pixels: PIXELS, bytes: 16 << 20 };
+    let read = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        let size = picture_size(&path, &limits);
+        let picture = Picture::read(&path, &limits);
+        if let (Ok(size), Ok(picture)) = (&size, &picture) {
+            assert_eq!(*size, picture.size());
+        }
+        told(size).and(told(picture))
+    };
+    let dress: &dyn Fn(Vec<u8>) -> Vec<u8> = &with_checksums;
+    let (name, words) = ("picture", PICTURE_WORDS);
+    hunted(&Prey { name, sound: sound_pictures(), words, dress, read: &read });
+}
+
+fn png_chunk(name: &[u8; 4], data: &[u8]) -> Vec<u8> {
+    let length = (data.len() as u32).to_be_bytes();
+    [&length[..], name, data, &[0; 4]].concat()
+}
+
+fn deflated(zeros: u64) -> Vec<u8> {
+    let mut out = ZlibEncoder::new(Vec::new(), Compression::best());
+    io::copy(&mut io::repeat(0).take(zeros), &mut out).unwrap();
+    out.finish().unwrap()
+}
+
+/// A PNG of black and white pixels, with further chunks.
+fn black_png(side: u32, further: &[u8]) -> Vec<u8> {
+    let sides = [side.to_be_bytes(), side.to_be_bytes()].concat();
+    let head = png_chunk(b"IHDR", &[&sides[..], &[1, 0, 0, 0, 0]].concat());
+    let data = png_chunk(b"IDAT", &deflated(u64::from(side) * u64::from(side.div_ceil(8) + 1)));
+    with_checksums([PNG, &head, further, &data, &png_chunk(b"IEND", b"")].concat())
+}
+
+/// Small files that hold much or say so: each is refused at the cost of any other input.
+#[test]
+fn a_picture_larger_than_it_may_be_costs_nothing() {
+    let _turn = turn();
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("a.png");
+    let [jpeg, webp] = ["baseline.jpg", "alpha.webp"].map(|name| {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/pictures");
+        fs::read(fixtures.join(name)).unwrap()
+    });
+    let frame = jpeg.windows(2).position(|two| two == [0xff, 0xc0]).unwrap();
+    let mut lying_jpeg = jpeg.clone();
+    lying_jpeg[frame + 5..frame + 9].fill(0xff);
+    let mut lying_webp = webp.clone();
+    let lossless = webp.windows(4).position(|four| four == b"VP8L").unwrap();
+    lying_webp[lossless + 9..lossless + 13].copy_from_slice(&[0xfe, 0xbf, 0xff, 0x1f]);
+    let beyond = [black_png(10_000, b""), lying_jpeg, lying_webp];
+    let read = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        let limits = Limits::default();
+        match (picture_size(&path, &limits), Picture::read(&path, &limits)) {
+            (Err(one), Err(other)) if one.to_string() == other.to_string() => {
+                let is_beyond = one.to_string().contains("pixels; at most 67108864 are read");
+                if is_beyond { Ok(()) } else { Err(one.to_string()) }
+            }
+            other => Err(format!("{other:?}")),
+        }
+    };
+    let name = "large-picture";
+    let prey =
+        Prey { name, sound: beyond.into(), words: PICTURE_WORDS, dress: &as_it_is, read: &read };
+    println!("{:?}", hunt(&prey, 1, Duration::ZERO).unwrap());
+
+    // A colour profile of 96 MiB is not unpacked whole.
+    let profile = [b"a\0\0", &deflated(96 << 20)[..]].concat();
+    let bloated = vec![black_png(64, &png_chunk(b"iCCP", &profile))];
+    let read = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        let _ = Picture::read(&path, &Limits::default());
+        Ok(())
+    };
+    let prey = Prey { sound: bloated, read: &read, ..prey };
+    println!("{:?}", hunt(&prey, 1, Duration::ZERO).unwrap());
+}
+
+// Captions.
+
+/// Words of lists of captions.
+const CAPTION_WORDS: &[&[u8]] = &[
+    b"file_name",
+    b"image_path",
+    b"caption",
+    b"captions",
+    b"text",
+    b"items",
+    b"data",
+    b"a.png",
+    b"./a.png",
+    b"../a.png",
+    b"[trigger]",
+    b",",
+    b"\"",
+    b"\xef\xbb\xbf",
+];
+
+/// Names of files that hold a picture's captions.
+const CAPTION_FILES: [&str; 5] = ["captions.json", "metadata.jsonl", "meta.csv", "a.txt", "a.json"];
+
+#[test]
+fn captions_are_read_or_refused() {
+    let _turn = turn();
+    let folder = TempDir::new().unwrap();
+    fs::write(folder.path().join("a.png"), black_png(16, b"")).unwrap();
+    let options = PictureOptions {
+        folder: folder.path().into(),
+        frames: None,
+        captions: CaptionOptions { shuffle_tags: true, ..CaptionOptions::default() },
+        masks: None,
+        controls: Vec::new(),
+        buckets: BucketOptions::One(Size::new(16, 16)),
+        ffmpeg: None,
+        limits: Limits::default(),
+        most_bad: 0.0,
+        jobs: 1,
+    };
+    let read_as = |name: &str, bytes: &[u8]| {
+        let path = folder.path().join(name);
+        fs::write(&path, bytes).unwrap();
+        let found = pictures::find(&options);
+        fs::remove_file(path).unwrap();
+        found.map(|found| assert!(!found.items[0].captions.is_empty()))
+    };
+    // Sound in one of the formats, and told well in all others.
+    let read = |bytes: &[u8]| {
+        let outcomes = CAPTION_FILES.map(|name| told(read_as(name, bytes)));
+        let taken = outcomes.iter().any(Result::is_ok);
+        let longest = outcomes.into_iter().filter_map(Result::err).max_by_key(String::len);
+        if taken { Ok(()) } else { Err(longest.unwrap_or_default()) }
+    };
+    let sound: [&[u8]; 5] = [
+        br#"{"a.png": ["one, two", "three"], "b.png": {"caption": "four", "tags": [1, {}]}}"#,
+        b"{\"file_name\": \"a.png\", \"caption\": \"one\"}\n{\"file_name\": \"b.png\"}\n",
+        b"file_name,caption\na.png,\"one, two\"\nb.png,three\n",
+        b"one, two, three",
+        br#"{"items": [{"image_path": "a.png", "captions": ["one", "two"]}]}"#,
+    ];
+    let sound = sound.map(<[u8]>::to_vec).into();
+    let (name, words) = ("captions", CAPTION_WORDS);
+    hunted(&Prey { name, sound, words, dress: &as_it_is, read: &read });
 }
 
 // LoRAs.

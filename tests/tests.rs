@@ -197,6 +197,8 @@ mod oracle {
     mod parity;
     /// The command that the refusal of a pickle prints converts it.
     mod pickles;
+    /// Pictures are Pillow's, buckets NeMo AutoModel's, and frames those that NumPy chooses.
+    mod pictures;
     /// Prompts become pictures by whole pipelines as published.
     mod prompts;
     /// Learning rates, shifts, weights and losses are those of diffusers, transformers and PyTorch.

@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::layers::{Embedding, GatedMlp, heads_of};
+use super::layers::{Embedding, GatedMlp};
 use super::sight::Sight;
 use super::{Depth, Network, Sizes};
 use crate::nn::norm::RmsNorm;
@@ -56,10 +56,12 @@ impl Shape {
     /// # Errors
     /// A text that begins with the name of a field.
     pub fn check(&self) -> Result<(), String> {
-        heads_of("num_attention_heads", self.num_heads, self.num_kv_heads).map_err(|_| {
-            let (heads, shared) = (self.num_heads, self.num_kv_heads);
-            format!("num_attention_heads: {heads} is no multiple of num_key_value_heads, {shared}")
-        })?;
+        let (heads, shared) = (self.num_heads, self.num_kv_heads);
+        if heads % shared != 0 {
+            return Err(format!(
+                "num_attention_heads: {heads} is no multiple of num_key_value_heads, {shared}"
+            ));
+        }
         match self.head_width % 2 {
             0 => Ok(()),
             _ => Err(format!(

@@ -1,10 +1,10 @@
 //! CLIPTextModel: FLUX.1's pooled condition.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::layers::{Embedding, Layer, LayerShape, MlpActivation};
 use super::sight::Sight;
-use super::{Depth, Design, MOST_LAYERS, MOST_TOKENS, MOST_WIDTH, Network, Sizes};
+use super::{Depth, Design, EndToken, MOST_LAYERS, MOST_TOKENS, MOST_WIDTH, Network, Sizes};
 use crate::nn::norm::LayerNorm;
 use crate::nn::{Builder, ParamSet, Rows, Views};
 use crate::published::Names;
@@ -81,20 +81,11 @@ impl Design for Clip {
         false
     }
 
-    fn pools(&self) -> bool {
-        true
-    }
-
-    fn pooled_at(&self, ids: &Tensor) -> Option<Tensor> {
-        let is_end = match self.eos_token_id {
-            FORMER_END => ids.eq_tensor(&ids.amax(-1, true)),
-            end => ids.eq(end),
-        };
-        let length = ids.size()[1];
-        let places = Tensor::arange(length, (Kind::Int64, ids.device())).expand_as(ids);
-        let places = places.where_scalarother(&is_end, length);
-        // A text without an end has its first token there.
-        Some(places.amin(-1, false).remainder(length))
+    fn end_token(&self) -> Option<EndToken> {
+        Some(match self.eos_token_id {
+            FORMER_END => EndToken::Greatest,
+            id => EndToken::Id(id),
+        })
     }
 }
 

@@ -95,6 +95,14 @@ pub struct LayerShape {
     pub epsilon: f64,
 }
 
+impl LayerShape {
+    /// # Errors
+    /// A text that begins with the name of a field.
+    pub fn check(&self) -> Result<(), String> {
+        heads_of("hidden_size", self.width, self.num_heads).map(drop)
+    }
+}
+
 /// A layer of CLIP and SigLIP: attention and an MLP, each after a normalization.
 #[derive(Clone, Copy, Debug)]
 pub struct Layer {
@@ -141,14 +149,6 @@ impl Layer {
         let x = x + self.output.forward(params, &attended);
         let mlp = self.mlp.forward(params, &mlp_norm.forward(params, &x));
         x + mlp
-    }
-}
-
-impl LayerShape {
-    /// # Errors
-    /// A text that begins with the name of a field.
-    pub fn check(&self) -> Result<(), String> {
-        heads_of("hidden_size", self.width, self.num_heads).map(drop)
     }
 }
 

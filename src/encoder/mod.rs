@@ -13,7 +13,8 @@
 //! | `class` | the class that a `config.json` describes |
 //! | `t5` | the networks of [`T5`], ByT5 among them, and of [`Umt5`] |
 //! | `clip`, `siglip` | the networks of [`Clip`] and [`Siglip`] |
-//! | `causal` | the network of the decoders: [`Qwen25Vl`], [`Qwen3`] and [`Mistral`] |
+//! | `causal` | the network of the decoders |
+//! | `qwen`, `mistral` | the decoders' classes: [`Qwen25Vl`], [`Qwen3`] and [`Mistral`] |
 //! | `layers` | parts that several networks have |
 //! | `sight` | the keys that each query sees |
 //!
@@ -88,6 +89,14 @@ pub struct Depth {
     pub is_normed: bool,
 }
 
+/// The token that ends a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EndToken {
+    Id(i64),
+    /// The greatest id that a text has.
+    Greatest,
+}
+
 /// The interface of a class: settings that build a network.
 pub trait Design {
     /// Checks what a range of one field cannot.
@@ -109,16 +118,10 @@ pub trait Design {
         true
     }
 
-    /// The place of each text's pooled vector, `[B]` of whole numbers from ids `[B, L]`; `None` if
-    /// the class has none.
-    fn pooled_at(&self, ids: &Tensor) -> Option<Tensor> {
-        let _ = ids;
+    /// The token at whose first place a text's pooled vector stands; `None` if the class has no
+    /// pooled vectors.
+    fn end_token(&self) -> Option<EndToken> {
         None
-    }
-
-    /// True if the class has pooled vectors.
-    fn pools(&self) -> bool {
-        false
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor, no_grad};
 
 use super::class::TEXT;
-use super::{Depth, Network, Output, Sizes, TextClass};
+use super::{Depth, EndToken, Network, Output, Sizes, TextClass};
 use crate::error::{Error, Result};
 use crate::nn::Views;
 use crate::published::Weights;
@@ -79,7 +79,9 @@ impl TextEncoder {
     fn depth(&self, output: &Output) -> Result<Depth, String> {
         let (name, layers) = (self.class.name(), self.sizes().layers);
         match output {
-            Output::Pooled if !self.class.pools() => Err(format!("a {name} has no pooled output")),
+            Output::Pooled if self.class.end_token().is_none() => {
+                Err(format!("a {name} has no pooled output"))
+            }
             Output::Last | Output::Pooled => Ok(Depth { layers, is_normed: true }),
             Output::Hidden(wanted) => match wanted.iter().max() {
                 None => Err("no states are asked for".into()),
@@ -149,7 +151,8 @@ impl LoadedTextEncoder {
 
     /// The state `[B, D]` of each text's pooled place.
     fn pooled(&self, ids: &Tensor, last: &Tensor) -> Tensor {
-        let places = self.class.pooled_at(ids).expect("checked when it was loaded");
+        let end = self.class.end_token().expect("checked when it was loaded");
+        let places = end.first_places(ids);
         let (batch, _, width) = last.size3().expect("[B, L, D]");
         let places = places.view([batch, 1, 1]).expand([batch, 1, width], false);
         last.gather(1, &places, false).squeeze_dim(1)
@@ -168,9 +171,38 @@ impl LoadedTextEncoder {
     }
 }
 
+impl EndToken {
+    /// The first place of the token in each text; 0 in a text without it.
+    ///
+    /// # Shapes
+    /// `ids`: `[B, L]`. Returns `[B]`.
+    fn first_places(self, ids: &Tensor) -> Tensor {
+        let is_end = match self {
+            EndToken::Id(id) => ids.eq(id),
+            EndToken::Greatest => ids.eq_tensor(&ids.amax(-1, true)),
+        };
+        let length = ids.size()[1];
+        let places = Tensor::arange(length, (Kind::Int64, ids.device())).expand_as(ids);
+        places.where_scalarother(&is_end, length).amin(-1, false).remainder(length)
+    }
+}
+
 impl fmt::Debug for LoadedTextEncoder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let LoadedTextEncoder { class, device, output, .. } = self;
         write!(f, "{} on {device:?} for {output:?}", class.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pooled_vector_stands_at_the_first_end() {
+        let ids = Tensor::from_slice(&[3i64, 9, 9, 4, 5, 9, 1, 2, 0]).view([3, 3]);
+        let places = |end: EndToken| Vec::<i64>::try_from(end.first_places(&ids)).expect("places");
+        assert_eq!(places(EndToken::Id(9)), [1, 2, 0]);
+        assert_eq!(places(EndToken::Greatest), [1, 2, 1]);
     }
 }

@@ -17,6 +17,7 @@ pub const FACTS: Facts = Facts {
     parts: &[],
     // Sides of whole patches of the model, too.
     buckets: UsualBuckets { pixels: 64 * 64, multiple: 8 },
+    patch: 1,
     open: |_| Ok(Box::new(Dit)),
 };
 
@@ -144,7 +145,7 @@ mod tests {
         let flat = Tensor::ones([1, 3, 4, 4], (Kind::Float, Device::Cpu));
         let flat = pipeline.encode_pixels(&flat, &[0]).expect("no weights").flatten(0, -1);
         let numbers = Vec::<f32>::try_from(flat).expect("numbers");
-        let expected = |index: usize| if index % 16 == 0 { 8.0 } else { 0.0 };
+        let expected = |index: usize| if index.is_multiple_of(16) { 8.0 } else { 0.0 };
         let near = |(index, number): (usize, &f32)| (number - expected(index)).abs() < 1e-5;
         assert!(numbers.iter().enumerate().all(near), "only the mean of each colour: {numbers:?}");
         let decoded = pipeline.decode(&latents).expect("no weights");

@@ -18,6 +18,7 @@ pub const FACTS: Facts = Facts {
     data_type: DataType::Image,
     parts: &[VAE, FIRST[1], SECOND[1], FIRST[0], SECOND[0]],
     buckets: PICTURES,
+    patch: 2,
     open: |folder| Ok(Box::new(Flux::open(folder)?)),
 };
 

@@ -21,6 +21,7 @@ pub const FACTS: Facts = Facts {
     data_type: DataType::Image,
     parts: &[VAE, FIRST[1], FIRST[0]],
     buckets: PICTURES,
+    patch: 1,
     open: |folder| Ok(Box::new(Flux2::open(folder)?)),
 };
 

@@ -24,6 +24,7 @@ pub const FACTS: Facts = Facts {
     data_type: DataType::Video,
     parts: &[VAE, FIRST[1], SECOND[1], FIRST[0], SECOND[0]],
     buckets: VIDEOS,
+    patch: 1,
     open: |folder| Ok(Box::new(HunyuanVideo15::open(folder)?)),
 };
 

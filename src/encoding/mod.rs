@@ -68,6 +68,8 @@ pub struct Facts {
     /// Folders that a pipeline of the family has; none if the family needs no pipeline.
     pub parts: &'static [&'static str],
     pub buckets: UsualBuckets,
+    /// Side of the squares of latents that the published models take as one token.
+    pub patch: i64,
     open: fn(&Folder) -> Result<Box<dyn Encoding>>,
 }
 

@@ -20,6 +20,7 @@ pub const FACTS: Facts = Facts {
     data_type: DataType::Image,
     parts: &[VAE, FIRST[1], FIRST[0]],
     buckets: PICTURES,
+    patch: 2,
     open: |folder| Ok(Box::new(QwenImage::open(folder)?)),
 };
 

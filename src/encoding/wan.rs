@@ -19,6 +19,7 @@ pub const FACTS: Facts = Facts {
     data_type: DataType::Video,
     parts: &[VAE, FIRST[1], FIRST[0]],
     buckets: VIDEOS,
+    patch: 2,
     open: |folder| Ok(Box::new(Wan::open(folder)?)),
 };
 

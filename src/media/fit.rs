@@ -5,8 +5,7 @@
 
 use std::fmt;
 
-use fast_image_resize::images::{Image, ImageRef};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use super::resize::{Filter, resize};
 
 /// Most pixels of a picture between resizing and cropping.
 const MOST_RESIZED_PIXELS: u64 = 64 << 20;
@@ -56,15 +55,6 @@ pub struct Fit {
     pub size: Size,
 }
 
-/// Weights of the pixels around a place.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Filter {
-    /// Pillow's LANCZOS, which the reference resizes pictures with.
-    Lanczos,
-    /// Pillow's BILINEAR: it does not ring, so that no mask gets ripples beside its edges.
-    Bilinear,
-}
-
 impl Fit {
     /// Returns the way from `original` to `size`.
     ///
@@ -93,12 +83,9 @@ impl Fit {
     }
 
     /// Resizes and crops `pixels` of `original` size with 1 or 3 bytes each.
-    pub(super) fn apply(self, pixels: &[u8], original: Size, filter: Filter) -> Vec<u8> {
+    pub(super) fn apply(self, pixels: Vec<u8>, original: Size, filter: Filter) -> Vec<u8> {
         let channels = pixels.len() / original.pixels() as usize;
-        let resized = match self.resized == original {
-            true => pixels.to_vec(),
-            false => resize(pixels, original, self.resized, filter),
-        };
+        let resized = resize(pixels, original, self.resized, filter);
         if self.resized == self.size {
             return resized;
         }
@@ -113,20 +100,44 @@ impl Fit {
     }
 }
 
-/// Resizes by a convolution whose window grows where the picture shrinks, as Pillow's does.
-fn resize(pixels: &[u8], original: Size, size: Size, filter: Filter) -> Vec<u8> {
-    let kind = match pixels.len() as u64 == original.pixels() {
-        true => PixelType::U8,
-        false => PixelType::U8x3,
-    };
-    let filter = match filter {
-        Filter::Lanczos => FilterType::Lanczos3,
-        Filter::Bilinear => FilterType::Bilinear,
-    };
-    let source = ImageRef::new(original.width, original.height, pixels, kind)
-        .expect("the pixels are those of the size");
-    let mut target = Image::new(size.width, size.height, kind);
-    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter));
-    Resizer::new().resize(&source, &mut target, &options).expect("both have one kind of pixels");
-    target.into_vec()
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fit(original: (u32, u32), size: (u32, u32)) -> Fit {
+        let sized = |(width, height)| Size::new(width, height);
+        Fit::new(sized(original), sized(size)).expect("it is no thin line")
+    }
+
+    #[test]
+    fn a_picture_covers_its_bucket_and_is_cropped_around_its_centre() {
+        let wide = fit((1000, 500), (64, 64));
+        assert_eq!(
+            (wide.resized, wide.crop),
+            (Size::new(128, 64), CropOffset { left: 32, top: 0 })
+        );
+        let odd = fit((641, 1000), (384, 640));
+        assert_eq!((odd.resized, odd.crop), (Size::new(410, 640), CropOffset { left: 13, top: 0 }));
+        // 49 · (64 / 49) is less than 64 in floating point, and no line may be missing.
+        assert_eq!(fit((49, 49), (64, 64)).resized, Size::new(64, 64));
+    }
+
+    #[test]
+    fn a_line_of_pixels_is_no_picture() {
+        let what = Fit::new(Size::new(1, 1 << 26), Size::new(64, 64)).expect_err("it is a line");
+        assert!(what.starts_with("has 1x67108864 pixels, and would have 64x"), "{what}");
+    }
+
+    #[test]
+    fn the_crop_takes_the_middle() {
+        let original = Size::new(5, 4);
+        let pixels: Vec<u8> = (0..20).collect();
+        let crop = CropOffset { left: 1, top: 1 };
+        let fit = Fit { resized: original, crop, size: Size::new(3, 2) };
+        assert_eq!(fit.apply(pixels.clone(), original, Filter::Lanczos), [6, 7, 8, 11, 12, 13]);
+        let rgb: Vec<u8> = pixels.iter().flat_map(|grey| [*grey; 3]).collect();
+        let cropped = fit.apply(rgb, original, Filter::Lanczos);
+        assert_eq!(cropped[..6], [6, 6, 6, 7, 7, 7]);
+        assert_eq!(cropped.len(), 18);
+    }
 }

@@ -9,14 +9,20 @@
 //! |---|---|
 //! | a picture's pixels, as a tensor and as a PNG | `picture.rs` |
 //! | files of pictures, their limits and their formats | `read.rs` |
-//! | resizing and cropping | `fit.rs` |
+//! | colours of JPEG files | `jpeg.rs` |
+//! | frames of WebP files | `webp.rs` |
+//! | the way to a bucket's size | `fit.rs` |
+//! | resizing | `resize.rs` |
 //! | frames of videos | `video/` |
 
 mod fit;
+mod jpeg;
 mod picture;
 mod read;
+mod resize;
 pub mod video;
+mod webp;
 
 pub use fit::{CropOffset, Fit, Size};
 pub use picture::{Picture, stacked};
-pub use read::{Limits, PICTURES, is_picture, picture_size};
+pub use read::{Limits, is_picture, picture_size};

@@ -7,8 +7,9 @@ use image::codecs::png::PngEncoder;
 use image::{ExtendedColorType, ImageEncoder};
 use tch::{Kind, Tensor};
 
-use super::fit::{Filter, Fit, Size};
+use super::fit::{Fit, Size};
 use super::read::{self, Limits};
+use super::resize::Filter;
 use crate::error::Result;
 use crate::files::durable::replace_file;
 use crate::tensor;
@@ -52,13 +53,9 @@ impl Picture {
         &self.pixels
     }
 
-    pub(super) fn into_pixels(self) -> Vec<u8> {
-        self.pixels
-    }
-
     /// Resizes by Pillow's LANCZOS and crops.
-    pub fn fitted(&self, fit: Fit) -> Picture {
-        let pixels = fit.apply(&self.pixels, self.size, Filter::Lanczos);
+    pub fn fitted(self, fit: Fit) -> Picture {
+        let pixels = fit.apply(self.pixels, self.size, Filter::Lanczos);
         Picture { size: fit.size, pixels }
     }
 
@@ -106,7 +103,7 @@ impl Picture {
     /// As [`Picture::read`].
     pub fn read_mask(path: &Path, fit: Fit, limits: &Limits) -> Result<Tensor> {
         let (size, grey) = read::grey(path, limits)?;
-        let pixels = fit.apply(&grey, size, Filter::Bilinear);
+        let pixels = fit.apply(grey, size, Filter::Bilinear);
         let [height, width] = [fit.size.height, fit.size.width].map(i64::from);
         Ok(Tensor::from_slice(&pixels).view([height, width]))
     }
@@ -122,4 +119,48 @@ impl From<RgbImage> for Picture {
 pub fn stacked(frames: &[Picture]) -> Tensor {
     let frames: Vec<Tensor> = frames.iter().map(Picture::to_tensor).collect();
     Tensor::stack(&frames, 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tempfile::TempDir;
+
+    fn picture() -> Picture {
+        let pixels = (0..4 * 3 * 3).collect();
+        Picture::from_pixels(Size::new(4, 3), pixels)
+    }
+
+    #[test]
+    fn a_picture_goes_through_a_tensor_and_a_png_unchanged() {
+        let tensor = picture().to_tensor();
+        assert_eq!((tensor.size(), tensor.kind()), (vec![3, 3, 4], Kind::Uint8));
+        assert_eq!(tensor.int64_value(&[1, 2, 3]), 34);
+        assert_eq!(Picture::from_tensor(&tensor), picture());
+        let folder = TempDir::new().expect("a folder");
+        let path = folder.path().join("a.png");
+        picture().write_png(&path).expect("it can be written");
+        assert_eq!(Picture::read(&path, &Limits::default()).expect("it is sound"), picture());
+    }
+
+    #[test]
+    fn frames_are_stacked_behind_their_colours() {
+        let frames = stacked(&[picture(), picture()]);
+        assert_eq!(frames.size(), [3, 2, 3, 4]);
+        assert_eq!(frames.select(1, 1), picture().to_tensor());
+    }
+
+    #[test]
+    fn a_mask_of_another_size_is_cropped_as_its_picture() {
+        let folder = TempDir::new().expect("a folder");
+        let path = folder.path().join("mask.png");
+        // The left half counts.
+        let mask = |x: u32, _| image::Luma([if x < 4 { 255 } else { 0 }]);
+        image::GrayImage::from_fn(8, 4, mask).save(&path).expect("it can be written");
+        let fit = Fit::new(Size::new(64, 32), Size::new(16, 16)).expect("it is no line");
+        let mask = Picture::read_mask(&path, fit, &Limits::default()).expect("it is sound");
+        assert_eq!(mask.size(), [16, 16]);
+        assert_eq!(mask.int64_value(&[8, 2]), 255);
+        assert_eq!(mask.int64_value(&[8, 13]), 0);
+    }
 }

@@ -8,18 +8,19 @@ use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Rgb, RgbImage};
 
 use super::fit::Size;
+use super::{jpeg, webp};
 use crate::error::{Error, Result};
 use crate::files::safetensors::open_error;
 
 /// Endings of the names of pictures.
-pub const PICTURES: [&str; 4] = ["png", "jpg", "jpeg", "webp"];
+const PICTURES: [&str; 4] = ["png", "jpg", "jpeg", "webp"];
 /// Formats that are read, whatever the name says.
 const FORMATS: [ImageFormat; 3] = [ImageFormat::Png, ImageFormat::Jpeg, ImageFormat::WebP];
 
-/// Bytes in which nearly every header of a JPEG file ends.
-const JPEG_HEAD_BYTES: u64 = 128 << 10;
-/// Memory that a decoder may take for each pixel.
-const BYTES_A_PIXEL: u64 = 8;
+/// Bytes in which the header of a JPEG file ends: of most, and of nearly all with a thumbnail.
+const JPEG_HEADS: [u64; 2] = [8 << 10, 128 << 10];
+/// Memory that metadata may take once they are unpacked; a row of pixels has to fit, too.
+const METADATA_BYTES: u64 = 16 << 20;
 
 /// Bounds of one picture. A file beyond them is refused by its header, before memory is taken for
 /// its pixels.
@@ -68,28 +69,34 @@ pub(super) fn has_ending(path: &Path, endings: &[&str]) -> bool {
 /// [`Error::Data`] if the file is no picture or beyond the limits; [`Error::Storage`].
 pub fn picture_size(path: &Path, limits: &Limits) -> Result<Size> {
     let (mut file, format) = open(path, limits)?;
-    if format == ImageFormat::Jpeg {
-        // The decoder takes its input whole.
-        let mut head = Vec::new();
-        let read = file.by_ref().take(JPEG_HEAD_BYTES).read_to_end(&mut head);
-        read.map_err(Error::storage(path, "read"))?;
-        if let Ok(mut decoder) = decoder(path, Cursor::new(head), format, limits) {
-            return Ok(turned(&mut decoder).0);
-        }
-        file.rewind().map_err(Error::storage(path, "read"))?;
-    }
-    Ok(turned(&mut decoder(path, file, format, limits)?).0)
+    let (size, orientation) = match format {
+        ImageFormat::Jpeg => jpeg_header(path, &mut file, limits)?,
+        _ => still_header(path, file, format, limits)?.1,
+    };
+    Ok(if is_quarter(orientation) { Size::new(size.height, size.width) } else { size })
 }
 
 /// Reads a picture's colours.
 pub(super) fn colours(path: &Path, limits: &Limits) -> Result<RgbImage> {
-    let (file, format) = open(path, limits)?;
-    let mut decoder = decoder(path, file, format, limits)?;
-    let (_, orientation) = turned(&mut decoder);
-    let image = DynamicImage::from_decoder(decoder).map_err(refusal(path, format))?;
-    let mut image = DynamicImage::ImageRgb8(eight_bits(image));
+    let (mut file, format) = open(path, limits)?;
+    let (image, orientation) = if format == ImageFormat::Jpeg {
+        let (size, orientation) = jpeg_header(path, &mut file, limits)?;
+        let bytes = head(path, &mut file, limits.bytes)?;
+        let pixels = jpeg::decoded(&bytes, size)
+            .map_err(|what| Error::data(path, format!("is no sound JPEG file: {what}")))?;
+        (rgb(size, pixels), orientation)
+    } else {
+        let (decoder, (_, orientation)) = still_header(path, file, format, limits)?;
+        let image = DynamicImage::from_decoder(decoder).map_err(refusal(path, format))?;
+        (eight_bits(image), orientation)
+    };
+    let mut image = DynamicImage::ImageRgb8(image);
     image.apply_orientation(orientation);
     Ok(image.into_rgb8())
+}
+
+fn rgb(size: Size, pixels: Vec<u8>) -> RgbImage {
+    RgbImage::from_raw(size.width, size.height, pixels).expect("three bytes for each pixel")
 }
 
 /// Reads a picture as grey, a byte a pixel, by Pillow's `convert("L")`.
@@ -122,44 +129,97 @@ fn open(path: &Path, limits: &Limits) -> Result<(BufReader<File>, ImageFormat)> 
     }
 }
 
-/// Reads a header, and checks what it says.
+/// Opens a decoder, which reads the header.
 fn decoder<'i>(
     path: &Path,
     input: impl BufRead + Seek + 'i,
     format: ImageFormat,
-    limits: &Limits,
 ) -> Result<impl ImageDecoder + 'i> {
     let mut reader = ImageReader::with_format(input, format);
     let mut memory = image::Limits::no_limits();
-    memory.max_alloc = Some(limits.pixels.saturating_mul(BYTES_A_PIXEL));
+    memory.max_alloc = Some(METADATA_BYTES);
     reader.limits(memory);
-    let decoder = reader.into_decoder().map_err(refusal(path, format))?;
-    let (width, height) = decoder.dimensions();
-    limits.check(path, Size::new(width, height))?;
-    Ok(decoder)
+    reader.into_decoder().map_err(refusal(path, format))
 }
 
-/// Returns the size of a picture that is turned, and how to turn it. Metadata that are damaged turn
-/// nothing.
-fn turned(decoder: &mut impl ImageDecoder) -> (Size, Orientation) {
-    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+/// Reads the header of a PNG or WebP file.
+fn still_header(
+    path: &Path,
+    mut file: BufReader<File>,
+    format: ImageFormat,
+    limits: &Limits,
+) -> Result<(impl ImageDecoder, (Size, Orientation))> {
+    let unsound = |what: String| Error::data(path, format!("is no sound {format:?} file: {what}"));
+    let mut largest = Size::new(0, 0);
+    if format == ImageFormat::WebP {
+        let bytes = file.get_ref().metadata().map_err(Error::storage(path, "inspect"))?.len();
+        largest = webp::largest_frame(&mut file, bytes).map_err(unsound)?;
+        limits.check(path, largest)?;
+        file.rewind().map_err(Error::storage(path, "read"))?;
+    }
+    let mut decoder = decoder(path, file, format)?;
+    let (size, orientation) = header(path, &mut decoder, limits)?;
+    if largest.width > size.width || largest.height > size.height {
+        return Err(unsound("its headers disagree on its size".into()));
+    }
+    Ok((decoder, (size, orientation)))
+}
+
+/// Reads the header of a JPEG file. Its decoder takes its input whole, and so gets a head of it,
+/// and a longer one where that is too short.
+fn jpeg_header(
+    path: &Path,
+    file: &mut BufReader<File>,
+    limits: &Limits,
+) -> Result<(Size, Orientation)> {
+    for bytes in JPEG_HEADS {
+        let head = head(path, file, bytes.min(limits.bytes))?;
+        let is_whole = (head.len() as u64) < bytes;
+        let decoder = decoder(path, Cursor::new(head), ImageFormat::Jpeg);
+        if is_whole || decoder.is_ok() {
+            return header(path, &mut decoder?, limits);
+        }
+    }
+    let whole = head(path, file, limits.bytes)?;
+    header(path, &mut decoder(path, Cursor::new(whole), ImageFormat::Jpeg)?, limits)
+}
+
+/// Reads a file from its beginning, up to so many bytes.
+fn head(path: &Path, file: &mut BufReader<File>, most: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let read = file.rewind().and_then(|()| file.take(most).read_to_end(&mut bytes));
+    read.map_err(Error::storage(path, "read"))?;
+    Ok(bytes)
+}
+
+/// Returns the size before turning, and how to turn. Damaged metadata turn nothing.
+fn header(
+    path: &Path,
+    decoder: &mut impl ImageDecoder,
+    limits: &Limits,
+) -> Result<(Size, Orientation)> {
     let (width, height) = decoder.dimensions();
-    let is_turned = matches!(
+    limits.check(path, Size::new(width, height))?;
+    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    Ok((Size::new(width, height), orientation))
+}
+
+/// Returns true if width and height change places.
+fn is_quarter(orientation: Orientation) -> bool {
+    matches!(
         orientation,
         Orientation::Rotate90
             | Orientation::Rotate270
             | Orientation::Rotate90FlipH
             | Orientation::Rotate270FlipH
-    );
-    let size = if is_turned { Size::new(height, width) } else { Size::new(width, height) };
-    (size, orientation)
+    )
 }
 
 /// Drops alpha, and the lower half of 16 bits.
 fn eight_bits(image: DynamicImage) -> RgbImage {
     let upper = |value: u16| (value >> 8) as u8;
     let grey = |value: u16| [upper(value); 3];
-    let (width, height) = (image.width(), image.height());
+    let size = Size::new(image.width(), image.height());
     let pixels: Vec<u8> = match &image {
         DynamicImage::ImageLuma16(image) => image.pixels().flat_map(|p| grey(p[0])).collect(),
         DynamicImage::ImageLumaA16(image) => image.pixels().flat_map(|p| grey(p[0])).collect(),
@@ -169,7 +229,7 @@ fn eight_bits(image: DynamicImage) -> RgbImage {
         }
         _ => return image.into_rgb8(),
     };
-    RgbImage::from_raw(width, height, pixels).expect("three bytes for each pixel")
+    rgb(size, pixels)
 }
 
 /// For `map_err`: what a decoder complains about.
@@ -180,5 +240,84 @@ fn refusal(path: &Path, format: ImageFormat) -> impl FnOnce(ImageError) -> Error
             Error::storage(path, "read")(error)
         }
         other => Error::data(path, format!("is no sound {format:?} file: {other}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use image::codecs::jpeg::JpegEncoder;
+    use std::io::Write;
+    use tempfile::TempDir;
+
+    /// A picture whose pixels all differ, in the format of the name.
+    fn written(folder: &TempDir, name: &str, size: (u32, u32)) -> std::path::PathBuf {
+        let path = folder.path().join(name);
+        let colour = |x: u32, y: u32| Rgb([(x * 7) as u8, (y * 5) as u8, (x + y) as u8]);
+        RgbImage::from_fn(size.0, size.1, colour).save(&path).expect("it can be written");
+        path
+    }
+
+    fn refused(path: &Path, limits: Limits) -> String {
+        let text = colours(path, &limits).expect_err("it is refused").to_string();
+        text.strip_prefix(&format!("{}: ", path.display())).expect("it names the file").into()
+    }
+
+    #[test]
+    fn a_file_that_ends_early_is_refused_in_every_format() {
+        let folder = TempDir::new().expect("a folder");
+        for name in ["a.png", "a.jpg", "a.webp"] {
+            let path = written(&folder, name, (64, 48));
+            let limits = Limits::default();
+            assert_eq!(picture_size(&path, &limits).expect("it is sound"), Size::new(64, 48));
+            colours(&path, &limits).expect("it is sound");
+            let bytes = fs::read(&path).expect("it was written");
+            fs::write(&path, &bytes[..bytes.len() - 40]).expect("it can be written");
+            let what = refused(&path, limits);
+            assert!(what.starts_with("is no sound "), "{name}: {what}");
+        }
+    }
+
+    #[test]
+    fn pixels_and_bytes_beyond_the_limits_are_refused_by_the_header() {
+        let folder = TempDir::new().expect("a folder");
+        let limits = Limits { pixels: 3071, bytes: 1 << 20 };
+        for name in ["a.png", "a.jpg", "a.webp"] {
+            let path = written(&folder, name, (64, 48));
+            assert_eq!(refused(&path, limits), "has 64x48 pixels; at most 3071 are read");
+            picture_size(&path, &limits).expect_err("it is refused");
+        }
+        let path = written(&folder, "a.png", (64, 48));
+        let bytes = fs::metadata(&path).expect("it was written").len();
+        let what = refused(&path, Limits { bytes: bytes - 1, ..Limits::default() });
+        assert_eq!(what, format!("has {bytes} bytes; at most {} are read", bytes - 1));
+    }
+
+    #[test]
+    fn the_bytes_tell_the_format_and_not_the_name() {
+        let folder = TempDir::new().expect("a folder");
+        let path = written(&folder, "a.png", (8, 6));
+        let other = folder.path().join("b.jpg");
+        fs::rename(path, &other).expect("it can be renamed");
+        assert_eq!(colours(&other, &Limits::default()).expect("it is a PNG").dimensions(), (8, 6));
+        fs::write(&other, "GIF89a").expect("it can be written");
+        assert_eq!(refused(&other, Limits::default()), "is no PNG, JPEG or WebP file");
+        assert_eq!(refused(folder.path(), Limits::default()), "is not a regular file");
+    }
+
+    #[test]
+    fn a_header_behind_long_metadata_is_found() {
+        let folder = TempDir::new().expect("a folder");
+        let (path, mut bytes) = (folder.path().join("a.jpg"), Vec::new());
+        let picture = RgbImage::from_pixel(10, 6, Rgb([9, 9, 9]));
+        JpegEncoder::new(&mut bytes).encode_image(&picture).expect("it can be written");
+        // Comments behind the first marker.
+        let comment = [&[0xff, 0xfe, 0xff, 0xff][..], &[0; 0xfffd]].concat();
+        let mut file = File::create(&path).expect("it can be written");
+        let parts = [&bytes[..2], &comment, &comment, &comment, &bytes[2..]];
+        parts.iter().for_each(|part| file.write_all(part).expect("it can be written"));
+        let size = picture_size(&path, &Limits::default()).expect("it is sound");
+        assert_eq!(size, Size::new(10, 6));
+        colours(&path, &Limits::default()).expect("it is sound");
     }
 }

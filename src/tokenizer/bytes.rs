@@ -8,13 +8,15 @@ use std::collections::BTreeMap;
 use aho_corasick::{AhoCorasick, MatchKind};
 use tokenizers::AddedToken;
 
+use super::Model;
+use super::class::{Built, Class};
 use super::config::{Config, NAMED};
+use super::prompt::is_space;
 use super::word::Word;
-use crate::tokenizer::prompt::is_space;
+use super::written::Affixes;
 
-/// Tokens before the bytes: padding, end and unknown.
-const FIRST: [(&str, &str); 3] =
-    [("pad_token", "<pad>"), ("eos_token", "</s>"), ("unk_token", "<unk>")];
+/// Tokens before the bytes.
+const FIRST: [&str; 3] = ["pad_token", "eos_token", "unk_token"];
 const OFFSET: u32 = FIRST.len() as u32;
 const BYTES: u32 = 256;
 /// Special tokens that a folder without a list of its own has.
@@ -33,11 +35,20 @@ enum Piece<'t> {
     Added(usize),
 }
 
+/// # Errors
+/// A text about a token that is not supported.
+pub fn build(config: &Config) -> Result<Built, String> {
+    let tokenizer = ByteTokenizer::new(config)?;
+    let end = config.named("eos_token", Class::ByT5.named("eos_token"));
+    let after = end.and_then(|word| tokenizer.id(word.text())).into_iter().collect();
+    let affixes = Affixes { before: Vec::new(), after };
+    Ok(Built { model: Model::Bytes(tokenizer), affixes })
+}
+
 impl ByteTokenizer {
-    /// # Errors
-    /// A text about a token that is not supported.
-    pub fn new(config: &Config) -> Result<Self, String> {
-        let added = numbered(config)?;
+    fn new(config: &Config) -> Result<Self, String> {
+        let mut added = numbered(config);
+        added.retain(|(token, _)| !token.content.is_empty());
         if let Some((token, _)) = added.iter().find(|(token, _)| token.single_word) {
             return Err(format!(
                 "token {:?} is a single word, which is not supported",
@@ -94,9 +105,10 @@ impl ByteTokenizer {
 
 /// Added tokens with their ids: the first three, those that the folder numbers, and special tokens
 /// behind them.
-fn numbered(config: &Config) -> Result<Vec<(AddedToken, u32)>, String> {
-    let first = FIRST.iter().zip(0..).filter_map(|((name, text), id)| {
-        let token = match config.named(name, Some(text))? {
+fn numbered(config: &Config) -> Vec<(AddedToken, u32)> {
+    let named = |name| config.named(name, Class::ByT5.named(name));
+    let first = FIRST.into_iter().map(named).zip(0..).filter_map(|(word, id)| {
+        let token = match word? {
             Word::Text(text) => AddedToken::from(text, true).lstrip(true).rstrip(true),
             Word::Token(token) => token,
         };
@@ -104,23 +116,22 @@ fn numbered(config: &Config) -> Result<Vec<(AddedToken, u32)>, String> {
     });
     let mut added: BTreeMap<u32, AddedToken> = first.collect();
     added.extend(config.added.clone());
-    let extra = config.extra.clone().or_else(|| config.additional.clone());
-    let extra = extra.unwrap_or_else(|| {
-        let count = config.number("extra_ids").unwrap_or(EXTRA_IDS).min(u64::from(BYTES));
-        (0..count).map(|id| Word::Text(format!("<extra_id_{id}>"))).collect()
-    });
-    let named = NAMED.iter().filter_map(|name| config.named(name, None));
     let within = added.range(OFFSET..OFFSET + BYTES).count();
     let mut next = (BYTES as usize - within + added.len()) as u32;
-    for word in named.chain(extra) {
-        if !added.values().any(|token| token.content == word.text()) && !word.text().is_empty() {
+    for word in NAMED.into_iter().filter_map(named).chain(unnamed(config)) {
+        if !added.values().any(|token| token.content == word.text()) {
             added.insert(next, word.token());
             next += 1;
         }
     }
-    Ok(added
-        .into_iter()
-        .map(|(id, token)| (token, id))
-        .filter(|(token, _)| !token.content.is_empty())
-        .collect())
+    added.into_iter().map(|(id, token)| (token, id)).collect()
+}
+
+/// Special tokens without names; a folder that says nothing of them has the class's sentinels.
+fn unnamed(config: &Config) -> Vec<Word> {
+    if config.extra.is_some() || config.additional.is_some() {
+        return config.unnamed().to_vec();
+    }
+    let count = config.number("extra_ids").unwrap_or(EXTRA_IDS).min(u64::from(BYTES));
+    (0..count).map(|id| Word::Text(format!("<extra_id_{id}>"))).collect()
 }

@@ -9,7 +9,7 @@ use tokenizers::AddedToken;
 use super::folder::{Folder, MAX_CONFIG_BYTES};
 use super::vocabulary::TokenizerFile;
 use super::word::{Entry, Word};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 pub const CONFIG_FILE_NAME: &str = "tokenizer_config.json";
 const MAP_FILE_NAME: &str = "special_tokens_map.json";
@@ -70,14 +70,12 @@ impl Config {
             self.fields.remove(ADDITIONAL);
             self.fields.insert(EXTRA.into(), additional);
         }
-        let names: Vec<String> = self.fields.keys().cloned().collect();
-        for name in names {
-            if is_special(&name) {
-                let value = self.fields.remove(&name).unwrap_or_default();
-                self.take(&name, &value, Word::tagged)?;
-            }
-        }
-        Ok(())
+        let (special, fields) = std::mem::take(&mut self.fields)
+            .into_iter()
+            .partition(|(name, value)| is_special(name, value));
+        self.fields = fields;
+        let special: Fields = special;
+        special.iter().try_for_each(|(name, value)| self.take(name, value, Word::tagged))
     }
 
     /// Takes one entry of a table of special tokens. `word` reads a token.
@@ -117,7 +115,7 @@ impl Config {
 
     fn read_older_files(&mut self, folder: Folder<'_>, file: Option<&TokenizerFile>) -> Result<()> {
         let map: Fields = folder.json(MAP_FILE_NAME, MAX_CONFIG_BYTES)?.unwrap_or_default();
-        for (name, value) in map.iter().filter(|(name, _)| is_special(name)) {
+        for (name, value) in map.iter().filter(|(name, value)| is_special(name, value)) {
             self.take(name, value, mapped).map_err(folder.error(MAP_FILE_NAME))?;
         }
         let added: Option<BTreeMap<String, u32>> =
@@ -155,6 +153,11 @@ impl Config {
         }
     }
 
+    /// Special tokens without names.
+    pub fn unnamed(&self) -> &[Word] {
+        self.extra.as_deref().or(self.additional.as_deref()).unwrap_or_default()
+    }
+
     pub fn is_set(&self, name: &str) -> bool {
         self.fields.get(name).and_then(Value::as_bool) == Some(true)
     }
@@ -163,21 +166,19 @@ impl Config {
         self.fields.get(name).and_then(Value::as_u64)
     }
 
-    pub fn text(&self, name: &str) -> Option<&str> {
-        self.fields.get(name).and_then(Value::as_str)
-    }
-
-    /// # Errors
-    /// [`Error::Data`] if the folder does not name its class.
-    pub fn no_class(folder: Folder<'_>) -> Error {
-        let what = format!("holds no {CONFIG_FILE_NAME} that names its tokenizer_class");
-        Error::data(folder.0, what)
+    /// True if a side is the left one; `otherwise` is what `tokenizer.json` says.
+    pub fn is_left(&self, name: &str, otherwise: Option<&String>) -> bool {
+        let side = self.fields.get(name).and_then(Value::as_str);
+        side.or(otherwise.map(String::as_str)).is_some_and(|side| side.eq_ignore_ascii_case("left"))
     }
 }
 
-/// Fields of a configuration that hold special tokens.
-fn is_special(name: &str) -> bool {
-    name == EXTRA || name == ADDITIONAL || name.ends_with("_token")
+/// True for fields that hold special tokens; flags may have like names.
+fn is_special(name: &str, value: &Value) -> bool {
+    let is_word = value.is_string() || value.is_object();
+    NAMED.contains(&name)
+        || [EXTRA, ADDITIONAL].contains(&name)
+        || name.ends_with("_token") && is_word
 }
 
 /// Values that Python counts as false.

@@ -9,13 +9,14 @@
 //! |---|---|
 //! | here | [`Tokenizer`]: text to ids, cut to a length |
 //! | `class` | the classes, and what each builds |
+//! | `clip`, `qwen2`, `t5` | one class each |
 //! | `folder` | files of a folder, within limits |
 //! | `config` | `tokenizer_config.json` and the files that older versions wrote beside it |
 //! | `word` | special and added tokens as those files describe them |
 //! | `vocabulary` | `tokenizer.json`, `vocab.json` and `merges.txt` |
 //! | `sentencepiece` | SentencePiece models |
 //! | `charsmap` | the replacements that SentencePiece applies to a text first |
-//! | `written` | normalizers, pre-tokenizers and post-processors as `tokenizer.json` describes them |
+//! | `written` | what `tokenizer.json` describes around its model |
 //! | `bytes` | ByT5's bytes |
 //! | [`prompt`] | from prompts to the texts that are tokenized |
 //!
@@ -25,9 +26,12 @@
 mod bytes;
 mod charsmap;
 mod class;
+mod clip;
 mod config;
 mod folder;
+mod qwen2;
 mod sentencepiece;
+mod t5;
 mod vocabulary;
 mod word;
 mod written;
@@ -39,7 +43,7 @@ use std::path::Path;
 use crate::error::{Error, Result};
 
 use bytes::ByteTokenizer;
-use class::Class;
+use class::{Built, Class};
 use config::Config;
 use folder::Folder;
 use vocabulary::TokenizerFile;
@@ -71,37 +75,17 @@ impl Tokenizer {
         let folder = Folder(folder);
         let file = TokenizerFile::read(folder)?;
         let config = Config::read(folder, file.as_ref())?;
-        let class = Class::of(folder, &config)?;
+        let class = Class::of(folder, &config, file.as_ref())?;
         let padding = file.as_ref().and_then(|file| file.padding.as_ref());
+        let pads_left = config.is_left("padding_side", padding.map(|padding| &padding.direction));
         let truncation = file.as_ref().and_then(|file| file.truncation.as_ref());
-        let is_left = |name, otherwise: Option<&String>| {
-            config
-                .text(name)
-                .or(otherwise.map(String::as_str))
-                .is_some_and(|side| side == "left" || side == "Left")
-        };
-        let (pads_left, cuts_left) = (
-            is_left("padding_side", padding.map(|padding| &padding.direction)),
-            is_left("truncation_side", truncation.map(|truncation| &truncation.direction)),
-        );
+        let cuts_left = config.is_left("truncation_side", truncation.map(|cut| &cut.direction));
         let pad = class.named("pad_token").or(padding.map(|padding| padding.pad_token.as_str()));
         let pad = config.named("pad_token", pad);
         let pad = pad.ok_or_else(|| Error::data(folder.0, "names no pad_token"))?;
-        let (model, affixes) = if class == Class::ByT5 {
-            let model =
-                ByteTokenizer::new(&config).map_err(folder.error(config::CONFIG_FILE_NAME))?;
-            let end = config.named("eos_token", class.named("eos_token"));
-            let after = end.and_then(|word| model.id(word.text())).into_iter().collect();
-            (Model::Bytes(model), Affixes { before: Vec::new(), after })
-        } else {
-            let mut built = class::build(class, folder, &config, file)?;
-            built.tokenizer.set_encode_special_tokens(config.is_set("split_special_tokens"));
-            (Model::Learned(Box::new(built.tokenizer)), built.affixes)
-        };
-        let pad_id = model.id(pad.text());
-        let pad_id = pad_id.ok_or_else(|| {
-            Error::data(folder.0, format!("its pad_token {:?} is no token", pad.text()))
-        })?;
+        let Built { model, affixes } = class::build(class, folder, &config, file)?;
+        let no_token = || format!("its pad_token {:?} is no token", pad.text());
+        let pad_id = model.id(pad.text()).ok_or_else(|| Error::data(folder.0, no_token()))?;
         Ok(Tokenizer { model, affixes, pad_id, pads_left, cuts_left })
     }
 
@@ -145,6 +129,10 @@ impl Tokenizer {
 }
 
 impl Model {
+    fn learned(tokenizer: tokenizers::Tokenizer) -> Self {
+        Model::Learned(Box::new(tokenizer))
+    }
+
     fn ids(&self, text: &str) -> Vec<i64> {
         match self {
             Model::Learned(tokenizer) => {
@@ -166,5 +154,130 @@ impl Model {
             Model::Learned(tokenizer) => tokenizer.token_to_id(text).map(i64::from),
             Model::Bytes(tokenizer) => tokenizer.id(text),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use serde_json::{Value, json};
+    use tempfile::TempDir;
+
+    use super::*;
+
+    fn folder(files: &[(&str, Value)]) -> TempDir {
+        let folder = TempDir::new().expect("a folder");
+        for (name, value) in files {
+            let text = value.as_str().map_or_else(|| value.to_string(), Into::into);
+            fs::write(folder.path().join(name), text).expect("a file");
+        }
+        folder
+    }
+
+    /// The refusal of a folder, without its path.
+    fn said(files: &[(&str, Value)]) -> String {
+        let folder = folder(files);
+        let error = Tokenizer::open(folder.path()).expect_err("it lies").to_string();
+        let rest = error.strip_prefix(&folder.path().display().to_string());
+        rest.expect("the folder first").to_string()
+    }
+
+    const CONFIG: &str = "tokenizer_config.json";
+    const FILE: &str = "tokenizer.json";
+
+    #[test]
+    fn an_end_token_stays_and_is_not_repeated_after_bytes() {
+        let folder = folder(&[(CONFIG, json!({"tokenizer_class": "ByT5Tokenizer"}))]);
+        let tokenizer = Tokenizer::open(folder.path()).expect("a tokenizer");
+        assert_eq!(tokenizer.ids("abc", 9), [100, 101, 102, 1]);
+        assert_eq!(tokenizer.ids("abc", 3), [100, 101, 1]);
+        assert_eq!(tokenizer.ids("a </s>", 9), [100, 1]);
+        assert_eq!(tokenizer.ids("", 1), [1]);
+        assert_eq!(tokenizer.ids_of_chat("abc", 2), [100, 101]);
+        assert_eq!((tokenizer.pad_id(), tokenizer.pads_left()), (0, false));
+    }
+
+    #[test]
+    fn folders_without_what_a_class_needs_are_refused() {
+        let class = |name: &str| (CONFIG, json!({"tokenizer_class": name, "pad_token": "<pad>"}));
+        assert_eq!(said(&[]), ": holds no tokenizer_config.json that names its tokenizer_class");
+        assert_eq!(
+            said(&[class("BertTokenizerFast")]),
+            ": its tokenizer_class \"BertTokenizerFast\" is unknown; known are CLIPTokenizer, \
+             Qwen2Tokenizer, T5Tokenizer, ByT5Tokenizer, TokenizersBackend, PreTrainedTokenizer, \
+             LlamaTokenizer"
+        );
+        assert_eq!(
+            said(&[class("LlamaTokenizer")]),
+            ": its LlamaTokenizer is not one of bytes, as Mistral's is"
+        );
+        assert_eq!(said(&[class("PreTrainedTokenizerFast")]), ": holds no tokenizer.json");
+        assert_eq!(said(&[class("CLIPTokenizer")]), ": holds no vocab.json");
+        let vocab = ("vocab.json", json!({"a": 0, "b": 1}));
+        assert_eq!(said(&[class("Qwen2Tokenizer"), vocab]), ": holds no merges.txt");
+        assert_eq!(
+            said(&[class("T5TokenizerFast")]),
+            ": holds neither tokenizer.json nor spiece.model"
+        );
+        let model = ("spiece.model", json!("none"));
+        assert!(
+            said(&[class("T5Tokenizer"), model])
+                .starts_with("/spiece.model: is no SentencePiece model: ")
+        );
+    }
+
+    #[test]
+    fn files_that_lie_are_refused() {
+        let class = |name: &str| (CONFIG, json!({"tokenizer_class": name, "pad_token": "a"}));
+        let pairs = |merges: &str| {
+            [
+                class("Qwen2Tokenizer"),
+                ("vocab.json", json!({"a": 0, "b": 1})),
+                ("merges.txt", json!(merges)),
+            ]
+        };
+        assert_eq!(said(&pairs("a b")), ": \"a\" and \"b\" are joined to what is no token");
+        assert_eq!(
+            said(&pairs("#version: 0.2\na b c")),
+            "/merges.txt: merge 1 is no pair, or one too many"
+        );
+        let written = |key: &str, value: Value| {
+            let mut file = json!({"model": {"vocab": {"a": 0}, "merges": []}});
+            file[key] = value;
+            said(&[class("TokenizersBackend"), (FILE, file)])
+        };
+        for (key, value, what) in [
+            ("model", json!({"vocab": {"a": 1 << 24}}), "16777216 is no id of a token"),
+            ("model", json!({"vocab": {"a": 0}, "dropout": 0.5}), "drops merges by chance"),
+            ("model", json!({"vocab": {"a": 0}, "unk_token": "b"}), "is not in the vocabulary"),
+            ("model", json!({"vocab": [["a", 0.0]]}), "its model has no unk_id"),
+            (
+                "normalizer",
+                json!({"type": "BertNormalizer"}),
+                "\"BertNormalizer\" is not supported",
+            ),
+            (
+                "normalizer",
+                json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+                "precompiled_charsmap is broken",
+            ),
+            (
+                "pre_tokenizer",
+                json!({"type": "Sequence", "pretokenizers": vec![json!({}); 9]}),
+                "8 allowed",
+            ),
+            ("post_processor", json!({"type": "TemplateProcessing"}), "template is broken"),
+        ] {
+            let text = written(key, value);
+            assert!(text.starts_with("/tokenizer.json: ") && text.contains(what), "{text}");
+        }
+        let no_pad = json!({"model": {"vocab": {"a": 0}}});
+        assert_eq!(said(&[(FILE, no_pad)]), ": names no pad_token");
+        let long = (CONFIG, json!(" ".repeat((2 << 20) + 1)));
+        assert_eq!(
+            said(&[long]),
+            "/tokenizer_config.json: is longer than the 2097152 bytes allowed"
+        );
     }
 }

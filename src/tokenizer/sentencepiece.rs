@@ -2,9 +2,11 @@
 //!
 //! Source: `sentencepiece_model.proto`, whose names, numbers and defaults these are.
 
-use prost::Message;
+use prost::encoding::{DecodeContext, decode_key, skip_field};
+use prost::{DecodeError, Message};
 
 use super::folder::Folder;
+use super::vocabulary::MAX_ENTRIES;
 use crate::error::{Error, Result};
 
 /// Names of models, in the order in which they are looked for.
@@ -57,11 +59,8 @@ impl SentencePiece {
     pub fn read(folder: Folder<'_>) -> Result<Option<(Self, &'static str)>> {
         for name in MODEL_FILE_NAMES {
             if let Some(bytes) = folder.bytes(name, MAX_BYTES)? {
-                let parsed = SentencePiece::decode(&bytes[..]);
-                let what = |error| {
-                    Error::data(folder.path(name), format!("is no SentencePiece model: {error}"))
-                };
-                return Ok(Some((parsed.map_err(what)?, name)));
+                let wrong = |what: String| Error::data(folder.path(name), what);
+                return Ok(Some((decoded(&bytes).map_err(wrong)?, name)));
             }
         }
         Ok(None)
@@ -90,4 +89,24 @@ impl SentencePiece {
         let spec = self.normalizer_spec.as_ref();
         spec.map(|spec| spec.precompiled_charsmap()).filter(|map| !map.is_empty())
     }
+}
+
+fn decoded(bytes: &[u8]) -> Result<SentencePiece, String> {
+    let broken = |error: DecodeError| format!("is no SentencePiece model: {error}");
+    let pieces = count_pieces(bytes).map_err(broken)?;
+    if pieces > MAX_ENTRIES {
+        return Err(format!("has {pieces} pieces, more than the {MAX_ENTRIES} allowed"));
+    }
+    SentencePiece::decode(bytes).map_err(broken)
+}
+
+/// Counts pieces before each of them takes memory.
+fn count_pieces(mut bytes: &[u8]) -> Result<usize, DecodeError> {
+    let mut pieces = 0;
+    while !bytes.is_empty() {
+        let (tag, kind) = decode_key(&mut bytes)?;
+        pieces += usize::from(tag == 1);
+        skip_field(kind, tag, &mut bytes, DecodeContext::default())?;
+    }
+    Ok(pieces)
 }

@@ -17,8 +17,10 @@ pub const TOKENIZER_FILE_NAME: &str = "tokenizer.json";
 pub const VOCABULARY_FILE_NAME: &str = "vocab.json";
 pub const MERGES_FILE_NAME: &str = "merges.txt";
 
-/// Most tokens and most merges; the largest published vocabulary has a quarter of it.
-const MAX_ENTRIES: usize = 1 << 20;
+/// Most tokens and most merges, twice those of any published vocabulary.
+pub const MAX_ENTRIES: usize = 1 << 19;
+/// Most added tokens, thirty times those of any published tokenizer.
+const MAX_ADDED: usize = 1 << 15;
 /// Ids are below this number.
 const END_OF_IDS: u32 = 1 << 24;
 
@@ -26,7 +28,7 @@ const END_OF_IDS: u32 = 1 << 24;
 #[derive(Debug, Deserialize)]
 pub struct TokenizerFile {
     #[serde(default)]
-    added_tokens: Vec<NumberedEntry>,
+    added_tokens: Capped<NumberedEntry, MAX_ADDED>,
     pub normalizer: Option<Box<RawValue>>,
     pub pre_tokenizer: Option<Box<RawValue>>,
     pub post_processor: Option<Box<RawValue>>,
@@ -42,9 +44,14 @@ impl TokenizerFile {
         folder.json(TOKENIZER_FILE_NAME, MAX_VOCABULARY_BYTES)
     }
 
+    /// True if texts are cut into bytes.
+    pub fn is_of_bytes(&self) -> bool {
+        self.pre_tokenizer.as_ref().is_some_and(|raw| raw.get().contains("\"ByteLevel\""))
+    }
+
     /// Added tokens with the ids that they are said to have.
     pub fn added(&self) -> Vec<(u32, AddedToken)> {
-        self.added_tokens.iter().map(NumberedEntry::numbered).collect()
+        self.added_tokens.0.iter().map(NumberedEntry::numbered).collect()
     }
 }
 
@@ -65,7 +72,7 @@ pub struct Truncation {
 pub struct Model {
     pub vocab: Tokens,
     #[serde(default)]
-    merges: Capped<Merge>,
+    merges: Capped<Merge, MAX_ENTRIES>,
     pub unk_id: Option<usize>,
     unk_token: Option<String>,
     dropout: Option<f64>,
@@ -149,10 +156,10 @@ impl Pairs {
         let text = String::from_utf8(text).map_err(folder.error(MERGES_FILE_NAME))?;
         let lines = text.lines().filter(|line| !line.starts_with("#version"));
         let merge = |(index, line): (usize, &str)| {
-            Merge::of(line).ok_or_else(|| format!("merge {} is no pair", index + 1))
+            let merge = Merge::of(line).filter(|_| index < MAX_ENTRIES);
+            merge.ok_or_else(|| format!("merge {} is no pair, or one too many", index + 1))
         };
-        let merges: Result<Vec<Merge>, String> =
-            lines.take(MAX_ENTRIES).enumerate().map(merge).collect();
+        let merges: Result<Vec<Merge>, String> = lines.enumerate().map(merge).collect();
         Ok(Pairs { vocab, merges: merges.map_err(folder.error(MERGES_FILE_NAME))? })
     }
 
@@ -247,59 +254,62 @@ impl<'de> Deserialize<'de> for Tokens {
                         return Err(A::Error::custom(format!("{id} is no id of a token")));
                     }
                     vocab.insert(token, id);
-                    cap(vocab.len())?;
+                    cap(vocab.len(), MAX_ENTRIES)?;
                 }
                 Ok(Tokens::Numbered(vocab))
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Tokens, A::Error> {
-                capped(list).map(Tokens::Scored)
+                capped(list, MAX_ENTRIES).map(Tokens::Scored)
             }
         }
         deserializer.deserialize_any(Either)
     }
 }
 
-/// A list of at most [`MAX_ENTRIES`].
+/// A list of at most `MOST` entries.
 #[derive(Debug)]
-struct Capped<T>(Vec<T>);
+struct Capped<T, const MOST: usize>(Vec<T>);
 
-impl<T> Default for Capped<T> {
+impl<T, const MOST: usize> Default for Capped<T, MOST> {
     fn default() -> Self {
         Capped(Vec::new())
     }
 }
 
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Capped<T> {
+impl<'de, T: Deserialize<'de>, const MOST: usize> Deserialize<'de> for Capped<T, MOST> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct List<T>(PhantomData<T>);
-        impl<'de, T: Deserialize<'de>> Visitor<'de> for List<T> {
-            type Value = Capped<T>;
+        struct List<T, const MOST: usize>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>, const MOST: usize> Visitor<'de> for List<T, MOST> {
+            type Value = Capped<T, MOST>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a list")
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Capped<T>, A::Error> {
-                capped(list).map(Capped)
+            fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Self::Value, A::Error> {
+                capped(list, MOST).map(Capped)
             }
         }
         deserializer.deserialize_seq(List(PhantomData))
     }
 }
 
-fn capped<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(mut list: A) -> Result<Vec<T>, A::Error> {
+fn capped<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(
+    mut list: A,
+    most: usize,
+) -> Result<Vec<T>, A::Error> {
     let mut found = Vec::new();
     while let Some(entry) = list.next_element()? {
         found.push(entry);
-        cap(found.len())?;
+        cap(found.len(), most)?;
     }
     Ok(found)
 }
 
-fn cap<E: serde::de::Error>(entries: usize) -> Result<(), E> {
-    match entries > MAX_ENTRIES {
-        true => Err(E::custom(format!("has more than the {MAX_ENTRIES} entries allowed"))),
+fn cap<E: serde::de::Error>(entries: usize, most: usize) -> Result<(), E> {
+    match entries > most {
+        true => Err(E::custom(format!("has more than the {most} entries allowed"))),
         false => Ok(()),
     }
 }

@@ -33,7 +33,7 @@ def make(pictures: int, side: int) -> None:
     from PIL import Image
 
     sys.path.insert(0, str(ROOT / "tests/oracle"))
-    from encodings import clip_tokenizer, t5_tokenizer
+    from family_pipelines import clip_tokenizer, t5_tokenizer
 
     pipeline = PLACE / "pipeline"
     if not pipeline.exists():

@@ -83,8 +83,10 @@ fn every_tensor_of_the_published_image_encoder_finds_its_place() {
     let root = hollow(name, &listed(name));
     let encoder = ImageEncoder::open(root.path()).unwrap();
     assert_eq!(encoder.states(), [729, 1152]);
-    let numel = |tensors: &Tensors| tensors.values().flat_map(|s| [s.iter().product()]).sum();
-    let read: i64 = numel(&encoder.class().tensors());
+    let numel = |tensors: &Tensors| -> i64 {
+        tensors.values().map(|shape| shape.iter().product::<i64>()).sum()
+    };
+    let read = numel(&encoder.class().tensors());
     let mut head = listed(name);
     head.retain(|name, _| name.starts_with("vision_model.head."));
     assert_eq!(read + numel(&head), 428_225_600);
@@ -207,7 +209,7 @@ fn an_id_outside_the_vocabulary_is_a_bug_of_the_caller() {
     let root = tiny(&clip(), &clip_weights());
     let encoder = TextEncoder::open(root.path()).unwrap();
     let encoder = encoder.load(Output::Last, Device::Cpu, Kind::Float).unwrap();
-    encoder.encode(&Tensor::from_slice(&[3i64, 10]).view([1, 2]), None);
+    let _ = encoder.encode(&Tensor::from_slice(&[3i64, 10]).view([1, 2]), None);
 }
 
 #[test]
@@ -216,5 +218,5 @@ fn a_text_longer_than_places_is_a_bug_of_the_caller() {
     let root = tiny(&clip(), &clip_weights());
     let encoder = TextEncoder::open(root.path()).unwrap();
     let encoder = encoder.load(Output::Last, Device::Cpu, Kind::Float).unwrap();
-    encoder.encode(&Tensor::from_slice(&[3i64; 8]).view([1, 8]), None);
+    let _ = encoder.encode(&Tensor::from_slice(&[3i64; 8]).view([1, 8]), None);
 }

@@ -110,7 +110,9 @@ fn rooms_use_lower_floors_only() {
             .unwrap_or_else(|| panic!("`{}` has no floor: add it to FLOORS", source.room));
         for (number, line) in source.text.lines().enumerate() {
             for other in rooms_named(line) {
-                let Some(there) = floor_of(&other) else { continue };
+                let Some(there) = floor_of(&other) else {
+                    continue;
+                };
                 if there > here || (there == here && other != source.room) {
                     wrong.push(format!(
                         "{}:{}: {} (floor {here}) uses {other}",

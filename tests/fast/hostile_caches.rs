@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use fm_dist::collective::Solo;
-use fm_dist::datasets::caches::{CacheFormat, CachedFamily, ImportRequest, import};
+use fm_dist::datasets::caches::{CacheFormat, ImportRequest, import};
+use fm_dist::encoding::Family;
 use fm_dist::error::Error;
 use fm_dist::files::pickle::PickledFile;
 use rusqlite::Connection;
@@ -109,11 +110,11 @@ fn caches_that_are_not_what_they_seem_are_refused_before_anything_is_written() {
 fn a_family_that_the_cache_is_not_of_is_refused() {
     let root = cache("a.pt");
     let (folder, out) = (root.path().join("cache"), root.path().join("out"));
-    let taken = |family: Option<CachedFamily>| {
+    let taken = |family: Option<Family>| {
         let request = ImportRequest { family, ..request(CacheFormat::Nemo, &folder, &out) };
         import(&request, &Solo)
     };
-    let refused = |family: Option<CachedFamily>, what: &str| {
+    let refused = |family: Option<Family>, what: &str| {
         let text = refusal(|| taken(family));
         assert!(text.contains(what) && !out.exists(), "{what}: {text}");
     };
@@ -122,17 +123,14 @@ fn a_family_that_the_cache_is_not_of_is_refused() {
         fs::write(folder.join("8x8/a.pt"), bytes).unwrap();
     };
     // This sample does not say its family.
-    refused(
-        Some(CachedFamily::Wan),
-        "as wan: the family trains on video data, the cache holds image",
-    );
+    refused(Some(Family::Wan), "as wan: the family trains on video data, the cache holds image");
     is("flux2");
-    refused(Some(CachedFamily::Flux), "is of family flux2, and --family says flux");
+    refused(Some(Family::Flux), "is of family flux2, and --family says flux");
     is("hunyuanvideo");
     refused(None, "cannot be trained on as hunyuan_video15: the family trains on video data");
     is("ltx2");
     refused(None, "is of model `ltx2` by its model_type; expected one of flux, flux2, qwen_image");
-    taken(Some(CachedFamily::Flux2)).unwrap();
+    taken(Some(Family::Flux2)).unwrap();
 }
 
 #[test]

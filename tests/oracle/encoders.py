@@ -2,7 +2,7 @@
 
     python encoders.py OUT_DIR SEED [--classes T5EncoderModel,...] [--cases 8] [--verbose]
 
-Needs torch 2.13.0, transformers 5.24.0, safetensors and Pillow; takes 30 s, most of it for imports. SEED alone decides every draw, a class's
+Needs torch 2.13.0, transformers 5.24.0, safetensors and Pillow; takes 20 s, most of it for imports. SEED alone decides every draw, a class's
 cases whatever the other classes are. Writes
 
 cases.json                one entry a case: name, class, dtype, layers, subset (of the hidden states), pools

@@ -180,7 +180,9 @@ def qwen2(dice, out):
     special = {"additional_special_tokens": QWEN2_SPECIAL[1:], "extra_special_tokens": {}}
     write(out / "qwen2", **common, tokenizer_config_json=config | named | special | {"added_tokens_decoder": numbered})
     write(out / "qwen2-older", **common, tokenizer_config_json=config | named)
+    write(out / "qwen2-ended", **common, tokenizer_config_json=config | named | {"add_eos_token": True, "image_token": "<i>"})
     yield "qwen2", transformers.Qwen2Tokenizer
+    yield "qwen2-ended", transformers.Qwen2Tokenizer
     yield "qwen2-older", transformers.Qwen2TokenizerFast
 
 

@@ -37,7 +37,7 @@ pub struct DataArgs {
 #[derive(Debug, Subcommand)]
 enum DataCommand {
     /// Encode pictures or videos with captions as a dataset, on one process or, under mpirun, several
-    Encode(EncodeArgs),
+    Encode(Box<EncodeArgs>),
     /// Write a dataset from the cache of another trainer, on one process or, under mpirun, several
     Import(ImportArgs),
     /// Describe a folder of safetensors files, stacked or of one sample each, as a dataset

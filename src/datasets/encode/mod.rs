@@ -48,7 +48,7 @@ use batches::{Batch, Batches};
 use pixels::encode_pixels;
 use samples::{Encoded, Medium, Text};
 use sources::Sources;
-use store::Store;
+use store::{Store, check_free};
 use work::encode_missing;
 
 /// Captions that the dataset holds as named conditions, to sample from.
@@ -90,13 +90,14 @@ pub struct EncodedDataset {
 /// part of the files.
 ///
 /// # Errors
-/// [`Error::Data`] naming what is missing of the pipeline, what its parts do not fit, or a file that
-/// cannot be used; [`Error::Config`] for options that fit no bucket; errors of
-/// [`write_dataset`]. An error of a file is met by one rank alone, and ends the world.
+/// [`Error::Data`] if `out` is a dataset already, or naming what is missing of the pipeline, what its
+/// parts do not fit, or a file that cannot be used; [`Error::Config`] for options that fit no bucket;
+/// errors of [`write_dataset`]. An error of a file is met by one rank alone, and ends the world.
 ///
 /// # Ordering
 /// Every rank calls it.
 pub fn encode(request: &EncodeRequest, collective: &dyn Collective) -> Result<EncodedDataset> {
+    agreed(check_free(&request.out), collective)?;
     let opened = Pipeline::open(request.family, request.pipeline.as_deref());
     let pipeline = agreed(opened, collective)?.on(request.device, request.kind);
     let mut pictures = request.pictures.clone();
@@ -112,7 +113,8 @@ pub fn encode(request: &EncodeRequest, collective: &dyn Collective) -> Result<En
     plan.encode_media(request, &pipeline, &store, &sources.found, collective)?;
     pipeline.unload();
     let Plan { texts, of_texts, media, of_media } = &plan;
-    let encoded = Encoded::new(&store, (texts, of_texts), (media, of_media), sources.pairs.clone());
+    let (texts, media) = ((texts.as_slice(), of_texts), (media.as_slice(), of_media));
+    let encoded = Encoded::new(&store, &fingerprint, texts, media, sources.pairs.clone());
     let further = further_files(&plan, &pipeline, &store, &encoded, collective)?;
     let options = WriteOptions {
         out: request.out.clone(),
@@ -293,17 +295,15 @@ fn further_files(
             Ok(stacked(&rows, &layout))
         };
         write_tensors(&store.path(empty), &only_row(&rows(0..1)?))?;
-        write_tensors(&store.path(conditions), &rows(1..1 + names.len())?)?;
+        if !names.is_empty() {
+            write_tensors(&store.path(conditions), &rows(1..1 + names.len())?)?;
+        }
         Ok(String::new())
     })?;
-    Ok(vec![
-        FurtherFile {
-            key: conditions,
-            path: store.path(conditions),
-            entry: json!({"names": names}),
-        },
-        FurtherFile { key: empty, path: store.path(empty), entry: json!({}) },
-    ])
+    let file = |key, entry| FurtherFile { key, path: store.path(key), entry };
+    let mut files = vec![file(empty, json!({}))];
+    files.extend((!names.is_empty()).then(|| file(conditions, json!({"names": names}))));
+    Ok(files)
 }
 
 fn only_row(tensors: &Conditions) -> Conditions {

@@ -72,8 +72,10 @@ pub(super) struct Encoded<'s> {
 }
 
 impl<'s> Encoded<'s> {
+    /// `plan`: names the pipeline and everything else that decides the tensors.
     pub fn new(
         store: &'s Store,
+        plan: &str,
         (texts, of_texts): (&[Text], &Batches),
         (media, of_media): (&[Medium], &Batches),
         pairs: Vec<Pair>,
@@ -84,7 +86,7 @@ impl<'s> Encoded<'s> {
             let layout = medium.layout.iter().chain(&text.layout);
             let layout = layout.map(|(key, tensor)| (key.clone(), tensor.clone())).collect();
             // The text stands in the caption.
-            Sample { layout, caption, origin: medium.content.clone() }
+            Sample { layout, caption, origin: format!("{} {plan}", medium.content) }
         };
         let list = pairs.iter().map(sample).collect();
         let texts_at = of_texts.places(texts.len()).into_iter();

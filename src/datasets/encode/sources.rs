@@ -128,6 +128,11 @@ impl Description<'_> {
             Error::data(&item.medium.path, format!("goes to {size} pixels: the family {what}"))
         };
         let latents = pipeline.latents_shape(&pixels).map_err(refused)?;
+        let patch = pipeline.family().patch;
+        if latents.iter().rev().take(2).any(|side| side % patch != 0) {
+            let multiple = pipeline.factors().space * patch;
+            return Err(refused(format!("takes sides that are multiples of {multiple}")));
+        }
         // Half has more digits than bfloat16 where latents lie, and the reference stores them in it.
         let kind = if pipeline.kind() == Kind::Float { Kind::Float } else { Kind::Half };
         let tensor = |shape: &[i64]| SampleTensor { kind, shape: shape.to_vec(), unequal: false };

@@ -42,8 +42,8 @@ impl Store {
     /// is touched.
     ///
     /// # Errors
-    /// [`Error::Data`] if `out` is a dataset already, or the folder belongs to another plan;
-    /// [`Error::Config`] if the folder cannot be created.
+    /// [`Error::Data`] if the folder belongs to another plan; [`Error::Config`] if it cannot be
+    /// created.
     ///
     /// # Ordering
     /// Every rank calls it.
@@ -56,7 +56,7 @@ impl Store {
             let what = "would be made of files that changed while the ranks looked at them";
             return Err(known_to_all(Error::data(out, what), 0, collective));
         }
-        on_rank_zero(collective, || begin(out, &folder, plan).map(|()| String::new()))?;
+        on_rank_zero(collective, || begin(&folder, plan).map(|()| String::new()))?;
         Ok(Store { folder })
     }
 
@@ -115,11 +115,18 @@ fn name_of(number: usize, key: &str) -> String {
     format!("{number}.{key}")
 }
 
-fn begin(out: &Path, folder: &Path, plan: &str) -> Result<()> {
-    if out.join(DATASET_FILE).exists() {
-        let what = "is a dataset already; give another --out, or remove it to encode anew";
-        return Err(Error::data(out, what));
+/// Refuses a folder that is a dataset already, before hours of work.
+///
+/// # Errors
+/// [`Error::Data`].
+pub(super) fn check_free(out: &Path) -> Result<()> {
+    if !out.join(DATASET_FILE).exists() {
+        return Ok(());
     }
+    Err(Error::data(out, "is a dataset already; give another --out, or remove it to encode anew"))
+}
+
+fn begin(folder: &Path, plan: &str) -> Result<()> {
     check_new_folder(Named { argument: "--out", path: folder })?;
     fs::create_dir_all(folder).map_err(Error::storage(folder, "create"))?;
     let path = folder.join(PLAN);

@@ -149,3 +149,88 @@ fn largest_size(ratio: f64, pixels: u64, multiple: u32) -> Option<Size> {
     }
     (width >= step && height >= step).then(|| Size::new(width as u32, height as u32))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn budget(side: u64, multiple: u32) -> BucketOptions {
+        let ratios = Ratios::Reference;
+        BucketOptions::Budget { pixels: side * side, multiple, ratios, no_upscale: false }
+    }
+
+    fn sizes(options: BucketOptions) -> String {
+        let buckets = Buckets::new(options).expect("the options are sound");
+        let sizes: Vec<String> = buckets.sizes().iter().map(Size::to_string).collect();
+        sizes.join(" ")
+    }
+
+    #[test]
+    fn the_references_buckets_are_these() {
+        assert_eq!(sizes(budget(256, 64)), "192x320 192x256 256x256 256x192 320x192");
+        assert_eq!(sizes(budget(512, 64)), "384x640 448x576 512x512 576x448 640x384 768x320");
+        assert_eq!(
+            sizes(budget(512, 16)),
+            "352x720 384x672 416x624 448x576 464x560 512x512 560x464 576x448 624x416 640x400 \
+             672x384 704x368 768x336"
+        );
+        assert_eq!(
+            sizes(budget(1024, 64)),
+            "768x1344 832x1216 896x1152 1024x1024 1152x896 1216x832 1280x768 1344x768 1408x704 \
+             1472x640"
+        );
+    }
+
+    #[test]
+    fn ratios_of_a_budget_are_spread_evenly() {
+        let ratios = Ratios::Geometric { least: 0.5, most: 2.0, count: 5 };
+        let options =
+            BucketOptions::Budget { pixels: 512 * 512, multiple: 32, ratios, no_upscale: false };
+        assert_eq!(sizes(options), "384x672 416x608 512x512 576x416 704x352");
+        let buckets = Buckets::new(options).expect("the options are sound");
+        let of = |width| buckets.size_for(Size::new(width, 1000)).map(|it| it.to_string());
+        // Between both in the middle of their logarithms, not of their ratios.
+        assert_eq!(of(1659), Some("576x416".into()));
+        assert_eq!(of(1669), Some("704x352".into()));
+        assert_eq!(of(90_000), Some("704x352".into()));
+        assert!(buckets.sizes().iter().all(|size| size.pixels() <= 512 * 512));
+    }
+
+    #[test]
+    fn small_pictures_are_not_enlarged_if_that_is_asked() {
+        let ratios = Ratios::Reference;
+        let options =
+            BucketOptions::Budget { pixels: 1 << 20, multiple: 64, ratios, no_upscale: true };
+        let buckets = Buckets::new(options).expect("the options are sound");
+        let of =
+            |width, height| buckets.size_for(Size::new(width, height)).map(|it| it.to_string());
+        assert_eq!(of(500, 400), Some("448x384".into()));
+        assert_eq!(of(3000, 100), Some("1472x64".into()));
+        assert_eq!(of(4000, 3000), Some("1152x896".into()));
+        assert_eq!(of(63, 400), None);
+    }
+
+    #[test]
+    fn one_bucket_takes_everything() {
+        let size = Size::new(64, 48);
+        let buckets = Buckets::new(BucketOptions::One(size)).expect("the options are sound");
+        assert_eq!(buckets.size_for(Size::new(1, 900)), Some(size));
+    }
+
+    #[test]
+    fn options_out_of_their_ranges_are_refused() {
+        let refused = |options| Buckets::new(options).expect_err("it is refused");
+        assert!(refused(budget(16, 64)).contains("at least its square"));
+        assert!(refused(budget(1 << 20, 64)).contains("at least its square"));
+        assert!(refused(budget(16, 0)).contains("multiples of 0"));
+        assert!(refused(BucketOptions::One(Size::new(0, 64))).contains("not 0x64"));
+        for (least, most, count) in
+            [(0.0, 1.0, 2), (2.0, 1.0, 2), (0.5, f64::NAN, 2), (0.5, 2.0, 0)]
+        {
+            let ratios = Ratios::Geometric { least, most, count };
+            let options =
+                BucketOptions::Budget { pixels: 1 << 18, multiple: 16, ratios, no_upscale: false };
+            assert!(refused(options).contains("must be positive and rise"));
+        }
+    }
+}

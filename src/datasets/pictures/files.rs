@@ -75,7 +75,7 @@ impl Finder {
         if entries.is_empty() {
             let what = match videos {
                 true => "holds no video, folder of frames or picture",
-                false => "holds no PNG, JPEG or WebP file; videos need --frames",
+                false => "holds no PNG, JPEG or WebP file, and videos are not wanted",
             };
             return Err(Error::data(&options.folder, what));
         }

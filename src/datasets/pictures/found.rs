@@ -81,7 +81,9 @@ impl Found {
         };
         match content() {
             Ok(content) => Ok(Examined::Sound(content)),
-            Err(Error::Data { path, what }) => Ok(Examined::Damaged { path, what }),
+            Err(Error::Data { path, what }) => {
+                Ok(Examined::Damaged { path: path.to_string_lossy().into_owned(), what })
+            }
             Err(other) => Err(other),
         }
     }
@@ -113,7 +115,9 @@ impl Found {
                     hashes.push(hash);
                     self.items.push(item);
                 }
-                Examined::Damaged { path, what } => self.skipped.push(Skipped { path, what }),
+                Examined::Damaged { path, what } => {
+                    self.skipped.push(Skipped { path: path.into(), what });
+                }
             }
         }
         Ok((self.checked()?, hashes))

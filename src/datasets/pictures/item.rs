@@ -23,26 +23,26 @@ pub struct Medium {
 }
 
 impl Medium {
-    /// Reads headers, and chooses the bucket by the size.
+    /// Reads headers, and chooses the bucket by the size; `frames` are taken of a video at most.
     ///
     /// # Errors
     /// [`Error::Data`] if it is damaged, beyond the limits or fits no bucket; [`Error::Environment`]
     /// of ffmpeg; [`Error::Storage`].
     pub(super) fn open(
         entry: &Entry,
-        ffmpeg: Option<&Ffmpeg>,
-        limits: &Limits,
+        frames: usize,
+        access: Access<'_>,
         bucket: impl FnOnce(Size) -> Option<Size>,
     ) -> Result<Self> {
         let path = entry.path.clone();
         let video = match entry.kind {
             MediumKind::Picture => None,
-            MediumKind::Video => Some(Video::open(&path, ffmpeg, limits)?),
-            MediumKind::Frames => Some(Video::open_folder(&path, limits)?),
+            MediumKind::Video => Some(Video::open(&path, frames, access.ffmpeg, access.limits)?),
+            MediumKind::Frames => Some(Video::open_folder(&path, access.limits)?),
         };
         let original = match &video {
             Some(video) => video.size,
-            None => picture_size(&path, limits)?,
+            None => picture_size(&path, access.limits)?,
         };
         let too_small =
             || Error::data(&path, format!("has {original} pixels, too few for a bucket"));
@@ -122,7 +122,7 @@ pub enum Examined {
     /// The hash of its files and of what is done with their pixels, in hex digits.
     Sound(String),
     /// The problem, and the file that has it.
-    Damaged { path: PathBuf, what: String },
+    Damaged { path: String, what: String },
 }
 
 impl Item {

@@ -15,12 +15,15 @@ pub mod captions;
 mod files;
 mod found;
 mod item;
+#[cfg(test)]
+mod tests;
 
 use std::path::{Path, PathBuf};
 
 pub use buckets::{BucketOptions, Buckets, Ratios};
 pub use captions::CaptionOptions;
 pub use found::{Found, Skipped};
+use item::Access;
 pub use item::{Examined, Item, Medium, Pixels};
 
 use super::parallel::in_parallel;
@@ -69,12 +72,13 @@ pub struct PictureOptions {
 /// has a malformed caption; [`Error::Environment`] if videos need ffmpeg and it is missing; [`Error::Storage`].
 pub fn find(options: &PictureOptions) -> Result<Found> {
     if !(0.0..=1.0).contains(&options.most_bad) {
-        return Err(Error::config("--most-bad", "is a share, from 0 to 1"));
+        return Err(Error::config("--bad-share", "is a share, from 0 to 1"));
     }
     if options.frames.is_some_and(|frames| frames.most == 0 || frames.step == 0) {
         return Err(Error::config("--frames", "a video has at least one frame"));
     }
-    let buckets = Buckets::new(options.buckets).map_err(|what| Error::config("--buckets", what))?;
+    let buckets =
+        Buckets::new(options.buckets).map_err(|what| Error::config("--max-pixels", what))?;
     let finder = Finder::new(options)?;
     let ffmpeg = match finder.needs_ffmpeg() {
         true => Some(Ffmpeg::find(options.ffmpeg.as_deref())?),
@@ -137,16 +141,17 @@ impl Search<'_> {
 
     /// Returns the entry's item, and true if its name is its caption.
     fn item(&self, entry: &Entry) -> Result<(Item, bool)> {
-        let (ffmpeg, limits) = (self.ffmpeg.as_ref(), &self.options.limits);
-        let medium = Medium::open(entry, ffmpeg, limits, |size| self.buckets.size_for(size))?;
+        let access = Access { ffmpeg: self.ffmpeg.as_ref(), limits: &self.options.limits };
+        let most = self.options.frames.map_or(1, |frames| frames.most);
+        let medium = Medium::open(entry, most, access, |size| self.buckets.size_for(size))?;
         let bucket = medium.fit.size;
         let controls = self.finder.controls(entry)?.into_iter();
         let controls = controls
-            .map(|control| Medium::open(control, ffmpeg, limits, |_| Some(bucket)))
+            .map(|control| Medium::open(control, most, access, |_| Some(bucket)))
             .collect::<Result<Vec<_>>>()?;
         let mask = self.finder.mask(entry).map(Path::to_path_buf);
         if let Some(mask) = &mask {
-            picture_size(mask, limits)?;
+            picture_size(mask, access.limits)?;
         }
         let captions = self.captions(entry)?;
         let named_only = captions.is_none();

@@ -29,14 +29,23 @@ enum Counted {
     Decoded,
 }
 
-/// Returns the size of the first frame and the number of frames that the container holds.
-pub(super) fn probe(path: &Path, ffmpeg: &Ffmpeg, limits: &Limits) -> Result<(Size, usize)> {
+/// Returns the size of the first frame and the number of frames: of those that are shown, or of
+/// those that the container holds if these are more than twice `most`.
+pub(super) fn probe(
+    path: &Path,
+    most: usize,
+    ffmpeg: &Ffmpeg,
+    limits: &Limits,
+) -> Result<(Size, usize)> {
     // Opening a FIFO would wait for its writer.
     if !fs::metadata(path).map_err(|error| open_error(path, error))?.is_file() {
         return Err(Error::data(path, "is not a regular file"));
     }
     let size = first_size(path, ffmpeg, limits)?;
-    let frames = count(path, ffmpeg, Counted::Held)?;
+    let mut frames = count(path, ffmpeg, Counted::Held)?;
+    if frames <= most.saturating_mul(2) {
+        frames = count(path, ffmpeg, Counted::Decoded)?;
+    }
     if frames == 0 {
         return Err(Error::data(path, "holds no frame"));
     }
@@ -92,15 +101,15 @@ fn count(path: &Path, ffmpeg: &Ffmpeg, counted: Counted) -> Result<usize> {
     }
 }
 
-/// Reads `count` frames, chosen evenly, each at the size of `fit`.
+/// Reads `most` frames, chosen evenly, or all if there are no more; each at the size of `fit`.
 pub(super) fn read(
     path: &Path,
     video: &Video,
-    count_wanted: usize,
+    most: usize,
     fit: Fit,
     ffmpeg: &Ffmpeg,
 ) -> Result<Vec<Picture>> {
-    let wanted = count_wanted.min(video.frames);
+    let wanted = most.min(video.frames);
     let of = |available| {
         let frames = chosen(available, wanted);
         frames_at(path, video.size, &frames, fit, ffmpeg)
@@ -111,14 +120,12 @@ pub(super) fn read(
     }
     // Containers also count frames that are never shown.
     let shown = count(path, ffmpeg, Counted::Decoded)?;
-    let (frames, errors) = if shown >= wanted { of(shown)? } else { (Vec::new(), String::new()) };
-    match frames.len() == wanted {
-        true => Ok(frames),
-        false => Err(refused(
-            path,
-            &format!("its container counts {} frames, and {shown} come; {errors}", video.frames),
-        )),
+    if shown < wanted {
+        let what = format!("holds {} frames, of which {shown} are shown", video.frames);
+        return Err(Error::data(path, what));
     }
+    let (frames, errors) = of(shown)?;
+    if frames.len() == wanted { Ok(frames) } else { Err(refused(path, &errors)) }
 }
 
 /// Decodes the frames of these numbers, which rise; returns those that came, and what ffmpeg said
@@ -147,9 +154,7 @@ fn frames_at(
             drop(output);
             return Ok((frames, running.finish().1));
         }
-        let frame = Picture::from_pixels(size, bytes);
-        frames.push(frame.fitted(fit));
-        bytes = frame.into_pixels();
+        frames.push(Picture::from_pixels(size, bytes.clone()).fitted(fit));
     }
     Ok((frames, String::new()))
 }

@@ -26,8 +26,8 @@ impl Drop for Scratch {
 
 impl Ffmpeg {
     /// Writes frames `[F, 3, H, W]`, uint8, as an MP4 file of ffmpeg's own codec for MP4 (H.264 in
-    /// most builds), replacing another file whole. Sides of an odd length get one more black line,
-    /// because the codecs halve the colours.
+    /// most builds), replacing another file whole. Sides of an odd length get their last line once
+    /// more, because the codecs halve the colours.
     ///
     /// # Errors
     /// [`Error::Storage`]; [`Error::Environment`] if ffmpeg cannot be started or fails.
@@ -50,19 +50,20 @@ impl Ffmpeg {
     }
 
     fn encode(&self, path: &Path, frames: &Tensor, frames_per_second: f64) -> Result<()> {
-        let [height, width] = [2, 3].map(|axis| frames.size()[axis]);
+        let [height, width] = [2, 3].map(|axis| (frames.size()[axis] + 1) / 2 * 2);
         let mut file = OsString::from("file:");
         file.push(path);
         let mut arguments = words(["-f", "rawvideo", "-pix_fmt", "rgb24"]);
         arguments.extend(words(["-s", &format!("{width}x{height}")]));
         arguments.extend(words(["-r", &frames_per_second.to_string(), "-i", "pipe:0"]));
-        arguments.extend(words(["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-pix_fmt", "yuv420p"]));
-        arguments.extend(words(["-crf", QUALITY, "-movflags", "+faststart", "-f", "mp4", "-y"]));
+        arguments.extend(words(["-pix_fmt", "yuv420p", "-crf", QUALITY]));
+        arguments.extend(words(["-movflags", "+faststart", "-f", "mp4", "-y"]));
         arguments.push(file);
         let mut running = self.start(&arguments, true)?;
         let mut input = running.input();
-        let fed = (0..frames.size()[0]).try_for_each(|frame| {
-            input.write_all(Picture::from_tensor(&frames.get(frame)).pixels())
+        let fed = (0..frames.size()[0]).try_for_each(|index| {
+            let frame = evened(&evened(&frames.get(index), 1), 2);
+            input.write_all(Picture::from_tensor(&frame).pixels())
         });
         drop(input);
         match (running.finish(), fed) {
@@ -72,5 +73,14 @@ impl Ffmpeg {
                 Err(Error::environment(format!("ffmpeg cannot write {}: {why}", path.display())))
             }
         }
+    }
+}
+
+/// Repeats the last line of an axis of odd length.
+fn evened(frame: &Tensor, axis: i64) -> Tensor {
+    let length = frame.size()[axis as usize];
+    match length % 2 {
+        0 => frame.shallow_clone(),
+        _ => Tensor::cat(&[frame, &frame.narrow(axis, length - 1, 1)], axis),
     }
 }

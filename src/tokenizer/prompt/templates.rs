@@ -17,20 +17,29 @@ impl Templated {
     }
 }
 
-const FLUX2_SYSTEM: &str = "You are an AI that reasons about image descriptions. You give structured responses \
-focusing on object relationships, object\nattribution and actions without speculation.";
+const FLUX2_SYSTEM: &str = concat!(
+    "You are an AI that reasons about image descriptions. You give structured responses focusing ",
+    "on object relationships, object\nattribution and actions without speculation."
+);
 
-const QWEN_IMAGE_SYSTEM: &str = "Describe the image by detailing the color, shape, size, texture, quantity, text, \
-spatial relationships of the objects and background:";
+const QWEN_IMAGE_SYSTEM: &str = concat!(
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, ",
+    "spatial relationships of the objects and background:"
+);
 const QWEN_IMAGE_DROPPED: usize = 34;
 
-/// Each number is behind a run of nine spaces; with fewer the text has not
-/// [`HUNYUAN_VIDEO15_DROPPED`] tokens.
-const HUNYUAN_VIDEO15_SYSTEM: &str = "You are a helpful assistant. Describe the video by detailing the following \
-aspects:         1. The main content and theme of the video.         2. The color, shape, size, texture, \
-quantity, text, and spatial relationships of the objects.         3. Actions, events, behaviors temporal \
-relationships, physical movement changes of the objects.         4. background environment, light, style and \
-atmosphere.         5. camera angles, movements, and transitions used in the video.";
+/// Each number stands behind nine spaces; with fewer the text has not [`HUNYUAN_VIDEO15_DROPPED`]
+/// tokens before the prompt.
+const HUNYUAN_VIDEO15_SYSTEM: &str = concat!(
+    "You are a helpful assistant. Describe the video by detailing the following aspects: ",
+    "        1. The main content and theme of the video. ",
+    "        2. The color, shape, size, texture, quantity, text, and spatial relationships of ",
+    "the objects. ",
+    "        3. Actions, events, behaviors temporal relationships, physical movement changes of ",
+    "the objects. ",
+    "        4. background environment, light, style and atmosphere. ",
+    "        5. camera angles, movements, and transitions used in the video."
+);
 const HUNYUAN_VIDEO15_DROPPED: usize = 108;
 
 /// FLUX.2 dev: a system text and the prompt, without the mark of a picture.

@@ -2,7 +2,7 @@
 //!
 //! Of a picture `sub/a.jpg` the first of these counts:
 //!
-//! 1. `--captions FILE`: a list of all captions ([`lists`])
+//! 1. `--captions FILE`: a list of all captions (`lists.rs`)
 //! 2. `sub/a.txt`: the whole text is one caption
 //! 3. `sub/a.json`: a text, a list of texts, or an object with one of the fields [`FIELDS`]
 //! 4. a list in a folder of the pictures: `metadata`, `captions` or `meta` with the ending `.jsonl`,

@@ -1,6 +1,6 @@
 """Encodes prompts and pixels with tiny random pipelines of all families, by diffusers 0.42.1, and writes what came out.
 
-    python encodings.py OUT_DIR SEED [--families flux,flux2_dev,...]
+    python family_pipelines.py OUT_DIR SEED [--families flux,flux2_dev,...]
 
 Needs torch 2.13.0, diffusers 0.42.1, transformers 5.24.0, tokenizers and safetensors; takes 30 s, most of it for imports. Of each family it
 makes
@@ -31,7 +31,6 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     FluxPipeline,
-    HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Pipeline,
     QwenImagePipeline,
     WanPipeline,
@@ -336,15 +335,11 @@ FAMILIES = {
 
 
 def image_embeds(encoder: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """As the pipeline's image encoder sees the first frame."""
-    from PIL import Image
-    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-
-    rows = ((pixels[0, :, 0] + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous()
-    side = encoder.config.image_size
-    processor = SiglipImageProcessorPil(size={"height": side, "width": side})
-    found = HunyuanVideo15ImageToVideoPipeline._get_image_embeds(encoder, processor, Image.fromarray(rows.numpy()), torch.device("cpu"))
-    return found[0]
+    """As the pipeline's image encoder sees the first frame: resized as torchvision, which the published preprocessor calls, resizes bytes. How far
+    Pillow's bytes are from these is for the encoders' own test."""
+    frame, side = ((pixels[:, :, 0] + 1) * 127.5).round().byte(), encoder.config.image_size
+    resized = torch.nn.functional.interpolate(frame, (side, side), mode="bicubic", antialias=True)
+    return encoder((resized.float() / 255 - 0.5) / 0.5).last_hidden_state[0]
 
 
 def pixels_of(made: Made, dice: random.Random) -> dict[str, torch.Tensor]:
