@@ -95,7 +95,7 @@ struct Attention {
     key: Linear,
     value: Linear,
     output: Linear,
-    /// Of queries and keys.
+    /// Those of queries and keys.
     norms: Option<[RmsNorm; 2]>,
     head_width: i64,
     /// Heads of queries for each head of keys.

@@ -1,9 +1,9 @@
 //! Resizing by convolution, to the numbers of Pillow.
 //!
 //! Pillow rounds to 8 bits after the rows and again after the columns, and so do two passes here, in
-//! Pillow's order: columns go first where they lose more than twice as many pixels as rows do. Its
-//! order was found by trying Pillow 13.0.0, and its releases before have rows go first. Between roundings they compute in float32, because 16-bit weights would be two steps off where
-//! neighbouring pixels differ most.
+//! its order: columns go first where they lose more than twice as many pixels as rows do, as trying
+//! Pillow 13.0.0 showed. Between roundings they compute in float32, because 16-bit weights would be
+//! two steps off where neighbouring pixels differ most.
 
 use bytemuck::cast_slice;
 use fast_image_resize::images::{Image, ImageRef};

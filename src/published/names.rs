@@ -3,7 +3,7 @@
 /// Names of a class's tensors, which begin differently in files of different ages.
 #[derive(Clone, Copy, Debug)]
 pub struct Names {
-    /// What may stand before every name; the last one holds if none is found.
+    /// Prefixes that may stand before every name; the last one holds if none is found.
     pub prefixes: &'static [&'static str],
     /// A tensor that every folder has, behind the prefix.
     pub first: &'static str,

@@ -98,7 +98,7 @@ impl Default for SampleRequest {
 
 /// The model to generate with.
 struct Source {
-    /// Of the model, without this call's options.
+    /// The model's own, without this call's options.
     config: RunConfig,
     /// `None` for a pipeline's own model.
     checkpoint: Option<PathBuf>,

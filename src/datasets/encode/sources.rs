@@ -1,4 +1,4 @@
-//! What is encoded: the pictures or videos of a folder that are sound, each content once, and their
+//! The rows that are encoded: sound pictures or videos of a folder, each content once, and their
 //! captions, each once.
 
 use std::collections::BTreeMap;

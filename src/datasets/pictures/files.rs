@@ -42,7 +42,7 @@ impl Entry {
 /// Files by their stems.
 type ByStem = BTreeMap<PathBuf, Entry>;
 
-/// What lies in the folders of a dataset.
+/// The files in the folders of a dataset.
 pub struct Finder {
     pub folder: PathBuf,
     entries: Vec<Entry>,

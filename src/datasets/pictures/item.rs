@@ -82,7 +82,7 @@ impl Medium {
     }
 }
 
-/// What reading takes besides the files.
+/// The options that reading takes besides the files.
 #[derive(Clone, Copy)]
 pub(super) struct Access<'a> {
     pub ffmpeg: Option<&'a Ffmpeg>,
@@ -98,7 +98,7 @@ pub struct Item {
     pub captions: Vec<String>,
     /// Number of frames that are read; unset for a picture.
     pub frames: Option<usize>,
-    /// Where the picture or video lies, its size, and its way to its bucket.
+    /// The picture's or video's place, its size, and its way to its bucket.
     pub medium: Medium,
     pub mask: Option<PathBuf>,
     /// One for each folder of controls.
@@ -116,7 +116,7 @@ pub struct Pixels {
     pub controls: Vec<Tensor>,
 }
 
-/// What came of reading an item whole.
+/// The outcome of reading an item whole.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub enum Examined {
     /// The hash of its files and of what is done with their pixels, in hex digits.

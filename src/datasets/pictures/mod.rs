@@ -115,7 +115,7 @@ fn lists(options: &PictureOptions, finder: &Finder) -> Result<Lists> {
     Ok(lists)
 }
 
-/// What became of a file.
+/// The outcome of looking at a file.
 enum Outcome {
     Item { item: Item, named_only: bool },
     Skipped(Skipped),

@@ -1,6 +1,6 @@
 //! Captions: where they are found, and what is made of them.
 //!
-//! Of a picture `sub/a.jpg` the first of these counts:
+//! The first of these counts for a picture `sub/a.jpg`:
 //!
 //! 1. `--captions FILE`: a list of all captions (`lists.rs`)
 //! 2. `sub/a.txt`: the whole text is one caption
