@@ -49,7 +49,7 @@ impl Published {
         let made = root.path().join("made");
         fs::create_dir(&made).unwrap();
         let seed = fresh_seed("prompts");
-        oracle("encodings.py", &[made.to_str().unwrap(), &seed, "--families", name]);
+        oracle("family_pipelines.py", &[made.to_str().unwrap(), &seed, "--families", name]);
         let pipeline = made.join(name).join("pipeline");
         fs::rename(transformer, pipeline.join("transformer")).unwrap();
         Published { root, run, pipeline }
