@@ -61,7 +61,7 @@ def grey_of_16_bits(image):
 cases = []
 
 
-def case(name, image, lossy, **options):
+def case(name, image, **options):
     path = out / name
     image.save(path, **options)
     read = ImageOps.exif_transpose(Image.open(path))
@@ -76,7 +76,7 @@ def case(name, image, lossy, **options):
     mask = colours.convert("L").resize(resized_size(colours, bucket), Image.BILINEAR)
     (left, top), (width, height) = offset, bucket
     expected[f"{name}.mask"] = tensor(mask.crop((left, top, left + width, top + height)))
-    row = {"name": name, "lossy": lossy, "size": colours.size, "pixels": side * side, "multiple": quantization}
+    row = {"name": name, "size": colours.size, "pixels": side * side, "multiple": quantization}
     cases.append(row | {"bucket": bucket, "offset": offset})
 
 
@@ -113,30 +113,30 @@ def image(channels, mode=None):
 
 
 for number in range(3):
-    case(f"rgb{number}.png", image(3), False)
-    case(f"rgba{number}.png", image(4, "RGBA"), False)
-    case(f"grey{number}.png", image(1), False)
-    case(f"grey-alpha{number}.png", image(2, "LA"), False)
-    case(f"palette{number}.png", image(3).quantize(int(draws.integers(2, 256))), False)
-    case(f"palette-alpha{number}.png", image(3).quantize(64), False, transparency=3)
-    case(f"bits{number}.png", image(1).convert("1"), False)
+    case(f"rgb{number}.png", image(3))
+    case(f"rgba{number}.png", image(4, "RGBA"))
+    case(f"grey{number}.png", image(1))
+    case(f"grey-alpha{number}.png", image(2, "LA"))
+    case(f"palette{number}.png", image(3).quantize(int(draws.integers(2, 256))))
+    case(f"palette-alpha{number}.png", image(3).quantize(64), transparency=3)
+    case(f"bits{number}.png", image(1).convert("1"))
     for channels in range(1, 5):
         height, width = draws.integers(9, 200, 2)
-        case(f"sixteen{channels}-{number}.png", Written(draws.integers(0, 65536, (height, width, channels))), False)
+        case(f"sixteen{channels}-{number}.png", Written(draws.integers(0, 65536, (height, width, channels))))
     for subsampling in range(3):
-        case(f"s{subsampling}-{number}.jpg", image(3), True, subsampling=subsampling, quality=int(draws.integers(20, 100)))
-    case(f"progressive{number}.jpg", image(3), True, progressive=True)
-    case(f"grey{number}.jpg", image(1), True)
-    case(f"inks{number}.jpg", image(3).convert("CMYK"), True)
-    case(f"untransformed{number}.jpg", image(3), True, keep_rgb=True)
-    case(f"lossless{number}.webp", image(3), False, lossless=True)
-    case(f"alpha{number}.webp", image(4, "RGBA"), False, quality=70)
-    case(f"lossy{number}.webp", image(3), False, quality=60)
+        case(f"s{subsampling}-{number}.jpg", image(3), subsampling=subsampling, quality=int(draws.integers(20, 100)))
+    case(f"progressive{number}.jpg", image(3), progressive=True)
+    case(f"grey{number}.jpg", image(1))
+    case(f"inks{number}.jpg", image(3).convert("CMYK"))
+    case(f"untransformed{number}.jpg", image(3), keep_rgb=True)
+    case(f"lossless{number}.webp", image(3), lossless=True)
+    case(f"alpha{number}.webp", image(4, "RGBA"), quality=70)
+    case(f"lossy{number}.webp", image(3), quality=60)
 for orientation in range(1, 9):
     exif = Image.Exif()
     exif[0x112] = orientation
     for ending in ["jpg", "png", "webp"]:
-        case(f"turned{orientation}.{ending}", image(3), ending == "jpg", exif=exif)
+        case(f"turned{orientation}.{ending}", image(3), exif=exif)
 
 buckets = []
 for _ in range(60):

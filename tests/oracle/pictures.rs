@@ -14,13 +14,6 @@ use tempfile::TempDir;
 
 use super::packages::{entries, fresh_seed, oracle};
 
-/// Largest differences of 255 that are allowed: of colours that a lossless and a lossy file hold,
-/// and of what they are resized to.
-const LOSSLESS: f64 = 1.0;
-const LOSSY: f64 = 2.0;
-/// Of masks: BILINEAR's weights often meet halves, which both passes may round to either side.
-const MASK: f64 = 2.0;
-
 struct Cases {
     folder: TempDir,
     entries: Value,
@@ -77,7 +70,7 @@ fn references_buckets(row: &Value) -> Buckets {
 #[test]
 fn pictures_are_pillows_and_go_to_the_references_buckets() {
     let cases = Cases::drawn("pictures");
-    let (limits, mut largest) = (Limits::default(), [0.0f64; 3]);
+    let limits = Limits::default();
     for row in cases.rows("pictures") {
         let (path, name) = (cases.path(row), row["name"].as_str().unwrap());
         let picture = Picture::read(&path, &limits).unwrap();
@@ -89,22 +82,15 @@ fn pictures_are_pillows_and_go_to_the_references_buckets() {
         let offset = size(&row["offset"]);
         assert_eq!(fit.crop, CropOffset { left: offset.width, top: offset.height }, "{name}");
 
-        let is_lossy = row["lossy"].as_bool().unwrap();
-        let of_colours = if is_lossy { LOSSY } else { LOSSLESS };
         let mask = Picture::read_mask(&path, fit, &limits).unwrap();
         let colours = picture.to_tensor();
         for (what, found) in
             [("colours", colours), ("fitted", picture.fitted(fit).to_tensor()), ("mask", mask)]
         {
             let difference = largest_difference(&found, &cases.expected(row, what));
-            let allowed = if what == "mask" { MASK } else { of_colours };
-            assert!(difference <= allowed, "{name}: {what} are {difference} of 255 off");
-            let place = &mut largest[if what == "mask" { 2 } else { usize::from(is_lossy) }];
-            *place = place.max(difference);
+            assert_eq!(difference, 0.0, "{name}: {what} are {difference} of 255 off");
         }
     }
-    let [lossless, lossy, masks] = largest;
-    println!("largest differences of 255: lossless {lossless}, lossy {lossy}, masks {masks}");
     assert!(cases.rows("pictures").len() > 80);
 
     for row in cases.rows("buckets") {
@@ -137,7 +123,7 @@ fn frames_of_videos_are_those_that_numpy_chooses() {
         let taken = row["taken"].as_u64().unwrap() as usize;
         let read = video.read(taken, fit, Some(&ffmpeg), &limits).unwrap();
         let difference = largest_difference(&stacked(&read), &cases.expected(row, "fitted"));
-        assert!(difference <= LOSSLESS, "{name}: frames are {difference} of 255 off");
+        assert_eq!(difference, 0.0, "{name}: frames are {difference} of 255 off");
     }
     check_mp4(&ffmpeg, cases.folder.path());
     check_cut(program, cases.folder.path());
