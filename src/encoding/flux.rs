@@ -6,7 +6,7 @@
 use tch::{Device, Kind};
 
 use super::latents::{Extent, Latents, VAE};
-use super::texts::{FIRST, LoadedTexts, POOLED, Padding, SECOND, TEXT, Texts};
+use super::texts::{FIRST, LoadedTexts, POOLED, SECOND, TEXT, Texts};
 use super::{Conditions, Encoding, Facts, Folder, PICTURES, ToConditions, ToLatents, ToPixels};
 use crate::autoencoder::Factors;
 use crate::data::DataType;
@@ -81,8 +81,8 @@ impl ToConditions for Loaded {
             prompts.iter().map(|prompt| texts.ids(prompt, most)).collect()
         };
         let clip_ids = ids(&self.clip, CLIP_TOKENS);
-        let pooled = self.clip.encode(&clip_ids, CLIP_TOKENS, Padding::Right, false)?;
-        let states = self.t5.encode(&ids(&self.t5, TOKENS), TOKENS, Padding::Right, false)?;
+        let pooled = self.clip.encode(&clip_ids, CLIP_TOKENS, false)?;
+        let states = self.t5.encode(&ids(&self.t5, TOKENS), TOKENS, false)?;
         let conditions = |row: i64| {
             Conditions::from([(TEXT.into(), states.get(row)), (POOLED.into(), pooled.get(row))])
         };

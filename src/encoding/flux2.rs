@@ -1,13 +1,13 @@
 //! FLUX.2: three states of a language model side by side, of all 512 rows. Rows of padding are given
-//! to the model, too, which knows no mask; no token saw them. The model `dev` has Mistral's states
-//! with the padding on the left, `klein` has Qwen3's with the padding on the right.
+//! to the model, too, which knows no mask; no token saw them. They stand on the tokenizer's own side.
+//! The model `dev` has Mistral's states, `klein` has Qwen3's.
 //!
 //! Source: diffusers 0.42.1, `Flux2Pipeline` and `Flux2KleinPipeline`.
 
 use tch::{Device, Kind};
 
 use super::latents::{Extent, Latents, VAE};
-use super::texts::{FIRST, LoadedTexts, Padding, TEXT, Texts};
+use super::texts::{FIRST, LoadedTexts, TEXT, Texts};
 use super::{Conditions, Encoding, Facts, Folder, PICTURES, ToConditions, ToLatents, ToPixels};
 use crate::autoencoder::Factors;
 use crate::data::DataType;
@@ -42,13 +42,6 @@ impl Line {
         match self {
             Line::Dev => Output::Hidden(vec![10, 20, 30]),
             Line::Klein => Output::Hidden(vec![9, 18, 27]),
-        }
-    }
-
-    fn padding(self) -> Padding {
-        match self {
-            Line::Dev => Padding::Left,
-            Line::Klein => Padding::Right,
         }
     }
 
@@ -109,7 +102,7 @@ impl ToConditions for Loaded {
     fn conditions(&self, prompts: &[&str]) -> Result<Vec<Conditions>> {
         let ids = |prompt: &&str| self.texts.ids_of_chat(&self.line.text(prompt), TOKENS);
         let ids: Vec<Vec<i64>> = prompts.iter().map(ids).collect();
-        let states = self.texts.encode(&ids, TOKENS, self.line.padding(), true)?;
+        let states = self.texts.encode(&ids, TOKENS, true)?;
         let conditions = |row: i64| Conditions::from([(TEXT.into(), states.get(row))]);
         Ok((0..prompts.len() as i64).map(conditions).collect())
     }

@@ -24,7 +24,7 @@ pub(super) const POOLED: &str = "pooled_prompt_embeds";
 
 /// The side of a text on which its padding stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Padding {
+enum Padding {
     Left,
     Right,
 }
@@ -103,12 +103,17 @@ impl LoadedTexts {
         chat.ids(&self.tokenizer, most)
     }
 
-    /// Encodes texts that are padded to `length` tokens; with `is_masked`, no token sees padding.
-    /// Returns the encoder's output on the CPU.
+    /// Encodes texts that are padded to `length` tokens on the tokenizer's own side; with `is_masked`,
+    /// no token sees padding. Returns the encoder's output on the CPU.
     ///
     /// # Errors
     /// [`Error::Data`] if the encoder does not know a token.
-    pub fn encode(
+    pub fn encode(&self, texts: &[Vec<i64>], length: usize, is_masked: bool) -> Result<Tensor> {
+        let padding = if self.tokenizer.pads_left() { Padding::Left } else { Padding::Right };
+        self.encode_padded(texts, length, padding, is_masked)
+    }
+
+    fn encode_padded(
         &self,
         texts: &[Vec<i64>],
         length: usize,
@@ -134,7 +139,7 @@ impl LoadedTexts {
     /// As [`encode`](Self::encode).
     pub fn encode_unpadded(&self, texts: &[Vec<i64>]) -> Result<Vec<Tensor>> {
         let longest = texts.iter().map(Vec::len).max().unwrap_or_default();
-        let output = self.encode(texts, longest, Padding::Right, true)?;
+        let output = self.encode_padded(texts, longest, Padding::Right, true)?;
         let cut = |(row, text): (usize, &Vec<i64>)| {
             output.get(row as i64).narrow(0, 0, text.len() as i64)
         };

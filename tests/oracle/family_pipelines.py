@@ -87,8 +87,9 @@ def mistral_tokenizer() -> transformers.PreTrainedTokenizerBase:
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
     model.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in special])
-    made = transformers.PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
-    made.padding_side, made.chat_template = "left", MISTRAL_CHAT
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=model, padding_side="left", **named)
+    made.chat_template = MISTRAL_CHAT
     return made
 
 
