@@ -4,7 +4,7 @@
 #   launch/demo.sh               the digits: 10 of each class, from the data in the program
 #   launch/demo.sh --pictures    eight real photographs: pictures and captions, a dataset, training, and pictures by prompt
 #
-# Takes at most 8 minutes on 2 cores with a fast network, at most 3 of them training; --pictures at most 12, 6 of them training, and
+# Takes at most 8 minutes on 2 cores with a fast network, at most 3 of them training; --pictures at most 10, 5 of them training, and
 # it fetches 30 MB of Python packages for their photographs. Needs what launch/setup.sh needs. Every call trains into a new folder
 # under runs/.
 set -euo pipefail
@@ -28,26 +28,9 @@ It took $SECONDS s in all. Look at
 TEXT
 }
 
-# The packages that carry photographs, in a folder of their own.
-photographs() {
-    local requirements=launch/requirements/pictures.txt fresh
-    if is_made_from .deps/pictures "$requirements"; then
-        echo "    .deps/pictures is what $requirements asks for"
-        return
-    fi
-    fresh=$(mktemp -d .deps/unfinished.XXXXXX)
-    python3 -m venv "$fresh"
-    "$fresh/bin/python" -m pip install --no-deps --require-hashes --only-binary=:all: --no-compile --no-cache-dir \
-        --disable-pip-version-check --progress-bar off --quiet --requirement "$requirements" ||
-        stop "pip could not install $requirements: its message stands above"
-    sha256sum <"$requirements" >"$fresh/made-from"
-    rm -rf .deps/pictures
-    mv "$fresh" .deps/pictures
-}
-
 pictures() {
     local data=$run-data
-    timed "photographs: those in two Python packages, pinned by hash" photographs
+    timed "photographs: those in two Python packages, pinned by hash" python_packages launch/requirements/pictures.txt .deps/pictures
     mkdir -p "$data"
     timed "pictures: cut into squares, each with its caption beside it" .deps/pictures/bin/python launch/pictures.py "$data/pictures"
     timed "dataset: fm-dist data encode, by a cosine transform in place of an autoencoder" \
@@ -63,7 +46,7 @@ It took $SECONDS s in all. Look at
   $run/report.html         the loss, and how the pictures of each prompt came out of noise while it trained
   $run/sample-0.png, …     64 x 64 pixels by prompt: a cat, a flower, a temple, a cup of coffee
   $run/samples             the pictures of each prompt after every few hundred steps
-  $data/pictures           what it learned from, and LICENCES.txt of the photographs
+  $data/pictures      what it learned from, and LICENCES.txt of the photographs
 A model of this size, trained for minutes on eight photographs, learns their colours, their textures and where things are. It has
 learned these photographs, and nothing of cats and flowers at large.
 TEXT

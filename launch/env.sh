@@ -4,6 +4,7 @@
 #   stop TEXT               ends the script with exit code 52: something is missing that only you can provide
 #   mpi_run RANKS PROGRAM…  mpirun with what Open MPI asks for besides, as root or with more ranks than cores; says what it adds
 #   unpack_wheels REQUIREMENTS FOLDER   the libraries of pinned wheels, each checked against its hash
+#   python_packages REQUIREMENTS FOLDER a virtual environment with pinned packages, each checked against its hash, unless it is there
 #   is_made_from FOLDER REQUIREMENTS    true if the folder was made from this very file
 #   is_packed               true in a folder that launch/pack-gpu.sh has made, where there is no cargo
 #   cluster_environment     exports what ranks on a cluster want from NCCL, UCX and OpenMP
@@ -38,6 +39,23 @@ unpack_wheels() {
         --requirement "$requirements" --dest "$wheels" || stop "pip could not fetch the wheels of $requirements: its message stands above"
     for wheel in "$wheels"/*.whl; do python3 -m zipfile -e "$wheel" "$folder"; done
     rm -r "$wheels"
+}
+
+# Every package is pinned, so pip need not look at dependencies.
+python_packages() {
+    local requirements=$1 folder=$2 fresh
+    if is_made_from "$folder" "$requirements"; then
+        echo "    $folder is what $requirements asks for"
+        return
+    fi
+    fresh=$(mktemp -d .deps/unfinished.XXXXXX)
+    python3 -m venv "$fresh"
+    "$fresh/bin/python" -m pip install --no-deps --require-hashes --only-binary=:all: --no-compile --no-cache-dir \
+        --disable-pip-version-check --progress-bar off --quiet --requirement "$requirements" ||
+        stop "pip could not install $requirements: its message stands above"
+    sha256sum <"$requirements" >"$fresh/made-from"
+    rm -rf "$folder"
+    mv "$fresh" "$folder"
 }
 
 is_packed() { [ -f packed ]; }

@@ -99,22 +99,10 @@ libtorch() {
 }
 
 oracle() {
-    local requirements=launch/requirements/oracle.txt fresh
-    if is_made_from .deps/oracle "$requirements"; then
-        echo "    .deps/oracle is what $requirements asks for"
-        return
-    fi
     python3 -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' ||
         stop "the oracle needs Python 3.10 to 3.14, this is $(python3 --version)"
-    fresh=$(mktemp -d .deps/unfinished.XXXXXX)
-    python3 -m venv "$fresh"
-    # Every package is pinned, so pip need not look at dependencies: NeMo's are many, and its flow matching imports few of them.
-    "$fresh/bin/python" -m pip install --no-deps --require-hashes --only-binary=:all: --no-compile --no-cache-dir \
-        --disable-pip-version-check --progress-bar off --quiet --requirement "$requirements" ||
-        stop "pip could not install $requirements: its message stands above"
-    sha256sum <"$requirements" >"$fresh/made-from"
-    rm -rf .deps/oracle
-    mv "$fresh" .deps/oracle
+    # NeMo's dependencies are many, and its flow matching imports few of them.
+    python_packages launch/requirements/oracle.txt .deps/oracle
 }
 
 [ "$#" -eq 0 ] || [ "$*" = --oracle ] || [ "$*" = --slurm ] || stop "usage: launch/setup.sh [--oracle|--slurm]"
