@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+use super::About;
 use super::shards::{free_name, of_group, sizes, unequal_texts};
 use super::write::Written;
 use crate::data::group::{Layout, SampleTensor};
@@ -28,10 +29,7 @@ const CAPTIONS: &str = "captions.jsonl";
 pub struct IndexRequest {
     pub folder: PathBuf,
     pub links: Links,
-    /// That of the folder if unset.
-    pub name: Option<String>,
-    pub source: Option<String>,
-    pub licence: Option<String>,
+    pub about: About,
 }
 
 /// Writes `dataset.json` of a folder of files that hold samples stacked along the first axis, or
@@ -64,15 +62,13 @@ pub fn index(request: &IndexRequest) -> Result<Written> {
         return Err(Error::data(&other.path, what));
     }
     let entries = entries(folder, &found)?;
-    let name = folder.canonicalize().ok();
-    let name = name.as_deref().and_then(Path::file_name).unwrap_or_default().to_string_lossy();
-    let unknown = || "unknown".to_string();
+    let description = request.about.describe(folder, first.data_type);
     let mut document = json!({
         "format": "fm-dist dataset",
         "version": 2,
-        "name": request.name.clone().unwrap_or_else(|| name.into_owned()),
-        "source": request.source.clone().unwrap_or_else(unknown),
-        "licence": request.licence.clone().unwrap_or_else(unknown),
+        "name": description.name,
+        "source": description.source,
+        "licence": description.licence,
         "data_type": first.data_type,
         "files": entries,
     });

@@ -25,4 +25,4 @@ mod shards;
 pub mod show;
 pub mod write;
 
-pub use samples::{Description, Sample, Samples};
+pub use samples::{About, Description, Sample, Samples};

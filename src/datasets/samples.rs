@@ -1,6 +1,7 @@
 //! Samples that can be written as a dataset, wherever they come from.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use tch::Tensor;
 
@@ -34,6 +35,30 @@ pub trait Samples: Sync {
     /// [`Error::Data`](crate::error::Error::Data) and
     /// [`Error::Storage`](crate::error::Error::Storage) of its files.
     fn read(&self, index: usize) -> Result<BTreeMap<String, Tensor>>;
+}
+
+/// Facts of a dataset that its maker may give.
+#[derive(Clone, Debug, Default)]
+pub struct About {
+    /// That of the folder it is made of if unset.
+    pub name: Option<String>,
+    pub source: Option<String>,
+    pub licence: Option<String>,
+}
+
+impl About {
+    /// Describes a dataset that is made of a folder.
+    pub fn describe(&self, folder: &Path, data_type: DataType) -> Description {
+        let real = folder.canonicalize().unwrap_or_else(|_| folder.to_path_buf());
+        let name = real.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let known = |given: &Option<String>| given.clone().unwrap_or_else(|| "unknown".into());
+        Description {
+            name: self.name.clone().unwrap_or(name),
+            source: known(&self.source),
+            licence: known(&self.licence),
+            data_type,
+        }
+    }
 }
 
 /// Description of a dataset, as its `dataset.json` gives it.

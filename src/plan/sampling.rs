@@ -15,7 +15,7 @@ use crate::plan::check::shown;
 use crate::plan::footprint::forward_bytes;
 use crate::plan::validation::forwards_of_step;
 use crate::plan::{RankMemory, forward_work};
-use crate::sample::prompts::Studio;
+use crate::sample::prompts::PromptedPipeline;
 
 /// Ending of the files whose sizes count.
 const WEIGHTS: &str = "safetensors";
@@ -24,7 +24,7 @@ const WEIGHTS: &str = "safetensors";
 /// of a step. Refuses prompts and pipelines with which a run would not start.
 ///
 /// # Errors
-/// As [`Studio::of_run`] and [`RunConfig::global_batch`].
+/// As [`PromptedPipeline::of_run`] and [`RunConfig::global_batch`].
 pub(super) fn plan_sampling(
     config: &RunConfig,
     stages: &[Box<dyn Stage>],
@@ -32,16 +32,16 @@ pub(super) fn plan_sampling(
     memory: &RankMemory,
     world_size: usize,
 ) -> Result<Vec<(&'static str, String)>> {
-    let Some(studio) = Studio::of_run(config, dataset)? else { return Ok(Vec::new()) };
+    let Some(prompted) = PromptedPipeline::of_run(config, dataset)? else { return Ok(Vec::new()) };
     let sampling = &config.sampling;
-    let (count, steps) = (studio.len(), sampling.num_steps);
+    let (count, steps) = (prompted.len(), sampling.num_steps);
     let rounds = count.div_ceil(world_size);
     let passes = passes(config);
-    let tokens: Vec<Tokens> = studio.tokens(config);
+    let tokens: Vec<Tokens> = prompted.tokens(config);
     let as_steps = steps_of(config, stages, &tokens, rounds as f64, passes, world_size)?;
     let share = 100.0 * as_steps / (as_steps + sampling.every_n_steps as f64);
     let shape: Vec<String> =
-        studio.shapes().next().into_iter().flatten().map(i64::to_string).collect();
+        prompted.shapes().next().into_iter().flatten().map(i64::to_string).collect();
     let mut lines = vec![
         (
             "samples",
@@ -60,7 +60,7 @@ pub(super) fn plan_sampling(
         ),
         ("  its memory", memory_text(config, stages, &tokens, memory, world_size)),
     ];
-    let parts = studio.family().parts;
+    let parts = prompted.family().parts;
     if let Some(folder) = sampling.pipeline.as_deref().filter(|_| !parts.is_empty()) {
         lines.push(("  the pipeline", pipeline_text(Path::new(folder), parts)));
     }

@@ -180,16 +180,21 @@ mod tests {
     const SHARDINGS: [Sharding; 4] =
         [Sharding::None, Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters];
 
-    #[test]
-    fn bfloat16_with_adamw_is_eighteen_bytes_a_parameter_and_a_stage_in_passing() {
-        let layout = StateLayout {
+    /// Two stages that are trained whole, with AdamW in bfloat16.
+    fn two_stages() -> StateLayout {
+        StateLayout {
             stages: vec![100, 300],
             frozen: vec![0; 2],
             compute_bytes: 2,
             optimizer_tensors: 2,
             average_bytes: 0,
             micro_batches: 1,
-        };
+        }
+    }
+
+    #[test]
+    fn bfloat16_with_adamw_is_eighteen_bytes_a_parameter_and_a_stage_in_passing() {
+        let layout = two_stages();
         assert_eq!(
             layout.bytes_per_rank(Sharding::None, Offload::NONE, 8),
             400 * (2 + 4 + 8 + 4) + 300 * 2
@@ -211,14 +216,7 @@ mod tests {
 
     #[test]
     fn one_rank_has_nobody_to_share_with() {
-        let layout = StateLayout {
-            stages: vec![100, 300],
-            frozen: vec![0; 2],
-            compute_bytes: 4,
-            optimizer_tensors: 2,
-            average_bytes: 0,
-            micro_batches: 2,
-        };
+        let layout = StateLayout { compute_bytes: 4, micro_batches: 2, ..two_stages() };
         assert!(SHARDINGS.iter().all(|sharding| layout.bytes_per_rank(
             *sharding,
             Offload::NONE,
@@ -232,14 +230,7 @@ mod tests {
 
     #[test]
     fn only_gradient_sharding_saves_the_sums_of_many_micro_batches() {
-        let layout = StateLayout {
-            stages: vec![100, 300],
-            frozen: vec![0; 2],
-            compute_bytes: 4,
-            optimizer_tensors: 2,
-            average_bytes: 0,
-            micro_batches: 4,
-        };
+        let layout = StateLayout { compute_bytes: 4, micro_batches: 4, ..two_stages() };
         let bytes = |sharding| layout.bytes_per_rank(sharding, Offload::NONE, 8);
         assert_eq!(bytes(Sharding::Optimizer) - bytes(Sharding::Gradients), 4 * (400 - 51));
     }
@@ -249,10 +240,8 @@ mod tests {
         let layout = StateLayout {
             stages: vec![1000; 50],
             frozen: vec![0; 50],
-            compute_bytes: 2,
-            optimizer_tensors: 2,
-            average_bytes: 0,
             micro_batches: 2,
+            ..two_stages()
         };
         let bytes = SHARDINGS.map(|sharding| layout.bytes_per_rank(sharding, Offload::NONE, 64));
         assert!(bytes.is_sorted_by(|a, b| a > b), "{bytes:?}");
@@ -260,14 +249,7 @@ mod tests {
 
     #[test]
     fn a_frozen_parameter_is_what_is_computed_with_and_nothing_else() {
-        let layout = StateLayout {
-            stages: vec![0, 16],
-            frozen: vec![200, 600],
-            compute_bytes: 2,
-            optimizer_tensors: 2,
-            average_bytes: 0,
-            micro_batches: 1,
-        };
+        let layout = StateLayout { stages: vec![0, 16], frozen: vec![200, 600], ..two_stages() };
         let bytes = |sharding| layout.bytes_per_rank(sharding, Offload::NONE, 4);
         assert_eq!(bytes(Sharding::None), 400 * 2 + 16 * (2 + 4 + 8 + 4) + 16 * 2);
         let sharded = 4 * (4 + 8 + 4) + 16 * (2 + 4 + 4);
@@ -285,14 +267,7 @@ mod tests {
 
     #[test]
     fn judging_takes_the_state_and_no_gradient() {
-        let layout = StateLayout {
-            stages: vec![100, 300],
-            frozen: vec![0; 2],
-            compute_bytes: 2,
-            optimizer_tensors: 2,
-            average_bytes: 0,
-            micro_batches: 1,
-        };
+        let layout = two_stages();
         let bytes = |sharding, offload| layout.resting_bytes(sharding, offload, 8);
         let of_optimizer = Offload { optimizer: true, ..Offload::NONE };
         assert_eq!(bytes(Sharding::None, Offload::NONE), 400 * (2 + 4 + 8));
@@ -303,14 +278,7 @@ mod tests {
 
     #[test]
     fn offloading_the_optimizer_leaves_weights_gradients_and_one_stages_state() {
-        let layout = StateLayout {
-            stages: vec![100, 300],
-            frozen: vec![0; 2],
-            compute_bytes: 2,
-            optimizer_tensors: 2,
-            average_bytes: 0,
-            micro_batches: 1,
-        };
+        let layout = two_stages();
         let bytes = |offload| layout.bytes_per_rank(Sharding::None, offload, 1);
         let [activations, optimizer] =
             [Offloaded::Activations, Offloaded::Optimizer].map(|word| Offload::NONE.with(word));

@@ -17,13 +17,13 @@ use crate::run::checkpoint::SavedWeights;
 use crate::run::folder;
 use crate::run::locate::locate;
 use crate::run::lora::{AddedLora, AddedLoras};
-use crate::sample::base::base_config;
 use crate::sample::conditions::Origin;
 use crate::sample::generate::Plan;
 use crate::sample::outputs::{
     Files, Format, check_outputs, format_of, frames_per_second, write_samples,
 };
-use crate::sample::prompts::{Prompt, SampleSize, Studio, Words};
+use crate::sample::pretrained::pretrained_config;
+use crate::sample::prompts::{Prompt, PromptedPipeline, SampleSize, Words};
 
 /// Names of the arguments.
 const WORDS: Words = Words { pipeline: "--pipeline", size: "--size" };
@@ -135,7 +135,7 @@ fn source(request: &SampleRequest) -> Result<Source> {
         let what = "must be given, or --pipeline for the published model that is in it";
         return Err(Error::config("--run", what));
     };
-    Ok(Source { config: base_config(pipeline, &request.overrides)?, checkpoint: None })
+    Ok(Source { config: pretrained_config(pipeline, &request.overrides)?, checkpoint: None })
 }
 
 /// Returns the configuration with the options of this call.
@@ -190,15 +190,15 @@ fn by_conditions(request: &SampleRequest, source: &Source, config: &RunConfig) -
 fn by_prompts(request: &SampleRequest, source: &Source, config: &RunConfig) -> Result<()> {
     let usual = || usual_shape(request, config);
     let count = config.sampling.per_condition;
-    let studio = Studio::open(config, &request.prompts, count, WORDS, usual)?;
-    let shapes: Vec<&[i64]> = studio.shapes().collect();
-    let fps = frames_per_second(config, studio.family());
+    let prompted = PromptedPipeline::open(config, &request.prompts, count, WORDS, usual)?;
+    let shapes: Vec<&[i64]> = prompted.shapes().collect();
+    let fps = frames_per_second(config, prompted.family());
     let ffmpeg = request.ffmpeg.as_deref();
     let files = Files::new(&request.out, &shapes, fps, ffmpeg, &inputs(request))?;
-    studio.check(config)?;
-    let (loras, device) = opened(request, source, config, studio.tokens(config))?;
-    let studio = studio.on(device, config.model.dtype.kind());
-    let origins = studio.origins(config, &Solo)?;
+    prompted.check(config)?;
+    let (loras, device) = opened(request, source, config, prompted.tokens(config))?;
+    let prompted = prompted.on(device, config.model.dtype.kind());
+    let origins = prompted.origins(config, &Solo)?;
     let latents = {
         let replica = replica(request, source, &loras, device)?;
         generated(config, &origins, &replica, device)?
@@ -207,7 +207,7 @@ fn by_prompts(request: &SampleRequest, source: &Source, config: &RunConfig) -> R
     files.write_numbers(&latents, &sigmas)?;
     if files.are_decoded() {
         for (index, latents) in latents.iter().enumerate() {
-            files.write(index, &studio.frames(latents)?)?;
+            files.write(index, &prompted.frames(latents)?)?;
         }
     }
     Ok(())

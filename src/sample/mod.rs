@@ -10,11 +10,11 @@
 //! | `generate.rs` | the trajectory |
 //! | `outputs.rs` | the files that samples are written to |
 
-mod base;
 mod command;
 pub mod conditions;
 pub mod generate;
 mod outputs;
+mod pretrained;
 pub mod prompts;
 
 pub use command::{SampleRequest, sample};

@@ -18,7 +18,7 @@ const SECOND: &str = "transformer_2";
 /// # Errors
 /// [`Error::Config`] if the folder has no model of a known family, or one of two; an override that
 /// cannot be.
-pub(super) fn base_config(pipeline: &Path, overrides: &[String]) -> Result<RunConfig> {
+pub(super) fn pretrained_config(pipeline: &Path, overrides: &[String]) -> Result<RunConfig> {
     let shown = pipeline.display();
     if !pipeline.is_dir() {
         let what = format!("{shown} is no folder; expected that of a published pipeline");

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use fm_dist::collective::Solo;
+use fm_dist::datasets::About;
 use fm_dist::datasets::caches::{CacheFormat, ImportRequest, import};
 use fm_dist::encoding::Family;
 use fm_dist::error::Error;
@@ -53,9 +54,7 @@ fn request(from: CacheFormat, folder: &Path, out: &Path) -> ImportRequest {
         family: None,
         shard_bytes: 1 << 20,
         jobs: 1,
-        name: None,
-        source: None,
-        licence: None,
+        about: About::default(),
     }
 }
 

@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::path::Path;
 
 use fm_dist::data::Links;
+use fm_dist::datasets::About;
 use fm_dist::datasets::index::{IndexRequest, index};
 use fm_dist::error::Result;
 use fm_dist::files::safetensors::write;
@@ -44,8 +45,8 @@ fn write_data(folder: &Path, tensors: &Samples) {
         tensors.iter().map(|(key, tensor)| (*key, tensor)).collect();
     let mut file = File::create(folder.join("a.safetensors")).unwrap();
     write(&mut file, &borrowed, &BTreeMap::new()).unwrap();
-    let (folder, name, source, licence) = (folder.into(), None, None, None);
-    index(&IndexRequest { folder, links: Links::Inside, name, source, licence }).unwrap();
+    let (folder, about) = (folder.into(), About::default());
+    index(&IndexRequest { folder, links: Links::Inside, about }).unwrap();
 }
 
 fn plan(family: &Tiny, sets: &[&str]) -> Result<String> {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use fm_dist::collective::Solo;
 use fm_dist::data::{Caption, Dataset, TextPadding};
+use fm_dist::datasets::About;
 use fm_dist::datasets::caches::{CacheFormat, ImportRequest, Imported, import};
 use fm_dist::files::safetensors::SafeTensors;
 use fm_dist::run::Resume;
@@ -25,9 +26,7 @@ fn request(from: CacheFormat, sources: &[PathBuf], out: &Path) -> ImportRequest 
         // Several files.
         shard_bytes: 8 << 10,
         jobs: 2,
-        name: None,
-        source: None,
-        licence: None,
+        about: About::default(),
     }
 }
 

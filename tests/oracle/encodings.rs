@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use fm_dist::collective::Threads;
 use fm_dist::data::{DataType, Dataset, latents_key};
+use fm_dist::datasets::About;
 use fm_dist::datasets::encode::{EncodeRequest, encode};
 use fm_dist::datasets::pictures::{BucketOptions, CaptionOptions, FrameOptions, PictureOptions};
 use fm_dist::encoding::{Family, Pipeline};
@@ -178,9 +179,7 @@ impl Case {
             batch_tokens: 1100,
             shard_bytes: 200 << 10,
             jobs: 2,
-            name: None,
-            source: None,
-            licence: None,
+            about: About::default(),
         }
     }
 

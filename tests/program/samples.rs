@@ -10,16 +10,16 @@ use crate::runs::{finish, kill_at, mpirun, program, with_sets};
 use crate::threads::samples::{SAMPLED, pictures, samples};
 
 /// A folder with pictures as data, in which runs are made.
-struct Studio {
+struct Place {
     root: TempDir,
     data: String,
 }
 
-impl Studio {
+impl Place {
     fn new() -> Self {
         let root = TempDir::new().unwrap();
         let data = format!("data.path={}", pictures(root.path()).display());
-        Studio { root, data }
+        Place { root, data }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -68,28 +68,28 @@ fn size(file: &Path) -> (u32, u32) {
 
 #[test]
 fn prompts_become_a_picture_each_and_one_alone_is_the_same() {
-    let studio = Studio::new();
-    studio.trains("run", &["max_steps=2"]);
-    let out = studio.path("cat.png");
-    let numbers = studio.path("cat.safetensors");
-    let list = studio.path("prompts.jsonl");
+    let place = Place::new();
+    place.trains("run", &["max_steps=2"]);
+    let out = place.path("cat.png");
+    let numbers = place.path("cat.safetensors");
+    let list = place.path("prompts.jsonl");
     fs::write(&list, "{\"prompt\": \"blue\", \"seed\": 7, \"size\": \"24x16\"}\n").unwrap();
     let asked = ["--prompt", "red", "--prompt", "green", "--guidance", "2", "--negative", "grey"];
-    let (code, errors) = studio
+    let (code, errors) = place
         .samples("run", &[&asked[..], &["--prompts", path(&list), "--out", path(&out)]].concat());
     assert_eq!(code, 0, "{errors}");
-    let picture = |index: usize| studio.path(&format!("cat-{index}.png"));
+    let picture = |index: usize| place.path(&format!("cat-{index}.png"));
     assert_eq!([0, 1, 2].map(|index| size(&picture(index))), [(16, 16), (16, 16), (24, 16)]);
     assert!(!out.exists() && !picture(3).exists());
     // The second picture's seed is the first one's and one.
-    let alone = studio.path("alone.png");
+    let alone = place.path("alone.png");
     let asked = ["--prompt", "green", "--guidance", "2", "--negative", "grey", "--seed", "43"];
-    let (code, errors) = studio.samples("run", &[&asked[..], &["--out", path(&alone)]].concat());
+    let (code, errors) = place.samples("run", &[&asked[..], &["--out", path(&alone)]].concat());
     assert_eq!(code, 0, "{errors}");
     assert!(fs::read(&alone).unwrap() == fs::read(picture(1)).unwrap());
     // Latents beside pictures.
     let more = ["--prompt", "red", "--per-condition", "2", "--out", path(&out), "--out"];
-    let (code, errors) = studio.samples("run", &[&more[..], &[path(&numbers)]].concat());
+    let (code, errors) = place.samples("run", &[&more[..], &[path(&numbers)]].concat());
     assert_eq!(code, 0, "{errors}");
     let latents = fm_dist::files::safetensors::SafeTensors::open(&numbers).unwrap();
     assert_eq!(latents.read("samples").unwrap().size(), [2, 48, 4, 4]);
@@ -98,16 +98,16 @@ fn prompts_become_a_picture_each_and_one_alone_is_the_same() {
 
 #[test]
 fn what_cannot_be_sampled_is_refused_before_anything_is_computed() {
-    let studio = Studio::new();
-    studio.trains("run", &["max_steps=1", "sampling.prompts=[]"]);
-    let out = studio.path("a.png");
-    let list = studio.path("list.jsonl");
+    let place = Place::new();
+    place.trains("run", &["max_steps=1", "sampling.prompts=[]"]);
+    let out = place.path("a.png");
+    let list = place.path("list.jsonl");
     fs::write(&list, "{\"promt\": \"a cat\"}\n").unwrap();
-    let nowhere = studio.path("no/a.png");
-    let video = studio.path("a.mp4");
-    let numbers = studio.path("a.safetensors");
-    fs::create_dir(studio.path("b-1.png")).unwrap();
-    let taken = studio.path("b.png");
+    let nowhere = place.path("no/a.png");
+    let video = place.path("a.mp4");
+    let numbers = place.path("a.safetensors");
+    fs::create_dir(place.path("b-1.png")).unwrap();
+    let taken = place.path("b.png");
     let cat = ["--prompt", "a cat"];
     for (arguments, code, what) in [
         (vec!["--out", path(&out)], 40, "names no conditions to generate from; give a --prompt"),
@@ -134,7 +134,7 @@ fn what_cannot_be_sampled_is_refused_before_anything_is_computed() {
         ),
         (vec!["--negative", "a dog", "--out", path(&out)], 2, "required arguments"),
     ] {
-        let (found, errors) = studio.samples("run", &arguments);
+        let (found, errors) = place.samples("run", &arguments);
         assert_eq!(found, code, "{arguments:?}: {errors}");
         assert!(errors.contains(what), "{arguments:?}: {errors}");
     }
@@ -143,8 +143,8 @@ fn what_cannot_be_sampled_is_refused_before_anything_is_computed() {
 
 #[test]
 fn a_published_model_without_a_run_is_looked_for_in_its_folder() {
-    let studio = Studio::new();
-    let out = studio.path("a.png");
+    let place = Place::new();
+    let out = place.path("a.png");
     let sampled = |folder: &Path| {
         let arguments =
             ["sample", "--pipeline", path(folder), "--prompt", "a cat", "--out", path(&out)];
@@ -152,8 +152,8 @@ fn a_published_model_without_a_run_is_looked_for_in_its_folder() {
         assert_eq!(code, 50, "{errors}");
         errors
     };
-    assert!(sampled(&studio.path("none")).contains("none is no folder; expected that of a"));
-    let folder = studio.path("pipeline");
+    assert!(sampled(&place.path("none")).contains("none is no folder; expected that of a"));
+    let folder = place.path("pipeline");
     fs::create_dir(&folder).unwrap();
     assert!(sampled(&folder).contains("has no transformer/, the model to generate with"));
     for name in ["transformer", "transformer_2"] {
@@ -166,17 +166,17 @@ fn a_published_model_without_a_run_is_looked_for_in_its_folder() {
 
 #[test]
 fn samples_are_told_in_the_log_drawn_in_the_report_and_written_for_tensorboard() {
-    let studio = Studio::new();
-    let errors = studio.trains("run", &["log.tensorboard=true"]);
+    let place = Place::new();
+    let errors = place.trains("run", &["log.tensorboard=true"]);
     for text in ["[SAMPLES 0] 3 of prompts in ", "[SAMPLES 7] 3 of prompts in "] {
         assert!(errors.contains(text), "{text}: {errors}");
     }
-    let report = fs::read_to_string(studio.path("run/report.html")).unwrap();
+    let report = fs::read_to_string(place.path("run/report.html")).unwrap();
     for text in ["Samples over the run", "<th>a green picture</th>", "<th>step 0</th>"] {
         assert!(report.contains(text), "{text}");
     }
     assert_eq!(report.matches("<img alt=\"red, green, step ").count(), 4);
-    let events = fs::read_dir(studio.path("run/tensorboard")).unwrap().next().unwrap().unwrap();
+    let events = fs::read_dir(place.path("run/tensorboard")).unwrap().next().unwrap().unwrap();
     let events = fs::read(events.path()).unwrap();
     let tag = b"samples/1 a green picture";
     assert_eq!(events.windows(tag.len()).filter(|window| window == tag).count(), 4);
@@ -184,8 +184,8 @@ fn samples_are_told_in_the_log_drawn_in_the_report_and_written_for_tensorboard()
 
 #[test]
 fn check_plans_samples_and_refuses_what_a_run_would_refuse() {
-    let studio = Studio::new();
-    let (code, plan, errors) = finish(program(&words(&studio.arguments("check", "planned", &[]))));
+    let place = Place::new();
+    let (code, plan, errors) = finish(program(&words(&place.arguments("check", "planned", &[]))));
     assert_eq!(code, 0, "{errors}");
     for text in [
         "samples                3 prompts of 48 x 4 x 4 latents, every 3 steps",
@@ -212,27 +212,27 @@ fn check_plans_samples_and_refuses_what_a_run_would_refuse() {
         ),
     ] {
         for command in ["check", "train"] {
-            let errors = studio.refused(command, sets);
+            let errors = place.refused(command, sets);
             assert!(errors.contains(what), "{command} {sets:?}: {errors}");
         }
     }
-    assert!(!studio.path("refused").join("step-00000001").exists());
+    assert!(!place.path("refused").join("step-00000001").exists());
 }
 
 #[test]
 fn a_run_that_is_killed_amid_its_samples_goes_on_as_the_unbroken_one() {
-    let studio = Studio::new();
-    let (code, _, errors) = finish(mpirun(2, &words(&studio.arguments("train", "unbroken", &[]))));
+    let place = Place::new();
+    let (code, _, errors) = finish(mpirun(2, &words(&place.arguments("train", "unbroken", &[]))));
     assert_eq!(code, 0, "{errors}");
     let fault = ["checkpoint.asynchronous=false", "debug.inject_fault=\"sleep@0:6:sample:60\""];
-    let waiting = studio.arguments("train", "killed", &fault);
-    let mark: &'static str = format!("output_dir={}", studio.path("killed").display()).leak();
+    let waiting = place.arguments("train", "killed", &fault);
+    let mark: &'static str = format!("output_dir={}", place.path("killed").display()).leak();
     kill_at(mpirun(2, &words(&waiting)), "strikes at step 6", mark);
-    let mut resumed = studio.arguments("train", "killed", &[]);
+    let mut resumed = place.arguments("train", "killed", &[]);
     resumed.extend(["--resume".into(), "latest".into()]);
     let (code, _, errors) = finish(mpirun(2, &words(&resumed)));
     assert_eq!(code, 0, "{errors}");
-    let (killed, unbroken) = (samples(&studio.path("killed")), samples(&studio.path("unbroken")));
+    let (killed, unbroken) = (samples(&place.path("killed")), samples(&place.path("unbroken")));
     assert_eq!(killed.keys().collect::<Vec<_>>(), unbroken.keys().collect::<Vec<_>>());
     assert!(killed == unbroken);
 }

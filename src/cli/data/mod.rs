@@ -14,6 +14,7 @@ use super::files::say;
 use super::values::parse_word;
 use crate::collective::{self, Collective, Launch};
 use crate::data::Links;
+use crate::datasets::About;
 use crate::datasets::caches::{CacheFormat, ImportRequest, Imported, import};
 use crate::datasets::index::{IndexRequest, index};
 use crate::datasets::pack::{PackRequest, pack};
@@ -58,7 +59,7 @@ struct LinkArgs {
 
 /// Description of a new dataset.
 #[derive(Args, Debug)]
-struct About {
+struct AboutArgs {
     /// Name of the dataset; that of the folder if unset
     #[arg(long, value_name = "TEXT")]
     name: Option<String>,
@@ -103,7 +104,7 @@ struct ImportArgs {
     #[command(flatten)]
     output: Output,
     #[command(flatten)]
-    about: About,
+    about: AboutArgs,
 }
 
 #[derive(Args, Debug)]
@@ -114,7 +115,7 @@ struct IndexArgs {
     #[command(flatten)]
     links: LinkArgs,
     #[command(flatten)]
-    about: About,
+    about: AboutArgs,
 }
 
 #[derive(Args, Debug)]
@@ -149,6 +150,12 @@ struct ShowArgs {
     samples: Option<PathBuf>,
 }
 
+impl AboutArgs {
+    fn given(self) -> About {
+        About { name: self.name, source: self.source, licence: self.licence }
+    }
+}
+
 impl LinkArgs {
     fn choice(&self) -> Links {
         Links::followed(self.follow_links)
@@ -180,9 +187,7 @@ impl ImportArgs {
             out: output.out,
             shard_bytes: output.shard_size.as_u64(),
             jobs: output.jobs.into(),
-            name: about.name,
-            source: about.source,
-            licence: about.licence,
+            about: about.given(),
         };
         let made = |world: &dyn Collective| {
             let Imported { written, notes } = import(&request, world)?;
@@ -206,10 +211,10 @@ fn among_ranks(work: impl FnOnce(&dyn Collective) -> Result<String>) -> Result<i
 
 impl IndexArgs {
     fn run(self) -> Result<i32> {
-        let IndexArgs { folder, links, about: About { name, source, licence } } = self;
+        let IndexArgs { folder, links, about } = self;
         let shown = folder.display().to_string();
-        let links = links.choice();
-        say(&told(index(&IndexRequest { folder, links, name, source, licence })?, &shown))
+        let (links, about) = (links.choice(), about.given());
+        say(&told(index(&IndexRequest { folder, links, about })?, &shown))
     }
 }
 

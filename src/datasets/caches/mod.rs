@@ -27,8 +27,8 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::Description;
 use super::write::{WriteOptions, Written, write_dataset};
+use super::{About, Description};
 use crate::collective::Collective;
 use crate::collective::agreement::agreed;
 use crate::encoding::Family;
@@ -94,10 +94,7 @@ pub struct ImportRequest {
     pub family: Option<Family>,
     pub shard_bytes: u64,
     pub jobs: usize,
-    /// That of the first source if unset.
-    pub name: Option<String>,
-    pub source: Option<String>,
-    pub licence: Option<String>,
+    pub about: About,
 }
 
 /// A dataset that was made from caches.
@@ -148,15 +145,7 @@ fn prepared(request: &ImportRequest) -> Result<(Cache, Description, Vec<&'static
     }
     let family = agreed_family(&cached, request.family)?;
     let notes: BTreeSet<&str> = cached.iter().filter_map(|sample| sample.note).collect();
-    let real = first_source.canonicalize().unwrap_or_else(|_| first_source.clone());
-    let name = real.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let unknown = || "unknown".to_string();
-    let description = Description {
-        name: request.name.clone().unwrap_or(name),
-        source: request.source.clone().unwrap_or_else(unknown),
-        licence: request.licence.clone().unwrap_or_else(unknown),
-        data_type,
-    };
+    let description = request.about.describe(first_source, data_type);
     let cache = Cache::new(cached);
     if family == Some(Family::Flux2) {
         check_normalized(&cache, first_source)?;

@@ -32,7 +32,7 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
-use super::Description;
+use super::About;
 use super::pictures::{Found, PictureOptions, Pixels};
 use super::write::{FurtherFile, WriteOptions, Written, write_dataset};
 use crate::collective::Collective;
@@ -72,10 +72,7 @@ pub struct EncodeRequest {
     pub batch_tokens: u64,
     pub shard_bytes: u64,
     pub jobs: usize,
-    /// That of the pictures' folder if unset.
-    pub name: Option<String>,
-    pub source: Option<String>,
-    pub licence: Option<String>,
+    pub about: About,
 }
 
 /// A dataset that was made of pictures or videos.
@@ -123,22 +120,10 @@ pub fn encode(request: &EncodeRequest, collective: &dyn Collective) -> Result<En
         order: None,
         further,
     };
-    let written = write_dataset(&encoded, &description(request), &options, collective)?;
+    let description = request.about.describe(&request.pictures.folder, request.family.data_type);
+    let written = write_dataset(&encoded, &description, &options, collective)?;
     on_rank_zero(collective, || store.delete().map(|()| String::new()))?;
     Ok(EncodedDataset { written, notes: sources.found.notes() })
-}
-
-fn description(request: &EncodeRequest) -> Description {
-    let folder = &request.pictures.folder;
-    let real = folder.canonicalize().unwrap_or_else(|_| folder.clone());
-    let name = real.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let unknown = || "unknown".to_string();
-    Description {
-        name: request.name.clone().unwrap_or(name),
-        source: request.source.clone().unwrap_or_else(unknown),
-        licence: request.licence.clone().unwrap_or_else(unknown),
-        data_type: request.family.data_type,
-    }
 }
 
 /// All that is encoded, in its batches.

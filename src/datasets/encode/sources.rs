@@ -59,8 +59,8 @@ impl Sources {
             let medium = match media.get(content) {
                 Some(medium) => *medium,
                 None => {
-                    let described = Description { item, content, masks };
-                    self.media.push(described.medium(number, pipeline)?);
+                    let source = Source { item, content, masks };
+                    self.media.push(source.medium(number, pipeline)?);
                     media.insert(content, self.media.len() - 1);
                     self.media.len() - 1
                 }
@@ -107,13 +107,13 @@ fn examined(
 }
 
 /// A picture or video, and what its tensors are made of.
-struct Description<'i> {
+struct Source<'i> {
     item: &'i Item,
     content: &'i str,
     masks: bool,
 }
 
-impl Description<'_> {
+impl Source<'_> {
     /// Describes what it becomes.
     ///
     /// # Errors

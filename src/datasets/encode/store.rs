@@ -11,7 +11,7 @@ use tch::{Device, Tensor};
 use crate::collective::Collective;
 use crate::collective::agreement::{agree, known_to_all, on_rank_zero};
 use crate::data::DATASET_FILE;
-use crate::data::group::Layout;
+use crate::data::group::{Layout, SampleTensor};
 use crate::encoding::Conditions;
 use crate::error::{Error, Result};
 use crate::files::disk::Disk;
@@ -91,8 +91,8 @@ impl Store {
     /// Errors of reading.
     pub fn read(&self, row: &Row, layout: &Layout) -> Result<Conditions> {
         let file = SafeTensors::open(self.path(&row.file))?;
-        let read = |(key, tensor): (&String, &_)| {
-            let crate::data::group::SampleTensor { kind, shape, .. } = tensor;
+        let read = |(key, tensor): (&String, &SampleTensor)| {
+            let SampleTensor { kind, shape, .. } = tensor;
             let found = match shape.contains(&0) {
                 true => Tensor::empty(shape, (*kind, Device::Cpu)),
                 false => file.read(&name_of(row.number, key))?,

@@ -6,7 +6,6 @@ use std::path::PathBuf;
 
 use super::PictureOptions;
 use super::item::{Access, Examined, Item, Pixels};
-use crate::datasets::parallel::in_parallel;
 use crate::error::{Error, Result};
 use crate::media::video::Ffmpeg;
 use crate::media::{Limits, Size};
@@ -86,16 +85,6 @@ impl Found {
             }
             Err(other) => Err(other),
         }
-    }
-
-    /// Examines all items on `jobs` threads. Returns the sound ones, and the hash of each.
-    ///
-    /// # Errors
-    /// As [`Found::examine`] and [`Found::sound`].
-    pub fn examined(self, jobs: usize) -> Result<(Found, Vec<String>)> {
-        let indices: Vec<usize> = (0..self.items.len()).collect();
-        let examined = in_parallel(&indices, jobs, |index| self.examine(*index))?;
-        self.sound(examined)
     }
 
     /// Leaves out the damaged items; `examined` has what became of each. Returns the others, and the

@@ -126,17 +126,6 @@ pub enum Examined {
 }
 
 impl Item {
-    /// Returns the hash of one sample: of an item's content, a caption, and `treatment`, the
-    /// caller's words for everything else that its tensors depend on.
-    pub fn sample_hash(content: &str, caption: &str, treatment: &str) -> String {
-        let mut hash = Sha256::new();
-        for part in [content, caption, treatment] {
-            hash.update((part.len() as u64).to_le_bytes());
-            hash.update(part);
-        }
-        sha256::hex(hash)
-    }
-
     /// Reads the pixels; with `masks`, an item without a mask has one of 255.
     pub(super) fn read(&self, masks: bool, access: Access<'_>) -> Result<Pixels> {
         let pixels = self.medium.read(self.frames, access)?;

@@ -7,12 +7,12 @@
 //! | file | holds |
 //! |---|---|
 //! | `given.rs` | prompts as they are given: from the command line, a file, the configuration |
-//! | `studio.rs` | a pipeline with the samples that are asked of it |
+//! | `pipeline.rs` | a pipeline with the samples that are asked of it |
 //! | `texts.rs` | the texts of all samples, encoded once and padded as a batch's |
 
 mod given;
-mod studio;
+mod pipeline;
 mod texts;
 
 pub use given::{Prompt, SampleSize, read_prompts};
-pub use studio::{Studio, Words};
+pub use pipeline::{PromptedPipeline, Words};

@@ -38,12 +38,12 @@ struct Asked {
 }
 
 /// A pipeline with the samples that are asked of it, in order.
-pub struct Studio {
+pub struct PromptedPipeline {
     pipeline: Pipeline,
     asked: Vec<Asked>,
 }
 
-impl Studio {
+impl PromptedPipeline {
     /// Reads the pipeline's headers. `count`: the number of samples of each prompt; `usual`: the
     /// latents' shape where neither prompt nor configuration has a size.
     ///
@@ -77,7 +77,7 @@ impl Studio {
                 });
             }
         }
-        Ok(Studio { pipeline, asked })
+        Ok(PromptedPipeline { pipeline, asked })
     }
 
     /// Opens and checks what a run makes samples of while it trains; `None` if it has no prompts.
@@ -92,9 +92,9 @@ impl Studio {
         }
         let words = Words { pipeline: "sampling.pipeline", size: "sampling.size" };
         let usual = || Ok(dataset.latent_shape(dataset.sampled_group()));
-        let studio = Studio::open(config, &prompts, 1, words, usual)?;
-        studio.check(config)?;
-        Ok(Some(studio))
+        let prompted = PromptedPipeline::open(config, &prompts, 1, words, usual)?;
+        prompted.check(config)?;
+        Ok(Some(prompted))
     }
 
     /// Refuses prompts that the model cannot take, by the shapes of what they would be encoded as.
@@ -113,10 +113,10 @@ impl Studio {
         })
     }
 
-    /// Returns the studio with its networks computing in `kind` on `device`.
+    /// Returns the pipeline with its networks computing in `kind` on `device`.
     #[must_use]
     pub fn on(self, device: Device, kind: Kind) -> Self {
-        Studio { pipeline: self.pipeline.on(device, kind), ..self }
+        PromptedPipeline { pipeline: self.pipeline.on(device, kind), ..self }
     }
 
     /// Encodes all texts on rank 0, after which no network is in memory; returns the start of each

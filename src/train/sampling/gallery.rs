@@ -14,7 +14,7 @@ use crate::media::Picture;
 use crate::media::video::Ffmpeg;
 use crate::report::{HistoryCell, HistoryRow};
 use crate::run::checkpoint::{self, read_whole};
-use crate::sample::prompts::Studio;
+use crate::sample::prompts::PromptedPipeline;
 use crate::sample::{frames_per_second, is_video};
 
 /// Folder of all samples in the run folder.
@@ -47,12 +47,12 @@ struct List {
 impl Gallery {
     /// # Errors
     /// [`Error::Environment`] if there are videos to write and no ffmpeg.
-    pub fn new(run: &Path, config: &RunConfig, studio: &Studio) -> Result<Self> {
-        let has_videos = studio.shapes().any(is_video);
+    pub fn new(run: &Path, config: &RunConfig, prompted: &PromptedPipeline) -> Result<Self> {
+        let has_videos = prompted.shapes().any(is_video);
         Ok(Gallery {
             folder: run.join(FOLDER),
             prompts: config.sampling.prompts.clone(),
-            fps: frames_per_second(config, studio.family()) as f64,
+            fps: frames_per_second(config, prompted.family()) as f64,
             ffmpeg: has_videos.then(|| Ffmpeg::find(None)).transpose()?,
         })
     }

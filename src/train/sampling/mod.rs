@@ -30,12 +30,12 @@ use crate::parallel::Replica;
 use crate::pulse;
 use crate::sample::conditions::Origin;
 use crate::sample::generate::Plan;
-use crate::sample::prompts::Studio;
+use crate::sample::prompts::PromptedPipeline;
 use gallery::Gallery;
 
 /// Makes samples of a run's prompts.
 pub struct Sampler {
-    studio: Studio,
+    prompted: PromptedPipeline,
     /// The start of each sample: the conditions of its prompt, and its noise.
     origins: Vec<Origin>,
     gallery: Gallery,
@@ -46,7 +46,7 @@ impl Sampler {
     /// `None` if it has no prompts.
     ///
     /// # Errors
-    /// As [`Studio::of_run`] and [`Studio::origins`].
+    /// As [`PromptedPipeline::of_run`] and [`PromptedPipeline::origins`].
     ///
     /// # Ordering
     /// Every rank calls it.
@@ -57,11 +57,11 @@ impl Sampler {
         run: &Path,
         collective: &dyn Collective,
     ) -> Result<Option<Self>> {
-        let Some(studio) = Studio::of_run(config, dataset)? else { return Ok(None) };
-        let studio = studio.on(device, config.model.dtype.kind());
-        let gallery = Gallery::new(run, config, &studio)?;
-        let origins = studio.origins(config, collective)?;
-        Ok(Some(Sampler { studio, origins, gallery }))
+        let Some(prompted) = PromptedPipeline::of_run(config, dataset)? else { return Ok(None) };
+        let prompted = prompted.on(device, config.model.dtype.kind());
+        let gallery = Gallery::new(run, config, &prompted)?;
+        let origins = prompted.origins(config, collective)?;
+        Ok(Some(Sampler { prompted, origins, gallery }))
     }
 
     /// Generates the samples that are this rank's, each with its number; latents are
@@ -130,9 +130,9 @@ impl Sampler {
     fn keep(&self, step: u64, samples: &[(usize, Tensor)]) -> Result<()> {
         let kept = samples.iter().try_for_each(|(number, latents)| {
             pulse::still_at_work();
-            self.gallery.write(step, *number, &self.studio.frames(latents)?)
+            self.gallery.write(step, *number, &self.prompted.frames(latents)?)
         });
-        self.studio.unload();
+        self.prompted.unload();
         kept
     }
 }
@@ -158,11 +158,12 @@ mod tests {
             Threads::run(2, |rank| {
                 let words = Words { pipeline: "sampling.pipeline", size: "sampling.size" };
                 let usual = || Ok(vec![48, 2, 2]);
-                let studio = Studio::open(&config, &[Prompt::new("a cat")], 1, words, usual);
-                let studio = studio.expect("it needs no folder");
-                let gallery = Gallery::new(run.path(), &config, &studio).expect("no videos");
-                let origins = studio.origins(&config, rank).expect("no weights");
-                let sampler = Sampler { studio, origins, gallery };
+                let prompted =
+                    PromptedPipeline::open(&config, &[Prompt::new("a cat")], 1, words, usual);
+                let prompted = prompted.expect("it needs no folder");
+                let gallery = Gallery::new(run.path(), &config, &prompted).expect("no videos");
+                let origins = prompted.origins(&config, rank).expect("no weights");
+                let sampler = Sampler { prompted, origins, gallery };
                 let latents = Tensor::zeros([1, 48, 2, 2], (Kind::Float, Device::Cpu));
                 let own = if is_blocked { vec![] } else { vec![(rank.rank(), latents)] };
                 sampler.kept_together(3, &own, rank).expect("all ranks answer")
