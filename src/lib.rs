@@ -22,7 +22,7 @@
 //! | 2, science | [`adapter`] above [`flow`], [`tuning`] above [`model`] · [`encoding`] above [`autoencoder`], [`encoder`] · [`optim`] |
 //! | 2, machinery | [`parallel`] · [`watchdog`] |
 //! | 1 | [`published`] · [`report`] · [`attention`] above [`collective`] · [`data`] · [`lora`] · [`media`] · [`nn`] above [`ops`] · [`telemetry`] · [`tokenizer`] |
-//! | 0, each above those after it | [`files`] · [`failure`] · [`fault`], `registry` · [`cuda`], [`pulse`], [`settings`] · [`error`], [`libtorch`], `median`, [`phase`], [`rng`], [`tensor`] |
+//! | 0, each above those after it | [`files`] · [`failure`] · [`fault`], `registry` · [`cuda`], [`pulse`], [`settings`] · [`error`], [`folders`], [`libtorch`], `median`, [`phase`], [`rng`], [`tensor`] |
 //!
 //! # Letters in shapes
 //! `B` batch · `C` latent channels · `F` frames · `H`, `W` latent height and width · `L` tokens ·
@@ -54,6 +54,7 @@ pub mod failure;
 pub mod fault;
 pub mod files;
 pub mod flow;
+pub mod folders;
 pub mod libtorch;
 pub mod lora;
 pub mod media;

@@ -156,6 +156,9 @@ mod mpi {
     pub mod nccl;
     /// Worlds of NCCL that fail give up in time.
     pub mod nccl_failures;
+    /// The kernels of operations compute what libtorch's operators compute, with the bits of a CPU
+    /// where sums have one order.
+    pub mod operations;
     /// Programs under `mpirun` shard as threads do.
     mod sharding;
     /// Processes keep the contract over TCP and end together.

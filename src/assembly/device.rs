@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use tch::{Cuda, Device};
 
 use crate::assembly::attention::{choose_attention, tokens_of_data};
+use crate::assembly::kernels::verify_kernels;
 use crate::collective::agreement::agreed;
 use crate::collective::{Collective, Limits, Nccl, local_rank};
 use crate::config::RunConfig;
@@ -13,14 +14,14 @@ use crate::error::{Error, Result};
 use crate::flow::Note;
 use crate::nn::Tokens;
 use crate::nn::attention::open_on;
-use crate::ops;
+use crate::ops::{self, Kernels};
 use crate::parallel::{Backend, DeviceChoice};
 
 /// A rank's device, with an NCCL communicator if the launcher's world cannot carry the device's
 /// tensors.
 pub struct RankDevice {
     pub device: Device,
-    /// Lines for the log: the backends of attention, and how they were chosen.
+    /// Lines for the log: the backends of attention and how they were chosen, and kernels that are left out.
     pub notes: Vec<Note>,
     nccl: Option<Nccl>,
 }
@@ -59,7 +60,7 @@ impl RankDevice {
     }
 }
 
-/// A rank's device, and what the log says of attention on it.
+/// A rank's device, and what the log says of attention and kernels on it.
 pub struct OpenedDevice {
     pub device: Device,
     pub notes: Vec<Note>,
@@ -79,8 +80,7 @@ impl OpenedDevice {
 /// use the configured kernels. `samples`: the tokens of the samples that will be computed.
 ///
 /// # Errors
-/// As [`RankDevice::open`]; [`Error::Environment`] if a single pass on the GPU computes anything
-/// but what libtorch's operators compute.
+/// As [`RankDevice::open`].
 ///
 /// # Ordering
 /// Every rank of `world` calls it, after it has set libtorch's number of threads.
@@ -94,8 +94,10 @@ pub fn device(
         DeviceChoice::Cpu => Ok(OpenedDevice { device: Device::Cpu, notes: Vec::new() }),
         DeviceChoice::Cuda => {
             let number = local_rank(world)?;
-            let notes = choose_attention(config, samples, number, world)?;
-            Ok(OpenedDevice { device: agreed(gpu(number), world)?, notes })
+            let mut notes = choose_attention(config, samples, number, world)?;
+            let device = agreed(gpu(number), world)?;
+            notes.extend(verify_kernels(config.compute.kernels, device, world)?);
+            Ok(OpenedDevice { device, notes })
         }
     }
 }
@@ -125,7 +127,11 @@ pub fn open_libraries(config: &RunConfig) -> Result<()> {
 pub fn plain_device(choice: DeviceChoice, world: &dyn Collective) -> Result<Device> {
     match choice {
         DeviceChoice::Cpu => Ok(Device::Cpu),
-        DeviceChoice::Cuda => agreed(local_rank(world).and_then(gpu), world),
+        DeviceChoice::Cuda => {
+            let device = agreed(local_rank(world).and_then(gpu), world)?;
+            let notes = verify_kernels(Kernels::Fused, device, world)?;
+            Ok(OpenedDevice { device, notes }.without_log())
+        }
     }
 }
 
@@ -141,6 +147,5 @@ fn gpu(number: usize) -> Result<Device> {
     cuda::health::watch(number);
     let device = Device::Cuda(number);
     open_on(device);
-    ops::verify(device).map_err(Error::environment)?;
     Ok(device)
 }

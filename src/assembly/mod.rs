@@ -3,6 +3,7 @@
 
 pub mod attention;
 pub mod device;
+mod kernels;
 pub mod validation;
 
 use std::path::Path;

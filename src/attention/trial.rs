@@ -8,9 +8,9 @@ use super::child::Request;
 use super::machine::Machine;
 use super::outcome::{Outcome, Tried};
 use super::process::{self, Limits};
-use crate::collective::user_cache_folder;
 use crate::fault;
 use crate::files::cache::Cache;
+use crate::folders;
 use crate::libtorch::AttentionBackend;
 use crate::pulse;
 
@@ -63,7 +63,7 @@ impl Trial {
             program: THIS_PROGRAM.into(),
             gpu: Some(number),
             limits: Limits::default(),
-            cache: user_cache_folder().map(|folder| Cache::new(&folder.join(CACHE_FOLDER), KIND)),
+            cache: folders::cache().map(|folder| Cache::new(&folder.join(CACHE_FOLDER), KIND)),
             machine: Machine::here(),
             fault: fault::ordered().map(ToString::to_string),
         }

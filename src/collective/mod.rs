@@ -19,7 +19,6 @@ mod tcp;
 mod texts;
 mod threads;
 
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
@@ -133,8 +132,8 @@ impl Work {
 }
 
 /// Reads from the launcher's environment variables how this process was started. Only this
-/// function, [`launched_rank`], [`job`], [`connect`], [`user_cache_folder`] and
-/// [`without_launcher`] read environment variables in this crate.
+/// function, [`launched_rank`], [`job`], [`connect`], [`without_launcher`] and
+/// [`folders`](crate::folders) read environment variables in this crate.
 ///
 /// # Errors
 /// [`Error::Environment`] if a launcher's variable does not hold a number.
@@ -156,17 +155,6 @@ pub fn launched_rank() -> Option<usize> {
 /// requeues the job.
 pub fn job() -> Option<String> {
     variable("SLURM_JOB_ID")
-}
-
-/// Returns the user's folder for what programs keep between runs and can lose: `XDG_CACHE_HOME`,
-/// or `.cache` in the home folder. `None` where neither is an absolute path.
-pub fn user_cache_folder() -> Option<PathBuf> {
-    cache_folder_among(variable)
-}
-
-fn cache_folder_among(variable: impl Fn(&str) -> Option<String>) -> Option<PathBuf> {
-    let absolute = |name| variable(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))
 }
 
 /// Removes the launcher's variables from the environment of a child, which then is no rank: it

@@ -18,7 +18,7 @@ use crate::attention::{
 use crate::collective;
 use crate::cuda::system;
 use crate::libtorch::{self, AttentionBackend};
-use crate::ops;
+use crate::ops::{self, Unfit, Verified};
 
 /// Oldest Linux driver branch that CUDA 13 supports. Source: NVIDIA, CUDA 13.0 release notes, table
 /// 3.
@@ -208,13 +208,13 @@ fn cpu_item() -> Item {
 }
 
 /// Single passes beside libtorch's operators, on this CPU.
-fn operations_item(verified: Result<usize, String>) -> Item {
-    match verified {
-        Ok(cases) => Item::ok(
+fn operations_item(Verified { cases, unfit }: Verified) -> Item {
+    match unfit.first() {
+        None => Item::ok(
             "operations",
             format!("compute what libtorch computes, {cases} cases on the CPU"),
         ),
-        Err(what) => Item {
+        Some(Unfit { what, .. }) => Item {
             verdict: Verdict::Wrong,
             name: "operations",
             text: format!("{what}; train with compute.kernels = \"plain\", and report it"),
@@ -265,7 +265,8 @@ mod tests {
 
     #[test]
     fn an_operation_that_is_wrong_spoils_the_report() {
-        let item = operations_item(Err("rms_norm of [3]: off".into()));
+        let unfit = vec![Unfit { operation: "rms_norm", what: "rms_norm of [3]: off".into() }];
+        let item = operations_item(Verified { cases: 0, unfit });
         assert!(matches!(item.verdict, Verdict::Wrong));
         let line = item.to_string();
         assert!(

@@ -4,9 +4,10 @@
 //! Only cudarc's raw layer is used: its safe layer synchronizes in places, and owns what libtorch
 //! already owns.
 
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::ptr::null_mut;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use cudarc::driver::sys;
@@ -248,43 +249,70 @@ impl Drop for Event {
     }
 }
 
-/// A kernel that is loaded on a device.
-pub struct Function {
-    raw: sys::CUfunction,
-    /// Bytes of each parameter, as the kernel's code expects them.
-    parameters: Vec<usize>,
-    module: Module,
-}
-
 /// Machine code in a device's memory.
-struct Module {
+pub struct Module {
     raw: sys::CUmodule,
     device: Device,
 }
 
-impl Function {
-    /// Loads the function `name` of an image for `device`.
-    pub fn load(image: &[u8], name: &CStr, device: Device) -> Outcome<Self> {
+/// A kernel of a module.
+pub struct Function {
+    raw: sys::CUfunction,
+    /// Bytes of each parameter, as the kernel's code expects them.
+    parameters: Vec<usize>,
+    module: Arc<Module>,
+}
+
+// SAFETY: the driver takes its handles from any thread whose current context is theirs; each
+// function here that takes one makes it current.
+unsafe impl Send for Module {}
+// SAFETY: as above; nothing in here changes.
+unsafe impl Sync for Module {}
+// SAFETY: as above.
+unsafe impl Send for Function {}
+// SAFETY: as above; nothing in here changes.
+unsafe impl Sync for Function {}
+
+/// How many threads run a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grid {
+    pub blocks: u32,
+    /// Threads of a block.
+    pub threads: u32,
+    /// Bytes of memory that the threads of a block share.
+    pub block_bytes: u32,
+}
+
+/// Bytes of a block's memory that a kernel gets without asking for more.
+const USUAL_BLOCK_BYTES: u32 = 48 << 10;
+
+impl Module {
+    /// Loads an image of machine code for `device`.
+    pub fn load(image: &[u8], device: Device) -> Outcome<Arc<Self>> {
         let mut raw = null_mut();
         // SAFETY: the device is current, the image contains its own length, the driver copies it,
         // and the result is written to a live pointer.
         check("cuModuleLoadData", unsafe {
             sys::cuModuleLoadData(&mut raw, image.as_ptr().cast())
         })?;
-        let module = Module { raw, device };
-        let mut raw = null_mut();
+        Ok(Arc::new(Module { raw, device }))
+    }
+
+    /// Returns the kernel of this name.
+    pub fn function(self: &Arc<Self>, name: &str) -> Outcome<Function> {
+        self.device.make_current()?;
+        let (mut raw, text) = (null_mut(), CString::new(name).expect("names have no zeros"));
         // SAFETY: the module is loaded, the name is zero-terminated, and the result is written to a
         // live pointer.
         check("cuModuleGetFunction", unsafe {
-            sys::cuModuleGetFunction(&mut raw, module.raw, name.as_ptr())
-        })?;
-        Ok(Function { raw, parameters: parameters(raw)?, module })
+            sys::cuModuleGetFunction(&mut raw, self.raw, text.as_ptr())
+        })
+        .map_err(|what| format!("{name}: {what}"))?;
+        Ok(Function { raw, parameters: parameters(raw)?, module: self.clone() })
     }
+}
 
-    pub fn device(&self) -> &Device {
-        &self.module.device
-    }
-
+impl Function {
     /// Launches the function in the compute stream, after all work that libtorch has queued.
     /// `arguments` are the address and the size of each argument; the driver copies them during the
     /// call.
@@ -295,18 +323,17 @@ impl Function {
     /// # Safety
     /// The kernel must access only memory that stays allocated for it until the stream has
     /// completed it.
-    pub unsafe fn launch(
-        &self,
-        blocks: u32,
-        threads: u32,
-        arguments: &[(*const c_void, usize)],
-    ) -> Outcome<()> {
+    pub unsafe fn launch(&self, grid: Grid, arguments: &[(*const c_void, usize)]) -> Outcome<()> {
         let sizes: Vec<usize> = arguments.iter().map(|(_, size)| *size).collect();
         assert_eq!(sizes, self.parameters, "bytes of the arguments and of the kernel's parameters");
-        self.device().make_current()?;
+        self.module.device.make_current()?;
+        if grid.block_bytes > USUAL_BLOCK_BYTES {
+            self.allow_block_bytes(grid.block_bytes)?;
+        }
         let mut addresses: Vec<*mut c_void> =
             arguments.iter().map(|(address, _)| address.cast_mut()).collect();
         let (stream, addresses) = (Stream::COMPUTE.raw, addresses.as_mut_ptr());
+        let Grid { blocks, threads, block_bytes } = grid;
         // SAFETY: the function belongs to the current device; each address points to as many bytes
         // as its parameter takes; the caller guarantees the kernel's memory accesses.
         let code = unsafe {
@@ -318,13 +345,21 @@ impl Function {
                 threads,
                 1,
                 1,
-                0,
+                block_bytes,
                 stream,
                 addresses,
                 null_mut(),
             )
         };
         check("cuLaunchKernel", code)
+    }
+
+    fn allow_block_bytes(&self, bytes: u32) -> Outcome<()> {
+        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: the function's module is loaded on the current device.
+        check("cuFuncSetAttribute", unsafe {
+            sys::cuFuncSetAttribute(self.raw, attribute, bytes as c_int)
+        })
     }
 }
 

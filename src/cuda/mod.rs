@@ -11,14 +11,17 @@ mod elementwise;
 mod from_host;
 pub mod health;
 pub mod nvrtc;
+mod program;
 pub mod system;
 
 use std::ffi::{CStr, c_char};
 
 pub(crate) use driver::Event;
-pub use elementwise::{Argument, Elementwise, Source};
+pub use driver::Grid;
+pub use elementwise::{Elementwise, Source};
 pub(crate) use from_host::FromHost;
 pub use from_host::PinnedMemory;
+pub use program::{Argument, Program, THREADS, Text};
 
 use crate::error::{Error, Result};
 

@@ -6,6 +6,7 @@ mod flux;
 mod flux2;
 mod hunyuan_video15;
 mod joint;
+mod mistaken;
 mod qwen_image;
 mod settings;
 mod wan;

@@ -21,11 +21,12 @@ choice! {
 }
 
 /// Conditions under which a process computes its operations.
-#[derive(Clone, Copy)]
 struct Decision {
     kernels: Kernels,
     /// Threads among which libtorch's operators divide their work.
     threads: i32,
+    /// Operations whose single pass on a GPU is not taken.
+    left_out: Vec<String>,
 }
 
 /// Unset before the first operation.
@@ -57,13 +58,19 @@ pub fn choose(kernels: Kernels) {
     *held(&DECISION) = Some(Decision::now(kernels));
 }
 
-/// The single passes that the process takes on `device`.
-pub fn pass_on(device: Device) -> Option<Pass> {
-    decision().pass_on(device).ok()
+/// Leaves out the single passes of these operations on GPUs: [`verify`](super::verify) found them
+/// to be wrong, here or on another rank.
+pub fn leave_out(operations: impl IntoIterator<Item = String>) {
+    decided(|decision| decision.left_out.extend(operations));
 }
 
-fn decision() -> Decision {
-    *held(&DECISION).get_or_insert_with(|| Decision::now(Kernels::Fused))
+/// The single pass of an operation that the process takes on `device`.
+pub fn pass_of(operation: &'static str, device: Device) -> Option<Pass> {
+    decided(|decision| decision.pass_of(operation, device))
+}
+
+fn decided<T>(ask: impl FnOnce(&mut Decision) -> T) -> T {
+    ask(held(&DECISION).get_or_insert_with(|| Decision::now(Kernels::Fused)))
 }
 
 /// A panic of another thread leaves no broken state behind.
@@ -73,12 +80,19 @@ fn held<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Decision {
     fn now(kernels: Kernels) -> Self {
-        Decision { kernels, threads: tch::get_num_threads() }
+        Decision { kernels, threads: tch::get_num_threads(), left_out: Vec::new() }
+    }
+
+    fn pass_of(&self, operation: &'static str, device: Device) -> Option<Pass> {
+        let pass = self.pass_on(device).ok()?;
+        let is_left_out =
+            pass == Pass::Cuda && self.left_out.iter().any(|left_out| left_out == operation);
+        (!is_left_out).then_some(pass)
     }
 
     /// The single passes of `device`, or the reason for taking none. Asked with each operation, so
     /// that words for the reason are made elsewhere.
-    fn pass_on(self, device: Device) -> Result<Pass, Refusal> {
+    fn pass_on(&self, device: Device) -> Result<Pass, Refusal> {
         match (self.kernels, Pass::on(device)) {
             (Kernels::Plain, _) => Err(Refusal::Configured),
             (Kernels::Fused, None) => Err(Refusal::NoPass(device)),
@@ -115,10 +129,17 @@ impl fmt::Display for Refusal {
 
 /// Says for the log how operations are computed on `device`.
 pub fn way(device: Device) -> String {
-    match decision().pass_on(device) {
+    decided(|decision| match decision.pass_on(device) {
         Ok(Pass::Cpu) => "operations in a single pass over memory each, on one thread".into(),
+        Ok(Pass::Cuda) if decision.left_out.is_empty() => {
+            "operations in a single pass over memory each, by own kernels".into()
+        }
+        Ok(Pass::Cuda) => format!(
+            "operations in a single pass over memory each, by own kernels; left to libtorch's operators: {}",
+            decision.left_out.join(", ")
+        ),
         Err(why) => format!("operations by libtorch's operators: {why}"),
-    }
+    })
 }
 
 /// Counts an operation that a single pass took, or did not for a reason.
@@ -169,10 +190,25 @@ mod tests {
 
     use Kernels::{Fused, Plain};
 
+    fn decision(kernels: Kernels, threads: i32) -> Decision {
+        Decision { kernels, threads, left_out: Vec::new() }
+    }
+
+    #[test]
+    fn a_gpu_takes_kernels_but_those_that_are_left_out() {
+        let mut decision = decision(Fused, 4);
+        let gpu = Device::Cuda(1);
+        assert_eq!(decision.pass_of("rotation", gpu), Some(Pass::Cuda));
+        decision.left_out.push("rotation".into());
+        assert_eq!(decision.pass_of("rotation", gpu), None);
+        assert_eq!(decision.pass_of("gelu_tanh", gpu), Some(Pass::Cuda));
+        decision.threads = 1;
+        assert_eq!(decision.pass_of("rotation", Device::Cpu), Some(Pass::Cpu));
+    }
+
     #[test]
     fn a_cpu_with_one_thread_takes_single_passes() {
-        let decision = Decision { kernels: Fused, threads: 1 };
-        assert_eq!(decision.pass_on(Device::Cpu), Ok(Pass::Cpu));
+        assert_eq!(decision(Fused, 1).pass_on(Device::Cpu), Ok(Pass::Cpu));
     }
 
     #[test]
@@ -181,10 +217,9 @@ mod tests {
             (Plain, 1, Device::Cpu, "compute.kernels = \"plain\""),
             (Plain, 4, Device::Cuda(0), "compute.kernels = \"plain\""),
             (Fused, 4, Device::Cpu, "they divide their work among parallel.num_threads = 4,"),
-            (Fused, 4, Device::Cuda(1), "there is no single pass for Cuda(1)"),
-            (Fused, 1, Device::Cuda(1), "there is no single pass for Cuda(1)"),
+            (Fused, 4, Device::Mps, "there is no single pass for Mps"),
         ] {
-            let why = Decision { kernels, threads }.pass_on(device).expect_err("plain operators");
+            let why = decision(kernels, threads).pass_on(device).expect_err("plain operators");
             let why = why.to_string();
             assert!(why.starts_with(words), "{kernels:?} {threads} {device:?}: {why}");
         }

@@ -11,10 +11,7 @@
 //! | `mod.rs` | meaning, shapes, source; the implementation of [`Operation`] |
 //! | `plain.rs` | the operation by libtorch's operators, on any device: what every pass must give |
 //! | `cpu.rs` | the single pass over a CPU's memory, by `lanes`, with its gradient |
-//!
-//! A GPU's pass belongs beside them: the variant of [`Pass`] that it adds makes the compiler name
-//! every operation that does not answer for it yet. `cpu.rs` is then what its bits are compared
-//! with.
+//! | `cuda.rs`, `kernel.cu` | the pass over a GPU's memory, by `launch`; its bits are those of `cpu.rs` wherever sums have one order |
 //!
 //! # To add an operation
 //! 1. Make its folder and declare it below. Its type is `Copy`; settings (epsilon, [`Rounding`])
@@ -22,8 +19,8 @@
 //! 2. Add one line to the list in `operations!`.
 //! 3. Let [`Operation::cases`] reach every branch: both kinds, each setting, a few shapes.
 //!
-//! [`verify`] then compares it with `plain.rs`, forward and backward: in the tests, when a run
-//! starts on a GPU, and in `fm-dist doctor`.
+//! [`verify`] then compares it with `plain.rs`, forward and backward: in the tests, and when a
+//! program begins to compute on a GPU, which leaves out what differs.
 
 pub mod autograd;
 mod choice;
@@ -31,6 +28,7 @@ mod dense_gradient;
 mod gated_residual;
 mod gelu_tanh;
 mod lanes;
+mod launch;
 mod modulated_norm;
 mod modulation;
 mod patches;
@@ -39,13 +37,17 @@ mod rotation;
 mod rounding;
 mod verify;
 
-pub use choice::{Kernels, choose, fallbacks, way};
+pub use choice::{Kernels, choose, fallbacks, leave_out, way};
 pub use dense_gradient::with_dense_gradient;
 pub use patches::{FeatureOrder, Patch, grid};
 pub use rounding::{Rounding, at_least_float};
-pub use verify::{Case, drawn, verify};
+pub use verify::{
+    Case, Unfit, Verified, differentiated_by, drawn, verify, verify_by, verify_cases,
+};
 
 use tch::{Device, Kind, Tensor};
+
+use crate::cuda::Text;
 
 use autograd::custom_gradient;
 
@@ -54,11 +56,19 @@ macro_rules! operations {
     ($($folder:ident::$operation:ident,)+) => {
         $(pub use $folder::$operation;)+
 
-        /// Verifies every operation by `pass` on `device`; returns the number of cases.
-        fn verify_each(pass: Pass, device: Device) -> Result<usize, String> {
-            let mut cases = 0;
-            $(cases += verify::verify_one(pass, device, &$operation::cases())?;)+
-            Ok(cases)
+        /// Verifies every operation by `pass` on `device`.
+        fn verify_each(pass: Pass, device: Device) -> Verified {
+            let mut verified = Verified::default();
+            $(verified.add($operation::NAME, verify::verify_one::<$operation, _>(pass, device));)+
+            verified
+        }
+
+        /// Returns the texts of all kernels, each once.
+        pub fn kernel_texts() -> Vec<Text> {
+            let mut texts = vec![launch::COLUMN_SUMS.text()];
+            $(texts.push($operation::kernels().text());)+
+            texts.dedup_by_key(|text| text.file);
+            texts
         }
 
         /// Paths of the operations' types.
@@ -84,12 +94,26 @@ operations! {
 pub enum Pass {
     /// Loops over vectors, on the thread that calls.
     Cpu,
+    /// Kernels of our own.
+    Cuda,
 }
 
 impl Pass {
     /// The passes of `device`, if there are any.
     fn on(device: Device) -> Option<Self> {
-        (device == Device::Cpu).then_some(Pass::Cpu)
+        match device {
+            Device::Cpu => Some(Pass::Cpu),
+            Device::Cuda(_) => Some(Pass::Cuda),
+            _ => None,
+        }
+    }
+
+    /// Checks that the pass can count the numbers of all inputs.
+    fn counts<const N: usize>(self, inputs: [&Tensor; N]) -> Result<(), Misfit> {
+        match self {
+            Pass::Cpu => Ok(()),
+            Pass::Cuda => inputs.into_iter().try_for_each(launch::is_counted),
+        }
     }
 }
 
@@ -114,6 +138,9 @@ pub trait Operation<const N: usize>: Copy + Send + 'static {
     /// differentiably. In f64 it is the truth that passes are compared with.
     fn plain(&self, inputs: [&Tensor; N]) -> Tensor;
 
+    /// The kernels of its pass on a GPU.
+    fn kernels() -> &'static launch::KernelFile;
+
     /// Checks that `pass` knows these kinds and shapes. All inputs are on its device, and the first
     /// is not empty and of float32 or bfloat16.
     ///
@@ -136,8 +163,10 @@ pub trait Operation<const N: usize>: Copy + Send + 'static {
 /// Computes `operation` in a single pass where one exists for the inputs' device, takes them, and
 /// [`choose`] allows it; by libtorch's operators otherwise, which is counted.
 pub fn apply<O: Operation<N>, const N: usize>(operation: O, inputs: [&Tensor; N]) -> Tensor {
-    let Some(pass) = choice::pass_on(inputs[0].device()) else { return operation.plain(inputs) };
-    let misfit = fits(inputs).and_then(|()| operation.takes(pass, inputs)).err();
+    let Some(pass) = choice::pass_of(O::NAME, inputs[0].device()) else {
+        return operation.plain(inputs);
+    };
+    let misfit = fits(operation, pass, inputs).err();
     choice::count(O::NAME, misfit);
     match misfit {
         Some(_) => operation.plain(inputs),
@@ -145,8 +174,12 @@ pub fn apply<O: Operation<N>, const N: usize>(operation: O, inputs: [&Tensor; N]
     }
 }
 
-/// Checks what holds for every operation.
-fn fits<const N: usize>(inputs: [&Tensor; N]) -> Result<(), Misfit> {
+/// Checks that a pass takes these inputs: what holds for every operation, and the operation's own.
+fn fits<O: Operation<N>, const N: usize>(
+    operation: O,
+    pass: Pass,
+    inputs: [&Tensor; N],
+) -> Result<(), Misfit> {
     let first = inputs[0];
     if inputs.iter().any(|input| input.device() != first.device()) {
         Err(Misfit::Devices)
@@ -155,7 +188,8 @@ fn fits<const N: usize>(inputs: [&Tensor; N]) -> Result<(), Misfit> {
     } else if first.numel() == 0 {
         Err(Misfit::Empty)
     } else {
-        Ok(())
+        pass.counts(inputs)?;
+        operation.takes(pass, inputs)
     }
 }
 

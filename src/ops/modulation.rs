@@ -3,7 +3,7 @@
 use tch::{Kind, Tensor};
 
 use super::lanes::LANES;
-use super::{Misfit, Rounding};
+use super::{Misfit, Pass, Rounding};
 use crate::tensor::Element;
 
 /// Kind of the tokens, rounding, and the error that a few roundings cause, to verify.
@@ -36,11 +36,17 @@ fn modulation_kind(kind: Kind, rounding: Rounding) -> Kind {
 }
 
 /// Checks tokens `x` `[B, L, D]` and a modulation of them, `[B, 1, D]` for each sample or `[D]` for
-/// all: rows must be whole vectors, and the modulation's kind is that of the intermediate numbers.
-pub fn takes(rounding: Rounding, x: &Tensor, modulation: &Tensor) -> Result<(), Misfit> {
+/// all. Its kind is that of the intermediate numbers; on a CPU rows must be whole vectors.
+pub fn takes(
+    pass: Pass,
+    rounding: Rounding,
+    x: &Tensor,
+    modulation: &Tensor,
+) -> Result<(), Misfit> {
     let (batch, _, width) = x.size3().map_err(|_| Misfit::Shape)?;
     let shapes = [vec![batch, 1, width], vec![width]];
-    if !shapes.contains(&modulation.size()) || width % LANES as i64 != 0 {
+    let is_whole = pass != Pass::Cpu || width % LANES as i64 == 0;
+    if !shapes.contains(&modulation.size()) || !is_whole {
         return Err(Misfit::Shape);
     }
     if modulation.kind() == modulation_kind(x.kind(), rounding) {
@@ -50,9 +56,19 @@ pub fn takes(rounding: Rounding, x: &Tensor, modulation: &Tensor) -> Result<(), 
     }
 }
 
+/// Numbers of a row of `x` `[B, L, D]`.
+pub fn row_width(x: &Tensor) -> i64 {
+    *x.size().last().expect("[B, L, D]")
+}
+
 /// Vectors of a row of `x` `[B, L, D]`.
 pub fn vectors_of_row(x: &Tensor) -> usize {
-    *x.size().last().expect("[B, L, D]") as usize / LANES
+    row_width(x) as usize / LANES
+}
+
+/// Rows of `x` `[B, L, D]` that share a row of its modulation.
+pub fn sharing(x: &Tensor, modulation: &Tensor) -> i64 {
+    (x.numel() / modulation.numel()) as i64
 }
 
 /// The gradient of a modulation as a tensor of its shape and kind `M`.

@@ -29,13 +29,19 @@ const KERNEL: &str = include_str!("../../src/optim/adamw/kernel.cu");
 /// Of A100, of H100 and H200, of B200.
 const ARCHITECTURES: [u8; 3] = [80, 90, 100];
 
-/// A library of kernels for CPUs, made from a text.
-fn on_host(folder: &Path, kernel: &str) -> PathBuf {
-    let (text, library) = (folder.join("kernel.cu"), folder.join("kernels.so"));
+/// A library of AdamW's kernel for CPUs, made from a text.
+fn adamw_on_host(folder: &Path, kernel: &str) -> PathBuf {
+    let text = folder.join("kernel.cu");
     fs::write(&text, kernel).unwrap();
+    on_host(folder, "adamw.cpp", &format!("-DKERNEL=\"{}\"", text.display()))
+}
+
+/// A library of kernels for CPUs: `program` includes their texts, which `definition` names.
+pub fn on_host(folder: &Path, program: &str, definition: &str) -> PathBuf {
+    let library = folder.join("kernels.so");
     let mut compiler = Command::new("g++");
     compiler.args([
-        "-std=c++17",
+        "-std=c++20",
         "-O1",
         "-ffp-contract=off",
         "-fno-strict-aliasing",
@@ -44,9 +50,7 @@ fn on_host(folder: &Path, kernel: &str) -> PathBuf {
         "-shared",
         "-fPIC",
     ]);
-    compiler
-        .arg(format!("-DKERNEL=\"{}\"", text.display()))
-        .arg(project("tests/nccl_double/kernels/adamw.cpp"));
+    compiler.arg(definition).arg(project("tests/nccl_double/kernels").join(program));
     assert!(
         compiler.arg("-o").arg(&library).status().expect("g++ runs").success(),
         "the kernel is no C++"
@@ -58,10 +62,13 @@ fn on_host(folder: &Path, kernel: &str) -> PathBuf {
 /// what is compiled.
 fn doubled(program: &str, kernel: &str, switches: &[(&str, &str)]) -> Outcome {
     let folder = TempDir::new().unwrap();
+    doubled_with(program, &adamw_on_host(folder.path(), kernel), switches)
+}
+
+/// A program in a child with the double, which runs this library's kernels.
+pub fn doubled_with(program: &str, kernels: &Path, switches: &[(&str, &str)]) -> Outcome {
     let mut command = with_libraries(Command::new(std::env::current_exe().unwrap()), double());
-    command
-        .env("NCCL_DOUBLE_KERNELS", on_host(folder.path(), kernel))
-        .envs(switches.iter().copied());
+    command.env("NCCL_DOUBLE_KERNELS", kernels).envs(switches.iter().copied());
     run(command, program)
 }
 

@@ -1,10 +1,12 @@
 //! A block's change, gated, added to the residual stream.
 
 mod cpu;
+mod cuda;
 mod plain;
 
 use tch::Tensor;
 
+use super::launch::KernelFile;
 use super::{Case, Misfit, Operation, Pass, Rounding, drawn, modulation};
 
 /// `x + gate · change`.
@@ -35,9 +37,12 @@ impl Operation<3> for GatedResidual {
         plain::gated_residual(*self, x, gate, change)
     }
 
+    fn kernels() -> &'static KernelFile {
+        &cuda::KERNELS
+    }
+
     fn takes(&self, pass: Pass, [x, gate, change]: [&Tensor; 3]) -> Result<(), Misfit> {
-        let Pass::Cpu = pass;
-        modulation::takes(self.rounding, x, gate)?;
+        modulation::takes(pass, self.rounding, x, gate)?;
         if x.kind() != change.kind() {
             Err(Misfit::Kind)
         } else if x.size() != change.size() {
@@ -50,6 +55,7 @@ impl Operation<3> for GatedResidual {
     fn forward(&self, pass: Pass, [x, gate, change]: [Tensor; 3]) -> (Tensor, Saved) {
         let output = match pass {
             Pass::Cpu => cpu::forward(&x, &gate, &change),
+            Pass::Cuda => cuda::forward(&x, &gate, &change),
         };
         (output, Saved { gate, change })
     }
@@ -57,22 +63,28 @@ impl Operation<3> for GatedResidual {
     fn backward(&self, pass: Pass, saved: Saved, grad_output: Tensor) -> [Tensor; 3] {
         let [grad_gate, grad_change] = match pass {
             Pass::Cpu => cpu::backward(&saved, &grad_output),
+            Pass::Cuda => cuda::backward(&saved, &grad_output),
         };
         [grad_output, grad_gate, grad_change]
     }
 
     fn cases() -> Vec<Case<Self, 3>> {
-        let case = |trial: modulation::Trial| {
+        let case = |trial: modulation::Trial, batch, tokens, width| {
             let modulation::Trial { kind, rounding, tolerance } = trial;
             let of_gate = trial.modulation_kind();
             let inputs = [
-                drawn(&[2, 70, 48], kind, 1),
-                drawn(&[2, 1, 48], of_gate, 2),
-                drawn(&[2, 70, 48], kind, 3),
+                drawn(&[batch, tokens, width], kind, 1),
+                drawn(&[batch, 1, width], of_gate, 2),
+                drawn(&[batch, tokens, width], kind, 3),
             ];
             Case { operation: GatedResidual { rounding }, inputs, tolerance }
         };
-        modulation::Trial::ALL.into_iter().map(case).collect()
+        // Few rows, and so many that a GPU adds up more of their blocks than a warp has threads.
+        let shapes = [(2, 70, 48), (1, 1200, 16)];
+        let cases = |(batch, tokens, width)| {
+            modulation::Trial::ALL.map(|trial| case(trial, batch, tokens, width))
+        };
+        shapes.into_iter().flat_map(cases).collect()
     }
 }
 

@@ -3,10 +3,12 @@
 //! libtorch's operator takes most of its time for the tanh, and again in its gradient.
 
 mod cpu;
+mod cuda;
 mod plain;
 
 use tch::{Kind, Tensor};
 
+use super::launch::KernelFile;
 use super::{Case, Misfit, Operation, Pass, drawn};
 
 /// `x · (1 + tanh(sqrt(2/π) · (x + 0.044715 · x³))) / 2`.
@@ -27,23 +29,27 @@ impl Operation<1> for GeluTanh {
         plain::gelu_tanh(x)
     }
 
-    fn takes(&self, pass: Pass, _inputs: [&Tensor; 1]) -> Result<(), Misfit> {
-        match pass {
-            Pass::Cpu => Ok(()),
-        }
+    fn kernels() -> &'static KernelFile {
+        &cuda::KERNELS
+    }
+
+    fn takes(&self, _pass: Pass, _inputs: [&Tensor; 1]) -> Result<(), Misfit> {
+        Ok(())
     }
 
     fn forward(&self, pass: Pass, [x]: [Tensor; 1]) -> (Tensor, Tensor) {
         let output = match pass {
             Pass::Cpu => cpu::forward(&x),
+            Pass::Cuda => cuda::forward(&x),
         };
         (output, x)
     }
 
     fn backward(&self, pass: Pass, x: Tensor, grad_output: Tensor) -> [Tensor; 1] {
-        match pass {
-            Pass::Cpu => [cpu::backward(&x, &grad_output)],
-        }
+        [match pass {
+            Pass::Cpu => cpu::backward(&x, &grad_output),
+            Pass::Cuda => cuda::backward(&x, &grad_output),
+        }]
     }
 
     fn cases() -> Vec<Case<Self, 1>> {

@@ -5,16 +5,10 @@
 use half::bf16;
 use tch::{Kind, Tensor};
 
-use super::{ModulatedNorm, Saved};
+use super::{ModulatedNorm, Normalized, Saved};
 use crate::ops::lanes::{LANES, Sums, Vector, vectorized, vectors, vectors_mut};
 use crate::ops::modulation::{gradient, vectors_of_row};
 use crate::tensor::{Element, elements, elements_mut};
-
-/// A normalization's output, and the moments of its rows.
-pub struct Normalized {
-    pub output: Tensor,
-    pub moments: Tensor,
-}
 
 /// Vectors of a modulation, `width` of them a row.
 #[derive(Clone, Copy)]

@@ -1,10 +1,12 @@
 //! Layer normalization with a modulation in the place of a learned scale and shift.
 
 mod cpu;
+mod cuda;
 mod plain;
 
 use tch::Tensor;
 
+use super::launch::{KernelFile, Team};
 use super::{Case, Misfit, Operation, Pass, Rounding, drawn, modulation};
 
 /// `n · factor + shift`, with n of mean 0 and variance 1 over the last axis of `x`.
@@ -23,6 +25,12 @@ pub struct ModulatedNorm {
     pub rounding: Rounding,
 }
 
+/// A normalization's output, and the moments of its rows.
+struct Normalized {
+    output: Tensor,
+    moments: Tensor,
+}
+
 /// Tensors that the gradient needs.
 pub struct Saved {
     x: Tensor,
@@ -39,16 +47,27 @@ impl Operation<3> for ModulatedNorm {
         plain::modulated_norm(*self, x, factor, shift)
     }
 
+    fn kernels() -> &'static KernelFile {
+        &cuda::KERNELS
+    }
+
     fn takes(&self, pass: Pass, [x, factor, shift]: [&Tensor; 3]) -> Result<(), Misfit> {
-        let Pass::Cpu = pass;
-        modulation::takes(self.rounding, x, factor)?;
-        modulation::takes(self.rounding, x, shift)?;
-        if factor.size() == shift.size() { Ok(()) } else { Err(Misfit::Shape) }
+        modulation::takes(pass, self.rounding, x, factor)?;
+        modulation::takes(pass, self.rounding, x, shift)?;
+        if factor.size() != shift.size() {
+            return Err(Misfit::Shape);
+        }
+        let width = modulation::row_width(x);
+        match pass {
+            Pass::Cpu => Ok(()),
+            Pass::Cuda => Team::of_width(width).has_room(2 * width),
+        }
     }
 
     fn forward(&self, pass: Pass, [x, factor, shift]: [Tensor; 3]) -> (Tensor, Saved) {
-        let cpu::Normalized { output, moments } = match pass {
+        let Normalized { output, moments } = match pass {
             Pass::Cpu => cpu::forward(*self, &x, &factor, &shift),
+            Pass::Cuda => cuda::forward(*self, &x, &factor, &shift),
         };
         (output, Saved { x, factor, moments })
     }
@@ -56,6 +75,7 @@ impl Operation<3> for ModulatedNorm {
     fn backward(&self, pass: Pass, saved: Saved, grad_output: Tensor) -> [Tensor; 3] {
         match pass {
             Pass::Cpu => cpu::backward(&saved, &grad_output),
+            Pass::Cuda => cuda::backward(&saved, &grad_output),
         }
     }
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 use half::bf16;
 use tch::{Kind, Tensor};
 
-use super::{Cut, FeatureOrder, Join, Patch, grid};
+use super::Places;
 use crate::tensor::{Element, elements, elements_mut};
 
 /// Tokens of latents.
@@ -24,49 +24,9 @@ pub fn join(tokens: &Tensor, places: Places) -> Tensor {
     }
 }
 
-/// Places of each number in latents and in tokens.
-#[derive(Clone, Copy)]
-pub struct Places {
-    batch: usize,
-    channels: usize,
-    /// Tokens along frames, rows and columns.
-    grid: [usize; 3],
-    patch: [usize; 3],
-    /// From a feature to that of the next channel, frame, row and column.
-    strides: [usize; 4],
-}
-
 impl Places {
-    /// Places that a cut of `latents` `[B, C, F, H, W]` moves numbers between.
-    pub fn of_latents(latents: &Tensor, Cut { patch }: Cut) -> Self {
-        let (batch, channels) = (latents.size()[0], latents.size()[1]);
-        Self::new(batch, channels, grid(latents, patch), patch, FeatureOrder::ChannelFirst)
-    }
-
-    /// Places that a join of `tokens` `[B, L, C · pt · ph · pw]` moves numbers between.
-    pub fn of_tokens(tokens: &Tensor, Join { patch, grid, order }: Join) -> Self {
-        let channels = tokens.size()[2] / patch.iter().product::<i64>();
-        Self::new(tokens.size()[0], channels, grid, patch, order)
-    }
-
-    fn new(batch: i64, channels: i64, grid: [i64; 3], patch: Patch, order: FeatureOrder) -> Self {
-        let (batch, channels) = (batch as usize, channels as usize);
-        let (grid, patch) = (grid.map(|tokens| tokens as usize), patch.map(|side| side as usize));
-        let [pt, ph, pw] = patch;
-        let strides = match order {
-            FeatureOrder::ChannelFirst => [pt * ph * pw, ph * pw, pw, 1],
-            FeatureOrder::ChannelLast => [1, ph * pw * channels, pw * channels, channels],
-        };
-        Places { batch, channels, grid, patch, strides }
-    }
-
-    fn features(&self) -> usize {
-        self.channels * self.patch.iter().product::<usize>()
-    }
-
     fn cut<T: Element>(&self, latents: &Tensor) -> Tensor {
-        let tokens = [self.batch, self.grid.iter().product(), self.features()];
-        let mut cut = Tensor::empty(tokens.map(|size| size as i64), (T::KIND, latents.device()));
+        let mut cut = Tensor::empty(self.shape_of_tokens(), (T::KIND, latents.device()));
         let (from, into): (&[T], &mut [T]) = (elements(latents), elements_mut(&mut cut));
         self.rows(|in_latents, in_tokens, feature| {
             self.spread(&from[in_latents], &mut into[in_tokens], feature)
@@ -75,9 +35,7 @@ impl Places {
     }
 
     fn join<T: Element>(&self, tokens: &Tensor) -> Tensor {
-        let ([frames, rows, columns], [pt, ph, pw]) = (self.grid, self.patch);
-        let latents = [self.batch, self.channels, frames * pt, rows * ph, columns * pw];
-        let mut joined = Tensor::empty(latents.map(|size| size as i64), (T::KIND, tokens.device()));
+        let mut joined = Tensor::empty(self.shape_of_latents(), (T::KIND, tokens.device()));
         let (from, into): (&[T], &mut [T]) = (elements(tokens), elements_mut(&mut joined));
         self.rows(|in_latents, in_tokens, feature| {
             self.collect(&from[in_tokens], &mut into[in_latents], feature)

@@ -5,12 +5,15 @@
 //! each run than on its numbers.
 
 mod cpu;
+mod cuda;
+mod places;
 mod plain;
 
 use tch::{Kind, Tensor};
 
+use super::launch::KernelFile;
 use super::{Case, Misfit, Operation, Pass, drawn};
-use cpu::Places;
+use places::Places;
 
 /// Frames, rows and columns of a patch.
 pub type Patch = [i64; 3];
@@ -61,8 +64,11 @@ impl Operation<1> for Cut {
         plain::cut(*self, latents)
     }
 
-    fn takes(&self, pass: Pass, [latents]: [&Tensor; 1]) -> Result<(), Misfit> {
-        let Pass::Cpu = pass;
+    fn kernels() -> &'static KernelFile {
+        &cuda::KERNELS
+    }
+
+    fn takes(&self, _pass: Pass, [latents]: [&Tensor; 1]) -> Result<(), Misfit> {
         let (_, _, frames, height, width) = latents.size5().map_err(|_| Misfit::Shape)?;
         let mut sides = [frames, height, width].into_iter().zip(self.patch);
         if sides.all(|(side, part)| side % part == 0) { Ok(()) } else { Err(Misfit::Shape) }
@@ -72,14 +78,16 @@ impl Operation<1> for Cut {
         let places = Places::of_latents(&latents, *self);
         let tokens = match pass {
             Pass::Cpu => cpu::cut(&latents, places),
+            Pass::Cuda => cuda::cut(&latents, places),
         };
         (tokens, places)
     }
 
     fn backward(&self, pass: Pass, places: Places, grad_output: Tensor) -> [Tensor; 1] {
-        match pass {
-            Pass::Cpu => [cpu::join(&grad_output, places)],
-        }
+        [match pass {
+            Pass::Cpu => cpu::join(&grad_output, places),
+            Pass::Cuda => cuda::join(&grad_output, places),
+        }]
     }
 
     fn cases() -> Vec<Case<Self, 1>> {
@@ -100,8 +108,11 @@ impl Operation<1> for Join {
         plain::join(*self, tokens)
     }
 
-    fn takes(&self, pass: Pass, [tokens]: [&Tensor; 1]) -> Result<(), Misfit> {
-        let Pass::Cpu = pass;
+    fn kernels() -> &'static KernelFile {
+        &cuda::KERNELS
+    }
+
+    fn takes(&self, _pass: Pass, [tokens]: [&Tensor; 1]) -> Result<(), Misfit> {
         let (_, length, features) = tokens.size3().map_err(|_| Misfit::Shape)?;
         let tokens: i64 = self.grid.iter().product();
         let numbers: i64 = self.patch.iter().product();
@@ -112,14 +123,16 @@ impl Operation<1> for Join {
         let places = Places::of_tokens(&tokens, *self);
         let latents = match pass {
             Pass::Cpu => cpu::join(&tokens, places),
+            Pass::Cuda => cuda::join(&tokens, places),
         };
         (latents, places)
     }
 
     fn backward(&self, pass: Pass, places: Places, grad_output: Tensor) -> [Tensor; 1] {
-        match pass {
-            Pass::Cpu => [cpu::cut(&grad_output, places)],
-        }
+        [match pass {
+            Pass::Cpu => cpu::cut(&grad_output, places),
+            Pass::Cuda => cuda::cut(&grad_output, places),
+        }]
     }
 
     fn cases() -> Vec<Case<Self, 1>> {

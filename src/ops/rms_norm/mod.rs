@@ -1,11 +1,13 @@
 //! Root-mean-square normalization with a learned scale.
 
 mod cpu;
+mod cuda;
 mod plain;
 
 use tch::{Kind, Tensor};
 
 use super::lanes::LANES;
+use super::launch::{KernelFile, Team};
 use super::{Case, Misfit, Operation, Pass, Rounding, drawn};
 
 /// `x / sqrt(mean(x²) + epsilon) · weight`, the mean over the last axis.
@@ -37,23 +39,29 @@ impl Operation<2> for RmsNorm {
         plain::rms_norm(*self, x, weight)
     }
 
+    fn kernels() -> &'static KernelFile {
+        &cuda::KERNELS
+    }
+
     fn takes(&self, pass: Pass, [x, weight]: [&Tensor; 2]) -> Result<(), Misfit> {
-        let Pass::Cpu = pass;
+        let width = weight.numel() as i64;
         if weight.kind() != x.kind() {
-            Err(Misfit::Kind)
-        } else if x.size().last() != Some(&(weight.numel() as i64))
-            || weight.dim() != 1
-            || !weight.numel().is_multiple_of(LANES)
-        {
-            Err(Misfit::Shape)
-        } else {
-            Ok(())
+            return Err(Misfit::Kind);
+        }
+        if x.size().last() != Some(&width) || weight.dim() != 1 {
+            return Err(Misfit::Shape);
+        }
+        match pass {
+            Pass::Cpu if width % LANES as i64 == 0 => Ok(()),
+            Pass::Cpu => Err(Misfit::Shape),
+            Pass::Cuda => Team::of_width(width).has_room(width),
         }
     }
 
     fn forward(&self, pass: Pass, [x, weight]: [Tensor; 2]) -> (Tensor, Saved) {
         let output = match pass {
             Pass::Cpu => cpu::forward(*self, &x, &weight),
+            Pass::Cuda => cuda::forward(*self, &x, &weight),
         };
         (output, Saved { x, weight })
     }
@@ -61,6 +69,7 @@ impl Operation<2> for RmsNorm {
     fn backward(&self, pass: Pass, saved: Saved, grad_output: Tensor) -> [Tensor; 2] {
         match pass {
             Pass::Cpu => cpu::backward(*self, &saved, &grad_output),
+            Pass::Cuda => cuda::backward(*self, &saved, &grad_output),
         }
     }
 

@@ -3,16 +3,9 @@
 use half::bf16;
 use tch::{Kind, Tensor};
 
+use super::Direction;
 use crate::ops::lanes::vectorized;
 use crate::tensor::{Element, elements, elements_mut};
-
-/// Sense of a rotation.
-#[derive(Clone, Copy)]
-pub enum Direction {
-    Forth,
-    /// By the negative angles, as gradients are turned.
-    Back,
-}
 
 /// Numbers of a token and of one of its heads.
 #[derive(Clone, Copy)]
@@ -26,10 +19,7 @@ struct Widths {
 pub fn turned(x: &Tensor, table: &Tensor, direction: Direction) -> Tensor {
     let (_, _, heads, width) = x.size4().expect("[B, L, N, E]");
     let widths = Widths { token: (heads * width) as usize, head: width as usize };
-    let sign = match direction {
-        Direction::Forth => 1.0,
-        Direction::Back => -1.0,
-    };
+    let sign = direction.sign();
     let mut output = x.empty_like();
     let (table, into) = (table.view_as_real(), &mut output);
     let table = elements(&table);

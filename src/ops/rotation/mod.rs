@@ -1,10 +1,12 @@
 //! Rotary position embedding: neighbouring features turned as pairs.
 
 mod cpu;
+mod cuda;
 mod plain;
 
 use tch::{Kind, Tensor};
 
+use super::launch::KernelFile;
 use super::{Case, Misfit, Operation, Pass, drawn};
 
 /// Turns each pair of neighbouring features by the angle of its token; computed in f32 and rounded
@@ -18,6 +20,24 @@ use super::{Case, Misfit, Operation, Pass, drawn};
 #[derive(Clone, Copy, Debug)]
 pub struct Rotation;
 
+/// Sense of a rotation.
+#[derive(Clone, Copy)]
+enum Direction {
+    Forth,
+    /// By the negative angles, as gradients are turned.
+    Back,
+}
+
+impl Direction {
+    /// Sign of the angles.
+    fn sign(self) -> f32 {
+        match self {
+            Direction::Forth => 1.0,
+            Direction::Back => -1.0,
+        }
+    }
+}
+
 impl Operation<2> for Rotation {
     const NAME: &'static str = "rotation";
     /// `table`.
@@ -27,8 +47,11 @@ impl Operation<2> for Rotation {
         plain::rotation(x, table)
     }
 
-    fn takes(&self, pass: Pass, [x, table]: [&Tensor; 2]) -> Result<(), Misfit> {
-        let Pass::Cpu = pass;
+    fn kernels() -> &'static KernelFile {
+        &cuda::KERNELS
+    }
+
+    fn takes(&self, _pass: Pass, [x, table]: [&Tensor; 2]) -> Result<(), Misfit> {
         let (_, tokens, _, width) = x.size4().map_err(|_| Misfit::Shape)?;
         if table.kind() != Kind::ComplexFloat {
             Err(Misfit::Kind)
@@ -41,14 +64,16 @@ impl Operation<2> for Rotation {
 
     fn forward(&self, pass: Pass, [x, table]: [Tensor; 2]) -> (Tensor, Tensor) {
         let output = match pass {
-            Pass::Cpu => cpu::turned(&x, &table, cpu::Direction::Forth),
+            Pass::Cpu => cpu::turned(&x, &table, Direction::Forth),
+            Pass::Cuda => cuda::turned(&x, &table, Direction::Forth),
         };
         (output, table)
     }
 
     fn backward(&self, pass: Pass, table: Tensor, grad_output: Tensor) -> [Tensor; 2] {
         let grad_x = match pass {
-            Pass::Cpu => cpu::turned(&grad_output, &table, cpu::Direction::Back),
+            Pass::Cpu => cpu::turned(&grad_output, &table, Direction::Back),
+            Pass::Cuda => cuda::turned(&grad_output, &table, Direction::Back),
         };
         [grad_x, Tensor::new()]
     }

@@ -4,15 +4,14 @@
 use tch::{Device, Kind};
 
 use super::{AdamW, Factors, plain};
-use crate::cuda::{Elementwise, Outcome, Source};
+use crate::cuda::{Elementwise, Outcome, Source, Text};
 use crate::error::{Error, Result};
 use crate::optim::launches::launch;
 use crate::optim::trial::{Trial, wave};
 use crate::optim::{Optimizer, Slice, Update};
 
 static KERNEL: Source = Source {
-    file: "adamw/kernel.cu",
-    text: include_str!("kernel.cu"),
+    text: Text { file: "adamw/kernel.cu", pieces: &[include_str!("kernel.cu")] },
     name: "adamw",
     kinds: &[
         Kind::Float,

@@ -1,11 +1,17 @@
-// What CUDA C++ has beyond C++, as far as our kernels use it, so that a kernel's own text runs on a CPU, thread after thread.
-// Built with -ffp-contract=off, as the kernels are with --fmad=false.
+// What CUDA C++ has beyond C++, as far as our kernels use it, so that a kernel's own text runs on a CPU: the blocks one after the
+// other, the threads of a block as fibers, which take turns at barriers and shuffles. Built with -ffp-contract=off, as the kernels
+// are with --fmad=false.
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <ucontext.h>
 #include <utility>
+#include <vector>
 
 #define __global__
-#define __device__ static
+#define __device__ inline
+#define __shared__
 #define __grid_constant__
 
 struct alignas(16) float4 {
@@ -14,35 +20,144 @@ struct alignas(16) float4 {
 struct alignas(8) ushort4 {
     unsigned short x, y, z, w;
 };
-static ushort4 make_ushort4(unsigned short x, unsigned short y, unsigned short z, unsigned short w) { return {x, y, z, w}; }
+inline ushort4 make_ushort4(unsigned short x, unsigned short y, unsigned short z, unsigned short w) { return {x, y, z, w}; }
 
-static unsigned int __float_as_uint(float value) {
+inline unsigned int __float_as_uint(float value) {
     unsigned int bits;
     std::memcpy(&bits, &value, sizeof bits);
     return bits;
 }
 
-static float __uint_as_float(unsigned int bits) {
+inline float __uint_as_float(unsigned int bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-static struct {
+struct Index {
     unsigned int x;
-} gridDim, blockDim, blockIdx, threadIdx;
+};
+static Index gridDim, blockDim, blockIdx, threadIdx;
+
+// The most that a block of any GPU since sm_80 may ask for.
+const unsigned int MOST_BLOCK_BYTES = 99 << 10, GUARD_BYTES = 1 << 10;
+alignas(16) float block_memory[(MOST_BLOCK_BYTES + GUARD_BYTES) / sizeof(float)];
+
+namespace host {
+
+const unsigned int WARP_THREADS = 32, STACK_BYTES = 64 << 10;
+
+struct Barrier {
+    unsigned int arrived = 0;
+    unsigned long passed = 0;
+};
+
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack = std::vector<char>(STACK_BYTES);
+    bool has_ended;
+};
+
+static ucontext_t scheduler;
+static std::vector<Fiber> fibers;
+static std::vector<float> mail;
+static std::vector<Barrier> barriers_of_warps;
+static Barrier barrier_of_block;
+// True once a barrier was passed or a thread ended, since it was last looked at.
+static bool moves;
+static void (*body)(void **);
+static void **body_arguments;
+
+[[noreturn]] inline void fail(const char *what) {
+    std::fprintf(stderr, "a kernel on the host: %s\n", what);
+    std::abort();
+}
+
+inline void wait_at(Barrier &barrier, unsigned int members) {
+    const unsigned long passed = barrier.passed;
+    if (++barrier.arrived == members) {
+        barrier.arrived = 0;
+        barrier.passed++;
+        moves = true;
+    }
+    while (barrier.passed == passed)
+        swapcontext(&fibers[threadIdx.x].context, &scheduler);
+}
+
+inline void begin_fiber() {
+    body(body_arguments);
+    fibers[threadIdx.x].has_ended = moves = true;
+}
+
+inline void run_block() {
+    for (Fiber &fiber : fibers) {
+        fiber.has_ended = false;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        fiber.context.uc_link = &scheduler;
+        makecontext(&fiber.context, begin_fiber, 0);
+    }
+    for (unsigned int left = 1; left > 0;) {
+        left = 0;
+        moves = false;
+        for (threadIdx.x = 0; threadIdx.x < blockDim.x; threadIdx.x++) {
+            if (fibers[threadIdx.x].has_ended)
+                continue;
+            swapcontext(&scheduler, &fibers[threadIdx.x].context);
+            left += !fibers[threadIdx.x].has_ended;
+        }
+        if (left > 0 && !moves)
+            fail("a barrier or shuffle that not all of its threads reach");
+    }
+}
 
 template <class... Parameters, std::size_t... places>
 static void call(void (*kernel)(Parameters...), void **arguments, std::index_sequence<places...>) {
     kernel(*static_cast<std::remove_reference_t<Parameters> *>(arguments[places])...);
 }
 
-// Runs a kernel as the double of the driver asks for it: blocks, threads of each, the addresses of the arguments.
-template <class... Parameters>
-static void run(void (*kernel)(Parameters...), unsigned int blocks, unsigned int threads, void **arguments) {
+// Runs a kernel as the double of the driver asks for it: blocks, threads of each, bytes of a block's memory, the addresses of the
+// arguments. A block's memory begins as NaNs, and nothing may be written behind it.
+template <auto kernel> static void run(unsigned int blocks, unsigned int threads, unsigned int block_bytes, void **arguments) {
     gridDim.x = blocks;
     blockDim.x = threads;
-    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
-        for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++)
-            call(kernel, arguments, std::index_sequence_for<Parameters...>());
+    fibers.resize(threads);
+    mail.resize(threads);
+    body_arguments = arguments;
+    body = [](void **given) {
+        []<class... Parameters>(void (*function)(Parameters...), void **given) {
+            call(function, given, std::index_sequence_for<Parameters...>());
+        }(kernel, given);
+    };
+    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {
+        barriers_of_warps.assign((threads + WARP_THREADS - 1) / WARP_THREADS, {});
+        barrier_of_block = {};
+        std::memset(block_memory, 0xff, block_bytes + GUARD_BYTES);
+        run_block();
+        const unsigned char *const guard = reinterpret_cast<unsigned char *>(block_memory) + block_bytes;
+        for (unsigned int place = 0; place < GUARD_BYTES; place++)
+            if (guard[place] != 0xff)
+                fail("it writes behind its block's memory");
+    }
 }
+
+} // namespace host
+
+inline void __syncthreads() { host::wait_at(host::barrier_of_block, blockDim.x); }
+
+inline float __shfl_xor_sync(unsigned int mask, float value, int distance) {
+    const unsigned int thread = threadIdx.x, warp = thread / host::WARP_THREADS;
+    if (mask != 0xffffffff || blockDim.x % host::WARP_THREADS != 0)
+        host::fail("a shuffle within a part of a warp is not known here");
+    host::mail[thread] = value;
+    host::wait_at(host::barriers_of_warps[warp], host::WARP_THREADS);
+    const float received = host::mail[thread ^ distance];
+    host::wait_at(host::barriers_of_warps[warp], host::WARP_THREADS);
+    return received;
+}
+
+#define ON_HOST(kernel)                                                                                                              \
+    extern "C" void kernel##_on_host(unsigned int blocks, unsigned int threads, unsigned int block_bytes, void **arguments) {        \
+        host::run<kernel>(blocks, threads, block_bytes, arguments);                                                                  \
+    }

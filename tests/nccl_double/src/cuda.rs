@@ -4,11 +4,12 @@
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use crate::device;
 use crate::failure::fail;
 use crate::hope::Patience;
-use crate::module::{Function, Module, on_host};
+use crate::module::{Function, MOST_BLOCK_BYTES, Module, USUAL_BLOCK_BYTES, on_host};
 use crate::switches::switches;
 use crate::world::{Event, Stream, world};
 
@@ -430,7 +431,12 @@ pub unsafe extern "C" fn cuModuleGetFunction(
     let (mut world, module) = (world(), module as usize);
     let (_, loaded) = world.modules.get(module, "cuModuleGetFunction");
     let Some(parameters) = loaded.kernels.get(&name).cloned() else { return NOT_FOUND };
-    let handle = world.functions.add(Function { module, name, parameters });
+    let handle = world.functions.add(Function {
+        module,
+        name,
+        parameters,
+        most_block_bytes: USUAL_BLOCK_BYTES,
+    });
     unsafe { function.write(handle as *mut c_void) };
     SUCCESS
 }
@@ -453,6 +459,24 @@ pub unsafe extern "C" fn cuFuncGetParamInfo(
     SUCCESS
 }
 
+#[unsafe(no_mangle)]
+pub extern "C" fn cuFuncSetAttribute(
+    function: *mut c_void,
+    attribute: c_uint,
+    value: c_int,
+) -> CuResult {
+    const MAX_DYNAMIC_SHARED_SIZE_BYTES: c_uint = 8;
+    if attribute != MAX_DYNAMIC_SHARED_SIZE_BYTES {
+        fail(format!("cuFuncSetAttribute: attribute {attribute} is not known here"));
+    }
+    if !(0..=MOST_BLOCK_BYTES as c_int).contains(&value) {
+        return INVALID_VALUE;
+    }
+    let mut world = world();
+    world.functions.get(function as usize, "cuFuncSetAttribute").most_block_bytes = value as c_uint;
+    SUCCESS
+}
+
 /// Runs at once what the compute stream is given, as everything there.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuLaunchKernel(
@@ -470,7 +494,7 @@ pub unsafe extern "C" fn cuLaunchKernel(
 ) -> CuResult {
     const NAME: &str = "cuLaunchKernel";
     let mut world_now = world();
-    let Function { module, name, parameters } =
+    let Function { module, name, parameters, most_block_bytes } =
         world_now.functions.get(function as usize, NAME).clone();
     let (device, _) = world_now.modules.get(module, NAME);
     if current_device() != Some(*device) {
@@ -485,13 +509,15 @@ pub unsafe extern "C" fn cuLaunchKernel(
             "{NAME}: {name} runs beside the compute stream, where libtorch's memory may change hands meanwhile"
         ));
     }
-    if [blocks_y, blocks_z, threads_y, threads_z] != [1; 4] || shared_bytes != 0 || !extra.is_null()
-    {
+    if [blocks_y, blocks_z, threads_y, threads_z] != [1; 4] || !extra.is_null() {
         fail(format!(
-            "{NAME}: {name} with more than one axis, shared memory or extra arguments is not known here"
+            "{NAME}: {name} with more than one axis or extra arguments is not known here"
         ));
     }
-    if !(1..1 << 31).contains(&blocks_x) || !(1..=1024).contains(&threads_x) {
+    if !(1..1 << 31).contains(&blocks_x)
+        || !(1..=1024).contains(&threads_x)
+        || shared_bytes > most_block_bytes
+    {
         return INVALID_VALUE;
     }
     if let Some(error) = device::failed().or_else(device::count_launch) {
@@ -509,7 +535,11 @@ pub unsafe extern "C" fn cuLaunchKernel(
     }
     let mut addresses: Vec<*mut c_void> =
         copies.iter_mut().map(|copy| copy.as_mut_ptr().cast()).collect();
-    unsafe { on_host(&name)(blocks_x, threads_x, addresses.as_mut_ptr()) };
+    let kernel = on_host(&name);
+    // It runs on one thread at a time, as on the stream.
+    static STREAM: Mutex<()> = Mutex::new(());
+    let _turn = STREAM.lock().unwrap_or_else(PoisonError::into_inner);
+    unsafe { kernel(blocks_x, threads_x, shared_bytes, addresses.as_mut_ptr()) };
     SUCCESS
 }
 

@@ -5,6 +5,7 @@ use std::sync::Once;
 
 use crate::board;
 use crate::failure::fail;
+use crate::switches::switches;
 use crate::world::{World, try_world};
 
 unsafe extern "C" {
@@ -45,7 +46,10 @@ fn first_leak(world: &World) -> Option<String> {
         || world.communicators.iter().next().map(|(handle, _)| world.communicators.title(handle));
     let event = || world.events.iter().next().map(|(handle, _)| world.events.title(handle));
     let stream = || world.streams.iter().next().map(|(handle, _)| world.streams.title(handle));
-    let module = || world.modules.iter().next().map(|(handle, _)| world.modules.title(handle));
+    let module = || {
+        let mut modules = world.modules.iter().filter(|_| !switches().modules_stay);
+        modules.next().map(|(handle, _)| world.modules.title(handle))
+    };
     unobserved.or_else(|| {
         communicator()
             .or_else(event)

@@ -71,6 +71,7 @@
 //! | `NCCL_DOUBLE_SAME_GPU=1` | all ordinals are one GPU, with one UUID |
 //! | `NCCL_DOUBLE_PATIENCE_MS=n` | a compute stream that has waited so long ends the process; 60000 without it |
 //! | `NCCL_DOUBLE_KERNELS=path` | library that has `<name>_on_host` for each kernel that is launched |
+//! | `NCCL_DOUBLE_MODULES_STAY=1` | modules may be loaded still when the process ends |
 //! | `NCCL_DOUBLE_ARCHITECTURE=n` | ten times the GPUs' compute capability; 90 without it |
 //! | `NCCL_DOUBLE_FOLDER=path` | where communicators' folders are made; memory or the temporary folder without it |
 //!
@@ -84,6 +85,8 @@
 //!   rounding.
 //! - What machine code computes, where it reads and writes, and how fast: the compiler's work is
 //!   seen by GPUs only.
+//! - Races between the threads of a block: they take turns at barriers and shuffles alone, in one
+//!   order.
 //! - Topology, NVLink, networks, more than one machine, performance of any sort; times of events
 //!   are those of a model.
 //! - Deadlocks by the launch order of kernels, by full queues, or by NCCL's use of the device's

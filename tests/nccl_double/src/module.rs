@@ -16,9 +16,14 @@ const SECTION: usize = 64;
 const SIZED: u8 = 4;
 const PARAMETER: u8 = 0x17;
 
-/// A function as `<name>_on_host` of the library that the switch names: blocks, threads of each,
-/// addresses of the arguments.
-pub type OnHost = unsafe extern "C" fn(c_uint, c_uint, *mut *mut c_void);
+/// Bytes of a block's memory that a kernel may have without asking for more, and the most that it
+/// may ask for.
+pub const USUAL_BLOCK_BYTES: c_uint = 48 << 10;
+pub const MOST_BLOCK_BYTES: c_uint = 99 << 10;
+
+/// A function as `<name>_on_host` of the library that the switch names: blocks, threads and bytes
+/// of memory of each, addresses of the arguments.
+pub type OnHost = unsafe extern "C" fn(c_uint, c_uint, c_uint, *mut *mut c_void);
 
 /// Code for one architecture.
 #[derive(Debug)]
@@ -34,6 +39,7 @@ pub struct Function {
     pub module: usize,
     pub name: String,
     pub parameters: Vec<usize>,
+    pub most_block_bytes: c_uint,
 }
 
 impl Module {

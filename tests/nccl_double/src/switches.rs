@@ -62,6 +62,7 @@ pub struct Switches {
     pub patience: Duration,
     pub folder: Option<PathBuf>,
     pub kernels: Option<PathBuf>,
+    pub modules_stay: bool,
     /// Ten times the compute capability of all GPUs.
     pub architecture: u32,
 }
@@ -103,6 +104,7 @@ fn read(variables: Vec<(String, String)>) -> Switches {
             }
             "NCCL_DOUBLE_FOLDER" => switches.folder = Some(value.into()),
             "NCCL_DOUBLE_KERNELS" => switches.kernels = Some(value.into()),
+            "NCCL_DOUBLE_MODULES_STAY" => switches.modules_stay = parse::<u8>(&name, &value) != 0,
             "NCCL_DOUBLE_ARCHITECTURE" => switches.architecture = parse(&name, &value),
             // A misspelled switch would make a test pass that shows nothing.
             _ => fail(format!("there is no switch {name}")),

@@ -466,7 +466,7 @@ breaks! { OUTLIVE:
 breaks! { LAUNCH_WRONGLY:
     a_kernel_beside_the_compute_stream, 1, "cuLaunchKernel: add runs beside the compute stream", || {
         let rank = Rank::start();
-        run(kernel().1, 1, 32, rank.stream, [null_mut(); 3]);
+        run(kernel().1, [1, 32, 0], rank.stream, [null_mut(); 3]);
     };
 
     a_kernel_of_another_gpu, 1, "cuLaunchKernel: add was loaded for GPU 0, and Some(1) is current", || {
@@ -475,25 +475,25 @@ breaks! { LAUNCH_WRONGLY:
         let mut context = null_mut();
         unsafe { cuDevicePrimaryCtxRetain(&mut context, 1) };
         cuCtxSetCurrent(context);
-        run(add, 1, 32, null_mut(), [null_mut(); 3]);
+        run(add, [1, 32, 0], null_mut(), [null_mut(); 3]);
     };
 
     an_argument_that_cannot_be_read, 1, "cuLaunchKernel: argument 0 of add is not readable for 8 bytes", || {
         Rank::start();
-        run(kernel().1, 1, 32, null_mut(), [null_mut(); 3]);
+        run(kernel().1, [1, 32, 0], null_mut(), [null_mut(); 3]);
     };
 
     a_kernel_without_a_place_to_run, 1, "add cannot run here: NCCL_DOUBLE_KERNELS names no library", || {
         Rank::start();
         let mut numbers = [0u64; 2];
-        run(kernel().1, 1, 32, null_mut(), [numbers.as_mut_ptr().cast(); 3]);
+        run(kernel().1, [1, 32, 0], null_mut(), [numbers.as_mut_ptr().cast(); 3]);
     };
 
     a_kernel_used_after_its_modules_end, 1, "cuLaunchKernel: function 1 is used after its end", || {
         Rank::start();
         let (module, add) = kernel();
         cuModuleUnload(module);
-        run(add, 1, 32, null_mut(), [null_mut(); 3]);
+        run(add, [1, 32, 0], null_mut(), [null_mut(); 3]);
     };
 
     a_module_unloaded_twice, 1, "cuModuleUnload: module 1 is used after its end", || {

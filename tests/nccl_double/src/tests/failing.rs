@@ -20,8 +20,7 @@ fn launch_kernel(function: *mut c_void) -> u32 {
     let number = &raw mut number;
     run(
         function,
-        1,
-        1,
+        [1, 1, 0],
         null_mut(),
         [(&raw mut start).cast(), number.cast(), floats.as_mut_ptr().cast()],
     )

@@ -62,11 +62,11 @@ pub fn kernel() -> (*mut c_void, *mut c_void) {
     (module, function(module, c"add").1)
 }
 
-/// Launches on one axis with a number for each parameter.
+/// Launches blocks of so many threads and bytes of memory on one axis, with a number for each
+/// parameter.
 pub fn run(
     function: *mut c_void,
-    blocks: u32,
-    threads: u32,
+    [blocks, threads, block_bytes]: [u32; 3],
     stream: *mut c_void,
     arguments: [*mut c_void; 3],
 ) -> u32 {
@@ -80,7 +80,7 @@ pub fn run(
             threads,
             1,
             1,
-            0,
+            block_bytes,
             stream,
             arguments.as_mut_ptr(),
             null_mut(),
@@ -92,8 +92,9 @@ pub fn run(
 fn machine_code_is_read_and_a_function_for_cpus_runs_in_its_place() {
     let folder = std::env::temp_dir().join(format!("nccl-double-kernels-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
-    let text = "extern \"C\" void add_on_host(unsigned blocks, unsigned threads, void **arguments) {\n\
-                *(float *)*(long **)arguments[0] += *(long *)arguments[1] + ((float *)arguments[2])[2] + 100 * blocks + 1000 * threads; }";
+    let text = "extern \"C\" void add_on_host(unsigned blocks, unsigned threads, unsigned block_bytes, void **arguments) {\n\
+                *(float *)*(long **)arguments[0] += *(long *)arguments[1] + ((float *)arguments[2])[2] + 100 * blocks + 1000 * threads\n\
+                + 10000 * block_bytes; }";
     std::fs::write(folder.join("add.cpp"), text).unwrap();
     let made = Command::new("g++")
         .args(["-shared", "-fPIC", "-o", "add.so", "add.cpp"])
@@ -129,10 +130,17 @@ pub fn program() {
     let (mut sum, mut long, mut floats) = (0.5f32, 7i64, [0.0f32, 0.0, 0.25]);
     let mut start = &raw mut sum;
     let arguments = [(&raw mut start).cast(), (&raw mut long).cast(), floats.as_mut_ptr().cast()];
-    assert_eq!(run(add, 0, 32, null_mut(), arguments), INVALID_VALUE);
-    assert_eq!(run(add, 1, 1025, null_mut(), arguments), INVALID_VALUE);
-    assert_eq!(run(add, 2, 32, null_mut(), arguments), 0);
+    assert_eq!(run(add, [0, 32, 0], null_mut(), arguments), INVALID_VALUE);
+    assert_eq!(run(add, [1, 1025, 0], null_mut(), arguments), INVALID_VALUE);
+    assert_eq!(run(add, [2, 32, 0], null_mut(), arguments), 0);
     assert_eq!(sum, 0.5 + 7.0 + 0.25 + 200.0 + 32_000.0);
+    const BLOCK_BYTES: u32 = 8;
+    assert_eq!(run(add, [1, 32, (48 << 10) + 1], null_mut(), arguments), INVALID_VALUE);
+    assert_eq!(cuFuncSetAttribute(add, BLOCK_BYTES, (99 << 10) + 1), INVALID_VALUE);
+    assert_eq!(cuFuncSetAttribute(add, BLOCK_BYTES, 99 << 10), 0);
+    sum = 0.0;
+    assert_eq!(run(add, [1, 32, 99 << 10], null_mut(), arguments), 0);
+    assert_eq!(sum, (7.0f32 + 0.25 + 100.0 + 32_000.0) + 10_000.0 * 101_376.0);
     assert_eq!(cuModuleUnload(module), 0);
     rank.end();
 }

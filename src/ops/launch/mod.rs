@@ -1,0 +1,229 @@
+//! Launches of own kernels, which the passes of operations on a GPU are made of.
+//!
+//! The kernels of an operation are one text, `kernel.cu` in its folder, behind `prelude.cu`. It is
+//! compiled when the process first needs it on a GPU; the machine code is kept in the user's cache
+//! folder, so that a second start compiles nothing.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use sha2::{Digest, Sha256};
+use tch::{Device, Kind, Tensor};
+
+use super::Misfit;
+use crate::cuda::{Argument, Grid, Outcome, Program, THREADS, Text, nvrtc};
+use crate::files::cache::Cache;
+use crate::files::sha256::hex;
+use crate::folders;
+
+/// Threads of a warp.
+const WARP: u64 = 32;
+/// Floats at the start of a block's memory, for a sum of each warp.
+const SUMS: u64 = 32;
+/// Most bytes of a block's memory on every GPU since sm_80.
+const MOST_BLOCK_BYTES: u64 = 99 << 10;
+/// Numbers of a row up to which a warp computes it, not a block.
+const WIDTH_OF_A_WARP: i64 = 512;
+/// Most numbers of a tensor: kernels count vectors, rows and columns in 32 bits.
+const MOST_NUMBERS: usize = 1 << 31;
+/// Threads that share a column in [`column_sums`], and columns of a block.
+const COLUMNS: i64 = 8;
+
+/// The pieces of a text of kernels, whose own part lies beside the file that calls.
+macro_rules! kernel_text {
+    ($file:literal) => {
+        &[$crate::ops::launch::PRELUDE, include_str!($file)]
+    };
+}
+pub(super) use kernel_text;
+
+pub const PRELUDE: &str = include_str!("prelude.cu");
+
+pub static COLUMN_SUMS: KernelFile =
+    KernelFile::new("launch/column_sums.cu", kernel_text!("column_sums.cu"));
+
+/// The kernels of an operation, compiled and loaded once for each device.
+pub struct KernelFile {
+    text: Text,
+    loaded: Mutex<Vec<Arc<Program>>>,
+}
+
+impl KernelFile {
+    /// The text of a `kernel.cu`: its name in messages, and itself.
+    pub const fn new(file: &'static str, pieces: &'static [&'static str]) -> Self {
+        KernelFile { text: Text { file, pieces }, loaded: Mutex::new(Vec::new()) }
+    }
+
+    pub fn text(&self) -> Text {
+        self.text
+    }
+
+    /// Compiles the kernels for `device`, or finds them compiled, and loads them there.
+    ///
+    /// # Errors
+    /// What the compiler or the driver says.
+    pub fn on(&self, device: Device) -> Outcome<Arc<Program>> {
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(program) = loaded.iter().find(|program| program.device() == device) {
+            return Ok(program.clone());
+        }
+        let program = Arc::new(Program::load(device, |architecture| self.code(architecture))?);
+        loaded.push(program.clone());
+        Ok(program)
+    }
+
+    /// Launches a kernel behind all that libtorch has queued.
+    ///
+    /// # Panics
+    /// If the compiler or the driver refuses, as libtorch's own operators do: mostly for something
+    /// that was queued earlier.
+    pub fn launch(&self, device: Device, name: &str, extent: Extent, arguments: &[Argument<'_>]) {
+        let launch = || {
+            let program = self.on(device)?;
+            let Extent { blocks, threads, block_bytes, loops } = extent;
+            let blocks = if loops { program.blocks(blocks) } else { blocks as u32 };
+            program.launch(name, Grid { blocks, threads, block_bytes }, arguments)
+        };
+        launch().unwrap_or_else(|what| panic!("the kernel {name}: {what}"));
+    }
+
+    /// Machine code from the cache, or from the compiler.
+    fn code(&self, architecture: &str) -> Outcome<Vec<u8>> {
+        let Some(cache) = folders::cache() else { return self.text.compile(architecture) };
+        let cache = Cache::new(&cache.join("fm-dist"), "kernels");
+        let mut hash = Sha256::new();
+        self.text.pieces.iter().for_each(|piece| hash.update(piece));
+        let (version, options) = (nvrtc::version()?, nvrtc::OPTIONS);
+        let key = format!("NVRTC {version} {options:?} {architecture} {}", hex(hash));
+        if let Some(code) = cache.read(&key) {
+            return Ok(code);
+        }
+        let code = self.text.compile(architecture)?;
+        if let Err(why) = cache.write(&key, &code) {
+            tracing::debug!("{} will be compiled anew at the next start: {why}", self.text.file);
+        }
+        Ok(code)
+    }
+}
+
+/// How many threads a kernel has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    blocks: u64,
+    threads: u32,
+    block_bytes: u32,
+    /// True if the kernel goes on with fewer blocks, over the grid.
+    loops: bool,
+}
+
+impl Extent {
+    /// A thread for each of `count` things; no more than the GPU holds at once.
+    pub fn threads(count: u64) -> Self {
+        let blocks = count.div_ceil(THREADS.into());
+        Extent { blocks, threads: THREADS, block_bytes: 0, loops: true }
+    }
+
+    /// This many blocks.
+    pub fn blocks(blocks: i64, threads: u32) -> Self {
+        Extent { blocks: blocks as u64, threads, block_bytes: 0, loops: false }
+    }
+}
+
+/// Threads that compute a row together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Team {
+    size: u64,
+}
+
+impl Team {
+    /// The team of rows of `width` numbers.
+    pub fn of_width(width: i64) -> Self {
+        Team { size: if width <= WIDTH_OF_A_WARP { WARP } else { THREADS.into() } }
+    }
+
+    /// The kernel's argument.
+    pub fn size(self) -> i64 {
+        self.size as i64
+    }
+
+    fn of_block(self) -> u64 {
+        u64::from(THREADS) / self.size
+    }
+
+    /// A team for each of `rows`; no more than the GPU holds at once.
+    pub fn each(self, rows: i64) -> Extent {
+        let blocks = (rows as u64).div_ceil(self.of_block());
+        Extent { blocks, threads: THREADS, block_bytes: (SUMS * 4) as u32, loops: true }
+    }
+
+    /// Rows that a block takes if it sums columns over them: few enough that all of a GPU works.
+    pub fn block_rows(self) -> i64 {
+        16 * self.of_block() as i64
+    }
+
+    /// Blocks of [`block_rows`](Self::block_rows), each team of which sums `columns`.
+    pub fn summing(self, blocks: i64, columns: i64) -> Extent {
+        Extent {
+            blocks: blocks as u64,
+            threads: THREADS,
+            block_bytes: self.block_bytes(columns) as u32,
+            loops: false,
+        }
+    }
+
+    fn block_bytes(self, columns: i64) -> u64 {
+        4 * (SUMS + self.of_block() * columns as u64)
+    }
+
+    /// Checks that a block has room for the sums of `columns`.
+    ///
+    /// # Errors
+    /// [`Misfit::Shape`].
+    pub fn has_room(self, columns: i64) -> Result<(), Misfit> {
+        if self.block_bytes(columns) <= MOST_BLOCK_BYTES { Ok(()) } else { Err(Misfit::Shape) }
+    }
+}
+
+/// Checks that kernels can count the numbers of a tensor.
+///
+/// # Errors
+/// [`Misfit::Shape`].
+pub fn is_counted(tensor: &Tensor) -> Result<(), Misfit> {
+    if tensor.numel() < MOST_NUMBERS { Ok(()) } else { Err(Misfit::Shape) }
+}
+
+/// The name of a kind in a kernel's name.
+pub fn word(tensor: &Tensor) -> &'static str {
+    if tensor.kind() == Kind::BFloat16 { "bfloat16" } else { "float" }
+}
+
+/// Numbers of the first tensor that a kernel reads at a time: 16 bytes of them if each row of
+/// `width` and all of the tensors begin at a multiple of 16 bytes, else `least`.
+pub fn vector(width: i64, tensors: &[&Tensor], least: i64) -> i64 {
+    let numbers = 16 / tensors[0].kind().elt_size_in_bytes() as i64;
+    let is_aligned = |tensor: &&Tensor| (tensor.data_ptr() as usize).is_multiple_of(16);
+    if width % numbers == 0 && tensors.iter().all(is_aligned) { numbers } else { least }
+}
+
+/// Adds up sums over blocks of rows, `partial` `[…, blocks, columns]` in f32, to `[outer, columns]`
+/// of `kind`; in f64 and always in one order.
+pub fn column_sums(partial: &Tensor, outer: i64, kind: Kind) -> Tensor {
+    let columns = *partial.size().last().expect("columns");
+    let blocks = partial.numel() as i64 / (outer * columns);
+    let sums = Tensor::empty([outer, columns], (kind, partial.device()));
+    let extent = Extent {
+        block_bytes: (4 * SUMS + 8 * u64::from(THREADS)) as u32,
+        ..Extent::blocks(outer * (columns as u64).div_ceil(COLUMNS as u64) as i64, THREADS)
+    };
+    COLUMN_SUMS.launch(
+        partial.device(),
+        &format!("column_sums_{}", word(&sums)),
+        extent,
+        &[
+            Argument::Tensor(partial),
+            Argument::Tensor(&sums),
+            Argument::Integers(&[blocks]),
+            Argument::Integers(&[columns]),
+        ],
+    );
+    sums
+}

@@ -1,0 +1,90 @@
+// What the texts of all operations begin with: kinds, vectors of numbers, and sums over the threads of a row.
+//
+// NVRTC compiles a text when it is first needed, with --fmad=false: a product is rounded before it is added unless fmaf says
+// otherwise, and every operation is rounded as IEEE 754 says. The texts are C++ where __global__ and its like are defined to
+// nothing: tests run them on a CPU, with a fiber for each thread.
+
+struct bfloat16 {
+    unsigned short bits;
+};
+
+__device__ float widened(float value) { return value; }
+__device__ float widened(bfloat16 value) { return __uint_as_float((unsigned int)value.bits << 16); }
+
+__device__ void round_to(float &into, float value) { into = value; }
+
+// The nearest, of two equally near ones the even one.
+__device__ void round_to(bfloat16 &into, float value) {
+    const unsigned int bits = __float_as_uint(value);
+    into.bits = value != value ? 0x7fc0 : (unsigned short)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// A number as the kind T holds it.
+template <class T> __device__ float rounded(float value) {
+    T narrow;
+    round_to(narrow, value);
+    return widened(narrow);
+}
+
+// Numbers that are read or written together, 16 bytes at a time if there are as many.
+template <class T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) : 16) Vector {
+    T at[N];
+};
+
+template <int N, class T> __device__ Vector<T, N> *vectors(T *numbers) { return (Vector<T, N> *)numbers; }
+template <int N, class T> __device__ const Vector<T, N> *vectors(const T *numbers) { return (const Vector<T, N> *)numbers; }
+
+// The index of a thread in its grid, and their number.
+__device__ unsigned int thread_of_grid() { return blockIdx.x * blockDim.x + threadIdx.x; }
+__device__ unsigned int threads_of_grid() { return gridDim.x * blockDim.x; }
+
+// A block's own memory: a sum of each warp, then what the text says.
+extern __shared__ float block_memory[];
+const unsigned int WARP = 32, MOST_WARPS = 32;
+__device__ float *own_memory() { return block_memory + MOST_WARPS; }
+
+// Threads that compute a row together: a warp, or a whole block.
+struct Team {
+    unsigned int size, member, number, teams;
+
+    __device__ explicit Team(long long size)
+        : size((unsigned int)size), member(threadIdx.x % this->size), number(threadIdx.x / this->size), teams(blockDim.x / this->size) {}
+
+    // The sum of all members' values, for each of them, always added in one order. Every thread of the block calls it as often
+    // as every other one, if a team is a block.
+    __device__ float sum(float value) const {
+        for (int distance = WARP / 2; distance > 0; distance /= 2)
+            value += __shfl_xor_sync(0xffffffff, value, distance);
+        if (size == WARP)
+            return value;
+        __syncthreads();
+        if (member % WARP == 0)
+            block_memory[member / WARP] = value;
+        __syncthreads();
+        float total = 0.0f;
+        for (unsigned int warp = 0; warp < size / WARP; warp++)
+            total += block_memory[warp];
+        return total;
+    }
+};
+
+// Adds up the columns that each team of a block has summed, `width` of them, and writes them to `into`.
+__device__ void add_teams(const float *columns, unsigned int width, unsigned int stride, unsigned int teams, float *into) {
+    for (unsigned int column = threadIdx.x; column < width; column += blockDim.x) {
+        float total = 0.0f;
+        for (unsigned int team = 0; team < teams; team++)
+            total += columns[team * stride + column];
+        into[column] = total;
+    }
+}
+
+#define FOR_EACH_KIND(DECLARE) DECLARE(float, 4) DECLARE(float, 1) DECLARE(bfloat16, 8) DECLARE(bfloat16, 1)
+
+// Kinds of tokens and of their modulation.
+#define FOR_EACH_MODULATED(DECLARE)                                                                                                  \
+    DECLARE(float, float, 4)                                                                                                         \
+    DECLARE(float, float, 1)                                                                                                         \
+    DECLARE(bfloat16, bfloat16, 8)                                                                                                   \
+    DECLARE(bfloat16, bfloat16, 1)                                                                                                   \
+    DECLARE(bfloat16, float, 8)                                                                                                      \
+    DECLARE(bfloat16, float, 1)

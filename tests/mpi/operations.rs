@@ -1,0 +1,306 @@
+//! The kernels of operations: the compiler of the wheel takes them, they compute what libtorch's
+//! operators compute, with the bits of a CPU where sums have one order, and one that computes
+//! anything else is found.
+//!
+//! Without a GPU they run on the double of the driver, a fiber for each thread (`kernels.rs` here).
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use fm_dist::cuda::nvrtc;
+use fm_dist::ops::{
+    self, Case, Cut, FeatureOrder, GatedResidual, GeluTanh, Join, ModulatedNorm, Operation, Pass,
+    RmsNorm, Rotation, Rounding, Verified, differentiated_by, drawn, verify_by, verify_cases,
+};
+use fm_dist::rng::{Key, Purpose};
+use tch::{Device, Kind, Tensor};
+use tempfile::TempDir;
+
+use super::kernels::{doubled_with, on_host};
+use crate::double::project;
+
+/// Of A100, of H100 and H200, of B200, of RTX 50.
+const ARCHITECTURES: [u8; 4] = [80, 90, 100, 120];
+const ROUNDINGS: [Rounding; 2] = [Rounding::Once, Rounding::EachStep];
+
+/// Makes a library of the texts below `operations`, and runs a program of this file with it.
+fn doubled(operations: &Path, program: &str) -> String {
+    let folder = TempDir::new().unwrap();
+    let definition = format!("-DOPERATIONS={}", operations.display());
+    let library = on_host(folder.path(), "operations.cpp", &definition);
+    let outcome = doubled_with(
+        &format!("mpi::operations::{program}"),
+        &library,
+        &[("NCCL_DOUBLE_MODULES_STAY", "1")],
+    );
+    assert_eq!(outcome.code, Some(0), "{}", outcome.output);
+    outcome.output
+}
+
+#[test]
+fn the_compiler_of_the_wheel_takes_every_text_for_each_architecture() {
+    let texts = ops::kernel_texts();
+    let mut files: Vec<&str> = texts.iter().map(|text| text.file).collect();
+    files.sort_unstable();
+    let operations = project("src/ops");
+    let folders = fs::read_dir(&operations).unwrap().map(|entry| entry.unwrap().file_name());
+    let found = folders.filter(|name| operations.join(name).join("kernel.cu").exists());
+    let mut found: Vec<String> =
+        found.map(|name| format!("{}/kernel.cu", name.to_str().unwrap())).collect();
+    found.push("launch/column_sums.cu".into());
+    found.sort_unstable();
+    assert_eq!(files, found);
+    for text in texts {
+        for architecture in ARCHITECTURES {
+            let code = text.compile(&format!("sm_{architecture}")).unwrap();
+            // An ELF file of machine 190, NVIDIA's, for this architecture.
+            assert_eq!((&code[..4], code[18]), (&b"\x7fELF"[..], 190), "{}", text.file);
+            assert!(code.len() > 1000 && nvrtc::version().is_ok());
+        }
+    }
+}
+
+#[test]
+fn every_kernel_computes_what_libtorchs_operators_compute() {
+    let output = doubled(&project("src/ops"), "process_that_verifies");
+    assert!(output.contains("all are fit in "), "{output}");
+}
+
+pub fn process_that_verifies() {
+    let Verified { cases, unfit } = verify_by(Pass::Cuda, Device::Cpu);
+    assert!(cases >= 50 || !unfit.is_empty(), "{cases}");
+    for ops::Unfit { operation, what } in &unfit {
+        println!("unfit {operation}: {what}");
+    }
+    if unfit.is_empty() {
+        println!("all are fit in {cases} cases");
+    }
+}
+
+#[test]
+fn kernels_have_the_bits_of_a_cpu_where_sums_have_one_order() {
+    let output = doubled(&project("src/ops"), "process_beside_a_cpu");
+    assert!(output.contains("compared"), "{output}");
+}
+
+/// Largest differences that are allowed between a kernel and the loop on a CPU.
+#[derive(Clone, Copy)]
+enum Allowed {
+    Nothing,
+    /// Units in the last place of the largest number of a row.
+    LastPlaces(f64),
+    /// Of a gradient's norm: 1e-6 in f32, 4e-3 in bfloat16.
+    OfNorm,
+}
+
+impl Allowed {
+    fn check(self, found: &Tensor, expected: &Tensor, what: &str) {
+        assert_eq!((found.size(), found.kind()), (expected.size(), expected.kind()), "{what}");
+        let is_narrow = expected.kind() == Kind::BFloat16;
+        let (wide, double) = (found.to_kind(Kind::Double), expected.to_kind(Kind::Double));
+        let difference = (wide - &double).abs();
+        let (error, bound) = match self {
+            Allowed::Nothing => (difference.max().double_value(&[]), 0.0),
+            Allowed::LastPlaces(places) => {
+                let unit = if is_narrow { 2f64.powi(-7) } else { 2f64.powi(-22) };
+                let largest = double.abs().amax([-1i64].as_slice(), true).clamp_min(1e-30);
+                ((difference / largest).max().double_value(&[]), places * unit)
+            }
+            Allowed::OfNorm => {
+                let norm = double.norm().double_value(&[]).max(1e-30);
+                let bound = if is_narrow { 4e-3 } else { 1e-6 };
+                (difference.norm().double_value(&[]) / norm, bound)
+            }
+        };
+        assert!(error <= bound, "{what}: {error:e}, {bound:e} is allowed");
+    }
+}
+
+fn compare<O: Operation<N> + std::fmt::Debug, const N: usize>(
+    operation: O,
+    inputs: &[Tensor; N],
+    allowed: &[Allowed],
+) {
+    let found = differentiated_by(Pass::Cuda, operation, inputs);
+    let expected = differentiated_by(Pass::Cpu, operation, inputs);
+    assert_eq!((found.len(), expected.len()), (allowed.len(), allowed.len()));
+    let all = found.iter().zip(&expected).zip(allowed);
+    for (number, ((found, expected), allowed)) in all.enumerate() {
+        let shapes = inputs.each_ref().map(|input| (input.size(), input.kind()));
+        allowed.check(found, expected, &format!("{operation:?} of {shapes:?}, number {number}"));
+    }
+}
+
+/// Numbers that begin in the middle of 16 bytes if `is_odd`.
+fn placed(numbers: Tensor, is_odd: bool) -> Tensor {
+    if !is_odd {
+        return numbers;
+    }
+    let buffer = Tensor::zeros([numbers.numel() as i64 + 1], (numbers.kind(), Device::Cpu));
+    let mut place = buffer.narrow(0, 1, numbers.numel() as i64).view_as(&numbers);
+    place.copy_(&numbers);
+    place
+}
+
+pub fn process_beside_a_cpu() {
+    use Allowed::{LastPlaces, Nothing, OfNorm};
+    let mut number = 0;
+    let mut scope = || {
+        number += 1;
+        number
+    };
+    for kind in [Kind::Float, Kind::BFloat16] {
+        for is_odd in [false, true] {
+            let mut drawn = |shape: &[i64], kind| placed(drawn(shape, kind, scope()), is_odd);
+            // One row and many, rows of a warp and of a block, and columns beyond a block's usual
+            // memory.
+            for (batch, tokens, width) in
+                [(1, 1, 16), (2, 70, 48), (3, 9, 512), (1, 37, 1536), (2, 3, 6144)]
+            {
+                compare(
+                    GeluTanh,
+                    &[drawn(&[batch, tokens, width], kind) * 3.0],
+                    &[Nothing, Nothing],
+                );
+                for rounding in ROUNDINGS {
+                    let of_modulation = if rounding == Rounding::Once { Kind::Float } else { kind };
+                    for shape in [vec![batch, 1, width], vec![width]] {
+                        let x = drawn(&[batch, tokens, width], kind) * 2.0 + 0.5;
+                        let change = drawn(&[batch, tokens, width], kind);
+                        let [factor, shift] = [(); 2].map(|()| drawn(&shape, of_modulation));
+                        let gated = [x.shallow_clone(), factor.shallow_clone(), change];
+                        compare(
+                            GatedResidual { rounding },
+                            &gated,
+                            &[Nothing, Nothing, OfNorm, Nothing],
+                        );
+                        let norm = ModulatedNorm { epsilon: 1e-6, rounding };
+                        let near = [LastPlaces(2.0), LastPlaces(2.0), OfNorm, OfNorm];
+                        compare(norm, &[x, factor, shift], &near);
+                    }
+                    let inputs =
+                        [drawn(&[batch, tokens, width], kind) * 3.0, drawn(&[width], kind)];
+                    let near = [LastPlaces(2.0), LastPlaces(2.0), OfNorm];
+                    compare(RmsNorm { epsilon: 1e-6, rounding }, &inputs, &near);
+                }
+            }
+            for (tokens, heads, width) in [(1, 1, 2), (5, 3, 24), (33, 2, 128)] {
+                let angles = drawn(&[tokens, 1, width / 2], Kind::Float);
+                let table = Tensor::complex(&angles.cos(), &angles.sin());
+                let inputs = [drawn(&[2, tokens, heads, width], kind), table];
+                compare(Rotation, &inputs, &[Nothing, Nothing]);
+            }
+            for patch in [[1, 2, 2], [2, 3, 1]] {
+                let [frames, rows, columns] = [2 * patch[0], 3 * patch[1], 5 * patch[2]];
+                let latents = drawn(&[2, 7, frames, rows, columns], kind);
+                compare(Cut { patch }, &[latents], &[Nothing, Nothing]);
+                for order in [FeatureOrder::ChannelFirst, FeatureOrder::ChannelLast] {
+                    let features = 7 * patch.iter().product::<i64>();
+                    let join = Join { patch, grid: [2, 3, 5], order };
+                    compare(join, &[drawn(&[2, 30, features], kind)], &[Nothing, Nothing]);
+                }
+            }
+        }
+    }
+    println!("compared");
+}
+
+#[test]
+fn shapes_that_no_cpu_takes_are_libtorchs_operation() {
+    let output = doubled(&project("src/ops"), "process_with_odd_shapes");
+    assert!(output.contains("sound at all widths"), "{output}");
+}
+
+/// Widths that are no whole vectors, new ones each time.
+pub fn process_with_odd_shapes() {
+    let seed = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
+    println!("seed {seed}");
+    let draws = || Vec::<i64>::try_from(Tensor::randint(1400, [8], (Kind::Int64, Device::Cpu)));
+    let widths = Key::new(seed, Purpose::Test).seeded(draws).unwrap();
+    let verified = |outcome: Result<usize, String>| {
+        outcome.unwrap_or_else(|what| panic!("{what}"));
+    };
+    for width in widths.into_iter().map(|width| width + 1).chain([1, 3]) {
+        for (kind, tolerance) in [(Kind::Float, 3e-6), (Kind::BFloat16, 1.6e-2)] {
+            for rounding in ROUNDINGS {
+                let of_modulation = if rounding == Rounding::Once { Kind::Float } else { kind };
+                let x = drawn(&[2, 19, width], kind, 1);
+                let rows = [2, 3].map(|scope| drawn(&[2, 1, width], of_modulation, scope));
+                let [factor, shift] = rows;
+                let gated =
+                    [x.shallow_clone(), factor.shallow_clone(), drawn(&[2, 19, width], kind, 4)];
+                let operation = GatedResidual { rounding };
+                let case = Case { operation, inputs: gated, tolerance };
+                verified(verify_cases(Pass::Cuda, Device::Cpu, &[case]));
+                // The variance of one number is nothing.
+                if width > 2 {
+                    let operation = ModulatedNorm { epsilon: 1e-6, rounding };
+                    let inputs = [x.shallow_clone(), factor, shift];
+                    let case = Case { operation, inputs, tolerance };
+                    verified(verify_cases(Pass::Cuda, Device::Cpu, &[case]));
+                }
+                // A row of one number has no direction, and a gradient of nothing.
+                if width > 1 {
+                    let operation = RmsNorm { epsilon: 1e-6, rounding };
+                    let inputs = [x, drawn(&[width], kind, 5)];
+                    let case = Case { operation, inputs, tolerance };
+                    verified(verify_cases(Pass::Cuda, Device::Cpu, &[case]));
+                }
+            }
+            let case =
+                Case { operation: GeluTanh, inputs: [drawn(&[width], kind, 6) * 4.0], tolerance };
+            verified(verify_cases(Pass::Cuda, Device::Cpu, &[case]));
+        }
+    }
+    println!("sound at all widths");
+}
+
+/// The texts of all kernels, of which one is changed.
+fn changed(folder: &Path, file: &str, right: &str, wrong: &str) -> PathBuf {
+    let operations = project("src/ops");
+    for text in ops::kernel_texts().iter().map(|text| text.file).chain(["launch/prelude.cu"]) {
+        let mut content = fs::read_to_string(operations.join(text)).unwrap();
+        if text == file {
+            assert!(content.contains(right), "{right}");
+            content = content.replace(right, wrong);
+        }
+        let path = folder.join(text);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, content).unwrap();
+    }
+    folder.to_path_buf()
+}
+
+#[test]
+fn a_kernel_that_computes_something_else_is_found() {
+    let norms = &["modulated_norm", "rms_norm"][..];
+    for (file, right, wrong, unfit) in [
+        ("gelu_tanh/kernel.cu", "fmaf(3.0f * CUBE * x", "fmaf(2.0f * CUBE * x", &["gelu_tanh"][..]),
+        ("rotation/kernel.cu", "sign * angles", "angles", &["rotation"]),
+        ("patches/kernel.cu", "in_patch[1] * places.strides[2]", "in_patch[1]", &["cut", "join"]),
+        (
+            "gated_residual/kernel.cu",
+            "place / of_row / (unsigned int)sharing",
+            "0",
+            &["gated_residual"],
+        ),
+        ("rms_norm/kernel.cu", "- normalized * mean", "- mean", &["rms_norm"]),
+        (
+            "modulated_norm/kernel.cu",
+            "inverse * (scaled - gradient_mean",
+            "inverse * (scaled + gradient_mean",
+            &["modulated_norm"],
+        ),
+        ("launch/column_sums.cu", "block += lanes", "block += 2 * lanes", &["gated_residual"]),
+        ("launch/prelude.cu", "(bits >> 16 & 1)", "0", norms),
+    ] {
+        let folder = TempDir::new().unwrap();
+        let output = doubled(&changed(folder.path(), file, right, wrong), "process_that_verifies");
+        for operation in unfit {
+            assert!(
+                output.contains(&format!("unfit {operation}: {operation} of ")),
+                "{wrong}: {output}"
+            );
+        }
+    }
+}
