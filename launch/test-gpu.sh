@@ -21,13 +21,13 @@ PARTS=(attention tests families parity runs bench offload sanitizer)
 declare -A LIMIT=([attention]=60 [tests]=90 [families]=60 [parity]=90 [runs]=240 [bench]=540 [offload]=240 [sanitizer]=180)
 declare -A PURPOSE=(
     [attention]="which of libtorch's attention kernels are sound here, and their times: fm-dist doctor --gpu"
-    [tests]="what is computed on GPUs: collectives by NCCL, the order of streams, our kernel, the digits' loss curve"
+    [tests]="what is computed on GPUs: collectives by NCCL, the order of streams, our kernels, the digits' loss curve"
     [families]="one bfloat16 step of each model family at its real head width, with and without masks, beside a CPU's in float32"
     [parity]="a step of each family beside NeMo AutoModel and diffusers on the same GPU, with draws of the host and of the device"
     [runs]="memory beside fm-dist check, a GPU that fails or is too small, NCCL among 1 to N GPUs, and collectives behind computation"
     [bench]="FLUX of 71M and 2.6B and Wan 1.3B beside NeMo AutoModel and diffusers, eager and compiled; kernels of a step"
     [offload]="a step of half of FLUX.1-dev at 1024 x 1024 pixels with offload, beside what fm-dist check told"
-    [sanitizer]="the order of streams and our kernel under compute-sanitizer"
+    [sanitizer]="the order of streams and our kernels under compute-sanitizer"
 )
 # Whose tests are another part's.
 OTHER_PARTS='^cuda::(families|parity|memory|failures)::'
@@ -74,7 +74,7 @@ tests_of() {
         tests) gpu_tests | grep -vE "$OTHER_PARTS" ;;
         families | parity) gpu_tests | grep "^cuda::$1::" ;;
         runs) gpu_tests | grep -E "$OF_RUNS" ;;
-        sanitizer) gpu_tests | grep -E '^cuda::(what_is_computed_before_and_after|the_kernel_of_adamw)' ;;
+        sanitizer) gpu_tests | grep -E '^cuda::(what_is_computed_before_and_after|the_kernel_of_adamw|operations::every_kernel)' ;;
     esac
 }
 

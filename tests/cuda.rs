@@ -15,6 +15,8 @@ pub mod failures;
 mod families;
 /// Runs take the memory that `fm-dist check` says.
 mod memory;
+/// Kernels of operations have a CPU's numbers, and nearly the speed of a copy.
+mod operations;
 /// Steps are those of NeMo AutoModel and diffusers on the same GPU.
 mod parity;
 

@@ -379,8 +379,8 @@ impl SingleBlock {
     fn attended(&self, params: &Views, qkv: &Tensor, table: &Tensor) -> Tensor {
         // [B, L, 3·D] -> 3 of [B, L, N, E]
         let heads = qkv.unflatten(-1, [3, self.num_heads, -1]).unbind(2);
-        let query = rope::rotate(&self.norm_query.forward(params, &heads[0]), table);
-        let key = rope::rotate(&self.norm_key.forward(params, &heads[1]), table);
+        let query = self.norm_query.rotated(params, &heads[0], table);
+        let key = self.norm_key.rotated(params, &heads[1], table);
         attend(&query, &key, &heads[2], None)
     }
 }

@@ -3,7 +3,7 @@
 use tch::Tensor;
 
 use super::{Builder, Init, Param, Views};
-use crate::ops::{self, ModulatedNorm, Rounding, apply, at_least_float};
+use crate::ops::{self, ModulatedNorm, RotatedNorm, Rounding, apply, at_least_float};
 
 /// Norms of channels below this one count as this one.
 const LEAST_NORM: f64 = 1e-12;
@@ -64,8 +64,20 @@ impl RmsNorm {
     /// # Shapes
     /// `x`: `[…, D]`. Returns the same.
     pub fn forward(&self, params: &Views, x: &Tensor) -> Tensor {
-        let norm = ops::RmsNorm { epsilon: self.epsilon, rounding: self.rounding };
-        apply(norm, [x, &params[self.weight]])
+        apply(self.operation(), [x, &params[self.weight]])
+    }
+
+    /// Normalizes queries or keys, each head or each token as the norm is wide, and rotates them.
+    ///
+    /// # Shapes
+    /// `x`: `[B, L, N, E]`; `table`: `[L, 1, E/2]` of [`rope`](super::rope). Returns the shape and
+    /// kind of `x`.
+    pub fn rotated(&self, params: &Views, x: &Tensor, table: &Tensor) -> Tensor {
+        apply(RotatedNorm { norm: self.operation() }, [x, &params[self.weight], table])
+    }
+
+    fn operation(&self) -> ops::RmsNorm {
+        ops::RmsNorm { epsilon: self.epsilon, rounding: self.rounding }
     }
 }
 

@@ -33,6 +33,7 @@ mod modulated_norm;
 mod modulation;
 mod patches;
 mod rms_norm;
+mod rotated_norm;
 mod rotation;
 mod rounding;
 mod verify;
@@ -67,6 +68,7 @@ macro_rules! operations {
         pub fn kernel_texts() -> Vec<Text> {
             let mut texts = vec![launch::COLUMN_SUMS.text()];
             $(texts.push($operation::kernels().text());)+
+            texts.sort_by_key(|text| text.file);
             texts.dedup_by_key(|text| text.file);
             texts
         }
@@ -86,6 +88,7 @@ operations! {
     patches::Cut,
     patches::Join,
     rms_norm::RmsNorm,
+    rotated_norm::RotatedNorm,
     rotation::Rotation,
 }
 
@@ -126,6 +129,18 @@ pub enum Misfit {
     Devices,
 }
 
+/// Bytes that an operation reads and writes if each number moves once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bytes {
+    pub forward: u64,
+    pub backward: u64,
+}
+
+/// Bytes of tensors.
+fn bytes<const N: usize>(tensors: [&Tensor; N]) -> u64 {
+    tensors.iter().map(|tensor| (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64).sum()
+}
+
 /// An operation on `N` tensors: its meaning, and the devices that do it in one pass.
 pub trait Operation<const N: usize>: Copy + Send + 'static {
     /// Name in messages.
@@ -155,6 +170,9 @@ pub trait Operation<const N: usize>: Copy + Send + 'static {
     /// Computes the gradient of each input, of its shape and kind; [`Tensor::new`] for a constant.
     /// `grad_output` is contiguous.
     fn backward(&self, pass: Pass, saved: Self::Saved, grad_output: Tensor) -> [Tensor; N];
+
+    /// Fewest bytes that a pass can move for these inputs.
+    fn least_bytes(&self, inputs: [&Tensor; N]) -> Bytes;
 
     /// Drawn inputs for [`verify`].
     fn cases() -> Vec<Case<Self, N>>;

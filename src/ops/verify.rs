@@ -201,7 +201,7 @@ mod tests {
 
     use super::*;
     use crate::ops::launch::KernelFile;
-    use crate::ops::{GeluTanh, Misfit};
+    use crate::ops::{Bytes, GeluTanh, Misfit};
 
     #[test]
     fn every_single_pass_of_a_cpu_is_libtorchs_operation() {
@@ -271,6 +271,10 @@ mod tests {
         fn backward(&self, pass: Pass, saved: Tensor, grad_output: Tensor) -> [Tensor; 1] {
             let [gradient] = GeluTanh.backward(pass, saved, grad_output);
             [if matches!(self, Broken::Gradient) { -gradient } else { gradient }]
+        }
+
+        fn least_bytes(&self, inputs: [&Tensor; 1]) -> Bytes {
+            GeluTanh.least_bytes(inputs)
         }
 
         fn cases() -> Vec<Case<Self, 1>> {

@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use fm_dist::cuda::nvrtc;
 use fm_dist::ops::{
     self, Case, Cut, FeatureOrder, GatedResidual, GeluTanh, Join, ModulatedNorm, Operation, Pass,
-    RmsNorm, Rotation, Rounding, Verified, differentiated_by, drawn, verify_by, verify_cases,
+    RmsNorm, RotatedNorm, Rotation, Rounding, Verified, differentiated_by, drawn, verify_by,
+    verify_cases,
 };
 use fm_dist::rng::{Key, Purpose};
 use tch::{Device, Kind, Tensor};
@@ -83,6 +84,8 @@ fn kernels_have_the_bits_of_a_cpu_where_sums_have_one_order() {
     assert!(output.contains("compared"), "{output}");
 }
 
+use Allowed::{LastPlaces, Nothing, OfNorm};
+
 /// Largest differences that are allowed between a kernel and the loop on a CPU.
 #[derive(Clone, Copy)]
 enum Allowed {
@@ -116,93 +119,118 @@ impl Allowed {
     }
 }
 
-fn compare<O: Operation<N> + std::fmt::Debug, const N: usize>(
-    operation: O,
-    inputs: &[Tensor; N],
-    allowed: &[Allowed],
-) {
-    let found = differentiated_by(Pass::Cuda, operation, inputs);
-    let expected = differentiated_by(Pass::Cpu, operation, inputs);
-    assert_eq!((found.len(), expected.len()), (allowed.len(), allowed.len()));
-    let all = found.iter().zip(&expected).zip(allowed);
-    for (number, ((found, expected), allowed)) in all.enumerate() {
-        let shapes = inputs.each_ref().map(|input| (input.size(), input.kind()));
-        allowed.check(found, expected, &format!("{operation:?} of {shapes:?}, number {number}"));
-    }
+/// Where kernels compute, and if their tensors begin in the middle of 16 bytes.
+#[derive(Clone, Copy)]
+struct Place {
+    device: Device,
+    is_odd: bool,
 }
 
-/// Numbers that begin in the middle of 16 bytes if `is_odd`.
-fn placed(numbers: Tensor, is_odd: bool) -> Tensor {
-    if !is_odd {
-        return numbers;
+impl Place {
+    fn put(self, numbers: &Tensor) -> Tensor {
+        let numbers = numbers.to_device(self.device);
+        if !self.is_odd {
+            return numbers;
+        }
+        let length = numbers.numel() as i64;
+        let buffer = Tensor::zeros([length + 1], (numbers.kind(), self.device));
+        let mut place = buffer.narrow(0, 1, length).view_as(&numbers);
+        place.copy_(&numbers);
+        place
     }
-    let buffer = Tensor::zeros([numbers.numel() as i64 + 1], (numbers.kind(), Device::Cpu));
-    let mut place = buffer.narrow(0, 1, numbers.numel() as i64).view_as(&numbers);
-    place.copy_(&numbers);
-    place
+
+    /// Compares a kernel with the loop on a CPU: the output, then the gradient of each input.
+    fn compare<O: Operation<N> + std::fmt::Debug, const N: usize>(
+        self,
+        operation: O,
+        inputs: &[Tensor; N],
+        allowed: &[Allowed],
+    ) {
+        let there = inputs.each_ref().map(|input| self.put(input));
+        let found = differentiated_by(Pass::Cuda, operation, &there);
+        let expected = differentiated_by(Pass::Cpu, operation, inputs);
+        assert_eq!((found.len(), expected.len()), (allowed.len(), allowed.len()));
+        let all = found.iter().zip(&expected).zip(allowed);
+        for (number, ((found, expected), allowed)) in all.enumerate() {
+            let shapes = inputs.each_ref().map(|input| (input.size(), input.kind()));
+            let what = format!("{operation:?} of {shapes:?}, number {number}");
+            allowed.check(&found.to_device(Device::Cpu), expected, &what);
+        }
+    }
 }
 
 pub fn process_beside_a_cpu() {
-    use Allowed::{LastPlaces, Nothing, OfNorm};
-    let mut number = 0;
-    let mut scope = || {
-        number += 1;
-        number
-    };
+    kernels_beside_a_cpu(Device::Cpu);
+    println!("compared");
+}
+
+/// Every kernel on `device` beside the loop on a CPU, in all shapes that both take.
+pub(crate) fn kernels_beside_a_cpu(device: Device) {
     for kind in [Kind::Float, Kind::BFloat16] {
         for is_odd in [false, true] {
-            let mut drawn = |shape: &[i64], kind| placed(drawn(shape, kind, scope()), is_odd);
-            // One row and many, rows of a warp and of a block, and columns beyond a block's usual
-            // memory.
-            for (batch, tokens, width) in
-                [(1, 1, 16), (2, 70, 48), (3, 9, 512), (1, 37, 1536), (2, 3, 6144)]
-            {
-                compare(
-                    GeluTanh,
-                    &[drawn(&[batch, tokens, width], kind) * 3.0],
-                    &[Nothing, Nothing],
-                );
-                for rounding in ROUNDINGS {
-                    let of_modulation = if rounding == Rounding::Once { Kind::Float } else { kind };
-                    for shape in [vec![batch, 1, width], vec![width]] {
-                        let x = drawn(&[batch, tokens, width], kind) * 2.0 + 0.5;
-                        let change = drawn(&[batch, tokens, width], kind);
-                        let [factor, shift] = [(); 2].map(|()| drawn(&shape, of_modulation));
-                        let gated = [x.shallow_clone(), factor.shallow_clone(), change];
-                        compare(
-                            GatedResidual { rounding },
-                            &gated,
-                            &[Nothing, Nothing, OfNorm, Nothing],
-                        );
-                        let norm = ModulatedNorm { epsilon: 1e-6, rounding };
-                        let near = [LastPlaces(2.0), LastPlaces(2.0), OfNorm, OfNorm];
-                        compare(norm, &[x, factor, shift], &near);
-                    }
-                    let inputs =
-                        [drawn(&[batch, tokens, width], kind) * 3.0, drawn(&[width], kind)];
-                    let near = [LastPlaces(2.0), LastPlaces(2.0), OfNorm];
-                    compare(RmsNorm { epsilon: 1e-6, rounding }, &inputs, &near);
-                }
+            let place = Place { device, is_odd };
+            // One row and many, rows of a part of a warp, a warp and a block, and columns beyond a
+            // block's usual memory.
+            for shape in [[1, 1, 16], [2, 70, 48], [3, 9, 512], [1, 37, 1536], [2, 3, 6144]] {
+                compare_rows(place, kind, shape);
             }
-            for (tokens, heads, width) in [(1, 1, 2), (5, 3, 24), (33, 2, 128)] {
-                let angles = drawn(&[tokens, 1, width / 2], Kind::Float);
-                let table = Tensor::complex(&angles.cos(), &angles.sin());
-                let inputs = [drawn(&[2, tokens, heads, width], kind), table];
-                compare(Rotation, &inputs, &[Nothing, Nothing]);
+            for shape in [[1, 1, 2], [5, 3, 24], [33, 2, 128]] {
+                compare_heads(place, kind, shape);
             }
             for patch in [[1, 2, 2], [2, 3, 1]] {
-                let [frames, rows, columns] = [2 * patch[0], 3 * patch[1], 5 * patch[2]];
-                let latents = drawn(&[2, 7, frames, rows, columns], kind);
-                compare(Cut { patch }, &[latents], &[Nothing, Nothing]);
-                for order in [FeatureOrder::ChannelFirst, FeatureOrder::ChannelLast] {
-                    let features = 7 * patch.iter().product::<i64>();
-                    let join = Join { patch, grid: [2, 3, 5], order };
-                    compare(join, &[drawn(&[2, 30, features], kind)], &[Nothing, Nothing]);
-                }
+                compare_patches(place, kind, patch);
             }
         }
     }
-    println!("compared");
+}
+
+fn compare_rows(place: Place, kind: Kind, [batch, tokens, width]: [i64; 3]) {
+    let of_tokens = |scope| drawn(&[batch, tokens, width], kind, scope);
+    place.compare(GeluTanh, &[of_tokens(1) * 3.0], &[Nothing, Nothing]);
+    for rounding in ROUNDINGS {
+        let of_modulation = if rounding == Rounding::Once { Kind::Float } else { kind };
+        for shape in [vec![batch, 1, width], vec![width]] {
+            let [factor, shift] = [2, 3].map(|scope| drawn(&shape, of_modulation, scope));
+            let gated = [of_tokens(4), factor.shallow_clone(), of_tokens(5)];
+            let allowed = [Nothing, Nothing, OfNorm, Nothing];
+            place.compare(GatedResidual { rounding }, &gated, &allowed);
+            let norm = ModulatedNorm { epsilon: 1e-6, rounding };
+            let near = [LastPlaces(2.0), LastPlaces(2.0), OfNorm, OfNorm];
+            place.compare(norm, &[of_tokens(6) * 2.0 + 0.5, factor, shift], &near);
+        }
+        let inputs = [of_tokens(7) * 3.0, drawn(&[width], kind, 8)];
+        let near = [LastPlaces(2.0), LastPlaces(2.0), OfNorm];
+        place.compare(RmsNorm { epsilon: 1e-6, rounding }, &inputs, &near);
+    }
+}
+
+fn compare_heads(place: Place, kind: Kind, [tokens, heads, width]: [i64; 3]) {
+    let angles = drawn(&[tokens, 1, width / 2], Kind::Float, 9);
+    let table = Tensor::complex(&angles.cos(), &angles.sin());
+    let x = drawn(&[2, tokens, heads, width], kind, 10);
+    place.compare(Rotation, &[x.shallow_clone(), table.shallow_clone()], &[Nothing, Nothing]);
+    // A CPU's rows are whole vectors.
+    for of_weight in [width, heads * width].into_iter().filter(|width| width % 16 == 0) {
+        for rounding in ROUNDINGS {
+            let weight = drawn(&[of_weight], kind, 11);
+            let inputs = [x.shallow_clone(), weight, table.shallow_clone()];
+            let norm = RmsNorm { epsilon: 1e-6, rounding };
+            // A neighbour of what is rotated moves both numbers of its pair.
+            let near = [LastPlaces(3.0), LastPlaces(3.0), OfNorm];
+            place.compare(RotatedNorm { norm }, &inputs, &near);
+        }
+    }
+}
+
+fn compare_patches(place: Place, kind: Kind, patch: [i64; 3]) {
+    let [frames, rows, columns] = [2 * patch[0], 3 * patch[1], 5 * patch[2]];
+    let latents = drawn(&[2, 7, frames, rows, columns], kind, 12);
+    place.compare(Cut { patch }, &[latents], &[Nothing, Nothing]);
+    for order in [FeatureOrder::ChannelFirst, FeatureOrder::ChannelLast] {
+        let features = 7 * patch.iter().product::<i64>();
+        let join = Join { patch, grid: [2, 3, 5], order };
+        place.compare(join, &[drawn(&[2, 30, features], kind, 13)], &[Nothing, Nothing]);
+    }
 }
 
 #[test]
@@ -277,6 +305,7 @@ fn a_kernel_that_computes_something_else_is_found() {
     for (file, right, wrong, unfit) in [
         ("gelu_tanh/kernel.cu", "fmaf(3.0f * CUBE * x", "fmaf(2.0f * CUBE * x", &["gelu_tanh"][..]),
         ("rotation/kernel.cu", "sign * angles", "angles", &["rotation"]),
+        ("rms_norm/kernel.cu", "place * N % head", "place * N", &["rotated_norm"]),
         ("patches/kernel.cu", "in_patch[1] * places.strides[2]", "in_patch[1]", &["cut", "join"]),
         (
             "gated_residual/kernel.cu",

@@ -6,7 +6,7 @@ mod wide;
 use tch::Tensor;
 
 use super::norm::RmsNorm;
-use super::{AttentionInfo, Builder, Init, Linear, Rows, Views, rope};
+use super::{AttentionInfo, Builder, Init, Linear, Rows, Views};
 use crate::libtorch::{AttentionBackend, permit_attention};
 use crate::ops::{Rounding, at_least_float, with_dense_gradient};
 pub use choice::{AttentionChoice, choose, open_on};
@@ -184,16 +184,18 @@ impl Projections {
     }
 
     /// # Shapes
-    /// `x`: `[B, L, D]`; `table`: `[L, 1, E/2]` of [`rope`], if the stream has positions. Returns
-    /// query, key and value `[B, L, N, E]`.
+    /// `x`: `[B, L, D]`; `table`: `[L, 1, E/2]` of [`rope`](super::rope), if the stream has
+    /// positions. Returns query, key and value `[B, L, N, E]`.
     pub fn forward(&self, params: &Views, x: &Tensor, table: Option<&Tensor>) -> [Tensor; 3] {
         let (batch, tokens, _) = x.size3().expect("[B, L, D]");
         let heads =
             |linear: &Linear| linear.forward(params, x).view([batch, tokens, self.num_heads, -1]);
-        let turned =
-            |x: Tensor| table.map_or_else(|| x.shallow_clone(), |table| rope::rotate(&x, table));
-        let query = turned(self.norm_query.forward(params, &heads(&self.query)));
-        let key = turned(self.norm_key.forward(params, &heads(&self.key)));
+        let normalized = |norm: &RmsNorm, x: &Tensor| match table {
+            Some(table) => norm.rotated(params, x, table),
+            None => norm.forward(params, x),
+        };
+        let query = normalized(&self.norm_query, &heads(&self.query));
+        let key = normalized(&self.norm_key, &heads(&self.key));
         [query, key, heads(&self.value)]
     }
 }
@@ -233,8 +235,9 @@ impl JointAttention {
     }
 
     /// # Shapes
-    /// `image`: `[B, Li, D]`, `text`: `[B, Lt, D]`, each with its table of [`rope`] if it has
-    /// positions; `mask`: as in [`attend`], over text keys, then image keys. Returns image and text.
+    /// `image`: `[B, Li, D]`, `text`: `[B, Lt, D]`, each with its table of [`rope`](super::rope) if
+    /// it has positions; `mask`: as in [`attend`], over text keys, then image keys. Returns image
+    /// and text.
     pub fn forward(
         &self,
         params: &Views,

@@ -8,7 +8,7 @@ use tch::Tensor;
 
 use super::{Heads, attend};
 use crate::nn::norm::RmsNorm;
-use crate::nn::{Builder, Linear, Rows, Views, rope};
+use crate::nn::{Builder, Linear, Rows, Views};
 
 /// The source of keys and values.
 #[derive(Clone, Copy, Debug)]
@@ -31,10 +31,16 @@ impl Source {
         }
     }
 
-    /// Keys and values `[B, K, N, E]`.
-    fn forward(&self, params: &Views, x: &Tensor, num_heads: i64) -> [Tensor; 2] {
-        let key = self.norm_key.forward(params, &self.key.forward(params, x));
-        [split(&key, num_heads), split(&self.value.forward(params, x), num_heads)]
+    /// Keys and values `[B, K, N, E]`; keys rotated if there is a `table`.
+    fn forward(
+        &self,
+        params: &Views,
+        x: &Tensor,
+        num_heads: i64,
+        table: Option<&Tensor>,
+    ) -> [Tensor; 2] {
+        let key = heads(params, &self.norm_key, &self.key.forward(params, x), num_heads, table);
+        [key, split(&self.value.forward(params, x), num_heads)]
     }
 }
 
@@ -70,11 +76,11 @@ impl WideAttention {
     }
 
     /// # Shapes
-    /// `x`: `[B, L, D]`; `table`: `[L, 1, E/2]` of [`rope`]. Returns the shape of `x`.
+    /// `x`: `[B, L, D]`; `table`: `[L, 1, E/2]` of [`rope`](crate::nn::rope). Returns the shape of `x`.
     pub fn over_itself(&self, params: &Views, x: &Tensor, table: &Tensor) -> Tensor {
-        let query = rope::rotate(&self.query(params, x), table);
-        let [key, value] = self.source.forward(params, x, self.num_heads);
-        self.output.forward(params, &attend(&query, &rope::rotate(&key, table), &value, None))
+        let query = self.query(params, x, Some(table));
+        let [key, value] = self.source.forward(params, x, self.num_heads, Some(table));
+        self.output.forward(params, &attend(&query, &key, &value, None))
     }
 
     /// # Shapes
@@ -87,9 +93,9 @@ impl WideAttention {
         text: &Tensor,
         image: Option<&Tensor>,
     ) -> Tensor {
-        let query = self.query(params, x);
+        let query = self.query(params, x, None);
         let over = |source: &Source, tokens: &Tensor| {
-            let [key, value] = source.forward(params, tokens, self.num_heads);
+            let [key, value] = source.forward(params, tokens, self.num_heads, None);
             attend(&query, &key, &value, None)
         };
         let attended = match (&self.added, image) {
@@ -99,8 +105,24 @@ impl WideAttention {
         self.output.forward(params, &attended)
     }
 
-    fn query(&self, params: &Views, x: &Tensor) -> Tensor {
-        split(&self.norm_query.forward(params, &self.query.forward(params, x)), self.num_heads)
+    fn query(&self, params: &Views, x: &Tensor, table: Option<&Tensor>) -> Tensor {
+        let query = self.query.forward(params, x);
+        heads(params, &self.norm_query, &query, self.num_heads, table)
+    }
+}
+
+/// Normalizes `x` `[B, L, D]`, splits it into heads and rotates them by a `table` if there is one:
+/// `[B, L, N, E]`.
+fn heads(
+    params: &Views,
+    norm: &RmsNorm,
+    x: &Tensor,
+    num_heads: i64,
+    table: Option<&Tensor>,
+) -> Tensor {
+    match table {
+        Some(table) => norm.rotated(params, &split(x, num_heads), table),
+        None => split(&norm.forward(params, x), num_heads),
     }
 }
 

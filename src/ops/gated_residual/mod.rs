@@ -7,7 +7,7 @@ mod plain;
 use tch::Tensor;
 
 use super::launch::KernelFile;
-use super::{Case, Misfit, Operation, Pass, Rounding, drawn, modulation};
+use super::{Bytes, Case, Misfit, Operation, Pass, Rounding, bytes, drawn, modulation};
 
 /// `x + gate · change`.
 ///
@@ -66,6 +66,14 @@ impl Operation<3> for GatedResidual {
             Pass::Cuda => cuda::backward(&saved, &grad_output),
         };
         [grad_output, grad_gate, grad_change]
+    }
+
+    fn least_bytes(&self, [x, gate, change]: [&Tensor; 3]) -> Bytes {
+        Bytes {
+            forward: bytes([x, change, x, gate]),
+            // The gradient of x is that of the output.
+            backward: bytes([change, x, change, gate, gate]),
+        }
     }
 
     fn cases() -> Vec<Case<Self, 3>> {

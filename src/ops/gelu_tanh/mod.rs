@@ -9,7 +9,7 @@ mod plain;
 use tch::{Kind, Tensor};
 
 use super::launch::KernelFile;
-use super::{Case, Misfit, Operation, Pass, drawn};
+use super::{Bytes, Case, Misfit, Operation, Pass, bytes, drawn};
 
 /// `x · (1 + tanh(sqrt(2/π) · (x + 0.044715 · x³))) / 2`.
 ///
@@ -50,6 +50,10 @@ impl Operation<1> for GeluTanh {
             Pass::Cpu => cpu::backward(&x, &grad_output),
             Pass::Cuda => cuda::backward(&x, &grad_output),
         }]
+    }
+
+    fn least_bytes(&self, [x]: [&Tensor; 1]) -> Bytes {
+        Bytes { forward: bytes([x, x]), backward: bytes([x, x, x]) }
     }
 
     fn cases() -> Vec<Case<Self, 1>> {

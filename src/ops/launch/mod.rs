@@ -135,9 +135,12 @@ pub struct Team {
 }
 
 impl Team {
-    /// The team of rows of `width` numbers.
-    pub fn of_width(width: i64) -> Self {
-        Team { size: if width <= WIDTH_OF_A_WARP { WARP } else { THREADS.into() } }
+    /// The team of rows of `width` numbers, which it reads in vectors of `numbers`: a block for a
+    /// wide row, and no more threads than it has vectors for a narrow one.
+    pub fn of_row(width: i64, numbers: i64) -> Self {
+        let vectors = (width / numbers) as u64;
+        let is_wide = width > WIDTH_OF_A_WARP;
+        Team { size: if is_wide { THREADS.into() } else { vectors.next_power_of_two().min(WARP) } }
     }
 
     /// The kernel's argument.
@@ -174,12 +177,17 @@ impl Team {
         4 * (SUMS + self.of_block() * columns as u64)
     }
 
-    /// Checks that a block has room for the sums of `columns`.
+    /// Checks that a block has room to sum the columns of rows of `width` numbers, each of them
+    /// `times` times.
     ///
     /// # Errors
     /// [`Misfit::Shape`].
-    pub fn has_room(self, columns: i64) -> Result<(), Misfit> {
-        if self.block_bytes(columns) <= MOST_BLOCK_BYTES { Ok(()) } else { Err(Misfit::Shape) }
+    pub fn has_room(width: i64, times: i64) -> Result<(), Misfit> {
+        let has_room = |numbers| {
+            let team = Team::of_row(width, numbers);
+            team.block_bytes(times * width) <= MOST_BLOCK_BYTES
+        };
+        if [1, 4, 8].into_iter().all(has_room) { Ok(()) } else { Err(Misfit::Shape) }
     }
 }
 

@@ -43,19 +43,22 @@ extern __shared__ float block_memory[];
 const unsigned int WARP = 32, MOST_WARPS = 32;
 __device__ float *own_memory() { return block_memory + MOST_WARPS; }
 
-// Threads that compute a row together: a warp, or a whole block.
+// Threads that compute a row together: a whole block, a warp, or a part of it with a power of two.
 struct Team {
+    // Threads of a team, the index of a thread in its team and of the team in its block, and the block's teams.
     unsigned int size, member, number, teams;
 
     __device__ explicit Team(long long size)
         : size((unsigned int)size), member(threadIdx.x % this->size), number(threadIdx.x / this->size), teams(blockDim.x / this->size) {}
 
-    // The sum of all members' values, for each of them, always added in one order. Every thread of the block calls it as often
-    // as every other one, if a team is a block.
+    // The members among the threads of a warp.
+    __device__ unsigned int mask() const { return size < WARP ? ((1u << size) - 1) << threadIdx.x % WARP / size * size : 0xffffffff; }
+
+    // The sum of all members' values, for each of them, always added in one order. Each member calls it as often as every other.
     __device__ float sum(float value) const {
-        for (int distance = WARP / 2; distance > 0; distance /= 2)
-            value += __shfl_xor_sync(0xffffffff, value, distance);
-        if (size == WARP)
+        for (unsigned int distance = (size < WARP ? size : WARP) / 2; distance > 0; distance /= 2)
+            value += __shfl_xor_sync(mask(), value, distance);
+        if (size <= WARP)
             return value;
         __syncthreads();
         if (member % WARP == 0)

@@ -13,9 +13,9 @@ pub static KERNELS: KernelFile =
 pub fn forward(norm: ModulatedNorm, x: &Tensor, factor: &Tensor, shift: &Tensor) -> Normalized {
     let output = x.empty_like();
     let width = row_width(x);
-    let (rows, team) = (x.numel() as i64 / width, Team::of_width(width));
-    let moments = Tensor::empty([rows, 2], (Kind::Float, x.device()));
     let numbers = vector(width, &[x, factor, shift, &output], 1);
+    let (rows, team) = (x.numel() as i64 / width, Team::of_row(width, numbers));
+    let moments = Tensor::empty([rows, 2], (Kind::Float, x.device()));
     KERNELS.launch(
         x.device(),
         &format!("modulated_norm_{}_{}_{numbers}", word(x), word(factor)),
@@ -41,10 +41,10 @@ pub fn backward(saved: &Saved, grad_output: &Tensor) -> [Tensor; 3] {
     let Saved { x, factor, moments } = saved;
     let grad_x = x.empty_like();
     let (width, sharing) = (row_width(x), sharing(x, factor));
-    let (modulations, team) = (factor.numel() as i64 / width, Team::of_width(width));
+    let numbers = vector(width, &[x, factor, grad_output, &grad_x], 1);
+    let (modulations, team) = (factor.numel() as i64 / width, Team::of_row(width, numbers));
     let blocks = sharing.unsigned_abs().div_ceil(team.block_rows() as u64) as i64;
     let partial = Tensor::empty([2, modulations, blocks, width], (Kind::Float, x.device()));
-    let numbers = vector(width, &[x, factor, grad_output, &grad_x], 1);
     KERNELS.launch(
         x.device(),
         &format!("modulated_norm_backward_{}_{}_{numbers}", word(x), word(factor)),

@@ -7,7 +7,7 @@ mod plain;
 use tch::Tensor;
 
 use super::launch::{KernelFile, Team};
-use super::{Case, Misfit, Operation, Pass, Rounding, drawn, modulation};
+use super::{Bytes, Case, Misfit, Operation, Pass, Rounding, bytes, drawn, modulation};
 
 /// `n · factor + shift`, with n of mean 0 and variance 1 over the last axis of `x`.
 ///
@@ -60,7 +60,7 @@ impl Operation<3> for ModulatedNorm {
         let width = modulation::row_width(x);
         match pass {
             Pass::Cpu => Ok(()),
-            Pass::Cuda => Team::of_width(width).has_room(2 * width),
+            Pass::Cuda => Team::has_room(width, 2),
         }
     }
 
@@ -76,6 +76,14 @@ impl Operation<3> for ModulatedNorm {
         match pass {
             Pass::Cpu => cpu::backward(&saved, &grad_output),
             Pass::Cuda => cuda::backward(&saved, &grad_output),
+        }
+    }
+
+    fn least_bytes(&self, [x, factor, shift]: [&Tensor; 3]) -> Bytes {
+        let moments = 8 * x.numel() as u64 / modulation::row_width(x) as u64;
+        Bytes {
+            forward: bytes([x, x, factor, shift]) + moments,
+            backward: bytes([x, x, x, factor, factor, shift]) + moments,
         }
     }
 

@@ -12,7 +12,7 @@ mod plain;
 use tch::{Kind, Tensor};
 
 use super::launch::KernelFile;
-use super::{Case, Misfit, Operation, Pass, drawn};
+use super::{Bytes, Case, Misfit, Operation, Pass, bytes, drawn};
 use places::Places;
 
 /// Frames, rows and columns of a patch.
@@ -90,6 +90,11 @@ impl Operation<1> for Cut {
         }]
     }
 
+    fn least_bytes(&self, [latents]: [&Tensor; 1]) -> Bytes {
+        let moved = bytes([latents, latents]);
+        Bytes { forward: moved, backward: moved }
+    }
+
     fn cases() -> Vec<Case<Self, 1>> {
         let case = |kind, patch: Patch| {
             let [frames, rows, columns] = std::array::from_fn(|axis| GRID[axis] * patch[axis]);
@@ -133,6 +138,11 @@ impl Operation<1> for Join {
             Pass::Cpu => cpu::cut(&grad_output, places),
             Pass::Cuda => cuda::cut(&grad_output, places),
         }]
+    }
+
+    fn least_bytes(&self, [tokens]: [&Tensor; 1]) -> Bytes {
+        let moved = bytes([tokens, tokens]);
+        Bytes { forward: moved, backward: moved }
     }
 
     fn cases() -> Vec<Case<Self, 1>> {

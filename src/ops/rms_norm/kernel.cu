@@ -1,11 +1,37 @@
-// Root-mean-square normalization and its gradients, a row a team.
+// Root-mean-square normalization and its gradients, a row a team; with a table of angles also the rotation of what was
+// normalized.
 
 // 1 / sqrt(mean + epsilon) of a sum of squares.
 __device__ float inverse_root(float squares, long long width, float epsilon) { return 1.0f / sqrtf(squares / (float)width + epsilon); }
 
+// Rotation of pairs by the angles of a token; none without a table.
+struct Turn {
+    // Cosine and sine of each token and pair.
+    const float *table;
+    // Sizes in numbers: a head's, a token's; and tokens of a sample.
+    long long head, token, tokens;
+
+    // Turns numbers of kind T, which stand at a place of a row; `sign`: of the angles.
+    template <class T, int N> __device__ Vector<T, N> turned(Vector<T, N> numbers, long long row, long long width, unsigned int place, float sign) const {
+        if constexpr (N > 1) {
+            if (!table)
+                return numbers;
+            const long long of_sample = row / (token / width) % tokens;
+            const Vector<float, N> angles = *vectors<N>(table + of_sample * head + place * N % head);
+            for (int k = 0; k < N; k += 2) {
+                const float first = widened(numbers.at[k]), second = widened(numbers.at[k + 1]);
+                const float cosine = angles.at[k], sine = sign * angles.at[k + 1];
+                round_to(numbers.at[k], first * cosine - second * sine);
+                round_to(numbers.at[k + 1], first * sine + second * cosine);
+            }
+        }
+        return numbers;
+    }
+};
+
 template <class T, int N>
 __device__ void forward(const T *__restrict__ x, const T *__restrict__ weight, T *__restrict__ output, long long rows, long long width,
-                        float epsilon, long long rounds_before_scale, long long team_size) {
+                        float epsilon, long long rounds_before_scale, const Turn &turn, long long team_size) {
     const Team team(team_size);
     const unsigned int of_row = (unsigned int)width / N;
     for (long long row = (long long)blockIdx.x * team.teams + team.number; row < rows; row += (long long)gridDim.x * team.teams) {
@@ -25,17 +51,17 @@ __device__ void forward(const T *__restrict__ x, const T *__restrict__ weight, T
                 const float normalized = widened(numbers.at[k]) * inverse;
                 round_to(numbers.at[k], (rounds_before_scale ? rounded<T>(normalized) : normalized) * widened(weights.at[k]));
             }
-            into[place] = numbers;
+            into[place] = turn.turned(numbers, row, width, place, 1.0f);
         }
     }
 }
 
 // With n = x · inverse and g the gradient of n, that of x is inverse · (g − n · mean(g · n)); the weight's is the sum of
-// grad_output · n, here over a block's `block_rows` rows: `partial` [blocks, width].
+// grad_output, turned back, · n, here over a block's `block_rows` rows: `partial` [blocks, width].
 template <class T, int N>
 __device__ void backward(const T *__restrict__ x, const T *__restrict__ weight, const T *__restrict__ grad_output, T *__restrict__ grad_x,
                          float *__restrict__ partial, long long rows, long long width, float epsilon, long long block_rows,
-                         long long team_size) {
+                         const Turn &turn, long long team_size) {
     const Team team(team_size);
     const unsigned int of_row = (unsigned int)width / N;
     float *const columns = own_memory() + team.number * width;
@@ -47,7 +73,8 @@ __device__ void backward(const T *__restrict__ x, const T *__restrict__ weight, 
         Vector<T, N> *const into = vectors<N>(grad_x + row * width);
         float squares = 0.0f, products = 0.0f;
         for (unsigned int place = team.member; place < of_row; place += team.size) {
-            const Vector<T, N> numbers = from[place], gradient = gradients[place], weights = vectors<N>(weight)[place];
+            const Vector<T, N> numbers = from[place], weights = vectors<N>(weight)[place];
+            const Vector<T, N> gradient = turn.turned(gradients[place], row, width, place, -1.0f);
             for (int k = 0; k < N; k++) {
                 const float number = widened(numbers.at[k]);
                 squares += number * number;
@@ -57,7 +84,8 @@ __device__ void backward(const T *__restrict__ x, const T *__restrict__ weight, 
         const float inverse = inverse_root(team.sum(squares), width, epsilon);
         const float mean = team.sum(products) * inverse / (float)width;
         for (unsigned int place = team.member; place < of_row; place += team.size) {
-            const Vector<T, N> gradient = gradients[place], weights = vectors<N>(weight)[place];
+            const Vector<T, N> weights = vectors<N>(weight)[place];
+            const Vector<T, N> gradient = turn.turned(gradients[place], row, width, place, -1.0f);
             Vector<T, N> numbers = from[place];
             Vector<float, N> sums = vectors<N>(columns)[place];
             for (int k = 0; k < N; k++) {
@@ -74,14 +102,20 @@ __device__ void backward(const T *__restrict__ x, const T *__restrict__ weight, 
 }
 
 #define DECLARE(T, N)                                                                                                                \
-    extern "C" __global__ void rms_norm_##T##_##N(const T *x, const T *weight, T *output, long long rows, long long width,           \
-                                                  float epsilon, long long rounds_before_scale, long long team_size) {               \
-        forward<T, N>(x, weight, output, rows, width, epsilon, rounds_before_scale, team_size);                                      \
+    extern "C" __global__ void rms_norm_##T##_##N(const T *x, const T *weight, T *output, const float *table, long long rows,        \
+                                                  long long width, float epsilon, long long rounds_before_scale, long long head,     \
+                                                  long long token, long long tokens, long long team_size) {                          \
+        forward<T, N>(x, weight, output, rows, width, epsilon, rounds_before_scale, {table, head, token, tokens}, team_size);        \
     }                                                                                                                                \
     extern "C" __global__ void rms_norm_backward_##T##_##N(const T *x, const T *weight, const T *grad_output, T *grad_x,             \
-                                                           float *partial, long long rows, long long width, float epsilon,           \
-                                                           long long block_rows, long long team_size) {                              \
-        backward<T, N>(x, weight, grad_output, grad_x, partial, rows, width, epsilon, block_rows, team_size);                        \
+                                                           float *partial, const float *table, long long rows, long long width,      \
+                                                           float epsilon, long long block_rows, long long head, long long token,     \
+                                                           long long tokens, long long team_size) {                                  \
+        backward<T, N>(x, weight, grad_output, grad_x, partial, rows, width, epsilon, block_rows, {table, head, token, tokens},      \
+                       team_size);                                                                                                   \
     }
 FOR_EACH_KIND(DECLARE)
+// Pairs that begin anywhere.
+DECLARE(float, 2)
+DECLARE(bfloat16, 2)
 #undef DECLARE

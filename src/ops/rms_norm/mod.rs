@@ -1,14 +1,14 @@
 //! Root-mean-square normalization with a learned scale.
 
-mod cpu;
-mod cuda;
+pub mod cpu;
+pub mod cuda;
 mod plain;
 
 use tch::{Kind, Tensor};
 
 use super::lanes::LANES;
 use super::launch::{KernelFile, Team};
-use super::{Case, Misfit, Operation, Pass, Rounding, drawn};
+use super::{Bytes, Case, Misfit, Operation, Pass, Rounding, bytes, drawn};
 
 /// `x / sqrt(mean(x²) + epsilon) · weight`, the mean over the last axis.
 ///
@@ -27,8 +27,8 @@ pub struct RmsNorm {
 
 /// Tensors that the gradient needs.
 pub struct Saved {
-    x: Tensor,
-    weight: Tensor,
+    pub x: Tensor,
+    pub weight: Tensor,
 }
 
 impl Operation<2> for RmsNorm {
@@ -54,14 +54,14 @@ impl Operation<2> for RmsNorm {
         match pass {
             Pass::Cpu if width % LANES as i64 == 0 => Ok(()),
             Pass::Cpu => Err(Misfit::Shape),
-            Pass::Cuda => Team::of_width(width).has_room(width),
+            Pass::Cuda => Team::has_room(width, 1),
         }
     }
 
     fn forward(&self, pass: Pass, [x, weight]: [Tensor; 2]) -> (Tensor, Saved) {
         let output = match pass {
             Pass::Cpu => cpu::forward(*self, &x, &weight),
-            Pass::Cuda => cuda::forward(*self, &x, &weight),
+            Pass::Cuda => cuda::forward(*self, &x, &weight, None),
         };
         (output, Saved { x, weight })
     }
@@ -69,8 +69,12 @@ impl Operation<2> for RmsNorm {
     fn backward(&self, pass: Pass, saved: Saved, grad_output: Tensor) -> [Tensor; 2] {
         match pass {
             Pass::Cpu => cpu::backward(*self, &saved, &grad_output),
-            Pass::Cuda => cuda::backward(*self, &saved, &grad_output),
+            Pass::Cuda => cuda::backward(*self, &saved, &grad_output, None),
         }
+    }
+
+    fn least_bytes(&self, [x, weight]: [&Tensor; 2]) -> Bytes {
+        Bytes { forward: bytes([x, x, weight]), backward: bytes([x, x, x, weight, weight]) }
     }
 
     fn cases() -> Vec<Case<Self, 2>> {

@@ -1,13 +1,13 @@
 //! Rotary position embedding: neighbouring features turned as pairs.
 
-mod cpu;
+pub mod cpu;
 mod cuda;
 mod plain;
 
 use tch::{Kind, Tensor};
 
 use super::launch::KernelFile;
-use super::{Case, Misfit, Operation, Pass, drawn};
+use super::{Bytes, Case, Misfit, Operation, Pass, bytes, drawn};
 
 /// Turns each pair of neighbouring features by the angle of its token; computed in f32 and rounded
 /// once. The gradient is turned back.
@@ -22,7 +22,7 @@ pub struct Rotation;
 
 /// Sense of a rotation.
 #[derive(Clone, Copy)]
-enum Direction {
+pub enum Direction {
     Forth,
     /// By the negative angles, as gradients are turned.
     Back,
@@ -76,6 +76,11 @@ impl Operation<2> for Rotation {
             Pass::Cuda => cuda::turned(&grad_output, &table, Direction::Back),
         };
         [grad_x, Tensor::new()]
+    }
+
+    fn least_bytes(&self, [x, table]: [&Tensor; 2]) -> Bytes {
+        let moved = bytes([x, x, table]);
+        Bytes { forward: moved, backward: moved }
     }
 
     fn cases() -> Vec<Case<Self, 2>> {

@@ -61,7 +61,8 @@ struct Fiber {
 static ucontext_t scheduler;
 static std::vector<Fiber> fibers;
 static std::vector<float> mail;
-static std::vector<Barrier> barriers_of_warps;
+// By the first thread of those that wait for each other within a warp.
+static std::vector<Barrier> barriers_in_warps;
 static Barrier barrier_of_block;
 // True once a barrier was passed or a thread ended, since it was last looked at.
 static bool moves;
@@ -131,7 +132,7 @@ template <auto kernel> static void run(unsigned int blocks, unsigned int threads
         }(kernel, given);
     };
     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {
-        barriers_of_warps.assign((threads + WARP_THREADS - 1) / WARP_THREADS, {});
+        barriers_in_warps.assign(threads, {});
         barrier_of_block = {};
         std::memset(block_memory, 0xff, block_bytes + GUARD_BYTES);
         run_block();
@@ -147,13 +148,15 @@ template <auto kernel> static void run(unsigned int blocks, unsigned int threads
 inline void __syncthreads() { host::wait_at(host::barrier_of_block, blockDim.x); }
 
 inline float __shfl_xor_sync(unsigned int mask, float value, int distance) {
-    const unsigned int thread = threadIdx.x, warp = thread / host::WARP_THREADS;
-    if (mask != 0xffffffff || blockDim.x % host::WARP_THREADS != 0)
-        host::fail("a shuffle within a part of a warp is not known here");
+    const unsigned int thread = threadIdx.x, lane = thread % host::WARP_THREADS;
+    if (!(mask >> lane & 1) || !(mask >> (lane ^ distance) & 1) || blockDim.x % host::WARP_THREADS != 0)
+        host::fail("a shuffle with a thread that is not in its mask");
+    host::Barrier &barrier = host::barriers_in_warps[thread - lane + __builtin_ctz(mask)];
+    const unsigned int members = __builtin_popcount(mask);
     host::mail[thread] = value;
-    host::wait_at(host::barriers_of_warps[warp], host::WARP_THREADS);
+    host::wait_at(barrier, members);
     const float received = host::mail[thread ^ distance];
-    host::wait_at(host::barriers_of_warps[warp], host::WARP_THREADS);
+    host::wait_at(barrier, members);
     return received;
 }
 

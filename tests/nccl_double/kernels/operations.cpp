@@ -24,6 +24,8 @@ namespace rms_norm_text {
 #include TEXT(rms_norm/kernel.cu)
 #define BOTH(T, N) ON_HOST(rms_norm_##T##_##N) ON_HOST(rms_norm_backward_##T##_##N)
 FOR_EACH_KIND(BOTH)
+BOTH(float, 2)
+BOTH(bfloat16, 2)
 #undef BOTH
 } // namespace rms_norm_text
 
