@@ -25,6 +25,19 @@ pub struct Caption {
     /// Name of the picture or video that the sample was made from; empty if unknown.
     #[serde(default)]
     pub source: String,
+    /// Width and height of the picture before it was resized; none if unknown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub original_resolution: Option<[u32; 2]>,
+    /// Columns and rows that were cut off at the left and at the top of the resized picture; none
+    /// if unknown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub crop_offset: Option<[u32; 2]>,
+}
+
+impl Caption {
+    pub fn new(caption: impl Into<String>, source: impl Into<String>) -> Self {
+        Caption { caption: caption.into(), source: source.into(), ..Caption::default() }
+    }
 }
 
 /// A dataset's captions; the file is read on demand.

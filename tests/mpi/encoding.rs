@@ -80,6 +80,10 @@ fn ranks_encode_the_dataset_of_one_and_go_on_after_a_kill() {
     assert!(output.starts_with("buckets: 600 of 16x16\n"), "{output}");
     assert!(output.contains("alone: 600 samples in "), "{output}");
     let expected = contents(&alone);
+    let captions = String::from_utf8_lossy(&expected["captions.jsonl"]).into_owned();
+    // 20 x 17 pixels become 18 x 16, of which the middle is taken.
+    let line = r#""source":"0001.png","original_resolution":[20,17],"crop_offset":[1,0]}"#;
+    assert!(captions.contains(line), "{captions}");
     for (ranks, out) in [(2, &two), (3, &three)] {
         let (code, output, errors) = finish(mpirun(ranks, &command(&pictures, out, &options)));
         assert_eq!(code, 0, "{errors}");

@@ -92,7 +92,14 @@ fn caches_of_nemo_give_the_batches_of_its_own_collate_and_train() {
         let moved = root.join(format!("moved-{name}"));
         fs::rename(source, &moved).unwrap();
         let data = root.join(format!("data-{name}"));
-        assert_batch(&imported(CacheFormat::Nemo, std::slice::from_ref(&moved), &data), &expected);
+        let dataset = imported(CacheFormat::Nemo, std::slice::from_ref(&moved), &data);
+        assert_batch(&dataset, &expected);
+        let keeps_its_crop = |caption: Caption| {
+            let crop = (caption.original_resolution, caption.crop_offset);
+            assert_eq!(crop, (Some([96, 64]), Some([0, 8])));
+            Ok(())
+        };
+        dataset.captions().unwrap().for_each(keeps_its_crop).unwrap();
         assert_trains(&family, &data, &root, &overrides);
         // What is left is a flat folder of samples, as older versions of NeMo read.
         fs::remove_file(moved.join("metadata.json")).unwrap();

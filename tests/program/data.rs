@@ -145,7 +145,7 @@ fn packing_keeps_captions_with_their_samples_and_what_else_a_dataset_has() {
         Ok(())
     };
     dataset.captions().unwrap().for_each(each).unwrap();
-    for (id, Caption { caption, source }) in (0..).zip(captions) {
+    for (id, Caption { caption, source, .. }) in (0..).zip(captions) {
         let number = dataset.sample(id).unwrap()["image_latents"].double_value(&[0, 0, 0]);
         assert_eq!((caption, source), (number.to_string(), format!("{number}.png")));
     }

@@ -79,7 +79,7 @@ fn sample(path: &Path, item: Item, texts: &BTreeMap<Item, Vec<&PathBuf>>) -> Res
     let caption = folder.join(format!("{name}.txt"));
     let caption =
         if caption.is_file() { read_caption(&caption)?.trim().into() } else { String::new() };
-    collector.finish(Caption { caption, source: name }, None)
+    collector.finish(Caption::new(caption, name), None)
 }
 
 /// Adds a text without its padding, and the pooled embedding.

@@ -79,7 +79,7 @@ fn sample(path: &Path, name: &str, named: &BTreeMap<String, &PathBuf>) -> Result
     let caption = |file: &CacheFile| file.safe()?.metadata().get("caption1").cloned();
     let source = Path::new(item).file_name().unwrap_or_default().to_string_lossy().into_owned();
     let caption = caption(&texts).or(caption(&latents)).unwrap_or_default();
-    collector.finish(Caption { caption, source }, Some(architecture.family))
+    collector.finish(Caption::new(caption, source), Some(architecture.family))
 }
 
 /// Returns the item's name and its file of texts: `<item>_<width>x<height>` names a picture,

@@ -22,6 +22,7 @@ use crate::datasets::parallel::in_parallel;
 use crate::encoding::Family;
 use crate::error::{Error, Result};
 use crate::files::contents::no_json;
+use crate::files::pickle::Value;
 use crate::files::safetensors::open_error;
 
 /// Largest list of samples that is read; a row takes about 500 bytes.
@@ -158,7 +159,25 @@ fn sample(
     let sources = ["image_path", "video_path", "original_filename"];
     let source = sources.iter().find_map(|key| file.text(key)).unwrap_or_default();
     let caption = file.text("prompt").unwrap_or(prompt);
-    collector.finish(Caption { caption: caption.into(), source: source.into() }, family)
+    let pair = |key| file.value(key).and_then(pair);
+    let caption = Caption {
+        original_resolution: pair("original_resolution"),
+        crop_offset: pair("crop_offset"),
+        ..Caption::new(caption, source)
+    };
+    collector.finish(caption, family)
+}
+
+/// Two whole numbers; none if the value is something else.
+fn pair(value: &Value) -> Option<[u32; 2]> {
+    let number = |value: &Value| match value {
+        Value::Int(number) => u32::try_from(*number).ok(),
+        _ => None,
+    };
+    match value.list()? {
+        [first, second] => Some([number(first)?, number(second)?]),
+        _ => None,
+    }
 }
 
 /// Reads a list of limited length.

@@ -157,7 +157,7 @@ impl<'r> Files<'r> {
             let key = latents_key(self.family.data_type);
             collector.add(key, &latents, tensor, How::default())?;
             add_text(&mut collector, &text, self.family)?;
-            let caption = Caption { caption: caption.clone(), source: name.to_string() };
+            let caption = Caption::new(caption, &*name);
             collector.finish(caption, Some(self.family))
         };
         captions.iter().map(sample).collect()

@@ -11,6 +11,7 @@ use crate::data::group::Layout;
 use crate::datasets::{Sample, Samples};
 use crate::encoding::Pipeline;
 use crate::error::Result;
+use crate::media::{CropOffset, Size};
 
 /// A text that is encoded once, however many samples have it.
 #[derive(Clone, Debug)]
@@ -58,8 +59,10 @@ impl Medium {
 pub(super) struct Pair {
     pub medium: usize,
     pub text: usize,
-    /// Name of the picture or video.
+    /// Name of the picture or video, its size, and what was cut off once it was resized.
     pub source: String,
+    pub original: Size,
+    pub crop: CropOffset,
 }
 
 /// The samples of a dataset, their tensors in a store.
@@ -82,7 +85,12 @@ impl<'s> Encoded<'s> {
     ) -> Self {
         let sample = |pair: &Pair| {
             let (text, medium) = (&texts[pair.text], &media[pair.medium]);
-            let caption = Caption { caption: text.text.clone(), source: pair.source.clone() };
+            let Pair { original, crop, source, .. } = pair;
+            let caption = Caption {
+                original_resolution: Some([original.width, original.height]),
+                crop_offset: Some([crop.left, crop.top]),
+                ..Caption::new(&text.text, source)
+            };
             let layout = medium.layout.iter().chain(&text.layout);
             let layout = layout.map(|(key, tensor)| (key.clone(), tensor.clone())).collect();
             // The text stands in the caption.

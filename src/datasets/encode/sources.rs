@@ -71,7 +71,13 @@ impl Sources {
                     self.texts.push(caption.clone());
                     next
                 });
-                self.pairs.push(Pair { medium, text, source: item.name.clone() });
+                self.pairs.push(Pair {
+                    medium,
+                    text,
+                    source: item.name.clone(),
+                    original: item.medium.original,
+                    crop: item.medium.fit.crop,
+                });
             }
         }
         Ok(())

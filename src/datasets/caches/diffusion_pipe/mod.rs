@@ -186,7 +186,7 @@ impl<'d> Size<'d> {
         let name = Path::new(&picture.1).file_name().unwrap_or_default().to_string_lossy();
         let sample = |(number, caption): (usize, &&str)| {
             let own: Vec<&Location> = of_encoders.iter().map(|texts| &texts[number]).collect();
-            let caption = Caption { caption: (*caption).into(), source: name.to_string() };
+            let caption = Caption::new(*caption, name.to_string());
             self.sample(&latents, &own, caption)
         };
         captions.iter().enumerate().map(sample).collect()
