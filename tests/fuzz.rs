@@ -1014,6 +1014,7 @@ fn a_batch_is_read_or_refused() {
                 weights: None,
                 torch_seed: None,
                 grads: false,
+                operators: false,
             },
         ))
     };

@@ -28,13 +28,16 @@ pub struct StepArgs {
     /// Also write the gradients of the average weighted loss, as `grad.<parameter>`
     #[arg(long)]
     grads: bool,
+    /// Also print how often each operator ran: with `--grads` nearly a GPU's launches of a step
+    #[arg(long)]
+    operators: bool,
 }
 
 impl StepArgs {
     /// Does what was typed; returns the exit code.
     pub fn run(self) -> Result<i32> {
-        let StepArgs { config, batch, dump, weights, torch_seed, grads } = self;
-        let request = StepRequest { batch, dump, weights, torch_seed, grads };
+        let StepArgs { config, batch, dump, weights, torch_seed, grads, operators } = self;
+        let request = StepRequest { batch, dump, weights, torch_seed, grads, operators };
         say(&commands::dump_step(&config.read()?, &request)?)
     }
 }

@@ -1,6 +1,7 @@
 //! `fm-dist step`: writes every number of one flow-matching step, to compare with another
 //! implementation.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -19,8 +20,10 @@ use crate::files::safetensors::{self, SafeTensors};
 use crate::flow::{
     DataShapes, Statistics, StepOptions, StepOutput, check_keys, latents_of, with_sample_axis,
 };
+use crate::libtorch::count_operators;
 use crate::model::SampleShapes;
 use crate::nn::Tokens;
+use crate::ops;
 use crate::parallel::{Replica, Sharing};
 use crate::rng::Stream;
 use crate::run::checkpoint::SavedWeights;
@@ -38,10 +41,12 @@ pub struct StepRequest {
     pub torch_seed: Option<i64>,
     /// True if gradients of the average weighted loss are computed and written as well.
     pub grads: bool,
+    /// True if the operators of the computation are counted and told.
+    pub operators: bool,
 }
 
 /// Runs one step without an optimizer and writes everything it computed. Returns a line saying
-/// which generator drew.
+/// which generator drew, and the operators if they are asked for.
 ///
 /// # Errors
 /// [`Error::Data`] if the batch is malformed or does not fit; [`Error::Storage`] if the dump cannot
@@ -65,23 +70,42 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<String> {
     let pipeline = build_pipeline(config, device);
     let seed = request.torch_seed.unwrap_or(config.seed as i64);
     let options = StepOptions { check_loss: false, ..StepOptions::default() };
-    let mut tape = replica.tape(config.parallel.recompute);
-    let output =
-        pipeline.step(|inputs| tape.forward(inputs), &batch, &Stream::TorchSeed(seed), options)?;
-    let mut tensors = tensors_of(&output);
-    if request.grads {
+    let computed = || {
+        let mut tape = replica.tape(config.parallel.recompute);
+        let stream = Stream::TorchSeed(seed);
+        let output = pipeline.step(|inputs| tape.forward(inputs), &batch, &stream, options)?;
         let mut gradients = BTreeMap::new();
-        tape.backward(&output.loss.average_weighted_loss, |stage, pieces| {
-            gradients.insert(stage, pieces);
-            Ok(())
-        })?;
-        tensors.extend(
-            gradients.iter().flat_map(|(stage, pieces)| named_gradients(&replica, *stage, pieces)),
-        );
-    }
+        if request.grads {
+            tape.backward(&output.loss.average_weighted_loss, |stage, pieces| {
+                gradients.insert(stage, pieces);
+                Ok(())
+            })?;
+        }
+        Ok::<_, Error>((output, gradients))
+    };
+    let (computed, operators) = match request.operators {
+        true => count_operators(computed),
+        false => (computed(), BTreeMap::new()),
+    };
+    let (output, gradients) = computed?;
+    let mut tensors = tensors_of(&output);
+    tensors.extend(
+        gradients.iter().flat_map(|(stage, pieces)| named_gradients(&replica, *stage, pieces)),
+    );
     let generator = pipeline.draw_rules().generator();
     write(&request.dump, &tensors, &output, batch.data_type, generator)?;
-    Ok(drawn_by(generator, seed))
+    let told = if request.operators { told(operators) } else { String::new() };
+    Ok(drawn_by(generator, seed) + &told)
+}
+
+/// Returns the counts of libtorch's operators, the most frequent first, and of ours.
+fn told(operators: BTreeMap<String, u64>) -> String {
+    let all: u64 = operators.values().sum();
+    let mut text = format!("{all} operators of libtorch that compute or move numbers\n");
+    let mut sorted: Vec<(String, u64)> = operators.into_iter().collect();
+    sorted.sort_by_key(|(_, count)| Reverse(*count));
+    sorted.iter().for_each(|(name, count)| text += &format!("{count:>8} {name}\n"));
+    text + &ops::fallbacks().map_or_else(String::new, |ours| ours + "\n")
 }
 
 /// Returns a line about the generator that drew noise and timesteps.

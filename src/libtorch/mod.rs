@@ -2,12 +2,14 @@
 //! and exceptions that the bindings leave out.
 
 mod attention;
+mod operators;
 
 use std::ffi::{CStr, c_char, c_void};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 pub use attention::{AttentionBackend, permit_attention, prefer_fused_attention};
+pub use operators::count_operators;
 use tch::Tensor;
 use torch_sys::C_tensor;
 
@@ -17,6 +19,11 @@ mod ffi {
 
     unsafe extern "C-unwind" {
         pub fn fm_dist_pinned(tensor: *const C_tensor) -> *mut C_tensor;
+        pub fn fm_dist_copy_each(
+            into: *const *mut C_tensor,
+            from: *const *const C_tensor,
+            count: usize,
+        );
         pub fn fm_dist_guarded(
             body: unsafe extern "C-unwind" fn(*mut c_void),
             on_exception: unsafe extern "C-unwind" fn(*mut c_void, *const c_char),
@@ -28,6 +35,7 @@ mod ffi {
     unsafe extern "C" {
         pub safe fn fm_dist_permit_attention(backends: u32);
         pub safe fn fm_dist_prefer_fused_attention();
+        pub safe fn fm_dist_watch_operators(seen: Option<extern "C" fn(*const c_char)>);
     }
 }
 
@@ -87,6 +95,22 @@ pub fn cpu_capability() -> &'static str {
 pub fn pinned(tensor: &Tensor) -> Tensor {
     // SAFETY: the pointer is that of a living tensor; the new one is owned by the caller.
     guarded(|| unsafe { Tensor::from_ptr(ffi::fm_dist_pinned(tensor.as_ptr())) })
+}
+
+/// Copies each tensor to the one of the same number, also between kinds. A GPU does it in a few
+/// launches if both of each pair are contiguous.
+///
+/// # Panics
+/// If there are not as many of both, or a pair has not one shape (a bug in the caller).
+#[allow(unsafe_code)]
+pub fn copy_each(into: &mut [Tensor], from: &[Tensor]) {
+    assert_eq!(into.len(), from.len(), "tensors and their places");
+    let targets: Vec<*mut C_tensor> = into.iter_mut().map(Tensor::as_mut_ptr).collect();
+    let sources: Vec<*const C_tensor> = from.iter().map(Tensor::as_ptr).collect();
+    // SAFETY: the pointers are those of living tensors, as many as are said.
+    guarded(|| unsafe {
+        ffi::fm_dist_copy_each(targets.as_ptr(), sources.as_ptr(), targets.len())
+    });
 }
 
 /// Largest freed block that is kept. Larger ones, the gradients of whole stages, rarely fit a later
@@ -190,6 +214,19 @@ mod tests {
             Some("2.13.0+cu130")
         );
         assert_eq!(parse_version("__version__ = 2"), None);
+    }
+
+    #[test]
+    fn tensors_are_copied_to_the_places_of_their_number() {
+        use tch::{Device, Kind};
+        let flat = Tensor::zeros([6], (Kind::Float, Device::Cpu));
+        let mut places = [flat.narrow(0, 0, 2), flat.narrow(0, 3, 3).view([3, 1])];
+        let from = [
+            Tensor::from_slice(&[1.5f32, 2.0]).to_kind(Kind::BFloat16),
+            Tensor::from_slice(&[3.0f32, 4.0, 5.0]).view([3, 1]),
+        ];
+        copy_each(&mut places, &from);
+        assert_eq!(Vec::<f32>::try_from(flat).expect("f32"), [1.5, 2.0, 0.0, 3.0, 4.0, 5.0]);
     }
 
     #[test]

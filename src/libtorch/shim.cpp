@@ -1,12 +1,18 @@
 // Switches of libtorch that the bindings leave out, and handlers for C++ exceptions that no wrapper of the
 // bindings catches: they must not unwind into Rust.
 
+#include <atomic>
 #include <cstdlib>
 #include <exception>
+#include <memory>
+#include <optional>
 #include <vector>
 
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/_foreach_copy.h>
+#include <ATen/record_function.h>
 
 // Permits the backends of scaled dot-product attention whose bits are set, and no others, from the next call of
 // attention on. A backend's bit is that of its number in at::SDPBackend.
@@ -34,6 +40,16 @@ extern "C" void fm_dist_prefer_fused_attention() noexcept {
 // Returns a copy of a CPU tensor in pinned memory; the bindings pass a device besides, which warns. Throws without a GPU.
 extern "C" at::Tensor *fm_dist_pinned(const at::Tensor *tensor) { return new at::Tensor(tensor->pin_memory()); }
 
+// Copies each tensor of `from` to that of `into`, on a GPU in a few launches for all. Throws as copies do.
+extern "C" void fm_dist_copy_each(at::Tensor *const *into, const at::Tensor *const *from, size_t count) {
+    std::vector<at::Tensor> targets, sources;
+    for (size_t number = 0; number < count; number++) {
+        targets.push_back(*into[number]);
+        sources.push_back(*from[number]);
+    }
+    at::_foreach_copy_(targets, sources);
+}
+
 // Calls body(data). If it throws a std::exception, calls on_exception(data, text). A Rust panic passes through.
 extern "C" void fm_dist_guarded(void (*body)(void *), void (*on_exception)(void *, const char *), void *data) {
     try {
@@ -41,6 +57,48 @@ extern "C" void fm_dist_guarded(void (*body)(void *), void (*on_exception)(void 
     } catch (const std::exception &error) {
         on_exception(data, error.what());
     }
+}
+
+namespace {
+
+std::atomic<void (*)(const char *)> seen_operator = nullptr;
+std::optional<at::CallbackHandle> watching;
+// Operators that this thread is in, the innermost last: true within one that has a kernel of its own.
+thread_local std::vector<bool> within_kernel;
+
+// Not so an operator that only calls others.
+bool has_kernel(const at::RecordFunction &function) {
+    const auto name = function.operator_name();
+    const auto found = name ? c10::Dispatcher::singleton().findOp(*name) : std::nullopt;
+    if (!found) return false;
+    for (const auto key : {c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::CompositeExplicitAutograd,
+                           c10::DispatchKey::CompositeExplicitAutogradNonFunctional})
+        if (found->hasKernelForDispatchKey(key)) return true;
+    return false;
+}
+
+std::unique_ptr<at::ObserverContext> begin_operator(const at::RecordFunction &function) {
+    const bool is_within = !within_kernel.empty() && within_kernel.back(), is_kernel = !is_within && has_kernel(function);
+    const auto seen = seen_operator.load();
+    if (is_kernel && seen) seen(function.name());
+    within_kernel.push_back(is_within || is_kernel);
+    return nullptr;
+}
+
+void end_operator(const at::RecordFunction &, at::ObserverContext *) {
+    // Empty for one that had begun before it was watched.
+    if (!within_kernel.empty()) within_kernel.pop_back();
+}
+
+} // namespace
+
+// From now on calls `seen` with the name of each operator that begins on any thread, has a kernel of its own and is not called by one
+// that has; with null, ends that.
+extern "C" void fm_dist_watch_operators(void (*seen)(const char *)) noexcept {
+    if (watching) at::removeCallback(*watching);
+    watching.reset();
+    seen_operator = seen;
+    if (seen) watching = at::addGlobalCallback(at::RecordFunctionCallback(begin_operator, end_operator).scopes({at::RecordScope::FUNCTION}));
 }
 
 namespace {

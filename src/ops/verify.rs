@@ -2,6 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::launch::COLUMN_SUMS;
 use super::{Operation, Pass, fits, single_pass};
 use crate::rng::{Key, Purpose};
 
@@ -71,7 +72,9 @@ pub fn verify_one<O: Operation<N>, const N: usize>(
     device: Device,
 ) -> Result<usize, String> {
     if pass == Pass::Cuda {
-        O::kernels().on(device)?;
+        for kernels in [&COLUMN_SUMS, O::kernels()] {
+            kernels.on(device)?;
+        }
     }
     verify_cases(pass, device, &O::cases())
 }

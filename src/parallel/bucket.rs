@@ -4,6 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::collective::{Collective, Sliced, Work};
 use crate::error::Result;
+use crate::libtorch::copy_each;
 use crate::nn::{ParamInfo, ParamSet, Views};
 use crate::parallel::copies::Arriving;
 use crate::parallel::piece::{Loan, Piece, Shard};
@@ -149,12 +150,20 @@ impl Bucket {
     /// all ranks issue the same collectives.
     pub fn joined(&self, params: &ParamSet, gradients: Vec<Tensor>) -> Vec<Tensor> {
         let joined: Vec<Tensor> = self.trained().map(Piece::empty_gradient).collect();
-        // Each gradient is freed once it is copied.
+        let (mut places, mut arrived) = (Vec::new(), Vec::new());
         for ((_, mut view), gradient) in self.by_name(params, &joined).zip(gradients) {
             match gradient.defined() {
-                true => view.copy_(&gradient),
+                // Freed at once: a CPU takes the pages of its place only now.
+                true if view.device() == Device::Cpu => view.copy_(&gradient),
+                true => {
+                    places.push(view);
+                    arrived.push(gradient.contiguous());
+                }
                 false => drop(view.zero_()),
             }
+        }
+        if !places.is_empty() {
+            copy_each(&mut places, &arrived);
         }
         joined
     }

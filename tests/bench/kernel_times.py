@@ -15,9 +15,9 @@ CLASSES = {
     "product": r"gemm|cutlass|nvjet|xmma|splitK|cublas|gemv|dot_kernel|convol|conv[23]d",
     "optimizer": r"adamw|multi_tensor|FusedAdam|fused_adam",
     "normalization": r"norm|GammaBeta|RowwiseMoments|triton_per_",
-    "copies": r"copy|Memcpy|Memset|CatArray|transpose|fill|index|gather|scatter",
+    "copies": r"copy|Memcpy|Memset|CatArray|transpose|fill|index|gather|scatter|^cut_|^join_",
     "sums": r"reduce|triton_red_|sum|softmax",
-    "elementwise": r"elementwise|triton_poi_|vectorized|distribution|random",
+    "elementwise": r"elementwise|triton_poi_|vectorized|distribution|random|gated_residual|gelu_tanh|rotation",
 }
 OTHER = "other"
 MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3, "msecond": 1e3}

@@ -96,8 +96,14 @@ fn read(tiny: &Tiny, folder: &Path, overrides: &[String]) -> Result<RunConfig, E
 /// The first step, with gradients.
 fn step(config: &RunConfig, folder: &Path) -> Result<(), Error> {
     let (batch, dump) = (folder.join("samples.safetensors"), folder.join("dump.safetensors"));
-    let request =
-        StepRequest { batch, dump: dump.clone(), weights: None, torch_seed: Some(1), grads: true };
+    let request = StepRequest {
+        batch,
+        dump: dump.clone(),
+        weights: None,
+        torch_seed: Some(1),
+        grads: true,
+        operators: false,
+    };
     let told = dump_step(config, &request)?;
     let expected =
         "noise and timesteps are what the CPU's generator draws after seed 1, on every device\n";

@@ -54,6 +54,7 @@ fn step(
         weights,
         torch_seed: Some(seed),
         grads: true,
+        operators: false,
     };
     let fixed = ["flow_matching.i2v_prob=0", "flow_matching.cfg_dropout_prob=0"];
     let config = family.config(&data, &root.join("unused"), &[&fixed, overrides].concat());

@@ -113,6 +113,7 @@ pub fn check_case(case: &Value, folder: &Path, place: Place) {
         weights: None,
         torch_seed: case["seed"].as_i64(),
         grads: true,
+        operators: false,
     };
     dump_step(&config, &request).unwrap_or_else(|error| panic!("{}: {error}", case["name"]));
     let (found, expected) = (
@@ -224,7 +225,14 @@ fn refusal(family: &Tiny, keys: &[(&str, &[i64])]) -> String {
         tensors.iter().map(|(key, tensor)| (*key, tensor)).collect();
     let metadata = BTreeMap::from([("data_type".to_string(), family.data_type.to_string())]);
     safetensors::write(&mut File::create(&batch).unwrap(), &borrowed, &metadata).unwrap();
-    let request = StepRequest { batch, dump, weights: None, torch_seed: Some(1), grads: false };
+    let request = StepRequest {
+        batch,
+        dump,
+        weights: None,
+        torch_seed: Some(1),
+        grads: false,
+        operators: false,
+    };
     dump_step(&family.config(root.path(), root.path(), &[]), &request).unwrap_err().to_string()
 }
 

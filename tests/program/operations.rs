@@ -1,7 +1,12 @@
 //! Single passes and libtorch's operators train alike, and a run's log tells which it took.
 
+use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::Path;
 
+use fm_dist::files::safetensors;
+use fm_dist::ops::drawn;
+use tch::Kind;
 use tempfile::TempDir;
 
 use crate::runs::{column, finish, program, with_sets};
@@ -72,4 +77,33 @@ fn a_resume_with_other_operations_is_told() {
     let (code, _, errors) = finish(program(&arguments));
     assert_eq!(code, 0, "{errors}");
     assert!(errors.contains("compute.kernels: was \"fused\", is \"plain\""), "{errors}");
+}
+
+#[test]
+fn a_step_counts_its_operators_of_which_single_passes_leave_fewer() {
+    let root = TempDir::new().unwrap();
+    let [batch, dump] = ["batch", "dump"].map(|name| root.path().join(name).display().to_string());
+    // As the digits are.
+    let tensors = [
+        ("image_latents", &drawn(&[4, 1, 8, 8], Kind::Float, 1)),
+        ("text_embeddings", &drawn(&[4, 1, 10], Kind::Float, 2)),
+    ];
+    let metadata = BTreeMap::from([("data_type".to_string(), "image".to_string())]);
+    safetensors::write(&mut File::create(&batch).unwrap(), &tensors, &metadata).unwrap();
+    let step = ["step", "--batch", &batch, "--dump", &dump, "--grads", "--operators"];
+    let told = |kernels: &str| {
+        let (code, output, errors) = finish(program(&with_sets(&step, &[kernels])));
+        assert_eq!(code, 0, "{errors}");
+        let line = output.lines().find_map(|line| {
+            line.strip_suffix(" operators of libtorch that compute or move numbers")
+        });
+        (line.unwrap_or_else(|| panic!("{output}")).parse::<f64>().unwrap(), output)
+    };
+    let (fused, output) = told("compute.kernels=fused");
+    assert!(output.contains(" operations, each in a single pass\n"), "{output}");
+    assert!(output.lines().any(|line| line.trim_start().ends_with(" mm")), "{output}");
+    let (plain, output) = told("compute.kernels=plain");
+    assert!(!output.contains("single pass"), "{output}");
+    // Each is a chain without; a few of what is left put the sums of a CPU into tensors.
+    assert!(fused + 30.0 < plain, "{fused} and {plain}");
 }

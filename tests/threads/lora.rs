@@ -159,6 +159,7 @@ fn step(family: &Tiny, root: &Path, weights: Option<&Path>, overrides: &[&str]) 
         weights: weights.map(Path::to_path_buf),
         torch_seed: Some(11),
         grads: true,
+        operators: false,
     };
     dump_step(&family.config(&data, &root.join("unused"), overrides), &request).unwrap();
     SafeTensors::open(&dump).unwrap()

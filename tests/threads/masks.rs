@@ -418,6 +418,7 @@ fn a_dumped_step_holds_its_mask_and_the_references_metrics() {
         weights: None,
         torch_seed: Some(3),
         grads: false,
+        operators: false,
     };
     dump_step(
         &bench.family.config(

@@ -239,6 +239,7 @@ impl Wide {
             weights: None,
             torch_seed: Some(17),
             grads: true,
+            operators: false,
         };
         dump_step(&config, &request)
             .unwrap_or_else(|error| panic!("{} {case:?}: {error}", self.name));

@@ -145,6 +145,7 @@ impl Tiny {
             weights: None,
             torch_seed: Some(11),
             grads: true,
+            operators: false,
         };
         dump_step(&self.config(&data, &root.join("unused"), overrides), &request).unwrap();
         fs::read(dump).unwrap()

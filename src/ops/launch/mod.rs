@@ -25,13 +25,14 @@ const MOST_BLOCK_BYTES: u64 = 99 << 10;
 const WIDTH_OF_A_WARP: i64 = 512;
 /// Most numbers of a tensor: kernels count vectors, rows and columns in 32 bits.
 const MOST_NUMBERS: usize = 1 << 31;
-/// Threads that share a column in [`column_sums`], and columns of a block.
+/// Columns that a block adds up in [`column_sums`].
 const COLUMNS: i64 = 8;
 
-/// The pieces of a text of kernels, whose own part lies beside the file that calls.
+/// The pieces of a text of kernels: the prelude, and the file beside the one that calls, whose own
+/// lines the compiler counts.
 macro_rules! kernel_text {
     ($file:literal) => {
-        &[$crate::ops::launch::PRELUDE, include_str!($file)]
+        &[$crate::ops::launch::PRELUDE, "#line 1\n", include_str!($file)]
     };
 }
 pub(super) use kernel_text;
@@ -105,7 +106,7 @@ impl KernelFile {
     }
 }
 
-/// How many threads a kernel has.
+/// The threads of a launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
     blocks: u64,
@@ -148,19 +149,20 @@ impl Team {
         self.size as i64
     }
 
-    fn of_block(self) -> u64 {
+    /// Teams of a block.
+    fn teams(self) -> u64 {
         u64::from(THREADS) / self.size
     }
 
     /// A team for each of `rows`; no more than the GPU holds at once.
     pub fn each(self, rows: i64) -> Extent {
-        let blocks = (rows as u64).div_ceil(self.of_block());
+        let blocks = (rows as u64).div_ceil(self.teams());
         Extent { blocks, threads: THREADS, block_bytes: (SUMS * 4) as u32, loops: true }
     }
 
     /// Rows that a block takes if it sums columns over them: few enough that all of a GPU works.
     pub fn block_rows(self) -> i64 {
-        16 * self.of_block() as i64
+        16 * self.teams() as i64
     }
 
     /// Blocks of [`block_rows`](Self::block_rows), each team of which sums `columns`.
@@ -174,7 +176,7 @@ impl Team {
     }
 
     fn block_bytes(self, columns: i64) -> u64 {
-        4 * (SUMS + self.of_block() * columns as u64)
+        4 * (SUMS + self.teams() * columns as u64)
     }
 
     /// Checks that a block has room to sum the columns of rows of `width` numbers, each of them
@@ -234,4 +236,33 @@ pub fn column_sums(partial: &Tensor, outer: i64, kind: Kind) -> Tensor {
         ],
     );
     sums
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_narrow_row_has_a_thread_for_each_vector_and_a_wide_one_a_block() {
+        let sizes = [(1, 1), (48, 8), (128, 8), (128, 4), (512, 8), (513, 1), (3072, 8)]
+            .map(|(width, numbers)| Team::of_row(width, numbers).size());
+        assert_eq!(sizes, [1, 8, 16, 32, 32, 256, 256]);
+    }
+
+    #[test]
+    fn columns_are_summed_as_far_as_a_block_has_room() {
+        for (width, times) in [(1, 2), (512, 2), (6144, 2), (12_288, 2), (24_576, 1)] {
+            assert_eq!(Team::has_room(width, times), Ok(()), "{width}");
+        }
+        assert_eq!(Team::has_room(12_800, 2), Err(Misfit::Shape));
+    }
+
+    #[test]
+    fn vectors_are_read_where_all_tensors_are_aligned() {
+        let numbers = Tensor::zeros([65], (Kind::BFloat16, Device::Cpu));
+        let (even, odd) = (numbers.narrow(0, 0, 64), numbers.narrow(0, 1, 64));
+        assert_eq!(vector(64, &[&even], 1), 8);
+        assert_eq!(vector(60, &[&even], 1), 1);
+        assert_eq!(vector(64, &[&even, &odd], 2), 2);
+    }
 }
