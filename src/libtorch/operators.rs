@@ -38,7 +38,7 @@ const IDLE: [&str; 29] = [
     "view_as_complex",
     "view_as_real",
 ];
-/// What libtorch's own operators are called before their name.
+/// Beginning of the names of libtorch's own operators.
 const PREFIX: &str = "aten::";
 
 /// The counts of a [`count_operators`] that runs.

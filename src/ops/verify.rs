@@ -22,7 +22,7 @@ const NUMBERS_A_NEIGHBOUR: usize = 500;
 /// difference of large ones, libtorch's operators have lost digits that a pass may keep.
 const SMALL: f64 = 0.01;
 
-/// What [`verify`] found.
+/// Findings of [`verify`].
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Verified {
     /// Cases in which a pass computed what libtorch's operators compute.

@@ -61,7 +61,7 @@ impl KernelFile {
     /// Compiles the kernels for `device`, or finds them compiled, and loads them there.
     ///
     /// # Errors
-    /// What the compiler or the driver says.
+    /// Words of the compiler or of the driver.
     pub fn on(&self, device: Device) -> Outcome<Arc<Program>> {
         let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(program) = loaded.iter().find(|program| program.device() == device) {

@@ -22,7 +22,7 @@ pub struct RotatedNorm {
 
 impl Operation<3> for RotatedNorm {
     const NAME: &'static str = "rotated_norm";
-    /// What the norm saves, and `table`.
+    /// Tensors that the norm saves, and `table`.
     type Saved = (Saved, Tensor);
 
     fn plain(&self, [x, weight, table]: [&Tensor; 3]) -> Tensor {
