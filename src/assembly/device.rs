@@ -21,7 +21,8 @@ use crate::parallel::{Backend, DeviceChoice};
 /// tensors.
 pub struct RankDevice {
     pub device: Device,
-    /// Lines for the log: the backends of attention and how they were chosen, and kernels that are left out.
+    /// Lines for the log: the backends of attention and how they were chosen, and kernels that are
+    /// left out.
     pub notes: Vec<Note>,
     nccl: Option<Nccl>,
 }

@@ -116,6 +116,8 @@ pub fn sample(request: &SampleRequest) -> Result<()> {
     let source = source(request)?;
     let config = with_options(source.config.clone(), request);
     open_libraries(&config)?;
+    // As in training, so that digits are those of its samples.
+    tch::set_num_threads(config.parallel.num_threads);
     match request.prompts.is_empty() {
         true => by_conditions(request, &source, &config),
         false => by_prompts(request, &source, &config),

@@ -304,7 +304,7 @@ fn a_kernel_that_computes_something_else_is_found() {
     let norms = &["modulated_norm", "rms_norm"][..];
     for (file, right, wrong, unfit) in [
         ("gelu_tanh/kernel.cu", "fmaf(3.0f * CUBE * x", "fmaf(2.0f * CUBE * x", &["gelu_tanh"][..]),
-        ("rotation/kernel.cu", "sign * angles", "angles", &["rotation"]),
+        ("launch/prelude.cu", "sign * angles", "angles", &["rotation", "rotated_norm"]),
         ("rms_norm/kernel.cu", "place * N % head", "place * N", &["rotated_norm"]),
         ("patches/kernel.cu", "in_patch[1] * places.strides[2]", "in_patch[1]", &["cut", "join"]),
         (

@@ -34,6 +34,17 @@ template <class T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) : 16) Ve
 template <int N, class T> __device__ Vector<T, N> *vectors(T *numbers) { return (Vector<T, N> *)numbers; }
 template <int N, class T> __device__ const Vector<T, N> *vectors(const T *numbers) { return (const Vector<T, N> *)numbers; }
 
+// Turns pairs of neighbours by their angles, cosine and sine of each; `sign`: of the angles.
+template <class T, int N> __device__ Vector<T, N> turned(Vector<T, N> numbers, const Vector<float, N> &angles, float sign) {
+    for (int k = 0; k < N; k += 2) {
+        const float first = widened(numbers.at[k]), second = widened(numbers.at[k + 1]);
+        const float cosine = angles.at[k], sine = sign * angles.at[k + 1];
+        round_to(numbers.at[k], first * cosine - second * sine);
+        round_to(numbers.at[k + 1], first * sine + second * cosine);
+    }
+    return numbers;
+}
+
 // The index of a thread in its grid, and their number.
 __device__ unsigned int thread_of_grid() { return blockIdx.x * blockDim.x + threadIdx.x; }
 __device__ unsigned int threads_of_grid() { return gridDim.x * blockDim.x; }

@@ -12,17 +12,12 @@ struct Turn {
     long long head, token, tokens;
 
     // Turns numbers of kind T, which stand at a place of a row; `sign`: of the angles.
-    template <class T, int N> __device__ Vector<T, N> turned(Vector<T, N> numbers, long long row, long long width, unsigned int place, float sign) const {
+    template <class T, int N>
+    __device__ Vector<T, N> apply(const Vector<T, N> &numbers, long long row, long long width, unsigned int place, float sign) const {
         if constexpr (N > 1) {
-            if (!table)
-                return numbers;
-            const long long of_sample = row / (token / width) % tokens;
-            const Vector<float, N> angles = *vectors<N>(table + of_sample * head + place * N % head);
-            for (int k = 0; k < N; k += 2) {
-                const float first = widened(numbers.at[k]), second = widened(numbers.at[k + 1]);
-                const float cosine = angles.at[k], sine = sign * angles.at[k + 1];
-                round_to(numbers.at[k], first * cosine - second * sine);
-                round_to(numbers.at[k + 1], first * sine + second * cosine);
+            if (table) {
+                const long long of_sample = row / (token / width) % tokens;
+                return turned(numbers, *vectors<N>(table + of_sample * head + place * N % head), sign);
             }
         }
         return numbers;
@@ -51,7 +46,7 @@ __device__ void forward(const T *__restrict__ x, const T *__restrict__ weight, T
                 const float normalized = widened(numbers.at[k]) * inverse;
                 round_to(numbers.at[k], (rounds_before_scale ? rounded<T>(normalized) : normalized) * widened(weights.at[k]));
             }
-            into[place] = turn.turned(numbers, row, width, place, 1.0f);
+            into[place] = turn.apply(numbers, row, width, place, 1.0f);
         }
     }
 }
@@ -74,7 +69,7 @@ __device__ void backward(const T *__restrict__ x, const T *__restrict__ weight, 
         float squares = 0.0f, products = 0.0f;
         for (unsigned int place = team.member; place < of_row; place += team.size) {
             const Vector<T, N> numbers = from[place], weights = vectors<N>(weight)[place];
-            const Vector<T, N> gradient = turn.turned(gradients[place], row, width, place, -1.0f);
+            const Vector<T, N> gradient = turn.apply(gradients[place], row, width, place, -1.0f);
             for (int k = 0; k < N; k++) {
                 const float number = widened(numbers.at[k]);
                 squares += number * number;
@@ -85,7 +80,7 @@ __device__ void backward(const T *__restrict__ x, const T *__restrict__ weight, 
         const float mean = team.sum(products) * inverse / (float)width;
         for (unsigned int place = team.member; place < of_row; place += team.size) {
             const Vector<T, N> weights = vectors<N>(weight)[place];
-            const Vector<T, N> gradient = turn.turned(gradients[place], row, width, place, -1.0f);
+            const Vector<T, N> gradient = turn.apply(gradients[place], row, width, place, -1.0f);
             Vector<T, N> numbers = from[place];
             Vector<float, N> sums = vectors<N>(columns)[place];
             for (int k = 0; k < N; k++) {
