@@ -1,4 +1,7 @@
-//! TensorBoard reads what a run writes for it, also after a resume.
+//! TensorBoard reads what a run writes for it, also after a resume; Weights & Biases would get the
+//! same steps.
+
+use std::path::Path;
 
 use fm_dist::config::RunConfig;
 use fm_dist::run::Resume;
@@ -81,4 +84,24 @@ fn tensorboard_reads_the_numbers_the_configuration_and_the_samples_of_a_resumed_
     assert_eq!(answer["plugins"]["configuration"], "text");
     let text = answer["texts"]["configuration"][0].as_str().unwrap();
     assert!(text.starts_with("```toml\n") && text.contains("\nmax_steps = "), "{text}");
+    sent_to_wandb(&run, &root.path().join("sent.json"));
+}
+
+/// Checks that launch/to_wandb.py sends each line of the metrics at its step, once.
+fn sent_to_wandb(run: &Path, out: &Path) {
+    oracle("sent_metrics.py", &[run.to_str().unwrap(), out.to_str().unwrap()]);
+    let sent = entries(out);
+    let [sent] = sent.as_array().unwrap().as_slice() else { panic!("one run: {sent}") };
+    assert_eq!(sent["init"]["id"], run.file_name().unwrap().to_str().unwrap());
+    assert_eq!(sent["init"]["config"]["max_steps"], 9);
+    let lines = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let lines: Vec<Value> = lines
+        .lines()
+        .map(|line| {
+            let mut numbers: Value = serde_json::from_str(line).unwrap();
+            let step = numbers.as_object_mut().unwrap().remove("step").unwrap();
+            Value::Array(vec![step, numbers])
+        })
+        .collect();
+    assert!(lines.len() > 9 && sent["log"] == Value::Array(lines), "{sent}");
 }
