@@ -32,6 +32,8 @@ pub struct Text {
 pub enum Argument<'a> {
     /// A pointer to a contiguous tensor's numbers.
     Tensor(&'a Tensor),
+    /// A pointer to the first number of a tensor whose rows lie apart.
+    Rows(&'a Tensor),
     /// A null pointer.
     Missing,
     /// `long long`, or an array or struct of them.
@@ -90,14 +92,14 @@ impl Program {
     /// An error of the driver, possibly of work that was queued earlier.
     ///
     /// # Panics
-    /// If a tensor is not contiguous or on another device, or if the arguments' sizes are not those
+    /// If a tensor is on another device, or not contiguous where it must be, or if the arguments' sizes are not those
     /// of the kernel's parameters (a bug in the caller).
     pub fn launch(&self, name: &str, grid: Grid, arguments: &[Argument<'_>]) -> Outcome<()> {
         let function = self.function(name)?;
         let pointers: Vec<*mut c_void> =
             arguments.iter().map(|argument| self.pointer(name, argument)).collect();
         let parameter = |(argument, pointer): (&Argument<'_>, &*mut c_void)| match argument {
-            Argument::Tensor(_) | Argument::Missing => {
+            Argument::Tensor(_) | Argument::Rows(_) | Argument::Missing => {
                 ((&raw const *pointer).cast(), size_of_val(pointer))
             }
             Argument::Integers(integers) => (integers.as_ptr().cast(), size_of_val(*integers)),
@@ -112,8 +114,12 @@ impl Program {
 
     /// The start of a tensor; null for what is none.
     fn pointer(&self, name: &str, argument: &Argument<'_>) -> *mut c_void {
-        let Argument::Tensor(tensor) = argument else { return std::ptr::null_mut() };
-        let found = (tensor.device(), tensor.is_contiguous());
+        let (tensor, fits) = match argument {
+            Argument::Tensor(tensor) => (tensor, tensor.is_contiguous()),
+            Argument::Rows(tensor) => (tensor, true),
+            _ => return std::ptr::null_mut(),
+        };
+        let found = (tensor.device(), fits);
         assert_eq!(found, (self.device, true), "device and contiguity of a tensor of {name}");
         tensor.data_ptr()
     }

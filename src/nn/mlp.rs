@@ -5,7 +5,7 @@ use std::f64::consts::FRAC_2_PI;
 use tch::{Kind, Tensor};
 
 use super::{Builder, Linear, Views};
-use crate::ops::{GeluTanh, apply};
+use crate::ops::{GeluTanh, SiluGate, apply};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Nonlinearity {
@@ -17,9 +17,7 @@ pub enum Nonlinearity {
     GeluTanhInSteps,
     /// GELU's approximation by `x · sigmoid(1.702 · x)`.
     QuickGelu,
-    /// SiLU of the first half of the features times the second half, SwiGLU.
-    ///
-    /// Source: Shazeer 2020, arXiv:2002.05202, eq. 6.
+    /// SiLU of the first half of the features times the second half.
     SiluGate,
 }
 
@@ -34,10 +32,7 @@ impl Nonlinearity {
                 _ => apply(GeluTanh, [x]),
             },
             Nonlinearity::QuickGelu => x * (x * 1.702).sigmoid(),
-            Nonlinearity::SiluGate => {
-                let halves = x.chunk(2, -1);
-                halves[0].silu() * &halves[1]
-            }
+            Nonlinearity::SiluGate => apply(SiluGate, [x]),
         }
     }
 }

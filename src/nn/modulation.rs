@@ -52,8 +52,8 @@ pub fn gated(x: &Tensor, gate: &Tensor, change: &Tensor) -> Tensor {
 /// # Shapes
 /// `x`: `[B, L, D]`; `shift`, `scale`: `[B, 1, D]`.
 pub fn modulated_norm(x: &Tensor, shift: &Tensor, scale: &Tensor, epsilon: f64) -> Tensor {
-    let norm = ModulatedNorm { epsilon, rounding: Rounding::EachStep };
-    apply(norm, [x, &(scale + 1.0), shift])
+    let norm = ModulatedNorm { epsilon, base: 1.0, rounding: Rounding::EachStep };
+    apply(norm, [x, scale, shift])
 }
 
 /// As [`gated`], computed in f32 and rounded once, with a gate in f32.
@@ -63,7 +63,7 @@ pub fn gated_f32(x: &Tensor, gate: &Tensor, change: &Tensor) -> Tensor {
 
 /// As [`modulated_norm`], computed in f32 and rounded once, with a modulation in f32.
 pub fn modulated_norm_f32(x: &Tensor, shift: &Tensor, scale: &Tensor, epsilon: f64) -> Tensor {
-    apply(ModulatedNorm { epsilon, rounding: Rounding::Once }, [x, &(scale + 1.0), shift])
+    apply(ModulatedNorm { epsilon, base: 1.0, rounding: Rounding::Once }, [x, scale, shift])
 }
 
 /// The last layer of most families: modulated normalization, then an affine map to the output's

@@ -41,7 +41,7 @@ impl LayerNorm {
     pub fn forward_f32(&self, params: &Views, x: &Tensor) -> Tensor {
         let kind = at_least_float(x.kind());
         let [weight, bias] = [self.weight, self.bias].map(|param| params[param].to_kind(kind));
-        let norm = ModulatedNorm { epsilon: self.epsilon, rounding: Rounding::Once };
+        let norm = ModulatedNorm { epsilon: self.epsilon, base: 0.0, rounding: Rounding::Once };
         apply(norm, [x, &weight, &bias])
     }
 }

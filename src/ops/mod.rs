@@ -36,6 +36,7 @@ mod rms_norm;
 mod rotated_norm;
 mod rotation;
 mod rounding;
+mod silu_gate;
 mod verify;
 
 pub use choice::{Kernels, choose, fallbacks, leave_out, way};
@@ -90,6 +91,7 @@ operations! {
     rms_norm::RmsNorm,
     rotated_norm::RotatedNorm,
     rotation::Rotation,
+    silu_gate::SiluGate,
 }
 
 /// A device that has single passes.
@@ -163,8 +165,13 @@ pub trait Operation<const N: usize>: Copy + Send + 'static {
     /// The first reason for which it does not.
     fn takes(&self, pass: Pass, inputs: [&Tensor; N]) -> Result<(), Misfit>;
 
+    /// Returns input number `number` in a layout that `pass` reads; by default without gaps.
+    fn laid_out(_pass: Pass, _number: usize, input: Tensor) -> Tensor {
+        input.contiguous()
+    }
+
     /// Computes the output, and what [`backward`](Self::backward) needs besides its gradient.
-    /// `inputs` are detached and contiguous, and were taken.
+    /// `inputs` are detached and laid out, and were taken.
     fn forward(&self, pass: Pass, inputs: [Tensor; N]) -> (Tensor, Self::Saved);
 
     /// Computes the gradient of each input, of its shape and kind; [`Tensor::new`] for a constant.
@@ -218,7 +225,10 @@ fn single_pass<O: Operation<N>, const N: usize>(
 ) -> Tensor {
     custom_gradient(
         &inputs,
-        || operation.forward(pass, inputs.map(|input| input.detach().contiguous())),
+        || {
+            let laid_out = |number: usize| O::laid_out(pass, number, inputs[number].detach());
+            operation.forward(pass, std::array::from_fn(laid_out))
+        },
         move |saved, grad_output| operation.backward(pass, saved, grad_output.contiguous()).into(),
     )
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 use fm_dist::cuda::open_libtorch;
 use fm_dist::ops::{
     self, Bytes, GatedResidual, GeluTanh, ModulatedNorm, Operation, Pass, RmsNorm, RotatedNorm,
-    Rounding, Verified, drawn,
+    Rounding, SiluGate, Verified, drawn,
 };
 use tch::{Cuda, Device, Kind, Tensor};
 
@@ -85,6 +85,7 @@ fn kernels_move_bytes_nearly_as_fast_as_a_copy() {
     let x = || drawn(&[batch, tokens, width], kind, 1);
     let modulation = |scope| drawn(&[batch, 1, width], kind, scope);
     let rounding = Rounding::EachStep;
+    let norm_of_rows = ModulatedNorm { epsilon: 1e-6, base: 1.0, rounding };
     let norm = RmsNorm { epsilon: 1e-6, rounding: Rounding::Once };
     let angles = drawn(&[tokens, 1, 64], Kind::Float, 2);
     let table = Tensor::complex(&angles.cos(), &angles.sin());
@@ -92,8 +93,9 @@ fn kernels_move_bytes_nearly_as_fast_as_a_copy() {
     let of_head = || drawn(&[128], kind, 3);
     let shares = [
         share(GeluTanh, [drawn(&[batch, tokens, 4 * width], kind, 4)], of),
+        share(SiluGate, [drawn(&[batch, tokens, 6 * width], kind, 4)], of),
         share(GatedResidual { rounding }, [x(), modulation(5), x()], of),
-        share(ModulatedNorm { epsilon: 1e-6, rounding }, [x(), modulation(6), modulation(7)], of),
+        share(norm_of_rows, [x(), modulation(6), modulation(7)], of),
         share(norm, [heads.shallow_clone(), of_head()], of),
         share(RotatedNorm { norm }, [heads, of_head(), table], of),
         share(norm, [x(), drawn(&[width], kind, 8)], of),

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use fm_dist::cuda::nvrtc;
 use fm_dist::ops::{
     self, Case, Cut, FeatureOrder, GatedResidual, GeluTanh, Join, ModulatedNorm, Operation, Pass,
-    RmsNorm, RotatedNorm, Rotation, Rounding, Verified, differentiated_by, drawn, verify_by,
-    verify_cases,
+    RmsNorm, RotatedNorm, Rotation, Rounding, SiluGate, Verified, differentiated_by, drawn,
+    verify_by, verify_cases,
 };
 use fm_dist::rng::{Key, Purpose};
 use tch::{Device, Kind, Tensor};
@@ -139,6 +139,19 @@ impl Place {
         place
     }
 
+    /// As [`put`](Self::put), with the rows of the last `axes` axes within larger ones.
+    fn put_apart(self, numbers: &Tensor, axes: usize) -> Tensor {
+        let sizes = numbers.size();
+        let (outer, row) = sizes.split_at(sizes.len() - axes);
+        let length: i64 = row.iter().product();
+        let before = if self.is_odd { 1 } else { 8 };
+        let larger = [outer, &[length + before + 8]].concat();
+        let larger = Tensor::full(larger.as_slice(), f64::NAN, (numbers.kind(), self.device));
+        let mut place = larger.narrow(-1, before, length).unflatten(-1, row);
+        place.copy_(numbers);
+        place
+    }
+
     /// Compares a kernel with the loop on a CPU: the output, then the gradient of each input.
     fn compare<O: Operation<N> + std::fmt::Debug, const N: usize>(
         self,
@@ -146,7 +159,39 @@ impl Place {
         inputs: &[Tensor; N],
         allowed: &[Allowed],
     ) {
-        let there = inputs.each_ref().map(|input| self.put(input));
+        self.compare_there(
+            operation,
+            inputs,
+            inputs.each_ref().map(|input| self.put(input)),
+            allowed,
+        );
+    }
+
+    /// As [`compare`](Self::compare), also with some inputs in rows that lie apart, each given with
+    /// the number of a row's axes.
+    fn compare_apart<O: Operation<N> + std::fmt::Debug, const N: usize>(
+        self,
+        operation: O,
+        apart: &[(usize, usize)],
+        inputs: &[Tensor; N],
+        allowed: &[Allowed],
+    ) {
+        self.compare(operation, inputs, allowed);
+        let mut there = inputs.each_ref().map(|input| self.put(input));
+        for &(number, axes) in apart {
+            there[number] = self.put_apart(&inputs[number], axes);
+        }
+        self.compare_there(operation, inputs, there, allowed);
+    }
+
+    /// `there`: the inputs as they lie on the device.
+    fn compare_there<O: Operation<N> + std::fmt::Debug, const N: usize>(
+        self,
+        operation: O,
+        inputs: &[Tensor; N],
+        there: [Tensor; N],
+        allowed: &[Allowed],
+    ) {
         let found = differentiated_by(Pass::Cuda, operation, &there);
         let expected = differentiated_by(Pass::Cpu, operation, inputs);
         assert_eq!((found.len(), expected.len()), (allowed.len(), allowed.len()));
@@ -187,16 +232,18 @@ pub(crate) fn kernels_beside_a_cpu(device: Device) {
 fn compare_rows(place: Place, kind: Kind, [batch, tokens, width]: [i64; 3]) {
     let of_tokens = |scope| drawn(&[batch, tokens, width], kind, scope);
     place.compare(GeluTanh, &[of_tokens(1) * 3.0], &[Nothing, Nothing]);
+    place.compare_apart(SiluGate, &[(0, 1)], &[of_tokens(1) * 3.0], &[Nothing, Nothing]);
     for rounding in ROUNDINGS {
         let of_modulation = if rounding == Rounding::Once { Kind::Float } else { kind };
         for shape in [vec![batch, 1, width], vec![width]] {
-            let [factor, shift] = [2, 3].map(|scope| drawn(&shape, of_modulation, scope));
-            let gated = [of_tokens(4), factor.shallow_clone(), of_tokens(5)];
+            let [scale, shift] = [2, 3].map(|scope| drawn(&shape, of_modulation, scope));
+            let gated = [of_tokens(4), scale.shallow_clone(), of_tokens(5)];
             let allowed = [Nothing, Nothing, OfNorm, Nothing];
-            place.compare(GatedResidual { rounding }, &gated, &allowed);
-            let norm = ModulatedNorm { epsilon: 1e-6, rounding };
+            place.compare_apart(GatedResidual { rounding }, &[(1, 1)], &gated, &allowed);
+            let norm = ModulatedNorm { epsilon: 1e-6, base: batch as f64 - 1.0, rounding };
             let near = [LastPlaces(2.0), LastPlaces(2.0), OfNorm, OfNorm];
-            place.compare(norm, &[of_tokens(6) * 2.0 + 0.5, factor, shift], &near);
+            let inputs = [of_tokens(6) * 2.0 + 0.5, scale, shift];
+            place.compare_apart(norm, &[(1, 1), (2, 1)], &inputs, &near);
         }
         let inputs = [of_tokens(7) * 3.0, drawn(&[width], kind, 8)];
         let near = [LastPlaces(2.0), LastPlaces(2.0), OfNorm];
@@ -217,7 +264,7 @@ fn compare_heads(place: Place, kind: Kind, [tokens, heads, width]: [i64; 3]) {
             let norm = RmsNorm { epsilon: 1e-6, rounding };
             // A neighbour of what is rotated moves both numbers of its pair.
             let near = [LastPlaces(3.0), LastPlaces(3.0), OfNorm];
-            place.compare(RotatedNorm { norm }, &inputs, &near);
+            place.compare_apart(RotatedNorm { norm }, &[(0, 2)], &inputs, &near);
         }
     }
 }
@@ -254,16 +301,16 @@ pub fn process_with_odd_shapes() {
                 let of_modulation = if rounding == Rounding::Once { Kind::Float } else { kind };
                 let x = drawn(&[2, 19, width], kind, 1);
                 let rows = [2, 3].map(|scope| drawn(&[2, 1, width], of_modulation, scope));
-                let [factor, shift] = rows;
+                let [scale, shift] = rows;
                 let gated =
-                    [x.shallow_clone(), factor.shallow_clone(), drawn(&[2, 19, width], kind, 4)];
+                    [x.shallow_clone(), scale.shallow_clone(), drawn(&[2, 19, width], kind, 4)];
                 let operation = GatedResidual { rounding };
                 let case = Case { operation, inputs: gated, tolerance };
                 verified(verify_cases(Pass::Cuda, Device::Cpu, &[case]));
                 // The variance of one number is nothing.
                 if width > 2 {
-                    let operation = ModulatedNorm { epsilon: 1e-6, rounding };
-                    let inputs = [x.shallow_clone(), factor, shift];
+                    let operation = ModulatedNorm { epsilon: 1e-6, base: 1.0, rounding };
+                    let inputs = [x.shallow_clone(), scale, shift];
                     let case = Case { operation, inputs, tolerance };
                     verified(verify_cases(Pass::Cuda, Device::Cpu, &[case]));
                 }
@@ -277,6 +324,9 @@ pub fn process_with_odd_shapes() {
             }
             let case =
                 Case { operation: GeluTanh, inputs: [drawn(&[width], kind, 6) * 4.0], tolerance };
+            verified(verify_cases(Pass::Cuda, Device::Cpu, &[case]));
+            let inputs = [drawn(&[3, 2 * width], kind, 7) * 4.0];
+            let case = Case { operation: SiluGate, inputs, tolerance };
             verified(verify_cases(Pass::Cuda, Device::Cpu, &[case]));
         }
     }
@@ -304,6 +354,7 @@ fn a_kernel_that_computes_something_else_is_found() {
     let norms = &["modulated_norm", "rms_norm"][..];
     for (file, right, wrong, unfit) in [
         ("gelu_tanh/kernel.cu", "fmaf(3.0f * CUBE * x", "fmaf(2.0f * CUBE * x", &["gelu_tanh"][..]),
+        ("silu_gate/kernel.cu", "of_row + place % of_row", "place % of_row", &["silu_gate"]),
         ("launch/prelude.cu", "sign * angles", "angles", &["rotation", "rotated_norm"]),
         ("rms_norm/kernel.cu", "place * N % head", "place * N", &["rotated_norm"]),
         ("patches/kernel.cu", "in_patch[1] * places.strides[2]", "in_patch[1]", &["cut", "join"]),

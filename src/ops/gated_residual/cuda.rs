@@ -4,7 +4,7 @@ use tch::{Kind, Tensor};
 
 use super::Saved;
 use crate::cuda::Argument;
-use crate::ops::launch::{Extent, KernelFile, column_sums, kernel_text, vector, word};
+use crate::ops::launch::{Extent, KernelFile, column_sums, kernel_text, pitch, vector, word};
 use crate::ops::modulation::{row_width, sharing};
 
 pub static KERNELS: KernelFile =
@@ -16,8 +16,8 @@ const ROWS: i64 = 32;
 
 pub fn forward(x: &Tensor, gate: &Tensor, change: &Tensor) -> Tensor {
     let output = x.empty_like();
-    let width = row_width(x);
-    let numbers = vector(width, &[x, gate, change, &output], 1);
+    let (width, pitch) = (row_width(x), pitch(gate, 1));
+    let numbers = vector(&[width, pitch], &[x, gate, change, &output], 1);
     let count = x.numel() as i64 / numbers;
     KERNELS.launch(
         x.device(),
@@ -25,12 +25,13 @@ pub fn forward(x: &Tensor, gate: &Tensor, change: &Tensor) -> Tensor {
         Extent::threads(count as u64),
         &[
             Argument::Tensor(x),
-            Argument::Tensor(gate),
+            Argument::Rows(gate),
             Argument::Tensor(change),
             Argument::Tensor(&output),
             Argument::Integers(&[count]),
             Argument::Integers(&[width]),
             Argument::Integers(&[sharing(x, gate)]),
+            Argument::Integers(&[pitch]),
         ],
     );
     output
@@ -40,11 +41,11 @@ pub fn forward(x: &Tensor, gate: &Tensor, change: &Tensor) -> Tensor {
 pub fn backward(saved: &Saved, grad_output: &Tensor) -> [Tensor; 2] {
     let Saved { gate, change } = saved;
     let grad_change = change.empty_like();
-    let (width, sharing) = (row_width(change), sharing(change, gate));
+    let (width, sharing, pitch) = (row_width(change), sharing(change, gate), pitch(gate, 1));
     let gates = gate.numel() as i64 / width;
     let blocks = sharing.unsigned_abs().div_ceil(ROWS as u64) as i64;
     let partial = Tensor::empty([gates, blocks, width], (Kind::Float, change.device()));
-    let numbers = vector(width, &[change, gate, grad_output, &grad_change], 1);
+    let numbers = vector(&[width, pitch], &[change, gate, grad_output, &grad_change], 1);
     let tiles = ((width / numbers) as u64).div_ceil(THREADS.into()) as i64;
     KERNELS.launch(
         change.device(),
@@ -52,12 +53,13 @@ pub fn backward(saved: &Saved, grad_output: &Tensor) -> [Tensor; 2] {
         Extent::blocks(gates * blocks * tiles, THREADS),
         &[
             Argument::Tensor(change),
-            Argument::Tensor(gate),
+            Argument::Rows(gate),
             Argument::Tensor(grad_output),
             Argument::Tensor(&grad_change),
             Argument::Tensor(&partial),
             Argument::Integers(&[width]),
             Argument::Integers(&[sharing]),
+            Argument::Integers(&[pitch]),
             Argument::Integers(&[ROWS]),
         ],
     );

@@ -6,7 +6,7 @@ mod plain;
 
 use tch::Tensor;
 
-use super::launch::KernelFile;
+use super::launch::{self, KernelFile};
 use super::{Bytes, Case, Misfit, Operation, Pass, Rounding, bytes, drawn, modulation};
 
 /// `x + gate · change`.
@@ -50,6 +50,10 @@ impl Operation<3> for GatedResidual {
         } else {
             Ok(())
         }
+    }
+
+    fn laid_out(pass: Pass, number: usize, input: Tensor) -> Tensor {
+        if number == 1 { launch::in_rows(pass, 1, input) } else { input.contiguous() }
     }
 
     fn forward(&self, pass: Pass, [x, gate, change]: [Tensor; 3]) -> (Tensor, Saved) {

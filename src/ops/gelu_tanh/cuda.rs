@@ -21,7 +21,7 @@ pub fn backward(x: &Tensor, grad_output: &Tensor) -> Tensor {
 
 fn launch(name: &str, tensors: &[&Tensor]) {
     let x = tensors[0];
-    let numbers = vector(x.numel() as i64, tensors, 1);
+    let numbers = vector(&[x.numel() as i64], tensors, 1);
     let count = [x.numel() as i64 / numbers];
     let arguments: Vec<Argument<'_>> = tensors
         .iter()

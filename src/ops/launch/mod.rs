@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
-use super::Misfit;
+use super::{Misfit, Pass};
 use crate::cuda::{Argument, Grid, Outcome, Program, THREADS, Text, nvrtc};
 use crate::files::cache::Cache;
 use crate::files::sha256::hex;
@@ -206,12 +206,49 @@ pub fn word(tensor: &Tensor) -> &'static str {
     if tensor.kind() == Kind::BFloat16 { "bfloat16" } else { "float" }
 }
 
-/// Numbers of the first tensor that a kernel reads at a time: 16 bytes of them if each row of
-/// `width` and all of the tensors begin at a multiple of 16 bytes, else `least`.
-pub fn vector(width: i64, tensors: &[&Tensor], least: i64) -> i64 {
+/// Numbers of the first tensor that a kernel reads at a time: 16 bytes of them if all tensors begin
+/// at a multiple of 16 bytes, and so do what it reads `steps` numbers apart; else `least`.
+pub fn vector(steps: &[i64], tensors: &[&Tensor], least: i64) -> i64 {
     let numbers = 16 / tensors[0].kind().elt_size_in_bytes() as i64;
     let is_aligned = |tensor: &&Tensor| (tensor.data_ptr() as usize).is_multiple_of(16);
-    if width % numbers == 0 && tensors.iter().all(is_aligned) { numbers } else { least }
+    let fits = steps.iter().all(|step| step % numbers == 0) && tensors.iter().all(is_aligned);
+    if fits { numbers } else { least }
+}
+
+/// Returns `x` as kernels read it that take the last `axes` axes as a row, wherever rows begin as
+/// long as they lie equally far apart; on a CPU, without gaps.
+pub fn in_rows(pass: Pass, axes: usize, x: Tensor) -> Tensor {
+    if pass == Pass::Cuda && pitch_of(&x, axes).is_some() { x } else { x.contiguous() }
+}
+
+/// A tensor of the shape and kind of `x`, whose rows lie behind each other.
+pub fn without_gaps(x: &Tensor) -> Tensor {
+    Tensor::empty(x.size(), (x.kind(), x.device()))
+}
+
+/// Numbers from the beginning of a row of [`in_rows`] to that of the next one.
+pub fn pitch(x: &Tensor, axes: usize) -> i64 {
+    pitch_of(x, axes).expect("rows that lie equally far apart")
+}
+
+fn pitch_of(x: &Tensor, axes: usize) -> Option<i64> {
+    let (sizes, strides) = (x.size(), x.stride());
+    let axis = |number: usize| (sizes[number], strides[number]);
+    let last = sizes.len() - axes;
+    let row = dense(1, (last..sizes.len()).map(axis))?;
+    // Axes of one element may have any stride.
+    let outer = (0..last).map(axis).filter(|(size, _)| *size > 1);
+    let pitch = outer.clone().next_back().map_or(row, |(_, stride)| stride);
+    dense(pitch, outer).filter(|_| pitch >= row)?;
+    Some(pitch)
+}
+
+/// Checks that axes follow each other without gaps, of which the last one has elements `stride`
+/// apart; returns the numbers from the beginning of the first one to its end.
+fn dense(stride: i64, axes: impl DoubleEndedIterator<Item = (i64, i64)>) -> Option<i64> {
+    axes.rev().try_fold(stride, |expected, (size, stride)| {
+        (size <= 1 || stride == expected).then_some(expected * size)
+    })
 }
 
 /// Adds up sums over blocks of rows, `partial` `[…, blocks, columns]` in f32, to `[outer, columns]`
@@ -261,8 +298,28 @@ mod tests {
     fn vectors_are_read_where_all_tensors_are_aligned() {
         let numbers = Tensor::zeros([65], (Kind::BFloat16, Device::Cpu));
         let (even, odd) = (numbers.narrow(0, 0, 64), numbers.narrow(0, 1, 64));
-        assert_eq!(vector(64, &[&even], 1), 8);
-        assert_eq!(vector(60, &[&even], 1), 1);
-        assert_eq!(vector(64, &[&even, &odd], 2), 2);
+        assert_eq!(vector(&[64], &[&even], 1), 8);
+        assert_eq!(vector(&[60], &[&even], 1), 1);
+        assert_eq!(vector(&[64, 60], &[&even], 1), 1);
+        assert_eq!(vector(&[64], &[&even, &odd], 2), 2);
+    }
+
+    #[test]
+    fn rows_of_a_larger_tensor_stay_where_they_are_if_they_lie_equally_far_apart() {
+        let whole = Tensor::zeros([2, 3, 20], (Kind::Float, Device::Cpu));
+        let part = whole.narrow(2, 4, 12);
+        assert_eq!([pitch_of(&whole, 1), pitch_of(&part, 1)], [Some(20); 2]);
+        // [2, 3, 4 heads, 3]: a row is a token.
+        assert_eq!(pitch_of(&part.unflatten(2, [4, 3]), 2), Some(20));
+        assert_eq!(pitch_of(&part.unflatten(2, [4, 3]), 1), None);
+        assert_eq!(pitch_of(&part.narrow(1, 0, 2), 1), None);
+        assert_eq!(pitch_of(&part.narrow(1, 0, 2).narrow(0, 1, 1), 1), Some(20));
+        assert_eq!(pitch_of(&part.narrow(1, 0, 1), 1), Some(60));
+        assert_eq!(pitch_of(&part.transpose(1, 2), 1), None);
+        assert_eq!(pitch_of(&whole.narrow(1, 0, 1).expand([2, 3, 20], false), 1), None);
+        assert_eq!(pitch_of(&whole.select(0, 0).select(0, 0), 1), Some(20));
+        let moved = in_rows(Pass::Cuda, 1, part.shallow_clone());
+        assert_eq!(moved.data_ptr(), part.data_ptr());
+        assert!(in_rows(Pass::Cpu, 1, part).is_contiguous());
     }
 }

@@ -26,6 +26,20 @@ template <class T> __device__ float rounded(float value) {
     return widened(narrow);
 }
 
+// e to the power of x, as `lanes::exp` has it.
+__device__ float power_of_e(float x) {
+    x = x < -87.0f ? -87.0f : x > 87.0f ? 87.0f : x;
+    const float round = 12582912.0f, shifted = fmaf(x, 1.44269504f, round), whole = shifted - round;
+    const float r = fmaf(whole, 2.1219444e-4f, fmaf(whole, -0.6933594f, x));
+    float sum = fmaf(1.0f / 720.0f, r, 1.0f / 120.0f);
+    sum = fmaf(sum, r, 1.0f / 24.0f);
+    sum = fmaf(sum, r, 1.0f / 6.0f);
+    sum = fmaf(sum, r, 0.5f);
+    sum = fmaf(sum, r, 1.0f);
+    sum = fmaf(sum, r, 1.0f);
+    return sum * __uint_as_float((__float_as_uint(shifted) << 23) + __float_as_uint(1.0f));
+}
+
 // Numbers that are read or written together, 16 bytes at a time if there are as many.
 template <class T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) : 16) Vector {
     T at[N];

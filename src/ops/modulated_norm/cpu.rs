@@ -27,8 +27,8 @@ struct ModulationGradients {
     shift: Vec<f64>,
 }
 
-pub fn forward(norm: ModulatedNorm, x: &Tensor, factor: &Tensor, shift: &Tensor) -> Normalized {
-    let epsilon = norm.epsilon as f32;
+pub fn forward(norm: ModulatedNorm, x: &Tensor, scale: &Tensor, shift: &Tensor) -> Normalized {
+    let (epsilon, factor) = (norm.epsilon as f32, &norm.factor(scale));
     match (x.kind(), factor.kind()) {
         (Kind::BFloat16, Kind::BFloat16) => forward_in::<bf16, bf16>(epsilon, x, factor, shift),
         (Kind::BFloat16, _) => forward_in::<bf16, f32>(epsilon, x, factor, shift),
@@ -61,16 +61,24 @@ fn forward_in<T: Element, M: Element>(
     Normalized { output, moments }
 }
 
-pub fn backward(saved: &Saved, grad_output: &Tensor) -> [Tensor; 3] {
-    match (saved.x.kind(), saved.factor.kind()) {
-        (Kind::BFloat16, Kind::BFloat16) => backward_in::<bf16, bf16>(saved, grad_output),
-        (Kind::BFloat16, _) => backward_in::<bf16, f32>(saved, grad_output),
-        _ => backward_in::<f32, f32>(saved, grad_output),
+pub fn backward(norm: ModulatedNorm, saved: &Saved, grad_output: &Tensor) -> [Tensor; 3] {
+    let Saved { x, scale, moments } = saved;
+    let factor = &norm.factor(scale);
+    match (x.kind(), factor.kind()) {
+        (Kind::BFloat16, Kind::BFloat16) => {
+            backward_in::<bf16, bf16>(x, factor, moments, grad_output)
+        }
+        (Kind::BFloat16, _) => backward_in::<bf16, f32>(x, factor, moments, grad_output),
+        _ => backward_in::<f32, f32>(x, factor, moments, grad_output),
     }
 }
 
-fn backward_in<T: Element, M: Element>(saved: &Saved, grad_output: &Tensor) -> [Tensor; 3] {
-    let Saved { x, factor, moments } = saved;
+fn backward_in<T: Element, M: Element>(
+    x: &Tensor,
+    factor: &Tensor,
+    moments: &Tensor,
+    grad_output: &Tensor,
+) -> [Tensor; 3] {
     let mut grad_x = x.empty_like();
     let gradients = normalize_backward::<T, M>(
         vectors(elements(x)),

@@ -6,22 +6,24 @@ mod plain;
 
 use tch::Tensor;
 
-use super::launch::{KernelFile, Team};
+use super::launch::{self, KernelFile, Team};
 use super::{Bytes, Case, Misfit, Operation, Pass, Rounding, bytes, drawn, modulation};
 
-/// `n · factor + shift`, with n of mean 0 and variance 1 over the last axis of `x`.
+/// `n · (base + scale) + shift`, with n of mean 0 and variance 1 over the last axis of `x`.
 ///
 /// FLUX rounds after each step, in the kind of `x`; Wan has a modulation in f32 and rounds once.
 ///
 /// # Shapes
-/// `x`: `[B, L, D]`; `factor`, `shift`: `[B, 1, D]`, or `[D]` for all samples. Returns the shape
-/// and kind of `x`.
+/// `x`: `[B, L, D]`; `scale`, `shift`: `[B, 1, D]`, or `[D]` for all samples. Returns the shape and
+/// kind of `x`.
 ///
 /// Source: Ba et al. 2016, arXiv:1607.06450, section 3; modulated: Peebles & Xie 2023,
 /// arXiv:2212.09748, section 3.2.
 #[derive(Clone, Copy, Debug)]
 pub struct ModulatedNorm {
     pub epsilon: f64,
+    /// 1 for a modulation; 0 for a learned scale.
+    pub base: f64,
     pub rounding: Rounding,
 }
 
@@ -34,7 +36,7 @@ struct Normalized {
 /// Tensors that the gradient needs.
 pub struct Saved {
     x: Tensor,
-    factor: Tensor,
+    scale: Tensor,
     /// `[B · L, 2]` f32: mean of a row, and one over the root of its variance and epsilon.
     moments: Tensor,
 }
@@ -43,18 +45,18 @@ impl Operation<3> for ModulatedNorm {
     const NAME: &'static str = "modulated_norm";
     type Saved = Saved;
 
-    fn plain(&self, [x, factor, shift]: [&Tensor; 3]) -> Tensor {
-        plain::modulated_norm(*self, x, factor, shift)
+    fn plain(&self, [x, scale, shift]: [&Tensor; 3]) -> Tensor {
+        plain::modulated_norm(*self, x, scale, shift)
     }
 
     fn kernels() -> &'static KernelFile {
         &cuda::KERNELS
     }
 
-    fn takes(&self, pass: Pass, [x, factor, shift]: [&Tensor; 3]) -> Result<(), Misfit> {
-        modulation::takes(pass, self.rounding, x, factor)?;
+    fn takes(&self, pass: Pass, [x, scale, shift]: [&Tensor; 3]) -> Result<(), Misfit> {
+        modulation::takes(pass, self.rounding, x, scale)?;
         modulation::takes(pass, self.rounding, x, shift)?;
-        if factor.size() != shift.size() {
+        if scale.size() != shift.size() {
             return Err(Misfit::Shape);
         }
         let width = modulation::row_width(x);
@@ -64,26 +66,30 @@ impl Operation<3> for ModulatedNorm {
         }
     }
 
-    fn forward(&self, pass: Pass, [x, factor, shift]: [Tensor; 3]) -> (Tensor, Saved) {
+    fn laid_out(pass: Pass, number: usize, input: Tensor) -> Tensor {
+        if number == 0 { input.contiguous() } else { launch::in_rows(pass, 1, input) }
+    }
+
+    fn forward(&self, pass: Pass, [x, scale, shift]: [Tensor; 3]) -> (Tensor, Saved) {
         let Normalized { output, moments } = match pass {
-            Pass::Cpu => cpu::forward(*self, &x, &factor, &shift),
-            Pass::Cuda => cuda::forward(*self, &x, &factor, &shift),
+            Pass::Cpu => cpu::forward(*self, &x, &scale, &shift),
+            Pass::Cuda => cuda::forward(*self, &x, &scale, &shift),
         };
-        (output, Saved { x, factor, moments })
+        (output, Saved { x, scale, moments })
     }
 
     fn backward(&self, pass: Pass, saved: Saved, grad_output: Tensor) -> [Tensor; 3] {
         match pass {
-            Pass::Cpu => cpu::backward(&saved, &grad_output),
-            Pass::Cuda => cuda::backward(&saved, &grad_output),
+            Pass::Cpu => cpu::backward(*self, &saved, &grad_output),
+            Pass::Cuda => cuda::backward(*self, &saved, &grad_output),
         }
     }
 
-    fn least_bytes(&self, [x, factor, shift]: [&Tensor; 3]) -> Bytes {
+    fn least_bytes(&self, [x, scale, shift]: [&Tensor; 3]) -> Bytes {
         let moments = 8 * x.numel() as u64 / modulation::row_width(x) as u64;
         Bytes {
-            forward: bytes([x, x, factor, shift]) + moments,
-            backward: bytes([x, x, x, factor, factor, shift]) + moments,
+            forward: bytes([x, x, scale, shift]) + moments,
+            backward: bytes([x, x, x, scale, scale, shift]) + moments,
         }
     }
 
@@ -91,16 +97,24 @@ impl Operation<3> for ModulatedNorm {
         let mut cases = Vec::new();
         for trial in modulation::Trial::ALL {
             let of_modulation = trial.modulation_kind();
-            for shape in [vec![2, 1, 48], vec![48]] {
+            for (shape, base) in [(vec![2, 1, 48], 1.0), (vec![48], 0.0)] {
                 let inputs = [
                     drawn(&[2, 70, 48], trial.kind, 1) * 3.0 + 1.0,
                     drawn(&shape, of_modulation, 2),
                     drawn(&shape, of_modulation, 3),
                 ];
-                let operation = ModulatedNorm { epsilon: 1e-6, rounding: trial.rounding };
+                let rounding = trial.rounding;
+                let operation = ModulatedNorm { epsilon: 1e-6, base, rounding };
                 cases.push(Case { operation, inputs, tolerance: trial.tolerance });
             }
         }
         cases
+    }
+}
+
+impl ModulatedNorm {
+    /// What the normalized rows are multiplied by, rounded to the kind of the scale.
+    fn factor(&self, scale: &Tensor) -> Tensor {
+        if self.base == 0.0 { scale.shallow_clone() } else { scale + self.base }
     }
 }

@@ -6,12 +6,9 @@ use super::ModulatedNorm;
 use crate::ops::modulation::add_product;
 use crate::ops::{Rounding, at_least_float};
 
-pub fn modulated_norm(
-    ModulatedNorm { epsilon, rounding }: ModulatedNorm,
-    x: &Tensor,
-    factor: &Tensor,
-    shift: &Tensor,
-) -> Tensor {
+pub fn modulated_norm(norm: ModulatedNorm, x: &Tensor, scale: &Tensor, shift: &Tensor) -> Tensor {
+    let ModulatedNorm { epsilon, rounding, .. } = norm;
+    let factor = &norm.factor(scale);
     let width = *x.size().last().expect("a tensor with a last axis");
     let normalized =
         |x: &Tensor| x.layer_norm([width], None::<&Tensor>, None::<&Tensor>, epsilon, false);

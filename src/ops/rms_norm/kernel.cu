@@ -4,20 +4,35 @@
 // 1 / sqrt(mean + epsilon) of a sum of squares.
 __device__ float inverse_root(float squares, long long width, float epsilon) { return 1.0f / sqrtf(squares / (float)width + epsilon); }
 
-// Rotation of pairs by the angles of a token; none without a table.
-struct Turn {
-    // Cosine and sine of each token and pair.
+// Of the tokens whose parts are the rows, in numbers: a head, a token, and from the start of a token of x to the start of the next
+// one; then the tokens of a sample.
+struct Sizes {
+    long long head, token, pitch, of_sample;
+};
+
+// The tokens whose parts are the rows: where they stand, and the angles by which they turn.
+struct TokenLayout {
+    // Cosine and sine of each token of a sample and each pair of a head; null if nothing turns.
     const float *table;
-    // Sizes in numbers: a head's, a token's; and tokens of a sample.
-    long long head, token, tokens;
+    // As in Sizes.
+    unsigned int head, token, pitch, of_sample;
+
+    __device__ TokenLayout(const float *table, const Sizes &sizes)
+        : table(table), head(sizes.head), token(sizes.token), pitch(sizes.pitch), of_sample(sizes.of_sample) {}
+
+    // The place of a row of x.
+    __device__ long long start(unsigned int row, unsigned int width) const {
+        const unsigned int rows = token / width;
+        return (long long)(row / rows) * pitch + row % rows * width;
+    }
 
     // Turns numbers of kind T, which stand at a place of a row; `sign`: of the angles.
     template <class T, int N>
-    __device__ Vector<T, N> apply(const Vector<T, N> &numbers, long long row, long long width, unsigned int place, float sign) const {
+    __device__ Vector<T, N> turn(const Vector<T, N> &numbers, unsigned int row, unsigned int width, unsigned int place, float sign) const {
         if constexpr (N > 1) {
             if (table) {
-                const long long of_sample = row / (token / width) % tokens;
-                return turned(numbers, *vectors<N>(table + of_sample * head + place * N % head), sign);
+                const unsigned int number = row / (token / width) % of_sample;
+                return turned(numbers, *vectors<N>(table + (long long)number * head + place * N % head), sign);
             }
         }
         return numbers;
@@ -26,11 +41,11 @@ struct Turn {
 
 template <class T, int N>
 __device__ void forward(const T *__restrict__ x, const T *__restrict__ weight, T *__restrict__ output, long long rows, long long width,
-                        float epsilon, long long rounds_before_scale, const Turn &turn, long long team_size) {
+                        float epsilon, long long rounds_before_scale, const TokenLayout &tokens, long long team_size) {
     const Team team(team_size);
     const unsigned int of_row = (unsigned int)width / N;
     for (long long row = (long long)blockIdx.x * team.teams + team.number; row < rows; row += (long long)gridDim.x * team.teams) {
-        const Vector<T, N> *const from = vectors<N>(x + row * width);
+        const Vector<T, N> *const from = vectors<N>(x + tokens.start(row, width));
         Vector<T, N> *const into = vectors<N>(output + row * width);
         float squares = 0.0f;
         for (unsigned int place = team.member; place < of_row; place += team.size) {
@@ -46,7 +61,7 @@ __device__ void forward(const T *__restrict__ x, const T *__restrict__ weight, T
                 const float normalized = widened(numbers.at[k]) * inverse;
                 round_to(numbers.at[k], (rounds_before_scale ? rounded<T>(normalized) : normalized) * widened(weights.at[k]));
             }
-            into[place] = turn.apply(numbers, row, width, place, 1.0f);
+            into[place] = tokens.turn(numbers, row, width, place, 1.0f);
         }
     }
 }
@@ -56,7 +71,7 @@ __device__ void forward(const T *__restrict__ x, const T *__restrict__ weight, T
 template <class T, int N>
 __device__ void backward(const T *__restrict__ x, const T *__restrict__ weight, const T *__restrict__ grad_output, T *__restrict__ grad_x,
                          float *__restrict__ partial, long long rows, long long width, float epsilon, long long block_rows,
-                         const Turn &turn, long long team_size) {
+                         const TokenLayout &tokens, long long team_size) {
     const Team team(team_size);
     const unsigned int of_row = (unsigned int)width / N;
     float *const columns = own_memory() + team.number * width;
@@ -64,12 +79,13 @@ __device__ void backward(const T *__restrict__ x, const T *__restrict__ weight, 
         vectors<N>(columns)[place] = {};
     const long long first = blockIdx.x * block_rows, end = first + block_rows < rows ? first + block_rows : rows;
     for (long long row = first + team.number; row < end; row += team.teams) {
-        const Vector<T, N> *const from = vectors<N>(x + row * width), *const gradients = vectors<N>(grad_output + row * width);
+        const Vector<T, N> *const from = vectors<N>(x + tokens.start(row, width));
+        const Vector<T, N> *const gradients = vectors<N>(grad_output + row * width);
         Vector<T, N> *const into = vectors<N>(grad_x + row * width);
         float squares = 0.0f, products = 0.0f;
         for (unsigned int place = team.member; place < of_row; place += team.size) {
             const Vector<T, N> numbers = from[place], weights = vectors<N>(weight)[place];
-            const Vector<T, N> gradient = turn.apply(gradients[place], row, width, place, -1.0f);
+            const Vector<T, N> gradient = tokens.turn(gradients[place], row, width, place, -1.0f);
             for (int k = 0; k < N; k++) {
                 const float number = widened(numbers.at[k]);
                 squares += number * number;
@@ -80,7 +96,7 @@ __device__ void backward(const T *__restrict__ x, const T *__restrict__ weight, 
         const float mean = team.sum(products) * inverse / (float)width;
         for (unsigned int place = team.member; place < of_row; place += team.size) {
             const Vector<T, N> weights = vectors<N>(weight)[place];
-            const Vector<T, N> gradient = turn.apply(gradients[place], row, width, place, -1.0f);
+            const Vector<T, N> gradient = tokens.turn(gradients[place], row, width, place, -1.0f);
             Vector<T, N> numbers = from[place];
             Vector<float, N> sums = vectors<N>(columns)[place];
             for (int k = 0; k < N; k++) {
@@ -98,16 +114,14 @@ __device__ void backward(const T *__restrict__ x, const T *__restrict__ weight, 
 
 #define DECLARE(T, N)                                                                                                                \
     extern "C" __global__ void rms_norm_##T##_##N(const T *x, const T *weight, T *output, const float *table, long long rows,        \
-                                                  long long width, float epsilon, long long rounds_before_scale, long long head,     \
-                                                  long long token, long long tokens, long long team_size) {                          \
-        forward<T, N>(x, weight, output, rows, width, epsilon, rounds_before_scale, {table, head, token, tokens}, team_size);        \
+                                                  long long width, float epsilon, long long rounds_before_scale, Sizes sizes,        \
+                                                  long long team_size) {                                                             \
+        forward<T, N>(x, weight, output, rows, width, epsilon, rounds_before_scale, TokenLayout(table, sizes), team_size);                \
     }                                                                                                                                \
     extern "C" __global__ void rms_norm_backward_##T##_##N(const T *x, const T *weight, const T *grad_output, T *grad_x,             \
                                                            float *partial, const float *table, long long rows, long long width,      \
-                                                           float epsilon, long long block_rows, long long head, long long token,     \
-                                                           long long tokens, long long team_size) {                                  \
-        backward<T, N>(x, weight, grad_output, grad_x, partial, rows, width, epsilon, block_rows, {table, head, token, tokens},      \
-                       team_size);                                                                                                   \
+                                                           float epsilon, long long block_rows, Sizes sizes, long long team_size) {  \
+        backward<T, N>(x, weight, grad_output, grad_x, partial, rows, width, epsilon, block_rows, TokenLayout(table, sizes), team_size);  \
     }
 FOR_EACH_KIND(DECLARE)
 // Pairs that begin anywhere.

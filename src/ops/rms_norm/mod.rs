@@ -6,6 +6,8 @@ mod plain;
 
 use tch::{Kind, Tensor};
 
+use cuda::TokenLayout;
+
 use super::lanes::LANES;
 use super::launch::{KernelFile, Team};
 use super::{Bytes, Case, Misfit, Operation, Pass, Rounding, bytes, drawn};
@@ -61,7 +63,9 @@ impl Operation<2> for RmsNorm {
     fn forward(&self, pass: Pass, [x, weight]: [Tensor; 2]) -> (Tensor, Saved) {
         let output = match pass {
             Pass::Cpu => cpu::forward(*self, &x, &weight),
-            Pass::Cuda => cuda::forward(*self, &x, &weight, None),
+            Pass::Cuda => {
+                cuda::forward(*self, &x, &weight, &TokenLayout::rows(weight.numel() as i64))
+            }
         };
         (output, Saved { x, weight })
     }
@@ -69,7 +73,10 @@ impl Operation<2> for RmsNorm {
     fn backward(&self, pass: Pass, saved: Saved, grad_output: Tensor) -> [Tensor; 2] {
         match pass {
             Pass::Cpu => cpu::backward(*self, &saved, &grad_output),
-            Pass::Cuda => cuda::backward(*self, &saved, &grad_output, None),
+            Pass::Cuda => {
+                let tokens = TokenLayout::rows(saved.weight.numel() as i64);
+                cuda::backward(*self, &saved, &grad_output, &tokens)
+            }
         }
     }
 

@@ -6,7 +6,7 @@ mod plain;
 
 use tch::{Kind, Tensor};
 
-use super::launch::KernelFile;
+use super::launch::{self, KernelFile};
 use super::rms_norm::{self, Saved};
 use super::{Bytes, Case, Misfit, Operation, Pass, RmsNorm, Rotation, Rounding, bytes, drawn};
 
@@ -40,6 +40,11 @@ impl Operation<3> for RotatedNorm {
             return Err(Misfit::Shape);
         }
         self.norm.takes(pass, [&rows(x, weight), weight])
+    }
+
+    /// Tokens may be parts of larger ones, as those of a product for queries, keys and values.
+    fn laid_out(pass: Pass, number: usize, input: Tensor) -> Tensor {
+        if number == 0 { launch::in_rows(pass, 2, input) } else { input.contiguous() }
     }
 
     fn forward(&self, pass: Pass, [x, weight, table]: [Tensor; 3]) -> (Tensor, (Saved, Tensor)) {

@@ -13,7 +13,7 @@ pub static KERNELS: KernelFile = KernelFile::new("rotation/kernel.cu", kernel_te
 pub fn turned(x: &Tensor, table: &Tensor, direction: Direction) -> Tensor {
     let (_, tokens, heads, width) = x.size4().expect("[B, L, N, E]");
     let (output, table) = (x.empty_like(), table.view_as_real());
-    let numbers = vector(width, &[x, &table, &output], 2);
+    let numbers = vector(&[width], &[x, &table, &output], 2);
     let count = x.numel() as i64 / numbers;
     KERNELS.launch(
         x.device(),

@@ -20,6 +20,13 @@ FOR_EACH_KIND(BOTH)
 #undef BOTH
 } // namespace gelu_tanh_text
 
+namespace silu_gate_text {
+#include TEXT(silu_gate/kernel.cu)
+#define BOTH(T, N) ON_HOST(silu_gate_##T##_##N) ON_HOST(silu_gate_backward_##T##_##N)
+FOR_EACH_KIND(BOTH)
+#undef BOTH
+} // namespace silu_gate_text
+
 namespace rms_norm_text {
 #include TEXT(rms_norm/kernel.cu)
 #define BOTH(T, N) ON_HOST(rms_norm_##T##_##N) ON_HOST(rms_norm_backward_##T##_##N)
