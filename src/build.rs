@@ -13,6 +13,8 @@ fn main() {
             .std("c++20")
             .opt_level(1)
             .warnings(false)
+            // As libtorch is built: the layout of some of its classes depends on it.
+            .define("NDEBUG", None)
             .include(format!("{libtorch}/include"))
             .include(format!("{libtorch}/include/torch/csrc/api/include"))
             .files(SOURCES)

@@ -20,7 +20,7 @@ use crate::files::safetensors::{self, SafeTensors};
 use crate::flow::{
     DataShapes, Statistics, StepOptions, StepOutput, check_keys, latents_of, with_sample_axis,
 };
-use crate::libtorch::count_operators;
+use crate::libtorch::{Operators, Ran, count_operators};
 use crate::model::SampleShapes;
 use crate::nn::Tokens;
 use crate::ops;
@@ -85,7 +85,7 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<String> {
     };
     let (computed, operators) = match request.operators {
         true => count_operators(computed),
-        false => (computed(), BTreeMap::new()),
+        false => (computed(), Operators::default()),
     };
     let (output, gradients) = computed?;
     let mut tensors = tensors_of(&output);
@@ -98,13 +98,27 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<String> {
     Ok(drawn_by(generator, seed) + &told)
 }
 
-/// Returns the counts of libtorch's operators, the most frequent first, and of ours.
-fn told(operators: BTreeMap<String, u64>) -> String {
-    let all: u64 = operators.values().sum();
-    let mut text = format!("{all} operators of libtorch that compute or move numbers\n");
-    let mut sorted: Vec<(String, u64)> = operators.into_iter().collect();
-    sorted.sort_by_key(|(_, count)| Reverse(*count));
-    sorted.iter().for_each(|(name, count)| text += &format!("{count:>8} {name}\n"));
+/// Returns the counts of libtorch's operators and of ours, the most frequent first.
+fn told(operators: Operators) -> String {
+    let megabytes = |bytes: u64| bytes as f64 / 1e6;
+    let (between, ours) = (operators.between_products(), operators.ours.values().copied());
+    let ours: Ran = ours.collect();
+    let all: u64 = operators.theirs.values().map(|ran| ran.times).sum();
+    let mut text = format!(
+        "{all} operators of libtorch that compute or move numbers, {} single passes of our own\n\
+         beside products and attention: {} operators that move {:.1} MB, passes that move {:.1} MB\n",
+        ours.times,
+        between.times,
+        megabytes(between.bytes),
+        megabytes(ours.bytes),
+    );
+    let passes = operators.ours.iter().map(|(name, ran)| (format!("{name}, our own"), *ran));
+    let mut sorted: Vec<(String, Ran)> = operators.theirs.into_iter().chain(passes).collect();
+    sorted.sort_by_key(|(_, ran)| Reverse(ran.times));
+    text += "   times        MB\n";
+    for (name, ran) in sorted {
+        text += &format!("{:>8} {:>9.1} {name}\n", ran.times, megabytes(ran.bytes));
+    }
     text + &ops::fallbacks().map_or_else(String::new, |ours| ours + "\n")
 }
 

@@ -117,7 +117,7 @@ fn loss_lines(
 fn shift_line(shift: f64, settings: &FlowMatchingSettings) -> String {
     match settings.shift_type {
         ShiftType::Constant => format!("[FLOW] Shift: {}", settings.flow_shift),
-        rule => format!("[FLOW] Shift: {shift:.4} = exp({:.4}), by {}", shift.ln(), rule.word()),
+        rule => format!("[FLOW] Shift: {shift:.4}, mu {:.4}, by {}", shift.ln(), rule.word()),
     }
 }
 

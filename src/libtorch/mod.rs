@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 pub use attention::{AttentionBackend, permit_attention, prefer_fused_attention};
-pub use operators::count_operators;
+pub use operators::{Operators, Ran, as_one, count_operators, is_counting};
 use tch::Tensor;
 use torch_sys::C_tensor;
 
@@ -35,7 +35,7 @@ mod ffi {
     unsafe extern "C" {
         pub safe fn fm_dist_permit_attention(backends: u32);
         pub safe fn fm_dist_prefer_fused_attention();
-        pub safe fn fm_dist_watch_operators(seen: Option<extern "C" fn(*const c_char)>);
+        pub safe fn fm_dist_watch_operators(seen: Option<extern "C" fn(*const c_char, u64, u64)>);
     }
 }
 

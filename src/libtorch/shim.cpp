@@ -61,10 +61,17 @@ extern "C" void fm_dist_guarded(void (*body)(void *), void (*on_exception)(void 
 
 namespace {
 
-std::atomic<void (*)(const char *)> seen_operator = nullptr;
+using Seen = void (*)(const char *name, uint64_t read, uint64_t written);
+std::atomic<Seen> seen_operator = nullptr;
 std::optional<at::CallbackHandle> watching;
 // Operators that this thread is in, the innermost last: true within one that has a kernel of its own.
 thread_local std::vector<bool> within_kernel;
+
+// What is known of an operator that has a kernel of its own when it begins.
+struct Begun : at::ObserverContext {
+    uint64_t read;
+    explicit Begun(uint64_t read) : read(read) {}
+};
 
 // Not so an operator that only calls others.
 bool has_kernel(const at::RecordFunction &function) {
@@ -77,28 +84,49 @@ bool has_kernel(const at::RecordFunction &function) {
     return false;
 }
 
-std::unique_ptr<at::ObserverContext> begin_operator(const at::RecordFunction &function) {
-    const bool is_within = !within_kernel.empty() && within_kernel.back(), is_kernel = !is_within && has_kernel(function);
-    const auto seen = seen_operator.load();
-    if (is_kernel && seen) seen(function.name());
-    within_kernel.push_back(is_within || is_kernel);
-    return nullptr;
+// Bytes of a tensor's numbers, each counted once where it stands in several places.
+uint64_t bytes_of(const at::Tensor &tensor) {
+    if (!tensor.defined() || tensor.layout() != at::kStrided) return 0;
+    uint64_t bytes = tensor.element_size();
+    for (int64_t axis = 0; axis < tensor.dim(); axis++)
+        if (tensor.stride(axis) != 0 || tensor.size(axis) == 0) bytes *= tensor.size(axis);
+    return bytes;
 }
 
-void end_operator(const at::RecordFunction &, at::ObserverContext *) {
+template <class Values> uint64_t bytes_of_all(const Values &values) {
+    uint64_t bytes = 0;
+    for (const auto &value : values) {
+        if (value.isTensor()) bytes += bytes_of(value.toTensor());
+        if (value.isTensorList())
+            for (const at::Tensor &tensor : value.toTensorList()) bytes += bytes_of(tensor);
+    }
+    return bytes;
+}
+
+std::unique_ptr<at::ObserverContext> begin_operator(const at::RecordFunction &function) {
+    const bool is_within = !within_kernel.empty() && within_kernel.back(), is_kernel = !is_within && has_kernel(function);
+    within_kernel.push_back(is_within || is_kernel);
+    return is_kernel ? std::make_unique<Begun>(bytes_of_all(function.inputs())) : nullptr;
+}
+
+void end_operator(const at::RecordFunction &function, at::ObserverContext *begun) {
     // Empty for one that had begun before it was watched.
     if (!within_kernel.empty()) within_kernel.pop_back();
+    const auto seen = seen_operator.load();
+    if (begun && seen) seen(function.name(), static_cast<Begun *>(begun)->read, bytes_of_all(function.outputs()));
 }
 
 } // namespace
 
-// From now on calls `seen` with the name of each operator that begins on any thread, has a kernel of its own and is not called by one
-// that has; with null, ends that.
-extern "C" void fm_dist_watch_operators(void (*seen)(const char *)) noexcept {
+// From now on calls `seen` with the name of each operator that runs on any thread, has a kernel of its own and is not called by one
+// that has, and with the bytes of its inputs and of its outputs; with null, ends that.
+extern "C" void fm_dist_watch_operators(Seen seen) noexcept {
     if (watching) at::removeCallback(*watching);
     watching.reset();
     seen_operator = seen;
-    if (seen) watching = at::addGlobalCallback(at::RecordFunctionCallback(begin_operator, end_operator).scopes({at::RecordScope::FUNCTION}));
+    if (!seen) return;
+    auto callback = at::RecordFunctionCallback(begin_operator, end_operator).needsInputs(true).needsOutputs(true);
+    watching = at::addGlobalCallback(callback.scopes({at::RecordScope::FUNCTION}));
 }
 
 namespace {

@@ -50,6 +50,7 @@ pub use verify::{
 use tch::{Device, Kind, Tensor};
 
 use crate::cuda::Text;
+use crate::libtorch::{as_one, is_counting};
 
 use autograd::custom_gradient;
 
@@ -223,12 +224,18 @@ fn single_pass<O: Operation<N>, const N: usize>(
     pass: Pass,
     inputs: [&Tensor; N],
 ) -> Tensor {
+    let bytes = || operation.least_bytes(inputs);
+    let of_backward = if is_counting() { bytes().backward } else { 0 };
     custom_gradient(
         &inputs,
         || {
             let laid_out = |number: usize| O::laid_out(pass, number, inputs[number].detach());
-            operation.forward(pass, std::array::from_fn(laid_out))
+            let inputs = std::array::from_fn(laid_out);
+            as_one(O::NAME, || bytes().forward, || operation.forward(pass, inputs))
         },
-        move |saved, grad_output| operation.backward(pass, saved, grad_output.contiguous()).into(),
+        move |saved, grad_output| {
+            let grad_output = grad_output.contiguous();
+            as_one(O::NAME, || of_backward, || operation.backward(pass, saved, grad_output)).into()
+        },
     )
 }

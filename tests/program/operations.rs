@@ -94,16 +94,40 @@ fn a_step_counts_its_operators_of_which_single_passes_leave_fewer() {
     let told = |kernels: &str| {
         let (code, output, errors) = finish(program(&with_sets(&step, &[kernels])));
         assert_eq!(code, 0, "{errors}");
-        let line = output.lines().find_map(|line| {
-            line.strip_suffix(" operators of libtorch that compute or move numbers")
-        });
-        (line.unwrap_or_else(|| panic!("{output}")).parse::<f64>().unwrap(), output)
+        let number = |before: &str, behind: &str| {
+            let (head, _) = output.split_once(behind).unwrap_or_else(|| panic!("{output}"));
+            let (_, number) = head.rsplit_once(before).unwrap_or(("", head));
+            number.parse::<f64>().unwrap_or_else(|_| panic!("{number} in {output}"))
+        };
+        let [theirs, ours, left, moved, by_ours] = [
+            number("\n", " operators of libtorch that compute or move numbers, "),
+            number("numbers, ", " single passes of our own\n"),
+            number("attention: ", " operators that move "),
+            number("that move ", " MB, passes that move "),
+            number("passes that move ", " MB\n   times"),
+        ];
+        assert!(left < theirs, "{output}");
+        (Told { theirs, ours, moved, by_ours }, output)
     };
     let (fused, output) = told("compute.kernels=fused");
     assert!(output.contains(" operations, each in a single pass\n"), "{output}");
     assert!(output.lines().any(|line| line.trim_start().ends_with(" mm")), "{output}");
+    assert!(output.contains(" modulated_norm, our own\n"), "{output}");
     let (plain, output) = told("compute.kernels=plain");
-    assert!(!output.contains("single pass"), "{output}");
-    // Each is a chain without; a few of what is left put the sums of a CPU into tensors.
-    assert!(fused + 30.0 < plain, "{fused} and {plain}");
+    assert!(!output.contains("our own\n   times"), "{output}");
+    // Forward and backward; each is a chain without.
+    assert!(fused.ours > 30.0 && plain.ours == 0.0, "{fused:?} and {plain:?}");
+    assert!(fused.theirs + 2.0 * fused.ours < plain.theirs, "{fused:?} and {plain:?}");
+    assert!(fused.by_ours > 0.0 && plain.by_ours == 0.0);
+    assert!(1.5 * (fused.moved + fused.by_ours) < plain.moved, "{fused:?} and {plain:?}");
+}
+
+/// What a step tells of its operators: times of libtorch's and of passes of our own, and what they
+/// move beside products and attention, in MB.
+#[derive(Debug)]
+struct Told {
+    theirs: f64,
+    ours: f64,
+    moved: f64,
+    by_ours: f64,
 }
