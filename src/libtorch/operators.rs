@@ -186,7 +186,7 @@ mod tests {
         assert_eq!(counts.theirs["lgamma_"], Ran { times: 1, bytes: 4 * 2 * 24 });
         assert_eq!(
             counts.between_products().bytes,
-            counts.theirs.values().map(|ran| ran.bytes).sum()
+            counts.theirs.values().map(|ran| ran.bytes).sum::<u64>()
         );
     }
 

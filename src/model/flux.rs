@@ -315,9 +315,9 @@ impl Stage for SingleBlock {
         let ready = modulated_norm(&joint, &shift, &scale, EPSILON);
         let [query, key, value] = self.attention.forward(params, &ready, input.find("rope"));
         let attended = attend(&query, &key, &value, input.find("mask"));
-        let fed = Nonlinearity::GeluTanh.apply(&self.feed.forward(params, &ready));
-        let joint =
-            gated(&joint, &gate, &self.output.forward(params, &Tensor::cat(&[attended, fed], 2)));
+        let fed = self.feed.forward(params, &ready);
+        let both = Nonlinearity::GeluTanh.apply_beside(&attended, &fed);
+        let joint = gated(&joint, &gate, &self.output.forward(params, &both));
         Activations::new().with("joint", joint).with("conditioning", conditioning.shallow_clone())
     }
 }

@@ -398,9 +398,8 @@ impl Stage for SingleBlock {
             .forward(params, &modulated_norm(&joint, &shift, &scale, self.epsilon))
             .split_with_sizes(self.widths, -1);
         let attended = self.attended(params, &made[0], input.get("rope"));
-        let fed = Nonlinearity::SiluGate.apply(&made[1]);
-        let joint =
-            gated(&joint, &gate, &self.output.forward(params, &Tensor::cat(&[attended, fed], 2)));
+        let both = Nonlinearity::SiluGate.apply_beside(&attended, &made[1]);
+        let joint = gated(&joint, &gate, &self.output.forward(params, &both));
         passing(Activations::new().with("joint", joint), input, &PASSED_BY_SINGLE_BLOCKS)
     }
 }

@@ -5,7 +5,7 @@ use std::f64::consts::FRAC_2_PI;
 use tch::{Kind, Tensor};
 
 use super::{Builder, Linear, Views};
-use crate::ops::{GeluTanh, SiluGate, apply};
+use crate::ops::{Beside, GeluTanh, SiluGate, apply};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Nonlinearity {
@@ -33,6 +33,15 @@ impl Nonlinearity {
             },
             Nonlinearity::QuickGelu => x * (x * 1.702).sigmoid(),
             Nonlinearity::SiluGate => apply(SiluGate, [x]),
+        }
+    }
+
+    /// Returns the features `first`, then those of [`apply`](Self::apply), as one tensor.
+    pub fn apply_beside(self, first: &Tensor, x: &Tensor) -> Tensor {
+        match self {
+            Nonlinearity::GeluTanh => apply(Beside(GeluTanh), [first, x]),
+            Nonlinearity::SiluGate => apply(Beside(SiluGate), [first, x]),
+            _ => Tensor::cat(&[first, &self.apply(x)], -1),
         }
     }
 }

@@ -23,6 +23,7 @@
 //! program begins to compute on a GPU, which leaves out what differs.
 
 pub mod autograd;
+mod beside;
 mod choice;
 mod dense_gradient;
 mod gated_residual;
@@ -39,6 +40,8 @@ mod rounding;
 mod silu_gate;
 mod verify;
 
+pub use beside::Beside;
+use beside::OfFeatures;
 pub use choice::{Kernels, choose, fallbacks, leave_out, way};
 pub use dense_gradient::with_dense_gradient;
 pub use patches::{FeatureOrder, Patch, grid};
@@ -84,6 +87,8 @@ macro_rules! operations {
 }
 
 operations! {
+    beside::GeluTanhBeside,
+    beside::SiluGateBeside,
     gated_residual::GatedResidual,
     gelu_tanh::GeluTanh,
     modulated_norm::ModulatedNorm,

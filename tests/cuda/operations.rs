@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use fm_dist::cuda::open_libtorch;
 use fm_dist::ops::{
-    self, Bytes, GatedResidual, GeluTanh, ModulatedNorm, Operation, Pass, RmsNorm, RotatedNorm,
-    Rounding, SiluGate, Verified, drawn,
+    self, Beside, Bytes, GatedResidual, GeluTanh, ModulatedNorm, Operation, Pass, RmsNorm,
+    RotatedNorm, Rounding, SiluGate, Verified, drawn,
 };
 use tch::{Cuda, Device, Kind, Tensor};
 
@@ -93,6 +93,7 @@ fn kernels_move_bytes_nearly_as_fast_as_a_copy() {
     let of_head = || drawn(&[128], kind, 3);
     let shares = [
         share(GeluTanh, [drawn(&[batch, tokens, 4 * width], kind, 4)], of),
+        share(Beside(GeluTanh), [x(), drawn(&[batch, tokens, 4 * width], kind, 4)], of),
         share(SiluGate, [drawn(&[batch, tokens, 6 * width], kind, 4)], of),
         share(GatedResidual { rounding }, [x(), modulation(5), x()], of),
         share(norm_of_rows, [x(), modulation(6), modulation(7)], of),

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use fm_dist::cuda::nvrtc;
 use fm_dist::ops::{
-    self, Case, Cut, FeatureOrder, GatedResidual, GeluTanh, Join, ModulatedNorm, Operation, Pass,
-    RmsNorm, RotatedNorm, Rotation, Rounding, SiluGate, Verified, differentiated_by, drawn,
+    self, Beside, Case, Cut, FeatureOrder, GatedResidual, GeluTanh, Join, ModulatedNorm, Operation,
+    Pass, RmsNorm, RotatedNorm, Rotation, Rounding, SiluGate, Verified, differentiated_by, drawn,
     verify_by, verify_cases,
 };
 use fm_dist::rng::{Key, Purpose};
@@ -233,6 +233,10 @@ fn compare_rows(place: Place, kind: Kind, [batch, tokens, width]: [i64; 3]) {
     let of_tokens = |scope| drawn(&[batch, tokens, width], kind, scope);
     place.compare(GeluTanh, &[of_tokens(1) * 3.0], &[Nothing, Nothing]);
     place.compare_apart(SiluGate, &[(0, 1)], &[of_tokens(1) * 3.0], &[Nothing, Nothing]);
+    let first = drawn(&[batch, tokens, 24], kind, 14);
+    let both = [first, of_tokens(1) * 3.0];
+    place.compare_apart(Beside(GeluTanh), &[(0, 1), (1, 1)], &both, &[Nothing; 3]);
+    place.compare_apart(Beside(SiluGate), &[(0, 1), (1, 1)], &both, &[Nothing; 3]);
     for rounding in ROUNDINGS {
         let of_modulation = if rounding == Rounding::Once { Kind::Float } else { kind };
         for shape in [vec![batch, 1, width], vec![width]] {
@@ -354,7 +358,13 @@ fn a_kernel_that_computes_something_else_is_found() {
     let norms = &["modulated_norm", "rms_norm"][..];
     for (file, right, wrong, unfit) in [
         ("gelu_tanh/kernel.cu", "fmaf(3.0f * CUBE * x", "fmaf(2.0f * CUBE * x", &["gelu_tanh"][..]),
-        ("silu_gate/kernel.cu", "of_row + place % of_row", "place % of_row", &["silu_gate"]),
+        (
+            "silu_gate/kernel.cu",
+            "from[of_row + column]",
+            "from[column]",
+            &["silu_gate", "silu_gate_beside"],
+        ),
+        ("gelu_tanh/kernel.cu", "row * pitches.of[1]", "row * width", &["gelu_tanh_beside"]),
         ("launch/prelude.cu", "sign * angles", "angles", &["rotation", "rotated_norm"]),
         ("rms_norm/kernel.cu", "place * N % head", "place * N", &["rotated_norm"]),
         ("patches/kernel.cu", "in_patch[1] * places.strides[2]", "in_patch[1]", &["cut", "join"]),

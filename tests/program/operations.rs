@@ -116,10 +116,10 @@ fn a_step_counts_its_operators_of_which_single_passes_leave_fewer() {
     let (plain, output) = told("compute.kernels=plain");
     assert!(!output.contains("our own\n   times"), "{output}");
     // Forward and backward; each is a chain without.
-    assert!(fused.ours > 30.0 && plain.ours == 0.0, "{fused:?} and {plain:?}");
-    assert!(fused.theirs + 2.0 * fused.ours < plain.theirs, "{fused:?} and {plain:?}");
+    assert!(fused.ours > 20.0 && plain.ours == 0.0, "{fused:?} and {plain:?}");
+    assert!(fused.theirs + fused.ours + 30.0 < plain.theirs, "{fused:?} and {plain:?}");
     assert!(fused.by_ours > 0.0 && plain.by_ours == 0.0);
-    assert!(1.5 * (fused.moved + fused.by_ours) < plain.moved, "{fused:?} and {plain:?}");
+    assert!(1.2 * (fused.moved + fused.by_ours) < plain.moved, "{fused:?} and {plain:?}");
 }
 
 /// What a step tells of its operators: times of libtorch's and of passes of our own, and what they

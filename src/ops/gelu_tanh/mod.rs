@@ -8,13 +8,13 @@ mod plain;
 
 use tch::{Kind, Tensor};
 
-use super::launch::KernelFile;
-use super::{Bytes, Case, Misfit, Operation, Pass, bytes, drawn};
+use super::launch::{self, KernelFile};
+use super::{Bytes, Case, Misfit, OfFeatures, Operation, Pass, bytes, drawn};
 
 /// `x · (1 + tanh(sqrt(2/π) · (x + 0.044715 · x³))) / 2`.
 ///
 /// # Shapes
-/// `x`: any. Returns the same.
+/// `x`: `[…, D]`. Returns the same.
 ///
 /// Source: Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2.
 #[derive(Clone, Copy, Debug)]
@@ -33,8 +33,12 @@ impl Operation<1> for GeluTanh {
         &cuda::KERNELS
     }
 
-    fn takes(&self, _pass: Pass, _inputs: [&Tensor; 1]) -> Result<(), Misfit> {
-        Ok(())
+    fn takes(&self, _pass: Pass, [x]: [&Tensor; 1]) -> Result<(), Misfit> {
+        if x.dim() > 0 { Ok(()) } else { Err(Misfit::Shape) }
+    }
+
+    fn laid_out(pass: Pass, _number: usize, x: Tensor) -> Tensor {
+        launch::in_rows(pass, 1, x)
     }
 
     fn forward(&self, pass: Pass, [x]: [Tensor; 1]) -> (Tensor, Tensor) {
@@ -67,5 +71,17 @@ impl Operation<1> for GeluTanh {
                 [case(kind, tolerance, &[3, 101]), case(kind, tolerance, &[2, 5, 64])]
             })
             .collect()
+    }
+}
+
+impl OfFeatures for GeluTanh {
+    const BESIDE: &'static str = "gelu_tanh_beside";
+
+    fn width(x: &Tensor) -> i64 {
+        *x.size().last().expect("[…, D]")
+    }
+
+    fn write(x: &Tensor, output: &Tensor) {
+        cuda::write(x, output);
     }
 }

@@ -251,6 +251,22 @@ fn dense(stride: i64, axes: impl DoubleEndedIterator<Item = (i64, i64)>) -> Opti
     })
 }
 
+/// Launches a kernel that has a thread for each vector of `output`'s numbers: `tensors` are
+/// `[…, features]` with as many rows, which may lie apart.
+pub fn launch_rows(kernels: &KernelFile, name: &str, output: &Tensor, tensors: &[&Tensor]) {
+    let pitches: Vec<i64> = tensors.iter().map(|tensor| pitch(tensor, 1)).collect();
+    let width = *output.size().last().expect("[…, features]");
+    let numbers = vector(&[&pitches[..], &[width]].concat(), tensors, 1);
+    let count = output.numel() as i64 / numbers;
+    let sizes = [[count], [width]];
+    let sizes = sizes.iter().map(|size| Argument::Integers(size));
+    let rows = tensors.iter().map(|tensor| Argument::Rows(tensor));
+    let arguments: Vec<Argument<'_>> =
+        rows.chain(sizes).chain([Argument::Integers(&pitches)]).collect();
+    let name = format!("{name}_{}_{numbers}", word(output));
+    kernels.launch(output.device(), &name, Extent::threads(count as u64), &arguments);
+}
+
 /// Adds up sums over blocks of rows, `partial` `[…, blocks, columns]` in f32, to `[outer, columns]`
 /// of `kind`; in f64 and always in one order.
 pub fn column_sums(partial: &Tensor, outer: i64, kind: Kind) -> Tensor {

@@ -48,6 +48,11 @@ template <class T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) : 16) Ve
 template <int N, class T> __device__ Vector<T, N> *vectors(T *numbers) { return (Vector<T, N> *)numbers; }
 template <int N, class T> __device__ const Vector<T, N> *vectors(const T *numbers) { return (const Vector<T, N> *)numbers; }
 
+// From the start of a row of each tensor to the start of its next one, in numbers.
+template <int TENSORS> struct Pitches {
+    long long of[TENSORS];
+};
+
 // Turns pairs of neighbours by their angles, cosine and sine of each; `sign`: of the angles.
 template <class T, int N> __device__ Vector<T, N> turned(Vector<T, N> numbers, const Vector<float, N> &angles, float sign) {
     for (int k = 0; k < N; k += 2) {

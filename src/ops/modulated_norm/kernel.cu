@@ -1,11 +1,6 @@
 // Modulated layer normalization and its gradients, a row a team. T is the kind of the tokens, M that of the modulation and of
 // every intermediate number.
 
-// From the start of a row of scale and of shift to the start of the next one, in numbers.
-struct Pitches {
-    long long scale, shift;
-};
-
 struct Norm {
     float epsilon, base;
 };
@@ -17,19 +12,19 @@ template <class M, int N> __device__ Vector<M, N> factors_of(Vector<M, N> scale,
     return scale;
 }
 
-// `sharing`: rows that share a row of the modulation; `moments`: mean of each row, and one over the root of its variance and
+// `sharing`: rows that share a row of the modulation; `pitches`: of scale and shift; `moments`: mean of each row, and one over the root of its variance and
 // epsilon.
 template <class T, class M, int N>
 __device__ void forward(const T *__restrict__ x, const M *__restrict__ scale, const M *__restrict__ shift, T *__restrict__ output,
-                        float *__restrict__ moments, long long rows, long long width, long long sharing, const Pitches &pitches,
+                        float *__restrict__ moments, long long rows, long long width, long long sharing, const Pitches<2> &pitches,
                         const Norm &norm, long long team_size) {
     const Team team(team_size);
     const unsigned int of_row = (unsigned int)width / N;
     for (long long row = (long long)blockIdx.x * team.teams + team.number; row < rows; row += (long long)gridDim.x * team.teams) {
         const Vector<T, N> *const from = vectors<N>(x + row * width);
         Vector<T, N> *const into = vectors<N>(output + row * width);
-        const Vector<M, N> *const scales = vectors<N>(scale + row / sharing * pitches.scale);
-        const Vector<M, N> *const shifts = vectors<N>(shift + row / sharing * pitches.shift);
+        const Vector<M, N> *const scales = vectors<N>(scale + row / sharing * pitches.of[0]);
+        const Vector<M, N> *const shifts = vectors<N>(shift + row / sharing * pitches.of[1]);
         float sum = 0.0f;
         for (unsigned int place = team.member; place < of_row; place += team.size) {
             const Vector<T, N> numbers = from[place];
@@ -118,7 +113,7 @@ __device__ void backward(const T *__restrict__ x, const M *__restrict__ scale, c
 
 #define DECLARE(T, M, N)                                                                                                             \
     extern "C" __global__ void modulated_norm_##T##_##M##_##N(const T *x, const M *scale, const M *shift, T *output, float *moments, \
-                                                              long long rows, long long width, long long sharing, Pitches pitches,   \
+                                                              long long rows, long long width, long long sharing, Pitches<2> pitches, \
                                                               Norm norm, long long team_size) {                                      \
         forward<T, M, N>(x, scale, shift, output, moments, rows, width, sharing, pitches, norm, team_size);                          \
     }                                                                                                                                \

@@ -12,32 +12,33 @@ struct Sigmoid {
     }
 };
 
-// `count`: vectors of the output; `width`: numbers of its rows; `pitch`: from the start of a row of x to the start of the next one.
+// `count`: vectors of the output; `width`: numbers of its rows.
 template <class T, int N>
-__device__ void forward(const T *__restrict__ x, T *__restrict__ output, long long count, long long width, long long pitch) {
+__device__ void forward(const T *__restrict__ x, T *__restrict__ output, long long count, long long width, const Pitches<2> &pitches) {
     const unsigned int of_row = (unsigned int)width / N;
     for (unsigned int place = thread_of_grid(); place < count; place += threads_of_grid()) {
-        const Vector<T, N> *const row = vectors<N>(x + place / of_row * pitch);
-        const Vector<T, N> factors = row[of_row + place % of_row];
-        Vector<T, N> numbers = row[place % of_row];
+        const unsigned int row = place / of_row, column = place % of_row;
+        const Vector<T, N> *const from = vectors<N>(x + row * pitches.of[0]);
+        const Vector<T, N> factors = from[of_row + column];
+        Vector<T, N> numbers = from[column];
         for (int k = 0; k < N; k++) {
             const float gate = widened(numbers.at[k]);
             round_to(numbers.at[k], rounded<T>(gate * Sigmoid(gate).value) * widened(factors.at[k]));
         }
-        vectors<N>(output)[place] = numbers;
+        vectors<N>(output + row * pitches.of[1])[column] = numbers;
     }
 }
 
 template <class T, int N>
 __device__ void backward(const T *__restrict__ x, const T *__restrict__ grad_output, T *__restrict__ grad_x, long long count,
-                         long long width, long long pitch) {
+                         long long width, const Pitches<3> &pitches) {
     const unsigned int of_row = (unsigned int)width / N;
     for (unsigned int place = thread_of_grid(); place < count; place += threads_of_grid()) {
-        const unsigned int index = place / of_row, column = place % of_row;
-        const Vector<T, N> *const row = vectors<N>(x + index * pitch);
-        Vector<T, N> *const into = vectors<N>(grad_x + index * (2 * width));
-        const Vector<T, N> gradient = vectors<N>(grad_output)[place];
-        Vector<T, N> gates = row[column], factors = row[of_row + column];
+        const unsigned int row = place / of_row, column = place % of_row;
+        const Vector<T, N> *const from = vectors<N>(x + row * pitches.of[0]);
+        Vector<T, N> *const into = vectors<N>(grad_x + row * pitches.of[2]);
+        const Vector<T, N> gradient = vectors<N>(grad_output + row * pitches.of[1])[column];
+        Vector<T, N> gates = from[column], factors = from[of_row + column];
         for (int k = 0; k < N; k++) {
             const float gate = widened(gates.at[k]), number = widened(gradient.at[k]);
             const Sigmoid sigmoid(gate);
@@ -51,12 +52,12 @@ __device__ void backward(const T *__restrict__ x, const T *__restrict__ grad_out
 }
 
 #define DECLARE(T, N)                                                                                                                \
-    extern "C" __global__ void silu_gate_##T##_##N(const T *x, T *output, long long count, long long width, long long pitch) {       \
-        forward<T, N>(x, output, count, width, pitch);                                                                               \
+    extern "C" __global__ void silu_gate_##T##_##N(const T *x, T *output, long long count, long long width, Pitches<2> pitches) {    \
+        forward<T, N>(x, output, count, width, pitches);                                                                             \
     }                                                                                                                                \
     extern "C" __global__ void silu_gate_backward_##T##_##N(const T *x, const T *grad_output, T *grad_x, long long count,            \
-                                                            long long width, long long pitch) {                                      \
-        backward<T, N>(x, grad_output, grad_x, count, width, pitch);                                                                 \
+                                                            long long width, Pitches<3> pitches) {                                   \
+        backward<T, N>(x, grad_output, grad_x, count, width, pitches);                                                               \
     }
 FOR_EACH_KIND(DECLARE)
 #undef DECLARE

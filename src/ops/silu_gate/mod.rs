@@ -7,7 +7,7 @@ mod plain;
 use tch::{Kind, Tensor};
 
 use super::launch::{self, KernelFile};
-use super::{Bytes, Case, Misfit, Operation, Pass, bytes, drawn};
+use super::{Bytes, Case, Misfit, OfFeatures, Operation, Pass, bytes, drawn};
 
 /// `silu(a) · b`, with `a` the first half of the last axis and `b` the second; SiLU is rounded to
 /// the kind of `x` before the product.
@@ -74,6 +74,18 @@ impl Operation<1> for SiluGate {
                 [case(kind, tolerance, &[3, 202]), case(kind, tolerance, &[2, 5, 64])]
             })
             .collect()
+    }
+}
+
+impl OfFeatures for SiluGate {
+    const BESIDE: &'static str = "silu_gate_beside";
+
+    fn width(x: &Tensor) -> i64 {
+        width(x)
+    }
+
+    fn write(x: &Tensor, output: &Tensor) {
+        cuda::write(x, output);
     }
 }
 
