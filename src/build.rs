@@ -1,6 +1,6 @@
-//! Compiles the C++ that the bindings lack: the autograd node of `src/ops/autograd`, and the switches
-//! and exception boundary of `src/libtorch`. Sets the rpaths of libtorch, NCCL and NVRTC, so that the
-//! binary starts without LD_LIBRARY_PATH.
+//! Compiles the C++ that the bindings lack: the autograd node of `src/ops/autograd`, and the
+//! switches and exception boundary of `src/libtorch`. Sets the rpaths of libtorch, NCCL and NVRTC,
+//! so that the binary starts without LD_LIBRARY_PATH.
 
 const SOURCES: [&str; 2] = ["src/ops/autograd/node.cpp", "src/libtorch/shim.cpp"];
 

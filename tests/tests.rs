@@ -56,8 +56,8 @@ mod fast {
     mod science;
     /// What SECURITY.md promises is tested.
     mod security;
-    /// Tokens that no sample sees are cut, a mask is left only where samples see different ones, and
-    /// neither changes a number.
+    /// Tokens that no sample sees are cut, a mask is left only where samples see different ones,
+    /// and neither changes a number.
     mod seen_tokens;
     /// Ranks meet over TCP without a launcher's help, and strangers, absent and dying ranks are
     /// noticed.

@@ -105,9 +105,9 @@ fn shortened(tokens: i64, most: i64) -> i64 {
 
 /// Returns the cases of a model's attentions, each once, at most 8 with a mask and 8 without.
 ///
-/// `samples`: numbers of tokens of the run's samples. `has_masks`: true if the adapter reads masks of
-/// tokens. An attention with a mask has a case without one, too: the mask goes away where a batch's
-/// texts are equally long.
+/// `samples`: numbers of tokens of the run's samples. `has_masks`: true if the adapter reads masks
+/// of tokens. An attention with a mask has a case without one, too: the mask goes away where a
+/// batch's texts are equally long.
 pub fn cases_of<'a>(
     attentions: impl IntoIterator<Item = &'a AttentionInfo>,
     samples: &[Tokens],

@@ -86,8 +86,8 @@ impl AutoencoderClass {
     ///
     /// # Errors
     /// Errors of [`Config::read`] and [`Config::read_into`];
-    /// [`Error::Data`](crate::error::Error::Data) if the class is unknown, or fields contradict each
-    /// other.
+    /// [`Error::Data`](crate::error::Error::Data) if the class is unknown, or fields contradict
+    /// each other.
     pub fn read(folder: &Path) -> Result<Self> {
         AutoencoderClass::of(Config::read(folder, PART)?)
     }

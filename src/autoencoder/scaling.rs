@@ -13,8 +13,8 @@ pub struct Scaling {
 }
 
 impl Scaling {
-    /// A model's latents are `(z - shift) * factor` with one number of each for all channels, or one
-    /// for each channel.
+    /// A model's latents are `(z - shift) * factor` with one number of each for all channels, or
+    /// one for each channel.
     pub(super) fn new(shift: &[f64], factor: &[f64]) -> Self {
         let [shift, factor] =
             [shift, factor].map(|numbers| Tensor::from_slice(numbers).to_kind(Kind::Float));

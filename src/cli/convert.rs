@@ -27,7 +27,8 @@ pub struct ConvertArgs {
     /// Leave out LoRAs of text encoders, with which a file is refused otherwise
     #[arg(long)]
     drop_text_encoders: bool,
-    /// Diffusers transformer folder with whose modules the LoRA is compared; its config.json suffices
+    /// Diffusers transformer folder with whose modules the LoRA is compared; its config.json
+    /// suffices
     #[arg(long, value_name = "DIR")]
     base: Option<PathBuf>,
 }

@@ -37,8 +37,8 @@ pub struct TrainArgs {
     /// Resume from a checkpoint even if the data differ from those it was trained on
     #[arg(long)]
     allow_data_change: bool,
-    /// Resume from a checkpoint even if the global batch differs: the order goes on after the samples
-    /// that were seen
+    /// Resume from a checkpoint even if the global batch differs: the order goes on after the
+    /// samples that were seen
     #[arg(long)]
     allow_batch_change: bool,
     /// One process, detailed logs at each step, and a search of every stage for non-finite values

@@ -1,5 +1,5 @@
-//! `fm-dist export`: writes a checkpoint's parameters as a diffusers transformer folder, or its LoRA
-//! as a file of another program.
+//! `fm-dist export`: writes a checkpoint's parameters as a diffusers transformer folder, or its
+//! LoRA as a file of another program.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -47,8 +47,9 @@ pub struct ExportRequest {
 /// appears whole or not at all.
 ///
 /// # Errors
-/// [`Error::Config`] if diffusers has no class for the model, or the checkpoint no averages; [`Error::NoCheckpoint`],
-/// [`Error::CheckpointMismatch`]; [`Error::Storage`], also if `out` exists already.
+/// [`Error::Config`] if diffusers has no class for the model, or the checkpoint no averages;
+/// [`Error::NoCheckpoint`], [`Error::CheckpointMismatch`]; [`Error::Storage`], also if `out` exists
+/// already.
 pub fn export(request: &ExportRequest) -> Result<()> {
     if let Some(dialect) = request.format {
         let (run, folder) = locate(&request.run)?;

@@ -92,8 +92,8 @@ impl Program {
     /// An error of the driver, possibly of work that was queued earlier.
     ///
     /// # Panics
-    /// If a tensor is on another device, or not contiguous where it must be, or if the arguments' sizes are not those
-    /// of the kernel's parameters (a bug in the caller).
+    /// If a tensor is on another device, or not contiguous where it must be, or if the arguments'
+    /// sizes are not those of the kernel's parameters (a bug in the caller).
     pub fn launch(&self, name: &str, grid: Grid, arguments: &[Argument<'_>]) -> Outcome<()> {
         let function = self.function(name)?;
         let pointers: Vec<*mut c_void> =

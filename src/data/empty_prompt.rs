@@ -39,8 +39,8 @@ impl EmptyPrompt {
         tensors.entry(format!("{EMPTY}{mask}")).or_insert_with(ones);
     }
 
-    /// Returns the first key whose tensor another empty prompt does not have, or has otherwise; masks
-    /// that were added do not count.
+    /// Returns the first key whose tensor another empty prompt does not have, or has otherwise;
+    /// masks that were added do not count.
     pub fn difference(&self, other: &EmptyPrompt) -> Option<String> {
         let stored = |empty: &EmptyPrompt| -> BTreeMap<String, Tensor> {
             let is_stored = |name: &str| empty.file.holds(name.trim_start_matches(EMPTY));

@@ -24,7 +24,8 @@ settings! {
         /// In its place, tokens of latents and text in one pass: the smaller a group's samples, the
         /// more of them; 0: off. It needs train.global_batch_size.
         pub micro_batch_tokens_per_gpu: i64 = 0, in 0..=1 << 40;
-        /// When a resolution group has fewer samples than a global batch, counted with their repeats.
+        /// When a resolution group has fewer samples than a global batch, counted with their
+        /// repeats.
         pub on_small_group: OnSmallGroup = OnSmallGroup::Stop;
         /// Tokens to which texts are padded. 0: those of unequal length to the batch's longest, or
         /// to the number of the family's pipeline where the model gets no mask of valid tokens.
@@ -46,8 +47,8 @@ settings! {
     pub struct DatasetSettings {
         /// Folder with dataset.json, or `embedded:digits`.
         pub path: String;
-        /// Its share of an epoch's samples, relative to the other datasets' weights; 0: by its size.
-        /// All have one, or none.
+        /// Its share of an epoch's samples, relative to the other datasets' weights; 0: by its
+        /// size. All have one, or none.
         pub weight: f64 = 0.0, in 0.0..=1e6;
         /// Times that an epoch takes each of its samples; with weights, at least.
         pub repeats: u64 = 1, in 1..=MOST_REPEATS as i64;

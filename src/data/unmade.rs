@@ -28,8 +28,8 @@ enum Mark {
     SafeTensors,
 }
 
-/// Returns the command that makes a dataset of a folder without `dataset.json`: an import of another
-/// trainer's cache, or the description of its files. `None` if it holds neither.
+/// Returns the command that makes a dataset of a folder without `dataset.json`: an import of
+/// another trainer's cache, or the description of its files. `None` if it holds neither.
 pub fn way_to_a_dataset(folder: &Path) -> Option<String> {
     way_to_import(folder).or_else(|| {
         let plain = marks_of(folder).contains(&Mark::SafeTensors);

@@ -202,8 +202,8 @@ pub(super) fn find_if(
     Ok(())
 }
 
-/// Returns the files below `folder` for which `wanted` is true, sorted, without hidden ones. Links to
-/// files are taken, those to folders only if links are followed.
+/// Returns the files below `folder` for which `wanted` is true, sorted, without hidden ones. Links
+/// to files are taken, those to folders only if links are followed.
 fn walk(folder: &Path, wanted: &dyn Fn(&Path) -> bool, links: Links) -> Result<Vec<PathBuf>> {
     let mut walk = Walk { wanted, links, visited: BTreeSet::new(), found: Vec::new() };
     walk.enter(folder)?;

@@ -1,5 +1,5 @@
-//! Makes and describes datasets: from pictures and videos with captions, from folders of tensors, from
-//! other datasets, and from the caches of other trainers.
+//! Makes and describes datasets: from pictures and videos with captions, from folders of tensors,
+//! from other datasets, and from the caches of other trainers.
 //!
 //! | question | file |
 //! |---|---|

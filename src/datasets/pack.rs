@@ -29,8 +29,8 @@ pub struct PackRequest {
 /// Writes the samples of a dataset, its captions, conditions and empty prompt into a new folder.
 ///
 /// # Errors
-/// Errors of [`Dataset::open_with`] and [`write_dataset`]; [`Error::Data`](crate::error::Error::Data) if
-/// a sample is not finite.
+/// Errors of [`Dataset::open_with`] and [`write_dataset`];
+/// [`Error::Data`](crate::error::Error::Data) if a sample is not finite.
 ///
 /// # Ordering
 /// Every rank calls it.

@@ -1,9 +1,9 @@
 //! Writes samples as a dataset. Nothing in the folder is half-written, `dataset.json` comes last,
 //! and work that was killed goes on where it stopped.
 //!
-//! Several ranks write the files in turns, each with a log of its own of those that it has finished.
-//! Rank 0 holds the folder for all, and writes what a dataset has once. Work that was killed may go
-//! on with another number of ranks.
+//! Several ranks write the files in turns, each with a log of its own of those that it has
+//! finished. Rank 0 holds the folder for all, and writes what a dataset has once. Work that was
+//! killed may go on with another number of ranks.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -30,8 +30,8 @@ use crate::files::safetensors::{Planned, Writer};
 use crate::files::sha256::HashingWriter;
 use crate::pulse;
 
-/// Log of the files that rank 0 has finished, while a dataset is being written; its first line names
-/// the samples and the plan.
+/// Log of the files that rank 0 has finished, while a dataset is being written; its first line
+/// names the samples and the plan.
 const LOG: &str = "unfinished.jsonl";
 /// Begin and end of the names of the logs, between which the other ranks' have their numbers.
 const LOG_PARTS: (&str, &str) = ("unfinished", ".jsonl");

@@ -1,5 +1,5 @@
-//! The demo's own encoding: a fixed orthonormal transform of patches in place of an autoencoder, and
-//! fixed random vectors in place of a text encoder. It needs no folder, and loses nothing.
+//! The demo's own encoding: a fixed orthonormal transform of patches in place of an autoencoder,
+//! and fixed random vectors in place of a text encoder. It needs no folder, and loses nothing.
 
 use std::f64::consts::PI;
 
@@ -108,7 +108,8 @@ impl Cosines {
         Cosines { transform }
     }
 
-    /// Mixes the numbers of each patch by `matrix`. `patches`: `[B, 3 · 16, H, W]`, as is the result.
+    /// Mixes the numbers of each patch by `matrix`. `patches`: `[B, 3 · 16, H, W]`, as is the
+    /// result.
     fn mixed(patches: &Tensor, matrix: &Tensor) -> Tensor {
         let patches = patches.to_device(matrix.device()).to_kind(Kind::Float);
         let numbers = patches.unflatten(1, [COLOURS, PATCH * PATCH]);

@@ -1,5 +1,5 @@
-//! FLUX.1: T5's states of all 512 rows, padding included and seen, and CLIP's pooled vector. Latents
-//! are drawn.
+//! FLUX.1: T5's states of all 512 rows, padding included and seen, and CLIP's pooled vector.
+//! Latents are drawn.
 //!
 //! Source: diffusers 0.42.1, `FluxPipeline`; NeMo AutoModel 0.7.0 for what datasets hold.
 

@@ -1,6 +1,6 @@
-//! FLUX.2: three states of a language model side by side, of all 512 rows. Rows of padding are given
-//! to the model, too, which knows no mask; no token saw them. They stand on the tokenizer's own side.
-//! The model `dev` has Mistral's states, `klein` has Qwen3's.
+//! FLUX.2: three states of a language model side by side, of all 512 rows. Rows of padding are
+//! given to the model, too, which knows no mask; no token saw them. They stand on the tokenizer's
+//! own side. The model `dev` has Mistral's states, `klein` has Qwen3's.
 //!
 //! Source: diffusers 0.42.1, `Flux2Pipeline` and `Flux2KleinPipeline`.
 

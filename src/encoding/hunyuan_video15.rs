@@ -2,8 +2,8 @@
 //! template before the prompt; ByT5's states of the texts that a prompt quotes; and, where the
 //! pipeline has an image encoder, its states of the first frame.
 //!
-//! Both texts are stored without padding, where the reference's datasets hold 1000 and 256 rows with
-//! masks: the adapter drops the rows that no mask shows, so that both train alike.
+//! Both texts are stored without padding, where the reference's datasets hold 1000 and 256 rows
+//! with masks: the adapter drops the rows that no mask shows, so that both train alike.
 //!
 //! Source: diffusers 0.42.1, `HunyuanVideo15Pipeline` and `HunyuanVideo15ImageToVideoPipeline`.
 
@@ -110,8 +110,8 @@ struct Loaded {
 }
 
 impl ToConditions for Loaded {
-    /// `text_embeddings` `[L, D]`, `text_embeddings_2` `[L2, D2]`, of no rows where the prompt quotes
-    /// nothing.
+    /// `text_embeddings` `[L, D]`, `text_embeddings_2` `[L2, D2]`, of no rows where the prompt
+    /// quotes nothing.
     fn conditions(&self, prompts: &[&str]) -> Result<Vec<Conditions>> {
         let chats: Vec<Templated> =
             prompts.iter().map(|prompt| prompt::hunyuan_video15(prompt)).collect();

@@ -18,8 +18,8 @@ pub(super) const VAE: &str = "vae";
 pub(super) enum Extent {
     /// All of it, as the pictures' pipelines do.
     Whole,
-    /// Tiles of the class's own side where one of the sides is longer, which bounds the memory that a
-    /// video needs.
+    /// Tiles of the class's own side where one of the sides is longer, which bounds the memory that
+    /// a video needs.
     Tiles,
 }
 

@@ -120,7 +120,8 @@ pub trait Encoding: fmt::Debug + Send {
 
 /// Encodes prompts.
 pub trait ToConditions: Send {
-    /// Returns conditions of the kinds and shapes of [`Encoding::prompt_layout`], one for each prompt.
+    /// Returns conditions of the kinds and shapes of [`Encoding::prompt_layout`], one for each
+    /// prompt.
     ///
     /// # Errors
     /// [`Error::Data`](crate::error::Error::Data) if tokenizer and encoder do not fit each other.
@@ -132,7 +133,8 @@ pub trait ToLatents: Send {
     /// Returns the latents of a model, f32; `stream`: the draws of those that are drawn.
     fn latents(&self, pixels: &Tensor, stream: &Stream) -> Tensor;
 
-    /// Returns conditions of the kinds and shapes of [`Encoding::pixel_layout`], one map for each row.
+    /// Returns conditions of the kinds and shapes of [`Encoding::pixel_layout`], one map for each
+    /// row.
     fn conditions(&self, pixels: &Tensor) -> Vec<Conditions> {
         (0..pixels.size()[0]).map(|_| Conditions::new()).collect()
     }
@@ -140,7 +142,8 @@ pub trait ToLatents: Send {
 
 /// Decodes latents.
 pub trait ToPixels: Send {
-    /// Returns pixels from the latents of a model, of any floating kind; they may go beyond -1 and 1.
+    /// Returns pixels from the latents of a model, of any floating kind; they may go beyond -1 and
+    /// 1.
     fn pixels(&self, latents: &Tensor) -> Tensor;
 }
 

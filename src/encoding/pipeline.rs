@@ -27,8 +27,8 @@ pub struct Pipeline {
 }
 
 impl Pipeline {
-    /// Reads the headers of a pipeline's folder, which [`Family::Dit`] does not need. It computes in
-    /// float32 on the CPU until [`on`](Self::on) says otherwise.
+    /// Reads the headers of a pipeline's folder, which [`Family::Dit`] does not need. It computes
+    /// in float32 on the CPU until [`on`](Self::on) says otherwise.
     ///
     /// # Errors
     /// [`Error::Config`](crate::error::Error::Config) if there is no folder;
@@ -105,8 +105,8 @@ impl Pipeline {
         Ok(no_grad(|| network.conditions(pixels)))
     }
 
-    /// Returns the latents of a model, f32. `keys`: for each row a number that names its pixels; where
-    /// the family's latents are drawn, they follow from it.
+    /// Returns the latents of a model, f32. `keys`: for each row a number that names its pixels;
+    /// where the family's latents are drawn, they follow from it.
     ///
     /// # Errors
     /// As [`encode_prompts`](Self::encode_prompts).

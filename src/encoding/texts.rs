@@ -60,7 +60,8 @@ impl Texts {
         self.tokenizer.ids(text, most)
     }
 
-    /// Returns the number of tokens of a chat without the template before the prompt, at most `most`.
+    /// Returns the number of tokens of a chat without the template before the prompt, at most
+    /// `most`.
     pub fn kept(&self, chat: &Templated, most: usize) -> usize {
         chat.ids(&self.tokenizer, chat.dropped + most).len().saturating_sub(chat.dropped)
     }
@@ -103,8 +104,8 @@ impl LoadedTexts {
         chat.ids(&self.tokenizer, most)
     }
 
-    /// Encodes texts that are padded to `length` tokens on the tokenizer's own side; with `is_masked`,
-    /// no token sees padding. Returns the encoder's output on the CPU.
+    /// Encodes texts that are padded to `length` tokens on the tokenizer's own side; with
+    /// `is_masked`, no token sees padding. Returns the encoder's output on the CPU.
     ///
     /// # Errors
     /// [`Error::Data`] if the encoder does not know a token.
@@ -146,8 +147,8 @@ impl LoadedTexts {
         Ok(texts.iter().enumerate().map(cut).collect())
     }
 
-    /// Encodes chats, and drops the template before each prompt. Returns `[tokens, D]` of each, at most
-    /// `most` tokens.
+    /// Encodes chats, and drops the template before each prompt. Returns `[tokens, D]` of each, at
+    /// most `most` tokens.
     ///
     /// # Errors
     /// As [`encode`](Self::encode).

@@ -1,7 +1,7 @@
 //! Wan: UMT5's last states of a cleaned prompt, and zeros up to 512 rows, which the model sees.
 //!
-//! Source: diffusers 0.42.1, `WanPipeline`, whose call pads to 512. NeMo's datasets have the 226 rows
-//! of the default of `encode_prompt`, with which no published model is sampled.
+//! Source: diffusers 0.42.1, `WanPipeline`, whose call pads to 512. NeMo's datasets have the 226
+//! rows of the default of `encode_prompt`, with which no published model is sampled.
 
 use tch::{Device, Kind, Tensor};
 

@@ -127,10 +127,10 @@ impl DrawRules {
         Ok(Some(if self.device == Device::Cpu { drawn } else { drawn.mapped(libtorch::pinned) }))
     }
 
-    /// Returns the task of a batch, and marks its image-to-video samples, `[B]` boolean on the host.
-    /// Videos are image-to-video with the configured probability, by one draw for the batch or one
-    /// for each sample; images and videos of one frame never are, since their only frame would be
-    /// given. Every video draws, so that later draws do not depend on its length.
+    /// Returns the task of a batch, and marks its image-to-video samples, `[B]` boolean on the
+    /// host. Videos are image-to-video with the configured probability, by one draw for the batch
+    /// or one for each sample; images and videos of one frame never are, since their only frame
+    /// would be given. Every video draws, so that later draws do not depend on its length.
     ///
     /// # Shapes
     /// `latents`: `[B, C, (F,) H, W]`.

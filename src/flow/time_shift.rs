@@ -1,5 +1,5 @@
-//! Shifts timesteps towards noise, by the number of image tokens or not, and the loss weight for it:
-//! two functions of the reference's `time_shift_utils`, and the rules of published models.
+//! Shifts timesteps towards noise, by the number of image tokens or not, and the loss weight for
+//! it: two functions of the reference's `time_shift_utils`, and the rules of published models.
 
 use tch::Tensor;
 

@@ -115,8 +115,8 @@ pub fn is_counting() -> bool {
     IS_COUNTING.load(Ordering::Relaxed)
 }
 
-/// Runs a pass of our own, which moves `bytes`. Where operators are counted, it is one, and libtorch's
-/// that `body` calls on this thread are none: on a GPU it is a kernel.
+/// Runs a pass of our own, which moves `bytes`. Where operators are counted, it is one, and
+/// libtorch's that `body` calls on this thread are none: on a GPU it is a kernel.
 pub fn as_one<T>(name: &'static str, bytes: impl FnOnce() -> u64, body: impl FnOnce() -> T) -> T {
     if !is_counting() {
         return body();

@@ -44,8 +44,8 @@ pub struct Pair {
     pub a: Tensor,
     /// `[outputs, r]`.
     pub b: Tensor,
-    /// The product is scaled by alpha / r. A run with rsLoRA, whose scale is alpha / √r, stands here
-    /// with its alpha times √r.
+    /// The product is scaled by alpha / r. A run with rsLoRA, whose scale is alpha / √r, stands
+    /// here with its alpha times √r.
     pub alpha: f64,
     /// DoRA's magnitude of each row, `[outputs]`.
     pub magnitude: Option<Tensor>,

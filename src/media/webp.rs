@@ -1,5 +1,5 @@
-//! The chunks of a WebP file, followed before its decoder does: that takes as much memory as a chunk
-//! or a frame says that it has.
+//! The chunks of a WebP file, followed before its decoder does: that takes as much memory as a
+//! chunk or a frame says that it has.
 
 use std::io::{Read, Seek, SeekFrom};
 

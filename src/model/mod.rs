@@ -74,8 +74,8 @@ pub trait Architecture {
     /// Returns the number of tokens of a sample of `latents` `[C, (F,) H, W]`.
     fn image_tokens(&self, latents: &[i64]) -> i64;
 
-    /// Returns the number of tokens to which the family's pipeline pads every prompt without a mask;
-    /// `None` if it pads to the longest one.
+    /// Returns the number of tokens to which the family's pipeline pads every prompt without a
+    /// mask; `None` if it pads to the longest one.
     fn text_tokens(&self) -> Option<i64> {
         None
     }

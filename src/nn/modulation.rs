@@ -14,8 +14,8 @@ pub struct Modulation {
 }
 
 impl Modulation {
-    /// `linear`: from the conditioning's width to a multiple of the model's. If it is initialized to
-    /// zero, a block starts as the identity.
+    /// `linear`: from the conditioning's width to a multiple of the model's. If it is initialized
+    /// to zero, a block starts as the identity.
     pub fn new(linear: Linear) -> Self {
         Modulation { linear }
     }

@@ -21,7 +21,8 @@ struct Launch {
 }
 
 /// Runs `kernel(params, gradient, state…, computed, average, narrow_average, length, bounds,
-/// num_bounds, rule)` over a slice, behind all that libtorch has queued. `rule`: the same numbers for every element.
+/// num_bounds, rule)` over a slice, behind all that libtorch has queued. `rule`: the same numbers
+/// for every element.
 ///
 /// # Errors
 /// The driver's refusal, perhaps of something that was queued earlier.

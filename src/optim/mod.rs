@@ -1,5 +1,5 @@
-//! Optimizers over flat slices, averages of the weights, gradient clipping, learning-rate schedules.
-//! Nothing here knows a rank.
+//! Optimizers over flat slices, averages of the weights, gradient clipping, learning-rate
+//! schedules. Nothing here knows a rank.
 //!
 //! An optimizer is a folder: `mod.rs` has its settings and factors, `plain.rs` the update by
 //! libtorch's operators, `cpu.rs` and `cuda.rs` with `kernel.cu` the single passes. A pass brings

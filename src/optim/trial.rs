@@ -74,7 +74,8 @@ impl Trial {
     /// Compares what a kernel left with what libtorch's operators left.
     ///
     /// # Errors
-    /// The first state tensor, by its name, the parameters or averages, with an element that differs.
+    /// The first state tensor, by its name, the parameters or averages, with an element that
+    /// differs.
     pub fn compare(&self, expected: &Trial, state_names: &[&str]) -> Outcome<()> {
         for (name, (found, expected)) in
             state_names.iter().zip(self.state.iter().zip(&expected.state))

@@ -31,8 +31,8 @@ impl Copies {
         Copies { gpu: Some(ordinal), stream: OnceCell::new() }
     }
 
-    /// Returns zeros in memory of the host from which copies are fastest, with what keeps that memory
-    /// where it is not libtorch's: it is dropped after the tensor.
+    /// Returns zeros in memory of the host from which copies are fastest, with what keeps that
+    /// memory where it is not libtorch's: it is dropped after the tensor.
     pub fn zeros(&self, length: i64, kind: Kind) -> (Tensor, Option<PinnedMemory>) {
         match self.gpu.map(|ordinal| PinnedMemory::zeros(ordinal, length, kind)) {
             Some(Ok((memory, tensor))) => (tensor, Some(memory)),

@@ -11,11 +11,11 @@
 //! | `gradients` | all | owned | owned | reduce-scatter, every micro-batch | all-gather |
 //! | `parameters` | owned | owned | owned | reduce-scatter, every micro-batch | – (all-gather before each use) |
 //!
-//! This is said of trained parameters. Frozen ones have nothing but their value in the compute kind:
-//! no master, gradient or optimizer state. Each rank holds all of it, or with `parameters` its own
-//! part; where frozen ones are offloaded, in host memory, from which each stage's are copied while
-//! the one before it computes. Linear maps may be packed in fewer bits: each is packed whole, so
-//! that no bit depends on who holds which part.
+//! This is said of trained parameters. Frozen ones have nothing but their value in the compute
+//! kind: no master, gradient or optimizer state. Each rank holds all of it, or with `parameters`
+//! its own part; where frozen ones are offloaded, in host memory, from which each stage's are
+//! copied while the one before it computes. Linear maps may be packed in fewer bits: each is packed
+//! whole, so that no bit depends on who holds which part.
 
 mod accumulator;
 mod ahead;

@@ -138,7 +138,8 @@ impl Piece {
         self.layout
     }
 
-    /// This rank's shard as it is kept: the f32 master, or what is computed with where it is frozen.
+    /// This rank's shard as it is kept: the f32 master, or what is computed with where it is
+    /// frozen.
     pub fn values(&self) -> &Tensor {
         self.master.as_ref().unwrap_or(&self.computed)
     }

@@ -20,8 +20,8 @@ pub struct Reducer<'r> {
     sharing: &'r Sharing<'r>,
     buckets: &'r [Bucket],
     dtype: ReduceDtype,
-    /// By stage and trained piece: the sums on this rank, over gradients that are still to be reduced
-    /// or have been.
+    /// By stage and trained piece: the sums on this rank, over gradients that are still to be
+    /// reduced or have been.
     sums: Vec<Vec<Accumulator>>,
     under_way: VecDeque<UnderWay>,
 }

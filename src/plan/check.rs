@@ -187,8 +187,8 @@ impl Plan {
         Ok((memory, shape.tokens))
     }
 
-    /// Adds lines about the samples of a step, and how they are cut into micro-batches; `tokens`: of
-    /// the samples of each group.
+    /// Adds lines about the samples of a step, and how they are cut into micro-batches; `tokens`:
+    /// of the samples of each group.
     fn add_batches(
         &mut self,
         config: &RunConfig,

@@ -106,19 +106,30 @@ pub(super) fn kept_bytes(params: &ParamSet, tokens: Tokens, samples: i64, kind: 
     let names = |change: &LowRank| [change.weight_name(params), change.names(params).0];
     let changed: Vec<[&str; 2]> = params.low_ranks().iter().map(names).collect();
     let rows = |info: &ParamInfo| (samples * tokens.rows(info.rows)) as f64;
-    let (mut passed, mut beside) = (0.0, 0.0);
-    for info in params.infos().iter().filter(|info| info.shape.len() > 1) {
-        let (outputs, inputs) = (info.shape[0] as f64, (info.numel() / info.shape[0]) as f64);
+    let mut beside = 0.0;
+    for info in matrices(params) {
         let name = info.name.as_str();
-        if !info.added {
-            passed += rows(info) * (inputs + outputs);
-        }
         if info.frozen && !changed.iter().any(|[weight, _]| *weight == name) {
-            beside -= rows(info) * inputs;
+            beside -= rows(info) * (info.numel() / info.shape[0]) as f64;
         }
         if changed.iter().any(|[_, down]| *down == name) {
-            beside += rows(info) * outputs;
+            beside += rows(info) * info.shape[0] as f64;
         }
     }
-    (passed * beside_matrices(kind) + beside) * kind.elt_size_in_bytes() as f64
+    let passed = passed_bytes(params, tokens, samples, kind);
+    passed * beside_matrices(kind) + beside * kind.elt_size_in_bytes() as f64
+}
+
+/// Returns the bytes that the matrices of a stage read and write, their own aside.
+pub(super) fn passed_bytes(params: &ParamSet, tokens: Tokens, samples: i64, kind: Kind) -> f64 {
+    let passed = |info: &ParamInfo| {
+        let features = info.shape[0] + info.numel() / info.shape[0];
+        (samples * tokens.rows(info.rows) * features) as f64
+    };
+    let own = matrices(params).filter(|info| !info.added);
+    own.map(passed).sum::<f64>() * kind.elt_size_in_bytes() as f64
+}
+
+fn matrices(params: &ParamSet) -> impl Iterator<Item = &ParamInfo> {
+    params.infos().iter().filter(|info| info.is_matrix())
 }

@@ -66,8 +66,8 @@ fn forecast(
     })
 }
 
-/// Returns the changes, those that cost least speed first; `largest`: the tokens of the samples that
-/// take most memory.
+/// Returns the changes, those that cost least speed first; `largest`: the tokens of the samples
+/// that take most memory.
 fn changes(config: &RunConfig, largest: Tokens, world_size: usize) -> Vec<Changed> {
     let mut changes = Vec::new();
     changes.extend(with_recomputation(config));

@@ -1,5 +1,5 @@
-//! Memory of a rank at the peak of a step. `fm-dist check` prints these numbers, and the message when
-//! memory runs out quotes them.
+//! Memory of a rank at the peak of a step. `fm-dist check` prints these numbers, and the message
+//! when memory runs out quotes them.
 
 use tch::Kind;
 
@@ -124,8 +124,8 @@ fn effective_recompute(parallel: &ParallelSettings) -> Recompute {
     }
 }
 
-/// Bytes of the largest stage's first values, f32, and of what is made of them one by one: values that
-/// are read, or packed weights, of which the whole stage's come together.
+/// Bytes of the largest stage's first values, f32, and of what is made of them one by one: values
+/// that are read, or packed weights, of which the whole stage's come together.
 fn loading_bytes(stages: &[Box<dyn Stage>], kind: Kind) -> u64 {
     let of_stage = |params: &ParamSet| {
         let read = params.infos().iter().map(|info| 4 * info.numel()).max().unwrap_or(0);

@@ -1,6 +1,7 @@
 //! Plans: the memory, data and time that a run would need, computed without running it.
 
 mod attention;
+mod between;
 mod check;
 mod data;
 mod footprint;

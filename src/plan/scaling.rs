@@ -3,7 +3,9 @@
 use crate::config::{MicroBatches, RunConfig};
 use crate::error::Result;
 use crate::nn::Tokens;
-use crate::parallel::Offload;
+use crate::ops::Kernels;
+use crate::parallel::{DeviceChoice, Offload};
+use crate::plan::between::between_products;
 use crate::plan::{Cluster, KNOWN_NAME, Prediction, StageWork, Workload};
 use crate::plan::{ForwardWork, forward_work};
 
@@ -102,14 +104,18 @@ fn explanations(
 
 fn workload(config: &RunConfig, tokens: Tokens, micro: MicroBatches) -> Result<Workload> {
     let (kind, parallel) = (config.model.dtype.kind(), &config.parallel);
-    let stage = |work: ForwardWork| StageWork {
-        parameters: work.parameters,
-        trained: work.trained,
-        product_flop: work.product_flop,
-        trained_flop: work.trained_flop,
-        attention_flop: work.attention_flop,
-        kept_bytes: work.kept_bytes,
-        operators: work.operators,
+    let kernels = kernels(config);
+    let stage = |work: ForwardWork| {
+        let [forward, backward] = between_products(&work, kernels, kind);
+        StageWork {
+            parameters: work.parameters,
+            trained: work.trained,
+            product_flop: work.product_flop,
+            trained_flop: work.trained_flop,
+            attention_flop: work.attention_flop,
+            forward,
+            backward,
+        }
     };
     let work = forward_work(&config.stages()?, tokens, micro.samples as i64, kind);
     Ok(Workload {
@@ -123,6 +129,14 @@ fn workload(config: &RunConfig, tokens: Tokens, micro: MicroBatches) -> Result<W
         average_bytes: config.ema.bytes(),
         num_threads: parallel.num_threads as usize,
     })
+}
+
+/// Returns the kernels that a run would take: a single pass of a CPU runs on one thread alone.
+fn kernels(config: &RunConfig) -> Kernels {
+    match config.parallel.device {
+        DeviceChoice::Cpu if config.parallel.num_threads > 1 => Kernels::Plain,
+        _ => config.compute.kernels,
+    }
 }
 
 fn row(predicted: Prediction, alone: Prediction, global_batch: usize) -> [String; 8] {

@@ -4,12 +4,7 @@ use tch::Kind;
 
 use crate::nn::Stage;
 use crate::nn::{AttentionInfo, ParamInfo, ParamSet, Tokens};
-use crate::plan::footprint::kept_bytes;
-
-/// Operators that launch work, for each matrix product: norms, modulations, rotations, gates and
-/// copies run between products. Counted in FLUX's double block in bfloat16: 33 for 7 products a
-/// stream.
-const OPERATORS_PER_PRODUCT: f64 = 5.0;
+use crate::plan::footprint::passed_bytes;
 
 /// The cost of one micro-batch's forward in one stage.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -24,11 +19,10 @@ pub struct ForwardWork {
     /// Floating-point operations of attention, over all tokens of the data: masked ones are
     /// counted, though adapters cut those that no sample sees.
     pub attention_flop: f64,
-    /// Bytes that are kept for the backward, an estimate like
-    /// [`Footprint`](crate::plan::Footprint).
-    pub kept_bytes: f64,
-    /// Number of operators that launch work.
-    pub operators: f64,
+    /// Number of matrix products.
+    pub products: usize,
+    /// Bytes that the products read and write, their matrices aside.
+    pub passed_bytes: f64,
 }
 
 /// Returns the work of the stages' forwards for `samples` of `tokens` each, computed in `kind`.
@@ -52,8 +46,8 @@ pub fn forward_work(
             product_flop: matrices().map(product).sum(),
             trained_flop: matrices().filter(|info| !info.frozen).map(product).sum(),
             attention_flop: params.attentions().iter().map(attention).sum(),
-            kept_bytes: kept_bytes(params, tokens, samples, kind),
-            operators: OPERATORS_PER_PRODUCT * matrices().count() as f64,
+            products: matrices().count(),
+            passed_bytes: passed_bytes(params, tokens, samples, kind),
         }
     };
     stages.iter().map(|stage| stage_work(stage.params())).collect()
@@ -128,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn twice_the_samples_are_twice_the_work_and_not_more_operators() {
+    fn twice_the_samples_are_twice_the_work_and_not_more_products() {
         let stages = Wan::default().stages().expect("published");
         let work =
             |samples| forward_work(&stages, Tokens { image: 100, text: 10 }, samples, Kind::Float);
@@ -137,7 +131,8 @@ mod tests {
                 (2.0 * one.product_flop, 2.0 * one.attention_flop),
                 (two.product_flop, two.attention_flop)
             );
-            assert_eq!((one.parameters, one.operators), (two.parameters, two.operators));
+            assert_eq!(2.0 * one.passed_bytes, two.passed_bytes);
+            assert_eq!((one.parameters, one.products), (two.parameters, two.products));
         }
     }
 }

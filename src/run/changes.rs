@@ -163,8 +163,8 @@ pub fn other_share(record: &Values, config: &RunConfig) -> Option<String> {
 
 /// Compares a recorded architecture with the configured one. Returns the differing keys as a reason
 /// to refuse the recorded parameters; `None` if the architectures are equal. Every key of
-/// `[model.<family>]`, and those of `[lora]` that scale, change the function that the model computes,
-/// even where all shapes stay the same.
+/// `[model.<family>]`, and those of `[lora]` that scale, change the function that the model
+/// computes, even where all shapes stay the same.
 pub fn other_architecture(record: &Values, config: &RunConfig) -> Option<String> {
     let family = config.model.family.name();
     let family_keys = |values: &Values| -> Values {

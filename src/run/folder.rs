@@ -1,9 +1,10 @@
 //! One folder for each run, and its contents.
 //!
 //! `config.toml`, `metrics.jsonl`, `log/`, `step-NNNNNNNN/`, `starts.json`, `report.html`,
-//! `loss.png`; the link `best` to the checkpoint of the lowest validation loss; `run.lock` while the run is alive; `config-1.toml`, … are the configurations before
-//! a resume changed them. Only the names of the checkpoints tell which one is the newest; a file
-//! called `latest` is neither read nor written.
+//! `loss.png`; the link `best` to the checkpoint of the lowest validation loss; `run.lock` while
+//! the run is alive; `config-1.toml`, … are the configurations before a resume changed them. Only
+//! the names of the checkpoints tell which one is the newest; a file called `latest` is neither
+//! read nor written.
 
 use std::path::{Path, PathBuf};
 

@@ -108,7 +108,8 @@ fn first_values(
 /// Returns parameters, each read by itself, as one flat f32 buffer.
 ///
 /// # Errors
-/// Errors of `read`; [`Error::Stopped`](crate::error::Error::Stopped) if a signal arrived meanwhile.
+/// Errors of `read`; [`Error::Stopped`](crate::error::Error::Stopped) if a signal arrived
+/// meanwhile.
 pub fn flat<'i>(
     infos: impl Iterator<Item = &'i ParamInfo> + Clone,
     read: impl Fn(&ParamInfo) -> Result<Tensor>,

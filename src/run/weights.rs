@@ -1,5 +1,5 @@
-//! A folder of a model's weights as people have them: under diffusers' names, perhaps behind another
-//! program's prefix, perhaps in 8 bits with scales.
+//! A folder of a model's weights as people have them: under diffusers' names, perhaps behind
+//! another program's prefix, perhaps in 8 bits with scales.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -2,7 +2,8 @@
 //!
 //! A struct of settings is one table, `settings!`, with one entry a setting: meaning, name, type,
 //! default, range. Reading TOML into it (strict, every problem at once, with line and nearest valid
-//! name) and writing the annotated listing both walk that table, so that the two cannot drift apart.
+//! name) and writing the annotated listing both walk that table, so that the two cannot drift
+//! apart.
 //!
 //! | file | holds |
 //! |---|---|

@@ -76,8 +76,8 @@ impl RunDraws {
         }
     }
 
-    /// Returns the numbers from which dropped inputs follow, one for each sample, if any are dropped:
-    /// they do not depend on the seed's scope, so that every split drops the same.
+    /// Returns the numbers from which dropped inputs follow, one for each sample, if any are
+    /// dropped: they do not depend on the seed's scope, so that every split drops the same.
     pub fn dropout_keys(&self, step: u64, batch: &Batch) -> Option<Tensor> {
         let key = Key::new(self.seed, Purpose::Dropout).step(step);
         let keys = || batch.sample_ids.iter().map(|&id| key.scope(id).hash() as i64);

@@ -20,8 +20,8 @@ impl Factors<'_> {
     /// Returns the stages with the factors of each parameter.
     ///
     /// # Errors
-    /// [`Error::Config`] if a pattern matches no trained parameter, with the nearest name, or of the
-    /// weight decay none that decays.
+    /// [`Error::Config`] if a pattern matches no trained parameter, with the nearest name, or of
+    /// the weight decay none that decays.
     pub fn applied_to(&self, stages: Vec<Box<dyn Stage>>) -> Result<Vec<Box<dyn Stage>>> {
         let are_usual = self.lr.0.is_empty() && self.decay.0.is_empty();
         if are_usual && !self.decays_all {

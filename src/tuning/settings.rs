@@ -31,8 +31,8 @@ impl LoraInit {
 }
 
 settings! {
-    /// `[lora]`: low-rank changes of linear maps, W + alpha/rank · B · A, which are trained while the
-    /// model is frozen.
+    /// `[lora]`: low-rank changes of linear maps, W + alpha/rank · B · A, which are trained while
+    /// the model is frozen.
     pub struct LoraSettings {
         /// Rows of A and columns of B; unset: there is no LoRA, and the model itself is trained.
         pub rank: Option<i64> = None, in 1..=65_536;

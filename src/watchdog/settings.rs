@@ -13,8 +13,8 @@ settings! {
         pub enabled: bool = true;
         /// Launch, joining the world, opening data, loading parameters.
         pub init_seconds: f64 = 300.0, in 0.1..=1e6;
-        /// The first step of a start, which warms everything up, a validation, and a step of samples
-        /// from noise to data.
+        /// The first step of a start, which warms everything up, a validation, and a step of
+        /// samples from noise to data.
         pub first_step_seconds: f64 = 300.0, in 0.1..=1e6;
         /// Every other step; the next key raises it where steps are long.
         pub step_seconds: f64 = 60.0, in 0.1..=1e6;

@@ -1,4 +1,5 @@
-//! GPU memory: a run takes what `fm-dist check` says, whatever is sharded, recomputed and offloaded.
+//! GPU memory: a run takes what `fm-dist check` says, whatever is sharded, recomputed and
+//! offloaded.
 
 use std::fs;
 use std::path::Path;

@@ -1,5 +1,6 @@
-//! Steps of tiny random models are those of NeMo AutoModel and diffusers on the same GPU. With draws
-//! of the host both sides draw there; with draws of the device, each on the GPU after the same seed.
+//! Steps of tiny random models are those of NeMo AutoModel and diffusers on the same GPU. With
+//! draws of the host both sides draw there; with draws of the device, each on the GPU after the
+//! same seed.
 
 use crate::oracle::families::{Place, check_family};
 

@@ -157,6 +157,22 @@ fn files_stay_short_enough_to_read() {
     assert!(long.is_empty(), "{}", long.join("\n"));
 }
 
+/// rustfmt leaves comments alone. Rows of tables stand on one line each.
+#[test]
+fn comments_end_at_column_100() {
+    let beyond = |source: &Source| {
+        let is_long = |line: &&str| {
+            let comment = line.trim_start();
+            let is_row = comment.trim_start_matches(['/', '!', ' ']).starts_with('|');
+            comment.starts_with("//") && !is_row && line.chars().count() > 100
+        };
+        let long: Vec<String> = source.text.lines().filter(is_long).map(str::to_owned).collect();
+        (!long.is_empty()).then(|| format!("{}: {long:#?}", source.path.display()))
+    };
+    let beyond: Vec<String> = sources().iter().filter_map(beyond).collect();
+    assert!(beyond.is_empty(), "{}", beyond.join("\n"));
+}
+
 /// Rooms from the roof down.
 fn rooms_from_the_roof() -> Vec<&'static str> {
     FLOORS.iter().rev().flat_map(|rooms| rooms.iter().copied()).collect()

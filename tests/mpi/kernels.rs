@@ -277,8 +277,8 @@ fn three_steps(
     }
 }
 
-/// Three steps of the kernel, which end as the program does when a launch fails. Launches 0 and 1 are
-/// [`OnGpu::ready`]'s.
+/// Three steps of the kernel, which end as the program does when a launch fails. Launches 0 and 1
+/// are [`OnGpu::ready`]'s.
 pub fn process_whose_gpu_fails() {
     std::panic::set_hook(Box::new(|panic| collective::end_after_panic(panic)));
     cuda::health::watch(0);

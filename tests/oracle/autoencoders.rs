@@ -1,5 +1,5 @@
-//! The autoencoders are diffusers': moments, pixels, tiles and scaling of tiny random ones, new ones
-//! each run.
+//! The autoencoders are diffusers': moments, pixels, tiles and scaling of tiny random ones, new
+//! ones each run.
 
 use std::path::Path;
 

@@ -1,5 +1,5 @@
-//! Averages of the weights are those of diffusers' EMAModel, bit for bit, in both kinds that they are
-//! kept in: by operators, and within the optimizer's pass.
+//! Averages of the weights are those of diffusers' EMAModel, bit for bit, in both kinds that they
+//! are kept in: by operators, and within the optimizer's pass.
 
 use std::path::Path;
 

@@ -1,5 +1,5 @@
-//! The encoders are transformers': states, pooled vectors and pictures of tiny random ones, new ones
-//! each run.
+//! The encoders are transformers': states, pooled vectors and pictures of tiny random ones, new
+//! ones each run.
 
 use std::path::Path;
 

@@ -183,7 +183,8 @@ impl Case {
         }
     }
 
-    /// Pictures or folders of frames with captions; the first are the pixels that diffusers encoded.
+    /// Pictures or folders of frames with captions; the first are the pixels that diffusers
+    /// encoded.
     fn write_pictures(&self, folder: &Path, pictures: &Path) {
         fs::create_dir_all(pictures).unwrap();
         let pixels = SafeTensors::open(folder.join("pixels.safetensors")).unwrap();

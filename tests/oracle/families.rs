@@ -64,8 +64,8 @@ pub fn check_family(family: &str, place: Place) {
 
 /// Holds a tensor of a case to the other side's. In bfloat16 each side is as far from what float32
 /// gives as rounding takes it, its own way, so that two sound ones can be farther apart than the
-/// tolerance (in 7 of some 50 cases, by a factor of 4 where norms of tokens without conditions enlarge
-/// rounding). Then our distance from float32 may be twice theirs and the tolerance.
+/// tolerance (in 7 of some 50 cases, by a factor of 4 where norms of tokens without conditions
+/// enlarge rounding). Then our distance from float32 may be twice theirs and the tolerance.
 fn assert_as_good(
     [found, expected]: [&Tensor; 2],
     exact: Option<&Tensor>,

@@ -1,5 +1,5 @@
-//! LoRA, rsLoRA and DoRA on every family are PEFT's on diffusers' models: predictions, losses and the
-//! gradient of every matrix, of new tiny random models each run.
+//! LoRA, rsLoRA and DoRA on every family are PEFT's on diffusers' models: predictions, losses and
+//! the gradient of every matrix, of new tiny random models each run.
 
 use serde_json::Value;
 use tempfile::TempDir;

@@ -1,5 +1,5 @@
-//! Prompts become pictures by whole pipelines as published, tiny and random, new ones each run: from
-//! a run and while it trains, and from a pipeline's own model, which is the run that wrote it.
+//! Prompts become pictures by whole pipelines as published, tiny and random, new ones each run:
+//! from a run and while it trains, and from a pipeline's own model, which is the run that wrote it.
 
 use std::collections::BTreeMap;
 use std::fs;

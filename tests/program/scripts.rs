@@ -1,5 +1,5 @@
-//! The scripts of launch/ that need a GPU are held true where there is none: they parse, their parts
-//! are the documented ones within their time, and the pack for another PyTorch fits the code.
+//! The scripts of launch/ that need a GPU are held true where there is none: they parse, their
+//! parts are the documented ones within their time, and the pack for another PyTorch fits the code.
 
 use std::collections::BTreeMap;
 use std::fs;

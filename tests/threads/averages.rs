@@ -1,5 +1,5 @@
-//! Averages of the weights follow the weights of every update, alike on any ranks, survive a resume,
-//! and are what samples and exports take where they are asked for.
+//! Averages of the weights follow the weights of every update, alike on any ranks, survive a
+//! resume, and are what samples and exports take where they are asked for.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -20,10 +20,11 @@ const SAMPLES: i64 = 3;
 /// Tokens that attend to one another, where no mask hides any: kernels work on blocks of up to 128.
 const TOKENS: [i64; 2] = [128, 192];
 
-/// bfloat16 keeps 8 bits: a rounding changes a number by 2^-9 of it at most. The path to a prediction
-/// or a gradient has some ten of them, each of another sign, that add up to √10 · 2^-9 = 6e-3 of a norm;
-/// a CPU's are 5e-3 to 6e-3 and 3e-3 to 5e-3 in the cases below. The bounds are three times that, because
-/// kernels round at other places. A loss averages the errors of 12,000 numbers and more: 3e-4 at most.
+/// bfloat16 keeps 8 bits: a rounding changes a number by 2^-9 of it at most. The path to a
+/// prediction or a gradient has some ten of them, each of another sign, that add up to √10 · 2^-9 =
+/// 6e-3 of a norm; a CPU's are 5e-3 to 6e-3 and 3e-3 to 5e-3 in the cases below. The bounds are
+/// three times that, because kernels round at other places. A loss averages the errors of 12,000
+/// numbers and more: 3e-4 at most.
 const PREDICTION: f64 = 2e-2;
 const GRADIENT: f64 = 1.5e-2;
 const LOSS: f64 = 1e-3;
@@ -261,8 +262,8 @@ impl Wide {
         [prediction, gradient]
     }
 
-    /// Compares a bfloat16 step on `device` with the float32 step of a CPU, case by case, and prints
-    /// a row each. `overrides`: of the configuration of the former.
+    /// Compares a bfloat16 step on `device` with the float32 step of a CPU, case by case, and
+    /// prints a row each. `overrides`: of the configuration of the former.
     pub fn check_on(&self, device: &str, overrides: &[&str]) {
         // Before the first number is drawn.
         if device != "cpu" {

@@ -28,15 +28,15 @@ const CPU_TOKENS: u64 = 256;
 
 #[derive(Args, Debug)]
 pub struct EncodeArgs {
-    /// Model family: flux, flux2, qwen_image, wan, hunyuan_video15, or the demo's dit, which needs no
-    /// pipeline
+    /// Model family: flux, flux2, qwen_image, wan, hunyuan_video15, or the demo's dit, which needs
+    /// no pipeline
     #[arg(long, value_name = "FAMILY", value_parser = parse_word::<Family>)]
     family: Family,
     /// Folder of the family's published pipeline, with vae/, text_encoder/, tokenizer/, …
     #[arg(long, value_name = "DIR")]
     pipeline: Option<PathBuf>,
-    /// Folder of pictures (PNG, JPEG, WebP); for families of videos also of videos, and of folders of
-    /// frames
+    /// Folder of pictures (PNG, JPEG, WebP); for families of videos also of videos, and of folders
+    /// of frames
     #[arg(value_name = "PICTURES")]
     pictures: PathBuf,
     #[command(flatten)]
@@ -56,8 +56,8 @@ pub struct EncodeArgs {
     /// Threads of each process for its encoders; another number may change last digits
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: u16,
-    /// Most tokens that are encoded at once: rows of text, or squares of 16 x 16 pixels; if unset 8192
-    /// on a GPU, and 256 on a CPU, where larger batches are slower
+    /// Most tokens that are encoded at once: rows of text, or squares of 16 x 16 pixels; if unset
+    /// 8192 on a GPU, and 256 on a CPU, where larger batches are slower
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     batch_tokens: Option<u64>,
 }
@@ -65,8 +65,8 @@ pub struct EncodeArgs {
 /// Captions and what is made of them.
 #[derive(Args, Debug)]
 struct CaptionArgs {
-    /// List of all captions, .jsonl, .json or .csv; if unset: the .txt or .json beside each picture,
-    /// lists in the folder, and at last the file's name
+    /// List of all captions, .jsonl, .json or .csv; if unset: the .txt or .json beside each
+    /// picture, lists in the folder, and at last the file's name
     #[arg(long, value_name = "FILE")]
     captions: Option<PathBuf>,
     /// Field or column of captions in lists
@@ -98,8 +98,8 @@ struct PixelArgs {
     /// Multiple of the sides within a budget; if unset 64, for videos 16, for dit 8
     #[arg(long, value_name = "N")]
     multiple: Option<u32>,
-    /// Ratios of width to height from LEAST to MOST in N equal factors, as in diffusion-pipe; if unset
-    /// the 14 of NeMo
+    /// Ratios of width to height from LEAST to MOST in N equal factors, as in diffusion-pipe; if
+    /// unset the 14 of NeMo
     #[arg(long, value_name = "LEAST:MOST:N", value_parser = parse_ratios)]
     ratios: Option<Ratios>,
     /// Never make a picture larger
@@ -108,7 +108,8 @@ struct PixelArgs {
     /// Most frames of a video; a longer one gives this many at equal distances
     #[arg(long, value_name = "N", default_value_t = 81, value_parser = clap::value_parser!(u32).range(1..))]
     frames: u32,
-    /// Folder of masks by the pictures' names, which become `loss_mask`: white counts, black does not
+    /// Folder of masks by the pictures' names, which become `loss_mask`: white counts, black does
+    /// not
     #[arg(long, value_name = "DIR")]
     masks: Option<PathBuf>,
     /// Folder of control pictures or videos by the pictures' names, whose latents become

@@ -37,7 +37,8 @@ pub struct DataArgs {
 
 #[derive(Debug, Subcommand)]
 enum DataCommand {
-    /// Encode pictures or videos with captions as a dataset, on one process or, under mpirun, several
+    /// Encode pictures or videos with captions as a dataset, on one process or, under mpirun,
+    /// several
     Encode(Box<EncodeArgs>),
     /// Write a dataset from the cache of another trainer, on one process or, under mpirun, several
     Import(ImportArgs),
@@ -87,8 +88,8 @@ struct Output {
 
 #[derive(Args, Debug)]
 struct ImportArgs {
-    /// The trainer: nemo (NVIDIA NeMo AutoModel), musubi (musubi-tuner), diffusion-pipe, simpletuner
-    /// (SimpleTuner) or ai-toolkit
+    /// The trainer: nemo (NVIDIA NeMo AutoModel), musubi (musubi-tuner), diffusion-pipe,
+    /// simpletuner (SimpleTuner) or ai-toolkit
     #[arg(long, value_name = "TRAINER", value_parser = parse_word::<CacheFormat>)]
     from: CacheFormat,
     /// Folders of its cache; of SimpleTuner those of latents, of texts and of pictures

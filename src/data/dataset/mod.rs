@@ -6,8 +6,8 @@
 //! can mix their samples; only texts may differ in length. A batch holds them as they are stored,
 //! but for texts, which it pads, floats of 8 bits and masks of pixels. Samples are numbered through
 //! all files in order, and through all folders where several are mixed. Files stay open as long as
-//! there are descriptors, so that replacing a file during a run has no effect; the others are opened
-//! for each read, which refuses a file that was replaced.
+//! there are descriptors, so that replacing a file during a run has no effect; the others are
+//! opened for each read, which refuses a file that was replaced.
 
 mod batch;
 mod folder;

@@ -1,5 +1,5 @@
-//! The shapes of batches, which follow from those of the files, the padding of texts and the latents
-//! of masks.
+//! The shapes of batches, which follow from those of the files, the padding of texts and the
+//! latents of masks.
 
 use std::collections::BTreeMap;
 
@@ -15,8 +15,8 @@ impl Dataset {
     }
 
     /// Returns the shapes of one sample's tensors in the batch of a group that has its longest
-    /// texts, by key: texts of unequal length are padded, and come with their masks, masks of pixels
-    /// are those of the latents, and images have a frame if they become videos.
+    /// texts, by key: texts of unequal length are padded, and come with their masks, masks of
+    /// pixels are those of the latents, and images have a frame if they become videos.
     pub fn sample_shapes(&self, group: &Group) -> BTreeMap<String, Vec<i64>> {
         let mut shapes = BTreeMap::new();
         for (key, tensor) in &group.layout {

@@ -56,8 +56,8 @@ impl Order {
     /// Orders these groups in global batches of `global_batch` samples, each sample once an epoch.
     ///
     /// # Errors
-    /// [`Error::Data`](crate::error::Error::Data) if a group is smaller than the global batch, since
-    /// its samples would never be used.
+    /// [`Error::Data`](crate::error::Error::Data) if a group is smaller than the global batch,
+    /// since its samples would never be used.
     /// # Panics
     /// If there are no groups or the global batch is 0 (bugs in the caller).
     pub fn new(groups: &[Group], global_batch: usize, seed: u64) -> Result<Self> {

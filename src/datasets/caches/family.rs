@@ -1,5 +1,5 @@
-//! The model family of a cache: which one it says, and whether its tensors are those that the family
-//! trains on.
+//! The model family of a cache: which one it says, and whether its tensors are those that the
+//! family trains on.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -18,14 +18,14 @@ use crate::settings::{Choice, Family as _};
 
 /// Factor by which HunyuanVideo 1.5's pipeline scales latents.
 pub(super) const HUNYUAN_SCALE: f64 = 1.03682;
-/// Standard deviation above which latents of FLUX.2 are not normalized: that of its VAE's own latents
-/// is near 1.78, and normalized by its statistics near 1.
+/// Standard deviation above which latents of FLUX.2 are not normalized: that of its VAE's own
+/// latents is near 1.78, and normalized by its statistics near 1.
 const FLUX2_SPREAD: f64 = 1.35;
 /// Samples whose latents are looked at.
 const LOOKED_AT: usize = 8;
 
-/// Returns the family that a cache names by a word of its own trainer, or the one that the user names
-/// where the word is unknown.
+/// Returns the family that a cache names by a word of its own trainer, or the one that the user
+/// names where the word is unknown.
 ///
 /// `what`: the word's place, such as "its model_type".
 ///

@@ -1,6 +1,6 @@
-//! Batches: which rows are encoded together. They follow from the rows alone, not from the number of
-//! ranks nor from what was encoded before a kill, since libtorch may give a row other last digits in
-//! another batch.
+//! Batches: which rows are encoded together. They follow from the rows alone, not from the number
+//! of ranks nor from what was encoded before a kill, since libtorch may give a row other last
+//! digits in another batch.
 
 use std::collections::BTreeMap;
 
@@ -21,9 +21,9 @@ pub(super) struct Batches {
 }
 
 impl Batches {
-    /// Divides rows, each of a number of tokens, into batches of at most `budget` tokens, where every
-    /// row counts as the batch's longest; a longer row stands alone. Rows of a batch have equal
-    /// `shape(row)`.
+    /// Divides rows, each of a number of tokens, into batches of at most `budget` tokens, where
+    /// every row counts as the batch's longest; a longer row stands alone. Rows of a batch have
+    /// equal `shape(row)`.
     ///
     /// `name`: begin of the names of files.
     pub fn new<K: Ord>(

@@ -1,11 +1,11 @@
-//! `fm-dist data encode`: pictures or videos with captions as a dataset, by the published encoders of
-//! a family.
+//! `fm-dist data encode`: pictures or videos with captions as a dataset, by the published encoders
+//! of a family.
 //!
-//! Equal captions are encoded once, and so are equal pictures in equal buckets, by the hash of their
-//! content. The batches follow from the plan alone; each is a file of its own until the dataset is
-//! written, so that a run that was killed goes on with the batches that are missing, on any number of
-//! ranks, and gives the same bytes. Prompts come first and pixels after them: one encoder is in
-//! memory at a time.
+//! Equal captions are encoded once, and so are equal pictures in equal buckets, by the hash of
+//! their content. The batches follow from the plan alone; each is a file of its own until the
+//! dataset is written, so that a run that was killed goes on with the batches that are missing, on
+//! any number of ranks, and gives the same bytes. Prompts come first and pixels after them: one
+//! encoder is in memory at a time.
 //!
 //! | question | file |
 //! |---|---|
@@ -87,9 +87,10 @@ pub struct EncodedDataset {
 /// part of the files.
 ///
 /// # Errors
-/// [`Error::Data`] if `out` is a dataset already, or naming what is missing of the pipeline, what its
-/// parts do not fit, or a file that cannot be used; [`Error::Config`] for options that fit no bucket;
-/// errors of [`write_dataset`]. An error of a file is met by one rank alone, and ends the world.
+/// [`Error::Data`] if `out` is a dataset already, or naming what is missing of the pipeline, what
+/// its parts do not fit, or a file that cannot be used; [`Error::Config`] for options that fit no
+/// bucket; errors of [`write_dataset`]. An error of a file is met by one rank alone, and ends the
+/// world.
 ///
 /// # Ordering
 /// Every rank calls it.
@@ -239,8 +240,8 @@ fn words(family: Family) -> &'static str {
     }
 }
 
-/// Returns names, sizes and times of the files of a folder and of those below it: as long as they are
-/// the same, so are the weights.
+/// Returns names, sizes and times of the files of a folder and of those below it: as long as they
+/// are the same, so are the weights.
 fn names_of(folder: &Path) -> Result<String> {
     let mut listed = Vec::new();
     let mut folders = vec![folder.to_path_buf()];

@@ -32,8 +32,8 @@ impl Sources {
     /// Finds the samples of a folder and reads each file whole, every rank its part.
     ///
     /// # Errors
-    /// Errors of [`find`]; [`Error::Data`] if too large a share of the files is damaged, or pixels of
-    /// a bucket have no latents.
+    /// Errors of [`find`]; [`Error::Data`] if too large a share of the files is damaged, or pixels
+    /// of a bucket have no latents.
     ///
     /// # Ordering
     /// Every rank calls it.
@@ -139,7 +139,8 @@ impl Source<'_> {
             let multiple = pipeline.factors().space * patch;
             return Err(refused(format!("takes sides that are multiples of {multiple}")));
         }
-        // Half has more digits than bfloat16 where latents lie, and the reference stores them in it.
+        // Half has more digits than bfloat16 where latents lie, and the reference stores them in
+        // it.
         let kind = if pipeline.kind() == Kind::Float { Kind::Float } else { Kind::Half };
         let tensor = |shape: &[i64]| SampleTensor { kind, shape: shape.to_vec(), unequal: false };
         let mut layout = pipeline.pixel_shapes();

@@ -1,6 +1,6 @@
-//! Encoded rows on the disk, until all of them are there and the dataset is written: a folder beside
-//! the dataset's, with one file a batch. A file that is there is whole, so that work that was killed
-//! goes on with the batches that are missing.
+//! Encoded rows on the disk, until all of them are there and the dataset is written: a folder
+//! beside the dataset's, with one file a batch. A file that is there is whole, so that work that
+//! was killed goes on with the batches that are missing.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -38,8 +38,8 @@ pub(super) struct Row {
 }
 
 impl Store {
-    /// Creates the folder, or opens the one in which work on the same plan was begun; nothing of `out`
-    /// is touched.
+    /// Creates the folder, or opens the one in which work on the same plan was begun; nothing of
+    /// `out` is touched.
     ///
     /// # Errors
     /// [`Error::Data`] if the folder belongs to another plan; [`Error::Config`] if it cannot be

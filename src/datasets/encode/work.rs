@@ -17,8 +17,8 @@ use crate::pulse;
 
 /// Encodes the batches that the store lacks, each rank its part, and writes them into the store.
 ///
-/// `prepare` makes the input of a batch, on `jobs` threads; `encode` makes a row of tensors for each
-/// of the batch's rows, one batch after the other.
+/// `prepare` makes the input of a batch, on `jobs` threads; `encode` makes a row of tensors for
+/// each of the batch's rows, one batch after the other.
 ///
 /// # Errors
 /// The first error of either, which ends the world.

@@ -87,8 +87,8 @@ impl Found {
         }
     }
 
-    /// Leaves out the damaged items; `examined` has what became of each. Returns the others, and the
-    /// hash of each.
+    /// Leaves out the damaged items; `examined` has what became of each. Returns the others, and
+    /// the hash of each.
     ///
     /// # Errors
     /// [`Error::Data`] if the share of damaged files is too large.

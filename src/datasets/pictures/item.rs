@@ -26,8 +26,8 @@ impl Medium {
     /// Reads headers, and chooses the bucket by the size; `frames` are taken of a video at most.
     ///
     /// # Errors
-    /// [`Error::Data`] if it is damaged, beyond the limits or fits no bucket; [`Error::Environment`]
-    /// of ffmpeg; [`Error::Storage`].
+    /// [`Error::Data`] if it is damaged, beyond the limits or fits no bucket;
+    /// [`Error::Environment`] of ffmpeg; [`Error::Storage`].
     pub(super) fn open(
         entry: &Entry,
         frames: usize,

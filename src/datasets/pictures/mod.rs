@@ -46,8 +46,9 @@ pub struct FrameOptions {
 #[derive(Clone, Debug)]
 pub struct PictureOptions {
     pub folder: PathBuf,
-    /// Unset, samples are pictures, and videos are left alone. Set, samples are videos: video files,
-    /// folders below `folder` whose pictures are frames, and pictures of `folder` as one frame.
+    /// Unset, samples are pictures, and videos are left alone. Set, samples are videos: video
+    /// files, folders below `folder` whose pictures are frames, and pictures of `folder` as one
+    /// frame.
     pub frames: Option<FrameOptions>,
     pub captions: CaptionOptions,
     /// Folder of masks, each by the name of its picture with any ending.
@@ -69,7 +70,8 @@ pub struct PictureOptions {
 /// # Errors
 /// [`Error::Config`] if an option is out of its range; [`Error::Data`] if there are no samples, a
 /// list of captions is malformed, or too large a share of the files is damaged, lacks a control or
-/// has a malformed caption; [`Error::Environment`] if videos need ffmpeg and it is missing; [`Error::Storage`].
+/// has a malformed caption; [`Error::Environment`] if videos need ffmpeg and it is missing;
+/// [`Error::Storage`].
 pub fn find(options: &PictureOptions) -> Result<Found> {
     if !(0.0..=1.0).contains(&options.most_bad) {
         return Err(Error::config("--bad-share", "is a share, from 0 to 1"));

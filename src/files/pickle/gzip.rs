@@ -42,7 +42,8 @@ pub(super) fn inflated(path: &Path, file: &File, bytes: u64) -> Result<Vec<u8>> 
         return Err(Error::data(path, what));
     }
     let mut contents = Vec::with_capacity(length as usize);
-    // Longer contents than it says are a lie, which the decoder itself would meet at their end only.
+    // Longer contents than it says are a lie, which the decoder itself would meet at their end
+    // only.
     let mut decoder = GzDecoder::new(BufReader::new(file)).take(length + 1);
     decoder.read_to_end(&mut contents).map_err(damaged)?;
     if contents.len() as u64 != length {

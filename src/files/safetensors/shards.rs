@@ -56,8 +56,9 @@ impl Shards {
         Ok(Shards { path: path.into(), files })
     }
 
-    /// Opens the weights in the files that `<stem>.safetensors.index.json` names, or `<stem>.safetensors` if there
-    /// is no index: as in diffusers, a single file beside an index is not read.
+    /// Opens the weights in the files that `<stem>.safetensors.index.json` names, or
+    /// `<stem>.safetensors` if there is no index: as in diffusers, a single file beside an index is
+    /// not read.
     ///
     /// # Errors
     /// [`Error::Data`] if there is neither, naming the files found instead, or if the index is

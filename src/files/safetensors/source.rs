@@ -209,8 +209,8 @@ fn is_pickle(path: &Path) -> bool {
     ending.is_some_and(|ending| PICKLES.contains(&ending.as_str()))
 }
 
-/// Converts an error of opening data, for `map_err`: a missing file and a circle of links are errors
-/// of the data, any other one of the storage.
+/// Converts an error of opening data, for `map_err`: a missing file and a circle of links are
+/// errors of the data, any other one of the storage.
 pub(crate) fn open_error(path: &Path, error: io::Error) -> Error {
     match error.kind() {
         io::ErrorKind::NotFound => Error::data(path, "does not exist"),

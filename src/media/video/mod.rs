@@ -71,8 +71,8 @@ impl Video {
     /// own order. The first one gives the size.
     ///
     /// # Errors
-    /// [`Error::Data`](crate::error::Error::Data) if it holds none or the first one is not readable;
-    /// [`Error::Storage`](crate::error::Error::Storage).
+    /// [`Error::Data`](crate::error::Error::Data) if it holds none or the first one is not
+    /// readable; [`Error::Storage`](crate::error::Error::Storage).
     pub fn open_folder(path: &Path, limits: &Limits) -> Result<Self> {
         let frames = folder::frames_of(path)?;
         let size = picture_size(&frames[0], limits)?;

@@ -76,7 +76,8 @@ impl WideAttention {
     }
 
     /// # Shapes
-    /// `x`: `[B, L, D]`; `table`: `[L, 1, E/2]` of [`rope`](crate::nn::rope). Returns the shape of `x`.
+    /// `x`: `[B, L, D]`; `table`: `[L, 1, E/2]` of [`rope`](crate::nn::rope). Returns the shape of
+    /// `x`.
     pub fn over_itself(&self, params: &Views, x: &Tensor, table: &Tensor) -> Tensor {
         let query = self.query(params, x, Some(table));
         let [key, value] = self.source.forward(params, x, self.num_heads, Some(table));

@@ -8,8 +8,8 @@ use crate::files::float8::largest;
 
 const KIND: Kind = Kind::Float8e4m3fn;
 
-/// Returns the codes of a weight `[outputs, inputs]` and its scales, of which there is one where the
-/// axes are both reduced, and one a row where only the second is.
+/// Returns the codes of a weight `[outputs, inputs]` and its scales, of which there is one where
+/// the axes are both reduced, and one a row where only the second is.
 pub fn pack(weight: &Tensor, axes: &[i64]) -> (Tensor, Option<Tensor>) {
     let most = f64::from(largest(KIND));
     let scales = sizes(weight, axes) / most;

@@ -1,5 +1,5 @@
-//! NF4: 4 bits that name one of 16 quantiles of the normal distribution, and for every 64 numbers the
-//! largest of them, by which the others are divided.
+//! NF4: 4 bits that name one of 16 quantiles of the normal distribution, and for every 64 numbers
+//! the largest of them, by which the others are divided.
 //!
 //! Source: Dettmers et al. 2023, "QLoRA" (arXiv 2305.14314), appendix E; the order of the bits and
 //! the choice between two neighbours are those of bitsandbytes.
@@ -116,7 +116,8 @@ mod tests {
         assert_eq!(NUMBERS, published.map(|number| number as f32));
     }
 
-    /// `quantize_4bit` of bitsandbytes 0.50.2, on a CPU, of numbers that fill two blocks and a half.
+    /// `quantize_4bit` of bitsandbytes 0.50.2, on a CPU, of numbers that fill two blocks and a
+    /// half.
     #[test]
     fn codes_and_scales_are_those_of_bitsandbytes() {
         const CODES: [u8; 80] = [

@@ -48,8 +48,8 @@ impl Group {
 }
 
 impl ParamSet {
-    /// The elements of the flat buffer by the factors of their update; what does not decay goes with
-    /// any weight decay, so that a stage without factors is one group.
+    /// The elements of the flat buffer by the factors of their update; what does not decay goes
+    /// with any weight decay, so that a stage without factors is one group.
     pub fn groups(&self) -> Vec<Group> {
         let mut groups: Vec<Group> = Vec::new();
         let mut start = 0;

@@ -169,8 +169,8 @@ impl ParamSet {
         set
     }
 
-    /// The same parameters in the same places, each changed by `change`, which leaves name, shape and
-    /// class as they are.
+    /// The same parameters in the same places, each changed by `change`, which leaves name, shape
+    /// and class as they are.
     pub fn with_each(mut self, change: impl Fn(&mut ParamInfo)) -> Self {
         self.infos.iter_mut().for_each(change);
         self

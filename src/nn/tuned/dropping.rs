@@ -1,5 +1,6 @@
-//! Dropped inputs of low-rank changes. Whether an input is dropped follows from the sample, the step,
-//! the module, the token and the feature alone: not from the rank, the micro-batch or the device.
+//! Dropped inputs of low-rank changes. Whether an input is dropped follows from the sample, the
+//! step, the module, the token and the feature alone: not from the rank, the micro-batch or the
+//! device.
 
 use tch::{Device, Kind, Tensor, no_grad};
 

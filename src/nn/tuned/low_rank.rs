@@ -1,8 +1,8 @@
-//! Low-rank changes of linear maps: the weight is used as `W + scale · B · A`, with `A` `[r, inputs]`
-//! and `B` `[outputs, r]`. With a magnitude `m`, each row of that sum gets the norm `m`.
+//! Low-rank changes of linear maps: the weight is used as `W + scale · B · A`, with `A` `[r,
+//! inputs]` and `B` `[outputs, r]`. With a magnitude `m`, each row of that sum gets the norm `m`.
 //!
-//! Sources: Hu et al. 2021, arXiv:2106.09685 (LoRA); Liu et al. 2024, arXiv:2402.09353 (DoRA). Names
-//! and rounding are those of PEFT.
+//! Sources: Hu et al. 2021, arXiv:2106.09685 (LoRA); Liu et al. 2024, arXiv:2402.09353 (DoRA).
+//! Names and rounding are those of PEFT.
 
 use tch::{Kind, Tensor, no_grad};
 
@@ -135,8 +135,8 @@ impl LowRank {
         }
     }
 
-    /// The share of the output of a change that is not the first of its weight, in the kind of `x`: no
-    /// magnitude, and nothing is dropped.
+    /// The share of the output of a change that is not the first of its weight, in the kind of `x`:
+    /// no magnitude, and nothing is dropped.
     pub(in crate::nn) fn alone(&self, params: &Views, x: &Tensor) -> Tensor {
         self.change(x, [&params[self.down], &params[self.up]], x.kind())
     }

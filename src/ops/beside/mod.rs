@@ -1,7 +1,7 @@
 //! An operation on features, whose output is joined to other features without a pass of its own.
 //!
-//! Blocks that attend and feed forward at once multiply both results by one matrix, and so need them
-//! as one tensor.
+//! Blocks that attend and feed forward at once multiply both results by one matrix, and so need
+//! them as one tensor.
 
 mod cpu;
 mod cuda;

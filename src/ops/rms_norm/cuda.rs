@@ -1,5 +1,5 @@
-//! Root-mean-square normalization and its gradients by kernels of a GPU, which rotate as well if they
-//! are given angles.
+//! Root-mean-square normalization and its gradients by kernels of a GPU, which rotate as well if
+//! they are given angles.
 
 use tch::{Kind, Tensor};
 

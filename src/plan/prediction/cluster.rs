@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use tch::Kind;
 
-use super::StageWork;
+use super::{Passes, StageWork};
 use super::links::{Links, Nccl};
 use crate::error::{Error, Result};
 
@@ -159,8 +159,7 @@ impl Cluster {
         kind: Kind,
         product_flop: f64,
         attention_flop: f64,
-        bytes: f64,
-        operators: f64,
+        Passes { operators, bytes }: Passes,
     ) -> f64 {
         let Constants { memory, launch, float32, bfloat16, .. } = &self.constants;
         let rates = if kind == Kind::Float { float32 } else { bfloat16 };
@@ -170,29 +169,33 @@ impl Cluster {
         if self.is_asynchronous() { computed.max(started) } else { computed + started }
     }
 
-    /// Returns the seconds of a stage's forward: what it keeps is written once and read once more,
-    /// by the next operator.
+    /// Returns the seconds of a stage's forward, which reads its parameters.
     pub(super) fn forward_seconds(&self, stage: &StageWork, kind: Kind) -> f64 {
-        let bytes = 2.0 * stage.kept_bytes + stage.parameter_bytes(kind);
-        self.seconds(kind, stage.product_flop, stage.attention_flop, bytes, stage.operators)
+        let passes = stage.forward.moving(stage.parameter_bytes(kind));
+        self.seconds(kind, stage.product_flop, stage.attention_flop, passes)
     }
 
-    /// Returns the seconds of a stage's backward: a product for each of the forward's and another one
-    /// for each matrix that is trained, five of attention's for two; kept activations are read
-    /// beside a gradient that is written and read. Trained parameters' gradients are written, and
-    /// read and written once more when they are joined.
+    /// Returns the seconds of a stage's backward: a product for each of the forward's and another
+    /// one for each matrix that is trained, five of attention's for two. Parameters are read;
+    /// gradients of the trained ones are written, and read and written once more when they are
+    /// joined.
     ///
     /// Source: Dao 2023, arXiv:2307.08691, for attention.
     pub(super) fn backward_seconds(&self, stage: &StageWork, kind: Kind) -> f64 {
-        let bytes =
-            3.0 * stage.kept_bytes + stage.parameter_bytes(kind) + 3.0 * stage.trained_bytes(kind);
+        let bytes = stage.parameter_bytes(kind) + 3.0 * stage.trained_bytes(kind);
         self.seconds(
             kind,
             stage.product_flop + stage.trained_flop,
             2.5 * stage.attention_flop,
-            bytes,
-            2.0 * stage.operators,
+            stage.backward.moving(bytes),
         )
+    }
+}
+
+impl Passes {
+    /// These passes, which move so many bytes more.
+    fn moving(self, bytes: f64) -> Self {
+        Passes { bytes: self.bytes + bytes, ..self }
     }
 }
 

@@ -27,10 +27,18 @@ pub struct StageWork {
     pub trained_flop: f64,
     /// Floating-point operations of the forward's attention.
     pub attention_flop: f64,
-    /// Bytes that the forward keeps for the backward.
-    pub kept_bytes: f64,
-    /// Number of operators of the forward that launch work.
+    /// The forward's passes between products.
+    pub forward: Passes,
+    /// The backward's.
+    pub backward: Passes,
+}
+
+/// Operators, and the bytes that those between products read and write.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Passes {
+    /// Number of operators that launch work, products among them.
     pub operators: f64,
+    pub bytes: f64,
 }
 
 impl StageWork {
@@ -117,8 +125,8 @@ mod tests {
             product_flop: 10.0,
             trained_flop: 10.0,
             attention_flop: 0.0,
-            kept_bytes: 0.0,
-            operators: 1.0,
+            forward: Passes { operators: 1.0, bytes: 0.0 },
+            backward: Passes { operators: 2.0, bytes: 0.0 },
         };
         Workload {
             stages: vec![stage; 4],

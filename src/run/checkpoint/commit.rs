@@ -63,8 +63,8 @@ pub fn commit(
     disk.sync_folder(run)
 }
 
-/// Makes a checkpoint of one run the checkpoint of another. The files are shared, since none is ever
-/// changed, or copied to another file system.
+/// Makes a checkpoint of one run the checkpoint of another. The files are shared, since none is
+/// ever changed, or copied to another file system.
 ///
 /// # Errors
 /// [`Error::Storage`]. No reader sees the checkpoint before all of it is there.
@@ -88,8 +88,8 @@ pub fn copy_to(run: &Path, checkpoint: &Path, manifest: &Manifest) -> Result<Pat
 }
 
 /// Deletes the checkpoints that the settings do not keep, oldest first, once the checkpoint of
-/// `step` is durable. `best`: the step of the best one, if it is known. Each folder is renamed before its files are deleted, so that a concurrent
-/// reader finds a whole checkpoint or none.
+/// `step` is durable. `best`: the step of the best one, if it is known. Each folder is renamed
+/// before its files are deleted, so that a concurrent reader finds a whole checkpoint or none.
 ///
 /// # Errors
 /// [`Error::Storage`].

@@ -1,7 +1,7 @@
 //! Checkpoints: every rank writes files, a manifest lists them, and a rename commits them.
 //!
-//! Frozen parameters are not saved: the manifest names what they are. Averaged weights have files of
-//! their own. With sharded state, each stage is gathered on the rank that writes it, so that the
+//! Frozen parameters are not saved: the manifest names what they are. Averaged weights have files
+//! of their own. With sharded state, each stage is gathered on the rank that writes it, so that the
 //! files have the same bytes under any sharding.
 //!
 //! A checkpoint is valid if its manifest is unchanged and every file has the size and hash that the

@@ -16,8 +16,8 @@ use crate::settings::Choice;
 /// Writes the LoRA of a checkpoint in one dialect, as it is or averaged.
 ///
 /// # Errors
-/// [`Error::Config`] if the run trained no LoRA, or more than one, or has no averages; errors of the checkpoint and of
-/// [`lora::write`].
+/// [`Error::Config`] if the run trained no LoRA, or more than one, or has no averages; errors of
+/// the checkpoint and of [`lora::write`].
 pub fn export(
     folder: &Path,
     config: &RunConfig,

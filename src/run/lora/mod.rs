@@ -1,5 +1,5 @@
-//! LoRA files of a run: the one that it begins with, those that its samples get besides, and its own
-//! for other programs.
+//! LoRA files of a run: the one that it begins with, those that its samples get besides, and its
+//! own for other programs.
 
 mod added;
 pub mod files;

@@ -97,14 +97,15 @@ impl OptimizerState {
     /// Runs `work` with a replica whose trained parameters are the averaged ones, if there are any,
     /// and those of the last step otherwise. Afterwards the replica is as before, to the last bit,
     /// also where `work` ends by a request to stop. After another error, with which the run ends,
-    /// this rank's shards are as before, and nothing is gathered. Meanwhile the host holds another copy of this rank's shards if the
-    /// model is computed in f32.
+    /// this rank's shards are as before, and nothing is gathered. Meanwhile the host holds another
+    /// copy of this rank's shards if the model is computed in f32.
     ///
     /// # Errors
     /// Errors of `work` and of the collectives.
     ///
     /// # Ordering
-    /// Every rank of a shard group calls it, and a request to stop ends `work` on all of them alike.
+    /// Every rank of a shard group calls it, and a request to stop ends `work` on all of them
+    /// alike.
     pub fn with_averages<T>(
         &self,
         replica: &mut Replica<'_>,

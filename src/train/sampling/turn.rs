@@ -37,8 +37,8 @@ impl Trainer<'_> {
         if owed.is_empty() { Ok(()) } else { self.sampled(requests).map(drop) }
     }
 
-    /// Makes samples after a step if they are due, unless the run is asked to stop. Returns the time
-    /// that it took, and the request that it met.
+    /// Makes samples after a step if they are due, unless the run is asked to stop. Returns the
+    /// time that it took, and the request that it met.
     ///
     /// # Ordering
     /// Every rank calls it, with the same request.

@@ -1,7 +1,8 @@
 //! A contract double of NCCL, of the CUDA driver and of NVML: the C interface of what fm-dist calls
 //! of them, on host memory, between processes of one machine. It lets the real
-//! `src/collective/nccl/mod.rs` run where no GPU is, and it is strict where the real libraries are lax: what there is a race, a hang
-//! or a leak on some day is here one line and exit code 97, on every day.
+//! `src/collective/nccl/mod.rs` run where no GPU is, and it is strict where the real libraries are
+//! lax: what there is a race, a hang or a leak on some day is here one line and exit code 97, on
+//! every day.
 //!
 //! # How to use it
 //! `cargo build --manifest-path tests/nccl_double/Cargo.toml` makes `libnccl_double.so`. A folder
@@ -40,8 +41,8 @@
 //! arguments that can be read at the parameters' sizes, without shared memory, within CUDA's limits
 //! of blocks and threads. The code is not run: a function for CPUs runs in its place.
 //!
-//! Copies from the host: in a side stream, behind a wait for the compute stream as a launch is, from
-//! memory of `cuMemHostAlloc`; until one is done, its output is not touched.
+//! Copies from the host: in a side stream, behind a wait for the compute stream as a launch is,
+//! from memory of `cuMemHostAlloc`; until one is done, its output is not touched.
 //!
 //! Ends: every operation is waited for by the compute stream; groups are closed; events, streams,
 //! communicators and modules are destroyed, once, and not used after that, nor after an abort, nor

@@ -1,14 +1,14 @@
 //! The cache of diffusion-pipe: `<dataset>/cache/<model>/` has a folder of latents for each size,
 //! `cache_<ratio>x<width>x<height>x<frames>/latents`, and one of texts for each aspect ratio and
-//! text encoder, `ar_frames_<ratio>_<frames>/text_embeddings_<encoder>`, or beside the latents where
-//! sizes are given. Records of latents have their captions; those of texts have the picture that
-//! they belong to, in the order of its captions.
+//! text encoder, `ar_frames_<ratio>_<frames>/text_embeddings_<encoder>`, or beside the latents
+//! where sizes are given. Records of latents have their captions; those of texts have the picture
+//! that they belong to, in the order of its captions.
 //!
 //! Before commit 8c63bd7, diffusion-pipe cached HunyuanVideo 1.5's latents before normalization, as
-//! it did other models' whose latents are scaled outside of the VAE. No record tells which they are:
-//! shards that are older than the commit hold such latents, and are scaled here. The VAE of FLUX.2
-//! normalizes by itself; latents that are not normalized all the same show it by their spread, and
-//! are refused as those of every trainer.
+//! it did other models' whose latents are scaled outside of the VAE. No record tells which they
+//! are: shards that are older than the commit hold such latents, and are scaled here. The VAE of
+//! FLUX.2 normalizes by itself; latents that are not normalized all the same show it by their
+//! spread, and are refused as those of every trainer.
 //!
 //! Source: diffusion-pipe 8f83dbf, `utils/dataset.py` and `models/`.
 
