@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use tch::Kind;
 
-use super::{Passes, StageWork};
 use super::links::{Links, Nccl};
+use super::{Passes, StageWork};
 use crate::error::{Error, Result};
 
 /// The clusters that are built in.

@@ -5,8 +5,8 @@
 //! 1. `--captions FILE`: a list of all captions (`lists.rs`)
 //! 2. `sub/a.txt`: the whole text is one caption
 //! 3. `sub/a.json`: a text, a list of texts, or an object with one of the fields [`FIELDS`]
-//! 4. a list in a folder of the pictures: `metadata`, `captions` or `meta` with the ending `.jsonl`,
-//!    `.json` or `.csv`, or `*_internvl.json`
+//! 4. a list in a folder of the pictures: `metadata`, `captions` or `meta` with the ending
+//!    `.jsonl`, `.json` or `.csv`, or `*_internvl.json`
 //! 5. the name, `a`, with blanks for underscores
 //!
 //! A picture with several captions becomes several samples, as in diffusion-pipe: every caption is
