@@ -2,6 +2,7 @@
 // other, the threads of a block as fibers, which take turns at barriers and shuffles. Built with -ffp-contract=off, as the kernels
 // are with --fmad=false.
 #include <cmath>
+#include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -52,13 +53,17 @@ struct Barrier {
     unsigned long passed = 0;
 };
 
+// It begins once, and computes one thread after the other.
 struct Fiber {
-    ucontext_t context;
     std::vector<char> stack = std::vector<char>(STACK_BYTES);
+    jmp_buf place;
+    bool has_begun = false;
+    // True behind the end of a thread.
     bool has_ended;
 };
 
-static ucontext_t scheduler;
+// Where the scheduler goes on: jumps cost no call of the system, as switches of contexts do.
+static jmp_buf scheduler;
 static std::vector<Fiber> fibers;
 static std::vector<float> mail;
 // By the first thread of those that wait for each other within a warp.
@@ -74,6 +79,12 @@ static void **body_arguments;
     std::abort();
 }
 
+// Goes on with the scheduler, until it comes back to this fiber.
+__attribute__((noinline)) static void leave() {
+    if (!_setjmp(fibers[threadIdx.x].place))
+        _longjmp(scheduler, 1);
+}
+
 inline void wait_at(Barrier &barrier, unsigned int members) {
     const unsigned long passed = barrier.passed;
     if (++barrier.arrived == members) {
@@ -82,30 +93,42 @@ inline void wait_at(Barrier &barrier, unsigned int members) {
         moves = true;
     }
     while (barrier.passed == passed)
-        swapcontext(&fibers[threadIdx.x].context, &scheduler);
+        leave();
 }
 
-inline void begin_fiber() {
-    body(body_arguments);
-    fibers[threadIdx.x].has_ended = moves = true;
+static void begin_fiber() {
+    for (;;) {
+        body(body_arguments);
+        fibers[threadIdx.x].has_ended = moves = true;
+        leave();
+    }
+}
+
+// Goes on with a fiber, until it leaves.
+__attribute__((noinline)) static void go_on(Fiber &fiber) {
+    if (_setjmp(scheduler))
+        return;
+    if (fiber.has_begun)
+        _longjmp(fiber.place, 1);
+    fiber.has_begun = true;
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = fiber.stack.data();
+    context.uc_stack.ss_size = fiber.stack.size();
+    makecontext(&context, begin_fiber, 0);
+    setcontext(&context);
 }
 
 inline void run_block() {
-    for (Fiber &fiber : fibers) {
+    for (Fiber &fiber : fibers)
         fiber.has_ended = false;
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
-        fiber.context.uc_link = &scheduler;
-        makecontext(&fiber.context, begin_fiber, 0);
-    }
     for (unsigned int left = 1; left > 0;) {
         left = 0;
         moves = false;
         for (threadIdx.x = 0; threadIdx.x < blockDim.x; threadIdx.x++) {
             if (fibers[threadIdx.x].has_ended)
                 continue;
-            swapcontext(&scheduler, &fibers[threadIdx.x].context);
+            go_on(fibers[threadIdx.x]);
             left += !fibers[threadIdx.x].has_ended;
         }
         if (left > 0 && !moves)
