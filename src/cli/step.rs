@@ -28,7 +28,8 @@ pub struct StepArgs {
     /// Also write the gradients of the average weighted loss, as `grad.<parameter>`
     #[arg(long)]
     grads: bool,
-    /// Also print how often each operator ran: with `--grads` nearly a GPU's launches of a step
+    /// Also print how often each operator ran and the bytes that it moved: with `--grads` nearly
+    /// what a GPU does in a step
     #[arg(long)]
     operators: bool,
 }
