@@ -20,6 +20,15 @@ choice! {
     }
 }
 
+impl Kernels {
+    /// Returns what a process takes that was told to take these, on `device` and with so many of
+    /// libtorch's threads.
+    pub fn taken(self, device: Device, threads: i32) -> Self {
+        let decision = Decision { kernels: self, threads, left_out: Vec::new() };
+        if decision.pass_on(device).is_ok() { Kernels::Fused } else { Kernels::Plain }
+    }
+}
+
 /// Conditions under which a process computes its operations.
 struct Decision {
     kernels: Kernels,
@@ -209,6 +218,9 @@ mod tests {
     #[test]
     fn a_cpu_with_one_thread_takes_single_passes() {
         assert_eq!(decision(Fused, 1).pass_on(Device::Cpu), Ok(Pass::Cpu));
+        assert_eq!([1, 2].map(|threads| Fused.taken(Device::Cpu, threads)), [Fused, Plain]);
+        assert_eq!(Fused.taken(Device::Cuda(0), 2), Fused);
+        assert_eq!(Plain.taken(Device::Cpu, 1), Plain);
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! What runs between matrix products and attention: norms, modulations, rotations, gates, sums and
-//! copies.
+//! Estimates the work between matrix products and attention: norms, modulations, rotations, gates,
+//! sums and copies.
 
 use tch::Kind;
 

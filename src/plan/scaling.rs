@@ -1,9 +1,10 @@
 //! The table of `fm-dist check` over many world sizes on a cluster: one line for each prediction.
 
+use tch::Device;
+
 use crate::config::{MicroBatches, RunConfig};
 use crate::error::Result;
 use crate::nn::Tokens;
-use crate::ops::Kernels;
 use crate::parallel::{DeviceChoice, Offload};
 use crate::plan::between::between_products;
 use crate::plan::{Cluster, KNOWN_NAME, Prediction, StageWork, Workload};
@@ -104,7 +105,11 @@ fn explanations(
 
 fn workload(config: &RunConfig, tokens: Tokens, micro: MicroBatches) -> Result<Workload> {
     let (kind, parallel) = (config.model.dtype.kind(), &config.parallel);
-    let kernels = kernels(config);
+    let device = match parallel.device {
+        DeviceChoice::Cpu => Device::Cpu,
+        DeviceChoice::Cuda => Device::Cuda(0),
+    };
+    let kernels = config.compute.kernels.taken(device, parallel.num_threads);
     let stage = |work: ForwardWork| {
         let [forward, backward] = between_products(&work, kernels, kind);
         StageWork {
@@ -129,14 +134,6 @@ fn workload(config: &RunConfig, tokens: Tokens, micro: MicroBatches) -> Result<W
         average_bytes: config.ema.bytes(),
         num_threads: parallel.num_threads as usize,
     })
-}
-
-/// Returns the kernels that a run would take: a single pass of a CPU runs on one thread alone.
-fn kernels(config: &RunConfig) -> Kernels {
-    match config.parallel.device {
-        DeviceChoice::Cpu if config.parallel.num_threads > 1 => Kernels::Plain,
-        _ => config.compute.kernels,
-    }
 }
 
 fn row(predicted: Prediction, alone: Prediction, global_batch: usize) -> [String; 8] {

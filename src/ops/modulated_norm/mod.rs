@@ -113,7 +113,7 @@ impl Operation<3> for ModulatedNorm {
 }
 
 impl ModulatedNorm {
-    /// What the normalized rows are multiplied by, rounded to the kind of the scale.
+    /// Returns the factor of the normalized rows, rounded to the kind of the scale.
     fn factor(&self, scale: &Tensor) -> Tensor {
         if self.base == 0.0 { scale.shallow_clone() } else { scale + self.base }
     }

@@ -3,12 +3,13 @@
 use half::bf16;
 use tch::{Kind, Tensor};
 
-use super::{half_of, width};
+use super::{SiluGate, half_of};
+use crate::ops::OfFeatures;
 use crate::ops::lanes::{exp, vectorized};
 use crate::tensor::{Element, elements, elements_mut};
 
 pub fn forward(x: &Tensor) -> Tensor {
-    let (mut output, width) = (half_of(x), width(x) as usize);
+    let (mut output, width) = (half_of(x), SiluGate::width(x) as usize);
     match x.kind() {
         Kind::BFloat16 => values::<bf16>(elements(x), width, elements_mut(&mut output)),
         _ => values::<f32>(elements(x), width, elements_mut(&mut output)),
@@ -24,7 +25,7 @@ pub fn backward(x: &Tensor, grad_output: &Tensor) -> Tensor {
 }
 
 fn backward_in<T: Element>(x: &Tensor, grad_output: &Tensor) -> Tensor {
-    let (mut gradient, width) = (x.empty_like(), width(x) as usize);
+    let (mut gradient, width) = (x.empty_like(), SiluGate::width(x) as usize);
     let into = elements_mut(&mut gradient);
     gradients::<T>(elements(x), elements(grad_output), width, into);
     gradient

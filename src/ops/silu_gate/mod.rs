@@ -81,7 +81,7 @@ impl OfFeatures for SiluGate {
     const BESIDE: &'static str = "silu_gate_beside";
 
     fn width(x: &Tensor) -> i64 {
-        width(x)
+        x.size().last().expect("[…, 2·D]") / 2
     }
 
     fn write(x: &Tensor, output: &Tensor) {
@@ -92,11 +92,6 @@ impl OfFeatures for SiluGate {
 /// A tensor for the output: half of the features of `x`.
 fn half_of(x: &Tensor) -> Tensor {
     let mut shape = x.size();
-    *shape.last_mut().expect("[…, 2·D]") /= 2;
+    *shape.last_mut().expect("[…, 2·D]") = SiluGate::width(x);
     Tensor::empty(shape.as_slice(), (x.kind(), x.device()))
-}
-
-/// Features of the output.
-fn width(x: &Tensor) -> i64 {
-    x.size().last().expect("[…, 2·D]") / 2
 }
