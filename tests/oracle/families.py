@@ -484,11 +484,11 @@ class Place:
     draws: str
 
     def step(self, pipeline: FlowMatchingPipeline, model: torch.nn.Module, draw: Draw, dtype: torch.dtype, seed: int) -> torch.Tensor:
-        """The average weighted loss of a step after `manual_seed(seed)`."""
+        """The average weighted loss of a step after `manual_seed(seed)`; a random model may make it as large as it likes."""
         batch = {key: tensor.to(self.device) for key, tensor in draw.batch.items()}
         with drawn_by_the_host() if self.draws == "host" else nullcontext():
             torch.manual_seed(seed)
-            return pipeline.step(model, {**batch, "data_type": draw.data_type}, self.device, dtype, 1)[1]
+            return pipeline.step(model, {**batch, "data_type": draw.data_type}, self.device, dtype, 1, check_loss=False)[1]
 
 
 def run_case(folder: Path, dice: Dice, draw: Draw, better: dict, place: Place) -> dict:

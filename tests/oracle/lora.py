@@ -48,7 +48,7 @@ def linears(model: torch.nn.Module) -> list[str]:
 def draw_settings(family: str, model: torch.nn.Module, dice: Dice) -> tuple[dict, LoraConfig]:
     """A LoRA as our settings and as PEFT's."""
     rank, kind = dice.between(1, 8), dice.deal("kind", KINDS)
-    alpha = dice.deal("alpha", [rank, 2 * rank, 3.5])
+    alpha = {"rank": rank, "twice": 2 * rank, "any": 3.5}[dice.deal("alpha", ["rank", "twice", "any"])]
     word = dice.deal("targets", ["attention", "all-linear", "some"])
     if word == "attention":
         ours, theirs = [word], ATTENTION[family]
@@ -74,8 +74,8 @@ def add_lora(model: torch.nn.Module, config: LoraConfig, dice: Dice) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
-            # A tenth of what the model does, as a trained one.
-            for matrix, size in ((down, 1.0), (up, 0.1)):
+            # A tenth of what the model does, as a trained one, whatever its scale is.
+            for matrix, size in ((down, 1.0), (up, 0.1 / module.scaling["default"])):
                 noise = torch.randn(matrix.shape, generator=dice.generator) / matrix.shape[1] ** 0.5
                 matrix.data.copy_(size * noise)
             if "default" in module.lora_magnitude_vector:
