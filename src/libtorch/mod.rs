@@ -1,7 +1,8 @@
-//! The libtorch that this process has loaded: its version, its instruction set, and the switches
-//! and exceptions that the bindings leave out.
+//! The libtorch that this process has loaded: its version, its instruction set, and the switches,
+//! backward passes and exceptions that the bindings leave out.
 
 mod attention;
+mod backward;
 mod operators;
 
 use std::ffi::{CStr, c_char, c_void};
@@ -9,6 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 pub use attention::{AttentionBackend, permit_attention, prefer_fused_attention};
+pub use backward::gradients;
 pub use operators::{Operators, Ran, as_one, count_operators, is_counting};
 use tch::Tensor;
 use torch_sys::C_tensor;
@@ -23,6 +25,14 @@ mod ffi {
             into: *const *mut C_tensor,
             from: *const *const C_tensor,
             count: usize,
+        );
+        pub fn fm_dist_gradients(
+            outputs: *const *const C_tensor,
+            given: *const *const C_tensor,
+            num_outputs: usize,
+            inputs: *const *const C_tensor,
+            num_inputs: usize,
+            found: *mut *mut C_tensor,
         );
         pub fn fm_dist_guarded(
             body: unsafe extern "C-unwind" fn(*mut c_void),

@@ -13,6 +13,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_foreach_copy.h>
 #include <ATen/record_function.h>
+#include <torch/csrc/autograd/autograd.h>
 
 // Permits the backends of scaled dot-product attention whose bits are set, and no others, from the next call of
 // attention on. A backend's bit is that of its number in at::SDPBackend.
@@ -48,6 +49,20 @@ extern "C" void fm_dist_copy_each(at::Tensor *const *into, const at::Tensor *con
         sources.push_back(*from[number]);
     }
     at::_foreach_copy_(targets, sources);
+}
+
+// Computes the gradients of the inputs, undefined where the graph does not reach one, from those of the outputs. Throws as libtorch's
+// backward passes do.
+extern "C" void fm_dist_gradients(const at::Tensor *const *outputs, const at::Tensor *const *given, size_t num_outputs,
+                                  const at::Tensor *const *inputs, size_t num_inputs, at::Tensor **found) {
+    torch::autograd::variable_list roots, root_gradients, leaves;
+    for (size_t number = 0; number < num_outputs; number++) {
+        roots.push_back(*outputs[number]);
+        root_gradients.push_back(*given[number]);
+    }
+    for (size_t number = 0; number < num_inputs; number++) leaves.push_back(*inputs[number]);
+    const auto gradients = torch::autograd::grad(roots, leaves, root_gradients, false, false, true);
+    for (size_t number = 0; number < num_inputs; number++) found[number] = new at::Tensor(gradients[number]);
 }
 
 // Calls body(data). If it throws a std::exception, calls on_exception(data, text). A Rust panic passes through.

@@ -201,13 +201,10 @@ impl Stage for Block {
         let (hidden, conditioning) = (input.get("hidden"), input.get("conditioning"));
         let [shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp] =
             self.modulation.forward(params, conditioning);
-        let attended = self
-            .attention
-            .forward(params, &modulated_norm(hidden, &shift_attention, &scale_attention, EPSILON));
-        let hidden = gated(hidden, &gate_attention, &attended);
-        let fed =
-            self.mlp.forward(params, &modulated_norm(&hidden, &shift_mlp, &scale_mlp, EPSILON));
-        let hidden = gated(&hidden, &gate_mlp, &fed);
+        let (hidden, ready) = modulated_norm(hidden, &shift_attention, &scale_attention, EPSILON);
+        let hidden = gated(&hidden, &gate_attention, &self.attention.forward(params, &ready));
+        let (hidden, ready) = modulated_norm(&hidden, &shift_mlp, &scale_mlp, EPSILON);
+        let hidden = gated(&hidden, &gate_mlp, &self.mlp.forward(params, &ready));
         Activations::new().with("hidden", hidden).with("conditioning", conditioning.shallow_clone())
     }
 }
@@ -248,9 +245,8 @@ impl Stage for Head {
 
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
         let [shift, scale] = self.modulation.forward(params, input.get("conditioning"));
-        let tokens = self
-            .linear
-            .forward(params, &modulated_norm(input.get("hidden"), &shift, &scale, EPSILON));
+        let (_, ready) = modulated_norm(input.get("hidden"), &shift, &scale, EPSILON);
+        let tokens = self.linear.forward(params, &ready);
         let size = input.get("hidden_states").size();
         Activations::new()
             .with("prediction", join_images(&tokens, self.patch_size, size[2], size[3]))

@@ -312,8 +312,9 @@ impl Stage for SingleBlock {
         let conditioning = input.get("conditioning");
         let joint = joined(input);
         let [shift, scale, gate] = self.modulation.forward(params, conditioning);
-        let ready = modulated_norm(&joint, &shift, &scale, EPSILON);
-        let [query, key, value] = self.attention.forward(params, &ready, input.find("rope"));
+        let (joint, ready) = modulated_norm(&joint, &shift, &scale, EPSILON);
+        let (ready, [query, key, value]) =
+            self.attention.forward(params, &ready, input.find("rope"));
         let attended = attend(&query, &key, &value, input.find("mask"));
         let fed = self.feed.forward(params, &ready);
         let both = Nonlinearity::GeluTanh.apply_beside(&attended, &fed);

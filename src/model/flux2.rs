@@ -393,10 +393,8 @@ impl Stage for SingleBlock {
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
         let joint = joined(input);
         let [shift, scale, gate] = parts(input.get("single_modulation"));
-        let made = self
-            .input
-            .forward(params, &modulated_norm(&joint, &shift, &scale, self.epsilon))
-            .split_with_sizes(self.widths, -1);
+        let (joint, ready) = modulated_norm(&joint, &shift, &scale, self.epsilon);
+        let made = self.input.forward(params, &ready).split_with_sizes(self.widths, -1);
         let attended = self.attended(params, &made[0], input.get("rope"));
         let both = Nonlinearity::SiluGate.apply_beside(&attended, &made[1]);
         let joint = gated(&joint, &gate, &self.output.forward(params, &both));

@@ -35,8 +35,8 @@ impl JointBlock {
         let ready = |tokens: &Tensor, modulation: &BlockModulation| {
             modulated_norm(tokens, &modulation[0], &modulation[1], self.epsilon)
         };
-        let (image_ready, text_ready) =
-            (ready(image.tokens, of_image), ready(text.tokens, of_text));
+        let (image_tokens, image_ready) = ready(image.tokens, of_image);
+        let (text_tokens, text_ready) = ready(text.tokens, of_text);
         let (image_attended, text_attended) = self.attention.forward(
             params,
             Stream { tokens: &image_ready, table: image.table },
@@ -47,14 +47,11 @@ impl JointBlock {
             |tokens: &Tensor, attended: &Tensor, modulation: &BlockModulation, feed: &Mlp| {
                 let [_, _, gate, shift, scale, feed_gate] = modulation;
                 let tokens = gated(tokens, gate, attended);
-                gated(
-                    &tokens,
-                    feed_gate,
-                    &feed.forward(params, &modulated_norm(&tokens, shift, scale, self.epsilon)),
-                )
+                let (tokens, ready) = modulated_norm(&tokens, shift, scale, self.epsilon);
+                gated(&tokens, feed_gate, &feed.forward(params, &ready))
             };
-        let image = finish(image.tokens, &image_attended, of_image, &self.image_feed);
-        (image, finish(text.tokens, &text_attended, of_text, &self.text_feed))
+        let image = finish(&image_tokens, &image_attended, of_image, &self.image_feed);
+        (image, finish(&text_tokens, &text_attended, of_text, &self.text_feed))
     }
 }
 

@@ -5,7 +5,7 @@
 use tch::Tensor;
 
 use super::{Builder, Linear, Rows, Views};
-use crate::ops::{GatedResidual, ModulatedNorm, Rounding, apply};
+use crate::ops::{GatedResidual, ModulatedNorm, Rounding, apply, apply_passing_on};
 
 /// Maps a conditioning vector to several vectors of the model's width.
 #[derive(Clone, Copy, Debug)]
@@ -47,13 +47,19 @@ pub fn gated(x: &Tensor, gate: &Tensor, change: &Tensor) -> Tensor {
     apply(GatedResidual { rounding: Rounding::EachStep }, [x, gate, change])
 }
 
-/// Layer normalization `· (1 + scale) + shift`, rounded after each step.
+/// Layer normalization `· (1 + scale) + shift`, rounded after each step. Returns `x` for its other
+/// uses, mostly the residual sum, and what is normalized.
 ///
 /// # Shapes
-/// `x`: `[B, L, D]`; `shift`, `scale`: `[B, 1, D]`.
-pub fn modulated_norm(x: &Tensor, shift: &Tensor, scale: &Tensor, epsilon: f64) -> Tensor {
+/// `x`: `[B, L, D]`; `shift`, `scale`: `[B, 1, D]`. Returns two of the shape of `x`.
+pub fn modulated_norm(
+    x: &Tensor,
+    shift: &Tensor,
+    scale: &Tensor,
+    epsilon: f64,
+) -> (Tensor, Tensor) {
     let norm = ModulatedNorm { epsilon, base: 1.0, rounding: Rounding::EachStep };
-    apply(norm, [x, scale, shift])
+    apply_passing_on(norm, [x, scale, shift])
 }
 
 /// As [`gated`], computed in f32 and rounded once, with a gate in f32.
@@ -62,8 +68,14 @@ pub fn gated_f32(x: &Tensor, gate: &Tensor, change: &Tensor) -> Tensor {
 }
 
 /// As [`modulated_norm`], computed in f32 and rounded once, with a modulation in f32.
-pub fn modulated_norm_f32(x: &Tensor, shift: &Tensor, scale: &Tensor, epsilon: f64) -> Tensor {
-    apply(ModulatedNorm { epsilon, base: 1.0, rounding: Rounding::Once }, [x, scale, shift])
+pub fn modulated_norm_f32(
+    x: &Tensor,
+    shift: &Tensor,
+    scale: &Tensor,
+    epsilon: f64,
+) -> (Tensor, Tensor) {
+    let norm = ModulatedNorm { epsilon, base: 1.0, rounding: Rounding::Once };
+    apply_passing_on(norm, [x, scale, shift])
 }
 
 /// The last layer of most families: modulated normalization, then an affine map to the output's
@@ -101,6 +113,7 @@ impl ModulatedProjection {
     /// `x`: `[B, L, D]`; `conditioning`: `[B, D]`. Returns `[B, L, outputs]`.
     pub fn forward(&self, params: &Views, x: &Tensor, conditioning: &Tensor) -> Tensor {
         let [scale, shift] = self.modulation.forward(params, conditioning);
-        self.projection.forward(params, &modulated_norm(x, &shift, &scale, self.epsilon))
+        let (_, ready) = modulated_norm(x, &shift, &scale, self.epsilon);
+        self.projection.forward(params, &ready)
     }
 }

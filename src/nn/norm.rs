@@ -3,7 +3,9 @@
 use tch::Tensor;
 
 use super::{Builder, Init, Param, Views};
-use crate::ops::{self, ModulatedNorm, RotatedNorm, Rounding, apply, at_least_float};
+use crate::ops::{
+    self, ModulatedNorm, RotatedNorm, Rounding, apply, apply_passing_on, at_least_float,
+};
 
 /// Norms of channels below this one count as this one.
 const LEAST_NORM: f64 = 1e-12;
@@ -34,15 +36,16 @@ impl LayerNorm {
         )
     }
 
-    /// As [`forward`](Self::forward), computed in f32 and rounded to the kind of `x`.
+    /// As [`forward`](Self::forward), computed in f32 and rounded to the kind of `x`. Returns `x`
+    /// for its other uses, and what is normalized.
     ///
     /// # Shapes
-    /// `x`: `[B, L, D]`. Returns the same.
-    pub fn forward_f32(&self, params: &Views, x: &Tensor) -> Tensor {
+    /// `x`: `[B, L, D]`. Returns two of that shape.
+    pub fn forward_f32(&self, params: &Views, x: &Tensor) -> (Tensor, Tensor) {
         let kind = at_least_float(x.kind());
         let [weight, bias] = [self.weight, self.bias].map(|param| params[param].to_kind(kind));
         let norm = ModulatedNorm { epsilon: self.epsilon, base: 0.0, rounding: Rounding::Once };
-        apply(norm, [x, &weight, &bias])
+        apply_passing_on(norm, [x, &weight, &bias])
     }
 }
 

@@ -21,6 +21,12 @@
 //!
 //! [`verify`] then compares it with `plain.rs`, forward and backward: in the tests, and when a
 //! program begins to compute on a GPU, which leaves out what differs.
+//!
+//! # Inputs that others use, too
+//! The gradients of a tensor's uses meet in a sum, for which libtorch reads each of them and writes
+//! what it has so far. [`apply_passing_on`] and [`product_passing_on`] hand their input on, so
+//! that uses stand in a row: each adds its gradient to that of the ones behind it, where it writes
+//! its own anyway.
 
 pub mod autograd;
 mod beside;
@@ -33,6 +39,7 @@ mod launch;
 mod modulated_norm;
 mod modulation;
 mod patches;
+mod product;
 mod rms_norm;
 mod rotated_norm;
 mod rotation;
@@ -45,9 +52,11 @@ use beside::OfFeatures;
 pub use choice::{Kernels, choose, fallbacks, leave_out, way};
 pub use dense_gradient::with_dense_gradient;
 pub use patches::{FeatureOrder, Patch, grid};
+pub use product::{product_onto, product_passing_on};
 pub use rounding::{Rounding, at_least_float};
 pub use verify::{
-    Case, Unfit, Verified, differentiated_by, drawn, verify, verify_by, verify_cases,
+    Case, Unfit, Verified, differentiated_by, differentiated_passing_on_by, drawn, verify,
+    verify_by, verify_cases,
 };
 
 use tch::{Device, Kind, Tensor};
@@ -55,7 +64,7 @@ use tch::{Device, Kind, Tensor};
 use crate::cuda::Text;
 use crate::libtorch::{as_one, is_counting};
 
-use autograd::custom_gradient;
+use autograd::{custom_gradient, passing_on};
 
 /// Lists the operations, one a line, for [`verify`] and for the rooms above.
 macro_rules! operations {
@@ -66,6 +75,8 @@ macro_rules! operations {
         fn verify_each(pass: Pass, device: Device) -> Verified {
             let mut verified = Verified::default();
             $(verified.add($operation::NAME, verify::verify_one::<$operation, _>(pass, device));)+
+            let passing_on = verify::verify_passing_on::<ModulatedNorm, _>(pass, device);
+            verified.add(ModulatedNorm::NAME, passing_on);
             verified
         }
 
@@ -191,18 +202,46 @@ pub trait Operation<const N: usize>: Copy + Send + 'static {
     fn cases() -> Vec<Case<Self, N>>;
 }
 
+/// An operation that can pass its first input on to other uses, whose gradient its own is added to
+/// where it is computed: libtorch would read both and write the sum.
+pub trait PassingOn<const N: usize>: Operation<N> {
+    /// As [`backward`](Operation::backward), with what was `passed`, the gradient of the first
+    /// input's other uses, in the first gradient; it is contiguous.
+    fn backward_onto(
+        &self,
+        pass: Pass,
+        saved: Self::Saved,
+        grad_output: Tensor,
+        passed: Option<&Tensor>,
+    ) -> [Tensor; N];
+}
+
 /// Computes `operation` in a single pass where one exists for the inputs' device, takes them, and
 /// [`choose`] allows it; by libtorch's operators otherwise, which is counted.
 pub fn apply<O: Operation<N>, const N: usize>(operation: O, inputs: [&Tensor; N]) -> Tensor {
-    let Some(pass) = choice::pass_of(O::NAME, inputs[0].device()) else {
-        return operation.plain(inputs);
-    };
+    match pass_for(operation, inputs) {
+        Some(pass) => single_pass(operation, pass, inputs),
+        None => operation.plain(inputs),
+    }
+}
+
+/// As [`apply`]; returns the first input for its other uses, and the output.
+pub fn apply_passing_on<O: PassingOn<N>, const N: usize>(
+    operation: O,
+    inputs: [&Tensor; N],
+) -> (Tensor, Tensor) {
+    match pass_for(operation, inputs) {
+        Some(pass) => single_pass_passing_on(operation, pass, inputs),
+        None => (inputs[0].shallow_clone(), operation.plain(inputs)),
+    }
+}
+
+/// The single pass that computes an operation of these inputs.
+fn pass_for<O: Operation<N>, const N: usize>(operation: O, inputs: [&Tensor; N]) -> Option<Pass> {
+    let pass = choice::pass_of(O::NAME, inputs[0].device())?;
     let misfit = fits(operation, pass, inputs).err();
     choice::count(O::NAME, misfit);
-    match misfit {
-        Some(_) => operation.plain(inputs),
-        None => single_pass(operation, pass, inputs),
-    }
+    misfit.is_none().then_some(pass)
 }
 
 /// Checks that a pass takes these inputs: what holds for every operation, and the operation's own.
@@ -229,18 +268,50 @@ fn single_pass<O: Operation<N>, const N: usize>(
     pass: Pass,
     inputs: [&Tensor; N],
 ) -> Tensor {
-    let bytes = || operation.least_bytes(inputs);
-    let of_backward = if is_counting() { bytes().backward } else { 0 };
+    let of_backward = bytes_of_backward(operation, inputs);
     custom_gradient(
         &inputs,
-        || {
-            let laid_out = |number: usize| O::laid_out(pass, number, inputs[number].detach());
-            let inputs = std::array::from_fn(laid_out);
-            as_one(O::NAME, || bytes().forward, || operation.forward(pass, inputs))
-        },
+        || forward(operation, pass, inputs),
         move |saved, grad_output| {
             let grad_output = grad_output.contiguous();
             as_one(O::NAME, || of_backward, || operation.backward(pass, saved, grad_output)).into()
         },
     )
+}
+
+fn single_pass_passing_on<O: PassingOn<N>, const N: usize>(
+    operation: O,
+    pass: Pass,
+    inputs: [&Tensor; N],
+) -> (Tensor, Tensor) {
+    let of_backward = bytes_of_backward(operation, inputs);
+    passing_on(
+        &inputs,
+        || forward(operation, pass, inputs),
+        move |saved, grad_output, passed| {
+            let grad_output = grad_output.contiguous();
+            let passed = passed.map(|passed| passed.contiguous());
+            let passed = passed.as_ref();
+            let moved = || of_backward + passed.map_or(0, |passed| bytes([passed]));
+            let backward = || operation.backward_onto(pass, saved, grad_output, passed);
+            as_one(O::NAME, moved, backward).into()
+        },
+    )
+}
+
+/// The output of a single pass, and what its gradient needs.
+fn forward<O: Operation<N>, const N: usize>(
+    operation: O,
+    pass: Pass,
+    inputs: [&Tensor; N],
+) -> (Tensor, O::Saved) {
+    let laid_out = |number: usize| O::laid_out(pass, number, inputs[number].detach());
+    let laid_out = std::array::from_fn(laid_out);
+    let moved = || operation.least_bytes(inputs).forward;
+    as_one(O::NAME, moved, || operation.forward(pass, laid_out))
+}
+
+/// The bytes that a gradient moves, if operators are counted.
+fn bytes_of_backward<O: Operation<N>, const N: usize>(operation: O, inputs: [&Tensor; N]) -> u64 {
+    if is_counting() { operation.least_bytes(inputs).backward } else { 0 }
 }

@@ -3,7 +3,8 @@
 use tch::{Device, Kind, Tensor};
 
 use super::launch::COLUMN_SUMS;
-use super::{Operation, Pass, fits, single_pass};
+use super::{Operation, Pass, PassingOn, fits, single_pass, single_pass_passing_on};
+use crate::libtorch::gradients;
 use crate::rng::{Key, Purpose};
 
 /// An operation with inputs to try it on.
@@ -66,17 +67,29 @@ pub fn drawn(shape: &[i64], kind: Kind, scope: u64) -> Tensor {
     Key::new(11, Purpose::Test).scope(scope).seeded(draw).to_kind(kind)
 }
 
+/// What the plain operation gives on inputs: what a pass is compared with.
+type Outputs<O, const N: usize> = fn(O, [&Tensor; N]) -> Vec<Tensor>;
+/// The first output of a pass, then the gradients.
+type Differentiated<O, const N: usize> = fn(Pass, O, &[Tensor; N]) -> Vec<Tensor>;
+
 /// Verifies one operation; returns the number of cases.
 pub fn verify_one<O: Operation<N>, const N: usize>(
     pass: Pass,
     device: Device,
 ) -> Result<usize, String> {
-    if pass == Pass::Cuda {
-        for kernels in [&COLUMN_SUMS, O::kernels()] {
-            kernels.on(device)?;
-        }
-    }
+    compile::<O, N>(pass, device)?;
     verify_cases(pass, device, &O::cases())
+}
+
+/// As [`verify_one`], with the first input passed on to another use.
+pub fn verify_passing_on<O: PassingOn<N>, const N: usize>(
+    pass: Pass,
+    device: Device,
+) -> Result<usize, String> {
+    compile::<O, N>(pass, device)?;
+    let expected: Outputs<O, N> =
+        |operation, inputs| vec![operation.plain(inputs), inputs[0] * 1.0];
+    verify_each_case(pass, device, &O::cases(), differentiated_passing_on_by, expected)
 }
 
 /// Verifies cases of an operation; returns their number.
@@ -88,9 +101,35 @@ pub fn verify_cases<O: Operation<N>, const N: usize>(
     device: Device,
     cases: &[Case<O, N>],
 ) -> Result<usize, String> {
+    let expected: Outputs<O, N> = |operation, inputs| vec![operation.plain(inputs)];
+    verify_each_case(pass, device, cases, differentiated_by, expected)
+}
+
+/// Compiles the kernels of an operation, if its pass has any.
+fn compile<O: Operation<N>, const N: usize>(pass: Pass, device: Device) -> Result<(), String> {
+    if pass == Pass::Cuda {
+        for kernels in [&COLUMN_SUMS, O::kernels()] {
+            kernels.on(device)?;
+        }
+    }
+    Ok(())
+}
+
+fn verify_each_case<O: Operation<N>, const N: usize>(
+    pass: Pass,
+    device: Device,
+    cases: &[Case<O, N>],
+    found: Differentiated<O, N>,
+    expected: Outputs<O, N>,
+) -> Result<usize, String> {
     for case in cases {
         let inputs = case.inputs.each_ref().map(|input| input.to_device(device));
-        verify_case(pass, case, &inputs).map_err(|what| {
+        let verified = fits(case.operation, pass, inputs.each_ref())
+            .map_err(|misfit| format!("the single pass does not take it: {misfit:?}"))
+            .and_then(|()| {
+                verify_case(case, &inputs, &found(pass, case.operation, &inputs), expected)
+            });
+        verified.map_err(|what| {
             let shapes = inputs.each_ref().map(|input| (input.size(), input.kind()));
             format!("{} of {shapes:?} on {device:?}: {what}", O::NAME)
         })?;
@@ -99,20 +138,18 @@ pub fn verify_cases<O: Operation<N>, const N: usize>(
 }
 
 fn verify_case<O: Operation<N>, const N: usize>(
-    pass: Pass,
     case: &Case<O, N>,
     inputs: &[Tensor; N],
+    found: &[Tensor],
+    expected: Outputs<O, N>,
 ) -> Result<(), String> {
     let operation = case.operation;
-    fits(operation, pass, inputs.each_ref())
-        .map_err(|misfit| format!("the single pass does not take it: {misfit:?}"))?;
-    let found = differentiated_by(pass, operation, inputs);
     let exact = inputs.each_ref().map(in_double);
-    let expected = differentiated(&exact, |inputs| operation.plain(inputs));
+    let exact = differentiated(&exact, |inputs| expected(operation, inputs));
     let names = std::iter::once("the output".to_string())
         .chain((0..).map(|number| format!("the gradient of input {number}")));
-    for (name, (found, expected)) in names.zip(found.iter().zip(&expected)) {
-        compare(found, expected, case.tolerance).map_err(|what| format!("{name} {what}"))?;
+    for (name, (found, exact)) in names.zip(found.iter().zip(&exact)) {
+        compare(found, exact, case.tolerance).map_err(|what| format!("{name} {what}"))?;
     }
     if inputs[0].kind() == Kind::BFloat16 {
         compare_rounding(&found[0], &operation.plain(inputs.each_ref()))?;
@@ -136,30 +173,41 @@ pub fn differentiated_by<O: Operation<N>, const N: usize>(
     operation: O,
     inputs: &[Tensor; N],
 ) -> Vec<Tensor> {
-    differentiated(inputs, |inputs| single_pass(operation, pass, inputs))
+    differentiated(inputs, |inputs| vec![single_pass(operation, pass, inputs)])
 }
 
-/// The output of an operation, then the gradient of each input that is no constant, for a drawn
-/// gradient of the output.
+/// As [`differentiated_by`], with a drawn gradient of another use of the first input.
+pub fn differentiated_passing_on_by<O: PassingOn<N>, const N: usize>(
+    pass: Pass,
+    operation: O,
+    inputs: &[Tensor; N],
+) -> Vec<Tensor> {
+    differentiated(inputs, |inputs| {
+        let (passed_on, output) = single_pass_passing_on(operation, pass, inputs);
+        vec![output, passed_on]
+    })
+}
+
+/// The first output of an operation, then the gradient of each input that is no constant, for a
+/// drawn gradient of each output.
 fn differentiated<const N: usize>(
     inputs: &[Tensor; N],
-    operation: impl Fn([&Tensor; N]) -> Tensor,
+    operation: impl Fn([&Tensor; N]) -> Vec<Tensor>,
 ) -> Vec<Tensor> {
     let leaves =
         inputs.each_ref().map(|input| input.detach().set_requires_grad(!is_constant(input)));
-    let output = operation(leaves.each_ref());
-    // Numbers that are the same in every kind.
-    let grad_output =
-        drawn(&output.size(), Kind::BFloat16, 99).to_kind(output.kind()).to_device(output.device());
+    let outputs = operation(leaves.each_ref());
+    let given: Vec<Tensor> = outputs.iter().zip(99..).map(drawn_gradient).collect();
     let trained: Vec<&Tensor> = leaves.iter().filter(|leaf| leaf.requires_grad()).collect();
-    let gradients = output_gradients(&output, &grad_output, &trained);
-    [output.detach()].into_iter().chain(gradients).collect()
+    let [outputs_of, given_of] =
+        [&outputs, &given].map(|tensors| tensors.iter().collect::<Vec<_>>());
+    let found = gradients(&outputs_of, &given_of, &trained);
+    [outputs[0].detach()].into_iter().chain(found).collect()
 }
 
-/// Gradients of `inputs` for one of `output`. The bindings begin every backward pass with a
-/// gradient of ones, so that the sum of a product is what it begins at.
-fn output_gradients(output: &Tensor, grad_output: &Tensor, inputs: &[&Tensor]) -> Vec<Tensor> {
-    Tensor::run_backward(&[output * grad_output], inputs, false, false)
+/// A gradient of an output; numbers that are the same in every kind.
+fn drawn_gradient((output, scope): (&Tensor, u64)) -> Tensor {
+    drawn(&output.size(), Kind::BFloat16, scope).to_kind(output.kind()).to_device(output.device())
 }
 
 /// Compares numbers with those in f64.

@@ -25,10 +25,10 @@ impl Rates {
     /// forward, 10 and 13 backward, by libtorch's operators in bfloat16.
     const fn known(kernels: Kernels, is_wide: bool) -> [Self; 2] {
         match (kernels, is_wide) {
-            (Kernels::Fused, true) => [Rates::new(3.7, 1.35), Rates::new(5.8, 2.8)],
-            (Kernels::Fused, false) => [Rates::new(3.8, 1.45), Rates::new(5.8, 2.85)],
-            (Kernels::Plain, true) => [Rates::new(5.8, 2.6), Rates::new(11.9, 6.5)],
-            (Kernels::Plain, false) => [Rates::new(7.4, 5.4), Rates::new(12.4, 10.4)],
+            (Kernels::Fused, true) => [Rates::new(3.7, 1.35), Rates::new(4.6, 2.15)],
+            (Kernels::Fused, false) => [Rates::new(3.8, 1.45), Rates::new(4.6, 2.2)],
+            (Kernels::Plain, true) => [Rates::new(5.8, 2.6), Rates::new(11.2, 6.4)],
+            (Kernels::Plain, false) => [Rates::new(7.4, 5.4), Rates::new(11.7, 10.4)],
         }
     }
 }

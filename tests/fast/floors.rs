@@ -32,7 +32,8 @@ const FIRST_ABOVE_GROUND: &str = "collective";
 
 /// What may be written only in the places beside it (prefixes of paths under src/).
 const ONLY_IN: &[(&str, &[&str])] = &[
-    ("run_backward(", &["ops/verify.rs", "parallel/backward.rs"]),
+    ("run_backward(", &[]),
+    ("libtorch::gradients", &["ops/verify.rs", "parallel/backward.rs"]),
     ("env::var", &["collective/mod.rs", "folders.rs"]),
     ("rank == 0", &["pulse.rs"]),
     ("rank() == 0", &[]),

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use fm_dist::cuda::nvrtc;
 use fm_dist::ops::{
     self, Beside, Case, Cut, FeatureOrder, GatedResidual, GeluTanh, Join, ModulatedNorm, Operation,
-    Pass, RmsNorm, RotatedNorm, Rotation, Rounding, SiluGate, Verified, differentiated_by, drawn,
-    verify_by, verify_cases,
+    Pass, PassingOn, RmsNorm, RotatedNorm, Rotation, Rounding, SiluGate, Verified,
+    differentiated_by, differentiated_passing_on_by, drawn, verify_by, verify_cases,
 };
 use fm_dist::rng::{Key, Purpose};
 use tch::{Device, Kind, Tensor};
@@ -159,12 +159,19 @@ impl Place {
         inputs: &[Tensor; N],
         allowed: &[Allowed],
     ) {
-        self.compare_there(
-            operation,
-            inputs,
-            inputs.each_ref().map(|input| self.put(input)),
-            allowed,
-        );
+        let there = inputs.each_ref().map(|input| self.put(input));
+        compare_by(differentiated_by, operation, inputs, &there, allowed);
+    }
+
+    /// As [`compare`](Self::compare), with the first input passed on to another use.
+    fn compare_passing_on<O: PassingOn<N> + std::fmt::Debug, const N: usize>(
+        self,
+        operation: O,
+        inputs: &[Tensor; N],
+        allowed: &[Allowed],
+    ) {
+        let there = inputs.each_ref().map(|input| self.put(input));
+        compare_by(differentiated_passing_on_by, operation, inputs, &there, allowed);
     }
 
     /// As [`compare`](Self::compare), also with some inputs in rows that lie apart, each given with
@@ -181,26 +188,27 @@ impl Place {
         for &(number, axes) in apart {
             there[number] = self.put_apart(&inputs[number], axes);
         }
-        self.compare_there(operation, inputs, there, allowed);
+        compare_by(differentiated_by, operation, inputs, &there, allowed);
     }
+}
 
-    /// `there`: the inputs as they lie on the device.
-    fn compare_there<O: Operation<N> + std::fmt::Debug, const N: usize>(
-        self,
-        operation: O,
-        inputs: &[Tensor; N],
-        there: [Tensor; N],
-        allowed: &[Allowed],
-    ) {
-        let found = differentiated_by(Pass::Cuda, operation, &there);
-        let expected = differentiated_by(Pass::Cpu, operation, inputs);
-        assert_eq!((found.len(), expected.len()), (allowed.len(), allowed.len()));
-        let all = found.iter().zip(&expected).zip(allowed);
-        for (number, ((found, expected), allowed)) in all.enumerate() {
-            let shapes = inputs.each_ref().map(|input| (input.size(), input.kind()));
-            let what = format!("{operation:?} of {shapes:?}, number {number}");
-            allowed.check(&found.to_device(Device::Cpu), expected, &what);
-        }
+/// Compares what `differentiated` computes by a kernel with what it computes by the loop on a CPU.
+/// `there`: the inputs as they lie on the device.
+fn compare_by<O: Operation<N> + std::fmt::Debug, const N: usize>(
+    differentiated: fn(Pass, O, &[Tensor; N]) -> Vec<Tensor>,
+    operation: O,
+    inputs: &[Tensor; N],
+    there: &[Tensor; N],
+    allowed: &[Allowed],
+) {
+    let found = differentiated(Pass::Cuda, operation, there);
+    let expected = differentiated(Pass::Cpu, operation, inputs);
+    assert_eq!((found.len(), expected.len()), (allowed.len(), allowed.len()));
+    let all = found.iter().zip(&expected).zip(allowed);
+    for (number, ((found, expected), allowed)) in all.enumerate() {
+        let shapes = inputs.each_ref().map(|input| (input.size(), input.kind()));
+        let what = format!("{operation:?} of {shapes:?}, number {number}");
+        allowed.check(&found.to_device(Device::Cpu), expected, &what);
     }
 }
 
@@ -248,6 +256,7 @@ fn compare_rows(place: Place, kind: Kind, [batch, tokens, width]: [i64; 3]) {
             let near = [LastPlaces(2.0), LastPlaces(2.0), OfNorm, OfNorm];
             let inputs = [of_tokens(6) * 2.0 + 0.5, scale, shift];
             place.compare_apart(norm, &[(1, 1), (2, 1)], &inputs, &near);
+            place.compare_passing_on(norm, &inputs, &near);
         }
         let inputs = [of_tokens(7) * 3.0, drawn(&[width], kind, 8)];
         let near = [LastPlaces(2.0), LastPlaces(2.0), OfNorm];
@@ -379,6 +388,12 @@ fn a_kernel_that_computes_something_else_is_found() {
             "modulated_norm/kernel.cu",
             "inverse * (scaled - gradient_mean",
             "inverse * (scaled + gradient_mean",
+            &["modulated_norm"],
+        ),
+        (
+            "modulated_norm/kernel.cu",
+            "vectors<N>(passed + row * width)",
+            "vectors<N>(passed)",
             &["modulated_norm"],
         ),
         ("launch/column_sums.cu", "block += lanes", "block += 2 * lanes", &["gated_residual"]),

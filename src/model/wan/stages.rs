@@ -57,8 +57,8 @@ impl ImageEmbedding {
     fn forward(&self, params: &Views, image: &Tensor) -> Tensor {
         let image =
             self.places.map_or_else(|| image.shallow_clone(), |places| image + &params[places]);
-        let ready = self.norm.forward_f32(params, &image);
-        self.output_norm.forward_f32(params, &self.feed.forward(params, &ready))
+        let (_, ready) = self.norm.forward_f32(params, &image);
+        self.output_norm.forward_f32(params, &self.feed.forward(params, &ready)).1
     }
 }
 
@@ -232,22 +232,18 @@ impl Stage for Block {
         let modulation = input.get("modulation");
         let [shift, scale, gate, feed_shift, feed_scale, feed_gate] =
             modulate(&params[self.table], modulation);
-        let ready = modulated_norm_f32(hidden, &shift, &scale, self.epsilon);
-        let hidden = gated_f32(
-            hidden,
-            &gate,
-            &self.self_attention.over_itself(params, &ready, input.get("rope")),
-        );
-        let ready = match &self.cross_norm {
+        let (hidden, ready) = modulated_norm_f32(hidden, &shift, &scale, self.epsilon);
+        let attended = self.self_attention.over_itself(params, &ready, input.get("rope"));
+        let hidden = gated_f32(&hidden, &gate, &attended);
+        let (hidden, ready) = match &self.cross_norm {
             Some(norm) => norm.forward_f32(params, &hidden),
-            None => hidden.shallow_clone(),
+            None => (hidden.shallow_clone(), hidden),
         };
         let (text, image) = text_and_image(input);
         let hidden =
             &hidden + self.cross_attention.over_conditions(params, &ready, &text, image.as_ref());
-        let fed = self
-            .feed
-            .forward(params, &modulated_norm_f32(&hidden, &feed_shift, &feed_scale, self.epsilon));
+        let (hidden, ready) = modulated_norm_f32(&hidden, &feed_shift, &feed_scale, self.epsilon);
+        let fed = self.feed.forward(params, &ready);
         let output = Activations::new().with("hidden", gated_f32(&hidden, &feed_gate, &fed));
         ["conditions", "modulation", "conditioning"]
             .into_iter()
@@ -315,10 +311,8 @@ impl Stage for Head {
 
     fn forward(&self, params: &Views, input: &Activations) -> Activations {
         let [shift, scale] = modulate(&params[self.table], input.get("conditioning"));
-        let tokens = self.output.forward(
-            params,
-            &modulated_norm_f32(input.get("hidden"), &shift, &scale, self.epsilon),
-        );
+        let (_, ready) = modulated_norm_f32(input.get("hidden"), &shift, &scale, self.epsilon);
+        let tokens = self.output.forward(params, &ready);
         let grid = grid(input.get("hidden_states"), self.patch);
         Activations::new()
             .with("prediction", patches::join(&tokens, self.patch, grid, FeatureOrder::ChannelLast))

@@ -185,18 +185,28 @@ impl Projections {
 
     /// # Shapes
     /// `x`: `[B, L, D]`; `table`: `[L, 1, E/2]` of [`rope`](super::rope), if the stream has
-    /// positions. Returns query, key and value `[B, L, N, E]`.
-    pub fn forward(&self, params: &Views, x: &Tensor, table: Option<&Tensor>) -> [Tensor; 3] {
+    /// positions. Returns `x` for its other uses, and query, key and value `[B, L, N, E]`.
+    pub fn forward(
+        &self,
+        params: &Views,
+        x: &Tensor,
+        table: Option<&Tensor>,
+    ) -> (Tensor, [Tensor; 3]) {
         let (batch, tokens, _) = x.size3().expect("[B, L, D]");
-        let heads =
-            |linear: &Linear| linear.forward(params, x).view([batch, tokens, self.num_heads, -1]);
+        let heads = |linear: &Linear, x: &Tensor| {
+            let (x, product) = linear.passing_on(params, x);
+            (x, product.view([batch, tokens, self.num_heads, -1]))
+        };
         let normalized = |norm: &RmsNorm, x: &Tensor| match table {
             Some(table) => norm.rotated(params, x, table),
             None => norm.forward(params, x),
         };
-        let query = normalized(&self.norm_query, &heads(&self.query));
-        let key = normalized(&self.norm_key, &heads(&self.key));
-        [query, key, heads(&self.value)]
+        let (x, query) = heads(&self.query, x);
+        let (x, key) = heads(&self.key, &x);
+        let (x, value) = heads(&self.value, &x);
+        let [query, key] = [(&self.norm_query, query), (&self.norm_key, key)]
+            .map(|(norm, x)| normalized(norm, &x));
+        (x, [query, key, value])
     }
 }
 
@@ -245,17 +255,17 @@ impl JointAttention {
         text: Stream<'_>,
         mask: Option<&Tensor>,
     ) -> (Tensor, Tensor) {
-        let of_text = self.text.forward(params, text.tokens, text.table);
-        let of_image = self.image.forward(params, image.tokens, image.table);
+        let (_, of_text) = self.text.forward(params, text.tokens, text.table);
+        let (_, of_image) = self.image.forward(params, image.tokens, image.table);
         let [query, key, value] =
             std::array::from_fn(|part| Tensor::cat(&[&of_text[part], &of_image[part]], 1));
         let attended = attend(&query, &key, &value, mask);
-        let (text_tokens, image_tokens) = (text.tokens.size()[1], image.tokens.size()[1]);
-        // In one piece, as diffusers has them: with a bias, bfloat16 came out otherwise by a
+        let tokens = [text, image].map(|stream| stream.tokens.size()[1]);
+        // In one piece each, as diffusers has them: with a bias, bfloat16 came out otherwise by a
         // percent for parts of a larger tensor.
-        let part = |first, tokens| attended.narrow(1, first, tokens).contiguous();
-        let text = self.text_output.forward(params, &part(0, text_tokens));
-        (self.image_output.forward(params, &part(text_tokens, image_tokens)), text)
+        let parts = attended.split_with_sizes(tokens, 1);
+        let text = self.text_output.forward(params, &parts[0].contiguous());
+        (self.image_output.forward(params, &parts[1].contiguous()), text)
     }
 }
 
@@ -295,12 +305,9 @@ impl SelfAttention {
     /// `x`: `[B, L, D]`. Returns the same.
     pub fn forward(&self, params: &Views, x: &Tensor) -> Tensor {
         let (batch, tokens, width) = x.size3().expect("[B, L, D]");
-        // [B, L, 3·D] -> 3 of [B, L, N, E]
-        let qkv = self
-            .qkv
-            .forward(params, x)
-            .view([batch, tokens, 3, self.num_heads, width / self.num_heads])
-            .permute([2, 0, 1, 3, 4]);
-        self.proj.forward(params, &attend(&qkv.get(0), &qkv.get(1), &qkv.get(2), None))
+        let (heads, width) = (self.num_heads, width / self.num_heads);
+        // [B, L, 3·D] -> 3 of [B, L, N, E], whose gradients are joined at once
+        let qkv = self.qkv.forward(params, x).view([batch, tokens, 3, heads, width]).unbind(2);
+        self.proj.forward(params, &attend(&qkv[0], &qkv[1], &qkv[2], None))
     }
 }

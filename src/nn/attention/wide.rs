@@ -39,8 +39,9 @@ impl Source {
         num_heads: i64,
         table: Option<&Tensor>,
     ) -> [Tensor; 2] {
-        let key = heads(params, &self.norm_key, &self.key.forward(params, x), num_heads, table);
-        [key, split(&self.value.forward(params, x), num_heads)]
+        let (x, key) = self.key.passing_on(params, x);
+        let key = heads(params, &self.norm_key, &key, num_heads, table);
+        [key, split(&self.value.forward(params, &x), num_heads)]
     }
 }
 
@@ -79,8 +80,8 @@ impl WideAttention {
     /// `x`: `[B, L, D]`; `table`: `[L, 1, E/2]` of [`rope`](crate::nn::rope). Returns the shape of
     /// `x`.
     pub fn over_itself(&self, params: &Views, x: &Tensor, table: &Tensor) -> Tensor {
-        let query = self.query(params, x, Some(table));
-        let [key, value] = self.source.forward(params, x, self.num_heads, Some(table));
+        let (x, query) = self.query(params, x, Some(table));
+        let [key, value] = self.source.forward(params, &x, self.num_heads, Some(table));
         self.output.forward(params, &attend(&query, &key, &value, None))
     }
 
@@ -94,7 +95,7 @@ impl WideAttention {
         text: &Tensor,
         image: Option<&Tensor>,
     ) -> Tensor {
-        let query = self.query(params, x, None);
+        let (_, query) = self.query(params, x, None);
         let over = |source: &Source, tokens: &Tensor| {
             let [key, value] = source.forward(params, tokens, self.num_heads, None);
             attend(&query, &key, &value, None)
@@ -106,9 +107,10 @@ impl WideAttention {
         self.output.forward(params, &attended)
     }
 
-    fn query(&self, params: &Views, x: &Tensor, table: Option<&Tensor>) -> Tensor {
-        let query = self.query.forward(params, x);
-        heads(params, &self.norm_query, &query, self.num_heads, table)
+    /// `x` for its other uses, and the queries.
+    fn query(&self, params: &Views, x: &Tensor, table: Option<&Tensor>) -> (Tensor, Tensor) {
+        let (x, query) = self.query.passing_on(params, x);
+        (x, heads(params, &self.norm_query, &query, self.num_heads, table))
     }
 }
 

@@ -3,7 +3,8 @@
 use tch::{Kind, Tensor};
 
 use super::Packed;
-use crate::ops::autograd::custom_gradient;
+use crate::ops::autograd::passing_on;
+use crate::ops::{product_onto, product_passing_on};
 
 /// A weight `[outputs, inputs]`: its numbers, or the words that hold them.
 pub struct Weight<'t> {
@@ -30,19 +31,43 @@ impl Weight<'_> {
 
     /// `x · weightᵀ + bias`, in the kind of `x`. Of a packed weight the graph keeps the words.
     pub fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> Tensor {
-        let Some(packed) = self.packed else { return x.linear(self.held, bias) };
+        match self.packed {
+            Some(packed) => self.packed_product(packed, x, bias).1,
+            None => x.linear(self.held, bias),
+        }
+    }
+
+    /// As [`product`](Self::product); returns `x` for its other uses, and the product.
+    pub fn product_passing_on(&self, x: &Tensor, bias: Option<&Tensor>) -> (Tensor, Tensor) {
+        match self.packed {
+            Some(packed) => self.packed_product(packed, x, bias),
+            None => product_passing_on(x, self.held, bias),
+        }
+    }
+
+    fn packed_product(
+        &self,
+        packed: Packed,
+        x: &Tensor,
+        bias: Option<&Tensor>,
+    ) -> (Tensor, Tensor) {
         let (frozen, trained) = match bias {
             Some(bias) if bias.requires_grad() => (None, Some(bias)),
             bias => (bias, None),
         };
-        let product = custom_gradient(
+        let shape = x.size();
+        let (x, product) = passing_on(
             &[x],
             || (x.linear(&self.numbers(x.kind()), frozen), self.held.detach()),
-            move |words, gradient| vec![gradient.matmul(&packed.unpack(&words, gradient.kind()))],
+            move |words, gradient, passed| {
+                let weight = packed.unpack(&words, gradient.kind());
+                let gradient = gradient.reshape([-1, weight.size()[0]]);
+                vec![product_onto(passed, &gradient, &weight).reshape(&shape)]
+            },
         );
         match trained {
-            Some(bias) => product + bias,
-            None => product,
+            Some(bias) => (x, product + bias),
+            None => (x, product),
         }
     }
 }
@@ -80,8 +105,9 @@ mod tests {
                     let of = |weight: Weight<'_>| {
                         let x = drawn(2, &[2, 3, 40], kind).set_requires_grad(true);
                         let bias = drawn(3, &[24], kind).set_requires_grad(has_trained_bias);
-                        let output = weight.product(&x, Some(&bias));
-                        let loss = (&output * drawn(4, &[2, 3, 24], kind)).sum(Kind::Float);
+                        let (passed_on, output) = weight.product_passing_on(&x, Some(&bias));
+                        let loss = (&output * drawn(4, &[2, 3, 24], kind)).sum(Kind::Float)
+                            + (passed_on * drawn(5, &[2, 3, 40], kind)).sum(Kind::Float);
                         let leaves = if has_trained_bias { vec![&x, &bias] } else { vec![&x] };
                         let mut found = Tensor::run_backward(&[loss], &leaves, false, false);
                         found.push(output.detach());

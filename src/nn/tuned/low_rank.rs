@@ -8,7 +8,8 @@ use tch::{Kind, Tensor, no_grad};
 
 use crate::nn::packed::{Weight, numbers};
 use crate::nn::{Builder, Init, Param, ParamInfo, ParamSet, Rows, Views};
-use crate::ops::autograd::custom_gradient;
+use crate::ops::autograd::passing_on;
+use crate::ops::product_onto;
 use crate::rng::hash_of_name;
 
 /// The low-rank change to add to a linear map.
@@ -98,25 +99,26 @@ impl LowRank {
         self.scale
     }
 
-    /// `x · weightᵀ + bias` with the changed weight.
+    /// `x · weightᵀ + bias` with the changed weight; returns `x` for its other uses, and the
+    /// product.
     ///
     /// # Shapes
-    /// `x`: `[…, inputs]`. Returns `[…, outputs]`.
+    /// `x`: `[…, inputs]`. Returns `x` and `[…, outputs]`.
     pub(in crate::nn) fn apply(
         &self,
         params: &Views,
         weight: &Weight<'_>,
         bias: Option<&Tensor>,
         x: &Tensor,
-    ) -> Tensor {
+    ) -> (Tensor, Tensor) {
         let (down, up) = (&params[self.down], &params[self.up]);
         let is_frozen = |tensor: &Tensor| !tensor.requires_grad();
         let drops = params.drops().filter(|_| self.drops());
         let dropped = drops.map(|drops| drops.apply(x, self.dropout, self.stream, self.rows));
         let changed = dropped.as_ref().unwrap_or(x);
-        match self.magnitude {
+        let output = match self.magnitude {
             None if dropped.is_none() && weight.is_frozen() && bias.is_none_or(is_frozen) => {
-                frozen_and_changed(x, weight, bias, [down, up], self.scale)
+                return frozen_and_changed(x, weight, bias, [down, up], self.scale);
             }
             None => weight.product(x, bias) + self.change(changed, [down, up], x.kind()),
             Some(magnitude) => {
@@ -132,7 +134,8 @@ impl LowRank {
                     Some(_) => weight.product(x, bias) + own * (factor - 1.0) + change,
                 }
             }
-        }
+        };
+        (x.shallow_clone(), output)
     }
 
     /// The share of the output of a change that is not the first of its weight, in the kind of `x`:
@@ -203,18 +206,19 @@ fn row_norms(weight: &Tensor) -> Tensor {
 }
 
 /// `x · Wᵀ + b + scale · (x · Aᵀ) · Bᵀ` where neither `W` nor `b` has a gradient: of `x`, only what
-/// the gradient of `A` needs is kept, and nothing of `W`'s is computed.
+/// the gradient of `A` needs is kept, and nothing of `W`'s is computed. Returns `x` for its other
+/// uses, and the output.
 fn frozen_and_changed(
     x: &Tensor,
     weight: &Weight<'_>,
     bias: Option<&Tensor>,
     [down, up]: [&Tensor; 2],
     scale: f64,
-) -> Tensor {
+) -> (Tensor, Tensor) {
     let (shape, kind, has_gradient) = (x.size(), x.kind(), x.requires_grad());
     let (inputs, outputs, packed) = (down.size()[1], up.size()[0], weight.packed);
     let is_one_kind = down.kind() == kind;
-    custom_gradient(
+    passing_on(
         &[x, down, up],
         || {
             let output = x.linear(&weight.numbers(kind), bias).contiguous();
@@ -225,14 +229,14 @@ fn frozen_and_changed(
             let saved = [&rows, &narrow, weight.held, down, up].map(Tensor::detach);
             (output, saved)
         },
-        move |[rows, narrow, held, down, up], gradient| {
+        move |[rows, narrow, held, down, up], gradient, passed| {
             let gradient = gradient.reshape([-1, outputs]);
             let of_change = gradient.to_kind(down.kind());
             let of_up = of_change.tr().matmul(&narrow);
             let of_narrow = of_change.matmul(&up) * scale;
             let of_down = of_narrow.tr().matmul(&rows.to_kind(down.kind()));
             let of_x = has_gradient.then(|| {
-                let mut of_rows = gradient.matmul(&numbers(&held, packed, kind));
+                let mut of_rows = product_onto(passed, &gradient, &numbers(&held, packed, kind));
                 add_product(&mut of_rows, &of_narrow, &down, is_one_kind);
                 of_rows.reshape(&shape)
             });
@@ -260,7 +264,7 @@ mod tests {
 
     /// Output and gradients of `x`, `A` and `B`, of a loss that weighs every output otherwise.
     fn of(
-        apply: impl Fn(&Tensor, [&Tensor; 2], &Tensor, &Tensor) -> Tensor,
+        apply: impl Fn(&Tensor, [&Tensor; 2], &Tensor, &Tensor) -> (Tensor, Tensor),
         kind: Kind,
         of_change: Kind,
     ) -> Vec<Tensor> {
@@ -268,9 +272,10 @@ mod tests {
         let x = leaf(drawn(1, &[2, 5, 6], kind));
         let (down, up) = (leaf(drawn(2, &[3, 6], of_change)), leaf(drawn(3, &[4, 3], of_change)));
         let (weight, bias) = (drawn(4, &[4, 6], kind), drawn(5, &[4], kind));
-        let output = apply(&x, [&down, &up], &weight, &bias);
+        let (passed_on, output) = apply(&x, [&down, &up], &weight, &bias);
         assert_eq!(output.kind(), kind);
-        let loss = (&output * drawn(6, &[2, 5, 4], kind)).sum(kind);
+        let of_output = (&output * drawn(6, &[2, 5, 4], kind)).sum(kind);
+        let loss = of_output + (passed_on * drawn(7, &[2, 5, 6], kind)).sum(kind);
         let mut found = Tensor::run_backward(&[loss], &[&x, &down, &up], false, false);
         found.push(output.detach());
         found
@@ -285,7 +290,7 @@ mod tests {
         let two = |x: &Tensor, [down, up]: [&Tensor; 2], weight: &Tensor, bias: &Tensor| {
             let narrow = x.to_kind(down.kind()).matmul(&down.tr()) * 0.7;
             let change = narrow.matmul(&up.tr()).to_kind(x.kind());
-            x.linear(weight, Some(bias)) + change
+            (x.shallow_clone(), x.linear(weight, Some(bias)) + change)
         };
         for (kind, of_change, tolerance) in [
             (Kind::Double, Kind::Double, 1e-13),
@@ -310,7 +315,8 @@ mod tests {
             .map(|factor| factor.set_requires_grad(true));
         let weight = drawn(4, &[4, 6], Kind::Float);
         let weight = Weight { held: &weight, packed: None };
-        let output = frozen_and_changed(&x, &weight, None, [&down, &up], 1.0);
+        let (passed_on, output) = frozen_and_changed(&x, &weight, None, [&down, &up], 1.0);
+        assert!(!passed_on.requires_grad());
         let found = Tensor::run_backward(&[output.sum(Kind::Float)], &[&down, &up], false, false);
         assert!(found.iter().all(|gradient| gradient.abs().max().double_value(&[]) > 0.0));
     }

@@ -10,8 +10,8 @@
 
 namespace {
 
-// Takes one gradient an output, undefined where nothing used it, and leaves one an input; consumes the closure.
-using Backward = void (*)(void *closure, const at::Tensor *const *received, size_t num_received, at::Tensor **given);
+// Takes one gradient an output, undefined where nothing used it, and leaves one an input; owns those it takes, and consumes the closure.
+using Backward = void (*)(void *closure, at::Tensor *const *received, size_t num_received, at::Tensor **given);
 // Drops a closure that was not called.
 using Release = void (*)(void *closure);
 
@@ -24,8 +24,8 @@ public:
 
     torch::autograd::variable_list apply(torch::autograd::variable_list &&received) override {
         TORCH_CHECK(closure_ != nullptr, "a custom gradient is asked for a second time");
-        std::vector<const at::Tensor *> places;
-        for (const auto &gradient : received) places.push_back(&gradient);
+        std::vector<at::Tensor *> places;
+        for (auto &gradient : received) places.push_back(new at::Tensor(std::move(gradient)));
         std::vector<at::Tensor *> given(num_given_, nullptr);
         backward_(std::exchange(closure_, nullptr), places.data(), places.size(), given.data());
         torch::autograd::variable_list gradients;
@@ -59,12 +59,17 @@ extern "C" bool fm_dist_is_recorded(const at::Tensor *const *inputs, size_t num_
     return false;
 }
 
-// Makes the output the result of an operation on the inputs, whose gradient the closure computes.
-extern "C" void fm_dist_custom_gradient(
-    const at::Tensor *const *inputs, size_t num_inputs, at::Tensor *output, void *closure, Backward backward, Release release) noexcept {
+// Makes the outputs the results of an operation on the inputs, whose gradients the closure computes.
+extern "C" void fm_dist_custom_gradient(const at::Tensor *const *inputs, size_t num_inputs, at::Tensor *const *outputs, size_t num_outputs,
+                                        void *closure, Backward backward, Release release) noexcept {
     std::vector<at::Tensor> variables;
     for (size_t index = 0; index < num_inputs; ++index) variables.push_back(*inputs[index]);
     c10::intrusive_ptr<torch::autograd::Node> node = c10::make_intrusive<CustomGradient>(num_inputs, closure, backward, release);
     node->set_next_edges(torch::autograd::collect_next_edges(variables));
-    torch::autograd::set_history(*output, node);
+    for (size_t index = 0; index < num_outputs; ++index) torch::autograd::set_history(*outputs[index], node);
+}
+
+// True if nothing else holds the tensor's numbers.
+extern "C" bool fm_dist_is_alone(const at::Tensor *tensor) noexcept {
+    return tensor->use_count() == 1 && tensor->has_storage() && tensor->storage().use_count() == 1;
 }

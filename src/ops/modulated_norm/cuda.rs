@@ -37,12 +37,18 @@ pub fn forward(norm: ModulatedNorm, x: &Tensor, scale: &Tensor, shift: &Tensor) 
     Normalized { output, moments }
 }
 
-/// Gradients of `x`, scale and shift.
-pub fn backward(norm: ModulatedNorm, saved: &Saved, grad_output: &Tensor) -> [Tensor; 3] {
+/// Gradients of `x`, scale and shift; that of `x` with what was `passed`.
+pub fn backward(
+    norm: ModulatedNorm,
+    saved: &Saved,
+    grad_output: &Tensor,
+    passed: Option<&Tensor>,
+) -> [Tensor; 3] {
     let Saved { x, scale, moments } = saved;
     let grad_x = x.empty_like();
     let (width, sharing, pitch) = (row_width(x), sharing(x, scale), pitch(scale, 1));
-    let numbers = vector(&[width, pitch], &[x, scale, grad_output, &grad_x], 1);
+    let tensors = [x, scale, grad_output, passed.unwrap_or(grad_output), &grad_x];
+    let numbers = vector(&[width, pitch], &tensors, 1);
     let (modulations, team) = (scale.numel() as i64 / width, Team::of_row(width, numbers));
     let blocks = sharing.unsigned_abs().div_ceil(team.block_rows() as u64) as i64;
     let partial = Tensor::empty([2, modulations, blocks, width], (Kind::Float, x.device()));
@@ -55,6 +61,7 @@ pub fn backward(norm: ModulatedNorm, saved: &Saved, grad_output: &Tensor) -> [Te
             Argument::Rows(scale),
             Argument::Tensor(moments),
             Argument::Tensor(grad_output),
+            passed.map_or(Argument::Missing, Argument::Tensor),
             Argument::Tensor(&grad_x),
             Argument::Tensor(&partial),
             Argument::Integers(&[width]),

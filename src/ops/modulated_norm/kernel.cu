@@ -12,6 +12,13 @@ template <class M, int N> __device__ Vector<M, N> factors_of(Vector<M, N> scale,
     return scale;
 }
 
+// Numbers and those to be added to them, rounded.
+template <class T, int N> __device__ Vector<T, N> sum_of(Vector<T, N> numbers, const Vector<T, N> &others) {
+    for (int k = 0; k < N; k++)
+        round_to(numbers.at[k], widened(numbers.at[k]) + widened(others.at[k]));
+    return numbers;
+}
+
 // `sharing`: rows that share a row of the modulation; `pitches`: of scale and shift; `moments`: mean of each row, and one over the root of its variance and
 // epsilon.
 template <class T, class M, int N>
@@ -58,12 +65,14 @@ __device__ void forward(const T *__restrict__ x, const M *__restrict__ scale, co
     }
 }
 
-// With n the normalized row and g its gradient, that of x is inverse · (g − mean(g) − n · mean(g · n)); scale's and shift's are
-// the sums of grad_output · n and of grad_output, here over a block's `block_rows` rows: `partial` [2, modulations, blocks, width].
+// With n the normalized row and g its gradient, that of x is inverse · (g − mean(g) − n · mean(g · n)), and what other uses of x
+// `passed`, if any; scale's and shift's are the sums of grad_output · n and of grad_output, here over a block's `block_rows` rows:
+// `partial` [2, modulations, blocks, width].
 template <class T, class M, int N>
 __device__ void backward(const T *__restrict__ x, const M *__restrict__ scale, const float *__restrict__ moments,
-                         const T *__restrict__ grad_output, T *__restrict__ grad_x, float *__restrict__ partial, long long width,
-                         long long sharing, long long pitch, float base, long long block_rows, long long team_size) {
+                         const T *__restrict__ grad_output, const T *__restrict__ passed, T *__restrict__ grad_x,
+                         float *__restrict__ partial, long long width, long long sharing, long long pitch, float base,
+                         long long block_rows, long long team_size) {
     const Team team(team_size);
     const unsigned int of_row = (unsigned int)width / N;
     float *const of_scale = own_memory() + 2 * team.number * width, *const of_shift = of_scale + width;
@@ -102,7 +111,7 @@ __device__ void backward(const T *__restrict__ x, const M *__restrict__ scale, c
                 const float scaled = widened(gradient.at[k]) * widened(factors.at[k]);
                 round_to(numbers.at[k], inverse * (scaled - gradient_mean - normalized * product_mean));
             }
-            into[place] = numbers;
+            into[place] = passed ? sum_of(numbers, vectors<N>(passed + row * width)[place]) : numbers;
         }
     }
     __syncthreads();
@@ -118,9 +127,10 @@ __device__ void backward(const T *__restrict__ x, const M *__restrict__ scale, c
         forward<T, M, N>(x, scale, shift, output, moments, rows, width, sharing, pitches, norm, team_size);                          \
     }                                                                                                                                \
     extern "C" __global__ void modulated_norm_backward_##T##_##M##_##N(                                                              \
-        const T *x, const M *scale, const float *moments, const T *grad_output, T *grad_x, float *partial, long long width,          \
-        long long sharing, long long pitch, float base, long long block_rows, long long team_size) {                                 \
-        backward<T, M, N>(x, scale, moments, grad_output, grad_x, partial, width, sharing, pitch, base, block_rows, team_size);      \
+        const T *x, const M *scale, const float *moments, const T *grad_output, const T *passed, T *grad_x, float *partial,          \
+        long long width, long long sharing, long long pitch, float base, long long block_rows, long long team_size) {                \
+        backward<T, M, N>(x, scale, moments, grad_output, passed, grad_x, partial, width, sharing, pitch, base, block_rows,          \
+                          team_size);                                                                                                \
     }
 FOR_EACH_MODULATED(DECLARE)
 #undef DECLARE

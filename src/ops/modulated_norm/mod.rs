@@ -7,7 +7,7 @@ mod plain;
 use tch::Tensor;
 
 use super::launch::{self, KernelFile, Team};
-use super::{Bytes, Case, Misfit, Operation, Pass, Rounding, bytes, drawn, modulation};
+use super::{Bytes, Case, Misfit, Operation, Pass, PassingOn, Rounding, bytes, drawn, modulation};
 
 /// `n · (base + scale) + shift`, with n of mean 0 and variance 1 over the last axis of `x`.
 ///
@@ -79,10 +79,7 @@ impl Operation<3> for ModulatedNorm {
     }
 
     fn backward(&self, pass: Pass, saved: Saved, grad_output: Tensor) -> [Tensor; 3] {
-        match pass {
-            Pass::Cpu => cpu::backward(*self, &saved, &grad_output),
-            Pass::Cuda => cuda::backward(*self, &saved, &grad_output),
-        }
+        self.backward_onto(pass, saved, grad_output, None)
     }
 
     fn least_bytes(&self, [x, scale, shift]: [&Tensor; 3]) -> Bytes {
@@ -109,6 +106,25 @@ impl Operation<3> for ModulatedNorm {
             }
         }
         cases
+    }
+}
+
+impl PassingOn<3> for ModulatedNorm {
+    fn backward_onto(
+        &self,
+        pass: Pass,
+        saved: Saved,
+        grad_output: Tensor,
+        passed: Option<&Tensor>,
+    ) -> [Tensor; 3] {
+        match pass {
+            Pass::Cpu => {
+                let [mut grad_x, scale, shift] = cpu::backward(*self, &saved, &grad_output);
+                drop(passed.map(|passed| grad_x.g_add_(passed)));
+                [grad_x, scale, shift]
+            }
+            Pass::Cuda => cuda::backward(*self, &saved, &grad_output, passed),
+        }
     }
 }
 
