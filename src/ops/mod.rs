@@ -203,7 +203,7 @@ pub trait Operation<const N: usize>: Copy + Send + 'static {
 }
 
 /// An operation that can pass its first input on to other uses, whose gradient its own is added to
-/// where it is computed: libtorch would read both and write the sum.
+/// where it is computed: libtorch would read both and write the sum. `verify_each` names every one.
 pub trait PassingOn<const N: usize>: Operation<N> {
     /// As [`backward`](Operation::backward), with what was `passed`, the gradient of the first
     /// input's other uses, in the first gradient; it is contiguous.

@@ -56,18 +56,17 @@ pub fn an_operation_that_is_queried() {
     rank.end();
 }
 
-/// Each seed is one order of the ends of two streams; among twenty both occur.
+/// Each seed is one order of the ends of two streams; both soon occur, on a busy machine later.
 #[test]
 fn the_shuffle_changes_which_stream_ends_first() {
-    let firsts: Vec<bool> = (0..20)
-        .map(|seed| {
-            let ends =
-                launch(1, "switched::two_streams", &[("NCCL_DOUBLE_SHUFFLE", &format!("{seed}"))]);
-            expect_success(&ends);
-            ends[0].output.contains("the second stream ends first")
-        })
-        .collect();
-    assert!(firsts.contains(&true) && firsts.contains(&false), "{firsts:?}");
+    let is_second_first = |seed: usize| {
+        let ends =
+            launch(1, "switched::two_streams", &[("NCCL_DOUBLE_SHUFFLE", &format!("{seed}"))]);
+        expect_success(&ends);
+        ends[0].output.contains("the second stream ends first")
+    };
+    let first = is_second_first(0);
+    assert!((1..200).any(|seed| is_second_first(seed) != first), "always {first}");
 }
 
 pub fn two_streams() {
