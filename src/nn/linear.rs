@@ -42,7 +42,7 @@ impl Linear {
         self.changed(params, x, |weight, bias| weight.product_passing_on(x, bias))
     }
 
-    /// What `product` computes with the weight and the bias, or the same with a changed weight.
+    /// Computes `product` with the weight and the bias, or the same with a changed weight.
     fn changed(
         &self,
         params: &Views,

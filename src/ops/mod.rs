@@ -16,7 +16,7 @@
 //! # To add an operation
 //! 1. Make its folder and declare it below. Its type is `Copy`; settings (epsilon, [`Rounding`])
 //!    are its fields.
-//! 2. Add one line to the list in `operations!`.
+//! 2. Add one line to the list in `operations!`, and its name behind it if it is [`PassingOn`].
 //! 3. Let [`Operation::cases`] reach every branch: both kinds, each setting, a few shapes.
 //!
 //! [`verify`] then compares it with `plain.rs`, forward and backward: in the tests, and when a
@@ -66,17 +66,17 @@ use crate::libtorch::{as_one, is_counting};
 
 use autograd::{custom_gradient, passing_on};
 
-/// Lists the operations, one a line, for [`verify`] and for the rooms above.
+/// Lists the operations, one a line, for [`verify`] and for the rooms above; behind them those that
+/// pass an input on.
 macro_rules! operations {
-    ($($folder:ident::$operation:ident,)+) => {
+    ($($folder:ident::$operation:ident,)+; passing on: $($passing:ident,)+) => {
         $(pub use $folder::$operation;)+
 
         /// Verifies every operation by `pass` on `device`.
         fn verify_each(pass: Pass, device: Device) -> Verified {
             let mut verified = Verified::default();
             $(verified.add($operation::NAME, verify::verify_one::<$operation, _>(pass, device));)+
-            let passing_on = verify::verify_passing_on::<ModulatedNorm, _>(pass, device);
-            verified.add(ModulatedNorm::NAME, passing_on);
+            $(verified.add($passing::NAME, verify::verify_passing_on::<$passing, _>(pass, device));)+
             verified
         }
 
@@ -109,6 +109,9 @@ operations! {
     rotated_norm::RotatedNorm,
     rotation::Rotation,
     silu_gate::SiluGate,
+    ;
+    passing on:
+    ModulatedNorm,
 }
 
 /// A device that has single passes.
@@ -203,7 +206,7 @@ pub trait Operation<const N: usize>: Copy + Send + 'static {
 }
 
 /// An operation that can pass its first input on to other uses, whose gradient its own is added to
-/// where it is computed: libtorch would read both and write the sum. `verify_each` names every one.
+/// where it is computed: libtorch would read both and write the sum.
 pub trait PassingOn<const N: usize>: Operation<N> {
     /// As [`backward`](Operation::backward), with what was `passed`, the gradient of the first
     /// input's other uses, in the first gradient; it is contiguous.

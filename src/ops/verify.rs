@@ -67,9 +67,9 @@ pub fn drawn(shape: &[i64], kind: Kind, scope: u64) -> Tensor {
     Key::new(11, Purpose::Test).scope(scope).seeded(draw).to_kind(kind)
 }
 
-/// What the plain operation gives on inputs: what a pass is compared with.
+/// Computes by libtorch's operators the outputs that those of a pass are compared with.
 type Outputs<O, const N: usize> = fn(O, [&Tensor; N]) -> Vec<Tensor>;
-/// The first output of a pass, then the gradients.
+/// Computes the first output of a pass, then the gradients.
 type Differentiated<O, const N: usize> = fn(Pass, O, &[Tensor; N]) -> Vec<Tensor>;
 
 /// Verifies one operation; returns the number of cases.

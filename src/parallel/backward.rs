@@ -27,6 +27,7 @@ pub fn stage_backward(
     output: &Activations,
     grad_output: &[Tensor],
 ) -> (Vec<Tensor>, Vec<Tensor>) {
+    // What a stage hands on of a frozen one before it has no graph here.
     let (roots, given): (Vec<&Tensor>, Vec<&Tensor>) = output
         .flowing()
         .map(|(_, value)| value)
