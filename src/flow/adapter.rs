@@ -1,6 +1,6 @@
 //! The interface between flow matching and a model family.
 
-use tch::{Device, Kind, Reduction, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::batch_keys::{BatchKey, Role, check_empty_row};
 use super::guidance::Guidance;
@@ -9,6 +9,7 @@ use super::settings::{CfgDropoutValue, FlowMatchingSettings};
 use crate::data::{Batch, DataType, EMPTY};
 use crate::error::{Error, Result};
 use crate::nn::Activations;
+use crate::ops::{SquaredError, apply};
 use crate::tensor::broadcast_to_rank;
 
 /// The task of a video batch; images are always text-to-video in the reference's terms.
@@ -201,9 +202,9 @@ pub trait ModelAdapter {
     fn prediction(&self, output: &Activations) -> Tensor;
 
     /// Returns the loss of each element before weighting: the squared error in f32, unless a family
-    /// overrides it.
+    /// overrides it. `target` is in f32.
     fn compute_loss(&self, prediction: &Tensor, target: &Tensor) -> Tensor {
-        prediction.to_kind(Kind::Float).mse_loss(&target.to_kind(Kind::Float), Reduction::None)
+        apply(SquaredError, [prediction, target])
     }
 
     /// Returns a mask of the elements in the mean loss; `None` for all. It has the prediction's

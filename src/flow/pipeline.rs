@@ -209,10 +209,7 @@ impl FlowMatchingPipeline {
         // A dataset's batches have all their axes.
         let alone = batch.sample_ids.is_empty().then(|| with_sample_axis(self.adapter(), batch));
         let batch = alone.as_ref().unwrap_or(batch);
-        let noisy_latents = self
-            .noise_schedule
-            .forward(&latents.to_kind(Kind::Float), &noise, &sampled.sigma)
-            .to_kind(self.dtype);
+        let noisy_latents = self.noise_schedule.forward(&latents, &noise, &sampled.sigma);
         let pipeline_drops = self.settings.cfg_dropout == CfgDropout::PerSample;
         let (dropped, drop) = match drop {
             Some(drop) if pipeline_drops => (Some(self.drop_conditions(batch, &drop)?), None),

@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use crate::tensor::broadcast_to_rank;
+use crate::ops::{Noising, apply};
 
 /// Straight lines at constant speed.
 #[derive(Clone, Copy, Debug, Default)]
@@ -12,24 +12,20 @@ impl LinearInterpolationSchedule {
     /// Returns the point on the straight path from `x0` (data) to `x1` (noise).
     ///
     /// # Shapes
-    /// `x0`, `x1`: `[B, …]`, equal; `sigma`: `[B]` f32 in `[0, 1]`, 0 = data. Returns the shape of
-    /// `x0`.
+    /// `x0`: `[B, …]`; `x1`: the same, f32; `sigma`: `[B]` f32 in `[0, 1]`, 0 = data. Returns the
+    /// shape and kind of `x0`.
     /// # Panics
     /// If the batch sizes differ (a bug in the caller).
     ///
     /// Source: Lipman et al. 2023, arXiv:2210.02747, eq. 20–23, time reversed.
     pub fn forward(&self, x0: &Tensor, x1: &Tensor, sigma: &Tensor) -> Tensor {
-        let sigma = broadcast_to_rank(sigma, x0.dim());
-        // 1 − sigma is a tensor operation of its own, since the reference rounds each product
-        // before the sum.
-        let mut point = (sigma.ones_like() - &sigma) * x0;
-        point += sigma * x1;
-        point
+        apply(Noising, [x0, x1, sigma])
     }
 
     /// Returns the model's target: the velocity along the path, noise − data, f32.
     pub fn velocity(&self, x0: &Tensor, x1: &Tensor) -> Tensor {
-        x1.to_kind(Kind::Float) - x0.to_kind(Kind::Float)
+        // The wider kind is that of the difference.
+        x1.to_kind(Kind::Float) - x0
     }
 }
 
@@ -39,6 +35,7 @@ mod tests {
 
     use super::*;
     use crate::rng::{Key, Purpose};
+    use crate::tensor::broadcast_to_rank;
 
     #[test]
     fn data_and_velocity_come_back_from_any_point_of_the_path() {

@@ -4,6 +4,7 @@
 use tch::Tensor;
 
 use super::loss::LossValues;
+use crate::ops::{Ranges, apply};
 
 /// Number of bins of the sigma histogram over `[0, 1]`.
 pub const SIGMA_BINS: usize = 10;
@@ -144,25 +145,16 @@ impl Statistics {
     /// without a graph. Only reductions of whole tensors run there: each operator costs more than
     /// all of the host's work on the few numbers of each sample.
     pub(super) fn measure(observed: &Observed<'_>) -> Tensor {
-        let loss = observed.loss;
-        let kept = loss.kept.share_of_samples(observed.sigma.size()[0], observed.sigma.device());
-        let tensors = [
-            observed.latents,
-            observed.noise,
-            observed.noisy_latents,
-            observed.model_pred,
-            observed.target,
-        ];
-        // Without an axis: along one, even the only one, the operator takes a hundred times as
-        // long.
-        let range = |tensor: &Tensor| <[Tensor; 2]>::from(tensor.aminmax(None::<i64>, false));
-        let mut scalars: Vec<Tensor> = tensors.into_iter().flat_map(range).collect();
-        scalars.extend(
-            [&loss.average_weighted_loss, &loss.average_unweighted_loss].map(Tensor::shallow_clone),
-        );
-        let (weight, scalars) = (loss.loss_weight.flatten(0, -1), Tensor::stack(&scalars, 0));
+        let Observed { sigma, timesteps, latents, noise, noisy_latents, model_pred, target, loss } =
+            observed;
+        let kept = loss.kept.share_of_samples(sigma.size()[0], sigma.device());
+        let ranges = apply(Ranges, [latents, noise, noisy_latents, model_pred, target]);
+        let [weighted, unweighted] =
+            [&loss.average_weighted_loss, &loss.average_unweighted_loss].map(|mean| mean.view(1));
+        let weight = loss.loss_weight.flatten(0, -1);
+        let losses = loss.sample_losses();
         Tensor::cat(
-            &[observed.sigma, observed.timesteps, &weight, &loss.sample_losses(), &kept, &scalars],
+            &[sigma, timesteps, &weight, &losses, &kept, &ranges, &weighted, &unweighted],
             0,
         )
     }

@@ -10,7 +10,7 @@
 //! |---|---|
 //! | `mod.rs` | meaning, shapes, source; the implementation of [`Operation`] |
 //! | `plain.rs` | the operation by libtorch's operators, on any device: what every pass must give |
-//! | `cpu.rs` | the single pass over a CPU's memory, by `lanes`, with its gradient |
+//! | `cpu.rs` | the single pass over a CPU's memory, by `lanes`, with its gradient; none for operations on latents, which are few beside the model's numbers: there a CPU takes `plain.rs` |
 //! | `cuda.rs`, `kernel.cu` | the pass over a GPU's memory, by `launch`; its bits are those of `cpu.rs` wherever sums have one order |
 //!
 //! # To add an operation
@@ -38,13 +38,16 @@ mod lanes;
 mod launch;
 mod modulated_norm;
 mod modulation;
+mod noising;
 mod patches;
 mod product;
+mod ranges;
 mod rms_norm;
 mod rotated_norm;
 mod rotation;
 mod rounding;
 mod silu_gate;
+mod squared_error;
 mod verify;
 
 pub use beside::Beside;
@@ -103,12 +106,15 @@ operations! {
     gated_residual::GatedResidual,
     gelu_tanh::GeluTanh,
     modulated_norm::ModulatedNorm,
+    noising::Noising,
     patches::Cut,
     patches::Join,
+    ranges::Ranges,
     rms_norm::RmsNorm,
     rotated_norm::RotatedNorm,
     rotation::Rotation,
     silu_gate::SiluGate,
+    squared_error::SquaredError,
     ;
     passing on:
     ModulatedNorm,
@@ -167,6 +173,9 @@ fn bytes<const N: usize>(tensors: [&Tensor; N]) -> u64 {
 pub trait Operation<const N: usize>: Copy + Send + 'static {
     /// Name in messages.
     const NAME: &'static str;
+
+    /// True for each input that is a constant and gets no gradient.
+    const CONSTANTS: [bool; N] = [false; N];
 
     /// Values that the gradient needs. They are the same for all passes: detached tensors.
     type Saved: Send + 'static;

@@ -145,7 +145,7 @@ fn verify_case<O: Operation<N>, const N: usize>(
 ) -> Result<(), String> {
     let operation = case.operation;
     let exact = inputs.each_ref().map(in_double);
-    let exact = differentiated(&exact, |inputs| expected(operation, inputs));
+    let exact = differentiated(&exact, O::CONSTANTS, |inputs| expected(operation, inputs));
     let names = std::iter::once("the output".to_string())
         .chain((0..).map(|number| format!("the gradient of input {number}")));
     for (name, (found, exact)) in names.zip(found.iter().zip(&exact)) {
@@ -157,13 +157,10 @@ fn verify_case<O: Operation<N>, const N: usize>(
     Ok(())
 }
 
-/// Numbers in f64; complex ones, which are constants, as they are.
+/// Numbers in f64; complex ones as they are.
 fn in_double(input: &Tensor) -> Tensor {
-    if is_constant(input) { input.shallow_clone() } else { input.to_kind(Kind::Double) }
-}
-
-fn is_constant(input: &Tensor) -> bool {
-    matches!(input.kind(), Kind::ComplexFloat | Kind::ComplexDouble)
+    let is_complex = input.kind() == Kind::ComplexFloat;
+    if is_complex { input.shallow_clone() } else { input.to_kind(Kind::Double) }
 }
 
 /// The output of an operation by `pass`, then the gradient of each input that is no constant, for a
@@ -173,7 +170,7 @@ pub fn differentiated_by<O: Operation<N>, const N: usize>(
     operation: O,
     inputs: &[Tensor; N],
 ) -> Vec<Tensor> {
-    differentiated(inputs, |inputs| vec![single_pass(operation, pass, inputs)])
+    differentiated(inputs, O::CONSTANTS, |inputs| vec![single_pass(operation, pass, inputs)])
 }
 
 /// As [`differentiated_by`], with a drawn gradient of another use of the first input.
@@ -182,7 +179,7 @@ pub fn differentiated_passing_on_by<O: PassingOn<N>, const N: usize>(
     operation: O,
     inputs: &[Tensor; N],
 ) -> Vec<Tensor> {
-    differentiated(inputs, |inputs| {
+    differentiated(inputs, O::CONSTANTS, |inputs| {
         let (passed_on, output) = single_pass_passing_on(operation, pass, inputs);
         vec![output, passed_on]
     })
@@ -192,16 +189,18 @@ pub fn differentiated_passing_on_by<O: PassingOn<N>, const N: usize>(
 /// drawn gradient of each output.
 fn differentiated<const N: usize>(
     inputs: &[Tensor; N],
+    constants: [bool; N],
     operation: impl Fn([&Tensor; N]) -> Vec<Tensor>,
 ) -> Vec<Tensor> {
-    let leaves =
-        inputs.each_ref().map(|input| input.detach().set_requires_grad(!is_constant(input)));
+    let leaf = |number: usize| inputs[number].detach().set_requires_grad(!constants[number]);
+    let leaves: [Tensor; N] = std::array::from_fn(leaf);
     let outputs = operation(leaves.each_ref());
     let given: Vec<Tensor> = outputs.iter().zip(99..).map(drawn_gradient).collect();
     let trained: Vec<&Tensor> = leaves.iter().filter(|leaf| leaf.requires_grad()).collect();
     let [outputs_of, given_of] =
         [&outputs, &given].map(|tensors| tensors.iter().collect::<Vec<_>>());
-    let found = gradients(&outputs_of, &given_of, &trained);
+    let found =
+        if trained.is_empty() { vec![] } else { gradients(&outputs_of, &given_of, &trained) };
     [outputs[0].detach()].into_iter().chain(found).collect()
 }
 

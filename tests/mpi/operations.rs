@@ -9,9 +9,10 @@ use std::path::{Path, PathBuf};
 
 use fm_dist::cuda::nvrtc;
 use fm_dist::ops::{
-    self, Beside, Case, Cut, FeatureOrder, GatedResidual, GeluTanh, Join, ModulatedNorm, Operation,
-    Pass, PassingOn, RmsNorm, RotatedNorm, Rotation, Rounding, SiluGate, Verified,
-    differentiated_by, differentiated_passing_on_by, drawn, verify_by, verify_cases,
+    self, Beside, Case, Cut, FeatureOrder, GatedResidual, GeluTanh, Join, ModulatedNorm, Noising,
+    Operation, Pass, PassingOn, Ranges, RmsNorm, RotatedNorm, Rotation, Rounding, SiluGate,
+    SquaredError, Verified, differentiated_by, differentiated_passing_on_by, drawn, verify_by,
+    verify_cases,
 };
 use fm_dist::rng::{Key, Purpose};
 use tch::{Device, Kind, Tensor};
@@ -233,6 +234,9 @@ pub(crate) fn kernels_beside_a_cpu(device: Device) {
             for patch in [[1, 2, 2], [2, 3, 1]] {
                 compare_patches(place, kind, patch);
             }
+            for shape in [&[1][..], &[3, 37], &[2, 7, 4, 6], &[2, 16, 3, 20, 36]] {
+                compare_latents(place, kind, shape);
+            }
         }
     }
 }
@@ -291,6 +295,18 @@ fn compare_patches(place: Place, kind: Kind, patch: [i64; 3]) {
         let join = Join { patch, grid: [2, 3, 5], order };
         place.compare(join, &[drawn(&[2, 30, features], kind, 13)], &[Nothing, Nothing]);
     }
+}
+
+/// The flow-matching step around the model.
+fn compare_latents(place: Place, kind: Kind, shape: &[i64]) {
+    let numbers = |kind, scope| drawn(shape, kind, scope);
+    let sigma = drawn(&shape[..1], Kind::Float, 17).sigmoid();
+    let noise = || numbers(Kind::Float, 16);
+    place.compare(Noising, &[numbers(kind, 15), noise(), sigma], &[Nothing]);
+    place.compare(SquaredError, &[numbers(kind, 18), noise()], &[Nothing; 2]);
+    let measured =
+        [numbers(kind, 15), noise(), numbers(kind, 19), numbers(kind, 18) * 9.0, noise() - 3.0];
+    place.compare(Ranges, &measured, &[Nothing]);
 }
 
 #[test]
@@ -396,6 +412,15 @@ fn a_kernel_that_computes_something_else_is_found() {
             "vectors<N>(passed)",
             &["modulated_norm"],
         ),
+        ("noising/kernel.cu", "(unsigned int)of_sample / N", "count", &["noising"]),
+        ("squared_error/kernel.cu", "2.0f * (", "1.0f * (", &["squared_error"]),
+        (
+            "ranges/kernel.cu",
+            "place[parts] = range.greatest",
+            "place[parts] = range.least",
+            &["ranges"],
+        ),
+        ("ranges/kernel.cu", "distance = WARP / 2", "distance = WARP / 4", &["ranges"]),
         ("launch/column_sums.cu", "block += lanes", "block += 2 * lanes", &["gated_residual"]),
         ("launch/prelude.cu", "(bits >> 16 & 1)", "0", norms),
     ] {

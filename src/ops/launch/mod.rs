@@ -16,7 +16,7 @@ use crate::files::sha256::hex;
 use crate::folders;
 
 /// Threads of a warp.
-const WARP: u64 = 32;
+pub const WARP: u64 = 32;
 /// Floats at the start of a block's memory, for a sum of each warp.
 const SUMS: u64 = 32;
 /// Most bytes of a block's memory on every GPU since sm_80.

@@ -22,6 +22,7 @@ pub struct RotatedNorm {
 
 impl Operation<3> for RotatedNorm {
     const NAME: &'static str = "rotated_norm";
+    const CONSTANTS: [bool; 3] = [false, false, true];
     /// Tensors that the norm saves, and `table`.
     type Saved = (Saved, Tensor);
 

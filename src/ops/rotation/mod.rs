@@ -40,6 +40,7 @@ impl Direction {
 
 impl Operation<2> for Rotation {
     const NAME: &'static str = "rotation";
+    const CONSTANTS: [bool; 2] = [false, true];
     /// `table`.
     type Saved = Tensor;
 

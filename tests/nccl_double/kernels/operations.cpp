@@ -65,3 +65,24 @@ ON_HOST(cut_bfloat16)
 ON_HOST(join_float)
 ON_HOST(join_bfloat16)
 } // namespace patches_text
+
+namespace noising_text {
+#include TEXT(noising/kernel.cu)
+#define ONE(T, N) ON_HOST(noising_##T##_##N)
+FOR_EACH_KIND(ONE)
+#undef ONE
+} // namespace noising_text
+
+namespace squared_error_text {
+#include TEXT(squared_error/kernel.cu)
+#define BOTH(T, N) ON_HOST(squared_error_##T##_##N) ON_HOST(squared_error_backward_##T##_##N)
+FOR_EACH_KIND(BOTH)
+#undef BOTH
+} // namespace squared_error_text
+
+namespace ranges_text {
+#include TEXT(ranges/kernel.cu)
+ON_HOST(ranges_8)
+ON_HOST(ranges_1)
+ON_HOST(ranges_of_parts)
+} // namespace ranges_text
