@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::Slice;
 use super::ema::by_kind;
@@ -20,20 +20,24 @@ struct Launch {
     num_bounds: i64,
 }
 
-/// Runs `kernel(params, gradient, state…, computed, average, narrow_average, length, bounds,
-/// num_bounds, rule)` over a slice, behind all that libtorch has queued. `rule`: the same numbers
-/// for every element.
+/// Runs `kernel(params, gradient, narrow_gradient, state…, computed, average, narrow_average,
+/// length, bounds, num_bounds, rule)` over a slice, behind all that libtorch has queued; of a
+/// gradient and an average in bfloat16 the narrow one is given, of others the first. `rule`: the
+/// same numbers for every element.
 ///
 /// # Errors
 /// The driver's refusal, perhaps of something that was queued earlier.
 pub fn launch(kernel: &Elementwise, slice: Slice<'_>, rule: &[f32]) -> Outcome<()> {
     let Slice { params, gradient, state, computed, average, decayed, .. } = slice;
     let gradient = gradient.contiguous();
-    let (average, narrow) = by_kind(average);
-    let tensors: Vec<Option<&Tensor>> = [Some(&*params), Some(&gradient)]
+    let is_narrow = gradient.kind() == Kind::BFloat16;
+    let (wide_gradient, narrow_gradient) =
+        if is_narrow { (None, Some(&gradient)) } else { (Some(&gradient), None) };
+    let (average, narrow_average) = by_kind(average);
+    let tensors: Vec<Option<&Tensor>> = [Some(&*params), wide_gradient, narrow_gradient]
         .into_iter()
         .chain(state.iter().map(Some))
-        .chain([computed.as_deref(), average.as_deref(), narrow.as_deref()])
+        .chain([computed.as_deref(), average.as_deref(), narrow_average.as_deref()])
         .collect();
     for Launch { elements, bounds, num_bounds } in launches(params.numel() as i64, decayed) {
         let length = elements.end - elements.start;

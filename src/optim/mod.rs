@@ -29,7 +29,7 @@ use crate::registry::registry;
 pub struct Slice<'a> {
     /// `[P]` f32, changed in place.
     pub params: &'a mut Tensor,
-    /// `[P]` f32.
+    /// `[P]` f32 or bf16.
     pub gradient: &'a Tensor,
     /// Factor by which the gradient is multiplied first: the clipping's coefficient, 1 for none.
     pub gradient_factor: f64,

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::thread;
 
 use half::bf16;
+use tch::Kind;
 
 use super::Slice;
 use super::ema::by_kind;
@@ -47,7 +48,7 @@ pub fn for_each_run<const S: usize>(slice: Slice<'_>, update: impl Fn(Run<'_, S>
     let kept = state.len();
     let state: &mut [_; S] =
         state.try_into().unwrap_or_else(|_| panic!("{S} tensors of state a slice, found {kept}"));
-    let gradient = gradient.contiguous();
+    let gradient = gradient.to_kind(Kind::Float).contiguous();
     let (average, narrow) = by_kind(average);
     let rest = Run {
         params: elements_mut(params),

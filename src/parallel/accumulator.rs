@@ -14,7 +14,7 @@ pub enum Summation {
     Pairwise,
 }
 
-/// Sums gradients in f32.
+/// Sums gradients in f32; one to which nothing is added keeps its kind.
 #[derive(Debug)]
 pub struct Accumulator {
     summation: Summation,
@@ -31,7 +31,7 @@ impl Accumulator {
     pub fn add(&mut self, gradient: Tensor) {
         match (self.summation, self.parts.last_mut()) {
             (Summation::Running, Some((_, sum))) => add(sum, &gradient),
-            _ => self.parts.push((0, gradient.to_kind(Kind::Float))),
+            _ => self.parts.push((0, gradient)),
         }
         while let [.., (left, _), (right, _)] = self.parts.as_slice()
             && left == right
@@ -58,6 +58,9 @@ impl Accumulator {
 }
 
 fn add(sum: &mut Tensor, gradient: &Tensor) {
+    if sum.kind() != Kind::Float {
+        *sum = sum.to_kind(Kind::Float);
+    }
     let _ = no_grad(|| sum.f_add_(gradient)).expect("gradients of one stage have one shape");
 }
 
@@ -92,6 +95,22 @@ mod tests {
             sum(Summation::Pairwise, 0..7),
             ((v(0) + v(1)) + (v(2) + v(3))) + ((v(4) + v(5)) + v(6))
         );
+    }
+
+    #[test]
+    fn a_gradient_is_widened_when_something_is_added_to_it() {
+        for summation in [Summation::Running, Summation::Pairwise] {
+            let mut accumulator = Accumulator::new(summation);
+            let small = || Tensor::from_slice(&[2f32.powi(-12)]).to_kind(Kind::BFloat16);
+            let mut add = |gradients: Vec<Tensor>| {
+                gradients.into_iter().for_each(|gradient| accumulator.add(gradient));
+                accumulator.take().expect("something was added")
+            };
+            assert_eq!(add(vec![small()]).kind(), Kind::BFloat16);
+            let one = Tensor::ones([1], (Kind::BFloat16, tch::Device::Cpu));
+            let sum = add(vec![one, small()]);
+            assert_eq!(sum.double_value(&[0]), 1.0 + 2f64.powi(-12), "{summation:?}");
+        }
     }
 
     #[test]

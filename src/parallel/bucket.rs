@@ -8,7 +8,7 @@ use crate::libtorch::copy_each;
 use crate::nn::{ParamInfo, ParamSet, Views};
 use crate::parallel::copies::Arriving;
 use crate::parallel::piece::{Loan, Piece, Shard};
-use crate::parallel::{Copies, Devices, Sharing};
+use crate::parallel::{Copies, Devices, Joining, Sharing};
 use crate::rng::Key;
 
 /// A stage's parameters: in the kind that they are computed in, and master values in f32 of those
@@ -145,11 +145,17 @@ impl Bucket {
     }
 
     /// Copies the gradients of the stage's trained parameters to one flat tensor for each trained
-    /// piece, in the kind in which they are summed: f32, or f64 for a piece in f64. Gradients are
-    /// undefined for parameters that the stage's graph did not reach; these become zero, so that
-    /// all ranks issue the same collectives.
-    pub fn joined(&self, params: &ParamSet, gradients: Vec<Tensor>) -> Vec<Tensor> {
-        let joined: Vec<Tensor> = self.trained().map(Piece::empty_gradient).collect();
+    /// piece, in the kind of [`Joining::joined`]. Gradients are undefined for parameters that the
+    /// stage's graph did not reach; these become zero, so that all ranks issue the same
+    /// collectives.
+    pub fn joined(
+        &self,
+        params: &ParamSet,
+        gradients: Vec<Tensor>,
+        joining: Joining,
+    ) -> Vec<Tensor> {
+        let empty = |piece: &Piece| piece.empty_gradient(joining.joined(piece.kind()));
+        let joined: Vec<Tensor> = self.trained().map(empty).collect();
         let (mut places, mut arrived) = (Vec::new(), Vec::new());
         for ((_, mut view), gradient) in self.by_name(params, &joined).zip(gradients) {
             match gradient.defined() {

@@ -25,15 +25,18 @@ pub fn global_norm<'t>(gradients: impl Iterator<Item = &'t Tensor>) -> Tensor {
 
 fn norm(gradient: &Tensor) -> Tensor {
     let (elements, whole) = (gradient.size()[0], gradient.size()[0] / CHUNK * CHUNK);
+    // In f32 whatever the gradient's kind.
+    let of_all = |part: &Tensor| part.norm_scalaropt_dtype(2, Kind::Float);
     if whole == 0 {
-        return gradient.norm();
+        return of_all(gradient);
     }
-    let chunks = gradient.narrow(0, 0, whole).view([-1, CHUNK]).norm_scalaropt_dim(
+    let chunks = gradient.narrow(0, 0, whole).view([-1, CHUNK]).norm_scalaropt_dim_dtype(
         2,
         [1i64].as_slice(),
         false,
+        Kind::Float,
     );
-    let rest = gradient.narrow(0, whole, elements - whole).norm().view([1]);
+    let rest = of_all(&gradient.narrow(0, whole, elements - whole)).view([1]);
     Tensor::cat(&[chunks, rest], 0).norm()
 }
 

@@ -178,10 +178,9 @@ impl Piece {
     }
 
     /// A buffer `[padded]` for the piece's gradient, uninitialized except that the padding is zero.
-    pub(super) fn empty_gradient(&self) -> Tensor {
+    pub(super) fn empty_gradient(&self, kind: Kind) -> Tensor {
         let Layout { numel, padded, .. } = self.layout;
-        let gradient =
-            self.empty_full(if self.kind() == Kind::Double { Kind::Double } else { Kind::Float });
+        let gradient = self.empty_full(kind);
         drop(gradient.narrow(0, numel, padded - numel).zero_());
         gradient
     }

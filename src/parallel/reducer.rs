@@ -2,12 +2,12 @@
 
 use std::collections::VecDeque;
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::collective::{ReduceOp, Sliced, Work};
 use crate::error::Result;
 use crate::parallel::accumulator::{Accumulator, Summation};
-use crate::parallel::{Bucket, ReduceDtype, Sharding, Sharing};
+use crate::parallel::{Bucket, Joining, Sharding, Sharing};
 
 /// Buckets whose reduce-scatter may be under way at once: each holds a stage's whole gradient until
 /// it is complete.
@@ -19,7 +19,7 @@ pub(crate) const BUCKETS_UNDER_WAY: usize = 1;
 pub struct Reducer<'r> {
     sharing: &'r Sharing<'r>,
     buckets: &'r [Bucket],
-    dtype: ReduceDtype,
+    joining: Joining,
     /// By stage and trained piece: the sums on this rank, over gradients that are still to be
     /// reduced or have been.
     sums: Vec<Vec<Accumulator>>,
@@ -40,7 +40,7 @@ impl<'r> Reducer<'r> {
     pub fn new(
         sharing: &'r Sharing<'r>,
         buckets: &'r [Bucket],
-        dtype: ReduceDtype,
+        joining: Joining,
         summation: Summation,
     ) -> Self {
         let accumulators =
@@ -48,7 +48,7 @@ impl<'r> Reducer<'r> {
         Reducer {
             sharing,
             buckets,
-            dtype,
+            joining,
             sums: buckets.iter().map(accumulators).collect(),
             under_way: VecDeque::new(),
         }
@@ -74,7 +74,7 @@ impl<'r> Reducer<'r> {
     }
 
     /// Waits for the collectives. Returns this rank's shard of the summed gradient, by stage and
-    /// trained piece, f32; empty for a stage that is not trained.
+    /// trained piece, in the kind of [`Joining::kept`]; empty for a stage that is not trained.
     pub fn finish(mut self) -> Result<Vec<Vec<Tensor>>> {
         while !self.under_way.is_empty() {
             self.finish_oldest()?;
@@ -96,7 +96,7 @@ impl<'r> Reducer<'r> {
         let pieces = || self.buckets[stage].trained();
         let gradients: Vec<Tensor> = pieces()
             .zip(gradients)
-            .map(|(piece, gradient)| gradient.to_kind(self.dtype.kind(piece.kind())))
+            .map(|(piece, gradient)| gradient.to_kind(self.joining.sent(piece.kind())))
             .collect();
         let (mut owned, mut whole, mut cut) = (Vec::new(), Vec::new(), Vec::new());
         for (piece, full) in pieces().zip(gradients) {
@@ -139,16 +139,5 @@ impl Sharding {
     /// the whole gradient.
     pub fn scatters_each_micro_batch(self) -> bool {
         matches!(self, Sharding::Gradients | Sharding::Parameters)
-    }
-}
-
-impl ReduceDtype {
-    /// The kind in which gradients of parameters of `kind` are reduced; precise ones are always
-    /// reduced in f32.
-    pub(crate) fn kind(self, kind: Kind) -> Kind {
-        match self {
-            ReduceDtype::BFloat16 if kind != Kind::Float => Kind::BFloat16,
-            _ => Kind::Float,
-        }
     }
 }

@@ -8,7 +8,7 @@ use crate::nn::{Activations, Stage};
 use crate::parallel::ahead::Ahead;
 use crate::parallel::backward::{loss_backward, stage_backward};
 use crate::parallel::bucket::Weights;
-use crate::parallel::{Recompute, Replica};
+use crate::parallel::{Joining, Recompute, Replica};
 use crate::pulse;
 
 /// The state that one micro-batch's forward leaves for its backward: the boundaries, and the graphs
@@ -21,6 +21,7 @@ pub struct Tape<'m> {
     /// The step that errors name if every stage's outputs and gradients are checked for non-finite
     /// values, which costs a host synchronization each.
     check_finite: Option<u64>,
+    joining: Joining,
     kept: Vec<Boundary>,
     output: Activations,
 }
@@ -39,6 +40,7 @@ impl<'m> Tape<'m> {
             recompute,
             offload: false,
             check_finite: None,
+            joining: Joining::default(),
             kept: Vec::new(),
             output: Activations::new(),
         }
@@ -48,6 +50,12 @@ impl<'m> Tape<'m> {
     /// each.
     pub fn offloading(mut self, offload: bool) -> Self {
         self.offload = offload;
+        self
+    }
+
+    /// Joins gradients in these kinds, and not in those in which others can be added to them.
+    pub fn joining(mut self, joining: Joining) -> Self {
+        self.joining = joining;
         self
     }
 
@@ -133,7 +141,7 @@ impl<'m> Tape<'m> {
             // of the graph and the gathered parameters.
             drop((weights, output, input));
             let gradients = if buckets[index].is_trained() {
-                buckets[index].joined(stage.params(), gradients)
+                buckets[index].joined(stage.params(), gradients, self.joining)
             } else {
                 Vec::new()
             };

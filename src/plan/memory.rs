@@ -53,6 +53,7 @@ impl RankMemory {
                 optimizer_tensors: config.optimizer.rule.state_names().len() as u64,
                 average_bytes: config.ema.bytes(),
                 micro_batches: count as u64,
+                reduce_dtype: config.parallel.reduce_dtype,
             },
             activations: footprint(stages, config.model.family.width(), tokens, samples, kind),
             process: if is_on_host { PROCESS_BYTES } else { 0 },

@@ -1,7 +1,9 @@
 //! Weights, gradients and optimizer state of a rank, and the collectives of a step, by sharding.
 //! Integers only.
 
-use crate::parallel::{Offload, Sharding};
+use tch::Kind;
+
+use crate::parallel::{Joining, Offload, ReduceDtype, Sharding};
 use crate::run::checkpoint::{copied_bytes, saved_bytes};
 
 /// The numbers of a model that determine its memory.
@@ -18,24 +20,27 @@ pub struct StateLayout {
     /// Bytes of a parameter's average; 0 without averages.
     pub average_bytes: u64,
     pub micro_batches: u64,
+    pub reduce_dtype: ReduceDtype,
 }
 
 impl StateLayout {
     /// Returns the bytes of weights, gradients and optimizer state that one of `world_size` ranks
     /// holds on its device at the peak of a step, without activations.
     pub fn bytes_per_rank(&self, sharding: Sharding, offload: Offload, world_size: u64) -> u64 {
-        let Shares { sharding, all, owned, largest, largest_owned, frozen } =
-            self.shares(sharding, world_size);
+        let joining = self.joining(sharding, world_size);
+        let shares = self.shares(sharding, world_size);
+        let Shares { sharding, all, owned, largest_owned, frozen, .. } = shares;
         let weights = if sharding == Sharding::Parameters { owned } else { all };
         let frozen = if offload.frozen { 0 } else { frozen };
         let kept = self.compute_bytes * weights + frozen;
-        let backward = self.gathered_bytes(sharding, offload)
-            + self.backward_bytes(sharding, all, owned, largest);
+        let backward =
+            self.gathered_bytes(sharding, offload) + self.backward_bytes(joining, &shares);
         if !offload.optimizer {
             return kept + self.updated_bytes() * owned + backward;
         }
         // One stage's state at a time visits the device, while every gradient lies there.
-        let update = 4 * owned + self.updated_bytes() * largest_owned;
+        let gradients = bytes_of(joining.kept(self.kind())) * owned;
+        let update = gradients + self.updated_bytes() * largest_owned;
         kept + backward.max(update)
     }
 
@@ -111,21 +116,35 @@ impl StateLayout {
     }
 
     /// Returns the bytes of gradients at the moment when the last stages' buckets are complete.
-    fn backward_bytes(&self, sharding: Sharding, all: u64, owned: u64, largest: u64) -> u64 {
+    fn backward_bytes(&self, joining: Joining, shares: &Shares) -> u64 {
+        let Shares { sharding, all, owned, largest, .. } = *shares;
+        let [of_joined, of_sent, of_kept] = [Joining::joined, Joining::sent, Joining::kept]
+            .map(|of| bytes_of(of(joining, self.kind())));
         // Each parameter's own gradient, before they are joined in a bucket.
         let fresh = self.compute_bytes * largest;
         // The joined gradients, before they are added to the sums or cut into shards; with a single
         // micro-batch these are the sums.
-        let joined =
-            if sharding == Sharding::None && self.micro_batches == 1 { 0 } else { 4 * largest };
+        let is_sum = sharding == Sharding::None && self.micro_batches == 1;
+        let joined = if is_sum { 0 } else { of_joined * largest };
         // The previous bucket, whose shards are in flight.
-        let travelling = if sharding == Sharding::None { 0 } else { 4 * largest };
+        let travelling = if sharding == Sharding::None { 0 } else { of_sent * largest };
         let sums = match sharding {
-            Sharding::None => all,
-            Sharding::Optimizer if self.micro_batches > 1 => all,
-            _ => owned,
+            Sharding::None => of_joined * all,
+            Sharding::Optimizer if self.micro_batches > 1 => of_joined * all,
+            _ => of_kept * owned,
         };
-        fresh + joined + travelling + 4 * sums
+        fresh + joined + travelling + sums
+    }
+
+    /// The kinds of the gradients on each of `world_size` ranks.
+    fn joining(&self, sharding: Sharding, world_size: u64) -> Joining {
+        let micro_batches = self.micro_batches as usize;
+        Joining::new(world_size as usize, sharding, self.reduce_dtype, micro_batches)
+    }
+
+    /// The compute kind.
+    fn kind(&self) -> Kind {
+        if self.compute_bytes == 4 { Kind::Float } else { Kind::BFloat16 }
     }
 
     /// Returns the host memory that a save takes on the rank that keeps most.
@@ -156,6 +175,11 @@ impl StateLayout {
             Sharding::Parameters => format!("{each} reduce-scatters, {gathers} all-gathers"),
         }
     }
+}
+
+/// Bytes of a number.
+fn bytes_of(kind: Kind) -> u64 {
+    kind.elt_size_in_bytes() as u64
 }
 
 /// Numbers of trained parameters under a sharding.
@@ -189,6 +213,7 @@ mod tests {
             optimizer_tensors: 2,
             average_bytes: 0,
             micro_batches: 1,
+            reduce_dtype: ReduceDtype::Float32,
         }
     }
 
@@ -212,6 +237,19 @@ mod tests {
             layout.bytes_per_rank(Sharding::Parameters, Offload::NONE, 8),
             51 * (2 + 4 + 8 + 4) + 300 * (2 + 4 + 4 + 4)
         );
+    }
+
+    #[test]
+    fn gradients_that_nobody_adds_to_are_as_narrow_as_parameters() {
+        let layout = two_stages();
+        let bytes = |layout: &StateLayout, ranks| {
+            layout.bytes_per_rank(Sharding::None, Offload::NONE, ranks)
+        };
+        assert_eq!(bytes(&layout, 1), 400 * (2 + 4 + 8 + 2) + 300 * 2);
+        let layout = StateLayout { reduce_dtype: ReduceDtype::BFloat16, ..layout };
+        assert_eq!(bytes(&layout, 8), 400 * (2 + 4 + 8 + 2) + 300 * 2);
+        let layout = StateLayout { micro_batches: 2, ..layout };
+        assert_eq!([1, 8].map(|ranks| bytes(&layout, ranks)), [400 * 18 + 300 * (2 + 4); 2]);
     }
 
     #[test]
@@ -283,7 +321,7 @@ mod tests {
         let [activations, optimizer] =
             [Offloaded::Activations, Offloaded::Optimizer].map(|word| Offload::NONE.with(word));
         assert_eq!(bytes(activations), bytes(Offload::NONE));
-        assert_eq!(bytes(optimizer), 400 * 2 + 400 * 4 + 300 * (4 + 8));
+        assert_eq!(bytes(optimizer), 400 * 2 + 400 * 2 + 300 * (4 + 8));
         assert_eq!(layout.offloaded_bytes(Sharding::None, Offload::ALL, 1), 400 * (4 + 8));
         assert_eq!(layout.offloaded_bytes(Sharding::Gradients, Offload::ALL, 8), 51 * (4 + 8));
     }

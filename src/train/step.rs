@@ -13,7 +13,7 @@ use crate::flow::{
 };
 use crate::nn::DROPOUT_KEYS;
 use crate::optim::clip;
-use crate::parallel::{Reducer, Replica};
+use crate::parallel::{Joining, ParallelSettings, Reducer, Replica};
 use crate::phase::Phase;
 use crate::pulse;
 use crate::run::checkpoint::Saver;
@@ -159,9 +159,9 @@ impl Stepper<'_> {
         replica: &Replica<'_>,
         watch: &mut Stopwatch,
     ) -> Result<Passed> {
-        let parallel = &self.config.parallel;
-        let (dtype, summation) = (parallel.reduce_dtype, parallel.summation());
-        let mut reducer = Reducer::new(&replica.sharing, &replica.buckets, dtype, summation);
+        let summation = self.config.parallel.summation();
+        let (sharing, buckets) = (&replica.sharing, &replica.buckets);
+        let mut reducer = Reducer::new(sharing, buckets, self.joining(), summation);
         let (mut rows, mut batches, mut last) = (Vec::new(), Vec::new(), None);
         for micro_batch in 0..self.share.micro_batches {
             pulse::enter(Phase::Data);
@@ -210,6 +210,13 @@ impl Stepper<'_> {
         Ok(Seen { statistics, grad_norm, tallies })
     }
 
+    /// The kinds of this step's gradients.
+    fn joining(&self) -> Joining {
+        let ParallelSettings { sharding, reduce_dtype, .. } = self.config.parallel;
+        let Share { world_size, micro_batches, .. } = self.share;
+        Joining::new(world_size, sharding, reduce_dtype, micro_batches)
+    }
+
     fn spent(&self, replica: &Replica<'_>) -> Spent {
         self.collective.spent() + replica.sharing.spent()
     }
@@ -231,6 +238,7 @@ impl Stepper<'_> {
         fault::error(Phase::Forward)?;
         let parallel = &self.config.parallel;
         let tape = replica.tape(parallel.recompute).offloading(parallel.offload.activations);
+        let tape = tape.joining(self.joining());
         let mut tape = tape.checking_finite(self.check_stages.then_some(step));
         // The loss is checked later, for all ranks at once.
         let options = StepOptions { global_step: step, collect_metrics: true, check_loss: false };

@@ -110,11 +110,11 @@ fn the_kernel_takes_what_is_handed_over_and_rounds_as_it_is_written() {
         .expect("a function by this name");
     let parameters: Vec<&str> =
         entry.split(',').map(|parameter| parameter.trim().trim_start_matches(".param ")).collect();
-    let pointers_and_length = (0..8).map(|number| format!(".u64 adamw_param_{number}"));
+    let pointers_and_length = (0..9).map(|number| format!(".u64 adamw_param_{number}"));
     let by_value = [
-        ".align 8 .b8 adamw_param_8[2048]",
-        ".u64 adamw_param_9",
-        ".align 4 .b8 adamw_param_10[36]",
+        ".align 8 .b8 adamw_param_9[2048]",
+        ".u64 adamw_param_10",
+        ".align 4 .b8 adamw_param_11[36]",
     ];
     assert_eq!(
         parameters,
@@ -240,6 +240,8 @@ fn three_steps(
     for (number, gradient) in gradients.iter().enumerate() {
         // Of many sizes.
         let gradient = gradient * (&params * 3.0).exp();
+        let kind = if number == 1 { Kind::BFloat16 } else { Kind::Float };
+        let gradient = gradient.to_kind(kind);
         let gradient_there = there(&gradient);
         let (gradient_factor, lr, step) = (0.37, 0.01, number as u64 + 1);
         let share = 0.3;

@@ -7,8 +7,8 @@ use fm_dist::collective::{Collective, Threads};
 use fm_dist::model::{Architecture, Dit};
 use fm_dist::nn::{Activations, Builder, Init, Param, ParamSet, Rows, Stage, Tuned, Views};
 use fm_dist::parallel::{
-    Devices, Recompute, ReduceDtype, Reducer, Replica, Sharding, ShardingGroup, Sharing, Summation,
-    divergence,
+    Devices, Joining, Recompute, ReduceDtype, Reducer, Replica, Sharding, ShardingGroup, Sharing,
+    Summation, divergence,
 };
 use fm_dist::rng::{Key, Purpose};
 use fm_dist::run::Resume;
@@ -224,10 +224,10 @@ fn on_rank(world: &dyn Collective, shape: Shape) -> Vec<Option<Tensor>> {
         let values = bucket.parameters(&replica.sharing).unwrap();
         bucket.set(&(values + 0.01));
     }
-    let mut reducer =
-        Reducer::new(&replica.sharing, &replica.buckets, ReduceDtype::Float32, Summation::Running);
+    let joining = Joining::new(world.world_size(), shape.sharding, ReduceDtype::Float32, 2);
+    let mut reducer = Reducer::new(&replica.sharing, &replica.buckets, joining, Summation::Running);
     for micro_batch in 0..2 {
-        let mut tape = replica.tape(shape.recompute);
+        let mut tape = replica.tape(shape.recompute).joining(joining);
         let output = tape.forward(inputs(10 * micro_batch + world.rank())).unwrap();
         let loss = output.get("prediction").square().mean(Kind::Float);
         tape.backward(&loss, |stage, gradients| reducer.add(stage, gradients, micro_batch == 1))

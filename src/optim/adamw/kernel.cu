@@ -49,21 +49,25 @@ __device__ unsigned short bfloat16(float value) {
 
 __device__ float widened(unsigned short value) { return __uint_as_float((unsigned int)value << 16); }
 
-// Touches elements 0 to length − 1 of each tensor; `computed`, `average` and `narrow_average`, in bfloat16, may be null.
+__device__ float4 widened(ushort4 values) { return make_float4(widened(values.x), widened(values.y), widened(values.z), widened(values.w)); }
+
+// Touches elements 0 to length − 1 of each tensor; what is narrow is in bfloat16. Of the gradients one is null; `computed` and the averages
+// may be.
 extern "C" __global__ void adamw(
-    float *params, const float *gradient, float *exp_avg, float *exp_avg_sq, unsigned short *computed, float *average,
-    unsigned short *narrow_average, long long length, const __grid_constant__ Bounds bounds, long long num_bounds, const __grid_constant__ Rule rule) {
+    float *params, const float *gradient, const unsigned short *narrow_gradient, float *exp_avg, float *exp_avg_sq,
+    unsigned short *computed, float *average, unsigned short *narrow_average, long long length,
+    const __grid_constant__ Bounds bounds, long long num_bounds, const __grid_constant__ Rule rule) {
     const long long num_threads = (long long)gridDim.x * blockDim.x;
     const long long thread = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     // Views of a flat buffer may begin anywhere.
-    const unsigned long long starts = (unsigned long long)params | (unsigned long long)gradient | (unsigned long long)exp_avg |
-                                      (unsigned long long)exp_avg_sq | 2 * (unsigned long long)computed |
+    const unsigned long long starts = (unsigned long long)params | (unsigned long long)gradient | 2 * (unsigned long long)narrow_gradient |
+                                      (unsigned long long)exp_avg | (unsigned long long)exp_avg_sq | 2 * (unsigned long long)computed |
                                       (unsigned long long)average | 2 * (unsigned long long)narrow_average;
     const long long fours = starts % 16 == 0 ? length / 4 : 0;
 
     for (long long four = thread; four < fours; four += num_threads) {
         float4 p = ((float4 *)params)[four], m = ((float4 *)exp_avg)[four], v = ((float4 *)exp_avg_sq)[four];
-        const float4 g = ((const float4 *)gradient)[four];
+        const float4 g = gradient ? ((const float4 *)gradient)[four] : widened(((const ushort4 *)narrow_gradient)[four]);
         const long long element = 4 * four;
         long long passed = bounds_until(bounds, num_bounds, element);
         bool decays[4];
@@ -100,7 +104,8 @@ extern "C" __global__ void adamw(
     }
     for (long long element = 4 * fours + thread; element < length; element += num_threads) {
         const bool decays = bounds_until(bounds, num_bounds, element) % 2 == 1;
-        update(params[element], gradient[element], exp_avg[element], exp_avg_sq[element], decays, rule);
+        const float raw_gradient = gradient ? gradient[element] : widened(narrow_gradient[element]);
+        update(params[element], raw_gradient, exp_avg[element], exp_avg_sq[element], decays, rule);
         if (computed)
             computed[element] = bfloat16(params[element]);
         if (average)

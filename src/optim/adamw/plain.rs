@@ -1,6 +1,6 @@
 //! The update by libtorch's operators, on any device: what every faster way is compared with.
 
-use tch::no_grad;
+use tch::{Kind, no_grad};
 
 use super::Factors;
 use crate::optim::{Average, Slice, ema};
@@ -12,7 +12,7 @@ pub(super) fn update(slice: Slice<'_>, factors: Factors) {
         panic!("AdamW keeps two tensors a slice, found {}", state.len())
     };
     no_grad(|| {
-        let gradient = &(gradient * factors.gradient);
+        let gradient = &(gradient.to_kind(Kind::Float) * factors.gradient);
         for &(offset, length) in decayed {
             let _ = params.narrow(0, offset, length).g_mul_scalar_(factors.decay);
         }

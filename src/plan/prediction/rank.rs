@@ -12,7 +12,7 @@ use super::links::{Group, Links, Operation, memory_seconds};
 use super::{Cluster, Prediction, Workload};
 use crate::collective::Spent;
 use crate::parallel::reducer::BUCKETS_UNDER_WAY;
-use crate::parallel::{Sharding, ShardingGroup};
+use crate::parallel::{Joining, Sharding, ShardingGroup};
 
 /// One of equal ranks, and the progress of its step.
 pub(super) struct Rank<'w> {
@@ -118,7 +118,9 @@ impl<'w> Rank<'w> {
         if work.recompute.drops(stage) {
             self.compute(self.forward_seconds(stage));
         }
-        self.compute(self.cluster.backward_seconds(&work.stages[stage], work.kind) / self.workers);
+        let joined = self.joining().joined(work.kind);
+        let seconds = self.cluster.backward_seconds(&work.stages[stage], work.kind, joined);
+        self.compute(seconds / self.workers);
         if work.stages[stage].trained > 0 {
             self.reduce(stage, is_last);
         }
@@ -178,14 +180,20 @@ impl<'w> Rank<'w> {
     }
 
     fn gradient_bytes(&self, stage: usize) -> f64 {
-        self.work.stages[stage].trained_bytes(self.work.reduce_dtype.kind(self.work.kind))
+        self.work.stages[stage].trained_bytes(self.joining().sent(self.work.kind))
+    }
+
+    /// The kinds of the step's gradients.
+    fn joining(&self) -> Joining {
+        let Workload { sharding, reduce_dtype, micro_batches, .. } = *self.work;
+        Joining::new(self.world.ranks, sharding, reduce_dtype, micro_batches)
     }
 
     fn forward_seconds(&self, stage: usize) -> f64 {
         self.cluster.forward_seconds(&self.work.stages[stage], self.work.kind) / self.workers
     }
 
-    /// Seconds of the optimizer: parameter, gradient and AdamW's two moments are read, all but the
+    /// Seconds of the optimizer: gradient, parameter and AdamW's two moments are read, all but the
     /// gradient are written, and the copy in the compute kind is written if it differs; an average
     /// is read and written.
     fn optimizer_seconds(&self) -> f64 {
@@ -197,7 +205,8 @@ impl<'w> Rank<'w> {
             .iter()
             .map(|stage| stage.trained.div_ceil(self.shards.ranks as u64))
             .sum();
-        (owned * (4 * 4 + 3 * 4 + copy as u64 + 2 * self.work.average_bytes)) as f64
+        let gradient = self.joining().kept(self.work.kind).elt_size_in_bytes();
+        (owned * (2 * 3 * 4 + (gradient + copy) as u64 + 2 * self.work.average_bytes)) as f64
             / self.cluster.constants.update
             / self.workers
     }
