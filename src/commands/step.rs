@@ -5,7 +5,7 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::assembly::attention::{TEXT, tokens_of_sample};
 use crate::assembly::device::{device, open_libraries};
@@ -24,7 +24,7 @@ use crate::libtorch::{Operators, Ran, count_operators};
 use crate::model::SampleShapes;
 use crate::nn::Tokens;
 use crate::ops;
-use crate::parallel::{Replica, Sharing};
+use crate::parallel::{Joining, Replica, Sharding, Sharing};
 use crate::rng::Stream;
 use crate::run::checkpoint::SavedWeights;
 use crate::run::locate::locate;
@@ -70,8 +70,10 @@ pub fn dump_step(config: &RunConfig, request: &StepRequest) -> Result<String> {
     let pipeline = build_pipeline(config, device);
     let seed = request.torch_seed.unwrap_or(config.seed as i64);
     let options = StepOptions { check_loss: false, ..StepOptions::default() };
+    // This batch is the whole step of one rank.
+    let joining = Joining::new(1, Sharding::None, config.parallel.reduce_dtype, 1);
     let computed = || {
-        let mut tape = replica.tape(config.parallel.recompute);
+        let mut tape = replica.tape(config.parallel.recompute).joining(joining);
         let stream = Stream::TorchSeed(seed);
         let output = pipeline.step(|inputs| tape.forward(inputs), &batch, &stream, options)?;
         let mut gradients = BTreeMap::new();
@@ -233,7 +235,8 @@ fn named_gradients(
     pieces: &[Tensor],
 ) -> Vec<(String, Tensor)> {
     let named = replica.buckets[stage].by_name(replica.stages[stage].params(), pieces);
-    named.map(|(info, view)| (format!("grad.{}", info.name), view)).collect()
+    let in_float = |view: Tensor| view.to_kind(Kind::Float);
+    named.map(|(info, view)| (format!("grad.{}", info.name), in_float(view))).collect()
 }
 
 fn write(

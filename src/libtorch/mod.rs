@@ -8,6 +8,7 @@ mod exceptions;
 mod library;
 mod malloc;
 mod operators;
+mod places;
 
 pub use attention::{AttentionBackend, permit_attention, prefer_fused_attention};
 pub use backward::gradients;
@@ -16,6 +17,7 @@ pub use exceptions::{guarded, panic_on_terminate};
 pub use library::{cpu_capability, library, torch_file, version};
 pub use malloc::{keep_freed_memory, share_memory_among_threads};
 pub use operators::{Operators, Ran, as_one, count_operators, is_counting};
+pub use places::{offer_place, take_place};
 
 #[allow(unsafe_code)]
 mod ffi {
@@ -47,6 +49,8 @@ mod ffi {
     }
 
     unsafe extern "C" {
+        pub fn fm_dist_offer_place(leaf: *const C_tensor, place: *const C_tensor);
+        pub fn fm_dist_take_place(leaf: *const C_tensor) -> *mut C_tensor;
         pub safe fn fm_dist_permit_attention(backends: u32);
         pub safe fn fm_dist_prefer_fused_attention();
         pub safe fn fm_dist_watch_operators(seen: Option<extern "C" fn(*const c_char, u64, u64)>);

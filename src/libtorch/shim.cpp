@@ -6,6 +6,7 @@
 #include <exception>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include <ATen/Context.h>
@@ -63,6 +64,15 @@ extern "C" void fm_dist_gradients(const at::Tensor *const *outputs, const at::Te
     for (size_t number = 0; number < num_inputs; number++) leaves.push_back(*inputs[number]);
     const auto gradients = torch::autograd::grad(roots, leaves, root_gradients, false, false, true);
     for (size_t number = 0; number < num_inputs; number++) found[number] = new at::Tensor(gradients[number]);
+}
+
+// Offers a place for the gradient of a leaf: its field for one, which computing gradients of given leaves does not touch.
+extern "C" void fm_dist_offer_place(const at::Tensor *leaf, const at::Tensor *place) noexcept { leaf->mutable_grad() = *place; }
+
+// Returns the place that was offered, null if there is none left.
+extern "C" at::Tensor *fm_dist_take_place(const at::Tensor *leaf) noexcept {
+    at::Tensor place = std::exchange(leaf->mutable_grad(), at::Tensor());
+    return place.defined() ? new at::Tensor(std::move(place)) : nullptr;
 }
 
 // Calls body(data). If it throws a std::exception, calls on_exception(data, text). A Rust panic passes through.

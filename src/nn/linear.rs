@@ -2,7 +2,6 @@
 
 use tch::Tensor;
 
-use super::packed::Weight;
 use super::{Builder, Init, Param, Views};
 
 /// `x · weightᵀ + bias`; where the weight has low-rank changes, with them.
@@ -33,27 +32,17 @@ impl Linear {
     /// # Shapes
     /// `x`: `[…, inputs]`. Returns `[…, outputs]`.
     pub fn forward(&self, params: &Views, x: &Tensor) -> Tensor {
-        self.changed(params, x, |weight, bias| (x.shallow_clone(), weight.product(x, bias))).1
+        self.passing_on(params, x).1
     }
 
     /// As [`forward`](Self::forward); returns `x` for its other uses, whose gradient this one's is
     /// added to within a product, and the output.
     pub fn passing_on(&self, params: &Views, x: &Tensor) -> (Tensor, Tensor) {
-        self.changed(params, x, |weight, bias| weight.product_passing_on(x, bias))
-    }
-
-    /// Computes `product` with the weight and the bias, or the same with a changed weight.
-    fn changed(
-        &self,
-        params: &Views,
-        x: &Tensor,
-        product: impl FnOnce(&Weight<'_>, Option<&Tensor>) -> (Tensor, Tensor),
-    ) -> (Tensor, Tensor) {
         let (weight, bias) = (params.weight(self.weight), self.bias.map(|bias| &params[bias]));
         let mut changes = params.low_ranks(self.weight);
         let (x, changed) = match changes.next() {
             Some(low_rank) => low_rank.apply(params, &weight, bias, x),
-            None => product(&weight, bias),
+            None => weight.product_passing_on(x, bias),
         };
         let changed = changes.fold(changed, |changed, further| changed + further.alone(params, &x));
         (x, changed)

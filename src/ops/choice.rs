@@ -42,7 +42,7 @@ struct Decision {
 static DECISION: Mutex<Option<Decision>> = Mutex::new(None);
 
 /// Operations of the process.
-static COUNTS: Mutex<Counts> = Mutex::new(Counts { taken: 0, fallen_back: BTreeMap::new() });
+static COUNTS: Mutex<Counts> = Mutex::new(Counts::NONE);
 
 struct Counts {
     /// Operations that a single pass took.
@@ -57,14 +57,15 @@ struct Fallback {
     reason: Misfit,
 }
 
-/// Chooses for the whole process how operations are computed from now on.
+/// Chooses for the whole process how operations are computed, and counts them, from now on.
 ///
 /// # Ordering
-/// To be called before the first operation and after libtorch's number of threads was set: it is
-/// read here, and not with each operation. A program that never calls it has
-/// [`Kernels::Fused`].
+/// To be called before the first operation of a model and after libtorch's number of threads was
+/// set: it is read here, and not with each operation. A program that never calls it, and one that
+/// tries its data first, has [`Kernels::Fused`] until then.
 pub fn choose(kernels: Kernels) {
     *held(&DECISION) = Some(Decision::now(kernels));
+    *held(&COUNTS) = Counts::NONE;
 }
 
 /// Leaves out the single passes of these operations on GPUs: [`verify`](super::verify) found them
@@ -167,6 +168,8 @@ pub fn fallbacks() -> Option<String> {
 }
 
 impl Counts {
+    const NONE: Self = Counts { taken: 0, fallen_back: BTreeMap::new() };
+
     fn told(&self) -> Option<String> {
         let fallen: u64 = self.fallen_back.values().sum();
         let all = self.taken + fallen;

@@ -4,6 +4,7 @@ use tch::{Kind, Tensor};
 
 use super::autograd::{is_alone, passing_on};
 use super::choice;
+use crate::libtorch::take_place;
 
 /// Name of the operation in messages.
 const NAME: &str = "product";
@@ -12,7 +13,8 @@ const NAME: &str = "product";
 ///
 /// The gradient of `x` is added to that of the other uses within the product that computes it.
 /// libtorch writes it, reads it and the other one, and writes the sum: for queries, keys and
-/// values of one input the most bytes that a block of a transformer moves beside products.
+/// values of one input the most bytes that a block of a transformer moves beside products. The
+/// gradient of the weight is computed in the place that was offered for it, if one was.
 ///
 /// # Shapes
 /// `x`: `[…, inputs]`; `weight`: `[outputs, inputs]`, `bias`: `[outputs]`, of the kind of `x`.
@@ -22,20 +24,38 @@ pub fn product_passing_on(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) ->
         return (x.shallow_clone(), x.linear(weight, bias));
     }
     let inputs: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
-    let trained: Vec<bool> = inputs.iter().map(|input| input.requires_grad()).collect();
+    let (shape, [outputs, width]) = (x.size(), size_of(weight));
+    // Each gradient needs what it is multiplied with, and no more is kept.
+    let has_gradient = |input: &Tensor| input.requires_grad();
+    let of_x = has_gradient(x).then(|| weight.detach());
+    let of_weight = has_gradient(weight).then(|| (weight.shallow_clone(), x.detach()));
+    let of_bias = bias.map(has_gradient);
     passing_on(
         &inputs,
-        || (x.linear(weight, bias), [x, weight].map(Tensor::detach)),
-        move |[x, weight], grad_output, passed| {
-            let gradient = grad_output.reshape([-1, weight.size()[0]]);
-            let of_x = || product_onto(passed, &gradient, &weight).reshape(x.size());
-            let of_weight = || gradient.tr().mm(&x.reshape([-1, weight.size()[1]]));
-            let of_bias = || gradient.sum_dim_intlist([0i64].as_slice(), false, None::<Kind>);
-            let mut gradients = vec![trained[0].then(of_x), trained[1].then(of_weight)];
-            gradients.extend(trained.get(2).map(|trained| trained.then(of_bias)));
-            gradients.into_iter().map(|gradient| gradient.unwrap_or_else(Tensor::new)).collect()
+        || (x.linear(weight, bias), (of_x, of_weight)),
+        move |(of_x, of_weight), grad_output, passed| {
+            let gradient = grad_output.reshape([-1, outputs]);
+            let of_x = of_x.map(|weight| product_onto(passed, &gradient, &weight).reshape(&shape));
+            let of_weight = of_weight
+                .map(|(leaf, x)| product_in_place(&leaf, &gradient.tr(), &x.reshape([-1, width])));
+            let sum = || gradient.sum_dim_intlist([0i64].as_slice(), false, None::<Kind>);
+            let of_bias = of_bias.map(|has_gradient| has_gradient.then(sum));
+            let gradients = [of_x, of_weight].into_iter().chain(of_bias);
+            gradients.map(|gradient| gradient.unwrap_or_else(Tensor::new)).collect()
         },
     )
+}
+
+fn size_of(weight: &Tensor) -> [i64; 2] {
+    weight.size().try_into().expect("[outputs, inputs]")
+}
+
+/// `a · b`, the gradient of `leaf`, in the place that was offered for it, if one was.
+fn product_in_place(leaf: &Tensor, a: &Tensor, b: &Tensor) -> Tensor {
+    match take_place(leaf) {
+        Some(place) => a.mm_out(&place, b),
+        None => a.mm(b),
+    }
 }
 
 /// `gradient · weight`, the gradient of a product's input, with what other uses `passed`, which is
@@ -56,7 +76,7 @@ mod tests {
     use tch::Device;
 
     use super::*;
-    use crate::libtorch::gradients;
+    use crate::libtorch::{gradients, offer_place};
     use crate::ops::drawn;
 
     /// Queries, keys and values of `x`, and the gradients of `x` and of all weights and biases, for
@@ -118,6 +138,25 @@ mod tests {
         product.sum(None).backward();
         assert!(!passed_on.requires_grad());
         assert!(weight.grad().equal(&(Tensor::ones([4, 3], float) * 2.0)));
+    }
+
+    #[test]
+    fn the_gradient_of_a_weight_is_computed_in_its_place_and_added_to_by_another_use() {
+        let float = (Kind::Float, Device::Cpu);
+        let (x, place) = (Tensor::ones([2, 3], float), Tensor::zeros([4, 3], float));
+        let weight = Tensor::ones([4, 3], float).set_requires_grad(true);
+        let gradient_of = |uses: usize| {
+            offer_place(&weight, &place);
+            let products = (0..uses).map(|_| product_passing_on(&x, &weight, None).1);
+            let loss = products.map(|product| product.sum(None)).reduce(|a, b| a + b);
+            let loss = loss.expect("a use");
+            gradients(&[&loss], &[&loss.ones_like()], &[&weight]).swap_remove(0)
+        };
+        let once = gradient_of(1);
+        assert_eq!(once.data_ptr(), place.data_ptr());
+        assert!(once.equal(&(Tensor::ones([4, 3], float) * 2.0)));
+        let twice = gradient_of(2);
+        assert!(twice.equal(&(Tensor::ones([4, 3], float) * 4.0)), "{twice}");
     }
 
     #[test]

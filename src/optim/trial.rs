@@ -42,14 +42,15 @@ pub fn wave(pace: f64, device: Device) -> Tensor {
 }
 
 impl Trial {
-    /// `state`: as the optimizer may find it, made of [`wave`]s; kinds: of gradient and average.
-    pub fn new(state: Vec<Tensor>, [of_gradient, of_average]: [Kind; 2], device: Device) -> Self {
-        let average = wave(2.3, device).to_kind(of_average);
+    /// `state`: as the optimizer may find it, made of [`wave`]s; `kind`: of gradient and
+    /// average.
+    pub fn new(state: Vec<Tensor>, kind: Kind, device: Device) -> Self {
+        let average = wave(2.3, device).to_kind(kind);
         // Of many sizes.
         let gradient = wave(1.9, device) * (wave(0.1, device) * 5.0).exp();
         Trial {
             params: wave(1.3, device),
-            gradient: gradient.to_kind(of_gradient),
+            gradient: gradient.to_kind(kind),
             state,
             computed: Tensor::zeros([ELEMENTS], (Kind::BFloat16, device)),
             average_before: average.copy(),

@@ -4,7 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::collective::{Collective, Sliced, Work};
 use crate::error::Result;
-use crate::libtorch::copy_each;
+use crate::libtorch::{copy_each, offer_place};
 use crate::nn::{ParamInfo, ParamSet, Views};
 use crate::parallel::copies::Arriving;
 use crate::parallel::piece::{Loan, Piece, Shard};
@@ -144,21 +144,33 @@ impl Bucket {
         Ok(Gathering { bucket: self, full, work })
     }
 
-    /// Copies the gradients of the stage's trained parameters to one flat tensor for each trained
-    /// piece, in the kind of [`Joining::joined`]. Gradients are undefined for parameters that the
-    /// stage's graph did not reach; these become zero, so that all ranks issue the same
-    /// collectives.
+    /// Returns places for the gradients of the stage's trained parameters, a flat tensor for each
+    /// trained piece, in the kind of [`Joining::joined`]. Where this is the kind of the parameters
+    /// they are offered to what computes the gradients.
+    pub fn places(&self, params: &ParamSet, weights: &Weights, joining: Joining) -> Vec<Tensor> {
+        let empty = |piece: &Piece| piece.empty_gradient(joining.joined(piece.kind()));
+        let places: Vec<Tensor> = self.trained().map(empty).collect();
+        for ((_, place), leaf) in self.by_name(params, &places).zip(weights.trained()) {
+            if place.kind() == leaf.kind() {
+                offer_place(leaf, &place);
+            }
+        }
+        places
+    }
+
+    /// Copies the gradients of the stage's trained parameters that were not computed in their
+    /// [`places`](Self::places) to them. Gradients are undefined for parameters that the stage's
+    /// graph did not reach; these become zero, so that all ranks issue the same collectives.
     pub fn joined(
         &self,
         params: &ParamSet,
+        joined: Vec<Tensor>,
         gradients: Vec<Tensor>,
-        joining: Joining,
     ) -> Vec<Tensor> {
-        let empty = |piece: &Piece| piece.empty_gradient(joining.joined(piece.kind()));
-        let joined: Vec<Tensor> = self.trained().map(empty).collect();
         let (mut places, mut arrived) = (Vec::new(), Vec::new());
         for ((_, mut view), gradient) in self.by_name(params, &joined).zip(gradients) {
             match gradient.defined() {
+                true if gradient.data_ptr() == view.data_ptr() => {}
                 // Freed at once: a CPU takes the pages of its place only now.
                 true if view.device() == Device::Cpu => view.copy_(&gradient),
                 true => {
@@ -274,8 +286,9 @@ fn joined(pieces: impl Iterator<Item = Result<Tensor>>) -> Result<Tensor> {
 mod tests {
     use super::*;
     use crate::collective::Threads;
+    use crate::libtorch::take_place;
     use crate::nn::{Builder, Init, Rows};
-    use crate::parallel::{Sharding, ShardingGroup};
+    use crate::parallel::{ReduceDtype, Sharding, ShardingGroup};
     use crate::rng::Purpose;
 
     fn params() -> ParamSet {
@@ -372,6 +385,27 @@ mod tests {
         };
         // 93 elements: 192 with the padding of three ranks.
         assert_eq!(SHARDINGS.map(|sharding| owned(sharding)[0]), [192, 64, 64, 64]);
+    }
+
+    #[test]
+    fn gradients_are_offered_their_place_where_it_is_of_their_kind() {
+        let params = params();
+        let bucket = alone(Kind::BFloat16);
+        let gathering = bucket.gather(&crate::collective::Solo, &Copies::default());
+        let weights = gathering.and_then(|gathering| gathering.wait(&params)).expect("alone");
+        let dtype = ReduceDtype::Float32;
+        // The table is in f32 whatever is added, the matrix and the bias are not.
+        for (micro_batches, expected) in [(1, [true; 3]), (2, [true, false, false])] {
+            let joining = Joining::new(1, Sharding::None, dtype, micro_batches);
+            let flats = bucket.places(&params, &weights, joining);
+            let places = bucket.by_name(&params, &flats).map(|(_, place)| place.data_ptr());
+            let taken = weights.trained().into_iter().map(take_place);
+            let is_offered = |(taken, place): (Option<Tensor>, _)| {
+                taken.is_some_and(|taken| taken.data_ptr() == place)
+            };
+            let offered: Vec<bool> = taken.zip(places).map(is_offered).collect();
+            assert_eq!(offered, expected, "{micro_batches}");
+        }
     }
 
     #[test]

@@ -135,16 +135,14 @@ impl<'m> Tape<'m> {
                     (weights, output)
                 }
             };
+            let bucket = &buckets[index];
+            let places = bucket.places(stage.params(), &weights, self.joining);
             let (gradients, grad_input) =
                 stage_backward(&weights.trained(), &input, &output, &grad_output);
             // Freed before the gradients are flattened and reduced: the next stage uses the memory
             // of the graph and the gathered parameters.
             drop((weights, output, input));
-            let gradients = if buckets[index].is_trained() {
-                buckets[index].joined(stage.params(), gradients, self.joining)
-            } else {
-                Vec::new()
-            };
+            let gradients = bucket.joined(stage.params(), places, gradients);
             if let Some(step) = self.check_finite {
                 check_finite(
                     step,

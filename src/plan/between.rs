@@ -1,9 +1,11 @@
 //! Estimates the work between matrix products and attention: norms, modulations, rotations, gates,
 //! sums and copies.
 
-use tch::Kind;
+use tch::{Device, Kind};
 
+use crate::config::RunConfig;
 use crate::ops::Kernels;
+use crate::parallel::DeviceChoice;
 use crate::plan::ForwardWork;
 use crate::plan::prediction::Passes;
 
@@ -31,6 +33,15 @@ impl Rates {
             (Kernels::Plain, false) => [Rates::new(7.4, 5.4), Rates::new(11.7, 10.4)],
         }
     }
+}
+
+/// Returns what a run of this configuration computes operations by.
+pub fn taken_kernels(config: &RunConfig) -> Kernels {
+    let device = match config.parallel.device {
+        DeviceChoice::Cpu => Device::Cpu,
+        DeviceChoice::Cuda => Device::Cuda(0),
+    };
+    config.compute.kernels.taken(device, config.parallel.num_threads)
 }
 
 /// Returns what a forward and its backward do between products, for a forward of this work in

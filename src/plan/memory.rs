@@ -7,6 +7,7 @@ use crate::config::{MicroBatches, RunConfig};
 use crate::error::Result;
 use crate::nn::{ParamInfo, ParamSet, Stage, Tokens};
 use crate::parallel::{DeviceChoice, ParallelSettings, Recompute, Sharding};
+use crate::plan::between::taken_kernels;
 use crate::plan::state_layout::StateLayout;
 use crate::plan::{Footprint, footprint};
 
@@ -54,6 +55,7 @@ impl RankMemory {
                 average_bytes: config.ema.bytes(),
                 micro_batches: count as u64,
                 reduce_dtype: config.parallel.reduce_dtype,
+                kernels: taken_kernels(config),
             },
             activations: footprint(stages, config.model.family.width(), tokens, samples, kind),
             process: if is_on_host { PROCESS_BYTES } else { 0 },

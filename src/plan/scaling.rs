@@ -1,12 +1,10 @@
 //! The table of `fm-dist check` over many world sizes on a cluster: one line for each prediction.
 
-use tch::Device;
-
 use crate::config::{MicroBatches, RunConfig};
 use crate::error::Result;
 use crate::nn::Tokens;
-use crate::parallel::{DeviceChoice, Offload};
-use crate::plan::between::between_products;
+use crate::parallel::Offload;
+use crate::plan::between::{between_products, taken_kernels};
 use crate::plan::{Cluster, KNOWN_NAME, Prediction, StageWork, Workload};
 use crate::plan::{ForwardWork, forward_work};
 
@@ -105,11 +103,7 @@ fn explanations(
 
 fn workload(config: &RunConfig, tokens: Tokens, micro: MicroBatches) -> Result<Workload> {
     let (kind, parallel) = (config.model.dtype.kind(), &config.parallel);
-    let device = match parallel.device {
-        DeviceChoice::Cpu => Device::Cpu,
-        DeviceChoice::Cuda => Device::Cuda(0),
-    };
-    let kernels = config.compute.kernels.taken(device, parallel.num_threads);
+    let kernels = taken_kernels(config);
     let stage = |work: ForwardWork| {
         let [forward, backward] = between_products(&work, kernels, kind);
         StageWork {
@@ -126,6 +120,7 @@ fn workload(config: &RunConfig, tokens: Tokens, micro: MicroBatches) -> Result<W
     Ok(Workload {
         stages: work.into_iter().map(stage).collect(),
         kind,
+        kernels,
         micro_batches: micro.count,
         sharding: parallel.sharding,
         sharding_group: parallel.sharding_group,

@@ -3,6 +3,7 @@
 
 use tch::Kind;
 
+use crate::ops::Kernels;
 use crate::parallel::{Joining, Offload, ReduceDtype, Sharding};
 use crate::run::checkpoint::{copied_bytes, saved_bytes};
 
@@ -21,6 +22,7 @@ pub struct StateLayout {
     pub average_bytes: u64,
     pub micro_batches: u64,
     pub reduce_dtype: ReduceDtype,
+    pub kernels: Kernels,
 }
 
 impl StateLayout {
@@ -120,8 +122,10 @@ impl StateLayout {
         let Shares { sharding, all, owned, largest, .. } = *shares;
         let [of_joined, of_sent, of_kept] = [Joining::joined, Joining::sent, Joining::kept]
             .map(|of| bytes_of(of(joining, self.kind())));
-        // Each parameter's own gradient, before they are joined in a bucket.
-        let fresh = self.compute_bytes * largest;
+        // Each parameter's own gradient, before they are joined in a bucket. Our products compute
+        // theirs there where both are of one kind.
+        let is_in_place = of_joined == self.compute_bytes && self.kernels == Kernels::Fused;
+        let fresh = if is_in_place { 0 } else { self.compute_bytes * largest };
         // The joined gradients, before they are added to the sums or cut into shards; with a single
         // micro-batch these are the sums.
         let is_sum = sharding == Sharding::None && self.micro_batches == 1;
@@ -214,6 +218,7 @@ mod tests {
             average_bytes: 0,
             micro_batches: 1,
             reduce_dtype: ReduceDtype::Float32,
+            kernels: Kernels::Fused,
         }
     }
 
@@ -245,9 +250,9 @@ mod tests {
         let bytes = |layout: &StateLayout, ranks| {
             layout.bytes_per_rank(Sharding::None, Offload::NONE, ranks)
         };
-        assert_eq!(bytes(&layout, 1), 400 * (2 + 4 + 8 + 2) + 300 * 2);
+        assert_eq!(bytes(&layout, 1), 400 * (2 + 4 + 8 + 2));
         let layout = StateLayout { reduce_dtype: ReduceDtype::BFloat16, ..layout };
-        assert_eq!(bytes(&layout, 8), 400 * (2 + 4 + 8 + 2) + 300 * 2);
+        assert_eq!(bytes(&layout, 8), 400 * (2 + 4 + 8 + 2));
         let layout = StateLayout { micro_batches: 2, ..layout };
         assert_eq!([1, 8].map(|ranks| bytes(&layout, ranks)), [400 * 18 + 300 * (2 + 4); 2]);
     }

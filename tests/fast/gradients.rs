@@ -3,7 +3,7 @@
 
 use fm_dist::model::{Architecture, Dit};
 use fm_dist::nn::{Activations, Builder, Init, Linear, ParamSet, Rows, Stage, Tuned, Views};
-use fm_dist::parallel::{Bucket, Recompute, Replica, Sharing};
+use fm_dist::parallel::{Bucket, Joining, Recompute, ReduceDtype, Replica, Sharding, Sharing};
 use fm_dist::rng::{Key, Purpose};
 use fm_dist::tuning::{LoraSettings, Tuning};
 use tch::{Device, Kind, Tensor};
@@ -66,8 +66,17 @@ fn loss(output: &Activations, target: &Tensor) -> Tensor {
 
 /// Loss and flat gradients, stage by stage through a tape.
 fn stage_wise(replica: &Replica<'_>, recompute: Recompute) -> (f64, Vec<(usize, Tensor)>) {
+    joined(replica, recompute, Joining::default())
+}
+
+/// The same, with gradients joined in these kinds.
+fn joined(
+    replica: &Replica<'_>,
+    recompute: Recompute,
+    joining: Joining,
+) -> (f64, Vec<(usize, Tensor)>) {
     let (input, target) = inputs(replica.buckets[0].pieces()[0].kind());
-    let mut tape = replica.tape(recompute);
+    let mut tape = replica.tape(recompute).joining(joining);
     let loss = loss(&tape.forward(input).unwrap(), &target);
     let mut gradients = Vec::new();
     tape.backward(&loss, |stage, mut pieces| {
@@ -102,16 +111,22 @@ fn stage_wise_gradients_are_plain_autograds_bit_for_bit() {
         let replica = replica(kind);
         let (plain_loss, expected) = plain(&replica);
         for recompute in [Recompute::Never, Recompute::Always, Recompute::Every(2)] {
-            let (loss, gradients) = stage_wise(&replica, recompute);
-            assert_eq!(loss, plain_loss, "{kind:?} {recompute:?}");
-            let order: Vec<usize> = gradients.iter().map(|(stage, _)| *stage).collect();
-            assert_eq!(order, [4, 3, 2, 1, 0], "last stage first");
-            for (stage, gradient) in &gradients {
-                assert!(gradient.equal(&expected[*stage]), "{kind:?} {recompute:?} stage {stage}");
-                assert!(
-                    gradient.abs().max().double_value(&[]) > 0.0,
-                    "stage {stage} has a gradient at all"
-                );
+            // Joined to be added to, and computed where they stay.
+            for (micro_batches, of_gradient) in [(2, Kind::Float), (1, kind)] {
+                let dtype = ReduceDtype::Float32;
+                let joining = Joining::new(1, Sharding::None, dtype, micro_batches);
+                let (loss, gradients) = joined(&replica, recompute, joining);
+                let what = format!("{kind:?} {recompute:?} {micro_batches}");
+                assert_eq!(loss, plain_loss, "{what}");
+                let order: Vec<usize> = gradients.iter().map(|(stage, _)| *stage).collect();
+                assert_eq!(order, [4, 3, 2, 1, 0], "last stage first");
+                for (stage, gradient) in &gradients {
+                    assert_eq!(gradient.kind(), of_gradient, "{what}");
+                    let expected = expected[*stage].to_kind(of_gradient);
+                    assert!(gradient.equal(&expected), "{what} stage {stage}");
+                    let largest = gradient.abs().max().double_value(&[]);
+                    assert!(largest > 0.0, "stage {stage} has a gradient at all");
+                }
             }
         }
     }

@@ -391,8 +391,9 @@ fn a_kernel_that_computes_something_else_is_refused() {
         ("raw_gradient * rule.gradient", "raw_gradient", "exp_avg differ"),
         ("passed % 2 == 1", "passed % 2 == 0", "parameters differ"),
         ("4 * fours + thread; element < length", "4 * fours + thread; element < 0", "differ"),
+        ("widened(narrow_gradient[element])", "0.0f", "exp_avg differ"),
         ("0x7fff + (bits >> 16 & 1)", "0", "the parameters in bfloat16"),
-        ("(unsigned int)value << 16", "(unsigned int)value << 15", "averages"),
+        ("(unsigned int)value << 16", "(unsigned int)value << 15", "exp_avg differ"),
         ("rule.average_share * (average - param)", "rule.average_share * average", "averages"),
         ("sqrtf(exp_avg_sq) *", "sqrtf(exp_avg_sq - 2.0f) *", "parameters differ"),
     ];

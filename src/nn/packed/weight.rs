@@ -31,10 +31,7 @@ impl Weight<'_> {
 
     /// `x · weightᵀ + bias`, in the kind of `x`. Of a packed weight the graph keeps the words.
     pub fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> Tensor {
-        match self.packed {
-            Some(packed) => self.packed_product(packed, x, bias).1,
-            None => x.linear(self.held, bias),
-        }
+        self.product_passing_on(x, bias).1
     }
 
     /// As [`product`](Self::product); returns `x` for its other uses, and the product.

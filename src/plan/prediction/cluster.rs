@@ -177,13 +177,19 @@ impl Cluster {
 
     /// Returns the seconds of a stage's backward: a product for each of the forward's and another
     /// one for each matrix that is trained, five of attention's for two. Parameters are read;
-    /// gradients of the trained ones are written, and read and written once more when they are
-    /// joined, in the kind `joined`.
+    /// gradients of the trained ones are written, and where they are `copied` when they are joined,
+    /// read and written once more, in this kind.
     ///
     /// Source: Dao 2023, arXiv:2307.08691, for attention.
-    pub(super) fn backward_seconds(&self, stage: &StageWork, kind: Kind, joined: Kind) -> f64 {
-        let gradients = 2.0 * stage.trained_bytes(kind) + stage.trained_bytes(joined);
-        let bytes = stage.parameter_bytes(kind) + gradients;
+    pub(super) fn backward_seconds(
+        &self,
+        stage: &StageWork,
+        kind: Kind,
+        copied: Option<Kind>,
+    ) -> f64 {
+        let trained = |kind| stage.trained_bytes(kind);
+        let copied = copied.map_or(0.0, |into| trained(kind) + trained(into));
+        let bytes = stage.parameter_bytes(kind) + trained(kind) + copied;
         self.seconds(
             kind,
             stage.product_flop + stage.trained_flop,

@@ -11,6 +11,7 @@ mod rank;
 use tch::Kind;
 
 use crate::collective::Spent;
+use crate::ops::Kernels;
 use crate::parallel::{Recompute, ReduceDtype, Sharding, ShardingGroup};
 pub use cluster::{Cluster, KNOWN_NAME};
 use rank::Rank;
@@ -57,6 +58,7 @@ pub struct Workload {
     pub stages: Vec<StageWork>,
     /// Kind of the computation.
     pub kind: Kind,
+    pub kernels: Kernels,
     pub micro_batches: usize,
     pub sharding: Sharding,
     pub sharding_group: ShardingGroup,
@@ -131,6 +133,7 @@ mod tests {
         Workload {
             stages: vec![stage; 4],
             kind: Kind::Float,
+            kernels: Kernels::Fused,
             micro_batches: 1,
             sharding,
             sharding_group: ShardingGroup::World,

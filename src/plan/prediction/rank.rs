@@ -11,6 +11,7 @@ use tch::Kind;
 use super::links::{Group, Links, Operation, memory_seconds};
 use super::{Cluster, Prediction, Workload};
 use crate::collective::Spent;
+use crate::ops::Kernels;
 use crate::parallel::reducer::BUCKETS_UNDER_WAY;
 use crate::parallel::{Joining, Sharding, ShardingGroup};
 
@@ -119,7 +120,8 @@ impl<'w> Rank<'w> {
             self.compute(self.forward_seconds(stage));
         }
         let joined = self.joining().joined(work.kind);
-        let seconds = self.cluster.backward_seconds(&work.stages[stage], work.kind, joined);
+        let copied = (joined != work.kind || work.kernels == Kernels::Plain).then_some(joined);
+        let seconds = self.cluster.backward_seconds(&work.stages[stage], work.kind, copied);
         self.compute(seconds / self.workers);
         if work.stages[stage].trained > 0 {
             self.reduce(stage, is_last);
