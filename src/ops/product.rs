@@ -1,4 +1,4 @@
-//! A product with a weight, whose input other products use, too.
+//! A product with a weight, whose gradients are computed where they are added up or stay.
 
 use tch::{Kind, Tensor};
 
