@@ -40,34 +40,34 @@ struct Narrow {
     long long of[5];
 };
 
-// A block takes parts of one tensor, a warp each; `count`: vectors of a tensor; `partial`: [tensors, 2, parts].
+// A block takes parts of one tensor, a warp each; `count`: vectors of a tensor; `ranges`: [tensors, 2, parts].
 template <int N>
-__device__ void ranges(const void *a, const void *b, const void *c, const void *d, const void *e, float *__restrict__ partial,
-                       const Narrow &narrow, long long count, long long parts) {
+__device__ void ranges_of_parts(const void *a, const void *b, const void *c, const void *d, const void *e, float *__restrict__ ranges,
+                                const Narrow &narrow, long long count, long long parts) {
     const unsigned int blocks = gridDim.x / 5, number = blockIdx.x / blocks;
     const unsigned int thread = blockIdx.x % blocks * blockDim.x + threadIdx.x, threads = blocks * blockDim.x;
     const void *const tensor = number == 0 ? a : number == 1 ? b : number == 2 ? c : number == 3 ? d : e;
     Range range = narrow.of[number] ? seen<bfloat16, N>(tensor, thread, threads, count) : seen<float, N>(tensor, thread, threads, count);
     range.join_warp();
     if (threadIdx.x % WARP == 0) {
-        float *const place = partial + 2 * number * parts + thread / WARP;
+        float *const place = ranges + 2 * number * parts + thread / WARP;
         place[0] = range.least;
         place[parts] = range.greatest;
     }
 }
 
 #define DECLARE(N)                                                                                                                   \
-    extern "C" __global__ void ranges_##N(const void *a, const void *b, const void *c, const void *d, const void *e, float *partial, \
-                                          Narrow narrow, long long count, long long parts) {                                         \
-        ranges<N>(a, b, c, d, e, partial, narrow, count, parts);                                                                     \
+    extern "C" __global__ void ranges_of_parts_##N(const void *a, const void *b, const void *c, const void *d, const void *e,        \
+                                                   float *ranges, Narrow narrow, long long count, long long parts) {                 \
+        ranges_of_parts<N>(a, b, c, d, e, ranges, narrow, count, parts);                                                             \
     }
 DECLARE(8)
 DECLARE(1)
 #undef DECLARE
 
-// A block, one warp, for the least or the greatest number of a tensor.
-extern "C" __global__ void ranges_of_parts(const float *partial, float *ranges, long long parts) {
-    Range range = seen<float, 1>(partial + blockIdx.x * parts, threadIdx.x, blockDim.x, parts);
+// A block, one warp, for the least or the greatest number of a tensor; `parts`: [tensors, 2, count].
+extern "C" __global__ void ranges_of_tensors(const float *parts, float *ranges, long long count) {
+    Range range = seen<float, 1>(parts + blockIdx.x * count, threadIdx.x, blockDim.x, count);
     range.join_warp();
     if (threadIdx.x == 0)
         ranges[blockIdx.x] = blockIdx.x % 2 == 0 ? range.least : range.greatest;

@@ -82,7 +82,7 @@ FOR_EACH_KIND(BOTH)
 
 namespace ranges_text {
 #include TEXT(ranges/kernel.cu)
-ON_HOST(ranges_8)
-ON_HOST(ranges_1)
-ON_HOST(ranges_of_parts)
+ON_HOST(ranges_of_parts_8)
+ON_HOST(ranges_of_parts_1)
+ON_HOST(ranges_of_tensors)
 } // namespace ranges_text
