@@ -19,6 +19,7 @@ mod values;
 
 use clap::{Parser, Subcommand};
 
+use crate::collective;
 use crate::error::Result;
 
 /// Trains diffusion transformers by flow matching, one process for each GPU.
@@ -81,6 +82,22 @@ impl Cli {
     /// # Errors
     /// The command's own.
     pub fn run(self) -> Result<i32> {
-        self.command.unwrap_or(Command::Train(Box::new(self.train))).run()
+        let command = self.command.unwrap_or(Command::Train(Box::new(self.train)));
+        match collective::launched_rank() {
+            Some(1..) if !command.is_for_every_rank() => Ok(0),
+            _ => command.run(),
+        }
+    }
+}
+
+impl Command {
+    /// True for work that the ranks of a launch divide, and for what each tells of its machine. All
+    /// else is done by the first rank alone: the others would write the same files.
+    fn is_for_every_rank(&self) -> bool {
+        match self {
+            Command::Train(_) | Command::Doctor(_) | Command::AttentionTrial(_) => true,
+            Command::Data(data) => data.is_divided(),
+            _ => false,
+        }
     }
 }

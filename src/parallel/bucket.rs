@@ -1,11 +1,13 @@
 //! One stage's parameters as flat buffers, and the part of them that this rank holds.
 
+use std::ops::Range;
+
 use tch::{Device, Kind, Tensor};
 
 use crate::collective::{Collective, Sliced, Work};
 use crate::error::Result;
 use crate::libtorch::{copy_each, offer_place};
-use crate::nn::{ParamInfo, ParamSet, Views};
+use crate::nn::{Class, ParamInfo, ParamSet, Views};
 use crate::parallel::copies::Arriving;
 use crate::parallel::piece::{Loan, Piece, Shard};
 use crate::parallel::{Copies, Devices, Joining, Sharing};
@@ -25,6 +27,13 @@ pub struct Bucket {
 #[derive(Debug)]
 pub struct Weights {
     leaves: Views,
+}
+
+/// Places in which the gradients of a stage's parameters are computed.
+pub struct Places {
+    /// The flat gradient of each trained piece; `None` where gradients are copied to it later.
+    flats: Vec<Option<Tensor>>,
+    joining: Joining,
 }
 
 /// A stage's parameters while they are being gathered.
@@ -144,29 +153,32 @@ impl Bucket {
         Ok(Gathering { bucket: self, full, work })
     }
 
-    /// Returns places for the gradients of the stage's trained parameters, a flat tensor for each
-    /// trained piece, in the kind of [`Joining::joined`]. Where this is the kind of the parameters
-    /// they are offered to what computes the gradients.
-    pub fn places(&self, params: &ParamSet, weights: &Weights, joining: Joining) -> Vec<Tensor> {
-        let empty = |piece: &Piece| piece.empty_gradient(joining.joined(piece.kind()));
-        let places: Vec<Tensor> = self.trained().map(empty).collect();
-        for ((_, place), leaf) in self.by_name(params, &places).zip(weights.trained()) {
-            if place.kind() == leaf.kind() {
-                offer_place(leaf, &place);
-            }
-        }
-        places
+    /// Makes places for the gradients of the stage's trained parameters where these are joined in
+    /// the kind of the parameters, and offers them to what computes the gradients.
+    pub fn places(&self, params: &ParamSet, weights: &Weights, joining: Joining) -> Places {
+        let flat = |piece: &Piece| {
+            let kind = piece.kind();
+            (joining.joined(kind) == kind).then(|| {
+                let flat = piece.empty_gradient(kind);
+                let places = params.split_class(piece.class(), &flat).map(|(_, place)| place);
+                let leaves = weights.of_class(piece.class());
+                leaves.zip(places).for_each(|(leaf, place)| offer_place(leaf, &place));
+                flat
+            })
+        };
+        Places { flats: self.trained().map(flat).collect(), joining }
     }
 
-    /// Copies the gradients of the stage's trained parameters that were not computed in their
-    /// [`places`](Self::places) to them. Gradients are undefined for parameters that the stage's
-    /// graph did not reach; these become zero, so that all ranks issue the same collectives.
-    pub fn joined(
-        &self,
-        params: &ParamSet,
-        joined: Vec<Tensor>,
-        gradients: Vec<Tensor>,
-    ) -> Vec<Tensor> {
+    /// Joins the gradients of the stage's trained parameters to one flat tensor for each trained
+    /// piece, in the kind of [`Joining::joined`]; those that were computed in their place are there.
+    /// Gradients are undefined for parameters that the stage's graph did not reach; these become
+    /// zero, so that all ranks issue the same collectives.
+    pub fn joined(&self, params: &ParamSet, places: Places, gradients: Vec<Tensor>) -> Vec<Tensor> {
+        let Places { flats, joining } = places;
+        let missing = |piece: &Piece| piece.empty_gradient(joining.joined(piece.kind()));
+        let flats = self.trained().zip(flats);
+        let joined: Vec<Tensor> =
+            flats.map(|(piece, flat)| flat.unwrap_or_else(|| missing(piece))).collect();
         let (mut places, mut arrived) = (Vec::new(), Vec::new());
         for ((_, mut view), gradient) in self.by_name(params, &joined).zip(gradients) {
             match gradient.defined() {
@@ -244,6 +256,12 @@ impl Weights {
     /// trained parameters.
     pub fn trained(&self) -> Vec<&Tensor> {
         self.leaves.iter().filter(|leaf| leaf.requires_grad()).collect()
+    }
+
+    /// The leaves of a class.
+    fn of_class(&self, class: &Class) -> impl Iterator<Item = &Tensor> {
+        let Range { start, end } = class.infos();
+        self.leaves.iter().take(end).skip(start)
     }
 }
 
@@ -397,14 +415,26 @@ mod tests {
         // The table is in f32 whatever is added, the matrix and the bias are not.
         for (micro_batches, expected) in [(1, [true; 3]), (2, [true, false, false])] {
             let joining = Joining::new(1, Sharding::None, dtype, micro_batches);
-            let flats = bucket.places(&params, &weights, joining);
-            let places = bucket.by_name(&params, &flats).map(|(_, place)| place.data_ptr());
-            let taken = weights.trained().into_iter().map(take_place);
-            let is_offered = |(taken, place): (Option<Tensor>, _)| {
-                taken.is_some_and(|taken| taken.data_ptr() == place)
-            };
-            let offered: Vec<bool> = taken.zip(places).map(is_offered).collect();
-            assert_eq!(offered, expected, "{micro_batches}");
+            let places = bucket.places(&params, &weights, joining);
+            let leaves = weights.trained().into_iter();
+            let gradients: Vec<Tensor> = leaves
+                .zip(1..)
+                .map(|(leaf, number)| match take_place(leaf) {
+                    Some(mut place) => place.fill_(number),
+                    None => leaf.full_like(number),
+                })
+                .collect();
+            let joined = bucket.joined(
+                &params,
+                places,
+                gradients.iter().map(Tensor::shallow_clone).collect(),
+            );
+            for (((_, view), gradient), (number, is_there)) in
+                bucket.by_name(&params, &joined).zip(&gradients).zip((1..).zip(expected))
+            {
+                assert_eq!(view.data_ptr() == gradient.data_ptr(), is_there, "{micro_batches}");
+                assert!(view.eq(number).all().int64_value(&[]) == 1, "{micro_batches}: {view}");
+            }
         }
     }
 

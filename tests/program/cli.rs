@@ -348,6 +348,17 @@ fn a_command_line_that_is_wrong_is_told_once_by_all_ranks_of_a_launch() {
 }
 
 #[test]
+fn a_command_that_no_ranks_divide_is_done_by_the_first_one() {
+    let (code, text, errors) = finish(mpirun(3, &["config"]));
+    assert_eq!(code, 0, "{errors}");
+    assert_eq!(text.lines().filter(|line| *line == "[parallel]").count(), 1, "{text}");
+    // Each rank tells of its own machine.
+    let (code, text, errors) = finish(mpirun(2, &["doctor"]));
+    assert_eq!(code, 0, "{errors}");
+    assert_eq!(text.matches("fm-dist      0.1.0").count(), 2, "{text}");
+}
+
+#[test]
 fn a_time_that_no_clock_counts_to_is_a_mistake_of_the_command_line() {
     for time in ["300000000000years", "99999999999999999999s", "soon"] {
         let (code, _, errors) = finish(program(&["train", "--stop-after", time]));

@@ -22,6 +22,11 @@ pub struct Class {
 }
 
 impl Class {
+    /// Indexes of its parameters among the set's infos.
+    pub fn infos(&self) -> Range<usize> {
+        self.infos.clone()
+    }
+
     /// Number of its elements.
     pub fn numel(&self) -> i64 {
         self.elements.end - self.elements.start
