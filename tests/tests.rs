@@ -6,7 +6,7 @@
 //! | tier | tests | needs beside `launch/setup.sh` | seconds |
 //! |---|---|---|---|
 //! | `fast::` starts no process | 190 | | 16 |
-//! | `program::` starts the program | 80 | | 28 |
+//! | `program::` starts the program | 81 | | 28 |
 //! | `threads::` trains; ranks are threads | 112 | | 65 |
 //! | `mpi::` ranks are processes | 68 | | 260 |
 //! | `faults::` runs break on order | 88 | root, or user namespaces | 340 |
