@@ -20,9 +20,14 @@ const NAME: &str = "product";
 /// `x`: `[…, inputs]`; `weight`: `[outputs, inputs]`, `bias`: `[outputs]`, of the kind of `x`.
 /// Returns `x` and `[…, outputs]`.
 pub fn product_passing_on(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> (Tensor, Tensor) {
-    if choice::pass_of(NAME, x.device()).is_none() {
-        return (x.shallow_clone(), x.linear(weight, bias));
+    match choice::pass_of(NAME, x.device()) {
+        Some(_) => own_product(x, weight, bias),
+        None => (x.shallow_clone(), x.linear(weight, bias)),
     }
+}
+
+/// The product as a node of ours, whatever the process has chosen.
+fn own_product(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> (Tensor, Tensor) {
     let inputs: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
     let (shape, [outputs, width]) = (x.size(), size_of(weight));
     // Each gradient needs what it is multiplied with, and no more is kept.
@@ -92,7 +97,7 @@ mod tests {
         for (weight, bias) in weights.iter().zip(&biases) {
             let product;
             (tokens, product) = match passes_on {
-                true => product_passing_on(&tokens, weight, Some(bias)),
+                true => own_product(&tokens, weight, Some(bias)),
                 false => (x.shallow_clone(), x.linear(weight, Some(bias))),
             };
             products.push(product);
@@ -130,11 +135,11 @@ mod tests {
     fn frozen_weights_have_no_gradient_and_x_has_its_own() {
         let float = (Kind::Float, Device::Cpu);
         let x = Tensor::ones([2, 3], float).set_requires_grad(true);
-        let (passed_on, product) = product_passing_on(&x, &Tensor::ones([4, 3], float), None);
+        let (passed_on, product) = own_product(&x, &Tensor::ones([4, 3], float), None);
         (passed_on.sum(None) + product.sum(None)).backward();
         assert!(x.grad().equal(&(Tensor::ones([2, 3], float) * 5.0)));
         let weight = Tensor::ones([4, 3], float).set_requires_grad(true);
-        let (passed_on, product) = product_passing_on(&Tensor::ones([2, 3], float), &weight, None);
+        let (passed_on, product) = own_product(&Tensor::ones([2, 3], float), &weight, None);
         product.sum(None).backward();
         assert!(!passed_on.requires_grad());
         assert!(weight.grad().equal(&(Tensor::ones([4, 3], float) * 2.0)));
@@ -147,7 +152,7 @@ mod tests {
         let weight = Tensor::ones([4, 3], float).set_requires_grad(true);
         let gradient_of = |uses: usize| {
             offer_place(&weight, &place);
-            let products = (0..uses).map(|_| product_passing_on(&x, &weight, None).1);
+            let products = (0..uses).map(|_| own_product(&x, &weight, None).1);
             let loss = products.map(|product| product.sum(None)).reduce(|a, b| a + b);
             let loss = loss.expect("a use");
             gradients(&[&loss], &[&loss.ones_like()], &[&weight]).swap_remove(0)
