@@ -27,6 +27,11 @@
 //! what it has so far. [`apply_passing_on`] and [`product_passing_on`] hand their input on, so
 //! that uses stand in a row: each adds its gradient to that of the ones behind it, where it writes
 //! its own anyway.
+//!
+//! # Gradients of weights
+//! They are as large as the weights. A product computes one in the place that was
+//! [offered](crate::libtorch::offer_place) for it, a part of its stage's flat gradient, from which
+//! nothing has to copy it.
 
 pub mod autograd;
 mod beside;
