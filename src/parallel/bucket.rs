@@ -6,11 +6,10 @@ use tch::{Device, Kind, Tensor};
 
 use crate::collective::{Collective, Sliced, Work};
 use crate::error::Result;
-use crate::libtorch::{copy_each, offer_place};
 use crate::nn::{Class, ParamInfo, ParamSet, Views};
 use crate::parallel::copies::Arriving;
 use crate::parallel::piece::{Loan, Piece, Shard};
-use crate::parallel::{Copies, Devices, Joining, Sharing};
+use crate::parallel::{Copies, Devices, Sharing};
 use crate::rng::Key;
 
 /// A stage's parameters: in the kind that they are computed in, and master values in f32 of those
@@ -27,13 +26,6 @@ pub struct Bucket {
 #[derive(Debug)]
 pub struct Weights {
     leaves: Views,
-}
-
-/// Places in which the gradients of a stage's parameters are computed.
-pub struct Places {
-    /// The flat gradient of each trained piece; `None` where gradients are copied to it later.
-    flats: Vec<Option<Tensor>>,
-    joining: Joining,
 }
 
 /// A stage's parameters while they are being gathered.
@@ -153,51 +145,6 @@ impl Bucket {
         Ok(Gathering { bucket: self, full, work })
     }
 
-    /// Makes places for the gradients of the stage's trained parameters where these are joined in
-    /// the kind of the parameters, and offers them to what computes the gradients.
-    pub fn places(&self, params: &ParamSet, weights: &Weights, joining: Joining) -> Places {
-        let flat = |piece: &Piece| {
-            let kind = piece.kind();
-            (joining.joined(kind) == kind).then(|| {
-                let flat = piece.empty_gradient(kind);
-                let places = params.split_class(piece.class(), &flat).map(|(_, place)| place);
-                let leaves = weights.of_class(piece.class());
-                leaves.zip(places).for_each(|(leaf, place)| offer_place(leaf, &place));
-                flat
-            })
-        };
-        Places { flats: self.trained().map(flat).collect(), joining }
-    }
-
-    /// Joins the gradients of the stage's trained parameters to one flat tensor for each trained
-    /// piece, in the kind of [`Joining::joined`]; those that were computed in their place are there.
-    /// Gradients are undefined for parameters that the stage's graph did not reach; these become
-    /// zero, so that all ranks issue the same collectives.
-    pub fn joined(&self, params: &ParamSet, places: Places, gradients: Vec<Tensor>) -> Vec<Tensor> {
-        let Places { flats, joining } = places;
-        let missing = |piece: &Piece| piece.empty_gradient(joining.joined(piece.kind()));
-        let flats = self.trained().zip(flats);
-        let joined: Vec<Tensor> =
-            flats.map(|(piece, flat)| flat.unwrap_or_else(|| missing(piece))).collect();
-        let (mut places, mut arrived) = (Vec::new(), Vec::new());
-        for ((_, mut view), gradient) in self.by_name(params, &joined).zip(gradients) {
-            match gradient.defined() {
-                true if gradient.data_ptr() == view.data_ptr() => {}
-                // Freed at once: a CPU takes the pages of its place only now.
-                true if view.device() == Device::Cpu => view.copy_(&gradient),
-                true => {
-                    places.push(view);
-                    arrived.push(gradient.contiguous());
-                }
-                false => drop(view.zero_()),
-            }
-        }
-        if !places.is_empty() {
-            copy_each(&mut places, &arrived);
-        }
-        joined
-    }
-
     /// Returns the part of every trained parameter in flat tensors, one for each trained piece.
     pub fn by_name<'p>(
         &'p self,
@@ -259,7 +206,7 @@ impl Weights {
     }
 
     /// The leaves of a class.
-    fn of_class(&self, class: &Class) -> impl Iterator<Item = &Tensor> {
+    pub(super) fn of_class(&self, class: &Class) -> impl Iterator<Item = &Tensor> {
         let Range { start, end } = class.infos();
         self.leaves.iter().take(end).skip(start)
     }
@@ -304,9 +251,8 @@ fn joined(pieces: impl Iterator<Item = Result<Tensor>>) -> Result<Tensor> {
 mod tests {
     use super::*;
     use crate::collective::Threads;
-    use crate::libtorch::take_place;
     use crate::nn::{Builder, Init, Rows};
-    use crate::parallel::{ReduceDtype, Sharding, ShardingGroup};
+    use crate::parallel::{Sharding, ShardingGroup};
     use crate::rng::Purpose;
 
     fn params() -> ParamSet {
@@ -403,39 +349,6 @@ mod tests {
         };
         // 93 elements: 192 with the padding of three ranks.
         assert_eq!(SHARDINGS.map(|sharding| owned(sharding)[0]), [192, 64, 64, 64]);
-    }
-
-    #[test]
-    fn gradients_are_offered_their_place_where_it_is_of_their_kind() {
-        let params = params();
-        let bucket = alone(Kind::BFloat16);
-        let gathering = bucket.gather(&crate::collective::Solo, &Copies::default());
-        let weights = gathering.and_then(|gathering| gathering.wait(&params)).expect("alone");
-        let dtype = ReduceDtype::Float32;
-        // The table is in f32 whatever is added, the matrix and the bias are not.
-        for (micro_batches, expected) in [(1, [true; 3]), (2, [true, false, false])] {
-            let joining = Joining::new(1, Sharding::None, dtype, micro_batches);
-            let places = bucket.places(&params, &weights, joining);
-            let leaves = weights.trained().into_iter();
-            let gradients: Vec<Tensor> = leaves
-                .zip(1..)
-                .map(|(leaf, number)| match take_place(leaf) {
-                    Some(mut place) => place.fill_(number),
-                    None => leaf.full_like(number),
-                })
-                .collect();
-            let joined = bucket.joined(
-                &params,
-                places,
-                gradients.iter().map(Tensor::shallow_clone).collect(),
-            );
-            for (((_, view), gradient), (number, is_there)) in
-                bucket.by_name(&params, &joined).zip(&gradients).zip((1..).zip(expected))
-            {
-                assert_eq!(view.data_ptr() == gradient.data_ptr(), is_there, "{micro_batches}");
-                assert!(view.eq(number).all().int64_value(&[]) == 1, "{micro_batches}: {view}");
-            }
-        }
     }
 
     #[test]
