@@ -84,20 +84,16 @@ impl Cli {
     pub fn run(self) -> Result<i32> {
         let command = self.command.unwrap_or(Command::Train(Box::new(self.train)));
         match collective::launched_rank() {
-            Some(1..) if !command.is_for_every_rank() => Ok(0),
+            Some(1..) if command.only_prints() => Ok(0),
             _ => command.run(),
         }
     }
 }
 
 impl Command {
-    /// True for work that the ranks of a launch divide, and for what each tells of its machine. All
-    /// else is done by the first rank alone: the others would write the same files.
-    fn is_for_every_rank(&self) -> bool {
-        match self {
-            Command::Train(_) | Command::Doctor(_) | Command::AttentionTrial(_) => true,
-            Command::Data(data) => data.is_divided(),
-            _ => false,
-        }
+    /// True if all ranks of a launch would print the same, which the first one does alone. Files are
+    /// left to each rank: a launch may give each another one to make.
+    fn only_prints(&self) -> bool {
+        matches!(self, Command::Check(_) | Command::Config(_) | Command::Runs(_))
     }
 }

@@ -31,10 +31,9 @@ fn own_product(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> (Tensor, T
     let inputs: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
     let (shape, [outputs, width]) = (x.size(), size_of(weight));
     // Each gradient needs what it is multiplied with, and no more is kept.
-    let has_gradient = |input: &Tensor| input.requires_grad();
-    let of_x = has_gradient(x).then(|| weight.detach());
-    let of_weight = has_gradient(weight).then(|| (weight.shallow_clone(), x.detach()));
-    let of_bias = bias.map(has_gradient);
+    let of_x = x.requires_grad().then(|| weight.detach());
+    let of_weight = weight.requires_grad().then(|| (weight.shallow_clone(), x.detach()));
+    let of_bias = bias.map(Tensor::requires_grad);
     passing_on(
         &inputs,
         || (x.linear(weight, bias), (of_x, of_weight)),

@@ -248,14 +248,15 @@ fn joined(pieces: impl Iterator<Item = Result<Tensor>>) -> Result<Tensor> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::collective::Threads;
     use crate::nn::{Builder, Init, Rows};
     use crate::parallel::{Sharding, ShardingGroup};
     use crate::rng::Purpose;
 
-    fn params() -> ParamSet {
+    /// A stage of a matrix, a bias, and a table in f32.
+    pub fn params() -> ParamSet {
         let mut params = ParamSet::new("stage");
         let mut builder = Builder::new(&mut params, "stage", Rows::Image);
         builder.param("weight", &[7, 11], Init::Normal { std: 1.0 });

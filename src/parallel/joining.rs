@@ -132,7 +132,7 @@ mod tests {
     use super::*;
     use crate::collective::Solo;
     use crate::libtorch::take_place;
-    use crate::nn::{Builder, Init, Rows};
+    use crate::parallel::bucket::tests::params;
     use crate::parallel::{Copies, Devices, Sharing};
 
     use Kind::{BFloat16, Float};
@@ -172,15 +172,6 @@ mod tests {
         let joining = Joining::new(8, Sharding::None, Narrow, 1);
         assert_eq!([joining.joined(Float), joining.sent(Float), joining.kept(Float)], [Float; 3]);
         assert_eq!(Joining::default().joined(Kind::Double), Kind::Double);
-    }
-
-    fn params() -> ParamSet {
-        let mut params = ParamSet::new("stage");
-        let mut builder = Builder::new(&mut params, "stage", Rows::Image);
-        builder.param("weight", &[7, 11], Init::Normal { std: 1.0 });
-        builder.param("bias", &[11], Init::Normal { std: 1.0 });
-        builder.precise_param("table", &[5], Init::Normal { std: 1.0 });
-        params
     }
 
     #[test]

@@ -17,7 +17,6 @@
 //! copied while the one before it computes. Linear maps may be packed in fewer bits: each is packed
 //! whole, so that no bit depends on who holds which part.
 
-mod accumulator;
 mod ahead;
 mod backward;
 mod bucket;
@@ -33,14 +32,13 @@ mod settings;
 mod sharing;
 mod tape;
 
-pub use accumulator::Summation;
 pub use bucket::Bucket;
 pub use copies::Copies;
 pub use joining::Joining;
 pub use layout::Layout;
 pub use norms::global_norm;
 pub use piece::{Loan, Piece, Shard};
-pub use reducer::Reducer;
+pub use reducer::{Reducer, Summation};
 pub use replica::{Devices, Replica};
 pub use settings::{
     Backend, DeviceChoice, Offload, Offloaded, ParallelSettings, Recompute, ReduceDtype, SeedScope,

@@ -1,12 +1,16 @@
 //! Sums gradients over micro-batches and ranks.
 
+mod accumulator;
+
 use std::collections::VecDeque;
 
+pub use accumulator::Summation;
+
+use accumulator::Accumulator;
 use tch::Tensor;
 
 use crate::collective::{ReduceOp, Sliced, Work};
 use crate::error::Result;
-use crate::parallel::accumulator::{Accumulator, Summation};
 use crate::parallel::{Bucket, Joining, Sharding, Sharing};
 
 /// Buckets whose reduce-scatter may be under way at once: each holds a stage's whole gradient until

@@ -348,7 +348,7 @@ fn a_command_line_that_is_wrong_is_told_once_by_all_ranks_of_a_launch() {
 }
 
 #[test]
-fn a_command_that_no_ranks_divide_is_done_by_the_first_one() {
+fn what_all_ranks_of_a_launch_would_print_is_printed_once() {
     let (code, text, errors) = finish(mpirun(3, &["config"]));
     assert_eq!(code, 0, "{errors}");
     assert_eq!(text.lines().filter(|line| *line == "[parallel]").count(), 1, "{text}");

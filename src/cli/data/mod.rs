@@ -164,11 +164,6 @@ impl LinkArgs {
 }
 
 impl DataArgs {
-    /// True for work that the ranks of a launch divide.
-    pub fn is_divided(&self) -> bool {
-        matches!(self.command, DataCommand::Encode(_) | DataCommand::Import(_))
-    }
-
     /// Does what was typed; returns the exit code.
     pub fn run(self) -> Result<i32> {
         match self.command {
