@@ -91,8 +91,8 @@ impl Cli {
 }
 
 impl Command {
-    /// True if all ranks of a launch would print the same, which the first one does alone. Files are
-    /// left to each rank: a launch may give each another one to make.
+    /// True if all ranks of a launch would print the same, which the first one does alone. Files
+    /// are left to each rank: a launch may give each another one to make.
     fn only_prints(&self) -> bool {
         matches!(self, Command::Check(_) | Command::Config(_) | Command::Runs(_))
     }
