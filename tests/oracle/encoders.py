@@ -318,7 +318,9 @@ def seen(dice: Dice, draw: Draw, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     height, width = dice.between(1, 3 * side), dice.between(1, 3 * side)
     picture = torch.randint(256, (1, 3, height, width), generator=dice.generator, dtype=torch.uint8)
     resized = interpolate(picture, (side, side), mode="bicubic", antialias=True)
-    smooth = interpolate(255 * torch.rand(1, 3, 4, 4, generator=dice.generator), (height, width), mode="bilinear")[0].to(torch.uint8)
+    # Bytes far enough from 0 and 255 that no bicubic overshoot is cut.
+    colours = 64 + 127 * torch.rand(1, 3, 4, 4, generator=dice.generator)
+    smooth = interpolate(colours, (height, width), mode="bilinear")[0].to(torch.uint8)
     processor = SiglipImageProcessorPil(size={"height": side, "width": side})
     by_pillow = processor.preprocess(
         images=Image.fromarray(smooth.permute(1, 2, 0).numpy()), do_resize=True, do_convert_rgb=True, return_tensors="pt"
