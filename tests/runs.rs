@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use fm_dist::collective::Threads;
 use fm_dist::config::{DEFAULT, RunConfig};
 use fm_dist::error::Error;
+use fm_dist::ops::{self, Kernels};
 use fm_dist::run::Resume;
 use fm_dist::telemetry::metrics;
 use fm_dist::train::{TrainOptions, train};
@@ -36,6 +37,12 @@ fn texts(words: &[&str]) -> Vec<String> {
     words.iter().map(ToString::to_string).collect()
 }
 
+/// Has this process compute as one that trains does: on one thread, with operations of our own.
+pub fn compute_as_in_training() {
+    tch::set_num_threads(1);
+    ops::choose(Kernels::Fused);
+}
+
 /// Trains in a world of `ranks` threads; every rank must end alike. Returns the run folder.
 pub fn train_in_threads(
     config: &RunConfig,
@@ -58,7 +65,9 @@ pub fn checkpoint(run: &Path, step: u64) -> BTreeMap<String, Vec<u8>> {
         (path.file_name().unwrap().to_str().unwrap().to_string(), fs::read(&path).unwrap())
     };
     let files: BTreeMap<_, _> = entries.map(|entry| read(entry.unwrap().path())).collect();
-    let is_further = |name: &&String| name.starts_with("ema-") || *name == "validation.json";
+    let is_further = |name: &&String| {
+        name.starts_with("ema-") || ["validation.json", "keep"].contains(&name.as_str())
+    };
     let further = files.keys().filter(is_further).count();
     assert_eq!(files.len(), 3 + further, "{:?}", files.keys());
     files

@@ -60,7 +60,7 @@ use beside::OfFeatures;
 pub use choice::{Kernels, choose, fallbacks, leave_out, way};
 pub use dense_gradient::with_dense_gradient;
 pub use patches::{FeatureOrder, Patch, grid};
-pub use product::{product_onto, product_passing_on};
+pub use product::{computes_in_place, product_onto, product_passing_on};
 pub use rounding::{Rounding, at_least_float};
 pub use verify::{
     Case, Unfit, Verified, differentiated_by, differentiated_passing_on_by, drawn, verify,

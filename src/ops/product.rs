@@ -1,6 +1,6 @@
 //! A product with a weight, whose gradients are computed where they are added up or stay.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::autograd::{is_alone, passing_on};
 use super::choice;
@@ -8,6 +8,11 @@ use crate::libtorch::take_place;
 
 /// Name of the operation in messages.
 const NAME: &str = "product";
+
+/// True if products on `device` compute the gradients of weights in the places offered for them.
+pub fn computes_in_place(device: Device) -> bool {
+    choice::pass_of(NAME, device).is_some()
+}
 
 /// Computes `x · weightᵀ + bias`, and returns `x` for its other uses and the product.
 ///
@@ -20,9 +25,9 @@ const NAME: &str = "product";
 /// `x`: `[…, inputs]`; `weight`: `[outputs, inputs]`, `bias`: `[outputs]`, of the kind of `x`.
 /// Returns `x` and `[…, outputs]`.
 pub fn product_passing_on(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> (Tensor, Tensor) {
-    match choice::pass_of(NAME, x.device()) {
-        Some(_) => own_product(x, weight, bias),
-        None => (x.shallow_clone(), x.linear(weight, bias)),
+    match computes_in_place(x.device()) {
+        true => own_product(x, weight, bias),
+        false => (x.shallow_clone(), x.linear(weight, bias)),
     }
 }
 

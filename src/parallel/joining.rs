@@ -5,6 +5,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::libtorch::{copy_each, offer_place};
 use crate::nn::ParamSet;
+use crate::ops::at_least_float;
 use crate::parallel::bucket::Weights;
 use crate::parallel::piece::Piece;
 use crate::parallel::{Bucket, ReduceDtype, Sharding};
@@ -39,21 +40,21 @@ impl Joining {
 
     /// The kind in which the gradients of parameters of `kind` are joined.
     pub fn joined(self, kind: Kind) -> Kind {
-        if self.adds_first { summed(kind) } else { self.sent(kind) }
+        if self.adds_first { at_least_float(kind) } else { self.sent(kind) }
     }
 
     /// The kind in which they travel between ranks; their own, if this rank is alone.
     pub fn sent(self, kind: Kind) -> Kind {
         match self.sent {
             Some(dtype) => dtype.kind(kind),
-            None if self.adds_first => summed(kind),
+            None if self.adds_first => at_least_float(kind),
             None => kind,
         }
     }
 
     /// The kind in which the optimizer gets them.
     pub fn kept(self, kind: Kind) -> Kind {
-        if self.adds && !self.adds_first { summed(kind) } else { self.sent(kind) }
+        if self.adds && !self.adds_first { at_least_float(kind) } else { self.sent(kind) }
     }
 }
 
@@ -68,16 +69,19 @@ impl ReduceDtype {
     }
 }
 
-/// The kind in which gradients are added up.
-fn summed(kind: Kind) -> Kind {
-    if kind == Kind::Double { Kind::Double } else { Kind::Float }
-}
-
 /// Places in which the gradients of a stage's parameters are computed.
 pub struct Places {
-    /// The flat gradient of each trained piece; `None` where gradients are copied to it later.
+    /// The flat gradient of each trained piece, or nothing where gradients are copied to it later;
+    /// empty if all are.
     flats: Vec<Option<Tensor>>,
     joining: Joining,
+}
+
+impl Places {
+    /// For gradients that are all copied when they are known.
+    pub fn none(joining: Joining) -> Self {
+        Places { flats: Vec::new(), joining }
+    }
 }
 
 impl Bucket {
@@ -104,7 +108,7 @@ impl Bucket {
     pub fn joined(&self, params: &ParamSet, places: Places, gradients: Vec<Tensor>) -> Vec<Tensor> {
         let Places { flats, joining } = places;
         let missing = |piece: &Piece| piece.empty_gradient(joining.joined(piece.kind()));
-        let flats = self.trained().zip(flats);
+        let flats = self.trained().zip(flats.into_iter().chain(std::iter::repeat_with(|| None)));
         let joined: Vec<Tensor> =
             flats.map(|(piece, flat)| flat.unwrap_or_else(|| missing(piece))).collect();
         let (mut places, mut arrived) = (Vec::new(), Vec::new());

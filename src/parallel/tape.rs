@@ -5,9 +5,11 @@ use tch::{Device, Tensor, no_grad};
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::nn::{Activations, Stage};
+use crate::ops::computes_in_place;
 use crate::parallel::ahead::Ahead;
 use crate::parallel::backward::{loss_backward, stage_backward};
 use crate::parallel::bucket::Weights;
+use crate::parallel::joining::Places;
 use crate::parallel::{Joining, Recompute, Replica};
 use crate::pulse;
 
@@ -27,6 +29,7 @@ pub struct Tape<'m> {
 }
 
 struct Boundary {
+    /// Empty if no gradient reaches the stage.
     input: Activations,
     /// The stage's outputs with their graph, and the parameters at its start; `None` if the stage
     /// is recomputed or needs no gradient.
@@ -89,9 +92,12 @@ impl<'m> Tape<'m> {
             let next = output.leaves(reached);
             let input = std::mem::replace(&mut input, next);
             let graph = keep_graph.then_some((weights, output));
-            // A graph keeps its input on the device anyway.
-            let input =
-                if self.offload && graph.is_none() { input.to_device(Device::Cpu) } else { input };
+            let input = match (reached, &graph) {
+                (false, _) => Activations::new(),
+                (true, None) if self.offload => input.to_device(Device::Cpu),
+                // A graph keeps its input on the device anyway.
+                (true, _) => input,
+            };
             self.kept.push(Boundary { input, graph });
         }
         pulse::leave_stages();
@@ -136,11 +142,14 @@ impl<'m> Tape<'m> {
                 }
             };
             let bucket = &buckets[index];
-            let places = bucket.places(stage.params(), &weights, self.joining);
+            let places = match computes_in_place(device) {
+                true => bucket.places(stage.params(), &weights, self.joining),
+                false => Places::none(self.joining),
+            };
             let (gradients, grad_input) =
                 stage_backward(&weights.trained(), &input, &output, &grad_output);
-            // Freed before the gradients are flattened and reduced: the next stage uses the memory
-            // of the graph and the gathered parameters.
+            // Freed before other gradients are flattened, and before they are reduced: the next
+            // stage uses the memory of the graph and the gathered parameters.
             drop((weights, output, input));
             let gradients = bucket.joined(stage.params(), places, gradients);
             if let Some(step) = self.check_finite {

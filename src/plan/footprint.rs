@@ -13,7 +13,7 @@ pub struct Footprint {
     pub graphs: u64,
     /// The largest stage's graph.
     pub largest_graph: u64,
-    /// The input of every stage.
+    /// The input of every stage that a gradient reaches.
     pub boundaries: u64,
     /// The input of one stage.
     pub boundary: u64,
@@ -81,7 +81,7 @@ pub fn footprint(
     Footprint {
         graphs: graphs.iter().sum::<f64>() as u64,
         largest_graph: graphs.iter().copied().fold(0.0, f64::max) as u64,
-        boundaries: boundary * graphs.len() as u64,
+        boundaries: boundary * (graphs.len() - first.unwrap_or(graphs.len())) as u64,
         boundary,
     }
 }

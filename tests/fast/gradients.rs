@@ -8,6 +8,8 @@ use fm_dist::rng::{Key, Purpose};
 use fm_dist::tuning::{LoraSettings, Tuning};
 use tch::{Device, Kind, Tensor};
 
+use crate::runs::compute_as_in_training;
+
 const KEY: Key = Key { seed: 17, purpose: Purpose::Test, step: 0, micro_batch: 0, scope: 0 };
 
 /// A small model whose every parameter is away from zero, so that no gradient vanishes by
@@ -18,6 +20,7 @@ fn replica(kind: Kind) -> Replica<'static> {
 
 /// The same, some of whose stages are frozen.
 fn replica_with_frozen(kind: Kind, frozen: &[usize]) -> Replica<'static> {
+    compute_as_in_training();
     let model = Dit {
         in_channels: 2,
         condition_width: 5,
@@ -213,6 +216,7 @@ fn gradients_are_the_slopes_of_the_loss() {
 
 /// The model frozen, with low-rank changes of what they target.
 fn replica_with_lora(kind: Kind, targets: &str) -> Replica<'static> {
+    compute_as_in_training();
     let lora = LoraSettings {
         rank: Some(3),
         alpha: Some(5.0),

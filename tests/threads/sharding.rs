@@ -17,7 +17,7 @@ use tempfile::TempDir;
 
 use super::equivalence::assert_same_curve;
 use super::training::WAN;
-use crate::runs::{checkpoint, tiny, train_in_threads};
+use crate::runs::{checkpoint, compute_as_in_training, tiny, train_in_threads};
 
 /// Each sharding as its settings.
 pub const SHARDINGS: [(&str, &[&str]); 4] = [
@@ -210,6 +210,7 @@ fn summed(shape: Shape) -> Vec<Option<Tensor>> {
 }
 
 fn on_rank(world: &dyn Collective, shape: Shape) -> Vec<Option<Tensor>> {
+    compute_as_in_training();
     let sharing = Sharing::within_nodes(world, shape.sharding, shape.node_of_rank, 1).unwrap();
     let stages = stages(shape.behind_a_door != Some(world.rank()));
     let freeze = |(index, stage): (usize, Box<dyn Stage>)| match shape.frozen.contains(&index) {

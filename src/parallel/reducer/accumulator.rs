@@ -1,6 +1,8 @@
 //! Sums a stage's gradients over the micro-batches of a step.
 
-use tch::{Kind, Tensor, no_grad};
+use tch::{Tensor, no_grad};
+
+use crate::ops::at_least_float;
 
 /// The order in which micro-batches are summed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -58,14 +60,17 @@ impl Accumulator {
 }
 
 fn add(sum: &mut Tensor, gradient: &Tensor) {
-    if sum.kind() != Kind::Float {
-        *sum = sum.to_kind(Kind::Float);
+    let kind = at_least_float(sum.kind());
+    if sum.kind() != kind {
+        *sum = sum.to_kind(kind);
     }
     let _ = no_grad(|| sum.f_add_(gradient)).expect("gradients of one stage have one shape");
 }
 
 #[cfg(test)]
 mod tests {
+    use tch::Kind;
+
     use super::*;
 
     /// Powers of a third: their sum shows the order of summation.
