@@ -213,7 +213,7 @@ fn print(code: i32, name: &str, what: &str) {
 
 /// A second failing thread waits until the first has printed its message, but at most [`timeout`]:
 /// stderr may be a full pipe.
-fn wait_until_printed() {
+pub fn wait_until_printed() {
     let printed = PRINTED.0.lock().unwrap_or_else(PoisonError::into_inner);
     drop(PRINTED.1.wait_timeout_while(printed, timeout(), |printed| !*printed));
 }

@@ -1,6 +1,8 @@
 //! The program: runs the command of the command line and exits with its code. An error on one rank
 //! ends all ranks.
 
+use std::time::Duration;
+
 use clap::Parser;
 use fm_dist::cli::Cli;
 use fm_dist::collective;
@@ -19,14 +21,20 @@ fn main() {
     }
 }
 
-/// Prints the help, the version, or the mistake in the command line, and exits. Every process of a
-/// launch has the same command line, so only the first rank prints.
+/// Time in which a launcher has ended the other ranks of a launch whose first one has ended.
+const OTHERS_END: Duration = Duration::from_secs(5);
+
+/// Prints the help, the version, or the mistake in the command line, and exits. As a rule every
+/// process of a launch has the same command line, and the first rank prints for all; another one
+/// that is still there after a while has made a mistake of its own.
 fn end_before_start(shown: &clap::Error) -> ! {
     let code = if shown.use_stderr() { USAGE } else { 0 };
-    match collective::launched_rank() {
-        Some(1..) if code != 0 => collective::follow(Some(0), code, "the command line is wrong"),
-        Some(1..) => (),
-        _ => drop(shown.print()),
+    let is_first = matches!(collective::launched_rank(), None | Some(0));
+    if !is_first && code != 0 {
+        std::thread::sleep(OTHERS_END);
+    }
+    if is_first || code != 0 {
+        drop(shown.print());
     }
     collective::leave(code)
 }

@@ -80,8 +80,10 @@ pub fn end(code: i32, name: &str, what: &str) -> ! {
 /// Ends this process with the exit code of a peer that failed. With a `speaker` whose message may
 /// not be out yet, first waits for that rank to print it and to end the world.
 pub fn follow(speaker: Option<usize>, code: i32, what: &str) -> ! {
-    if let Some(speaker) = speaker
-        && failure::record_cause(code)
+    if !failure::record_cause(code) {
+        // Another thread of this process has failed before, and may be about to say why.
+        failure::wait_until_printed();
+    } else if let Some(speaker) = speaker
         && !wait_for_speaker(speaker)
     {
         let limit = failure::timeout().as_secs_f64();

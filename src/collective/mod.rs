@@ -157,6 +157,11 @@ pub fn job() -> Option<String> {
     variable("SLURM_JOB_ID")
 }
 
+/// Returns how often Slurm has queued that job again; `None` if never.
+pub fn restarts() -> Option<String> {
+    variable("SLURM_RESTART_COUNT")
+}
+
 /// Removes the launcher's variables from the environment of a child, which then is no rank: it
 /// neither waits for peers nor is counted among them.
 pub fn without_launcher(command: &mut Command) -> &mut Command {

@@ -42,8 +42,8 @@ impl FromHost {
         self.stream.wait(&Stream::COMPUTE.record()?)?;
         let bytes = from.numel() * from.kind().elt_size_in_bytes();
         let (from, to) = (from.data_ptr(), to.data_ptr() as sys::CUdeviceptr);
-        // SAFETY: both tensors have so many bytes. The caller keeps them until the compute stream
-        // has waited for the event.
+        // SAFETY: both tensors have so many bytes. The caller keeps `to` until the compute stream
+        // waits for the event, and `from` as it is until the event is complete.
         check("cuMemcpyHtoDAsync", unsafe {
             sys::cuMemcpyHtoDAsync_v2(to, from, bytes, self.stream.raw())
         })?;

@@ -17,6 +17,10 @@ use crate::pulse::{self, Pulse};
 /// Most ranks in an answer, those furthest behind first: it must fit into one datagram.
 const NAMED: usize = 12;
 
+/// Most bytes that are sent of the path of a file, its end: with this an entry of an answer takes
+/// below 300.
+const PATH: usize = 96;
+
 /// Largest datagram that is received.
 const LARGEST: usize = 4096;
 
@@ -121,7 +125,7 @@ impl Moment {
     fn new(pulse: &Pulse, reading: Option<String>) -> Self {
         let Pulse { step, phase, stage, collectives, age } = *pulse;
         let (phase, age) = (phase as u8, age.as_millis() as u64);
-        Moment { step, phase, stage, collectives, age, reading }
+        Moment { step, phase, stage, collectives, age, reading: reading.map(|path| end_of(&path)) }
     }
 
     /// The state of this process.
@@ -147,6 +151,15 @@ impl Moment {
         };
         Some(RankState { rank, host: host.into(), pulse, silence, reading: self.reading.clone() })
     }
+}
+
+/// The end of a path, of at most [`PATH`] bytes and a mark of what is left out.
+fn end_of(path: &str) -> String {
+    if path.len() <= PATH {
+        return path.into();
+    }
+    let begin = (path.len() - PATH..path.len()).find(|place| path.is_char_boundary(*place));
+    format!("…{}", &path[begin.unwrap_or(path.len())..])
 }
 
 /// The file that this process waits for; `None` outside of phase `data`.

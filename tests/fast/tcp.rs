@@ -72,6 +72,27 @@ fn thirty_ranks_meet_and_agree() {
     assert!(sums.iter().all(|sum| *sum == sums[0]), "{sums:?}");
 }
 
+/// A barrier's frame has a header alone. Rank 0 reads that of rank 1 while it waits for rank 2, and
+/// nothing comes after it until rank 0 has answered.
+#[test]
+fn a_rank_that_is_ahead_at_a_barrier_is_not_waited_for_again() {
+    let ends = on_ranks(3, |world| {
+        let pair = world.split(world.rank() % 2)?;
+        if world.rank() == 2 {
+            thread::sleep(Duration::from_millis(300));
+        }
+        if world.rank() != 1 {
+            pair.broadcast(brought(world.rank(), 8, Kind::Float), 1)?.wait()?;
+        }
+        world.barrier()?;
+        let sent = brought(world.rank(), 8, Kind::Float);
+        world.broadcast(sent.shallow_clone(), 0)?.wait()?;
+        Ok(sent.sum(Kind::Double).double_value(&[]))
+    });
+    let sums: Vec<f64> = ends.into_iter().map(|end| end.unwrap()).collect();
+    assert!(sums.iter().all(|sum| *sum == sums[0]), "{sums:?}");
+}
+
 #[test]
 fn ranks_that_disagree_each_name_both_operations() {
     let ends = on_ranks(2, |world| {

@@ -1,19 +1,16 @@
 //! C: devices that fail, and memory that runs out, in a library's recorded words.
 
-use super::{Case, Ended, START, Started, turn};
+use super::{Case, Ended, SOON, START, Started, turn};
 use std::process::Command;
 
 use tempfile::TempDir;
 
-/// Seconds from the failure to the end of every rank, as promised. A rank that waits in a
+/// Runs a case in which one rank meets the fault; all must end soon. A rank that waits in a
 /// collective for the one that failed is ended by it.
-const PROMISED: f64 = 5.0;
-
-/// Runs a case in which one rank meets the fault; all must end in the promised time.
 fn on_one_rank(case: Case<'_>) -> Ended {
     let batch = format!("train.global_batch_size={}", 8 * case.ranks);
     let never = ["panicked", "error BUG", "WARN straggler"];
-    Case { sets: &[&batch], never: &never, seconds: PROMISED, ..case }.run()
+    Case { sets: &[&batch], never: &never, seconds: SOON, ..case }.run()
 }
 
 #[test]

@@ -127,6 +127,9 @@ impl Mesh {
 
     fn serve(&mut self, messages: &mut Messages, call: Call) -> Result<()> {
         self.peers.iter_mut().flatten().for_each(Peer::write);
+        // A frame that has been left unread may have no more bytes for which a socket would wake.
+        let mut peers = self.peers.iter_mut().flatten();
+        peers.by_ref().filter(|peer| peer.is_expected()).try_for_each(|peer| peer.read(call))?;
         loop {
             messages.sent.retain(|(to, number)| {
                 self.peers[*to].as_ref().is_some_and(|peer| peer.sent < *number)
@@ -205,6 +208,11 @@ impl Peer {
     /// until then.
     fn is_ahead(&self) -> bool {
         self.arrived_header == HEADER_BYTES && self.due.is_empty()
+    }
+
+    /// True if this rank has come to the operation of a frame that was left unread.
+    fn is_expected(&self) -> bool {
+        self.arrived_header == HEADER_BYTES && !self.due.is_empty()
     }
 
     fn interest(&self) -> PollFlags {
