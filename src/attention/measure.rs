@@ -195,11 +195,15 @@ fn judge(
     Ok(errors)
 }
 
+/// Errors relative to each tensor's norm; of what is exactly zero, as gradients of the scores of a
+/// single key, relative to the largest norm.
 fn errors(found: &[Tensor; 4], exact: &[Tensor; 4]) -> Errors {
+    let norm = |tensor: &Tensor| tensor.norm().double_value(&[]);
+    let largest = exact.iter().map(norm).fold(0.0, f64::max);
     let error = |index: usize| {
-        let exact = &exact[index];
-        let norm = |tensor: Tensor| tensor.norm().double_value(&[]);
-        norm(found[index].to_kind(exact.kind()) - exact) / norm(exact.shallow_clone())
+        let (exact, whole) = (&exact[index], norm(&exact[index]));
+        let difference = norm(&(found[index].to_kind(exact.kind()) - exact));
+        difference / if whole == 0.0 { largest } else { whole }
     };
     Errors { output: error(0), query: error(1), key: error(2), value: error(3) }
 }
@@ -261,6 +265,17 @@ mod tests {
                 let outcome =
                     measure(&case(precision, masked), AttentionBackend::Cudnn, Device::Cpu);
                 assert_eq!(outcome, Outcome::NotTaken);
+            }
+        }
+    }
+
+    #[test]
+    fn a_backend_is_sound_with_a_single_key_whose_scores_have_no_gradient() {
+        for precision in [Precision::Float32, Precision::Bfloat16] {
+            let one = Case { keys: 1, ..case(precision, false) };
+            for backend in [AttentionBackend::Flash, AttentionBackend::Plain] {
+                let outcome = measure(&one, backend, Device::Cpu);
+                assert!(outcome.is_sound(), "{backend} {precision:?}: {outcome}");
             }
         }
     }

@@ -3,7 +3,7 @@
 use tch::Tensor;
 
 use super::sight::Sight;
-use crate::nn::attention::attend;
+use crate::nn::attention::attend_plainly;
 use crate::nn::norm::LayerNorm;
 use crate::nn::{Builder, Init, Linear, Mlp, Nonlinearity, Param, Views};
 use crate::settings::choice;
@@ -144,7 +144,7 @@ impl Layer {
             .map(|linear| linear.forward(params, &normed).unflatten(-1, [self.num_heads, -1]));
         let attended = match sight {
             Some(sight) => sight.attend(&query, &key, &value),
-            None => attend(&query, &key, &value, None),
+            None => attend_plainly(&query, &key, &value, None),
         };
         let x = x + self.output.forward(params, &attended);
         let mlp = self.mlp.forward(params, &mlp_norm.forward(params, &x));

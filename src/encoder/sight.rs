@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::nn::attention::attend;
+use crate::nn::attention::attend_plainly;
 
 /// The keys that each query sees where texts are read from left to right.
 #[derive(Debug)]
@@ -42,9 +42,9 @@ impl Sight {
     /// CPU, whatever the device.
     ///
     /// # Shapes
-    /// As [`attend`].
+    /// As [`attend_plainly`].
     pub fn attend(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> Tensor {
-        let attended = attend(query, key, value, Some(&self.mask));
+        let attended = attend_plainly(query, key, value, Some(&self.mask));
         match &self.blind {
             Some(blind) => attended.masked_fill(blind, 0.0),
             None => attended,

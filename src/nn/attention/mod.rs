@@ -26,20 +26,37 @@ pub fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: Option<&Tensor
     }
 }
 
-/// As [`attend`], of scores that are not scaled and to which `bias` is added.
+/// As [`attend`], for networks that are not trained: on a GPU the plain backend computes it, since
+/// [`choose`] has tried the others with the heads and masks of the trained model alone.
+pub fn attend_plainly(
+    query: &Tensor,
+    key: &Tensor,
+    value: &Tensor,
+    mask: Option<&Tensor>,
+) -> Tensor {
+    permit_plain(query);
+    Attention { query, key, value, mask }.permitted(None)
+}
+
+/// As [`attend_plainly`], of scores that are not scaled and to which `bias` is added.
 ///
 /// # Shapes
 /// As [`attend`]; `bias`: of the kind of the query, broadcastable to `[B, N, L, K]`.
 pub fn attend_unscaled(query: &Tensor, key: &Tensor, value: &Tensor, bias: &Tensor) -> Tensor {
-    if query.device().is_cuda() {
-        permit_attention(&[choice::chosen(true), AttentionBackend::Plain]);
-    }
+    permit_plain(query);
     Attention { query, key, value, mask: Some(bias) }.permitted(Some(1.0))
 }
 
+fn permit_plain(query: &Tensor) {
+    if query.device().is_cuda() {
+        permit_attention(&[AttentionBackend::Plain]);
+    }
+}
+
 /// Attention by a single head of any width, without a mask. On a GPU the memory-efficient backend
-/// computes it, because the others take no head as wide as those of autoencoders; on a CPU libtorch
-/// chooses, and bfloat16 is computed in f32 and rounded once.
+/// computes it, untried: the others take no head as wide as those of autoencoders, and the plain
+/// one would hold the scores of all pairs of places. On a CPU libtorch chooses, and bfloat16 is
+/// computed in f32 and rounded once.
 ///
 /// # Shapes
 /// `query`: `[B, L, D]`; `key`, `value`: `[B, K, D]`. Returns `[B, L, D]`.
