@@ -7,7 +7,7 @@ use super::{AdapterSettings, Need};
 use crate::error::{Error, Result};
 use crate::flow::{
     BatchKey, FlowMatchingContext, FlowMatchingSettings, Guidance, ModelAdapter, NoiseLevels, Role,
-    Shift,
+    Shift, Solver,
 };
 use crate::model::Model;
 use crate::nn::Activations;
@@ -68,7 +68,7 @@ impl ModelAdapter for Simple {
             Role::Fixed,
             &["image_embeds"],
             forms,
-            "no tokens of an image".into(),
+            "no tokens of an image, which only Wan 2.1's models take".into(),
         );
         let images = if self.image_conditioning { vec![latents, embeds] } else { Vec::new() };
         [vec![text_key()], images].concat()
@@ -107,8 +107,8 @@ impl ModelAdapter for Simple {
         output.get("prediction").shallow_clone()
     }
 
-    /// Returns for videos the levels of Wan's pipeline, down to the smallest timestep of training;
-    /// for images even levels.
+    /// Returns for videos the levels of Wan's published pipelines, made for UniPC; for images even
+    /// ones.
     fn noise_levels(
         &self,
         latents: &[i64],
@@ -118,7 +118,7 @@ impl ModelAdapter for Simple {
     ) -> NoiseLevels {
         let shift = settings.shift(image_tokens);
         match latents.len() {
-            4 => NoiseLevels::down_to_training(shift, settings.num_train_timesteps),
+            4 => NoiseLevels::down_to_training(shift).with_solver(Solver::UniPc),
             _ => NoiseLevels::even(Shift::Constant(shift)),
         }
     }

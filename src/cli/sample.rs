@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
 
-use super::values::{Shape, parse_lora, parse_scale, parse_shape};
+use super::values::{Shape, parse_lora, parse_scale, parse_shape, parse_word};
 use crate::error::Result;
+use crate::flow::Solver;
 use crate::phase::Phase;
 use crate::pulse;
 use crate::run::checkpoint::SavedWeights;
@@ -60,7 +61,7 @@ pub struct SampleArgs {
     /// resolution group if unset
     #[arg(long, value_name = "C,[F,]H,W", value_parser = parse_shape, conflicts_with = "asked")]
     shape: Option<Shape>,
-    /// Euler steps from noise to data
+    /// Steps from noise to data
     #[arg(long, value_parser = clap::value_parser!(i64).range(1..))]
     steps: Option<i64>,
     /// Scale of classifier-free guidance (1 disables it), or the guidance input of a model that
@@ -71,9 +72,12 @@ pub struct SampleArgs {
     /// guidance
     #[arg(long, value_parser = parse_scale)]
     true_cfg_scale: Option<f64>,
-    /// Constant shift of the noise levels; 0 selects the family's own rule
+    /// Constant shift of the noise levels; 0 selects the pipeline's or the family's own rule
     #[arg(long, value_parser = parse_scale)]
     shift: Option<f64>,
+    /// Way of a step: euler or unipc; the pipeline's or the family's own if unset
+    #[arg(long, value_name = "WORD", value_parser = parse_word::<Solver>)]
+    solver: Option<Solver>,
     /// Number of samples for each condition or prompt; one for each prompt, and for each condition
     /// of a file, if unset
     #[arg(long, value_parser = clap::value_parser!(i64).range(1..=10_000))]
@@ -116,6 +120,7 @@ impl SampleArgs {
             guidance_scale: self.guidance,
             true_cfg_scale: self.true_cfg_scale,
             shift: self.shift,
+            solver: self.solver,
             per_condition: self.per_condition,
             seed: self.seed,
             lora_scale: self.lora_scale,

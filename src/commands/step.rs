@@ -170,7 +170,7 @@ fn tokens_of(config: &RunConfig, batch: &Batch) -> Vec<Tokens> {
 fn check_batch(config: &RunConfig, path: &Path, batch: &Batch) -> Result<()> {
     let (latents, adapter) = (latents_of(batch)?.size(), config.flow_matching.adapter.build());
     let whole = with_sample_axis(adapter.as_ref(), batch);
-    let shapes = SampleShapes::of_batch(&latents[1..], &whole.tensors);
+    let shapes = SampleShapes::of_batch(latents[0], &latents[1..], &whole.tensors);
     let empty_prompt = whole
         .tensors
         .iter()

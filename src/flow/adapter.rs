@@ -3,9 +3,8 @@
 use tch::{Device, Kind, Tensor};
 
 use super::batch_keys::{BatchKey, Role, check_empty_row};
-use super::guidance::Guidance;
-use super::noise_levels::{NoiseLevels, Shift};
 use super::settings::{CfgDropoutValue, FlowMatchingSettings};
+use super::trajectory::{Guidance, NoiseLevels, Shift};
 use crate::data::{Batch, DataType, EMPTY};
 use crate::error::{Error, Result};
 use crate::nn::Activations;

@@ -9,31 +9,27 @@
 pub mod adapter;
 mod batch_keys;
 mod draw;
-mod guidance;
 mod image_tokens;
 mod levels;
 mod loss;
-mod noise_levels;
 mod pipeline;
 pub mod report;
 mod schedule;
 mod settings;
-pub mod solver;
 mod statistics;
 pub mod time_shift;
 pub mod timestep_sampling;
 mod timesteps;
+mod trajectory;
 
 pub use adapter::{DropoutScope, FlowMatchingContext, ModelAdapter, TaskType};
 pub use batch_keys::{BatchKey, DataShapes, Note, Role, Shapes, check_keys, with_sample_axis};
 pub use draw::{DrawRules, Drawn, DrawnNoise};
-pub use guidance::{Guidance, Guide};
 pub use image_tokens::ImageTokens;
 pub use levels::Levels;
 pub use loss::{
     EXPLODED, Kept, LOSS_MASK, LossValues, axes_of_mask, bsmntw_table, check_loss, is_sound,
 };
-pub use noise_levels::{NoiseLevels, Shift};
 pub use pipeline::{FlowMatchingPipeline, StepOptions, StepOutput, latents_of};
 pub use schedule::LinearInterpolationSchedule;
 pub use settings::{
@@ -43,3 +39,4 @@ pub use settings::{
 pub use statistics::{Moments, SIGMA_BINS, Statistics};
 pub use timestep_sampling::TimestepSampling;
 pub use timesteps::{SampledTimesteps, Strata, sample_timesteps};
+pub use trajectory::{Guidance, Guide, NoiseLevel, NoiseLevels, Shift, Solver};

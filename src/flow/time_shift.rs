@@ -86,17 +86,19 @@ impl TimeShift {
             ShiftType::Sqrt => (3.0 * (tokens / (128.0 * 128.0)).sqrt()).max(1.0),
             ShiftType::Constant => self.constant,
             ShiftType::Flux => {
-                between(tokens, (256.0, self.base_shift), (4096.0, self.max_shift)).exp()
+                let high = (4096.0, self.max_shift);
+                shift_between(image_seq_len, (256.0, self.base_shift), high)
             }
-            ShiftType::QwenImage => between(tokens, (256.0, 0.5), (8192.0, 0.9)).exp(),
+            ShiftType::QwenImage => shift_between(image_seq_len, (256.0, 0.5), (8192.0, 0.9)),
             ShiftType::Flux2 => empirical_mu(tokens, FLUX2_STEPS).exp(),
         }
     }
 }
 
-/// Returns the value at `tokens` of the line through two points (tokens, value).
-fn between(tokens: f64, low: (f64, f64), high: (f64, f64)) -> f64 {
-    low.1 + (high.1 - low.1) / (high.0 - low.0) * (tokens - low.0)
+/// Returns the shift whose logarithm lies at `image_seq_len` on the line through two points
+/// (tokens, logarithm).
+pub fn shift_between(image_seq_len: i64, low: (f64, f64), high: (f64, f64)) -> f64 {
+    (low.1 + (high.1 - low.1) / (high.0 - low.0) * (image_seq_len as f64 - low.0)).exp()
 }
 
 /// Interpolates between fits for 10 and for 200 steps; above 4300 tokens the fit for 200 applies to

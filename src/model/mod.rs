@@ -95,6 +95,14 @@ pub trait Architecture {
     /// # Errors
     /// [`Error::Config`] naming the setting and the value in the data.
     fn check_data(&self, shapes: &SampleShapes<'_>) -> Result<()>;
+
+    /// Refuses to generate videos from images where that takes an input that no adapter prepares.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the setting.
+    fn check_image_to_video(&self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Shapes of one sample's tensors.
@@ -107,9 +115,16 @@ pub struct SampleShapes<'s> {
 }
 
 impl<'s> SampleShapes<'s> {
-    /// Takes the shapes from a batch's `tensors` `[B, …]`.
-    pub fn of_batch(latents: &'s [i64], tensors: &BTreeMap<String, Tensor>) -> Self {
-        let sample = |tensor: &Tensor| tensor.size().get(1..).unwrap_or_default().to_vec();
+    /// Takes the shapes from a batch's `tensors` `[B, …]` of so many samples; one with several rows
+    /// a sample has them as a first axis.
+    pub fn of_batch(samples: i64, latents: &'s [i64], tensors: &BTreeMap<String, Tensor>) -> Self {
+        let sample = |tensor: &Tensor| match *tensor.size() {
+            [rows, ref rest @ ..] if rows > samples && rows.checked_rem(samples) == Some(0) => {
+                [&[rows / samples], rest].concat()
+            }
+            [_, ref rest @ ..] => rest.to_vec(),
+            [] => Vec::new(),
+        };
         SampleShapes {
             latents,
             of: tensors.iter().map(|(key, tensor)| (key.clone(), sample(tensor))).collect(),

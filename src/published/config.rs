@@ -43,13 +43,26 @@ impl Config {
         let path = folder.join(FILE_NAME);
         let text =
             text_of(&path).map_err(|error| Error::data(folder, no_config(folder, part, &error)))?;
+        refuse_pickles_beside(folder, part.stem)?;
+        Self::parsed(path, &text)
+    }
+
+    /// Reads a file that stands alone, without weights beside it.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if the file cannot be read, is too long or no JSON object.
+    pub fn open(path: &Path) -> Result<Self> {
+        let text = text_of(path).map_err(|error| Error::data(path, error.to_string()))?;
+        Self::parsed(path.into(), &text)
+    }
+
+    fn parsed(path: PathBuf, text: &[u8]) -> Result<Self> {
         if text.len() as u64 > MAX_BYTES {
             let what = format!("is longer than the {MAX_BYTES} bytes allowed");
             return Err(Error::data(&path, what));
         }
-        refuse_pickles_beside(folder, part.stem)?;
-        let parsed: Result<Map<String, Value>, _> = serde_json::from_slice(&text);
-        let fields = parsed.map_err(|error| Error::data(&path, no_json(&text, &error)))?;
+        let parsed: Result<Map<String, Value>, _> = serde_json::from_slice(text);
+        let fields = parsed.map_err(|error| Error::data(&path, no_json(text, &error)))?;
         Ok(Config { path, fields })
     }
 

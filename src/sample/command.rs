@@ -11,6 +11,7 @@ use crate::collective::Solo;
 use crate::config::RunConfig;
 use crate::error::{Error, Result};
 use crate::files::outputs::Named;
+use crate::flow::Solver;
 use crate::nn::Tokens;
 use crate::parallel::Replica;
 use crate::run::checkpoint::SavedWeights;
@@ -57,6 +58,7 @@ pub struct SampleRequest {
     pub guidance_scale: Option<f64>,
     pub true_cfg_scale: Option<f64>,
     pub shift: Option<f64>,
+    pub solver: Option<Solver>,
     /// Samples for each condition; one for each prompt, or row of a file, if unset.
     pub per_condition: Option<i64>,
     pub seed: Option<u64>,
@@ -87,6 +89,7 @@ impl Default for SampleRequest {
             guidance_scale: None,
             true_cfg_scale: None,
             shift: None,
+            solver: None,
             per_condition: None,
             seed: None,
             lora_scale: 1.0,
@@ -147,6 +150,7 @@ fn with_options(mut config: RunConfig, request: &SampleRequest) -> RunConfig {
     sampling.guidance_scale = request.guidance_scale.unwrap_or(sampling.guidance_scale);
     sampling.true_cfg_scale = request.true_cfg_scale.unwrap_or(sampling.true_cfg_scale);
     sampling.shift = request.shift.unwrap_or(sampling.shift);
+    sampling.solver = request.solver.or(sampling.solver);
     sampling.fps = request.fps.unwrap_or(sampling.fps);
     sampling.negative_prompt = request.negative.clone().or(sampling.negative_prompt.take());
     let pipeline = request.pipeline.as_ref().map(|path| path.display().to_string());
@@ -205,7 +209,7 @@ fn by_prompts(request: &SampleRequest, source: &Source, config: &RunConfig) -> R
         let replica = replica(request, source, &loras, device)?;
         generated(config, &origins, &replica, device)?
     };
-    let sigmas = Plan::new(config, &origins[0], device)?.sigmas().to_vec();
+    let sigmas = Plan::new(config, &origins[0], device)?.sigmas();
     files.write_numbers(&latents, &sigmas)?;
     if files.are_decoded() {
         for (index, latents) in latents.iter().enumerate() {

@@ -1,19 +1,26 @@
 //! Generates samples from a trained model.
 
+use std::path::Path;
+
 use tch::{Device, Kind, Tensor};
 
 use crate::assembly::build_pipeline;
 use crate::config::RunConfig;
 use crate::data::{Batch, Dataset};
 use crate::error::Result;
-use crate::flow::{CfgDropoutValue, FlowMatchingContext, FlowMatchingPipeline, Guide, solver};
+use crate::flow::{
+    CfgDropoutValue, FlowMatchingContext, FlowMatchingPipeline, Guide, NoiseLevel, NoiseLevels,
+    Solver,
+};
 use crate::nn::Activations;
 use crate::parallel::Replica;
 use crate::rng::{Key, Purpose, Stream};
 use crate::sample::conditions::Origin;
+use crate::sample::scheduler::published_levels;
 
-/// Number of samples that go through the model together.
-const CHUNK: usize = 100;
+/// Most samples that go through the model together, and most tokens if they are several.
+const SAMPLES: i64 = 100;
+const TOKENS: i64 = 1 << 16;
 
 /// Generated samples, condition by condition.
 pub struct Samples {
@@ -50,7 +57,10 @@ pub struct Plan<'a> {
     origin: &'a Origin,
     pipeline: FlowMatchingPipeline,
     guide: Guide,
-    sigmas: Vec<f64>,
+    /// Of one sample.
+    image_tokens: i64,
+    solver: Solver,
+    levels: Vec<NoiseLevel>,
     device: Device,
 }
 
@@ -64,22 +74,17 @@ impl<'a> Plan<'a> {
         origin.check(&**config.model.family, adapter)?;
         let guidance = adapter.guidance(config.model.family.embeds_guidance());
         let guide = Guide::new(guidance, sampling, origin.has_negative())?;
-        let tokens = config.model.family.image_tokens(&origin.shape);
-        let own = adapter.noise_levels(&origin.shape, tokens, pipeline.settings(), guidance);
-        let levels = if sampling.shift == 0.0 { own } else { own.with_shift(sampling.shift) };
-        Ok(Plan {
-            config,
-            origin,
-            guide,
-            sigmas: levels.sigmas(sampling.num_steps),
-            pipeline,
-            device,
-        })
+        let image_tokens = config.model.family.image_tokens(&origin.shape);
+        let own = adapter.noise_levels(&origin.shape, image_tokens, pipeline.settings(), guidance);
+        let num_timesteps = pipeline.settings().num_train_timesteps;
+        let rule = chosen_levels(config, own, image_tokens, num_timesteps)?;
+        let (solver, levels) = (rule.solver(), rule.of_steps(sampling.num_steps, num_timesteps));
+        Ok(Plan { config, origin, guide, image_tokens, solver, levels, pipeline, device })
     }
 
     /// Returns the noise levels of the trajectory; the last one is 0.
-    pub fn sigmas(&self) -> &[f64] {
-        &self.sigmas
+    pub fn sigmas(&self) -> Vec<f64> {
+        self.levels.iter().map(|level| level.sigma).collect()
     }
 
     /// Prepares the model's inputs of the first row, which an adapter may refuse, without a model.
@@ -100,7 +105,7 @@ impl<'a> Plan<'a> {
             self.origin.unconditional(&rows, &self.pipeline.adapter().condition_keys());
         let batches = [self.origin.batch(&rows), unconditional];
         batches.iter().try_for_each(|batch| {
-            self.inputs(&noise, self.sigmas[0], batch, clean.as_ref()).map(drop)
+            self.inputs(&noise, self.levels[0], batch, clean.as_ref()).map(drop)
         })
     }
 
@@ -124,14 +129,15 @@ impl<'a> Plan<'a> {
         let rows: Vec<i64> = (0..self.origin.names.len() as i64)
             .flat_map(|row| vec![row; per_condition as usize])
             .collect();
-        let chunks = rows.chunks(CHUNK).enumerate();
+        let together = (TOKENS / self.image_tokens.max(1)).clamp(1, SAMPLES) as usize;
+        let chunks = rows.chunks(together).enumerate();
         let images = chunks
-            .map(|(index, chunk)| self.samples(replica, index * CHUNK, chunk, go_on))
+            .map(|(index, chunk)| self.samples(replica, index * together, chunk, go_on))
             .collect::<Result<Vec<_>>>()?;
         Ok(Samples {
             images: Tensor::cat(&images, 0),
             labels: self.origin.labels(&rows),
-            sigmas: self.sigmas.clone(),
+            sigmas: self.sigmas(),
             names: self.origin.names.clone(),
             per_condition,
         })
@@ -150,9 +156,10 @@ impl<'a> Plan<'a> {
         let (batch, clean) = (self.origin.batch(rows), self.origin.clean_latents(rows));
         let unconditional =
             self.origin.unconditional(rows, &self.pipeline.adapter().condition_keys());
-        let solved = solver::euler(noise.to_device(self.device), &self.sigmas, |x, sigma| {
+        let noise = noise.to_device(self.device);
+        let solved = self.solver.follow(noise, &self.levels, |x, level| {
             go_on()?;
-            let velocity = |batch: &Batch| self.velocity(replica, x, sigma, batch, clean.as_ref());
+            let velocity = |batch: &Batch| self.velocity(replica, x, level, batch, clean.as_ref());
             self.guide.velocity(velocity(&batch)?, || velocity(&unconditional))
         })?;
         Ok(solved.to_device(Device::Cpu))
@@ -170,29 +177,30 @@ impl<'a> Plan<'a> {
         &self,
         replica: &Replica<'_>,
         x: &Tensor,
-        sigma: f64,
+        level: NoiseLevel,
         batch: &Batch,
         clean: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let inputs = self.inputs(x, sigma, batch, clean)?;
+        let inputs = self.inputs(x, level, batch, clean)?;
         Ok(self.pipeline.adapter().prediction(&replica.infer(inputs)?))
     }
 
     fn inputs(
         &self,
         x: &Tensor,
-        sigma: f64,
+        level: NoiseLevel,
         batch: &Batch,
         clean: Option<&Tensor>,
     ) -> Result<Activations> {
         let (device, dtype) = (x.device(), self.config.model.dtype.kind());
-        let sigma = Tensor::full([x.size()[0]], sigma, (Kind::Float, device));
+        let full = |value: f64| Tensor::full([x.size()[0]], value, (Kind::Float, device));
+        let (sigma, timesteps) = (full(level.sigma), full(level.timestep));
         let x = x.to_kind(dtype);
         let context = FlowMatchingContext {
             noisy_latents: &x,
             latents: &clean
                 .map_or_else(|| x.shallow_clone(), |clean| clean.to_device(device).to_kind(dtype)),
-            timesteps: &(&sigma * self.pipeline.settings().num_train_timesteps as f64),
+            timesteps: &timesteps,
             sigma: &sigma,
             image_to_video: &self.origin.image_to_video(x.size()[0]),
             data_type: batch.data_type,
@@ -205,4 +213,24 @@ impl<'a> Plan<'a> {
         };
         self.pipeline.adapter().prepare_inputs(&context).map_err(|error| self.origin.named(error))
     }
+}
+
+/// Returns the noise levels that the settings choose: the pipeline's or the family's `own`, with
+/// the solver and the shift that are set.
+fn chosen_levels(
+    config: &RunConfig,
+    own: NoiseLevels,
+    image_tokens: i64,
+    num_train_timesteps: i64,
+) -> Result<NoiseLevels> {
+    let sampling = &config.sampling;
+    let own = sampling.solver.map_or(own, |solver| own.with_solver(solver));
+    let levels = match &sampling.pipeline {
+        Some(pipeline) => {
+            let pipeline = Path::new(pipeline);
+            published_levels(pipeline, own, sampling.solver, image_tokens, num_train_timesteps)?
+        }
+        None => own,
+    };
+    Ok(if sampling.shift == 0.0 { levels } else { levels.with_shift(sampling.shift) })
 }

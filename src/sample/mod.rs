@@ -4,7 +4,8 @@
 //! | file | holds |
 //! |---|---|
 //! | `command.rs` | what `fm-dist sample` does |
-//! | `base.rs` | a published pipeline's own model in place of a run |
+//! | `pretrained.rs` | a published pipeline's own model in place of a run |
+//! | `scheduler.rs` | a published pipeline's noise levels and solver |
 //! | `conditions/` | the start of generation: conditions, noise, shape |
 //! | `prompts/` | from prompts to conditions, and from latents to pixels |
 //! | `generate.rs` | the trajectory |
@@ -16,6 +17,8 @@ pub mod generate;
 mod outputs;
 mod pretrained;
 pub mod prompts;
+mod scheduler;
 
 pub use command::{SampleRequest, sample};
 pub use outputs::{frames_per_second, is_video};
+pub use scheduler::published_levels;

@@ -47,7 +47,10 @@ pub(super) fn pretrained_config(pipeline: &Path, overrides: &[String]) -> Result
         ("parallel.device", format!("{device:?}")),
         ("model.dtype", format!("{dtype:?}")),
     ];
-    let own = own.into_iter().map(|(key, value)| format!("{key}={value}"));
+    // Wan's pipelines alone tell their models timesteps that are not rounded to the compute kind.
+    let exact = (family.adapter() == "simple")
+        .then(|| ("flow_matching.adapter.timestep_dtype", "\"float32\"".to_string()));
+    let own = own.into_iter().chain(exact).map(|(key, value)| format!("{key}={value}"));
     let all: Vec<String> = own.chain(overrides.iter().cloned()).collect();
     RunConfig::read("--pipeline", "", &all)
 }

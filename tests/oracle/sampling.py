@@ -1,6 +1,7 @@
 """Samples with the pipelines of diffusers 0.42.1 on a CPU, each family in its own way, and writes what went in and what came out.
 
     python sampling.py families OUT_DIR SEED
+    python sampling.py schedulers OUT_DIR SEED
     python sampling.py exported FAMILY FOLDER CONDITIONS.safetensors OUT.safetensors --steps 5 --shift 3 --guidance 4 [--lora FILE:SCALE]...
     python sampling.py digits CHECKPOINT.safetensors CONDITIONS.safetensors OUT.safetensors --steps 5 --shift 2 --guidance 1.3 --patch 2
 
@@ -9,10 +10,13 @@ Needs torch 2.13.0, diffusers 0.42.1, nemo-automodel 0.5.0 (for `digits`) and sa
 The pipelines are diffusers' own. They import the package of their text encoders, of which sampling from embeddings uses nothing: empty
 classes stand in its place, so that it need not be installed.
 
-`families` writes OUT_DIR/sampling.json, one entry a case, and OUT_DIR/sampling.safetensors with `<case>.sigmas`; a case that is a whole
+`families` writes OUT_DIR/sampling.json, one entry a case, and OUT_DIR/sampling.safetensors with `<case>.sigmas` and `<case>.timesteps`; a case that is a whole
 trajectory has also `.noise`, `.text`, perhaps `.negative`, and `.samples`, the latents at its end. The model is a formula that a
 test can repeat; a real transformer goes into `generate` just so. The schedulers are configured as the published checkpoints
 configure them.
+
+`schedulers` writes OUT_DIR/schedulers.json, one entry a case, OUT_DIR/<case>/scheduler/ as a published pipeline has it, and
+OUT_DIR/schedulers.safetensors with `<case>.sigmas` and `<case>.timesteps`.
 
 `exported` follows the transformer in FOLDER from the `noise` among the conditions, which have the reference's keys, and writes `samples`
 and `sigmas`; the transformer has the adapters that are named.
@@ -34,7 +38,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.utils import import_utils
 from safetensors.torch import load_file, save_file
 
@@ -44,7 +48,8 @@ SCHEDULERS = {
     "flux_schnell": {"shift": 1.0},
     "flux2": DYNAMIC | {"shift": 3.0},
     "qwen_image": DYNAMIC | {"max_shift": 0.9, "max_image_seq_len": 8192, "shift": 1.0, "shift_terminal": 0.02},
-    "wan": {},
+    "wan": {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+    "wan_euler": {},
     "hunyuan_video": {},
 }
 PIPELINES = {
@@ -53,15 +58,21 @@ PIPELINES = {
     "flux2": "flux2.pipeline_flux2.Flux2Pipeline",
     "qwen_image": "qwenimage.pipeline_qwenimage.QwenImagePipeline",
     "wan": "wan.pipeline_wan.WanPipeline",
+    "wan_euler": "wan.pipeline_wan.WanPipeline",
     "hunyuan_video": "hunyuan_video1_5.pipeline_hunyuan_video1_5.HunyuanVideo15Pipeline",
 }
-VIDEO = ["wan", "hunyuan_video"]
+VIDEO = ["wan", "wan_euler", "hunyuan_video"]
 NUM_SIGMA_CASES = 8
 NUM_TRAJECTORIES = 4
+NUM_SCHEDULERS = 60
+# Fields of the line by which a shift follows from the number of tokens, with the defaults of the pipelines that draw it.
+LINE = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 
 
-def scheduler_of(family: str, flow_shift: float) -> FlowMatchEulerDiscreteScheduler:
+def scheduler_of(family: str, flow_shift: float) -> FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler:
     """As published; the families with a constant shift take the run's."""
+    if family == "wan":
+        return UniPCMultistepScheduler(flow_shift=flow_shift, **SCHEDULERS[family])
     return FlowMatchEulerDiscreteScheduler(**({"shift": flow_shift} | SCHEDULERS[family]))
 
 
@@ -162,7 +173,7 @@ def generate(family: str, model, scheduler, noise, conditions: dict, steps: int,
         case "flux2":
             end = pipeline(latents=noise, height=16 * height, width=16 * width, guidance_scale=scale, **common)[0]
             return end.transpose(1, 2).reshape(noise.shape)
-        case "wan":
+        case "wan" | "wan_euler":
             frames = 4 * (noise.shape[2] - 1) + 1
             return pipeline(latents=noise, height=8 * height, width=8 * width, num_frames=frames, guidance_scale=scale, **common)[0]
         case "hunyuan_video":
@@ -187,7 +198,7 @@ def conditions_of(family: str, text: torch.Tensor, negative: torch.Tensor | None
     return given
 
 
-def sigmas_case(family: str, dice: random.Random) -> tuple[dict, torch.Tensor]:
+def sigmas_case(family: str, dice: random.Random) -> tuple[dict, FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler]:
     """Noise levels alone, at sizes that no test could afford to follow."""
     steps, flow_shift = dice.choice([2, 3, dice.randint(4, 60)]), dice.uniform(0.5, 9.0)
     side = [2 * dice.randint(4, 90) for _ in range(2)]
@@ -197,7 +208,7 @@ def sigmas_case(family: str, dice: random.Random) -> tuple[dict, torch.Tensor]:
     stand_in = Formula(1, 1.0, family in ["flux_dev", "flux2"])
     text = torch.zeros(1, 1, 3)
     generate(family, stand_in, scheduler, noise, conditions_of(family, text, text), steps, 1.0)
-    return {"family": family, "steps": steps, "flow_shift": flow_shift, "shape": shape}, scheduler.sigmas
+    return {"family": family, "steps": steps, "flow_shift": flow_shift, "shape": shape}, scheduler
 
 
 def trajectory_case(family: str, index: int, dice: random.Random) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -222,8 +233,47 @@ def trajectory_case(family: str, index: int, dice: random.Random) -> tuple[dict,
     if family == "flux_schnell":
         scale, true_cfg_scale = true_cfg_scale, 1.0
     case = {"family": family, "steps": steps, "flow_shift": flow_shift, "shape": shape, "scale": scale, "true_cfg_scale": true_cfg_scale}
-    tensors = {"sigmas": scheduler.sigmas, "noise": noise, "text": text, "samples": end}
+    tensors = {"sigmas": scheduler.sigmas, "timesteps": scheduler.timesteps, "noise": noise, "text": text, "samples": end}
     return case, tensors | ({} if negative is None else {"negative": negative})
+
+
+def levels_of(name: str, scheduler: FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler) -> dict[str, torch.Tensor]:
+    return {f"{name}.sigmas": scheduler.sigmas, f"{name}.timesteps": scheduler.timesteps}
+
+
+def scheduler_case(dice: random.Random) -> tuple[dict, FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler]:
+    """A scheduler as a pipeline may be published with, set up as one that gives it levels, or a shift for its tokens, does."""
+    unipc, dynamic = dice.random() < 0.5, dice.random() < 0.5
+    gives_levels = dynamic or dice.random() < 0.5
+    steps, tokens = dice.randint(2, 60), dice.randint(1, 9000)
+    config = {"use_dynamic_shifting": dynamic, "flow_shift" if unipc else "shift": dice.choice([1.0, 3.0, 5.0, dice.uniform(0.5, 16.0)])}
+    if dynamic and not unipc:
+        config |= {"base_shift": dice.uniform(0.2, 0.8), "max_shift": dice.uniform(0.9, 1.6)}
+        config |= {"base_image_seq_len": dice.choice([128, 256]), "max_image_seq_len": dice.choice([4096, 8192])}
+    if gives_levels and dice.random() < 0.4:
+        config["shift_terminal"] = dice.uniform(0.01, 0.1)
+    of_class = SCHEDULERS["wan"] if unipc else {}
+    scheduler = (UniPCMultistepScheduler if unipc else FlowMatchEulerDiscreteScheduler)(**config, **of_class)
+    line = [scheduler.config.get(*known) for known in LINE.items()]
+    calculate_shift = importlib.import_module("diffusers.pipelines.flux.pipeline_flux").calculate_shift
+    given = {"mu": calculate_shift(tokens, *line)} if dynamic else {}
+    given |= {"sigmas": np.linspace(1.0, 1 / steps, steps)} if gives_levels else {"num_inference_steps": steps}
+    scheduler.set_timesteps(**given)
+    return {"steps": steps, "tokens": tokens, "gives_levels": gives_levels, "solver": "unipc" if unipc else "euler"}, scheduler
+
+
+def schedulers(out: Path, seed: int) -> None:
+    stand_in_for_text_encoders()
+    dice = random.Random(seed)
+    cases, tensors = [], {}
+    for index in range(NUM_SCHEDULERS):
+        case, scheduler = scheduler_case(dice)
+        name = f"{index:03d}"
+        scheduler.save_pretrained(out / name / "scheduler")
+        cases.append(case | {"name": name})
+        tensors |= levels_of(name, scheduler)
+    save_file(tensors, out / "schedulers.safetensors")
+    (out / "schedulers.json").write_text(json.dumps(cases, indent=1))
 
 
 def families(out: Path, seed: int) -> None:
@@ -233,9 +283,9 @@ def families(out: Path, seed: int) -> None:
     cases, tensors = [], {}
     for family in SCHEDULERS:
         for _ in range(NUM_SIGMA_CASES):
-            case, sigmas = sigmas_case(family, dice)
+            case, scheduler = sigmas_case(family, dice)
             cases.append(case | {"name": f"{len(cases):03d}", "trajectory": False})
-            tensors[f"{cases[-1]['name']}.sigmas"] = sigmas
+            tensors |= levels_of(cases[-1]["name"], scheduler)
         for index in range(NUM_TRAJECTORIES):
             case, found = trajectory_case(family, index, dice)
             cases.append(case | {"name": f"{len(cases):03d}", "trajectory": True})
@@ -303,9 +353,10 @@ def digits(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("families")
-    command.add_argument("out", type=Path)
-    command.add_argument("seed", type=int)
+    for name in ["families", "schedulers"]:
+        command = commands.add_parser(name)
+        command.add_argument("out", type=Path)
+        command.add_argument("seed", type=int)
     command = commands.add_parser("exported")
     command.add_argument("family", choices=SCHEDULERS)
     for name in ["folder", "conditions", "out"]:
@@ -326,6 +377,8 @@ def main() -> None:
     match arguments.command:
         case "families":
             families(arguments.out, arguments.seed)
+        case "schedulers":
+            schedulers(arguments.out, arguments.seed)
         case "exported":
             exported(arguments)
         case "digits":

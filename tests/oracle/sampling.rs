@@ -9,11 +9,13 @@ use fm_dist::config::FlowSettings;
 use fm_dist::files::outputs::Named;
 use fm_dist::files::safetensors::{self, SafeTensors};
 use fm_dist::flow::{
-    FlowMatchingSettings, Guidance, Guide, ModelAdapter, NoiseLevels, SamplingSettings, solver,
+    FlowMatchingSettings, Guidance, Guide, ModelAdapter, NoiseLevel, NoiseLevels, SamplingSettings,
+    Shift, Solver,
 };
 use fm_dist::lora::{self, Dialect, Facts, Family, Lora, Pair};
 use fm_dist::rng::{Key, Purpose};
 use fm_dist::run::Resume;
+use fm_dist::sample::published_levels;
 use fm_dist::settings::{Choice, Family as _};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
@@ -25,6 +27,8 @@ use crate::runs::{finish, program, tiny, train_in_threads};
 use crate::threads::training::{FLUX, FLUX2, HUNYUAN_VIDEO15, QWEN_IMAGE, Tiny, WAN};
 
 const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
+/// Timesteps of training.
+const TIMESTEPS: i64 = 1000;
 /// A few roundings to f32 on their side.
 const SIGMAS: f64 = 1e-6;
 /// Those sums through a dozen steps of a small model in f32.
@@ -34,7 +38,7 @@ const TRAJECTORY: f64 = 1e-4;
 fn adapter_of(family: &str) -> (Box<dyn ModelAdapter>, FlowMatchingSettings) {
     let name = match family {
         "flux_dev" | "flux_schnell" => "flux",
-        "wan" => "simple",
+        "wan" | "wan_euler" => "simple",
         "hunyuan_video" => "hunyuan",
         other => other,
     };
@@ -46,12 +50,10 @@ fn adapter_of(family: &str) -> (Box<dyn ModelAdapter>, FlowMatchingSettings) {
 
 fn levels_of(family: &str, shape: &[i64], flow_shift: f64) -> NoiseLevels {
     let (adapter, settings) = adapter_of(family);
-    adapter.noise_levels(
-        shape,
-        tokens_of(family, shape),
-        &FlowMatchingSettings { flow_shift, ..settings },
-        guidance_of(family),
-    )
+    let settings = FlowMatchingSettings { flow_shift, ..settings };
+    let levels =
+        adapter.noise_levels(shape, tokens_of(family, shape), &settings, guidance_of(family));
+    if family == "wan_euler" { levels.with_solver(Solver::Euler) } else { levels }
 }
 
 /// Tokens of each family's models: of patches of 2 x 2 positions, but FLUX.2's of one.
@@ -68,11 +70,31 @@ fn number(case: &Value, name: &str) -> f64 {
     case[name].as_f64().unwrap()
 }
 
-fn sigmas_of(case: &Value) -> Vec<f64> {
+/// The levels of a case, and their solver.
+fn followed(case: &Value) -> (Solver, Vec<NoiseLevel>) {
     let shape: Vec<i64> =
         case["shape"].as_array().unwrap().iter().map(|size| size.as_i64().unwrap()).collect();
-    levels_of(case["family"].as_str().unwrap(), &shape, number(case, "flow_shift"))
-        .sigmas(case["steps"].as_i64().unwrap())
+    let levels = levels_of(case["family"].as_str().unwrap(), &shape, number(case, "flow_shift"));
+    (levels.solver(), levels.of_steps(case["steps"].as_i64().unwrap(), TIMESTEPS))
+}
+
+/// Compares levels with the sigmas and the timesteps of diffusers.
+fn check_levels(case: &Value, found: &[NoiseLevel], file: &SafeTensors) {
+    let read = |what: &str| {
+        let tensor = file.read(&format!("{}.{what}", case["name"].as_str().unwrap())).unwrap();
+        Vec::<f64>::try_from(tensor.to_kind(Kind::Double)).unwrap()
+    };
+    let (sigmas, timesteps) = (read("sigmas"), read("timesteps"));
+    assert_eq!((found.len(), found.len() - 1), (sigmas.len(), timesteps.len()), "{case}");
+    for (level, expected) in found.iter().zip(sigmas) {
+        let difference = (level.sigma - expected).abs();
+        assert!(difference <= SIGMAS, "{case}: a level is {level:?}, expected {expected}");
+    }
+    // Whole numbers are the same ones.
+    for (level, expected) in found.iter().zip(timesteps) {
+        let difference = (level.timestep - expected).abs();
+        assert!(difference <= SIGMAS * TIMESTEPS as f64, "{case}: {level:?}, expected {expected}");
+    }
 }
 
 #[test]
@@ -83,25 +105,14 @@ fn noise_levels_and_trajectories_are_those_of_each_familys_pipeline() {
     let cases = entries(&folder.path().join("sampling.json"));
     let mut counts = BTreeMap::new();
     for case in cases.as_array().unwrap() {
-        let expected = Vec::<f32>::try_from(
-            file.read(&format!("{}.sigmas", case["name"].as_str().unwrap())).unwrap(),
-        )
-        .unwrap();
-        let found = sigmas_of(case);
-        assert_eq!(found.len(), expected.len(), "{case}");
-        for (found, expected) in found.iter().zip(expected) {
-            assert!(
-                (found - f64::from(expected)).abs() <= SIGMAS,
-                "{case}: a level is {found}, expected {expected}"
-            );
-        }
+        check_levels(case, &followed(case).1, &file);
         let trajectory = case["trajectory"].as_bool().unwrap();
         if trajectory {
             check_trajectory(case, &file);
         }
         *counts.entry((case["family"].to_string(), trajectory)).or_insert(0) += 1;
     }
-    assert!(counts.len() == 12 && counts.values().all(|&count| count >= 4), "{counts:?}");
+    assert!(counts.len() == 14 && counts.values().all(|&count| count >= 4), "{counts:?}");
 }
 
 fn check_trajectory(case: &Value, file: &SafeTensors) {
@@ -115,20 +126,45 @@ fn check_trajectory(case: &Value, file: &SafeTensors) {
     };
     let guide = Guide::new(guidance_of(family), &settings, negative.is_some()).unwrap();
     let against = negative.unwrap_or_else(|| text.zeros_like());
-    let end = solver::euler(noise, &sigmas_of(case), |x, sigma| {
-        guide.velocity(formula(x, sigma, &text, guide.embedded), || {
-            Ok(formula(x, sigma, &against, guide.embedded))
+    let (solver, levels) = followed(case);
+    let end = solver.follow(noise, &levels, |x, level| {
+        let time = level.timestep / TIMESTEPS as f64;
+        guide.velocity(formula(x, time, &text, guide.embedded), || {
+            Ok(formula(x, time, &against, guide.embedded))
         })
     });
     assert_close(&end.unwrap(), &read("samples").unwrap(), TRAJECTORY, &case.to_string());
 }
 
 /// The oracle's stand-in for a model.
-fn formula(x: &Tensor, sigma: f64, text: &Tensor, fed: Option<f64>) -> Tensor {
+fn formula(x: &Tensor, time: f64, text: &Tensor, fed: Option<f64>) -> Tensor {
     let mut per_sample = vec![1; x.dim()];
     per_sample[0] = -1;
     let text = text.mean_dim([1i64, 2].as_slice(), false, Kind::Float).view(per_sample.as_slice());
-    x.tanh() * (&text + 1.0) + text * (0.25 * sigma) + 0.05 * fed.unwrap_or(0.0)
+    x.tanh() * (&text + 1.0) + text * (0.25 * time) + 0.05 * fed.unwrap_or(0.0)
+}
+
+#[test]
+fn a_published_scheduler_is_followed_as_its_file_says() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().to_str().unwrap();
+    oracle("sampling.py", &["schedulers", path, &fresh_seed("schedulers")]);
+    let file = SafeTensors::open(folder.path().join("schedulers.safetensors")).unwrap();
+    let cases = entries(&folder.path().join("schedulers.json"));
+    let cases = cases.as_array().unwrap();
+    assert!(cases.len() >= 60);
+    for case in cases {
+        let own = match case["gives_levels"].as_bool().unwrap() {
+            true => NoiseLevels::even(Shift::Constant(7.0)),
+            false => NoiseLevels::down_to_training(7.0),
+        };
+        let pipeline = folder.path().join(case["name"].as_str().unwrap());
+        let tokens = case["tokens"].as_i64().unwrap();
+        let levels = published_levels(&pipeline, own, None, tokens, TIMESTEPS).unwrap();
+        let found = levels.of_steps(case["steps"].as_i64().unwrap(), TIMESTEPS);
+        check_levels(case, &found, &file);
+        assert_eq!(levels.solver().word(), case["solver"].as_str().unwrap(), "{case}");
+    }
 }
 
 /// Trains a tiny family, exports it and follows it from noise under guidance, here and with

@@ -94,6 +94,15 @@ impl Architecture for HunyuanVideo15 {
         Some("HunyuanVideo15Transformer3DModel")
     }
 
+    /// A mean flow's model is told in diffusers' pipeline, from images alone, where a step ends.
+    fn check_image_to_video(&self) -> Result<()> {
+        if !self.use_meanflow {
+            return Ok(());
+        }
+        let what = "is true: from images such a model generates by the timesteps at both ends of a step, and here it is told one; generate from text, or export the model to diffusers";
+        Err(Error::config("model.hunyuan_video15.use_meanflow", what))
+    }
+
     fn stages(&self) -> Result<Vec<Box<dyn Stage>>> {
         check_axes(
             "model.hunyuan_video15.rope_axes_dim",
@@ -268,6 +277,8 @@ mod tests {
             ..HunyuanVideo15::default()
         };
         let distilled = HunyuanVideo15 { use_meanflow: true, ..HunyuanVideo15::default() };
+        assert!(distilled.check_image_to_video().is_err());
+        assert!(HunyuanVideo15::default().check_image_to_video().is_ok());
         // Counted in diffusers 0.42.1 on the meta device: parameters and tensors.
         for (model, count, tensors) in
             [(text_to_video, 8_326_608_160, 1801), (distilled, 8_331_330_848, 1805)]

@@ -153,10 +153,7 @@ impl Wan {
             .ok_or_else(missing)?;
         expect_equal("model.wan.image_dim", image_dim, Some(width), "image_embeds have")?;
         let tokens: i64 = tokens.iter().product();
-        // Two images of a sample may also be given as two rows.
-        if let Some(length) =
-            self.pos_embed_seq_len.filter(|&length| length != tokens && length != 2 * tokens)
-        {
+        if let Some(length) = self.pos_embed_seq_len.filter(|&length| length != tokens) {
             return Err(Error::config(
                 "model.wan.pos_embed_seq_len",
                 format!("is {length}, the data's image_embeds have {tokens} tokens"),
@@ -365,7 +362,8 @@ mod tests {
         assert_eq!(check(&small(), &[16, 5, 8, 6], &[("text_embeddings", &[226, 4096])]), Ok(()));
         assert_eq!(check(&image_to_video(), &[16, 5, 8, 6], &whole), Ok(()));
         let two_images = Wan { pos_embed_seq_len: Some(514), ..image_to_video() };
-        assert_eq!(check(&two_images, &[16, 5, 8, 6], &whole), Ok(()));
+        let images: (&str, &[i64]) = ("image_embeds", &[2, 257, 1280]);
+        assert_eq!(check(&two_images, &[16, 5, 8, 6], &[whole[0], images, whole[2]]), Ok(()));
         let refused = [
             (check(&small(), &[16, 8, 6], &[]), "model.wan: "),
             (check(&small(), &[16, 5, 7, 6], &[]), "patch_size"),
@@ -382,14 +380,7 @@ mod tests {
                 ),
                 "512 tokens of text",
             ),
-            (
-                check(
-                    &Wan { pos_embed_seq_len: Some(512), ..image_to_video() },
-                    &[16, 5, 8, 6],
-                    &whole,
-                ),
-                "pos_embed_seq_len",
-            ),
+            (check(&two_images, &[16, 5, 8, 6], &whole), "pos_embed_seq_len"),
         ];
         for (checked, expected) in refused {
             assert!(

@@ -114,13 +114,16 @@ impl Origin {
     /// # Errors
     /// [`Error::Data`] or [`Error::Config`] naming the file, the key and what was expected.
     pub fn check(&self, model: &dyn Architecture, adapter: &dyn ModelAdapter) -> Result<()> {
+        if self.task_type == TaskType::ImageToVideo {
+            model.check_image_to_video().map_err(|error| self.named(error))?;
+        }
         let negative = self
             .tensors
             .iter()
             .chain(&self.negative)
             .map(|(key, tensor)| (key.clone(), tensor.shallow_clone()));
         for tensors in [&self.tensors, &negative.collect()] {
-            let shapes = SampleShapes::of_batch(&self.shape, tensors);
+            let shapes = SampleShapes::of_batch(self.names.len() as i64, &self.shape, tensors);
             let data = DataShapes {
                 latents: &self.shape,
                 sample: &shapes.of,

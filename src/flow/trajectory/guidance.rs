@@ -2,8 +2,8 @@
 
 use tch::Tensor;
 
-use super::settings::SamplingSettings;
 use crate::error::{Error, Result};
+use crate::flow::SamplingSettings;
 
 /// The meaning of a guidance scale for a family's models.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
