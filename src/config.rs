@@ -24,6 +24,8 @@ pub const DEFAULT: &str = include_str!("../configs/digits.toml");
 
 /// Most samples of a step: beyond any batch, and few enough for products of it to fit 64 bits.
 const MOST_SAMPLES: usize = 1 << 40;
+/// Most steps of a run, and most epochs.
+const MOST_STEPS: u64 = 1 << 40;
 
 /// Reason to ask for `train.global_batch_size`.
 const NEEDS_GLOBAL_BATCH: &str = "must be set beside data.micro_batch_tokens_per_gpu: micro-batches \
@@ -123,7 +125,8 @@ settings! {
         ///
         /// Two, so that a run can go on where the newest one turns out to be damaged.
         pub keep_last: u64 = 2, in 1..;
-        /// Checkpoints whose step is a multiple of this are kept for ever.
+        /// Checkpoints whose step is a multiple of this are kept for ever: a file `keep` in one
+        /// keeps it, whatever a later start says.
         pub keep_every: Option<u64> = None, in 1..;
         /// If there is a validation, save where its loss is the lowest so far, and keep that
         /// checkpoint, to which the link `best` in the run folder leads.
@@ -137,9 +140,9 @@ settings! {
         /// Everything random follows from this number.
         pub seed: u64 = 42, in 0..;
         /// Optimizer steps of the whole run, resumed or not.
-        pub max_steps: u64 = 1000, in 1..;
+        pub max_steps: u64 = 1000, in 1..=MOST_STEPS as i64;
         /// Passes over the data that the whole run makes, instead of max_steps.
-        pub max_epochs: Option<u64> = None, in 1..;
+        pub max_epochs: Option<u64> = None, in 1..=MOST_STEPS as i64;
         /// Run folder; where it holds a run already, a new one gets a number behind its name.
         pub output_dir: String = "runs/fm-dist".into();
         /// What is trained.
@@ -209,10 +212,24 @@ impl RunConfig {
     pub fn read(source_name: &str, text: &str, overrides: &[String]) -> Result<Self> {
         let mut config = RunConfig::default();
         settings::read_with_habits(&mut config, habits::HABITS, source_name, text, overrides)?;
-        config.model.resolve()?;
-        let problems = config.problems();
+        config.checked(source_name)
+    }
+
+    /// Reads what [`to_toml`](Self::to_toml) wrote, of any length.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn read_listing(source_name: &str, text: &str) -> Result<Self> {
+        let mut config = RunConfig::default();
+        settings::read_listing(&mut config, source_name, text)?;
+        config.checked(source_name)
+    }
+
+    fn checked(mut self, source_name: &str) -> Result<Self> {
+        self.model.resolve()?;
+        let problems = self.problems();
         if problems.is_empty() {
-            Ok(config)
+            Ok(self)
         } else {
             Err(Error::Config { source_name: source_name.into(), problems })
         }
@@ -275,7 +292,8 @@ impl RunConfig {
 
     /// The number of steps of a run whose epochs have so many.
     pub fn num_steps(&self, steps_per_epoch: u64) -> u64 {
-        self.max_epochs.map_or(self.max_steps, |epochs| epochs.saturating_mul(steps_per_epoch))
+        let of_epochs = |epochs: u64| epochs.saturating_mul(steps_per_epoch).min(MOST_STEPS);
+        self.max_epochs.map_or(self.max_steps, of_epochs)
     }
 
     /// The model as stages, with the frozen parameters and the changes of what is trained.

@@ -148,13 +148,19 @@ fn chosen(config: &RunConfig, dataset: &Dataset) -> Vec<Vec<u64>> {
     let count: usize = groups.iter().map(Vec::len).sum();
     let most = config.validation.max_samples.map_or(count, |most| most as usize);
     if most < count {
-        let mut hashes: Vec<u64> =
-            groups.iter().flatten().map(|id| dataset.sample_hash(*id)).collect();
-        hashes.sort_unstable();
-        let bound = hashes[most];
-        groups.iter_mut().for_each(|ids| ids.retain(|id| dataset.sample_hash(*id) < bound));
+        keep_smallest(&mut groups, most, |id| dataset.sample_hash(id));
     }
     groups
+}
+
+/// Keeps so many samples of all groups, those of the smallest hashes. Samples of files that are
+/// copies of each other have one hash; of these the first are kept.
+fn keep_smallest(groups: &mut [Vec<u64>], most: usize, hash: impl Fn(u64) -> u64) {
+    let place = |id: u64| (hash(id), id);
+    let mut places: Vec<(u64, u64)> = groups.iter().flatten().map(|id| place(*id)).collect();
+    places.sort_unstable();
+    let bound = places[most];
+    groups.iter_mut().for_each(|ids| ids.retain(|id| place(*id) < bound));
 }
 
 fn criterion(config: &RunConfig, dataset: &Dataset, blocks: &[Block]) -> String {
@@ -206,6 +212,18 @@ mod tests {
             }
             assert_eq!(seen, vec![1; set.blocks.len()], "{world_size} ranks");
         }
+    }
+
+    #[test]
+    fn as_many_are_judged_as_asked_for_though_copies_have_one_hash() {
+        let kept = |most: usize, hash: fn(u64) -> u64| {
+            let mut groups = [vec![0, 2, 4], vec![1, 3, 5]];
+            keep_smallest(&mut groups, most, hash);
+            groups
+        };
+        assert_eq!(kept(1, |_| 7), [vec![0], vec![]]);
+        assert_eq!(kept(4, |id| id / 2), [vec![0, 2], vec![1, 3]]);
+        assert_eq!(kept(3, |id| 9 - id), [vec![4], vec![3, 5]]);
     }
 
     #[test]

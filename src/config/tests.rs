@@ -22,6 +22,28 @@ fn a_step_of_more_samples_than_can_be_counted_is_refused() {
 }
 
 #[test]
+fn a_listing_reads_back_however_long_it_has_become() {
+    let path = std::env::temp_dir();
+    let path = path.display();
+    let dataset = |number: usize| format!("[[data.datasets]]\npath = \"{path}/{number}\"\n");
+    let text: String = (0..500).map(dataset).collect();
+    let config = RunConfig::read("test", &text, &[]).expect("short enough");
+    let listing = config.to_toml();
+    assert!(listing.len() > 100_000 && RunConfig::read("test", &listing, &[]).is_err());
+    assert_eq!(RunConfig::read_listing("test", &listing).expect("our own"), config);
+}
+
+#[test]
+fn a_run_without_an_end_has_a_number_of_steps_that_can_be_written() {
+    let longest = format!("max_epochs = {MOST_STEPS}");
+    let config = RunConfig::read("test", &longest, &[]).expect("in range");
+    let steps = config.num_steps(u64::MAX);
+    let config = RunConfig { max_steps: steps, ..config };
+    assert!(config.to_toml().contains(&format!("max_steps = {MOST_STEPS}\n")), "{steps}");
+    assert!(RunConfig::read("test", "max_epochs = 9223372036854775807", &[]).is_err());
+}
+
+#[test]
 fn tokens_make_micro_batches_of_the_largest_divisor_that_fits() {
     let text = "[data]\nmicro_batch_tokens_per_gpu = 1000\n[train]\nglobal_batch_size = 24";
     let config = RunConfig::read("test", text, &[]).expect("sound");

@@ -93,7 +93,7 @@ fn flatten(path: &str, table: &Table, values: &mut Values) {
 pub fn values_of_listing(text: &str) -> Option<Values> {
     let table = settings::table(text).filter(|table| !table.is_empty())?;
     let mut config = RunConfig::default();
-    match settings::read(&mut config, "the listing", text, &[]) {
+    match settings::read_listing(&mut config, "the listing", text) {
         Ok(()) => Some(values(&config)),
         // The text has keys that this release does not know.
         Err(_) => {

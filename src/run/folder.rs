@@ -6,6 +6,8 @@
 //! the names of the checkpoints tell which one is the newest; a file called `latest` is neither
 //! read nor written.
 
+use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -21,7 +23,7 @@ use crate::run::length::Length;
 use crate::run::lock::RunLock;
 use crate::run::resume::{Resume, choose};
 use crate::run::resume_log;
-use crate::run::runs::CONFIG;
+use crate::run::runs::{CONFIG, REPORT};
 
 /// Maximum size of a configuration file that is read.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;
@@ -123,10 +125,23 @@ impl RunFolder {
         ))
     }
 
-    /// Records on rank 0 that the run continues from `step` towards `max_steps`. A run that has
-    /// already reached `max_steps` is not recorded, since making no progress is no failure there.
+    /// Records on rank 0 that the run continues from `step` towards `max_steps`, and deletes the
+    /// report of an earlier end, which would call the run over. A run that has already reached
+    /// `max_steps` is not recorded, since making no progress is no failure there.
     pub fn note_start(&self, step: u64, max_steps: u64, collective: &dyn Collective) -> Result<()> {
-        let note = || if step < max_steps { resume_log::note(&self.path, step) } else { Ok(()) };
+        let note = || {
+            if step >= max_steps {
+                return Ok(());
+            }
+            let report = self.path.join(REPORT);
+            match fs::remove_file(&report) {
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    return Err(Error::storage(&report, "delete")(error));
+                }
+                _ => (),
+            }
+            resume_log::note(&self.path, step)
+        };
         on_rank_zero(collective, || note().map(|()| String::new())).map(drop)
     }
 
@@ -199,7 +214,7 @@ pub fn config_of(folder: &Path) -> Result<RunConfig> {
         checkpoint::read_whole(&path, MAX_CONFIG_BYTES).map_err(Error::storage(&path, "read"))?;
     let text = String::from_utf8(text)
         .map_err(|_| Error::config("text", format!("{} is not UTF-8", path.display())))?;
-    RunConfig::read(&path.display().to_string(), &text, &[])
+    RunConfig::read_listing(&path.display().to_string(), &text)
 }
 
 /// Returns the first of these names that no file in a folder has.

@@ -19,7 +19,7 @@ impl Length {
             Length::Epochs { batches, global_batch } => {
                 let seen = batches_of(samples_seen, global_batch);
                 // A run that is beyond its end ended earlier.
-                (step + batches).saturating_sub(seen)
+                step.saturating_add(batches).saturating_sub(seen)
             }
         }
     }

@@ -44,6 +44,10 @@ struct Holder {
     /// number.
     began: Option<u64>,
     job: Option<String>,
+    /// How often the job was queued again.
+    restarts: Option<String>,
+    /// The namespace in which the process has its number: containers of one host have several.
+    numbers: Option<String>,
     /// Time in UTC.
     since: String,
 }
@@ -93,7 +97,11 @@ impl RunLock {
 
     fn hold(path: PathBuf, mut file: File, holder: Holder) -> Result<Self> {
         let text = serde_json::to_string(&holder).expect("texts and numbers are JSON") + "\n";
-        file.write_all(text.as_bytes()).map_err(Error::storage(&path, "write"))?;
+        if let Err(error) = file.write_all(text.as_bytes()) {
+            // An empty lock would look like that of a run that is just starting.
+            let _ = fs::remove_file(&path);
+            return Err(Error::storage(&path, "write")(error));
+        }
         let (stop, stopped) = channel();
         let of_thread = path.clone();
         let beat = move || beat(&of_thread, &file, &stopped);
@@ -183,13 +191,18 @@ impl Found {
     fn why_stale(&self, own: &Holder) -> Option<String> {
         let old = (self.age > STALE).then(|| format!("not touched for {} s", self.age.as_secs()));
         let Some(holder) = &self.holder else { return old };
-        if holder.host == own.host {
-            // On this host the process can be looked up; a living process holds its lock whatever
-            // the age.
-            return (!holder.lives()).then(|| format!("process {} is gone", holder.pid));
+        if holder.host == own.host && holder.numbers == own.numbers {
+            // Here the process can be looked up; a living process holds its lock whatever the age.
+            return match holder.lives() {
+                Some(true) => None,
+                Some(false) => Some(format!("process {} is gone", holder.pid)),
+                None => old,
+            };
         }
-        let same_job = holder.job.is_some() && holder.job == own.job;
-        if same_job { Some("the job is this one's own, started again".into()) } else { old }
+        // Two runs of one allocation are of one job, too, but of one start.
+        let is_requeued =
+            holder.job.is_some() && holder.job == own.job && holder.restarts != own.restarts;
+        if is_requeued { Some("the job is this one's own, started again".into()) } else { old }
     }
 
     fn holder_text(&self) -> String {
@@ -238,16 +251,24 @@ impl Holder {
     fn this_process() -> Self {
         let pid = std::process::id();
         let since = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
-        Holder { host: pulse::host(), pid, began: began(pid), job: collective::job(), since }
+        let numbers = fs::read_link("/proc/self/ns/pid").ok();
+        Holder {
+            host: pulse::host(),
+            pid,
+            began: began(pid),
+            job: collective::job(),
+            restarts: collective::restarts(),
+            numbers: numbers.map(|link| link.display().to_string()),
+            since,
+        }
     }
 
-    /// True if the process is alive; only for a holder on this host.
-    fn lives(&self) -> bool {
-        match (began(std::process::id()), began(self.pid)) {
-            (Some(_), there) => there.is_some() && there == self.began,
-            // The system does not report start times, so the age has to decide.
-            (None, _) => true,
-        }
+    /// Returns whether the process is alive, of a holder whose number means the same here; `None`
+    /// if the system does not report start times.
+    fn lives(&self) -> Option<bool> {
+        began(std::process::id())?;
+        let there = began(self.pid);
+        Some(there.is_some() && there == self.began)
     }
 }
 
@@ -276,6 +297,8 @@ mod tests {
             pid: 7,
             began: Some(1),
             job: Some("41".into()),
+            restarts: None,
+            numbers: Some("pid:[1]".into()),
             since: "2026-01-02T03:04:05Z".into(),
         }
     }
@@ -321,8 +344,11 @@ mod tests {
 
     #[test]
     fn a_job_that_starts_again_elsewhere_takes_its_own_lock_over() {
-        let requeued = Holder { job: Some("41".into()), ..Holder::this_process() };
+        let restarts = Some("1".into());
+        let requeued = Holder { job: Some("41".into()), restarts, ..Holder::this_process() };
         assert!(found(elsewhere(), 0).why_stale(&requeued).is_some());
+        let beside = Holder { restarts: None, ..requeued.clone() };
+        assert_eq!(found(elsewhere(), 0).why_stale(&beside), None, "another step of the job");
         assert_eq!(
             found(Holder { job: None, ..elsewhere() }, 0)
                 .why_stale(&Holder { job: None, ..requeued }),
@@ -335,6 +361,15 @@ mod tests {
     fn a_process_that_lives_holds_its_lock_however_old() {
         let own = Holder::this_process();
         assert_eq!(found(own.clone(), 100_000).why_stale(&own), None);
+    }
+
+    #[test]
+    fn a_number_of_another_container_says_nothing() {
+        let own = Holder::this_process();
+        let numbers = Some("pid:[1]".into());
+        let other = Holder { began: Some(1), numbers, ..own.clone() };
+        assert_eq!(found(other.clone(), 0).why_stale(&own), None);
+        assert!(found(other, 121).why_stale(&own).is_some());
     }
 
     #[test]

@@ -143,10 +143,11 @@ impl Requests {
         asked.map(|(_, request)| *request).max().unwrap_or_default()
     }
 
-    /// Deletes the request files, so that each is carried out once.
-    pub fn done(&self) {
+    /// Deletes the files of this request and of weaker ones, so that each is carried out once. A
+    /// stronger one may have come since.
+    pub fn done(&self, request: Request) {
         let Some(folder) = &self.folder else { return };
-        for (name, _) in FILES {
+        for (name, _) in FILES.iter().filter(|(_, of_file)| *of_file <= request) {
             match fs::remove_file(folder.join(name)) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                     tracing::warn!(
@@ -190,7 +191,9 @@ mod tests {
         fs::write(folder.path().join("save_quit"), "").unwrap();
         let requests = listening();
         assert_eq!(requests.heard(), Request::Stop);
-        requests.done();
+        requests.done(Request::Save);
+        assert_eq!(listening().heard(), Request::Stop, "it came behind the other");
+        requests.done(Request::Stop);
         assert_eq!(listening().heard(), Request::Nothing);
     }
 

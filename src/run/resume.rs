@@ -85,6 +85,14 @@ pub fn choose(config: &RunConfig, resume: &Resume, length: Length) -> Result<Run
 fn branch(path: &Path, output_dir: &OutputDir, length: Length) -> Result<RunFolder> {
     let (_, from) = locate(path)?;
     let manifest = checkpoint::verify(&from).map_err(|unfit| unfit.into_error(&from))?;
+    if manifest.step >= length.last_step(manifest.step, manifest.samples_seen) {
+        let what = format!(
+            "is at step {}, and {} ends the run there or earlier: a branch of it would have nothing to do",
+            manifest.step,
+            length.key()
+        );
+        return Err(Error::config("--branch", format!("{} {what}", from.display())));
+    }
     let RunFolder { path, warnings, lock, .. } = begin(output_dir)?;
     checkpoint::clear_leftovers(&path)?;
     let copy = checkpoint::copy_to(&path, &from, &manifest)?;
@@ -191,6 +199,13 @@ fn resume_from(path: &Path, length: Length) -> Result<RunFolder> {
 /// Resumes from this very checkpoint.
 fn resume_checkpoint(path: &Path, length: Length) -> Result<RunFolder> {
     let (run, path) = run_of(path)?;
+    if !run.join(CONFIG).exists() && checkpoint::list(&run)?.len() > 1 {
+        let what = format!(
+            "is one of several in {}, which is no run's folder, having no {CONFIG}; a run that went on there would              delete old ones: begin one from it by --branch",
+            run.display()
+        );
+        return Err(no_checkpoint(&path, what));
+    }
     let (lock, taken_over) = RunLock::take(&run)?;
     checkpoint::clear_leftovers(&run)?;
     let manifest = checkpoint::verify(&path).map_err(|unfit| unfit.into_error(&path))?;

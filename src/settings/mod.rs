@@ -50,8 +50,8 @@ use hints::Guide;
 use read::Findings;
 use write::Listing;
 
-/// Longest configuration that is read, overrides included: the complete listing takes a quarter of
-/// it, the parser a thousand times as much memory.
+/// Longest configuration of a user that is read, overrides included: three times the complete
+/// listing, and the parser takes a thousand times as much memory.
 const MAX_BYTES: usize = 48 << 10;
 
 /// Reads `settings` from TOML text and `--set key.path=value` overrides on top of its present
@@ -91,6 +91,25 @@ pub fn read_with_habits(
             problems: vec![words::problem("text", "", what)],
         });
     }
+    read_any(settings, habits, source_name, text, overrides)
+}
+
+/// Reads `settings` from a listing that [`write`] wrote: it repeats comments and defaults for each
+/// of several tables, and may be longer than what a user writes.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_listing(settings: &mut dyn Settings, source_name: &str, text: &str) -> Result<()> {
+    read_any(settings, &[], source_name, text, &[])
+}
+
+fn read_any(
+    settings: &mut dyn Settings,
+    habits: &[Habit],
+    source_name: &str,
+    text: &str,
+    overrides: &[String],
+) -> Result<()> {
     let (tree, mut problems) = tree::parse(text);
     if let Some(what) = notation::foreign(text).filter(|_| !problems.is_empty()) {
         return Err(Error::Config {

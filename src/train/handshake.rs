@@ -150,7 +150,7 @@ pub fn share_config(
         None => Ok(String::new()),
     };
     agree(agreed, world)?;
-    RunConfig::read("rank 0's configuration", &text, &[])
+    RunConfig::read_listing("rank 0's configuration", &text)
 }
 
 /// Returns the first key in which two configurations differ, with both values.

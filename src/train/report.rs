@@ -7,7 +7,7 @@ use crate::config::RunConfig;
 use crate::error::{Error, Result};
 use crate::parallel::Replica;
 use crate::report::{Bars, Chart, Figure, ReportData, Series, grid_png, write_report};
-use crate::run::requests::Requests;
+use crate::run::requests::{Request, Requests};
 use crate::sample::conditions::Origin;
 use crate::sample::generate::Plan;
 use crate::telemetry::metrics;
@@ -31,7 +31,7 @@ pub fn write(trainer: &mut Trainer<'_>, requests: &Requests) -> Result<()> {
                 "asked to stop after the last step: the report has no samples; \
                  `fm-dist sample --run {run}` draws them"
             );
-            requests.done();
+            requests.done(Request::Stop);
             Ok(None)
         }
         // All ranks have already agreed on this error.

@@ -132,6 +132,7 @@ impl<'c> Trainer<'c> {
         let Manifest { step, samples_seen, .. } = self.manifest;
         self.steps = self.steps.clone().going_on(step, samples_seen);
         self.folder.note_start(step, self.config.max_steps, self.collective)?;
+        self.saver.make_up(path, self.collective)?;
         match self.folder.branches_off() {
             None => tracing::info!("resumed from {} at step {step}", path.display()),
             Some(other) => tracing::info!("branches off {} at step {step}", other.display()),

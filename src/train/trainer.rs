@@ -103,7 +103,8 @@ impl<'c> Trainer<'c> {
             let (took, request) = self.sample_if_due(request, requests)?;
             throughput.leave_out(took);
             self.settle(request, requests)?;
-            if request == Request::Stop && self.manifest.step < self.config.max_steps {
+            let is_over = self.manifest.step == self.config.max_steps && !self.owes_validation;
+            if request == Request::Stop && !is_over {
                 self.saver.finish(self.collective)?;
                 tracing::info!(
                     "stopped after step {}, as was asked; --resume latest goes on",
@@ -207,7 +208,7 @@ impl<'c> Trainer<'c> {
             divergence::check(&self.replica, self.collective.rank())?;
         }
         if request != Request::Nothing {
-            requests.done();
+            requests.done(request);
         }
         if saves { self.save() } else { Ok(()) }
     }

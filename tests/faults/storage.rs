@@ -219,7 +219,16 @@ fn leftovers_of_a_save_are_removed_at_the_next_start_by_who_has_the_folder() {
 }
 
 fn lock_of(host: &str) -> String {
-    format!(r#"{{"host":"{host}","pid":7,"began":1,"job":"41","since":"2026-01-02T03:04:05Z"}}"#)
+    let numbers = fs::read_link("/proc/self/ns/pid").unwrap();
+    let holder = serde_json::json!({
+        "host": host,
+        "pid": 7,
+        "began": 1,
+        "job": "41",
+        "numbers": numbers.to_str().unwrap(),
+        "since": "2026-01-02T03:04:05Z",
+    });
+    holder.to_string()
 }
 
 #[test]

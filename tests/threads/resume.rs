@@ -122,7 +122,6 @@ fn d9_d10_another_seed_batch_or_model_is_refused_by_name_with_code_51() {
     assert!(text.contains(expected), "{text}");
 }
 
-/// The lines of the newest start that contain a text.
 /// Lines of rank 0's log that contain a text.
 pub fn said(run: &Path, text: &str) -> Vec<String> {
     let log = fs::read_to_string(run.join("log/rank-00000.jsonl")).unwrap();

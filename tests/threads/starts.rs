@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use fm_dist::collective::Threads;
 use fm_dist::config::RunConfig;
@@ -11,7 +12,7 @@ use fm_dist::optim::lr::LrScheduleChoice;
 use fm_dist::run::Resume;
 use fm_dist::run::checkpoint::AllowedChanges;
 use fm_dist::settings::Family;
-use fm_dist::train::{TrainOptions, train};
+use fm_dist::train::{Ending, TrainOptions, train};
 use tempfile::TempDir;
 
 use super::resume::{self, said};
@@ -129,4 +130,42 @@ fn a_branch_is_a_run_of_its_own_that_goes_on_as_the_other_one_did() {
         1,
     );
     assert_eq!(error.unwrap_err().exit_code(), 44);
+}
+
+#[test]
+fn a_branch_that_was_killed_at_its_begin_is_what_latest_goes_on_with() {
+    let root = TempDir::new().unwrap();
+    let trunk = root.path().join("trunk");
+    let config = resume::config(&trunk, &[]);
+    train_in_threads(&config, &Resume::Never, 1).unwrap();
+    let from = Resume::Branch(trunk.join("step-00000005"));
+    let branch = train_in_threads(&config, &from, 1).unwrap();
+    let unbroken = checkpoint(&branch, 10);
+    fs::remove_dir_all(branch.join("step-00000010")).unwrap();
+    assert_eq!(train_in_threads(&config, &Resume::Latest, 1).unwrap(), branch);
+    assert!(checkpoint(&branch, 10) == unbroken && branch.ends_with("trunk-2"));
+
+    let short = resume::config(&root.path().join("short"), &["max_steps=5"]);
+    let error = train_in_threads(&short, &from, 1).unwrap_err();
+    assert!(error.to_string().contains("would have nothing to do"), "{error}");
+    assert!(!root.path().join("short").exists());
+}
+
+#[test]
+fn a_report_of_an_earlier_end_does_not_end_the_run_again() {
+    let root = TempDir::new().unwrap();
+    let run = root.path().join("run");
+    train_in_threads(&resume::config(&run, &[]), &Resume::Never, 1).unwrap();
+    assert!(run.join("report.html").exists());
+    let longer = resume::config(&run, &["max_steps=12"]);
+    let options = || TrainOptions {
+        resume: Resume::Latest,
+        stop_at: Some(Instant::now()),
+        ..TrainOptions::default()
+    };
+    let ended = Threads::run(1, |world| train(&longer, &options(), world).unwrap().1);
+    assert_eq!(ended, [Ending::Stopped]);
+    assert!(steps_saved(&run).contains(&11) && !run.join("report.html").exists());
+    train_in_threads(&longer, &Resume::Latest, 1).unwrap();
+    assert!(run.join("report.html").exists());
 }

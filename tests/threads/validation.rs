@@ -229,6 +229,21 @@ fn a_run_that_is_asked_to_stop_saves_first_and_validates_where_it_goes_on() {
 }
 
 #[test]
+fn a_run_that_is_asked_to_stop_in_its_last_step_is_over_once_it_has_validated() {
+    let root = TempDir::new().unwrap();
+    let config = config(root.path(), "stopped", &["max_steps=1"]);
+    let options = || TrainOptions { stop_at: Some(Instant::now()), ..TrainOptions::default() };
+    let ended = Threads::run(1, |world| train(&config, &options(), world).unwrap());
+    let (stopped, ending) = ended.into_iter().next().unwrap();
+    assert_eq!(ending, Ending::Stopped);
+    assert!(!stopped.join("report.html").exists());
+    train_in_threads(&config, &Resume::Latest, 1).unwrap();
+    assert_eq!(steps_of(&validations(&stopped)), [1]);
+    assert!(stopped.join("step-00000001/validation.json").exists());
+    assert!(stopped.join("report.html").exists());
+}
+
+#[test]
 fn the_best_checkpoint_is_saved_between_others_and_outlives_them() {
     let root = TempDir::new().unwrap();
     // The learning rate rises until the model gets worse.

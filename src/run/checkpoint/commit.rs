@@ -11,6 +11,9 @@ use crate::files::disk::Disk;
 use crate::phase::Phase;
 use crate::pulse;
 
+/// A file in a checkpoint that is never deleted, whatever the settings of a later start say.
+const KEEP: &str = "keep";
+
 /// Returns the folder where a checkpoint is written; its name hides it from readers that look for
 /// checkpoints.
 pub fn staged(run: &Path, step: u64) -> PathBuf {
@@ -46,6 +49,7 @@ pub fn prepare(run: &Path, step: u64) -> Result<()> {
 pub fn commit(
     run: &Path,
     manifest: &Manifest,
+    settings: &CheckpointSettings,
     judged: Option<&Judged>,
     mut parts: Vec<SavedFile>,
 ) -> Result<()> {
@@ -54,7 +58,9 @@ pub fn commit(
     parts.sort_by(|a, b| a.file.cmp(&b.file));
     let text = Manifest { parts, ..manifest.clone() }.sealed();
     let judged = judged.map(|judged| (best::FILE, judged.text()));
-    for (name, text) in judged.into_iter().chain([(MANIFEST, text)]) {
+    let is_kept = settings.keep_every.is_some_and(|every| step.is_multiple_of(every));
+    let keep = is_kept.then(|| (KEEP, String::new()));
+    for (name, text) in judged.into_iter().chain(keep).chain([(MANIFEST, text)]) {
         let bytes = Some(text.len() as u64);
         disk.write_file(&staged.join(name), bytes, |file| file.write_all(text.as_bytes()))?;
     }
@@ -63,24 +69,27 @@ pub fn commit(
     disk.sync_folder(run)
 }
 
-/// Makes a checkpoint of one run the checkpoint of another. The files are shared, since none is
-/// ever changed, or copied to another file system.
+/// Makes a checkpoint of one run the checkpoint of another. The large files are shared, since none
+/// is ever changed, or copied to another file system. The manifest is copied: its time is that of
+/// the checkpoint, by which the newest run is found.
 ///
 /// # Errors
 /// [`Error::Storage`]. No reader sees the checkpoint before all of it is there.
 pub fn copy_to(run: &Path, checkpoint: &Path, manifest: &Manifest) -> Result<PathBuf> {
     let (staged, target) = (staged(run, manifest.step), run.join(folder_name(manifest.step)));
     Disk::PLAIN.create_folder(&staged)?;
-    let parts = manifest.parts.iter().map(|part| part.file.as_str());
-    for name in parts.chain([MANIFEST]) {
+    let copied = |from: &Path, to: &Path| {
+        fs::copy(from, to)?;
+        File::open(to)?.sync_all()
+    };
+    for part in &manifest.parts {
         pulse::still_at_work();
-        let (from, to) = (checkpoint.join(name), staged.join(name));
-        let linked = fs::hard_link(&from, &to).or_else(|_| {
-            fs::copy(&from, &to)?;
-            File::open(&to)?.sync_all()
-        });
-        linked.map_err(Error::storage(&from, "copy"))?;
+        let (from, to) = (checkpoint.join(&part.file), staged.join(&part.file));
+        let shared = fs::hard_link(&from, &to).or_else(|_| copied(&from, &to));
+        shared.map_err(Error::storage(&from, "copy"))?;
     }
+    let from = checkpoint.join(MANIFEST);
+    copied(&from, &staged.join(MANIFEST)).map_err(Error::storage(&from, "copy"))?;
     Disk::PLAIN.sync_folder(&staged)?;
     Disk::PLAIN.rename(&staged, &target)?;
     Disk::PLAIN.sync_folder(run)?;
@@ -102,12 +111,14 @@ pub fn prune(
     let disk = Disk::saving(step, Phase::Prune);
     let linked = best::linked(run);
     let best = best.or(linked).filter(|_| settings.keep_best);
-    let stays = |step: u64| {
-        best == Some(step) || settings.keep_every.is_some_and(|every| step.is_multiple_of(every))
+    let stays = |step: u64, path: &Path| {
+        best == Some(step)
+            || settings.keep_every.is_some_and(|every| step.is_multiple_of(every))
+            || path.join(KEEP).exists()
     };
     let mut old = list(run)?;
     old.truncate(old.len().saturating_sub(settings.keep_last as usize));
-    for (step, path) in old.into_iter().filter(|(step, _)| !stays(*step)) {
+    for (step, path) in old.into_iter().filter(|(step, path)| !stays(*step, path)) {
         let unwanted = unwanted(run, step);
         if linked == Some(step) {
             // It would lead to nothing.

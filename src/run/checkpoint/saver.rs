@@ -21,7 +21,7 @@ use crate::files::disk::Disk;
 use crate::libtorch;
 use crate::phase::Phase;
 use crate::pulse;
-use crate::run::lora::files::export_beside;
+use crate::run::lora::files::{export_beside, lacks_export};
 
 /// The progress of a rank whose work of the present phase is finished; 0 before that.
 const READY: u8 = 1;
@@ -75,7 +75,31 @@ impl Saver {
         Saver { exported, ..self }
     }
 
+    /// Does for the checkpoint that a run goes on from what an earlier start may not have come to
+    /// after its commit: the link to the best one, and its LoRA files.
+    ///
+    /// # Errors
+    /// [`Error::Peer`] if another rank fails meanwhile. What cannot be done is a warning.
+    ///
+    /// # Ordering
+    /// Every rank calls it.
+    pub fn make_up(&self, resumed: &Path, collective: &dyn Collective) -> Result<()> {
+        let make_up = || {
+            let link = |criterion: &String| best::link_best(&self.run, criterion, Disk::PLAIN);
+            let linked = self.criterion.as_ref().map_or(Ok(()), link);
+            let missing = |config: &&RunConfig| lacks_export(resumed, config);
+            let written = self.exported.as_ref().filter(missing);
+            let written = written.map_or(Ok(()), |config| export_beside(resumed, config));
+            for error in [linked, written].into_iter().filter_map(Result::err) {
+                tracing::warn!("{}: {error}", resumed.display());
+            }
+            Ok(String::new())
+        };
+        on_rank_zero(collective, make_up).map(drop)
+    }
+
     /// Copies the state and starts to write it, after waiting for an earlier save.
+    ///
     /// # Errors
     /// [`Error::Storage`] on a rank that could not write, [`Error::Peer`] on the others, unless the
     /// settings let training continue. The previous checkpoint stays.
@@ -234,7 +258,7 @@ impl Saver {
             let (run, settings) = (self.run.clone(), self.settings.clone());
             let (exported, criterion) = (self.exported.clone(), self.criterion.clone());
             committing = Beside::begin(Phase::Commit, move || {
-                commit(&run, &manifest, judged.as_ref(), parts)?;
+                commit(&run, &manifest, &settings, judged.as_ref(), parts)?;
                 Ok(after_commit(&run, manifest.step, &settings, exported, criterion))
             });
             Ok(String::new())
@@ -289,11 +313,11 @@ fn after_commit(
     criterion: Option<String>,
 ) -> String {
     let folder = run.join(folder_name(step));
-    let written = exported.map_or(Ok(()), |config| export_beside(&folder, &config));
     // A folder that cannot be listed is not pruned either.
     let best = criterion.and_then(|criterion| best::best_step(run, &criterion).ok().flatten());
     let disk = Disk::saving(step, Phase::Commit);
     let linked = best.map_or(Ok(()), |step| best::link(run, step, disk));
+    let written = exported.map_or(Ok(()), |config| export_beside(&folder, &config));
     let pruned = prune(run, step, settings, best);
     let told =
         |what: &str, outcome: Result<()>| outcome.err().map(|error| format!("{what}: {error}"));

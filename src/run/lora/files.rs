@@ -49,6 +49,13 @@ pub fn export_beside(folder: &Path, config: &RunConfig) -> Result<()> {
     Ok(())
 }
 
+/// True if a checkpoint lacks a file that [`export_beside`] writes.
+pub fn lacks_export(folder: &Path, config: &RunConfig) -> bool {
+    let is_missing =
+        |dialect: &Dialect| !path_beside(folder, SavedWeights::Trained, *dialect).exists();
+    config.lora.export.iter().any(is_missing)
+}
+
 fn path_beside(folder: &Path, weights: SavedWeights, dialect: Dialect) -> PathBuf {
     let ending = if dialect == Dialect::Peft { "" } else { ".safetensors" };
     let averaged = if weights == SavedWeights::Averaged { "ema-" } else { "" };

@@ -33,6 +33,7 @@ impl Trainer<'_> {
             return Ok(());
         }
         let Some(Found { judged, judgement }) = self.found(requests)? else { return Ok(()) };
+        self.owes_validation = false;
         self.tell(&judgement);
         // Before the first step there is no checkpoint.
         if judged.step > 0 { self.saver.record(&judged, self.collective) } else { Ok(()) }
@@ -56,6 +57,7 @@ impl Trainer<'_> {
         }
         let found = if request == Request::Stop { None } else { self.found(requests)? };
         let Some(Found { judged, judgement }) = found else {
+            self.owes_validation = true;
             tracing::info!("validation of step {step} is left out, as the run is asked to stop");
             return Ok((Duration::ZERO, Request::Stop));
         };

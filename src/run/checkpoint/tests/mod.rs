@@ -218,11 +218,20 @@ fn save_here(run: &Path, step: u64) -> Result<()> {
 }
 
 fn save_judged(run: &Path, step: u64, judged: Option<&Judged>) -> Result<()> {
+    save_by(&CheckpointSettings::default(), run, step, judged)
+}
+
+fn save_by(
+    settings: &CheckpointSettings,
+    run: &Path,
+    step: u64,
+    judged: Option<&Judged>,
+) -> Result<()> {
     let copies = with_state(step, |saved| saved.copy(&Solo)).expect("alone");
     commit::prepare(run, step)?;
     let (staged, disk) = (commit::staged(run, step), Disk::saving(step, Phase::Write));
     let parts = copies.into_iter().map(|copy| copy.write(&staged, disk)).collect::<Result<_>>()?;
-    commit::commit(run, &Manifest { step, ..manifest() }, judged, parts)
+    commit::commit(run, &Manifest { step, ..manifest() }, settings, judged, parts)
 }
 
 fn sound_steps(run: &Path) -> Vec<u64> {
@@ -231,6 +240,23 @@ fn sound_steps(run: &Path) -> Vec<u64> {
         .into_iter()
         .map(|(step, path)| verify(&path).map(|_| step).expect("what is listed is whole"))
         .collect()
+}
+
+#[test]
+fn what_an_earlier_start_kept_for_ever_stays_whatever_a_later_one_says() {
+    let root = tempfile::tempdir().expect("a folder");
+    let run = root.path();
+    let keeping = CheckpointSettings { keep_every: Some(3), ..CheckpointSettings::default() };
+    for step in 1..=7 {
+        let settings = if step < 5 { &keeping } else { &CheckpointSettings::default() };
+        save_by(settings, run, step, None)
+            .and_then(|()| commit::prune(run, step, settings, None))
+            .expect("a sound disk");
+    }
+    assert_eq!(sound_steps(run), [3, 6, 7], "6 is one of the newest two");
+    fs::remove_file(run.join("step-00000003/keep")).expect("it is there");
+    commit::prune(run, 7, &CheckpointSettings::default(), None).expect("a sound disk");
+    assert_eq!(sound_steps(run), [6, 7]);
 }
 
 #[test]
