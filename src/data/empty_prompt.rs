@@ -32,9 +32,8 @@ impl EmptyPrompt {
     /// Adds a mask of valid tokens for a text that has none.
     pub fn add_mask(&mut self, text: &str, mask: &str) {
         let tensors = self.tensors.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let Some(tokens) = tensors.get(&format!("{EMPTY}{text}")).map(|text| text.size()[0]) else {
-            return;
-        };
+        let text = tensors.get(&format!("{EMPTY}{text}"));
+        let Some(tokens) = text.and_then(|text| text.size().first().copied()) else { return };
         let ones = || Tensor::ones([tokens], (Kind::Int64, Device::Cpu));
         tensors.entry(format!("{EMPTY}{mask}")).or_insert_with(ones);
     }

@@ -20,8 +20,10 @@ use crate::files::durable::replace_file;
 use crate::files::safetensors::{Content, SafeTensors};
 use crate::files::sha256;
 
-/// File of the empty prompt, and of captions, if a folder has them.
-const EMPTY_PROMPT: &str = "empty.safetensors";
+/// Files of the empty prompt, of conditions for samples, which only a dataset that is written
+/// describes, and of captions, if a folder has them.
+const EMPTY_PROMPTS: [&str; 2] = ["empty.safetensors", "empty_prompt.safetensors"];
+const CONDITIONS: &str = "conditions.safetensors";
 const CAPTIONS: &str = "captions.jsonl";
 
 /// Options of `fm-dist data index`.
@@ -42,11 +44,15 @@ pub fn index(request: &IndexRequest) -> Result<Written> {
     let folder = &request.folder;
     let target = folder.join(DATASET_FILE);
     if target.exists() {
-        return Err(Error::data(target, "exists already; delete it to describe the folder anew"));
+        let what = "exists already; move it away to describe the folder anew: names of conditions, repeats \
+                    and licence stand in it alone";
+        return Err(Error::data(target, what));
     }
     let files = walk(folder, &has_ending("safetensors"), request.links)?;
-    let empty_prompt = folder.join(EMPTY_PROMPT);
-    let samples = files.iter().filter(|path| **path != empty_prompt);
+    let empty_prompt = EMPTY_PROMPTS.into_iter().find(|name| folder.join(name).is_file());
+    let others: Vec<PathBuf> =
+        empty_prompt.into_iter().chain([CONDITIONS]).map(|name| folder.join(name)).collect();
+    let samples = files.iter().filter(|path| !others.contains(path));
     let found = samples.map(|path| File::open(path, folder)).collect::<Result<Vec<_>>>()?;
     let Some(first) = found.first() else {
         let what = format!("holds no safetensors file of samples{}", imported(folder));
@@ -72,7 +78,8 @@ pub fn index(request: &IndexRequest) -> Result<Written> {
         "data_type": first.data_type,
         "files": entries,
     });
-    for (key, name) in [("empty_prompt", EMPTY_PROMPT), ("captions", CAPTIONS)] {
+    let empty_prompt = empty_prompt.map(|name| ("empty_prompt", name));
+    for (key, name) in empty_prompt.into_iter().chain([("captions", CAPTIONS)]) {
         let path = folder.join(name);
         if path.is_file() {
             document[key] = json!({"path": name, "sha256": sha256::of_file(&path)?});

@@ -5,7 +5,7 @@
 //! Source: NeMo AutoModel 0.7.0, `tools/diffusion` and `components/datasets/diffusion`.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
@@ -185,10 +185,11 @@ fn pair(value: &Value) -> Option<[u32; 2]> {
 /// # Errors
 /// [`Error::Data`] if it is too long or malformed.
 pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let file = File::open(path).map_err(|error| open_error(path, error))?;
-    if !file.metadata().map_err(Error::storage(path, "inspect"))?.is_file() {
+    // Checked before opening: opening a FIFO would block.
+    if !fs::metadata(path).map_err(|error| open_error(path, error))?.is_file() {
         return Err(Error::data(path, "is not a regular file"));
     }
+    let file = File::open(path).map_err(|error| open_error(path, error))?;
     let mut text = Vec::new();
     file.take(MAX_JSON_BYTES + 1).read_to_end(&mut text).map_err(Error::storage(path, "read"))?;
     if text.len() as u64 > MAX_JSON_BYTES {

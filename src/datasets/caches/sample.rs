@@ -13,6 +13,8 @@ use crate::data::{Caption, DataType, latents_key};
 use crate::datasets::{Sample, Samples};
 use crate::encoding::Family;
 use crate::error::{Error, Result};
+use crate::media::is_picture;
+use crate::media::video::is_video;
 
 /// Channels of Wan's condition that mark the frames that are known: one for each frame that a
 /// latent frame stands for.
@@ -148,9 +150,15 @@ impl Cached {
         stored.unwrap_or(Path::new(""))
     }
 
-    /// Replaces the caption by the text beside the source's name in `folder`.
+    /// Replaces the caption by the text beside the source's name in `folder`. Some caches name it
+    /// without its ending, and other names may hold a dot.
     pub fn take_caption(&mut self, folder: &Path) -> Result<()> {
-        let stem = Path::new(&self.sample.caption.source).file_stem().unwrap_or_default();
+        let source = Path::new(&self.sample.caption.source);
+        let name = match is_picture(source) || is_video(source) {
+            true => source.file_stem(),
+            false => source.file_name(),
+        };
+        let stem = name.unwrap_or_default();
         let mut path = PathBuf::from(folder).join(stem).into_os_string();
         path.push(".txt");
         self.sample.caption.caption = super::read_caption(Path::new(&path))?.trim().into();

@@ -99,8 +99,9 @@ fn examined(
         outcome
     });
     bar.finish_and_clear();
-    let told = outcomes.map(|own| serde_json::to_string(&own).expect("texts are JSON"));
-    let told = agree(told, collective)?;
+    // An error is told at once, and not when all others have read their files.
+    let told = serde_json::to_string(&outcomes?).expect("texts are JSON");
+    let told = agree(Ok(told), collective)?;
     let parts: Vec<Vec<Examined>> =
         told.iter().map(|part| serde_json::from_str(part).expect("a rank wrote it")).collect();
     let count: usize = parts.iter().map(Vec::len).sum();

@@ -3,7 +3,8 @@
 //! was killed goes on with the batches that are missing.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use tch::{Device, Tensor};
@@ -28,6 +29,8 @@ const PLAN: &str = "plan";
 #[derive(Debug)]
 pub(super) struct Store {
     folder: PathBuf,
+    /// Held on rank 0 while the store is open.
+    _lock: Option<File>,
 }
 
 /// Place of a row: its batch's file, and its number there.
@@ -53,11 +56,16 @@ impl Store {
         let folder = out.with_file_name(name);
         let plans = agree(Ok(plan.into()), collective)?;
         if plans.iter().any(|other| other != plan) {
-            let what = "would be made of files that changed while the ranks looked at them";
+            let what = "would be made of other files on another rank: of pictures that change, or of a copy of the \
+                        pipeline whose files have other paths or times";
             return Err(known_to_all(Error::data(out, what), 0, collective));
         }
-        on_rank_zero(collective, || begin(&folder, plan).map(|()| String::new()))?;
-        Ok(Store { folder })
+        let mut lock = None;
+        on_rank_zero(collective, || {
+            lock = Some(begin(&folder, plan)?);
+            Ok(String::new())
+        })?;
+        Ok(Store { folder, _lock: lock })
     }
 
     pub fn path(&self, file: &str) -> PathBuf {
@@ -126,17 +134,25 @@ pub(super) fn check_free(out: &Path) -> Result<()> {
     Err(Error::data(out, "is a dataset already; give another --out, or remove it to encode anew"))
 }
 
-fn begin(folder: &Path, plan: &str) -> Result<()> {
+/// Makes the folder, or takes the one in which work on this plan was begun. Returns its lock: two
+/// processes would publish each other's halves.
+fn begin(folder: &Path, plan: &str) -> Result<File> {
     check_new_folder(Named { argument: "--out", path: folder })?;
     fs::create_dir_all(folder).map_err(Error::storage(folder, "create"))?;
     let path = folder.join(PLAN);
-    match fs::read_to_string(&path) {
-        Ok(begun) if begun == plan => Ok(()),
-        Ok(_) => {
-            let what = "holds what was encoded of other pictures or by other options; remove it, or \
-                        give another --out";
-            Err(Error::data(folder, what))
-        }
-        Err(_) => replace_file(&path, |file| file.write_all(plan.as_bytes())),
+    let open = || File::options().read(true).write(true).create(true).truncate(false).open(&path);
+    let mut lock = open().map_err(Error::storage(&path, "open"))?;
+    if lock.try_lock().is_err() {
+        return Err(Error::data(folder, "is being written by another process"));
     }
+    let begun = fs::read_to_string(&path).map_err(Error::storage(&path, "read"))?;
+    if begun.is_empty() {
+        let written = lock.write_all(plan.as_bytes()).and_then(|()| lock.sync_all());
+        written.map_err(Error::storage(&path, "write"))?;
+    } else if begun != plan {
+        let what = "holds what was encoded of other pictures, by other options, or by a pipeline whose files have \
+                    other paths or times; remove it, or give another --out";
+        return Err(Error::data(folder, what));
+    }
+    Ok(lock)
 }

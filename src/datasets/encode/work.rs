@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::batches::Batch;
 use super::store::Store;
 use crate::collective::Collective;
-use crate::collective::agreement::{agreed, on_rank_zero};
+use crate::collective::agreement::{agree, on_rank_zero};
 use crate::encoding::Conditions;
 use crate::error::Result;
 use crate::pulse;
@@ -65,7 +65,9 @@ pub(super) fn encode_missing<I: Send>(
         })
     });
     bar.finish_and_clear();
-    agreed(done, collective)
+    // An error is told at once, and not when all others have finished their work.
+    done?;
+    agree(Ok(String::new()), collective).map(drop)
 }
 
 /// Returns a bar that counts rows with their rate, hidden unless `shown`, which is true on one rank

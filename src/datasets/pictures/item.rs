@@ -1,6 +1,8 @@
 //! One picture or video: its pixels, and the hash of its content.
 
+use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -20,6 +22,16 @@ pub struct Medium {
     pub original: Size,
     pub fit: Fit,
     video: Option<Video>,
+    /// Length and time of its file when it was looked at; unset of a folder of frames.
+    stamp: Option<Stamp>,
+}
+
+/// Length of a file, and the time of its last change.
+type Stamp = (u64, Option<SystemTime>);
+
+fn stamp(path: &Path) -> Result<Stamp> {
+    let found = fs::metadata(path).map_err(Error::storage(path, "inspect"))?;
+    Ok((found.len(), found.modified().ok()))
 }
 
 impl Medium {
@@ -35,6 +47,8 @@ impl Medium {
         bucket: impl FnOnce(Size) -> Option<Size>,
     ) -> Result<Self> {
         let path = entry.path.clone();
+        let is_file = entry.kind != MediumKind::Frames;
+        let stamp = is_file.then(|| stamp(&path)).transpose()?;
         let video = match entry.kind {
             MediumKind::Picture => None,
             MediumKind::Video => Some(Video::open(&path, frames, access.ffmpeg, access.limits)?),
@@ -48,7 +62,7 @@ impl Medium {
             || Error::data(&path, format!("has {original} pixels, too few for a bucket"));
         let size = bucket(original).ok_or_else(too_small)?;
         let fit = Fit::new(original, size).map_err(|what| Error::data(&path, what))?;
-        Ok(Medium { path, original, fit, video })
+        Ok(Medium { path, original, fit, video, stamp })
     }
 
     /// Returns the number of frames; 1 of a picture.
@@ -56,8 +70,13 @@ impl Medium {
         self.video.as_ref().map_or(1, |video| video.frames)
     }
 
-    /// Returns the pixels at the bucket's size: `[3, H, W]`, or `[3, F, H, W]` with `frames`.
+    /// Returns the pixels at the bucket's size: `[3, H, W]`, or `[3, F, H, W]` with `frames`. A
+    /// file that was changed since is refused: its bucket and its hash are those of the earlier
+    /// one.
     fn read(&self, frames: Option<usize>, access: Access<'_>) -> Result<Tensor> {
+        if self.stamp.is_some_and(|seen| stamp(&self.path).is_ok_and(|found| found != seen)) {
+            return Err(Error::data(&self.path, "was changed while the folder was read"));
+        }
         let Some(video) = &self.video else {
             let picture = Picture::read(&self.path, access.limits)?.fitted(self.fit).to_tensor();
             return Ok(if frames.is_some() { picture.unsqueeze(1) } else { picture });

@@ -30,7 +30,7 @@ use super::parallel::in_parallel;
 use crate::error::{Error, Result};
 use crate::media::video::{Ffmpeg, kept};
 use crate::media::{Limits, picture_size};
-use captions::{Lists, caption_beside};
+use captions::{Lists, caption_beside, rank_of_list};
 use files::{Entry, Finder};
 
 /// Number of frames that are taken of a video.
@@ -100,20 +100,36 @@ pub fn find(options: &PictureOptions) -> Result<Found> {
             Outcome::Skipped(skipped) => found.skipped.push(skipped),
         }
     }
-    found.checked()
+    let found = found.checked()?;
+    match &options.captions.list {
+        Some(list) if found.named_only == found.items.len() => {
+            let what = format!(
+                "names none of the pictures in {}; its names are paths from its own folder, or from that of the \
+                 pictures if it lies elsewhere, with or without the ending",
+                options.folder.display()
+            );
+            Err(Error::data(list, what))
+        }
+        _ => Ok(found),
+    }
 }
 
-/// Returns the captions of all lists: of the given one, or of those in the folder.
+/// Returns the captions of the given list, or of those in the folder, of which the first that has a
+/// picture counts for it.
 fn lists(options: &PictureOptions, finder: &Finder) -> Result<Lists> {
     let (mut lists, field) = (Lists::default(), options.captions.field.as_deref());
-    match &options.captions.list {
-        Some(list) => lists.read(list, &finder.folder, field)?,
-        None => {
-            for list in finder.lists() {
-                lists.read(list, list.parent().unwrap_or(&finder.folder), field)?;
-            }
+    let Some(list) = &options.captions.list else {
+        let mut own: Vec<&PathBuf> = finder.lists().iter().collect();
+        own.sort_by_key(|list| (rank_of_list(list), *list));
+        for list in own {
+            lists.read(list, list.parent().unwrap_or(&finder.folder), field)?;
         }
-    }
+        return Ok(lists);
+    };
+    // A list that lies elsewhere has names as seen from the pictures.
+    let parent = list.canonicalize().ok().and_then(|list| list.parent().map(Path::to_path_buf));
+    let base = parent.filter(|parent| parent.starts_with(&finder.folder));
+    lists.read(list, base.as_ref().unwrap_or(&finder.folder), field)?;
     Ok(lists)
 }
 

@@ -145,6 +145,58 @@ fn lists_have_many_shapes() {
 }
 
 #[test]
+fn names_in_a_list_are_paths_from_its_folder_also_behind_a_link() {
+    let (folder, elsewhere) = (folder(), folder());
+    let root = folder.path();
+    draw(root, "sub/a.png", (20, 20), 0);
+    let with = |list: PathBuf| {
+        let captions = CaptionOptions { list: Some(list), ..CaptionOptions::default() };
+        PictureOptions { captions, ..options(root) }
+    };
+    let expected = [of("sub/a.png", &["x"])];
+    write(root, "sub/own.csv", "file_name,caption\na.png,x\n");
+    assert_eq!(captions(&with(root.join("sub/own.csv"))), expected);
+    write(elsewhere.path(), "l.csv", "file_name,caption\nsub/a.png,x\n");
+    assert_eq!(captions(&with(elsewhere.path().join("l.csv"))), expected);
+    std::os::unix::fs::symlink(root, elsewhere.path().join("link")).expect("a link");
+    let linked = elsewhere.path().join("link/sub/a.png");
+    write(elsewhere.path(), "l.csv", &format!("file_name,caption\n{},x\n", linked.display()));
+    assert_eq!(captions(&with(elsewhere.path().join("l.csv"))), expected);
+    write(elsewhere.path(), "l.csv", "file_name,caption\na.png,x\n");
+    let message = refused(&with(elsewhere.path().join("l.csv")));
+    assert!(message.contains("l.csv: names none of the pictures in "), "{message}");
+}
+
+#[test]
+fn the_first_list_that_has_a_picture_counts_and_others_are_not_added() {
+    let folder = folder();
+    let root = folder.path();
+    draw(root, "a.png", (20, 20), 0);
+    draw(root, "b.png", (20, 20), 0);
+    write(root, "meta.csv", "file_name,caption\na.png,no\nb.png,third\n");
+    write(root, "captions.json", r#"{"a.png": "no"}"#);
+    write(root, "metadata.csv", "file_name,caption\na.png,no\n");
+    write(root, "metadata.jsonl", "{\"file_name\": \"a.png\", \"text\": \"first\"}\n");
+    let expected = [of("a.png", &["first"]), of("b.png", &["third"])];
+    assert_eq!(captions(&options(root)), expected);
+}
+
+#[test]
+fn a_picture_that_is_another_now_is_refused() {
+    let folder = folder();
+    let root = folder.path();
+    let path = draw(root, "a.png", (20, 20), 1);
+    let found = found(&options(root));
+    assert!(found.read(0).is_ok());
+    draw(root, "a.png", (20, 30), 1);
+    let later = fs::File::options().append(true).open(path).expect("a file");
+    let hour = std::time::Duration::from_secs(3600);
+    later.set_modified(std::time::SystemTime::now() + hour).expect("it has a time");
+    let error = found.read(0).expect_err("refused").to_string();
+    assert!(error.ends_with("a.png: was changed while the folder was read"), "{error}");
+}
+
+#[test]
 fn damaged_files_are_named_and_skipped_up_to_a_share() {
     let folder = folder();
     let root = folder.path();

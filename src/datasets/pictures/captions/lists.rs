@@ -1,6 +1,7 @@
 //! Lists of captions: JSON, JSONL and CSV.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{BufReader, Read};
 use std::path::{Component, Path, PathBuf};
@@ -28,6 +29,14 @@ pub fn is_list(path: &Path) -> bool {
         || plain.is_some_and(|(stem, ending)| STEMS.contains(&stem) && ENDINGS.contains(&ending))
 }
 
+/// Orders the lists of a folder: the first that has a picture counts for it.
+pub fn rank_of_list(path: &Path) -> (usize, usize) {
+    let place = |words: &[&str], word: Option<&OsStr>| {
+        words.iter().position(|known| word == Some(OsStr::new(known))).unwrap_or(words.len())
+    };
+    (place(&STEMS, path.file_stem()), place(&ENDINGS, path.extension()))
+}
+
 /// Captions by the pictures' paths.
 #[derive(Debug, Default)]
 pub struct Lists {
@@ -35,7 +44,8 @@ pub struct Lists {
 }
 
 impl Lists {
-    /// Adds the captions of one list. Its names are paths from its own folder, or absolute ones.
+    /// Adds the captions of one list, of pictures that no list before it has. Its names are paths
+    /// from `folder`, which is without links, or absolute ones.
     ///
     /// # Errors
     /// [`Error::Data`] if the list is malformed or too long; [`Error::Storage`].
@@ -51,13 +61,21 @@ impl Lists {
             true => read_csv(path, file, field, &mut rows)?,
             false => read_json(path, file, field, &mut rows)?,
         }
+        let (mut own, mut parents) = (BTreeMap::<PathBuf, Vec<String>>::new(), BTreeMap::new());
         for (name, caption) in rows {
-            let captions = self.captions.entry(plain(&folder.join(&name))).or_default();
+            let picture = match Path::new(&name).is_absolute() {
+                true => real(Path::new(&name), &mut parents),
+                false => plain(&folder.join(&name)),
+            };
+            let captions = own.entry(picture).or_default();
             if captions.len() >= MAX_CAPTIONS {
                 let what = format!("has more than {MAX_CAPTIONS} captions of {name}");
                 return Err(Error::data(path, what));
             }
             captions.push(caption);
+        }
+        for (picture, captions) in own {
+            self.captions.entry(picture).or_insert(captions);
         }
         Ok(())
     }
@@ -66,6 +84,13 @@ impl Lists {
     pub fn of(&self, path: &Path) -> Option<&Vec<String>> {
         self.captions.get(path).or_else(|| self.captions.get(&path.with_extension("")))
     }
+}
+
+/// Resolves links in the folder of a path, and remembers that of each folder.
+fn real(path: &Path, parents: &mut BTreeMap<PathBuf, PathBuf>) -> PathBuf {
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return plain(path) };
+    let resolved = || parent.canonicalize().unwrap_or_else(|_| plain(parent));
+    parents.entry(parent.to_path_buf()).or_insert_with(resolved).join(name)
 }
 
 /// Resolves `.` and `..` by the letters.

@@ -2,11 +2,11 @@
 //!
 //! The first of these counts for a picture `sub/a.jpg`:
 //!
-//! 1. `--captions FILE`: a list of all captions (`lists.rs`)
+//! 1. `--captions FILE`: a list of all captions (`lists.rs`), of which none is looked for elsewhere
 //! 2. `sub/a.txt`: the whole text is one caption
 //! 3. `sub/a.json`: a text, a list of texts, or an object with one of the fields [`FIELDS`]
 //! 4. a list in a folder of the pictures: `metadata`, `captions` or `meta` with the ending
-//!    `.jsonl`, `.json` or `.csv`, or `*_internvl.json`
+//!    `.jsonl`, `.json` or `.csv`, or `*_internvl.json`, in this order
 //! 5. the name, `a`, with blanks for underscores
 //!
 //! A picture with several captions becomes several samples, as in diffusion-pipe: every caption is
@@ -19,7 +19,7 @@ mod rows;
 use std::path::PathBuf;
 
 pub(super) use beside::caption_beside;
-pub(super) use lists::{Lists, is_list};
+pub(super) use lists::{Lists, is_list, rank_of_list};
 
 use crate::rng::{Key, Purpose};
 
