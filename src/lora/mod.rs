@@ -174,11 +174,14 @@ pub(crate) mod tests {
     use tch::Device;
 
     use super::*;
+    use crate::rng::{Key, Purpose};
 
-    /// A pair of random matrices.
-    pub fn pair(outputs: i64, inputs: i64, rank: i64, alpha: f64) -> Pair {
+    /// A pair of random matrices; those of another scope are others.
+    pub fn pair(scope: u64, [outputs, inputs]: [i64; 2], rank: i64, alpha: f64) -> Pair {
         let random = |shape: [i64; 2]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
-        Pair { a: random([rank, inputs]), b: random([outputs, rank]), alpha, magnitude: None }
+        let draw = || (random([rank, inputs]), random([outputs, rank]));
+        let (a, b) = Key::new(1, Purpose::Test).scope(scope).seeded(draw);
+        Pair { a, b, alpha, magnitude: None }
     }
 
     #[test]
@@ -193,7 +196,7 @@ pub(crate) mod tests {
         );
         assert_eq!(model.len(), 2);
         let of = |name: &str, outputs| Lora {
-            pairs: BTreeMap::from([(name.to_string(), pair(outputs, 6, 2, 2.0))]),
+            pairs: BTreeMap::from([(name.to_string(), pair(0, [outputs, 6], 2, 2.0))]),
             facts: Facts::default(),
         };
         of("blocks.0.attn.to_q", 8).fit(&model).expect("it fits");
@@ -211,17 +214,16 @@ pub(crate) mod tests {
     #[test]
     fn the_usual_rank_and_alpha_are_those_of_most_pairs() {
         let pairs = [(2, 4.0), (3, 3.0), (3, 3.0), (3, 1.0)];
-        let pairs = pairs
-            .iter()
-            .enumerate()
-            .map(|(index, &(rank, alpha))| (format!("blocks.{index}"), pair(4, 4, rank, alpha)));
+        let pairs = pairs.iter().enumerate().map(|(index, &(rank, alpha))| {
+            (format!("blocks.{index}"), pair(0, [4, 4], rank, alpha))
+        });
         let lora = Lora { pairs: pairs.collect(), facts: Facts::default() };
         assert_eq!(lora.usual(), (3, 3.0));
     }
 
     #[test]
     fn a_scale_goes_into_b_and_nothing_else_changes() {
-        let pair = pair(5, 4, 2, 3.0);
+        let pair = pair(0, [5, 4], 2, 3.0);
         assert_eq!(pair.scale(), 1.5);
         let folded = Pair { b: pair.scaled_b(), alpha: 2.0, ..pair.shallow_clone() };
         let difference = (pair.product() - folded.product()).abs().max().double_value(&[]);

@@ -12,6 +12,7 @@ use fm_dist::collective::{self, Collective, Launch, ReduceOp};
 use fm_dist::libtorch;
 use fm_dist::nn::attention::attend;
 use fm_dist::optim::{AdamW, Optimizer, Slice};
+use fm_dist::rng::{Key, Purpose};
 use tch::{Device, Kind, Tensor};
 
 /// Rows, inputs and outputs of a product: a feed-forward part of a small transformer.
@@ -122,7 +123,8 @@ impl Bench<'_> {
 }
 
 fn random(size: &[i64], kind: Kind) -> Tensor {
-    Tensor::randn(size, (Kind::Float, Device::Cpu)).to_kind(kind)
+    let draw = || Tensor::randn(size, (Kind::Float, Device::Cpu));
+    Key::new(1, Purpose::Test).seeded(draw).to_kind(kind)
 }
 
 fn main() {

@@ -1,5 +1,6 @@
-//! The shape of the house: rooms use lower floors only, and some words stand in one file only.
-//! src/README.md draws the rooms from their imports.
+//! The shape of the house: rooms use lower floors only, some words stand in one file only, and
+//! random numbers are drawn where they are seeded. src/README.md draws the rooms from their
+//! imports.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -54,6 +55,29 @@ const ONLY_IN: &[(&str, &[&str])] = &[
     ("world_size == 1", &[]),
     ("HashMap", &[]),
 ];
+
+/// What draws by libtorch's generators, which are the whole process's, or seeds them.
+const DRAWS: &[&str] = &[
+    "Tensor::rand",
+    "Tensor::normal",
+    "rand_like(",
+    "randn_like(",
+    "randint_like(",
+    "normal_(",
+    "uniform_(",
+    "random_(",
+    "exponential_(",
+    "bernoulli",
+    "multinomial(",
+    "sample_dirichlet(",
+    "manual_seed(",
+];
+
+/// What seeds them, and locks them until the draws are done.
+const SEEDS: &[&str] = &["seeded(", "TorchSeed("];
+
+/// Draws of these files are seeded by their callers, or are words only.
+const SEEDED_ELSEWHERE: &[&str] = &["src/rng.rs", "src/nn/params/init.rs", "tests/fast/floors.rs"];
 
 struct Source {
     path: PathBuf,
@@ -142,6 +166,45 @@ fn e10_some_words_stand_in_one_place_only() {
                 if !places.iter().any(|place| path.starts_with(place)) {
                     wrong.push(format!("{path}:{}: `{word}` belongs in {places:?}", number + 1));
                 }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Lines of the function around a line, by rustfmt's indents: from the nearest `fn` above it that
+/// begins further left to the brace below that one.
+fn function_around<'t>(lines: &'t [&'t str], number: usize) -> &'t [&'t str] {
+    let indent = |line: &str| line.len() - line.trim_start().len();
+    let is_head = |line: &&str| line.contains("fn ") && indent(line) < indent(lines[number]);
+    let Some(first) = lines[..number].iter().rposition(is_head) else {
+        return &[];
+    };
+    let is_end = |line: &&str| line.trim() == "}" && indent(line) == indent(lines[first]);
+    let end = lines[number..].iter().position(is_end);
+    &lines[first..end.map_or(lines.len(), |end| number + end)]
+}
+
+/// A draw without a seed cannot be had again, and between another test's seed and its draws it
+/// changes their numbers. This does not see a draw whose function seeds only others, nor one by an
+/// operator that is not in [`DRAWS`].
+#[test]
+fn random_numbers_are_drawn_in_functions_that_seed() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let has = |line: &str, words: &[&str]| words.iter().any(|word| line.contains(word));
+    let mut wrong = Vec::new();
+    for file in ["src", "tests"].iter().flat_map(|folder| rust_files(&root.join(folder))) {
+        let path = file.strip_prefix(root).unwrap().to_str().unwrap();
+        if SEEDED_ELSEWHERE.contains(&path) {
+            continue;
+        }
+        let text = fs::read_to_string(&file).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        for (number, line) in lines.iter().enumerate() {
+            let is_draw = !line.trim_start().starts_with("//") && has(line, DRAWS);
+            let is_seeded = || function_around(&lines, number).iter().any(|line| has(line, SEEDS));
+            if is_draw && !is_seeded() {
+                wrong.push(format!("{path}:{}: `{}` without a seed", number + 1, line.trim()));
             }
         }
     }

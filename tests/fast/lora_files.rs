@@ -11,12 +11,14 @@ use fm_dist::files::safetensors::{self, SafeTensors};
 use fm_dist::lora::family::Part;
 use fm_dist::lora::{self, Dialect, Facts, Family, Found, Linears, Lora, Pair};
 use fm_dist::model;
+use fm_dist::rng::{Key, Purpose};
 use fm_dist::settings::{Choice, Family as _};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
 const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
+const KEY: Key = Key { seed: 1, purpose: Purpose::Test, step: 0, micro_batch: 0, scope: 0 };
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
@@ -67,14 +69,17 @@ fn published() -> Vec<String> {
     names
 }
 
-fn random_pair([outputs, inputs]: [i64; 2], rank: i64, alpha: f64) -> Pair {
+fn random_pair(name: &str, [outputs, inputs]: [i64; 2], rank: i64, alpha: f64) -> Pair {
     let random = |shape: [i64; 2]| Tensor::randn(shape, FLOAT);
-    Pair { a: random([rank, inputs]), b: random([outputs, rank]), alpha, magnitude: None }
+    let draw = || (random([rank, inputs]), random([outputs, rank]));
+    let (a, b) = KEY.named(name).seeded(draw);
+    Pair { a, b, alpha, magnitude: None }
 }
 
 fn random_lora(linears: &Linears, rank: i64, alpha: f64) -> Lora {
-    let pair =
-        |(name, shape): (&String, &[i64; 2])| (name.clone(), random_pair(*shape, rank, alpha));
+    let pair = |(name, shape): (&String, &[i64; 2])| {
+        (name.clone(), random_pair(name, *shape, rank, alpha))
+    };
     Lora { pairs: linears.iter().map(pair).collect(), facts: Facts::default() }
 }
 
@@ -260,7 +265,7 @@ fn a_lora_goes_through_all_dialects_and_comes_back() {
         let mut lora = random_lora(&linears, 2, 1.0);
         // Some modules have ranks and alphas of their own.
         let odd = lora.pairs.keys().nth(5).unwrap().clone();
-        lora.pairs.insert(odd.clone(), random_pair(linears[&odd], 3, 6.0));
+        lora.pairs.insert(odd.clone(), random_pair(&odd, linears[&odd], 3, 6.0));
         lora.facts = Facts { steps: Some(7), dataset: Some("cats".into()), ..Facts::default() };
         let mut path = root.path().join(format!("{model}-0"));
         lora::write(&lora, family, Dialect::Diffusers, out(&path)).unwrap();
@@ -297,8 +302,9 @@ fn dora_goes_through_the_dialects_too() {
     let linears =
         linears.into_iter().filter(|(name, _)| name.starts_with("transformer_blocks.3.")).collect();
     let mut lora = random_lora(&linears, 2, 3.0);
-    for pair in lora.pairs.values_mut() {
-        pair.magnitude = Some(Tensor::rand([pair.outputs()], FLOAT));
+    for (name, pair) in &mut lora.pairs {
+        let draw = || Tensor::rand([pair.outputs()], FLOAT);
+        pair.magnitude = Some(KEY.named(name).step(1).seeded(draw));
     }
     for (word, dialect) in Dialect::ALL {
         let path = root.path().join(word);

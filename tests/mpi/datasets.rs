@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use fm_dist::files::safetensors;
+use fm_dist::rng::{Key, Purpose};
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
@@ -15,17 +16,18 @@ use crate::runs::{finish, mpirun, program, running};
 
 /// A cache of ai-toolkit, which consists of safetensors files.
 fn cache(folder: &Path, samples: usize) {
-    let write = |path: &Path, key: &str, shape: &[i64]| {
+    let write = |sample: usize, path: &Path, key: &str, shape: &[i64]| {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
-        let tensor = Tensor::randn(shape, (Kind::Float, Device::Cpu));
+        let draw = || Tensor::randn(shape, (Kind::Float, Device::Cpu));
+        let tensor = Key::new(1, Purpose::Test).step(sample as u64).named(key).seeded(draw);
         let mut file = fs::File::create(path).unwrap();
         safetensors::write(&mut file, &[(key, &tensor)], &BTreeMap::new()).unwrap();
     };
     let hash = "h".repeat(22);
     for sample in 0..samples {
         let name = format!("{sample:05}_{hash}.safetensors");
-        write(&folder.join("_latent_cache").join(&name), "latent", &[4, 4, 6]);
-        write(&folder.join("_t_e_cache").join(&name), "text_embed", &[5, 12]);
+        write(sample, &folder.join("_latent_cache").join(&name), "latent", &[4, 4, 6]);
+        write(sample, &folder.join("_t_e_cache").join(&name), "text_embed", &[5, 12]);
     }
 }
 

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use fm_dist::data::Dataset;
 use fm_dist::media::Picture;
+use fm_dist::rng::{Key, Purpose};
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
@@ -23,7 +24,8 @@ fn write_pictures(folder: &Path, count: i64) {
             fs::copy(folder.join(format!("{:04}.png", number - 1)), &picture).unwrap();
         } else {
             let sides = [3, 16 + number % 3, 20];
-            let pixels = Tensor::randint(256, sides, (Kind::Uint8, Device::Cpu));
+            let draw = || Tensor::randint(256, sides, (Kind::Uint8, Device::Cpu));
+            let pixels = Key::new(1, Purpose::Test).scope(number as u64).seeded(draw);
             Picture::from_tensor(&pixels).write_png(&picture).unwrap();
         }
         let caption = format!("picture {}, square", number % 11);

@@ -9,6 +9,7 @@ use fm_dist::files::outputs::Named;
 use fm_dist::files::safetensors::SafeTensors;
 use fm_dist::lora::{self, Dialect, Facts, Family, Found, Linears, Lora, Pair};
 use fm_dist::model;
+use fm_dist::rng::{Key, Purpose};
 use fm_dist::settings::Choice;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
@@ -112,16 +113,14 @@ fn convert(folder: &Path, family: Family) {
 }
 
 /// FLUX.1's first blocks at their real width, which diffusers' converter of kohya's files asks for.
-fn wide(folder: &Path) {
+fn wide(folder: &Path, key: Key) {
     let random = |shape: [i64; 2]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models/flux1-dev");
     // A scale of one leaves the matrices as they are, so that files can be equal.
     let alpha = |name: &str| if in_double_blocks(name) { 2.0 } else { 3.0 };
-    let pair = |name: &str, [outputs, inputs]: [i64; 2]| Pair {
-        a: random([2, inputs]),
-        b: random([outputs, 2]),
-        alpha: alpha(name),
-        magnitude: None,
+    let pair = |name: &str, [outputs, inputs]: [i64; 2]| {
+        let (a, b) = key.named(name).seeded(|| (random([2, inputs]), random([outputs, 2])));
+        Pair { a, b, alpha: alpha(name), magnitude: None }
     };
     let first = |name: &str| !name.contains("blocks.") || name.contains("blocks.0.");
     let of = linears(&root).into_iter().filter(|(name, _)| first(name));
@@ -142,6 +141,6 @@ fn adapters_go_to_peft_and_diffusers_and_come_from_there() {
     for (_, family) in Family::ALL {
         convert(folder, *family);
     }
-    wide(&folder.join("wide"));
+    wide(&folder.join("wide"), Key::new(seed.parse().unwrap(), Purpose::Test));
     oracle("lora_files.py", &["judge", folder.to_str().unwrap(), &seed]);
 }

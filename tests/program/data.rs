@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use fm_dist::data::{Caption, Dataset};
 use fm_dist::files::safetensors;
+use fm_dist::rng::{Key, Purpose};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
@@ -39,8 +40,9 @@ fn refused(code: i32, arguments: &[&str]) -> String {
     only_error(&errors).to_string()
 }
 
-fn random(shape: &[i64]) -> Tensor {
-    Tensor::randn(shape, FLOAT)
+/// Normal numbers; those of another scope are others.
+fn random(scope: u64, shape: &[i64]) -> Tensor {
+    Key::new(1, Purpose::Test).scope(scope).seeded(|| Tensor::randn(shape, FLOAT))
 }
 
 fn text(path: &Path) -> &str {
@@ -62,15 +64,17 @@ fn samples(folder: &Path) -> Vec<Vec<u8>> {
 fn mixed(root: &Path) -> std::path::PathBuf {
     let folder = root.join("mixed");
     fs::create_dir_all(folder.join("more")).unwrap();
-    for index in 0..3 {
-        let tensors =
-            [("image_latents", random(&[1, 4, 4])), ("text_embeddings", random(&[index + 2, 8]))];
+    for (index, tokens) in (0..3).zip([2, 3, 4]) {
+        let tensors = [
+            ("image_latents", random(index, &[1, 4, 4])),
+            ("text_embeddings", random(10 + index, &[tokens, 8])),
+        ];
         save(&folder.join(format!("more/{index}.safetensors")), &tensors);
     }
     let lengths = Tensor::from_slice(&[1i64, 4]);
     let tensors = [
-        ("image_latents", random(&[2, 1, 4, 4])),
-        ("text_embeddings", random(&[5, 8])),
+        ("image_latents", random(3, &[2, 1, 4, 4])),
+        ("text_embeddings", random(13, &[5, 8])),
         ("text_embeddings.lengths", lengths),
     ];
     save(&folder.join("stacked.safetensors"), &tensors);
@@ -128,7 +132,7 @@ fn packing_keeps_captions_with_their_samples_and_what_else_a_dataset_has() {
         let latents = Tensor::full([1, 2, 2], index, FLOAT);
         save(&folder.join(format!("{index}.safetensors")), &[("image_latents", latents)]);
     }
-    save(&folder.join("empty.safetensors"), &[("text_embeddings", random(&[2, 8]))]);
+    save(&folder.join("empty.safetensors"), &[("text_embeddings", random(0, &[2, 8]))]);
     let lines: String = (0..4)
         .map(|index| format!("{{\"caption\":\"{index}\",\"source\":\"{index}.png\"}}\n"))
         .collect();
@@ -154,7 +158,7 @@ fn packing_keeps_captions_with_their_samples_and_what_else_a_dataset_has() {
 #[test]
 fn what_looks_wrong_with_a_dataset_is_shown() {
     let root = TempDir::new().unwrap();
-    let latents = random(&[6, 3, 4, 4]) * 7;
+    let latents = random(0, &[6, 3, 4, 4]) * 7;
     latents.get(1).copy_(&latents.get(0));
     let _ = latents.get(2).get(0).get(0).narrow(0, 0, 1).fill_(f64::NAN);
     save(&root.path().join("a.safetensors"), &[("image_latents", latents)]);
@@ -182,8 +186,8 @@ fn kinds_lengths_and_scales_are_shown_and_packed_with_their_bits() {
     fs::create_dir(&folder).unwrap();
     let mask = Tensor::from_slice(&[1i64, 1, 0, 1, 1, 1]).view([2, 3]);
     let tensors = [
-        ("image_latents", random(&[2, 4, 4, 4]).to_kind(Kind::BFloat16)),
-        ("text_embeddings", random(&[2, 3, 8]).to_kind(Kind::Float8e4m3fn)),
+        ("image_latents", random(0, &[2, 4, 4, 4]).to_kind(Kind::BFloat16)),
+        ("text_embeddings", random(1, &[2, 3, 8]).to_kind(Kind::Float8e4m3fn)),
         ("text_embeddings.scale", Tensor::from_slice(&[0.5f32, 2.0])),
         ("text_mask", mask),
     ];
@@ -212,8 +216,8 @@ fn a_cache_of_8_bits_keeps_them() {
     let root = TempDir::new().unwrap();
     let (cache, out) = (root.path().join("cache"), root.path().join("out"));
     fs::create_dir(&cache).unwrap();
-    let stored = random(&[5, 12]).to_kind(Kind::Float8e4m3fn);
-    let latents = ("latents_4x6_bfloat16", random(&[16, 4, 6]).to_kind(Kind::BFloat16));
+    let stored = random(0, &[5, 12]).to_kind(Kind::Float8e4m3fn);
+    let latents = ("latents_4x6_bfloat16", random(1, &[16, 4, 6]).to_kind(Kind::BFloat16));
     save(&cache.join("cat_0096x0064_f2k4b.safetensors"), &[latents]);
     let texts = ("ctx_vec_float8_e4m3fn", stored.copy());
     save(&cache.join("cat_f2k4b_te.safetensors"), &[texts]);
@@ -233,8 +237,8 @@ fn snapshot(root: &Path) -> std::path::PathBuf {
     let (blobs, folder) = (root.join("blobs"), root.join("snapshots/0a1b"));
     fs::create_dir_all(&blobs).unwrap();
     fs::create_dir_all(folder.join("more")).unwrap();
-    for (blob, name) in [("c0", "a.safetensors"), ("c1", "more/b.safetensors")] {
-        save(&blobs.join(blob), &[("image_latents", random(&[4, 3, 4, 4]))]);
+    for (scope, blob, name) in [(0, "c0", "a.safetensors"), (1, "c1", "more/b.safetensors")] {
+        save(&blobs.join(blob), &[("image_latents", random(scope, &[4, 3, 4, 4]))]);
         let up = "../".repeat(name.matches('/').count());
         symlink(format!("{up}../../blobs/{blob}"), folder.join(name)).unwrap();
     }
@@ -271,7 +275,7 @@ fn links_in_a_circle_end() {
     let root = TempDir::new().unwrap();
     let folder = root.path().join("a");
     fs::create_dir(&folder).unwrap();
-    save(&folder.join("a.safetensors"), &[("image_latents", random(&[2, 1, 4, 4]))]);
+    save(&folder.join("a.safetensors"), &[("image_latents", random(0, &[2, 1, 4, 4]))]);
     symlink("../a", folder.join("again")).unwrap();
     symlink(".", folder.join("here")).unwrap();
     let line = said(&["data", "index", text(&folder), "--follow-links"]);
@@ -283,7 +287,7 @@ fn folders_that_are_no_data_are_refused() {
     let root = TempDir::new().unwrap();
     let folder = text(root.path());
     assert!(refused(40, &["data", "index", folder]).contains("holds no safetensors file"));
-    save(&root.path().join("a.safetensors"), &[("latent", random(&[1, 4, 4]))]);
+    save(&root.path().join("a.safetensors"), &[("latent", random(0, &[1, 4, 4]))]);
     let line = refused(40, &["data", "index", folder]);
     assert!(
         line.contains("holds neither `image_latents` nor `video_latents`; it has latent"),
@@ -315,7 +319,7 @@ fn a_dataset_whose_writing_was_killed_is_finished_by_the_same_command() {
     let root = TempDir::new().unwrap();
     let folder = root.path().join("source");
     fs::create_dir(&folder).unwrap();
-    save(&folder.join("a.safetensors"), &[("image_latents", random(&[SAMPLES, 1, 2, 2]))]);
+    save(&folder.join("a.safetensors"), &[("image_latents", random(0, &[SAMPLES, 1, 2, 2]))]);
     said(&["data", "index", text(&folder)]);
     let out = root.path().join("out");
     let (begun, log) = (out.join("2x2-00000.safetensors"), out.join("unfinished.jsonl"));

@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::path::Path;
 
 use fm_dist::files::safetensors::{self, SafeTensors};
+use fm_dist::rng::{Key, Purpose};
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
@@ -13,14 +14,17 @@ use crate::runs::{finish, program};
 
 /// A LoRA of FLUX.1's first block as kohya's trainers write it, with further tensors.
 fn of_kohya(path: &Path, further: &[&str]) {
-    let random = |shape: [i64; 2]| Tensor::randn(shape, (Kind::BFloat16, Device::Cpu));
+    let random = |scope: u64, shape: [i64; 2]| {
+        let draw = || Tensor::randn(shape, (Kind::BFloat16, Device::Cpu));
+        Key::new(1, Purpose::Test).scope(scope).seeded(draw)
+    };
     let stem = "lora_unet_double_blocks_0_img_attn_qkv";
     let mut tensors = vec![
-        (format!("{stem}.lora_down.weight"), random([4, 3072])),
-        (format!("{stem}.lora_up.weight"), random([9216, 4])),
+        (format!("{stem}.lora_down.weight"), random(0, [4, 3072])),
+        (format!("{stem}.lora_up.weight"), random(1, [9216, 4])),
         (format!("{stem}.alpha"), Tensor::from_slice(&[2.0f32]).squeeze()),
     ];
-    tensors.extend(further.iter().map(|name| (name.to_string(), random([4, 4]))));
+    tensors.extend(further.iter().map(|name| (name.to_string(), random(2, [4, 4]))));
     let named: Vec<(&str, &Tensor)> =
         tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     let metadata = BTreeMap::from([

@@ -237,6 +237,7 @@ mod tests {
     use super::*;
     use crate::data::TextPadding;
     use crate::data::made_up::{images, two_groups, written_as};
+    use crate::rng::{Key, Purpose};
 
     fn open(folder: &tempfile::TempDir) -> Dataset {
         Dataset::open(folder.path()).expect("a sound dataset")
@@ -319,7 +320,8 @@ mod tests {
 
     #[test]
     fn texts_of_one_length_and_their_masks_get_more_padding_if_all_do() {
-        let texts = Tensor::randn([2, 3, 2], (Kind::Float, Device::Cpu));
+        let draw = || Tensor::randn([2, 3, 2], (Kind::Float, Device::Cpu));
+        let texts = Key::new(1, Purpose::Test).seeded(draw);
         let mask = Tensor::from_slice(&[1i64, 1, 0, 1, 1, 1]).view([2, 3]);
         let tensors = vec![
             ("image_latents", images(0, 2, 2)),
@@ -348,7 +350,8 @@ mod tests {
 
     #[test]
     fn a_mask_of_pixels_is_one_of_latents_in_a_batch() {
-        let mask = Tensor::rand([2, 16, 16], (Kind::Float, Device::Cpu)).gt(0.5);
+        let draw = || Tensor::rand([2, 16, 16], (Kind::Float, Device::Cpu));
+        let mask = Key::new(1, Purpose::Test).seeded(draw).gt(0.5);
         let tensors = vec![("image_latents", images(0, 2, 2)), ("loss_mask", mask.copy())];
         let folder = written_as(1, &[("a.safetensors", "2x2", tensors)], None);
         let dataset = open(&folder);

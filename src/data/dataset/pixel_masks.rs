@@ -65,8 +65,12 @@ mod tests {
     use tch::Device;
 
     use super::*;
+    use crate::rng::{Key, Purpose};
 
-    const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
+    fn uniform(size: &[i64]) -> Tensor {
+        let draw = || Tensor::rand(size, (Kind::Float, Device::Cpu));
+        Key::new(1, Purpose::Test).seeded(draw)
+    }
 
     #[test]
     fn masks_of_pixels_are_told_by_one_whole_factor() {
@@ -102,7 +106,7 @@ mod tests {
     #[test]
     fn a_mask_is_shrunk_as_torchs_interpolation_by_area_does() {
         for kind in [Kind::Float, Kind::Bool, Kind::Uint8, Kind::Half] {
-            let masks = Tensor::rand([5, 1, 32, 48], FLOAT).gt(0.3).to_kind(kind);
+            let masks = uniform(&[5, 1, 32, 48]).gt(0.3).to_kind(kind);
             // `torch.nn.functional.interpolate(mode="area")` is this pooling.
             let expected = masks.to_kind(Kind::Float).adaptive_avg_pool2d([4, 6]);
             let found = shrunk(&masks, &[1, 4, 6]);
@@ -115,13 +119,13 @@ mod tests {
 
     #[test]
     fn frames_are_shrunk_as_a_video_is_the_first_alone() {
-        let masks = Tensor::rand([2, 9, 32, 48], FLOAT);
+        let masks = uniform(&[2, 9, 32, 48]);
         let found = shrunk(&masks, &[3, 4, 6]);
         assert_eq!(found.size(), [2, 3, 4, 6]);
         let first = masks.narrow(1, 0, 1).adaptive_avg_pool2d([4, 6]);
         let rest = masks.narrow(1, 1, 8).unsqueeze(1).adaptive_avg_pool3d([2, 4, 6]).squeeze_dim(1);
         assert!(found.allclose(&Tensor::cat(&[first, rest], 1), 1e-6, 1e-6, false));
-        let of_latents = Tensor::rand([2, 1, 9, 4, 6], FLOAT);
+        let of_latents = uniform(&[2, 1, 9, 4, 6]);
         let found = shrunk(&of_latents, &[1, 3, 4, 6]);
         assert!(found.select(2, 0).equal(&of_latents.select(2, 0)), "nothing to take a mean of");
     }

@@ -118,11 +118,15 @@ mod tests {
     use super::*;
     use crate::data::made_up::{Part, images, written, written_as};
     use crate::data::{Dataset, OnBad};
+    use crate::rng::{Key, Purpose};
 
-    const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
+    fn drawn(scope: u64, size: &[i64], kind: Kind) -> Tensor {
+        let draw = || Tensor::randn(size, (Kind::Float, Device::Cpu));
+        Key::new(1, Purpose::Test).scope(scope).seeded(draw).to_kind(kind)
+    }
 
     fn texts(kind: Kind) -> Tensor {
-        Tensor::randn([2, 3, 4], FLOAT).to_kind(kind)
+        drawn(0, &[2, 3, 4], kind)
     }
 
     /// Two images with these tensors beside them.
@@ -143,7 +147,7 @@ mod tests {
     #[test]
     fn a_batch_holds_the_bytes_numbers_times_their_samples_scale() {
         for kind in [Kind::Float8e4m3fn, Kind::Float8e5m2] {
-            let [own, common, plain] = [0, 1, 2].map(|_| texts(kind));
+            let [own, common, plain] = [0, 1, 2].map(|scope| drawn(scope, &[2, 3, 4], kind));
             let of_each = Tensor::from_slice(&[0.37f32, 3e-5]);
             let dataset = opened(&[
                 part(
@@ -186,7 +190,7 @@ mod tests {
 
     #[test]
     fn texts_of_unequal_length_and_single_samples_have_scales_too() {
-        let tokens = Tensor::randn([5, 4], FLOAT).to_kind(Kind::Float8e4m3fn);
+        let tokens = drawn(0, &[5, 4], Kind::Float8e4m3fn);
         let dataset = opened(&[part(
             "a.safetensors",
             vec![

@@ -164,7 +164,7 @@ mod tests {
 
     fn lora(of: &[(&str, i64, f64)]) -> Lora {
         let pairs =
-            of.iter().map(|&(name, rank, alpha)| (name.to_string(), pair(4, 4, rank, alpha)));
+            of.iter().map(|&(name, rank, alpha)| (name.to_string(), pair(0, [4, 4], rank, alpha)));
         Lora { pairs: pairs.collect(), facts: Facts::default() }
     }
 

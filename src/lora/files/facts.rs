@@ -112,7 +112,7 @@ mod tests {
 
     #[test]
     fn what_is_known_of_a_run_comes_back() {
-        let pairs = BTreeMap::from([("proj_out".to_string(), pair(4, 4, 16, 8.0))]);
+        let pairs = BTreeMap::from([("proj_out".to_string(), pair(0, [4, 4], 16, 8.0))]);
         let lora = Lora { pairs, facts: facts() };
         for (_, name) in Family::ALL {
             let mut metadata = common(&lora, *name);

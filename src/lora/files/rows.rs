@@ -189,7 +189,7 @@ mod tests {
 
     #[test]
     fn maps_that_were_joined_come_apart_as_they_were() {
-        let [q, k, v] = [pair(4, 4, 2, 1.0), pair(4, 4, 2, 1.0), pair(4, 4, 2, 1.0)];
+        let [q, k, v] = [0, 1, 2].map(|scope| pair(scope, [4, 4], 2, 1.0));
         let found = there_and_back(&[Some(&q), Some(&k), Some(&v)]);
         for (found, expected) in found.iter().zip([&q, &k, &v]) {
             assert_same(found.as_ref().expect("a part"), expected);
@@ -198,7 +198,7 @@ mod tests {
 
     #[test]
     fn maps_of_unequal_ranks_and_missing_ones_come_apart_too() {
-        let [q, v] = [pair(4, 4, 3, 3.0), pair(4, 4, 1, 1.0)];
+        let [q, v] = [pair(0, [4, 4], 3, 3.0), pair(1, [4, 4], 1, 1.0)];
         let found = there_and_back(&[Some(&q), None, Some(&v)]);
         assert!(found[1].is_none());
         assert_same(found[0].as_ref().expect("a part"), &q);
@@ -207,7 +207,8 @@ mod tests {
 
     #[test]
     fn unequal_scales_are_folded() {
-        let [q, k, v] = [pair(4, 4, 2, 1.0), pair(4, 4, 2, 8.0), pair(4, 4, 2, 3.0)];
+        let [q, k, v] =
+            [(0, 1.0), (1, 8.0), (2, 3.0)].map(|(scope, alpha)| pair(scope, [4, 4], 2, alpha));
         let found = there_and_back(&[Some(&q), Some(&k), Some(&v)]);
         for (found, expected) in found.iter().flatten().zip([&q, &k, &v]) {
             assert_eq!(found.alpha, 2.0);
@@ -217,7 +218,7 @@ mod tests {
 
     #[test]
     fn a_lora_of_the_whole_matrix_is_shared_and_joins_to_itself() {
-        let whole = pair(12, 4, 2, 4.0);
+        let whole = pair(0, [12, 4], 2, 4.0);
         let parts = parted(&whole, QKV).expect("three maps");
         let parts: Vec<Option<&Pair>> = parts.iter().map(Option::as_ref).collect();
         assert!(parts.iter().flatten().all(|part| part.a.equal(&whole.a) && part.alpha == 4.0));
@@ -230,8 +231,8 @@ mod tests {
             pair.magnitude = Some(pair.b.norm_scalaropt_dim(2.0, [1i64], false));
             pair
         };
-        let [q, k] = [with(pair(4, 4, 2, 2.0)), with(pair(4, 4, 2, 2.0))];
-        let v = pair(4, 4, 2, 2.0);
+        let [q, k] = [0, 1].map(|scope| with(pair(scope, [4, 4], 2, 2.0)));
+        let v = pair(2, [4, 4], 2, 2.0);
         let told = joined(&[Some(&q), Some(&k), Some(&v)], QKV).expect_err("no magnitude of v");
         assert!(told.ends_with("only 2 have DoRA's magnitudes"), "{told}");
         let v = with(v);
@@ -244,13 +245,13 @@ mod tests {
     #[test]
     fn shapes_of_other_matrices_are_refused() {
         assert_eq!(
-            parted(&pair(13, 4, 2, 2.0), QKV).expect_err("13 rows"),
+            parted(&pair(0, [13, 4], 2, 2.0), QKV).expect_err("13 rows"),
             "maps 4 inputs to 13 outputs, expected 12"
         );
-        let other = pair(5, 4, 2, 2.0);
+        let other = pair(0, [5, 4], 2, 2.0);
         assert!(joined(&[Some(&other), None, None], QKV).is_err());
         assert!(swapped(&other).is_err());
-        let even = pair(6, 4, 2, 2.0);
+        let even = pair(0, [6, 4], 2, 2.0);
         let back = swapped(&swapped(&even).expect("even")).expect("even");
         assert_same(&back, &even);
     }
