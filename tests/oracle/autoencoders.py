@@ -18,6 +18,7 @@ keeps pixels within -1 and 1 only where it is not tiled; its pipeline does so la
 """
 
 import argparse
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -333,6 +334,12 @@ def computed(vae: torch.nn.Module, draw: Draw, given: dict[str, torch.Tensor], d
     return {name: tensor.float().contiguous() for name, tensor in found.items()}
 
 
+def in_float32(vae: torch.nn.Module, draw: Draw, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What comes out of the same weights and the same rounded inputs without further rounding."""
+    rounded = {name: tensor.bfloat16().float() for name, tensor in given.items()}
+    return computed(copy.deepcopy(vae).float(), draw, rounded, torch.float32)
+
+
 def write_case(folder: Path, dice: Dice, draw: Draw, verbose: bool) -> dict:
     dtype, stored = dice.deal("dtype", DTYPES), dice.deal("stored", ["as computed", "float16", "shards"])
     vae = randomized(draw, dice).to(getattr(torch, dtype))
@@ -341,10 +348,12 @@ def write_case(folder: Path, dice: Dice, draw: Draw, verbose: bool) -> dict:
     vae.save_pretrained(folder / "vae", max_shard_size="20KB" if stored == "shards" else "10GB")
     vae = vae.to(getattr(torch, dtype))
     given = inputs(draw, dice)
+    exact = in_float32(vae, draw, given) if dtype == "bfloat16" else {}
     tensors = given | computed(vae, draw, given, getattr(torch, dtype))
     is_picture = draw.has_frames and given["pixels"].shape[2] == 1 and dice.deal("picture", [True, False])
     if is_picture:
-        tensors = {name: tensor.squeeze(2) for name, tensor in tensors.items()}
+        tensors, exact = ({name: tensor.squeeze(2) for name, tensor in part.items()} for part in (tensors, exact))
+    tensors |= {f"exact.{name}": tensor for name, tensor in exact.items()}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "case.safetensors")
     if verbose:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}

@@ -16,10 +16,11 @@ Texts are padded on the right, on the left, or have a mask of their own; in some
 """
 
 import argparse
+import copy
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -337,6 +338,15 @@ def seen(dice: Dice, draw: Draw, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     }
 
 
+def in_float32(draw: Draw, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What comes out of the same weights and the same rounded pixels without further rounding."""
+    wide = replace(draw, model=copy.deepcopy(draw.model).float())
+    if draw.vocabulary:
+        return encoded(wide, given)
+    with torch.no_grad():
+        return {"last": wide.model(given["pixels"].bfloat16().float()).last_hidden_state}
+
+
 def write_case(folder: Path, dice: Dice, draw: Draw, verbose: bool) -> dict:
     dtype = dice.deal("dtype", DTYPES)
     randomize(draw.model)
@@ -347,6 +357,8 @@ def write_case(folder: Path, dice: Dice, draw: Draw, verbose: bool) -> dict:
     else:
         tensors = seen(dice, draw, getattr(torch, dtype))
         tensors["last"] = tensors["last"].float()
+    if dtype == "bfloat16":
+        tensors |= {f"exact.{name}": state for name, state in in_float32(draw, tensors).items()}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "case.safetensors")
     if verbose:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}

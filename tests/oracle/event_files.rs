@@ -87,12 +87,27 @@ fn tensorboard_reads_the_numbers_the_configuration_and_the_samples_of_a_resumed_
     sent_to_wandb(&run, &root.path().join("sent.json"));
 }
 
-/// Checks that launch/to_wandb.py sends each line of the metrics at its step, once.
+/// Checks that launch/to_wandb.py sends each line of the metrics at its step, once, to one run
+/// whenever it is called, and to another for a folder of the same name elsewhere.
 fn sent_to_wandb(run: &Path, out: &Path) {
-    oracle("sent_metrics.py", &[run.to_str().unwrap(), out.to_str().unwrap()]);
-    let sent = entries(out);
-    let [sent] = sent.as_array().unwrap().as_slice() else { panic!("one run: {sent}") };
-    assert_eq!(sent["init"]["id"], run.file_name().unwrap().to_str().unwrap());
+    let sent_of = |run: &Path| {
+        oracle("sent_metrics.py", &[run.to_str().unwrap(), out.to_str().unwrap()]);
+        match entries(out).as_array().unwrap().as_slice() {
+            [sent] => sent.clone(),
+            sent => panic!("one run: {sent:?}"),
+        }
+    };
+    let sent = sent_of(run);
+    assert_eq!(sent["init"]["name"], run.file_name().unwrap().to_str().unwrap());
+    assert_eq!(sent["init"]["id"], sent_of(run)["init"]["id"]);
+    let namesake = out.with_file_name("elsewhere").join(run.file_name().unwrap());
+    std::fs::create_dir_all(&namesake).unwrap();
+    for name in ["config.toml", "metrics.jsonl"] {
+        std::fs::copy(run.join(name), namesake.join(name)).unwrap();
+    }
+    let other = sent_of(&namesake);
+    assert_eq!(sent["init"]["name"], other["init"]["name"]);
+    assert_ne!(sent["init"]["id"], other["init"]["id"]);
     assert_eq!(sent["init"]["config"]["max_steps"], 9);
     let lines = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     let lines: Vec<Value> = lines

@@ -14,6 +14,7 @@ cases.json                          one entry a case: name, family, folder, dtyp
                                     sigma timesteps noise noisy_latents model_pred target loss_weight unweighted_loss weighted_loss
                                     average_unweighted_loss average_weighted_loss, all f32, and `grad.<name>` of every parameter in the
                                     parameter's kind, zeros where the step does not reach it
+<family>-<number>/exact.safetensors of a case in bfloat16: the same from the same weights in float32
 
 A case repeats so: `manual_seed(seed)`, then `step` on the batch with the model loaded in `dtype`; Python's own generator decides nothing,
 since `i2v_prob` is 0 or 1, and so is `cfg_dropout_prob` for qwen_image. It runs on one thread, so that no sum depends on the machine.
@@ -23,6 +24,7 @@ Longer than the house's files are: one draw a family, and what they share reads 
 """
 
 import argparse
+import copy
 import json
 import random
 import re
@@ -321,7 +323,8 @@ def wan(dice: Dice, _better: dict) -> Draw:
 
 
 def hunyuan_video15(dice: Dice, _better: dict) -> Draw:
-    (heads, head_dim), (rows, columns), channels = dice.heads([8, 16, 24, 32]), dice.grid(), dice.between(1, 4)
+    # The gradient of a single output's bias would be one sum over all tokens, which may cancel to nothing.
+    (heads, head_dim), (rows, columns), channels = dice.heads([8, 16, 24, 32]), dice.grid(), dice.between(2, 4)
     patch, conditioned = dice.deal("patch_size", [1, 2]), dice.deal("use_condition_latents", [True, True, True, True, False])
     # The reference would give a model the only frame of a still; fm-dist never does.
     task, frames = dice.deal("task", [(0.0, False), (1.0, True), (1.0, False), (1.0, True), (0.0, True)]), dice.deal("frames", [1, 2, 3])
@@ -491,6 +494,17 @@ class Place:
             return pipeline.step(model, {**batch, "data_type": draw.data_type}, self.device, dtype, 1, check_loss=False)[1]
 
 
+def in_float32(
+    place: Place, pipeline: FlowMatchingPipeline, model: torch.nn.Module, draw: Draw, seed: int, gradients: Callable[[torch.nn.Module], dict]
+) -> dict:
+    """What a step of a copy of the model in float32 computes, and its gradients."""
+    wide = copy.deepcopy(model).float()
+    wide.zero_grad(set_to_none=True)
+    recorder = Recorder(pipeline)
+    place.step(pipeline, wide, draw, torch.float32, seed).backward()
+    return {name: tensor.cpu() for name, tensor in {**recorder.tensors, **gradients(wide)}.items()}
+
+
 def run_case(folder: Path, dice: Dice, draw: Draw, better: dict, place: Place) -> dict:
     """Writes one case's folder and returns its entry in cases.json."""
     arguments = pipeline_arguments(dice) | draw.pipeline
@@ -506,8 +520,14 @@ def run_case(folder: Path, dice: Dice, draw: Draw, better: dict, place: Place) -
     recorder, seed = Recorder(pipeline), dice.random.getrandbits(32)
     place.step(pipeline, model, draw, DTYPES[dtype], seed).backward()
     found = gradients(model, draw)
-    tensors = {**recorder.tensors, **{f"grad.{name}": tensor for name, tensor in found.items()}}
+
+    def named(of: torch.nn.Module) -> dict:
+        return {f"grad.{name}": tensor for name, tensor in gradients(of, draw).items()}
+
+    tensors = {**recorder.tensors, **named(model)}
     save_file({name: tensor.cpu() for name, tensor in tensors.items()}, folder / "expected.safetensors")
+    if dtype == "bfloat16":
+        save_file(in_float32(place, pipeline, model, draw, seed, named), folder / "exact.safetensors")
     adapter = {f"flow_matching.adapter.{key}": value for key, value in (draw.adapter | better).items()}
     pipeline_settings = {f"flow_matching.{key}": value for key, value in arguments.items()}
     draws = {"flow_matching.draws": place.draws} if place.draws != "host" else {}

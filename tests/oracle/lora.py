@@ -9,20 +9,17 @@ draw. Writes what families.py writes, a case at least for each of plain LoRA, rs
                                     diffusers' names: `<module>.lora_A.weight`, `<module>.lora_B.weight`, `<module>.lora_magnitude_vector`;
                                     `<module>.alpha` is its scale times its rank
 
-<family>-<number>/exact.safetensors  of a case in bfloat16: the same from the same weights in float32
-
 `grad.<name>` stands for the tensors of lora.safetensors alone; `gradient_norm` in cases.json is that of the model's and these.
 """
 
 import argparse
-import copy
 import json
 from pathlib import Path
 
 import families
 import torch
 from diffusers.utils import logging
-from families import FAMILIES, Dice, Draw, Place, adapter_of, load_model, pipeline_arguments, save_model
+from families import FAMILIES, Dice, Draw, Place, adapter_of, in_float32, load_model, pipeline_arguments, save_model
 from flow_matching import DTYPES, Recorder
 from nemo_automodel.components.flow_matching.pipeline import FlowMatchingPipeline
 from peft import LoraConfig, inject_adapter_in_model
@@ -94,15 +91,6 @@ def gradients(model: torch.nn.Module) -> dict:
     return {f"grad.{name}": (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).contiguous() for name, parameter in of_lora.items()}
 
 
-def in_float32(place: Place, pipeline: FlowMatchingPipeline, model: torch.nn.Module, draw: Draw, seed: int) -> dict:
-    """What a step of a copy of the model in float32 computes, and its gradients."""
-    wide = copy.deepcopy(model).float()
-    wide.zero_grad(set_to_none=True)
-    recorder = Recorder(pipeline)
-    place.step(pipeline, wide, draw, torch.float32, seed).backward()
-    return {**recorder.tensors, **gradients(wide)}
-
-
 def run_case(folder: Path, family: str, dice: Dice, draw: Draw, place: Place) -> dict:
     """Writes one case's folder and returns its entry in cases.json."""
     arguments = pipeline_arguments(dice) | draw.pipeline
@@ -124,7 +112,7 @@ def run_case(folder: Path, family: str, dice: Dice, draw: Draw, place: Place) ->
     assert any(gradient.any() for gradient in found.values()), "a case without any gradient"
     save_file({**recorder.tensors, **found}, folder / "expected.safetensors")
     if dtype == "bfloat16":
-        save_file(in_float32(place, pipeline, model, draw, seed), folder / "exact.safetensors")
+        save_file(in_float32(place, pipeline, model, draw, seed, gradients), folder / "exact.safetensors")
     norms = [parameter.grad.double().norm() for parameter in model.parameters() if parameter.grad is not None]
     adapter = {f"flow_matching.adapter.{key}": value for key, value in draw.adapter.items()}
     return {

@@ -37,7 +37,7 @@ def adamw_settings(dice: random.Random, number: int) -> dict:
 def run_adamw(out: Path, number: int, dice: random.Random, generator: torch.Generator) -> dict:
     """Twenty steps on one parameter vector; the learning rate changes at each, and some gradients are exactly zero."""
     settings = adamw_settings(dice, number)
-    size = dice.randint(1, 300)
+    size = dice.randint(16, 300)
     start = torch.randn(size, generator=generator)
     gradients = torch.randn(NUM_STEPS, size, generator=generator) * 10 ** dice.uniform(-4, 2)
     gradients[:, :: dice.randint(3, 7)] = 0.0

@@ -92,9 +92,11 @@ fn a_resume_at_another_world_size_packs_the_base_again() {
 /// bounds are 1.3 times the largest that were measured.
 #[test]
 fn forms_are_as_far_from_bfloat16_as_stated() {
-    for (word, most) in
-        [("float8_e4m3", [1.0, 1.0]), ("float8_e4m3_rows", [1.0, 1.0]), ("nf4", [1.0, 1.0])]
-    {
+    for (word, most) in [
+        ("float8_e4m3", [9.3e-3, 1.28e-2]),
+        ("float8_e4m3_rows", [9.3e-3, 1.14e-2]),
+        ("nf4", [2.2e-2, 3.5e-2]),
+    ] {
         for family in [FLUX, FLUX2, QWEN_IMAGE, WAN, HUNYUAN_VIDEO15] {
             let form = held_in(word);
             let lora = &LORA[..2];
