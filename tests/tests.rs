@@ -1,16 +1,16 @@
 //! One file a promise; a new promise is a new file in the folder of its tier and a line here.
 //!
 //! A test's tier is the first word of its path, so that `cargo test --test tests fast::` runs one
-//! tier. `cargo test --lib` is quicker than all of them: the unit tests in src/, 760 in 6 s.
+//! tier. `cargo test --lib` is quicker than all of them: the unit tests in src/, 784 in 6 s.
 //!
 //! | tier | tests | needs beside `launch/setup.sh` | seconds |
 //! |---|---|---|---|
-//! | `fast::` starts no process | 190 | | 16 |
-//! | `program::` starts the program | 81 | | 28 |
-//! | `threads::` trains; ranks are threads | 112 | | 65 |
+//! | `fast::` starts no process | 193 | | 16 |
+//! | `program::` starts the program | 81 | | 32 |
+//! | `threads::` trains; ranks are threads | 115 | | 65 |
 //! | `mpi::` ranks are processes | 68 | | 260 |
 //! | `faults::` runs break on order | 88 | root, or user namespaces | 340 |
-//! | `oracle::` beside PyTorch and diffusers | 73 | `launch/setup.sh --oracle` | 270 |
+//! | `oracle::` beside PyTorch and diffusers | 74 | `launch/setup.sh --oracle` | 270 |
 //! | `cuda::` ignored without `launch/test-gpu.sh` | 41 | a GPU | |
 //!
 //! Seconds are those of 2 cores after the build; `mpi`, `faults` and `oracle` had to share them
@@ -32,7 +32,8 @@ mod fast {
     mod configs;
     /// So does every tensor of the published encoders.
     mod encoders;
-    /// Rooms use lower floors only, and some words stand in one file only.
+    /// Rooms use lower floors only, some words stand in one file only, and random numbers are drawn
+    /// where they are seeded.
     mod floors;
     /// Stage-wise backward equals plain autograd, bit for bit.
     mod gradients;

@@ -35,6 +35,41 @@ fn every_shipped_configuration_is_valid_and_opens_with_its_launch_line() {
     }
 }
 
+/// The number before a word in a line, as 8 of `8 GPUs of 80 GB`.
+fn number_before(line: &str, word: &str) -> Option<f64> {
+    line.split_once(word)?.0.split_whitespace().next_back()?.parse().ok()
+}
+
+#[test]
+fn a_configurations_head_tells_the_memory_that_check_predicts() {
+    let files = ["flux1-dev", "flux2-dev", "qwen-image", "wan2.1-t2v-14b", "hunyuanvideo1.5-720p"];
+    for file in files {
+        let text = fs::read_to_string(root().join(format!("configs/{file}.toml"))).unwrap();
+        let line = |word: &str| text.lines().find(|line| line.contains(word)).unwrap();
+        let (needs, takes) = (line("# Needs:"), line("--latents "));
+        let latents = takes.split_once("--latents ").unwrap().1.split('`').next().unwrap();
+        let latents = latents.split(',').map(|size| size.parse().unwrap()).collect();
+        let world_size = number_before(needs, " GPUs").unwrap() as usize;
+        let config = RunConfig::read(file, &text, &[]).unwrap();
+        let request =
+            CheckRequest { world_size, latents: Some(latents), text_tokens: 512, scaling: None };
+        let plan = check(&config, &request).unwrap();
+        let of = |begin: &str| plan.lines().find(|line| line.trim().starts_with(begin)).unwrap();
+        let heads: Vec<&str> = of("a rank, by sharding").split_whitespace().collect();
+        let worlds: Vec<&str> = heads
+            .windows(2)
+            .filter(|pair| pair[1].starts_with("rank"))
+            .map(|pair| pair[0])
+            .filter(|word| word.parse::<usize>().is_ok())
+            .collect();
+        let place = worlds.iter().position(|world| *world == world_size.to_string()).unwrap();
+        let row: Vec<&str> = of("parameters").split_whitespace().collect();
+        let predicted: f64 = row[1 + 2 * place].parse().unwrap();
+        let told = number_before(needs, " GiB each").unwrap();
+        assert_eq!(told, predicted.ceil(), "{file}: {needs}\n{plan}");
+    }
+}
+
 #[test]
 fn the_printed_configuration_reads_back_as_itself() {
     let config = RunConfig::read(DEFAULT_NAME, DEFAULT, &[]).unwrap();
