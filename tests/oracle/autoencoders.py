@@ -96,14 +96,18 @@ def set_hunyuan_tiles(vae: torch.nn.Module, side: int, _stride: int) -> None:
     vae.enable_tiling(side, side, latents, latents, 0.25)
 
 
+def widths(dice: Dice, groups: int, levels: int) -> list[int]:
+    """Channels of each level. A tile may be one position at the last one, where PyTorch refuses a group of a single channel."""
+    return [groups * dice.between(2, 4) for _ in range(levels)]
+
+
 def of_pictures(dice: Dice, own_space: int, tile_side: int) -> dict:
     """Fields that AutoencoderKL and AutoencoderKLFlux2 share."""
     levels, groups = own_space.bit_length(), dice.deal("groups", [2, 4])
-    widths = [groups * dice.between(1, 4) for _ in range(levels)]
     return {
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "block_out_channels": widths,
+        "block_out_channels": widths(dice, groups, levels),
         "layers_per_block": dice.deal("layers", [1, 2]),
         "act_fn": dice.deal("act_fn", ["silu", "silu", "swish"]),
         "latent_channels": dice.between(1, 5),
@@ -156,7 +160,7 @@ def flux2(dice: Dice) -> Draw:
     side = 8 * own_space
     config = of_pictures(dice, own_space, side) | {"batch_norm_eps": dice.deal("epsilon", [1e-4, 1e-2])}
     if dice.deal("own decoder", [False, True]):
-        config["decoder_block_out_channels"] = [config["norm_num_groups"] * dice.between(1, 4) for _ in config["block_out_channels"]]
+        config["decoder_block_out_channels"] = widths(dice, config["norm_num_groups"], len(config["block_out_channels"]))
     channels = config["latent_channels"]
     return Draw(
         AutoencoderKLFlux2,

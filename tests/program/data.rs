@@ -88,7 +88,7 @@ fn a_folder_of_files_becomes_a_dataset_that_is_described_and_packed() {
     let line = said(&["data", "index", text(&folder), "--licence", "CC0"]);
     assert!(line.ends_with("mixed: 5 samples in 4 files, resolution groups: 1\n"), "{line}");
     let again = refused(40, &["data", "index", text(&folder)]);
-    assert!(again.contains("dataset.json: exists already; delete it"), "{again}");
+    assert!(again.contains("dataset.json: exists already; move it away"), "{again}");
 
     let shown: Value = serde_json::from_str(&said(&[
         "data",
