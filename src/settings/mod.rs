@@ -94,8 +94,8 @@ pub fn read_with_habits(
     read_any(settings, habits, source_name, text, overrides)
 }
 
-/// Reads `settings` from a listing that [`write`] wrote: it repeats comments and defaults for each
-/// of several tables, and may be longer than what a user writes.
+/// Reads `settings` from a listing that [`write()`] wrote: it repeats comments and defaults for
+/// each of several tables, and may be longer than what a user writes.
 ///
 /// # Errors
 /// As [`read`].
