@@ -126,6 +126,7 @@ impl<'m> Tape<'m> {
         let mut gathered = Ahead::new(self.replica, dropped.into_iter());
         let mut grad_output = loss_backward(loss, &self.output);
         let device = loss.device();
+        let has_places = computes_in_place(device);
         for (index, Boundary { input, graph }) in
             self.kept.into_iter().enumerate().skip(first).rev()
         {
@@ -142,7 +143,7 @@ impl<'m> Tape<'m> {
                 }
             };
             let bucket = &buckets[index];
-            let places = match computes_in_place(device) {
+            let places = match has_places {
                 true => bucket.places(stage.params(), &weights, self.joining),
                 false => Places::none(self.joining),
             };

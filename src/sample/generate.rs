@@ -57,7 +57,7 @@ pub struct Plan<'a> {
     origin: &'a Origin,
     pipeline: FlowMatchingPipeline,
     guide: Guide,
-    /// Of one sample.
+    /// Number of one sample's tokens.
     image_tokens: i64,
     solver: Solver,
     levels: Vec<NoiseLevel>,

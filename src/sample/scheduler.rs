@@ -54,7 +54,7 @@ pub fn published_levels(
     Ok(levels.ending_at(scheduler.number("shift_terminal")))
 }
 
-/// What no spacing here does.
+/// Fields that decide the spacing of the levels, with what is followed here.
 fn fixed_spacing(num_train_timesteps: i64) -> Vec<Fixed> {
     vec![
         ("num_train_timesteps", json!(num_train_timesteps), true),
@@ -66,7 +66,7 @@ fn fixed_spacing(num_train_timesteps: i64) -> Vec<Fixed> {
     ]
 }
 
-/// What a solver here does not do.
+/// Fields that decide how a solver steps, with what is followed here.
 fn fixed_solving(solver: Solver) -> Vec<Fixed> {
     match solver {
         Solver::Euler => vec![("stochastic_sampling", json!(false), true)],
@@ -148,7 +148,7 @@ mod tests {
 
     use super::*;
 
-    /// What the levels of Wan become with a pipeline whose scheduler has these fields.
+    /// The levels of Wan with a pipeline whose scheduler has these fields.
     fn levels(fields: Value, solver: Option<Solver>) -> Result<NoiseLevels> {
         let pipeline = tempfile::tempdir().expect("a folder");
         fs::create_dir(pipeline.path().join("scheduler")).expect("a folder");

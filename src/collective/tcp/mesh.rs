@@ -128,8 +128,8 @@ impl Mesh {
     fn serve(&mut self, messages: &mut Messages, call: Call) -> Result<()> {
         self.peers.iter_mut().flatten().for_each(Peer::write);
         // A frame that has been left unread may have no more bytes for which a socket would wake.
-        let mut peers = self.peers.iter_mut().flatten();
-        peers.by_ref().filter(|peer| peer.is_expected()).try_for_each(|peer| peer.read(call))?;
+        let mut expected = self.peers.iter_mut().flatten().filter(|peer| peer.is_expected());
+        expected.try_for_each(|peer| peer.read(call))?;
         loop {
             messages.sent.retain(|(to, number)| {
                 self.peers[*to].as_ref().is_some_and(|peer| peer.sent < *number)

@@ -12,7 +12,7 @@ use crate::error::Result;
 /// Predictions that a step looks back on.
 const ORDER: usize = 2;
 
-/// What the model held to be the data, at a noise level.
+/// The data as the model predicted them at a noise level.
 struct Prediction {
     sigma: f64,
     data: Tensor,
@@ -74,7 +74,7 @@ impl Stretch {
         start * self.ratio - data * (self.alpha * self.decay())
     }
 
-    /// What is added to that for changes of the predicted data, each with its weight.
+    /// The part of a step that follows from changes of the predicted data, each with its weight.
     fn bend(&self, change: &Tensor) -> Tensor {
         change * -(self.alpha * self.decay())
     }
