@@ -86,8 +86,9 @@ impl ModelAdapter for Flux {
 
     /// `hidden_states` `[B, H/2 · W/2, 4·C]`, `encoder_hidden_states` `[B, L, D]`,
     /// `pooled_projections` `[B, P]`, `timestep` `[B]` in `[0, 1]`, `guidance` `[B]` f32, `grid`.
-    /// If the text's mask is used, the text has the tokens that a sample sees, and there is a
-    /// `text_mask` `[B, L]` if samples see different ones.
+    /// If the text's mask is used, the text has the tokens that a sample sees, with their
+    /// `text_places` `[L]` if they are not the first ones, and `text_mask` `[B, L]` if samples see
+    /// different ones.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
         let (tokens, grid) = packed(context, NAME)?;
         let text = seen_text(context, self.use_text_mask, NAME)?;
@@ -98,6 +99,7 @@ impl ModelAdapter for Flux {
             .with_constant("timestep", self.timestep_dtype.unit_timesteps(context))
             .with_constant("guidance", guidance(context, self.guidance_scale))
             .with_constant("grid", grid)
+            .with_optional("text_places", text.places)
             .with_optional("text_mask", text.mask))
     }
 

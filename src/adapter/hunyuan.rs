@@ -105,8 +105,9 @@ impl ModelAdapter for Hunyuan {
 
     /// `hidden_states` as the noisy latents `[B, C, F, H, W]`, `condition_latents` `[B, C + 1, F,
     /// H, W]`, `timestep` `[B]` on the scale of the training timesteps, both texts `[B, L, D]` and
-    /// `image_embeds` `[B, L3, D]` with the tokens that a sample sees, and of each a mask `[B, L]`
-    /// if samples see different ones; `counted_frames` `[B, 1, F, 1, 1]` if a frame is left out.
+    /// `image_embeds` `[B, L3, D]` with the tokens that a sample sees, of each a mask `[B, L]` if
+    /// samples see different ones, and of the texts `text_places` and `text_places_2` `[L]` if the
+    /// seen ones are not the first; `counted_frames` `[B, 1, F, 1, 1]` if a frame is left out.
     fn prepare_inputs(&self, context: &FlowMatchingContext<'_>) -> Result<Activations> {
         if context.noisy_latents.dim() != 5 {
             let what = format!(
@@ -131,8 +132,10 @@ impl ModelAdapter for Hunyuan {
             .with_constant("timestep", self.timestep_dtype.training_timesteps(context))
             .with_constant("encoder_hidden_states", text.tokens)
             .with_optional("encoder_attention_mask", text.mask)
+            .with_optional("text_places", text.places)
             .with_constant("encoder_hidden_states_2", glyphs.tokens)
             .with_optional("encoder_attention_mask_2", glyphs.mask)
+            .with_optional("text_places_2", glyphs.places)
             .with_constant("image_embeds", image.tokens)
             .with_optional("image_mask", image.mask)
             .with_optional("condition_latents", known)

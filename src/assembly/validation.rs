@@ -14,6 +14,7 @@ use crate::error::Result;
 use crate::files::sha256;
 use crate::flow::{Levels, Note};
 use crate::nn::Tokens;
+use crate::settings::{self, Family};
 
 /// Most noise levels that a remark names.
 const NAMED: usize = 3;
@@ -24,8 +25,8 @@ pub struct ValidationSet {
     pub dataset: Arc<Dataset>,
     pub blocks: Arc<[Block]>,
     pub levels: Levels,
-    /// Hex digits that change with the samples, their noise and their noise levels: losses by
-    /// different criteria cannot be compared.
+    /// Hex digits that change with the samples, what the model is given of them, their noise and
+    /// their noise levels: losses by different criteria cannot be compared.
     pub criterion: String,
 }
 
@@ -164,14 +165,17 @@ fn keep_smallest(groups: &mut [Vec<u64>], most: usize, hash: impl Fn(u64) -> u64
 }
 
 fn criterion(config: &RunConfig, dataset: &Dataset, blocks: &[Block]) -> String {
-    let flow = &config.flow_matching.flow;
+    let (flow, mut adapter) = (&config.flow_matching.flow, config.flow_matching.adapter.clone());
+    let (adapter, name) = (settings::write_json(adapter.settings()), adapter.name());
+    let adapter = serde_json::Value::Object(adapter);
     let mut hash = Sha256::new_with_prefix(format!(
-        "{} {} {} {} {}",
+        "{} {} {} {} {} {} {name} {adapter}",
         dataset.fingerprint(),
         config.seed,
         flow.num_train_timesteps,
         flow.i2v_prob,
-        flow.apply_loss_mask
+        flow.apply_loss_mask,
+        config.data.text_tokens,
     ));
     for Block { ids, sigmas, .. } in blocks {
         hash.update(format!("\n{ids:?} {sigmas:?}"));

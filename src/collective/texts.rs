@@ -10,11 +10,12 @@ use crate::error::Result;
 pub fn broadcast_text(collective: &dyn Collective, text: &str, root: usize) -> Result<String> {
     let length = Tensor::from_slice(&[text.len() as i64]);
     collective.broadcast(length.shallow_clone(), root)?.wait()?;
-    let mut bytes = if collective.rank() == root { widened(text) } else { Vec::new() };
-    bytes.resize(length.int64_value(&[0]) as usize, 0);
-    let bytes = Tensor::from_slice(&bytes);
-    collective.broadcast(bytes.shallow_clone(), root)?.wait()?;
-    narrowed("broadcast_text", &bytes)
+    let length = length.int64_value(&[0]);
+    let mut words = if collective.rank() == root { as_words(text) } else { Vec::new() };
+    words.resize(words_of(length), 0);
+    let words = Tensor::from_slice(&words);
+    collective.broadcast(words.shallow_clone(), root)?.wait()?;
+    as_text("broadcast_text", &words, length)
 }
 
 /// Returns every rank's text, in rank order, on every rank.
@@ -23,16 +24,13 @@ pub fn gather_texts(collective: &dyn Collective, text: &str) -> Result<Vec<Strin
     let lengths = Tensor::zeros([world_size as i64], (Kind::Int64, Device::Cpu));
     let length = Tensor::from_slice(&[text.len() as i64]);
     collective.all_gather(vec![Sliced { owned: length, full: lengths.shallow_clone() }])?.wait()?;
-    let longest = lengths.max().int64_value(&[]) as usize;
-    let mut bytes = widened(text);
-    bytes.resize(longest, 0);
-    let all = Tensor::zeros([world_size as i64, bytes.len() as i64], (Kind::Int64, Device::Cpu));
+    let mut words = as_words(text);
+    words.resize(words_of(lengths.max().int64_value(&[])), 0);
+    let all = Tensor::zeros([world_size as i64, words.len() as i64], (Kind::Int64, Device::Cpu));
     collective
-        .all_gather(vec![Sliced { owned: Tensor::from_slice(&bytes), full: all.shallow_clone() }])?
+        .all_gather(vec![Sliced { owned: Tensor::from_slice(&words), full: all.shallow_clone() }])?
         .wait()?;
-    let row = |rank: i64| {
-        narrowed("gather_texts", &all.get(rank).narrow(0, 0, lengths.int64_value(&[rank])))
-    };
+    let row = |rank: i64| as_text("gather_texts", &all.get(rank), lengths.int64_value(&[rank]));
     (0..world_size as i64).map(row).collect()
 }
 
@@ -57,18 +55,29 @@ pub fn local_rank(collective: &dyn Collective) -> Result<usize> {
     Ok(nodes[..rank].iter().filter(|node| **node == nodes[rank]).count())
 }
 
-/// Widens each byte to an i64: texts are short, and every backend carries i64.
-fn widened(text: &str) -> Vec<i64> {
-    text.bytes().map(i64::from).collect()
+/// Bytes of a word: every backend carries i64.
+const WORD: usize = size_of::<i64>();
+
+/// Returns the number of words that hold so many bytes.
+fn words_of(length: i64) -> usize {
+    (length as usize).div_ceil(WORD)
 }
 
-fn narrowed(operation: &'static str, bytes: &Tensor) -> Result<String> {
+fn as_words(text: &str) -> Vec<i64> {
+    let word = |bytes: &[u8]| {
+        let mut word = [0; WORD];
+        word[..bytes.len()].copy_from_slice(bytes);
+        i64::from_le_bytes(word)
+    };
+    text.as_bytes().chunks(WORD).map(word).collect()
+}
+
+/// `length`: in bytes.
+fn as_text(operation: &'static str, words: &Tensor, length: i64) -> Result<String> {
     let broken = |_| Call { backend: "texts", operation }.error("what arrived is no UTF-8 text");
-    let bytes: Vec<u8> = Vec::<i64>::try_from(bytes)
-        .expect("a flat integer tensor")
-        .into_iter()
-        .map(|byte| byte as u8)
-        .collect();
+    let words = Vec::<i64>::try_from(words).expect("a flat integer tensor");
+    let mut bytes: Vec<u8> = words.into_iter().flat_map(i64::to_le_bytes).collect();
+    bytes.truncate(length as usize);
     String::from_utf8(bytes).map_err(broken)
 }
 

@@ -79,8 +79,9 @@ impl<'c> Trainer<'c> {
             manifest: Manifest::new(
                 config,
                 steps.share(1).global_batch() as u64,
-                steps.order().fingerprint(&dataset),
+                dataset.fingerprint(),
             )
+            .with_small_groups(steps.order().on_small_group())
             .on_base(base),
             dataset,
             metrics: MetricsFile::silent(),

@@ -407,6 +407,39 @@ fn what_is_drawn_for_a_sample_does_not_depend_on_its_neighbours() {
     Bench::new(FLUX, |_| ()).assert_cuts_agree(&spread);
 }
 
+/// A mask of five tokens: as many as the sample's number says, on either side.
+fn sides(samples: &mut Samples) {
+    let counts = |sample: i64, token: i64| match (sample % 2, 2 + sample % 3) {
+        (0, tokens) => token < tokens,
+        (_, tokens) => token >= 5 - tokens,
+    };
+    let row = |sample| (0..5).map(|token| i64::from(counts(sample, token))).collect::<Vec<_>>();
+    let rows: Vec<i64> = (0..SAMPLES).flat_map(row).collect();
+    samples.insert("text_mask", Tensor::from_slice(&rows).view([SAMPLES, 5]));
+}
+
+#[test]
+fn what_a_lora_drops_of_a_sample_does_not_depend_on_its_neighbours() {
+    let lora = [
+        "lora.rank=4",
+        "lora.alpha=8",
+        "lora.dropout=0.25",
+        "lora.target_modules=['all-linear']",
+        "optimizer.adamw.lr=0.01",
+    ];
+    for family in [FLUX, QWEN_IMAGE] {
+        let masked = ["flow_matching.adapter.use_text_mask=true"];
+        Bench::new(family, sides).assert_cuts_agree(&[&lora[..], &masked].concat());
+    }
+    let glyphs = |samples: &mut Samples| {
+        sides(samples);
+        let mask = [[0i64, 0, 1], [1, 1, 0]].concat().repeat(SAMPLES as usize / 2);
+        samples.insert("text_mask_2", Tensor::from_slice(&mask).view([SAMPLES, 3]));
+    };
+    let tasks = ["flow_matching.i2v_prob=0.5", "flow_matching.task_scope=sample"];
+    Bench::new(HUNYUAN_VIDEO15, glyphs).assert_cuts_agree(&[&lora[..], &tasks].concat());
+}
+
 #[test]
 fn a_dumped_step_holds_its_mask_and_the_references_metrics() {
     let bench =

@@ -18,14 +18,10 @@ mod tests;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use sha2::{Digest, Sha256};
-
 use super::dataset::Dataset;
 use super::group::Group;
 use super::settings::OnSmallGroup;
 use crate::error::Result;
-use crate::files::sha256;
-use crate::settings::Choice;
 use epoch::Epoch;
 pub use epoch::permute;
 pub use stock::Stock;
@@ -167,15 +163,9 @@ impl Order {
         })
     }
 
-    /// Returns the dataset's fingerprint; where groups are smaller than a global batch, one that
-    /// changes with what becomes of them, too.
-    pub fn fingerprint(&self, dataset: &Dataset) -> String {
-        let of_data = dataset.fingerprint();
-        if self.plan.counts.small.is_empty() {
-            return of_data;
-        }
-        let text = format!("{of_data} {}", self.plan.on_small_group.word());
-        sha256::hex(Sha256::new_with_prefix(text))
+    /// Returns what becomes of groups that are smaller than a global batch; `None` if none is.
+    pub fn on_small_group(&self) -> Option<OnSmallGroup> {
+        (!self.plan.counts.small.is_empty()).then_some(self.plan.on_small_group)
     }
 
     /// Returns the epoch of a step; both count from 0.

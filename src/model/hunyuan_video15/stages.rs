@@ -10,8 +10,8 @@ use crate::nn::norm::LayerNorm;
 use crate::nn::patches::{self, PatchEmbedding};
 use crate::nn::rope::{self, Axis};
 use crate::nn::{
-    Activations, Builder, Init, Linear, Mlp, Nonlinearity, Param, ParamSet, PerShape, Rows, Stage,
-    Views,
+    Activations, Builder, DROPOUT_KEYS, Init, Linear, Mlp, Nonlinearity, Param, ParamSet, PerShape,
+    Rows, Stage, Views,
 };
 use crate::ops::{FeatureOrder, Patch, grid};
 
@@ -22,6 +22,8 @@ const PROJECTION_EPSILON: f64 = 1e-5;
 const FREQUENCIES: i64 = 256;
 /// Hidden width of the glyphs' projection.
 const GLYPH_WIDTH: i64 = 2048;
+/// More tokens than any condition has.
+const MOST_TOKENS: i64 = 1 << 18;
 
 /// Converts latents, glyphs and image to tokens, and the timestep to a vector; joins all conditions
 /// with the refined text to one sequence.
@@ -105,11 +107,29 @@ impl Embed {
     fn conditions(&self, params: &Views, input: &Activations) -> Tensor {
         let types = &params[self.types];
         let text = input.get("text") + types.get(0);
-        let glyphs =
-            self.glyphs.forward(params, input.get("encoder_hidden_states_2")) + types.get(1);
-        let image = self.image.forward(params, input.get("image_embeds")) + types.get(2);
-        Tensor::cat(&[image, glyphs, text], 1)
+        let glyphs = input.get("encoder_hidden_states_2");
+        let at_places = params.at_places(input.find("text_places_2"));
+        let glyphs = self.glyphs.forward(&at_places, glyphs) + types.get(1);
+        let image = self.image.forward(&params.at_places(None), input.get("image_embeds"));
+        Tensor::cat(&[image + types.get(2), glyphs, text], 1)
     }
+}
+
+/// Returns a number of each token of all conditions, `[L3 + L2 + L]` int64, which does not depend
+/// on what other samples of the micro-batch have.
+fn conditions_places(input: &Activations) -> Tensor {
+    // Images are seen whole or not at all.
+    let parts = [
+        (None, "image_embeds"),
+        (input.find("text_places_2"), "encoder_hidden_states_2"),
+        (input.find("text_places"), "encoder_hidden_states"),
+    ];
+    let numbers = parts.iter().zip(0..).map(|((places, tokens), part)| {
+        let (tokens, first) = (input.get(tokens), part * MOST_TOKENS);
+        let count = || Tensor::arange(tokens.size()[1], (Kind::Int64, tokens.device()));
+        places.map_or_else(count, |places| places.to_device(tokens.device())) + first
+    });
+    Tensor::cat(&numbers.collect::<Vec<_>>(), 0)
 }
 
 /// Returns the mask of the valid tokens of all conditions, `[B, L3 + L2 + L]` boolean; `None` if
@@ -156,6 +176,10 @@ impl Stage for Embed {
             )
             .with_constant("image_rope", self.rope(latents))
             .with_optional("mask", mask)
+            .with_optional(
+                "text_places",
+                input.find(DROPOUT_KEYS).map(|_| conditions_places(input)),
+            )
     }
 }
 

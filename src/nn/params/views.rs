@@ -51,6 +51,13 @@ impl Views {
         Views { dropping: Some(dropping), ..self.with_tensors(tensors) }
     }
 
+    /// The same tensors, for texts whose tokens have these numbers, `[L]` int64, or count from 0.
+    pub fn at_places(&self, text_places: Option<&Tensor>) -> Self {
+        let tensors = self.tensors.iter().map(Tensor::shallow_clone).collect();
+        let dropping = self.dropping.as_ref().map(|dropping| dropping.at(text_places));
+        Views { dropping, ..self.with_tensors(tensors) }
+    }
+
     /// The weight of a linear map, which may be packed.
     pub(in crate::nn) fn weight(&self, param: Param) -> Weight<'_> {
         let place = self.places[param.0];

@@ -26,11 +26,22 @@ pub struct Dropping {
     keys: Tensor,
     /// Number of text tokens at the beginning of joint sequences.
     text_tokens: i64,
+    /// Number of each token of the text, `[L]` int64, where they do not count from 0.
+    text_places: Option<Tensor>,
 }
 
 impl Dropping {
-    pub fn new(keys: &Tensor, text_tokens: i64) -> Self {
-        Dropping { keys: keys.shallow_clone(), text_tokens }
+    pub fn new(keys: &Tensor, text_tokens: i64, text_places: Option<&Tensor>) -> Self {
+        Dropping {
+            keys: keys.shallow_clone(),
+            text_tokens,
+            text_places: text_places.map(|places| places.to_device(keys.device())),
+        }
+    }
+
+    /// The same for a text of other places.
+    pub(in crate::nn) fn at(&self, text_places: Option<&Tensor>) -> Self {
+        Dropping::new(&self.keys, self.text_tokens, text_places)
     }
 
     /// Drops inputs with a probability, and scales the others up.
@@ -58,13 +69,23 @@ impl Dropping {
 
     /// `[L]` int64.
     fn token_numbers(&self, tokens: i64, rows: Rows, device: Device) -> Tensor {
-        let numbers = Tensor::arange(tokens, (Kind::Int64, device));
-        if rows != Rows::Joint {
-            return numbers;
+        let from = |first| Tensor::arange_start(first, first + tokens, (Kind::Int64, device));
+        match rows {
+            Rows::One | Rows::Image => from(0),
+            Rows::Text => self.text_numbers(tokens, device),
+            Rows::Joint => {
+                let text = self.text_numbers(self.text_tokens, device);
+                let image = from(FIRST_IMAGE_TOKEN).narrow(0, 0, tokens - self.text_tokens);
+                Tensor::cat(&[text, image], 0)
+            }
         }
-        let mut image = numbers.narrow(0, self.text_tokens, tokens - self.text_tokens);
-        let _ = image.g_add_scalar_(FIRST_IMAGE_TOKEN - self.text_tokens);
-        numbers
+    }
+
+    /// `[L]` int64.
+    fn text_numbers(&self, tokens: i64, device: Device) -> Tensor {
+        self.text_places
+            .as_ref()
+            .map_or_else(|| Tensor::arange(tokens, (Kind::Int64, device)), Tensor::shallow_clone)
     }
 
     /// Returns which inputs are kept, `[B, L, inputs]` boolean.
@@ -105,7 +126,7 @@ mod tests {
 
     fn drop_ones(ids: &[u64], size: &[i64], text_tokens: i64, rows: Rows) -> Tensor {
         let ones = Tensor::ones(size, (Kind::Float, Device::Cpu));
-        Dropping::new(&keys(ids), text_tokens).apply(&ones, 0.25, 11, rows)
+        Dropping::new(&keys(ids), text_tokens, None).apply(&ones, 0.25, 11, rows)
     }
 
     #[test]
@@ -139,9 +160,25 @@ mod tests {
     }
 
     #[test]
+    fn a_token_drops_the_same_wherever_a_cut_has_moved_it() {
+        let whole = drop_ones(&[5, 6], &[2, 9, 10], 4, Rows::Joint);
+        let places = Tensor::from_slice(&[1i64, 3]);
+        let cut = Dropping::new(&keys(&[5, 6]), 2, Some(&places));
+        let drop = |tokens: i64, rows| {
+            cut.apply(&Tensor::ones([2, tokens, 10], (Kind::Float, Device::Cpu)), 0.25, 11, rows)
+        };
+        let of_text = whole.index_select(1, &places);
+        assert!(drop(2, Rows::Text).equal(&of_text));
+        let of_image = whole.narrow(1, 4, 5);
+        assert!(drop(7, Rows::Joint).equal(&Tensor::cat(&[of_text, of_image], 1)));
+        let again = cut.at(None).apply(&whole.ones_like(), 0.25, 11, Rows::Text);
+        assert!(again.equal(&drop_ones(&[5, 6], &[2, 9, 10], 0, Rows::Text)));
+    }
+
+    #[test]
     fn gradients_reach_what_is_kept() {
         let x = Tensor::ones([2, 3, 8], (Kind::Float, Device::Cpu)).set_requires_grad(true);
-        let found = Dropping::new(&keys(&[1, 2]), 0).apply(&x, 0.5, 3, Rows::Text);
+        let found = Dropping::new(&keys(&[1, 2]), 0, None).apply(&x, 0.5, 3, Rows::Text);
         found.sum(Kind::Float).backward();
         assert!(x.grad().equal(&found.detach()));
     }

@@ -40,7 +40,8 @@ impl Stage for Tuned {
             Some(keys) => {
                 // Families with joint sequences have the text's tokens among their inputs.
                 let text = input.find("encoder_hidden_states").map_or(0, |text| text.size()[1]);
-                self.stage.forward(&params.dropping(Dropping::new(keys, text)), input)
+                let dropping = Dropping::new(keys, text, input.find("text_places"));
+                self.stage.forward(&params.dropping(dropping), input)
             }
             None => self.stage.forward(params, input),
         }

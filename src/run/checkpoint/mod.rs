@@ -33,6 +33,7 @@ pub use saver::Saver;
 pub use snapshot::{Saved, copied_bytes, saved_bytes};
 pub use verify::{Unfit, read_whole, verify};
 
+use std::fmt::Display;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -41,11 +42,13 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::config::RunConfig;
+use crate::data::OnSmallGroup;
 use crate::error::{Error, Result};
 use crate::files::sha256::hex;
 use crate::run::changes::{self, Values};
 use crate::run::frozen_base::Base;
 use crate::run::guard::Guard;
+use crate::settings::Choice;
 
 const MANIFEST: &str = "manifest.json";
 const FORMAT: &str = "fm-dist checkpoint";
@@ -73,6 +76,9 @@ pub struct Manifest {
     config: Option<Values>,
     /// Fingerprint of the dataset, see [`Dataset::fingerprint`](crate::data::Dataset::fingerprint).
     pub data: String,
+    /// The word of `data.on_small_group` if groups are smaller than the global batch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    small_groups: Option<String>,
     /// Identity of the frozen parameters; `None` if there are none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<Base>,
@@ -116,6 +122,7 @@ impl Manifest {
             lr: None,
             config: Some(changes::recorded(config)),
             data,
+            small_groups: None,
             base: None,
             averages_began: config.ema.is_on().then_some(0),
             parts: Vec::new(),
@@ -126,6 +133,29 @@ impl Manifest {
     /// The same, with frozen parameters.
     pub fn on_base(self, base: Option<Base>) -> Self {
         Manifest { base, ..self }
+    }
+
+    /// The same, for an order of samples that does this with groups smaller than the global batch.
+    pub fn with_small_groups(self, rule: Option<OnSmallGroup>) -> Self {
+        Manifest { small_groups: rule.map(|rule| rule.word().into()), ..self }
+    }
+
+    /// Returns the reason why steps would see other samples than the checkpoint's run, though not
+    /// for another global batch.
+    fn other_data(
+        &self,
+        config: &RunConfig,
+        record: &Values,
+        configured: &Manifest,
+    ) -> Option<String> {
+        let fingerprint = pair("data fingerprint", &self.data, &configured.data);
+        let share = fingerprint.as_ref().and_then(|_| changes::other_share(record, config));
+        let small_groups = match (&self.small_groups, &configured.small_groups) {
+            (Some(was), Some(now)) => pair("data.on_small_group", was, now),
+            _ => None,
+        };
+        let texts: Vec<String> = [share, fingerprint, small_groups].into_iter().flatten().collect();
+        (!texts.is_empty()).then(|| texts.join("; "))
     }
 
     /// Returns the reason why parameters that were trained on one base are not those of another.
@@ -169,17 +199,9 @@ impl Manifest {
             );
             return Err(Error::checkpoint_mismatch(path, what));
         };
-        let pair = |name: &str, saved: String, now: String| {
-            (saved != now).then(|| format!("{name} is {now}, the checkpoint's was {saved}"))
-        };
-        let seed = pair("seed", self.seed.to_string(), configured.seed.to_string());
-        let data = pair("data fingerprint", self.data.clone(), configured.data.clone());
-        let data = data.map(|text| match changes::other_share(record, config) {
-            Some(share) => format!("{share}; {text}"),
-            None => text,
-        });
-        let [was, now] = [self, configured].map(|manifest| manifest.global_batch_size.to_string());
-        let batch = pair("global batch", was, now);
+        let seed = pair("seed", &self.seed, &configured.seed);
+        let data = self.other_data(config, record, configured);
+        let batch = pair("global batch", &self.global_batch_size, &configured.global_batch_size);
         let refused = |text: Option<String>, option: &str, goes_on: &str| {
             text.map(|text| format!("{text} ({option} goes on {goes_on})"))
         };
@@ -211,6 +233,11 @@ impl Manifest {
         });
         Ok(batch.into_iter().chain(data).collect())
     }
+}
+
+/// Describes what a checkpoint has saved and what is configured, if they differ.
+fn pair<T: Display + PartialEq>(name: &str, saved: &T, now: &T) -> Option<String> {
+    (saved != now).then(|| format!("{name} is {now}, the checkpoint's was {saved}"))
 }
 
 /// The weights that a checkpoint holds for every trained parameter.

@@ -165,6 +165,7 @@ mod tests {
 
     use super::*;
     use crate::config::RunConfig;
+    use crate::data::OnSmallGroup;
     use crate::run::checkpoint::AllowedChanges;
 
     fn part(file: &str, bytes: u64) -> SavedFile {
@@ -256,5 +257,24 @@ mod tests {
         let allowed = AllowedChanges::default();
         let told = now.check_same_run(folder.path(), &config, &now, allowed);
         assert_eq!(told.expect("the same run"), [""; 0]);
+    }
+
+    #[test]
+    fn what_becomes_of_small_groups_is_the_runs_data_and_a_batch_may_make_groups_small() {
+        let config = RunConfig::default();
+        let of = |batch, rule| Manifest::new(&config, batch, "data".into()).with_small_groups(rule);
+        let resumed = |was: &Manifest, now: &Manifest, data, batch| {
+            was.check_same_run(Path::new("run"), &config, now, AllowedChanges { data, batch })
+        };
+        let [drop, repeat] =
+            [OnSmallGroup::Drop, OnSmallGroup::Repeat].map(|rule| of(8, Some(rule)));
+        let error = resumed(&drop, &repeat, false, true).expect_err("other data").to_string();
+        let told =
+            "data.on_small_group is repeat, the checkpoint's was drop (--allow-data-change goes";
+        assert!(error.contains(told), "{error}");
+        assert_eq!(resumed(&drop, &repeat, true, false).expect("allowed").len(), 1);
+        let larger = of(16, Some(OnSmallGroup::Drop));
+        assert_eq!(resumed(&of(8, None), &larger, false, true).expect("allowed").len(), 1);
+        assert_eq!(resumed(&larger, &of(8, None), false, true).expect("allowed").len(), 1);
     }
 }
