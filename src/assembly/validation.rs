@@ -238,9 +238,10 @@ mod tests {
         assert!(ids(&more).is_superset(&ids(&few)));
         assert!(of("validation.max_samples=100000").num_samples() > 300);
         assert_ne!(few.criterion, more.criterion);
-        let other =
-            set(&["validation.share=0.2", "validation.max_samples=20", "validation.sigmas=[0.5]"]);
-        assert_ne!(few.criterion, other.criterion);
+        for other in ["validation.sigmas=[0.5]", "flow_matching.adapter.timestep_dtype=float32"] {
+            let other = set(&["validation.share=0.2", "validation.max_samples=20", other]);
+            assert_ne!(few.criterion, other.criterion);
+        }
         assert_eq!(few.criterion, of("validation.max_samples=20").criterion);
     }
 }
