@@ -91,6 +91,10 @@ impl ModelAdapter for Hunyuan {
         Some(IMAGE)
     }
 
+    fn takes_first_frame(&self) -> bool {
+        self.use_condition_latents
+    }
+
     fn provides(&self) -> &'static [&'static str] {
         const ALL: &[&str] = &[
             "hidden_states",

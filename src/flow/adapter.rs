@@ -181,6 +181,11 @@ pub trait ModelAdapter {
         None
     }
 
+    /// True if the model is given the known first frame of image-to-video samples.
+    fn takes_first_frame(&self) -> bool {
+        false
+    }
+
     /// Returns a line about the effect of the adapter's settings on a model that embeds a guidance
     /// scale, or does not, if that may be unexpected.
     fn notes(&self, _model_embeds_guidance: bool) -> Option<String> {

@@ -23,7 +23,9 @@ mod timesteps;
 mod trajectory;
 
 pub use adapter::{DropoutScope, FlowMatchingContext, ModelAdapter, TaskType};
-pub use batch_keys::{BatchKey, DataShapes, Note, Role, Shapes, check_keys, with_sample_axis};
+pub use batch_keys::{
+    BatchKey, DataShapes, Note, Role, Shapes, check_keys, dropped_keys, with_sample_axis,
+};
 pub use draw::{DrawRules, Drawn, DrawnNoise};
 pub use image_tokens::ImageTokens;
 pub use levels::Levels;

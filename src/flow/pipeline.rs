@@ -232,6 +232,14 @@ impl FlowMatchingPipeline {
         Ok(NoisyBatch { latents, sampled, noise, noisy_latents, task_type, inputs })
     }
 
+    /// Returns a batch of `samples` without conditions, as training drops them.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if the empty prompt is to take their place and the batch has none.
+    pub fn without_conditions(&self, batch: &Batch, samples: i64) -> Result<Batch> {
+        self.drop_conditions(batch, &Tensor::ones([samples], (Kind::Bool, Device::Cpu)))
+    }
+
     /// Drops the conditions of the marked samples of the batch.
     fn drop_conditions(&self, batch: &Batch, drop: &Tensor) -> Result<Batch> {
         let (mut after, value) = (batch.alias(), self.settings.cfg_dropout_value);

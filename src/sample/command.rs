@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use tch::{Device, Tensor};
+use tch::Device;
 
 use crate::assembly::attention::tokens_of_sample;
 use crate::assembly::device::{device, open_libraries};
@@ -18,6 +18,7 @@ use crate::run::checkpoint::SavedWeights;
 use crate::run::folder;
 use crate::run::locate::locate;
 use crate::run::lora::{AddedLora, AddedLoras};
+use crate::sample::Scheduler;
 use crate::sample::conditions::Origin;
 use crate::sample::generate::Plan;
 use crate::sample::outputs::{
@@ -185,7 +186,7 @@ fn by_conditions(request: &SampleRequest, source: &Source, config: &RunConfig) -
     request.out.iter().try_for_each(is_written)?;
     let tokens = tokens_of_sample(config, &origin.shape, origin.text_tokens());
     let (loras, device) = opened(request, source, config, vec![tokens])?;
-    let plan = Plan::new(config, &origin, device)?;
+    let plan = Plan::new(config, &origin, Scheduler::of(config)?.as_ref(), device)?;
     plan.rehearse()?;
     let replica = replica(request, source, &loras, device)?;
     let samples = plan.generate(&replica, config.sampling.per_condition, &|| Ok(()))?;
@@ -207,9 +208,13 @@ fn by_prompts(request: &SampleRequest, source: &Source, config: &RunConfig) -> R
     let origins = prompted.origins(config, &Solo)?;
     let latents = {
         let replica = replica(request, source, &loras, device)?;
-        generated(config, &origins, &replica, device)?
+        let latents = |origin: &Origin| {
+            let plan = prompted.plan(config, origin, device)?;
+            Ok(plan.generate(&replica, 1, &|| Ok(()))?.images)
+        };
+        origins.iter().map(latents).collect::<Result<Vec<_>>>()?
     };
-    let sigmas = Plan::new(config, &origins[0], device)?.sigmas();
+    let sigmas = prompted.plan(config, &origins[0], device)?.sigmas();
     files.write_numbers(&latents, &sigmas)?;
     if files.are_decoded() {
         for (index, latents) in latents.iter().enumerate() {
@@ -217,19 +222,6 @@ fn by_prompts(request: &SampleRequest, source: &Source, config: &RunConfig) -> R
         }
     }
     Ok(())
-}
-
-/// Returns the latents of each sample, `[1, C, (F,) H, W]` f32 on the CPU.
-fn generated(
-    config: &RunConfig,
-    origins: &[Origin],
-    replica: &Replica<'_>,
-    device: Device,
-) -> Result<Vec<Tensor>> {
-    let latents = |origin: &Origin| {
-        Ok(Plan::new(config, origin, device)?.generate(replica, 1, &|| Ok(()))?.images)
-    };
-    origins.iter().map(latents).collect()
 }
 
 /// Compares the added LoRAs with the model, and opens the device.

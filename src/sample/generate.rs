@@ -1,7 +1,5 @@
 //! Generates samples from a trained model.
 
-use std::path::Path;
-
 use tch::{Device, Kind, Tensor};
 
 use crate::assembly::build_pipeline;
@@ -16,7 +14,7 @@ use crate::nn::Activations;
 use crate::parallel::Replica;
 use crate::rng::{Key, Purpose, Stream};
 use crate::sample::conditions::Origin;
-use crate::sample::scheduler::published_levels;
+use crate::sample::scheduler::Scheduler;
 
 /// Most samples that go through the model together, and most tokens if they are several.
 const SAMPLES: i64 = 100;
@@ -45,7 +43,7 @@ pub fn check_conditions(config: &RunConfig, dataset: &Dataset) -> Result<()> {
     let Some(conditions) = dataset.conditions()? else { return Ok(()) };
     let origin = Origin::from_dataset(dataset, conditions, None);
     if origin.is_of_pictures() {
-        Plan::new(config, &origin, Device::Cpu)?.rehearse()
+        Plan::new(config, &origin, Scheduler::of(config)?.as_ref(), Device::Cpu)?.rehearse()
     } else {
         Ok(())
     }
@@ -65,10 +63,17 @@ pub struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
+    /// `scheduler`: that of the configured pipeline, if it has one.
+    ///
     /// # Errors
     /// [`Error::Data`](crate::error::Error::Data) or [`Error::Config`](crate::error::Error::Config)
-    /// if the conditions do not fit the model or the guidance.
-    pub fn new(config: &'a RunConfig, origin: &'a Origin, device: Device) -> Result<Self> {
+    /// if the conditions do not fit the model or the guidance, or if the scheduler is not followed.
+    pub fn new(
+        config: &'a RunConfig,
+        origin: &'a Origin,
+        scheduler: Option<&Scheduler>,
+        device: Device,
+    ) -> Result<Self> {
         let pipeline = build_pipeline(config, device);
         let (adapter, sampling) = (pipeline.adapter(), &config.sampling);
         origin.check(&**config.model.family, adapter)?;
@@ -77,7 +82,7 @@ impl<'a> Plan<'a> {
         let image_tokens = config.model.family.image_tokens(&origin.shape);
         let own = adapter.noise_levels(&origin.shape, image_tokens, pipeline.settings(), guidance);
         let num_timesteps = pipeline.settings().num_train_timesteps;
-        let rule = chosen_levels(config, own, image_tokens, num_timesteps)?;
+        let rule = chosen_levels(config, scheduler, own, image_tokens, num_timesteps)?;
         let (solver, levels) = (rule.solver(), rule.of_steps(sampling.num_steps, num_timesteps));
         Ok(Plan { config, origin, guide, image_tokens, solver, levels, pipeline, device })
     }
@@ -101,10 +106,8 @@ impl<'a> Plan<'a> {
             ),
         );
         let clean = self.origin.clean_latents(&rows);
-        let unconditional =
-            self.origin.unconditional(&rows, &self.pipeline.adapter().condition_keys());
-        let batches = [self.origin.batch(&rows), unconditional];
-        batches.iter().try_for_each(|batch| {
+        let batches = [Some(self.origin.batch(&rows)), self.unconditional(&rows)?];
+        batches.iter().flatten().try_for_each(|batch| {
             self.inputs(&noise, self.levels[0], batch, clean.as_ref()).map(drop)
         })
     }
@@ -154,15 +157,30 @@ impl<'a> Plan<'a> {
     ) -> Result<Tensor> {
         let noise = self.origin.noise(rows).unwrap_or_else(|| self.draw_noise(first, rows.len()));
         let (batch, clean) = (self.origin.batch(rows), self.origin.clean_latents(rows));
-        let unconditional =
-            self.origin.unconditional(rows, &self.pipeline.adapter().condition_keys());
+        let unconditional = self.unconditional(rows)?;
         let noise = noise.to_device(self.device);
         let solved = self.solver.follow(noise, &self.levels, |x, level| {
             go_on()?;
             let velocity = |batch: &Batch| self.velocity(replica, x, level, batch, clean.as_ref());
-            self.guide.velocity(velocity(&batch)?, || velocity(&unconditional))
+            let without = || velocity(unconditional.as_ref().expect("guidance is used"));
+            self.guide.velocity(velocity(&batch)?, without)
         })?;
         Ok(solved.to_device(Device::Cpu))
+    }
+
+    /// Returns what guidance leads away from, if it is used: the negative conditions, or none, as
+    /// training drops them.
+    pub(super) fn unconditional(&self, rows: &[i64]) -> Result<Option<Batch>> {
+        let dropped = || {
+            if self.pipeline.settings().cfg_dropout_value == CfgDropoutValue::EmptyPrompt {
+                self.origin.check_empty_prompt()?;
+            }
+            let batch = self.origin.batch(rows);
+            let without = self.pipeline.without_conditions(&batch, rows.len() as i64);
+            without.map_err(|error| self.origin.named(error))
+        };
+        let batch = || self.origin.negative(rows).map_or_else(dropped, Ok);
+        self.guide.is_used().then(batch).transpose()
     }
 
     fn draw_noise(&self, first: usize, count: usize) -> Tensor {
@@ -215,20 +233,20 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// Returns the noise levels that the settings choose: the pipeline's or the family's `own`, with
+/// Returns the noise levels that the settings choose: the scheduler's or the family's `own`, with
 /// the solver and the shift that are set.
 fn chosen_levels(
     config: &RunConfig,
+    scheduler: Option<&Scheduler>,
     own: NoiseLevels,
     image_tokens: i64,
     num_train_timesteps: i64,
 ) -> Result<NoiseLevels> {
     let sampling = &config.sampling;
     let own = sampling.solver.map_or(own, |solver| own.with_solver(solver));
-    let levels = match &sampling.pipeline {
-        Some(pipeline) => {
-            let pipeline = Path::new(pipeline);
-            published_levels(pipeline, own, sampling.solver, image_tokens, num_train_timesteps)?
+    let levels = match scheduler {
+        Some(scheduler) => {
+            scheduler.levels(own, sampling.solver, image_tokens, num_train_timesteps)?
         }
         None => own,
     };

@@ -21,4 +21,4 @@ mod scheduler;
 
 pub use command::{SampleRequest, sample};
 pub use outputs::{frames_per_second, is_video};
-pub use scheduler::published_levels;
+pub use scheduler::Scheduler;

@@ -10,7 +10,7 @@ use crate::model::read_folder;
 /// The model's folder in a pipeline's.
 const TRANSFORMER: &str = "transformer";
 /// Folder of a second one, to which a pipeline changes at lower noise levels.
-const SECOND: &str = "transformer_2";
+pub(super) const SECOND: &str = "transformer_2";
 
 /// Returns the configuration of a pipeline's own model, with `overrides`: on the first GPU in
 /// bfloat16 where there is one, else on the CPU in float32.
@@ -47,10 +47,23 @@ pub(super) fn pretrained_config(pipeline: &Path, overrides: &[String]) -> Result
         ("parallel.device", format!("{device:?}")),
         ("model.dtype", format!("{dtype:?}")),
     ];
-    // Wan's pipelines alone tell their models timesteps that are not rounded to the compute kind.
-    let exact = (family.adapter() == "simple")
-        .then(|| ("flow_matching.adapter.timestep_dtype", "\"float32\"".to_string()));
-    let own = own.into_iter().chain(exact).map(|(key, value)| format!("{key}={value}"));
-    let all: Vec<String> = own.chain(overrides.iter().cloned()).collect();
+    let own = own.map(|(key, value)| format!("{key}={value}"));
+    let published = as_published(family.adapter()).map(str::to_string);
+    let all: Vec<String> =
+        own.into_iter().chain(published).chain(overrides.iter().cloned()).collect();
     RunConfig::read("--pipeline", "", &all)
+}
+
+/// Returns the setting by which an adapter gives a model what its pipeline does, and not what the
+/// reference's training does.
+fn as_published(adapter: &str) -> Option<&'static str> {
+    match adapter {
+        // Timesteps are not rounded to the compute kind.
+        "simple" => Some("flow_matching.adapter.timestep_dtype=\"float32\""),
+        // No padding is attended to.
+        "qwen_image" => Some("flow_matching.adapter.use_text_mask=true"),
+        // No token of a long prompt is cut.
+        "hunyuan" => Some("flow_matching.adapter.exact_text_lengths=true"),
+        _ => None,
+    }
 }

@@ -1,11 +1,14 @@
 //! The scheduler of a published pipeline, by which its noise levels and its solver are those that
 //! the model was published with.
 
+use std::fs;
+use std::io::ErrorKind;
 use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::error::Result;
+use crate::config::RunConfig;
+use crate::error::{Error, Result};
 use crate::flow::time_shift::shift_between;
 use crate::flow::{NoiseLevels, Shift, Solver};
 use crate::published::Config;
@@ -22,37 +25,9 @@ const CLASSES: [(&str, Solver); 2] = [
 /// A field, its one value that is followed here, and whether a class has it as the default.
 type Fixed = (&'static str, Value, bool);
 
-/// Returns the family's `own` levels as the pipeline's scheduler changes them, unchanged if the
-/// folder has none. `solver`: the one to take whatever class the scheduler is of.
-///
-/// # Errors
-/// [`Error::Data`](crate::error::Error::Data) naming the file if it cannot be read, or the field by
-/// which the scheduler does what no solver here does.
-pub fn published_levels(
-    pipeline: &Path,
-    own: NoiseLevels,
-    solver: Option<Solver>,
-    image_tokens: i64,
-    num_train_timesteps: i64,
-) -> Result<NoiseLevels> {
-    let path = pipeline.join(FILE);
-    if !path.exists() {
-        return Ok(own);
-    }
-    let scheduler = Scheduler(Config::open(&path)?);
-    scheduler.check(&fixed_spacing(num_train_timesteps))?;
-    let levels = match solver {
-        Some(_) => own,
-        None => own.with_solver(scheduler.solver()?),
-    };
-    let levels = match (scheduler.flag("use_dynamic_shifting"), own.shift()) {
-        // The pipeline tells its scheduler this one.
-        (true, Shift::Empirical { .. }) => levels,
-        (true, Shift::Constant(_)) => levels.with_shift(scheduler.shift_for(image_tokens)),
-        (false, _) => levels.with_shift(scheduler.constant_shift()),
-    };
-    Ok(levels.ending_at(scheduler.number("shift_terminal")))
-}
+/// The scheduler that a pipeline was published with.
+#[derive(Clone, Debug)]
+pub struct Scheduler(Config);
 
 /// Fields that decide the spacing of the levels, with what is followed here.
 fn fixed_spacing(num_train_timesteps: i64) -> Vec<Fixed> {
@@ -84,12 +59,63 @@ fn fixed_solving(solver: Solver) -> Vec<Fixed> {
     }
 }
 
-struct Scheduler(Config);
-
 impl Scheduler {
+    /// Reads that of the configured pipeline; `None` without a pipeline or where it has none.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn of(config: &RunConfig) -> Result<Option<Self>> {
+        config.sampling.pipeline.as_ref().map_or(Ok(None), |folder| Self::open(Path::new(folder)))
+    }
+
+    /// Reads the scheduler of a pipeline's folder; `None` if it has none.
+    ///
+    /// # Errors
+    /// [`Error::Data`] naming the file if it cannot be read.
+    pub fn open(pipeline: &Path) -> Result<Option<Self>> {
+        let path = pipeline.join(FILE);
+        match fs::symlink_metadata(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::data(path, error.to_string())),
+            Ok(_) => Config::open(&path).map(|fields| Some(Scheduler(fields))),
+        }
+    }
+
+    /// Returns the family's `own` levels as the scheduler changes them. `solver`: the one to take
+    /// whatever class it is of.
+    ///
+    /// # Errors
+    /// [`Error::Data`] naming the field by which it does what no solver here does.
+    pub fn levels(
+        &self,
+        own: NoiseLevels,
+        solver: Option<Solver>,
+        image_tokens: i64,
+        num_train_timesteps: i64,
+    ) -> Result<NoiseLevels> {
+        self.check(&fixed_spacing(num_train_timesteps))?;
+        let levels = match solver {
+            Some(_) => own,
+            None => own.with_solver(self.solver()?),
+        };
+        let levels = match (self.flag("use_dynamic_shifting"), own.shift()) {
+            // The pipeline tells its scheduler this one.
+            (true, Shift::Empirical { .. }) => levels,
+            (true, Shift::Constant(_)) => levels.with_shift(self.shift_for(image_tokens)),
+            (false, _) => levels.with_shift(self.constant_shift()),
+        };
+        Ok(levels.ending_at(self.number("shift_terminal")))
+    }
+
+    /// The solver that its class is.
+    fn class(&self) -> Option<Solver> {
+        let class = self.0.text("_class_name")?;
+        CLASSES.into_iter().find(|(name, _)| *name == class).map(|(_, solver)| solver)
+    }
+
     fn solver(&self) -> Result<Solver> {
-        let class = self.0.text("_class_name").unwrap_or("no class");
-        let Some((_, solver)) = CLASSES.into_iter().find(|(name, _)| *name == class) else {
+        let Some(solver) = self.class() else {
+            let class = self.0.text("_class_name").unwrap_or("no class");
             let what = format!(
                 "is {class}; expected {} or {}. Set sampling.solver, or --solver, to generate by another way",
                 CLASSES[0].0, CLASSES[1].0
@@ -137,14 +163,16 @@ impl Scheduler {
         shift_between(image_tokens, low, high)
     }
 
+    /// A file made from another class's has that class's field, too, which says nothing.
     fn constant_shift(&self) -> f64 {
-        self.number("flow_shift").or(self.number("shift")).unwrap_or(1.0)
+        let field = if self.class() == Some(Solver::UniPc) { "flow_shift" } else { "shift" };
+        self.number(field).unwrap_or(1.0)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::os::unix::fs::symlink;
 
     use super::*;
 
@@ -153,7 +181,8 @@ mod tests {
         let pipeline = tempfile::tempdir().expect("a folder");
         fs::create_dir(pipeline.path().join("scheduler")).expect("a folder");
         fs::write(pipeline.path().join(FILE), fields.to_string()).expect("a file");
-        published_levels(pipeline.path(), NoiseLevels::down_to_training(2.0), solver, 4096, 1000)
+        let scheduler = Scheduler::open(pipeline.path())?.expect("it is there");
+        scheduler.levels(NoiseLevels::down_to_training(2.0), solver, 4096, 1000)
     }
 
     fn unipc(field: &str, value: Value) -> Value {
@@ -169,11 +198,24 @@ mod tests {
     }
 
     #[test]
-    fn a_pipeline_without_a_scheduler_changes_nothing() {
-        let own = NoiseLevels::down_to_training(2.0);
+    fn a_scheduler_that_is_missing_is_none_and_one_that_cannot_be_read_is_an_error() {
         let pipeline = tempfile::tempdir().expect("a folder");
-        let found = published_levels(pipeline.path(), own, None, 4096, 1000);
-        assert_eq!(found.expect("nothing to read"), own);
+        assert!(Scheduler::open(pipeline.path()).expect("nothing to read").is_none());
+        fs::create_dir(pipeline.path().join("scheduler")).expect("a folder");
+        symlink("/no/such/blob", pipeline.path().join(FILE)).expect("a link");
+        let error = Scheduler::open(pipeline.path()).expect_err("a link to nothing").to_string();
+        assert!(error.contains("scheduler_config.json: "), "{error}");
+    }
+
+    #[test]
+    fn each_class_has_a_field_of_its_own_for_the_shift() {
+        let fields = json!({
+            "_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 8.0, "flow_shift": 5.0
+        });
+        let expected = NoiseLevels::down_to_training(8.0);
+        assert_eq!(levels(fields, None).expect("sound"), expected);
+        let expected = NoiseLevels::down_to_training(5.0).with_solver(Solver::UniPc);
+        assert_eq!(levels(unipc("shift", json!(8.0)), None).expect("sound"), expected);
     }
 
     #[test]

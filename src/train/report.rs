@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::parallel::Replica;
 use crate::report::{Bars, Chart, Figure, ReportData, Series, grid_png, write_report};
 use crate::run::requests::{Request, Requests};
+use crate::sample::Scheduler;
 use crate::sample::conditions::Origin;
 use crate::sample::generate::Plan;
 use crate::telemetry::metrics;
@@ -99,7 +100,7 @@ fn drawn_samples(
         );
         return Ok(None);
     }
-    let plan = Plan::new(config, &origin, *device)?;
+    let plan = Plan::new(config, &origin, Scheduler::of(config)?.as_ref(), *device)?;
     let samples = optimizer_state.with_averages(replica, |replica| {
         plan.generate(replica, config.sampling.per_condition, go_on)
     })?;

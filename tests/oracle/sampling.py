@@ -253,7 +253,11 @@ def scheduler_case(dice: random.Random) -> tuple[dict, FlowMatchEulerDiscreteSch
     if gives_levels and dice.random() < 0.4:
         config["shift_terminal"] = dice.uniform(0.01, 0.1)
     of_class = SCHEDULERS["wan"] if unipc else {}
-    scheduler = (UniPCMultistepScheduler if unipc else FlowMatchEulerDiscreteScheduler)(**config, **of_class)
+    by_class = [FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler]
+    of_other = [{"shift": dice.uniform(0.5, 16.0)}, SCHEDULERS["wan"] | {"flow_shift": dice.uniform(0.5, 16.0)}]
+    # As a pipeline whose scheduler was exchanged is saved: with the fields of the one before.
+    before = by_class[not unipc](**of_other[not unipc]).config if dice.random() < 0.4 else {}
+    scheduler = by_class[unipc].from_config(before, **config, **of_class)
     line = [scheduler.config.get(*known) for known in LINE.items()]
     calculate_shift = importlib.import_module("diffusers.pipelines.flux.pipeline_flux").calculate_shift
     given = {"mu": calculate_shift(tokens, *line)} if dynamic else {}

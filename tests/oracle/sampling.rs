@@ -15,7 +15,7 @@ use fm_dist::flow::{
 use fm_dist::lora::{self, Dialect, Facts, Family, Lora, Pair};
 use fm_dist::rng::{Key, Purpose};
 use fm_dist::run::Resume;
-use fm_dist::sample::published_levels;
+use fm_dist::sample::Scheduler;
 use fm_dist::settings::{Choice, Family as _};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
@@ -160,7 +160,8 @@ fn a_published_scheduler_is_followed_as_its_file_says() {
         };
         let pipeline = folder.path().join(case["name"].as_str().unwrap());
         let tokens = case["tokens"].as_i64().unwrap();
-        let levels = published_levels(&pipeline, own, None, tokens, TIMESTEPS).unwrap();
+        let scheduler = Scheduler::open(&pipeline).unwrap().unwrap();
+        let levels = scheduler.levels(own, None, tokens, TIMESTEPS).unwrap();
         let found = levels.of_steps(case["steps"].as_i64().unwrap(), TIMESTEPS);
         check_levels(case, &found, &file);
         assert_eq!(levels.solver().word(), case["solver"].as_str().unwrap(), "{case}");
@@ -188,6 +189,9 @@ fn check_family(family: &Tiny, pipeline: &str, guidance: &str, negative: bool, s
                 drop(tensors.insert("image_embeds".into(), Tensor::zeros(&size, FLOAT)))
             }
             mask if mask.contains("mask") => {
+                if negative {
+                    tensors.insert(format!("negative.{mask}"), Tensor::ones(&size, FLOAT));
+                }
                 drop(tensors.insert(mask.into(), Tensor::ones(&size, FLOAT)))
             }
             condition => {

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 
 use tch::{Kind, Tensor};
 
+use super::Dataset;
 use super::pixel_masks::{LOSS_MASK, shrunk};
 use super::sample_file::SampleFile;
 use super::scales::{SCALE, kind_in_batches};
 use super::unequal::{extended, mask_of};
-use super::{Dataset, EmptyPrompt};
 use crate::data::group::{Group, Layout, SampleTensor};
 use crate::data::{Batch, DataType, OnBad};
 use crate::error::{Error, Result};
@@ -58,7 +58,7 @@ impl Dataset {
             let framed = shape.len() > layout.shape.len();
             tensors.insert(key.clone(), if framed { stacked.unsqueeze(2) } else { stacked });
         }
-        tensors.extend(self.empty_prompt().into_iter().flat_map(EmptyPrompt::tensors));
+        tensors.extend(self.empty_prompt_tensors());
         let data_type = group.data_type;
         Ok(Batch { tensors, data_type, sample_ids: ids.to_vec(), bad_samples })
     }

@@ -24,6 +24,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
+use tch::Tensor;
 
 use super::captions::Captions;
 use super::conditions::Conditions;
@@ -265,6 +266,12 @@ impl Dataset {
     pub fn with_frames(mut self, frames: bool) -> Self {
         self.frames = frames;
         self
+    }
+
+    /// Returns the empty prompt's tensors, one row of each, under the names that batches give them;
+    /// none if the dataset has no empty prompt.
+    pub fn empty_prompt_tensors(&self) -> Vec<(String, Tensor)> {
+        self.empty_prompt().map(EmptyPrompt::tensors).unwrap_or_default()
     }
 
     /// Returns the shapes of the empty prompt's tensors by key, with a mask for each text that has

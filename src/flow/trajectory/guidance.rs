@@ -68,6 +68,11 @@ impl Guide {
         Ok(Guide { guidance, scale, embedded: (embeds && !own).then_some(settings.guidance_scale) })
     }
 
+    /// True if the unconditional velocity is used.
+    pub fn is_used(&self) -> bool {
+        self.scale != 1.0
+    }
+
     /// Returns the guided velocity; the unconditional one is computed only if it is used.
     ///
     /// # Shapes
@@ -77,7 +82,7 @@ impl Guide {
         conditional: Tensor,
         unconditional: impl FnOnce() -> Result<Tensor>,
     ) -> Result<Tensor> {
-        if self.scale == 1.0 {
+        if !self.is_used() {
             return Ok(conditional);
         }
         let unconditional = unconditional()?;

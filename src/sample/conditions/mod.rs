@@ -2,6 +2,8 @@
 
 mod file;
 mod prompt;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -9,10 +11,13 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
 use crate::assembly::attention::TEXT;
-use crate::data::{Batch, Conditions, DataType, Dataset};
+use crate::data::{Batch, Conditions, DataType, Dataset, EMPTY};
 use crate::error::{Error, Result};
 use crate::files::safetensors::SafeTensors;
-use crate::flow::{DataShapes, FlowMatchingSettings, ModelAdapter, Shapes, TaskType, check_keys};
+use crate::flow::{
+    CfgDropoutValue, DataShapes, FlowMatchingSettings, ModelAdapter, Shapes, TaskType, check_keys,
+    dropped_keys,
+};
 use crate::model::{Architecture, SampleShapes};
 use file::{data_type_of, same_rows, shape_of, task_type_of};
 
@@ -20,7 +25,7 @@ use file::{data_type_of, same_rows, shape_of, task_type_of};
 const NEGATIVE: &str = "negative.";
 /// Key of the noise to start from.
 const NOISE: &str = "noise";
-/// Key of the clean frames with which a video starts.
+/// Key of the clean frame with which a video starts.
 const CONDITION_LATENTS: &str = "condition_latents";
 
 /// The start of generation: conditions, one row for each prompt, and the noise or the shape to draw
@@ -34,6 +39,9 @@ pub struct Origin {
     tensors: BTreeMap<String, Tensor>,
     /// Conditions of the unconditional pass; empty if conditions are dropped as in training.
     negative: BTreeMap<String, Tensor>,
+    /// The empty prompt's rows, which may take the place of dropped conditions, by the names that
+    /// batches give them.
+    empty_prompt: Vec<(String, Tensor)>,
     /// `[N, C, (F,) H, W]` f32.
     noise: Option<Tensor>,
     /// Shape of one sample, `[C, (F,) H, W]`.
@@ -46,12 +54,13 @@ impl Origin {
     /// Takes the dataset's conditions, in the given shape or that of the first resolution group
     /// beside them.
     pub fn from_dataset(dataset: &Dataset, conditions: Conditions, shape: Option<&[i64]>) -> Self {
-        let group = dataset.sampled_group();
+        let (group, empty_prompt) = (dataset.sampled_group(), dataset.empty_prompt_tensors());
         Origin {
             path: dataset.path().into(),
             names: conditions.names,
-            tensors: conditions.tensors,
+            tensors: lengthened(conditions.tensors, &empty_prompt),
             negative: BTreeMap::new(),
+            empty_prompt,
             noise: None,
             shape: shape.map_or_else(|| dataset.latent_shape(group), <[i64]>::to_vec),
             data_type: group.data_type,
@@ -100,6 +109,7 @@ impl Origin {
             names,
             tensors,
             negative,
+            empty_prompt: Vec::new(),
             noise,
             shape,
             data_type,
@@ -115,6 +125,14 @@ impl Origin {
     /// [`Error::Data`] or [`Error::Config`] naming the file, the key and what was expected.
     pub fn check(&self, model: &dyn Architecture, adapter: &dyn ModelAdapter) -> Result<()> {
         if self.task_type == TaskType::ImageToVideo {
+            if !adapter.takes_first_frame() {
+                let what = format!(
+                    "task_type is \"i2v\", but the {} adapter as it is set gives its model no first frame; leave task_type \
+                     out, and for Wan give `{CONDITION_LATENTS}` with their mask",
+                    adapter.name()
+                );
+                return Err(Error::data(&self.path, what));
+            }
             model.check_image_to_video().map_err(|error| self.named(error))?;
         }
         let negative = self
@@ -133,16 +151,17 @@ impl Origin {
                 .map_err(|what| Error::data(&self.path, what))?;
             model.check_data(&shapes).map_err(|error| self.named(error))?;
         }
-        let condition_keys = adapter.condition_keys();
+        // Masks, too: those of the conditions would hide what is guided away from.
+        let keys = dropped_keys(adapter, CfgDropoutValue::EmptyPrompt);
         let unmatched =
             |key: &&&str| self.tensors.contains_key(**key) && !self.negative.contains_key(**key);
-        match condition_keys.iter().find(unmatched) {
-            Some(key) if self.has_negative() => Err(Error::data(
-                &self.path,
-                format!(
-                    "holds negative conditions, but no `{NEGATIVE}{key}`; expected one for every condition"
-                ),
-            )),
+        match keys.iter().find(unmatched) {
+            Some(key) if self.has_negative() => {
+                let what = format!(
+                    "holds negative conditions, but no `{NEGATIVE}{key}`; expected one for every condition and its mask"
+                );
+                Err(Error::data(&self.path, what))
+            }
             _ => Ok(()),
         }
     }
@@ -167,30 +186,20 @@ impl Origin {
 
     /// Returns the conditions of these rows.
     pub fn batch(&self, rows: &[i64]) -> Batch {
-        self.batch_of(&self.tensors, rows)
+        let mut batch = self.batch_of(&self.tensors, rows);
+        let empty_prompt = self.empty_prompt.iter();
+        batch.tensors.extend(empty_prompt.map(|(name, row)| (name.clone(), row.shallow_clone())));
+        batch
     }
 
-    /// Returns the unconditional inputs of the same rows: the negative conditions, or zeros under
-    /// `condition_keys`, as training drops conditions.
-    pub fn unconditional(&self, rows: &[i64], condition_keys: &[&str]) -> Batch {
+    /// Returns the same rows with the negative conditions in place of the others; `None` without
+    /// any.
+    pub fn negative(&self, rows: &[i64]) -> Option<Batch> {
         let chosen = |(key, tensor): (&String, &Tensor)| {
-            let dropped = || {
-                if condition_keys.contains(&key.as_str()) {
-                    tensor.zeros_like()
-                } else {
-                    tensor.shallow_clone()
-                }
-            };
-            (
-                key.clone(),
-                if self.has_negative() {
-                    self.negative.get(key).unwrap_or(tensor).shallow_clone()
-                } else {
-                    dropped()
-                },
-            )
+            (key.clone(), self.negative.get(key).unwrap_or(tensor).shallow_clone())
         };
-        self.batch_of(&self.tensors.iter().map(chosen).collect(), rows)
+        let batch = || self.batch_of(&self.tensors.iter().map(chosen).collect(), rows);
+        self.has_negative().then(batch)
     }
 
     fn batch_of(&self, tensors: &BTreeMap<String, Tensor>, rows: &[i64]) -> Batch {
@@ -207,19 +216,15 @@ impl Origin {
         self.noise.as_ref().map(|noise| noise.index_select(0, &Tensor::from_slice(rows)))
     }
 
-    /// Returns for image-to-video the clean frames with which these rows start, with zeros after
-    /// them: `[rows, C, F, H, W]`.
+    /// Returns for image-to-video the clean frame with which these rows start, with zeros after it:
+    /// `[rows, C, F, H, W]`.
     pub fn clean_latents(&self, rows: &[i64]) -> Option<Tensor> {
-        let frames = self
+        let frame = self
             .tensors
             .get(CONDITION_LATENTS)
             .filter(|_| self.task_type == TaskType::ImageToVideo)?;
-        let missing = self.shape[1] - frames.size()[2];
-        Some(
-            frames
-                .index_select(0, &Tensor::from_slice(rows))
-                .constant_pad_nd([0, 0, 0, 0, 0, missing]),
-        )
+        let frame = frame.index_select(0, &Tensor::from_slice(rows));
+        Some(frame.constant_pad_nd([0, 0, 0, 0, 0, self.shape[1] - 1]))
     }
 
     /// Marks the samples that are image-to-video, `[rows]` boolean: all or none.
@@ -251,7 +256,22 @@ impl Origin {
         }
     }
 
-    /// Refuses image-to-video without its first frames.
+    /// Refuses to be guided away from an empty prompt that there is not.
+    ///
+    /// # Errors
+    /// [`Error::Data`].
+    pub fn check_empty_prompt(&self) -> Result<()> {
+        if !self.empty_prompt.is_empty() {
+            return Ok(());
+        }
+        let what = format!(
+            "holds no negative conditions, and guidance leads away from the empty prompt, by which \
+             flow_matching.cfg_dropout_value replaced dropped ones; add its conditions as `{NEGATIVE}<key>`"
+        );
+        Err(Error::data(&self.path, what))
+    }
+
+    /// Refuses image-to-video without its first frame.
     fn check_frames(&self) -> Result<()> {
         if self.task_type != TaskType::ImageToVideo {
             return Ok(());
@@ -271,25 +291,41 @@ impl Origin {
         }
         let found = self.tensors.get(CONDITION_LATENTS).map(Tensor::size);
         match found.as_deref() {
-            Some(&[_, c, f, h, w])
-                if (c, h, w) == (channels, height, width) && (1..=frames).contains(&f) =>
-            {
-                Ok(())
-            }
+            Some(&[_, c, 1, h, w]) if (c, h, w) == (channels, height, width) => Ok(()),
             Some(found) => {
                 let what = format!(
-                    "`{CONDITION_LATENTS}` has shape {found:?}; expected [N, {channels}, 1 to {frames}, {height}, {width}]"
+                    "`{CONDITION_LATENTS}` has shape {found:?}; expected one frame, [N, {channels}, 1, {height}, {width}]"
                 );
                 Err(Error::data(&self.path, what))
             }
             None => {
                 let what = format!(
-                    "task_type is \"i2v\", but there is no `{CONDITION_LATENTS}` [N, C, F, H, W] to begin with"
+                    "task_type is \"i2v\", but there is no `{CONDITION_LATENTS}` [N, C, 1, H, W] to begin with"
                 );
                 Err(Error::data(&self.path, what))
             }
         }
     }
+}
+
+/// Pads the conditions that are shorter than the empty prompt's, `[N, L, …]`, with zeros to its
+/// length: it may take their place.
+fn lengthened(
+    mut conditions: BTreeMap<String, Tensor>,
+    empty_prompt: &[(String, Tensor)],
+) -> BTreeMap<String, Tensor> {
+    for (name, row) in empty_prompt {
+        let Some(tensor) = conditions.get_mut(name.trim_start_matches(EMPTY)) else { continue };
+        let (axes, [length, needed]) = match (&tensor.size()[..], row.size().first()) {
+            ([_, length, rest @ ..], Some(needed)) => (rest.len(), [*length, *needed]),
+            _ => continue,
+        };
+        if length < needed {
+            let padding = [vec![0; 2 * axes], vec![0, needed - length]].concat();
+            *tensor = tensor.constant_pad_nd(&padding[..]);
+        }
+    }
+    conditions
 }
 
 /// Returns settings without dropout and masks, which only training uses.
@@ -298,143 +334,5 @@ fn without_training() -> FlowMatchingSettings {
         apply_loss_mask: false,
         cfg_dropout_prob: 0.0,
         ..FlowMatchingSettings::default()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::fs::File;
-
-    use super::*;
-    use crate::adapter::{Arguments, create_adapter};
-    use crate::data::Links;
-    use crate::files::safetensors::write;
-    use crate::model::Dit;
-
-    const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
-
-    fn origin(tensors: &[(&str, &Tensor)], metadata: &[(&str, &str)]) -> Result<Origin> {
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        let path = folder.path().join("conditions.safetensors");
-        let metadata =
-            metadata.iter().map(|(key, word)| (key.to_string(), word.to_string())).collect();
-        write(&mut File::create(&path).expect("a new file"), tensors, &metadata)
-            .expect("a sound file");
-        Origin::from_file(&path, None, || Dataset::named("/no/such/dataset", Links::Inside))
-    }
-
-    /// Returns rows that are each filled with their own number, counted from `first`.
-    fn numbered(first: i64, shape: &[i64]) -> Tensor {
-        let mut column = vec![1; shape.len()];
-        column[0] = -1;
-        Tensor::arange_start(first, first + shape[0], FLOAT).view(column.as_slice())
-            + Tensor::zeros(shape, FLOAT)
-    }
-
-    #[test]
-    fn a_video_begins_with_the_frames_given_and_goes_on_with_none() {
-        let (noise, frames) =
-            (Tensor::zeros([2, 3, 5, 4, 4], FLOAT), numbered(1, &[2, 3, 1, 4, 4]));
-        let tensors = [("noise", &noise), ("condition_latents", &frames)];
-        let clean = origin(&tensors, &[("task_type", "i2v")])
-            .expect("sound conditions")
-            .clean_latents(&[1, 0])
-            .expect("i2v");
-        assert_eq!(clean.size(), [2, 3, 5, 4, 4]);
-        assert_eq!(
-            clean.select(2, 0).select(0, 0),
-            Tensor::full([3, 4, 4], 2.0, FLOAT),
-            "row 1 comes first"
-        );
-        assert_eq!(clean.narrow(2, 1, 4), Tensor::zeros([2, 3, 4, 4, 4], FLOAT));
-        assert!(
-            origin(&tensors, &[]).expect("sound conditions").clean_latents(&[0]).is_none(),
-            "text-to-video has no such frames"
-        );
-        let error = origin(
-            &[("noise", &noise), ("condition_latents", &Tensor::zeros([2, 3, 6, 4, 4], FLOAT))],
-            &[("task_type", "i2v")],
-        );
-        let still = Tensor::zeros([2, 3, 1, 4, 4], FLOAT);
-        let whole =
-            origin(&[("noise", &still), ("condition_latents", &still)], &[("task_type", "i2v")])
-                .err()
-                .expect("one frame");
-        assert!(
-            whole
-                .to_string()
-                .ends_with("but a video of one frame would be given whole; leave task_type out"),
-            "{whole}"
-        );
-        let text = error.err().expect("too many frames").to_string();
-        assert!(
-            text.ends_with(
-                "`condition_latents` has shape [2, 3, 6, 4, 4]; expected [N, 3, 1 to 5, 4, 4]"
-            ),
-            "{text}"
-        );
-    }
-
-    #[test]
-    fn rows_are_guided_away_from_their_negatives_or_from_zeros() {
-        let (noise, text, mask) = (
-            Tensor::zeros([2, 1, 8, 8], FLOAT),
-            numbered(1, &[2, 3, 10]),
-            Tensor::ones([2, 3], FLOAT),
-        );
-        let negative = numbered(5, &[2, 4, 10]);
-        let plain = [("noise", &noise), ("text_embeddings", &text), ("text_mask", &mask)];
-        let dropped = origin(&plain, &[])
-            .expect("sound conditions")
-            .unconditional(&[1], &["text_embeddings"]);
-        assert_eq!(dropped.tensors["text_embeddings"], Tensor::zeros([1, 3, 10], FLOAT));
-        assert_eq!(
-            dropped.tensors["text_mask"],
-            Tensor::ones([1, 3], FLOAT),
-            "only conditions are dropped"
-        );
-        let with_negative = [&plain[..], &[("negative.text_embeddings", &negative)]].concat();
-        let origin = origin(&with_negative, &[]).expect("sound conditions");
-        let away = origin.unconditional(&[1], &["text_embeddings"]);
-        assert_eq!(away.tensors["text_embeddings"], Tensor::full([1, 4, 10], 6.0, FLOAT));
-        assert_eq!(
-            origin.batch(&[1]).tensors["text_embeddings"],
-            Tensor::full([1, 3, 10], 2.0, FLOAT)
-        );
-    }
-
-    #[test]
-    fn every_condition_needs_its_negative_once_one_has_it() {
-        let (noise, text, pooled) = (
-            Tensor::zeros([2, 1, 8, 8], FLOAT),
-            Tensor::ones([2, 3, 10], FLOAT),
-            Tensor::ones([2, 6], FLOAT),
-        );
-        let tensors = [
-            ("noise", &noise),
-            ("text_embeddings", &text),
-            ("negative.text_embeddings", &text),
-            ("pooled_prompt_embeds", &pooled),
-        ];
-        let (origin, adapter) = (
-            origin(&tensors, &[]).expect("sound conditions"),
-            create_adapter("flux", &Arguments::new()),
-        );
-        let error = origin
-            .check(&Dit::default(), &*adapter.expect("a known one"))
-            .expect_err("one negative is missing")
-            .to_string();
-        let expected = "holds negative conditions, but no `negative.pooled_prompt_embeds`; expected one for every condition";
-        assert!(error.ends_with(expected), "{error}");
-    }
-
-    #[test]
-    fn conditions_without_their_token_axis_are_refused() {
-        let (noise, text) = (Tensor::zeros([2, 1, 8, 8], FLOAT), Tensor::ones([2, 10], FLOAT));
-        let origin =
-            origin(&[("noise", &noise), ("text_embeddings", &text)], &[]).expect("sound numbers");
-        let adapter = create_adapter("simple", &Arguments::new()).expect("a known one");
-        let error = origin.check(&Dit::default(), &*adapter).expect_err("no tokens").to_string();
-        assert!(error.ends_with("`text_embeddings` is [10] a sample, expected [L, D]"), "{error}");
     }
 }

@@ -25,6 +25,7 @@ impl Origin {
             names: vec![prompt.into()],
             tensors,
             negative,
+            empty_prompt: Vec::new(),
             data_type: if shape.len() == 3 { DataType::Image } else { DataType::Video },
             shape,
             noise: Some(noise),

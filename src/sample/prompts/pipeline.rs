@@ -17,6 +17,8 @@ use crate::nn::Tokens;
 use crate::rng::{Key, Purpose, Stream};
 use crate::sample::conditions::Origin;
 use crate::sample::generate::Plan;
+use crate::sample::pretrained::SECOND;
+use crate::sample::scheduler::Scheduler;
 use crate::settings::{Choice, Family as _};
 
 /// Names of what is asked, in messages: arguments of the command, or keys of the configuration.
@@ -40,6 +42,8 @@ struct Asked {
 /// A pipeline with the samples that are asked of it, in order.
 pub struct PromptedPipeline {
     pipeline: Pipeline,
+    /// That of the pipeline's folder.
+    scheduler: Option<Scheduler>,
     asked: Vec<Asked>,
 }
 
@@ -57,7 +61,7 @@ impl PromptedPipeline {
         words: Words,
         usual: impl Fn() -> Result<Vec<i64>>,
     ) -> Result<Self> {
-        let pipeline = opened(config, words)?;
+        let (pipeline, scheduler) = (opened(config, words)?, Scheduler::of(config)?);
         let own = SampleSize::of(&config.sampling.size);
         let always = guides_always(config).then(String::new);
         let mut asked = Vec::with_capacity(prompts.len() * count as usize);
@@ -77,7 +81,7 @@ impl PromptedPipeline {
                 });
             }
         }
-        Ok(PromptedPipeline { pipeline, asked })
+        Ok(PromptedPipeline { pipeline, scheduler, asked })
     }
 
     /// Opens and checks what a run makes samples of while it trains; `None` if it has no prompts.
@@ -109,8 +113,21 @@ impl PromptedPipeline {
             let noise = Tensor::zeros(batch_of_one(&asked.shape), (Kind::Float, Device::Cpu));
             let (tensors, negative) = (blank(&asked.prompt)?, negative.unwrap_or_default());
             let origin = Origin::from_prompt(&asked.prompt, tensors, negative, noise);
-            Plan::new(config, &origin, Device::Cpu)?.rehearse()
+            self.plan(config, &origin, Device::Cpu)?.rehearse()
         })
+    }
+
+    /// Prepares the generation of a sample.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn plan<'a>(
+        &self,
+        config: &'a RunConfig,
+        origin: &'a Origin,
+        device: Device,
+    ) -> Result<Plan<'a>> {
+        Plan::new(config, origin, self.scheduler.as_ref(), device)
     }
 
     /// Returns the pipeline with its networks computing in `kind` on `device`.
@@ -217,6 +234,12 @@ fn opened(config: &RunConfig, words: Words) -> Result<Pipeline> {
             "must be set: prompts of {name} are encoded by a published pipeline, a folder with {parts}/"
         );
         return Err(Error::config(words.pipeline, what));
+    }
+    if let Some(folder) = folder.filter(|folder| folder.join(SECOND).is_dir()) {
+        tracing::warn!(
+            "{} changes to a second model, {SECOND}/, at lower noise levels; samples here are of one model at all levels",
+            folder.display()
+        );
     }
     Pipeline::open(*family, folder)
 }

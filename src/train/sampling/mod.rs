@@ -29,7 +29,6 @@ use crate::error::Result;
 use crate::parallel::Replica;
 use crate::pulse;
 use crate::sample::conditions::Origin;
-use crate::sample::generate::Plan;
 use crate::sample::prompts::PromptedPipeline;
 use gallery::Gallery;
 
@@ -85,7 +84,8 @@ impl Sampler {
         for round in 0..count.div_ceil(world_size) {
             let turn = round * world_size + collective.rank();
             let origin = &self.origins[turn.min(count - 1)];
-            let samples = Plan::new(config, origin, device)?.generate(replica, 1, go_on)?;
+            let plan = self.prompted.plan(config, origin, device)?;
+            let samples = plan.generate(replica, 1, go_on)?;
             if turn < count {
                 own.push((turn, samples.images));
             }
