@@ -67,3 +67,28 @@ fn as_published(adapter: &str) -> Option<&'static str> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    /// The configuration of a pipeline whose transformer is of this class.
+    fn config_of(class: &str) -> RunConfig {
+        let pipeline = tempfile::tempdir().expect("a folder");
+        let transformer = pipeline.path().join(TRANSFORMER);
+        fs::create_dir(&transformer).expect("a folder");
+        let text = serde_json::json!({"_class_name": class}).to_string();
+        fs::write(transformer.join("config.json"), text).expect("a file");
+        pretrained_config(pipeline.path(), &[]).expect("a known class")
+    }
+
+    #[test]
+    fn a_model_is_given_its_whole_text_and_no_padding() {
+        assert!(config_of("QwenImageTransformer2DModel").reads_text_mask());
+        let hunyuan = config_of("HunyuanVideo15Transformer3DModel").to_toml();
+        assert!(hunyuan.contains("\nexact_text_lengths = true"), "{hunyuan}");
+        assert!(!config_of("FluxTransformer2DModel").reads_text_mask(), "it attends to padding");
+    }
+}
