@@ -96,6 +96,8 @@ libtorch() {
     mv "$fresh/nvidia" .deps/nvidia
     mv "$fresh/torch" .deps/torch
     rm -r "$fresh"
+    # Its objects were compiled against the headers that were there, and cargo does not look at those.
+    [ ! -d target ] || { cargo clean --quiet -p torch-sys && cargo clean --quiet --release -p torch-sys; }
 }
 
 oracle() {

@@ -8,6 +8,11 @@ fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
     SOURCES.iter().for_each(|source| println!("cargo:rerun-if-changed={source}"));
     if let Ok(libtorch) = std::env::var("LIBTORCH") {
+        // Another version may be put in the same place.
+        let version = format!("{libtorch}/version.py");
+        if std::path::Path::new(&version).exists() {
+            println!("cargo:rerun-if-changed={version}");
+        }
         cc::Build::new()
             .cpp(true)
             .std("c++20")

@@ -50,8 +50,9 @@ pub enum Outcome {
     Ended { how: String },
     /// The process ended before it came to the case.
     NotReached,
-    /// Memory ran out: nothing is known about the backend.
-    OutOfMemory { how: String },
+    /// Memory ran out, or a signal from outside ended the process: nothing is known about the
+    /// backend.
+    Disturbed { how: String },
 }
 
 impl Outcome {
@@ -69,7 +70,7 @@ impl Outcome {
 
     /// True if another trial would have the same outcome.
     pub fn is_lasting(&self) -> bool {
-        !matches!(self, Outcome::OutOfMemory { .. })
+        !matches!(self, Outcome::Disturbed { .. })
     }
 
     /// The backend's fault, if it has one.
@@ -78,7 +79,7 @@ impl Outcome {
             Outcome::Sound { .. } | Outcome::NotTaken | Outcome::NotReached => None,
             Outcome::Differs { why, .. } => Some(why.clone()),
             Outcome::NotFinite { why } => Some(format!("{why} is not finite")),
-            Outcome::Ended { how } | Outcome::OutOfMemory { how } => Some(how.clone()),
+            Outcome::Ended { how } | Outcome::Disturbed { how } => Some(how.clone()),
         }
     }
 }

@@ -1,12 +1,14 @@
 //! Starts the child of a trial and listens to it. However the child ends, its parent goes on.
 
 use std::io::{BufRead, BufReader, Read};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 
 use super::child::{Line, Request};
 use super::outcome::Outcome;
@@ -52,6 +54,8 @@ pub(super) fn run(
     let mut command = Command::new(program);
     command.args([COMMAND, &text]);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // Ctrl-C in a terminal is for this process, which ends the child.
+    command.process_group(0);
     let mut child = without_launcher(&mut command).spawn().map_err(|error| {
         Unavailable(format!("cannot start a trial by {}: {error}", program.display()))
     })?;
@@ -109,7 +113,8 @@ fn listen(lines: &Receiver<String>, limits: Limits) -> Heard {
 
 /// How a child ended that left cases untried.
 struct Ending {
-    code: Option<i32>,
+    /// The backend is not the reason.
+    is_disturbed: bool,
     how: String,
 }
 
@@ -119,16 +124,23 @@ fn ending(child: &mut Child, errors: &Receiver<String>, heard: &Heard, limits: L
         let _ = child.kill();
         gone(child);
         let limit = if heard.is_ready { limits.cases } else { limits.start };
-        return Ending { code: None, how: format!("took longer than {limit:?}") };
+        return Ending { is_disturbed: false, how: format!("took longer than {limit:?}") };
     }
     let Some(status) = gone(child) else {
         let _ = child.kill();
         gone(child);
-        return Ending { code: None, how: "closed its output and did not end".into() };
+        return Ending { is_disturbed: false, how: "closed its output and did not end".into() };
     };
     let how = words_of(status);
     let last = last_words(errors).map_or_else(String::new, |words| format!(": {words}"));
-    Ending { code: status.code(), how: how + &last }
+    Ending { is_disturbed: is_disturbed(status), how: how + &last }
+}
+
+/// True if memory ran out, or a signal ended the process that others send: users, launchers, and
+/// the kernel where memory is short.
+fn is_disturbed(status: ExitStatus) -> bool {
+    let from_outside = [SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2];
+    status.code() == Some(MEMORY) || status.signal().is_some_and(|by| from_outside.contains(&by))
 }
 
 /// Waits for the end of a process; `None` if it does not end in time.
@@ -168,7 +180,7 @@ impl Heard {
     fn outcomes(
         self,
         cases: usize,
-        Ending { code, how }: Ending,
+        Ending { is_disturbed, how }: Ending,
     ) -> Result<Vec<Outcome>, Unavailable> {
         if let Some(what) = self.unavailable {
             return Err(Unavailable(what));
@@ -178,8 +190,8 @@ impl Heard {
         }
         let mut outcomes = self.outcomes;
         if outcomes.len() < cases {
-            outcomes.push(match code == Some(MEMORY) {
-                true => Outcome::OutOfMemory { how },
+            outcomes.push(match is_disturbed {
+                true => Outcome::Disturbed { how },
                 false => Outcome::Ended { how },
             });
         }

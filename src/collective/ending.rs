@@ -81,8 +81,11 @@ pub fn end(code: i32, name: &str, what: &str) -> ! {
 /// not be out yet, first waits for that rank to print it and to end the world.
 pub fn follow(speaker: Option<usize>, code: i32, what: &str) -> ! {
     if !failure::record_cause(code) {
-        // Another thread of this process has failed before, and may be about to say why.
-        failure::wait_until_printed();
+        // Another thread of this process has failed before, and may be about to say why; without a
+        // speaker, a peer has said it already.
+        if speaker.is_some() {
+            failure::wait_until_printed();
+        }
     } else if let Some(speaker) = speaker
         && !wait_for_speaker(speaker)
     {

@@ -96,6 +96,10 @@ pub trait Collective {
     /// Every rank calls it, with no work under way.
     fn split(&self, color: usize) -> Result<Box<dyn Collective>>;
 
+    /// Ends a communicator that was split off, after an error: peers may be gone, and nothing that
+    /// waits for them may be done.
+    fn abandon(self: Box<Self>) {}
+
     /// True if this backend can carry tensors of `device`.
     fn carries(&self, device: Device) -> bool;
 
@@ -132,7 +136,7 @@ impl Work {
 }
 
 /// Reads from the launcher's environment variables how this process was started. Only this
-/// function, [`launched_rank`], [`job`], [`connect`], [`without_launcher`] and
+/// function, [`launched_rank`], [`job`], [`restarts`], [`connect`], [`without_launcher`] and
 /// [`folders`](crate::folders) read environment variables in this crate.
 ///
 /// # Errors

@@ -108,5 +108,30 @@ fn bits(tensor: &Tensor) -> i64 {
     let fits = |kind: &Kind| ends.iter().all(|end| end.is_multiple_of(kind.elt_size_in_bytes()));
     let integers =
         [Kind::Int64, Kind::Int, Kind::Int16].into_iter().find(fits).expect("no kind is narrower");
-    tensor.detach().view_dtype(integers).sum(Kind::Int64).to_device(Device::Cpu).int64_value(&[])
+    // The last axis alone may be narrower than such an integer.
+    let flat = tensor.detach().flatten(0, -1).view_dtype(integers);
+    flat.sum(Kind::Int64).to_device(Device::Cpu).int64_value(&[])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tensors_with_narrow_rows_have_the_sum_of_their_bytes() {
+        for (shape, kind) in [
+            (vec![8, 11], Kind::Float),
+            (vec![4, 3, 1, 1, 1], Kind::Float),
+            (vec![4, 2], Kind::BFloat16),
+            (vec![3], Kind::BFloat16),
+            (vec![], Kind::Float),
+        ] {
+            let tensor = Tensor::ones(&shape, (kind, Device::Cpu));
+            let flat = tensor.reshape([-1]);
+            assert_eq!(bits(&tensor), bits(&flat), "{shape:?}");
+            let other = Tensor::ones(&shape, (kind, Device::Cpu));
+            let _ = other.reshape([-1]).get(0).fill_(1.5);
+            assert_ne!(bits(&other), bits(&tensor), "{shape:?}");
+        }
+    }
 }

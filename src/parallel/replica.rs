@@ -109,6 +109,11 @@ impl<'c> Replica<'c> {
         Tape::new(self, recompute)
     }
 
+    /// Leaves the other ranks after an error, without waiting for those that are gone.
+    pub fn abandon_peers(&mut self) {
+        std::mem::replace(&mut self.sharing, Sharing::alone()).abandon();
+    }
+
     /// Runs the model without graphs and returns its outputs.
     ///
     /// # Ordering

@@ -127,6 +127,15 @@ impl<'c> Sharing<'c> {
         &*self.replicas
     }
 
+    /// Ends the communicators that were split off, after an error.
+    pub fn abandon(self) {
+        for group in [self.shards, self.replicas] {
+            if let RankGroup::Split(group) = group {
+                group.abandon();
+            }
+        }
+    }
+
     /// Reorders values given by rank of the world to the order of the flat buffers.
     pub fn in_order<'m, T>(&'m self, by_rank: &'m [T]) -> impl Iterator<Item = &'m T> {
         self.ranks.iter().map(move |rank| &by_rank[*rank])

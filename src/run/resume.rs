@@ -201,7 +201,7 @@ fn resume_checkpoint(path: &Path, length: Length) -> Result<RunFolder> {
     let (run, path) = run_of(path)?;
     if !run.join(CONFIG).exists() && checkpoint::list(&run)?.len() > 1 {
         let what = format!(
-            "is one of several in {}, which is no run's folder, having no {CONFIG}; a run that went on there would              delete old ones: begin one from it by --branch",
+            "is one of several in {}, which is no run's folder, having no {CONFIG}; a run that went on there would delete old ones: begin one from it by --branch",
             run.display()
         );
         return Err(no_checkpoint(&path, what));

@@ -37,7 +37,7 @@ use crate::run::checkpoint::AllowedChanges;
 use crate::run::folder::RunFolder;
 use crate::run::requests::Requests;
 use crate::run::{Resume, StopFlag};
-use crate::telemetry;
+use crate::telemetry::{self, Telemetry};
 use trainer::Trainer;
 
 /// Command-line options of a run.
@@ -129,14 +129,27 @@ fn train_on(
     let listens = telemetry.writes_run_files().then(|| folder.path().to_path_buf());
     let requests = Requests::new(options.stop.clone(), options.stop_at, listens);
     let mut trainer = Trainer::new(config, options, collective, device.device, &telemetry, folder)?;
-    let ending = trainer.run(&requests, &telemetry)?;
-    if ending == Ending::Done {
-        pulse::enter(Phase::Report);
-        report::write(&mut trainer, &requests)?;
+    let ended = run_and_report(&mut trainer, &requests, &telemetry);
+    if ended.is_err() {
+        trainer.replica.abandon_peers();
     }
+    let ending = ended?;
     if let Some(fallbacks) = ops::fallbacks() {
         tracing::info!("{fallbacks}");
     }
     tracing::info!("run folder {}", trainer.folder.path().display());
     Ok((trainer.folder.path().into(), ending))
+}
+
+fn run_and_report(
+    trainer: &mut Trainer<'_>,
+    requests: &Requests,
+    telemetry: &Telemetry,
+) -> Result<Ending> {
+    let ending = trainer.run(requests, telemetry)?;
+    if ending == Ending::Done {
+        pulse::enter(Phase::Report);
+        report::write(trainer, requests)?;
+    }
+    Ok(ending)
 }

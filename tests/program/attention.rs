@@ -99,7 +99,6 @@ fn a_backend_that_ends_its_process_is_left_out() {
     for (fault, how) in [
         ("segv", "ended by SIGSEGV"),
         ("abort", "ended by SIGABRT"),
-        ("kill", "ended by SIGKILL"),
         ("exit", "ended with exit code 3"),
         ("device", "ended with exit code 23: CUDA error: an illegal memory access was encountered"),
     ] {
@@ -133,10 +132,12 @@ fn a_backend_with_wrong_numbers_is_left_out() {
 }
 
 #[test]
-fn memory_that_ran_out_says_nothing_of_a_backend_for_good() {
-    let outcome = struck("out_of_memory@0:1:attention");
-    assert!(matches!(&outcome, Outcome::OutOfMemory { .. }), "{outcome:?}");
-    assert!(!outcome.is_lasting());
+fn what_ends_a_trial_from_outside_says_nothing_of_a_backend_for_good() {
+    for fault in ["out_of_memory", "kill"] {
+        let outcome = struck(&format!("{fault}@0:1:attention"));
+        assert!(matches!(&outcome, Outcome::Disturbed { .. }), "{outcome:?}");
+        assert!(!outcome.is_lasting());
+    }
 }
 
 #[test]

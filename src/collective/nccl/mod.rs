@@ -299,6 +299,11 @@ impl Collective for Nccl {
     fn issued(&self) -> Issued {
         self.ledger.issued()
     }
+
+    /// Leaks it: destroying it would wait for its peers.
+    fn abandon(self: Box<Self>) {
+        std::mem::forget(self);
+    }
 }
 
 /// Arguments of one NCCL call within a group, by address. The caller owns the tensors.

@@ -91,8 +91,9 @@ impl Operation<3> for GatedResidual {
             ];
             Case { operation: GatedResidual { rounding }, inputs, tolerance }
         };
-        // Few rows, and so many that a GPU adds up more of their blocks than a warp has threads.
-        let shapes = [(2, 70, 48), (1, 1200, 16)];
+        // Few rows, so many that a GPU adds up more of their blocks than a warp has threads, and
+        // rows as wide as models have.
+        let shapes = [(2, 70, 48), (1, 1200, 16), (1, 5, 1536)];
         let cases = |(batch, tokens, width)| {
             modulation::Trial::ALL.map(|trial| case(trial, batch, tokens, width))
         };

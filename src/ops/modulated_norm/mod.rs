@@ -94,9 +94,16 @@ impl Operation<3> for ModulatedNorm {
         let mut cases = Vec::new();
         for trial in modulation::Trial::ALL {
             let of_modulation = trial.modulation_kind();
-            for (shape, base) in [(vec![2, 1, 48], 1.0), (vec![48], 0.0)] {
+            // Rows that one warp of a GPU reads, that several do, and that need more of a block's
+            // memory than is usual.
+            for (x, shape, base) in [
+                ([2, 70, 48], vec![2, 1, 48], 1.0),
+                ([2, 70, 48], vec![48], 0.0),
+                ([1, 5, 1536], vec![1, 1, 1536], 1.0),
+                ([1, 3, 6144], vec![1, 1, 6144], 1.0),
+            ] {
                 let inputs = [
-                    drawn(&[2, 70, 48], trial.kind, 1) * 3.0 + 1.0,
+                    drawn(&x, trial.kind, 1) * 3.0 + 1.0,
                     drawn(&shape, of_modulation, 2),
                     drawn(&shape, of_modulation, 3),
                 ];

@@ -87,7 +87,7 @@ impl Operation<2> for RmsNorm {
     fn cases() -> Vec<Case<Self, 2>> {
         let mut cases = Vec::new();
         for (kind, tolerance) in [(Kind::Float, 1e-6), (Kind::BFloat16, 8e-3)] {
-            for (rows, width) in [(70, 64), (3, 48), (33, 512)] {
+            for (rows, width) in [(70, 64), (3, 48), (33, 512), (5, 1536)] {
                 for rounding in [Rounding::Once, Rounding::EachStep] {
                     let inputs =
                         [drawn(&[2, rows, width], kind, 1) * 3.0, drawn(&[width], kind, 2)];

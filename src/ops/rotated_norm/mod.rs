@@ -79,7 +79,8 @@ impl Operation<3> for RotatedNorm {
     fn cases() -> Vec<Case<Self, 3>> {
         let mut cases = Vec::new();
         for (kind, tolerance) in [(Kind::Float, 2e-6), (Kind::BFloat16, 1.2e-2)] {
-            for (heads, width, is_wide) in [(3, 64, false), (5, 48, false), (4, 32, true)] {
+            let heads = [(3, 64, false), (5, 48, false), (4, 32, true), (12, 128, true)];
+            for (heads, width, is_wide) in heads {
                 for rounding in [Rounding::Once, Rounding::EachStep] {
                     let angles = drawn(&[7, 1, width / 2], Kind::Float, 2);
                     let table = Tensor::complex(&angles.cos(), &angles.sin());
