@@ -101,11 +101,18 @@ where
     texts.map(|(text, _)| text.to_string()).collect()
 }
 
+/// True if a text of samples of this layout is stored without padding. Beside a mask of their own
+/// it stays as it is: the mask would follow from the lengths.
+pub(super) fn is_unequal(key: &str, layout: &Layout, unequal: &BTreeSet<String>) -> bool {
+    let has_mask = TEXTS.iter().any(|(text, mask)| *text == key && layout.contains_key(*mask));
+    unequal.contains(key) && !has_mask
+}
+
 /// Returns what the samples of a group have in common.
 pub(super) fn of_group(layout: &Layout, unequal: &BTreeSet<String>) -> Layout {
     let common = |(key, tensor): (&String, &SampleTensor)| {
         let mut tensor = tensor.clone();
-        if unequal.contains(key) {
+        if is_unequal(key, layout, unequal) {
             tensor.unequal = true;
             tensor.shape.iter_mut().take(1).for_each(|length| *length = 0);
         }
@@ -180,6 +187,10 @@ mod tests {
         Sample { layout, caption: Caption::default(), origin: String::new() }
     }
 
+    fn unpadded() -> SampleTensor {
+        SampleTensor { kind: Kind::Half, shape: vec![4, 2], unequal: true }
+    }
+
     fn plan(samples: &[Sample], max_bytes: u64) -> Plan {
         let order: Vec<usize> = (0..samples.len()).collect();
         Plan::new(samples, &order, DataType::Image, max_bytes, |_| 1)
@@ -235,5 +246,12 @@ mod tests {
             sample.layout.insert("text_mask".into(), mask);
         }
         assert_eq!(groups(&masked), ("2x2 2x2-2".into(), 0), "a mask stays with its padding");
+        masked[0].layout.remove("text_mask");
+        masked[0].layout.insert("text_embeddings".into(), unpadded());
+        assert_eq!(groups(&masked), ("2x2 2x2-2".into(), 1));
+        let texts = BTreeSet::from(["text_embeddings".to_string()]);
+        let is_unequal =
+            |number: usize| is_unequal("text_embeddings", &masked[number].layout, &texts);
+        assert_eq!([is_unequal(0), is_unequal(1)], [true, false], "beside its mask it is padded");
     }
 }

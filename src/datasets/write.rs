@@ -17,7 +17,7 @@ use serde_json::json;
 use tch::{Kind, Tensor};
 
 use super::parallel::in_parallel;
-use super::shards::{Plan, Shard, lengths_key};
+use super::shards::{Plan, Shard, is_unequal, lengths_key};
 use super::{Description, Samples};
 use crate::collective::Collective;
 use crate::collective::agreement::{agree, agreed, known_to_all, on_rank_zero};
@@ -25,7 +25,7 @@ use crate::data::DATASET_FILE;
 use crate::error::{Error, Result};
 use crate::files::disk::Disk;
 use crate::files::durable::{LineFile, replace_file};
-use crate::files::outputs::{Named, check_new_folder};
+use crate::files::outputs::{Named, check_new_folder, hold};
 use crate::files::safetensors::{Planned, Writer};
 use crate::files::sha256::HashingWriter;
 use crate::pulse;
@@ -157,11 +157,9 @@ struct Log {
 impl Log {
     fn open(path: PathBuf) -> Result<Self> {
         let lines = LineFile::open(&path).map_err(Error::storage(&path, "open"))?;
-        let lock = File::open(&path).map_err(Error::storage(&path, "open"))?;
-        if lock.try_lock().is_err() {
-            let folder = path.parent().unwrap_or(Path::new("."));
-            return Err(Error::data(folder, "is being written by another process"));
-        }
+        let lock = File::options().read(true).write(true).open(&path);
+        let lock = lock.map_err(Error::storage(&path, "open"))?;
+        hold(&lock, path.parent().unwrap_or(Path::new(".")))?;
         Ok(Log { path, lines: Mutex::new(lines), _lock: lock })
     }
 
@@ -365,7 +363,7 @@ fn write_file(
     let names: Vec<(&String, String)> = layout.keys().map(|key| (key, lengths_key(key))).collect();
     for (key, lengths) in &names {
         let (kind, shape) = (layout[*key].kind, &layout[*key].shape);
-        if plan.unequal.contains(*key) {
+        if is_unequal(key, layout, &plan.unequal) {
             let tokens: i64 = tensors.iter().map(|sample| sample[*key].size()[0]).sum();
             let shape = [&[tokens.max(1)], &shape[1..]].concat();
             planned.push(Planned { name: key, kind, shape });
@@ -377,7 +375,7 @@ fn write_file(
     let mut writer = Writer::begin(HashingWriter::new(file), &planned, &BTreeMap::new())?;
     for (key, _) in &names {
         tensors.iter().try_for_each(|sample| writer.tensor(&sample[*key]))?;
-        if plan.unequal.contains(*key) {
+        if is_unequal(key, layout, &plan.unequal) {
             let lengths: Vec<i64> = tensors.iter().map(|sample| sample[*key].size()[0]).collect();
             if lengths.iter().all(|length| *length == 0) {
                 let unused = [&[1], &layout[*key].shape[1..]].concat();

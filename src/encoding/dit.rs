@@ -15,6 +15,7 @@ use crate::rng::{Key, Purpose, Stream};
 pub const FACTS: Facts = Facts {
     data_type: DataType::Image,
     parts: &[],
+    optional_parts: &[],
     // Sides of whole patches of the model, too.
     buckets: UsualBuckets { pixels: 64 * 64, multiple: 8 },
     patch: 1,

@@ -17,6 +17,7 @@ use crate::error::Result;
 pub const FACTS: Facts = Facts {
     data_type: DataType::Image,
     parts: &[VAE, FIRST[1], SECOND[1], FIRST[0], SECOND[0]],
+    optional_parts: &[],
     buckets: PICTURES,
     patch: 2,
     open: |folder| Ok(Box::new(Flux::open(folder)?)),

@@ -23,6 +23,7 @@ use crate::tokenizer::prompt::{self, Templated};
 pub const FACTS: Facts = Facts {
     data_type: DataType::Video,
     parts: &[VAE, FIRST[1], SECOND[1], FIRST[0], SECOND[0]],
+    optional_parts: &[IMAGE_ENCODER, "feature_extractor"],
     buckets: VIDEOS,
     patch: 1,
     open: |folder| Ok(Box::new(HunyuanVideo15::open(folder)?)),

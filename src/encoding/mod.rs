@@ -67,6 +67,8 @@ pub struct Facts {
     pub data_type: DataType,
     /// Folders that a pipeline of the family has; none if the family needs no pipeline.
     pub parts: &'static [&'static str],
+    /// Folders that some pipelines of the family have, too.
+    pub optional_parts: &'static [&'static str],
     pub buckets: UsualBuckets,
     /// Side of the squares of latents that the published models take as one token.
     pub patch: i64,

@@ -19,6 +19,7 @@ use crate::tokenizer::prompt::{self, Templated};
 pub const FACTS: Facts = Facts {
     data_type: DataType::Image,
     parts: &[VAE, FIRST[1], FIRST[0]],
+    optional_parts: &[],
     buckets: PICTURES,
     patch: 2,
     open: |folder| Ok(Box::new(QwenImage::open(folder)?)),

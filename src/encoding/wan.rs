@@ -18,6 +18,7 @@ use crate::tokenizer::prompt;
 pub const FACTS: Facts = Facts {
     data_type: DataType::Video,
     parts: &[VAE, FIRST[1], FIRST[0]],
+    optional_parts: &[],
     buckets: VIDEOS,
     patch: 2,
     open: |folder| Ok(Box::new(Wan::open(folder)?)),

@@ -1,6 +1,6 @@
 //! Checks the files that a command writes at its end, before it computes anything.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -46,6 +46,24 @@ pub fn check_files(outputs: &[Named<'_>], inputs: &[Named<'_>]) -> Result<()> {
 pub fn check_new_folder(output: Named<'_>) -> Result<()> {
     let above = output.path.ancestors().skip(1).map(non_empty).find(|folder| folder.exists());
     output.check_folder(above.unwrap_or(Path::new(".")))
+}
+
+/// Locks a file that is open for writing, which NFS asks for, as long as it is open. A file system
+/// without locks is taken as it is.
+///
+/// # Errors
+/// [`Error::Data`] naming the `folder` if another process holds the file.
+pub fn hold(file: &File, folder: &Path) -> Result<()> {
+    match file.try_lock() {
+        Ok(()) => Ok(()),
+        Err(TryLockError::WouldBlock) => {
+            Err(Error::data(folder, "is being written by another process"))
+        }
+        Err(TryLockError::Error(error)) => {
+            tracing::debug!("{} cannot be locked: {error}", folder.display());
+            Ok(())
+        }
+    }
 }
 
 /// Refuses a path at which there is anything: nothing that a command made is written over.

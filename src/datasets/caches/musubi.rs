@@ -90,11 +90,18 @@ fn text_file<'n>(
     named: &BTreeMap<String, &'n PathBuf>,
 ) -> Option<(&'n str, &'n Path)> {
     let (picture, _) = before.rsplit_once('_')?;
-    let piece = picture.rsplit_once('_').map(|(item, _)| item);
+    let piece = picture.rsplit_once('_').filter(|(_, frames)| are_frames(frames));
+    let piece = piece.map(|(item, _)| item);
     std::iter::once(picture).chain(piece).find_map(|item| {
         let path = named.get(&format!("{item}_{word}{TEXT}"))?;
         Some((item, path.as_path()))
     })
+}
+
+/// True for `<start>-<frames>`.
+fn are_frames(text: &str) -> bool {
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    text.split_once('-').is_some_and(|(start, frames)| is_number(start) && is_number(frames))
 }
 
 /// Adds the tensors of a file whose names say that they are read.
@@ -132,4 +139,24 @@ fn add(collector: &mut Collector, file: &CacheFile, architecture: &Architecture)
 /// True if a digit follows the prefix, as the size of latents does.
 fn sizes_follow(name: &str, prefix: &str) -> bool {
     name.strip_prefix(prefix).is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The item whose texts are found for the latents `before`, where `cat` and a video have texts.
+    fn item(before: &str) -> Option<String> {
+        let path = &PathBuf::from("texts");
+        let named = ["cat_qi_te", "film_qi_te"].map(|name| (name.to_string(), path));
+        text_file(before, "qi", &BTreeMap::from(named)).map(|(item, _)| item.into())
+    }
+
+    #[test]
+    fn a_piece_of_a_video_has_its_videos_texts_and_a_picture_no_others() {
+        assert_eq!(item("cat_0512x0512"), Some("cat".into()));
+        assert_eq!(item("film_00000-009_0512x0512"), Some("film".into()));
+        assert_eq!(item("cat_1_0512x0512"), None, "another picture");
+        assert_eq!(item("cat_1-b_0512x0512"), None);
+    }
 }

@@ -13,8 +13,6 @@ use crate::data::{Caption, DataType, latents_key};
 use crate::datasets::{Sample, Samples};
 use crate::encoding::Family;
 use crate::error::{Error, Result};
-use crate::media::is_picture;
-use crate::media::video::is_video;
 
 /// Channels of Wan's condition that mark the frames that are known: one for each frame that a
 /// latent frame stands for.
@@ -135,6 +133,12 @@ fn shrunk(tensor: &Tensor, size: [i64; 2]) -> Tensor {
     tensor.index_select(0, &middle(0)).index_select(1, &middle(1))
 }
 
+/// Endings of the pictures and videos that other trainers read.
+pub(super) const MEDIA: [&str; 22] = [
+    "png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "avif", "jxl", "heic", "gif", "mp4", "mov",
+    "webm", "mkv", "avi", "m4v", "mpg", "mpeg", "wmv", "flv", "ts",
+];
+
 impl Cached {
     pub fn data_type(&self) -> DataType {
         let is_image = self.sample.layout.contains_key(latents_key(DataType::Image));
@@ -154,7 +158,8 @@ impl Cached {
     /// without its ending, and other names may hold a dot.
     pub fn take_caption(&mut self, folder: &Path) -> Result<()> {
         let source = Path::new(&self.sample.caption.source);
-        let name = match is_picture(source) || is_video(source) {
+        let ending = source.extension().and_then(|ending| ending.to_str()).unwrap_or("");
+        let name = match MEDIA.contains(&ending.to_ascii_lowercase().as_str()) {
             true => source.file_stem(),
             false => source.file_name(),
         };
@@ -312,6 +317,24 @@ mod tests {
         let mask = Tensor::arange(6 * 8, (Kind::Float, Device::Cpu)).view([6, 8]);
         let shrunk = shrunk(&mask, [2, 2]);
         assert!(shrunk.equal(&Tensor::from_slice(&[10.0f32, 14.0, 34.0, 38.0]).view([2, 2])));
+    }
+
+    #[test]
+    fn a_caption_has_the_name_of_its_picture_without_the_ending_of_a_picture() {
+        let folder = tempfile::tempdir().expect("a folder");
+        for (source, file) in [("/x/cat.bmp", "cat"), ("cat.v2", "cat.v2"), ("a.B.PNG", "a.B")] {
+            let text = folder.path().join(format!("{file}.txt"));
+            fs::write(text, format!("of {file}\n")).expect("a file");
+            let mut collector = Collector::new();
+            collector.layout.insert(
+                "image_latents".into(),
+                SampleTensor { kind: Kind::Half, shape: vec![1, 2, 2], unequal: false },
+            );
+            let caption = Caption::new(String::new(), source.to_string());
+            let mut cached = collector.finish(caption, None).expect("a sample");
+            cached.take_caption(folder.path()).expect("it is there");
+            assert_eq!(cached.sample.caption.caption, format!("of {file}"), "{source}");
+        }
     }
 
     #[test]

@@ -19,7 +19,7 @@ use sha2::Sha256;
 
 use super::file::{BARE, CacheFile};
 use super::nemo::read_json;
-use super::sample::{Cached, Collector, How};
+use super::sample::{Cached, Collector, How, MEDIA};
 use super::{ImportRequest, read_caption};
 use crate::data::{Caption, latents_key};
 use crate::datasets::index::find_if;
@@ -38,9 +38,6 @@ const FAMILIES: [(&str, Family); 5] = [
     ("hunyuanvideo", Family::HunyuanVideo15),
 ];
 const LIST: &str = "aspect_ratio_bucket_indices";
-const PICTURES: [&str; 13] = [
-    "png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "avif", "jxl", "mp4", "mov", "webm", "mkv",
-];
 /// Hexadecimal digits of an MD5, and of a SHA-256.
 const MD5_DIGITS: usize = 32;
 const SHA256_DIGITS: usize = 64;
@@ -120,7 +117,7 @@ impl<'r> Files<'r> {
                             add_picture(&mut pictures, PathBuf::from(picture));
                         }
                     }
-                    ending if PICTURES.contains(&ending.to_ascii_lowercase().as_str()) => {
+                    ending if MEDIA.contains(&ending.to_ascii_lowercase().as_str()) => {
                         add_picture(&mut pictures, path);
                     }
                     _ => (),

@@ -43,6 +43,7 @@ use crate::error::{Error, Result};
 use crate::files::durable::replace_file;
 use crate::files::safetensors::write;
 use crate::files::sha256;
+use crate::libtorch;
 use crate::settings::Choice;
 use batches::{Batch, Batches};
 use pixels::encode_pixels;
@@ -123,7 +124,7 @@ pub fn encode(request: &EncodeRequest, collective: &dyn Collective) -> Result<En
     };
     let description = request.about.describe(&request.pictures.folder, request.family.data_type);
     let written = write_dataset(&encoded, &description, &options, collective)?;
-    on_rank_zero(collective, || store.delete().map(|()| String::new()))?;
+    on_rank_zero(collective, move || store.delete().map(|()| String::new()))?;
     Ok(EncodedDataset { written, notes: sources.found.notes() })
 }
 
@@ -158,8 +159,12 @@ impl Plan {
         let EncodeRequest { family, kind, device, .. } = request;
         let (is_gpu, threads) = (device.is_cuda(), tch::get_num_threads());
         hash.update(format!("{} {kind:?} {is_gpu} {threads}\n", family.word()));
-        for part in family.parts {
-            let folder = request.pipeline.as_deref().unwrap_or(Path::new("")).join(part);
+        let libtorch = libtorch::library().and_then(|library| libtorch::version(&library));
+        hash.update(format!("{} {libtorch:?}\n", env!("CARGO_PKG_VERSION")));
+        let pipeline = request.pipeline.as_deref().unwrap_or(Path::new(""));
+        let optional = family.optional_parts.iter().filter(|part| pipeline.join(part).is_dir());
+        for part in family.parts.iter().chain(optional) {
+            let folder = pipeline.join(part);
             hash.update(format!("{part} {}\n", names_of(&folder)?));
         }
         for batch in &self.of_texts.list {

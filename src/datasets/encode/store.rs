@@ -17,7 +17,7 @@ use crate::encoding::Conditions;
 use crate::error::{Error, Result};
 use crate::files::disk::Disk;
 use crate::files::durable::replace_file;
-use crate::files::outputs::{Named, check_new_folder};
+use crate::files::outputs::{Named, check_new_folder, hold};
 use crate::files::safetensors::{SafeTensors, write};
 
 /// Ending of the folder's name behind that of the dataset.
@@ -30,7 +30,7 @@ const PLAN: &str = "plan";
 pub(super) struct Store {
     folder: PathBuf,
     /// Held on rank 0 while the store is open.
-    _lock: Option<File>,
+    lock: Option<File>,
 }
 
 /// Place of a row: its batch's file, and its number there.
@@ -51,9 +51,7 @@ impl Store {
     /// # Ordering
     /// Every rank calls it.
     pub fn open(out: &Path, plan: &str, collective: &dyn Collective) -> Result<Self> {
-        let mut name = out.file_name().unwrap_or_default().to_os_string();
-        name.push(ENDING);
-        let folder = out.with_file_name(name);
+        let folder = beside(out);
         let plans = agree(Ok(plan.into()), collective)?;
         if plans.iter().any(|other| other != plan) {
             let what = "would be made of other files on another rank: of pictures that change, or of a copy of the \
@@ -65,7 +63,7 @@ impl Store {
             lock = Some(begin(&folder, plan)?);
             Ok(String::new())
         })?;
-        Ok(Store { folder, _lock: lock })
+        Ok(Store { folder, lock })
     }
 
     pub fn path(&self, file: &str) -> PathBuf {
@@ -114,8 +112,11 @@ impl Store {
     ///
     /// # Errors
     /// [`Error::Storage`].
-    pub fn delete(&self) -> Result<()> {
-        Disk::PLAIN.delete(&self.folder)
+    pub fn delete(self) -> Result<()> {
+        let Store { folder, lock } = self;
+        // NFS keeps files that are open, under other names in the same folder.
+        drop(lock);
+        Disk::PLAIN.delete(&folder)
     }
 }
 
@@ -131,7 +132,22 @@ pub(super) fn check_free(out: &Path) -> Result<()> {
     if !out.join(DATASET_FILE).exists() {
         return Ok(());
     }
-    Err(Error::data(out, "is a dataset already; give another --out, or remove it to encode anew"))
+    let rest = beside(out);
+    let what = match rest.exists() {
+        true => format!(
+            "is a whole dataset already; {}, from which it was written, can be removed",
+            rest.display()
+        ),
+        false => "is a dataset already; give another --out, or remove it to encode anew".into(),
+    };
+    Err(Error::data(out, what))
+}
+
+/// Returns the store's folder for a dataset at `out`.
+fn beside(out: &Path) -> PathBuf {
+    let mut name = out.file_name().unwrap_or_default().to_os_string();
+    name.push(ENDING);
+    out.with_file_name(name)
 }
 
 /// Makes the folder, or takes the one in which work on this plan was begun. Returns its lock: two
@@ -142,9 +158,7 @@ fn begin(folder: &Path, plan: &str) -> Result<File> {
     let path = folder.join(PLAN);
     let open = || File::options().read(true).write(true).create(true).truncate(false).open(&path);
     let mut lock = open().map_err(Error::storage(&path, "open"))?;
-    if lock.try_lock().is_err() {
-        return Err(Error::data(folder, "is being written by another process"));
-    }
+    hold(&lock, folder)?;
     let begun = fs::read_to_string(&path).map_err(Error::storage(&path, "read"))?;
     if begun.is_empty() {
         let written = lock.write_all(plan.as_bytes()).and_then(|()| lock.sync_all());

@@ -32,10 +32,6 @@ pub struct Found {
     /// In the order of their names.
     pub items: Vec<Item>,
     pub skipped: Vec<Skipped>,
-    /// Number of items whose caption is their name.
-    pub named_only: usize,
-    /// Number of items without a mask where others have one: all of their pixels count.
-    pub unmasked: usize,
     folder: PathBuf,
     masks: bool,
     most_bad: f64,
@@ -48,8 +44,6 @@ impl Found {
         Found {
             items: Vec::new(),
             skipped: Vec::new(),
-            named_only: 0,
-            unmasked: 0,
             folder: options.folder.clone(),
             masks: options.masks.is_some(),
             most_bad: options.most_bad,
@@ -139,6 +133,16 @@ impl Found {
         counts.map(|((frames, _, size), count)| (named(frames, size), count)).collect()
     }
 
+    /// Returns the number of items whose caption is their name.
+    pub fn named_only(&self) -> usize {
+        self.items.iter().filter(|item| !item.has_caption).count()
+    }
+
+    /// Returns the number of items without a mask where others have one: all of their pixels count.
+    pub fn unmasked(&self) -> usize {
+        self.items.iter().filter(|item| self.masks && item.mask.is_none()).count()
+    }
+
     /// Returns lines for the user: buckets, skipped files, missing captions and masks.
     pub fn notes(&self) -> Vec<String> {
         let buckets: Vec<String> =
@@ -146,7 +150,7 @@ impl Found {
         let mut notes = vec![format!("buckets: {}", buckets.join(", "))];
         let bad = self.skipped.iter().map(|skipped| format!("skipped: {skipped}"));
         notes.extend(bad);
-        let (all, named, unmasked) = (self.items.len(), self.named_only, self.unmasked);
+        let (all, named, unmasked) = (self.items.len(), self.named_only(), self.unmasked());
         if named > 0 {
             notes.push(format!("{named} of {all} have no caption: their names are taken"));
         }

@@ -10,6 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::files::{Entry, MediumKind};
 use crate::error::{Error, Result};
+use crate::files::safetensors::open_error;
 use crate::files::sha256;
 use crate::media::video::{Ffmpeg, Video};
 use crate::media::{Fit, Limits, Picture, Size, picture_size, stacked};
@@ -30,7 +31,7 @@ pub struct Medium {
 type Stamp = (u64, Option<SystemTime>);
 
 fn stamp(path: &Path) -> Result<Stamp> {
-    let found = fs::metadata(path).map_err(Error::storage(path, "inspect"))?;
+    let found = fs::metadata(path).map_err(|error| open_error(path, error))?;
     Ok((found.len(), found.modified().ok()))
 }
 
@@ -115,6 +116,8 @@ pub struct Item {
     pub name: String,
     /// At least one; each is a sample with the same pixels.
     pub captions: Vec<String>,
+    /// False if its name stands for its caption.
+    pub has_caption: bool,
     /// Number of frames that are read; unset for a picture.
     pub frames: Option<usize>,
     /// The picture's or video's place, its size, and its way to its bucket.

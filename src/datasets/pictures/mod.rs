@@ -92,17 +92,13 @@ pub fn find(options: &PictureOptions) -> Result<Found> {
     let mut found = Found::new(options, search.ffmpeg);
     for outcome in outcomes {
         match outcome {
-            Outcome::Item { item, named_only } => {
-                found.named_only += usize::from(named_only);
-                found.unmasked += usize::from(options.masks.is_some() && item.mask.is_none());
-                found.items.push(item);
-            }
+            Outcome::Item(item) => found.items.push(item),
             Outcome::Skipped(skipped) => found.skipped.push(skipped),
         }
     }
     let found = found.checked()?;
     match &options.captions.list {
-        Some(list) if found.named_only == found.items.len() => {
+        Some(list) if found.named_only() == found.items.len() => {
             let what = format!(
                 "names none of the pictures in {}; its names are paths from its own folder, or from that of the \
                  pictures if it lies elsewhere, with or without the ending",
@@ -135,7 +131,7 @@ fn lists(options: &PictureOptions, finder: &Finder) -> Result<Lists> {
 
 /// The outcome of looking at a file.
 enum Outcome {
-    Item { item: Item, named_only: bool },
+    Item(Item),
     Skipped(Skipped),
 }
 
@@ -151,14 +147,14 @@ struct Search<'o> {
 impl Search<'_> {
     fn outcome(&self, entry: &Entry) -> Result<Outcome> {
         match self.item(entry) {
-            Ok((item, named_only)) => Ok(Outcome::Item { item, named_only }),
+            Ok(item) => Ok(Outcome::Item(item)),
             Err(Error::Data { path, what }) => Ok(Outcome::Skipped(Skipped { path, what })),
             Err(other) => Err(other),
         }
     }
 
-    /// Returns the entry's item, and true if its name is its caption.
-    fn item(&self, entry: &Entry) -> Result<(Item, bool)> {
+    /// Returns the entry's item.
+    fn item(&self, entry: &Entry) -> Result<Item> {
         let access = Access { ffmpeg: self.ffmpeg.as_ref(), limits: &self.options.limits };
         let most = self.options.frames.map_or(1, |frames| frames.most);
         let medium = Medium::open(entry, most, access, |size| self.buckets.size_for(size))?;
@@ -172,7 +168,7 @@ impl Search<'_> {
             picture_size(mask, access.limits)?;
         }
         let captions = self.captions(entry)?;
-        let named_only = captions.is_none();
+        let has_caption = captions.is_some();
         let file = entry.path.file_name().unwrap_or_default().to_string_lossy();
         let captions = captions.unwrap_or_else(|| vec![name_as_caption(&entry.stem)]);
         let treated = |caption: &String| self.options.captions.treated(caption, &file);
@@ -181,15 +177,15 @@ impl Search<'_> {
             .frames
             .map(|FrameOptions { most, step }| kept(medium.frames(), most, step));
         let name = entry.path.strip_prefix(&self.finder.folder).unwrap_or(&entry.path);
-        let item = Item {
+        Ok(Item {
             name: name.to_string_lossy().into_owned(),
             captions: captions.iter().map(treated).collect(),
+            has_caption,
             frames,
             mask,
             controls,
             medium,
-        };
-        Ok((item, named_only))
+        })
     }
 
     /// Returns what the first source of captions says that has the entry.

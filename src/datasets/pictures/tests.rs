@@ -90,7 +90,7 @@ fn the_nearest_caption_counts_and_the_name_comes_last() {
     ];
     assert_eq!(captions(&options(root)), expected);
     let found = found(&options(root));
-    assert_eq!(found.named_only, 1);
+    assert_eq!(found.named_only(), 1);
     assert_eq!(found.buckets(), [("16x16".to_string(), 6)]);
     assert_eq!(
         found.notes(),
@@ -227,6 +227,20 @@ fn damaged_files_are_named_and_skipped_up_to_a_share() {
 }
 
 #[test]
+fn a_link_to_nothing_is_a_damaged_file() {
+    let folder = folder();
+    let root = folder.path();
+    draw(root, "a.png", (20, 20), 1);
+    std::os::unix::fs::symlink("/no/such/picture", root.join("b.png")).expect("a link");
+    let options = PictureOptions { most_bad: 0.5, ..options(root) };
+    let found = found(&options);
+    assert_eq!((found.items.len(), found.skipped.len()), (1, 1));
+    assert!(found.skipped[0].path.ends_with("b.png"), "{:?}", found.skipped);
+    let notes = found.notes().join("\n");
+    assert!(notes.contains("1 of 1 have no caption"), "{notes}");
+}
+
+#[test]
 fn masks_and_controls_get_the_crop_of_their_picture() {
     let (folder, controls) = (folder(), folder());
     let root = folder.path();
@@ -246,7 +260,7 @@ fn masks_and_controls_get_the_crop_of_their_picture() {
     };
     let found = found(&options);
     assert_eq!(found.items.len(), 2, "masks are no samples");
-    assert_eq!(found.unmasked, 1);
+    assert_eq!(found.unmasked(), 1);
     let first = &found.items[0];
     assert_eq!(first.medium.original, Size::new(64, 32));
     assert_eq!(first.medium.fit.resized, Size::new(32, 16));
