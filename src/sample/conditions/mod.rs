@@ -104,7 +104,7 @@ impl Origin {
         let data_type = data_type_of(&file, &shape)?;
         let task_type = task_type_of(&file)?;
         let names = (0..rows).map(|row| row.to_string()).collect();
-        let origin = Origin {
+        Ok(Origin {
             path: path.into(),
             names,
             tensors,
@@ -114,9 +114,7 @@ impl Origin {
             shape,
             data_type,
             task_type,
-        };
-        origin.check_frames()?;
-        Ok(origin)
+        })
     }
 
     /// Refuses conditions that the model or its adapter cannot take.
@@ -133,6 +131,7 @@ impl Origin {
                 );
                 return Err(Error::data(&self.path, what));
             }
+            self.check_frames()?;
             model.check_image_to_video().map_err(|error| self.named(error))?;
         }
         let negative = self

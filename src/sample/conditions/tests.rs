@@ -47,28 +47,26 @@ fn a_video_begins_with_the_frame_given_and_goes_on_with_none() {
         origin(&tensors, &[]).expect("sound conditions").clean_latents(&[0]).is_none(),
         "text-to-video has no such frames"
     );
-    let error = origin(
-        &[("noise", &noise), ("condition_latents", &Tensor::zeros([2, 3, 6, 4, 4], FLOAT))],
-        &[("task_type", "i2v")],
-    );
+    let refused = |noise: &Tensor, frames: &[(&str, &Tensor)]| {
+        let tensors = [&[("noise", noise)], frames].concat();
+        let origin = origin(&tensors, &[("task_type", "i2v")]).expect("sound numbers");
+        origin.check_frames().expect_err("refused").to_string()
+    };
     let still = Tensor::zeros([2, 3, 1, 4, 4], FLOAT);
-    let whole =
-        origin(&[("noise", &still), ("condition_latents", &still)], &[("task_type", "i2v")])
-            .err()
-            .expect("one frame");
+    let whole = refused(&still, &[("condition_latents", &still)]);
+    let told = "but a video of one frame would be given whole; leave task_type out";
+    assert!(whole.ends_with(told), "{whole}");
+    let many = refused(&noise, &[("condition_latents", &Tensor::zeros([2, 3, 6, 4, 4], FLOAT))]);
+    let told = "`condition_latents` has shape [2, 3, 6, 4, 4]; expected one frame, [N, 3, 1, 4, 4]";
+    assert!(many.ends_with(told), "{many}");
+    let none = refused(&noise, &[]);
     assert!(
-        whole
-            .to_string()
-            .ends_with("but a video of one frame would be given whole; leave task_type out"),
-        "{whole}"
+        none.ends_with("there is no `condition_latents` [N, C, 1, H, W] to begin with"),
+        "{none}"
     );
-    let text = error.err().expect("too many frames").to_string();
-    assert!(
-        text.ends_with(
-            "`condition_latents` has shape [2, 3, 6, 4, 4]; expected one frame, [N, 3, 1, 4, 4]"
-        ),
-        "{text}"
-    );
+    let picture = refused(&Tensor::zeros([2, 1, 8, 8], FLOAT), &[]);
+    let told = "task_type is \"i2v\", which is for videos [C, F, H, W], not [1, 8, 8]";
+    assert!(picture.ends_with(told), "{picture}");
 }
 
 /// The demo's configuration for texts of width 10, under guidance.
