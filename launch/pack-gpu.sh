@@ -15,7 +15,7 @@ set -euo pipefail
 . "$(dirname "$0")/env.sh"
 
 # What mpirun and libmpi need at run time.
-MPI_PACKAGES=(openmpi-bin openmpi-common libopenmpi3 libpmix2 libevent-core-2.1-7 libevent-pthreads-2.1-7 libhwloc15 libhwloc-plugins
+MPI_PACKAGES=(openmpi-bin openmpi-common libopenmpi3 libopenmpi40 libpmix2 libevent-core-2.1-7 libevent-pthreads-2.1-7 libhwloc15 libhwloc-plugins
     libucx0 libfabric1 libnl-3-200 libnl-route-3-200 librdmacm1 libibverbs1 libpsm-infinipath1 libpsm2-2 libmunge2 libnuma1 libltdl7)
 # The peer: all that it imports and PyTorch's image for a GPU usually lacks.
 PEER=(nemo-automodel diffusers importlib-metadata)
@@ -103,7 +103,10 @@ fetch_peer() {
 # Files of the packages, and the libraries that their programs and libraries are linked with, but for those of any system.
 mpi_files() {
     local list
-    list=$(for package in "${MPI_PACKAGES[@]}"; do dpkg -L "$package" 2>/dev/null | grep -v '/share/doc\|/share/man\|lintian' || true; done)
+    # Later releases of Debian and Ubuntu have the second name.
+    list=$(for package in "${MPI_PACKAGES[@]}"; do
+        { dpkg -L "$package" || dpkg -L "${package}t64"; } 2>/dev/null | grep -v '/share/doc\|/share/man\|lintian' || true
+    done)
     {
         printf '%s\n' "$list" /etc/alternatives/mpirun /usr/bin/mpirun
         printf '%s\n' "$list" | grep '\.so\|/bin/' | while read -r file; do
@@ -117,25 +120,35 @@ mpi_files() {
 }
 
 pack_mpi() {
-    local archive=$1 files
+    local archive=$1 files needed
     files=$(mktemp)
     mpi_files >"$files"
-    grep -q 'mpirun' "$files" || stop "Debian's or Ubuntu's Open MPI (openmpi-bin) is not installed: launch/setup.sh installs it"
+    for needed in mpirun 'libmpi\.so\.' mca_btl_; do
+        grep -q "$needed" "$files" ||
+            stop "found nothing like $needed in Debian's or Ubuntu's Open MPI, which launch/setup.sh installs: is it in a package unknown here?"
+    done
     tar -czf "$archive" -C / --no-recursion --files-from "$files"
     rm "$files"
 }
 
 build_copy() {
+    local told
     export LIBTORCH=$PWD/.deps/torch
     cargo build --quiet --release
-    cargo test --release --test tests --no-run 2>&1 | sed -n 's/.*Executable .*(\(.*\))$/\1/p' >"$1"
-    [ -s "$1" ] || stop "cargo named no test program: its messages stand above"
+    told=$(cargo test --release --test tests --no-run 2>&1) || {
+        echo "$told" >&2
+        stop "the tests do not compile for PyTorch $version: cargo's messages stand above"
+    }
+    sed -n 's/.*Executable .*(\(.*\))$/\1/p' <<<"$told" >"$1"
+    [ -s "$1" ] || stop "cargo named no test program: $told"
 }
 
 if [ "$#" -gt 2 ] || [[ "${1:-}" = -* && "$1" != --check ]]; then stop "usage: launch/pack-gpu.sh [FOLDER|--check [TORCH]]"; fi
 checkout=$PWD
 folder=$(realpath --canonicalize-missing -- "${1:-.gpu}")
 version=${2:-2.11.0}
+# It is deleted for the new one.
+[ ! -e "$folder" ] || [ -f "$folder/packed" ] || stop "$folder is there, and is no pack of an earlier call: name a new folder"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 if [ "${1:-}" = --check ]; then

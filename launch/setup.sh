@@ -3,6 +3,7 @@
 #
 #   launch/setup.sh            system packages, Rust (checked, not installed), libtorch under .deps/
 #   launch/setup.sh --oracle   also .deps/oracle: the Python packages that tests compare fm-dist with
+#   launch/setup.sh --cuda     libtorch with CUDA libraries, as where an NVIDIA driver is found: on a login node of a cluster with GPUs
 #   launch/setup.sh --slurm    also a Slurm for launch/test-slurm.sh, by root (the packages' services are not needed)
 #
 # Needs Debian or Ubuntu on x86_64 and the network; root only where a system package is missing.
@@ -40,6 +41,8 @@ missing_packages_of_slurm() {
         command -v "$needed" >/dev/null || { echo slurm-wlm; break; }
     done
     command -v munged >/dev/null || echo munge
+    # Of launch/test-nodes.sh.
+    command -v ip >/dev/null || echo iproute2
 }
 
 # Installs what the given command finds missing.
@@ -75,9 +78,12 @@ has_nvidia_driver() { [ -e /proc/driver/nvidia/version ] || command -v nvidia-sm
 
 libtorch() {
     local requirements=launch/requirements/libtorch.txt fresh
-    if has_nvidia_driver; then
+    if [ "$arguments" = --cuda ] || has_nvidia_driver; then
         requirements=launch/requirements/cuda.txt
-        echo "    NVIDIA driver found: with CUDA libraries"
+        echo "    with CUDA libraries"
+    elif is_made_from .deps/torch launch/requirements/cuda.txt; then
+        echo "    no NVIDIA driver found, but .deps/torch has the CUDA libraries of a machine that has one: they stay"
+        return
     else
         echo "    no NVIDIA driver found: without CUDA libraries"
     fi
@@ -92,12 +98,12 @@ libtorch() {
     ln -s libnvrtc.so.13 "$fresh/nvidia/cu13/lib/libnvrtc.so"
     if ldd "$fresh/torch/lib/libtorch_cpu.so" | grep 'not found'; then stop "libtorch does not find the libraries named above"; fi
     sha256sum <"$requirements" >"$fresh/torch/made-from"
+    # Compiled against the headers that were there, which cargo does not look at.
+    [ ! -d target ] || { cargo clean --quiet -p torch-sys && cargo clean --quiet --release -p torch-sys; }
     rm -rf .deps/torch .deps/nvidia
     mv "$fresh/nvidia" .deps/nvidia
     mv "$fresh/torch" .deps/torch
     rm -r "$fresh"
-    # Its objects were compiled against the headers that were there, and cargo does not look at those.
-    [ ! -d target ] || { cargo clean --quiet -p torch-sys && cargo clean --quiet --release -p torch-sys; }
 }
 
 oracle() {
@@ -107,7 +113,11 @@ oracle() {
     python_packages launch/requirements/oracle.txt .deps/oracle
 }
 
-[ "$#" -eq 0 ] || [ "$*" = --oracle ] || [ "$*" = --slurm ] || stop "usage: launch/setup.sh [--oracle|--slurm]"
+arguments=$*
+case $arguments in
+'' | --oracle | --slurm | --cuda) ;;
+*) stop "usage: launch/setup.sh [--oracle|--slurm|--cuda]" ;;
+esac
 [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ] || stop "only Linux on x86_64 is supported so far, this is $(uname -s) on $(uname -m)"
 
 timed "system packages: Open MPI starts the ranks, libclang and pkg-config build its bindings, Python unpacks wheels" system_packages missing_packages

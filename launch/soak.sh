@@ -357,6 +357,8 @@ case_c15_slow_link() {
     (set -e; on_a_slow_link "$(scaled 200 10 2000)") >"$log" 2>&1
     code=$?
     set -e
+    # It cannot run here, and has said why.
+    [ "$code" -ne 77 ] || code=0
     expect 0
     sed -n 's/^SKIPPED.*: /    SKIPPED: /p' "$log"
     ! grep -q '^SKIPPED' "$log" || count skipped "$(grep '^SKIPPED' "$log")"

@@ -10,7 +10,7 @@ set -euo pipefail
 
 skip() {
     echo "SKIPPED $0: $*"
-    exit 0
+    exit 77
 }
 
 [ "$#" -eq 0 ] || stop "usage: launch/test-slurm.sh"
@@ -158,7 +158,8 @@ requeued_run() {
     local job odd='re"queued it'\''s \d $HOME'
     mpi_run 2 "$program" train "${tiny[@]}" --set output_dir="$room/$odd" --set max_steps=1 >"$room/older.log" 2>&1
     mv "$room/$odd" "$room/$odd-7"
-    job=$(submit requeued --time=1 --signal=B:USR1@25 -- --set output_dir="$room/$odd" --set 'debug.inject_fault="sleep@0:every:optimizer:0.65"')
+    # One argument is of training alone.
+    job=$(submit requeued --time=1 --signal=B:USR1@25 -- --allow-data-change --set output_dir="$room/$odd" --set 'debug.inject_fault="sleep@0:every:optimizer:0.65"')
     within 60 says requeued 'queued again' || fail "job $job is not warned or not queued again"
     scontrol update JobId="$job" TimeLimit=5
     within 110 has_ended "$job" || fail "job $job has not ended: $(state_of "$job")"

@@ -27,5 +27,7 @@ for folder in map(Path, sys.argv[1:] or sys.exit(__doc__)):
     config = tomllib.loads((folder / "config.toml").read_text())
     with wandb.init(project="fm-dist", id=id_of(folder), name=folder.resolve().name, resume="allow", config=config) as run:
         for line in (folder / "metrics.jsonl").open():
-            numbers = json.loads(line)
-            run.log(numbers, step=numbers.pop("step"))
+            # The last one was cut if the run was.
+            if line.endswith("\n"):
+                numbers = json.loads(line)
+                run.log(numbers, step=numbers.pop("step"))

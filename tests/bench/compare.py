@@ -101,9 +101,7 @@ def compare_steps(arguments: argparse.Namespace) -> None:
         turns = []
         for pair in range(arguments.pairs):
             print(f"==> {setting.name}: pair {pair + 1} of {arguments.pairs}", flush=True)
-            chosen = programs_of(setting, arguments)
-            measures = {program.name: measured(setting, program, arguments.steps, arguments.warm_up) for program in chosen}
-            turns.append({name: found for name, found in measures.items() if found})
+            turns.append(turn_of(setting, programs_of(setting, arguments), arguments.steps, arguments.warm_up))
         row = {"warm_up": arguments.warm_up, "global_batch": setting.case.micro_batch * setting.ranks, "pairs": turns}
         keep("steps", setting.name, {"device": setting.device, **row})
 
@@ -117,9 +115,14 @@ def compare_lora(arguments: argparse.Namespace) -> None:
             setting, turns = Setting(of, dtype, ranks, arguments.device, arguments.cudnn), []
             for pair in range(arguments.pairs):
                 print(f"==> LoRA, {setting.name}: pair {pair + 1} of {arguments.pairs}", flush=True)
-                chosen = [LORA_PEER, LORA, OURS]
-                turns.append({program.name: measured(setting, program, arguments.steps, arguments.warm_up) for program in chosen})
+                turns.append(turn_of(setting, [LORA_PEER, LORA, OURS], arguments.steps, arguments.warm_up))
             keep("lora", setting.name, {"device": setting.device, "warm_up": arguments.warm_up, "pairs": turns})
+
+
+def turn_of(setting: Setting, programs: list[Program], steps: int, warm_up: int) -> dict:
+    """Numbers of one run of each program that fits."""
+    found = {program.name: measured(setting, program, steps, warm_up) for program in programs}
+    return {name: numbers for name, numbers in found.items() if numbers}
 
 
 def measured(setting: Setting, program: Program, steps: int, warm_up: int) -> dict | None:
@@ -190,7 +193,7 @@ def compare_launch(arguments: argparse.Namespace) -> None:
         for pair in range(arguments.pairs):
             print(f"==> launch, {setting.name}: pair {pair + 1} of {arguments.pairs}", flush=True)
             chosen = [program for program in programs_of(setting, arguments) if program is not SHARDED]
-            turns.append({program.name: measured(setting, program, 1, 0) for program in chosen})
+            turns.append(turn_of(setting, chosen, 1, 0))
         keep("launch", setting.name, {"device": setting.device, "pairs": turns})
 
 

@@ -31,11 +31,15 @@ pub fn oracle(script: &str, arguments: &[&str]) {
     );
 }
 
-/// A new seed each run; it is printed, so that a failure can be had again.
+/// A new seed each run, or that of `FM_DIST_TEST_SEED`; it is printed, so that a failure can be had
+/// again.
 pub fn fresh_seed(what: &str) -> String {
-    let nanoseconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos();
-    let seed = (nanoseconds % 1_000_000_000).to_string();
-    println!("{what}: seed {seed}");
+    let fresh = || {
+        let nanoseconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos();
+        (nanoseconds % 1_000_000_000).to_string()
+    };
+    let seed = std::env::var("FM_DIST_TEST_SEED").unwrap_or_else(|_| fresh());
+    println!("{what}: FM_DIST_TEST_SEED={seed}");
     seed
 }
 
