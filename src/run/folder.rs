@@ -145,6 +145,18 @@ impl RunFolder {
         on_rank_zero(collective, || note().map(|()| String::new())).map(drop)
     }
 
+    /// Takes back on rank 0 what [`note_start`](Self::note_start) recorded, of a start that was asked
+    /// to stop before it could make progress.
+    pub fn forget_start(
+        &self,
+        step: u64,
+        max_steps: u64,
+        collective: &dyn Collective,
+    ) -> Result<()> {
+        let forget = || if step < max_steps { resume_log::forget(&self.path) } else { Ok(()) };
+        on_rank_zero(collective, || forget().map(|()| String::new())).map(drop)
+    }
+
     /// Writes the resolved configuration beside the results, and logs the changes that a resume
     /// makes; rank 0 does both. A configuration that is replaced is kept as `config-1.toml`, or the
     /// next free number.

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
-use crate::run::checkpoint;
+use crate::run::checkpoint::{self, Manifest};
 
 /// Returns the run folder and the checkpoint that a path names: the path itself, or the newest
 /// checkpoint in it.
@@ -12,9 +12,17 @@ use crate::run::checkpoint;
 /// # Errors
 /// [`Error::NoCheckpoint`], [`Error::CheckpointMismatch`], [`Error::Storage`].
 pub fn locate(path: &Path) -> Result<(PathBuf, PathBuf)> {
+    locate_manifest(path).map(|(run, checkpoint, _)| (run, checkpoint))
+}
+
+/// As [`locate`], with the checkpoint's manifest.
+///
+/// # Errors
+/// As [`locate`].
+pub fn locate_manifest(path: &Path) -> Result<(PathBuf, PathBuf, Manifest)> {
     if checkpoint::is_checkpoint(path) {
-        checkpoint::verify(path).map_err(|unfit| unfit.into_error(path))?;
-        return Ok((run_of(path)?.0, path.into()));
+        let manifest = checkpoint::verify(path).map_err(|unfit| unfit.into_error(path))?;
+        return Ok((run_of(path)?.0, path.into(), manifest));
     }
     loop {
         let (_, folder) = checkpoints_of(path)?
@@ -22,7 +30,7 @@ pub fn locate(path: &Path) -> Result<(PathBuf, PathBuf)> {
             .next_back()
             .ok_or_else(|| no_checkpoint(path, "holds no checkpoint"))?;
         match checkpoint::verify(&folder) {
-            Ok(_) => return Ok((path.into(), folder)),
+            Ok(manifest) => return Ok((path.into(), folder, manifest)),
             // A live run has deleted the checkpoint for a newer one meanwhile.
             Err(_) if !folder.exists() => {}
             // A broken newest checkpoint is an error: samples of an older one would be taken for

@@ -26,6 +26,9 @@ const BEAT: Duration = Duration::from_secs(5);
 /// Age from which a lock is stale: many beats, and longer than a network file system stalls.
 const STALE: Duration = Duration::from_secs(120);
 
+/// What the clocks of two machines may differ by.
+const SKEW: Duration = Duration::from_secs(900);
+
 /// The exclusive use of a run folder, released on drop.
 #[derive(Debug)]
 pub struct RunLock {
@@ -114,10 +117,13 @@ impl RunLock {
 }
 
 /// Returns the process that holds a run folder, without touching the lock; `None` if that process
-/// is known to be gone.
+/// is gone, as far as this machine's clock tells.
 pub fn holder(run: &Path) -> Option<String> {
-    let text = fs::read_to_string(run.join(FILE)).ok()?;
-    let found = Found { holder: serde_json::from_str(&text).ok(), text, age: Duration::ZERO };
+    let path = run.join(FILE);
+    let text = fs::read_to_string(&path).ok()?;
+    let touched = fs::metadata(&path).and_then(|found| found.modified()).ok()?;
+    let age = SystemTime::now().duration_since(touched).unwrap_or_default().saturating_sub(SKEW);
+    let found = Found { holder: serde_json::from_str(&text).ok(), text, age };
     found.why_stale(&Holder::this_process()).is_none().then(|| found.holder_text())
 }
 
@@ -329,6 +335,17 @@ mod tests {
         fs::write(run.path().join(FILE), serde_json::to_string(&gone).unwrap()).unwrap();
         let (_held, said) = RunLock::take(run.path()).unwrap();
         assert!(said.unwrap().ends_with(&format!("process {} is gone", std::process::id())));
+    }
+
+    #[test]
+    fn a_dead_run_of_another_host_is_not_told_to_be_in_use_for_ever() {
+        let run = tempfile::tempdir().unwrap();
+        let path = run.path().join(FILE);
+        fs::write(&path, serde_json::to_string(&elsewhere()).unwrap()).unwrap();
+        assert!(holder(run.path()).unwrap().contains("n12"));
+        let hour_ago = SystemTime::now() - Duration::from_secs(3600);
+        File::options().write(true).open(&path).unwrap().set_modified(hour_ago).unwrap();
+        assert_eq!(holder(run.path()), None);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::files::safetensors::refuse_pickled_weights;
 use crate::run::checkpoint::{self, Manifest, Unfit};
 use crate::run::folder::{Checkpoint, RunFolder, first_free};
 use crate::run::length::Length;
-use crate::run::locate::{checkpoints_of, locate, no_checkpoint, run_of};
+use crate::run::locate::{checkpoints_of, locate_manifest, no_checkpoint, run_of};
 use crate::run::lock::RunLock;
 use crate::run::resume_log;
 use crate::run::runs::{CONFIG, OutputDir, REPORT, Run, is_unused};
@@ -83,8 +83,7 @@ pub fn choose(config: &RunConfig, resume: &Resume, length: Length) -> Result<Run
 
 /// Makes the folder of a new run that goes on from a checkpoint of another.
 fn branch(path: &Path, output_dir: &OutputDir, length: Length) -> Result<RunFolder> {
-    let (_, from) = locate(path)?;
-    let manifest = checkpoint::verify(&from).map_err(|unfit| unfit.into_error(&from))?;
+    let (_, from, manifest) = locate_manifest(path)?;
     if manifest.step >= length.last_step(manifest.step, manifest.samples_seen) {
         let what = format!(
             "is at step {}, and {} ends the run there or earlier: a branch of it would have nothing to do",

@@ -46,14 +46,28 @@ pub fn guard(run: &Path, step: u64) -> Result<()> {
 /// # Errors
 /// [`Error::Storage`].
 pub fn note(run: &Path, step: u64) -> Result<()> {
-    let (path, mut starts) = (run.join(FILE), read(run));
+    let mut starts = read(run);
     starts.push(Start {
         step,
         time: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
     });
-    let text = serde_json::to_string_pretty(&starts).expect("texts and numbers are JSON") + "\n";
-    replace_file(&path, |file| file.write_all(text.as_bytes()))?;
+    write(run, &starts)?;
     archive_failures(run, starts.len())
+}
+
+/// Takes the newest record back.
+///
+/// # Errors
+/// [`Error::Storage`].
+pub fn forget(run: &Path) -> Result<()> {
+    let mut starts = read(run);
+    starts.pop();
+    write(run, &starts)
+}
+
+fn write(run: &Path, starts: &[Start]) -> Result<()> {
+    let text = serde_json::to_string_pretty(starts).expect("texts and numbers are JSON") + "\n";
+    replace_file(&run.join(FILE), |file| file.write_all(text.as_bytes()))
 }
 
 /// An unreadable list is treated as empty, so that it never prevents a resume.

@@ -9,7 +9,7 @@ use crate::assembly::{
     Begun, build_pipeline, dataset, devices, fresh_replica, replica_for_checkpoint, steps,
 };
 use crate::collective::Collective;
-use crate::collective::agreement::agreed;
+use crate::collective::agreement::{agreed, on_rank_zero};
 use crate::config::RunConfig;
 use crate::data::Steps;
 use crate::error::Result;
@@ -93,21 +93,14 @@ impl<'c> Trainer<'c> {
                 .choosing_by(criterion),
             folder,
             owes_validation: false,
+            owes_samples: false,
             judged: None,
             is_best: false,
         };
-        trainer.resume(options.allowed)?;
-        inject::parameters(Phase::Open, &mut trainer.replica);
-        divergence::check(&trainer.replica, collective.rank())?;
-        trainer.folder.keep_config(config, collective)?;
-        trainer.owes_validation = trainer.owes_validation()?;
-        let redone = trainer.owes_validation.then_some(validation::LOSS);
-        trainer.metrics = telemetry.metrics_after(trainer.manifest.step, redone)?;
-        trainer.events = telemetry.events_after(trainer.manifest.step);
-        trainer.events.append(trainer.manifest.step, || {
-            let listing = format!("```toml\n{}```\n", config.to_toml());
-            vec![("configuration".into(), EventValue::Text(listing))]
-        });
+        if let Err(error) = trainer.go_on(options.allowed, telemetry) {
+            trainer.replica.abandon_peers();
+            return Err(error);
+        }
         trainer.announce();
         if telemetry.writes_run_files() {
             notes.iter().for_each(tell);
@@ -117,7 +110,25 @@ impl<'c> Trainer<'c> {
         Ok(trainer)
     }
 
-    /// Loads the checkpoint that the run folder resumes from, if any.
+    /// Takes up the state that the run folder holds, and opens its files.
+    fn go_on(&mut self, allowed: AllowedChanges, telemetry: &Telemetry) -> Result<()> {
+        self.resume(allowed)?;
+        inject::parameters(Phase::Open, &mut self.replica);
+        divergence::check(&self.replica, self.collective.rank())?;
+        self.folder.keep_config(self.config, self.collective)?;
+        self.owes_validation = self.owes_validation()?;
+        let redone = self.owes_validation.then_some(validation::LOSS);
+        self.metrics = telemetry.metrics_after(self.manifest.step, redone)?;
+        self.events = telemetry.events_after(self.manifest.step);
+        self.events.append(self.manifest.step, || {
+            let listing = format!("```toml\n{}```\n", self.config.to_toml());
+            vec![("configuration".into(), EventValue::Text(listing))]
+        });
+        Ok(())
+    }
+
+    /// Loads the checkpoint that the run folder resumes from, if any. One that was copied into a
+    /// branch and is not this run's is taken out again: the branch would look like a run.
     fn resume(&mut self, allowed: AllowedChanges) -> Result<()> {
         let Some(path) = self.folder.resumed_from() else { return Ok(()) };
         let loaded = checkpoint::load(
@@ -129,7 +140,12 @@ impl<'c> Trainer<'c> {
             &*self.config.optimizer.rule,
             &mut self.optimizer_state,
         );
-        self.manifest = agreed(loaded, self.collective)?;
+        let loaded = agreed(loaded, self.collective);
+        if loaded.is_err() && self.folder.branches_off().is_some() {
+            let withdraw = || checkpoint::withdraw(path).map(|()| String::new());
+            on_rank_zero(self.collective, withdraw)?;
+        }
+        self.manifest = loaded?;
         let Manifest { step, samples_seen, .. } = self.manifest;
         self.steps = self.steps.clone().going_on(step, samples_seen);
         self.folder.note_start(step, self.config.max_steps, self.collective)?;

@@ -57,6 +57,8 @@ pub struct Trainer<'c> {
     pub sampler: Option<Sampler>,
     /// True if the step of the start has a validation that it was not given.
     pub owes_validation: bool,
+    /// True if samples of the last step were left out.
+    pub owes_samples: bool,
     /// The validation of the last step, if it had one.
     pub judged: Option<Judged>,
     /// True if that one is the best, whose checkpoint is kept.
@@ -66,8 +68,10 @@ pub struct Trainer<'c> {
 impl<'c> Trainer<'c> {
     /// Trains to the last step, or until a request to stop.
     pub fn run(&mut self, requests: &Requests, telemetry: &Telemetry) -> Result<Ending> {
-        self.validate_at_start(requests)?;
-        self.sample_at_start(requests)?;
+        let made_up = [self.validate_at_start(requests)?, self.sample_at_start(requests)?];
+        if made_up.contains(&false) && self.manifest.step > 0 {
+            return self.stopped_at_start();
+        }
         let draws = RunDraws::new(self.config, &self.pipeline, self.steps.clone());
         let ahead = draws.clone();
         let mut loader = Loader::start(
@@ -103,7 +107,8 @@ impl<'c> Trainer<'c> {
             let (took, request) = self.sample_if_due(request, requests)?;
             throughput.leave_out(took);
             self.settle(request, requests)?;
-            let is_over = self.manifest.step == self.config.max_steps && !self.owes_validation;
+            let owes = self.owes_validation || self.owes_samples;
+            let is_over = self.manifest.step == self.config.max_steps && !owes;
             if request == Request::Stop && !is_over {
                 self.saver.finish(self.collective)?;
                 tracing::info!(
@@ -123,6 +128,17 @@ impl<'c> Trainer<'c> {
             );
         }
         Ok(Ending::Done)
+    }
+
+    /// Ends a start that was asked to stop before what the step before it owes was made up for.
+    fn stopped_at_start(&self) -> Result<Ending> {
+        self.folder.forget_start(self.manifest.step, self.config.max_steps, self.collective)?;
+        tracing::info!(
+            "stopped as was asked, before the validation or the samples of step {} were made up for; \
+             --resume latest makes them",
+            self.manifest.step
+        );
+        Ok(Ending::Stopped)
     }
 
     fn step(

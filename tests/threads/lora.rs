@@ -207,6 +207,16 @@ fn each_checkpoint_holds_the_formats_that_were_chosen() {
         assert_eq!(file.tensors().len(), saved(&run, 10).len());
         assert!(run.join(step).join("lora-peft/adapter_config.json").is_file());
     }
+    // A format that is asked for later, of a LoRA whose patterns give every module a rank.
+    let patterns = ["lora.rank_pattern={'*' = 8}", "lora.export=['diffusers']"];
+    let other = run_of(&FLUX, root.path(), "other", &[LORA, &patterns].concat()).unwrap();
+    let last = other.join("step-00000010");
+    assert!(last.join("lora-diffusers.safetensors").is_file());
+    let more = [LORA, &patterns[..1], &["max_steps=11", "lora.export=['diffusers', 'kohya']"]];
+    let config = FLUX.config(&root.path().join("data"), &other, &more.concat());
+    train_in_threads(&config, &Resume::Latest, 2).unwrap();
+    assert!(last.join("lora-kohya.safetensors").is_file(), "made up for");
+
     // Other files in its folder are no part of a checkpoint.
     fs::remove_dir_all(run.join("step-00000010")).unwrap();
     let config = FLUX.config(&root.path().join("data"), &run, &[LORA, &["max_steps=10"]].concat());

@@ -145,6 +145,14 @@ fn a_branch_that_was_killed_at_its_begin_is_what_latest_goes_on_with() {
     assert_eq!(train_in_threads(&config, &Resume::Latest, 1).unwrap(), branch);
     assert!(checkpoint(&branch, 10) == unbroken && branch.ends_with("trunk-2"));
 
+    // A refused one leaves nothing that could be gone on with.
+    let other = resume::config(&trunk, &["seed=1"]);
+    let error = train_in_threads(&other, &from, 2).unwrap_err();
+    assert_eq!(error.exit_code(), 51, "{error}");
+    let refused = root.path().join("trunk-3");
+    assert!(refused.exists() && steps_saved(&refused).is_empty());
+    assert_eq!(train_in_threads(&config, &Resume::Latest, 1).unwrap(), branch);
+
     let short = resume::config(&root.path().join("short"), &["max_steps=5"]);
     let error = train_in_threads(&short, &from, 1).unwrap_err();
     assert!(error.to_string().contains("would have nothing to do"), "{error}");

@@ -237,6 +237,11 @@ fn a_run_that_is_asked_to_stop_in_its_last_step_is_over_once_it_has_validated() 
     let (stopped, ending) = ended.into_iter().next().unwrap();
     assert_eq!(ending, Ending::Stopped);
     assert!(!stopped.join("report.html").exists());
+    // Asked to stop again before the validation is made up for, it is still not over.
+    let again = || TrainOptions { resume: Resume::Latest, ..options() };
+    let ended = Threads::run(1, |world| train(&config, &again(), world).unwrap().1);
+    assert_eq!(ended, [Ending::Stopped]);
+    assert!(validations(&stopped).is_empty() && !stopped.join("report.html").exists());
     train_in_threads(&config, &Resume::Latest, 1).unwrap();
     assert_eq!(steps_of(&validations(&stopped)), [1]);
     assert!(stopped.join("step-00000001/validation.json").exists());

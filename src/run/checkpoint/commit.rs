@@ -69,6 +69,14 @@ pub fn commit(
     disk.sync_folder(run)
 }
 
+/// Deletes a checkpoint that was copied into a run and is not what the run goes on from.
+///
+/// # Errors
+/// [`Error::Storage`].
+pub fn withdraw(checkpoint: &Path) -> Result<()> {
+    Disk::PLAIN.delete(checkpoint)
+}
+
 /// Makes a checkpoint of one run the checkpoint of another. The large files are shared, since none
 /// is ever changed, or copied to another file system. The manifest is copied: its time is that of
 /// the checkpoint, by which the newest run is found.

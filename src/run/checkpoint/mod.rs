@@ -27,7 +27,7 @@ mod tests;
 mod verify;
 
 pub use best::Judged;
-pub use commit::{clear_leftovers, copy_to};
+pub use commit::{clear_leftovers, copy_to, withdraw};
 pub use load::{base_of, has_averages, load, load_parameters, open_parameters, recorded, step_of};
 pub use saver::Saver;
 pub use snapshot::{Saved, copied_bytes, saved_bytes};

@@ -21,7 +21,7 @@ use crate::files::disk::Disk;
 use crate::libtorch;
 use crate::phase::Phase;
 use crate::pulse;
-use crate::run::lora::files::{export_beside, lacks_export};
+use crate::run::lora::files::export_beside;
 
 /// The progress of a rank whose work of the present phase is finished; 0 before that.
 const READY: u8 = 1;
@@ -87,9 +87,8 @@ impl Saver {
         let make_up = || {
             let link = |criterion: &String| best::link_best(&self.run, criterion, Disk::PLAIN);
             let linked = self.criterion.as_ref().map_or(Ok(()), link);
-            let missing = |config: &&RunConfig| lacks_export(resumed, config);
-            let written = self.exported.as_ref().filter(missing);
-            let written = written.map_or(Ok(()), |config| export_beside(resumed, config));
+            let export = |config: &RunConfig| export_beside(resumed, config);
+            let written = self.exported.as_ref().map_or(Ok(()), export);
             for error in [linked, written].into_iter().filter_map(Result::err) {
                 tracing::warn!("{}: {error}", resumed.display());
             }

@@ -33,7 +33,7 @@ pub fn export(
 
 /// Writes the LoRA of a checkpoint into its folder, in every dialect that the configuration names:
 /// `lora-diffusers.safetensors`, …, `lora-peft/`; its averages, if there are any, as
-/// `lora-ema-diffusers.safetensors`, ….
+/// `lora-ema-diffusers.safetensors`, …. Files that are there stay.
 ///
 /// # Errors
 /// As [`export`].
@@ -42,18 +42,14 @@ pub fn export_beside(folder: &Path, config: &RunConfig) -> Result<()> {
     for dialect in &config.lora.export {
         for weights in [SavedWeights::Trained].into_iter().chain(averaged) {
             let path = path_beside(folder, weights, *dialect);
+            if path.exists() {
+                continue;
+            }
             let out = Named { argument: "lora.export", path: &path };
             export(folder, config, weights, *dialect, out)?;
         }
     }
     Ok(())
-}
-
-/// True if a checkpoint lacks a file that [`export_beside`] writes.
-pub fn lacks_export(folder: &Path, config: &RunConfig) -> bool {
-    let is_missing =
-        |dialect: &Dialect| !path_beside(folder, SavedWeights::Trained, *dialect).exists();
-    config.lora.export.iter().any(is_missing)
 }
 
 fn path_beside(folder: &Path, weights: SavedWeights, dialect: Dialect) -> PathBuf {
@@ -99,7 +95,8 @@ fn lora(
         base_model: config.model.path.clone(),
         dataset: dataset.map(|dataset| dataset.name().to_string()),
         steps: Some(checkpoint::step_of(folder)?),
-        rank: config.lora.rank,
+        // Patterns may name every module.
+        rank: config.lora.rank.filter(|rank| pairs.values().any(|pair| pair.rank() == *rank)),
         alpha: config.lora.alpha.or(config.lora.rank.map(|rank| rank as f64)),
         targets: config.lora.target_modules.clone(),
     };

@@ -17,12 +17,12 @@ use crate::train::trainer::Trainer;
 
 impl Trainer<'_> {
     /// Removes the samples of later steps, and makes those of the step that this start goes on from
-    /// if they are due and missing.
+    /// if they are due and missing. Returns false if the run is asked to stop meanwhile.
     ///
     /// # Ordering
     /// Every rank calls it.
-    pub fn sample_at_start(&mut self, requests: &Requests) -> Result<()> {
-        let Some(sampler) = &self.sampler else { return Ok(()) };
+    pub fn sample_at_start(&mut self, requests: &Requests) -> Result<bool> {
+        let Some(sampler) = &self.sampler else { return Ok(true) };
         let step = self.manifest.step;
         let is_due = self.config.sampling.is_due(step, self.config.max_steps);
         let looked = || {
@@ -34,7 +34,7 @@ impl Trainer<'_> {
             Ok(if is_owed { "owed".into() } else { String::new() })
         };
         let owed = on_rank_zero(self.collective, looked)?;
-        if owed.is_empty() { Ok(()) } else { self.sampled(requests).map(drop) }
+        if owed.is_empty() { Ok(true) } else { self.sampled(requests) }
     }
 
     /// Makes samples after a step if they are due, unless the run is asked to stop. Returns the
@@ -48,12 +48,14 @@ impl Trainer<'_> {
         requests: &Requests,
     ) -> Result<(Duration, Request)> {
         let began = Instant::now();
+        self.owes_samples = false;
         if !self.config.sampling.is_due(self.manifest.step, self.config.max_steps) {
             return Ok((Duration::ZERO, request));
         }
         if request != Request::Stop && self.sampled(requests)? {
             return Ok((began.elapsed(), request));
         }
+        self.owes_samples = self.sampler.is_some();
         let step = self.manifest.step;
         tracing::info!("samples of step {step} are left out, as the run is asked to stop");
         Ok((Duration::ZERO, Request::Stop))

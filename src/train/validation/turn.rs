@@ -24,19 +24,23 @@ struct Found {
 
 impl Trainer<'_> {
     /// Validates before the first step of a start, if the step before has a validation that it was
-    /// not given: before training, or where a run was asked to stop meanwhile.
+    /// not given: before training, or where a run was asked to stop meanwhile. Returns false if it is
+    /// asked to stop again.
     ///
     /// # Ordering
     /// Every rank calls it.
-    pub fn validate_at_start(&mut self, requests: &Requests) -> Result<()> {
+    pub fn validate_at_start(&mut self, requests: &Requests) -> Result<bool> {
         if !self.owes_validation {
-            return Ok(());
+            return Ok(true);
         }
-        let Some(Found { judged, judgement }) = self.found(requests)? else { return Ok(()) };
+        let Some(Found { judged, judgement }) = self.found(requests)? else { return Ok(false) };
         self.owes_validation = false;
         self.tell(&judgement);
         // Before the first step there is no checkpoint.
-        if judged.step > 0 { self.saver.record(&judged, self.collective) } else { Ok(()) }
+        if judged.step > 0 {
+            self.saver.record(&judged, self.collective)?;
+        }
+        Ok(true)
     }
 
     /// Validates after a step if it is due, unless the run is asked to stop. Returns the time that
