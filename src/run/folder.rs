@@ -145,8 +145,8 @@ impl RunFolder {
         on_rank_zero(collective, || note().map(|()| String::new())).map(drop)
     }
 
-    /// Takes back on rank 0 what [`note_start`](Self::note_start) recorded, of a start that was asked
-    /// to stop before it could make progress.
+    /// Takes back on rank 0 what [`note_start`](Self::note_start) recorded, of a start that was
+    /// asked to stop before it could make progress.
     pub fn forget_start(
         &self,
         step: u64,
