@@ -24,8 +24,8 @@ struct Found {
 
 impl Trainer<'_> {
     /// Validates before the first step of a start, if the step before has a validation that it was
-    /// not given: before training, or where a run was asked to stop meanwhile. Returns false if it is
-    /// asked to stop again.
+    /// not given: before training, or where a run was asked to stop meanwhile. Returns false if it
+    /// is asked to stop again.
     ///
     /// # Ordering
     /// Every rank calls it.
