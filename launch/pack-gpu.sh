@@ -171,6 +171,8 @@ timed "build, optimized: program and tests" build_copy "$build/target/test-progr
 
 rm -rf "$folder"
 mkdir -p "$folder/target/release" "$folder/wheels" "$folder/tests"
+# First, so that the next call may replace a pack that was interrupted.
+printf "torch='%s'\nbuild='%s'\ncommit='%s'\n" "$version" "$build" "$commit" >"$folder/packed"
 strip -o "$folder/target/release/fm-dist" target/release/fm-dist
 strip -o "$folder/target/release/tests" "$(cat target/test-program)"
 cp -r "$checkout/launch" "$checkout/configs" "$folder/"
@@ -178,6 +180,5 @@ cp -r "$checkout/tests/bench" "$checkout/tests/oracle" "$folder/tests/"
 find "$folder" -name __pycache__ -prune -exec rm -rf {} +
 timed "NeMo AutoModel and diffusers" fetch_peer "$folder/wheels"
 timed "Open MPI" pack_mpi "$folder/openmpi.tgz"
-printf "torch='%s'\nbuild='%s'\ncommit='%s'\n" "$version" "$build" "$commit" >"$folder/packed"
 du -sh "$folder"
 echo "carry $folder to the GPU machine, and run there: bash $(basename "$folder")/launch/test-gpu.sh [PART…]"

@@ -25,8 +25,7 @@ const FILE: &str = "run.lock";
 const BEAT: Duration = Duration::from_secs(5);
 /// Age from which a lock is stale: many beats, and longer than a network file system stalls.
 const STALE: Duration = Duration::from_secs(120);
-
-/// What the clocks of two machines may differ by.
+/// Largest difference between the clocks of two machines.
 const SKEW: Duration = Duration::from_secs(900);
 
 /// The exclusive use of a run folder, released on drop.

@@ -133,10 +133,13 @@ fn a_backend_with_wrong_numbers_is_left_out() {
 
 #[test]
 fn what_ends_a_trial_from_outside_says_nothing_of_a_backend_for_good() {
-    for fault in ["out_of_memory", "kill"] {
+    for (fault, told) in
+        [("out_of_memory", "ended with exit code 53"), ("kill", "ended by SIGKILL")]
+    {
         let outcome = struck(&format!("{fault}@0:1:attention"));
-        assert!(matches!(&outcome, Outcome::Disturbed { .. }), "{outcome:?}");
-        assert!(!outcome.is_lasting());
+        assert!(!outcome.is_lasting(), "{outcome:?}");
+        let Outcome::Disturbed { how } = outcome else { panic!("{outcome:?}") };
+        assert!(how.starts_with(told), "{fault}: {how}");
     }
 }
 

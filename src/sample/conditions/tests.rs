@@ -76,7 +76,7 @@ fn config(overrides: &[&str]) -> RunConfig {
     RunConfig::read("test", DEFAULT, &all).expect("a sound configuration")
 }
 
-/// What guidance leads the second row away from.
+/// Returns the text that guidance leads the second row away from.
 fn away(origin: &Origin, overrides: &[&str]) -> Result<Tensor> {
     let config = config(overrides);
     let plan = Plan::new(&config, origin, None, Device::Cpu).expect("sound conditions");
